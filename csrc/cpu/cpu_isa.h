@@ -1,0 +1,28 @@
+// Which instruction set the CPU kernels use: the best one that this machine has, or a lower one
+// named by the environment variable MOE_OPS_CPU_ISA (portable, avx2, avx512, avx512_bf16).
+#pragma once
+
+#include <string>
+#include <vector>
+
+#if defined(_WIN32)
+#define MOE_OPS_API __declspec(dllexport)
+#else
+#define MOE_OPS_API __attribute__((visibility("default")))
+#endif
+
+namespace moe_ops::cpu {
+
+enum class Isa : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
+
+MOE_OPS_API const char* isa_name(Isa isa);
+// The highest level that both this machine and this build have.
+MOE_OPS_API Isa detected_isa();
+// detected_isa(), lowered by MOE_OPS_CPU_ISA if that is set. Read once.
+MOE_OPS_API Isa active_isa();
+// Names of all levels up to the detected one.
+MOE_OPS_API std::vector<std::string> supported_isas();
+// Empty, or a sentence about a value of MOE_OPS_CPU_ISA that could not be followed.
+MOE_OPS_API std::string isa_warning();
+
+}  // namespace moe_ops::cpu

@@ -1,0 +1,33 @@
+// Types that every contract header shares. No torch, no CUDA.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace moe_ops {
+
+// Element types of the floating-point operands. Sums run in fp32, or in fp64 for kFloat64.
+enum class DType : int { kFloat64, kFloat32, kBFloat16, kFloat16 };
+
+constexpr int64_t dtype_size(DType t) {
+  return t == DType::kFloat64 ? 8 : t == DType::kFloat32 ? 4 : 2;
+}
+
+template <class T>
+constexpr T ceil_div(T a, T b) {
+  return (a + b - 1) / b;
+}
+
+template <class T>
+constexpr T round_up(T a, T b) {
+  return ceil_div(a, b) * b;
+}
+
+// How a kernel gets its threads: run(n, fn, ctx) calls fn(begin, end, ctx) for a partition of
+// [0, n), possibly at once. The torch adapter passes torch's own pool, so no second one exists.
+struct Parallel {
+  int num_threads = 1;
+  void (*run)(int64_t n, void (*fn)(int64_t begin, int64_t end, void* ctx), void* ctx) = nullptr;
+};
+
+}  // namespace moe_ops

@@ -1,0 +1,30 @@
+// moe_ops._C: facts about the build and the CPU. Sees no torch header; linking the op library is what
+// registers torch.ops.moe_ops when this module is imported (after torch).
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <map>
+#include <string>
+
+#include "cpu/cpu_isa.h"
+
+namespace py = pybind11;
+using namespace moe_ops::cpu;
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Build facts and the CPU instruction set of moe_ops.";
+  m.def("version", [] { return std::string(MOE_OPS_VERSION); });
+  m.def("build_info", [] {
+    return std::map<std::string, std::string>{
+        {"version", MOE_OPS_VERSION},
+        {"build_torch", MOE_OPS_BUILD_TORCH},
+        {"torch_target", MOE_OPS_TORCH_TARGET},
+        {"compiler", MOE_OPS_COMPILER},
+        {"cuda", "off"},
+    };
+  });
+  m.def("cpu_isa", [] { return std::string(isa_name(active_isa())); });
+  m.def("detected_isa", [] { return std::string(isa_name(detected_isa())); });
+  m.def("supported_isas", &supported_isas);
+  m.def("isa_warning", &isa_warning);
+}

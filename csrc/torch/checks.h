@@ -1,0 +1,104 @@
+// Checks of the adapters. Every failure is one sentence: op, tensor, what was expected, what came.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+#include "moe_ops/common.h"
+
+namespace moe_ops::adapter {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+template <class... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
+  std::ostringstream s;
+  (s << ... << parts);
+  throw std::invalid_argument(s.str());  // arrives in Python as ValueError
+}
+
+#define MOE_CHECK(condition, ...)               \
+  do {                                          \
+    if (!(condition)) [[unlikely]] {            \
+      ::moe_ops::adapter::fail(__VA_ARGS__);    \
+    }                                           \
+  } while (false)
+
+inline std::string shape_string(const Tensor& t) {
+  std::ostringstream s;
+  s << "[";
+  const auto sizes = t.sizes();
+  for (int64_t i = 0; i < t.dim(); ++i) s << (i ? ", " : "") << sizes[i];
+  s << "]";
+  return s.str();
+}
+
+inline const char* dtype_name(ScalarType t) {
+  switch (t) {
+    case ScalarType::Double: return "float64";
+    case ScalarType::Float: return "float32";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Half: return "float16";
+    case ScalarType::Int: return "int32";
+    case ScalarType::Long: return "int64";
+    case ScalarType::Short: return "int16";
+    case ScalarType::Char: return "int8";
+    case ScalarType::Byte: return "uint8";
+    case ScalarType::Bool: return "bool";
+    case ScalarType::ComplexFloat: return "complex64";
+    case ScalarType::ComplexDouble: return "complex128";
+    default: return "another dtype";
+  }
+}
+
+inline void check_cpu(const char* op, const char* name, const Tensor& t) {
+  MOE_CHECK(t.is_cpu(), op, ": ", name, " must be on the CPU like the other tensors.");
+}
+
+inline void check_dim(const char* op, const char* name, const Tensor& t, int64_t dim,
+                      const char* shape) {
+  MOE_CHECK(t.dim() == dim, op, ": ", name, " must be ", shape, " (", dim,
+            " dimensions), got shape ", shape_string(t), ".");
+}
+
+// Expects size `n` in dimension `d`; `what` says where the number comes from.
+inline void check_size(const char* op, const char* name, const Tensor& t, int64_t d, int64_t n,
+                       const char* what) {
+  MOE_CHECK(t.size(d) == n, op, ": ", name, " must have ", what, " = ", n, " in dimension ", d,
+            ", got shape ", shape_string(t), ".");
+}
+
+inline DType check_float(const char* op, const char* name, const Tensor& t) {
+  check_cpu(op, name, t);
+  switch (t.scalar_type()) {
+    case ScalarType::Double: return DType::kFloat64;
+    case ScalarType::Float: return DType::kFloat32;
+    case ScalarType::BFloat16: return DType::kBFloat16;
+    case ScalarType::Half: return DType::kFloat16;
+    default:
+      fail(op, ": ", name, " must be float64, float32, bfloat16 or float16, got ",
+           dtype_name(t.scalar_type()), ".");
+  }
+}
+
+inline void check_same_dtype(const char* op, const char* name, const Tensor& t,
+                             const char* like_name, const Tensor& like) {
+  check_cpu(op, name, t);
+  MOE_CHECK(t.scalar_type() == like.scalar_type(), op, ": ", name, " must be ",
+            dtype_name(like.scalar_type()), " like ", like_name, ", got ",
+            dtype_name(t.scalar_type()), ".");
+}
+
+inline void check_index(const char* op, const char* name, const Tensor& t) {
+  check_cpu(op, name, t);
+  MOE_CHECK(t.scalar_type() == ScalarType::Int || t.scalar_type() == ScalarType::Long, op, ": ",
+            name, " must be int32 or int64, got ", dtype_name(t.scalar_type()), ".");
+}
+
+}  // namespace moe_ops::adapter

@@ -1,0 +1,104 @@
+// Every schema of torch.ops.moe_ops on one page. Letters: T tokens, H hidden, I intermediate,
+// E experts, K top-k, N = T*K slots, O output features. Fake, autograd and autocast rules live in
+// python/moe_ops/ops/, one file an op; implementations are registered at the end of each adapter.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(moe_ops, m) {
+  // --- routing -------------------------------------------------------------------------------------
+  // router_logits [T,E] -> topk_weights [T,K] fp32, topk_ids [T,K] int32. Ties: the smaller id.
+  m.def(
+      "topk_router(Tensor router_logits, int top_k, *, str score_func=\"softmax\", "
+      "bool topk_first=False, bool renormalize=False, float routed_scaling_factor=1.0, "
+      "Tensor? expert_bias=None, int num_groups=1, int num_topk_groups=1, "
+      "str group_score=\"max\") -> (Tensor topk_weights, Tensor topk_ids)");
+  m.def(
+      "topk_router_bwd(Tensor grad_weights, Tensor router_logits, Tensor topk_ids, "
+      "str score_func, bool topk_first, bool renormalize, float routed_scaling_factor) -> Tensor");
+  // The shortest prefix of experts whose probability reaches top_p; unused slots hold id -1.
+  m.def(
+      "topp_router(Tensor router_logits, float top_p, int max_k, *, int min_k=1, "
+      "bool renormalize=False, float routed_scaling_factor=1.0) "
+      "-> (Tensor topk_weights, Tensor topk_ids)");
+  m.def(
+      "topp_router_bwd(Tensor grad_weights, Tensor router_logits, Tensor topk_ids, "
+      "bool renormalize, float routed_scaling_factor) -> Tensor");
+  // Each expert takes its `capacity` best tokens; result in slot form [T,E].
+  m.def(
+      "expert_choice_router(Tensor router_logits, int capacity, *, str score_func=\"softmax\", "
+      "float routed_scaling_factor=1.0) -> (Tensor topk_weights, Tensor topk_ids)");
+  m.def(
+      "expert_choice_router_bwd(Tensor grad_weights, Tensor router_logits, Tensor topk_ids, "
+      "str score_func, float routed_scaling_factor) -> Tensor");
+
+  // --- dispatch to experts inside one process ---------------------------------------------------------
+  // Stable counting sort of slots by expert; slots without an expert go to the tail. All int32.
+  m.def(
+      "sort_slots(Tensor topk_ids, int num_experts) "
+      "-> (Tensor expert_offsets, Tensor row_to_slot, Tensor slot_to_row)");
+  // x [T,H] -> rows [N,H]; rows past expert_offsets[E] are zero.
+  m.def("permute(Tensor x, Tensor expert_offsets, Tensor row_to_slot) -> Tensor");
+  m.def(
+      "permute_bwd(Tensor grad_rows, Tensor expert_offsets, Tensor row_to_slot, int num_tokens) "
+      "-> Tensor");
+  // rows [N,H] -> y [T,H]: weighted sum over a token's slots, in fp32 and in slot order.
+  m.def(
+      "unpermute(Tensor rows, Tensor expert_offsets, Tensor slot_to_row, "
+      "Tensor? topk_weights=None) -> Tensor");
+  m.def(
+      "unpermute_bwd(Tensor grad_y, Tensor rows, Tensor expert_offsets, Tensor slot_to_row, "
+      "Tensor? topk_weights) -> (Tensor grad_rows, Tensor grad_topk_weights)");
+
+  // --- expert arithmetic --------------------------------------------------------------------------------
+  // [..., 2I] -> [..., I]
+  m.def(
+      "gated_act(Tensor gate_up, str activation=\"swiglu\", *, bool interleaved=False, "
+      "float alpha=1.702, float limit=7.0) -> Tensor");
+  m.def(
+      "gated_act_bwd(Tensor grad_h, Tensor gate_up, str activation, bool interleaved, "
+      "float alpha, float limit) -> Tensor");
+  // a [N,K] with b [E,O,K], ragged over rows: out[r] = b[e(r)] a[r] + bias[e(r)]
+  m.def(
+      "grouped_gemm(Tensor a, Tensor b, Tensor expert_offsets, *, Tensor? bias=None) -> Tensor");
+  // grad [N,O], a [N,K] -> [E,O,K]: the sum over an expert's rows of grad^T a
+  m.def("grouped_gemm_wgrad(Tensor grad, Tensor a, Tensor expert_offsets) -> Tensor");
+  // rows [N,O] -> [E,O]: the sum over an expert's rows
+  m.def("grouped_sum(Tensor rows, Tensor expert_offsets) -> Tensor");
+
+  // --- whole blocks ---------------------------------------------------------------------------------------
+  // y[t] = sum_k topk_weights[t,k] * (w_down[e] act(w_gate_up[e] x[t] + b_gate_up[e]) + b_down[e])
+  m.def(
+      "moe_ffn(Tensor x, Tensor w_gate_up, Tensor w_down, Tensor topk_weights, Tensor topk_ids, *, "
+      "Tensor? b_gate_up=None, Tensor? b_down=None, str activation=\"swiglu\", "
+      "bool interleaved=False, bool apply_router_weight_on_input=False, float alpha=1.702, "
+      "float limit=7.0) -> Tensor");
+  // The same for training: also returns the pre-activation [N,2I] and the routing.
+  m.def(
+      "moe_ffn_fwd(Tensor x, Tensor w_gate_up, Tensor w_down, Tensor topk_weights, "
+      "Tensor topk_ids, *, Tensor? b_gate_up=None, Tensor? b_down=None, "
+      "str activation=\"swiglu\", bool interleaved=False, "
+      "bool apply_router_weight_on_input=False, float alpha=1.702, float limit=7.0) "
+      "-> (Tensor y, Tensor preact, Tensor expert_offsets, Tensor row_to_slot, Tensor slot_to_row)");
+  // Gradients that are not wanted come back with shape [0].
+  m.def(
+      "moe_ffn_bwd(Tensor grad_y, Tensor x, Tensor w_gate_up, Tensor w_down, Tensor topk_weights, "
+      "Tensor preact, Tensor expert_offsets, Tensor row_to_slot, Tensor slot_to_row, "
+      "Tensor? b_down, str activation, bool interleaved, bool apply_router_weight_on_input, "
+      "float alpha, float limit, bool need_x, bool need_w_gate_up, bool need_w_down, "
+      "bool need_topk_weights, bool need_b_gate_up, bool need_b_down) "
+      "-> (Tensor grad_x, Tensor grad_w_gate_up, Tensor grad_w_down, Tensor grad_topk_weights, "
+      "Tensor grad_b_gate_up, Tensor grad_b_down)");
+  // x [T,H], w [E,O,H] -> [T,K,O]: each token through each of its experts; empty slots are zero.
+  m.def("moe_linear_map(Tensor x, Tensor w, Tensor topk_ids, *, Tensor? bias=None) -> Tensor");
+  m.def(
+      "moe_linear_map_bwd(Tensor grad_h, Tensor x, Tensor w, Tensor topk_ids, bool need_x, "
+      "bool need_w, bool need_bias) -> (Tensor grad_x, Tensor grad_w, Tensor grad_bias)");
+  // h [T,K,D], w [E,H,D] -> [T,H]: sum_k topk_weights[t,k] * (w[e] h[t,k] + bias[e])
+  m.def(
+      "moe_linear_reduce(Tensor h, Tensor w, Tensor topk_weights, Tensor topk_ids, *, "
+      "Tensor? bias=None) -> Tensor");
+  m.def(
+      "moe_linear_reduce_bwd(Tensor grad_y, Tensor h, Tensor w, Tensor topk_weights, "
+      "Tensor topk_ids, Tensor? bias, bool need_h, bool need_w, bool need_topk_weights, "
+      "bool need_bias) -> (Tensor grad_h, Tensor grad_w, Tensor grad_topk_weights, "
+      "Tensor grad_bias)");
+}

@@ -1,0 +1,159 @@
+// What the adapters need around the kernels: allocation, layouts, index conversion, torch's threads.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <initializer_list>
+#include <limits>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <type_traits>
+#include <vector>
+
+#include "moe_ops/common.h"
+#include "torch/checks.h"
+
+namespace moe_ops::adapter {
+
+using OptTensor = std::optional<Tensor>;
+
+// TORCH_BOX hands a kernel that takes float or int the low bytes of a double or int64_t. Registering
+// through MOE_BOX turns that mistake into a compile error.
+template <class T>
+constexpr bool kBoxable = !std::is_same_v<std::remove_cvref_t<T>, float> &&
+                          !std::is_same_v<std::remove_cvref_t<T>, int>;
+template <class F>
+struct SignatureIsBoxable;
+template <class R, class... Args>
+struct SignatureIsBoxable<R(Args...)> {
+  static constexpr bool value = (kBoxable<Args> && ...);
+};
+#define MOE_BOX(fn)                                                                         \
+  ([] {                                                                                     \
+    static_assert(::moe_ops::adapter::SignatureIsBoxable<decltype(fn)>::value,              \
+                  "use double and int64_t in registered signatures");                       \
+    return TORCH_BOX(&fn);                                                                  \
+  }())
+
+inline Tensor empty_cpu(std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  return torch::stable::empty(
+      torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), dtype);
+}
+
+inline Tensor empty_cpu(const std::vector<int64_t>& sizes, ScalarType dtype) {
+  return torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(sizes.data(), sizes.size()),
+                              dtype);
+}
+
+// fp64 operands accumulate in fp64, everything else in fp32.
+inline ScalarType accumulate_type(ScalarType t) {
+  return t == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+inline Tensor dense(const Tensor& t) {
+  return t.is_contiguous() ? t : torch::stable::contiguous(t);
+}
+
+// Contiguous and of dtype `dtype`.
+inline Tensor contiguous_as(const Tensor& t, ScalarType dtype) {
+  return t.scalar_type() == dtype ? dense(t)
+                                  : torch::stable::contiguous(torch::stable::to(t, dtype));
+}
+
+// Rows may lie anywhere; only the last dimension has to be dense. A dimension of size one has no
+// meaningful stride.
+inline Tensor with_dense_rows(const Tensor& t) {
+  const int64_t d = t.dim() - 1;
+  return t.size(d) <= 1 || t.stride(d) == 1 ? t : torch::stable::contiguous(t);
+}
+
+inline int64_t row_stride(const Tensor& t) { return t.size(0) <= 1 ? t.size(1) : t.stride(0); }
+
+// Expert ids as contiguous int32 with everything outside [0, num_experts) turned into -1.
+inline std::vector<int32_t> normalized_ids(const Tensor& ids, int64_t num_experts) {
+  const Tensor packed = dense(ids);
+  const int64_t n = packed.numel();
+  std::vector<int32_t> out(static_cast<size_t>(n));
+  const auto convert = [&](const auto* p) {
+    for (int64_t i = 0; i < n; ++i) {
+      out[i] = p[i] >= 0 && p[i] < num_experts ? static_cast<int32_t>(p[i]) : -1;
+    }
+  };
+  if (packed.scalar_type() == ScalarType::Int) {
+    convert(static_cast<const int32_t*>(packed.const_data_ptr()));
+  } else {
+    convert(static_cast<const int64_t*>(packed.const_data_ptr()));
+  }
+  return out;
+}
+
+// A map between slots and rows as contiguous int32, each entry checked to lie in [0, limit).
+inline std::vector<int32_t> checked_map(const char* op, const char* name, const Tensor& map,
+                                        int64_t limit) {
+  check_index(op, name, map);
+  const Tensor packed = dense(map);
+  const int64_t n = packed.numel();
+  std::vector<int32_t> out(static_cast<size_t>(n));
+  const auto convert = [&](const auto* p) {
+    for (int64_t i = 0; i < n; ++i) {
+      MOE_CHECK(p[i] >= 0 && p[i] < limit, op, ": ", name, " must hold values from 0 to ",
+                limit - 1, ", got ", p[i], " at position ", i, ".");
+      out[i] = static_cast<int32_t>(p[i]);
+    }
+  };
+  if (packed.scalar_type() == ScalarType::Int) {
+    convert(static_cast<const int32_t*>(packed.const_data_ptr()));
+  } else {
+    convert(static_cast<const int64_t*>(packed.const_data_ptr()));
+  }
+  return out;
+}
+
+// expert_offsets as int64: starts at 0, never falls, ends at or before num_rows.
+inline std::vector<int64_t> checked_offsets(const char* op, const Tensor& offsets,
+                                            int64_t num_rows) {
+  check_index(op, "expert_offsets", offsets);
+  check_dim(op, "expert_offsets", offsets, 1, "[E+1]");
+  MOE_CHECK(offsets.numel() >= 2, op,
+            ": expert_offsets must be [E+1] with at least one expert, got shape ",
+            shape_string(offsets), ".");
+  const Tensor packed = dense(offsets);
+  const int64_t n = packed.numel();
+  std::vector<int64_t> out(static_cast<size_t>(n));
+  for (int64_t i = 0; i < n; ++i) {
+    out[i] = packed.scalar_type() == ScalarType::Int
+                 ? static_cast<const int32_t*>(packed.const_data_ptr())[i]
+                 : static_cast<const int64_t*>(packed.const_data_ptr())[i];
+    MOE_CHECK(i > 0 || out[0] == 0, op, ": expert_offsets must start at 0, got ", out[0], ".");
+    MOE_CHECK(i == 0 || out[i] >= out[i - 1], op, ": expert_offsets must not fall, got ",
+              out[i - 1], " then ", out[i], " at position ", i, ".");
+  }
+  MOE_CHECK(out[n - 1] <= num_rows, op, ": expert_offsets must end at or before the ", num_rows,
+            " rows there are, got ", out[n - 1], ".");
+  return out;
+}
+
+inline void check_num_experts(const char* op, int64_t num_experts) {
+  MOE_CHECK(num_experts >= 1 && num_experts < std::numeric_limits<int32_t>::max(), op,
+            ": num_experts must be at least 1, got ", num_experts, ".");
+}
+
+// sort_slots for the adapters that start from topk_ids (defined in sort_slots.cpp).
+std::tuple<Tensor, Tensor, Tensor> sorted_slots(const char* op, const Tensor& topk_ids,
+                                                int64_t num_experts);
+
+// torch's thread pool as the kernels see it.
+inline Parallel torch_parallel() {
+  Parallel p;
+  p.num_threads = static_cast<int>(torch::stable::get_num_threads());
+  p.run = [](int64_t n, void (*fn)(int64_t, int64_t, void*), void* ctx) {
+    torch::stable::parallel_for(
+        0, n, 1, [fn, ctx](int64_t begin, int64_t end) { fn(begin, end, ctx); });
+  };
+  return p;
+}
+
+}  // namespace moe_ops::adapter

@@ -1,0 +1,47 @@
+"""Mixture-of-experts operators for PyTorch.
+
+``import moe_ops`` registers the ops under ``torch.ops.moe_ops`` and offers the same functions, with
+their documentation, as ``moe_ops.<op>``. Layers are in :mod:`moe_ops.layers`, the Hugging Face
+integration in :mod:`moe_ops.hf`, the same functions in plain torch in :mod:`moe_ops.reference`.
+"""
+
+from __future__ import annotations
+
+__version__ = "0.1.0"
+
+from moe_ops._load import load as _load
+
+_load()
+
+from moe_ops.ops import (  # noqa: E402
+    expert_choice_router,
+    gated_act,
+    grouped_gemm,
+    grouped_gemm_wgrad,
+    grouped_sum,
+    moe_ffn,
+    moe_linear_map,
+    moe_linear_reduce,
+    permute,
+    sort_slots,
+    topk_router,
+    topp_router,
+    unpermute,
+)
+
+__all__ = [
+    "__version__",
+    "expert_choice_router",
+    "gated_act",
+    "grouped_gemm",
+    "grouped_gemm_wgrad",
+    "grouped_sum",
+    "moe_ffn",
+    "moe_linear_map",
+    "moe_linear_reduce",
+    "permute",
+    "sort_slots",
+    "topk_router",
+    "topp_router",
+    "unpermute",
+]

@@ -1,0 +1,46 @@
+"""Loads the native library and turns a failure into one sentence that says what to do."""
+
+from __future__ import annotations
+
+import torch
+
+
+def _torch_version() -> tuple[int, int]:
+    major, minor = torch.__version__.split(".")[:2]
+    return int(major), int("".join(c for c in minor if c.isdigit()))
+
+
+def load() -> None:
+    """Imports ``moe_ops._C``, whose library registers ``torch.ops.moe_ops``.
+
+    Raises:
+        ImportError: torch is older than 2.10, the library is missing, or it does not fit.
+    """
+    if _torch_version() < (2, 10):
+        raise ImportError(
+            f"moe_ops needs torch 2.10 or newer and found {torch.__version__}: "
+            "pip install --upgrade torch"
+        )
+    try:
+        from moe_ops import _C
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            "moe_ops is not built here (moe_ops._C is missing): run `pip install "
+            "--no-build-isolation .` in its source folder, and start Python outside that folder."
+        ) from error
+    except ImportError as error:
+        raise ImportError(
+            f"the native library of moe_ops does not load with torch {torch.__version__}: {error}. "
+            "Reinstall it for this Python: pip install --force-reinstall --no-deps torch-moe-ops"
+        ) from error
+    from moe_ops import __version__
+
+    if _C.version() != __version__:
+        raise ImportError(
+            f"moe_ops is {__version__} but its native library is {_C.version()}: two installs are "
+            "mixed; pip uninstall torch-moe-ops until none is left, then install it again."
+        )
+    if _C.isa_warning():
+        import warnings
+
+        warnings.warn(_C.isa_warning(), RuntimeWarning, stacklevel=3)

@@ -1,0 +1,143 @@
+"""What every op registers from Python: fake checks, autocast, and the error of a missing second derivative.
+
+The stable ABI has no C++ autograd or autocast, so those rules live here, beside the public functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_INTS = (torch.int32, torch.int64)
+
+# Keeps the registrations alive for the life of the process.
+library = torch.library.Library("moe_ops", "FRAGMENT")
+
+
+def check(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def check_float(op: str, name: str, t: Tensor) -> None:
+    check(
+        t.dtype in _FLOATS,
+        f"{op}: {name} must be float64, float32, bfloat16 or float16, got {dtype_name(t.dtype)}.",
+    )
+
+
+def check_index(op: str, name: str, t: Tensor) -> None:
+    check(
+        t.dtype in _INTS,
+        f"{op}: {name} must be int32 or int64, got {dtype_name(t.dtype)}.",
+    )
+
+
+def check_dim(op: str, name: str, t: Tensor, dim: int, shape: str) -> None:
+    check(
+        t.dim() == dim,
+        f"{op}: {name} must be {shape} ({dim} dimensions), got shape {list(t.shape)}.",
+    )
+
+
+def check_size(op: str, name: str, t: Tensor, d: int, n: int, what: str) -> None:
+    check(
+        t.shape[d] == n,
+        f"{op}: {name} must have {what} = {n} in dimension {d}, got shape {list(t.shape)}.",
+    )
+
+
+def check_same_dtype(op: str, name: str, t: Tensor, like_name: str, like: Tensor) -> None:
+    check(
+        t.dtype == like.dtype,
+        f"{op}: {name} must be {dtype_name(like.dtype)} like {like_name}, "
+        f"got {dtype_name(t.dtype)}.",
+    )
+
+
+def check_same_device(op: str, **tensors: Tensor | None) -> None:
+    """A fake implementation must refuse what the real one cannot run."""
+    first_name, first = next((n, t) for n, t in tensors.items() if t is not None)
+    for name, t in tensors.items():
+        check(
+            t is None or t.device == first.device,
+            f"{op}: {name} must be on {first.device} like {first_name}, "
+            f"got {t.device if t is not None else None}.",
+        )
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _autocast_keyset(device_type: str) -> Any:
+    key = {"cpu": torch._C.DispatchKey.AutocastCPU, "cuda": torch._C.DispatchKey.AutocastCUDA}
+    return torch._C.DispatchKeySet(key[device_type])
+
+
+def register_autocast(op: str, cast: Sequence[str], dtype: torch.dtype | None = None) -> None:
+    """Under autocast, casts the named tensor arguments and leaves the others as they are.
+
+    ``torch.library.register_autocast`` casts every floating tensor, so it would round fp32 routing
+    weights to the autocast type. fp64 tensors are left alone, as torch does.
+
+    Args:
+        op: name of the op, without the namespace.
+        cast: names of the arguments to cast.
+        dtype: target; the autocast type of the device when None.
+    """
+    overload = getattr(torch.ops.moe_ops, op).default
+    names = [a.name for a in overload._schema.arguments]
+    positional = [a.name for a in overload._schema.arguments if not a.kwarg_only]
+    wanted = [n for n in names if n in cast]
+    assert len(wanted) == len(cast), (op, cast, names)
+
+    for device_type in ("cpu", "cuda"):
+        keyset = _autocast_keyset(device_type)
+
+        def kernel(
+            *args: Any, _keyset: Any = keyset, _device: str = device_type, **kwargs: Any
+        ) -> Any:
+            target = dtype or torch.get_autocast_dtype(_device)
+
+            def convert(name: str, value: Any) -> Any:
+                if (
+                    name in wanted
+                    and isinstance(value, Tensor)
+                    and value.is_floating_point()
+                    and value.dtype != torch.float64
+                    and value.device.type == _device
+                ):
+                    return value.to(target)
+                return value
+
+            new_args = [convert(n, v) for n, v in zip(positional, args, strict=False)]
+            new_kwargs = {n: convert(n, v) for n, v in kwargs.items()}
+            with torch._C._ExcludeDispatchKeyGuard(_keyset):
+                return overload(*new_args, **new_kwargs)
+
+        library.impl(op, kernel, "AutocastCPU" if device_type == "cpu" else "AutocastCUDA")
+
+
+def register_no_double_backward(op: str, forward: str) -> None:
+    """Makes a second derivative through ``op`` a clear error instead of a missing gradient."""
+
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise NotImplementedError(
+            f"{forward}: the second derivative is not implemented; {op} cannot be differentiated. "
+            f"moe_ops.reference.{forward} can."
+        )
+
+    torch.library.register_autograd(f"moe_ops::{op}", backward)
+
+
+def register_fake(op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    return torch.library.register_fake(f"moe_ops::{op}")

@@ -1,0 +1,36 @@
+"""The ops of moe_ops in plain torch: the contract as code, and the truth the tests compare with.
+
+Same names and arguments as the public functions. Readable before fast: differentiable by ordinary
+autograd, no argument checks, and free to read offsets on the host. Half types are computed in fp32
+and cast back at the end; fp64 stays fp64.
+"""
+
+from __future__ import annotations
+
+from .expert_choice_router import expert_choice_router
+from .gated_act import gated_act
+from .grouped_gemm import grouped_gemm, grouped_gemm_wgrad, grouped_sum
+from .moe_ffn import moe_ffn
+from .moe_linear_map import moe_linear_map
+from .moe_linear_reduce import moe_linear_reduce
+from .permute import permute
+from .sort_slots import sort_slots
+from .topk_router import topk_router
+from .topp_router import topp_router
+from .unpermute import unpermute
+
+__all__ = [
+    "expert_choice_router",
+    "gated_act",
+    "grouped_gemm",
+    "grouped_gemm_wgrad",
+    "grouped_sum",
+    "moe_ffn",
+    "moe_linear_map",
+    "moe_linear_reduce",
+    "permute",
+    "sort_slots",
+    "topk_router",
+    "topp_router",
+    "unpermute",
+]

@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+from torch import Tensor
+
+from ._common import acc_dtype
+from .gated_act import GATED, gated_act, plain_act
+from .grouped_gemm import grouped_gemm
+from .permute import permute
+from .sort_slots import sort_slots
+from .unpermute import unpermute
+
+
+def moe_ffn(
+    x: Tensor,
+    w_gate_up: Tensor,
+    w_down: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    *,
+    b_gate_up: Tensor | None = None,
+    b_down: Tensor | None = None,
+    activation: str = "swiglu",
+    interleaved: bool = False,
+    apply_router_weight_on_input: bool = False,
+    alpha: float = 1.702,
+    limit: float = 7.0,
+) -> Tensor:
+    """y[t] = sum_k weight[t, k] * (W_down act(W_gate_up x[t] + b_gate_up) + b_down), [T, H].
+
+    With `apply_router_weight_on_input` the weight multiplies x[t] instead (Llama 4). Nothing is
+    rounded between the steps: half types are widened once at the start.
+    """
+    acc = acc_dtype(x.dtype)
+    expert_offsets, row_to_slot, slot_to_row = sort_slots(topk_ids, w_gate_up.shape[0])
+    weights = topk_weights.to(acc)
+
+    rows = permute(x.to(acc), expert_offsets, row_to_slot)
+    if apply_router_weight_on_input:
+        row_weights = weights.reshape(-1)[row_to_slot.long()].clone()
+        row_weights[int(expert_offsets[-1]) :] = 0
+        rows = rows * row_weights[:, None]
+    preact = grouped_gemm(rows, w_gate_up.to(acc), expert_offsets, bias=_to(b_gate_up, acc))
+    if activation in GATED:
+        h = gated_act(preact, activation, interleaved=interleaved, alpha=alpha, limit=limit)
+    else:
+        h = plain_act(preact, activation)
+    out = grouped_gemm(h, w_down.to(acc), expert_offsets, bias=_to(b_down, acc))
+    y = unpermute(
+        out, expert_offsets, slot_to_row, None if apply_router_weight_on_input else weights
+    )
+    return y.to(x.dtype)
+
+
+def _to(t: Tensor | None, dtype) -> Tensor | None:
+    return None if t is None else t.to(dtype)

@@ -1,0 +1,17 @@
+from __future__ import annotations
+
+from torch import Tensor
+
+from .grouped_gemm import grouped_gemm
+from .permute import permute
+from .sort_slots import sort_slots
+
+
+def moe_linear_map(x: Tensor, w: Tensor, topk_ids: Tensor, *, bias: Tensor | None = None) -> Tensor:
+    """Each token through the matrix of each of its experts: x [T, H], w [E, O, H] to [T, K, O].
+
+    Slots without an expert are zero.
+    """
+    expert_offsets, row_to_slot, slot_to_row = sort_slots(topk_ids, w.shape[0])
+    rows = grouped_gemm(permute(x, expert_offsets, row_to_slot), w, expert_offsets, bias=bias)
+    return rows[slot_to_row.long()]
