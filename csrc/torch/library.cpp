@@ -1,13 +1,14 @@
 // Every schema of torch.ops.moe_ops on one page. Letters: T tokens, H hidden, I intermediate,
 // E experts, K top-k, N = T*K slots, O output features. Fake, autograd and autocast rules live in
 // python/moe_ops/ops/, one file an op; implementations are registered at the end of each adapter.
+// Optional tensors are not keyword-only here: torch.library.register_autograd does not see those.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(moe_ops, m) {
   // --- routing -------------------------------------------------------------------------------------
   // router_logits [T,E] -> topk_weights [T,K] fp32, topk_ids [T,K] int32. Ties: the smaller id.
   m.def(
-      "topk_router(Tensor router_logits, int top_k, *, str score_func=\"softmax\", "
+      "topk_router(Tensor router_logits, int top_k, str score_func=\"softmax\", "
       "bool topk_first=False, bool renormalize=False, float routed_scaling_factor=1.0, "
       "Tensor? expert_bias=None, int num_groups=1, int num_topk_groups=1, "
       "str group_score=\"max\") -> (Tensor topk_weights, Tensor topk_ids)");
@@ -58,7 +59,7 @@ STABLE_TORCH_LIBRARY(moe_ops, m) {
       "float alpha, float limit) -> Tensor");
   // a [N,K] with b [E,O,K], ragged over rows: out[r] = b[e(r)] a[r] + bias[e(r)]
   m.def(
-      "grouped_gemm(Tensor a, Tensor b, Tensor expert_offsets, *, Tensor? bias=None) -> Tensor");
+      "grouped_gemm(Tensor a, Tensor b, Tensor expert_offsets, Tensor? bias=None) -> Tensor");
   // grad [N,O], a [N,K] -> [E,O,K]: the sum over an expert's rows of grad^T a
   m.def("grouped_gemm_wgrad(Tensor grad, Tensor a, Tensor expert_offsets) -> Tensor");
   // rows [N,O] -> [E,O]: the sum over an expert's rows
@@ -67,14 +68,14 @@ STABLE_TORCH_LIBRARY(moe_ops, m) {
   // --- whole blocks ---------------------------------------------------------------------------------------
   // y[t] = sum_k topk_weights[t,k] * (w_down[e] act(w_gate_up[e] x[t] + b_gate_up[e]) + b_down[e])
   m.def(
-      "moe_ffn(Tensor x, Tensor w_gate_up, Tensor w_down, Tensor topk_weights, Tensor topk_ids, *, "
+      "moe_ffn(Tensor x, Tensor w_gate_up, Tensor w_down, Tensor topk_weights, Tensor topk_ids, "
       "Tensor? b_gate_up=None, Tensor? b_down=None, str activation=\"swiglu\", "
       "bool interleaved=False, bool apply_router_weight_on_input=False, float alpha=1.702, "
       "float limit=7.0) -> Tensor");
   // The same for training: also returns the pre-activation [N,2I] and the routing.
   m.def(
       "moe_ffn_fwd(Tensor x, Tensor w_gate_up, Tensor w_down, Tensor topk_weights, "
-      "Tensor topk_ids, *, Tensor? b_gate_up=None, Tensor? b_down=None, "
+      "Tensor topk_ids, Tensor? b_gate_up=None, Tensor? b_down=None, "
       "str activation=\"swiglu\", bool interleaved=False, "
       "bool apply_router_weight_on_input=False, float alpha=1.702, float limit=7.0) "
       "-> (Tensor y, Tensor preact, Tensor expert_offsets, Tensor row_to_slot, Tensor slot_to_row)");
@@ -88,13 +89,13 @@ STABLE_TORCH_LIBRARY(moe_ops, m) {
       "-> (Tensor grad_x, Tensor grad_w_gate_up, Tensor grad_w_down, Tensor grad_topk_weights, "
       "Tensor grad_b_gate_up, Tensor grad_b_down)");
   // x [T,H], w [E,O,H] -> [T,K,O]: each token through each of its experts; empty slots are zero.
-  m.def("moe_linear_map(Tensor x, Tensor w, Tensor topk_ids, *, Tensor? bias=None) -> Tensor");
+  m.def("moe_linear_map(Tensor x, Tensor w, Tensor topk_ids, Tensor? bias=None) -> Tensor");
   m.def(
       "moe_linear_map_bwd(Tensor grad_h, Tensor x, Tensor w, Tensor topk_ids, bool need_x, "
       "bool need_w, bool need_bias) -> (Tensor grad_x, Tensor grad_w, Tensor grad_bias)");
   // h [T,K,D], w [E,H,D] -> [T,H]: sum_k topk_weights[t,k] * (w[e] h[t,k] + bias[e])
   m.def(
-      "moe_linear_reduce(Tensor h, Tensor w, Tensor topk_weights, Tensor topk_ids, *, "
+      "moe_linear_reduce(Tensor h, Tensor w, Tensor topk_weights, Tensor topk_ids, "
       "Tensor? bias=None) -> Tensor");
   m.def(
       "moe_linear_reduce_bwd(Tensor grad_y, Tensor h, Tensor w, Tensor topk_weights, "

@@ -13,7 +13,12 @@
 #include <type_traits>
 #include <vector>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "moe_ops/common.h"
+#include "moe_ops/grouped_gemm.h"
 #include "torch/checks.h"
 
 namespace moe_ops::adapter {
@@ -38,14 +43,33 @@ struct SignatureIsBoxable<R(Args...)> {
     return TORCH_BOX(&fn);                                                                  \
   }())
 
+// Asks for huge pages behind a large fresh tensor. torch maps such a tensor anew on every call, and
+// touching it in 4 KiB pages is one fault each (2-3 us on a virtual machine): for the weight
+// gradients of a layer that is more time than computing them.
+inline void advise_huge_pages([[maybe_unused]] Tensor& t) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr size_t kHugePage = size_t{2} << 20;
+  const size_t bytes = static_cast<size_t>(t.numel()) * t.element_size();
+  if (bytes < 4 * kHugePage) return;
+  const auto begin = reinterpret_cast<uintptr_t>(t.mutable_data_ptr());
+  const uintptr_t first = (begin + kHugePage - 1) & ~(kHugePage - 1);
+  const uintptr_t last = (begin + bytes) & ~(kHugePage - 1);
+  madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+}
+
+inline Tensor empty_cpu(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype) {
+  Tensor t = torch::stable::empty(sizes, dtype);
+  advise_huge_pages(t);
+  return t;
+}
+
 inline Tensor empty_cpu(std::initializer_list<int64_t> sizes, ScalarType dtype) {
-  return torch::stable::empty(
-      torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), dtype);
+  return empty_cpu(torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), dtype);
 }
 
 inline Tensor empty_cpu(const std::vector<int64_t>& sizes, ScalarType dtype) {
-  return torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(sizes.data(), sizes.size()),
-                              dtype);
+  return empty_cpu(torch::headeronly::IntHeaderOnlyArrayRef(sizes.data(), sizes.size()), dtype);
 }
 
 // fp64 operands accumulate in fp64, everything else in fp32.
@@ -63,6 +87,12 @@ inline Tensor contiguous_as(const Tensor& t, ScalarType dtype) {
                                   : torch::stable::contiguous(torch::stable::to(t, dtype));
 }
 
+inline OptTensor contiguous_as(const OptTensor& t, ScalarType dtype) {
+  OptTensor out;
+  if (t.has_value()) out = contiguous_as(*t, dtype);
+  return out;
+}
+
 // Rows may lie anywhere; only the last dimension has to be dense. A dimension of size one has no
 // meaningful stride.
 inline Tensor with_dense_rows(const Tensor& t) {
@@ -70,6 +100,7 @@ inline Tensor with_dense_rows(const Tensor& t) {
   return t.size(d) <= 1 || t.stride(d) == 1 ? t : torch::stable::contiguous(t);
 }
 
+// Stride between the rows of a matrix whose last dimension is dense.
 inline int64_t row_stride(const Tensor& t) { return t.size(0) <= 1 ? t.size(1) : t.stride(0); }
 
 // Expert ids as contiguous int32 with everything outside [0, num_experts) turned into -1.
@@ -133,6 +164,44 @@ inline std::vector<int64_t> checked_offsets(const char* op, const Tensor& offset
   }
   MOE_CHECK(out[n - 1] <= num_rows, op, ": expert_offsets must end at or before the ", num_rows,
             " rows there are, got ", out[n - 1], ".");
+  return out;
+}
+
+// Rows of a tensor [n, features] with a dense last dimension.
+inline Rows rows_of(const Tensor& t, DType type, const int32_t* index = nullptr) {
+  return {t.const_data_ptr(), type, row_stride(t), index};
+}
+
+// A weight tensor [E, O, K] as the kernels take it: dense along O or along K, whatever the strides
+// of the rest, so that transposed views need no copy. `tensor` keeps a copy alive if one was made.
+struct Weights {
+  Tensor tensor;
+  ExpertMatrices matrices;
+};
+
+inline Weights weights_of(const Tensor& w, DType type) {
+  const auto stride = [](const Tensor& t, int64_t d) { return t.size(d) <= 1 ? 1 : t.stride(d); };
+  const bool usable = (stride(w, 1) == 1 || stride(w, 2) == 1) && stride(w, 1) >= 0;
+  Weights out{usable ? w : torch::stable::contiguous(w), {}};
+  const Tensor& t = out.tensor;
+  out.matrices = {t.const_data_ptr(), type, t.stride(0), t.stride(1), t.stride(2)};
+  // A dimension of size one may carry any stride; give it the one that selects a dense path.
+  if (t.size(2) <= 1) out.matrices.stride_k = 1;
+  if (t.size(1) <= 1 && out.matrices.stride_k != 1) out.matrices.stride_o = 1;
+  return out;
+}
+
+// An optional bias [E, features]; `tensor` keeps a copy alive if one was made.
+struct Bias {
+  OptTensor tensor;
+  ExpertVectors vectors;
+};
+
+inline Bias bias_of(const OptTensor& bias, DType type) {
+  Bias out;
+  if (!bias.has_value()) return out;
+  out.tensor = with_dense_rows(*bias);
+  out.vectors = {out.tensor->const_data_ptr(), type, row_stride(*out.tensor)};
   return out;
 }
 

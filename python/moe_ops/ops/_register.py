@@ -127,6 +127,40 @@ def register_autocast(op: str, cast: Sequence[str], dtype: torch.dtype | None = 
         library.impl(op, kernel, "AutocastCPU" if device_type == "cpu" else "AutocastCUDA")
 
 
+def needs_input_grad(ctx: Any, count: int) -> tuple[bool, ...]:
+    """``ctx.needs_input_grad`` for all ``count`` arguments.
+
+    The dispatcher drops trailing arguments that equal their defaults, and with them their entries.
+    """
+    needs = tuple(ctx.needs_input_grad)[:count]
+    return needs + (False,) * (count - len(needs))
+
+
+def register_autocast_keep(op: str) -> None:
+    """Under autocast, keeps every dtype as it is (pure data movement and elementwise ops)."""
+    register_autocast(op, [])
+
+
+def register_training_form(op: str, forward: str) -> None:
+    """Lets ``op`` run the op ``forward``, which also returns what backward needs, when a gradient
+    is wanted, and its own kernel otherwise.
+
+    ``torch.library.register_autograd`` can only save inputs and outputs, and the pre-activation is
+    no output that a caller of ``op`` wants to see.
+    """
+    overload = getattr(torch.ops.moe_ops, op).default
+    training = getattr(torch.ops.moe_ops, forward).default
+
+    def kernel(keyset: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled() and any(
+            isinstance(a, Tensor) and a.requires_grad for a in (*args, *kwargs.values())
+        ):
+            return training(*args, **kwargs)[0]
+        return overload.redispatch(keyset & torch._C._after_autograd_keyset, *args, **kwargs)
+
+    library.impl(op, kernel, "Autograd", with_keyset=True)
+
+
 def register_no_double_backward(op: str, forward: str) -> None:
     """Makes a second derivative through ``op`` a clear error instead of a missing gradient."""
 

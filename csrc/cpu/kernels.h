@@ -1,0 +1,73 @@
+// The inner loops, once per instruction set. T is the accumulate type: float for float32, bfloat16
+// and float16 operands, double for float64 ones.
+#pragma once
+
+#include <cstdint>
+
+#include "moe_ops/activation.h"
+#include "moe_ops/common.h"
+
+namespace moe_ops::cpu {
+
+// Length of one step over the summed dimension. A broadcast block of 14 x 256 floats (14 KiB) and a
+// vector panel of 256 x 32 (32 KiB) fit a 48 KiB L1 together; the AVX2 tile needs half of that.
+constexpr int64_t kKc = 256;
+// Row pitch of a broadcast block stored one row a line ("row form"): the pad keeps the rows of a
+// block out of the same L1 set, and being a constant it turns every row into an address offset.
+constexpr int64_t kLda = kKc + 16;
+// Row pitch of a broadcast block stored one summed index a line ("column form").
+constexpr int64_t kLdm = 128;
+// Largest number of tokens that the dot kernel takes at once.
+constexpr int64_t kDotFeatures = 4;
+
+constexpr int kMaxMr = 24;
+
+template <class T>
+struct Kernels {
+  int lanes;     // elements of T in a vector
+  int mr1, mr2;  // rows of the widest tile that is one, two vectors wide
+  int dot_tokens;     // tokens one call of dot handles
+  int dot_max_rows;   // below or at this many rows the dot kernel beats the tiles
+
+  // c[i*ldc + j] (+)= sum_k a(i, k) * b[k * nv*lanes + j] for i < m, j < nv*lanes.
+  // row_a: a(i, k) = a[i*kLda + k]; col_a: a(i, k) = a[k*kLdm + i]. Index: [nv - 1][m - 1].
+  using Micro = void (*)(int64_t kc, const T* a, const T* b, T* c, int64_t ldc, bool accumulate);
+  Micro row_a[2][kMaxMr];
+  Micro col_a[2][kMaxMr];
+
+  // out[t*ldo + f] = sum_k w[f*ldw + k] * x[t*ldx + k] for f < features <= kDotFeatures and
+  // t < tokens <= dot_tokens. Rows of x are readable and zero up to the next whole vector.
+  void (*dot)(DType w_type, int features, int tokens, int64_t k, const void* w, int64_t ldw,
+              const T* x, int64_t ldx, T* out, int64_t ldo);
+
+  // dst[i] = scale * src[i]
+  void (*load_row)(DType type, const void* src, T* dst, int64_t n, T scale);
+  // Panels of 2*lanes columns (the last one lanes or 2*lanes wide, zero-padded) of a matrix whose row
+  // r starts at rows[r] + byte_offset: dst[j*num_rows + r*width + c] for the panel at column j.
+  // scales: one factor a row, or nullptr.
+  void (*pack_panels)(DType type, const void* const* rows, int64_t byte_offset, int64_t num_rows,
+                      int64_t cols, const T* scales, T* dst);
+  void (*store_row)(DType type, const T* src, void* dst, int64_t n);
+  // dst[c*ld_dst + r] = src[r*ld_src + c] for r < rows, c < cols. `rows` is a multiple of lanes,
+  // cols is anything; src must be readable up to the next whole vector of columns.
+  void (*transpose)(const T* src, int64_t ld_src, int64_t rows, int64_t cols, T* dst,
+                    int64_t ld_dst);
+
+  // out[i] = sum_r weights[r] * rows[r][i], in the order of r; weights == nullptr means ones.
+  void (*weighted_sum)(DType type, const void* const* rows, const T* weights, int64_t num_rows,
+                       T* out, int64_t n);
+  // acc[i] += scale * row[i]
+  void (*axpy)(DType type, const void* row, T scale, T* acc, int64_t n);
+  T (*dot_row)(DType a_type, const void* a, DType b_type, const void* b, int64_t n);
+
+  // h = act(gate, up); `up` is ignored by activations that have no gate.
+  void (*act_fwd)(Activation kind, const T* gate, const T* up, T* h, int64_t n, T alpha, T limit);
+  // Given dh, writes the gradients of gate and up, and h itself when h != nullptr.
+  void (*act_bwd)(Activation kind, const T* gate, const T* up, const T* dh, T* h, T* dgate, T* dup,
+                  int64_t n, T alpha, T limit);
+};
+
+template <class T>
+const Kernels<T>& kernels();  // those of active_isa()
+
+}  // namespace moe_ops::cpu

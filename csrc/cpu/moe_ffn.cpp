@@ -1,0 +1,277 @@
+// The FFN block in three stages, one parallel region each.
+//
+// Forward: (1) up projection with x gathered while it is packed, bias and activation applied to the
+// tile in cache, h kept in the accumulate type; (2) down projection into rows; (3) weighted sum of
+// a token's rows, each output written once.
+// Backward: (1) u = W_down^T grad_y, unweighted, because <h, u> is then the gradient of the routing
+// weight; (2) activation recomputed from the pre-activation; (3) the two weight gradients; (4) the
+// gradient of x by rows and (5) summed by token.
+#include "moe_ops/moe_ffn.h"
+
+#include "cpu/act_rows.h"
+#include "cpu/gemm.h"
+#include "moe_ops/unpermute.h"
+
+namespace moe_ops::cpu {
+
+namespace {
+
+// Token and routing weight of each row.
+template <class T>
+struct RowRouting {
+  int32_t* token;
+  T* weight;
+};
+
+template <class T>
+RowRouting<T> row_routing(const MoeFfnShape& s, int64_t rows) {
+  RowRouting<T> out;
+  out.token = scratch<int32_t>(Scratch::kIndex, rows * (1 + sizeof(T) / sizeof(int32_t)) + 16);
+  out.weight = reinterpret_cast<T*>(out.token + round_up<int64_t>(rows, 16));
+  const T* weights = static_cast<const T*>(s.topk_weights);
+  for (int64_t r = 0; r < rows; ++r) {
+    const int32_t slot = s.row_to_slot[r];
+    out.token[r] = static_cast<int32_t>(slot / s.top_k);
+    out.weight[r] = weights[slot];
+  }
+  return out;
+}
+
+template <class T>
+constexpr DType kAccumulate = sizeof(T) == 8 ? DType::kFloat64 : DType::kFloat32;
+
+template <class T>
+void combine(const MoeFfnShape& s, const T* rows, int64_t num_rows, bool weighted, void* y,
+             DType y_type, const Parallel& par) {
+  UnpermuteParams u;
+  u.rows = rows;
+  u.type = kAccumulate<T>;
+  u.row_stride = s.hidden_size;
+  u.hidden_size = s.hidden_size;
+  u.num_tokens = s.num_tokens;
+  u.top_k = s.top_k;
+  u.num_valid_rows = num_rows;
+  u.slot_to_row = s.slot_to_row;
+  u.topk_weights = weighted ? s.topk_weights : nullptr;
+  u.y = y;
+  u.y_type = y_type;
+  unpermute(u, par);
+}
+
+template <class T>
+GemmDesc<T> gemm_desc(const MoeFfnShape& s, int64_t features, int64_t in_features, const Rows& a,
+                      const ExpertMatrices& b) {
+  GemmDesc<T> d;
+  d.expert_offsets = s.expert_offsets;
+  d.num_experts = s.num_experts;
+  d.features = features;
+  d.in_features = in_features;
+  d.a = a;
+  d.b = b;
+  return d;
+}
+
+template <class T>
+void forward(const MoeFfnParams& p, const Parallel& par) {
+  const MoeFfnShape& s = p.shape;
+  const Kernels<T>& k = kernels<T>();
+  const int64_t I = s.intermediate_size, H = s.hidden_size;
+  const int64_t rows = s.expert_offsets[s.num_experts];
+  const bool gated = is_gated(s.act.kind);
+  const bool halves = gated && !s.act.interleaved;
+  const int64_t width = gated ? 2 * I : I;
+  const DType type = p.x.type;
+  const RowRouting<T> routing = row_routing<T>(s, rows);
+
+  T* h = scratch<T>(Scratch::kHidden, rows * I);
+  Rows x = p.x;
+  x.index = routing.token;
+  GemmDesc<T> up = gemm_desc<T>(s, halves ? I : width, H, x, p.w_gate_up);
+  up.segments = halves ? 2 : 1;
+  up.feature_unit = gated && s.act.interleaved ? 2 : 1;
+  if (s.apply_router_weight_on_input) up.a_scale = routing.weight;
+  gemm(up, par, [&](int64_t e, int64_t r, int64_t f, int64_t n, T* v0, T* v1) {
+    for (int seg = 0; seg < up.segments; ++seg) {
+      T* v = seg == 0 ? v0 : v1;
+      const int64_t column = seg * I + f;
+      if (p.b_gate_up.data != nullptr) {
+        k.axpy(p.b_gate_up.type,
+               element(p.b_gate_up.data, p.b_gate_up.type, e * p.b_gate_up.stride_e + column),
+               T(1), v, n);
+      }
+      if (p.preact != nullptr) {
+        k.store_row(type, v,
+                    static_cast<char*>(p.preact) + (r * width + column) * dtype_size(type), n);
+      }
+    }
+    if (gated && s.act.interleaved) {
+      T buffer[2 * kFeatureBlock];
+      for (int64_t i = 0; i < n; i += 2 * kFeatureBlock) {
+        const int64_t m = std::min(2 * kFeatureBlock, n - i) / 2;
+        deinterleave(v0 + i, m, buffer, buffer + m);
+        k.act_fwd(s.act.kind, buffer, buffer + m, h + r * I + (f + i) / 2, m, T(s.act.alpha),
+                  T(s.act.limit));
+      }
+    } else {
+      k.act_fwd(s.act.kind, v0, v1, h + r * I + f, n, T(s.act.alpha), T(s.act.limit));
+    }
+  });
+
+  T* out = scratch<T>(Scratch::kRows, rows * H);
+  const Rows hidden = {h, kAccumulate<T>, I, nullptr};
+  gemm(gemm_desc<T>(s, H, I, hidden, p.w_down), par,
+       [&](int64_t e, int64_t r, int64_t f, int64_t n, T* v, T*) {
+         if (p.b_down.data != nullptr) {
+           k.axpy(p.b_down.type,
+                  element(p.b_down.data, p.b_down.type, e * p.b_down.stride_e + f), T(1), v, n);
+         }
+         std::memcpy(out + r * H + f, v, static_cast<size_t>(n) * sizeof(T));
+       });
+  combine(s, out, rows, !s.apply_router_weight_on_input, p.y, type, par);
+  release_large_scratch();
+}
+
+template <class T>
+void backward(const MoeFfnBwdParams& p, const Parallel& par) {
+  const MoeFfnShape& s = p.shape;
+  const Kernels<T>& k = kernels<T>();
+  const int64_t I = s.intermediate_size, H = s.hidden_size, K = s.top_k;
+  const int64_t rows = s.expert_offsets[s.num_experts];
+  const bool gated = is_gated(s.act.kind);
+  const int64_t width = gated ? 2 * I : I;
+  const bool on_input = s.apply_router_weight_on_input;
+  const DType type = p.x.type;
+  const RowRouting<T> routing = row_routing<T>(s, rows);
+  T* grad_weights = static_cast<T*>(p.grad_topk_weights);
+  if (grad_weights != nullptr) {
+    std::fill(grad_weights, grad_weights + s.num_tokens * K, T(0));
+  }
+
+  Rows gy = p.grad_y;
+  gy.index = routing.token;
+  Rows x = p.x;
+  x.index = routing.token;
+
+  // u = W_down^T grad_y: the matrix [I, H] is w_down transposed, which is a change of strides.
+  T* u = scratch<T>(Scratch::kHidden, rows * I);
+  ExpertMatrices w_down_t = p.w_down;
+  std::swap(w_down_t.stride_o, w_down_t.stride_k);
+  gemm(gemm_desc<T>(s, I, H, gy, w_down_t), par,
+       [&](int64_t, int64_t r, int64_t f, int64_t n, T* v, T*) {
+         std::memcpy(u + r * I + f, v, static_cast<size_t>(n) * sizeof(T));
+       });
+
+  // Pre-activation gradients; u becomes (weight) * h, the operand of the down weight gradient.
+  T* dpre = scratch<T>(Scratch::kGrad, rows * width);
+  parallel_range(par, rows, I * 4.0 + 2, [&](int64_t begin, int64_t end) {
+    T* pre = scratch<T>(Scratch::kTile, 7 * I + H);
+    T* buffer = pre + 2 * I;
+    T* dgu = pre + 4 * I;
+    T* h = pre + 6 * I;
+    for (int64_t r = begin; r < end; ++r) {
+      const T weight = on_input ? T(1) : routing.weight[r];
+      T* ur = u + r * I;
+      T* dr = dpre + r * width;
+      k.load_row(type, element(p.preact, type, r * width), pre, width, T(1));
+      const GateUp<T> gu = split_row(s.act, pre, I, buffer);
+      const bool weave = gated && s.act.interleaved;
+      T* grad = weave ? dgu : dr;
+      // <h, u> needs u before the routing weight is multiplied into it.
+      if (grad_weights != nullptr && !on_input) {
+        k.act_fwd(s.act.kind, gu.gate, gu.up, h, I, T(s.act.alpha), T(s.act.limit));
+        T g = k.dot_row(kAccumulate<T>, h, kAccumulate<T>, ur, I);
+        if (p.b_down.data != nullptr) {
+          const int64_t e =
+              std::upper_bound(s.expert_offsets, s.expert_offsets + s.num_experts + 1, r) -
+              s.expert_offsets - 1;
+          g += k.dot_row(p.b_down.type,
+                         element(p.b_down.data, p.b_down.type, e * p.b_down.stride_e), type,
+                         row_of(gy, r), H);
+        }
+        grad_weights[s.row_to_slot[r]] = g;
+      }
+      if (weight != T(1)) k.load_row(kAccumulate<T>, ur, ur, I, weight);
+      k.act_bwd(s.act.kind, gu.gate, gu.up, ur, h, grad, grad + I, I, T(s.act.alpha),
+                T(s.act.limit));
+      if (weave) interleave(dgu, dgu + I, I, dr);
+      k.load_row(kAccumulate<T>, h, ur, I, weight);
+    }
+  });
+
+  const Rows hidden = {u, kAccumulate<T>, I, nullptr};
+  const Rows dpre_rows = {dpre, kAccumulate<T>, width, nullptr};
+  if (p.grad_w_down != nullptr) {
+    GroupedWgradParams w;
+    w.expert_offsets = s.expert_offsets;
+    w.num_experts = s.num_experts;
+    w.out_features = H;
+    w.in_features = I;
+    w.grad = gy;
+    w.a = hidden;
+    w.out = p.grad_w_down;
+    w.out_type = type;
+    wgrad<T>(w, par);
+  }
+  if (p.grad_w_gate_up != nullptr) {
+    GroupedWgradParams w;
+    w.expert_offsets = s.expert_offsets;
+    w.num_experts = s.num_experts;
+    w.out_features = width;
+    w.in_features = H;
+    w.grad = dpre_rows;
+    w.a = x;
+    w.a_scale = on_input ? routing.weight : nullptr;
+    w.out = p.grad_w_gate_up;
+    w.out_type = type;
+    wgrad<T>(w, par);
+  }
+  const auto bias_gradient = [&](const Rows& grad, int64_t features, const T* scale, void* out) {
+    if (out == nullptr) return;
+    GroupedSumParams b;
+    b.expert_offsets = s.expert_offsets;
+    b.num_experts = s.num_experts;
+    b.features = features;
+    b.rows = grad;
+    b.scale = scale;
+    b.out = out;
+    b.out_type = type;
+    // grouped_sum picks the accumulate type by the rows; half-precision grad_y sums in float too.
+    grouped_sum(b, par);
+  };
+  bias_gradient(dpre_rows, width, nullptr, p.grad_b_gate_up);
+  bias_gradient(gy, H, on_input ? nullptr : routing.weight, p.grad_b_down);
+
+  if (p.grad_x == nullptr && !(on_input && grad_weights != nullptr)) {
+    release_large_scratch();
+    return;
+  }
+  T* dx = scratch<T>(Scratch::kRows, rows * H);
+  ExpertMatrices w_gate_up_t = p.w_gate_up;
+  std::swap(w_gate_up_t.stride_o, w_gate_up_t.stride_k);
+  gemm(gemm_desc<T>(s, H, width, dpre_rows, w_gate_up_t), par,
+       [&](int64_t, int64_t r, int64_t f, int64_t n, T* v, T*) {
+         std::memcpy(dx + r * H + f, v, static_cast<size_t>(n) * sizeof(T));
+       });
+  if (on_input && grad_weights != nullptr) {
+    parallel_range(par, rows, H / 8.0 + 2, [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r) {
+        grad_weights[s.row_to_slot[r]] =
+            k.dot_row(kAccumulate<T>, dx + r * H, type, row_of(x, r), H);
+      }
+    });
+  }
+  if (p.grad_x != nullptr) combine(s, dx, rows, on_input, p.grad_x, type, par);
+  release_large_scratch();
+}
+
+}  // namespace
+
+void moe_ffn(const MoeFfnParams& p, const Parallel& par) {
+  p.x.type == DType::kFloat64 ? forward<double>(p, par) : forward<float>(p, par);
+}
+
+void moe_ffn_bwd(const MoeFfnBwdParams& p, const Parallel& par) {
+  p.x.type == DType::kFloat64 ? backward<double>(p, par) : backward<float>(p, par);
+}
+
+}  // namespace moe_ops::cpu

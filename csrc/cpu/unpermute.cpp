@@ -1,0 +1,85 @@
+#include "moe_ops/unpermute.h"
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "cpu/kernels.h"
+#include "cpu/parallel.h"
+#include "cpu/workspace.h"
+
+namespace moe_ops::cpu {
+
+namespace {
+
+template <class T>
+void run(const UnpermuteParams& p, const Parallel& par) {
+  const Kernels<T>& k = kernels<T>();
+  const int64_t H = p.hidden_size, K = p.top_k, size = dtype_size(p.type);
+  const char* rows = static_cast<const char*>(p.rows);
+  const T* weights = static_cast<const T*>(p.topk_weights);
+  parallel_range(par, p.num_tokens, K * H / 8.0 + 4, [&](int64_t begin, int64_t end) {
+    std::vector<const void*> row(static_cast<size_t>(K));
+    std::vector<T> weight(static_cast<size_t>(K));
+    T* sum = scratch<T>(Scratch::kTile, H);
+    for (int64_t t = begin; t < end; ++t) {
+      int64_t n = 0;
+      for (int64_t s = t * K; s < (t + 1) * K; ++s) {
+        if (p.slot_to_row[s] >= p.num_valid_rows) continue;
+        row[n] = rows + p.slot_to_row[s] * p.row_stride * size;
+        weight[n++] = weights != nullptr ? weights[s] : T(1);
+      }
+      k.weighted_sum(p.type, row.data(), weights != nullptr ? weight.data() : nullptr, n, sum, H);
+      k.store_row(p.y_type, sum, static_cast<char*>(p.y) + t * H * dtype_size(p.y_type), H);
+    }
+  });
+}
+
+template <class T>
+void run_bwd(const UnpermuteBwdParams& p, const Parallel& par) {
+  const Kernels<T>& k = kernels<T>();
+  const int64_t H = p.hidden_size, K = p.top_k, size = dtype_size(p.type);
+  const T* weights = static_cast<const T*>(p.topk_weights);
+  // From the row's side, so that each row of grad_rows is written once whatever the map holds.
+  std::vector<int64_t> row_to_slot(static_cast<size_t>(p.num_rows), -1);
+  for (int64_t s = p.num_tokens * K - 1; s >= 0; --s) row_to_slot[p.slot_to_row[s]] = s;
+  parallel_range(par, p.num_rows, H / 4.0 + 2, [&](int64_t begin, int64_t end) {
+    T* grad = scratch<T>(Scratch::kTile, H);
+    for (int64_t r = begin; r < end; ++r) {
+      char* out = static_cast<char*>(p.grad_rows) + r * H * size;
+      const int64_t s = row_to_slot[r];
+      if (s < 0 || r >= p.num_valid_rows) {
+        std::memset(out, 0, static_cast<size_t>(H * size));
+        continue;
+      }
+      const char* gy = static_cast<const char*>(p.grad_y) + s / K * p.grad_y_stride * size;
+      k.load_row(p.type, gy, grad, H, weights != nullptr ? weights[s] : T(1));
+      k.store_row(p.type, grad, out, H);
+    }
+  });
+  if (p.grad_weights == nullptr) return;
+  T* grad_weights = static_cast<T*>(p.grad_weights);
+  parallel_range(par, p.num_tokens * K, H / 8.0 + 2, [&](int64_t begin, int64_t end) {
+    for (int64_t s = begin; s < end; ++s) {
+      const int64_t r = p.slot_to_row[s];
+      grad_weights[s] =
+          r >= p.num_valid_rows
+              ? T(0)
+              : k.dot_row(p.type, static_cast<const char*>(p.rows) + r * p.row_stride * size,
+                          p.type,
+                          static_cast<const char*>(p.grad_y) + s / K * p.grad_y_stride * size, H);
+    }
+  });
+}
+
+}  // namespace
+
+void unpermute(const UnpermuteParams& p, const Parallel& par) {
+  p.type == DType::kFloat64 ? run<double>(p, par) : run<float>(p, par);
+}
+
+void unpermute_bwd(const UnpermuteBwdParams& p, const Parallel& par) {
+  p.type == DType::kFloat64 ? run_bwd<double>(p, par) : run_bwd<float>(p, par);
+}
+
+}  // namespace moe_ops::cpu

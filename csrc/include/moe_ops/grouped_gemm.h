@@ -1,0 +1,82 @@
+// grouped_gemm: the ragged-M product of rows sorted by expert with one matrix an expert;
+// grouped_gemm_wgrad: its weight gradient (ragged K); grouped_sum: its bias gradient.
+#pragma once
+
+#include <cstdint>
+
+#include "moe_ops/common.h"
+
+namespace moe_ops {
+
+// Rows of a matrix; row r of the permuted order is row index[r] of `data` (r itself when index is
+// nullptr). Every row is dense.
+struct Rows {
+  const void* data = nullptr;
+  DType type = DType::kFloat32;
+  int64_t stride = 0;  // elements between rows
+  const int32_t* index = nullptr;
+};
+
+struct MutableRows {
+  void* data = nullptr;
+  DType type = DType::kFloat32;
+  int64_t stride = 0;
+  const int32_t* index = nullptr;
+};
+
+// One matrix [O, K] an expert, dense along O or along K.
+struct ExpertMatrices {
+  const void* data = nullptr;
+  DType type = DType::kFloat32;
+  int64_t stride_e = 0, stride_o = 0, stride_k = 0;  // elements; stride_o or stride_k is 1
+};
+
+struct ExpertVectors {
+  const void* data = nullptr;  // nullptr: none
+  DType type = DType::kFloat32;
+  int64_t stride_e = 0;
+};
+
+// The accumulate type is double when b is float64, float otherwise.
+struct GroupedGemmParams {
+  const int64_t* expert_offsets = nullptr;  // [E+1], from 0, never falling
+  int64_t num_experts = 0;                  // E
+  int64_t out_features = 0;                 // O
+  int64_t in_features = 0;                  // K
+  Rows a;                                   // [rows, K]
+  const void* a_scale = nullptr;            // [rows] in the accumulate type, or nullptr: ones
+  ExpertMatrices b;                         // [E, O, K]
+  ExpertVectors bias;                       // [E, O]
+  MutableRows out;                          // [rows, O]
+};
+
+struct GroupedWgradParams {
+  const int64_t* expert_offsets = nullptr;
+  int64_t num_experts = 0;
+  int64_t out_features = 0;
+  int64_t in_features = 0;
+  Rows grad;                         // [rows, O]
+  const void* grad_scale = nullptr;  // [rows] in the accumulate type, or nullptr
+  Rows a;                            // [rows, K]
+  const void* a_scale = nullptr;     // [rows] in the accumulate type, or nullptr
+  void* out = nullptr;               // [E, O, K] contiguous; every element is written
+  DType out_type = DType::kFloat32;
+};
+
+struct GroupedSumParams {
+  const int64_t* expert_offsets = nullptr;
+  int64_t num_experts = 0;
+  int64_t features = 0;
+  Rows rows;                    // [rows, O]
+  const void* scale = nullptr;  // [rows] in the accumulate type, or nullptr
+  void* out = nullptr;          // [E, O] contiguous
+  DType out_type = DType::kFloat32;
+};
+
+namespace cpu {
+void grouped_gemm(const GroupedGemmParams& p, const Parallel& par);
+void grouped_gemm_wgrad(const GroupedWgradParams& p, const Parallel& par);
+void grouped_sum(const GroupedSumParams& p, const Parallel& par);
+}  // namespace cpu
+
+}  // namespace moe_ops

@@ -1,0 +1,59 @@
+// moe_ffn: the whole expert FFN block, forward and backward. P = 2I for gated activations, else I.
+#pragma once
+
+#include <cstdint>
+
+#include "moe_ops/activation.h"
+#include "moe_ops/common.h"
+#include "moe_ops/grouped_gemm.h"
+
+namespace moe_ops {
+
+struct MoeFfnShape {
+  int64_t num_tokens;         // T
+  int64_t hidden_size;        // H
+  int64_t intermediate_size;  // I
+  int64_t num_experts;        // E
+  int64_t top_k;              // K
+  ActivationParams act;
+  bool apply_router_weight_on_input;
+  const int64_t* expert_offsets;  // [E+1]
+  const int32_t* row_to_slot;     // [N]
+  const int32_t* slot_to_row;     // [T, K]
+  const void* topk_weights;       // [T, K] in the accumulate type
+};
+
+struct MoeFfnParams {
+  MoeFfnShape shape;
+  Rows x;                    // [T, H], no index
+  ExpertMatrices w_gate_up;  // [E, P, H]
+  ExpertMatrices w_down;     // [E, H, I]
+  ExpertVectors b_gate_up;   // [E, P] or none
+  ExpertVectors b_down;      // [E, H] or none
+  void* y;                   // [T, H] contiguous, out, x's type
+  void* preact;              // [N, P] contiguous, out, x's type; nullptr: not wanted
+};
+
+struct MoeFfnBwdParams {
+  MoeFfnShape shape;
+  Rows grad_y;               // [T, H], no index
+  Rows x;                    // [T, H], no index
+  ExpertMatrices w_gate_up;  // [E, P, H]
+  ExpertMatrices w_down;     // [E, H, I]
+  ExpertVectors b_down;      // [E, H] or none: enters the gradient of the routing weights
+  const void* preact;        // [N, P] contiguous, x's type
+  // Outputs, contiguous, x's type, nullptr where not wanted.
+  void* grad_x;              // [T, H]
+  void* grad_w_gate_up;      // [E, P, H]
+  void* grad_w_down;         // [E, H, I]
+  void* grad_b_gate_up;      // [E, P]
+  void* grad_b_down;         // [E, H]
+  void* grad_topk_weights;   // [T, K] in the accumulate type
+};
+
+namespace cpu {
+void moe_ffn(const MoeFfnParams& p, const Parallel& par);
+void moe_ffn_bwd(const MoeFfnBwdParams& p, const Parallel& par);
+}  // namespace cpu
+
+}  // namespace moe_ops

@@ -1,0 +1,216 @@
+#include "moe_ops/moe_ffn.h"
+
+#include <cstring>
+
+#include "torch/activation.h"
+#include "torch/tensor_utils.h"
+
+namespace moe_ops::adapter {
+
+namespace {
+
+struct Sizes {
+  DType type;
+  int64_t T, H, I, E, K, width;  // width: features of w_gate_up
+  ActivationParams act;
+};
+
+Sizes check_ffn(const char* op, const Tensor& x, const Tensor& w_gate_up, const Tensor& w_down,
+                const Tensor& topk_weights, int64_t top_k, const ActivationParams& act) {
+  Sizes s;
+  s.act = act;
+  s.type = check_float(op, "x", x);
+  check_dim(op, "x", x, 2, "[T, H]");
+  s.T = x.size(0);
+  s.H = x.size(1);
+  check_same_dtype(op, "w_gate_up", w_gate_up, "x", x);
+  check_dim(op, "w_gate_up", w_gate_up, 3, is_gated(act.kind) ? "[E, 2I, H]" : "[E, I, H]");
+  s.E = w_gate_up.size(0);
+  s.width = w_gate_up.size(1);
+  MOE_CHECK(s.E >= 1, op, ": w_gate_up must hold at least one expert, got shape ",
+            shape_string(w_gate_up), ".");
+  check_size(op, "w_gate_up", w_gate_up, 2, s.H, "H");
+  MOE_CHECK(!is_gated(act.kind) || s.width % 2 == 0, op,
+            ": w_gate_up must have an even number 2I of features, got shape ",
+            shape_string(w_gate_up), ".");
+  s.I = is_gated(act.kind) ? s.width / 2 : s.width;
+  check_same_dtype(op, "w_down", w_down, "x", x);
+  check_dim(op, "w_down", w_down, 3, "[E, H, I]");
+  check_size(op, "w_down", w_down, 0, s.E, "E");
+  check_size(op, "w_down", w_down, 1, s.H, "H");
+  check_size(op, "w_down", w_down, 2, s.I, "I");
+  check_float(op, "topk_weights", topk_weights);
+  check_dim(op, "topk_weights", topk_weights, 2, "[T, K]");
+  check_size(op, "topk_weights", topk_weights, 0, s.T, "T");
+  s.K = top_k;
+  check_size(op, "topk_weights", topk_weights, 1, s.K, "K");
+  return s;
+}
+
+void check_bias(const char* op, const char* name, const OptTensor& bias, const Tensor& x, int64_t E,
+                int64_t features, const char* shape) {
+  if (!bias.has_value()) return;
+  check_same_dtype(op, name, *bias, "x", x);
+  check_dim(op, name, *bias, 2, shape);
+  check_size(op, name, *bias, 0, E, "E");
+  check_size(op, name, *bias, 1, features, "the number of features");
+}
+
+MoeFfnShape make_shape(const Sizes& s, bool on_input, const std::vector<int64_t>& offsets,
+                       const int32_t* row_to_slot, const int32_t* slot_to_row,
+                       const Tensor& weights) {
+  MoeFfnShape shape;
+  shape.num_tokens = s.T;
+  shape.hidden_size = s.H;
+  shape.intermediate_size = s.I;
+  shape.num_experts = s.E;
+  shape.top_k = s.K;
+  shape.act = s.act;
+  shape.apply_router_weight_on_input = on_input;
+  shape.expert_offsets = offsets.data();
+  shape.row_to_slot = row_to_slot;
+  shape.slot_to_row = slot_to_row;
+  shape.topk_weights = weights.const_data_ptr();
+  return shape;
+}
+
+using FfnOutputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+FfnOutputs run_ffn(const char* op, const Tensor& x, const Tensor& w_gate_up, const Tensor& w_down,
+                   const Tensor& topk_weights, const Tensor& topk_ids, const OptTensor& b_gate_up,
+                   const OptTensor& b_down, const std::string& activation, bool interleaved,
+                   bool on_input, double alpha, double limit, bool save) {
+  const ActivationParams act =
+      check_activation(op, activation, interleaved, alpha, limit, false);
+  check_index(op, "topk_ids", topk_ids);
+  check_dim(op, "topk_ids", topk_ids, 2, "[T, K]");
+  const Sizes s = check_ffn(op, x, w_gate_up, w_down, topk_weights, topk_ids.size(1), act);
+  check_size(op, "topk_ids", topk_ids, 0, s.T, "T");
+  check_bias(op, "b_gate_up", b_gate_up, x, s.E, s.width, is_gated(act.kind) ? "[E, 2I]" : "[E, I]");
+  check_bias(op, "b_down", b_down, x, s.E, s.H, "[E, H]");
+
+  auto [expert_offsets, row_to_slot, slot_to_row] = sorted_slots(op, topk_ids, s.E);
+  const auto* ends = static_cast<const int32_t*>(expert_offsets.const_data_ptr());
+  const std::vector<int64_t> offsets(ends, ends + s.E + 1);
+  const Tensor src = with_dense_rows(x);
+  const Weights up = weights_of(w_gate_up, s.type);
+  const Weights down = weights_of(w_down, s.type);
+  const Bias up_bias = bias_of(b_gate_up, s.type);
+  const Bias down_bias = bias_of(b_down, s.type);
+  const Tensor weights = contiguous_as(topk_weights, accumulate_type(x.scalar_type()));
+  const int64_t N = s.T * s.K;
+  Tensor y = empty_cpu({s.T, s.H}, x.scalar_type());
+  Tensor preact = save ? empty_cpu({N, s.width}, x.scalar_type()) : empty_cpu({0}, x.scalar_type());
+  MoeFfnParams p;
+  p.shape = make_shape(s, on_input, offsets,
+                       static_cast<const int32_t*>(row_to_slot.const_data_ptr()),
+                       static_cast<const int32_t*>(slot_to_row.const_data_ptr()), weights);
+  p.x = rows_of(src, s.type);
+  p.w_gate_up = up.matrices;
+  p.w_down = down.matrices;
+  p.b_gate_up = up_bias.vectors;
+  p.b_down = down_bias.vectors;
+  p.y = y.mutable_data_ptr();
+  p.preact = save ? preact.mutable_data_ptr() : nullptr;
+  cpu::moe_ffn(p, torch_parallel());
+  if (save && offsets.back() < N) {
+    const int64_t bytes = s.width * dtype_size(s.type);
+    std::memset(static_cast<char*>(p.preact) + offsets.back() * bytes, 0,
+                static_cast<size_t>((N - offsets.back()) * bytes));
+  }
+  return {y, preact, expert_offsets, row_to_slot, slot_to_row};
+}
+
+Tensor moe_ffn(const Tensor& x, const Tensor& w_gate_up, const Tensor& w_down,
+               const Tensor& topk_weights, const Tensor& topk_ids, const OptTensor& b_gate_up,
+               const OptTensor& b_down, std::string activation, bool interleaved,
+               bool apply_router_weight_on_input, double alpha, double limit) {
+  return std::get<0>(run_ffn("moe_ffn", x, w_gate_up, w_down, topk_weights, topk_ids, b_gate_up,
+                             b_down, activation, interleaved, apply_router_weight_on_input, alpha,
+                             limit, false));
+}
+
+FfnOutputs moe_ffn_fwd(const Tensor& x, const Tensor& w_gate_up, const Tensor& w_down,
+                       const Tensor& topk_weights, const Tensor& topk_ids,
+                       const OptTensor& b_gate_up, const OptTensor& b_down, std::string activation,
+                       bool interleaved, bool apply_router_weight_on_input, double alpha,
+                       double limit) {
+  return run_ffn("moe_ffn", x, w_gate_up, w_down, topk_weights, topk_ids, b_gate_up, b_down,
+                 activation, interleaved, apply_router_weight_on_input, alpha, limit, true);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_ffn_bwd(
+    const Tensor& grad_y, const Tensor& x, const Tensor& w_gate_up, const Tensor& w_down,
+    const Tensor& topk_weights, const Tensor& preact, const Tensor& expert_offsets,
+    const Tensor& row_to_slot, const Tensor& slot_to_row, const OptTensor& b_down,
+    std::string activation, bool interleaved, bool apply_router_weight_on_input, double alpha,
+    double limit, bool need_x, bool need_w_gate_up, bool need_w_down, bool need_topk_weights,
+    bool need_b_gate_up, bool need_b_down) {
+  constexpr const char* kOp = "moe_ffn_bwd";
+  const ActivationParams act = check_activation(kOp, activation, interleaved, alpha, limit, false);
+  check_index(kOp, "slot_to_row", slot_to_row);
+  check_dim(kOp, "slot_to_row", slot_to_row, 2, "[T, K]");
+  const Sizes s = check_ffn(kOp, x, w_gate_up, w_down, topk_weights, slot_to_row.size(1), act);
+  check_bias(kOp, "b_down", b_down, x, s.E, s.H, "[E, H]");
+  const int64_t N = s.T * s.K;
+  check_size(kOp, "slot_to_row", slot_to_row, 0, s.T, "T");
+  check_same_dtype(kOp, "grad_y", grad_y, "x", x);
+  check_dim(kOp, "grad_y", grad_y, 2, "[T, H]");
+  check_size(kOp, "grad_y", grad_y, 0, s.T, "T");
+  check_size(kOp, "grad_y", grad_y, 1, s.H, "H");
+  check_same_dtype(kOp, "preact", preact, "x", x);
+  check_dim(kOp, "preact", preact, 2, "[N, 2I]");
+  check_size(kOp, "preact", preact, 0, N, "N");
+  check_size(kOp, "preact", preact, 1, s.width, "the features of w_gate_up");
+  const std::vector<int64_t> offsets = checked_offsets(kOp, expert_offsets, N);
+  check_size(kOp, "expert_offsets", expert_offsets, 0, s.E + 1, "E+1");
+  check_index(kOp, "row_to_slot", row_to_slot);
+  check_dim(kOp, "row_to_slot", row_to_slot, 1, "[N]");
+  check_size(kOp, "row_to_slot", row_to_slot, 0, N, "N");
+  const std::vector<int32_t> rows = checked_map(kOp, "row_to_slot", row_to_slot, N);
+  const std::vector<int32_t> slots = checked_map(kOp, "slot_to_row", slot_to_row, N);
+
+  const ScalarType type = x.scalar_type(), acc = accumulate_type(type);
+  const Tensor gy = with_dense_rows(grad_y);
+  const Tensor src = with_dense_rows(x);
+  const Tensor pre = dense(preact);
+  const Tensor weights = contiguous_as(topk_weights, acc);
+  const Weights up = weights_of(w_gate_up, s.type);
+  const Weights down = weights_of(w_down, s.type);
+  const Bias down_bias = bias_of(b_down, s.type);
+  const auto wanted = [](bool need, std::initializer_list<int64_t> sizes, ScalarType t) {
+    return need ? empty_cpu(sizes, t) : empty_cpu({0}, t);
+  };
+  Tensor grad_x = wanted(need_x, {s.T, s.H}, type);
+  Tensor grad_w_gate_up = wanted(need_w_gate_up, {s.E, s.width, s.H}, type);
+  Tensor grad_w_down = wanted(need_w_down, {s.E, s.H, s.I}, type);
+  Tensor grad_topk_weights = wanted(need_topk_weights, {s.T, s.K}, acc);
+  Tensor grad_b_gate_up = wanted(need_b_gate_up, {s.E, s.width}, type);
+  Tensor grad_b_down = wanted(need_b_down, {s.E, s.H}, type);
+  MoeFfnBwdParams p;
+  p.shape = make_shape(s, apply_router_weight_on_input, offsets, rows.data(), slots.data(), weights);
+  p.grad_y = rows_of(gy, s.type);
+  p.x = rows_of(src, s.type);
+  p.w_gate_up = up.matrices;
+  p.w_down = down.matrices;
+  p.b_down = down_bias.vectors;
+  p.preact = pre.const_data_ptr();
+  p.grad_x = need_x ? grad_x.mutable_data_ptr() : nullptr;
+  p.grad_w_gate_up = need_w_gate_up ? grad_w_gate_up.mutable_data_ptr() : nullptr;
+  p.grad_w_down = need_w_down ? grad_w_down.mutable_data_ptr() : nullptr;
+  p.grad_topk_weights = need_topk_weights ? grad_topk_weights.mutable_data_ptr() : nullptr;
+  p.grad_b_gate_up = need_b_gate_up ? grad_b_gate_up.mutable_data_ptr() : nullptr;
+  p.grad_b_down = need_b_down ? grad_b_down.mutable_data_ptr() : nullptr;
+  cpu::moe_ffn_bwd(p, torch_parallel());
+  return {grad_x, grad_w_gate_up, grad_w_down, grad_topk_weights, grad_b_gate_up, grad_b_down};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(moe_ops, CPU, m) {
+  m.impl("moe_ffn", MOE_BOX(moe_ffn));
+  m.impl("moe_ffn_fwd", MOE_BOX(moe_ffn_fwd));
+  m.impl("moe_ffn_bwd", MOE_BOX(moe_ffn_bwd));
+}
+
+}  // namespace moe_ops::adapter

@@ -1,0 +1,179 @@
+#include "moe_ops/moe_linear_reduce.h"
+
+#include "moe_ops/grouped_gemm.h"
+#include "moe_ops/unpermute.h"
+#include "torch/routed_rows.h"
+#include "torch/tensor_utils.h"
+
+namespace moe_ops::adapter {
+
+namespace {
+
+DType check_reduce(const char* op, const Tensor& h, const Tensor& w, const Tensor& topk_weights,
+                   const Tensor& topk_ids, const OptTensor& bias) {
+  const DType type = check_float(op, "h", h);
+  check_dim(op, "h", h, 3, "[T, K, D]");
+  check_same_dtype(op, "w", w, "h", h);
+  check_dim(op, "w", w, 3, "[E, H, D]");
+  check_num_experts(op, w.size(0));
+  check_size(op, "w", w, 2, h.size(2), "D");
+  check_float(op, "topk_weights", topk_weights);
+  check_dim(op, "topk_weights", topk_weights, 2, "[T, K]");
+  check_size(op, "topk_weights", topk_weights, 0, h.size(0), "T");
+  check_size(op, "topk_weights", topk_weights, 1, h.size(1), "K");
+  check_index(op, "topk_ids", topk_ids);
+  check_dim(op, "topk_ids", topk_ids, 2, "[T, K]");
+  check_size(op, "topk_ids", topk_ids, 0, h.size(0), "T");
+  check_size(op, "topk_ids", topk_ids, 1, h.size(1), "K");
+  if (bias.has_value()) {
+    check_same_dtype(op, "bias", *bias, "h", h);
+    check_dim(op, "bias", *bias, 2, "[E, H]");
+    check_size(op, "bias", *bias, 0, w.size(0), "E");
+    check_size(op, "bias", *bias, 1, w.size(1), "H");
+  }
+  return type;
+}
+
+Tensor moe_linear_reduce(const Tensor& h, const Tensor& w, const Tensor& topk_weights,
+                         const Tensor& topk_ids, const OptTensor& bias) {
+  constexpr const char* kOp = "moe_linear_reduce";
+  const DType type = check_reduce(kOp, h, w, topk_weights, topk_ids, bias);
+  const int64_t T = h.size(0), K = h.size(1), D = h.size(2), E = w.size(0), H = w.size(1);
+  const RoutedRows routing = routed_rows(kOp, topk_ids, E);
+  const ScalarType acc = accumulate_type(h.scalar_type());
+  const Tensor src = dense(h);
+  const Weights weights = weights_of(w, type);
+  const Bias bias_rows = bias_of(bias, type);
+  const Tensor slot_weights = contiguous_as(topk_weights, acc);
+  const Tensor rows = empty_cpu({routing.valid(), H}, acc);
+  const DType acc_type = check_float(kOp, "rows", rows);
+  Tensor y = empty_cpu({T, H}, h.scalar_type());
+  GroupedGemmParams p;
+  p.expert_offsets = routing.offsets.data();
+  p.num_experts = E;
+  p.out_features = H;
+  p.in_features = D;
+  p.a = {src.const_data_ptr(), type, D, routing.row_to_slot};
+  p.b = weights.matrices;
+  p.bias = bias_rows.vectors;
+  p.out = {rows.mutable_data_ptr(), acc_type, H, nullptr};
+  cpu::grouped_gemm(p, torch_parallel());
+  UnpermuteParams u;
+  u.rows = rows.const_data_ptr();
+  u.type = acc_type;
+  u.row_stride = u.hidden_size = H;
+  u.num_tokens = T;
+  u.top_k = K;
+  u.num_valid_rows = routing.valid();
+  u.slot_to_row = routing.slot_to_row;
+  u.topk_weights = slot_weights.const_data_ptr();
+  u.y = y.mutable_data_ptr();
+  u.y_type = type;
+  cpu::unpermute(u, torch_parallel());
+  return y;
+}
+
+template <class T>
+void gather_weights(const RoutedRows& routing, const void* slot_weights, void* row_weights) {
+  for (int64_t r = 0; r < routing.valid(); ++r) {
+    static_cast<T*>(row_weights)[r] =
+        static_cast<const T*>(slot_weights)[routing.row_to_slot[r]];
+  }
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> moe_linear_reduce_bwd(
+    const Tensor& grad_y, const Tensor& h, const Tensor& w, const Tensor& topk_weights,
+    const Tensor& topk_ids, const OptTensor& bias, bool need_h, bool need_w,
+    bool need_topk_weights, bool need_bias) {
+  constexpr const char* kOp = "moe_linear_reduce_bwd";
+  const DType type = check_reduce(kOp, h, w, topk_weights, topk_ids, bias);
+  const int64_t T = h.size(0), K = h.size(1), D = h.size(2), E = w.size(0), H = w.size(1);
+  check_same_dtype(kOp, "grad_y", grad_y, "h", h);
+  check_dim(kOp, "grad_y", grad_y, 2, "[T, H]");
+  check_size(kOp, "grad_y", grad_y, 0, T, "T");
+  check_size(kOp, "grad_y", grad_y, 1, H, "H");
+  const RoutedRows routing = routed_rows(kOp, topk_ids, E);
+  const ScalarType dtype = h.scalar_type(), acc = accumulate_type(dtype);
+  const Tensor gy = with_dense_rows(grad_y);
+  const Tensor src = dense(h);
+  const Bias bias_rows = bias_of(bias, type);
+  const Tensor slot_weights = contiguous_as(topk_weights, acc);
+  const Tensor row_weights = empty_cpu({routing.valid()}, acc);
+  if (acc == ScalarType::Double) {
+    gather_weights<double>(routing, slot_weights.const_data_ptr(), row_weights.mutable_data_ptr());
+  } else {
+    gather_weights<float>(routing, slot_weights.const_data_ptr(), row_weights.mutable_data_ptr());
+  }
+  const Rows gy_rows = rows_of(gy, type, routing.row_to_token.data());
+  const Rows h_rows = {src.const_data_ptr(), type, D, routing.row_to_slot};
+  Tensor grad_h = need_h ? empty_cpu({T, K, D}, dtype) : empty_cpu({0}, dtype);
+  Tensor grad_w = need_w ? empty_cpu({E, H, D}, dtype) : empty_cpu({0}, dtype);
+  Tensor grad_weights = need_topk_weights ? empty_cpu({T, K}, acc) : empty_cpu({0}, acc);
+  Tensor grad_bias = need_bias ? empty_cpu({E, H}, dtype) : empty_cpu({0}, dtype);
+  if (need_h || need_topk_weights) {
+    const Weights weights = weights_of(w, type);
+    const Tensor u = empty_cpu({routing.valid(), D}, acc);
+    GroupedGemmParams p;
+    p.expert_offsets = routing.offsets.data();
+    p.num_experts = E;
+    p.out_features = D;
+    p.in_features = H;
+    p.a = gy_rows;
+    p.b = weights.matrices;
+    std::swap(p.b.stride_o, p.b.stride_k);
+    p.out = {u.mutable_data_ptr(), check_float(kOp, "u", u), D, nullptr};
+    cpu::grouped_gemm(p, torch_parallel());
+    MoeLinearReduceBwdParams q;
+    q.expert_offsets = routing.offsets.data();
+    q.num_experts = E;
+    q.in_features = D;
+    q.hidden_size = H;
+    q.u = u.const_data_ptr();
+    q.h = h_rows;
+    q.grad_y = gy_rows;
+    q.bias = bias_rows.vectors;
+    q.row_weights = row_weights.const_data_ptr();
+    q.row_to_slot = routing.row_to_slot;
+    q.grad_h = need_h ? grad_h.mutable_data_ptr() : nullptr;
+    q.grad_topk_weights = need_topk_weights ? grad_weights.mutable_data_ptr() : nullptr;
+    cpu::moe_linear_reduce_bwd(q, torch_parallel());
+    if (need_h) zero_empty_slots(routing, q.grad_h, D * dtype_size(type));
+    if (need_topk_weights) {
+      zero_empty_slots(routing, q.grad_topk_weights, acc == ScalarType::Double ? 8 : 4);
+    }
+  }
+  if (need_w) {
+    GroupedWgradParams p;
+    p.expert_offsets = routing.offsets.data();
+    p.num_experts = E;
+    p.out_features = H;
+    p.in_features = D;
+    p.grad = gy_rows;
+    p.grad_scale = row_weights.const_data_ptr();
+    p.a = h_rows;
+    p.out = grad_w.mutable_data_ptr();
+    p.out_type = type;
+    cpu::grouped_gemm_wgrad(p, torch_parallel());
+  }
+  if (need_bias) {
+    GroupedSumParams p;
+    p.expert_offsets = routing.offsets.data();
+    p.num_experts = E;
+    p.features = H;
+    p.rows = gy_rows;
+    p.scale = row_weights.const_data_ptr();
+    p.out = grad_bias.mutable_data_ptr();
+    p.out_type = type;
+    cpu::grouped_sum(p, torch_parallel());
+  }
+  return {grad_h, grad_w, grad_weights, grad_bias};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(moe_ops, CPU, m) {
+  m.impl("moe_linear_reduce", MOE_BOX(moe_linear_reduce));
+  m.impl("moe_linear_reduce_bwd", MOE_BOX(moe_linear_reduce_bwd));
+}
+
+}  // namespace moe_ops::adapter

@@ -1,0 +1,29 @@
+"""The ops as documented Python functions; each file also holds its fake, autograd and autocast rules."""
+
+from moe_ops.ops.expert_choice_router import expert_choice_router
+from moe_ops.ops.gated_act import gated_act
+from moe_ops.ops.grouped_gemm import grouped_gemm, grouped_gemm_wgrad, grouped_sum
+from moe_ops.ops.moe_ffn import moe_ffn
+from moe_ops.ops.moe_linear_map import moe_linear_map
+from moe_ops.ops.moe_linear_reduce import moe_linear_reduce
+from moe_ops.ops.permute import permute
+from moe_ops.ops.sort_slots import sort_slots
+from moe_ops.ops.topk_router import topk_router
+from moe_ops.ops.topp_router import topp_router
+from moe_ops.ops.unpermute import unpermute
+
+__all__ = [
+    "expert_choice_router",
+    "gated_act",
+    "grouped_gemm",
+    "grouped_gemm_wgrad",
+    "grouped_sum",
+    "moe_ffn",
+    "moe_linear_map",
+    "moe_linear_reduce",
+    "permute",
+    "sort_slots",
+    "topk_router",
+    "topp_router",
+    "unpermute",
+]

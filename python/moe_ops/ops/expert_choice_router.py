@@ -1,0 +1,123 @@
+"""expert_choice_router: experts choose their tokens under a capacity."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_ops.ops._register import (
+    check,
+    check_same_device,
+    register_autocast,
+    register_fake,
+    register_no_double_backward,
+)
+from moe_ops.ops.topk_router import (
+    check_router_logits,
+    check_scaling_factor,
+    check_score_func,
+    fake_router_gradient,
+    fake_router_outputs,
+)
+
+
+def expert_choice_router(
+    router_logits: Tensor,
+    capacity: int,
+    *,
+    score_func: str = "softmax",
+    routed_scaling_factor: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Lets each expert choose the ``capacity`` tokens with the best scores.
+
+    The score is softmax over the experts of a token, or sigmoid. Each expert takes its ``capacity``
+    best tokens, ties to the smaller token, NaN last; a capacity of T or more takes all. The load is
+    balanced by construction, but a token's experts depend on the other tokens of the batch, later
+    ones included, and a token may get none.
+
+    Args:
+        router_logits: [T, E], E >= 1; float64, float32, bfloat16 or float16, any strides. Under
+            autocast they are cast to float32. The gradient has their dtype.
+        capacity: tokens an expert takes, at least 1. Zhou et al. use T * c / E, with c the mean
+            number of experts a token.
+        score_func: ``"softmax"`` or ``"sigmoid"``.
+        routed_scaling_factor: multiplies the weights; finite.
+
+    Returns:
+        In slot form with K = E: ``topk_weights`` [T, E], float32 (float64 for float64 logits), the
+        scaled scores, and ``topk_ids`` [T, E], int32. The experts that chose a token come first, in
+        ascending id; the other slots hold id -1 and weight 0. T = 0 gives empty tensors. Computed
+        in fp32 (fp64 for fp64), with the same bits for any number of threads. The weights can be
+        differentiated once with respect to the logits, the choice being held fixed.
+
+    Raises:
+        ValueError: wrong dtype or shape, a number out of the ranges above, an unknown name.
+
+    Source:
+        Zhou et al. 2022, Mixture-of-Experts with Expert Choice Routing, arXiv 2202.09368.
+    """
+    return torch.ops.moe_ops.expert_choice_router(
+        router_logits,
+        capacity,
+        score_func=score_func,
+        routed_scaling_factor=routed_scaling_factor,
+    )
+
+
+@register_fake("expert_choice_router")
+def _(
+    router_logits: Tensor,
+    capacity: int,
+    *,
+    score_func: str = "softmax",
+    routed_scaling_factor: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    op = "expert_choice_router"
+    check_router_logits(op, router_logits)
+    check(capacity >= 1, f"{op}: capacity must be at least 1, got {capacity}.")
+    check_score_func(op, score_func)
+    check_scaling_factor(op, routed_scaling_factor)
+    check_same_device(op, router_logits=router_logits)
+    return fake_router_outputs(router_logits, router_logits.shape[1])
+
+
+@register_fake("expert_choice_router_bwd")
+def _(
+    grad_weights: Tensor,
+    router_logits: Tensor,
+    topk_ids: Tensor,
+    score_func: str,
+    routed_scaling_factor: float,
+) -> Tensor:
+    op = "expert_choice_router_bwd"
+    check_score_func(op, score_func)
+    return fake_router_gradient(op, grad_weights, router_logits, topk_ids, routed_scaling_factor)
+
+
+def _setup(
+    ctx: Any,
+    inputs: tuple[Any, ...],
+    keyword_only_inputs: dict[str, Any],
+    output: tuple[Tensor, Tensor],
+) -> None:
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(inputs[0], output[1])
+    ctx.arguments = (
+        keyword_only_inputs["score_func"],
+        keyword_only_inputs["routed_scaling_factor"],
+    )
+
+
+def _backward(ctx: Any, grad_weights: Tensor, _: Tensor | None) -> tuple[Any, ...]:
+    router_logits, topk_ids = ctx.saved_tensors
+    grad_logits = torch.ops.moe_ops.expert_choice_router_bwd(
+        grad_weights, router_logits, topk_ids, *ctx.arguments
+    )
+    return grad_logits, None
+
+
+torch.library.register_autograd("moe_ops::expert_choice_router", _backward, setup_context=_setup)
+register_no_double_backward("expert_choice_router_bwd", "expert_choice_router")
+register_autocast("expert_choice_router", ["router_logits"], torch.float32)

@@ -1,0 +1,129 @@
+"""gated_act: the gated activation of the expert FFN."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_ops.ops._register import (
+    check,
+    check_float,
+    check_same_device,
+    check_same_dtype,
+    register_autocast_keep,
+    register_fake,
+    register_no_double_backward,
+)
+
+GATED_ACTIVATIONS = ("swiglu", "geglu", "geglu_tanh", "reglu", "swiglu_oai")
+PLAIN_ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
+
+
+def gated_act(
+    gate_up: Tensor,
+    activation: str = "swiglu",
+    *,
+    interleaved: bool = False,
+    alpha: float = 1.702,
+    limit: float = 7.0,
+) -> Tensor:
+    """Activation of the gate times up.
+
+    With g the gate and u the up half:
+
+    - ``"swiglu"``: ``g * sigmoid(g) * u``
+    - ``"geglu"``: ``gelu(g) * u`` with the error function; ``"geglu_tanh"`` with its tanh form
+    - ``"reglu"``: ``max(g, 0) * u``
+    - ``"swiglu_oai"`` (gpt-oss): ``(clamp(u, -limit, limit) + 1) * g' * sigmoid(alpha * g')`` with
+      ``g' = min(g, limit)``
+
+    Args:
+        gate_up: [..., 2I]; float64, float32, bfloat16 or float16, any strides. Gate half first, or
+            gate in the even and up in the odd columns when ``interleaved``.
+        activation: one of the names above.
+        interleaved: layout of the last dimension.
+        alpha, limit: of ``"swiglu_oai"`` only; limit is positive.
+
+    Returns:
+        [..., I] in the dtype of gate_up, computed in fp32 (fp64 for fp64).
+
+    Raises:
+        ValueError: wrong dtype, odd last dimension, unknown activation.
+
+    Source:
+        Shazeer 2020, GLU Variants Improve Transformer, arXiv 2002.05202.
+    """
+    return torch.ops.moe_ops.gated_act(
+        gate_up, activation, interleaved=interleaved, alpha=alpha, limit=limit
+    )
+
+
+def check_activation(
+    op: str, activation: str, alpha: float, limit: float, gated_only: bool
+) -> None:
+    names = GATED_ACTIVATIONS if gated_only else GATED_ACTIVATIONS + PLAIN_ACTIVATIONS
+    check(
+        activation in names,
+        f"{op}: activation must be one of {', '.join(names)}, got '{activation}'.",
+    )
+    check(math.isfinite(alpha), f"{op}: alpha must be finite, got {alpha}.")
+    check(limit > 0, f"{op}: limit must be positive, got {limit}.")
+
+
+@register_fake("gated_act")
+def _(
+    gate_up: Tensor,
+    activation: str = "swiglu",
+    *,
+    interleaved: bool = False,
+    alpha: float = 1.702,
+    limit: float = 7.0,
+) -> Tensor:
+    op = "gated_act"
+    check_float(op, "gate_up", gate_up)
+    check_activation(op, activation, alpha, limit, True)
+    check(gate_up.dim() >= 1, f"{op}: gate_up must be [..., 2I], got shape {list(gate_up.shape)}.")
+    check(
+        gate_up.shape[-1] % 2 == 0,
+        f"{op}: gate_up must have an even last dimension (gate and up), "
+        f"got shape {list(gate_up.shape)}.",
+    )
+    return gate_up.new_empty((*gate_up.shape[:-1], gate_up.shape[-1] // 2))
+
+
+@register_fake("gated_act_bwd")
+def _(
+    grad_h: Tensor, gate_up: Tensor, activation: str, interleaved: bool, alpha: float, limit: float
+) -> Tensor:
+    op = "gated_act_bwd"
+    check_float(op, "gate_up", gate_up)
+    check_same_dtype(op, "grad_h", grad_h, "gate_up", gate_up)
+    check_activation(op, activation, alpha, limit, True)
+    check_same_device(op, gate_up=gate_up, grad_h=grad_h)
+    return gate_up.new_empty(tuple(gate_up.shape))
+
+
+def _setup(
+    ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Tensor
+) -> None:
+    gate_up, activation = inputs
+    ctx.save_for_backward(gate_up)
+    ctx.arguments = (
+        activation,
+        keyword_only_inputs["interleaved"],
+        keyword_only_inputs["alpha"],
+        keyword_only_inputs["limit"],
+    )
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    (gate_up,) = ctx.saved_tensors
+    return torch.ops.moe_ops.gated_act_bwd(grad, gate_up, *ctx.arguments), None
+
+
+torch.library.register_autograd("moe_ops::gated_act", _backward, setup_context=_setup)
+register_no_double_backward("gated_act_bwd", "gated_act")
+register_autocast_keep("gated_act")

@@ -1,0 +1,193 @@
+"""grouped_gemm, its weight gradient and its bias gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_ops.ops._register import (
+    check,
+    check_dim,
+    check_float,
+    check_index,
+    check_same_device,
+    check_same_dtype,
+    check_size,
+    needs_input_grad,
+    register_autocast,
+    register_fake,
+)
+
+
+def grouped_gemm(
+    a: Tensor, b: Tensor, expert_offsets: Tensor, *, bias: Tensor | None = None
+) -> Tensor:
+    """Multiplies each expert's rows with that expert's matrix (ragged M).
+
+    ``out[r] = b[e] @ a[r] + bias[e]`` for the rows ``expert_offsets[e] <= r < expert_offsets[e+1]``;
+    rows from ``expert_offsets[E]`` on are zero. Sums run in fp32 (fp64 for fp64) in a fixed order:
+    the same bits every run, whatever the number of threads. An expert without rows costs nothing.
+    Differentiable any number of times in a, b and bias.
+
+    Args:
+        a: [N, K] rows sorted by expert; float64, float32, bfloat16 or float16, any strides.
+        b: [E, O, K] out-features before in-features, as ``nn.Linear``, in a's dtype. Any strides: a
+            transposed view of a dense [E, K, O] tensor is read in place.
+        expert_offsets: [E+1], int32 or int64, from 0, never falling, at most N.
+        bias: [E, O] in a's dtype, or None.
+
+    Returns:
+        [N, O] in a's dtype.
+
+    Raises:
+        ValueError: wrong dtype, rank or size; offsets that fall or end past N.
+    """
+    return torch.ops.moe_ops.grouped_gemm(a, b, expert_offsets, bias)
+
+
+def grouped_gemm_wgrad(grad: Tensor, a: Tensor, expert_offsets: Tensor) -> Tensor:
+    """The weight gradient of :func:`grouped_gemm` (ragged K).
+
+    ``out[e] = sum over the rows r of expert e of outer(grad[r], a[r])``, in row order in fp32 (fp64
+    for fp64). An expert without rows gets zeros. Differentiable any number of times.
+
+    Args:
+        grad: [N, O]; float64, float32, bfloat16 or float16, any strides (expanded ones too).
+        a: [N, K] in grad's dtype.
+        expert_offsets: [E+1], int32 or int64.
+
+    Returns:
+        [E, O, K] in grad's dtype.
+
+    Raises:
+        ValueError: wrong dtype, rank or size; offsets that fall or end past N.
+    """
+    return torch.ops.moe_ops.grouped_gemm_wgrad(grad, a, expert_offsets)
+
+
+def grouped_sum(rows: Tensor, expert_offsets: Tensor) -> Tensor:
+    """Sums each expert's rows: the bias gradient of :func:`grouped_gemm`.
+
+    Args:
+        rows: [N, O]; float64, float32, bfloat16 or float16, any strides.
+        expert_offsets: [E+1], int32 or int64.
+
+    Returns:
+        [E, O] in the dtype of rows, summed in row order in fp32 (fp64 for fp64). An expert without
+        rows gets zeros. Differentiable any number of times.
+
+    Raises:
+        ValueError: wrong dtype, rank or size; offsets that fall or end past N.
+    """
+    return torch.ops.moe_ops.grouped_sum(rows, expert_offsets)
+
+
+def _check_offsets(op: str, expert_offsets: Tensor, **others: Tensor | None) -> None:
+    check_index(op, "expert_offsets", expert_offsets)
+    check_dim(op, "expert_offsets", expert_offsets, 1, "[E+1]")
+    check(
+        expert_offsets.shape[0] >= 2,
+        f"{op}: expert_offsets must be [E+1] with at least one expert, "
+        f"got shape {list(expert_offsets.shape)}.",
+    )
+    check_same_device(op, **others, expert_offsets=expert_offsets)
+
+
+@register_fake("grouped_gemm")
+def _(a: Tensor, b: Tensor, expert_offsets: Tensor, bias: Tensor | None = None) -> Tensor:
+    op = "grouped_gemm"
+    check_float(op, "a", a)
+    check_dim(op, "a", a, 2, "[N, K]")
+    check_same_dtype(op, "b", b, "a", a)
+    check_dim(op, "b", b, 3, "[E, O, K]")
+    check_size(op, "b", b, 2, a.shape[1], "K")
+    _check_offsets(op, expert_offsets, a=a, b=b, bias=bias)
+    check_size(op, "expert_offsets", expert_offsets, 0, b.shape[0] + 1, "E+1")
+    if bias is not None:
+        check_same_dtype(op, "bias", bias, "a", a)
+        check_dim(op, "bias", bias, 2, "[E, O]")
+        check_size(op, "bias", bias, 0, b.shape[0], "E")
+        check_size(op, "bias", bias, 1, b.shape[1], "O")
+    return a.new_empty((a.shape[0], b.shape[1]))
+
+
+@register_fake("grouped_gemm_wgrad")
+def _(grad: Tensor, a: Tensor, expert_offsets: Tensor) -> Tensor:
+    op = "grouped_gemm_wgrad"
+    check_float(op, "grad", grad)
+    check_dim(op, "grad", grad, 2, "[N, O]")
+    check_same_dtype(op, "a", a, "grad", grad)
+    check_dim(op, "a", a, 2, "[N, K]")
+    check_size(op, "a", a, 0, grad.shape[0], "N")
+    _check_offsets(op, expert_offsets, grad=grad, a=a)
+    return grad.new_empty((expert_offsets.shape[0] - 1, grad.shape[1], a.shape[1]))
+
+
+@register_fake("grouped_sum")
+def _(rows: Tensor, expert_offsets: Tensor) -> Tensor:
+    op = "grouped_sum"
+    check_float(op, "rows", rows)
+    check_dim(op, "rows", rows, 2, "[N, O]")
+    _check_offsets(op, expert_offsets, rows=rows)
+    return rows.new_empty((expert_offsets.shape[0] - 1, rows.shape[1]))
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    a, b, expert_offsets, bias = inputs
+    need_a, need_b, _, _ = needs_input_grad(ctx, 4)
+    ctx.save_for_backward(a if need_b else None, b if need_a else None, expert_offsets)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    a, b, expert_offsets = ctx.saved_tensors
+    ops = torch.ops.moe_ops
+    need_a, need_b, _, need_bias = needs_input_grad(ctx, 4)
+    grad_a = grad_b = grad_bias = None
+    if need_a:
+        grad_a = ops.grouped_gemm(grad, b.transpose(1, 2), expert_offsets)
+    if need_b:
+        grad_b = ops.grouped_gemm_wgrad(grad, a, expert_offsets)
+    if need_bias:
+        grad_bias = ops.grouped_sum(grad, expert_offsets)
+    return grad_a, grad_b, None, grad_bias
+
+
+def _setup_wgrad(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward_wgrad(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+    grad, a, expert_offsets = ctx.saved_tensors
+    ops = torch.ops.moe_ops
+    d_grad = d_a = None
+    if ctx.needs_input_grad[0]:
+        d_grad = ops.grouped_gemm(a, g, expert_offsets)
+    if ctx.needs_input_grad[1]:
+        d_a = ops.grouped_gemm(grad, g.transpose(1, 2), expert_offsets)
+    return d_grad, d_a, None
+
+
+def _setup_sum(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    rows, expert_offsets = inputs
+    ctx.save_for_backward(expert_offsets)
+    ctx.num_rows = rows.shape[0]
+
+
+def _backward_sum(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    (expert_offsets,) = ctx.saved_tensors
+    row = torch.arange(ctx.num_rows, device=grad.device)
+    expert = torch.bucketize(row, expert_offsets[1:].to(torch.int64), right=True)
+    valid = expert < grad.shape[0]
+    spread = grad[expert.clamp(max=grad.shape[0] - 1)]
+    return torch.where(valid[:, None], spread, torch.zeros((), dtype=grad.dtype)), None
+
+
+torch.library.register_autograd("moe_ops::grouped_gemm", _backward, setup_context=_setup)
+torch.library.register_autograd(
+    "moe_ops::grouped_gemm_wgrad", _backward_wgrad, setup_context=_setup_wgrad
+)
+torch.library.register_autograd("moe_ops::grouped_sum", _backward_sum, setup_context=_setup_sum)
+register_autocast("grouped_gemm", ["a", "b", "bias"])
+register_autocast("grouped_gemm_wgrad", ["grad", "a"])

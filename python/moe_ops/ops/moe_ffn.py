@@ -1,0 +1,320 @@
+"""moe_ffn: the whole expert FFN block."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_ops.ops._register import (
+    accumulate_dtype,
+    check,
+    check_dim,
+    check_float,
+    check_index,
+    check_same_device,
+    check_same_dtype,
+    check_size,
+    needs_input_grad,
+    register_autocast,
+    register_fake,
+    register_no_double_backward,
+    register_training_form,
+)
+from moe_ops.ops.gated_act import GATED_ACTIVATIONS, check_activation
+
+
+def moe_ffn(
+    x: Tensor,
+    w_gate_up: Tensor,
+    w_down: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    *,
+    b_gate_up: Tensor | None = None,
+    b_down: Tensor | None = None,
+    activation: str = "swiglu",
+    interleaved: bool = False,
+    apply_router_weight_on_input: bool = False,
+    alpha: float = 1.702,
+    limit: float = 7.0,
+) -> Tensor:
+    """Routes each token through its experts' FFNs and sums the results.
+
+    ``y[t] = sum_k topk_weights[t, k] * (w_down[e] @ act(w_gate_up[e] @ x[t] + b_gate_up[e]) +
+    b_down[e])`` with ``e = topk_ids[t, k]``. Gathering, activation and weighting are part of the
+    products; no permuted copy of x exists. Training saves x, the pre-activation and the routing.
+    Sums run in fp32 (fp64 for fp64) in a fixed order: the same bits every run, whatever the number
+    of threads. An expert without tokens costs nothing and its gradients are zero.
+
+    Args:
+        x: [T, H] tokens; float64, float32, bfloat16 or float16, any strides.
+        w_gate_up: [E, 2I, H], gate half first, in x's dtype; [E, I, H] for activations without a
+            gate. Any strides: a transposed view of a dense [E, H, 2I] tensor is read in place.
+        w_down: [E, H, I] in x's dtype, any strides.
+        topk_weights: [T, K] in any float dtype, used in fp32. Differentiable.
+        topk_ids: [T, K], int32 or int64. Anything outside [0, E) means "no expert here": the slot
+            adds nothing, even where its weight is NaN.
+        b_gate_up: [E, 2I] ([E, I]) in x's dtype, or None.
+        b_down: [E, H] in x's dtype, or None; multiplied by the routing weight like the rest.
+        activation: with a gate ``"swiglu"``, ``"geglu"``, ``"geglu_tanh"``, ``"reglu"``,
+            ``"swiglu_oai"`` (see :func:`gated_act`); without ``"silu"``, ``"gelu"``,
+            ``"gelu_tanh"``, ``"relu"``, ``"relu2"`` (squared ReLU).
+        interleaved: gate in even, up in odd features of w_gate_up and b_gate_up.
+        apply_router_weight_on_input: multiply the token by the routing weight before the experts
+            and add their outputs unweighted (Llama 4).
+        alpha, limit: of ``"swiglu_oai"``.
+
+    Returns:
+        [T, H] in x's dtype. A token without any expert gets zeros; T = 0 gives [0, H].
+
+    Raises:
+        ValueError: wrong dtype, rank, size or activation.
+        NotImplementedError: on a second derivative.
+
+    Source:
+        Shazeer et al. 2017, arXiv 1701.06538; the argument order is that of vLLM and SGLang.
+    """
+    return torch.ops.moe_ops.moe_ffn(
+        x,
+        w_gate_up,
+        w_down,
+        topk_weights,
+        topk_ids,
+        b_gate_up,
+        b_down,
+        activation,
+        interleaved,
+        apply_router_weight_on_input,
+        alpha,
+        limit,
+    )
+
+
+def _check(
+    op: str,
+    x: Tensor,
+    w_gate_up: Tensor,
+    w_down: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    b_gate_up: Tensor | None,
+    b_down: Tensor | None,
+    activation: str,
+    alpha: float,
+    limit: float,
+) -> None:
+    check_activation(op, activation, alpha, limit, False)
+    gated = activation in GATED_ACTIVATIONS
+    check_index(op, "topk_ids", topk_ids)
+    check_dim(op, "topk_ids", topk_ids, 2, "[T, K]")
+    check_float(op, "x", x)
+    check_dim(op, "x", x, 2, "[T, H]")
+    check_same_dtype(op, "w_gate_up", w_gate_up, "x", x)
+    check_dim(op, "w_gate_up", w_gate_up, 3, "[E, 2I, H]" if gated else "[E, I, H]")
+    num_experts, width, _ = w_gate_up.shape
+    check_size(op, "w_gate_up", w_gate_up, 2, x.shape[1], "H")
+    check(
+        not gated or width % 2 == 0,
+        f"{op}: w_gate_up must have an even number 2I of features, "
+        f"got shape {list(w_gate_up.shape)}.",
+    )
+    check_same_dtype(op, "w_down", w_down, "x", x)
+    check_dim(op, "w_down", w_down, 3, "[E, H, I]")
+    check_size(op, "w_down", w_down, 0, num_experts, "E")
+    check_size(op, "w_down", w_down, 1, x.shape[1], "H")
+    check_size(op, "w_down", w_down, 2, width // 2 if gated else width, "I")
+    check_float(op, "topk_weights", topk_weights)
+    check_dim(op, "topk_weights", topk_weights, 2, "[T, K]")
+    check_size(op, "topk_weights", topk_weights, 0, x.shape[0], "T")
+    check_size(op, "topk_weights", topk_weights, 1, topk_ids.shape[1], "K")
+    check_size(op, "topk_ids", topk_ids, 0, x.shape[0], "T")
+    for name, bias, features in (
+        ("b_gate_up", b_gate_up, width),
+        ("b_down", b_down, x.shape[1]),
+    ):
+        if bias is not None:
+            check_same_dtype(op, name, bias, "x", x)
+            check_dim(op, name, bias, 2, "[E, features]")
+            check_size(op, name, bias, 0, num_experts, "E")
+            check_size(op, name, bias, 1, features, "the number of features")
+    check_same_device(
+        op,
+        x=x,
+        w_gate_up=w_gate_up,
+        w_down=w_down,
+        topk_weights=topk_weights,
+        topk_ids=topk_ids,
+        b_gate_up=b_gate_up,
+        b_down=b_down,
+    )
+
+
+@register_fake("moe_ffn")
+def _(
+    x: Tensor,
+    w_gate_up: Tensor,
+    w_down: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    b_gate_up: Tensor | None = None,
+    b_down: Tensor | None = None,
+    activation: str = "swiglu",
+    interleaved: bool = False,
+    apply_router_weight_on_input: bool = False,
+    alpha: float = 1.702,
+    limit: float = 7.0,
+) -> Tensor:
+    _check(
+        "moe_ffn",
+        x,
+        w_gate_up,
+        w_down,
+        topk_weights,
+        topk_ids,
+        b_gate_up,
+        b_down,
+        activation,
+        alpha,
+        limit,
+    )
+    return x.new_empty(tuple(x.shape))
+
+
+@register_fake("moe_ffn_fwd")
+def _(
+    x: Tensor,
+    w_gate_up: Tensor,
+    w_down: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    b_gate_up: Tensor | None = None,
+    b_down: Tensor | None = None,
+    activation: str = "swiglu",
+    interleaved: bool = False,
+    apply_router_weight_on_input: bool = False,
+    alpha: float = 1.702,
+    limit: float = 7.0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    _check(
+        "moe_ffn",
+        x,
+        w_gate_up,
+        w_down,
+        topk_weights,
+        topk_ids,
+        b_gate_up,
+        b_down,
+        activation,
+        alpha,
+        limit,
+    )
+    num_experts, width, _ = w_gate_up.shape
+    num_slots = topk_ids.shape[0] * topk_ids.shape[1]
+    return (
+        x.new_empty(tuple(x.shape)),
+        x.new_empty((num_slots, width)),
+        x.new_empty((num_experts + 1,), dtype=torch.int32),
+        x.new_empty((num_slots,), dtype=torch.int32),
+        x.new_empty(tuple(topk_ids.shape), dtype=torch.int32),
+    )
+
+
+@register_fake("moe_ffn_bwd")
+def _(
+    grad_y: Tensor,
+    x: Tensor,
+    w_gate_up: Tensor,
+    w_down: Tensor,
+    topk_weights: Tensor,
+    preact: Tensor,
+    expert_offsets: Tensor,
+    row_to_slot: Tensor,
+    slot_to_row: Tensor,
+    b_down: Tensor | None,
+    activation: str,
+    interleaved: bool,
+    apply_router_weight_on_input: bool,
+    alpha: float,
+    limit: float,
+    need_x: bool,
+    need_w_gate_up: bool,
+    need_w_down: bool,
+    need_topk_weights: bool,
+    need_b_gate_up: bool,
+    need_b_down: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    op = "moe_ffn_bwd"
+    _check(
+        op,
+        x,
+        w_gate_up,
+        w_down,
+        topk_weights,
+        slot_to_row,
+        None,
+        b_down,
+        activation,
+        alpha,
+        limit,
+    )
+    check_same_dtype(op, "grad_y", grad_y, "x", x)
+    check_same_dtype(op, "preact", preact, "x", x)
+    num_experts, width, hidden_size = w_gate_up.shape
+    accumulate = accumulate_dtype(x.dtype)
+
+    def wanted(need: bool, shape: tuple[int, ...], dtype: torch.dtype = x.dtype) -> Tensor:
+        return x.new_empty(shape if need else (0,), dtype=dtype)
+
+    return (
+        wanted(need_x, tuple(x.shape)),
+        wanted(need_w_gate_up, (num_experts, width, hidden_size)),
+        wanted(need_w_down, tuple(w_down.shape)),
+        wanted(need_topk_weights, tuple(slot_to_row.shape), accumulate),
+        wanted(need_b_gate_up, (num_experts, width)),
+        wanted(need_b_down, (num_experts, hidden_size)),
+    )
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, w_gate_up, w_down, topk_weights, _, b_gate_up, b_down, *arguments = inputs
+    _, preact, expert_offsets, row_to_slot, slot_to_row = output
+    ctx.mark_non_differentiable(preact, expert_offsets, row_to_slot, slot_to_row)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(
+        x,
+        w_gate_up,
+        w_down,
+        topk_weights,
+        preact,
+        expert_offsets,
+        row_to_slot,
+        slot_to_row,
+        b_down,
+    )
+    ctx.arguments = arguments
+
+
+def _backward(ctx: Any, grad_y: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    needs = needs_input_grad(ctx, 7 + len(ctx.arguments))
+    if grad_y is None:
+        return (None,) * len(needs)
+    saved = ctx.saved_tensors
+    topk_weights = saved[3]
+    # x, w_gate_up, w_down, topk_weights, b_gate_up, b_down; topk_ids (4) has no gradient.
+    wanted = [needs[0], needs[1], needs[2], needs[3], needs[5], needs[6]]
+    grads = torch.ops.moe_ops.moe_ffn_bwd(grad_y, *saved, *ctx.arguments, *wanted)
+    gx, gw_gate_up, gw_down, gw, gb_gate_up, gb_down = (
+        g if need else None for g, need in zip(grads, wanted, strict=True)
+    )
+    if gw is not None:
+        gw = gw.to(topk_weights.dtype)
+    rest = (None,) * len(ctx.arguments)
+    return gx, gw_gate_up, gw_down, gw, None, gb_gate_up, gb_down, *rest
+
+
+torch.library.register_autograd("moe_ops::moe_ffn_fwd", _backward, setup_context=_setup)
+register_training_form("moe_ffn", "moe_ffn_fwd")
+register_no_double_backward("moe_ffn_bwd", "moe_ffn")
+register_autocast("moe_ffn", ["x", "w_gate_up", "w_down", "b_gate_up", "b_down"])

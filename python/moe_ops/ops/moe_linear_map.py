@@ -1,0 +1,111 @@
+"""moe_linear_map: each token through a linear map of each of its experts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_ops.ops._register import (
+    check_dim,
+    check_float,
+    check_index,
+    check_same_device,
+    check_same_dtype,
+    check_size,
+    needs_input_grad,
+    register_autocast,
+    register_fake,
+    register_no_double_backward,
+)
+
+
+def moe_linear_map(
+    x: Tensor, w: Tensor, topk_ids: Tensor, *, bias: Tensor | None = None
+) -> Tensor:
+    """Projects each token with the matrix of each expert it was sent to.
+
+    ``h[t, k] = w[e] @ x[t] + bias[e]`` with ``e = topk_ids[t, k]``; slots without an expert are zero.
+    The query projection of mixture-of-attention experts.
+
+    Args:
+        x: [T, H]; float64, float32, bfloat16 or float16, any strides.
+        w: [E, O, H] in x's dtype, any strides.
+        topk_ids: [T, K], int32 or int64; anything outside [0, E) means "no expert here".
+        bias: [E, O] in x's dtype, or None.
+
+    Returns:
+        [T, K, O] in x's dtype; sums in fp32 (fp64 for fp64).
+
+    Raises:
+        ValueError: wrong dtype, rank or size.
+        NotImplementedError: on a second derivative.
+
+    Source:
+        Zhang et al. 2022, Mixture of Attention Heads, arXiv 2210.05144.
+    """
+    return torch.ops.moe_ops.moe_linear_map(x, w, topk_ids, bias)
+
+
+def _check(op: str, x: Tensor, w: Tensor, topk_ids: Tensor, bias: Tensor | None = None) -> None:
+    check_float(op, "x", x)
+    check_dim(op, "x", x, 2, "[T, H]")
+    check_same_dtype(op, "w", w, "x", x)
+    check_dim(op, "w", w, 3, "[E, O, H]")
+    check_size(op, "w", w, 2, x.shape[1], "H")
+    check_index(op, "topk_ids", topk_ids)
+    check_dim(op, "topk_ids", topk_ids, 2, "[T, K]")
+    check_size(op, "topk_ids", topk_ids, 0, x.shape[0], "T")
+    if bias is not None:
+        check_same_dtype(op, "bias", bias, "x", x)
+        check_dim(op, "bias", bias, 2, "[E, O]")
+        check_size(op, "bias", bias, 0, w.shape[0], "E")
+        check_size(op, "bias", bias, 1, w.shape[1], "O")
+    check_same_device(op, x=x, w=w, topk_ids=topk_ids, bias=bias)
+
+
+@register_fake("moe_linear_map")
+def _(x: Tensor, w: Tensor, topk_ids: Tensor, bias: Tensor | None = None) -> Tensor:
+    _check("moe_linear_map", x, w, topk_ids, bias)
+    return x.new_empty((x.shape[0], topk_ids.shape[1], w.shape[1]))
+
+
+@register_fake("moe_linear_map_bwd")
+def _(
+    grad_h: Tensor,
+    x: Tensor,
+    w: Tensor,
+    topk_ids: Tensor,
+    need_x: bool,
+    need_w: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    op = "moe_linear_map_bwd"
+    _check(op, x, w, topk_ids)
+    check_same_dtype(op, "grad_h", grad_h, "x", x)
+    check_same_device(op, x=x, grad_h=grad_h)
+    return (
+        x.new_empty(tuple(x.shape) if need_x else (0,)),
+        x.new_empty(tuple(w.shape) if need_w else (0,)),
+        x.new_empty(tuple(w.shape[:2]) if need_bias else (0,)),
+    )
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, w, topk_ids, _ = inputs
+    ctx.save_for_backward(x, w, topk_ids)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    x, w, topk_ids = ctx.saved_tensors
+    need_x, need_w, _, need_bias = needs_input_grad(ctx, 4)
+    gx, gw, gb = torch.ops.moe_ops.moe_linear_map_bwd(
+        grad, x, w, topk_ids, need_x, need_w, need_bias
+    )
+    return gx if need_x else None, gw if need_w else None, None, gb if need_bias else None
+
+
+torch.library.register_autograd("moe_ops::moe_linear_map", _backward, setup_context=_setup)
+register_no_double_backward("moe_linear_map_bwd", "moe_linear_map")
+register_autocast("moe_linear_map", ["x", "w", "bias"])

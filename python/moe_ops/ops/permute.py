@@ -1,0 +1,89 @@
+"""permute: token rows into expert order."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_ops.ops._register import (
+    check,
+    check_dim,
+    check_float,
+    check_index,
+    check_same_device,
+    register_autocast_keep,
+    register_fake,
+)
+
+
+def permute(x: Tensor, expert_offsets: Tensor, row_to_slot: Tensor) -> Tensor:
+    """Copies each token's row once for each of its slots, in expert order.
+
+    ``rows[r] = x[row_to_slot[r] // K]`` with K = N / T for ``r < expert_offsets[E]``; later rows,
+    the slots without an expert, are zero. Differentiable any number of times: the gradient of x is
+    the sum of a token's rows, in slot order and in fp32 (fp64 for fp64).
+
+    Args:
+        x: [T, H]; float64, float32, bfloat16 or float16, any strides.
+        expert_offsets: [E+1], int32 or int64, from 0 and never falling (from :func:`sort_slots`).
+        row_to_slot: [N], int32 or int64, values in [0, N).
+
+    Returns:
+        [N, H] in x's dtype. T = 0 gives [0, H].
+
+    Raises:
+        ValueError: wrong dtype, rank or size; N not a multiple of T; a map or offset out of range.
+    """
+    return torch.ops.moe_ops.permute(x, expert_offsets, row_to_slot)
+
+
+def _check(op: str, name: str, x: Tensor, expert_offsets: Tensor, row_to_slot: Tensor) -> None:
+    check_float(op, name, x)
+    check_dim(op, name, x, 2, "[T, H]" if name == "x" else "[N, H]")
+    check_index(op, "expert_offsets", expert_offsets)
+    check_dim(op, "expert_offsets", expert_offsets, 1, "[E+1]")
+    check_index(op, "row_to_slot", row_to_slot)
+    check_dim(op, "row_to_slot", row_to_slot, 1, "[N]")
+    check_same_device(op, **{name: x}, expert_offsets=expert_offsets, row_to_slot=row_to_slot)
+
+
+@register_fake("permute")
+def _(x: Tensor, expert_offsets: Tensor, row_to_slot: Tensor) -> Tensor:
+    _check("permute", "x", x, expert_offsets, row_to_slot)
+    return x.new_empty((row_to_slot.shape[0], x.shape[1]))
+
+
+@register_fake("permute_bwd")
+def _(grad_rows: Tensor, expert_offsets: Tensor, row_to_slot: Tensor, num_tokens: int) -> Tensor:
+    _check("permute_bwd", "grad_rows", grad_rows, expert_offsets, row_to_slot)
+    check(num_tokens >= 0, f"permute_bwd: num_tokens must not be negative, got {num_tokens}.")
+    return grad_rows.new_empty((num_tokens, grad_rows.shape[1]))
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, expert_offsets, row_to_slot = inputs
+    ctx.save_for_backward(expert_offsets, row_to_slot)
+    ctx.num_tokens = x.shape[0]
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    expert_offsets, row_to_slot = ctx.saved_tensors
+    grad_x = torch.ops.moe_ops.permute_bwd(grad, expert_offsets, row_to_slot, ctx.num_tokens)
+    return grad_x, None, None
+
+
+def _setup_bwd(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, expert_offsets, row_to_slot, _ = inputs
+    ctx.save_for_backward(expert_offsets, row_to_slot)
+
+
+def _backward_bwd(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    expert_offsets, row_to_slot = ctx.saved_tensors
+    return torch.ops.moe_ops.permute(grad, expert_offsets, row_to_slot), None, None, None
+
+
+torch.library.register_autograd("moe_ops::permute", _backward, setup_context=_setup)
+torch.library.register_autograd("moe_ops::permute_bwd", _backward_bwd, setup_context=_setup_bwd)
+register_autocast_keep("permute")

@@ -1,0 +1,234 @@
+"""topk_router: each token's K experts and their weights."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_ops.ops._register import (
+    accumulate_dtype,
+    check,
+    check_dim,
+    check_float,
+    check_index,
+    check_same_device,
+    check_size,
+    register_autocast,
+    register_fake,
+    register_no_double_backward,
+)
+
+
+def topk_router(
+    router_logits: Tensor,
+    top_k: int,
+    *,
+    score_func: str = "softmax",
+    topk_first: bool = False,
+    renormalize: bool = False,
+    routed_scaling_factor: float = 1.0,
+    expert_bias: Tensor | None = None,
+    num_groups: int = 1,
+    num_topk_groups: int = 1,
+    group_score: str = "max",
+) -> tuple[Tensor, Tensor]:
+    """Chooses ``top_k`` experts a token and the weights of their outputs.
+
+    Selection: the K largest keys of each row, largest first, ties to the smaller id. The key is the
+    logit plus ``expert_bias`` when ``topk_first``, otherwise the score plus ``expert_bias``, where
+    the score is softmax over E or sigmoid. Without a bias and without sums of scores the logits
+    are compared themselves: both score functions are monotone, and rounding cannot tie two logits.
+
+    Groups: E/num_groups consecutive experts form a group, whose key is the largest key in it
+    (``"max"``) or the sum of the two largest (``"top2_sum"``). Experts outside the best
+    ``num_topk_groups`` groups (ties to the smaller group) cannot be chosen.
+
+    Weights: the score of each chosen expert, without the bias; with ``topk_first`` and softmax, the
+    softmax over the K chosen logits alone. ``renormalize`` divides them by their sum + 1e-20. Last,
+    all are multiplied by ``routed_scaling_factor``.
+
+    A key that is NaN ranks below -inf; ids are distinct and valid whatever the logits hold, and
+    weights are then what arithmetic gives. An expert with logit -inf has weight 0, unless all
+    logits of the row are -inf, which gives NaN.
+
+    Args:
+        router_logits: [T, E], E >= 1; float64, float32, bfloat16 or float16, any strides. Under
+            autocast they are cast to float32. The gradient has their dtype.
+        top_k: K, from 1 to E (to the number of experts in ``num_topk_groups`` groups).
+        score_func: ``"softmax"`` or ``"sigmoid"``.
+        topk_first: choose on logits and score only the chosen (gpt-oss, Granite), rather than
+            score all and choose.
+        renormalize: makes the weights of a token sum to ``routed_scaling_factor``.
+        routed_scaling_factor: finite.
+        expert_bias: [E], any float dtype and stride. It takes part in the selection only and gets
+            no gradient.
+        num_groups: divides E.
+        num_topk_groups: from 1 to num_groups.
+        group_score: ``"max"`` or ``"top2_sum"``, which needs two experts in a group.
+
+    Returns:
+        ``topk_weights`` [T, K], float32 (float64 for float64 logits), and ``topk_ids`` [T, K],
+        int32. T = 0 gives empty tensors. Computed in fp32 (fp64 for fp64), with the same bits for
+        any number of threads. The weights can be differentiated once with respect to the logits.
+
+    Raises:
+        ValueError: wrong dtype or shape, a number out of the ranges above, an unknown name.
+
+    Sources:
+        Shazeer et al. 2017, Outrageously Large Neural Networks, arXiv 1701.06538 (top-k gating).
+        DeepSeek-V2, arXiv 2405.04434 (device-limited groups); Wang et al. 2024, Auxiliary-Loss-Free
+        Load Balancing, arXiv 2408.15664 (selection bias); DeepSeek-V3, arXiv 2412.19437 (sigmoid
+        scores, groups by the sum of two).
+    """
+    return torch.ops.moe_ops.topk_router(
+        router_logits,
+        top_k,
+        score_func,
+        topk_first,
+        renormalize,
+        routed_scaling_factor,
+        expert_bias,
+        num_groups,
+        num_topk_groups,
+        group_score,
+    )
+
+
+def check_router_logits(op: str, router_logits: Tensor) -> None:
+    check_float(op, "router_logits", router_logits)
+    check_dim(op, "router_logits", router_logits, 2, "[T, E]")
+    check(
+        router_logits.shape[1] >= 1,
+        f"{op}: router_logits must be [T, E] with at least one expert, "
+        f"got shape {list(router_logits.shape)}.",
+    )
+
+
+def check_score_func(op: str, score_func: str) -> None:
+    check(
+        score_func in ("softmax", "sigmoid"),
+        f"{op}: score_func must be one of softmax, sigmoid, got '{score_func}'.",
+    )
+
+
+def check_scaling_factor(op: str, factor: float) -> None:
+    check(math.isfinite(factor), f"{op}: routed_scaling_factor must be finite, got {factor:g}.")
+
+
+def fake_router_outputs(router_logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    shape = (router_logits.shape[0], top_k)
+    return (
+        router_logits.new_empty(shape, dtype=accumulate_dtype(router_logits.dtype)),
+        router_logits.new_empty(shape, dtype=torch.int32),
+    )
+
+
+def fake_router_gradient(
+    op: str,
+    grad_weights: Tensor,
+    router_logits: Tensor,
+    topk_ids: Tensor,
+    routed_scaling_factor: float,
+) -> Tensor:
+    check_router_logits(op, router_logits)
+    check_index(op, "topk_ids", topk_ids)
+    check_dim(op, "topk_ids", topk_ids, 2, "[T, K]")
+    check_size(op, "topk_ids", topk_ids, 0, router_logits.shape[0], "T")
+    check_float(op, "grad_weights", grad_weights)
+    check_dim(op, "grad_weights", grad_weights, 2, "[T, K]")
+    check_size(op, "grad_weights", grad_weights, 0, topk_ids.shape[0], "T")
+    check_size(op, "grad_weights", grad_weights, 1, topk_ids.shape[1], "K")
+    check_scaling_factor(op, routed_scaling_factor)
+    check_same_device(op, router_logits=router_logits, topk_ids=topk_ids, grad_weights=grad_weights)
+    return router_logits.new_empty(tuple(router_logits.shape))
+
+
+@register_fake("topk_router")
+def _(
+    router_logits: Tensor,
+    top_k: int,
+    score_func: str = "softmax",
+    topk_first: bool = False,
+    renormalize: bool = False,
+    routed_scaling_factor: float = 1.0,
+    expert_bias: Tensor | None = None,
+    num_groups: int = 1,
+    num_topk_groups: int = 1,
+    group_score: str = "max",
+) -> tuple[Tensor, Tensor]:
+    op = "topk_router"
+    check_router_logits(op, router_logits)
+    num_experts = router_logits.shape[1]
+    check(
+        1 <= top_k <= num_experts, f"{op}: top_k must be from 1 to E = {num_experts}, got {top_k}."
+    )
+    check_score_func(op, score_func)
+    check_scaling_factor(op, routed_scaling_factor)
+    check(
+        group_score in ("max", "top2_sum"),
+        f"{op}: group_score must be one of max, top2_sum, got '{group_score}'.",
+    )
+    check(
+        num_groups >= 1 and num_experts % num_groups == 0,
+        f"{op}: num_groups must divide the {num_experts} experts, got {num_groups}.",
+    )
+    check(
+        1 <= num_topk_groups <= num_groups,
+        f"{op}: num_topk_groups must be from 1 to num_groups = {num_groups}, "
+        f"got {num_topk_groups}.",
+    )
+    group_size = num_experts // num_groups
+    check(
+        group_score == "max" or group_size >= 2,
+        f"{op}: group_score 'top2_sum' needs at least 2 experts in a group, "
+        f"got {num_experts} experts in {num_groups} groups.",
+    )
+    check(
+        top_k <= num_topk_groups * group_size,
+        f"{op}: top_k must be at most {num_topk_groups * group_size}, "
+        f"the experts in {num_topk_groups} of the groups, got {top_k}.",
+    )
+    if expert_bias is not None:
+        check_float(op, "expert_bias", expert_bias)
+        check_dim(op, "expert_bias", expert_bias, 1, "[E]")
+        check_size(op, "expert_bias", expert_bias, 0, num_experts, "E")
+    check_same_device(op, router_logits=router_logits, expert_bias=expert_bias)
+    return fake_router_outputs(router_logits, top_k)
+
+
+@register_fake("topk_router_bwd")
+def _(
+    grad_weights: Tensor,
+    router_logits: Tensor,
+    topk_ids: Tensor,
+    score_func: str,
+    topk_first: bool,
+    renormalize: bool,
+    routed_scaling_factor: float,
+) -> Tensor:
+    op = "topk_router_bwd"
+    check_score_func(op, score_func)
+    return fake_router_gradient(op, grad_weights, router_logits, topk_ids, routed_scaling_factor)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    router_logits, _, score_func, topk_first, renormalize, routed_scaling_factor, *_ = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(router_logits, output[1])
+    ctx.arguments = (score_func, topk_first, renormalize, routed_scaling_factor)
+
+
+def _backward(ctx: Any, grad_weights: Tensor, _: Tensor | None) -> tuple[Any, ...]:
+    router_logits, topk_ids = ctx.saved_tensors
+    grad_logits = torch.ops.moe_ops.topk_router_bwd(
+        grad_weights, router_logits, topk_ids, *ctx.arguments
+    )
+    return grad_logits, *(None,) * 9
+
+
+torch.library.register_autograd("moe_ops::topk_router", _backward, setup_context=_setup)
+register_no_double_backward("topk_router_bwd", "topk_router")
+register_autocast("topk_router", ["router_logits"], torch.float32)

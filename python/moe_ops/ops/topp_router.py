@@ -1,0 +1,137 @@
+"""topp_router: as many experts a token as it takes to gather a share of the probability."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_ops.ops._register import (
+    check,
+    check_same_device,
+    register_autocast,
+    register_fake,
+    register_no_double_backward,
+)
+from moe_ops.ops.topk_router import (
+    check_router_logits,
+    check_scaling_factor,
+    fake_router_gradient,
+    fake_router_outputs,
+)
+
+
+def topp_router(
+    router_logits: Tensor,
+    top_p: float,
+    max_k: int | None = None,
+    *,
+    min_k: int = 1,
+    renormalize: bool = False,
+    routed_scaling_factor: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Chooses the shortest list of experts whose probabilities sum to ``top_p``.
+
+    The experts of a token are ordered by softmax over E, largest first, ties to the smaller id; NaN
+    logits come last. The list has at least ``min_k`` and at most ``max_k`` experts. The weights are
+    the probabilities; ``renormalize`` divides them by their sum + 1e-20; last, all are multiplied
+    by ``routed_scaling_factor``. Rounding may leave the sum of all probabilities below
+    ``top_p = 1``: then all experts up to ``max_k`` are used.
+
+    Args:
+        router_logits: [T, E], E >= 1; float64, float32, bfloat16 or float16, any strides. Under
+            autocast they are cast to float32. The gradient has their dtype.
+        top_p: above 0, at most 1.
+        max_k: slots a token, from 1 to E; None means E.
+        min_k: from 1 to max_k.
+        renormalize: makes the weights of a token sum to ``routed_scaling_factor``.
+        routed_scaling_factor: finite.
+
+    Returns:
+        ``topk_weights`` [T, max_k], float32 (float64 for float64 logits), and ``topk_ids``
+        [T, max_k], int32. Unused slots, all at the end of their row, hold id -1 and weight 0. T = 0
+        gives empty tensors. Computed in fp32 (fp64 for fp64), with the same bits for any number of
+        threads. The weights can be differentiated once with respect to the logits, the choice being
+        held fixed.
+
+    Raises:
+        ValueError: wrong dtype or shape, a number out of the ranges above.
+
+    Source:
+        Huang et al. 2024, Harder Tasks Need More Experts: Dynamic Routing in MoE Models,
+        arXiv 2403.07652.
+    """
+    if max_k is None:
+        max_k = router_logits.shape[-1] if router_logits.dim() == 2 else 1
+    return torch.ops.moe_ops.topp_router(
+        router_logits,
+        top_p,
+        max_k,
+        min_k=min_k,
+        renormalize=renormalize,
+        routed_scaling_factor=routed_scaling_factor,
+    )
+
+
+@register_fake("topp_router")
+def _(
+    router_logits: Tensor,
+    top_p: float,
+    max_k: int,
+    *,
+    min_k: int = 1,
+    renormalize: bool = False,
+    routed_scaling_factor: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    op = "topp_router"
+    check_router_logits(op, router_logits)
+    num_experts = router_logits.shape[1]
+    check(0 < top_p <= 1, f"{op}: top_p must be above 0 and at most 1, got {top_p:g}.")
+    check(
+        1 <= max_k <= num_experts, f"{op}: max_k must be from 1 to E = {num_experts}, got {max_k}."
+    )
+    check(1 <= min_k <= max_k, f"{op}: min_k must be from 1 to max_k = {max_k}, got {min_k}.")
+    check_scaling_factor(op, routed_scaling_factor)
+    check_same_device(op, router_logits=router_logits)
+    return fake_router_outputs(router_logits, max_k)
+
+
+@register_fake("topp_router_bwd")
+def _(
+    grad_weights: Tensor,
+    router_logits: Tensor,
+    topk_ids: Tensor,
+    renormalize: bool,
+    routed_scaling_factor: float,
+) -> Tensor:
+    return fake_router_gradient(
+        "topp_router_bwd", grad_weights, router_logits, topk_ids, routed_scaling_factor
+    )
+
+
+def _setup(
+    ctx: Any,
+    inputs: tuple[Any, ...],
+    keyword_only_inputs: dict[str, Any],
+    output: tuple[Tensor, Tensor],
+) -> None:
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(inputs[0], output[1])
+    ctx.arguments = (
+        keyword_only_inputs["renormalize"],
+        keyword_only_inputs["routed_scaling_factor"],
+    )
+
+
+def _backward(ctx: Any, grad_weights: Tensor, _: Tensor | None) -> tuple[Any, ...]:
+    router_logits, topk_ids = ctx.saved_tensors
+    grad_logits = torch.ops.moe_ops.topp_router_bwd(
+        grad_weights, router_logits, topk_ids, *ctx.arguments
+    )
+    return grad_logits, None, None
+
+
+torch.library.register_autograd("moe_ops::topp_router", _backward, setup_context=_setup)
+register_no_double_backward("topp_router_bwd", "topp_router")
+register_autocast("topp_router", ["router_logits"], torch.float32)

@@ -1,0 +1,144 @@
+"""unpermute: weighted sum of a token's rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_ops.ops._register import (
+    accumulate_dtype,
+    check,
+    check_dim,
+    check_float,
+    check_index,
+    check_same_device,
+    check_same_dtype,
+    check_size,
+    register_autocast_keep,
+    register_fake,
+)
+
+
+def unpermute(
+    rows: Tensor, expert_offsets: Tensor, slot_to_row: Tensor, topk_weights: Tensor | None = None
+) -> Tensor:
+    """Sums a token's rows with its routing weights.
+
+    ``y[t] = sum_k topk_weights[t, k] * rows[slot_to_row[t, k]]`` over the slots whose row lies before
+    ``expert_offsets[E]``; the others add nothing, even where the weight is NaN. The sum runs in slot
+    order in fp32 (fp64 for fp64). Differentiable any number of times.
+
+    Args:
+        rows: [N, H]; float64, float32, bfloat16 or float16, any strides.
+        expert_offsets: [E+1], int32 or int64 (from :func:`sort_slots`).
+        slot_to_row: [T, K] with T*K = N, int32 or int64, values in [0, N).
+        topk_weights: [T, K] in any float dtype, used in fp32; None means ones.
+
+    Returns:
+        [T, H] in the dtype of rows. A token without any expert gets zeros.
+
+    Raises:
+        ValueError: wrong dtype, rank or size; a map or offset out of range.
+    """
+    return torch.ops.moe_ops.unpermute(rows, expert_offsets, slot_to_row, topk_weights)
+
+
+def _check(
+    op: str,
+    rows: Tensor,
+    expert_offsets: Tensor,
+    slot_to_row: Tensor,
+    topk_weights: Tensor | None,
+) -> None:
+    check_float(op, "rows", rows)
+    check_dim(op, "rows", rows, 2, "[N, H]")
+    check_index(op, "expert_offsets", expert_offsets)
+    check_dim(op, "expert_offsets", expert_offsets, 1, "[E+1]")
+    check_index(op, "slot_to_row", slot_to_row)
+    check_dim(op, "slot_to_row", slot_to_row, 2, "[T, K]")
+    check(
+        slot_to_row.numel() == rows.shape[0],
+        f"{op}: slot_to_row must be [T, K] with T*K = {rows.shape[0]} like the rows, "
+        f"got shape {list(slot_to_row.shape)}.",
+    )
+    if topk_weights is not None:
+        check_float(op, "topk_weights", topk_weights)
+        check_dim(op, "topk_weights", topk_weights, 2, "[T, K]")
+        check_size(op, "topk_weights", topk_weights, 0, slot_to_row.shape[0], "T")
+        check_size(op, "topk_weights", topk_weights, 1, slot_to_row.shape[1], "K")
+    check_same_device(
+        op,
+        rows=rows,
+        expert_offsets=expert_offsets,
+        slot_to_row=slot_to_row,
+        topk_weights=topk_weights,
+    )
+
+
+@register_fake("unpermute")
+def _(
+    rows: Tensor, expert_offsets: Tensor, slot_to_row: Tensor, topk_weights: Tensor | None = None
+) -> Tensor:
+    _check("unpermute", rows, expert_offsets, slot_to_row, topk_weights)
+    return rows.new_empty((slot_to_row.shape[0], rows.shape[1]))
+
+
+@register_fake("unpermute_bwd")
+def _(
+    grad_y: Tensor,
+    rows: Tensor,
+    expert_offsets: Tensor,
+    slot_to_row: Tensor,
+    topk_weights: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    op = "unpermute_bwd"
+    _check(op, rows, expert_offsets, slot_to_row, topk_weights)
+    check_same_dtype(op, "grad_y", grad_y, "rows", rows)
+    check_dim(op, "grad_y", grad_y, 2, "[T, H]")
+    check_same_device(op, rows=rows, grad_y=grad_y)
+    shape = tuple(slot_to_row.shape) if topk_weights is not None else (0,)
+    return (
+        rows.new_empty(tuple(rows.shape)),
+        rows.new_empty(shape, dtype=accumulate_dtype(rows.dtype)),
+    )
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    rows, expert_offsets, slot_to_row, weights = ctx.saved_tensors
+    grad_rows, grad_weights = torch.ops.moe_ops.unpermute_bwd(
+        grad, rows, expert_offsets, slot_to_row, weights
+    )
+    return grad_rows, None, None, None if weights is None else grad_weights.to(weights.dtype)
+
+
+def _setup_bwd(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward_bwd(ctx: Any, gg_rows: Tensor | None, gg_weights: Tensor | None) -> tuple[Any, ...]:
+    """Both outputs of unpermute_bwd are bilinear, so their derivatives are the same two ops."""
+    grad_y, rows, offsets, slot_to_row, weights = ctx.saved_tensors
+    ops = torch.ops.moe_ops
+    d_grad_y = d_rows = d_weights = None
+    if gg_rows is not None:
+        d_grad_y = ops.unpermute(gg_rows, offsets, slot_to_row, weights)
+    if weights is not None:
+        if gg_rows is not None:
+            d_weights = ops.unpermute_bwd(grad_y, gg_rows, offsets, slot_to_row, weights)[1]
+            d_weights = d_weights.to(weights.dtype)
+        if gg_weights is not None:
+            through = ops.unpermute(rows, offsets, slot_to_row, gg_weights)
+            d_grad_y = through if d_grad_y is None else d_grad_y + through
+            d_rows = ops.unpermute_bwd(grad_y, rows, offsets, slot_to_row, gg_weights)[0]
+    return d_grad_y, d_rows, None, None, d_weights
+
+
+torch.library.register_autograd("moe_ops::unpermute", _backward, setup_context=_setup)
+torch.library.register_autograd("moe_ops::unpermute_bwd", _backward_bwd, setup_context=_setup_bwd)
+register_autocast_keep("unpermute")
