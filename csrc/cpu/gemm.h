@@ -165,10 +165,18 @@ void nt_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, cons
         k.load_row(d.b.type, element(w, d.b.type, feature * d.b.stride_o + k0),
                    a + (i - i0) * kLda, kc, T(1));
       }
+      // The first tile of this block fetches the weights of the next one.
+      Prefetch next;
+      if (b + 1 < blocks && i1 % n + mr <= n) {
+        const int64_t feature = i1 / n * d.features + it.feature_begin + i1 % n;
+        next = {element(w, d.b.type, feature * d.b.stride_o + k0),
+                d.b.stride_o * dtype_size(d.b.type), mr, kc * dtype_size(d.b.type)};
+      }
       for (int64_t t0 = 0; t0 < padded_m; t0 += 2 * W) {
         const int nv = padded_m - t0 > W ? 2 : 1;
         k.row_a[nv - 1][i1 - i0 - 1](kc, a, panels + t0 * kKc, tile + i0 * padded_m + t0, padded_m,
-                                     k0 > 0);
+                                     k0 > 0, next);
+        next.rows = 0;
       }
     }
   }
@@ -206,12 +214,26 @@ void nn_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, cons
     for (int s = 0; s < d.segments; ++s) {
       k.pack_panels(d.b.type, w_rows, s * d.features * dtype_size(d.b.type), kc, n, nullptr,
                     panels);
+      // These tiles fetch the weights of the next block, a few rows each.
+      Prefetch next;
+      int64_t rows_left = 0;
+      if (s + 1 < d.segments || k0 + kKc < d.in_features) {
+        const bool same_k = s + 1 < d.segments;
+        const char* base =
+            same_k ? element(w_rows[0], d.b.type, (s + 1) * d.features)
+                   : element(w_rows[0], d.b.type, kKc * d.b.stride_k);
+        rows_left = same_k ? kc : std::min(kKc, d.in_features - k0 - kKc);
+        next = {base, d.b.stride_k * dtype_size(d.b.type), 0, n * dtype_size(d.b.type)};
+      }
       for (int64_t j = 0; j < padded_n; j += 2 * W) {
         const int nv = padded_n - j > W ? 2 : 1;
         for (int64_t b = 0; b < blocks; ++b) {
           const int64_t i0 = m * b / blocks, i1 = m * (b + 1) / blocks;
+          next.rows = std::min(rows_left, ceil_div(kc, kPrefetchStep));
           k.row_a[nv - 1][i1 - i0 - 1](kc, a + i0 * kLda, panels + j * kc,
-                                       tile + i0 * ldc + s * padded_n + j, ldc, k0 > 0);
+                                       tile + i0 * ldc + s * padded_n + j, ldc, k0 > 0, next);
+          next.base += next.rows * next.stride;
+          rows_left -= next.rows;
         }
       }
     }
@@ -307,7 +329,7 @@ void wgrad(const GroupedWgradParams& p, const Parallel& par) {
         for (int64_t b = 0; b < blocks; ++b) {
           const int64_t i0 = n * b / blocks, i1 = n * (b + 1) / blocks;
           k.col_a[nv - 1][i1 - i0 - 1](kc, g + i0, panels + (j - j0) * kc, c + i0 * ld, ld,
-                                       r0 > begin);
+                                       r0 > begin, Prefetch{});
         }
       }
     }

@@ -200,7 +200,8 @@ inline auto with_type([[maybe_unused]] DType type, const void* p, const Fn& fn) 
 // of b. AVX2: 6 x 2 accumulators + 2 + 1 of 16 registers, and 12 FMAs cover the latency (4) times
 // the ports (2). AVX-512: 14 x 2 + 2 + 1 of 32.
 template <class T, int M, int NV, bool kColumnForm>
-void micro(int64_t kc, const T* a, const T* b, T* c, int64_t ldc, bool accumulate) {
+void micro(int64_t kc, const T* a, const T* b, T* c, int64_t ldc, bool accumulate,
+           Prefetch prefetch) {
   constexpr int W = kLanes<T>;
   constexpr int64_t kStrideI = kColumnForm ? 1 : kLda;
   constexpr int64_t kStrideK = kColumnForm ? kLdm : 1;
@@ -210,19 +211,27 @@ void micro(int64_t kc, const T* a, const T* b, T* c, int64_t ldc, bool accumulat
 #pragma GCC unroll 2
     for (int v = 0; v < NV; ++v) acc[i][v] = Vec<T>{};
   }
-#pragma GCC unroll 2
-  for (int64_t k = 0; k < kc; ++k) {
-    Vec<T> bv[NV];
-#pragma GCC unroll 2
-    for (int v = 0; v < NV; ++v) bv[v] = load<T>(b + v * W);
-#pragma GCC unroll 32
-    for (int i = 0; i < M; ++i) {
-      const Vec<T> av = splat<T>(a[i * kStrideI]);
-#pragma GCC unroll 2
-      for (int v = 0; v < NV; ++v) acc[i][v] += av * bv[v];
+  for (int64_t k0 = 0; k0 < kc; k0 += kPrefetchStep) {
+    if (prefetch.rows > 0) {
+      for (int64_t i = 0; i < prefetch.bytes; i += 64) __builtin_prefetch(prefetch.base + i, 0, 2);
+      prefetch.base += prefetch.stride;
+      --prefetch.rows;
     }
-    a += kStrideK;
-    b += NV * W;
+    const int64_t end = kc - k0 < kPrefetchStep ? kc - k0 : kPrefetchStep;
+#pragma GCC unroll 2
+    for (int64_t k = 0; k < end; ++k) {
+      Vec<T> bv[NV];
+#pragma GCC unroll 2
+      for (int v = 0; v < NV; ++v) bv[v] = load<T>(b + v * W);
+#pragma GCC unroll 32
+      for (int i = 0; i < M; ++i) {
+        const Vec<T> av = splat<T>(a[i * kStrideI]);
+#pragma GCC unroll 2
+        for (int v = 0; v < NV; ++v) acc[i][v] += av * bv[v];
+      }
+      a += kStrideK;
+      b += NV * W;
+    }
   }
 #pragma GCC unroll 32
   for (int i = 0; i < M; ++i) {

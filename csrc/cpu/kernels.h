@@ -22,6 +22,17 @@ constexpr int64_t kDotFeatures = 4;
 
 constexpr int kMaxMr = 24;
 
+// Weights that the next tiles will need: while a tile steps over k it asks for one row of them every
+// kPrefetchStep steps. A row is a short run in its own page, so the hardware prefetcher would start
+// anew, a DRAM latency late, on every one.
+constexpr int64_t kPrefetchStep = 16;
+struct Prefetch {
+  const char* base = nullptr;  // nullptr: nothing to ask for
+  int64_t stride = 0;          // bytes between rows
+  int64_t rows = 0;            // at most kKc / kPrefetchStep are asked for by one tile
+  int64_t bytes = 0;           // of each row
+};
+
 template <class T>
 struct Kernels {
   int lanes;     // elements of T in a vector
@@ -31,7 +42,8 @@ struct Kernels {
 
   // c[i*ldc + j] (+)= sum_k a(i, k) * b[k * nv*lanes + j] for i < m, j < nv*lanes.
   // row_a: a(i, k) = a[i*kLda + k]; col_a: a(i, k) = a[k*kLdm + i]. Index: [nv - 1][m - 1].
-  using Micro = void (*)(int64_t kc, const T* a, const T* b, T* c, int64_t ldc, bool accumulate);
+  using Micro = void (*)(int64_t kc, const T* a, const T* b, T* c, int64_t ldc, bool accumulate,
+                         Prefetch prefetch);
   Micro row_a[2][kMaxMr];
   Micro col_a[2][kMaxMr];
 

@@ -1,7 +1,5 @@
 #include "moe_ops/topp_router.h"
 
-#include <string>
-
 #include "moe_ops/topk_router.h"
 #include "torch/tensor_utils.h"
 
