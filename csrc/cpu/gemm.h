@@ -329,7 +329,7 @@ void wgrad(const GroupedWgradParams& p, const Parallel& par) {
         for (int64_t b = 0; b < blocks; ++b) {
           const int64_t i0 = n * b / blocks, i1 = n * (b + 1) / blocks;
           k.col_a[nv - 1][i1 - i0 - 1](kc, g + i0, panels + (j - j0) * kc, c + i0 * ld, ld,
-                                       r0 > begin, Prefetch{});
+                                       r0 > begin, kNoPrefetch);
         }
       }
     }

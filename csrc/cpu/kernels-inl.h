@@ -201,7 +201,7 @@ inline auto with_type([[maybe_unused]] DType type, const void* p, const Fn& fn) 
 // the ports (2). AVX-512: 14 x 2 + 2 + 1 of 32.
 template <class T, int M, int NV, bool kColumnForm>
 void micro(int64_t kc, const T* a, const T* b, T* c, int64_t ldc, bool accumulate,
-           Prefetch prefetch) {
+           const Prefetch& prefetch) {
   constexpr int W = kLanes<T>;
   constexpr int64_t kStrideI = kColumnForm ? 1 : kLda;
   constexpr int64_t kStrideK = kColumnForm ? kLdm : 1;
@@ -211,11 +211,13 @@ void micro(int64_t kc, const T* a, const T* b, T* c, int64_t ldc, bool accumulat
 #pragma GCC unroll 2
     for (int v = 0; v < NV; ++v) acc[i][v] = Vec<T>{};
   }
+  const char* fetch = prefetch.base;
+  int64_t fetch_rows = prefetch.rows;
   for (int64_t k0 = 0; k0 < kc; k0 += kPrefetchStep) {
-    if (prefetch.rows > 0) {
-      for (int64_t i = 0; i < prefetch.bytes; i += 64) __builtin_prefetch(prefetch.base + i, 0, 2);
-      prefetch.base += prefetch.stride;
-      --prefetch.rows;
+    if (fetch_rows > 0) {
+      for (int64_t i = 0; i < prefetch.bytes; i += 64) __builtin_prefetch(fetch + i, 0, 2);
+      fetch += prefetch.stride;
+      --fetch_rows;
     }
     const int64_t end = kc - k0 < kPrefetchStep ? kc - k0 : kPrefetchStep;
 #pragma GCC unroll 2

@@ -32,6 +32,9 @@ struct Prefetch {
   int64_t rows = 0;            // at most kKc / kPrefetchStep are asked for by one tile
   int64_t bytes = 0;           // of each row
 };
+// Passed by reference: a copy on the stack, written in one width and read in another, makes every
+// call wait for the stores of the tile before it.
+inline constexpr Prefetch kNoPrefetch;
 
 template <class T>
 struct Kernels {
@@ -43,7 +46,7 @@ struct Kernels {
   // c[i*ldc + j] (+)= sum_k a(i, k) * b[k * nv*lanes + j] for i < m, j < nv*lanes.
   // row_a: a(i, k) = a[i*kLda + k]; col_a: a(i, k) = a[k*kLdm + i]. Index: [nv - 1][m - 1].
   using Micro = void (*)(int64_t kc, const T* a, const T* b, T* c, int64_t ldc, bool accumulate,
-                         Prefetch prefetch);
+                         const Prefetch& prefetch);
   Micro row_a[2][kMaxMr];
   Micro col_a[2][kMaxMr];
 
