@@ -11,6 +11,7 @@
 
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
+#include "cpu/router_row.h"
 #include "cpu/workspace.h"
 
 namespace moe_ops::cpu {

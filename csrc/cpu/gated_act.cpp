@@ -44,8 +44,8 @@ void run_bwd(const GatedActBwdParams& p, const Parallel& par) {
                 T(p.act.limit));
       const bool weave = is_gated(p.act.kind) && p.act.interleaved;
       if (weave) interleave(grad, grad + I, I, row);
-      k.store_row(p.type, weave ? row : grad,
-                  static_cast<char*>(p.grad_gate_up) + r * width * size, width);
+      k.store_row(p.type, weave ? row : grad, static_cast<char*>(p.grad_gate_up) + r * width * size,
+                  width);
     }
   });
 }

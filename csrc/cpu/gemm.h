@@ -5,7 +5,8 @@
 //   dot    few rows, weights dense along k: stream each weight row once, vectors along k.
 //   nt     weights dense along k: weight rows are the broadcast side and tokens the vector side, so
 //          only the (small) block of x is transposed and weights are copied as they lie.
-//   nn     weights dense along features: token rows are the broadcast side, weight rows the vectors.
+//   nn     weights dense along features: token rows are the broadcast side, weight rows the
+//   vectors.
 #pragma once
 
 #include <algorithm>
@@ -45,8 +46,8 @@ template <class T>
 struct GemmDesc {
   const int64_t* expert_offsets;
   int64_t num_experts;
-  int64_t features;     // per segment
-  int segments = 1;     // segment s starts at row s * features of b
+  int64_t features;          // per segment
+  int segments = 1;          // segment s starts at row s * features of b
   int64_t feature_unit = 1;  // cuts between items fall on multiples of this
   int64_t in_features;
   Rows a;
@@ -111,9 +112,9 @@ void dot_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, con
   for (int s = 0; s < d.segments; ++s) {
     for (int64_t f = 0; f < n; f += kDotFeatures) {
       const int features = static_cast<int>(std::min(kDotFeatures, n - f));
-      const void* w = element(d.b.data, d.b.type,
-                              it.expert * d.b.stride_e +
-                                  (s * d.features + it.feature_begin + f) * d.b.stride_o);
+      const void* w = element(
+          d.b.data, d.b.type,
+          it.expert * d.b.stride_e + (s * d.features + it.feature_begin + f) * d.b.stride_o);
       for (int64_t t = 0; t < m; t += k.dot_tokens) {
         const int tokens = static_cast<int>(std::min<int64_t>(k.dot_tokens, m - t));
         k.dot(d.b.type, features, tokens, K, w, d.b.stride_o, x + t * ldx, ldx,
@@ -162,8 +163,8 @@ void nt_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, cons
       const int64_t i0 = total * b / blocks, i1 = total * (b + 1) / blocks;
       for (int64_t i = i0; i < i1; ++i) {
         const int64_t feature = i / n * d.features + it.feature_begin + i % n;
-        k.load_row(d.b.type, element(w, d.b.type, feature * d.b.stride_o + k0),
-                   a + (i - i0) * kLda, kc, T(1));
+        k.load_row(d.b.type, element(w, d.b.type, feature * d.b.stride_o + k0), a + (i - i0) * kLda,
+                   kc, T(1));
       }
       // The first tile of this block fetches the weights of the next one.
       Prefetch next;
@@ -219,9 +220,8 @@ void nn_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, cons
       int64_t rows_left = 0;
       if (s + 1 < d.segments || k0 + kKc < d.in_features) {
         const bool same_k = s + 1 < d.segments;
-        const char* base =
-            same_k ? element(w_rows[0], d.b.type, (s + 1) * d.features)
-                   : element(w_rows[0], d.b.type, kKc * d.b.stride_k);
+        const char* base = same_k ? element(w_rows[0], d.b.type, (s + 1) * d.features)
+                                  : element(w_rows[0], d.b.type, kKc * d.b.stride_k);
         rows_left = same_k ? kc : std::min(kKc, d.in_features - k0 - kKc);
         next = {base, d.b.stride_k * dtype_size(d.b.type), 0, n * dtype_size(d.b.type)};
       }
@@ -254,8 +254,7 @@ void gemm(const GemmDesc<T>& d, const Parallel& par, const Epilogue& fn) {
                       (static_cast<double>(d.in_features) / 16 + 1);
   parallel_items(par, static_cast<int64_t>(items.size()), cost, [&](int64_t i) {
     const GemmItem& it = items[i];
-    const int64_t expert_rows =
-        d.expert_offsets[it.expert + 1] - d.expert_offsets[it.expert];
+    const int64_t expert_rows = d.expert_offsets[it.expert + 1] - d.expert_offsets[it.expert];
     if (d.in_features == 0) {
       const int64_t n = it.feature_end - it.feature_begin;
       T* zeros = scratch<T>(Scratch::kTile, 2 * n);

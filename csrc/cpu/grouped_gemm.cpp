@@ -23,8 +23,7 @@ void run_gemm(const GroupedGemmParams& p, const Parallel& par) {
              n);
     }
     const int64_t row = p.out.index != nullptr ? p.out.index[r] : r;
-    char* out =
-        static_cast<char*>(p.out.data) + (row * p.out.stride + f) * dtype_size(p.out.type);
+    char* out = static_cast<char*>(p.out.data) + (row * p.out.stride + f) * dtype_size(p.out.type);
     k.store_row(p.out.type, values, out, n);
   });
 }

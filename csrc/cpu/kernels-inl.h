@@ -1,9 +1,10 @@
 // The text of every inner loop, compiled once per instruction set. The including file defines
 // MOE_ISA (a namespace name), MOE_VEC_BYTES, MOE_MR1, MOE_MR2, MOE_DOT_TOKENS, MOE_DOT_MAX_ROWS.
 //
-// GNU vector types carry the arithmetic, so one text serves SSE2, AVX2, AVX-512 and NEON; intrinsics
-// appear only where the compiler has no good lowering (half conversion, transposes). Nothing here
-// may have external linkage or include a header with inline functions: see CMakeLists.txt.
+// GNU vector types carry the arithmetic, so one text serves SSE2, AVX2, AVX-512 and NEON;
+// intrinsics appear only where the compiler has no good lowering (half conversion, transposes).
+// Nothing here may have external linkage or include a header with inline functions: see
+// CMakeLists.txt.
 
 #include <stdint.h>
 
@@ -16,7 +17,7 @@
 namespace moe_ops::cpu::MOE_ISA {
 namespace {
 
-// --- vectors -----------------------------------------------------------------------------------------
+// --- vectors
 
 template <class T>
 struct Simd;
@@ -187,14 +188,17 @@ inline auto with_type([[maybe_unused]] DType type, const void* p, const Fn& fn) 
     return fn(static_cast<const double*>(p));
   } else {
     switch (type) {
-      case DType::kBFloat16: return fn(static_cast<const Bf16*>(p));
-      case DType::kFloat16: return fn(static_cast<const Fp16*>(p));
-      default: return fn(static_cast<const float*>(p));
+      case DType::kBFloat16:
+        return fn(static_cast<const Bf16*>(p));
+      case DType::kFloat16:
+        return fn(static_cast<const Fp16*>(p));
+      default:
+        return fn(static_cast<const float*>(p));
     }
   }
 }
 
-// --- tiles -------------------------------------------------------------------------------------------
+// --- tiles
 
 // M x NV accumulators stay in registers; each step broadcasts M elements of a and loads NV vectors
 // of b. AVX2: 6 x 2 accumulators + 2 + 1 of 16 registers, and 12 FMAs cover the latency (4) times
@@ -317,7 +321,7 @@ void dot(DType w_type, int features, int tokens, int64_t k, const void* w, int64
   });
 }
 
-// --- rows ---------------------------------------------------------------------------------------------
+// --- rows
 
 template <class T>
 void load_row(DType type, const void* src, T* dst, int64_t n, T scale) {
@@ -511,7 +515,7 @@ T dot_row(DType a_type, const void* a, DType b_type, const void* b, int64_t n) {
   });
 }
 
-// --- functions ------------------------------------------------------------------------------------------
+// --- functions
 
 template <class T>
 struct ExpTraits;
@@ -550,8 +554,8 @@ inline Vec<T> vexp(Vec<T> x) {
   Vec<T> p = splat<T>(1);
 #pragma GCC unroll 16
   for (int d = Tr::kDegree; d >= 1; --d) p = p * r * T(1.0 / d) + T(1);
-  const Int bits = __builtin_bit_cast(Int, shifted) -
-                   __builtin_bit_cast(Scalar, T(Tr::kMagic)) + Scalar(Tr::kBias);
+  const Int bits = __builtin_bit_cast(Int, shifted) - __builtin_bit_cast(Scalar, T(Tr::kMagic)) +
+                   Scalar(Tr::kBias);
   return p * __builtin_bit_cast(Vec<T>, bits << Tr::kMantissa);
 }
 
@@ -572,7 +576,7 @@ inline Vec<double> vnormal_cdf(Vec<double> x) {
 inline Vec<float> vnormal_cdf(Vec<float> x) {
   // erfc(z) = t Q(t) exp(-z^2) with t = 1 / (1 + z/2); Q is a degree-9 least-squares fit on
   // Chebyshev nodes over z in [0, 10], relative error 1.3e-7 in fp32.
-  constexpr float q[] = {0.28206289f,  0.28289402f,  0.23828822f, 0.22744551f,  -0.10452848f,
+  constexpr float q[] = {0.28206289f, 0.28289402f,  0.23828822f, 0.22744551f,  -0.10452848f,
                          0.43415189f, -0.68704581f, 0.44281113f, -0.12961404f, 0.01353465f};
   const Vec<float> z = (x < 0.0f ? -x : x) * 0.70710678f;
   const Vec<float> t = 1.0f / (1.0f + 0.5f * z);
@@ -698,18 +702,28 @@ void act_bwd_loop(const T* gate, const T* up, const T* dh, T* h, T* dgate, T* du
   }
 }
 
-#define MOE_FOR_ACTIVATION(kind, CALL)                                      \
-  switch (kind) {                                                           \
-    case Activation::kSwiglu: return CALL(Activation::kSwiglu);             \
-    case Activation::kGeglu: return CALL(Activation::kGeglu);               \
-    case Activation::kGegluTanh: return CALL(Activation::kGegluTanh);       \
-    case Activation::kReglu: return CALL(Activation::kReglu);               \
-    case Activation::kSwigluOai: return CALL(Activation::kSwigluOai);       \
-    case Activation::kSilu: return CALL(Activation::kSilu);                 \
-    case Activation::kGelu: return CALL(Activation::kGelu);                 \
-    case Activation::kGeluTanh: return CALL(Activation::kGeluTanh);         \
-    case Activation::kRelu: return CALL(Activation::kRelu);                 \
-    case Activation::kRelu2: return CALL(Activation::kRelu2);               \
+#define MOE_FOR_ACTIVATION(kind, CALL)     \
+  switch (kind) {                          \
+    case Activation::kSwiglu:              \
+      return CALL(Activation::kSwiglu);    \
+    case Activation::kGeglu:               \
+      return CALL(Activation::kGeglu);     \
+    case Activation::kGegluTanh:           \
+      return CALL(Activation::kGegluTanh); \
+    case Activation::kReglu:               \
+      return CALL(Activation::kReglu);     \
+    case Activation::kSwigluOai:           \
+      return CALL(Activation::kSwigluOai); \
+    case Activation::kSilu:                \
+      return CALL(Activation::kSilu);      \
+    case Activation::kGelu:                \
+      return CALL(Activation::kGelu);      \
+    case Activation::kGeluTanh:            \
+      return CALL(Activation::kGeluTanh);  \
+    case Activation::kRelu:                \
+      return CALL(Activation::kRelu);      \
+    case Activation::kRelu2:               \
+      return CALL(Activation::kRelu2);     \
   }
 
 template <class T>
@@ -727,7 +741,7 @@ void act_bwd(Activation kind, const T* gate, const T* up, const T* dh, T* h, T* 
 #undef MOE_CALL
 }
 
-// --- table ----------------------------------------------------------------------------------------------
+// --- table
 
 template <class T, int NV, bool kColumnForm, int M, int kMax>
 void fill_micro(typename Kernels<T>::Micro* table) {

@@ -22,9 +22,9 @@ constexpr int64_t kDotFeatures = 4;
 
 constexpr int kMaxMr = 24;
 
-// Weights that the next tiles will need: while a tile steps over k it asks for one row of them every
-// kPrefetchStep steps. A row is a short run in its own page, so the hardware prefetcher would start
-// anew, a DRAM latency late, on every one.
+// Weights that the next tiles will need: while a tile steps over k it asks for one row of them
+// every kPrefetchStep steps. A row is a short run in its own page, so the hardware prefetcher would
+// start anew, a DRAM latency late, on every one.
 constexpr int64_t kPrefetchStep = 16;
 struct Prefetch {
   const char* base = nullptr;  // nullptr: nothing to ask for
@@ -38,10 +38,10 @@ inline constexpr Prefetch kNoPrefetch;
 
 template <class T>
 struct Kernels {
-  int lanes;     // elements of T in a vector
-  int mr1, mr2;  // rows of the widest tile that is one, two vectors wide
-  int dot_tokens;     // tokens one call of dot handles
-  int dot_max_rows;   // below or at this many rows the dot kernel beats the tiles
+  int lanes;         // elements of T in a vector
+  int mr1, mr2;      // rows of the widest tile that is one, two vectors wide
+  int dot_tokens;    // tokens one call of dot handles
+  int dot_max_rows;  // below or at this many rows the dot kernel beats the tiles
 
   // c[i*ldc + j] (+)= sum_k a(i, k) * b[k * nv*lanes + j] for i < m, j < nv*lanes.
   // row_a: a(i, k) = a[i*kLda + k]; col_a: a(i, k) = a[k*kLdm + i]. Index: [nv - 1][m - 1].
@@ -57,8 +57,8 @@ struct Kernels {
 
   // dst[i] = scale * src[i]
   void (*load_row)(DType type, const void* src, T* dst, int64_t n, T scale);
-  // Panels of 2*lanes columns (the last one lanes or 2*lanes wide, zero-padded) of a matrix whose row
-  // r starts at rows[r] + byte_offset: dst[j*num_rows + r*width + c] for the panel at column j.
+  // Panels of 2*lanes columns (the last one lanes or 2*lanes wide, zero-padded) of a matrix whose
+  // row r starts at rows[r] + byte_offset: dst[j*num_rows + r*width + c] for the panel at column j.
   // scales: one factor a row, or nullptr.
   void (*pack_panels)(DType type, const void* const* rows, int64_t byte_offset, int64_t num_rows,
                       int64_t cols, const T* scales, T* dst);

@@ -6,26 +6,25 @@
 #define MOE_MR2 4
 #define MOE_DOT_TOKENS 2
 #define MOE_DOT_MAX_ROWS 2
-#include "cpu/kernels-inl.h"
-
 #include "cpu/cpu_isa.h"
+#include "cpu/kernels-inl.h"
 
 namespace moe_ops::cpu {
 
 #if defined(__x86_64__)
-#define MOE_DECLARE_LEVEL(level)  \
-  namespace level {               \
-  Kernels<float> kernels_f32();   \
-  Kernels<double> kernels_f64();  \
+#define MOE_DECLARE_LEVEL(level) \
+  namespace level {              \
+  Kernels<float> kernels_f32();  \
+  Kernels<double> kernels_f64(); \
   }
 MOE_DECLARE_LEVEL(avx2)
 MOE_DECLARE_LEVEL(avx512)
 MOE_DECLARE_LEVEL(avx512_bf16)
 #undef MOE_DECLARE_LEVEL
-#define MOE_SELECT(isa, fn)                                 \
-  ((isa) == Isa::kAvx512Bf16 ? avx512_bf16::fn()            \
-   : (isa) == Isa::kAvx512   ? avx512::fn()                 \
-   : (isa) == Isa::kAvx2     ? avx2::fn()                   \
+#define MOE_SELECT(isa, fn)                      \
+  ((isa) == Isa::kAvx512Bf16 ? avx512_bf16::fn() \
+   : (isa) == Isa::kAvx512   ? avx512::fn()      \
+   : (isa) == Isa::kAvx2     ? avx2::fn()        \
                              : portable::fn())
 #else
 #define MOE_SELECT(isa, fn) portable::fn()

@@ -96,12 +96,12 @@ void forward(const MoeFfnParams& p, const Parallel& par) {
       const int64_t column = seg * I + f;
       if (p.b_gate_up.data != nullptr) {
         k.axpy(p.b_gate_up.type,
-               element(p.b_gate_up.data, p.b_gate_up.type, e * p.b_gate_up.stride_e + column),
-               T(1), v, n);
+               element(p.b_gate_up.data, p.b_gate_up.type, e * p.b_gate_up.stride_e + column), T(1),
+               v, n);
       }
       if (p.preact != nullptr) {
-        k.store_row(type, v,
-                    static_cast<char*>(p.preact) + (r * width + column) * dtype_size(type), n);
+        k.store_row(type, v, static_cast<char*>(p.preact) + (r * width + column) * dtype_size(type),
+                    n);
       }
     }
     if (gated && s.act.interleaved) {
@@ -122,8 +122,8 @@ void forward(const MoeFfnParams& p, const Parallel& par) {
   gemm(gemm_desc<T>(s, H, I, hidden, p.w_down), par,
        [&](int64_t e, int64_t r, int64_t f, int64_t n, T* v, T*) {
          if (p.b_down.data != nullptr) {
-           k.axpy(p.b_down.type,
-                  element(p.b_down.data, p.b_down.type, e * p.b_down.stride_e + f), T(1), v, n);
+           k.axpy(p.b_down.type, element(p.b_down.data, p.b_down.type, e * p.b_down.stride_e + f),
+                  T(1), v, n);
          }
          std::memcpy(out + r * H + f, v, static_cast<size_t>(n) * sizeof(T));
        });
@@ -184,9 +184,9 @@ void backward(const MoeFfnBwdParams& p, const Parallel& par) {
           const int64_t e =
               std::upper_bound(s.expert_offsets, s.expert_offsets + s.num_experts + 1, r) -
               s.expert_offsets - 1;
-          g += k.dot_row(p.b_down.type,
-                         element(p.b_down.data, p.b_down.type, e * p.b_down.stride_e), type,
-                         row_of(gy, r), H);
+          g +=
+              k.dot_row(p.b_down.type, element(p.b_down.data, p.b_down.type, e * p.b_down.stride_e),
+                        type, row_of(gy, r), H);
         }
         grad_weights[s.row_to_slot[r]] = g;
       }

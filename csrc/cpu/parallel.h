@@ -46,9 +46,8 @@ void parallel_range(const Parallel& par, int64_t n, double cost_per_item, const 
   const int64_t by_cost = static_cast<int64_t>(kChunkCost / std::max(cost_per_item, 1.0)) + 1;
   const int64_t chunk = std::min(n, by_cost);
   const int64_t chunks = ceil_div(n, chunk);
-  parallel_items(par, chunks, cost_per_item * static_cast<double>(n), [&](int64_t c) {
-    fn(c * chunk, std::min(n, (c + 1) * chunk));
-  });
+  parallel_items(par, chunks, cost_per_item * static_cast<double>(n),
+                 [&](int64_t c) { fn(c * chunk, std::min(n, (c + 1) * chunk)); });
 }
 
 }  // namespace moe_ops::cpu

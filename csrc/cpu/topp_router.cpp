@@ -7,8 +7,8 @@
 
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
+#include "cpu/router_row.h"
 #include "cpu/workspace.h"
-#include "moe_ops/topk_router.h"
 
 namespace moe_ops::cpu {
 

@@ -5,6 +5,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "moe_ops/common.h"
+
 namespace moe_ops::cpu {
 
 // Slots that may be live in one thread at the same time.
@@ -20,5 +22,21 @@ T* scratch(Scratch slot, int64_t count) {
 }
 
 void release_large_scratch();
+
+// Hands out parts of one block of scratch, each on a 64-byte boundary.
+class Carver {
+ public:
+  Carver(Scratch slot, int64_t bytes)
+      : next_(static_cast<char*>(scratch_bytes(slot, static_cast<size_t>(bytes)))) {}
+  template <class T>
+  T* take(int64_t count) {
+    T* part = reinterpret_cast<T*>(next_);
+    next_ += round_up<int64_t>(count * static_cast<int64_t>(sizeof(T)), 64);
+    return part;
+  }
+
+ private:
+  char* next_;
+};
 
 }  // namespace moe_ops::cpu

@@ -11,11 +11,16 @@
 namespace moe_ops::adapter {
 
 inline constexpr std::pair<const char*, Activation> kActivations[] = {
-    {"swiglu", Activation::kSwiglu},        {"geglu", Activation::kGeglu},
-    {"geglu_tanh", Activation::kGegluTanh}, {"reglu", Activation::kReglu},
-    {"swiglu_oai", Activation::kSwigluOai}, {"silu", Activation::kSilu},
-    {"gelu", Activation::kGelu},            {"gelu_tanh", Activation::kGeluTanh},
-    {"relu", Activation::kRelu},            {"relu2", Activation::kRelu2},
+    {"swiglu", Activation::kSwiglu},
+    {"geglu", Activation::kGeglu},
+    {"geglu_tanh", Activation::kGegluTanh},
+    {"reglu", Activation::kReglu},
+    {"swiglu_oai", Activation::kSwigluOai},
+    {"silu", Activation::kSilu},
+    {"gelu", Activation::kGelu},
+    {"gelu_tanh", Activation::kGeluTanh},
+    {"relu", Activation::kRelu},
+    {"relu2", Activation::kRelu2},
 };
 
 inline ActivationParams check_activation(const char* op, const std::string& name, bool interleaved,

@@ -23,11 +23,11 @@ template <class... Parts>
   throw std::invalid_argument(s.str());  // arrives in Python as ValueError
 }
 
-#define MOE_CHECK(condition, ...)               \
-  do {                                          \
-    if (!(condition)) [[unlikely]] {            \
-      ::moe_ops::adapter::fail(__VA_ARGS__);    \
-    }                                           \
+#define MOE_CHECK(condition, ...)            \
+  do {                                       \
+    if (!(condition)) [[unlikely]] {         \
+      ::moe_ops::adapter::fail(__VA_ARGS__); \
+    }                                        \
   } while (false)
 
 inline std::string shape_string(const Tensor& t) {
@@ -41,19 +41,32 @@ inline std::string shape_string(const Tensor& t) {
 
 inline const char* dtype_name(ScalarType t) {
   switch (t) {
-    case ScalarType::Double: return "float64";
-    case ScalarType::Float: return "float32";
-    case ScalarType::BFloat16: return "bfloat16";
-    case ScalarType::Half: return "float16";
-    case ScalarType::Int: return "int32";
-    case ScalarType::Long: return "int64";
-    case ScalarType::Short: return "int16";
-    case ScalarType::Char: return "int8";
-    case ScalarType::Byte: return "uint8";
-    case ScalarType::Bool: return "bool";
-    case ScalarType::ComplexFloat: return "complex64";
-    case ScalarType::ComplexDouble: return "complex128";
-    default: return "another dtype";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Long:
+      return "int64";
+    case ScalarType::Short:
+      return "int16";
+    case ScalarType::Char:
+      return "int8";
+    case ScalarType::Byte:
+      return "uint8";
+    case ScalarType::Bool:
+      return "bool";
+    case ScalarType::ComplexFloat:
+      return "complex64";
+    case ScalarType::ComplexDouble:
+      return "complex128";
+    default:
+      return "another dtype";
   }
 }
 
@@ -77,10 +90,14 @@ inline void check_size(const char* op, const char* name, const Tensor& t, int64_
 inline DType check_float(const char* op, const char* name, const Tensor& t) {
   check_cpu(op, name, t);
   switch (t.scalar_type()) {
-    case ScalarType::Double: return DType::kFloat64;
-    case ScalarType::Float: return DType::kFloat32;
-    case ScalarType::BFloat16: return DType::kBFloat16;
-    case ScalarType::Half: return DType::kFloat16;
+    case ScalarType::Double:
+      return DType::kFloat64;
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    case ScalarType::Half:
+      return DType::kFloat16;
     default:
       fail(op, ": ", name, " must be float64, float32, bfloat16 or float16, got ",
            dtype_name(t.scalar_type()), ".");

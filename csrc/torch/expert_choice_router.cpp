@@ -2,17 +2,10 @@
 
 #include <string>
 
+#include "torch/router.h"
 #include "torch/tensor_utils.h"
 
 namespace moe_ops::adapter {
-
-// Defined in topk_router.cpp.
-DType check_router_logits(const char* op, const Tensor& router_logits);
-ScoreFunc check_score_func(const char* op, const std::string& name);
-void check_scaling_factor(const char* op, double factor);
-Tensor router_gradient(const char* op, const Tensor& grad_weights, const Tensor& router_logits,
-                       const Tensor& topk_ids, ScoreFunc score_func, bool topk_first,
-                       bool renormalize, double routed_scaling_factor);
 
 namespace {
 

@@ -5,7 +5,7 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(moe_ops, m) {
-  // --- routing -------------------------------------------------------------------------------------
+  // --- routing
   // router_logits [T,E] -> topk_weights [T,K] fp32, topk_ids [T,K] int32. Ties: the smaller id.
   m.def(
       "topk_router(Tensor router_logits, int top_k, str score_func=\"softmax\", "
@@ -31,8 +31,9 @@ STABLE_TORCH_LIBRARY(moe_ops, m) {
       "expert_choice_router_bwd(Tensor grad_weights, Tensor router_logits, Tensor topk_ids, "
       "str score_func, float routed_scaling_factor) -> Tensor");
 
-  // --- dispatch to experts inside one process ---------------------------------------------------------
-  // Stable counting sort of slots by expert; slots without an expert go to the tail. All int32.
+  // --- permutation
+  // --------------------------------------------------------- Stable counting sort of slots by
+  // expert; slots without an expert go to the tail. All int32.
   m.def(
       "sort_slots(Tensor topk_ids, int num_experts) "
       "-> (Tensor expert_offsets, Tensor row_to_slot, Tensor slot_to_row)");
@@ -49,7 +50,7 @@ STABLE_TORCH_LIBRARY(moe_ops, m) {
       "unpermute_bwd(Tensor grad_y, Tensor rows, Tensor expert_offsets, Tensor slot_to_row, "
       "Tensor? topk_weights) -> (Tensor grad_rows, Tensor grad_topk_weights)");
 
-  // --- expert arithmetic --------------------------------------------------------------------------------
+  // --- expert arithmetic
   // [..., 2I] -> [..., I]
   m.def(
       "gated_act(Tensor gate_up, str activation=\"swiglu\", *, bool interleaved=False, "
@@ -58,15 +59,15 @@ STABLE_TORCH_LIBRARY(moe_ops, m) {
       "gated_act_bwd(Tensor grad_h, Tensor gate_up, str activation, bool interleaved, "
       "float alpha, float limit) -> Tensor");
   // a [N,K] with b [E,O,K], ragged over rows: out[r] = b[e(r)] a[r] + bias[e(r)]
-  m.def(
-      "grouped_gemm(Tensor a, Tensor b, Tensor expert_offsets, Tensor? bias=None) -> Tensor");
+  m.def("grouped_gemm(Tensor a, Tensor b, Tensor expert_offsets, Tensor? bias=None) -> Tensor");
   // grad [N,O], a [N,K] -> [E,O,K]: the sum over an expert's rows of grad^T a
   m.def("grouped_gemm_wgrad(Tensor grad, Tensor a, Tensor expert_offsets) -> Tensor");
   // rows [N,O] -> [E,O]: the sum over an expert's rows
   m.def("grouped_sum(Tensor rows, Tensor expert_offsets) -> Tensor");
 
-  // --- whole blocks ---------------------------------------------------------------------------------------
-  // y[t] = sum_k topk_weights[t,k] * (w_down[e] act(w_gate_up[e] x[t] + b_gate_up[e]) + b_down[e])
+  // --- whole blocks
+  // --------------------------------------------------------------------------------------- y[t] =
+  // sum_k topk_weights[t,k] * (w_down[e] act(w_gate_up[e] x[t] + b_gate_up[e]) + b_down[e])
   m.def(
       "moe_ffn(Tensor x, Tensor w_gate_up, Tensor w_down, Tensor topk_weights, Tensor topk_ids, "
       "Tensor? b_gate_up=None, Tensor? b_down=None, str activation=\"swiglu\", "
@@ -78,7 +79,8 @@ STABLE_TORCH_LIBRARY(moe_ops, m) {
       "Tensor topk_ids, Tensor? b_gate_up=None, Tensor? b_down=None, "
       "str activation=\"swiglu\", bool interleaved=False, "
       "bool apply_router_weight_on_input=False, float alpha=1.702, float limit=7.0) "
-      "-> (Tensor y, Tensor preact, Tensor expert_offsets, Tensor row_to_slot, Tensor slot_to_row)");
+      "-> (Tensor y, Tensor preact, Tensor expert_offsets, Tensor row_to_slot, Tensor "
+      "slot_to_row)");
   // Gradients that are not wanted come back with shape [0].
   m.def(
       "moe_ffn_bwd(Tensor grad_y, Tensor x, Tensor w_gate_up, Tensor w_down, Tensor topk_weights, "

@@ -80,13 +80,13 @@ FfnOutputs run_ffn(const char* op, const Tensor& x, const Tensor& w_gate_up, con
                    const Tensor& topk_weights, const Tensor& topk_ids, const OptTensor& b_gate_up,
                    const OptTensor& b_down, const std::string& activation, bool interleaved,
                    bool on_input, double alpha, double limit, bool save) {
-  const ActivationParams act =
-      check_activation(op, activation, interleaved, alpha, limit, false);
+  const ActivationParams act = check_activation(op, activation, interleaved, alpha, limit, false);
   check_index(op, "topk_ids", topk_ids);
   check_dim(op, "topk_ids", topk_ids, 2, "[T, K]");
   const Sizes s = check_ffn(op, x, w_gate_up, w_down, topk_weights, topk_ids.size(1), act);
   check_size(op, "topk_ids", topk_ids, 0, s.T, "T");
-  check_bias(op, "b_gate_up", b_gate_up, x, s.E, s.width, is_gated(act.kind) ? "[E, 2I]" : "[E, I]");
+  check_bias(op, "b_gate_up", b_gate_up, x, s.E, s.width,
+             is_gated(act.kind) ? "[E, 2I]" : "[E, I]");
   check_bias(op, "b_down", b_down, x, s.E, s.H, "[E, H]");
 
   auto [expert_offsets, row_to_slot, slot_to_row] = sorted_slots(op, topk_ids, s.E);
@@ -102,9 +102,9 @@ FfnOutputs run_ffn(const char* op, const Tensor& x, const Tensor& w_gate_up, con
   Tensor y = empty_cpu({s.T, s.H}, x.scalar_type());
   Tensor preact = save ? empty_cpu({N, s.width}, x.scalar_type()) : empty_cpu({0}, x.scalar_type());
   MoeFfnParams p;
-  p.shape = make_shape(s, on_input, offsets,
-                       static_cast<const int32_t*>(row_to_slot.const_data_ptr()),
-                       static_cast<const int32_t*>(slot_to_row.const_data_ptr()), weights);
+  p.shape =
+      make_shape(s, on_input, offsets, static_cast<const int32_t*>(row_to_slot.const_data_ptr()),
+                 static_cast<const int32_t*>(slot_to_row.const_data_ptr()), weights);
   p.x = rows_of(src, s.type);
   p.w_gate_up = up.matrices;
   p.w_down = down.matrices;
@@ -188,7 +188,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_ffn_bwd(
   Tensor grad_b_gate_up = wanted(need_b_gate_up, {s.E, s.width}, type);
   Tensor grad_b_down = wanted(need_b_down, {s.E, s.H}, type);
   MoeFfnBwdParams p;
-  p.shape = make_shape(s, apply_router_weight_on_input, offsets, rows.data(), slots.data(), weights);
+  p.shape =
+      make_shape(s, apply_router_weight_on_input, offsets, rows.data(), slots.data(), weights);
   p.grad_y = rows_of(gy, s.type);
   p.x = rows_of(src, s.type);
   p.w_gate_up = up.matrices;

@@ -76,15 +76,14 @@ Tensor moe_linear_reduce(const Tensor& h, const Tensor& w, const Tensor& topk_we
 template <class T>
 void gather_weights(const RoutedRows& routing, const void* slot_weights, void* row_weights) {
   for (int64_t r = 0; r < routing.valid(); ++r) {
-    static_cast<T*>(row_weights)[r] =
-        static_cast<const T*>(slot_weights)[routing.row_to_slot[r]];
+    static_cast<T*>(row_weights)[r] = static_cast<const T*>(slot_weights)[routing.row_to_slot[r]];
   }
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> moe_linear_reduce_bwd(
     const Tensor& grad_y, const Tensor& h, const Tensor& w, const Tensor& topk_weights,
-    const Tensor& topk_ids, const OptTensor& bias, bool need_h, bool need_w,
-    bool need_topk_weights, bool need_bias) {
+    const Tensor& topk_ids, const OptTensor& bias, bool need_h, bool need_w, bool need_topk_weights,
+    bool need_bias) {
   constexpr const char* kOp = "moe_linear_reduce_bwd";
   const DType type = check_reduce(kOp, h, w, topk_weights, topk_ids, bias);
   const int64_t T = h.size(0), K = h.size(1), D = h.size(2), E = w.size(0), H = w.size(1);

@@ -37,8 +37,8 @@ Tensor permute(const Tensor& x, const Tensor& expert_offsets, const Tensor& row_
   return rows;
 }
 
-Tensor permute_bwd(const Tensor& grad_rows, const Tensor& expert_offsets,
-                   const Tensor& row_to_slot, int64_t num_tokens) {
+Tensor permute_bwd(const Tensor& grad_rows, const Tensor& expert_offsets, const Tensor& row_to_slot,
+                   int64_t num_tokens) {
   constexpr const char* kOp = "permute_bwd";
   const DType type = check_float(kOp, "grad_rows", grad_rows);
   check_dim(kOp, "grad_rows", grad_rows, 2, "[N, H]");

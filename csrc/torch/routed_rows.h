@@ -10,10 +10,10 @@ namespace moe_ops::adapter {
 
 struct RoutedRows {
   Tensor row_to_slot_tensor, slot_to_row_tensor;
-  std::vector<int64_t> offsets;        // [E+1]
-  const int32_t* row_to_slot;          // [N]
-  const int32_t* slot_to_row;          // [T, K]
-  std::vector<int32_t> row_to_token;   // [N]
+  std::vector<int64_t> offsets;       // [E+1]
+  const int32_t* row_to_slot;         // [N]
+  const int32_t* slot_to_row;         // [T, K]
+  std::vector<int32_t> row_to_token;  // [N]
 
   int64_t valid() const { return offsets.back(); }
 };

@@ -1,4 +1,5 @@
-// What the adapters need around the kernels: allocation, layouts, index conversion, torch's threads.
+// What the adapters need around the kernels: allocation, layouts, index conversion, torch's
+// threads.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -25,22 +26,22 @@ namespace moe_ops::adapter {
 
 using OptTensor = std::optional<Tensor>;
 
-// TORCH_BOX hands a kernel that takes float or int the low bytes of a double or int64_t. Registering
-// through MOE_BOX turns that mistake into a compile error.
+// TORCH_BOX hands a kernel that takes float or int the low bytes of a double or int64_t.
+// Registering through MOE_BOX turns that mistake into a compile error.
 template <class T>
-constexpr bool kBoxable = !std::is_same_v<std::remove_cvref_t<T>, float> &&
-                          !std::is_same_v<std::remove_cvref_t<T>, int>;
+constexpr bool kBoxable =
+    !std::is_same_v<std::remove_cvref_t<T>, float> && !std::is_same_v<std::remove_cvref_t<T>, int>;
 template <class F>
 struct SignatureIsBoxable;
 template <class R, class... Args>
 struct SignatureIsBoxable<R(Args...)> {
   static constexpr bool value = (kBoxable<Args> && ...);
 };
-#define MOE_BOX(fn)                                                                         \
-  ([] {                                                                                     \
-    static_assert(::moe_ops::adapter::SignatureIsBoxable<decltype(fn)>::value,              \
-                  "use double and int64_t in registered signatures");                       \
-    return TORCH_BOX(&fn);                                                                  \
+#define MOE_BOX(fn)                                                            \
+  ([] {                                                                        \
+    static_assert(::moe_ops::adapter::SignatureIsBoxable<decltype(fn)>::value, \
+                  "use double and int64_t in registered signatures");          \
+    return TORCH_BOX(&fn);                                                     \
   }())
 
 // Asks for huge pages behind a large fresh tensor. torch maps such a tensor anew on every call, and
@@ -219,8 +220,8 @@ inline Parallel torch_parallel() {
   Parallel p;
   p.num_threads = static_cast<int>(torch::stable::get_num_threads());
   p.run = [](int64_t n, void (*fn)(int64_t, int64_t, void*), void* ctx) {
-    torch::stable::parallel_for(
-        0, n, 1, [fn, ctx](int64_t begin, int64_t end) { fn(begin, end, ctx); });
+    torch::stable::parallel_for(0, n, 1,
+                                [fn, ctx](int64_t begin, int64_t end) { fn(begin, end, ctx); });
   };
   return p;
 }

@@ -1,16 +1,9 @@
 #include "moe_ops/topp_router.h"
 
-#include "moe_ops/topk_router.h"
+#include "torch/router.h"
 #include "torch/tensor_utils.h"
 
 namespace moe_ops::adapter {
-
-// Defined in topk_router.cpp.
-DType check_router_logits(const char* op, const Tensor& router_logits);
-void check_scaling_factor(const char* op, double factor);
-Tensor router_gradient(const char* op, const Tensor& grad_weights, const Tensor& router_logits,
-                       const Tensor& topk_ids, ScoreFunc score_func, bool topk_first,
-                       bool renormalize, double routed_scaling_factor);
 
 namespace {
 

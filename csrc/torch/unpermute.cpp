@@ -13,8 +13,9 @@ int64_t check_unpermute(const char* op, const Tensor& rows, const Tensor& expert
   check_dim(op, "rows", rows, 2, "[N, H]");
   check_index(op, "slot_to_row", slot_to_row);
   check_dim(op, "slot_to_row", slot_to_row, 2, "[T, K]");
-  MOE_CHECK(slot_to_row.numel() == rows.size(0), op, ": slot_to_row must be [T, K] with T*K = ",
-            rows.size(0), " like the rows, got shape ", shape_string(slot_to_row), ".");
+  MOE_CHECK(slot_to_row.numel() == rows.size(0), op,
+            ": slot_to_row must be [T, K] with T*K = ", rows.size(0), " like the rows, got shape ",
+            shape_string(slot_to_row), ".");
   if (topk_weights.has_value()) {
     check_float(op, "topk_weights", *topk_weights);
     check_dim(op, "topk_weights", *topk_weights, 2, "[T, K]");

@@ -1,11 +1,11 @@
 // expert_choice_router: each expert's best tokens, in slot form. T tokens, E experts. The gradient
-// is router_bwd of topk_router.h with K = E.
+// is router_bwd with K = E.
 #pragma once
 
 #include <cstdint>
 
 #include "moe_ops/common.h"
-#include "moe_ops/topk_router.h"
+#include "moe_ops/router_bwd.h"
 
 namespace moe_ops {
 

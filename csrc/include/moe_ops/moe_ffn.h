@@ -43,12 +43,12 @@ struct MoeFfnBwdParams {
   ExpertVectors b_down;      // [E, H] or none: enters the gradient of the routing weights
   const void* preact;        // [N, P] contiguous, x's type
   // Outputs, contiguous, x's type, nullptr where not wanted.
-  void* grad_x;              // [T, H]
-  void* grad_w_gate_up;      // [E, P, H]
-  void* grad_w_down;         // [E, H, I]
-  void* grad_b_gate_up;      // [E, P]
-  void* grad_b_down;         // [E, H]
-  void* grad_topk_weights;   // [T, K] in the accumulate type
+  void* grad_x;             // [T, H]
+  void* grad_w_gate_up;     // [E, P, H]
+  void* grad_w_down;        // [E, H, I]
+  void* grad_b_gate_up;     // [E, P]
+  void* grad_b_down;        // [E, H]
+  void* grad_topk_weights;  // [T, K] in the accumulate type
 };
 
 namespace cpu {

@@ -1,6 +1,6 @@
-// The last step of moe_linear_reduce's backward, after u = W^T grad_y by rows: gradients of h and of
-// the routing weights. Everything else of moe_linear_map and moe_linear_reduce is grouped_gemm with
-// row indices, and unpermute.
+// The last step of moe_linear_reduce's backward, after u = W^T grad_y by rows: gradients of h and
+// of the routing weights. Everything else of moe_linear_map and moe_linear_reduce is grouped_gemm
+// with row indices, and unpermute.
 #pragma once
 
 #include <cstdint>

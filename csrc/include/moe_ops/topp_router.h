@@ -1,5 +1,5 @@
 // topp_router: each token's shortest list of experts that gathers top_p of the probability.
-// T tokens, E experts. The gradient is router_bwd of topk_router.h.
+// T tokens, E experts. The gradient is router_bwd.
 #pragma once
 
 #include <cstdint>

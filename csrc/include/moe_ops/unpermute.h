@@ -8,7 +8,7 @@
 namespace moe_ops {
 
 struct UnpermuteParams {
-  const void* rows;            // [N, H] rows row_stride elements apart
+  const void* rows;  // [N, H] rows row_stride elements apart
   DType type;
   int64_t row_stride;
   int64_t hidden_size;         // H
@@ -21,11 +21,12 @@ struct UnpermuteParams {
   DType y_type;
 };
 
-// grad_rows[r] = weight of its slot * grad_y of its token; grad_weights[t,k] = <rows[r], grad_y[t]>.
+// grad_rows[r] = weight of its slot * grad_y of its token; grad_weights[t,k] = <rows[r],
+// grad_y[t]>.
 struct UnpermuteBwdParams {
-  const void* grad_y;          // [T, H] rows grad_y_stride elements apart
-  const void* rows;            // [N, H] rows row_stride elements apart
-  DType type;                  // of both
+  const void* grad_y;  // [T, H] rows grad_y_stride elements apart
+  const void* rows;    // [N, H] rows row_stride elements apart
+  DType type;          // of both
   int64_t grad_y_stride, row_stride;
   int64_t hidden_size, num_tokens, top_k, num_rows, num_valid_rows;
   const int32_t* slot_to_row;  // [T, K]

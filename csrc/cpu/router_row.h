@@ -1,0 +1,40 @@
+// One row of router logits: what the routers do to it before anything is chosen, and the choice.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+namespace moe_ops::cpu {
+
+// T is float, or double for fp64
+// logits. A row has a whole number of kRowUnit elements and starts on a 64-byte boundary; past E it
+// is padded with -inf (values) or kNoKey (keys).
+constexpr int64_t kRowUnit = 8;
+
+// Keys are integers in the order of the values they stand for: NaN is below -inf, and both zeros
+// are equal. kNoKey is below everything: padding, experts that are taken or not allowed.
+template <class T>
+using RouterKey = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
+template <class T>
+constexpr RouterKey<T> kNoKey = sizeof(T) == 8 ? INT64_MIN : INT32_MIN;
+
+template <class T>
+struct RouterRow {
+  using Key = RouterKey<T>;
+  // e[i] = exp(x[i] - max x); returns the sum of e.
+  T (*exp_sum)(const T* x, T* e, int64_t n);
+  // s[i] = sigmoid(x[i])
+  void (*sigmoid)(const T* x, T* s, int64_t n);
+  // keys[i] = key of x[i]
+  void (*make_keys)(const T* x, Key* keys, int64_t n);
+  // Best key of each block of a vector's width. block_max has room for n + kRowUnit keys.
+  void (*find_block_max)(const Key* keys, Key* block_max, int64_t n);
+  // Takes the k best keys out, best first, equal ones by position, and writes their positions. Can
+  // be called again for the next ones. There must be k keys above kNoKey.
+  void (*take_best)(Key* keys, Key* block_max, int64_t n, int64_t k, int32_t* positions);
+};
+
+template <class T>
+const RouterRow<T>& router_row();  // for active_isa()
+
+}  // namespace moe_ops::cpu

@@ -1,0 +1,38 @@
+"""Hugging Face transformers on the ops of moe_ops.
+
+Importing this module registers ``"moe_ops"`` as an experts implementation, so that
+
+    import moe_ops.hf
+    model = AutoModelForCausalLM.from_pretrained(name, experts_implementation="moe_ops")
+
+and ``model.set_experts_implementation("moe_ops")`` work for every model whose experts go through
+transformers' experts interface. :func:`enable` switches a live model instead, and also JetMoE, DBRX
+and Llama 4, whose blocks are outside that interface and ignore the argument silently.
+"""
+
+from __future__ import annotations
+
+try:
+    import transformers
+except ModuleNotFoundError as error:
+    if error.name != "transformers":
+        raise
+    raise ImportError(
+        "moe_ops.hf needs Hugging Face transformers, which is not installed: "
+        "pip install torch-moe-ops[hf]"
+    ) from error
+
+try:
+    from transformers.integrations.moe import ExpertsInterface
+except ImportError as error:
+    raise ImportError(
+        "moe_ops.hf needs transformers 5.0 or newer (its ExpertsInterface) and found "
+        f"{transformers.__version__}: pip install --upgrade torch-moe-ops[hf]"
+    ) from error
+
+from moe_ops.hf.experts import experts_forward
+from moe_ops.hf.switch import disable, enable, expect_calls, status
+
+ExpertsInterface.register("moe_ops", experts_forward)
+
+__all__ = ["disable", "enable", "expect_calls", "experts_forward", "status"]

@@ -1,0 +1,208 @@
+"""Switching a live model to moe_ops and back."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+from transformers.integrations.moe import ExpertsInterface
+
+# Blocks that transformers keeps outside its experts interface, and the module with their subclass.
+_BLOCKS = {
+    "transformers.models.dbrx.modeling_dbrx.DbrxExperts": "moe_ops.hf.dbrx",
+    "transformers.models.jetmoe.modeling_jetmoe.JetMoeMoE": "moe_ops.hf.jetmoe",
+    "transformers.models.llama4.modeling_llama4.Llama4TextMoe": "moe_ops.hf.llama4",
+}
+_PREVIOUS = "_moe_ops_previous_implementation"
+
+
+def enable(model: nn.Module) -> dict[str, str]:
+    """Switches every MoE block of `model` to moe_ops, in place.
+
+    Modules on transformers' experts interface get ``"moe_ops"`` as their implementation. JetMoE's
+    feed-forward experts, DBRX's experts and Llama 4's block get a subclass with another forward;
+    JetMoE's attention experts stay as they are. Parameters, buffers, names and the state dict do
+    not change, so optimisers and checkpoints go on working. Call it before the model is
+    compiled, sharded or given accelerate hooks.
+
+    Args:
+        model: a transformers model or any module that holds MoE blocks of one.
+
+    Returns:
+        Name of each block that runs on moe_ops now -> how: ``"experts_implementation"`` or
+        ``"forward"``. Blocks that already did are listed too.
+
+    Raises:
+        ValueError: nothing to switch, or a block that cannot be switched; the model is unchanged.
+    """
+    on_interface: list[nn.Module] = []
+    by_class: list[tuple[nn.Module, ModuleType]] = []
+    report: dict[str, str] = {}
+    refused: list[str] = []
+    for name, module in model.named_modules():
+        interface = _interface(module)
+        if interface is not None:
+            if "moe_ops" not in interface:
+                refused.append(f"{name} ({type(module).__name__}) has quantised experts")
+                continue
+            if _config(module)._experts_implementation == "deepgemm_megamoe":
+                raise ValueError(
+                    f"moe_ops.hf.enable: {name} must not use deepgemm_megamoe, which has already "
+                    "changed the layout of its weights; load the model with "
+                    'experts_implementation="moe_ops".'
+                )
+            on_interface.append(module)
+            report[name] = "experts_implementation"
+        elif _is_switched(module):
+            report[name] = "forward"
+        elif (where := _BLOCKS.get(_path(type(module)))) is not None:
+            _check_hooks(name, module)
+            by_class.append((module, importlib.import_module(where)))
+            report[name] = "forward"
+    if not report:
+        raise ValueError(
+            f"moe_ops.hf.enable: {type(model).__name__} holds no MoE block that moe_ops can run"
+            + (f" ({'; '.join(refused)})." if refused else ".")
+        )
+
+    # All are read before one is set: the layers of a model share one config.
+    previous = [_config(module)._experts_implementation for module in on_interface]
+    for module, implementation in zip(on_interface, previous, strict=True):
+        if implementation != "moe_ops":
+            setattr(module, _PREVIOUS, implementation)
+            _set_implementation(module, "moe_ops")
+    for module, blocks in by_class:
+        module.__class__ = blocks.Block
+        for part, part_class in getattr(blocks, "PARTS", {}).items():
+            getattr(module, part).__class__ = part_class
+    return report
+
+
+def disable(model: nn.Module) -> dict[str, str]:
+    """Undoes :func:`enable`.
+
+    Blocks that were loaded with ``experts_implementation="moe_ops"`` go back to transformers' own
+    default, ``"grouped_mm"``; the others to what they used before.
+
+    Returns:
+        Name of each block that left moe_ops -> the implementation it uses now (``"forward"`` for a
+        block that got its own forward back). Empty when none was on moe_ops.
+    """
+    report = {}
+    for name, module in model.named_modules():
+        if _is_switched(module):
+            for submodule in (module, *module.children()):
+                submodule.__class__ = getattr(type(submodule), "replaces", type(submodule))
+            report[name] = "forward"
+        elif _interface(module) is not None:
+            previous = module.__dict__.pop(_PREVIOUS, "grouped_mm")
+            if status_of(module) == "moe_ops":
+                report[name] = previous
+    for name, module in model.named_modules():
+        if name in report and report[name] != "forward":
+            _set_implementation(module, report[name])
+    return report
+
+
+def status(model: nn.Module) -> dict[str, str]:
+    """Name of each MoE block -> what runs it now.
+
+    ``"moe_ops"``, another experts implementation, or ``"transformers"`` for a block outside the
+    experts interface: such a block ignores ``experts_implementation="moe_ops"`` without a word.
+    """
+    blocks = ((name, status_of(module)) for name, module in model.named_modules())
+    return {name: state for name, state in blocks if state is not None}
+
+
+def status_of(module: nn.Module) -> str | None:
+    """The entry of :func:`status` for one module; None for a module that is no MoE block."""
+    if _is_switched(module):
+        return "moe_ops"
+    if _interface(module) is not None:
+        return _config(module)._experts_implementation or "eager"
+    return "transformers" if _path(type(module)) in _BLOCKS else None
+
+
+@contextlib.contextmanager
+def expect_calls(model: nn.Module) -> Iterator[dict[str, int]]:
+    """Proves that moe_ops really runs: counts the calls of each switched block inside the context.
+
+    Yields:
+        Name of each block on moe_ops -> number of its calls so far.
+
+    Raises:
+        RuntimeError: no block of `model` is on moe_ops, or none was called by the end.
+    """
+    calls = {name: 0 for name, state in status(model).items() if state == "moe_ops"}
+    if not calls:
+        raise RuntimeError(
+            f"moe_ops.hf.expect_calls: no block of {type(model).__name__} is on moe_ops (a model "
+            'outside the experts interface ignores experts_implementation="moe_ops"); call '
+            "moe_ops.hf.enable(model)."
+        )
+
+    def counter(name: str):
+        def hook(module, args):
+            calls[name] += 1
+
+        return hook
+
+    handles = [model.get_submodule(n).register_forward_pre_hook(counter(n)) for n in calls]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not any(calls.values()):
+        raise RuntimeError(
+            f"moe_ops.hf.expect_calls: none of the {len(calls)} blocks of {type(model).__name__} "
+            "on moe_ops was called; something else replaced the forward around them."
+        )
+
+
+def _interface(module: nn.Module) -> ExpertsInterface | None:
+    """The registry that the forward of a decorated class looks its implementation up in."""
+    for cell in getattr(type(module).forward, "__closure__", None) or ():
+        if isinstance(cell.cell_contents, ExpertsInterface):
+            return cell.cell_contents
+    return None
+
+
+def _config(module: nn.Module) -> Any:
+    return module.config
+
+
+def _set_implementation(module: nn.Module, implementation: str | None) -> None:
+    # A dict with the empty key leaves sub-configs alone.
+    _config(module)._experts_implementation = {"": implementation}
+
+
+def _path(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _is_switched(module: nn.Module) -> bool:
+    # The parts of a block have a class of ours too, but only the block has an HF class to match.
+    replaced = getattr(type(module), "replaces", None)
+    return isinstance(replaced, type) and _path(replaced) in _BLOCKS
+
+
+def _check_hooks(name: str, module: nn.Module) -> None:
+    if "forward" in module.__dict__:
+        raise ValueError(
+            f"moe_ops.hf.enable: {name} must have its class's forward, got one set on the module "
+            "(by accelerate or kernels, for instance); call enable before them."
+        )
+    # The new forward reads the parameters of inner modules without calling them.
+    for child_name, child in module.named_modules():
+        called = child is module or child_name.startswith(("router", "shared_expert"))
+        called = called or next(child.parameters(), None) is None
+        if not called and (child._forward_hooks or child._forward_pre_hooks):
+            raise ValueError(
+                f"moe_ops.hf.enable: {name}.{child_name} must have no forward hooks, got some "
+                "(from tensor parallelism or accelerate, for instance); they would never run."
+            )

@@ -1,0 +1,47 @@
+"""Layers built from the ops: routers, expert banks, the mixture-of-experts layer, its losses.
+
+Letters in all files: T tokens, H hidden size, I intermediate size, E experts, K experts a token.
+"""
+
+from __future__ import annotations
+
+from .experts import Experts, SharedExperts
+from .losses import (
+    concentration_loss,
+    device_balance_loss,
+    load_balancing_loss,
+    mutual_information_loss,
+    router_entropy_loss,
+    router_z_loss,
+    sequence_balance_loss,
+    update_expert_bias,
+)
+from .moe import MoE, MoEOutput
+from .replay import RoutingChoice, RoutingRecord, record_routing, replay_routing
+from .router import Router, RouterOutput
+from .sparsemixer import sparsemixer
+from .stats import RoutingStats, count_tokens_per_expert
+
+__all__ = [
+    "Experts",
+    "MoE",
+    "MoEOutput",
+    "Router",
+    "RouterOutput",
+    "RoutingChoice",
+    "RoutingRecord",
+    "RoutingStats",
+    "SharedExperts",
+    "concentration_loss",
+    "count_tokens_per_expert",
+    "device_balance_loss",
+    "load_balancing_loss",
+    "mutual_information_loss",
+    "record_routing",
+    "replay_routing",
+    "router_entropy_loss",
+    "router_z_loss",
+    "sequence_balance_loss",
+    "sparsemixer",
+    "update_expert_bias",
+]

@@ -1,0 +1,437 @@
+"""Auxiliary losses of routing, as plain functions: the caller scales them and adds them up.
+
+Letters: T tokens, E experts, K experts a token. p[t, e] are the routing probabilities of a token:
+softmax of its logits, or, with score_func="sigmoid", sigmoids divided by their sum. P[e] is the
+mean of p[t, e] over tokens, and f[e] the share of the chosen slots that fall on expert e.
+
+Common to all: `router_logits` is [..., E] of any float type and is one layer's (stack nothing: a
+mean over layers is the caller's, since pooling layers hides collapse); arithmetic runs in fp32
+(fp64 for fp64); gradients reach the logits through p only, f is a constant; `token_mask` is bool
+with one element a token, True where the token counts, and what masked tokens hold (NaN included) is
+never used. Without a token to count, losses are 0. Each returns a scalar and none scales itself by
+a coefficient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .router import Router
+from .stats import count_tokens_per_expert
+
+
+def load_balancing_loss(
+    router_logits: Tensor | Sequence[Tensor],
+    topk_ids: Tensor | None = None,
+    *,
+    tokens_per_expert: Tensor | None = None,
+    score_func: str = "softmax",
+    token_mask: Tensor | None = None,
+    top_k: int | None = None,
+    hf_compat: bool = False,
+) -> Tensor:
+    """Switch-style balance loss of one layer: L = E * sum_e f[e] * P[e].
+
+    f[e] = (slots on e) / (slots with an expert), so L is 1 at perfect balance whatever K is, and E
+    when everything goes to one expert with certainty. Uniform P gives exactly 1 for any f.
+
+    Args:
+        router_logits: [..., E] of one layer (with `hf_compat`, also a sequence of such).
+        topk_ids: [..., K] the choice that was made; ids outside [0, E) are not counted.
+        tokens_per_expert: [E] counts to use instead of those of `topk_ids`, for instance summed
+            over data-parallel ranks (the balance is then that of the global batch).
+        score_func: "softmax" or "sigmoid" (sigmoids divided by their sum).
+        token_mask: bool, one element a token, True where the token counts.
+        top_k: K of `hf_compat`; unused otherwise.
+        hf_compat: reproduce transformers' `load_balancing_loss_func`: the choice is taken as the
+            top `top_k` of the softmax, f[e] is divided by tokens instead of slots (so the value at
+            balance is K), and a sequence of layers is pooled into one f and one P before the
+            product. For parity only: pooling scores layers that each collapse onto a different
+            expert as balanced. The mask is one layer's and applies to all.
+
+    Returns:
+        The loss, a scalar.
+
+    Raises:
+        ValueError: neither or both of `topk_ids` and `tokens_per_expert` given, `hf_compat` without
+            `top_k`, a sequence of layers without `hf_compat`, or sizes that do not match.
+
+    Source: Fedus, Zoph and Shazeer 2021 (Switch Transformers, arXiv 2101.03961), eq. 4-6; divided
+    by K as in Dai et al. 2024 (DeepSeekMoE, arXiv 2401.06066), eq. 12-14.
+    """
+    if hf_compat:
+        return _load_balancing_loss_hf(router_logits, top_k, token_mask)
+    if not isinstance(router_logits, Tensor):
+        raise ValueError(
+            "load_balancing_loss: router_logits must be one layer's tensor (average the layers' "
+            f"losses yourself, or set hf_compat=True), got {type(router_logits).__name__}."
+        )
+    if (topk_ids is None) == (tokens_per_expert is None):
+        raise ValueError(
+            "load_balancing_loss: exactly one of topk_ids and tokens_per_expert must be given, got "
+            f"{'neither' if topk_ids is None else 'both'}."
+        )
+    logits, mask = _flatten("load_balancing_loss", router_logits, token_mask)
+    if tokens_per_expert is not None:
+        counts = _given_counts("load_balancing_loss", tokens_per_expert, logits)
+    else:
+        counts = _counts("load_balancing_loss", topk_ids, logits, mask)
+    mean_probs = _mean(_probabilities(logits, score_func), mask)
+    return logits.shape[1] * (_share(counts, logits.dtype) * mean_probs).sum()
+
+
+def _load_balancing_loss_hf(
+    router_logits: Tensor | Sequence[Tensor], top_k: int | None, token_mask: Tensor | None
+) -> Tensor:
+    if top_k is None:
+        raise ValueError("load_balancing_loss: hf_compat=True needs top_k, got None.")
+    layers = [router_logits] if isinstance(router_logits, Tensor) else list(router_logits)
+    counts: Any = 0.0
+    probs: Any = 0.0
+    rows: Any = 0.0
+    for layer in layers:
+        logits, mask = _flatten("load_balancing_loss", layer, token_mask)
+        p = logits.softmax(-1)
+        ids = p.topk(top_k, dim=-1).indices
+        counts = counts + _counts("load_balancing_loss", ids, logits, mask).to(p.dtype)
+        probs = probs + (p if mask is None else p * mask[:, None]).sum(0)
+        rows = rows + (logits.shape[0] if mask is None else mask.sum())
+    return layers[0].shape[-1] * (counts / rows * (probs / rows)).sum()
+
+
+def router_z_loss(router_logits: Tensor, *, token_mask: Tensor | None = None) -> Tensor:
+    """Keeps logits small: L = mean over tokens of logsumexp(logits)^2, at least 0.
+
+    Args:
+        router_logits: [..., E].
+        token_mask: bool, one element a token, True where the token counts.
+
+    Returns:
+        The loss, a scalar.
+
+    Source: Zoph et al. 2022 (ST-MoE, arXiv 2202.08906).
+    """
+    logits, mask = _flatten("router_z_loss", router_logits, token_mask)
+    return _mean(logits.logsumexp(-1).square(), mask)
+
+
+def router_entropy_loss(
+    router_logits: Tensor, *, score_func: str = "softmax", token_mask: Tensor | None = None
+) -> Tensor:
+    """Mean entropy of the routing of a token: L = -mean_t sum_e p[t, e] log p[t, e].
+
+    Between 0 (every token certain of one expert) and log E. Minimising it sharpens routing, which
+    is what keeps top-p routing from spreading over many experts.
+
+    Args:
+        router_logits: [..., E].
+        score_func: "softmax" or "sigmoid" (sigmoids divided by their sum).
+        token_mask: bool, one element a token, True where the token counts.
+
+    Returns:
+        The loss, a scalar, in nats.
+
+    Source: Huang et al. 2024 (dynamic routing by top-p, arXiv 2403.07652), the "dynamic loss".
+    """
+    logits, mask = _flatten("router_entropy_loss", router_logits, token_mask)
+    return _mean(_token_entropy(logits, score_func), mask)
+
+
+def mutual_information_loss(
+    router_logits: Tensor, *, score_func: str = "softmax", token_mask: Tensor | None = None
+) -> Tensor:
+    """Minus the mutual information of token and expert: L = H(e | t) - H(e).
+
+    H(e | t) = -mean_t sum_e p[t, e] log p[t, e] and H(e) = -sum_e P[e] log P[e]. Between -log E
+    (every token certain, all experts used equally) and 0 (routing does not depend on the token).
+    Unlike the Switch loss it does not ask a single token to spread.
+
+    Args:
+        router_logits: [..., E].
+        score_func: "softmax" or "sigmoid" (sigmoids divided by their sum).
+        token_mask: bool, one element a token, True where the token counts.
+
+    Returns:
+        The loss, a scalar, in nats.
+
+    Source: Shen et al. 2023 (ModuleFormer, arXiv 2306.04640).
+    """
+    logits, mask = _flatten("mutual_information_loss", router_logits, token_mask)
+    marginal = _entropy(_mean(_probabilities(logits, score_func), mask))
+    return _mean(_token_entropy(logits, score_func), mask) - marginal
+
+
+def concentration_loss(
+    router_logits: Tensor, *, score_func: str = "softmax", token_mask: Tensor | None = None
+) -> Tensor:
+    """Entropy of the mean routing: L = H(e) = -sum_e P[e] log P[e].
+
+    Between 0 (one expert takes everything) and log E. For fine-tuning on one domain: minimising it
+    gathers the domain on few experts, so that the others can be pruned.
+
+    Args:
+        router_logits: [..., E].
+        score_func: "softmax" or "sigmoid" (sigmoids divided by their sum).
+        token_mask: bool, one element a token, True where the token counts.
+
+    Returns:
+        The loss, a scalar, in nats.
+
+    Source: Shen et al. 2023 (ModuleFormer, arXiv 2306.04640), load concentration.
+    """
+    logits, mask = _flatten("concentration_loss", router_logits, token_mask)
+    return _entropy(_mean(_probabilities(logits, score_func), mask))
+
+
+def sequence_balance_loss(
+    router_logits: Tensor,
+    topk_ids: Tensor,
+    *,
+    num_sequences: int | None = None,
+    score_func: str = "sigmoid",
+    token_mask: Tensor | None = None,
+) -> Tensor:
+    """Balance inside each sequence: the mean over sequences of E * sum_e f_s[e] * P_s[e].
+
+    f_s and P_s are the f and P of one sequence alone; 1 when every sequence is balanced. Sequences
+    without a token that counts are left out of the mean.
+
+    Args:
+        router_logits: [B, S, E], or [B*S, E] together with `num_sequences`.
+        topk_ids: [B, S, K] or [B*S, K], the choice that was made; ids outside [0, E) do not count.
+        num_sequences: B; may be left out when `router_logits` has three dimensions.
+        score_func: "sigmoid" (divided by their sum: DeepSeek-V3) or "softmax" (DeepSeek-V2).
+        token_mask: bool, one element a token, True where the token counts.
+
+    Returns:
+        The loss, a scalar.
+
+    Raises:
+        ValueError: no number of sequences, or one that does not divide the tokens.
+
+    Source: DeepSeek-AI 2024 (DeepSeek-V3, arXiv 2412.19437), eq. 17-20, with f counted over the
+    choice given, which under expert_bias is the biased one.
+    """
+    name = "sequence_balance_loss"
+    if num_sequences is None:
+        if router_logits.dim() != 3:
+            raise ValueError(
+                f"{name}: router_logits must be [B, S, E] unless num_sequences is given, got shape "
+                f"{list(router_logits.shape)}."
+            )
+        num_sequences = router_logits.shape[0]
+    logits, mask = _flatten(name, router_logits, token_mask)
+    num_tokens, num_experts = logits.shape
+    if num_sequences < 1 or num_tokens % num_sequences:
+        raise ValueError(
+            f"{name}: num_sequences must divide the {num_tokens} tokens, got {num_sequences}."
+        )
+    if mask is None:
+        mask = torch.ones(num_tokens, dtype=torch.bool, device=logits.device)
+    ids = _check_ids(name, topk_ids, num_tokens)
+    valid = (ids >= 0) & (ids < num_experts) & mask[:, None]
+
+    # One bin for each pair of sequence and expert, and a spare one for slots that do not count.
+    sequence = torch.arange(num_tokens, device=ids.device) // (num_tokens // num_sequences)
+    bins = torch.where(valid, sequence[:, None] * num_experts + ids, num_sequences * num_experts)
+    counts = torch.zeros(num_sequences * num_experts + 1, dtype=torch.int64, device=ids.device)
+    counts = counts.scatter_add(0, bins.reshape(-1), torch.ones_like(bins).reshape(-1))
+    f = _share(counts[:-1].view(num_sequences, num_experts), logits.dtype)
+
+    p = _probabilities(logits, score_func) * mask[:, None]
+    length = mask.view(num_sequences, -1).sum(1)
+    mean_probs = p.view(num_sequences, -1, num_experts).sum(1) / length.clamp(min=1)[:, None]
+    per_sequence = num_experts * (f * mean_probs).sum(1)
+    return _mean(per_sequence, length > 0)
+
+
+def device_balance_loss(
+    router_logits: Tensor,
+    topk_ids: Tensor,
+    num_groups: int,
+    *,
+    score_func: str = "softmax",
+    token_mask: Tensor | None = None,
+) -> Tensor:
+    """Balance between groups of experts (one group a device): L = sum_d f'[d] * P'[d].
+
+    The E experts form `num_groups` groups of E / num_groups consecutive experts. f'[d] is the mean
+    over the group of E * f[e] and P'[d] the sum over it of P[e]; 1 at balance, num_groups when one
+    group takes everything. Inside a group experts are free to differ.
+
+    Args:
+        router_logits: [..., E].
+        topk_ids: [..., K], the choice that was made; ids outside [0, E) do not count.
+        num_groups: number of groups; must divide E.
+        score_func: "softmax" or "sigmoid" (sigmoids divided by their sum).
+        token_mask: bool, one element a token, True where the token counts.
+
+    Returns:
+        The loss, a scalar.
+
+    Raises:
+        ValueError: `num_groups` does not divide E.
+
+    Source: Dai et al. 2024 (DeepSeekMoE, arXiv 2401.06066), eq. 15-17.
+    """
+    name = "device_balance_loss"
+    logits, mask = _flatten(name, router_logits, token_mask)
+    num_experts = logits.shape[1]
+    if num_groups < 1 or num_experts % num_groups:
+        raise ValueError(
+            f"{name}: num_groups must divide the {num_experts} experts, got {num_groups}."
+        )
+    f = _share(_counts(name, topk_ids, logits, mask), logits.dtype)
+    mean_probs = _mean(_probabilities(logits, score_func), mask)
+    group_f = num_experts * f.view(num_groups, -1).mean(1)
+    return (group_f * mean_probs.view(num_groups, -1).sum(1)).sum()
+
+
+@torch.no_grad()
+def update_expert_bias(
+    target: nn.Module | Tensor,
+    tokens_per_expert: Tensor | None = None,
+    *,
+    rate: float = 1e-3,
+    group: Any = None,
+) -> None:
+    """Balance without a loss: expert_bias[e] += rate * sign(mean load - load of e), in place.
+
+    Call it once an optimiser step, after `optimizer.step()`. A module is searched for `Router`s
+    with an `expert_bias`; each has counted the slots of its training forwards since the last call
+    (so over gradient accumulation, and without counting recomputation twice), and starts again from
+    zero. Counts are summed over the ranks of `group` first when torch.distributed is initialised,
+    so that every rank makes the same step. A layer that saw no slot keeps its bias.
+
+    Args:
+        target: a module, or the bias itself, [E] float, then with `tokens_per_expert`.
+        tokens_per_expert: [E] counts since the last update; only with a bias.
+        rate: size of the step. 1e-3 for long runs (DeepSeek-V3); short runs need about 1e-2.
+        group: process group to sum over; None is the default group.
+
+    Raises:
+        ValueError: a module that holds no router with expert_bias, a tensor without counts, a
+            module with counts, or counts of another shape than the bias.
+
+    Source: Wang et al. 2024 (auxiliary-loss-free load balancing, arXiv 2408.15664).
+    """
+    if isinstance(target, Tensor):
+        if tokens_per_expert is None or tokens_per_expert.shape != target.shape:
+            got = None if tokens_per_expert is None else list(tokens_per_expert.shape)
+            raise ValueError(
+                f"update_expert_bias: tokens_per_expert must have the bias's shape "
+                f"{list(target.shape)}, got {got}."
+            )
+        _step_expert_bias(target, tokens_per_expert.clone(), rate, group)
+        return
+    if tokens_per_expert is not None:
+        raise ValueError(
+            "update_expert_bias: tokens_per_expert goes with a bias tensor (routers count "
+            f"themselves), got it with a {type(target).__name__}."
+        )
+    found = False
+    for router in target.modules():
+        if isinstance(router, Router) and router.expert_bias is not None:
+            assert router.tokens_per_expert is not None
+            _step_expert_bias(router.expert_bias, router.tokens_per_expert, rate, group)
+            router.tokens_per_expert.zero_()
+            found = True
+    if not found:
+        raise ValueError(
+            "update_expert_bias: target must hold a Router with expert_bias=True, got a "
+            f"{type(target).__name__} without one."
+        )
+
+
+def _step_expert_bias(bias: Tensor, counts: Tensor, rate: float, group: Any) -> None:
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(counts, group=group)
+    # sum - E * load has the sign of mean - load and is exact in integers.
+    bias.add_((counts.sum() - counts.numel() * counts).sign().to(bias), alpha=rate)
+
+
+def _flatten(
+    name: str, router_logits: Tensor, token_mask: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Logits as [T, E] in fp32 or fp64, masked tokens zeroed, and the mask as [T] bool."""
+    if router_logits.dim() < 1 or not router_logits.is_floating_point():
+        raise ValueError(
+            f"{name}: router_logits must be a float tensor [..., E], got "
+            f"{str(router_logits.dtype).removeprefix('torch.')} of shape "
+            f"{list(router_logits.shape)}."
+        )
+    acc = torch.float64 if router_logits.dtype == torch.float64 else torch.float32
+    logits = router_logits.reshape(-1, router_logits.shape[-1]).to(acc)
+    if token_mask is None:
+        return logits, None
+    if token_mask.numel() != logits.shape[0]:
+        raise ValueError(
+            f"{name}: token_mask must have {logits.shape[0]} elements, one a token, got shape "
+            f"{list(token_mask.shape)}."
+        )
+    mask = token_mask.reshape(-1).to(torch.bool)
+    return logits.masked_fill(~mask[:, None], 0.0), mask
+
+
+def _probabilities(logits: Tensor, score_func: str) -> Tensor:
+    if score_func == "softmax":
+        return logits.softmax(-1)
+    if score_func == "sigmoid":
+        scores = logits.sigmoid()
+        return scores / (scores.sum(-1, keepdim=True) + 1e-20)
+    raise ValueError(f"losses: score_func must be 'softmax' or 'sigmoid', got {score_func!r}.")
+
+
+def _token_entropy(logits: Tensor, score_func: str) -> Tensor:
+    if score_func == "softmax":
+        # log_softmax keeps the gradient finite where a probability underflows.
+        log_p = logits.log_softmax(-1)
+        return -(log_p.exp() * log_p.clamp(min=torch.finfo(log_p.dtype).min)).sum(-1)
+    return _entropy(_probabilities(logits, score_func))
+
+
+def _entropy(p: Tensor) -> Tensor:
+    # The smallest normal number stands in for 0: p log p is 0 there, and the gradient finite.
+    return -(p * p.clamp(min=torch.finfo(p.dtype).tiny).log()).sum(-1)
+
+
+def _mean(values: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean over dimension 0 of the rows that count; 0 when there are none."""
+    if mask is None:
+        return values.sum(0) / max(values.shape[0], 1)
+    rows = mask.view(-1, *[1] * (values.dim() - 1))
+    return values.masked_fill(~rows, 0.0).sum(0) / mask.sum().clamp(min=1)
+
+
+def _check_ids(name: str, topk_ids: Tensor | None, num_tokens: int) -> Tensor:
+    assert topk_ids is not None
+    if topk_ids.dim() < 1 or topk_ids.shape[:-1].numel() != num_tokens:
+        raise ValueError(
+            f"{name}: topk_ids must be [..., K] with {num_tokens} tokens as in router_logits, got "
+            f"shape {list(topk_ids.shape)}."
+        )
+    return topk_ids.reshape(num_tokens, topk_ids.shape[-1]).long()
+
+
+def _counts(name: str, topk_ids: Tensor | None, logits: Tensor, mask: Tensor | None) -> Tensor:
+    ids = _check_ids(name, topk_ids, logits.shape[0])
+    return count_tokens_per_expert(ids, logits.shape[1], token_mask=mask)
+
+
+def _given_counts(name: str, tokens_per_expert: Tensor, logits: Tensor) -> Tensor:
+    if tokens_per_expert.shape != logits.shape[1:]:
+        raise ValueError(
+            f"{name}: tokens_per_expert must be [{logits.shape[1]}], got shape "
+            f"{list(tokens_per_expert.shape)}."
+        )
+    return tokens_per_expert.detach()
+
+
+def _share(counts: Tensor, dtype: torch.dtype) -> Tensor:
+    """Counts [..., E] as shares of their sum; zeros where there are none."""
+    return counts.to(dtype) / counts.sum(-1, keepdim=True).clamp(min=1).to(dtype)

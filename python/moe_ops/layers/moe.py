@@ -1,0 +1,411 @@
+"""The mixture-of-experts layer: a router, a bank of experts, and shared experts.
+
+Letters: T tokens, H hidden size, I intermediate size, E experts, K experts a token.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import losses
+from .experts import Experts, SharedExperts
+from .replay import LoggedCall, RoutingLog
+from .router import Router, RouterOutput, drop_masked
+
+# What `aux_losses` may name; each takes the routing and a token mask.
+AUX_LOSSES: dict[str, Callable[[Router, RouterOutput, Tensor | None], Tensor]] = {
+    "load_balancing": lambda router, r, mask: losses.load_balancing_loss(
+        r.router_logits, r.topk_ids, score_func=router.score_func, token_mask=mask
+    ),
+    "router_z": lambda router, r, mask: losses.router_z_loss(r.router_logits, token_mask=mask),
+    "entropy": lambda router, r, mask: losses.router_entropy_loss(
+        r.router_logits, score_func=router.score_func, token_mask=mask
+    ),
+    "mutual_information": lambda router, r, mask: losses.mutual_information_loss(
+        r.router_logits, score_func=router.score_func, token_mask=mask
+    ),
+    "concentration": lambda router, r, mask: losses.concentration_loss(
+        r.router_logits, score_func=router.score_func, token_mask=mask
+    ),
+}
+
+
+class MoEOutput(NamedTuple):
+    """What `MoE` returns with `return_routing=True`.
+
+    y: [..., H] in the dtype of x.
+    router_logits: [T, E], T the product of the leading dimensions of x; None when both ids and
+        weights were given, since the router is then not run.
+    topk_weights: [T, K] float. topk_ids: [T, K] int; -1 marks a slot without an expert.
+    aux_losses: name -> scalar, unscaled, for the names given to the layer; differentiable.
+    """
+
+    y: Tensor
+    router_logits: Tensor | None
+    topk_weights: Tensor
+    topk_ids: Tensor
+    aux_losses: dict[str, Tensor]
+
+
+class MoE(nn.Module):
+    """y = sum_k weight_k * expert_k(x) + shared(x).
+
+    Args:
+        router: chooses experts; its num_experts and hidden_size must be those of `experts`.
+        experts: the bank.
+        shared_experts: a module [T, H] -> [T, H] that every token passes, such as `SharedExperts`.
+        shared_expert_gate: a module [T, H] -> [T, 1]; the sigmoid of its output multiplies the
+            shared output (Qwen2-MoE).
+        aux_losses: which losses to compute when routing is returned: "load_balancing", "router_z",
+            "entropy", "mutual_information", "concentration" (see `moe_ops.layers.losses`).
+        freeze_routing_in_recompute: under torch.utils.checkpoint, recomputation repeats the choice
+            of the first pass even where logits come out slightly different (see
+            `moe_ops.layers.replay`, which also says how it draws one random number a call). Not
+            needed when everything before the router is bitwise repeatable. Ignored in compiled
+            code.
+
+    Raises:
+        ValueError: sizes that do not match, an unknown loss, a gate without shared experts.
+    """
+
+    routing_log: RoutingLog | None
+
+    def __init__(
+        self,
+        router: Router,
+        experts: Experts,
+        shared_experts: nn.Module | None = None,
+        shared_expert_gate: nn.Module | None = None,
+        *,
+        aux_losses: Sequence[str] = (),
+        freeze_routing_in_recompute: bool = False,
+    ) -> None:
+        super().__init__()
+        for name in ("num_experts", "hidden_size"):
+            if getattr(router, name) != getattr(experts, name):
+                raise ValueError(
+                    f"MoE: router must have {name} = {getattr(experts, name)} like experts, got "
+                    f"{getattr(router, name)}."
+                )
+        if shared_expert_gate is not None and shared_experts is None:
+            raise ValueError(
+                "MoE: shared_expert_gate must come with shared_experts, got it without."
+            )
+        unknown = [name for name in aux_losses if name not in AUX_LOSSES]
+        if unknown:
+            raise ValueError(
+                f"MoE: aux_losses must be among {', '.join(AUX_LOSSES)}, got {', '.join(unknown)}."
+            )
+        self.router = router
+        self.experts = experts
+        self.shared_experts = shared_experts
+        self.shared_expert_gate = shared_expert_gate
+        self.aux_losses = tuple(aux_losses)
+        self.freeze_routing_in_recompute = freeze_routing_in_recompute
+        self.routing_log = RoutingLog() if freeze_routing_in_recompute else None
+
+    @classmethod
+    def build(
+        cls,
+        hidden_size: int,
+        intermediate_size: int,
+        num_experts: int,
+        top_k: int,
+        *,
+        num_shared_experts: int = 0,
+        shared_intermediate_size: int | None = None,
+        shared_expert_gate: bool = False,
+        router: str | None = None,
+        activation: str = "swiglu",
+        bias: bool = False,
+        interleaved: bool = False,
+        alpha: float = 1.702,
+        limit: float = 7.0,
+        router_bias: bool | None = None,
+        aux_losses: Sequence[str] = (),
+        freeze_routing_in_recompute: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **router_kwargs: Any,
+    ) -> MoE:
+        """A layer from sizes.
+
+        Args:
+            hidden_size, intermediate_size, num_experts, top_k: H, I, E and K.
+            num_shared_experts: shared experts of width I (as one network of the summed width).
+            shared_intermediate_size: total width of the shared network, instead of the former.
+            shared_expert_gate: gate the shared output by a sigmoid of x (a linear map H -> 1).
+            router: name of a model to route like, see `Router.like`.
+            activation, bias, interleaved, alpha, limit: of `Experts`; the shared network has the
+                same activation and no biases.
+            router_bias: bias of the router's linear map; None leaves it to `router`.
+            aux_losses, freeze_routing_in_recompute: as for MoE.
+            device, dtype: of all parameters.
+            router_kwargs: any other argument of `Router`.
+        """
+        if router_bias is not None:
+            router_kwargs["bias"] = router_bias
+        where: dict[str, Any] = {"device": device, "dtype": dtype}
+        router_kwargs |= where
+        if router is None:
+            made_router = Router(hidden_size, num_experts, top_k, **router_kwargs)
+        else:
+            made_router = Router.like(router, hidden_size, num_experts, top_k, **router_kwargs)
+        experts = Experts(
+            num_experts,
+            hidden_size,
+            intermediate_size,
+            activation=activation,
+            bias=bias,
+            interleaved=interleaved,
+            alpha=alpha,
+            limit=limit,
+            **where,
+        )
+        width = shared_intermediate_size or num_shared_experts * intermediate_size
+        shared = gate = None
+        if width:
+            shared = SharedExperts(
+                hidden_size, width, activation=activation, alpha=alpha, limit=limit, **where
+            )
+        if shared_expert_gate:
+            gate = nn.Linear(hidden_size, 1, bias=False, **where)
+        return cls(
+            made_router,
+            experts,
+            shared,
+            gate,
+            aux_losses=aux_losses,
+            freeze_routing_in_recompute=freeze_routing_in_recompute,
+        )
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        topk_ids: Tensor | None = None,
+        topk_weights: Tensor | None = None,
+        expert_mask: Tensor | None = None,
+        token_mask: Tensor | None = None,
+        return_routing: bool = False,
+    ) -> Tensor | MoEOutput:
+        """The layer's output: a tensor, or a MoEOutput with `return_routing=True`.
+
+        Args:
+            x: [..., H] in the dtype of the experts (any under autocast). No tokens is fine.
+            topk_ids: [..., K'] or [T, K'] int32 or int64, a choice to use instead of the router's;
+                ids outside [0, E) contribute nothing. K' is free. Alone, its weights are what the
+                router gives these experts (`Router.weights_at`).
+            topk_weights: [..., K'] or [T, K'] float, only with `topk_ids`; the router is not run.
+            expert_mask: [E] bool, True where the expert may be used. The router chooses as if the
+                others did not exist, which is what `select` makes permanent; given ids of masked
+                experts are dropped to -1.
+            token_mask: bool, one element a token, True where the token counts in `aux_losses`. All
+                tokens are computed.
+            return_routing: return MoEOutput and compute `aux_losses`, which see the logits of all
+                experts, masked or not.
+
+        Raises:
+            ValueError: `topk_weights` without `topk_ids`, or shapes that do not match.
+        """
+        hidden_size = self.experts.hidden_size
+        if x.shape[-1] != hidden_size:
+            raise ValueError(f"MoE: x must be [..., {hidden_size}], got shape {list(x.shape)}.")
+        if topk_weights is not None and topk_ids is None:
+            raise ValueError("MoE: topk_weights must come with topk_ids, got it alone.")
+        flat = x.reshape(-1, hidden_size)
+        num_tokens = flat.shape[0]
+        topk_ids = _flatten("topk_ids", topk_ids, num_tokens)
+        topk_weights = _flatten("topk_weights", topk_weights, num_tokens)
+        if topk_ids is not None and topk_weights is not None:
+            if topk_weights.shape != topk_ids.shape:
+                raise ValueError(
+                    f"MoE: topk_weights must have the shape {list(topk_ids.shape)} of topk_ids, "
+                    f"got {list(topk_weights.shape)}."
+                )
+
+        logits, weights, ids = self._route(flat, topk_ids, topk_weights, expert_mask)
+        y = self.experts(
+            flat,
+            weights,
+            ids,
+            apply_router_weight_on_input=self.router.apply_router_weight_on_input,
+        )
+        if self.shared_experts is not None:
+            shared = self.shared_experts(flat)
+            if self.shared_expert_gate is not None:
+                shared = self.shared_expert_gate(flat).sigmoid() * shared
+            y = y + shared
+        y = y.view(x.shape)
+        if not return_routing:
+            return y
+        aux = {}
+        if logits is not None:
+            routing = RouterOutput(logits, weights, ids)
+            aux = {
+                name: AUX_LOSSES[name](self.router, routing, token_mask) for name in self.aux_losses
+            }
+        return MoEOutput(y, logits, weights, ids, aux)
+
+    def _route(
+        self,
+        flat: Tensor,
+        topk_ids: Tensor | None,
+        topk_weights: Tensor | None,
+        expert_mask: Tensor | None,
+    ) -> tuple[Tensor | None, Tensor, Tensor]:
+        # Compiled graphs are traced once, and decide on recomputation by themselves.
+        log = None if torch.compiler.is_compiling() else self.routing_log
+        key = call = None
+        if log is not None and not log.applies(self.training):
+            log = None
+        if log is not None:
+            key, call = log.begin(self.training)
+        if topk_ids is not None and topk_weights is not None:
+            logits = None
+            ids, weights = drop_masked(topk_ids, expert_mask), topk_weights
+            if expert_mask is not None:
+                weights = weights.masked_fill(ids < 0, 0.0)
+        elif topk_ids is not None or call is None:
+            logits, weights, ids = self.router(flat, topk_ids=topk_ids, expert_mask=expert_mask)
+        else:
+            logits, weights, ids = self._repeat_or_choose(flat, call, expert_mask)
+        if log is not None and call is not None:
+            log.finish(key, call, weights, ids, self.training)
+        return logits, weights, ids
+
+    def _repeat_or_choose(
+        self, flat: Tensor, call: LoggedCall, expert_mask: Tensor | None
+    ) -> RouterOutput:
+        """Routing in two steps, ids and then their weights, so that a forward which repeats ids
+        saves the same tensors for backward as the one that chose them: checkpointing checks it."""
+        router = self.router
+        logits = router.logits(flat)
+        if call.choice is None or router.kind == "sparsemixer":
+            # SparseMixer draws random numbers: also a forward that repeats ids must draw them.
+            ids = router.choose(logits, expert_mask=expert_mask)
+        if call.choice is None:
+            router.count(ids)
+        else:
+            ids = call.choice.topk_ids
+            if ids.shape[0] != flat.shape[0]:
+                raise ValueError(
+                    f"MoE: x must have {ids.shape[0]} tokens, as the routing to repeat has, got "
+                    f"{flat.shape[0]}."
+                )
+            ids = drop_masked(ids, expert_mask)
+        if not call.use_weights:
+            return RouterOutput(
+                logits, router.weights_at(logits, ids, expert_mask=expert_mask), ids
+            )
+        assert call.choice is not None
+        return RouterOutput(logits, call.choice.topk_weights.masked_fill(ids < 0, 0.0), ids)
+
+    # ------------------------------------------------------------------------- bank operations
+
+    def select(self, ids: Sequence[int] | Tensor, **changes: Any) -> MoE:
+        """A new layer of the experts `ids`: `Experts.select` and `Router.select` together.
+
+        Computes what this layer computes with an `expert_mask` of these experts.
+
+        Args:
+            ids: experts to keep, in the order wanted.
+            changes: top_k, num_groups, num_topk_groups of the new router.
+
+        All bank operations copy the shared experts and their gate, so that the new layer shares no
+        parameter with this one.
+        """
+        return self._rebuild(self.router.select(ids, **changes), self.experts.select(ids))
+
+    def append(
+        self,
+        other: int | MoE,
+        *,
+        init: str = "random",
+        router_init: str | None = None,
+        **changes: Any,
+    ) -> MoE:
+        """A new layer with experts added at the end: `Experts.append` and `Router.append`.
+
+        Args:
+            other: the number of experts to add, or a layer whose routed experts and router rows to
+                add (its shared experts are not).
+            init: of the experts: "random", "zero_output", "copy" or "mean".
+            router_init: of the rows: "random", "copy" or "mean"; None is `init`, or "random" where
+                that is no choice for rows.
+            changes: top_k, num_groups, num_topk_groups of the new router.
+        """
+        if isinstance(other, MoE):
+            return self._rebuild(
+                self.router.append(other.router, **changes), self.experts.append(other.experts)
+            )
+        experts = self.experts.append(other, init=init)
+        if router_init is None:
+            router_init = "random" if init == "zero_output" else init
+        return self._rebuild(self.router.append(other, init=router_init, **changes), experts)
+
+    def split(
+        self,
+        ids: Sequence[int] | Tensor | None = None,
+        factor: int = 2,
+        *,
+        mode: str = "slice",
+        noise: float = 0.0,
+    ) -> MoE:
+        """A new layer with experts split: `Experts.split` and `Router.split`.
+
+        mode="slice" over all experts computes the same function with E * factor experts of
+        intermediate size I / factor, K * factor of them a token.
+        """
+        return self._rebuild(
+            self.router.split(ids, factor, mode=mode),
+            self.experts.split(ids, factor, mode=mode, noise=noise),
+        )
+
+    def merge(
+        self,
+        groups: Sequence[Sequence[int]],
+        weights: Tensor | Sequence[float] | None = None,
+        *,
+        mode: str = "mean",
+        neuron_order: Tensor | None = None,
+        **changes: Any,
+    ) -> MoE:
+        """A new layer with one expert for each group: `Experts.merge` and `Router.merge`.
+
+        mode="concat" of the slices of `split` restores the layer that was split.
+
+        Args:
+            changes: top_k, num_groups, num_topk_groups of the new router.
+        """
+        return self._rebuild(
+            self.router.merge(groups, weights, mode=mode, **changes),
+            self.experts.merge(groups, weights, mode=mode, neuron_order=neuron_order),
+        )
+
+    def _rebuild(self, router: Router, experts: Experts) -> MoE:
+        result = MoE(
+            router,
+            experts,
+            copy.deepcopy(self.shared_experts),
+            copy.deepcopy(self.shared_expert_gate),
+            aux_losses=self.aux_losses,
+            freeze_routing_in_recompute=self.freeze_routing_in_recompute,
+        )
+        return result.train(self.training)
+
+
+def _flatten(name: str, t: Tensor | None, num_tokens: int) -> Tensor | None:
+    if t is None:
+        return None
+    if t.dim() < 2 or t.shape[:-1].numel() != num_tokens:
+        raise ValueError(
+            f"MoE: {name} must be [..., K] with the {num_tokens} tokens of x, got shape "
+            f"{list(t.shape)}."
+        )
+    return t.reshape(num_tokens, t.shape[-1])

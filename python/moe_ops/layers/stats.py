@@ -1,0 +1,184 @@
+"""How tokens fall on experts: counts and the numbers people watch.
+
+Letters: T tokens, E experts, K experts a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def count_tokens_per_expert(
+    topk_ids: Tensor, num_experts: int, *, token_mask: Tensor | None = None
+) -> Tensor:
+    """Slots that fall on each expert, without waiting for the device.
+
+    Args:
+        topk_ids: [..., K] int32 or int64; ids outside [0, num_experts) are not counted.
+        num_experts: E >= 1.
+        token_mask: bool, one element a token, True where the token counts; None counts all.
+
+    Returns:
+        tokens_per_expert: [E] int64 on the device of `topk_ids`. Zeros when there are no tokens.
+
+    Raises:
+        ValueError: `token_mask` does not have one element a token.
+    """
+    ids = topk_ids.reshape(-1).long()
+    valid = (ids >= 0) & (ids < num_experts)
+    if token_mask is not None:
+        num_tokens = topk_ids.shape[:-1].numel()
+        if token_mask.numel() != num_tokens:
+            raise ValueError(
+                f"count_tokens_per_expert: token_mask must have {num_tokens} elements, one a "
+                f"token, got shape {list(token_mask.shape)}."
+            )
+        valid = valid & token_mask.bool().reshape(-1, 1).expand(-1, topk_ids.shape[-1]).reshape(-1)
+    # bincount would have to read its output size from the data; a spare bin takes what is left out.
+    bins = torch.where(valid, ids, num_experts)
+    counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=ids.device)
+    return counts.scatter_add(0, bins, torch.ones_like(bins))[:num_experts]
+
+
+class RoutingStats:
+    """Running counts of tokens per expert, one row a layer.
+
+    `update` adds on the device of the ids and never waits for it; the first wait is where a number
+    is read (`as_dict`, `max_violation`, ...). Nothing is recorded for autograd.
+
+    Example:
+        stats = RoutingStats()
+        for name, ids in routings:                 # ids: [T, K] of each MoE layer
+            stats.update(ids, num_experts, layer=name)
+        stats.all_reduce()                         # over ranks, when torch.distributed is in use
+        print(stats.as_dict())
+
+    Measures, for counts c with mean m over the E experts of a layer:
+        max_violation (MaxVio): max(c) / m - 1, 0 when balanced (Wang et al. 2024, arXiv 2408.15664)
+        load_cv: standard deviation of c (over E, not E - 1) / m
+        load_entropy: entropy of c / sum(c) in nats, log(E) when balanced
+        dead_experts: number of experts with c = 0
+    All are 0 for a layer that has seen no token, except dead_experts, which is then E.
+    """
+
+    def __init__(self) -> None:
+        self._counts: dict[Hashable, Tensor] = {}
+
+    @torch.no_grad()
+    def update(
+        self,
+        topk_ids: Tensor,
+        num_experts: int,
+        *,
+        layer: Hashable = 0,
+        token_mask: Tensor | None = None,
+    ) -> None:
+        """Adds the slots of one call.
+
+        Args:
+            topk_ids: [..., K] int32 or int64; ids outside [0, E) are ignored.
+            num_experts: E; must stay the same for a layer.
+            layer: any hashable key, such as the layer's index or name.
+            token_mask: bool, one element a token, True where the token counts.
+
+        Raises:
+            ValueError: a layer is updated with another number of experts than before.
+        """
+        self._add(layer, count_tokens_per_expert(topk_ids, num_experts, token_mask=token_mask))
+
+    def _add(self, layer: Hashable, counts: Tensor) -> None:
+        seen = self._counts.get(layer)
+        if seen is None:
+            self._counts[layer] = counts.clone()
+            return
+        if seen.shape != counts.shape:
+            raise ValueError(
+                f"RoutingStats: layer {layer!r} must have {seen.shape[0]} experts as before, "
+                f"got {counts.shape[0]}."
+            )
+        seen.add_(counts.to(seen.device))
+
+    def merge(self, other: RoutingStats) -> RoutingStats:
+        """Adds the counts of `other`, which stays as it is; returns self."""
+        for layer, counts in other._counts.items():
+            self._add(layer, counts)
+        return self
+
+    def all_reduce(self, group: Any = None) -> RoutingStats:
+        """Sums the counts over the ranks of `group`; nothing happens without torch.distributed.
+
+        Every rank must have seen the same layers in the same order. Call it once before reading:
+        a second call would sum the sums. Returns self.
+        """
+        if dist.is_available() and dist.is_initialized():
+            for counts in self._counts.values():
+                dist.all_reduce(counts, group=group)
+        return self
+
+    def reset(self) -> None:
+        """Forgets all layers."""
+        self._counts.clear()
+
+    @property
+    def layers(self) -> list[Hashable]:
+        """The layers seen, in the order of their first update."""
+        return list(self._counts)
+
+    def __len__(self) -> int:
+        return len(self._counts)
+
+    def tokens_per_expert(self, layer: Hashable = 0) -> Tensor:
+        """Counts [E] int64 of a layer: the tensor that `update` adds to, not a copy."""
+        return self._counts[layer]
+
+    def max_violation(self, layer: Hashable = 0) -> float:
+        """MaxVio of a layer: load of the busiest expert over the mean load, minus 1."""
+        return self._measure(layer)["max_violation"]
+
+    def load_cv(self, layer: Hashable = 0) -> float:
+        """Coefficient of variation of the load of a layer."""
+        return self._measure(layer)["load_cv"]
+
+    def load_entropy(self, layer: Hashable = 0) -> float:
+        """Entropy of the load of a layer, in nats; log(E) when balanced."""
+        return self._measure(layer)["load_entropy"]
+
+    def dead_experts(self, layer: Hashable = 0) -> list[int]:
+        """Ids of the experts of a layer that have seen no token."""
+        return self._measure(layer)["dead_experts"]
+
+    def _measure(self, layer: Hashable) -> dict[str, Any]:
+        counts = self._counts[layer].tolist()  # the one wait for the device
+        load = torch.tensor(counts, dtype=torch.float64)
+        total, num_experts = load.sum().item(), len(counts)
+        dead = [e for e, c in enumerate(counts) if c == 0]
+        if total == 0:
+            violation = cv = entropy = 0.0
+        else:
+            share = load / total
+            violation = share.max().item() * num_experts - 1
+            cv = share.std(correction=0).item() * num_experts
+            entropy = -torch.special.xlogy(share, share).sum().item()
+        return {
+            "tokens_per_expert": counts,
+            "num_slots": sum(counts),
+            "max_violation": violation,
+            "load_cv": cv,
+            "load_entropy": entropy,
+            "dead_experts": dead,
+        }
+
+    def as_dict(self) -> dict[Hashable, dict[str, Any]]:
+        """Per layer: tokens_per_expert (list of int), num_slots, max_violation, load_cv,
+        load_entropy (floats) and dead_experts (list of ids). Plain Python, ready for JSON when the
+        layer keys are."""
+        return {layer: self._measure(layer) for layer in self._counts}
+
+    def __repr__(self) -> str:
+        shapes = ", ".join(f"{k!r}: E={c.shape[0]}" for k, c in self._counts.items())
+        return f"RoutingStats({shapes})"

@@ -1,0 +1,162 @@
+"""Tiny random models of the thirteen model types, each with every branch of its block in use."""
+
+from __future__ import annotations
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+VOCAB = 64
+
+_COMMON = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "tie_word_embeddings": False,
+}
+_MLA = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+    "head_dim": 8,
+}
+_GROUPED = {
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 20,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "n_group": 4,
+    "topk_group": 2,
+    "routed_scaling_factor": 1.5,
+    "norm_topk_prob": True,
+}
+CONFIGS: dict[str, dict] = {
+    "mixtral": {**_COMMON, "num_local_experts": 6, "num_experts_per_tok": 2},
+    "qwen2_moe": {
+        **_COMMON,
+        "num_experts": 6,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 20,
+        "shared_expert_intermediate_size": 28,
+    },
+    "qwen3_moe": {
+        **_COMMON,
+        "head_dim": 8,
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 20,
+        "norm_topk_prob": True,
+    },
+    "olmoe": {**_COMMON, "num_experts": 6, "num_experts_per_tok": 3},
+    "deepseek_v2": {**_COMMON, **_MLA, **_GROUPED, "topk_method": "group_limited_greedy"},
+    "deepseek_v3": {**_COMMON, **_MLA, **_GROUPED},
+    "glm4_moe": {**_COMMON, **_GROUPED, "head_dim": 8},
+    "granitemoe": {
+        **_COMMON,
+        "num_local_experts": 6,
+        "num_experts_per_tok": 2,
+        "embedding_multiplier": 1.5,
+        "residual_multiplier": 0.8,
+        "logits_scaling": 1.2,
+    },
+    "gpt_oss": {
+        **_COMMON,
+        "head_dim": 8,
+        "num_local_experts": 6,
+        "num_experts_per_tok": 2,
+        "sliding_window": 8,
+        "swiglu_limit": 1.5,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    },
+    "phimoe": {**_COMMON, "num_local_experts": 6, "num_experts_per_tok": 2},
+    "jetmoe": {**_COMMON, "kv_channels": 8, "num_local_experts": 6, "num_experts_per_tok": 2},
+    "dbrx": {
+        "vocab_size": VOCAB,
+        "d_model": 32,
+        "n_heads": 4,
+        "n_layers": 2,
+        "max_seq_len": 64,
+        "pad_token_id": 0,
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
+        "ffn_config": {"ffn_hidden_size": 24, "moe_num_experts": 6, "moe_top_k": 2},
+    },
+    "llama4_text": {
+        **_COMMON,
+        "head_dim": 8,
+        "intermediate_size_mlp": 40,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_layers": [1],
+        "attention_chunk_size": 16,
+    },
+}
+MODEL_TYPES = tuple(CONFIGS)
+# Blocks outside transformers' experts interface.
+UNDECORATED = ("jetmoe", "dbrx", "llama4_text")
+DECORATED = tuple(name for name in MODEL_TYPES if name not in UNDECORATED)
+# Where the MoE block of the last layer is, and how many blocks the model has.
+BLOCK_NAMES = dict.fromkeys(MODEL_TYPES, "model.layers.1.mlp") | {
+    "granitemoe": "model.layers.1.block_sparse_moe",
+    "dbrx": "transformer.blocks.1.ffn",
+    "llama4_text": "model.layers.1.feed_forward",
+}
+NUM_BLOCKS = dict.fromkeys(MODEL_TYPES, 2) | {
+    "deepseek_v2": 1,
+    "deepseek_v3": 1,
+    "glm4_moe": 1,
+    "llama4_text": 1,
+}
+
+
+def build(
+    model_type: str, experts: str = "eager", dtype: torch.dtype = torch.float32, **overrides
+) -> PreTrainedModel:
+    """A model in eval mode whose weights, seeded by nothing but 0, make every branch matter.
+
+    Every parameter is redrawn: transformers leaves some uninitialised and others tiny, and zero
+    biases would hide a forgotten one.
+    """
+    config = AutoConfig.for_model(model_type, **{**CONFIGS[model_type], **overrides})
+    model = AutoModelForCausalLM.from_config(
+        config, experts_implementation=experts, attn_implementation="eager"
+    )
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            if name.endswith("e_score_correction_bias"):
+                tensor.normal_(-0.2, 0.2, generator=generator)
+            elif "inv_freq" in name or not isinstance(tensor, torch.nn.Parameter):
+                continue
+            elif "norm" in name and tensor.dim() == 1:
+                tensor.normal_(1.0, 0.1, generator=generator)
+            elif tensor.dim() == 1 or name.endswith("proj_bias"):
+                tensor.normal_(0.0, 0.3, generator=generator)
+            else:
+                tensor.normal_(0.0, tensor.shape[-1] ** -0.5, generator=generator)
+    return model.to(dtype).eval()
+
+
+def tokens(batch: int = 2, length: int = 13) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(1, VOCAB, (batch, length), generator=generator)
+
+
+def loss_and_gradients(
+    model: PreTrainedModel, input_ids: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """Loss, logits and the gradient of every parameter that has one."""
+    model.zero_grad()
+    output = model(input_ids=input_ids, labels=input_ids, use_cache=False)
+    output.loss.backward()
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return output.loss.detach(), output.logits.detach(), gradients
