@@ -166,18 +166,26 @@ void nt_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, cons
         k.load_row(d.b.type, element(w, d.b.type, feature * d.b.stride_o + k0), a + (i - i0) * kLda,
                    kc, T(1));
       }
-      // The first tile of this block fetches the weights of the next one.
+      // The tiles of this block fetch the weights of the next one: the same k further down, or the
+      // first rows of the next k.
+      const bool same_k = b + 1 < blocks;
+      const int64_t next_i = same_k ? i1 : 0;
+      const int64_t next_k = same_k ? k0 : k0 + kKc;
       Prefetch next;
-      if (b + 1 < blocks && i1 % n + mr <= n) {
-        const int64_t feature = i1 / n * d.features + it.feature_begin + i1 % n;
-        next = {element(w, d.b.type, feature * d.b.stride_o + k0),
-                d.b.stride_o * dtype_size(d.b.type), mr, kc * dtype_size(d.b.type)};
+      if (next_k < d.in_features) {
+        const int64_t feature = next_i / n * d.features + it.feature_begin + next_i % n;
+        next.base = element(w, d.b.type, feature * d.b.stride_o + next_k);
+        next.stride = d.b.stride_o * dtype_size(d.b.type);
+        next.rows = std::min(mr, n - next_i % n);
+        next.bytes = std::min(kKc, d.in_features - next_k) * dtype_size(d.b.type);
       }
       for (int64_t t0 = 0; t0 < padded_m; t0 += 2 * W) {
         const int nv = padded_m - t0 > W ? 2 : 1;
         k.row_a[nv - 1][i1 - i0 - 1](kc, a, panels + t0 * kKc, tile + i0 * padded_m + t0, padded_m,
                                      k0 > 0, next);
-        next.rows = 0;
+        const int64_t fetched = std::min(next.rows, ceil_div(kc, kPrefetchStep));
+        next.base += fetched * next.stride;
+        next.rows -= fetched;
       }
     }
   }

@@ -9,9 +9,9 @@
 
 namespace moe_ops::cpu {
 
-// Length of one step over the summed dimension. A broadcast block of 14 x 256 floats (14 KiB) and a
-// vector panel of 256 x 32 (32 KiB) fit a 48 KiB L1 together; the AVX2 tile needs half of that.
-constexpr int64_t kKc = 256;
+// Length of one step over the summed dimension. A broadcast block of 14 x 192 floats (10 KiB) and a
+// vector panel of 192 x 32 (24 KiB) fit an L1 together; the AVX2 tile needs half of that.
+constexpr int64_t kKc = 192;
 // Row pitch of a broadcast block stored one row a line ("row form"): the pad keeps the rows of a
 // block out of the same L1 set, and being a constant it turns every row into an address offset.
 constexpr int64_t kLda = kKc + 16;
@@ -25,7 +25,7 @@ constexpr int kMaxMr = 24;
 // Weights that the next tiles will need: while a tile steps over k it asks for one row of them
 // every kPrefetchStep steps. A row is a short run in its own page, so the hardware prefetcher would
 // start anew, a DRAM latency late, on every one.
-constexpr int64_t kPrefetchStep = 16;
+constexpr int64_t kPrefetchStep = 8;
 struct Prefetch {
   const char* base = nullptr;  // nullptr: nothing to ask for
   int64_t stride = 0;          // bytes between rows

@@ -71,7 +71,8 @@ inline const char* dtype_name(ScalarType t) {
 }
 
 inline void check_cpu(const char* op, const char* name, const Tensor& t) {
-  MOE_CHECK(t.is_cpu(), op, ": ", name, " must be on the CPU like the other tensors.");
+  MOE_CHECK(t.is_cpu(), op, ": ", name, " must be on the CPU like the other tensors, got ",
+            t.is_cuda() ? "a CUDA tensor" : "a tensor on another device", ".");
 }
 
 inline void check_dim(const char* op, const char* name, const Tensor& t, int64_t dim,

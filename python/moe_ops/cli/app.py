@@ -1,0 +1,138 @@
+"""Commands of ``moe-ops``: what they take and how they print; the work is done elsewhere."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(
+    help="Mixture-of-experts operators for PyTorch: check an installation, see a demo, measure.",
+    no_args_is_help=True,
+    pretty_exceptions_show_locals=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _console(quiet: bool = False) -> Console:
+    return Console(quiet=quiet, highlight=False)
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    if version:
+        import moe_ops
+
+        typer.echo(moe_ops.__version__)
+        raise typer.Exit
+
+
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Look at this installation, test every op, and say what to do about what is wrong."""
+    from moe_ops import doctor as checks
+
+    report = checks.examine()
+    if as_json:
+        typer.echo(json.dumps(report.to_dict(), indent=2))
+    else:
+        from moe_ops.cli.tables import print_report
+
+        print_report(_console(), report)
+    if report.failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def demo(
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Training steps. [default: 1200, about 3 minutes]")
+    ] = None,
+    minutes: Annotated[
+        float | None,
+        typer.Option(min=0.01, help="Choose the steps so that training takes this long here."),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Text file or folder. [default: source of Python's standard library]"),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for all results.")] = Path("moe_demo"),
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the run in --out where it was stopped.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Throw away the unfinished run in --out.")
+    ] = False,
+    seed: Annotated[int | None, typer.Option(min=0, help="[default: 0]")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads. [default: what torch chooses]")
+    ] = None,
+    hf: Annotated[
+        bool, typer.Option("--hf/--no-hf", help="Compare Hugging Face models at the end.")
+    ] = True,
+    smoke: Annotated[
+        bool, typer.Option("--smoke", help="A tiny model and a few steps: does it run at all?")
+    ] = False,
+) -> None:
+    """Train a mixture-of-experts language model, see what its experts do, compare with eager.
+
+    A stopped or killed run continues with --resume and ends with the same bits.
+    """
+    console = _console()
+    try:
+        from moe_ops.demo.checkpoint import CheckpointError
+        from moe_ops.demo.run import DemoOptions, run_demo
+    except ImportError as error:
+        if error.name != "safetensors":
+            raise
+        console.print("moe-ops demo needs safetensors: pip install safetensors")
+        raise typer.Exit(1) from None
+    options = DemoOptions(
+        out=out,
+        data=data,
+        steps=steps,
+        minutes=minutes,
+        resume=resume,
+        overwrite=overwrite,
+        seed=seed,
+        threads=threads,
+        hf=hf,
+        smoke=smoke,
+    )
+    try:
+        run_demo(options, console)
+    except (CheckpointError, ValueError, FileNotFoundError) as error:
+        console.print(f"[bold red]error:[/] {error}", soft_wrap=True, markup=True)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        console.print(f"\nStopped. Continue with: moe-ops demo --resume --out {out}")
+        raise typer.Exit(130) from None
+
+
+@app.command()
+def bench(
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Fewer and smaller cases, within a minute.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads. [default: what torch chooses]")
+    ] = None,
+) -> None:
+    """Time moe_ffn against a loop over experts and torch.nn.functional.grouped_mm."""
+    from moe_ops.cli import bench as benchmark
+    from moe_ops.cli.tables import print_benchmark
+
+    console = _console(quiet=as_json)
+    result = benchmark.run(quick=quick, threads=threads, console=console)
+    if as_json:
+        typer.echo(json.dumps(result, indent=2))
+    else:
+        print_benchmark(console, result)

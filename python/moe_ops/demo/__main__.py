@@ -1,0 +1,8 @@
+from __future__ import annotations
+
+import sys
+
+from moe_ops.cli import main
+
+if __name__ == "__main__":
+    main(["demo", *sys.argv[1:]])

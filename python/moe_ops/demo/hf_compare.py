@@ -1,0 +1,160 @@
+"""Hugging Face models with `moe_ops` as experts implementation: same numbers, less time."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from moe_ops.cli.bench import alternate
+
+IMPLEMENTATIONS = ("eager", "grouped_mm", "moe_ops")
+
+
+def transformers_missing() -> bool:
+    return importlib.util.find_spec("transformers") is None
+
+
+def compare(
+    *, smoke: bool = False, budget_s: float = 4.0, log: Callable[[str], None] = lambda _: None
+) -> list[dict[str, Any]]:
+    """Results for a small random Qwen3-MoE and a small random Mixtral.
+
+    Errors are relative to the same model in fp64 with eager experts: ``|a - b| / |b|``, Frobenius
+    norm, for the logits and for all gradients together. `bound` is what rounding may cost: n·2^-24
+    with n the length of the model's longest dot product inside an expert.
+    """
+    import moe_ops.hf  # noqa: F401  Registers the implementation.
+
+    results = []
+    for name, make in (("Qwen3-MoE", _qwen3_moe), ("Mixtral", _mixtral)):
+        log(name)
+        results.append(_compare(name, make, smoke=smoke, budget_s=budget_s))
+    return results
+
+
+def _compare(
+    name: str, make: Callable[[bool], Any], *, smoke: bool, budget_s: float
+) -> dict[str, Any]:
+    torch.manual_seed(0)
+    model = make(smoke)
+    for parameter in model.parameters():  # Some router weights are left uninitialised.
+        if parameter.ndim >= 2:
+            torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+    config = model.config
+    batch, length = (1, 32) if smoke else (4, 128)
+    tokens = torch.randint(0, config.vocab_size, (batch, length))
+
+    def forward() -> torch.Tensor:
+        return model(input_ids=tokens, use_cache=False).logits
+
+    def both() -> tuple[torch.Tensor, list[torch.Tensor]]:
+        logits = forward()
+        targets = tokens.roll(-1, 1)
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        return logits.detach(), list(torch.autograd.grad(loss, list(model.parameters())))
+
+    model.set_experts_implementation("eager")
+    model.double()
+    exact_logits, exact_gradients = both()
+    model.float()
+
+    errors: dict[str, dict[str, float]] = {}
+    outputs = {}
+    for implementation in IMPLEMENTATIONS:
+        model.set_experts_implementation(implementation)
+        logits, gradients = both()
+        outputs[implementation] = logits
+        errors[implementation] = {
+            "logits": _relative([logits], [exact_logits]),
+            "gradients": _relative(gradients, exact_gradients),
+            "max_abs_logits_vs_eager": float((logits - outputs["eager"]).abs().max()),
+            "max_abs_gradient_vs_eager": 0.0,
+        }
+        if implementation == "eager":
+            eager_gradients = gradients
+        errors[implementation]["max_abs_gradient_vs_eager"] = max(
+            float((a - b).abs().max()) for a, b in zip(gradients, eager_gradients, strict=True)
+        )
+    longest = max(config.hidden_size, _expert_width(config))
+    bound = longest * 2.0**-24
+    passed = all(
+        errors["moe_ops"][key] <= bound and bool(torch.isfinite(outputs["moe_ops"]).all())
+        for key in ("logits", "gradients")
+    )
+
+    def timed(job: Callable[[], Any], implementation: str) -> Callable[[], None]:
+        def run() -> None:
+            model.set_experts_implementation(implementation)
+            job()
+
+        return run
+
+    def inference() -> None:
+        with torch.no_grad():
+            forward()
+
+    times = {
+        key: alternate({i: timed(job, i) for i in IMPLEMENTATIONS}, budget_s=budget_s)
+        for key, job in (("forward", inference), ("forward_backward", both))
+    }
+    return {
+        "model": name,
+        "shape": (
+            f"{batch}x{length} tokens, {config.num_hidden_layers} layers, "
+            f"H{config.hidden_size} I{_expert_width(config)} "
+            f"E{config.num_local_experts} "
+            f"K{config.num_experts_per_tok}"
+        ),
+        "errors": errors,
+        "bound": bound,
+        "passed": passed,
+        **times,
+    }
+
+
+def _expert_width(config: Any) -> int:
+    return getattr(config, "moe_intermediate_size", None) or config.intermediate_size
+
+
+def _relative(values: list[torch.Tensor], exact: list[torch.Tensor]) -> float:
+    error = sum(float((a.double() - b).square().sum()) for a, b in zip(values, exact, strict=True))
+    norm = sum(float(b.square().sum()) for b in exact)
+    return (error / max(norm, 1e-300)) ** 0.5
+
+
+def _qwen3_moe(smoke: bool) -> Any:
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    sizes: dict[str, Any] = {
+        "vocab_size": 512,
+        "hidden_size": 64 if smoke else 256,
+        "intermediate_size": 64 if smoke else 512,
+        "moe_intermediate_size": 32 if smoke else 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16 if smoke else 64,
+        "num_experts": 8 if smoke else 32,
+        "num_experts_per_tok": 2 if smoke else 4,
+        "norm_topk_prob": True,
+    }
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes))
+
+
+def _mixtral(smoke: bool) -> Any:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(
+        vocab_size=512,
+        hidden_size=64 if smoke else 384,
+        intermediate_size=96 if smoke else 512,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4 if smoke else 16,
+        num_experts_per_tok=2,
+    )
+    return MixtralForCausalLM(config)

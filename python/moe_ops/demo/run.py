@@ -1,0 +1,459 @@
+"""The demo from beginning to end: text, training, pictures, a sample, Hugging Face, a summary."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from moe_ops.demo import data
+from moe_ops.demo.checkpoint import Checkpoint, Checkpointer, CheckpointError
+from moe_ops.demo.model import ModelConfig
+from moe_ops.demo.routing import RoutingSample, inspect_routing
+from moe_ops.demo.train import TrainConfig, Trainer, environment, max_violation
+
+_SMOKE = TrainConfig(
+    steps=12,
+    batch_size=4,
+    eval_every=5,
+    eval_windows=8,
+    model=ModelConfig(
+        num_layers=2, hidden_size=32, num_heads=2, num_experts=4, intermediate_size=32, context=64
+    ),
+)
+_CALIBRATION_STEPS = 6
+_FINAL_WINDOWS = 512
+
+
+@dataclass(frozen=True)
+class DemoOptions:
+    """The options of ``moe-ops demo``; None means the default or what the checkpoint says."""
+
+    out: Path = Path("moe_demo")
+    data: Path | None = None
+    steps: int | None = None
+    minutes: float | None = None
+    resume: bool = False
+    overwrite: bool = False
+    seed: int | None = None
+    threads: int | None = None
+    hf: bool = True
+    smoke: bool = False
+
+
+def run_demo(options: DemoOptions, console: Console) -> dict[str, Any]:
+    """Run the demo; returns what it writes to ``summary.json``.
+
+    Errors: ValueError for options that contradict each other or the checkpoint, CheckpointError
+    for a checkpoint that is missing or damaged; both with a sentence that says what to do.
+    """
+    if options.resume and options.overwrite:
+        raise ValueError("demo: --resume and --overwrite exclude each other")
+    if options.steps is not None and options.minutes is not None:
+        raise ValueError("demo: --steps and --minutes exclude each other")
+    options.out.mkdir(parents=True, exist_ok=True)
+    started = time.perf_counter()
+    threads_before = torch.get_num_threads()
+    with _locked(options.out):
+        try:
+            return _run(options, console, started)
+        finally:
+            torch.set_num_threads(threads_before)
+
+
+def _run(options: DemoOptions, console: Console, started: float) -> dict[str, Any]:
+    checkpointer = Checkpointer(options.out)
+    checkpoint = _load_checkpoint(options, checkpointer, console)
+    data_path = options.data
+    if checkpoint is not None and data_path is None and checkpoint.metadata["data"] is not None:
+        data_path = Path(checkpoint.metadata["data"])
+
+    _heading(console, "Text")
+    corpus = data.load_corpus(data_path)
+    if checkpoint is None:
+        trainer = Trainer(_choose_config(options, corpus, console), corpus)
+    else:
+        trainer = Trainer.restore(checkpoint, corpus)
+    config = trainer.config
+    entropies = data.entropies(corpus)
+    _print_corpus(console, corpus, entropies)
+
+    _heading(console, "Training")
+    if checkpoint is not None:
+        _print_resumed(console, checkpoint, trainer)
+    _print_model(console, trainer)
+    overhead = _train(trainer, checkpointer, data_path, console, entropies)
+    trainer.save_model(options.out / "model.safetensors")
+    heldout = trainer.evaluate(8 if options.smoke else _FINAL_WINDOWS)
+    console.print(
+        f"Held-out files: [bold]{heldout:.3f} bits/byte[/]; unigram entropy "
+        f"{entropies.unigram:.3f}, bigram entropy {entropies.bigram:.3f}."
+    )
+
+    _heading(console, "What the experts do")
+    sample = inspect_routing(trainer.model, corpus.heldout)
+    _print_routing(console, sample, config.model)
+    files = _draw(options.out, trainer, entropies, sample, console)
+
+    _heading(console, "A sample")
+    prompt = b"import os\n\n\ndef " if data_path is None else sample.text[:32]
+    num_bytes = 40 if options.smoke else 320
+    generated = trainer.model.generate(prompt, num_bytes, seed=config.seed)
+    shown = generated.decode("utf-8", errors="replace")
+    console.print(Text(shown[: len(prompt)], style="bold"), Text(shown[len(prompt) :]), sep="")
+
+    _heading(console, "Hugging Face models")
+    hf_results = _compare_hugging_face(options, console)
+
+    seconds = trainer.seconds_history[: trainer.step]
+    summary = {
+        "corpus": corpus.summary(),
+        "entropy_bits_per_byte": dataclasses.asdict(entropies),
+        "config": config.to_dict(),
+        "parameters": trainer.model.num_parameters(),
+        "environment": environment(),
+        "training": {
+            "steps": trainer.step,
+            "tokens": trainer.step * trainer.tokens_per_step,
+            "seconds": float(seconds.sum()),
+            "tokens_per_second": trainer.tokens_per_step / float(seconds.median()),
+            "checkpoint_share_of_time": overhead,
+            "final_bits_per_byte": float(trainer.loss_history[trainer.step - 1]),
+            "heldout_by_step": {str(k): v for k, v in trainer.heldout_by_step().items()},
+            "max_violation_by_layer": max_violation(
+                trainer.load_history[-max(1, trainer.step // 10) :].sum(0)
+            ).tolist(),
+        },
+        "heldout_bits_per_byte": heldout,
+        "routing": sample.summary(),
+        "sample": shown,
+        "hugging_face": hf_results,
+        "seconds": time.perf_counter() - started,
+    }
+    path = options.out / "summary.json"
+    path.write_text(json.dumps(summary, indent=2) + "\n")
+    checkpointer.close()
+    _heading(console, "Done")
+    _print_summary(console, summary, [*files, options.out / "model.safetensors", path])
+    return summary
+
+
+# --- before training
+
+
+def _load_checkpoint(
+    options: DemoOptions, checkpointer: Checkpointer, console: Console
+) -> Checkpoint | None:
+    if options.overwrite:
+        checkpointer.remove()
+        return None
+    if options.resume:
+        checkpoint = checkpointer.load()
+        if checkpoint.note:
+            console.print(f"[yellow]{escape(checkpoint.note)}[/]", soft_wrap=True)
+        saved = checkpoint.metadata["config"]
+        if options.minutes is not None:
+            raise ValueError(
+                "demo: --minutes cannot change a run that has started: it is set for "
+                f"{saved['steps']} steps"
+            )
+        for name in ("steps", "seed", "threads"):
+            wanted = getattr(options, name)
+            if wanted is not None and wanted != saved[name]:
+                raise ValueError(
+                    f"demo: --{name} must be {saved[name]} as in the run that --resume continues, "
+                    f"got {wanted}"
+                )
+        return checkpoint
+    if checkpointer.exists():
+        try:
+            metadata = checkpointer.load().metadata
+        except CheckpointError:
+            metadata = None
+        if metadata is None or metadata["step"] < metadata["config"]["steps"]:
+            where = f"at step {metadata['step']}" if metadata else "that cannot be read"
+            raise CheckpointError(
+                f"demo: {options.out} holds an unfinished run {where}; "
+                "continue it with --resume, throw it away with --overwrite, or choose another --out"
+            )
+        checkpointer.remove()
+    return None
+
+
+def _choose_config(options: DemoOptions, corpus: data.Corpus, console: Console) -> TrainConfig:
+    config = dataclasses.replace(
+        _SMOKE if options.smoke else TrainConfig(),
+        seed=options.seed or 0,
+        threads=options.threads or torch.get_num_threads(),
+    )
+    if options.steps is not None:
+        config = dataclasses.replace(config, steps=options.steps)
+    if options.minutes is not None:
+        probe = Trainer(dataclasses.replace(config, steps=_CALIBRATION_STEPS + 1), corpus)
+        seconds = [probe.train_step().seconds for _ in range(_CALIBRATION_STEPS)]
+        # The first step warms up; evaluations and checkpoints take about a tenth.
+        per_step = statistics.median(seconds[1:]) * 1.1
+        steps = max(10, round(60 * options.minutes / per_step))
+        console.print(f"{steps} steps will take about {options.minutes:g} minutes here.")
+        config = dataclasses.replace(config, steps=steps)
+    return config
+
+
+# --- training
+
+
+def _train(
+    trainer: Trainer,
+    checkpointer: Checkpointer,
+    data_path: Path | None,
+    console: Console,
+    entropies: data.Entropies,
+) -> float:
+    """Train to the end with a checkpoint after every step; the checkpoints' share of the time."""
+    if trainer.finished:
+        console.print("Training is already finished.")
+        return 0.0
+    progress = Progress(
+        BarColumn(bar_width=24),
+        TextColumn("{task.completed}/{task.total}"),
+        TextColumn("{task.fields[loss]:.3f} bits/byte"),
+        TextColumn("held-out {task.fields[heldout]}"),
+        TextColumn("{task.fields[speed]:,.0f} tokens/s"),
+        TextColumn("MaxVio {task.fields[violation]:.2f}"),
+        TimeRemainingColumn(),
+        console=console,
+    )
+    recent: list[float] = []
+    saving = 0.0
+    started = time.perf_counter()
+    with progress:
+        task = progress.add_task(
+            "train",
+            total=trainer.config.steps,
+            completed=trainer.step,
+            loss=0.0,
+            heldout="–",
+            speed=0.0,
+            violation=0.0,
+        )
+        while not trainer.finished:
+            result = trainer.train_step()
+            before = time.perf_counter()
+            tensors, metadata = trainer.state()
+            metadata["data"] = None if data_path is None else str(data_path.resolve())
+            checkpointer.save(tensors, metadata, durable=True if trainer.finished else None)
+            saving += time.perf_counter() - before
+
+            recent = [*recent[-19:], result.seconds]
+            speed = trainer.tokens_per_step / statistics.median(recent)
+            progress.update(
+                task,
+                completed=result.step,
+                loss=result.bits_per_byte,
+                speed=speed,
+                violation=result.max_violation,
+            )
+            if result.heldout_bits_per_byte is not None:
+                heldout = result.heldout_bits_per_byte
+                progress.update(task, heldout=f"{heldout:.3f}")
+                beaten = [
+                    name for name, value in dataclasses.asdict(entropies).items() if heldout < value
+                ]
+                progress.console.print(
+                    f"step {result.step:>5}  training {result.bits_per_byte:.3f}  "
+                    f"held-out {heldout:.3f} bits/byte  {speed:,.0f} tokens/s  "
+                    f"MaxVio {result.max_violation:.2f}"
+                    + (f"  [green]below {' and '.join(beaten)} entropy[/]" if beaten else ""),
+                    style="dim",
+                )
+    return saving / (time.perf_counter() - started)
+
+
+# --- after training
+
+
+def _draw(
+    out: Path,
+    trainer: Trainer,
+    entropies: data.Entropies,
+    sample: RoutingSample,
+    console: Console,
+) -> list[Path]:
+    from moe_ops import viz
+
+    try:
+        viz.import_matplotlib()
+    except viz.MissingMatplotlibError as error:
+        console.print(f"[yellow]No pictures: {escape(str(error))}[/]", soft_wrap=True)
+        return []
+    steps = trainer.step
+    files = [out / "loss.png", out / "expert_load.png", out / "token_experts.png"]
+    model = trainer.config.model
+    viz.plot_loss(
+        trainer.loss_history[:steps].tolist(),
+        trainer.heldout_by_step(),
+        baselines={"unigram entropy": entropies.unigram, "bigram entropy": entropies.bigram},
+        title=f"Byte-level language model, {model.num_layers} layers, "
+        f"{model.num_experts} experts, {model.top_k} a token",
+        path=files[0],
+    )
+    viz.plot_expert_load(
+        trainer.load_history[:steps],
+        title=f"Expert load over training ({trainer.tokens_per_step * model.top_k:,} slots a step)",
+        path=files[1],
+    )
+    viz.plot_token_experts(
+        sample.text.decode("latin-1"),
+        sample.topk_ids,
+        num_experts=model.num_experts,
+        columns=72,
+        title="Which expert takes which byte (held-out text)",
+        path=files[2],
+    )
+    return files
+
+
+def _compare_hugging_face(options: DemoOptions, console: Console) -> list[dict[str, Any]] | None:
+    if not options.hf:
+        console.print("Left out (--no-hf).")
+        return None
+    from moe_ops.demo import hf_compare
+
+    if hf_compare.transformers_missing():
+        console.print(
+            'Left out: it needs transformers, pip install "torch-moe-ops[hf]".',
+            markup=False,
+            soft_wrap=True,
+        )
+        return None
+    from moe_ops.cli.tables import print_hf_comparison
+
+    results = hf_compare.compare(
+        smoke=options.smoke,
+        budget_s=0.1 if options.smoke else 4.0,
+        log=lambda name: console.print(f"  {name} …", style="dim"),
+    )
+    print_hf_comparison(console, results)
+    return results
+
+
+# --- printing
+
+
+def _heading(console: Console, text: str) -> None:
+    console.print()
+    console.rule(f"[bold]{text}", align="left", style="dim")
+
+
+def _print_corpus(console: Console, corpus: data.Corpus, entropies: data.Entropies) -> None:
+    console.print(escape(corpus.source), soft_wrap=True)
+    console.print(
+        f"{corpus.train.numel() / 1e6:.2f} MB to train on ({corpus.num_train_files} files), "
+        f"{corpus.heldout.numel() / 1e6:.2f} MB held out ({corpus.num_heldout_files} files)."
+    )
+    console.print(
+        "Cross-entropy of the held-out bytes under counts of the training bytes (plus 0.01 each): "
+        f"unigram [bold]{entropies.unigram:.3f}[/], bigram, given the byte before, "
+        f"[bold]{entropies.bigram:.3f}[/] bits/byte."
+    )
+
+
+def _print_model(console: Console, trainer: Trainer) -> None:
+    config, parameters = trainer.config, trainer.model.num_parameters()
+    model = config.model
+    console.print(
+        f"{model.num_layers} layers of width {model.hidden_size}, {model.num_experts} experts of "
+        f"width {model.intermediate_size}, {model.top_k} a token: "
+        f"{parameters['total'] / 1e6:.2f} M parameters, {parameters['active'] / 1e6:.2f} M active. "
+        f"{config.steps} steps of {config.batch_size}×{model.context} bytes, "
+        f"seed {config.seed}, {config.threads} threads, fp32. A checkpoint after every step: "
+        "kill it when you like, --resume continues with the same bits."
+    )
+
+
+def _print_resumed(console: Console, checkpoint: Checkpoint, trainer: Trainer) -> None:
+    console.print(f"Continuing after step {trainer.step} of {trainer.config.steps}.")
+    then, now = checkpoint.metadata["environment"], environment()
+    changed = [f"{k} was {then.get(k)}, is {v}" for k, v in now.items() if then.get(k) != v]
+    if changed:
+        console.print(
+            f"[yellow]The last bits may differ from an uninterrupted run: "
+            f"{escape('; '.join(changed))}.[/]",
+            soft_wrap=True,
+        )
+
+
+def _print_routing(console: Console, sample: RoutingSample, model: ModelConfig) -> None:
+    table = Table(title="First choices on held-out text", title_justify="left")
+    table.add_column("layer", justify="right")
+    table.add_column("what the expert says about the byte")
+    table.add_column("bytes each expert takes most beyond their share", overflow="fold")
+    for layer, (information, favourites) in enumerate(
+        zip(sample.information, sample.favourites, strict=True)
+    ):
+        table.add_row(
+            str(layer),
+            f"{information:.2f} of {sample.max_information:.2f} bits",
+            escape("  ".join(f"{e}:{text}" for e, text in enumerate(favourites))),
+            end_section=True,
+        )
+    console.print(table)
+
+
+def _print_summary(console: Console, summary: dict[str, Any], files: list[Path]) -> None:
+    table = Table(show_header=False, box=None, pad_edge=False)
+    training, entropy = summary["training"], summary["entropy_bits_per_byte"]
+    table.add_row("held-out", f"[bold]{summary['heldout_bits_per_byte']:.3f} bits/byte[/]")
+    table.add_row(
+        "to beat", f"unigram {entropy['unigram']:.3f}, bigram {entropy['bigram']:.3f} bits/byte"
+    )
+    table.add_row(
+        "training",
+        f"{training['steps']} steps, {training['tokens'] / 1e6:.2f} M bytes in "
+        f"{training['seconds']:.0f} s, {training['tokens_per_second']:,.0f} tokens/s, "
+        f"checkpoints {training['checkpoint_share_of_time']:.1%} of the time",
+    )
+    violations = ", ".join(f"{value:.2f}" for value in training["max_violation_by_layer"])
+    table.add_row("balance", f"MaxVio by layer over the last tenth: {violations}")
+    for result in summary["hugging_face"] or []:
+        verdict = "[green]same within rounding[/]" if result["passed"] else "[red]DIFFERS[/]"
+        forward, both = result["forward"]["speedup"], result["forward_backward"]["speedup"]
+        table.add_row(
+            result["model"],
+            f"{verdict}; {forward['eager']:.2f}× eager and {forward['grouped_mm']:.2f}× grouped_mm "
+            f"forward, {both['eager']:.2f}× and {both['grouped_mm']:.2f}× with backward",
+        )
+    table.add_row("time", f"{summary['seconds']:.0f} s in all")
+    table.add_row("files", escape("  ".join(str(file) for file in files)))
+    console.print(table)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Two runs in one folder would overwrite each other's checkpoints."""
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    with open(folder / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise CheckpointError(
+                f"demo: another run is writing to {folder}; choose another --out"
+            ) from error
+        yield

@@ -1,0 +1,267 @@
+"""Training of the demo model, step by step, with a state that can be saved after any step."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from moe_ops.demo import data
+from moe_ops.demo.checkpoint import Checkpoint, CheckpointError, write_safetensors
+from moe_ops.demo.model import ByteLM, ModelConfig
+from moe_ops.layers import count_tokens_per_expert
+
+_NATS_TO_BITS = 1.0 / math.log(2.0)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides the final weights, besides the text and the machine."""
+
+    steps: int = 1200
+    batch_size: int = 8
+    learning_rate: float = 3e-3
+    final_learning_rate_fraction: float = 0.05
+    warmup_fraction: float = 0.05
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+    load_balancing_coef: float = 0.01
+    z_loss_coef: float = 1e-3
+    eval_every: int = 50
+    eval_windows: int = 32
+    seed: int = 0
+    threads: int = 1
+    model: ModelConfig = field(default_factory=ModelConfig)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
+        return cls(**{**values, "model": ModelConfig(**values["model"])})
+
+    def learning_rate_at(self, step: int) -> float:
+        """Linear warm-up, then a cosine to the final rate; a pure function of the step."""
+        warmup = max(1, round(self.warmup_fraction * self.steps))
+        if step < warmup:
+            return self.learning_rate * (step + 1) / warmup
+        progress = (step - warmup) / max(1, self.steps - warmup)
+        low = self.final_learning_rate_fraction
+        return self.learning_rate * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What the progress line shows."""
+
+    step: int
+    bits_per_byte: float
+    heldout_bits_per_byte: float | None
+    max_violation: float
+    seconds: float
+
+
+class Trainer:
+    """A training run: the model, its optimizer and its history."""
+
+    def __init__(self, config: TrainConfig, corpus: data.Corpus) -> None:
+        data.check_size(corpus, config.model.context)
+        self.config = config
+        self.corpus = corpus
+        self.step = 0
+        torch.set_num_threads(config.threads)
+        torch.manual_seed(config.seed)
+        self.model = ByteLM(config.model)
+        matrices = [p for p in self.model.parameters() if p.ndim >= 2]
+        vectors = [p for p in self.model.parameters() if p.ndim < 2]
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": matrices, "weight_decay": config.weight_decay},
+                {"params": vectors, "weight_decay": 0.0},
+            ],
+            lr=config.learning_rate,
+            betas=(0.9, 0.95),
+            fused=True,
+        )
+        shape = (config.steps, config.model.num_layers, config.model.num_experts)
+        self.loss_history = torch.full((config.steps,), math.nan)
+        self.heldout_history = torch.full((config.steps,), math.nan, dtype=torch.float64)
+        self.load_history = torch.zeros(shape, dtype=torch.int32)
+        self.seconds_history = torch.zeros(config.steps)
+
+    @property
+    def finished(self) -> bool:
+        return self.step >= self.config.steps
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.config.batch_size * self.config.model.context
+
+    def train_step(self) -> StepResult:
+        """One update on the bytes of this step; evaluates when the step asks for it."""
+        started = time.perf_counter()
+        config = self.config
+        inputs, targets = data.training_batch(
+            self.corpus.train,
+            seed=config.seed,
+            step=self.step,
+            batch_size=config.batch_size,
+            context=config.model.context,
+        )
+        logits, routings = self.model(inputs)
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        auxiliary = torch.stack(
+            [
+                config.load_balancing_coef * routing.aux_losses["load_balancing"]
+                + config.z_loss_coef * routing.aux_losses["router_z"]
+                for routing in routings
+            ]
+        ).sum()
+        self.optimizer.zero_grad(set_to_none=True)
+        (loss + auxiliary).backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.learning_rate_at(self.step)
+        self.optimizer.step()
+        seconds = time.perf_counter() - started
+
+        bits = loss.item() * _NATS_TO_BITS
+        if not math.isfinite(bits):
+            raise FloatingPointError(
+                f"demo: the loss of step {self.step + 1} must be finite, got {bits}"
+            )
+        num_experts = config.model.num_experts
+        load = torch.stack([count_tokens_per_expert(r.topk_ids, num_experts) for r in routings])
+        self.loss_history[self.step] = bits
+        self.load_history[self.step] = load
+        self.seconds_history[self.step] = seconds
+        self.step += 1
+        heldout = None
+        if self.step % config.eval_every == 0 or self.finished:
+            heldout = self.evaluate(config.eval_windows)
+            self.heldout_history[self.step - 1] = heldout
+        return StepResult(
+            step=self.step,
+            bits_per_byte=bits,
+            heldout_bits_per_byte=heldout,
+            max_violation=float(max_violation(load).mean()),
+            seconds=seconds,
+        )
+
+    @torch.no_grad()
+    def evaluate(self, num_windows: int) -> float:
+        """Bits per byte on windows evenly spread over the held-out text."""
+        context = self.config.model.context
+        inputs, targets = data.heldout_windows(
+            self.corpus.heldout, count=num_windows, context=context
+        )
+        total = 0.0
+        self.model.eval()
+        for x, y in zip(
+            inputs.split(self.config.batch_size), targets.split(self.config.batch_size), strict=True
+        ):
+            logits, _ = self.model(x)
+            total += F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="sum").item()
+        self.model.train()
+        return total / targets.numel() * _NATS_TO_BITS
+
+    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """Tensors and metadata from which `restore` continues bit for bit."""
+        tensors = {
+            "rng.torch": torch.get_rng_state(),
+            "history.loss": self.loss_history,
+            "history.heldout": self.heldout_history,
+            "history.tokens_per_expert": self.load_history,
+            "history.seconds": self.seconds_history,
+        }
+        for name, parameter in self.model.named_parameters():
+            tensors[f"model.{name}"] = parameter.detach()
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                tensors[f"optimizer.{name}.{key}"] = value
+        metadata = {
+            "step": self.step,
+            "data_position": self.step * self.tokens_per_step,
+            "config": self.config.to_dict(),
+            "corpus_sha256": self.corpus.sha256,
+            "environment": environment(),
+        }
+        return tensors, metadata
+
+    @classmethod
+    def restore(cls, checkpoint: Checkpoint, corpus: data.Corpus) -> Trainer:
+        """The run that `checkpoint` holds.
+
+        Errors: CheckpointError when it was made from another text or lacks a tensor.
+        """
+        metadata = checkpoint.metadata
+        if metadata["corpus_sha256"] != corpus.sha256:
+            raise CheckpointError(
+                f"demo: --resume must see the text that {checkpoint.path} was trained on, got "
+                f"another one from {corpus.source}; give the same --data, or --overwrite"
+            )
+        trainer = cls(TrainConfig.from_dict(metadata["config"]), corpus)
+        tensors = checkpoint.tensors
+        try:
+            with torch.no_grad():
+                for name, parameter in trainer.model.named_parameters():
+                    parameter.copy_(tensors[f"model.{name}"])
+                    prefix = f"optimizer.{name}."
+                    trainer.optimizer.state[parameter] = {
+                        key.removeprefix(prefix): value.clone()
+                        for key, value in tensors.items()
+                        if key.startswith(prefix)
+                    }
+            trainer.loss_history = tensors["history.loss"].clone()
+            trainer.heldout_history = tensors["history.heldout"].clone()
+            trainer.load_history = tensors["history.tokens_per_expert"].clone()
+            trainer.seconds_history = tensors["history.seconds"].clone()
+            torch.set_rng_state(tensors["rng.torch"])
+        except KeyError as error:
+            raise CheckpointError(
+                f"demo: {checkpoint.path} lacks {error}; run with --overwrite to start again"
+            ) from error
+        trainer.step = metadata["step"]
+        return trainer
+
+    def save_model(self, path: Path) -> None:
+        """The weights alone, with the configuration in the header."""
+        weights = {name: p.detach().contiguous() for name, p in self.model.named_parameters()}
+        header = {"config": json.dumps(asdict(self.config.model), sort_keys=True)}
+        temporary = path.with_name(f".{path.name}.tmp")
+        write_safetensors(temporary, weights, header)
+        os.replace(temporary, path)
+
+    def heldout_by_step(self) -> dict[int, float]:
+        return {
+            index + 1: value
+            for index, value in enumerate(self.heldout_history[: self.step].tolist())
+            if not math.isnan(value)
+        }
+
+
+def max_violation(load: torch.Tensor) -> torch.Tensor:
+    """MaxVio, max load / mean load - 1, over the last dimension."""
+    load = load.double()
+    return load.amax(-1) / load.mean(-1).clamp_min(1e-9) - 1
+
+
+def environment() -> dict[str, str]:
+    """What may change the last bits of a result; compared on resume."""
+    import moe_ops
+
+    facts = {"torch": torch.__version__, "moe_ops": moe_ops.__version__}
+    try:
+        from moe_ops import _C
+
+        facts["cpu_isa"] = _C.cpu_isa()
+    except ImportError:
+        pass
+    facts["torch_cpu_capability"] = torch.backends.cpu.get_cpu_capability()
+    return facts

@@ -1,0 +1,558 @@
+"""What is installed, whether it works, and what to do about what does not.
+
+``moe-ops doctor`` prints it; ``python -m moe_ops.doctor`` does too and needs nothing but torch.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import moe_ops
+from moe_ops import ops, reference
+
+_DISTRIBUTION = "torch-moe-ops"
+# An unrelated distribution that installs a package of our name over ours.
+_CLASHING_DISTRIBUTION = "moe-ops"
+_REINSTALL = f"pip install --force-reinstall --no-deps {_DISTRIBUTION}"
+
+# Relative error (Frobenius norm) against the reference in fp64. Both are several times what
+# rounding costs at the sizes of the self-test and far below what a wrong formula costs.
+_TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One fact; level is ok, info, warning or fail, advice is what to do about it."""
+
+    name: str
+    level: str
+    text: str
+    advice: str | None = None
+
+
+@dataclass(frozen=True)
+class SelfTest:
+    """One op on small random input against the reference; errors are relative, None if n/a."""
+
+    op: str
+    device: str
+    dtype: str
+    passed: bool
+    forward_error: float | None
+    backward_error: float | None
+    tolerance: float
+    seconds: float
+    message: str | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    findings: list[Finding]
+    self_tests: list[SelfTest]
+    versions: dict[str, str | None] = field(default_factory=dict)
+
+    @property
+    def failed(self) -> bool:
+        return any(f.level == "fail" for f in self.findings) or any(
+            not test.passed for test in self.self_tests
+        )
+
+    @property
+    def conclusion(self) -> str:
+        failures = sum(f.level == "fail" for f in self.findings)
+        failures += sum(not test.passed for test in self.self_tests)
+        warnings = sum(f.level == "warning" for f in self.findings)
+        if failures:
+            return (
+                f"{_count(failures, 'check')} failed. Reinstall ({_REINSTALL}); if that does not "
+                "help, report the output of `moe-ops doctor --json`."
+            )
+        noted = f", {_count(warnings, 'warning')}" if warnings else ""
+        return f"moe_ops works here: {_count(len(self.self_tests), 'self-test')} passed{noted}."
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "failed": self.failed,
+            "conclusion": self.conclusion,
+            "versions": self.versions,
+            "findings": [asdict(finding) for finding in self.findings],
+            "self_tests": [asdict(test) for test in self.self_tests],
+        }
+
+
+def examine() -> Report:
+    """Look at everything; takes a few seconds."""
+    findings = [
+        *_versions(),
+        *_native_library(),
+        *_cpu(),
+        *_cuda(),
+        *_name_clash(),
+        *_hugging_face(),
+    ]
+    devices = ["cpu"]
+    if torch.cuda.is_available() and _cuda_is_built():
+        devices.append("cuda")
+    tests = [test for device in devices for test in self_test(device)]
+    findings.append(_same_bits_for_any_thread_count())
+    names = ["torch", "numpy", "transformers", "safetensors", "matplotlib", "typer", "rich"]
+    versions: dict[str, str | None] = {
+        "python": platform.python_version(),
+        "moe_ops": moe_ops.__version__,
+        **{name: _version(name) for name in names},
+    }
+    return Report(findings, tests, versions)
+
+
+def self_test(device: str = "cpu") -> list[SelfTest]:
+    """Every op against the reference, forward and backward, in fp32; moe_ffn also in bf16."""
+    tests = [_run_case(case, device, torch.float32) for case in _cases()]
+    tests += [
+        _run_case(case, device, torch.bfloat16) for case in _cases() if case.op in ("moe_ffn",)
+    ]
+    return tests
+
+
+# --- findings
+
+
+def _versions() -> list[Finding]:
+    findings = [
+        Finding("python", "ok", f"{platform.python_version()} on {platform.platform()}"),
+        Finding("torch", "ok", torch.__version__),
+    ]
+    where = Path(moe_ops.__file__).parent
+    installed = [
+        d
+        for d in importlib.metadata.distributions()
+        if (d.metadata["Name"] or "").lower().replace("_", "-") == _DISTRIBUTION
+    ]
+    if not installed:
+        findings.append(
+            Finding(
+                "moe_ops",
+                "info",
+                f"{moe_ops.__version__} from {where}, not installed as a distribution",
+                "Fine in a source tree; elsewhere run pip install torch-moe-ops.",
+            )
+        )
+    elif len(installed) > 1:
+        versions = ", ".join(d.version for d in installed)
+        findings.append(
+            Finding(
+                "moe_ops",
+                "warning",
+                f"{moe_ops.__version__} from {where}, but {len(installed)} installs are on the "
+                f"path ({versions})",
+                f"pip uninstall {_DISTRIBUTION} until none is left, then install it once.",
+            )
+        )
+    else:
+        findings.append(Finding("moe_ops", "ok", f"{moe_ops.__version__} from {where}"))
+    for package, extra, purpose in (
+        ("numpy", None, "arrays"),
+        ("transformers", "hf", "Hugging Face models"),
+        ("matplotlib", "viz", "pictures"),
+        ("safetensors", "zoo", "checkpoints"),
+    ):
+        version = _version(package)
+        if version:
+            findings.append(Finding(package, "ok", version))
+        else:
+            command = f'pip install "{_DISTRIBUTION}[{extra}]"' if extra else "pip install numpy"
+            findings.append(Finding(package, "info", "not installed", f"For {purpose}: {command}"))
+    return findings
+
+
+def _native_library() -> list[Finding]:
+    from moe_ops import _C
+
+    facts = dict(_C.build_info())
+    text = ", ".join(f"{key} {value}" for key, value in sorted(facts.items()))
+    findings = []
+    if _C.version() == moe_ops.__version__:
+        findings.append(Finding("native library", "ok", text))
+    else:
+        findings.append(
+            Finding(
+                "native library",
+                "fail",
+                f"is {_C.version()}, the Python code {moe_ops.__version__}",
+                f"Two installs are mixed: {_REINSTALL}",
+            )
+        )
+    missing = [case.op for case in _cases() if not hasattr(torch.ops.moe_ops, case.op)]
+    if missing:
+        findings.append(
+            Finding("registered ops", "fail", f"missing: {', '.join(missing)}", _REINSTALL)
+        )
+    return findings
+
+
+def _cpu() -> list[Finding]:
+    from moe_ops import _C
+
+    active, detected = _C.cpu_isa(), _C.detected_isa()
+    supported = ", ".join(_C.supported_isas())
+    text = f"using {active}, detected {detected}, supported here: {supported}"
+    forced = os.environ.get("MOE_OPS_CPU_ISA")
+    if _C.isa_warning():
+        finding = Finding("cpu", "warning", f"{text}; {_C.isa_warning()}", "Unset MOE_OPS_CPU_ISA.")
+    elif active != detected:
+        finding = Finding(
+            "cpu", "warning", f"{text} (MOE_OPS_CPU_ISA={forced})", "Unset MOE_OPS_CPU_ISA."
+        )
+    elif active == "portable":
+        finding = Finding(
+            "cpu",
+            "warning",
+            f"{text}: correct but slow",
+            "A processor with AVX2 and FMA runs the tuned kernels.",
+        )
+    else:
+        finding = Finding("cpu", "ok", text)
+    threads, cores = torch.get_num_threads(), _usable_cores()
+    if threads > cores:
+        threading = Finding(
+            "threads",
+            "warning",
+            f"torch uses {threads} threads on {cores} usable cores",
+            f"Set OMP_NUM_THREADS={cores} or call torch.set_num_threads({cores}).",
+        )
+    elif threads < cores:
+        threading = Finding(
+            "threads",
+            "info",
+            f"torch uses {threads} of {cores} usable cores",
+            f"Set OMP_NUM_THREADS={cores} or call torch.set_num_threads({cores}) for more.",
+        )
+    else:
+        threading = Finding("threads", "ok", f"{threads} on {cores} usable cores")
+    findings = [finding, threading]
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    if load > cores:
+        # A thread that spins for another one keeps the core that the other one waits for.
+        findings.append(
+            Finding(
+                "load",
+                "info",
+                f"{load:.1f} processes want {cores} cores: several threads may be slower than one",
+                "On a busy machine set OMP_WAIT_POLICY=passive before Python starts.",
+            )
+        )
+    return findings
+
+
+def _cuda() -> list[Finding]:
+    built = _cuda_is_built()
+    if not torch.cuda.is_available():
+        text = "no GPU visible to torch"
+        text += f" (torch {'has' if torch.version.cuda else 'is built without'} CUDA)"
+        text += f", moe_ops is built {'with' if built else 'without'} CUDA kernels"
+        return [Finding("cuda", "info", text)]
+    name = torch.cuda.get_device_name()
+    capability = torch.cuda.get_device_capability()
+    text = f"{name}, compute capability {capability[0]}.{capability[1]}, CUDA {torch.version.cuda}"
+    if not built:
+        return [
+            Finding(
+                "cuda",
+                "warning",
+                f"{text}, but moe_ops is built without CUDA kernels",
+                "Install a wheel with CUDA, or build with MOE_OPS_CUDA=on and nvcc on the PATH.",
+            )
+        ]
+    if capability[0] != 9:
+        return [
+            Finding(
+                "cuda",
+                "warning",
+                f"{text}; the CUDA kernels are written for compute capability 9.0 (Hopper)",
+                "Run the ops on the CPU or on a Hopper GPU.",
+            )
+        ]
+    return [Finding("cuda", "ok", text)]
+
+
+def _name_clash() -> list[Finding]:
+    try:
+        clashing = importlib.metadata.distribution(_CLASHING_DISTRIBUTION)
+    except importlib.metadata.PackageNotFoundError:
+        return [Finding("name clash", "ok", "no other distribution provides moe_ops")]
+    return [
+        Finding(
+            "name clash",
+            "warning",
+            f"the unrelated distribution {_CLASHING_DISTRIBUTION} {clashing.version} is installed "
+            "and puts its own moe_ops over this one",
+            f"pip uninstall {_CLASHING_DISTRIBUTION}, then {_REINSTALL}",
+        )
+    ]
+
+
+def _hugging_face() -> list[Finding]:
+    version = _version("transformers")
+    if version is None:
+        return []
+    try:
+        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+        import moe_ops.hf  # noqa: F401
+
+        registered = "moe_ops" in ALL_EXPERTS_FUNCTIONS.valid_keys()
+    except Exception as error:
+        if int(version.split(".")[0]) < 5:
+            return [
+                Finding(
+                    "experts implementation",
+                    "warning",
+                    f"transformers {version} has no experts interface",
+                    'pip install --upgrade "transformers>=5"',
+                )
+            ]
+        return [
+            Finding(
+                "experts implementation",
+                "fail",
+                f"import moe_ops.hf raises {type(error).__name__}: {error}",
+                "pip install --upgrade transformers torch-moe-ops",
+            )
+        ]
+    if not registered:
+        return [
+            Finding(
+                "experts implementation",
+                "fail",
+                "import moe_ops.hf did not register 'moe_ops' with transformers",
+                "pip install --upgrade transformers torch-moe-ops",
+            )
+        ]
+    return [
+        Finding(
+            "experts implementation",
+            "ok",
+            "after `import moe_ops.hf`, experts_implementation='moe_ops' works in transformers",
+        )
+    ]
+
+
+def _same_bits_for_any_thread_count() -> Finding:
+    threads = torch.get_num_threads()
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(257, 64, generator=generator)
+    w_gate_up = torch.randn(8, 96, 64, generator=generator)
+    w_down = torch.randn(8, 64, 48, generator=generator)
+    weights, ids = ops.topk_router(torch.randn(257, 8, generator=generator), 2)
+    try:
+        torch.set_num_threads(1)
+        one = ops.moe_ffn(x, w_gate_up, w_down, weights, ids)
+        torch.set_num_threads(max(2, threads))
+        many = ops.moe_ffn(x, w_gate_up, w_down, weights, ids)
+    except Exception as error:
+        return Finding("same bits", "fail", f"moe_ffn raises {type(error).__name__}: {error}")
+    finally:
+        torch.set_num_threads(threads)
+    if torch.equal(one, many):
+        return Finding("same bits", "ok", f"from moe_ffn with 1 and {max(2, threads)} threads")
+    return Finding(
+        "same bits", "fail", "moe_ffn differs between thread counts", f"Reinstall: {_REINSTALL}"
+    )
+
+
+# --- self-test
+
+
+@dataclass(frozen=True)
+class _Case:
+    """A call of one op: `args` and `kwargs`, whose float tensors get gradients if asked for."""
+
+    op: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    differentiable: bool = True
+
+
+def _cases() -> list[_Case]:
+    """Small inputs with an idle expert and slots without an expert."""
+    T, H, I, E, K = 33, 64, 40, 5, 2
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    # Distinct and evenly spaced, so that rounding cannot change which expert is chosen.
+    logits = torch.randperm(T * E, generator=generator).view(T, E) * (8.0 / (T * E)) - 4.0
+    ids = torch.randint(0, E - 1, (T, K), generator=generator, dtype=torch.int32)
+    ids[3, 1] = -1
+    weights = torch.rand(T, K, generator=generator)
+    offsets, row_to_slot, slot_to_row = reference.sort_slots(ids, E)
+    w_gate_up, w_down = normal(E, 2 * I, H) / H**0.5, normal(E, H, I) / I**0.5
+    x, rows = normal(T, H), normal(T * K, H)
+    biases = {"b_gate_up": normal(E, 2 * I), "b_down": normal(E, H)}
+    return [
+        _Case("topk_router", (logits, K), {"renormalize": True}),
+        _Case("topp_router", (logits, 0.7, E)),
+        _Case("expert_choice_router", (logits, 9)),
+        _Case("sort_slots", (ids, E), differentiable=False),
+        _Case("permute", (x, offsets, row_to_slot)),
+        _Case("unpermute", (rows, offsets, slot_to_row, weights)),
+        _Case("gated_act", (normal(T, 2 * I), "swiglu")),
+        _Case("grouped_gemm", (rows, w_gate_up, offsets)),
+        _Case("grouped_gemm_wgrad", (normal(T * K, I), rows, offsets)),
+        _Case("grouped_sum", (rows, offsets)),
+        _Case("moe_ffn", (x, w_gate_up, w_down, weights, ids), biases),
+        _Case("moe_linear_map", (x, w_gate_up, ids)),
+        _Case("moe_linear_reduce", (normal(T, K, I), w_down, weights, ids)),
+    ]
+
+
+def _run_case(case: _Case, device: str, dtype: torch.dtype) -> SelfTest:
+    forward_error = backward_error = None
+    message = None
+    seconds = 0.0
+    tolerance = _TOLERANCES[dtype]
+    try:
+        inputs = _prepare(case, device, dtype)
+        exact_inputs = _prepare(case, "cpu", torch.float64, rounded_to=dtype)
+        started = time.perf_counter()
+        outputs = _call(getattr(ops, case.op), inputs)
+        gradients, cotangents = _gradients(outputs, inputs, case)
+        if device != "cpu":
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - started
+        exact_outputs = _call(getattr(reference, case.op), exact_inputs)
+        exact_gradients, _ = _gradients(exact_outputs, exact_inputs, case, cotangents)
+        forward_error = _worst_error(outputs, exact_outputs)
+        if case.differentiable:
+            backward_error = _worst_error(gradients, exact_gradients)
+        passed = forward_error <= tolerance and (backward_error or 0.0) <= tolerance
+    except Exception as error:
+        passed = False
+        message = f"{type(error).__name__}: {error}"
+    return SelfTest(
+        op=case.op,
+        device=device,
+        dtype=str(dtype).removeprefix("torch."),
+        passed=passed,
+        forward_error=forward_error,
+        backward_error=backward_error,
+        tolerance=tolerance,
+        seconds=seconds,
+        message=message,
+    )
+
+
+def _prepare(
+    case: _Case, device: str, dtype: torch.dtype, *, rounded_to: torch.dtype | None = None
+) -> tuple[list[Any], dict[str, Any]]:
+    def convert(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        if not value.is_floating_point():
+            return value.to(device)
+        value = value.to(rounded_to or dtype).to(device=device, dtype=dtype)
+        return value.requires_grad_(case.differentiable)
+
+    return [convert(v) for v in case.args], {k: convert(v) for k, v in case.kwargs.items()}
+
+
+def _call(function: Callable[..., Any], inputs: tuple[list[Any], dict[str, Any]]) -> list[Tensor]:
+    result = function(*inputs[0], **inputs[1])
+    return [result] if isinstance(result, Tensor) else list(result)
+
+
+def _gradients(
+    outputs: Sequence[Tensor],
+    inputs: tuple[list[Any], dict[str, Any]],
+    case: _Case,
+    cotangents: list[Tensor] | None = None,
+) -> tuple[list[Tensor], list[Tensor]]:
+    if not case.differentiable:
+        return [], []
+    floats = [o for o in outputs if o.is_floating_point()]
+    if cotangents is None:
+        generator = torch.Generator().manual_seed(1)
+        cotangents = [torch.randn(o.shape, generator=generator).to(o) for o in floats]
+    leaves = [
+        v
+        for v in [*inputs[0], *inputs[1].values()]
+        if isinstance(v, Tensor) and v.is_floating_point()
+    ]
+    matched = [c.to(o) for c, o in zip(cotangents, floats, strict=True)]
+    return list(torch.autograd.grad(floats, leaves, matched)), cotangents
+
+
+def _worst_error(values: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
+    """Largest relative error of the pairs; infinite where integers, shapes or NaNs differ."""
+    worst = 0.0
+    for a, b in zip(values, exact, strict=True):
+        a, b = a.detach().cpu(), b.detach()
+        if a.shape != b.shape:
+            return float("inf")
+        if not b.is_floating_point():
+            worst = max(worst, 0.0 if torch.equal(a.long(), b.long()) else float("inf"))
+            continue
+        error, norm = (a.double() - b).norm().item(), b.norm().item()
+        if error != error:
+            return float("inf")
+        worst = max(worst, error / norm if norm > 0 else (0.0 if error == 0 else float("inf")))
+    return worst
+
+
+# --- helpers
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown" if importlib.util.find_spec(package) else None
+
+
+def _cuda_is_built() -> bool:
+    from moe_ops import _C
+
+    return dict(_C.build_info()).get("cuda", "off") not in ("", "off", "OFF", "0")
+
+
+def _usable_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def main() -> int:
+    """Print the report as plain text; the exit status is 1 when something failed."""
+    report = examine()
+    for finding in report.findings:
+        print(f"{finding.level:8}{finding.name}: {finding.text}")
+        if finding.advice:
+            print(f"{'':8}  -> {finding.advice}")
+    for test in report.self_tests:
+        verdict = "pass" if test.passed else "FAIL"
+        errors = "" if test.forward_error is None else f", error {test.forward_error:.1e}"
+        if test.backward_error is not None:
+            errors += f" and {test.backward_error:.1e} backward"
+        print(f"{verdict:8}{test.op} {test.dtype} on {test.device}{errors}{test.message or ''}")
+    print(report.conclusion)
+    return int(report.failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

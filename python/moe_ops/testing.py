@@ -1,0 +1,525 @@
+"""Shared by the tests and the benchmarks: cases, generators, odd views, poisoned memory, bounds.
+
+Bounds come from the operands: an op is compared with its fp64 reference, and the allowed error of
+each element is a small multiple of eps times the same computation on absolute values. No absolute
+tolerance is ever chosen by hand.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reference
+
+HALF_DTYPES = (torch.bfloat16, torch.float16)
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+ID_DTYPES = (torch.int32, torch.int64)
+VIEWS = ("contiguous", "transposed", "offset", "step2", "expanded")
+
+GATED_ACTIVATIONS = ("swiglu", "geglu", "geglu_tanh", "reglu", "swiglu_oai")
+PLAIN_ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
+
+# Ids that no number of experts makes valid. The last three become small valid ids when an int64 is
+# cut down to 32 bits.
+OUT_OF_RANGE_IDS = (-1, -2, -(2**31), 2**31 - 1)
+OUT_OF_RANGE_IDS_64 = (2**32, 2**32 + 1, -(2**32) + 1)
+
+
+def short(dtype: torch.dtype) -> str:
+    """The dtype as test ids spell it: fp64, fp32, bf16, fp16, int32, int64."""
+    name = str(dtype).removeprefix("torch.")
+    return {"float64": "fp64", "float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}.get(
+        name, name
+    )
+
+
+def seed_from(node_id: str) -> int:
+    """A seed from the test's own name, so that a test run alone sees what it saw in the crowd."""
+    return zlib.crc32(node_id.encode())
+
+
+# ---------------------------------------------------------------------------------------- routing
+
+
+@dataclasses.dataclass(frozen=True)
+class Routing:
+    """How slots fall on experts.
+
+    kind: uniform, skewed (Zipf), one_expert, half_empty (odd experts get nothing), last_only (all
+    but the last expert empty), dropped (about a third of the slots are -1), out_of_range (about a
+    third hold assorted invalid ids), all_dropped, repeated (a token may name an expert twice).
+    """
+
+    num_tokens: int
+    num_experts: int
+    top_k: int
+    kind: str = "uniform"
+    id_dtype: torch.dtype = torch.int32
+
+    def __str__(self) -> str:
+        return (
+            f"T{self.num_tokens}E{self.num_experts}K{self.top_k}-{self.kind}-{short(self.id_dtype)}"
+        )
+
+    @property
+    def num_slots(self) -> int:
+        return self.num_tokens * self.top_k
+
+    def ids(self) -> Tensor:
+        """topk_ids [T, K] drawn from the global generator."""
+        t, e, k = self.num_tokens, self.num_experts, self.top_k
+        if self.kind in ("one_expert", "last_only", "all_dropped"):
+            value = {"one_expert": e // 2, "last_only": e - 1, "all_dropped": -1}[self.kind]
+            return torch.full((t, k), value, dtype=self.id_dtype)
+        if self.kind == "repeated" or k > e:
+            return torch.randint(e, (t, k)).to(self.id_dtype)
+        popularity = torch.zeros(e)
+        if self.kind == "skewed":
+            popularity = -2.0 * torch.arange(1, e + 1).log()
+        elif self.kind == "half_empty":
+            popularity[1::2] = -1e4
+        # Gumbel top-k: k distinct experts a token, drawn by popularity.
+        gumbel = -torch.empty(t, e).exponential_().log()
+        ids = (popularity + gumbel).argsort(1, descending=True)[:, :k].to(torch.int64)
+        if self.kind == "half_empty" and e > 1:
+            ids = torch.where(ids % 2 == 1, -1, ids)
+        if self.kind in ("dropped", "out_of_range"):
+            invalid = torch.tensor([-1])
+            if self.kind == "out_of_range":
+                wide = OUT_OF_RANGE_IDS_64 if self.id_dtype == torch.int64 else ()
+                invalid = torch.tensor([*OUT_OF_RANGE_IDS, e, e + 1, *wide])
+            drop = torch.rand(t, k) < 1 / 3
+            ids = torch.where(drop, invalid[torch.randint(len(invalid), (t, k))], ids)
+        return ids.to(self.id_dtype)
+
+    def sorted(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(expert_offsets, row_to_slot, slot_to_row) of fresh ids, by the reference."""
+        return reference.sort_slots(self.ids(), self.num_experts)
+
+
+# Few enough to multiply by dtypes, varied enough that each edge of the contract appears.
+ROUTINGS = (
+    Routing(1, 1, 1),
+    Routing(1, 4, 2, "uniform", torch.int64),
+    Routing(7, 1, 1, "dropped"),
+    Routing(17, 3, 3, "uniform", torch.int64),
+    Routing(33, 8, 2, "skewed"),
+    Routing(31, 8, 2, "half_empty", torch.int64),
+    Routing(29, 5, 2, "out_of_range"),
+    Routing(29, 5, 2, "out_of_range", torch.int64),
+    Routing(65, 6, 1, "last_only"),
+    Routing(9, 4, 2, "one_expert", torch.int64),
+    Routing(13, 4, 3, "all_dropped"),
+    Routing(40, 16, 4, "dropped", torch.int64),
+    Routing(23, 4, 6, "repeated"),
+    Routing(5, 64, 3, "uniform"),
+)
+EMPTY_ROUTINGS = (
+    Routing(0, 4, 2),
+    Routing(0, 1, 1, "uniform", torch.int64),
+    Routing(3, 4, 0),
+)
+
+
+def random_logits(num_tokens: int, num_experts: int, dtype: torch.dtype, kind: str = "normal"):
+    """Router logits: normal, wide (some probabilities underflow), tied (few distinct values)."""
+    logits = torch.randn(num_tokens, num_experts, dtype=torch.float64)
+    if kind == "wide":
+        logits = logits * 40
+    elif kind == "tied":
+        logits = logits.round()
+    elif kind == "skewed":
+        logits = logits - torch.arange(1, num_experts + 1, dtype=torch.float64).log() * 2
+    return logits.to(dtype)
+
+
+def decided_logits(make: Callable[[], Tensor], decide: Callable[[Tensor, float], Tensor]) -> Tensor:
+    """Logits whose choice survives rounding: redrawn until `decide` agrees with itself.
+
+    `decide(logits64, factor)` returns the ids after scaling every operand by `factor`; scaling
+    keeps exact ties tied, so tie-breaking is still exercised.
+    """
+    for _ in range(200):
+        logits = make()
+        wide = logits.double()
+        ids = decide(wide, 1.0)
+        if all(torch.equal(ids, decide(wide, 1 + d)) for d in (-4e-6, -1e-6, 1e-6, 4e-6)):
+            return logits
+    raise AssertionError("no logits found whose choice is stable against rounding")
+
+
+def logit_spread(logits: Tensor) -> Tensor:
+    """[T, 1] factor of a softmax bound: exp's argument carries the rounding of logit - maximum."""
+    wide = logits.detach().double()
+    if wide.numel() == 0:
+        return wide[:, :1]
+    finite = torch.where(wide.isfinite(), wide, 0)
+    return 1 + (finite.amax(1, keepdim=True) - finite.amin(1, keepdim=True)) / 8
+
+
+# ------------------------------------------------------------------------------------------ views
+
+
+def as_strided_copy(t: Tensor, kind: str) -> Tensor:
+    """A tensor equal to `t` with another layout in memory. What lies between its elements is NaN.
+
+    contiguous; transposed (the last two dimensions swapped in memory); offset (starts one element
+    into its storage, so vector loads are misaligned); step2 (every second line of the first
+    dimension); step2_last (every second element of the last dimension); expanded (the first line
+    repeated with stride 0: equal to `t` only in its first line, so callers use the result's
+    values).
+    """
+    hole = torch.nan if t.is_floating_point() else -7
+    if kind == "contiguous":
+        return t.contiguous()
+    if kind == "transposed":
+        return t if t.dim() < 2 else t.transpose(-1, -2).contiguous().transpose(-1, -2)
+    if kind == "offset":
+        flat = t.new_full((t.numel() + 1,), hole)
+        view = flat[1:].view(t.shape)
+        return view.copy_(t)
+    if kind == "step2":
+        if t.dim() == 0:
+            return t
+        holes = t.new_full((2 * t.shape[0], *t.shape[1:]), hole)
+        return holes[::2].copy_(t)
+    if kind == "step2_last":
+        holes = t.new_full((*t.shape[:-1], 2 * t.shape[-1]), hole)
+        return holes[..., ::2].copy_(t)
+    if kind == "expanded":
+        return t if t.dim() == 0 or t.shape[0] == 0 else t[:1].clone().expand(t.shape)
+    raise ValueError(f"as_strided_copy: unknown kind {kind!r}")
+
+
+@contextlib.contextmanager
+def poisoned(*like: Tensor) -> Iterator[None]:
+    """Memory that torch.empty hands out inside the block holds NaN (or 0xff bytes) where it can.
+
+    Two ways at once: torch's own fill of uninitialised memory, and freed NaN blocks of the sizes of
+    `like` for allocations that bypass it.
+    """
+    sizes = {256, 4096, 65536} | {max(1, t.numel() * t.element_size()) for t in like}
+    blocks = [
+        torch.full((size + pad,), 0xFF, dtype=torch.uint8)
+        for size in sizes
+        for pad in (0, 0, 0, 64, 512)
+    ]
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    del blocks
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+# ----------------------------------------------------------------------------------------- bounds
+
+
+def acc_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def eps(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps
+
+
+def assert_close_by_norm(
+    actual: Tensor,
+    expected: Tensor,
+    magnitude: Tensor,
+    *,
+    sum_length: int = 1,
+    steps: int = 0,
+    step_dtype: torch.dtype | None = None,
+    what: str = "output",
+) -> None:
+    """`actual` is the fp64 `expected` up to the rounding that its dtype and the op's sums justify.
+
+    magnitude: fp64, elementwise: the same computation on absolute values, e.g. |a| @ |b|.
+    sum_length: how many products a sum has; its rounding grows like the square root.
+    steps: how many intermediate results the op may round to `step_dtype` (that of `actual`).
+
+    NaN and infinities must be at exactly the same places. Beside each element, the norm of the
+    whole error is checked: rounding errors are independent, so it is far below the sum of bounds.
+    """
+    assert actual.shape == expected.shape, (
+        f"{what}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+    )
+    if actual.numel() == 0:
+        return
+    dtype = actual.dtype
+    wide = actual.detach().double()
+    expected = expected.detach().double()
+    magnitude = magnitude.detach().double().expand_as(expected)
+    rounded = expected.to(dtype)
+    _same_places(wide.isnan(), expected.isnan(), wide, expected, f"{what}: NaN")
+    for infinity in (torch.inf, -torch.inf):
+        _same_places(wide == infinity, rounded == infinity, wide, expected, f"{what}: {infinity}")
+
+    finite = expected.isfinite() & rounded.isfinite()
+    error = torch.where(finite, (wide - expected).abs(), 0)
+    expected = torch.where(finite, expected, 0)
+    magnitude = torch.where(finite, magnitude, 0)
+    terms = 8 + 4 * sum_length**0.5
+    step_eps = eps(step_dtype or dtype)
+    floor = max(torch.finfo(dtype).smallest_normal, torch.finfo(torch.float32).smallest_normal)
+    if dtype == torch.float16:
+        floor = 2.0**-24
+    bound = (
+        0.51 * eps(dtype) * expected.abs()
+        + 0.5 * eps(acc_dtype(dtype)) * terms * magnitude
+        + 0.5 * step_eps * steps * magnitude
+        + floor
+    )
+    worst = int((error / bound).argmax())
+    at = tuple(int(i) for i in torch.unravel_index(torch.tensor(worst), error.shape))
+    assert bool((error <= bound).all()), (
+        f"{what}: {int((error > bound).sum())} of {error.numel()} elements out of bound; worst at "
+        f"{at}: got {wide[at].item()!r}, expected {expected[at].item()!r}, error "
+        f"{error[at].item():.3e} is {(error[at] / bound[at]).item():.2f} times the bound "
+        f"{bound[at].item():.3e} ({short(dtype)}, sums of {sum_length}, {steps} rounded steps)"
+    )
+    if error.numel() >= 256:
+        norm_bound = (
+            (eps(dtype) + step_eps * steps**0.5) * expected.norm()
+            + (4 + sum_length**0.5 / 2) * eps(acc_dtype(dtype)) * magnitude.norm()
+            + floor * error.numel() ** 0.5
+        )
+        assert error.norm() <= norm_bound, (
+            f"{what}: the error's norm {error.norm().item():.3e} exceeds {norm_bound.item():.3e} "
+            f"(norm of the expected value {expected.norm().item():.3e}, {short(dtype)})"
+        )
+
+
+def _same_places(actual: Tensor, wanted: Tensor, got: Tensor, expected: Tensor, what: str) -> None:
+    if torch.equal(actual, wanted):
+        return
+    at = tuple(int(i) for i in (actual != wanted).nonzero()[0])
+    raise AssertionError(
+        f"{what} at the wrong places, first at {at}: got {got[at].item()!r}, "
+        f"expected {expected[at].item()!r}"
+    )
+
+
+def assert_identical(actual: Tensor, expected: Tensor, what: str = "output") -> None:
+    """Same dtype, shape and bits (NaN equals NaN)."""
+    assert actual.dtype == expected.dtype, f"{what}: {actual.dtype}, expected {expected.dtype}"
+    assert actual.shape == expected.shape, f"{what}: {actual.shape}, expected {expected.shape}"
+    same = actual == expected
+    if actual.is_floating_point():
+        same |= actual.isnan() & expected.isnan()
+    if not bool(same.all()):
+        at = tuple(int(i) for i in (~same).nonzero()[0])
+        raise AssertionError(
+            f"{what}: {int((~same).sum())} of {same.numel()} differ, first at {at}: got "
+            f"{actual[at].item()!r}, expected {expected[at].item()!r}"
+        )
+
+
+# ------------------------------------------------------------------------- running op and reference
+
+Kwargs = dict[str, Any]
+
+
+def widened(kwargs: Kwargs) -> Kwargs:
+    """The same call in fp64."""
+    return {k: v.double() if _is_float(v) else v for k, v in kwargs.items()}
+
+
+def absolute(kwargs: Kwargs) -> Kwargs:
+    """The same call in fp64 on absolute values: run on it, a multilinear op gives its magnitude."""
+    return {k: v.double().abs() if _is_float(v) else v for k, v in kwargs.items()}
+
+
+def _is_float(v: Any) -> bool:
+    return isinstance(v, Tensor) and v.is_floating_point()
+
+
+def run_with_grads(
+    fn: Callable[..., Tensor], kwargs: Kwargs, wrt: Sequence[str], grad: Tensor | None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """fn(**kwargs) and the gradients of <output, grad> by name."""
+    leaves = {name: kwargs[name].detach().requires_grad_() for name in wrt}
+    out = fn(**{**kwargs, **leaves})
+    if not wrt or grad is None:
+        return out.detach(), {}
+    grads = torch.autograd.grad(out, list(leaves.values()), grad, allow_unused=True)
+    by_name = dict(zip(wrt, grads, strict=True))
+    for name, leaf in leaves.items():
+        if by_name[name] is None:
+            by_name[name] = torch.zeros_like(leaf)
+    return out.detach(), by_name
+
+
+def check_against_reference(
+    op: Callable[..., Tensor],
+    ref: Callable[..., Tensor],
+    kwargs: Kwargs,
+    wrt: Sequence[str] = (),
+    *,
+    magnitude: Callable[..., Tensor] | None = None,
+    sum_length: int = 1,
+    steps: int = 0,
+    grad_steps: int | None = None,
+    grad_view: str = "contiguous",
+) -> None:
+    """Output and gradients of `op` against the fp64 reference, in poisoned memory.
+
+    magnitude: a function of absolute operands whose value and gradients bound the op's; the
+    reference itself unless given, which is right for every multilinear op.
+    steps, grad_steps: roundings of intermediate results (see assert_close_by_norm) allowed to the
+    output and to the gradients, the same unless given.
+    """
+    magnitude = magnitude or ref
+    with torch.no_grad():
+        shape = ref(**widened(kwargs))
+    lead = next(v for v in kwargs.values() if _is_float(v))
+    grad = as_strided_copy(torch.randn(shape.shape).to(lead.dtype), grad_view)
+    wide_grad = grad.double()
+
+    expected, expected_grads = run_with_grads(ref, widened(kwargs), wrt, wide_grad)
+    bound, bound_grads = run_with_grads(magnitude, absolute(kwargs), wrt, wide_grad.abs())
+    with poisoned(lead, expected.to(lead.dtype)):
+        out, grads = run_with_grads(op, kwargs, wrt, grad)
+
+    assert out.dtype == lead.dtype, f"output is {out.dtype}, expected {lead.dtype}"
+    assert_close_by_norm(out, expected, bound, sum_length=sum_length, steps=steps)
+    for name in wrt:
+        assert grads[name].dtype == kwargs[name].dtype, f"gradient of {name}: {grads[name].dtype}"
+        assert_close_by_norm(
+            grads[name],
+            expected_grads[name],
+            bound_grads[name],
+            sum_length=sum_length,
+            steps=steps if grad_steps is None else grad_steps,
+            # A weight's fp32 gradient made of half rows still carries the rounding of those rows.
+            step_dtype=lead.dtype,
+            what=f"gradient of {name}",
+        )
+
+
+def activation_magnitude(preact: Tensor, activation: str, interleaved: bool = False) -> Tensor:
+    """A bound of the activation on non-negative `preact`; its derivative bounds the derivative.
+
+    g + g^2 bounds |act(g)| with room for |act'| <= 1.13 and the curvature that turns an error in
+    the pre-activation into an error of the derivative. The polynomial inside gelu_tanh is cubic.
+    """
+    if activation in PLAIN_ACTIVATIONS:
+        gate, up = preact, None
+    elif interleaved:
+        gate, up = preact[..., 0::2], preact[..., 1::2]
+    else:
+        gate, up = preact.chunk(2, dim=-1)
+    if activation in ("reglu", "relu"):
+        act = gate
+    elif activation == "relu2":
+        act = gate * gate
+    elif activation in ("geglu_tanh", "gelu_tanh"):
+        act = 2 * gate + gate**2 + gate**4 / 4
+    else:
+        act = 2 * gate + gate**2
+    if up is None:
+        return act
+    return act * (up + 1 if activation == "swiglu_oai" else up)
+
+
+def gated_act_magnitude(
+    gate_up: Tensor, activation: str = "swiglu", *, interleaved: bool = False, **_: Any
+) -> Tensor:
+    return activation_magnitude(gate_up, activation, interleaved)
+
+
+def moe_ffn_magnitude(
+    x: Tensor,
+    w_gate_up: Tensor,
+    w_down: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    *,
+    b_gate_up: Tensor | None = None,
+    b_down: Tensor | None = None,
+    activation: str = "swiglu",
+    interleaved: bool = False,
+    apply_router_weight_on_input: bool = False,
+    **_: Any,
+) -> Tensor:
+    """moe_ffn on non-negative operands with the activation replaced by its bound."""
+    offsets, row_to_slot, slot_to_row = reference.sort_slots(topk_ids, w_gate_up.shape[0])
+    rows = reference.permute(x, offsets, row_to_slot)
+    if apply_router_weight_on_input:
+        rows = rows * topk_weights.reshape(-1)[row_to_slot.long()][:, None]
+    preact = reference.grouped_gemm(rows, w_gate_up, offsets, bias=b_gate_up)
+    h = activation_magnitude(preact, activation, interleaved)
+    out = reference.grouped_gemm(h, w_down, offsets, bias=b_down)
+    weights = None if apply_router_weight_on_input else topk_weights
+    return reference.unpermute(out, offsets, slot_to_row, weights)
+
+
+# ------------------------------------------------------------------------------ operands and shapes
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelShape:
+    """The sizes of a published model's expert block."""
+
+    name: str
+    hidden_size: int
+    intermediate_size: int
+    num_experts: int
+    top_k: int
+
+    def __str__(self) -> str:
+        return self.name
+
+
+MODEL_SHAPES = (
+    ModelShape("mixtral-8x7b", 4096, 14336, 8, 2),
+    ModelShape("qwen1.5-moe-a2.7b", 2048, 1408, 60, 4),
+    ModelShape("olmoe-1b-7b", 2048, 1024, 64, 8),
+    ModelShape("qwen3-30b-a3b", 2048, 768, 128, 8),
+    ModelShape("qwen3-next-80b", 2048, 512, 512, 10),
+    ModelShape("gpt-oss-20b", 2880, 2880, 32, 4),
+    ModelShape("deepseek-v3", 7168, 2048, 256, 8),
+    ModelShape("llama-4-scout", 5120, 8192, 16, 1),
+    ModelShape("phi-3.5-moe", 4096, 6400, 16, 2),
+    ModelShape("gemma-4-26b-a4b", 2816, 704, 128, 8),
+)
+
+
+def ffn_operands(
+    routing: Routing,
+    hidden_size: int,
+    intermediate_size: int,
+    dtype: torch.dtype,
+    *,
+    activation: str = "swiglu",
+    bias: bool = False,
+    weights_dtype: torch.dtype | None = None,
+) -> Kwargs:
+    """The tensors of a moe_ffn call, scaled so that every stage has values near one."""
+    e = routing.num_experts
+    width = intermediate_size * (2 if activation in GATED_ACTIVATIONS else 1)
+    if weights_dtype is None:
+        weights_dtype = acc_dtype(dtype)
+    kwargs: Kwargs = {
+        "x": torch.randn(routing.num_tokens, hidden_size).to(dtype),
+        "w_gate_up": (torch.randn(e, width, hidden_size) / hidden_size**0.5).to(dtype),
+        "w_down": (torch.randn(e, hidden_size, intermediate_size) / intermediate_size**0.5).to(
+            dtype
+        ),
+        "topk_weights": torch.rand(routing.num_tokens, routing.top_k).to(weights_dtype) + 0.1,
+        "topk_ids": routing.ids(),
+        "activation": activation,
+    }
+    if bias:
+        kwargs["b_gate_up"] = torch.randn(e, width).to(dtype)
+        kwargs["b_down"] = torch.randn(e, hidden_size).to(dtype)
+    return kwargs

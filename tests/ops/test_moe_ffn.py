@@ -1,0 +1,447 @@
+from __future__ import annotations
+
+import concurrent.futures
+
+import moe_ops
+import pytest
+import torch
+import torch.utils.checkpoint
+from moe_ops import reference
+from moe_ops.testing import (
+    DTYPES,
+    EMPTY_ROUTINGS,
+    GATED_ACTIVATIONS,
+    PLAIN_ACTIVATIONS,
+    ROUTINGS,
+    VIEWS,
+    Routing,
+    as_strided_copy,
+    assert_identical,
+    check_against_reference,
+    ffn_operands,
+    moe_ffn_magnitude,
+    short,
+)
+
+# (H, I)
+SIZES = (
+    (1, 1),
+    (3, 7),
+    (7, 3),
+    (8, 8),
+    (16, 24),
+    (17, 31),
+    (31, 17),
+    (33, 65),
+    (64, 32),
+    (65, 33),
+    (97, 5),
+    (129, 64),
+    (6, 129),
+    (257, 19),
+)
+SMALL = Routing(11, 4, 2, "dropped")
+FLOATS = ("x", "w_gate_up", "w_down", "topk_weights", "b_gate_up", "b_down")
+
+
+def differentiable(call):
+    return [name for name in FLOATS if call.get(name) is not None]
+
+
+def check(call, wrt=None, **kwargs):
+    """Half types may round the pre-activation, the activation and an expert's output, and in
+    backward the gradients of the three: that is what `steps` allows."""
+    sizes = (*call["x"].shape, call["w_down"].shape[-1], call["topk_ids"].numel(), 1)
+    check_against_reference(
+        moe_ops.moe_ffn,
+        reference.moe_ffn,
+        call,
+        differentiable(call) if wrt is None else wrt,
+        magnitude=moe_ffn_magnitude,
+        sum_length=max(sizes),
+        steps=2,
+        grad_steps=5,
+        **kwargs,
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+@pytest.mark.parametrize(("hidden_size", "intermediate_size"), SIZES)
+def test_sizes(hidden_size, intermediate_size, dtype):
+    check(ffn_operands(SMALL, hidden_size, intermediate_size, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+@pytest.mark.parametrize("routing", ROUTINGS + EMPTY_ROUTINGS, ids=str)
+def test_routings(routing, dtype):
+    check(ffn_operands(routing, 9, 12, dtype, bias=True))
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+@pytest.mark.parametrize("activation", [*GATED_ACTIVATIONS, *PLAIN_ACTIVATIONS])
+def test_activations(activation, dtype, bias):
+    check(ffn_operands(SMALL, 17, 19, dtype, activation=activation, bias=bias))
+
+
+@pytest.mark.parametrize("on_input", [False, True], ids=["output", "input"])
+@pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "interleaved"])
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+def test_options(dtype, bias, interleaved, on_input):
+    call = ffn_operands(SMALL, 15, 22, dtype, activation="swiglu_oai", bias=bias)
+    check({**call, "interleaved": interleaved, "apply_router_weight_on_input": on_input})
+
+
+@pytest.mark.parametrize(
+    "routing", [ROUTINGS[3], ROUTINGS[7], ROUTINGS[12], *EMPTY_ROUTINGS], ids=str
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=short)
+def test_weight_on_input_routings(dtype, routing):
+    call = ffn_operands(routing, 15, 22, dtype, bias=True)
+    check({**call, "apply_router_weight_on_input": True})
+
+
+@pytest.mark.parametrize("activation", [*GATED_ACTIVATIONS, *PLAIN_ACTIVATIONS])
+def test_weight_on_input_activations(activation):
+    call = ffn_operands(SMALL, 10, 9, torch.float64, activation=activation, bias=True)
+    check({**call, "apply_router_weight_on_input": True})
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+@pytest.mark.parametrize(("hidden_size", "intermediate_size"), [(0, 5), (5, 0), (0, 0)])
+def test_empty_sizes(hidden_size, intermediate_size, dtype):
+    check(ffn_operands(SMALL, hidden_size, intermediate_size, dtype, bias=True))
+
+
+@pytest.mark.parametrize("on_input", [False, True], ids=["output", "input"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+@pytest.mark.parametrize(
+    ("activation", "interleaved"),
+    [("swiglu", False), ("swiglu_oai", True), ("silu", False)],
+    ids=["halves", "interleaved", "plain"],
+)
+def test_more_than_one_block_in_every_direction(activation, interleaved, dtype, on_input):
+    routing = Routing(160, 2, 2, "skewed")
+    call = ffn_operands(routing, 270, 300, dtype, activation=activation, bias=True)
+    check({**call, "interleaved": interleaved, "apply_router_weight_on_input": on_input})
+
+
+@pytest.mark.parametrize("alpha", [1.0, 2.5])
+@pytest.mark.parametrize("limit", [0.5, 3.0])
+def test_oai_parameters(limit, alpha):
+    call = ffn_operands(SMALL, 15, 22, torch.float64, activation="swiglu_oai", bias=True)
+    check({**call, "alpha": alpha, "limit": limit, "interleaved": True})
+
+
+@pytest.mark.parametrize("one_bias", ["b_gate_up", "b_down"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+def test_one_bias(dtype, one_bias):
+    call = ffn_operands(SMALL, 15, 22, dtype, bias=True)
+    del call[{"b_gate_up": "b_down", "b_down": "b_gate_up"}[one_bias]]
+    check(call)
+
+
+@pytest.mark.parametrize("weights_dtype", DTYPES, ids=short)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=short)
+def test_weights_of_any_dtype(dtype, weights_dtype):
+    call = ffn_operands(SMALL, 9, 12, dtype, weights_dtype=torch.float32)
+    call["topk_weights"] = call["topk_weights"].to(weights_dtype)
+    wrt = differentiable(call)
+    if weights_dtype == torch.float64:
+        # Computed in fp32, so its fp64 gradient cannot meet the bound of an fp64 op.
+        wrt.remove("topk_weights")
+    check(call, wrt)
+
+
+@pytest.mark.parametrize("wanted", FLOATS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=short)
+def test_one_gradient_at_a_time(dtype, wanted):
+    check(ffn_operands(SMALL, 9, 12, dtype, bias=True), [wanted])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+def test_inference_and_training_agree(dtype):
+    call = ffn_operands(SMALL, 33, 31, dtype, bias=True)
+    plain = moe_ops.moe_ffn(**call)
+    call["w_down"].requires_grad_()
+    trained = moe_ops.moe_ffn(**call)
+    assert trained.requires_grad
+    assert_identical(trained.detach(), plain)
+
+
+@pytest.mark.parametrize("view", [*VIEWS, "step2_last"])
+@pytest.mark.parametrize("name", FLOATS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=short)
+def test_views(dtype, name, view):
+    call = ffn_operands(SMALL, 11, 14, dtype, bias=True)
+    call[name] = as_strided_copy(call[name], view)
+    check(call, grad_view=view)
+
+
+@pytest.mark.parametrize("view", ["transposed", "step2", "step2_last", "offset", "expanded"])
+def test_id_views(view):
+    call = ffn_operands(SMALL, 11, 14, torch.float32)
+    call["topk_ids"] = as_strided_copy(call["topk_ids"], view)
+    check(call)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+def test_weights_stored_transposed(dtype):
+    """gpt-oss stores [E, H, 2I] and [E, I, H]: a transposed view costs no copy by the caller."""
+    call = ffn_operands(SMALL, 17, 20, dtype, activation="swiglu_oai", bias=True)
+    for name in ("w_gate_up", "w_down"):
+        call[name] = as_strided_copy(call[name], "transposed")
+    check({**call, "interleaved": True})
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+def test_dropped_token_is_zero_and_its_nan_stays_out(dtype):
+    call = ffn_operands(Routing(9, 3, 2), 8, 10, dtype, bias=True)
+    call["topk_ids"][4] = -1
+    call["x"][4] = torch.nan
+    call["topk_weights"][4] = torch.nan
+    names = differentiable(call)
+    leaves = [call[name].requires_grad_() for name in names]
+    y = moe_ops.moe_ffn(**call)
+    assert bool((y[4] == 0).all())
+    assert not y.isnan().any()
+    grads = dict(zip(names, torch.autograd.grad(y, leaves, torch.ones_like(y)), strict=True))
+    assert not any(g.isnan().any() for g in grads.values())
+    assert bool((grads["x"][4] == 0).all())
+    assert bool((grads["topk_weights"][4] == 0).all())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+def test_empty_expert_has_zero_gradient(dtype):
+    call = ffn_operands(Routing(9, 4, 2, "one_expert"), 8, 10, dtype, bias=True)
+    names = [name for name in differentiable(call) if name[0] in "wb"]
+    for name in names:
+        call[name][0] = torch.nan
+    leaves = [call[name].requires_grad_() for name in names]
+    for grad in torch.autograd.grad(moe_ops.moe_ffn(**call).sum(), leaves):
+        assert bool((grad[[0, 1, 3]] == 0).all())
+        assert bool((grad[2] != 0).any())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+def test_nan_stays_in_its_token(dtype):
+    call = ffn_operands(Routing(14, 2, 1, "one_expert"), 8, 10, dtype)
+    call["x"][5] = torch.nan
+    y = moe_ops.moe_ffn(**call)
+    where = torch.zeros(14, 8, dtype=torch.bool)
+    where[5] = True
+    assert_identical(y.isnan(), where)
+
+
+@pytest.mark.parametrize("on_input", [False, True], ids=["output", "input"])
+@pytest.mark.parametrize("activation", ["swiglu", "swiglu_oai", "geglu_tanh", "gelu", "relu2"])
+def test_gradcheck(activation, on_input):
+    routing = Routing(4, 3, 2, "dropped")
+    call = ffn_operands(routing, 3, 4, torch.float64, activation=activation, bias=True)
+    call["apply_router_weight_on_input"] = on_input
+    names = differentiable(call)
+    inputs = tuple(call[name].requires_grad_() for name in names)
+
+    def fn(*tensors):
+        return moe_ops.moe_ffn(**{**call, **dict(zip(names, tensors, strict=True))})
+
+    assert torch.autograd.gradcheck(fn, inputs)
+
+
+def test_double_backward_says_so():
+    call = ffn_operands(SMALL, 3, 4, torch.float64)
+    x = call["x"].requires_grad_()
+    y = moe_ops.moe_ffn(**call)
+    (grad,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    with pytest.raises((NotImplementedError, RuntimeError), match="moe_ffn"):
+        torch.autograd.grad(grad.sum(), x)
+
+
+def positional(call):
+    names = ("x", "w_gate_up", "w_down", "topk_weights", "topk_ids")
+    keywords = {k: v for k, v in call.items() if k not in names}
+    return tuple(call[name] for name in names), keywords
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+@pytest.mark.parametrize("requires_grad", [False, True], ids=["plain", "grad"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=short)
+def test_opcheck(dtype, requires_grad, bias):
+    call = ffn_operands(Routing(5, 3, 2, "dropped"), 6, 7, dtype, bias=bias)
+    for name in differentiable(call):
+        call[name].requires_grad_(requires_grad)
+    torch.library.opcheck(torch.ops.moe_ops.moe_ffn.default, *positional(call))
+
+
+@pytest.mark.parametrize("requires_grad", [False, True], ids=["plain", "grad"])
+def test_opcheck_of_the_op_that_saves(requires_grad):
+    call = ffn_operands(Routing(5, 3, 2, "dropped"), 6, 7, torch.float32, bias=True)
+    for name in differentiable(call):
+        call[name].requires_grad_(requires_grad)
+    torch.library.opcheck(torch.ops.moe_ops.moe_ffn_fwd.default, *positional(call))
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "swiglu_oai", "relu2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=short)
+def test_compile(dtype, activation):
+    call = ffn_operands(SMALL, 6, 7, dtype, activation=activation, bias=True)
+    leaves = [call[name].requires_grad_() for name in differentiable(call)]
+    compiled = torch.compile(moe_ops.moe_ffn, fullgraph=True, backend="aot_eager")
+    got, want = compiled(**call), moe_ops.moe_ffn(**call)
+    assert_identical(got, want)
+    grad = torch.randn(want.shape).to(dtype)
+    for a, b in zip(
+        torch.autograd.grad(got, leaves, grad),
+        torch.autograd.grad(want, leaves, grad),
+        strict=True,
+    ):
+        assert_identical(a, b, "gradient")
+
+
+def test_compile_router_and_ffn_with_dynamic_tokens():
+    """A whole block in one graph, and one graph for any number of tokens."""
+    call = ffn_operands(Routing(12, 4, 2), 6, 7, torch.float32)
+    router = torch.randn(4, 6)
+
+    def block(x):
+        weights, ids = moe_ops.topk_router(x @ router.T, 2, renormalize=True)
+        return moe_ops.moe_ffn(x, call["w_gate_up"], call["w_down"], weights, ids)
+
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager", dynamic=True)
+    assert_identical(compiled(call["x"]), block(call["x"]))
+    more = torch.randn(29, 6)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        assert_identical(compiled(more), block(more))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=short)
+def test_autocast_casts_like_a_linear(dtype):
+    """Operands of the products are cast; the routing weights keep what the router computed."""
+    call = ffn_operands(SMALL, 9, 12, dtype, bias=True)
+    cast = ("x", "w_gate_up", "w_down", "b_gate_up", "b_down")
+    half = {k: v.bfloat16() if k in cast else v for k, v in call.items()}
+    with torch.autocast("cpu", torch.bfloat16):
+        y = moe_ops.moe_ffn(**call)
+    assert_identical(y, moe_ops.moe_ffn(**half))
+
+
+def test_autocast_gradients_keep_the_parameters_dtype():
+    call = ffn_operands(SMALL, 9, 12, torch.float32, bias=True)
+    leaves = [call[name].requires_grad_() for name in differentiable(call)]
+    with torch.autocast("cpu", torch.bfloat16):
+        y = moe_ops.moe_ffn(**call)
+    assert y.dtype == torch.bfloat16
+    assert all(g.dtype == torch.float32 for g in torch.autograd.grad(y.sum(), leaves))
+
+
+def test_inference_mode():
+    call = ffn_operands(SMALL, 9, 12, torch.float32, bias=True)
+    want = moe_ops.moe_ffn(**call)
+    with torch.inference_mode():
+        assert_identical(moe_ops.moe_ffn(**call), want)
+
+
+def test_no_grad_saves_nothing():
+    call = ffn_operands(SMALL, 9, 12, torch.float32)
+    call["w_down"].requires_grad_()
+    with torch.no_grad():
+        assert not moe_ops.moe_ffn(**call).requires_grad
+
+
+def test_activation_checkpoint():
+    """Recomputed in backward, the block gives the same bits."""
+    call = ffn_operands(SMALL, 9, 12, torch.float32, bias=True)
+    names = differentiable(call)
+    leaves = [call[name].requires_grad_() for name in names]
+
+    def fn(*tensors):
+        return moe_ops.moe_ffn(**{**call, **dict(zip(names, tensors, strict=True))})
+
+    grad = torch.randn(11, 9)
+    want = torch.autograd.grad(fn(*leaves), leaves, grad)
+    y = torch.utils.checkpoint.checkpoint(fn, *leaves, use_reentrant=False)
+    for a, b in zip(torch.autograd.grad(y, leaves, grad), want, strict=True):
+        assert_identical(a, b, "gradient")
+
+
+def test_weights_changed_between_forward_and_backward_are_noticed():
+    call = ffn_operands(SMALL, 9, 12, torch.float32)
+    x = call["x"].requires_grad_()
+    y = moe_ops.moe_ffn(**call)
+    call["w_down"].add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(y.sum(), x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=short)
+def test_two_python_threads_at_once(dtype):
+    """Scratch memory is nobody else's: calls of other threads do not disturb a result."""
+    calls = [ffn_operands(Routing(60, 4, 2), 40, 50, dtype, bias=True) for _ in range(4)]
+    want = [moe_ops.moe_ffn(**call) for call in calls]
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        got = list(pool.map(lambda i: moe_ops.moe_ffn(**calls[i % 4]), range(40)))
+    for i, y in enumerate(got):
+        assert_identical(y, want[i % 4], f"call {i}")
+
+
+@pytest.mark.parametrize("kind", ["skewed", "dropped", "one_expert"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+def test_same_bits_for_any_thread_count(dtype, kind, set_threads):
+    call = ffn_operands(Routing(150, 8, 2, kind), 64, 80, dtype, bias=True)
+    leaves = [call[name].requires_grad_() for name in differentiable(call)]
+    grad = torch.randn(150, 64).to(dtype)
+    runs = []
+    for threads in (1, 2, 2):
+        set_threads(threads)
+        y = moe_ops.moe_ffn(**call)
+        runs.append((y, *torch.autograd.grad(y, leaves, grad)))
+    for run in runs[1:]:
+        for a, b in zip(run, runs[0], strict=True):
+            assert_identical(a, b)
+
+
+@pytest.mark.parametrize(
+    ("change", "name", "got"),
+    [
+        ({"x": torch.zeros(6)}, "x", "[6]"),
+        ({"x": torch.zeros(6, 5, 1)}, "x", "[6, 5, 1]"),
+        ({"x": torch.zeros(6, 5, dtype=torch.int32)}, "x", "int32"),
+        ({"w_gate_up": torch.zeros(14, 5)}, "w_gate_up", "[14, 5]"),
+        ({"w_gate_up": torch.zeros(4, 14, 6)}, "w_gate_up", "6"),
+        ({"w_gate_up": torch.zeros(4, 13, 5)}, "w_", ""),
+        ({"w_gate_up": torch.zeros(4, 14, 5, dtype=torch.bfloat16)}, "w_gate_up", "bfloat16"),
+        ({"w_down": torch.zeros(4, 5, 8)}, "w_", ""),
+        ({"w_down": torch.zeros(3, 5, 7)}, "w_down", "3"),
+        ({"w_down": torch.zeros(4, 6, 7)}, "w_down", "6"),
+        ({"w_down": torch.zeros(4, 5, 7, dtype=torch.float64)}, "w_down", "float64"),
+        ({"topk_weights": torch.zeros(6, 3)}, "topk_weights", "[6, 3]"),
+        ({"topk_weights": torch.zeros(6, 2, dtype=torch.int64)}, "topk_weights", "int64"),
+        ({"topk_ids": torch.zeros(7, 2, dtype=torch.int32)}, "topk_ids", "[7, 2]"),
+        ({"topk_ids": torch.zeros(12, dtype=torch.int32)}, "topk_ids", "[12]"),
+        ({"topk_ids": torch.zeros(6, 2)}, "topk_ids", "float32"),
+        ({"topk_ids": torch.zeros(6, 2, dtype=torch.uint8)}, "topk_ids", "uint8"),
+        ({"b_gate_up": torch.zeros(4, 7)}, "b_gate_up", "[4, 7]"),
+        ({"b_gate_up": torch.zeros(14)}, "b_gate_up", "[14]"),
+        ({"b_down": torch.zeros(3, 5)}, "b_down", "[3, 5]"),
+        ({"b_down": torch.zeros(4, 5, dtype=torch.float16)}, "b_down", "float16"),
+        ({"activation": "swish"}, "activation", "swish"),
+    ],
+    ids=lambda v: v if isinstance(v, str) else "",
+)
+@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+def test_bad_input(training, change, name, got, bad_input):
+    call = ffn_operands(Routing(6, 4, 2), 5, 7, torch.float32, bias=True)
+    if training and "w_down" not in change:
+        call["w_down"].requires_grad_()
+    with bad_input("moe_ffn", name, got):
+        moe_ops.moe_ffn(**{**call, **change})
+
+
+@pytest.mark.parametrize("name", [*FLOATS, "topk_ids"])
+def test_tensor_on_another_device(name, bad_input):
+    call = ffn_operands(Routing(6, 4, 2), 5, 7, torch.float32, bias=True)
+    call[name] = call[name].to("meta")
+    # With x on meta the first tensor on the CPU is the odd one out.
+    with bad_input("moe_ffn", "w_gate_up" if name == "x" else name):
+        moe_ops.moe_ffn(**call)

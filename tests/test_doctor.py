@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from moe_ops import doctor, ops
+from moe_ops.cli.app import app
+from typer.testing import CliRunner
+
+runner = CliRunner()
+
+OPS = {
+    "topk_router",
+    "topp_router",
+    "expert_choice_router",
+    "sort_slots",
+    "permute",
+    "unpermute",
+    "gated_act",
+    "grouped_gemm",
+    "grouped_gemm_wgrad",
+    "grouped_sum",
+    "moe_ffn",
+    "moe_linear_map",
+    "moe_linear_reduce",
+}
+
+
+@pytest.fixture(scope="module")
+def report() -> doctor.Report:
+    return doctor.examine()
+
+
+def test_self_test_covers_and_passes_every_op(report):
+    assert {test.op for test in report.self_tests} == OPS
+    failures = [test for test in report.self_tests if not test.passed]
+    assert not failures
+    for test in report.self_tests:
+        assert (test.backward_error is None) == (test.op == "sort_slots")
+
+
+def test_every_problem_comes_with_advice(report):
+    for finding in report.findings:
+        assert finding.level in ("ok", "info", "warning", "fail")
+        if finding.level in ("warning", "fail"):
+            assert finding.advice, finding
+
+
+def test_json():
+    result = runner.invoke(app, ["doctor", "--json"])
+    assert result.exit_code == 0, result.output
+    loaded = json.loads(result.stdout)
+    assert loaded["failed"] is False
+    assert loaded["versions"]["torch"] == torch.__version__
+    assert {test["op"] for test in loaded["self_tests"]} == OPS
+
+
+def test_table_names_every_op(report):
+    result = runner.invoke(app, ["doctor"], env={"COLUMNS": "120"})
+    assert result.exit_code == 0, result.output
+    for op in OPS:
+        assert op in result.output
+
+
+def test_a_wrong_op_fails(monkeypatch):
+    right = ops.gated_act
+    monkeypatch.setattr(ops, "gated_act", lambda *a, **k: right(*a, **k) * 1.001)
+    result = runner.invoke(app, ["doctor", "--json"])
+    assert result.exit_code == 1
+    failed = [t["op"] for t in json.loads(result.stdout)["self_tests"] if not t["passed"]]
+    assert failed == ["gated_act"]
+
+
+def test_an_op_that_raises_fails_with_its_message(monkeypatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError("no kernel image")
+
+    monkeypatch.setattr(ops, "permute", broken)
+    (test,) = [t for t in doctor.self_test() if not t.passed]
+    assert test.op == "permute"
+    assert "no kernel image" in test.message
+
+
+def test_name_clash_warns(monkeypatch, tmp_path):
+    (finding,) = doctor._name_clash()
+    assert finding.level == "ok"
+    info = tmp_path / "moe_ops-9.9.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: moe-ops\nVersion: 9.9\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    (finding,) = doctor._name_clash()
+    assert finding.level == "warning"
+    assert "9.9" in finding.text
+    assert "pip uninstall moe-ops" in finding.advice
+
+
+def test_gpu_without_kernels_warns(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "H100")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(doctor, "_cuda_is_built", lambda: False)
+    (finding,) = doctor._cuda()
+    assert finding.level == "warning" and "MOE_OPS_CUDA" in finding.advice
+    monkeypatch.setattr(doctor, "_cuda_is_built", lambda: True)
+    (finding,) = doctor._cuda()
+    assert finding.level == "ok"
+
+
+def test_lowered_isa_warns(monkeypatch):
+    from moe_ops import _C
+
+    monkeypatch.setattr(_C, "cpu_isa", lambda: "portable")
+    monkeypatch.setattr(_C, "detected_isa", lambda: "avx2")
+    monkeypatch.setenv("MOE_OPS_CPU_ISA", "portable")
+    finding = doctor._cpu()[0]
+    assert finding.level == "warning" and "MOE_OPS_CPU_ISA" in finding.advice

@@ -1,0 +1,120 @@
+"""Every instruction set this machine has: the same results within the same bounds."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+from moe_ops import _C
+
+ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
+
+# A compact subset that reaches each vector kernel: full tiles, every kind of tail, each dtype.
+SCRIPT = """
+import sys
+import torch
+import moe_ops
+from moe_ops import _C, reference
+from moe_ops.testing import (
+    DTYPES, Routing, as_strided_copy, assert_identical, check_against_reference, ffn_operands,
+    gated_act_magnitude, moe_ffn_magnitude, GATED_ACTIVATIONS, PLAIN_ACTIVATIONS,
+)
+
+torch.set_num_threads(1)
+torch.manual_seed(0)
+assert _C.cpu_isa() == sys.argv[1], f"asked for {sys.argv[1]}, got {_C.cpu_isa()}"
+
+for dtype in DTYPES:
+    for counts, k, o in [((7, 0, 13, 1), 33, 31), ((6, 12), 64, 32), ((1, 35), 17, 97),
+                         ((2, 3), 1, 1), ((19,), 129, 15), ((8, 16, 5), 16, 48)]:
+        n, e = sum(counts) + 2, len(counts)
+        offsets = torch.tensor([0, *counts]).cumsum(0).int()
+        a, b = torch.randn(n, k).to(dtype), torch.randn(e, o, k).to(dtype)
+        for view in ("contiguous", "transposed", "offset"):
+            check_against_reference(
+                moe_ops.grouped_gemm, reference.grouped_gemm,
+                {"a": as_strided_copy(a, view), "b": as_strided_copy(b, view),
+                 "expert_offsets": offsets, "bias": torch.randn(e, o).to(dtype)},
+                ["a", "b", "bias"], sum_length=max(n, k, o),
+            )
+    for activation in GATED_ACTIVATIONS:
+        for interleaved in (False, True):
+            check_against_reference(
+                moe_ops.gated_act, reference.gated_act,
+                {"gate_up": 3 * torch.randn(5, 2 * 37).to(dtype), "activation": activation,
+                 "interleaved": interleaved},
+                ["gate_up"], magnitude=gated_act_magnitude,
+            )
+    for activation in (*GATED_ACTIVATIONS, *PLAIN_ACTIVATIONS):
+        call = ffn_operands(
+            Routing(21, 4, 2, "dropped"), 33, 31, dtype, activation=activation, bias=True
+        )
+        check_against_reference(
+            moe_ops.moe_ffn, reference.moe_ffn, call,
+            ["x", "w_gate_up", "w_down", "topk_weights", "b_gate_up", "b_down"],
+            magnitude=moe_ffn_magnitude, sum_length=64, steps=2,
+            grad_steps=5,
+        )
+    offsets, row_to_slot, slot_to_row = Routing(29, 5, 2, "out_of_range").sorted()
+    for size in (1, 7, 16, 33, 129):
+        x = torch.randn(29, size).to(dtype)
+        check_against_reference(
+            moe_ops.permute, reference.permute,
+            {"x": x, "expert_offsets": offsets, "row_to_slot": row_to_slot}, ["x"], sum_length=2,
+        )
+        check_against_reference(
+            moe_ops.unpermute, reference.unpermute,
+            {"rows": torch.randn(58, size).to(dtype), "expert_offsets": offsets,
+             "slot_to_row": slot_to_row, "topk_weights": torch.rand(29, 2)},
+            ["rows", "topk_weights"], sum_length=size,
+        )
+    for e, top_k in ((1, 1), (7, 3), (16, 4), (61, 6), (128, 8)):
+        logits = torch.randn(9, e).to(dtype)
+        assert_identical(
+            moe_ops.topk_router(logits, top_k)[1], reference.topk_router(logits, top_k)[1]
+        )
+print("done")
+"""
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_isa(isa):
+    if isa not in _C.supported_isas():
+        pytest.skip(f"this machine runs {', '.join(_C.supported_isas())}, not {isa}")
+    environment = {
+        **os.environ,
+        "MOE_OPS_CPU_ISA": isa,
+        # The subprocess imports the package this process imported, wherever pytest found it.
+        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+    }
+    run = subprocess.run(
+        [sys.executable, "-c", SCRIPT, isa], env=environment, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr[-4000:]
+    assert run.stdout.split() == ["done"]
+
+
+def test_the_best_isa_is_used_unless_told_otherwise():
+    if os.environ.get("MOE_OPS_CPU_ISA"):
+        pytest.skip("MOE_OPS_CPU_ISA is set")
+    assert _C.cpu_isa() == _C.supported_isas()[-1] == _C.detected_isa()
+
+
+def test_portable_is_always_there():
+    assert _C.supported_isas()[0] == "portable"
+
+
+def test_unknown_isa_warns_and_still_works():
+    environment = {**os.environ, "MOE_OPS_CPU_ISA": "mmx"}
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    run = subprocess.run(
+        [sys.executable, "-c", "import moe_ops; print(moe_ops._C.cpu_isa())"],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert run.stdout.strip() in _C.supported_isas()
+    assert "mmx" in run.stderr
