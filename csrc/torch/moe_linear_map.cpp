@@ -1,5 +1,3 @@
-#include "moe_ops/grouped_gemm.h"
-#include "moe_ops/unpermute.h"
 #include "torch/routed_rows.h"
 #include "torch/tensor_utils.h"
 
@@ -36,17 +34,10 @@ Tensor moe_linear_map(const Tensor& x, const Tensor& w, const Tensor& topk_ids,
   const Weights weights = weights_of(w, type);
   const Bias bias_rows = bias_of(bias, type);
   Tensor h = empty_cpu({x.size(0), topk_ids.size(1), O}, x.scalar_type());
-  GroupedGemmParams p;
-  p.expert_offsets = routing.offsets.data();
-  p.num_experts = E;
-  p.out_features = O;
-  p.in_features = x.size(1);
-  p.a = rows_of(src, type, routing.row_to_token.data());
-  p.b = weights.matrices;
-  p.bias = bias_rows.vectors;
-  p.out = {h.mutable_data_ptr(), type, O, routing.row_to_slot};
-  cpu::grouped_gemm(p, torch_parallel());
-  zero_empty_slots(routing, p.out.data, O * dtype_size(type));
+  const MutableRows out = {h.mutable_data_ptr(), type, O, routing.row_to_slot};
+  multiply_rows(routing, rows_of(src, type, routing.row_to_token.data()), weights.matrices,
+                bias_rows.vectors, O, x.size(1), out);
+  zero_empty_slots(routing, out.data, O * dtype_size(type));
   return h;
 }
 
@@ -72,52 +63,15 @@ std::tuple<Tensor, Tensor, Tensor> moe_linear_map_bwd(const Tensor& grad_h, cons
   if (need_x) {
     const Weights weights = weights_of(w, type);
     const Tensor rows = empty_cpu({routing.valid(), H}, acc);
-    const DType acc_type = check_float(kOp, "rows", rows);
-    GroupedGemmParams p;
-    p.expert_offsets = routing.offsets.data();
-    p.num_experts = E;
-    p.out_features = H;
-    p.in_features = O;
-    p.a = grad_rows;
-    p.b = weights.matrices;
-    std::swap(p.b.stride_o, p.b.stride_k);
-    p.out = {rows.mutable_data_ptr(), acc_type, H, nullptr};
-    cpu::grouped_gemm(p, torch_parallel());
-    UnpermuteParams u;
-    u.rows = rows.const_data_ptr();
-    u.type = acc_type;
-    u.row_stride = u.hidden_size = H;
-    u.num_tokens = T;
-    u.top_k = K;
-    u.num_valid_rows = routing.valid();
-    u.slot_to_row = routing.slot_to_row;
-    u.topk_weights = nullptr;
-    u.y = grad_x.mutable_data_ptr();
-    u.y_type = type;
-    cpu::unpermute(u, torch_parallel());
+    multiply_rows(routing, grad_rows, transposed(weights.matrices), {}, H, O,
+                  {rows.mutable_data_ptr(), check_float(kOp, "rows", rows), H, nullptr});
+    sum_slots(kOp, routing, rows, nullptr, grad_x, type);
   }
   if (need_w) {
-    GroupedWgradParams p;
-    p.expert_offsets = routing.offsets.data();
-    p.num_experts = E;
-    p.out_features = O;
-    p.in_features = H;
-    p.grad = grad_rows;
-    p.a = rows_of(src, type, routing.row_to_token.data());
-    p.out = grad_w.mutable_data_ptr();
-    p.out_type = type;
-    cpu::grouped_gemm_wgrad(p, torch_parallel());
+    weight_gradient(routing, grad_rows, nullptr, rows_of(src, type, routing.row_to_token.data()),
+                    grad_w, type);
   }
-  if (need_bias) {
-    GroupedSumParams p;
-    p.expert_offsets = routing.offsets.data();
-    p.num_experts = E;
-    p.features = O;
-    p.rows = grad_rows;
-    p.out = grad_bias.mutable_data_ptr();
-    p.out_type = type;
-    cpu::grouped_sum(p, torch_parallel());
-  }
+  if (need_bias) bias_gradient(routing, grad_rows, nullptr, grad_bias, type);
   return {grad_x, grad_w, grad_bias};
 }
 

@@ -1,7 +1,5 @@
 #include "moe_ops/moe_linear_reduce.h"
 
-#include "moe_ops/grouped_gemm.h"
-#include "moe_ops/unpermute.h"
 #include "torch/routed_rows.h"
 #include "torch/tensor_utils.h"
 
@@ -38,7 +36,7 @@ Tensor moe_linear_reduce(const Tensor& h, const Tensor& w, const Tensor& topk_we
                          const Tensor& topk_ids, const OptTensor& bias) {
   constexpr const char* kOp = "moe_linear_reduce";
   const DType type = check_reduce(kOp, h, w, topk_weights, topk_ids, bias);
-  const int64_t T = h.size(0), K = h.size(1), D = h.size(2), E = w.size(0), H = w.size(1);
+  const int64_t T = h.size(0), D = h.size(2), E = w.size(0), H = w.size(1);
   const RoutedRows routing = routed_rows(kOp, topk_ids, E);
   const ScalarType acc = accumulate_type(h.scalar_type());
   const Tensor src = dense(h);
@@ -46,30 +44,11 @@ Tensor moe_linear_reduce(const Tensor& h, const Tensor& w, const Tensor& topk_we
   const Bias bias_rows = bias_of(bias, type);
   const Tensor slot_weights = contiguous_as(topk_weights, acc);
   const Tensor rows = empty_cpu({routing.valid(), H}, acc);
-  const DType acc_type = check_float(kOp, "rows", rows);
   Tensor y = empty_cpu({T, H}, h.scalar_type());
-  GroupedGemmParams p;
-  p.expert_offsets = routing.offsets.data();
-  p.num_experts = E;
-  p.out_features = H;
-  p.in_features = D;
-  p.a = {src.const_data_ptr(), type, D, routing.row_to_slot};
-  p.b = weights.matrices;
-  p.bias = bias_rows.vectors;
-  p.out = {rows.mutable_data_ptr(), acc_type, H, nullptr};
-  cpu::grouped_gemm(p, torch_parallel());
-  UnpermuteParams u;
-  u.rows = rows.const_data_ptr();
-  u.type = acc_type;
-  u.row_stride = u.hidden_size = H;
-  u.num_tokens = T;
-  u.top_k = K;
-  u.num_valid_rows = routing.valid();
-  u.slot_to_row = routing.slot_to_row;
-  u.topk_weights = slot_weights.const_data_ptr();
-  u.y = y.mutable_data_ptr();
-  u.y_type = type;
-  cpu::unpermute(u, torch_parallel());
+  multiply_rows(routing, {src.const_data_ptr(), type, D, routing.row_to_slot}, weights.matrices,
+                bias_rows.vectors, H, D,
+                {rows.mutable_data_ptr(), check_float(kOp, "rows", rows), H, nullptr});
+  sum_slots(kOp, routing, rows, slot_weights.const_data_ptr(), y, type);
   return y;
 }
 
@@ -112,16 +91,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> moe_linear_reduce_bwd(
   if (need_h || need_topk_weights) {
     const Weights weights = weights_of(w, type);
     const Tensor u = empty_cpu({routing.valid(), D}, acc);
-    GroupedGemmParams p;
-    p.expert_offsets = routing.offsets.data();
-    p.num_experts = E;
-    p.out_features = D;
-    p.in_features = H;
-    p.a = gy_rows;
-    p.b = weights.matrices;
-    std::swap(p.b.stride_o, p.b.stride_k);
-    p.out = {u.mutable_data_ptr(), check_float(kOp, "u", u), D, nullptr};
-    cpu::grouped_gemm(p, torch_parallel());
+    multiply_rows(routing, gy_rows, transposed(weights.matrices), {}, D, H,
+                  {u.mutable_data_ptr(), check_float(kOp, "u", u), D, nullptr});
     MoeLinearReduceBwdParams q;
     q.expert_offsets = routing.offsets.data();
     q.num_experts = E;
@@ -141,30 +112,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> moe_linear_reduce_bwd(
       zero_empty_slots(routing, q.grad_topk_weights, acc == ScalarType::Double ? 8 : 4);
     }
   }
-  if (need_w) {
-    GroupedWgradParams p;
-    p.expert_offsets = routing.offsets.data();
-    p.num_experts = E;
-    p.out_features = H;
-    p.in_features = D;
-    p.grad = gy_rows;
-    p.grad_scale = row_weights.const_data_ptr();
-    p.a = h_rows;
-    p.out = grad_w.mutable_data_ptr();
-    p.out_type = type;
-    cpu::grouped_gemm_wgrad(p, torch_parallel());
-  }
-  if (need_bias) {
-    GroupedSumParams p;
-    p.expert_offsets = routing.offsets.data();
-    p.num_experts = E;
-    p.features = H;
-    p.rows = gy_rows;
-    p.scale = row_weights.const_data_ptr();
-    p.out = grad_bias.mutable_data_ptr();
-    p.out_type = type;
-    cpu::grouped_sum(p, torch_parallel());
-  }
+  const void* scale = row_weights.const_data_ptr();
+  if (need_w) weight_gradient(routing, gy_rows, scale, h_rows, grad_w, type);
+  if (need_bias) bias_gradient(routing, gy_rows, scale, grad_bias, type);
   return {grad_h, grad_w, grad_weights, grad_bias};
 }
 

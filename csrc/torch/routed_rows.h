@@ -2,8 +2,10 @@
 #pragma once
 
 #include <cstring>
+#include <utility>
 #include <vector>
 
+#include "moe_ops/unpermute.h"
 #include "torch/tensor_utils.h"
 
 namespace moe_ops::adapter {
@@ -32,6 +34,75 @@ inline RoutedRows routed_rows(const char* op, const Tensor& topk_ids, int64_t nu
     out.row_to_token[r] = out.row_to_slot[r] / top_k;
   }
   return out;
+}
+
+// Rows [valid, features] of `type` into y [T, features]: the weighted (or plain) sum of each
+// token's.
+inline void sum_slots(const char* op, const RoutedRows& routing, const Tensor& rows,
+                      const void* weights, Tensor& y, DType type) {
+  UnpermuteParams p;
+  p.rows = rows.const_data_ptr();
+  p.type = check_float(op, "rows", rows);
+  p.row_stride = p.hidden_size = rows.size(1);
+  p.num_tokens = routing.slot_to_row_tensor.size(0);
+  p.top_k = routing.slot_to_row_tensor.size(1);
+  p.num_valid_rows = routing.valid();
+  p.slot_to_row = routing.slot_to_row;
+  p.topk_weights = weights;
+  p.y = y.mutable_data_ptr();
+  p.y_type = type;
+  cpu::unpermute(p, torch_parallel());
+}
+
+// out[r] = b[e(r)] a[r] (+ bias) over the routed rows; b is [E, out_features, in_features].
+inline void multiply_rows(const RoutedRows& routing, const Rows& a, const ExpertMatrices& b,
+                          const ExpertVectors& bias, int64_t out_features, int64_t in_features,
+                          const MutableRows& out) {
+  GroupedGemmParams p;
+  p.expert_offsets = routing.offsets.data();
+  p.num_experts = static_cast<int64_t>(routing.offsets.size()) - 1;
+  p.out_features = out_features;
+  p.in_features = in_features;
+  p.a = a;
+  p.b = b;
+  p.bias = bias;
+  p.out = out;
+  cpu::grouped_gemm(p, torch_parallel());
+}
+
+// The same matrices as [E, K, O].
+inline ExpertMatrices transposed(ExpertMatrices m) {
+  std::swap(m.stride_o, m.stride_k);
+  return m;
+}
+
+// Gradients of the matrices and of the bias; scale: one factor a row of grad, or nullptr.
+inline void weight_gradient(const RoutedRows& routing, const Rows& grad, const void* scale,
+                            const Rows& a, Tensor& out, DType type) {
+  GroupedWgradParams p;
+  p.expert_offsets = routing.offsets.data();
+  p.num_experts = out.size(0);
+  p.out_features = out.size(1);
+  p.in_features = out.size(2);
+  p.grad = grad;
+  p.grad_scale = scale;
+  p.a = a;
+  p.out = out.mutable_data_ptr();
+  p.out_type = type;
+  cpu::grouped_gemm_wgrad(p, torch_parallel());
+}
+
+inline void bias_gradient(const RoutedRows& routing, const Rows& grad, const void* scale,
+                          Tensor& out, DType type) {
+  GroupedSumParams p;
+  p.expert_offsets = routing.offsets.data();
+  p.num_experts = out.size(0);
+  p.features = out.size(1);
+  p.rows = grad;
+  p.scale = scale;
+  p.out = out.mutable_data_ptr();
+  p.out_type = type;
+  cpu::grouped_sum(p, torch_parallel());
 }
 
 // Slots without an expert have no row that writes them.

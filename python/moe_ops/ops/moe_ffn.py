@@ -151,39 +151,8 @@ def _check(
     )
 
 
-@register_fake("moe_ffn")
-def _(
-    x: Tensor,
-    w_gate_up: Tensor,
-    w_down: Tensor,
-    topk_weights: Tensor,
-    topk_ids: Tensor,
-    b_gate_up: Tensor | None = None,
-    b_down: Tensor | None = None,
-    activation: str = "swiglu",
-    interleaved: bool = False,
-    apply_router_weight_on_input: bool = False,
-    alpha: float = 1.702,
-    limit: float = 7.0,
-) -> Tensor:
-    _check(
-        "moe_ffn",
-        x,
-        w_gate_up,
-        w_down,
-        topk_weights,
-        topk_ids,
-        b_gate_up,
-        b_down,
-        activation,
-        alpha,
-        limit,
-    )
-    return x.new_empty(tuple(x.shape))
-
-
 @register_fake("moe_ffn_fwd")
-def _(
+def _fake_fwd(
     x: Tensor,
     w_gate_up: Tensor,
     w_down: Tensor,
@@ -219,6 +188,11 @@ def _(
         x.new_empty((num_slots,), dtype=torch.int32),
         x.new_empty(tuple(topk_ids.shape), dtype=torch.int32),
     )
+
+
+@register_fake("moe_ffn")
+def _(*args: Any, **kwargs: Any) -> Tensor:
+    return _fake_fwd(*args, **kwargs)[0]
 
 
 @register_fake("moe_ffn_bwd")
