@@ -178,14 +178,12 @@ void nt_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, cons
         next.stride = d.b.stride_o * dtype_size(d.b.type);
         next.rows = std::min(mr, n - next_i % n);
         next.bytes = std::min(kKc, d.in_features - next_k) * dtype_size(d.b.type);
+        next.spread(kc * ceil_div(padded_m, 2 * W));
       }
       for (int64_t t0 = 0; t0 < padded_m; t0 += 2 * W) {
         const int nv = padded_m - t0 > W ? 2 : 1;
         k.row_a[nv - 1][i1 - i0 - 1](kc, a, panels + t0 * kKc, tile + i0 * padded_m + t0, padded_m,
                                      k0 > 0, next);
-        const int64_t fetched = std::min(next.rows, ceil_div(kc, kPrefetchStep));
-        next.base += fetched * next.stride;
-        next.rows -= fetched;
       }
     }
   }
@@ -223,25 +221,24 @@ void nn_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, cons
     for (int s = 0; s < d.segments; ++s) {
       k.pack_panels(d.b.type, w_rows, s * d.features * dtype_size(d.b.type), kc, n, nullptr,
                     panels);
-      // These tiles fetch the weights of the next block, a few rows each.
+      // These tiles fetch the weights of the next block: the other segment, or the next k.
+      const bool same_k = s + 1 < d.segments;
+      const int64_t next_k = same_k ? k0 : k0 + kKc;
       Prefetch next;
-      int64_t rows_left = 0;
-      if (s + 1 < d.segments || k0 + kKc < d.in_features) {
-        const bool same_k = s + 1 < d.segments;
-        const char* base = same_k ? element(w_rows[0], d.b.type, (s + 1) * d.features)
-                                  : element(w_rows[0], d.b.type, kKc * d.b.stride_k);
-        rows_left = same_k ? kc : std::min(kKc, d.in_features - k0 - kKc);
-        next = {base, d.b.stride_k * dtype_size(d.b.type), 0, n * dtype_size(d.b.type)};
+      if (next_k < d.in_features) {
+        next.base =
+            element(w_rows[0], d.b.type, same_k ? (s + 1) * d.features : kKc * d.b.stride_k);
+        next.stride = d.b.stride_k * dtype_size(d.b.type);
+        next.rows = std::min(kKc, d.in_features - next_k);
+        next.bytes = n * dtype_size(d.b.type);
+        next.spread(kc * blocks * ceil_div(padded_n, 2 * W));
       }
       for (int64_t j = 0; j < padded_n; j += 2 * W) {
         const int nv = padded_n - j > W ? 2 : 1;
         for (int64_t b = 0; b < blocks; ++b) {
           const int64_t i0 = m * b / blocks, i1 = m * (b + 1) / blocks;
-          next.rows = std::min(rows_left, ceil_div(kc, kPrefetchStep));
           k.row_a[nv - 1][i1 - i0 - 1](kc, a + i0 * kLda, panels + j * kc,
                                        tile + i0 * ldc + s * padded_n + j, ldc, k0 > 0, next);
-          next.base += next.rows * next.stride;
-          rows_left -= next.rows;
         }
       }
     }
@@ -281,73 +278,92 @@ void gemm(const GemmDesc<T>& d, const Parallel& par, const Epilogue& fn) {
 }
 
 // out[e, o, j] = sum over rows r of e: grad[r, o] * a[r, j]. Row blocks are the depth of the tiles;
-// both operands are copied as they lie.
+// both operands are copied as they lie. One item covers the features [o_begin, o_end) of one
+// expert.
 template <class T>
-void wgrad(const GroupedWgradParams& p, const Parallel& par) {
-  const Kernels<T>& k = kernels<T>();
+void wgrad_item(const GroupedWgradParams& p, const Kernels<T>& k, int64_t e, int64_t o_begin,
+                int64_t o_end) {
   const int64_t W = k.lanes, O = p.out_features, J = p.in_features;
-  if (O == 0 || J == 0) return;
-  const int64_t o_block = balanced(O, kFeatureBlock / 2, 1);
-  const int64_t j_block = balanced(J, 256, 2 * W);
-  const int64_t o_blocks = ceil_div(O, o_block), j_blocks = ceil_div(J, j_block);
+  const int64_t size = dtype_size(p.out_type);
+  const int64_t begin = p.expert_offsets[e], end = p.expert_offsets[e + 1];
+  char* out = static_cast<char*>(p.out) + e * O * J * size;
+  if (begin == end) {
+    std::memset(out + o_begin * J * size, 0, static_cast<size_t>((o_end - o_begin) * J * size));
+    return;
+  }
   const auto* grad_scale = static_cast<const T*>(p.grad_scale);
   const auto* a_scale = static_cast<const T*>(p.a_scale);
-  const bool same_type = (p.out_type == DType::kFloat64) == (sizeof(T) == 8) &&
-                         (p.out_type == DType::kFloat64 || p.out_type == DType::kFloat32);
-  const double rows = static_cast<double>(p.expert_offsets[p.num_experts]);
-  const double cost = static_cast<double>(O * J) * (rows / 16 + p.num_experts);
+  // Whole panels of the accumulate type go straight to their place.
+  const bool same_type = p.out_type == (sizeof(T) == 8 ? DType::kFloat64 : DType::kFloat32);
+  const int64_t o_block = balanced(o_end - o_begin, kFeatureBlock / 2, 1);
+  const int64_t j_block = balanced(J, 256, 2 * W);
+  T* g = scratch<T>(Scratch::kPackA, kKc * kLdm);
+  T* panels = scratch<T>(Scratch::kPackB, round_up(j_block, W) * kKc);
+  T* tile = scratch<T>(Scratch::kTile, o_block * round_up(j_block, W));
+  const void* a_rows[kKc];
+  Prefetch no_prefetch;
 
-  parallel_items(par, p.num_experts * o_blocks * j_blocks, cost, [&](int64_t item) {
-    const int64_t e = item / (o_blocks * j_blocks);
-    const int64_t o0 = item / j_blocks % o_blocks * o_block, o1 = std::min(O, o0 + o_block);
-    const int64_t j0 = item % j_blocks * j_block, j1 = std::min(J, j0 + j_block);
-    const int64_t begin = p.expert_offsets[e], end = p.expert_offsets[e + 1];
-    char* out = static_cast<char*>(p.out) + e * O * J * dtype_size(p.out_type);
-    if (begin == end) {
-      for (int64_t o = o0; o < o1; ++o) {
-        std::memset(out + (o * J + j0) * dtype_size(p.out_type), 0,
-                    static_cast<size_t>((j1 - j0) * dtype_size(p.out_type)));
-      }
-      return;
-    }
-    const int64_t n = o1 - o0;
+  for (int64_t j0 = 0; j0 < J; j0 += j_block) {
+    const int64_t j1 = std::min(J, j0 + j_block);
     const int64_t ldc = round_up(j1 - j0, W);
-    T* g = scratch<T>(Scratch::kPackA, kKc * kLdm);
-    T* panels = scratch<T>(Scratch::kPackB, ldc * kKc);
-    T* tile = scratch<T>(Scratch::kTile, n * ldc);
-    const int64_t blocks = ceil_div<int64_t>(n, k.mr2);
-    const void* a_rows[kKc];
-    for (int64_t r0 = begin; r0 < end; r0 += kKc) {
-      const int64_t kc = std::min(kKc, end - r0);
-      for (int64_t r = 0; r < kc; ++r) {
-        k.load_row(p.grad.type, element(row_of(p.grad, r0 + r), p.grad.type, o0), g + r * kLdm, n,
-                   grad_scale ? grad_scale[r0 + r] : T(1));
-        a_rows[r] = row_of(p.a, r0 + r);
+    for (int64_t o0 = o_begin; o0 < o_end; o0 += o_block) {
+      const int64_t n = std::min(o_block, o_end - o0);
+      const int64_t blocks = ceil_div<int64_t>(n, k.mr2);
+      for (int64_t r0 = begin; r0 < end; r0 += kKc) {
+        const int64_t kc = std::min(kKc, end - r0);
+        // A short expert's rows are packed once for all feature blocks.
+        if (o0 == o_begin || end - begin > kKc) {
+          for (int64_t r = 0; r < kc; ++r) a_rows[r] = row_of(p.a, r0 + r);
+          k.pack_panels(p.a.type, a_rows, j0 * dtype_size(p.a.type), kc, j1 - j0,
+                        a_scale ? a_scale + r0 : nullptr, panels);
+        }
+        for (int64_t r = 0; r < kc; ++r) {
+          k.load_row(p.grad.type, element(row_of(p.grad, r0 + r), p.grad.type, o0), g + r * kLdm, n,
+                     grad_scale ? grad_scale[r0 + r] : T(1));
+        }
+        for (int64_t j = j0; j < j1; j += 2 * W) {
+          const int64_t valid = std::min(2 * W, j1 - j);
+          const bool direct = same_type && valid % W == 0;
+          T* c = direct ? reinterpret_cast<T*>(out) + o0 * J + j : tile + (j - j0);
+          const int64_t ld = direct ? J : ldc;
+          const int nv = valid > W ? 2 : 1;
+          for (int64_t b = 0; b < blocks; ++b) {
+            const int64_t i0 = n * b / blocks, i1 = n * (b + 1) / blocks;
+            k.col_a[nv - 1][i1 - i0 - 1](kc, g + i0, panels + (j - j0) * kc, c + i0 * ld, ld,
+                                         r0 > begin, no_prefetch);
+          }
+        }
       }
-      k.pack_panels(p.a.type, a_rows, j0 * dtype_size(p.a.type), kc, j1 - j0,
-                    a_scale ? a_scale + r0 : nullptr, panels);
       for (int64_t j = j0; j < j1; j += 2 * W) {
         const int64_t valid = std::min(2 * W, j1 - j);
-        // A whole panel of the accumulate type goes straight to its place.
-        const bool direct = same_type && valid % W == 0;
-        T* c = direct ? reinterpret_cast<T*>(out) + o0 * J + j : tile + (j - j0);
-        const int64_t ld = direct ? J : ldc;
-        const int nv = valid > W ? 2 : 1;
-        for (int64_t b = 0; b < blocks; ++b) {
-          const int64_t i0 = n * b / blocks, i1 = n * (b + 1) / blocks;
-          k.col_a[nv - 1][i1 - i0 - 1](kc, g + i0, panels + (j - j0) * kc, c + i0 * ld, ld,
-                                       r0 > begin, kNoPrefetch);
+        if (same_type && valid % W == 0) continue;
+        for (int64_t o = 0; o < n; ++o) {
+          k.store_row(p.out_type, tile + o * ldc + (j - j0), out + ((o0 + o) * J + j) * size,
+                      valid);
         }
       }
     }
-    for (int64_t j = j0; j < j1; j += 2 * W) {
-      const int64_t valid = std::min(2 * W, j1 - j);
-      if (same_type && valid % W == 0) continue;
-      for (int64_t o = o0; o < o1; ++o) {
-        k.store_row(p.out_type, tile + (o - o0) * ldc + (j - j0),
-                    out + (o * J + j) * dtype_size(p.out_type), valid);
-      }
-    }
+  }
+}
+
+template <class T>
+void wgrad(const GroupedWgradParams& p, const Parallel& par) {
+  const Kernels<T>& k = kernels<T>();
+  const int64_t E = p.num_experts, O = p.out_features, J = p.in_features;
+  if (O == 0 || J == 0) return;
+  // The output is usually fresh memory, and the first write into a huge page clears all of it. Two
+  // threads that meet in one page both clear it, so an item covers a page at least, unless that
+  // leaves threads idle.
+  constexpr int64_t kHugePage = int64_t{2} << 20;
+  int64_t features = std::max(kFeatureBlock / 2, ceil_div(kHugePage, J * dtype_size(p.out_type)));
+  if (E * ceil_div(O, features) < 4 * par.num_threads) features = kFeatureBlock / 2;
+  features = balanced(O, features, 1);
+  const int64_t parts = ceil_div(O, features);
+  const double rows = static_cast<double>(p.expert_offsets[E]);
+  const double cost = static_cast<double>(O * J) * (rows / 16 + static_cast<double>(E));
+  parallel_items(par, E * parts, cost, [&](int64_t item) {
+    const int64_t o = item % parts * features;
+    wgrad_item(p, k, item / parts, o, std::min(O, o + features));
   });
 }
 

@@ -205,7 +205,7 @@ inline auto with_type([[maybe_unused]] DType type, const void* p, const Fn& fn) 
 // the ports (2). AVX-512: 14 x 2 + 2 + 1 of 32.
 template <class T, int M, int NV, bool kColumnForm>
 void micro(int64_t kc, const T* a, const T* b, T* c, int64_t ldc, bool accumulate,
-           const Prefetch& prefetch) {
+           Prefetch& prefetch) {
   constexpr int W = kLanes<T>;
   constexpr int64_t kStrideI = kColumnForm ? 1 : kLda;
   constexpr int64_t kStrideK = kColumnForm ? kLdm : 1;
@@ -215,13 +215,17 @@ void micro(int64_t kc, const T* a, const T* b, T* c, int64_t ldc, bool accumulat
 #pragma GCC unroll 2
     for (int v = 0; v < NV; ++v) acc[i][v] = Vec<T>{};
   }
-  const char* fetch = prefetch.base;
-  int64_t fetch_rows = prefetch.rows;
   for (int64_t k0 = 0; k0 < kc; k0 += kPrefetchStep) {
-    if (fetch_rows > 0) {
-      for (int64_t i = 0; i < prefetch.bytes; i += 64) __builtin_prefetch(fetch + i, 0, 2);
-      fetch += prefetch.stride;
-      --fetch_rows;
+    if (prefetch.rows > 0) {
+      for (int64_t line = prefetch.lines_per_step; line > 0 && prefetch.rows > 0; --line) {
+        __builtin_prefetch(prefetch.base + prefetch.offset, 0, 2);
+        prefetch.offset += 64;
+        if (prefetch.offset >= prefetch.bytes) {
+          prefetch.offset = 0;
+          prefetch.base += prefetch.stride;
+          --prefetch.rows;
+        }
+      }
     }
     const int64_t end = kc - k0 < kPrefetchStep ? kc - k0 : kPrefetchStep;
 #pragma GCC unroll 2

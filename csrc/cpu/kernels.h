@@ -22,19 +22,26 @@ constexpr int64_t kDotFeatures = 4;
 
 constexpr int kMaxMr = 24;
 
-// Weights that the next tiles will need: while a tile steps over k it asks for one row of them
-// every kPrefetchStep steps. A row is a short run in its own page, so the hardware prefetcher would
-// start anew, a DRAM latency late, on every one.
+// Weights that the next tiles will need, in rows of `bytes`. A row is a short run in a page of its
+// own, so the hardware prefetcher would start anew, a DRAM latency late, on every one. While a tile
+// steps over k it asks for `lines_per_step` cache lines every kPrefetchStep steps and moves on
+// here. Spreading them matters: each line holds one of about 16 fill buffers for a DRAM latency,
+// and the tile's own loads from L2 need the rest.
 constexpr int64_t kPrefetchStep = 8;
 struct Prefetch {
-  const char* base = nullptr;  // nullptr: nothing to ask for
-  int64_t stride = 0;          // bytes between rows
-  int64_t rows = 0;            // at most kKc / kPrefetchStep are asked for by one tile
-  int64_t bytes = 0;           // of each row
+  const char* base = nullptr;
+  int64_t stride = 0;  // bytes between rows
+  int64_t rows = 0;    // rows left to ask for
+  int64_t bytes = 0;   // of each row
+  int64_t offset = 0;  // bytes of the first row that are done
+  int64_t lines_per_step = 0;
+
+  // Spreads what is left over `steps` steps of k.
+  void spread(int64_t steps) {
+    const int64_t lines = rows * ((bytes + 63) / 64);
+    lines_per_step = (lines * kPrefetchStep + steps - 1) / (steps > 0 ? steps : 1);
+  }
 };
-// Passed by reference: a copy on the stack, written in one width and read in another, makes every
-// call wait for the stores of the tile before it.
-inline constexpr Prefetch kNoPrefetch;
 
 template <class T>
 struct Kernels {
@@ -46,7 +53,7 @@ struct Kernels {
   // c[i*ldc + j] (+)= sum_k a(i, k) * b[k * nv*lanes + j] for i < m, j < nv*lanes.
   // row_a: a(i, k) = a[i*kLda + k]; col_a: a(i, k) = a[k*kLdm + i]. Index: [nv - 1][m - 1].
   using Micro = void (*)(int64_t kc, const T* a, const T* b, T* c, int64_t ldc, bool accumulate,
-                         const Prefetch& prefetch);
+                         Prefetch& prefetch);
   Micro row_a[2][kMaxMr];
   Micro col_a[2][kMaxMr];
 
