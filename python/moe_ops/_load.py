@@ -22,7 +22,7 @@ def load() -> None:
             "pip install --upgrade torch"
         )
     try:
-        from moe_ops import _C
+        import moe_ops._C as _C
     except ModuleNotFoundError as error:
         raise ImportError(
             "moe_ops is not built here (moe_ops._C is missing): run `pip install "

@@ -1,0 +1,88 @@
+# From a clean clone with python3 (3.10 or newer), git, make and a C++20 compiler:
+#   make demo    make test
+# Everything Python goes into ./.venv; nothing outside this folder changes.
+
+PYTHON ?= python3
+TORCH ?= torch
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+
+VENV := .venv
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
+BUILD_TOOLS := "scikit-build-core>=0.10" "pybind11>=2.13" "cmake>=3.26" ninja
+LINT_TOOLS := ruff==0.17.6 mypy==2.4.1 clang-format==23.1.5
+
+# What an install is made of: change one and the next target builds again.
+SOURCES := CMakeLists.txt pyproject.toml \
+  $(shell find csrc python -type f -not -name '*.so' -not -name '*.pyc' -not -name '*.md')
+
+.DEFAULT_GOAL := help
+.PHONY: help build demo test lint format wheel clean distclean
+.DELETE_ON_ERROR:
+
+help:
+	@echo 'make demo       train a small mixture-of-experts model, draw its routing, compare with eager'
+	@echo 'make test       run the whole test suite on the installed package'
+	@echo 'make build      create ./.venv and install moe_ops with all extras into it'
+	@echo 'make lint       check style and types: ruff, clang-format, mypy'
+	@echo 'make format     rewrite the sources in that style'
+	@echo 'make wheel      build a wheel into ./dist'
+	@echo 'make clean      remove build output and caches; make distclean also removes ./.venv'
+	@echo
+	@echo 'PYTHON=python3.12, TORCH="torch==2.10.*" choose what ./.venv is made of;'
+	@echo 'DEMO_ARGS="--smoke" and PYTEST_ARGS="-k router" are passed on.'
+
+# torch and the build tools. Not isolated: the library is built against the torch it will run with.
+$(VENV)/.tools:
+	@echo 'Creating ./.venv with torch and the build tools.'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo 'moe_ops needs Python 3.10 or newer: make PYTHON=python3.12 ...' >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+	  echo 'python3 cannot create environments here (on Debian: apt install python3-venv).' >&2; exit 1; }
+	@$(PIP) install -q "$(TORCH)" numpy $(BUILD_TOOLS)
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.tools $(SOURCES)
+	@echo 'Compiling and installing moe_ops into ./.venv (a few minutes the first time).'
+	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PIP) install -q --no-build-isolation ".[test]"
+	@touch $@
+
+$(VENV)/.lint: Makefile $(VENV)/.tools
+	@echo 'Installing the linters into ./.venv.'
+	@$(PIP) install -q $(LINT_TOOLS)
+	@touch $@
+
+build: $(VENV)/.installed
+
+demo: build
+	@echo 'Training a small mixture-of-experts language model; results go to ./moe_demo.'
+	@$(VENV)/bin/moe-ops demo $(DEMO_ARGS)
+
+test: build
+	@echo 'Running the test suite on the installed package.'
+	@$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.lint build
+	@echo 'Checking style and types.'
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/ruff format --check .
+	@find csrc -name '*.h' -o -name '*.cpp' | xargs $(VENV)/bin/clang-format --dry-run --Werror
+	@$(VENV)/bin/mypy
+
+format: $(VENV)/.lint
+	@echo 'Rewriting the sources in the house style.'
+	@$(VENV)/bin/ruff check --fix .
+	@$(VENV)/bin/ruff format .
+	@find csrc -name '*.h' -o -name '*.cpp' | xargs $(VENV)/bin/clang-format -i
+
+wheel: $(VENV)/.tools
+	@echo 'Building a wheel into ./dist.'
+	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PIP) wheel -q --no-deps --no-build-isolation -w dist .
+	@ls dist
+
+clean:
+	rm -rf build dist .pytest_cache .ruff_cache .mypy_cache
+	find python tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV)

@@ -1,0 +1,256 @@
+"""The rules of csrc/README.md: one stem an op in every layer, includes that point one way."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import subprocess
+from functools import lru_cache
+from pathlib import Path
+
+import moe_ops
+import pytest
+import torch
+from moe_ops import ops, reference
+
+ROOT = Path(__file__).parents[1]
+CSRC = ROOT / "csrc"
+LAYERS = {
+    "csrc/include/moe_ops": ".h",
+    "csrc/cpu": ".cpp",
+    "csrc/torch": ".cpp",
+    "python/moe_ops/ops": ".py",
+    "python/moe_ops/reference": ".py",
+    "tests/ops": ".py",
+}
+# Layers that an op does without, and why.
+NO_CONTRACT = "composed in its adapter of sort_slots and grouped_gemm"
+EXCEPTIONS = {
+    ("moe_linear_map", "csrc/include/moe_ops"): NO_CONTRACT,
+    ("moe_linear_map", "csrc/cpu"): NO_CONTRACT,
+}
+# Files of a layer that belong to no single op.
+SHARED = {
+    "csrc/include/moe_ops": {"activation", "common", "router_bwd"},
+    "csrc/cpu": {
+        "cpu_isa",
+        "kernels_avx2",
+        "kernels_avx512",
+        "kernels_avx512_bf16",
+        "kernels_portable",
+        "router_bwd",
+        "router_row",
+        "workspace",
+    },
+    "csrc/torch": {"library", "router"},
+}
+# Schemas that live in another op's files.
+FAMILY = {"grouped_gemm_wgrad": "grouped_gemm", "grouped_sum": "grouped_gemm"}
+
+ISA_FILES = ("kernels_avx2.cpp", "kernels_avx512.cpp", "kernels_avx512_bf16.cpp")
+# Headers without inline functions of external linkage: macros, typedefs, intrinsics.
+ISA_HEADERS = {"stdint.h", "cstdint", "cstddef", "immintrin.h", "arm_neon.h"}
+
+
+@lru_cache
+def schemas() -> tuple[str, ...]:
+    text = (CSRC / "torch" / "library.cpp").read_text()
+    return tuple(re.findall(r'm\.def\(\s*"(\w+)\(', text))
+
+
+def stem_of(schema: str) -> str:
+    base = re.sub(r"_(bwd|fwd)$", "", schema)
+    return FAMILY.get(base, base)
+
+
+STEMS = sorted({stem_of(name) for name in schemas()})
+PUBLIC = [name for name in schemas() if not name.endswith(("_bwd", "_fwd"))]
+
+
+def stems_in(layer: str) -> set[str]:
+    """Stems of a layer; an op whose file became a folder counts by the folder's name."""
+    suffix = LAYERS[layer]
+    folder = ROOT / layer
+    found = {p.stem for p in folder.glob(f"*{suffix}") if not p.name.startswith(("_", "conftest"))}
+    found |= {p.name for p in folder.iterdir() if p.is_dir() and any(p.glob(f"*{suffix}"))}
+    return {stem.removeprefix("test_") for stem in found} if layer == "tests/ops" else found
+
+
+# --- R1: the file stem is the op's name in every layer
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("stem", STEMS)
+def test_op_has_a_file_in_every_layer(stem, layer):
+    there = stem in stems_in(layer)
+    if (stem, layer) in EXCEPTIONS:
+        assert not there, f"{stem} has a file in {layer} now: drop it from EXCEPTIONS"
+    else:
+        assert there, f"{layer} has no file for the op {stem}"
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_every_file_belongs_to_an_op(layer):
+    strays = stems_in(layer) - set(STEMS) - SHARED.get(layer, set())
+    assert not strays, f"{layer}: no op is called {sorted(strays)}"
+
+
+def test_sources_are_listed_by_hand():
+    cmake = (ROOT / "CMakeLists.txt").read_text()
+    assert "GLOB" not in cmake
+    listed = re.findall(r"csrc/[\w/-]+\.(?:cpp|cu)\b", cmake)
+    present = {p.relative_to(ROOT).as_posix() for p in CSRC.rglob("*.cpp")}
+    present |= {p.relative_to(ROOT).as_posix() for p in CSRC.rglob("*.cu")}
+    assert set(listed) == present
+
+
+# --- R2: includes point one way
+
+
+def includes(path: Path) -> list[str]:
+    return re.findall(r'^\s*#\s*include\s*([<"][^>"]+)[>"]', path.read_text(), re.MULTILINE)
+
+
+def sources(*folders: str) -> list[Path]:
+    found = [p for f in folders for p in (CSRC / f).rglob("*")]
+    return sorted(p for p in found if p.suffix in (".h", ".cpp", ".cu", ".cuh"))
+
+
+ALL_SOURCES = sources("include", "cpu", "cuda", "torch", "python")
+# Which of our folders a folder may include from, itself among them.
+MAY_INCLUDE = {
+    "include": ("moe_ops/",),
+    "cpu": ("cpu/", "moe_ops/"),
+    "cuda": ("cuda/", "moe_ops/"),
+    "torch": ("torch/", "cpu/", "cuda/", "moe_ops/"),
+    "python": ("cpu/", "cuda/", "moe_ops/"),
+}
+TORCH = ("<torch/", "<ATen/", "<c10/", "<caffe2/", '"ATen/', '"c10/')
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(CSRC).as_posix()
+
+
+@pytest.mark.parametrize("path", ALL_SOURCES, ids=name_of)
+def test_includes_point_one_way(path):
+    layer = path.relative_to(CSRC).parts[0]
+    for include in includes(path):
+        what = f"csrc/{name_of(path)} includes {include[1:]}"
+        if include.startswith('"'):
+            assert include[1:].startswith(MAY_INCLUDE[layer]), what
+        if include.startswith(TORCH):
+            assert layer == "torch", what
+            assert include.startswith(("<torch/csrc/stable/", "<torch/headeronly/")), what
+        if "pybind11" in include or "Python.h" in include:
+            assert layer == "python", what
+        if include.startswith("<omp"):
+            pytest.fail(f"{what}: threads come through the Parallel argument")
+
+
+@pytest.mark.parametrize("name", ISA_FILES)
+def test_isa_files_include_no_inline_functions(name):
+    """An inline function compiled with AVX may be the copy that the linker keeps for everyone."""
+    todo, seen, system = [CSRC / "cpu" / name], set(), set()
+    while todo:
+        path = todo.pop()
+        if path in seen:
+            continue
+        seen.add(path)
+        for include in includes(path):
+            if include.startswith("<"):
+                system.add(include[1:])
+            else:
+                ours = include[1:]
+                todo.append(CSRC / ("include" if ours.startswith("moe_ops/") else "") / ours)
+    assert system <= ISA_HEADERS, f"{name} reaches {sorted(system - ISA_HEADERS)}"
+
+
+# --- every schema has its rules, every op its page
+
+
+def has_rule(schema: str, key: str) -> bool:
+    return any(line.startswith(f"{key}: ") for line in dispatch_table(schema).splitlines())
+
+
+@lru_cache
+def dispatch_table(schema: str) -> str:
+    return torch._C._dispatch_dump(f"moe_ops::{schema}")
+
+
+# The outputs of sort_slots are integers: nothing to differentiate, nothing to cast.
+NO_AUTOGRAD = {"sort_slots"}
+# grouped_sum keeps the dtype it gets, which is what having no rule does.
+NO_AUTOCAST = {"sort_slots", "grouped_sum"}
+
+
+@pytest.mark.parametrize("schema", schemas())
+def test_schema_has_its_rules(schema):
+    assert has_rule(schema, "CPU"), "no kernel"
+    fake = torch._library.simple_registry.singleton.find(f"moe_ops::{schema}").fake_impl
+    assert fake.kernel is not None, "no fake"
+    # Of the _bwd ops it is the second derivative or the error that says there is none.
+    assert has_rule(schema, "Autograd[alias]") or schema in NO_AUTOGRAD, "no autograd rule"
+    if schema in PUBLIC and schema not in NO_AUTOCAST:
+        assert has_rule(schema, "AutocastCPU"), "no autocast rule"
+        assert has_rule(schema, "AutocastCUDA"), "no autocast rule"
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_public_function(name):
+    function = getattr(moe_ops, name)
+    assert function is getattr(ops, name)
+    assert name in moe_ops.__all__
+    assert function.__module__ == f"moe_ops.ops.{stem_of(name)}"
+    doc = inspect.getdoc(function)
+    for section in ("Args:", "Returns:", "Raises:"):
+        assert section in doc, f"{name}: its docstring has no {section}"
+    described = doc.partition("Args:")[2]
+    for parameter in inspect.signature(function).parameters:
+        assert re.search(rf"\b{parameter}\b", described), f"{name}: nothing about {parameter}"
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_reference_has_the_same_signature(name):
+    def arguments(function):
+        return [
+            (p.name, p.kind, p.default) for p in inspect.signature(function).parameters.values()
+        ]
+
+    assert arguments(getattr(reference, name)) == arguments(getattr(moe_ops, name))
+
+
+def test_all_names_the_ops_and_nothing_else():
+    assert set(moe_ops.__all__) - {"__version__"} == set(PUBLIC) == set(ops.__all__)
+    assert set(reference.__all__) == set(PUBLIC)
+
+
+# --- the tree
+
+
+def tracked_files() -> list[Path]:
+    try:
+        listed = subprocess.run(
+            ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        pytest.skip("Not a git checkout: nothing says which files belong to the tree.")
+    return [path for name in listed.stdout.split("\0") if name and (path := ROOT / name).is_file()]
+
+
+def test_no_generated_or_binary_files():
+    generated = {".so", ".o", ".a", ".pyc", ".whl", ".egg", ".pt", ".pth", ".safetensors", ".npz"}
+    for path in tracked_files():
+        assert path.suffix not in generated, path
+        assert "__pycache__" not in path.parts, path
+        data = path.read_bytes()
+        assert b"\0" not in data, f"{path} is not text"
+        assert len(data) <= 300_000, f"{path} has {len(data)} bytes"
+
+
+def test_text_files_are_tidy():
+    for path in tracked_files():
+        text = path.read_text(encoding="utf-8")
+        assert "\r" not in text, f"{path} has carriage returns"
+        assert not text or text.endswith("\n"), f"{path} does not end with a newline"
+        assert "<<<<" + "<<<" not in text, f"{path} has a merge conflict"
