@@ -20,12 +20,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import moe_ops.hf
 import torch
 import transformers
 from torch import Tensor, nn
 from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
+
+import moe_ops.hf
 
 IMPLEMENTATIONS = ("eager", "grouped_mm", "moe_ops")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

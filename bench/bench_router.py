@@ -16,8 +16,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import moe_ops
 import torch
+
+import moe_ops
 
 SHAPES = ((128, 8), (16, 2))  # E, K
 TOKENS = (1, 512, 2048)

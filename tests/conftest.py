@@ -4,6 +4,7 @@ import contextlib
 
 import pytest
 import torch
+
 from moe_ops.testing import seed_from
 
 

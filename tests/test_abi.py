@@ -14,8 +14,9 @@ import sys
 from functools import lru_cache
 from pathlib import Path
 
-import moe_ops
 import pytest
+
+import moe_ops
 
 pytestmark = pytest.mark.skipif(
     not sys.platform.startswith("linux"), reason="the symbol rules are written for ELF"

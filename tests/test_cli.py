@@ -6,12 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import moe_ops
 import pytest
 import torch
+from typer.testing import CliRunner
+
+import moe_ops
 from moe_ops.cli import MISSING_EXTRA, bench
 from moe_ops.cli.app import app
-from typer.testing import CliRunner
 
 runner = CliRunner()
 

@@ -10,18 +10,19 @@ import sys
 import time
 from pathlib import Path
 
-import moe_ops
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+import moe_ops
 from moe_ops import viz
 from moe_ops.cli.app import app
 from moe_ops.demo import data
 from moe_ops.demo.checkpoint import Checkpointer, CheckpointError
 from moe_ops.demo.model import ByteLM, ModelConfig
 from moe_ops.demo.train import TrainConfig, max_violation
-from safetensors.torch import load_file
-from typer.testing import CliRunner
 
 runner = CliRunner()
 

@@ -4,9 +4,10 @@ import json
 
 import pytest
 import torch
+from typer.testing import CliRunner
+
 from moe_ops import doctor, ops
 from moe_ops.cli.app import app
-from typer.testing import CliRunner
 
 runner = CliRunner()
 

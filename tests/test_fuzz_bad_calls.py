@@ -8,9 +8,10 @@ from __future__ import annotations
 import random
 import zlib
 
-import moe_ops
 import pytest
 import torch
+
+import moe_ops
 
 NUM_CHUNKS = 100
 CALLS_A_CHUNK = 20

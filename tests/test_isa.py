@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+
 from moe_ops import _C
 
 ISAS = ("portable", "avx2", "avx512", "avx512_bf16")

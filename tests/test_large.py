@@ -5,9 +5,10 @@ from __future__ import annotations
 import gc
 import os
 
-import moe_ops
 import pytest
 import torch
+
+import moe_ops
 from moe_ops.testing import assert_identical
 
 GIB = 2**30

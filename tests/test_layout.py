@@ -8,9 +8,10 @@ import subprocess
 from functools import lru_cache
 from pathlib import Path
 
-import moe_ops
 import pytest
 import torch
+
+import moe_ops
 from moe_ops import ops, reference
 
 ROOT = Path(__file__).parents[1]
@@ -180,8 +181,7 @@ def dispatch_table(schema: str) -> str:
 
 # The outputs of sort_slots are integers: nothing to differentiate, nothing to cast.
 NO_AUTOGRAD = {"sort_slots"}
-# grouped_sum keeps the dtype it gets, which is what having no rule does.
-NO_AUTOCAST = {"sort_slots", "grouped_sum"}
+NO_AUTOCAST = {"sort_slots"}
 
 
 @pytest.mark.parametrize("schema", schemas())

@@ -11,8 +11,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import moe_ops
 import pytest
+
+import moe_ops
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = Path(moe_ops.__file__).parent

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from moe_ops.testing import (
     DTYPES,
     EMPTY_ROUTINGS,

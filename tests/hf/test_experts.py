@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import types
 
-import moe_ops.hf
 import pytest
 import torch
-from moe_ops.hf.experts import activation_name, fused_activation, gate_kind
 from torch import nn
 from transformers.activations import ACT2FN
 from transformers.integrations.moe import use_experts_implementation
@@ -20,6 +18,9 @@ from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 from transformers.models.openai_privacy_filter.modeling_openai_privacy_filter import (
     OpenAIPrivacyFilterExperts,
 )
+
+import moe_ops.hf
+from moe_ops.hf.experts import activation_name, fused_activation, gate_kind
 
 from .models import BLOCK_NAMES, DECORATED, build
 

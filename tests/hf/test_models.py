@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import collections
 
-import moe_ops.hf
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
+
+import moe_ops.hf
 
 from .models import (
     BLOCK_NAMES,

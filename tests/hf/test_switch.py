@@ -8,12 +8,13 @@ import pickle
 import sys
 import types
 
-import moe_ops.hf
 import pytest
 import torch
-from moe_ops.hf.experts import experts_forward
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+import moe_ops.hf
+from moe_ops.hf.experts import experts_forward
 
 from .models import BLOCK_NAMES, UNDECORATED, build, tokens
 

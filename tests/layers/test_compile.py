@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor, nn
+
 from moe_ops.layers import (
     MoE,
     RoutingStats,
@@ -12,7 +14,6 @@ from moe_ops.layers import (
     router_z_loss,
     sequence_balance_loss,
 )
-from torch import Tensor, nn
 
 B, S, H, I, E, K = 2, 5, 6, 4, 8, 2
 

@@ -5,8 +5,9 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from moe_ops.layers import Experts, SharedExperts
 from torch import Tensor
+
+from moe_ops.layers import Experts, SharedExperts
 
 T, H, I, E, K = 17, 6, 8, 5, 2
 

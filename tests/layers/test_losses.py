@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
+
 from moe_ops.layers import (
     MoE,
     concentration_loss,
@@ -16,7 +18,6 @@ from moe_ops.layers import (
     sequence_balance_loss,
     update_expert_bias,
 )
-from torch import Tensor
 
 E = 8
 PLAIN_LOSSES = (router_z_loss, router_entropy_loss, mutual_information_loss, concentration_loss)

@@ -6,6 +6,8 @@ import io
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from moe_ops.layers import (
     Experts,
     MoE,
@@ -15,7 +17,6 @@ from moe_ops.layers import (
     load_balancing_loss,
     router_z_loss,
 )
-from torch import Tensor
 
 B, S, H, I, E, K = 2, 7, 6, 4, 8, 2
 T = B * S

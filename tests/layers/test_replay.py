@@ -5,9 +5,10 @@ import io
 
 import pytest
 import torch
-from moe_ops.layers import MoE, record_routing, replay_routing
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from moe_ops.layers import MoE, record_routing, replay_routing
 
 T, H, I, E, K = 12, 6, 4, 8, 2
 

@@ -5,6 +5,7 @@ import io
 
 import pytest
 import torch
+
 from moe_ops.layers import Router, sparsemixer
 
 T, H, E, K = 13, 6, 8, 2

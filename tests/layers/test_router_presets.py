@@ -9,8 +9,9 @@ import importlib
 
 import pytest
 import torch
-from moe_ops.layers import MoE, Router
 from torch import Tensor
+
+from moe_ops.layers import MoE, Router
 
 pytest.importorskip("transformers")
 

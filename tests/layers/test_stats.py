@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from moe_ops.layers import RoutingStats, count_tokens_per_expert
 
 
@@ -71,6 +72,7 @@ def test_all_reduce_without_distributed_changes_nothing():
 
 def test_all_reduce_in_a_group_of_one(tmp_path):
     import torch.distributed as dist
+
     from moe_ops.layers import update_expert_bias
 
     if not dist.is_available() or not dist.is_gloo_available():

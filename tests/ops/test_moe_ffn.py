@@ -2,10 +2,11 @@ from __future__ import annotations
 
 import concurrent.futures
 
-import moe_ops
 import pytest
 import torch
 import torch.utils.checkpoint
+
+import moe_ops
 from moe_ops import reference
 from moe_ops.testing import (
     DTYPES,

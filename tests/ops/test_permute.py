@@ -1,8 +1,9 @@
 from __future__ import annotations
 
-import moe_ops
 import pytest
 import torch
+
+import moe_ops
 from moe_ops import reference
 from moe_ops.testing import (
     DTYPES,

@@ -339,9 +339,7 @@ class Router(nn.Module):
         if self.training and self.jitter > 0:
             x = x * torch.empty_like(x).uniform_(1 - self.jitter, 1 + self.jitter)
         device_type = x.device.type
-        autocast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(
-            device_type
-        )
+        autocast = device_type in ("cpu", "cuda") and torch.is_autocast_enabled(device_type)
         if self.logits_dtype is None:
             if not autocast:
                 x = x.to(self.weight.dtype)

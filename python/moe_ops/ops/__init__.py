@@ -1,4 +1,4 @@
-"""The ops as documented Python functions; each file also holds its fake, autograd and autocast rules."""
+"""The ops as documented Python functions, each in one file with its fake, autograd and autocast."""
 
 from moe_ops.ops.expert_choice_router import expert_choice_router
 from moe_ops.ops.gated_act import gated_act

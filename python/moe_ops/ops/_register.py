@@ -1,6 +1,6 @@
-"""What every op registers from Python: fake checks, autocast, and the error of a missing second derivative.
+"""What every op registers from Python: fake checks, autocast, errors of missing second derivatives.
 
-The stable ABI has no C++ autograd or autocast, so those rules live here, beside the public functions.
+The stable ABI has no C++ autograd or autocast, so those rules live beside the public functions.
 """
 
 from __future__ import annotations

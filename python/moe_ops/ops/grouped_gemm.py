@@ -17,6 +17,7 @@ from moe_ops.ops._register import (
     check_size,
     needs_input_grad,
     register_autocast,
+    register_autocast_keep,
     register_fake,
 )
 
@@ -26,8 +27,8 @@ def grouped_gemm(
 ) -> Tensor:
     """Multiplies each expert's rows with that expert's matrix (ragged M).
 
-    ``out[r] = b[e] @ a[r] + bias[e]`` for the rows ``expert_offsets[e] <= r < expert_offsets[e+1]``;
-    rows from ``expert_offsets[E]`` on are zero. Sums run in fp32 (fp64 for fp64) in a fixed order:
+    ``out[r] = b[e] @ a[r] + bias[e]`` for ``expert_offsets[e] <= r < expert_offsets[e+1]``; rows
+    from ``expert_offsets[E]`` on are zero. Sums run in fp32 (fp64 for fp64) in a fixed order:
     the same bits every run, whatever the number of threads. An expert without rows costs nothing.
     Differentiable any number of times in a, b and bias.
 
@@ -135,7 +136,7 @@ def _(rows: Tensor, expert_offsets: Tensor) -> Tensor:
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    a, b, expert_offsets, bias = inputs
+    a, b, expert_offsets, _ = inputs
     need_a, need_b, _, _ = needs_input_grad(ctx, 4)
     ctx.save_for_backward(a if need_b else None, b if need_a else None, expert_offsets)
 
@@ -191,3 +192,4 @@ torch.library.register_autograd(
 torch.library.register_autograd("moe_ops::grouped_sum", _backward_sum, setup_context=_setup_sum)
 register_autocast("grouped_gemm", ["a", "b", "bias"])
 register_autocast("grouped_gemm_wgrad", ["grad", "a"])
+register_autocast_keep("grouped_sum")

@@ -252,7 +252,7 @@ def _(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, w_gate_up, w_down, topk_weights, _, b_gate_up, b_down, *arguments = inputs
+    x, w_gate_up, w_down, topk_weights, _, _, b_down, *arguments = inputs
     _, preact, expert_offsets, row_to_slot, slot_to_row = output
     ctx.mark_non_differentiable(preact, expert_offsets, row_to_slot, slot_to_row)
     ctx.set_materialize_grads(False)

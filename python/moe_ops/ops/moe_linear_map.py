@@ -24,7 +24,8 @@ from moe_ops.ops._register import (
 def moe_linear_map(x: Tensor, w: Tensor, topk_ids: Tensor, *, bias: Tensor | None = None) -> Tensor:
     """Projects each token with the matrix of each expert it was sent to.
 
-    ``h[t, k] = w[e] @ x[t] + bias[e]`` with ``e = topk_ids[t, k]``; slots without an expert are zero.
+    ``h[t, k] = w[e] @ x[t] + bias[e]`` with ``e = topk_ids[t, k]``; slots without an expert are
+    zero.
     The query projection of mixture-of-attention experts.
 
     Args:

@@ -21,8 +21,8 @@ def sort_slots(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tens
     Returns:
         Three int32 tensors: ``expert_offsets`` [E+1], where expert e owns the rows
         ``expert_offsets[e]`` to ``expert_offsets[e+1]`` (the last value is the number of slots with
-        an expert); ``row_to_slot`` [N], a permutation of 0..N-1 with slot = t*K + k; ``slot_to_row``
-        [T, K], its inverse. T = 0 gives zeros and empty maps.
+        an expert); ``row_to_slot`` [N], a permutation of 0..N-1 with slot = t*K + k;
+        ``slot_to_row`` [T, K], its inverse. T = 0 gives zeros and empty maps.
 
     Raises:
         ValueError: wrong dtype, rank or num_experts; 2^31 slots or more.

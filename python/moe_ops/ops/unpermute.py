@@ -26,9 +26,9 @@ def unpermute(
 ) -> Tensor:
     """Sums a token's rows with its routing weights.
 
-    ``y[t] = sum_k topk_weights[t, k] * rows[slot_to_row[t, k]]`` over the slots whose row lies before
-    ``expert_offsets[E]``; the others add nothing, even where the weight is NaN. The sum runs in slot
-    order in fp32 (fp64 for fp64). Differentiable any number of times.
+    ``y[t] = sum_k topk_weights[t, k] * rows[slot_to_row[t, k]]`` over the slots whose row lies
+    before ``expert_offsets[E]``; the others add nothing, even where the weight is NaN. The sum runs
+    in slot order in fp32 (fp64 for fp64). Differentiable any number of times.
 
     Args:
         rows: [N, H]; float64, float32, bfloat16 or float16, any strides.
