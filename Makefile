@@ -43,7 +43,7 @@ $(VENV)/.tools:
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.tools $(SOURCES)
-	@echo 'Compiling and installing moe_ops into ./.venv (a few minutes the first time).'
+	@echo 'Compiling and installing moe_ops into ./.venv (about a minute on two cores).'
 	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PIP) install -q --no-build-isolation ".[test]"
 	@touch $@
 

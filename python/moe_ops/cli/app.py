@@ -53,7 +53,7 @@ def doctor(
 @app.command()
 def demo(
     steps: Annotated[
-        int | None, typer.Option(min=1, help="Training steps. [default: 1200, about 3 minutes]")
+        int | None, typer.Option(min=1, help="Training steps. [default: 1800, about 3 minutes]")
     ] = None,
     minutes: Annotated[
         float | None,

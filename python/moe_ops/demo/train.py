@@ -25,7 +25,7 @@ _NATS_TO_BITS = 1.0 / math.log(2.0)
 class TrainConfig:
     """Everything that decides the final weights, besides the text and the machine."""
 
-    steps: int = 1200
+    steps: int = 1800
     batch_size: int = 8
     learning_rate: float = 3e-3
     final_learning_rate_fraction: float = 0.05
