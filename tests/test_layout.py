@@ -34,6 +34,7 @@ EXCEPTIONS = {
 SHARED = {
     "csrc/include/moe_ops": {"activation", "common", "router_bwd"},
     "csrc/cpu": {
+        "buffer_cache",
         "cpu_isa",
         "kernels_avx2",
         "kernels_avx512",
@@ -43,7 +44,7 @@ SHARED = {
         "router_row",
         "workspace",
     },
-    "csrc/torch": {"library", "router"},
+    "csrc/torch": {"library", "router", "tensor_utils"},
 }
 # Schemas that live in another op's files.
 FAMILY = {"grouped_gemm_wgrad": "grouped_gemm", "grouped_sum": "grouped_gemm"}

@@ -25,6 +25,9 @@ constexpr int64_t kRowBlock = 96;
 // Features (of all segments together) of one item: a multiple of every tile height.
 constexpr int64_t kFeatureBlock = 252;
 
+// Weight gradients from this size on will not be found in a cache again by whoever reads them.
+constexpr int64_t kStreamBytes = int64_t{8} << 20;
+
 inline const void* row_of(const Rows& rows, int64_t r) {
   const int64_t i = rows.index != nullptr ? rows.index[r] : r;
   return static_cast<const char*>(rows.data) + i * rows.stride * dtype_size(rows.type);
@@ -171,7 +174,7 @@ void nt_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, cons
       const bool same_k = b + 1 < blocks;
       const int64_t next_i = same_k ? i1 : 0;
       const int64_t next_k = same_k ? k0 : k0 + kKc;
-      Prefetch next;
+      TileHints next;
       if (next_k < d.in_features) {
         const int64_t feature = next_i / n * d.features + it.feature_begin + next_i % n;
         next.base = element(w, d.b.type, feature * d.b.stride_o + next_k);
@@ -224,7 +227,7 @@ void nn_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, cons
       // These tiles fetch the weights of the next block: the other segment, or the next k.
       const bool same_k = s + 1 < d.segments;
       const int64_t next_k = same_k ? k0 : k0 + kKc;
-      Prefetch next;
+      TileHints next;
       if (next_k < d.in_features) {
         next.base =
             element(w_rows[0], d.b.type, same_k ? (s + 1) * d.features : kKc * d.b.stride_k);
@@ -301,7 +304,12 @@ void wgrad_item(const GroupedWgradParams& p, const Kernels<T>& k, int64_t e, int
   T* panels = scratch<T>(Scratch::kPackB, round_up(j_block, W) * kKc);
   T* tile = scratch<T>(Scratch::kTile, o_block * round_up(j_block, W));
   const void* a_rows[kKc];
-  Prefetch no_prefetch;
+  // A large result, written once and in whole vectors, goes past the cache.
+  TileHints hints;
+  const int64_t vector = W * static_cast<int64_t>(sizeof(T));
+  const bool large = p.num_experts * O * J * size >= kStreamBytes;
+  const bool streamed = large && k.streams && same_type && end - begin <= kKc && J % W == 0 &&
+                        reinterpret_cast<uintptr_t>(out) % vector == 0;
 
   for (int64_t j0 = 0; j0 < J; j0 += j_block) {
     const int64_t j1 = std::min(J, j0 + j_block);
@@ -327,10 +335,11 @@ void wgrad_item(const GroupedWgradParams& p, const Kernels<T>& k, int64_t e, int
           T* c = direct ? reinterpret_cast<T*>(out) + o0 * J + j : tile + (j - j0);
           const int64_t ld = direct ? J : ldc;
           const int nv = valid > W ? 2 : 1;
+          hints.stream = streamed && direct;
           for (int64_t b = 0; b < blocks; ++b) {
             const int64_t i0 = n * b / blocks, i1 = n * (b + 1) / blocks;
             k.col_a[nv - 1][i1 - i0 - 1](kc, g + i0, panels + (j - j0) * kc, c + i0 * ld, ld,
-                                         r0 > begin, no_prefetch);
+                                         r0 > begin, hints);
           }
         }
       }
@@ -344,6 +353,7 @@ void wgrad_item(const GroupedWgradParams& p, const Kernels<T>& k, int64_t e, int
       }
     }
   }
+  if (streamed) k.stream_fence();
 }
 
 template <class T>

@@ -205,7 +205,7 @@ inline auto with_type([[maybe_unused]] DType type, const void* p, const Fn& fn) 
 // the ports (2). AVX-512: 14 x 2 + 2 + 1 of 32.
 template <class T, int M, int NV, bool kColumnForm>
 void micro(int64_t kc, const T* a, const T* b, T* c, int64_t ldc, bool accumulate,
-           Prefetch& prefetch) {
+           TileHints& hints) {
   constexpr int W = kLanes<T>;
   constexpr int64_t kStrideI = kColumnForm ? 1 : kLda;
   constexpr int64_t kStrideK = kColumnForm ? kLdm : 1;
@@ -216,14 +216,14 @@ void micro(int64_t kc, const T* a, const T* b, T* c, int64_t ldc, bool accumulat
     for (int v = 0; v < NV; ++v) acc[i][v] = Vec<T>{};
   }
   for (int64_t k0 = 0; k0 < kc; k0 += kPrefetchStep) {
-    if (prefetch.rows > 0) {
-      for (int64_t line = prefetch.lines_per_step; line > 0 && prefetch.rows > 0; --line) {
-        __builtin_prefetch(prefetch.base + prefetch.offset, 0, 2);
-        prefetch.offset += 64;
-        if (prefetch.offset >= prefetch.bytes) {
-          prefetch.offset = 0;
-          prefetch.base += prefetch.stride;
-          --prefetch.rows;
+    if (hints.rows > 0) {
+      for (int64_t line = hints.lines_per_step; line > 0 && hints.rows > 0; --line) {
+        __builtin_prefetch(hints.base + hints.offset, 0, 2);
+        hints.offset += 64;
+        if (hints.offset >= hints.bytes) {
+          hints.offset = 0;
+          hints.base += hints.stride;
+          --hints.rows;
         }
       }
     }
@@ -248,6 +248,15 @@ void micro(int64_t kc, const T* a, const T* b, T* c, int64_t ldc, bool accumulat
 #pragma GCC unroll 2
     for (int v = 0; v < NV; ++v) {
       T* out = c + i * ldc + v * W;
+#if defined(__AVX512F__) && MOE_VEC_BYTES == 64
+      if constexpr (kColumnForm) {
+        // One store fills a cache line: written past the cache, the line need not be read first.
+        if (hints.stream) {
+          _mm512_stream_ps(reinterpret_cast<float*>(out), __builtin_bit_cast(__m512, acc[i][v]));
+          continue;
+        }
+      }
+#endif
       store<T>(out, accumulate ? load<T>(out) + acc[i][v] : acc[i][v]);
     }
   }
@@ -745,6 +754,12 @@ void act_bwd(Activation kind, const T* gate, const T* up, const T* dh, T* h, T* 
 #undef MOE_CALL
 }
 
+void stream_fence() {
+#if defined(__AVX512F__) && MOE_VEC_BYTES == 64
+  _mm_sfence();
+#endif
+}
+
 // --- table
 
 template <class T, int NV, bool kColumnForm, int M, int kMax>
@@ -762,6 +777,8 @@ Kernels<T> make_kernels() {
   k.mr1 = MOE_MR1;
   k.mr2 = MOE_MR2;
   k.dot_tokens = MOE_DOT_TOKENS;
+  k.streams = MOE_VEC_BYTES == 64;
+  k.stream_fence = &stream_fence;
   k.dot_max_rows = MOE_DOT_MAX_ROWS;
   fill_micro<T, 1, false, 1, MOE_MR1>(k.row_a[0]);
   fill_micro<T, 2, false, 1, MOE_MR2>(k.row_a[1]);

@@ -22,19 +22,24 @@ constexpr int64_t kDotFeatures = 4;
 
 constexpr int kMaxMr = 24;
 
-// Weights that the next tiles will need, in rows of `bytes`. A row is a short run in a page of its
-// own, so the hardware prefetcher would start anew, a DRAM latency late, on every one. While a tile
-// steps over k it asks for `lines_per_step` cache lines every kPrefetchStep steps and moves on
-// here. Spreading them matters: each line holds one of about 16 fill buffers for a DRAM latency,
-// and the tile's own loads from L2 need the rest.
+// What a tile does beside its sums.
+//
+// It fetches weights that the next tiles will need, in rows of `bytes`. A row is a short run in a
+// page of its own, so the hardware prefetcher would start anew, a DRAM latency late, on every one.
+// While a tile steps over k it asks for `lines_per_step` cache lines every kPrefetchStep steps and
+// moves on here. Spreading them matters: each line holds one of about 16 fill buffers for a DRAM
+// latency, and the tile's own loads from L2 need the rest.
 constexpr int64_t kPrefetchStep = 8;
-struct Prefetch {
+struct TileHints {
   const char* base = nullptr;
   int64_t stride = 0;  // bytes between rows
   int64_t rows = 0;    // rows left to ask for
   int64_t bytes = 0;   // of each row
   int64_t offset = 0;  // bytes of the first row that are done
   int64_t lines_per_step = 0;
+  // Store past the cache (column form, not accumulating): c and ldc are whole vectors. Ignored
+  // where a vector is less than a cache line. The caller orders the stores with stream_fence.
+  bool stream = false;
 
   // Spreads what is left over `steps` steps of k.
   void spread(int64_t steps) {
@@ -48,12 +53,13 @@ struct Kernels {
   int lanes;         // elements of T in a vector
   int mr1, mr2;      // rows of the widest tile that is one, two vectors wide
   int dot_tokens;    // tokens one call of dot handles
+  bool streams;      // stores of `stream` tiles go past the cache
   int dot_max_rows;  // below or at this many rows the dot kernel beats the tiles
 
   // c[i*ldc + j] (+)= sum_k a(i, k) * b[k * nv*lanes + j] for i < m, j < nv*lanes.
   // row_a: a(i, k) = a[i*kLda + k]; col_a: a(i, k) = a[k*kLdm + i]. Index: [nv - 1][m - 1].
   using Micro = void (*)(int64_t kc, const T* a, const T* b, T* c, int64_t ldc, bool accumulate,
-                         Prefetch& prefetch);
+                         TileHints& hints);
   Micro row_a[2][kMaxMr];
   Micro col_a[2][kMaxMr];
 
@@ -81,6 +87,8 @@ struct Kernels {
   // acc[i] += scale * row[i]
   void (*axpy)(DType type, const void* row, T scale, T* acc, int64_t n);
   T (*dot_row)(DType a_type, const void* a, DType b_type, const void* b, int64_t n);
+
+  void (*stream_fence)();
 
   // h = act(gate, up); `up` is ignored by activations that have no gate.
   void (*act_fwd)(Activation kind, const T* gate, const T* up, T* h, int64_t n, T alpha, T limit);

@@ -6,6 +6,7 @@
 #include <map>
 #include <string>
 
+#include "cpu/buffer_cache.h"
 #include "cpu/cpu_isa.h"
 
 namespace py = pybind11;
@@ -27,4 +28,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("detected_isa", [] { return std::string(isa_name(detected_isa())); });
   m.def("supported_isas", &supported_isas);
   m.def("isa_warning", &isa_warning);
+  m.def("cached_bytes", &cached_bytes);
+  m.def("cache_limit", &cache_limit);
+  m.def("release_cached", &release_cached);
 }

@@ -14,10 +14,6 @@
 #include <type_traits>
 #include <vector>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include "moe_ops/common.h"
 #include "moe_ops/grouped_gemm.h"
 #include "torch/checks.h"
@@ -44,26 +40,8 @@ struct SignatureIsBoxable<R(Args...)> {
     return TORCH_BOX(&fn);                                                     \
   }())
 
-// Asks for huge pages behind a large fresh tensor. torch maps such a tensor anew on every call, and
-// touching it in 4 KiB pages is one fault each (2-3 us on a virtual machine): for the weight
-// gradients of a layer that is more time than computing them.
-inline void advise_huge_pages([[maybe_unused]] Tensor& t) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr size_t kHugePage = size_t{2} << 20;
-  const size_t bytes = static_cast<size_t>(t.numel()) * t.element_size();
-  if (bytes < 4 * kHugePage) return;
-  const auto begin = reinterpret_cast<uintptr_t>(t.mutable_data_ptr());
-  const uintptr_t first = (begin + kHugePage - 1) & ~(kHugePage - 1);
-  const uintptr_t last = (begin + bytes) & ~(kHugePage - 1);
-  madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#endif
-}
-
-inline Tensor empty_cpu(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype) {
-  Tensor t = torch::stable::empty(sizes, dtype);
-  advise_huge_pages(t);
-  return t;
-}
+// An uninitialised CPU tensor; large ones come from the buffer cache (tensor_utils.cpp).
+Tensor empty_cpu(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype);
 
 inline Tensor empty_cpu(std::initializer_list<int64_t> sizes, ScalarType dtype) {
   return empty_cpu(torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), dtype);
