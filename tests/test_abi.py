@@ -32,6 +32,9 @@ STABLE_SYMBOLS = Path(__file__).parent / "data" / "torch_2_10_stable_symbols.txt
 RUNTIMES = ("libstdc++", "libm", "libgcc_s", "libc", "ld-linux", "libpthread", "libdl", "librt")
 # What moe_ops._C calls.
 EXPORTS = {
+    "moe_ops::cpu::cache_limit",
+    "moe_ops::cpu::cached_bytes",
+    "moe_ops::cpu::release_cached",
     "moe_ops::cpu::active_isa",
     "moe_ops::cpu::detected_isa",
     "moe_ops::cpu::isa_name",
