@@ -161,7 +161,7 @@ void backward(const MoeFfnBwdParams& p, const Parallel& par) {
          std::memcpy(u + r * I + f, v, static_cast<size_t>(n) * sizeof(T));
        });
 
-  // Pre-activation gradients; u becomes (weight) * h, the operand of the down weight gradient.
+  // Pre-activation gradients; u becomes weight * h, the operand of the down weight gradient.
   T* dpre = scratch<T>(Scratch::kGrad, rows * width);
   parallel_range(par, rows, I * 4.0 + 2, [&](int64_t begin, int64_t end) {
     T* pre = scratch<T>(Scratch::kTile, 7 * I + H);
@@ -176,9 +176,11 @@ void backward(const MoeFfnBwdParams& p, const Parallel& par) {
       const GateUp<T> gu = split_row(s.act, pre, I, buffer);
       const bool weave = gated && s.act.interleaved;
       T* grad = weave ? dgu : dr;
-      // <h, u> needs u before the routing weight is multiplied into it.
+      // With the unweighted u: <h, u> is the gradient of the routing weight, and the gradients of
+      // gate and up are linear in u, so the weight can be multiplied in afterwards.
+      k.act_bwd(s.act.kind, gu.gate, gu.up, ur, h, grad, grad + I, I, T(s.act.alpha),
+                T(s.act.limit));
       if (grad_weights != nullptr && !on_input) {
-        k.act_fwd(s.act.kind, gu.gate, gu.up, h, I, T(s.act.alpha), T(s.act.limit));
         T g = k.dot_row(kAccumulate<T>, h, kAccumulate<T>, ur, I);
         if (p.b_down.data != nullptr) {
           const int64_t e =
@@ -190,9 +192,7 @@ void backward(const MoeFfnBwdParams& p, const Parallel& par) {
         }
         grad_weights[s.row_to_slot[r]] = g;
       }
-      if (weight != T(1)) k.load_row(kAccumulate<T>, ur, ur, I, weight);
-      k.act_bwd(s.act.kind, gu.gate, gu.up, ur, h, grad, grad + I, I, T(s.act.alpha),
-                T(s.act.limit));
+      if (weight != T(1)) k.load_row(kAccumulate<T>, grad, grad, width, weight);
       if (weave) interleave(dgu, dgu + I, I, dr);
       k.load_row(kAccumulate<T>, h, ur, I, weight);
     }
@@ -200,31 +200,23 @@ void backward(const MoeFfnBwdParams& p, const Parallel& par) {
 
   const Rows hidden = {u, kAccumulate<T>, I, nullptr};
   const Rows dpre_rows = {dpre, kAccumulate<T>, width, nullptr};
-  if (p.grad_w_down != nullptr) {
+  const auto weight_gradient = [&](const Rows& grad, int64_t out_features, const Rows& a,
+                                   int64_t in_features, const T* a_scale, void* out) {
+    if (out == nullptr) return;
     GroupedWgradParams w;
     w.expert_offsets = s.expert_offsets;
     w.num_experts = s.num_experts;
-    w.out_features = H;
-    w.in_features = I;
-    w.grad = gy;
-    w.a = hidden;
-    w.out = p.grad_w_down;
+    w.out_features = out_features;
+    w.in_features = in_features;
+    w.grad = grad;
+    w.a = a;
+    w.a_scale = a_scale;
+    w.out = out;
     w.out_type = type;
     wgrad<T>(w, par);
-  }
-  if (p.grad_w_gate_up != nullptr) {
-    GroupedWgradParams w;
-    w.expert_offsets = s.expert_offsets;
-    w.num_experts = s.num_experts;
-    w.out_features = width;
-    w.in_features = H;
-    w.grad = dpre_rows;
-    w.a = x;
-    w.a_scale = on_input ? routing.weight : nullptr;
-    w.out = p.grad_w_gate_up;
-    w.out_type = type;
-    wgrad<T>(w, par);
-  }
+  };
+  weight_gradient(gy, H, hidden, I, nullptr, p.grad_w_down);
+  weight_gradient(dpre_rows, width, x, H, on_input ? routing.weight : nullptr, p.grad_w_gate_up);
   const auto bias_gradient = [&](const Rows& grad, int64_t features, const T* scale, void* out) {
     if (out == nullptr) return;
     GroupedSumParams b;
@@ -235,7 +227,6 @@ void backward(const MoeFfnBwdParams& p, const Parallel& par) {
     b.scale = scale;
     b.out = out;
     b.out_type = type;
-    // grouped_sum picks the accumulate type by the rows; half-precision grad_y sums in float too.
     grouped_sum(b, par);
   };
   bias_gradient(dpre_rows, width, nullptr, p.grad_b_gate_up);
