@@ -99,14 +99,14 @@ def _run(options: DemoOptions, console: Console, started: float) -> dict[str, An
     trainer.save_model(options.out / "model.safetensors")
     heldout = trainer.evaluate(8 if options.smoke else _FINAL_WINDOWS)
     console.print(
-        f"Held-out files: [bold]{heldout:.3f} bits/byte[/]; unigram entropy "
+        f"Held-out files, final: [bold]{heldout:.3f} bits/byte[/]; unigram entropy "
         f"{entropies.unigram:.3f}, bigram entropy {entropies.bigram:.3f}."
     )
 
     _heading(console, "What the experts do")
     sample = inspect_routing(trainer.model, corpus.heldout)
     _print_routing(console, sample, config.model)
-    files = _draw(options.out, trainer, entropies, sample, console)
+    files = _draw(options.out, trainer, entropies, sample, heldout, console)
 
     _heading(console, "A sample")
     prompt = b"import os\n\n\ndef " if data_path is None else sample.text[:32]
@@ -290,6 +290,7 @@ def _draw(
     trainer: Trainer,
     entropies: data.Entropies,
     sample: RoutingSample,
+    heldout: float,
     console: Console,
 ) -> list[Path]:
     from moe_ops import viz
@@ -304,7 +305,8 @@ def _draw(
     model = trainer.config.model
     viz.plot_loss(
         trainer.loss_history[:steps].tolist(),
-        trainer.heldout_by_step(),
+        # The last point is the final measurement, on more of the text than those on the way.
+        trainer.heldout_by_step() | {steps: heldout},
         baselines={"unigram entropy": entropies.unigram, "bigram entropy": entropies.bigram},
         title=f"Byte-level language model, {model.num_layers} layers, "
         f"{model.num_experts} experts, {model.top_k} a token",

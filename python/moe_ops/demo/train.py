@@ -34,8 +34,8 @@ class TrainConfig:
     clip_norm: float = 1.0
     load_balancing_coef: float = 0.01
     z_loss_coef: float = 1e-3
-    eval_every: int = 50
-    eval_windows: int = 32
+    eval_every: int = 100
+    eval_windows: int = 96
     seed: int = 0
     threads: int = 1
     model: ModelConfig = field(default_factory=ModelConfig)
