@@ -297,7 +297,7 @@ void wgrad_item(const GroupedWgradParams& p, const Kernels<T>& k, int64_t e, int
   const auto* grad_scale = static_cast<const T*>(p.grad_scale);
   const auto* a_scale = static_cast<const T*>(p.a_scale);
   // Whole panels of the accumulate type go straight to their place.
-  const bool same_type = p.out_type == (sizeof(T) == 8 ? DType::kFloat64 : DType::kFloat32);
+  const bool same_type = p.out_type == kAccumulate<T>;
   const int64_t o_block = balanced(o_end - o_begin, kFeatureBlock / 2, 1);
   const int64_t j_block = balanced(J, 256, 2 * W);
   T* g = scratch<T>(Scratch::kPackA, kKc * kLdm);

@@ -48,6 +48,10 @@ struct TileHints {
   }
 };
 
+// T as a tag.
+template <class T>
+constexpr DType kAccumulate = sizeof(T) == 8 ? DType::kFloat64 : DType::kFloat32;
+
 template <class T>
 struct Kernels {
   int lanes;         // elements of T in a vector

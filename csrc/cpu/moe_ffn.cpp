@@ -38,9 +38,6 @@ RowRouting<T> row_routing(const MoeFfnShape& s, int64_t rows) {
 }
 
 template <class T>
-constexpr DType kAccumulate = sizeof(T) == 8 ? DType::kFloat64 : DType::kFloat32;
-
-template <class T>
 void combine(const MoeFfnShape& s, const T* rows, int64_t num_rows, bool weighted, void* y,
              DType y_type, const Parallel& par) {
   UnpermuteParams u;
@@ -154,9 +151,7 @@ void backward(const MoeFfnBwdParams& p, const Parallel& par) {
 
   // u = W_down^T grad_y: the matrix [I, H] is w_down transposed, which is a change of strides.
   T* u = scratch<T>(Scratch::kHidden, rows * I);
-  ExpertMatrices w_down_t = p.w_down;
-  std::swap(w_down_t.stride_o, w_down_t.stride_k);
-  gemm(gemm_desc<T>(s, I, H, gy, w_down_t), par,
+  gemm(gemm_desc<T>(s, I, H, gy, transposed(p.w_down)), par,
        [&](int64_t, int64_t r, int64_t f, int64_t n, T* v, T*) {
          std::memcpy(u + r * I + f, v, static_cast<size_t>(n) * sizeof(T));
        });
@@ -237,9 +232,7 @@ void backward(const MoeFfnBwdParams& p, const Parallel& par) {
     return;
   }
   T* dx = scratch<T>(Scratch::kRows, rows * H);
-  ExpertMatrices w_gate_up_t = p.w_gate_up;
-  std::swap(w_gate_up_t.stride_o, w_gate_up_t.stride_k);
-  gemm(gemm_desc<T>(s, H, width, dpre_rows, w_gate_up_t), par,
+  gemm(gemm_desc<T>(s, H, width, dpre_rows, transposed(p.w_gate_up)), par,
        [&](int64_t, int64_t r, int64_t f, int64_t n, T* v, T*) {
          std::memcpy(dx + r * H + f, v, static_cast<size_t>(n) * sizeof(T));
        });

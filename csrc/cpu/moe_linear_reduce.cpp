@@ -9,7 +9,6 @@ namespace {
 template <class T>
 void run(const MoeLinearReduceBwdParams& p, const Parallel& par) {
   const Kernels<T>& k = kernels<T>();
-  constexpr DType kAcc = sizeof(T) == 8 ? DType::kFloat64 : DType::kFloat32;
   const int64_t D = p.in_features;
   const T* u = static_cast<const T*>(p.u);
   const T* weights = static_cast<const T*>(p.row_weights);
@@ -20,7 +19,7 @@ void run(const MoeLinearReduceBwdParams& p, const Parallel& par) {
       for (int64_t r = begin + b; r < begin + n; ++r) {
         const int64_t slot = p.row_to_slot[r];
         if (p.grad_topk_weights != nullptr) {
-          T g = k.dot_row(p.h.type, row_of(p.h, r), kAcc, u + r * D, D);
+          T g = k.dot_row(p.h.type, row_of(p.h, r), kAccumulate<T>, u + r * D, D);
           if (p.bias.data != nullptr) {
             g += k.dot_row(p.bias.type, element(p.bias.data, p.bias.type, e * p.bias.stride_e),
                            p.grad_y.type, row_of(p.grad_y, r), p.hidden_size);
@@ -28,7 +27,7 @@ void run(const MoeLinearReduceBwdParams& p, const Parallel& par) {
           static_cast<T*>(p.grad_topk_weights)[slot] = g;
         }
         if (p.grad_h != nullptr) {
-          k.load_row(kAcc, u + r * D, grad, D, weights[r]);
+          k.load_row(kAccumulate<T>, u + r * D, grad, D, weights[r]);
           k.store_row(p.h.type, grad,
                       static_cast<char*>(p.grad_h) + slot * D * dtype_size(p.h.type), D);
         }

@@ -1,20 +1,10 @@
 #include "moe_ops/grouped_gemm.h"
 
-#include <cstring>
-
 #include "torch/tensor_utils.h"
 
 namespace moe_ops::adapter {
 
 namespace {
-
-void zero_rows_from(Tensor& t, int64_t row) {
-  const int64_t bytes = t.size(1) * dtype_size(check_float("rows", "rows", t));
-  if (row < t.size(0) && bytes > 0) {
-    std::memset(static_cast<char*>(t.mutable_data_ptr()) + row * bytes, 0,
-                static_cast<size_t>((t.size(0) - row) * bytes));
-  }
-}
 
 Tensor grouped_gemm(const Tensor& a, const Tensor& b, const Tensor& expert_offsets,
                     const OptTensor& bias) {

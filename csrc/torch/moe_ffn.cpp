@@ -1,7 +1,5 @@
 #include "moe_ops/moe_ffn.h"
 
-#include <cstring>
-
 #include "torch/activation.h"
 #include "torch/tensor_utils.h"
 
@@ -113,11 +111,7 @@ FfnOutputs run_ffn(const char* op, const Tensor& x, const Tensor& w_gate_up, con
   p.y = y.mutable_data_ptr();
   p.preact = save ? preact.mutable_data_ptr() : nullptr;
   cpu::moe_ffn(p, torch_parallel());
-  if (save && offsets.back() < N) {
-    const int64_t bytes = s.width * dtype_size(s.type);
-    std::memset(static_cast<char*>(p.preact) + offsets.back() * bytes, 0,
-                static_cast<size_t>((N - offsets.back()) * bytes));
-  }
+  if (save) zero_rows_from(preact, offsets.back());
   return {y, preact, expert_offsets, row_to_slot, slot_to_row};
 }
 

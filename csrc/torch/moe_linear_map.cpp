@@ -64,8 +64,8 @@ std::tuple<Tensor, Tensor, Tensor> moe_linear_map_bwd(const Tensor& grad_h, cons
     const Weights weights = weights_of(w, type);
     const Tensor rows = empty_cpu({routing.valid(), H}, acc);
     multiply_rows(routing, grad_rows, transposed(weights.matrices), {}, H, O,
-                  {rows.mutable_data_ptr(), check_float(kOp, "rows", rows), H, nullptr});
-    sum_slots(kOp, routing, rows, nullptr, grad_x, type);
+                  {rows.mutable_data_ptr(), accumulate_type(type), H, nullptr});
+    sum_slots(routing, rows, nullptr, grad_x, type);
   }
   if (need_w) {
     weight_gradient(routing, grad_rows, nullptr, rows_of(src, type, routing.row_to_token.data()),

@@ -47,8 +47,8 @@ Tensor moe_linear_reduce(const Tensor& h, const Tensor& w, const Tensor& topk_we
   Tensor y = empty_cpu({T, H}, h.scalar_type());
   multiply_rows(routing, {src.const_data_ptr(), type, D, routing.row_to_slot}, weights.matrices,
                 bias_rows.vectors, H, D,
-                {rows.mutable_data_ptr(), check_float(kOp, "rows", rows), H, nullptr});
-  sum_slots(kOp, routing, rows, slot_weights.const_data_ptr(), y, type);
+                {rows.mutable_data_ptr(), accumulate_type(type), H, nullptr});
+  sum_slots(routing, rows, slot_weights.const_data_ptr(), y, type);
   return y;
 }
 
@@ -92,7 +92,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> moe_linear_reduce_bwd(
     const Weights weights = weights_of(w, type);
     const Tensor u = empty_cpu({routing.valid(), D}, acc);
     multiply_rows(routing, gy_rows, transposed(weights.matrices), {}, D, H,
-                  {u.mutable_data_ptr(), check_float(kOp, "u", u), D, nullptr});
+                  {u.mutable_data_ptr(), accumulate_type(type), D, nullptr});
     MoeLinearReduceBwdParams q;
     q.expert_offsets = routing.offsets.data();
     q.num_experts = E;

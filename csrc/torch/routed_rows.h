@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cstring>
-#include <utility>
 #include <vector>
 
 #include "moe_ops/unpermute.h"
@@ -36,13 +35,13 @@ inline RoutedRows routed_rows(const char* op, const Tensor& topk_ids, int64_t nu
   return out;
 }
 
-// Rows [valid, features] of `type` into y [T, features]: the weighted (or plain) sum of each
-// token's.
-inline void sum_slots(const char* op, const RoutedRows& routing, const Tensor& rows,
-                      const void* weights, Tensor& y, DType type) {
+// Rows [valid, features] in the accumulate type of `type` into y [T, features] of `type`: the
+// weighted (or plain) sum of each token's.
+inline void sum_slots(const RoutedRows& routing, const Tensor& rows, const void* weights, Tensor& y,
+                      DType type) {
   UnpermuteParams p;
   p.rows = rows.const_data_ptr();
-  p.type = check_float(op, "rows", rows);
+  p.type = accumulate_type(type);
   p.row_stride = p.hidden_size = rows.size(1);
   p.num_tokens = routing.slot_to_row_tensor.size(0);
   p.top_k = routing.slot_to_row_tensor.size(1);
@@ -68,12 +67,6 @@ inline void multiply_rows(const RoutedRows& routing, const Rows& a, const Expert
   p.bias = bias;
   p.out = out;
   cpu::grouped_gemm(p, torch_parallel());
-}
-
-// The same matrices as [E, K, O].
-inline ExpertMatrices transposed(ExpertMatrices m) {
-  std::swap(m.stride_o, m.stride_k);
-  return m;
 }
 
 // Gradients of the matrices and of the bias; scale: one factor a row of grad, or nullptr.

@@ -15,6 +15,10 @@ namespace moe_ops::adapter {
 
 namespace {
 
+int32_t dtype_code(ScalarType dtype) {
+  return torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+}
+
 // nullopt: not available, take torch's allocator.
 OptTensor cached_tensor(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype,
                         size_t bytes) {
@@ -29,9 +33,8 @@ OptTensor cached_tensor(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarTy
     stride *= sizes[d];
   }
   AtenTensorHandle handle = nullptr;
-  const auto dtype_code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   const AOTITorchError error = torch_from_blob(
-      data, static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), 0, dtype_code,
+      data, static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), 0, dtype_code(dtype),
       aoti_torch_device_type_cpu(), -1, &handle, aoti_torch_layout_strided(), nullptr, 0,
       [](void* block, void*) { cpu::release_buffer(block); }, nullptr);
   if (error != 0) {
@@ -45,12 +48,8 @@ OptTensor cached_tensor(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarTy
 }  // namespace
 
 Tensor empty_cpu(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype) {
-  int64_t numel = 1;
-  for (size_t d = 0; d < sizes.size(); ++d) numel *= sizes[d];
-  const int64_t element = dtype == ScalarType::Double                                  ? 8
-                          : dtype == ScalarType::Half || dtype == ScalarType::BFloat16 ? 2
-                                                                                       : 4;
-  const auto bytes = static_cast<size_t>(numel * element);
+  size_t bytes = aoti_torch_dtype_element_size(dtype_code(dtype));
+  for (size_t d = 0; d < sizes.size(); ++d) bytes *= static_cast<size_t>(sizes[d]);
   if (bytes >= cpu::kLargeBuffer) {
     if (OptTensor t = cached_tensor(sizes, dtype, bytes)) return *t;
   }

@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <cstring>
 #include <initializer_list>
 #include <limits>
 #include <optional>
@@ -82,21 +83,35 @@ inline Tensor with_dense_rows(const Tensor& t) {
 // Stride between the rows of a matrix whose last dimension is dense.
 inline int64_t row_stride(const Tensor& t) { return t.size(0) <= 1 ? t.size(1) : t.stride(0); }
 
+// Rows past the last one that has an expert are zero by contract. t: [rows, features], contiguous.
+inline void zero_rows_from(Tensor& t, int64_t row) {
+  const int64_t bytes = t.size(1) * static_cast<int64_t>(t.element_size());
+  if (row < t.size(0) && bytes > 0) {
+    std::memset(static_cast<char*>(t.mutable_data_ptr()) + row * bytes, 0,
+                static_cast<size_t>((t.size(0) - row) * bytes));
+  }
+}
+
+// Calls fn(i, value) for each element of an int32 or int64 tensor, in order.
+template <class Fn>
+void for_each_index(const Tensor& t, const Fn& fn) {
+  const Tensor packed = dense(t);
+  const int64_t n = packed.numel();
+  if (packed.scalar_type() == ScalarType::Int) {
+    const auto* p = static_cast<const int32_t*>(packed.const_data_ptr());
+    for (int64_t i = 0; i < n; ++i) fn(i, int64_t{p[i]});
+  } else {
+    const auto* p = static_cast<const int64_t*>(packed.const_data_ptr());
+    for (int64_t i = 0; i < n; ++i) fn(i, p[i]);
+  }
+}
+
 // Expert ids as contiguous int32 with everything outside [0, num_experts) turned into -1.
 inline std::vector<int32_t> normalized_ids(const Tensor& ids, int64_t num_experts) {
-  const Tensor packed = dense(ids);
-  const int64_t n = packed.numel();
-  std::vector<int32_t> out(static_cast<size_t>(n));
-  const auto convert = [&](const auto* p) {
-    for (int64_t i = 0; i < n; ++i) {
-      out[i] = p[i] >= 0 && p[i] < num_experts ? static_cast<int32_t>(p[i]) : -1;
-    }
-  };
-  if (packed.scalar_type() == ScalarType::Int) {
-    convert(static_cast<const int32_t*>(packed.const_data_ptr()));
-  } else {
-    convert(static_cast<const int64_t*>(packed.const_data_ptr()));
-  }
+  std::vector<int32_t> out(static_cast<size_t>(ids.numel()));
+  for_each_index(ids, [&](int64_t i, int64_t id) {
+    out[i] = id >= 0 && id < num_experts ? static_cast<int32_t>(id) : -1;
+  });
   return out;
 }
 
@@ -104,21 +119,12 @@ inline std::vector<int32_t> normalized_ids(const Tensor& ids, int64_t num_expert
 inline std::vector<int32_t> checked_map(const char* op, const char* name, const Tensor& map,
                                         int64_t limit) {
   check_index(op, name, map);
-  const Tensor packed = dense(map);
-  const int64_t n = packed.numel();
-  std::vector<int32_t> out(static_cast<size_t>(n));
-  const auto convert = [&](const auto* p) {
-    for (int64_t i = 0; i < n; ++i) {
-      MOE_CHECK(p[i] >= 0 && p[i] < limit, op, ": ", name, " must hold values from 0 to ",
-                limit - 1, ", got ", p[i], " at position ", i, ".");
-      out[i] = static_cast<int32_t>(p[i]);
-    }
-  };
-  if (packed.scalar_type() == ScalarType::Int) {
-    convert(static_cast<const int32_t*>(packed.const_data_ptr()));
-  } else {
-    convert(static_cast<const int64_t*>(packed.const_data_ptr()));
-  }
+  std::vector<int32_t> out(static_cast<size_t>(map.numel()));
+  for_each_index(map, [&](int64_t i, int64_t value) {
+    MOE_CHECK(value >= 0 && value < limit, op, ": ", name, " must hold values from 0 to ",
+              limit - 1, ", got ", value, " at position ", i, ".");
+    out[i] = static_cast<int32_t>(value);
+  });
   return out;
 }
 
@@ -130,19 +136,15 @@ inline std::vector<int64_t> checked_offsets(const char* op, const Tensor& offset
   MOE_CHECK(offsets.numel() >= 2, op,
             ": expert_offsets must be [E+1] with at least one expert, got shape ",
             shape_string(offsets), ".");
-  const Tensor packed = dense(offsets);
-  const int64_t n = packed.numel();
-  std::vector<int64_t> out(static_cast<size_t>(n));
-  for (int64_t i = 0; i < n; ++i) {
-    out[i] = packed.scalar_type() == ScalarType::Int
-                 ? static_cast<const int32_t*>(packed.const_data_ptr())[i]
-                 : static_cast<const int64_t*>(packed.const_data_ptr())[i];
-    MOE_CHECK(i > 0 || out[0] == 0, op, ": expert_offsets must start at 0, got ", out[0], ".");
-    MOE_CHECK(i == 0 || out[i] >= out[i - 1], op, ": expert_offsets must not fall, got ",
-              out[i - 1], " then ", out[i], " at position ", i, ".");
-  }
-  MOE_CHECK(out[n - 1] <= num_rows, op, ": expert_offsets must end at or before the ", num_rows,
-            " rows there are, got ", out[n - 1], ".");
+  std::vector<int64_t> out(static_cast<size_t>(offsets.numel()));
+  for_each_index(offsets, [&](int64_t i, int64_t value) {
+    out[i] = value;
+    MOE_CHECK(i > 0 || value == 0, op, ": expert_offsets must start at 0, got ", value, ".");
+    MOE_CHECK(i == 0 || value >= out[i - 1], op, ": expert_offsets must not fall, got ", out[i - 1],
+              " then ", value, " at position ", i, ".");
+  });
+  MOE_CHECK(out.back() <= num_rows, op, ": expert_offsets must end at or before the ", num_rows,
+            " rows there are, got ", out.back(), ".");
   return out;
 }
 

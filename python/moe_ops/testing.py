@@ -17,14 +17,13 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .ops.gated_act import GATED_ACTIVATIONS as GATED_ACTIVATIONS
+from .ops.gated_act import PLAIN_ACTIVATIONS as PLAIN_ACTIVATIONS
+from .reference._common import acc_dtype as acc_dtype
 
-HALF_DTYPES = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 ID_DTYPES = (torch.int32, torch.int64)
 VIEWS = ("contiguous", "transposed", "offset", "step2", "expanded")
-
-GATED_ACTIVATIONS = ("swiglu", "geglu", "geglu_tanh", "reglu", "swiglu_oai")
-PLAIN_ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
 
 # Ids that no number of experts makes valid. The last three become small valid ids when an int64 is
 # cut down to 32 bits.
@@ -221,10 +220,6 @@ def poisoned(*like: Tensor) -> Iterator[None]:
 
 
 # ----------------------------------------------------------------------------------------- bounds
-
-
-def acc_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def eps(dtype: torch.dtype) -> float:

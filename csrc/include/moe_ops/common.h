@@ -13,6 +13,11 @@ constexpr int64_t dtype_size(DType t) {
   return t == DType::kFloat64 ? 8 : t == DType::kFloat32 ? 4 : 2;
 }
 
+// The type that sums of such operands run in.
+constexpr DType accumulate_type(DType t) {
+  return t == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
+}
+
 template <class T>
 constexpr T ceil_div(T a, T b) {
   return (a + b - 1) / b;

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <utility>
 
 #include "moe_ops/common.h"
 
@@ -30,6 +31,12 @@ struct ExpertMatrices {
   DType type = DType::kFloat32;
   int64_t stride_e = 0, stride_o = 0, stride_k = 0;  // elements; stride_o or stride_k is 1
 };
+
+// The same matrices as [E, K, O]: only strides change.
+inline ExpertMatrices transposed(ExpertMatrices m) {
+  std::swap(m.stride_o, m.stride_k);
+  return m;
+}
 
 struct ExpertVectors {
   const void* data = nullptr;  // nullptr: none
