@@ -3,12 +3,18 @@
 #include <cstdlib>
 #include <cstring>
 
+#if defined(MOE_OPS_HAS_AMX) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace moe_ops::cpu {
 
 namespace {
 
-constexpr const char* kNames[] = {"portable", "avx2", "avx512", "avx512_bf16"};
-constexpr int kNumIsas = 4;
+constexpr const char* kNames[] = {"portable", "avx2", "avx512", "avx512_bf16", "amx"};
+constexpr int kNumIsas = 5;
 
 struct Choice {
   Isa isa;
@@ -26,13 +32,28 @@ Choice choose() {
                       isa_name(best) + "."};
   }
   return {best, std::string("MOE_OPS_CPU_ISA=") + wanted +
-                    " is not one of portable, avx2, avx512, avx512_bf16; using " + isa_name(best) +
+                    " is not one of portable, avx2, avx512, avx512_bf16, amx; using " + isa_name(best) +
                     "."};
 }
 
 const Choice& choice() {
   static const Choice c = choose();
   return c;
+}
+
+// AMX with bfloat16, and the leave to use its 8 KiB of registers, which Linux grants a process on
+// request.
+bool has_amx() {
+#if defined(MOE_OPS_HAS_AMX) && defined(__linux__)
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;
+  if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0) return false;
+  if ((d & kAmxBf16) == 0 || (d & kAmxTile) == 0) return false;
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, asm/prctl.h
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
 }
 
 }  // namespace
@@ -50,7 +71,8 @@ Isa detected_isa() {
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     if (!avx512) return Isa::kAvx2;
-    return __builtin_cpu_supports("avx512bf16") ? Isa::kAvx512Bf16 : Isa::kAvx512;
+    if (!__builtin_cpu_supports("avx512bf16")) return Isa::kAvx512;
+    return has_amx() ? Isa::kAmx : Isa::kAvx512Bf16;
   }();
   return isa;
 #else

@@ -1,5 +1,5 @@
 // Which instruction set the CPU kernels use: the best one that this machine has, or a lower one
-// named by the environment variable MOE_OPS_CPU_ISA (portable, avx2, avx512, avx512_bf16).
+// named by the environment variable MOE_OPS_CPU_ISA (portable, avx2, avx512, avx512_bf16, amx).
 #pragma once
 
 #include <string>
@@ -13,7 +13,7 @@
 
 namespace moe_ops::cpu {
 
-enum class Isa : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
+enum class Isa : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3, kAmx = 4 };
 
 MOE_OPS_API const char* isa_name(Isa isa);
 // The highest level that both this machine and this build have.

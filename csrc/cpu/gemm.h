@@ -1,12 +1,15 @@
 // The blocked loops over the kernels of kernels.h: which rows, features and panels one work item
 // covers. NOTES.md beside this file gives the arithmetic of the block sizes.
 //
-// Three ways through, all with the sum over k in increasing order inside one accumulator:
+// The ways through, all with the sum over k in increasing order inside one accumulator:
 //   dot    few rows, weights dense along k: stream each weight row once, vectors along k.
 //   nt     weights dense along k: weight rows are the broadcast side and tokens the vector side, so
 //          only the (small) block of x is transposed and weights are copied as they lie.
 //   nn     weights dense along features: token rows are the broadcast side, weight rows the
-//   vectors.
+//          vectors.
+//   panels       weights packed ahead of time (pack.h): like nn, without any copying of weights.
+//   amx_panels   the same for bfloat16 on AMX.
+//   amx_rows     bfloat16 weights dense along k on AMX: 16 weight rows are an operand as they lie.
 #pragma once
 
 #include <algorithm>
@@ -14,6 +17,7 @@
 #include <vector>
 
 #include "cpu/kernels.h"
+#include "cpu/pack.h"
 #include "cpu/parallel.h"
 #include "cpu/workspace.h"
 #include "moe_ops/grouped_gemm.h"
@@ -22,8 +26,20 @@ namespace moe_ops::cpu {
 
 // Most token rows of one item: with 256-deep blocks of fp32 their panel is 96 KiB of L2.
 constexpr int64_t kRowBlock = 96;
+// The same where weights are not copied: twice as many tokens for a weight read from memory, while
+// their rows (1 MiB of fp32 at 2048 features) still fit an L2, if not the smallest.
+constexpr int64_t kPanelRowBlock = 128;
 // Features (of all segments together) of one item: a multiple of every tile height.
 constexpr int64_t kFeatureBlock = 252;
+// The same for panels, in whole panels of every level, and for AMX, whose items first rearrange
+// their tokens: the more features share that work the better.
+constexpr int64_t kPanelFeatureBlock = 256;
+constexpr int64_t kAmxFeatureBlock = 2048;
+// How far ahead of itself a tile asks for panels: 64 lines, more than a DRAM latency of them.
+constexpr int64_t kBytesAhead = 4096;
+// Fewest rows of an expert that AMX takes from weights that are not packed. Below, the dot kernel
+// streams weights as fast and keeps the tokens in fp32.
+constexpr int64_t kAmxMinRows = 3;
 
 // Weight gradients from this size on will not be found in a cache again by whoever reads them.
 constexpr int64_t kStreamBytes = int64_t{8} << 20;
@@ -58,38 +74,73 @@ struct GemmDesc {
   ExpertMatrices b;
 };
 
+enum class Path : int { kZero, kDot, kNt, kNn, kPanels, kAmxPanels, kAmxRows };
+
+template <class T>
+Path path_of(const GemmDesc<T>& d, const Kernels<T>& k, int64_t expert_rows) {
+  if (d.in_features == 0) return Path::kZero;
+  // AMX rounds tokens to bfloat16, which loses nothing unless they were scaled before.
+  const bool amx =
+      k.amx_panel != nullptr && d.b.type == DType::kBFloat16 && d.a_scale == nullptr;
+  if (d.b.panels != nullptr) return amx ? Path::kAmxPanels : Path::kPanels;
+  if (d.b.stride_k != 1) return Path::kNn;
+  if (amx && expert_rows >= kAmxMinRows && d.in_features % 32 == 0) return Path::kAmxRows;
+  return expert_rows <= k.dot_max_rows ? Path::kDot : Path::kNt;
+}
+
 struct GemmItem {
+  Path path;
   int64_t expert, row_begin, row_end, feature_begin, feature_end;
 };
 
 template <class T>
 std::vector<GemmItem> gemm_items(const GemmDesc<T>& d, const Kernels<T>& k, int num_threads) {
-  const int64_t E = d.num_experts;
-  const bool nt = d.b.stride_k == 1;
-  int64_t row_blocks = 0;
-  for (int64_t e = 0; e < E; ++e) {
-    row_blocks += ceil_div(d.expert_offsets[e + 1] - d.expert_offsets[e], kRowBlock);
-  }
-  // Enough items that the last ones to finish do not leave the other threads idle for long.
-  int64_t feature_blocks = ceil_div(d.features * d.segments, kFeatureBlock);
-  if (num_threads > 1) {
-    const int64_t wanted = ceil_div<int64_t>(8 * num_threads, std::max<int64_t>(row_blocks, 1));
-    const int64_t most = std::max<int64_t>(1, d.features * d.segments / 64);
-    feature_blocks = std::max(feature_blocks, std::min(wanted, most));
-  }
-  const int64_t unit = std::max<int64_t>(d.feature_unit, nt ? 4 : 2 * k.lanes);
-  const int64_t feature_block =
-      balanced(d.features, std::max<int64_t>(1, ceil_div(d.features, feature_blocks)), unit);
+  const int64_t E = d.num_experts, total = d.features * d.segments;
+  int64_t active = 0;
+  for (int64_t e = 0; e < E; ++e) active += d.expert_offsets[e + 1] > d.expert_offsets[e];
   std::vector<GemmItem> items;
-  items.reserve(static_cast<size_t>(row_blocks * ceil_div(d.features, feature_block)));
   for (int64_t e = 0; e < E; ++e) {
     const int64_t begin = d.expert_offsets[e], end = d.expert_offsets[e + 1];
     if (begin == end) continue;
-    const int64_t block = balanced(end - begin, kRowBlock, nt ? k.lanes : 1);
-    for (int64_t f = 0; f < d.features; f += feature_block) {
-      for (int64_t r = begin; r < end; r += block) {
+    const Path path = path_of(d, k, end - begin);
+    int64_t most_rows = kRowBlock, most_features = kFeatureBlock, row_unit = 1;
+    int64_t unit = 2 * k.lanes;
+    switch (path) {
+      case Path::kAmxRows:
+      case Path::kAmxPanels:
+        most_features = kAmxFeatureBlock;
+        most_rows = path == Path::kAmxRows ? 16 * kAmxTokenTiles : kPanelRowBlock;
+        row_unit = 16;
+        break;
+      case Path::kPanels:
+        most_features = kPanelFeatureBlock;
+        most_rows = kPanelRowBlock;
+        break;
+      case Path::kNt:
+        row_unit = k.lanes;
+        unit = 4;
+        break;
+      case Path::kDot:
+        unit = 4;
+        break;
+      default:
+        break;
+    }
+    const int64_t row_blocks = ceil_div(end - begin, most_rows);
+    const int64_t rows = balanced(end - begin, most_rows, row_unit);
+    // Enough items that the last ones to finish do not leave the other threads idle for long.
+    int64_t feature_blocks = ceil_div(total, most_features);
+    if (num_threads > 1) {
+      const int64_t wanted = ceil_div<int64_t>(8 * num_threads, active * row_blocks);
+      feature_blocks = std::max(feature_blocks, std::min(wanted, std::max<int64_t>(1, total / 64)));
+    }
+    const int64_t features =
+        balanced(d.features, std::max<int64_t>(1, ceil_div(d.features, feature_blocks)),
+                 std::max(d.feature_unit, unit));
+    for (int64_t f = 0; f < d.features; f += features) {
+      for (int64_t r = begin; r < end; r += rows) {
         items.push_back(
-            {e, r, std::min(end, r + block), f, std::min(d.features, f + feature_block)});
+            {path, e, r, std::min(end, r + rows), f, std::min(d.features, f + features)});
       }
     }
   }
@@ -112,16 +163,22 @@ void dot_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, con
   }
   const int64_t ldo = n * d.segments;
   T* out = scratch<T>(Scratch::kTile, m * ldo);
+  // The four rows of a step lie a quarter of the item apart: four long streams. Four rows next to
+  // each other would be four short ones, and the prefetcher loses the start of each.
+  const int64_t quarter = n / kDotFeatures;
+  const int64_t row_bytes = d.b.stride_o * dtype_size(d.b.type);
   for (int s = 0; s < d.segments; ++s) {
-    for (int64_t f = 0; f < n; f += kDotFeatures) {
-      const int features = static_cast<int>(std::min(kDotFeatures, n - f));
-      const void* w = element(
-          d.b.data, d.b.type,
-          it.expert * d.b.stride_e + (s * d.features + it.feature_begin + f) * d.b.stride_o);
+    const char* w =
+        element(d.b.data, d.b.type,
+                it.expert * d.b.stride_e + (s * d.features + it.feature_begin) * d.b.stride_o);
+    for (int64_t f = 0; f < quarter + n % kDotFeatures; ++f) {
+      const bool four = f < quarter;
+      const int64_t first = four ? f : f - quarter + quarter * kDotFeatures;
       for (int64_t t = 0; t < m; t += k.dot_tokens) {
         const int tokens = static_cast<int>(std::min<int64_t>(k.dot_tokens, m - t));
-        k.dot(d.b.type, features, tokens, K, w, d.b.stride_o, x + t * ldx, ldx,
-              out + t * ldo + s * n + f, ldo);
+        k.dot(d.b.type, four ? kDotFeatures : 1, tokens, K, w + first * row_bytes,
+              (four ? quarter : 1) * d.b.stride_o, x + t * ldx, ldx, out + t * ldo + s * n + first,
+              ldo, four ? quarter : 1);
       }
     }
   }
@@ -252,32 +309,204 @@ void nn_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, cons
 }
 
 template <class T, class Epilogue>
-void gemm(const GemmDesc<T>& d, const Parallel& par, const Epilogue& fn) {
-  const Kernels<T>& k = kernels<T>();
-  const int64_t rows = d.expert_offsets[d.num_experts];
-  if (rows == 0 || d.features == 0) return;
-  const std::vector<GemmItem> items = gemm_items(d, k, par.num_threads);
-  // Elementary operations, in units of about a nanosecond.
-  const double cost = static_cast<double>(rows) * static_cast<double>(d.features * d.segments) *
-                      (static_cast<double>(d.in_features) / 16 + 1);
-  parallel_items(par, static_cast<int64_t>(items.size()), cost, [&](int64_t i) {
-    const GemmItem& it = items[i];
-    const int64_t expert_rows = d.expert_offsets[it.expert + 1] - d.expert_offsets[it.expert];
-    if (d.in_features == 0) {
+void panel_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, const Epilogue& fn) {
+  const PanelLayout layout =
+      panel_layout(d.b.type, d.features * d.segments, d.in_features, d.segments);
+  const int64_t P = layout.width, size = dtype_size(d.b.type);
+  const int64_t pair = size < static_cast<int64_t>(sizeof(T)) ? 2 : 1;
+  const int64_t m = it.row_end - it.row_begin;
+  const int64_t n = it.feature_end - it.feature_begin;
+  const int64_t padded_n = round_up(n, P), ldc = padded_n * d.segments;
+  const int64_t K = d.in_features, depth = round_up(K, pair), k_blocks = ceil_div(depth, kKc);
+  T* a = scratch<T>(Scratch::kTokens, k_blocks * m * kLda);
+  T* tile = scratch<T>(Scratch::kTile, m * ldc);
+  for (int64_t t = 0; t < m; ++t) {
+    const int64_t r = it.row_begin + t;
+    const char* row = static_cast<const char*>(row_of(d.a, r));
+    for (int64_t b = 0; b < k_blocks; ++b) {
+      T* dst = a + (b * m + t) * kLda;
+      const int64_t kc = std::min(kKc, K - b * kKc);
+      k.load_row(d.a.type, element(row, d.a.type, b * kKc), dst, kc,
+                 d.a_scale ? d.a_scale[r] : T(1));
+      if (b == k_blocks - 1 && depth > K) dst[kc] = T(0);
+    }
+  }
+  const auto* tiles = k.panel_tile[static_cast<int>(d.b.type)];
+  const int64_t blocks = ceil_div<int64_t>(m, k.mr2);
+  // One or two rows do so little work for a line that the core's own window reaches as far ahead;
+  // more leave the memory idle unless the tile asks. The tiles of a block share the asking.
+  const int64_t step_bytes = P * size * pair;
+  const int64_t ahead_step = m <= 2 ? 0 : std::max<int64_t>(step_bytes / blocks, 2);
+  const char* panel = static_cast<const char*>(d.b.panels) + it.expert * layout.expert_bytes() +
+                      it.feature_begin / P * d.segments * layout.panel_bytes;
+  for (int64_t j = 0; j < padded_n; j += P) {
+    for (int s = 0; s < d.segments; ++s, panel += layout.panel_bytes) {
+      for (int64_t b = 0; b < k_blocks; ++b) {
+        const int64_t kc = std::min(kKc, depth - b * kKc);
+        const char* block = panel + b * kKc * P * size;
+        for (int64_t i = 0; i < blocks; ++i) {
+          const int64_t i0 = m * i / blocks, i1 = m * (i + 1) / blocks;
+          tiles[i1 - i0 - 1](kc, a + (b * m + i0) * kLda, block, tile + i0 * ldc + s * padded_n + j,
+                             ldc, b > 0, block + kBytesAhead + i * ahead_step * (kc / pair),
+                             ahead_step);
+        }
+      }
+    }
+  }
+  for (int64_t t = 0; t < m; ++t) {
+    fn(it.expert, it.row_begin + t, it.feature_begin, n, tile + t * ldc, tile + t * ldc + padded_n);
+  }
+}
+
+// The rows of an item as bfloat16, `ld` apart, with zeros in columns K to `depth` and in rows m to
+// padded_m.
+inline void load_bf16_rows(const GemmDesc<float>& d, const Kernels<float>& k, const GemmItem& it,
+                           int64_t depth, int64_t padded_m, uint16_t* dst, int64_t ld) {
+  const int64_t K = d.in_features, m = it.row_end - it.row_begin;
+  for (int64_t t = 0; t < padded_m; ++t) {
+    uint16_t* row = dst + t * ld;
+    if (t >= m) {
+      std::fill(row, row + depth, uint16_t{0});
+      continue;
+    }
+    const void* src = row_of(d.a, it.row_begin + t);
+    if (d.a.type == DType::kBFloat16) {
+      std::memcpy(row, src, static_cast<size_t>(K) * 2);
+    } else {
+      k.store_row(DType::kBFloat16, static_cast<const float*>(src), row, K);
+    }
+    std::fill(row + K, row + depth, uint16_t{0});
+  }
+}
+
+template <class Epilogue>
+void amx_panel_item(const GemmDesc<float>& d, const Kernels<float>& k, const GemmItem& it,
+                    const Epilogue& fn) {
+  const PanelLayout layout =
+      panel_layout(d.b.type, d.features * d.segments, d.in_features, d.segments);
+  const int64_t P = layout.width, depth = layout.depth;
+  const int64_t m = it.row_end - it.row_begin, padded_m = round_up<int64_t>(m, 16);
+  // A line more than the row keeps the 16 rows of a tile out of one L1 set.
+  const int64_t lda = depth + 32;
+  auto* a = scratch<uint16_t>(Scratch::kTokens, padded_m * lda);
+  load_bf16_rows(d, k, it, depth, padded_m, a, lda);
+  const char* panel = static_cast<const char*>(d.b.panels) + it.expert * layout.expert_bytes() +
+                      it.feature_begin / P * d.segments * layout.panel_bytes;
+  for (int64_t f = it.feature_begin; f < it.feature_end; f += kPanelFeatureBlock) {
+    const int64_t n = std::min(kPanelFeatureBlock, it.feature_end - f);
+    const int64_t padded_n = round_up(n, P), ldc = padded_n * d.segments;
+    float* tile = scratch<float>(Scratch::kTile, padded_m * ldc);
+    k.amx_begin();
+    for (int64_t j = 0; j < padded_n; j += P) {
+      for (int s = 0; s < d.segments; ++s, panel += layout.panel_bytes) {
+        for (int64_t t = 0; t < padded_m; t += 32) {
+          k.amx_panel(depth / 32, a + t * lda, lda, padded_m - t > 16 ? 2 : 1,
+                      reinterpret_cast<const uint16_t*>(panel), tile + t * ldc + s * padded_n + j,
+                      ldc, t == 0 ? kBytesAhead : 0);
+        }
+      }
+    }
+    k.amx_end();
+    for (int64_t t = 0; t < m; ++t) {
+      fn(it.expert, it.row_begin + t, f, n, tile + t * ldc, tile + t * ldc + padded_n);
+    }
+  }
+}
+
+template <class Epilogue>
+void amx_rows_item(const GemmDesc<float>& d, const Kernels<float>& k, const GemmItem& it,
+                   const Epilogue& fn) {
+  const int64_t K = d.in_features, m = it.row_end - it.row_begin;
+  const int64_t padded_m = round_up<int64_t>(m, 16), token_tiles = padded_m / 16;
+  // Pairs of k are 32-bit elements, so the transposition of floats puts 16 tokens side by side.
+  auto* rows = scratch<uint16_t>(Scratch::kPackB, 16 * (K + 32));
+  auto* x = scratch<uint16_t>(Scratch::kTokens, padded_m * K);
+  for (int64_t t = 0; t < padded_m; t += 16) {
+    GemmItem part = it;
+    part.row_begin = it.row_begin + t;
+    part.row_end = std::min(it.row_end, part.row_begin + 16);
+    load_bf16_rows(d, k, part, K, 16, rows, K + 32);
+    k.transpose(reinterpret_cast<const float*>(rows), (K + 32) / 2, 16, K / 2,
+                reinterpret_cast<float*>(x + t * K), 16);
+  }
+  const auto* w = reinterpret_cast<const uint16_t*>(
+      element(d.b.data, d.b.type, it.expert * d.b.stride_e));
+  const int64_t chunk = kPanelFeatureBlock / d.segments;
+  for (int64_t f = it.feature_begin; f < it.feature_end; f += chunk) {
+    const int64_t n = std::min(chunk, it.feature_end - f);
+    const int64_t padded_n = round_up<int64_t>(n, 16), ldo = padded_n * d.segments;
+    float* tile = scratch<float>(Scratch::kTile, ldo * padded_m);
+    float* out = scratch<float>(Scratch::kPackB, ldo * padded_m);
+    k.amx_begin();
+    for (int s = 0; s < d.segments; ++s) {
+      for (int64_t i = 0; i < n; i += 16) {
+        const uint16_t* src = w + (s * d.features + f + i) * d.b.stride_o;
+        int64_t ldw = d.b.stride_o;
+        if (n - i < 16) {  // A tile reads 16 rows; there may be no memory behind the last ones.
+          auto* copy = scratch<uint16_t>(Scratch::kPackA, 16 * K);
+          std::memset(copy, 0, static_cast<size_t>(16 * K) * 2);
+          for (int64_t j = 0; j < n - i; ++j) {
+            std::memcpy(copy + j * K, src + j * ldw, static_cast<size_t>(K) * 2);
+          }
+          src = copy;
+          ldw = K;
+        }
+        k.amx_rows(K / 32, src, ldw, x, 16 * K, static_cast<int>(token_tiles),
+                   tile + (s * padded_n + i) * padded_m, padded_m);
+      }
+    }
+    k.amx_end();
+    k.transpose(tile, padded_m, ldo, m, out, ldo);
+    for (int64_t t = 0; t < m; ++t) {
+      fn(it.expert, it.row_begin + t, f, n, out + t * ldo, out + t * ldo + padded_n);
+    }
+  }
+}
+
+template <class T, class Epilogue>
+void run_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, const Epilogue& fn) {
+  switch (it.path) {
+    case Path::kZero: {
       const int64_t n = it.feature_end - it.feature_begin;
       T* zeros = scratch<T>(Scratch::kTile, 2 * n);
       for (int64_t r = it.row_begin; r < it.row_end; ++r) {
         std::fill(zeros, zeros + 2 * n, T(0));
         fn(it.expert, r, it.feature_begin, n, zeros, zeros + n);
       }
-    } else if (d.b.stride_k != 1) {
-      nn_item(d, k, it, fn);
-    } else if (expert_rows <= k.dot_max_rows) {
-      dot_item(d, k, it, fn);
-    } else {
-      nt_item(d, k, it, fn);
+      return;
     }
-  });
+    case Path::kDot:
+      return dot_item(d, k, it, fn);
+    case Path::kNt:
+      return nt_item(d, k, it, fn);
+    case Path::kNn:
+      return nn_item(d, k, it, fn);
+    case Path::kPanels:
+      return panel_item(d, k, it, fn);
+    case Path::kAmxPanels:
+      if constexpr (sizeof(T) == 4) amx_panel_item(d, k, it, fn);
+      return;
+    case Path::kAmxRows:
+      if constexpr (sizeof(T) == 4) amx_rows_item(d, k, it, fn);
+      return;
+  }
+}
+
+// Elementary operations, in units of about a nanosecond.
+template <class T>
+double gemm_cost(const GemmDesc<T>& d) {
+  return static_cast<double>(d.expert_offsets[d.num_experts]) *
+         static_cast<double>(d.features * d.segments) *
+         (static_cast<double>(d.in_features) / 16 + 1);
+}
+
+template <class T, class Epilogue>
+void gemm(const GemmDesc<T>& d, const Parallel& par, const Epilogue& fn) {
+  const Kernels<T>& k = kernels<T>();
+  if (d.expert_offsets[d.num_experts] == 0 || d.features == 0) return;
+  const std::vector<GemmItem> items = gemm_items(d, k, par.num_threads);
+  parallel_items(par, static_cast<int64_t>(items.size()), gemm_cost(d),
+                 [&](int64_t i) { run_item(d, k, items[i], fn); });
 }
 
 // out[e, o, j] = sum over rows r of e: grad[r, o] * a[r, j]. Row blocks are the depth of the tiles;

@@ -274,7 +274,8 @@ inline T horizontal_sum(Vec<T> v) {
 
 // F weight rows and M tokens, vectors along k: F streams of weights, each read once.
 template <class T, class S, int F, int M>
-void dot_tile(int64_t k, const S* w, int64_t ldw, const T* x, int64_t ldx, T* out, int64_t ldo) {
+void dot_tile(int64_t k, const S* w, int64_t ldw, const T* x, int64_t ldx, T* out, int64_t ldo,
+              int64_t out_step) {
   constexpr int W = kLanes<T>;
   Vec<T> acc[F][M];
 #pragma GCC unroll 4
@@ -305,34 +306,223 @@ void dot_tile(int64_t k, const S* w, int64_t ldw, const T* x, int64_t ldx, T* ou
 #pragma GCC unroll 4
   for (int f = 0; f < F; ++f) {
 #pragma GCC unroll 4
-    for (int t = 0; t < M; ++t) out[t * ldo + f] = horizontal_sum<T>(acc[f][t]);
+    for (int t = 0; t < M; ++t) out[t * ldo + f * out_step] = horizontal_sum<T>(acc[f][t]);
   }
 }
 
 template <class T, class S, int F>
 void dot_tokens(int tokens, int64_t k, const S* w, int64_t ldw, const T* x, int64_t ldx, T* out,
-                int64_t ldo) {
+                int64_t ldo, int64_t out_step) {
   if constexpr (MOE_DOT_TOKENS >= 4) {
-    if (tokens == 4) return dot_tile<T, S, F, 4>(k, w, ldw, x, ldx, out, ldo);
-    if (tokens == 3) return dot_tile<T, S, F, 3>(k, w, ldw, x, ldx, out, ldo);
+    if (tokens == 4) return dot_tile<T, S, F, 4>(k, w, ldw, x, ldx, out, ldo, out_step);
+    if (tokens == 3) return dot_tile<T, S, F, 3>(k, w, ldw, x, ldx, out, ldo, out_step);
   }
-  if (tokens == 2) return dot_tile<T, S, F, 2>(k, w, ldw, x, ldx, out, ldo);
-  dot_tile<T, S, F, 1>(k, w, ldw, x, ldx, out, ldo);
+  if (tokens == 2) return dot_tile<T, S, F, 2>(k, w, ldw, x, ldx, out, ldo, out_step);
+  dot_tile<T, S, F, 1>(k, w, ldw, x, ldx, out, ldo, out_step);
 }
 
 template <class T>
 void dot(DType w_type, int features, int tokens, int64_t k, const void* w, int64_t ldw, const T* x,
-         int64_t ldx, T* out, int64_t ldo) {
+         int64_t ldx, T* out, int64_t ldo, int64_t out_step) {
   with_type<T>(w_type, w, [&]<class S>(const S* p) {
     if (features == 4) {
-      dot_tokens<T, S, 4>(tokens, k, p, ldw, x, ldx, out, ldo);
+      dot_tokens<T, S, 4>(tokens, k, p, ldw, x, ldx, out, ldo, out_step);
     } else {
       for (int f = 0; f < features; ++f) {
-        dot_tokens<T, S, 1>(tokens, k, p + f * ldw, ldw, x, ldx, out + f, ldo);
+        dot_tokens<T, S, 1>(tokens, k, p + f * ldw, ldw, x, ldx, out + f * out_step, ldo, 0);
       }
     }
   });
 }
+
+// --- panels of weights packed ahead of time
+
+// Vector v of row `half` of the pair of k at p.
+template <class T, class S>
+inline Vec<T> panel_vector(const S* p, int v, [[maybe_unused]] int half) {
+  constexpr int W = kLanes<T>;
+  if constexpr (sizeof(S) == sizeof(T)) {
+    return load<T>(reinterpret_cast<const T*>(p) + v * W);
+  } else {
+    using F = Simd<float>;
+    typedef uint32_t Unaligned __attribute__((vector_size(MOE_VEC_BYTES), aligned(4), may_alias));
+    const F::Uint pair = *reinterpret_cast<const Unaligned*>(p + 2 * v * W);
+    if constexpr (kIsBf16<S>) {
+      return __builtin_bit_cast(Vec<float>, half == 0 ? pair << 16 : pair & 0xffff0000u);
+    } else {
+      const auto bits = __builtin_convertvector(half == 0 ? pair & 0xffffu : pair >> 16, F::Half);
+      return load_as(reinterpret_cast<const Fp16*>(&bits));
+    }
+  }
+}
+
+template <class T, class S, int M, bool kAhead>
+inline void panel_loop(int64_t kc, const T* a, const S* panel, T* c, int64_t ldc, bool accumulate,
+                       const char* ahead, int64_t ahead_step) {
+  constexpr int W = kLanes<T>;
+  constexpr int kPair = sizeof(S) == sizeof(T) ? 1 : 2;  // steps of k that lie side by side
+  constexpr int kLines = 2 * MOE_VEC_BYTES < 64 ? 1 : 2 * MOE_VEC_BYTES / 64;
+  Vec<T> acc[M][2];
+#pragma GCC unroll 32
+  for (int i = 0; i < M; ++i) acc[i][0] = acc[i][1] = Vec<T>{};
+  const int64_t line_step = ahead_step / kLines;
+#pragma GCC unroll 2
+  for (int64_t k = 0; k < kc; k += kPair) {
+    if constexpr (kAhead) {
+#pragma GCC unroll 2
+      for (int line = 0; line < kLines; ++line) {
+        __builtin_prefetch(ahead, 0, 2);
+        ahead += line_step;
+      }
+    }
+#pragma GCC unroll 2
+    for (int half = 0; half < kPair; ++half) {
+      const Vec<T> b0 = panel_vector<T>(panel, 0, half), b1 = panel_vector<T>(panel, 1, half);
+#pragma GCC unroll 32
+      for (int i = 0; i < M; ++i) {
+        const Vec<T> av = splat<T>(a[i * kLda + half]);
+        acc[i][0] += av * b0;
+        acc[i][1] += av * b1;
+      }
+    }
+    a += kPair;
+    panel += 2 * W * kPair;
+  }
+#pragma GCC unroll 32
+  for (int i = 0; i < M; ++i) {
+#pragma GCC unroll 2
+    for (int v = 0; v < 2; ++v) {
+      T* out = c + i * ldc + v * W;
+      store<T>(out, accumulate ? load<T>(out) + acc[i][v] : acc[i][v]);
+    }
+  }
+}
+
+template <class T, class S, int M>
+void panel_tile(int64_t kc, const T* a, const void* panel, T* c, int64_t ldc, bool accumulate,
+                const char* ahead, int64_t ahead_step) {
+  const S* p = static_cast<const S*>(panel);
+  if (ahead_step != 0) {
+    panel_loop<T, S, M, true>(kc, a, p, c, ldc, accumulate, ahead, ahead_step);
+  } else {
+    panel_loop<T, S, M, false>(kc, a, p, c, ldc, accumulate, ahead, ahead_step);
+  }
+}
+
+#if defined(MOE_AMX)
+struct alignas(64) TileConfig {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t bytes_per_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
+void amx_begin() {
+  const TileConfig config;
+  _tile_loadconfig(&config);
+}
+
+void amx_end() { _tile_release(); }
+
+// Sums in tiles 0 to 3, tokens in 4 and 5, weights in 6 and 7.
+template <int kRowTiles>
+void amx_panel_tiles(int64_t k_steps, const uint16_t* a, int64_t lda, const uint16_t* panel,
+                     float* c, int64_t ldc, int64_t bytes_ahead) {
+  _tile_zero(0);
+  _tile_zero(1);
+  if constexpr (kRowTiles == 2) {
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  for (int64_t k = 0; k < k_steps; ++k) {
+    if (bytes_ahead != 0) {
+      const char* next = reinterpret_cast<const char*>(panel) + bytes_ahead;
+#pragma GCC unroll 32
+      for (int line = 0; line < 32; ++line) __builtin_prefetch(next + line * 64, 0, 2);
+    }
+    _tile_loadd(6, panel, 128);
+    _tile_loadd(4, a, lda * 2);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(7, panel + 32, 128);
+    _tile_dpbf16ps(1, 4, 7);
+    if constexpr (kRowTiles == 2) {
+      _tile_loadd(5, a + 16 * lda, lda * 2);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+    a += 32;
+    panel += 32 * 32;
+  }
+  _tile_stored(0, c, ldc * 4);
+  _tile_stored(1, c + 16, ldc * 4);
+  if constexpr (kRowTiles == 2) {
+    _tile_stored(2, c + 16 * ldc, ldc * 4);
+    _tile_stored(3, c + 16 * ldc + 16, ldc * 4);
+  }
+}
+
+void amx_panel(int64_t k_steps, const uint16_t* a, int64_t lda, int row_tiles,
+               const uint16_t* panel, float* c, int64_t ldc, int64_t bytes_ahead) {
+  if (row_tiles == 2) {
+    amx_panel_tiles<2>(k_steps, a, lda, panel, c, ldc, bytes_ahead);
+  } else {
+    amx_panel_tiles<1>(k_steps, a, lda, panel, c, ldc, bytes_ahead);
+  }
+}
+
+// Weights in tile 6, one tile of tokens after the other in 7.
+template <int kTiles>
+void amx_rows_tiles(int64_t k_steps, const uint16_t* w, int64_t ldw, const uint16_t* x, int64_t ldx,
+                    float* c, int64_t ldc) {
+  _tile_zero(0);
+  if constexpr (kTiles > 1) _tile_zero(1);
+  if constexpr (kTiles > 2) _tile_zero(2);
+  if constexpr (kTiles > 3) _tile_zero(3);
+  if constexpr (kTiles > 4) _tile_zero(4);
+  if constexpr (kTiles > 5) _tile_zero(5);
+// Tile numbers have to be literals.
+#define MOE_TOKENS(j)                   \
+  if constexpr (kTiles > j) {           \
+    _tile_loadd(7, x + (j) * ldx, 64);  \
+    _tile_dpbf16ps(j, 6, 7);            \
+  }
+  for (int64_t k = 0; k < k_steps; ++k) {
+    _tile_loadd(6, w, ldw * 2);
+    MOE_TOKENS(0)
+    MOE_TOKENS(1)
+    MOE_TOKENS(2)
+    MOE_TOKENS(3)
+    MOE_TOKENS(4)
+    MOE_TOKENS(5)
+    w += 32;
+    x += 32 * 16;
+  }
+#undef MOE_TOKENS
+  _tile_stored(0, c, ldc * 4);
+  if constexpr (kTiles > 1) _tile_stored(1, c + 16, ldc * 4);
+  if constexpr (kTiles > 2) _tile_stored(2, c + 32, ldc * 4);
+  if constexpr (kTiles > 3) _tile_stored(3, c + 48, ldc * 4);
+  if constexpr (kTiles > 4) _tile_stored(4, c + 64, ldc * 4);
+  if constexpr (kTiles > 5) _tile_stored(5, c + 80, ldc * 4);
+}
+
+void amx_rows(int64_t k_steps, const uint16_t* w, int64_t ldw, const uint16_t* x, int64_t ldx,
+              int token_tiles, float* c, int64_t ldc) {
+  switch (token_tiles) {
+    case 1:
+      return amx_rows_tiles<1>(k_steps, w, ldw, x, ldx, c, ldc);
+    case 2:
+      return amx_rows_tiles<2>(k_steps, w, ldw, x, ldx, c, ldc);
+    case 3:
+      return amx_rows_tiles<3>(k_steps, w, ldw, x, ldx, c, ldc);
+    case 4:
+      return amx_rows_tiles<4>(k_steps, w, ldw, x, ldx, c, ldc);
+    case 5:
+      return amx_rows_tiles<5>(k_steps, w, ldw, x, ldx, c, ldc);
+    default:
+      return amx_rows_tiles<6>(k_steps, w, ldw, x, ldx, c, ldc);
+  }
+}
+#endif
 
 // --- rows
 
@@ -770,6 +960,14 @@ void fill_micro(typename Kernels<T>::Micro* table) {
   }
 }
 
+template <class T, class S, int M>
+void fill_panel_tiles(typename Kernels<T>::PanelTile* table) {
+  if constexpr (M <= MOE_MR2) {
+    table[M - 1] = &panel_tile<T, S, M>;
+    fill_panel_tiles<T, S, M + 1>(table);
+  }
+}
+
 template <class T>
 Kernels<T> make_kernels() {
   Kernels<T> k = {};
@@ -784,6 +982,17 @@ Kernels<T> make_kernels() {
   fill_micro<T, 2, false, 1, MOE_MR2>(k.row_a[1]);
   fill_micro<T, 1, true, 1, MOE_MR1>(k.col_a[0]);
   fill_micro<T, 2, true, 1, MOE_MR2>(k.col_a[1]);
+  fill_panel_tiles<T, T, 1>(k.panel_tile[static_cast<int>(kAccumulate<T>)]);
+  if constexpr (sizeof(T) == 4) {
+    fill_panel_tiles<T, Bf16, 1>(k.panel_tile[static_cast<int>(DType::kBFloat16)]);
+    fill_panel_tiles<T, Fp16, 1>(k.panel_tile[static_cast<int>(DType::kFloat16)]);
+#if defined(MOE_AMX)
+    k.amx_begin = &amx_begin;
+    k.amx_end = &amx_end;
+    k.amx_panel = &amx_panel;
+    k.amx_rows = &amx_rows;
+#endif
+  }
   k.dot = &dot<T>;
   k.load_row = &load_row<T>;
   k.pack_panels = &pack_panels<T>;

@@ -22,6 +22,9 @@ constexpr int64_t kDotFeatures = 4;
 
 constexpr int kMaxMr = 24;
 
+// Of an AMX core's 8 tiles, 6 hold sums; the others an operand each.
+constexpr int kAmxTokenTiles = 6;
+
 // What a tile does beside its sums.
 //
 // It fetches weights that the next tiles will need, in rows of `bytes`. A row is a short run in a
@@ -67,10 +70,32 @@ struct Kernels {
   Micro row_a[2][kMaxMr];
   Micro col_a[2][kMaxMr];
 
-  // out[t*ldo + f] = sum_k w[f*ldw + k] * x[t*ldx + k] for f < features <= kDotFeatures and
+  // Weights packed ahead of time, as the vector side (pack.h). For i < m, j < 2*lanes:
+  // c[i*ldc + j] (+)= sum_k a[i*kLda + k] * panel(k, j). A panel holds [kc][2*lanes] elements of T,
+  // or pairs of k of a half type, [kc/2][2*lanes][2], kc even. While it runs, the tile asks for the
+  // `steps * ahead_step` bytes from `ahead` on, spread evenly; ahead_step = 0: for nothing. A step
+  // is one k, or one pair. Index: [type, kFloat64 like kFloat32][m - 1].
+  using PanelTile = void (*)(int64_t kc, const T* a, const void* panel, T* c, int64_t ldc,
+                             bool accumulate, const char* ahead, int64_t ahead_step);
+  PanelTile panel_tile[4][kMaxMr];
+
+  // AMX: products of bfloat16 with sums in fp32 tiles of 16 x 16. Null at other levels. A thread
+  // calls amx_begin before the first of a run of tiles and amx_end after the last.
+  void (*amx_begin)();
+  void (*amx_end)();
+  // For i < 16*row_tiles (at most 2), j < 32: c[i*ldc + j] = sum_k a[i*lda + k] * panel(k, j), with
+  // k < 32*k_steps. Asks for `bytes_ahead` behind the place in the panel that it reads; 0: does not.
+  void (*amx_panel)(int64_t k_steps, const uint16_t* a, int64_t lda, int row_tiles,
+                    const uint16_t* panel, T* c, int64_t ldc, int64_t bytes_ahead);
+  // For f < 16, t < 16*token_tiles (at most kAmxTokenTiles): c[f*ldc + t] = sum_k w[f*ldw + k] *
+  // x(t, k). Tile j of x starts at x + j*ldx and holds pairs of k: [16*k_steps][16][2].
+  void (*amx_rows)(int64_t k_steps, const uint16_t* w, int64_t ldw, const uint16_t* x, int64_t ldx,
+                   int token_tiles, T* c, int64_t ldc);
+
+  // out[t*ldo + f*out_step] = sum_k w[f*ldw + k] * x[t*ldx + k] for f < features <= kDotFeatures and
   // t < tokens <= dot_tokens. Rows of x are readable and zero up to the next whole vector.
   void (*dot)(DType w_type, int features, int tokens, int64_t k, const void* w, int64_t ldw,
-              const T* x, int64_t ldx, T* out, int64_t ldo);
+              const T* x, int64_t ldx, T* out, int64_t ldo, int64_t out_step);
 
   // dst[i] = scale * src[i]
   void (*load_row)(DType type, const void* src, T* dst, int64_t n, T scale);

@@ -30,11 +30,15 @@ struct ExpertMatrices {
   const void* data = nullptr;
   DType type = DType::kFloat32;
   int64_t stride_e = 0, stride_o = 0, stride_k = 0;  // elements; stride_o or stride_k is 1
+  // A copy of the matrices in the order of the kernels (cpu/pack.h), or nullptr. Used by products
+  // that sum over k; `data` stays valid beside it.
+  const void* panels = nullptr;
 };
 
 // The same matrices as [E, K, O]: only strides change.
 inline ExpertMatrices transposed(ExpertMatrices m) {
   std::swap(m.stride_o, m.stride_k);
+  m.panels = nullptr;
   return m;
 }
 

@@ -1,0 +1,102 @@
+#include "cpu/pack.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "cpu/kernels.h"
+#include "cpu/parallel.h"
+
+namespace moe_ops::cpu {
+
+namespace {
+
+// Bit patterns are copied, so one text serves all types of a size.
+template <class Bits>
+void pack_panel(const Bits* w, int64_t stride_o, int64_t stride_k, int64_t features, int64_t K,
+                const PanelLayout& layout, int64_t pair, Bits* panel) {
+  const int64_t P = layout.width;
+  if (features < P || K < layout.depth) {
+    std::memset(panel, 0, static_cast<size_t>(layout.panel_bytes));
+  }
+  // Blocks of k, so that the lines a block touches stay in cache while features take turns.
+  constexpr int64_t kBlock = 64;
+  for (int64_t k0 = 0; k0 < K; k0 += kBlock) {
+    const int64_t k1 = std::min(K, k0 + kBlock);
+    for (int64_t f = 0; f < features; ++f) {
+      const Bits* src = w + f * stride_o;
+      Bits* dst = panel + f * pair;
+      for (int64_t k = k0; k < k1; ++k) {
+        dst[k / pair * P * pair + k % pair] = src[k * stride_k];
+      }
+    }
+  }
+}
+
+template <class Bits>
+void pack_all(const ExpertMatrices& w, int64_t num_experts, int64_t features, int64_t K,
+              const PanelLayout& layout, void* panels, const Parallel& par) {
+  const int64_t pair = sizeof(Bits) == 2 ? 2 : 1;
+  const int64_t per_expert = layout.count * layout.segments;
+  const double cost = static_cast<double>(num_experts * per_expert) * layout.width * K;
+  parallel_items(par, num_experts * per_expert, cost, [&](int64_t i) {
+    const int64_t e = i / per_expert, panel = i % per_expert / layout.segments;
+    const int64_t f = panel * layout.width;
+    const Bits* src = static_cast<const Bits*>(w.data) + e * w.stride_e +
+                      (i % layout.segments * features + f) * w.stride_o;
+    auto* dst = reinterpret_cast<Bits*>(static_cast<char*>(panels) + i * layout.panel_bytes);
+    pack_panel(src, w.stride_o, w.stride_k, std::min(layout.width, features - f), K, layout, pair,
+               dst);
+  });
+}
+
+}  // namespace
+
+PanelLayout panel_layout(DType type, int64_t out_features, int64_t in_features, int64_t segments) {
+  const bool half = dtype_size(type) == 2;
+  PanelLayout layout;
+  layout.width = 2 * (type == DType::kFloat64 ? kernels<double>().lanes : kernels<float>().lanes);
+  layout.depth = half ? round_up<int64_t>(in_features, 32) : in_features;
+  layout.segments = segments;
+  layout.count = ceil_div(out_features / segments, layout.width);
+  layout.panel_bytes = layout.depth * layout.width * dtype_size(type);
+  return layout;
+}
+
+void pack_panels(const ExpertMatrices& w, int64_t num_experts, int64_t out_features,
+                 int64_t in_features, int64_t segments, void* panels, const Parallel& par) {
+  const PanelLayout layout = panel_layout(w.type, out_features, in_features, segments);
+  const int64_t features = out_features / segments;
+  switch (dtype_size(w.type)) {
+    case 8:
+      return pack_all<uint64_t>(w, num_experts, features, in_features, layout, panels, par);
+    case 4:
+      return pack_all<uint32_t>(w, num_experts, features, in_features, layout, panels, par);
+    default:
+      return pack_all<uint16_t>(w, num_experts, features, in_features, layout, panels, par);
+  }
+}
+
+bool panels_match(const ExpertMatrices& w, const void* panels, int64_t e, int64_t out_features,
+                  int64_t in_features, int64_t segments) {
+  const PanelLayout layout = panel_layout(w.type, out_features, in_features, segments);
+  const int64_t size = dtype_size(w.type), pair = size == 2 ? 2 : 1;
+  const int64_t features = out_features / segments;
+  if (features == 0 || in_features == 0) return true;
+  const char* base = static_cast<const char*>(panels) + e * layout.expert_bytes();
+  constexpr int64_t kSamples = 4;
+  for (int64_t i = 0; i < kSamples; ++i) {
+    // Another place in every expert; 7919 is a prime, so the places spread over both dimensions.
+    const int64_t o = (i * out_features / kSamples + e * 7919) % out_features;
+    const int64_t k = (i * in_features / kSamples + e * 7919) % in_features;
+    const int64_t s = o / features, f = o % features;
+    const int64_t panel = f / layout.width * layout.segments + s;
+    const char* packed = base + panel * layout.panel_bytes +
+                         ((k / pair * layout.width + f % layout.width) * pair + k % pair) * size;
+    const char* source =
+        static_cast<const char*>(w.data) + (e * w.stride_e + o * w.stride_o + k * w.stride_k) * size;
+    if (std::memcmp(packed, source, static_cast<size_t>(size)) != 0) return false;
+  }
+  return true;
+}
+
+}  // namespace moe_ops::cpu

@@ -1,0 +1,39 @@
+// Weights packed ahead of time for products along k: panels of 2*lanes features, stored in the
+// order in which the tiles read them.
+//
+//   fp32, fp64    panel = [K][2*lanes]
+//   half types    panel = [Kp/2][2*lanes][2]: pairs of k side by side, Kp = K rounded up to 32. One
+//                 shift or mask widens a vector of pairs to 16 floats, and AMX takes it as it is.
+//
+// Features come in `segments` runs (gate and up): panel i of the first, panel i of the second, then
+// the next i, so that an item reads both as one stream. Missing features and steps of k are zero.
+#pragma once
+
+#include <cstdint>
+
+#include "moe_ops/common.h"
+#include "moe_ops/grouped_gemm.h"
+
+namespace moe_ops::cpu {
+
+struct PanelLayout {
+  int64_t width;        // features of a panel
+  int64_t depth;        // K as stored
+  int64_t segments;     // runs of features
+  int64_t count;        // panels of one segment
+  int64_t panel_bytes;  // of one panel
+  int64_t expert_bytes() const { return panel_bytes * count * segments; }
+};
+
+// For matrices [E, O, K] of `type`; O = segments * the features of one.
+PanelLayout panel_layout(DType type, int64_t out_features, int64_t in_features, int64_t segments);
+
+// Packs all experts. panels: num_experts * expert_bytes(), 64-byte aligned.
+void pack_panels(const ExpertMatrices& w, int64_t num_experts, int64_t out_features,
+                 int64_t in_features, int64_t segments, void* panels, const Parallel& par);
+
+// Whether a few elements of expert `e`, spread over the matrix, are the same in `panels`.
+bool panels_match(const ExpertMatrices& w, const void* panels, int64_t e, int64_t out_features,
+                  int64_t in_features, int64_t segments);
+
+}  // namespace moe_ops::cpu
