@@ -35,10 +35,11 @@ constexpr int64_t kFeatureBlock = 252;
 // their tokens: the more features share that work the better.
 constexpr int64_t kPanelFeatureBlock = 256;
 constexpr int64_t kAmxFeatureBlock = 2048;
-// How far ahead of itself a tile asks for panels: 64 lines, more than a DRAM latency of them.
-constexpr int64_t kBytesAhead = 4096;
-// Fewest rows of an expert that AMX takes from weights that are not packed. Below, the dot kernel
-// streams weights as fast and keeps the tokens in fp32.
+// How far ahead of itself a tile asks for panels, from memory into L2: 32 lines, a DRAM latency of
+// them.
+constexpr int64_t kBytesAhead = 2048;
+// Fewest rows of an expert that AMX takes. Below, reading the weights is all that counts, and the
+// other kernels keep the tokens in fp32.
 constexpr int64_t kAmxMinRows = 3;
 
 // Weight gradients from this size on will not be found in a cache again by whoever reads them.
@@ -80,11 +81,11 @@ template <class T>
 Path path_of(const GemmDesc<T>& d, const Kernels<T>& k, int64_t expert_rows) {
   if (d.in_features == 0) return Path::kZero;
   // AMX rounds tokens to bfloat16, which loses nothing unless they were scaled before.
-  const bool amx =
-      k.amx_panel != nullptr && d.b.type == DType::kBFloat16 && d.a_scale == nullptr;
+  const bool amx = k.amx_panel != nullptr && d.b.type == DType::kBFloat16 &&
+                   d.a_scale == nullptr && expert_rows >= kAmxMinRows;
   if (d.b.panels != nullptr) return amx ? Path::kAmxPanels : Path::kPanels;
   if (d.b.stride_k != 1) return Path::kNn;
-  if (amx && expert_rows >= kAmxMinRows && d.in_features % 32 == 0) return Path::kAmxRows;
+  if (amx && d.in_features % 32 == 0) return Path::kAmxRows;
   return expert_rows <= k.dot_max_rows ? Path::kDot : Path::kNt;
 }
 
@@ -99,6 +100,7 @@ std::vector<GemmItem> gemm_items(const GemmDesc<T>& d, const Kernels<T>& k, int 
   int64_t active = 0;
   for (int64_t e = 0; e < E; ++e) active += d.expert_offsets[e + 1] > d.expert_offsets[e];
   std::vector<GemmItem> items;
+  if (d.features == 0) return items;
   for (int64_t e = 0; e < E; ++e) {
     const int64_t begin = d.expert_offsets[e], end = d.expert_offsets[e + 1];
     if (begin == end) continue;
@@ -333,10 +335,10 @@ void panel_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, c
   }
   const auto* tiles = k.panel_tile[static_cast<int>(d.b.type)];
   const int64_t blocks = ceil_div<int64_t>(m, k.mr2);
-  // One or two rows do so little work for a line that the core's own window reaches as far ahead;
-  // more leave the memory idle unless the tile asks. The tiles of a block share the asking.
+  // Every tile asks for panels ahead of its own: the core's window is too short to compute and to
+  // wait for memory at once. Several tiles on one block share the next block between them.
   const int64_t step_bytes = P * size * pair;
-  const int64_t ahead_step = m <= 2 ? 0 : std::max<int64_t>(step_bytes / blocks, 2);
+  const int64_t ahead_step = std::max<int64_t>(step_bytes / blocks, 2);
   const char* panel = static_cast<const char*>(d.b.panels) + it.expert * layout.expert_bytes() +
                       it.feature_begin / P * d.segments * layout.panel_bytes;
   for (int64_t j = 0; j < padded_n; j += P) {
@@ -347,7 +349,8 @@ void panel_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, c
         for (int64_t i = 0; i < blocks; ++i) {
           const int64_t i0 = m * i / blocks, i1 = m * (i + 1) / blocks;
           tiles[i1 - i0 - 1](kc, a + (b * m + i0) * kLda, block, tile + i0 * ldc + s * padded_n + j,
-                             ldc, b > 0, block + kBytesAhead + i * ahead_step * (kc / pair),
+                             ldc, b > 0, block + (blocks == 1 ? kBytesAhead : kc * P * size) +
+                                 i * ahead_step * (kc / pair),
                              ahead_step);
         }
       }
@@ -503,7 +506,6 @@ double gemm_cost(const GemmDesc<T>& d) {
 template <class T, class Epilogue>
 void gemm(const GemmDesc<T>& d, const Parallel& par, const Epilogue& fn) {
   const Kernels<T>& k = kernels<T>();
-  if (d.expert_offsets[d.num_experts] == 0 || d.features == 0) return;
   const std::vector<GemmItem> items = gemm_items(d, k, par.num_threads);
   parallel_items(par, static_cast<int64_t>(items.size()), gemm_cost(d),
                  [&](int64_t i) { run_item(d, k, items[i], fn); });

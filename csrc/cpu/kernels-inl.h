@@ -356,9 +356,9 @@ inline Vec<T> panel_vector(const S* p, int v, [[maybe_unused]] int half) {
   }
 }
 
-template <class T, class S, int M, bool kAhead>
-inline void panel_loop(int64_t kc, const T* a, const S* panel, T* c, int64_t ldc, bool accumulate,
-                       const char* ahead, int64_t ahead_step) {
+template <class T, class S, int M>
+void panel_tile(int64_t kc, const T* a, const void* panel_data, T* c, int64_t ldc, bool accumulate,
+                const char* ahead, int64_t ahead_step) {
   constexpr int W = kLanes<T>;
   constexpr int kPair = sizeof(S) == sizeof(T) ? 1 : 2;  // steps of k that lie side by side
   constexpr int kLines = 2 * MOE_VEC_BYTES < 64 ? 1 : 2 * MOE_VEC_BYTES / 64;
@@ -366,14 +366,13 @@ inline void panel_loop(int64_t kc, const T* a, const S* panel, T* c, int64_t ldc
 #pragma GCC unroll 32
   for (int i = 0; i < M; ++i) acc[i][0] = acc[i][1] = Vec<T>{};
   const int64_t line_step = ahead_step / kLines;
+  const S* panel = static_cast<const S*>(panel_data);
 #pragma GCC unroll 2
   for (int64_t k = 0; k < kc; k += kPair) {
-    if constexpr (kAhead) {
 #pragma GCC unroll 2
-      for (int line = 0; line < kLines; ++line) {
-        __builtin_prefetch(ahead, 0, 2);
-        ahead += line_step;
-      }
+    for (int line = 0; line < kLines; ++line) {
+      __builtin_prefetch(ahead, 0, 2);
+      ahead += line_step;
     }
 #pragma GCC unroll 2
     for (int half = 0; half < kPair; ++half) {
@@ -395,17 +394,6 @@ inline void panel_loop(int64_t kc, const T* a, const S* panel, T* c, int64_t ldc
       T* out = c + i * ldc + v * W;
       store<T>(out, accumulate ? load<T>(out) + acc[i][v] : acc[i][v]);
     }
-  }
-}
-
-template <class T, class S, int M>
-void panel_tile(int64_t kc, const T* a, const void* panel, T* c, int64_t ldc, bool accumulate,
-                const char* ahead, int64_t ahead_step) {
-  const S* p = static_cast<const S*>(panel);
-  if (ahead_step != 0) {
-    panel_loop<T, S, M, true>(kc, a, p, c, ldc, accumulate, ahead, ahead_step);
-  } else {
-    panel_loop<T, S, M, false>(kc, a, p, c, ldc, accumulate, ahead, ahead_step);
   }
 }
 

@@ -72,9 +72,9 @@ struct Kernels {
 
   // Weights packed ahead of time, as the vector side (pack.h). For i < m, j < 2*lanes:
   // c[i*ldc + j] (+)= sum_k a[i*kLda + k] * panel(k, j). A panel holds [kc][2*lanes] elements of T,
-  // or pairs of k of a half type, [kc/2][2*lanes][2], kc even. While it runs, the tile asks for the
-  // `steps * ahead_step` bytes from `ahead` on, spread evenly; ahead_step = 0: for nothing. A step
-  // is one k, or one pair. Index: [type, kFloat64 like kFloat32][m - 1].
+  // or pairs of k of a half type, [kc/2][2*lanes][2], kc even. While it runs, the tile
+  // prefetches the `steps * ahead_step` bytes from `ahead` on, spread evenly; a step is one k, or
+  // one pair. Index: [type, kFloat64 like kFloat32][m - 1].
   using PanelTile = void (*)(int64_t kc, const T* a, const void* panel, T* c, int64_t ldc,
                              bool accumulate, const char* ahead, int64_t ahead_step);
   PanelTile panel_tile[4][kMaxMr];

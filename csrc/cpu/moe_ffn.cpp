@@ -1,12 +1,15 @@
-// The FFN block in three stages, one parallel region each.
+// The FFN block in stages.
 //
-// Forward: (1) up projection with x gathered while it is packed, bias and activation applied to the
+// Forward, in one parallel region: (1) up projection with x gathered while it is packed, bias and activation applied to the
 // tile in cache, h kept in the accumulate type; (2) down projection into rows; (3) weighted sum of
 // a token's rows, each output written once.
-// Backward: (1) u = W_down^T grad_y, unweighted, because <h, u> is then the gradient of the routing
+// Backward, a region a stage: (1) u = W_down^T grad_y, unweighted, because <h, u> is then the gradient of the routing
 // weight; (2) activation recomputed from the pre-activation; (3) the two weight gradients; (4) the
 // gradient of x by rows and (5) summed by token.
 #include "moe_ops/moe_ffn.h"
+
+#include <atomic>
+#include <vector>
 
 #include "cpu/act_rows.h"
 #include "cpu/gemm.h"
@@ -38,8 +41,8 @@ RowRouting<T> row_routing(const MoeFfnShape& s, int64_t rows) {
 }
 
 template <class T>
-void combine(const MoeFfnShape& s, const T* rows, int64_t num_rows, bool weighted, void* y,
-             DType y_type, const Parallel& par) {
+UnpermuteParams combine_params(const MoeFfnShape& s, const T* rows, int64_t num_rows, bool weighted,
+                               void* y, DType y_type) {
   UnpermuteParams u;
   u.rows = rows;
   u.type = kAccumulate<T>;
@@ -52,7 +55,7 @@ void combine(const MoeFfnShape& s, const T* rows, int64_t num_rows, bool weighte
   u.topk_weights = weighted ? s.topk_weights : nullptr;
   u.y = y;
   u.y_type = y_type;
-  unpermute(u, par);
+  return u;
 }
 
 template <class T>
@@ -87,7 +90,7 @@ void forward(const MoeFfnParams& p, const Parallel& par) {
   up.segments = halves ? 2 : 1;
   up.feature_unit = gated && s.act.interleaved ? 2 : 1;
   if (s.apply_router_weight_on_input) up.a_scale = routing.weight;
-  gemm(up, par, [&](int64_t e, int64_t r, int64_t f, int64_t n, T* v0, T* v1) {
+  const auto activate = [&](int64_t e, int64_t r, int64_t f, int64_t n, T* v0, T* v1) {
     for (int seg = 0; seg < up.segments; ++seg) {
       T* v = seg == 0 ? v0 : v1;
       const int64_t column = seg * I + f;
@@ -112,19 +115,56 @@ void forward(const MoeFfnParams& p, const Parallel& par) {
     } else {
       k.act_fwd(s.act.kind, v0, v1, h + r * I + f, n, T(s.act.alpha), T(s.act.limit));
     }
-  });
+  };
 
   T* out = scratch<T>(Scratch::kRows, rows * H);
   const Rows hidden = {h, kAccumulate<T>, I, nullptr};
-  gemm(gemm_desc<T>(s, H, I, hidden, p.w_down), par,
-       [&](int64_t e, int64_t r, int64_t f, int64_t n, T* v, T*) {
-         if (p.b_down.data != nullptr) {
-           k.axpy(p.b_down.type, element(p.b_down.data, p.b_down.type, e * p.b_down.stride_e + f),
-                  T(1), v, n);
-         }
-         std::memcpy(out + r * H + f, v, static_cast<size_t>(n) * sizeof(T));
-       });
-  combine(s, out, rows, !s.apply_router_weight_on_input, p.y, type, par);
+  const GemmDesc<T> down = gemm_desc<T>(s, H, I, hidden, p.w_down);
+  const auto keep = [&](int64_t e, int64_t r, int64_t f, int64_t n, T* v, T*) {
+    if (p.b_down.data != nullptr) {
+      k.axpy(p.b_down.type, element(p.b_down.data, p.b_down.type, e * p.b_down.stride_e + f), T(1),
+             v, n);
+    }
+    std::memcpy(out + r * H + f, v, static_cast<size_t>(n) * sizeof(T));
+  };
+  const UnpermuteParams combine =
+      combine_params(s, out, rows, !s.apply_router_weight_on_input, p.y, type);
+
+  const std::vector<GemmItem> up_items = gemm_items(up, k, par.num_threads);
+  const std::vector<GemmItem> down_items = gemm_items(down, k, par.num_threads);
+  const auto num_up = static_cast<int64_t>(up_items.size());
+  const auto num_down = static_cast<int64_t>(down_items.size());
+  const int64_t chunk = std::max<int64_t>(1, chunk_length(s.num_tokens, unpermute_cost(combine)));
+  std::vector<Countdown> up_left(static_cast<size_t>(s.num_experts));
+  for (const GemmItem& it : up_items) up_left[it.expert].add();
+  Countdown down_left;
+  down_left.start(num_down);
+  std::atomic<bool> failed{false};
+  const auto run = [&](int64_t i) {
+    if (i < num_up) {
+      run_item(up, k, up_items[i], activate);
+      up_left[up_items[i].expert].done();
+    } else if (i < num_up + num_down) {
+      const GemmItem& it = down_items[i - num_up];
+      if (!up_left[it.expert].wait(failed)) return;
+      run_item(down, k, it, keep);
+      down_left.done();
+    } else {
+      if (!down_left.wait(failed)) return;
+      const int64_t begin = (i - num_up - num_down) * chunk;
+      unpermute_tokens(combine, begin, std::min(s.num_tokens, begin + chunk));
+    }
+  };
+  const double cost = gemm_cost(up) + gemm_cost(down) +
+                      unpermute_cost(combine) * static_cast<double>(s.num_tokens);
+  parallel_items(par, num_up + num_down + ceil_div(s.num_tokens, chunk), cost, [&](int64_t i) {
+    try {
+      run(i);
+    } catch (...) {
+      failed.store(true, std::memory_order_relaxed);
+      throw;
+    }
+  });
   release_large_scratch();
 }
 
@@ -244,7 +284,9 @@ void backward(const MoeFfnBwdParams& p, const Parallel& par) {
       }
     });
   }
-  if (p.grad_x != nullptr) combine(s, dx, rows, on_input, p.grad_x, type, par);
+  if (p.grad_x != nullptr) {
+    unpermute(combine_params(s, dx, rows, on_input, p.grad_x, type), par);
+  }
   release_large_scratch();
 }
 

@@ -1,4 +1,4 @@
-// One parallel region per stage. Work items are claimed from an atomic counter, so a thread that
+// Work items are claimed from an atomic counter, so a thread that
 // the machine delays holds back one item, not a static share of all of them. Which thread computes
 // an item never changes its result: every output element belongs to exactly one item.
 #pragma once
@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <thread>
 
 #include "moe_ops/common.h"
 
@@ -38,13 +39,39 @@ void parallel_items(const Parallel& par, int64_t n, double cost, const Fn& fn) {
       &context);
 }
 
+// Items of several stages share one region: they are numbered stage after stage, so whatever an item
+// waits for was claimed before it, by a thread that is at work on it. A Countdown counts the items
+// of a stage (or of an expert in it) that are not done.
+class Countdown {
+ public:
+  void start(int64_t n) { left_.store(n, std::memory_order_relaxed); }
+  void add() { left_.fetch_add(1, std::memory_order_relaxed); }
+  void done() { left_.fetch_sub(1, std::memory_order_release); }
+  // False: another item failed, and this count may never end.
+  bool wait(const std::atomic<bool>& failed) const {
+    for (int spins = 0; left_.load(std::memory_order_acquire) > 0; ++spins) {
+      if (failed.load(std::memory_order_relaxed)) return false;
+      if (spins > 100) std::this_thread::yield();
+    }
+    return true;
+  }
+
+ private:
+  std::atomic<int64_t> left_{0};
+};
+
+// Items per chunk of [0, n), by the cost of one.
+inline int64_t chunk_length(int64_t n, double cost_per_item) {
+  constexpr double kChunkCost = 4e4;
+  const int64_t by_cost = static_cast<int64_t>(kChunkCost / std::max(cost_per_item, 1.0)) + 1;
+  return std::min(n, by_cost);
+}
+
 // Calls fn(begin, end) for chunks of [0, n). The chunk length depends on n and the cost alone.
 template <class Fn>
 void parallel_range(const Parallel& par, int64_t n, double cost_per_item, const Fn& fn) {
   if (n <= 0) return;
-  constexpr double kChunkCost = 4e4;
-  const int64_t by_cost = static_cast<int64_t>(kChunkCost / std::max(cost_per_item, 1.0)) + 1;
-  const int64_t chunk = std::min(n, by_cost);
+  const int64_t chunk = chunk_length(n, cost_per_item);
   const int64_t chunks = ceil_div(n, chunk);
   parallel_items(par, chunks, cost_per_item * static_cast<double>(n),
                  [&](int64_t c) { fn(c * chunk, std::min(n, (c + 1) * chunk)); });

@@ -13,26 +13,24 @@ namespace moe_ops::cpu {
 namespace {
 
 template <class T>
-void run(const UnpermuteParams& p, const Parallel& par) {
+void run_tokens(const UnpermuteParams& p, int64_t begin, int64_t end) {
   const Kernels<T>& k = kernels<T>();
   const int64_t H = p.hidden_size, K = p.top_k, size = dtype_size(p.type);
   const char* rows = static_cast<const char*>(p.rows);
   const T* weights = static_cast<const T*>(p.topk_weights);
-  parallel_range(par, p.num_tokens, K * H / 8.0 + 4, [&](int64_t begin, int64_t end) {
-    std::vector<const void*> row(static_cast<size_t>(K));
-    std::vector<T> weight(static_cast<size_t>(K));
-    T* sum = scratch<T>(Scratch::kTile, H);
-    for (int64_t t = begin; t < end; ++t) {
-      int64_t n = 0;
-      for (int64_t s = t * K; s < (t + 1) * K; ++s) {
-        if (p.slot_to_row[s] >= p.num_valid_rows) continue;
-        row[n] = rows + p.slot_to_row[s] * p.row_stride * size;
-        weight[n++] = weights != nullptr ? weights[s] : T(1);
-      }
-      k.weighted_sum(p.type, row.data(), weights != nullptr ? weight.data() : nullptr, n, sum, H);
-      k.store_row(p.y_type, sum, static_cast<char*>(p.y) + t * H * dtype_size(p.y_type), H);
+  std::vector<const void*> row(static_cast<size_t>(K));
+  std::vector<T> weight(static_cast<size_t>(K));
+  T* sum = scratch<T>(Scratch::kTile, H);
+  for (int64_t t = begin; t < end; ++t) {
+    int64_t n = 0;
+    for (int64_t s = t * K; s < (t + 1) * K; ++s) {
+      if (p.slot_to_row[s] >= p.num_valid_rows) continue;
+      row[n] = rows + p.slot_to_row[s] * p.row_stride * size;
+      weight[n++] = weights != nullptr ? weights[s] : T(1);
     }
-  });
+    k.weighted_sum(p.type, row.data(), weights != nullptr ? weight.data() : nullptr, n, sum, H);
+    k.store_row(p.y_type, sum, static_cast<char*>(p.y) + t * H * dtype_size(p.y_type), H);
+  }
 }
 
 template <class T>
@@ -74,8 +72,17 @@ void run_bwd(const UnpermuteBwdParams& p, const Parallel& par) {
 
 }  // namespace
 
+double unpermute_cost(const UnpermuteParams& p) {
+  return static_cast<double>(p.top_k * p.hidden_size) / 8 + 4;
+}
+
+void unpermute_tokens(const UnpermuteParams& p, int64_t begin, int64_t end) {
+  p.type == DType::kFloat64 ? run_tokens<double>(p, begin, end) : run_tokens<float>(p, begin, end);
+}
+
 void unpermute(const UnpermuteParams& p, const Parallel& par) {
-  p.type == DType::kFloat64 ? run<double>(p, par) : run<float>(p, par);
+  parallel_range(par, p.num_tokens, unpermute_cost(p),
+                 [&](int64_t begin, int64_t end) { unpermute_tokens(p, begin, end); });
 }
 
 void unpermute_bwd(const UnpermuteBwdParams& p, const Parallel& par) {

@@ -1,5 +1,6 @@
 #include "moe_ops/moe_ffn.h"
 
+#include "cpu/pack.h"
 #include "torch/activation.h"
 #include "torch/tensor_utils.h"
 
@@ -74,10 +75,37 @@ MoeFfnShape make_shape(const Sizes& s, bool on_input, const std::vector<int64_t>
 
 using FfnOutputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
+// Packed copies of the two weights.
+struct Packed {
+  const Tensor* gate_up;
+  const Tensor* down;
+};
+
+// Uses `packed` for `w` if it holds w as it is now, judged by a few elements of every expert that
+// has rows: weights can be written in ways that no version counter sees.
+void use_packed(const char* op, const char* name, const Tensor& packed, int64_t segments,
+                const std::vector<int64_t>& offsets, const Tensor& w, ExpertMatrices& matrices) {
+  check_cpu(op, name, packed);
+  const int64_t E = w.size(0), O = w.size(1), K = w.size(2);
+  const int64_t expert_bytes = cpu::panel_layout(matrices.type, O, K, segments).expert_bytes();
+  MOE_CHECK(packed.scalar_type() == ScalarType::Byte && packed.dim() == 1 &&
+                packed.numel() == E * expert_bytes && packed.is_contiguous(),
+            op, ": ", name, " must be what pack_experts makes of this weight on this machine, uint8 [",
+            E * expert_bytes, "], got ", dtype_name(packed.scalar_type()), " of shape ",
+            shape_string(packed), ".");
+  const void* panels = packed.const_data_ptr();
+  for (int64_t e = 0; e < E; ++e) {
+    if (offsets[e] == offsets[e + 1]) continue;
+    if (!cpu::panels_match(matrices, panels, e, O, K, segments)) return;
+  }
+  matrices.panels = panels;
+}
+
 FfnOutputs run_ffn(const char* op, const Tensor& x, const Tensor& w_gate_up, const Tensor& w_down,
                    const Tensor& topk_weights, const Tensor& topk_ids, const OptTensor& b_gate_up,
                    const OptTensor& b_down, const std::string& activation, bool interleaved,
-                   bool on_input, double alpha, double limit, bool save) {
+                   bool on_input, double alpha, double limit, bool save,
+                   const Packed* packed = nullptr) {
   const ActivationParams act = check_activation(op, activation, interleaved, alpha, limit, false);
   check_index(op, "topk_ids", topk_ids);
   check_dim(op, "topk_ids", topk_ids, 2, "[T, K]");
@@ -108,6 +136,11 @@ FfnOutputs run_ffn(const char* op, const Tensor& x, const Tensor& w_gate_up, con
   p.w_down = down.matrices;
   p.b_gate_up = up_bias.vectors;
   p.b_down = down_bias.vectors;
+  if (packed != nullptr) {
+    const int64_t segments = is_gated(act.kind) && !interleaved ? 2 : 1;
+    use_packed(op, "packed_gate_up", *packed->gate_up, segments, offsets, up.tensor, p.w_gate_up);
+    use_packed(op, "packed_down", *packed->down, 1, offsets, down.tensor, p.w_down);
+  }
   p.y = y.mutable_data_ptr();
   p.preact = save ? preact.mutable_data_ptr() : nullptr;
   cpu::moe_ffn(p, torch_parallel());
@@ -122,6 +155,35 @@ Tensor moe_ffn(const Tensor& x, const Tensor& w_gate_up, const Tensor& w_down,
   return std::get<0>(run_ffn("moe_ffn", x, w_gate_up, w_down, topk_weights, topk_ids, b_gate_up,
                              b_down, activation, interleaved, apply_router_weight_on_input, alpha,
                              limit, false));
+}
+
+Tensor moe_ffn_packed(const Tensor& x, const Tensor& w_gate_up, const Tensor& w_down,
+                      const Tensor& packed_gate_up, const Tensor& packed_down,
+                      const Tensor& topk_weights, const Tensor& topk_ids,
+                      const OptTensor& b_gate_up, const OptTensor& b_down, std::string activation,
+                      bool interleaved, bool apply_router_weight_on_input, double alpha,
+                      double limit) {
+  const Packed packed{&packed_gate_up, &packed_down};
+  return std::get<0>(run_ffn("moe_ffn_packed", x, w_gate_up, w_down, topk_weights, topk_ids,
+                             b_gate_up, b_down, activation, interleaved,
+                             apply_router_weight_on_input, alpha, limit, false, &packed));
+}
+
+Tensor pack_experts(const Tensor& w, bool halves) {
+  constexpr const char* kOp = "pack_experts";
+  const DType type = check_float(kOp, "w", w);
+  check_dim(kOp, "w", w, 3, "[E, O, K]");
+  MOE_CHECK(!halves || w.size(1) % 2 == 0, kOp,
+            ": w must have an even number of features to have halves, got shape ", shape_string(w),
+            ".");
+  const int64_t segments = halves ? 2 : 1;
+  const Weights weights = weights_of(w, type);
+  const int64_t bytes =
+      w.size(0) * cpu::panel_layout(type, w.size(1), w.size(2), segments).expert_bytes();
+  Tensor packed = empty_cpu({bytes}, ScalarType::Byte);
+  cpu::pack_panels(weights.matrices, w.size(0), w.size(1), w.size(2), segments,
+                   packed.mutable_data_ptr(), torch_parallel());
+  return packed;
 }
 
 FfnOutputs moe_ffn_fwd(const Tensor& x, const Tensor& w_gate_up, const Tensor& w_down,
@@ -204,6 +266,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_ffn_bwd(
 
 STABLE_TORCH_LIBRARY_IMPL(moe_ops, CPU, m) {
   m.impl("moe_ffn", MOE_BOX(moe_ffn));
+  m.impl("moe_ffn_packed", MOE_BOX(moe_ffn_packed));
+  m.impl("pack_experts", MOE_BOX(pack_experts));
   m.impl("moe_ffn_fwd", MOE_BOX(moe_ffn_fwd));
   m.impl("moe_ffn_bwd", MOE_BOX(moe_ffn_bwd));
 }
