@@ -10,6 +10,7 @@
 //   panels       weights packed ahead of time (pack.h): like nn, without any copying of weights.
 //   amx_panels   the same for bfloat16 on AMX.
 //   amx_rows     bfloat16 weights dense along k on AMX: 16 weight rows are an operand as they lie.
+//   amx_nn       bfloat16 weights dense along features on AMX: packed in pairs of rows block by block.
 #pragma once
 
 #include <algorithm>
@@ -35,6 +36,10 @@ constexpr int64_t kFeatureBlock = 252;
 // their tokens: the more features share that work the better.
 constexpr int64_t kPanelFeatureBlock = 256;
 constexpr int64_t kAmxFeatureBlock = 2048;
+// Depth and width of the blocks of weights that amx_nn packs: 256 x 512 in bfloat16 are 256 KiB of
+// L2, 256 steps of k amortise loading and storing the sums, and 512 columns are runs of 1 KiB.
+constexpr int64_t kAmxKc = 256;
+constexpr int64_t kAmxNnFeatures = 512;
 // How far ahead of itself a tile asks for panels, from memory into L2: 32 lines, a DRAM latency of
 // them.
 constexpr int64_t kBytesAhead = 2048;
@@ -75,7 +80,7 @@ struct GemmDesc {
   ExpertMatrices b;
 };
 
-enum class Path : int { kZero, kDot, kNt, kNn, kPanels, kAmxPanels, kAmxRows };
+enum class Path : int { kZero, kDot, kNt, kNn, kPanels, kAmxPanels, kAmxRows, kAmxNn };
 
 template <class T>
 Path path_of(const GemmDesc<T>& d, const Kernels<T>& k, int64_t expert_rows) {
@@ -84,7 +89,7 @@ Path path_of(const GemmDesc<T>& d, const Kernels<T>& k, int64_t expert_rows) {
   const bool amx = k.amx_panel != nullptr && d.b.type == DType::kBFloat16 &&
                    d.a_scale == nullptr && expert_rows >= kAmxMinRows;
   if (d.b.panels != nullptr) return amx ? Path::kAmxPanels : Path::kPanels;
-  if (d.b.stride_k != 1) return Path::kNn;
+  if (d.b.stride_k != 1) return amx ? Path::kAmxNn : Path::kNn;
   if (amx && d.in_features % 32 == 0) return Path::kAmxRows;
   return expert_rows <= k.dot_max_rows ? Path::kDot : Path::kNt;
 }
@@ -112,6 +117,11 @@ std::vector<GemmItem> gemm_items(const GemmDesc<T>& d, const Kernels<T>& k, int 
       case Path::kAmxPanels:
         most_features = kAmxFeatureBlock;
         most_rows = path == Path::kAmxRows ? 16 * kAmxTokenTiles : kPanelRowBlock;
+        row_unit = 16;
+        break;
+      case Path::kAmxNn:
+        most_features = kAmxNnFeatures;
+        most_rows = kPanelRowBlock;
         row_unit = 16;
         break;
       case Path::kPanels:
@@ -361,6 +371,19 @@ void panel_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, c
   }
 }
 
+// src * scale as bfloat16; `buffer` has room for n floats.
+inline void load_bf16_row(const Kernels<float>& k, DType type, const void* src, int64_t n,
+                          float scale, float* buffer, uint16_t* dst) {
+  if (type == DType::kBFloat16 && scale == 1.0f) {
+    std::memcpy(dst, src, static_cast<size_t>(n) * 2);
+  } else if (type == DType::kFloat32 && scale == 1.0f) {
+    k.store_row(DType::kBFloat16, static_cast<const float*>(src), dst, n);
+  } else {
+    k.load_row(type, src, buffer, n, scale);
+    k.store_row(DType::kBFloat16, buffer, dst, n);
+  }
+}
+
 // The rows of an item as bfloat16, `ld` apart, with zeros in columns K to `depth` and in rows m to
 // padded_m.
 inline void load_bf16_rows(const GemmDesc<float>& d, const Kernels<float>& k, const GemmItem& it,
@@ -368,17 +391,9 @@ inline void load_bf16_rows(const GemmDesc<float>& d, const Kernels<float>& k, co
   const int64_t K = d.in_features, m = it.row_end - it.row_begin;
   for (int64_t t = 0; t < padded_m; ++t) {
     uint16_t* row = dst + t * ld;
-    if (t >= m) {
-      std::fill(row, row + depth, uint16_t{0});
-      continue;
-    }
-    const void* src = row_of(d.a, it.row_begin + t);
-    if (d.a.type == DType::kBFloat16) {
-      std::memcpy(row, src, static_cast<size_t>(K) * 2);
-    } else {
-      k.store_row(DType::kBFloat16, static_cast<const float*>(src), row, K);
-    }
-    std::fill(row + K, row + depth, uint16_t{0});
+    const int64_t valid = t < m ? K : 0;
+    if (t < m) load_bf16_row(k, d.a.type, row_of(d.a, it.row_begin + t), K, 1.0f, nullptr, row);
+    std::fill(row + valid, row + depth, uint16_t{0});
   }
 }
 
@@ -405,7 +420,7 @@ void amx_panel_item(const GemmDesc<float>& d, const Kernels<float>& k, const Gem
         for (int64_t t = 0; t < padded_m; t += 32) {
           k.amx_panel(depth / 32, a + t * lda, lda, padded_m - t > 16 ? 2 : 1,
                       reinterpret_cast<const uint16_t*>(panel), tile + t * ldc + s * padded_n + j,
-                      ldc, t == 0 ? kBytesAhead : 0);
+                      ldc, false, t == 0 ? kBytesAhead : 0);
         }
       }
     }
@@ -466,6 +481,42 @@ void amx_rows_item(const GemmDesc<float>& d, const Kernels<float>& k, const Gemm
   }
 }
 
+template <class Epilogue>
+void amx_nn_item(const GemmDesc<float>& d, const Kernels<float>& k, const GemmItem& it,
+                 const Epilogue& fn) {
+  const int64_t K = d.in_features, depth = round_up<int64_t>(K, 32);
+  const int64_t m = it.row_end - it.row_begin, padded_m = round_up<int64_t>(m, 16);
+  const int64_t n = it.feature_end - it.feature_begin, padded_n = round_up<int64_t>(n, 32);
+  const int64_t ldc = padded_n * d.segments, lda = depth + 32;
+  auto* a = scratch<uint16_t>(Scratch::kTokens, padded_m * lda);
+  auto* panels = scratch<uint16_t>(Scratch::kPackB, kAmxKc * padded_n);
+  float* tile = scratch<float>(Scratch::kTile, padded_m * ldc);
+  load_bf16_rows(d, k, it, depth, padded_m, a, lda);
+  const auto* w = reinterpret_cast<const uint16_t*>(
+      element(d.b.data, d.b.type, it.expert * d.b.stride_e));
+  const uint16_t* rows[kAmxKc];
+  for (int64_t k0 = 0; k0 < K; k0 += kAmxKc) {
+    const int64_t kc = std::min(kAmxKc, depth - k0);
+    for (int64_t r = 0; r < kc; ++r) {
+      rows[r] = k0 + r < K ? w + (k0 + r) * d.b.stride_k + it.feature_begin : nullptr;
+    }
+    for (int s = 0; s < d.segments; ++s) {
+      k.amx_pack(rows, s * d.features, kc, n, panels);
+      k.amx_begin();
+      for (int64_t j = 0; j < padded_n; j += 32) {
+        for (int64_t t = 0; t < padded_m; t += 32) {
+          k.amx_panel(kc / 32, a + t * lda + k0, lda, padded_m - t > 16 ? 2 : 1, panels + j * kc,
+                      tile + t * ldc + s * padded_n + j, ldc, k0 > 0, 0);
+        }
+      }
+      k.amx_end();
+    }
+  }
+  for (int64_t t = 0; t < m; ++t) {
+    fn(it.expert, it.row_begin + t, it.feature_begin, n, tile + t * ldc, tile + t * ldc + padded_n);
+  }
+}
+
 template <class T, class Epilogue>
 void run_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, const Epilogue& fn) {
   switch (it.path) {
@@ -491,6 +542,9 @@ void run_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, con
       return;
     case Path::kAmxRows:
       if constexpr (sizeof(T) == 4) amx_rows_item(d, k, it, fn);
+      return;
+    case Path::kAmxNn:
+      if constexpr (sizeof(T) == 4) amx_nn_item(d, k, it, fn);
       return;
   }
 }
@@ -587,6 +641,72 @@ void wgrad_item(const GroupedWgradParams& p, const Kernels<T>& k, int64_t e, int
   if (streamed) k.stream_fence();
 }
 
+// The same for bfloat16 results on AMX: grad^T is the row operand and pairs of rows of a are the
+// panels, so the depth of the tiles is the expert's rows, rounded up to 32.
+inline void amx_wgrad_item(const GroupedWgradParams& p, const Kernels<float>& k, int64_t e,
+                           int64_t o_begin, int64_t o_end) {
+  const int64_t O = p.out_features, J = p.in_features;
+  const int64_t begin = p.expert_offsets[e], m = p.expert_offsets[e + 1] - begin;
+  const int64_t depth = round_up<int64_t>(m, 32), lda = depth + 32;
+  const int64_t n = o_end - o_begin, padded_n = round_up<int64_t>(n, 32);
+  const auto* grad_scale = static_cast<const float*>(p.grad_scale);
+  const auto* a_scale = static_cast<const float*>(p.a_scale);
+  auto* out = static_cast<uint16_t*>(p.out) + (e * O + o_begin) * J;
+
+  // grad^T, 16 rows of the expert at a time.
+  auto* g = scratch<uint16_t>(Scratch::kTokens, padded_n * lda);
+  float* rows = scratch<float>(Scratch::kPackA, 16 * (padded_n + 16));
+  float* turned = scratch<float>(Scratch::kTile, padded_n * 16);
+  const int64_t ld_rows = padded_n + 16;
+  std::fill(g + n * lda, g + padded_n * lda, uint16_t{0});
+  for (int64_t r0 = 0; r0 < depth; r0 += 16) {
+    for (int64_t r = 0; r < 16; ++r) {
+      float* row = rows + r * ld_rows;
+      if (r0 + r < m) {
+        k.load_row(p.grad.type, element(row_of(p.grad, begin + r0 + r), p.grad.type, o_begin), row,
+                   n, grad_scale ? grad_scale[begin + r0 + r] : 1.0f);
+      } else {
+        std::fill(row, row + n, 0.0f);
+      }
+    }
+    k.transpose(rows, ld_rows, 16, n, turned, 16);
+    for (int64_t o = 0; o < n; ++o) {
+      k.store_row(DType::kBFloat16, turned + o * 16, g + o * lda + r0, 16);
+    }
+  }
+
+  const int64_t j_block = balanced(J, kAmxNnFeatures, 32);
+  auto* copies = scratch<uint16_t>(Scratch::kPackA, depth * j_block);
+  float* buffer = scratch<float>(Scratch::kTile, j_block);
+  std::vector<const uint16_t*> a_rows(static_cast<size_t>(depth), nullptr);
+  for (int64_t j0 = 0; j0 < J; j0 += j_block) {
+    const int64_t cols = std::min(j_block, J - j0), ldc = round_up<int64_t>(cols, 32);
+    auto* panels = scratch<uint16_t>(Scratch::kPackB, depth * ldc);
+    for (int64_t r = 0; r < m; ++r) {
+      const void* src = element(row_of(p.a, begin + r), p.a.type, j0);
+      const float scale = a_scale ? a_scale[begin + r] : 1.0f;
+      a_rows[r] = static_cast<const uint16_t*>(src);
+      if (p.a.type != DType::kBFloat16 || scale != 1.0f) {
+        load_bf16_row(k, p.a.type, src, cols, scale, buffer, copies + r * j_block);
+        a_rows[r] = copies + r * j_block;
+      }
+    }
+    k.amx_pack(a_rows.data(), 0, depth, cols, panels);
+    float* tile = scratch<float>(Scratch::kTile, std::max(j_block, 32 * ldc));
+    for (int64_t o = 0; o < n; o += 32) {
+      k.amx_begin();
+      for (int64_t j = 0; j < ldc; j += 32) {
+        k.amx_panel(depth / 32, g + o * lda, lda, n - o > 16 ? 2 : 1, panels + j * depth, tile + j,
+                    ldc, false, 0);
+      }
+      k.amx_end();
+      for (int64_t i = 0; i < std::min<int64_t>(32, n - o); ++i) {
+        k.store_row(DType::kBFloat16, tile + i * ldc, out + (o + i) * J + j0, cols);
+      }
+    }
+  }
+}
+
 template <class T>
 void wgrad(const GroupedWgradParams& p, const Parallel& par) {
   const Kernels<T>& k = kernels<T>();
@@ -603,8 +723,14 @@ void wgrad(const GroupedWgradParams& p, const Parallel& par) {
   const double rows = static_cast<double>(p.expert_offsets[E]);
   const double cost = static_cast<double>(O * J) * (rows / 16 + static_cast<double>(E));
   parallel_items(par, E * parts, cost, [&](int64_t item) {
-    const int64_t o = item % parts * features;
-    wgrad_item(p, k, item / parts, o, std::min(O, o + features));
+    const int64_t e = item / parts, o = item % parts * features;
+    if constexpr (sizeof(T) == 4) {
+      const bool amx = k.amx_panel != nullptr && p.out_type == DType::kBFloat16;
+      if (amx && p.expert_offsets[e + 1] - p.expert_offsets[e] >= kAmxMinRows) {
+        return amx_wgrad_item(p, k, e, o, std::min(O, o + features));
+      }
+    }
+    wgrad_item(p, k, e, o, std::min(O, o + features));
   });
 }
 

@@ -414,12 +414,21 @@ void amx_end() { _tile_release(); }
 // Sums in tiles 0 to 3, tokens in 4 and 5, weights in 6 and 7.
 template <int kRowTiles>
 void amx_panel_tiles(int64_t k_steps, const uint16_t* a, int64_t lda, const uint16_t* panel,
-                     float* c, int64_t ldc, int64_t bytes_ahead) {
-  _tile_zero(0);
-  _tile_zero(1);
-  if constexpr (kRowTiles == 2) {
-    _tile_zero(2);
-    _tile_zero(3);
+                     float* c, int64_t ldc, bool accumulate, int64_t bytes_ahead) {
+  if (accumulate) {
+    _tile_loadd(0, c, ldc * 4);
+    _tile_loadd(1, c + 16, ldc * 4);
+    if constexpr (kRowTiles == 2) {
+      _tile_loadd(2, c + 16 * ldc, ldc * 4);
+      _tile_loadd(3, c + 16 * ldc + 16, ldc * 4);
+    }
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    if constexpr (kRowTiles == 2) {
+      _tile_zero(2);
+      _tile_zero(3);
+    }
   }
   for (int64_t k = 0; k < k_steps; ++k) {
     if (bytes_ahead != 0) {
@@ -449,11 +458,42 @@ void amx_panel_tiles(int64_t k_steps, const uint16_t* a, int64_t lda, const uint
 }
 
 void amx_panel(int64_t k_steps, const uint16_t* a, int64_t lda, int row_tiles,
-               const uint16_t* panel, float* c, int64_t ldc, int64_t bytes_ahead) {
+               const uint16_t* panel, float* c, int64_t ldc, bool accumulate,
+               int64_t bytes_ahead) {
   if (row_tiles == 2) {
-    amx_panel_tiles<2>(k_steps, a, lda, panel, c, ldc, bytes_ahead);
+    amx_panel_tiles<2>(k_steps, a, lda, panel, c, ldc, accumulate, bytes_ahead);
   } else {
-    amx_panel_tiles<1>(k_steps, a, lda, panel, c, ldc, bytes_ahead);
+    amx_panel_tiles<1>(k_steps, a, lda, panel, c, ldc, accumulate, bytes_ahead);
+  }
+}
+
+// Row pair by row pair over all panels, so that each row is read in one run.
+void amx_pack(const uint16_t* const* rows, int64_t offset, int64_t num_rows, int64_t cols,
+              uint16_t* dst) {
+  typedef uint16_t Bits __attribute__((vector_size(64)));
+  constexpr Bits lo = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                       8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+  constexpr int64_t kRowsAhead = 8;
+  for (int64_t r = 0; r < num_rows; r += 2) {
+    const uint16_t* row0 = rows[r] == nullptr ? nullptr : rows[r] + offset;
+    const uint16_t* row1 = rows[r + 1] == nullptr ? nullptr : rows[r + 1] + offset;
+    const bool more = r + kRowsAhead + 1 < num_rows && rows[r + kRowsAhead + 1] != nullptr;
+    const uint16_t* next0 = more ? rows[r + kRowsAhead] + offset : dst;
+    const uint16_t* next1 = more ? rows[r + kRowsAhead + 1] + offset : dst;
+    uint16_t* out = dst + r * 32;
+    for (int64_t j = 0; j < cols; j += 32, out += num_rows * 32) {
+      __builtin_prefetch(next0 + (more ? j : 0));
+      __builtin_prefetch(next1 + (more ? j : 0));
+      const __mmask32 valid = cols - j >= 32 ? 0xffffffffu : (1u << (cols - j)) - 1;
+      const __m512i v0 =
+          row0 == nullptr ? _mm512_setzero_si512() : _mm512_maskz_loadu_epi16(valid, row0 + j);
+      const __m512i v1 =
+          row1 == nullptr ? _mm512_setzero_si512() : _mm512_maskz_loadu_epi16(valid, row1 + j);
+      const __m512i first = __builtin_bit_cast(__m512i, lo);
+      const __m512i second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
+      _mm512_storeu_si512(out, _mm512_permutex2var_epi16(v0, first, v1));
+      _mm512_storeu_si512(out + 32, _mm512_permutex2var_epi16(v0, second, v1));
+    }
   }
 }
 
@@ -978,6 +1018,7 @@ Kernels<T> make_kernels() {
     k.amx_begin = &amx_begin;
     k.amx_end = &amx_end;
     k.amx_panel = &amx_panel;
+    k.amx_pack = &amx_pack;
     k.amx_rows = &amx_rows;
 #endif
   }

@@ -83,10 +83,15 @@ struct Kernels {
   // calls amx_begin before the first of a run of tiles and amx_end after the last.
   void (*amx_begin)();
   void (*amx_end)();
-  // For i < 16*row_tiles (at most 2), j < 32: c[i*ldc + j] = sum_k a[i*lda + k] * panel(k, j), with
-  // k < 32*k_steps. Asks for `bytes_ahead` behind the place in the panel that it reads; 0: does not.
+  // For i < 16*row_tiles (at most 2), j < 32: c[i*ldc + j] (+)= sum_k a[i*lda + k] * panel(k, j),
+  // with k < 32*k_steps. Prefetches `bytes_ahead` behind the place in the panel that it reads; 0:
+  // does not.
   void (*amx_panel)(int64_t k_steps, const uint16_t* a, int64_t lda, int row_tiles,
-                    const uint16_t* panel, T* c, int64_t ldc, int64_t bytes_ahead);
+                    const uint16_t* panel, T* c, int64_t ldc, bool accumulate, int64_t bytes_ahead);
+  // Panels of 32 columns, [num_rows/2][32][2], of a bfloat16 matrix whose row r starts `offset`
+  // elements after rows[r]; rows[r] == nullptr is a row of zeros. num_rows is even.
+  void (*amx_pack)(const uint16_t* const* rows, int64_t offset, int64_t num_rows, int64_t cols,
+                   uint16_t* dst);
   // For f < 16, t < 16*token_tiles (at most kAmxTokenTiles): c[f*ldc + t] = sum_k w[f*ldw + k] *
   // x(t, k). Tile j of x starts at x + j*ldx and holds pairs of k: [16*k_steps][16][2].
   void (*amx_rows)(int64_t k_steps, const uint16_t* w, int64_t ldw, const uint16_t* x, int64_t ldx,
