@@ -36,6 +36,9 @@ constexpr int64_t kFeatureBlock = 252;
 // their tokens: the more features share that work the better.
 constexpr int64_t kPanelFeatureBlock = 256;
 constexpr int64_t kAmxFeatureBlock = 2048;
+// Space between the panels that amx_nn packs. Without it all panels of a block begin in the same L1
+// set, and the two lines that a pair of rows writes into each push one another out.
+constexpr int64_t kAmxPanelPad = 64;
 // Depth and width of the blocks of weights that amx_nn packs: 256 x 512 in bfloat16 are 256 KiB of
 // L2, 256 steps of k amortise loading and storing the sums, and 512 columns are runs of 1 KiB.
 constexpr int64_t kAmxKc = 256;
@@ -250,7 +253,7 @@ void nt_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, cons
         next.stride = d.b.stride_o * dtype_size(d.b.type);
         next.rows = std::min(mr, n - next_i % n);
         next.bytes = std::min(kKc, d.in_features - next_k) * dtype_size(d.b.type);
-        next.spread(kc * ceil_div(padded_m, 2 * W));
+        next.spread(kc / kPrefetchStep * ceil_div(padded_m, 2 * W));
       }
       for (int64_t t0 = 0; t0 < padded_m; t0 += 2 * W) {
         const int nv = padded_m - t0 > W ? 2 : 1;
@@ -303,7 +306,7 @@ void nn_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, cons
         next.stride = d.b.stride_k * dtype_size(d.b.type);
         next.rows = std::min(kKc, d.in_features - next_k);
         next.bytes = n * dtype_size(d.b.type);
-        next.spread(kc * blocks * ceil_div(padded_n, 2 * W));
+        next.spread(kc / kPrefetchStep * blocks * ceil_div(padded_n, 2 * W));
       }
       for (int64_t j = 0; j < padded_n; j += 2 * W) {
         const int nv = padded_n - j > W ? 2 : 1;
@@ -417,10 +420,15 @@ void amx_panel_item(const GemmDesc<float>& d, const Kernels<float>& k, const Gem
     k.amx_begin();
     for (int64_t j = 0; j < padded_n; j += P) {
       for (int s = 0; s < d.segments; ++s, panel += layout.panel_bytes) {
+        TileHints next;
+        next.base = panel + kBytesAhead;
+        next.rows = 1;
+        next.bytes = layout.panel_bytes;
+        next.spread(depth / 32);
         for (int64_t t = 0; t < padded_m; t += 32) {
           k.amx_panel(depth / 32, a + t * lda, lda, padded_m - t > 16 ? 2 : 1,
                       reinterpret_cast<const uint16_t*>(panel), tile + t * ldc + s * padded_n + j,
-                      ldc, false, t == 0 ? kBytesAhead : 0);
+                      ldc, false, next);
         }
       }
     }
@@ -489,7 +497,8 @@ void amx_nn_item(const GemmDesc<float>& d, const Kernels<float>& k, const GemmIt
   const int64_t n = it.feature_end - it.feature_begin, padded_n = round_up<int64_t>(n, 32);
   const int64_t ldc = padded_n * d.segments, lda = depth + 32;
   auto* a = scratch<uint16_t>(Scratch::kTokens, padded_m * lda);
-  auto* panels = scratch<uint16_t>(Scratch::kPackB, kAmxKc * padded_n);
+  auto* panels =
+      scratch<uint16_t>(Scratch::kPackB, (kAmxKc * 32 + kAmxPanelPad) * (padded_n / 32));
   float* tile = scratch<float>(Scratch::kTile, padded_m * ldc);
   load_bf16_rows(d, k, it, depth, padded_m, a, lda);
   const auto* w = reinterpret_cast<const uint16_t*>(
@@ -501,12 +510,25 @@ void amx_nn_item(const GemmDesc<float>& d, const Kernels<float>& k, const GemmIt
       rows[r] = k0 + r < K ? w + (k0 + r) * d.b.stride_k + it.feature_begin : nullptr;
     }
     for (int s = 0; s < d.segments; ++s) {
-      k.amx_pack(rows, s * d.features, kc, n, panels);
+      const int64_t panel_stride = kc * 32 + kAmxPanelPad;
+      k.amx_pack(rows, s * d.features, kc, n, panels, panel_stride);
+      // The tiles fetch the next block of weights, as in nn_item.
+      const bool same_k = s + 1 < d.segments;
+      const int64_t next_k = same_k ? k0 : k0 + kAmxKc;
+      TileHints next;
+      if (next_k < K) {
+        next.base = reinterpret_cast<const char*>(
+            w + next_k * d.b.stride_k + it.feature_begin + (same_k ? (s + 1) * d.features : 0));
+        next.stride = d.b.stride_k * 2;
+        next.rows = std::min(kAmxKc, K - next_k);
+        next.bytes = n * 2;
+        next.spread(kc / 32 * (padded_n / 32) * ceil_div<int64_t>(padded_m, 32));
+      }
       k.amx_begin();
       for (int64_t j = 0; j < padded_n; j += 32) {
         for (int64_t t = 0; t < padded_m; t += 32) {
-          k.amx_panel(kc / 32, a + t * lda + k0, lda, padded_m - t > 16 ? 2 : 1, panels + j * kc,
-                      tile + t * ldc + s * padded_n + j, ldc, k0 > 0, 0);
+          k.amx_panel(kc / 32, a + t * lda + k0, lda, padded_m - t > 16 ? 2 : 1,
+                      panels + j / 32 * panel_stride, tile + t * ldc + s * padded_n + j, ldc, k0 > 0, next);
         }
       }
       k.amx_end();
@@ -675,13 +697,16 @@ inline void amx_wgrad_item(const GroupedWgradParams& p, const Kernels<float>& k,
     }
   }
 
+  const bool large = p.num_experts * O * J * 2 >= kStreamBytes;
+  TileHints none;
   const int64_t j_block = balanced(J, kAmxNnFeatures, 32);
   auto* copies = scratch<uint16_t>(Scratch::kPackA, depth * j_block);
   float* buffer = scratch<float>(Scratch::kTile, j_block);
   std::vector<const uint16_t*> a_rows(static_cast<size_t>(depth), nullptr);
   for (int64_t j0 = 0; j0 < J; j0 += j_block) {
     const int64_t cols = std::min(j_block, J - j0), ldc = round_up<int64_t>(cols, 32);
-    auto* panels = scratch<uint16_t>(Scratch::kPackB, depth * ldc);
+    const int64_t panel_stride = depth * 32 + kAmxPanelPad;
+    auto* panels = scratch<uint16_t>(Scratch::kPackB, panel_stride * (ldc / 32));
     for (int64_t r = 0; r < m; ++r) {
       const void* src = element(row_of(p.a, begin + r), p.a.type, j0);
       const float scale = a_scale ? a_scale[begin + r] : 1.0f;
@@ -691,20 +716,27 @@ inline void amx_wgrad_item(const GroupedWgradParams& p, const Kernels<float>& k,
         a_rows[r] = copies + r * j_block;
       }
     }
-    k.amx_pack(a_rows.data(), 0, depth, cols, panels);
+    k.amx_pack(a_rows.data(), 0, depth, cols, panels, panel_stride);
     float* tile = scratch<float>(Scratch::kTile, std::max(j_block, 32 * ldc));
     for (int64_t o = 0; o < n; o += 32) {
       k.amx_begin();
       for (int64_t j = 0; j < ldc; j += 32) {
-        k.amx_panel(depth / 32, g + o * lda, lda, n - o > 16 ? 2 : 1, panels + j * depth, tile + j,
-                    ldc, false, 0);
+        k.amx_panel(depth / 32, g + o * lda, lda, n - o > 16 ? 2 : 1, panels + j / 32 * panel_stride,
+                    tile + j,
+                    ldc, false, none);
       }
       k.amx_end();
       for (int64_t i = 0; i < std::min<int64_t>(32, n - o); ++i) {
-        k.store_row(DType::kBFloat16, tile + i * ldc, out + (o + i) * J + j0, cols);
+        uint16_t* row = out + (o + i) * J + j0;
+        if (large) {
+          k.stream_row(tile + i * ldc, row, cols);
+        } else {
+          k.store_row(DType::kBFloat16, tile + i * ldc, row, cols);
+        }
       }
     }
   }
+  if (large) k.stream_fence();
 }
 
 template <class T>

@@ -200,6 +200,18 @@ inline auto with_type([[maybe_unused]] DType type, const void* p, const Fn& fn) 
 
 // --- tiles
 
+inline void fetch(TileHints& hints) {
+  for (int64_t line = hints.lines_per_step; line > 0 && hints.rows > 0; --line) {
+    __builtin_prefetch(hints.base + hints.offset, 0, 2);
+    hints.offset += 64;
+    if (hints.offset >= hints.bytes) {
+      hints.offset = 0;
+      hints.base += hints.stride;
+      --hints.rows;
+    }
+  }
+}
+
 // M x NV accumulators stay in registers; each step broadcasts M elements of a and loads NV vectors
 // of b. AVX2: 6 x 2 accumulators + 2 + 1 of 16 registers, and 12 FMAs cover the latency (4) times
 // the ports (2). AVX-512: 14 x 2 + 2 + 1 of 32.
@@ -216,17 +228,7 @@ void micro(int64_t kc, const T* a, const T* b, T* c, int64_t ldc, bool accumulat
     for (int v = 0; v < NV; ++v) acc[i][v] = Vec<T>{};
   }
   for (int64_t k0 = 0; k0 < kc; k0 += kPrefetchStep) {
-    if (hints.rows > 0) {
-      for (int64_t line = hints.lines_per_step; line > 0 && hints.rows > 0; --line) {
-        __builtin_prefetch(hints.base + hints.offset, 0, 2);
-        hints.offset += 64;
-        if (hints.offset >= hints.bytes) {
-          hints.offset = 0;
-          hints.base += hints.stride;
-          --hints.rows;
-        }
-      }
-    }
+    fetch(hints);
     const int64_t end = kc - k0 < kPrefetchStep ? kc - k0 : kPrefetchStep;
 #pragma GCC unroll 2
     for (int64_t k = 0; k < end; ++k) {
@@ -398,6 +400,9 @@ void panel_tile(int64_t kc, const T* a, const void* panel_data, T* c, int64_t ld
 }
 
 #if defined(MOE_AMX)
+template <class T>
+void store_row(DType type, const T* src, void* dst, int64_t n);
+
 struct alignas(64) TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
   uint16_t bytes_per_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
@@ -414,7 +419,7 @@ void amx_end() { _tile_release(); }
 // Sums in tiles 0 to 3, tokens in 4 and 5, weights in 6 and 7.
 template <int kRowTiles>
 void amx_panel_tiles(int64_t k_steps, const uint16_t* a, int64_t lda, const uint16_t* panel,
-                     float* c, int64_t ldc, bool accumulate, int64_t bytes_ahead) {
+                     float* c, int64_t ldc, bool accumulate, TileHints& next) {
   if (accumulate) {
     _tile_loadd(0, c, ldc * 4);
     _tile_loadd(1, c + 16, ldc * 4);
@@ -431,11 +436,7 @@ void amx_panel_tiles(int64_t k_steps, const uint16_t* a, int64_t lda, const uint
     }
   }
   for (int64_t k = 0; k < k_steps; ++k) {
-    if (bytes_ahead != 0) {
-      const char* next = reinterpret_cast<const char*>(panel) + bytes_ahead;
-#pragma GCC unroll 32
-      for (int line = 0; line < 32; ++line) __builtin_prefetch(next + line * 64, 0, 2);
-    }
+    fetch(next);
     _tile_loadd(6, panel, 128);
     _tile_loadd(4, a, lda * 2);
     _tile_dpbf16ps(0, 4, 6);
@@ -458,18 +459,28 @@ void amx_panel_tiles(int64_t k_steps, const uint16_t* a, int64_t lda, const uint
 }
 
 void amx_panel(int64_t k_steps, const uint16_t* a, int64_t lda, int row_tiles,
-               const uint16_t* panel, float* c, int64_t ldc, bool accumulate,
-               int64_t bytes_ahead) {
+               const uint16_t* panel, float* c, int64_t ldc, bool accumulate, TileHints& next) {
   if (row_tiles == 2) {
-    amx_panel_tiles<2>(k_steps, a, lda, panel, c, ldc, accumulate, bytes_ahead);
+    amx_panel_tiles<2>(k_steps, a, lda, panel, c, ldc, accumulate, next);
   } else {
-    amx_panel_tiles<1>(k_steps, a, lda, panel, c, ldc, accumulate, bytes_ahead);
+    amx_panel_tiles<1>(k_steps, a, lda, panel, c, ldc, accumulate, next);
+  }
+}
+
+void stream_row(const float* src, uint16_t* dst, int64_t n) {
+  if (n % 32 != 0 || reinterpret_cast<uintptr_t>(dst) % 64 != 0) {
+    return store_row<float>(DType::kBFloat16, src, dst, n);
+  }
+  for (int64_t i = 0; i < n; i += 32) {
+    const __m512bh line =
+        _mm512_cvtne2ps_pbh(_mm512_loadu_ps(src + i + 16), _mm512_loadu_ps(src + i));
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(dst + i), __builtin_bit_cast(__m512i, line));
   }
 }
 
 // Row pair by row pair over all panels, so that each row is read in one run.
 void amx_pack(const uint16_t* const* rows, int64_t offset, int64_t num_rows, int64_t cols,
-              uint16_t* dst) {
+              uint16_t* dst, int64_t stride) {
   typedef uint16_t Bits __attribute__((vector_size(64)));
   constexpr Bits lo = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
                        8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
@@ -481,7 +492,7 @@ void amx_pack(const uint16_t* const* rows, int64_t offset, int64_t num_rows, int
     const uint16_t* next0 = more ? rows[r + kRowsAhead] + offset : dst;
     const uint16_t* next1 = more ? rows[r + kRowsAhead + 1] + offset : dst;
     uint16_t* out = dst + r * 32;
-    for (int64_t j = 0; j < cols; j += 32, out += num_rows * 32) {
+    for (int64_t j = 0; j < cols; j += 32, out += stride) {
       __builtin_prefetch(next0 + (more ? j : 0));
       __builtin_prefetch(next1 + (more ? j : 0));
       const __mmask32 valid = cols - j >= 32 ? 0xffffffffu : (1u << (cols - j)) - 1;
@@ -1019,6 +1030,7 @@ Kernels<T> make_kernels() {
     k.amx_end = &amx_end;
     k.amx_panel = &amx_panel;
     k.amx_pack = &amx_pack;
+    k.stream_row = &stream_row;
     k.amx_rows = &amx_rows;
 #endif
   }

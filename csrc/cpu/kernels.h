@@ -44,10 +44,10 @@ struct TileHints {
   // where a vector is less than a cache line. The caller orders the stores with stream_fence.
   bool stream = false;
 
-  // Spreads what is left over `steps` steps of k.
+  // Spreads what is left over `steps` places that ask.
   void spread(int64_t steps) {
     const int64_t lines = rows * ((bytes + 63) / 64);
-    lines_per_step = (lines * kPrefetchStep + steps - 1) / (steps > 0 ? steps : 1);
+    lines_per_step = (lines + steps - 1) / (steps > 0 ? steps : 1);
   }
 };
 
@@ -84,14 +84,13 @@ struct Kernels {
   void (*amx_begin)();
   void (*amx_end)();
   // For i < 16*row_tiles (at most 2), j < 32: c[i*ldc + j] (+)= sum_k a[i*lda + k] * panel(k, j),
-  // with k < 32*k_steps. Prefetches `bytes_ahead` behind the place in the panel that it reads; 0:
-  // does not.
+  // with k < 32*k_steps. `next` counts lines per step of 32 k.
   void (*amx_panel)(int64_t k_steps, const uint16_t* a, int64_t lda, int row_tiles,
-                    const uint16_t* panel, T* c, int64_t ldc, bool accumulate, int64_t bytes_ahead);
-  // Panels of 32 columns, [num_rows/2][32][2], of a bfloat16 matrix whose row r starts `offset`
+                    const uint16_t* panel, T* c, int64_t ldc, bool accumulate, TileHints& next);
+  // Panels of 32 columns, [num_rows/2][32][2] and `stride` elements apart, of a bfloat16 matrix whose row r starts `offset`
   // elements after rows[r]; rows[r] == nullptr is a row of zeros. num_rows is even.
   void (*amx_pack)(const uint16_t* const* rows, int64_t offset, int64_t num_rows, int64_t cols,
-                   uint16_t* dst);
+                   uint16_t* dst, int64_t stride);
   // For f < 16, t < 16*token_tiles (at most kAmxTokenTiles): c[f*ldc + t] = sum_k w[f*ldw + k] *
   // x(t, k). Tile j of x starts at x + j*ldx and holds pairs of k: [16*k_steps][16][2].
   void (*amx_rows)(int64_t k_steps, const uint16_t* w, int64_t ldw, const uint16_t* x, int64_t ldx,
@@ -121,6 +120,9 @@ struct Kernels {
   // acc[i] += scale * row[i]
   void (*axpy)(DType type, const void* row, T scale, T* acc, int64_t n);
   T (*dot_row)(DType a_type, const void* a, DType b_type, const void* b, int64_t n);
+
+  // Rounds n floats to bfloat16, past the cache where dst and n are whole lines (AMX only).
+  void (*stream_row)(const T* src, uint16_t* dst, int64_t n);
 
   void (*stream_fence)();
 
