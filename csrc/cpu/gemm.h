@@ -598,6 +598,7 @@ void wgrad_item(const GroupedWgradParams& p, const Kernels<T>& k, int64_t e, int
   const int64_t begin = p.expert_offsets[e], end = p.expert_offsets[e + 1];
   char* out = static_cast<char*>(p.out) + e * O * J * size;
   if (begin == end) {
+    if (p.accumulate) return;
     std::memset(out + o_begin * J * size, 0, static_cast<size_t>((o_end - o_begin) * J * size));
     return;
   }
@@ -614,7 +615,7 @@ void wgrad_item(const GroupedWgradParams& p, const Kernels<T>& k, int64_t e, int
   // A large result, written once and in whole vectors, goes past the cache.
   TileHints hints;
   const int64_t vector = W * static_cast<int64_t>(sizeof(T));
-  const bool large = p.num_experts * O * J * size >= kStreamBytes;
+  const bool large = !p.accumulate && p.num_experts * O * J * size >= kStreamBytes;
   const bool streamed = large && k.streams && same_type && end - begin <= kKc && J % W == 0 &&
                         reinterpret_cast<uintptr_t>(out) % vector == 0;
 
@@ -646,7 +647,7 @@ void wgrad_item(const GroupedWgradParams& p, const Kernels<T>& k, int64_t e, int
           for (int64_t b = 0; b < blocks; ++b) {
             const int64_t i0 = n * b / blocks, i1 = n * (b + 1) / blocks;
             k.col_a[nv - 1][i1 - i0 - 1](kc, g + i0, panels + (j - j0) * kc, c + i0 * ld, ld,
-                                         r0 > begin, hints);
+                                         r0 > begin || (direct && p.accumulate), hints);
           }
         }
       }
@@ -654,8 +655,10 @@ void wgrad_item(const GroupedWgradParams& p, const Kernels<T>& k, int64_t e, int
         const int64_t valid = std::min(2 * W, j1 - j);
         if (same_type && valid % W == 0) continue;
         for (int64_t o = 0; o < n; ++o) {
-          k.store_row(p.out_type, tile + o * ldc + (j - j0), out + ((o0 + o) * J + j) * size,
-                      valid);
+          T* row = tile + o * ldc + (j - j0);
+          char* dst = out + ((o0 + o) * J + j) * size;
+          if (p.accumulate) k.axpy(p.out_type, dst, T(1), row, valid);
+          k.store_row(p.out_type, row, dst, valid);
         }
       }
     }
@@ -663,7 +666,7 @@ void wgrad_item(const GroupedWgradParams& p, const Kernels<T>& k, int64_t e, int
   if (streamed) k.stream_fence();
 }
 
-// The same for bfloat16 results on AMX: grad^T is the row operand and pairs of rows of a are the
+// The same for bfloat16 on AMX: grad^T is the row operand and pairs of rows of a are the
 // panels, so the depth of the tiles is the expert's rows, rounded up to 32.
 inline void amx_wgrad_item(const GroupedWgradParams& p, const Kernels<float>& k, int64_t e,
                            int64_t o_begin, int64_t o_end) {
@@ -673,7 +676,8 @@ inline void amx_wgrad_item(const GroupedWgradParams& p, const Kernels<float>& k,
   const int64_t n = o_end - o_begin, padded_n = round_up<int64_t>(n, 32);
   const auto* grad_scale = static_cast<const float*>(p.grad_scale);
   const auto* a_scale = static_cast<const float*>(p.a_scale);
-  auto* out = static_cast<uint16_t*>(p.out) + (e * O + o_begin) * J;
+  const int64_t size = dtype_size(p.out_type);
+  char* out = static_cast<char*>(p.out) + (e * O + o_begin) * J * size;
 
   // grad^T, 16 rows of the expert at a time.
   auto* g = scratch<uint16_t>(Scratch::kTokens, padded_n * lda);
@@ -697,7 +701,8 @@ inline void amx_wgrad_item(const GroupedWgradParams& p, const Kernels<float>& k,
     }
   }
 
-  const bool large = p.num_experts * O * J * 2 >= kStreamBytes;
+  const bool large = !p.accumulate && p.out_type == DType::kBFloat16 &&
+                     p.num_experts * O * J * size >= kStreamBytes;
   TileHints none;
   const int64_t j_block = balanced(J, kAmxNnFeatures, 32);
   auto* copies = scratch<uint16_t>(Scratch::kPackA, depth * j_block);
@@ -727,11 +732,13 @@ inline void amx_wgrad_item(const GroupedWgradParams& p, const Kernels<float>& k,
       }
       k.amx_end();
       for (int64_t i = 0; i < std::min<int64_t>(32, n - o); ++i) {
-        uint16_t* row = out + (o + i) * J + j0;
+        float* row = tile + i * ldc;
+        char* dst = out + ((o + i) * J + j0) * size;
         if (large) {
-          k.stream_row(tile + i * ldc, row, cols);
+          k.stream_row(row, reinterpret_cast<uint16_t*>(dst), cols);
         } else {
-          k.store_row(DType::kBFloat16, tile + i * ldc, row, cols);
+          if (p.accumulate) k.axpy(p.out_type, dst, 1.0f, row, cols);
+          k.store_row(p.out_type, row, dst, cols);
         }
       }
     }
@@ -757,7 +764,10 @@ void wgrad(const GroupedWgradParams& p, const Parallel& par) {
   parallel_items(par, E * parts, cost, [&](int64_t item) {
     const int64_t e = item / parts, o = item % parts * features;
     if constexpr (sizeof(T) == 4) {
-      const bool amx = k.amx_panel != nullptr && p.out_type == DType::kBFloat16;
+      // In a bfloat16 block one operand is bfloat16 (tokens, or the gradient of the output); the
+      // other may be an intermediate result in fp32.
+      const bool amx = k.amx_panel != nullptr && (p.grad.type == DType::kBFloat16 ||
+                                                  p.a.type == DType::kBFloat16);
       if (amx && p.expert_offsets[e + 1] - p.expert_offsets[e] >= kAmxMinRows) {
         return amx_wgrad_item(p, k, e, o, std::min(O, o + features));
       }

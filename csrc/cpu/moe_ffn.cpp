@@ -236,7 +236,8 @@ void backward(const MoeFfnBwdParams& p, const Parallel& par) {
   const Rows hidden = {u, kAccumulate<T>, I, nullptr};
   const Rows dpre_rows = {dpre, kAccumulate<T>, width, nullptr};
   const auto weight_gradient = [&](const Rows& grad, int64_t out_features, const Rows& a,
-                                   int64_t in_features, const T* a_scale, void* out) {
+                                   int64_t in_features, const T* a_scale, void* out, DType out_type,
+                                   bool accumulate) {
     if (out == nullptr) return;
     GroupedWgradParams w;
     w.expert_offsets = s.expert_offsets;
@@ -247,11 +248,14 @@ void backward(const MoeFfnBwdParams& p, const Parallel& par) {
     w.a = a;
     w.a_scale = a_scale;
     w.out = out;
-    w.out_type = type;
+    w.out_type = out_type;
+    w.accumulate = accumulate;
     wgrad<T>(w, par);
   };
-  weight_gradient(gy, H, hidden, I, nullptr, p.grad_w_down);
-  weight_gradient(dpre_rows, width, x, H, on_input ? routing.weight : nullptr, p.grad_w_gate_up);
+  weight_gradient(gy, H, hidden, I, nullptr, p.grad_w_down, p.grad_w_down_type,
+                  p.accumulate_w_down);
+  weight_gradient(dpre_rows, width, x, H, on_input ? routing.weight : nullptr, p.grad_w_gate_up,
+                  p.grad_w_gate_up_type, p.accumulate_w_gate_up);
   const auto bias_gradient = [&](const Rows& grad, int64_t features, const T* scale, void* out) {
     if (out == nullptr) return;
     GroupedSumParams b;

@@ -100,6 +100,17 @@ STABLE_TORCH_LIBRARY(moe_ops, m) {
       "bool need_topk_weights, bool need_b_gate_up, bool need_b_down) "
       "-> (Tensor grad_x, Tensor grad_w_gate_up, Tensor grad_w_down, Tensor grad_topk_weights, "
       "Tensor grad_b_gate_up, Tensor grad_b_down)");
+  // The same, with the weight gradients added to main_w_gate_up and main_w_down where given; those
+  // come back with shape [0].
+  m.def(
+      "moe_ffn_bwd_accumulate(Tensor grad_y, Tensor x, Tensor w_gate_up, Tensor w_down, "
+      "Tensor topk_weights, Tensor preact, Tensor expert_offsets, Tensor row_to_slot, "
+      "Tensor slot_to_row, Tensor? b_down, str activation, bool interleaved, "
+      "bool apply_router_weight_on_input, float alpha, float limit, bool need_x, "
+      "bool need_w_gate_up, bool need_w_down, bool need_topk_weights, bool need_b_gate_up, "
+      "bool need_b_down, Tensor(a!)? main_w_gate_up, Tensor(b!)? main_w_down) "
+      "-> (Tensor grad_x, Tensor grad_w_gate_up, Tensor grad_w_down, Tensor grad_topk_weights, "
+      "Tensor grad_b_gate_up, Tensor grad_b_down)");
   // x [T,H], w [E,O,H] -> [T,K,O]: each token through each of its experts; empty slots are zero.
   m.def("moe_linear_map(Tensor x, Tensor w, Tensor topk_ids, Tensor? bias=None) -> Tensor");
   m.def(

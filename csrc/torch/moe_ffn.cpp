@@ -195,14 +195,17 @@ FfnOutputs moe_ffn_fwd(const Tensor& x, const Tensor& w_gate_up, const Tensor& w
                  activation, interleaved, apply_router_weight_on_input, alpha, limit, true);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_ffn_bwd(
-    const Tensor& grad_y, const Tensor& x, const Tensor& w_gate_up, const Tensor& w_down,
+using FfnGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// main_*: buffers that the weight gradients are added to, or none.
+FfnGradients run_bwd(
+    const char* kOp, const Tensor& grad_y, const Tensor& x, const Tensor& w_gate_up, const Tensor& w_down,
     const Tensor& topk_weights, const Tensor& preact, const Tensor& expert_offsets,
     const Tensor& row_to_slot, const Tensor& slot_to_row, const OptTensor& b_down,
     std::string activation, bool interleaved, bool apply_router_weight_on_input, double alpha,
     double limit, bool need_x, bool need_w_gate_up, bool need_w_down, bool need_topk_weights,
-    bool need_b_gate_up, bool need_b_down) {
-  constexpr const char* kOp = "moe_ffn_bwd";
+    bool need_b_gate_up, bool need_b_down, const OptTensor& main_w_gate_up,
+    const OptTensor& main_w_down) {
   const ActivationParams act = check_activation(kOp, activation, interleaved, alpha, limit, false);
   check_index(kOp, "slot_to_row", slot_to_row);
   check_dim(kOp, "slot_to_row", slot_to_row, 2, "[T, K]");
@@ -253,13 +256,61 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_ffn_bwd(
   p.b_down = down_bias.vectors;
   p.preact = pre.const_data_ptr();
   p.grad_x = need_x ? grad_x.mutable_data_ptr() : nullptr;
-  p.grad_w_gate_up = need_w_gate_up ? grad_w_gate_up.mutable_data_ptr() : nullptr;
-  p.grad_w_down = need_w_down ? grad_w_down.mutable_data_ptr() : nullptr;
+  const auto weight = [&](const char* name, const OptTensor& main, const Tensor& w, bool need,
+                          Tensor& grad, void*& out, DType& out_type, bool& accumulate) {
+    out = need ? grad.mutable_data_ptr() : nullptr;
+    out_type = s.type;
+    accumulate = main.has_value();
+    if (!accumulate) return;
+    const DType main_type = check_float(kOp, name, *main);
+    MOE_CHECK(main_type == s.type || main_type == accumulate_type(s.type), kOp, ": ", name,
+              " must be ", dtype_name(x.scalar_type()), " like the weight, or ", dtype_name(acc),
+              ", got ", dtype_name(main->scalar_type()), ".");
+    check_dim(kOp, name, *main, 3, "shaped like the weight");
+    for (int64_t d = 0; d < 3; ++d) check_size(kOp, name, *main, d, w.size(d), "the weight's size");
+    MOE_CHECK(main->is_contiguous(), kOp, ": ", name, " must be contiguous, got shape ",
+              shape_string(*main), " with other strides.");
+    out = main->mutable_data_ptr();
+    out_type = main_type;
+  };
+  weight("main_grad of w_gate_up", main_w_gate_up, w_gate_up, need_w_gate_up, grad_w_gate_up,
+         p.grad_w_gate_up, p.grad_w_gate_up_type, p.accumulate_w_gate_up);
+  weight("main_grad of w_down", main_w_down, w_down, need_w_down, grad_w_down, p.grad_w_down,
+         p.grad_w_down_type, p.accumulate_w_down);
   p.grad_topk_weights = need_topk_weights ? grad_topk_weights.mutable_data_ptr() : nullptr;
   p.grad_b_gate_up = need_b_gate_up ? grad_b_gate_up.mutable_data_ptr() : nullptr;
   p.grad_b_down = need_b_down ? grad_b_down.mutable_data_ptr() : nullptr;
   cpu::moe_ffn_bwd(p, torch_parallel());
   return {grad_x, grad_w_gate_up, grad_w_down, grad_topk_weights, grad_b_gate_up, grad_b_down};
+}
+
+FfnGradients moe_ffn_bwd(const Tensor& grad_y, const Tensor& x, const Tensor& w_gate_up,
+                         const Tensor& w_down, const Tensor& topk_weights, const Tensor& preact,
+                         const Tensor& expert_offsets, const Tensor& row_to_slot,
+                         const Tensor& slot_to_row, const OptTensor& b_down, std::string activation,
+                         bool interleaved, bool apply_router_weight_on_input, double alpha,
+                         double limit, bool need_x, bool need_w_gate_up, bool need_w_down,
+                         bool need_topk_weights, bool need_b_gate_up, bool need_b_down) {
+  return run_bwd("moe_ffn_bwd", grad_y, x, w_gate_up, w_down, topk_weights, preact, expert_offsets,
+                 row_to_slot, slot_to_row, b_down, activation, interleaved,
+                 apply_router_weight_on_input, alpha, limit, need_x, need_w_gate_up, need_w_down,
+                 need_topk_weights, need_b_gate_up, need_b_down, {}, {});
+}
+
+FfnGradients moe_ffn_bwd_accumulate(
+    const Tensor& grad_y, const Tensor& x, const Tensor& w_gate_up, const Tensor& w_down,
+    const Tensor& topk_weights, const Tensor& preact, const Tensor& expert_offsets,
+    const Tensor& row_to_slot, const Tensor& slot_to_row, const OptTensor& b_down,
+    std::string activation, bool interleaved, bool apply_router_weight_on_input, double alpha,
+    double limit, bool need_x, bool need_w_gate_up, bool need_w_down, bool need_topk_weights,
+    bool need_b_gate_up, bool need_b_down, const OptTensor& main_w_gate_up,
+    const OptTensor& main_w_down) {
+  return run_bwd("moe_ffn_bwd_accumulate", grad_y, x, w_gate_up, w_down, topk_weights, preact,
+                 expert_offsets, row_to_slot, slot_to_row, b_down, activation, interleaved,
+                 apply_router_weight_on_input, alpha, limit, need_x,
+                 need_w_gate_up && !main_w_gate_up.has_value(),
+                 need_w_down && !main_w_down.has_value(), need_topk_weights, need_b_gate_up,
+                 need_b_down, main_w_gate_up, main_w_down);
 }
 
 }  // namespace
@@ -270,6 +321,7 @@ STABLE_TORCH_LIBRARY_IMPL(moe_ops, CPU, m) {
   m.impl("pack_experts", MOE_BOX(pack_experts));
   m.impl("moe_ffn_fwd", MOE_BOX(moe_ffn_fwd));
   m.impl("moe_ffn_bwd", MOE_BOX(moe_ffn_bwd));
+  m.impl("moe_ffn_bwd_accumulate", MOE_BOX(moe_ffn_bwd_accumulate));
 }
 
 }  // namespace moe_ops::adapter

@@ -235,6 +235,90 @@ def test_nan_stays_in_its_token(dtype):
     assert_identical(y.isnan(), where)
 
 
+# --- gradients added to given buffers
+
+
+@pytest.mark.parametrize("routing", ["even", "dropped", "empty_experts"])
+@pytest.mark.parametrize("main_dtype", [None, torch.float32])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_main_grads_are_added_to(dtype, main_dtype, routing):
+    main_dtype = dtype if main_dtype is None or dtype == torch.float64 else main_dtype
+    rows = Routing(40, 4, 2, "dropped")
+    if routing == "empty_experts":
+        rows = Routing(5, 8, 1, "dropped")
+    call = ffn_operands(rows, 33, 20, dtype=dtype)
+    leaves = {n: call[n].clone().requires_grad_() for n in ("x", "w_gate_up", "w_down")}
+    grad_y = torch.randn_like(call["x"])
+    expected = torch.autograd.grad(
+        moe_ops.moe_ffn(**{**call, **leaves}), list(leaves.values()), grad_y
+    )
+    before = [torch.randn_like(w, dtype=main_dtype) for w in expected[1:]]
+    main = tuple(b.clone() for b in before)
+    moe_ops.moe_ffn(**{**call, **leaves}, main_grads=main).backward(grad_y)
+    torch.testing.assert_close(leaves["x"].grad, expected[0], rtol=0, atol=0)
+    assert leaves["w_gate_up"].grad is None and leaves["w_down"].grad is None
+    for got, start, gradient in zip(main, before, expected[1:], strict=True):
+        # One rounding of the gradient (of a half type) and one of the sum.
+        bound = torch.finfo(dtype).eps * gradient.double().abs()
+        bound += torch.finfo(main_dtype).eps * (start.double().abs() + gradient.double().abs())
+        error = (got.double() - start.double() - gradient.double()).abs()
+        assert bool((error <= bound + torch.finfo(main_dtype).tiny).all())
+
+
+def test_one_main_grad():
+    call = ffn_operands(SMALL, 16, 8, torch.float32)
+    leaves = {n: call[n].clone().requires_grad_() for n in ("w_gate_up", "w_down")}
+    main = torch.zeros_like(call["w_down"])
+    moe_ops.moe_ffn(**{**call, **leaves}, main_grads=(None, main)).sum().backward()
+    expected = torch.autograd.grad(
+        moe_ops.moe_ffn(**{**call, **leaves}).sum(), list(leaves.values())
+    )
+    assert_identical(leaves["w_gate_up"].grad, expected[0])
+    assert leaves["w_down"].grad is None
+    assert_identical(main, expected[1])
+
+
+def test_main_grads_of_frozen_weights_are_left_alone():
+    call = ffn_operands(SMALL, 16, 8, torch.float32)
+    x = call["x"].clone().requires_grad_()
+    main = (torch.full_like(call["w_gate_up"], 7.0), torch.full_like(call["w_down"], 7.0))
+    moe_ops.moe_ffn(**{**call, "x": x}, main_grads=main).sum().backward()
+    assert x.grad is not None
+    assert all(bool((m == 7.0).all()) for m in main)
+
+
+def test_main_grads_under_autocast_are_fp32():
+    call = ffn_operands(SMALL, 16, 8, torch.float32)
+    leaves = {n: call[n].clone().requires_grad_() for n in ("x", "w_gate_up", "w_down")}
+    main = (torch.zeros_like(call["w_gate_up"]), torch.zeros_like(call["w_down"]))
+    with torch.autocast("cpu", torch.bfloat16):
+        y = moe_ops.moe_ffn(**{**call, **leaves}, main_grads=main)
+        expected = moe_ops.moe_ffn(**{**call, **leaves})
+    assert y.dtype == torch.bfloat16
+    grads = torch.autograd.grad(expected.float().sum(), list(leaves.values()))
+    y.float().sum().backward()
+    assert leaves["x"].grad.dtype == torch.float32
+    for got, want in zip(main, grads[1:], strict=True):
+        assert (got - want).norm() <= torch.finfo(torch.bfloat16).eps * want.norm()
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "message"),
+    [
+        ((4, 16, 17), torch.float32, "main_grad of w_gate_up must have the weight's size = 16"),
+        ((4, 16, 16), torch.float64, "main_grad of w_gate_up must be float32"),
+    ],
+)
+def test_bad_main_grads(shape, dtype, message):
+    call = ffn_operands(SMALL, 16, 8, torch.float32)
+    w = call["w_gate_up"].clone().requires_grad_()
+    y = moe_ops.moe_ffn(
+        **{**call, "w_gate_up": w}, main_grads=(torch.zeros(shape, dtype=dtype), None)
+    )
+    with pytest.raises(ValueError, match=message):
+        y.sum().backward()
+
+
 @pytest.mark.parametrize("on_input", [False, True], ids=["output", "input"])
 @pytest.mark.parametrize("activation", ["swiglu", "swiglu_oai", "geglu_tanh", "gelu", "relu2"])
 def test_gradcheck(activation, on_input):

@@ -72,6 +72,7 @@ struct GroupedWgradParams {
   const void* a_scale = nullptr;     // [rows] in the accumulate type, or nullptr
   void* out = nullptr;               // [E, O, K] contiguous; every element is written
   DType out_type = DType::kFloat32;
+  bool accumulate = false;  // add to out; experts without rows are left alone
 };
 
 struct GroupedSumParams {

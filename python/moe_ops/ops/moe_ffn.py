@@ -39,6 +39,7 @@ def moe_ffn(
     apply_router_weight_on_input: bool = False,
     alpha: float = 1.702,
     limit: float = 7.0,
+    main_grads: tuple[Tensor | None, Tensor | None] | None = None,
 ) -> Tensor:
     """Routes each token through its experts' FFNs and sums the results.
 
@@ -65,17 +66,29 @@ def moe_ffn(
         apply_router_weight_on_input: multiply the token by the routing weight before the experts
             and add their outputs unweighted (Llama 4).
         alpha, limit: of ``"swiglu_oai"``.
+        main_grads: buffers to which backward adds the gradients of w_gate_up and w_down, each
+            shaped like its weight, contiguous, in fp32 (fp64) or the weight's dtype, or None. That
+            weight then gets no ``.grad``: no gradient tensor of its size is made, and bfloat16
+            training accumulates in fp32. Eager mode only.
 
     Returns:
         [T, H] in x's dtype. A token without any expert gets zeros; T = 0 gives [0, H].
 
     Raises:
-        ValueError: wrong dtype, rank, size or activation.
+        ValueError: wrong dtype, rank, size or activation (of main_grads: in backward).
         NotImplementedError: on a second derivative.
 
     Source:
         Shazeer et al. 2017, arXiv 1701.06538; the argument order is that of vLLM and SGLang.
     """
+    if (
+        main_grads is not None
+        and torch.is_grad_enabled()
+        and any(g is not None for g in main_grads)
+    ):
+        arguments = (activation, interleaved, apply_router_weight_on_input, alpha, limit)
+        inputs = (x, w_gate_up, w_down, topk_weights, topk_ids, b_gate_up, b_down)
+        return _AccumulatingFfn.apply(*inputs, main_grads, arguments)
     return torch.ops.moe_ops.moe_ffn(
         x,
         w_gate_up,
@@ -195,8 +208,17 @@ def _(*args: Any, **kwargs: Any) -> Tensor:
     return _fake_fwd(*args, **kwargs)[0]
 
 
+@register_fake("moe_ffn_bwd_accumulate")
+def _(*args: Any) -> tuple[Tensor, ...]:
+    *arguments, main_w_gate_up, main_w_down = args
+    need_w_gate_up, need_w_down = 16, 17  # Positions of these flags.
+    arguments[need_w_gate_up] &= main_w_gate_up is None
+    arguments[need_w_down] &= main_w_down is None
+    return _fake_bwd(*arguments)
+
+
 @register_fake("moe_ffn_bwd")
-def _(
+def _fake_bwd(
     grad_y: Tensor,
     x: Tensor,
     w_gate_up: Tensor,
@@ -286,6 +308,57 @@ def _backward(ctx: Any, grad_y: Tensor | None, *_: Any) -> tuple[Any, ...]:
         gw = gw.to(topk_weights.dtype)
     rest = (None,) * len(ctx.arguments)
     return gx, gw_gate_up, gw_down, gw, None, gb_gate_up, gb_down, *rest
+
+
+class _AccumulatingFfn(torch.autograd.Function):
+    """moe_ffn whose backward adds the weight gradients to given buffers."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        w_gate_up: Tensor,
+        w_down: Tensor,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        b_gate_up: Tensor | None,
+        b_down: Tensor | None,
+        main_grads: tuple[Tensor | None, Tensor | None],
+        arguments: tuple[Any, ...],
+    ) -> Tensor:
+        device = x.device.type
+        if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+            # Here and not before: the gradient of a cast weight would pass by its buffer.
+            target = torch.get_autocast_dtype(device)
+            x, w_gate_up, w_down = (t.to(target) for t in (x, w_gate_up, w_down))
+            b_gate_up = None if b_gate_up is None else b_gate_up.to(target)
+            b_down = None if b_down is None else b_down.to(target)
+        inputs = (x, w_gate_up, w_down, topk_weights, topk_ids, b_gate_up, b_down)
+        y, *saved = torch.ops.moe_ops.moe_ffn_fwd(*inputs, *arguments)
+        ctx.save_for_backward(x, w_gate_up, w_down, topk_weights, *saved, b_down)
+        ctx.main_grads = main_grads
+        ctx.arguments = arguments
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
+        needs = ctx.needs_input_grad
+        wanted = [needs[0], needs[1], needs[2], needs[3], needs[5], needs[6]]
+        main = [g if need else None for g, need in zip(ctx.main_grads, needs[1:3], strict=True)]
+        saved = ctx.saved_tensors
+        grads = torch.ops.moe_ops.moe_ffn_bwd_accumulate(
+            grad_y, *saved, *ctx.arguments, *wanted, *main
+        )
+        # A weight whose gradient went into its buffer has none to return.
+        given = [need and g is None for g, need in zip(main, wanted[1:3], strict=True)]
+        returned = [wanted[0], *given, *wanted[3:]]
+        gx, gw_gate_up, gw_down, gw, gb_gate_up, gb_down = (
+            g if keep else None for g, keep in zip(grads, returned, strict=True)
+        )
+        if gw is not None:
+            gw = gw.to(saved[3].dtype)
+        return gx, gw_gate_up, gw_down, gw, None, gb_gate_up, gb_down, None, None
 
 
 torch.library.register_autograd("moe_ops::moe_ffn_fwd", _backward, setup_context=_setup)
