@@ -36,8 +36,21 @@ Choice choose() {
                     "."};
 }
 
+Choice choose_working() {
+  Choice c = choose();
+  while (c.isa != Isa::kPortable) {
+    const char* kernel = failing_kernel(c.isa);
+    if (kernel == nullptr) break;
+    const Isa lower = static_cast<Isa>(static_cast<int>(c.isa) - 1);
+    c.warning += std::string("The ") + isa_name(c.isa) + " kernels fail their self-test here (" +
+                 kernel + "); using " + isa_name(lower) + ".";
+    c.isa = lower;
+  }
+  return c;
+}
+
 const Choice& choice() {
-  static const Choice c = choose();
+  static const Choice c = choose_working();
   return c;
 }
 

@@ -18,11 +18,15 @@ enum class Isa : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3, k
 MOE_OPS_API const char* isa_name(Isa isa);
 // The highest level that both this machine and this build have.
 MOE_OPS_API Isa detected_isa();
-// detected_isa(), lowered by MOE_OPS_CPU_ISA if that is set. Read once.
+// detected_isa(), lowered by MOE_OPS_CPU_ISA if that is set, and to a level that passes its
+// self-test. Decided once.
 MOE_OPS_API Isa active_isa();
 // Names of all levels up to the detected one.
 MOE_OPS_API std::vector<std::string> supported_isas();
-// Empty, or a sentence about a value of MOE_OPS_CPU_ISA that could not be followed.
+// Empty, or a sentence about a value of MOE_OPS_CPU_ISA that could not be followed or a level that
+// failed its self-test.
 MOE_OPS_API std::string isa_warning();
+// nullptr, or the kernel of this level that does not compute what the portable one does.
+MOE_OPS_API const char* failing_kernel(Isa isa);
 
 }  // namespace moe_ops::cpu

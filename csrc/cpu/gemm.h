@@ -25,10 +25,13 @@
 
 namespace moe_ops::cpu {
 
-// Most token rows of one item: with 256-deep blocks of fp32 their panel is 96 KiB of L2.
-constexpr int64_t kRowBlock = 96;
-// The same where weights are not copied: twice as many tokens for a weight read from memory, while
-// their rows (1 MiB of fp32 at 2048 features) still fit an L2, if not the smallest.
+// Most token rows of one item that copies weights: a 192-deep block of them is 96 KiB of L2.
+constexpr int64_t kRowBlock = 128;
+// Tokens of an item whose rows take no more than this stay packed for their whole depth, and the
+// weights of a block of features are read from end to end: long streams, which the memory
+// delivers twice as fast as pieces of 192.
+constexpr int64_t kWholeDepthBytes = int64_t{512} << 10;
+// The same where weights are not copied. Their rows are 1 MiB of fp32 at 2048 features.
 constexpr int64_t kPanelRowBlock = 128;
 // Features (of all segments together) of one item: a multiple of every tile height.
 constexpr int64_t kFeatureBlock = 252;
@@ -204,21 +207,29 @@ void dot_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, con
 
 template <class T, class Epilogue>
 void nt_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, const Epilogue& fn) {
-  const int64_t W = k.lanes;
+  const int64_t W = k.lanes, K = d.in_features;
   const int64_t m = it.row_end - it.row_begin;
   const int64_t n = it.feature_end - it.feature_begin;
   const int64_t total = n * d.segments;
   const int64_t padded_m = round_up(m, W);
   const int64_t padded_n = round_up(total, W);
+  const bool whole = padded_m * K * static_cast<int64_t>(sizeof(T)) <= kWholeDepthBytes;
   T* a = scratch<T>(Scratch::kPackA, kMaxMr * kLda);
-  T* panels = scratch<T>(Scratch::kPackB, padded_m * kKc);
+  T* panels = scratch<T>(Scratch::kPackB, padded_m * (whole ? K : kKc));
   T* rows = scratch<T>(Scratch::kTokens, std::max(2 * W * kLda, padded_m * padded_n));
   T* tile = scratch<T>(Scratch::kTile, padded_n * padded_m);
   const char* w = element(d.b.data, d.b.type, it.expert * d.b.stride_e);
-
-  for (int64_t k0 = 0; k0 < d.in_features; k0 += kKc) {
-    const int64_t kc = std::min(kKc, d.in_features - k0);
-    // x of this block, one panel of [kc][W or 2W] after the other.
+  const int64_t row_bytes = d.b.stride_o * dtype_size(d.b.type);
+  const int64_t mr = padded_m == W ? k.mr1 : k.mr2;
+  const int64_t blocks = ceil_div(total, mr);
+  // Row i of the item's features, from k0 on.
+  const auto weight_row = [&](int64_t i, int64_t k0) {
+    const int64_t feature = i / n * d.features + it.feature_begin + i % n;
+    return w + feature * row_bytes + k0 * dtype_size(d.b.type);
+  };
+  // x from k0 on, one panel of [kc][W or 2W] after the other.
+  const auto pack_tokens = [&](int64_t k0, T* dst) {
+    const int64_t kc = std::min(kKc, K - k0);
     for (int64_t t0 = 0; t0 < padded_m; t0 += 2 * W) {
       const int64_t width = std::min(2 * W, padded_m - t0);
       for (int64_t t = 0; t < width; ++t) {
@@ -230,35 +241,45 @@ void nt_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, cons
           std::fill(rows + t * kLda, rows + t * kLda + kc, T(0));
         }
       }
-      k.transpose(rows, kLda, width, kc, panels + t0 * kKc, width);
+      k.transpose(rows, kLda, width, kc, dst + t0 * kc, width);
     }
-    const int64_t mr = padded_m == W ? k.mr1 : k.mr2;
-    const int64_t blocks = ceil_div(total, mr);
+  };
+  // Block b of the features at k0; its tiles fetch the weights of block next_b at next_k.
+  const auto run_block = [&](int64_t b, int64_t k0, const T* x, int64_t next_b, int64_t next_k) {
+    const int64_t kc = std::min(kKc, K - k0);
+    const int64_t i0 = total * b / blocks, i1 = total * (b + 1) / blocks;
+    for (int64_t i = i0; i < i1; ++i) {
+      k.load_row(d.b.type, weight_row(i, k0), a + (i - i0) * kLda, kc, T(1));
+    }
+    TileHints next;
+    if (next_b < blocks && next_k < K) {
+      const int64_t next_i = total * next_b / blocks;
+      next.base = weight_row(next_i, next_k);
+      next.stride = row_bytes;
+      next.rows = std::min(mr, n - next_i % n);
+      next.bytes = std::min(kKc, K - next_k) * dtype_size(d.b.type);
+      next.spread(kc / kPrefetchStep * ceil_div(padded_m, 2 * W));
+    }
+    for (int64_t t0 = 0; t0 < padded_m; t0 += 2 * W) {
+      const int nv = padded_m - t0 > W ? 2 : 1;
+      k.row_a[nv - 1][i1 - i0 - 1](kc, a, x + t0 * kc, tile + i0 * padded_m + t0, padded_m, k0 > 0,
+                                   next);
+    }
+  };
+  if (whole) {
+    for (int64_t k0 = 0; k0 < K; k0 += kKc) pack_tokens(k0, panels + k0 * padded_m);
     for (int64_t b = 0; b < blocks; ++b) {
-      const int64_t i0 = total * b / blocks, i1 = total * (b + 1) / blocks;
-      for (int64_t i = i0; i < i1; ++i) {
-        const int64_t feature = i / n * d.features + it.feature_begin + i % n;
-        k.load_row(d.b.type, element(w, d.b.type, feature * d.b.stride_o + k0), a + (i - i0) * kLda,
-                   kc, T(1));
+      for (int64_t k0 = 0; k0 < K; k0 += kKc) {
+        const bool last = k0 + kKc >= K;
+        run_block(b, k0, panels + k0 * padded_m, last ? b + 1 : b, last ? 0 : k0 + kKc);
       }
-      // The tiles of this block fetch the weights of the next one: the same k further down, or the
-      // first rows of the next k.
-      const bool same_k = b + 1 < blocks;
-      const int64_t next_i = same_k ? i1 : 0;
-      const int64_t next_k = same_k ? k0 : k0 + kKc;
-      TileHints next;
-      if (next_k < d.in_features) {
-        const int64_t feature = next_i / n * d.features + it.feature_begin + next_i % n;
-        next.base = element(w, d.b.type, feature * d.b.stride_o + next_k);
-        next.stride = d.b.stride_o * dtype_size(d.b.type);
-        next.rows = std::min(mr, n - next_i % n);
-        next.bytes = std::min(kKc, d.in_features - next_k) * dtype_size(d.b.type);
-        next.spread(kc / kPrefetchStep * ceil_div(padded_m, 2 * W));
-      }
-      for (int64_t t0 = 0; t0 < padded_m; t0 += 2 * W) {
-        const int nv = padded_m - t0 > W ? 2 : 1;
-        k.row_a[nv - 1][i1 - i0 - 1](kc, a, panels + t0 * kKc, tile + i0 * padded_m + t0, padded_m,
-                                     k0 > 0, next);
+    }
+  } else {
+    for (int64_t k0 = 0; k0 < K; k0 += kKc) {
+      pack_tokens(k0, panels);
+      for (int64_t b = 0; b < blocks; ++b) {
+        const bool last = b + 1 == blocks;
+        run_block(b, k0, panels, last ? 0 : b + 1, last ? k0 + kKc : k0);
       }
     }
   }

@@ -8,6 +8,7 @@
 #define MOE_DOT_MAX_ROWS 2
 #include "cpu/cpu_isa.h"
 #include "cpu/kernels-inl.h"
+#include "cpu/self_test.h"
 
 namespace moe_ops::cpu {
 
@@ -36,6 +37,12 @@ MOE_DECLARE_LEVEL(amx)
 #else
 #define MOE_SELECT(isa, fn) portable::fn()
 #endif
+
+const char* failing_kernel(Isa isa) {
+  const char* name = failing_kernel(MOE_SELECT(isa, kernels_f32), portable::kernels_f32());
+  if (name != nullptr) return name;
+  return failing_kernel(MOE_SELECT(isa, kernels_f64), portable::kernels_f64());
+}
 
 template <>
 const Kernels<float>& kernels<float>() {

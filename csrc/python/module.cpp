@@ -4,7 +4,10 @@
 #include <pybind11/stl.h>
 
 #include <map>
+#include <optional>
+#include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "cpu/buffer_cache.h"
 #include "cpu/cpu_isa.h"
@@ -28,6 +31,16 @@ PYBIND11_MODULE(_C, m) {
   m.def("detected_isa", [] { return std::string(isa_name(detected_isa())); });
   m.def("supported_isas", &supported_isas);
   m.def("isa_warning", &isa_warning);
+  // None, or the kernel of a supported level that fails its self-test.
+  m.def("failing_kernel", [](const std::string& level) -> std::optional<std::string> {
+    const std::vector<std::string> levels = supported_isas();
+    for (size_t i = 0; i < levels.size(); ++i) {
+      if (levels[i] != level) continue;
+      const char* name = failing_kernel(static_cast<Isa>(i));
+      return name == nullptr ? std::nullopt : std::optional<std::string>(name);
+    }
+    throw std::invalid_argument("failing_kernel: level must be supported here, got " + level + ".");
+  });
   m.def("cached_bytes", &cached_bytes);
   m.def("cache_limit", &cache_limit);
   m.def("release_cached", &release_cached);

@@ -1,0 +1,289 @@
+#include "cpu/self_test.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+namespace moe_ops::cpu {
+
+namespace {
+
+// Numbers in [-1, 1) that bfloat16 and float16 hold exactly, so that all types see the same ones.
+template <class T>
+class Numbers {
+ public:
+  std::vector<T> take(int64_t n) {
+    std::vector<T> v(static_cast<size_t>(n));
+    for (T& x : v) {
+      state_ = state_ * 1664525u + 1013904223u;
+      x = static_cast<T>(static_cast<int32_t>(state_ >> 25) - 64) / T(64);
+    }
+    return v;
+  }
+
+ private:
+  uint32_t state_ = 1;
+};
+
+// Sums of at most 64 products below 1 in another order, and activations of another exponential.
+template <class T>
+bool close(const std::vector<T>& a, const std::vector<T>& b) {
+  const T bound = sizeof(T) == 8 ? T(1e-12) : T(1e-4);
+  for (size_t i = 0; i < a.size(); ++i) {
+    if (!(std::abs(a[i] - b[i]) <= bound)) return false;
+  }
+  return true;
+}
+
+constexpr int64_t kDepth = 37;  // not a multiple of anything
+constexpr int64_t kPitch = 64;
+
+template <class T>
+const DType* types(int* count) {
+  static constexpr DType kHalves[] = {DType::kFloat32, DType::kBFloat16, DType::kFloat16};
+  static constexpr DType kDouble[] = {DType::kFloat64};
+  *count = sizeof(T) == 8 ? 1 : 3;
+  return sizeof(T) == 8 ? kDouble : kHalves;
+}
+
+template <class T>
+std::vector<char> as_type(const Kernels<T>& portable, DType type, const std::vector<T>& v) {
+  std::vector<char> out(v.size() * 8);
+  portable.store_row(type, v.data(), out.data(), static_cast<int64_t>(v.size()));
+  return out;
+}
+
+template <class T>
+bool tiles_right(const Kernels<T>& k, Numbers<T>& numbers) {
+  for (int nv = 1; nv <= 2; ++nv) {
+    const int width = nv * k.lanes;
+    const std::vector<T> b = numbers.take(kDepth * width);
+    for (int m = 1; m <= (nv == 1 ? k.mr1 : k.mr2); ++m) {
+      const std::vector<T> values = numbers.take(m * kDepth), start = numbers.take(m * width);
+      std::vector<T> rows(static_cast<size_t>(m * kLda)), cols(static_cast<size_t>(kDepth * kLdm));
+      std::vector<T> truth = start;
+      for (int i = 0; i < m; ++i) {
+        for (int64_t s = 0; s < kDepth; ++s) {
+          const T a = rows[i * kLda + s] = cols[s * kLdm + i] = values[i * kDepth + s];
+          for (int j = 0; j < width; ++j) truth[i * width + j] += a * b[s * width + j];
+        }
+      }
+      TileHints hints;
+      std::vector<T> c = start, d = start;
+      k.row_a[nv - 1][m - 1](kDepth, rows.data(), b.data(), c.data(), width, true, hints);
+      k.col_a[nv - 1][m - 1](kDepth, cols.data(), b.data(), d.data(), width, true, hints);
+      if (!close(c, truth) || !close(d, truth)) return false;
+    }
+  }
+  return true;
+}
+
+template <class T>
+bool panels_right(const Kernels<T>& k, const Kernels<T>& portable, Numbers<T>& numbers) {
+  const int P = 2 * k.lanes;
+  int num_types;
+  const DType* all = types<T>(&num_types);
+  for (int type = 0; type < num_types; ++type) {
+    const int64_t pair = dtype_size(all[type]) == 2 ? 2 : 1, depth = 36;
+    const std::vector<T> w = numbers.take(depth * P);  // [k / pair][P][pair]
+    const std::vector<char> panel = as_type(portable, all[type], w);
+    for (int m = 1; m <= k.mr2; ++m) {
+      std::vector<T> a(static_cast<size_t>(m * kLda)), truth(static_cast<size_t>(m * P));
+      const std::vector<T> values = numbers.take(m * depth);
+      for (int i = 0; i < m; ++i) {
+        for (int64_t s = 0; s < depth; ++s) {
+          a[i * kLda + s] = values[i * depth + s];
+          for (int j = 0; j < P; ++j) {
+            truth[i * P + j] += a[i * kLda + s] * w[(s / pair * P + j) * pair + s % pair];
+          }
+        }
+      }
+      std::vector<T> c(truth.size(), T(NAN));
+      k.panel_tile[static_cast<int>(all[type])][m - 1](depth, a.data(), panel.data(), c.data(), P,
+                                                       false, panel.data(), 64);
+      if (!close(c, truth)) return false;
+    }
+  }
+  return true;
+}
+
+template <class T>
+bool dot_right(const Kernels<T>& k, const Kernels<T>& portable, Numbers<T>& numbers) {
+  int num_types;
+  const DType* all = types<T>(&num_types);
+  const std::vector<T> w = numbers.take(kDotFeatures * kPitch);
+  std::vector<T> x = numbers.take(k.dot_tokens * kPitch);
+  for (int t = 0; t < k.dot_tokens; ++t) {
+    std::fill(x.begin() + t * kPitch + kDepth, x.begin() + (t + 1) * kPitch, T(0));
+  }
+  std::vector<T> truth(static_cast<size_t>(k.dot_tokens * kDotFeatures));
+  for (int t = 0; t < k.dot_tokens; ++t) {
+    for (int64_t f = 0; f < kDotFeatures; ++f) {
+      for (int64_t s = 0; s < kDepth; ++s) {
+        truth[t * kDotFeatures + f] += w[f * kPitch + s] * x[t * kPitch + s];
+      }
+    }
+  }
+  for (int type = 0; type < num_types; ++type) {
+    const std::vector<char> stored = as_type(portable, all[type], w);
+    for (int tokens = 1; tokens <= k.dot_tokens; ++tokens) {
+      std::vector<T> out(static_cast<size_t>(tokens * kDotFeatures), T(NAN));
+      k.dot(all[type], kDotFeatures, tokens, kDepth, stored.data(), kPitch, x.data(), kPitch,
+            out.data(), kDotFeatures, 1);
+      if (!close(out, {truth.begin(), truth.begin() + tokens * kDotFeatures})) return false;
+    }
+  }
+  return true;
+}
+
+template <class T>
+bool rows_right(const Kernels<T>& k, const Kernels<T>& portable, Numbers<T>& numbers) {
+  int num_types;
+  const DType* all = types<T>(&num_types);
+  for (int type = 0; type < num_types; ++type) {
+    // Values between those of a half type, so that rounding is tested too.
+    std::vector<T> v = numbers.take(kDepth);
+    for (size_t i = 0; i < v.size(); ++i) v[i] *= T(1) + static_cast<T>(i) / T(4099);
+    std::vector<char> a(kDepth * 8, 0), b(kDepth * 8, 0);
+    k.store_row(all[type], v.data(), a.data(), kDepth);
+    portable.store_row(all[type], v.data(), b.data(), kDepth);
+    if (a != b) return false;
+    std::vector<T> x(kDepth), y(kDepth);
+    k.load_row(all[type], a.data(), x.data(), kDepth, T(0.5));
+    portable.load_row(all[type], a.data(), y.data(), kDepth, T(0.5));
+    if (x != y) return false;
+    const void* rows[] = {a.data(), b.data()};
+    const T weights[] = {T(0.25), T(2)};
+    k.weighted_sum(all[type], rows, weights, 2, x.data(), kDepth);
+    portable.weighted_sum(all[type], rows, weights, 2, y.data(), kDepth);
+    if (!close(x, y)) return false;
+    k.axpy(all[type], a.data(), T(-3), x.data(), kDepth);
+    portable.axpy(all[type], a.data(), T(-3), y.data(), kDepth);
+    if (!close(x, y)) return false;
+    const T dots[] = {k.dot_row(all[type], a.data(), all[type], b.data(), kDepth),
+                      portable.dot_row(all[type], a.data(), all[type], b.data(), kDepth)};
+    if (!(std::abs(dots[0] - dots[1]) <= T(1e-4))) return false;
+    // Panels of this level's width against the definition.
+    const int64_t P = 2 * k.lanes, last = round_up<int64_t>(kDepth % P, k.lanes);
+    std::vector<T> packed(static_cast<size_t>(2 * (kDepth / P * P + last)), T(NAN));
+    k.pack_panels(all[type], rows, 0, 2, kDepth, nullptr, packed.data());
+    portable.load_row(all[type], a.data(), y.data(), kDepth, T(1));
+    for (int64_t c = 0; c < kDepth; ++c) {
+      const int64_t j = c / P * P, width = j + P <= kDepth ? P : last;
+      for (int64_t r = 0; r < 2; ++r) {
+        if (packed[j * 2 + r * width + c - j] != y[c]) return false;
+      }
+    }
+  }
+  return true;
+}
+
+template <class T>
+bool transpose_right(const Kernels<T>& k, Numbers<T>& numbers) {
+  const int64_t rows = 2 * k.lanes;
+  const std::vector<T> src = numbers.take(rows * kPitch);
+  std::vector<T> dst(static_cast<size_t>(kDepth * rows), T(NAN));
+  k.transpose(src.data(), kPitch, rows, kDepth, dst.data(), rows);
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t c = 0; c < kDepth; ++c) {
+      if (dst[c * rows + r] != src[r * kPitch + c]) return false;
+    }
+  }
+  return true;
+}
+
+template <class T>
+bool activations_right(const Kernels<T>& k, const Kernels<T>& portable, Numbers<T>& numbers) {
+  std::vector<T> gate = numbers.take(kDepth), up = numbers.take(kDepth), dh = numbers.take(kDepth);
+  for (T& g : gate) g *= T(9);
+  for (int kind = 0; kind <= static_cast<int>(Activation::kRelu2); ++kind) {
+    std::vector<T> out[2][4];
+    for (int level = 0; level < 2; ++level) {
+      const Kernels<T>& table = level == 0 ? k : portable;
+      for (auto& v : out[level]) v.assign(kDepth, T(0));
+      auto& o = out[level];
+      table.act_fwd(static_cast<Activation>(kind), gate.data(), up.data(), o[0].data(), kDepth,
+                    T(1.7), T(7));
+      table.act_bwd(static_cast<Activation>(kind), gate.data(), up.data(), dh.data(), o[1].data(),
+                    o[2].data(), o[3].data(), kDepth, T(1.7), T(7));
+    }
+    for (int i = 0; i < 4; ++i) {
+      if (!close(out[0][i], out[1][i])) return false;
+    }
+  }
+  return true;
+}
+
+// 32 rows of 96 k against 32 columns, through every AMX entry.
+bool amx_right(const Kernels<float>& k, const Kernels<float>& portable, Numbers<float>& numbers) {
+  if (k.amx_panel == nullptr) return true;
+  constexpr int64_t kRows = 32, kCols = 32, kK = 96;
+  const std::vector<float> a = numbers.take(kRows * kK), b = numbers.take(kK * kCols);
+  std::vector<float> truth(kRows * kCols);
+  for (int64_t i = 0; i < kRows; ++i) {
+    for (int64_t s = 0; s < kK; ++s) {
+      for (int64_t j = 0; j < kCols; ++j) truth[i * kCols + j] += a[i * kK + s] * b[s * kCols + j];
+    }
+  }
+  const std::vector<char> a16 = as_type(portable, DType::kBFloat16, a);
+  const std::vector<char> b16 = as_type(portable, DType::kBFloat16, b);
+  const auto* wa = reinterpret_cast<const uint16_t*>(a16.data());
+  const auto* wb = reinterpret_cast<const uint16_t*>(b16.data());
+  const uint16_t* rows[kK];
+  for (int64_t s = 0; s < kK; ++s) rows[s] = wb + s * kCols;
+  std::vector<uint16_t> panel(kK * kCols);
+  k.amx_pack(rows, 0, kK, kCols, panel.data(), 0);
+  std::vector<float> c(truth.size(), NAN);
+  TileHints none;
+  k.amx_begin();
+  k.amx_panel(kK / 32, wa, kK, 2, panel.data(), c.data(), kCols, false, none);
+  k.amx_panel(kK / 32, wa, kK, 2, panel.data(), c.data(), kCols, true, none);
+  k.amx_end();
+  for (float& v : c) v *= 0.5f;
+  if (!close(c, truth)) return false;
+
+  // The same with a as weights and the columns of b as tokens: two tiles of pairs of k.
+  std::vector<uint16_t> x(kK * kCols);
+  for (int64_t s = 0; s < kK; ++s) {
+    for (int64_t j = 0; j < kCols; ++j) {
+      x[j / 16 * 16 * kK + (s / 2 * 16 + j % 16) * 2 + s % 2] = wb[s * kCols + j];
+    }
+  }
+  std::fill(c.begin(), c.end(), NAN);
+  k.amx_begin();
+  for (int64_t i = 0; i < kRows; i += 16) {
+    k.amx_rows(kK / 32, wa + i * kK, kK, x.data(), 16 * kK, 2, c.data() + i * kCols, kCols);
+  }
+  k.amx_end();
+  if (!close(c, truth)) return false;
+
+  alignas(64) uint16_t streamed[kRows * kCols] = {};
+  uint16_t stored[kRows * kCols];
+  k.stream_row(truth.data(), streamed, kRows * kCols);
+  k.stream_fence();
+  portable.store_row(DType::kBFloat16, truth.data(), stored, kRows * kCols);
+  return std::memcmp(streamed, stored, sizeof(stored)) == 0;
+}
+
+}  // namespace
+
+template <class T>
+const char* failing_kernel(const Kernels<T>& k, const Kernels<T>& portable) {
+  Numbers<T> numbers;
+  if (!tiles_right(k, numbers)) return "tile";
+  if (!panels_right(k, portable, numbers)) return "panel_tile";
+  if (!dot_right(k, portable, numbers)) return "dot";
+  if (!rows_right(k, portable, numbers)) return "row";
+  if (!transpose_right(k, numbers)) return "transpose";
+  if (!activations_right(k, portable, numbers)) return "activation";
+  if constexpr (sizeof(T) == 4) {
+    if (!amx_right(k, portable, numbers)) return "amx";
+  }
+  return nullptr;
+}
+
+template const char* failing_kernel<float>(const Kernels<float>&, const Kernels<float>&);
+template const char* failing_kernel<double>(const Kernels<double>&, const Kernels<double>&);
+
+}  // namespace moe_ops::cpu
