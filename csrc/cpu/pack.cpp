@@ -92,8 +92,8 @@ bool panels_match(const ExpertMatrices& w, const void* panels, int64_t e, int64_
     const int64_t panel = f / layout.width * layout.segments + s;
     const char* packed = base + panel * layout.panel_bytes +
                          ((k / pair * layout.width + f % layout.width) * pair + k % pair) * size;
-    const char* source =
-        static_cast<const char*>(w.data) + (e * w.stride_e + o * w.stride_o + k * w.stride_k) * size;
+    const char* source = static_cast<const char*>(w.data) +
+                         (e * w.stride_e + o * w.stride_o + k * w.stride_k) * size;
     if (std::memcmp(packed, source, static_cast<size_t>(size)) != 0) return false;
   }
   return true;

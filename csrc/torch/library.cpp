@@ -73,8 +73,8 @@ STABLE_TORCH_LIBRARY(moe_ops, m) {
       "Tensor? b_gate_up=None, Tensor? b_down=None, str activation=\"swiglu\", "
       "bool interleaved=False, bool apply_router_weight_on_input=False, float alpha=1.702, "
       "float limit=7.0) -> Tensor");
-  // A copy of expert weights [E,O,K] in the order in which this machine's kernels read them, as bytes;
-  // halves: the two halves of the features are gate and up.
+  // A copy of expert weights [E,O,K] in the order in which this machine's kernels read them, as
+  // bytes; halves: the two halves of the features are gate and up.
   m.def("pack_experts(Tensor w, bool halves=False) -> Tensor");
   // moe_ffn that reads such copies; inference only. w_gate_up and w_down stay the truth: where the
   // copies do not match them any more, they are used.
