@@ -7,6 +7,7 @@
 //          only the (small) block of x is transposed and weights are copied as they lie.
 //   nn     weights dense along features: token rows are the broadcast side, weight rows the
 //          vectors.
+//   rank         few rows, weights dense along features: stream weight rows, four steps of k at a time.
 //   panels       weights packed ahead of time (pack.h): like nn, without any copying of weights.
 //   pair_*       the last three for bfloat16 weights where the level multiplies pairs of bfloat16:
 //   tokens
@@ -61,6 +62,9 @@ constexpr int64_t kBytesAhead = 2048;
 // Fewest rows of an expert that AMX takes. Below, reading the weights is all that counts, and the
 // other kernels keep the tokens in fp32.
 constexpr int64_t kAmxMinRows = 3;
+// Most rows of an expert for which weights dense along features are not copied. Each row passes its
+// sums through registers once in four steps of k.
+constexpr int64_t kRankMaxRows = 8;
 
 // Weight gradients from this size on will not be found in a cache again by whoever reads them.
 constexpr int64_t kStreamBytes = int64_t{8} << 20;
@@ -98,6 +102,7 @@ struct GemmDesc {
 enum class Path : int {
   kZero,
   kDot,
+  kRank,
   kNt,
   kNn,
   kPanels,
@@ -118,6 +123,7 @@ Path path_of(const GemmDesc<T>& d, const Kernels<T>& k, int64_t expert_rows) {
   if (d.b.panels != nullptr) {
     return amx ? Path::kAmxPanels : pairs ? Path::kPairPanels : Path::kPanels;
   }
+  if (d.b.stride_k != 1 && expert_rows <= kRankMaxRows) return Path::kRank;
   if (d.b.stride_k != 1) return amx ? Path::kAmxNn : pairs ? Path::kPairNn : Path::kNn;
   if (amx && d.in_features % 32 == 0) return Path::kAmxRows;
   if (expert_rows <= k.dot_max_rows) return Path::kDot;
@@ -167,6 +173,7 @@ std::vector<GemmItem> gemm_items(const GemmDesc<T>& d, const Kernels<T>& k, int 
       case Path::kDot:
         unit = 4;
         break;
+      case Path::kRank:
       case Path::kNn:
       case Path::kPairNn:
         most_features = kNnFeatures;
@@ -261,6 +268,30 @@ void load_tokens(const GemmDesc<T>& d, const Kernels<T>& k, int64_t r, int64_t k
   } else {
     k.load_row(d.a.type, element(row_of(d.a, r), d.a.type, k0), dst, kc,
                d.a_scale ? d.a_scale[r] : T(1));
+  }
+}
+
+template <class T, class Epilogue>
+void rank_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, const Epilogue& fn) {
+  const int64_t m = it.row_end - it.row_begin;
+  const int64_t n = it.feature_end - it.feature_begin;
+  const int64_t K = d.in_features, lda = K + 16;
+  T* a = scratch<T>(Scratch::kTokens, m * lda);
+  T* tile = scratch<T>(Scratch::kTile, m * n * d.segments);
+  for (int64_t t = 0; t < m; ++t) {
+    load_tokens<false>(d, k, it.row_begin + t, 0, K, a + t * lda);
+  }
+  for (int s = 0; s < d.segments; ++s) {
+    const int64_t first = it.expert * d.b.stride_e + s * d.features + it.feature_begin;
+    for (int64_t k0 = 0; k0 < K; k0 += kRankRows) {
+      k.rank_update(d.b.type, static_cast<int>(std::min<int64_t>(kRankRows, K - k0)), m,
+                    element(d.b.data, d.b.type, first + k0 * d.b.stride_k), d.b.stride_k, a + k0,
+                    lda, tile + s * n, n * d.segments, n, k0 > 0);
+    }
+  }
+  for (int64_t t = 0; t < m; ++t) {
+    T* row = tile + t * n * d.segments;
+    fn(it.expert, it.row_begin + t, it.feature_begin, n, row, row + n);
   }
 }
 
@@ -636,6 +667,8 @@ void run_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, con
     }
     case Path::kDot:
       return dot_item(d, k, it, fn);
+    case Path::kRank:
+      return rank_item(d, k, it, fn);
     case Path::kNt:
       return nt_item<false>(d, k, it, fn);
     case Path::kNn:

@@ -19,6 +19,8 @@ constexpr int64_t kLda = kKc + 16;
 constexpr int64_t kLdm = 128;
 // Largest number of tokens that the dot kernel takes at once.
 constexpr int64_t kDotFeatures = 4;
+// Weight rows that one pass over the sums takes in rank_update.
+constexpr int kRankRows = 4;
 
 constexpr int kMaxMr = 24;
 
@@ -113,6 +115,10 @@ struct Kernels {
   // and t < tokens <= dot_tokens. Rows of x are readable and zero up to the next whole vector.
   void (*dot)(DType w_type, int features, int tokens, int64_t k, const void* w, int64_t ldw,
               const T* x, int64_t ldx, T* out, int64_t ldo, int64_t out_step);
+
+  // c[t*ldc + j] (+)= sum_r a[t*lda + r] * w[r*ldw + j] for r < rows <= kRankRows, t < tokens, j < n.
+  void (*rank_update)(DType w_type, int rows, int64_t tokens, const void* w, int64_t ldw,
+                      const T* a, int64_t lda, T* c, int64_t ldc, int64_t n, bool accumulate);
 
   // dst[i] = scale * src[i]
   void (*load_row)(DType type, const void* src, T* dst, int64_t n, T scale);
