@@ -7,10 +7,10 @@
 //          only the (small) block of x is transposed and weights are copied as they lie.
 //   nn     weights dense along features: token rows are the broadcast side, weight rows the
 //          vectors.
-//   rank         few rows, weights dense along features: stream weight rows, four steps of k at a time.
-//   panels       weights packed ahead of time (pack.h): like nn, without any copying of weights.
-//   pair_*       the last three for bfloat16 weights where the level multiplies pairs of bfloat16:
-//   tokens
+//   rank         few rows, weights dense along features: stream weight rows, four steps of k at a
+//   time. panels       weights packed ahead of time (pack.h): like nn, without any copying of
+//   weights. pair_*       the last three for bfloat16 weights where the level multiplies pairs of
+//   bfloat16: tokens
 //                are rounded to it, an element is two adjacent k, and K counts pairs.
 //   amx_panels   the same for bfloat16 on AMX.
 //   amx_rows     bfloat16 weights dense along k on AMX: 16 weight rows are an operand as they lie.
@@ -44,10 +44,9 @@ constexpr int64_t kFeatureBlock = 252;
 // their tokens: the more features share that work the better.
 constexpr int64_t kPanelFeatureBlock = 256;
 constexpr int64_t kAmxFeatureBlock = 2048;
-// Space, in bfloat16, between the panels that pack_pairs writes. Without it all panels of a block
-// begin in the same L1 set, and the two lines that a pair of rows writes into each push one another
-// out.
-constexpr int64_t kPairPanelPad = 64;
+// Elements of the accumulate type between panels packed for one product: two lines, so that what a
+// row of weights writes into all panels does not meet in one L1 set.
+constexpr int64_t kPanelPad = 32;
 // Width of an item of nn, and the size of the blocks that it copies: rows of 4 KiB are streams for
 // the memory, rows of 1 KiB are not, and 256 KiB leave room for the sums in an L2.
 constexpr int64_t kNnFeatures = 1024;
@@ -126,7 +125,9 @@ Path path_of(const GemmDesc<T>& d, const Kernels<T>& k, int64_t expert_rows) {
   if (d.b.stride_k != 1 && expert_rows <= kRankMaxRows) return Path::kRank;
   if (d.b.stride_k != 1) return amx ? Path::kAmxNn : pairs ? Path::kPairNn : Path::kNn;
   if (amx && d.in_features % 32 == 0) return Path::kAmxRows;
-  if (expert_rows <= k.dot_max_rows) return Path::kDot;
+  // Every dot_tokens rows widen half types again.
+  const bool half = sizeof(T) == 4 && d.b.type != DType::kFloat32;
+  if (expert_rows <= (half ? 2 * k.dot_tokens : k.dot_max_rows)) return Path::kDot;
   return pairs && d.in_features % 2 == 0 ? Path::kPairNt : Path::kNt;
 }
 
@@ -397,15 +398,14 @@ void nn_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, cons
   T* a = scratch<T>(Scratch::kPackA, kRowBlock * kLda);
   const int64_t depth =
       std::clamp<int64_t>(kNnBlockBytes / (padded_n * static_cast<int64_t>(sizeof(T))), 16, kKc);
-  const int64_t pad = kPairs ? kPairPanelPad / 2 : 0;  // behind each panel
-  T* panels = scratch<T>(Scratch::kPackB, padded_n * depth + ceil_div(padded_n, 2 * W) * pad);
+  T* panels = scratch<T>(Scratch::kPackB, ceil_div(padded_n, 2 * W) * (2 * W * depth + kPanelPad));
   T* tile = scratch<T>(Scratch::kTile, m * ldc);
   const auto& tiles = kPairs ? k.pair_row_a : k.row_a;
   const int64_t blocks = ceil_div<int64_t>(m, k.mr2);
   const void* w_rows[kRows * kKc];
 
   for (int64_t k0 = 0; k0 < K; k0 += depth) {
-    const int64_t kc = std::min(depth, K - k0);
+    const int64_t kc = std::min(depth, K - k0), stride = 2 * W * kc + kPanelPad;
     for (int64_t t = 0; t < m; ++t)
       load_tokens<kPairs>(d, k, it.row_begin + t, k0, kc, a + t * kLda);
     for (int64_t kk = 0; kk < kRows * kc; ++kk) {
@@ -418,10 +418,10 @@ void nn_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, cons
     for (int s = 0; s < d.segments; ++s) {
       if constexpr (kPairs) {
         k.pack_pairs(reinterpret_cast<const uint16_t* const*>(w_rows), s * d.features, 2 * kc, n,
-                     reinterpret_cast<uint16_t*>(panels), 2 * (kc * 2 * W + pad));
+                     reinterpret_cast<uint16_t*>(panels), 2 * stride);
       } else {
         k.pack_panels(d.b.type, w_rows, s * d.features * dtype_size(d.b.type), kc, n, nullptr,
-                      panels);
+                      panels, stride);
       }
       // These tiles fetch the weights of the next block: the other segment, or the next k.
       const bool same_k = s + 1 < d.segments;
@@ -439,7 +439,7 @@ void nn_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, cons
         const int nv = padded_n - j > W ? 2 : 1;
         for (int64_t b = 0; b < blocks; ++b) {
           const int64_t i0 = m * b / blocks, i1 = m * (b + 1) / blocks;
-          tiles[nv - 1][i1 - i0 - 1](kc, a + i0 * kLda, panels + j * kc + j / (2 * W) * pad,
+          tiles[nv - 1][i1 - i0 - 1](kc, a + i0 * kLda, panels + j / (2 * W) * stride,
                                      tile + i0 * ldc + s * padded_n + j, ldc, k0 > 0, next);
         }
       }
@@ -611,7 +611,7 @@ void amx_nn_item(const GemmDesc<float>& d, const Kernels<float>& k, const GemmIt
   const int64_t ldc = padded_n * d.segments, lda = depth + 32;
   auto* a = scratch<uint16_t>(Scratch::kTokens, padded_m * lda);
   auto* panels =
-      scratch<uint16_t>(Scratch::kPackB, (kAmxKc * 32 + kPairPanelPad) * (padded_n / 32));
+      scratch<uint16_t>(Scratch::kPackB, (kAmxKc * 32 + 2 * kPanelPad) * (padded_n / 32));
   float* tile = scratch<float>(Scratch::kTile, padded_m * ldc);
   load_bf16_rows(d, k, it, depth, padded_m, a, lda);
   const auto* w =
@@ -623,7 +623,7 @@ void amx_nn_item(const GemmDesc<float>& d, const Kernels<float>& k, const GemmIt
       rows[r] = k0 + r < K ? w + (k0 + r) * d.b.stride_k + it.feature_begin : nullptr;
     }
     for (int s = 0; s < d.segments; ++s) {
-      const int64_t panel_stride = kc * 32 + kPairPanelPad;
+      const int64_t panel_stride = kc * 32 + 2 * kPanelPad;
       k.pack_pairs(rows, s * d.features, kc, n, panels, panel_stride);
       // The tiles fetch the next block of weights, as in nn_item.
       const bool same_k = s + 1 < d.segments;
@@ -732,12 +732,13 @@ void wgrad_item(const GroupedWgradParams& p, const Kernels<T>& k, int64_t e, int
   const auto* a_scale = static_cast<const T*>(p.a_scale);
   const auto& tiles = kPairs ? k.pair_col_a : k.col_a;
   // Whole panels of the accumulate type go straight to their place.
-  const bool same_type = p.out_type == kAccumulate<T>;
+  const bool large = !p.accumulate && p.num_experts * O * J * size >= kStreamBytes;
+  const bool same_type = p.out_type == kAccumulate<T> && (k.streams || !large);
   const int64_t unit = kPairs ? 2 * W : W;  // width of the narrowest panel
   const int64_t o_block = balanced(o_end - o_begin, kFeatureBlock / 2, 1);
   const int64_t j_block = balanced(J, 256, 2 * W), padded_j = round_up(j_block, unit);
   T* g = scratch<T>(Scratch::kPackA, kKc * kLdm);
-  T* panels = scratch<T>(Scratch::kPackB, padded_j * kKc);
+  T* panels = scratch<T>(Scratch::kPackB, ceil_div(padded_j, 2 * W) * (2 * W * kKc + kPanelPad));
   T* tile = scratch<T>(Scratch::kTile, o_block * padded_j);
   const int64_t half_rows = std::max(j_block, kLdm);
   auto* halves =
@@ -746,7 +747,6 @@ void wgrad_item(const GroupedWgradParams& p, const Kernels<T>& k, int64_t e, int
   // A large result, written once and in whole vectors, goes past the cache.
   TileHints hints;
   const int64_t vector = W * static_cast<int64_t>(sizeof(T));
-  const bool large = !p.accumulate && p.num_experts * O * J * size >= kStreamBytes;
   const bool streamed = large && k.streams && same_type && end - begin <= kRows * kKc &&
                         J % unit == 0 && reinterpret_cast<uintptr_t>(out) % vector == 0;
   const auto pack_a = [&](int64_t r0, int64_t rows, int64_t j0, int64_t cols) {
@@ -766,9 +766,10 @@ void wgrad_item(const GroupedWgradParams& p, const Kernels<T>& k, int64_t e, int
       if (rows % 2 != 0) a_rows[rows] = nullptr;
       const int64_t padded = round_up<int64_t>(rows, 2);
       k.pack_pairs(reinterpret_cast<const uint16_t* const*>(a_rows), 0, padded, cols,
-                   reinterpret_cast<uint16_t*>(panels), padded * 2 * W);
+                   reinterpret_cast<uint16_t*>(panels), padded * 2 * W + 2 * kPanelPad);
     } else {
-      k.pack_panels(p.a.type, a_rows, offset, rows, cols, a_scale ? a_scale + r0 : nullptr, panels);
+      k.pack_panels(p.a.type, a_rows, offset, rows, cols, a_scale ? a_scale + r0 : nullptr, panels,
+                    rows * 2 * W + kPanelPad);
     }
   };
   const auto pack_grad = [&](int64_t r0, int64_t rows, int64_t o0, int64_t n) {
@@ -815,8 +816,9 @@ void wgrad_item(const GroupedWgradParams& p, const Kernels<T>& k, int64_t e, int
           hints.stream = streamed && direct;
           for (int64_t b = 0; b < blocks; ++b) {
             const int64_t i0 = n * b / blocks, i1 = n * (b + 1) / blocks;
-            tiles[nv - 1][i1 - i0 - 1](kc, g + i0, panels + (j - j0) * kc, c + i0 * ld, ld,
-                                       r0 > begin || (direct && p.accumulate), hints);
+            tiles[nv - 1][i1 - i0 - 1](
+                kc, g + i0, panels + (j - j0) / (2 * W) * (2 * W * kc + kPanelPad), c + i0 * ld, ld,
+                r0 > begin || (direct && p.accumulate), hints);
           }
         }
       }
@@ -828,15 +830,15 @@ void wgrad_item(const GroupedWgradParams& p, const Kernels<T>& k, int64_t e, int
         T* row = tile + o * ldc + (from - j0);
         char* dst = out + ((o0 + o) * J + from) * size;
         if (p.accumulate) k.axpy(p.out_type, dst, T(1), row, j1 - from);
-        if (kPairs && large && p.out_type == DType::kBFloat16) {
-          if constexpr (kPairs) k.stream_row(row, reinterpret_cast<uint16_t*>(dst), j1 - from);
+        if (large) {
+          k.stream_row(p.out_type, row, dst, j1 - from);
         } else {
           k.store_row(p.out_type, row, dst, j1 - from);
         }
       }
     }
   }
-  if (large && k.streams) k.stream_fence();
+  if (large) k.stream_fence();
 }
 
 // The same for bfloat16 on AMX: grad^T is the row operand and pairs of rows of a are the
@@ -883,7 +885,7 @@ inline void amx_wgrad_item(const GroupedWgradParams& p, const Kernels<float>& k,
   std::vector<const uint16_t*> a_rows(static_cast<size_t>(depth), nullptr);
   for (int64_t j0 = 0; j0 < J; j0 += j_block) {
     const int64_t cols = std::min(j_block, J - j0), ldc = round_up<int64_t>(cols, 32);
-    const int64_t panel_stride = depth * 32 + kPairPanelPad;
+    const int64_t panel_stride = depth * 32 + 2 * kPanelPad;
     auto* panels = scratch<uint16_t>(Scratch::kPackB, panel_stride * (ldc / 32));
     for (int64_t r = 0; r < m; ++r) {
       const void* src = element(row_of(p.a, begin + r), p.a.type, j0);
@@ -907,7 +909,7 @@ inline void amx_wgrad_item(const GroupedWgradParams& p, const Kernels<float>& k,
         float* row = tile + i * ldc;
         char* dst = out + ((o + i) * J + j0) * size;
         if (large) {
-          k.stream_row(row, reinterpret_cast<uint16_t*>(dst), cols);
+          k.stream_row(p.out_type, row, dst, cols);
         } else {
           if (p.accumulate) k.axpy(p.out_type, dst, 1.0f, row, cols);
           k.store_row(p.out_type, row, dst, cols);

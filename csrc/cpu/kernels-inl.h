@@ -149,34 +149,56 @@ inline Vec<float> load_as(const S* p) {
 
 inline Vec<double> load_as(const double* p) { return load<double>(p); }
 
-inline void store_as(float* p, Vec<float> v) { store<float>(p, v); }
-inline void store_as(double* p, Vec<double> v) { store<double>(p, v); }
-
-inline void store_as(Bf16* p, Vec<float> v) {
+inline Simd<float>::Half narrow(Bf16, Vec<float> v) {
   using F = Simd<float>;
 #if defined(__AVX512BF16__) && MOE_VEC_BYTES == 64
-  const __m256bh h = _mm512_cvtneps_pbh(__builtin_bit_cast(__m512, v));
-  *reinterpret_cast<F::HalfUnaligned*>(p) = __builtin_bit_cast(F::Half, h);
+  return __builtin_bit_cast(F::Half, _mm512_cvtneps_pbh(__builtin_bit_cast(__m512, v)));
 #else
   const F::Uint u = __builtin_bit_cast(F::Uint, v);
   const F::Uint rounded = (u + 0x7fffu + (u >> 16 & 1u)) >> 16;
   const F::Uint quiet = u >> 16 | 0x40u;
   const F::Uint nan = __builtin_bit_cast(F::Uint, (u & 0x7fffffffu) > 0x7f800000u);
-  *reinterpret_cast<F::HalfUnaligned*>(p) =
-      __builtin_convertvector((nan & quiet) | (~nan & rounded), F::Half);
+  return __builtin_convertvector((nan & quiet) | (~nan & rounded), F::Half);
 #endif
 }
 
-inline void store_as(Fp16* p, Vec<float> v) {
+inline Simd<float>::Half narrow(Fp16, Vec<float> v) {
   using F = Simd<float>;
 #if defined(__AVX512F__) && MOE_VEC_BYTES == 64
-  *reinterpret_cast<F::HalfUnaligned*>(p) = __builtin_bit_cast(
+  return __builtin_bit_cast(
       F::Half, _mm512_cvtps_ph(__builtin_bit_cast(__m512, v), _MM_FROUND_TO_NEAREST_INT));
 #elif defined(__F16C__) && MOE_VEC_BYTES == 32
-  *reinterpret_cast<F::HalfUnaligned*>(p) = __builtin_bit_cast(
+  return __builtin_bit_cast(
       F::Half, _mm256_cvtps_ph(__builtin_bit_cast(__m256, v), _MM_FROUND_TO_NEAREST_INT));
 #else
-  for (int i = 0; i < F::kLanes; ++i) p[i] = to_fp16(v[i]);
+  F::Half h;
+  for (int i = 0; i < F::kLanes; ++i) h[i] = to_fp16(v[i]).bits;
+  return h;
+#endif
+}
+
+inline void store_as(float* p, Vec<float> v) { store<float>(p, v); }
+inline void store_as(double* p, Vec<double> v) { store<double>(p, v); }
+
+template <class S>
+inline void store_as(S* p, Vec<float> v) {
+  *reinterpret_cast<Simd<float>::HalfUnaligned*>(p) = narrow(S{}, v);
+}
+
+// Stores past the cache; p is aligned to what is stored.
+template <class V>
+inline void stream([[maybe_unused]] void* p, [[maybe_unused]] V v) {
+#if defined(__AVX512F__) && MOE_VEC_BYTES == 64
+  if constexpr (sizeof(V) == 64) {
+    _mm512_stream_si512(static_cast<__m512i*>(p), __builtin_bit_cast(__m512i, v));
+  }
+#endif
+#if defined(__AVX2__)
+  if constexpr (sizeof(V) == 32) {
+    _mm256_stream_si256(static_cast<__m256i*>(p), __builtin_bit_cast(__m256i, v));
+  } else if constexpr (sizeof(V) == 16) {
+    _mm_stream_si128(static_cast<__m128i*>(p), __builtin_bit_cast(__m128i, v));
+  }
 #endif
 }
 
@@ -285,7 +307,7 @@ void micro(int64_t kc, const T* a, const T* b, T* c, int64_t ldc, bool accumulat
       if constexpr (kColumnForm) {
         // One store fills a cache line: written past the cache, the line need not be read first.
         if (hints.stream) {
-          _mm512_stream_ps(reinterpret_cast<float*>(out), __builtin_bit_cast(__m512, acc[i][v]));
+          stream(out, acc[i][v]);
           continue;
         }
       }
@@ -493,8 +515,8 @@ void panel_tile(int64_t kc, const T* a, const void* panel_data, T* c, int64_t ld
     }
 #pragma GCC unroll 2
     for (int half = 0; half < kPair; ++half) {
-      // Load the pairs anew for each half and broadcast no earlier: 16 registers hold the sums of an
-      // AVX2 tile, two vectors, an element of a and the mask, and not one more.
+      // Load the pairs anew for each half and broadcast no earlier: 16 registers hold the sums of
+      // an AVX2 tile, two vectors, an element of a and the mask, and not one more.
       if constexpr (kPair == 2) asm volatile("" ::: "memory");
       const Vec<T> b0 = panel_vector<T>(panel, 0, half), b1 = panel_vector<T>(panel, 1, half);
       auto& sums = acc[kChains == 2 ? half : 0];
@@ -520,20 +542,6 @@ void panel_tile(int64_t kc, const T* a, const void* panel_data, T* c, int64_t ld
 }
 
 #if defined(__AVX512BF16__) && MOE_VEC_BYTES == 64
-template <class T>
-void store_row(DType type, const T* src, void* dst, int64_t n);
-
-void stream_row(const float* src, uint16_t* dst, int64_t n) {
-  if (n % 32 != 0 || reinterpret_cast<uintptr_t>(dst) % 64 != 0) {
-    return store_row<float>(DType::kBFloat16, src, dst, n);
-  }
-  for (int64_t i = 0; i < n; i += 32) {
-    const __m512bh line =
-        _mm512_cvtne2ps_pbh(_mm512_loadu_ps(src + i + 16), _mm512_loadu_ps(src + i));
-    _mm512_stream_si512(reinterpret_cast<__m512i*>(dst + i), __builtin_bit_cast(__m512i, line));
-  }
-}
-
 // Row pair by row pair over all panels, so that each row is read in one run.
 void pack_pairs(const uint16_t* const* rows, int64_t offset, int64_t num_rows, int64_t cols,
                 uint16_t* dst, int64_t stride) {
@@ -719,7 +727,7 @@ void load_row(DType type, const void* src, T* dst, int64_t n, T scale) {
 // Row by row over all panels, so that each row is read in one contiguous run.
 template <class T>
 void pack_panels(DType type, const void* const* rows, int64_t byte_offset, int64_t num_rows,
-                 int64_t cols, const T* scales, T* dst) {
+                 int64_t cols, const T* scales, T* dst, int64_t stride) {
   constexpr int W = kLanes<T>;
   const int64_t whole = cols / (2 * W) * (2 * W);
   const int64_t last = (cols - whole + W - 1) / W * W;
@@ -731,9 +739,9 @@ void pack_panels(DType type, const void* const* rows, int64_t byte_offset, int64
       for (int64_t j = 0; j < whole; j += 2 * W) {
         store<T>(out, load_as(src + j) * scale);
         store<T>(out + W, load_as(src + j + W) * scale);
-        out += num_rows * 2 * W;
+        out += stride;
       }
-      out = dst + whole * num_rows + r * last;
+      out = dst + whole / (2 * W) * stride + r * last;
       int64_t j = whole;
       for (; j + W <= cols; j += W, out += W) store<T>(out, load_as(src + j) * scale);
       if (j < cols) {
@@ -754,6 +762,28 @@ void store_row(DType type, const T* src, void* dst, int64_t n) {
     for (; i + W <= n; i += W) store_as(p + i, load<T>(src + i));
     for (; i < n; ++i) store_one(p + i, src[i]);
   });
+}
+
+// Past the cache, where dst and n are whole lines: written in pieces, a line would be read first.
+template <class T>
+void stream_row(DType type, const T* src, void* dst, int64_t n) {
+#if defined(__AVX2__)
+  constexpr int W = kLanes<T>;
+  const bool streamed = with_type<T>(type, dst, [&]<class S>(const S* q) {
+    if (n * sizeof(S) % 64 != 0 || reinterpret_cast<uintptr_t>(q) % 64 != 0) return false;
+    S* p = const_cast<S*>(q);
+    for (int64_t i = 0; i < n; i += W) {
+      if constexpr (sizeof(S) == sizeof(T)) {
+        stream(p + i, load<T>(src + i));
+      } else {
+        stream(p + i, narrow(S{}, load<T>(src + i)));
+      }
+    }
+    return true;
+  });
+  if (streamed) return;
+#endif
+  store_row<T>(type, src, dst, n);
 }
 
 // One lanes x lanes block in registers.
@@ -1121,7 +1151,7 @@ void act_bwd(Activation kind, const T* gate, const T* up, const T* dh, T* h, T* 
 }
 
 void stream_fence() {
-#if defined(__AVX512F__) && MOE_VEC_BYTES == 64
+#if defined(__AVX2__)
   _mm_sfence();
 #endif
 }
@@ -1171,7 +1201,6 @@ Kernels<T> make_kernels() {
     fill_panel_tiles<T, Pair, 1>(k.pair_panel_tile);
     k.pack_pairs = &pack_pairs;
     k.pair_rows = &pair_rows;
-    k.stream_row = &stream_row;
 #endif
 #if defined(MOE_AMX)
     k.amx_begin = &amx_begin;
@@ -1185,6 +1214,7 @@ Kernels<T> make_kernels() {
   k.load_row = &load_row<T>;
   k.pack_panels = &pack_panels<T>;
   k.store_row = &store_row<T>;
+  k.stream_row = &stream_row<T>;
   k.transpose = &transpose<T>;
   k.weighted_sum = &weighted_sum<T>;
   k.axpy = &axpy<T>;

@@ -83,7 +83,7 @@ struct Kernels {
 
   // Products of bfloat16 operands without widening them: the same tiles where an element of a and
   // of b is a pair of bfloat16 of adjacent k in the bits of one T, and kc counts pairs. The panel
-  // tile takes bfloat16 panels as they are. Only where `pairs` is true, as are the next three.
+  // tile takes bfloat16 panels as they are. Only where `pairs` is true, as are the next two.
   bool pairs;
   Micro pair_row_a[2][kMaxMr];
   Micro pair_col_a[2][kMaxMr];
@@ -95,8 +95,6 @@ struct Kernels {
                      uint16_t* dst, int64_t stride);
   // dst[i] = (even[i], odd[i])
   void (*pair_rows)(const uint16_t* even, const uint16_t* odd, T* dst, int64_t n);
-  // Rounds n floats to bfloat16, past the cache where dst and n are whole lines.
-  void (*stream_row)(const T* src, uint16_t* dst, int64_t n);
 
   // AMX: products of bfloat16 with sums in fp32 tiles of 16 x 16. Null at other levels. A thread
   // calls amx_begin before the first of a run of tiles and amx_end after the last.
@@ -116,18 +114,22 @@ struct Kernels {
   void (*dot)(DType w_type, int features, int tokens, int64_t k, const void* w, int64_t ldw,
               const T* x, int64_t ldx, T* out, int64_t ldo, int64_t out_step);
 
-  // c[t*ldc + j] (+)= sum_r a[t*lda + r] * w[r*ldw + j] for r < rows <= kRankRows, t < tokens, j < n.
+  // c[t*ldc + j] (+)= sum_r a[t*lda + r] * w[r*ldw + j] for r < rows <= kRankRows, t < tokens, j <
+  // n.
   void (*rank_update)(DType w_type, int rows, int64_t tokens, const void* w, int64_t ldw,
                       const T* a, int64_t lda, T* c, int64_t ldc, int64_t n, bool accumulate);
 
   // dst[i] = scale * src[i]
   void (*load_row)(DType type, const void* src, T* dst, int64_t n, T scale);
-  // Panels of 2*lanes columns (the last one lanes or 2*lanes wide, zero-padded) of a matrix whose
-  // row r starts at rows[r] + byte_offset: dst[j*num_rows + r*width + c] for the panel at column j.
-  // scales: one factor a row, or nullptr.
+  // Panels of 2*lanes columns (the last one lanes or 2*lanes wide, zero-padded), `stride` elements
+  // apart, of a matrix whose row r starts at rows[r] + byte_offset: dst[p*stride + r*width + c] for
+  // column c of panel p. scales: one factor a row, or nullptr.
   void (*pack_panels)(DType type, const void* const* rows, int64_t byte_offset, int64_t num_rows,
-                      int64_t cols, const T* scales, T* dst);
+                      int64_t cols, const T* scales, T* dst, int64_t stride);
   void (*store_row)(DType type, const T* src, void* dst, int64_t n);
+  // The same past the cache where the level can and dst and n are whole lines; stream_fence orders
+  // it.
+  void (*stream_row)(DType type, const T* src, void* dst, int64_t n);
   // dst[c*ld_dst + r] = src[r*ld_src + c] for r < rows, c < cols. `rows` is a multiple of lanes,
   // cols is anything; src must be readable up to the next whole vector of columns.
   void (*transpose)(const T* src, int64_t ld_src, int64_t rows, int64_t cols, T* dst,

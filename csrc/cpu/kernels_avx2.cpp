@@ -4,5 +4,5 @@
 #define MOE_MR1 12
 #define MOE_MR2 6
 #define MOE_DOT_TOKENS 2
-#define MOE_DOT_MAX_ROWS 4
+#define MOE_DOT_MAX_ROWS 8
 #include "cpu/kernels-inl.h"

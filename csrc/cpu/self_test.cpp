@@ -149,6 +149,13 @@ bool rows_right(const Kernels<T>& k, const Kernels<T>& portable, Numbers<T>& num
     k.store_row(all[type], v.data(), a.data(), kDepth);
     portable.store_row(all[type], v.data(), b.data(), kDepth);
     if (a != b) return false;
+    alignas(64) char streamed[2][64 * sizeof(T)] = {};
+    std::vector<T> line(v.begin(), v.begin() + 32);
+    line.insert(line.end(), line.begin(), line.end());
+    k.stream_row(all[type], line.data(), streamed[0], 64);
+    k.stream_fence();
+    portable.store_row(all[type], line.data(), streamed[1], 64);
+    if (std::memcmp(streamed[0], streamed[1], sizeof(streamed[0])) != 0) return false;
     std::vector<T> x(kDepth), y(kDepth);
     k.load_row(all[type], a.data(), x.data(), kDepth, T(0.5));
     portable.load_row(all[type], a.data(), y.data(), kDepth, T(0.5));
@@ -167,7 +174,7 @@ bool rows_right(const Kernels<T>& k, const Kernels<T>& portable, Numbers<T>& num
     // Panels of this level's width against the definition.
     const int64_t P = 2 * k.lanes, last = round_up<int64_t>(kDepth % P, k.lanes);
     std::vector<T> packed(static_cast<size_t>(2 * (kDepth / P * P + last)), T(NAN));
-    k.pack_panels(all[type], rows, 0, 2, kDepth, nullptr, packed.data());
+    k.pack_panels(all[type], rows, 0, 2, kDepth, nullptr, packed.data(), 2 * P);
     portable.load_row(all[type], a.data(), y.data(), kDepth, T(1));
     for (int64_t c = 0; c < kDepth; ++c) {
       const int64_t j = c / P * P, width = j + P <= kDepth ? P : last;
@@ -258,12 +265,7 @@ bool amx_right(const Kernels<float>& k, const Kernels<float>& portable, Numbers<
   k.amx_end();
   if (!close(c, truth)) return false;
 
-  alignas(64) uint16_t streamed[kRows * kCols] = {};
-  uint16_t stored[kRows * kCols];
-  k.stream_row(truth.data(), streamed, kRows * kCols);
-  k.stream_fence();
-  portable.store_row(DType::kBFloat16, truth.data(), stored, kRows * kCols);
-  return std::memcmp(streamed, stored, sizeof(stored)) == 0;
+  return true;
 }
 
 }  // namespace
