@@ -32,8 +32,8 @@ Choice choose() {
                       isa_name(best) + "."};
   }
   return {best, std::string("MOE_OPS_CPU_ISA=") + wanted +
-                    " is not one of portable, avx2, avx512, avx512_bf16, amx; using " + isa_name(best) +
-                    "."};
+                    " is not one of portable, avx2, avx512, avx512_bf16, amx; using " +
+                    isa_name(best) + "."};
 }
 
 Choice choose_working() {

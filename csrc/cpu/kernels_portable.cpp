@@ -23,17 +23,16 @@ MOE_DECLARE_LEVEL(avx512)
 MOE_DECLARE_LEVEL(avx512_bf16)
 #if defined(MOE_OPS_HAS_AMX)
 MOE_DECLARE_LEVEL(amx)
-#define MOE_SELECT_AMX(isa, fn) (isa) == Isa::kAmx ? amx::fn() :
+#define MOE_SELECT_AMX(isa, fn) (isa) == Isa::kAmx ? amx::fn():
 #else
 #define MOE_SELECT_AMX(isa, fn)
 #endif
 #undef MOE_DECLARE_LEVEL
-#define MOE_SELECT(isa, fn)                      \
-  (MOE_SELECT_AMX(isa, fn)                       \
-   (isa) == Isa::kAvx512Bf16 ? avx512_bf16::fn() \
-   : (isa) == Isa::kAvx512   ? avx512::fn()      \
-   : (isa) == Isa::kAvx2     ? avx2::fn()        \
-                             : portable::fn())
+#define MOE_SELECT(isa, fn)                                             \
+  (MOE_SELECT_AMX(isa, fn)(isa) == Isa::kAvx512Bf16 ? avx512_bf16::fn() \
+   : (isa) == Isa::kAvx512                          ? avx512::fn()      \
+   : (isa) == Isa::kAvx2                            ? avx2::fn()        \
+                                                    : portable::fn())
 #else
 #define MOE_SELECT(isa, fn) portable::fn()
 #endif

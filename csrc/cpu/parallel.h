@@ -39,9 +39,9 @@ void parallel_items(const Parallel& par, int64_t n, double cost, const Fn& fn) {
       &context);
 }
 
-// Items of several stages share one region: they are numbered stage after stage, so whatever an item
-// waits for was claimed before it, by a thread that is at work on it. A Countdown counts the items
-// of a stage (or of an expert in it) that are not done.
+// Items of several stages share one region: they are numbered stage after stage, so whatever an
+// item waits for was claimed before it, by a thread that is at work on it. A Countdown counts the
+// items of a stage (or of an expert in it) that are not done.
 class Countdown {
  public:
   void start(int64_t n) { left_.store(n, std::memory_order_relaxed); }

@@ -32,8 +32,7 @@ STABLE_TORCH_LIBRARY(moe_ops, m) {
       "str score_func, float routed_scaling_factor) -> Tensor");
 
   // --- permutation
-  // --------------------------------------------------------- Stable counting sort of slots by
-  // expert; slots without an expert go to the tail. All int32.
+  // Stable counting sort of slots by expert; slots without an expert go to the tail. All int32.
   m.def(
       "sort_slots(Tensor topk_ids, int num_experts) "
       "-> (Tensor expert_offsets, Tensor row_to_slot, Tensor slot_to_row)");
@@ -66,15 +65,14 @@ STABLE_TORCH_LIBRARY(moe_ops, m) {
   m.def("grouped_sum(Tensor rows, Tensor expert_offsets) -> Tensor");
 
   // --- whole blocks
-  // --------------------------------------------------------------------------------------- y[t] =
-  // sum_k topk_weights[t,k] * (w_down[e] act(w_gate_up[e] x[t] + b_gate_up[e]) + b_down[e])
+  // y[t] = sum_k topk_weights[t,k] * (w_down[e] act(w_gate_up[e] x[t] + b_gate_up[e]) + b_down[e])
   m.def(
       "moe_ffn(Tensor x, Tensor w_gate_up, Tensor w_down, Tensor topk_weights, Tensor topk_ids, "
       "Tensor? b_gate_up=None, Tensor? b_down=None, str activation=\"swiglu\", "
       "bool interleaved=False, bool apply_router_weight_on_input=False, float alpha=1.702, "
       "float limit=7.0) -> Tensor");
-  // A copy of expert weights [E,O,K] in the order in which this machine's kernels read them, as bytes;
-  // halves: the two halves of the features are gate and up.
+  // A copy of expert weights [E,O,K] in the order in which this machine's kernels read them, as
+  // bytes; halves: the two halves of the features are gate and up.
   m.def("pack_experts(Tensor w, bool halves=False) -> Tensor");
   // moe_ffn that reads such copies; inference only. w_gate_up and w_down stay the truth: where the
   // copies do not match them any more, they are used.

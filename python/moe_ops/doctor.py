@@ -413,6 +413,7 @@ def _cases() -> list[_Case]:
         _Case("grouped_gemm_wgrad", (normal(T * K, I), rows, offsets)),
         _Case("grouped_sum", (rows, offsets)),
         _Case("moe_ffn", (x, w_gate_up, w_down, weights, ids), biases),
+        _Case("moe_ffn_packed", (x, w_gate_up, w_down, weights, ids), biases, differentiable=False),
         _Case("moe_linear_map", (x, w_gate_up, ids)),
         _Case("moe_linear_reduce", (normal(T, K, I), w_down, weights, ids)),
     ]
@@ -427,12 +428,12 @@ def _run_case(case: _Case, device: str, dtype: torch.dtype) -> SelfTest:
         inputs = _prepare(case, device, dtype)
         exact_inputs = _prepare(case, "cpu", torch.float64, rounded_to=dtype)
         started = time.perf_counter()
-        outputs = _call(getattr(ops, case.op), inputs)
+        outputs = _call(_function(ops, case.op), inputs)
         gradients, cotangents = _gradients(outputs, inputs, case)
         if device != "cpu":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - started
-        exact_outputs = _call(getattr(reference, case.op), exact_inputs)
+        exact_outputs = _call(_function(reference, case.op), exact_inputs)
         exact_gradients, _ = _gradients(exact_outputs, exact_inputs, case, cotangents)
         forward_error = _worst_error(outputs, exact_outputs)
         if case.differentiable:
@@ -466,6 +467,20 @@ def _prepare(
         return value.requires_grad_(case.differentiable)
 
     return [convert(v) for v in case.args], {k: convert(v) for k, v in case.kwargs.items()}
+
+
+def _function(module: Any, op: str) -> Callable[..., Any]:
+    function = getattr(module, op)
+    if op != "moe_ffn_packed":
+        return function
+
+    def pack_and_call(
+        x: Tensor, w_gate_up: Tensor, w_down: Tensor, *routing: Tensor, **kwargs: Any
+    ) -> Tensor:
+        copies = (module.pack_experts(w_gate_up, halves=True), module.pack_experts(w_down))
+        return function(x, w_gate_up, w_down, *copies, *routing, **kwargs)
+
+    return pack_and_call
 
 
 def _call(function: Callable[..., Any], inputs: tuple[list[Any], dict[str, Any]]) -> list[Tensor]:

@@ -43,14 +43,14 @@ struct MoeFfnBwdParams {
   ExpertVectors b_down;      // [E, H] or none: enters the gradient of the routing weights
   const void* preact;        // [N, P] contiguous, x's type
   // Outputs, contiguous, x's type unless said, nullptr where not wanted.
-  void* grad_x;             // [T, H]
-  void* grad_w_gate_up;     // [E, P, H] of type grad_w_gate_up_type
-  void* grad_w_down;        // [E, H, I] of type grad_w_down_type
+  void* grad_x;          // [T, H]
+  void* grad_w_gate_up;  // [E, P, H] of type grad_w_gate_up_type
+  void* grad_w_down;     // [E, H, I] of type grad_w_down_type
   DType grad_w_gate_up_type, grad_w_down_type;
   bool accumulate_w_gate_up, accumulate_w_down;  // add to what is there
-  void* grad_b_gate_up;     // [E, P]
-  void* grad_b_down;        // [E, H]
-  void* grad_topk_weights;  // [T, K] in the accumulate type
+  void* grad_b_gate_up;                          // [E, P]
+  void* grad_b_down;                             // [E, H]
+  void* grad_topk_weights;                       // [T, K] in the accumulate type
 };
 
 namespace cpu {
