@@ -30,6 +30,7 @@ from moe_ops.ops import (  # noqa: E402
     topp_router,
     unpermute,
 )
+from moe_ops.packing import packed_bytes, prepack, prepacking, unpack  # noqa: E402
 
 __all__ = [
     "__version__",
@@ -43,9 +44,13 @@ __all__ = [
     "moe_linear_map",
     "moe_linear_reduce",
     "pack_experts",
+    "packed_bytes",
     "permute",
+    "prepack",
+    "prepacking",
     "sort_slots",
     "topk_router",
     "topp_router",
+    "unpack",
     "unpermute",
 ]
