@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 import moe_ops
-from moe_ops import ops, reference
+from moe_ops import ops, packing, reference
 
 _DISTRIBUTION = "torch-moe-ops"
 # An unrelated distribution that installs a package of our name over ours.
@@ -98,6 +98,7 @@ def examine() -> Report:
         *_versions(),
         *_native_library(),
         *_cpu(),
+        _packed_weights(),
         *_cuda(),
         *_name_clash(),
         *_hugging_face(),
@@ -253,6 +254,28 @@ def _cpu() -> list[Finding]:
             )
         )
     return findings
+
+
+def _packed_weights() -> Finding:
+    policy, budget = packing.prepack_settings()
+    policies = {
+        "auto": "made after some use in eval()",
+        "always": "made at the first call in eval()",
+        "off": "made only by prepack",
+    }
+    text = (
+        f"{policies[policy]} (MOE_OPS_PREPACK={policy}), {_mebibytes(packing.packed_bytes())} now"
+    )
+    if policy == "auto" and budget == 0:
+        return Finding(
+            "packed weights",
+            "info",
+            f"{text}, none by itself: how much memory is available is not known",
+            "Call moe_ops.prepack(model), or set MOE_OPS_PREPACK_MB to what may be used.",
+        )
+    if policy == "auto":
+        text += f", at most {_mebibytes(budget)}"
+    return Finding("packed weights", "ok", text)
 
 
 def _cuda() -> list[Finding]:
@@ -546,6 +569,10 @@ def _usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def _mebibytes(number: int) -> str:
+    return f"{number / 2**20:.0f} MiB"
 
 
 def _count(number: int, noun: str) -> str:

@@ -36,6 +36,7 @@ from moe_ops.ops.gated_act import GATED_ACTIVATIONS
 from moe_ops.ops.moe_ffn_packed import packed_bytes_of
 
 POLICIES = ("auto", "off", "always")
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 # A bank packs itself once its unchanged weights have served so many slots an expert. Packing an
 # expert takes as long as some 75 of its slots save (2048 x 1024, AVX-512, memory at hand), and
@@ -392,16 +393,17 @@ def _reserve(state: _State, weights: BankWeights, settings: _Settings) -> bool:
 
 
 def _plain(weights: BankWeights) -> bool:
-    """Dense CPU tensors of one float type; fake, quantised and sharded ones are subclasses."""
+    """Dense CPU tensors of a type that moe_ffn takes; fake and sharded ones are subclasses."""
     return (
         all(
             type(w) in (Tensor, nn.Parameter)
             and w.device.type == "cpu"
             and w.layout == torch.strided
+            and w.dim() == 3
             for w in weights[:2]
         )
         and weights.w_gate_up.dtype == weights.w_down.dtype
-        and weights.w_down.is_floating_point()
+        and weights.w_down.dtype in _FLOATS
     )
 
 
