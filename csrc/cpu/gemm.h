@@ -7,10 +7,15 @@
 //          only the (small) block of x is transposed and weights are copied as they lie.
 //   nn     weights dense along features: token rows are the broadcast side, weight rows the
 //          vectors.
+//   rank         few rows, weights dense along features: stream weight rows, four steps of k at a time.
 //   panels       weights packed ahead of time (pack.h): like nn, without any copying of weights.
+//   pair_*       the last three for bfloat16 weights where the level multiplies pairs of bfloat16:
+//   tokens
+//                are rounded to it, an element is two adjacent k, and K counts pairs.
 //   amx_panels   the same for bfloat16 on AMX.
 //   amx_rows     bfloat16 weights dense along k on AMX: 16 weight rows are an operand as they lie.
-//   amx_nn       bfloat16 weights dense along features on AMX: packed in pairs of rows block by block.
+//   amx_nn       bfloat16 weights dense along features on AMX: packed in pairs of rows block by
+//   block.
 #pragma once
 
 #include <algorithm>
@@ -39,9 +44,14 @@ constexpr int64_t kFeatureBlock = 252;
 // their tokens: the more features share that work the better.
 constexpr int64_t kPanelFeatureBlock = 256;
 constexpr int64_t kAmxFeatureBlock = 2048;
-// Space between the panels that amx_nn packs. Without it all panels of a block begin in the same L1
-// set, and the two lines that a pair of rows writes into each push one another out.
-constexpr int64_t kAmxPanelPad = 64;
+// Space, in bfloat16, between the panels that pack_pairs writes. Without it all panels of a block
+// begin in the same L1 set, and the two lines that a pair of rows writes into each push one another
+// out.
+constexpr int64_t kPairPanelPad = 64;
+// Width of an item of nn, and the size of the blocks that it copies: rows of 4 KiB are streams for
+// the memory, rows of 1 KiB are not, and 256 KiB leave room for the sums in an L2.
+constexpr int64_t kNnFeatures = 1024;
+constexpr int64_t kNnBlockBytes = int64_t{256} << 10;
 // Depth and width of the blocks of weights that amx_nn packs: 256 x 512 in bfloat16 are 256 KiB of
 // L2, 256 steps of k amortise loading and storing the sums, and 512 columns are runs of 1 KiB.
 constexpr int64_t kAmxKc = 256;
@@ -52,6 +62,9 @@ constexpr int64_t kBytesAhead = 2048;
 // Fewest rows of an expert that AMX takes. Below, reading the weights is all that counts, and the
 // other kernels keep the tokens in fp32.
 constexpr int64_t kAmxMinRows = 3;
+// Most rows of an expert for which weights dense along features are not copied. Each row passes its
+// sums through registers once in four steps of k.
+constexpr int64_t kRankMaxRows = 8;
 
 // Weight gradients from this size on will not be found in a cache again by whoever reads them.
 constexpr int64_t kStreamBytes = int64_t{8} << 20;
@@ -86,18 +99,35 @@ struct GemmDesc {
   ExpertMatrices b;
 };
 
-enum class Path : int { kZero, kDot, kNt, kNn, kPanels, kAmxPanels, kAmxRows, kAmxNn };
+enum class Path : int {
+  kZero,
+  kDot,
+  kRank,
+  kNt,
+  kNn,
+  kPanels,
+  kPairNt,
+  kPairNn,
+  kPairPanels,
+  kAmxPanels,
+  kAmxRows,
+  kAmxNn
+};
 
 template <class T>
 Path path_of(const GemmDesc<T>& d, const Kernels<T>& k, int64_t expert_rows) {
   if (d.in_features == 0) return Path::kZero;
-  // AMX rounds tokens to bfloat16, which loses nothing unless they were scaled before.
-  const bool amx = k.amx_panel != nullptr && d.b.type == DType::kBFloat16 &&
-                   d.a_scale == nullptr && expert_rows >= kAmxMinRows;
-  if (d.b.panels != nullptr) return amx ? Path::kAmxPanels : Path::kPanels;
-  if (d.b.stride_k != 1) return amx ? Path::kAmxNn : Path::kNn;
+  // Products of bfloat16 round tokens to it, which loses nothing unless they were scaled before.
+  const bool pairs = k.pairs && d.b.type == DType::kBFloat16 && d.a_scale == nullptr;
+  const bool amx = pairs && k.amx_panel != nullptr && expert_rows >= kAmxMinRows;
+  if (d.b.panels != nullptr) {
+    return amx ? Path::kAmxPanels : pairs ? Path::kPairPanels : Path::kPanels;
+  }
+  if (d.b.stride_k != 1 && expert_rows <= kRankMaxRows) return Path::kRank;
+  if (d.b.stride_k != 1) return amx ? Path::kAmxNn : pairs ? Path::kPairNn : Path::kNn;
   if (amx && d.in_features % 32 == 0) return Path::kAmxRows;
-  return expert_rows <= k.dot_max_rows ? Path::kDot : Path::kNt;
+  if (expert_rows <= k.dot_max_rows) return Path::kDot;
+  return pairs && d.in_features % 2 == 0 ? Path::kPairNt : Path::kNt;
 }
 
 struct GemmItem {
@@ -131,15 +161,22 @@ std::vector<GemmItem> gemm_items(const GemmDesc<T>& d, const Kernels<T>& k, int 
         row_unit = 16;
         break;
       case Path::kPanels:
+      case Path::kPairPanels:
         most_features = kPanelFeatureBlock;
         most_rows = kPanelRowBlock;
         break;
       case Path::kNt:
+      case Path::kPairNt:
         row_unit = k.lanes;
         unit = 4;
         break;
       case Path::kDot:
         unit = 4;
+        break;
+      case Path::kRank:
+      case Path::kNn:
+      case Path::kPairNn:
+        most_features = kNnFeatures;
         break;
       default:
         break;
@@ -205,9 +242,64 @@ void dot_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, con
   }
 }
 
+// src * scale as bfloat16; `buffer` has room for n floats.
+inline void load_bf16_row(const Kernels<float>& k, DType type, const void* src, int64_t n,
+                          float scale, float* buffer, uint16_t* dst) {
+  if (type == DType::kBFloat16 && scale == 1.0f) {
+    std::memcpy(dst, src, static_cast<size_t>(n) * 2);
+  } else if (type == DType::kFloat32 && scale == 1.0f) {
+    k.store_row(DType::kBFloat16, static_cast<const float*>(src), dst, n);
+  } else {
+    k.load_row(type, src, buffer, n, scale);
+    k.store_row(DType::kBFloat16, buffer, dst, n);
+  }
+}
+
+// Row r of the tokens, kc elements from k0 on; of pairs, when an element is one. What the last pair
+// lacks is zero.
+template <bool kPairs, class T>
+void load_tokens(const GemmDesc<T>& d, const Kernels<T>& k, int64_t r, int64_t k0, int64_t kc,
+                 T* dst) {
+  if constexpr (kPairs) {
+    auto* halves = reinterpret_cast<uint16_t*>(dst);
+    const int64_t n = std::min(2 * kc, d.in_features - 2 * k0);
+    load_bf16_row(k, d.a.type, element(row_of(d.a, r), d.a.type, 2 * k0), n, 1.0f, nullptr, halves);
+    if (n < 2 * kc) halves[n] = 0;
+  } else {
+    k.load_row(d.a.type, element(row_of(d.a, r), d.a.type, k0), dst, kc,
+               d.a_scale ? d.a_scale[r] : T(1));
+  }
+}
+
 template <class T, class Epilogue>
+void rank_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, const Epilogue& fn) {
+  const int64_t m = it.row_end - it.row_begin;
+  const int64_t n = it.feature_end - it.feature_begin;
+  const int64_t K = d.in_features, lda = K + 16;
+  T* a = scratch<T>(Scratch::kTokens, m * lda);
+  T* tile = scratch<T>(Scratch::kTile, m * n * d.segments);
+  for (int64_t t = 0; t < m; ++t) {
+    load_tokens<false>(d, k, it.row_begin + t, 0, K, a + t * lda);
+  }
+  for (int s = 0; s < d.segments; ++s) {
+    const int64_t first = it.expert * d.b.stride_e + s * d.features + it.feature_begin;
+    for (int64_t k0 = 0; k0 < K; k0 += kRankRows) {
+      k.rank_update(d.b.type, static_cast<int>(std::min<int64_t>(kRankRows, K - k0)), m,
+                    element(d.b.data, d.b.type, first + k0 * d.b.stride_k), d.b.stride_k, a + k0,
+                    lda, tile + s * n, n * d.segments, n, k0 > 0);
+    }
+  }
+  for (int64_t t = 0; t < m; ++t) {
+    T* row = tile + t * n * d.segments;
+    fn(it.expert, it.row_begin + t, it.feature_begin, n, row, row + n);
+  }
+}
+
+template <bool kPairs, class T, class Epilogue>
 void nt_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, const Epilogue& fn) {
-  const int64_t W = k.lanes, K = d.in_features;
+  const int64_t W = k.lanes, K = kPairs ? d.in_features / 2 : d.in_features;
+  const int64_t size = kPairs ? sizeof(T) : dtype_size(d.b.type);
+  const auto& tiles = kPairs ? k.pair_row_a : k.row_a;
   const int64_t m = it.row_end - it.row_begin;
   const int64_t n = it.feature_end - it.feature_begin;
   const int64_t total = n * d.segments;
@@ -225,7 +317,7 @@ void nt_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, cons
   // Row i of the item's features, from k0 on.
   const auto weight_row = [&](int64_t i, int64_t k0) {
     const int64_t feature = i / n * d.features + it.feature_begin + i % n;
-    return w + feature * row_bytes + k0 * dtype_size(d.b.type);
+    return w + feature * row_bytes + k0 * size;
   };
   // x from k0 on, one panel of [kc][W or 2W] after the other.
   const auto pack_tokens = [&](int64_t k0, T* dst) {
@@ -235,8 +327,7 @@ void nt_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, cons
       for (int64_t t = 0; t < width; ++t) {
         const int64_t r = it.row_begin + t0 + t;
         if (r < it.row_end) {
-          k.load_row(d.a.type, element(row_of(d.a, r), d.a.type, k0), rows + t * kLda, kc,
-                     d.a_scale ? d.a_scale[r] : T(1));
+          load_tokens<kPairs>(d, k, r, k0, kc, rows + t * kLda);
         } else {
           std::fill(rows + t * kLda, rows + t * kLda + kc, T(0));
         }
@@ -249,7 +340,12 @@ void nt_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, cons
     const int64_t kc = std::min(kKc, K - k0);
     const int64_t i0 = total * b / blocks, i1 = total * (b + 1) / blocks;
     for (int64_t i = i0; i < i1; ++i) {
-      k.load_row(d.b.type, weight_row(i, k0), a + (i - i0) * kLda, kc, T(1));
+      T* dst = a + (i - i0) * kLda;
+      if constexpr (kPairs) {
+        std::memcpy(dst, weight_row(i, k0), static_cast<size_t>(kc) * sizeof(T));
+      } else {
+        k.load_row(d.b.type, weight_row(i, k0), dst, kc, T(1));
+      }
     }
     TileHints next;
     if (next_b < blocks && next_k < K) {
@@ -257,13 +353,13 @@ void nt_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, cons
       next.base = weight_row(next_i, next_k);
       next.stride = row_bytes;
       next.rows = std::min(mr, n - next_i % n);
-      next.bytes = std::min(kKc, K - next_k) * dtype_size(d.b.type);
+      next.bytes = std::min(kKc, K - next_k) * size;
       next.spread(kc / kPrefetchStep * ceil_div(padded_m, 2 * W));
     }
     for (int64_t t0 = 0; t0 < padded_m; t0 += 2 * W) {
       const int nv = padded_m - t0 > W ? 2 : 1;
-      k.row_a[nv - 1][i1 - i0 - 1](kc, a, x + t0 * kc, tile + i0 * padded_m + t0, padded_m, k0 > 0,
-                                   next);
+      tiles[nv - 1][i1 - i0 - 1](kc, a, x + t0 * kc, tile + i0 * padded_m + t0, padded_m, k0 > 0,
+                                 next);
     }
   };
   if (whole) {
@@ -290,42 +386,52 @@ void nt_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, cons
   }
 }
 
-template <class T, class Epilogue>
+template <bool kPairs, class T, class Epilogue>
 void nn_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, const Epilogue& fn) {
-  const int64_t W = k.lanes;
+  constexpr int64_t kRows = kPairs ? 2 : 1;  // weight rows of an element
+  const int64_t W = k.lanes, K = ceil_div(d.in_features, kRows);
   const int64_t m = it.row_end - it.row_begin;
   const int64_t n = it.feature_end - it.feature_begin;
-  const int64_t padded_n = round_up(n, W);
+  const int64_t padded_n = round_up(n, kPairs ? 2 * W : W);
   const int64_t ldc = padded_n * d.segments;
   T* a = scratch<T>(Scratch::kPackA, kRowBlock * kLda);
-  T* panels = scratch<T>(Scratch::kPackB, padded_n * kKc);
+  const int64_t depth =
+      std::clamp<int64_t>(kNnBlockBytes / (padded_n * static_cast<int64_t>(sizeof(T))), 16, kKc);
+  const int64_t pad = kPairs ? kPairPanelPad / 2 : 0;  // behind each panel
+  T* panels = scratch<T>(Scratch::kPackB, padded_n * depth + ceil_div(padded_n, 2 * W) * pad);
   T* tile = scratch<T>(Scratch::kTile, m * ldc);
+  const auto& tiles = kPairs ? k.pair_row_a : k.row_a;
   const int64_t blocks = ceil_div<int64_t>(m, k.mr2);
-  const void* w_rows[kKc];
+  const void* w_rows[kRows * kKc];
 
-  for (int64_t k0 = 0; k0 < d.in_features; k0 += kKc) {
-    const int64_t kc = std::min(kKc, d.in_features - k0);
-    for (int64_t t = 0; t < m; ++t) {
-      const int64_t r = it.row_begin + t;
-      k.load_row(d.a.type, element(row_of(d.a, r), d.a.type, k0), a + t * kLda, kc,
-                 d.a_scale ? d.a_scale[r] : T(1));
-    }
-    for (int64_t kk = 0; kk < kc; ++kk) {
-      w_rows[kk] = element(d.b.data, d.b.type,
-                           it.expert * d.b.stride_e + (k0 + kk) * d.b.stride_k + it.feature_begin);
+  for (int64_t k0 = 0; k0 < K; k0 += depth) {
+    const int64_t kc = std::min(depth, K - k0);
+    for (int64_t t = 0; t < m; ++t)
+      load_tokens<kPairs>(d, k, it.row_begin + t, k0, kc, a + t * kLda);
+    for (int64_t kk = 0; kk < kRows * kc; ++kk) {
+      const int64_t row = kRows * k0 + kk;
+      w_rows[kk] = row < d.in_features
+                       ? element(d.b.data, d.b.type,
+                                 it.expert * d.b.stride_e + row * d.b.stride_k + it.feature_begin)
+                       : nullptr;
     }
     for (int s = 0; s < d.segments; ++s) {
-      k.pack_panels(d.b.type, w_rows, s * d.features * dtype_size(d.b.type), kc, n, nullptr,
-                    panels);
+      if constexpr (kPairs) {
+        k.pack_pairs(reinterpret_cast<const uint16_t* const*>(w_rows), s * d.features, 2 * kc, n,
+                     reinterpret_cast<uint16_t*>(panels), 2 * (kc * 2 * W + pad));
+      } else {
+        k.pack_panels(d.b.type, w_rows, s * d.features * dtype_size(d.b.type), kc, n, nullptr,
+                      panels);
+      }
       // These tiles fetch the weights of the next block: the other segment, or the next k.
       const bool same_k = s + 1 < d.segments;
-      const int64_t next_k = same_k ? k0 : k0 + kKc;
+      const int64_t next_k = kRows * (same_k ? k0 : k0 + depth);
       TileHints next;
       if (next_k < d.in_features) {
-        next.base =
-            element(w_rows[0], d.b.type, same_k ? (s + 1) * d.features : kKc * d.b.stride_k);
+        next.base = element(w_rows[0], d.b.type,
+                            same_k ? (s + 1) * d.features : kRows * depth * d.b.stride_k);
         next.stride = d.b.stride_k * dtype_size(d.b.type);
-        next.rows = std::min(kKc, d.in_features - next_k);
+        next.rows = std::min(kRows * depth, d.in_features - next_k);
         next.bytes = n * dtype_size(d.b.type);
         next.spread(kc / kPrefetchStep * blocks * ceil_div(padded_n, 2 * W));
       }
@@ -333,8 +439,8 @@ void nn_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, cons
         const int nv = padded_n - j > W ? 2 : 1;
         for (int64_t b = 0; b < blocks; ++b) {
           const int64_t i0 = m * b / blocks, i1 = m * (b + 1) / blocks;
-          k.row_a[nv - 1][i1 - i0 - 1](kc, a + i0 * kLda, panels + j * kc,
-                                       tile + i0 * ldc + s * padded_n + j, ldc, k0 > 0, next);
+          tiles[nv - 1][i1 - i0 - 1](kc, a + i0 * kLda, panels + j * kc + j / (2 * W) * pad,
+                                     tile + i0 * ldc + s * padded_n + j, ldc, k0 > 0, next);
         }
       }
     }
@@ -344,67 +450,53 @@ void nn_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, cons
   }
 }
 
-template <class T, class Epilogue>
+template <bool kPairs, class T, class Epilogue>
 void panel_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, const Epilogue& fn) {
   const PanelLayout layout =
       panel_layout(d.b.type, d.features * d.segments, d.in_features, d.segments);
-  const int64_t P = layout.width, size = dtype_size(d.b.type);
-  const int64_t pair = size < static_cast<int64_t>(sizeof(T)) ? 2 : 1;
+  const int64_t P = layout.width;
+  // Bytes of a panel for one element of a, and elements that a tile takes in one step.
+  const int64_t size = P * (kPairs ? static_cast<int64_t>(sizeof(T)) : dtype_size(d.b.type));
+  const int64_t step = size < P * static_cast<int64_t>(sizeof(T)) ? 2 : 1;
   const int64_t m = it.row_end - it.row_begin;
   const int64_t n = it.feature_end - it.feature_begin;
   const int64_t padded_n = round_up(n, P), ldc = padded_n * d.segments;
-  const int64_t K = d.in_features, depth = round_up(K, pair), k_blocks = ceil_div(depth, kKc);
+  const int64_t K = kPairs ? ceil_div<int64_t>(d.in_features, 2) : d.in_features;
+  const int64_t depth = round_up(K, step), k_blocks = ceil_div(depth, kKc);
   T* a = scratch<T>(Scratch::kTokens, k_blocks * m * kLda);
   T* tile = scratch<T>(Scratch::kTile, m * ldc);
   for (int64_t t = 0; t < m; ++t) {
-    const int64_t r = it.row_begin + t;
-    const char* row = static_cast<const char*>(row_of(d.a, r));
     for (int64_t b = 0; b < k_blocks; ++b) {
       T* dst = a + (b * m + t) * kLda;
       const int64_t kc = std::min(kKc, K - b * kKc);
-      k.load_row(d.a.type, element(row, d.a.type, b * kKc), dst, kc,
-                 d.a_scale ? d.a_scale[r] : T(1));
+      load_tokens<kPairs>(d, k, it.row_begin + t, b * kKc, kc, dst);
       if (b == k_blocks - 1 && depth > K) dst[kc] = T(0);
     }
   }
-  const auto* tiles = k.panel_tile[static_cast<int>(d.b.type)];
+  const auto* tiles = kPairs ? k.pair_panel_tile : k.panel_tile[static_cast<int>(d.b.type)];
   const int64_t blocks = ceil_div<int64_t>(m, k.mr2);
   // Every tile asks for panels ahead of its own: the core's window is too short to compute and to
   // wait for memory at once. Several tiles on one block share the next block between them.
-  const int64_t step_bytes = P * size * pair;
-  const int64_t ahead_step = std::max<int64_t>(step_bytes / blocks, 2);
+  const int64_t ahead_step = std::max<int64_t>(size * step / blocks, 2);
   const char* panel = static_cast<const char*>(d.b.panels) + it.expert * layout.expert_bytes() +
                       it.feature_begin / P * d.segments * layout.panel_bytes;
   for (int64_t j = 0; j < padded_n; j += P) {
     for (int s = 0; s < d.segments; ++s, panel += layout.panel_bytes) {
       for (int64_t b = 0; b < k_blocks; ++b) {
         const int64_t kc = std::min(kKc, depth - b * kKc);
-        const char* block = panel + b * kKc * P * size;
+        const char* block = panel + b * kKc * size;
         for (int64_t i = 0; i < blocks; ++i) {
           const int64_t i0 = m * i / blocks, i1 = m * (i + 1) / blocks;
-          tiles[i1 - i0 - 1](kc, a + (b * m + i0) * kLda, block, tile + i0 * ldc + s * padded_n + j,
-                             ldc, b > 0, block + (blocks == 1 ? kBytesAhead : kc * P * size) +
-                                 i * ahead_step * (kc / pair),
-                             ahead_step);
+          tiles[i1 - i0 - 1](
+              kc, a + (b * m + i0) * kLda, block, tile + i0 * ldc + s * padded_n + j, ldc, b > 0,
+              block + (blocks == 1 ? kBytesAhead : kc * size) + i * ahead_step * (kc / step),
+              ahead_step);
         }
       }
     }
   }
   for (int64_t t = 0; t < m; ++t) {
     fn(it.expert, it.row_begin + t, it.feature_begin, n, tile + t * ldc, tile + t * ldc + padded_n);
-  }
-}
-
-// src * scale as bfloat16; `buffer` has room for n floats.
-inline void load_bf16_row(const Kernels<float>& k, DType type, const void* src, int64_t n,
-                          float scale, float* buffer, uint16_t* dst) {
-  if (type == DType::kBFloat16 && scale == 1.0f) {
-    std::memcpy(dst, src, static_cast<size_t>(n) * 2);
-  } else if (type == DType::kFloat32 && scale == 1.0f) {
-    k.store_row(DType::kBFloat16, static_cast<const float*>(src), dst, n);
-  } else {
-    k.load_row(type, src, buffer, n, scale);
-    k.store_row(DType::kBFloat16, buffer, dst, n);
   }
 }
 
@@ -476,8 +568,8 @@ void amx_rows_item(const GemmDesc<float>& d, const Kernels<float>& k, const Gemm
     k.transpose(reinterpret_cast<const float*>(rows), (K + 32) / 2, 16, K / 2,
                 reinterpret_cast<float*>(x + t * K), 16);
   }
-  const auto* w = reinterpret_cast<const uint16_t*>(
-      element(d.b.data, d.b.type, it.expert * d.b.stride_e));
+  const auto* w =
+      reinterpret_cast<const uint16_t*>(element(d.b.data, d.b.type, it.expert * d.b.stride_e));
   const int64_t chunk = kPanelFeatureBlock / d.segments;
   for (int64_t f = it.feature_begin; f < it.feature_end; f += chunk) {
     const int64_t n = std::min(chunk, it.feature_end - f);
@@ -519,11 +611,11 @@ void amx_nn_item(const GemmDesc<float>& d, const Kernels<float>& k, const GemmIt
   const int64_t ldc = padded_n * d.segments, lda = depth + 32;
   auto* a = scratch<uint16_t>(Scratch::kTokens, padded_m * lda);
   auto* panels =
-      scratch<uint16_t>(Scratch::kPackB, (kAmxKc * 32 + kAmxPanelPad) * (padded_n / 32));
+      scratch<uint16_t>(Scratch::kPackB, (kAmxKc * 32 + kPairPanelPad) * (padded_n / 32));
   float* tile = scratch<float>(Scratch::kTile, padded_m * ldc);
   load_bf16_rows(d, k, it, depth, padded_m, a, lda);
-  const auto* w = reinterpret_cast<const uint16_t*>(
-      element(d.b.data, d.b.type, it.expert * d.b.stride_e));
+  const auto* w =
+      reinterpret_cast<const uint16_t*>(element(d.b.data, d.b.type, it.expert * d.b.stride_e));
   const uint16_t* rows[kAmxKc];
   for (int64_t k0 = 0; k0 < K; k0 += kAmxKc) {
     const int64_t kc = std::min(kAmxKc, depth - k0);
@@ -531,15 +623,15 @@ void amx_nn_item(const GemmDesc<float>& d, const Kernels<float>& k, const GemmIt
       rows[r] = k0 + r < K ? w + (k0 + r) * d.b.stride_k + it.feature_begin : nullptr;
     }
     for (int s = 0; s < d.segments; ++s) {
-      const int64_t panel_stride = kc * 32 + kAmxPanelPad;
-      k.amx_pack(rows, s * d.features, kc, n, panels, panel_stride);
+      const int64_t panel_stride = kc * 32 + kPairPanelPad;
+      k.pack_pairs(rows, s * d.features, kc, n, panels, panel_stride);
       // The tiles fetch the next block of weights, as in nn_item.
       const bool same_k = s + 1 < d.segments;
       const int64_t next_k = same_k ? k0 : k0 + kAmxKc;
       TileHints next;
       if (next_k < K) {
-        next.base = reinterpret_cast<const char*>(
-            w + next_k * d.b.stride_k + it.feature_begin + (same_k ? (s + 1) * d.features : 0));
+        next.base = reinterpret_cast<const char*>(w + next_k * d.b.stride_k + it.feature_begin +
+                                                  (same_k ? (s + 1) * d.features : 0));
         next.stride = d.b.stride_k * 2;
         next.rows = std::min(kAmxKc, K - next_k);
         next.bytes = n * 2;
@@ -549,7 +641,8 @@ void amx_nn_item(const GemmDesc<float>& d, const Kernels<float>& k, const GemmIt
       for (int64_t j = 0; j < padded_n; j += 32) {
         for (int64_t t = 0; t < padded_m; t += 32) {
           k.amx_panel(kc / 32, a + t * lda + k0, lda, padded_m - t > 16 ? 2 : 1,
-                      panels + j / 32 * panel_stride, tile + t * ldc + s * padded_n + j, ldc, k0 > 0, next);
+                      panels + j / 32 * panel_stride, tile + t * ldc + s * padded_n + j, ldc,
+                      k0 > 0, next);
         }
       }
       k.amx_end();
@@ -574,12 +667,23 @@ void run_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, con
     }
     case Path::kDot:
       return dot_item(d, k, it, fn);
+    case Path::kRank:
+      return rank_item(d, k, it, fn);
     case Path::kNt:
-      return nt_item(d, k, it, fn);
+      return nt_item<false>(d, k, it, fn);
     case Path::kNn:
-      return nn_item(d, k, it, fn);
+      return nn_item<false>(d, k, it, fn);
     case Path::kPanels:
-      return panel_item(d, k, it, fn);
+      return panel_item<false>(d, k, it, fn);
+    case Path::kPairNt:
+      if constexpr (sizeof(T) == 4) nt_item<true>(d, k, it, fn);
+      return;
+    case Path::kPairNn:
+      if constexpr (sizeof(T) == 4) nn_item<true>(d, k, it, fn);
+      return;
+    case Path::kPairPanels:
+      if constexpr (sizeof(T) == 4) panel_item<true>(d, k, it, fn);
+      return;
     case Path::kAmxPanels:
       if constexpr (sizeof(T) == 4) amx_panel_item(d, k, it, fn);
       return;
@@ -611,9 +715,10 @@ void gemm(const GemmDesc<T>& d, const Parallel& par, const Epilogue& fn) {
 // out[e, o, j] = sum over rows r of e: grad[r, o] * a[r, j]. Row blocks are the depth of the tiles;
 // both operands are copied as they lie. One item covers the features [o_begin, o_end) of one
 // expert.
-template <class T>
+template <bool kPairs, class T>
 void wgrad_item(const GroupedWgradParams& p, const Kernels<T>& k, int64_t e, int64_t o_begin,
                 int64_t o_end) {
+  constexpr int64_t kRows = kPairs ? 2 : 1;  // rows of an element
   const int64_t W = k.lanes, O = p.out_features, J = p.in_features;
   const int64_t size = dtype_size(p.out_type);
   const int64_t begin = p.expert_offsets[e], end = p.expert_offsets[e + 1];
@@ -625,66 +730,113 @@ void wgrad_item(const GroupedWgradParams& p, const Kernels<T>& k, int64_t e, int
   }
   const auto* grad_scale = static_cast<const T*>(p.grad_scale);
   const auto* a_scale = static_cast<const T*>(p.a_scale);
+  const auto& tiles = kPairs ? k.pair_col_a : k.col_a;
   // Whole panels of the accumulate type go straight to their place.
   const bool same_type = p.out_type == kAccumulate<T>;
+  const int64_t unit = kPairs ? 2 * W : W;  // width of the narrowest panel
   const int64_t o_block = balanced(o_end - o_begin, kFeatureBlock / 2, 1);
-  const int64_t j_block = balanced(J, 256, 2 * W);
+  const int64_t j_block = balanced(J, 256, 2 * W), padded_j = round_up(j_block, unit);
   T* g = scratch<T>(Scratch::kPackA, kKc * kLdm);
-  T* panels = scratch<T>(Scratch::kPackB, round_up(j_block, W) * kKc);
-  T* tile = scratch<T>(Scratch::kTile, o_block * round_up(j_block, W));
-  const void* a_rows[kKc];
+  T* panels = scratch<T>(Scratch::kPackB, padded_j * kKc);
+  T* tile = scratch<T>(Scratch::kTile, o_block * padded_j);
+  const int64_t half_rows = std::max(j_block, kLdm);
+  auto* halves =
+      kPairs ? scratch<uint16_t>(Scratch::kTokens, (kRows * kKc + 2) * half_rows) : nullptr;
+  const void* a_rows[kRows * kKc];
   // A large result, written once and in whole vectors, goes past the cache.
   TileHints hints;
   const int64_t vector = W * static_cast<int64_t>(sizeof(T));
   const bool large = !p.accumulate && p.num_experts * O * J * size >= kStreamBytes;
-  const bool streamed = large && k.streams && same_type && end - begin <= kKc && J % W == 0 &&
-                        reinterpret_cast<uintptr_t>(out) % vector == 0;
+  const bool streamed = large && k.streams && same_type && end - begin <= kRows * kKc &&
+                        J % unit == 0 && reinterpret_cast<uintptr_t>(out) % vector == 0;
+  const auto pack_a = [&](int64_t r0, int64_t rows, int64_t j0, int64_t cols) {
+    const int64_t offset = j0 * dtype_size(p.a.type);
+    for (int64_t r = 0; r < rows; ++r) a_rows[r] = row_of(p.a, r0 + r);
+    if constexpr (kPairs) {
+      for (int64_t r = 0; r < rows; ++r) {
+        const char* src = static_cast<const char*>(a_rows[r]) + offset;
+        const float scale = a_scale ? a_scale[r0 + r] : 1.0f;
+        a_rows[r] = src;
+        if (p.a.type != DType::kBFloat16 || scale != 1.0f) {
+          uint16_t* copy = halves + r * half_rows;
+          load_bf16_row(k, p.a.type, src, cols, scale, tile, copy);
+          a_rows[r] = copy;
+        }
+      }
+      if (rows % 2 != 0) a_rows[rows] = nullptr;
+      const int64_t padded = round_up<int64_t>(rows, 2);
+      k.pack_pairs(reinterpret_cast<const uint16_t* const*>(a_rows), 0, padded, cols,
+                   reinterpret_cast<uint16_t*>(panels), padded * 2 * W);
+    } else {
+      k.pack_panels(p.a.type, a_rows, offset, rows, cols, a_scale ? a_scale + r0 : nullptr, panels);
+    }
+  };
+  const auto pack_grad = [&](int64_t r0, int64_t rows, int64_t o0, int64_t n) {
+    const auto row = [&](int64_t r) { return element(row_of(p.grad, r), p.grad.type, o0); };
+    const auto scale = [&](int64_t r) { return grad_scale ? grad_scale[r] : T(1); };
+    if constexpr (kPairs) {
+      uint16_t* two = halves + kRows * kKc * half_rows;
+      for (int64_t r = 0; r < rows; r += 2) {
+        for (int64_t i = 0; i < 2; ++i) {
+          uint16_t* dst = two + i * half_rows;
+          if (r + i < rows) {
+            load_bf16_row(k, p.grad.type, row(r0 + r + i), n, scale(r0 + r + i), tile, dst);
+          } else {
+            std::fill(dst, dst + n, uint16_t{0});
+          }
+        }
+        k.pair_rows(two, two + half_rows, g + r / 2 * kLdm, n);
+      }
+    } else {
+      for (int64_t r = 0; r < rows; ++r) {
+        k.load_row(p.grad.type, row(r0 + r), g + r * kLdm, n, scale(r0 + r));
+      }
+    }
+  };
 
   for (int64_t j0 = 0; j0 < J; j0 += j_block) {
     const int64_t j1 = std::min(J, j0 + j_block);
-    const int64_t ldc = round_up(j1 - j0, W);
+    const int64_t ldc = round_up(j1 - j0, unit);
+    const int64_t j_direct = same_type ? j0 + (j1 - j0) / unit * unit : j0;
     for (int64_t o0 = o_begin; o0 < o_end; o0 += o_block) {
       const int64_t n = std::min(o_block, o_end - o0);
       const int64_t blocks = ceil_div<int64_t>(n, k.mr2);
-      for (int64_t r0 = begin; r0 < end; r0 += kKc) {
-        const int64_t kc = std::min(kKc, end - r0);
+      for (int64_t r0 = begin; r0 < end; r0 += kRows * kKc) {
+        const int64_t rows = std::min(kRows * kKc, end - r0), kc = ceil_div(rows, kRows);
         // A short expert's rows are packed once for all feature blocks.
-        if (o0 == o_begin || end - begin > kKc) {
-          for (int64_t r = 0; r < kc; ++r) a_rows[r] = row_of(p.a, r0 + r);
-          k.pack_panels(p.a.type, a_rows, j0 * dtype_size(p.a.type), kc, j1 - j0,
-                        a_scale ? a_scale + r0 : nullptr, panels);
-        }
-        for (int64_t r = 0; r < kc; ++r) {
-          k.load_row(p.grad.type, element(row_of(p.grad, r0 + r), p.grad.type, o0), g + r * kLdm, n,
-                     grad_scale ? grad_scale[r0 + r] : T(1));
-        }
+        if (o0 == o_begin || end - begin > kRows * kKc) pack_a(r0, rows, j0, j1 - j0);
+        pack_grad(r0, rows, o0, n);
         for (int64_t j = j0; j < j1; j += 2 * W) {
-          const int64_t valid = std::min(2 * W, j1 - j);
-          const bool direct = same_type && valid % W == 0;
+          const int64_t width = std::min(2 * W, ldc - (j - j0));
+          const bool direct = j + width <= j_direct;
           T* c = direct ? reinterpret_cast<T*>(out) + o0 * J + j : tile + (j - j0);
           const int64_t ld = direct ? J : ldc;
-          const int nv = valid > W ? 2 : 1;
+          const int nv = width > W ? 2 : 1;
           hints.stream = streamed && direct;
           for (int64_t b = 0; b < blocks; ++b) {
             const int64_t i0 = n * b / blocks, i1 = n * (b + 1) / blocks;
-            k.col_a[nv - 1][i1 - i0 - 1](kc, g + i0, panels + (j - j0) * kc, c + i0 * ld, ld,
-                                         r0 > begin || (direct && p.accumulate), hints);
+            tiles[nv - 1][i1 - i0 - 1](kc, g + i0, panels + (j - j0) * kc, c + i0 * ld, ld,
+                                       r0 > begin || (direct && p.accumulate), hints);
           }
         }
       }
-      for (int64_t j = j0; j < j1; j += 2 * W) {
-        const int64_t valid = std::min(2 * W, j1 - j);
-        if (same_type && valid % W == 0) continue;
-        for (int64_t o = 0; o < n; ++o) {
-          T* row = tile + o * ldc + (j - j0);
-          char* dst = out + ((o0 + o) * J + j) * size;
-          if (p.accumulate) k.axpy(p.out_type, dst, T(1), row, valid);
-          k.store_row(p.out_type, row, dst, valid);
+      // What went through the tile: all columns of another type, or those of a partial last panel,
+      // which shares its panel of two vectors with a whole one.
+      const int64_t first = same_type ? j0 + (j_direct - j0) / (2 * W) * (2 * W) : j0;
+      const int64_t from = j_direct == j1 ? j1 : first;
+      for (int64_t o = 0; from < j1 && o < n; ++o) {
+        T* row = tile + o * ldc + (from - j0);
+        char* dst = out + ((o0 + o) * J + from) * size;
+        if (p.accumulate) k.axpy(p.out_type, dst, T(1), row, j1 - from);
+        if (kPairs && large && p.out_type == DType::kBFloat16) {
+          if constexpr (kPairs) k.stream_row(row, reinterpret_cast<uint16_t*>(dst), j1 - from);
+        } else {
+          k.store_row(p.out_type, row, dst, j1 - from);
         }
       }
     }
   }
-  if (streamed) k.stream_fence();
+  if (large && k.streams) k.stream_fence();
 }
 
 // The same for bfloat16 on AMX: grad^T is the row operand and pairs of rows of a are the
@@ -731,7 +883,7 @@ inline void amx_wgrad_item(const GroupedWgradParams& p, const Kernels<float>& k,
   std::vector<const uint16_t*> a_rows(static_cast<size_t>(depth), nullptr);
   for (int64_t j0 = 0; j0 < J; j0 += j_block) {
     const int64_t cols = std::min(j_block, J - j0), ldc = round_up<int64_t>(cols, 32);
-    const int64_t panel_stride = depth * 32 + kAmxPanelPad;
+    const int64_t panel_stride = depth * 32 + kPairPanelPad;
     auto* panels = scratch<uint16_t>(Scratch::kPackB, panel_stride * (ldc / 32));
     for (int64_t r = 0; r < m; ++r) {
       const void* src = element(row_of(p.a, begin + r), p.a.type, j0);
@@ -742,14 +894,13 @@ inline void amx_wgrad_item(const GroupedWgradParams& p, const Kernels<float>& k,
         a_rows[r] = copies + r * j_block;
       }
     }
-    k.amx_pack(a_rows.data(), 0, depth, cols, panels, panel_stride);
+    k.pack_pairs(a_rows.data(), 0, depth, cols, panels, panel_stride);
     float* tile = scratch<float>(Scratch::kTile, std::max(j_block, 32 * ldc));
     for (int64_t o = 0; o < n; o += 32) {
       k.amx_begin();
       for (int64_t j = 0; j < ldc; j += 32) {
-        k.amx_panel(depth / 32, g + o * lda, lda, n - o > 16 ? 2 : 1, panels + j / 32 * panel_stride,
-                    tile + j,
-                    ldc, false, none);
+        k.amx_panel(depth / 32, g + o * lda, lda, n - o > 16 ? 2 : 1,
+                    panels + j / 32 * panel_stride, tile + j, ldc, false, none);
       }
       k.amx_end();
       for (int64_t i = 0; i < std::min<int64_t>(32, n - o); ++i) {
@@ -787,13 +938,15 @@ void wgrad(const GroupedWgradParams& p, const Parallel& par) {
     if constexpr (sizeof(T) == 4) {
       // In a bfloat16 block one operand is bfloat16 (tokens, or the gradient of the output); the
       // other may be an intermediate result in fp32.
-      const bool amx = k.amx_panel != nullptr && (p.grad.type == DType::kBFloat16 ||
-                                                  p.a.type == DType::kBFloat16);
+      const bool pairs =
+          k.pairs && (p.grad.type == DType::kBFloat16 || p.a.type == DType::kBFloat16);
+      const bool amx = pairs && k.amx_panel != nullptr;
       if (amx && p.expert_offsets[e + 1] - p.expert_offsets[e] >= kAmxMinRows) {
         return amx_wgrad_item(p, k, e, o, std::min(O, o + features));
       }
+      if (pairs) return wgrad_item<true>(p, k, e, o, std::min(O, o + features));
     }
-    wgrad_item(p, k, e, o, std::min(O, o + features));
+    wgrad_item<false>(p, k, e, o, std::min(O, o + features));
   });
 }
 

@@ -70,6 +70,11 @@ struct Fp16 {
   uint16_t bits;
 };
 
+// Two bfloat16 of adjacent k in the bits of one float.
+struct Pair {
+  uint32_t bits;
+};
+
 template <class S>
 constexpr bool kIsBf16 = false;
 template <>
@@ -200,6 +205,31 @@ inline auto with_type([[maybe_unused]] DType type, const void* p, const Fn& fn) 
 
 // --- tiles
 
+// acc + a * b, where a is the same element in every lane; a pair adds both of its products.
+template <class T, class S>
+inline Vec<T> add_product(Vec<T> acc, const T* a, Vec<T> b) {
+#if defined(__AVX512BF16__) && MOE_VEC_BYTES == 64
+  if constexpr (__is_same(S, Pair)) {
+    int32_t bits;
+    __builtin_memcpy(&bits, a, sizeof(bits));
+    return __builtin_bit_cast(
+        Vec<float>, _mm512_dpbf16_ps(__builtin_bit_cast(__m512, acc),
+                                     __builtin_bit_cast(__m512bh, _mm512_set1_epi32(bits)),
+                                     __builtin_bit_cast(__m512bh, b)));
+  }
+#endif
+#if defined(__AVX2__) && MOE_VEC_BYTES == 32
+  if constexpr (sizeof(T) == 4) {
+    // The form that writes the sum in place. Left to choose, the compiler takes others, with
+    // copies, and a tile that needs all 16 registers then keeps sums on the stack: 20 % slower.
+    const Vec<T> av = splat<T>(*a);
+    asm("vfmadd231ps %2, %1, %0" : "+x"(acc) : "x"(av), "x"(b));
+    return acc;
+  }
+#endif
+  return acc + splat<T>(*a) * b;
+}
+
 inline void fetch(TileHints& hints) {
   for (int64_t line = hints.lines_per_step; line > 0 && hints.rows > 0; --line) {
     __builtin_prefetch(hints.base + hints.offset, 0, 2);
@@ -215,7 +245,7 @@ inline void fetch(TileHints& hints) {
 // M x NV accumulators stay in registers; each step broadcasts M elements of a and loads NV vectors
 // of b. AVX2: 6 x 2 accumulators + 2 + 1 of 16 registers, and 12 FMAs cover the latency (4) times
 // the ports (2). AVX-512: 14 x 2 + 2 + 1 of 32.
-template <class T, int M, int NV, bool kColumnForm>
+template <class T, class S, int M, int NV, bool kColumnForm>
 void micro(int64_t kc, const T* a, const T* b, T* c, int64_t ldc, bool accumulate,
            TileHints& hints) {
   constexpr int W = kLanes<T>;
@@ -237,9 +267,10 @@ void micro(int64_t kc, const T* a, const T* b, T* c, int64_t ldc, bool accumulat
       for (int v = 0; v < NV; ++v) bv[v] = load<T>(b + v * W);
 #pragma GCC unroll 32
       for (int i = 0; i < M; ++i) {
-        const Vec<T> av = splat<T>(a[i * kStrideI]);
 #pragma GCC unroll 2
-        for (int v = 0; v < NV; ++v) acc[i][v] += av * bv[v];
+        for (int v = 0; v < NV; ++v) {
+          acc[i][v] = add_product<T, S>(acc[i][v], a + i * kStrideI, bv[v]);
+        }
       }
       a += kStrideK;
       b += NV * W;
@@ -266,6 +297,9 @@ void micro(int64_t kc, const T* a, const T* b, T* c, int64_t ldc, bool accumulat
 
 template <class T>
 inline T horizontal_sum(Vec<T> v) {
+#if defined(__AVX512F__) && MOE_VEC_BYTES == 64
+  if constexpr (sizeof(T) == 4) return _mm512_reduce_add_ps(__builtin_bit_cast(__m512, v));
+#endif
   T s[kLanes<T>];
   store<T>(s, v);
   for (int width = kLanes<T> / 2; width > 0; width /= 2) {
@@ -273,6 +307,8 @@ inline T horizontal_sum(Vec<T> v) {
   }
   return s[0];
 }
+
+constexpr int64_t kDotAhead = 1024;  // bytes
 
 // F weight rows and M tokens, vectors along k: F streams of weights, each read once.
 template <class T, class S, int F, int M>
@@ -292,6 +328,8 @@ void dot_tile(int64_t k, const S* w, int64_t ldw, const T* x, int64_t ldx, T* ou
     for (int t = 0; t < M; ++t) xv[t] = load<T>(x + t * ldx + i);
 #pragma GCC unroll 4
     for (int f = 0; f < F; ++f) {
+      // With one token the core's window reaches far enough ahead by itself.
+      if constexpr (M > 1) __builtin_prefetch(w + f * ldw + i + kDotAhead / sizeof(S), 0, 2);
       const Vec<T> wv = load_as(w + f * ldw + i);
 #pragma GCC unroll 4
       for (int t = 0; t < M; ++t) acc[f][t] += wv * xv[t];
@@ -337,6 +375,77 @@ void dot(DType w_type, int features, int tokens, int64_t k, const void* w, int64
   });
 }
 
+// R weight rows, dense along the output, and M tokens: the sums pass through registers once in R
+// steps of k, and each weight row is read in one run.
+template <class T, class S, int M, int R>
+void rank_tile(const S* w, int64_t ldw, const T* a, int64_t lda, T* c, int64_t ldc, int64_t n,
+               bool accumulate) {
+  constexpr int W = kLanes<T>;
+  Vec<T> av[M][R];
+#pragma GCC unroll 4
+  for (int t = 0; t < M; ++t) {
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) av[t][r] = splat<T>(a[t * lda + r]);
+  }
+  const auto block = [&](const S* p, int64_t ld, T* out, int64_t ldo) {
+    Vec<T> acc[M];
+#pragma GCC unroll 4
+    for (int t = 0; t < M; ++t) acc[t] = accumulate ? load<T>(out + t * ldo) : Vec<T>{};
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      const Vec<T> wv = load_as(p + r * ld);
+#pragma GCC unroll 4
+      for (int t = 0; t < M; ++t) acc[t] += av[t][r] * wv;
+    }
+#pragma GCC unroll 4
+    for (int t = 0; t < M; ++t) store<T>(out + t * ldo, acc[t]);
+  };
+  int64_t j = 0;
+  for (; j + W <= n; j += W) {
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) __builtin_prefetch(w + (r + R) * ldw + j, 0, 2);
+    block(w + j, ldw, c + j, ldc);
+  }
+  if (j < n) {
+    S tail[R][W] = {};
+    T out[M][W] = {};
+    for (int64_t i = j; i < n; ++i) {
+      for (int r = 0; r < R; ++r) tail[r][i - j] = w[r * ldw + i];
+      for (int t = 0; t < M && accumulate; ++t) out[t][i - j] = c[t * ldc + i];
+    }
+    block(tail[0], W, out[0], W);
+    for (int64_t i = j; i < n; ++i) {
+      for (int t = 0; t < M; ++t) c[t * ldc + i] = out[t][i - j];
+    }
+  }
+}
+
+template <class T>
+void rank_update(DType w_type, int rows, int64_t tokens, const void* w, int64_t ldw, const T* a,
+                 int64_t lda, T* c, int64_t ldc, int64_t n, bool accumulate) {
+  with_type<T>(w_type, w, [&]<class S>(const S* p) {
+    const auto all = [&]<int R>(const S* q, const T* b, bool add) {
+      int64_t t = 0;
+      if constexpr (MOE_DOT_TOKENS >= 4) {
+        for (; t + 4 <= tokens; t += 4) {
+          rank_tile<T, S, 4, R>(q, ldw, b + t * lda, lda, c + t * ldc, ldc, n, add);
+        }
+      }
+      for (; t + 2 <= tokens; t += 2) {
+        rank_tile<T, S, 2, R>(q, ldw, b + t * lda, lda, c + t * ldc, ldc, n, add);
+      }
+      if (t < tokens) rank_tile<T, S, 1, R>(q, ldw, b + t * lda, lda, c + t * ldc, ldc, n, add);
+    };
+    if (rows == kRankRows) {
+      all.template operator()<kRankRows>(p, a, accumulate);
+    } else {
+      for (int r = 0; r < rows; ++r) {
+        all.template operator()<1>(p + r * ldw, a + r, accumulate || r > 0);
+      }
+    }
+  });
+}
+
 // --- panels of weights packed ahead of time
 
 // Vector v of row `half` of the pair of k at p.
@@ -364,9 +473,15 @@ void panel_tile(int64_t kc, const T* a, const void* panel_data, T* c, int64_t ld
   constexpr int W = kLanes<T>;
   constexpr int kPair = sizeof(S) == sizeof(T) ? 1 : 2;  // steps of k that lie side by side
   constexpr int kLines = 2 * MOE_VEC_BYTES < 64 ? 1 : 2 * MOE_VEC_BYTES / 64;
-  Vec<T> acc[M][2];
+  // Few rows are few chains of sums, and a chain adds once in 4 cycles: the two k of a pair then
+  // have sums of their own.
+  constexpr int kChains = kPair == 2 && M <= 3 ? 2 : 1;
+  Vec<T> acc[kChains][M][2];
+#pragma GCC unroll 2
+  for (int h = 0; h < kChains; ++h) {
 #pragma GCC unroll 32
-  for (int i = 0; i < M; ++i) acc[i][0] = acc[i][1] = Vec<T>{};
+    for (int i = 0; i < M; ++i) acc[h][i][0] = acc[h][i][1] = Vec<T>{};
+  }
   const int64_t line_step = ahead_step / kLines;
   const S* panel = static_cast<const S*>(panel_data);
 #pragma GCC unroll 2
@@ -378,12 +493,15 @@ void panel_tile(int64_t kc, const T* a, const void* panel_data, T* c, int64_t ld
     }
 #pragma GCC unroll 2
     for (int half = 0; half < kPair; ++half) {
+      // Load the pairs anew for each half and broadcast no earlier: 16 registers hold the sums of an
+      // AVX2 tile, two vectors, an element of a and the mask, and not one more.
+      if constexpr (kPair == 2) asm volatile("" ::: "memory");
       const Vec<T> b0 = panel_vector<T>(panel, 0, half), b1 = panel_vector<T>(panel, 1, half);
+      auto& sums = acc[kChains == 2 ? half : 0];
 #pragma GCC unroll 32
       for (int i = 0; i < M; ++i) {
-        const Vec<T> av = splat<T>(a[i * kLda + half]);
-        acc[i][0] += av * b0;
-        acc[i][1] += av * b1;
+        sums[i][0] = add_product<T, S>(sums[i][0], a + i * kLda + half, b0);
+        sums[i][1] = add_product<T, S>(sums[i][1], a + i * kLda + half, b1);
       }
     }
     a += kPair;
@@ -393,16 +511,76 @@ void panel_tile(int64_t kc, const T* a, const void* panel_data, T* c, int64_t ld
   for (int i = 0; i < M; ++i) {
 #pragma GCC unroll 2
     for (int v = 0; v < 2; ++v) {
+      Vec<T> sum = acc[0][i][v];
+      if constexpr (kChains == 2) sum += acc[1][i][v];
       T* out = c + i * ldc + v * W;
-      store<T>(out, accumulate ? load<T>(out) + acc[i][v] : acc[i][v]);
+      store<T>(out, accumulate ? load<T>(out) + sum : sum);
     }
   }
 }
 
-#if defined(MOE_AMX)
+#if defined(__AVX512BF16__) && MOE_VEC_BYTES == 64
 template <class T>
 void store_row(DType type, const T* src, void* dst, int64_t n);
 
+void stream_row(const float* src, uint16_t* dst, int64_t n) {
+  if (n % 32 != 0 || reinterpret_cast<uintptr_t>(dst) % 64 != 0) {
+    return store_row<float>(DType::kBFloat16, src, dst, n);
+  }
+  for (int64_t i = 0; i < n; i += 32) {
+    const __m512bh line =
+        _mm512_cvtne2ps_pbh(_mm512_loadu_ps(src + i + 16), _mm512_loadu_ps(src + i));
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(dst + i), __builtin_bit_cast(__m512i, line));
+  }
+}
+
+// Row pair by row pair over all panels, so that each row is read in one run.
+void pack_pairs(const uint16_t* const* rows, int64_t offset, int64_t num_rows, int64_t cols,
+                uint16_t* dst, int64_t stride) {
+  typedef uint16_t Bits __attribute__((vector_size(64)));
+  constexpr Bits lo = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                       8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+  constexpr int64_t kRowsAhead = 8;
+  for (int64_t r = 0; r < num_rows; r += 2) {
+    const uint16_t* row0 = rows[r] == nullptr ? nullptr : rows[r] + offset;
+    const uint16_t* row1 = rows[r + 1] == nullptr ? nullptr : rows[r + 1] + offset;
+    const bool more = r + kRowsAhead + 1 < num_rows && rows[r + kRowsAhead + 1] != nullptr;
+    const uint16_t* next0 = more ? rows[r + kRowsAhead] + offset : dst;
+    const uint16_t* next1 = more ? rows[r + kRowsAhead + 1] + offset : dst;
+    uint16_t* out = dst + r * 32;
+    for (int64_t j = 0; j < cols; j += 32, out += stride) {
+      __builtin_prefetch(next0 + (more ? j : 0));
+      __builtin_prefetch(next1 + (more ? j : 0));
+      const __mmask32 valid = cols - j >= 32 ? 0xffffffffu : (1u << (cols - j)) - 1;
+      const __m512i v0 =
+          row0 == nullptr ? _mm512_setzero_si512() : _mm512_maskz_loadu_epi16(valid, row0 + j);
+      const __m512i v1 =
+          row1 == nullptr ? _mm512_setzero_si512() : _mm512_maskz_loadu_epi16(valid, row1 + j);
+      const __m512i first = __builtin_bit_cast(__m512i, lo);
+      const __m512i second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
+      _mm512_storeu_si512(out, _mm512_permutex2var_epi16(v0, first, v1));
+      _mm512_storeu_si512(out + 32, _mm512_permutex2var_epi16(v0, second, v1));
+    }
+  }
+}
+
+void pair_rows(const uint16_t* even, const uint16_t* odd, float* dst, int64_t n) {
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) {
+    const __m512i lo =
+        _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(even + i)));
+    const __m512i hi =
+        _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(odd + i)));
+    _mm512_storeu_si512(dst + i, _mm512_or_si512(lo, _mm512_slli_epi32(hi, 16)));
+  }
+  for (; i < n; ++i) {
+    const uint32_t pair = even[i] | uint32_t{odd[i]} << 16;
+    __builtin_memcpy(dst + i, &pair, sizeof(pair));
+  }
+}
+#endif
+
+#if defined(MOE_AMX)
 struct alignas(64) TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
   uint16_t bytes_per_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
@@ -467,47 +645,6 @@ void amx_panel(int64_t k_steps, const uint16_t* a, int64_t lda, int row_tiles,
   }
 }
 
-void stream_row(const float* src, uint16_t* dst, int64_t n) {
-  if (n % 32 != 0 || reinterpret_cast<uintptr_t>(dst) % 64 != 0) {
-    return store_row<float>(DType::kBFloat16, src, dst, n);
-  }
-  for (int64_t i = 0; i < n; i += 32) {
-    const __m512bh line =
-        _mm512_cvtne2ps_pbh(_mm512_loadu_ps(src + i + 16), _mm512_loadu_ps(src + i));
-    _mm512_stream_si512(reinterpret_cast<__m512i*>(dst + i), __builtin_bit_cast(__m512i, line));
-  }
-}
-
-// Row pair by row pair over all panels, so that each row is read in one run.
-void amx_pack(const uint16_t* const* rows, int64_t offset, int64_t num_rows, int64_t cols,
-              uint16_t* dst, int64_t stride) {
-  typedef uint16_t Bits __attribute__((vector_size(64)));
-  constexpr Bits lo = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
-                       8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
-  constexpr int64_t kRowsAhead = 8;
-  for (int64_t r = 0; r < num_rows; r += 2) {
-    const uint16_t* row0 = rows[r] == nullptr ? nullptr : rows[r] + offset;
-    const uint16_t* row1 = rows[r + 1] == nullptr ? nullptr : rows[r + 1] + offset;
-    const bool more = r + kRowsAhead + 1 < num_rows && rows[r + kRowsAhead + 1] != nullptr;
-    const uint16_t* next0 = more ? rows[r + kRowsAhead] + offset : dst;
-    const uint16_t* next1 = more ? rows[r + kRowsAhead + 1] + offset : dst;
-    uint16_t* out = dst + r * 32;
-    for (int64_t j = 0; j < cols; j += 32, out += stride) {
-      __builtin_prefetch(next0 + (more ? j : 0));
-      __builtin_prefetch(next1 + (more ? j : 0));
-      const __mmask32 valid = cols - j >= 32 ? 0xffffffffu : (1u << (cols - j)) - 1;
-      const __m512i v0 =
-          row0 == nullptr ? _mm512_setzero_si512() : _mm512_maskz_loadu_epi16(valid, row0 + j);
-      const __m512i v1 =
-          row1 == nullptr ? _mm512_setzero_si512() : _mm512_maskz_loadu_epi16(valid, row1 + j);
-      const __m512i first = __builtin_bit_cast(__m512i, lo);
-      const __m512i second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
-      _mm512_storeu_si512(out, _mm512_permutex2var_epi16(v0, first, v1));
-      _mm512_storeu_si512(out + 32, _mm512_permutex2var_epi16(v0, second, v1));
-    }
-  }
-}
-
 // Weights in tile 6, one tile of tokens after the other in 7.
 template <int kTiles>
 void amx_rows_tiles(int64_t k_steps, const uint16_t* w, int64_t ldw, const uint16_t* x, int64_t ldx,
@@ -519,10 +656,10 @@ void amx_rows_tiles(int64_t k_steps, const uint16_t* w, int64_t ldw, const uint1
   if constexpr (kTiles > 4) _tile_zero(4);
   if constexpr (kTiles > 5) _tile_zero(5);
 // Tile numbers have to be literals.
-#define MOE_TOKENS(j)                   \
-  if constexpr (kTiles > j) {           \
-    _tile_loadd(7, x + (j) * ldx, 64);  \
-    _tile_dpbf16ps(j, 6, 7);            \
+#define MOE_TOKENS(j)                  \
+  if constexpr (kTiles > j) {          \
+    _tile_loadd(7, x + (j) * ldx, 64); \
+    _tile_dpbf16ps(j, 6, 7);           \
   }
   for (int64_t k = 0; k < k_steps; ++k) {
     _tile_loadd(6, w, ldw * 2);
@@ -991,11 +1128,11 @@ void stream_fence() {
 
 // --- table
 
-template <class T, int NV, bool kColumnForm, int M, int kMax>
+template <class T, class S, int NV, bool kColumnForm, int M, int kMax>
 void fill_micro(typename Kernels<T>::Micro* table) {
   if constexpr (M <= kMax) {
-    table[M - 1] = &micro<T, M, NV, kColumnForm>;
-    fill_micro<T, NV, kColumnForm, M + 1, kMax>(table);
+    table[M - 1] = &micro<T, S, M, NV, kColumnForm>;
+    fill_micro<T, S, NV, kColumnForm, M + 1, kMax>(table);
   }
 }
 
@@ -1017,24 +1154,34 @@ Kernels<T> make_kernels() {
   k.streams = MOE_VEC_BYTES == 64;
   k.stream_fence = &stream_fence;
   k.dot_max_rows = MOE_DOT_MAX_ROWS;
-  fill_micro<T, 1, false, 1, MOE_MR1>(k.row_a[0]);
-  fill_micro<T, 2, false, 1, MOE_MR2>(k.row_a[1]);
-  fill_micro<T, 1, true, 1, MOE_MR1>(k.col_a[0]);
-  fill_micro<T, 2, true, 1, MOE_MR2>(k.col_a[1]);
+  fill_micro<T, T, 1, false, 1, MOE_MR1>(k.row_a[0]);
+  fill_micro<T, T, 2, false, 1, MOE_MR2>(k.row_a[1]);
+  fill_micro<T, T, 1, true, 1, MOE_MR1>(k.col_a[0]);
+  fill_micro<T, T, 2, true, 1, MOE_MR2>(k.col_a[1]);
   fill_panel_tiles<T, T, 1>(k.panel_tile[static_cast<int>(kAccumulate<T>)]);
   if constexpr (sizeof(T) == 4) {
     fill_panel_tiles<T, Bf16, 1>(k.panel_tile[static_cast<int>(DType::kBFloat16)]);
     fill_panel_tiles<T, Fp16, 1>(k.panel_tile[static_cast<int>(DType::kFloat16)]);
+#if defined(__AVX512BF16__) && MOE_VEC_BYTES == 64
+    k.pairs = true;
+    fill_micro<T, Pair, 1, false, 1, MOE_MR1>(k.pair_row_a[0]);
+    fill_micro<T, Pair, 2, false, 1, MOE_MR2>(k.pair_row_a[1]);
+    fill_micro<T, Pair, 1, true, 1, MOE_MR1>(k.pair_col_a[0]);
+    fill_micro<T, Pair, 2, true, 1, MOE_MR2>(k.pair_col_a[1]);
+    fill_panel_tiles<T, Pair, 1>(k.pair_panel_tile);
+    k.pack_pairs = &pack_pairs;
+    k.pair_rows = &pair_rows;
+    k.stream_row = &stream_row;
+#endif
 #if defined(MOE_AMX)
     k.amx_begin = &amx_begin;
     k.amx_end = &amx_end;
     k.amx_panel = &amx_panel;
-    k.amx_pack = &amx_pack;
-    k.stream_row = &stream_row;
     k.amx_rows = &amx_rows;
 #endif
   }
   k.dot = &dot<T>;
+  k.rank_update = &rank_update<T>;
   k.load_row = &load_row<T>;
   k.pack_panels = &pack_panels<T>;
   k.store_row = &store_row<T>;

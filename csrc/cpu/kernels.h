@@ -19,6 +19,8 @@ constexpr int64_t kLda = kKc + 16;
 constexpr int64_t kLdm = 128;
 // Largest number of tokens that the dot kernel takes at once.
 constexpr int64_t kDotFeatures = 4;
+// Weight rows that one pass over the sums takes in rank_update.
+constexpr int kRankRows = 4;
 
 constexpr int kMaxMr = 24;
 
@@ -79,6 +81,23 @@ struct Kernels {
                              bool accumulate, const char* ahead, int64_t ahead_step);
   PanelTile panel_tile[4][kMaxMr];
 
+  // Products of bfloat16 operands without widening them: the same tiles where an element of a and
+  // of b is a pair of bfloat16 of adjacent k in the bits of one T, and kc counts pairs. The panel
+  // tile takes bfloat16 panels as they are. Only where `pairs` is true, as are the next three.
+  bool pairs;
+  Micro pair_row_a[2][kMaxMr];
+  Micro pair_col_a[2][kMaxMr];
+  PanelTile pair_panel_tile[kMaxMr];
+  // Panels of 32 columns, [num_rows/2][32][2] and `stride` elements apart, of a bfloat16 matrix
+  // whose row r starts `offset` elements after rows[r]; rows[r] == nullptr is a row of zeros.
+  // num_rows is even.
+  void (*pack_pairs)(const uint16_t* const* rows, int64_t offset, int64_t num_rows, int64_t cols,
+                     uint16_t* dst, int64_t stride);
+  // dst[i] = (even[i], odd[i])
+  void (*pair_rows)(const uint16_t* even, const uint16_t* odd, T* dst, int64_t n);
+  // Rounds n floats to bfloat16, past the cache where dst and n are whole lines.
+  void (*stream_row)(const T* src, uint16_t* dst, int64_t n);
+
   // AMX: products of bfloat16 with sums in fp32 tiles of 16 x 16. Null at other levels. A thread
   // calls amx_begin before the first of a run of tiles and amx_end after the last.
   void (*amx_begin)();
@@ -87,19 +106,19 @@ struct Kernels {
   // with k < 32*k_steps. `next` counts lines per step of 32 k.
   void (*amx_panel)(int64_t k_steps, const uint16_t* a, int64_t lda, int row_tiles,
                     const uint16_t* panel, T* c, int64_t ldc, bool accumulate, TileHints& next);
-  // Panels of 32 columns, [num_rows/2][32][2] and `stride` elements apart, of a bfloat16 matrix whose row r starts `offset`
-  // elements after rows[r]; rows[r] == nullptr is a row of zeros. num_rows is even.
-  void (*amx_pack)(const uint16_t* const* rows, int64_t offset, int64_t num_rows, int64_t cols,
-                   uint16_t* dst, int64_t stride);
   // For f < 16, t < 16*token_tiles (at most kAmxTokenTiles): c[f*ldc + t] = sum_k w[f*ldw + k] *
   // x(t, k). Tile j of x starts at x + j*ldx and holds pairs of k: [16*k_steps][16][2].
   void (*amx_rows)(int64_t k_steps, const uint16_t* w, int64_t ldw, const uint16_t* x, int64_t ldx,
                    int token_tiles, T* c, int64_t ldc);
 
-  // out[t*ldo + f*out_step] = sum_k w[f*ldw + k] * x[t*ldx + k] for f < features <= kDotFeatures and
-  // t < tokens <= dot_tokens. Rows of x are readable and zero up to the next whole vector.
+  // out[t*ldo + f*out_step] = sum_k w[f*ldw + k] * x[t*ldx + k] for f < features <= kDotFeatures
+  // and t < tokens <= dot_tokens. Rows of x are readable and zero up to the next whole vector.
   void (*dot)(DType w_type, int features, int tokens, int64_t k, const void* w, int64_t ldw,
               const T* x, int64_t ldx, T* out, int64_t ldo, int64_t out_step);
+
+  // c[t*ldc + j] (+)= sum_r a[t*lda + r] * w[r*ldw + j] for r < rows <= kRankRows, t < tokens, j < n.
+  void (*rank_update)(DType w_type, int rows, int64_t tokens, const void* w, int64_t ldw,
+                      const T* a, int64_t lda, T* c, int64_t ldc, int64_t n, bool accumulate);
 
   // dst[i] = scale * src[i]
   void (*load_row)(DType type, const void* src, T* dst, int64_t n, T scale);
@@ -120,9 +139,6 @@ struct Kernels {
   // acc[i] += scale * row[i]
   void (*axpy)(DType type, const void* row, T scale, T* acc, int64_t n);
   T (*dot_row)(DType a_type, const void* a, DType b_type, const void* b, int64_t n);
-
-  // Rounds n floats to bfloat16, past the cache where dst and n are whole lines (AMX only).
-  void (*stream_row)(const T* src, uint16_t* dst, int64_t n);
 
   void (*stream_fence)();
 

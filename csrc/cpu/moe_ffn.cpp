@@ -1,11 +1,11 @@
 // The FFN block in stages.
 //
-// Forward, in one parallel region: (1) up projection with x gathered while it is packed, bias and activation applied to the
-// tile in cache, h kept in the accumulate type; (2) down projection into rows; (3) weighted sum of
-// a token's rows, each output written once.
-// Backward, a region a stage: (1) u = W_down^T grad_y, unweighted, because <h, u> is then the gradient of the routing
-// weight; (2) activation recomputed from the pre-activation; (3) the two weight gradients; (4) the
-// gradient of x by rows and (5) summed by token.
+// Forward, in one parallel region: (1) up projection with x gathered while it is packed, bias and
+// activation applied to the tile in cache, h kept in the accumulate type; (2) down projection into
+// rows; (3) weighted sum of a token's rows, each output written once. Backward, a region a stage:
+// (1) u = W_down^T grad_y, unweighted, because <h, u> is then the gradient of the routing weight;
+// (2) activation recomputed from the pre-activation; (3) the two weight gradients; (4) the gradient
+// of x by rows and (5) summed by token.
 #include "moe_ops/moe_ffn.h"
 
 #include <atomic>
@@ -155,8 +155,8 @@ void forward(const MoeFfnParams& p, const Parallel& par) {
       unpermute_tokens(combine, begin, std::min(s.num_tokens, begin + chunk));
     }
   };
-  const double cost = gemm_cost(up) + gemm_cost(down) +
-                      unpermute_cost(combine) * static_cast<double>(s.num_tokens);
+  const double cost =
+      gemm_cost(up) + gemm_cost(down) + unpermute_cost(combine) * static_cast<double>(s.num_tokens);
   parallel_items(par, num_up + num_down + ceil_div(s.num_tokens, chunk), cost, [&](int64_t i) {
     try {
       run(i);

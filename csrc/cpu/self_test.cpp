@@ -233,7 +233,7 @@ bool amx_right(const Kernels<float>& k, const Kernels<float>& portable, Numbers<
   const uint16_t* rows[kK];
   for (int64_t s = 0; s < kK; ++s) rows[s] = wb + s * kCols;
   std::vector<uint16_t> panel(kK * kCols);
-  k.amx_pack(rows, 0, kK, kCols, panel.data(), 0);
+  k.pack_pairs(rows, 0, kK, kCols, panel.data(), 0);
   std::vector<float> c(truth.size(), NAN);
   TileHints none;
   k.amx_begin();

@@ -90,7 +90,8 @@ void use_packed(const char* op, const char* name, const Tensor& packed, int64_t 
   const int64_t expert_bytes = cpu::panel_layout(matrices.type, O, K, segments).expert_bytes();
   MOE_CHECK(packed.scalar_type() == ScalarType::Byte && packed.dim() == 1 &&
                 packed.numel() == E * expert_bytes && packed.is_contiguous(),
-            op, ": ", name, " must be what pack_experts makes of this weight on this machine, uint8 [",
+            op, ": ", name,
+            " must be what pack_experts makes of this weight on this machine, uint8 [",
             E * expert_bytes, "], got ", dtype_name(packed.scalar_type()), " of shape ",
             shape_string(packed), ".");
   const void* panels = packed.const_data_ptr();
@@ -198,14 +199,14 @@ FfnOutputs moe_ffn_fwd(const Tensor& x, const Tensor& w_gate_up, const Tensor& w
 using FfnGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // main_*: buffers that the weight gradients are added to, or none.
-FfnGradients run_bwd(
-    const char* kOp, const Tensor& grad_y, const Tensor& x, const Tensor& w_gate_up, const Tensor& w_down,
-    const Tensor& topk_weights, const Tensor& preact, const Tensor& expert_offsets,
-    const Tensor& row_to_slot, const Tensor& slot_to_row, const OptTensor& b_down,
-    std::string activation, bool interleaved, bool apply_router_weight_on_input, double alpha,
-    double limit, bool need_x, bool need_w_gate_up, bool need_w_down, bool need_topk_weights,
-    bool need_b_gate_up, bool need_b_down, const OptTensor& main_w_gate_up,
-    const OptTensor& main_w_down) {
+FfnGradients run_bwd(const char* kOp, const Tensor& grad_y, const Tensor& x,
+                     const Tensor& w_gate_up, const Tensor& w_down, const Tensor& topk_weights,
+                     const Tensor& preact, const Tensor& expert_offsets, const Tensor& row_to_slot,
+                     const Tensor& slot_to_row, const OptTensor& b_down, std::string activation,
+                     bool interleaved, bool apply_router_weight_on_input, double alpha,
+                     double limit, bool need_x, bool need_w_gate_up, bool need_w_down,
+                     bool need_topk_weights, bool need_b_gate_up, bool need_b_down,
+                     const OptTensor& main_w_gate_up, const OptTensor& main_w_down) {
   const ActivationParams act = check_activation(kOp, activation, interleaved, alpha, limit, false);
   check_index(kOp, "slot_to_row", slot_to_row);
   check_dim(kOp, "slot_to_row", slot_to_row, 2, "[T, K]");
@@ -297,14 +298,16 @@ FfnGradients moe_ffn_bwd(const Tensor& grad_y, const Tensor& x, const Tensor& w_
                  need_topk_weights, need_b_gate_up, need_b_down, {}, {});
 }
 
-FfnGradients moe_ffn_bwd_accumulate(
-    const Tensor& grad_y, const Tensor& x, const Tensor& w_gate_up, const Tensor& w_down,
-    const Tensor& topk_weights, const Tensor& preact, const Tensor& expert_offsets,
-    const Tensor& row_to_slot, const Tensor& slot_to_row, const OptTensor& b_down,
-    std::string activation, bool interleaved, bool apply_router_weight_on_input, double alpha,
-    double limit, bool need_x, bool need_w_gate_up, bool need_w_down, bool need_topk_weights,
-    bool need_b_gate_up, bool need_b_down, const OptTensor& main_w_gate_up,
-    const OptTensor& main_w_down) {
+FfnGradients moe_ffn_bwd_accumulate(const Tensor& grad_y, const Tensor& x, const Tensor& w_gate_up,
+                                    const Tensor& w_down, const Tensor& topk_weights,
+                                    const Tensor& preact, const Tensor& expert_offsets,
+                                    const Tensor& row_to_slot, const Tensor& slot_to_row,
+                                    const OptTensor& b_down, std::string activation,
+                                    bool interleaved, bool apply_router_weight_on_input,
+                                    double alpha, double limit, bool need_x, bool need_w_gate_up,
+                                    bool need_w_down, bool need_topk_weights, bool need_b_gate_up,
+                                    bool need_b_down, const OptTensor& main_w_gate_up,
+                                    const OptTensor& main_w_down) {
   return run_bwd("moe_ffn_bwd_accumulate", grad_y, x, w_gate_up, w_down, topk_weights, preact,
                  expert_offsets, row_to_slot, slot_to_row, b_down, activation, interleaved,
                  apply_router_weight_on_input, alpha, limit, need_x,
