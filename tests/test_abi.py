@@ -37,11 +37,14 @@ EXPORTS = {
     "moe_ops::cpu::release_cached",
     "moe_ops::cpu::active_isa",
     "moe_ops::cpu::detected_isa",
+    "moe_ops::cpu::failing_kernel",
     "moe_ops::cpu::isa_name",
     "moe_ops::cpu::isa_warning",
+    "moe_ops::cpu::packed_expert_bytes",
+    "moe_ops::cpu::stale_panels",
     "moe_ops::cpu::supported_isas",
 }
-ISA_FILES = ("kernels_avx2", "kernels_avx512", "kernels_avx512_bf16")
+ISA_FILES = ("kernels_avx2", "kernels_avx512", "kernels_avx512_bf16", "kernels_amx")
 
 
 def run_tool(name: str, *arguments: str | Path) -> list[str]:
@@ -166,5 +169,5 @@ def test_other_code_uses_the_baseline_instructions_only():
         for line in run_tool("objdump", "-d", "--demangle", "--no-show-raw-insn", path):
             if label := re.match(r"^[0-9a-f]+ <(.*)>:$", line):
                 function = label[1]
-            elif re.search(r"%[yz]mm\d", line) and not re.search(r"::avx\w*::", function):
+            elif re.search(r"%[yz]mm\d", line) and not re.search(r"::(?:avx\w*|amx)::", function):
                 pytest.fail(f"{path.name}: {function} has {line.strip()}")

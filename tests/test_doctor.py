@@ -6,6 +6,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+import moe_ops
 from moe_ops import doctor, ops
 from moe_ops.cli.app import app
 
@@ -23,6 +24,7 @@ OPS = {
     "grouped_gemm_wgrad",
     "grouped_sum",
     "moe_ffn",
+    "moe_ffn_packed",
     "moe_linear_map",
     "moe_linear_reduce",
 }
@@ -38,7 +40,7 @@ def test_self_test_covers_and_passes_every_op(report):
     failures = [test for test in report.self_tests if not test.passed]
     assert not failures
     for test in report.self_tests:
-        assert (test.backward_error is None) == (test.op == "sort_slots")
+        assert (test.backward_error is None) == (test.op in ("sort_slots", "moe_ffn_packed"))
 
 
 def test_every_problem_comes_with_advice(report):
@@ -94,6 +96,23 @@ def test_name_clash_warns(monkeypatch, tmp_path):
     assert finding.level == "warning"
     assert "9.9" in finding.text
     assert "pip uninstall moe-ops" in finding.advice
+
+
+@pytest.mark.parametrize(
+    ("policy", "max_bytes", "level", "text"),
+    [
+        ("auto", 5 << 20, "ok", "at most 5 MiB"),
+        ("auto", 0, "info", "none by itself"),
+        ("off", None, "ok", "only by prepack"),
+        ("always", None, "ok", "first call"),
+    ],
+)
+def test_packed_weights(policy, max_bytes, level, text):
+    with moe_ops.prepacking(policy, max_bytes=max_bytes):
+        finding = doctor._packed_weights()
+    assert finding.level == level
+    assert text in finding.text
+    assert f"MOE_OPS_PREPACK={policy}" in finding.text
 
 
 def test_gpu_without_kernels_warns(monkeypatch):

@@ -99,6 +99,13 @@ def good_call(op: str, s: Sizes) -> dict:
                 "b_down": s.float(s.e, s.h),
                 "activation": "swiglu",
             }
+        case "moe_ffn_packed":
+            call = good_call("moe_ffn", s)
+            call["packed_gate_up"] = moe_ops.pack_experts(call["w_gate_up"], halves=True)
+            call["packed_down"] = moe_ops.pack_experts(call["w_down"])
+            return call
+        case "pack_experts":
+            return {"w": s.float(s.e, 2 * s.o, s.h), "halves": True}
         case "moe_linear_map":
             return {
                 "x": s.float(s.t, s.h),
@@ -129,8 +136,10 @@ OPS = (
     "grouped_gemm_wgrad",
     "grouped_sum",
     "moe_ffn",
+    "moe_ffn_packed",
     "moe_linear_map",
     "moe_linear_reduce",
+    "pack_experts",
 )
 # Dimensions whose size is free, so that changing it leaves a right call.
 FREE_DIMS = {
@@ -149,6 +158,7 @@ FREE_DIMS = {
     ("grouped_gemm", "a"): {0},
     ("moe_linear_map", "topk_ids"): {1},
     ("grouped_sum", "expert_offsets"): {0},
+    ("pack_experts", "w"): {0, 2},
 }
 BAD_ARGUMENTS = {
     "topk_router": [
@@ -166,6 +176,7 @@ BAD_ARGUMENTS = {
     "sort_slots": [("num_experts", (-1, -(2**40), -(2**63)))],
     "gated_act": [("activation", ("", "silu", "gelu", "SWIGLU", "swiglu\0"))],
     "moe_ffn": [("activation", ("", "swish", "SWIGLU"))],
+    "moe_ffn_packed": [("activation", ("", "swish", "SWIGLU", "swiglu\0"))],
 }
 INDEX_TENSORS = ("topk_ids", "expert_offsets", "row_to_slot", "slot_to_row")
 OUT_OF_RANGE = (-1, -(2**31), 2**31 - 1, 1000)
@@ -180,7 +191,7 @@ def defects(op: str, call: dict) -> list[tuple[str, str]]:
             found.append(("device", name))
         if name in ("expert_offsets", "row_to_slot", "slot_to_row"):
             found.append(("range", name))
-    if op == "moe_ffn" or op.startswith(("grouped_gemm", "moe_linear")):
+    if op.startswith(("moe_ffn", "grouped_gemm", "moe_linear")):
         found += [("float_dtype", name) for name in tensors if call[name].is_floating_point()]
     return found
 
@@ -194,7 +205,8 @@ def spoil(op: str, call: dict, defect: tuple[str, str], rng: random.Random) -> s
         call[name] = value
         return f"{name}={value!r}"
     if kind == "dtype":
-        dtype = rng.choice(NOT_INDEX if name in INDEX_TENSORS else NOT_FLOATS)
+        dtypes = NOT_INDEX if name in INDEX_TENSORS else NOT_FLOATS
+        dtype = rng.choice([d for d in dtypes if d != t.dtype])
         call[name] = t.to(dtype)
         return f"{name} as {dtype}"
     if kind == "float_dtype":

@@ -10,7 +10,7 @@ import pytest
 
 from moe_ops import _C
 
-ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
+ISAS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
 
 # A compact subset that reaches each vector kernel: full tiles, every kind of tail, each dtype.
 SCRIPT = """
@@ -58,6 +58,21 @@ for dtype in DTYPES:
             magnitude=moe_ffn_magnitude, sum_length=64, steps=2,
             grad_steps=5,
         )
+    for activation, interleaved in (("swiglu", False), ("swiglu_oai", True), ("relu2", False)):
+        for tokens, hidden, intermediate in ((1, 33, 31), (21, 64, 65), (90, 129, 48)):
+            call = ffn_operands(
+                Routing(tokens, 4, 2, "dropped"), hidden, intermediate, dtype,
+                activation=activation, bias=True,
+            )
+            halves = activation == "swiglu"
+            call["packed_gate_up"] = moe_ops.pack_experts(call["w_gate_up"], halves=halves)
+            call["packed_down"] = moe_ops.pack_experts(call["w_down"])
+            check_against_reference(
+                moe_ops.moe_ffn_packed, reference.moe_ffn_packed,
+                {**call, "interleaved": interleaved},
+                magnitude=moe_ffn_magnitude, sum_length=129, steps=2,
+            )
+            assert _C.stale_panels() == 0
     offsets, row_to_slot, slot_to_row = Routing(29, 5, 2, "out_of_range").sorted()
     for size in (1, 7, 16, 33, 129):
         x = torch.randn(29, size).to(dtype)

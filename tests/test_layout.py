@@ -26,9 +26,13 @@ LAYERS = {
 }
 # Layers that an op does without, and why.
 NO_CONTRACT = "composed in its adapter of sort_slots and grouped_gemm"
+SAME_KERNEL = "moe_ffn's own kernel and adapter, which read another copy of the weights"
 EXCEPTIONS = {
     ("moe_linear_map", "csrc/include/moe_ops"): NO_CONTRACT,
     ("moe_linear_map", "csrc/cpu"): NO_CONTRACT,
+    ("moe_ffn_packed", "csrc/include/moe_ops"): SAME_KERNEL,
+    ("moe_ffn_packed", "csrc/cpu"): SAME_KERNEL,
+    ("moe_ffn_packed", "csrc/torch"): SAME_KERNEL,
 }
 # Files of a layer that belong to no single op.
 SHARED = {
@@ -36,22 +40,40 @@ SHARED = {
     "csrc/cpu": {
         "buffer_cache",
         "cpu_isa",
+        "kernels_amx",
         "kernels_avx2",
         "kernels_avx512",
         "kernels_avx512_bf16",
         "kernels_portable",
+        "pack",
         "router_bwd",
         "router_row",
+        "self_test",
         "workspace",
     },
     "csrc/torch": {"library", "router", "tensor_utils"},
 }
 # Schemas that live in another op's files.
-FAMILY = {"grouped_gemm_wgrad": "grouped_gemm", "grouped_sum": "grouped_gemm"}
+FAMILY = {
+    "grouped_gemm_wgrad": "grouped_gemm",
+    "grouped_sum": "grouped_gemm",
+    "pack_experts": "moe_ffn_packed",
+}
+# Public names that are no ops.
+TOOLS = {"__version__", "packed_bytes", "prepack", "prepacking", "unpack"}
 
-ISA_FILES = ("kernels_avx2.cpp", "kernels_avx512.cpp", "kernels_avx512_bf16.cpp")
+ISA_FILES = (
+    "kernels_amx.cpp",
+    "kernels_avx2.cpp",
+    "kernels_avx512.cpp",
+    "kernels_avx512_bf16.cpp",
+)
 # Headers without inline functions of external linkage: macros, typedefs, intrinsics.
 ISA_HEADERS = {"stdint.h", "cstdint", "cstddef", "immintrin.h", "arm_neon.h"}
+
+
+# What follows the name of an op in the name of a schema that only its own rules call.
+INNER = r"_(?:fwd|bwd|bwd_accumulate)$"
 
 
 @lru_cache
@@ -61,12 +83,12 @@ def schemas() -> tuple[str, ...]:
 
 
 def stem_of(schema: str) -> str:
-    base = re.sub(r"_(bwd|fwd)$", "", schema)
+    base = re.sub(INNER, "", schema)
     return FAMILY.get(base, base)
 
 
 STEMS = sorted({stem_of(name) for name in schemas()})
-PUBLIC = [name for name in schemas() if not name.endswith(("_bwd", "_fwd"))]
+PUBLIC = [name for name in schemas() if not re.search(INNER, name)]
 
 
 def stems_in(layer: str) -> set[str]:
@@ -180,8 +202,9 @@ def dispatch_table(schema: str) -> str:
     return torch._C._dispatch_dump(f"moe_ops::{schema}")
 
 
-# The outputs of sort_slots are integers: nothing to differentiate, nothing to cast.
-NO_AUTOGRAD = {"sort_slots"}
+# The outputs of sort_slots and pack_experts are integers: nothing to differentiate; the inputs of
+# the former are too: nothing to cast.
+NO_AUTOGRAD = {"sort_slots", "pack_experts"}
 NO_AUTOCAST = {"sort_slots"}
 
 
@@ -222,7 +245,7 @@ def test_reference_has_the_same_signature(name):
 
 
 def test_all_names_the_ops_and_nothing_else():
-    assert set(moe_ops.__all__) - {"__version__"} == set(PUBLIC) == set(ops.__all__)
+    assert set(moe_ops.__all__) - TOOLS == set(PUBLIC) == set(ops.__all__)
     assert set(reference.__all__) == set(PUBLIC)
 
 

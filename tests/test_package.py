@@ -278,7 +278,7 @@ def signature(function) -> str:
     return f"{function.__name__}({', '.join(words)}) -> {returns}"
 
 
-@pytest.mark.parametrize("name", sorted(set(moe_ops.__all__) - {"__version__"}))
+@pytest.mark.parametrize("name", sorted(moe_ops.ops.__all__))
 def test_op_page_has_the_signature(name):
     page = ROOT / "docs" / "ops.md"
     assert f"\n### {name}\n" in page.read_text()

@@ -1,6 +1,7 @@
 #include "cpu/pack.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 
 #include "cpu/kernels.h"
@@ -9,6 +10,11 @@
 namespace moe_ops::cpu {
 
 namespace {
+
+// Elements of an expert that panels_match looks at; each is two cache misses.
+constexpr int64_t kMatchSamples = 32;
+
+std::atomic<int64_t> stale{0};
 
 // Bit patterns are copied, so one text serves all types of a size.
 template <class Bits>
@@ -76,6 +82,11 @@ void pack_panels(const ExpertMatrices& w, int64_t num_experts, int64_t out_featu
   }
 }
 
+int64_t packed_expert_bytes(DType type, int64_t out_features, int64_t in_features,
+                            int64_t segments) {
+  return panel_layout(type, out_features, in_features, segments).expert_bytes();
+}
+
 bool panels_match(const ExpertMatrices& w, const void* panels, int64_t e, int64_t out_features,
                   int64_t in_features, int64_t segments) {
   const PanelLayout layout = panel_layout(w.type, out_features, in_features, segments);
@@ -83,20 +94,33 @@ bool panels_match(const ExpertMatrices& w, const void* panels, int64_t e, int64_
   const int64_t features = out_features / segments;
   if (features == 0 || in_features == 0) return true;
   const char* base = static_cast<const char*>(panels) + e * layout.expert_bytes();
-  constexpr int64_t kSamples = 4;
-  for (int64_t i = 0; i < kSamples; ++i) {
-    // Another place in every expert; 7919 is a prime, so the places spread over both dimensions.
-    const int64_t o = (i * out_features / kSamples + e * 7919) % out_features;
-    const int64_t k = (i * in_features / kSamples + e * 7919) % in_features;
+  static std::atomic<uint32_t> calls{0};
+  uint32_t random = calls.fetch_add(1, std::memory_order_relaxed) * 2654435761u + 1;
+  const int64_t shift = random >> 16;
+  // A random place in part i of n parts that are equal but for rounding.
+  const auto place = [&](int64_t n, int64_t i) {
+    const int64_t begin = n * i / kMatchSamples, end = n * (i + 1) / kMatchSamples;
+    random = random * 1664525u + 1013904223u;
+    return std::min(n - 1, begin + (random >> 8) % std::max<int64_t>(end - begin, 1));
+  };
+  for (int64_t i = 0; i < kMatchSamples; ++i) {
+    // An odd factor visits all parts of the depth, in another order than those of the features.
+    const int64_t o = place(out_features, i);
+    const int64_t k = place(in_features, (i * 13 + shift) % kMatchSamples);
     const int64_t s = o / features, f = o % features;
     const int64_t panel = f / layout.width * layout.segments + s;
     const char* packed = base + panel * layout.panel_bytes +
                          ((k / pair * layout.width + f % layout.width) * pair + k % pair) * size;
     const char* source = static_cast<const char*>(w.data) +
                          (e * w.stride_e + o * w.stride_o + k * w.stride_k) * size;
-    if (std::memcmp(packed, source, static_cast<size_t>(size)) != 0) return false;
+    if (std::memcmp(packed, source, static_cast<size_t>(size)) != 0) {
+      stale.fetch_add(1, std::memory_order_relaxed);
+      return false;
+    }
   }
   return true;
 }
+
+int64_t stale_panels() { return stale.load(std::memory_order_relaxed); }
 
 }  // namespace moe_ops::cpu

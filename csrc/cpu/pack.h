@@ -11,6 +11,7 @@
 
 #include <cstdint>
 
+#include "cpu/cpu_isa.h"
 #include "moe_ops/common.h"
 #include "moe_ops/grouped_gemm.h"
 
@@ -32,8 +33,17 @@ PanelLayout panel_layout(DType type, int64_t out_features, int64_t in_features, 
 void pack_panels(const ExpertMatrices& w, int64_t num_experts, int64_t out_features,
                  int64_t in_features, int64_t segments, void* panels, const Parallel& par);
 
-// Whether a few elements of expert `e`, spread over the matrix, are the same in `panels`.
+// Bytes of one expert in such panels.
+MOE_OPS_API int64_t packed_expert_bytes(DType type, int64_t out_features, int64_t in_features,
+                                        int64_t segments);
+
+// Whether the panels of expert `e` hold the weights, judged by a few elements: one of every 32nd
+// part of its features and of its depth, others at every call. A write over a 16th of either is
+// found at once, one to scattered elements with a probability that grows from call to call.
 bool panels_match(const ExpertMatrices& w, const void* panels, int64_t e, int64_t out_features,
                   int64_t in_features, int64_t segments);
+
+// How often panels_match has said no in this process.
+MOE_OPS_API int64_t stale_panels();
 
 }  // namespace moe_ops::cpu

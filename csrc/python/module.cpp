@@ -11,6 +11,7 @@
 
 #include "cpu/buffer_cache.h"
 #include "cpu/cpu_isa.h"
+#include "cpu/pack.h"
 
 namespace py = pybind11;
 using namespace moe_ops::cpu;
@@ -41,6 +42,21 @@ PYBIND11_MODULE(_C, m) {
     }
     throw std::invalid_argument("failing_kernel: level must be supported here, got " + level + ".");
   });
+  // Bytes of one expert [O, K] as pack_experts lays it out.
+  m.def("packed_expert_bytes",
+        [](const std::string& dtype, int64_t out_features, int64_t in_features, bool halves) {
+          const std::map<std::string, moe_ops::DType> types{{"float64", moe_ops::DType::kFloat64},
+                                                            {"float32", moe_ops::DType::kFloat32},
+                                                            {"bfloat16", moe_ops::DType::kBFloat16},
+                                                            {"float16", moe_ops::DType::kFloat16}};
+          const auto type = types.find(dtype);
+          if (type == types.end()) {
+            throw std::invalid_argument("packed_expert_bytes: dtype must be a float type, got " +
+                                        dtype + ".");
+          }
+          return packed_expert_bytes(type->second, out_features, in_features, halves ? 2 : 1);
+        });
+  m.def("stale_panels", &stale_panels);
   m.def("cached_bytes", &cached_bytes);
   m.def("cache_limit", &cache_limit);
   m.def("release_cached", &release_cached);

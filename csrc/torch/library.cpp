@@ -32,8 +32,7 @@ STABLE_TORCH_LIBRARY(moe_ops, m) {
       "str score_func, float routed_scaling_factor) -> Tensor");
 
   // --- permutation
-  // --------------------------------------------------------- Stable counting sort of slots by
-  // expert; slots without an expert go to the tail. All int32.
+  // Stable counting sort of slots by expert; slots without an expert go to the tail. All int32.
   m.def(
       "sort_slots(Tensor topk_ids, int num_experts) "
       "-> (Tensor expert_offsets, Tensor row_to_slot, Tensor slot_to_row)");
@@ -66,8 +65,7 @@ STABLE_TORCH_LIBRARY(moe_ops, m) {
   m.def("grouped_sum(Tensor rows, Tensor expert_offsets) -> Tensor");
 
   // --- whole blocks
-  // --------------------------------------------------------------------------------------- y[t] =
-  // sum_k topk_weights[t,k] * (w_down[e] act(w_gate_up[e] x[t] + b_gate_up[e]) + b_down[e])
+  // y[t] = sum_k topk_weights[t,k] * (w_down[e] act(w_gate_up[e] x[t] + b_gate_up[e]) + b_down[e])
   m.def(
       "moe_ffn(Tensor x, Tensor w_gate_up, Tensor w_down, Tensor topk_weights, Tensor topk_ids, "
       "Tensor? b_gate_up=None, Tensor? b_down=None, str activation=\"swiglu\", "

@@ -20,14 +20,17 @@ from moe_ops.ops import (  # noqa: E402
     grouped_gemm_wgrad,
     grouped_sum,
     moe_ffn,
+    moe_ffn_packed,
     moe_linear_map,
     moe_linear_reduce,
+    pack_experts,
     permute,
     sort_slots,
     topk_router,
     topp_router,
     unpermute,
 )
+from moe_ops.packing import packed_bytes, prepack, prepacking, unpack  # noqa: E402
 
 __all__ = [
     "__version__",
@@ -37,11 +40,17 @@ __all__ = [
     "grouped_gemm_wgrad",
     "grouped_sum",
     "moe_ffn",
+    "moe_ffn_packed",
     "moe_linear_map",
     "moe_linear_reduce",
+    "pack_experts",
+    "packed_bytes",
     "permute",
+    "prepack",
+    "prepacking",
     "sort_slots",
     "topk_router",
     "topp_router",
+    "unpack",
     "unpermute",
 ]

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 import moe_ops
-from moe_ops import ops, reference
+from moe_ops import ops, packing, reference
 
 _DISTRIBUTION = "torch-moe-ops"
 # An unrelated distribution that installs a package of our name over ours.
@@ -98,6 +98,7 @@ def examine() -> Report:
         *_versions(),
         *_native_library(),
         *_cpu(),
+        _packed_weights(),
         *_cuda(),
         *_name_clash(),
         *_hugging_face(),
@@ -253,6 +254,28 @@ def _cpu() -> list[Finding]:
             )
         )
     return findings
+
+
+def _packed_weights() -> Finding:
+    policy, budget = packing.prepack_settings()
+    policies = {
+        "auto": "made after some use in eval()",
+        "always": "made at the first call in eval()",
+        "off": "made only by prepack",
+    }
+    text = (
+        f"{policies[policy]} (MOE_OPS_PREPACK={policy}), {_mebibytes(packing.packed_bytes())} now"
+    )
+    if policy == "auto" and budget == 0:
+        return Finding(
+            "packed weights",
+            "info",
+            f"{text}, none by itself: how much memory is available is not known",
+            "Call moe_ops.prepack(model), or set MOE_OPS_PREPACK_MB to what may be used.",
+        )
+    if policy == "auto":
+        text += f", at most {_mebibytes(budget)}"
+    return Finding("packed weights", "ok", text)
 
 
 def _cuda() -> list[Finding]:
@@ -413,6 +436,7 @@ def _cases() -> list[_Case]:
         _Case("grouped_gemm_wgrad", (normal(T * K, I), rows, offsets)),
         _Case("grouped_sum", (rows, offsets)),
         _Case("moe_ffn", (x, w_gate_up, w_down, weights, ids), biases),
+        _Case("moe_ffn_packed", (x, w_gate_up, w_down, weights, ids), biases, differentiable=False),
         _Case("moe_linear_map", (x, w_gate_up, ids)),
         _Case("moe_linear_reduce", (normal(T, K, I), w_down, weights, ids)),
     ]
@@ -427,12 +451,12 @@ def _run_case(case: _Case, device: str, dtype: torch.dtype) -> SelfTest:
         inputs = _prepare(case, device, dtype)
         exact_inputs = _prepare(case, "cpu", torch.float64, rounded_to=dtype)
         started = time.perf_counter()
-        outputs = _call(getattr(ops, case.op), inputs)
+        outputs = _call(_function(ops, case.op), inputs)
         gradients, cotangents = _gradients(outputs, inputs, case)
         if device != "cpu":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - started
-        exact_outputs = _call(getattr(reference, case.op), exact_inputs)
+        exact_outputs = _call(_function(reference, case.op), exact_inputs)
         exact_gradients, _ = _gradients(exact_outputs, exact_inputs, case, cotangents)
         forward_error = _worst_error(outputs, exact_outputs)
         if case.differentiable:
@@ -466,6 +490,20 @@ def _prepare(
         return value.requires_grad_(case.differentiable)
 
     return [convert(v) for v in case.args], {k: convert(v) for k, v in case.kwargs.items()}
+
+
+def _function(module: Any, op: str) -> Callable[..., Any]:
+    function = getattr(module, op)
+    if op != "moe_ffn_packed":
+        return function
+
+    def pack_and_call(
+        x: Tensor, w_gate_up: Tensor, w_down: Tensor, *routing: Tensor, **kwargs: Any
+    ) -> Tensor:
+        copies = (module.pack_experts(w_gate_up, halves=True), module.pack_experts(w_down))
+        return function(x, w_gate_up, w_down, *copies, *routing, **kwargs)
+
+    return pack_and_call
 
 
 def _call(function: Callable[..., Any], inputs: tuple[list[Any], dict[str, Any]]) -> list[Tensor]:
@@ -531,6 +569,10 @@ def _usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def _mebibytes(number: int) -> str:
+    return f"{number / 2**20:.0f} MiB"
 
 
 def _count(number: int, noun: str) -> str:

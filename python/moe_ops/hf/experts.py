@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 from transformers import activations as hf_activations
 
-from moe_ops.ops import grouped_gemm, moe_ffn, permute, sort_slots, unpermute
+from moe_ops.ops import grouped_gemm, permute, sort_slots, unpermute
+from moe_ops.ops.gated_act import GATED_ACTIVATIONS
+from moe_ops.packing import BankWeights, expert_ffn
 from moe_ops.reference import gated_act as gated_act_reference
 
 
@@ -40,17 +42,16 @@ def experts_forward(
     """
     has_gate = getattr(self, "has_gate", True)
     up_name = "gate_up_proj" if has_gate else "up_proj"
-    w_up, w_down = getattr(self, up_name), self.down_proj
+    w_up, w_down = _weights(self)
     b_up = b_down = None
     if self.has_bias:
         b_up, b_down = getattr(self, f"{up_name}_bias"), self.down_proj_bias
-    if self.is_transposed:  # [E, H, 2I] and [E, I, H]: the ops read views of any stride.
-        w_up, w_down = w_up.transpose(1, 2), w_down.transpose(1, 2)
     post_norm = self.post_expert_norm if getattr(self, "has_post_expert_norm", False) else None
 
     act = self._apply_gate if has_gate else self.act_fn
     fused = fused_activation(self) if post_norm is None else None
     return _run(
+        self,
         hidden_states,
         w_up,
         w_down,
@@ -64,7 +65,39 @@ def experts_forward(
     )
 
 
+def _weights(experts: Any) -> tuple[Tensor, Tensor]:
+    up_name = "gate_up_proj" if getattr(experts, "has_gate", True) else "up_proj"
+    w_up, w_down = getattr(experts, up_name), experts.down_proj
+    if experts.is_transposed:  # [E, H, 2I] and [E, I, H]: the ops read views of any stride.
+        return w_up.transpose(1, 2), w_down.transpose(1, 2)
+    return w_up, w_down
+
+
+def bank_weights(experts: Any) -> BankWeights | None:
+    """What moe_ffn reads as the weights of this module; None where the steps run one by one."""
+    fused = fused_activation(experts)
+    if fused is None or getattr(experts, "has_post_expert_norm", False):
+        return None
+    return _bank_weights(*_weights(experts), fused)
+
+
+def gated_bank_weights(
+    w_gate_up: Tensor, w_down: Tensor, act_fn: Callable[[Tensor], Tensor]
+) -> BankWeights | None:
+    """The same for the operands of `run_gated`."""
+    fused = _gated(act_fn)
+    return None if fused is None else _bank_weights(w_gate_up, w_down, fused)
+
+
+def _bank_weights(w_up: Tensor, w_down: Tensor, fused: dict[str, Any]) -> BankWeights | None:
+    if w_up.dtype != w_down.dtype:
+        return None
+    halves = fused["activation"] in GATED_ACTIVATIONS and not fused.get("interleaved", False)
+    return BankWeights(w_up, w_down, halves)
+
+
 def run_gated(
+    bank: nn.Module,
     x: Tensor,
     w_gate_up: Tensor,
     w_down: Tensor,
@@ -74,7 +107,10 @@ def run_gated(
     *,
     apply_router_weight_on_input: bool = False,
 ) -> Tensor:
-    """moe_ffn without biases and with ``act_fn(gate) * up`` between, for any `act_fn`."""
+    """moe_ffn without biases and with ``act_fn(gate) * up`` between, for any `act_fn`.
+
+    `bank` is the module that the weights belong to and that keeps a packed copy of them.
+    """
 
     def act(preact: Tensor) -> Tensor:
         gate, up = preact.chunk(2, dim=-1)
@@ -82,10 +118,11 @@ def run_gated(
 
     fused = _gated(act_fn)
     on_input = apply_router_weight_on_input
-    return _run(x, w_gate_up, w_down, topk_weights, topk_ids, act, fused, on_input=on_input)
+    return _run(bank, x, w_gate_up, w_down, topk_weights, topk_ids, act, fused, on_input=on_input)
 
 
 def _run(
+    bank: nn.Module,
     hidden_states: Tensor,
     w_up: Tensor,
     w_down: Tensor,
@@ -103,7 +140,8 @@ def _run(
     b_up = None if b_up is None else cast_like(b_up, w_up)
     b_down = None if b_down is None else cast_like(b_down, w_down)
     if fused is not None and w_up.dtype == w_down.dtype:
-        y = moe_ffn(
+        y = expert_ffn(
+            bank,
             x,
             w_up,
             w_down,

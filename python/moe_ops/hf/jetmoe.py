@@ -8,7 +8,8 @@ from __future__ import annotations
 from torch import Tensor
 from transformers.models.jetmoe.modeling_jetmoe import JetMoeMoE, JetMoeTopKGating
 
-from moe_ops.hf.experts import run_gated
+from moe_ops.hf.experts import gated_bank_weights, run_gated
+from moe_ops.packing import BankWeights
 
 
 class MoeOpsJetMoeTopKGating(JetMoeTopKGating):
@@ -33,8 +34,12 @@ class MoeOpsJetMoeMoE(JetMoeMoE):
         x = layer_input.reshape(-1, layer_input.shape[-1])
         topk_ids, _, topk_weights, _, _ = self.router(x)
         w_gate_up, w_down = self.input_linear.weight, self.output_linear.weight
-        y = run_gated(x, w_gate_up, w_down, topk_weights, topk_ids, self.activation)
+        y = run_gated(self, x, w_gate_up, w_down, topk_weights, topk_ids, self.activation)
         return y.view(layer_input.shape) + self.bias
+
+    def bank_weights(self) -> BankWeights | None:
+        weights = self.input_linear.weight, self.output_linear.weight
+        return gated_bank_weights(*weights, self.activation)
 
 
 Block = MoeOpsJetMoeMoE

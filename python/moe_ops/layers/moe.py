@@ -306,6 +306,14 @@ class MoE(nn.Module):
         assert call.choice is not None
         return RouterOutput(logits, call.choice.topk_weights.masked_fill(ids < 0, 0.0), ids)
 
+    def prepack(self) -> int:
+        """Packs the experts' weights now, see `moe_ops.prepack`; returns the copies' bytes."""
+        return self.experts.prepack()
+
+    def unpack(self) -> int:
+        """Drops the experts' packed copies, if there are any; returns their bytes."""
+        return self.experts.unpack()
+
     # ------------------------------------------------------------------------- bank operations
 
     def select(self, ids: Sequence[int] | Tensor, **changes: Any) -> MoE:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from moe_ops.ops import expert_choice_router, topk_router, topp_router
 
-from .experts import (
+from .bank import (
     as_groups,
     as_ids,
     check_split,

@@ -173,5 +173,22 @@ def register_no_double_backward(op: str, forward: str) -> None:
     torch.library.register_autograd(f"moe_ops::{op}", backward)
 
 
+def register_not_differentiable(op: str, forward: str) -> None:
+    """The same for an op that writes into its arguments, which register_autograd does not take."""
+    overload = getattr(torch.ops.moe_ops, op).default
+
+    def kernel(keyset: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled() and any(
+            isinstance(a, Tensor) and a.requires_grad for a in (*args, *kwargs.values())
+        ):
+            raise NotImplementedError(
+                f"{forward}: the second derivative is not implemented; {op} cannot be "
+                f"differentiated. moe_ops.reference.{forward} can."
+            )
+        return overload.redispatch(keyset & torch._C._after_autograd_keyset, *args, **kwargs)
+
+    library.impl(op, kernel, "Autograd", with_keyset=True)
+
+
 def register_fake(op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return torch.library.register_fake(f"moe_ops::{op}")

@@ -20,6 +20,7 @@ from moe_ops.ops._register import (
     register_autocast,
     register_fake,
     register_no_double_backward,
+    register_not_differentiable,
     register_training_form,
 )
 from moe_ops.ops.gated_act import GATED_ACTIVATIONS, check_activation
@@ -105,7 +106,7 @@ def moe_ffn(
     )
 
 
-def _check(
+def check_call(
     op: str,
     x: Tensor,
     w_gate_up: Tensor,
@@ -179,7 +180,7 @@ def _fake_fwd(
     alpha: float = 1.702,
     limit: float = 7.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    _check(
+    check_call(
         "moe_ffn",
         x,
         w_gate_up,
@@ -242,7 +243,7 @@ def _fake_bwd(
     need_b_down: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     op = "moe_ffn_bwd"
-    _check(
+    check_call(
         op,
         x,
         w_gate_up,
@@ -364,4 +365,5 @@ class _AccumulatingFfn(torch.autograd.Function):
 torch.library.register_autograd("moe_ops::moe_ffn_fwd", _backward, setup_context=_setup)
 register_training_form("moe_ffn", "moe_ffn_fwd")
 register_no_double_backward("moe_ffn_bwd", "moe_ffn")
+register_not_differentiable("moe_ffn_bwd_accumulate", "moe_ffn")
 register_autocast("moe_ffn", ["x", "w_gate_up", "w_down", "b_gate_up", "b_down"])

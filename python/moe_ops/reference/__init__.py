@@ -11,6 +11,7 @@ from .expert_choice_router import expert_choice_router
 from .gated_act import gated_act
 from .grouped_gemm import grouped_gemm, grouped_gemm_wgrad, grouped_sum
 from .moe_ffn import moe_ffn
+from .moe_ffn_packed import moe_ffn_packed, pack_experts
 from .moe_linear_map import moe_linear_map
 from .moe_linear_reduce import moe_linear_reduce
 from .permute import permute
@@ -26,8 +27,10 @@ __all__ = [
     "grouped_gemm_wgrad",
     "grouped_sum",
     "moe_ffn",
+    "moe_ffn_packed",
     "moe_linear_map",
     "moe_linear_reduce",
+    "pack_experts",
     "permute",
     "sort_slots",
     "topk_router",

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from ._common import acc_dtype
@@ -24,11 +27,13 @@ def moe_ffn(
     apply_router_weight_on_input: bool = False,
     alpha: float = 1.702,
     limit: float = 7.0,
+    main_grads: tuple[Tensor | None, Tensor | None] | None = None,
 ) -> Tensor:
     """y[t] = sum_k weight[t, k] * (W_down act(W_gate_up x[t] + b_gate_up) + b_down), [T, H].
 
     With `apply_router_weight_on_input` the weight multiplies x[t] instead (Llama 4). Nothing is
-    rounded between the steps: half types are widened once at the start.
+    rounded between the steps: half types are widened once at the start. Backward adds the gradients
+    of w_gate_up and w_down to the buffers in `main_grads`, where given, instead of returning them.
     """
     acc = acc_dtype(x.dtype)
     expert_offsets, row_to_slot, slot_to_row = sort_slots(topk_ids, w_gate_up.shape[0])
@@ -39,12 +44,15 @@ def moe_ffn(
         row_weights = weights.reshape(-1)[row_to_slot.long()].clone()
         row_weights[int(expert_offsets[-1]) :] = 0
         rows = rows * row_weights[:, None]
-    preact = grouped_gemm(rows, w_gate_up.to(acc), expert_offsets, bias=_to(b_gate_up, acc))
+    up_grad, down_grad = main_grads or (None, None)
+    w_gate_up = _gradient_into(w_gate_up.to(acc), up_grad)
+    w_down = _gradient_into(w_down.to(acc), down_grad)
+    preact = grouped_gemm(rows, w_gate_up, expert_offsets, bias=_to(b_gate_up, acc))
     if activation in GATED:
         h = gated_act(preact, activation, interleaved=interleaved, alpha=alpha, limit=limit)
     else:
         h = plain_act(preact, activation)
-    out = grouped_gemm(h, w_down.to(acc), expert_offsets, bias=_to(b_down, acc))
+    out = grouped_gemm(h, w_down, expert_offsets, bias=_to(b_down, acc))
     y = unpermute(
         out, expert_offsets, slot_to_row, None if apply_router_weight_on_input else weights
     )
@@ -53,3 +61,19 @@ def moe_ffn(
 
 def _to(t: Tensor | None, dtype) -> Tensor | None:
     return None if t is None else t.to(dtype)
+
+
+class _GradientInto(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, w: Tensor, buffer: Tensor) -> Tensor:
+        ctx.buffer = buffer
+        return w.view_as(w)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
+        ctx.buffer.copy_(ctx.buffer.to(grad.dtype) + grad)
+        return None, None
+
+
+def _gradient_into(w: Tensor, buffer: Tensor | None) -> Tensor:
+    return w if buffer is None else _GradientInto.apply(w, buffer)

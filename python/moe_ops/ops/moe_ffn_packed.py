@@ -1,0 +1,187 @@
+"""moe_ffn_packed: moe_ffn from copies of the weights in the order in which kernels read them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_ops import _C
+from moe_ops.ops._register import (
+    check,
+    check_dim,
+    check_float,
+    check_same_device,
+    dtype_name,
+    library,
+    register_autocast,
+    register_fake,
+)
+from moe_ops.ops.gated_act import GATED_ACTIVATIONS
+from moe_ops.ops.moe_ffn import check_call
+
+
+def pack_experts(w: Tensor, *, halves: bool = False) -> Tensor:
+    """Copies expert weights into the order in which this machine's kernels read them.
+
+    The layout depends on the processor and on the release, so a copy is for this process: do not
+    save it. :meth:`moe_ops.layers.Experts.prepack` keeps copies and throws them away in time.
+
+    Args:
+        w: [E, O, K]; float64, float32, bfloat16 or float16, any strides.
+        halves: whether the features are a gate half and an up half (w_gate_up of an activation with
+            a gate, unless interleaved). O must be even then.
+
+    Returns:
+        uint8, one dimension: about as many bytes as w has (O, or each of its halves, is rounded up
+        to full vectors; K too for half types). It has no gradient.
+
+    Raises:
+        ValueError: wrong dtype or rank, or halves of an odd O.
+    """
+    return torch.ops.moe_ops.pack_experts(w, halves)
+
+
+def moe_ffn_packed(
+    x: Tensor,
+    w_gate_up: Tensor,
+    w_down: Tensor,
+    packed_gate_up: Tensor,
+    packed_down: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    *,
+    b_gate_up: Tensor | None = None,
+    b_down: Tensor | None = None,
+    activation: str = "swiglu",
+    interleaved: bool = False,
+    apply_router_weight_on_input: bool = False,
+    alpha: float = 1.702,
+    limit: float = 7.0,
+) -> Tensor:
+    """moe_ffn for inference, reading packed copies of the weights.
+
+    The same function with sums in another order, so results differ by rounding. The weights stay
+    the truth: for every expert that has tokens, 32 elements of each weight (others at every call)
+    are compared with the copy, and where one differs that weight is read instead of its copy. This
+    finds a weight that was replaced, trained or loaded; it may miss a write to a few elements, so
+    whoever keeps copies must pack again after such a write. Where a gradient is wanted, moe_ffn
+    runs and the copies are ignored.
+
+    Args:
+        x, w_gate_up, w_down: [T, H], [E, 2I, H] ([E, I, H]) and [E, H, I], as for :func:`moe_ffn`.
+        packed_gate_up: ``pack_experts(w_gate_up, halves=h)``, with h true for an activation with a
+            gate that is not `interleaved`.
+        packed_down: ``pack_experts(w_down)``.
+        topk_weights, topk_ids, b_gate_up, b_down: as for :func:`moe_ffn`.
+        activation, interleaved, apply_router_weight_on_input: as for :func:`moe_ffn`.
+        alpha, limit: of ``"swiglu_oai"``.
+
+    Returns:
+        [T, H] in x's dtype. A token without any expert gets zeros; T = 0 gives [0, H].
+
+    Raises:
+        ValueError: what :func:`moe_ffn` refuses, or a copy of another size than pack_experts makes
+            of its weight. Under autocast, weights are cast as by moe_ffn, and by pack_experts too:
+            pack and call in the same autocast state.
+    """
+    return torch.ops.moe_ops.moe_ffn_packed(
+        x,
+        w_gate_up,
+        w_down,
+        packed_gate_up,
+        packed_down,
+        topk_weights,
+        topk_ids,
+        b_gate_up,
+        b_down,
+        activation,
+        interleaved,
+        apply_router_weight_on_input,
+        alpha,
+        limit,
+    )
+
+
+def packed_bytes_of(w: Tensor, halves: bool) -> int:
+    """The size of ``pack_experts(w, halves=halves)``."""
+    num_experts, out_features, in_features = (int(n) for n in w.shape)
+    name = dtype_name(w.dtype)
+    return num_experts * _C.packed_expert_bytes(name, out_features, in_features, halves)
+
+
+@register_fake("pack_experts")
+def _(w: Tensor, halves: bool = False) -> Tensor:
+    op = "pack_experts"
+    check_float(op, "w", w)
+    check_dim(op, "w", w, 3, "[E, O, K]")
+    check(
+        not halves or w.shape[1] % 2 == 0,
+        f"{op}: w must have an even number of features to have halves, got shape {list(w.shape)}.",
+    )
+    return w.new_empty((packed_bytes_of(w, halves),), dtype=torch.uint8)
+
+
+@register_fake("moe_ffn_packed")
+def _(
+    x: Tensor,
+    w_gate_up: Tensor,
+    w_down: Tensor,
+    packed_gate_up: Tensor,
+    packed_down: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    b_gate_up: Tensor | None = None,
+    b_down: Tensor | None = None,
+    activation: str = "swiglu",
+    interleaved: bool = False,
+    apply_router_weight_on_input: bool = False,
+    alpha: float = 1.702,
+    limit: float = 7.0,
+) -> Tensor:
+    op = "moe_ffn_packed"
+    check_call(
+        op,
+        x,
+        w_gate_up,
+        w_down,
+        topk_weights,
+        topk_ids,
+        b_gate_up,
+        b_down,
+        activation,
+        alpha,
+        limit,
+    )
+    halves = activation in GATED_ACTIVATIONS and not interleaved
+    for name, packed, w, has_halves in (
+        ("packed_gate_up", packed_gate_up, w_gate_up, halves),
+        ("packed_down", packed_down, w_down, False),
+    ):
+        size = packed_bytes_of(w, has_halves)
+        check(
+            packed.dtype == torch.uint8 and packed.dim() == 1 and packed.shape[0] == size,
+            f"{op}: {name} must be what pack_experts makes of this weight on this machine, uint8 "
+            f"[{size}], got {dtype_name(packed.dtype)} of shape {list(packed.shape)}.",
+        )
+    check_same_device(op, x=x, packed_gate_up=packed_gate_up, packed_down=packed_down)
+    return x.new_empty(tuple(x.shape))
+
+
+_packed = torch.ops.moe_ops.moe_ffn_packed.default
+_training = torch.ops.moe_ops.moe_ffn_fwd.default
+
+
+def _autograd(keyset: Any, *args: Any, **kwargs: Any) -> Tensor:
+    tensors = (*args, *kwargs.values())
+    if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in tensors):
+        named = dict(zip((a.name for a in _packed._schema.arguments), args, strict=False)) | kwargs
+        del named["packed_gate_up"], named["packed_down"]
+        return _training(**named)[0]
+    return _packed.redispatch(keyset & torch._C._after_autograd_keyset, *args, **kwargs)
+
+
+library.impl("moe_ffn_packed", _autograd, "Autograd", with_keyset=True)
+register_autocast("moe_ffn_packed", ["x", "w_gate_up", "w_down", "b_gate_up", "b_down"])
+register_autocast("pack_experts", ["w"])

@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .moe_ffn import moe_ffn
+
+
+def pack_experts(w: Tensor, *, halves: bool = False) -> Tensor:
+    """The bytes of w. The op has them in an order of its own, which nothing may depend on."""
+    return w.detach().contiguous().view(torch.uint8).flatten()
+
+
+def moe_ffn_packed(
+    x: Tensor,
+    w_gate_up: Tensor,
+    w_down: Tensor,
+    packed_gate_up: Tensor,
+    packed_down: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    *,
+    b_gate_up: Tensor | None = None,
+    b_down: Tensor | None = None,
+    activation: str = "swiglu",
+    interleaved: bool = False,
+    apply_router_weight_on_input: bool = False,
+    alpha: float = 1.702,
+    limit: float = 7.0,
+) -> Tensor:
+    """moe_ffn: the copies hold the same numbers as the weights."""
+    return moe_ffn(
+        x,
+        w_gate_up,
+        w_down,
+        topk_weights,
+        topk_ids,
+        b_gate_up=b_gate_up,
+        b_down=b_down,
+        activation=activation,
+        interleaved=interleaved,
+        apply_router_weight_on_input=apply_router_weight_on_input,
+        alpha=alpha,
+        limit=limit,
+    )
