@@ -1,6 +1,7 @@
 #include "moe_ops/grouped_gemm.h"
 
-#include "cpu/gemm.h"
+#include "cpu/gemm/gemm.h"
+#include "cpu/gemm/wgrad.h"
 
 namespace moe_ops::cpu {
 

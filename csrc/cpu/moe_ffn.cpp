@@ -12,7 +12,8 @@
 #include <vector>
 
 #include "cpu/act_rows.h"
-#include "cpu/gemm.h"
+#include "cpu/gemm/gemm.h"
+#include "cpu/gemm/wgrad.h"
 #include "moe_ops/unpermute.h"
 
 namespace moe_ops::cpu {

@@ -1,6 +1,6 @@
 #include "moe_ops/moe_linear_reduce.h"
 
-#include "cpu/gemm.h"
+#include "cpu/gemm/gemm.h"
 
 namespace moe_ops::cpu {
 

@@ -1,0 +1,70 @@
+// The grouped product: the items of plan.h, each on its way through the kernels.
+#pragma once
+
+#include "cpu/gemm/amx.h"
+#include "cpu/gemm/plan.h"
+#include "cpu/gemm/stream.h"
+#include "cpu/gemm/tiles.h"
+
+namespace moe_ops::cpu {
+
+template <class T, class Epilogue>
+void run_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, const Epilogue& fn) {
+  switch (it.path) {
+    case Path::kZero: {
+      const int64_t n = it.feature_end - it.feature_begin;
+      T* zeros = scratch<T>(Scratch::kTile, 2 * n);
+      for (int64_t r = it.row_begin; r < it.row_end; ++r) {
+        std::fill(zeros, zeros + 2 * n, T(0));
+        fn(it.expert, r, it.feature_begin, n, zeros, zeros + n);
+      }
+      return;
+    }
+    case Path::kDot:
+      return dot_item(d, k, it, fn);
+    case Path::kRank:
+      return rank_item(d, k, it, fn);
+    case Path::kNt:
+      return nt_item<false>(d, k, it, fn);
+    case Path::kNn:
+      return nn_item<false>(d, k, it, fn);
+    case Path::kPanels:
+      return panel_item<false>(d, k, it, fn);
+    case Path::kPairNt:
+      if constexpr (sizeof(T) == 4) nt_item<true>(d, k, it, fn);
+      return;
+    case Path::kPairNn:
+      if constexpr (sizeof(T) == 4) nn_item<true>(d, k, it, fn);
+      return;
+    case Path::kPairPanels:
+      if constexpr (sizeof(T) == 4) panel_item<true>(d, k, it, fn);
+      return;
+    case Path::kAmxPanels:
+      if constexpr (sizeof(T) == 4) amx_panel_item(d, k, it, fn);
+      return;
+    case Path::kAmxRows:
+      if constexpr (sizeof(T) == 4) amx_rows_item(d, k, it, fn);
+      return;
+    case Path::kAmxNn:
+      if constexpr (sizeof(T) == 4) amx_nn_item(d, k, it, fn);
+      return;
+  }
+}
+
+// Elementary operations, in units of about a nanosecond.
+template <class T>
+double gemm_cost(const GemmDesc<T>& d) {
+  return static_cast<double>(d.expert_offsets[d.num_experts]) *
+         static_cast<double>(d.features * d.segments) *
+         (static_cast<double>(d.in_features) / 16 + 1);
+}
+
+template <class T, class Epilogue>
+void gemm(const GemmDesc<T>& d, const Parallel& par, const Epilogue& fn) {
+  const Kernels<T>& k = kernels<T>();
+  const std::vector<GemmItem> items = gemm_items(d, k, par.num_threads);
+  parallel_items(par, static_cast<int64_t>(items.size()), gemm_cost(d),
+                 [&](int64_t i) { run_item(d, k, items[i], fn); });
+}
+
+}  // namespace moe_ops::cpu

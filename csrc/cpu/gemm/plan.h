@@ -1,0 +1,237 @@
+// Which rows, features and panels one work item of a grouped product covers, and which way through
+// the kernels it takes. NOTES.md in the folder above gives the arithmetic of the block sizes.
+//
+// The ways through, all with the sum over k in increasing order inside one accumulator:
+//   dot         few rows, weights dense along k: stream each weight row once, vectors along k.
+//   rank        few rows, weights dense along features: stream weight rows, four steps of k at a
+//               time.
+//   nt          weights dense along k: weight rows are the broadcast side and tokens the vector
+//               side, so only the (small) block of x is transposed and weights are copied as they
+//               lie.
+//   nn          weights dense along features: token rows are the broadcast side, weight rows the
+//               vectors.
+//   panels      weights packed ahead of time (pack.h): like nn, without any copying of weights.
+//   pair_*      the last three for bfloat16 weights where the level multiplies pairs of bfloat16:
+//               tokens are rounded to it, an element is two adjacent k, and K counts pairs.
+//   amx_panels  the same for bfloat16 on AMX.
+//   amx_rows    bfloat16 weights dense along k on AMX: 16 weight rows are an operand as they lie.
+//   amx_nn      bfloat16 weights dense along features on AMX: packed in pairs of rows block by
+//               block.
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "cpu/kernels.h"
+#include "cpu/pack.h"
+#include "cpu/parallel.h"
+#include "cpu/workspace.h"
+#include "moe_ops/grouped_gemm.h"
+
+namespace moe_ops::cpu {
+
+// Most token rows of one item that copies weights: a 192-deep block of them is 96 KiB of L2.
+constexpr int64_t kRowBlock = 128;
+// Tokens of an item whose rows take no more than this stay packed for their whole depth, and the
+// weights of a block of features are read from end to end: long streams, which the memory
+// delivers twice as fast as pieces of 192.
+constexpr int64_t kWholeDepthBytes = int64_t{512} << 10;
+// The same where weights are not copied. Their rows are 1 MiB of fp32 at 2048 features.
+constexpr int64_t kPanelRowBlock = 128;
+// Features (of all segments together) of one item: a multiple of every tile height.
+constexpr int64_t kFeatureBlock = 252;
+// The same for panels, in whole panels of every level, and for AMX, whose items first rearrange
+// their tokens: the more features share that work the better.
+constexpr int64_t kPanelFeatureBlock = 256;
+constexpr int64_t kAmxFeatureBlock = 2048;
+// Elements of the accumulate type between panels packed for one product: two lines, so that what a
+// row of weights writes into all panels does not meet in one L1 set.
+constexpr int64_t kPanelPad = 32;
+// Width of an item of nn, and the size of the blocks that it copies: rows of 4 KiB are streams for
+// the memory, rows of 1 KiB are not, and 256 KiB leave room for the sums in an L2.
+constexpr int64_t kNnFeatures = 1024;
+constexpr int64_t kNnBlockBytes = int64_t{256} << 10;
+// Depth and width of the blocks of weights that amx_nn packs: 256 x 512 in bfloat16 are 256 KiB of
+// L2, 256 steps of k amortise loading and storing the sums, and 512 columns are runs of 1 KiB.
+constexpr int64_t kAmxKc = 256;
+constexpr int64_t kAmxNnFeatures = 512;
+// How far ahead of itself a tile asks for panels, from memory into L2. 8 KiB are 200 ns at 40 GB/s,
+// twice the latency of a DRAM; the value for AMX was measured on another machine.
+constexpr int64_t kBytesAhead = 8192;
+constexpr int64_t kAmxBytesAhead = 2048;
+// Fewest rows of an expert that AMX takes. Below, reading the weights is all that counts, and the
+// other kernels keep the tokens in fp32.
+constexpr int64_t kAmxMinRows = 3;
+// Most rows of an expert for which weights dense along features are not copied. Each row passes its
+// sums through registers once in four steps of k.
+constexpr int64_t kRankMaxRows = 8;
+
+// Weight gradients from this size on will not be found in a cache again by whoever reads them.
+constexpr int64_t kStreamBytes = int64_t{8} << 20;
+
+inline const void* row_of(const Rows& rows, int64_t r) {
+  const int64_t i = rows.index != nullptr ? rows.index[r] : r;
+  return static_cast<const char*>(rows.data) + i * rows.stride * dtype_size(rows.type);
+}
+
+inline const char* element(const void* base, DType type, int64_t offset) {
+  return static_cast<const char*>(base) + offset * dtype_size(type);
+}
+
+// Length of the parts when n is cut into equal ones of at most `most`, each a multiple of `unit`.
+inline int64_t balanced(int64_t n, int64_t most, int64_t unit) {
+  const int64_t parts = ceil_div(n, most);
+  return std::min(n, round_up(ceil_div(n, parts), unit));
+}
+
+// What one product computes. Features come in one or two segments of `features` each: two when the
+// gate and up halves of a fused projection are wanted side by side.
+template <class T>
+struct GemmDesc {
+  const int64_t* expert_offsets;
+  int64_t num_experts;
+  int64_t features;          // per segment
+  int segments = 1;          // segment s starts at row s * features of b
+  int64_t feature_unit = 1;  // cuts between items fall on multiples of this
+  int64_t in_features;
+  Rows a;
+  const T* a_scale = nullptr;  // [rows] or nullptr
+  ExpertMatrices b;
+};
+
+enum class Path : int {
+  kZero,
+  kDot,
+  kRank,
+  kNt,
+  kNn,
+  kPanels,
+  kPairNt,
+  kPairNn,
+  kPairPanels,
+  kAmxPanels,
+  kAmxRows,
+  kAmxNn
+};
+
+template <class T>
+Path path_of(const GemmDesc<T>& d, const Kernels<T>& k, int64_t expert_rows) {
+  if (d.in_features == 0) return Path::kZero;
+  // Products of bfloat16 round tokens to it, which loses nothing unless they were scaled before.
+  const bool pairs = k.pairs && d.b.type == DType::kBFloat16 && d.a_scale == nullptr;
+  const bool amx = pairs && k.amx_panel != nullptr && expert_rows >= kAmxMinRows;
+  if (d.b.panels != nullptr) {
+    return amx ? Path::kAmxPanels : pairs ? Path::kPairPanels : Path::kPanels;
+  }
+  if (d.b.stride_k != 1 && expert_rows <= kRankMaxRows) return Path::kRank;
+  if (d.b.stride_k != 1) return amx ? Path::kAmxNn : pairs ? Path::kPairNn : Path::kNn;
+  if (amx && d.in_features % 32 == 0) return Path::kAmxRows;
+  // Every dot_tokens rows widen half types again.
+  const bool half = sizeof(T) == 4 && d.b.type != DType::kFloat32;
+  if (expert_rows <= (half ? 2 * k.dot_tokens : k.dot_max_rows)) return Path::kDot;
+  return pairs && d.in_features % 2 == 0 ? Path::kPairNt : Path::kNt;
+}
+
+struct GemmItem {
+  Path path;
+  int64_t expert, row_begin, row_end, feature_begin, feature_end;
+};
+
+template <class T>
+std::vector<GemmItem> gemm_items(const GemmDesc<T>& d, const Kernels<T>& k, int num_threads) {
+  const int64_t E = d.num_experts, total = d.features * d.segments;
+  int64_t active = 0;
+  for (int64_t e = 0; e < E; ++e) active += d.expert_offsets[e + 1] > d.expert_offsets[e];
+  std::vector<GemmItem> items;
+  if (d.features == 0) return items;
+  for (int64_t e = 0; e < E; ++e) {
+    const int64_t begin = d.expert_offsets[e], end = d.expert_offsets[e + 1];
+    if (begin == end) continue;
+    const Path path = path_of(d, k, end - begin);
+    int64_t most_rows = kRowBlock, most_features = kFeatureBlock, row_unit = 1;
+    int64_t unit = 2 * k.lanes;
+    switch (path) {
+      case Path::kAmxRows:
+      case Path::kAmxPanels:
+        most_features = kAmxFeatureBlock;
+        most_rows = path == Path::kAmxRows ? 16 * kAmxTokenTiles : kPanelRowBlock;
+        row_unit = 16;
+        break;
+      case Path::kAmxNn:
+        most_features = kAmxNnFeatures;
+        most_rows = kPanelRowBlock;
+        row_unit = 16;
+        break;
+      case Path::kPanels:
+      case Path::kPairPanels:
+        most_features = kPanelFeatureBlock;
+        most_rows = kPanelRowBlock;
+        break;
+      case Path::kNt:
+      case Path::kPairNt:
+        row_unit = k.lanes;
+        unit = 4;
+        break;
+      case Path::kDot:
+        unit = 4;
+        break;
+      case Path::kRank:
+      case Path::kNn:
+      case Path::kPairNn:
+        most_features = kNnFeatures;
+        break;
+      default:
+        break;
+    }
+    const int64_t row_blocks = ceil_div(end - begin, most_rows);
+    const int64_t rows = balanced(end - begin, most_rows, row_unit);
+    // Enough items that the last ones to finish do not leave the other threads idle for long.
+    int64_t feature_blocks = ceil_div(total, most_features);
+    if (num_threads > 1) {
+      const int64_t wanted = ceil_div<int64_t>(8 * num_threads, active * row_blocks);
+      feature_blocks = std::max(feature_blocks, std::min(wanted, std::max<int64_t>(1, total / 64)));
+    }
+    const int64_t features =
+        balanced(d.features, std::max<int64_t>(1, ceil_div(d.features, feature_blocks)),
+                 std::max(d.feature_unit, unit));
+    for (int64_t f = 0; f < d.features; f += features) {
+      for (int64_t r = begin; r < end; r += rows) {
+        items.push_back(
+            {path, e, r, std::min(end, r + rows), f, std::min(d.features, f + features)});
+      }
+    }
+  }
+  return items;
+}
+
+// src * scale as bfloat16; `buffer` has room for n floats.
+inline void load_bf16_row(const Kernels<float>& k, DType type, const void* src, int64_t n,
+                          float scale, float* buffer, uint16_t* dst) {
+  if (type == DType::kBFloat16 && scale == 1.0f) {
+    std::memcpy(dst, src, static_cast<size_t>(n) * 2);
+  } else if (type == DType::kFloat32 && scale == 1.0f) {
+    k.store_row(DType::kBFloat16, static_cast<const float*>(src), dst, n);
+  } else {
+    k.load_row(type, src, buffer, n, scale);
+    k.store_row(DType::kBFloat16, buffer, dst, n);
+  }
+}
+
+// Row r of the tokens, kc elements from k0 on; of pairs, when an element is one. What the last pair
+// lacks is zero.
+template <bool kPairs, class T>
+void load_tokens(const GemmDesc<T>& d, const Kernels<T>& k, int64_t r, int64_t k0, int64_t kc,
+                 T* dst) {
+  if constexpr (kPairs) {
+    auto* halves = reinterpret_cast<uint16_t*>(dst);
+    const int64_t n = std::min(2 * kc, d.in_features - 2 * k0);
+    load_bf16_row(k, d.a.type, element(row_of(d.a, r), d.a.type, 2 * k0), n, 1.0f, nullptr, halves);
+    if (n < 2 * kc) halves[n] = 0;
+  } else {
+    k.load_row(d.a.type, element(row_of(d.a, r), d.a.type, k0), dst, kc,
+               d.a_scale ? d.a_scale[r] : T(1));
+  }
+}
+
+}  // namespace moe_ops::cpu

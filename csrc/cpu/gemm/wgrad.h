@@ -1,0 +1,170 @@
+// The gradient of the weights: the sum over an expert's rows.
+#pragma once
+
+#include "cpu/gemm/amx.h"
+#include "cpu/gemm/plan.h"
+
+namespace moe_ops::cpu {
+
+// out[e, o, j] = sum over rows r of e: grad[r, o] * a[r, j]. Row blocks are the depth of the tiles;
+// both operands are copied as they lie. One item covers the features [o_begin, o_end) of one
+// expert.
+template <bool kPairs, class T>
+void wgrad_item(const GroupedWgradParams& p, const Kernels<T>& k, int64_t e, int64_t o_begin,
+                int64_t o_end) {
+  constexpr int64_t kRows = kPairs ? 2 : 1;  // rows of an element
+  const int64_t W = k.lanes, O = p.out_features, J = p.in_features;
+  const int64_t size = dtype_size(p.out_type);
+  const int64_t begin = p.expert_offsets[e], end = p.expert_offsets[e + 1];
+  char* out = static_cast<char*>(p.out) + e * O * J * size;
+  if (begin == end) {
+    if (p.accumulate) return;
+    std::memset(out + o_begin * J * size, 0, static_cast<size_t>((o_end - o_begin) * J * size));
+    return;
+  }
+  const auto* grad_scale = static_cast<const T*>(p.grad_scale);
+  const auto* a_scale = static_cast<const T*>(p.a_scale);
+  const auto& tiles = kPairs ? k.pair_col_a : k.col_a;
+  // Whole panels of the accumulate type go straight to their place.
+  const bool large = !p.accumulate && p.num_experts * O * J * size >= kStreamBytes;
+  const bool same_type = p.out_type == kAccumulate<T> && (k.streams || !large);
+  const int64_t unit = kPairs ? 2 * W : W;  // width of the narrowest panel
+  const int64_t o_block = balanced(o_end - o_begin, kFeatureBlock / 2, 1);
+  const int64_t j_block = balanced(J, 256, 2 * W), padded_j = round_up(j_block, unit);
+  T* g = scratch<T>(Scratch::kPackA, kKc * kLdm);
+  T* panels = scratch<T>(Scratch::kPackB, ceil_div(padded_j, 2 * W) * (2 * W * kKc + kPanelPad));
+  T* tile = scratch<T>(Scratch::kTile, o_block * padded_j);
+  const int64_t half_rows = std::max(j_block, kLdm);
+  auto* halves =
+      kPairs ? scratch<uint16_t>(Scratch::kTokens, (kRows * kKc + 2) * half_rows) : nullptr;
+  const void* a_rows[kRows * kKc];
+  // A large result, written once and in whole vectors, goes past the cache.
+  TileHints hints;
+  const int64_t vector = W * static_cast<int64_t>(sizeof(T));
+  const bool streamed = large && k.streams && same_type && end - begin <= kRows * kKc &&
+                        J % unit == 0 && reinterpret_cast<uintptr_t>(out) % vector == 0;
+  const auto pack_a = [&](int64_t r0, int64_t rows, int64_t j0, int64_t cols) {
+    const int64_t offset = j0 * dtype_size(p.a.type);
+    for (int64_t r = 0; r < rows; ++r) a_rows[r] = row_of(p.a, r0 + r);
+    if constexpr (kPairs) {
+      for (int64_t r = 0; r < rows; ++r) {
+        const char* src = static_cast<const char*>(a_rows[r]) + offset;
+        const float scale = a_scale ? a_scale[r0 + r] : 1.0f;
+        a_rows[r] = src;
+        if (p.a.type != DType::kBFloat16 || scale != 1.0f) {
+          uint16_t* copy = halves + r * half_rows;
+          load_bf16_row(k, p.a.type, src, cols, scale, tile, copy);
+          a_rows[r] = copy;
+        }
+      }
+      if (rows % 2 != 0) a_rows[rows] = nullptr;
+      const int64_t padded = round_up<int64_t>(rows, 2);
+      k.pack_pairs(reinterpret_cast<const uint16_t* const*>(a_rows), 0, padded, cols,
+                   reinterpret_cast<uint16_t*>(panels), padded * 2 * W + 2 * kPanelPad);
+    } else {
+      k.pack_panels(p.a.type, a_rows, offset, rows, cols, a_scale ? a_scale + r0 : nullptr, panels,
+                    rows * 2 * W + kPanelPad);
+    }
+  };
+  const auto pack_grad = [&](int64_t r0, int64_t rows, int64_t o0, int64_t n) {
+    const auto row = [&](int64_t r) { return element(row_of(p.grad, r), p.grad.type, o0); };
+    const auto scale = [&](int64_t r) { return grad_scale ? grad_scale[r] : T(1); };
+    if constexpr (kPairs) {
+      uint16_t* two = halves + kRows * kKc * half_rows;
+      for (int64_t r = 0; r < rows; r += 2) {
+        for (int64_t i = 0; i < 2; ++i) {
+          uint16_t* dst = two + i * half_rows;
+          if (r + i < rows) {
+            load_bf16_row(k, p.grad.type, row(r0 + r + i), n, scale(r0 + r + i), tile, dst);
+          } else {
+            std::fill(dst, dst + n, uint16_t{0});
+          }
+        }
+        k.pair_rows(two, two + half_rows, g + r / 2 * kLdm, n);
+      }
+    } else {
+      for (int64_t r = 0; r < rows; ++r) {
+        k.load_row(p.grad.type, row(r0 + r), g + r * kLdm, n, scale(r0 + r));
+      }
+    }
+  };
+
+  for (int64_t j0 = 0; j0 < J; j0 += j_block) {
+    const int64_t j1 = std::min(J, j0 + j_block);
+    const int64_t ldc = round_up(j1 - j0, unit);
+    const int64_t j_direct = same_type ? j0 + (j1 - j0) / unit * unit : j0;
+    for (int64_t o0 = o_begin; o0 < o_end; o0 += o_block) {
+      const int64_t n = std::min(o_block, o_end - o0);
+      const int64_t blocks = ceil_div<int64_t>(n, k.mr2);
+      for (int64_t r0 = begin; r0 < end; r0 += kRows * kKc) {
+        const int64_t rows = std::min(kRows * kKc, end - r0), kc = ceil_div(rows, kRows);
+        // A short expert's rows are packed once for all feature blocks.
+        if (o0 == o_begin || end - begin > kRows * kKc) pack_a(r0, rows, j0, j1 - j0);
+        pack_grad(r0, rows, o0, n);
+        for (int64_t j = j0; j < j1; j += 2 * W) {
+          const int64_t width = std::min(2 * W, ldc - (j - j0));
+          const bool direct = j + width <= j_direct;
+          T* c = direct ? reinterpret_cast<T*>(out) + o0 * J + j : tile + (j - j0);
+          const int64_t ld = direct ? J : ldc;
+          const int nv = width > W ? 2 : 1;
+          hints.stream = streamed && direct;
+          for (int64_t b = 0; b < blocks; ++b) {
+            const int64_t i0 = n * b / blocks, i1 = n * (b + 1) / blocks;
+            tiles[nv - 1][i1 - i0 - 1](
+                kc, g + i0, panels + (j - j0) / (2 * W) * (2 * W * kc + kPanelPad), c + i0 * ld, ld,
+                r0 > begin || (direct && p.accumulate), hints);
+          }
+        }
+      }
+      // What went through the tile: all columns of another type, or those of a partial last panel,
+      // which shares its panel of two vectors with a whole one.
+      const int64_t first = same_type ? j0 + (j_direct - j0) / (2 * W) * (2 * W) : j0;
+      const int64_t from = j_direct == j1 ? j1 : first;
+      for (int64_t o = 0; from < j1 && o < n; ++o) {
+        T* row = tile + o * ldc + (from - j0);
+        char* dst = out + ((o0 + o) * J + from) * size;
+        if (p.accumulate) k.axpy(p.out_type, dst, T(1), row, j1 - from);
+        if (large) {
+          k.stream_row(p.out_type, row, dst, j1 - from);
+        } else {
+          k.store_row(p.out_type, row, dst, j1 - from);
+        }
+      }
+    }
+  }
+  if (large) k.stream_fence();
+}
+
+template <class T>
+void wgrad(const GroupedWgradParams& p, const Parallel& par) {
+  const Kernels<T>& k = kernels<T>();
+  const int64_t E = p.num_experts, O = p.out_features, J = p.in_features;
+  if (O == 0 || J == 0) return;
+  // The output is usually fresh memory, and the first write into a huge page clears all of it. Two
+  // threads that meet in one page both clear it, so an item covers a page at least, unless that
+  // leaves threads idle.
+  constexpr int64_t kHugePage = int64_t{2} << 20;
+  int64_t features = std::max(kFeatureBlock / 2, ceil_div(kHugePage, J * dtype_size(p.out_type)));
+  if (E * ceil_div(O, features) < 4 * par.num_threads) features = kFeatureBlock / 2;
+  features = balanced(O, features, 1);
+  const int64_t parts = ceil_div(O, features);
+  const double rows = static_cast<double>(p.expert_offsets[E]);
+  const double cost = static_cast<double>(O * J) * (rows / 16 + static_cast<double>(E));
+  parallel_items(par, E * parts, cost, [&](int64_t item) {
+    const int64_t e = item / parts, o = item % parts * features;
+    if constexpr (sizeof(T) == 4) {
+      // In a bfloat16 block one operand is bfloat16 (tokens, or the gradient of the output); the
+      // other may be an intermediate result in fp32.
+      const bool pairs =
+          k.pairs && (p.grad.type == DType::kBFloat16 || p.a.type == DType::kBFloat16);
+      const bool amx = pairs && k.amx_panel != nullptr;
+      if (amx && p.expert_offsets[e + 1] - p.expert_offsets[e] >= kAmxMinRows) {
+        return amx_wgrad_item(p, k, e, o, std::min(O, o + features));
+      }
+      if (pairs) return wgrad_item<true>(p, k, e, o, std::min(O, o + features));
+    }
+    wgrad_item<false>(p, k, e, o, std::min(O, o + features));
+  });
+}
+
+}  // namespace moe_ops::cpu
