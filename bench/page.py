@@ -15,10 +15,10 @@ _HEAD = """\
 
 <!-- Made by `python -m bench.page` from bench/baselines; do not edit. -->
 
-What `python -m bench.run --all` measured, one section a file of `bench/baselines`. Contenders run in
-one process, in turns, on one thread; times are medians without the samples in which a thread waited
-for a core. Every contender's output is compared with fp64 first. The goals are what this project has
-set itself; where one is not met, the table says so.
+What `python -m bench.run --all` measured, one section a file of `bench/baselines`. Contenders run
+in one process, in turns, on one thread; times are medians without the samples in which a thread
+waited for a core. Every contender's output is compared with fp64 first. The goals are what this
+project has set itself; where one is not met, the table says so.
 """
 
 

@@ -22,36 +22,34 @@ volatile float float_sink;
 volatile uint64_t int_sink;
 
 // kChains independent sums: at least latency x units, 4 x 2, and few enough to stay in registers.
-#define MOE_FMA_LOOP(name, target, vec_bytes, chains)                         \
-  target int64_t name(int64_t steps) {                                        \
-    typedef float Vec __attribute__((vector_size(vec_bytes)));                \
-    const Vec a = Vec{} + 0.999f, b = Vec{} + 0.001f;                         \
-    Vec sums[chains];                                                         \
-    for (int c = 0; c < chains; ++c) sums[c] = Vec{} + static_cast<float>(c); \
-    for (int64_t i = 0; i < steps; ++i) {                                     \
-      _Pragma("GCC unroll 32") for (int c = 0; c < chains; ++c) {             \
-        sums[c] = sums[c] * a + b;                                            \
-      }                                                                       \
-    }                                                                         \
-    for (int c = 0; c < chains; ++c) float_sink = sums[c][0];                 \
-    return steps * chains * (vec_bytes / 4) * 2;                              \
+#define MOE_FMA_LOOP(name, target, vec_bytes, chains)                                          \
+  target int64_t name(int64_t steps) {                                                         \
+    typedef float Vec __attribute__((vector_size(vec_bytes)));                                 \
+    const Vec a = Vec{} + 0.999f, b = Vec{} + 0.001f;                                          \
+    Vec sums[chains];                                                                          \
+    for (int c = 0; c < chains; ++c) sums[c] = Vec{} + static_cast<float>(c);                  \
+    for (int64_t i = 0; i < steps; ++i) {                                                      \
+      _Pragma("GCC unroll 32") for (int c = 0; c < chains; ++c) { sums[c] = sums[c] * a + b; } \
+    }                                                                                          \
+    for (int c = 0; c < chains; ++c) float_sink = sums[c][0];                                  \
+    return steps * chains * (vec_bytes / 4) * 2;                                               \
   }
 
 // Four streams, a line of each in turn: one stream alone leaves a fifth of the bandwidth unused.
-#define MOE_READ_LOOP(name, target, vec_bytes)                                              \
-  target uint64_t name(const char* data, size_t bytes) {                                    \
-    typedef uint64_t Vec __attribute__((vector_size(vec_bytes), may_alias));                \
-    const size_t part = bytes / 4;                                                          \
-    Vec sums[4] = {};                                                                       \
-    for (size_t i = 0; i < part; i += 64) {                                                 \
-      _Pragma("GCC unroll 4") for (size_t s = 0; s < 4; ++s) {                              \
-        _Pragma("GCC unroll 4") for (size_t v = 0; v < 64; v += vec_bytes) {                \
-          sums[s] |= *reinterpret_cast<const Vec*>(data + s * part + i + v);                \
-        }                                                                                   \
-      }                                                                                     \
-    }                                                                                       \
-    const Vec all = sums[0] | sums[1] | sums[2] | sums[3];                                  \
-    return all[0];                                                                          \
+#define MOE_READ_LOOP(name, target, vec_bytes)                               \
+  target uint64_t name(const char* data, size_t bytes) {                     \
+    typedef uint64_t Vec __attribute__((vector_size(vec_bytes), may_alias)); \
+    const size_t part = bytes / 4;                                           \
+    Vec sums[4] = {};                                                        \
+    for (size_t i = 0; i < part; i += 64) {                                  \
+      _Pragma("GCC unroll 4") for (size_t s = 0; s < 4; ++s) {               \
+        _Pragma("GCC unroll 4") for (size_t v = 0; v < 64; v += vec_bytes) { \
+          sums[s] |= *reinterpret_cast<const Vec*>(data + s * part + i + v); \
+        }                                                                    \
+      }                                                                      \
+    }                                                                        \
+    const Vec all = sums[0] | sums[1] | sums[2] | sums[3];                   \
+    return all[0];                                                           \
   }
 
 #define MOE_NO_TARGET
