@@ -42,6 +42,7 @@ Choice choose_working() {
     const char* kernel = failing_kernel(c.isa);
     if (kernel == nullptr) break;
     const Isa lower = static_cast<Isa>(static_cast<int>(c.isa) - 1);
+    if (!c.warning.empty()) c.warning += " ";
     c.warning += std::string("The ") + isa_name(c.isa) + " kernels fail their self-test here (" +
                  kernel + "); using " + isa_name(lower) + ".";
     c.isa = lower;

@@ -330,7 +330,7 @@ inline T horizontal_sum(Vec<T> v) {
   return s[0];
 }
 
-constexpr int64_t kDotAhead = 1024;  // bytes
+constexpr int64_t kDotAhead = 2048;  // bytes
 
 // F weight rows and M tokens, vectors along k: F streams of weights, each read once.
 template <class T, class S, int F, int M>
@@ -537,6 +537,52 @@ void panel_tile(int64_t kc, const T* a, const void* panel_data, T* c, int64_t ld
       if constexpr (kChains == 2) sum += acc[1][i][v];
       T* out = c + i * ldc + v * W;
       store<T>(out, accumulate ? load<T>(out) + sum : sum);
+    }
+  }
+}
+
+// Several panels at once for M rows: the hardware prefetcher follows each, and together they reach
+// the memory bandwidth that one stream does not. Asking ahead as well made it 15 to 20 % slower. No
+// more panels than registers hold sums of: 12 vectors with AVX2, 24 with AVX-512.
+template <int M>
+constexpr int kPanelStreams = MOE_MR2 * 2 / (2 * M) >= 4   ? 4
+                              : MOE_MR2 * 2 / (2 * M) >= 2 ? 2
+                                                           : 1;
+
+template <class T, class S, int M>
+void panel_streams(int64_t kc, const T* a, const void* panel_data, int64_t stride, T* const* c,
+                   int64_t ldc, bool accumulate) {
+  constexpr int W = kLanes<T>, kStreams = kPanelStreams<M>;
+  constexpr int kPair = sizeof(S) == sizeof(T) ? 1 : 2;  // steps of k that lie side by side
+  Vec<T> acc[kStreams][M][2] = {};
+  const char* panel = static_cast<const char*>(panel_data);
+  for (int64_t k = 0; k < kc; k += kPair) {
+#pragma GCC unroll 4
+    for (int s = 0; s < kStreams; ++s) {
+      const S* p = reinterpret_cast<const S*>(panel + s * stride);
+#pragma GCC unroll 2
+      for (int half = 0; half < kPair; ++half) {
+        if constexpr (kPair == 2) asm volatile("" ::: "memory");
+        const Vec<T> b0 = panel_vector<T>(p, 0, half), b1 = panel_vector<T>(p, 1, half);
+#pragma GCC unroll 3
+        for (int i = 0; i < M; ++i) {
+          acc[s][i][0] = add_product<T, S>(acc[s][i][0], a + i * kLda + half, b0);
+          acc[s][i][1] = add_product<T, S>(acc[s][i][1], a + i * kLda + half, b1);
+        }
+      }
+    }
+    a += kPair;
+    panel += 2 * W * kPair * sizeof(S);
+  }
+#pragma GCC unroll 4
+  for (int s = 0; s < kStreams; ++s) {
+#pragma GCC unroll 3
+    for (int i = 0; i < M; ++i) {
+#pragma GCC unroll 2
+      for (int v = 0; v < 2; ++v) {
+        T* out = c[s] + i * ldc + v * W;
+        store<T>(out, accumulate ? load<T>(out) + acc[s][i][v] : acc[s][i][v]);
+      }
     }
   }
 }
@@ -1176,6 +1222,13 @@ void fill_panel_tiles(typename Kernels<T>::PanelTile* table) {
   }
 }
 
+template <class T, class S>
+void fill_panel_streams(typename Kernels<T>::PanelStreams* table) {
+  table[0] = &panel_streams<T, S, 1>;
+  table[1] = &panel_streams<T, S, 2>;
+  table[2] = &panel_streams<T, S, 3>;
+}
+
 template <class T>
 Kernels<T> make_kernels() {
   Kernels<T> k = {};
@@ -1191,9 +1244,15 @@ Kernels<T> make_kernels() {
   fill_micro<T, T, 1, true, 1, MOE_MR1>(k.col_a[0]);
   fill_micro<T, T, 2, true, 1, MOE_MR2>(k.col_a[1]);
   fill_panel_tiles<T, T, 1>(k.panel_tile[static_cast<int>(kAccumulate<T>)]);
+  k.num_panel_streams[0] = kPanelStreams<1>;
+  k.num_panel_streams[1] = kPanelStreams<2>;
+  k.num_panel_streams[2] = kPanelStreams<3>;
+  fill_panel_streams<T, T>(k.panel_streams[static_cast<int>(kAccumulate<T>)]);
   if constexpr (sizeof(T) == 4) {
     fill_panel_tiles<T, Bf16, 1>(k.panel_tile[static_cast<int>(DType::kBFloat16)]);
+    fill_panel_streams<T, Bf16>(k.panel_streams[static_cast<int>(DType::kBFloat16)]);
     fill_panel_tiles<T, Fp16, 1>(k.panel_tile[static_cast<int>(DType::kFloat16)]);
+    fill_panel_streams<T, Fp16>(k.panel_streams[static_cast<int>(DType::kFloat16)]);
 #if defined(__AVX512BF16__) && MOE_VEC_BYTES == 64
     k.pairs = true;
     fill_micro<T, Pair, 1, false, 1, MOE_MR1>(k.pair_row_a[0]);
@@ -1201,6 +1260,7 @@ Kernels<T> make_kernels() {
     fill_micro<T, Pair, 1, true, 1, MOE_MR1>(k.pair_col_a[0]);
     fill_micro<T, Pair, 2, true, 1, MOE_MR2>(k.pair_col_a[1]);
     fill_panel_tiles<T, Pair, 1>(k.pair_panel_tile);
+    fill_panel_streams<T, Pair>(k.pair_panel_streams);
     k.pack_pairs = &pack_pairs;
     k.pair_rows = &pair_rows;
 #endif

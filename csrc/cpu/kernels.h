@@ -24,6 +24,9 @@ constexpr int kRankRows = 4;
 
 constexpr int kMaxMr = 24;
 
+// Rows for which several panels of packed weights are read at once.
+constexpr int kMaxStreamRows = 3;
+
 // Of an AMX core's 8 tiles, 6 hold sums; the others an operand each.
 constexpr int kAmxTokenTiles = 6;
 
@@ -101,14 +104,21 @@ struct Kernels {
   using PanelTile = void (*)(int64_t kc, const T* a, const void* panel, T* c, int64_t ldc,
                              bool accumulate, const char* ahead, int64_t ahead_step);
   PanelTile panel_tile[4][kMaxMr];
+  // The same for m <= kMaxStreamRows and num_panel_streams[m - 1] panels, `stride` bytes apart: the
+  // sums of panel s go to c[s]. Index: [type][m - 1].
+  using PanelStreams = void (*)(int64_t kc, const T* a, const void* panel, int64_t stride,
+                                T* const* c, int64_t ldc, bool accumulate);
+  int num_panel_streams[kMaxStreamRows];
+  PanelStreams panel_streams[4][kMaxStreamRows];
 
   // Products of bfloat16 operands without widening them: the same tiles where an element of a and
   // of b is a pair of bfloat16 of adjacent k in the bits of one T, and kc counts pairs. The panel
-  // tile takes bfloat16 panels as they are. Only where `pairs` is true, as are the next two.
+  // tiles take bfloat16 panels as they are. Only where `pairs` is true, as are the next two.
   bool pairs;
   Micro pair_row_a[2][kMaxMr];
   Micro pair_col_a[2][kMaxMr];
   PanelTile pair_panel_tile[kMaxMr];
+  PanelStreams pair_panel_streams[kMaxStreamRows];
   // Panels of 32 columns, [num_rows/2][32][2] and `stride` elements apart, of a bfloat16 matrix
   // whose row r starts `offset` elements after rows[r]; rows[r] == nullptr is a row of zeros.
   // num_rows is even.

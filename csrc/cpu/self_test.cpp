@@ -84,24 +84,63 @@ bool panels_right(const Kernels<T>& k, const Kernels<T>& portable, Numbers<T>& n
   const int P = 2 * k.lanes;
   int num_types;
   const DType* all = types<T>(&num_types);
+  constexpr int64_t depth = 36, kStreams = 4;
   for (int type = 0; type < num_types; ++type) {
-    const int64_t pair = dtype_size(all[type]) == 2 ? 2 : 1, depth = 36;
-    const std::vector<T> w = numbers.take(depth * P);  // [k / pair][P][pair]
-    const std::vector<char> panel = as_type(portable, all[type], w);
+    const int64_t pair = dtype_size(all[type]) == 2 ? 2 : 1;
+    const std::vector<T> w = numbers.take(kStreams * depth * P);  // [stream][k / pair][P][pair]
+    const std::vector<char> panels = as_type(portable, all[type], w);
+    const int64_t panel_bytes = depth * P * dtype_size(all[type]);
     for (int m = 1; m <= k.mr2; ++m) {
-      std::vector<T> a(static_cast<size_t>(m * kLda)), truth(static_cast<size_t>(m * P));
+      const int64_t size = m * P;
+      std::vector<T> a(static_cast<size_t>(m * kLda)), truth(static_cast<size_t>(kStreams * size));
       const std::vector<T> values = numbers.take(m * depth);
       for (int i = 0; i < m; ++i) {
         for (int64_t s = 0; s < depth; ++s) {
           a[i * kLda + s] = values[i * depth + s];
-          for (int j = 0; j < P; ++j) {
-            truth[i * P + j] += a[i * kLda + s] * w[(s / pair * P + j) * pair + s % pair];
+          for (int64_t j = 0; j < kStreams * P; ++j) {
+            truth[j / P * size + i * P + j % P] +=
+                a[i * kLda + s] * w[j / P * depth * P + (s / pair * P + j % P) * pair + s % pair];
           }
         }
       }
-      std::vector<T> c(truth.size(), T(NAN));
-      k.panel_tile[static_cast<int>(all[type])][m - 1](depth, a.data(), panel.data(), c.data(), P,
-                                                       false, panel.data(), 64);
+      const int index = static_cast<int>(all[type]);
+      std::vector<T> c(static_cast<size_t>(size), T(NAN));
+      k.panel_tile[index][m - 1](depth, a.data(), panels.data(), c.data(), P, false, panels.data(),
+                                 64);
+      if (!close(c, {truth.begin(), truth.begin() + size})) return false;
+      if (m > kMaxStreamRows) continue;
+      std::vector<T> sums(truth.size(), T(NAN));
+      T* streams[kStreams];
+      for (int64_t s = 0; s < kStreams; ++s) streams[s] = sums.data() + s * size;
+      const int64_t read = k.num_panel_streams[m - 1] * size;
+      k.panel_streams[index][m - 1](depth, a.data(), panels.data(), panel_bytes, streams, P, false);
+      sums.resize(static_cast<size_t>(read));
+      if (!close(sums, {truth.begin(), truth.begin() + read})) return false;
+    }
+  }
+  return true;
+}
+
+template <class T>
+bool rank_right(const Kernels<T>& k, const Kernels<T>& portable, Numbers<T>& numbers) {
+  constexpr int64_t kTokens = 7;  // 4 + 2 + 1
+  int num_types;
+  const DType* all = types<T>(&num_types);
+  for (int type = 0; type < num_types; ++type) {
+    const std::vector<T> w = numbers.take((2 * kRankRows) * kPitch);  // the kernel fetches ahead
+    const std::vector<char> stored = as_type(portable, all[type], w);
+    for (int rows = 1; rows <= kRankRows; ++rows) {
+      const std::vector<T> a = numbers.take(kTokens * kRankRows);
+      std::vector<T> c = numbers.take(kTokens * kDepth), truth = c;
+      for (int64_t t = 0; t < kTokens; ++t) {
+        for (int64_t r = 0; r < rows; ++r) {
+          for (int64_t j = 0; j < kDepth; ++j) {
+            truth[t * kDepth + j] += a[t * kRankRows + r] * w[r * kPitch + j];
+          }
+        }
+      }
+      k.rank_update(all[type], rows, kTokens, stored.data(), kPitch, a.data(), kRankRows, c.data(),
+                    kDepth, kDepth, true);
       if (!close(c, truth)) return false;
     }
   }
@@ -302,6 +341,75 @@ bool quant_right(const Kernels<float>& k, Numbers<float>& numbers) {
   return true;
 }
 
+// Tiles on pairs of bfloat16: rows of a against one and two vectors of columns.
+bool pairs_right(const Kernels<float>& k, const Kernels<float>& portable, Numbers<float>& numbers) {
+  if (!k.pairs) return true;
+  constexpr int64_t kPairs = 18, kCols = 32, kStreams = 4;
+  const std::vector<float> b = numbers.take(2 * kPairs * kStreams * kCols);  // [k][columns]
+  const std::vector<char> b16 = as_type(portable, DType::kBFloat16, b);
+  const auto* wb = reinterpret_cast<const uint16_t*>(b16.data());
+  const uint16_t* rows[2 * kPairs];
+  for (int64_t s = 0; s < 2 * kPairs; ++s) rows[s] = wb + s * kStreams * kCols;
+  std::vector<float> panels(kPairs * kStreams * kCols);
+  k.pack_pairs(rows, 0, 2 * kPairs, kStreams * kCols, reinterpret_cast<uint16_t*>(panels.data()),
+               2 * kPairs * kCols);
+  std::vector<float> narrow;  // the first 16 columns of the first panel
+  for (int64_t s = 0; s < kPairs; ++s) {
+    narrow.insert(narrow.end(), panels.begin() + s * kCols, panels.begin() + s * kCols + 16);
+  }
+  for (int64_t m = 1; m <= k.mr1; ++m) {
+    const std::vector<float> a = numbers.take(m * 2 * kPairs);
+    const std::vector<char> a16 = as_type(portable, DType::kBFloat16, a);
+    const auto* wa = reinterpret_cast<const uint16_t*>(a16.data());
+    std::vector<float> truth(static_cast<size_t>(kStreams * m * kCols));
+    std::vector<float> row(static_cast<size_t>(m * kLda)), col(kPairs * kLdm);
+    std::vector<uint16_t> even(static_cast<size_t>(m)), odd(static_cast<size_t>(m));
+    for (int64_t i = 0; i < m; ++i) {
+      std::memcpy(row.data() + i * kLda, wa + i * 2 * kPairs, 4 * kPairs);
+      for (int64_t s = 0; s < 2 * kPairs; ++s) {
+        for (int64_t j = 0; j < kStreams * kCols; ++j) {
+          truth[(j / kCols * m + i) * kCols + j % kCols] +=
+              a[i * 2 * kPairs + s] * b[s * kStreams * kCols + j];
+        }
+      }
+    }
+    for (int64_t s = 0; s < kPairs; ++s) {
+      for (int64_t i = 0; i < m; ++i) {
+        even[i] = wa[i * 2 * kPairs + 2 * s];
+        odd[i] = wa[i * 2 * kPairs + 2 * s + 1];
+      }
+      k.pair_rows(even.data(), odd.data(), col.data() + s * kLdm, m);
+    }
+    const std::vector<float> first(truth.begin(), truth.begin() + m * kCols);
+    std::vector<float> slim;
+    for (int64_t i = 0; i < m; ++i) {
+      slim.insert(slim.end(), first.begin() + i * kCols, first.begin() + i * kCols + 16);
+    }
+    TileHints none;
+    std::vector<float> c(slim.size(), NAN), d(slim.size(), NAN);
+    k.pair_row_a[0][m - 1](kPairs, row.data(), narrow.data(), c.data(), 16, false, none);
+    k.pair_col_a[0][m - 1](kPairs, col.data(), narrow.data(), d.data(), 16, false, none);
+    if (!close(c, slim) || !close(d, slim)) return false;
+    if (m > k.mr2) continue;
+    std::vector<float> e(first.size(), NAN), f(first.size(), NAN), g(first.size(), NAN);
+    k.pair_row_a[1][m - 1](kPairs, row.data(), panels.data(), e.data(), kCols, false, none);
+    k.pair_col_a[1][m - 1](kPairs, col.data(), panels.data(), f.data(), kCols, false, none);
+    k.pair_panel_tile[m - 1](kPairs, row.data(), panels.data(), g.data(), kCols, false, b16.data(),
+                             64);
+    if (!close(e, first) || !close(f, first) || !close(g, first)) return false;
+    if (m > kMaxStreamRows) continue;
+    std::vector<float> sums(truth.size(), NAN);
+    float* streams[kStreams];
+    for (int64_t s = 0; s < kStreams; ++s) streams[s] = sums.data() + s * m * kCols;
+    k.pair_panel_streams[m - 1](kPairs, row.data(), panels.data(), kPairs * kCols * 4, streams,
+                                kCols, false);
+    sums.resize(static_cast<size_t>(k.num_panel_streams[m - 1] * m * kCols));
+    truth.resize(sums.size());
+    if (!close(sums, truth)) return false;
+  }
+  return true;
+}
+
 // 32 rows of 96 k against 32 columns, through every AMX entry.
 bool amx_right(const Kernels<float>& k, const Kernels<float>& portable, Numbers<float>& numbers) {
   if (k.amx_panel == nullptr) return true;
@@ -356,10 +464,12 @@ const char* failing_kernel(const Kernels<T>& k, const Kernels<T>& portable) {
   if (!tiles_right(k, numbers)) return "tile";
   if (!panels_right(k, portable, numbers)) return "panel_tile";
   if (!dot_right(k, portable, numbers)) return "dot";
+  if (!rank_right(k, portable, numbers)) return "rank_update";
   if (!rows_right(k, portable, numbers)) return "row";
   if (!transpose_right(k, numbers)) return "transpose";
   if (!activations_right(k, portable, numbers)) return "activation";
   if constexpr (sizeof(T) == 4) {
+    if (!pairs_right(k, portable, numbers)) return "pair";
     if (!quant_right(k, numbers)) return "quant";
     if (!amx_right(k, portable, numbers)) return "amx";
   }

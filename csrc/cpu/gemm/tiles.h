@@ -187,25 +187,46 @@ void panel_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, c
       if (b == k_blocks - 1 && depth > K) dst[kc] = T(0);
     }
   }
-  const auto* tiles = kPairs ? k.pair_panel_tile : k.panel_tile[static_cast<int>(d.b.type)];
+  const char* first = static_cast<const char*>(d.b.panels) + it.expert * layout.expert_bytes() +
+                      it.feature_begin / P * d.segments * layout.panel_bytes;
+  const int type = static_cast<int>(d.b.type);
+  const int64_t count = padded_n / P * d.segments;
+  // Where the sums of panel i begin: panels of the segments take turns.
+  const auto sums = [&](int64_t i) {
+    return tile + i % d.segments * padded_n + i / d.segments * P;
+  };
+  int64_t done = 0;
+  if (m <= kMaxStreamRows) {
+    // A share of the item's panels for each stream, so that streams are long.
+    const int64_t streams = k.num_panel_streams[m - 1], share = count / streams;
+    const auto run = kPairs ? k.pair_panel_streams[m - 1] : k.panel_streams[type][m - 1];
+    T* c[8];
+    for (; done < share; ++done) {
+      for (int64_t s = 0; s < streams; ++s) c[s] = sums(done + s * share);
+      for (int64_t b = 0; b < k_blocks; ++b) {
+        run(std::min(kKc, depth - b * kKc), a + b * m * kLda,
+            first + done * layout.panel_bytes + b * kKc * size, share * layout.panel_bytes, c, ldc,
+            b > 0);
+      }
+    }
+    done = share * streams;
+  }
+  const auto* tiles = kPairs ? k.pair_panel_tile : k.panel_tile[type];
   const int64_t blocks = ceil_div<int64_t>(m, k.mr2);
   // Every tile asks for panels ahead of its own: the core's window is too short to compute and to
   // wait for memory at once. Several tiles on one block share the next block between them.
   const int64_t ahead_step = std::max<int64_t>(size * step / blocks, 2);
-  const char* panel = static_cast<const char*>(d.b.panels) + it.expert * layout.expert_bytes() +
-                      it.feature_begin / P * d.segments * layout.panel_bytes;
-  for (int64_t j = 0; j < padded_n; j += P) {
-    for (int s = 0; s < d.segments; ++s, panel += layout.panel_bytes) {
-      for (int64_t b = 0; b < k_blocks; ++b) {
-        const int64_t kc = std::min(kKc, depth - b * kKc);
-        const char* block = panel + b * kKc * size;
-        for (int64_t i = 0; i < blocks; ++i) {
-          const int64_t i0 = m * i / blocks, i1 = m * (i + 1) / blocks;
-          tiles[i1 - i0 - 1](
-              kc, a + (b * m + i0) * kLda, block, tile + i0 * ldc + s * padded_n + j, ldc, b > 0,
-              block + (blocks == 1 ? kBytesAhead : kc * size) + i * ahead_step * (kc / step),
-              ahead_step);
-        }
+  for (; done < count; ++done) {
+    const char* panel = first + done * layout.panel_bytes;
+    for (int64_t b = 0; b < k_blocks; ++b) {
+      const int64_t kc = std::min(kKc, depth - b * kKc);
+      const char* block = panel + b * kKc * size;
+      for (int64_t i = 0; i < blocks; ++i) {
+        const int64_t i0 = m * i / blocks, i1 = m * (i + 1) / blocks;
+        tiles[i1 - i0 - 1](
+            kc, a + (b * m + i0) * kLda, block, sums(done) + i0 * ldc, ldc, b > 0,
+            block + (blocks == 1 ? kBytesAhead : kc * size) + i * ahead_step * (kc / step),
+            ahead_step);
       }
     }
   }
