@@ -67,10 +67,7 @@ def pace_of(samples: Mapping[str, Samples], num_tokens: int) -> dict[str, float]
 def take_turns(
     session: Session, jobs: dict[str, Any], first: Mapping[str, float]
 ) -> dict[str, Samples]:
-    slow = {name for name in jobs if first[name] > SLOW_S}
-    fast = {name: job for name, job in jobs.items() if name not in slow}
-    samples = alternate(fast, budget_s=session.plan.budget_s, slow_s=SLOW_S)
-    return samples | {name: Samples({0: first[name]}) for name in slow}
+    return alternate(jobs, budget_s=session.plan.budget_s, slow_s=SLOW_S, first_s=first)
 
 
 def make_cell(
