@@ -144,6 +144,14 @@ def test_a_slow_job_runs_twice(clock):
     assert len(samples["fast"].seconds) >= 3
 
 
+@pytest.mark.parametrize(("first", "warm_up"), [(0.1, 1), (1.0, 0), (7.0, 1)])
+def test_a_known_first_call_may_save_the_second(clock, first, warm_up):
+    jobs = {"job": clock.job("job", 1.0)}
+    samples = timing.alternate(jobs, budget_s=0.0, max_rounds=3, first_s={"job": first})
+    assert len(clock.calls) == warm_up + 3
+    assert samples["job"].median == pytest.approx(1.0)
+
+
 def test_fast_jobs_repeat_within_a_sample(clock):
     samples = timing.alternate({"job": clock.job("job", 1e-3)}, budget_s=0.0, max_rounds=3)
     assert len(clock.calls) == 2 + 3 * 10
