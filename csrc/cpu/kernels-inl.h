@@ -279,25 +279,27 @@ void micro(int64_t kc, const T* a, const T* b, T* c, int64_t ldc, bool accumulat
 #pragma GCC unroll 2
     for (int v = 0; v < NV; ++v) acc[i][v] = Vec<T>{};
   }
-  for (int64_t k0 = 0; k0 < kc; k0 += kPrefetchStep) {
-    fetch(hints);
-    const int64_t end = kc - k0 < kPrefetchStep ? kc - k0 : kPrefetchStep;
+  const auto step = [&] {
+    Vec<T> bv[NV];
 #pragma GCC unroll 2
-    for (int64_t k = 0; k < end; ++k) {
-      Vec<T> bv[NV];
-#pragma GCC unroll 2
-      for (int v = 0; v < NV; ++v) bv[v] = load<T>(b + v * W);
+    for (int v = 0; v < NV; ++v) bv[v] = load<T>(b + v * W);
 #pragma GCC unroll 32
-      for (int i = 0; i < M; ++i) {
+    for (int i = 0; i < M; ++i) {
 #pragma GCC unroll 2
-        for (int v = 0; v < NV; ++v) {
-          acc[i][v] = add_product<T, S>(acc[i][v], a + i * kStrideI, bv[v]);
-        }
-      }
-      a += kStrideK;
-      b += NV * W;
+      for (int v = 0; v < NV; ++v)
+        acc[i][v] = add_product<T, S>(acc[i][v], a + i * kStrideI, bv[v]);
     }
+    a += kStrideK;
+    b += NV * W;
+  };
+  // A count of steps that the compiler knows: with an unknown one it kept the sums on the stack.
+  int64_t k = 0;
+  for (; k + kPrefetchStep <= kc; k += kPrefetchStep) {
+    fetch(hints);
+#pragma GCC unroll 2
+    for (int64_t i = 0; i < kPrefetchStep; ++i) step();
   }
+  for (; k < kc; ++k) step();
 #pragma GCC unroll 32
   for (int i = 0; i < M; ++i) {
 #pragma GCC unroll 2
