@@ -45,6 +45,7 @@ SHARED = {
         "kernels_avx512",
         "kernels_avx512_bf16",
         "kernels_portable",
+        "limits",
         "pack",
         "router_bwd",
         "router_row",

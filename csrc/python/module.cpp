@@ -11,6 +11,7 @@
 
 #include "cpu/buffer_cache.h"
 #include "cpu/cpu_isa.h"
+#include "cpu/limits.h"
 #include "cpu/pack.h"
 
 namespace py = pybind11;
@@ -41,6 +42,18 @@ PYBIND11_MODULE(_C, m) {
       return name == nullptr ? std::nullopt : std::optional<std::string>(name);
     }
     throw std::invalid_argument("failing_kernel: level must be supported here, got " + level + ".");
+  });
+  // Rates of every pass, of the level in use; other Python threads may measure at the same time.
+  m.def("measure_limits", [](size_t bytes, double seconds) {
+    const Isa isa = active_isa();
+    Limits limits;
+    {
+      py::gil_scoped_release release;
+      limits = measure_limits(isa, bytes, seconds);
+    }
+    return std::map<std::string, std::vector<double>>{{"fp32_flops", limits.fp32_flops},
+                                                      {"bf16_flops", limits.bf16_flops},
+                                                      {"read_bytes", limits.read_bytes}};
   });
   // Bytes of one expert [O, K] as pack_experts lays it out.
   m.def("packed_expert_bytes",

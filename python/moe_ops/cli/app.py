@@ -119,20 +119,22 @@ def demo(
 @app.command()
 def bench(
     quick: Annotated[
-        bool, typer.Option("--quick", help="Fewer and smaller cases, within a minute.")
+        bool, typer.Option("--quick", help="Small layers, about a minute instead of ten.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads. [default: what torch chooses]")
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. [default: 1]")] = None,
+    isa: Annotated[
+        str | None, typer.Option(help="Hold everything to this instruction set: avx2.")
     ] = None,
 ) -> None:
-    """Time moe_ffn against a loop over experts and torch.nn.functional.grouped_mm."""
-    from moe_ops.cli import bench as benchmark
-    from moe_ops.cli.tables import print_benchmark
+    """Time moe_ops against transformers, plain torch and the limits of this machine.
 
-    console = _console(quiet=as_json)
-    result = benchmark.run(quick=quick, threads=threads, console=console)
-    if as_json:
-        typer.echo(json.dumps(result, indent=2))
-    else:
-        print_benchmark(console, result)
+    More options, such as shapes and numbers of tokens: python -m moe_ops.bench --help.
+    """
+    from moe_ops.bench.main import main as benchmark
+
+    arguments = ["--quick"] if quick else []
+    arguments += ["--json", "-"] if as_json else []
+    arguments += ["--threads", str(threads)] if threads else []
+    arguments += ["--isa", isa] if isa else []
+    benchmark(arguments)

@@ -57,31 +57,6 @@ def print_report(console: Console, report: Report) -> None:
     console.print(f"[bold]{escape(report.conclusion)}[/]", soft_wrap=True)
 
 
-def print_benchmark(console: Console, result: Mapping[str, Any]) -> None:
-    """Times and ratios of every case."""
-    table = Table(
-        title=f"moe_ffn on {result['threads']} threads, {result['cpu_isa']}: medians in ms; "
-        "× = times faster with moe_ops",
-        title_justify="left",
-    )
-    table.add_column("case")
-    table.add_column("pass")
-    table.add_column("moe_ops", justify="right", style="bold")
-    table.add_column("loop", justify="right")
-    table.add_column("×", justify="right")
-    table.add_column("grouped_mm", justify="right")
-    table.add_column("×", justify="right")
-    for case in result["cases"]:
-        for index, (key, label) in enumerate(_PASSES):
-            table.add_row(
-                f"{case['name']}" if index == 0 else f"[dim]{case['shape']}[/]",
-                label,
-                *_times(case[key], "moe_ops", ("loop", "grouped_mm")),
-                end_section=index == 1,
-            )
-    console.print(table)
-
-
 def print_hf_comparison(console: Console, results: list[dict[str, Any]]) -> None:
     """Agreement and times of the Hugging Face models."""
     errors = Table(

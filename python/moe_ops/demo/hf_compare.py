@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from moe_ops.cli.bench import alternate
+from moe_ops.bench.timing import alternate, speedup
 
 IMPLEMENTATIONS = ("eager", "grouped_mm", "moe_ops")
 
@@ -96,10 +96,15 @@ def _compare(
         with torch.no_grad():
             forward()
 
-    times = {
-        key: alternate({i: timed(job, i) for i in IMPLEMENTATIONS}, budget_s=budget_s)
-        for key, job in (("forward", inference), ("forward_backward", both))
-    }
+    times = {}
+    for key, job in (("forward", inference), ("forward_backward", both)):
+        samples = alternate({i: timed(job, i) for i in IMPLEMENTATIONS}, budget_s=budget_s)
+        times[key] = {
+            "seconds": {i: sample.median for i, sample in samples.items()},
+            "speedup": {
+                i: speedup(samples, "moe_ops", i) for i in IMPLEMENTATIONS if i != "moe_ops"
+            },
+        }
     return {
         "model": name,
         "shape": (

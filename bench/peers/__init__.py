@@ -1,0 +1,18 @@
+"""Other libraries' expert layers, as contenders. Nothing is imported before it is asked for."""
+
+from __future__ import annotations
+
+from bench.peers.ggml import GGML
+from bench.peers.onnxruntime import OnnxRuntime
+from bench.peers.vllm_cpu import VllmCpu
+from bench.peers.zentorch import Zentorch
+from moe_ops.bench.contenders import Contender
+
+PEERS: list[Contender] = [
+    VllmCpu(),
+    Zentorch(),
+    *(GGML(weight_format, kind, repacked) for weight_format, kind, repacked in GGML.KINDS),
+    OnnxRuntime("fp32"),
+    OnnxRuntime("int8"),
+    OnnxRuntime("int4"),
+]

@@ -1,0 +1,50 @@
+"""AMD's `zentorch_fused_moe`.
+
+    pip install --no-deps "zentorch==2.13.*"    # the minor version of torch
+
+Only its library is loaded: importing the package would also replace functions of torch.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import torch
+
+from moe_ops.bench.contenders import Bind, Call, Contender
+from moe_ops.bench.shapes import Bank, Tokens
+
+
+class Zentorch(Contender):
+    name = "zentorch"
+    package = "zentorch"
+    follows_isa = False
+
+    def missing(self) -> str | None:
+        if importlib.util.find_spec("zentorch") is None:
+            return "zentorch is not installed"
+        theirs, here = self.version().split(".")[:2], torch.__version__.split(".")[:2]
+        if theirs != here:
+            return f"zentorch {self.version()} is for another torch than {torch.__version__}"
+        return None
+
+    def prepare(self, bank: Bank, weight_format: str) -> Bind:
+        spec = importlib.util.find_spec("zentorch")
+        assert spec is not None and spec.origin is not None
+        torch.ops.load_library(str(Path(spec.origin).parent / "libzentorch.so"))
+        ops = torch.ops.zentorch
+        # It reorders bf16 weights where they are, and remembers by address which ones.
+        ops.zentorch_flush_moe_weight_cache()
+        own = (bank.w_gate_up.clone(), bank.w_down.clone(), None, None)
+
+        def bind(tokens: Tokens) -> Call:
+            ids, out = tokens.topk_ids.int(), torch.empty_like(tokens.x)
+
+            def call() -> torch.Tensor:
+                ops.zentorch_fused_moe(out, tokens.x, *own, tokens.topk_weights, ids, False, "silu")
+                return out
+
+            return call
+
+        return bind

@@ -1,0 +1,182 @@
+#include "cpu/limits.h"
+
+#include <chrono>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace moe_ops::cpu {
+
+namespace {
+
+using Clock = std::chrono::steady_clock;
+// Writes of results that nobody reads: the loops must not be optimised away.
+volatile float float_sink;
+volatile uint64_t int_sink;
+
+// kChains independent sums: at least latency x units, 4 x 2, and few enough to stay in registers.
+#define MOE_FMA_LOOP(name, target, vec_bytes, chains)                                          \
+  target int64_t name(int64_t steps) {                                                         \
+    typedef float Vec __attribute__((vector_size(vec_bytes)));                                 \
+    const Vec a = Vec{} + 0.999f, b = Vec{} + 0.001f;                                          \
+    Vec sums[chains];                                                                          \
+    for (int c = 0; c < chains; ++c) sums[c] = Vec{} + static_cast<float>(c);                  \
+    for (int64_t i = 0; i < steps; ++i) {                                                      \
+      _Pragma("GCC unroll 32") for (int c = 0; c < chains; ++c) { sums[c] = sums[c] * a + b; } \
+    }                                                                                          \
+    for (int c = 0; c < chains; ++c) float_sink = sums[c][0];                                  \
+    return steps * chains * (vec_bytes / 4) * 2;                                               \
+  }
+
+// Four streams, a line of each in turn: one stream alone leaves a fifth of the bandwidth unused.
+#define MOE_READ_LOOP(name, target, vec_bytes)                               \
+  target uint64_t name(const char* data, size_t bytes) {                     \
+    typedef uint64_t Vec __attribute__((vector_size(vec_bytes), may_alias)); \
+    const size_t part = bytes / 4;                                           \
+    Vec sums[4] = {};                                                        \
+    for (size_t i = 0; i < part; i += 64) {                                  \
+      _Pragma("GCC unroll 4") for (size_t s = 0; s < 4; ++s) {               \
+        _Pragma("GCC unroll 4") for (size_t v = 0; v < 64; v += vec_bytes) { \
+          sums[s] |= *reinterpret_cast<const Vec*>(data + s * part + i + v); \
+        }                                                                    \
+      }                                                                      \
+    }                                                                        \
+    const Vec all = sums[0] | sums[1] | sums[2] | sums[3];                   \
+    return all[0];                                                           \
+  }
+
+#define MOE_NO_TARGET
+MOE_FMA_LOOP(fma_portable, MOE_NO_TARGET, 16, 13)
+MOE_READ_LOOP(read_portable, MOE_NO_TARGET, 16)
+
+#if defined(__x86_64__)
+#define MOE_AVX2 __attribute__((target("avx2,fma")))
+#define MOE_AVX512 __attribute__((target("avx512f,avx512bw,prefer-vector-width=512")))
+#define MOE_AVX512_BF16 __attribute__((target("avx512f,avx512bw,avx512bf16")))
+MOE_FMA_LOOP(fma_avx2, MOE_AVX2, 32, 12)
+MOE_READ_LOOP(read_avx2, MOE_AVX2, 32)
+MOE_FMA_LOOP(fma_avx512, MOE_AVX512, 64, 24)
+MOE_READ_LOOP(read_avx512, MOE_AVX512, 64)
+
+// 32 products a vector, each with its addition.
+MOE_AVX512_BF16 int64_t dot_avx512_bf16(int64_t steps) {
+  constexpr int kChains = 24;
+  const __m512bh a = (__m512bh)_mm512_set1_epi16(0x3f00), b = (__m512bh)_mm512_set1_epi16(0x3a00);
+  __m512 sums[kChains];
+  for (auto& sum : sums) sum = _mm512_setzero_ps();
+  for (int64_t i = 0; i < steps; ++i) {
+    _Pragma("GCC unroll 32") for (int c = 0; c < kChains; ++c) {
+      sums[c] = _mm512_dpbf16_ps(sums[c], a, b);
+    }
+  }
+  for (const auto& sum : sums) float_sink = sum[0];
+  return steps * kChains * 32 * 2;
+}
+
+#if defined(MOE_OPS_HAS_AMX)
+// Four 16 x 16 tiles of sums, each step a product with a depth of 32.
+__attribute__((target("amx-tile,amx-bf16"))) int64_t dot_amx(int64_t steps) {
+  struct alignas(64) {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+  } const config;
+  alignas(64) static const char zeros[1024] = {};
+  _tile_loadconfig(&config);
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  _tile_loadd(4, zeros, 64);
+  _tile_loadd(5, zeros, 64);
+  _tile_loadd(6, zeros, 64);
+  _tile_loadd(7, zeros, 64);
+  for (int64_t i = 0; i < steps; ++i) {
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+  _tile_release();
+  return steps * 4 * 16 * 16 * 32 * 2;
+}
+#endif
+#endif
+
+double seconds_since(Clock::time_point start) {
+  return std::chrono::duration<double>(Clock::now() - start).count();
+}
+
+// Rates of passes of about a millisecond.
+std::vector<double> flop_rates(int64_t (*loop)(int64_t), double seconds) {
+  int64_t steps = 1000;
+  for (;;) {
+    const auto start = Clock::now();
+    loop(steps);
+    if (seconds_since(start) > 1e-3) break;
+    steps *= 2;
+  }
+  std::vector<double> rates;
+  for (const auto begin = Clock::now(); rates.size() < 3 || seconds_since(begin) < seconds;) {
+    const auto start = Clock::now();
+    const int64_t operations = loop(steps);
+    rates.push_back(static_cast<double>(operations) / seconds_since(start));
+  }
+  return rates;
+}
+
+std::vector<double> read_rates(uint64_t (*loop)(const char*, size_t), size_t bytes,
+                               double seconds) {
+  constexpr size_t kHugePage = size_t{2} << 20;
+  bytes = (bytes + kHugePage - 1) / kHugePage * kHugePage;
+  char* data = static_cast<char*>(std::aligned_alloc(kHugePage, bytes));
+  if (data == nullptr) return {};
+#if defined(__linux__)
+  madvise(data, bytes, MADV_HUGEPAGE);
+#endif
+  std::memset(data, 1, bytes);
+  std::vector<double> rates;
+  for (const auto begin = Clock::now(); rates.size() < 3 || seconds_since(begin) < seconds;) {
+    const auto start = Clock::now();
+    int_sink = loop(data, bytes);
+    rates.push_back(static_cast<double>(bytes) / seconds_since(start));
+  }
+  std::free(data);
+  return rates;
+}
+
+}  // namespace
+
+Limits measure_limits(Isa isa, size_t bytes, double seconds) {
+  auto fma = fma_portable;
+  auto read = read_portable;
+  int64_t (*dot)(int64_t) = nullptr;
+#if defined(__x86_64__)
+  if (isa >= Isa::kAvx512) {
+    fma = fma_avx512;
+    read = read_avx512;
+  } else if (isa == Isa::kAvx2) {
+    fma = fma_avx2;
+    read = read_avx2;
+  }
+  if (isa >= Isa::kAvx512Bf16) dot = dot_avx512_bf16;
+#if defined(MOE_OPS_HAS_AMX)
+  if (isa == Isa::kAmx) dot = dot_amx;
+#endif
+#endif
+  Limits limits;
+  limits.fp32_flops = flop_rates(fma, seconds);
+  // Without pairs, halves are widened and multiplied in fp32.
+  limits.bf16_flops = dot == nullptr ? limits.fp32_flops : flop_rates(dot, seconds);
+  limits.read_bytes = read_rates(read, bytes, seconds);
+  return limits;
+}
+
+}  // namespace moe_ops::cpu

@@ -1,0 +1,3 @@
+from moe_ops.bench.main import main
+
+main()

@@ -1,0 +1,267 @@
+"""Ways to run the experts of a layer forward: moe_ops, transformers, plain torch.
+
+Other libraries are added by `run` from wherever they are; see `Contender`. Formats are those of the
+weights: fp32, bf16, int8, int4. A contender prepares its own copy of a bank once, binds it to a
+batch of tokens, and the call that comes out is what is timed.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import moe_ops
+from moe_ops.bench.shapes import INT4_GROUP, Bank, Tokens
+
+Call = Callable[[], Tensor]
+Bind = Callable[[Tokens], Call]
+
+
+class Contender:
+    """One way to run the layer.
+
+    `name` is what reports print, `formats` the weight formats it has, `package` the distribution
+    whose version is reported.
+    """
+
+    name: str
+    formats: tuple[str, ...] = ("fp32", "bf16")
+    package: str = "torch"
+    # Whether the environment of `--isa` holds it to that instruction set.
+    follows_isa: bool = True
+
+    def missing(self) -> str | None:
+        """Why it cannot run here, in a few words; None if it can."""
+        return None
+
+    def prepare(self, bank: Bank, weight_format: str) -> Bind:
+        """Converts the weights. The returned function binds tokens; its result is timed."""
+        raise NotImplementedError
+
+    def version(self) -> str:
+        return importlib.metadata.version(self.package)
+
+
+def tolerance(weight_format: str) -> float:
+    """Largest relative error against fp64, beyond which a contender is refused.
+
+    fp32: a sum of some thousand terms rounds to 1e-6 to 4e-6, and an approximated exponential may
+    add as much. bf16: eight roundings of an intermediate. Integers: uniform errors of half a step,
+    where the largest of a row of 2048 normal weights is 4 of their deviations (int8, one scale a
+    row, activations likewise) and of 32 to 128 weights 2.1 to 2.7 (int4); three products in a row;
+    twice that is allowed.
+    """
+    return {
+        "fp32": 1e-5,
+        "bf16": 8 * 2.0**-8,
+        "int8": 2 * 3**0.5 * 2**0.5 * (4 / 127) / 12**0.5,
+        "int4": 2 * 3**0.5 * (2.7 / 7.5) / 12**0.5,
+    }[weight_format]
+
+
+# --------------------------------------------------------------------------------- moe_ops
+
+
+class MoeOps(Contender):
+    """moe_ffn on the weights as they are."""
+
+    name = "moe_ops"
+    package = "torch-moe-ops"
+
+    def prepare(self, bank: Bank, weight_format: str) -> Bind:
+        def bind(tokens: Tokens) -> Call:
+            arguments = (tokens.x, bank.w_gate_up, bank.w_down)
+            return lambda: moe_ops.moe_ffn(*arguments, tokens.topk_weights, tokens.topk_ids)
+
+        return bind
+
+    def version(self) -> str:
+        return moe_ops.__version__
+
+
+class MoeOpsPacked(MoeOps):
+    """moe_ffn_packed: what layers do in inference."""
+
+    name = "moe_ops packed"
+
+    def prepare(self, bank: Bank, weight_format: str) -> Bind:
+        copies = (
+            moe_ops.pack_experts(bank.w_gate_up, halves=True),
+            moe_ops.pack_experts(bank.w_down),
+        )
+
+        def bind(tokens: Tokens) -> Call:
+            arguments = (tokens.x, bank.w_gate_up, bank.w_down, *copies)
+            routing = (tokens.topk_weights, tokens.topk_ids)
+            return lambda: moe_ops.moe_ffn_packed(*arguments, *routing)
+
+        return bind
+
+
+class MoeOpsQuantized(MoeOps):
+    """moe_ffn_quantized: one scale a row for int8, one per INT4_GROUP weights for int4."""
+
+    name = "moe_ops quantized"
+    formats = ("int8", "int4")
+
+    def missing(self) -> str | None:
+        return (
+            None if hasattr(moe_ops, "moe_ffn_quantized") else "no moe_ffn_quantized in this build"
+        )
+
+    def prepare(self, bank: Bank, weight_format: str) -> Bind:
+        quantize = quantize_int8 if weight_format == "int8" else quantize_int4
+        weights = (*quantize(bank.w_gate_up), *quantize(bank.w_down))
+        op: Any = getattr(moe_ops, "moe_ffn_quantized")  # noqa: B009  Absent in older builds.
+
+        def bind(tokens: Tokens) -> Call:
+            return lambda: op(tokens.x, *weights, tokens.topk_weights, tokens.topk_ids)
+
+        return bind
+
+
+def quantize_int8(w: Tensor) -> tuple[Tensor, Tensor]:
+    """[E, O, K] to int8 with a scale [E, O], round to nearest."""
+    q = torch.empty(w.shape, dtype=torch.int8)
+    scales = torch.empty(w.shape[:2])
+    for expert in range(w.shape[0]):
+        values = w[expert].float()
+        scales[expert] = values.abs().amax(-1).clamp_min(1e-12) / 127
+        q[expert] = (values / scales[expert, :, None]).round().to(torch.int8)
+    return q, scales
+
+
+def quantize_int4(w: Tensor, group: int = INT4_GROUP) -> tuple[Tensor, Tensor]:
+    """[E, O, K] to uint8 [E, O, K/2] (even k in the low nibble, q + 8) with scales [E, O, K/group].
+
+    The largest value of a group is mapped to -8, so that all sixteen steps are used.
+    """
+    q = torch.empty(*w.shape[:2], w.shape[2] // 2, dtype=torch.uint8)
+    scales = torch.empty(*w.shape[:2], w.shape[2] // group)
+    for expert in range(w.shape[0]):
+        values = w[expert].float().unflatten(-1, (-1, group))
+        largest = values.gather(-1, values.abs().argmax(-1, keepdim=True))
+        scale = torch.where(largest == 0, 1.0, largest / -8)
+        codes = ((values / scale).round().clamp(-8, 7) + 8).to(torch.uint8).flatten(-2)
+        q[expert] = codes[:, 0::2] | codes[:, 1::2] << 4
+        scales[expert] = scale[..., 0]
+    return q, scales
+
+
+# ----------------------------------------------------------------------------- transformers
+
+
+def hf_experts(bank: Bank, implementation: str) -> Any:
+    """The experts of a Qwen3-MoE block of transformers around the weights of `bank`."""
+    from transformers import Qwen3MoeConfig
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+
+    shape = bank.shape
+    config = Qwen3MoeConfig(
+        hidden_size=shape.H,
+        moe_intermediate_size=shape.I,
+        num_experts=shape.E,
+        num_experts_per_tok=shape.K,
+    )
+    config._experts_implementation = implementation
+    with torch.device("meta"):
+        experts = Qwen3MoeExperts(config)
+    experts.gate_up_proj = torch.nn.Parameter(bank.w_gate_up)
+    experts.down_proj = torch.nn.Parameter(bank.w_down)
+    return experts
+
+
+class HuggingFace(Contender):
+    """The experts of transformers' Qwen3-MoE with one of its own implementations."""
+
+    package = "transformers"
+
+    def __init__(self, implementation: str) -> None:
+        self.implementation = implementation
+        self.name = f"HF {implementation}"
+
+    def missing(self) -> str | None:
+        return None if importlib.util.find_spec("transformers") else "transformers is not installed"
+
+    def prepare(self, bank: Bank, weight_format: str) -> Bind:
+        experts = hf_experts(bank, self.implementation)
+
+        def bind(tokens: Tokens) -> Call:
+            # Its router hands weights over in the dtype of the model.
+            arguments = (tokens.x, tokens.topk_ids.long(), tokens.topk_weights.to(bank.dtype))
+            return lambda: experts(*arguments)
+
+        return bind
+
+
+# ------------------------------------------------------------------------------ plain torch
+
+
+def loop_over_experts(
+    x: Tensor, w_gate_up: Tensor, w_down: Tensor, topk_weights: Tensor, topk_ids: Tensor
+) -> Tensor:
+    """The usual PyTorch loop: gather an expert's tokens, two products, add back.
+
+    The weights are unbound once: indexing them in the loop, as is often seen, makes the backward
+    pass add a gradient of the size of all experts for every single one.
+    """
+    y = torch.zeros_like(x)
+    weights = zip(w_gate_up.unbind(), w_down.unbind(), strict=True)
+    for expert, (gate_up, down) in enumerate(weights):
+        token, slot = torch.where(topk_ids == expert)
+        if token.numel() == 0:
+            continue
+        gate, up = F.linear(x[token], gate_up).chunk(2, dim=-1)
+        out = F.linear(F.silu(gate) * up, down)
+        y.index_add_(0, token, (out * topk_weights[token, slot, None]).to(y.dtype))
+    return y
+
+
+def widened_loop(
+    x: Tensor, w_gate_up: Tensor, w_down: Tensor, topk_weights: Tensor, topk_ids: Tensor
+) -> Tensor:
+    """The loop with each expert's weights widened to fp32 first, where bf16 products are slow."""
+    y = torch.zeros_like(x, dtype=torch.float32)
+    wide = x.float()
+    for expert in topk_ids.unique().tolist():
+        token, slot = torch.where(topk_ids == expert)
+        gate, up = F.linear(wide[token], w_gate_up[expert].float()).chunk(2, dim=-1)
+        out = F.linear(F.silu(gate) * up, w_down[expert].float())
+        y.index_add_(0, token, out * topk_weights[token, slot, None])
+    return y.to(x.dtype)
+
+
+class Loop(Contender):
+    """One of the loops over experts above."""
+
+    def __init__(self, name: str, function: Callable[..., Tensor], *formats: str) -> None:
+        self.name, self.function, self.formats = name, function, formats
+
+    def prepare(self, bank: Bank, weight_format: str) -> Bind:
+        def bind(tokens: Tokens) -> Call:
+            arguments = (tokens.x, bank.w_gate_up, bank.w_down)
+            return lambda: self.function(*arguments, tokens.topk_weights, tokens.topk_ids)
+
+        return bind
+
+
+# The last of these that ran in a cell stands for moe_ops.
+OURS = ("moe_ops", "moe_ops packed", "moe_ops quantized")
+
+
+def builtin_contenders() -> list[Contender]:
+    return [
+        MoeOps(),
+        MoeOpsPacked(),
+        MoeOpsQuantized(),
+        HuggingFace("grouped_mm"),
+        HuggingFace("eager"),
+        Loop("per-expert mm", loop_over_experts, "fp32", "bf16"),
+        Loop("widened mm", widened_loop, "bf16"),
+    ]

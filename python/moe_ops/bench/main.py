@@ -1,0 +1,120 @@
+"""The command line of the benchmark: ``python -m moe_ops.bench``, ``moe-ops bench``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from moe_ops.bench import machine, report
+from moe_ops.bench.contenders import Contender
+from moe_ops.bench.run import run
+from moe_ops.bench.session import MODES, Plan
+from moe_ops.bench.shapes import SHAPES
+
+# About a minute: a small and a medium layer.
+QUICK = Plan(
+    modes=("forward", "training", "parts"),
+    shapes=("d", "e"),
+    tokens=(1, 16, 256),
+    training_shapes=("e",),
+    training_tokens=(16, 256),
+    part_tokens=(1, 512),
+    thp=False,
+    budget_s=0.8,
+    limit_s=0.3,
+)
+# What a user with patience sees: about ten minutes.
+FULL = Plan(modes=("forward", "quantized", "training", "parts", "memory"), shapes=("a32", "d"))
+# The run behind docs/performance.md.
+ALL = Plan()
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="moe_ops.bench", description=__doc__)
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--quick", action="store_true", help="small layers, about a minute")
+    which.add_argument("--all", action="store_true", help="everything, some 20 minutes")
+    parser.add_argument("--modes", nargs="+", choices=MODES)
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, help="for all modes")
+    parser.add_argument("--tokens", nargs="+", type=int, help="numbers of tokens, for all modes")
+    parser.add_argument("--weights", nargs="+", choices=("fp32", "bf16"))
+    parser.add_argument("--threads", type=int, help="of every contender; 1 if not given")
+    parser.add_argument("--isa", choices=machine.ISA_ENVIRONMENTS, help="hold everything to it")
+    parser.add_argument("--contenders", nargs="+", help="ours and these only, by name")
+    parser.add_argument("--budget", type=float, help="seconds a cell")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="the result; -: print only it")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the report there")
+    parser.add_argument(
+        "--render", nargs="+", type=Path, metavar="JSON", help="measure nothing: report these files"
+    )
+    return parser.parse_args(arguments)
+
+
+def plan_of(arguments: argparse.Namespace) -> Plan:
+    plan = QUICK if arguments.quick else ALL if arguments.all else FULL
+    changes: dict[str, Any] = {}
+    if arguments.modes:
+        changes["modes"] = tuple(arguments.modes)
+    if arguments.shapes:
+        for key in ("shapes", "quantized_shapes", "training_shapes", "memory_shapes"):
+            changes[key] = tuple(arguments.shapes)
+    if arguments.tokens:
+        for key in ("tokens", "training_tokens", "part_tokens"):
+            changes[key] = tuple(arguments.tokens)
+    if arguments.weights:
+        changes["formats"] = tuple(arguments.weights)
+    if arguments.contenders:
+        changes["only"] = tuple(arguments.contenders)
+    if arguments.threads:
+        changes["threads"] = arguments.threads
+    if arguments.budget:
+        changes["budget_s"] = arguments.budget
+    return replace(plan, **changes)
+
+
+def main(arguments: Sequence[str] | None = None, *, contenders: Sequence[Contender] = ()) -> None:
+    """Measures with the built-in contenders and these, prints the report, writes files."""
+    options = parse(arguments)
+    if options.render:
+        results = [json.loads(path.read_text()) for path in options.render]
+        _write(options.markdown, "\n".join(report.render(result) for result in results))
+        return
+    if options.isa and not machine.held_to_isa(options.isa):
+        machine.restart_with_isa(options.isa)
+    started = time.perf_counter()
+
+    def log(line: str) -> None:
+        print(f"[{time.perf_counter() - started:5.0f} s] {line}", file=sys.stderr, flush=True)
+
+    result = run(plan_of(options), contenders=contenders, log=log)
+    if str(options.json) == "-":
+        print(dumps(result), end="")
+        return
+    if options.json:
+        options.json.write_text(dumps(result))
+    _write(options.markdown, report.render(result))
+
+
+def dumps(result: dict[str, Any]) -> str:
+    """JSON with one cell a line, so that two runs can be compared line by line."""
+    lines = []
+    for key, value in result.items():
+        if isinstance(value, list) and value:
+            cells = ",\n  ".join(json.dumps(cell, separators=(",", ":")) for cell in value)
+            lines.append(f'"{key}": [\n  {cells}\n]')
+        else:
+            lines.append(f'"{key}": {json.dumps(value)}')
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def _write(path: Path | None, text: str) -> None:
+    if path is None:
+        print(text)
+    else:
+        path.write_text(text)

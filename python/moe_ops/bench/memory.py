@@ -1,0 +1,85 @@
+"""Peak memory of a training step beyond weights and gradients.
+
+Each contender runs in a process of its own: the kernel keeps the largest resident size of a process
+(VmHWM), which writing to /proc/self/clear_refs sets back. After one step has warmed everything up,
+a second step is measured; what it had at most above weights and gradients is the result. Workspaces
+and caches that a library keeps between steps count as its own.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moe_ops.bench.shapes import DTYPES, SHAPES, make_bank, make_tokens
+from moe_ops.bench.training import steps
+
+CONTENDERS = ("moe_ops", "moe_ops fresh .grad", "HF grouped_mm")
+
+
+def measure_memory(shape: str, dtype: str, num_tokens: int) -> dict[str, Any]:
+    """MiB of each contender, from a child process each; `skipped` says why one has none."""
+    result: dict[str, Any] = {"shape": shape, "weights": dtype, "T": num_tokens}
+    result |= {"mib": {}, "skipped": {}}
+    for name in CONTENDERS:
+        command = [sys.executable, "-m", "moe_ops.bench.memory", shape, dtype, str(num_tokens)]
+        child = subprocess.run([*command, name], capture_output=True, text=True, check=False)
+        if child.returncode == 0:
+            result["mib"][name] = json.loads(child.stdout)["beyond_bytes"] / 2**20
+        else:
+            lines = child.stderr.strip().splitlines() or ["it ended without a word"]
+            result["skipped"][name] = lines[-1]
+    return result
+
+
+def beyond(shape: str, dtype: str, num_tokens: int, name: str) -> dict[str, int]:
+    """In a fresh process: resident bytes of a step above the process, weights and gradients."""
+    torch.set_num_threads(1)
+    _warm_up_torch()
+    gc.collect()
+    before = _status("VmRSS")
+    bank = make_bank(SHAPES[shape], DTYPES[dtype])
+    tokens = make_tokens(SHAPES[shape], DTYPES[dtype], num_tokens)
+    grad_y = torch.randn(tokens.x.shape).to(bank.dtype)
+    # Building the other contenders takes no memory but kept gradients, which die here.
+    step = steps(bank, tokens, grad_y)[name]
+    gc.collect()
+    step()
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")
+    step()
+    weights = sum(w.numel() * w.element_size() for w in (bank.w_gate_up, bank.w_down))
+    inputs = 2 * tokens.x.numel() * tokens.x.element_size()
+    used = _status("VmHWM") - before - inputs
+    return {"beyond_bytes": used - 2 * weights, "weight_bytes": weights}
+
+
+def _warm_up_torch() -> None:
+    """Loads what the first product and the first backward pass load."""
+    tiny = SHAPES["d"]
+    bank, tokens = make_bank(tiny, torch.float32), make_tokens(tiny, torch.float32, 4)
+    for step in steps(bank, tokens, torch.randn(tokens.x.shape)).values():
+        step()
+
+
+def _status(key: str) -> int:
+    text = Path("/proc/self/status").read_text()
+    found = re.search(rf"^{key}:\s+(\d+) kB", text, re.MULTILINE)
+    if found is None:
+        raise OSError(f"/proc/self/status has no {key}")
+    return int(found.group(1)) * 1024
+
+
+if __name__ == "__main__":
+    shape_name, dtype_name, count, contender = sys.argv[1:]
+    if not os.path.exists("/proc/self/clear_refs"):
+        sys.exit("the system has no /proc/self/clear_refs")
+    print(json.dumps(beyond(shape_name, dtype_name, int(count), contender)))

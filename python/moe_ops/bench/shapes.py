@@ -1,0 +1,133 @@
+"""The layers that are measured, their weights and tokens, and the work that they hold."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from moe_ops.ops import topk_router
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# Bytes of a weight; int8 and int4 have fp32 scales beside them, see `Tokens.weight_bytes`.
+_WEIGHT_BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0, "int4": 0.5}
+INT4_GROUP = 32
+
+
+@dataclass(frozen=True)
+class Shape:
+    """E experts of width I on tokens of width H, K experts a token."""
+
+    name: str
+    H: int
+    I: int
+    E: int
+    K: int
+    like: str = ""
+
+    def __str__(self) -> str:
+        return f"H{self.H} I{self.I} E{self.E} K{self.K}"
+
+
+SHAPES = {
+    shape.name: shape
+    for shape in (
+        Shape("a32", 2048, 768, 32, 8, "Qwen3-30B-A3B with 32 of its 128 experts"),
+        Shape("b", 2048, 3584, 8, 2, "Mixtral, half as wide"),
+        Shape("c", 2048, 1024, 64, 8, "OLMoE"),
+        Shape("d", 256, 512, 16, 2, "a small model"),
+        Shape("e", 1024, 512, 32, 4, "a medium model"),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Bank:
+    """The weights of one layer, as Hugging Face stores them."""
+
+    shape: Shape
+    w_gate_up: Tensor
+    w_down: Tensor
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.w_gate_up.dtype
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The first T tokens of a batch with their routing."""
+
+    x: Tensor
+    topk_weights: Tensor
+    topk_ids: Tensor
+
+    @property
+    def count(self) -> int:
+        return self.x.shape[0]
+
+    @cached_property
+    def experts_used(self) -> int:
+        return int(self.topk_ids.unique().numel())
+
+    def weight_bytes(self, shape: Shape, dtype: str) -> float:
+        """Bytes of the weights of the experts that have tokens."""
+        weights = 3.0 * shape.H * shape.I
+        each = weights * _WEIGHT_BYTES[dtype]
+        if dtype == "int8":
+            each += 4.0 * (2 * shape.I + shape.H)
+        if dtype == "int4":
+            each += 4.0 * weights / INT4_GROUP
+        return self.experts_used * each
+
+
+def flops(shape: Shape, num_tokens: int, *, training: bool = False) -> float:
+    """Multiplications and additions of the three products; a training step has thrice as many."""
+    return num_tokens * shape.K * 6.0 * shape.H * shape.I * (3 if training else 1)
+
+
+def make_bank(shape: Shape, dtype: torch.dtype, seed: int = 0) -> Bank:
+    """Weights with the variance that keeps activations near one."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def weights(*size: int) -> Tensor:
+        w = torch.empty(size, dtype=dtype)
+        for expert in w:  # One at a time: no fp32 copy of a whole bank of halves.
+            expert.copy_(torch.randn(expert.shape, generator=generator) * size[-1] ** -0.5)
+        return w
+
+    return Bank(
+        shape,
+        weights(shape.E, 2 * shape.I, shape.H),
+        weights(shape.E, shape.H, shape.I),
+    )
+
+
+def make_tokens(shape: Shape, dtype: torch.dtype, num_tokens: int, seed: int = 1) -> Tokens:
+    """Random x, and a routing by random logits: mildly uneven, as a trained router's.
+
+    Routing weights are such that `dtype` holds them exactly: some contenders take them in it.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(num_tokens, shape.H, generator=generator).to(dtype)
+    logits = torch.randn(num_tokens, shape.E, generator=generator)
+    topk_weights, topk_ids = topk_router(logits, shape.K, renormalize=True)
+    return Tokens(x, topk_weights.to(dtype).float(), topk_ids)
+
+
+def take(tokens: Tokens, count: int) -> Tokens:
+    return Tokens(tokens.x[:count], tokens.topk_weights[:count], tokens.topk_ids[:count])
+
+
+def exact_output(bank: Bank, tokens: Tokens, rows: Tensor) -> Tensor:
+    """The layer in fp64 on the chosen tokens, [len(rows), H]; expert by expert, to save memory."""
+    x, weights, ids = tokens.x[rows].double(), tokens.topk_weights[rows], tokens.topk_ids[rows]
+    y = torch.zeros(x.shape, dtype=torch.float64)
+    for expert in ids.unique().tolist():
+        token, slot = torch.where(ids == expert)
+        gate, up = (x[token] @ bank.w_gate_up[expert].double().T).chunk(2, dim=-1)
+        out = (torch.nn.functional.silu(gate) * up) @ bank.w_down[expert].double().T
+        y.index_add_(0, token, out * weights[token, slot, None].double())
+    return y

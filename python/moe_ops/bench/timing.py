@@ -1,0 +1,147 @@
+"""Contenders in turns: a change of the machine's speed meets all of them.
+
+Every round runs each job once, in an order that turns from round to round. A sample in which a
+thread of ours waited for a core that another process held is repeated once and, if that one waited
+too, left out. Times are medians, ratios the medians of the ratios of a round.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+_TASKS = Path("/proc/self/task")
+# A round of a fast job repeats it, so that the clock and the scheduler do not decide.
+_SAMPLE_S = 0.01
+_MAX_REPEATS = 200
+# Of a sample's time; below, waiting is lost in the noise.
+_WAIT_SHARE = 0.02
+
+
+@dataclass
+class Samples:
+    """Seconds of one job, by round. `waited` are the rounds in which it had to wait for a core."""
+
+    seconds: dict[int, float] = field(default_factory=dict)
+    waited: dict[int, float] = field(default_factory=dict)
+
+    @property
+    def clean(self) -> bool:
+        """Whether the median is of samples that did not wait: three, or all there are."""
+        return len(self.seconds) >= min(3, len(self.seconds) + len(self.waited))
+
+    @property
+    def used(self) -> dict[int, float]:
+        return self.seconds if self.clean else {**self.seconds, **self.waited}
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.used.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        result: dict[str, Any] = {"ms": self.median * 1e3, "rounds": len(self.used)}
+        if self.waited:
+            result["waited"] = len(self.waited)
+        if not self.clean:
+            result["noisy"] = True
+        return result
+
+
+def alternate(
+    jobs: Mapping[str, Callable[[], object]],
+    *,
+    budget_s: float,
+    min_rounds: int = 3,
+    max_rounds: int = 41,
+    slow_s: float = 6.0,
+    repeats: bool = True,
+    first_s: Mapping[str, float] | None = None,
+) -> dict[str, Samples]:
+    """Runs the jobs in turns until the budget is spent.
+
+    Args:
+        jobs: what to run, by name.
+        budget_s: seconds for all rounds together; warming up comes on top, and `min_rounds` do.
+        min_rounds, max_rounds: of every job but slow ones.
+        slow_s: a job whose first call takes longer is not called again. One that would take a
+            sixth of the budget a round stops after `min_rounds`.
+        repeats: let a fast job run several times a sample.
+        first_s: seconds of a call that has been made, of jobs that need no more warming up.
+
+    Returns:
+        The samples of each job.
+    """
+    samples = {name: Samples() for name in jobs}
+    counts: dict[str, int] = {}
+    slow: set[str] = set()
+    for name, job in jobs.items():
+        known = (first_s or {}).get(name)
+        first = _timed(job, 1) if known is None else known
+        if first > slow_s:
+            samples[name].seconds[0] = first
+            continue
+        # A second call of a fast job: the first one may have loaded and allocated.
+        second = min(first, _timed(job, 1)) if first < 0.2 or known is None else first
+        counts[name] = max(1, min(_MAX_REPEATS, round(_SAMPLE_S / max(1e-6, second))))
+        if not repeats:
+            counts[name] = 1
+        if second > budget_s / 6:
+            slow.add(name)
+    names = list(counts)
+    end = time.perf_counter() + budget_s
+    for round_number in range(max_rounds):
+        if round_number >= min_rounds and time.perf_counter() > end:
+            break
+        shift = round_number % max(1, len(names))
+        for name in names[shift:] + names[:shift]:
+            if name in slow and round_number >= min_rounds:
+                continue
+            _take(samples[name], round_number, jobs[name], counts[name])
+    return samples
+
+
+def speedup(samples: Mapping[str, Samples], ours: str, other: str) -> float:
+    """Median over rounds of how many times longer `other` took."""
+    a, b = samples[other].used, samples[ours].used
+    shared = a.keys() & b.keys()
+    if len(shared) < 3:
+        return samples[other].median / samples[ours].median
+    return statistics.median(a[r] / b[r] for r in shared)
+
+
+def waited_s() -> float:
+    """Seconds that the threads of this process stood ready without a core; 0 if nobody counts."""
+    total = 0
+    try:
+        for task in _TASKS.iterdir():
+            try:
+                total += int((task / "schedstat").read_text().split()[1])
+            except (OSError, IndexError, ValueError):
+                continue  # A thread that has ended meanwhile.
+    except OSError:
+        return 0.0
+    return total * 1e-9
+
+
+def _take(samples: Samples, round_number: int, job: Callable[[], object], repeats: int) -> None:
+    for attempt in range(2):
+        before = waited_s()
+        seconds = _timed(job, repeats)
+        waited = waited_s() - before
+        if waited <= _WAIT_SHARE * seconds * repeats:
+            samples.seconds[round_number] = seconds
+            return
+        if attempt == 1 or seconds * repeats > 1.0:
+            samples.waited[round_number] = seconds
+            return
+
+
+def _timed(job: Callable[[], object], repeats: int) -> float:
+    started = time.perf_counter()
+    for _ in range(repeats):
+        job()
+    return (time.perf_counter() - started) / repeats

@@ -1,0 +1,184 @@
+"""Forward and backward of the layer: moe_ops into kept gradients, transformers, plain torch.
+
+Gradients of x, of the routing weights and of both weights are asked for. The usual way leaves fresh
+gradients in ``.grad``, which is cleared before every step; with kept gradients, `moe_ffn` adds
+those of the weights to buffers that live as long as the weights (``main_grads``).
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import moe_ops
+from moe_ops.bench.contenders import hf_experts, loop_over_experts, tolerance
+from moe_ops.bench.session import (
+    TOO_SLOW_S,
+    Session,
+    make_cell,
+    pace_of,
+    relative_error,
+    take_turns,
+    tell,
+)
+from moe_ops.bench.shapes import DTYPES, SHAPES, Bank, Tokens, make_bank, make_tokens, take
+
+Step = Callable[[], dict[str, Tensor]]
+OURS = "moe_ops"
+
+
+def steps(bank: Bank, tokens: Tokens, grad_y: Tensor) -> dict[str, Step]:
+    """The contenders. Each step returns the gradients of x, of w_gate_up and of w_down."""
+    found: dict[str, Step] = {
+        OURS: _kept(bank, tokens, grad_y),
+        "moe_ops fresh .grad": _fresh(moe_ops.moe_ffn, bank, tokens, grad_y),
+    }
+    if importlib.util.find_spec("transformers"):
+        found["HF grouped_mm"] = _hugging_face(bank, tokens, grad_y)
+    found["per-expert mm"] = _fresh(loop_over_experts, bank, tokens, grad_y)
+    return found
+
+
+def skipped() -> dict[str, str]:
+    if importlib.util.find_spec("transformers"):
+        return {}
+    return {"HF grouped_mm": "transformers is not installed"}
+
+
+def exact_grad_x(bank: Bank, tokens: Tokens, grad_y: Tensor) -> Tensor:
+    """Gradient of x in fp64, from the derivatives written out, expert by expert."""
+    x, weights, ids = tokens.x.double(), tokens.topk_weights.double(), tokens.topk_ids
+    grad_x = torch.zeros_like(x)
+    for expert in ids.unique().tolist():
+        token, slot = torch.where(ids == expert)
+        w_gate_up, w_down = bank.w_gate_up[expert].double(), bank.w_down[expert].double()
+        gate, up = (x[token] @ w_gate_up.T).chunk(2, dim=-1)
+        grad_h = (grad_y[token].double() * weights[token, slot, None]) @ w_down
+        s = torch.sigmoid(gate)
+        grad_gate = grad_h * up * s * (1 + gate * (1 - s))
+        grad_x.index_add_(0, token, torch.cat([grad_gate, grad_h * gate * s], -1) @ w_gate_up)
+    return grad_x
+
+
+def _leaves(bank: Bank, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x, topk_weights = tokens.x.clone(), tokens.topk_weights.to(bank.dtype)
+    return (
+        x.requires_grad_(),
+        bank.w_gate_up.detach().requires_grad_(),
+        bank.w_down.detach().requires_grad_(),
+        topk_weights.requires_grad_(),
+    )
+
+
+def _kept(bank: Bank, tokens: Tokens, grad_y: Tensor) -> Step:
+    x, w_gate_up, w_down, topk_weights = _leaves(bank, tokens)
+    main_grads = (torch.zeros_like(bank.w_gate_up), torch.zeros_like(bank.w_down))
+    first = True
+
+    def step() -> dict[str, Tensor]:
+        nonlocal first
+        x.grad = topk_weights.grad = None
+        y = moe_ops.moe_ffn(
+            x, w_gate_up, w_down, topk_weights, tokens.topk_ids, main_grads=main_grads
+        )
+        y.backward(grad_y)
+        assert x.grad is not None
+        result = {"x": x.grad}
+        if first:  # Later ones are sums of steps.
+            result |= {"w_gate_up": main_grads[0].clone(), "w_down": main_grads[1].clone()}
+        first = False
+        return result
+
+    return step
+
+
+def _fresh(function: Callable[..., Tensor], bank: Bank, tokens: Tokens, grad_y: Tensor) -> Step:
+    x, w_gate_up, w_down, topk_weights = leaves = _leaves(bank, tokens)
+
+    def step() -> dict[str, Tensor]:
+        for leaf in leaves:
+            leaf.grad = None
+        function(x, w_gate_up, w_down, topk_weights, tokens.topk_ids).backward(grad_y)
+        return _grads(x, w_gate_up, w_down)
+
+    return step
+
+
+def _hugging_face(bank: Bank, tokens: Tokens, grad_y: Tensor) -> Step:
+    experts: Any = hf_experts(bank, "grouped_mm")
+    x, _, _, topk_weights = _leaves(bank, tokens)
+    leaves = (x, experts.gate_up_proj, experts.down_proj, topk_weights)
+    ids = tokens.topk_ids.long()
+
+    def step() -> dict[str, Tensor]:
+        for leaf in leaves:
+            leaf.grad = None
+        experts(x, ids, topk_weights).backward(grad_y)
+        return _grads(x, experts.gate_up_proj, experts.down_proj)
+
+    return step
+
+
+def _grads(x: Tensor, w_gate_up: Tensor, w_down: Tensor) -> dict[str, Tensor]:
+    assert x.grad is not None and w_gate_up.grad is not None and w_down.grad is not None
+    return {"x": x.grad, "w_gate_up": w_gate_up.grad, "w_down": w_down.grad}
+
+
+def run_training(session: Session) -> list[dict[str, Any]]:
+    plan = session.plan
+    cells = []
+    for shape in plan.training_shapes:
+        for weight_format in plan.formats:
+            bank = make_bank(SHAPES[shape], DTYPES[weight_format])
+            cells += _training_cells(session, bank, weight_format)
+            del bank
+            gc.collect()
+    return cells
+
+
+def _training_cells(session: Session, bank: Bank, weight_format: str) -> list[dict[str, Any]]:
+    plan, shape = session.plan, bank.shape
+    batch = make_tokens(shape, bank.dtype, max(plan.training_tokens))
+    cells, pace = [], dict[str, float]()
+    for T in plan.training_tokens:
+        tokens = take(batch, T)
+        grad_y = torch.randn(tokens.x.shape, generator=torch.Generator().manual_seed(2))
+        grad_y = grad_y.to(bank.dtype)
+        contenders = steps(bank, tokens, grad_y)
+        left_out, jobs, errors, first = skipped(), {}, {}, {}
+        exact = exact_grad_x(bank, tokens, grad_y)
+        weight_grads: dict[str, Tensor] = {}
+        for name, step in contenders.items():
+            if pace.get(name, 0.0) * T > TOO_SLOW_S:
+                left_out[name] = f"would take about {pace[name] * T:.0f} s a step"
+                continue
+            started = time.perf_counter()
+            gradients = step()
+            first[name] = time.perf_counter() - started
+            error = relative_error(gradients["x"], exact)
+            # dW has no cheap truth in fp64: all contenders must agree with the first, ours.
+            for key in ("w_gate_up", "w_down"):
+                sampled = gradients[key][:, ::61].float()
+                error = max(error, relative_error(sampled, weight_grads.setdefault(key, sampled)))
+            if not error <= 2 * tolerance(weight_format):
+                left_out[name] = f"wrong: relative error {error:.1e}"
+                continue
+            jobs[name], errors[name] = step, error
+        samples = take_turns(session, jobs, first)
+        pace = pace_of(samples, T)
+        cell = make_cell("training", bank, weight_format, tokens, samples, left_out, plan.threads)
+        cell["thp"] = os.environ.get("THP_MEM_ALLOC_ENABLE") == "1"
+        for name, error in errors.items():
+            cell["contenders"][name]["error"] = error
+        cells.append(cell)
+        tell(session, cell)
+        del contenders, jobs, weight_grads
+        gc.collect()
+    return cells
