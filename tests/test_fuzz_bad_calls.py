@@ -104,6 +104,16 @@ def good_call(op: str, s: Sizes) -> dict:
             call["packed_gate_up"] = moe_ops.pack_experts(call["w_gate_up"], halves=True)
             call["packed_down"] = moe_ops.pack_experts(call["w_down"])
             return call
+        case "moe_ffn_quantized":
+            call = good_call("moe_ffn", s)
+            if s.dtype == torch.float64:
+                for name in ("x", "b_gate_up", "b_down"):
+                    call[name] = call[name].float()
+            for name in ("w_gate_up", "w_down"):
+                call[f"{name}_scale"] = torch.rand(call[name].shape[:2])
+                call[name] = torch.randint(-127, 128, call[name].shape).to(torch.int8)
+            call["x_scale"] = torch.rand(s.h)
+            return call
         case "pack_experts":
             return {"w": s.float(s.e, 2 * s.o, s.h), "halves": True}
         case "moe_linear_map":
@@ -137,6 +147,7 @@ OPS = (
     "grouped_sum",
     "moe_ffn",
     "moe_ffn_packed",
+    "moe_ffn_quantized",
     "moe_linear_map",
     "moe_linear_reduce",
     "pack_experts",
@@ -177,6 +188,7 @@ BAD_ARGUMENTS = {
     "gated_act": [("activation", ("", "silu", "gelu", "SWIGLU", "swiglu\0"))],
     "moe_ffn": [("activation", ("", "swish", "SWIGLU"))],
     "moe_ffn_packed": [("activation", ("", "swish", "SWIGLU", "swiglu\0"))],
+    "moe_ffn_quantized": [("activation", ("", "swish", "SWIGLU", "swiglu\0"))],
 }
 INDEX_TENSORS = ("topk_ids", "expert_offsets", "row_to_slot", "slot_to_row")
 OUT_OF_RANGE = (-1, -(2**31), 2**31 - 1, 1000)

@@ -19,8 +19,9 @@ import torch
 import moe_ops
 from moe_ops import _C, reference
 from moe_ops.testing import (
-    DTYPES, Routing, as_strided_copy, assert_identical, check_against_reference, ffn_operands,
-    gated_act_magnitude, moe_ffn_magnitude, GATED_ACTIVATIONS, PLAIN_ACTIVATIONS,
+    DTYPES, Routing, as_strided_copy, assert_identical, check_against_reference, eps, ffn_operands,
+    gated_act_magnitude, moe_ffn_in_integers, moe_ffn_magnitude, moe_ffn_quantized_magnitude,
+    quantized_operands, GATED_ACTIVATIONS, PLAIN_ACTIVATIONS,
 )
 
 torch.set_num_threads(1)
@@ -73,6 +74,28 @@ for dtype in DTYPES:
                 magnitude=moe_ffn_magnitude, sum_length=129, steps=2,
             )
             assert _C.stale_panels() == 0
+    for bits, group, hidden, intermediate in (
+        (8, 0, 33, 31), (8, 0, 64, 65), (8, 0, 129, 200), (4, 32, 96, 160), (4, 64, 64, 192),
+        (4, 128, 256, 128),
+    ):
+        if dtype == torch.float64:
+            continue
+        for tokens in (1, 2, 3, 5, 8):
+            call = quantized_operands(
+                Routing(tokens, 2, 2), hidden, intermediate, dtype, bits, group, x_scale=True
+            )
+            y, expected = moe_ops.moe_ffn_quantized(**call).double(), moe_ffn_in_integers(call)
+            # The portable level rounds a product before it rounds it to an integer.
+            slack = 5e-3 if sys.argv[1] == "portable" else 1e-3
+            assert (y - expected).norm() <= (eps(dtype) + slack) * expected.norm(), (bits, group)
+        call = quantized_operands(
+            Routing(40, 2, 2), hidden, intermediate, dtype, bits, group, bias=True, x_scale=True
+        )
+        check_against_reference(
+            moe_ops.moe_ffn_quantized, reference.moe_ffn_quantized, call,
+            magnitude=moe_ffn_quantized_magnitude, sum_length=400,
+            steps=5 if dtype == torch.bfloat16 else 0,
+        )
     offsets, row_to_slot, slot_to_row = Routing(29, 5, 2, "out_of_range").sorted()
     for size in (1, 7, 16, 33, 129):
         x = torch.randn(29, size).to(dtype)

@@ -1204,6 +1204,8 @@ void stream_fence() {
 #endif
 }
 
+#include "cpu/quant-inl.h"
+
 // --- table
 
 template <class T, class S, int NV, bool kColumnForm, int M, int kMax>
@@ -1264,6 +1266,7 @@ Kernels<T> make_kernels() {
     k.pack_pairs = &pack_pairs;
     k.pair_rows = &pair_rows;
 #endif
+    k.quant = {&quant_token_bytes, &quant_tokens, &quant_dot, &quant_widen, &multiply_row};
 #if defined(MOE_AMX)
     k.amx_begin = &amx_begin;
     k.amx_end = &amx_end;

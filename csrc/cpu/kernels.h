@@ -56,6 +56,27 @@ struct TileHints {
   }
 };
 
+// Weights of 8 or 4 bits (QuantFormat in grouped_gemm.h); quant-inl.h.
+constexpr int64_t kQuantBlock = 32;    // codes of a token that share a scale
+constexpr int64_t kQuantAhead = 1024;  // bytes, of weights
+struct QuantKernels {
+  // Bytes of a row of k tokens in integers, in an order of the level's own.
+  int64_t (*token_bytes)(int bits, int64_t k);
+  // x as integers from -127 to 127, with a scale for each kQuantBlock of them. x is readable and
+  // zero up to a multiple of that.
+  void (*tokens)(int bits, int64_t k, const float* x, void* row);
+  // Kernels::dot for such weights and tokens: strides ldw and row_bytes in bytes.
+  void (*dot)(int bits, int64_t group, int features, int tokens, int64_t k, const void* w,
+              int64_t ldw, const float* scale, int64_t ld_scale, const void* rows,
+              int64_t row_bytes, float* out, int64_t ldo, int64_t out_step);
+  // Elements k0 to k0 + n of a row of weights in fp32 or bfloat16. 8 bits: without their scale,
+  // which makes them exact in either. 4 bits: with it, and k0 and n are multiples of 32.
+  void (*widen)(int bits, int64_t group, const void* row, const float* scale, int64_t k0, int64_t n,
+                DType type, void* dst);
+  // row[i] *= factors[i]
+  void (*multiply_row)(const float* factors, float* row, int64_t n);
+};
+
 // T as a tag.
 template <class T>
 constexpr DType kAccumulate = sizeof(T) == 8 ? DType::kFloat64 : DType::kFloat32;
@@ -153,6 +174,8 @@ struct Kernels {
   T (*dot_row)(DType a_type, const void* a, DType b_type, const void* b, int64_t n);
 
   void (*stream_fence)();
+
+  QuantKernels quant;  // T = float only
 
   // h = act(gate, up); `up` is ignored by activations that have no gate.
   void (*act_fwd)(Activation kind, const T* gate, const T* up, T* h, int64_t n, T alpha, T limit);

@@ -90,6 +90,7 @@ void forward(const MoeFfnParams& p, const Parallel& par) {
   up.segments = halves ? 2 : 1;
   up.feature_unit = gated && s.act.interleaved ? 2 : 1;
   if (s.apply_router_weight_on_input) up.a_scale = routing.weight;
+  up.k_scale = p.x_scale;
   const auto activate = [&](int64_t e, int64_t r, int64_t f, int64_t n, T* v0, T* v1) {
     for (int seg = 0; seg < up.segments; ++seg) {
       T* v = seg == 0 ? v0 : v1;

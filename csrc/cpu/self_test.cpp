@@ -261,6 +261,86 @@ bool activations_right(const Kernels<T>& k, const Kernels<T>& portable, Numbers<
   return true;
 }
 
+// Integer products, widening and rounding of tokens against their definitions. Tokens are integers
+// over 64 with a 127 in every block, so that rounding them to integers changes nothing.
+bool quant_right(const Kernels<float>& k, Numbers<float>& numbers) {
+  constexpr int64_t kMost = 384, kBytes = 384;
+  const std::vector<float> weights = numbers.take(2 * kDotFeatures * kBytes);
+  const std::vector<float> scales = numbers.take(kDotFeatures * 16);
+  std::vector<uint8_t> w(weights.size());
+  for (size_t i = 0; i < w.size(); ++i) {
+    const float parts = (weights[i] + weights[(i * 7 + 3) % w.size()]) * 64;
+    w[i] = static_cast<uint8_t>(static_cast<int>(parts));
+    if (w[i] == 0x80) w[i] = 0x81;
+  }
+  std::vector<float> x = numbers.take(4 * kMost);
+  for (size_t i = 0; i < x.size(); i += kQuantBlock)
+    x[i + i / kQuantBlock % kQuantBlock] = 127 / 64.0f;
+  for (const int64_t group : {int64_t{0}, int64_t{32}, int64_t{64}, int64_t{128}}) {
+    const int bits = group == 0 ? 8 : 4;
+    for (const int64_t K : {int64_t{37}, int64_t{96}, kMost}) {
+      if (bits == 4 && K % group != 0) continue;
+      const auto code = [&](int64_t f, int64_t i) {
+        const uint8_t byte = w[f * kBytes + i * bits / 8];
+        if (bits == 8) return static_cast<int>(static_cast<int8_t>(byte));
+        return (i % 2 == 0 ? byte & 15 : byte >> 4) - 8;
+      };
+      const auto scale = [&](int64_t f, int64_t i) {
+        return scales[f * 16 + (bits == 8 ? 0 : i / group)];
+      };
+      const int64_t row_bytes = k.quant.token_bytes(bits, K);
+      std::vector<char> rows(static_cast<size_t>(row_bytes * k.dot_tokens));
+      std::vector<double> truth(static_cast<size_t>(k.dot_tokens * kDotFeatures));
+      std::vector<double> magnitude = truth;
+      for (int t = 0; t < k.dot_tokens; ++t) {
+        std::vector<float> row(static_cast<size_t>(round_up(K, kQuantBlock)));
+        std::copy_n(x.begin() + t * kMost, K, row.begin());
+        // The block that K cuts has its 127 where there is a token.
+        row[K / kQuantBlock * kQuantBlock - (K % kQuantBlock == 0)] = 127 / 64.0f;
+        k.quant.tokens(bits, K, row.data(), rows.data() + t * row_bytes);
+        for (int64_t f = 0; f < kDotFeatures; ++f) {
+          for (int64_t i = 0; i < K; ++i) {
+            const double product = static_cast<double>(row[i]) * code(f, i) * scale(f, i);
+            truth[t * kDotFeatures + f] += product;
+            magnitude[t * kDotFeatures + f] += std::abs(product);
+          }
+        }
+      }
+      for (int tokens = 1; tokens <= k.dot_tokens; ++tokens) {
+        for (const int features : {1, static_cast<int>(kDotFeatures)}) {
+          std::vector<float> out(truth.size(), NAN);
+          k.quant.dot(bits, group, features, tokens, K, w.data(), kBytes, scales.data(), 16,
+                      rows.data(), row_bytes, out.data(), kDotFeatures, 1);
+          for (int t = 0; t < tokens; ++t) {
+            for (int f = 0; f < features; ++f) {
+              const int64_t i = t * kDotFeatures + f;
+              if (!(std::abs(out[i] - truth[i]) <= 1e-5 * magnitude[i])) return false;
+            }
+          }
+        }
+      }
+      const int64_t k0 = 32 % K, n = K - k0;
+      for (const DType type : {DType::kFloat32, DType::kBFloat16}) {
+        std::vector<float> wide(static_cast<size_t>(n)), back(static_cast<size_t>(n), NAN);
+        k.quant.widen(bits, group, w.data(), scales.data(), k0, n, type, wide.data());
+        k.load_row(type, wide.data(), back.data(), n, 1.0f);
+        for (int64_t i = 0; i < n; ++i) {
+          const auto q = static_cast<float>(code(0, k0 + i));
+          const float value = bits == 8 ? q : q * scale(0, k0 + i);
+          const float bound = type == DType::kBFloat16 && bits == 4 ? std::abs(value) / 256 : 0.0f;
+          if (!(std::abs(back[i] - value) <= bound)) return false;
+        }
+      }
+    }
+  }
+  std::vector<float> a = numbers.take(kDepth), b = numbers.take(kDepth), product = a;
+  k.quant.multiply_row(b.data(), product.data(), kDepth);
+  for (int64_t i = 0; i < kDepth; ++i) {
+    if (product[i] != a[i] * b[i]) return false;
+  }
+  return true;
+}
+
 // Tiles on pairs of bfloat16: rows of a against one and two vectors of columns.
 bool pairs_right(const Kernels<float>& k, const Kernels<float>& portable, Numbers<float>& numbers) {
   if (!k.pairs) return true;
@@ -390,6 +470,7 @@ const char* failing_kernel(const Kernels<T>& k, const Kernels<T>& portable) {
   if (!activations_right(k, portable, numbers)) return "activation";
   if constexpr (sizeof(T) == 4) {
     if (!pairs_right(k, portable, numbers)) return "pair";
+    if (!quant_right(k, numbers)) return "quant";
     if (!amx_right(k, portable, numbers)) return "amx";
   }
   return nullptr;

@@ -81,6 +81,14 @@ STABLE_TORCH_LIBRARY(moe_ops, m) {
       "Tensor packed_down, Tensor topk_weights, Tensor topk_ids, Tensor? b_gate_up=None, "
       "Tensor? b_down=None, str activation=\"swiglu\", bool interleaved=False, "
       "bool apply_router_weight_on_input=False, float alpha=1.702, float limit=7.0) -> Tensor");
+  // moe_ffn of weights int8 [E,O,D] with scales [E,O], or uint8 [E,O,D/2], two 4-bit ones a byte,
+  // with scales [E,O,D/G]; x_scale [H]: factors of x. Inference only.
+  m.def(
+      "moe_ffn_quantized(Tensor x, Tensor w_gate_up, Tensor w_gate_up_scale, Tensor w_down, "
+      "Tensor w_down_scale, Tensor topk_weights, Tensor topk_ids, Tensor? x_scale=None, "
+      "Tensor? b_gate_up=None, Tensor? b_down=None, str activation=\"swiglu\", "
+      "bool interleaved=False, bool apply_router_weight_on_input=False, float alpha=1.702, "
+      "float limit=7.0) -> Tensor");
   // moe_ffn for training: also returns the pre-activation [N,2I] and the routing.
   m.def(
       "moe_ffn_fwd(Tensor x, Tensor w_gate_up, Tensor w_down, Tensor topk_weights, "

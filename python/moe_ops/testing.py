@@ -20,6 +20,7 @@ from . import reference
 from .ops.gated_act import GATED_ACTIVATIONS as GATED_ACTIVATIONS
 from .ops.gated_act import PLAIN_ACTIVATIONS as PLAIN_ACTIVATIONS
 from .reference._common import acc_dtype as acc_dtype
+from .reference.gated_act import plain_act
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 ID_DTYPES = (torch.int32, torch.int64)
@@ -518,3 +519,102 @@ def ffn_operands(
         kwargs["b_gate_up"] = torch.randn(e, width).to(dtype)
         kwargs["b_down"] = torch.randn(e, hidden_size).to(dtype)
     return kwargs
+
+
+# ------------------------------------------------------------------------------ quantised weights
+
+# Most tokens of an expert whose products are of integers (moe_ffn_quantized).
+INTEGER_ROWS = 8
+
+
+def quantized(w: Tensor, bits: int, group: int = 32) -> tuple[Tensor, Tensor]:
+    """Codes and scales of w [E, O, D] as moe_ffn_quantized takes them, rounded to nearest."""
+    w = w.float()
+    if bits == 8:
+        scale = w.abs().amax(2) / 127 if w.shape[2] else w.new_zeros(w.shape[:2])
+        codes = (w / scale.clamp_min(1e-30)[:, :, None]).round().clamp(-127, 127)
+        return codes.to(torch.int8), scale
+    experts, features, depth = w.shape
+    groups = w.reshape(experts, features, depth // group, group)
+    scale = groups.abs().amax(3) / 7 if depth else w.new_zeros(experts, features, 0)
+    codes = (groups / scale.clamp_min(1e-30)[..., None]).round().clamp(-8, 7) + 8
+    pairs = codes.to(torch.uint8).view(experts, features, depth // 2, 2)
+    return pairs[..., 0] | pairs[..., 1] << 4, scale
+
+
+def quantized_operands(
+    routing: Routing,
+    hidden_size: int,
+    intermediate_size: int,
+    dtype: torch.dtype,
+    bits: int,
+    group: int = 32,
+    *,
+    x_scale: bool = False,
+    **options: Any,
+) -> Kwargs:
+    """ffn_operands with quantised weights."""
+    call = ffn_operands(routing, hidden_size, intermediate_size, dtype, **options)
+    for name in ("w_gate_up", "w_down"):
+        call[name], call[f"{name}_scale"] = quantized(call[name], bits, group)
+    if x_scale:
+        call["x_scale"] = torch.rand(hidden_size) + 0.5
+    return call
+
+
+def dequantized(call: Kwargs) -> Kwargs:
+    """The moe_ffn call in fp64 that a moe_ffn_quantized call stands for."""
+    from .reference.moe_ffn_quantized import _dequantized
+
+    call = widened(call)
+    for name in ("w_gate_up", "w_down"):
+        call[name] = _dequantized(call[name], call.pop(f"{name}_scale"))
+    factors = call.pop("x_scale", None)
+    if factors is not None:
+        call["x"] = call["x"] * factors
+    return call
+
+
+def moe_ffn_quantized_magnitude(**call: Any) -> Tensor:
+    """moe_ffn_magnitude of the weights that codes and scales stand for."""
+    return moe_ffn_magnitude(**absolute(dequantized(call)))
+
+
+def integer_tokens(rows: Tensor) -> Tensor:
+    """Each row [N, D] as moe_ffn_quantized rounds it: 255 values in every 32 of its columns."""
+    depth = rows.shape[1]
+    padded = torch.nn.functional.pad(rows.float(), (0, -depth % 32))
+    blocks = padded.unflatten(1, ((depth + 31) // 32, 32))
+    if blocks.numel() == 0:
+        return rows
+    most = blocks.abs().amax(2, keepdim=True)
+    # In fp64 the product is exact, as it is in the fused multiply-add that rounds it to an integer.
+    # Where there is none, a product just beside half an integer may be rounded to that first.
+    inverse = torch.full_like(most, 127) / most  # 127 / most would round twice.
+    codes = (blocks.double() * inverse).round().nan_to_num(0)
+    return (codes * (most / 127)).flatten(1)[:, :depth]
+
+
+def moe_ffn_in_integers(call: Kwargs) -> Tensor:
+    """moe_ffn_quantized with tokens rounded as where every expert has few of them, in fp64."""
+    exact = dequantized(call)
+    on_input = exact.get("apply_router_weight_on_input", False)
+    activation, interleaved = exact["activation"], exact.get("interleaved", False)
+    offsets, row_to_slot, slot_to_row = reference.sort_slots(
+        exact["topk_ids"], exact["w_gate_up"].shape[0]
+    )
+    rows = reference.permute(exact["x"], offsets, row_to_slot)
+    if on_input:
+        rows = rows * exact["topk_weights"].reshape(-1)[row_to_slot.long()][:, None]
+    rows = integer_tokens(rows)
+    preact = reference.grouped_gemm(rows, exact["w_gate_up"], offsets, bias=exact.get("b_gate_up"))
+    if activation in GATED_ACTIVATIONS:
+        options = {k: exact[k] for k in ("alpha", "limit") if k in exact}
+        h = reference.gated_act(preact, activation, interleaved=interleaved, **options)
+    else:
+        h = plain_act(preact, activation)
+    h = integer_tokens(h)
+    out = reference.grouped_gemm(h, exact["w_down"], offsets, bias=exact.get("b_down"))
+    return reference.unpermute(
+        out, offsets, slot_to_row, None if on_input else exact["topk_weights"]
+    )

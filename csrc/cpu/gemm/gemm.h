@@ -3,6 +3,7 @@
 
 #include "cpu/gemm/amx.h"
 #include "cpu/gemm/plan.h"
+#include "cpu/gemm/quant.h"
 #include "cpu/gemm/stream.h"
 #include "cpu/gemm/tiles.h"
 
@@ -47,6 +48,9 @@ void run_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, con
       return;
     case Path::kAmxNn:
       if constexpr (sizeof(T) == 4) amx_nn_item(d, k, it, fn);
+      return;
+    case Path::kQuant:
+      if constexpr (sizeof(T) == 4) quant_item(d, k, it, fn);
       return;
   }
 }

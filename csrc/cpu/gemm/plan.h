@@ -17,6 +17,8 @@
 //   amx_rows    bfloat16 weights dense along k on AMX: 16 weight rows are an operand as they lie.
 //   amx_nn      bfloat16 weights dense along features on AMX: packed in pairs of rows block by
 //               block.
+//   quant       few rows, weights of 8 or 4 bits: tokens become integers too. With more rows such
+//               weights are widened where nt copies others.
 #pragma once
 
 #include <algorithm>
@@ -69,6 +71,10 @@ constexpr int64_t kAmxMinRows = 3;
 // Most rows of an expert for which weights dense along features are not copied. Each row passes its
 // sums through registers once in four steps of k.
 constexpr int64_t kRankMaxRows = 8;
+// The same for products of integers, and the width of such an item: wide, because its tokens are
+// made integers first, and because each of its four streams of weights is a quarter of it.
+constexpr int64_t kQuantMaxRows = 8;
+constexpr int64_t kQuantFeatures = 2048;
 
 // Weight gradients from this size on will not be found in a cache again by whoever reads them.
 constexpr int64_t kStreamBytes = int64_t{8} << 20;
@@ -80,6 +86,21 @@ inline const void* row_of(const Rows& rows, int64_t r) {
 
 inline const char* element(const void* base, DType type, int64_t offset) {
   return static_cast<const char*>(base) + offset * dtype_size(type);
+}
+
+inline int64_t bits_of(const ExpertMatrices& m) {
+  return m.quant.bits != 0 ? m.quant.bits : 8 * dtype_size(m.type);
+}
+
+// Weights of expert e from row o and step k on; the strides are in elements, of which 4-bit ones
+// share bytes.
+inline const char* weights_at(const ExpertMatrices& m, int64_t e, int64_t o, int64_t k) {
+  const int64_t offset = e * m.stride_e + o * m.stride_o + k * m.stride_k;
+  return static_cast<const char*>(m.data) + offset * bits_of(m) / 8;
+}
+
+inline const float* scales_at(const ExpertMatrices& m, int64_t e, int64_t o) {
+  return m.quant.scale + e * m.quant.scale_stride_e + o * m.quant.scale_stride_o;
 }
 
 // Length of the parts when n is cut into equal ones of at most `most`, each a multiple of `unit`.
@@ -99,7 +120,8 @@ struct GemmDesc {
   int64_t feature_unit = 1;  // cuts between items fall on multiples of this
   int64_t in_features;
   Rows a;
-  const T* a_scale = nullptr;  // [rows] or nullptr
+  const T* a_scale = nullptr;      // [rows] or nullptr
+  const float* k_scale = nullptr;  // [in_features] or nullptr; where b.quant has bits
   ExpertMatrices b;
 };
 
@@ -115,7 +137,8 @@ enum class Path : int {
   kPairPanels,
   kAmxPanels,
   kAmxRows,
-  kAmxNn
+  kAmxNn,
+  kQuant
 };
 
 template <class T>
@@ -123,6 +146,10 @@ Path path_of(const GemmDesc<T>& d, const Kernels<T>& k, int64_t expert_rows) {
   if (d.in_features == 0) return Path::kZero;
   // Products of bfloat16 round tokens to it, which loses nothing unless they were scaled before.
   const bool pairs = k.pairs && d.b.type == DType::kBFloat16 && d.a_scale == nullptr;
+  if (d.b.quant.bits != 0) {
+    if (expert_rows <= kQuantMaxRows) return Path::kQuant;
+    return pairs && d.in_features % 2 == 0 ? Path::kPairNt : Path::kNt;
+  }
   const bool amx = pairs && k.amx_panel != nullptr && expert_rows >= kAmxMinRows;
   if (d.b.panels != nullptr) {
     return amx ? Path::kAmxPanels : pairs ? Path::kPairPanels : Path::kPanels;
@@ -179,6 +206,10 @@ std::vector<GemmItem> gemm_items(const GemmDesc<T>& d, const Kernels<T>& k, int 
       case Path::kDot:
         unit = 4;
         break;
+      case Path::kQuant:
+        unit = 4;
+        most_features = kQuantFeatures;
+        break;
       case Path::kRank:
       case Path::kNn:
       case Path::kPairNn:
@@ -229,11 +260,22 @@ void load_tokens(const GemmDesc<T>& d, const Kernels<T>& k, int64_t r, int64_t k
   if constexpr (kPairs) {
     auto* halves = reinterpret_cast<uint16_t*>(dst);
     const int64_t n = std::min(2 * kc, d.in_features - 2 * k0);
-    load_bf16_row(k, d.a.type, element(row_of(d.a, r), d.a.type, 2 * k0), n, 1.0f, nullptr, halves);
+    const char* src = element(row_of(d.a, r), d.a.type, 2 * k0);
+    if (d.k_scale != nullptr) {
+      float scaled[2 * kKc];
+      k.load_row(d.a.type, src, scaled, n, 1.0f);
+      k.quant.multiply_row(d.k_scale + 2 * k0, scaled, n);
+      k.store_row(DType::kBFloat16, scaled, halves, n);
+    } else {
+      load_bf16_row(k, d.a.type, src, n, 1.0f, nullptr, halves);
+    }
     if (n < 2 * kc) halves[n] = 0;
   } else {
     k.load_row(d.a.type, element(row_of(d.a, r), d.a.type, k0), dst, kc,
                d.a_scale ? d.a_scale[r] : T(1));
+    if constexpr (sizeof(T) == 4) {
+      if (d.k_scale != nullptr) k.quant.multiply_row(d.k_scale + k0, dst, kc);
+    }
   }
 }
 

@@ -25,6 +25,15 @@ struct MutableRows {
   const int32_t* index = nullptr;
 };
 
+// Weights of few bits with scales. bits = 8: int8, one scale a row. bits = 4: two a byte, the even
+// k in the low nibble, stored as q + 8; one scale for each `group` steps of k.
+struct QuantFormat {
+  int bits = 0;  // 0: the weights are numbers of their own
+  int64_t group = 0;
+  const float* scale = nullptr;
+  int64_t scale_stride_e = 0, scale_stride_o = 0;
+};
+
 // One matrix [O, K] an expert, dense along O or along K.
 struct ExpertMatrices {
   const void* data = nullptr;
@@ -33,6 +42,9 @@ struct ExpertMatrices {
   // A copy of the matrices in the order of the kernels (cpu/pack.h), or nullptr. Used by products
   // that sum over k; `data` stays valid beside it.
   const void* panels = nullptr;
+  // With bits: rows are dense along k, strides count such weights, and type is what they are
+  // widened to where they are not multiplied as integers (float32 or bfloat16).
+  QuantFormat quant = {};
 };
 
 // The same matrices as [E, K, O]: only strides change.

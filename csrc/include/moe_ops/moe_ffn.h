@@ -25,13 +25,14 @@ struct MoeFfnShape {
 
 struct MoeFfnParams {
   MoeFfnShape shape;
-  Rows x;                    // [T, H], no index
-  ExpertMatrices w_gate_up;  // [E, P, H]
-  ExpertMatrices w_down;     // [E, H, I]
-  ExpertVectors b_gate_up;   // [E, P] or none
-  ExpertVectors b_down;      // [E, H] or none
-  void* y;                   // [T, H] contiguous, out, x's type
-  void* preact;              // [N, P] contiguous, out, x's type; nullptr: not wanted
+  Rows x;                          // [T, H], no index
+  const float* x_scale = nullptr;  // [H], factors of x; only with float32 sums
+  ExpertMatrices w_gate_up;        // [E, P, H]
+  ExpertMatrices w_down;           // [E, H, I]
+  ExpertVectors b_gate_up;         // [E, P] or none
+  ExpertVectors b_down;            // [E, H] or none
+  void* y;                         // [T, H] contiguous, out, x's type
+  void* preact;                    // [N, P] contiguous, out, x's type; nullptr: not wanted
 };
 
 struct MoeFfnBwdParams {

@@ -5,6 +5,7 @@ from moe_ops.ops.gated_act import gated_act
 from moe_ops.ops.grouped_gemm import grouped_gemm, grouped_gemm_wgrad, grouped_sum
 from moe_ops.ops.moe_ffn import moe_ffn
 from moe_ops.ops.moe_ffn_packed import moe_ffn_packed, pack_experts
+from moe_ops.ops.moe_ffn_quantized import moe_ffn_quantized
 from moe_ops.ops.moe_linear_map import moe_linear_map
 from moe_ops.ops.moe_linear_reduce import moe_linear_reduce
 from moe_ops.ops.permute import permute
@@ -21,6 +22,7 @@ __all__ = [
     "grouped_sum",
     "moe_ffn",
     "moe_ffn_packed",
+    "moe_ffn_quantized",
     "moe_linear_map",
     "moe_linear_reduce",
     "pack_experts",

@@ -12,6 +12,7 @@ from .gated_act import gated_act
 from .grouped_gemm import grouped_gemm, grouped_gemm_wgrad, grouped_sum
 from .moe_ffn import moe_ffn
 from .moe_ffn_packed import moe_ffn_packed, pack_experts
+from .moe_ffn_quantized import moe_ffn_quantized
 from .moe_linear_map import moe_linear_map
 from .moe_linear_reduce import moe_linear_reduce
 from .permute import permute
@@ -28,6 +29,7 @@ __all__ = [
     "grouped_sum",
     "moe_ffn",
     "moe_ffn_packed",
+    "moe_ffn_quantized",
     "moe_linear_map",
     "moe_linear_reduce",
     "pack_experts",

@@ -1,0 +1,39 @@
+// The loops are those of moe_ffn; gemm/quant.h has what differs in an item, quant-inl.h the
+// kernels.
+#include "moe_ops/moe_ffn_quantized.h"
+
+namespace moe_ops::cpu {
+
+namespace {
+
+// Weights are widened to bfloat16 where tokens are of it, so that levels with products of pairs use
+// those; other levels widen them to float32 in any case.
+ExpertMatrices matrices_of(const QuantizedMatrices& q, DType x_type) {
+  const int64_t a_byte = 8 / q.format.bits;
+  ExpertMatrices m;
+  m.data = q.data;
+  m.type = x_type == DType::kBFloat16 ? DType::kBFloat16 : DType::kFloat32;
+  m.stride_e = q.stride_e * a_byte;
+  m.stride_o = q.stride_o * a_byte;
+  m.stride_k = 1;
+  m.quant = q.format;
+  return m;
+}
+
+}  // namespace
+
+void moe_ffn_quantized(const MoeFfnQuantizedParams& p, const Parallel& par) {
+  MoeFfnParams f;
+  f.shape = p.shape;
+  f.x = p.x;
+  f.x_scale = p.x_scale;
+  f.w_gate_up = matrices_of(p.w_gate_up, p.x.type);
+  f.w_down = matrices_of(p.w_down, p.x.type);
+  f.b_gate_up = p.b_gate_up;
+  f.b_down = p.b_down;
+  f.y = p.y;
+  f.preact = nullptr;
+  moe_ffn(f, par);
+}
+
+}  // namespace moe_ops::cpu

@@ -1,0 +1,33 @@
+// moe_ffn_quantized: moe_ffn of weights of 8 or 4 bits, forward only. P = 2I for gated activations,
+// else I.
+#pragma once
+
+#include <cstdint>
+
+#include "moe_ops/moe_ffn.h"
+
+namespace moe_ops {
+
+// [E, O, D] of `format.bits` bits each; see QuantFormat. Every row is dense.
+struct QuantizedMatrices {
+  const void* data = nullptr;
+  int64_t stride_e = 0, stride_o = 0;  // bytes
+  QuantFormat format;
+};
+
+struct MoeFfnQuantizedParams {
+  MoeFfnShape shape;            // topk_weights in fp32
+  Rows x;                       // [T, H], no index; not float64
+  const float* x_scale;         // [H], or nullptr: ones
+  QuantizedMatrices w_gate_up;  // [E, P, H]
+  QuantizedMatrices w_down;     // [E, H, I]
+  ExpertVectors b_gate_up;      // [E, P] or none
+  ExpertVectors b_down;         // [E, H] or none
+  void* y;                      // [T, H] contiguous, out, x's type
+};
+
+namespace cpu {
+void moe_ffn_quantized(const MoeFfnQuantizedParams& p, const Parallel& par);
+}  // namespace cpu
+
+}  // namespace moe_ops

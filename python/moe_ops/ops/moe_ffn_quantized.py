@@ -1,0 +1,256 @@
+"""moe_ffn_quantized: moe_ffn of weights of 8 or 4 bits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_ops.ops._register import (
+    check,
+    check_dim,
+    check_float,
+    check_index,
+    check_same_device,
+    check_same_dtype,
+    check_size,
+    dtype_name,
+    library,
+    register_autocast,
+    register_fake,
+)
+from moe_ops.ops.gated_act import GATED_ACTIVATIONS, check_activation
+
+_OP = "moe_ffn_quantized"
+_GROUPS = (32, 64, 128)
+
+
+def moe_ffn_quantized(
+    x: Tensor,
+    w_gate_up: Tensor,
+    w_gate_up_scale: Tensor,
+    w_down: Tensor,
+    w_down_scale: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    *,
+    x_scale: Tensor | None = None,
+    b_gate_up: Tensor | None = None,
+    b_down: Tensor | None = None,
+    activation: str = "swiglu",
+    interleaved: bool = False,
+    apply_router_weight_on_input: bool = False,
+    alpha: float = 1.702,
+    limit: float = 7.0,
+) -> Tensor:
+    """moe_ffn for inference with expert weights of 8 or 4 bits.
+
+    The function of :func:`moe_ffn` with each weight an integer times a scale, in one of two
+    formats, told by the dtype of the weight:
+
+    - 8 bits: int8 [E, O, D] with scales [E, O], one an output feature:
+      ``w[e, o, k] = q[e, o, k] * scale[e, o]``.
+    - 4 bits: uint8 [E, O, D/2] with scales [E, O, D/G], G = 32, 64 or 128. Byte j of a row holds
+      k = 2j in its low and k = 2j + 1 in its high four bits, each as q + 8 with q from -8 to 7:
+      ``w[e, o, k] = q[e, o, k] * scale[e, o, k // G]``.
+
+    An expert with more than 8 tokens widens the weights block by block in cache: 8-bit ones
+    exactly, 4-bit ones to float32, or to bfloat16 where x is bfloat16 and the processor multiplies
+    pairs of it (AVX512-BF16). An expert with up to 8 tokens is bound by reading weights; there the
+    rows that meet a weight, x and the activated features, are rounded to integers from -127 to 127
+    with a scale for each 32 of them. That moves a value by at most 1/254 of the largest of its 32;
+    on normal x it adds about 1 % to the result, as 8-bit weights do and a tenth of what 4-bit ones
+    do. Sums of integers are exact, others run in fp32 in a fixed order: the same bits every run,
+    whatever the number of threads.
+
+    Args:
+        x: [T, H] tokens; float32, bfloat16 or float16, any strides.
+        w_gate_up: [E, 2I, H] int8 or [E, 2I, H/2] uint8, gate half first; I instead of 2I for
+            activations without a gate.
+        w_gate_up_scale: float32, [E, 2I] or [E, 2I, H/G].
+        w_down: [E, H, I] int8 or [E, H, I/2] uint8.
+        w_down_scale: float32, [E, H] or [E, H, I/G].
+        topk_weights: [T, K] in any float dtype, used in fp32.
+        topk_ids: [T, K], int32 or int64. Anything outside [0, E) means "no expert here".
+        x_scale: [H] float32, or None: multiplies x in front of w_gate_up. A quantiser that looks at
+            activations divides the columns of w_gate_up by it.
+        b_gate_up: [E, 2I] ([E, I]) in x's dtype, or None.
+        b_down: [E, H] in x's dtype, or None; multiplied by the routing weight like the rest.
+        activation: as for :func:`moe_ffn`.
+        interleaved: gate in even, up in odd features of w_gate_up and b_gate_up.
+        apply_router_weight_on_input: multiply the token by the routing weight before the experts
+            and add their outputs unweighted (Llama 4).
+        alpha, limit: of ``"swiglu_oai"``.
+
+    Returns:
+        [T, H] in x's dtype. A token without any expert gets zeros; T = 0 gives [0, H].
+
+    Raises:
+        ValueError: wrong dtype, rank, size or activation.
+        NotImplementedError: where a gradient is wanted, and on CUDA tensors.
+
+    Source:
+        Integer products on blocks of rounded activations: Gerganov et al., ggml (q8_0, q4_0);
+        the activation-aware scale: Lin et al. 2023, arXiv 2306.00978.
+    """
+    return torch.ops.moe_ops.moe_ffn_quantized(
+        x,
+        w_gate_up,
+        w_gate_up_scale,
+        w_down,
+        w_down_scale,
+        topk_weights,
+        topk_ids,
+        x_scale,
+        b_gate_up,
+        b_down,
+        activation,
+        interleaved,
+        apply_router_weight_on_input,
+        alpha,
+        limit,
+    )
+
+
+def _check_weight(name: str, w: Tensor, scale: Tensor) -> int:
+    """The length D of the rows."""
+    check(
+        w.dtype in (torch.int8, torch.uint8),
+        f"{_OP}: {name} must be int8, or uint8 with two 4-bit weights a byte, "
+        f"got {dtype_name(w.dtype)}.",
+    )
+    four = w.dtype == torch.uint8
+    check_dim(_OP, name, w, 3, "[E, O, D/2]" if four else "[E, O, D]")
+    scale_name = f"{name}_scale"
+    check(
+        scale.dtype == torch.float32,
+        f"{_OP}: {scale_name} must be float32, got {dtype_name(scale.dtype)}.",
+    )
+    shape = "[E, O, D/G] beside 4-bit weights" if four else "[E, O] beside int8 weights"
+    check_dim(_OP, scale_name, scale, 3 if four else 2, shape)
+    check_size(_OP, scale_name, scale, 0, w.shape[0], "E")
+    check_size(_OP, scale_name, scale, 1, w.shape[1], "the number of features")
+    depth = w.shape[2] * (2 if four else 1)
+    if four:
+        groups = scale.shape[2]
+        check(
+            any(groups * group == depth for group in _GROUPS),
+            f"{_OP}: {scale_name} must have a scale for each group of 32, 64 or 128 of the {depth} "
+            f"weights of a row, got shape {list(scale.shape)}.",
+        )
+    return depth
+
+
+@register_fake(_OP)
+def _(
+    x: Tensor,
+    w_gate_up: Tensor,
+    w_gate_up_scale: Tensor,
+    w_down: Tensor,
+    w_down_scale: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    x_scale: Tensor | None = None,
+    b_gate_up: Tensor | None = None,
+    b_down: Tensor | None = None,
+    activation: str = "swiglu",
+    interleaved: bool = False,
+    apply_router_weight_on_input: bool = False,
+    alpha: float = 1.702,
+    limit: float = 7.0,
+) -> Tensor:
+    check_activation(_OP, activation, alpha, limit, False)
+    gated = activation in GATED_ACTIVATIONS
+    check_index(_OP, "topk_ids", topk_ids)
+    check_dim(_OP, "topk_ids", topk_ids, 2, "[T, K]")
+    check_float(_OP, "x", x)
+    check(
+        x.dtype != torch.float64,
+        f"{_OP}: x must be float32, bfloat16 or float16, got float64.",
+    )
+    check_dim(_OP, "x", x, 2, "[T, H]")
+    tokens, hidden = x.shape
+    up_depth = _check_weight("w_gate_up", w_gate_up, w_gate_up_scale)
+    num_experts, width, _ = w_gate_up.shape
+    check(
+        up_depth == hidden,
+        f"{_OP}: w_gate_up must have rows of H = {hidden} weights, got {up_depth} "
+        f"(shape {list(w_gate_up.shape)}).",
+    )
+    check(
+        not gated or width % 2 == 0,
+        f"{_OP}: w_gate_up must have an even number 2I of features, "
+        f"got shape {list(w_gate_up.shape)}.",
+    )
+    intermediate = width // 2 if gated else width
+    down_depth = _check_weight("w_down", w_down, w_down_scale)
+    check_size(_OP, "w_down", w_down, 0, num_experts, "E")
+    check_size(_OP, "w_down", w_down, 1, hidden, "H")
+    check(
+        down_depth == intermediate,
+        f"{_OP}: w_down must have rows of I = {intermediate} weights, got {down_depth} "
+        f"(shape {list(w_down.shape)}).",
+    )
+    check_float(_OP, "topk_weights", topk_weights)
+    check_dim(_OP, "topk_weights", topk_weights, 2, "[T, K]")
+    check_size(_OP, "topk_weights", topk_weights, 0, tokens, "T")
+    check_size(_OP, "topk_weights", topk_weights, 1, topk_ids.shape[1], "K")
+    check_size(_OP, "topk_ids", topk_ids, 0, tokens, "T")
+    if x_scale is not None:
+        check(
+            x_scale.dtype == torch.float32,
+            f"{_OP}: x_scale must be float32, got {dtype_name(x_scale.dtype)}.",
+        )
+        check_dim(_OP, "x_scale", x_scale, 1, "[H]")
+        check_size(_OP, "x_scale", x_scale, 0, hidden, "H")
+    for name, bias, features in (
+        ("b_gate_up", b_gate_up, width),
+        ("b_down", b_down, hidden),
+    ):
+        if bias is not None:
+            check_same_dtype(_OP, name, bias, "x", x)
+            check_dim(_OP, name, bias, 2, "[E, features]")
+            check_size(_OP, name, bias, 0, num_experts, "E")
+            check_size(_OP, name, bias, 1, features, "the number of features")
+    check_same_device(
+        _OP,
+        x=x,
+        w_gate_up=w_gate_up,
+        w_gate_up_scale=w_gate_up_scale,
+        w_down=w_down,
+        w_down_scale=w_down_scale,
+        topk_weights=topk_weights,
+        topk_ids=topk_ids,
+        x_scale=x_scale,
+        b_gate_up=b_gate_up,
+        b_down=b_down,
+    )
+    return x.new_empty(tuple(x.shape))
+
+
+_op = torch.ops.moe_ops.moe_ffn_quantized.default
+
+
+def _autograd(keyset: Any, *args: Any, **kwargs: Any) -> Tensor:
+    if torch.is_grad_enabled():
+        named = dict(zip((a.name for a in _op._schema.arguments), args, strict=False)) | kwargs
+        wanted = [n for n, v in named.items() if isinstance(v, Tensor) and v.requires_grad]
+        if wanted:
+            raise NotImplementedError(
+                f"{_OP}: it has no gradient, and {', '.join(wanted)} requires one; call it under "
+                f"torch.no_grad(), or moe_ops.reference.{_OP}, which can be differentiated."
+            )
+    return _op.redispatch(keyset & torch._C._after_autograd_keyset, *args, **kwargs)
+
+
+def _cuda(*args: Any, **kwargs: Any) -> Tensor:
+    raise NotImplementedError(
+        f"{_OP}: it runs on the CPU only so far, got CUDA tensors; dequantise the weights and call "
+        "moe_ffn."
+    )
+
+
+library.impl(_OP, _autograd, "Autograd", with_keyset=True)
+library.impl(_OP, _cuda, "CUDA")
+register_autocast(_OP, ["x", "b_gate_up", "b_down"])

@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._common import acc_dtype
+from .moe_ffn import moe_ffn
+
+
+def moe_ffn_quantized(
+    x: Tensor,
+    w_gate_up: Tensor,
+    w_gate_up_scale: Tensor,
+    w_down: Tensor,
+    w_down_scale: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    *,
+    x_scale: Tensor | None = None,
+    b_gate_up: Tensor | None = None,
+    b_down: Tensor | None = None,
+    activation: str = "swiglu",
+    interleaved: bool = False,
+    apply_router_weight_on_input: bool = False,
+    alpha: float = 1.702,
+    limit: float = 7.0,
+) -> Tensor:
+    """moe_ffn of the weights that the codes and scales stand for; x is not rounded."""
+    acc = acc_dtype(x.dtype)
+    tokens = x.to(acc)
+    if x_scale is not None:
+        tokens = tokens * x_scale.to(acc)
+    y = moe_ffn(
+        tokens,
+        _dequantized(w_gate_up, w_gate_up_scale.to(acc)),
+        _dequantized(w_down, w_down_scale.to(acc)),
+        topk_weights,
+        topk_ids,
+        b_gate_up=None if b_gate_up is None else b_gate_up.to(acc),
+        b_down=None if b_down is None else b_down.to(acc),
+        activation=activation,
+        interleaved=interleaved,
+        apply_router_weight_on_input=apply_router_weight_on_input,
+        alpha=alpha,
+        limit=limit,
+    )
+    return y.to(x.dtype)
+
+
+def _dequantized(w: Tensor, scale: Tensor) -> Tensor:
+    """[E, O, D] in the type of `scale`: int8 weights, or two 4-bit ones (plus 8) in a byte."""
+    if w.dtype == torch.int8:
+        return w.to(scale.dtype) * scale[:, :, None]
+    experts, features, half = w.shape
+    codes = torch.stack([w & 15, w >> 4], -1).to(torch.int8) - 8
+    groups = scale.shape[2]
+    codes = codes.view(experts, features, groups, 2 * half // max(groups, 1))
+    return (codes.to(scale.dtype) * scale[..., None]).view(experts, features, 2 * half)
