@@ -26,18 +26,6 @@ inline Vec<T> add_product(Vec<T> acc, const T* a, Vec<T> b) {
   return acc + splat<T>(*a) * b;
 }
 
-inline void fetch(TileHints& hints) {
-  for (int64_t line = hints.lines_per_step; line > 0 && hints.rows > 0; --line) {
-    __builtin_prefetch(hints.base + hints.offset, 0, 2);
-    hints.offset += 64;
-    if (hints.offset >= hints.bytes) {
-      hints.offset = 0;
-      hints.base += hints.stride;
-      --hints.rows;
-    }
-  }
-}
-
 // M x NV accumulators stay in registers; each step broadcasts M elements of a and loads NV vectors
 // of b. AVX2: 6 x 2 accumulators + 2 + 1 of 16 registers, and 12 FMAs cover the latency (4) times
 // the ports (2). AVX-512: 14 x 2 + 2 + 1 of 32.

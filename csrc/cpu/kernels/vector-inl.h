@@ -219,3 +219,16 @@ inline T horizontal_sum(Vec<T> v) {
   }
   return s[0];
 }
+
+// Asks for the lines of one step.
+inline void fetch(TileHints& hints) {
+  for (int64_t line = hints.lines_per_step; line > 0 && hints.rows > 0; --line) {
+    __builtin_prefetch(hints.base + hints.offset, 0, 2);
+    hints.offset += 64;
+    if (hints.offset >= hints.bytes) {
+      hints.offset = 0;
+      hints.base += hints.stride;
+      --hints.rows;
+    }
+  }
+}
