@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -141,6 +142,14 @@ def test_a_slow_job_runs_twice(clock):
     assert clock.calls.count("slow") == 2
     assert samples["slow"].median == 9.0 and samples["slow"].clean
     assert len(samples["fast"].seconds) >= 3
+
+
+@pytest.mark.parametrize(("first", "warm_up"), [(0.1, 1), (1.0, 0), (7.0, 1)])
+def test_a_known_first_call_may_save_the_second(clock, first, warm_up):
+    jobs = {"job": clock.job("job", 1.0)}
+    samples = timing.alternate(jobs, budget_s=0.0, max_rounds=3, first_s={"job": first})
+    assert len(clock.calls) == warm_up + 3
+    assert samples["job"].median == pytest.approx(1.0)
 
 
 def test_fast_jobs_repeat_within_a_sample(clock):
@@ -441,6 +450,19 @@ def test_files_and_rendering_again(tmp_path):
     main.main(["--render", str(files[0]), "--markdown", str(files[2])])
     assert files[1].read_text() == files[2].read_text()
     assert "tiny" in files[1].read_text()
+
+
+@pytest.mark.skipif("avx2" not in _C.supported_isas(), reason="no AVX2 here")
+def test_isa_restarts_the_command(monkeypatch):
+    """The kernels, torch and oneDNN read these when they are loaded, so a new process is needed."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(moe_ops.__file__).parents[1]))
+    monkeypatch.delenv("MOE_OPS_CPU_ISA", raising=False)
+    command = "--quick --modes parts --tokens 1 --budget 0.01 --isa avx2 --json -".split()
+    child = subprocess.run(
+        [sys.executable, "-m", "moe_ops.bench", *command], capture_output=True, text=True
+    )
+    assert child.returncode == 0, child.stderr
+    assert json.loads(child.stdout)["isa"] == "avx2"
 
 
 # ------------------------------------------------------------------- the tree's own peers

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from moe_ops import _C
-from moe_ops.bench.shapes import DTYPES, SHAPES, Shape, make_bank, make_tokens
+from moe_ops.bench.shapes import DTYPES, SHAPES, Bank, Shape, make_bank, make_tokens
 from moe_ops.bench.training import STEPS, steps
 
 CONTENDERS = ("moe_ops", "moe_ops main_grads", "HF grouped_mm", "HF grouped_mm kept .grad")
@@ -47,7 +47,12 @@ def beyond(shape: str, dtype: str, num_tokens: int, name: str) -> dict[str, int]
     _warm_up_torch()
     gc.collect()
     before = _status("VmRSS")
-    bank = make_bank(SHAPES[shape], DTYPES[dtype])
+    sizes = SHAPES[shape]
+    bank = Bank(  # Memory does not ask for values.
+        sizes,
+        torch.full((sizes.E, 2 * sizes.I, sizes.H), 0.01, dtype=DTYPES[dtype]),
+        torch.full((sizes.E, sizes.H, sizes.I), 0.01, dtype=DTYPES[dtype]),
+    )
     tokens = make_tokens(SHAPES[shape], DTYPES[dtype], num_tokens)
     grad_y = torch.randn(tokens.x.shape).to(bank.dtype)
     step = STEPS[name](bank, tokens, grad_y)
