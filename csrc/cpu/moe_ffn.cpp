@@ -185,27 +185,30 @@ void backward(const MoeFfnBwdParams& p, const Parallel& par) {
   x.index = routing.token;
 
   // u = W_down^T grad_y: the matrix [I, H] is w_down transposed, which is a change of strides.
-  T* u = scratch<T>(Scratch::kHidden, rows * I);
+  // Nobody needs u when the gradient of x by rows is computed, so they share one block.
+  T* u = scratch<T>(Scratch::kRows, rows * std::max(I, H));
   const GemmDesc<T> down = gemm_desc<T>(s, I, H, gy, transposed(p.w_down));
   const auto keep_u = [&](int64_t, int64_t r, int64_t f, int64_t n, T* v, T*) {
     std::memcpy(u + r * I + f, v, static_cast<size_t>(n) * sizeof(T));
   };
 
   // Pre-activation gradients; u becomes weight * h, the operand of the down weight gradient.
-  T* dpre = scratch<T>(Scratch::kGrad, rows * width);
+  // In bfloat16 where tokens are, as the products that read it round it anyway; in float16 it would
+  // underflow.
+  const DType dpre_type = type == DType::kBFloat16 ? type : kAccumulate<T>;
+  const int64_t dpre_size = dtype_size(dpre_type);
+  char* dpre = scratch<char>(Scratch::kHidden, rows * width * dpre_size);
   const auto activation_rows = [&](const RowItem& it) {
-    T* pre = scratch<T>(Scratch::kTile, 7 * I + H);
+    T* pre = scratch<T>(Scratch::kTile, 7 * I);
     T* buffer = pre + 2 * I;
-    T* dgu = pre + 4 * I;
+    T* grad = pre + 4 * I;
     T* h = pre + 6 * I;
     for (int64_t r = it.begin; r < it.end; ++r) {
       const T weight = on_input ? T(1) : routing.weight[r];
       T* ur = u + r * I;
-      T* dr = dpre + r * width;
+      char* dr = dpre + r * width * dpre_size;
       k.load_row(type, element(p.preact, type, r * width), pre, width, T(1));
       const GateUp<T> gu = split_row(s.act, pre, I, buffer);
-      const bool weave = gated && s.act.interleaved;
-      T* grad = weave ? dgu : dr;
       // With the unweighted u: <h, u> is the gradient of the routing weight, and the gradients of
       // gate and up are linear in u, so the weight can be multiplied in afterwards.
       k.act_bwd(s.act.kind, gu.gate, gu.up, ur, h, grad, grad + I, I, T(s.act.alpha),
@@ -220,18 +223,23 @@ void backward(const MoeFfnBwdParams& p, const Parallel& par) {
         grad_weights[s.row_to_slot[r]] = g;
       }
       if (weight != T(1)) k.load_row(kAccumulate<T>, grad, grad, width, weight);
-      if (weave) interleave(dgu, dgu + I, I, dr);
+      if (gated && s.act.interleaved) {
+        interleave(grad, grad + I, I, pre);
+        k.store_row(dpre_type, pre, dr, width);
+      } else {
+        k.store_row(dpre_type, grad, dr, width);
+      }
       k.load_row(kAccumulate<T>, h, ur, I, weight);
     }
   };
 
   const Rows hidden = {u, kAccumulate<T>, I, nullptr};
-  const Rows dpre_rows = {dpre, kAccumulate<T>, width, nullptr};
+  const Rows dpre_rows = {dpre, dpre_type, width, nullptr};
 
   // The gradient of x by rows, and from there that of routing weights which scaled the input.
   const bool weights_from_x = on_input && grad_weights != nullptr;
   const bool need_dx = p.grad_x != nullptr || weights_from_x;
-  T* dx = need_dx ? scratch<T>(Scratch::kRows, rows * H) : nullptr;
+  T* dx = need_dx ? u : nullptr;
   const GemmDesc<T> up = gemm_desc<T>(s, H, width, dpre_rows, transposed(p.w_gate_up));
   const auto keep_dx = [&](int64_t, int64_t r, int64_t f, int64_t n, T* v, T*) {
     std::memcpy(dx + r * H + f, v, static_cast<size_t>(n) * sizeof(T));
@@ -266,14 +274,7 @@ void backward(const MoeFfnBwdParams& p, const Parallel& par) {
                activation_rows(row_items[i]);
                dpre_left[row_items[i].expert].done();
              });
-  if (need_dx) {
-    stages.add(static_cast<int64_t>(up_items.size()), gemm_cost(up), [&](int64_t i) {
-      if (!stages.wait(dpre_left[up_items[i].expert])) return;
-      run_item(up, k, up_items[i], keep_dx);
-      dx_left.done();
-    });
-  }
-  // Between the gradient of x by rows and its sums, so that nothing waits for the last row.
+  Countdown down_weight_left;  // items that read u
   const auto weight_gradient = [&](const Rows& grad, int64_t out_features, const Rows& a,
                                    int64_t in_features, const T* a_scale, void* out, DType out_type,
                                    bool accumulate) {
@@ -290,8 +291,12 @@ void backward(const MoeFfnBwdParams& p, const Parallel& par) {
     w.out_type = out_type;
     w.accumulate = accumulate;
     const WgradPlan plan = wgrad_plan(w, par.num_threads);
-    stages.add(plan.count, plan.cost, [&, w, plan](int64_t i) {
-      if (stages.wait(dpre_left[i / plan.parts])) run_wgrad_item(w, k, plan, i);
+    const bool reads_u = a.data == u;
+    if (reads_u) down_weight_left.add(plan.count);
+    stages.add(plan.count, plan.cost, [&, w, plan, reads_u](int64_t i) {
+      if (!stages.wait(dpre_left[i / plan.parts])) return;
+      run_wgrad_item(w, k, plan, i);
+      if (reads_u) down_weight_left.done();
     });
   };
   weight_gradient(gy, H, hidden, I, nullptr, p.grad_w_down, p.grad_w_down_type,
@@ -314,6 +319,13 @@ void backward(const MoeFfnBwdParams& p, const Parallel& par) {
   };
   bias_gradient(dpre_rows, width, nullptr, p.grad_b_gate_up);
   bias_gradient(gy, H, on_input ? nullptr : routing.weight, p.grad_b_down);
+  if (need_dx) {
+    stages.add(static_cast<int64_t>(up_items.size()), gemm_cost(up), [&](int64_t i) {
+      if (!stages.wait(down_weight_left) || !stages.wait(dpre_left[up_items[i].expert])) return;
+      run_item(up, k, up_items[i], keep_dx);
+      dx_left.done();
+    });
+  }
   if (weights_from_x) {
     stages.add(static_cast<int64_t>(row_items.size()),
                (static_cast<double>(H) / 8.0 + 2) * static_cast<double>(rows), [&](int64_t i) {
