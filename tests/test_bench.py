@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +29,7 @@ from moe_ops.bench import (
     training,
 )
 from moe_ops.bench.limits import Limits, measure_limits
-from moe_ops.bench.run import FORMAT, rounded, run
+from moe_ops.bench.run import FORMAT, join, rounded, run
 from moe_ops.bench.session import Plan, relative_error
 from moe_ops.bench.shapes import (
     INT4_GROUP,
@@ -135,12 +136,20 @@ def test_without_three_clean_samples_all_count_and_the_cell_is_marked():
     assert samples.to_dict() == {"ms": 3000.0, "rounds": 3, "waited": 2, "noisy": True}
 
 
-def test_a_slow_job_runs_once(clock):
+def test_a_slow_job_runs_twice(clock):
     jobs = {"slow": clock.job("slow", 9.0), "fast": clock.job("fast", 0.1)}
     samples = timing.alternate(jobs, budget_s=0.5, slow_s=6.0)
-    assert clock.calls.count("slow") == 1
+    assert clock.calls.count("slow") == 2
     assert samples["slow"].median == 9.0 and samples["slow"].clean
     assert len(samples["fast"].seconds) >= 3
+
+
+@pytest.mark.parametrize(("first", "warm_up"), [(0.1, 1), (1.0, 0), (7.0, 1)])
+def test_a_known_first_call_may_save_the_second(clock, first, warm_up):
+    jobs = {"job": clock.job("job", 1.0)}
+    samples = timing.alternate(jobs, budget_s=0.0, max_rounds=3, first_s={"job": first})
+    assert len(clock.calls) == warm_up + 3
+    assert samples["job"].median == pytest.approx(1.0)
 
 
 def test_fast_jobs_repeat_within_a_sample(clock):
@@ -326,6 +335,22 @@ def test_report_shows_every_cell(result):
             assert len({line.count("|") for line in block.splitlines()}) == 1, block
 
 
+def test_runs_of_parts_join_to_the_whole(result):
+    faster = {**result, "limits": {**result["limits"], "read_bytes": 1e12, "fp32_flops": 1e15}}
+    half = {k: v for k, v in faster.items() if k not in ("training", "scaling", "parts")}
+    other = {k: v for k, v in result.items() if k != "forward"}
+    joined = join([half, other])
+    assert {m: len(joined[m]) for m in ("forward", "training", "scaling", "parts")} == {
+        m: len(result[m]) for m in ("forward", "training", "scaling", "parts")
+    }
+    assert joined["limits"]["read_bytes"] == 1e12
+    # The larger limits count for every cell: shares shrink.
+    for before, after in zip(result["forward"], joined["forward"], strict=True):
+        assert after["floor_ms"] < before["floor_ms"]
+    with pytest.raises(ValueError, match="isa must be the same"):
+        join([half, {**other, "isa": "another"}])
+
+
 class Wrong(contenders.MoeOps):
     name = "wrong"
 
@@ -441,6 +466,19 @@ def test_files_and_rendering_again(tmp_path):
     main.main(["--render", str(files[0]), "--markdown", str(files[2])])
     assert files[1].read_text() == files[2].read_text()
     assert "tiny" in files[1].read_text()
+
+
+@pytest.mark.skipif("avx2" not in _C.supported_isas(), reason="no AVX2 here")
+def test_isa_restarts_the_command(monkeypatch):
+    """The kernels, torch and oneDNN read these when they are loaded, so a new process is needed."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(moe_ops.__file__).parents[1]))
+    monkeypatch.delenv("MOE_OPS_CPU_ISA", raising=False)
+    command = "--quick --modes parts --tokens 1 --budget 0.01 --isa avx2 --json -".split()
+    child = subprocess.run(
+        [sys.executable, "-m", "moe_ops.bench", *command], capture_output=True, text=True
+    )
+    assert child.returncode == 0, child.stderr
+    assert json.loads(child.stdout)["isa"] == "avx2"
 
 
 # ------------------------------------------------------------------- the tree's own peers

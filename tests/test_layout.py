@@ -61,7 +61,7 @@ FAMILY = {
     "pack_experts": "moe_ffn_packed",
 }
 # Public names that are no ops.
-TOOLS = {"__version__", "packed_bytes", "prepack", "prepacking", "unpack"}
+TOOLS = {"__version__", "packed_bytes", "prepack", "prepacking", "quantize_experts", "unpack"}
 
 ISA_FILES = (
     "kernels_amx.cpp",

@@ -30,24 +30,16 @@ void run_gemm(const GroupedGemmParams& p, const Parallel& par) {
 }
 
 template <class T>
+void run_wgrad(const GroupedWgradParams& p, const Parallel& par) {
+  const Kernels<T>& k = kernels<T>();
+  const WgradPlan plan = wgrad_plan(p, par.num_threads);
+  parallel_items(par, plan.count, plan.cost, [&](int64_t i) { run_wgrad_item(p, k, plan, i); });
+}
+
+template <class T>
 void run_sum(const GroupedSumParams& p, const Parallel& par) {
   const Kernels<T>& k = kernels<T>();
-  constexpr int64_t kBlock = 512;
-  const int64_t O = p.features, blocks = ceil_div(O, kBlock);
-  const auto* scale = static_cast<const T*>(p.scale);
-  const double cost =
-      static_cast<double>(p.expert_offsets[p.num_experts] + p.num_experts) * O / 8.0;
-  parallel_items(par, p.num_experts * blocks, cost, [&](int64_t item) {
-    const int64_t e = item / blocks, f = item % blocks * kBlock, n = std::min(kBlock, O - f);
-    T* sum = scratch<T>(Scratch::kTile, n);
-    std::fill(sum, sum + n, T(0));
-    for (int64_t r = p.expert_offsets[e]; r < p.expert_offsets[e + 1]; ++r) {
-      k.axpy(p.rows.type, element(row_of(p.rows, r), p.rows.type, f), scale ? scale[r] : T(1), sum,
-             n);
-    }
-    k.store_row(p.out_type, sum, static_cast<char*>(p.out) + (e * O + f) * dtype_size(p.out_type),
-                n);
-  });
+  parallel_items(par, sum_items(p), sum_cost(p), [&](int64_t i) { run_sum_item(p, k, i); });
 }
 
 }  // namespace
@@ -57,7 +49,7 @@ void grouped_gemm(const GroupedGemmParams& p, const Parallel& par) {
 }
 
 void grouped_gemm_wgrad(const GroupedWgradParams& p, const Parallel& par) {
-  p.grad.type == DType::kFloat64 ? wgrad<double>(p, par) : wgrad<float>(p, par);
+  p.grad.type == DType::kFloat64 ? run_wgrad<double>(p, par) : run_wgrad<float>(p, par);
 }
 
 void grouped_sum(const GroupedSumParams& p, const Parallel& par) {

@@ -56,7 +56,7 @@ struct TileHints {
   }
 };
 
-// Weights of 8 or 4 bits (QuantFormat in grouped_gemm.h); quant-inl.h.
+// Weights of 8 or 4 bits (QuantFormat in grouped_gemm.h); kernels/quant-inl.h.
 constexpr int64_t kQuantBlock = 32;    // codes of a token that share a scale
 constexpr int64_t kQuantAhead = 1024;  // bytes, of weights
 struct QuantKernels {

@@ -2,13 +2,12 @@
 //
 // Forward, in one parallel region: (1) up projection with x gathered while it is packed, bias and
 // activation applied to the tile in cache, h kept in the accumulate type; (2) down projection into
-// rows; (3) weighted sum of a token's rows, each output written once. Backward, a region a stage:
+// rows; (3) weighted sum of a token's rows, each output written once. Backward, in one region too:
 // (1) u = W_down^T grad_y, unweighted, because <h, u> is then the gradient of the routing weight;
-// (2) activation recomputed from the pre-activation; (3) the two weight gradients; (4) the gradient
-// of x by rows and (5) summed by token.
+// (2) activation recomputed from the pre-activation; (3) the gradient of x by rows; (4) gradients
+// of weights and biases; (5) the gradient of x summed by token.
 #include "moe_ops/moe_ffn.h"
 
-#include <atomic>
 #include <vector>
 
 #include "cpu/act_rows.h"
@@ -134,41 +133,35 @@ void forward(const MoeFfnParams& p, const Parallel& par) {
 
   const std::vector<GemmItem> up_items = gemm_items(up, k, par.num_threads);
   const std::vector<GemmItem> down_items = gemm_items(down, k, par.num_threads);
-  const auto num_up = static_cast<int64_t>(up_items.size());
   const auto num_down = static_cast<int64_t>(down_items.size());
   const int64_t chunk = std::max<int64_t>(1, chunk_length(s.num_tokens, unpermute_cost(combine)));
   std::vector<Countdown> up_left(static_cast<size_t>(s.num_experts));
   for (const GemmItem& it : up_items) up_left[it.expert].add();
   Countdown down_left;
-  down_left.start(num_down);
-  std::atomic<bool> failed{false};
-  const auto run = [&](int64_t i) {
-    if (i < num_up) {
-      run_item(up, k, up_items[i], activate);
-      up_left[up_items[i].expert].done();
-    } else if (i < num_up + num_down) {
-      const GemmItem& it = down_items[i - num_up];
-      if (!up_left[it.expert].wait(failed)) return;
-      run_item(down, k, it, keep);
-      down_left.done();
-    } else {
-      if (!down_left.wait(failed)) return;
-      const int64_t begin = (i - num_up - num_down) * chunk;
-      unpermute_tokens(combine, begin, std::min(s.num_tokens, begin + chunk));
-    }
-  };
-  const double cost =
-      gemm_cost(up) + gemm_cost(down) + unpermute_cost(combine) * static_cast<double>(s.num_tokens);
-  parallel_items(par, num_up + num_down + ceil_div(s.num_tokens, chunk), cost, [&](int64_t i) {
-    try {
-      run(i);
-    } catch (...) {
-      failed.store(true, std::memory_order_relaxed);
-      throw;
-    }
+  down_left.add(num_down);
+  Stages stages;
+  stages.add(static_cast<int64_t>(up_items.size()), gemm_cost(up), [&](int64_t i) {
+    run_item(up, k, up_items[i], activate);
+    up_left[up_items[i].expert].done();
   });
+  stages.add(num_down, gemm_cost(down), [&](int64_t i) {
+    if (!stages.wait(up_left[down_items[i].expert])) return;
+    run_item(down, k, down_items[i], keep);
+    down_left.done();
+  });
+  stages.add(ceil_div(s.num_tokens, chunk),
+             unpermute_cost(combine) * static_cast<double>(s.num_tokens), [&](int64_t i) {
+               if (!stages.wait(down_left)) return;
+               unpermute_tokens(combine, i * chunk, std::min(s.num_tokens, (i + 1) * chunk));
+             });
+  stages.run(par);
   release_large_scratch();
 }
+
+// Rows [begin, end) of one expert.
+struct RowItem {
+  int64_t expert, begin, end;
+};
 
 template <class T>
 void backward(const MoeFfnBwdParams& p, const Parallel& par) {
@@ -192,27 +185,30 @@ void backward(const MoeFfnBwdParams& p, const Parallel& par) {
   x.index = routing.token;
 
   // u = W_down^T grad_y: the matrix [I, H] is w_down transposed, which is a change of strides.
-  T* u = scratch<T>(Scratch::kHidden, rows * I);
-  gemm(gemm_desc<T>(s, I, H, gy, transposed(p.w_down)), par,
-       [&](int64_t, int64_t r, int64_t f, int64_t n, T* v, T*) {
-         std::memcpy(u + r * I + f, v, static_cast<size_t>(n) * sizeof(T));
-       });
+  // Nobody needs u when the gradient of x by rows is computed, so they share one block.
+  T* u = scratch<T>(Scratch::kRows, rows * std::max(I, H));
+  const GemmDesc<T> down = gemm_desc<T>(s, I, H, gy, transposed(p.w_down));
+  const auto keep_u = [&](int64_t, int64_t r, int64_t f, int64_t n, T* v, T*) {
+    std::memcpy(u + r * I + f, v, static_cast<size_t>(n) * sizeof(T));
+  };
 
   // Pre-activation gradients; u becomes weight * h, the operand of the down weight gradient.
-  T* dpre = scratch<T>(Scratch::kGrad, rows * width);
-  parallel_range(par, rows, I * 4.0 + 2, [&](int64_t begin, int64_t end) {
-    T* pre = scratch<T>(Scratch::kTile, 7 * I + H);
+  // In bfloat16 where tokens are, as the products that read it round it anyway; in float16 it would
+  // underflow.
+  const DType dpre_type = type == DType::kBFloat16 ? type : kAccumulate<T>;
+  const int64_t dpre_size = dtype_size(dpre_type);
+  char* dpre = scratch<char>(Scratch::kHidden, rows * width * dpre_size);
+  const auto activation_rows = [&](const RowItem& it) {
+    T* pre = scratch<T>(Scratch::kTile, 7 * I);
     T* buffer = pre + 2 * I;
-    T* dgu = pre + 4 * I;
+    T* grad = pre + 4 * I;
     T* h = pre + 6 * I;
-    for (int64_t r = begin; r < end; ++r) {
+    for (int64_t r = it.begin; r < it.end; ++r) {
       const T weight = on_input ? T(1) : routing.weight[r];
       T* ur = u + r * I;
-      T* dr = dpre + r * width;
+      char* dr = dpre + r * width * dpre_size;
       k.load_row(type, element(p.preact, type, r * width), pre, width, T(1));
       const GateUp<T> gu = split_row(s.act, pre, I, buffer);
-      const bool weave = gated && s.act.interleaved;
-      T* grad = weave ? dgu : dr;
       // With the unweighted u: <h, u> is the gradient of the routing weight, and the gradients of
       // gate and up are linear in u, so the weight can be multiplied in afterwards.
       k.act_bwd(s.act.kind, gu.gate, gu.up, ur, h, grad, grad + I, I, T(s.act.alpha),
@@ -220,23 +216,65 @@ void backward(const MoeFfnBwdParams& p, const Parallel& par) {
       if (grad_weights != nullptr && !on_input) {
         T g = k.dot_row(kAccumulate<T>, h, kAccumulate<T>, ur, I);
         if (p.b_down.data != nullptr) {
-          const int64_t e =
-              std::upper_bound(s.expert_offsets, s.expert_offsets + s.num_experts + 1, r) -
-              s.expert_offsets - 1;
-          g +=
-              k.dot_row(p.b_down.type, element(p.b_down.data, p.b_down.type, e * p.b_down.stride_e),
-                        type, row_of(gy, r), H);
+          g += k.dot_row(p.b_down.type,
+                         element(p.b_down.data, p.b_down.type, it.expert * p.b_down.stride_e), type,
+                         row_of(gy, r), H);
         }
         grad_weights[s.row_to_slot[r]] = g;
       }
       if (weight != T(1)) k.load_row(kAccumulate<T>, grad, grad, width, weight);
-      if (weave) interleave(dgu, dgu + I, I, dr);
+      if (gated && s.act.interleaved) {
+        interleave(grad, grad + I, I, pre);
+        k.store_row(dpre_type, pre, dr, width);
+      } else {
+        k.store_row(dpre_type, grad, dr, width);
+      }
       k.load_row(kAccumulate<T>, h, ur, I, weight);
     }
-  });
+  };
 
   const Rows hidden = {u, kAccumulate<T>, I, nullptr};
-  const Rows dpre_rows = {dpre, kAccumulate<T>, width, nullptr};
+  const Rows dpre_rows = {dpre, dpre_type, width, nullptr};
+
+  // The gradient of x by rows, and from there that of routing weights which scaled the input.
+  const bool weights_from_x = on_input && grad_weights != nullptr;
+  const bool need_dx = p.grad_x != nullptr || weights_from_x;
+  T* dx = need_dx ? u : nullptr;
+  const GemmDesc<T> up = gemm_desc<T>(s, H, width, dpre_rows, transposed(p.w_gate_up));
+  const auto keep_dx = [&](int64_t, int64_t r, int64_t f, int64_t n, T* v, T*) {
+    std::memcpy(dx + r * H + f, v, static_cast<size_t>(n) * sizeof(T));
+  };
+  const UnpermuteParams combine = combine_params(s, dx, rows, on_input, p.grad_x, type);
+
+  const std::vector<GemmItem> down_items = gemm_items(down, k, par.num_threads);
+  const std::vector<GemmItem> up_items =
+      need_dx ? gemm_items(up, k, par.num_threads) : std::vector<GemmItem>{};
+  std::vector<RowItem> row_items;
+  const double row_cost = static_cast<double>(I) * 4.0 + 2;
+  const int64_t row_chunk = std::max<int64_t>(1, chunk_length(rows, row_cost));
+  std::vector<Countdown> u_left(static_cast<size_t>(s.num_experts)), dpre_left(u_left.size());
+  for (int64_t e = 0; e < s.num_experts; ++e) {
+    for (int64_t r = s.expert_offsets[e]; r < s.expert_offsets[e + 1]; r += row_chunk) {
+      row_items.push_back({e, r, std::min(r + row_chunk, s.expert_offsets[e + 1])});
+      dpre_left[e].add();
+    }
+  }
+  for (const GemmItem& it : down_items) u_left[it.expert].add();
+  Countdown dx_left;
+  dx_left.add(static_cast<int64_t>(up_items.size()));
+
+  Stages stages;
+  stages.add(static_cast<int64_t>(down_items.size()), gemm_cost(down), [&](int64_t i) {
+    run_item(down, k, down_items[i], keep_u);
+    u_left[down_items[i].expert].done();
+  });
+  stages.add(static_cast<int64_t>(row_items.size()), row_cost * static_cast<double>(rows),
+             [&](int64_t i) {
+               if (!stages.wait(u_left[row_items[i].expert])) return;
+               activation_rows(row_items[i]);
+               dpre_left[row_items[i].expert].done();
+             });
+  Countdown down_weight_left;  // items that read u
   const auto weight_gradient = [&](const Rows& grad, int64_t out_features, const Rows& a,
                                    int64_t in_features, const T* a_scale, void* out, DType out_type,
                                    bool accumulate) {
@@ -252,14 +290,21 @@ void backward(const MoeFfnBwdParams& p, const Parallel& par) {
     w.out = out;
     w.out_type = out_type;
     w.accumulate = accumulate;
-    wgrad<T>(w, par);
+    const WgradPlan plan = wgrad_plan(w, par.num_threads);
+    const bool reads_u = a.data == u;
+    if (reads_u) down_weight_left.add(plan.count);
+    stages.add(plan.count, plan.cost, [&, w, plan, reads_u](int64_t i) {
+      if (!stages.wait(dpre_left[i / plan.parts])) return;
+      run_wgrad_item(w, k, plan, i);
+      if (reads_u) down_weight_left.done();
+    });
   };
   weight_gradient(gy, H, hidden, I, nullptr, p.grad_w_down, p.grad_w_down_type,
                   p.accumulate_w_down);
   weight_gradient(dpre_rows, width, x, H, on_input ? routing.weight : nullptr, p.grad_w_gate_up,
                   p.grad_w_gate_up_type, p.accumulate_w_gate_up);
   const auto bias_gradient = [&](const Rows& grad, int64_t features, const T* scale, void* out) {
-    if (out == nullptr) return;
+    if (out == nullptr || features == 0) return;
     GroupedSumParams b;
     b.expert_offsets = s.expert_offsets;
     b.num_experts = s.num_experts;
@@ -268,31 +313,38 @@ void backward(const MoeFfnBwdParams& p, const Parallel& par) {
     b.scale = scale;
     b.out = out;
     b.out_type = type;
-    grouped_sum(b, par);
+    stages.add(sum_items(b), sum_cost(b), [&, b](int64_t i) {
+      if (stages.wait(dpre_left[i / (sum_items(b) / s.num_experts)])) run_sum_item(b, k, i);
+    });
   };
   bias_gradient(dpre_rows, width, nullptr, p.grad_b_gate_up);
   bias_gradient(gy, H, on_input ? nullptr : routing.weight, p.grad_b_down);
-
-  if (p.grad_x == nullptr && !(on_input && grad_weights != nullptr)) {
-    release_large_scratch();
-    return;
-  }
-  T* dx = scratch<T>(Scratch::kRows, rows * H);
-  gemm(gemm_desc<T>(s, H, width, dpre_rows, transposed(p.w_gate_up)), par,
-       [&](int64_t, int64_t r, int64_t f, int64_t n, T* v, T*) {
-         std::memcpy(dx + r * H + f, v, static_cast<size_t>(n) * sizeof(T));
-       });
-  if (on_input && grad_weights != nullptr) {
-    parallel_range(par, rows, H / 8.0 + 2, [&](int64_t begin, int64_t end) {
-      for (int64_t r = begin; r < end; ++r) {
-        grad_weights[s.row_to_slot[r]] =
-            k.dot_row(kAccumulate<T>, dx + r * H, type, row_of(x, r), H);
-      }
+  if (need_dx) {
+    stages.add(static_cast<int64_t>(up_items.size()), gemm_cost(up), [&](int64_t i) {
+      if (!stages.wait(down_weight_left) || !stages.wait(dpre_left[up_items[i].expert])) return;
+      run_item(up, k, up_items[i], keep_dx);
+      dx_left.done();
     });
   }
-  if (p.grad_x != nullptr) {
-    unpermute(combine_params(s, dx, rows, on_input, p.grad_x, type), par);
+  if (weights_from_x) {
+    stages.add(static_cast<int64_t>(row_items.size()),
+               (static_cast<double>(H) / 8.0 + 2) * static_cast<double>(rows), [&](int64_t i) {
+                 if (!stages.wait(dx_left)) return;
+                 for (int64_t r = row_items[i].begin; r < row_items[i].end; ++r) {
+                   grad_weights[s.row_to_slot[r]] =
+                       k.dot_row(kAccumulate<T>, dx + r * H, type, row_of(x, r), H);
+                 }
+               });
   }
+  if (p.grad_x != nullptr) {
+    const int64_t chunk = std::max<int64_t>(1, chunk_length(s.num_tokens, unpermute_cost(combine)));
+    stages.add(ceil_div(s.num_tokens, chunk),
+               unpermute_cost(combine) * static_cast<double>(s.num_tokens), [&, chunk](int64_t i) {
+                 if (!stages.wait(dx_left)) return;
+                 unpermute_tokens(combine, i * chunk, std::min(s.num_tokens, (i + 1) * chunk));
+               });
+  }
+  stages.run(par);
   release_large_scratch();
 }
 

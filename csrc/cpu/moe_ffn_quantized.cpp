@@ -1,4 +1,4 @@
-// The loops are those of moe_ffn; gemm/quant.h has what differs in an item, quant-inl.h the
+// The loops are those of moe_ffn; gemm/quant.h has what differs in an item, kernels/quant-inl.h the
 // kernels.
 #include "moe_ops/moe_ffn_quantized.h"
 

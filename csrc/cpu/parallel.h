@@ -6,7 +6,10 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <functional>
 #include <thread>
+#include <utility>
+#include <vector>
 
 #include "moe_ops/common.h"
 
@@ -39,13 +42,10 @@ void parallel_items(const Parallel& par, int64_t n, double cost, const Fn& fn) {
       &context);
 }
 
-// Items of several stages share one region: they are numbered stage after stage, so whatever an
-// item waits for was claimed before it, by a thread that is at work on it. A Countdown counts the
-// items of a stage (or of an expert in it) that are not done.
+// Counts the items of a stage, or of an expert in it, that are not done.
 class Countdown {
  public:
-  void start(int64_t n) { left_.store(n, std::memory_order_relaxed); }
-  void add() { left_.fetch_add(1, std::memory_order_relaxed); }
+  void add(int64_t n = 1) { left_.fetch_add(n, std::memory_order_relaxed); }
   void done() { left_.fetch_sub(1, std::memory_order_release); }
   // False: another item failed, and this count may never end.
   bool wait(const std::atomic<bool>& failed) const {
@@ -58,6 +58,45 @@ class Countdown {
 
  private:
   std::atomic<int64_t> left_{0};
+};
+
+// Stages of work in one parallel region. Items are numbered stage after stage, so whatever an item
+// waits for was claimed before it, by a thread that is at work on it.
+class Stages {
+ public:
+  // fn(item) for each item in [0, n); `cost` is that of all of them.
+  template <class Fn>
+  void add(int64_t n, double cost, Fn fn) {
+    if (n <= 0) return;
+    stages_.push_back({total_, std::move(fn)});
+    total_ += n;
+    cost_ += cost;
+  }
+  // For an item, before it reads what others wrote. False: it has to return, another one failed.
+  bool wait(const Countdown& left) const { return left.wait(failed_); }
+
+  void run(const Parallel& par) {
+    parallel_items(par, total_, cost_, [this](int64_t i) {
+      size_t s = stages_.size() - 1;
+      while (stages_[s].first > i) --s;
+      try {
+        stages_[s].fn(i - stages_[s].first);
+      } catch (...) {
+        failed_.store(true, std::memory_order_relaxed);
+        throw;
+      }
+    });
+  }
+
+ private:
+  struct Stage {
+    int64_t first;
+    std::function<void(int64_t)> fn;
+  };
+  std::vector<Stage> stages_;
+  int64_t total_ = 0;
+  double cost_ = 0;
+  std::atomic<bool> failed_{false};
 };
 
 // Items per chunk of [0, n), by the cost of one.

@@ -32,6 +32,7 @@ from moe_ops.ops import (  # noqa: E402
     unpermute,
 )
 from moe_ops.packing import packed_bytes, prepack, prepacking, unpack  # noqa: E402
+from moe_ops.quant import quantize_experts  # noqa: E402
 
 __all__ = [
     "__version__",
@@ -50,6 +51,7 @@ __all__ = [
     "permute",
     "prepack",
     "prepacking",
+    "quantize_experts",
     "sort_slots",
     "topk_router",
     "topp_router",

@@ -157,6 +157,9 @@ def prepack(model: nn.Module) -> int:
         model: a module that holds `moe_ops.layers.Experts`, or blocks of transformers that run on
             moe_ops.
 
+    Banks with quantised experts are skipped with a warning: their kernels read the weights as they
+    lie.
+
     Returns:
         Bytes of the copies of `model`.
 
@@ -165,7 +168,14 @@ def prepack(model: nn.Module) -> int:
             subclass, or made in inference mode (such tensors do not count their versions).
     """
     banks = [(m, weights) for m in model.modules() if (weights := _weights_of(m)) is not None]
-    if not banks:
+    quantized = sum(getattr(m, "quantized_bank", False) for m in model.modules())
+    if quantized:
+        warnings.warn(
+            f"prepack: skipped {quantized} bank{'s' if quantized > 1 else ''} of quantised "
+            "experts, which need no packed copy.",
+            stacklevel=2,
+        )
+    elif not banks:
         raise ValueError(
             f"prepack: model must hold a bank of experts that runs on moe_ops, got "
             f"{type(model).__name__} without one."

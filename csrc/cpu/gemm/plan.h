@@ -55,6 +55,9 @@ constexpr int64_t kPanelPad = 32;
 // the memory, rows of 1 KiB are not, and 256 KiB leave room for the sums in an L2.
 constexpr int64_t kNnFeatures = 1024;
 constexpr int64_t kNnBlockBytes = int64_t{256} << 10;
+// From so many rows on an item is half as wide: the sums of 128 rows are then 256 KiB, and a block
+// is 128 steps deep instead of 64, between which the sums pass through memory.
+constexpr int64_t kNnNarrowRows = 32;
 // Depth and width of the blocks of weights that amx_nn packs: 256 x 512 in bfloat16 are 256 KiB of
 // L2, 256 steps of k amortise loading and storing the sums, and 512 columns are runs of 1 KiB.
 constexpr int64_t kAmxKc = 256;
@@ -215,7 +218,7 @@ std::vector<GemmItem> gemm_items(const GemmDesc<T>& d, const Kernels<T>& k, int 
       case Path::kRank:
       case Path::kNn:
       case Path::kPairNn:
-        most_features = kNnFeatures;
+        most_features = end - begin >= kNnNarrowRows ? kNnFeatures / 2 : kNnFeatures;
         break;
       default:
         break;

@@ -1,4 +1,4 @@
-// The gradient of the weights: the sum over an expert's rows.
+// The gradients of weights and biases: sums over an expert's rows.
 #pragma once
 
 #include "cpu/gemm/amx.h"
@@ -135,36 +135,73 @@ void wgrad_item(const GroupedWgradParams& p, const Kernels<T>& k, int64_t e, int
   if (large) k.stream_fence();
 }
 
-template <class T>
-void wgrad(const GroupedWgradParams& p, const Parallel& par) {
-  const Kernels<T>& k = kernels<T>();
+// The items of one weight gradient: blocks of `features` of one expert after the other.
+struct WgradPlan {
+  int64_t features = 0, parts = 0, count = 0;
+  double cost = 0;
+};
+
+inline WgradPlan wgrad_plan(const GroupedWgradParams& p, int num_threads) {
   const int64_t E = p.num_experts, O = p.out_features, J = p.in_features;
-  if (O == 0 || J == 0) return;
+  WgradPlan plan;
+  if (O == 0 || J == 0) return plan;
   // The output is usually fresh memory, and the first write into a huge page clears all of it. Two
   // threads that meet in one page both clear it, so an item covers a page at least, unless that
   // leaves threads idle.
   constexpr int64_t kHugePage = int64_t{2} << 20;
   int64_t features = std::max(kFeatureBlock / 2, ceil_div(kHugePage, J * dtype_size(p.out_type)));
-  if (E * ceil_div(O, features) < 4 * par.num_threads) features = kFeatureBlock / 2;
-  features = balanced(O, features, 1);
-  const int64_t parts = ceil_div(O, features);
+  if (E * ceil_div(O, features) < 4 * num_threads) features = kFeatureBlock / 2;
+  plan.features = balanced(O, features, 1);
+  plan.parts = ceil_div(O, plan.features);
+  plan.count = E * plan.parts;
   const double rows = static_cast<double>(p.expert_offsets[E]);
-  const double cost = static_cast<double>(O * J) * (rows / 16 + static_cast<double>(E));
-  parallel_items(par, E * parts, cost, [&](int64_t item) {
-    const int64_t e = item / parts, o = item % parts * features;
-    if constexpr (sizeof(T) == 4) {
-      // In a bfloat16 block one operand is bfloat16 (tokens, or the gradient of the output); the
-      // other may be an intermediate result in fp32.
-      const bool pairs =
-          k.pairs && (p.grad.type == DType::kBFloat16 || p.a.type == DType::kBFloat16);
-      const bool amx = pairs && k.amx_panel != nullptr;
-      if (amx && p.expert_offsets[e + 1] - p.expert_offsets[e] >= kAmxMinRows) {
-        return amx_wgrad_item(p, k, e, o, std::min(O, o + features));
-      }
-      if (pairs) return wgrad_item<true>(p, k, e, o, std::min(O, o + features));
+  plan.cost = static_cast<double>(O * J) * (rows / 16 + static_cast<double>(E));
+  return plan;
+}
+
+template <class T>
+void run_wgrad_item(const GroupedWgradParams& p, const Kernels<T>& k, const WgradPlan& plan,
+                    int64_t item) {
+  const int64_t e = item / plan.parts, begin = item % plan.parts * plan.features;
+  const int64_t end = std::min(p.out_features, begin + plan.features);
+  if constexpr (sizeof(T) == 4) {
+    // In a bfloat16 block one operand is bfloat16 (tokens, or the gradient of the output); the
+    // other may be an intermediate result in fp32.
+    const bool pairs = k.pairs && (p.grad.type == DType::kBFloat16 || p.a.type == DType::kBFloat16);
+    const bool amx = pairs && k.amx_panel != nullptr;
+    if (amx && p.expert_offsets[e + 1] - p.expert_offsets[e] >= kAmxMinRows) {
+      return amx_wgrad_item(p, k, e, begin, end);
     }
-    wgrad_item<false>(p, k, e, o, std::min(O, o + features));
-  });
+    if (pairs) return wgrad_item<true>(p, k, e, begin, end);
+  }
+  wgrad_item<false>(p, k, e, begin, end);
+}
+
+// Sums over the rows of each expert: the gradient of a bias. An item is a block of features.
+constexpr int64_t kSumFeatures = 512;
+
+inline int64_t sum_items(const GroupedSumParams& p) {
+  return p.num_experts * ceil_div(p.features, kSumFeatures);
+}
+
+inline double sum_cost(const GroupedSumParams& p) {
+  return static_cast<double>(p.expert_offsets[p.num_experts] + p.num_experts) *
+         static_cast<double>(p.features) / 8.0;
+}
+
+template <class T>
+void run_sum_item(const GroupedSumParams& p, const Kernels<T>& k, int64_t item) {
+  const int64_t O = p.features, blocks = ceil_div(O, kSumFeatures);
+  const int64_t e = item / blocks, f = item % blocks * kSumFeatures;
+  const int64_t n = std::min(kSumFeatures, O - f);
+  const auto* scale = static_cast<const T*>(p.scale);
+  T* sum = scratch<T>(Scratch::kTile, n);
+  std::fill(sum, sum + n, T(0));
+  for (int64_t r = p.expert_offsets[e]; r < p.expert_offsets[e + 1]; ++r) {
+    k.axpy(p.rows.type, element(row_of(p.rows, r), p.rows.type, f), scale ? scale[r] : T(1), sum,
+           n);
+  }
+  k.store_row(p.out_type, sum, static_cast<char*>(p.out) + (e * O + f) * dtype_size(p.out_type), n);
 }
 
 }  // namespace moe_ops::cpu

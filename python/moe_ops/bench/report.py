@@ -48,16 +48,17 @@ _QUANTIZED = """\
 Weights were bf16; int8 has a scale a row, int4 one for 32 weights (ONNX Runtime: 128). Errors are
 relative to the unquantised layer in fp64."""
 _TRAINING = """\
-Gradients of x, routing weights and both weights. *Ours* adds the latter to kept buffers
-(`main_grads`); the others leave fresh gradients in `.grad`, cleared before each step. The floor
-counts reading the weights twice and writing their gradients once. *THP* rows: the whole process
-with THP_MEM_ALLOC_ENABLE=1, with which torch asks for huge pages."""
+Gradients of x, routing weights and both weights. Fresh gradients are left in `.grad`, which is
+cleared before each step; *main_grads*: ours adds those of the weights to kept buffers instead. The
+floor counts reading the weights twice and writing their gradients once. *THP* rows: the whole
+process with THP_MEM_ALLOC_ENABLE=1, with which torch asks for huge pages."""
 _PARTS = """\
 128 experts, 8 a token, H 2048, fp32; microseconds of our op, then of the lines that transformers
 runs, and how many times faster ours is."""
 _MEMORY = """\
 MiB at the peak of a step beyond weights and their gradients, in a process of its own (VmHWM above
-the size before the weights were made; workspaces and caches count)."""
+the size before the weights were made; workspaces and caches count). *main_grads* and *kept .grad*
+have gradients at hand before the step, which transformers then adds fresh ones to."""
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], right_from: int = 1) -> str:

@@ -67,10 +67,10 @@ def alternate(
         jobs: what to run, by name.
         budget_s: seconds for all rounds together; warming up comes on top, and `min_rounds` do.
         min_rounds, max_rounds: of every job but slow ones.
-        slow_s: a job whose first call takes longer is not called again. One that would take a
+        slow_s: a job whose second call takes longer is not called again. One that would take a
             sixth of the budget a round stops after `min_rounds`.
         repeats: let a fast job run several times a sample.
-        first_s: seconds of a call that has been made, of jobs that need no more warming up.
+        first_s: seconds of a first call, of jobs that have been called.
 
     Returns:
         The samples of each job.
@@ -81,11 +81,13 @@ def alternate(
     for name, job in jobs.items():
         known = (first_s or {}).get(name)
         first = _timed(job, 1) if known is None else known
-        if first > slow_s:
-            samples[name].seconds[0] = first
+        # The first call may have loaded, allocated and faulted pages in. That is nothing in half a
+        # second or more, which are worth saving, unless they decide whether the job is slow.
+        settled = known is not None and 0.5 < first <= slow_s
+        second = first if settled else min(first, _timed(job, 1))
+        if second > slow_s:
+            samples[name].seconds[0] = second
             continue
-        # A second call of a fast job: the first one may have loaded and allocated.
-        second = min(first, _timed(job, 1)) if first < 0.2 or known is None else first
         counts[name] = max(1, min(_MAX_REPEATS, round(_SAMPLE_S / max(1e-6, second))))
         if not repeats:
             counts[name] = 1

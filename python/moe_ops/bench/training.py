@@ -1,12 +1,13 @@
-"""Forward and backward of the layer: moe_ops into kept gradients, transformers, plain torch.
+"""Forward and backward of the layer: moe_ops, transformers, plain torch.
 
 Gradients of x, of the routing weights and of both weights are asked for. The usual way leaves fresh
-gradients in ``.grad``, which is cleared before every step; with kept gradients, `moe_ffn` adds
-those of the weights to buffers that live as long as the weights (``main_grads``).
+gradients in ``.grad``, which is cleared before every step; into kept gradients (``main_grads``),
+`moe_ffn` adds those of the weights, in buffers that live as long as the weights.
 """
 
 from __future__ import annotations
 
+import functools
 import gc
 import importlib.util
 import os
@@ -36,14 +37,8 @@ OURS = "moe_ops"
 
 def steps(bank: Bank, tokens: Tokens, grad_y: Tensor) -> dict[str, Step]:
     """The contenders. Each step returns the gradients of x, of w_gate_up and of w_down."""
-    found: dict[str, Step] = {
-        OURS: _kept(bank, tokens, grad_y),
-        "moe_ops fresh .grad": _fresh(moe_ops.moe_ffn, bank, tokens, grad_y),
-    }
-    if importlib.util.find_spec("transformers"):
-        found["HF grouped_mm"] = _hugging_face(bank, tokens, grad_y)
-    found["per-expert mm"] = _fresh(loop_over_experts, bank, tokens, grad_y)
-    return found
+    absent = skipped()
+    return {name: STEPS[name](bank, tokens, grad_y) for name in TIMED if name not in absent}
 
 
 def skipped() -> dict[str, str]:
@@ -111,10 +106,10 @@ def _fresh(function: Callable[..., Tensor], bank: Bank, tokens: Tokens, grad_y: 
     return step
 
 
-def _hugging_face(bank: Bank, tokens: Tokens, grad_y: Tensor) -> Step:
+def _hugging_face(bank: Bank, tokens: Tokens, grad_y: Tensor, keep: bool = False) -> Step:
     experts: Any = hf_experts(bank, "grouped_mm")
     x, _, _, topk_weights = _leaves(bank, tokens)
-    leaves = (x, experts.gate_up_proj, experts.down_proj, topk_weights)
+    leaves = (x, topk_weights) if keep else (x, topk_weights, *experts.parameters())
     ids = tokens.topk_ids.long()
 
     def step() -> dict[str, Tensor]:
@@ -129,6 +124,17 @@ def _hugging_face(bank: Bank, tokens: Tokens, grad_y: Tensor) -> Step:
 def _grads(x: Tensor, w_gate_up: Tensor, w_down: Tensor) -> dict[str, Tensor]:
     assert x.grad is not None and w_gate_up.grad is not None and w_down.grad is not None
     return {"x": x.grad, "w_gate_up": w_gate_up.grad, "w_down": w_down.grad}
+
+
+STEPS: dict[str, Callable[[Bank, Tokens, Tensor], Step]] = {
+    OURS: functools.partial(_fresh, moe_ops.moe_ffn),
+    "moe_ops main_grads": _kept,
+    "HF grouped_mm": _hugging_face,
+    # As with zero_grad(set_to_none=False), or from the second of several batches on.
+    "HF grouped_mm kept .grad": functools.partial(_hugging_face, keep=True),
+    "per-expert mm": functools.partial(_fresh, loop_over_experts),
+}
+TIMED = (OURS, "moe_ops main_grads", "HF grouped_mm", "per-expert mm")
 
 
 def run_training(session: Session) -> list[dict[str, Any]]:

@@ -138,3 +138,60 @@ def bench(
     arguments += ["--threads", str(threads)] if threads else []
     arguments += ["--isa", isa] if isa else []
     benchmark(arguments)
+
+
+@app.command()
+def quantize(
+    source: Annotated[Path, typer.Argument(help="Folder of a Hugging Face causal language model.")],
+    target: Annotated[Path, typer.Argument(help="Folder for the quantised checkpoint.")],
+    bits: Annotated[int, typer.Option(help="4 or 8.")] = 4,
+    group_size: Annotated[
+        int | None, typer.Option(help="Of 4 bits: 32, 64 or 128. [default: 64]")
+    ] = None,
+    text: Annotated[
+        Path | None,
+        typer.Option(help="Text file: its end measures the quality, its beginning calibrates."),
+    ] = None,
+    scales: Annotated[
+        bool, typer.Option("--scales", help="Activation-aware scales, found on the text.")
+    ] = False,
+    tokens: Annotated[
+        int, typer.Option(min=64, help="Tokens of the text for calibrating, and as many to judge.")
+    ] = 4096,
+    context: Annotated[int, typer.Option(min=2, help="Tokens a sequence.")] = 512,
+    skip: Annotated[
+        list[str] | None, typer.Option(help="Pattern of module names that stay float; repeatable.")
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Write into a folder that is not empty.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Quantise the experts of a checkpoint to 8 or 4 bits, and measure what that costs."""
+    console = _console(quiet=as_json)
+    try:
+        from moe_ops.cli.quantize import QuantizeOptions, run
+    except ImportError as error:
+        console.quiet = False
+        console.print(f"moe-ops quantize: {error}", soft_wrap=True, markup=False)
+        raise typer.Exit(1) from None
+    options = QuantizeOptions(
+        source=source,
+        target=target,
+        bits=bits,
+        group_size=group_size,
+        text=text,
+        scales=scales,
+        tokens=tokens,
+        context=context,
+        skip=tuple(skip or ()),
+        overwrite=overwrite,
+    )
+    try:
+        result = run(options, console)
+    except (ValueError, OSError) as error:
+        console.quiet = False
+        console.print(f"error: {error}", style="bold red", soft_wrap=True, markup=False)
+        raise typer.Exit(1) from None
+    if as_json:
+        typer.echo(json.dumps(result, indent=2))

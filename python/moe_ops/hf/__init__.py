@@ -7,7 +7,9 @@ Importing this module registers ``"moe_ops"`` as an experts implementation, so t
 
 and ``model.set_experts_implementation("moe_ops")`` work for every model whose experts go through
 transformers' experts interface. :func:`enable` switches a live model instead, and also JetMoE, DBRX
-and Llama 4, whose blocks are outside that interface and ignore the argument silently.
+and Llama 4, whose blocks are outside that interface and ignore the argument silently. It also
+registers a quantisation method, so that ``from_pretrained`` reads checkpoints whose experts
+`moe_ops.quantize_experts` has quantised.
 """
 
 from __future__ import annotations
@@ -31,8 +33,16 @@ except ImportError as error:
     ) from error
 
 from moe_ops.hf.experts import experts_forward
+from moe_ops.hf.quantizer import ExpertsQuantizationConfig
 from moe_ops.hf.switch import disable, enable, expect_calls, status
 
 ExpertsInterface.register("moe_ops", experts_forward)
 
-__all__ = ["disable", "enable", "expect_calls", "experts_forward", "status"]
+__all__ = [
+    "ExpertsQuantizationConfig",
+    "disable",
+    "enable",
+    "expect_calls",
+    "experts_forward",
+    "status",
+]

@@ -41,11 +41,8 @@ def experts_forward(
         products run in theirs, as in transformers' ``grouped_mm``.
     """
     has_gate = getattr(self, "has_gate", True)
-    up_name = "gate_up_proj" if has_gate else "up_proj"
-    w_up, w_down = _weights(self)
-    b_up = b_down = None
-    if self.has_bias:
-        b_up, b_down = getattr(self, f"{up_name}_bias"), self.down_proj_bias
+    w_up, w_down = bank_views(self)
+    b_up, b_down = bank_bias(self)
     post_norm = self.post_expert_norm if getattr(self, "has_post_expert_norm", False) else None
 
     act = self._apply_gate if has_gate else self.act_fn
@@ -65,7 +62,8 @@ def experts_forward(
     )
 
 
-def _weights(experts: Any) -> tuple[Tensor, Tensor]:
+def bank_views(experts: Any) -> tuple[Tensor, Tensor]:
+    """w_gate_up (w_up) and w_down as moe_ffn takes them; views, whatever the layout."""
     up_name = "gate_up_proj" if getattr(experts, "has_gate", True) else "up_proj"
     w_up, w_down = getattr(experts, up_name), experts.down_proj
     if experts.is_transposed:  # [E, H, 2I] and [E, I, H]: the ops read views of any stride.
@@ -73,19 +71,27 @@ def _weights(experts: Any) -> tuple[Tensor, Tensor]:
     return w_up, w_down
 
 
+def bank_bias(experts: Any) -> tuple[Tensor | None, Tensor | None]:
+    """b_gate_up (b_up) and b_down."""
+    if not experts.has_bias:
+        return None, None
+    up_name = "gate_up_proj" if getattr(experts, "has_gate", True) else "up_proj"
+    return getattr(experts, f"{up_name}_bias"), experts.down_proj_bias
+
+
 def bank_weights(experts: Any) -> BankWeights | None:
     """What moe_ffn reads as the weights of this module; None where the steps run one by one."""
     fused = fused_activation(experts)
     if fused is None or getattr(experts, "has_post_expert_norm", False):
         return None
-    return _bank_weights(*_weights(experts), fused)
+    return _bank_weights(*bank_views(experts), fused)
 
 
 def gated_bank_weights(
     w_gate_up: Tensor, w_down: Tensor, act_fn: Callable[[Tensor], Tensor]
 ) -> BankWeights | None:
     """The same for the operands of `run_gated`."""
-    fused = _gated(act_fn)
+    fused = fused_gate(act_fn)
     return None if fused is None else _bank_weights(w_gate_up, w_down, fused)
 
 
@@ -116,7 +122,7 @@ def run_gated(
         gate, up = preact.chunk(2, dim=-1)
         return act_fn(gate) * up
 
-    fused = _gated(act_fn)
+    fused = fused_gate(act_fn)
     on_input = apply_router_weight_on_input
     return _run(bank, x, w_gate_up, w_down, topk_weights, topk_ids, act, fused, on_input=on_input)
 
@@ -194,7 +200,8 @@ for _class_name, _activation in (
 _GATED = {"silu": "swiglu", "gelu": "geglu", "gelu_tanh": "geglu_tanh", "relu": "reglu"}
 
 
-def _gated(act_fn: Callable[[Tensor], Tensor]) -> dict[str, Any] | None:
+def fused_gate(act_fn: Callable[[Tensor], Tensor]) -> dict[str, Any] | None:
+    """The activation arguments of moe_ffn that compute ``act_fn(gate) * up``; None if none do."""
     name = activation_name(act_fn)
     return {"activation": _GATED[name]} if name in _GATED else None
 
@@ -220,7 +227,7 @@ def fused_activation(experts: Any) -> dict[str, Any] | None:
         return None
     kind = gate_kind(type(experts)._apply_gate)
     if kind == "act_fn":
-        return _gated(experts.act_fn)
+        return fused_gate(experts.act_fn)
     if kind == "unknown":
         return None
     return {

@@ -36,8 +36,9 @@ def enable(model: nn.Module) -> dict[str, str]:
         model: a transformers model or any module that holds MoE blocks of one.
 
     Returns:
-        Name of each block that runs on moe_ops now -> how: ``"experts_implementation"`` or
-        ``"forward"``. Blocks that already did are listed too.
+        Name of each block that runs on moe_ops now -> how: ``"experts_implementation"``,
+        ``"forward"``, or ``"quantized"`` for one with experts of `moe_ops.quantize_experts`, which
+        run on nothing else. Blocks that already did are listed too.
 
     Raises:
         ValueError: nothing to switch, or a block that cannot be switched; the model is unchanged.
@@ -47,8 +48,10 @@ def enable(model: nn.Module) -> dict[str, str]:
     report: dict[str, str] = {}
     refused: list[str] = []
     for name, module in model.named_modules():
-        interface = _interface(module)
-        if interface is not None:
+        interface = interface_of(module)
+        if is_quantized(module):
+            report[name] = "quantized"
+        elif interface is not None:
             if "moe_ops" not in interface:
                 refused.append(f"{name} ({type(module).__name__}) has quantised experts")
                 continue
@@ -89,7 +92,7 @@ def disable(model: nn.Module) -> dict[str, str]:
     """Undoes :func:`enable`.
 
     Blocks that were loaded with ``experts_implementation="moe_ops"`` go back to transformers' own
-    default, ``"grouped_mm"``; the others to what they used before.
+    default, ``"grouped_mm"``; the others to what they used before. Quantised blocks stay.
 
     Returns:
         Name of each block that left moe_ops -> the implementation it uses now (``"forward"`` for a
@@ -102,7 +105,7 @@ def disable(model: nn.Module) -> dict[str, str]:
             for submodule in (module, *module.children()):
                 submodule.__class__ = getattr(type(submodule), "replaces", type(submodule))
             report[name] = "forward"
-        elif _interface(module) is not None:
+        elif interface_of(module) is not None:
             previous = module.__dict__.pop(_PREVIOUS, "grouped_mm")
             if status_of(module) == "moe_ops":
                 report[name] = previous
@@ -115,8 +118,9 @@ def disable(model: nn.Module) -> dict[str, str]:
 def status(model: nn.Module) -> dict[str, str]:
     """Name of each MoE block -> what runs it now.
 
-    ``"moe_ops"``, another experts implementation, or ``"transformers"`` for a block outside the
-    experts interface: such a block ignores ``experts_implementation="moe_ops"`` without a word.
+    ``"moe_ops"``; ``"moe_ops (int4 g64)"`` and the like for a block with quantised experts; another
+    experts implementation; or ``"transformers"`` for a block outside the experts interface, which
+    ignores ``experts_implementation="moe_ops"`` without a word.
     """
     blocks = ((name, status_of(module)) for name, module in model.named_modules())
     return {name: state for name, state in blocks if state is not None}
@@ -124,9 +128,11 @@ def status(model: nn.Module) -> dict[str, str]:
 
 def status_of(module: nn.Module) -> str | None:
     """The entry of :func:`status` for one module; None for a module that is no MoE block."""
+    if is_quantized(module):
+        return f"moe_ops ({module.format_name})"
     if _is_switched(module):
         return "moe_ops"
-    if _interface(module) is not None:
+    if interface_of(module) is not None:
         return _config(module)._experts_implementation or "eager"
     return "transformers" if _path(type(module)) in _BLOCKS else None
 
@@ -141,7 +147,7 @@ def expect_calls(model: nn.Module) -> Iterator[dict[str, int]]:
     Raises:
         RuntimeError: no block of `model` is on moe_ops, or none was called by the end.
     """
-    calls = {name: 0 for name, state in status(model).items() if state == "moe_ops"}
+    calls = {name: 0 for name, state in status(model).items() if state.startswith("moe_ops")}
     if not calls:
         raise RuntimeError(
             f"moe_ops.hf.expect_calls: no block of {type(model).__name__} is on moe_ops (a model "
@@ -180,7 +186,12 @@ def _bank_weights(module: nn.Module) -> BankWeights | None:
 register_finder(_bank_weights)
 
 
-def _interface(module: nn.Module) -> ExpertsInterface | None:
+def is_quantized(module: nn.Module) -> bool:
+    """Whether this is a block that `moe_ops.quantize_experts` has put here."""
+    return getattr(type(module), "quantized_block", False)
+
+
+def interface_of(module: nn.Module) -> ExpertsInterface | None:
     """The registry that the forward of a decorated class looks its implementation up in."""
     for cell in getattr(type(module).forward, "__closure__", None) or ():
         if isinstance(cell.cell_contents, ExpertsInterface):

@@ -17,6 +17,7 @@ from .losses import (
     update_expert_bias,
 )
 from .moe import MoE, MoEOutput
+from .quantized import QuantizedExperts
 from .replay import RoutingChoice, RoutingRecord, record_routing, replay_routing
 from .router import Router, RouterOutput
 from .sparsemixer import sparsemixer
@@ -26,6 +27,7 @@ __all__ = [
     "Experts",
     "MoE",
     "MoEOutput",
+    "QuantizedExperts",
     "Router",
     "RouterOutput",
     "RoutingChoice",

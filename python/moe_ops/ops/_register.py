@@ -74,6 +74,15 @@ def check_same_device(op: str, **tensors: Tensor | None) -> None:
         )
 
 
+def call(op: Any, *args: Any, **kwargs: Any) -> Any:
+    """Calls an op. Where no gradient can be wanted, it passes by the autograd rule, which is Python
+    and takes 5 us, as long as routing a token."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return op(*args, **kwargs)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*args, **kwargs)
+
+
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from moe_ops.ops._register import (
+    call,
     check,
     check_same_device,
     register_autocast,
@@ -58,7 +59,8 @@ def expert_choice_router(
     Source:
         Zhou et al. 2022, Mixture-of-Experts with Expert Choice Routing, arXiv 2202.09368.
     """
-    return torch.ops.moe_ops.expert_choice_router(
+    return call(
+        torch.ops.moe_ops.expert_choice_router,
         router_logits,
         capacity,
         score_func=score_func,

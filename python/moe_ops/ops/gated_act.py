@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from moe_ops.ops._register import (
+    call,
     check,
     check_float,
     check_same_device,
@@ -56,8 +57,13 @@ def gated_act(
     Source:
         Shazeer 2020, GLU Variants Improve Transformer, arXiv 2002.05202.
     """
-    return torch.ops.moe_ops.gated_act(
-        gate_up, activation, interleaved=interleaved, alpha=alpha, limit=limit
+    return call(
+        torch.ops.moe_ops.gated_act,
+        gate_up,
+        activation,
+        interleaved=interleaved,
+        alpha=alpha,
+        limit=limit,
     )
 
 

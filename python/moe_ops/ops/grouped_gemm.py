@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from moe_ops.ops._register import (
+    call,
     check,
     check_dim,
     check_float,
@@ -45,7 +46,7 @@ def grouped_gemm(
     Raises:
         ValueError: wrong dtype, rank or size; offsets that fall or end past N.
     """
-    return torch.ops.moe_ops.grouped_gemm(a, b, expert_offsets, bias)
+    return call(torch.ops.moe_ops.grouped_gemm, a, b, expert_offsets, bias)
 
 
 def grouped_gemm_wgrad(grad: Tensor, a: Tensor, expert_offsets: Tensor) -> Tensor:
@@ -65,7 +66,7 @@ def grouped_gemm_wgrad(grad: Tensor, a: Tensor, expert_offsets: Tensor) -> Tenso
     Raises:
         ValueError: wrong dtype, rank or size; offsets that fall or end past N.
     """
-    return torch.ops.moe_ops.grouped_gemm_wgrad(grad, a, expert_offsets)
+    return call(torch.ops.moe_ops.grouped_gemm_wgrad, grad, a, expert_offsets)
 
 
 def grouped_sum(rows: Tensor, expert_offsets: Tensor) -> Tensor:
@@ -82,7 +83,7 @@ def grouped_sum(rows: Tensor, expert_offsets: Tensor) -> Tensor:
     Raises:
         ValueError: wrong dtype, rank or size; offsets that fall or end past N.
     """
-    return torch.ops.moe_ops.grouped_sum(rows, expert_offsets)
+    return call(torch.ops.moe_ops.grouped_sum, rows, expert_offsets)
 
 
 def _check_offsets(op: str, expert_offsets: Tensor, **others: Tensor | None) -> None:

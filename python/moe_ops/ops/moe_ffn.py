@@ -9,6 +9,7 @@ from torch import Tensor
 
 from moe_ops.ops._register import (
     accumulate_dtype,
+    call,
     check,
     check_dim,
     check_float,
@@ -90,7 +91,8 @@ def moe_ffn(
         arguments = (activation, interleaved, apply_router_weight_on_input, alpha, limit)
         inputs = (x, w_gate_up, w_down, topk_weights, topk_ids, b_gate_up, b_down)
         return _AccumulatingFfn.apply(*inputs, main_grads, arguments)
-    return torch.ops.moe_ops.moe_ffn(
+    return call(
+        torch.ops.moe_ops.moe_ffn,
         x,
         w_gate_up,
         w_down,

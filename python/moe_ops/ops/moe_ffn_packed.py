@@ -9,6 +9,7 @@ from torch import Tensor
 
 from moe_ops import _C
 from moe_ops.ops._register import (
+    call,
     check,
     check_dim,
     check_float,
@@ -86,7 +87,8 @@ def moe_ffn_packed(
             of its weight. Under autocast, weights are cast as by moe_ffn, and by pack_experts too:
             pack and call in the same autocast state.
     """
-    return torch.ops.moe_ops.moe_ffn_packed(
+    return call(
+        torch.ops.moe_ops.moe_ffn_packed,
         x,
         w_gate_up,
         w_down,

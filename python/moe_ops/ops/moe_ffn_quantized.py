@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from moe_ops.ops._register import (
+    call,
     check,
     check_dim,
     check_float,
@@ -94,7 +95,8 @@ def moe_ffn_quantized(
         Integer products on blocks of rounded activations: Gerganov et al., ggml (q8_0, q4_0);
         the activation-aware scale: Lin et al. 2023, arXiv 2306.00978.
     """
-    return torch.ops.moe_ops.moe_ffn_quantized(
+    return call(
+        torch.ops.moe_ops.moe_ffn_quantized,
         x,
         w_gate_up,
         w_gate_up_scale,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from moe_ops.ops._register import (
+    call,
     check_dim,
     check_float,
     check_index,
@@ -44,7 +45,7 @@ def moe_linear_map(x: Tensor, w: Tensor, topk_ids: Tensor, *, bias: Tensor | Non
     Source:
         Zhang et al. 2022, Mixture of Attention Heads, arXiv 2210.05144.
     """
-    return torch.ops.moe_ops.moe_linear_map(x, w, topk_ids, bias)
+    return call(torch.ops.moe_ops.moe_linear_map, x, w, topk_ids, bias)
 
 
 def _check(op: str, x: Tensor, w: Tensor, topk_ids: Tensor, bias: Tensor | None = None) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from moe_ops.ops._register import (
     accumulate_dtype,
+    call,
     check_dim,
     check_float,
     check_index,
@@ -48,7 +49,7 @@ def moe_linear_reduce(
     Source:
         Zhang et al. 2022, Mixture of Attention Heads, arXiv 2210.05144.
     """
-    return torch.ops.moe_ops.moe_linear_reduce(h, w, topk_weights, topk_ids, bias)
+    return call(torch.ops.moe_ops.moe_linear_reduce, h, w, topk_weights, topk_ids, bias)
 
 
 def _check(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from moe_ops.ops._register import (
+    call,
     check,
     check_dim,
     check_float,
@@ -36,7 +37,7 @@ def permute(x: Tensor, expert_offsets: Tensor, row_to_slot: Tensor) -> Tensor:
     Raises:
         ValueError: wrong dtype, rank or size; N not a multiple of T; a map or offset out of range.
     """
-    return torch.ops.moe_ops.permute(x, expert_offsets, row_to_slot)
+    return call(torch.ops.moe_ops.permute, x, expert_offsets, row_to_slot)
 
 
 def _check(op: str, name: str, x: Tensor, expert_offsets: Tensor, row_to_slot: Tensor) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from moe_ops.ops._register import (
     accumulate_dtype,
+    call,
     check,
     check_dim,
     check_float,
@@ -83,7 +84,8 @@ def topk_router(
         Load Balancing, arXiv 2408.15664 (selection bias); DeepSeek-V3, arXiv 2412.19437 (sigmoid
         scores, groups by the sum of two).
     """
-    return torch.ops.moe_ops.topk_router(
+    return call(
+        torch.ops.moe_ops.topk_router,
         router_logits,
         top_k,
         score_func,

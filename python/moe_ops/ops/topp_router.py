@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from moe_ops.ops._register import (
+    call,
     check,
     check_same_device,
     register_autocast,
@@ -64,7 +65,8 @@ def topp_router(
     """
     if max_k is None:
         max_k = router_logits.shape[-1] if router_logits.dim() == 2 else 1
-    return torch.ops.moe_ops.topp_router(
+    return call(
+        torch.ops.moe_ops.topp_router,
         router_logits,
         top_p,
         max_k,

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from moe_ops.ops._register import (
     accumulate_dtype,
+    call,
     check,
     check_dim,
     check_float,
@@ -42,7 +43,7 @@ def unpermute(
     Raises:
         ValueError: wrong dtype, rank or size; a map or offset out of range.
     """
-    return torch.ops.moe_ops.unpermute(rows, expert_offsets, slot_to_row, topk_weights)
+    return call(torch.ops.moe_ops.unpermute, rows, expert_offsets, slot_to_row, topk_weights)
 
 
 def _check(

@@ -1,0 +1,226 @@
+// The exponential, the normal distribution, and the activations made of them. Included by
+// kernels-inl.h, inside its namespace.
+
+template <class T>
+struct ExpTraits;
+
+template <>
+struct ExpTraits<float> {
+  using Int = int32_t;
+  static constexpr float kMax = 88.37f, kMin = -87.33f;
+  static constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  static constexpr float kLn2Hi = 0.693145751953125f, kLn2Lo = 1.42860677e-6f;
+  static constexpr int kBias = 127, kMantissa = 23, kDegree = 7;
+};
+
+template <>
+struct ExpTraits<double> {
+  using Int = int64_t;
+  static constexpr double kMax = 709.0, kMin = -708.0;
+  static constexpr double kMagic = 6755399441055744.0;  // 1.5 * 2^52
+  static constexpr double kLn2Hi = 0.6931471803691238, kLn2Lo = 1.9082149292705877e-10;
+  static constexpr int kBias = 1023, kMantissa = 52, kDegree = 13;
+};
+
+// e^x = 2^n e^r with |r| <= ln(2)/2; the Taylor sum of kDegree leaves less than half an ulp.
+// Arguments are clamped to the range of normal results; NaN stays NaN.
+template <class T>
+inline Vec<T> vexp(Vec<T> x) {
+  using Tr = ExpTraits<T>;
+  using Int = typename Simd<T>::Int;
+  using Scalar = typename Tr::Int;
+  x = x > Tr::kMax ? splat<T>(Tr::kMax) : x;
+  x = x < Tr::kMin ? splat<T>(Tr::kMin) : x;
+  const Vec<T> shifted = x * T(1.4426950408889634) + Tr::kMagic;
+  const Vec<T> n = shifted - Tr::kMagic;
+  Vec<T> r = x - n * Tr::kLn2Hi;
+  r = r - n * Tr::kLn2Lo;
+  Vec<T> p = splat<T>(1);
+#pragma GCC unroll 16
+  for (int d = Tr::kDegree; d >= 1; --d) p = p * r * T(1.0 / d) + T(1);
+  const Int bits = __builtin_bit_cast(Int, shifted) - __builtin_bit_cast(Scalar, T(Tr::kMagic)) +
+                   Scalar(Tr::kBias);
+  return p * __builtin_bit_cast(Vec<T>, bits << Tr::kMantissa);
+}
+
+template <class T>
+inline Vec<T> vsigmoid(Vec<T> x) {
+  return T(1) / (T(1) + vexp<T>(-x));
+}
+
+// The standard normal distribution function, Phi(x) = erfc(-x / sqrt 2) / 2.
+inline Vec<double> vnormal_cdf(Vec<double> x) {
+  Vec<double> y;
+  for (int i = 0; i < kLanes<double>; ++i) {
+    y[i] = 0.5 * __builtin_erfc(-x[i] * 0.70710678118654752);
+  }
+  return y;
+}
+
+inline Vec<float> vnormal_cdf(Vec<float> x) {
+  // erfc(z) = t Q(t) exp(-z^2) with t = 1 / (1 + z/2); Q is a degree-9 least-squares fit on
+  // Chebyshev nodes over z in [0, 10], relative error 1.3e-7 in fp32.
+  constexpr float q[] = {0.28206289f, 0.28289402f,  0.23828822f, 0.22744551f,  -0.10452848f,
+                         0.43415189f, -0.68704581f, 0.44281113f, -0.12961404f, 0.01353465f};
+  const Vec<float> z = (x < 0.0f ? -x : x) * 0.70710678f;
+  const Vec<float> t = 1.0f / (1.0f + 0.5f * z);
+  Vec<float> p = splat<float>(q[9]);
+#pragma GCC unroll 9
+  for (int i = 8; i >= 0; --i) p = p * t + q[i];
+  const Vec<float> half_erfc = 0.5f * t * p * vexp<float>(-z * z);
+  return x < 0.0f ? half_erfc : 1.0f - half_erfc;
+}
+
+template <class T>
+struct ActPair {
+  Vec<T> value, slope;
+};
+
+// value = a(x) and slope = a'(x).
+template <class T, Activation A>
+inline ActPair<T> activate(Vec<T> x) {
+  if constexpr (A == Activation::kSwiglu || A == Activation::kSilu) {
+    const Vec<T> s = vsigmoid<T>(x);
+    return {x * s, s * (T(1) + x * (T(1) - s))};
+  } else if constexpr (A == Activation::kGeglu || A == Activation::kGelu) {
+    const Vec<T> cdf = vnormal_cdf(x);
+    const Vec<T> pdf = T(0.3989422804014327) * vexp<T>(T(-0.5) * x * x);
+    return {x * cdf, cdf + x * pdf};
+  } else if constexpr (A == Activation::kGegluTanh || A == Activation::kGeluTanh) {
+    // (1 + tanh(u)) / 2 = sigmoid(2u), u = sqrt(2/pi) (x + 0.044715 x^3)
+    constexpr T c = T(2 * 0.7978845608028654);
+    const Vec<T> s = vsigmoid<T>(c * (x + T(0.044715) * x * x * x));
+    return {x * s, s + x * s * (T(1) - s) * c * (T(1) + T(3 * 0.044715) * x * x)};
+  } else if constexpr (A == Activation::kRelu2) {
+    const Vec<T> r = x < T(0) ? Vec<T>{} : x;
+    return {r * r, r + r};
+  } else {
+    const Vec<T> zero = {};
+    return {x < T(0) ? zero : x, x > T(0) ? splat<T>(1) : zero};
+  }
+}
+
+// Runs fn over whole vectors; the tail goes through padded copies. fn(gate, up, dh) -> values by
+// pointer, so one text serves forward and backward.
+template <class T, Activation A>
+void act_fwd_loop(const T* gate, const T* up, T* h, int64_t n, T alpha, T limit) {
+  constexpr int W = kLanes<T>;
+  const auto one = [&](Vec<T> g, Vec<T> u) -> Vec<T> {
+    if constexpr (A == Activation::kSwigluOai) {
+      g = g > limit ? splat<T>(limit) : g;
+      u = u > limit ? splat<T>(limit) : u;
+      u = u < -limit ? splat<T>(-limit) : u;
+      return (u + T(1)) * g * vsigmoid<T>(alpha * g);
+    } else if constexpr (is_gated(A)) {
+      return activate<T, A>(g).value * u;
+    } else {
+      return activate<T, A>(g).value;
+    }
+  };
+  int64_t i = 0;
+  for (; i + W <= n; i += W) {
+    store<T>(h + i, one(load<T>(gate + i), is_gated(A) ? load<T>(up + i) : Vec<T>{}));
+  }
+  if (i < n) {
+    T g[W] = {}, u[W] = {}, out[W];
+    for (int64_t j = i; j < n; ++j) {
+      g[j - i] = gate[j];
+      if (is_gated(A)) u[j - i] = up[j];
+    }
+    store<T>(out, one(load<T>(g), load<T>(u)));
+    for (int64_t j = i; j < n; ++j) h[j] = out[j - i];
+  }
+}
+
+template <class T, Activation A>
+void act_bwd_loop(const T* gate, const T* up, const T* dh, T* h, T* dgate, T* dup, int64_t n,
+                  T alpha, T limit) {
+  constexpr int W = kLanes<T>;
+  const auto one = [&](Vec<T> g, Vec<T> u, Vec<T> d, Vec<T>& hv, Vec<T>& dg, Vec<T>& du) {
+    if constexpr (A == Activation::kSwigluOai) {
+      const Vec<T> zero = {};
+      const Vec<T> gc = g > limit ? splat<T>(limit) : g;
+      Vec<T> uc = u > limit ? splat<T>(limit) : u;
+      uc = uc < -limit ? splat<T>(-limit) : uc;
+      const Vec<T> s = vsigmoid<T>(alpha * gc);
+      hv = (uc + T(1)) * gc * s;
+      dg = d * (uc + T(1)) * s * (T(1) + alpha * gc * (T(1) - s));
+      du = d * gc * s;
+      dg = g > limit ? zero : dg;
+      du = u > limit ? zero : du;
+      du = u < -limit ? zero : du;
+    } else {
+      const ActPair<T> a = activate<T, A>(g);
+      if constexpr (is_gated(A)) {
+        hv = a.value * u;
+        dg = d * u * a.slope;
+        du = d * a.value;
+      } else {
+        hv = a.value;
+        dg = d * a.slope;
+        du = Vec<T>{};
+      }
+    }
+  };
+  Vec<T> hv, dg, du;
+  int64_t i = 0;
+  for (; i + W <= n; i += W) {
+    one(load<T>(gate + i), is_gated(A) ? load<T>(up + i) : Vec<T>{}, load<T>(dh + i), hv, dg, du);
+    if (h != nullptr) store<T>(h + i, hv);
+    store<T>(dgate + i, dg);
+    if (is_gated(A)) store<T>(dup + i, du);
+  }
+  if (i < n) {
+    T g[W] = {}, u[W] = {}, d[W] = {};
+    for (int64_t j = i; j < n; ++j) {
+      g[j - i] = gate[j];
+      if (is_gated(A)) u[j - i] = up[j];
+      d[j - i] = dh[j];
+    }
+    one(load<T>(g), load<T>(u), load<T>(d), hv, dg, du);
+    for (int64_t j = i; j < n; ++j) {
+      if (h != nullptr) h[j] = hv[j - i];
+      dgate[j] = dg[j - i];
+      if (is_gated(A)) dup[j] = du[j - i];
+    }
+  }
+}
+
+#define MOE_FOR_ACTIVATION(kind, CALL)     \
+  switch (kind) {                          \
+    case Activation::kSwiglu:              \
+      return CALL(Activation::kSwiglu);    \
+    case Activation::kGeglu:               \
+      return CALL(Activation::kGeglu);     \
+    case Activation::kGegluTanh:           \
+      return CALL(Activation::kGegluTanh); \
+    case Activation::kReglu:               \
+      return CALL(Activation::kReglu);     \
+    case Activation::kSwigluOai:           \
+      return CALL(Activation::kSwigluOai); \
+    case Activation::kSilu:                \
+      return CALL(Activation::kSilu);      \
+    case Activation::kGelu:                \
+      return CALL(Activation::kGelu);      \
+    case Activation::kGeluTanh:            \
+      return CALL(Activation::kGeluTanh);  \
+    case Activation::kRelu:                \
+      return CALL(Activation::kRelu);      \
+    case Activation::kRelu2:               \
+      return CALL(Activation::kRelu2);     \
+  }
+
+template <class T>
+void act_fwd(Activation kind, const T* gate, const T* up, T* h, int64_t n, T alpha, T limit) {
+#define MOE_CALL(A) act_fwd_loop<T, A>(gate, up, h, n, alpha, limit)
+  MOE_FOR_ACTIVATION(kind, MOE_CALL)
+#undef MOE_CALL
+}
+
+template <class T>
+void act_bwd(Activation kind, const T* gate, const T* up, const T* dh, T* h, T* dgate, T* dup,
+             int64_t n, T alpha, T limit) {
+#define MOE_CALL(A) act_bwd_loop<T, A>(gate, up, dh, h, dgate, dup, n, alpha, limit)
+  MOE_FOR_ACTIVATION(kind, MOE_CALL)
+#undef MOE_CALL
+}

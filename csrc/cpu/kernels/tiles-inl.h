@@ -1,0 +1,199 @@
+// Register tiles: products of a broadcast block and a panel, of copies (micro) or of weights packed
+// ahead of time (panel_tile, panel_streams). Included by kernels-inl.h, inside its namespace.
+
+// acc + a * b, where a is the same element in every lane; a pair adds both of its products.
+template <class T, class S>
+inline Vec<T> add_product(Vec<T> acc, const T* a, Vec<T> b) {
+#if defined(__AVX512BF16__) && MOE_VEC_BYTES == 64
+  if constexpr (__is_same(S, Pair)) {
+    int32_t bits;
+    __builtin_memcpy(&bits, a, sizeof(bits));
+    return __builtin_bit_cast(
+        Vec<float>, _mm512_dpbf16_ps(__builtin_bit_cast(__m512, acc),
+                                     __builtin_bit_cast(__m512bh, _mm512_set1_epi32(bits)),
+                                     __builtin_bit_cast(__m512bh, b)));
+  }
+#endif
+#if defined(__AVX2__) && MOE_VEC_BYTES == 32
+  if constexpr (sizeof(T) == 4) {
+    // The form that writes the sum in place. Left to choose, the compiler takes others, with
+    // copies, and a tile that needs all 16 registers then keeps sums on the stack: 20 % slower.
+    const Vec<T> av = splat<T>(*a);
+    asm("vfmadd231ps %2, %1, %0" : "+x"(acc) : "x"(av), "x"(b));
+    return acc;
+  }
+#endif
+  return acc + splat<T>(*a) * b;
+}
+
+// M x NV accumulators stay in registers; each step broadcasts M elements of a and loads NV vectors
+// of b. AVX2: 6 x 2 accumulators + 2 + 1 of 16 registers, and 12 FMAs cover the latency (4) times
+// the ports (2). AVX-512: 14 x 2 + 2 + 1 of 32.
+template <class T, class S, int M, int NV, bool kColumnForm>
+void micro(int64_t kc, const T* a, const T* b, T* c, int64_t ldc, bool accumulate,
+           TileHints& hints) {
+  constexpr int W = kLanes<T>;
+  constexpr int64_t kStrideI = kColumnForm ? 1 : kLda;
+  constexpr int64_t kStrideK = kColumnForm ? kLdm : 1;
+  Vec<T> acc[M][NV];
+#pragma GCC unroll 32
+  for (int i = 0; i < M; ++i) {
+#pragma GCC unroll 2
+    for (int v = 0; v < NV; ++v) acc[i][v] = Vec<T>{};
+  }
+  const auto step = [&] {
+    Vec<T> bv[NV];
+#pragma GCC unroll 2
+    for (int v = 0; v < NV; ++v) bv[v] = load<T>(b + v * W);
+#pragma GCC unroll 32
+    for (int i = 0; i < M; ++i) {
+#pragma GCC unroll 2
+      for (int v = 0; v < NV; ++v)
+        acc[i][v] = add_product<T, S>(acc[i][v], a + i * kStrideI, bv[v]);
+    }
+    a += kStrideK;
+    b += NV * W;
+  };
+  // A count of steps that the compiler knows: with an unknown one it kept the sums on the stack.
+  int64_t k = 0;
+  for (; k + kPrefetchStep <= kc; k += kPrefetchStep) {
+    fetch(hints);
+#pragma GCC unroll 2
+    for (int64_t i = 0; i < kPrefetchStep; ++i) step();
+  }
+  for (; k < kc; ++k) step();
+#pragma GCC unroll 32
+  for (int i = 0; i < M; ++i) {
+#pragma GCC unroll 2
+    for (int v = 0; v < NV; ++v) {
+      T* out = c + i * ldc + v * W;
+#if defined(__AVX512F__) && MOE_VEC_BYTES == 64
+      if constexpr (kColumnForm) {
+        // One store fills a cache line: written past the cache, the line need not be read first.
+        if (hints.stream) {
+          stream(out, acc[i][v]);
+          continue;
+        }
+      }
+#endif
+      store<T>(out, accumulate ? load<T>(out) + acc[i][v] : acc[i][v]);
+    }
+  }
+}
+
+// Vector v of row `half` of the pair of k at p.
+template <class T, class S>
+inline Vec<T> panel_vector(const S* p, int v, [[maybe_unused]] int half) {
+  constexpr int W = kLanes<T>;
+  if constexpr (sizeof(S) == sizeof(T)) {
+    return load<T>(reinterpret_cast<const T*>(p) + v * W);
+  } else {
+    using F = Simd<float>;
+    typedef uint32_t Unaligned __attribute__((vector_size(MOE_VEC_BYTES), aligned(4), may_alias));
+    const F::Uint pair = *reinterpret_cast<const Unaligned*>(p + 2 * v * W);
+    if constexpr (kIsBf16<S>) {
+      return __builtin_bit_cast(Vec<float>, half == 0 ? pair << 16 : pair & 0xffff0000u);
+    } else {
+      const auto bits = __builtin_convertvector(half == 0 ? pair & 0xffffu : pair >> 16, F::Half);
+      return load_as(reinterpret_cast<const Fp16*>(&bits));
+    }
+  }
+}
+
+template <class T, class S, int M>
+void panel_tile(int64_t kc, const T* a, const void* panel_data, T* c, int64_t ldc, bool accumulate,
+                const char* ahead, int64_t ahead_step) {
+  constexpr int W = kLanes<T>;
+  constexpr int kPair = sizeof(S) == sizeof(T) ? 1 : 2;  // steps of k that lie side by side
+  constexpr int kLines = 2 * MOE_VEC_BYTES < 64 ? 1 : 2 * MOE_VEC_BYTES / 64;
+  // Few rows are few chains of sums, and a chain adds once in 4 cycles: the two k of a pair then
+  // have sums of their own.
+  constexpr int kChains = kPair == 2 && M <= 3 ? 2 : 1;
+  Vec<T> acc[kChains][M][2];
+#pragma GCC unroll 2
+  for (int h = 0; h < kChains; ++h) {
+#pragma GCC unroll 32
+    for (int i = 0; i < M; ++i) acc[h][i][0] = acc[h][i][1] = Vec<T>{};
+  }
+  const int64_t line_step = ahead_step / kLines;
+  const S* panel = static_cast<const S*>(panel_data);
+#pragma GCC unroll 2
+  for (int64_t k = 0; k < kc; k += kPair) {
+#pragma GCC unroll 2
+    for (int line = 0; line < kLines; ++line) {
+      __builtin_prefetch(ahead, 0, 2);
+      ahead += line_step;
+    }
+#pragma GCC unroll 2
+    for (int half = 0; half < kPair; ++half) {
+      // Load the pairs anew for each half and broadcast no earlier: 16 registers hold the sums of
+      // an AVX2 tile, two vectors, an element of a and the mask, and not one more.
+      if constexpr (kPair == 2) asm volatile("" ::: "memory");
+      const Vec<T> b0 = panel_vector<T>(panel, 0, half), b1 = panel_vector<T>(panel, 1, half);
+      auto& sums = acc[kChains == 2 ? half : 0];
+#pragma GCC unroll 32
+      for (int i = 0; i < M; ++i) {
+        sums[i][0] = add_product<T, S>(sums[i][0], a + i * kLda + half, b0);
+        sums[i][1] = add_product<T, S>(sums[i][1], a + i * kLda + half, b1);
+      }
+    }
+    a += kPair;
+    panel += 2 * W * kPair;
+  }
+#pragma GCC unroll 32
+  for (int i = 0; i < M; ++i) {
+#pragma GCC unroll 2
+    for (int v = 0; v < 2; ++v) {
+      Vec<T> sum = acc[0][i][v];
+      if constexpr (kChains == 2) sum += acc[1][i][v];
+      T* out = c + i * ldc + v * W;
+      store<T>(out, accumulate ? load<T>(out) + sum : sum);
+    }
+  }
+}
+
+// Several panels at once for M rows: the hardware prefetcher follows each, and together they reach
+// the memory bandwidth that one stream does not. Asking ahead as well made it 15 to 20 % slower. No
+// more panels than registers hold sums of: 12 vectors with AVX2, 24 with AVX-512.
+template <int M>
+constexpr int kPanelStreams = MOE_MR2 * 2 / (2 * M) >= 4   ? 4
+                              : MOE_MR2 * 2 / (2 * M) >= 2 ? 2
+                                                           : 1;
+
+template <class T, class S, int M>
+void panel_streams(int64_t kc, const T* a, const void* panel_data, int64_t stride, T* const* c,
+                   int64_t ldc, bool accumulate) {
+  constexpr int W = kLanes<T>, kStreams = kPanelStreams<M>;
+  constexpr int kPair = sizeof(S) == sizeof(T) ? 1 : 2;  // steps of k that lie side by side
+  Vec<T> acc[kStreams][M][2] = {};
+  const char* panel = static_cast<const char*>(panel_data);
+  for (int64_t k = 0; k < kc; k += kPair) {
+#pragma GCC unroll 4
+    for (int s = 0; s < kStreams; ++s) {
+      const S* p = reinterpret_cast<const S*>(panel + s * stride);
+#pragma GCC unroll 2
+      for (int half = 0; half < kPair; ++half) {
+        if constexpr (kPair == 2) asm volatile("" ::: "memory");
+        const Vec<T> b0 = panel_vector<T>(p, 0, half), b1 = panel_vector<T>(p, 1, half);
+#pragma GCC unroll 3
+        for (int i = 0; i < M; ++i) {
+          acc[s][i][0] = add_product<T, S>(acc[s][i][0], a + i * kLda + half, b0);
+          acc[s][i][1] = add_product<T, S>(acc[s][i][1], a + i * kLda + half, b1);
+        }
+      }
+    }
+    a += kPair;
+    panel += 2 * W * kPair * sizeof(S);
+  }
+#pragma GCC unroll 4
+  for (int s = 0; s < kStreams; ++s) {
+#pragma GCC unroll 3
+    for (int i = 0; i < M; ++i) {
+#pragma GCC unroll 2
+      for (int v = 0; v < 2; ++v) {
+        T* out = c[s] + i * ldc + v * W;
+        store<T>(out, accumulate ? load<T>(out) + acc[s][i][v] : acc[s][i][v]);
+      }
+    }
+  }
+}

@@ -1,0 +1,234 @@
+// Vectors, the element types in memory, and the ways between them. Included by kernels-inl.h,
+// inside its namespace.
+
+template <class T>
+struct Simd;
+
+template <>
+struct Simd<float> {
+  static constexpr int kLanes = MOE_VEC_BYTES / 4;
+  typedef float Vec __attribute__((vector_size(MOE_VEC_BYTES)));
+  typedef int32_t Int __attribute__((vector_size(MOE_VEC_BYTES)));
+  typedef float Unaligned __attribute__((vector_size(MOE_VEC_BYTES), aligned(4), may_alias));
+  typedef uint16_t Half __attribute__((vector_size(MOE_VEC_BYTES / 2)));
+  typedef uint16_t HalfUnaligned
+      __attribute__((vector_size(MOE_VEC_BYTES / 2), aligned(2), may_alias));
+  typedef uint32_t Uint __attribute__((vector_size(MOE_VEC_BYTES)));
+};
+
+template <>
+struct Simd<double> {
+  static constexpr int kLanes = MOE_VEC_BYTES / 8;
+  typedef double Vec __attribute__((vector_size(MOE_VEC_BYTES)));
+  typedef int64_t Int __attribute__((vector_size(MOE_VEC_BYTES)));
+  typedef double Unaligned __attribute__((vector_size(MOE_VEC_BYTES), aligned(8), may_alias));
+};
+
+template <class T>
+using Vec = typename Simd<T>::Vec;
+template <class T>
+constexpr int kLanes = Simd<T>::kLanes;
+
+template <class T>
+inline Vec<T> splat(T v) {
+  return v - Vec<T>{};  // v - 0 keeps the sign of zero
+}
+
+template <class T>
+inline Vec<T> load(const T* p) {
+  return *reinterpret_cast<const typename Simd<T>::Unaligned*>(p);
+}
+
+template <class T>
+inline void store(T* p, Vec<T> v) {
+  *reinterpret_cast<typename Simd<T>::Unaligned*>(p) = v;
+}
+
+// Element types in memory. Half types are bit patterns.
+struct Bf16 {
+  uint16_t bits;
+};
+struct Fp16 {
+  uint16_t bits;
+};
+
+// Two bfloat16 of adjacent k in the bits of one float.
+struct Pair {
+  uint32_t bits;
+};
+
+template <class S>
+constexpr bool kIsBf16 = false;
+template <>
+constexpr bool kIsBf16<Bf16> = true;
+
+inline float to_float(Bf16 v) { return __builtin_bit_cast(float, uint32_t{v.bits} << 16); }
+
+inline float to_float(Fp16 v) {
+  // Shift exponent and mantissa into place, then let one multiplication by 2^112 rebias the
+  // exponent: it is exact and also normalises subnormals.
+  const uint32_t magnitude = v.bits & 0x7fffu;
+  float f = __builtin_bit_cast(float, magnitude << 13) * __builtin_bit_cast(float, 0x77800000u);
+  uint32_t u = __builtin_bit_cast(uint32_t, f);
+  if (magnitude >= 0x7c00u) u |= 0x7f800000u;  // infinity and NaN
+  return __builtin_bit_cast(float, u | (uint32_t{v.bits} & 0x8000u) << 16);
+}
+
+inline float to_float(float v) { return v; }
+inline double to_float(double v) { return v; }
+
+inline Bf16 to_bf16(float f) {
+  const uint32_t u = __builtin_bit_cast(uint32_t, f);
+  if ((u & 0x7fffffffu) > 0x7f800000u) return {static_cast<uint16_t>(u >> 16 | 0x40u)};
+  return {static_cast<uint16_t>((u + 0x7fffu + (u >> 16 & 1u)) >> 16)};
+}
+
+inline Fp16 to_fp16(float f) {
+  const uint32_t u = __builtin_bit_cast(uint32_t, f);
+  const uint32_t sign = u >> 16 & 0x8000u;
+  const uint32_t a = u & 0x7fffffffu;
+  if (a > 0x7f800000u) return {static_cast<uint16_t>(sign | 0x7e00u)};
+  if (a >= 0x477ff000u) return {static_cast<uint16_t>(sign | 0x7c00u)};  // rounds to 65536 or more
+  if (a < 0x38800000u) {
+    // Subnormal: adding 0.5 aligns the mantissa so that the hardware rounds to nearest even.
+    const float shifted = __builtin_bit_cast(float, a) + 0.5f;
+    const uint32_t m = __builtin_bit_cast(uint32_t, shifted) - 0x3f000000u;
+    return {static_cast<uint16_t>(sign | m)};
+  }
+  const uint32_t rounded = a + 0xfffu + (a >> 13 & 1u) - 0x38000000u;
+  return {static_cast<uint16_t>(sign | rounded >> 13)};
+}
+
+template <class S>
+inline Vec<float> load_as(const S* p) {
+  using F = Simd<float>;
+  if constexpr (sizeof(S) == 4) {
+    return load<float>(reinterpret_cast<const float*>(p));
+  } else {
+    const auto half = *reinterpret_cast<const F::HalfUnaligned*>(p);
+    if constexpr (kIsBf16<S>) {
+      const F::Uint wide = __builtin_convertvector(half, F::Uint) << 16;
+      return __builtin_bit_cast(Vec<float>, wide);
+    } else {
+#if defined(__AVX512F__) && MOE_VEC_BYTES == 64
+      return __builtin_bit_cast(Vec<float>,
+                                _mm512_cvtph_ps(__builtin_bit_cast(__m256i, F::Half(half))));
+#elif defined(__F16C__) && MOE_VEC_BYTES == 32
+      return __builtin_bit_cast(Vec<float>,
+                                _mm256_cvtph_ps(__builtin_bit_cast(__m128i, F::Half(half))));
+#else
+      const F::Uint wide = __builtin_convertvector(half, F::Uint);
+      const F::Uint magnitude = wide & 0x7fffu;
+      const Vec<float> f =
+          __builtin_bit_cast(Vec<float>, magnitude << 13) * __builtin_bit_cast(float, 0x77800000u);
+      F::Uint u = __builtin_bit_cast(F::Uint, f);
+      u |= __builtin_bit_cast(F::Uint, magnitude >= 0x7c00u) & 0x7f800000u;
+      return __builtin_bit_cast(Vec<float>, u | (wide & 0x8000u) << 16);
+#endif
+    }
+  }
+}
+
+inline Vec<double> load_as(const double* p) { return load<double>(p); }
+
+inline Simd<float>::Half narrow(Bf16, Vec<float> v) {
+  using F = Simd<float>;
+#if defined(__AVX512BF16__) && MOE_VEC_BYTES == 64
+  return __builtin_bit_cast(F::Half, _mm512_cvtneps_pbh(__builtin_bit_cast(__m512, v)));
+#else
+  const F::Uint u = __builtin_bit_cast(F::Uint, v);
+  const F::Uint rounded = (u + 0x7fffu + (u >> 16 & 1u)) >> 16;
+  const F::Uint quiet = u >> 16 | 0x40u;
+  const F::Uint nan = __builtin_bit_cast(F::Uint, (u & 0x7fffffffu) > 0x7f800000u);
+  return __builtin_convertvector((nan & quiet) | (~nan & rounded), F::Half);
+#endif
+}
+
+inline Simd<float>::Half narrow(Fp16, Vec<float> v) {
+  using F = Simd<float>;
+#if defined(__AVX512F__) && MOE_VEC_BYTES == 64
+  return __builtin_bit_cast(
+      F::Half, _mm512_cvtps_ph(__builtin_bit_cast(__m512, v), _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__) && MOE_VEC_BYTES == 32
+  return __builtin_bit_cast(
+      F::Half, _mm256_cvtps_ph(__builtin_bit_cast(__m256, v), _MM_FROUND_TO_NEAREST_INT));
+#else
+  F::Half h;
+  for (int i = 0; i < F::kLanes; ++i) h[i] = to_fp16(v[i]).bits;
+  return h;
+#endif
+}
+
+inline void store_as(float* p, Vec<float> v) { store<float>(p, v); }
+inline void store_as(double* p, Vec<double> v) { store<double>(p, v); }
+
+template <class S>
+inline void store_as(S* p, Vec<float> v) {
+  *reinterpret_cast<Simd<float>::HalfUnaligned*>(p) = narrow(S{}, v);
+}
+
+// Stores past the cache; p is aligned to what is stored.
+template <class V>
+inline void stream([[maybe_unused]] void* p, [[maybe_unused]] V v) {
+#if defined(__AVX512F__) && MOE_VEC_BYTES == 64
+  if constexpr (sizeof(V) == 64) {
+    _mm512_stream_si512(static_cast<__m512i*>(p), __builtin_bit_cast(__m512i, v));
+  }
+#endif
+#if defined(__AVX2__)
+  if constexpr (sizeof(V) == 32) {
+    _mm256_stream_si256(static_cast<__m256i*>(p), __builtin_bit_cast(__m256i, v));
+  } else if constexpr (sizeof(V) == 16) {
+    _mm_stream_si128(static_cast<__m128i*>(p), __builtin_bit_cast(__m128i, v));
+  }
+#endif
+}
+
+inline void store_one(float* p, float v) { *p = v; }
+inline void store_one(double* p, double v) { *p = v; }
+inline void store_one(Bf16* p, float v) { *p = to_bf16(v); }
+inline void store_one(Fp16* p, float v) { *p = to_fp16(v); }
+
+// Calls fn(pointer of the right element type).
+template <class T, class Fn>
+inline auto with_type([[maybe_unused]] DType type, const void* p, const Fn& fn) {
+  if constexpr (sizeof(T) == 8) {
+    (void)type;
+    return fn(static_cast<const double*>(p));
+  } else {
+    switch (type) {
+      case DType::kBFloat16:
+        return fn(static_cast<const Bf16*>(p));
+      case DType::kFloat16:
+        return fn(static_cast<const Fp16*>(p));
+      default:
+        return fn(static_cast<const float*>(p));
+    }
+  }
+}
+
+template <class T>
+inline T horizontal_sum(Vec<T> v) {
+#if defined(__AVX512F__) && MOE_VEC_BYTES == 64
+  if constexpr (sizeof(T) == 4) return _mm512_reduce_add_ps(__builtin_bit_cast(__m512, v));
+#endif
+  T s[kLanes<T>];
+  store<T>(s, v);
+  for (int width = kLanes<T> / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) s[i] += s[i + width];
+  }
+  return s[0];
+}
+
+// Asks for the lines of one step.
+inline void fetch(TileHints& hints) {
+  for (int64_t line = hints.lines_per_step; line > 0 && hints.rows > 0; --line) {
+    __builtin_prefetch(hints.base + hints.offset, 0, 2);
+    hints.offset += 64;
+    if (hints.offset >= hints.bytes) {
+      hints.offset = 0;
+      hints.base += hints.stride;
+      --hints.rows;
+    }
+  }
+}

@@ -1,0 +1,161 @@
+"""`moe-ops quantize`: a checkpoint in, a checkpoint with quantised experts out, and the cost."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+import moe_ops.hf
+from moe_ops import quant
+
+REPORT_NAME = "moe_ops_quantization.json"
+# What save_pretrained writes itself, or what a quantised checkpoint must not hold.
+_NOT_COPIED = ("config.json", "generation_config.json", REPORT_NAME)
+_COPIED_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".md", ".py")
+
+
+@dataclass(frozen=True)
+class QuantizeOptions:
+    source: Path
+    target: Path
+    bits: int = 4
+    group_size: int | None = None
+    text: Path | None = None
+    scales: bool = False
+    tokens: int = 4096
+    context: int = 512
+    skip: tuple[str, ...] = ()
+    overwrite: bool = False
+
+
+def run(options: QuantizeOptions, console: Console) -> dict[str, Any]:
+    """Quantises `source` into `target`; returns what it also writes there as a report.
+
+    Raises:
+        ValueError: options or a checkpoint that cannot work, with a sentence.
+    """
+    from transformers import AutoModelForCausalLM
+
+    _check(options)
+    calibrating, judging = (None, None) if options.text is None else _read_text(options)
+    started = time.perf_counter()
+    model = AutoModelForCausalLM.from_pretrained(options.source, dtype="auto")
+    model.eval()
+    baseline = calibration = None
+    if judging is not None:
+        console.print(f"Measuring the float model on {judging.numel()} tokens.")
+        baseline = quant.record_baseline(
+            model,
+            _batches(judging, options.context),
+            tokens=judging,
+            context=options.context,
+            forward=_forward,
+        )
+    if options.scales and calibrating is not None:
+        batches = _batches(calibrating, options.context)
+        calibration = quant.record_baseline(model, batches, outputs=False)
+    size = _size(model)
+
+    def progress(name: str, done: int, total: int) -> None:
+        console.print(f"{done + 1}/{total} {name}", markup=False)
+
+    moe_ops.quantize_experts(
+        model,
+        f"int{options.bits}",
+        group_size=options.group_size,
+        calibration=calibration,
+        skip=options.skip,
+        progress=progress,
+    )
+    options.target.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(options.target)
+    _copy_rest(options.source, options.target)
+    result: dict[str, Any] = {
+        "source": options.source.name,
+        "format": f"int{options.bits}",
+        "group_size": model.config.quantization_config.group_size,
+        "scales": options.scales,
+        "model_bytes_before": size,
+        "model_bytes_after": _size(model),
+        "seconds": time.perf_counter() - started,
+    }
+    if baseline is not None:
+        report = quant.quality_report(model, baseline)
+        console.print(report.table(), markup=False, soft_wrap=True)
+        result["quality"] = report.to_dict()
+    (options.target / REPORT_NAME).write_text(json.dumps(result, indent=2) + "\n")
+    before, after = result["model_bytes_before"], result["model_bytes_after"]
+    console.print(
+        f"The whole model: {before / 2**20:.1f} MiB -> {after / 2**20:.1f} MiB. Load it with\n"
+        f"  import moe_ops.hf\n"
+        f"  model = AutoModelForCausalLM.from_pretrained({str(options.target)!r})",
+        markup=False,
+        soft_wrap=True,
+    )
+    return result
+
+
+def _check(options: QuantizeOptions) -> None:
+    if options.bits not in (4, 8):
+        raise ValueError(f"quantize: --bits must be 4 or 8, got {options.bits}.")
+    if not (options.source / "config.json").is_file():
+        raise ValueError(
+            f"quantize: SOURCE must be a folder with a config.json, got {options.source}."
+        )
+    target = options.target
+    if target.exists() and target.samefile(options.source):
+        raise ValueError(f"quantize: TARGET must be another folder than SOURCE, got {target}.")
+    if target.exists() and not options.overwrite and any(target.iterdir()):
+        raise ValueError(
+            f"quantize: TARGET must be empty or new without --overwrite, got {target}."
+        )
+    if options.scales and options.text is None:
+        raise ValueError("quantize: --scales must come with --text, got it alone.")
+
+
+def _read_text(options: QuantizeOptions) -> tuple[Tensor, Tensor]:
+    """The first tokens, for calibration, and the last ones, to judge by; none is in both."""
+    from transformers import AutoTokenizer
+
+    assert options.text is not None
+    text = options.text.read_text(encoding="utf-8", errors="replace")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(options.source)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"quantize: SOURCE must hold a tokenizer for --text, got none: {error}"
+        ) from None
+    ids = torch.tensor(tokenizer(text)["input_ids"], dtype=torch.int64)
+    each = min(options.tokens, ids.numel() // 2)
+    if each < 2:
+        raise ValueError(f"quantize: --text must hold at least 4 tokens, got {ids.numel()}.")
+    return ids[:each], ids[-each:]
+
+
+def _batches(tokens: Tensor, context: int) -> list[dict[str, Any]]:
+    pieces = tokens.split(context)
+    return [{"input_ids": piece[None], "use_cache": False} for piece in pieces if piece.numel()]
+
+
+def _forward(model: Any, ids: Tensor) -> Any:
+    return model(input_ids=ids, use_cache=False)
+
+
+def _size(model: torch.nn.Module) -> int:
+    return sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+
+
+def _copy_rest(source: Path, target: Path) -> None:
+    """Tokenizer, chat template and the like, which save_pretrained does not write."""
+    for path in sorted(source.iterdir()):
+        wanted = path.suffix in _COPIED_SUFFIXES and not path.name.endswith(".index.json")
+        if path.is_file() and wanted and path.name not in _NOT_COPIED:
+            shutil.copyfile(path, target / path.name)

@@ -1,0 +1,185 @@
+"""Quantised experts in transformers' MoE blocks.
+
+T tokens, H hidden size, I intermediate size, E experts, K top-k.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.models.dbrx.modeling_dbrx import DbrxExperts
+from transformers.models.jetmoe.modeling_jetmoe import JetMoeMoE
+from transformers.models.llama4.modeling_llama4 import Llama4TextMoe
+
+from moe_ops.hf.experts import bank_bias, bank_views, fused_activation, fused_gate
+from moe_ops.hf.jetmoe import MoeOpsJetMoeTopKGating
+from moe_ops.hf.switch import interface_of
+from moe_ops.layers import QuantizedExperts
+from moe_ops.quant.bank import BankInputs, FloatBank, register_adapter, replace_module
+from moe_ops.quant.experts import new_quantized
+
+_UNKNOWN = "must have an activation that moe_ffn knows to be quantised, got {}."
+
+
+class QuantizedHfExperts(QuantizedExperts):
+    """Takes the place of an experts module: transformers' arguments, in transformers' order."""
+
+    quantized_block = True
+
+    def forward(  # type: ignore[override]
+        self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+    ) -> Tensor:
+        """As `experts_forward`; hidden_states may be [..., H]."""
+        x = hidden_states.reshape(-1, self.hidden_size)
+        return self.run(x, top_k_weights, top_k_index).view(hidden_states.shape)
+
+
+class QuantizedJetMoeMoE(JetMoeMoE):
+    """JetMoeMoE whose input_linear and output_linear have become `experts`."""
+
+    quantized_block = True
+    experts: QuantizedExperts
+
+    @property
+    def format_name(self) -> str:
+        return self.experts.format_name
+
+    def forward(self, layer_input: Tensor) -> Tensor:
+        x = layer_input.reshape(-1, layer_input.shape[-1])
+        topk_ids, _, topk_weights, _, _ = self.router(x)
+        return self.experts(x, topk_weights, topk_ids).view(layer_input.shape) + self.bias
+
+
+class QuantizedLlama4TextMoe(Llama4TextMoe):
+    """Llama4TextMoe whose experts are a `QuantizedExperts`."""
+
+    quantized_block = True
+
+    @property
+    def format_name(self) -> str:
+        return self.experts.format_name
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        x = hidden_states.reshape(-1, self.hidden_dim)
+        router_scores, router_logits = self.router(x)
+        topk_ids = torch.topk(router_logits, self.top_k, dim=1).indices
+        weights = router_scores.gather(1, topk_ids)
+        y = self.experts(x, weights, topk_ids, apply_router_weight_on_input=True)
+        return self.shared_expert(x) + y, router_logits
+
+
+class _InterfaceAdapter:
+    """Experts on transformers' experts interface."""
+
+    def bank(self, module: nn.Module) -> FloatBank | None:
+        interface = interface_of(module)
+        if interface is None:
+            return None
+        if "moe_ops" not in interface:
+            raise ValueError(f"must hold float experts, got {type(module).__name__}.")
+        if getattr(module, "has_post_expert_norm", False):
+            raise ValueError(_UNKNOWN.format("a norm behind each expert"))
+        activation = fused_activation(module)
+        if activation is None:
+            raise ValueError(_UNKNOWN.format(f"that of {type(module).__name__}"))
+        w_up, w_down = bank_views(module)
+        b_up, b_down = bank_bias(module)
+        return FloatBank((w_up,), w_down, b_up, b_down, activation)
+
+    def inputs(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> BankInputs:
+        names = ("hidden_states", "top_k_index", "top_k_weights")
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        x = given["hidden_states"]
+        x = x.reshape(-1, x.shape[-1])
+        return BankInputs(x, given["top_k_weights"], given["top_k_index"])
+
+    def new(self, bank: FloatBank, **config: Any) -> QuantizedExperts:
+        return new_quantized(QuantizedHfExperts, bank, **config)
+
+    def install(self, root: nn.Module, module: nn.Module, experts: QuantizedExperts) -> nn.Module:
+        return replace_module(root, module, experts)
+
+
+class _DbrxAdapter(_InterfaceAdapter):
+    """DbrxExperts, which keep gate and up apart and w_down transposed."""
+
+    def bank(self, module: nn.Module) -> FloatBank | None:
+        if not isinstance(module, DbrxExperts):
+            return None
+        shape = (module.num_experts, module.ffn_hidden_size, module.hidden_size)
+        mlp = module.mlp
+        gate_up = (mlp.w1.view(shape), mlp.v1.view(shape))
+        return FloatBank(
+            gate_up, mlp.w2.view(shape).transpose(1, 2), None, None, _gate(mlp.activation_fn)
+        )
+
+
+class _JetMoeAdapter:
+    """JetMoE's feed-forward block; its attention experts are no bank of networks."""
+
+    def bank(self, module: nn.Module) -> FloatBank | None:
+        if not isinstance(module, JetMoeMoE) or isinstance(module, QuantizedJetMoeMoE):
+            return None
+        weights = (module.input_linear.weight,), module.output_linear.weight
+        return FloatBank(*weights, None, None, _gate(module.activation))
+
+    def inputs(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> BankInputs:
+        (x,) = (*args, *kwargs.values())
+        x = x.reshape(-1, x.shape[-1])
+        router: Any = module.router  # Of either class: they differ in what they return.
+        topk_logits, topk_ids = router.layer(x).float().topk(router.top_k, dim=1)
+        return BankInputs(x, topk_logits.softmax(dim=1).type_as(x), topk_ids)
+
+    def new(self, bank: FloatBank, **config: Any) -> QuantizedExperts:
+        return new_quantized(QuantizedExperts, bank, **config)
+
+    def install(self, root: nn.Module, module: nn.Module, experts: QuantizedExperts) -> nn.Module:
+        del module.input_linear, module.output_linear
+        module.experts = experts
+        module.router.__class__ = MoeOpsJetMoeTopKGating
+        module.__class__ = QuantizedJetMoeMoE
+        return root
+
+
+class _Llama4Adapter(_JetMoeAdapter):
+    """Llama 4's block."""
+
+    def bank(self, module: nn.Module) -> FloatBank | None:
+        if not isinstance(module, Llama4TextMoe) or isinstance(module, QuantizedLlama4TextMoe):
+            return None
+        experts = module.experts
+        w_gate_up, w_down = experts.gate_up_proj, experts.down_proj
+        views = (w_gate_up.transpose(1, 2),), w_down.transpose(1, 2)
+        return FloatBank(*views, None, None, _gate(experts.act_fn))
+
+    def inputs(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> BankInputs:
+        (x,) = (*args, *kwargs.values())
+        x = x.reshape(-1, x.shape[-1])
+        router: Any = module.router
+        scores, logits = router(x)
+        topk_ids = torch.topk(logits, router.top_k, dim=1).indices
+        return BankInputs(x, scores.gather(1, topk_ids), topk_ids, True)
+
+    def install(self, root: nn.Module, module: nn.Module, experts: QuantizedExperts) -> nn.Module:
+        module.experts = experts
+        module.__class__ = QuantizedLlama4TextMoe
+        return root
+
+
+def _gate(act_fn: Any) -> dict[str, Any]:
+    activation = fused_gate(act_fn)
+    if activation is None:
+        raise ValueError(_UNKNOWN.format(type(act_fn).__name__))
+    return activation
+
+
+for _adapter in (_DbrxAdapter(), _JetMoeAdapter(), _Llama4Adapter(), _InterfaceAdapter()):
+    register_adapter(_adapter)

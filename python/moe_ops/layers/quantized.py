@@ -1,0 +1,399 @@
+"""A bank of experts whose weights are stored in 8 or 4 bits, for inference.
+
+Letters: T tokens, H hidden size, I intermediate size, E experts, K experts a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moe_ops import packing
+from moe_ops.ops import moe_ffn_quantized
+from moe_ops.quant.convert import quantize_experts
+from moe_ops.quant.formats import (
+    check_divides,
+    check_format,
+    dequantize,
+    shapes,
+    storage_dtype,
+)
+
+from .bank import as_ids
+from .experts import Experts, check_activation
+
+_FROZEN = ("w_gate_up", "w_gate_up_scale", "w_down", "w_down_scale", "x_scale")
+
+
+class QuantizedExperts(nn.Module):
+    """`Experts` with int8 or int4 weights: the same call, about a quarter of the memory.
+
+    Buffers, not parameters; a state dict holds them as they are:
+        w_gate_up, w_down: int8 [E, 2I, H] and [E, H, I]; or uint8 [E, 2I, H/2] and [E, H, I/2],
+            two numbers of 4 bits a byte. `moe_ops.quant.quantize` defines both formats.
+        w_gate_up_scale, w_down_scale: fp32 [E, 2I] and [E, H]; of int4 [E, 2I, H/G], [E, H, I/G].
+        x_scale: fp32 [H], what x is multiplied by before w_gate_up, or None.
+        b_gate_up, b_down: floating point, [E, 2I] and [E, H], or None.
+
+    `.to(dtype)` and its kin change the biases only; weights and scales keep their types. There are
+    no gradients: a backward through the layer raises NotImplementedError.
+
+    Args:
+        num_experts, hidden_size, intermediate_size: E, H and I, at least 1.
+        format: "int8" or "int4".
+        group_size: G of int4: 32, 64 (also None) or 128; must divide H and I.
+        x_scale: whether there is an activation-aware scale of the input.
+        activation, bias, interleaved, alpha, limit: as of `Experts`.
+        device: of the buffers.
+        dtype: of the biases.
+
+    A new layer computes zeros. `from_experts` fills one from a bank, `load_state_dict` from a file.
+
+    Raises:
+        ValueError: a size below 1, an unknown format or activation, groups that do not divide.
+    """
+
+    quantized_bank = True
+
+    w_gate_up: Tensor
+    w_gate_up_scale: Tensor
+    w_down: Tensor
+    w_down_scale: Tensor
+    x_scale: Tensor | None
+    b_gate_up: Tensor | None
+    b_down: Tensor | None
+
+    def __init__(
+        self,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size: int,
+        *,
+        format: str = "int4",
+        group_size: int | None = None,
+        x_scale: bool = False,
+        activation: str = "swiglu",
+        bias: bool = False,
+        interleaved: bool = False,
+        alpha: float = 1.702,
+        limit: float = 7.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        name = type(self).__name__
+        for what, value in (
+            ("num_experts", num_experts),
+            ("hidden_size", hidden_size),
+            ("intermediate_size", intermediate_size),
+        ):
+            if value < 1:
+                raise ValueError(f"{name}: {what} must be at least 1, got {value}.")
+        groups = check_format(name, format, group_size)
+        if groups:
+            check_divides(name, "w_gate_up", hidden_size, groups)
+            check_divides(name, "w_down", intermediate_size, groups)
+        self.num_experts = num_experts
+        self.hidden_size = hidden_size
+        self.intermediate_size = intermediate_size
+        self.format = format
+        self.group_size = groups or None
+        self.activation = activation
+        self.gated = check_activation(name, activation, interleaved)
+        self.interleaved = interleaved
+        self.alpha = alpha
+        self.limit = limit
+        # Which exponent `quantize_experts` found best; not kept in the state dict.
+        self.scale_exponent: float | None = None
+
+        width = intermediate_size * (2 if self.gated else 1)
+        where: dict[str, Any] = {"device": device}
+        for weight, out, size in (
+            ("w_gate_up", width, hidden_size),
+            ("w_down", hidden_size, intermediate_size),
+        ):
+            q, scale = shapes(out, size, format, self.group_size)
+            zeros = torch.zeros(num_experts, *q, dtype=storage_dtype(format), **where)
+            self.register_buffer(weight, zeros)
+            scales = torch.zeros(num_experts, *scale, dtype=torch.float32, **where)
+            self.register_buffer(f"{weight}_scale", scales)
+        ones = torch.ones(hidden_size, dtype=torch.float32, **where) if x_scale else None
+        self.register_buffer("x_scale", ones)
+        for b, size in (("b_gate_up", width), ("b_down", hidden_size)):
+            values = torch.zeros(num_experts, size, dtype=dtype, **where) if bias else None
+            self.register_buffer(b, values)
+
+    @classmethod
+    def from_experts(
+        cls,
+        experts: Experts,
+        format: str = "int4",
+        *,
+        group_size: int | None = None,
+        calibration: Any = None,
+    ) -> QuantizedExperts:
+        """The quantised form of a bank, which is left alone; `moe_ops.quantize_experts` of it.
+
+        Args:
+            experts: the bank.
+            format, group_size: as of the class.
+            calibration: batches of the bank's own arguments, (x, topk_weights, topk_ids) each, or
+                what `moe_ops.quant.record_baseline` returned; None for no x_scale.
+        """
+        if not isinstance(experts, Experts):
+            raise ValueError(
+                f"QuantizedExperts: experts must be a moe_ops.layers.Experts, got "
+                f"{type(experts).__name__}."
+            )
+        result = quantize_experts(experts, format, group_size=group_size, calibration=calibration)
+        assert isinstance(result, QuantizedExperts)
+        return result
+
+    def forward(
+        self,
+        x: Tensor,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        *,
+        apply_router_weight_on_input: bool = False,
+    ) -> Tensor:
+        """y[t] = sum_k topk_weights[t, k] * expert topk_ids[t, k] of x[t], as `Experts`.
+
+        Args:
+            x: [T, H], float32, bfloat16 or float16.
+            topk_weights: [T, K] float, used in fp32.
+            topk_ids: [T, K] int32 or int64; ids outside [0, E) contribute nothing.
+            apply_router_weight_on_input: multiply x[t] by the weight instead (Llama 4).
+
+        Returns:
+            y: [T, H] in the dtype of x.
+        """
+        return self.run(x, topk_weights, topk_ids, apply_router_weight_on_input)
+
+    def run(
+        self,
+        x: Tensor,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        apply_router_weight_on_input: bool = False,
+    ) -> Tensor:
+        """`forward`, whatever a subclass makes of that."""
+        on_input = apply_router_weight_on_input
+        if torch.is_grad_enabled() and (x.requires_grad or topk_weights.requires_grad):
+            return _WithoutBackward.apply(x, topk_weights, topk_ids, self, on_input)
+        return self._run(x, topk_weights, topk_ids, on_input)
+
+    def _run(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, on_input: bool) -> Tensor:
+        return moe_ffn_quantized(
+            x,
+            self.w_gate_up,
+            self.w_gate_up_scale,
+            self.w_down,
+            self.w_down_scale,
+            topk_weights,
+            topk_ids,
+            x_scale=self.x_scale,
+            b_gate_up=None if self.b_gate_up is None else self.b_gate_up.to(x.dtype),
+            b_down=None if self.b_down is None else self.b_down.to(x.dtype),
+            activation=self.activation,
+            interleaved=self.interleaved,
+            apply_router_weight_on_input=on_input,
+            alpha=self.alpha,
+            limit=self.limit,
+        )
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Experts:
+        """A float bank that computes the same, its weights rounded as here; x_scale is in them.
+
+        Args:
+            dtype: of its parameters; None is torch's default dtype.
+        """
+        result = Experts(
+            self.num_experts,
+            self.hidden_size,
+            self.intermediate_size,
+            activation=self.activation,
+            bias=self.b_down is not None,
+            interleaved=self.interleaved,
+            alpha=self.alpha,
+            limit=self.limit,
+            device="meta",
+        )
+        target = torch.get_default_dtype() if dtype is None else dtype
+        where: dict[str, Any] = {"dtype": target, "device": self.w_down.device}
+        scale = 1.0 if self.x_scale is None else self.x_scale
+        result.w_gate_up = nn.Parameter(torch.empty(result.w_gate_up.shape, **where))
+        result.w_down = nn.Parameter(torch.empty(result.w_down.shape, **where))
+        with torch.no_grad():
+            for e in range(self.num_experts):
+                w = dequantize(self.w_gate_up[e], self.w_gate_up_scale[e])
+                result.w_gate_up[e].copy_(w * scale)
+                result.w_down[e].copy_(dequantize(self.w_down[e], self.w_down_scale[e]))
+        for name in ("b_gate_up", "b_down"):
+            bias = getattr(self, name)
+            if bias is not None:
+                setattr(result, name, nn.Parameter(bias.to(target, copy=True)))
+        return result.train(self.training)
+
+    def select(self, ids: Sequence[int] | Tensor) -> QuantizedExperts:
+        """A new bank of the experts `ids`, in that order (repeats allowed).
+
+        Raises:
+            ValueError: no id, or one outside [0, E).
+        """
+        index = as_ids("QuantizedExperts.select", ids, self.num_experts)
+        rows = torch.tensor(index, device=self.w_down.device)
+        result = type(self)(len(index), device="meta", **self.config())
+        for name, buffer in self.named_buffers(recurse=False):
+            setattr(result, name, buffer.clone() if name == "x_scale" else buffer[rows])
+        result.scale_exponent = self.scale_exponent
+        return result.train(self.training)
+
+    def append(self, *_: Any, **__: Any) -> QuantizedExperts:
+        """Not for quantised banks; as `split` and `merge`, it raises NotImplementedError."""
+        raise self._only_float("append")
+
+    def split(self, *_: Any, **__: Any) -> QuantizedExperts:
+        """See `append`."""
+        raise self._only_float("split")
+
+    def merge(self, *_: Any, **__: Any) -> QuantizedExperts:
+        """See `append`."""
+        raise self._only_float("merge")
+
+    def _only_float(self, operation: str) -> NotImplementedError:
+        return NotImplementedError(
+            f"QuantizedExperts: {operation} needs float weights; call dequantize(), {operation}, "
+            "and quantise the result."
+        )
+
+    def prepack(self) -> int:
+        """Warns and returns 0: the kernels read the quantised weights as they lie."""
+        return packing.prepack(self)
+
+    def unpack(self) -> int:
+        """Nothing to drop; returns 0."""
+        return 0
+
+    def config(self) -> dict[str, Any]:
+        """The arguments of the class besides num_experts, device and dtype."""
+        names = ("hidden_size", "intermediate_size", "format", "group_size", "activation")
+        return {
+            **{name: getattr(self, name) for name in names},
+            "interleaved": self.interleaved,
+            "alpha": self.alpha,
+            "limit": self.limit,
+            "x_scale": self.x_scale is not None,
+            "bias": self.b_down is not None,
+        }
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of all buffers."""
+        return sum(b.numel() * b.element_size() for b in self.buffers())
+
+    @property
+    def format_name(self) -> str:
+        """ "int8", or "int4" with its group size: "int4 g64"."""
+        return "int8" if self.group_size is None else f"int4 g{self.group_size}"
+
+    def check(self, name: str = "QuantizedExperts") -> None:
+        """Raises ValueError where a buffer does not have the type and shape of the format."""
+        wanted = type(self)(self.num_experts, device="meta", **self.config())
+        for key, buffer in wanted.named_buffers(recurse=False):
+            problem = _mismatch(key, getattr(self, key), buffer)
+            if problem:
+                raise ValueError(f"{name}: {problem}")
+
+    def extra_repr(self) -> str:
+        return (
+            f"num_experts={self.num_experts}, hidden_size={self.hidden_size}, "
+            f"intermediate_size={self.intermediate_size}, format={self.format_name!r}, "
+            f"activation={self.activation!r}, bias={self.b_down is not None}, "
+            f"interleaved={self.interleaved}, x_scale={self.x_scale is not None}, "
+            f"size={self.num_bytes / 2**20:.1f} MiB"
+        )
+
+    # ------------------------------------------------------------------------------ module hooks
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedExperts:
+        before = {name: getattr(self, name) for name in _FROZEN}
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = getattr(self, name)
+            if old is not None and new.dtype != old.dtype:
+                # A cast, perhaps with a move: numbers of 8 bits and their scales have one type.
+                on_meta = "meta" in (old.device.type, new.device.type)
+                same = torch.empty_like(old, device=new.device) if on_meta else old.to(new.device)
+                self._buffers[name] = same
+        return self
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        # torch checks shapes only: copying would round float weights to integers without a word.
+        problems = []
+        for name, buffer in self.named_buffers(recurse=False):
+            value = state_dict.get(prefix + name)
+            if isinstance(value, Tensor) and name in _FROZEN:
+                problem = _mismatch(prefix + name, value, buffer)
+                if problem:
+                    problems.append(f"{type(self).__name__}: {problem}")
+        if problems:
+            error_msgs.extend(problems)
+            return
+        super()._load_from_state_dict(
+            state_dict,  # type: ignore[arg-type]
+            prefix,
+            local_metadata,
+            strict,
+            missing_keys,
+            unexpected_keys,
+            error_msgs,
+        )
+
+
+def _mismatch(name: str, got: Tensor | None, wanted: Tensor) -> str | None:
+    frozen = name.rpartition(".")[2] in _FROZEN
+    if got is not None and got.shape == wanted.shape:
+        if got.dtype == wanted.dtype or (not frozen and got.is_floating_point()):
+            return None
+    kind = _name(wanted.dtype) if frozen else "floating point"
+    what = "none" if got is None else f"{_name(got.dtype)} of shape {list(got.shape)}"
+    return f"{name} must be {kind} of shape {list(wanted.shape)}, got {what}."
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+class _WithoutBackward(torch.autograd.Function):
+    """Lets a forward with gradients enabled run, as inference code often leaves them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        experts: QuantizedExperts,
+        on_input: bool,
+    ) -> Tensor:
+        return experts._run(x, topk_weights, topk_ids, on_input)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise NotImplementedError(
+            "QuantizedExperts: there is no gradient through quantised experts; train the float "
+            "model (dequantize() gives one) or call the layer under torch.no_grad()."
+        )

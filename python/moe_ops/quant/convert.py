@@ -1,0 +1,142 @@
+"""quantize_experts: float banks of a model out, quantised ones in."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from .bank import FloatBank, find_banks
+from .baseline import Baseline, record_baseline
+from .formats import check_divides, check_format, quantize
+from .scales import GRID, find_x_scale
+
+
+def quantize_experts(
+    model: nn.Module,
+    format: str = "int4",
+    *,
+    group_size: int | None = None,
+    calibration: Baseline | Iterable[Any] | Callable[[nn.Module], Any] | None = None,
+    grid: int = GRID,
+    skip: Sequence[str] = (),
+    progress: Callable[[str, int, int], None] | None = None,
+) -> nn.Module:
+    """Replaces every bank of float experts in `model` by a quantised one, in place.
+
+    Known are `moe_ops.layers.Experts` (alone, in a `MoE`, anywhere in a model) and the MoE blocks
+    of transformers that :mod:`moe_ops.hf` supports, switched to moe_ops or not. Routers, shared
+    experts, attention and biases stay as they are. Banks are replaced one after another, and the
+    float weights of one go before the next is begun, unless something else holds them.
+
+    The result is for inference: outputs can be computed as before, and asking for a gradient
+    through a quantised bank raises an error in backward.
+
+    Args:
+        model: a model, a layer, or a bank.
+        format: "int8" (one scale an output feature) or "int4" (one scale a group of inputs).
+        group_size: of int4: 32, 64 or 128; must divide H and I. None is 64.
+        calibration: inputs for the activation-aware scale of w_gate_up's input channels: what
+            `moe_ops.quant.record_baseline` returned, or what it takes. None uses no such scale.
+        grid: number of exponents tried for that scale, less one.
+        skip: shell patterns of module names whose banks stay float.
+        progress: called with the name of each bank, how many were done before it, and how many
+            there are.
+
+    Returns:
+        `model`; where `model` is itself an `Experts`, a new `QuantizedExperts`.
+
+    Raises:
+        ValueError: no float bank, an unknown format, sizes that the groups do not divide, an
+            activation that moe_ffn does not know, weights that are not finite. The model is
+            unchanged, unless only its numbers were at fault: then banks before that one are done.
+    """
+    groups = check_format("quantize_experts", format, group_size) or None
+    patterns = (skip,) if isinstance(skip, str) else tuple(skip)
+    method = getattr(model, "quantization_method", None)
+    if _is_pretrained(model) and method is not None:
+        # A checkpoint has room for one method and one format.
+        raise ValueError(
+            f"quantize_experts: model must be a float model, got one quantised by "
+            f"{getattr(method, 'value', method)}."
+        )
+    names = []
+    for found in find_banks(model, patterns):
+        names.append(found.name)
+        if found.bank.down.device.type == "meta":
+            raise ValueError(
+                f"quantize_experts: {found.name or 'the bank'} must hold weights, got meta tensors."
+            )
+        check_sizes(found.name, found.bank, groups)
+        del found
+    if not names:
+        raise ValueError(
+            f"quantize_experts: model must hold a bank of float experts, got "
+            f"{type(model).__name__} without one."
+        )
+    baseline = None
+    if isinstance(calibration, Baseline):
+        baseline = calibration
+    elif calibration is not None:
+        baseline = record_baseline(model, calibration, outputs=False)
+    if baseline is not None and (missing := [n for n in names if n not in baseline.banks]):
+        raise ValueError(
+            f"quantize_experts: calibration must come from this model, got none for {missing[0]!r}."
+        )
+    for done, found in enumerate(find_banks(model, patterns)):
+        if progress is not None:
+            progress(found.name, done, len(names))
+        experts = found.adapter.new(
+            found.bank, format=format, group_size=groups, x_scale=baseline is not None
+        )
+        x_scale = exponent = None
+        if baseline is not None:
+            record = baseline.banks[found.name]
+            choice = find_x_scale(found.bank, record.inputs, format, groups, grid=grid)
+            x_scale, exponent = choice.x_scale, choice.exponent
+        fill(experts, found.bank, x_scale)
+        experts.scale_exponent = exponent
+        experts.train(found.module.training)
+        model = found.adapter.install(model, found.module, experts)
+        del found
+    if _is_pretrained(model):
+        from moe_ops.hf.quantizer import mark_quantized
+
+        mark_quantized(model, format, groups, baseline is not None, patterns)
+    return model
+
+
+def _is_pretrained(model: nn.Module) -> bool:
+    transformers = sys.modules.get("transformers")
+    return transformers is not None and isinstance(model, transformers.PreTrainedModel)
+
+
+@torch.no_grad()
+def fill(experts: Any, bank: FloatBank, x_scale: torch.Tensor | None = None) -> None:
+    """Rounds the weights of `bank` into the buffers of `experts`, an expert at a time."""
+    groups = experts.group_size
+    if x_scale is not None:
+        experts.x_scale.copy_(x_scale)
+    for e in range(bank.num_experts):
+        weight = bank.gate_up_of(e)
+        if x_scale is not None:
+            weight /= x_scale
+        for name, w in (("w_gate_up", weight), ("w_down", bank.down_of(e))):
+            q, scale = quantize(w, experts.format, groups)
+            getattr(experts, name)[e].copy_(q)
+            getattr(experts, f"{name}_scale")[e].copy_(scale)
+    for name in ("b_gate_up", "b_down"):
+        bias = getattr(bank, name)
+        if bias is not None:
+            getattr(experts, name).copy_(bias)
+
+
+def check_sizes(name: str, bank: FloatBank, group_size: int | None) -> None:
+    if group_size is None:
+        return
+    for what, size in (("w_gate_up", bank.hidden_size), ("w_down", bank.intermediate_size)):
+        where = f"{name}'s {what}" if name else what
+        check_divides("quantize_experts", where, size, group_size)

@@ -1,0 +1,413 @@
+"""Quantised experts in transformers' models: in place, saved, loaded, while loading, by command."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+import moe_ops.hf
+from moe_ops import quant
+from moe_ops.cli.app import app
+from moe_ops.hf import ExpertsQuantizationConfig
+from moe_ops.layers import QuantizedExperts
+
+from .models import CONFIGS, DECORATED, MODEL_TYPES, NUM_BLOCKS, VOCAB, build, tokens
+
+# Sizes that groups of 32 divide.
+WIDE = {
+    name: {k: 32 for k in ("intermediate_size", "moe_intermediate_size") if k in CONFIGS[name]}
+    for name in MODEL_TYPES
+}
+WIDE["dbrx"] = {"ffn_config": {**CONFIGS["dbrx"]["ffn_config"], "ffn_hidden_size": 32}}
+FORMATS = [("int8", None), ("int4", 32)]
+
+
+def make(model_type, **kwargs):
+    return build(model_type, **WIDE[model_type], **kwargs)
+
+
+def logits(model, ids):
+    with torch.no_grad():
+        return model(input_ids=ids, use_cache=False).logits
+
+
+def load(folder, **kwargs):
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", **kwargs)
+    # Of a mapped file, tensors begin anywhere, and torch's own products are not the same bits then.
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()
+    return model
+
+
+def relative(a, b):
+    return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+def banks(model):
+    return [m for m in model.modules() if isinstance(m, QuantizedExperts)]
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize(("format", "group_size"), FORMATS)
+def test_blocks_compute_what_they_did(model_type, format, group_size):
+    """Each bank alone, on the inputs that it has in the model: routing cannot flip."""
+    model = make(model_type)
+    baseline = quant.record_baseline(model, [tokens()])
+    assert len(baseline.banks) == NUM_BLOCKS[model_type]
+    names = list(moe_ops.hf.status(model))
+    assert moe_ops.quantize_experts(model, format, group_size=group_size) is model
+    report = quant.quality_report(model, baseline)
+    assert [b.name for b in report.banks] == list(baseline.banks)
+    for bank in report.banks:
+        assert 0 < bank.error < (0.05 if format == "int8" else 0.2)
+        assert bank.bytes_after < (0.5 if format == "int8" else 0.3) * bank.bytes_before
+    assert len(banks(model)) == NUM_BLOCKS[model_type]
+    want = "moe_ops (int8)" if format == "int8" else "moe_ops (int4 g32)"
+    assert moe_ops.hf.status(model) == dict.fromkeys(names, want)
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_recorded_outputs_are_the_blocks(model_type):
+    """What `record_baseline` says a bank gave is what the model adds up: quantised exactly."""
+    model = make(model_type)
+    ids = tokens()
+    want = logits(model, ids)
+    baseline = quant.record_baseline(model, [ids])
+    with torch.no_grad():
+        # Weights that 8 bits hold exactly: whole numbers of 1/127 of the largest.
+        for name, _ in baseline.banks.items():
+            for p in model.get_submodule(name).parameters():
+                if p.dim() >= 2 and p.shape[0] > 1:
+                    p.copy_((p * 8).round().clamp(-127, 127) / 8)
+                    flat = p.flatten(0, -2)
+                    flat[:, 0] = 127 / 8
+                    if p.dim() == 3:
+                        p[:, 0, :] = 127 / 8
+    baseline = quant.record_baseline(model, [ids])
+    exact = logits(model, ids)
+    assert not torch.equal(exact, want)
+    moe_ops.quantize_experts(model, "int8")
+    for bank in quant.quality_report(model, baseline).banks:
+        assert bank.error < 0.03
+    assert torch.isfinite(logits(model, ids)).all()
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize(("format", "group_size"), FORMATS)
+def test_saved_and_loaded(tmp_path, model_type, format, group_size):
+    model = make(model_type)
+    ids = tokens()
+    calibration = [ids] if format == "int4" else None
+    moe_ops.quantize_experts(model, format, group_size=group_size, calibration=calibration)
+    model.save_pretrained(tmp_path)
+    loaded = load(tmp_path)
+    ours, theirs = model.state_dict(), loaded.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[k], theirs[k]) and ours[k].dtype == theirs[k].dtype for k in ours)
+    assert torch.equal(logits(loaded, ids), logits(model, ids))
+    config = loaded.config.quantization_config
+    assert (config.format, config.group_size) == (format, group_size)
+    assert all((b.x_scale is not None) == (format == "int4") for b in banks(loaded))
+    assert moe_ops.hf.status(loaded) == moe_ops.hf.status(model)
+    # And once more, from what was loaded.
+    loaded.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits(load(tmp_path / "again"), ids), logits(model, ids))
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss", "llama4_text", "jetmoe", "dbrx"])
+def test_half_precision(tmp_path, model_type):
+    make(model_type).save_pretrained(tmp_path / "float")
+    # Not .to(bfloat16), which would round the frequencies of the positions too.
+    model = load(tmp_path / "float", dtype=torch.bfloat16)
+    ids = tokens()
+    moe_ops.quantize_experts(model, "int4", group_size=32, calibration=[ids])
+    model.save_pretrained(tmp_path)
+    loaded = load(tmp_path, dtype="auto")
+    assert loaded.dtype == torch.bfloat16
+    for bank in banks(loaded):
+        assert bank.w_down_scale.dtype == bank.x_scale.dtype == torch.float32
+        assert bank.b_down is None or bank.b_down.dtype == torch.bfloat16
+    assert torch.equal(logits(loaded, ids), logits(model, ids))
+    moved = load(tmp_path, dtype=torch.float32)
+    assert relative(logits(moved, ids), logits(model, ids)) < 0.5
+    assert all(b.b_down is None or b.b_down.dtype == torch.float32 for b in banks(moved))
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss", "llama4_text", "jetmoe", "dbrx"])
+def test_while_loading(tmp_path, model_type):
+    model = make(model_type)
+    ids = tokens()
+    model.save_pretrained(tmp_path / "float")
+    config = ExpertsQuantizationConfig("int4", group_size=32)
+    loaded = load(tmp_path / "float", quantization_config=config)
+    moe_ops.quantize_experts(model, "int4", group_size=32)
+    assert torch.equal(logits(loaded, ids), logits(model, ids))
+    loaded.save_pretrained(tmp_path / "saved")
+    assert torch.equal(logits(load(tmp_path / "saved"), ids), logits(model, ids))
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "llama4_text", "jetmoe", "dbrx"])
+def test_switched_models(model_type):
+    """The same result from blocks that already run on moe_ops."""
+    ids = tokens()
+    plain, switched = make(model_type), make(model_type)
+    moe_ops.hf.enable(switched)
+    for model in (plain, switched):
+        moe_ops.quantize_experts(model, "int4", group_size=32, calibration=[ids])
+    for a, b in zip(banks(plain), banks(switched), strict=True):
+        torch.testing.assert_close(a.x_scale, b.x_scale, rtol=1e-3, atol=1e-3)
+    assert set(moe_ops.hf.enable(plain).values()) == {"quantized"}
+    assert moe_ops.hf.disable(plain) == {}
+    with moe_ops.hf.expect_calls(plain) as calls:
+        logits(plain, ids)
+    assert set(calls.values()) == {1}
+
+
+def test_generate():
+    model = make("mixtral")
+    moe_ops.quantize_experts(model, "int8")
+    y = model.generate(tokens(), max_new_tokens=5, do_sample=False, pad_token_id=0)
+    assert y.shape == (2, 18)
+
+
+def test_prepack_skips():
+    model = make("mixtral")
+    moe_ops.quantize_experts(model, "int8", skip="*.0.*")
+    moe_ops.hf.enable(model)
+    with pytest.warns(UserWarning, match="skipped 1 bank of quantised experts"):
+        assert moe_ops.prepack(model) > 0
+    moe_ops.unpack(model)
+
+
+def test_skipped_blocks_stay_float_through_a_checkpoint(tmp_path):
+    model = make("qwen3_moe")
+    ids = tokens()
+    moe_ops.quantize_experts(model, "int8", skip=["*layers.0.*"])
+    model.save_pretrained(tmp_path)
+    loaded = load(tmp_path, experts_implementation="eager")
+    assert moe_ops.hf.status(loaded)["model.layers.0.mlp.experts"] != "moe_ops (int8)"
+    assert moe_ops.hf.status(loaded)["model.layers.1.mlp.experts"] == "moe_ops (int8)"
+    assert torch.equal(logits(loaded, ids), logits(model, ids))
+
+
+def test_one_block_or_one_bank():
+    model = make("mixtral")
+    bank = moe_ops.quantize_experts(model.model.layers[0].mlp.experts, "int8")
+    assert isinstance(bank, QuantizedExperts)
+    layer = model.model.layers[1]
+    assert moe_ops.quantize_experts(layer, "int8") is layer
+    assert isinstance(layer.mlp.experts, QuantizedExperts)
+    assert not hasattr(model, "hf_quantizer")
+
+
+def test_gradients_are_refused_in_backward_only():
+    model = make("mixtral")
+    moe_ops.quantize_experts(model, "int8")
+    loss = model(tokens(), labels=tokens()).loss
+    with pytest.raises(NotImplementedError, match="no gradient through quantised experts"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("model_type", DECORATED)
+def test_an_unknown_activation_is_named(model_type):
+    model = make(model_type)
+    name = next(iter(moe_ops.hf.status(model)))
+    model.get_submodule(name)._apply_gate = lambda x: x
+    with pytest.raises(ValueError, match=rf"quantize_experts: {name} must have an activation"):
+        moe_ops.quantize_experts(model, "int8")
+    if NUM_BLOCKS[model_type] > 1:
+        moe_ops.quantize_experts(model, "int8", skip=[name])
+
+
+def test_quantising_twice():
+    model = make("mixtral")
+    moe_ops.quantize_experts(model, "int8", skip=["*layers.0.*"])
+    with pytest.raises(ValueError, match=r"must be a float model, got one quantised by moe_ops"):
+        moe_ops.quantize_experts(model, "int4", group_size=32)
+
+
+# --- checkpoints that do not fit
+
+
+@pytest.fixture
+def saved(tmp_path):
+    model = make("mixtral")
+    moe_ops.quantize_experts(model, "int4", group_size=32)
+    model.save_pretrained(tmp_path)
+    return tmp_path
+
+
+def change(folder, edit):
+    path = folder / "model.safetensors"
+    state = load_file(path)
+    edit(state)
+    save_file(state, path, metadata={"format": "pt"})
+
+
+def key_of(state, suffix):
+    return next(k for k in state if k.endswith(suffix))
+
+
+def test_a_missing_scale(saved):
+    change(saved, lambda s: s.pop(key_of(s, "layers.0.block_sparse_moe.experts.w_down_scale")))
+    with pytest.raises(ValueError, match=r"must hold model.layers.0.mlp.experts.w_down_scale"):
+        load(saved)
+
+
+def test_another_shape(saved):
+    def edit(state):
+        key = key_of(state, "w_down_scale")
+        state[key] = state[key][:, :-1].clone()
+
+    change(saved, edit)
+    with pytest.raises((RuntimeError, ValueError), match=r"w_down_scale|mismatch|size"):
+        load(saved)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "dtype", "message"),
+    [
+        ("w_down", torch.int8, r"w_down must be uint8 of shape .* got int8"),
+        ("w_gate_up", torch.int32, r"w_gate_up must be uint8 of shape .* got int32"),
+    ],
+)
+def test_another_type(saved, suffix, dtype, message):
+    def edit(state):
+        key = key_of(state, f"experts.{suffix}")
+        state[key] = state[key].to(dtype)
+
+    change(saved, edit)
+    with pytest.raises(ValueError, match=message):
+        load(saved)
+
+
+def test_a_config_without_banks(saved):
+    config = json.loads((saved / "config.json").read_text())
+    from transformers import AutoConfig
+
+    dense = AutoConfig.for_model(
+        "llama",
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        vocab_size=VOCAB,
+        num_attention_heads=4,
+    ).to_dict()
+    dense["quantization_config"] = config["quantization_config"]
+    dense["architectures"] = ["LlamaForCausalLM"]
+    (saved / "config.json").write_text(json.dumps(dense))
+    with pytest.raises(ValueError, match=r"of a model with banks of experts, got LlamaForCausalLM"):
+        load(saved)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"format": "fp8"}, r"format must be 'int8' or 'int4', got 'fp8'"),
+        ({"group_size": 16}, r"group_size must be 32, 64 or 128, got 16"),
+    ],
+)
+def test_a_bad_config(kwargs, message):
+    with pytest.raises(ValueError, match=rf"ExpertsQuantizationConfig: {message}"):
+        ExpertsQuantizationConfig(**kwargs)
+
+
+def test_scales_cannot_be_found_while_loading(tmp_path):
+    make("mixtral").save_pretrained(tmp_path)
+    config = ExpertsQuantizationConfig("int4", group_size=32, x_scale=True)
+    with pytest.raises(ValueError, match=r"must have x_scale=False for a float checkpoint"):
+        load(tmp_path, quantization_config=config)
+
+
+# --- the command
+
+runner = CliRunner()
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+
+    folder = tmp_path / "float"
+    make("mixtral", dtype=torch.bfloat16).save_pretrained(folder)
+    words = Tokenizer(
+        WordLevel({"<unk>": 0} | {f"w{i}": i for i in range(1, VOCAB)}, unk_token="<unk>")
+    )
+    words.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>").save_pretrained(folder)
+    text = tmp_path / "text.txt"
+    ids = torch.randint(1, VOCAB, (300,)).tolist()
+    text.write_text(" ".join(f"w{i}" for i in ids))
+    return folder, text
+
+
+def test_command(tmp_path, checkpoint):
+    folder, text = checkpoint
+    target = tmp_path / "int4"
+    arguments = ["quantize", str(folder), str(target), "--group-size", "32", "--text", str(text)]
+    arguments += ["--scales", "--tokens", "100", "--context", "40"]
+    result = runner.invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert "perplexity" in result.output and "int4 g32" in result.output
+    model = AutoModelForCausalLM.from_pretrained(target, dtype="auto")
+    assert all(b.x_scale is not None and b.group_size == 32 for b in banks(model))
+    assert (target / "tokenizer.json").is_file()
+    report = json.loads((target / "moe_ops_quantization.json").read_text())
+    assert report["model_bytes_after"] < report["model_bytes_before"]
+    quality = report["quality"]
+    assert quality["num_tokens"] == 100 and len(quality["banks"]) == 2
+    assert quality["perplexity_before"] != quality["perplexity_after"]
+    # The perplexity is that of the saved model on the end of the text.
+    words = [int(w[1:]) for w in text.read_text().split()][-100:]
+    again = quant.perplexity(model, torch.tensor(words), context=40)
+    assert again == pytest.approx(quality["perplexity_after"], rel=1e-3)
+
+
+def test_command_without_a_text(tmp_path, checkpoint):
+    target = tmp_path / "int8"
+    arguments = ["quantize", str(checkpoint[0]), str(target), "--bits", "8", "--json"]
+    result = runner.invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.output[result.output.index("{") :])
+    assert report["format"] == "int8" and "quality" not in report
+    assert [b.format for b in banks(load(target))] == ["int8", "int8"]
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--bits", "3"], "--bits must be 4 or 8, got 3"),
+        (["--scales"], "--scales must come with --text"),
+        (["--group-size", "64"], "must be a multiple of group_size = 64, got 32"),
+        (["--bits", "8", "--group-size", "64"], "group_size must be None for int8"),
+        (["--text", "nowhere.txt"], "nowhere.txt"),
+    ],
+)
+def test_command_says_what_is_wrong(tmp_path, checkpoint, extra, message):
+    target = tmp_path / "out"
+    result = runner.invoke(app, ["quantize", str(checkpoint[0]), str(target), *extra])
+    assert result.exit_code == 1
+    assert message in result.output.replace("\n", " ")
+    assert not target.exists()
+
+
+def test_command_refuses_folders(tmp_path, checkpoint):
+    folder, _ = checkpoint
+    result = runner.invoke(app, ["quantize", str(tmp_path), str(tmp_path / "x")])
+    assert result.exit_code == 1 and "a folder with a config.json" in result.output
+    result = runner.invoke(app, ["quantize", str(folder), str(folder)])
+    assert result.exit_code == 1 and "another folder than SOURCE" in result.output
+    target = tmp_path / "full"
+    target.mkdir()
+    (target / "note").write_text("keep")
+    arguments = ["quantize", str(folder), str(target), "--bits", "8"]
+    result = runner.invoke(app, arguments)
+    assert result.exit_code == 1 and "empty or new without --overwrite" in result.output
+    assert runner.invoke(app, [*arguments, "--overwrite"]).exit_code == 0
