@@ -57,8 +57,7 @@ struct TileHints {
 };
 
 // Weights of 8 or 4 bits (QuantFormat in grouped_gemm.h); kernels/quant-inl.h.
-constexpr int64_t kQuantBlock = 32;    // codes of a token that share a scale
-constexpr int64_t kQuantAhead = 1024;  // bytes, of weights
+constexpr int64_t kQuantBlock = 32;  // codes of a token that share a scale
 struct QuantKernels {
   // Bytes of a row of k tokens in integers, in an order of the level's own.
   int64_t (*token_bytes)(int bits, int64_t k);

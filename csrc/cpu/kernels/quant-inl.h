@@ -4,6 +4,9 @@
 constexpr int64_t kVec = MOE_VEC_BYTES;
 typedef int8_t SignedLanes __attribute__((vector_size(MOE_VEC_BYTES / 4)));
 
+// How far ahead of itself a product asks for weights, in bytes.
+constexpr int64_t kAhead8 = 1024, kAhead4 = 4096;
+
 // A row of tokens in integers, as quant_dot reads it. A unit is what a vector of weights covers:
 //   codes    [units][steps] int8; 4 bits: the even k of a unit, then the odd ones, because the low
 //            nibbles of a vector of weights are even k and the high nibbles odd ones
@@ -204,7 +207,7 @@ void dot4(int64_t k, const uint8_t* w, int64_t ldw, const float* scale, int64_t 
   const char *offsets = rows + layout.offsets(), *scales = rows + layout.scales();
   for (int64_t u = 0; u < whole; ++u) {
 #pragma GCC unroll 4
-    for (int f = 0; f < F; ++f) __builtin_prefetch(w + f * ldw + u * kVec + kQuantAhead, 0, 2);
+    for (int f = 0; f < F; ++f) __builtin_prefetch(w + f * ldw + u * kVec + kAhead4, 0, 2);
     Dot4<kGroup, F, M>::unit(w + u * kVec, ldw, scale, ld_scale, rows + u * kSteps,
                              offsets + u * kVec, scales + u * kVec, row_bytes, u, acc);
   }
@@ -271,7 +274,7 @@ void dot8(int64_t k, const int8_t* w, int64_t ldw, const float* scale, int64_t l
   const char *offsets = rows + layout.offsets(), *scales = rows + layout.scales();
   for (int64_t u = 0; u < whole; ++u) {
 #pragma GCC unroll 4
-    for (int f = 0; f < F; ++f) __builtin_prefetch(w + f * ldw + u * kVec + kQuantAhead, 0, 2);
+    for (int f = 0; f < F; ++f) __builtin_prefetch(w + f * ldw + u * kVec + kAhead8, 0, 2);
     dot8_unit<F, M>(w + u * kVec, ldw, rows + u * kVec, offsets + u * kVec, scales + u * kVec,
                     row_bytes, acc);
   }
