@@ -29,7 +29,7 @@ from moe_ops.bench import (
     training,
 )
 from moe_ops.bench.limits import Limits, measure_limits
-from moe_ops.bench.run import FORMAT, rounded, run
+from moe_ops.bench.run import FORMAT, join, rounded, run
 from moe_ops.bench.session import Plan, relative_error
 from moe_ops.bench.shapes import (
     INT4_GROUP,
@@ -333,6 +333,22 @@ def test_report_shows_every_cell(result):
     for block in text.split("\n\n"):
         if block.startswith("|"):
             assert len({line.count("|") for line in block.splitlines()}) == 1, block
+
+
+def test_runs_of_parts_join_to_the_whole(result):
+    faster = {**result, "limits": {**result["limits"], "read_bytes": 1e12, "fp32_flops": 1e15}}
+    half = {k: v for k, v in faster.items() if k not in ("training", "scaling", "parts")}
+    other = {k: v for k, v in result.items() if k != "forward"}
+    joined = join([half, other])
+    assert {m: len(joined[m]) for m in ("forward", "training", "scaling", "parts")} == {
+        m: len(result[m]) for m in ("forward", "training", "scaling", "parts")
+    }
+    assert joined["limits"]["read_bytes"] == 1e12
+    # The larger limits count for every cell: shares shrink.
+    for before, after in zip(result["forward"], joined["forward"], strict=True):
+        assert after["floor_ms"] < before["floor_ms"]
+    with pytest.raises(ValueError, match="isa must be the same"):
+        join([half, {**other, "isa": "another"}])
 
 
 class Wrong(contenders.MoeOps):

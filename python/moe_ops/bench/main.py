@@ -13,7 +13,7 @@ from typing import Any
 
 from moe_ops.bench import machine, report
 from moe_ops.bench.contenders import Contender
-from moe_ops.bench.run import run
+from moe_ops.bench.run import join, run
 from moe_ops.bench.session import MODES, Plan
 from moe_ops.bench.shapes import SHAPES
 
@@ -53,6 +53,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--render", nargs="+", type=Path, metavar="JSON", help="measure nothing: report these files"
     )
+    parser.add_argument(
+        "--join", nargs="+", type=Path, metavar="JSON", help="measure nothing: make one of these"
+    )
     return parser.parse_args(arguments)
 
 
@@ -85,6 +88,10 @@ def main(arguments: Sequence[str] | None = None, *, contenders: Sequence[Contend
         results = [json.loads(path.read_text()) for path in options.render]
         _write(options.markdown, "\n".join(report.render(result) for result in results))
         return
+    if options.join:
+        joined = join([json.loads(path.read_text()) for path in options.join])
+        _finish(options, joined)
+        return
     if options.isa and not machine.held_to_isa(options.isa):
         machine.restart_with_isa(options.isa)
     started = time.perf_counter()
@@ -93,6 +100,10 @@ def main(arguments: Sequence[str] | None = None, *, contenders: Sequence[Contend
         print(f"[{time.perf_counter() - started:5.0f} s] {line}", file=sys.stderr, flush=True)
 
     result = run(plan_of(options), contenders=contenders, log=log)
+    _finish(options, result)
+
+
+def _finish(options: argparse.Namespace, result: dict[str, Any]) -> None:
     if str(options.json) == "-":
         print(dumps(result), end="")
         return

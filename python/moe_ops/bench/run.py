@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
 import os
@@ -20,7 +21,7 @@ from moe_ops.bench.contenders import Contender, MoeOpsPacked, builtin_contenders
 from moe_ops.bench.forward import run_forward, run_quantized
 from moe_ops.bench.limits import Limits, measure_limits
 from moe_ops.bench.memory import measure_memory
-from moe_ops.bench.session import Plan, Session
+from moe_ops.bench.session import MODES, Plan, Session
 from moe_ops.bench.shapes import DTYPES, SHAPES, make_bank, make_tokens
 from moe_ops.bench.timing import alternate, speedup
 
@@ -182,6 +183,41 @@ def run_child(plan: Plan, environment: Mapping[str, str]) -> dict[str, Any]:
 
 
 # --------------------------------------------------------------------------------- helpers
+
+
+def join(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One result of several runs of parts of a plan, all by the same code on the same machine.
+
+    Shares of the limits are worked out again, from the largest limits that any of them measured.
+
+    Raises:
+        ValueError: runs that differ in machine, versions, instruction set or threads.
+    """
+    first = results[0]
+    joined: dict[str, Any] = {**first, "load": dict(first["load"]), "seconds": 0}
+    joined |= {mode: [] for mode in MODES if any(mode in result for result in results)}
+    for result in results:
+        for key in ("format", "machine", "isa", "threads"):
+            if result[key] != first[key]:
+                raise ValueError(
+                    f"join: {key} must be the same in all runs, got {first[key]} and {result[key]}."
+                )
+        for name in result["versions"].keys() & joined["versions"].keys():
+            if result["versions"][name] != first["versions"].get(name, result["versions"][name]):
+                raise ValueError(f"join: all runs must have the same {name}.")
+        joined["versions"] = {**joined["versions"], **result["versions"]}
+        joined["seconds"] += result["seconds"]
+        joined["load"]["after"] = result["load"]["after"]
+        joined["date"] = min(joined["date"], result["date"])
+        for mode in MODES:
+            joined[mode] = [*joined.get(mode, ()), *copy.deepcopy(result.get(mode, []))]
+    joined = {k: v for k, v in joined.items() if k not in MODES or v}
+    rates = ("fp32_flops", "bf16_flops", "read_bytes")
+    best = {key: max(result["limits"][key] for result in results) for key in rates}
+    limits = Limits(first["isa"], first["threads"], **best)
+    joined["limits"] = limits.to_dict()
+    _add_floors(joined, limits)
+    return dict(rounded(joined))
 
 
 def rounded(value: Any) -> Any:
