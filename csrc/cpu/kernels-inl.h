@@ -86,7 +86,7 @@ Kernels<T> make_kernels() {
     k.pack_pairs = &pack_pairs;
     k.pair_rows = &pair_rows;
 #endif
-    k.quant = {&quant_token_bytes, &quant_tokens, &quant_dot, &quant_widen, &multiply_row};
+    k.quant = {&quant_token_bytes, &quant_tokens, &quant_dot, &quant_panel, &multiply_row};
 #if defined(MOE_AMX)
     k.amx_begin = &amx_begin;
     k.amx_end = &amx_end;

@@ -69,10 +69,12 @@ struct QuantKernels {
   void (*dot)(int bits, int64_t group, int features, int tokens, int64_t k, const void* w,
               int64_t ldw, const float* scale, int64_t ld_scale, const void* rows,
               int64_t row_bytes, float* out, int64_t ldo, int64_t out_step);
-  // Elements k0 to k0 + n of a row of weights in fp32 or bfloat16. 8 bits: without their scale,
-  // which makes them exact in either. 4 bits: with it, and k0 and n are multiples of 32.
-  void (*widen)(int bits, int64_t group, const void* row, const float* scale, int64_t k0, int64_t n,
-                DType type, void* dst);
+  // Panels of 2*lanes features for the panel tiles, from weights k0 to k0 + n of `features` rows,
+  // ldw bytes apart: [n][2*lanes] floats, or pairs of bfloat16 where the level has them. 8 bits:
+  // without their scale, which makes them exact in either. 4 bits: with it; k0 and n are multiples
+  // of 32. What is past the last row has any value.
+  void (*panel)(int bits, int64_t group, const void* w, int64_t ldw, const float* scale,
+                int64_t ld_scale, int64_t features, int64_t k0, int64_t n, bool pairs, float* dst);
   // row[i] *= factors[i]
   void (*multiply_row)(const float* factors, float* row, int64_t n);
 };

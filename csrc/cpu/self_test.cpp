@@ -319,16 +319,24 @@ bool quant_right(const Kernels<float>& k, Numbers<float>& numbers) {
           }
         }
       }
-      const int64_t k0 = 32 % K, n = K - k0;
-      for (const DType type : {DType::kFloat32, DType::kBFloat16}) {
-        std::vector<float> wide(static_cast<size_t>(n)), back(static_cast<size_t>(n), NAN);
-        k.quant.widen(bits, group, w.data(), scales.data(), k0, n, type, wide.data());
-        k.load_row(type, wide.data(), back.data(), n, 1.0f);
+      const int64_t k0 = 32 % K, n = K - k0, P = 2 * k.lanes;
+      for (const bool pairs : {false, true}) {
+        if (pairs && !k.pairs) continue;
+        std::vector<float> panel(static_cast<size_t>(round_up<int64_t>(n, 32) * P), NAN);
+        k.quant.panel(bits, group, w.data(), kBytes, scales.data(), 16, kDotFeatures, k0, n, pairs,
+                      panel.data());
         for (int64_t i = 0; i < n; ++i) {
-          const auto q = static_cast<float>(code(0, k0 + i));
-          const float value = bits == 8 ? q : q * scale(0, k0 + i);
-          const float bound = type == DType::kBFloat16 && bits == 4 ? std::abs(value) / 256 : 0.0f;
-          if (!(std::abs(back[i] - value) <= bound)) return false;
+          for (int64_t f = 0; f < kDotFeatures; ++f) {
+            float got = panel[i * P + f];
+            if (pairs) {
+              const char* half = reinterpret_cast<const char*>(panel.data() + i / 2 * P + f);
+              k.load_row(DType::kBFloat16, half + i % 2 * 2, &got, 1, 1.0f);
+            }
+            const auto q = static_cast<float>(code(f, k0 + i));
+            const float value = bits == 8 ? q : q * scale(f, k0 + i);
+            const float bound = pairs && bits == 4 ? std::abs(value) / 256 : 0.0f;
+            if (!(std::abs(got - value) <= bound)) return false;
+          }
         }
       }
     }

@@ -52,6 +52,12 @@ void run_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, con
     case Path::kQuant:
       if constexpr (sizeof(T) == 4) quant_item(d, k, it, fn);
       return;
+    case Path::kQuantPanels:
+      if constexpr (sizeof(T) == 4) quant_panel_item<false>(d, k, it, fn);
+      return;
+    case Path::kPairQuantPanels:
+      if constexpr (sizeof(T) == 4) quant_panel_item<true>(d, k, it, fn);
+      return;
   }
 }
 

@@ -17,8 +17,9 @@
 //   amx_rows    bfloat16 weights dense along k on AMX: 16 weight rows are an operand as they lie.
 //   amx_nn      bfloat16 weights dense along features on AMX: packed in pairs of rows block by
 //               block.
-//   quant       few rows, weights of 8 or 4 bits: tokens become integers too. With more rows such
-//               weights are widened where nt copies others.
+//   quant       few rows, weights of 8 or 4 bits: tokens become integers too.
+//   quant_panels, pair_quant_panels
+//               more rows of such weights: like panels, which are made in cache.
 #pragma once
 
 #include <algorithm>
@@ -138,7 +139,9 @@ enum class Path : int {
   kAmxPanels,
   kAmxRows,
   kAmxNn,
-  kQuant
+  kQuant,
+  kQuantPanels,
+  kPairQuantPanels
 };
 
 template <class T>
@@ -148,7 +151,7 @@ Path path_of(const GemmDesc<T>& d, const Kernels<T>& k, int64_t expert_rows) {
   const bool pairs = k.pairs && d.b.type == DType::kBFloat16 && d.a_scale == nullptr;
   if (d.b.quant.bits != 0) {
     if (expert_rows <= kQuantMaxRows) return Path::kQuant;
-    return pairs && d.in_features % 2 == 0 ? Path::kPairNt : Path::kNt;
+    return pairs ? Path::kPairQuantPanels : Path::kQuantPanels;
   }
   const bool amx = pairs && k.amx_panel != nullptr && expert_rows >= kAmxMinRows;
   if (d.b.panels != nullptr) {
@@ -195,6 +198,8 @@ std::vector<GemmItem> gemm_items(const GemmDesc<T>& d, const Kernels<T>& k, int 
         break;
       case Path::kPanels:
       case Path::kPairPanels:
+      case Path::kQuantPanels:
+      case Path::kPairQuantPanels:
         most_features = kPanelFeatureBlock;
         most_rows = kPanelRowBlock;
         break;

@@ -2,14 +2,13 @@
 #pragma once
 
 #include "cpu/gemm/plan.h"
-#include "cpu/gemm/quant.h"
 
 namespace moe_ops::cpu {
 
 template <bool kPairs, class T, class Epilogue>
 void nt_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, const Epilogue& fn) {
   const int64_t W = k.lanes, K = kPairs ? d.in_features / 2 : d.in_features;
-  const int64_t bits = (kPairs ? 2 : 1) * bits_of(d.b);
+  const int64_t size = kPairs ? sizeof(T) : dtype_size(d.b.type);
   const auto& tiles = kPairs ? k.pair_row_a : k.row_a;
   const int64_t m = it.row_end - it.row_begin;
   const int64_t n = it.feature_end - it.feature_begin;
@@ -21,13 +20,14 @@ void nt_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, cons
   T* panels = scratch<T>(Scratch::kPackB, padded_m * (whole ? K : kKc));
   T* rows = scratch<T>(Scratch::kTokens, std::max(2 * W * kLda, padded_m * padded_n));
   T* tile = scratch<T>(Scratch::kTile, padded_n * padded_m);
-  const int64_t row_bytes = d.b.stride_o * bits_of(d.b) / 8;
+  const char* w = element(d.b.data, d.b.type, it.expert * d.b.stride_e);
+  const int64_t row_bytes = d.b.stride_o * dtype_size(d.b.type);
   const int64_t mr = padded_m == W ? k.mr1 : k.mr2;
   const int64_t blocks = ceil_div(total, mr);
   // Row i of the item's features, from k0 on.
-  const auto feature = [&](int64_t i) { return i / n * d.features + it.feature_begin + i % n; };
   const auto weight_row = [&](int64_t i, int64_t k0) {
-    return weights_at(d.b, it.expert, feature(i), kPairs ? 2 * k0 : k0);
+    const int64_t feature = i / n * d.features + it.feature_begin + i % n;
+    return w + feature * row_bytes + k0 * size;
   };
   // x from k0 on, one panel of [kc][W or 2W] after the other.
   const auto pack_tokens = [&](int64_t k0, T* dst) {
@@ -51,9 +51,7 @@ void nt_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, cons
     const int64_t i0 = total * b / blocks, i1 = total * (b + 1) / blocks;
     for (int64_t i = i0; i < i1; ++i) {
       T* dst = a + (i - i0) * kLda;
-      if (d.b.quant.bits != 0) {
-        if constexpr (sizeof(T) == 4) widen_row<kPairs>(d, k, it.expert, feature(i), k0, kc, dst);
-      } else if constexpr (kPairs) {
+      if constexpr (kPairs) {
         std::memcpy(dst, weight_row(i, k0), static_cast<size_t>(kc) * sizeof(T));
       } else {
         k.load_row(d.b.type, weight_row(i, k0), dst, kc, T(1));
@@ -65,7 +63,7 @@ void nt_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, cons
       next.base = weight_row(next_i, next_k);
       next.stride = row_bytes;
       next.rows = std::min(mr, n - next_i % n);
-      next.bytes = std::min(kKc, K - next_k) * bits / 8;
+      next.bytes = std::min(kKc, K - next_k) * size;
       next.spread(kc / kPrefetchStep * ceil_div(padded_m, 2 * W));
     }
     for (int64_t t0 = 0; t0 < padded_m; t0 += 2 * W) {
@@ -92,9 +90,6 @@ void nt_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, cons
     }
   }
   k.transpose(tile, padded_m, padded_n, m, rows, padded_n);
-  if constexpr (sizeof(T) == 4) {
-    if (d.b.quant.bits == 8) scale_sums(d, k, it, m, rows, padded_n);
-  }
   for (int64_t t = 0; t < m; ++t) {
     fn(it.expert, it.row_begin + t, it.feature_begin, n, rows + t * padded_n,
        rows + t * padded_n + n);

@@ -3,7 +3,6 @@
 
 constexpr int64_t kVec = MOE_VEC_BYTES;
 typedef int8_t SignedLanes __attribute__((vector_size(MOE_VEC_BYTES / 4)));
-typedef uint8_t UnsignedLanes __attribute__((vector_size(MOE_VEC_BYTES / 4)));
 
 // A row of tokens in integers, as quant_dot reads it. A unit is what a vector of weights covers:
 //   codes    [units][steps] int8; 4 bits: the even k of a unit, then the odd ones, because the low
@@ -292,7 +291,6 @@ void dot8(int64_t k, const int8_t* w, int64_t ldw, const float* scale, int64_t l
     }
   }
 }
-#undef MOE_INT
 #else
 // The same sums one weight at a time; compilers find the vectors in it.
 template <int kGroup, int F, int M>
@@ -384,55 +382,164 @@ void quant_dot(int bits, int64_t group, int features, int tokens, int64_t k, con
   }
 }
 
-// --- widening
+// --- panels
 
-template <class S>
-void widen8(const int8_t* q, int64_t n, S* dst) {
-  constexpr int W = kLanes<float>;
-  int64_t i = 0;
-  for (; i + W <= n; i += W) {
-    store_as(dst + i, __builtin_convertvector(load_bytes<SignedLanes>(q + i), Vec<float>));
-  }
-  for (; i < n; ++i) store_one(dst + i, static_cast<float>(q[i]));
-}
-
-// k0 and n are multiples of 32.
-template <class S>
-void widen4(const uint8_t* q, const float* scale, int64_t group, int64_t k0, int64_t n, S* dst) {
-  constexpr int W = kLanes<float>;
-  typedef uint8_t Packed __attribute__((vector_size(16)));
-  constexpr Packed kLow = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
-  for (int64_t i = 0; i < n; i += 32) {
-    const Packed both = load_bytes<Packed>(q + (k0 + i) / 2);
-    const Packed even = both & 15, odd = both >> 4;
-    alignas(32) uint8_t natural[32];
-    const Packed low = __builtin_shuffle(even, odd, kLow);
-    const Packed high = __builtin_shuffle(even, odd, kLow + 8);
-    __builtin_memcpy(natural, &low, 16);
-    __builtin_memcpy(natural + 16, &high, 16);
-    const float s = scale[(k0 + i) / group];
-    for (int j = 0; j < 32; j += W) {
-      const Vec<float> code =
-          __builtin_convertvector(load_bytes<UnsignedLanes>(natural + j), Vec<float>);
-      store_as(dst + i + j, (code - 8.0f) * s);
-    }
-  }
-}
-
-void quant_widen(int bits, int64_t group, const void* row, const float* scale, int64_t k0,
-                 int64_t n, DType type, void* dst) {
-  const auto to = [&]<class S>(S* out) {
-    if (bits == 8) {
-      widen8(static_cast<const int8_t*>(row) + k0, n, out);
-    } else {
-      widen4(static_cast<const uint8_t*>(row), scale, group, k0, n, out);
-    }
+#if defined(__AVX2__) && MOE_VEC_BYTES >= 32
+// 16 bytes of each of as many rows as a vector has lanes of 32 bits: word j of all rows goes to
+// words[j]. The weights of a word then part by shifts, which need no port for shuffles.
+inline void transpose_words(const uint8_t* const* rows, int64_t offset, Bytes (&words)[4]) {
+  const auto at = [&](int i) {
+    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[i] + offset));
   };
-  if (type == DType::kBFloat16) {
-    to(static_cast<Bf16*>(dst));
-  } else {
-    to(static_cast<float*>(dst));
+  Bytes v[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {  // lane l: row 4 * l + i
+#if MOE_VEC_BYTES == 64
+    __m512i all = _mm512_castsi128_si512(at(i));
+    all = _mm512_inserti32x4(all, at(4 + i), 1);
+    all = _mm512_inserti32x4(all, at(8 + i), 2);
+    v[i] = _mm512_inserti32x4(all, at(12 + i), 3);
+#else
+    v[i] = _mm256_inserti128_si256(_mm256_castsi128_si256(at(i)), at(4 + i), 1);
+#endif
   }
+  const Bytes low01 = MOE_INT(unpacklo_epi32)(v[0], v[1]);
+  const Bytes high01 = MOE_INT(unpackhi_epi32)(v[0], v[1]);
+  const Bytes low23 = MOE_INT(unpacklo_epi32)(v[2], v[3]);
+  const Bytes high23 = MOE_INT(unpackhi_epi32)(v[2], v[3]);
+  words[0] = MOE_INT(unpacklo_epi64)(low01, low23);
+  words[1] = MOE_INT(unpackhi_epi64)(low01, low23);
+  words[2] = MOE_INT(unpacklo_epi64)(high01, high23);
+  words[3] = MOE_INT(unpackhi_epi64)(high01, high23);
+}
+
+// Pairs of bfloat16 at dst. kExact: the values are of bfloat16 already.
+template <bool kExact>
+inline void store_pairs([[maybe_unused]] float* dst, [[maybe_unused]] Vec<float> even,
+                        [[maybe_unused]] Vec<float> odd) {
+#if defined(__AVX512BF16__) && MOE_VEC_BYTES == 64
+  if constexpr (kExact) {
+    const __m512i low = _mm512_srli_epi32(__builtin_bit_cast(__m512i, even), 16);
+    const __m512i high = __builtin_bit_cast(__m512i, odd);
+    constexpr int kOrAnd = 0xf8;  // low | (high & mask)
+    _mm512_storeu_si512(dst,
+                        _mm512_ternarylogic_epi32(low, high, _mm512_set1_epi32(-65536), kOrAnd));
+    return;
+  }
+  typedef uint16_t Halves __attribute__((vector_size(64)));
+  constexpr Halves kWeave = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                             8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  const __m512bh both =
+      _mm512_cvtne2ps_pbh(__builtin_bit_cast(__m512, odd), __builtin_bit_cast(__m512, even));
+  _mm512_storeu_si512(dst, _mm512_permutexvar_epi16(__builtin_bit_cast(__m512i, kWeave),
+                                                    __builtin_bit_cast(__m512i, both)));
+#endif
+}
+
+// The weights of such words, as rows of a panel. All of them: a panel has room for the steps that
+// the last ones stand for.
+template <int kBits, bool kPairs>
+inline void widen_words(const Bytes (&words)[4], [[maybe_unused]] Vec<float> scale, float* dst) {
+  constexpr int P = 2 * kLanes<float>, kCount = 32 / kBits;  // weights of a word
+  const Vec<float> bias = scale * -8.0f;
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    const auto weight = [&](int i) -> Vec<float> {
+      if constexpr (kBits == 8) {
+        const Bytes left = i == 3 ? words[j] : MOE_INT(slli_epi32)(words[j], 24 - 8 * i);
+        return as_floats(MOE_INT(srai_epi32)(left, 24));
+      } else {
+        const Bytes right = i == 0 ? words[j] : MOE_INT(srli_epi32)(words[j], 4 * i);
+        const Bytes code = i == 7 ? right : bits_and(right, MOE_INT(set1_epi32)(15));
+        return as_floats(code) * scale + bias;
+      }
+    };
+#pragma GCC unroll 8
+    for (int i = 0; i < kCount; i += 2) {
+      const Vec<float> even = weight(i), odd = weight(i + 1);
+      if constexpr (kPairs) {
+        store_pairs<kBits == 8>(dst + (j * kCount + i) / 2 * P, even, odd);
+      } else {
+        store<float>(dst + (j * kCount + i) * P, even);
+        store<float>(dst + (j * kCount + i + 1) * P, odd);
+      }
+    }
+  }
+}
+
+template <int kBits, bool kPairs>
+void fill_panel(int64_t group, const uint8_t* w, int64_t ldw, const float* scale, int64_t ld_scale,
+                int64_t features, int64_t k0, int64_t n, float* dst) {
+  constexpr int W = kLanes<float>, P = 2 * W;
+  constexpr int64_t kWeights = 8 / kBits;                      // of a byte
+  constexpr int64_t kSteps = kWeights * P / (kPairs ? 2 : 1);  // floats of a panel for a byte
+  const int64_t first = k0 / kWeights, end = (k0 + n + kWeights - 1) / kWeights;
+  for (int f0 = 0; f0 < P; f0 += W) {
+    const uint8_t* rows[W];
+    const float* scales[W];
+    for (int64_t f = f0; f < f0 + W; ++f) {
+      const int64_t row = f < features ? f : features - 1;
+      rows[f - f0] = w + row * ldw;
+      scales[f - f0] = scale + row * ld_scale;
+    }
+    for (int64_t c = first; c < end; c += 16) {
+      Bytes words[4];
+      if (end - c >= 16) {
+        transpose_words(rows, c, words);
+      } else {
+        uint8_t tails[W][16] = {};
+        const uint8_t* tail_rows[W];
+        for (int f = 0; f < W; ++f) {
+          __builtin_memcpy(tails[f], rows[f] + c, end - c);
+          tail_rows[f] = tails[f];
+        }
+        transpose_words(tail_rows, 0, words);
+      }
+      Vec<float> group_scale = {};
+      if constexpr (kBits == 4) {  // 16 bytes are 32 steps of k, which share a scale.
+        for (int f = 0; f < W; ++f) group_scale[f] = scales[f][2 * c / group];
+      }
+      widen_words<kBits, kPairs>(words, group_scale, dst + (c - first) * kSteps + f0);
+    }
+  }
+}
+#undef MOE_INT
+#else
+template <int kBits, bool kPairs>
+void fill_panel(int64_t group, const uint8_t* w, int64_t ldw, const float* scale, int64_t ld_scale,
+                int64_t features, int64_t k0, int64_t n, float* dst) {
+  constexpr int P = 2 * kLanes<float>;
+  static_assert(MOE_VEC_BYTES < 32);
+  for (int64_t f = 0; f < P; ++f) {
+    const int64_t row = f < features ? f : features - 1;
+    for (int64_t k = k0; k < k0 + n; ++k) {
+      float value;
+      if constexpr (kBits == 8) {
+        value = static_cast<float>(static_cast<int8_t>(w[row * ldw + k]));
+      } else {
+        const int byte = w[row * ldw + k / 2], code = k % 2 == 0 ? byte & 15 : byte >> 4;
+        value = static_cast<float>(code - 8) * scale[row * ld_scale + k / group];
+      }
+      dst[(k - k0) * P + f] = value;
+    }
+  }
+}
+#endif
+
+void quant_panel(int bits, int64_t group, const void* w, int64_t ldw, const float* scale,
+                 int64_t ld_scale, int64_t features, int64_t k0, int64_t n, bool pairs,
+                 float* dst) {
+  const auto* p = static_cast<const uint8_t*>(w);
+  const auto run = [&]<int kBits>() {
+#if defined(__AVX512BF16__)
+    if (pairs) {
+      return fill_panel<kBits, true>(group, p, ldw, scale, ld_scale, features, k0, n, dst);
+    }
+#endif
+    fill_panel<kBits, false>(group, p, ldw, scale, ld_scale, features, k0, n, dst);
+  };
+  (void)pairs;
+  bits == 4 ? run.template operator()<4>() : run.template operator()<8>();
 }
 
 void multiply_row(const float* factors, float* row, int64_t n) {
