@@ -40,6 +40,7 @@ EXPORTS = {
     "moe_ops::cpu::failing_kernel",
     "moe_ops::cpu::isa_name",
     "moe_ops::cpu::isa_warning",
+    "moe_ops::cpu::measure_limits",
     "moe_ops::cpu::packed_expert_bytes",
     "moe_ops::cpu::stale_panels",
     "moe_ops::cpu::supported_isas",

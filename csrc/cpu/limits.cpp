@@ -60,13 +60,18 @@ MOE_READ_LOOP(read_portable, MOE_NO_TARGET, 16)
 #define MOE_AVX2 __attribute__((target("avx2,fma")))
 #define MOE_AVX512 __attribute__((target("avx512f,avx512bw,prefer-vector-width=512")))
 #define MOE_AVX512_BF16 __attribute__((target("avx512f,avx512bw,avx512bf16")))
-MOE_FMA_LOOP(fma_avx2, MOE_AVX2, 32, 12)
-MOE_READ_LOOP(read_avx2, MOE_AVX2, 32)
-MOE_FMA_LOOP(fma_avx512, MOE_AVX512, 64, 24)
-MOE_READ_LOOP(read_avx512, MOE_AVX512, 64)
+namespace avx2 {
+MOE_FMA_LOOP(fma, MOE_AVX2, 32, 12)
+MOE_READ_LOOP(read, MOE_AVX2, 32)
+}  // namespace avx2
+namespace avx512 {
+MOE_FMA_LOOP(fma, MOE_AVX512, 64, 24)
+MOE_READ_LOOP(read, MOE_AVX512, 64)
+}  // namespace avx512
 
+namespace avx512_bf16 {
 // 32 products a vector, each with its addition.
-MOE_AVX512_BF16 int64_t dot_avx512_bf16(int64_t steps) {
+MOE_AVX512_BF16 int64_t dot(int64_t steps) {
   constexpr int kChains = 24;
   const __m512bh a = (__m512bh)_mm512_set1_epi16(0x3f00), b = (__m512bh)_mm512_set1_epi16(0x3a00);
   __m512 sums[kChains];
@@ -79,10 +84,12 @@ MOE_AVX512_BF16 int64_t dot_avx512_bf16(int64_t steps) {
   for (const auto& sum : sums) float_sink = sum[0];
   return steps * kChains * 32 * 2;
 }
+}  // namespace avx512_bf16
 
 #if defined(MOE_OPS_HAS_AMX)
+namespace amx {
 // Four 16 x 16 tiles of sums, each step a product with a depth of 32.
-__attribute__((target("amx-tile,amx-bf16"))) int64_t dot_amx(int64_t steps) {
+__attribute__((target("amx-tile,amx-bf16"))) int64_t dot(int64_t steps) {
   struct alignas(64) {
     uint8_t palette = 1, start_row = 0, reserved[14] = {};
     uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
@@ -107,6 +114,7 @@ __attribute__((target("amx-tile,amx-bf16"))) int64_t dot_amx(int64_t steps) {
   _tile_release();
   return steps * 4 * 16 * 16 * 32 * 2;
 }
+}  // namespace amx
 #endif
 #endif
 
@@ -160,15 +168,15 @@ Limits measure_limits(Isa isa, size_t bytes, double seconds) {
   int64_t (*dot)(int64_t) = nullptr;
 #if defined(__x86_64__)
   if (isa >= Isa::kAvx512) {
-    fma = fma_avx512;
-    read = read_avx512;
+    fma = avx512::fma;
+    read = avx512::read;
   } else if (isa == Isa::kAvx2) {
-    fma = fma_avx2;
-    read = read_avx2;
+    fma = avx2::fma;
+    read = avx2::read;
   }
-  if (isa >= Isa::kAvx512Bf16) dot = dot_avx512_bf16;
+  if (isa >= Isa::kAvx512Bf16) dot = avx512_bf16::dot;
 #if defined(MOE_OPS_HAS_AMX)
-  if (isa == Isa::kAmx) dot = dot_amx;
+  if (isa == Isa::kAmx) dot = amx::dot;
 #endif
 #endif
   Limits limits;

@@ -16,6 +16,18 @@ constexpr int64_t kMatchSamples = 32;
 
 std::atomic<int64_t> stale{0};
 
+template <class Bits>
+bool all_equal(const char* const* a, const char* const* b) {
+  bool same = true;
+  for (int64_t i = 0; i < kMatchSamples; ++i) {
+    Bits x, y;
+    std::memcpy(&x, a[i], sizeof(Bits));
+    std::memcpy(&y, b[i], sizeof(Bits));
+    same &= x == y;
+  }
+  return same;
+}
+
 // Bit patterns are copied, so one text serves all types of a size.
 template <class Bits>
 void pack_panel(const Bits* w, int64_t stride_o, int64_t stride_k, int64_t features, int64_t K,
@@ -103,22 +115,26 @@ bool panels_match(const ExpertMatrices& w, const void* panels, int64_t e, int64_
     random = random * 1664525u + 1013904223u;
     return std::min(n - 1, begin + (random >> 8) % std::max<int64_t>(end - begin, 1));
   };
+  // All addresses first, so that the cache misses behind them overlap.
+  const char *packed[kMatchSamples], *source[kMatchSamples];
   for (int64_t i = 0; i < kMatchSamples; ++i) {
     // An odd factor visits all parts of the depth, in another order than those of the features.
     const int64_t o = place(out_features, i);
     const int64_t k = place(in_features, (i * 13 + shift) % kMatchSamples);
     const int64_t s = o / features, f = o % features;
     const int64_t panel = f / layout.width * layout.segments + s;
-    const char* packed = base + panel * layout.panel_bytes +
-                         ((k / pair * layout.width + f % layout.width) * pair + k % pair) * size;
-    const char* source = static_cast<const char*>(w.data) +
-                         (e * w.stride_e + o * w.stride_o + k * w.stride_k) * size;
-    if (std::memcmp(packed, source, static_cast<size_t>(size)) != 0) {
-      stale.fetch_add(1, std::memory_order_relaxed);
-      return false;
-    }
+    packed[i] = base + panel * layout.panel_bytes +
+                ((k / pair * layout.width + f % layout.width) * pair + k % pair) * size;
+    source[i] = static_cast<const char*>(w.data) +
+                (e * w.stride_e + o * w.stride_o + k * w.stride_k) * size;
+    __builtin_prefetch(packed[i]);
+    __builtin_prefetch(source[i]);
   }
-  return true;
+  const bool same = size == 8   ? all_equal<uint64_t>(packed, source)
+                    : size == 4 ? all_equal<uint32_t>(packed, source)
+                                : all_equal<uint16_t>(packed, source);
+  if (!same) stale.fetch_add(1, std::memory_order_relaxed);
+  return same;
 }
 
 int64_t stale_panels() { return stale.load(std::memory_order_relaxed); }

@@ -43,6 +43,7 @@ void wgrad_item(const GroupedWgradParams& p, const Kernels<T>& k, int64_t e, int
   const int64_t vector = W * static_cast<int64_t>(sizeof(T));
   const bool streamed = large && k.streams && same_type && end - begin <= kRows * kKc &&
                         J % unit == 0 && reinterpret_cast<uintptr_t>(out) % vector == 0;
+  const bool adding = p.accumulate && p.num_experts * O * J * size >= kStreamBytes;
   const auto pack_a = [&](int64_t r0, int64_t rows, int64_t j0, int64_t cols) {
     const int64_t offset = j0 * dtype_size(p.a.type);
     for (int64_t r = 0; r < rows; ++r) a_rows[r] = row_of(p.a, r0 + r);
@@ -110,6 +111,12 @@ void wgrad_item(const GroupedWgradParams& p, const Kernels<T>& k, int64_t e, int
           hints.stream = streamed && direct;
           for (int64_t b = 0; b < blocks; ++b) {
             const int64_t i0 = n * b / blocks, i1 = n * (b + 1) / blocks;
+            // A sum that is added to memory waits for it; ask for the next one's now.
+            for (int64_t i = i1; adding && direct && i < std::min(n, 2 * i1 - i0); ++i) {
+              for (int64_t line = 0; line < width; line += 64 / static_cast<int64_t>(sizeof(T))) {
+                __builtin_prefetch(c + i * ld + line, 1);
+              }
+            }
             tiles[nv - 1][i1 - i0 - 1](
                 kc, g + i0, panels + (j - j0) / (2 * W) * (2 * W * kc + kPanelPad), c + i0 * ld, ld,
                 r0 > begin || (direct && p.accumulate), hints);
