@@ -24,14 +24,14 @@ std::tuple<Tensor, Tensor, Tensor> sorted_slots(const char* op, const Tensor& to
   Tensor expert_offsets = empty_cpu({num_experts + 1}, ScalarType::Int);
   Tensor row_to_slot = empty_cpu({n}, ScalarType::Int);
   Tensor slot_to_row = empty_cpu({topk_ids.size(0), topk_ids.size(1)}, ScalarType::Int);
-  const std::vector<int32_t> ids = normalized_ids(topk_ids, num_experts);
   SortSlotsParams p;
-  p.topk_ids = ids.data();
   p.num_slots = n;
   p.num_experts = num_experts;
   p.expert_offsets = static_cast<int32_t*>(expert_offsets.mutable_data_ptr());
   p.row_to_slot = static_cast<int32_t*>(row_to_slot.mutable_data_ptr());
   p.slot_to_row = static_cast<int32_t*>(slot_to_row.mutable_data_ptr());
+  normalize_ids(topk_ids, num_experts, p.slot_to_row);
+  p.topk_ids = p.slot_to_row;
   cpu::sort_slots(p);
   return {expert_offsets, row_to_slot, slot_to_row};
 }

@@ -107,11 +107,15 @@ void for_each_index(const Tensor& t, const Fn& fn) {
 }
 
 // Expert ids as contiguous int32 with everything outside [0, num_experts) turned into -1.
-inline std::vector<int32_t> normalized_ids(const Tensor& ids, int64_t num_experts) {
-  std::vector<int32_t> out(static_cast<size_t>(ids.numel()));
+inline void normalize_ids(const Tensor& ids, int64_t num_experts, int32_t* out) {
   for_each_index(ids, [&](int64_t i, int64_t id) {
     out[i] = id >= 0 && id < num_experts ? static_cast<int32_t>(id) : -1;
   });
+}
+
+inline std::vector<int32_t> normalized_ids(const Tensor& ids, int64_t num_experts) {
+  std::vector<int32_t> out(static_cast<size_t>(ids.numel()));
+  normalize_ids(ids, num_experts, out.data());
   return out;
 }
 

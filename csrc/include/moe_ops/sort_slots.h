@@ -13,7 +13,7 @@ struct SortSlotsParams {
   int64_t num_experts;      // E
   int32_t* expert_offsets;  // [E+1] out
   int32_t* row_to_slot;     // [N] out
-  int32_t* slot_to_row;     // [N] out, the inverse
+  int32_t* slot_to_row;     // [N] out, the inverse; may be where topk_ids are
 };
 
 namespace cpu {
