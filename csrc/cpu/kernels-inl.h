@@ -24,6 +24,7 @@ namespace {
 #include "cpu/kernels/rows-inl.h"
 #include "cpu/kernels/stream-inl.h"
 #include "cpu/kernels/tiles-inl.h"
+// Takes add_product from the tiles.
 #include "cpu/kernels/quant-inl.h"
 
 // --- table
