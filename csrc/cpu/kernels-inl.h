@@ -21,10 +21,10 @@ namespace {
 // All else is built on the vectors.
 #include "cpu/kernels/functions-inl.h"
 #include "cpu/kernels/pairs-inl.h"
-#include "cpu/kernels/quant-inl.h"
 #include "cpu/kernels/rows-inl.h"
 #include "cpu/kernels/stream-inl.h"
 #include "cpu/kernels/tiles-inl.h"
+#include "cpu/kernels/quant-inl.h"
 
 // --- table
 
@@ -86,7 +86,7 @@ Kernels<T> make_kernels() {
     k.pack_pairs = &pack_pairs;
     k.pair_rows = &pair_rows;
 #endif
-    k.quant = {&quant_token_bytes, &quant_tokens, &quant_dot, &quant_panel, &multiply_row};
+    k.quant = quant_kernels();
 #if defined(MOE_AMX)
     k.amx_begin = &amx_begin;
     k.amx_end = &amx_end;

@@ -57,8 +57,7 @@ struct TileHints {
 };
 
 // Weights of 8 or 4 bits (QuantFormat in grouped_gemm.h); kernels/quant-inl.h.
-constexpr int64_t kQuantBlock = 32;    // codes of a token that share a scale
-constexpr int64_t kQuantAhead = 1024;  // bytes, of weights
+constexpr int64_t kQuantBlock = 32;  // codes of a token that share a scale
 struct QuantKernels {
   // Bytes of a row of k tokens in integers, in an order of the level's own.
   int64_t (*token_bytes)(int bits, int64_t k);
@@ -69,12 +68,18 @@ struct QuantKernels {
   void (*dot)(int bits, int64_t group, int features, int tokens, int64_t k, const void* w,
               int64_t ldw, const float* scale, int64_t ld_scale, const void* rows,
               int64_t row_bytes, float* out, int64_t ldo, int64_t out_step);
-  // Panels of 2*lanes features for the panel tiles, from weights k0 to k0 + n of `features` rows,
-  // ldw bytes apart: [n][2*lanes] floats, or pairs of bfloat16 where the level has them. 8 bits:
-  // without their scale, which makes them exact in either. 4 bits: with it; k0 and n are multiples
-  // of 32. What is past the last row has any value.
-  void (*panel)(int bits, int64_t group, const void* w, int64_t ldw, const float* scale,
-                int64_t ld_scale, int64_t features, int64_t k0, int64_t n, bool pairs, float* dst);
+  // Weights k0 to k0 + n of `features` rows, ldw bytes apart, as a panel of words of 32 bits:
+  // [words][2*lanes], word i with weights 32 / bits * i and on of a feature in two's complement. k0
+  // is a multiple of 32; what n lacks to 16 bytes is zero, and what is past the last row anything.
+  void (*words)(int bits, const void* w, int64_t ldw, int64_t features, int64_t k0, int64_t n,
+                uint32_t* dst);
+  // Kernels::panel_tile for `count` such words, times one scale a column. Pairs as there. It
+  // prefetches count * 2*lanes / 16 lines, ahead_step bytes apart. Index: [bits == 4][m - 1].
+  using Tile = void (*)(int64_t count, const float* a, const uint32_t* words, const float* scale,
+                        float* c, int64_t ldc, bool accumulate, const char* ahead,
+                        int64_t ahead_step);
+  Tile tile[2][kMaxMr];
+  Tile pair_tile[2][kMaxMr];
   // row[i] *= factors[i]
   void (*multiply_row)(const float* factors, float* row, int64_t n);
 };

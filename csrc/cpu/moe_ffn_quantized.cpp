@@ -6,8 +6,7 @@ namespace moe_ops::cpu {
 
 namespace {
 
-// Weights are widened to bfloat16 where tokens are of it, so that levels with products of pairs use
-// those; other levels widen them to float32 in any case.
+// Where tokens are of bfloat16, levels with products of pairs use those; others widen to float32.
 ExpertMatrices matrices_of(const QuantizedMatrices& q, DType x_type) {
   const int64_t a_byte = 8 / q.format.bits;
   ExpertMatrices m;

@@ -261,9 +261,9 @@ bool activations_right(const Kernels<T>& k, const Kernels<T>& portable, Numbers<
   return true;
 }
 
-// Integer products, widening and rounding of tokens against their definitions. Tokens are integers
-// over 64 with a 127 in every block, so that rounding them to integers changes nothing.
-bool quant_right(const Kernels<float>& k, Numbers<float>& numbers) {
+// Integer products, tiles of words and rounding of tokens against their definitions. Tokens are
+// integers over 64 with a 127 in every block, so that rounding them to integers changes nothing.
+bool quant_right(const Kernels<float>& k, const Kernels<float>& portable, Numbers<float>& numbers) {
   constexpr int64_t kMost = 384, kBytes = 384;
   const std::vector<float> weights = numbers.take(2 * kDotFeatures * kBytes);
   const std::vector<float> scales = numbers.take(kDotFeatures * 16);
@@ -278,7 +278,7 @@ bool quant_right(const Kernels<float>& k, Numbers<float>& numbers) {
     x[i + i / kQuantBlock % kQuantBlock] = 127 / 64.0f;
   for (const int64_t group : {int64_t{0}, int64_t{32}, int64_t{64}, int64_t{128}}) {
     const int bits = group == 0 ? 8 : 4;
-    for (const int64_t K : {int64_t{37}, int64_t{96}, kMost}) {
+    for (const int64_t K : {int64_t{37}, int64_t{96}, int64_t{128}, kMost}) {
       if (bits == 4 && K % group != 0) continue;
       const auto code = [&](int64_t f, int64_t i) {
         const uint8_t byte = w[f * kBytes + i * bits / 8];
@@ -319,23 +319,34 @@ bool quant_right(const Kernels<float>& k, Numbers<float>& numbers) {
           }
         }
       }
-      const int64_t k0 = 32 % K, n = K - k0, P = 2 * k.lanes;
-      for (const bool pairs : {false, true}) {
-        if (pairs && !k.pairs) continue;
-        std::vector<float> panel(static_cast<size_t>(round_up<int64_t>(n, 32) * P), NAN);
-        k.quant.panel(bits, group, w.data(), kBytes, scales.data(), 16, kDotFeatures, k0, n, pairs,
-                      panel.data());
-        for (int64_t i = 0; i < n; ++i) {
-          for (int64_t f = 0; f < kDotFeatures; ++f) {
-            float got = panel[i * P + f];
-            if (pairs) {
-              const char* half = reinterpret_cast<const char*>(panel.data() + i / 2 * P + f);
-              k.load_row(DType::kBFloat16, half + i % 2 * 2, &got, 1, 1.0f);
+      // The same weights, and tokens that bfloat16 holds, in panels of words and their tiles.
+      const int64_t k0 = 32 % K, n = K - k0, P = 2 * k.lanes,
+                    count = ceil_div<int64_t>(n, 32 / bits);
+      if (n > kKc) continue;
+      std::vector<uint32_t> words(static_cast<size_t>(round_up<int64_t>(count, 4) * P));
+      k.quant.words(bits, w.data(), kBytes, kDotFeatures, k0, n, words.data());
+      const std::vector<float> column_scale = numbers.take(P), values = numbers.take(k.mr2 * n);
+      for (int64_t m = 1; m <= k.mr2; ++m) {
+        for (const bool pairs : {false, true}) {
+          if (pairs && !k.pairs) continue;
+          std::vector<float> rows_of_a(static_cast<size_t>(m * kLda)), c(m * P, NAN);
+          for (int64_t i = 0; i < m; ++i) {
+            float* row = rows_of_a.data() + i * kLda;
+            portable.store_row(pairs ? DType::kBFloat16 : DType::kFloat32, values.data() + i * n,
+                               row, n);
+          }
+          (pairs ? k.quant.pair_tile : k.quant.tile)[bits == 4][m - 1](
+              count, rows_of_a.data(), words.data(), column_scale.data(), c.data(), P, false,
+              nullptr, 0);
+          for (int64_t i = 0; i < m; ++i) {
+            for (int64_t f = 0; f < kDotFeatures; ++f) {
+              double sum = 0, most = 0;
+              for (int64_t j = 0; j < n; ++j) {
+                sum += static_cast<double>(values[i * n + j]) * code(f, k0 + j);
+                most += std::abs(values[i * n + j] * code(f, k0 + j));
+              }
+              if (!(std::abs(c[i * P + f] - sum * column_scale[f]) <= 1e-5 * most)) return false;
             }
-            const auto q = static_cast<float>(code(f, k0 + i));
-            const float value = bits == 8 ? q : q * scale(f, k0 + i);
-            const float bound = pairs && bits == 4 ? std::abs(value) / 256 : 0.0f;
-            if (!(std::abs(got - value) <= bound)) return false;
           }
         }
       }
@@ -478,7 +489,7 @@ const char* failing_kernel(const Kernels<T>& k, const Kernels<T>& portable) {
   if (!activations_right(k, portable, numbers)) return "activation";
   if constexpr (sizeof(T) == 4) {
     if (!pairs_right(k, portable, numbers)) return "pair";
-    if (!quant_right(k, numbers)) return "quant";
+    if (!quant_right(k, portable, numbers)) return "quant";
     if (!amx_right(k, portable, numbers)) return "amx";
   }
   return nullptr;

@@ -64,8 +64,8 @@ def check_widened(call):
         call,
         magnitude=moe_ffn_quantized_magnitude,
         sum_length=max(sizes),
-        # Products of pairs of bfloat16 round 4-bit weights, x * x_scale and h.
-        steps=5 if bf16 else 0,
+        # Products of pairs of bfloat16 round x * x_scale and h.
+        steps=3 if bf16 else 0,
     )
 
 

@@ -45,45 +45,36 @@ void quant_item(const GemmDesc<float>& d, const Kernels<float>& k, const GemmIte
   }
 }
 
-// Rows of sums of an item, `segment` floats a segment, times the scales of 8-bit weights.
-inline void scale_sums(const GemmDesc<float>& d, const Kernels<float>& k, const GemmItem& it,
-                       int64_t m, float* sums, int64_t segment, int64_t ld) {
-  const QuantFormat& q = d.b.quant;
-  const int64_t n = it.feature_end - it.feature_begin;
-  float* scale = scratch<float>(Scratch::kPackA, n);
-  for (int s = 0; s < d.segments; ++s) {
-    const float* src = scales_at(d.b, it.expert, s * d.features + it.feature_begin);
-    for (int64_t f = 0; f < n; ++f) scale[f] = src[f * q.scale_stride_o];
-    for (int64_t t = 0; t < m; ++t) k.quant.multiply_row(scale, sums + t * ld + s * segment, n);
-  }
-}
-
 // panel_item with panels that are made where they are used: a block of one is written, and read by
 // the tiles of all rows, in cache. Rows of weights that make a panel are one run in memory, and the
 // tiles ask for that of the next panel.
 template <bool kPairs, class Epilogue>
 void quant_panel_item(const GemmDesc<float>& d, const Kernels<float>& k, const GemmItem& it,
                       const Epilogue& fn) {
-  constexpr int64_t kStep = kPairs ? 2 : 1;
+  constexpr int64_t kStep = kPairs ? 2 : 1;  // steps of k in an element of a
   const QuantFormat& q = d.b.quant;
-  const int64_t P = 2 * k.lanes, K = ceil_div(d.in_features, kStep), k_blocks = ceil_div(K, kKc);
+  const int64_t P = 2 * k.lanes, word = 32 / q.bits;
+  const int64_t K = d.in_features, block = kStep * kKc, k_blocks = ceil_div(K, block);
   const int64_t m = it.row_end - it.row_begin, n = it.feature_end - it.feature_begin;
   const int64_t padded_n = round_up(n, P), ldc = padded_n * d.segments;
+  const int64_t group = q.bits == 4 ? q.group : K, groups = ceil_div(K, group);
   float* a = scratch<float>(Scratch::kTokens, k_blocks * m * kLda);
   float* tile = scratch<float>(Scratch::kTile, m * ldc);
-  float* panel = scratch<float>(Scratch::kPackB, kKc * P);
+  Carver carver(Scratch::kPackB, (block / word + 4) * P * 4 + groups * P * 4 + 128);
+  auto* words = carver.take<uint32_t>((block / word + 4) * P);
+  auto* scales = carver.take<float>(groups * P);
   for (int64_t t = 0; t < m; ++t) {
     for (int64_t b = 0; b < k_blocks; ++b) {
-      load_tokens<kPairs>(d, k, it.row_begin + t, b * kKc, std::min(kKc, K - b * kKc),
-                          a + (b * m + t) * kLda);
+      float* dst = a + (b * m + t) * kLda;
+      const int64_t kc = ceil_div(std::min(block, K - b * block), kStep);
+      load_tokens<kPairs>(d, k, it.row_begin + t, b * kKc, kc, dst);
+      // The last word of 8-bit weights may lack some.
+      if (b == k_blocks - 1) std::fill(dst + kc, dst + round_up(kc, word), 0.0f);
     }
   }
-  const auto* tiles = kPairs ? k.pair_panel_tile : k.panel_tile[static_cast<int>(DType::kFloat32)];
+  const auto* tiles = (kPairs ? k.quant.pair_tile : k.quant.tile)[q.bits == 4];
   const int64_t blocks = ceil_div<int64_t>(m, k.mr2), count = padded_n / P * d.segments;
-  const int64_t ldw = d.b.stride_o * q.bits / 8;
-  // Bytes of weights behind a step of k in a panel, and what one of the tiles asks for.
-  const int64_t step_bytes = P * kStep * q.bits / 8;
-  const int64_t ahead_step = std::max<int64_t>(step_bytes / blocks, 2);
+  const int64_t ldw = d.b.stride_o * q.bits / 8, ahead_step = std::max<int64_t>(64 / blocks, 1);
   const auto feature = [&](int64_t i) {
     return i % d.segments * d.features + it.feature_begin + i / d.segments * P;
   };
@@ -91,20 +82,30 @@ void quant_panel_item(const GemmDesc<float>& d, const Kernels<float>& k, const G
     const char* w = weights_at(d.b, it.expert, feature(i), 0);
     const char* next = weights_at(d.b, it.expert, feature(std::min(i + 1, count - 1)), 0);
     const int64_t features = std::min(P, n - i / d.segments * P);
+    const float* scale = scales_at(d.b, it.expert, feature(i));
+    for (int64_t f = 0; f < P; ++f) {
+      const float* row = scale + std::min(f, features - 1) * q.scale_stride_o;
+      for (int64_t g = 0; g < groups; ++g) scales[g * P + f] = row[g];
+    }
     float* sums = tile + i % d.segments * padded_n + i / d.segments * P;
     for (int64_t b = 0; b < k_blocks; ++b) {
-      const int64_t k0 = b * kKc, kc = std::min(kKc, K - k0);
-      k.quant.panel(q.bits, q.group, w, ldw, scales_at(d.b, it.expert, feature(i)),
-                    q.scale_stride_o, features, kStep * k0,
-                    std::min(kStep * kc, d.in_features - kStep * k0), kPairs, panel);
-      for (int64_t r = 0; r < blocks; ++r) {
-        const int64_t r0 = m * r / blocks, r1 = m * (r + 1) / blocks;
-        tiles[r1 - r0 - 1](kc, a + (b * m + r0) * kLda, panel, sums + r0 * ldc, ldc, b > 0,
-                           next + k0 * step_bytes + r * ahead_step * kc, ahead_step);
+      const int64_t k0 = b * block, k1 = std::min(K, k0 + block);
+      k.quant.words(q.bits, w, ldw, features, k0, k1 - k0, words);
+      // Runs of k that share a scale.
+      for (int64_t begin = k0, end; begin < k1; begin = end) {
+        end = std::min(k1, (begin / group + 1) * group);
+        const int64_t steps = ceil_div(end - begin, word);
+        for (int64_t r = 0; r < blocks; ++r) {
+          const int64_t r0 = m * r / blocks, r1 = m * (r + 1) / blocks;
+          tiles[r1 - r0 - 1](steps, a + (b * m + r0) * kLda + (begin - k0) / kStep,
+                             words + (begin - k0) / word * P, scales + begin / group * P,
+                             sums + r0 * ldc, ldc, begin > 0,
+                             next + (begin / word * P / 16 * 64) + r * steps * P / 16 * ahead_step,
+                             ahead_step);
+        }
       }
     }
   }
-  if (q.bits == 8) scale_sums(d, k, it, m, tile, padded_n, ldc);
   for (int64_t t = 0; t < m; ++t) {
     fn(it.expert, it.row_begin + t, it.feature_begin, n, tile + t * ldc, tile + t * ldc + padded_n);
   }

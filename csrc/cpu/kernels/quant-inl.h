@@ -4,6 +4,9 @@
 constexpr int64_t kVec = MOE_VEC_BYTES;
 typedef int8_t SignedLanes __attribute__((vector_size(MOE_VEC_BYTES / 4)));
 
+// How far ahead of itself a product asks for weights, in bytes.
+constexpr int64_t kAhead8 = 1024, kAhead4 = 4096;
+
 // A row of tokens in integers, as quant_dot reads it. A unit is what a vector of weights covers:
 //   codes    [units][steps] int8; 4 bits: the even k of a unit, then the odd ones, because the low
 //            nibbles of a vector of weights are even k and the high nibbles odd ones
@@ -204,7 +207,7 @@ void dot4(int64_t k, const uint8_t* w, int64_t ldw, const float* scale, int64_t 
   const char *offsets = rows + layout.offsets(), *scales = rows + layout.scales();
   for (int64_t u = 0; u < whole; ++u) {
 #pragma GCC unroll 4
-    for (int f = 0; f < F; ++f) __builtin_prefetch(w + f * ldw + u * kVec + kQuantAhead, 0, 2);
+    for (int f = 0; f < F; ++f) __builtin_prefetch(w + f * ldw + u * kVec + kAhead4, 0, 2);
     Dot4<kGroup, F, M>::unit(w + u * kVec, ldw, scale, ld_scale, rows + u * kSteps,
                              offsets + u * kVec, scales + u * kVec, row_bytes, u, acc);
   }
@@ -271,7 +274,7 @@ void dot8(int64_t k, const int8_t* w, int64_t ldw, const float* scale, int64_t l
   const char *offsets = rows + layout.offsets(), *scales = rows + layout.scales();
   for (int64_t u = 0; u < whole; ++u) {
 #pragma GCC unroll 4
-    for (int f = 0; f < F; ++f) __builtin_prefetch(w + f * ldw + u * kVec + kQuantAhead, 0, 2);
+    for (int f = 0; f < F; ++f) __builtin_prefetch(w + f * ldw + u * kVec + kAhead8, 0, 2);
     dot8_unit<F, M>(w + u * kVec, ldw, rows + u * kVec, offsets + u * kVec, scales + u * kVec,
                     row_bytes, acc);
   }
@@ -382,12 +385,12 @@ void quant_dot(int bits, int64_t group, int features, int tokens, int64_t k, con
   }
 }
 
-// --- panels
+// --- panels of words
 
 #if defined(__AVX2__) && MOE_VEC_BYTES >= 32
 // 16 bytes of each of as many rows as a vector has lanes of 32 bits: word j of all rows goes to
-// words[j]. The weights of a word then part by shifts, which need no port for shuffles.
-inline void transpose_words(const uint8_t* const* rows, int64_t offset, Bytes (&words)[4]) {
+// dst[j * 2 * lanes].
+inline void transpose_words(const uint8_t* const* rows, int64_t offset, Bytes flip, uint32_t* dst) {
   const auto at = [&](int i) {
     return _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[i] + offset));
   };
@@ -402,144 +405,129 @@ inline void transpose_words(const uint8_t* const* rows, int64_t offset, Bytes (&
 #else
     v[i] = _mm256_inserti128_si256(_mm256_castsi128_si256(at(i)), at(4 + i), 1);
 #endif
+    v[i] ^= flip;
   }
   const Bytes low01 = MOE_INT(unpacklo_epi32)(v[0], v[1]);
   const Bytes high01 = MOE_INT(unpackhi_epi32)(v[0], v[1]);
   const Bytes low23 = MOE_INT(unpacklo_epi32)(v[2], v[3]);
   const Bytes high23 = MOE_INT(unpackhi_epi32)(v[2], v[3]);
-  words[0] = MOE_INT(unpacklo_epi64)(low01, low23);
-  words[1] = MOE_INT(unpackhi_epi64)(low01, low23);
-  words[2] = MOE_INT(unpacklo_epi64)(high01, high23);
-  words[3] = MOE_INT(unpackhi_epi64)(high01, high23);
-}
-
-// Pairs of bfloat16 at dst. kExact: the values are of bfloat16 already.
-template <bool kExact>
-inline void store_pairs([[maybe_unused]] float* dst, [[maybe_unused]] Vec<float> even,
-                        [[maybe_unused]] Vec<float> odd) {
-#if defined(__AVX512BF16__) && MOE_VEC_BYTES == 64
-  if constexpr (kExact) {
-    const __m512i low = _mm512_srli_epi32(__builtin_bit_cast(__m512i, even), 16);
-    const __m512i high = __builtin_bit_cast(__m512i, odd);
-    constexpr int kOrAnd = 0xf8;  // low | (high & mask)
-    _mm512_storeu_si512(dst,
-                        _mm512_ternarylogic_epi32(low, high, _mm512_set1_epi32(-65536), kOrAnd));
-    return;
-  }
-  typedef uint16_t Halves __attribute__((vector_size(64)));
-  constexpr Halves kWeave = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-                             8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-  const __m512bh both =
-      _mm512_cvtne2ps_pbh(__builtin_bit_cast(__m512, odd), __builtin_bit_cast(__m512, even));
-  _mm512_storeu_si512(dst, _mm512_permutexvar_epi16(__builtin_bit_cast(__m512i, kWeave),
-                                                    __builtin_bit_cast(__m512i, both)));
-#endif
-}
-
-// The weights of such words, as rows of a panel. All of them: a panel has room for the steps that
-// the last ones stand for.
-template <int kBits, bool kPairs>
-inline void widen_words(const Bytes (&words)[4], [[maybe_unused]] Vec<float> scale, float* dst) {
-  constexpr int P = 2 * kLanes<float>, kCount = 32 / kBits;  // weights of a word
-  const Vec<float> bias = scale * -8.0f;
+  const Bytes words[4] = {
+      MOE_INT(unpacklo_epi64)(low01, low23), MOE_INT(unpackhi_epi64)(low01, low23),
+      MOE_INT(unpacklo_epi64)(high01, high23), MOE_INT(unpackhi_epi64)(high01, high23)};
 #pragma GCC unroll 4
   for (int j = 0; j < 4; ++j) {
-    const auto weight = [&](int i) -> Vec<float> {
-      if constexpr (kBits == 8) {
-        const Bytes left = i == 3 ? words[j] : MOE_INT(slli_epi32)(words[j], 24 - 8 * i);
-        return as_floats(MOE_INT(srai_epi32)(left, 24));
-      } else {
-        const Bytes right = i == 0 ? words[j] : MOE_INT(srli_epi32)(words[j], 4 * i);
-        const Bytes code = i == 7 ? right : bits_and(right, MOE_INT(set1_epi32)(15));
-        return as_floats(code) * scale + bias;
-      }
-    };
-#pragma GCC unroll 8
-    for (int i = 0; i < kCount; i += 2) {
-      const Vec<float> even = weight(i), odd = weight(i + 1);
-      if constexpr (kPairs) {
-        store_pairs<kBits == 8>(dst + (j * kCount + i) / 2 * P, even, odd);
-      } else {
-        store<float>(dst + (j * kCount + i) * P, even);
-        store<float>(dst + (j * kCount + i + 1) * P, odd);
-      }
-    }
-  }
-}
-
-template <int kBits, bool kPairs>
-void fill_panel(int64_t group, const uint8_t* w, int64_t ldw, const float* scale, int64_t ld_scale,
-                int64_t features, int64_t k0, int64_t n, float* dst) {
-  constexpr int W = kLanes<float>, P = 2 * W;
-  constexpr int64_t kWeights = 8 / kBits;                      // of a byte
-  constexpr int64_t kSteps = kWeights * P / (kPairs ? 2 : 1);  // floats of a panel for a byte
-  const int64_t first = k0 / kWeights, end = (k0 + n + kWeights - 1) / kWeights;
-  for (int f0 = 0; f0 < P; f0 += W) {
-    const uint8_t* rows[W];
-    const float* scales[W];
-    for (int64_t f = f0; f < f0 + W; ++f) {
-      const int64_t row = f < features ? f : features - 1;
-      rows[f - f0] = w + row * ldw;
-      scales[f - f0] = scale + row * ld_scale;
-    }
-    for (int64_t c = first; c < end; c += 16) {
-      Bytes words[4];
-      if (end - c >= 16) {
-        transpose_words(rows, c, words);
-      } else {
-        uint8_t tails[W][16] = {};
-        const uint8_t* tail_rows[W];
-        for (int f = 0; f < W; ++f) {
-          __builtin_memcpy(tails[f], rows[f] + c, end - c);
-          tail_rows[f] = tails[f];
-        }
-        transpose_words(tail_rows, 0, words);
-      }
-      Vec<float> group_scale = {};
-      if constexpr (kBits == 4) {  // 16 bytes are 32 steps of k, which share a scale.
-        for (int f = 0; f < W; ++f) group_scale[f] = scales[f][2 * c / group];
-      }
-      widen_words<kBits, kPairs>(words, group_scale, dst + (c - first) * kSteps + f0);
-    }
+    __builtin_memcpy(dst + j * 2 * kLanes<float>, &words[j], sizeof(Bytes));
   }
 }
 #undef MOE_INT
-#else
-template <int kBits, bool kPairs>
-void fill_panel(int64_t group, const uint8_t* w, int64_t ldw, const float* scale, int64_t ld_scale,
-                int64_t features, int64_t k0, int64_t n, float* dst) {
-  constexpr int P = 2 * kLanes<float>;
-  static_assert(MOE_VEC_BYTES < 32);
-  for (int64_t f = 0; f < P; ++f) {
-    const int64_t row = f < features ? f : features - 1;
-    for (int64_t k = k0; k < k0 + n; ++k) {
-      float value;
-      if constexpr (kBits == 8) {
-        value = static_cast<float>(static_cast<int8_t>(w[row * ldw + k]));
-      } else {
-        const int byte = w[row * ldw + k / 2], code = k % 2 == 0 ? byte & 15 : byte >> 4;
-        value = static_cast<float>(code - 8) * scale[row * ld_scale + k / group];
+#endif
+
+// With 4 bits, a flip of the upper bit of each makes two's complement of q + 8.
+void quant_words(int bits, const void* w, int64_t ldw, int64_t features, int64_t k0, int64_t n,
+                 uint32_t* dst) {
+  constexpr int W = kLanes<float>, P = 2 * W;
+  const uint32_t flip = bits == 4 ? 0x88888888u : 0;
+  const int64_t first = k0 * bits / 8, end = ((k0 + n) * bits + 7) / 8;
+  for (int f0 = 0; f0 < P; f0 += W) {
+    const uint8_t* rows[W];
+    for (int64_t f = f0; f < f0 + W; ++f) {
+      rows[f - f0] = static_cast<const uint8_t*>(w) + (f < features ? f : features - 1) * ldw;
+    }
+    uint32_t* out = dst + f0;
+    for (int64_t c = first; c < end; c += 16, out += 4 * P) {
+      uint8_t tails[W][16] = {};
+      const uint8_t* tail_rows[W];
+      const bool whole = end - c >= 16;
+      for (int f = 0; f < W && !whole; ++f) {
+        __builtin_memcpy(tails[f], rows[f] + c, end - c);
+        tail_rows[f] = tails[f];
       }
-      dst[(k - k0) * P + f] = value;
+      const uint8_t* const* from = whole ? rows : tail_rows;
+      const int64_t offset = whole ? c : 0;
+#if defined(__AVX2__) && MOE_VEC_BYTES >= 32
+      typedef uint32_t Words __attribute__((vector_size(MOE_VEC_BYTES)));
+      transpose_words(from, offset, __builtin_bit_cast(Bytes, Words{} + flip), out);
+#else
+      for (int f = 0; f < W; ++f) {
+        for (int j = 0; j < 4; ++j) {
+          out[j * P + f] = load_bytes<uint32_t>(from[f] + offset + 4 * j) ^ flip;
+        }
+      }
+#endif
     }
   }
 }
-#endif
 
-void quant_panel(int bits, int64_t group, const void* w, int64_t ldw, const float* scale,
-                 int64_t ld_scale, int64_t features, int64_t k0, int64_t n, bool pairs,
-                 float* dst) {
-  const auto* p = static_cast<const uint8_t*>(w);
-  const auto run = [&]<int kBits>() {
-#if defined(__AVX512BF16__)
-    if (pairs) {
-      return fill_panel<kBits, true>(group, p, ldw, scale, ld_scale, features, k0, n, dst);
-    }
-#endif
-    fill_panel<kBits, false>(group, p, ldw, scale, ld_scale, features, k0, n, dst);
+// Weight i of each word, or weights 2i and 2i + 1 as pairs of bfloat16, in which integers of 8 bits
+// are exact. Shifts need none of the ports that multiply.
+template <int kBits, class S>
+inline Vec<float> word_weights(const uint32_t* words, int i) {
+  typedef int32_t Unaligned __attribute__((vector_size(MOE_VEC_BYTES), aligned(4), may_alias));
+  const Simd<float>::Int word = *reinterpret_cast<const Unaligned*>(words);
+  const auto weight = [&](int j) {
+    return __builtin_convertvector((word << (32 - kBits - kBits * j)) >> (32 - kBits), Vec<float>);
   };
-  (void)pairs;
-  bits == 4 ? run.template operator()<4>() : run.template operator()<8>();
+#if defined(__AVX512BF16__) && MOE_VEC_BYTES == 64
+  if constexpr (__is_same(S, Pair)) {
+    constexpr int kOrAnd = 0xf8;  // low | (high & mask)
+    const __m512i low = _mm512_srli_epi32(__builtin_bit_cast(__m512i, weight(2 * i)), 16);
+    const __m512i high = __builtin_bit_cast(__m512i, weight(2 * i + 1));
+    return __builtin_bit_cast(
+        Vec<float>, _mm512_ternarylogic_epi32(low, high, _mm512_set1_epi32(-65536), kOrAnd));
+  }
+#endif
+  return weight(i);
+}
+
+// panel_tile that takes words apart as it goes.
+template <int kBits, class S, int M>
+void word_tile(int64_t count, const float* a, const uint32_t* words, const float* scale, float* c,
+               int64_t ldc, bool accumulate, const char* ahead, int64_t ahead_step) {
+  constexpr int W = kLanes<float>;
+  constexpr int kSteps = 32 / kBits / (__is_same(S, Pair) ? 2 : 1);  // elements of a for a word
+  constexpr int kLines = 2 * MOE_VEC_BYTES < 64 ? 1 : 2 * MOE_VEC_BYTES / 64;
+  Vec<float> acc[M][2];
+#pragma GCC unroll 32
+  for (int i = 0; i < M; ++i) acc[i][0] = acc[i][1] = Vec<float>{};
+  for (int64_t k = 0; k < count; ++k) {
+#pragma GCC unroll 2
+    for (int line = 0; line < kLines; ++line) {
+      __builtin_prefetch(ahead, 0, 2);
+      ahead += ahead_step;
+    }
+#pragma GCC unroll 8
+    for (int step = 0; step < kSteps; ++step) {
+      asm volatile("" ::: "memory");  // As in panel_tile: load the words anew.
+      const Vec<float> b0 = word_weights<kBits, S>(words, step);
+      const Vec<float> b1 = word_weights<kBits, S>(words + W, step);
+#pragma GCC unroll 32
+      for (int i = 0; i < M; ++i) {
+        acc[i][0] = add_product<float, S>(acc[i][0], a + i * kLda + step, b0);
+        acc[i][1] = add_product<float, S>(acc[i][1], a + i * kLda + step, b1);
+      }
+    }
+    a += kSteps;
+    words += 2 * W;
+  }
+  const Vec<float> s[2] = {load<float>(scale), load<float>(scale + W)};
+#pragma GCC unroll 32
+  for (int i = 0; i < M; ++i) {
+#pragma GCC unroll 2
+    for (int v = 0; v < 2; ++v) {
+      float* out = c + i * ldc + v * W;
+      const Vec<float> sum = acc[i][v] * s[v];
+      store<float>(out, accumulate ? load<float>(out) + sum : sum);
+    }
+  }
+}
+
+template <class S, int M>
+void fill_word_tiles(QuantKernels::Tile (&tiles)[2][kMaxMr]) {
+  if constexpr (M <= MOE_MR2) {
+    tiles[0][M - 1] = &word_tile<8, S, M>;
+    tiles[1][M - 1] = &word_tile<4, S, M>;
+    fill_word_tiles<S, M + 1>(tiles);
+  }
 }
 
 void multiply_row(const float* factors, float* row, int64_t n) {
@@ -547,4 +535,18 @@ void multiply_row(const float* factors, float* row, int64_t n) {
   int64_t i = 0;
   for (; i + W <= n; i += W) store<float>(row + i, load<float>(row + i) * load<float>(factors + i));
   for (; i < n; ++i) row[i] *= factors[i];
+}
+
+QuantKernels quant_kernels() {
+  QuantKernels k = {};
+  k.token_bytes = &quant_token_bytes;
+  k.tokens = &quant_tokens;
+  k.dot = &quant_dot;
+  k.words = &quant_words;
+  fill_word_tiles<float, 1>(k.tile);
+#if defined(__AVX512BF16__) && MOE_VEC_BYTES == 64
+  fill_word_tiles<Pair, 1>(k.pair_tile);
+#endif
+  k.multiply_row = &multiply_row;
+  return k;
 }

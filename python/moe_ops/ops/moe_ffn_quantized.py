@@ -56,10 +56,10 @@ def moe_ffn_quantized(
       k = 2j in its low and k = 2j + 1 in its high four bits, each as q + 8 with q from -8 to 7:
       ``w[e, o, k] = q[e, o, k] * scale[e, o, k // G]``.
 
-    An expert with more than 8 tokens widens the weights block by block in cache: 8-bit ones
-    exactly, 4-bit ones to float32, or to bfloat16 where x is bfloat16 and the processor multiplies
-    pairs of it (AVX512-BF16). An expert with up to 8 tokens is bound by reading weights; there the
-    rows that meet a weight, x and the activated features, are rounded to integers from -127 to 127
+    An expert with more than 8 tokens widens the integers in cache, which is exact, and scales its
+    sums. Tokens are float32 there, or bfloat16 where x is and the processor multiplies pairs of it
+    (AVX512-BF16). An expert with up to 8 tokens is bound by reading weights; there the rows that
+    meet a weight, x and the activated features, are rounded to integers from -127 to 127
     with a scale for each 32 of them. That moves a value by at most 1/254 of the largest of its 32;
     on normal x it adds about 1 % to the result, as 8-bit weights do and a tenth of what 4-bit ones
     do. Sums of integers are exact, others run in fp32 in a fixed order: the same bits every run,
