@@ -171,14 +171,16 @@ void panel_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, c
   const int64_t n = it.feature_end - it.feature_begin;
   const int64_t padded_n = round_up(n, P), ldc = padded_n * d.segments;
   const int64_t K = kPairs ? ceil_div<int64_t>(d.in_features, 2) : d.in_features;
-  const int64_t depth = round_up(K, step), k_blocks = ceil_div(depth, kKc);
+  // Blocks of equal depth: a short one would pay for its sums in memory with little arithmetic.
+  const int64_t depth = round_up(K, step), block_k = balanced(depth, kKc, 8);
+  const int64_t k_blocks = ceil_div(depth, block_k);
   T* a = scratch<T>(Scratch::kTokens, k_blocks * m * kLda);
   T* tile = scratch<T>(Scratch::kTile, m * ldc);
   for (int64_t t = 0; t < m; ++t) {
     for (int64_t b = 0; b < k_blocks; ++b) {
       T* dst = a + (b * m + t) * kLda;
-      const int64_t kc = std::min(kKc, K - b * kKc);
-      load_tokens<kPairs>(d, k, it.row_begin + t, b * kKc, kc, dst);
+      const int64_t kc = std::min(block_k, K - b * block_k);
+      load_tokens<kPairs>(d, k, it.row_begin + t, b * block_k, kc, dst);
       if (b == k_blocks - 1 && depth > K) dst[kc] = T(0);
     }
   }
@@ -199,9 +201,9 @@ void panel_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, c
     for (; done < share; ++done) {
       for (int64_t s = 0; s < streams; ++s) c[s] = sums(done + s * share);
       for (int64_t b = 0; b < k_blocks; ++b) {
-        run(std::min(kKc, depth - b * kKc), a + b * m * kLda,
-            first + done * layout.panel_bytes + b * kKc * size, share * layout.panel_bytes, c, ldc,
-            b > 0);
+        run(std::min(block_k, depth - b * block_k), a + b * m * kLda,
+            first + done * layout.panel_bytes + b * block_k * size, share * layout.panel_bytes, c,
+            ldc, b > 0);
       }
     }
     done = share * streams;
@@ -214,8 +216,8 @@ void panel_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, c
   for (; done < count; ++done) {
     const char* panel = first + done * layout.panel_bytes;
     for (int64_t b = 0; b < k_blocks; ++b) {
-      const int64_t kc = std::min(kKc, depth - b * kKc);
-      const char* block = panel + b * kKc * size;
+      const int64_t kc = std::min(block_k, depth - b * block_k);
+      const char* block = panel + b * block_k * size;
       for (int64_t i = 0; i < blocks; ++i) {
         const int64_t i0 = m * i / blocks, i1 = m * (i + 1) / blocks;
         tiles[i1 - i0 - 1](
