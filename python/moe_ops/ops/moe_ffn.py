@@ -108,6 +108,26 @@ def moe_ffn(
     )
 
 
+def check_routing(op: str, topk_weights: Tensor, topk_ids: Tensor, num_tokens: int) -> None:
+    """What is left to check once topk_ids is known to be [T, K]."""
+    check_float(op, "topk_weights", topk_weights)
+    check_dim(op, "topk_weights", topk_weights, 2, "[T, K]")
+    check_size(op, "topk_weights", topk_weights, 0, num_tokens, "T")
+    check_size(op, "topk_weights", topk_weights, 1, topk_ids.shape[1], "K")
+    check_size(op, "topk_ids", topk_ids, 0, num_tokens, "T")
+
+
+def check_bias(
+    op: str, name: str, bias: Tensor | None, x: Tensor, num_experts: int, features: int
+) -> None:
+    if bias is None:
+        return
+    check_same_dtype(op, name, bias, "x", x)
+    check_dim(op, name, bias, 2, "[E, features]")
+    check_size(op, name, bias, 0, num_experts, "E")
+    check_size(op, name, bias, 1, features, "the number of features")
+
+
 def check_call(
     op: str,
     x: Tensor,
@@ -141,20 +161,9 @@ def check_call(
     check_size(op, "w_down", w_down, 0, num_experts, "E")
     check_size(op, "w_down", w_down, 1, x.shape[1], "H")
     check_size(op, "w_down", w_down, 2, width // 2 if gated else width, "I")
-    check_float(op, "topk_weights", topk_weights)
-    check_dim(op, "topk_weights", topk_weights, 2, "[T, K]")
-    check_size(op, "topk_weights", topk_weights, 0, x.shape[0], "T")
-    check_size(op, "topk_weights", topk_weights, 1, topk_ids.shape[1], "K")
-    check_size(op, "topk_ids", topk_ids, 0, x.shape[0], "T")
-    for name, bias, features in (
-        ("b_gate_up", b_gate_up, width),
-        ("b_down", b_down, x.shape[1]),
-    ):
-        if bias is not None:
-            check_same_dtype(op, name, bias, "x", x)
-            check_dim(op, name, bias, 2, "[E, features]")
-            check_size(op, name, bias, 0, num_experts, "E")
-            check_size(op, name, bias, 1, features, "the number of features")
+    check_routing(op, topk_weights, topk_ids, x.shape[0])
+    check_bias(op, "b_gate_up", b_gate_up, x, num_experts, width)
+    check_bias(op, "b_down", b_down, x, num_experts, x.shape[1])
     check_same_device(
         op,
         x=x,

@@ -14,7 +14,6 @@ from moe_ops.ops._register import (
     check_float,
     check_index,
     check_same_device,
-    check_same_dtype,
     check_size,
     dtype_name,
     library,
@@ -22,6 +21,7 @@ from moe_ops.ops._register import (
     register_fake,
 )
 from moe_ops.ops.gated_act import GATED_ACTIVATIONS, check_activation
+from moe_ops.ops.moe_ffn import check_bias, check_routing
 
 _OP = "moe_ffn_quantized"
 _GROUPS = (32, 64, 128)
@@ -194,11 +194,7 @@ def _(
         f"{_OP}: w_down must have rows of I = {intermediate} weights, got {down_depth} "
         f"(shape {list(w_down.shape)}).",
     )
-    check_float(_OP, "topk_weights", topk_weights)
-    check_dim(_OP, "topk_weights", topk_weights, 2, "[T, K]")
-    check_size(_OP, "topk_weights", topk_weights, 0, tokens, "T")
-    check_size(_OP, "topk_weights", topk_weights, 1, topk_ids.shape[1], "K")
-    check_size(_OP, "topk_ids", topk_ids, 0, tokens, "T")
+    check_routing(_OP, topk_weights, topk_ids, tokens)
     if x_scale is not None:
         check(
             x_scale.dtype == torch.float32,
@@ -206,15 +202,8 @@ def _(
         )
         check_dim(_OP, "x_scale", x_scale, 1, "[H]")
         check_size(_OP, "x_scale", x_scale, 0, hidden, "H")
-    for name, bias, features in (
-        ("b_gate_up", b_gate_up, width),
-        ("b_down", b_down, hidden),
-    ):
-        if bias is not None:
-            check_same_dtype(_OP, name, bias, "x", x)
-            check_dim(_OP, name, bias, 2, "[E, features]")
-            check_size(_OP, name, bias, 0, num_experts, "E")
-            check_size(_OP, name, bias, 1, features, "the number of features")
+    check_bias(_OP, "b_gate_up", b_gate_up, x, num_experts, width)
+    check_bias(_OP, "b_down", b_down, x, num_experts, hidden)
     check_same_device(
         _OP,
         x=x,
