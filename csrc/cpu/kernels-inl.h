@@ -25,6 +25,7 @@ namespace {
 #include "cpu/kernels/stream-inl.h"
 #include "cpu/kernels/tiles-inl.h"
 // Takes add_product from the tiles.
+#include "cpu/kernels/fp8-inl.h"
 #include "cpu/kernels/quant-inl.h"
 
 // --- table
@@ -88,6 +89,7 @@ Kernels<T> make_kernels() {
     k.pair_rows = &pair_rows;
 #endif
     k.quant = quant_kernels();
+    k.fp8 = fp8_kernels();
 #if defined(MOE_AMX)
     k.amx_begin = &amx_begin;
     k.amx_end = &amx_end;
