@@ -26,7 +26,7 @@ PYBIND11_MODULE(_C, m) {
         {"build_torch", MOE_OPS_BUILD_TORCH},
         {"torch_target", MOE_OPS_TORCH_TARGET},
         {"compiler", MOE_OPS_COMPILER},
-        {"cuda", "off"},
+        {"cuda", MOE_OPS_CUDA_BUILD},
     };
   });
   m.def("cpu_isa", [] { return std::string(isa_name(active_isa())); });

@@ -16,7 +16,7 @@ std::tuple<Tensor, Tensor, Tensor> sort_slots(const Tensor& topk_ids, int64_t nu
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor> sorted_slots(const char* op, const Tensor& topk_ids,
+std::tuple<Tensor, Tensor, Tensor> sorted_slots(const Op& op, const Tensor& topk_ids,
                                                 int64_t num_experts) {
   const int64_t n = topk_ids.numel();
   MOE_CHECK(n <= std::numeric_limits<int32_t>::max(), op,
