@@ -7,11 +7,10 @@ import torch
 
 from moe_ops.testing import seed_from, use_simulator
 
-
 MARKERS = (
     "full: part of the long sweep, run only with --full",
-    "cpu_only: about threads, instruction sets or the checking of values, which a device op cannot do "
-    "without waiting; not run with --backend sim or cuda",
+    "cpu_only: about threads, instruction sets or the checking of values, which a device op "
+    "cannot do without waiting; not run with --backend sim or cuda",
     "slow_on_simulator: not run with --backend sim",
 )
 

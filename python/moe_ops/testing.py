@@ -39,8 +39,8 @@ _simulator: torch.library.Library | None = None
 
 
 def use_simulator(partial: bool = False) -> None:
-    """From now on, ``torch.ops.moe_ops`` runs the CUDA kernels on CPU tensors, on the simulator that
-    stands in for the CUDA runtime. Autograd, fake and autocast rules stay what they are.
+    """From now on, ``torch.ops.moe_ops`` runs the CUDA kernels on CPU tensors, on the simulator
+    that stands in for the CUDA runtime. Autograd, fake and autocast rules stay what they are.
 
     Raises:
         RuntimeError: this build is not one with MOE_OPS_CUDART=shared, or lacks a kernel.
