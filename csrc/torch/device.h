@@ -31,6 +31,11 @@ struct DeviceIndex {
 };
 DeviceIndex device_index(const Op& op, const char* name, const Tensor& t);
 
+// sort_slots for the adapters that start from topk_ids [T, K] (defined in sort_slots.cpp):
+// expert_offsets, row_to_slot, slot_to_row.
+std::tuple<Tensor, Tensor, Tensor> device_sorted_slots(const Op& op, const Tensor& topk_ids,
+                                                       int64_t num_experts);
+
 // Where an adapter runs. OnCuda makes the tensors' device current.
 struct OnCuda {
   struct Scope {
