@@ -13,7 +13,20 @@
 namespace moe_ops::adapter {
 
 // An uninitialised tensor on the device of `like`. On the simulator it is filled with NaN bytes.
-Tensor device_empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype);
+Tensor device_empty(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes,
+                    ScalarType dtype);
+
+inline Tensor device_empty(const Tensor& like, std::initializer_list<int64_t> sizes,
+                           ScalarType dtype) {
+  return device_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()),
+                      dtype);
+}
+
+inline Tensor device_empty(const Tensor& like, const std::vector<int64_t>& sizes,
+                           ScalarType dtype) {
+  return device_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.data(), sizes.size()),
+                      dtype);
+}
 
 cuda::Stream current_stream(const Tensor& t);
 
@@ -30,6 +43,11 @@ struct DeviceIndex {
   bool is_64;
 };
 DeviceIndex device_index(const Op& op, const char* name, const Tensor& t);
+
+// sort_slots for the adapters that start from topk_ids [T, K] (defined in sort_slots.cpp):
+// expert_offsets, row_to_slot, slot_to_row.
+std::tuple<Tensor, Tensor, Tensor> device_sorted_slots(const Op& op, const Tensor& topk_ids,
+                                                       int64_t num_experts);
 
 // Where an adapter runs. OnCuda makes the tensors' device current.
 struct OnCuda {
