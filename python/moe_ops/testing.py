@@ -773,12 +773,14 @@ def moe_ffn_fp8_bound(call: Kwargs, row_steps: int = 0) -> tuple[Tensor, Tensor]
     on_input = wide.get("apply_router_weight_on_input", False)
 
     def product(q: Tensor, scale: Tensor, name: str, sign: bool) -> Tensor:
-        operands = [q.double(), scale.double(), wide[name], wide[f"{name}_scale"]]
-        bias = wide.get("b" + name[1:])
-        if not sign:
-            operands = [t.abs() for t in operands]
-            bias = None if bias is None else bias.abs()
-        return reference.grouped_gemm_fp8(*operands, offsets, bias=bias, out_dtype=torch.float64)
+        operands = {"a": q, "a_scale": scale, "b": wide[name], "b_scale": wide[f"{name}_scale"]}
+        if (bias := wide.get("b" + name[1:])) is not None:
+            operands["bias"] = bias
+        return reference.grouped_gemm_fp8(
+            **(widened if sign else absolute)(operands),
+            expert_offsets=offsets,
+            out_dtype=torch.float64,
+        )
 
     def rounding(length: int) -> float:
         return 0.5 * eps(torch.float32) * (12 + 4 * length**0.5)
