@@ -18,8 +18,8 @@ struct Quantized {
 
 Quantized quantized_of(const char* name, const char* scale_name, const Tensor& w,
                        const Tensor& scale) {
-  check_cpu(kOp, name, w);
-  check_cpu(kOp, scale_name, scale);
+  check_device(kOp, name, w);
+  check_device(kOp, scale_name, scale);
   const ScalarType type = w.scalar_type();
   MOE_CHECK(type == ScalarType::Char || type == ScalarType::Byte, kOp, ": ", name,
             " must be int8, or uint8 with two 4-bit weights a byte, got ", dtype_name(type), ".");
@@ -98,7 +98,7 @@ Tensor moe_ffn_quantized(const Tensor& x, const Tensor& w_gate_up, const Tensor&
   check_size(kOp, "topk_weights", topk_weights, 1, topk_ids.size(1), "K");
   check_size(kOp, "topk_ids", topk_ids, 0, T, "T");
   if (x_scale.has_value()) {
-    check_cpu(kOp, "x_scale", *x_scale);
+    check_device(kOp, "x_scale", *x_scale);
     MOE_CHECK(x_scale->scalar_type() == ScalarType::Float, kOp, ": x_scale must be float32, got ",
               dtype_name(x_scale->scalar_type()), ".");
     check_dim(kOp, "x_scale", *x_scale, 1, "[H]");
@@ -107,9 +107,7 @@ Tensor moe_ffn_quantized(const Tensor& x, const Tensor& w_gate_up, const Tensor&
   check_bias("b_gate_up", b_gate_up, x, E, width, gated ? "[E, 2I]" : "[E, I]");
   check_bias("b_down", b_down, x, E, H, "[E, H]");
 
-  auto [expert_offsets, row_to_slot, slot_to_row] = sorted_slots(kOp, topk_ids, E);
-  const auto* ends = static_cast<const int32_t*>(expert_offsets.const_data_ptr());
-  const std::vector<int64_t> offsets(ends, ends + E + 1);
+  const SlotMaps maps = slot_maps(kOp, topk_ids, E);
   const Tensor src = with_dense_rows(x);
   const Tensor weights = contiguous_as(topk_weights, ScalarType::Float);
   const OptTensor factors = contiguous_as(x_scale, ScalarType::Float);
@@ -124,9 +122,9 @@ Tensor moe_ffn_quantized(const Tensor& x, const Tensor& w_gate_up, const Tensor&
   p.shape.top_k = topk_ids.size(1);
   p.shape.act = act;
   p.shape.apply_router_weight_on_input = apply_router_weight_on_input;
-  p.shape.expert_offsets = offsets.data();
-  p.shape.row_to_slot = static_cast<const int32_t*>(row_to_slot.const_data_ptr());
-  p.shape.slot_to_row = static_cast<const int32_t*>(slot_to_row.const_data_ptr());
+  p.shape.expert_offsets = maps.offsets.data();
+  p.shape.row_to_slot = maps.row_to_slot.get();
+  p.shape.slot_to_row = maps.slot_to_row.get();
   p.shape.topk_weights = weights.const_data_ptr();
   p.x = rows_of(src, type);
   p.x_scale = factors.has_value() ? static_cast<const float*>(factors->const_data_ptr()) : nullptr;

@@ -4,6 +4,8 @@
 #include <cstddef>
 #include <cstdint>
 
+struct CUstream_st;
+
 namespace moe_ops {
 
 // Element types of the floating-point operands. Sums run in fp32, or in fp64 for kFloat64.
@@ -34,5 +36,17 @@ struct Parallel {
   int num_threads = 1;
   void (*run)(int64_t n, void (*fn)(int64_t begin, int64_t end, void* ctx), void* ctx) = nullptr;
 };
+
+// What device launchers are called with and answer. No CUDA header is needed to call one.
+namespace cuda {
+using Stream = ::CUstream_st*;
+using Status = int;  // a cudaError_t; 0: success
+
+// A contiguous map between slots and rows on the device. Kernels pass over values out of range.
+struct IndexMap {
+  const void* data = nullptr;
+  bool is_64 = false;  // int64, otherwise int32
+};
+}  // namespace cuda
 
 }  // namespace moe_ops

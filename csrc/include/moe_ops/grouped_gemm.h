@@ -103,4 +103,87 @@ void grouped_gemm_wgrad(const GroupedWgradParams& p, const Parallel& par);
 void grouped_sum(const GroupedSumParams& p, const Parallel& par);
 }  // namespace cpu
 
+// On a device the host knows upper bounds only: expert_offsets and maps are read by the kernels,
+// and a value that leads outside the rows is clamped or skipped.
+namespace cuda {
+
+// Row r of the permuted order is row index[r] / index_divisor of `data` (r itself when index is
+// nullptr): row_to_slot with divisor K gives the row's token. A source row outside [0, limit)
+// counts as zeros. Every row is dense.
+struct DeviceRows {
+  const void* data = nullptr;
+  DType type = DType::kFloat32;
+  int64_t stride = 0;  // elements between rows
+  const int32_t* index = nullptr;
+  int32_t index_divisor = 1;
+  int64_t limit = 0;  // rows of `data`
+};
+
+// The same as a destination; a row outside [0, limit) is not written.
+struct MutableDeviceRows {
+  void* data = nullptr;
+  DType type = DType::kFloat32;
+  int64_t stride = 0;
+  const int32_t* index = nullptr;
+  int32_t index_divisor = 1;
+  int64_t limit = 0;
+};
+
+// One factor a row in the accumulate type: data[index[r]], or data[r] without an index. A position
+// outside [0, limit) counts as zero. data == nullptr: ones.
+struct RowScale {
+  const void* data = nullptr;
+  const int32_t* index = nullptr;
+  int64_t limit = 0;
+};
+
+// out[r] = scale(r) * b[e(r)] a[r] + bias[e(r)]. a and bias have b's type; out has b's type or the
+// accumulate type.
+struct GroupedGemmParams {
+  const int32_t* expert_offsets = nullptr;  // [E+1]
+  int64_t num_experts = 0;                  // E
+  int64_t num_rows = 0;                     // N, at least expert_offsets[E]
+  int64_t out_features = 0;                 // O
+  int64_t in_features = 0;                  // K
+  DeviceRows a;                             // [N, K]
+  RowScale a_scale;                         // [N]
+  ExpertMatrices b;                         // [E, O, K]; panels and quant are not used
+  ExpertVectors bias;                       // [E, O]
+  MutableDeviceRows out;                    // [N, O]
+  bool zero_tail = true;  // rows from expert_offsets[E] on become zero; otherwise they stay
+};
+
+// out[e] = sum over rows r of e of scale(r) * grad[r]^T a[r]; scale is grad_scale * a_scale.
+struct GroupedWgradParams {
+  const int32_t* expert_offsets = nullptr;
+  int64_t num_experts = 0;
+  int64_t num_rows = 0;
+  int64_t out_features = 0;
+  int64_t in_features = 0;
+  DeviceRows grad;  // [N, O]
+  RowScale grad_scale;
+  DeviceRows a;  // [N, K], of grad's type
+  RowScale a_scale;
+  void* out = nullptr;               // [E, O, K] contiguous; every element is written
+  DType out_type = DType::kFloat32;  // grad's type or the accumulate type
+  bool accumulate = false;           // add to out; experts without rows are left alone
+};
+
+struct GroupedSumParams {
+  const int32_t* expert_offsets = nullptr;
+  int64_t num_experts = 0;
+  int64_t num_rows = 0;
+  int64_t features = 0;
+  DeviceRows rows;  // [N, O]
+  RowScale scale;
+  void* out = nullptr;               // [E, O] contiguous
+  DType out_type = DType::kFloat32;  // rows' type or the accumulate type
+};
+
+Status grouped_gemm(const GroupedGemmParams& p, Stream stream);
+Status grouped_gemm_wgrad(const GroupedWgradParams& p, Stream stream);
+Status grouped_sum(const GroupedSumParams& p, Stream stream);
+
+}  // namespace cuda
+
 }  // namespace moe_ops
