@@ -10,6 +10,7 @@ DEMO_ARGS ?=
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 BUILD_TOOLS := "scikit-build-core>=0.10" "pybind11>=2.13" "cmake>=3.26" ninja
+CUDA_TOOLS := "nvidia-cutlass>=4.2,<4.3" nvidia-cuda-cuobjdump pytest-xdist
 LINT_TOOLS := ruff==0.17.6 mypy==2.4.1 clang-format==23.1.5
 
 # What an install is made of: change one and the next target builds again.
@@ -17,12 +18,13 @@ SOURCES := CMakeLists.txt pyproject.toml \
   $(shell find csrc python -type f -not -name '*.so' -not -name '*.pyc' -not -name '*.md')
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test lint format wheel clean distclean
+.PHONY: help build demo test test-sim lint format wheel clean distclean
 .DELETE_ON_ERROR:
 
 help:
 	@echo 'make demo       train a small mixture-of-experts model, draw its routing, compare with eager'
 	@echo 'make test       run the whole test suite on the installed package'
+	@echo 'make test-sim   compile the CUDA kernels and run their tests on a simulator, without a GPU'
 	@echo 'make build      create ./.venv and install moe_ops with all extras into it'
 	@echo 'make lint       check style and types: ruff, clang-format, mypy'
 	@echo 'make format     rewrite the sources in that style'
@@ -62,18 +64,38 @@ test: build
 	@echo 'Running the test suite on the installed package.'
 	@$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
 
+# The CUDA kernels, linked with the shared runtime that a simulator stands in for
+# (docs/cuda-without-a-gpu.md); a package of its own, so that the installed one stays what it is.
+SIM := build/sim
+test-sim: build
+ifndef MOE_OPS_PTXSIM
+	@echo 'make test-sim needs MOE_OPS_PTXSIM, the folder of a simulator that is called libcudart.so.13: nothing was run.'
+else
+	@echo 'Compiling the CUDA kernels (10 to 20 minutes on two cores, the first time).'
+	@$(PIP) install -q $(CUDA_TOOLS)
+	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" cmake -S . -B build/cuda -G Ninja -DCMAKE_BUILD_TYPE=Release \
+	  -DMOE_OPS_CUDA=on -DMOE_OPS_CUDART=shared -DPython_EXECUTABLE=$(CURDIR)/$(VENV)/bin/python \
+	  -Dpybind11_DIR=$$($(VENV)/bin/python -m pybind11 --cmakedir) >build/cmake-cuda.log
+	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" ninja -C build/cuda --quiet
+	@rm -rf $(SIM) && mkdir -p $(SIM) && cp -r python/moe_ops $(SIM)/
+	@cp build/cuda/libmoe_ops.so build/cuda/_C*.so $(SIM)/moe_ops/
+	@echo 'Running the op tests on the simulator.'
+	@LD_LIBRARY_PATH="$(MOE_OPS_PTXSIM):$$LD_LIBRARY_PATH" PYTHONPATH=$(SIM) \
+	  $(VENV)/bin/python -m pytest -n 2 --backend sim tests/ops tests/cuda $(PYTEST_ARGS)
+endif
+
 lint: $(VENV)/.lint build
 	@echo 'Checking style and types.'
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/ruff format --check .
-	@find csrc -name '*.h' -o -name '*.cpp' | xargs $(VENV)/bin/clang-format --dry-run --Werror
+	@find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs $(VENV)/bin/clang-format --dry-run --Werror
 	@$(VENV)/bin/mypy
 
 format: $(VENV)/.lint
 	@echo 'Rewriting the sources in the house style.'
 	@$(VENV)/bin/ruff check --fix .
 	@$(VENV)/bin/ruff format .
-	@find csrc -name '*.h' -o -name '*.cpp' | xargs $(VENV)/bin/clang-format -i
+	@find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs $(VENV)/bin/clang-format -i
 
 wheel: $(VENV)/.tools
 	@echo 'Building a wheel into ./dist.'

@@ -5,23 +5,50 @@ import contextlib
 import pytest
 import torch
 
-from moe_ops.testing import seed_from
+from moe_ops.testing import seed_from, use_simulator
+
+MARKERS = (
+    "full: part of the long sweep, run only with --full",
+    "cpu_only: about threads, instruction sets or the checking of values, which a device op "
+    "cannot do without waiting; not run with --backend sim or cuda",
+    "slow_on_simulator: not run with --backend sim",
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="also run the cases marked `full`")
+    parser.addoption(
+        "--backend",
+        choices=("cpu", "sim", "cuda"),
+        default="cpu",
+        help="what the ops run on: CPU kernels, CUDA kernels on the simulator (a build with "
+        "MOE_OPS_CUDART=shared; docs/cuda-without-a-gpu.md), or CUDA kernels on a card",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "full: part of the long sweep, run only with --full")
+    for marker in MARKERS:
+        config.addinivalue_line("markers", marker)
+    backend = config.getoption("--backend")
+    if backend == "sim":
+        try:
+            use_simulator(partial=True)
+        except RuntimeError as error:
+            pytest.exit(str(error), returncode=1)
+    elif backend == "cuda":
+        if not torch.cuda.is_available():
+            pytest.exit("--backend cuda: torch sees no CUDA device.", returncode=1)
+        torch.set_default_device("cuda")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("--full"):
-        return
-    kept = [item for item in items if "full" not in item.keywords]
-    config.hook.pytest_deselected(items=[item for item in items if "full" in item.keywords])
-    items[:] = kept
+    left_out = set() if config.getoption("--full") else {"full"}
+    if config.getoption("--backend") != "cpu":
+        left_out.add("cpu_only")
+    if config.getoption("--backend") == "sim":
+        left_out.add("slow_on_simulator")
+    config.hook.pytest_deselected(items=[i for i in items if left_out & set(i.keywords)])
+    items[:] = [i for i in items if not left_out & set(i.keywords)]
 
 
 @pytest.fixture(autouse=True)
@@ -33,9 +60,15 @@ def seed(request: pytest.FixtureRequest) -> int:
 
 
 @pytest.fixture
-def device() -> torch.device:
+def backend(request: pytest.FixtureRequest) -> str:
+    """cpu, sim or cuda."""
+    return request.config.getoption("--backend")
+
+
+@pytest.fixture
+def device(backend: str) -> torch.device:
     """Where a device-agnostic test runs."""
-    return torch.device("cpu")
+    return torch.device("cuda" if backend == "cuda" else "cpu")
 
 
 @pytest.fixture

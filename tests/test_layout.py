@@ -52,7 +52,7 @@ SHARED = {
         "self_test",
         "workspace",
     },
-    "csrc/torch": {"library", "router", "tensor_utils"},
+    "csrc/torch": {"device", "library", "router", "tensor_utils"},
 }
 # Schemas that live in another op's files.
 FAMILY = {

@@ -22,11 +22,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("version", [] { return std::string(MOE_OPS_VERSION); });
   m.def("build_info", [] {
     return std::map<std::string, std::string>{
-        {"version", MOE_OPS_VERSION},
-        {"build_torch", MOE_OPS_BUILD_TORCH},
-        {"torch_target", MOE_OPS_TORCH_TARGET},
-        {"compiler", MOE_OPS_COMPILER},
-        {"cuda", "off"},
+        {"version", MOE_OPS_VERSION},           {"build_torch", MOE_OPS_BUILD_TORCH},
+        {"torch_target", MOE_OPS_TORCH_TARGET}, {"compiler", MOE_OPS_COMPILER},
+        {"cuda", MOE_OPS_CUDA_BUILD},
     };
   });
   m.def("cpu_isa", [] { return std::string(isa_name(active_isa())); });

@@ -23,7 +23,7 @@ inline constexpr std::pair<const char*, Activation> kActivations[] = {
     {"relu2", Activation::kRelu2},
 };
 
-inline ActivationParams check_activation(const char* op, const std::string& name, bool interleaved,
+inline ActivationParams check_activation(const Op& op, const std::string& name, bool interleaved,
                                          double alpha, double limit, bool gated_only) {
   for (const auto& [known, kind] : kActivations) {
     if (name != known) continue;

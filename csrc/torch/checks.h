@@ -70,26 +70,52 @@ inline const char* dtype_name(ScalarType t) {
   }
 }
 
-inline void check_cpu(const char* op, const char* name, const Tensor& t) {
-  MOE_CHECK(t.is_cpu(), op, ": ", name, " must be on the CPU like the other tensors, got ",
-            t.is_cuda() ? "a CUDA tensor" : "a tensor on another device", ".");
+// The op as checks see it: the name that messages start with, and where all its tensors must be. An
+// adapter for CUDA names the first tensor; the others must be on its device.
+struct Op {
+  const char* name;
+  bool on_cuda = false;
+  int32_t device_index = -1;
+
+  Op(const char* name) : name(name) {}  // on the CPU
+  Op(const char* name, const Tensor& like)
+      : name(name), on_cuda(like.is_cuda()), device_index(on_cuda ? like.get_device_index() : -1) {}
+};
+
+inline std::ostream& operator<<(std::ostream& s, const Op& op) { return s << op.name; }
+
+inline std::string device_string(const Tensor& t) {
+  if (t.is_cpu()) return "a CPU tensor";
+  if (!t.is_cuda()) return "a tensor on another device";
+  return "a CUDA tensor (cuda:" + std::to_string(t.get_device_index()) + ")";
 }
 
-inline void check_dim(const char* op, const char* name, const Tensor& t, int64_t dim,
+inline void check_device(const Op& op, const char* name, const Tensor& t) {
+  if (!op.on_cuda) {
+    MOE_CHECK(t.is_cpu(), op, ": ", name, " must be on the CPU like the other tensors, got ",
+              device_string(t), ".");
+    return;
+  }
+  MOE_CHECK(t.is_cuda() && t.get_device_index() == op.device_index, op, ": ", name,
+            " must be on cuda:", op.device_index, " like the other tensors, got ", device_string(t),
+            ".");
+}
+
+inline void check_dim(const Op& op, const char* name, const Tensor& t, int64_t dim,
                       const char* shape) {
   MOE_CHECK(t.dim() == dim, op, ": ", name, " must be ", shape, " (", dim,
             " dimensions), got shape ", shape_string(t), ".");
 }
 
 // Expects size `n` in dimension `d`; `what` says where the number comes from.
-inline void check_size(const char* op, const char* name, const Tensor& t, int64_t d, int64_t n,
+inline void check_size(const Op& op, const char* name, const Tensor& t, int64_t d, int64_t n,
                        const char* what) {
   MOE_CHECK(t.size(d) == n, op, ": ", name, " must have ", what, " = ", n, " in dimension ", d,
             ", got shape ", shape_string(t), ".");
 }
 
-inline DType check_float(const char* op, const char* name, const Tensor& t) {
-  check_cpu(op, name, t);
+inline DType check_float(const Op& op, const char* name, const Tensor& t) {
+  check_device(op, name, t);
   switch (t.scalar_type()) {
     case ScalarType::Double:
       return DType::kFloat64;
@@ -105,16 +131,16 @@ inline DType check_float(const char* op, const char* name, const Tensor& t) {
   }
 }
 
-inline void check_same_dtype(const char* op, const char* name, const Tensor& t,
-                             const char* like_name, const Tensor& like) {
-  check_cpu(op, name, t);
+inline void check_same_dtype(const Op& op, const char* name, const Tensor& t, const char* like_name,
+                             const Tensor& like) {
+  check_device(op, name, t);
   MOE_CHECK(t.scalar_type() == like.scalar_type(), op, ": ", name, " must be ",
             dtype_name(like.scalar_type()), " like ", like_name, ", got ",
             dtype_name(t.scalar_type()), ".");
 }
 
-inline void check_index(const char* op, const char* name, const Tensor& t) {
-  check_cpu(op, name, t);
+inline void check_index(const Op& op, const char* name, const Tensor& t) {
+  check_device(op, name, t);
   MOE_CHECK(t.scalar_type() == ScalarType::Int || t.scalar_type() == ScalarType::Long, op, ": ",
             name, " must be int32 or int64, got ", dtype_name(t.scalar_type()), ".");
 }

@@ -4,7 +4,7 @@
 // Optional tensors are not keyword-only here: torch.library.register_autograd does not see those.
 #include <torch/csrc/stable/library.h>
 
-STABLE_TORCH_LIBRARY(moe_ops, m) {
+static void define_schemas(torch::stable::detail::StableLibrary& m) {
   // --- routing
   // router_logits [T,E] -> topk_weights [T,K] fp32, topk_ids [T,K] int32. Ties: the smaller id.
   m.def(
@@ -132,3 +132,11 @@ STABLE_TORCH_LIBRARY(moe_ops, m) {
       "bool need_bias) -> (Tensor grad_h, Tensor grad_w, Tensor grad_topk_weights, "
       "Tensor grad_bias)");
 }
+
+STABLE_TORCH_LIBRARY(moe_ops, m) { define_schemas(m); }
+
+#ifdef MOE_OPS_SIMULATED
+// The CUDA adapters again, for CPU tensors: their kernels run on a simulator
+// (docs/cuda-without-a-gpu.md).
+STABLE_TORCH_LIBRARY(moe_ops_sim, m) { define_schemas(m); }
+#endif

@@ -14,7 +14,7 @@ struct Sizes {
   ActivationParams act;
 };
 
-Sizes check_ffn(const char* op, const Tensor& x, const Tensor& w_gate_up, const Tensor& w_down,
+Sizes check_ffn(const Op& op, const Tensor& x, const Tensor& w_gate_up, const Tensor& w_down,
                 const Tensor& topk_weights, int64_t top_k, const ActivationParams& act) {
   Sizes s;
   s.act = act;
@@ -46,7 +46,7 @@ Sizes check_ffn(const char* op, const Tensor& x, const Tensor& w_gate_up, const 
   return s;
 }
 
-void check_bias(const char* op, const char* name, const OptTensor& bias, const Tensor& x, int64_t E,
+void check_bias(const Op& op, const char* name, const OptTensor& bias, const Tensor& x, int64_t E,
                 int64_t features, const char* shape) {
   if (!bias.has_value()) return;
   check_same_dtype(op, name, *bias, "x", x);
@@ -83,9 +83,9 @@ struct Packed {
 
 // Uses `packed` for `w` if it holds w as it is now, judged by a few elements of every expert that
 // has rows: weights can be written in ways that no version counter sees.
-void use_packed(const char* op, const char* name, const Tensor& packed, int64_t segments,
+void use_packed(const Op& op, const char* name, const Tensor& packed, int64_t segments,
                 const std::vector<int64_t>& offsets, const Tensor& w, ExpertMatrices& matrices) {
-  check_cpu(op, name, packed);
+  check_device(op, name, packed);
   const int64_t E = w.size(0), O = w.size(1), K = w.size(2);
   const int64_t expert_bytes = cpu::panel_layout(matrices.type, O, K, segments).expert_bytes();
   MOE_CHECK(packed.scalar_type() == ScalarType::Byte && packed.dim() == 1 &&
@@ -102,7 +102,7 @@ void use_packed(const char* op, const char* name, const Tensor& packed, int64_t 
   matrices.panels = panels;
 }
 
-FfnOutputs run_ffn(const char* op, const Tensor& x, const Tensor& w_gate_up, const Tensor& w_down,
+FfnOutputs run_ffn(const Op& op, const Tensor& x, const Tensor& w_gate_up, const Tensor& w_down,
                    const Tensor& topk_weights, const Tensor& topk_ids, const OptTensor& b_gate_up,
                    const OptTensor& b_down, const std::string& activation, bool interleaved,
                    bool on_input, double alpha, double limit, bool save,
@@ -199,9 +199,9 @@ FfnOutputs moe_ffn_fwd(const Tensor& x, const Tensor& w_gate_up, const Tensor& w
 using FfnGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // main_*: buffers that the weight gradients are added to, or none.
-FfnGradients run_bwd(const char* kOp, const Tensor& grad_y, const Tensor& x,
-                     const Tensor& w_gate_up, const Tensor& w_down, const Tensor& topk_weights,
-                     const Tensor& preact, const Tensor& expert_offsets, const Tensor& row_to_slot,
+FfnGradients run_bwd(const Op& kOp, const Tensor& grad_y, const Tensor& x, const Tensor& w_gate_up,
+                     const Tensor& w_down, const Tensor& topk_weights, const Tensor& preact,
+                     const Tensor& expert_offsets, const Tensor& row_to_slot,
                      const Tensor& slot_to_row, const OptTensor& b_down, std::string activation,
                      bool interleaved, bool apply_router_weight_on_input, double alpha,
                      double limit, bool need_x, bool need_w_gate_up, bool need_w_down,

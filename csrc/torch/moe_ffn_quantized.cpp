@@ -18,8 +18,8 @@ struct Quantized {
 
 Quantized quantized_of(const char* name, const char* scale_name, const Tensor& w,
                        const Tensor& scale) {
-  check_cpu(kOp, name, w);
-  check_cpu(kOp, scale_name, scale);
+  check_device(kOp, name, w);
+  check_device(kOp, scale_name, scale);
   const ScalarType type = w.scalar_type();
   MOE_CHECK(type == ScalarType::Char || type == ScalarType::Byte, kOp, ": ", name,
             " must be int8, or uint8 with two 4-bit weights a byte, got ", dtype_name(type), ".");
@@ -98,7 +98,7 @@ Tensor moe_ffn_quantized(const Tensor& x, const Tensor& w_gate_up, const Tensor&
   check_size(kOp, "topk_weights", topk_weights, 1, topk_ids.size(1), "K");
   check_size(kOp, "topk_ids", topk_ids, 0, T, "T");
   if (x_scale.has_value()) {
-    check_cpu(kOp, "x_scale", *x_scale);
+    check_device(kOp, "x_scale", *x_scale);
     MOE_CHECK(x_scale->scalar_type() == ScalarType::Float, kOp, ": x_scale must be float32, got ",
               dtype_name(x_scale->scalar_type()), ".");
     check_dim(kOp, "x_scale", *x_scale, 1, "[H]");

@@ -5,7 +5,7 @@ namespace moe_ops::adapter {
 
 namespace {
 
-DType check_map(const char* op, const Tensor& x, const Tensor& w, const Tensor& topk_ids) {
+DType check_map(const Op& op, const Tensor& x, const Tensor& w, const Tensor& topk_ids) {
   const DType type = check_float(op, "x", x);
   check_dim(op, "x", x, 2, "[T, H]");
   check_same_dtype(op, "w", w, "x", x);

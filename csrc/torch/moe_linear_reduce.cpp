@@ -7,7 +7,7 @@ namespace moe_ops::adapter {
 
 namespace {
 
-DType check_reduce(const char* op, const Tensor& h, const Tensor& w, const Tensor& topk_weights,
+DType check_reduce(const Op& op, const Tensor& h, const Tensor& w, const Tensor& topk_weights,
                    const Tensor& topk_ids, const OptTensor& bias) {
   const DType type = check_float(op, "h", h);
   check_dim(op, "h", h, 3, "[T, K, D]");

@@ -19,7 +19,7 @@ struct RoutedRows {
   int64_t valid() const { return offsets.back(); }
 };
 
-inline RoutedRows routed_rows(const char* op, const Tensor& topk_ids, int64_t num_experts) {
+inline RoutedRows routed_rows(const Op& op, const Tensor& topk_ids, int64_t num_experts) {
   auto [ends, row_to_slot, slot_to_row] = sorted_slots(op, topk_ids, num_experts);
   const auto* e = static_cast<const int32_t*>(ends.const_data_ptr());
   RoutedRows out{row_to_slot,

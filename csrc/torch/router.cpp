@@ -4,7 +4,7 @@
 
 namespace moe_ops::adapter {
 
-DType check_router_logits(const char* op, const Tensor& router_logits) {
+DType check_router_logits(const Op& op, const Tensor& router_logits) {
   const DType type = check_float(op, "router_logits", router_logits);
   check_dim(op, "router_logits", router_logits, 2, "[T, E]");
   MOE_CHECK(
@@ -14,18 +14,18 @@ DType check_router_logits(const char* op, const Tensor& router_logits) {
   return type;
 }
 
-ScoreFunc check_score_func(const char* op, const std::string& name) {
+ScoreFunc check_score_func(const Op& op, const std::string& name) {
   if (name == "softmax") return ScoreFunc::kSoftmax;
   MOE_CHECK(name == "sigmoid", op, ": score_func must be one of softmax, sigmoid, got '", name,
             "'.");
   return ScoreFunc::kSigmoid;
 }
 
-void check_scaling_factor(const char* op, double factor) {
+void check_scaling_factor(const Op& op, double factor) {
   MOE_CHECK(std::isfinite(factor), op, ": routed_scaling_factor must be finite, got ", factor, ".");
 }
 
-Tensor router_gradient(const char* op, const Tensor& grad_weights, const Tensor& router_logits,
+Tensor router_gradient(const Op& op, const Tensor& grad_weights, const Tensor& router_logits,
                        const Tensor& topk_ids, ScoreFunc score_func, bool topk_first,
                        bool renormalize, double routed_scaling_factor) {
   RouterBwdParams p;

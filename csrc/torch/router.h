@@ -8,10 +8,10 @@
 
 namespace moe_ops::adapter {
 
-DType check_router_logits(const char* op, const Tensor& router_logits);
-ScoreFunc check_score_func(const char* op, const std::string& name);
-void check_scaling_factor(const char* op, double factor);
-Tensor router_gradient(const char* op, const Tensor& grad_weights, const Tensor& router_logits,
+DType check_router_logits(const Op& op, const Tensor& router_logits);
+ScoreFunc check_score_func(const Op& op, const std::string& name);
+void check_scaling_factor(const Op& op, double factor);
+Tensor router_gradient(const Op& op, const Tensor& grad_weights, const Tensor& router_logits,
                        const Tensor& topk_ids, ScoreFunc score_func, bool topk_first,
                        bool renormalize, double routed_scaling_factor);
 

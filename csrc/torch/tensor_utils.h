@@ -52,19 +52,27 @@ inline Tensor empty_cpu(const std::vector<int64_t>& sizes, ScalarType dtype) {
   return empty_cpu(torch::headeronly::IntHeaderOnlyArrayRef(sizes.data(), sizes.size()), dtype);
 }
 
+// Passes on a tensor that an adapter just made. In the variant that runs CUDA kernels on the
+// simulator, its memory becomes device memory until the call returns (device.cpp).
+#ifdef MOE_OPS_SIMULATED
+Tensor fresh(Tensor t);
+#else
+inline Tensor fresh(Tensor t) { return t; }
+#endif
+
 // fp64 operands accumulate in fp64, everything else in fp32.
 inline ScalarType accumulate_type(ScalarType t) {
   return t == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
 inline Tensor dense(const Tensor& t) {
-  return t.is_contiguous() ? t : torch::stable::contiguous(t);
+  return t.is_contiguous() ? t : fresh(torch::stable::contiguous(t));
 }
 
 // Contiguous and of dtype `dtype`.
 inline Tensor contiguous_as(const Tensor& t, ScalarType dtype) {
   return t.scalar_type() == dtype ? dense(t)
-                                  : torch::stable::contiguous(torch::stable::to(t, dtype));
+                                  : fresh(torch::stable::contiguous(torch::stable::to(t, dtype)));
 }
 
 inline OptTensor contiguous_as(const OptTensor& t, ScalarType dtype) {
@@ -77,7 +85,7 @@ inline OptTensor contiguous_as(const OptTensor& t, ScalarType dtype) {
 // meaningful stride.
 inline Tensor with_dense_rows(const Tensor& t) {
   const int64_t d = t.dim() - 1;
-  return t.size(d) <= 1 || t.stride(d) == 1 ? t : torch::stable::contiguous(t);
+  return t.size(d) <= 1 || t.stride(d) == 1 ? t : fresh(torch::stable::contiguous(t));
 }
 
 // Stride between the rows of a matrix whose last dimension is dense.
@@ -120,7 +128,7 @@ inline std::vector<int32_t> normalized_ids(const Tensor& ids, int64_t num_expert
 }
 
 // A map between slots and rows as contiguous int32, each entry checked to lie in [0, limit).
-inline std::vector<int32_t> checked_map(const char* op, const char* name, const Tensor& map,
+inline std::vector<int32_t> checked_map(const Op& op, const char* name, const Tensor& map,
                                         int64_t limit) {
   check_index(op, name, map);
   std::vector<int32_t> out(static_cast<size_t>(map.numel()));
@@ -133,8 +141,7 @@ inline std::vector<int32_t> checked_map(const char* op, const char* name, const 
 }
 
 // expert_offsets as int64: starts at 0, never falls, ends at or before num_rows.
-inline std::vector<int64_t> checked_offsets(const char* op, const Tensor& offsets,
-                                            int64_t num_rows) {
+inline std::vector<int64_t> checked_offsets(const Op& op, const Tensor& offsets, int64_t num_rows) {
   check_index(op, "expert_offsets", offsets);
   check_dim(op, "expert_offsets", offsets, 1, "[E+1]");
   MOE_CHECK(offsets.numel() >= 2, op,
@@ -167,7 +174,7 @@ struct Weights {
 inline Weights weights_of(const Tensor& w, DType type) {
   const auto stride = [](const Tensor& t, int64_t d) { return t.size(d) <= 1 ? 1 : t.stride(d); };
   const bool usable = (stride(w, 1) == 1 || stride(w, 2) == 1) && stride(w, 1) >= 0;
-  Weights out{usable ? w : torch::stable::contiguous(w), {}};
+  Weights out{usable ? w : fresh(torch::stable::contiguous(w)), {}};
   const Tensor& t = out.tensor;
   out.matrices = {t.const_data_ptr(), type, t.stride(0), t.stride(1), t.stride(2)};
   // A dimension of size one may carry any stride; give it the one that selects a dense path.
@@ -190,13 +197,13 @@ inline Bias bias_of(const OptTensor& bias, DType type) {
   return out;
 }
 
-inline void check_num_experts(const char* op, int64_t num_experts) {
+inline void check_num_experts(const Op& op, int64_t num_experts) {
   MOE_CHECK(num_experts >= 1 && num_experts < std::numeric_limits<int32_t>::max(), op,
             ": num_experts must be at least 1, got ", num_experts, ".");
 }
 
 // sort_slots for the adapters that start from topk_ids (defined in sort_slots.cpp).
-std::tuple<Tensor, Tensor, Tensor> sorted_slots(const char* op, const Tensor& topk_ids,
+std::tuple<Tensor, Tensor, Tensor> sorted_slots(const Op& op, const Tensor& topk_ids,
                                                 int64_t num_experts);
 
 // torch's thread pool as the kernels see it.

@@ -10,7 +10,7 @@ namespace moe_ops::adapter {
 
 namespace {
 
-void check_groups(const char* op, const TopkRouterParams& p) {
+void check_groups(const Op& op, const TopkRouterParams& p) {
   MOE_CHECK(p.num_groups >= 1 && p.num_experts % p.num_groups == 0, op,
             ": num_groups must divide the ", p.num_experts, " experts, got ", p.num_groups, ".");
   MOE_CHECK(p.num_topk_groups >= 1 && p.num_topk_groups <= p.num_groups, op,

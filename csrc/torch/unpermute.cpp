@@ -7,7 +7,7 @@ namespace moe_ops::adapter {
 namespace {
 
 // Checks shared by both directions; returns the valid rows.
-int64_t check_unpermute(const char* op, const Tensor& rows, const Tensor& expert_offsets,
+int64_t check_unpermute(const Op& op, const Tensor& rows, const Tensor& expert_offsets,
                         const Tensor& slot_to_row, const OptTensor& topk_weights) {
   check_float(op, "rows", rows);
   check_dim(op, "rows", rows, 2, "[N, H]");

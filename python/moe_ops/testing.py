@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference
+from . import _C, reference
 from .ops.gated_act import GATED_ACTIVATIONS as GATED_ACTIVATIONS
 from .ops.gated_act import PLAIN_ACTIVATIONS as PLAIN_ACTIVATIONS
 from .reference._common import acc_dtype as acc_dtype
@@ -30,6 +31,48 @@ VIEWS = ("contiguous", "transposed", "offset", "step2", "expanded")
 # cut down to 32 bits.
 OUT_OF_RANGE_IDS = (-1, -2, -(2**31), 2**31 - 1)
 OUT_OF_RANGE_IDS_64 = (2**32, 2**32 + 1, -(2**32) + 1)
+
+
+# Ops without a CUDA kernel: copies in the order of CPU kernels, and weights of few bits.
+CPU_ONLY_OPS = ("pack_experts", "moe_ffn_packed", "moe_ffn_quantized")
+_simulator: torch.library.Library | None = None
+
+
+def use_simulator(partial: bool = False) -> None:
+    """From now on, ``torch.ops.moe_ops`` runs the CUDA kernels on CPU tensors, on the simulator
+    that stands in for the CUDA runtime. Autograd, fake and autocast rules stay what they are.
+
+    Raises:
+        RuntimeError: this build is not one with MOE_OPS_CUDART=shared, or lacks a kernel.
+    """
+    global _simulator
+    if _simulator is not None:
+        return
+    if "shared" not in _C.build_info()["cuda"]:
+        raise RuntimeError(
+            "use_simulator: this build has no CUDA kernels for a simulator: build with "
+            "MOE_OPS_CUDA=on and MOE_OPS_CUDART=shared (make test-sim does)."
+        )
+    names = [
+        schema.name.removeprefix("moe_ops_sim::")
+        for schema in torch._C._jit_get_all_schemas()
+        if schema.name.startswith("moe_ops_sim::")
+    ]
+    kernels = {
+        name
+        for name in names
+        if torch._C._dispatch_has_kernel_for_dispatch_key(f"moe_ops_sim::{name}", "CPU")
+    }
+    missing = sorted(set(names) - kernels - set(CPU_ONLY_OPS))
+    if missing and not partial:
+        raise RuntimeError(f"use_simulator: no CUDA kernel for {', '.join(missing)}.")
+    library = torch.library.Library("moe_ops", "IMPL")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*overrid", category=UserWarning)
+        for name in sorted(kernels):
+            overload = getattr(torch.ops.moe_ops_sim, name).default
+            library.impl(name, overload, "CPU", allow_override=True)
+    _simulator = library
 
 
 def short(dtype: torch.dtype) -> str:

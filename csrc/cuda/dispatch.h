@@ -1,0 +1,65 @@
+// From values known at run time to template arguments: the lambda is called with a tag whose type
+// (or constexpr value) carries the choice.
+#pragma once
+
+#include <type_traits>
+
+#include "cuda/vec.cuh"
+#include "moe_ops/activation.h"
+
+namespace moe_ops::cuda {
+
+template <class T>
+struct TypeTag {
+  using type = T;
+};
+
+template <auto V>
+using Constant = std::integral_constant<decltype(V), V>;
+
+template <class Fn>
+auto with_type(DType type, Fn&& fn) {
+  switch (type) {
+    case DType::kFloat64:
+      return fn(TypeTag<double>{});
+    case DType::kFloat32:
+      return fn(TypeTag<float>{});
+    case DType::kBFloat16:
+      return fn(TypeTag<bf16>{});
+    default:
+      return fn(TypeTag<fp16>{});
+  }
+}
+
+template <class Fn>
+auto with_bool(bool value, Fn&& fn) {
+  return value ? fn(Constant<true>{}) : fn(Constant<false>{});
+}
+
+template <class Fn>
+auto with_activation(Activation kind, Fn&& fn) {
+  switch (kind) {
+    case Activation::kSwiglu:
+      return fn(Constant<Activation::kSwiglu>{});
+    case Activation::kGeglu:
+      return fn(Constant<Activation::kGeglu>{});
+    case Activation::kGegluTanh:
+      return fn(Constant<Activation::kGegluTanh>{});
+    case Activation::kReglu:
+      return fn(Constant<Activation::kReglu>{});
+    case Activation::kSwigluOai:
+      return fn(Constant<Activation::kSwigluOai>{});
+    case Activation::kSilu:
+      return fn(Constant<Activation::kSilu>{});
+    case Activation::kGelu:
+      return fn(Constant<Activation::kGelu>{});
+    case Activation::kGeluTanh:
+      return fn(Constant<Activation::kGeluTanh>{});
+    case Activation::kRelu:
+      return fn(Constant<Activation::kRelu>{});
+    default:
+      return fn(Constant<Activation::kRelu2>{});
+  }
+}
+
+}  // namespace moe_ops::cuda

@@ -1,0 +1,147 @@
+#include "torch/device.h"
+
+#ifdef MOE_OPS_WITH_CUDA
+
+#include <torch/csrc/stable/accelerator.h>
+
+#include <algorithm>
+#include <stdexcept>
+
+#include "cuda/runtime.h"
+
+// STABLE_ABI_WORKAROUND: the stream of the stable ABI has a native handle from torch 2.13 on, above
+// our floor. This function lives in libtorch_cuda; weak, so that the same library loads in a CPU
+// torch.
+extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream)
+    __attribute__((weak));
+
+namespace moe_ops::adapter {
+
+#ifdef MOE_OPS_SIMULATED
+
+namespace {
+
+struct Interval {
+  char* begin;
+  char* end;
+};
+
+// The memory of the call in progress; adapters do not call each other through the dispatcher.
+thread_local bool in_call = false;
+thread_local std::vector<Interval> known;
+
+Interval bytes_of(const Tensor& t) {
+  int64_t last = 0;
+  for (int64_t d = 0; d < t.dim(); ++d) {
+    if (t.size(d) == 0) return {nullptr, nullptr};
+    last += (t.size(d) - 1) * t.stride(d);
+  }
+  auto* begin = static_cast<char*>(const_cast<void*>(t.const_data_ptr()));
+  return {begin, begin + (last + 1) * static_cast<int64_t>(t.element_size())};
+}
+
+void register_memory(const Interval& i) {
+  cuda::register_host(i.begin, static_cast<size_t>(i.end - i.begin));
+}
+
+}  // namespace
+
+Simulated::Scope::~Scope() {
+  if (in_call) {
+    for (const Interval& i : known) cuda::unregister_host(i.begin);
+  }
+  known.clear();
+  in_call = false;
+}
+
+void Simulated::Scope::add(const Tensor& t) {
+  const Interval i = bytes_of(t);
+  if (i.begin != i.end) known.push_back(i);
+}
+
+// Arguments may be views of one another, and memory can be registered once only.
+void Simulated::Scope::enter() {
+  std::sort(known.begin(), known.end(),
+            [](const Interval& a, const Interval& b) { return a.begin < b.begin; });
+  std::vector<Interval> merged;
+  for (const Interval& i : known) {
+    if (!merged.empty() && i.begin < merged.back().end) {
+      merged.back().end = std::max(merged.back().end, i.end);
+    } else {
+      merged.push_back(i);
+    }
+  }
+  known = merged;
+  for (const Interval& i : known) register_memory(i);
+  in_call = true;
+}
+
+Tensor fresh(Tensor t) {
+  const Interval i = bytes_of(t);
+  if (!in_call || i.begin == i.end) return t;
+  const bool there = std::any_of(known.begin(), known.end(), [&](const Interval& k) {
+    return i.begin >= k.begin && i.end <= k.end;
+  });
+  if (!there) {
+    register_memory(i);
+    known.push_back(i);
+  }
+  return t;
+}
+
+#endif  // MOE_OPS_SIMULATED
+
+OnCuda::Scope::Scope(const Tensor& first) {
+  // The first tensor may be the one that lies elsewhere; the adapter's checks say so then.
+  if (first.is_cuda()) {
+    guard = new torch::stable::accelerator::DeviceGuard(first.get_device_index());
+  }
+}
+
+OnCuda::Scope::~Scope() { delete static_cast<torch::stable::accelerator::DeviceGuard*>(guard); }
+
+Tensor device_empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  Tensor t = torch::stable::new_empty(
+      like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), dtype);
+#ifdef MOE_OPS_SIMULATED
+  if (t.is_cpu() && t.numel() > 0) {
+    std::memset(t.mutable_data_ptr(), 0xFF,
+                static_cast<size_t>(t.numel()) * static_cast<size_t>(t.element_size()));
+  }
+#endif
+  return fresh(t);
+}
+
+cuda::Stream current_stream(const Tensor& t) {
+  if (!t.is_cuda()) return nullptr;
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
+  return static_cast<cuda::Stream>(stream);
+}
+
+void check_status(const Op& op, cuda::Status status) {
+  if (status == 0) [[likely]] {
+    return;
+  }
+  throw std::runtime_error(std::string(op.name) + ": " + cuda::error_string(status));
+}
+
+Tensor device_offsets(const Op& op, const Tensor& offsets) {
+  check_index(op, "expert_offsets", offsets);
+  check_dim(op, "expert_offsets", offsets, 1, "[E+1]");
+  MOE_CHECK(offsets.numel() >= 2, op,
+            ": expert_offsets must be [E+1] with at least one expert, got shape ",
+            shape_string(offsets), ".");
+  return contiguous_as(offsets, ScalarType::Int);
+}
+
+DeviceIndex device_index(const Op& op, const char* name, const Tensor& t) {
+  check_index(op, name, t);
+  DeviceIndex out{dense(t), nullptr, t.scalar_type() == ScalarType::Long};
+  out.data = out.tensor.const_data_ptr();
+  return out;
+}
+
+}  // namespace moe_ops::adapter
+
+#endif  // MOE_OPS_WITH_CUDA

@@ -1,0 +1,120 @@
+// What CUDA adapters need: device outputs, the current stream, launch errors, registration. An
+// adapter never reads device memory and never waits for the device.
+#pragma once
+
+#include <initializer_list>
+#include <type_traits>
+
+#include "moe_ops/common.h"
+#include "torch/tensor_utils.h"
+
+#ifdef MOE_OPS_WITH_CUDA
+
+namespace moe_ops::adapter {
+
+// An uninitialised tensor on the device of `like`. On the simulator it is filled with NaN bytes.
+Tensor device_empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype);
+
+cuda::Stream current_stream(const Tensor& t);
+
+// Raises RuntimeError with the op and CUDA's words unless status is success.
+void check_status(const Op& op, cuda::Status status);
+
+// expert_offsets [E+1] as contiguous int32 on the device. Their values are the kernels' to clamp.
+Tensor device_offsets(const Op& op, const Tensor& offsets);
+
+// An index tensor as kernels take it: contiguous, int32 or int64 as it came.
+struct DeviceIndex {
+  Tensor tensor;
+  const void* data;
+  bool is_64;
+};
+DeviceIndex device_index(const Op& op, const char* name, const Tensor& t);
+
+// sort_slots for the adapters that start from topk_ids [T, K] (defined in sort_slots.cpp):
+// expert_offsets, row_to_slot, slot_to_row.
+std::tuple<Tensor, Tensor, Tensor> device_sorted_slots(const Op& op, const Tensor& topk_ids,
+                                                       int64_t num_experts);
+
+// Where an adapter runs. OnCuda makes the tensors' device current.
+struct OnCuda {
+  struct Scope {
+    explicit Scope(const Tensor& first);
+    ~Scope();
+    Scope(const Scope&) = delete;
+    Scope& operator=(const Scope&) = delete;
+    void add(const Tensor&) {}
+    void enter() {}
+    void* guard = nullptr;
+  };
+  static constexpr bool kSimulated = false;
+};
+
+#ifdef MOE_OPS_SIMULATED
+// Simulated takes CPU tensors: the bytes of every argument and of every tensor made during the call
+// are device memory until it returns, and nothing else is, so that the simulator reports an access
+// outside of them.
+struct Simulated {
+  struct Scope {
+    explicit Scope(const Tensor&) {}
+    ~Scope();
+    Scope(const Scope&) = delete;
+    Scope& operator=(const Scope&) = delete;
+    void add(const Tensor& t);
+    void enter();
+  };
+  static constexpr bool kSimulated = true;
+};
+#endif
+
+template <class Backend, auto fn>
+struct Scoped;
+template <class Backend, class R, class... Args, R (*fn)(Args...)>
+struct Scoped<Backend, fn> {
+  static R call(Args... args) {
+    typename Backend::Scope scope(first_tensor(args...));
+    (add(scope, args), ...);
+    scope.enter();
+    return fn(args...);
+  }
+
+ private:
+  template <class... Rest>
+  static const Tensor& first_tensor(const Tensor& first, const Rest&...) {
+    return first;
+  }
+  static void add(typename Backend::Scope& scope, const Tensor& t) { scope.add(t); }
+  static void add(typename Backend::Scope& scope, const OptTensor& t) {
+    if (t.has_value()) scope.add(*t);
+  }
+  template <class T>
+    requires(!std::is_same_v<T, Tensor> && !std::is_same_v<T, OptTensor>)
+  static void add(typename Backend::Scope&, const T&) {}
+};
+
+#define MOE_CUDA_BOX(fn)                                                       \
+  ([] {                                                                        \
+    static_assert(::moe_ops::adapter::SignatureIsBoxable<decltype(fn)>::value, \
+                  "use double and int64_t in registered signatures");          \
+    return TORCH_BOX((&::moe_ops::adapter::Scoped<Backend, &fn>::call));       \
+  }())
+
+#ifdef MOE_OPS_SIMULATED
+#define MOE_SIMULATED_LIBRARY \
+  STABLE_TORCH_LIBRARY_IMPL(moe_ops_sim, CPU, lib) { register_cuda<Simulated>(lib); }
+#else
+#define MOE_SIMULATED_LIBRARY
+#endif
+
+// MOE_CUDA_LIBRARY(m) { m.impl("permute", MOE_CUDA_BOX(permute_cuda)); }, once a file.
+#define MOE_CUDA_LIBRARY(m)                                                     \
+  template <class Backend>                                                      \
+  static void register_cuda(torch::stable::detail::StableLibrary& m);           \
+  STABLE_TORCH_LIBRARY_IMPL(moe_ops, CUDA, lib) { register_cuda<OnCuda>(lib); } \
+  MOE_SIMULATED_LIBRARY                                                         \
+  template <class Backend>                                                      \
+  static void register_cuda(torch::stable::detail::StableLibrary& m)
+
+}  // namespace moe_ops::adapter
+
+#endif  // MOE_OPS_WITH_CUDA
