@@ -22,25 +22,20 @@ struct GemmLaunch {
 };
 
 // Stores v[0], v[1] at out[col], out[col + 1] as far as col < cols.
-template <class Element>
-__device__ void store_pair(typename Element::Bits* out, int col, int cols, bool pairs,
-                           typename Element::Acc v0, typename Element::Acc v1) {
-  using Bits = typename Element::Bits;
-  struct alignas(2 * sizeof(Bits)) Pair {
-    Bits first, second;
-  };
+template <class S>
+__device__ void store_pair(S* out, int col, int cols, bool pairs, Accumulate<S> v0,
+                           Accumulate<S> v1) {
   if (pairs && col + 1 < cols) {
-    *reinterpret_cast<Pair*>(out + col) = {Element::narrow(v0), Element::narrow(v1)};
+    store_wide(out + col, Wide<S, 2>{{v0, v1}});
   } else {
-    if (col < cols) out[col] = Element::narrow(v0);
-    if (col + 1 < cols) out[col + 1] = Element::narrow(v1);
+    if (col < cols) out[col] = narrow<S>(v0);
+    if (col + 1 < cols) out[col + 1] = narrow<S>(v1);
   }
 }
 
-template <class Config, class OutElement>
+template <class Config, class Out>
 __device__ void store_rows(const GemmLaunch& launch, const TileWork& work, bool tail,
                            const Product<Config>& sums) {
-  using Element = typename Config::Element;
   using Acc = typename Config::Acc;
   using Sums = Product<Config>;
   const GroupedGemmParams& p = launch.p;
@@ -53,7 +48,7 @@ __device__ void store_rows(const GemmLaunch& launch, const TileWork& work, bool 
       const int col = n0 + sums.col(j) + h;
       bias[j][h] = 0;
       if (p.bias.data != nullptr && !tail && col < O) {
-        bias[j][h] = Element::widen(static_cast<const typename Config::Bits*>(
+        bias[j][h] = widen(static_cast<const typename Config::Element*>(
             p.bias.data)[work.expert * p.bias.stride_e + col]);
       }
     }
@@ -63,13 +58,13 @@ __device__ void store_rows(const GemmLaunch& launch, const TileWork& work, bool 
     const int r = work.row + sums.row(i);
     const int target = r < work.end ? source_row(p.out, r) : -1;
     if (target < 0) continue;
-    auto* out = static_cast<typename OutElement::Bits*>(p.out.data) + target * p.out.stride;
+    auto* out = static_cast<Out*>(p.out.data) + target * p.out.stride;
     const Acc scale = tail ? Acc(0) : row_factor<Acc>(p.a_scale, r);
 #pragma unroll
     for (int j = 0; j < Sums::kPairs; ++j) {
-      store_pair<OutElement>(out, n0 + sums.col(j), O, launch.out_pairs,
-                             fma(scale, sums.value(i, j, 0), bias[j][0]),
-                             fma(scale, sums.value(i, j, 1), bias[j][1]));
+      store_pair(out, n0 + sums.col(j), O, launch.out_pairs,
+                 fma(scale, sums.value(i, j, 0), bias[j][0]),
+                 fma(scale, sums.value(i, j, 1), bias[j][1]));
     }
   }
 }
@@ -77,19 +72,19 @@ __device__ void store_rows(const GemmLaunch& launch, const TileWork& work, bool 
 template <class Config, int kBlocksPerSm>
 __global__ void __launch_bounds__(Config::kThreads, kBlocksPerSm)
     grouped_gemm_kernel(const __grid_constant__ GemmLaunch launch) {
-  using Bits = typename Config::Bits;
+  using S = typename Config::Element;
   using TileA = typename Config::TileA;
   using TileB = typename Config::TileB;
-  using CopyA = TileCopy<Bits, TileA, Config::kThreads>;
-  using CopyB = TileCopy<Bits, TileB, Config::kThreads>;
+  using CopyA = TileCopy<S, TileA, Config::kThreads>;
+  using CopyB = TileCopy<S, TileB, Config::kThreads>;
   constexpr int kStages = Config::kStages;
   constexpr int kStageSize = TileA::kSize + TileB::kSize;
   extern __shared__ __align__(128) unsigned char shared[];
-  auto* stages = reinterpret_cast<Bits*>(shared);
+  auto* stages = reinterpret_cast<S*>(shared);
 
   const GroupedGemmParams& p = launch.p;
-  const auto* a = static_cast<const Bits*>(p.a.data);
-  const auto* b = static_cast<const Bits*>(p.b.data);
+  const auto* a = static_cast<const S*>(p.a.data);
+  const auto* b = static_cast<const S*>(p.b.data);
   const int K = static_cast<int>(p.in_features), O = static_cast<int>(p.out_features);
   const int E = static_cast<int>(p.num_experts), N = static_cast<int>(p.num_rows);
 
@@ -103,30 +98,33 @@ __global__ void __launch_bounds__(Config::kThreads, kBlocksPerSm)
     const int n0 = work.column_tile * Config::kTileN;
     const int steps = tail ? 0 : (K + Config::kTileK - 1) / Config::kTileK;
 
-    const Bits* a_rows[CopyA::kPasses];
+    const S* a_rows[CopyA::kPasses];
 #pragma unroll
     for (int pass = 0; pass < CopyA::kPasses; ++pass) {
       const int r = work.row + CopyA::row(pass);
-      a_rows[pass] = !tail && r < work.end ? row_pointer<Bits>(p.a, r) : nullptr;
+      a_rows[pass] = !tail && r < work.end ? row_pointer<S>(p.a, r) : nullptr;
     }
-    const Bits* matrix = b + (tail ? 0 : work.expert * p.b.stride_e);
+    const S* matrix = b + (tail ? 0 : work.expert * p.b.stride_e);
 
     const auto load = [&](int step) {
-      Bits* stage = stages + step % kStages * kStageSize;
+      S* stage = stages + step % kStages * kStageSize;
       const int k0 = step * Config::kTileK;
-      CopyA::template run<Config::kAligned>(stage, [&](int pass) { return a_rows[pass]; }, k0, K, launch.a_aligned, a);
+      CopyA::template run<Config::kAligned>(
+          stage, [&](int pass) { return a_rows[pass]; }, k0, K, launch.a_aligned, a);
       if constexpr (Config::kBKMajor) {
-        const auto line = [&](int pass) -> const Bits* {
+        const auto line = [&](int pass) -> const S* {
           const int n = n0 + CopyB::row(pass);
           return n < O ? matrix + n * p.b.stride_o : nullptr;
         };
-        CopyB::template run<Config::kAligned>(stage + TileA::kSize, line, k0, K, launch.b_aligned, b);
+        CopyB::template run<Config::kAligned>(stage + TileA::kSize, line, k0, K, launch.b_aligned,
+                                              b);
       } else {
-        const auto line = [&](int pass) -> const Bits* {
+        const auto line = [&](int pass) -> const S* {
           const int k = k0 + CopyB::row(pass);
           return k < K ? matrix + k * p.b.stride_k : nullptr;
         };
-        CopyB::template run<Config::kAligned>(stage + TileA::kSize, line, n0, O, launch.b_aligned, b);
+        CopyB::template run<Config::kAligned>(stage + TileA::kSize, line, n0, O, launch.b_aligned,
+                                              b);
       }
     };
 
@@ -143,15 +141,15 @@ __global__ void __launch_bounds__(Config::kThreads, kBlocksPerSm)
       __syncthreads();
       if (step + kStages - 1 < steps) load(step + kStages - 1);
       commit_copies();
-      const Bits* stage = stages + step % kStages * kStageSize;
+      const S* stage = stages + step % kStages * kStageSize;
       sums.multiply(stage, stage + TileA::kSize, nullptr);
     }
     __syncthreads();  // The next tile fills the same stages.
 
-    if (p.out.type == Config::Element::kType) {
-      store_rows<Config, typename Config::Element>(launch, work, tail, sums);
-    } else if constexpr (!std::is_same_v<typename Config::Element, Float64>) {
-      store_rows<Config, Float32>(launch, work, tail, sums);
+    if (p.out.type == p.b.type) {
+      store_rows<Config, S>(launch, work, tail, sums);
+    } else {
+      store_rows<Config, Accumulate<S>>(launch, work, tail, sums);
     }
   }
 }
@@ -178,7 +176,7 @@ Status launch_grouped_gemm(const GroupedGemmParams& p, Stream stream) {
       (ceil_div<int64_t>(p.num_rows, Config::kTileM) + std::min(p.num_experts + 1, p.num_rows)) *
       launch.column_tiles;
   constexpr int kShared = Config::kStages * (Config::TileA::kSize + Config::TileB::kSize) *
-                          static_cast<int>(sizeof(typename Config::Bits));
+                          static_cast<int>(sizeof(typename Config::Element));
   return launch_tiles<grouped_gemm_kernel<Config, kBlocksPerSm>>(launch, tiles, Config::kThreads,
                                                                  kShared, kBlocksPerSm, stream);
 }

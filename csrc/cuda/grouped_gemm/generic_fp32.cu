@@ -5,7 +5,7 @@
 namespace moe_ops::cuda::generic {
 
 template <bool kAKMajor, bool kBKMajor>
-using Config = TileConfig<Float32, 64, 64, 32, 2, 2, 3, kAKMajor, kBKMajor>;
+using Config = TileConfig<float, 64, 64, 32, 2, 2, 3, kAKMajor, kBKMajor>;
 
 Status grouped_gemm_fp32(const GroupedGemmParams& p, Stream stream) {
   return p.b.stride_k == 1 ? launch_grouped_gemm<Config<true, true>, 2>(p, stream)

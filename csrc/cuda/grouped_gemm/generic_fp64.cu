@@ -5,7 +5,7 @@
 namespace moe_ops::cuda::generic {
 
 template <bool kAKMajor, bool kBKMajor>
-using Config = TileConfig<Float64, 64, 64, 16, 2, 2, 3, kAKMajor, kBKMajor>;
+using Config = TileConfig<double, 64, 64, 16, 2, 2, 3, kAKMajor, kBKMajor>;
 
 Status grouped_gemm_fp64(const GroupedGemmParams& p, Stream stream) {
   return p.b.stride_k == 1 ? launch_grouped_gemm<Config<true, true>, 2>(p, stream)

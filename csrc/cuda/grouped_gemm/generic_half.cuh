@@ -8,24 +8,24 @@
 
 namespace moe_ops::cuda::generic {
 
-template <class Element, bool kAKMajor, bool kBKMajor>
-using LargeTile = TileConfig<Element, 128, 128, 32, 2, 4, 4, kAKMajor, kBKMajor, true>;
-template <class Element, bool kAKMajor, bool kBKMajor>
-using SmallTile = TileConfig<Element, 64, 64, 64, 2, 2, 3, kAKMajor, kBKMajor>;
+template <class S, bool kAKMajor, bool kBKMajor>
+using LargeTile = TileConfig<S, 128, 128, 32, 2, 4, 4, kAKMajor, kBKMajor, true>;
+template <class S, bool kAKMajor, bool kBKMajor>
+using SmallTile = TileConfig<S, 64, 64, 64, 2, 2, 3, kAKMajor, kBKMajor>;
 
-template <class Element, bool kBKMajor>
+template <class S, bool kBKMajor>
 Status gemm_half(const GroupedGemmParams& p, Stream stream) {
   return p.num_rows / p.num_experts >= 64 && p.out_features > 64 && rows_aligned(p.a) &&
                  matrices_aligned(p.b)
-             ? launch_grouped_gemm<LargeTile<Element, true, kBKMajor>, 2>(p, stream)
-             : launch_grouped_gemm<SmallTile<Element, true, kBKMajor>, 3>(p, stream);
+             ? launch_grouped_gemm<LargeTile<S, true, kBKMajor>, 2>(p, stream)
+             : launch_grouped_gemm<SmallTile<S, true, kBKMajor>, 3>(p, stream);
 }
 
-template <class Element>
+template <class S>
 Status wgrad_half(const GroupedWgradParams& p, Stream stream) {
   return p.out_features > 64 && p.in_features > 64 && rows_aligned(p.grad) && rows_aligned(p.a)
-             ? launch_grouped_wgrad<LargeTile<Element, false, false>, 2>(p, stream)
-             : launch_grouped_wgrad<SmallTile<Element, false, false>, 3>(p, stream);
+             ? launch_grouped_wgrad<LargeTile<S, false, false>, 2>(p, stream)
+             : launch_grouped_wgrad<SmallTile<S, false, false>, 3>(p, stream);
 }
 
 }  // namespace moe_ops::cuda::generic

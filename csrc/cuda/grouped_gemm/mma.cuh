@@ -1,67 +1,32 @@
-// Products of two tiles in shared memory, one struct an element type. A block's warps form a grid of
-// kWarpsM x kWarpsN; each owns (kTileM / kWarpsM) x (kTileN / kWarpsN) sums in registers.
+// Products of two tiles in shared memory, one struct an element type. A block's warps form a grid
+// of kWarpsM x kWarpsN; each owns (kTileM / kWarpsM) x (kTileN / kWarpsN) sums in registers.
 //
 // A tile lies [m][k] (kKMajor) or [k][m]; B [n][k] or [k][n].
 #pragma once
-
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 
 #include <cute/arch/copy_sm75.hpp>
 #include <cute/arch/mma_sm80.hpp>
 #include <type_traits>
 
 #include "cuda/grouped_gemm/tile.cuh"
+#include "cuda/vec.cuh"
 
 namespace moe_ops::cuda::generic {
 
-// Element type as memory holds it, with the conversions that an epilogue needs.
-struct BFloat16 {
-  using Bits = uint16_t;
-  using Acc = float;
-  using Mma = cute::SM80_16x8x16_F32BF16BF16F32_TN;
-  static constexpr DType kType = DType::kBFloat16;
-  static __device__ float widen(uint16_t v) { return __uint_as_float(uint32_t{v} << 16); }
-  static __device__ uint16_t narrow(float v) { return __bfloat16_as_ushort(__float2bfloat16_rn(v)); }
-};
-struct Float16 {
-  using Bits = uint16_t;
-  using Acc = float;
-  using Mma = cute::SM80_16x8x16_F32F16F16F32_TN;
-  static constexpr DType kType = DType::kFloat16;
-  static __device__ float widen(uint16_t v) { return __half2float(__ushort_as_half(v)); }
-  static __device__ uint16_t narrow(float v) { return __half_as_ushort(__float2half_rn(v)); }
-};
-struct Float32 {
-  using Bits = float;
-  using Acc = float;
-  static constexpr DType kType = DType::kFloat32;
-  static __device__ float widen(float v) { return v; }
-  static __device__ float narrow(float v) { return v; }
-};
-struct Float64 {
-  using Bits = double;
-  using Acc = double;
-  static constexpr DType kType = DType::kFloat64;
-  static __device__ double widen(double v) { return v; }
-  static __device__ double narrow(double v) { return v; }
-};
-
 // Tile sizes and operand layouts of one kernel.
-template <class ElementT, int kM, int kN, int kK, int kWM, int kWN, int kStageCount, bool kAKMajorT,
+template <class S, int kM, int kN, int kK, int kWM, int kWN, int kStageCount, bool kAKMajorT,
           bool kBKMajorT, bool kAlignedT = false>
 struct TileConfig {
-  using Element = ElementT;
-  using Bits = typename Element::Bits;
-  using Acc = typename Element::Acc;
+  using Element = S;
+  using Acc = Accumulate<S>;
   static constexpr int kTileM = kM, kTileN = kN, kTileK = kK;
   static constexpr int kWarpsM = kWM, kWarpsN = kWN, kStages = kStageCount;
   static constexpr int kThreads = 32 * kWM * kWN;
   static constexpr bool kAKMajor = kAKMajorT, kBKMajor = kBKMajorT;
   static constexpr bool kAligned = kAlignedT;  // all rows start on 16 bytes
-  static constexpr bool kByElement = std::is_same_v<Element, Float32>;
-  using TileA = std::conditional_t<kAKMajor, Tile<Bits, kM, kK>, Tile<Bits, kK, kM, kByElement>>;
-  using TileB = std::conditional_t<kBKMajor, Tile<Bits, kN, kK>, Tile<Bits, kK, kN, kByElement>>;
+  static constexpr bool kByElement = std::is_same_v<S, float>;
+  using TileA = std::conditional_t<kAKMajor, Tile<S, kM, kK>, Tile<S, kK, kM, kByElement>>;
+  using TileB = std::conditional_t<kBKMajor, Tile<S, kN, kK>, Tile<S, kK, kN, kByElement>>;
 };
 
 __device__ inline void load_matrices(const void* address, uint32_t (&r)[4], bool transposed) {
@@ -80,7 +45,7 @@ struct WarpTile {
   static constexpr int kMTiles = Config::kTileM / Config::kWarpsM / 16;
   static constexpr int kNTiles = Config::kTileN / Config::kWarpsN / 8;
   static_assert(kNTiles % 2 == 0);
-  using Bits = typename Config::Bits;
+  using S = typename Config::Element;
 
   int lane = static_cast<int>(threadIdx.x) % 32;
   int warp_m = static_cast<int>(threadIdx.x) / 32 / Config::kWarpsN * (16 * kMTiles);
@@ -92,22 +57,21 @@ struct WarpTile {
   __device__ int col(int j) const { return warp_n + j * 8 + lane % 4 * 2; }
 
   // The four matrices are (m 0-7, 8-15) x (first, second half of k). step: in chunks of 32 bytes.
-  __device__ void load_a(const Bits* tile, int mt, int step, uint32_t (&r)[4]) const {
+  __device__ void load_a(const S* tile, int mt, int step, uint32_t (&r)[4]) const {
     using TileA = typename Config::TileA;
     const int m = warp_m + mt * 16;
-    const Bits* p =
-        Config::kAKMajor
-            ? tile + TileA::chunk(m + lane % 16, 2 * step + lane / 16)
-            : tile + TileA::chunk(16 * step + lane % 8 + lane / 16 * 8, m / 8 + lane / 8 % 2);
+    const S* p = Config::kAKMajor ? tile + TileA::chunk(m + lane % 16, 2 * step + lane / 16)
+                                  : tile + TileA::chunk(16 * step + lane % 8 + lane / 16 * 8,
+                                                        m / 8 + lane / 8 % 2);
     load_matrices(p, r, !Config::kAKMajor);
   }
   // (n 0-7: first, second half of k; n 8-15: the same).
-  __device__ void load_b(const Bits* tile, int pair, int step, uint32_t (&r)[4]) const {
+  __device__ void load_b(const S* tile, int pair, int step, uint32_t (&r)[4]) const {
     using TileB = typename Config::TileB;
     const int n = warp_n + pair * 16;
-    const Bits* p = Config::kBKMajor ? tile + TileB::chunk(n + lane % 8 + lane / 16 * 8,
-                                                           2 * step + lane / 8 % 2)
-                                     : tile + TileB::chunk(16 * step + lane % 16, n / 8 + lane / 16);
+    const S* p = Config::kBKMajor
+                     ? tile + TileB::chunk(n + lane % 8 + lane / 16 * 8, 2 * step + lane / 8 % 2)
+                     : tile + TileB::chunk(16 * step + lane % 16, n / 8 + lane / 16);
     load_matrices(p, r, !Config::kBKMajor);
   }
 };
@@ -116,8 +80,9 @@ struct WarpTile {
 template <class Config>
 struct HalfProduct : WarpTile<Config> {
   using Warp = WarpTile<Config>;
-  using Element = typename Config::Element;
-  using Bits = uint16_t;
+  using S = typename Config::Element;
+  using Mma = std::conditional_t<std::is_same_v<S, bf16>, cute::SM80_16x8x16_F32BF16BF16F32_TN,
+                                 cute::SM80_16x8x16_F32F16F16F32_TN>;
   using Warp::kMTiles, Warp::kNTiles;
   float acc[kMTiles][kNTiles][4];
 
@@ -126,8 +91,9 @@ struct HalfProduct : WarpTile<Config> {
     for (int i = 0; i < kMTiles * kNTiles * 4; ++i) (&acc[0][0][0])[i] = 0;
   }
 
-  // scale: one factor for each k of the tile, or nullptr; factor * b is rounded to the element type.
-  __device__ void multiply(const Bits* a, const Bits* b, const float* scale) {
+  // scale: one factor for each k of the tile, or nullptr; factor * b is rounded to the element
+  // type.
+  __device__ void multiply(const S* a, const S* b, const float* scale) {
 #pragma unroll
     for (int step = 0; step < Config::kTileK / 16; ++step) {
       uint32_t fa[kMTiles][4], fb[kNTiles / 2][4];
@@ -141,10 +107,11 @@ struct HalfProduct : WarpTile<Config> {
         for (int j = 0; j < kNTiles / 2; ++j) {
 #pragma unroll
           for (int h = 0; h < 4; ++h) {
-            const float* factor = s + h % 2 * 8;
-            const uint32_t low = Element::narrow(Element::widen(fb[j][h] & 0xffffu) * factor[0]);
-            const uint32_t high = Element::narrow(Element::widen(fb[j][h] >> 16) * factor[1]);
-            fb[j][h] = low | high << 16;
+            S pair[2];
+            memcpy(pair, &fb[j][h], 4);
+            pair[0] = narrow<S>(widen(pair[0]) * s[h % 2 * 8]);
+            pair[1] = narrow<S>(widen(pair[1]) * s[h % 2 * 8 + 1]);
+            memcpy(&fb[j][h], pair, 4);
           }
         }
       }
@@ -152,10 +119,10 @@ struct HalfProduct : WarpTile<Config> {
       for (int i = 0; i < kMTiles; ++i) {
 #pragma unroll
         for (int j = 0; j < kNTiles; ++j) {
-          float(&c)[4] = acc[i][j];
+          float (&c)[4] = acc[i][j];
           const uint32_t* f = &fb[j / 2][j % 2 * 2];
-          Element::Mma::fma(c[0], c[1], c[2], c[3], fa[i][0], fa[i][1], fa[i][2], fa[i][3], f[0],
-                            f[1], c[0], c[1], c[2], c[3]);
+          Mma::fma(c[0], c[1], c[2], c[3], fa[i][0], fa[i][1], fa[i][2], fa[i][3], f[0], f[1], c[0],
+                   c[1], c[2], c[3]);
         }
       }
     }
@@ -191,9 +158,11 @@ struct Float32Product : WarpTile<Config> {
   }
   static __device__ void split(float v, uint32_t& big, uint32_t& small) {
     big = to_tf32(v);
-    // Rounding up must not make an infinity of the largest numbers.
-    if ((big & 0x7fffffffu) == 0x7f800000u) big = __float_as_uint(v) & 0xffffe000u;
-    small = to_tf32(v - __uint_as_float(big));
+    // Rounding up must not make infinities of the largest numbers.
+    const bool round = (big & 0x7fffffffu) != 0x7f800000u;
+    if (!round) big = __float_as_uint(v) & 0xffffe000u;
+    const float rest = v - __uint_as_float(big);
+    small = round ? to_tf32(rest) : __float_as_uint(rest) & 0xffffe000u;
   }
 
   __device__ void multiply(const float* a, const float* b, const float* scale) {
@@ -208,8 +177,8 @@ struct Float32Product : WarpTile<Config> {
         } else {
 #pragma unroll
           for (int h = 0; h < 4; ++h) {
-            raw[h] = __float_as_uint(a[Config::TileA::at(
-                8 * step + t + h / 2 * 4, this->warp_m + i * 16 + g + h % 2 * 8)]);
+            raw[h] = __float_as_uint(a[Config::TileA::at(8 * step + t + h / 2 * 4,
+                                                         this->warp_m + i * 16 + g + h % 2 * 8)]);
           }
         }
 #pragma unroll
@@ -223,8 +192,8 @@ struct Float32Product : WarpTile<Config> {
         } else {
 #pragma unroll
           for (int h = 0; h < 4; ++h) {
-            raw[h] = __float_as_uint(b[Config::TileB::at(
-                8 * step + t + h % 2 * 4, this->warp_n + j * 16 + g + h / 2 * 8)]);
+            raw[h] = __float_as_uint(b[Config::TileB::at(8 * step + t + h % 2 * 4,
+                                                         this->warp_n + j * 16 + g + h / 2 * 8)]);
           }
         }
 #pragma unroll
@@ -301,8 +270,8 @@ struct Float64Product {
 
 template <class Config>
 using Product =
-    std::conditional_t<std::is_same_v<typename Config::Element, Float64>, Float64Product<Config>,
-                       std::conditional_t<std::is_same_v<typename Config::Element, Float32>,
+    std::conditional_t<std::is_same_v<typename Config::Element, double>, Float64Product<Config>,
+                       std::conditional_t<std::is_same_v<typename Config::Element, float>,
                                           Float32Product<Config>, HalfProduct<Config>>>;
 
 }  // namespace moe_ops::cuda::generic

@@ -19,8 +19,8 @@ struct TileWork {
 };
 
 // Tiles are numbered expert by expert, the tail last; expert e has ceil(rows / kTileM) * column
-// tiles of them. A warp looks at 32 experts at once, one a lane, and calls go upwards. Between calls
-// only the place is kept: registers belong to the sums.
+// tiles of them. A warp looks at 32 experts at once, one a lane, and calls go upwards. Between
+// calls only the place is kept: registers belong to the sums.
 template <int kTileM>
 class Schedule {
  public:
