@@ -1,0 +1,197 @@
+// From accumulators to memory.
+//
+// wgmma leaves columns 8 j + 2 q and 8 j + 2 q + 1 of rows r and r + 8 with lane 4 r + q of a warp.
+// Packed to 16 bits that is 4 bytes a thread in every octet of columns. A transpose within the quad
+// turns four octets into 16 bytes a thread, so that a quad stores 64 bytes of a row: whole sectors,
+// no shared memory, no barrier, and the last rows of a group are a predicate.
+//
+// An epilogue is a struct with a Params and
+//   template <class Config, class Acc> static void store(const Params&, const Problem&, const
+//   Tile&,
+//                                                        Acc& acc, int thread);
+// acc(make_coord(c, i, j), m, 0) is column 8 j + 2 q + c of row output_row(m) + 8 i.
+#pragma once
+
+#include <cutlass/numeric_conversion.h>
+
+#include "cuda/grouped_gemm/sm90_config.cuh"
+
+namespace moe_ops::cuda::sm90 {
+
+// r[b] of lane q becomes r[q] of lane b (within each quad). Its own inverse.
+__device__ inline void quad_transpose(uint32_t (&r)[4]) {
+  const bool odd = threadIdx.x & 1, high = threadIdx.x & 2;
+#pragma unroll
+  for (int p = 0; p < 4; p += 2) {
+    const uint32_t got = __shfl_xor_sync(~0u, odd ? r[p] : r[p + 1], 1);
+    (odd ? r[p] : r[p + 1]) = got;
+  }
+#pragma unroll
+  for (int p = 0; p < 2; ++p) {
+    const uint32_t got = __shfl_xor_sync(~0u, high ? r[p] : r[p + 2], 2);
+    (high ? r[p] : r[p + 2]) = got;
+  }
+}
+
+template <class Element>
+__device__ inline uint32_t pack(float lo, float hi) {
+  cutlass::NumericArrayConverter<Element, float, 2> convert;
+  cutlass::Array<float, 2> in;
+  in[0] = lo;
+  in[1] = hi;
+  auto out = convert(in);
+  return reinterpret_cast<uint32_t&>(out);
+}
+
+template <class Element>
+__device__ inline float2 unpack(uint32_t v) {
+  cutlass::NumericArrayConverter<float, Element, 2> convert;
+  auto out = convert(reinterpret_cast<cutlass::Array<Element, 2>&>(v));
+  return make_float2(out[0], out[1]);
+}
+
+// Row of the tile of accumulator row (m, i = 0) of `thread`, one of those that share the tile.
+template <class Config>
+__device__ inline int output_row(int thread, int m) {
+  using T = Traits<Config>;
+  return (m * T::kTileGroups + thread / kWarpgroup) * 64 + thread % kWarpgroup / kWarp * 16 +
+         thread % kWarp / 4;
+}
+
+// Where rows go: row r to row index[r] / divisor of data (r itself when index is nullptr); nowhere
+// if that is outside [0, limit).
+struct OutRows {
+  void* data;
+  int64_t stride;  // elements
+  bool fp32;       // else Config::Output
+  const int32_t* index;
+  int divisor;
+  int64_t limit;
+
+  // The row's place, or -1.
+  __device__ int64_t place(int row) const {
+    int64_t at = row;
+    if (index != nullptr) {
+      const int i = __ldg(index + row);
+      at = i < 0 ? -1 : i / divisor;
+    }
+    return at < limit ? at : -1;
+  }
+};
+
+// One factor a row: data[index[r]], or data[r] without an index; zero outside [0, limit).
+struct ScaleRows {
+  const float* data;  // nullptr: ones
+  const int32_t* index;
+  int64_t limit;
+
+  __device__ float at(int row) const {
+    const int64_t i = index != nullptr ? __ldg(index + row) : row;
+    return i >= 0 && i < limit ? __ldg(data + i) : 0.f;
+  }
+};
+
+// Stores the tile, 64 bytes of a row a quad, or as fp32.
+template <class Config, class Acc>
+__device__ inline void store_rows(const OutRows& out, const Tile& tile, int cols, const Acc& acc,
+                                  int thread) {
+  using T = Traits<Config>;
+  using Output = typename Config::Output;
+  using cute::make_coord;
+  const int q = thread % 4;
+#pragma unroll
+  for (int m = 0; m < T::kRowsM; ++m) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int row = tile.row0 + output_row<Config>(thread, m) + 8 * i;
+      const int64_t place = row < tile.row_end ? out.place(row) : -1;
+      const bool inside = place >= 0;
+      if (out.fp32) {
+        auto* to = static_cast<float*>(out.data) + place * out.stride + tile.col0 + 2 * q;
+#pragma unroll
+        for (int j = 0; j < T::kN / 8; ++j) {
+          if (inside && tile.col0 + 8 * j < cols)
+            *reinterpret_cast<float2*>(to + 8 * j) =
+                make_float2(acc(make_coord(0, i, j), m, 0), acc(make_coord(1, i, j), m, 0));
+        }
+      } else {
+        auto* to = static_cast<Output*>(out.data) + place * out.stride + tile.col0 + 8 * q;
+#pragma unroll
+        for (int g = 0; g < T::kN / 32; ++g) {
+          uint32_t r[4];
+#pragma unroll
+          for (int b = 0; b < 4; ++b)
+            r[b] = pack<Output>(acc(make_coord(0, i, 4 * g + b), m, 0),
+                                acc(make_coord(1, i, 4 * g + b), m, 0));
+          quad_transpose(r);
+          if (inside && tile.col0 + 32 * g + 8 * q < cols)
+            *reinterpret_cast<uint4*>(to + 32 * g) = make_uint4(r[0], r[1], r[2], r[3]);
+        }
+      }
+    }
+  }
+}
+
+// acc *= scale[row]
+template <class Config, class Acc>
+__device__ inline void scale_rows(const ScaleRows& scale, const Tile& tile, Acc& acc, int thread) {
+  using T = Traits<Config>;
+#pragma unroll
+  for (int m = 0; m < T::kRowsM; ++m) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int row = tile.row0 + output_row<Config>(thread, m) + 8 * i;
+      const float s = row < tile.row_end ? scale.at(row) : 0.f;
+#pragma unroll
+      for (int j = 0; j < T::kN / 8; ++j) {
+        acc(cute::make_coord(0, i, j), m, 0) *= s;
+        acc(cute::make_coord(1, i, j), m, 0) *= s;
+      }
+    }
+  }
+}
+
+// acc += bias[col]; bias is the vector of the tile's expert.
+template <class Config, class Acc>
+__device__ inline void add_bias(const typename Config::Output* bias, const Tile& tile, int cols,
+                                Acc& acc, int thread) {
+  using T = Traits<Config>;
+#pragma unroll
+  for (int j = 0; j < T::kN / 8; ++j) {
+    const int col = tile.col0 + 8 * j + 2 * (thread % 4);
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      const float v = col < cols ? static_cast<float>(bias[col + c]) : 0.f;
+#pragma unroll
+      for (int m = 0; m < T::kRowsM; ++m) {
+        acc(cute::make_coord(c, 0, j), m, 0) += v;
+        acc(cute::make_coord(c, 1, j), m, 0) += v;
+      }
+    }
+  }
+}
+
+// out[row, :] = scale[row] * acc + bias[expert]: ragged M.
+struct StoreRows {
+  struct Params {
+    OutRows out;
+    const void* bias;  // [E, n] of Config::Output, or nullptr
+    int64_t bias_stride;
+    ScaleRows scale;
+  };
+
+  template <class Config, class Acc>
+  __device__ static void store(const Params& p, const Problem& problem, const Tile& tile, Acc& acc,
+                               int thread) {
+    using Output = typename Config::Output;
+    if (tile.k_tiles > 0) {
+      if (p.scale.data != nullptr) scale_rows<Config>(p.scale, tile, acc, thread);
+      if (p.bias != nullptr)
+        add_bias<Config>(static_cast<const Output*>(p.bias) + tile.expert * p.bias_stride, tile,
+                         problem.n, acc, thread);
+    }
+    store_rows<Config>(p.out, tile, problem.n, acc, thread);
+  }
+};
+
+}  // namespace moe_ops::cuda::sm90

@@ -1,0 +1,156 @@
+// The kernel: one producer warpgroup, one or two consumer warpgroups, as many blocks as SMs. Each
+// block walks its list of tiles (sm90_scheduler.cuh); producer and consumers do so independently
+// and meet only at the stages of the ring (sm90_mainloop.cuh).
+//
+// To make a kernel: a config (sm90_config.cuh), an epilogue (sm90_epilogue.cuh), two tensor maps
+// (tensor_map.h; operand_map_a/b below choose the boxes), launch<Config, Epilogue>(). Contract of
+// the parts:
+// - B is one tensor [E, N, K] (kMajorB = kK: dense along K; kMN: along N). A is [rows, K], by TMA
+// or
+//   gathered; with kRaggedK A is [rows, M] and B is [rows, N].
+// - TMA reads rows past the end of a group: they belong to another expert and stay in rows of the
+//   tile that are not stored. With kRaggedK they would enter the sum and are cleared.
+// - The rows past the last expert are tiles of expert E with k_tiles = 0: acc is zero.
+// - Tail columns: TMA fills columns and k past the tensor with zeros; the epilogue checks n.
+#pragma once
+
+#include <algorithm>
+
+#include "cuda/check.h"
+#include "cuda/grouped_gemm/sm90_epilogue.cuh"
+#include "cuda/grouped_gemm/sm90_mainloop.cuh"
+#include "cuda/runtime.h"
+#include "moe_ops/common.h"
+
+namespace moe_ops::cuda::sm90 {
+
+template <class Config, class Epilogue>
+struct KernelParams {
+  CUtensorMap map_a;
+  CUtensorMap map_b;
+  Problem problem;
+  int split_offset;  // kSplitB: rows of B between the two halves
+  GatherRows gather;
+  typename Epilogue::Params epilogue;
+};
+
+// Registers: 65536 a block. Two consumer warpgroups at 232 and a producer at 40 take 64512.
+constexpr int kProducerRegisters = 40;
+constexpr int kConsumerRegisters = 232;
+
+template <class Config, class Epilogue>
+__global__ void __launch_bounds__(Traits<Config>::kThreads, 1)
+    sm90_grouped_gemm_kernel(const __grid_constant__ KernelParams<Config, Epilogue> p) {
+  using T = Traits<Config>;
+  extern __shared__ __align__(1024) unsigned char shared_bytes[];
+  auto& smem = *reinterpret_cast<typename T::SharedStorage*>(shared_bytes);
+
+  const int group = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / kWarpgroup, 0);
+  const int cluster_rank = T::kCluster == 1 ? 0 : static_cast<int>(cute::block_rank_in_cluster());
+  const int first = blockIdx.x / T::kCluster, step = gridDim.x / T::kCluster;
+
+  if (threadIdx.x == 0) {
+    if constexpr (!T::kGather) cute::prefetch_tma_descriptor(&p.map_a);
+    cute::prefetch_tma_descriptor(&p.map_b);
+    init_barriers<Config>(smem);
+  }
+  if constexpr (T::kCluster > 1) {
+    cute::cluster_sync();
+  } else {
+    __syncthreads();
+  }
+
+  if (group == 0) {
+    if constexpr (T::kConsumers > 1) cutlass::arch::warpgroup_reg_dealloc<kProducerRegisters>();
+    if constexpr (T::kGather) {
+      produce_gather<Config>(p, smem, first, step, cluster_rank);
+    } else {
+      if (threadIdx.x < kWarp) produce_tma<Config>(p, smem, first, step, cluster_rank);
+    }
+    return;
+  }
+
+  if constexpr (T::kConsumers > 1) cutlass::arch::warpgroup_reg_alloc<kConsumerRegisters>();
+  const int player = group - 1;
+  const int thread = static_cast<int>(threadIdx.x) - kWarpgroup * (T::kPingpong ? group : 1);
+  PipelineState<Config> read;
+  // A wait for a phase passes at once on a new barrier if the parity is 1: player 0 begins.
+  uint32_t turn_phase = player == 0;
+  Scheduler<Config> scheduler(p.problem);
+  Tile tile;
+  int count = 0;
+  for (int index = first; scheduler.get(index, cluster_rank, tile); index += step, ++count) {
+    if (T::kPingpong && count % 2 != player) {
+      read.advance(tile.k_tiles);
+      continue;
+    }
+    auto acc = cute::partition_fragment_C(typename T::TiledMma{},
+                                          cute::Shape<cute::Int<T::kM>, cute::Int<T::kN>>{});
+    // A full barrier tells only one phase from the next. A player may look at it only when the
+    // other one has seen all earlier phases.
+    if constexpr (T::kPingpong) {
+      smem.turn[player].wait(turn_phase);
+      turn_phase ^= 1;
+    }
+    auto pass_turn = [&] {
+      if (T::kPingpong && threadIdx.x % kWarp == 0) smem.turn[1 - player].arrive();
+    };
+    if (tile.k_tiles > 0) {
+      multiply<Config>(smem, tile, read, acc, thread, T::kPingpong ? player : 0, pass_turn);
+    } else {
+      cute::clear(acc);
+      pass_turn();
+    }
+    Epilogue::template store<Config>(p.epilogue, p.problem, tile, acc, thread);
+  }
+}
+
+// ---- Host ----
+
+// Boxes of the operands' tensor maps (tensor_map.h): elements along the dense side, then lines.
+template <class Config>
+struct Boxes {
+  using T = Traits<Config>;
+  static constexpr int kA[2] = {T::kSpan, T::kLinesA};
+  static constexpr int kB[3] = {T::kSpan, T::kLinesB, 1};
+};
+
+// Blocks: at most one an SM, and no more than there can be tiles.
+template <class Config>
+int grid_blocks(const Problem& p, int num_sms) {
+  using T = Traits<Config>;
+  constexpr int64_t kClusterM = T::kM * T::kCluster;
+  constexpr int64_t kColumns = Config::kSplitB ? T::kN / 2 : T::kN;
+  const int64_t nt = ceil_div<int64_t>(p.n, kColumns);
+  // Every expert and the rows after the last one may end in a partly filled tile.
+  const int64_t mt = Config::kRaggedK
+                         ? p.num_experts * ceil_div<int64_t>(p.m, kClusterM)
+                         : p.rows / kClusterM + std::min<int64_t>(p.num_experts + 1, p.rows);
+  const int64_t clusters = std::max<int64_t>(1, num_sms / T::kCluster);
+  return static_cast<int>(std::min(clusters, mt * nt)) * T::kCluster;
+}
+
+template <class Config, class Epilogue>
+Status launch(const KernelParams<Config, Epilogue>& params, Stream stream) {
+  using T = Traits<Config>;
+  const int blocks = grid_blocks<Config>(params.problem, device_info().num_sms);
+  if (blocks == 0) return cudaSuccess;
+  auto* kernel = sm90_grouped_gemm_kernel<Config, Epilogue>;
+  MOE_CUDA_TRY(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, T::kSharedBytes));
+  cudaLaunchConfig_t config{};
+  config.gridDim = blocks;
+  config.blockDim = T::kThreads;
+  config.dynamicSmemBytes = T::kSharedBytes;
+  config.stream = stream;
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = T::kCluster;
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  config.attrs = &attribute;
+  config.numAttrs = T::kCluster > 1 ? 1 : 0;
+  MOE_CUDA_TRY(cudaLaunchKernelEx(&config, kernel, params));
+  return launched();
+}
+
+}  // namespace moe_ops::cuda::sm90

@@ -1,0 +1,283 @@
+// The two sides of the ring of stages in shared memory: a producer that fills it (TMA, or cp.async
+// for gathered rows) and consumer warpgroups that multiply from it (wgmma).
+//
+// Stage s is full when full[s] has counted its bytes (and, with gathered rows, 128 threads), empty
+// when every consumer warp that used it has arrived at empty[s] of every block of the cluster: with
+// multicast the neighbour's producer writes here, too.
+#pragma once
+
+#include <cutlass/arch/memory_sm80.h>
+#include <cutlass/arch/reg_reconfig.h>
+
+#include <cute/arch/copy_sm90_tma.hpp>
+#include <cutlass/pipeline/sm90_pipeline.hpp>
+
+#include "cuda/grouped_gemm/sm90_scheduler.cuh"
+
+namespace moe_ops::cuda::sm90 {
+
+// Rows that kGather copies: row r of the product is row index[r] / divisor of data, zeros if that
+// is outside [0, limit).
+struct GatherRows {
+  const void* data;
+  int64_t stride;  // elements
+  int limit;
+  const int32_t* index;
+  int divisor;
+};
+
+template <class Config>
+using PipelineState = cutlass::PipelineState<Traits<Config>::kStages>;
+
+template <class Config>
+__device__ inline void init_barriers(typename Traits<Config>::SharedStorage& smem) {
+  using T = Traits<Config>;
+  for (int s = 0; s < T::kStages; ++s) {
+    smem.full[s].init(1 + (T::kGather ? kWarpgroup : 0));
+    smem.empty[s].init(T::kTileGroups * (kWarpgroup / kWarp) * T::kCluster);
+  }
+  for (int g = 0; g < 2; ++g) smem.turn[g].init(kWarpgroup / kWarp);
+  cutlass::arch::fence_barrier_init();
+}
+
+// ---- Producer ----
+
+// One thread. A box of A for this block; a half of B for both blocks of a cluster.
+template <class Config>
+__device__ inline void load_a(const CUtensorMap* map, uint64_t* full,
+                              typename Config::Element* smem, const Tile& tile, int k_tile) {
+  using T = Traits<Config>;
+  constexpr auto kHint = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL);
+  const int k = tile.k0 + k_tile * T::kK;
+  if constexpr (Config::kMajorA == Major::kK) {
+#pragma unroll
+    for (int s = 0; s < T::kK / T::kSpan; ++s)
+      cute::SM90_TMA_LOAD_2D::copy(map, full, kHint, smem + s * T::kM * T::kSpan, k + s * T::kSpan,
+                                   tile.row0);
+  } else {
+#pragma unroll
+    for (int s = 0; s < T::kM / T::kSpan; ++s)
+      cute::SM90_TMA_LOAD_2D::copy(map, full, kHint, smem + s * T::kK * T::kSpan,
+                                   tile.row0 + s * T::kSpan, k);
+  }
+}
+
+template <class Config>
+__device__ inline void load_b(const CUtensorMap* map, uint64_t* full,
+                              typename Config::Element* smem, const Tile& tile, int k_tile,
+                              int split_offset, int cluster_rank) {
+  using T = Traits<Config>;
+  constexpr auto kHint = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL);
+  const int k = tile.k0 + k_tile * T::kK;
+  const int expert = Config::kRaggedK ? 0 : tile.expert;
+  auto copy = [&](int line, int c0, int c1) {
+    auto* to = smem + line * T::kSpan;
+    if constexpr (T::kCluster == 1) {
+      cute::SM90_TMA_LOAD_3D::copy(map, full, kHint, to, c0, c1, expert);
+    } else {
+      cute::SM90_TMA_LOAD_MULTICAST_3D::copy(map, full, (1 << T::kCluster) - 1, kHint, to, c0, c1,
+                                             expert);
+    }
+  };
+  if constexpr (Config::kMajorB == Major::kK) {
+    constexpr int kBoxes = T::kN / T::kLinesB;  // boxes along N
+#pragma unroll
+    for (int s = 0; s < T::kK / T::kSpan; ++s) {
+#pragma unroll
+      for (int i = 0; i < kBoxes / T::kCluster; ++i) {
+        const int box = T::kCluster == 1 ? i : cluster_rank;
+        const int col = tile.col0 + box * (Config::kSplitB ? split_offset : T::kLinesB);
+        copy(s * T::kN + box * T::kLinesB, k + s * T::kSpan, col);
+      }
+    }
+  } else {
+    constexpr int kBoxes = T::kN / T::kSpan / T::kCluster;
+    static_assert(kBoxes >= 1);
+#pragma unroll
+    for (int i = 0; i < kBoxes; ++i) {
+      const int box = cluster_rank * kBoxes + i;
+      copy(box * T::kK, tile.col0 + box * T::kSpan, k);
+    }
+  }
+}
+
+// One warp; lane 0 waits and issues.
+template <class Config, class Params>
+__device__ inline void produce_tma(const Params& p, typename Traits<Config>::SharedStorage& smem,
+                                   int first, int step, int cluster_rank) {
+  using T = Traits<Config>;
+  auto write = cutlass::PipelineState<T::kStages>{0, 1, 0};
+  const bool leader = threadIdx.x % kWarp == 0;
+  Scheduler<Config> scheduler(p.problem);
+  Tile tile;
+  for (int index = first; scheduler.get(index, cluster_rank, tile); index += step) {
+    if (leader) {
+#pragma unroll 1
+      for (int kt = 0; kt < tile.k_tiles; ++kt, ++write) {
+        const int s = write.index();
+        smem.empty[s].wait(write.phase());
+        smem.full[s].arrive_and_expect_tx(T::kStageBytes);
+        auto* full = reinterpret_cast<uint64_t*>(&smem.full[s]);
+        load_a<Config>(&p.map_a, full, smem.a + s * T::kM * T::kK, tile, kt);
+        load_b<Config>(&p.map_b, full, smem.b + s * T::kN * T::kK, tile, kt, p.split_offset,
+                       cluster_rank);
+      }
+    }
+    __syncwarp();
+  }
+  // A block must not leave while its neighbour may still arrive at its barriers.
+  if (T::kCluster > 1 && leader) {
+    for (int i = 0; i < T::kStages; ++i, ++write) smem.empty[write.index()].wait(write.phase());
+  }
+}
+
+// Four warps: every thread copies one 16-byte piece of every 16th row; thread 0 also loads B.
+template <class Config, class Params>
+__device__ inline void produce_gather(const Params& p, typename Traits<Config>::SharedStorage& smem,
+                                      int first, int step, int cluster_rank) {
+  using T = Traits<Config>;
+  using Element = typename Config::Element;
+  constexpr int kPiece = 16 / static_cast<int>(sizeof(Element));
+  constexpr int kPieces = kSwizzleBytes / 16;     // pieces of a line
+  constexpr int kRowStep = kWarpgroup / kPieces;  // rows that the warpgroup copies at once
+  constexpr int kRows = T::kM / kRowStep;
+  auto write = cutlass::PipelineState<T::kStages>{0, 1, 0};
+  const int piece = threadIdx.x % kPieces;
+  const int row = threadIdx.x / kPieces;
+  // The swizzle: piece c of line r lies at piece c ^ (r % 8). kRowStep is a multiple of 8, so the
+  // place within a line is the same for all rows of a thread.
+  static_assert(kRowStep % 8 == 0);
+  const int place = row * T::kSpan + (piece ^ (row % 8)) * kPiece;
+  Scheduler<Config> scheduler(p.problem);
+  Tile tile;
+  for (int index = first; scheduler.get(index, cluster_rank, tile); index += step) {
+    const Element* from[kRows];
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      const int r = tile.row0 + row + i * kRowStep;
+      // A negative index divided by the divisor might round to zero.
+      const int at = r < tile.row_end && tile.k_tiles > 0 ? __ldg(p.gather.index + r) : -1;
+      const int source = at / p.gather.divisor;
+      from[i] = at >= 0 && source < p.gather.limit ? static_cast<const Element*>(p.gather.data) +
+                                                         source * p.gather.stride + piece * kPiece
+                                                   : nullptr;
+    }
+#pragma unroll 1
+    for (int kt = 0; kt < tile.k_tiles; ++kt, ++write) {
+      const int s = write.index();
+      smem.empty[s].wait(write.phase());
+      auto* full = reinterpret_cast<uint64_t*>(&smem.full[s]);
+      if (threadIdx.x == 0) {
+        smem.full[s].arrive_and_expect_tx(T::kStageBytesB);
+        load_b<Config>(&p.map_b, full, smem.b + s * T::kN * T::kK, tile, kt, p.split_offset,
+                       cluster_rank);
+      }
+      Element* to = smem.a + s * T::kM * T::kK + place;
+#pragma unroll
+      for (int span = 0; span < T::kK / T::kSpan; ++span) {
+        const int k = kt * T::kK + span * T::kSpan;
+        const bool inside = k + piece * kPiece < p.problem.k;
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) {
+          const bool copy = inside && from[i] != nullptr;
+          cutlass::arch::cp_async_zfill<16, cutlass::arch::CacheOperation::Global>(
+              to + (span * T::kM + i * kRowStep) * T::kSpan, copy ? from[i] + k : p.gather.data,
+              copy);
+        }
+      }
+      cutlass::arch::cpasync_barrier_arrive_noinc(full);
+    }
+  }
+  if (T::kCluster > 1 && threadIdx.x == 0) {
+    for (int i = 0; i < T::kStages; ++i, ++write) smem.empty[write.index()].wait(write.phase());
+  }
+}
+
+// ---- Consumer ----
+
+// One lane a warp, for all blocks of the cluster.
+template <class Config>
+__device__ inline void release(typename Traits<Config>::SharedStorage& smem, int stage) {
+  using T = Traits<Config>;
+  if constexpr (T::kCluster == 1) {
+    if (threadIdx.x % kWarp == 0) smem.empty[stage].arrive();
+  } else {
+    const int lane = threadIdx.x % kWarp;
+    smem.empty[stage].arrive(lane, lane < T::kCluster);
+  }
+}
+
+// Ragged K: the last stage of an expert holds rows of the next one. They are overwritten by zeros,
+// in A and in B, since 0 * NaN is NaN. All threads that share the tile take part.
+template <class Config>
+__device__ inline void clear_rows(typename Traits<Config>::SharedStorage& smem, int stage,
+                                  int valid, int thread, int barrier) {
+  using T = Traits<Config>;
+  constexpr int kThreads = T::kTileGroups * kWarpgroup;
+  constexpr int kLine = kSwizzleBytes / sizeof(uint4);
+  constexpr int kBlocksA = T::kM / T::kSpan, kBlocksB = T::kN / T::kSpan;
+  const int pieces = (T::kK - valid) * kLine;
+  for (int block = 0; block < kBlocksA + kBlocksB; ++block) {
+    auto* lines = reinterpret_cast<uint4*>(
+        block < kBlocksA ? smem.a + (stage * T::kM + block * T::kSpan) * T::kK
+                         : smem.b + (stage * T::kN + (block - kBlocksA) * T::kSpan) * T::kK);
+    for (int i = thread; i < pieces; i += kThreads)
+      lines[valid * kLine + i] = make_uint4(0, 0, 0, 0);
+  }
+  cutlass::arch::fence_view_async_shared();
+  cutlass::arch::NamedBarrier::sync(kThreads, barrier);
+}
+
+// acc = sum over the stages of `tile`; `read` moves on by tile.k_tiles (> 0). `thread` counts the
+// threads that share the tile. One product stays in flight while the next stage is awaited.
+// issued() is called when the last product has been started.
+template <class Config, class Accumulators, class Issued>
+__device__ inline void multiply(typename Traits<Config>::SharedStorage& smem, const Tile& tile,
+                                PipelineState<Config>& read, Accumulators& acc, int thread,
+                                int barrier, const Issued& issued) {
+  using namespace cute;
+  using T = Traits<Config>;
+  Tensor sA = make_tensor(make_smem_ptr(smem.a), typename T::LayoutA{});  // (M, K, stage)
+  Tensor sB = make_tensor(make_smem_ptr(smem.b), typename T::LayoutB{});  // (N, K, stage)
+  typename T::TiledMma mma;
+  // Descriptors are uniform over a warpgroup.
+  const int group = __shfl_sync(~0u, thread / kWarpgroup, 0);
+  auto slice = mma.get_slice(group * kWarpgroup);
+  Tensor tA = slice.make_fragment_A(slice.partition_A(sA));  // (mma, m, k, stage)
+  Tensor tB = slice.make_fragment_B(slice.partition_B(sB));  // (mma, n, k, stage)
+
+  mma.accumulate_ = GMMA::ScaleOut::Zero;
+  PipelineState<Config> done = read;
+#pragma unroll 1
+  for (int kt = 0; kt < tile.k_tiles; ++kt) {
+    const int s = read.index();
+    smem.full[s].wait(read.phase());
+    // cp.async writes through the generic proxy, wgmma reads through the asynchronous one.
+    if constexpr (T::kGather) cutlass::arch::fence_view_async_shared();
+    if constexpr (Config::kRaggedK) {
+      const int valid = tile.k_size - kt * T::kK;
+      if (valid < T::kK) clear_rows<Config>(smem, s, valid, thread, barrier);
+    }
+    warpgroup_fence_operand(acc);
+    warpgroup_arrive();
+#pragma unroll
+    for (int k = 0; k < size<2>(tA); ++k) {
+      gemm(mma, tA(_, _, k, s), tB(_, _, k, s), acc);
+      mma.accumulate_ = GMMA::ScaleOut::One;
+    }
+    warpgroup_commit_batch();
+    warpgroup_wait<1>();
+    warpgroup_fence_operand(acc);
+    if (kt > 0) {
+      release<Config>(smem, done.index());
+      ++done;
+    }
+    ++read;
+  }
+  issued();
+  warpgroup_wait<0>();
+  warpgroup_fence_operand(acc);
+  release<Config>(smem, done.index());
+}
+
+}  // namespace moe_ops::cuda::sm90

@@ -1,0 +1,55 @@
+#include <cuda_runtime.h>
+
+#include "cuda/check.h"
+#include "cuda/grouped_gemm/tensor_map.h"
+
+namespace moe_ops::cuda {
+
+namespace {
+
+using Encode = decltype(&cuTensorMapEncodeTiled);
+
+Encode find_encode() {
+  void* entry = nullptr;
+  cudaDriverEntryPointQueryResult found{};
+  if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault,
+                                       &found) != cudaSuccess ||
+      found != cudaDriverEntryPointSuccess) {
+    cudaGetLastError();
+    return nullptr;
+  }
+  return reinterpret_cast<Encode>(entry);
+}
+
+}  // namespace
+
+bool tensor_map_possible(const TensorMapDesc& d) {
+  if (reinterpret_cast<uintptr_t>(d.data) % 16 != 0) return false;
+  for (int i = 0; i < d.rank; ++i)
+    if (d.size[i] < 1 || d.size[i] > INT32_MAX) return false;  // coordinates are int32
+  for (int i = 0; i + 1 < d.rank; ++i) {
+    const int64_t bytes = d.stride[i] * d.element_size;
+    if (bytes < 0 || bytes % 16 != 0 || bytes >= int64_t{1} << 40) return false;
+  }
+  return true;
+}
+
+Status encode_tensor_map(CUtensorMap* map, const TensorMapDesc& d) {
+  static const Encode encode = find_encode();
+  if (encode == nullptr) return cudaErrorNotSupported;
+  cuuint64_t size[3], stride[2];
+  cuuint32_t box[3], step[3] = {1, 1, 1};
+  for (int i = 0; i < d.rank; ++i) {
+    size[i] = static_cast<cuuint64_t>(d.size[i]);
+    box[i] = static_cast<cuuint32_t>(d.box[i]);
+  }
+  for (int i = 0; i + 1 < d.rank; ++i)
+    stride[i] = static_cast<cuuint64_t>(d.stride[i] * d.element_size);
+  const CUresult result =
+      encode(map, d.type, static_cast<cuuint32_t>(d.rank), const_cast<void*>(d.data), size, stride,
+             box, step, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+}  // namespace moe_ops::cuda

@@ -1,0 +1,31 @@
+// Tensor maps for TMA, made on the host and passed by value as __grid_constant__ parameters. The
+// driver's encoder is found at run time, so nothing links with libcuda.
+#pragma once
+
+#include <cuda.h>
+
+#include <cstdint>
+
+#include "moe_ops/common.h"
+
+namespace moe_ops::cuda {
+
+// A dense tensor in memory: sizes and boxes from the dense side outwards. stride[i]: elements from
+// one index of dimension i + 1 to the next; bytes must be a multiple of 16.
+struct TensorMapDesc {
+  const void* data = nullptr;
+  CUtensorMapDataType type = CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  int element_size = 2;
+  int rank = 2;
+  int64_t size[3] = {1, 1, 1};
+  int64_t stride[2] = {0, 0};
+  int box[3] = {1, 1, 1};
+};
+
+// True if TMA can read it: 16-byte alignment of data and strides, sizes and strides in range.
+bool tensor_map_possible(const TensorMapDesc& d);
+
+// Boxes are written with the 128-byte swizzle, zeros outside the tensor. Returns a cudaError_t.
+Status encode_tensor_map(CUtensorMap* map, const TensorMapDesc& d);
+
+}  // namespace moe_ops::cuda
