@@ -19,14 +19,17 @@ namespace {
 
 #include "cpu/kernels/vector-inl.h"
 // All else is built on the vectors.
+#include "cpu/kernels/fp8-inl.h"
 #include "cpu/kernels/functions-inl.h"
 #include "cpu/kernels/pairs-inl.h"
 #include "cpu/kernels/rows-inl.h"
 #include "cpu/kernels/stream-inl.h"
 #include "cpu/kernels/tiles-inl.h"
-// Takes add_product from the tiles.
-#include "cpu/kernels/fp8-inl.h"
-#include "cpu/kernels/quant-inl.h"
+// Weights of 8 and 4 bits; words take add_product from the tiles.
+#include "cpu/kernels/integers-inl.h"
+#include "cpu/kernels/quant4-inl.h"
+#include "cpu/kernels/quant8-inl.h"
+#include "cpu/kernels/words-inl.h"
 
 // --- table
 

@@ -48,14 +48,13 @@ inline void check_fp8_weights(const Op& op, const char* name, const char* scale_
   check_size(op, scale_name, scale, 2, fp8_blocks(w.size(2)), "the blocks of 128 inputs");
 }
 
-// dense: a copy where weights are not dense along k; otherwise any strides go through.
-inline Fp8Weights fp8_weights(const Tensor& w, const Tensor& scale, bool dense) {
-  Fp8Weights out{dense ? with_dense_rows(w) : w, with_dense_rows(scale), {}};
+// A copy where weights are not dense along k.
+inline Fp8Weights fp8_weights(const Tensor& w, const Tensor& scale) {
+  Fp8Weights out{with_dense_rows(w), with_dense_rows(scale), {}};
   Fp8Matrices& m = out.matrices;
   m.data = static_cast<const uint8_t*>(out.tensor.const_data_ptr());
   m.stride_e = out.tensor.stride(0);
   m.stride_o = out.tensor.stride(1);
-  m.stride_k = out.tensor.size(2) <= 1 ? 1 : out.tensor.stride(2);
   m.scale = static_cast<const float*>(out.scale_tensor.const_data_ptr());
   m.scale_stride_e = out.scale_tensor.stride(0);
   m.scale_stride_o = out.scale_tensor.stride(1);

@@ -1,6 +1,7 @@
 #include "moe_ops/moe_ffn_fp8.h"
 
 #include "torch/activation.h"
+#include "torch/device.h"
 #include "torch/fp8.h"
 #include "torch/tensor_utils.h"
 
@@ -76,8 +77,8 @@ Tensor moe_ffn_fp8(const Tensor& x, const Tensor& w_gate_up, const Tensor& w_gat
   const std::vector<int64_t> offsets(ends, ends + s.E + 1);
   const Tensor src = with_dense_rows(x);
   const Tensor weights = contiguous_as(topk_weights, ScalarType::Float);
-  const Fp8Weights up = fp8_weights(w_gate_up, w_gate_up_scale, true);
-  const Fp8Weights down = fp8_weights(w_down, w_down_scale, true);
+  const Fp8Weights up = fp8_weights(w_gate_up, w_gate_up_scale);
+  const Fp8Weights down = fp8_weights(w_down, w_down_scale);
   const Bias up_bias = bias_of(b_gate_up, s.type);
   const Bias down_bias = bias_of(b_down, s.type);
   Tensor y = empty_cpu({s.T, s.H}, x.scalar_type());
@@ -106,5 +107,52 @@ Tensor moe_ffn_fp8(const Tensor& x, const Tensor& w_gate_up, const Tensor& w_gat
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(moe_ops, CPU, m) { m.impl("moe_ffn_fp8", MOE_BOX(moe_ffn_fp8)); }
+
+#ifdef MOE_OPS_WITH_CUDA
+
+static Tensor moe_ffn_fp8_cuda(const Tensor& x, const Tensor& w_gate_up,
+                               const Tensor& w_gate_up_scale, const Tensor& w_down,
+                               const Tensor& w_down_scale, const Tensor& topk_weights,
+                               const Tensor& topk_ids, const OptTensor& b_gate_up,
+                               const OptTensor& b_down, std::string activation, bool interleaved,
+                               bool apply_router_weight_on_input, double alpha, double limit) {
+  const Op op(kOp, x);
+  const Sizes s = check(op, x, w_gate_up, w_gate_up_scale, w_down, w_down_scale, topk_weights,
+                        topk_ids, b_gate_up, b_down, activation, interleaved, alpha, limit);
+  const auto [expert_offsets, row_to_slot, slot_to_row] = device_sorted_slots(op, topk_ids, s.E);
+  const Tensor src = with_dense_rows(x);
+  const Tensor weights = contiguous_as(topk_weights, ScalarType::Float);
+  const Fp8Weights up = fp8_weights(w_gate_up, w_gate_up_scale);
+  const Fp8Weights down = fp8_weights(w_down, w_down_scale);
+  const Bias up_bias = bias_of(b_gate_up, s.type);
+  const Bias down_bias = bias_of(b_down, s.type);
+  Tensor y = device_empty(x, {s.T, s.H}, x.scalar_type());
+  cuda::MoeFfnFp8Params p{};
+  p.num_tokens = s.T;
+  p.hidden_size = s.H;
+  p.intermediate_size = s.I;
+  p.num_experts = s.E;
+  p.top_k = s.K;
+  p.act = s.act;
+  p.apply_router_weight_on_input = apply_router_weight_on_input;
+  p.expert_offsets = static_cast<const int32_t*>(expert_offsets.const_data_ptr());
+  p.row_to_slot = static_cast<const int32_t*>(row_to_slot.const_data_ptr());
+  p.slot_to_row = static_cast<const int32_t*>(slot_to_row.const_data_ptr());
+  p.topk_weights = static_cast<const float*>(weights.const_data_ptr());
+  p.x = rows_of(src, s.type);
+  p.w_gate_up = up.matrices;
+  p.w_down = down.matrices;
+  p.b_gate_up = up_bias.vectors;
+  p.b_down = down_bias.vectors;
+  p.y = y.mutable_data_ptr();
+  Tensor workspace = device_empty(x, {cuda::moe_ffn_fp8_workspace(p)}, ScalarType::Byte);
+  p.workspace = workspace.mutable_data_ptr();
+  check_status(op, cuda::moe_ffn_fp8(p, current_stream(x)));
+  return y;
+}
+
+MOE_CUDA_LIBRARY(m) { m.impl("moe_ffn_fp8", MOE_CUDA_BOX(moe_ffn_fp8_cuda)); }
+
+#endif  // MOE_OPS_WITH_CUDA
 
 }  // namespace moe_ops::adapter

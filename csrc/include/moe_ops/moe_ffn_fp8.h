@@ -26,4 +26,32 @@ namespace cpu {
 void moe_ffn_fp8(const MoeFfnFp8Params& p, const Parallel& par);
 }  // namespace cpu
 
+namespace cuda {
+
+struct MoeFfnFp8Params {
+  int64_t num_tokens;         // T
+  int64_t hidden_size;        // H
+  int64_t intermediate_size;  // I
+  int64_t num_experts;        // E
+  int64_t top_k;              // K
+  ActivationParams act;
+  bool apply_router_weight_on_input;
+  const int32_t* expert_offsets;  // [E+1]
+  const int32_t* row_to_slot;     // [N], N = T * K
+  const int32_t* slot_to_row;     // [T, K]
+  const float* topk_weights;      // [T, K]
+  Rows x;                         // [T, H], no index
+  Fp8Matrices w_gate_up;          // [E, P, H]
+  Fp8Matrices w_down;             // [E, H, I]
+  ExpertVectors b_gate_up;        // [E, P] or none
+  ExpertVectors b_down;           // [E, H] or none
+  void* y;                        // [T, H] contiguous, out, x's type
+  void* workspace;                // moe_ffn_fp8_workspace bytes, aligned to 256
+};
+
+int64_t moe_ffn_fp8_workspace(const MoeFfnFp8Params& p);
+Status moe_ffn_fp8(const MoeFfnFp8Params& p, Stream stream);
+
+}  // namespace cuda
+
 }  // namespace moe_ops

@@ -33,4 +33,8 @@ namespace cpu {
 void quantize_fp8(const QuantizeFp8Params& p, const Parallel& par);
 }  // namespace cpu
 
+namespace cuda {
+Status quantize_fp8(const QuantizeFp8Params& p, Stream stream);
+}  // namespace cuda
+
 }  // namespace moe_ops
