@@ -12,8 +12,8 @@
 
 namespace moe_ops::cuda {
 
-// Letters say how the operands lie, as in BLAS: A [rows, K] times B [N, K] or [K, N], and the weight
-// gradient A [rows, M] times B [rows, N].
+// Letters say how the operands lie, as in BLAS: A [rows, K] times B [N, K] or [K, N], and the
+// weight gradient A [rows, M] times B [rows, N].
 enum class Product { kNT, kNN, kTN, kGatherNT };
 
 // Tile of the output. 128x256: two consumer warpgroups share it, two blocks share B. 128x128 and
@@ -33,9 +33,9 @@ struct GemmDesc {
 struct GemmConfig {
   TileShape shape;
   int m, n, k;
-  int cluster;       // row tiles that share B
+  int cluster;  // row tiles that share B
   bool pingpong;
-  double mma_rate;   // share of the peak rate that the schedule reaches on long sums, an estimate
+  double mma_rate;  // share of the peak rate that the schedule reaches on long sums, an estimate
 };
 
 // mma_rate: the order of the schedules in CUTLASS' own profiles of H100 (sm90 bf16, 8192^3).
@@ -58,9 +58,10 @@ constexpr bool has_kernel(Product p, TileShape s) {
   return true;
 }
 
-// Cycles that the whole product takes with a tile, by a model of three parts: tiles come in waves of
-// one an SM; a tile takes as long as its products or its operands from L2, whichever is longer, and
-// a start and an end that only ping-pong hides; all together no less than the weights from DRAM.
+// Cycles that the whole product takes with a tile, by a model of three parts: tiles come in waves
+// of one an SM; a tile takes as long as its products or its operands from L2, whichever is longer,
+// and a start and an end that only ping-pong hides; all together no less than the weights from
+// DRAM.
 inline double estimate_cycles(const GemmDesc& d, const GemmConfig& c) {
   constexpr double kMmaPerCycle = 1024;  // bf16 products an SM
   constexpr double kL2Bytes = 48;        // a cycle an SM, 132 SMs at about 11 TB/s
@@ -80,8 +81,8 @@ inline double estimate_cycles(const GemmDesc& d, const GemmConfig& c) {
   const double store = c.m * c.n * kElement / kL2Bytes;
   const double ends = c.pingpong ? 0 : kFill + store;
   const double tiles = waves * (std::max(mma, load) + ends) + kFill + store;
-  const double operands = wgrad ? d.rows * static_cast<double>(d.m + d.n)
-                                : experts * d.n * k + d.rows * (k + d.n);
+  const double operands =
+      wgrad ? d.rows * static_cast<double>(d.m + d.n) : experts * d.n * k + d.rows * (k + d.n);
   const double result = wgrad ? experts * static_cast<double>(d.m) * d.n : 0;
   return std::max(tiles, (operands + result) * kElement / (kDramBytes * d.num_sms) + kFill);
 }

@@ -1,10 +1,9 @@
 // Which of the sm_90a kernels serves a call.
-#include "cuda/grouped_gemm/sm90.h"
-
 #include <cuda_runtime_api.h>
 
 #include <cstdlib>
 
+#include "cuda/grouped_gemm/sm90.h"
 #include "cuda/grouped_gemm/sm90_operands.h"
 #include "cuda/runtime.h"
 

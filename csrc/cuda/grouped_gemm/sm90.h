@@ -6,9 +6,9 @@
 
 namespace moe_ops::cuda::sm90 {
 
-// The product that a call is, and whether these kernels take it: an sm_90 card, 16-byte alignment of
-// every row (K, N and strides multiples of 8), operands of one type, no scale in a weight gradient.
-// Other calls go to the generic kernels.
+// The product that a call is, and whether these kernels take it: an sm_90 card, 16-byte alignment
+// of every row (K, N and strides multiples of 8), operands of one type, no scale in a weight
+// gradient. Other calls go to the generic kernels.
 bool supports(const GroupedGemmParams& p);
 bool supports(const GroupedWgradParams& p);
 

@@ -240,8 +240,8 @@ __device__ inline void add_rows(const OutRows& out, const Tile& tile, int cols, 
   }
 }
 
-// out[expert] = acc, or += acc: ragged K. Every element is written; with `add`, experts without rows
-// are left alone.
+// out[expert] = acc, or += acc: ragged K. Every element is written; with `add`, experts without
+// rows are left alone.
 struct StoreExperts {
   struct Params {
     void* out;  // [E, m, n] contiguous
@@ -255,8 +255,7 @@ struct StoreExperts {
     using Output = typename Config::Output;
     if (p.add && tile.k_tiles == 0) return;
     const int64_t bytes = p.out_fp32 ? sizeof(float) : sizeof(Output);
-    char* data =
-        static_cast<char*>(p.out) + int64_t{tile.expert} * problem.m * problem.n * bytes;
+    char* data = static_cast<char*>(p.out) + int64_t{tile.expert} * problem.m * problem.n * bytes;
     const OutRows out{data, problem.n, p.out_fp32, nullptr, 1, problem.m};
     if (p.add) add_rows<Config>(out, tile, problem.n, acc, thread);
     store_rows<Config>(out, tile, problem.n, acc, thread);

@@ -22,12 +22,11 @@ struct ConfigOf : GemmDefaults {
   static constexpr Schedule kSchedule =
       kChoice.pingpong ? Schedule::kPingpong : Schedule::kCooperative;
   static constexpr int kCluster = kChoice.cluster;
-  static constexpr Source kSourceA =
-      product == Product::kGatherNT ? Source::kGather : Source::kTma;
+  static constexpr int kBoxM = kChoice.m == 64 ? 16 : 64;
+  static constexpr Source kSourceA = product == Product::kGatherNT ? Source::kGather : Source::kTma;
   static constexpr bool kRaggedK = product == Product::kTN;
   static constexpr Major kMajorA = kRaggedK ? Major::kMN : Major::kK;
-  static constexpr Major kMajorB =
-      kRaggedK || product == Product::kNN ? Major::kMN : Major::kK;
+  static constexpr Major kMajorB = kRaggedK || product == Product::kNN ? Major::kMN : Major::kK;
 };
 
 template <class Config, class Params>
@@ -52,8 +51,7 @@ Status run(const GroupedGemmParams& p, Stream stream) {
   params.problem.n = static_cast<int>(p.out_features);
   params.problem.k = static_cast<int>(p.in_features);
   params.problem.zero_tail = p.zero_tail;
-  params.gather = {p.a.data, p.a.stride, static_cast<int>(p.a.limit), p.a.index,
-                   p.a.index_divisor};
+  params.gather = {p.a.data, p.a.stride, static_cast<int>(p.a.limit), p.a.index, p.a.index_divisor};
   params.epilogue.out = {p.out.data,  p.out.stride,        p.out.type == DType::kFloat32,
                          p.out.index, p.out.index_divisor, p.out.limit};
   params.epilogue.bias = p.bias.data;

@@ -10,8 +10,8 @@ inline TensorMapDesc matrix(const void* data, DType type, int64_t cols, int64_t 
                             int64_t stride) {
   TensorMapDesc d;
   d.data = data;
-  d.type = type == DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
-                                    : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+  d.type =
+      type == DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
   d.element_size = 2;
   d.rank = 2;
   d.size[0] = cols;
