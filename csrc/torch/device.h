@@ -13,7 +13,20 @@
 namespace moe_ops::adapter {
 
 // An uninitialised tensor on the device of `like`. On the simulator it is filled with NaN bytes.
-Tensor device_empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype);
+Tensor device_empty(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes,
+                    ScalarType dtype);
+
+inline Tensor device_empty(const Tensor& like, std::initializer_list<int64_t> sizes,
+                           ScalarType dtype) {
+  return device_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()),
+                      dtype);
+}
+
+inline Tensor device_empty(const Tensor& like, const std::vector<int64_t>& sizes,
+                           ScalarType dtype) {
+  return device_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.data(), sizes.size()),
+                      dtype);
+}
 
 cuda::Stream current_stream(const Tensor& t);
 

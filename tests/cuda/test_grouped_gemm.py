@@ -1,4 +1,4 @@
-"""The grouped GEMM kernels under every schedule, and what they do with offsets that lead nowhere."""
+"""The grouped GEMM kernels under every schedule, and with offsets that lead nowhere."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_schedules(simulator, case, dtype):
     "offsets", [[0, 4, 7, 13], [0, 8, 7, 12], [1, 4, 7, 12], [0, -4, 7, 12], [0, 4, 7, 2**31 - 1]]
 )
 def test_offsets_out_of_order_stay_inside_the_rows(offsets, dtype):
-    """A device cannot refuse what it reads; every access outside a tensor would be reported here."""
+    """A device cannot refuse what it reads; the simulator reports accesses outside tensors."""
     call = operands((4, 3, 5), 9, 7, dtype, tail=0)
     products(**{**call, "expert_offsets": torch.tensor(offsets, dtype=torch.int32)})
 

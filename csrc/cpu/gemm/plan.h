@@ -47,6 +47,7 @@ constexpr int64_t kFeatureBlock = 252;
 // The same for panels, in whole panels of every level, and for AMX, whose items first rearrange
 // their tokens: the more features share that work the better.
 constexpr int64_t kPanelFeatureBlock = 256;
+constexpr int64_t kStreamFeatureBlock = 1024;
 constexpr int64_t kAmxFeatureBlock = 2048;
 // Elements of the accumulate type between panels packed for one product: two lines, so that what a
 // row of weights writes into all panels does not meet in one L1 set.
@@ -198,6 +199,10 @@ std::vector<GemmItem> gemm_items(const GemmDesc<T>& d, const Kernels<T>& k, int 
         break;
       case Path::kPanels:
       case Path::kPairPanels:
+        // Few rows are read in streams, of a quarter of an item each: the longer the better.
+        most_features = end - begin <= kMaxStreamRows ? kStreamFeatureBlock : kPanelFeatureBlock;
+        most_rows = kPanelRowBlock;
+        break;
       case Path::kQuantPanels:
       case Path::kPairQuantPanels:
         most_features = kPanelFeatureBlock;

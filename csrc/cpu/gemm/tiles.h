@@ -172,9 +172,10 @@ void panel_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, c
   const int64_t padded_n = round_up(n, P), ldc = padded_n * d.segments;
   const int64_t K = kPairs ? ceil_div<int64_t>(d.in_features, 2) : d.in_features;
   // Blocks of equal depth: a short one would pay for its sums in memory with little arithmetic.
-  const int64_t depth = round_up(K, step), block_k = balanced(depth, kKc, 8);
+  // One row has no pitch, and no next row that would want the sums' registers.
+  const int64_t depth = round_up(K, step), block_k = m == 1 ? depth : balanced(depth, kKc, 8);
   const int64_t k_blocks = ceil_div(depth, block_k);
-  T* a = scratch<T>(Scratch::kTokens, k_blocks * m * kLda);
+  T* a = scratch<T>(Scratch::kTokens, m == 1 ? depth : k_blocks * m * kLda);
   T* tile = scratch<T>(Scratch::kTile, m * ldc);
   for (int64_t t = 0; t < m; ++t) {
     for (int64_t b = 0; b < k_blocks; ++b) {
