@@ -1,8 +1,8 @@
-"""Breaks the PTX of the sm_90a grouped GEMMs in one place at a time and asks the simulator whether it
+"""Breaks the PTX of the sm_90a grouped GEMMs in one place at a time and asks whether the simulator
 notices. Run by test_grouped_gemm_sm90.py; prints {mutant: how it was noticed, or null} as JSON.
 
-Each mutant runs in a process of its own, forked before anything was launched: the simulator replaces
-the first module that a process loads."""
+Each mutant runs in a process of its own, forked before anything was launched: the simulator
+replaces the first module that a process loads."""
 
 from __future__ import annotations
 
@@ -86,7 +86,11 @@ MUTANTS: dict[str, tuple[str, str, Mutation]] = {
         sub(r"mbarrier\.arrive\.shared::cta\.b64 _, \[%r\d+\];", "", 0),
     ),
     "expected bytes 32 short": ("nt", "128x128", sub(EXPECT, added(r"\2", -32) + r"\1q; }")),
-    "empty barrier counts one warp less": ("nt", "128x256", sub(INIT, added(r"\2", -1) + r"\1q; }", 1)),
+    "empty barrier counts one warp less": (
+        "nt",
+        "128x256",
+        sub(INIT, added(r"\2", -1) + r"\1q; }", 1),
+    ),
     "A box 16 columns further": ("nt", "128x128", sub(LOAD_A, added(r"\2", 16) + r"\1q\3 }")),
     "B box of the next expert": ("nn", "128x128", sub(LOAD_B, added(r"\2", 1) + r"\1q\3 }")),
     "descriptor advances 64 bytes for 32": (
@@ -103,7 +107,7 @@ MUTANTS: dict[str, tuple[str, str, Mutation]] = {
         "nt",
         "128x256",
         sub(
-            r"(cp\.async\.bulk\.tensor\.3d[^;]*?)\.multicast::cluster(\S*[^;]*?), %rs\d+(, %rd\d+;)",
+            r"(cp\.async\.bulk\.tensor\.3d[^;]*?)\.multicast::cluster([^;]*?), %rs\d+(, %rd\d+;)",
             r"\1\2\3",
         ),
     ),
@@ -186,7 +190,7 @@ def run(product: str, call: dict[str, torch.Tensor]) -> torch.Tensor:
 
 def how_noticed(product: str, call: dict[str, torch.Tensor], expected: torch.Tensor) -> str:
     simulator = Simulator()
-    simulator.set(sms=2, livelock_insts=3_000_000, max_insts=200_000_000, race=1)
+    simulator.set(sms=2, livelock_insts=3_000_000, max_insts=20_000_000, race=1)
     for seed, delay in SCHEDULES:
         simulator.set(seed=seed, async_delay=delay)
         try:

@@ -38,13 +38,17 @@ TILES = (
     Tile(64, 128, 64, 1, 16),
     Tile(64, 64, 128, 1, 16),
 )
-KERNELS = [(p, t) for p, t in itertools.product(("nt", "nn", "tn"), TILES) if p != "tn" or t.m == t.n or t.n == 256]
-KERNELS = [(p, t) for p, t in KERNELS if p != "tn" or t.m == 128]
+KERNELS = [
+    (product, tile)
+    for product, tile in itertools.product(("nt", "nn", "tn"), TILES)
+    if product != "tn" or tile.m == 128
+]
 kernels = pytest.mark.parametrize(("product", "tile"), KERNELS, ids=str)
 
 
 @pytest.fixture(autouse=True)
-def only_these_kernels(monkeypatch):
+def middle_tile(monkeypatch):
+    """For tests that are not about tiles."""
     monkeypatch.setenv("MOE_OPS_GEMM_TILE", "128x128")
 
 
@@ -119,8 +123,8 @@ def test_schedules(simulator, monkeypatch, product, tile):
 
 @kernels
 def test_bytes(simulator, monkeypatch, product, tile):
-    """csrc/cuda/grouped_gemm/NOTES.md has the formula: A once a column tile, in boxes that hold rows
-    of the group; B once a row tile, or once a cluster; the result once."""
+    """csrc/cuda/grouped_gemm/NOTES.md has the formula: A once a column tile, in boxes that hold
+    rows of the group; B once a row tile, or once a cluster; the result once."""
     monkeypatch.setenv("MOE_OPS_GEMM_TILE", str(tile))
     counts, n, k, tail = (tile.m + 1, 0, 3, 2 * tile.m, 70), tile.n + 8, 136, 3
     call = operands(product, counts, n, k, tail=tail)
@@ -133,7 +137,8 @@ def test_bytes(simulator, monkeypatch, product, tile):
         column_tiles = -(-n // tile.n)
         clusters = -(-m // (tile.m * tile.cluster))
         b_bytes += column_tiles * clusters * steps * tile.n * tile.k * 2
-        lines = clusters * tile.cluster * tile.m if product == "tn" else -(-m // tile.box_m) * tile.box_m
+        boxes = -(-m // tile.box_m)
+        lines = clusters * tile.cluster * tile.m if product == "tn" else boxes * tile.box_m
         a_bytes += column_tiles * steps * lines * tile.k * 2
     assert counted["tma_ld_bytes"] == a_bytes + b_bytes
     rows = len(counts) * k if product == "tn" else sum(counts) + tail
@@ -161,7 +166,7 @@ def test_nan_of_an_expert_stays_with_it(simulator, product):
     "offsets", [[0, 4, 7, 13], [0, 8, 7, 12], [1, 4, 7, 12], [0, -4, 7, 12], [0, 4, 7, 2**31 - 1]]
 )
 def test_offsets_out_of_order_stay_inside_the_rows(simulator, product, offsets):
-    """A device cannot refuse what it reads; every access outside a tensor would be reported here."""
+    """A device cannot refuse what it reads; every access outside a tensor would be reported."""
     call = operands(product, (4, 3, 5), 16, 24, tail=0)
     run(product, {**call, "expert_offsets": torch.tensor(offsets, dtype=torch.int32)})
 
@@ -196,3 +201,16 @@ def test_experts_that_share_a_matrix(simulator, product):
     call = operands(product, (5, 0, 70), 72, 80)
     call["b"] = call["b"][:1].expand(3, -1, -1)
     check(product, call)
+
+
+def test_mutants_are_noticed(simulator):
+    """Waits, fences, arrivals, counts, coordinates and descriptors of the compiled kernels, broken
+    one at a time (sm90_mutants.py)."""
+    script = Path(__file__).with_name("sm90_mutants.py")
+    done = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, env=dict(os.environ)
+    )
+    assert done.returncode == 0, done.stderr
+    noticed = json.loads(done.stdout)
+    assert len(noticed) >= 10
+    assert [name for name, how in noticed.items() if how is None] == []
