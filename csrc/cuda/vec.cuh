@@ -83,9 +83,20 @@ struct Wide {
   Accumulate<S> v[N];
 };
 
+// The same as they lie in memory: loads that are to be under way together take fewer registers so.
+template <class S, int N>
+struct Packed {
+  Raw<N * sizeof(S)> raw;
+};
+
 template <int N, class S>
-__device__ __forceinline__ Wide<S, N> load_wide(const S* p) {
-  const Raw<N * sizeof(S)> raw = *reinterpret_cast<const Raw<N * sizeof(S)>*>(p);
+__device__ __forceinline__ Packed<S, N> load_packed(const S* p) {
+  return {*reinterpret_cast<const Raw<N * sizeof(S)>*>(p)};
+}
+
+template <class S, int N>
+__device__ __forceinline__ Wide<S, N> unpack(const Packed<S, N>& packed) {
+  const Raw<N * sizeof(S)>& raw = packed.raw;
   Wide<S, N> out;
   if constexpr (__is_same(S, bf16) && N % 2 == 0) {
     // A bf16 is the upper half of a float.
@@ -103,6 +114,11 @@ __device__ __forceinline__ Wide<S, N> load_wide(const S* p) {
     for (int i = 0; i < N; ++i) out.v[i] = widen(s[i]);
   }
   return out;
+}
+
+template <int N, class S>
+__device__ __forceinline__ Wide<S, N> load_wide(const S* p) {
+  return unpack(load_packed<N>(p));
 }
 
 template <int N, class S>

@@ -100,9 +100,9 @@ OnCuda::Scope::Scope(const Tensor& first) {
 
 OnCuda::Scope::~Scope() { delete static_cast<torch::stable::accelerator::DeviceGuard*>(guard); }
 
-Tensor device_empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
-  Tensor t = torch::stable::new_empty(
-      like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), dtype);
+Tensor device_empty(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes,
+                    ScalarType dtype) {
+  Tensor t = torch::stable::new_empty(like, sizes, dtype);
 #ifdef MOE_OPS_SIMULATED
   if (t.is_cpu() && t.numel() > 0) {
     std::memset(t.mutable_data_ptr(), 0xFF,

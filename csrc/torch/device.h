@@ -13,7 +13,20 @@
 namespace moe_ops::adapter {
 
 // An uninitialised tensor on the device of `like`. On the simulator it is filled with NaN bytes.
-Tensor device_empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype);
+Tensor device_empty(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes,
+                    ScalarType dtype);
+
+inline Tensor device_empty(const Tensor& like, std::initializer_list<int64_t> sizes,
+                           ScalarType dtype) {
+  return device_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()),
+                      dtype);
+}
+
+inline Tensor device_empty(const Tensor& like, const std::vector<int64_t>& sizes,
+                           ScalarType dtype) {
+  return device_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.data(), sizes.size()),
+                      dtype);
+}
 
 cuda::Stream current_stream(const Tensor& t);
 
@@ -35,6 +48,18 @@ DeviceIndex device_index(const Op& op, const char* name, const Tensor& t);
 // expert_offsets, row_to_slot, slot_to_row.
 std::tuple<Tensor, Tensor, Tensor> device_sorted_slots(const Op& op, const Tensor& topk_ids,
                                                        int64_t num_experts);
+
+// A tensor [n, features] with a dense last dimension as device launchers take it; row r of the
+// permuted order is its row index[r] / divisor.
+inline cuda::DeviceRows device_rows(const Tensor& t, DType type, const int32_t* index = nullptr,
+                                    int64_t divisor = 1) {
+  return {t.const_data_ptr(), type, row_stride(t), index, static_cast<int32_t>(divisor), t.size(0)};
+}
+
+inline cuda::MutableDeviceRows mutable_device_rows(Tensor& t, DType type,
+                                                   const int32_t* index = nullptr) {
+  return {t.mutable_data_ptr(), type, row_stride(t), index, 1, t.size(0)};
+}
 
 // Where an adapter runs. OnCuda makes the tensors' device current.
 struct OnCuda {

@@ -161,6 +161,7 @@ def test_autocast_keeps_the_dtype(dtype):
         assert_identical(moe_ops.gated_act(gate_up), want)
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
 def test_same_bits_for_any_thread_count(dtype, set_threads):
     gate_up = torch.randn(1500, 2 * 97).to(dtype).requires_grad_()

@@ -137,6 +137,7 @@ def test_autocast_moves_rows_as_they_are(dtype):
         assert moe_ops.permute(**call).dtype == dtype
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
 def test_same_bits_for_any_thread_count(dtype, set_threads):
     call = operands(Routing(700, 8, 3, "dropped"), 129, dtype)
@@ -174,6 +175,7 @@ def test_bad_input(change, words, bad_input):
         moe_ops.permute(**{**call, **change})
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize("value", [-1, 12, 2**31 - 1, -(2**31)])
 def test_slot_out_of_range(value, bad_input):
     """An index is checked before it is followed: nothing outside x is read."""
@@ -183,6 +185,7 @@ def test_slot_out_of_range(value, bad_input):
         moe_ops.permute(**call)
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize(
     "offsets", [[0, 3, 6, 9, 13], [0, 9, 3, 12, 12], [1, 3, 6, 9, 12], [0, -1, 3, 6, 12]]
 )

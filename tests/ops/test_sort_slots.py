@@ -70,6 +70,7 @@ def test_wide_ids_are_not_cut_to_32_bits(value):
     assert row_to_slot.tolist() == [1, 0]
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize("num_tokens", [1, 100, 5000])
 def test_same_bits_for_any_thread_count(num_tokens, set_threads):
     ids = Routing(num_tokens, 16, 4, "dropped").ids()

@@ -371,6 +371,7 @@ def test_autocast_does_not_round_logits(dtype):
     assert_identical(weights, want[0], "weights")
 
 
+@pytest.mark.cpu_only
 @option
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=short)
 def test_same_bits_for_any_thread_count(dtype, options, set_threads):

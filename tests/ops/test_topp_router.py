@@ -219,6 +219,7 @@ def test_autocast_does_not_round_logits(dtype):
     assert_identical(got[1], want[1], "topk_ids")
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
 def test_same_bits_for_any_thread_count(dtype, set_threads):
     logits = torch.randn(700, 64).to(dtype).requires_grad_()

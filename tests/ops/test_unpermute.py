@@ -191,6 +191,7 @@ def test_autocast_keeps_rows_and_weights(dtype):
         assert_identical(moe_ops.unpermute(**call), want)
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
 def test_same_bits_for_any_thread_count(dtype, set_threads):
     call = operands(Routing(700, 8, 3, "dropped"), 129, dtype)
@@ -229,6 +230,7 @@ def test_bad_input(change, words, bad_input):
         moe_ops.unpermute(**{**call, **change})
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize("value", [-1, 12, 2**31 - 1, -(2**31)])
 def test_row_out_of_range(value, bad_input):
     call = operands(Routing(6, 4, 2), 2, torch.float32)

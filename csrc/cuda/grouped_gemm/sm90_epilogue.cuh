@@ -14,7 +14,7 @@
 
 #include <cutlass/numeric_conversion.h>
 
-#include "sm90_config.cuh"
+#include "cuda/grouped_gemm/sm90_config.cuh"
 
 namespace moe_ops::cuda::sm90 {
 

@@ -17,10 +17,10 @@
 #include <algorithm>
 
 #include "cuda/check.h"
+#include "cuda/grouped_gemm/sm90_epilogue.cuh"
+#include "cuda/grouped_gemm/sm90_mainloop.cuh"
 #include "cuda/runtime.h"
 #include "moe_ops/common.h"
-#include "sm90_epilogue.cuh"
-#include "sm90_mainloop.cuh"
 
 namespace moe_ops::cuda::sm90 {
 

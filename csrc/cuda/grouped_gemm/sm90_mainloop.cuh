@@ -12,7 +12,7 @@
 #include <cute/arch/copy_sm90_tma.hpp>
 #include <cutlass/pipeline/sm90_pipeline.hpp>
 
-#include "sm90_scheduler.cuh"
+#include "cuda/grouped_gemm/sm90_scheduler.cuh"
 
 namespace moe_ops::cuda::sm90 {
 

@@ -2,7 +2,7 @@
 // Every warp of a block walks the same list by itself: no shared memory, no host, any E.
 #pragma once
 
-#include "sm90_config.cuh"
+#include "cuda/grouped_gemm/sm90_config.cuh"
 
 namespace moe_ops::cuda::sm90 {
 

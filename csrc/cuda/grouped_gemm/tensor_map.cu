@@ -1,7 +1,7 @@
 #include <cuda_runtime.h>
 
 #include "cuda/check.h"
-#include "tensor_map.h"
+#include "cuda/grouped_gemm/tensor_map.h"
 
 namespace moe_ops::cuda {
 

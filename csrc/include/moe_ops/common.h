@@ -41,6 +41,12 @@ struct Parallel {
 namespace cuda {
 using Stream = ::CUstream_st*;
 using Status = int;  // a cudaError_t; 0: success
+
+// A contiguous map between slots and rows on the device. Kernels pass over values out of range.
+struct IndexMap {
+  const void* data = nullptr;
+  bool is_64 = false;  // int64, otherwise int32
+};
 }  // namespace cuda
 
 }  // namespace moe_ops

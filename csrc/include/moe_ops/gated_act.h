@@ -32,4 +32,9 @@ void gated_act(const GatedActParams& p, const Parallel& par);
 void gated_act_bwd(const GatedActBwdParams& p, const Parallel& par);
 }  // namespace cpu
 
+namespace cuda {
+Status gated_act(const GatedActParams& p, Stream stream);
+Status gated_act_bwd(const GatedActBwdParams& p, Stream stream);
+}  // namespace cuda
+
 }  // namespace moe_ops

@@ -22,4 +22,37 @@ namespace cpu {
 void permute(const PermuteParams& p, const Parallel& par);
 }  // namespace cpu
 
+namespace cuda {
+
+struct PermuteParams {
+  const void* x;  // [T, H] rows x_stride elements apart
+  DType type;
+  int64_t x_stride;
+  int64_t hidden_size;            // H
+  int64_t num_tokens;             // T
+  int64_t num_rows;               // N = T * K
+  const int32_t* expert_offsets;  // [E+1]; rows from the last one on come out zero
+  int64_t num_experts;            // E
+  IndexMap row_to_slot;           // [N]; a row whose slot is out of range comes out zero
+  void* rows;                     // [N, H] contiguous, out
+};
+
+// grad_x[t] = the sum of its rows, in slot order.
+struct PermuteBwdParams {
+  const void* grad_rows;  // [N, H] rows grad_stride elements apart
+  DType type;
+  int64_t grad_stride;
+  int64_t hidden_size, num_tokens, num_rows;
+  const int32_t* expert_offsets;
+  int64_t num_experts;
+  IndexMap row_to_slot;  // [N]
+  int32_t* slot_to_row;  // [N] scratch
+  void* grad_x;          // [T, H] contiguous, out
+};
+
+Status permute(const PermuteParams& p, Stream stream);
+Status permute_bwd(const PermuteBwdParams& p, Stream stream);
+
+}  // namespace cuda
+
 }  // namespace moe_ops

@@ -1,0 +1,143 @@
+// Elementwise: a warp takes a stretch of a row of h. With halves, gate and up are one access each;
+// interleaved, two neighbouring accesses hold as many pairs.
+#include "cuda/activation.cuh"
+#include "cuda/check.h"
+#include "cuda/dispatch.h"
+#include "cuda/rows.cuh"
+#include "moe_ops/gated_act.h"
+
+namespace moe_ops::cuda {
+
+namespace {
+
+constexpr int kStretch = 2;
+
+// Columns c to c + V of gate and up in a row of gate_up.
+template <Activation A, class S, int V>
+__device__ __forceinline__ void load_pair(const S* row, int64_t c, int64_t size, bool interleaved,
+                                          Wide<S, V>& gate, Wide<S, V>& up) {
+  if constexpr (is_gated(A)) {
+    if (!interleaved) {
+      gate = load_wide<V>(row + c);
+      up = load_wide<V>(row + size + c);
+      return;
+    }
+    Wide<S, V> part[2] = {load_wide<V>(row + 2 * c), load_wide<V>(row + 2 * c + V)};
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+      gate.v[v] = part[2 * v / V].v[2 * v % V];
+      up.v[v] = part[(2 * v + 1) / V].v[(2 * v + 1) % V];
+    }
+  } else {
+    gate = load_wide<V>(row + c);
+    up = Wide<S, V>{};
+  }
+}
+
+template <Activation A, class S, int V>
+__device__ __forceinline__ void store_pair(S* row, int64_t c, int64_t size, bool interleaved,
+                                           const Wide<S, V>& gate, const Wide<S, V>& up) {
+  if constexpr (is_gated(A)) {
+    if (!interleaved) {
+      store_wide<V>(row + c, gate);
+      store_wide<V>(row + size + c, up);
+      return;
+    }
+    Wide<S, V> part[2];
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+      part[2 * v / V].v[2 * v % V] = gate.v[v];
+      part[(2 * v + 1) / V].v[(2 * v + 1) % V] = up.v[v];
+    }
+    store_wide<V>(row + 2 * c, part[0]);
+    store_wide<V>(row + 2 * c + V, part[1]);
+  } else {
+    store_wide<V>(row + c, gate);
+  }
+}
+
+template <Activation A, class S, int V>
+__global__ void gated_act_kernel(const GatedActParams p, ActLimits<Accumulate<S>> limits) {
+  const int64_t row = warp_row(), size = p.intermediate_size, first = lane_access<kStretch>();
+  if (row >= p.num_rows) return;
+  const S* const from = static_cast<const S*>(p.gate_up) + row * size * (is_gated(A) ? 2 : 1);
+  S* const to = static_cast<S*>(p.h) + row * size;
+#pragma unroll
+  for (int i = 0; i < kStretch; ++i) {
+    const int64_t c = (first + i * kWarp) * V;
+    if (c >= size) return;
+    Wide<S, V> gate, up, h;
+    load_pair<A, S, V>(from, c, size, p.act.interleaved, gate, up);
+#pragma unroll
+    for (int v = 0; v < V; ++v) h.v[v] = act_forward<A>(gate.v[v], up.v[v], limits);
+    store_wide<V>(to + c, h);
+  }
+}
+
+template <Activation A, class S, int V>
+__global__ void gated_act_bwd_kernel(const GatedActBwdParams p, ActLimits<Accumulate<S>> limits) {
+  const int64_t row = warp_row(), size = p.intermediate_size, first = lane_access<kStretch>();
+  if (row >= p.num_rows) return;
+  const int64_t offset = row * size * (is_gated(A) ? 2 : 1);
+  const S* const from = static_cast<const S*>(p.gate_up) + offset;
+  const S* const grad_h = static_cast<const S*>(p.grad_h) + row * size;
+  S* const to = static_cast<S*>(p.grad_gate_up) + offset;
+#pragma unroll
+  for (int i = 0; i < kStretch; ++i) {
+    const int64_t c = (first + i * kWarp) * V;
+    if (c >= size) return;
+    Wide<S, V> gate, up;
+    load_pair<A, S, V>(from, c, size, p.act.interleaved, gate, up);
+    const Wide<S, V> dh = load_wide<V>(grad_h + c);
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+      const auto grad = act_backward<A>(gate.v[v], up.v[v], dh.v[v], limits);
+      gate.v[v] = grad.gate;
+      up.v[v] = grad.up;
+    }
+    store_pair<A, S, V>(to, c, size, p.act.interleaved, gate, up);
+  }
+}
+
+// Whether every row of all three starts at a multiple of 16 bytes, and holds whole accesses.
+template <class S>
+bool aligned(int64_t intermediate_size, const void* a, const void* b, const void* c) {
+  return intermediate_size % kVector<S> == 0 && rows_aligned(a, 0, 16) && rows_aligned(b, 0, 16) &&
+         rows_aligned(c, 0, 16);
+}
+
+}  // namespace
+
+Status gated_act(const GatedActParams& p, Stream stream) {
+  if (p.num_rows == 0 || p.intermediate_size == 0) return 0;
+  return with_type(p.type, [&](auto tag) {
+    using S = typename decltype(tag)::type;
+    return with_activation(p.act.kind, [&](auto kind) {
+      constexpr Activation A = kind;
+      constexpr int V = kVector<S>;
+      const bool fits = aligned<S>(p.intermediate_size, p.gate_up, p.h, p.h);
+      const RowGrid g = row_grid(p.num_rows, p.intermediate_size / (fits ? V : 1), kStretch);
+      const auto kernel = fits ? gated_act_kernel<A, S, V> : gated_act_kernel<A, S, 1>;
+      kernel<<<g.grid, g.block, 0, stream>>>(p, act_limits<Accumulate<S>>(p.act));
+      return launched();
+    });
+  });
+}
+
+Status gated_act_bwd(const GatedActBwdParams& p, Stream stream) {
+  if (p.num_rows == 0 || p.intermediate_size == 0) return 0;
+  return with_type(p.type, [&](auto tag) {
+    using S = typename decltype(tag)::type;
+    return with_activation(p.act.kind, [&](auto kind) {
+      constexpr Activation A = kind;
+      constexpr int V = kVector<S>;
+      const bool fits = aligned<S>(p.intermediate_size, p.gate_up, p.grad_h, p.grad_gate_up);
+      const RowGrid g = row_grid(p.num_rows, p.intermediate_size / (fits ? V : 1), kStretch);
+      const auto kernel = fits ? gated_act_bwd_kernel<A, S, V> : gated_act_bwd_kernel<A, S, 1>;
+      kernel<<<g.grid, g.block, 0, stream>>>(p, act_limits<Accumulate<S>>(p.act));
+      return launched();
+    });
+  });
+}
+
+}  // namespace moe_ops::cuda
