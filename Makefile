@@ -10,8 +10,16 @@ DEMO_ARGS ?=
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 BUILD_TOOLS := "scikit-build-core>=0.10" "pybind11>=2.13" "cmake>=3.26" ninja
-CUDA_TOOLS := "nvidia-cutlass>=4.2,<4.3" nvidia-cuda-cuobjdump pytest-xdist
+CUDA_BUILD_TOOLS := "nvidia-cutlass>=4.2,<4.3"
+CUDA_TOOLS := $(CUDA_BUILD_TOOLS) nvidia-cuda-cuobjdump pytest-xdist
 LINT_TOOLS := ruff==0.17.6 mypy==2.4.1 clang-format==23.1.5
+
+# MOE_OPS_CUDA=on|off|auto, as in CMakeLists.txt: the CUDA kernels are part of the install or not.
+ifeq ($(or $(MOE_OPS_CUDA),auto),auto)
+WITH_CUDA := $(and $(wildcard /dev/nvidia0),$(shell PATH="$$PATH:$$CUDA_HOME/bin:/usr/local/cuda/bin" command -v nvcc))
+else
+WITH_CUDA := $(filter on,$(MOE_OPS_CUDA))
+endif
 
 # What an install is made of: change one and the next target builds again.
 SOURCES := CMakeLists.txt pyproject.toml \
@@ -31,7 +39,8 @@ help:
 	@echo 'make wheel      build a wheel into ./dist'
 	@echo 'make clean      remove build output and caches; make distclean also removes ./.venv'
 	@echo
-	@echo 'PYTHON=python3.12, TORCH="torch==2.10.*" choose what ./.venv is made of;'
+	@echo 'PYTHON=python3.12, TORCH="torch==2.10.*" choose what ./.venv is made of,'
+	@echo 'MOE_OPS_CUDA=on or off whether it has the CUDA kernels (else: if nvcc and a GPU are there);'
 	@echo 'DEMO_ARGS="--smoke" and PYTEST_ARGS="-k router" are passed on.'
 
 # torch and the build tools. Not isolated: the library is built against the torch it will run with.
@@ -44,8 +53,13 @@ $(VENV)/.tools:
 	@$(PIP) install -q "$(TORCH)" numpy $(BUILD_TOOLS)
 	@touch $@
 
-$(VENV)/.installed: $(VENV)/.tools $(SOURCES)
-	@echo 'Compiling and installing moe_ops into ./.venv (about a minute on two cores).'
+# Exists from the first install with CUDA kernels on, which it makes a new one.
+$(VENV)/.cuda: $(VENV)/.tools
+	@$(PIP) install -q $(CUDA_BUILD_TOOLS)
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.tools $(if $(WITH_CUDA),$(VENV)/.cuda) $(SOURCES)
+	@echo 'Compiling and installing moe_ops into ./.venv ($(if $(WITH_CUDA),with CUDA kernels: 10 to 20 minutes,about a minute) on two cores).'
 	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PIP) install -q --no-build-isolation ".[test]"
 	@touch $@
 
@@ -97,7 +111,7 @@ format: $(VENV)/.lint
 	@$(VENV)/bin/ruff format .
 	@find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs $(VENV)/bin/clang-format -i
 
-wheel: $(VENV)/.tools
+wheel: $(VENV)/.tools $(if $(WITH_CUDA),$(VENV)/.cuda)
 	@echo 'Building a wheel into ./dist.'
 	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PIP) wheel -q --no-deps --no-build-isolation -w dist .
 	@ls dist

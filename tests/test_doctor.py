@@ -117,16 +117,107 @@ def test_packed_weights(policy, max_bytes, level, text):
     assert f"MOE_OPS_PREPACK={policy}" in finding.text
 
 
-def test_gpu_without_kernels_warns(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "H100")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    monkeypatch.setattr(doctor, "_cuda_is_built", lambda: False)
+class Card:
+    """What torch says about a GPU that is not there."""
+
+    def __init__(self, monkeypatch):
+        self._patch = monkeypatch
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "H100")
+        monkeypatch.setattr(torch.version, "cuda", "13.0")
+        self.set()
+
+    def set(self, capability=(9, 0), build="13.0 (static runtime)", driver=(13, 0)):
+        self._patch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+        self._patch.setattr(doctor, "_cuda_build", lambda: build)
+        self._patch.setattr(doctor, "_driver_version", lambda: driver)
+
+
+@pytest.fixture
+def card(monkeypatch):
+    return Card(monkeypatch)
+
+
+def test_gpu_without_kernels_warns(card):
+    card.set(build="")
     (finding,) = doctor._cuda()
     assert finding.level == "warning" and "MOE_OPS_CUDA" in finding.advice
-    monkeypatch.setattr(doctor, "_cuda_is_built", lambda: True)
-    (finding,) = doctor._cuda()
+
+
+def test_gpu_with_kernels(card):
+    finding, *rest = doctor._cuda()
     assert finding.level == "ok"
+    assert "capability 9.0" in finding.text and "CUDA 13.0 (static runtime)" in finding.text
+    for other in rest:
+        assert other.name == "cuda ops" and other.level == "info"
+
+
+@pytest.mark.parametrize(
+    ("facts", "level", "words"),
+    [
+        ({"capability": (7, 5)}, "warning", "need compute capability 8.0"),
+        ({"capability": (8, 0)}, "info", "the fast ones need 9.0"),
+        ({"capability": (10, 0)}, "info", "the fast ones need 9.0"),
+        ({"driver": (12, 4)}, "fail", "the driver supports CUDA 12.4 only"),
+        ({"driver": (12, 4), "build": "12.8 (static runtime)"}, "ok", "CUDA 12.8"),
+        ({"driver": None}, "ok", "H100"),
+    ],
+)
+def test_gpu_that_does_not_fit(card, facts, level, words):
+    card.set(**facts)
+    finding = doctor._cuda()[0]
+    assert finding.level == level and words in finding.text
+    if level in ("warning", "fail"):
+        assert finding.advice
+
+
+@pytest.mark.parametrize(
+    ("build", "words"),
+    [
+        ("", "built without CUDA kernels"),
+        ("13.0 (shared runtime)", "with CUDA kernels, CUDA 13.0 (shared runtime)"),
+    ],
+)
+def test_no_gpu(monkeypatch, build, words):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(doctor, "_cuda_build", lambda: build)
+    (finding,) = doctor._cuda()
+    assert finding.level == "info" and words in finding.text
+
+
+def test_cuda_self_tests_run_where_they_can(card, monkeypatch):
+    asked = []
+    result = doctor.SelfTest("permute", "cuda", "float32", True, 0.0, 0.0, 1e-5, 0.0)
+    monkeypatch.setattr(doctor, "self_test", lambda device="cpu": asked.append(device) or [result])
+    doctor.examine()
+    assert asked == ["cpu", "cuda"]
+    card.set(driver=(12, 4))
+    doctor.examine()
+    assert asked == ["cpu", "cuda", "cpu"]
+
+
+def test_ops_without_a_cuda_kernel_are_left_out(monkeypatch):
+    asked = []
+
+    def run(case, device, dtype):
+        asked.append((case.op, device, dtype))
+
+    monkeypatch.setattr(doctor, "_run_case", run)
+    monkeypatch.setattr(
+        doctor, "has_kernel", lambda op, device: device == "cuda" and op in ("permute", "moe_ffn")
+    )
+    doctor.self_test("cuda")
+    assert asked == [
+        ("permute", "cuda", torch.float32),
+        ("moe_ffn", "cuda", torch.float32),
+        ("moe_ffn", "cuda", torch.bfloat16),
+    ]
+
+
+def test_has_kernel_reads_the_registry():
+    assert all(doctor.has_kernel(op, "cpu") for op in OPS)
+    assert not doctor.has_kernel("pack_experts", "cuda")
+    assert not doctor.has_kernel("no_such_op", "cpu")
 
 
 def test_lowered_isa_warns(monkeypatch):

@@ -11,9 +11,6 @@ namespace moe_ops::cpu {
 
 namespace {
 
-// Elements of an expert that panels_match looks at; each is two cache misses.
-constexpr int64_t kMatchSamples = 32;
-
 std::atomic<int64_t> stale{0};
 
 template <class Bits>
@@ -99,40 +96,53 @@ int64_t packed_expert_bytes(DType type, int64_t out_features, int64_t in_feature
   return panel_layout(type, out_features, in_features, segments).expert_bytes();
 }
 
-bool panels_match(const ExpertMatrices& w, const void* panels, int64_t e, int64_t out_features,
-                  int64_t in_features, int64_t segments) {
+PanelSamples sample_panels(const ExpertMatrices& w, const void* panels, int64_t e,
+                           int64_t out_features, int64_t in_features, int64_t segments) {
   const PanelLayout layout = panel_layout(w.type, out_features, in_features, segments);
   const int64_t size = dtype_size(w.type), pair = size == 2 ? 2 : 1;
   const int64_t features = out_features / segments;
-  if (features == 0 || in_features == 0) return true;
+  PanelSamples out;
+  out.size = size;
+  if (features == 0 || in_features == 0) return out;
+  out.count = kMatchSamples;
+  // Powers of two: a division would cost as much as a cache miss, and there would be 160 of them.
+  const int width_bits = __builtin_ctzll(static_cast<uint64_t>(layout.width)), pair_bit = size == 2;
   const char* base = static_cast<const char*>(panels) + e * layout.expert_bytes();
   static std::atomic<uint32_t> calls{0};
-  uint32_t random = calls.fetch_add(1, std::memory_order_relaxed) * 2654435761u + 1;
-  const int64_t shift = random >> 16;
-  // A random place in part i of n parts that are equal but for rounding.
-  const auto place = [&](int64_t n, int64_t i) {
-    const int64_t begin = n * i / kMatchSamples, end = n * (i + 1) / kMatchSamples;
-    random = random * 1664525u + 1013904223u;
-    return std::min(n - 1, begin + (random >> 8) % std::max<int64_t>(end - begin, 1));
+  uint64_t random =
+      calls.fetch_add(1, std::memory_order_relaxed) * uint64_t{0x9e3779b97f4a7c15} + 1;
+  const auto shift = static_cast<int64_t>(random >> 48);
+  // A place in part i of n parts that are equal but for rounding, by 24 random bits.
+  const auto place = [](int64_t n, int64_t i, uint64_t bits) {
+    const uint64_t begin = static_cast<uint64_t>(n * i) / kMatchSamples;
+    const uint64_t end = static_cast<uint64_t>(n * (i + 1)) / kMatchSamples;
+    const uint64_t length = std::max<uint64_t>(end - begin, 1);
+    return std::min<int64_t>(n - 1, static_cast<int64_t>(begin + (bits * length >> 24)));
   };
-  // All addresses first, so that the cache misses behind them overlap.
-  const char *packed[kMatchSamples], *source[kMatchSamples];
   for (int64_t i = 0; i < kMatchSamples; ++i) {
+    random = random * 6364136223846793005u + 1442695040888963407u;
     // An odd factor visits all parts of the depth, in another order than those of the features.
-    const int64_t o = place(out_features, i);
-    const int64_t k = place(in_features, (i * 13 + shift) % kMatchSamples);
-    const int64_t s = o / features, f = o % features;
-    const int64_t panel = f / layout.width * layout.segments + s;
-    packed[i] = base + panel * layout.panel_bytes +
-                ((k / pair * layout.width + f % layout.width) * pair + k % pair) * size;
-    source[i] = static_cast<const char*>(w.data) +
-                (e * w.stride_e + o * w.stride_o + k * w.stride_k) * size;
-    __builtin_prefetch(packed[i]);
-    __builtin_prefetch(source[i]);
+    const int64_t o = place(out_features, i, random >> 40);
+    const int64_t k = place(in_features, (i * 13 + shift) % kMatchSamples, random >> 16 & 0xffffff);
+    int64_t s = 0, f = o;
+    for (; f >= features; f -= features) ++s;
+    const int64_t panel = (f >> width_bits) * layout.segments + s;
+    const int64_t column = f & (layout.width - 1), step = k >> pair_bit;
+    out.packed[i] = base + panel * layout.panel_bytes +
+                    (((step << width_bits) + column) * pair + (k & (pair - 1))) * size;
+    out.source[i] = static_cast<const char*>(w.data) +
+                    (e * w.stride_e + o * w.stride_o + k * w.stride_k) * size;
+    __builtin_prefetch(out.packed[i]);
+    __builtin_prefetch(out.source[i]);
   }
-  const bool same = size == 8   ? all_equal<uint64_t>(packed, source)
-                    : size == 4 ? all_equal<uint32_t>(packed, source)
-                                : all_equal<uint16_t>(packed, source);
+  return out;
+}
+
+bool samples_match(const PanelSamples& samples) {
+  if (samples.count == 0) return true;
+  const bool same = samples.size == 8   ? all_equal<uint64_t>(samples.packed, samples.source)
+                    : samples.size == 4 ? all_equal<uint32_t>(samples.packed, samples.source)
+                                        : all_equal<uint16_t>(samples.packed, samples.source);
   if (!same) stale.fetch_add(1, std::memory_order_relaxed);
   return same;
 }

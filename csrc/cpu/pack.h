@@ -37,13 +37,24 @@ void pack_panels(const ExpertMatrices& w, int64_t num_experts, int64_t out_featu
 MOE_OPS_API int64_t packed_expert_bytes(DType type, int64_t out_features, int64_t in_features,
                                         int64_t segments);
 
-// Whether the panels of expert `e` hold the weights, judged by a few elements: one of every 32nd
-// part of its features and of its depth, others at every call. A write over a 16th of either is
-// found at once, one to scattered elements with a probability that grows from call to call.
-bool panels_match(const ExpertMatrices& w, const void* panels, int64_t e, int64_t out_features,
-                  int64_t in_features, int64_t segments);
+// Elements of the weights of an expert, and where its panels hold them: one of every 32nd part of
+// its features and of its depth, others at every call. A write over a 16th of either is found at
+// once, one to scattered elements with a probability that grows from call to call.
+constexpr int64_t kMatchSamples = 32;
+struct PanelSamples {
+  int64_t count = 0, size = 0;  // size: bytes of an element
+  const char *packed[kMatchSamples], *source[kMatchSamples];
+};
 
-// How often panels_match has said no in this process.
+// Chooses them and asks for their cache lines: two misses each, which overlap if the caller has
+// something else to do before it compares.
+PanelSamples sample_panels(const ExpertMatrices& w, const void* panels, int64_t e,
+                           int64_t out_features, int64_t in_features, int64_t segments);
+
+// Whether the panels hold the weights there.
+bool samples_match(const PanelSamples& samples);
+
+// How often samples_match has said no in this process.
 MOE_OPS_API int64_t stale_panels();
 
 }  // namespace moe_ops::cpu

@@ -49,6 +49,18 @@ DeviceIndex device_index(const Op& op, const char* name, const Tensor& t);
 std::tuple<Tensor, Tensor, Tensor> device_sorted_slots(const Op& op, const Tensor& topk_ids,
                                                        int64_t num_experts);
 
+// A tensor [n, features] with a dense last dimension as device launchers take it; row r of the
+// permuted order is its row index[r] / divisor.
+inline cuda::DeviceRows device_rows(const Tensor& t, DType type, const int32_t* index = nullptr,
+                                    int64_t divisor = 1) {
+  return {t.const_data_ptr(), type, row_stride(t), index, static_cast<int32_t>(divisor), t.size(0)};
+}
+
+inline cuda::MutableDeviceRows mutable_device_rows(Tensor& t, DType type,
+                                                   const int32_t* index = nullptr) {
+  return {t.mutable_data_ptr(), type, row_stride(t), index, 1, t.size(0)};
+}
+
 // Where an adapter runs. OnCuda makes the tensors' device current.
 struct OnCuda {
   struct Scope {

@@ -73,6 +73,10 @@ MoeFfnShape make_shape(const Sizes& s, bool on_input, const std::vector<int64_t>
   return shape;
 }
 
+// y, and what backward needs of the call.
+struct Saved {
+  Tensor preact, expert_offsets, row_to_slot, slot_to_row;
+};
 using FfnOutputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // Packed copies of the two weights.
@@ -81,32 +85,60 @@ struct Packed {
   const Tensor* down;
 };
 
-// Uses `packed` for `w` if it holds w as it is now, judged by a few elements of every expert that
-// has rows: weights can be written in ways that no version counter sees.
-void use_packed(const Op& op, const char* name, const Tensor& packed, int64_t segments,
-                const std::vector<int64_t>& offsets, const Tensor& w, ExpertMatrices& matrices) {
-  check_device(op, name, packed);
-  const int64_t E = w.size(0), O = w.size(1), K = w.size(2);
-  const int64_t expert_bytes = cpu::panel_layout(matrices.type, O, K, segments).expert_bytes();
-  MOE_CHECK(packed.scalar_type() == ScalarType::Byte && packed.dim() == 1 &&
-                packed.numel() == E * expert_bytes && packed.is_contiguous(),
+// A weight and its packed copy.
+struct PackedWeight {
+  const Tensor* w;
+  const Tensor* packed;
+  int64_t segments;
+  ExpertMatrices* matrices;
+};
+
+void check_packed(const Op& op, const char* name, const PackedWeight& p) {
+  check_device(op, name, *p.packed);
+  const int64_t E = p.w->size(0), O = p.w->size(1), K = p.w->size(2);
+  const int64_t expert_bytes = cpu::panel_layout(p.matrices->type, O, K, p.segments).expert_bytes();
+  MOE_CHECK(p.packed->scalar_type() == ScalarType::Byte && p.packed->dim() == 1 &&
+                p.packed->numel() == E * expert_bytes && p.packed->is_contiguous(),
             op, ": ", name,
             " must be what pack_experts makes of this weight on this machine, uint8 [",
-            E * expert_bytes, "], got ", dtype_name(packed.scalar_type()), " of shape ",
-            shape_string(packed), ".");
-  const void* panels = packed.const_data_ptr();
-  for (int64_t e = 0; e < E; ++e) {
-    if (offsets[e] == offsets[e + 1]) continue;
-    if (!cpu::panels_match(matrices, panels, e, O, K, segments)) return;
-  }
-  matrices.panels = panels;
+            E * expert_bytes, "], got ", dtype_name(p.packed->scalar_type()), " of shape ",
+            shape_string(*p.packed), ".");
 }
 
-FfnOutputs run_ffn(const Op& op, const Tensor& x, const Tensor& w_gate_up, const Tensor& w_down,
-                   const Tensor& topk_weights, const Tensor& topk_ids, const OptTensor& b_gate_up,
-                   const OptTensor& b_down, const std::string& activation, bool interleaved,
-                   bool on_input, double alpha, double limit, bool save,
-                   const Packed* packed = nullptr) {
+// Uses each copy that holds its weight as it is now, judged by a few elements of every expert that
+// has rows: weights can be written in ways that no version counter sees. The elements of some
+// experts are under way from memory while those of others are compared.
+void use_packed(const std::vector<int64_t>& offsets, const PackedWeight* weights, int64_t count) {
+  constexpr int64_t kUnderWay = 4;
+  cpu::PanelSamples samples[kUnderWay];
+  const PackedWeight* owner[kUnderWay];
+  int64_t asked = 0, compared = 0;
+  const auto compare = [&] {
+    const int64_t slot = compared++ % kUnderWay;
+    if (!cpu::samples_match(samples[slot])) owner[slot]->matrices->panels = nullptr;
+  };
+  for (int64_t i = 0; i < count; ++i) {
+    const PackedWeight& p = weights[i];
+    const void* panels = p.packed->const_data_ptr();
+    p.matrices->panels = panels;
+    const int64_t E = p.w->size(0), O = p.w->size(1), K = p.w->size(2);
+    for (int64_t e = 0; e < E; ++e) {
+      if (offsets[e] == offsets[e + 1]) continue;
+      if (asked - compared == kUnderWay) compare();
+      const int64_t slot = asked++ % kUnderWay;
+      owner[slot] = &p;
+      samples[slot] = cpu::sample_panels(*p.matrices, panels, e, O, K, p.segments);
+    }
+  }
+  while (compared < asked) compare();
+}
+
+// saved: filled for a backward; nullptr in inference, which then makes no tensor but y.
+Tensor run_ffn(const Op& op, const Tensor& x, const Tensor& w_gate_up, const Tensor& w_down,
+               const Tensor& topk_weights, const Tensor& topk_ids, const OptTensor& b_gate_up,
+               const OptTensor& b_down, const std::string& activation, bool interleaved,
+               bool on_input, double alpha, double limit, Saved* saved,
+               const Packed* packed = nullptr) {
   const ActivationParams act = check_activation(op, activation, interleaved, alpha, limit, false);
   check_index(op, "topk_ids", topk_ids);
   check_dim(op, "topk_ids", topk_ids, 2, "[T, K]");
@@ -116,9 +148,21 @@ FfnOutputs run_ffn(const Op& op, const Tensor& x, const Tensor& w_gate_up, const
              is_gated(act.kind) ? "[E, 2I]" : "[E, I]");
   check_bias(op, "b_down", b_down, x, s.E, s.H, "[E, H]");
 
-  auto [expert_offsets, row_to_slot, slot_to_row] = sorted_slots(op, topk_ids, s.E);
-  const auto* ends = static_cast<const int32_t*>(expert_offsets.const_data_ptr());
-  const std::vector<int64_t> offsets(ends, ends + s.E + 1);
+  SlotMaps maps;
+  const int32_t *row_to_slot, *slot_to_row;
+  if (saved != nullptr) {
+    std::tie(saved->expert_offsets, saved->row_to_slot, saved->slot_to_row) =
+        sorted_slots(op, topk_ids, s.E);
+    const auto* ends = static_cast<const int32_t*>(saved->expert_offsets.const_data_ptr());
+    maps.offsets.assign(ends, ends + s.E + 1);
+    row_to_slot = static_cast<const int32_t*>(saved->row_to_slot.const_data_ptr());
+    slot_to_row = static_cast<const int32_t*>(saved->slot_to_row.const_data_ptr());
+  } else {
+    maps = slot_maps(op, topk_ids, s.E);
+    row_to_slot = maps.row_to_slot.get();
+    slot_to_row = maps.slot_to_row.get();
+  }
+  const std::vector<int64_t>& offsets = maps.offsets;
   const Tensor src = with_dense_rows(x);
   const Weights up = weights_of(w_gate_up, s.type);
   const Weights down = weights_of(w_down, s.type);
@@ -127,11 +171,9 @@ FfnOutputs run_ffn(const Op& op, const Tensor& x, const Tensor& w_gate_up, const
   const Tensor weights = contiguous_as(topk_weights, accumulate_type(x.scalar_type()));
   const int64_t N = s.T * s.K;
   Tensor y = empty_cpu({s.T, s.H}, x.scalar_type());
-  Tensor preact = save ? empty_cpu({N, s.width}, x.scalar_type()) : empty_cpu({0}, x.scalar_type());
+  if (saved != nullptr) saved->preact = empty_cpu({N, s.width}, x.scalar_type());
   MoeFfnParams p;
-  p.shape =
-      make_shape(s, on_input, offsets, static_cast<const int32_t*>(row_to_slot.const_data_ptr()),
-                 static_cast<const int32_t*>(slot_to_row.const_data_ptr()), weights);
+  p.shape = make_shape(s, on_input, offsets, row_to_slot, slot_to_row, weights);
   p.x = rows_of(src, s.type);
   p.w_gate_up = up.matrices;
   p.w_down = down.matrices;
@@ -139,23 +181,25 @@ FfnOutputs run_ffn(const Op& op, const Tensor& x, const Tensor& w_gate_up, const
   p.b_down = down_bias.vectors;
   if (packed != nullptr) {
     const int64_t segments = is_gated(act.kind) && !interleaved ? 2 : 1;
-    use_packed(op, "packed_gate_up", *packed->gate_up, segments, offsets, up.tensor, p.w_gate_up);
-    use_packed(op, "packed_down", *packed->down, 1, offsets, down.tensor, p.w_down);
+    const PackedWeight weights_packed[] = {{&up.tensor, packed->gate_up, segments, &p.w_gate_up},
+                                           {&down.tensor, packed->down, 1, &p.w_down}};
+    check_packed(op, "packed_gate_up", weights_packed[0]);
+    check_packed(op, "packed_down", weights_packed[1]);
+    use_packed(offsets, weights_packed, 2);
   }
   p.y = y.mutable_data_ptr();
-  p.preact = save ? preact.mutable_data_ptr() : nullptr;
+  p.preact = saved != nullptr ? saved->preact.mutable_data_ptr() : nullptr;
   cpu::moe_ffn(p, torch_parallel());
-  if (save) zero_rows_from(preact, offsets.back());
-  return {y, preact, expert_offsets, row_to_slot, slot_to_row};
+  if (saved != nullptr) zero_rows_from(saved->preact, offsets.back());
+  return y;
 }
 
 Tensor moe_ffn(const Tensor& x, const Tensor& w_gate_up, const Tensor& w_down,
                const Tensor& topk_weights, const Tensor& topk_ids, const OptTensor& b_gate_up,
                const OptTensor& b_down, std::string activation, bool interleaved,
                bool apply_router_weight_on_input, double alpha, double limit) {
-  return std::get<0>(run_ffn("moe_ffn", x, w_gate_up, w_down, topk_weights, topk_ids, b_gate_up,
-                             b_down, activation, interleaved, apply_router_weight_on_input, alpha,
-                             limit, false));
+  return run_ffn("moe_ffn", x, w_gate_up, w_down, topk_weights, topk_ids, b_gate_up, b_down,
+                 activation, interleaved, apply_router_weight_on_input, alpha, limit, nullptr);
 }
 
 Tensor moe_ffn_packed(const Tensor& x, const Tensor& w_gate_up, const Tensor& w_down,
@@ -165,9 +209,9 @@ Tensor moe_ffn_packed(const Tensor& x, const Tensor& w_gate_up, const Tensor& w_
                       bool interleaved, bool apply_router_weight_on_input, double alpha,
                       double limit) {
   const Packed packed{&packed_gate_up, &packed_down};
-  return std::get<0>(run_ffn("moe_ffn_packed", x, w_gate_up, w_down, topk_weights, topk_ids,
-                             b_gate_up, b_down, activation, interleaved,
-                             apply_router_weight_on_input, alpha, limit, false, &packed));
+  return run_ffn("moe_ffn_packed", x, w_gate_up, w_down, topk_weights, topk_ids, b_gate_up, b_down,
+                 activation, interleaved, apply_router_weight_on_input, alpha, limit, nullptr,
+                 &packed);
 }
 
 Tensor pack_experts(const Tensor& w, bool halves) {
@@ -192,8 +236,11 @@ FfnOutputs moe_ffn_fwd(const Tensor& x, const Tensor& w_gate_up, const Tensor& w
                        const OptTensor& b_gate_up, const OptTensor& b_down, std::string activation,
                        bool interleaved, bool apply_router_weight_on_input, double alpha,
                        double limit) {
-  return run_ffn("moe_ffn", x, w_gate_up, w_down, topk_weights, topk_ids, b_gate_up, b_down,
-                 activation, interleaved, apply_router_weight_on_input, alpha, limit, true);
+  Saved saved;
+  const Tensor y =
+      run_ffn("moe_ffn", x, w_gate_up, w_down, topk_weights, topk_ids, b_gate_up, b_down,
+              activation, interleaved, apply_router_weight_on_input, alpha, limit, &saved);
+  return {y, saved.preact, saved.expert_offsets, saved.row_to_slot, saved.slot_to_row};
 }
 
 using FfnGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;

@@ -107,9 +107,7 @@ Tensor moe_ffn_quantized(const Tensor& x, const Tensor& w_gate_up, const Tensor&
   check_bias("b_gate_up", b_gate_up, x, E, width, gated ? "[E, 2I]" : "[E, I]");
   check_bias("b_down", b_down, x, E, H, "[E, H]");
 
-  auto [expert_offsets, row_to_slot, slot_to_row] = sorted_slots(kOp, topk_ids, E);
-  const auto* ends = static_cast<const int32_t*>(expert_offsets.const_data_ptr());
-  const std::vector<int64_t> offsets(ends, ends + E + 1);
+  const SlotMaps maps = slot_maps(kOp, topk_ids, E);
   const Tensor src = with_dense_rows(x);
   const Tensor weights = contiguous_as(topk_weights, ScalarType::Float);
   const OptTensor factors = contiguous_as(x_scale, ScalarType::Float);
@@ -124,9 +122,9 @@ Tensor moe_ffn_quantized(const Tensor& x, const Tensor& w_gate_up, const Tensor&
   p.shape.top_k = topk_ids.size(1);
   p.shape.act = act;
   p.shape.apply_router_weight_on_input = apply_router_weight_on_input;
-  p.shape.expert_offsets = offsets.data();
-  p.shape.row_to_slot = static_cast<const int32_t*>(row_to_slot.const_data_ptr());
-  p.shape.slot_to_row = static_cast<const int32_t*>(slot_to_row.const_data_ptr());
+  p.shape.expert_offsets = maps.offsets.data();
+  p.shape.row_to_slot = maps.row_to_slot.get();
+  p.shape.slot_to_row = maps.slot_to_row.get();
   p.shape.topk_weights = weights.const_data_ptr();
   p.x = rows_of(src, type);
   p.x_scale = factors.has_value() ? static_cast<const float*>(factors->const_data_ptr()) : nullptr;

@@ -24,6 +24,19 @@ void check_num_slots(const Op& op, int64_t n) {
             ": topk_ids must hold fewer than 2^31 slots, got ", n, ".");
 }
 
+void sort(const Tensor& topk_ids, int64_t num_experts, int32_t* expert_offsets,
+          int32_t* row_to_slot, int32_t* slot_to_row) {
+  normalize_ids(topk_ids, num_experts, slot_to_row);
+  SortSlotsParams p;
+  p.topk_ids = slot_to_row;
+  p.num_slots = topk_ids.numel();
+  p.num_experts = num_experts;
+  p.expert_offsets = expert_offsets;
+  p.row_to_slot = row_to_slot;
+  p.slot_to_row = slot_to_row;
+  cpu::sort_slots(p);
+}
+
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> sorted_slots(const Op& op, const Tensor& topk_ids,
@@ -33,16 +46,22 @@ std::tuple<Tensor, Tensor, Tensor> sorted_slots(const Op& op, const Tensor& topk
   Tensor expert_offsets = empty_cpu({num_experts + 1}, ScalarType::Int);
   Tensor row_to_slot = empty_cpu({n}, ScalarType::Int);
   Tensor slot_to_row = empty_cpu({topk_ids.size(0), topk_ids.size(1)}, ScalarType::Int);
-  SortSlotsParams p;
-  p.num_slots = n;
-  p.num_experts = num_experts;
-  p.expert_offsets = static_cast<int32_t*>(expert_offsets.mutable_data_ptr());
-  p.row_to_slot = static_cast<int32_t*>(row_to_slot.mutable_data_ptr());
-  p.slot_to_row = static_cast<int32_t*>(slot_to_row.mutable_data_ptr());
-  normalize_ids(topk_ids, num_experts, p.slot_to_row);
-  p.topk_ids = p.slot_to_row;
-  cpu::sort_slots(p);
+  sort(topk_ids, num_experts, static_cast<int32_t*>(expert_offsets.mutable_data_ptr()),
+       static_cast<int32_t*>(row_to_slot.mutable_data_ptr()),
+       static_cast<int32_t*>(slot_to_row.mutable_data_ptr()));
   return {expert_offsets, row_to_slot, slot_to_row};
+}
+
+SlotMaps slot_maps(const Op& op, const Tensor& topk_ids, int64_t num_experts) {
+  const int64_t n = topk_ids.numel();
+  check_num_slots(op, n);
+  SlotMaps out;
+  out.row_to_slot = std::make_unique_for_overwrite<int32_t[]>(static_cast<size_t>(n));
+  out.slot_to_row = std::make_unique_for_overwrite<int32_t[]>(static_cast<size_t>(n));
+  std::vector<int32_t> ends(static_cast<size_t>(num_experts) + 1);
+  sort(topk_ids, num_experts, ends.data(), out.row_to_slot.get(), out.slot_to_row.get());
+  out.offsets.assign(ends.begin(), ends.end());
+  return out;
 }
 
 STABLE_TORCH_LIBRARY_IMPL(moe_ops, CPU, m) { m.impl("sort_slots", MOE_BOX(sort_slots)); }

@@ -1,5 +1,7 @@
 #include "torch/tensor_utils.h"
 
+#include <algorithm>
+
 #include "cpu/buffer_cache.h"
 
 // STABLE_ABI_WORKAROUND: from_blob with a deleter is in the stable ABI from torch 2.11 on, one
@@ -20,21 +22,15 @@ int32_t dtype_code(ScalarType dtype) {
 }
 
 // nullopt: not available, take torch's allocator.
-OptTensor cached_tensor(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype,
-                        size_t bytes) {
+OptTensor cached_tensor(torch::headeronly::IntHeaderOnlyArrayRef sizes, const int64_t* strides,
+                        ScalarType dtype, size_t bytes) {
   OptTensor out;
   if (torch_from_blob == nullptr) return out;
   void* data = cpu::acquire_buffer(bytes);
   if (data == nullptr) return out;
-  std::vector<int64_t> strides(sizes.size());
-  int64_t stride = 1;
-  for (size_t d = sizes.size(); d-- > 0;) {
-    strides[d] = stride;
-    stride *= sizes[d];
-  }
   AtenTensorHandle handle = nullptr;
   const AOTITorchError error = torch_from_blob(
-      data, static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), 0, dtype_code(dtype),
+      data, static_cast<int64_t>(sizes.size()), sizes.data(), strides, 0, dtype_code(dtype),
       aoti_torch_device_type_cpu(), -1, &handle, aoti_torch_layout_strided(), nullptr, 0,
       [](void* block, void*) { cpu::release_buffer(block); }, nullptr);
   if (error != 0) {
@@ -48,12 +44,27 @@ OptTensor cached_tensor(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarTy
 }  // namespace
 
 Tensor empty_cpu(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype) {
+  constexpr size_t kMaxDim = 8;
+  MOE_CHECK(sizes.size() <= kMaxDim, "empty_cpu: at most ", kMaxDim, " dimensions, got ",
+            sizes.size(), ".");
+  int64_t strides[kMaxDim];
+  int64_t stride = 1;
   size_t bytes = aoti_torch_dtype_element_size(dtype_code(dtype));
-  for (size_t d = 0; d < sizes.size(); ++d) bytes *= static_cast<size_t>(sizes[d]);
-  if (bytes >= cpu::kLargeBuffer) {
-    if (OptTensor t = cached_tensor(sizes, dtype, bytes)) return *t;
+  for (size_t d = sizes.size(); d-- > 0;) {
+    strides[d] = stride;
+    stride *= std::max<int64_t>(sizes[d], 1);
+    bytes *= static_cast<size_t>(sizes[d]);
   }
-  return torch::stable::empty(sizes, dtype);
+  if (bytes >= cpu::kLargeBuffer) {
+    if (OptTensor t = cached_tensor(sizes, strides, dtype, bytes)) return *t;
+  }
+  // Not torch::stable::empty, which goes through the dispatcher with boxed arguments and takes
+  // three times as long, 0.5 us.
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
+                                                  strides, dtype_code(dtype),
+                                                  aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
 }
 
 }  // namespace moe_ops::adapter

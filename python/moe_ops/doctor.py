@@ -94,19 +94,19 @@ class Report:
 
 def examine() -> Report:
     """Look at everything; takes a few seconds."""
+    cuda = _cuda()
     findings = [
         *_versions(),
         *_native_library(),
         *_cpu(),
         _packed_weights(),
-        *_cuda(),
+        *cuda,
         *_name_clash(),
         *_hugging_face(),
     ]
-    devices = ["cpu"]
-    if torch.cuda.is_available() and _cuda_is_built():
-        devices.append("cuda")
-    tests = [test for device in devices for test in self_test(device)]
+    tests = self_test()
+    if torch.cuda.is_available() and cuda[0].level in ("ok", "info"):
+        tests += self_test("cuda")
     findings.append(_same_bits_for_any_thread_count())
     names = ["torch", "numpy", "transformers", "safetensors", "matplotlib", "typer", "rich"]
     versions: dict[str, str | None] = {
@@ -118,12 +118,24 @@ def examine() -> Report:
 
 
 def self_test(device: str = "cpu") -> list[SelfTest]:
-    """Every op against the reference, forward and backward, in fp32; moe_ffn also in bf16."""
-    tests = [_run_case(case, device, torch.float32) for case in _cases()]
-    tests += [
-        _run_case(case, device, torch.bfloat16) for case in _cases() if case.op in ("moe_ffn",)
+    """Every op that has a kernel for the device against the reference on the CPU, forward and
+    backward, in fp32; moe_ffn also in bf16, on CUDA the products too."""
+    cases = [case for case in _cases() if device == "cpu" or has_kernel(case.op, device)]
+    halves = ("moe_ffn",) if device == "cpu" else ("moe_ffn", "grouped_gemm", "grouped_gemm_wgrad")
+    return [_run_case(case, device, torch.float32) for case in cases] + [
+        _run_case(case, device, torch.bfloat16) for case in cases if case.op in halves
     ]
-    return tests
+
+
+def has_kernel(op: str, device: str) -> bool:
+    """Whether this build registers a kernel of the op for cpu or cuda."""
+    if not hasattr(torch.ops.moe_ops, op):
+        return False
+    return bool(
+        torch._C._dispatch_has_kernel_for_dispatch_key(
+            f"moe_ops::{op}", torch.device(device).type.upper()
+        )
+    )
 
 
 # --- findings
@@ -278,17 +290,27 @@ def _packed_weights() -> Finding:
     return Finding("packed weights", "ok", text)
 
 
+# Below, no kernel runs; SIMT kernels and products on mma.sync need it.
+_LEAST_CAPABILITY = (8, 0)
+# The products on TMA and wgmma exist for this one only.
+_HOPPER = (9, 0)
+
+
 def _cuda() -> list[Finding]:
-    built = _cuda_is_built()
+    build = _cuda_build()
     if not torch.cuda.is_available():
         text = "no GPU visible to torch"
-        text += f" (torch {'has' if torch.version.cuda else 'is built without'} CUDA)"
-        text += f", moe_ops is built {'with' if built else 'without'} CUDA kernels"
-        return [Finding("cuda", "info", text)]
+        text += f" (torch {'has' if torch.version.cuda else 'is built without'} CUDA), moe_ops is "
+        text += f"built {f'with CUDA kernels, CUDA {build}' if build else 'without CUDA kernels'}"
+        advice = None
+        if not torch.version.cuda and Path("/dev/nvidia0").exists():
+            advice = "There is an NVIDIA GPU: install a torch with CUDA to use it."
+        return [Finding("cuda", "info", text, advice)]
     name = torch.cuda.get_device_name()
     capability = torch.cuda.get_device_capability()
-    text = f"{name}, compute capability {capability[0]}.{capability[1]}, CUDA {torch.version.cuda}"
-    if not built:
+    text = f"{name}, compute capability {capability[0]}.{capability[1]}, "
+    text += f"torch with CUDA {torch.version.cuda}"
+    if not build:
         return [
             Finding(
                 "cuda",
@@ -297,16 +319,34 @@ def _cuda() -> list[Finding]:
                 "Install a wheel with CUDA, or build with MOE_OPS_CUDA=on and nvcc on the PATH.",
             )
         ]
-    if capability[0] != 9:
+    text += f", kernels with CUDA {build}"
+    if capability < _LEAST_CAPABILITY:
         return [
             Finding(
                 "cuda",
                 "warning",
-                f"{text}; the CUDA kernels are written for compute capability 9.0 (Hopper)",
-                "Run the ops on the CPU or on a Hopper GPU.",
+                f"{text}; the CUDA kernels need compute capability 8.0 or newer",
+                "Run the ops on the CPU.",
             )
         ]
-    return [Finding("cuda", "ok", text)]
+    driver = _driver_version()
+    if driver is not None and driver[0] < int(build.partition(".")[0]):
+        return [
+            Finding(
+                "cuda",
+                "fail",
+                f"{text}; the driver supports CUDA {driver[0]}.{driver[1]} only",
+                "Update the driver, or build moe_ops with the CUDA toolkit 12.8 or 12.9.",
+            )
+        ]
+    if capability != _HOPPER:
+        text += "; matrix products run on the kernels for any card, the fast ones need 9.0"
+    findings = [Finding("cuda", "ok" if capability == _HOPPER else "info", text)]
+    cpu_only = [op for op in dict.fromkeys(c.op for c in _cases()) if not has_kernel(op, "cuda")]
+    if cpu_only:
+        text = f"without a CUDA kernel: {', '.join(cpu_only)}"
+        findings.append(Finding("cuda ops", "info", text))
+    return findings
 
 
 def _name_clash() -> list[Finding]:
@@ -576,10 +616,21 @@ def _version(package: str) -> str | None:
         return "unknown" if importlib.util.find_spec(package) else None
 
 
-def _cuda_is_built() -> bool:
+def _cuda_build() -> str:
+    """What the CUDA kernels were built with, "13.0 (static runtime)"; empty without them."""
     from moe_ops import _C
 
-    return dict(_C.build_info()).get("cuda", "off") not in ("", "off", "OFF", "0")
+    build = dict(_C.build_info()).get("cuda", "off")
+    return "" if build.lower() in ("", "off", "0") else build
+
+
+def _driver_version() -> tuple[int, int] | None:
+    """The newest CUDA that the driver supports."""
+    ask = getattr(torch._C, "_cuda_getDriverVersion", None)  # only in a torch with CUDA
+    if ask is None:
+        return None
+    version = int(ask())
+    return version // 1000, version % 1000 // 10
 
 
 def _usable_cores() -> int:

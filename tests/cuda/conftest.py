@@ -55,8 +55,8 @@ class Simulator:
         return buffer.value.decode()
 
     def check_schedules(self, call: Callable[[], object]) -> None:
-        """Runs `call`, which returns a tensor or a tuple of them, under every schedule: the bits are
-        the same, the race detector is silent, nothing that was never written is read."""
+        """Runs `call`, which returns a tensor or a tuple of them, under every schedule: the bits
+        are the same, the race detector is silent, nothing that was never written is read."""
         self.warnings()
         with self.options(race=1, check_uninit=1):
             expected = _tensors(call())

@@ -539,6 +539,7 @@ def test_bad_input(change, words, bad_input):
         moe_ops.grouped_gemm(**{**call, **change})
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize(
     "offsets", [[0, 4, 7, 13], [0, 8, 7, 12], [1, 4, 7, 12], [0, -4, 7, 12], [0, 4, 7, 2**31 - 1]]
 )

@@ -302,6 +302,20 @@ def test_same_bits_for_any_thread_count(dtype, kind, set_threads):
             assert_identical(a, b)
 
 
+@pytest.mark.parametrize("tokens", [1, 2, 3, 5])
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+def test_same_bits_however_features_are_cut(dtype, tokens, set_threads):
+    """Threads decide how many panels an item has, and so which of them are read side by side."""
+    for hidden, intermediate in ((160, 80), (336, 48), (240, 112), (176, 208)):
+        call = with_copies(ffn_operands(Routing(tokens, 4, 2), hidden, intermediate, dtype))
+        runs = []
+        for threads in (1, 2, 8):
+            set_threads(threads)
+            runs.append(moe_ops.moe_ffn_packed(**call))
+        for run in runs[1:]:
+            assert_identical(run, runs[0])
+
+
 def test_two_python_threads_at_once():
     calls = [with_copies(ffn_operands(Routing(60, 4, 2), 40, 50, torch.bfloat16)) for _ in range(4)]
     want = [moe_ops.moe_ffn_packed(**call) for call in calls]

@@ -106,15 +106,11 @@ void panel_tile(int64_t kc, const T* a, const void* panel_data, T* c, int64_t ld
   constexpr int W = kLanes<T>;
   constexpr int kPair = sizeof(S) == sizeof(T) ? 1 : 2;  // steps of k that lie side by side
   constexpr int kLines = 2 * MOE_VEC_BYTES < 64 ? 1 : 2 * MOE_VEC_BYTES / 64;
-  // Few rows are few chains of sums, and a chain adds once in 4 cycles: the two k of a pair then
-  // have sums of their own.
-  constexpr int kChains = kPair == 2 && M <= 3 ? 2 : 1;
-  Vec<T> acc[kChains][M][2];
-#pragma GCC unroll 2
-  for (int h = 0; h < kChains; ++h) {
+  // One chain of sums an element, as in panel_streams: which of the two takes a panel depends on
+  // how items are cut, and so on the number of threads.
+  Vec<T> acc[M][2];
 #pragma GCC unroll 32
-    for (int i = 0; i < M; ++i) acc[h][i][0] = acc[h][i][1] = Vec<T>{};
-  }
+  for (int i = 0; i < M; ++i) acc[i][0] = acc[i][1] = Vec<T>{};
   const int64_t line_step = ahead_step / kLines;
   const S* panel = static_cast<const S*>(panel_data);
 #pragma GCC unroll 2
@@ -130,11 +126,10 @@ void panel_tile(int64_t kc, const T* a, const void* panel_data, T* c, int64_t ld
       // an AVX2 tile, two vectors, an element of a and the mask, and not one more.
       if constexpr (kPair == 2) asm volatile("" ::: "memory");
       const Vec<T> b0 = panel_vector<T>(panel, 0, half), b1 = panel_vector<T>(panel, 1, half);
-      auto& sums = acc[kChains == 2 ? half : 0];
 #pragma GCC unroll 32
       for (int i = 0; i < M; ++i) {
-        sums[i][0] = add_product<T, S>(sums[i][0], a + i * kLda + half, b0);
-        sums[i][1] = add_product<T, S>(sums[i][1], a + i * kLda + half, b1);
+        acc[i][0] = add_product<T, S>(acc[i][0], a + i * kLda + half, b0);
+        acc[i][1] = add_product<T, S>(acc[i][1], a + i * kLda + half, b1);
       }
     }
     a += kPair;
@@ -144,10 +139,8 @@ void panel_tile(int64_t kc, const T* a, const void* panel_data, T* c, int64_t ld
   for (int i = 0; i < M; ++i) {
 #pragma GCC unroll 2
     for (int v = 0; v < 2; ++v) {
-      Vec<T> sum = acc[0][i][v];
-      if constexpr (kChains == 2) sum += acc[1][i][v];
       T* out = c + i * ldc + v * W;
-      store<T>(out, accumulate ? load<T>(out) + sum : sum);
+      store<T>(out, accumulate ? load<T>(out) + acc[i][v] : acc[i][v]);
     }
   }
 }
