@@ -7,6 +7,8 @@
 //   in
 //      place, 32 experts at a time
 // Atomics only count.
+#include <algorithm>
+
 #include "cuda/check.h"
 #include "cuda/router_row.cuh"
 #include "cuda/runtime.h"
@@ -47,22 +49,23 @@ __global__ void score_kernel(const ExpertChoiceRouterParams p) {
 
 // --- 2
 
-constexpr int kThreads = 512;
+constexpr int kMaxThreads = 512;
 constexpr int kDigitBits = 8;
 constexpr int kDigits = 1 << kDigitBits;
 
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kMaxThreads)
     threshold_kernel(const ExpertChoiceRouterParams p, Threshold* thresholds, bool keep_column) {
   extern __shared__ uint64_t shared[];
   __shared__ int32_t counts[kDigits];
   __shared__ int32_t digit, above;  // the digit of the key; keys with a higher one
-  __shared__ int32_t warp_counts[kThreads / kWarp];
+  __shared__ int32_t warp_counts[kMaxThreads / kWarp];
   Key<T>* const column = reinterpret_cast<Key<T>*>(shared);
   const T* const scores = static_cast<const T*>(p.topk_weights) + blockIdx.x;
   const int lane = static_cast<int>(threadIdx.x % kWarp), warp = threadIdx.x / kWarp;
+  const int threads = static_cast<int>(blockDim.x);
   if (keep_column) {
-    for (int64_t t = threadIdx.x; t < p.num_tokens; t += kThreads) {
+    for (int64_t t = threadIdx.x; t < p.num_tokens; t += threads) {
       column[t] = key_of(scores[t * p.num_experts]);
     }
   }
@@ -74,12 +77,12 @@ __global__ void __launch_bounds__(kThreads)
   Key<T> key = 0;             // the digits found so far, and zeros
   int64_t rank = p.capacity;  // of the key among those that share these digits, from 1
   for (int shift = 8 * sizeof(Key<T>) - kDigitBits; shift >= 0; shift -= kDigitBits) {
-    for (int d = threadIdx.x; d < kDigits; d += kThreads) counts[d] = 0;
+    for (int d = threadIdx.x; d < kDigits; d += threads) counts[d] = 0;
     __syncthreads();
     // Digits above this one; a shift by all bits is not defined.
     const Key<T> mask =
         shift + kDigitBits == 8 * sizeof(Key<T>) ? Key<T>(0) : ~Key<T>(0) << (shift + kDigitBits);
-    for (int64_t t = threadIdx.x; t < p.num_tokens; t += kThreads) {
+    for (int64_t t = threadIdx.x; t < p.num_tokens; t += threads) {
       const Key<T> k = key_at(t);
       if ((k & mask) == key) atomicAdd(counts + static_cast<int>(k >> shift & (kDigits - 1)), 1);
     }
@@ -105,7 +108,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 
   // The rank-th token, in order, that has this key.
-  for (int64_t first = 0; first < p.num_tokens; first += kThreads) {
+  for (int64_t first = 0; first < p.num_tokens; first += threads) {
     const int64_t t = first + threadIdx.x;
     const bool equal = t < p.num_tokens && key_at(t) == key;
     const unsigned equals = __ballot_sync(kAllLanes, equal);
@@ -170,8 +173,10 @@ Status find_thresholds(const ExpertChoiceRouterParams& p, Threshold* thresholds,
                                       cudaFuncAttributeMaxDynamicSharedMemorySize,
                                       static_cast<int>(shared)));
   }
+  const auto threads =
+      static_cast<unsigned>(round_up<int64_t>(std::min<int64_t>(p.num_tokens, kMaxThreads), kWarp));
   threshold_kernel<T>
-      <<<static_cast<unsigned>(p.num_experts), kThreads, shared, stream>>>(p, thresholds, keep);
+      <<<static_cast<unsigned>(p.num_experts), threads, shared, stream>>>(p, thresholds, keep);
   return launched();
 }
 

@@ -8,10 +8,18 @@ from moe_ops import reference
 from moe_ops.testing import assert_identical, short
 
 
-@pytest.mark.parametrize(("t", "e", "capacity"), [(700, 5, 90), (40, 60, 3), (7, 1100, 2)])
-def test_schedules(simulator, t, e, capacity):
-    logits = torch.randn(t, e).bfloat16().requires_grad_()
-    grad = torch.randn(t, e)
+@pytest.mark.parametrize(
+    ("t", "e", "capacity", "dtype"),
+    [
+        (700, 5, 90, torch.bfloat16),
+        (40, 60, 3, torch.float32),
+        (40, 260, 2, torch.float64),  # more experts than registers hold in fp64
+    ],
+    ids=lambda v: short(v) if isinstance(v, torch.dtype) else str(v),
+)
+def test_schedules(simulator, t, e, capacity, dtype):
+    logits = torch.randn(t, e).to(dtype).requires_grad_()
+    grad = torch.randn(t, e, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
 
     def call():
         weights, ids = moe_ops.expert_choice_router(logits, capacity)
