@@ -27,11 +27,10 @@ Job = Callable[[], object]
 
 @dataclass
 class Prepared:
-    """A job as it is timed. `note` says why it is no graph, if it could have been one."""
+    """A job as it is timed. `note` says why it is launched from Python and not as a graph."""
 
     call: Job
     once_s: float
-    graph: bool = False
     note: str = ""
 
 
@@ -84,6 +83,7 @@ class HostClock:
 class CudaClock:
     """Of the current device."""
 
+    _TYPE = "cuda"
     # Reading so many times the L2 cache leaves nothing else in it.
     _TIMES_L2 = 4
     # Above this share of the card's memory, torch's cache is emptied before a capture: while one is
@@ -91,7 +91,7 @@ class CudaClock:
     _TIGHT = 0.4
 
     def __init__(self) -> None:
-        self.device = torch.device("cuda", torch.cuda.current_device())
+        self.device = torch.device(self._TYPE, torch.cuda.current_device())
         properties = torch.cuda.get_device_properties(self.device)
         size = max(64 << 20, self._TIMES_L2 * int(properties.L2_cache_size))
         self._buffer = torch.zeros(size // 4, dtype=torch.float32, device=self.device)
@@ -107,10 +107,9 @@ class CudaClock:
         if torch.cuda.memory_reserved(self.device) > self._TIGHT * self._memory:
             torch.cuda.empty_cache()
         call, note = self._capture(job)
-        graph = call is not None
         call = call or job
         call()
-        return Prepared(call, self._timed(call), graph, note)
+        return Prepared(call, self._timed(call), note)
 
     def rounds(self, jobs: Mapping[str, Prepared], count: int) -> dict[str, Samples]:
         events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {n: [] for n in jobs}
@@ -133,10 +132,10 @@ class CudaClock:
 
     def release(self) -> None:
         torch.cuda.synchronize(self.device)
-        gc.collect()
         # Graphs of one case share a pool; the next case gets a new one, and this one is free.
         self._pool = torch.cuda.graph_pool_handle()
         if torch.cuda.memory_reserved(self.device) > self._TIGHT * self._memory:
+            gc.collect()
             torch.cuda.empty_cache()
 
     def _warm_up(self, job: Job) -> None:
