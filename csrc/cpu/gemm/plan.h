@@ -179,6 +179,10 @@ Path path_of(const GemmDesc<T>& d, const Kernels<T>& k, int64_t expert_rows) {
   return pairs && d.in_features % 2 == 0 ? Path::kPairNt : Path::kNt;
 }
 
+inline int64_t nn_features(int64_t expert_rows) {
+  return expert_rows >= kNnNarrowRows ? kNnFeatures / 2 : kNnFeatures;
+}
+
 struct GemmItem {
   Path path;
   int64_t expert, row_begin, row_end, feature_begin, feature_end;
@@ -244,7 +248,7 @@ std::vector<GemmItem> gemm_items(const GemmDesc<T>& d, const Kernels<T>& k, int 
       case Path::kRank:
       case Path::kNn:
       case Path::kPairNn:
-        most_features = end - begin >= kNnNarrowRows ? kNnFeatures / 2 : kNnFeatures;
+        most_features = nn_features(end - begin);
         break;
       default:
         break;
