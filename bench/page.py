@@ -1,14 +1,20 @@
-"""Writes docs/performance.md from the JSON files in bench/baselines: ``python -m bench.page``."""
+"""Writes the performance pages from the JSON files in bench/baselines: ``python -m bench.page``.
+
+docs/performance.md has the CPUs, docs/performance-cuda.md the cards, if there is a baseline of one.
+"""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
+from bench.gpu import report as gpu_report
 from moe_ops.bench.report import render
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "performance.md"
+CUDA_PAGE = ROOT / "docs" / "performance-cuda.md"
 BASELINES = ROOT / "bench" / "baselines"
 _HEAD = """\
 # Performance
@@ -22,10 +28,32 @@ project has set itself; where one is not met, the table says so.
 """
 
 
+_CUDA_HEAD = f"""\
+# Performance on CUDA
+
+<!-- Made by `python -m bench.page` from bench/baselines; do not edit. -->
+
+What `python -m bench.gpu` measured, one section a card.
+
+{gpu_report.HOW}
+"""
+
+
 def page() -> str:
-    results = [json.loads(path.read_text()) for path in sorted(BASELINES.glob("*.json"))]
-    return "\n".join([_HEAD, *map(render, results)])
+    return "\n".join([_HEAD, *(render(r) for r in _results() if r.get("kind") != "gpu")])
+
+
+def cuda_page() -> str:
+    """Empty without a baseline of a card."""
+    cards = [gpu_report.markdown(r) for r in _results() if r.get("kind") == "gpu"]
+    return "\n".join([_CUDA_HEAD, *cards]) if cards else ""
+
+
+def _results() -> list[dict[str, Any]]:
+    return [json.loads(path.read_text()) for path in sorted(BASELINES.glob("*.json"))]
 
 
 if __name__ == "__main__":
     PAGE.write_text(page())
+    if text := cuda_page():
+        CUDA_PAGE.write_text(text)

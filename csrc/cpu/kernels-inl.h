@@ -24,8 +24,11 @@ namespace {
 #include "cpu/kernels/rows-inl.h"
 #include "cpu/kernels/stream-inl.h"
 #include "cpu/kernels/tiles-inl.h"
-// Takes add_product from the tiles.
-#include "cpu/kernels/quant-inl.h"
+// Weights of 8 and 4 bits; words take add_product from the tiles.
+#include "cpu/kernels/integers-inl.h"
+#include "cpu/kernels/quant4-inl.h"
+#include "cpu/kernels/quant8-inl.h"
+#include "cpu/kernels/words-inl.h"
 
 // --- table
 

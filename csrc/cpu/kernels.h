@@ -56,30 +56,50 @@ struct TileHints {
   }
 };
 
-// Weights of 8 or 4 bits (QuantFormat in grouped_gemm.h); kernels/quant-inl.h.
-constexpr int64_t kQuantBlock = 32;  // codes of a token that share a scale
+// Weights of 8 or 4 bits (QuantFormat in grouped_gemm.h); quant8-inl.h,
+// quant4-inl.h and words-inl.h in kernels/.
+// Rows of 8-bit weights and of tokens that dot8 takes at once.
+constexpr int64_t kDot8Features = 6, kDot8Tokens = 2;
+constexpr int64_t kDot8MaxDepth = int64_t{1} << 20;  // 2^31 bounds the sums of bytes of a lane
+constexpr int64_t kQuantBlock = 32;  // codes of 8 bits of a token that share a scale
 struct QuantKernels {
-  // Bytes of a row of k tokens in integers, in an order of the level's own.
-  int64_t (*token_bytes)(int bits, int64_t k);
-  // x as integers from -127 to 127, with a scale for each kQuantBlock of them. x is readable and
-  // zero up to a multiple of that.
-  void (*tokens)(int bits, int64_t k, const float* x, void* row);
-  // Kernels::dot for such weights and tokens: strides ldw and row_bytes in bytes.
-  void (*dot)(int bits, int64_t group, int features, int tokens, int64_t k, const void* w,
-              int64_t ldw, const float* scale, int64_t ld_scale, const void* rows,
-              int64_t row_bytes, float* out, int64_t ldo, int64_t out_step);
+  // Tokens for 8-bit weights: bytes of a row of k, in an order of the level's own; and x as
+  // integers of 16 bits. x is readable and zero up to a multiple of 64.
+  int64_t (*row8_bytes)(int64_t k);
+  void (*row8)(int64_t k, const float* x, void* row);
+  // Kernels::dot for such weights and tokens: strides ldw and row_bytes in bytes, features are 1 or
+  // kDot8Features, tokens 1 or kDot8Tokens. Every 64 steps of k it prefetches `features` lines,
+  // ahead_pitch bytes apart, and goes on by ahead_step. k is at most kDot8MaxDepth.
+  void (*dot8)(int features, int tokens, int64_t k, const void* w, int64_t ldw, const float* scale,
+               int64_t ld_scale, const void* rows, int64_t row_bytes, float* out, int64_t ldo,
+               int64_t out_step, const void* ahead, int64_t ahead_pitch, int64_t ahead_step);
+  int dot8_max_rows;  // below or at this many rows it beats code_tile
+  // The same for 4 bits: x as integers from -127 to 127, with a scale for each kQuantBlock of them.
+  // x is readable and zero up to a multiple of that. features <= kDotFeatures, tokens <=
+  // dot_tokens.
+  int64_t (*row4_bytes)(int64_t k);
+  void (*row4)(int64_t k, const float* x, void* row);
+  void (*dot4)(int64_t group, int features, int tokens, int64_t k, const void* w, int64_t ldw,
+               const float* scale, int64_t ld_scale, const void* rows, int64_t row_bytes,
+               float* out, int64_t ldo, int64_t out_step);
   // Weights k0 to k0 + n of `features` rows, ldw bytes apart, as a panel of words of 32 bits:
   // [words][2*lanes], word i with weights 32 / bits * i and on of a feature in two's complement. k0
   // is a multiple of 32; what n lacks to 16 bytes is zero, and what is past the last row anything.
   void (*words)(int bits, const void* w, int64_t ldw, int64_t features, int64_t k0, int64_t n,
                 uint32_t* dst);
-  // Kernels::panel_tile for `count` such words, times one scale a column. Pairs as there. It
-  // prefetches count * 2*lanes / 16 lines, ahead_step bytes apart. Index: [bits == 4][m - 1].
-  using Tile = void (*)(int64_t count, const float* a, const uint32_t* words, const float* scale,
-                        float* c, int64_t ldc, bool accumulate, const char* ahead,
-                        int64_t ahead_step);
+  // n <= 2 * kKc tokens of a row as integers of 16 bits, two in an element of dst, for code_tile;
+  // in the order in which that takes words apart. Their scale goes to dst[kKc]. x is readable and
+  // zero up to a multiple of 16. Null where there are no products of such integers.
+  void (*pairs)(int bits, int64_t n, const float* x, float* dst);
+  // Kernels::panel_tile for `count` such words, times one scale a column. code_tile: an element of
+  // a is two integers, and row i has a scale a_scale[i * kLda] as well. It prefetches count *
+  // 2*lanes / 16 lines, ahead_step bytes apart. Index: [bits == 4][m - 1].
+  using Tile = void (*)(int64_t count, const float* a, const float* a_scale, const uint32_t* words,
+                        const float* scale, float* c, int64_t ldc, bool accumulate,
+                        const char* ahead, int64_t ahead_step);
   Tile tile[2][kMaxMr];
-  Tile pair_tile[2][kMaxMr];
+  Tile code_tile[2][kMaxMr];
+  int code_rows;  // of the widest code_tile
   // row[i] *= factors[i]
   void (*multiply_row)(const float* factors, float* row, int64_t n);
 };

@@ -1,17 +1,16 @@
-// The loops are those of moe_ffn; gemm/quant.h has what differs in an item, kernels/quant-inl.h the
-// kernels.
+// The loops are those of moe_ffn; gemm/quant.h has what differs in an item; quant8-inl.h,
+// quant4-inl.h and words-inl.h in kernels/ the rest.
 #include "moe_ops/moe_ffn_quantized.h"
 
 namespace moe_ops::cpu {
 
 namespace {
 
-// Where tokens are of bfloat16, levels with products of pairs use those; others widen to float32.
 ExpertMatrices matrices_of(const QuantizedMatrices& q, DType x_type) {
   const int64_t a_byte = 8 / q.format.bits;
   ExpertMatrices m;
   m.data = q.data;
-  m.type = x_type == DType::kBFloat16 ? DType::kBFloat16 : DType::kFloat32;
+  m.type = x_type;
   m.stride_e = q.stride_e * a_byte;
   m.stride_o = q.stride_o * a_byte;
   m.stride_k = 1;

@@ -263,10 +263,10 @@ bool activations_right(const Kernels<T>& k, const Kernels<T>& portable, Numbers<
 
 // Integer products, tiles of words and rounding of tokens against their definitions. Tokens are
 // integers over 64 with a 127 in every block, so that rounding them to integers changes nothing.
-bool quant_right(const Kernels<float>& k, const Kernels<float>& portable, Numbers<float>& numbers) {
-  constexpr int64_t kMost = 384, kBytes = 384;
-  const std::vector<float> weights = numbers.take(2 * kDotFeatures * kBytes);
-  const std::vector<float> scales = numbers.take(kDotFeatures * 16);
+bool quant_right(const Kernels<float>& k, Numbers<float>& numbers) {
+  constexpr int64_t kMost = 384, kBytes = 384, kFeatures = std::max(kDotFeatures, kDot8Features);
+  const std::vector<float> weights = numbers.take(2 * kFeatures * kBytes);
+  const std::vector<float> scales = numbers.take(kFeatures * 16);
   std::vector<uint8_t> w(weights.size());
   for (size_t i = 0; i < w.size(); ++i) {
     const float parts = (weights[i] + weights[(i * 7 + 3) % w.size()]) * 64;
@@ -288,38 +288,47 @@ bool quant_right(const Kernels<float>& k, const Kernels<float>& portable, Number
       const auto scale = [&](int64_t f, int64_t i) {
         return scales[f * 16 + (bits == 8 ? 0 : i / group)];
       };
-      const int64_t row_bytes = k.quant.token_bytes(bits, K);
+      const int64_t row_bytes = bits == 8 ? k.quant.row8_bytes(K) : k.quant.row4_bytes(K);
       std::vector<char> rows(static_cast<size_t>(row_bytes * k.dot_tokens));
-      std::vector<double> truth(static_cast<size_t>(k.dot_tokens * kDotFeatures));
+      std::vector<double> truth(static_cast<size_t>(k.dot_tokens * kFeatures));
       std::vector<double> magnitude = truth;
       for (int t = 0; t < k.dot_tokens; ++t) {
-        std::vector<float> row(static_cast<size_t>(round_up(K, kQuantBlock)));
+        std::vector<float> row(static_cast<size_t>(round_up<int64_t>(K, 64)));
         std::copy_n(x.begin() + t * kMost, K, row.begin());
         // The block that K cuts has its 127 where there is a token.
         row[K / kQuantBlock * kQuantBlock - (K % kQuantBlock == 0)] = 127 / 64.0f;
-        k.quant.tokens(bits, K, row.data(), rows.data() + t * row_bytes);
-        for (int64_t f = 0; f < kDotFeatures; ++f) {
+        (bits == 8 ? k.quant.row8 : k.quant.row4)(K, row.data(), rows.data() + t * row_bytes);
+        for (int64_t f = 0; f < kFeatures; ++f) {
           for (int64_t i = 0; i < K; ++i) {
             const double product = static_cast<double>(row[i]) * code(f, i) * scale(f, i);
-            truth[t * kDotFeatures + f] += product;
-            magnitude[t * kDotFeatures + f] += std::abs(product);
+            truth[t * kFeatures + f] += product;
+            magnitude[t * kFeatures + f] += std::abs(product);
           }
         }
       }
-      for (int tokens = 1; tokens <= k.dot_tokens; ++tokens) {
-        for (const int features : {1, static_cast<int>(kDotFeatures)}) {
+      const int64_t most_features = bits == 8 ? kDot8Features : kDotFeatures;
+      const int64_t most_tokens = bits == 8 ? kDot8Tokens : k.dot_tokens;
+      for (int tokens = 1; tokens <= most_tokens; ++tokens) {
+        for (const int features : {1, static_cast<int>(most_features)}) {
           std::vector<float> out(truth.size(), NAN);
-          k.quant.dot(bits, group, features, tokens, K, w.data(), kBytes, scales.data(), 16,
-                      rows.data(), row_bytes, out.data(), kDotFeatures, 1);
+          if (bits == 8) {
+            k.quant.dot8(features, tokens, K, w.data(), kBytes, scales.data(), 16, rows.data(),
+                         row_bytes, out.data(), kFeatures, 1, w.data(), kBytes, 64);
+          } else {
+            k.quant.dot4(group, features, tokens, K, w.data(), kBytes, scales.data(), 16,
+                         rows.data(), row_bytes, out.data(), kFeatures, 1);
+          }
           for (int t = 0; t < tokens; ++t) {
             for (int f = 0; f < features; ++f) {
-              const int64_t i = t * kDotFeatures + f;
-              if (!(std::abs(out[i] - truth[i]) <= 1e-5 * magnitude[i])) return false;
+              const int64_t i = t * kFeatures + f;
+              // 16 bits are 1.5e-5 of the largest, at the most, and tokens about half of that.
+              const double tolerance = bits == 8 ? 3e-5 : 1e-5;
+              if (!(std::abs(out[i] - truth[i]) <= tolerance * magnitude[i])) return false;
             }
           }
         }
       }
-      // The same weights, and tokens that bfloat16 holds, in panels of words and their tiles.
+      // The same weights in panels of words and their tiles.
       const int64_t k0 = 32 % K, n = K - k0, P = 2 * k.lanes,
                     count = ceil_div<int64_t>(n, 32 / bits);
       if (n > kKc) continue;
@@ -327,17 +336,19 @@ bool quant_right(const Kernels<float>& k, const Kernels<float>& portable, Number
       k.quant.words(bits, w.data(), kBytes, kDotFeatures, k0, n, words.data());
       const std::vector<float> column_scale = numbers.take(P), values = numbers.take(k.mr2 * n);
       for (int64_t m = 1; m <= k.mr2; ++m) {
-        for (const bool pairs : {false, true}) {
-          if (pairs && !k.pairs) continue;
+        for (const bool codes : {false, true}) {
+          if (codes && (k.quant.pairs == nullptr || m > k.quant.code_rows)) continue;
           std::vector<float> rows_of_a(static_cast<size_t>(m * kLda)), c(m * P, NAN);
           for (int64_t i = 0; i < m; ++i) {
-            float* row = rows_of_a.data() + i * kLda;
-            portable.store_row(pairs ? DType::kBFloat16 : DType::kFloat32, values.data() + i * n,
-                               row, n);
+            std::vector<float> row(static_cast<size_t>(round_up<int64_t>(n, 16)));
+            std::copy_n(values.begin() + i * n, n, row.begin());
+            float* dst = rows_of_a.data() + i * kLda;
+            if (codes) k.quant.pairs(bits, n, row.data(), dst);
+            if (!codes) std::copy_n(row.begin(), n, dst);
           }
-          (pairs ? k.quant.pair_tile : k.quant.tile)[bits == 4][m - 1](
-              count, rows_of_a.data(), words.data(), column_scale.data(), c.data(), P, false,
-              nullptr, 0);
+          (codes ? k.quant.code_tile : k.quant.tile)[bits == 4][m - 1](
+              count, rows_of_a.data(), rows_of_a.data() + kKc, words.data(), column_scale.data(),
+              c.data(), P, false, nullptr, 0);
           for (int64_t i = 0; i < m; ++i) {
             for (int64_t f = 0; f < kDotFeatures; ++f) {
               double sum = 0, most = 0;
@@ -345,7 +356,9 @@ bool quant_right(const Kernels<float>& k, const Kernels<float>& portable, Number
                 sum += static_cast<double>(values[i * n + j]) * code(f, k0 + j);
                 most += std::abs(values[i * n + j] * code(f, k0 + j));
               }
-              if (!(std::abs(c[i * P + f] - sum * column_scale[f]) <= 1e-5 * most)) return false;
+              const double tolerance = codes ? 3e-5 : 1e-5;
+              if (!(std::abs(c[i * P + f] - sum * column_scale[f]) <= tolerance * most))
+                return false;
             }
           }
         }
@@ -489,7 +502,7 @@ const char* failing_kernel(const Kernels<T>& k, const Kernels<T>& portable) {
   if (!activations_right(k, portable, numbers)) return "activation";
   if constexpr (sizeof(T) == 4) {
     if (!pairs_right(k, portable, numbers)) return "pair";
-    if (!quant_right(k, portable, numbers)) return "quant";
+    if (!quant_right(k, numbers)) return "quant";
     if (!amx_right(k, portable, numbers)) return "amx";
   }
   return nullptr;

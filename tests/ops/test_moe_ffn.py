@@ -487,6 +487,45 @@ def test_same_bits_for_any_thread_count(dtype, kind, set_threads):
 
 
 @pytest.mark.parametrize(
+    ("dtype", "main_dtype"),
+    [
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.float32),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float16, torch.float32),
+        (torch.float64, torch.float64),
+    ],
+    ids=short,
+)
+@pytest.mark.parametrize("tokens", [9, 37, 130])
+def test_large_weight_gradients(dtype, main_dtype, tokens, set_threads):
+    """From 8 MiB on, sums are added to memory in another order of blocks; and products whose
+    weights lie along features go through items whose width depends on the number of threads."""
+    call = ffn_operands(Routing(tokens, 4, 2, "dropped"), 1030, 530, dtype)
+    call["w_gate_up"], call["w_down"] = call["w_gate_up"] * 0.03, call["w_down"] * 0.04
+    leaves = {n: call[n].clone().requires_grad_() for n in ("x", "w_gate_up", "w_down")}
+    grad_y = torch.randn_like(call["x"])
+    before = [torch.randn_like(call[n], dtype=main_dtype) for n in ("w_gate_up", "w_down")]
+    runs = []
+    for threads in (1, 2, 3):
+        set_threads(threads)
+        fresh = torch.autograd.grad(
+            moe_ops.moe_ffn(**{**call, **leaves}), list(leaves.values()), grad_y
+        )
+        main = tuple(b.clone() for b in before)
+        moe_ops.moe_ffn(**{**call, **leaves}, main_grads=main).backward(grad_y)
+        runs.append((*fresh, *main))
+    for run in runs[1:]:
+        for a, b in zip(run, runs[0], strict=True):
+            assert_identical(a, b)
+    for got, start, gradient in zip(runs[0][3:], before, runs[0][1:3], strict=True):
+        bound = torch.finfo(dtype).eps * gradient.double().abs()
+        bound += torch.finfo(main_dtype).eps * (start.double().abs() + gradient.double().abs())
+        error = (got.double() - start.double() - gradient.double()).abs()
+        assert bool((error <= bound + torch.finfo(dtype).tiny).all())
+
+
+@pytest.mark.parametrize(
     ("change", "name", "got"),
     [
         ({"x": torch.zeros(6)}, "x", "[6]"),

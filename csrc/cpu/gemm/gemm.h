@@ -49,13 +49,16 @@ void run_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, con
     case Path::kAmxNn:
       if constexpr (sizeof(T) == 4) amx_nn_item(d, k, it, fn);
       return;
-    case Path::kQuant:
-      if constexpr (sizeof(T) == 4) quant_item(d, k, it, fn);
+    case Path::kQuant8:
+      if constexpr (sizeof(T) == 4) quant8_item(d, k, it, fn);
+      return;
+    case Path::kQuant4:
+      if constexpr (sizeof(T) == 4) quant4_item(d, k, it, fn);
       return;
     case Path::kQuantPanels:
       if constexpr (sizeof(T) == 4) quant_panel_item<false>(d, k, it, fn);
       return;
-    case Path::kPairQuantPanels:
+    case Path::kCodePanels:
       if constexpr (sizeof(T) == 4) quant_panel_item<true>(d, k, it, fn);
       return;
   }

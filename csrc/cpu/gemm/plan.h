@@ -17,9 +17,11 @@
 //   amx_rows    bfloat16 weights dense along k on AMX: 16 weight rows are an operand as they lie.
 //   amx_nn      bfloat16 weights dense along features on AMX: packed in pairs of rows block by
 //               block.
-//   quant       few rows, weights of 8 or 4 bits: tokens become integers too.
-//   quant_panels, pair_quant_panels
-//               more rows of such weights: like panels, which are made in cache.
+//   quant8      not many rows, weights of 8 bits: tokens become integers of 16 bits.
+//   quant4      few rows, weights of 4 bits: tokens become integers of 8 bits.
+//   quant_panels, code_panels
+//               more rows of such weights: like panels, which are made in cache. Tokens are fp32,
+//               or integers of 16 bits where those of the layer are of a half type.
 #pragma once
 
 #include <algorithm>
@@ -74,9 +76,13 @@ constexpr int64_t kAmxMinRows = 3;
 // sums through registers once in four steps of k.
 constexpr int64_t kRankMaxRows = 8;
 // The same for products of integers, and the width of such an item: wide, because its tokens are
-// made integers first, and because each of its four streams of weights is a quarter of it.
+// made integers first, and because each of its streams of weights is a quarter or a sixth of it.
+// With more rows, narrower, for the sums of 128 rows.
 constexpr int64_t kQuantMaxRows = 8;
 constexpr int64_t kQuantFeatures = 2048;
+constexpr int64_t kQuantNarrowFeatures = 1024;
+// How far ahead of itself a stream of 8-bit weights asks for more, in bytes.
+constexpr int64_t kDot8Ahead = 1024;
 
 // Weight gradients from this size on will not be found in a cache again by whoever reads them.
 constexpr int64_t kStreamBytes = int64_t{8} << 20;
@@ -140,9 +146,10 @@ enum class Path : int {
   kAmxPanels,
   kAmxRows,
   kAmxNn,
-  kQuant,
+  kQuant8,
+  kQuant4,
   kQuantPanels,
-  kPairQuantPanels
+  kCodePanels
 };
 
 template <class T>
@@ -151,8 +158,13 @@ Path path_of(const GemmDesc<T>& d, const Kernels<T>& k, int64_t expert_rows) {
   // Products of bfloat16 round tokens to it, which loses nothing unless they were scaled before.
   const bool pairs = k.pairs && d.b.type == DType::kBFloat16 && d.a_scale == nullptr;
   if (d.b.quant.bits != 0) {
-    if (expert_rows <= kQuantMaxRows) return Path::kQuant;
-    return pairs ? Path::kPairQuantPanels : Path::kQuantPanels;
+    const bool codes = k.quant.pairs != nullptr && d.b.type != DType::kFloat32;
+    if (d.b.quant.bits == 4 && expert_rows <= kQuantMaxRows) return Path::kQuant4;
+    const int64_t most = codes ? k.quant.dot8_max_rows : kQuantMaxRows;
+    if (d.b.quant.bits == 8 && expert_rows <= most && d.in_features <= kDot8MaxDepth) {
+      return Path::kQuant8;
+    }
+    return codes ? Path::kCodePanels : Path::kQuantPanels;
   }
   const bool amx = pairs && k.amx_panel != nullptr && expert_rows >= kAmxMinRows;
   if (d.b.panels != nullptr) {
@@ -165,6 +177,10 @@ Path path_of(const GemmDesc<T>& d, const Kernels<T>& k, int64_t expert_rows) {
   const bool half = sizeof(T) == 4 && d.b.type != DType::kFloat32;
   if (expert_rows <= (half ? 2 * k.dot_tokens : k.dot_max_rows)) return Path::kDot;
   return pairs && d.in_features % 2 == 0 ? Path::kPairNt : Path::kNt;
+}
+
+inline int64_t nn_features(int64_t expert_rows) {
+  return expert_rows >= kNnNarrowRows ? kNnFeatures / 2 : kNnFeatures;
 }
 
 struct GemmItem {
@@ -204,8 +220,11 @@ std::vector<GemmItem> gemm_items(const GemmDesc<T>& d, const Kernels<T>& k, int 
         most_rows = kPanelRowBlock;
         break;
       case Path::kQuantPanels:
-      case Path::kPairQuantPanels:
         most_features = kPanelFeatureBlock;
+        most_rows = kPanelRowBlock;
+        break;
+      case Path::kCodePanels:
+        most_features = kQuantNarrowFeatures;
         most_rows = kPanelRowBlock;
         break;
       case Path::kNt:
@@ -216,14 +235,20 @@ std::vector<GemmItem> gemm_items(const GemmDesc<T>& d, const Kernels<T>& k, int 
       case Path::kDot:
         unit = 4;
         break;
-      case Path::kQuant:
+      case Path::kQuant8:
+        unit = 2 * kDot8Features;
+        most_features = end - begin <= kQuantMaxRows ? kQuantFeatures : kQuantNarrowFeatures;
+        most_rows = kPanelRowBlock;
+        row_unit = kDot8Tokens;
+        break;
+      case Path::kQuant4:
         unit = 4;
         most_features = kQuantFeatures;
         break;
       case Path::kRank:
       case Path::kNn:
       case Path::kPairNn:
-        most_features = end - begin >= kNnNarrowRows ? kNnFeatures / 2 : kNnFeatures;
+        most_features = nn_features(end - begin);
         break;
       default:
         break;

@@ -105,8 +105,15 @@ void nn_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, cons
   const int64_t padded_n = round_up(n, kPairs ? 2 * W : W);
   const int64_t ldc = padded_n * d.segments;
   T* a = scratch<T>(Scratch::kPackA, kRowBlock * kLda);
-  const int64_t depth =
-      std::clamp<int64_t>(kNnBlockBytes / (padded_n * static_cast<int64_t>(sizeof(T))), 16, kKc);
+  // By the width that an item has with one thread: sums pass through memory between blocks of k, so
+  // their bits depend on the depth.
+  const int64_t expert_rows = d.expert_offsets[it.expert + 1] - d.expert_offsets[it.expert];
+  const int64_t cuts = ceil_div(d.features * d.segments, nn_features(expert_rows));
+  const int64_t widest =
+      balanced(d.features, ceil_div(d.features, cuts), std::max<int64_t>(d.feature_unit, 2 * W));
+  const int64_t depth = std::clamp<int64_t>(
+      kNnBlockBytes / (round_up(widest, kPairs ? 2 * W : W) * static_cast<int64_t>(sizeof(T))), 16,
+      kKc);
   T* panels = scratch<T>(Scratch::kPackB, ceil_div(padded_n, 2 * W) * (2 * W * depth + kPanelPad));
   T* tile = scratch<T>(Scratch::kTile, m * ldc);
   const auto& tiles = kPairs ? k.pair_row_a : k.row_a;

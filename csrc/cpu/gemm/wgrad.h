@@ -6,6 +6,11 @@
 
 namespace moe_ops::cpu {
 
+// Room for the panels of x where sums are added to memory: an eighth of an L2.
+constexpr int64_t kAddBytes = int64_t{128} << 10;
+// Up to so many steps a tile of four rows computes as fast as memory delivers its sums.
+constexpr int64_t kAddLowDepth = 8;
+
 // out[e, o, j] = sum over rows r of e: grad[r, o] * a[r, j]. Row blocks are the depth of the tiles;
 // both operands are copied as they lie. One item covers the features [o_begin, o_end) of one
 // expert.
@@ -29,21 +34,29 @@ void wgrad_item(const GroupedWgradParams& p, const Kernels<T>& k, int64_t e, int
   const bool large = !p.accumulate && p.num_experts * O * J * size >= kStreamBytes;
   const bool same_type = p.out_type == kAccumulate<T> && (k.streams || !large);
   const int64_t unit = kPairs ? 2 * W : W;  // width of the narrowest panel
-  const int64_t o_block = balanced(o_end - o_begin, kFeatureBlock / 2, 1);
-  const int64_t j_block = balanced(J, 256, 2 * W), padded_j = round_up(j_block, unit);
+  const int64_t depth = std::min(ceil_div(end - begin, kRows), kKc);
+  // Sums that are added to memory pass through the core along rows, as long as the panels of x fit.
+  const bool adding = p.accumulate && p.num_experts * O * J * size >= kStreamBytes;
+  int64_t most_j = 256, most_o = kFeatureBlock / 2, height = k.mr2;
+  if (adding) {
+    most_j = std::max(most_j, kAddBytes / (depth * static_cast<int64_t>(sizeof(T))));
+    if (depth <= kAddLowDepth) height = std::min<int64_t>(height, 4);
+    if (!same_type) most_o = std::max(height, 28 / height * height);
+  }
+  const int64_t o_block = balanced(o_end - o_begin, most_o, 1);
+  const int64_t j_block = balanced(J, most_j, 2 * W), padded_j = round_up(j_block, unit);
   T* g = scratch<T>(Scratch::kPackA, kKc * kLdm);
-  T* panels = scratch<T>(Scratch::kPackB, ceil_div(padded_j, 2 * W) * (2 * W * kKc + kPanelPad));
+  T* panels = scratch<T>(Scratch::kPackB, ceil_div(padded_j, 2 * W) * (2 * W * depth + kPanelPad));
   T* tile = scratch<T>(Scratch::kTile, o_block * padded_j);
   const int64_t half_rows = std::max(j_block, kLdm);
   auto* halves =
-      kPairs ? scratch<uint16_t>(Scratch::kTokens, (kRows * kKc + 2) * half_rows) : nullptr;
+      kPairs ? scratch<uint16_t>(Scratch::kTokens, (kRows * depth + 2) * half_rows) : nullptr;
   const void* a_rows[kRows * kKc];
   // A large result, written once and in whole vectors, goes past the cache.
   TileHints hints;
   const int64_t vector = W * static_cast<int64_t>(sizeof(T));
   const bool streamed = large && k.streams && same_type && end - begin <= kRows * kKc &&
                         J % unit == 0 && reinterpret_cast<uintptr_t>(out) % vector == 0;
-  const bool adding = p.accumulate && p.num_experts * O * J * size >= kStreamBytes;
   const auto pack_a = [&](int64_t r0, int64_t rows, int64_t j0, int64_t cols) {
     const int64_t offset = j0 * dtype_size(p.a.type);
     for (int64_t r = 0; r < rows; ++r) a_rows[r] = row_of(p.a, r0 + r);
@@ -71,7 +84,7 @@ void wgrad_item(const GroupedWgradParams& p, const Kernels<T>& k, int64_t e, int
     const auto row = [&](int64_t r) { return element(row_of(p.grad, r), p.grad.type, o0); };
     const auto scale = [&](int64_t r) { return grad_scale ? grad_scale[r] : T(1); };
     if constexpr (kPairs) {
-      uint16_t* two = halves + kRows * kKc * half_rows;
+      uint16_t* two = halves + kRows * depth * half_rows;
       for (int64_t r = 0; r < rows; r += 2) {
         for (int64_t i = 0; i < 2; ++i) {
           uint16_t* dst = two + i * half_rows;
@@ -96,30 +109,31 @@ void wgrad_item(const GroupedWgradParams& p, const Kernels<T>& k, int64_t e, int
     const int64_t j_direct = same_type ? j0 + (j1 - j0) / unit * unit : j0;
     for (int64_t o0 = o_begin; o0 < o_end; o0 += o_block) {
       const int64_t n = std::min(o_block, o_end - o0);
-      const int64_t blocks = ceil_div<int64_t>(n, k.mr2);
+      const int64_t blocks = ceil_div<int64_t>(n, height);
       for (int64_t r0 = begin; r0 < end; r0 += kRows * kKc) {
         const int64_t rows = std::min(kRows * kKc, end - r0), kc = ceil_div(rows, kRows);
         // A short expert's rows are packed once for all feature blocks.
         if (o0 == o_begin || end - begin > kRows * kKc) pack_a(r0, rows, j0, j1 - j0);
         pack_grad(r0, rows, o0, n);
-        for (int64_t j = j0; j < j1; j += 2 * W) {
+        const auto run_tile = [&](int64_t j, int64_t b) {
           const int64_t width = std::min(2 * W, ldc - (j - j0));
           const bool direct = j + width <= j_direct;
           T* c = direct ? reinterpret_cast<T*>(out) + o0 * J + j : tile + (j - j0);
           const int64_t ld = direct ? J : ldc;
           const int nv = width > W ? 2 : 1;
+          const int64_t i0 = n * b / blocks, i1 = n * (b + 1) / blocks;
           hints.stream = streamed && direct;
+          tiles[nv - 1][i1 - i0 - 1](
+              kc, g + i0, panels + (j - j0) / (2 * W) * (2 * W * kc + kPanelPad), c + i0 * ld, ld,
+              r0 > begin || (direct && p.accumulate), hints);
+        };
+        if (adding) {
           for (int64_t b = 0; b < blocks; ++b) {
-            const int64_t i0 = n * b / blocks, i1 = n * (b + 1) / blocks;
-            // A sum that is added to memory waits for it; ask for the next one's now.
-            for (int64_t i = i1; adding && direct && i < std::min(n, 2 * i1 - i0); ++i) {
-              for (int64_t line = 0; line < width; line += 64 / static_cast<int64_t>(sizeof(T))) {
-                __builtin_prefetch(c + i * ld + line, 1);
-              }
-            }
-            tiles[nv - 1][i1 - i0 - 1](
-                kc, g + i0, panels + (j - j0) / (2 * W) * (2 * W * kc + kPanelPad), c + i0 * ld, ld,
-                r0 > begin || (direct && p.accumulate), hints);
+            for (int64_t j = j0; j < j1; j += 2 * W) run_tile(j, b);
+          }
+        } else {
+          for (int64_t j = j0; j < j1; j += 2 * W) {
+            for (int64_t b = 0; b < blocks; ++b) run_tile(j, b);
           }
         }
       }

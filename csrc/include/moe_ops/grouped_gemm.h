@@ -42,8 +42,8 @@ struct ExpertMatrices {
   // A copy of the matrices in the order of the kernels (cpu/pack.h), or nullptr. Used by products
   // that sum over k; `data` stays valid beside it.
   const void* panels = nullptr;
-  // With bits: rows are dense along k, strides count such weights, and type is what they are
-  // widened to where they are not multiplied as integers (float32 or bfloat16).
+  // With bits: rows are dense along k, strides count such weights, and type is that of the tokens
+  // of the layer, whose precision products may count on.
   QuantFormat quant = {};
 };
 

@@ -88,14 +88,17 @@ def flops(shape: Shape, num_tokens: int, *, training: bool = False) -> float:
     return num_tokens * shape.K * 6.0 * shape.H * shape.I * (3 if training else 1)
 
 
-def make_bank(shape: Shape, dtype: torch.dtype, seed: int = 0) -> Bank:
+def make_bank(
+    shape: Shape, dtype: torch.dtype, seed: int = 0, device: torch.device | str = "cpu"
+) -> Bank:
     """Weights with the variance that keeps activations near one."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
 
     def weights(*size: int) -> Tensor:
-        w = torch.empty(size, dtype=dtype)
+        w = torch.empty(size, dtype=dtype, device=device)
         for expert in w:  # One at a time: no fp32 copy of a whole bank of halves.
-            expert.copy_(torch.randn(expert.shape, generator=generator) * size[-1] ** -0.5)
+            normal = torch.randn(expert.shape, generator=generator, device=device)
+            expert.copy_(normal * size[-1] ** -0.5)
         return w
 
     return Bank(
@@ -124,7 +127,7 @@ def take(tokens: Tokens, count: int) -> Tokens:
 def exact_output(bank: Bank, tokens: Tokens, rows: Tensor) -> Tensor:
     """The layer in fp64 on the chosen tokens, [len(rows), H]; expert by expert, to save memory."""
     x, weights, ids = tokens.x[rows].double(), tokens.topk_weights[rows], tokens.topk_ids[rows]
-    y = torch.zeros(x.shape, dtype=torch.float64)
+    y = torch.zeros_like(x)
     for expert in ids.unique().tolist():
         token, slot = torch.where(ids == expert)
         gate, up = (x[token] @ bank.w_gate_up[expert].double().T).chunk(2, dim=-1)

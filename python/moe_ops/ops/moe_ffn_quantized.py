@@ -57,14 +57,16 @@ def moe_ffn_quantized(
       k = 2j in its low and k = 2j + 1 in its high four bits, each as q + 8 with q from -8 to 7:
       ``w[e, o, k] = q[e, o, k] * scale[e, o, k // G]``.
 
-    An expert with more than 8 tokens widens the integers in cache, which is exact, and scales its
-    sums. Tokens are float32 there, or bfloat16 where x is and the processor multiplies pairs of it
-    (AVX512-BF16). An expert with up to 8 tokens is bound by reading weights; there the rows that
-    meet a weight, x and the activated features, are rounded to integers from -127 to 127
-    with a scale for each 32 of them. That moves a value by at most 1/254 of the largest of its 32;
-    on normal x it adds about 1 % to the result, as 8-bit weights do and a tenth of what 4-bit ones
-    do. Sums of integers are exact, others run in fp32 in a fixed order: the same bits every run,
-    whatever the number of threads.
+    The rows that meet a weight are x and the activated features. For 8 bits they are rounded to
+    integers of 16 bits where an expert has up to 8 tokens, and where x is bfloat16 or float16 with
+    any number: that moves a value by at most 1/65278 of the largest of its row, and results on
+    normal x by about 5e-5. For 4 bits and up to 8 tokens, bound by reading weights, they are
+    rounded to integers from -127 to 127 with a scale for each 32 of them: a value moves by at most
+    1/254 of the largest of its 32, and the result by about 1 %, a tenth of what 4-bit weights cost.
+    With more tokens of a half type they have 16 bits too. Else, with more than 8 tokens of float32,
+    or of any type on a processor without AVX2, weights are widened in cache, which is exact, and
+    products are in fp32. Sums of integers are exact, others run in fp32 in a fixed order: the same
+    bits every run, whatever the number of threads.
 
     Args:
         x: [T, H] tokens; float32, bfloat16 or float16, any strides.

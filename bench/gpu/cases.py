@@ -1,0 +1,132 @@
+"""What is measured: the expert layers of 15 published models, from one token to 32768."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moe_ops.bench.shapes import Shape
+
+MODELS: dict[str, Shape] = {
+    shape.name: shape
+    for shape in (
+        Shape("mixtral-8x7b", 4096, 14336, 8, 2, "Mixtral-8x7B"),
+        Shape("mixtral-8x22b", 6144, 16384, 8, 2, "Mixtral-8x22B"),
+        Shape("qwen2-moe", 2048, 1408, 60, 4, "Qwen2-MoE-A2.7B"),
+        Shape("qwen3-30b", 2048, 768, 128, 8, "Qwen3-30B-A3B"),
+        Shape("qwen3-235b", 4096, 1536, 128, 8, "Qwen3-235B-A22B"),
+        Shape("qwen3-next", 2048, 512, 512, 10, "Qwen3-Next-80B"),
+        Shape("deepseek-v3", 7168, 2048, 256, 8, "DeepSeek-V3"),
+        Shape("olmoe", 2048, 1024, 64, 8, "OLMoE-1B-7B"),
+        Shape("gpt-oss-120b", 2880, 2880, 128, 4, "gpt-oss-120b"),
+        Shape("llama4-scout", 5120, 8192, 16, 1, "Llama-4-Scout"),
+        Shape("glm4.5-air", 4096, 1408, 128, 8, "GLM-4.5-Air"),
+        Shape("minimax-m2", 3072, 1536, 256, 8, "MiniMax-M2"),
+        Shape("phi3.5-moe", 4096, 6400, 16, 2, "Phi-3.5-MoE"),
+        Shape("jetmoe", 2048, 5632, 8, 2, "JetMoE-8B"),
+        Shape("gemma4-26b", 2816, 704, 128, 8, "Gemma-4-26B-A4B"),
+    )
+}
+TINY: dict[str, Shape] = {
+    shape.name: shape
+    for shape in (Shape("tiny", 64, 48, 8, 2, "a toy"), Shape("odd", 40, 24, 5, 3, "a toy"))
+}
+
+# Of the block; of the ops alone every other one.
+TOKENS = (1, 8, 64, 512, 4096, 32768)
+OP_TOKENS = (1, 64, 4096, 32768)
+ROUTINGS = ("balanced", "skewed")
+
+# The whole block, and each op alone. The products alone are those of the up projection;
+# grouped_gemm_down has its own sizes, with K = I.
+BLOCK = ("forward", "training")
+PRODUCTS = ("grouped_gemm", "grouped_gemm_down", "grouped_gemm_wgrad")
+MOVES = ("topk_router", "sort_slots", "permute", "unpermute", "gated_act")
+FP8 = ("forward_fp8", "grouped_gemm_fp8", "quantize_fp8")
+PARTS = (*BLOCK, *PRODUCTS, *MOVES, *FP8)
+
+# Of these the time depends on how tokens fall on experts.
+_MINDS_ROUTING = (*BLOCK, *PRODUCTS, "sort_slots", "forward_fp8", "grouped_gemm_fp8")
+# Of these, numbers of tokens that are for decoding only make no sense.
+_TRAINING = ("training", "grouped_gemm_wgrad")
+_TRAINING_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Case:
+    """One part of one layer for T tokens; `rank` 0 is measured first, the highest is given up
+    first when time is short."""
+
+    part: str
+    shape: Shape
+    T: int
+    routing: str
+    dtype: str = "bf16"
+
+    @property
+    def group(self) -> tuple[str, str]:
+        """Cases of a group share their weights."""
+        return self.shape.name, self.dtype
+
+    @property
+    def num_slots(self) -> int:
+        return self.T * self.shape.K
+
+    @property
+    def rank(self) -> int:
+        rank = 0 if self.part in BLOCK else 1 if self.part in (*PRODUCTS, *FP8[:2]) else 2
+        rank += 0 if self.T in OP_TOKENS else 1
+        return rank + (0 if self.routing == "balanced" else 1)
+
+    def __str__(self) -> str:
+        return f"{self.part} {self.shape.name} T={self.T} {self.routing} {self.dtype}"
+
+
+def all_cases(
+    parts: Sequence[str] = PARTS,
+    shapes: Sequence[Shape] = tuple(MODELS.values()),
+    tokens: Sequence[int] | None = None,
+    routings: Sequence[str] = ROUTINGS,
+) -> list[Case]:
+    """Every case that makes sense, in the order of running: by layer and type of the weights, then
+    by tokens, routing and part."""
+    return [
+        Case(part, shape, T, routing, dtype)
+        for shape in shapes
+        for dtype, own in (("bf16", set(PARTS) - set(FP8)), ("fp8", set(FP8)))
+        for T in tokens or TOKENS
+        for routing in routings
+        for part in parts
+        if part in own
+        and (tokens is not None or part in BLOCK or T in OP_TOKENS)
+        and (routing == "balanced" or part in _MINDS_ROUTING)
+        and (part not in _TRAINING or T >= min(_TRAINING_TOKENS, max(tokens or TOKENS)))
+    ]
+
+
+def make_ids(
+    shape: Shape, num_tokens: int, routing: str, device: torch.device | str = "cpu"
+) -> Tensor:
+    """topk_ids [T, K], int32: K distinct experts a token.
+
+    balanced: every expert has floor or ceil of T K / E slots, in random order of tokens.
+    skewed: experts are drawn in proportion to 1 / (1 + rank) (Zipf).
+    """
+    generator = torch.Generator(device).manual_seed(num_tokens)
+    E, K = shape.E, shape.K
+    if routing == "balanced":
+        # Slots in order name experts in order, so that K neighbours differ.
+        ids = torch.arange(num_tokens * K, device=device).remainder(E).view(num_tokens, K)
+        ids = ids[torch.randperm(num_tokens, generator=generator, device=device)]
+        ids = torch.randperm(E, generator=generator, device=device)[ids]
+    elif routing == "skewed":
+        popularity = -torch.arange(1, E + 1, device=device, dtype=torch.float32).log()
+        uniform = torch.rand(num_tokens, E, generator=generator, device=device)
+        gumbel = -(-uniform.clamp(1e-30, 1 - 1e-7).log()).log()
+        ids = (popularity + gumbel).topk(K, dim=1).indices
+    else:
+        raise ValueError(f"make_ids: routing must be one of {ROUTINGS}, got {routing!r}.")
+    return ids.to(torch.int32)

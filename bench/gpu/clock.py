@@ -1,0 +1,180 @@
+"""Samples of contenders in turns: on a card with events, elsewhere with the host's clock.
+
+On a card a job is captured into a CUDA graph if it can be, so that the time is the device's and not
+Python's; one that cannot be is launched as it is, and says so. Before every sample a buffer of
+several times the L2 cache is read: nothing of the job's operands is left in it, and, the buffer
+being clean, nothing has to be written back while the job runs. The flush also gives the host the
+time to enqueue what follows, so that events measure the device. Every round runs each job once, in
+an order that turns.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from moe_ops.bench.session import in_a_sentence
+from moe_ops.bench.timing import Samples
+
+Job = Callable[[], object]
+
+
+@dataclass
+class Prepared:
+    """A job as it is timed. `note` says why it is launched from Python and not as a graph."""
+
+    call: Job
+    once_s: float
+    note: str = ""
+
+
+class Clock(Protocol):
+    device: torch.device
+    flush_s: float
+
+    def prepare(self, job: Job) -> Prepared:
+        """Warms the job up, captures it, and times it once."""
+
+    def rounds(self, jobs: Mapping[str, Prepared], count: int) -> dict[str, Samples]:
+        """So many samples of each job, in turns."""
+
+    def release(self) -> None:
+        """Forgets prepared jobs and their memory."""
+
+
+def in_turns(names: list[str], round_number: int) -> list[str]:
+    shift = round_number % max(1, len(names))
+    return names[shift:] + names[:shift]
+
+
+class HostClock:
+    """For a walk without a card."""
+
+    device = torch.device("cpu")
+    flush_s = 0.0
+
+    def prepare(self, job: Job) -> Prepared:
+        job()
+        return Prepared(job, self._timed(job))
+
+    def rounds(self, jobs: Mapping[str, Prepared], count: int) -> dict[str, Samples]:
+        samples = {name: Samples() for name in jobs}
+        for number in range(count):
+            for name in in_turns(list(jobs), number):
+                samples[name].seconds[number] = self._timed(jobs[name].call)
+        return samples
+
+    def release(self) -> None:
+        gc.collect()
+
+    @staticmethod
+    def _timed(job: Job) -> float:
+        started = time.perf_counter()
+        job()
+        return time.perf_counter() - started
+
+
+class CudaClock:
+    """Of the current device."""
+
+    _TYPE = "cuda"
+    # Reading so many times the L2 cache leaves nothing else in it.
+    _TIMES_L2 = 4
+    # Above this share of the card's memory, torch's cache is emptied before a capture: while one is
+    # on, the allocator cannot give cached blocks back.
+    _TIGHT = 0.4
+
+    def __init__(self) -> None:
+        self.device = torch.device(self._TYPE, torch.cuda.current_device())
+        properties = torch.cuda.get_device_properties(self.device)
+        size = max(64 << 20, self._TIMES_L2 * int(properties.L2_cache_size))
+        self._buffer = torch.zeros(size // 4, dtype=torch.float32, device=self.device)
+        self._sum = torch.zeros((), dtype=torch.float32, device=self.device)
+        self._memory = properties.total_memory
+        self._side = torch.cuda.Stream(self.device)
+        self._pool: Any = torch.cuda.graph_pool_handle()
+        self._flush()
+        self.flush_s = self._timed(self._flush)
+
+    def prepare(self, job: Job) -> Prepared:
+        self._warm_up(job)
+        if torch.cuda.memory_reserved(self.device) > self._TIGHT * self._memory:
+            torch.cuda.empty_cache()
+        call, note = self._capture(job)
+        call = call or job
+        call()
+        return Prepared(call, self._timed(call), note)
+
+    def rounds(self, jobs: Mapping[str, Prepared], count: int) -> dict[str, Samples]:
+        events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {n: [] for n in jobs}
+        for number in range(count):
+            for name in in_turns(list(jobs), number):
+                pair = (
+                    torch.cuda.Event(enable_timing=True),
+                    torch.cuda.Event(enable_timing=True),
+                )
+                self._flush()
+                pair[0].record()
+                jobs[name].call()
+                pair[1].record()
+                events[name].append(pair)
+        torch.cuda.synchronize(self.device)
+        return {
+            name: Samples({i: a.elapsed_time(b) * 1e-3 for i, (a, b) in enumerate(pairs)})
+            for name, pairs in events.items()
+        }
+
+    def release(self) -> None:
+        torch.cuda.synchronize(self.device)
+        # Graphs of one case share a pool; the next case gets a new one, and this one is free.
+        self._pool = torch.cuda.graph_pool_handle()
+        if torch.cuda.memory_reserved(self.device) > self._TIGHT * self._memory:
+            gc.collect()
+            torch.cuda.empty_cache()
+
+    def _warm_up(self, job: Job) -> None:
+        self._side.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._side):
+            for _ in range(2):
+                job()
+        torch.cuda.synchronize(self.device)
+
+    def _capture(self, job: Job) -> tuple[Job | None, str]:
+        """A replay of the job, or why there is none. Its outputs are dropped, so that the graphs of
+        a case, which run one after another, use the same memory."""
+        graph = torch.cuda.CUDAGraph()
+        failure: BaseException | None = None
+        with torch.cuda.stream(self._side):
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                job()
+            except Exception as problem:
+                failure = problem
+            try:
+                graph.capture_end()
+            except Exception as problem:
+                failure = failure or problem
+        if failure is None:
+            return graph.replay, ""
+        note = in_a_sentence(failure)
+        del failure
+        with contextlib.suppress(Exception):
+            torch.cuda.synchronize(self.device)
+        return None, note
+
+    def _flush(self) -> None:
+        torch.sum(self._buffer, dim=0, out=self._sum)
+
+    def _timed(self, job: Job) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        job()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) * 1e-3

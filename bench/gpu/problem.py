@@ -1,0 +1,38 @@
+"""What one case compares: calls by name, how their results are checked, who is not there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Rows that are compared with fp64: each of a block costs the weights of its experts in fp64.
+_CHECKED = 8
+
+
+@dataclass
+class Problem:
+    """`check` gives the relative error of a result; more than `tolerance` is refused."""
+
+    jobs: dict[str, Callable[[], Any]]
+    check: Callable[[Any], float]
+    tolerance: float
+    absent: dict[str, str] = field(default_factory=dict)
+
+
+def relative(value: Tensor, truth: Tensor) -> float:
+    """Frobenius norm of the difference over that of the truth; nan where shapes differ."""
+    value, truth = value.detach(), truth.detach()
+    if value.shape != truth.shape:
+        return float("nan")
+    error, norm = (value.double() - truth.double()).norm(), truth.double().norm()
+    return float(error / norm) if norm > 0 else float(error)
+
+
+def sampled(count: int, device: torch.device) -> Tensor:
+    """Indices of the first and the last row and some between."""
+    rows = torch.linspace(0, count - 1, min(count, _CHECKED), dtype=torch.float64)
+    return rows.round().long().unique().to(device)

@@ -1,0 +1,80 @@
+"""Operations and bytes of a case: what no implementation can do without.
+
+T tokens of width H, E experts of width I, K a token, N = T K rows; w bytes a weight, b = 2 bytes an
+activation, 4 a routing weight or an index. `used` experts have tokens.
+
+Bytes are those that must cross the memory once even if every cache were perfect inside a kernel:
+operands read, results written, and between the two products of a block the hidden rows [N, I],
+written and read. Gathered copies of x are not counted: they can be avoided.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from bench.gpu.cases import Case
+
+_B = 2
+_WORD = 4
+# Of fp8 weights there is an fp32 scale a block of 128 by 128, of activations one a 128 of a row.
+_BLOCK = 128
+
+
+@dataclass(frozen=True)
+class Work:
+    flops: float
+    bytes: float
+
+
+def work_of(case: Case, used: int) -> Work:
+    """The work of a case whose tokens reach `used` of the experts."""
+    H, I, E = case.shape.H, case.shape.I, case.shape.E
+    T, N = case.T, case.num_slots
+    part = case.part
+    up, down = 2 * I * H, H * I  # weights of an expert
+    product = 2.0 * N  # operations a weight of an expert, for all rows
+    if part == "forward":
+        return Work(
+            product * (up + down), _B * (used * (up + down) + 2 * T * H + 2 * N * I) + 8 * N
+        )
+    if part == "training":
+        return Work(3 * product * (up + down), _training_bytes(case, used))
+    if part == "grouped_gemm":
+        return Work(product * up, _B * (used * up + N * H + 2 * N * I))
+    if part == "grouped_gemm_down":
+        return Work(product * down, _B * (used * down + N * I + N * H))
+    if part == "grouped_gemm_wgrad":
+        return Work(product * up, _B * (E * up + N * H + 2 * N * I))
+    if part == "forward_fp8":
+        # Rows of hidden features cross the memory in fp8, with their scales.
+        scales = _WORD * (used * (up + down) / _BLOCK**2 + 2 * N * I / _BLOCK)
+        moved_bytes = used * (up + down) + _B * 2 * T * H + 2 * N * I + 8 * N + scales
+        return Work(product * (up + down), moved_bytes)
+    if part == "grouped_gemm_fp8":
+        scales = _WORD * (used * up / _BLOCK**2 + N * H / _BLOCK)
+        return Work(product * up, used * up + N * H + _B * 2 * N * I + scales)
+    moved = {
+        "topk_router": _WORD * T * E + 2 * _WORD * N,  # fp32 logits; weights and ids
+        "sort_slots": _WORD * (N + (E + 1) + 2 * N),  # ids; offsets and both maps
+        "permute": _B * (T * H + N * H) + _WORD * N,
+        "unpermute": _B * (N * H + T * H) + 2 * _WORD * N,
+        "gated_act": _B * 3 * N * I,
+        "quantize_fp8": _B * T * H + T * H + _WORD * T * H / _BLOCK,
+    }
+    return Work(0.0, moved[part])
+
+
+def _training_bytes(case: Case, used: int) -> float:
+    """Forward, then the gradients of x, of both weights and of the routing weights.
+
+    Forward as above, and the pre-activation [N, 2I] is written. Backward reads the weights, x, the
+    gradient of y and the pre-activation again, and writes the gradients of x and of the weights of
+    all experts; between its products the gradient of the pre-activation and the hidden rows are
+    written and read.
+    """
+    H, I, E = case.shape.H, case.shape.I, case.shape.E
+    T, N = case.T, case.num_slots
+    weights = 3 * H * I
+    forward = used * weights + 2 * T * H + 2 * N * I + 2 * N * I
+    backward = used * weights + E * weights + 3 * T * H + 2 * N * I + 2 * (2 * N * I) + 2 * N * I
+    return _B * (forward + backward) + 8 * N + _WORD * N

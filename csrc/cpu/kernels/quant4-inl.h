@@ -1,0 +1,249 @@
+// Products of 4-bit weights with few rows of tokens, as integers of 8 bits. Included by
+// kernels-inl.h, inside its namespace; NOTES.md has the arithmetic.
+
+typedef int8_t SignedLanes __attribute__((vector_size(MOE_VEC_BYTES / 4)));
+
+// How far ahead of itself a product asks for weights, in bytes.
+constexpr int64_t kAhead4 = 4096;
+
+// A row of tokens, as dot4 reads it. A unit is what a vector of weights covers:
+//   codes    [units][kSteps] int8: the even k of a unit, then the odd ones, because the low nibbles
+//            of a vector of weights are even k and the high nibbles odd ones
+//   offsets  [units][kVec / 4] int32: what the sums of a unit start from, in each lane.
+//            Instructions multiply unsigned by signed bytes, so weights come with a bias: minus 8
+//            times the codes of the lane
+//   scales   [units][kVec / 4] of the codes, one a lane: a lane's codes are of one block
+struct Row4 {
+  static constexpr int64_t kSteps = 2 * kVec;
+  static constexpr int64_t kWhole = kSteps < kQuantBlock ? kQuantBlock : kSteps;
+  int64_t units;  // of whole blocks
+  explicit Row4(int64_t k) : units((k + kWhole - 1) / kWhole * (kWhole / kSteps)) {}
+  int64_t offsets() const { return units * kSteps; }
+  int64_t scales() const { return offsets() + units * kVec; }
+  int64_t bytes() const { return scales() + units * kVec; }
+};
+
+int64_t row4_bytes(int64_t k) { return Row4(k).bytes(); }
+
+// 32 floats as codes. Half an integer goes to the even one.
+inline void round_codes(const float* x, float inverse, int8_t* codes) {
+  using F = Simd<float>;
+  constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23
+  for (int i = 0; i < 32; i += F::kLanes) {
+    const Vec<float> shifted = load<float>(x + i) * inverse + kMagic;
+    const F::Int code =
+        __builtin_bit_cast(F::Int, shifted) - __builtin_bit_cast(int32_t, float{kMagic});
+    const SignedLanes bytes = __builtin_convertvector(code, SignedLanes);
+    __builtin_memcpy(codes + i, &bytes, sizeof(bytes));
+  }
+}
+
+// The largest of 32 absolute values; NaN if one is not finite.
+inline float largest(const float* x) {
+  Vec<float> most = {}, probe = {};
+  for (int i = 0; i < 32; i += kLanes<float>) {
+    const Vec<float> v = load<float>(x + i), a = v < 0.0f ? -v : v;
+    most = a > most ? a : most;
+    probe += v * 0.0f;
+  }
+  float result = 0;
+  for (int i = 0; i < kLanes<float>; ++i) result = most[i] > result ? most[i] : result;
+  return result + horizontal_sum<float>(probe);
+}
+
+void row4(int64_t k, const float* x, void* row) {
+  static_assert(kQuantBlock == 32, "a block is what largest and round_codes take");
+  typedef int8_t Half __attribute__((vector_size(16)));
+  constexpr Half kEven = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
+  constexpr int64_t kLane = 8;  // steps of k in a lane
+  const Row4 layout(k);
+  auto* codes = static_cast<int8_t*>(row);
+  auto* offsets = reinterpret_cast<int32_t*>(codes + layout.offsets());
+  auto* scales = reinterpret_cast<float*>(codes + layout.scales());
+  const int64_t padded = layout.units * Row4::kSteps;
+  for (int64_t k0 = 0; k0 < padded; k0 += 32) {
+    alignas(32) int8_t natural[32] = {};
+    float scale = 0;
+    if (k0 < k) {  // Past the last block there may be no memory behind x.
+      const float most = largest(x + k0);
+      scale = most / 127.0f;
+      round_codes(x + k0, most > 0.0f ? 127.0f / most : 0.0f, natural);
+    }
+    const Half a = load_bytes<Half>(natural), b = load_bytes<Half>(natural + 16);
+    const Half even = __builtin_shuffle(a, b, kEven), odd = __builtin_shuffle(a, b, kEven + 1);
+    int8_t* unit = codes + k0 / Row4::kSteps * Row4::kSteps + k0 % Row4::kSteps / 2;
+    __builtin_memcpy(unit, &even, 16);
+    __builtin_memcpy(unit + kVec, &odd, 16);
+    for (int64_t lane = 0; lane < 32 / kLane; ++lane) {
+      int32_t sum = 0;
+      for (int64_t i = 0; i < kLane; ++i) sum += natural[lane * kLane + i];
+      offsets[k0 / kLane + lane] = -8 * sum;
+      scales[k0 / kLane + lane] = scale;
+    }
+  }
+}
+
+// --- products of integers
+
+#if defined(__AVX2__) && MOE_VEC_BYTES >= 32
+#if !defined(__AVX512VNNI__)
+// Neighbouring 16-bit sums in 32 bits. They hold four products of 15 * 127.
+inline Bytes add_pairs(Bytes v) { return MOE_INT(madd_epi16)(v, MOE_INT(set1_epi16)(1)); }
+#endif
+
+// Scales of a vector of 4-bit weights that starts at scale index s, one a lane of 8 steps of k.
+template <int kGroup>
+inline Vec<float> lane_scales(const float* scale, int64_t unit) {
+  constexpr int64_t kSteps = 2 * kVec;
+  if constexpr (kGroup >= kSteps) {
+    return splat<float>(scale[unit * kSteps / kGroup]);
+  } else {
+    constexpr int64_t kCount = kSteps / kGroup;
+    const float* p = scale + unit * kCount;
+#if MOE_VEC_BYTES == 64
+    if constexpr (kCount == 4) {
+      const __m512i index = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+      const __m512 four = _mm512_castps128_ps512(_mm_loadu_ps(p));
+      return __builtin_bit_cast(Vec<float>, _mm512_permutexvar_ps(index, four));
+    } else {
+      const __m512i index = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
+      const __m512d two = _mm512_set1_pd(load_bytes<double>(p));
+      return __builtin_bit_cast(Vec<float>, _mm512_permutevar_ps(_mm512_castpd_ps(two), index));
+    }
+#else
+    const __m256i index = _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1);
+    const __m256d two = _mm256_set1_pd(load_bytes<double>(p));
+    return __builtin_bit_cast(Vec<float>, _mm256_permutevar_ps(_mm256_castpd_ps(two), index));
+#endif
+  }
+}
+
+// F rows of 4-bit weights with M rows of tokens.
+template <int kGroup, int F, int M>
+struct Dot4 {
+  static inline void unit(const uint8_t* w, int64_t ldw, const float* scale, int64_t ld_scale,
+                          const char* codes, const char* offsets, const char* scales,
+                          int64_t row_bytes, int64_t scale_unit, Vec<float> (&acc)[F][M]) {
+    const Bytes mask = MOE_INT(set1_epi8)(15);
+#pragma GCC unroll 4
+    for (int f = 0; f < F; ++f) {
+      const Bytes both = load_weights(w + f * ldw);
+      const Bytes even = bits_and(both, mask);
+      const Bytes odd = bits_and(MOE_INT(srli_epi16)(both, 4), mask);
+      const Vec<float> ws = lane_scales<kGroup>(scale + f * ld_scale, scale_unit);
+#pragma GCC unroll 4
+      for (int t = 0; t < M; ++t) {
+        const char* c = codes + t * row_bytes;
+        Bytes sum = load_weights(offsets + t * row_bytes);
+#if defined(__AVX512VNNI__)
+        sum = _mm512_dpbusd_epi32(sum, even, load_weights(c));
+        sum = _mm512_dpbusd_epi32(sum, odd, load_weights(c + kVec));
+#else
+        const Bytes pairs = MOE_INT(add_epi16)(MOE_INT(maddubs_epi16)(even, load_weights(c)),
+                                               MOE_INT(maddubs_epi16)(odd, load_weights(c + kVec)));
+        sum = MOE_INT(add_epi32)(sum, add_pairs(pairs));
+#endif
+        const Vec<float> xs = load<float>(reinterpret_cast<const float*>(scales + t * row_bytes));
+        acc[f][t] += as_floats(sum) * xs * ws;
+      }
+    }
+  }
+};
+
+template <int kGroup, int F, int M>
+void dot4(int64_t k, const uint8_t* w, int64_t ldw, const float* scale, int64_t ld_scale,
+          const char* rows, int64_t row_bytes, float* out, int64_t ldo, int64_t out_step) {
+  constexpr int64_t kSteps = 2 * kVec;
+  const Row4 layout(k);
+  const int64_t whole = k / kSteps;
+  Vec<float> acc[F][M] = {};
+  const char *offsets = rows + layout.offsets(), *scales = rows + layout.scales();
+  for (int64_t u = 0; u < whole; ++u) {
+#pragma GCC unroll 4
+    for (int f = 0; f < F; ++f) __builtin_prefetch(w + f * ldw + u * kVec + kAhead4, 0, 2);
+    Dot4<kGroup, F, M>::unit(w + u * kVec, ldw, scale, ld_scale, rows + u * kSteps,
+                             offsets + u * kVec, scales + u * kVec, row_bytes, u, acc);
+  }
+  if (whole < layout.units) {
+    uint8_t tail[F][kVec] = {};
+    float tail_scale[F][4] = {};
+    const int64_t bytes = k / 2 - whole * kVec, groups = (k - whole * kSteps) / kGroup;
+    for (int f = 0; f < F; ++f) {
+      __builtin_memcpy(tail[f], w + f * ldw + whole * kVec, bytes);
+      // A group may cover more than the vector: then its scale is that of the whole tail.
+      const float* s = scale + f * ld_scale + whole * kSteps / kGroup;
+      for (int64_t g = 0; g < (groups > 0 ? groups : 1); ++g) tail_scale[f][g] = s[g];
+    }
+    Dot4<kGroup, F, M>::unit(tail[0], kVec, tail_scale[0], 4, rows + whole * kSteps,
+                             offsets + whole * kVec, scales + whole * kVec, row_bytes, 0, acc);
+  }
+#pragma GCC unroll 4
+  for (int f = 0; f < F; ++f) {
+#pragma GCC unroll 4
+    for (int t = 0; t < M; ++t) out[t * ldo + f * out_step] = horizontal_sum<float>(acc[f][t]);
+  }
+}
+#else
+// The same sums one weight at a time; compilers find the vectors in it.
+template <int kGroup, int F, int M>
+void dot4(int64_t k, const uint8_t* w, int64_t ldw, const float* scale, int64_t ld_scale,
+          const char* rows, int64_t row_bytes, float* out, int64_t ldo, int64_t out_step) {
+  const Row4 layout(k);
+  constexpr int64_t kSteps = Row4::kSteps;
+  static_assert(kSteps <= 32, "a unit has one scale");
+  for (int f = 0; f < F; ++f) {
+    for (int t = 0; t < M; ++t) {
+      const char* row = rows + t * row_bytes;
+      const auto* codes = reinterpret_cast<const int8_t*>(row);
+      const auto* offsets = reinterpret_cast<const int32_t*>(row + layout.offsets());
+      const auto* scales = reinterpret_cast<const float*>(row + layout.scales());
+      float acc = 0;
+      for (int64_t u = 0; u < layout.units; ++u) {
+        const uint8_t* p = w + f * ldw + u * kVec;
+        const int8_t *even = codes + u * kSteps, *odd = even + kVec;
+        int32_t sum = 0;
+        for (int64_t i = 0; i < kVec / 4; ++i) sum += offsets[u * kVec / 4 + i];
+        for (int64_t i = 0; i < kVec; ++i) {
+          sum +=
+              static_cast<int16_t>(p[i] & 15) * even[i] + static_cast<int16_t>(p[i] >> 4) * odd[i];
+        }
+        acc += static_cast<float>(sum) * scales[u * kVec / 4] *
+               scale[f * ld_scale + u * kSteps / kGroup];
+      }
+      out[t * ldo + f * out_step] = acc;
+    }
+  }
+}
+#endif
+
+template <int F, class Fn>
+inline void with_token_count(int tokens, const Fn& fn) {
+  if constexpr (MOE_DOT_TOKENS >= 4) {
+    if (tokens == 4) return fn.template operator()<F, 4>();
+    if (tokens == 3) return fn.template operator()<F, 3>();
+  }
+  if (tokens == 2) return fn.template operator()<F, 2>();
+  fn.template operator()<F, 1>();
+}
+
+void quant_dot4(int64_t group, int features, int tokens, int64_t k, const void* w, int64_t ldw,
+                const float* scale, int64_t ld_scale, const void* rows, int64_t row_bytes,
+                float* out, int64_t ldo, int64_t out_step) {
+  const auto* p = static_cast<const uint8_t*>(w);
+  const auto* r = static_cast<const char*>(rows);
+  const auto run = [&]<int F, int M>() {
+    switch (group) {
+      case 32:
+        return dot4<32, F, M>(k, p, ldw, scale, ld_scale, r, row_bytes, out, ldo, out_step);
+      case 64:
+        return dot4<64, F, M>(k, p, ldw, scale, ld_scale, r, row_bytes, out, ldo, out_step);
+      default:
+        return dot4<128, F, M>(k, p, ldw, scale, ld_scale, r, row_bytes, out, ldo, out_step);
+    }
+  };
+  if (features == kDotFeatures) {
+    with_token_count<kDotFeatures>(tokens, run);
+  } else {
+    with_token_count<1>(tokens, run);
+  }
+}

@@ -1,0 +1,239 @@
+// Weights of 8 and 4 bits as panels of words, which tiles take apart. Included by kernels-inl.h,
+// inside its namespace; NOTES.md has the arithmetic.
+
+#if defined(__AVX2__) && MOE_VEC_BYTES >= 32
+// 16 bytes of each of as many rows as a vector has lanes of 32 bits: word j of all rows goes to
+// dst[j * 2 * lanes].
+inline void transpose_words(const uint8_t* const* rows, int64_t offset, Bytes flip, uint32_t* dst) {
+  const auto at = [&](int i) {
+    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[i] + offset));
+  };
+  Bytes v[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {  // lane l: row 4 * l + i
+#if MOE_VEC_BYTES == 64
+    __m512i all = _mm512_castsi128_si512(at(i));
+    all = _mm512_inserti32x4(all, at(4 + i), 1);
+    all = _mm512_inserti32x4(all, at(8 + i), 2);
+    v[i] = _mm512_inserti32x4(all, at(12 + i), 3);
+#else
+    v[i] = _mm256_inserti128_si256(_mm256_castsi128_si256(at(i)), at(4 + i), 1);
+#endif
+    v[i] ^= flip;
+  }
+  const Bytes low01 = MOE_INT(unpacklo_epi32)(v[0], v[1]);
+  const Bytes high01 = MOE_INT(unpackhi_epi32)(v[0], v[1]);
+  const Bytes low23 = MOE_INT(unpacklo_epi32)(v[2], v[3]);
+  const Bytes high23 = MOE_INT(unpackhi_epi32)(v[2], v[3]);
+  const Bytes words[4] = {
+      MOE_INT(unpacklo_epi64)(low01, low23), MOE_INT(unpackhi_epi64)(low01, low23),
+      MOE_INT(unpacklo_epi64)(high01, high23), MOE_INT(unpackhi_epi64)(high01, high23)};
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    __builtin_memcpy(dst + j * 2 * kLanes<float>, &words[j], sizeof(Bytes));
+  }
+}
+#endif
+
+// With 4 bits, a flip of the upper bit of each makes two's complement of q + 8.
+void quant_words(int bits, const void* w, int64_t ldw, int64_t features, int64_t k0, int64_t n,
+                 uint32_t* dst) {
+  constexpr int W = kLanes<float>, P = 2 * W;
+  const uint32_t flip = bits == 4 ? 0x88888888u : 0;
+  const int64_t first = k0 * bits / 8, end = ((k0 + n) * bits + 7) / 8;
+  for (int f0 = 0; f0 < P; f0 += W) {
+    const uint8_t* rows[W];
+    for (int64_t f = f0; f < f0 + W; ++f) {
+      rows[f - f0] = static_cast<const uint8_t*>(w) + (f < features ? f : features - 1) * ldw;
+    }
+    uint32_t* out = dst + f0;
+    for (int64_t c = first; c < end; c += 16, out += 4 * P) {
+      uint8_t tails[W][16] = {};
+      const uint8_t* tail_rows[W];
+      const bool whole = end - c >= 16;
+      for (int f = 0; f < W && !whole; ++f) {
+        __builtin_memcpy(tails[f], rows[f] + c, end - c);
+        tail_rows[f] = tails[f];
+      }
+      const uint8_t* const* from = whole ? rows : tail_rows;
+      const int64_t offset = whole ? c : 0;
+#if defined(__AVX2__) && MOE_VEC_BYTES >= 32
+      typedef uint32_t Words __attribute__((vector_size(MOE_VEC_BYTES)));
+      transpose_words(from, offset, __builtin_bit_cast(Bytes, Words{} + flip), out);
+#else
+      for (int f = 0; f < W; ++f) {
+        for (int j = 0; j < 4; ++j) {
+          out[j * P + f] = load_bytes<uint32_t>(from[f] + offset + 4 * j) ^ flip;
+        }
+      }
+#endif
+    }
+  }
+}
+
+// Weight i of each word. Shifts need none of the ports that multiply.
+template <int kBits>
+inline Vec<float> word_weights(const uint32_t* words, int i) {
+  typedef int32_t Unaligned __attribute__((vector_size(MOE_VEC_BYTES), aligned(4), may_alias));
+  const Simd<float>::Int word = *reinterpret_cast<const Unaligned*>(words);
+  const auto weight = (word << (32 - kBits - kBits * i)) >> (32 - kBits);
+  return __builtin_convertvector(weight, Vec<float>);
+}
+
+#if defined(__AVX2__) && MOE_VEC_BYTES >= 32
+// The same as integers of 16 bits: weights i and i + 16 / kBits.
+template <int kBits>
+inline Bytes word_pairs(const uint32_t* words, int i) {
+  const Bytes word = load_weights(words);
+  const int up = 16 - kBits - kBits * i;
+  return MOE_INT(srai_epi16)(up == 0 ? word : MOE_INT(slli_epi16)(word, up), 16 - kBits);
+}
+
+// A block of tokens as integers of 16 bits, in the order of word_pairs. The scale, a vector of
+// float apart from the last code, is that of the block.
+template <int kBits>
+inline void token_pairs(int64_t n, const float* x, float* dst) {
+  using F = Simd<float>;
+  typedef int16_t Int16 __attribute__((vector_size(MOE_VEC_BYTES / 2), aligned(2), may_alias));
+  typedef int16_t Order __attribute__((vector_size(MOE_VEC_BYTES / 2)));
+  constexpr int W = kLanes<float>;
+  constexpr int kWord = 32 / kBits;
+  constexpr float kMost = 32767, kMagic = 12582912.0f;  // 1.5 * 2^23
+  Order order;
+  for (int i = 0; i < W; ++i) order[i] = i / kWord * kWord + i % kWord / 2 + i % 2 * (kWord / 2);
+  Vec<float> most = {}, probe = {};
+  for (int64_t i = 0; i < n; i += W) {
+    const Vec<float> v = load<float>(x + i), a = v < 0.0f ? -v : v;
+    most = a > most ? a : most;
+    probe += v * 0.0f;  // NaN where one is not finite
+  }
+  float largest = 0;
+  for (int i = 0; i < W; ++i) largest = most[i] > largest ? most[i] : largest;
+  const float bad = horizontal_sum<float>(probe);
+  // So small that the quotient would not be finite: zeros.
+  const bool usable = largest >= 1e-30f && bad == 0.0f;
+  dst[kKc] = usable ? largest / kMost : bad;
+  const float inverse = kMost / largest;
+  for (int64_t i = 0; i < n; i += W) {
+    const F::Int code = __builtin_bit_cast(F::Int, load<float>(x + i) * inverse + kMagic) -
+                        __builtin_bit_cast(int32_t, float{kMagic});
+    const Order codes = __builtin_convertvector(usable ? code : F::Int{}, Order);
+    *reinterpret_cast<Int16*>(dst + i / 2) = __builtin_shuffle(codes, order);
+  }
+}
+
+void quant_pairs(int bits, int64_t n, const float* x, float* dst) {
+  bits == 8 ? token_pairs<8>(n, x, dst) : token_pairs<4>(n, x, dst);
+}
+#endif
+
+// Two integers of 16 bits as an element of a.
+struct Codes {
+  uint32_t bits;
+};
+
+inline Vec<float> sum_of(float) { return Vec<float>{}; }
+inline Vec<float> to_floats(Vec<float> v) { return v; }
+template <int kBits>
+inline Vec<float> word_step(float, const uint32_t* words, int i) {
+  return word_weights<kBits>(words, i);
+}
+inline Vec<float> add_step(float, Vec<float> acc, const float* a, Vec<float> b) {
+  return add_product<float, float>(acc, a, b);
+}
+#if defined(__AVX2__) && MOE_VEC_BYTES >= 32
+inline Bytes sum_of(Codes) { return Bytes{}; }
+inline Vec<float> to_floats(Bytes v) { return as_floats(v); }
+template <int kBits>
+inline Bytes word_step(Codes, const uint32_t* words, int i) {
+  return word_pairs<kBits>(words, i);
+}
+inline Bytes add_step(Codes, Bytes acc, const float* a, Bytes b) {
+  return add_words(acc, MOE_INT(set1_epi32)(load_bytes<int32_t>(a)), b);
+}
+#endif
+
+// panel_tile that takes words apart as it goes. S = float or Codes.
+template <int kBits, class S, int M>
+void word_tile(int64_t count, const float* a, const float* a_scale, const uint32_t* words,
+               const float* scale, float* c, int64_t ldc, bool accumulate, const char* ahead,
+               int64_t ahead_step) {
+  constexpr int W = kLanes<float>;
+  constexpr bool kCodes = __is_same(S, Codes);
+  constexpr int kSteps = 32 / kBits / (kCodes ? 2 : 1);  // elements of a for a word
+  constexpr int kLines = 2 * MOE_VEC_BYTES < 64 ? 1 : 2 * MOE_VEC_BYTES / 64;
+  using Sum = __typeof__(sum_of(S{}));
+  Sum acc[M][2];
+#pragma GCC unroll 32
+  for (int i = 0; i < M; ++i) acc[i][0] = acc[i][1] = Sum{};
+  for (int64_t k = 0; k < count; ++k) {
+#pragma GCC unroll 2
+    for (int line = 0; line < kLines; ++line) {
+      __builtin_prefetch(ahead, 0, 2);
+      ahead += ahead_step;
+    }
+#pragma GCC unroll 8
+    for (int step = 0; step < kSteps; ++step) {
+      asm volatile("" ::: "memory");  // As in panel_tile: load the words anew.
+      const Sum b0 = word_step<kBits>(S{}, words, step);
+      const Sum b1 = word_step<kBits>(S{}, words + W, step);
+#pragma GCC unroll 32
+      for (int i = 0; i < M; ++i) {
+        acc[i][0] = add_step(S{}, acc[i][0], a + i * kLda + step, b0);
+        acc[i][1] = add_step(S{}, acc[i][1], a + i * kLda + step, b1);
+      }
+    }
+    a += kSteps;
+    words += 2 * W;
+  }
+  const Vec<float> s[2] = {load<float>(scale), load<float>(scale + W)};
+#pragma GCC unroll 32
+  for (int i = 0; i < M; ++i) {
+#pragma GCC unroll 2
+    for (int v = 0; v < 2; ++v) {
+      float* out = c + i * ldc + v * W;
+      Vec<float> sum = to_floats(acc[i][v]) * s[v];
+      if constexpr (kCodes) sum *= a_scale[i * kLda];
+      store<float>(out, accumulate ? load<float>(out) + sum : sum);
+    }
+  }
+}
+
+template <class S, int M, int kMost>
+void fill_word_tiles(QuantKernels::Tile (&tiles)[2][kMaxMr]) {
+  if constexpr (M <= kMost) {
+    tiles[0][M - 1] = &word_tile<8, S, M>;
+    tiles[1][M - 1] = &word_tile<4, S, M>;
+    fill_word_tiles<S, M + 1, kMost>(tiles);
+  }
+}
+
+// 8 rows are 16 sums, enough for the latency of any level; of 28 some went to the stack.
+constexpr int kCodeRows = MOE_MR2 < 8 ? MOE_MR2 : 8;
+
+void multiply_row(const float* factors, float* row, int64_t n) {
+  constexpr int W = kLanes<float>;
+  int64_t i = 0;
+  for (; i + W <= n; i += W) store<float>(row + i, load<float>(row + i) * load<float>(factors + i));
+  for (; i < n; ++i) row[i] *= factors[i];
+}
+
+QuantKernels quant_kernels() {
+  QuantKernels k = {};
+  k.row8_bytes = &row8_bytes;
+  k.row8 = &row8;
+  k.dot8 = &quant_dot8;
+  k.dot8_max_rows = Row8::kBytes ? 20 : 8;
+  k.row4_bytes = &row4_bytes;
+  k.row4 = &row4;
+  k.dot4 = &quant_dot4;
+  k.words = &quant_words;
+  fill_word_tiles<float, 1, MOE_MR2>(k.tile);
+#if defined(__AVX2__) && MOE_VEC_BYTES >= 32
+  k.pairs = &quant_pairs;
+  k.code_rows = kCodeRows;
+  fill_word_tiles<Codes, 1, kCodeRows>(k.code_tile);
+#endif
+  k.multiply_row = &multiply_row;
+  return k;
+}
