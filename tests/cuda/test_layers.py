@@ -19,7 +19,7 @@ def test_moe_layer_equals_the_cpu_backend(tmp_path, dtype, router):
     build = {
         "hidden_size": 24,
         "intermediate_size": 20,
-        "num_experts": 8,
+        "num_experts": 16,
         "top_k": 2,
         "num_shared_experts": 1,
         "router": router,
