@@ -17,7 +17,7 @@ import moe_ops
 from bench.gpu.cases import Case
 from bench.gpu.layer import Layer
 from bench.gpu.peers import PEERS
-from bench.gpu.problem import Problem, relative, sampled
+from bench.gpu.problem import Problem, relative, sampled, worst
 from moe_ops.bench.contenders import tolerance
 from moe_ops.bench.shapes import Tokens, exact_output
 from moe_ops.bench.training import exact_grad_x
@@ -178,6 +178,6 @@ def _gradient_check(layer: Layer) -> Callable[[Any], float]:
         if not first:
             first.extend(samples)
         pairs = zip(samples, first, strict=True)
-        return max(relative(dx[rows], truth), *(relative(a, b) for a, b in pairs))
+        return worst([relative(dx[rows], truth), *(relative(a, b) for a, b in pairs)])
 
     return check

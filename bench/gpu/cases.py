@@ -102,7 +102,8 @@ def all_cases(
         for part in parts
         if part in own
         and (tokens is not None or part in BLOCK or T in OP_TOKENS)
-        and (routing == "balanced" or part in _MINDS_ROUTING)
+        # A single token reaches K experts whatever the routing.
+        and (routing == "balanced" or (part in _MINDS_ROUTING and T > 1))
         and (part not in _TRAINING or T >= min(_TRAINING_TOKENS, max(tokens or TOKENS)))
     ]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +30,12 @@ def relative(value: Tensor, truth: Tensor) -> float:
         return float("nan")
     error, norm = (value.double() - truth.double()).norm(), truth.double().norm()
     return float(error / norm) if norm > 0 else float(error)
+
+
+def worst(errors: Iterable[float]) -> float:
+    """The largest; nan if one is, which max would lose."""
+    errors = list(errors)
+    return float("nan") if any(e != e for e in errors) else max(errors)
 
 
 def sampled(count: int, device: torch.device) -> Tensor:

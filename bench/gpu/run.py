@@ -63,6 +63,8 @@ class Session:
     clock: Clock
     limits: Limits
     log: Callable[[str], None]
+    # Who is not in any case, and why.
+    absent: dict[str, str] = field(default_factory=dict)
     first_calls_s: dict[str, float] = field(default_factory=dict)
 
     def compiled(self, function: Any) -> Any:
@@ -98,12 +100,12 @@ def measure(
     limits = measure_limits(clock, tiny=options.tiny, fp8=fp8)
     log(_describe(limits))
     session = Session(options, clock, limits, log)
-    absent = {
+    session.absent |= {
         part: f"this build has no {device.upper()} kernel of it"
         for part in options.parts
         if not doctor.has_kernel(op_of(part), device)
     }
-    parts = [part for part in options.parts if part not in absent]
+    parts = [part for part in options.parts if part not in session.absent]
     wanted = cases.all_cases(parts, options.shapes, options.tokens, options.routings)
     pacer = planner.Pacer(
         wanted,
@@ -111,7 +113,6 @@ def measure(
         time.perf_counter,
         started + options.seconds,
     )
-    absent |= {p.name: why for p in PEERS if (why := p.missing(clock.device)) is not None}
     result: dict[str, Any] = {
         "kind": KIND,
         "format": FORMAT,
@@ -121,7 +122,7 @@ def measure(
         "card": card.describe_card(clock.device),
         "versions": versions(),
         "limits": limits.to_dict(),
-        "absent": absent,
+        "absent": session.absent,
         "cells": [],
         "left_out": [],
     }
@@ -226,6 +227,7 @@ def measure_case(
 ) -> dict[str, Any]:
     """One cell: every contender checked, then rounds for about `granted_s` seconds."""
     problem = problem_of(session, case, layer)
+    session.absent |= problem.absent
     prepared, errors, skipped = _prepare(session, problem)
     slow = _slow_ones(prepared, granted_s, least_rounds)
     repeated = {name: p for name, p in prepared.items() if name not in slow}

@@ -10,6 +10,12 @@ from moe_ops import reference
 from moe_ops.testing import DTYPES, assert_close_by_norm, short
 
 
+@pytest.fixture(autouse=True)
+def generic_kernels(monkeypatch):
+    """Not those of test_grouped_gemm_sm90.py."""
+    monkeypatch.setenv("MOE_OPS_GEMM_TILE", "generic")
+
+
 def operands(counts, k, o, dtype, *, tail=3, layout="k"):
     """Operands of a product and its wgrad; layout "o": matrices dense along their features."""
     n, e = sum(counts) + tail, len(counts)
@@ -132,3 +138,16 @@ def test_bytes(simulator, dtype, tile, threads):
     searches = (tiles + bound) * threads // 32 * 4 * (2 * len(counts) + 1)
     assert counted["ld_bytes"] == operand_bytes + searches
     assert counted["st_bytes"] == len(a) * o * dtype.itemsize
+
+
+@pytest.mark.parametrize(("features", "stretch"), [(512, 256), (264, 256), (37, 32)])
+def test_bytes_of_grouped_sum(simulator, features, stretch):
+    """Rows once, the result once; each of a block's 256 threads reads two offsets."""
+    offsets = torch.tensor([0, 70, 70, 75], dtype=torch.int32)
+    rows = torch.randn(80, features).bfloat16()
+    counted = simulator.counted(lambda: moe_ops.grouped_sum(rows, offsets), "ld_bytes", "st_bytes")
+    blocks = 3 * -(-features // stretch)
+    assert counted == {
+        "ld_bytes": 2 * 75 * features + blocks * 256 * 8,
+        "st_bytes": 2 * 3 * features,
+    }

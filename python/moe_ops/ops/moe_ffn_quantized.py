@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -16,10 +14,10 @@ from moe_ops.ops._register import (
     check_same_device,
     check_size,
     dtype_name,
-    library,
     register_autocast,
     register_cpu_only,
     register_fake,
+    register_no_gradient,
 )
 from moe_ops.ops.gated_act import GATED_ACTIVATIONS, check_activation
 from moe_ops.ops.moe_ffn import check_bias, check_routing
@@ -223,21 +221,6 @@ def _(
     return x.new_empty(tuple(x.shape))
 
 
-_op = torch.ops.moe_ops.moe_ffn_quantized.default
-
-
-def _autograd(keyset: Any, *args: Any, **kwargs: Any) -> Tensor:
-    if torch.is_grad_enabled():
-        named = dict(zip((a.name for a in _op._schema.arguments), args, strict=False)) | kwargs
-        wanted = [n for n, v in named.items() if isinstance(v, Tensor) and v.requires_grad]
-        if wanted:
-            raise NotImplementedError(
-                f"{_OP}: it has no gradient, and {', '.join(wanted)} requires one; call it under "
-                f"torch.no_grad(), or moe_ops.reference.{_OP}, which can be differentiated."
-            )
-    return _op.redispatch(keyset & torch._C._after_autograd_keyset, *args, **kwargs)
-
-
-library.impl(_OP, _autograd, "Autograd", with_keyset=True)
+register_no_gradient(_OP, f"moe_ops.reference.{_OP}, which can be differentiated")
 register_cpu_only(_OP, "dequantise the weights and call moe_ffn")
 register_autocast(_OP, ["x", "b_gate_up", "b_down"])
