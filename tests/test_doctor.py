@@ -28,6 +28,7 @@ OPS = {
     "moe_ffn_quantized",
     "moe_linear_map",
     "moe_linear_reduce",
+    "moa_attention",
 }
 INFERENCE_ONLY = ("sort_slots", "moe_ffn_packed", "moe_ffn_quantized")
 

@@ -19,6 +19,7 @@ namespace {
 
 #include "cpu/kernels/vector-inl.h"
 // All else is built on the vectors.
+#include "cpu/kernels/attention-inl.h"
 #include "cpu/kernels/functions-inl.h"
 #include "cpu/kernels/pairs-inl.h"
 #include "cpu/kernels/rows-inl.h"
@@ -110,6 +111,7 @@ Kernels<T> make_kernels() {
   k.dot_row = &dot_row<T>;
   k.act_fwd = &act_fwd<T>;
   k.act_bwd = &act_bwd<T>;
+  k.attention = attention_kernels<T>();
   return k;
 }
 

@@ -33,8 +33,14 @@ OUT_OF_RANGE_IDS = (-1, -2, -(2**31), 2**31 - 1)
 OUT_OF_RANGE_IDS_64 = (2**32, 2**32 + 1, -(2**32) + 1)
 
 
-# Ops without a CUDA kernel: copies in the order of CPU kernels, and weights of few bits.
-CPU_ONLY_OPS = ("pack_experts", "moe_ffn_packed", "moe_ffn_quantized")
+# Ops without a CUDA kernel: copies in the order of CPU kernels, weights of few bits, attention.
+CPU_ONLY_OPS = (
+    "pack_experts",
+    "moe_ffn_packed",
+    "moe_ffn_quantized",
+    "moa_attention",
+    "moa_attention_bwd",
+)
 _simulator: torch.library.Library | None = None
 
 

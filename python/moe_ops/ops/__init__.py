@@ -3,6 +3,7 @@
 from moe_ops.ops.expert_choice_router import expert_choice_router
 from moe_ops.ops.gated_act import gated_act
 from moe_ops.ops.grouped_gemm import grouped_gemm, grouped_gemm_wgrad, grouped_sum
+from moe_ops.ops.moa_attention import moa_attention
 from moe_ops.ops.moe_ffn import moe_ffn
 from moe_ops.ops.moe_ffn_packed import moe_ffn_packed, pack_experts
 from moe_ops.ops.moe_ffn_quantized import moe_ffn_quantized
@@ -20,6 +21,7 @@ __all__ = [
     "grouped_gemm",
     "grouped_gemm_wgrad",
     "grouped_sum",
+    "moa_attention",
     "moe_ffn",
     "moe_ffn_packed",
     "moe_ffn_quantized",

@@ -10,6 +10,7 @@ from __future__ import annotations
 from .expert_choice_router import expert_choice_router
 from .gated_act import gated_act
 from .grouped_gemm import grouped_gemm, grouped_gemm_wgrad, grouped_sum
+from .moa_attention import moa_attention
 from .moe_ffn import moe_ffn
 from .moe_ffn_packed import moe_ffn_packed, pack_experts
 from .moe_ffn_quantized import moe_ffn_quantized
@@ -27,6 +28,7 @@ __all__ = [
     "grouped_gemm",
     "grouped_gemm_wgrad",
     "grouped_sum",
+    "moa_attention",
     "moe_ffn",
     "moe_ffn_packed",
     "moe_ffn_quantized",
