@@ -1,13 +1,13 @@
-"""The benchmark for cards, without a card: plan, arithmetic, steps, and a walk on the CPU."""
+"""The benchmark for cards, without a card: cases, arithmetic, planner, clocks, steps."""
 
 from __future__ import annotations
 
 import itertools
 import json
-import subprocess
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,19 +18,16 @@ if not (ROOT / "bench" / "gpu").is_dir():
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from bench import page  # noqa: E402
-from bench.gpu import block, card, cases, main, ops, planner, report, run, small, steps  # noqa: E402
+from bench.gpu import card, cases, main, planner, run, small, steps  # noqa: E402
 from bench.gpu.cases import Case  # noqa: E402
-from bench.gpu.clock import HostClock, in_turns  # noqa: E402
-from bench.gpu.layer import Layer  # noqa: E402
+from bench.gpu.clock import CudaClock, HostClock, in_turns  # noqa: E402
+from bench.gpu.layer import Layer, Weights  # noqa: E402
 from bench.gpu.limits import Limits  # noqa: E402
-from bench.gpu.peers import PEERS, Peer  # noqa: E402
-from bench.gpu.problem import relative  # noqa: E402
 from bench.gpu.work import Work, work_of  # noqa: E402
 
-from moe_ops import reference  # noqa: E402
 from moe_ops.bench.shapes import Shape, flops  # noqa: E402
 
+CPU = torch.device("cpu")
 TINY = cases.TINY["tiny"]
 
 
@@ -61,8 +58,8 @@ def test_models_and_cases():
     for part in ("forward", "training", "grouped_gemm", "sort_slots"):
         assert {c.routing for c in every if c.part == part} == set(cases.ROUTINGS)
     # Cases of a layer are together, so that its weights are made once.
-    groups = [c.group for c in every if c.dtype == "bf16"]
-    assert len([1 for a, b in itertools.pairwise(groups) if a != b]) == 14
+    groups = [c.group for c in every]
+    assert len([1 for a, b in itertools.pairwise(groups) if a != b]) == 2 * 15 - 1
 
 
 @pytest.mark.parametrize("shape", [*cases.MODELS.values(), *cases.TINY.values()], ids=str)
@@ -106,6 +103,20 @@ HAND_WORK = {
     "unpermute": (0, 2 * (48 + 24) + 8 * 12),
     "gated_act": (0, 2 * (72 + 36)),
 }
+# H 256, I 128, E 4, K 2, T 3: N 6; 2 experts have tokens. Blocks of 128 by 128 of an expert: 4 in
+# the up projection, 2 in the down projection.
+BLOCKS = Shape("blocks", 256, 128, 4, 2)
+FP8_WORK = {
+    "forward_fp8": (
+        2 * 6 * 3 * 256 * 128,
+        2 * 98304 + 2 * 2 * 3 * 256 + 2 * 6 * 128 + 8 * 6 + 4 * (2 * 6 + 2 * 6),
+    ),
+    "grouped_gemm_fp8": (
+        2 * 6 * 256 * 256,
+        2 * 65536 + 6 * 256 + 2 * 6 * 256 + 4 * (2 * 4 + 6 * 2),
+    ),
+    "quantize_fp8": (0, 3 * 256 * 3 + 4 * 3 * 2),
+}
 
 
 @pytest.mark.parametrize("part", HAND_WORK)
@@ -113,19 +124,14 @@ def test_work_by_hand(part):
     assert work_of(a_case(part, HAND, 6), 4) == Work(*HAND_WORK[part])
 
 
-def test_work_of_fp8_by_hand():
-    shape = Shape("blocks", 256, 128, 4, 2)  # up: 256 x 256 weights, 4 blocks of 128 by 128
-    work = work_of(Case("grouped_gemm_fp8", shape, 3, "balanced", "fp8"), 2)
-    assert work.flops == 2 * 6 * 256 * 256
-    assert work.bytes == 2 * 65536 + 6 * 256 + 2 * 6 * 256 + 4 * (2 * 4 + 6 * 2)
+@pytest.mark.parametrize("part", FP8_WORK)
+def test_work_of_fp8_by_hand(part):
+    assert set(FP8_WORK) == set(cases.FP8)
+    assert work_of(Case(part, BLOCKS, 3, "balanced", "fp8"), 2) == Work(*FP8_WORK[part])
 
 
 def test_work_counts_the_tensors_of_an_op():
-    layer = Layer(
-        a_case(T=6, shape=HAND),
-        Layer.open(a_case(shape=HAND), torch.device("cpu")),
-        torch.device("cpu"),
-    )
+    layer = Layer(a_case(T=6, shape=HAND), Weights(HAND, CPU), CPU)
     used = layer.tokens.experts_used
 
     def sizes(*tensors):
@@ -170,35 +176,50 @@ class Ranked:
         return hash(self.name)
 
 
-def cost(setup_s=1.0, round_s=0.2, open_s=0.0):
+def cost(setup_s=0.1, round_s=0.02, open_s=0.0):
     return planner.Cost(setup_s, round_s, open_s)
 
 
 def test_split_shares_what_is_left():
-    # Each needs 1 + 5 x 0.2 = 2 s; 25 rounds would be 6 s.
+    # Each needs 0.1 + 5 x 0.02 = 0.2 s; 25 rounds would be 0.6 s.
     two = [Ranked("a"), Ranked("b")]
-    assert planner.split(two, [cost()] * 2, 4.0) == planner.Plan({0: 5, 1: 5}, pytest.approx(4.0))
-    assert planner.split(two, [cost()] * 2, 8.0) == planner.Plan({0: 15, 1: 15}, pytest.approx(8.0))
-    assert planner.split(two, [cost()] * 2, 99.0) == planner.Plan(
-        {0: 25, 1: 25}, pytest.approx(12.0)
-    )
+
+    def plan(rounds, seconds):
+        return planner.Plan({0: rounds, 1: rounds}, pytest.approx(seconds))
+
+    assert planner.split(two, [cost()] * 2, 0.401) == plan(5, 0.4)
+    assert planner.split(two, [cost()] * 2, 0.801) == plan(15, 0.8)
+    assert planner.split(two, [cost()] * 2, 9.9) == plan(25, 1.2)
 
 
 def test_split_takes_by_rank_and_opens_a_group_once():
     some = [Ranked("late", 2), Ranked("first", 0), Ranked("next", 1), Ranked("other", 0, ("b", ""))]
-    costs = [cost(open_s=3.0)] * 4
-    # first 2 + 3, other 2 + 3, next 2, late 2.
-    assert set(planner.split(some, costs, 14.0).rounds) == {0, 1, 2, 3}
-    assert set(planner.split(some, costs, 13.9).rounds) == {1, 2, 3}
-    assert set(planner.split(some, costs, 11.9).rounds) == {1, 3}
-    assert set(planner.split(some, costs, 6.9).rounds) == {1}
-    assert set(planner.split(some, costs, 9.0, opened=[("a", "bf16")]).rounds) == {1, 2, 3}
-    assert planner.split(some, costs, 0.5) == planner.Plan({}, 0.0)
+    costs = [cost(open_s=0.3)] * 4
+    # first 0.2 + 0.3, other 0.2 + 0.3, next 0.2, late 0.2.
+    assert set(planner.split(some, costs, 1.41).rounds) == {0, 1, 2, 3}
+    assert set(planner.split(some, costs, 1.39).rounds) == {1, 2, 3}
+    assert set(planner.split(some, costs, 1.19).rounds) == {1, 3}
+    assert set(planner.split(some, costs, 0.69).rounds) == {1}
+    assert set(planner.split(some, costs, 0.91, opened=[("a", "bf16")]).rounds) == {1, 2, 3}
+    assert planner.split(some, costs, 0.05) == planner.Plan({}, 0.0)
+
+
+def test_split_takes_layers_in_turn():
+    """Six cases of two layers, room for two: one of each."""
+    some = [Ranked(f"{group}{i}", 0, (group, "bf16")) for group in "ab" for i in range(3)]
+    assert set(planner.split(some, [cost()] * 6, 0.45).rounds) == {0, 3}
+
+
+def test_split_repeats_long_rounds_less():
+    assert planner.split([Ranked("a")], [cost(1.0, 0.2)], 1.7).rounds == {0: 3}  # 1 + 3 x 0.2
+    assert planner.split([Ranked("a")], [cost(1.0, 0.09)], 1.4).rounds == {}  # 1 + 5 x 0.09
+    two = planner.split([Ranked("a"), Ranked("b")], [cost(1.0, 0.2), cost()], 99.0)
+    assert two.rounds == {0: 25, 1: 25}
 
 
 def test_split_goes_on_to_cheaper_cases():
     some = [Ranked("dear", 0), Ranked("cheap", 1)]
-    assert set(planner.split(some, [cost(50.0), cost()], 3.0).rounds) == {1}
+    assert set(planner.split(some, [cost(5.0), cost()], 0.3).rounds) == {1}
 
 
 class Time:
@@ -222,8 +243,9 @@ def walk(some, costs, seconds, factor):
 
 def test_pacer_keeps_the_time_when_cases_take_longer():
     some = [Ranked(f"c{i}", rank=i % 2) for i in range(40)]
-    ran, took, left = walk(some, [cost()] * 40, 84.0, factor=3.0)
-    assert took <= 84.0 + 3 * 2.0
+    costs = [cost(1.0, 0.05)] * 40  # 1.25 to 2.25 s
+    ran, took, left = walk(some, costs, 60.0, factor=3.0)
+    assert took <= 60.0 + 3 * 2.25
     assert set(ran) | set(left) == {c.name for c in some} and not set(ran) & set(left)
     # It notices within a few cases, and then gives up those of the higher rank.
     assert sum(int(name[1:]) % 2 for name in ran) <= 3
@@ -232,8 +254,8 @@ def test_pacer_keeps_the_time_when_cases_take_longer():
 
 def test_pacer_takes_cases_up_again_when_there_is_time():
     some = [Ranked(f"c{i}", rank=i % 2) for i in range(40)]
-    ran, took, left = walk(some, [cost()] * 40, 60.0, factor=0.4)
-    assert not left and len(ran) == 40 and took <= 60.0
+    ran, took, left = walk(some, [cost(1.0, 0.05)] * 40, 35.0, factor=0.4)
+    assert not left and len(ran) == 40 and took <= 35.0
 
 
 def test_pacer_stops():
@@ -256,7 +278,7 @@ def test_costs_follow_the_limits():
 def test_everything_fits_into_ten_minutes_on_a_hopper():
     """The plan for 15 models, on a card with the rates of an H100, leaves out little."""
     limits = Limits(bf16_flops=650e12, copy_bytes=2.8e12, launch_s=2e-6)
-    wanted = [c for c in cases.all_cases() if c.dtype == "bf16"]
+    wanted = cases.all_cases()
     plan = planner.split(wanted, run.costs_of(wanted, limits, 1e-4), 400.0)
     assert len(plan.rounds) >= 0.95 * len(wanted)
     assert all(wanted[i].rank > 0 for i in set(range(len(wanted))) - set(plan.rounds))
@@ -281,325 +303,154 @@ def test_host_clock():
     assert all(len(s.seconds) == 3 and s.clean for s in samples.values())
 
 
+class Device:
+    """As much of torch.cuda as the clock uses; remembers what was done, in order. Time passes when
+    jobs say so."""
+
+    def __init__(self, monkeypatch):
+        self.done, self.now, self.capturing, self.reserved = [], 0.0, None, 0
+        device = self
+
+        class Event:
+            def __init__(self, enable_timing):
+                assert enable_timing
+
+            def record(self):
+                device.done.append("event")
+                self.at = device.now
+
+            def synchronize(self):
+                pass
+
+            def elapsed_time(self, end):
+                return 1e3 * (end.at - self.at)
+
+        class Graph:
+            def capture_begin(self, pool, capture_error_mode):
+                assert pool == device.pool and device.capturing is None
+                device.capturing, self.jobs = self, []
+
+            def capture_end(self):
+                device.capturing = None
+
+            def replay(self):
+                for job in self.jobs:
+                    job()
+
+        class Stream:
+            def __init__(self, *args):
+                pass
+
+            def wait_stream(self, other):
+                pass
+
+            def __enter__(self):
+                return self
+
+            def __exit__(self, *args):
+                pass
+
+        properties = SimpleNamespace(L2_cache_size=1 << 20, total_memory=100)
+        for name, value in {
+            "current_device": lambda: 0,
+            "get_device_properties": lambda d: properties,
+            "Stream": Stream,
+            "stream": lambda s: s,
+            "current_stream": lambda d: Stream(),
+            "synchronize": lambda d: None,
+            "memory_reserved": lambda d: self.reserved,
+            "empty_cache": lambda: self.done.append("empty"),
+            "graph_pool_handle": self.new_pool,
+            "CUDAGraph": Graph,
+            "Event": Event,
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+        self.pool = 0
+
+    def new_pool(self):
+        self.pool = getattr(self, "pool", 0) + 1
+        return self.pool
+
+    def job(self, name, seconds, waits=False):
+        def launch():
+            self.done.append(name)
+            self.now += seconds
+
+        def call():
+            if self.capturing is None:
+                return launch()
+            if waits:
+                raise RuntimeError("operation not permitted when stream is capturing")
+            self.capturing.jobs.append(launch)
+
+        return call
+
+
+class ClockOnFake(CudaClock):
+    _TYPE = "cpu"
+
+    def _flush(self):
+        super()._flush()
+        self.flushed = getattr(self, "flushed", 0) + 1
+
+
+@pytest.fixture
+def device(monkeypatch):
+    return Device(monkeypatch)
+
+
+def test_cuda_clock_flushes_before_every_sample(device):
+    clock = ClockOnFake()
+    jobs = {n: clock.prepare(device.job(n, s)) for n, s in (("a", 0.004), ("b", 0.002))}
+    # Called, timed, warmed up twice, captured, replayed, timed again.
+    assert device.done.count("a") == 6 and jobs["a"].once_s == pytest.approx(0.004)
+    device.done.clear()
+    clock.flushed = 0
+    samples = clock.rounds(jobs, 3)
+    assert clock.flushed == 6
+    assert [x for x in device.done if x != "event"] == list("abbaab")
+    assert device.done[:3] == ["event", "a", "event"]
+    assert samples["a"].median == pytest.approx(0.004) and len(samples["b"].seconds) == 3
+    assert samples["b"].median == pytest.approx(0.002)
+
+
+def test_cuda_clock_launches_what_it_cannot_capture(device):
+    clock = ClockOnFake()
+    prepared = clock.prepare(device.job("a", 0.004, waits=True))
+    assert prepared.note.startswith("RuntimeError: operation not permitted")
+    assert device.capturing is None
+    device.done.clear()
+    assert clock.rounds({"a": prepared}, 2)["a"].median == pytest.approx(0.004)
+    assert device.done.count("a") == 2
+
+
+def test_cuda_clock_captures_no_long_jobs(device):
+    prepared = ClockOnFake().prepare(device.job("a", 0.5, waits=True))
+    assert prepared.once_s == pytest.approx(0.5) and not prepared.note
+    assert device.done.count("a") == 2
+
+
+def test_cuda_clock_gives_memory_back_when_it_is_tight(device):
+    clock = ClockOnFake()
+    pool = device.pool
+    clock.release()
+    assert "empty" not in device.done and device.pool != pool
+    device.reserved = 41
+    clock.release()
+    clock.prepare(device.job("a", 0.004))
+    assert device.done.count("empty") == 3  # released, before warming up, before capturing
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="Captures CUDA graphs: needs a card.")
 def test_cuda_clock():
-    from bench.gpu.clock import CudaClock
-
     clock = CudaClock()
     a = torch.randn(2048, 2048, device="cuda", dtype=torch.bfloat16)
     graph = clock.prepare(lambda: a @ a)
     waits = clock.prepare(lambda: (a @ a).sum().item())
-    assert graph.graph and not waits.graph and waits.note
+    assert not graph.note and waits.note
     samples = clock.rounds({"graph": graph, "waits": waits}, 5)
     assert 0 < samples["graph"].median < samples["waits"].median
     clock.release()
-
-
-# ---------------------------------------------------------------------------- contenders
-
-
-@pytest.fixture
-def layer():
-    case = a_case(T=33)
-    device = torch.device("cpu")
-    return Layer(case, Layer.open(case, device), device)
-
-
-@pytest.fixture
-def session():
-    options = run.Options(seconds=5.0, tiny=True)
-    return run.Session(options, HostClock(), Limits(1e12, 1e11, 1e-6), lambda line: None)
-
-
-@pytest.mark.parametrize("part", [p for p in cases.PARTS if p not in cases.FP8])
-def test_contenders_agree_with_the_reference(part, layer, session):
-    case = replace(layer.case, part=part)
-    make = block.block_problem if part in cases.BLOCK else ops.op_problem
-    problem = make(case, layer, *([session.compiled] if part in cases.BLOCK else []))
-    assert next(iter(problem.jobs)) == block.OURS
-    assert len(problem.jobs) >= 2
-    for name, job in problem.jobs.items():
-        result = job()
-        assert problem.check(result) <= problem.tolerance, name
-    # A wrong result is seen.
-    broken = [t.clone() for t in (result if isinstance(result, tuple) else (result,))]
-    broken[0].view(-1)[0] += 2 if not broken[0].is_floating_point() else 100
-    assert problem.check(tuple(broken) if len(broken) > 1 else broken[0]) > problem.tolerance
-
-
-def test_block_is_checked_against_the_reference(layer):
-    tokens, bank = layer.tokens, layer.bank
-    arguments = (tokens.x, bank.w_gate_up, bank.w_down, tokens.topk_weights)
-    exact = reference.moe_ffn(*(t.double() for t in arguments), tokens.topk_ids)
-    problem = block.block_problem(layer.case, layer, lambda f: f)
-    for name, job in problem.jobs.items():
-        assert relative(job(), exact) <= problem.tolerance, name
-    assert problem.check(exact) < 1e-12
-    assert problem.check(exact * 1.1) > problem.tolerance
-
-
-def test_batched_mm_is_for_few_tokens(layer):
-    many = replace(layer.case, T=512)
-    jobs = block.block_problem(many, Layer(many, layer.bank, layer.device), lambda f: f).jobs
-    assert block.BATCHED not in jobs
-    assert block.BATCHED in block.block_problem(layer.case, layer, lambda f: f).jobs
-
-
-def test_missing_peers_say_so(layer):
-    problem = block.block_problem(layer.case, layer, lambda f: f)
-    assert set(problem.absent) == {peer.name for peer in PEERS}
-    for peer in PEERS:
-        why = problem.absent[peer.name]
-        assert why in (f"{peer.package} is not installed", "needs a CUDA device")
-        assert peer.name not in problem.jobs
-
-
-@dataclass(frozen=True)
-class Fake(Peer):
-    name: str = "fake"
-    module: str = "torch"
-    package: str = "torch"
-    trains: bool = False
-    factor: float = 1.0
-
-    def missing(self, device):
-        return None
-
-    def block(self, x, w_gate_up, w_down, weights, ids):
-        if self.factor == 0:
-            raise RuntimeError("no kernel image\nfor this card")
-        return self.factor * block.torch_grouped_mm(x, w_gate_up, w_down, weights, ids)
-
-
-@pytest.mark.parametrize(
-    ("factor", "reason"),
-    [(1.0, None), (1.2, "wrong: relative error 2.0e-01"), (0.0, "RuntimeError: no kernel image")],
-)
-def test_a_peer_that_is_wrong_or_fails_is_skipped(monkeypatch, layer, session, factor, reason):
-    monkeypatch.setattr(block, "PEERS", (Fake(factor=factor),))
-    cell = run.measure_case(session, layer.case, layer, 0.01)
-    if reason is None:
-        assert cell["contenders"]["fake"]["ours_faster"] > 0 and not cell["skipped"]
-    else:
-        assert cell["skipped"] == {"fake": reason}
-        assert "fake" not in cell["contenders"]
-    assert block.OURS in cell["contenders"]
-    training = replace(layer.case, part="training")
-    assert "fake" not in run.measure_case(session, training, layer, 0.01)["contenders"]
-
-
-def test_first_calls_have_a_share(layer, session):
-    session.first_calls_s = {block.LOOP: 0.41, block.OURS: 9.0}
-    cell = run.measure_case(session, layer.case, layer, 0.01)
-    assert block.LOOP in cell["skipped"] and block.OURS in cell["contenders"]
-    assert cell["contenders"][block.GROUPED]["rounds"] >= planner.MIN_ROUNDS
-
-
-def test_slow_contenders_are_not_repeated():
-    def took(seconds):
-        return run.Prepared(lambda: None, seconds)
-
-    prepared = {block.OURS: took(0.001), "slow": took(0.02), "near": took(0.009)}
-    assert run._slow_ones(prepared, 0.05) == ["slow"]
-    assert run._slow_ones(prepared, 0.11) == []
-    assert run._slow_ones({}, 1.0) == []
-
-
-# ---------------------------------------------------------------------------- the walk
-
-CELL_KEYS = {
-    "part",
-    "shape",
-    "T",
-    "routing",
-    "dtype",
-    "used",
-    "flops",
-    "bytes",
-    "floor_us",
-    "contenders",
-    "skipped",
-}
-RESULT_KEYS = {
-    "kind",
-    "format",
-    "complete",
-    "dry_run",
-    "date",
-    "card",
-    "versions",
-    "limits",
-    "absent",
-    "cells",
-    "left_out",
-    "clocks",
-    "seconds",
-}
-
-
-def check_schema(result):
-    """What a baseline of a card holds."""
-    assert RESULT_KEYS <= set(result)
-    assert (result["kind"], result["format"]) == ("gpu", run.FORMAT)
-    assert {"bf16_flops", "copy_bytes", "launch_s", "fp8_flops"} == set(result["limits"])
-    assert {"python", "torch", "moe_ops", "kernels"} <= set(result["versions"])
-    assert isinstance(result["card"]["name"], str)
-    assert all(isinstance(why, str) for why in result["absent"].values())
-    assert result["cells"]
-    for cell in result["cells"]:
-        assert set(cell) == CELL_KEYS
-        assert cell["part"] in cases.PARTS and cell["routing"] in cases.ROUTINGS
-        assert cell["floor_us"] > 0 and cell["bytes"] > 0
-        for name, found in cell["contenders"].items():
-            assert {"us", "rounds", "error", "of_limit"} <= set(found)
-            assert found["us"] > 0 and found["rounds"] >= 1 and found["error"] >= 0
-            assert found["of_limit"] == pytest.approx(cell["floor_us"] / found["us"], rel=2e-3)
-            assert ("ours_faster" in found) == (name != block.OURS)
-
-
-@pytest.fixture(scope="module")
-def walked(tmp_path_factory):
-    path = tmp_path_factory.mktemp("gpu") / "walk.json"
-    arguments = ["--device", "cpu", "--dry-run", "--quick", "--json", str(path), "--models", "tiny"]
-    code = main.main([*arguments, "--tokens", "1", "16"])
-    return code, json.loads(path.read_text())
-
-
-def test_walk_writes_a_whole_result(walked):
-    code, result = walked
-    assert code == 0
-    check_schema(result)
-    assert result["dry_run"] and result["complete"] and not result["left_out"]
-    assert {c["part"] for c in result["cells"]} == set(cases.PARTS) - set(result["absent"])
-    assert {(c["T"], c["routing"]) for c in result["cells"] if c["part"] == "forward"} == {
-        (T, routing) for T in (1, 16) for routing in cases.ROUTINGS
-    }
-    assert all(not c["skipped"] and block.OURS in c["contenders"] for c in result["cells"])
-    assert result["steps"]["small"]["status"] == "passed"
-
-
-def test_walk_is_a_command(tmp_path):
-    """As a user calls it; one part, so that it takes a few seconds."""
-    path = tmp_path / "walk.json"
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "bench.gpu", "--device", "cpu", "--dry-run", "--quick"),
-            *("--parts", "permute", "--no-tests", "--json", str(path)),
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "would run: make build MOE_OPS_CUDA=on" in done.stderr
-    assert "permute" in done.stdout and "its times mean nothing" in done.stdout
-    check_schema(json.loads(path.read_text()))
-
-
-def test_result_is_saved_after_every_layer(monkeypatch):
-    saved = []
-    shapes = tuple(cases.TINY.values())
-    options = run.Options(5.0, parts=("permute",), shapes=shapes, tokens=(4,), tiny=True)
-    result = run.measure(options, device="cpu", save=saved.append)
-    assert [len(s["cells"]) for s in saved] == [1]
-    assert not saved[0]["complete"] and result["complete"]
-    assert len(result["cells"]) == 2
-
-
-def test_an_op_without_a_kernel_is_absent(monkeypatch):
-    monkeypatch.setattr(run.doctor, "has_kernel", lambda op, device: op == "permute")
-    options = run.Options(5.0, parts=("permute", "forward"), shapes=(TINY,), tokens=(4,), tiny=True)
-    result = run.measure(options, device="cpu")
-    assert result["absent"]["forward"] == "this build has no CPU kernel of it"
-    assert {c["part"] for c in result["cells"]} == {"permute"}
-
-
-def test_no_time_leaves_everything_out():
-    options = run.Options(0.0, parts=("permute",), shapes=(TINY,), tokens=(4,), tiny=True)
-    result = run.measure(options, device="cpu")
-    assert result["cells"] == []
-    assert result["left_out"] == ["permute tiny T=4 balanced bf16"]
-    assert "1 cases did not fit into the time" in "\n".join(report.missing(result))
-
-
-# ------------------------------------------------------------------------------ report
-
-
-def test_tables_say_who_is_faster(walked):
-    result = walked[1]
-    for title, header, rows in report.tables(result):
-        assert title in report.TITLES.values()
-        assert header[:6] == ["model", "T", "routing", "floor", "moe_ops", "of limit"]
-        assert rows and all(len(row) == len(header) for row in rows)
-    text = report.markdown(result)
-    for title in ("Goals", "Expert block, forward", "grouped_gemm_wgrad", "sort_slots"):
-        assert f"### {title}" in text
-    for peer in PEERS:
-        assert f"{peer.name}: " in text
-
-
-def test_report_without_rich(walked, monkeypatch, capsys):
-    report.print_result(walked[1])
-    assert "Expert block, forward" in capsys.readouterr().out
-    monkeypatch.setitem(sys.modules, "rich.console", None)
-    report.print_result(walked[1])
-    assert "### Expert block, forward" in capsys.readouterr().out
-
-
-def test_render_prints_a_file(walked, tmp_path, capsys):
-    path = tmp_path / "r.json"
-    path.write_text(json.dumps(walked[1]))
-    assert main.main(["--render", str(path)]) == 0
-    assert "grouped_gemm" in capsys.readouterr().out
-
-
-def cell(part, T=32768, routing="balanced", us=100.0, flops=1.0, **ours_faster):
-    contenders = {"moe_ops": {"us": us, "rounds": 5, "error": 0.0, "of_limit": 0.5}}
-    for name, ratio in ours_faster.items():
-        contenders[name.replace("_", " ")] = {"us": ratio * us, "ours_faster": ratio}
-    return {"part": part, "shape": "m", "T": T, "routing": routing, "flops": flops} | {
-        "contenders": contenders
-    }
-
-
-def test_goals():
-    products = [
-        # 100 us at 600 TFLOP/s are 60 GFLOP: 48 G is 0.8, 30 G is 0.5.
-        cell("grouped_gemm", flops=48e9) | {"shape": "fast"},
-        cell("grouped_gemm_wgrad", flops=30e9),
-        cell("grouped_gemm", routing="skewed", flops=1e9),
-        cell("grouped_gemm_down", T=64, flops=1e9),
-    ]
-    products[0]["contenders"][block.GROUPED] = {"us": 1, "ours_faster": 1.1}
-    products[1]["contenders"][block.GROUPED] = {"us": 1, "ours_faster": 0.9}
-    forward = cell("forward", T=64)
-    forward["contenders"][block.UNFUSED] = {"us": 1, "ours_faster": 1.3}
-    found = report.verdicts(
-        {"cells": [*products, forward], "limits": {"bf16_flops": 600e12, "copy_bytes": 1.0}}
-    )
-    grouped, rate, fused, decode, sonic = found
-    assert (grouped.worst, grouped.met) == ("0.90", False)
-    assert grouped.missing == ("grouped_gemm_wgrad m T=32768 balanced 0.90",)
-    assert (rate.worst, rate.met) == ("0.50", False)
-    assert (fused.worst, fused.met) == ("1.30", True)
-    assert decode.worst is None and sonic.worst is None
-
-
-def test_page_of_cards(walked, monkeypatch, tmp_path):
-    monkeypatch.setattr(page, "BASELINES", tmp_path)
-    assert page.cuda_page() == ""
-    (tmp_path / "a-card.json").write_text(json.dumps(walked[1]))
-    assert "### Expert block, forward" in page.cuda_page()
-    assert "Expert block" not in page.page()
-
-
-def test_baselines_of_cards_are_whole():
-    for path in sorted((ROOT / "bench" / "baselines").glob("*.json")):
-        result = json.loads(path.read_text())
-        if result.get("kind") == "gpu":
-            check_schema(result)
-            assert not result["dry_run"], path
 
 
 # -------------------------------------------------------------------------------- card
@@ -669,7 +520,7 @@ def test_steps_leave_time_to_measure():
         for name in ("build", "tests", "memcheck", "racecheck"):
             if name != "build" or build:
                 left -= main.SHARES[name] * left
-        assert left >= (100 if build else 350)
+        assert left >= (90 if build else 310)
 
 
 def test_build_hands_over_to_the_environment(monkeypatch):
@@ -780,4 +631,6 @@ def test_small_selection_sees_a_wrong_op(monkeypatch):
     assert small.run("cpu") == []
     right = small.ops.grouped_gemm
     monkeypatch.setattr(small.ops, "grouped_gemm", lambda *a, **k: right(*a, **k) * 1.1)
-    assert any(line.startswith("grouped_gemm bf16: error 1.0e-01") for line in small.run("cpu"))
+    wrong = small.run("cpu")
+    for name in ("grouped_gemm", "grouped_gemm, odd sizes"):
+        assert any(line.startswith(f"{name} bf16: error 1.0e-01") for line in wrong)

@@ -17,9 +17,8 @@ import moe_ops
 from bench.gpu.cases import Case
 from bench.gpu.layer import Layer
 from bench.gpu.peers import PEERS
-from bench.gpu.problem import Problem, relative
+from bench.gpu.problem import Problem, relative, sampled, worst
 from moe_ops.bench.contenders import tolerance
-from moe_ops.bench.forward import checked_rows
 from moe_ops.bench.shapes import Tokens, exact_output
 from moe_ops.bench.training import exact_grad_x
 
@@ -159,12 +158,8 @@ def _training(block: Block, layer: Layer) -> Callable[[], tuple[Tensor, ...]]:
     return job
 
 
-def _rows(layer: Layer) -> Tensor:
-    return torch.tensor(checked_rows(layer.tokens.count), device=layer.device)
-
-
 def _output_check(layer: Layer) -> Callable[[Any], float]:
-    rows = _rows(layer)
+    rows = sampled(layer.tokens.count, layer.device)
     truth = exact_output(layer.bank, layer.tokens, rows)
     return lambda y: relative(y[rows], truth)
 
@@ -172,7 +167,7 @@ def _output_check(layer: Layer) -> Callable[[Any], float]:
 def _gradient_check(layer: Layer) -> Callable[[Any], float]:
     """dx of some tokens in fp64, which depends on these alone; the others against the first
     contender, ours, which has passed it."""
-    tokens, rows = layer.tokens, _rows(layer)
+    tokens, rows = layer.tokens, sampled(layer.tokens.count, layer.device)
     some = Tokens(tokens.x[rows], tokens.topk_weights[rows], tokens.topk_ids[rows])
     truth = exact_grad_x(layer.bank, some, layer.grad_y[rows])
     first: list[Tensor] = []
@@ -183,6 +178,6 @@ def _gradient_check(layer: Layer) -> Callable[[Any], float]:
         if not first:
             first.extend(samples)
         pairs = zip(samples, first, strict=True)
-        return max(relative(dx[rows], truth), *(relative(a, b) for a, b in pairs))
+        return worst([relative(dx[rows], truth), *(relative(a, b) for a, b in pairs)])
 
     return check

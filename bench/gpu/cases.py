@@ -35,7 +35,9 @@ TINY: dict[str, Shape] = {
     for shape in (Shape("tiny", 64, 48, 8, 2, "a toy"), Shape("odd", 40, 24, 5, 3, "a toy"))
 }
 
+# Of the block; of the ops alone every other one.
 TOKENS = (1, 8, 64, 512, 4096, 32768)
+OP_TOKENS = (1, 64, 4096, 32768)
 ROUTINGS = ("balanced", "skewed")
 
 # The whole block, and each op alone. The products alone are those of the up projection;
@@ -43,12 +45,13 @@ ROUTINGS = ("balanced", "skewed")
 BLOCK = ("forward", "training")
 PRODUCTS = ("grouped_gemm", "grouped_gemm_down", "grouped_gemm_wgrad")
 MOVES = ("topk_router", "sort_slots", "permute", "unpermute", "gated_act")
-FP8 = ("grouped_gemm_fp8",)
+FP8 = ("forward_fp8", "grouped_gemm_fp8", "quantize_fp8")
 PARTS = (*BLOCK, *PRODUCTS, *MOVES, *FP8)
 
 # Of these the time depends on how tokens fall on experts.
-_MINDS_ROUTING = (*BLOCK, *PRODUCTS, *FP8, "sort_slots")
-# Fewer tokens are for decoding only.
+_MINDS_ROUTING = (*BLOCK, *PRODUCTS, "sort_slots", "forward_fp8", "grouped_gemm_fp8")
+# Of these, numbers of tokens that are for decoding only make no sense.
+_TRAINING = ("training", "grouped_gemm_wgrad")
 _TRAINING_TOKENS = 64
 
 
@@ -74,8 +77,8 @@ class Case:
 
     @property
     def rank(self) -> int:
-        rank = 0 if self.part in BLOCK else 1 if self.part in (*PRODUCTS, *FP8) else 2
-        rank += 0 if self.T in (1, 64, 4096, 32768) else 1
+        rank = 0 if self.part in BLOCK else 1 if self.part in (*PRODUCTS, *FP8[:2]) else 2
+        rank += 0 if self.T in OP_TOKENS else 1
         return rank + (0 if self.routing == "balanced" else 1)
 
     def __str__(self) -> str:
@@ -85,21 +88,23 @@ class Case:
 def all_cases(
     parts: Sequence[str] = PARTS,
     shapes: Sequence[Shape] = tuple(MODELS.values()),
-    tokens: Sequence[int] = TOKENS,
+    tokens: Sequence[int] | None = None,
     routings: Sequence[str] = ROUTINGS,
 ) -> list[Case]:
-    """Every case that makes sense, in the order of running: by layer, tokens, routing, part."""
+    """Every case that makes sense, in the order of running: by layer and type of the weights, then
+    by tokens, routing and part."""
     return [
-        Case(part, shape, T, routing, "fp8" if part in FP8 else "bf16")
+        Case(part, shape, T, routing, dtype)
         for shape in shapes
-        for T in tokens
+        for dtype, own in (("bf16", set(PARTS) - set(FP8)), ("fp8", set(FP8)))
+        for T in tokens or TOKENS
         for routing in routings
         for part in parts
-        if (routing == "balanced" or part in _MINDS_ROUTING)
-        and (
-            part not in ("training", "grouped_gemm_wgrad")
-            or T >= min(_TRAINING_TOKENS, max(tokens))
-        )
+        if part in own
+        and (tokens is not None or part in BLOCK or T in OP_TOKENS)
+        # A single token reaches K experts whatever the routing.
+        and (routing == "balanced" or (part in _MINDS_ROUTING and T > 1))
+        and (part not in _TRAINING or T >= min(_TRAINING_TOKENS, max(tokens or TOKENS)))
     ]
 
 

@@ -1,11 +1,13 @@
 """Samples of contenders in turns: on a card with events, elsewhere with the host's clock.
 
 On a card a job is captured into a CUDA graph if it can be, so that the time is the device's and not
-Python's; one that cannot be is launched as it is, and says so. Before every sample a buffer of
-several times the L2 cache is read: nothing of the job's operands is left in it, and, the buffer
-being clean, nothing has to be written back while the job runs. The flush also gives the host the
-time to enqueue what follows, so that events measure the device. Every round runs each job once, in
-an order that turns.
+Python's; one that cannot be is launched as it is, and says so. Jobs so long that launches are
+hidden behind kernels are not captured: a graph would keep memory of its own for them.
+
+Before every sample a buffer of several times the L2 cache is read: nothing of the job's operands is
+left in it, and, the buffer being clean, nothing has to be written back while the job runs. The
+flush also gives the host the time to enqueue what follows, so that events measure the device. Every
+round runs each job once, in an order that turns.
 """
 
 from __future__ import annotations
@@ -27,11 +29,10 @@ Job = Callable[[], object]
 
 @dataclass
 class Prepared:
-    """A job as it is timed. `note` says why it is no graph, if it could have been one."""
+    """A job as it is timed. `note` says why it is launched from Python and not as a graph."""
 
     call: Job
     once_s: float
-    graph: bool = False
     note: str = ""
 
 
@@ -84,14 +85,17 @@ class HostClock:
 class CudaClock:
     """Of the current device."""
 
+    _TYPE = "cuda"
     # Reading so many times the L2 cache leaves nothing else in it.
     _TIMES_L2 = 4
-    # Above this share of the card's memory, torch's cache is emptied before a capture: while one is
-    # on, the allocator cannot give cached blocks back.
+    # Above this share of the card's memory, torch's cache is emptied before work on another stream
+    # or in a graph's pool, which cannot use its blocks.
     _TIGHT = 0.4
+    # No capture of what takes longer.
+    _LONG_S = 0.02
 
     def __init__(self) -> None:
-        self.device = torch.device("cuda", torch.cuda.current_device())
+        self.device = torch.device(self._TYPE, torch.cuda.current_device())
         properties = torch.cuda.get_device_properties(self.device)
         size = max(64 << 20, self._TIMES_L2 * int(properties.L2_cache_size))
         self._buffer = torch.zeros(size // 4, dtype=torch.float32, device=self.device)
@@ -103,14 +107,16 @@ class CudaClock:
         self.flush_s = self._timed(self._flush)
 
     def prepare(self, job: Job) -> Prepared:
+        job()
+        once_s = self._timed(job)
+        if once_s > self._LONG_S:
+            return Prepared(job, once_s)
         self._warm_up(job)
-        if torch.cuda.memory_reserved(self.device) > self._TIGHT * self._memory:
-            torch.cuda.empty_cache()
+        self._make_room()
         call, note = self._capture(job)
-        graph = call is not None
         call = call or job
         call()
-        return Prepared(call, self._timed(call), graph, note)
+        return Prepared(call, self._timed(call), note)
 
     def rounds(self, jobs: Mapping[str, Prepared], count: int) -> dict[str, Samples]:
         events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {n: [] for n in jobs}
@@ -133,13 +139,17 @@ class CudaClock:
 
     def release(self) -> None:
         torch.cuda.synchronize(self.device)
-        gc.collect()
         # Graphs of one case share a pool; the next case gets a new one, and this one is free.
         self._pool = torch.cuda.graph_pool_handle()
+        self._make_room()
+
+    def _make_room(self) -> None:
         if torch.cuda.memory_reserved(self.device) > self._TIGHT * self._memory:
+            gc.collect()
             torch.cuda.empty_cache()
 
     def _warm_up(self, job: Job) -> None:
+        self._make_room()
         self._side.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._side):
             for _ in range(2):

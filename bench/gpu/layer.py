@@ -9,21 +9,45 @@ from torch import Tensor
 
 from bench.gpu.cases import Case, make_ids
 from moe_ops import reference
-from moe_ops.bench.shapes import Bank, Tokens, make_bank
+from moe_ops.bench.shapes import Bank, Shape, Tokens, make_bank
 
 DTYPE = torch.bfloat16
+
+
+class Weights:
+    """The bank of a layer, and its copies in fp8; made when asked for."""
+
+    def __init__(self, shape: Shape, device: torch.device) -> None:
+        self._shape, self._device = shape, device
+
+    @cached_property
+    def bank(self) -> Bank:
+        return make_bank(self._shape, DTYPE, device=self._device)
+
+    @cached_property
+    def fp8(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """w_gate_up, its scales, w_down, its scales, as moe_ffn_fp8 takes them."""
+        return (*_quantized(self.bank.w_gate_up), *_quantized(self.bank.w_down))
+
+
+def _quantized(w: Tensor) -> tuple[Tensor, Tensor]:
+    """An expert at a time: no fp32 copy of a bank."""
+    from moe_ops.quant import quantize_fp8_blocks
+
+    parts = [quantize_fp8_blocks(expert) for expert in w]
+    return torch.stack([q for q, _ in parts]), torch.stack([scale for _, scale in parts])
 
 
 class Layer:
     """Inputs of the cases of one layer, one number of tokens and one routing."""
 
-    def __init__(self, case: Case, bank: Bank, device: torch.device) -> None:
-        self.case, self.bank, self.device = case, bank, device
+    def __init__(self, case: Case, weights: Weights, device: torch.device) -> None:
+        self.case, self.weights, self.device = case, weights, device
         self._generator = torch.Generator(device).manual_seed(case.T + 1)
 
-    @classmethod
-    def open(cls, case: Case, device: torch.device) -> Bank:
-        return make_bank(case.shape, DTYPE, device=device)
+    @property
+    def bank(self) -> Bank:
+        return self.weights.bank
 
     def normal(self, *size: int) -> Tensor:
         """In halves, a part at a time: no fp32 copy of a large tensor."""

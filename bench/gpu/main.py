@@ -21,7 +21,7 @@ _WALK = "`python -m bench.gpu --device cpu --dry-run --quick` walks through it w
 # Kept back for printing and writing.
 _RESERVE_S = 10.0
 # Of the time that is left when it starts, what a step may use.
-SHARES = {"build": 0.7, "tests": 0.25, "memcheck": 0.1, "racecheck": 0.1}
+SHARES = {"build": 0.7, "tests": 0.25, "memcheck": 0.15, "racecheck": 0.15}
 _QUICK_MODELS = ("mixtral-8x7b", "qwen3-30b", "deepseek-v3", "olmoe")
 _QUICK_TOKENS = (1, 64, 4096)
 
@@ -178,12 +178,12 @@ def chosen(options: argparse.Namespace, seconds: float) -> Options:
         for name in names:
             if name not in allowed:
                 raise ValueError(f"{kind} must be of {', '.join(allowed)}, got {name}.")
-    tokens = (1, 16) if tiny else _QUICK_TOKENS if options.quick else cases.TOKENS
+    tokens = options.tokens or ((1, 16) if tiny else _QUICK_TOKENS if options.quick else None)
     return Options(
         seconds=seconds,
         parts=tuple(options.parts or cases.PARTS),
         shapes=tuple(known[name] for name in models),
-        tokens=tuple(options.tokens or tokens),
+        tokens=None if tokens is None else tuple(tokens),
         routings=tuple(options.routings or cases.ROUTINGS),
         tiny=tiny,
     )

@@ -16,9 +16,8 @@ import moe_ops
 from bench.gpu.block import GROUPED, LOOP, OURS, grouped_mm
 from bench.gpu.cases import Case
 from bench.gpu.layer import Layer
-from bench.gpu.problem import Problem, relative
+from bench.gpu.problem import Problem, relative, sampled
 from moe_ops import reference
-from moe_ops.bench.forward import checked_rows
 
 # A result that is rounded once, and one computed of factors rounded before.
 _ONCE, _TWICE = 2.0**-8, 2.0**-7
@@ -30,7 +29,7 @@ def op_problem(case: Case, layer: Layer) -> Problem:
 
 def _topk_router(case: Case, layer: Layer) -> Problem:
     logits, K = layer.logits, case.shape.K
-    rows = _sample(case.T, layer)
+    rows = sampled(case.T, layer.device)
 
     def softmax_topk() -> tuple[Tensor, Tensor]:
         values, ids = torch.softmax(logits, -1).topk(K, -1)
@@ -69,7 +68,7 @@ def _sort_slots(case: Case, layer: Layer) -> Problem:
 def _permute(case: Case, layer: Layer) -> Problem:
     x, (offsets, row_to_slot, _) = layer.tokens.x, layer.sorted
     tokens = row_to_slot.long() // case.shape.K
-    rows = _sample(case.num_slots, layer)
+    rows = sampled(case.num_slots, layer.device)
     truth = x[tokens[rows]]
     return Problem(
         {
@@ -90,7 +89,7 @@ def _unpermute(case: Case, layer: Layer) -> Problem:
     def gather_sum() -> Tensor:
         return (rows_h[slots].view(T, K, H) * weights[:, :, None].to(rows_h.dtype)).sum(1)
 
-    tokens = _sample(T, layer)
+    tokens = sampled(T, layer.device)
     mine = rows_h[slot_to_row[tokens].long()].double()
     truth = (mine * weights[tokens][:, :, None].double()).sum(1)
     ours = lambda: moe_ops.unpermute(rows_h, offsets, slot_to_row, weights)  # noqa: E731
@@ -103,7 +102,7 @@ def _unpermute(case: Case, layer: Layer) -> Problem:
 
 def _gated_act(case: Case, layer: Layer) -> Problem:
     pre = layer.rows_2i
-    rows = _sample(case.num_slots, layer)
+    rows = sampled(case.num_slots, layer.device)
 
     def silu_mul() -> Tensor:
         gate, up = pre.chunk(2, dim=-1)
@@ -132,7 +131,7 @@ def _grouped_gemm(a: Tensor, b: Tensor, layer: Layer) -> Problem:
             torch.mm(own, transposed[e], out=target)
         return out
 
-    rows = _sample(a.shape[0], layer)
+    rows = sampled(a.shape[0], layer.device)
     experts = torch.searchsorted(ends, rows.to(ends.dtype), right=True)
     truth = torch.stack(
         [b[e].double() @ a[row].double() for e, row in zip(experts.tolist(), rows, strict=True)]
@@ -177,10 +176,6 @@ def _wgrad(case: Case, layer: Layer) -> Problem:
         lambda y: relative(y[expert, ::stride], truth),
         _TWICE,
     )
-
-
-def _sample(count: int, layer: Layer) -> Tensor:
-    return torch.tensor(checked_rows(count), device=layer.device)
 
 
 _PROBLEMS: dict[str, Callable[[Case, Layer], Any]] = {

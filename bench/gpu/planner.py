@@ -18,6 +18,8 @@ from bench.gpu.work import Work
 
 MIN_ROUNDS = 5
 MAX_ROUNDS = 25
+# Long kernels vary less: so many rounds are enough where one takes longer than this.
+LONG_ROUNDS, LONG_S = 3, 0.1
 
 # A contender is taken to need so many times the floor, and this long at least.
 _SLOWER = 2.0
@@ -37,6 +39,10 @@ class Cost:
     setup_s: float
     round_s: float
     open_s: float = 0.0
+
+    @property
+    def least_rounds(self) -> int:
+        return LONG_ROUNDS if self.round_s > LONG_S else MIN_ROUNDS
 
     def of(self, rounds: int) -> float:
         return self.setup_s + rounds * self.round_s
@@ -77,13 +83,13 @@ def split(
     budget_s: float,
     opened: Collection[tuple[str, str]] = (),
 ) -> Plan:
-    """Cases by rank, then in order, while they fit with MIN_ROUNDS; then more rounds for all.
-    Groups in `opened` have their weights already."""
+    """Cases by rank, within a rank one of each layer in turn, while they fit with their least
+    rounds; then more rounds for all. Groups in `opened` have their weights already."""
     spent = 0.0
     taken: list[int] = []
     opened = set(opened)
-    for i in sorted(range(len(cases)), key=lambda i: (cases[i].rank, i)):
-        need = costs[i].of(MIN_ROUNDS)
+    for i in _by_importance(cases):
+        need = costs[i].of(costs[i].least_rounds)
         if cases[i].group not in opened:
             need += costs[i].open_s
         if spent + need > budget_s:
@@ -91,11 +97,25 @@ def split(
         spent += need
         opened.add(cases[i].group)
         taken.append(i)
-    more = (MAX_ROUNDS - MIN_ROUNDS) * sum(costs[i].round_s for i in taken)
+    more = sum((MAX_ROUNDS - costs[i].least_rounds) * costs[i].round_s for i in taken)
     share = min(1.0, (budget_s - spent) / more) if more > 0 else 0.0
-    extra = int(share * (MAX_ROUNDS - MIN_ROUNDS))
-    spent += extra * sum(costs[i].round_s for i in taken)
-    return Plan(dict.fromkeys(sorted(taken), MIN_ROUNDS + extra), spent)
+    rounds = {}
+    for i in sorted(taken):
+        least = costs[i].least_rounds
+        extra = int(share * (MAX_ROUNDS - least))
+        rounds[i] = least + extra
+        spent += extra * costs[i].round_s
+    return Plan(rounds, spent)
+
+
+def _by_importance(cases: Sequence[Case]) -> list[int]:
+    seen: dict[tuple[int, tuple[str, str]], int] = {}
+    turns = []
+    for case in cases:
+        key = case.rank, case.group
+        seen[key] = turn = seen.get(key, -1) + 1
+        turns.append(turn)
+    return sorted(range(len(cases)), key=lambda i: (cases[i].rank, turns[i], i))
 
 
 class Pacer:

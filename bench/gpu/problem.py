@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
+
+# Rows that are compared with fp64: each of a block costs the weights of its experts in fp64.
+_CHECKED = 8
 
 
 @dataclass
@@ -26,3 +30,15 @@ def relative(value: Tensor, truth: Tensor) -> float:
         return float("nan")
     error, norm = (value.double() - truth.double()).norm(), truth.double().norm()
     return float(error / norm) if norm > 0 else float(error)
+
+
+def worst(errors: Iterable[float]) -> float:
+    """The largest; nan if one is, which max would lose."""
+    errors = list(errors)
+    return float("nan") if any(e != e for e in errors) else max(errors)
+
+
+def sampled(count: int, device: torch.device) -> Tensor:
+    """Indices of the first and the last row and some between."""
+    rows = torch.linspace(0, count - 1, min(count, _CHECKED), dtype=torch.float64)
+    return rows.round().long().unique().to(device)

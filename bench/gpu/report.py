@@ -17,7 +17,9 @@ TITLES = {
     "grouped_gemm": "grouped_gemm, up projection",
     "grouped_gemm_down": "grouped_gemm, down projection",
     "grouped_gemm_wgrad": "grouped_gemm_wgrad, up projection",
+    "forward_fp8": "Expert block in fp8, forward",
     "grouped_gemm_fp8": "grouped_gemm_fp8, up projection",
+    "quantize_fp8": "quantize_fp8",
     **{part: part for part in cases.MOVES},
 }
 HOW = """\
@@ -134,11 +136,12 @@ _GOALS = ["goal", "must", "worst", "met"]
 def facts(result: Mapping[str, Any]) -> list[str]:
     card, limits = result["card"], result["limits"]
     about = ", ".join(f"{k} {v}" for k, v in card.items() if k != "name")
+    fp8 = f", fp8 {limits['fp8_flops'] / 1e12:.4g} TFLOP/s" if limits["fp8_flops"] else ""
     lines = [
         f"{card['name']}" + (f" ({about})" if about else ""),
         f"{result['date']}, {result.get('seconds', '?')} s; "
         + ", ".join(f"{k} {v}" for k, v in result["versions"].items()),
-        f"limits of this run: bf16 {limits['bf16_flops'] / 1e12:.4g} TFLOP/s, copy "
+        f"limits of this run: bf16 {limits['bf16_flops'] / 1e12:.4g} TFLOP/s{fp8}, copy "
         f"{limits['copy_bytes'] / 1e9:.4g} GB/s, launch {limits['launch_s'] * 1e6:.3g} us",
     ]
     if clocks := result.get("clocks", {}).get("note"):

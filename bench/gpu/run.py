@@ -14,7 +14,8 @@ from bench.gpu import card, cases, planner
 from bench.gpu.block import OURS, block_problem
 from bench.gpu.cases import Case
 from bench.gpu.clock import Clock, CudaClock, HostClock, Prepared
-from bench.gpu.layer import Layer
+from bench.gpu.fp8 import fp8_problem
+from bench.gpu.layer import Layer, Weights
 from bench.gpu.limits import Limits, measure_limits
 from bench.gpu.ops import op_problem
 from bench.gpu.peers import PEERS
@@ -24,12 +25,17 @@ from moe_ops import _C, doctor
 from moe_ops.bench import machine
 from moe_ops.bench.run import rounded
 from moe_ops.bench.session import in_a_sentence
-from moe_ops.bench.shapes import Bank, Shape
+from moe_ops.bench.shapes import Shape
 from moe_ops.bench.timing import Samples, speedup
 
 KIND, FORMAT = "gpu", 1
 # Which op a part stands or falls with.
-_OP_OF = {"forward": "moe_ffn", "training": "moe_ffn", "grouped_gemm_down": "grouped_gemm"}
+_OP_OF = {
+    "forward": "moe_ffn",
+    "training": "moe_ffn",
+    "grouped_gemm_down": "grouped_gemm",
+    "forward_fp8": "moe_ffn_fp8",
+}
 # A contender's first calls (compiling, tuning) may take this share of the time, all cases together.
 _FIRST_CALLS_SHARE = 0.08
 # Contenders of a case, for estimates: ours, unfused, torch and its loop; an op has one or two less.
@@ -40,12 +46,13 @@ _SLOW = 10.0
 
 @dataclass(frozen=True)
 class Options:
-    """What to measure, in how many seconds. `tiny` is for a walk without a card."""
+    """What to measure, in how many seconds. Without `tokens`, those that `cases` has for each part.
+    `tiny` is for a walk without a card."""
 
     seconds: float
     parts: tuple[str, ...] = cases.PARTS
     shapes: tuple[Shape, ...] = tuple(cases.MODELS.values())
-    tokens: tuple[int, ...] = cases.TOKENS
+    tokens: tuple[int, ...] | None = None
     routings: tuple[str, ...] = cases.ROUTINGS
     tiny: bool = False
 
@@ -56,6 +63,8 @@ class Session:
     clock: Clock
     limits: Limits
     log: Callable[[str], None]
+    # Who is not in any case, and why.
+    absent: dict[str, str] = field(default_factory=dict)
     first_calls_s: dict[str, float] = field(default_factory=dict)
 
     def compiled(self, function: Any) -> Any:
@@ -87,15 +96,16 @@ def measure(
     clock: Clock = CudaClock() if device == "cuda" else HostClock()
     if device == "cpu":
         torch.set_num_threads(1)  # Tiny layers: a second thread only waits for the first.
-    limits = measure_limits(clock, tiny=options.tiny)
+    fp8 = device == "cuda" and any(part in cases.FP8 for part in options.parts)
+    limits = measure_limits(clock, tiny=options.tiny, fp8=fp8)
     log(_describe(limits))
     session = Session(options, clock, limits, log)
-    absent = {
+    session.absent |= {
         part: f"this build has no {device.upper()} kernel of it"
         for part in options.parts
-        if not doctor.has_kernel(_OP_OF.get(part, part), device)
+        if not doctor.has_kernel(op_of(part), device)
     }
-    parts = [part for part in options.parts if part not in absent]
+    parts = [part for part in options.parts if part not in session.absent]
     wanted = cases.all_cases(parts, options.shapes, options.tokens, options.routings)
     pacer = planner.Pacer(
         wanted,
@@ -103,7 +113,6 @@ def measure(
         time.perf_counter,
         started + options.seconds,
     )
-    absent |= {p.name: why for p in PEERS if (why := p.missing(clock.device)) is not None}
     result: dict[str, Any] = {
         "kind": KIND,
         "format": FORMAT,
@@ -113,7 +122,7 @@ def measure(
         "card": card.describe_card(clock.device),
         "versions": versions(),
         "limits": limits.to_dict(),
-        "absent": absent,
+        "absent": session.absent,
         "cells": [],
         "left_out": [],
     }
@@ -124,13 +133,18 @@ def measure(
         result["clocks"] = watch.stop()
     if "aborted" not in result:
         # Again at the end: the better of the two is nearer to the truth.
-        limits = limits.best(measure_limits(clock, tiny=options.tiny))
+        limits = limits.best(measure_limits(clock, tiny=options.tiny, fp8=fp8))
     result["limits"] = limits.to_dict()
     result["left_out"] = [str(case) for case in pacer.left_out]
     result["seconds"] = round(time.perf_counter() - started)
     result["complete"] = "aborted" not in result
     add_floors(result, limits)
     return dict(rounded(result))
+
+
+def op_of(part: str) -> str:
+    """The op that a part measures."""
+    return _OP_OF.get(part, part)
 
 
 def costs_of(wanted: Sequence[Case], limits: Limits, flush_s: float) -> list[planner.Cost]:
@@ -173,23 +187,27 @@ def _measure_all(
     result: dict[str, Any],
     save: Callable[[dict[str, Any]], None],
 ) -> None:
-    bank: Bank | None = None
+    weights: Weights | None = None
     layer: Layer | None = None
+    group: tuple[str, str] | None = None
     for case, rounds in pacer:
-        if layer is None or layer.case.group != case.group:
-            bank = layer = None
+        if weights is None or group != case.group:
+            weights = layer = None
             session.clock.release()
             if result["cells"]:
+                add_floors(result, session.limits)
                 save(dict(rounded({**result, "left_out": [str(c) for c in pacer.left_out]})))
-            bank = Layer.open(case, session.clock.device)
+            group = case.group
+            weights = Weights(case.shape, session.clock.device)
         if layer is None or (layer.case.T, layer.case.routing) != (case.T, case.routing):
-            assert bank is not None
-            layer = Layer(case, bank, session.clock.device)
+            layer = Layer(case, weights, session.clock.device)
         cost = costs_of([case], session.limits, session.clock.flush_s)[0]
         try:
-            cell = measure_case(session, case, layer, rounds * cost.round_s)
-        except torch.OutOfMemoryError as problem:
-            cell = _cell(case, layer, {}, {}, {}, {OURS: in_a_sentence(problem)})
+            cell = measure_case(session, case, layer, rounds * cost.round_s, cost.least_rounds)
+        except Exception as problem:  # Inputs that do not fit, a truth that cannot be had.
+            used = min(case.shape.E, case.num_slots)
+            cell = _cell(case, used, {}, {}, {}, {OURS: in_a_sentence(problem)})
+            session.log(f"{case}: {cell['skipped'][OURS]}")
             layer = None
         result["cells"].append(cell)
         session.clock.release()
@@ -200,27 +218,37 @@ def _measure_all(
             return
 
 
-def measure_case(session: Session, case: Case, layer: Layer, granted_s: float) -> dict[str, Any]:
+def measure_case(
+    session: Session,
+    case: Case,
+    layer: Layer,
+    granted_s: float,
+    least_rounds: int = planner.MIN_ROUNDS,
+) -> dict[str, Any]:
     """One cell: every contender checked, then rounds for about `granted_s` seconds."""
-    problem = (
-        block_problem(case, layer, session.compiled)
-        if case.part in cases.BLOCK
-        else op_problem(case, layer)
-    )
+    problem = problem_of(session, case, layer)
+    session.absent |= problem.absent
     prepared, errors, skipped = _prepare(session, problem)
-    slow = _slow_ones(prepared, granted_s)
+    slow = _slow_ones(prepared, granted_s, least_rounds)
     repeated = {name: p for name, p in prepared.items() if name not in slow}
     samples = {name: Samples({0: prepared[name].once_s}) for name in slow}
     round_s = sum(p.once_s + session.clock.flush_s for p in repeated.values())
     count = int(granted_s / round_s) if round_s > 0 else 0
-    count = min(planner.MAX_ROUNDS, max(planner.MIN_ROUNDS, count))
+    count = min(planner.MAX_ROUNDS, max(least_rounds, count))
     samples = {**session.clock.rounds(repeated, count), **samples}
-    cell = _cell(case, layer, samples, prepared, errors, skipped)
+    used = layer.tokens.experts_used
+    cell = _cell(case, used, samples, prepared, errors, skipped)
     times = ", ".join(f"{n} {c['us']:.4g}" for n, c in cell["contenders"].items())
     session.log(f"{case}: {times} us" if times else f"{case}: nothing ran")
     for name, why in skipped.items():
         session.log(f"  {name}: {why}")
     return cell
+
+
+def problem_of(session: Session, case: Case, layer: Layer) -> Problem:
+    if case.part in cases.BLOCK:
+        return block_problem(case, layer, session.compiled)
+    return (fp8_problem if case.part in cases.FP8 else op_problem)(case, layer)
 
 
 def _prepare(
@@ -252,7 +280,7 @@ def _prepare(
     return prepared, errors, skipped
 
 
-def _slow_ones(prepared: dict[str, Prepared], granted_s: float) -> list[str]:
+def _slow_ones(prepared: dict[str, Prepared], granted_s: float, least_rounds: int) -> list[str]:
     """Contenders whose rounds would take more than the case was granted, far behind the first."""
     if not prepared:
         return []
@@ -260,19 +288,18 @@ def _slow_ones(prepared: dict[str, Prepared], granted_s: float) -> list[str]:
     return [
         name
         for name, p in prepared.items()
-        if p.once_s * planner.MIN_ROUNDS > granted_s and p.once_s > _SLOW * first
+        if p.once_s * least_rounds > granted_s and p.once_s > _SLOW * first
     ]
 
 
 def _cell(
     case: Case,
-    layer: Layer,
+    used: int,
     samples: dict[str, Samples],
     prepared: dict[str, Prepared],
     errors: dict[str, float],
     skipped: dict[str, str],
 ) -> dict[str, Any]:
-    used = layer.tokens.experts_used
     work = work_of(case, used)
     contenders: dict[str, Any] = {}
     # In the order of the problem; slow ones were timed apart.
@@ -280,7 +307,7 @@ def _cell(
         sample = samples[name]
         found: dict[str, Any] = {"us": sample.median * 1e6, "rounds": len(sample.used)}
         found["error"] = errors[name]
-        if layer.device.type == "cuda" and not prepared[name].graph:
+        if prepared[name].note:  # No graph.
             found["eager"] = prepared[name].note
         if name != OURS and OURS in samples:
             found["ours_faster"] = speedup(samples, OURS, name)

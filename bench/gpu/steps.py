@@ -61,7 +61,10 @@ def build(limit_s: float) -> Outcome:
     if status == 0:
         return _outcome("passed", seconds, "built into ./.venv with MOE_OPS_CUDA=on")
     if status is None:
-        return _outcome("unfinished", seconds, f"the build took more than {limit_s:.0f} s")
+        words = (
+            f"the build takes more than {limit_s:.0f} s here: run `{' '.join(build_command())}` "
+        )
+        return _outcome("unfinished", seconds, words + "first; the command then finds it done")
     lines = log.read_text(errors="replace").strip().splitlines()
     return _outcome("failed", seconds, f"make build failed: {lines[-1] if lines else '?'} ({log})")
 

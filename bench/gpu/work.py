@@ -45,6 +45,11 @@ def work_of(case: Case, used: int) -> Work:
         return Work(product * down, _B * (used * down + N * I + N * H))
     if part == "grouped_gemm_wgrad":
         return Work(product * up, _B * (E * up + N * H + 2 * N * I))
+    if part == "forward_fp8":
+        # Rows of hidden features cross the memory in fp8, with their scales.
+        scales = _WORD * (used * (up + down) / _BLOCK**2 + 2 * N * I / _BLOCK)
+        moved_bytes = used * (up + down) + _B * 2 * T * H + 2 * N * I + 8 * N + scales
+        return Work(product * (up + down), moved_bytes)
     if part == "grouped_gemm_fp8":
         scales = _WORD * (used * up / _BLOCK**2 + N * H / _BLOCK)
         return Work(product * up, used * up + N * H + _B * 2 * N * I + scales)
@@ -54,6 +59,7 @@ def work_of(case: Case, used: int) -> Work:
         "permute": _B * (T * H + N * H) + _WORD * N,
         "unpermute": _B * (N * H + T * H) + 2 * _WORD * N,
         "gated_act": _B * 3 * N * I,
+        "quantize_fp8": _B * T * H + T * H + _WORD * T * H / _BLOCK,
     }
     return Work(0.0, moved[part])
 

@@ -13,6 +13,7 @@
 #include "cpu/cpu_isa.h"
 #include "cpu/limits.h"
 #include "cpu/pack.h"
+#include "cuda/grouped_gemm/config.h"
 
 namespace py = pybind11;
 using namespace moe_ops::cpu;
@@ -67,6 +68,25 @@ PYBIND11_MODULE(_C, m) {
           }
           return packed_expert_bytes(type->second, out_features, in_features, halves ? 2 : 1);
         });
+  // The tile that a product gets on an sm_90 card with so many SMs, in words; needs no card.
+  m.def(
+      "gemm_config",
+      [](const std::string& product, int64_t rows, int64_t num_experts, int64_t m, int64_t n,
+         int64_t k, int num_sms) {
+        using namespace moe_ops::cuda;
+        const std::map<std::string, Product> products{{"nt", Product::kNT},
+                                                      {"nn", Product::kNN},
+                                                      {"tn", Product::kTN},
+                                                      {"gather_nt", Product::kGatherNT}};
+        const auto found = products.find(product);
+        if (found == products.end()) {
+          throw std::invalid_argument("gemm_config: product must be nt, nn, tn or gather_nt, got " +
+                                      product + ".");
+        }
+        return to_string(choose_config({found->second, rows, num_experts, m, n, k, num_sms}));
+      },
+      py::arg("product"), py::arg("rows"), py::arg("num_experts"), py::arg("m"), py::arg("n"),
+      py::arg("k"), py::arg("num_sms") = 132);
   m.def("stale_panels", &stale_panels);
   m.def("cached_bytes", &cached_bytes);
   m.def("cache_limit", &cache_limit);

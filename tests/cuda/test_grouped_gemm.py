@@ -10,6 +10,12 @@ from moe_ops import reference
 from moe_ops.testing import DTYPES, assert_close_by_norm, short
 
 
+@pytest.fixture(autouse=True)
+def generic_kernels(monkeypatch):
+    """Not those of test_grouped_gemm_sm90.py."""
+    monkeypatch.setenv("MOE_OPS_GEMM_TILE", "generic")
+
+
 def operands(counts, k, o, dtype, *, tail=3, layout="k"):
     """Operands of a product and its wgrad; layout "o": matrices dense along their features."""
     n, e = sum(counts) + tail, len(counts)

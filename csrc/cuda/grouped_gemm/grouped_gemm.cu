@@ -3,6 +3,7 @@
 
 #include "cuda/check.h"
 #include "cuda/grouped_gemm/generic.h"
+#include "cuda/grouped_gemm/sm90.h"
 #include "moe_ops/grouped_gemm.h"
 
 namespace moe_ops::cuda {
@@ -20,6 +21,7 @@ Status grouped_gemm(const GroupedGemmParams& p, Stream stream) {
       !countable(p.num_experts)) {
     return cudaErrorInvalidValue;
   }
+  if (sm90::supports(p)) return sm90::grouped_gemm(p, stream);
   switch (p.b.type) {
     case DType::kBFloat16:
       return generic::grouped_gemm_bf16(p, stream);
@@ -39,6 +41,7 @@ Status grouped_gemm_wgrad(const GroupedWgradParams& p, Stream stream) {
       !countable(p.num_experts)) {
     return cudaErrorInvalidValue;
   }
+  if (sm90::supports(p)) return sm90::grouped_gemm_wgrad(p, stream);
   switch (p.a.type) {
     case DType::kBFloat16:
       return generic::grouped_wgrad_bf16(p, stream);

@@ -38,6 +38,9 @@ struct GemmDefaults {
   // on: columns j and j + kTileN / 2 of the tile lie in the same thread's accumulators.
   static constexpr bool kSplitB = false;
   static constexpr bool kRaggedK = false;
+  // Rows of a box of A, kMajorA = kK. Only boxes with rows of the group are loaded: with one row of
+  // 64, a tile would otherwise read as many bytes of A as of B.
+  static constexpr int kBoxM = 64;
   // 0: as many as fit.
   static constexpr int kStages = 0;
   // Row tiles walked before the next column tile: with 128 x 256 tiles a wave of 132 blocks covers
@@ -74,6 +77,7 @@ struct Traits {
 
   static_assert(kM % (64 * kTileGroups) == 0, "a warpgroup multiplies 64 rows at a time");
   static_assert(kN % 32 == 0 && kN <= 256, "columns of a wgmma, and four octets a quad");
+  static_assert(kM % Config::kBoxM == 0 && Config::kBoxM % 8 == 0, "boxes keep the swizzle");
   static_assert(kK % kSpan == 0, "a stage is whole lines");
   static_assert(!kPingpong || kConsumers == 2, "ping-pong has two players");
   static_assert(kStages >= 2 && kStages <= kMaxStages);
@@ -110,7 +114,7 @@ struct Traits {
   static constexpr int kRowsM = kM / (64 * kTileGroups);  // 64-row blocks of a warpgroup
 
   // Boxes of TMA: kSpan elements of the dense side times lines of the other.
-  static constexpr int kLinesA = Config::kMajorA == Major::kK ? kM : kK;
+  static constexpr int kLinesA = Config::kMajorA == Major::kK ? Config::kBoxM : kK;
   static constexpr int kLinesB =
       Config::kMajorB == Major::kK ? kN / (Config::kSplitB ? 2 : kCluster) : kK;
 

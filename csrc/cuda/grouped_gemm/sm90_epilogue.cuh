@@ -194,4 +194,72 @@ struct StoreRows {
   }
 };
 
+// acc += what store_rows would overwrite.
+template <class Config, class Acc>
+__device__ inline void add_rows(const OutRows& out, const Tile& tile, int cols, Acc& acc,
+                                int thread) {
+  using T = Traits<Config>;
+  using Output = typename Config::Output;
+  using cute::make_coord;
+  const int q = thread % 4;
+#pragma unroll
+  for (int m = 0; m < T::kRowsM; ++m) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int row = tile.row0 + output_row<Config>(thread, m) + 8 * i;
+      const int64_t place = row < tile.row_end ? out.place(row) : -1;
+      const bool inside = place >= 0;
+      if (out.fp32) {
+        const auto* from = static_cast<const float*>(out.data) + place * out.stride + tile.col0;
+#pragma unroll
+        for (int j = 0; j < T::kN / 8; ++j) {
+          if (inside && tile.col0 + 8 * j < cols) {
+            const float2 v = *reinterpret_cast<const float2*>(from + 8 * j + 2 * q);
+            acc(make_coord(0, i, j), m, 0) += v.x;
+            acc(make_coord(1, i, j), m, 0) += v.y;
+          }
+        }
+      } else {
+        const auto* from = static_cast<const Output*>(out.data) + place * out.stride + tile.col0;
+#pragma unroll
+        for (int g = 0; g < T::kN / 32; ++g) {
+          uint4 v = make_uint4(0, 0, 0, 0);
+          if (inside && tile.col0 + 32 * g + 8 * q < cols)
+            v = *reinterpret_cast<const uint4*>(from + 32 * g + 8 * q);
+          uint32_t r[4] = {v.x, v.y, v.z, v.w};
+          quad_transpose(r);
+#pragma unroll
+          for (int b = 0; b < 4; ++b) {
+            const float2 f = unpack<Output>(r[b]);
+            acc(make_coord(0, i, 4 * g + b), m, 0) += f.x;
+            acc(make_coord(1, i, 4 * g + b), m, 0) += f.y;
+          }
+        }
+      }
+    }
+  }
+}
+
+// out[expert] = acc, or += acc: ragged K. Every element is written; with `add`, experts without
+// rows are left alone.
+struct StoreExperts {
+  struct Params {
+    void* out;  // [E, m, n] contiguous
+    bool out_fp32;
+    bool add;
+  };
+
+  template <class Config, class Acc>
+  __device__ static void store(const Params& p, const Problem& problem, const Tile& tile, Acc& acc,
+                               int thread) {
+    using Output = typename Config::Output;
+    if (p.add && tile.k_tiles == 0) return;
+    const int64_t bytes = p.out_fp32 ? sizeof(float) : sizeof(Output);
+    char* data = static_cast<char*>(p.out) + int64_t{tile.expert} * problem.m * problem.n * bytes;
+    const OutRows out{data, problem.n, p.out_fp32, nullptr, 1, problem.m};
+    if (p.add) add_rows<Config>(out, tile, problem.n, acc, thread);
+    store_rows<Config>(out, tile, problem.n, acc, thread);
+  }
+};
+
 }  // namespace moe_ops::cuda::sm90

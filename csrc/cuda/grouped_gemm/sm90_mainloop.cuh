@@ -42,18 +42,34 @@ __device__ inline void init_barriers(typename Traits<Config>::SharedStorage& sme
 
 // ---- Producer ----
 
-// One thread. A box of A for this block; a half of B for both blocks of a cluster.
+// Boxes of A along M that hold rows of the group.
+template <class Config>
+__device__ inline int boxes_a(const Tile& tile) {
+  using T = Traits<Config>;
+  static_assert(Config::kMajorA == Major::kK);
+  const int rows = min(T::kM, tile.row_end - tile.row0);
+  return max(0, (rows + T::kLinesA - 1) / T::kLinesA);
+}
+
+// One thread loads A for this block, and half of B for both blocks of a cluster.
 template <class Config>
 __device__ inline void load_a(const CUtensorMap* map, uint64_t* full,
-                              typename Config::Element* smem, const Tile& tile, int k_tile) {
+                              typename Config::Element* smem, const Tile& tile, int k_tile,
+                              int boxes) {
   using T = Traits<Config>;
   constexpr auto kHint = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL);
   const int k = tile.k0 + k_tile * T::kK;
   if constexpr (Config::kMajorA == Major::kK) {
 #pragma unroll
-    for (int s = 0; s < T::kK / T::kSpan; ++s)
-      cute::SM90_TMA_LOAD_2D::copy(map, full, kHint, smem + s * T::kM * T::kSpan, k + s * T::kSpan,
-                                   tile.row0);
+    for (int box = 0; box < T::kM / T::kLinesA; ++box) {
+      if (box < boxes) {
+#pragma unroll
+        for (int s = 0; s < T::kK / T::kSpan; ++s)
+          cute::SM90_TMA_LOAD_2D::copy(map, full, kHint,
+                                       smem + (s * T::kM + box * T::kLinesA) * T::kSpan,
+                                       k + s * T::kSpan, tile.row0 + box * T::kLinesA);
+      }
+    }
   } else {
 #pragma unroll
     for (int s = 0; s < T::kM / T::kSpan; ++s)
@@ -112,13 +128,18 @@ __device__ inline void produce_tma(const Params& p, typename Traits<Config>::Sha
   Tile tile;
   for (int index = first; scheduler.get(index, cluster_rank, tile); index += step) {
     if (leader) {
+      int boxes = 0, bytes = T::kStageBytes;
+      if constexpr (Config::kMajorA == Major::kK) {
+        boxes = boxes_a<Config>(tile);
+        bytes = T::kStageBytesB + boxes * (T::kStageBytesA / T::kM * T::kLinesA);
+      }
 #pragma unroll 1
       for (int kt = 0; kt < tile.k_tiles; ++kt, ++write) {
         const int s = write.index();
         smem.empty[s].wait(write.phase());
-        smem.full[s].arrive_and_expect_tx(T::kStageBytes);
+        smem.full[s].arrive_and_expect_tx(bytes);
         auto* full = reinterpret_cast<uint64_t*>(&smem.full[s]);
-        load_a<Config>(&p.map_a, full, smem.a + s * T::kM * T::kK, tile, kt);
+        load_a<Config>(&p.map_a, full, smem.a + s * T::kM * T::kK, tile, kt, boxes);
         load_b<Config>(&p.map_b, full, smem.b + s * T::kN * T::kK, tile, kt, p.split_offset,
                        cluster_rank);
       }

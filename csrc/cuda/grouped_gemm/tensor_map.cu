@@ -29,7 +29,8 @@ bool tensor_map_possible(const TensorMapDesc& d) {
     if (d.size[i] < 1 || d.size[i] > INT32_MAX) return false;  // coordinates are int32
   for (int i = 0; i + 1 < d.rank; ++i) {
     const int64_t bytes = d.stride[i] * d.element_size;
-    if (bytes < 0 || bytes % 16 != 0 || bytes >= int64_t{1} << 40) return false;
+    if (d.size[i + 1] == 1) continue;
+    if (bytes <= 0 || bytes % 16 != 0 || bytes >= int64_t{1} << 40) return false;
   }
   return true;
 }
@@ -43,8 +44,12 @@ Status encode_tensor_map(CUtensorMap* map, const TensorMapDesc& d) {
     size[i] = static_cast<cuuint64_t>(d.size[i]);
     box[i] = static_cast<cuuint32_t>(d.box[i]);
   }
-  for (int i = 0; i + 1 < d.rank; ++i)
-    stride[i] = static_cast<cuuint64_t>(d.stride[i] * d.element_size);
+  // The stride of a dimension of one element is never used; the encoder wants one all the same.
+  uint64_t span = round_up<uint64_t>(size[0] * d.element_size, 16);
+  for (int i = 0; i + 1 < d.rank; ++i) {
+    stride[i] = d.size[i + 1] == 1 ? span : static_cast<cuuint64_t>(d.stride[i] * d.element_size);
+    span = stride[i] * size[i + 1];
+  }
   const CUresult result =
       encode(map, d.type, static_cast<cuuint32_t>(d.rank), const_cast<void*>(d.data), size, stride,
              box, step, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,

@@ -1,0 +1,7 @@
+#include "cuda/grouped_gemm/sm90_launch.cuh"
+
+namespace moe_ops::cuda::sm90 {
+
+template Status run_wgrad<DType::kFloat16, TileShape::k128x256>(const GroupedWgradParams&, Stream);
+
+}  // namespace moe_ops::cuda::sm90

@@ -1,0 +1,134 @@
+// Which of the sm_90a kernels serves a call.
+#include <cuda_runtime_api.h>
+
+#include <cstdlib>
+
+#include "cuda/grouped_gemm/sm90.h"
+#include "cuda/grouped_gemm/sm90_operands.h"
+#include "cuda/runtime.h"
+
+namespace moe_ops::cuda::sm90 {
+
+namespace {
+
+bool half_type(DType t) { return t == DType::kBFloat16 || t == DType::kFloat16; }
+
+bool aligned(const void* p, int64_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
+
+// MOE_OPS_GEMM_TILE=128x256|128x128|64x128|64x64 takes that tile where the product has it,
+// MOE_OPS_GEMM_TILE=generic none of these kernels. For tests and measurements.
+std::string_view forced_tile() {
+  const char* s = std::getenv("MOE_OPS_GEMM_TILE");
+  return s != nullptr ? s : "";
+}
+
+TileShape shape_of(const GemmDesc& d) {
+  const std::string_view forced = forced_tile();
+  for (const GemmConfig& c : kGemmConfigs)
+    if (name(c.shape) == forced && has_kernel(d.product, c.shape)) return c.shape;
+  return choose_config(d).shape;
+}
+
+bool usable() { return device_info().capability == 90 && forced_tile() != "generic"; }
+
+// Rows are stored 16 bytes at a time, fp32 ones 8.
+bool storable(const void* data, DType type, int64_t stride) {
+  return type == DType::kFloat32 ? aligned(data, 8) && stride % 2 == 0
+                                 : aligned(data, 16) && stride % 8 == 0;
+}
+
+Product product_of(const GroupedGemmParams& p) {
+  if (p.a.index != nullptr) return Product::kGatherNT;
+  return p.b.stride_k == 1 ? Product::kNT : Product::kNN;
+}
+
+template <DType type, Product product>
+Status select(TileShape shape, const GroupedGemmParams& p, Stream stream) {
+  switch (shape) {
+    case TileShape::k128x256:
+      if constexpr (has_kernel(product, TileShape::k128x256))
+        return run<type, product, TileShape::k128x256>(p, stream);
+      break;
+    case TileShape::k128x128:
+      return run<type, product, TileShape::k128x128>(p, stream);
+    case TileShape::k64x128:
+      return run<type, product, TileShape::k64x128>(p, stream);
+    case TileShape::k64x64:
+      return run<type, product, TileShape::k64x64>(p, stream);
+  }
+  return cudaErrorInvalidValue;
+}
+
+template <DType type>
+Status select(Product product, TileShape shape, const GroupedGemmParams& p, Stream stream) {
+  switch (product) {
+    case Product::kNT:
+      return select<type, Product::kNT>(shape, p, stream);
+    case Product::kNN:
+      return select<type, Product::kNN>(shape, p, stream);
+    case Product::kGatherNT:
+      return select<type, Product::kGatherNT>(shape, p, stream);
+    case Product::kTN:
+      break;
+  }
+  return cudaErrorInvalidValue;
+}
+
+template <DType type>
+Status select_wgrad(TileShape shape, const GroupedWgradParams& p, Stream stream) {
+  return shape == TileShape::k128x256 ? run_wgrad<type, TileShape::k128x256>(p, stream)
+                                      : run_wgrad<type, TileShape::k128x128>(p, stream);
+}
+
+}  // namespace
+
+bool supports(const GroupedGemmParams& p) {
+  if (!usable() || !half_type(p.b.type) || p.a.type != p.b.type) return false;
+  if (p.out.type != p.b.type && p.out.type != DType::kFloat32) return false;
+  if (p.bias.data != nullptr && p.bias.type != p.b.type) return false;
+  if (p.num_experts < 1 || p.in_features < 8 || p.in_features % 8 != 0 || p.out_features % 8 != 0)
+    return false;
+  if (p.b.quant.bits != 0 || (p.b.stride_k != 1 && (p.b.stride_o != 1 || p.a.index != nullptr)))
+    return false;
+  return tensor_map_possible(operand_a(p)) && tensor_map_possible(operand_b(p)) &&
+         storable(p.out.data, p.out.type, p.out.stride);
+}
+
+bool supports(const GroupedWgradParams& p) {
+  if (!usable() || !half_type(p.a.type) || p.grad.type != p.a.type) return false;
+  if (p.out_type != p.a.type && p.out_type != DType::kFloat32) return false;
+  if (p.grad.index != nullptr || p.a.index != nullptr || p.grad_scale.data != nullptr ||
+      p.a_scale.data != nullptr)
+    return false;
+  if (p.out_features % 8 != 0 || p.in_features % 8 != 0) return false;
+  return tensor_map_possible(operand_a(p)) && tensor_map_possible(operand_b(p)) &&
+         storable(p.out, p.out_type, p.in_features);
+}
+
+Status grouped_gemm(const GroupedGemmParams& p, Stream stream) {
+  GemmDesc d;
+  d.product = product_of(p);
+  d.rows = p.num_rows;
+  d.num_experts = p.num_experts;
+  d.n = p.out_features;
+  d.k = p.in_features;
+  d.num_sms = device_info().num_sms;
+  const TileShape shape = shape_of(d);
+  return p.b.type == DType::kBFloat16 ? select<DType::kBFloat16>(d.product, shape, p, stream)
+                                      : select<DType::kFloat16>(d.product, shape, p, stream);
+}
+
+Status grouped_gemm_wgrad(const GroupedWgradParams& p, Stream stream) {
+  GemmDesc d;
+  d.product = Product::kTN;
+  d.rows = p.num_rows;
+  d.num_experts = p.num_experts;
+  d.m = p.out_features;
+  d.n = p.in_features;
+  d.num_sms = device_info().num_sms;
+  const TileShape shape = shape_of(d);
+  return p.a.type == DType::kBFloat16 ? select_wgrad<DType::kBFloat16>(shape, p, stream)
+                                      : select_wgrad<DType::kFloat16>(shape, p, stream);
+}
+
+}  // namespace moe_ops::cuda::sm90

@@ -1,0 +1,24 @@
+// The TMA + wgmma kernels for sm_90a: bfloat16 and float16. Torch and CuTe stay out of this header.
+#pragma once
+
+#include "cuda/grouped_gemm/config.h"
+#include "moe_ops/grouped_gemm.h"
+
+namespace moe_ops::cuda::sm90 {
+
+// The product that a call is, and whether these kernels take it: an sm_90 card, 16-byte alignment
+// of every row (K, N and strides multiples of 8), operands of one type, no scale in a weight
+// gradient. Other calls go to the generic kernels.
+bool supports(const GroupedGemmParams& p);
+bool supports(const GroupedWgradParams& p);
+
+Status grouped_gemm(const GroupedGemmParams& p, Stream stream);
+Status grouped_gemm_wgrad(const GroupedWgradParams& p, Stream stream);
+
+// One kernel; one file each in instantiations/.
+template <DType type, Product product, TileShape shape>
+Status run(const GroupedGemmParams& p, Stream stream);
+template <DType type, TileShape shape>
+Status run_wgrad(const GroupedWgradParams& p, Stream stream);
+
+}  // namespace moe_ops::cuda::sm90

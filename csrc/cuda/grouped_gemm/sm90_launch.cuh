@@ -1,0 +1,79 @@
+// From the parameters of the op to those of a kernel. Included by the files in instantiations/.
+#pragma once
+
+#include "cuda/grouped_gemm/sm90.h"
+#include "cuda/grouped_gemm/sm90_kernel.cuh"
+#include "cuda/grouped_gemm/sm90_operands.h"
+
+namespace moe_ops::cuda::sm90 {
+
+template <DType type>
+using ElementOf =
+    cute::conditional_t<type == DType::kBFloat16, cutlass::bfloat16_t, cutlass::half_t>;
+
+template <DType type, Product product, TileShape shape>
+struct ConfigOf : GemmDefaults {
+  static constexpr GemmConfig kChoice = kGemmConfigs[static_cast<int>(shape)];
+  static_assert(kChoice.shape == shape && has_kernel(product, shape));
+  using Element = ElementOf<type>;
+  using Output = Element;
+  static constexpr int kTileM = kChoice.m, kTileN = kChoice.n, kTileK = kChoice.k;
+  static constexpr int kConsumers = shape == TileShape::k64x64 ? 1 : 2;
+  static constexpr Schedule kSchedule =
+      kChoice.pingpong ? Schedule::kPingpong : Schedule::kCooperative;
+  static constexpr int kCluster = kChoice.cluster;
+  static constexpr int kBoxM = kChoice.m == 64 ? 16 : 64;
+  static constexpr Source kSourceA = product == Product::kGatherNT ? Source::kGather : Source::kTma;
+  static constexpr bool kRaggedK = product == Product::kTN;
+  static constexpr Major kMajorA = kRaggedK ? Major::kMN : Major::kK;
+  static constexpr Major kMajorB = kRaggedK || product == Product::kNN ? Major::kMN : Major::kK;
+};
+
+template <class Config, class Params>
+Status encode_maps(Params& params, TensorMapDesc a, TensorMapDesc b) {
+  if constexpr (Config::kSourceA == Source::kTma) {
+    std::copy_n(Boxes<Config>::kA, 2, a.box);
+    if (const Status s = encode_tensor_map(&params.map_a, a); s != cudaSuccess) return s;
+  }
+  std::copy_n(Boxes<Config>::kB, 3, b.box);
+  return encode_tensor_map(&params.map_b, b);
+}
+
+template <DType type, Product product, TileShape shape>
+Status run(const GroupedGemmParams& p, Stream stream) {
+  using Config = ConfigOf<type, product, shape>;
+  KernelParams<Config, StoreRows> params{};
+  if (const Status s = encode_maps<Config>(params, operand_a(p), operand_b(p)); s != cudaSuccess)
+    return s;
+  params.problem.expert_offsets = p.expert_offsets;
+  params.problem.num_experts = static_cast<int>(p.num_experts);
+  params.problem.rows = static_cast<int>(p.num_rows);
+  params.problem.n = static_cast<int>(p.out_features);
+  params.problem.k = static_cast<int>(p.in_features);
+  params.problem.zero_tail = p.zero_tail;
+  params.gather = {p.a.data, p.a.stride, static_cast<int>(p.a.limit), p.a.index, p.a.index_divisor};
+  params.epilogue.out = {p.out.data,  p.out.stride,        p.out.type == DType::kFloat32,
+                         p.out.index, p.out.index_divisor, p.out.limit};
+  params.epilogue.bias = p.bias.data;
+  params.epilogue.bias_stride = p.bias.stride_e;
+  params.epilogue.scale = {static_cast<const float*>(p.a_scale.data), p.a_scale.index,
+                           p.a_scale.limit};
+  return launch(params, stream);
+}
+
+template <DType type, TileShape shape>
+Status run_wgrad(const GroupedWgradParams& p, Stream stream) {
+  using Config = ConfigOf<type, Product::kTN, shape>;
+  KernelParams<Config, StoreExperts> params{};
+  if (const Status s = encode_maps<Config>(params, operand_a(p), operand_b(p)); s != cudaSuccess)
+    return s;
+  params.problem.expert_offsets = p.expert_offsets;
+  params.problem.num_experts = static_cast<int>(p.num_experts);
+  params.problem.rows = static_cast<int>(p.num_rows);
+  params.problem.m = static_cast<int>(p.out_features);
+  params.problem.n = static_cast<int>(p.in_features);
+  params.epilogue = {p.out, p.out_type == DType::kFloat32, p.accumulate};
+  return launch(params, stream);
+}
+
+}  // namespace moe_ops::cuda::sm90

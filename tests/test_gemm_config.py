@@ -1,0 +1,68 @@
+"""Which tile a product gets on a card (csrc/cuda/grouped_gemm/config.h); asked without one."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from moe_ops._C import gemm_config
+
+LARGE = "128x256x64 cooperative cluster 2"
+MIDDLE = "128x128x64 ping-pong cluster 1"
+FEW_ROWS = "64x128x64 ping-pong cluster 1"
+TINY = "64x64x128 cooperative cluster 1"
+OF_PRODUCT = {
+    "nt": {LARGE, MIDDLE, FEW_ROWS, TINY},
+    "nn": {LARGE, MIDDLE, FEW_ROWS, TINY},
+    "tn": {LARGE, MIDDLE},
+    "gather_nt": {MIDDLE, FEW_ROWS, TINY},
+}
+
+
+@pytest.mark.parametrize(
+    ("product", "rows", "experts", "m", "n", "k", "expected"),
+    [
+        # Mixtral up and down, 4096 and 32768 tokens: long sums, full tiles.
+        ("nt", 8192, 8, 0, 28672, 4096, LARGE),
+        ("nn", 65536, 8, 0, 4096, 28672, LARGE),
+        ("tn", 65536, 8, 28672, 4096, 0, LARGE),
+        # Qwen3-30B-A3B: 64 rows an expert, then the weights are what is read.
+        ("nt", 8192, 128, 0, 1536, 2048, FEW_ROWS),
+        # 128 rows an expert would leave half of a cluster idle.
+        ("nt", 8192, 64, 0, 2048, 2048, MIDDLE),
+        # One token: 8 experts times 8 columns of tiles would fill half of the SMs.
+        ("nt", 8, 32, 0, 1024, 1024, TINY),
+        # Small weight gradients: more tiles than 128x256 would give.
+        ("tn", 4096, 8, 256, 256, 0, MIDDLE),
+    ],
+)
+def test_known_shapes(product, rows, experts, m, n, k, expected):
+    assert gemm_config(product, rows, experts, m, n, k) == expected
+
+
+SIZES = (0, 1, 7, 64, 1000, 2**20)
+
+
+@pytest.mark.parametrize("product", OF_PRODUCT)
+def test_every_size_gets_a_tile_of_its_product(product):
+    for rows, experts, n, k in itertools.product(SIZES, (1, 8, 1024), (8, 520, 2**17), (8, 4096)):
+        assert gemm_config(product, rows, experts, n, n, k) in OF_PRODUCT[product]
+
+
+def test_rows_of_a_tile_grow_with_those_of_an_expert():
+    tall = [
+        int(gemm_config("nt", 64 * rows, 64, 0, 4096, 4096).split("x")[0])
+        for rows in (1, 16, 64, 128, 512, 4096)
+    ]
+    assert tall == sorted(tall)
+    assert (tall[0], tall[-1]) == (64, 128)
+
+
+def test_a_cluster_needs_two_sms():
+    assert gemm_config("nt", 65536, 8, 0, 28672, 4096, num_sms=1) != LARGE
+
+
+def test_unknown_product():
+    with pytest.raises(ValueError, match=r"product must be nt, nn, tn or gather_nt, got tt\."):
+        gemm_config("tt", 1, 1, 1, 1, 1)
