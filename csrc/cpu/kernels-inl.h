@@ -19,12 +19,13 @@ namespace {
 
 #include "cpu/kernels/vector-inl.h"
 // All else is built on the vectors.
-#include "cpu/kernels/attention-inl.h"
 #include "cpu/kernels/functions-inl.h"
 #include "cpu/kernels/pairs-inl.h"
 #include "cpu/kernels/rows-inl.h"
 #include "cpu/kernels/stream-inl.h"
 #include "cpu/kernels/tiles-inl.h"
+// Attention takes the exponential from the functions.
+#include "cpu/kernels/attention-inl.h"
 // Weights of 8 and 4 bits; words take add_product from the tiles.
 #include "cpu/kernels/integers-inl.h"
 #include "cpu/kernels/quant4-inl.h"
