@@ -21,16 +21,26 @@ OPS = {
     "unpermute",
     "gated_act",
     "grouped_gemm",
+    "grouped_gemm_fp8",
     "grouped_gemm_wgrad",
     "grouped_sum",
     "moe_ffn",
+    "moe_ffn_fp8",
     "moe_ffn_packed",
     "moe_ffn_quantized",
     "moe_linear_map",
     "moe_linear_reduce",
+    "quantize_fp8",
     "moa_attention",
 }
-INFERENCE_ONLY = ("sort_slots", "moe_ffn_packed", "moe_ffn_quantized")
+INFERENCE_ONLY = (
+    "sort_slots",
+    "moe_ffn_packed",
+    "moe_ffn_quantized",
+    "quantize_fp8",
+    "grouped_gemm_fp8",
+    "moe_ffn_fp8",
+)
 
 
 @pytest.fixture(scope="module")

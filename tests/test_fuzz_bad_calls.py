@@ -34,6 +34,10 @@ class Sizes:
     def float(self, *shape: int) -> torch.Tensor:
         return torch.randn(shape).to(self.dtype)
 
+    def narrow(self, *shape: int) -> torch.Tensor:
+        t = self.float(*shape)
+        return t.float() if self.dtype == torch.float64 else t
+
     def weights(self) -> torch.Tensor:
         return torch.rand(self.t, self.k)
 
@@ -114,6 +118,27 @@ def good_call(op: str, s: Sizes) -> dict:
                 call[name] = torch.randint(-127, 128, call[name].shape).to(torch.int8)
             call["x_scale"] = torch.rand(s.h)
             return call
+        case "quantize_fp8":
+            return {"x": s.narrow(s.t, s.h)}
+        case "grouped_gemm_fp8":
+            # Two blocks of 128 in every direction that has scales.
+            k, o = 128 + s.h, 128 + s.o
+            return {
+                "a": torch.randn(s.n, k).to(torch.float8_e4m3fn),
+                "a_scale": torch.rand(s.n, 2),
+                "b": torch.randn(s.e, o, k).to(torch.float8_e4m3fn),
+                "b_scale": torch.rand(s.e, 2, 2),
+                "expert_offsets": s.offsets(),
+                "bias": s.narrow(s.e, o),
+            }
+        case "moe_ffn_fp8":
+            h, i = 128 + s.h, 128 + s.i
+            call = {"x": s.narrow(s.t, h)}
+            for name, out, depth in (("w_gate_up", 2 * i, h), ("w_down", h, i)):
+                call[name] = torch.randn(s.e, out, depth).to(torch.float8_e4m3fn)
+                call[f"{name}_scale"] = torch.rand(s.e, -(-out // 128), -(-depth // 128))
+                call["b" + name[1:]] = call["x"].new_ones(s.e, out)
+            return {**call, "topk_weights": s.weights(), "topk_ids": s.ids()}
         case "pack_experts":
             return {"w": s.float(s.e, 2 * s.o, s.h), "halves": True}
         case "moe_linear_map":
@@ -152,7 +177,10 @@ OPS = (
     "grouped_gemm",
     "grouped_gemm_wgrad",
     "grouped_sum",
+    "grouped_gemm_fp8",
+    "quantize_fp8",
     "moe_ffn",
+    "moe_ffn_fp8",
     "moe_ffn_packed",
     "moe_ffn_quantized",
     "moe_linear_map",
@@ -166,6 +194,7 @@ FREE_DIMS = {
     ("topp_router", "router_logits"): {0, 1},
     ("expert_choice_router", "router_logits"): {0, 1},
     ("sort_slots", "topk_ids"): {0, 1},
+    ("quantize_fp8", "x"): {0, 1},
     ("permute", "x"): {1},
     ("permute", "expert_offsets"): {0},
     ("unpermute", "rows"): {1},
@@ -203,6 +232,8 @@ BAD_ARGUMENTS = {
         ("cu_seqlens", (torch.tensor([0, 1]), torch.tensor([0.0]))),
     ],
     "moe_ffn": [("activation", ("", "swish", "SWIGLU"))],
+    "grouped_gemm_fp8": [("out_dtype", (torch.float64, torch.int32, torch.float8_e4m3fn))],
+    "moe_ffn_fp8": [("activation", ("", "swish", "SWIGLU", "swiglu\0"))],
     "moe_ffn_packed": [("activation", ("", "swish", "SWIGLU", "swiglu\0"))],
     "moe_ffn_quantized": [("activation", ("", "swish", "SWIGLU", "swiglu\0"))],
 }
@@ -238,7 +269,7 @@ def spoil(op: str, call: dict, defect: tuple[str, str], rng: random.Random) -> s
         call[name] = t.to(dtype)
         return f"{name} as {dtype}"
     if kind == "float_dtype":
-        if name == "topk_weights":
+        if name == "topk_weights" or (op, name) == ("grouped_gemm_fp8", "bias"):
             return None
         dtype = rng.choice([d for d in FLOATS if d != t.dtype])
         call[name] = t.to(dtype)

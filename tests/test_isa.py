@@ -19,7 +19,8 @@ import torch
 import moe_ops
 from moe_ops import _C, reference
 from moe_ops.testing import (
-    DTYPES, Routing, as_strided_copy, assert_identical, check_against_reference, eps, ffn_operands,
+    DTYPES, Routing, as_strided_copy, assert_identical, check_against_reference,
+    check_grouped_gemm_fp8, check_moe_ffn_fp8, eps, ffn_operands, fp8_gemm_operands, fp8_operands,
     gated_act_magnitude, moe_ffn_in_integers, moe_ffn_magnitude, moe_ffn_quantized_magnitude,
     quantized_operands, GATED_ACTIVATIONS, PLAIN_ACTIVATIONS,
 )
@@ -96,6 +97,25 @@ for dtype in DTYPES:
             magnitude=moe_ffn_quantized_magnitude, sum_length=400,
             steps=3 if dtype == torch.bfloat16 else 0,
         )
+    if dtype != torch.float64:
+        for width in (1, 7, 33, 128, 200, 300):
+            x = (torch.randn(5, width) * torch.rand(5, width) ** 8).to(dtype)
+            for got, want in zip(
+                moe_ops.quantize_fp8(x), reference.quantize_fp8(x), strict=True
+            ):
+                assert_identical(got.float(), want.float())
+        for counts, k, o in [((1, 2, 3, 4), 33, 31), ((5, 0, 40), 129, 130), ((2, 135), 300, 65),
+                             ((19,), 1, 1), ((8, 16), 640, 48)]:
+            check_grouped_gemm_fp8(
+                fp8_gemm_operands(counts, k, o, tail=2, bias=torch.float32), torch.float32
+            )
+        for tokens, hidden, intermediate, interleaved in (
+            (1, 33, 31, False), (21, 130, 150, True), (90, 129, 300, False),
+        ):
+            call = fp8_operands(
+                Routing(tokens, 4, 2, "dropped"), hidden, intermediate, dtype, bias=True
+            )
+            check_moe_ffn_fp8({**call, "interleaved": interleaved})
     offsets, row_to_slot, slot_to_row = Routing(29, 5, 2, "out_of_range").sorted()
     for size in (1, 7, 16, 33, 129):
         x = torch.randn(29, size).to(dtype)

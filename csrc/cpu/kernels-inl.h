@@ -19,6 +19,7 @@ namespace {
 
 #include "cpu/kernels/vector-inl.h"
 // All else is built on the vectors.
+#include "cpu/kernels/fp8-inl.h"
 #include "cpu/kernels/functions-inl.h"
 #include "cpu/kernels/pairs-inl.h"
 #include "cpu/kernels/rows-inl.h"
@@ -93,6 +94,7 @@ Kernels<T> make_kernels() {
     k.pair_rows = &pair_rows;
 #endif
     k.quant = quant_kernels();
+    k.fp8 = fp8_kernels();
 #if defined(MOE_AMX)
     k.amx_begin = &amx_begin;
     k.amx_end = &amx_end;

@@ -104,6 +104,24 @@ struct QuantKernels {
   void (*multiply_row)(const float* factors, float* row, int64_t n);
 };
 
+// float8_e4m3fn with a scale for each kFp8Block of k; kernels/fp8-inl.h.
+struct Fp8Kernels {
+  // At most kFp8Block numbers as codes; the scale (moe_ops/quantize_fp8.h).
+  float (*quantize)(const float* x, int64_t n, uint8_t* q);
+  // Codes as numbers, exact in both types. The second where Kernels::pairs is true.
+  void (*decode)(const uint8_t* q, float* dst, int64_t n);
+  void (*decode_bf16)(const uint8_t* q, uint16_t* dst, int64_t n);
+  // Kernels::dot of codes, at most kFp8DotTokens tokens, widened and zero up to a whole vector.
+  // Scales of weight row f: w_scale[f], of token t: x_scale[t], one a block.
+  void (*dot)(int features, int tokens, int64_t k, const uint8_t* w, int64_t ldw,
+              const float* const* w_scale, const float* x, int64_t ldx, const float* const* x_scale,
+              float* out, int64_t ldo, int64_t out_step);
+  // sums[i][j] (+)= block[i][j] * row_scale[i] * col_scale[j]; cols is a multiple of lanes.
+  void (*promote)(int64_t rows, int64_t cols, const float* block, int64_t ld_block,
+                  const float* row_scale, const float* col_scale, float* sums, int64_t ld_sums,
+                  bool accumulate);
+};
+constexpr int kFp8DotTokens = 2;
 // Attention: the steps between its products, on scores [keys][width] of `width` rows of queries,
 // one or two vectors. attention-inl.h in kernels/.
 template <class T>
@@ -236,6 +254,7 @@ struct Kernels {
   void (*stream_fence)();
 
   QuantKernels quant;  // T = float only
+  Fp8Kernels fp8;      // T = float only
   AttentionKernels<T> attention;
 
   // h = act(gate, up); `up` is ignored by activations that have no gate.

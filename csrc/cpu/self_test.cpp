@@ -444,6 +444,76 @@ bool quant_right(const Kernels<float>& k, Numbers<float>& numbers) {
   return true;
 }
 
+// Codes of e4m3 in and out, their products and the sums of blocks, against their definitions.
+bool fp8_right(const Kernels<float>& k, const Kernels<float>& portable, Numbers<float>& numbers) {
+  constexpr int64_t K = 2 * kFp8Block + kDepth;
+  uint8_t all[256];
+  float values[256], again[kFp8Block];
+  for (int i = 0; i < 256; ++i) {
+    // The two blocks hold one sign each; the code in the place of NaN is 448 again.
+    all[i] = static_cast<uint8_t>((i & 0x7f) == kFp8Nan ? i - 1 : i);
+    const int exponent = all[i] >> 3 & 15, mantissa = all[i] & 7;
+    values[i] = exponent == 0 ? std::ldexp(mantissa, -9) : std::ldexp(8 + mantissa, exponent - 10);
+    if (i >= 128) values[i] = -values[i];
+  }
+  for (int sign = 0; sign < 2; ++sign) {
+    uint8_t q[kFp8Block];
+    const float* exact = values + sign * kFp8Block;
+    if (k.fp8.quantize(exact, kFp8Block, q) != 1.0f) return false;
+    if (std::memcmp(q, all + sign * kFp8Block, kFp8Block) != 0) return false;
+    k.fp8.decode(q, again, kFp8Block);
+    if (!std::equal(exact, exact + kFp8Block, again)) return false;
+    if (k.pairs) {
+      uint16_t halves[kFp8Block];
+      k.fp8.decode_bf16(q, halves, kFp8Block);
+      portable.load_row(DType::kBFloat16, halves, again, kFp8Block, 1.0f);
+      if (!std::equal(exact, exact + kFp8Block, again)) return false;
+    }
+  }
+  const uint8_t nan = kFp8Nan;
+  k.fp8.decode(&nan, again, 1);
+  if (!std::isnan(again[0])) return false;
+
+  std::vector<uint8_t> w(kDotFeatures * K);
+  for (size_t i = 0; i < w.size(); ++i) w[i] = all[(i * 37 + i / 256) % 256];
+  const int64_t ldx = round_up<int64_t>(K, 64);
+  const std::vector<float> x = numbers.take(kFp8DotTokens * ldx), scales = numbers.take(16);
+  const float *w_scale[kDotFeatures], *x_scale[kFp8DotTokens];  // three a row
+  for (int f = 0; f < kDotFeatures; ++f) w_scale[f] = scales.data() + f;
+  for (int t = 0; t < kFp8DotTokens; ++t) x_scale[t] = scales.data() + 8 + t;
+  std::vector<float> row(K);
+  for (int tokens = 1; tokens <= kFp8DotTokens; ++tokens) {
+    for (const int features : {1, 3, static_cast<int>(kDotFeatures)}) {
+      float out[kFp8DotTokens * kDotFeatures];
+      k.fp8.dot(features, tokens, K, w.data(), K, w_scale, x.data(), ldx, x_scale, out,
+                kDotFeatures, 1);
+      for (int t = 0; t < tokens; ++t) {
+        for (int f = 0; f < features; ++f) {
+          portable.fp8.decode(w.data() + f * K, row.data(), K);
+          double sum = 0, most = 0;
+          for (int64_t i = 0; i < K; ++i) {
+            const double product = static_cast<double>(row[i]) * x[t * ldx + i] *
+                                   w_scale[f][i / kFp8Block] * x_scale[t][i / kFp8Block];
+            sum += product;
+            most += std::abs(product);
+          }
+          if (!(std::abs(out[t * kDotFeatures + f] - sum) <= 1e-5 * most)) return false;
+        }
+      }
+    }
+  }
+  const int64_t cols = 2 * k.lanes;
+  const std::vector<float> block = numbers.take(2 * cols), row_scale = numbers.take(2);
+  const std::vector<float> col_scale = numbers.take(cols), start = numbers.take(2 * cols);
+  std::vector<float> sums = start, truth = start;
+  for (int64_t i = 0; i < 2 * cols; ++i) {
+    truth[i] += block[i] * row_scale[i / cols] * col_scale[i % cols];
+  }
+  k.fp8.promote(2, cols, block.data(), cols, row_scale.data(), col_scale.data(), sums.data(), cols,
+                true);
+  return close(sums, truth);
+}
+
 // Tiles on pairs of bfloat16: rows of a against one and two vectors of columns.
 bool pairs_right(const Kernels<float>& k, const Kernels<float>& portable, Numbers<float>& numbers) {
   if (!k.pairs) return true;
@@ -575,6 +645,7 @@ const char* failing_kernel(const Kernels<T>& k, const Kernels<T>& portable) {
   if constexpr (sizeof(T) == 4) {
     if (!pairs_right(k, portable, numbers)) return "pair";
     if (!quant_right(k, numbers)) return "quant";
+    if (!fp8_right(k, portable, numbers)) return "fp8";
     if (!amx_right(k, portable, numbers)) return "amx";
   }
   return nullptr;

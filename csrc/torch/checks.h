@@ -49,6 +49,12 @@ inline const char* dtype_name(ScalarType t) {
       return "bfloat16";
     case ScalarType::Half:
       return "float16";
+    case ScalarType::Float8_e4m3fn:
+      return "float8_e4m3fn";
+    case ScalarType::Float8_e4m3fnuz:
+      return "float8_e4m3fnuz";
+    case ScalarType::Float8_e5m2:
+      return "float8_e5m2";
     case ScalarType::Int:
       return "int32";
     case ScalarType::Long:

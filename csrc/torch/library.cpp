@@ -61,6 +61,13 @@ static void define_schemas(torch::stable::detail::StableLibrary& m) {
   m.def("grouped_gemm(Tensor a, Tensor b, Tensor expert_offsets, Tensor? bias=None) -> Tensor");
   // grad [N,O], a [N,K] -> [E,O,K]: the sum over an expert's rows of grad^T a
   m.def("grouped_gemm_wgrad(Tensor grad, Tensor a, Tensor expert_offsets) -> Tensor");
+  // x [N,D] -> codes [N,D] float8_e4m3fn, scale [N,ceil(D/128)] fp32: x is about q * scale.
+  m.def("quantize_fp8(Tensor x) -> (Tensor q, Tensor scale)");
+  // grouped_gemm of float8_e4m3fn a [N,K] and b [E,O,K] with fp32 scales: a_scale
+  // [N,ceil(K/128)], b_scale [E,ceil(O/128),ceil(K/128)]. Inference only.
+  m.def(
+      "grouped_gemm_fp8(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, Tensor expert_offsets, "
+      "ScalarType out_dtype, Tensor? bias=None) -> Tensor");
   // rows [N,O] -> [E,O]: the sum over an expert's rows
   m.def("grouped_sum(Tensor rows, Tensor expert_offsets) -> Tensor");
 
@@ -89,6 +96,13 @@ static void define_schemas(torch::stable::detail::StableLibrary& m) {
       "Tensor? b_gate_up=None, Tensor? b_down=None, str activation=\"swiglu\", "
       "bool interleaved=False, bool apply_router_weight_on_input=False, float alpha=1.702, "
       "float limit=7.0) -> Tensor");
+  // moe_ffn of weights float8_e4m3fn [E,O,D] with scales [E,ceil(O/128),ceil(D/128)]; x and the
+  // activated features become float8_e4m3fn too, with a scale for 128 of a row. Inference only.
+  m.def(
+      "moe_ffn_fp8(Tensor x, Tensor w_gate_up, Tensor w_gate_up_scale, Tensor w_down, "
+      "Tensor w_down_scale, Tensor topk_weights, Tensor topk_ids, Tensor? b_gate_up=None, "
+      "Tensor? b_down=None, str activation=\"swiglu\", bool interleaved=False, "
+      "bool apply_router_weight_on_input=False, float alpha=1.702, float limit=7.0) -> Tensor");
   // moe_ffn for training: also returns the pre-activation [N,2I] and the routing.
   m.def(
       "moe_ffn_fwd(Tensor x, Tensor w_gate_up, Tensor w_down, Tensor topk_weights, "

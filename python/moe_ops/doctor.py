@@ -21,6 +21,7 @@ from torch import Tensor
 
 import moe_ops
 from moe_ops import ops, packing, reference
+from moe_ops.quant import quantize_fp8_blocks
 
 _DISTRIBUTION = "torch-moe-ops"
 # An unrelated distribution that installs a package of our name over ours.
@@ -494,6 +495,16 @@ def _cases() -> list[_Case]:
             differentiable=False,
             tolerance=5e-2,
         ),
+        _Case("quantize_fp8", (x,), differentiable=False),
+        _Case("grouped_gemm_fp8", (rows, w_gate_up, offsets), differentiable=False),
+        # An activated feature in the middle between two codes may become either.
+        _Case(
+            "moe_ffn_fp8",
+            (x, w_gate_up, w_down, weights, ids),
+            biases,
+            differentiable=False,
+            tolerance=5e-3,
+        ),
         _Case("moe_linear_map", (x, w_gate_up, ids)),
         _Case("moe_linear_reduce", (normal(T, K, I), w_down, weights, ids)),
         *(
@@ -559,6 +570,8 @@ def _prepare(
 
 def _function(module: Any, op: str) -> Callable[..., Any]:
     function = getattr(module, op)
+    if op.endswith("_fp8"):
+        return _fp8_function(module, op)
     if op != "moe_ffn_packed":
         return function
 
@@ -569,6 +582,31 @@ def _function(module: Any, op: str) -> Callable[..., Any]:
         return function(x, w_gate_up, w_down, *copies, *routing, **kwargs)
 
     return pack_and_call
+
+
+def _fp8_function(module: Any, op: str) -> Callable[..., Any]:
+    """The op on operands that are rounded to e4m3 in front of it, and scales in fp32."""
+    function = getattr(module, op)
+
+    def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+        q, scale = function(x)
+        return q.float(), scale
+
+    def grouped_gemm(a: Tensor, b: Tensor, expert_offsets: Tensor) -> Tensor:
+        operands = (*module.quantize_fp8(a), *quantize_fp8_blocks(b))
+        if a.dtype == torch.float64:
+            operands = tuple(t.double() for t in operands)
+        return function(*operands, expert_offsets, out_dtype=a.dtype)
+
+    def moe_ffn(
+        x: Tensor, w_gate_up: Tensor, w_down: Tensor, *routing: Tensor, **kwargs: Any
+    ) -> Tensor:
+        weights = (*quantize_fp8_blocks(w_gate_up), *quantize_fp8_blocks(w_down))
+        return function(x, *weights, *routing, **kwargs)
+
+    wrapped: dict[str, Callable[..., Any]]
+    wrapped = {"quantize_fp8": quantize, "grouped_gemm_fp8": grouped_gemm, "moe_ffn_fp8": moe_ffn}
+    return wrapped[op]
 
 
 def _call(function: Callable[..., Any], inputs: tuple[list[Any], dict[str, Any]]) -> list[Tensor]:

@@ -117,3 +117,16 @@ def test_fp32_infinities_are_those_of_the_product():
     assert torch.equal(out.isinf(), want.isinf())
     finite = want.isfinite()
     torch.testing.assert_close(out[finite], want[finite], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(("features", "stretch"), [(512, 256), (264, 256), (37, 32)])
+def test_bytes_of_grouped_sum(simulator, features, stretch):
+    """Rows once, the result once; each of a block's 256 threads reads two offsets."""
+    offsets = torch.tensor([0, 70, 70, 75], dtype=torch.int32)
+    rows = torch.randn(80, features).bfloat16()
+    counted = simulator.counted(lambda: moe_ops.grouped_sum(rows, offsets), "ld_bytes", "st_bytes")
+    blocks = 3 * -(-features // stretch)
+    assert counted == {
+        "ld_bytes": 2 * 75 * features + blocks * 256 * 8,
+        "st_bytes": 2 * 3 * features,
+    }

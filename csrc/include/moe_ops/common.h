@@ -20,6 +20,15 @@ constexpr DType accumulate_type(DType t) {
   return t == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
 }
 
+// float8_e4m3fn with scales: columns of a row, and rows of a weight, that share one; the largest
+// number; the only NaN but for its sign.
+constexpr int64_t kFp8Block = 128;
+constexpr float kFp8Max = 448.0f;
+constexpr uint8_t kFp8Nan = 0x7f;
+// The largest magnitude of a block counts as at least this: its scale, that over 448, is then a
+// normal float, and the inverse is finite. A block of zeros gets the smallest scale, 2^-126.
+constexpr float kFp8MinAmax = 448.0f * 0x1p-126f;
+
 template <class T>
 constexpr T ceil_div(T a, T b) {
   return (a + b - 1) / b;

@@ -44,6 +44,7 @@ class MoeOpsJetMoeAttention(JetMoeAttention):
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         if cache is None:  # Its name before transformers 5.20.
             cache = kwargs.pop("past_key_values", None)
+        assert position_embeddings is not None
         experts = self.experts
         batch, length, hidden_size = hidden_states.shape
         heads, size = self.num_key_value_heads, self.head_dim
@@ -59,6 +60,7 @@ class MoeOpsJetMoeAttention(JetMoeAttention):
         k = _rotate(k, cos[:, :, None], sin[:, :, None])
         k, v = k.transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
+            assert self.layer_idx is not None
             k, v = cache.update(k, v, self.layer_idx, kwargs=kwargs)
 
         weights = None
@@ -66,6 +68,7 @@ class MoeOpsJetMoeAttention(JetMoeAttention):
             out = moa_attention(
                 q, k.transpose(1, 2), v.transpose(1, 2), kind="softmax", scale=self.scaling
             )
+            assert isinstance(out, Tensor)  # No remainder with softmax.
         else:
             attend = ALL_ATTENTION_FUNCTIONS.get_interface(
                 self.config._attn_implementation, eager_attention_forward

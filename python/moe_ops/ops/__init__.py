@@ -3,13 +3,16 @@
 from moe_ops.ops.expert_choice_router import expert_choice_router
 from moe_ops.ops.gated_act import gated_act
 from moe_ops.ops.grouped_gemm import grouped_gemm, grouped_gemm_wgrad, grouped_sum
+from moe_ops.ops.grouped_gemm_fp8 import grouped_gemm_fp8
 from moe_ops.ops.moa_attention import moa_attention
 from moe_ops.ops.moe_ffn import moe_ffn
+from moe_ops.ops.moe_ffn_fp8 import moe_ffn_fp8
 from moe_ops.ops.moe_ffn_packed import moe_ffn_packed, pack_experts
 from moe_ops.ops.moe_ffn_quantized import moe_ffn_quantized
 from moe_ops.ops.moe_linear_map import moe_linear_map
 from moe_ops.ops.moe_linear_reduce import moe_linear_reduce
 from moe_ops.ops.permute import permute
+from moe_ops.ops.quantize_fp8 import quantize_fp8
 from moe_ops.ops.sort_slots import sort_slots
 from moe_ops.ops.topk_router import topk_router
 from moe_ops.ops.topp_router import topp_router
@@ -19,16 +22,19 @@ __all__ = [
     "expert_choice_router",
     "gated_act",
     "grouped_gemm",
+    "grouped_gemm_fp8",
     "grouped_gemm_wgrad",
     "grouped_sum",
     "moa_attention",
     "moe_ffn",
+    "moe_ffn_fp8",
     "moe_ffn_packed",
     "moe_ffn_quantized",
     "moe_linear_map",
     "moe_linear_reduce",
     "pack_experts",
     "permute",
+    "quantize_fp8",
     "sort_slots",
     "topk_router",
     "topp_router",

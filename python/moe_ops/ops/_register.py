@@ -199,5 +199,24 @@ def register_not_differentiable(op: str, forward: str) -> None:
     library.impl(op, kernel, "Autograd", with_keyset=True)
 
 
+def register_no_gradient(op: str, advice: str) -> None:
+    """For an op of inference: an error where a gradient is wanted, in the forward pass already."""
+    overload = getattr(torch.ops.moe_ops, op).default
+
+    def kernel(keyset: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled():
+            named = dict(zip((a.name for a in overload._schema.arguments), args, strict=False))
+            named |= kwargs
+            wanted = [n for n, v in named.items() if isinstance(v, Tensor) and v.requires_grad]
+            if wanted:
+                raise NotImplementedError(
+                    f"{op}: it has no gradient, and {', '.join(wanted)} requires one; call it "
+                    f"under torch.no_grad(), or {advice}."
+                )
+        return overload.redispatch(keyset & torch._C._after_autograd_keyset, *args, **kwargs)
+
+    library.impl(op, kernel, "Autograd", with_keyset=True)
+
+
 def register_fake(op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return torch.library.register_fake(f"moe_ops::{op}")

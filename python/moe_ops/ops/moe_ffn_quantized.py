@@ -19,6 +19,7 @@ from moe_ops.ops._register import (
     library,
     register_autocast,
     register_fake,
+    register_no_gradient,
 )
 from moe_ops.ops.gated_act import GATED_ACTIVATIONS, check_activation
 from moe_ops.ops.moe_ffn import check_bias, check_routing
@@ -222,21 +223,6 @@ def _(
     return x.new_empty(tuple(x.shape))
 
 
-_op = torch.ops.moe_ops.moe_ffn_quantized.default
-
-
-def _autograd(keyset: Any, *args: Any, **kwargs: Any) -> Tensor:
-    if torch.is_grad_enabled():
-        named = dict(zip((a.name for a in _op._schema.arguments), args, strict=False)) | kwargs
-        wanted = [n for n, v in named.items() if isinstance(v, Tensor) and v.requires_grad]
-        if wanted:
-            raise NotImplementedError(
-                f"{_OP}: it has no gradient, and {', '.join(wanted)} requires one; call it under "
-                f"torch.no_grad(), or moe_ops.reference.{_OP}, which can be differentiated."
-            )
-    return _op.redispatch(keyset & torch._C._after_autograd_keyset, *args, **kwargs)
-
-
 def _cuda(*args: Any, **kwargs: Any) -> Tensor:
     raise NotImplementedError(
         f"{_OP}: it runs on the CPU only so far, got CUDA tensors; dequantise the weights and call "
@@ -244,6 +230,6 @@ def _cuda(*args: Any, **kwargs: Any) -> Tensor:
     )
 
 
-library.impl(_OP, _autograd, "Autograd", with_keyset=True)
+register_no_gradient(_OP, f"moe_ops.reference.{_OP}, which can be differentiated")
 library.impl(_OP, _cuda, "CUDA")
 register_autocast(_OP, ["x", "b_gate_up", "b_down"])

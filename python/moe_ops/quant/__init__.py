@@ -1,4 +1,5 @@
-"""Quantised experts: int8 and int4 weights, how they are made, and what they cost in quality.
+"""Quantised experts: int8 and int4 weights, how they are made, and what they cost in quality; and
+the fp8 weights of DeepSeek's checkpoints.
 
 Letters in all files: T tokens, H hidden size, I intermediate size, E experts, K experts a token.
 """
@@ -8,6 +9,7 @@ from __future__ import annotations
 from .baseline import BankRecord, Baseline, perplexity, record_baseline
 from .convert import quantize_experts
 from .formats import dequantize, quantize
+from .fp8 import dequantize_fp8_blocks, fuse_fp8_gate_up, quantize_fp8_blocks
 from .report import BankQuality, QualityReport, quality_report
 from .scales import ScaleChoice, find_x_scale
 
@@ -18,10 +20,13 @@ __all__ = [
     "QualityReport",
     "ScaleChoice",
     "dequantize",
+    "dequantize_fp8_blocks",
     "find_x_scale",
+    "fuse_fp8_gate_up",
     "perplexity",
     "quality_report",
     "quantize",
     "quantize_experts",
+    "quantize_fp8_blocks",
     "record_baseline",
 ]

@@ -1,0 +1,220 @@
+// float8_e4m3fn: sign, 4 bits of exponent with bias 7, 3 of mantissa; no infinity, 0x7f is NaN.
+// Included by kernels-inl.h, inside its namespace.
+
+// Codes of e4m3 in memory.
+struct E4m3 {
+  uint8_t bits;
+};
+
+// The bits of the code, seven of them in place of a float's exponent and mantissa, are the number
+// times 2^-120; one multiplication rebiases it, is exact and normalises subnormals.
+inline float to_float(E4m3 v) {
+  const uint32_t magnitude = v.bits & 0x7fu;
+  float f = __builtin_bit_cast(float, magnitude << 20) * 0x1p120f;
+  uint32_t u = __builtin_bit_cast(uint32_t, f);
+  if (magnitude == 0x7fu) u |= 0x7f800000u;
+  return __builtin_bit_cast(float, u | (uint32_t{v.bits} & 0x80u) << 24);
+}
+
+inline Vec<float> load_as(const E4m3* p) {
+  using F = Simd<float>;
+#if defined(__AVX512F__) && MOE_VEC_BYTES == 64
+  const F::Uint wide = __builtin_bit_cast(
+      F::Uint, _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#elif defined(__AVX2__) && MOE_VEC_BYTES == 32
+  const F::Uint wide = __builtin_bit_cast(
+      F::Uint, _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+#else
+  F::Uint wide;
+  for (int i = 0; i < F::kLanes; ++i) wide[i] = p[i].bits;
+#endif
+  const F::Uint magnitude = wide & 0x7fu;
+  const Vec<float> f = __builtin_bit_cast(Vec<float>, magnitude << 20) * 0x1p120f;
+  F::Uint u = __builtin_bit_cast(F::Uint, f);
+  u |= __builtin_bit_cast(F::Uint, magnitude == 0x7fu) & 0x7f800000u;
+  return __builtin_bit_cast(Vec<float>, u | (wide & 0x80u) << 24);
+}
+
+// The code nearest to f, ties to even. |f| is less than 464.
+inline uint8_t to_e4m3(float f) {
+  const uint32_t u = __builtin_bit_cast(uint32_t, f);
+  const uint32_t a = u & 0x7fffffffu, sign = u >> 24 & 0x80u;
+  // Below 2^-6 the step is 2^-9, that of floats from 2^14 on.
+  const float shifted = __builtin_bit_cast(float, a) + 0x1p14f;
+  const uint32_t small = __builtin_bit_cast(uint32_t, shifted) - 0x46800000u;
+  const uint32_t normal = (a + 0x7ffffu + (a >> 20 & 1u) - (120u << 23)) >> 20;
+  return static_cast<uint8_t>(sign | (a < 0x3c800000u ? small : normal));
+}
+
+inline typename Simd<float>::Uint e4m3_codes(Vec<float> f) {
+  using F = Simd<float>;
+  const F::Uint u = __builtin_bit_cast(F::Uint, f);
+  const F::Uint a = u & 0x7fffffffu, sign = u >> 24 & 0x80u;
+  const Vec<float> shifted = __builtin_bit_cast(Vec<float>, a) + 0x1p14f;
+  const F::Uint small = __builtin_bit_cast(F::Uint, shifted) - 0x46800000u;
+  const F::Uint normal = (a + 0x7ffffu + (a >> 20 & 1u) - (120u << 23)) >> 20;
+  const F::Uint is_small = __builtin_bit_cast(F::Uint, a < 0x3c800000u);
+  return sign | (is_small & small) | (~is_small & normal);
+}
+
+// n <= kFp8Block numbers with one scale (moe_ops/quantize_fp8.h).
+float fp8_quantize(const float* x, int64_t n, uint8_t* q) {
+  using F = Simd<float>;
+  constexpr int W = kLanes<float>;
+  // Magnitudes order like their bits, infinity above all numbers and NaN above that.
+  F::Int most = {};
+  int32_t largest = 0;
+  int64_t i = 0;
+  for (; i + W <= n; i += W) {
+    const F::Int a = __builtin_bit_cast(F::Int, load<float>(x + i)) & 0x7fffffff;
+    most = a > most ? a : most;
+  }
+  for (int j = 0; j < W; ++j) largest = most[j] > largest ? most[j] : largest;
+  for (; i < n; ++i) {
+    const int32_t a = __builtin_bit_cast(int32_t, x[i]) & 0x7fffffff;
+    largest = a > largest ? a : largest;
+  }
+  if (largest >= 0x7f800000) {
+    for (i = 0; i < n; ++i) q[i] = kFp8Nan;
+    return __builtin_bit_cast(float, 0x7fc00000u);
+  }
+  const float amax = __builtin_bit_cast(float, largest);
+  const float block = amax > kFp8MinAmax ? amax : kFp8MinAmax;
+  const float inverse = kFp8Max / block;
+  for (i = 0; i + W <= n; i += W) {
+    const F::Uint codes = e4m3_codes(load<float>(x + i) * inverse);
+#if defined(__AVX512F__) && MOE_VEC_BYTES == 64
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(q + i),
+                     _mm512_cvtepi32_epi8(__builtin_bit_cast(__m512i, codes)));
+#else
+    for (int j = 0; j < W; ++j) q[i + j] = static_cast<uint8_t>(codes[j]);
+#endif
+  }
+  for (; i < n; ++i) q[i] = to_e4m3(x[i] * inverse);
+  return block / kFp8Max;
+}
+
+void fp8_decode(const uint8_t* q, float* dst, int64_t n) {
+  constexpr int W = kLanes<float>;
+  const auto* p = reinterpret_cast<const E4m3*>(q);
+  int64_t i = 0;
+  for (; i + W <= n; i += W) store<float>(dst + i, load_as(p + i));
+  for (; i < n; ++i) dst[i] = to_float(p[i]);
+}
+
+#if defined(__AVX512BF16__) && MOE_VEC_BYTES == 64
+// bfloat16 holds every number of e4m3.
+void fp8_decode_bf16(const uint8_t* q, uint16_t* dst, int64_t n) {
+  constexpr int W = kLanes<float>;
+  const auto* p = reinterpret_cast<const E4m3*>(q);
+  int64_t i = 0;
+  for (; i + 2 * W <= n; i += 2 * W) {
+    const __m512i low = __builtin_bit_cast(__m512i, load_as(p + i));
+    const __m512i high = __builtin_bit_cast(__m512i, load_as(p + i + W));
+    const __m512i pairs = __builtin_bit_cast(
+        __m512i,
+        _mm512_cvtne2ps_pbh(__builtin_bit_cast(__m512, high), __builtin_bit_cast(__m512, low)));
+    _mm512_storeu_si512(dst + i, pairs);
+  }
+  for (; i < n; ++i) dst[i] = to_bf16(to_float(p[i])).bits;
+}
+#endif
+
+// F weight rows and M tokens, vectors along k, as dot_tile; a block of k is summed by itself, then
+// scaled and added.
+template <int F, int M>
+void fp8_dot_tile(int64_t k, const E4m3* w, int64_t ldw, const float* const* w_scale,
+                  const float* x, int64_t ldx, const float* const* x_scale, float* out, int64_t ldo,
+                  int64_t out_step) {
+  constexpr int W = kLanes<float>;
+  Vec<float> sum[F][M];
+#pragma GCC unroll 4
+  for (int f = 0; f < F; ++f) {
+#pragma GCC unroll 4
+    for (int t = 0; t < M; ++t) sum[f][t] = Vec<float>{};
+  }
+  for (int64_t k0 = 0; k0 < k; k0 += kFp8Block) {
+    const int64_t end = k - k0 < kFp8Block ? k : k0 + kFp8Block;
+    Vec<float> acc[F][M];
+#pragma GCC unroll 4
+    for (int f = 0; f < F; ++f) {
+#pragma GCC unroll 4
+      for (int t = 0; t < M; ++t) acc[f][t] = Vec<float>{};
+    }
+    int64_t i = k0;
+    for (; i + W <= end; i += W) {
+#pragma GCC unroll 4
+      for (int f = 0; f < F; ++f) {
+        const Vec<float> wv = load_as(w + f * ldw + i);
+#pragma GCC unroll 4
+        for (int t = 0; t < M; ++t) acc[f][t] += wv * load<float>(x + t * ldx + i);
+      }
+    }
+    if (i < end) {
+      for (int f = 0; f < F; ++f) {
+        E4m3 tail[W] = {};
+        for (int64_t j = i; j < end; ++j) tail[j - i] = w[f * ldw + j];
+        const Vec<float> wv = load_as(tail);
+        for (int t = 0; t < M; ++t) acc[f][t] += wv * load<float>(x + t * ldx + i);
+      }
+    }
+    const int64_t block = k0 / kFp8Block;
+#pragma GCC unroll 4
+    for (int f = 0; f < F; ++f) {
+#pragma GCC unroll 4
+      for (int t = 0; t < M; ++t) sum[f][t] += acc[f][t] * (w_scale[f][block] * x_scale[t][block]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int f = 0; f < F; ++f) {
+#pragma GCC unroll 4
+    for (int t = 0; t < M; ++t) out[t * ldo + f * out_step] = horizontal_sum<float>(sum[f][t]);
+  }
+}
+
+// Sums and blocks of both are 16 of 32 registers with AVX-512, 8 of 16 with less.
+constexpr int kFp8DotRows = MOE_VEC_BYTES == 64 ? 4 : 2;
+
+void fp8_dot(int features, int tokens, int64_t k, const uint8_t* w, int64_t ldw,
+             const float* const* w_scale, const float* x, int64_t ldx, const float* const* x_scale,
+             float* out, int64_t ldo, int64_t out_step) {
+  const auto* p = reinterpret_cast<const E4m3*>(w);
+  int f = 0;
+  for (; f + kFp8DotRows <= features; f += kFp8DotRows) {
+    const auto run = tokens == 2 ? &fp8_dot_tile<kFp8DotRows, 2> : &fp8_dot_tile<kFp8DotRows, 1>;
+    run(k, p + f * ldw, ldw, w_scale + f, x, ldx, x_scale, out + f * out_step, ldo, out_step);
+  }
+  for (; f < features; ++f) {
+    const auto run = tokens == 2 ? &fp8_dot_tile<1, 2> : &fp8_dot_tile<1, 1>;
+    run(k, p + f * ldw, ldw, w_scale + f, x, ldx, x_scale, out + f * out_step, ldo, out_step);
+  }
+}
+
+// sums[i][j] (+)= block[i][j] * row_scale[i] * col_scale[j]; cols is a multiple of lanes.
+void fp8_promote(int64_t rows, int64_t cols, const float* block, int64_t ld_block,
+                 const float* row_scale, const float* col_scale, float* sums, int64_t ld_sums,
+                 bool accumulate) {
+  constexpr int W = kLanes<float>;
+  for (int64_t i = 0; i < rows; ++i) {
+    const Vec<float> scale = splat<float>(row_scale[i]);
+    const float* src = block + i * ld_block;
+    float* dst = sums + i * ld_sums;
+    for (int64_t j = 0; j < cols; j += W) {
+      const Vec<float> factor = scale * load<float>(col_scale + j);
+      const Vec<float> sum = accumulate ? load<float>(dst + j) : Vec<float>{};
+      store<float>(dst + j, sum + load<float>(src + j) * factor);
+    }
+  }
+}
+
+Fp8Kernels fp8_kernels() {
+  Fp8Kernels k = {};
+  k.quantize = &fp8_quantize;
+  k.decode = &fp8_decode;
+#if defined(__AVX512BF16__) && MOE_VEC_BYTES == 64
+  k.decode_bf16 = &fp8_decode_bf16;
+#endif
+  k.dot = &fp8_dot;
+  k.promote = &fp8_promote;
+  return k;
+}

@@ -1,0 +1,25 @@
+// Which kernel serves a product.
+#include <limits>
+
+#include "cuda/check.h"
+#include "cuda/grouped_gemm_fp8/generic.h"
+
+namespace moe_ops::cuda {
+
+namespace {
+
+// Kernels count rows and features in 32 bits, and go up to a tile past the last one.
+bool countable(int64_t n) { return n <= std::numeric_limits<int32_t>::max() - 1024; }
+
+}  // namespace
+
+Status grouped_gemm_fp8(const GroupedGemmFp8Params& p, Stream stream) {
+  if (p.num_rows == 0 || p.out_features == 0) return cudaSuccess;
+  if (!countable(p.num_rows) || !countable(p.out_features) || !countable(p.in_features) ||
+      !countable(p.num_experts)) {
+    return cudaErrorInvalidValue;
+  }
+  return generic::grouped_gemm_fp8(p, stream);
+}
+
+}  // namespace moe_ops::cuda

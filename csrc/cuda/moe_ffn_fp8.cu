@@ -1,0 +1,182 @@
+// The FFN block of e4m3 weights as a sequence of launches: (1) tokens to e4m3; (2) pre-activation
+// in fp32, with the rows of tokens gathered through row_to_slot; (3) activation, and its result to
+// e4m3; (4) down projection, by rows; (5) weighted sum of a token's rows.
+#include "cuda/activation.cuh"
+#include "cuda/check.h"
+#include "cuda/dispatch.h"
+#include "cuda/fp8.cuh"
+#include "cuda/rows.cuh"
+#include "moe_ops/moe_ffn_fp8.h"
+#include "moe_ops/unpermute.h"
+
+namespace moe_ops::cuda {
+
+namespace {
+
+// A warp makes kStretch blocks of 128 features, as in quantize_fp8.cu.
+constexpr int kStretch = 2;
+
+struct ActParams {
+  const float* preact;            // [N, P]
+  const int32_t* expert_offsets;  // [E+1]; rows from the last one on are left alone
+  int64_t num_experts;
+  int64_t num_rows;           // N
+  int64_t intermediate_size;  // I
+  bool interleaved;
+  uint8_t* q;    // [N, I]
+  float* scale;  // [N, ceil(I / 128)]
+};
+
+template <Activation A, bool kAligned>
+__global__ void act_fp8_kernel(const ActParams p, ActLimits<float> limits) {
+  const int64_t row = warp_row(), I = p.intermediate_size, blocks = ceil_div(I, kFp8Block);
+  if (row >= valid_rows(p.expert_offsets, p.num_experts, p.num_rows)) return;
+  const float* const preact = p.preact + row * I * (is_gated(A) ? 2 : 1);
+  const bool weave = is_gated(A) && p.interleaved;
+  const int64_t first = int64_t{blockIdx.y} * kStretch;
+  float gate[kStretch][4], up[kStretch][4];
+#pragma unroll
+  for (int i = 0; i < kStretch; ++i) {
+    const int64_t c = (first + i) * kFp8Block + 4 * lane_id();
+    const float* const from = preact + (weave ? 2 * c : c);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) gate[i][j] = up[i][j] = 0;
+    if constexpr (kAligned) {
+      if (c >= I) continue;
+      const Wide<float, 4> one = load_wide<4>(from);
+      Wide<float, 4> two = one;
+      if constexpr (is_gated(A)) two = load_wide<4>(from + (weave ? 4 : I));
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        gate[i][j] = !weave ? one.v[j] : (j < 2 ? one : two).v[2 * j % 4];
+        up[i][j] = !weave ? two.v[j] : (j < 2 ? one : two).v[2 * j % 4 + 1];
+      }
+    } else {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        if (c + j >= I) continue;
+        gate[i][j] = from[weave ? 2 * j : j];
+        if constexpr (is_gated(A)) up[i][j] = from[weave ? 2 * j + 1 : I + j];
+      }
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kStretch; ++i) {
+    if (first + i >= blocks) return;
+    const int64_t c = (first + i) * kFp8Block + 4 * lane_id();
+    float h[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      h[j] = c + j < I ? act_forward<A>(gate[i][j], up[i][j], limits) : 0.0f;
+    }
+    const Fp8Lane lane = quantize_fp8_block(h);
+    store_codes<kAligned>(p.q + row * I, c, I, lane.codes);
+    if (lane_id() == 0) p.scale[row * blocks + first + i] = lane.scale;
+  }
+}
+
+Status act_fp8(const ActParams& p, const ActivationParams& act, Stream stream) {
+  if (p.num_rows == 0 || p.intermediate_size == 0) return 0;
+  const RowGrid g =
+      row_grid(p.num_rows, ceil_div(p.intermediate_size, kFp8Block) * kWarp, kStretch);
+  return with_activation(act.kind, [&](auto kind) {
+    constexpr Activation A = kind;
+    const auto kernel =
+        p.intermediate_size % 4 == 0 ? act_fp8_kernel<A, true> : act_fp8_kernel<A, false>;
+    kernel<<<g.grid, g.block, 0, stream>>>(p, act_limits<float>(act));
+    return launched();
+  });
+}
+
+struct Buffers {
+  uint8_t* x;      // [T, H]
+  float* x_scale;  // [T, ceil(H / 128)]
+  float* preact;   // [N, P]
+  uint8_t* h;      // [N, I]
+  float* h_scale;  // [N, ceil(I / 128)]
+  void* rows;      // [N, H] in x's type, where the pre-activation was
+  int64_t bytes;
+};
+
+Buffers buffers_of(const MoeFfnFp8Params& p) {
+  const int64_t N = p.num_tokens * p.top_k, H = p.hidden_size, I = p.intermediate_size;
+  const int64_t P = is_gated(p.act.kind) ? 2 * I : I, row = H * dtype_size(p.x.type);
+  auto* const base = static_cast<char*>(p.workspace);
+  Buffers b{};
+  const auto take = [&](int64_t bytes) {
+    char* const part = base == nullptr ? nullptr : base + b.bytes;
+    b.bytes += round_up<int64_t>(bytes, 256);
+    return part;
+  };
+  b.x = reinterpret_cast<uint8_t*>(take(p.num_tokens * H));
+  b.x_scale = reinterpret_cast<float*>(take(p.num_tokens * ceil_div(H, kFp8Block) * 4));
+  b.h = reinterpret_cast<uint8_t*>(take(N * I));
+  b.h_scale = reinterpret_cast<float*>(take(N * ceil_div(I, kFp8Block) * 4));
+  b.rows = take(N * (row > 4 * P ? row : 4 * P));
+  b.preact = static_cast<float*>(b.rows);
+  return b;
+}
+
+GroupedGemmFp8Params product(const MoeFfnFp8Params& p, int64_t out_features, int64_t in_features,
+                             const Fp8Matrices& w, const ExpertVectors& bias, void* out,
+                             DType out_type) {
+  GroupedGemmFp8Params g;
+  g.expert_offsets = p.expert_offsets;
+  g.num_experts = p.num_experts;
+  g.num_rows = p.num_tokens * p.top_k;
+  g.out_features = out_features;
+  g.in_features = in_features;
+  g.b = w;
+  g.bias = bias;
+  g.out = {out, out_type, out_features, nullptr};
+  g.zero_tail = false;  // Nobody reads rows without an expert.
+  return g;
+}
+
+}  // namespace
+
+int64_t moe_ffn_fp8_workspace(const MoeFfnFp8Params& p) { return buffers_of(p).bytes; }
+
+Status moe_ffn_fp8(const MoeFfnFp8Params& p, Stream stream) {
+  const int64_t T = p.num_tokens, N = T * p.top_k, H = p.hidden_size, I = p.intermediate_size;
+  const int64_t P = is_gated(p.act.kind) ? 2 * I : I;
+  const Buffers b = buffers_of(p);
+
+  QuantizeFp8Params quantize;
+  quantize.x = p.x;
+  quantize.num_rows = T;
+  quantize.row_length = H;
+  quantize.q = b.x;
+  quantize.scale = b.x_scale;
+  MOE_CUDA_TRY(static_cast<cudaError_t>(quantize_fp8(quantize, stream)));
+
+  GroupedGemmFp8Params up = product(p, P, H, p.w_gate_up, p.b_gate_up, b.preact, DType::kFloat32);
+  up.a = {b.x, H, b.x_scale, ceil_div(H, kFp8Block), p.row_to_slot, static_cast<int32_t>(p.top_k),
+          T};
+  if (p.apply_router_weight_on_input) up.factor = {p.topk_weights, p.row_to_slot, N};
+  MOE_CUDA_TRY(static_cast<cudaError_t>(grouped_gemm_fp8(up, stream)));
+
+  MOE_CUDA_TRY(static_cast<cudaError_t>(
+      act_fp8({b.preact, p.expert_offsets, p.num_experts, N, I, p.act.interleaved, b.h, b.h_scale},
+              p.act, stream)));
+
+  GroupedGemmFp8Params down = product(p, H, I, p.w_down, p.b_down, b.rows, p.x.type);
+  down.a = {b.h, I, b.h_scale, ceil_div(I, kFp8Block), nullptr, 1, N};
+  MOE_CUDA_TRY(static_cast<cudaError_t>(grouped_gemm_fp8(down, stream)));
+
+  UnpermuteParams combine{};
+  combine.rows = b.rows;
+  combine.type = combine.y_type = p.x.type;
+  combine.row_stride = combine.hidden_size = H;
+  combine.num_tokens = T;
+  combine.top_k = p.top_k;
+  combine.num_rows = N;
+  combine.expert_offsets = p.expert_offsets;
+  combine.num_experts = p.num_experts;
+  combine.slot_to_row = {p.slot_to_row, false};
+  combine.topk_weights = p.apply_router_weight_on_input ? nullptr : p.topk_weights;
+  combine.y = p.y;
+  return unpermute(combine, stream);
+}
+
+}  // namespace moe_ops::cuda

@@ -1,0 +1,57 @@
+// moe_ffn_fp8: moe_ffn of e4m3 weights with a scale for 128 x 128, forward only. P = 2I for gated
+// activations, else I.
+#pragma once
+
+#include <cstdint>
+
+#include "moe_ops/grouped_gemm_fp8.h"
+#include "moe_ops/moe_ffn.h"
+
+namespace moe_ops {
+
+// x is quantised by token, 1 x 128 at a time, and rows are gathered from there; so are the
+// activated features, by row. A routing weight on the input multiplies the sums of the up product,
+// which is the same as scaling the token's scales.
+struct MoeFfnFp8Params {
+  MoeFfnShape shape;        // topk_weights in fp32
+  Rows x;                   // [T, H], no index; not float64
+  Fp8Matrices w_gate_up;    // [E, P, H]
+  Fp8Matrices w_down;       // [E, H, I]
+  ExpertVectors b_gate_up;  // [E, P] or none
+  ExpertVectors b_down;     // [E, H] or none
+  void* y;                  // [T, H] contiguous, out, x's type
+};
+
+namespace cpu {
+void moe_ffn_fp8(const MoeFfnFp8Params& p, const Parallel& par);
+}  // namespace cpu
+
+namespace cuda {
+
+struct MoeFfnFp8Params {
+  int64_t num_tokens;         // T
+  int64_t hidden_size;        // H
+  int64_t intermediate_size;  // I
+  int64_t num_experts;        // E
+  int64_t top_k;              // K
+  ActivationParams act;
+  bool apply_router_weight_on_input;
+  const int32_t* expert_offsets;  // [E+1]
+  const int32_t* row_to_slot;     // [N], N = T * K
+  const int32_t* slot_to_row;     // [T, K]
+  const float* topk_weights;      // [T, K]
+  Rows x;                         // [T, H], no index
+  Fp8Matrices w_gate_up;          // [E, P, H]
+  Fp8Matrices w_down;             // [E, H, I]
+  ExpertVectors b_gate_up;        // [E, P] or none
+  ExpertVectors b_down;           // [E, H] or none
+  void* y;                        // [T, H] contiguous, out, x's type
+  void* workspace;                // moe_ffn_fp8_workspace bytes, aligned to 256
+};
+
+int64_t moe_ffn_fp8_workspace(const MoeFfnFp8Params& p);
+Status moe_ffn_fp8(const MoeFfnFp8Params& p, Stream stream);
+
+}  // namespace cuda
+
+}  // namespace moe_ops

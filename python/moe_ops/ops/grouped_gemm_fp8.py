@@ -1,0 +1,149 @@
+"""grouped_gemm_fp8: the ragged-M product of float8_e4m3fn operands with 128-block scales."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moe_ops.ops._register import (
+    call,
+    check,
+    check_dim,
+    check_index,
+    check_same_device,
+    check_size,
+    dtype_name,
+    register_autocast_keep,
+    register_fake,
+    register_no_gradient,
+)
+from moe_ops.ops.quantize_fp8 import FP8, check_float_to_fp8, fp8_blocks
+
+_OP = "grouped_gemm_fp8"
+
+
+def grouped_gemm_fp8(
+    a: Tensor,
+    a_scale: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    expert_offsets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype = torch.bfloat16,
+) -> Tensor:
+    """grouped_gemm of float8_e4m3fn operands in the layout of DeepSeek's checkpoints.
+
+    a has a scale for each 1 x 128 (:func:`quantize_fp8`), b one for each 128 x 128
+    (``moe_ops.quant.quantize_fp8_blocks``, or ``weight_scale_inv`` of a checkpoint):
+
+    ``out[r, o] = bias[e, o] + sum over blocks j of
+    a_scale[r, j] * b_scale[e, o // 128, j] * (sum over k of block j of a[r, k] * b[e, o, k])``
+
+    for ``expert_offsets[e] <= r < expert_offsets[e+1]``; rows from ``expert_offsets[E]`` on are
+    zero. The products of a block are summed in an fp32 accumulator of their own, which is scaled
+    and added to a second one. On the CPU and in the kernels for any card the products are exact;
+    the tensor cores of sm_90 sum e4m3 products with fewer bits than fp32 inside an instruction,
+    which the second accumulator keeps from growing with K. In a fixed order: the same bits every
+    run. For inference.
+
+    Args:
+        a: [N, K] float8_e4m3fn rows sorted by expert; any strides. K need not be a multiple of 128.
+        a_scale: [N, ceil(K / 128)] float32.
+        b: [E, O, K] float8_e4m3fn, out-features before in-features. Any strides; dense along K is
+            what kernels read in place.
+        b_scale: [E, ceil(O / 128), ceil(K / 128)] float32.
+        expert_offsets: [E+1], int32 or int64, from 0, never falling, at most N.
+        bias: [E, O] float32, bfloat16 or float16, or None.
+        out_dtype: float32, bfloat16 or float16.
+
+    Returns:
+        [N, O] of out_dtype.
+
+    Raises:
+        ValueError: wrong dtype, rank or size; offsets that fall or end past N (on the CPU).
+        NotImplementedError: where a gradient is wanted.
+
+    Source:
+        DeepSeek-AI 2024, arXiv 2412.19437, section 3.3.2.
+    """
+    return call(
+        torch.ops.moe_ops.grouped_gemm_fp8,
+        a,
+        a_scale,
+        b,
+        b_scale,
+        expert_offsets,
+        out_dtype,
+        bias,
+    )
+
+
+def check_fp8(op: str, name: str, t: Tensor) -> None:
+    check(t.dtype == FP8, f"{op}: {name} must be float8_e4m3fn, got {dtype_name(t.dtype)}.")
+
+
+def check_fp8_scale(op: str, name: str, t: Tensor) -> None:
+    check(t.dtype == torch.float32, f"{op}: {name} must be float32, got {dtype_name(t.dtype)}.")
+
+
+def check_fp8_weights(op: str, name: str, w: Tensor, scale_name: str, scale: Tensor) -> None:
+    check_fp8(op, name, w)
+    check_dim(op, name, w, 3, "[E, O, K]")
+    check_fp8_scale(op, scale_name, scale)
+    check_dim(op, scale_name, scale, 3, "one scale for 128 x 128 of each expert")
+    check_size(op, scale_name, scale, 0, w.shape[0], "E")
+    check_size(op, scale_name, scale, 1, fp8_blocks(w.shape[1]), "the blocks of 128 features")
+    check_size(op, scale_name, scale, 2, fp8_blocks(w.shape[2]), "the blocks of 128 inputs")
+
+
+@register_fake(_OP)
+def _(
+    a: Tensor,
+    a_scale: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    expert_offsets: Tensor,
+    out_dtype: torch.dtype,
+    bias: Tensor | None = None,
+) -> Tensor:
+    check_fp8(_OP, "a", a)
+    check_dim(_OP, "a", a, 2, "[N, K]")
+    check_fp8_scale(_OP, "a_scale", a_scale)
+    check_dim(_OP, "a_scale", a_scale, 2, "[N, ceil(K / 128)]")
+    check_size(_OP, "a_scale", a_scale, 0, a.shape[0], "N")
+    check_size(_OP, "a_scale", a_scale, 1, fp8_blocks(a.shape[1]), "the blocks of 128 inputs")
+    check_fp8_weights(_OP, "b", b, "b_scale", b_scale)
+    check_size(_OP, "b", b, 2, a.shape[1], "K")
+    if bias is not None:
+        check_float_to_fp8(_OP, "bias", bias)
+        check_dim(_OP, "bias", bias, 2, "[E, O]")
+        check_size(_OP, "bias", bias, 0, b.shape[0], "E")
+        check_size(_OP, "bias", bias, 1, b.shape[1], "O")
+    check(
+        out_dtype in (torch.float32, torch.bfloat16, torch.float16),
+        f"{_OP}: out_dtype must be float32, bfloat16 or float16, got {dtype_name(out_dtype)}.",
+    )
+    check_index(_OP, "expert_offsets", expert_offsets)
+    check_dim(_OP, "expert_offsets", expert_offsets, 1, "[E+1]")
+    check(
+        expert_offsets.shape[0] >= 2,
+        f"{_OP}: expert_offsets must be [E+1] with at least one expert, "
+        f"got shape {list(expert_offsets.shape)}.",
+    )
+    check_size(_OP, "expert_offsets", expert_offsets, 0, b.shape[0] + 1, "E+1")
+    check_same_device(
+        _OP,
+        a=a,
+        a_scale=a_scale,
+        b=b,
+        b_scale=b_scale,
+        expert_offsets=expert_offsets,
+        bias=bias,
+    )
+    return a.new_empty((a.shape[0], b.shape[1]), dtype=out_dtype)
+
+
+register_no_gradient(_OP, "dequantise the operands and call grouped_gemm")
+# The type of the result is an argument, and those of the operands are what the op is about.
+register_autocast_keep(_OP)

@@ -1,0 +1,160 @@
+"""moe_ffn_fp8: moe_ffn of float8_e4m3fn weights with 128 x 128 scales."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moe_ops.ops._register import (
+    call,
+    check,
+    check_dim,
+    check_index,
+    check_same_device,
+    check_size,
+    register_autocast,
+    register_fake,
+    register_no_gradient,
+)
+from moe_ops.ops.gated_act import GATED_ACTIVATIONS, check_activation
+from moe_ops.ops.grouped_gemm_fp8 import check_fp8_weights
+from moe_ops.ops.moe_ffn import check_bias, check_routing
+from moe_ops.ops.quantize_fp8 import check_float_to_fp8
+
+_OP = "moe_ffn_fp8"
+
+
+def moe_ffn_fp8(
+    x: Tensor,
+    w_gate_up: Tensor,
+    w_gate_up_scale: Tensor,
+    w_down: Tensor,
+    w_down_scale: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    *,
+    b_gate_up: Tensor | None = None,
+    b_down: Tensor | None = None,
+    activation: str = "swiglu",
+    interleaved: bool = False,
+    apply_router_weight_on_input: bool = False,
+    alpha: float = 1.702,
+    limit: float = 7.0,
+) -> Tensor:
+    """moe_ffn for inference with expert weights in float8_e4m3fn, as DeepSeek-V3 stores them.
+
+    Both products are those of :func:`grouped_gemm_fp8`. x is rounded by :func:`quantize_fp8` once a
+    token, and the rows of an expert are gathered from there: no permuted copy of x in its own type.
+    Bias and activation run in fp32; the activated features are rounded by blocks of 128 like x, so
+    rounding moves a value by at most 1/16 of itself, or 1/458752 of the largest of its block. On
+    normal x that adds about 3 % to the result, as the weights' own rounding does. The same bits
+    every run.
+
+    Args:
+        x: [T, H] tokens; float32, bfloat16 or float16, any strides.
+        w_gate_up: [E, 2I, H] float8_e4m3fn, gate half first; I instead of 2I for activations
+            without a gate. H and I need not be multiples of 128.
+        w_gate_up_scale: [E, ceil(2I / 128), ceil(H / 128)] float32.
+        w_down: [E, H, I] float8_e4m3fn.
+        w_down_scale: [E, ceil(H / 128), ceil(I / 128)] float32.
+        topk_weights: [T, K] in any float dtype, used in fp32.
+        topk_ids: [T, K], int32 or int64. Anything outside [0, E) means "no expert here".
+        b_gate_up: [E, 2I] ([E, I]) in x's dtype, or None.
+        b_down: [E, H] in x's dtype, or None; multiplied by the routing weight like the rest.
+        activation: as for :func:`moe_ffn`.
+        interleaved: gate in even, up in odd features of w_gate_up and b_gate_up.
+        apply_router_weight_on_input: multiply the token's scales by the routing weight and add the
+            outputs of its experts unweighted (Llama 4).
+        alpha, limit: of ``"swiglu_oai"``.
+
+    Returns:
+        [T, H] in x's dtype. A token without any expert gets zeros; T = 0 gives [0, H]. A token with
+        an infinity or a NaN gets NaN; others do not notice.
+
+    Raises:
+        ValueError: wrong dtype, rank, size or activation.
+        NotImplementedError: where a gradient is wanted.
+
+    Source:
+        DeepSeek-AI 2024, arXiv 2412.19437, section 3.3.
+    """
+    return call(
+        torch.ops.moe_ops.moe_ffn_fp8,
+        x,
+        w_gate_up,
+        w_gate_up_scale,
+        w_down,
+        w_down_scale,
+        topk_weights,
+        topk_ids,
+        b_gate_up,
+        b_down,
+        activation,
+        interleaved,
+        apply_router_weight_on_input,
+        alpha,
+        limit,
+    )
+
+
+@register_fake(_OP)
+def _(
+    x: Tensor,
+    w_gate_up: Tensor,
+    w_gate_up_scale: Tensor,
+    w_down: Tensor,
+    w_down_scale: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    b_gate_up: Tensor | None = None,
+    b_down: Tensor | None = None,
+    activation: str = "swiglu",
+    interleaved: bool = False,
+    apply_router_weight_on_input: bool = False,
+    alpha: float = 1.702,
+    limit: float = 7.0,
+) -> Tensor:
+    check_activation(_OP, activation, alpha, limit, False)
+    gated = activation in GATED_ACTIVATIONS
+    check_index(_OP, "topk_ids", topk_ids)
+    check_dim(_OP, "topk_ids", topk_ids, 2, "[T, K]")
+    check_float_to_fp8(_OP, "x", x)
+    check_dim(_OP, "x", x, 2, "[T, H]")
+    tokens, hidden = x.shape
+    check_fp8_weights(_OP, "w_gate_up", w_gate_up, "w_gate_up_scale", w_gate_up_scale)
+    num_experts, width, _ = w_gate_up.shape
+    check(
+        num_experts >= 1,
+        f"{_OP}: w_gate_up must hold at least one expert, got shape {list(w_gate_up.shape)}.",
+    )
+    check_size(_OP, "w_gate_up", w_gate_up, 2, hidden, "H")
+    check(
+        not gated or width % 2 == 0,
+        f"{_OP}: w_gate_up must have an even number 2I of features, "
+        f"got shape {list(w_gate_up.shape)}.",
+    )
+    intermediate = width // 2 if gated else width
+    check_fp8_weights(_OP, "w_down", w_down, "w_down_scale", w_down_scale)
+    check_size(_OP, "w_down", w_down, 0, num_experts, "E")
+    check_size(_OP, "w_down", w_down, 1, hidden, "H")
+    check_size(_OP, "w_down", w_down, 2, intermediate, "I")
+    check_routing(_OP, topk_weights, topk_ids, tokens)
+    check_bias(_OP, "b_gate_up", b_gate_up, x, num_experts, width)
+    check_bias(_OP, "b_down", b_down, x, num_experts, hidden)
+    check_same_device(
+        _OP,
+        x=x,
+        w_gate_up=w_gate_up,
+        w_gate_up_scale=w_gate_up_scale,
+        w_down=w_down,
+        w_down_scale=w_down_scale,
+        topk_weights=topk_weights,
+        topk_ids=topk_ids,
+        b_gate_up=b_gate_up,
+        b_down=b_down,
+    )
+    return x.new_empty(tuple(x.shape))
+
+
+register_no_gradient(_OP, "dequantise the weights and call moe_ffn")
+register_autocast(_OP, ["x", "b_gate_up", "b_down"])
