@@ -32,7 +32,7 @@ def pytest_configure(config: pytest.Config) -> None:
     backend = config.getoption("--backend")
     if backend == "sim":
         try:
-            use_simulator(partial=True)
+            use_simulator()
         except RuntimeError as error:
             pytest.exit(str(error), returncode=1)
     elif backend == "cuda":

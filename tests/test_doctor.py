@@ -31,6 +31,7 @@ OPS = {
     "moe_linear_map",
     "moe_linear_reduce",
     "quantize_fp8",
+    "moa_attention",
 }
 INFERENCE_ONLY = (
     "sort_slots",

@@ -156,6 +156,13 @@ def good_call(op: str, s: Sizes) -> dict:
                 "topk_ids": s.ids(),
                 "bias": s.float(s.e, s.h),
             }
+        case "moa_attention":
+            return {
+                "q": s.float(2, s.t, s.k, s.e, s.h),
+                "k": s.float(2, s.t, s.e, s.h),
+                "v": s.float(2, s.t, s.e, s.h),
+                "kind": "stick_breaking",
+            }
     raise AssertionError(op)
 
 
@@ -178,6 +185,7 @@ OPS = (
     "moe_ffn_quantized",
     "moe_linear_map",
     "moe_linear_reduce",
+    "moa_attention",
     "pack_experts",
 )
 # Dimensions whose size is free, so that changing it leaves a right call.
@@ -199,6 +207,7 @@ FREE_DIMS = {
     ("moe_linear_map", "topk_ids"): {1},
     ("grouped_sum", "expert_offsets"): {0},
     ("pack_experts", "w"): {0, 2},
+    ("moa_attention", "q"): {1, 2},
 }
 BAD_ARGUMENTS = {
     "topk_router": [
@@ -215,6 +224,13 @@ BAD_ARGUMENTS = {
     "expert_choice_router": [("capacity", (-1, -(2**62))), ("score_func", ("", "exp"))],
     "sort_slots": [("num_experts", (-1, -(2**40), -(2**63)))],
     "gated_act": [("activation", ("", "silu", "gelu", "SWIGLU", "swiglu\0"))],
+    "moa_attention": [
+        ("kind", ("", "Softmax", "softmax\0")),
+        ("window", (0, -1, -(2**62))),
+        ("softcap", (0.0, -2.0, float("nan"), float("inf"))),
+        ("scale", (float("nan"), float("inf"))),
+        ("cu_seqlens", (torch.tensor([0, 1]), torch.tensor([0.0]))),
+    ],
     "moe_ffn": [("activation", ("", "swish", "SWIGLU"))],
     "grouped_gemm_fp8": [("out_dtype", (torch.float64, torch.int32, torch.float8_e4m3fn))],
     "moe_ffn_fp8": [("activation", ("", "swish", "SWIGLU", "swiglu\0"))],
@@ -234,7 +250,7 @@ def defects(op: str, call: dict) -> list[tuple[str, str]]:
             found.append(("device", name))
         if name in ("expert_offsets", "row_to_slot", "slot_to_row"):
             found.append(("range", name))
-    if op.startswith(("moe_ffn", "grouped_gemm", "moe_linear")):
+    if op.startswith(("moe_ffn", "grouped_gemm", "moe_linear", "moa_")):
         found += [("float_dtype", name) for name in tensors if call[name].is_floating_point()]
     return found
 

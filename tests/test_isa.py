@@ -129,6 +129,28 @@ for dtype in DTYPES:
              "slot_to_row": slot_to_row, "topk_weights": torch.rand(29, 2)},
             ["rows", "topk_weights"], sum_length=size,
         )
+    for tokens, slots, size in ((1, 2, 24), (70, 2, 64), (40, 3, 200), (130, 1, 7)):
+        for kind in ("softmax", "stick_breaking"):
+            call = {
+                "q": torch.randn(1, tokens, slots, 2, size).to(dtype),
+                "k": torch.randn(1, tokens + 3, 2, size).to(dtype),
+                "v": torch.randn(1, tokens + 3, 2, size).to(dtype),
+            }
+            found = []
+            for fn, to in (
+                (moe_ops.moa_attention, dtype), (reference.moa_attention, torch.float64)
+            ):
+                leaves = [t.to(to).requires_grad_() for t in call.values()]
+                out = fn(*leaves, kind=kind, softcap=9.0, window=90)
+                out = out if kind == "softmax" else out[0] + out[1][..., None].to(to)
+                torch.manual_seed(1)
+                grad = torch.randn(out.shape).to(dtype).to(to)
+                found.append((out.detach(), *torch.autograd.grad(out, leaves, grad)))
+            # Logits of `size` products, sums of tokens; the sum rounds once more, in half types.
+            bound = 2 * eps(dtype) + 30 * eps(torch.float32 if dtype != torch.float64 else dtype)
+            for ours, exact in zip(*found, strict=True):
+                error = (ours.double() - exact).norm() / exact.norm()
+                assert error <= bound, (kind, dtype, tokens, size, error)
     for e, top_k in ((1, 1), (7, 3), (16, 4), (61, 6), (128, 8)):
         logits = torch.randn(9, e).to(dtype)
         assert_identical(

@@ -25,6 +25,8 @@ namespace {
 #include "cpu/kernels/rows-inl.h"
 #include "cpu/kernels/stream-inl.h"
 #include "cpu/kernels/tiles-inl.h"
+// Attention takes the exponential from the functions.
+#include "cpu/kernels/attention-inl.h"
 // Weights of 8 and 4 bits; words take add_product from the tiles.
 #include "cpu/kernels/integers-inl.h"
 #include "cpu/kernels/quant4-inl.h"
@@ -112,6 +114,7 @@ Kernels<T> make_kernels() {
   k.dot_row = &dot_row<T>;
   k.act_fwd = &act_fwd<T>;
   k.act_bwd = &act_bwd<T>;
+  k.attention = attention_kernels<T>();
   return k;
 }
 

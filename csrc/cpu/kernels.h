@@ -122,6 +122,38 @@ struct Fp8Kernels {
                   bool accumulate);
 };
 constexpr int kFp8DotTokens = 2;
+// Attention: the steps between its products, on scores [keys][width] of `width` rows of queries,
+// one or two vectors. attention-inl.h in kernels/.
+template <class T>
+struct AttentionBlock {
+  int64_t keys = 0;
+  int width = 0;
+  bool masked = false;       // false: every row sees every key
+  const T* first = nullptr;  // [width] row r sees the keys of this block from first[r] ...
+  const T* last = nullptr;   // ... to last[r] - 1
+  T softcap = 0;             // scores become softcap * tanh(score / softcap); 0: they do not
+};
+template <class T>
+struct AttentionKernels {
+  T log_tiny;  // e^log_tiny is the smallest weight that is not zero
+  T lowest;    // what `max` starts from
+  // s becomes e^(s - max) with the larger of the old max and the scores; sum follows. factor: by
+  // how much what was summed before shrinks; false where all are one.
+  bool (*softmax)(const AttentionBlock<T>& b, T* s, T* max, T* sum, T* factor);
+  // s becomes the gradient of scores, of which ds_rows, pitch kLda, is a copy; p_rows: weights.
+  void (*softmax_bwd)(const AttentionBlock<T>& b, T* s, const T* dp, const T* lse, const T* delta,
+                      T* p_rows, T* ds_rows);
+  // From the last key to the first: s becomes weights, log_rest [width] the log of what is left.
+  // Returns the largest. stick_rest moves log_rest only.
+  T (*stick)(const AttentionBlock<T>& b, T* s, T* log_rest);
+  T (*stick_rest)(const AttentionBlock<T>& b, T* s, T* log_rest);
+  // From the first block on, with the log_rest that the block started from. before [width]: the sum
+  // of weight times gradient over all keys before. slopes: scratch like s, used with a softcap.
+  void (*stick_bwd)(const AttentionBlock<T>& b, T* s, const T* dp, const T* log_rest, T* slopes,
+                    T* before, T* p_rows, T* ds_rows);
+  // c[i * width + j] *= factor[j]
+  void (*multiply_lanes)(T* c, int64_t rows, int width, const T* factor);
+};
 
 // T as a tag.
 template <class T>
@@ -223,6 +255,7 @@ struct Kernels {
 
   QuantKernels quant;  // T = float only
   Fp8Kernels fp8;      // T = float only
+  AttentionKernels<T> attention;
 
   // h = act(gate, up); `up` is ignored by activations that have no gate.
   void (*act_fwd)(Activation kind, const T* gate, const T* up, T* h, int64_t n, T alpha, T limit);

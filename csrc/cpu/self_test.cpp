@@ -261,6 +261,77 @@ bool activations_right(const Kernels<T>& k, const Kernels<T>& portable, Numbers<
   return true;
 }
 
+// Weights and gradients of a block of attention against their definitions, a lane at a time.
+template <class T>
+bool attention_right(const Kernels<T>& k, Numbers<T>& numbers) {
+  constexpr int64_t kKeys = 5;
+  for (const int width : {k.lanes, 2 * k.lanes}) {
+    for (const T softcap : {T(0), T(3)}) {
+      const std::vector<T> scores = numbers.take(kKeys * width), dp = numbers.take(kKeys * width);
+      std::vector<T> first(width), last(width), max(width, k.attention.lowest), sum(width);
+      std::vector<T> rest(width), start(width), before(width), lse(width), delta(width, T(0.5));
+      std::vector<T> x = scores, factor = rest, slopes = scores;
+      for (T& v : x) v *= T(5);
+      for (int r = 0; r < width; ++r) {
+        first[r] = static_cast<T>(r % 3);
+        last[r] = static_cast<T>(kKeys - r % 2);
+      }
+      const AttentionBlock<T> block = {kKeys, width, true, first.data(), last.data(), softcap};
+      std::vector<T> p = x, w = x, ds = x, stick_ds = x;
+      std::vector<T> rows[3] = {std::vector<T>(kKeys * kLda), std::vector<T>(kKeys * kLda),
+                                std::vector<T>(kKeys * kLda)};
+      k.attention.softmax(block, p.data(), max.data(), sum.data(), factor.data());
+      for (int r = 0; r < width; ++r) lse[r] = max[r] + std::log(sum[r]);
+      k.attention.softmax_bwd(block, ds.data(), dp.data(), lse.data(), delta.data(), rows[0].data(),
+                              rows[1].data());
+      k.attention.stick(block, w.data(), rest.data());
+      k.attention.stick_bwd(block, stick_ds.data(), dp.data(), start.data(), slopes.data(),
+                            before.data(), rows[1].data(), rows[2].data());
+      std::vector<T> truth[4] = {p, p, p, p}, lanes[2] = {rest, before};
+      for (int r = 0; r < width; ++r) {
+        std::vector<double> logit(kKeys), slope(kKeys, 1.0), weight(kKeys);
+        double largest = -1e300, total = 0, left = 1, sum_before = 0;
+        const auto seen = [&](int64_t j) { return j >= first[r] && j < last[r]; };
+        for (int64_t j = 0; j < kKeys; ++j) {
+          logit[j] = x[j * width + r];
+          if (softcap > 0) {
+            const double t = std::tanh(logit[j] / softcap);
+            logit[j] = softcap * t;
+            slope[j] = 1 - t * t;
+          }
+          if (seen(j)) largest = std::max(largest, logit[j]);
+        }
+        for (int64_t j = kKeys - 1; j >= 0; --j) {
+          const double z = seen(j) ? 1 / (1 + std::exp(-logit[j])) : 0;
+          weight[j] = left * z;
+          left *= 1 - z;
+          if (seen(j)) total += std::exp(logit[j] - largest);
+        }
+        for (int64_t j = 0; j < kKeys; ++j) {
+          const int64_t i = j * width + r;
+          const double e = seen(j) ? std::exp(logit[j] - largest) : 0;
+          const double z = seen(j) ? 1 / (1 + std::exp(-logit[j])) : 0, g = weight[j] * dp[i];
+          truth[0][i] = static_cast<T>(e);
+          truth[1][i] = static_cast<T>(e / total * (dp[i] - 0.5) * slope[j]);
+          truth[2][i] = static_cast<T>(weight[j]);
+          truth[3][i] = static_cast<T>((g * (1 - z) - z * sum_before) * slope[j]);
+          sum_before += g;
+        }
+        lanes[0][r] = static_cast<T>(std::log(left));
+        lanes[1][r] = static_cast<T>(sum_before);
+      }
+      if (!close(p, truth[0]) || !close(ds, truth[1]) || !close(w, truth[2])) return false;
+      if (!close(stick_ds, truth[3]) || !close(rest, lanes[0]) || !close(before, lanes[1])) {
+        return false;
+      }
+      for (int64_t i = 0; i < kKeys * width; ++i) {
+        if (rows[2][i / width * kLda + i % width] != stick_ds[i]) return false;
+      }
+    }
+  }
+  return true;
+}
+
 // Integer products, tiles of words and rounding of tokens against their definitions. Tokens are
 // integers over 64 with a 127 in every block, so that rounding them to integers changes nothing.
 bool quant_right(const Kernels<float>& k, Numbers<float>& numbers) {
@@ -570,6 +641,7 @@ const char* failing_kernel(const Kernels<T>& k, const Kernels<T>& portable) {
   if (!rows_right(k, portable, numbers)) return "row";
   if (!transpose_right(k, numbers)) return "transpose";
   if (!activations_right(k, portable, numbers)) return "activation";
+  if (!attention_right(k, numbers)) return "attention";
   if constexpr (sizeof(T) == 4) {
     if (!pairs_right(k, portable, numbers)) return "pair";
     if (!quant_right(k, numbers)) return "quant";

@@ -145,6 +145,17 @@ static void define_schemas(torch::stable::detail::StableLibrary& m) {
       "Tensor topk_ids, Tensor? bias, bool need_h, bool need_w, bool need_topk_weights, "
       "bool need_bias) -> (Tensor grad_h, Tensor grad_w, Tensor grad_topk_weights, "
       "Tensor grad_bias)");
+
+  // --- attention
+  // q [B,S,K,n,d], k and v [B,S_kv,n,d] -> out like q, state [B,S,K,n] fp32: the log-sum-exp of
+  // softmax, what remains of the stick. window 0: all keys; softcap 0: none.
+  m.def(
+      "moa_attention(Tensor q, Tensor k, Tensor v, str kind, bool causal, float scale, "
+      "int window, float softcap, Tensor? cu_seqlens) -> (Tensor out, Tensor state)");
+  m.def(
+      "moa_attention_bwd(Tensor grad_out, Tensor grad_state, Tensor q, Tensor k, Tensor v, "
+      "Tensor out, Tensor state, str kind, bool causal, float scale, int window, float softcap, "
+      "Tensor? cu_seqlens) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)");
 }
 
 STABLE_TORCH_LIBRARY(moe_ops, m) { define_schemas(m); }

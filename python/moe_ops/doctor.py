@@ -508,6 +508,14 @@ def _cases() -> list[_Case]:
         ),
         _Case("moe_linear_map", (x, w_gate_up, ids)),
         _Case("moe_linear_reduce", (normal(T, K, I), w_down, weights, ids)),
+        *(
+            _Case(
+                "moa_attention",
+                (normal(1, T, K, 3, 24), normal(1, T + 4, 3, 24), normal(1, T + 4, 3, 24)),
+                {"kind": kind},
+            )
+            for kind in ("softmax", "stick_breaking")
+        ),
     ]
 
 

@@ -37,7 +37,7 @@ OUT_OF_RANGE_IDS_64 = (2**32, 2**32 + 1, -(2**32) + 1)
 _simulator: torch.library.Library | None = None
 
 
-def use_simulator(partial: bool = False) -> None:
+def use_simulator() -> None:
     """From now on, ``torch.ops.moe_ops`` runs the CUDA kernels on CPU tensors, on the simulator
     that stands in for the CUDA runtime. Autograd, fake and autocast rules stay what they are.
 
@@ -63,7 +63,7 @@ def use_simulator(partial: bool = False) -> None:
         if torch._C._dispatch_has_kernel_for_dispatch_key(f"moe_ops_sim::{name}", "CPU")
     }
     missing = sorted(set(names) - kernels - set(cpu_only_ops))
-    if missing and not partial:
+    if missing:
         raise RuntimeError(f"use_simulator: no CUDA kernel for {', '.join(missing)}.")
     library = torch.library.Library("moe_ops", "IMPL")
     with warnings.catch_warnings():

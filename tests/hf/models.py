@@ -111,6 +111,7 @@ BLOCK_NAMES = dict.fromkeys(MODEL_TYPES, "model.layers.1.mlp") | {
     "llama4_text": "model.layers.1.feed_forward",
 }
 NUM_BLOCKS = dict.fromkeys(MODEL_TYPES, 2) | {
+    "jetmoe": 4,  # Attention has experts too.
     "deepseek_v2": 1,
     "deepseek_v3": 1,
     "glm4_moe": 1,

@@ -77,6 +77,9 @@ def test_every_block_runs_the_ops(model_type):
             "grouped_gemm": 3 * blocks,
             "unpermute": blocks,
         }
+    if model_type == "jetmoe":
+        names = ("moe_ffn", "moe_linear_map", "moa_attention", "moe_linear_reduce")
+        expected = dict.fromkeys(names, blocks // 2)
     assert count.calls == expected
 
 
@@ -117,7 +120,8 @@ def test_compiles_without_graph_breaks(model_type):
     assert_close(output.logits.detach(), logits, "logits")
     for name, parameter in model.named_parameters():
         assert_close(parameter.grad, gradients[name], f"gradient of {name}")
-    assert ops["moe_ffn"] == (0 if model_type == "dbrx" else NUM_BLOCKS[model_type]), ops
+    num_ffn = {"dbrx": 0, "jetmoe": 2}.get(model_type, NUM_BLOCKS[model_type])
+    assert ops["moe_ffn"] == num_ffn, ops
     assert ops["grouped_gemm"] == (6 if model_type == "dbrx" else 0), ops
 
 
@@ -288,13 +292,15 @@ def test_llama4_block_returns_router_logits():
     assert_close(out_ours, out, "out")
 
 
-def test_jetmoe_attention_router_keeps_its_class():
+def test_jetmoe_routers_are_switched_and_restored():
     model = build("jetmoe")
-    router = model.model.layers[0].self_attention.experts.router
-    kept = type(router)
+    routers = [m for name, m in model.named_modules() if name.endswith("router")]
+    classes = [type(router) for router in routers]
     moe_ops.hf.enable(model)
-    assert type(router) is kept
-    assert isinstance(model.model.layers[0].mlp.router, kept)
+    assert len(routers) == 4 and not set(map(type, routers)) & set(classes)
+    assert all(isinstance(router, classes[0]) for router in routers)
+    moe_ops.hf.disable(model)
+    assert [type(router) for router in routers] == classes
 
 
 V3_ROUTING = {

@@ -67,7 +67,9 @@ def test_report_names_blocks():
 
 def test_report_of_an_undecorated_model():
     assert moe_ops.hf.enable(build("jetmoe")) == {
+        "model.layers.0.self_attention": "forward",
         "model.layers.0.mlp": "forward",
+        "model.layers.1.self_attention": "forward",
         "model.layers.1.mlp": "forward",
     }
 

@@ -9,7 +9,8 @@ and ``model.set_experts_implementation("moe_ops")`` work for every model whose e
 transformers' experts interface. :func:`enable` switches a live model instead, and also JetMoE, DBRX
 and Llama 4, whose blocks are outside that interface and ignore the argument silently. It also
 registers a quantisation method, so that ``from_pretrained`` reads checkpoints whose experts
-`moe_ops.quantize_experts` has quantised.
+`moe_ops.quantize_experts` has quantised, and an attention implementation ``"moe_ops"``, torch's
+attention without the masks that would keep JetMoE's attention experts from compiled code.
 """
 
 from __future__ import annotations
@@ -32,11 +33,13 @@ except ImportError as error:
         f"{transformers.__version__}: pip install --upgrade torch-moe-ops[hf]"
     ) from error
 
+from moe_ops.hf import attention
 from moe_ops.hf.experts import experts_forward
 from moe_ops.hf.quantizer import ExpertsQuantizationConfig
 from moe_ops.hf.switch import disable, enable, expect_calls, status
 
 ExpertsInterface.register("moe_ops", experts_forward)
+attention.register()
 
 __all__ = [
     "ExpertsQuantizationConfig",

@@ -17,9 +17,12 @@ from moe_ops.packing import BankWeights, forget, register_finder
 # Blocks that transformers keeps outside its experts interface, and the module with their subclass.
 _BLOCKS = {
     "transformers.models.dbrx.modeling_dbrx.DbrxExperts": "moe_ops.hf.dbrx",
+    "transformers.models.jetmoe.modeling_jetmoe.JetMoeAttention": "moe_ops.hf.jetmoe_attention",
     "transformers.models.jetmoe.modeling_jetmoe.JetMoeMoE": "moe_ops.hf.jetmoe",
     "transformers.models.llama4.modeling_llama4.Llama4TextMoe": "moe_ops.hf.llama4",
 }
+# Inner modules that the new forwards call like the old ones.
+_CALLED = ("router", "shared_expert", "experts.router", "kv_proj")
 _PREVIOUS = "_moe_ops_previous_implementation"
 
 
@@ -27,8 +30,8 @@ def enable(model: nn.Module) -> dict[str, str]:
     """Switches every MoE block of `model` to moe_ops, in place.
 
     Modules on transformers' experts interface get ``"moe_ops"`` as their implementation. JetMoE's
-    feed-forward experts, DBRX's experts and Llama 4's block get a subclass with another forward;
-    JetMoE's attention experts stay as they are. Parameters, buffers, names and the state dict do
+    feed-forward and attention experts, DBRX's experts and Llama 4's block get a subclass with
+    another forward. Parameters, buffers, names and the state dict do
     not change, so optimisers and checkpoints go on working. Call it before the model is
     compiled, sharded or given accelerate hooks.
 
@@ -84,7 +87,7 @@ def enable(model: nn.Module) -> dict[str, str]:
     for module, blocks in by_class:
         module.__class__ = blocks.Block
         for part, part_class in getattr(blocks, "PARTS", {}).items():
-            getattr(module, part).__class__ = part_class
+            module.get_submodule(part).__class__ = part_class
     return report
 
 
@@ -102,7 +105,7 @@ def disable(model: nn.Module) -> dict[str, str]:
     for name, module in model.named_modules():
         forget(module)
         if _is_switched(module):
-            for submodule in (module, *module.children()):
+            for submodule in module.modules():
                 submodule.__class__ = getattr(type(submodule), "replaces", type(submodule))
             report[name] = "forward"
         elif interface_of(module) is not None:
@@ -226,7 +229,7 @@ def _check_hooks(name: str, module: nn.Module) -> None:
         )
     # The new forward reads the parameters of inner modules without calling them.
     for child_name, child in module.named_modules():
-        called = child is module or child_name.startswith(("router", "shared_expert"))
+        called = child is module or child_name.startswith(_CALLED)
         called = called or next(child.parameters(), None) is None
         if not called and (child._forward_hooks or child._forward_pre_hooks):
             raise ValueError(

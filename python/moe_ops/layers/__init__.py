@@ -5,6 +5,7 @@ Letters in all files: T tokens, H hidden size, I intermediate size, E experts, K
 
 from __future__ import annotations
 
+from .attention import AttentionExperts, AttentionExpertsOutput, KVCache
 from .experts import Experts, SharedExperts
 from .losses import (
     concentration_loss,
@@ -24,7 +25,10 @@ from .sparsemixer import sparsemixer
 from .stats import RoutingStats, count_tokens_per_expert
 
 __all__ = [
+    "AttentionExperts",
+    "AttentionExpertsOutput",
     "Experts",
+    "KVCache",
     "MoE",
     "MoEOutput",
     "QuantizedExperts",

@@ -1,0 +1,284 @@
+// What lies between the products of attention: scores to weights, and gradients of weights to
+// gradients of scores. Included by kernels-inl.h, inside its namespace.
+//
+// Lanes are rows of queries and steps are keys, so maxima, sums and running products of a row go
+// down its lane, and nothing ever crosses lanes.
+
+// Below this the exponential is not a normal number: such weights are zero.
+template <class T>
+constexpr T kLogTiny = ExpTraits<T>::kMin;
+
+template <class T>
+constexpr T kLowest = sizeof(T) == 8 ? T(-1.7e308) : T(-3.4e38);
+
+// tanh(x) = (1 - u) / (1 + u), u = e^-2|x|. Near zero 1 - u would cancel: there it is the Taylor
+// sum of -expm1, whose remainder at |2x| < 0.35 is below half an ulp at kDegree terms.
+template <class T>
+inline Vec<T> vtanh(Vec<T> x) {
+  const Vec<T> y = T(-2) * (x < T(0) ? -x : x);
+  const Vec<T> u = vexp<T>(y);
+  Vec<T> p = splat<T>(1);
+#pragma GCC unroll 16
+  for (int d = ExpTraits<T>::kDegree; d >= 2; --d) p = p * y * T(1.0 / d) + T(1);
+  const Vec<T> near = -y * p;
+  const Vec<T> m = y > T(-0.35) ? near : T(1) - u;
+  const Vec<T> t = m / (T(2) - m);
+  return x < T(0) ? -t : t;
+}
+
+template <class T>
+struct LogSigmoid {
+  Vec<T> z, rest;  // sigmoid(x) and log(1 - sigmoid(x))
+};
+
+// With u = e^-|x|: sigmoid(|x|) = 1 / (1 + u), log(1 + u) = 2 atanh(s), s = u / (2 + u) <= 1/3,
+// whose series ends below half an ulp. One division serves both.
+template <class T>
+inline LogSigmoid<T> log_sigmoid(Vec<T> x) {
+  constexpr int kTerms = sizeof(T) == 8 ? 16 : 7;
+  const Vec<T> u = vexp<T>(x < T(0) ? x : -x);
+  const Vec<T> r = T(1) / ((T(1) + u) * (T(2) + u));
+  const Vec<T> larger = r * (T(2) + u);
+  const Vec<T> s = u * r * (T(1) + u), s2 = s * s;
+  Vec<T> p = splat<T>(T(1.0 / (2 * kTerms + 1)));
+#pragma GCC unroll 16
+  for (int i = kTerms - 1; i >= 0; --i) p = p * s2 + T(1.0 / (2 * i + 1));
+  const Vec<T> positive = x > T(0) ? x : Vec<T>{};
+  return {x >= T(0) ? larger : u * larger, -(positive + T(2) * s * p)};
+}
+
+// Which lanes see key j.
+template <class T, int NV>
+struct Seen {
+  Vec<T> first[NV], last[NV];
+  explicit Seen(const AttentionBlock<T>& b) {
+#pragma GCC unroll 2
+    for (int v = 0; v < NV; ++v) {
+      first[v] = load<T>(b.first + v * kLanes<T>);
+      last[v] = load<T>(b.last + v * kLanes<T>);
+    }
+  }
+  // a where the key is seen, otherwise b.
+  Vec<T> select(int64_t j, int v, Vec<T> a, Vec<T> b) const {
+    const Vec<T> key = splat<T>(static_cast<T>(j));
+    return (key >= first[v]) & (key < last[v]) ? a : b;
+  }
+};
+
+template <class T, int NV, bool kMasked>
+bool softmax_block(const AttentionBlock<T>& b, T* s, T* max, T* sum, T* factor) {
+  constexpr int W = kLanes<T>;
+  const Seen<T, NV> seen(b);
+  const T cap = b.softcap, inverse = cap > 0 ? T(1) / cap : T(0);
+  Vec<T> m[NV], old[NV], total[NV];
+#pragma GCC unroll 2
+  for (int v = 0; v < NV; ++v) m[v] = old[v] = load<T>(max + v * W);
+  for (int64_t j = 0; j < b.keys; ++j) {
+#pragma GCC unroll 2
+    for (int v = 0; v < NV; ++v) {
+      Vec<T> x = load<T>(s + (j * NV + v) * W);
+      if (cap > 0) {
+        x = cap * vtanh<T>(x * inverse);
+        store<T>(s + (j * NV + v) * W, x);
+      }
+      if constexpr (kMasked) x = seen.select(j, v, x, splat<T>(kLowest<T>));
+      m[v] = x > m[v] ? x : m[v];
+    }
+  }
+  bool same = true;
+#pragma GCC unroll 2
+  for (int v = 0; v < NV; ++v) {
+    const Vec<T> f = vexp<T>(old[v] - m[v]);
+    store<T>(max + v * W, m[v]);
+    store<T>(factor + v * W, f);
+    for (int i = 0; i < W; ++i) same = same && f[i] == T(1);
+    total[v] = load<T>(sum + v * W) * f;
+  }
+  for (int64_t j = 0; j < b.keys; ++j) {
+#pragma GCC unroll 2
+    for (int v = 0; v < NV; ++v) {
+      Vec<T> p = vexp<T>(load<T>(s + (j * NV + v) * W) - m[v]);
+      if constexpr (kMasked) p = seen.select(j, v, p, Vec<T>{});
+      total[v] += p;
+      store<T>(s + (j * NV + v) * W, p);
+    }
+  }
+#pragma GCC unroll 2
+  for (int v = 0; v < NV; ++v) store<T>(sum + v * W, total[v]);
+  return !same;
+}
+
+template <class T, int NV, bool kMasked>
+void softmax_block_bwd(const AttentionBlock<T>& b, T* s, const T* dp, const T* lse, const T* delta,
+                       T* p_rows, T* ds_rows) {
+  constexpr int W = kLanes<T>;
+  const Seen<T, NV> seen(b);
+  const T cap = b.softcap, inverse = cap > 0 ? T(1) / cap : T(0);
+  Vec<T> log_sum[NV], d[NV];
+#pragma GCC unroll 2
+  for (int v = 0; v < NV; ++v) {
+    log_sum[v] = load<T>(lse + v * W);
+    d[v] = load<T>(delta + v * W);
+  }
+  for (int64_t j = 0; j < b.keys; ++j) {
+#pragma GCC unroll 2
+    for (int v = 0; v < NV; ++v) {
+      const int64_t at = (j * NV + v) * W, row = j * kLda + v * W;
+      Vec<T> x = load<T>(s + at), slope = splat<T>(1);
+      if (cap > 0) {
+        const Vec<T> t = vtanh<T>(x * inverse);
+        x = cap * t;
+        slope = T(1) - t * t;
+      }
+      Vec<T> p = vexp<T>(x - log_sum[v]);
+      if constexpr (kMasked) p = seen.select(j, v, p, Vec<T>{});
+      const Vec<T> ds = p * (load<T>(dp + at) - d[v]) * slope;
+      store<T>(s + at, ds);
+      store<T>(p_rows + row, p);
+      store<T>(ds_rows + row, ds);
+    }
+  }
+}
+
+// Walks from the last key to the first. kWeights: s becomes weights; otherwise only log_rest moves.
+template <class T, int NV, bool kMasked, bool kWeights>
+T stick_block(const AttentionBlock<T>& b, T* s, T* log_rest) {
+  constexpr int W = kLanes<T>;
+  const Seen<T, NV> seen(b);
+  const T cap = b.softcap, inverse = cap > 0 ? T(1) / cap : T(0);
+  Vec<T> rest[NV];
+#pragma GCC unroll 2
+  for (int v = 0; v < NV; ++v) rest[v] = load<T>(log_rest + v * W);
+  for (int64_t j = b.keys - 1; j >= 0; --j) {
+#pragma GCC unroll 2
+    for (int v = 0; v < NV; ++v) {
+      Vec<T> x = load<T>(s + (j * NV + v) * W);
+      if (cap > 0) x = cap * vtanh<T>(x * inverse);
+      LogSigmoid<T> l = log_sigmoid<T>(x);
+      if constexpr (kMasked) l.rest = seen.select(j, v, l.rest, Vec<T>{});
+      if constexpr (kWeights) {
+        Vec<T> w = l.z * vexp<T>(rest[v]);
+        w = rest[v] < kLogTiny<T> ? Vec<T>{} : w;
+        if constexpr (kMasked) w = seen.select(j, v, w, Vec<T>{});
+        store<T>(s + (j * NV + v) * W, w);
+      }
+      rest[v] += l.rest;
+    }
+  }
+  T most = kLowest<T>;
+#pragma GCC unroll 2
+  for (int v = 0; v < NV; ++v) {
+    store<T>(log_rest + v * W, rest[v]);
+    for (int i = 0; i < W; ++i)
+      most = rest[v][i] > most || rest[v][i] != rest[v][i] ? rest[v][i] : most;
+  }
+  return most;
+}
+
+// With w = z_j P_j and P_j the product of 1 - z over the keys after j, l_j moves w_j by w_j (1 -
+// z_j) and every weight of a key before j, and what remains, by -z_j times itself. `before` is the
+// sum of weight times gradient over those; it grows from the first key on, so nothing is subtracted
+// from a total.
+template <class T, int NV, bool kMasked>
+void stick_block_bwd(const AttentionBlock<T>& b, T* s, const T* dp, const T* log_rest, T* slopes,
+                     T* before, T* p_rows, T* ds_rows) {
+  constexpr int W = kLanes<T>;
+  const Seen<T, NV> seen(b);
+  const T cap = b.softcap, inverse = cap > 0 ? T(1) / cap : T(0);
+  Vec<T> rest[NV], sum[NV];
+#pragma GCC unroll 2
+  for (int v = 0; v < NV; ++v) {
+    rest[v] = load<T>(log_rest + v * W);
+    sum[v] = load<T>(before + v * W);
+  }
+  for (int64_t j = b.keys - 1; j >= 0; --j) {
+#pragma GCC unroll 2
+    for (int v = 0; v < NV; ++v) {
+      const int64_t at = (j * NV + v) * W;
+      Vec<T> x = load<T>(s + at);
+      if (cap > 0) {
+        const Vec<T> t = vtanh<T>(x * inverse);
+        x = cap * t;
+        store<T>(slopes + at, T(1) - t * t);
+      }
+      LogSigmoid<T> l = log_sigmoid<T>(x);
+      Vec<T> w = l.z * vexp<T>(rest[v]);
+      w = rest[v] < kLogTiny<T> ? Vec<T>{} : w;
+      if constexpr (kMasked) {
+        w = seen.select(j, v, w, Vec<T>{});
+        l.z = seen.select(j, v, l.z, Vec<T>{});
+        l.rest = seen.select(j, v, l.rest, Vec<T>{});
+      }
+      store<T>(s + at, l.z);
+      store<T>(p_rows + j * kLda + v * W, w);
+      rest[v] += l.rest;
+    }
+  }
+  for (int64_t j = 0; j < b.keys; ++j) {
+#pragma GCC unroll 2
+    for (int v = 0; v < NV; ++v) {
+      const int64_t at = (j * NV + v) * W, row = j * kLda + v * W;
+      const Vec<T> z = load<T>(s + at), g = load<T>(p_rows + row) * load<T>(dp + at);
+      Vec<T> ds = g * (T(1) - z) - z * sum[v];
+      sum[v] += g;
+      if (cap > 0) ds = ds * load<T>(slopes + at);
+      store<T>(s + at, ds);
+      store<T>(ds_rows + row, ds);
+    }
+  }
+#pragma GCC unroll 2
+  for (int v = 0; v < NV; ++v) store<T>(before + v * W, sum[v]);
+}
+
+template <class T>
+void multiply_lanes(T* c, int64_t rows, int width, const T* factor) {
+  constexpr int W = kLanes<T>;
+  for (int v = 0; v < width; v += W) {
+    const Vec<T> f = load<T>(factor + v);
+    for (int64_t i = 0; i < rows; ++i) store<T>(c + i * width + v, load<T>(c + i * width + v) * f);
+  }
+}
+
+// Calls fn.template operator()<NV, kMasked>().
+template <class T, class Fn>
+inline auto with_block(const AttentionBlock<T>& b, const Fn& fn) {
+  const bool two = b.width > kLanes<T>;
+  if (b.masked) return two ? fn.template operator()<2, true>() : fn.template operator()<1, true>();
+  return two ? fn.template operator()<2, false>() : fn.template operator()<1, false>();
+}
+
+template <class T>
+AttentionKernels<T> attention_kernels() {
+  AttentionKernels<T> k = {};
+  k.log_tiny = kLogTiny<T>;
+  k.lowest = kLowest<T>;
+  k.softmax = [](const AttentionBlock<T>& b, T* s, T* max, T* sum, T* factor) {
+    return with_block(b, [&]<int NV, bool kMasked>() {
+      return softmax_block<T, NV, kMasked>(b, s, max, sum, factor);
+    });
+  };
+  k.softmax_bwd = [](const AttentionBlock<T>& b, T* s, const T* dp, const T* lse, const T* delta,
+                     T* p_rows, T* ds_rows) {
+    with_block(b, [&]<int NV, bool kMasked>() {
+      softmax_block_bwd<T, NV, kMasked>(b, s, dp, lse, delta, p_rows, ds_rows);
+    });
+  };
+  k.stick = [](const AttentionBlock<T>& b, T* s, T* log_rest) {
+    return with_block(b, [&]<int NV, bool kMasked>() {
+      return stick_block<T, NV, kMasked, true>(b, s, log_rest);
+    });
+  };
+  k.stick_rest = [](const AttentionBlock<T>& b, T* s, T* log_rest) {
+    return with_block(b, [&]<int NV, bool kMasked>() {
+      return stick_block<T, NV, kMasked, false>(b, s, log_rest);
+    });
+  };
+  k.stick_bwd = [](const AttentionBlock<T>& b, T* s, const T* dp, const T* log_rest, T* slopes,
+                   T* before, T* p_rows, T* ds_rows) {
+    with_block(b, [&]<int NV, bool kMasked>() {
+      stick_block_bwd<T, NV, kMasked>(b, s, dp, log_rest, slopes, before, p_rows, ds_rows);
+    });
+  };
+  k.multiply_lanes = &multiply_lanes<T>;
+  return k;
+}

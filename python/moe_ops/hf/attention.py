@@ -1,0 +1,34 @@
+"""The attention implementation "moe_ops": torch's attention, with a mask only where one is needed.
+
+Compiled code cannot read a mask to see that it is causal and no more, and transformers makes one
+whenever it compiles. Under this name there is none unless tokens are padded or the cache is static.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
+from transformers.modeling_utils import AttentionInterface
+
+
+def causal_or_mask(**arguments: Any) -> Tensor | None:
+    """transformers' mask, or None for what torch's attention does with is_causal."""
+    q_length, kv_length = arguments.get("q_length"), arguments["kv_length"]
+    if (
+        q_length is not None
+        and q_length == kv_length
+        and arguments.get("attention_mask") is None
+        and arguments.get("local_size") is None
+        and arguments.get("allow_is_causal_skip", True)
+        and arguments.get("mask_function", causal_mask_function) is causal_mask_function
+    ):
+        return None
+    return sdpa_mask(**arguments)
+
+
+def register() -> None:
+    AttentionInterface.register("moe_ops", sdpa_attention_forward)
+    AttentionMaskInterface.register("moe_ops", causal_or_mask)

@@ -1,0 +1,371 @@
+"""Mixture-of-attention experts: queries and outputs of experts, keys and values of the layer.
+
+Letters: B batch, S tokens of a sequence, T = B * S, H hidden size, E experts, K experts a token,
+n key-value heads, d head size, D = n * d.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from moe_ops.ops import moa_attention, moe_linear_map, moe_linear_reduce
+from moe_ops.ops.moa_attention import KINDS
+
+from .moe import AUX_LOSSES
+from .router import Router, RouterOutput, drop_masked
+
+
+class KVCache:
+    """Keys and values of the tokens so far, for :class:`AttentionExperts`; for inference.
+
+    Memory doubles when it is full, so that a step mostly copies nothing but its own tokens.
+
+    Attributes:
+        length: tokens held.
+    """
+
+    def __init__(self) -> None:
+        self.length = 0
+        self._buffers: tuple[Tensor, Tensor] | None = None
+
+    def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Appends k and v [B, S, n, d]; returns all of them [B, length, n, d], as views.
+
+        Raises:
+            ValueError: a batch, number of heads or head size other than those held.
+        """
+        start, end = self.length, self.length + k.shape[1]
+        batch, _, heads, size = k.shape
+        if self._buffers is not None:
+            held = self._buffers[0]
+            if (held.shape[0], held.shape[1], held.shape[3]) != (batch, heads, size):
+                raise ValueError(
+                    f"KVCache: k must be [{held.shape[0]}, S, {held.shape[1]}, {held.shape[3]}] "
+                    f"like what it holds, got shape {list(k.shape)}."
+                )
+        if self._buffers is None or end > self._buffers[0].shape[2]:
+            capacity = max(end, 2 * start, 64)
+            grown = tuple(t.new_empty(batch, heads, capacity, size) for t in (k, v))
+            if self._buffers is not None:
+                for new, old in zip(grown, self._buffers, strict=True):
+                    new[:, :, :start] = old[:, :, :start]
+            self._buffers = grown[0], grown[1]
+        for buffer, t in zip(self._buffers, (k, v), strict=True):
+            buffer[:, :, start:end] = t.transpose(1, 2)
+        self.length = end
+        k, v = (buffer[:, :, :end].transpose(1, 2) for buffer in self._buffers)
+        return k, v
+
+
+class AttentionExpertsOutput(NamedTuple):
+    """What `AttentionExperts` returns with `return_routing=True`.
+
+    y: [B, S, H] in the dtype of x.
+    router_logits: [T, E]; None when both ids and weights were given.
+    topk_weights: [T, K] float. topk_ids: [T, K] int; -1 marks a slot without an expert.
+    aux_losses: name -> scalar, unscaled, for the names given to the layer; differentiable.
+    remainder: [B, S, K, n] with kind="stick_breaking" ([B, S, E, n] with `expert_kv`), else None.
+    """
+
+    y: Tensor
+    router_logits: Tensor | None
+    topk_weights: Tensor
+    topk_ids: Tensor
+    aux_losses: dict[str, Tensor]
+    remainder: Tensor | None
+
+
+class AttentionExperts(nn.Module):
+    """y = sum_k weight_k * W_output[e_k] attention(W_query[e_k] x, K, V) + bias.
+
+    An expert is the query and the output projection of n heads. Keys and values belong to the
+    layer, so a token's K experts read the same ones (Mixture of Attention Heads, arXiv 2210.05144;
+    JetMoE, arXiv 2404.07413; ModuleFormer, arXiv 2306.04640, with kind="stick_breaking" and no
+    RoPE). The router is run once and its choice serves queries and outputs.
+
+    Parameters:
+        w_query: [E, D, H]. w_output: [E, H, D].
+        kv_proj.weight: [2D, H], keys first ([2ED, H] with `expert_kv`); kv_proj.bias, `kv_bias`.
+        bias: [H], with `bias=True`.
+
+    Args:
+        router: chooses experts; its hidden_size and num_experts are those of the layer.
+        num_kv_heads: n.
+        head_size: d, from 1 to 256; even with `rope_theta`.
+        kind: "softmax" or "stick_breaking", see `moe_ops.moa_attention`.
+        causal, scale, window, softcap: of `moe_ops.moa_attention`.
+        rope_theta: base of rotary position embeddings of queries and keys (halves rotated, as in
+            Llama and JetMoE); None: no position embedding.
+        soft_routing: every token uses all experts with weights softmax(router logits) (BAM, arXiv
+            2408.08274). The router's own way of choosing is not used.
+        expert_kv: every expert has keys and values of its own (BAM). All tokens are projected for
+            all experts, and the attention of all experts is computed: meant for soft routing.
+        bias: a bias of the output. kv_bias: a bias of keys and values.
+        aux_losses: which losses to compute when routing is returned, see `MoE`.
+        device, dtype: of all parameters but the router's.
+
+    Initialisation: weights uniform in +-1/sqrt(inputs) as nn.Linear, biases 0.
+
+    Raises:
+        ValueError: a size, kind or loss that makes no sense, in one sentence.
+    """
+
+    def __init__(
+        self,
+        router: Router,
+        num_kv_heads: int,
+        head_size: int,
+        *,
+        kind: str = "softmax",
+        causal: bool = True,
+        scale: float | None = None,
+        window: int | None = None,
+        softcap: float | None = None,
+        rope_theta: float | None = None,
+        soft_routing: bool = False,
+        expert_kv: bool = False,
+        bias: bool = False,
+        kv_bias: bool = False,
+        aux_losses: Sequence[str] = (),
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if num_kv_heads < 1:
+            raise ValueError(
+                f"AttentionExperts: num_kv_heads must be at least 1, got {num_kv_heads}."
+            )
+        if not 1 <= head_size <= 256 or (rope_theta is not None and head_size % 2):
+            even = " and even with rope_theta" if rope_theta is not None else ""
+            raise ValueError(
+                f"AttentionExperts: head_size must be from 1 to 256{even}, got {head_size}."
+            )
+        if kind not in KINDS:
+            raise ValueError(
+                f'AttentionExperts: kind must be "softmax" or "stick_breaking", got "{kind}".'
+            )
+        if router.apply_router_weight_on_input:
+            raise ValueError(
+                "AttentionExperts: router must weight outputs, got apply_router_weight_on_input."
+            )
+        unknown = [name for name in aux_losses if name not in AUX_LOSSES]
+        if unknown:
+            raise ValueError(
+                f"AttentionExperts: aux_losses must be among {', '.join(AUX_LOSSES)}, got "
+                f"{', '.join(unknown)}."
+            )
+        self.router = router
+        self.num_kv_heads = num_kv_heads
+        self.head_size = head_size
+        self.kind = kind
+        self.causal = causal
+        self.scale = scale
+        self.window = window
+        self.softcap = softcap
+        self.rope_theta = rope_theta
+        self.soft_routing = soft_routing
+        self.expert_kv = expert_kv
+        self.aux_losses = tuple(aux_losses)
+        width, hidden, experts = num_kv_heads * head_size, router.hidden_size, router.num_experts
+        where: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.w_query = nn.Parameter(torch.empty(experts, width, hidden, **where))
+        self.w_output = nn.Parameter(torch.empty(experts, hidden, width, **where))
+        kv_width = 2 * width * (experts if expert_kv else 1)
+        self.kv_proj = nn.Linear(hidden, kv_width, bias=kv_bias, **where)
+        self.bias = nn.Parameter(torch.empty(hidden, **where)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        with torch.no_grad():
+            for w in (self.w_query, self.w_output, self.kv_proj.weight):
+                bound = w.shape[-1] ** -0.5
+                w.uniform_(-bound, bound)
+            for b in (self.bias, self.kv_proj.bias):
+                if b is not None:
+                    b.zero_()
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        cache: KVCache | None = None,
+        positions: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        topk_ids: Tensor | None = None,
+        topk_weights: Tensor | None = None,
+        expert_mask: Tensor | None = None,
+        token_mask: Tensor | None = None,
+        return_routing: bool = False,
+    ) -> Tensor | AttentionExpertsOutput:
+        """The layer's output: a tensor, or an AttentionExpertsOutput with `return_routing=True`.
+
+        Args:
+            x: [B, S, H] in the dtype of the parameters (any under autocast).
+            cache: keys and values before x; those of x are appended.
+            positions: [S] or [B, S], where the tokens are, for RoPE; None: after the cache from 0,
+                and from 0 in each sequence of `cu_seqlens`.
+            cu_seqlens: [num_sequences + 1], sequences one after the other in a batch of 1, see
+                `moe_ops.moa_attention`; not with a cache.
+            topk_ids: [B, S, K'] or [T, K'] int32 or int64, a choice to use instead of the router's;
+                ids outside [0, E) contribute nothing. Alone, its weights are what the router gives
+                these experts (softmax over all with `soft_routing`).
+            topk_weights: [B, S, K'] or [T, K'] float, only with `topk_ids`; the router is not run.
+            expert_mask: [E] bool, True where the expert may be used.
+            token_mask: bool, one element a token, True where it counts in `aux_losses`.
+            return_routing: return AttentionExpertsOutput and compute `aux_losses`.
+
+        Raises:
+            ValueError: `topk_weights` without `topk_ids`, a cache with `cu_seqlens`, or shapes that
+                do not match.
+        """
+        hidden = self.router.hidden_size
+        if x.dim() != 3 or x.shape[-1] != hidden:
+            raise ValueError(
+                f"AttentionExperts: x must be [B, S, {hidden}], got shape {list(x.shape)}."
+            )
+        if topk_weights is not None and topk_ids is None:
+            raise ValueError(
+                "AttentionExperts: topk_weights must come with topk_ids, got it alone."
+            )
+        if cache is not None and cu_seqlens is not None:
+            raise ValueError("AttentionExperts: cache must be None with cu_seqlens, got one.")
+        batch, length, _ = x.shape
+        heads, size, experts = self.num_kv_heads, self.head_size, self.router.num_experts
+        flat = x.reshape(-1, hidden)
+        topk_ids = _flatten("topk_ids", topk_ids, len(flat))
+        topk_weights = _flatten("topk_weights", topk_weights, len(flat))
+        logits, weights, ids = self._route(flat, topk_ids, topk_weights, expert_mask)
+        slot_weights, slot_ids = weights, ids
+        if self.expert_kv:  # Slot e is expert e, so that queries meet their own keys.
+            slot_weights, slot_ids = _by_expert(weights, ids, experts)
+        q = moe_linear_map(flat, self.w_query, slot_ids).view(batch, length, -1, heads, size)
+        kv = self.kv_proj(x).view(batch, length, 2, -1, size)
+        k, v = kv[:, :, 0], kv[:, :, 1]
+        if self.rope_theta is not None:
+            if positions is None:
+                positions = _positions(length, cache, cu_seqlens, x.device)
+            q, k = (_rotate(t, positions, self.rope_theta) for t in (q, k))
+        if cache is not None:
+            k, v = cache.update(k, v)
+        slots = q.shape[2]
+        if self.expert_kv:
+            q = q.reshape(batch, length, 1, slots * heads, size)
+        out = moa_attention(
+            q,
+            k,
+            v,
+            kind=self.kind,
+            causal=self.causal,
+            scale=self.scale,
+            window=self.window,
+            cu_seqlens=cu_seqlens,
+            softcap=self.softcap,
+        )
+        remainder = None
+        if isinstance(out, tuple):
+            out, remainder = out
+            remainder = remainder.view(batch, length, slots, heads)
+        h = out.reshape(-1, slots, heads * size)
+        y = moe_linear_reduce(h, self.w_output, slot_weights, slot_ids).view(x.shape)
+        if self.bias is not None:
+            y = y + self.bias.to(y.dtype)
+        if not return_routing:
+            return y
+        aux = {}
+        if logits is not None:
+            routing = RouterOutput(logits, weights, ids)
+            aux = {
+                name: AUX_LOSSES[name](self.router, routing, token_mask) for name in self.aux_losses
+            }
+        return AttentionExpertsOutput(y, logits, weights, ids, aux, remainder)
+
+    def _route(
+        self,
+        flat: Tensor,
+        topk_ids: Tensor | None,
+        topk_weights: Tensor | None,
+        expert_mask: Tensor | None,
+    ) -> tuple[Tensor | None, Tensor, Tensor]:
+        if topk_ids is not None and topk_weights is not None:
+            if topk_weights.shape != topk_ids.shape:
+                raise ValueError(
+                    f"AttentionExperts: topk_weights must have the shape {list(topk_ids.shape)} of "
+                    f"topk_ids, got {list(topk_weights.shape)}."
+                )
+            ids = drop_masked(topk_ids, expert_mask)
+            return None, topk_weights.masked_fill(ids < 0, 0.0), ids
+        if not self.soft_routing:
+            return self.router(flat, topk_ids=topk_ids, expert_mask=expert_mask)
+        logits = self.router.logits(flat)
+        scores = logits if logits.dtype == torch.float64 else logits.float()
+        if expert_mask is not None:
+            scores = scores.masked_fill(~expert_mask, torch.finfo(scores.dtype).min)
+        weights = scores.softmax(-1)
+        if topk_ids is None:
+            ids = torch.arange(logits.shape[1], dtype=torch.int32, device=logits.device)
+            topk_ids = ids.expand(logits.shape)
+        ids = drop_masked(topk_ids, expert_mask)
+        valid = (ids >= 0) & (ids < logits.shape[1])
+        weights = weights.gather(1, torch.where(valid, ids, 0).long()).masked_fill(~valid, 0.0)
+        return logits, weights, ids
+
+    def extra_repr(self) -> str:
+        words = [
+            f"num_kv_heads={self.num_kv_heads}, head_size={self.head_size}, kind={self.kind!r}"
+        ]
+        words += [name for name in ("soft_routing", "expert_kv") if getattr(self, name)]
+        words += [
+            f"{name}={getattr(self, name)}"
+            for name in ("rope_theta", "window", "softcap", "scale")
+            if getattr(self, name) is not None
+        ]
+        return ", ".join(words)
+
+
+def _by_expert(weights: Tensor, ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """The same routing with E slots a token: slot e holds e or -1, a repeated expert its sum."""
+    valid = (ids >= 0) & (ids < num_experts)
+    index = torch.where(valid, ids, 0).long()
+    zeros = weights.new_zeros(len(ids), num_experts)
+    summed = zeros.scatter_add(1, index, weights.masked_fill(~valid, 0.0))
+    chosen = torch.zeros_like(zeros, dtype=torch.int32).scatter_add(1, index, valid.int()) > 0
+    experts = torch.arange(num_experts, dtype=torch.int32, device=ids.device)
+    return summed, torch.where(chosen, experts, -1)
+
+
+def _positions(
+    length: int, cache: KVCache | None, cu_seqlens: Tensor | None, device: torch.device
+) -> Tensor:
+    positions = torch.arange(length, device=device)
+    if cache is not None:
+        return positions + cache.length
+    if cu_seqlens is not None:
+        starts = cu_seqlens.to(positions)
+        return positions - starts[torch.bucketize(positions, starts[1:], right=True)]
+    return positions
+
+
+def _rotate(t: Tensor, positions: Tensor, theta: float) -> Tensor:
+    """Rotary embedding of t [B, S, ..., d] at positions [S] or [B, S]; angles in fp32."""
+    half = t.shape[-1] // 2
+    steps = torch.arange(half, dtype=torch.float32, device=t.device) / half
+    angles = positions[..., None].float() * theta**-steps
+    shape = angles.shape[:-1] + (1,) * (t.dim() - 3) + (half,)
+    cos, sin = (f.view(shape).to(t.dtype) for f in (angles.cos(), angles.sin()))
+    a, b = t[..., :half], t[..., half:]
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+def _flatten(name: str, t: Tensor | None, num_tokens: int) -> Tensor | None:
+    if t is None:
+        return None
+    if t.dim() < 2 or t.shape[:-1].numel() != num_tokens:
+        raise ValueError(
+            f"AttentionExperts: {name} must be [..., K] with the {num_tokens} tokens of x, got "
+            f"shape {list(t.shape)}."
+        )
+    return t.reshape(num_tokens, t.shape[-1])

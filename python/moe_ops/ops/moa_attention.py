@@ -1,0 +1,230 @@
+"""moa_attention: attention of mixture-of-attention experts, without repeated keys and values."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_ops.ops._register import (
+    accumulate_dtype,
+    call,
+    check,
+    check_dim,
+    check_float,
+    check_index,
+    check_same_device,
+    check_same_dtype,
+    check_size,
+    needs_input_grad,
+    register_autocast,
+    register_cpu_only,
+    register_fake,
+    register_no_double_backward,
+)
+
+KINDS = ("softmax", "stick_breaking")
+MAX_HEAD_SIZE = 256
+
+
+def moa_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    kind: str,
+    causal: bool = True,
+    scale: float | None = None,
+    window: int | None = None,
+    cu_seqlens: Tensor | None = None,
+    softcap: float | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of K query slots a token against one set of keys and values.
+
+    Head h of every slot attends to key-value head h, so the K experts of a token share its keys and
+    values and none is copied. The S queries are the last S of the S_kv positions: S < S_kv is
+    decoding against a cache. Memory beyond the result grows with S, not with its square.
+
+    With logits ``l[i, j] = scale * <q[i], k[j]>`` of the keys j that query i sees:
+
+    - ``"softmax"``: weights ``exp(l[i, j]) / sum_m exp(l[i, m])``.
+    - ``"stick_breaking"``: with ``z = sigmoid(l)``, weights ``z[i, j] * prod_m (1 - z[i, m])`` over
+      the keys m after j: the last key takes its share of a stick of length one, the one before it
+      its share of what is left, and so on. No position encoding is needed.
+
+    Args:
+        q: [B, S, K, n, d]; float64, float32, bfloat16 or float16, any strides; d from 1 to 256.
+        k: [B, S_kv, n, d] in q's dtype, any strides.
+        v: [B, S_kv, n, d] in q's dtype, any strides.
+        kind: "softmax" or "stick_breaking".
+        causal: a query sees its own position and those before it. Needs S_kv >= S.
+        scale: factor of the products; None is d ** -0.5.
+        window: a query sees keys less than `window` positions away (itself and the window - 1
+            before it when causal); at least 1. None: no limit. Needs S_kv >= S.
+        cu_seqlens: [num_sequences + 1] int32 or int64, from 0 to S and never falling: q, k and v
+            hold sequences one after the other, which do not see each other; B must be 1 and S_kv
+            equal S.
+        softcap: positive; logits become ``softcap * tanh(l / softcap)``. None: they do not.
+
+    Returns:
+        [B, S, K, n, d] in q's dtype. With "stick_breaking" also what remains of each stick,
+        [B, S, K, n] in fp32 (fp64 for fp64): one minus the sum of the weights. Both are
+        differentiable. Sums run in fp32 (fp64 for fp64) in a fixed order, the same bits for any
+        number of threads. A query that sees no key gets zeros (and keeps its whole stick). In
+        fp32, a stick shorter than about 2^-126 is empty: the keys before are not read.
+
+    Raises:
+        ValueError: wrong dtype, rank, size or argument, or cu_seqlens that are no sequences.
+        NotImplementedError: on a second derivative, or on CUDA tensors.
+
+    Source:
+        Zhang et al. 2022, Mixture of Attention Heads, arXiv 2210.05144 (softmax; JetMoE, arXiv
+        2404.07413); Shen et al. 2023, ModuleFormer, arXiv 2306.04640 (stick-breaking).
+    """
+    op = "moa_attention"
+    # The op has numbers for what may be None here, so a number that means None is refused here.
+    check(window is None or window >= 1, f"{op}: window must be at least 1, got {window}.")
+    check(
+        softcap is None or softcap > 0,
+        f"{op}: softcap must be positive and finite, got {softcap}.",
+    )
+    if q.device.type == "cuda":
+        raise NotImplementedError(
+            f"{op}: q must be on the CPU, the only device with a kernel so far, got {q.device}."
+        )
+    if scale is None:
+        check_dim(op, "q", q, 5, "[B, S, K, n, d]")
+        scale = max(1, q.shape[-1]) ** -0.5
+    out, remainder = call(
+        torch.ops.moe_ops.moa_attention,
+        q,
+        k,
+        v,
+        kind,
+        causal,
+        float(scale),
+        0 if window is None else int(window),
+        0.0 if softcap is None else float(softcap),
+        cu_seqlens,
+    )
+    return out if kind == "softmax" else (out, remainder)
+
+
+def _check(
+    op: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kind: str,
+    causal: bool,
+    scale: float,
+    window: int,
+    softcap: float,
+    cu_seqlens: Tensor | None,
+) -> None:
+    check_float(op, "q", q)
+    check_dim(op, "q", q, 5, "[B, S, K, n, d]")
+    for name, t in (("k", k), ("v", v)):
+        check_same_dtype(op, name, t, "q", q)
+        check_dim(op, name, t, 4, "[B, S_kv, n, d]")
+        check_size(op, name, t, 0, q.shape[0], "B")
+        check_size(op, name, t, 2, q.shape[3], "n")
+        check_size(op, name, t, 3, q.shape[4], "d")
+    check_size(op, "v", v, 1, k.shape[1], "S_kv")
+    check(kind in KINDS, f'{op}: kind must be "softmax" or "stick_breaking", got "{kind}".')
+    check(
+        1 <= q.shape[4] <= MAX_HEAD_SIZE,
+        f"{op}: q must have d from 1 to {MAX_HEAD_SIZE} in dimension 4, got shape {list(q.shape)}.",
+    )
+    check(math.isfinite(scale), f"{op}: scale must be finite, got {scale}.")
+    check(
+        math.isfinite(softcap) and softcap >= 0,
+        f"{op}: softcap must be positive and finite, got {softcap}.",
+    )
+    check(window >= 0, f"{op}: window must be at least 1, got {window}.")
+    check_same_device(op, q=q, k=k, v=v, cu_seqlens=cu_seqlens)
+    if cu_seqlens is not None:
+        check_index(op, "cu_seqlens", cu_seqlens)
+        check_dim(op, "cu_seqlens", cu_seqlens, 1, "[num_sequences + 1]")
+        check(
+            q.shape[0] == 1,
+            f"{op}: q must be [1, S, K, n, d] with cu_seqlens, got shape {list(q.shape)}.",
+        )
+        check(
+            k.shape[1] == q.shape[1],
+            f"{op}: k must have S = {q.shape[1]} in dimension 1 with cu_seqlens, got shape "
+            f"{list(k.shape)}.",
+        )
+    elif causal or window > 0:
+        check(
+            k.shape[1] >= q.shape[1],
+            f"{op}: k must have at least the S = {q.shape[1]} keys of the queries when causal or "
+            f"with a window, got shape {list(k.shape)}.",
+        )
+
+
+@register_fake("moa_attention")
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kind: str,
+    causal: bool,
+    scale: float,
+    window: int,
+    softcap: float,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    _check("moa_attention", q, k, v, kind, causal, scale, window, softcap, cu_seqlens)
+    return q.new_empty(q.shape), q.new_empty(q.shape[:4], dtype=accumulate_dtype(q.dtype))
+
+
+@register_fake("moa_attention_bwd")
+def _(
+    grad_out: Tensor,
+    grad_state: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    state: Tensor,
+    kind: str,
+    causal: bool,
+    scale: float,
+    window: int,
+    softcap: float,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    op = "moa_attention_bwd"
+    _check(op, q, k, v, kind, causal, scale, window, softcap, cu_seqlens)
+    check_same_dtype(op, "grad_out", grad_out, "q", q)
+    check_same_device(op, q=q, grad_out=grad_out)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, *arguments, cu_seqlens = inputs
+    ctx.save_for_backward(q, k, v, *output, cu_seqlens)
+    ctx.arguments = arguments
+
+
+def _backward(ctx: Any, grad_out: Tensor, grad_state: Tensor) -> tuple[Any, ...]:
+    q, k, v, out, state, cu_seqlens = ctx.saved_tensors
+    grads = torch.ops.moe_ops.moa_attention_bwd(
+        grad_out, grad_state, q, k, v, out, state, *ctx.arguments, cu_seqlens
+    )
+    needs = needs_input_grad(ctx, 3)
+    return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *[None] * 6)
+
+
+torch.library.register_autograd("moe_ops::moa_attention", _backward, setup_context=_setup)
+register_no_double_backward("moa_attention_bwd", "moa_attention")
+register_autocast("moa_attention", ["q", "k", "v"])
+register_cpu_only(
+    "moa_attention", "repeat k and v for the slots and call scaled_dot_product_attention"
+)
+register_cpu_only(
+    "moa_attention_bwd", "it is the gradient of moa_attention, which has no CUDA kernel"
+)

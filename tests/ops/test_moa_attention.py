@@ -1,0 +1,545 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import moe_ops
+from moe_ops import reference
+from moe_ops.reference._common import acc_dtype
+from moe_ops.reference.moa_attention import visible
+from moe_ops.testing import (
+    DTYPES,
+    VIEWS,
+    as_strided_copy,
+    assert_identical,
+    eps,
+    poisoned,
+    short,
+)
+
+KINDS = ("softmax", "stick_breaking")
+NAMES = ("q", "k", "v")
+TINY = 2.0**-125
+
+
+def operands(
+    dtype, batch=2, tokens=13, slots=2, heads=3, head_size=16, keys=None, spread=1.0, **options
+):
+    """A call whose logits are about `spread` apart."""
+    keys = tokens if keys is None else keys
+    call = {
+        "q": (spread * torch.randn(batch, tokens, slots, heads, head_size)).to(dtype),
+        "k": torch.randn(batch, keys, heads, head_size).to(dtype),
+        "v": torch.randn(batch, keys, heads, head_size).to(dtype),
+    }
+    return {**call, **options}
+
+
+def both(result):
+    """(out, remainder or None)"""
+    return result if isinstance(result, tuple) else (result, None)
+
+
+def run(fn, call, grad, grad_rest):
+    leaves = {name: call[name].detach().requires_grad_() for name in NAMES}
+    out, rest = both(fn(**{**call, **leaves}))
+    outputs, grads = [out], [grad.to(out.dtype)]
+    if rest is not None:
+        outputs.append(rest)
+        grads.append(grad_rest.to(rest.dtype))
+    found = torch.autograd.grad(outputs, list(leaves.values()), grads)
+    return (
+        out.detach(),
+        None if rest is None else rest.detach(),
+        dict(zip(NAMES, found, strict=True)),
+    )
+
+
+def bounds(call, grad, grad_rest):
+    """Rounding that an implementation with fp32 sums (fp64 for fp64) may show, element by element.
+
+    A logit of d products has an error of about eps * sqrt(d) times its terms. It moves the weight
+    by that factor; a stick-breaking weight moves with the logits of all keys after it too. Errors
+    of weights and of their gradients then go through the sums of the formulas.
+    """
+    dtype = call["q"].dtype
+    q, k, v, do = (t.double() for t in (call["q"], call["k"], call["v"], grad))
+    size, step = q.shape[-1], eps(acc_dtype(dtype))
+    scale, cap = call.get("scale") or size**-0.5, call.get("softcap")
+    seen = visible(
+        q.shape[1], k.shape[1], call.get("causal", True), call.get("window"),
+        call.get("cu_seqlens"), q.device,
+    )  # fmt: skip
+    dot, back = "bikhd,bjhd->bkhij", "bkhij,bjhd->bikhd"
+    forth = "bkhij,bikhd->bjhd"
+    terms = 8 + 4 * size**0.5
+    longest = 8 + 4 * max(1, k.shape[1], q.shape[1] * q.shape[2]) ** 0.5
+    x = torch.einsum(dot, q, k) * scale
+    logit_error = step * terms * torch.einsum(dot, q.abs(), k.abs()) * abs(scale)
+    slope = 1.0
+    logits = x
+    if cap is not None:
+        logits = cap * torch.tanh(x / cap)
+        slope = 1 - torch.tanh(x / cap) ** 2
+        logit_error = logit_error + 8 * step * logits.abs()
+    logit_error = (logit_error + 2 * step * logits.abs()).masked_fill(~seen, 0)
+    g, g_terms = torch.einsum(dot, do, v), torch.einsum(dot, do.abs(), v.abs())
+    if call["kind"] == "softmax":
+        w = logits.masked_fill(~seen, torch.finfo(torch.float64).min).softmax(-1)
+        w = w.masked_fill(~seen, 0)
+        largest = logit_error.amax(-1, keepdim=True) if logit_error.shape[-1] else 0
+        relative = logit_error + largest + 16 * step
+        rest_bound = None
+        total = (w * g_terms).sum(-1, keepdim=True)
+        out_rounding = eps(dtype) + step * longest
+        dl = w * (g - (w * g).sum(-1, keepdim=True)) * slope
+        dl_error = w * (relative + longest * step) * (g_terms + total) + w * out_rounding * total
+    else:
+        z = logits.sigmoid().masked_fill(~seen, 0)
+        log_rest = F.logsigmoid(-logits).masked_fill(~seen, 0)
+        left = log_rest.flip(-1).cumsum(-1).flip(-1) - log_rest
+        moved = z * logit_error + longest * step * log_rest.abs() + 8 * step
+        moved = moved.masked_fill(~seen, 0)
+        after = moved.flip(-1).cumsum(-1).flip(-1)
+        w = z * left.exp()
+        relative = logit_error + after + 16 * step
+        rest = log_rest.sum(-1).exp()
+        rest_bound = rest * (after[..., 0] if after.shape[-1] else 0) + 16 * step * rest
+        gr = grad_rest.double().permute(0, 2, 3, 1)
+        t, t_error = w * g, w * (relative + longest * step) * g_terms
+        remains = (rest * gr)[..., None]
+        remains_error = (rest_bound * gr.abs())[..., None] + step * remains.abs()
+        before = t.cumsum(-1) - t + remains
+        before_size = t.abs().cumsum(-1) + remains.abs()
+        dl = (t * (1 - z) - z * before) * slope
+        dl_error = t_error + t.abs() * (logit_error + 8 * step)
+        dl_error = dl_error + z * (t_error.cumsum(-1) + remains_error)
+        dl_error = dl_error + z * before_size * (logit_error + (8 + longest) * step)
+        rest_bound = rest_bound.permute(0, 3, 1, 2)
+    if cap is not None:
+        dl_error = dl_error + dl.abs() * 16 * step
+    # A product is more than its rounding where the slope of tanh cancels.
+    dl_error = dl_error + (0 if cap is None else step * 16 * (w * (g_terms + g_terms.amax())))
+    w_error, long = w * (relative + longest * step), longest * step
+    # The smallest weights are zero, or as large as the smallest that is not.
+    w_error, dl_error = w_error + TINY, dl_error + TINY * (g_terms + g_terms.sum(-1, keepdim=True))
+
+    def rounded(bound, value):
+        return bound + 0.51 * eps(dtype) * value.abs() + torch.finfo(torch.float32).tiny
+
+    tiny_half = 2.0**-24 if dtype == torch.float16 else 0.0
+    values = {
+        "out": torch.einsum(back, w, v),
+        "q": torch.einsum(back, dl, k) * scale,
+        "k": torch.einsum(forth, dl, q) * scale,
+        "v": torch.einsum(forth, w, do),
+    }
+    found = {
+        "out": torch.einsum(back, w_error, v.abs()),
+        "q": torch.einsum(back, dl_error + long * dl.abs(), k.abs()) * abs(scale),
+        "k": torch.einsum(forth, dl_error + long * dl.abs(), q.abs()) * abs(scale),
+        "v": torch.einsum(forth, w_error + long * w, do.abs()),
+    }
+    return {n: rounded(found[n], values[n]) + tiny_half for n in found} | {"rest": rest_bound}
+
+
+def assert_within(actual, expected, bound, what):
+    assert actual.shape == expected.shape, what
+    if actual.numel() == 0:
+        return
+    error = (actual.double() - expected.double()).abs()
+    assert not error.isnan().any(), f"{what}: NaN"
+    worst = int((error / bound).argmax())
+    ratio = (error / bound).flatten()[worst].item()
+    assert ratio <= 1, f"{what}: {ratio:.2f} times the bound, {error.flatten()[worst].item():.3e}"
+
+
+def check(call, grad_view="contiguous"):
+    dtype, shape = call["q"].dtype, call["q"].shape
+    grad = as_strided_copy(torch.randn(shape).to(dtype), grad_view)
+    grad_rest = torch.randn(shape[:4])
+    wide = {n: t.double() if n in NAMES else t for n, t in call.items()}
+    expected, rest, grads = run(reference.moa_attention, wide, grad, grad_rest)
+    bound = bounds(call, grad, grad_rest)
+    with poisoned(call["q"], call["k"]):
+        out, rest_ours, grads_ours = run(moe_ops.moa_attention, call, grad, grad_rest)
+    assert out.dtype == dtype
+    assert_within(out, expected, bound["out"], "out")
+    assert (rest is None) == (rest_ours is None)
+    if rest is not None:
+        assert rest_ours.dtype == acc_dtype(dtype)
+        assert_within(rest_ours, rest, bound["rest"] + TINY, "remainder")
+    for name in NAMES:
+        assert grads_ours[name].dtype == dtype
+        assert_within(grads_ours[name], grads[name], bound[name], f"gradient of {name}")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+@pytest.mark.parametrize(
+    ("tokens", "slots", "head_size"),
+    [(1, 1, 16), (2, 3, 1), (7, 5, 24), (17, 1, 3), (49, 2, 64), (130, 2, 40), (33, 4, 127)],
+)
+def test_sizes(tokens, slots, head_size, dtype, kind):
+    check(operands(dtype, tokens=tokens, slots=slots, head_size=head_size, kind=kind))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("head_size", [128, 193, 200, 256])
+def test_wide_heads(head_size, kind):
+    check(operands(torch.float32, tokens=70, heads=1, head_size=head_size, kind=kind))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+def test_many_blocks(dtype, kind):
+    check(operands(dtype, batch=1, tokens=301, slots=2, heads=1, head_size=32, kind=kind))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_many_slots(kind):
+    check(operands(torch.float32, batch=1, tokens=5, slots=100, heads=2, kind=kind))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=short)
+@pytest.mark.parametrize(("tokens", "keys"), [(1, 1), (1, 65), (1, 300), (3, 129), (50, 128)])
+def test_cache(tokens, keys, dtype, kind):
+    check(operands(dtype, tokens=tokens, keys=keys, kind=kind))
+
+
+OPTIONS = {
+    "full": {"causal": False},
+    "window": {"window": 5},
+    "wide_window": {"window": 100},
+    "full_window": {"causal": False, "window": 9},
+    "softcap": {"softcap": 2.0},
+    "loose_softcap": {"softcap": 300.0},
+    "scale": {"scale": 0.7},
+    "negative_scale": {"scale": -0.3},
+    "all": {"window": 40, "softcap": 1.5, "scale": 0.2},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+@pytest.mark.parametrize("options", OPTIONS)
+def test_options(options, dtype, kind):
+    check(operands(dtype, tokens=90, heads=2, kind=kind, **OPTIONS[options]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("options", ["full", "window", "full_window", "all"])
+def test_options_with_a_cache(options, kind):
+    check(operands(torch.float32, tokens=70, keys=200, heads=1, kind=kind, **OPTIONS[options]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fewer_keys_than_queries(kind):
+    check(operands(torch.float32, tokens=40, keys=7, kind=kind, causal=False))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("index", [torch.int32, torch.int64], ids=short)
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+@pytest.mark.parametrize(
+    "lengths", [(90,), (1, 1, 1), (0, 5, 0, 64, 30, 0), (100, 3, 97), (2,) * 40], ids=str
+)
+def test_sequences(lengths, causal, index, kind):
+    cu = torch.tensor([0, *lengths]).cumsum(0).to(index)
+    call = operands(torch.float32, batch=1, tokens=sum(lengths), kind=kind, causal=causal)
+    check({**call, "cu_seqlens": cu})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sequences_equal_calls_of_their_own(kind):
+    lengths = (70, 1, 33)
+    call = operands(torch.float64, batch=1, tokens=sum(lengths), kind=kind)
+    cu = torch.tensor([0, *lengths]).cumsum(0)
+    out, _ = both(moe_ops.moa_attention(**call, cu_seqlens=cu))
+    parts = zip(*(call[name].split(lengths, 1) for name in NAMES), strict=True)
+    own = [both(moe_ops.moa_attention(q, k, v, kind=kind))[0] for q, k, v in parts]
+    torch.testing.assert_close(out, torch.cat(own, 1), rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("spread", [0.01, 8.0, 60.0])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=short)
+def test_spread_of_logits(dtype, spread, kind):
+    """From sticks that hardly break to sticks that are gone after a key."""
+    check(operands(dtype, tokens=140, heads=1, spread=spread, kind=kind))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=short)
+def test_sticks_that_last(dtype):
+    """Logits far below zero: hundreds of tiny shares, whose sum is not lost against one."""
+    call = operands(dtype, tokens=200, heads=1, kind="stick_breaking")
+    call["q"] = call["q"].abs()
+    call["k"] = -4 * call["k"].abs()
+    check(call)
+
+
+def loop(q, k, v):
+    """The definition of stick-breaking, key by key, for one head: q [S, d], k and v [S, d]."""
+    out, remainder = torch.zeros_like(q), []
+    for i in range(len(q)):
+        left = 1.0
+        for j in range(i, -1, -1):
+            z = torch.sigmoid(q[i] @ k[j] / q.shape[1] ** 0.5)
+            out[i] += left * z * v[j]
+            left = left * (1 - z)
+        remainder.append(left)
+    return out, torch.stack(remainder)
+
+
+def test_stick_breaking_equals_the_loop_of_its_definition():
+    call = operands(torch.float64, batch=1, tokens=70, slots=2, heads=2, kind="stick_breaking")
+    for fn in (moe_ops.moa_attention, reference.moa_attention):
+        out, rest = fn(**call)
+        for slot in range(2):
+            for head in range(2):
+                want, want_rest = loop(
+                    call["q"][0, :, slot, head], call["k"][0, :, head], call["v"][0, :, head]
+                )
+                torch.testing.assert_close(out[0, :, slot, head], want, rtol=1e-12, atol=1e-14)
+                torch.testing.assert_close(
+                    rest[0, :, slot, head], want_rest, rtol=1e-11, atol=1e-200
+                )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=short)
+def test_weights_and_remainder_sum_to_one(dtype):
+    call = operands(dtype, tokens=100, kind="stick_breaking")
+    call["v"] = torch.ones_like(call["v"])
+    out, rest = moe_ops.moa_attention(**call)
+    torch.testing.assert_close(
+        out, (1 - rest)[..., None].expand_as(out), rtol=64 * eps(dtype), atol=64 * eps(dtype)
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=short)
+def test_one_slot_is_plain_attention(dtype):
+    call = operands(dtype, slots=1, tokens=90, kind="softmax")
+    q, k, v = call["q"][:, :, 0], call["k"], call["v"]
+    plain = F.scaled_dot_product_attention(
+        *(t.transpose(1, 2) for t in (q, k, v)), is_causal=True
+    ).transpose(1, 2)
+    out = moe_ops.moa_attention(**call)[:, :, 0]
+    torch.testing.assert_close(out, plain, rtol=100 * eps(dtype), atol=10 * eps(dtype))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("options", [{}, {"window": 7}, {"softcap": 3.0}], ids=str)
+def test_decoding_equals_the_whole(options, kind):
+    call = operands(torch.float64, tokens=80, kind=kind, **options)
+    whole, _ = both(moe_ops.moa_attention(**call))
+    for start, end in ((0, 1), (1, 30), (30, 79), (79, 80)):
+        step = {**call, "q": call["q"][:, start:end]}
+        step["k"], step["v"] = call["k"][:, :end], call["v"][:, :end]
+        part, _ = both(moe_ops.moa_attention(**step))
+        torch.testing.assert_close(part, whole[:, start:end], rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_query_without_keys_gets_zeros(kind):
+    call = operands(torch.float32, tokens=4, keys=0, kind=kind, causal=False)
+    out, rest = both(moe_ops.moa_attention(**call))
+    assert bool((out == 0).all())
+    assert rest is None or bool((rest == 1).all())
+    check(call)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "sizes", [{"batch": 0}, {"tokens": 0}, {"slots": 0}, {"heads": 0}], ids=str
+)
+def test_empty(sizes, kind):
+    call = operands(torch.float32, **{"tokens": 5, **sizes}, keys=5, kind=kind)
+    leaves = [call[name].requires_grad_() for name in NAMES]
+    out, _ = both(moe_ops.moa_attention(**call))
+    assert out.shape == call["q"].shape
+    for grad, leaf in zip(torch.autograd.grad(out.sum(), leaves), leaves, strict=True):
+        assert grad.shape == leaf.shape and bool((grad == 0).all())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("view", [*VIEWS, "step2_last"])
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=short)
+def test_views(dtype, name, view, kind):
+    call = operands(dtype, tokens=21, kind=kind)
+    call[name] = as_strided_copy(call[name], view)
+    check(call, grad_view=view)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_heads_kept_before_tokens(kind):
+    """Operands as torch's attention has them, [B, n, S, d] in memory."""
+    call = operands(torch.float32, tokens=40, kind=kind)
+    for name in ("k", "v"):
+        call[name] = call[name].transpose(1, 2).contiguous().transpose(1, 2)
+    check(call)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nan_stays_in_its_row(kind):
+    call = operands(torch.float32, batch=1, tokens=80, heads=1, kind=kind)
+    clean, _ = both(moe_ops.moa_attention(**call))
+    call["q"][0, 40, 1] = torch.nan
+    out, _ = both(moe_ops.moa_attention(**call))
+    assert bool(out[0, 40, 1].isnan().all())
+    keep = torch.ones(80, 2, dtype=torch.bool)
+    keep[40, 1] = False
+    assert_identical(out[0][keep], clean[0][keep])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "options", [{}, {"window": 3, "softcap": 1.3}, {"causal": False, "scale": 0.9}], ids=str
+)
+def test_gradcheck(options, kind):
+    call = operands(torch.float64, batch=1, tokens=6, heads=2, head_size=3, kind=kind, **options)
+    inputs = tuple(call[name].requires_grad_() for name in NAMES)
+
+    def fn(q, k, v):
+        return moe_ops.moa_attention(**{**call, "q": q, "k": k, "v": v})
+
+    assert torch.autograd.gradcheck(fn, inputs)
+
+
+def test_the_log_sum_exp_has_a_gradient_too():
+    q, k, v = (operands(torch.float64, tokens=5, head_size=3, kind="")[n] for n in NAMES)
+    inputs = tuple(t.requires_grad_() for t in (q, k, v))
+
+    def fn(q, k, v):
+        return torch.ops.moe_ops.moa_attention(q, k, v, "softmax", True, 0.5, 0, 0.0, None)
+
+    assert torch.autograd.gradcheck(fn, inputs)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_double_backward_says_so(kind):
+    call = operands(torch.float64, kind=kind)
+    q = call["q"].requires_grad_()
+    out, _ = both(moe_ops.moa_attention(**call))
+    (grad,) = torch.autograd.grad(out.pow(2).sum(), q, create_graph=True)
+    with pytest.raises(NotImplementedError, match=r"moa_attention: the second derivative"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("requires_grad", [False, True], ids=["plain", "grad"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=short)
+def test_opcheck(dtype, requires_grad, kind):
+    call = operands(dtype, batch=1, kind=kind)
+    q, k, v = (call[name].requires_grad_(requires_grad) for name in NAMES)
+    cu = torch.tensor([0, 5, 13], dtype=torch.int32)
+    for arguments in ((True, 0.3, 0, 0.0, None), (False, 0.3, 4, 2.0, cu)):
+        torch.library.opcheck(torch.ops.moe_ops.moa_attention.default, (q, k, v, kind, *arguments))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_compile(kind):
+    call = operands(torch.float32, kind=kind)
+    leaves = [call[name].requires_grad_() for name in NAMES]
+    compiled = torch.compile(moe_ops.moa_attention, fullgraph=True, backend="aot_eager")
+    got, want = both(compiled(**call))[0], both(moe_ops.moa_attention(**call))[0]
+    assert_identical(got, want)
+    grad = torch.randn(want.shape)
+    for a, b in zip(
+        torch.autograd.grad(got, leaves, grad),
+        torch.autograd.grad(want, leaves, grad),
+        strict=True,
+    ):
+        assert_identical(a, b, "gradient")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_autocast_casts_like_a_linear(kind):
+    call = operands(torch.float32, kind=kind)
+    half = {n: t.bfloat16() if n in NAMES else t for n, t in call.items()}
+    with torch.autocast("cpu", torch.bfloat16):
+        out, rest = both(moe_ops.moa_attention(**call))
+    want, want_rest = both(moe_ops.moa_attention(**half))
+    assert_identical(out, want)
+    assert rest is None or torch.equal(rest, want_rest)
+
+
+@pytest.mark.cpu_only
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+def test_same_bits_for_any_thread_count(dtype, kind, set_threads):
+    call = operands(dtype, batch=1, tokens=400, heads=3, head_size=24, kind=kind)
+    leaves = [call[name].requires_grad_() for name in NAMES]
+    grad = torch.randn(call["q"].shape).to(dtype)
+    runs = []
+    for threads in (1, 2, 3):
+        set_threads(threads)
+        out, _ = both(moe_ops.moa_attention(**call))
+        runs.append((out, *torch.autograd.grad(out, leaves, grad)))
+    for other in runs[1:]:
+        for a, b in zip(other, runs[0], strict=True):
+            assert_identical(a, b)
+
+
+GOOD = {"batch": 1, "tokens": 6, "slots": 2, "heads": 3, "head_size": 4}
+
+
+@pytest.mark.parametrize(
+    ("change", "name", "got"),
+    [
+        ({"q": torch.zeros(1, 6, 3, 4)}, "q", "[1, 6, 3, 4]"),
+        ({"q": torch.zeros(1, 6, 2, 3, 4, dtype=torch.int32)}, "q", "int32"),
+        ({"q": torch.zeros(1, 6, 2, 3, 5)}, "k", "[1, 6, 3, 4]"),
+        ({"k": torch.zeros(1, 6, 4)}, "k", "[1, 6, 4]"),
+        ({"k": torch.zeros(2, 6, 3, 4)}, "k", "[2, 6, 3, 4]"),
+        ({"k": torch.zeros(1, 6, 2, 4)}, "k", "[1, 6, 2, 4]"),
+        ({"k": torch.zeros(1, 6, 3, 4, dtype=torch.float16)}, "k", "float16"),
+        ({"v": torch.zeros(1, 7, 3, 4)}, "v", "[1, 7, 3, 4]"),
+        ({"v": torch.zeros(1, 6, 3, 4, dtype=torch.bfloat16)}, "v", "bfloat16"),
+        ({"kind": "sigmoid"}, "kind", "sigmoid"),
+        ({"scale": math.inf}, "scale", "inf"),
+        ({"window": 0}, "window", "0"),
+        ({"window": -3}, "window", "-3"),
+        ({"softcap": 0.0}, "softcap", "0.0"),
+        ({"softcap": math.inf}, "softcap", "inf"),
+        ({"softcap": math.nan}, "softcap", "nan"),
+        ({n: torch.zeros(1, 5, 3, 4) for n in "kv"}, "k", "[1, 5, 3, 4]"),
+        ({"cu_seqlens": torch.tensor([0, 6.0])}, "cu_seqlens", "float32"),
+        ({"cu_seqlens": torch.tensor([[0, 6]])}, "cu_seqlens", "[1, 2]"),
+        ({"cu_seqlens": torch.tensor([1, 6])}, "cu_seqlens", "1"),
+        ({"cu_seqlens": torch.tensor([0, 5])}, "cu_seqlens", "5"),
+        ({"cu_seqlens": torch.tensor([0, 4, 3, 6])}, "cu_seqlens", "4 then 3"),
+    ],
+    ids=lambda v: v if isinstance(v, str) else "",
+)
+def test_bad_input(change, name, got, bad_input):
+    call = operands(torch.float32, **GOOD, kind="softmax")
+    with bad_input("moa_attention", name, got):
+        moe_ops.moa_attention(**{**call, **change})
+
+
+def test_wide_heads_are_refused(bad_input):
+    with bad_input("moa_attention", "q", "257"):
+        moe_ops.moa_attention(**operands(torch.float32, head_size=257, kind="softmax"))
+
+
+def test_sequences_need_one_batch(bad_input):
+    call = operands(torch.float32, batch=2, tokens=6, kind="softmax")
+    with bad_input("moa_attention", "q", "[2, 6"):
+        moe_ops.moa_attention(**call, cu_seqlens=torch.tensor([0, 6]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_memory_grows_with_the_length_and_not_with_its_square(kind):
+    """The largest tensor that autograd keeps, and the workspace, are rows of d numbers."""
+    call = operands(torch.float32, batch=1, tokens=700, heads=1, head_size=16, kind=kind)
+    leaves = [call[name].requires_grad_() for name in NAMES]
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        out, _ = both(moe_ops.moa_attention(**call))
+    assert max(t.numel() for t in saved) <= call["q"].numel()
+    torch.autograd.grad(out.sum(), leaves)
