@@ -172,16 +172,15 @@ __device__ inline void produce_gather(const Params& p, typename Traits<Config>::
   Scheduler<Config> scheduler(p.problem);
   Tile tile;
   for (int index = first; scheduler.get(index, cluster_rank, tile); index += step) {
-    const Element* from[kRows];
+    // Rows, not pointers to them: there are 40 registers.
+    int from[kRows];
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       const int r = tile.row0 + row + i * kRowStep;
       // A negative index divided by the divisor might round to zero.
       const int at = r < tile.row_end && tile.k_tiles > 0 ? __ldg(p.gather.index + r) : -1;
       const int source = at / p.gather.divisor;
-      from[i] = at >= 0 && source < p.gather.limit ? static_cast<const Element*>(p.gather.data) +
-                                                         source * p.gather.stride + piece * kPiece
-                                                   : nullptr;
+      from[i] = at >= 0 && source < p.gather.limit ? source : -1;
     }
 #pragma unroll 1
     for (int kt = 0; kt < tile.k_tiles; ++kt, ++write) {
@@ -196,13 +195,14 @@ __device__ inline void produce_gather(const Params& p, typename Traits<Config>::
       Element* to = smem.a + s * T::kM * T::kK + place;
 #pragma unroll
       for (int span = 0; span < T::kK / T::kSpan; ++span) {
-        const int k = kt * T::kK + span * T::kSpan;
-        const bool inside = k + piece * kPiece < p.problem.k;
+        const int k = kt * T::kK + span * T::kSpan + piece * kPiece;
+        const auto* data = static_cast<const Element*>(p.gather.data) + k;
 #pragma unroll
         for (int i = 0; i < kRows; ++i) {
-          const bool copy = inside && from[i] != nullptr;
+          const bool copy = k < p.problem.k && from[i] >= 0;
           cutlass::arch::cp_async_zfill<16, cutlass::arch::CacheOperation::Global>(
-              to + (span * T::kM + i * kRowStep) * T::kSpan, copy ? from[i] + k : p.gather.data,
+              to + (span * T::kM + i * kRowStep) * T::kSpan,
+              copy ? static_cast<const void*>(data + from[i] * p.gather.stride) : p.gather.data,
               copy);
         }
       }
