@@ -191,6 +191,25 @@ def test_isa_files_include_no_inline_functions(name):
     assert system <= ISA_HEADERS, f"{name} reaches {sorted(system - ISA_HEADERS)}"
 
 
+# --- CUDA kernels
+
+
+def cuda_ops() -> set[str]:
+    """Schemas that an adapter registers a CUDA kernel for."""
+    texts = [p.read_text() for p in (CSRC / "torch").rglob("*.cpp")]
+    return {name for t in texts for name in re.findall(r'm\.impl\("(\w+)", MOE_CUDA_BOX', t)}
+
+
+def test_page_claims_no_cuda_kernel_that_does_not_exist():
+    text = (ROOT / "docs" / "ops.md").read_text()
+    (claim,) = re.findall(r"On CUDA there are (.+?), forward and backward", text, re.DOTALL)
+    claimed = set(re.findall(r"`(\w+)`", claim))
+    assert claimed and claimed <= cuda_ops()
+    # And each has its backward there.
+    for name in claimed:
+        assert {s for s in schemas() if re.fullmatch(f"{name}_bwd", s)} <= cuda_ops(), name
+
+
 # --- every schema has its rules, every op its page
 
 
@@ -270,7 +289,9 @@ def test_no_generated_or_binary_files():
         assert "__pycache__" not in path.parts, path
         data = path.read_bytes()
         assert b"\0" not in data, f"{path} is not text"
-        assert len(data) <= 300_000, f"{path} has {len(data)} bytes"
+        # A measurement of a card has a line for each of some 1300 cases.
+        most = 1_000_000 if path.parent.name == "baselines" else 300_000
+        assert len(data) <= most, f"{path} has {len(data)} bytes"
 
 
 def test_text_files_are_tidy():

@@ -3,7 +3,8 @@
     compute-sanitizer --tool memcheck python -m bench.gpu.small
 
 The cases of the doctor cover every op; here the products are long enough for a pipeline to go
-round, with sizes that no tile divides, experts without rows, and slots without an expert.
+round, with sizes that no tile divides (and odd ones, which TMA cannot read), experts without rows,
+and slots without an expert.
 """
 
 from __future__ import annotations
@@ -57,6 +58,8 @@ def errors(device: str) -> dict[str, float]:
     found = {}
     if doctor.has_kernel("grouped_gemm", device):
         found["grouped_gemm"] = _both("grouped_gemm", (rows, w_gate_up), (offsets,))
+        odd = normal(T * K, H - 5), normal(E, 2 * I - 3, H - 5)
+        found["grouped_gemm, odd sizes"] = _both("grouped_gemm", odd, (offsets,))
     if doctor.has_kernel("moe_ffn", device):
         found["moe_ffn"] = _both("moe_ffn", (x, w_gate_up, w_down, weights), (ids,))
     return found

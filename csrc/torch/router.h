@@ -15,4 +15,10 @@ Tensor router_gradient(const Op& op, const Tensor& grad_weights, const Tensor& r
                        const Tensor& topk_ids, ScoreFunc score_func, bool topk_first,
                        bool renormalize, double routed_scaling_factor);
 
+#ifdef MOE_OPS_WITH_CUDA
+Tensor router_gradient_cuda(const Op& op, const Tensor& grad_weights, const Tensor& router_logits,
+                            const Tensor& topk_ids, ScoreFunc score_func, bool topk_first,
+                            bool renormalize, double routed_scaling_factor);
+#endif
+
 }  // namespace moe_ops::adapter

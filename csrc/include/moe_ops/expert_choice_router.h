@@ -26,4 +26,10 @@ namespace cpu {
 void expert_choice_router(const ExpertChoiceRouterParams& p, const Parallel& par);
 }  // namespace cpu
 
+// The same params, with every pointer on the device.
+namespace cuda {
+int64_t expert_choice_router_workspace(const ExpertChoiceRouterParams& p);  // bytes
+Status expert_choice_router(const ExpertChoiceRouterParams& p, void* workspace, Stream stream);
+}  // namespace cuda
+
 }  // namespace moe_ops

@@ -30,4 +30,24 @@ namespace cpu {
 void router_bwd(const RouterBwdParams& p, const Parallel& par);
 }  // namespace cpu
 
+namespace cuda {
+
+// As the CPU's, with ids as they come: a value outside [0, E) is no expert.
+struct RouterBwdParams {
+  const void* grad_weights;
+  const void* router_logits;
+  DType type;
+  int64_t logits_stride;
+  IndexMap topk_ids;  // [T,K]
+  int64_t num_tokens, num_experts, top_k;
+  ScoreFunc score_func;
+  bool topk_first, renormalize;
+  double routed_scaling_factor;
+  void* grad_logits;
+};
+
+Status router_bwd(const RouterBwdParams& p, Stream stream);
+
+}  // namespace cuda
+
 }  // namespace moe_ops

@@ -27,4 +27,10 @@ namespace cpu {
 void topp_router(const ToppRouterParams& p, const Parallel& par);
 }  // namespace cpu
 
+// The same params, with every pointer on the device.
+namespace cuda {
+int64_t topp_router_workspace(const ToppRouterParams& p);  // bytes; mostly 0
+Status topp_router(const ToppRouterParams& p, void* workspace, Stream stream);
+}  // namespace cuda
+
 }  // namespace moe_ops

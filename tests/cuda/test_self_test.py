@@ -1,0 +1,32 @@
+"""The doctor's self-test and the selection for compute-sanitizer, on the CUDA kernels."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from moe_ops import doctor
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_doctor_passes_on_cuda_kernels():
+    tests = doctor.self_test()
+    assert {test.op for test in tests} >= {"sort_slots", "permute", "grouped_gemm", "moe_ffn"}
+    assert not [test for test in tests if not test.passed]
+
+
+def test_selection_for_the_sanitizer_passes(simulator, monkeypatch):
+    """Long sums and sizes that no tile divides; no race, nothing read that nobody wrote."""
+    if not (ROOT / "bench" / "gpu").is_dir():
+        pytest.skip("No source tree here.")
+    monkeypatch.syspath_prepend(str(ROOT))
+    from bench.gpu import small
+
+    assert "bench.gpu" in sys.modules
+    simulator.warnings()
+    with simulator.options(race=1, check_uninit=1):
+        assert small.run("cpu") == []
+    assert simulator.warnings() == ""
