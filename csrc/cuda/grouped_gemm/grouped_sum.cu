@@ -6,14 +6,12 @@
 
 #include "cuda/check.h"
 #include "cuda/dispatch.h"
-#include "cuda/grouped_gemm/tile.cuh"
+#include "cuda/row_experts.cuh"
 #include "cuda/vec.cuh"
 
 namespace moe_ops::cuda {
 
 namespace {
-
-using generic::RowRange;
 
 constexpr int kColumns = 32, kSlices = 8;
 
@@ -28,12 +26,12 @@ __global__ void __launch_bounds__(kColumns* kSlices)
   const int col =
       static_cast<int>(blockIdx.x % static_cast<unsigned>(column_blocks)) * kColumns + lane;
   const bool there = col < p.features;
-  const RowRange range = generic::expert_rows(p.expert_offsets, e, static_cast<int>(p.num_rows));
+  const RowRange range = expert_rows(p.expert_offsets, e, static_cast<int>(p.num_rows));
   Acc sum = 0;
 #pragma unroll 4
   for (int r = range.begin + slice; r < range.end; r += kSlices) {
-    const auto* row = generic::row_pointer<S>(p.rows, r);
-    const Acc scale = generic::row_factor<Acc>(p.scale, r);
+    const auto* row = row_pointer<S>(p.rows, r);
+    const Acc scale = row_factor<Acc>(p.scale, r);
     if (row != nullptr && there) sum = fma(scale, widen(row[col]), sum);
   }
   partial[slice][lane] = sum;

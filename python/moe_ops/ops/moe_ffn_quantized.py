@@ -18,6 +18,7 @@ from moe_ops.ops._register import (
     dtype_name,
     library,
     register_autocast,
+    register_cpu_only,
     register_fake,
 )
 from moe_ops.ops.gated_act import GATED_ACTIVATIONS, check_activation
@@ -237,13 +238,6 @@ def _autograd(keyset: Any, *args: Any, **kwargs: Any) -> Tensor:
     return _op.redispatch(keyset & torch._C._after_autograd_keyset, *args, **kwargs)
 
 
-def _cuda(*args: Any, **kwargs: Any) -> Tensor:
-    raise NotImplementedError(
-        f"{_OP}: it runs on the CPU only so far, got CUDA tensors; dequantise the weights and call "
-        "moe_ffn."
-    )
-
-
 library.impl(_OP, _autograd, "Autograd", with_keyset=True)
-library.impl(_OP, _cuda, "CUDA")
+register_cpu_only(_OP, "dequantise the weights and call moe_ffn")
 register_autocast(_OP, ["x", "b_gate_up", "b_down"])
