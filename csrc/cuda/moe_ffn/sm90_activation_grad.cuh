@@ -80,7 +80,7 @@ __device__ __forceinline__ uint4 scaled(const uint4& v, float factor) {
 struct ActivationGrad {
   struct Params {
     const void* preact;   // [rows, P]
-    void* dpre;           // [rows, P] out: the gradient of the pre-activation
+    void* dpre;           // [rows, P] out: the gradient of the pre-activation, or nullptr
     void* dpre_weighted;  // the same times the routing weight, or nullptr
     void* h;              // [rows, I] out, or nullptr
     float* partial;       // [rows, column tiles] out: <h, u> of the tile's columns, or nullptr
@@ -190,7 +190,7 @@ struct ActivationGrad {
           grad.up.word[b] = pack<Element>(factor * a0.up, factor * a1.up);
         }
         RawGateUp out = joint ? pack_joint(grad) : pack_halves(grad);
-        write(static_cast<Element*>(p.dpre), out, at, up_at, gated);
+        if (p.dpre != nullptr) write(static_cast<Element*>(p.dpre), out, at, up_at, gated);
         if (p.dpre_weighted != nullptr) {
           // A quad's words are of one row, so they can be scaled as they are.
           out = {{scaled<Element>(out.v[0], weight), scaled<Element>(out.v[1], weight)}};

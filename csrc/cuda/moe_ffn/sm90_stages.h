@@ -1,24 +1,34 @@
-// Kernels of the stages, one function a file. Names: tile, element, for the up projection how gate
-// and up lie (split: halves; joint: interleaved, or no gate).
+// The kernels of the stages for sm_90a: bfloat16 and float16. One a file in instantiations/.
 #pragma once
 
+#include "cuda/grouped_gemm/sm90_operands.h"
+#include "cuda/moe_ffn/config.h"
 #include "cuda/moe_ffn/stages.h"
 
 namespace moe_ops::cuda::sm90 {
 
-#define MOE_FFN_UP(tile)                                         \
-  Status up_##tile##_bf16_split(const FfnUpParams& p, Stream s); \
-  Status up_##tile##_bf16_joint(const FfnUpParams& p, Stream s); \
-  Status up_##tile##_fp16_split(const FfnUpParams& p, Stream s); \
-  Status up_##tile##_fp16_joint(const FfnUpParams& p, Stream s);
-MOE_FFN_UP(pair)
-MOE_FFN_UP(wide)
-MOE_FFN_UP(low)
-#undef MOE_FFN_UP
+// How gate and up of a column lie in w_gate_up: in two halves, or side by side. Activations without
+// a gate are served by kJoint.
+enum class GateUp { kHalves, kJoint };
 
-Status down_bwd_high_bf16(const FfnDownBwdParams& p, Stream s);
-Status down_bwd_high_fp16(const FfnDownBwdParams& p, Stream s);
-Status down_bwd_low_bf16(const FfnDownBwdParams& p, Stream s);
-Status down_bwd_low_fp16(const FfnDownBwdParams& p, Stream s);
+// The weights as TMA reads them.
+inline TensorMapDesc ffn_matrices(const ExpertMatrices& w, int64_t num_experts, int64_t rows,
+                                  int64_t cols) {
+  const int64_t stride_e = num_experts > 1 ? w.stride_e : rows * w.stride_o;
+  return matrices(matrix(w.data, w.type, cols, rows, w.stride_o), num_experts, stride_e);
+}
+inline TensorMapDesc ffn_weights(const FfnUpParams& p) {
+  const int64_t width = p.intermediate_size * (is_gated(p.act.kind) ? 2 : 1);
+  return ffn_matrices(p.w, p.num_experts, width, p.hidden_size);
+}
+inline TensorMapDesc ffn_weights(const FfnDownBwdParams& p) {
+  return ffn_matrices(p.w, p.num_experts, p.hidden_size, p.intermediate_size);
+}
+
+template <DType type, GateUp layout, FfnTile tile>
+Status run_up(const FfnUpParams& p, Stream stream);
+
+template <DType type, FfnTile tile>
+Status run_down_bwd(const FfnDownBwdParams& p, Stream stream);
 
 }  // namespace moe_ops::cuda::sm90

@@ -1,5 +1,8 @@
-// Which kernels a stage runs on.
+// Which kernel a stage runs on.
+#include <cstdlib>
+
 #include "cuda/check.h"
+#include "cuda/grouped_gemm/sm90_operands.h"
 #include "cuda/moe_ffn/sm90_stages.h"
 #include "cuda/moe_ffn/stages.h"
 #include "cuda/runtime.h"
@@ -8,69 +11,99 @@ namespace moe_ops::cuda {
 
 namespace {
 
-bool is_half(DType t) { return t == DType::kBFloat16 || t == DType::kFloat16; }
-
-// 16-byte pieces of rows, as cp.async and TMA need them.
-bool aligned(const void* data, int64_t stride) {
-  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride % 8 == 0;
+// MOE_OPS_FFN_TILE=low|high|pair takes that tile where the stage has it, MOE_OPS_FFN_TILE=composed
+// none of these kernels. For tests and measurements.
+std::string_view forced_tile() {
+  const char* s = std::getenv("MOE_OPS_FFN_TILE");
+  return s != nullptr ? s : "";
 }
 
-// Matrices [E, outer, inner] that TMA reads as they lie, dense along the inner side.
-bool aligned(const ExpertMatrices& w, int64_t num_experts, int64_t stride_outer) {
-  return aligned(w.data, stride_outer) && (num_experts == 1 || w.stride_e % 8 == 0) &&
-         stride_outer >= 0 && w.stride_e >= 0;
+template <size_t n>
+FfnTile tile_of(const GemmDesc& d, const std::array<GemmConfig, n>& configs) {
+  for (size_t i = 0; i < n; ++i)
+    if (kFfnTileNames[i] == forced_tile()) return static_cast<FfnTile>(i);
+  return choose_ffn_tile(d, configs);
 }
 
-bool fits_int(int64_t n) { return n >= 1 && n <= INT32_MAX; }
+bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
-// Rows an expert from which a tile is worth its height: a half-filled one at the end of each expert
-// costs half of it.
-constexpr int64_t kPairRows = 1024, kWideRows = 160, kHighRows = 160;
+// What both stages ask of the rows that the producer gathers, and of sizes: rows of 16-byte pieces,
+// counted in 32 bits with room for a tile past the last one.
+template <class Params>
+bool usable(const Params& p, const DeviceRows& rows) {
+  constexpr int64_t kMost = INT32_MAX - 1024;
+  const DType type = p.w.type;
+  return device_info().capability == 90 && forced_tile() != "composed" &&
+         (type == DType::kBFloat16 || type == DType::kFloat16) && rows.type == type &&
+         rows.index != nullptr && aligned(rows.data) && rows.stride % 8 == 0 &&
+         p.w.quant.bits == 0 && p.w.stride_k == 1 && p.hidden_size >= 8 &&
+         p.intermediate_size >= 8 && p.hidden_size % 8 == 0 && p.intermediate_size % 8 == 0 &&
+         p.num_experts >= 1 && p.num_rows >= 1 && rows.limit >= 1 && p.num_experts <= kMost &&
+         p.num_rows <= kMost && rows.limit <= kMost && p.hidden_size <= kMost &&
+         2 * p.intermediate_size <= kMost && tensor_map_possible(sm90::ffn_weights(p));
+}
+
+template <class Params>
+GemmDesc gemm_desc(const Params& p, Product product, int64_t n) {
+  GemmDesc d;
+  d.product = product;
+  d.rows = p.num_rows;
+  d.num_experts = p.num_experts;
+  d.n = n;
+  d.k = p.hidden_size;
+  d.num_sms = device_info().num_sms;
+  return d;
+}
+
+template <DType type, sm90::GateUp layout>
+Status select_up(FfnTile tile, const FfnUpParams& p, Stream stream) {
+  switch (tile) {
+    case FfnTile::kLow:
+      return sm90::run_up<type, layout, FfnTile::kLow>(p, stream);
+    case FfnTile::kHigh:
+      return sm90::run_up<type, layout, FfnTile::kHigh>(p, stream);
+    default:
+      return sm90::run_up<type, layout, FfnTile::kPair>(p, stream);
+  }
+}
+
+template <DType type>
+Status select_up(FfnTile tile, const FfnUpParams& p, Stream stream) {
+  return is_gated(p.act.kind) && !p.act.interleaved
+             ? select_up<type, sm90::GateUp::kHalves>(tile, p, stream)
+             : select_up<type, sm90::GateUp::kJoint>(tile, p, stream);
+}
+
+template <DType type>
+Status select_down_bwd(FfnTile tile, const FfnDownBwdParams& p, Stream stream) {
+  return tile == FfnTile::kLow ? sm90::run_down_bwd<type, FfnTile::kLow>(p, stream)
+                               : sm90::run_down_bwd<type, FfnTile::kHigh>(p, stream);
+}
 
 }  // namespace
 
-bool ffn_up_possible(const FfnUpParams& p) {
-  const int64_t width = (is_gated(p.act.kind) ? 2 : 1) * p.intermediate_size;
-  return device_info().capability == 90 && is_half(p.w.type) && p.x.type == p.w.type &&
-         p.x.index != nullptr && p.hidden_size % 8 == 0 && p.intermediate_size % 8 == 0 &&
-         p.w.stride_k == 1 && aligned(p.w, p.num_experts, p.w.stride_o) &&
-         aligned(p.x.data, p.x.stride) && fits_int(p.num_rows) && fits_int(p.hidden_size) &&
-         fits_int(width) && fits_int(p.x.limit) && fits_int(p.num_experts);
+bool supports(const FfnUpParams& p) {
+  return usable(p, p.x) && (p.bias.data == nullptr || p.bias.type == p.w.type) && aligned(p.h) &&
+         aligned(p.preact);
 }
 
 Status ffn_up(const FfnUpParams& p, Stream stream) {
-  using Launch = Status (*)(const FfnUpParams&, Stream);
-  // [tile][fp16][joint]
-  static constexpr Launch kLaunch[3][2][2] = {
-      {{sm90::up_low_bf16_split, sm90::up_low_bf16_joint},
-       {sm90::up_low_fp16_split, sm90::up_low_fp16_joint}},
-      {{sm90::up_wide_bf16_split, sm90::up_wide_bf16_joint},
-       {sm90::up_wide_fp16_split, sm90::up_wide_fp16_joint}},
-      {{sm90::up_pair_bf16_split, sm90::up_pair_bf16_joint},
-       {sm90::up_pair_fp16_split, sm90::up_pair_fp16_joint}},
-  };
-  const int64_t rows = p.num_rows / p.num_experts;
-  const int tile = rows >= kPairRows ? 2 : rows >= kWideRows ? 1 : 0;
-  const bool split = is_gated(p.act.kind) && !p.act.interleaved;
-  return kLaunch[tile][p.w.type == DType::kFloat16][!split](p, stream);
+  const int64_t width = p.intermediate_size * (is_gated(p.act.kind) ? 2 : 1);
+  const FfnTile tile = tile_of(gemm_desc(p, Product::kGatherNT, width), kFfnUpConfigs);
+  return p.w.type == DType::kBFloat16 ? select_up<DType::kBFloat16>(tile, p, stream)
+                                      : select_up<DType::kFloat16>(tile, p, stream);
 }
 
-bool ffn_down_bwd_possible(const FfnDownBwdParams& p) {
-  return device_info().capability == 90 && is_half(p.w.type) && p.grad_y.type == p.w.type &&
-         p.grad_y.index != nullptr && p.hidden_size % 8 == 0 && p.intermediate_size % 8 == 0 &&
-         p.w.stride_k == 1 && aligned(p.w, p.num_experts, p.w.stride_o) &&
-         aligned(p.grad_y.data, p.grad_y.stride) && aligned(p.preact, 0) && fits_int(p.num_rows) &&
-         fits_int(p.hidden_size) && fits_int(2 * p.intermediate_size) && fits_int(p.grad_y.limit) &&
-         fits_int(p.num_experts);
+bool supports(const FfnDownBwdParams& p) {
+  return usable(p, p.grad_y) && aligned(p.preact) && aligned(p.dpre) && aligned(p.dpre_weighted) &&
+         aligned(p.h);
 }
 
 Status ffn_down_bwd(const FfnDownBwdParams& p, Stream stream) {
-  using Launch = Status (*)(const FfnDownBwdParams&, Stream);
-  // [tile][fp16]
-  static constexpr Launch kLaunch[2][2] = {{sm90::down_bwd_low_bf16, sm90::down_bwd_low_fp16},
-                                           {sm90::down_bwd_high_bf16, sm90::down_bwd_high_fp16}};
-  const bool high = p.num_rows / p.num_experts >= kHighRows;
-  return kLaunch[high][p.w.type == DType::kFloat16](p, stream);
+  const GemmDesc d = gemm_desc(p, Product::kNN, p.intermediate_size);
+  const FfnTile tile = tile_of(d, kFfnDownBwdConfigs);
+  return p.w.type == DType::kBFloat16 ? select_down_bwd<DType::kBFloat16>(tile, p, stream)
+                                      : select_down_bwd<DType::kFloat16>(tile, p, stream);
 }
 
 }  // namespace moe_ops::cuda

@@ -1,6 +1,7 @@
-// The stages of moe_ffn that have kernels of their own. A stage answers with `possible` whether its
-// kernels take the operands; otherwise the caller composes it from grouped_gemm and gated_act.
-// P = 2I for gated activations, else I. Rows past the last expert's stay as they are unless said.
+// The stages of moe_ffn that have kernels of their own, for sm_90a. supports() says whether they
+// take a call (bfloat16 or float16, rows of 16-byte pieces); others are composed of grouped_gemm
+// and gated_act. P = 2I for gated activations, else I. Rows past the last expert's stay as they are
+// unless said.
 #pragma once
 
 #include "moe_ops/activation.h"
@@ -24,7 +25,7 @@ struct FfnUpParams {
   void* preact = nullptr;  // [N, P] contiguous, out, or not wanted; rows past the last become zero
 };
 
-bool ffn_up_possible(const FfnUpParams& p);
+bool supports(const FfnUpParams& p);
 Status ffn_up(const FfnUpParams& p, Stream stream);
 
 // Columns of I that give one partial sum of a routing weight's gradient.
@@ -45,14 +46,31 @@ struct FfnDownBwdParams {
   bool weight_on_input = false;
   ExpertMatrices w;               // [E, H, I]
   const void* preact = nullptr;   // [N, P] contiguous
-  void* dpre = nullptr;           // [N, P] contiguous, out, x's type
+  void* dpre = nullptr;           // [N, P] contiguous, out, x's type, or not wanted
   void* dpre_weighted = nullptr;  // as dpre, or not wanted
   void* h = nullptr;              // [N, I] contiguous, out, or not wanted
   // [N, ceil(I / kFfnPartialColumns)] out, or not wanted: <act(preact[r]), u[r]> by columns.
   float* partial = nullptr;
 };
 
-bool ffn_down_bwd_possible(const FfnDownBwdParams& p);
+bool supports(const FfnDownBwdParams& p);
 Status ffn_down_bwd(const FfnDownBwdParams& p, Stream stream);
+
+// grad_topk_weights[row_to_slot[r]] = sum of partial[r] + <b_down[e(r)], grad_y[r]>, in a fixed
+// order; zero where r has no expert.
+struct FfnRouterGradParams {
+  const int32_t* expert_offsets = nullptr;
+  int64_t num_experts = 0;
+  int64_t num_rows = 0;
+  int64_t hidden_size = 0;
+  int64_t num_partials = 0;        // of a row
+  const float* partial = nullptr;  // [N, num_partials]
+  DeviceRows grad_y;               // [N, H] by index; read with b_down only
+  ExpertVectors b_down;            // [E, H] or none
+  const int32_t* row_to_slot = nullptr;
+  float* grad_topk_weights = nullptr;  // [N] by slot, out
+};
+
+Status ffn_router_grad(const FfnRouterGradParams& p, Stream stream);
 
 }  // namespace moe_ops::cuda

@@ -1,9 +1,0 @@
-#include "cuda/moe_ffn/sm90_up.cuh"
-
-namespace moe_ops::cuda::sm90 {
-
-Status up_pair_bf16_joint(const FfnUpParams& p, Stream stream) {
-  return launch_up<Up<UpPair, cutlass::bfloat16_t, false>>(p, stream);
-}
-
-}  // namespace moe_ops::cuda::sm90

@@ -1,9 +1,0 @@
-#include "cuda/moe_ffn/sm90_up.cuh"
-
-namespace moe_ops::cuda::sm90 {
-
-Status up_wide_fp16_split(const FfnUpParams& p, Stream stream) {
-  return launch_up<Up<UpWide, cutlass::half_t, true>>(p, stream);
-}
-
-}  // namespace moe_ops::cuda::sm90
