@@ -33,8 +33,7 @@ Status run_down_bwd(const FfnDownBwdParams& p, Stream stream) {
   params.problem.n = static_cast<int>(p.intermediate_size);
   params.problem.k = static_cast<int>(p.hidden_size);
   params.problem.zero_tail = false;
-  params.gather = {p.grad_y.data, p.grad_y.stride, static_cast<int>(p.grad_y.limit), p.grad_y.index,
-                   p.grad_y.index_divisor};
+  params.gather = gather_rows(p.grad_y);
   auto& epilogue = params.epilogue;
   epilogue.preact = p.preact;
   epilogue.dpre = p.dpre;

@@ -34,7 +34,7 @@ Status run_up(const FfnUpParams& p, Stream stream) {
   params.problem.k = static_cast<int>(p.hidden_size);
   params.problem.zero_tail = p.preact != nullptr;
   params.split_offset = static_cast<int>(p.intermediate_size);
-  params.gather = {p.x.data, p.x.stride, static_cast<int>(p.x.limit), p.x.index, p.x.index_divisor};
+  params.gather = gather_rows(p.x);
   auto& epilogue = params.epilogue;
   epilogue.h = p.h;
   epilogue.preact = p.preact;
