@@ -237,9 +237,25 @@ Status moe_ffn(const MoeFfnParams& p, Stream stream) {
     MOE_TRY(gated_act(act, stream));
   }
 
-  GroupedGemmParams down = product(s, by_row(s, buffers.h, type, I), p.w_down, H, I, buffers.rows);
-  down.bias = p.b_down;
-  MOE_TRY(grouped_gemm(down, stream));
+  const DeviceRows h = by_row(s, buffers.h, type, I);
+  FfnDownParams few;
+  few.expert_offsets = s.expert_offsets;
+  few.num_experts = s.num_experts;
+  few.num_rows = num_rows(s);
+  few.num_tokens = s.num_tokens;
+  few.hidden_size = H;
+  few.intermediate_size = I;
+  few.h = h;
+  few.w = p.w_down;
+  few.bias = p.b_down;
+  few.out = buffers.rows;
+  if (p.preact == nullptr && supports(few)) {
+    MOE_TRY(ffn_down(few, stream));
+  } else {
+    GroupedGemmParams down = product(s, h, p.w_down, H, I, buffers.rows);
+    down.bias = p.b_down;
+    MOE_TRY(grouped_gemm(down, stream));
+  }
   return combine(s, buffers.rows, type, !on_input, p.y, stream);
 }
 

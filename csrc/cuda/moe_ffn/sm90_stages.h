@@ -24,6 +24,33 @@ inline TensorMapDesc ffn_weights(const FfnUpParams& p) {
 inline TensorMapDesc ffn_weights(const FfnDownBwdParams& p) {
   return ffn_matrices(p.w, p.num_experts, p.hidden_size, p.intermediate_size);
 }
+inline TensorMapDesc ffn_weights(const FfnDownParams& p) {
+  return ffn_matrices(p.w, p.num_experts, p.hidden_size, p.intermediate_size);
+}
+
+// A product of few rows an expert: out[r] = act(scale(r) * w[e(r)] rows[r] + bias[e(r)]).
+struct FewProduct {
+  const int32_t* expert_offsets = nullptr;
+  int64_t num_experts = 0;
+  int64_t num_rows = 0;
+  int64_t out_features = 0;  // of the result: I or H
+  int64_t in_features = 0;
+  bool gated = false;
+  bool activate = false;
+  ActivationParams act;
+  DeviceRows rows;
+  RowScale scale;
+  TensorMapDesc block[2];  // gate and up, or twice the weights
+  ExpertVectors bias;
+  void* out = nullptr;  // [N, out_features]
+};
+
+FewProduct few_product(const FfnUpParams& p);
+FewProduct few_product(const FfnDownParams& p);
+
+// `rows`: of an expert at a time, 32 or 64.
+template <DType type, int rows>
+Status run_few(const FewProduct& f, Stream stream);
 
 template <DType type, GateUp layout, FfnTile tile>
 Status run_up(const FfnUpParams& p, Stream stream);

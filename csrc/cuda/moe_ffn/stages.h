@@ -28,6 +28,26 @@ struct FfnUpParams {
 bool supports(const FfnUpParams& p);
 Status ffn_up(const FfnUpParams& p, Stream stream);
 
+// out[r] = w[e(r)] h[r] + bias[e(r)] for few tokens, no more than kFfnFewTokens: weights are read
+// once, by as many blocks as there are.
+struct FfnDownParams {
+  const int32_t* expert_offsets = nullptr;
+  int64_t num_experts = 0;
+  int64_t num_rows = 0;
+  int64_t num_tokens = 0;  // T
+  int64_t hidden_size = 0;
+  int64_t intermediate_size = 0;
+  DeviceRows h;         // [N, I]
+  ExpertMatrices w;     // [E, H, I]
+  ExpertVectors bias;   // [E, H] or none
+  void* out = nullptr;  // [N, H] contiguous, out
+};
+
+constexpr int64_t kFfnFewTokens = 64;
+
+bool supports(const FfnDownParams& p);
+Status ffn_down(const FfnDownParams& p, Stream stream);
+
 // Columns of I that give one partial sum of a routing weight's gradient.
 constexpr int64_t kFfnPartialColumns = 128;
 
