@@ -47,14 +47,12 @@ __device__ inline void produce_gather(const Params& p, typename Traits<Config>::
   Scheduler<Config> scheduler(p.problem);
   Tile tile;
   for (int index = first; scheduler.get(index, cluster_rank, tile); index += step) {
-    const Element* from[kRows];
+    // Rows, not pointers to them: there are 40 registers.
+    int source[kRows];
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       const int r = tile.row0 + row + i * kCopyLines;
-      const int source = r < tile.row_end && tile.k_tiles > 0 ? source_row(p.gather, r) : -1;
-      from[i] = source >= 0 ? static_cast<const Element*>(p.gather.data) +
-                                  source * p.gather.stride + piece * kPiece
-                            : nullptr;
+      source[i] = r < tile.row_end && tile.k_tiles > 0 ? source_row(p.gather, r) : -1;
     }
 #pragma unroll 1
     for (int kt = 0; kt < tile.k_tiles; ++kt, ++write) {
@@ -69,14 +67,14 @@ __device__ inline void produce_gather(const Params& p, typename Traits<Config>::
       Element* to = smem.a + s * T::kM * T::kK + place;
 #pragma unroll
       for (int span = 0; span < T::kK / T::kSpan; ++span) {
-        const int k = kt * T::kK + span * T::kSpan;
-        const bool inside = k + piece * kPiece < p.problem.k;
+        const int k = kt * T::kK + span * T::kSpan + piece * kPiece;
+        const auto* from = static_cast<const Element*>(p.gather.data) + k;
 #pragma unroll
         for (int i = 0; i < kRows; ++i) {
-          const bool copy = inside && from[i] != nullptr;
+          const bool copy = k < p.problem.k && source[i] >= 0;
+          const void* at = copy ? from + source[i] * p.gather.stride : p.gather.data;
           cutlass::arch::cp_async_zfill<16, cutlass::arch::CacheOperation::Global>(
-              to + (span * T::kM + i * kCopyLines) * T::kSpan, copy ? from[i] + k : p.gather.data,
-              copy);
+              to + (span * T::kM + i * kCopyLines) * T::kSpan, at, copy);
         }
       }
       cutlass::arch::cpasync_barrier_arrive_noinc(full);

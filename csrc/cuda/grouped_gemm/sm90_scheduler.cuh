@@ -60,20 +60,17 @@ class RowsScheduler {
     const int before = __shfl_sync(~0u, sum_, (lane + kWarp - 1) % kWarp);
     local -= lane == 0 ? 0 : before;
 
-    int begin = __shfl_sync(~0u, offset_[0], lane);
-    int end = begin, mt = 0, expert = base_ + kExpertsPerLane * lane - 1;
-    bool found = false;
-#pragma unroll
-    for (int i = 0; i < kExpertsPerLane; ++i) {
-      const int next = __shfl_sync(~0u, offset_[i + 1], lane);
-      if (!found) {
-        begin = end;
-        end = next;
-        ++expert;
-        mt = row_tiles(begin, end);
-        found = local < mt * nt_;
-        if (!found) local -= mt * nt_;
-      }
+    // Read again rather than kept: registers are scarce beside the accumulators.
+    int expert = base_ + kExpertsPerLane * lane;
+    int begin = clamp_offset(p_, expert, 0), end = clamp_offset(p_, expert + 1, begin);
+    int mt = row_tiles(begin, end);
+#pragma unroll 1
+    while (local >= mt * nt_) {
+      local -= mt * nt_;
+      ++expert;
+      begin = end;
+      end = clamp_offset(p_, expert + 1, begin);
+      mt = row_tiles(begin, end);
     }
     const RasterPosition at = raster_position<kRaster>(local, mt, nt_);
     tile.expert = expert;
@@ -95,10 +92,12 @@ class RowsScheduler {
     const int lane = threadIdx.x % kWarp;
     const int expert = base_ + kExpertsPerLane * lane;
     sum_ = 0;
+    int begin = clamp_offset(p_, expert, 0);
 #pragma unroll
-    for (int i = 0; i <= kExpertsPerLane; ++i) {
-      offset_[i] = clamp_offset(p_, expert + i, i == 0 ? 0 : offset_[i - 1]);
-      if (i > 0) sum_ += row_tiles(offset_[i - 1], offset_[i]) * nt_;
+    for (int i = 1; i <= kExpertsPerLane; ++i) {
+      const int end = clamp_offset(p_, expert + i, begin);
+      sum_ += row_tiles(begin, end) * nt_;
+      begin = end;
     }
 #pragma unroll
     for (int d = 1; d < kWarp; d *= 2) {
@@ -109,10 +108,9 @@ class RowsScheduler {
 
   const Problem& p_;
   int nt_;
-  int base_ = 0;                     // first expert of the chunk
-  int first_tile_ = 0;               // tiles before it
-  int sum_;                          // tiles of the chunk up to and with this lane
-  int offset_[kExpertsPerLane + 1];  // clamped offsets of this lane
+  int base_ = 0;        // first expert of the chunk
+  int first_tile_ = 0;  // tiles before it
+  int sum_;             // tiles of the chunk up to and with this lane
 };
 
 // Ragged K: every expert has the same tiles; what differs is the length of the sum.

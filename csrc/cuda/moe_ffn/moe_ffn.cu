@@ -7,10 +7,13 @@
 // of weights and biases; (4) the gradient of x by rows, where weight * h was; (5) summed by token.
 // Where the routing weight scales the input, it enters (3) and (5) instead, and its gradient is
 // <gradient of x by rows, x>.
+//
+// Forward (1) and (2), and backward (1) and (2), are one kernel each where stages.h has one.
 #include <algorithm>
 
 #include "cuda/check.h"
 #include "cuda/moe_ffn/act_bwd.h"
+#include "cuda/moe_ffn/stages.h"
 #include "moe_ops/gated_act.h"
 #include "moe_ops/moe_ffn.h"
 #include "moe_ops/moe_linear_reduce.h"
@@ -22,6 +25,9 @@ namespace {
 
 int64_t num_rows(const MoeFfnShape& s) { return s.num_tokens * s.top_k; }
 int64_t width(const MoeFfnShape& s) { return s.intermediate_size * (is_gated(s.act.kind) ? 2 : 1); }
+int64_t num_partials(const MoeFfnShape& s) {
+  return ceil_div(s.intermediate_size, kFfnPartialColumns);
+}
 
 // Hands out parts of the workspace, or only counts its bytes.
 class Workspace {
@@ -39,30 +45,6 @@ class Workspace {
   int64_t used_ = 0;
 };
 
-struct ForwardBuffers {
-  void *preact, *h, *rows;
-};
-ForwardBuffers forward_buffers(const MoeFfnParams& p, Workspace& w) {
-  const int64_t N = num_rows(p.shape);
-  ForwardBuffers b;
-  b.preact = p.preact != nullptr ? p.preact : w.take(N * width(p.shape), p.x.type);
-  b.h = w.take(N * p.shape.intermediate_size, p.x.type);
-  b.rows = w.take(N * p.shape.hidden_size, p.x.type);
-  return b;
-}
-
-struct BackwardBuffers {
-  void* rows;  // [N, max(I, H)]: u, then weight * h, then the gradient of x by rows
-  void* grad_preact;
-};
-BackwardBuffers backward_buffers(const MoeFfnBwdParams& p, Workspace& w) {
-  const int64_t N = num_rows(p.shape);
-  BackwardBuffers b;
-  b.rows = w.take(N * std::max(p.shape.intermediate_size, p.shape.hidden_size), p.x.type);
-  b.grad_preact = w.take(N * width(p.shape), p.x.type);
-  return b;
-}
-
 // Rows of tokens in the permuted order, and rows that lie in it.
 DeviceRows by_token(const MoeFfnShape& s, DeviceRows rows) {
   rows.index = s.row_to_slot;
@@ -74,6 +56,80 @@ DeviceRows by_row(const MoeFfnShape& s, const void* data, DType type, int64_t fe
 }
 RowScale routing_scale(const MoeFfnShape& s) {
   return {s.topk_weights, s.row_to_slot, num_rows(s)};
+}
+
+// Forward (1) and (2) as one stage, without the place for h.
+FfnUpParams up_stage(const MoeFfnParams& p) {
+  const MoeFfnShape& s = p.shape;
+  FfnUpParams u;
+  u.expert_offsets = s.expert_offsets;
+  u.num_experts = s.num_experts;
+  u.num_rows = num_rows(s);
+  u.hidden_size = s.hidden_size;
+  u.intermediate_size = s.intermediate_size;
+  u.act = s.act;
+  u.x = by_token(s, p.x);
+  if (s.apply_router_weight_on_input) u.x_scale = routing_scale(s);
+  u.w = p.w_gate_up;
+  u.bias = p.b_gate_up;
+  u.preact = p.preact;
+  return u;
+}
+
+// Backward (1) and (2) as one stage, without its outputs.
+FfnDownBwdParams down_bwd_stage(const MoeFfnBwdParams& p) {
+  const MoeFfnShape& s = p.shape;
+  FfnDownBwdParams d;
+  d.expert_offsets = s.expert_offsets;
+  d.num_experts = s.num_experts;
+  d.num_rows = num_rows(s);
+  d.hidden_size = s.hidden_size;
+  d.intermediate_size = s.intermediate_size;
+  d.act = s.act;
+  d.grad_y = by_token(s, p.grad_y);
+  d.weight = routing_scale(s);
+  d.weight_on_input = s.apply_router_weight_on_input;
+  d.w = p.w_down;
+  d.preact = p.preact;
+  return d;
+}
+
+struct ForwardBuffers {
+  void* preact;  // nullptr: nobody asks for it
+  void *h, *rows;
+};
+ForwardBuffers forward_buffers(const MoeFfnParams& p, Workspace& w) {
+  const int64_t N = num_rows(p.shape);
+  ForwardBuffers b;
+  b.preact = p.preact;
+  if (b.preact == nullptr && !supports(up_stage(p)))
+    b.preact = w.take(N * width(p.shape), p.x.type);
+  b.h = w.take(N * p.shape.intermediate_size, p.x.type);
+  b.rows = w.take(N * p.shape.hidden_size, p.x.type);
+  return b;
+}
+
+struct BackwardBuffers {
+  void* rows;  // [N, max(I, H)]: u, then weight * h, then the gradient of x by rows
+  void* grad_preact;
+  void* weighted_grad_preact;  // weight * grad_preact, where the fused stage makes it
+  float* partial;              // of the fused stage
+};
+BackwardBuffers backward_buffers(const MoeFfnBwdParams& p, Workspace& w) {
+  const int64_t N = num_rows(p.shape);
+  BackwardBuffers b;
+  b.rows = w.take(N * std::max(p.shape.intermediate_size, p.shape.hidden_size), p.x.type);
+  b.grad_preact = w.take(N * width(p.shape), p.x.type);
+  b.weighted_grad_preact = nullptr;
+  b.partial = nullptr;
+  if (supports(down_bwd_stage(p))) {
+    if (!p.shape.apply_router_weight_on_input) {
+      b.partial = static_cast<float*>(w.take(N * num_partials(p.shape), DType::kFloat32));
+    } else if (p.grad_w_gate_up != nullptr) {
+      b.weighted_grad_preact = w.take(N * width(p.shape), p.x.type);
+    }
+  }
+  return b;
 }
 
 // out [N, out_features] = b a.
@@ -159,25 +215,47 @@ Status moe_ffn(const MoeFfnParams& p, Stream stream) {
   Workspace workspace(p.workspace);
   const ForwardBuffers buffers = forward_buffers(p, workspace);
 
-  GroupedGemmParams up = product(s, by_token(s, p.x), p.w_gate_up, width(s), H, buffers.preact);
-  up.bias = p.b_gate_up;
-  if (on_input) up.a_scale = routing_scale(s);
-  up.zero_tail = p.preact != nullptr;
-  MOE_TRY(grouped_gemm(up, stream));
+  FfnUpParams fused = up_stage(p);
+  fused.h = buffers.h;
+  if (supports(fused)) {
+    MOE_TRY(ffn_up(fused, stream));
+  } else {
+    GroupedGemmParams up = product(s, by_token(s, p.x), p.w_gate_up, width(s), H, buffers.preact);
+    up.bias = p.b_gate_up;
+    if (on_input) up.a_scale = routing_scale(s);
+    up.zero_tail = p.preact != nullptr;
+    MOE_TRY(grouped_gemm(up, stream));
 
-  GatedActParams act{};
-  act.gate_up = buffers.preact;
-  act.type = type;
-  act.num_rows = num_rows(s);
-  act.intermediate_size = I;
-  act.act = s.act;
-  act.h = buffers.h;
-  act.num_valid_rows = s.expert_offsets + s.num_experts;
-  MOE_TRY(gated_act(act, stream));
+    GatedActParams act{};
+    act.gate_up = buffers.preact;
+    act.type = type;
+    act.num_rows = num_rows(s);
+    act.intermediate_size = I;
+    act.act = s.act;
+    act.h = buffers.h;
+    act.num_valid_rows = s.expert_offsets + s.num_experts;
+    MOE_TRY(gated_act(act, stream));
+  }
 
-  GroupedGemmParams down = product(s, by_row(s, buffers.h, type, I), p.w_down, H, I, buffers.rows);
-  down.bias = p.b_down;
-  MOE_TRY(grouped_gemm(down, stream));
+  const DeviceRows h = by_row(s, buffers.h, type, I);
+  FfnDownParams few;
+  few.expert_offsets = s.expert_offsets;
+  few.num_experts = s.num_experts;
+  few.num_rows = num_rows(s);
+  few.num_tokens = s.num_tokens;
+  few.hidden_size = H;
+  few.intermediate_size = I;
+  few.h = h;
+  few.w = p.w_down;
+  few.bias = p.b_down;
+  few.out = buffers.rows;
+  if (p.preact == nullptr && supports(few)) {
+    MOE_TRY(ffn_down(few, stream));
+  } else {
+    GroupedGemmParams down = product(s, h, p.w_down, H, I, buffers.rows);
+    down.bias = p.b_down;
+    MOE_TRY(grouped_gemm(down, stream));
+  }
   return combine(s, buffers.rows, type, !on_input, p.y, stream);
 }
 
@@ -204,35 +282,61 @@ Status moe_ffn_bwd(const MoeFfnBwdParams& p, Stream stream) {
   const bool need_preact = need_rows || p.grad_w_gate_up != nullptr || p.grad_b_gate_up != nullptr;
   const bool need_u = need_preact || weights_by_h;
 
-  if (need_u) {
-    MOE_TRY(grouped_gemm(product(s, grad_y, transposed(p.w_down), I, H, buffers.rows), stream));
-  }
-  if (need_u || p.grad_w_down != nullptr) {
-    FfnActBwdParams a{};
-    a.expert_offsets = s.expert_offsets;
-    a.num_experts = s.num_experts;
-    a.num_rows = num_rows(s);
-    a.intermediate_size = I;
-    a.hidden_size = H;
-    a.type = type;
-    a.act = s.act;
-    a.preact = p.preact;
-    a.u = need_u ? buffers.rows : nullptr;
-    a.grad_y = grad_y;
-    a.b_down = p.b_down;
-    a.topk_weights = on_input ? nullptr : s.topk_weights;
-    a.row_to_slot = s.row_to_slot;
-    a.grad_preact = need_preact ? buffers.grad_preact : nullptr;
-    a.weighted_h = p.grad_w_down != nullptr ? buffers.rows : nullptr;
-    a.grad_topk_weights = weights_by_h ? p.grad_topk_weights : nullptr;
-    MOE_TRY(ffn_act_bwd(a, stream));
+  FfnDownBwdParams fused = down_bwd_stage(p);
+  fused.dpre = need_preact ? buffers.grad_preact : nullptr;
+  fused.dpre_weighted = buffers.weighted_grad_preact;
+  fused.h = p.grad_w_down != nullptr ? buffers.rows : nullptr;
+  fused.partial = weights_by_h ? buffers.partial : nullptr;
+  if (need_u && supports(fused)) {
+    MOE_TRY(ffn_down_bwd(fused, stream));
+    if (weights_by_h) {
+      FfnRouterGradParams r;
+      r.expert_offsets = s.expert_offsets;
+      r.num_experts = s.num_experts;
+      r.num_rows = num_rows(s);
+      r.hidden_size = H;
+      r.num_partials = num_partials(s);
+      r.partial = buffers.partial;
+      r.grad_y = grad_y;
+      r.b_down = p.b_down;
+      r.row_to_slot = s.row_to_slot;
+      r.grad_topk_weights = static_cast<float*>(p.grad_topk_weights);
+      MOE_TRY(ffn_router_grad(r, stream));
+    }
+  } else {
+    if (need_u) {
+      MOE_TRY(grouped_gemm(product(s, grad_y, transposed(p.w_down), I, H, buffers.rows), stream));
+    }
+    if (need_u || p.grad_w_down != nullptr) {
+      FfnActBwdParams a{};
+      a.expert_offsets = s.expert_offsets;
+      a.num_experts = s.num_experts;
+      a.num_rows = num_rows(s);
+      a.intermediate_size = I;
+      a.hidden_size = H;
+      a.type = type;
+      a.act = s.act;
+      a.preact = p.preact;
+      a.u = need_u ? buffers.rows : nullptr;
+      a.grad_y = grad_y;
+      a.b_down = p.b_down;
+      a.topk_weights = on_input ? nullptr : s.topk_weights;
+      a.row_to_slot = s.row_to_slot;
+      a.grad_preact = need_preact ? buffers.grad_preact : nullptr;
+      a.weighted_h = p.grad_w_down != nullptr ? buffers.rows : nullptr;
+      a.grad_topk_weights = weights_by_h ? p.grad_topk_weights : nullptr;
+      MOE_TRY(ffn_act_bwd(a, stream));
+    }
   }
 
   const DeviceRows grad_preact = by_row(s, buffers.grad_preact, type, P);
   MOE_TRY(weight_gradient(s, grad_y, H, by_row(s, buffers.rows, type, I), I, {}, p.grad_w_down,
                           p.grad_w_down_type, p.accumulate_w_down, stream));
-  MOE_TRY(weight_gradient(s, grad_preact, P, x, H, on_input ? routing : RowScale{},
-                          p.grad_w_gate_up, p.grad_w_gate_up_type, p.accumulate_w_gate_up, stream));
+  const bool weighted = buffers.weighted_grad_preact != nullptr;
+  MOE_TRY(weight_gradient(s,
+                          weighted ? by_row(s, buffers.weighted_grad_preact, type, P) : grad_preact,
+                          P, x, H, on_input && !weighted ? routing : RowScale{}, p.grad_w_gate_up,
+                          p.grad_w_gate_up_type, p.accumulate_w_gate_up, stream));
   MOE_TRY(bias_gradient(s, grad_preact, P, {}, p.grad_b_gate_up, stream));
   MOE_TRY(bias_gradient(s, grad_y, H, on_input ? RowScale{} : routing, p.grad_b_down, stream));
 

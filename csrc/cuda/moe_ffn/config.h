@@ -1,0 +1,35 @@
+// Which tile a stage of moe_ffn gets. Plain C++, like cuda/grouped_gemm/config.h.
+#pragma once
+
+#include "cuda/grouped_gemm/config.h"
+
+namespace moe_ops::cuda {
+
+// Up projection: 64x256 ping-pong, 128x256, and two of the latter that share the weights.
+// Backward down projection: 64x128 and 128x128, both ping-pong.
+enum class FfnTile { kLow, kHigh, kPair };
+constexpr std::string_view kFfnTileNames[] = {"low", "high", "pair"};
+
+constexpr std::array<GemmConfig, 3> kFfnUpConfigs = {{
+    {TileShape::k64x128, 64, 256, 64, 1, true, 0.66},
+    {TileShape::k128x256, 128, 256, 64, 1, false, 0.75},
+    {TileShape::k128x256, 128, 256, 64, 2, false, 0.80},
+}};
+
+constexpr std::array<GemmConfig, 2> kFfnDownBwdConfigs = {{
+    {TileShape::k64x128, 64, 128, 64, 1, true, 0.60},
+    {TileShape::k128x128, 128, 128, 64, 1, true, 0.72},
+}};
+
+// The tile that the model of grouped_gemm finds fastest; on equal terms the smaller one.
+template <size_t n>
+FfnTile choose_ffn_tile(const GemmDesc& d, const std::array<GemmConfig, n>& configs) {
+  size_t best = 0;
+  for (size_t i = 1; i < n; ++i)
+    if (d.num_sms >= configs[i].cluster &&
+        estimate_cycles(d, configs[i]) < 0.97 * estimate_cycles(d, configs[best]))
+      best = i;
+  return static_cast<FfnTile>(best);
+}
+
+}  // namespace moe_ops::cuda

@@ -1,0 +1,284 @@
+// Products of few rows an expert, for sm_90a: out[r] = act(w[e(r)] a[r] + bias). The weights are
+// most of the bytes, so everything serves reading them once and evenly:
+// - Operands change sides: 128 rows of weights are the M of a tile and the expert's rows its N, so
+//   that a wgmma is no larger than the rows there are.
+// - A block is one tile over the whole sum, two blocks an SM: all are at work at once, and the ones
+//   beyond that share the memory bandwidth, not waves of SMs.
+// - The M of a tile are two blocks of 64 features from two tensor maps. With a gate these are gate
+//   and up of the same columns, however w_gate_up lays them out: both are in one thread.
+#pragma once
+
+#include "cuda/grouped_gemm/sm90_launch.cuh"
+#include "cuda/moe_ffn/fused_act.cuh"
+#include "cuda/moe_ffn/sm90_stages.h"
+
+namespace moe_ops::cuda::sm90 {
+
+template <DType type, int rows>
+struct FewConfig : GemmDefaults {
+  using Element = ElementOf<type>;
+  using Output = Element;
+  static constexpr int kTileM = 128, kTileN = rows;
+  static constexpr int kBoxM = 64;
+  static constexpr int kConsumers = 1;
+  // One operand comes by cp.async: B, whatever the name says (produce_few).
+  static constexpr Source kSourceA = Source::kGather;
+  static constexpr int kStages = rows == 32 ? 5 : 4;  // two blocks an SM
+};
+
+struct FewParams {
+  CUtensorMap map[2];  // of the two blocks
+  Problem problem;     // n: features of out
+  GatherRows rows;     // index may be nullptr
+  int block_step;      // features from the first block to the second in their maps
+  int tile_features;   // 64 with a gate, else 128
+  bool activate;
+  FusedAct act;
+  void* out;         // [rows, n]
+  const void* bias;  // [E, features of w], or nullptr
+  int64_t bias_stride;
+  int bias_step, bias_up;  // bias of column f: bias[bias_step f], of its up bias_up further on
+  ScaleRows scale;         // before the bias
+};
+
+// The number `ordinal` of the experts that have rows, or -1.
+__device__ inline int expert_with_rows(const Problem& p, int ordinal) {
+  constexpr int kEach = 4;  // experts of a lane
+  const int lane = threadIdx.x % kWarp;
+  for (int base = 0; base < p.num_experts; base += kEach * kWarp) {
+    const int first = base + kEach * lane;
+    int begin = clamp_offset(p, min(first, p.num_experts), 0);
+    unsigned has = 0;
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      const int end = clamp_offset(p, min(first + i + 1, p.num_experts), begin);
+      has |= static_cast<unsigned>(end > begin) << i;
+      begin = end;
+    }
+    int before = __popc(has);
+#pragma unroll
+    for (int d = 1; d < kWarp; d *= 2) {
+      const int other = __shfl_up_sync(~0u, before, d);
+      if (lane >= d) before += other;
+    }
+    const int total = __shfl_sync(~0u, before, kWarp - 1);
+    if (ordinal < total) {
+      const int where = __ffs(__ballot_sync(~0u, ordinal < before)) - 1;
+      unsigned left = __shfl_sync(~0u, has, where);
+      int skip = ordinal - __shfl_sync(~0u, before - __popc(has), where);
+      for (; skip > 0; --skip) left &= left - 1;
+      return base + kEach * where + __ffs(left) - 1;
+    }
+    ordinal -= total;
+  }
+  return -1;
+}
+
+// Rows of the tile's expert, taken kN at a time.
+struct FewTile {
+  int expert, feature, begin, end;
+};
+
+template <class Config>
+__device__ inline void produce_few(const FewParams& p, typename Traits<Config>::SharedStorage& smem,
+                                   const FewTile& tile, int k_tiles) {
+  using T = Traits<Config>;
+  using Element = typename Config::Element;
+  constexpr int kPiece = 16 / static_cast<int>(sizeof(Element));
+  constexpr int kLines = T::kN / kCopyLines;
+  constexpr int kBlock = 64 * T::kSpan;  // elements of a box
+  // Nobody reads these weights again before the next call.
+  constexpr auto kHint = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_FIRST);
+  static_assert(T::kK == T::kSpan && T::kM == 128);
+  auto write = cutlass::PipelineState<T::kStages>{0, 1, 0};
+  const int piece = threadIdx.x % kPieces, line = threadIdx.x / kPieces;
+  const int place = line * T::kSpan + (piece ^ (line % 8)) * kPiece;
+  for (int row0 = tile.begin; row0 < tile.end; row0 += T::kN) {
+    int source[kLines];
+#pragma unroll
+    for (int i = 0; i < kLines; ++i) {
+      const int r = row0 + line + i * kCopyLines;
+      source[i] = r >= tile.end ? -1 : p.rows.index == nullptr ? r : source_row(p.rows, r);
+    }
+#pragma unroll 1
+    for (int kt = 0; kt < k_tiles; ++kt, ++write) {
+      const int s = write.index();
+      smem.empty[s].wait(write.phase());
+      auto* full = reinterpret_cast<uint64_t*>(&smem.full[s]);
+      if (threadIdx.x == 0) {
+        smem.full[s].arrive_and_expect_tx(T::kStageBytesA);
+        Element* to = smem.a + s * 2 * kBlock;
+#pragma unroll
+        for (int block = 0; block < 2; ++block)
+          cute::SM90_TMA_LOAD_3D::copy(&p.map[block], full, kHint, to + block * kBlock, kt * T::kK,
+                                       tile.feature + block * p.block_step, tile.expert);
+      }
+      Element* to = smem.b + s * T::kN * T::kK + place;
+      const int k = kt * T::kK + piece * kPiece;
+      const auto* from = static_cast<const Element*>(p.rows.data) + k;
+#pragma unroll
+      for (int i = 0; i < kLines; ++i) {
+        const bool copy = k < p.problem.k && source[i] >= 0;
+        const void* at = copy ? from + source[i] * p.rows.stride : p.rows.data;
+        cutlass::arch::cp_async_zfill<16, cutlass::arch::CacheOperation::Global>(
+            to + i * kCopyLines * T::kSpan, at, copy);
+      }
+      cutlass::arch::cpasync_barrier_arrive_noinc(full);
+    }
+  }
+}
+
+// Feature `feature` of rows `row` and row + 1. Lanes whose features are neighbours exchange, so
+// that each stores both features of one row.
+template <class Element>
+__device__ __forceinline__ void store_few(const FewParams& p, int feature, int row, int end,
+                                          float v0, float v1) {
+  const bool odd = threadIdx.x & 4;  // as the feature is
+  const float got = __shfl_xor_sync(~0u, odd ? v0 : v1, 4);
+  const int f = feature - odd, r = row + odd;
+  if (f < p.problem.n && r < end) {
+    auto* to = static_cast<Element*>(p.out) + static_cast<int64_t>(r) * p.problem.n + f;
+    *reinterpret_cast<uint32_t*>(to) = odd ? pack<Element>(got, v1) : pack<Element>(v0, got);
+  }
+}
+
+// Rows from row0 on. acc(make_coord(c, i, j), m, 0) is row 8 j + 2 q + c of feature
+// 64 m + 16 warp + lane / 4 + 8 i of the tile.
+template <class Config, class Acc>
+__device__ __forceinline__ void finish_few(const FewParams& p, const FewTile& tile, int row0,
+                                           Acc& acc, int thread) {
+  using T = Traits<Config>;
+  using Element = typename Config::Element;
+  using cute::make_coord;
+  const int lane = thread % kWarp, q = lane % 4;
+  const int feature = tile.feature + thread / kWarp * 16 + lane / 4;
+  const bool gated = p.tile_features == 64;
+  const auto* bias = static_cast<const Element*>(p.bias) + tile.expert * p.bias_stride;
+  float b[2][2];
+#pragma unroll
+  for (int m = 0; m < 2; ++m) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int f = feature + 8 * i + (gated ? 0 : 64 * m);
+      const int at = p.bias_step * f + (gated ? m * p.bias_up : 0);
+      b[m][i] = p.bias != nullptr && f < p.problem.n ? static_cast<float>(bias[at]) : 0.f;
+    }
+  }
+  const auto each = [&](const auto& gate_and_up, const auto& one) {
+#pragma unroll
+    for (int j = 0; j < T::kN / 8; ++j) {
+      const int row = row0 + 8 * j + 2 * q;
+      if (row0 + 8 * j >= tile.end) break;
+      float s[2] = {1.f, 1.f};
+#pragma unroll
+      for (int c = 0; c < 2; ++c)
+        if (p.scale.data != nullptr && row + c < tile.end) s[c] = p.scale.at(row + c);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        float v[2][2];
+#pragma unroll
+        for (int m = 0; m < 2; ++m) {
+#pragma unroll
+          for (int c = 0; c < 2; ++c) v[m][c] = acc(make_coord(c, i, j), m, 0) * s[c] + b[m][i];
+        }
+        if (gated) {
+          store_few<Element>(p, feature + 8 * i, row, tile.end, gate_and_up(v[0][0], v[1][0]),
+                             gate_and_up(v[0][1], v[1][1]));
+        } else {
+#pragma unroll
+          for (int m = 0; m < 2; ++m)
+            store_few<Element>(p, feature + 64 * m + 8 * i, row, tile.end, one(v[m][0]),
+                               one(v[m][1]));
+        }
+      }
+    }
+  };
+  if (!p.activate) {
+    const auto same = [](float v) { return v; };
+    each([](float v, float) { return v; }, same);
+    return;
+  }
+  with_family(p.act.family, [&](auto family) {
+    each([&](float g, float u) { return fused_forward<family.value>(p.act, g, u); },
+         [&](float g) { return fused_forward<family.value>(p.act, g, 0.f); });
+  });
+}
+
+template <class Config>
+__global__ void __launch_bounds__(Traits<Config>::kThreads, 2)
+    sm90_few_rows_kernel(const __grid_constant__ FewParams p) {
+  using T = Traits<Config>;
+  extern __shared__ __align__(1024) unsigned char shared_bytes[];
+  auto& smem = *reinterpret_cast<typename T::SharedStorage*>(shared_bytes);
+  if (threadIdx.x == 0) {
+    cute::prefetch_tma_descriptor(&p.map[0]);
+    cute::prefetch_tma_descriptor(&p.map[1]);
+    init_barriers<Config>(smem);
+  }
+  const int column_tiles = (p.problem.n + p.tile_features - 1) / p.tile_features;
+  const int ordinal = static_cast<int>(blockIdx.x) / column_tiles;
+  FewTile tile;
+  tile.expert = expert_with_rows(p.problem, ordinal);
+  tile.feature = (static_cast<int>(blockIdx.x) - ordinal * column_tiles) * p.tile_features;
+  __syncthreads();
+  if (tile.expert < 0) return;
+  tile.begin = clamp_offset(p.problem, tile.expert, 0);
+  tile.end = clamp_offset(p.problem, tile.expert + 1, tile.begin);
+  const int k_tiles = (p.problem.k + T::kK - 1) / T::kK;
+
+  const int group = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / kWarpgroup, 0);
+  if (group == 0) {
+    produce_few<Config>(p, smem, tile, k_tiles);
+    return;
+  }
+  const int thread = static_cast<int>(threadIdx.x) - kWarpgroup;
+  PipelineState<Config> read;
+  Tile sum{};
+  sum.k_tiles = k_tiles;
+#pragma unroll 1
+  for (int row0 = tile.begin; row0 < tile.end; row0 += T::kN) {
+    auto acc = cute::partition_fragment_C(typename T::TiledMma{},
+                                          cute::Shape<cute::Int<T::kM>, cute::Int<T::kN>>{});
+    multiply<Config>(smem, sum, read, acc, thread, 0, [] {});
+    finish_few<Config>(p, tile, row0, acc, thread);
+  }
+}
+
+template <DType type, int rows>
+Status run_few(const FewProduct& f, Stream stream) {
+  using Config = FewConfig<type, rows>;
+  using T = Traits<Config>;
+  FewParams params{};
+  for (int block = 0; block < 2; ++block) {
+    TensorMapDesc d = f.block[block];
+    d.box[0] = T::kSpan;
+    d.box[1] = 64;
+    d.box[2] = 1;
+    if (const Status s = encode_tensor_map(&params.map[block], d); s != cudaSuccess) return s;
+  }
+  params.problem.expert_offsets = f.expert_offsets;
+  params.problem.num_experts = static_cast<int>(f.num_experts);
+  params.problem.rows = static_cast<int>(f.num_rows);
+  params.problem.n = static_cast<int>(f.out_features);
+  params.problem.k = static_cast<int>(f.in_features);
+  params.rows = gather_rows(f.rows);
+  params.block_step = f.gated ? 0 : 64;
+  params.tile_features = f.gated ? 64 : 128;
+  params.activate = f.activate;
+  params.act = fused_act(f.act);
+  params.out = f.out;
+  params.bias = f.bias.data;
+  params.bias_stride = f.bias.stride_e;
+  params.bias_step = f.gated && f.act.interleaved ? 2 : 1;
+  params.bias_up = static_cast<int>(f.act.interleaved ? 1 : f.out_features);
+  params.scale = {static_cast<const float*>(f.scale.data), f.scale.index, f.scale.limit};
+  const int64_t blocks =
+      std::min(f.num_experts, f.num_rows) * ceil_div<int64_t>(f.out_features, params.tile_features);
+  auto* kernel = sm90_few_rows_kernel<Config>;
+  MOE_CUDA_TRY(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, T::kSharedBytes));
+  kernel<<<static_cast<unsigned>(blocks), T::kThreads, T::kSharedBytes, stream>>>(params);
+  return launched();
+}
+
+}  // namespace moe_ops::cuda::sm90

@@ -1,0 +1,61 @@
+// The kernels of the stages for sm_90a: bfloat16 and float16. One a file in instantiations/.
+#pragma once
+
+#include "cuda/grouped_gemm/sm90_operands.h"
+#include "cuda/moe_ffn/config.h"
+#include "cuda/moe_ffn/stages.h"
+
+namespace moe_ops::cuda::sm90 {
+
+// How gate and up of a column lie in w_gate_up: in two halves, or side by side. Activations without
+// a gate are served by kJoint.
+enum class GateUp { kHalves, kJoint };
+
+// The weights as TMA reads them.
+inline TensorMapDesc ffn_matrices(const ExpertMatrices& w, int64_t num_experts, int64_t rows,
+                                  int64_t cols) {
+  const int64_t stride_e = num_experts > 1 ? w.stride_e : rows * w.stride_o;
+  return matrices(matrix(w.data, w.type, cols, rows, w.stride_o), num_experts, stride_e);
+}
+inline TensorMapDesc ffn_weights(const FfnUpParams& p) {
+  const int64_t width = p.intermediate_size * (is_gated(p.act.kind) ? 2 : 1);
+  return ffn_matrices(p.w, p.num_experts, width, p.hidden_size);
+}
+inline TensorMapDesc ffn_weights(const FfnDownBwdParams& p) {
+  return ffn_matrices(p.w, p.num_experts, p.hidden_size, p.intermediate_size);
+}
+inline TensorMapDesc ffn_weights(const FfnDownParams& p) {
+  return ffn_matrices(p.w, p.num_experts, p.hidden_size, p.intermediate_size);
+}
+
+// A product of few rows an expert: out[r] = act(scale(r) * w[e(r)] rows[r] + bias[e(r)]).
+struct FewProduct {
+  const int32_t* expert_offsets = nullptr;
+  int64_t num_experts = 0;
+  int64_t num_rows = 0;
+  int64_t out_features = 0;  // of the result: I or H
+  int64_t in_features = 0;
+  bool gated = false;
+  bool activate = false;
+  ActivationParams act;
+  DeviceRows rows;
+  RowScale scale;
+  TensorMapDesc block[2];  // gate and up, or twice the weights
+  ExpertVectors bias;
+  void* out = nullptr;  // [N, out_features]
+};
+
+FewProduct few_product(const FfnUpParams& p);
+FewProduct few_product(const FfnDownParams& p);
+
+// `rows`: of an expert at a time, 32 or 64.
+template <DType type, int rows>
+Status run_few(const FewProduct& f, Stream stream);
+
+template <DType type, GateUp layout, FfnTile tile>
+Status run_up(const FfnUpParams& p, Stream stream);
+
+template <DType type, FfnTile tile>
+Status run_down_bwd(const FfnDownBwdParams& p, Stream stream);
+
+}  // namespace moe_ops::cuda::sm90

@@ -1,0 +1,191 @@
+// Which kernel a stage runs on.
+#include <cstdlib>
+
+#include "cuda/check.h"
+#include "cuda/grouped_gemm/sm90_operands.h"
+#include "cuda/moe_ffn/sm90_stages.h"
+#include "cuda/moe_ffn/stages.h"
+#include "cuda/runtime.h"
+
+namespace moe_ops::cuda {
+
+namespace {
+
+// MOE_OPS_FFN_TILE=low|high|pair takes that tile where the stage has it, MOE_OPS_FFN_TILE=composed
+// none of these kernels. For tests and measurements.
+std::string_view forced_tile() {
+  const char* s = std::getenv("MOE_OPS_FFN_TILE");
+  return s != nullptr ? s : "";
+}
+
+template <size_t n>
+FfnTile tile_of(const GemmDesc& d, const std::array<GemmConfig, n>& configs) {
+  for (size_t i = 0; i < n; ++i)
+    if (kFfnTileNames[i] == forced_tile()) return static_cast<FfnTile>(i);
+  return choose_ffn_tile(d, configs);
+}
+
+bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+
+// What all stages ask of the rows that the producer gathers, and of sizes: rows of 16-byte pieces,
+// counted in 32 bits with room for a tile past the last one.
+template <class Params>
+bool usable(const Params& p, const DeviceRows& rows) {
+  constexpr int64_t kMost = INT32_MAX - 1024;
+  const DType type = p.w.type;
+  return device_info().capability == 90 && forced_tile() != "composed" &&
+         (type == DType::kBFloat16 || type == DType::kFloat16) && rows.type == type &&
+         aligned(rows.data) && rows.stride % 8 == 0 && p.w.quant.bits == 0 && p.w.stride_k == 1 &&
+         p.hidden_size >= 8 && p.intermediate_size >= 8 && p.hidden_size % 8 == 0 &&
+         p.intermediate_size % 8 == 0 && p.num_experts >= 1 && p.num_rows >= 1 && rows.limit >= 1 &&
+         p.num_experts <= kMost && p.num_rows <= kMost && rows.limit <= kMost &&
+         p.hidden_size <= kMost && 2 * p.intermediate_size <= kMost &&
+         tensor_map_possible(sm90::ffn_weights(p));
+}
+
+// Weights [E, rows, cols] every second row of which, from row `first` on, is read.
+TensorMapDesc every_second(const ExpertMatrices& w, int64_t num_experts, int64_t rows, int64_t cols,
+                           int64_t first) {
+  ExpertMatrices half = w;
+  half.data = static_cast<const char*>(w.data) + first * w.stride_o * dtype_size(w.type);
+  half.stride_o = 2 * w.stride_o;
+  half.stride_e = num_experts > 1 ? w.stride_e : rows * w.stride_o;
+  return sm90::ffn_matrices(half, num_experts, rows / 2, cols);
+}
+
+template <DType type>
+Status run_few(const sm90::FewProduct& f, int64_t num_tokens, Stream stream) {
+  return num_tokens <= 32 ? sm90::run_few<type, 32>(f, stream) : sm90::run_few<type, 64>(f, stream);
+}
+
+Status run_few(const sm90::FewProduct& f, int64_t num_tokens, Stream stream) {
+  return f.rows.type == DType::kBFloat16 ? run_few<DType::kBFloat16>(f, num_tokens, stream)
+                                         : run_few<DType::kFloat16>(f, num_tokens, stream);
+}
+
+template <class Params>
+GemmDesc gemm_desc(const Params& p, Product product, int64_t n) {
+  GemmDesc d;
+  d.product = product;
+  d.rows = p.num_rows;
+  d.num_experts = p.num_experts;
+  d.n = n;
+  d.k = p.hidden_size;
+  d.num_sms = device_info().num_sms;
+  return d;
+}
+
+// Few tokens: inference only, as training wants the pre-activation.
+bool few_tokens(const FfnUpParams& p) {
+  return p.x.limit <= kFfnFewTokens && p.preact == nullptr && forced_tile() == "" &&
+         tensor_map_possible(sm90::few_product(p).block[0]);
+}
+
+template <DType type, sm90::GateUp layout>
+Status select_up(FfnTile tile, const FfnUpParams& p, Stream stream) {
+  switch (tile) {
+    case FfnTile::kLow:
+      return sm90::run_up<type, layout, FfnTile::kLow>(p, stream);
+    case FfnTile::kHigh:
+      return sm90::run_up<type, layout, FfnTile::kHigh>(p, stream);
+    default:
+      return sm90::run_up<type, layout, FfnTile::kPair>(p, stream);
+  }
+}
+
+template <DType type>
+Status select_up(FfnTile tile, const FfnUpParams& p, Stream stream) {
+  return is_gated(p.act.kind) && !p.act.interleaved
+             ? select_up<type, sm90::GateUp::kHalves>(tile, p, stream)
+             : select_up<type, sm90::GateUp::kJoint>(tile, p, stream);
+}
+
+template <DType type>
+Status select_down_bwd(FfnTile tile, const FfnDownBwdParams& p, Stream stream) {
+  return tile == FfnTile::kLow ? sm90::run_down_bwd<type, FfnTile::kLow>(p, stream)
+                               : sm90::run_down_bwd<type, FfnTile::kHigh>(p, stream);
+}
+
+}  // namespace
+
+sm90::FewProduct sm90::few_product(const FfnUpParams& p) {
+  FewProduct f;
+  f.expert_offsets = p.expert_offsets;
+  f.num_experts = p.num_experts;
+  f.num_rows = p.num_rows;
+  f.out_features = p.intermediate_size;
+  f.in_features = p.hidden_size;
+  f.gated = is_gated(p.act.kind);
+  f.activate = true;
+  f.act = p.act;
+  f.rows = p.x;
+  f.scale = p.x_scale;
+  f.bias = p.bias;
+  f.out = p.h;
+  if (!f.gated) {
+    f.block[0] = f.block[1] = ffn_weights(p);
+  } else if (p.act.interleaved) {
+    for (int i = 0; i < 2; ++i)
+      f.block[i] = every_second(p.w, p.num_experts, 2 * p.intermediate_size, p.hidden_size, i);
+  } else {
+    // Halves of the rows, so that a tile past the last column reads zeros and not the other half.
+    ExpertMatrices half = p.w;
+    if (p.num_experts == 1) half.stride_e = 2 * p.intermediate_size * p.w.stride_o;
+    for (int i = 0; i < 2; ++i) {
+      f.block[i] = ffn_matrices(half, p.num_experts, p.intermediate_size, p.hidden_size);
+      half.data = static_cast<const char*>(half.data) +
+                  p.intermediate_size * p.w.stride_o * dtype_size(p.w.type);
+    }
+  }
+  return f;
+}
+
+sm90::FewProduct sm90::few_product(const FfnDownParams& p) {
+  FewProduct f;
+  f.expert_offsets = p.expert_offsets;
+  f.num_experts = p.num_experts;
+  f.num_rows = p.num_rows;
+  f.out_features = p.hidden_size;
+  f.in_features = p.intermediate_size;
+  f.rows = p.h;
+  f.bias = p.bias;
+  f.out = p.out;
+  f.block[0] = f.block[1] = ffn_matrices(p.w, p.num_experts, p.hidden_size, p.intermediate_size);
+  return f;
+}
+
+bool supports(const FfnUpParams& p) {
+  return usable(p, p.x) && p.x.index != nullptr &&
+         (p.bias.data == nullptr || p.bias.type == p.w.type) && aligned(p.h) && aligned(p.preact);
+}
+
+Status ffn_up(const FfnUpParams& p, Stream stream) {
+  if (few_tokens(p)) return run_few(sm90::few_product(p), p.x.limit, stream);
+  const int64_t width = p.intermediate_size * (is_gated(p.act.kind) ? 2 : 1);
+  const FfnTile tile = tile_of(gemm_desc(p, Product::kGatherNT, width), kFfnUpConfigs);
+  return p.w.type == DType::kBFloat16 ? select_up<DType::kBFloat16>(tile, p, stream)
+                                      : select_up<DType::kFloat16>(tile, p, stream);
+}
+
+bool supports(const FfnDownParams& p) {
+  return p.num_tokens <= kFfnFewTokens && forced_tile() == "" && usable(p, p.h) &&
+         (p.bias.data == nullptr || p.bias.type == p.w.type) && aligned(p.out);
+}
+
+Status ffn_down(const FfnDownParams& p, Stream stream) {
+  return run_few(sm90::few_product(p), p.num_tokens, stream);
+}
+
+bool supports(const FfnDownBwdParams& p) {
+  return usable(p, p.grad_y) && p.grad_y.index != nullptr && aligned(p.preact) && aligned(p.dpre) &&
+         aligned(p.dpre_weighted) && aligned(p.h);
+}
+
+Status ffn_down_bwd(const FfnDownBwdParams& p, Stream stream) {
+  const GemmDesc d = gemm_desc(p, Product::kGatherNN, p.intermediate_size);
+  const FfnTile tile = tile_of(d, kFfnDownBwdConfigs);
+  return p.w.type == DType::kBFloat16 ? select_down_bwd<DType::kBFloat16>(tile, p, stream)
+                                      : select_down_bwd<DType::kFloat16>(tile, p, stream);
+}
+
+}  // namespace moe_ops::cuda
