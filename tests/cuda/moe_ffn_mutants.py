@@ -1,5 +1,6 @@
 """Breaks the PTX of moe_ffn's own sm_90a kernels in one place at a time and asks whether the
-simulator notices. Run by test_moe_ffn_sm90.py; prints {mutant: how it was noticed, or null} as JSON.
+simulator notices. Run by test_moe_ffn_sm90.py; prints {mutant: how it was noticed, or null} as
+JSON.
 """
 
 from __future__ import annotations
@@ -46,13 +47,21 @@ MUTANTS: dict[str, tuple[str, str, Mutation]] = {
         "high",
         sub(r"fence\.proxy\.async\.shared::cta;", ""),
     ),
-    "up: pieces not swizzled": ("up", "high", sub(r"xor\.b32 (%r\d+), (%r\d+), (%r\d+);", r"mov.b32 \1, \2;", 0)),
+    "up: pieces not swizzled": (
+        "up",
+        "high",
+        sub(r"xor\.b32 (%r\d+), (%r\d+), (%r\d+);", r"mov.b32 \1, \2;", 0),
+    ),
     "up: rows are slots, not tokens": (
         "up",
         "high",
         sub(r"div\.s32 (%r\d+), (%r\d+), (%r\d+);", r"mov.b32 \1, \2;"),
     ),
-    "up: half of w_gate_up 8 rows further": ("up", "low", sub(BOX, added(r"\2", 8) + r"\1q\3 }", 1)),
+    "up: half of w_gate_up 8 rows further": (
+        "up",
+        "low",
+        sub(BOX, added(r"\2", 8) + r"\1q\3 }", 1),
+    ),
     "up: turn wait dropped": ("up", "low", sub(TRY_WAIT, PASS, 0)),
     "up: full wait dropped": ("up", "high", wait_before(r"wgmma\.fence")),
     "up: half of a quad not transposed": ("up", "high", sub(exchange(2), r"mov.b32 \1, \2;", 0)),
@@ -77,9 +86,21 @@ MUTANTS: dict[str, tuple[str, str, Mutation]] = {
         sub(exchange(1), r"mov.b32 \1, \2;", 0),
     ),
     "few: lanes do not exchange": ("few", "", sub(exchange(4), r"mov.b32 \1, \2;")),
-    "few: second block of weights 8 rows further": ("few", "", sub(BOX, added(r"\2", 8) + r"\1q\3 }", 1)),
+    "few: second block of weights 8 rows further": (
+        "few",
+        "",
+        sub(BOX, added(r"\2", 8) + r"\1q\3 }", 1),
+    ),
     "few: empty wait dropped": ("few", "", wait_before(r"mbarrier\.arrive\.expect_tx")),
-    "few: expert number off by one": ("few", "", sub(r"popc\.b32 (%r\d+), (%r\d+);", r"popc.b32 \1, \2; add.s32 \1, \1, 1;", 0)),
+    "few: expert number off by one": (
+        "few",
+        "",
+        sub(
+            r"popc\.b32 (%r\d+), (%r\d+);",
+            r"popc.b32 \1, \2; add.s32 \1, \1, 1;",
+            0,
+        ),
+    ),
 }
 
 

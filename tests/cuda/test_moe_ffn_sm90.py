@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import subprocess
@@ -25,10 +24,14 @@ from moe_ops.testing import (
     short,
 )
 
-# csrc/cuda/moe_ffn/config.h: rows of a tile, columns of w_gate_up, row tiles that share the weights.
+# csrc/cuda/moe_ffn/config.h: rows of a tile, columns of w_gate_up, row tiles that share weights.
 UP_TILES = {"low": (64, 256, 1), "high": (128, 256, 1), "pair": (128, 256, 2)}
 DOWN_BWD_TILES = {"low": (64, 128), "high": (128, 128), "pair": (128, 128)}
-LAYOUTS = {"halves": ("swiglu", False), "interleaved": ("swiglu_oai", True), "plain": ("relu2", False)}
+LAYOUTS = {
+    "halves": ("swiglu", False),
+    "interleaved": ("swiglu_oai", True),
+    "plain": ("relu2", False),
+}
 HALF = (torch.bfloat16, torch.float16)
 FLOATS = ("x", "w_gate_up", "w_down", "topk_weights", "b_gate_up", "b_down")
 ROUTINGS = (
