@@ -14,10 +14,10 @@
   } while (false)
 
 // The same for a launcher called by another.
-#define MOE_TRY(call)                                        \
-  do {                                                       \
-    const ::moe_ops::cuda::Status moe_status = (call);       \
-    if (moe_status != 0) return moe_status;                  \
+#define MOE_TRY(call)                                  \
+  do {                                                 \
+    const ::moe_ops::cuda::Status moe_status = (call); \
+    if (moe_status != 0) return moe_status;            \
   } while (false)
 
 namespace moe_ops::cuda {
