@@ -132,7 +132,7 @@ def test_compiled_graph_holds_the_op():
         return aot_eager(graph_module, inputs)
 
     compiled = torch.compile(model, fullgraph=True, backend=backend)
-    output = compiled(input_ids=tokens(), labels=tokens(), use_cache=False)
+    output = compiled(input_ids=tokens(), labels=tokens())
     model.zero_grad()
     output.loss.backward()
     assert ops["moa_attention"] == ops["moe_linear_map"] == ops["moe_linear_reduce"] == 2
