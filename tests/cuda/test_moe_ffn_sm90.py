@@ -199,6 +199,7 @@ def forward_and_backward(call, wrt=None):
 @pytest.mark.parametrize("on_input", [False, True], ids=["output", "input"])
 @layouts
 @tiles
+@pytest.mark.full
 def test_schedules(simulator, force, tile, layout, on_input):
     """More tiles than blocks, and sums longer than the ring."""
     force(tile)
@@ -210,6 +211,7 @@ def test_schedules(simulator, force, tile, layout, on_input):
 
 @pytest.mark.parametrize("num_tokens", [5, 60])
 @layouts
+@pytest.mark.full
 def test_schedules_of_few_tokens(simulator, num_tokens, layout):
     call = operands(Routing(num_tokens, 4, 2, "dropped"), 456, 328, torch.float16, layout)
     simulator.check_schedules(lambda: moe_ops.moe_ffn(**call))
@@ -298,6 +300,7 @@ def test_strides_and_alignment(simulator, name, view):
 
 
 @pytest.mark.parametrize("num_tokens", [40, 90])
+@pytest.mark.full
 def test_nan_stays_in_its_token_and_its_expert(simulator, num_tokens):
     call = operands(Routing(num_tokens, 4, 2, "half_empty"), 72, 136, torch.bfloat16)
     call["x"][5] = torch.nan
@@ -315,6 +318,7 @@ def test_placeholder():
     """Never run."""
 
 
+@pytest.mark.full
 def test_mutants_are_noticed(simulator):
     """The compiled kernels broken in one place at a time (moe_ffn_mutants.py)."""
     script = Path(__file__).with_name("moe_ffn_mutants.py")
