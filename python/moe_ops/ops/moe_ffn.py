@@ -49,7 +49,8 @@ def moe_ffn(
     b_down[e])`` with ``e = topk_ids[t, k]``. Gathering, activation and weighting are part of the
     products; no permuted copy of x exists. Training saves x, the pre-activation and the routing.
     Sums run in fp32 (fp64 for fp64) in a fixed order: the same bits every run, whatever the number
-    of threads. An expert without tokens costs nothing and its gradients are zero.
+    of threads. On CUDA the pre-activation, the activation, an expert's output and their gradients
+    are rounded to x's dtype. An expert without tokens costs nothing and its gradients are zero.
 
     Args:
         x: [T, H] tokens; float64, float32, bfloat16 or float16, any strides.
