@@ -26,7 +26,6 @@ from moe_ops.testing import (
 
 # csrc/cuda/moe_ffn/config.h: rows of a tile, columns of w_gate_up, row tiles that share weights.
 UP_TILES = {"low": (64, 256, 1), "high": (128, 256, 1), "pair": (128, 256, 2)}
-DOWN_BWD_TILES = {"low": (64, 128), "high": (128, 128), "pair": (128, 128)}
 LAYOUTS = {
     "halves": ("swiglu", False),
     "interleaved": ("swiglu_oai", True),
@@ -237,9 +236,6 @@ def gemm_tma_bytes(counts, n, k, m_tile, n_tile, cluster, box_m=None):
     return bytes_
 
 
-SORT_BYTES = 4 * 2, 4  # stored: a slot, an offset (csrc/cuda/NOTES.md)
-
-
 @layouts
 @tiles
 def test_bytes_of_forward(simulator, force, monkeypatch, tile, layout):
@@ -311,11 +307,6 @@ def test_nan_stays_in_its_token_and_its_expert(simulator, num_tokens):
     where = torch.zeros(num_tokens, 72, dtype=torch.bool)
     where[5] = True
     assert_identical(y.isnan(), where)
-
-
-@pytest.mark.slow_on_simulator
-def test_placeholder():
-    """Never run."""
 
 
 @pytest.mark.full
