@@ -117,6 +117,8 @@ NUM_BLOCKS = dict.fromkeys(MODEL_TYPES, 2) | {
     "glm4_moe": 1,
     "llama4_text": 1,
 }
+# Of these the ones whose experts are feed-forward networks, which pack and quantise.
+NUM_FFNS = NUM_BLOCKS | {"jetmoe": 2}
 
 
 def build(

@@ -11,7 +11,7 @@ import torch
 import moe_ops.hf
 from moe_ops import packing
 
-from .models import CONFIGS, MODEL_TYPES, NUM_BLOCKS, VOCAB, build
+from .models import CONFIGS, MODEL_TYPES, NUM_FFNS, VOCAB, build
 
 # DBRX keeps gate and up apart, so its experts are no moe_ffn.
 PACKED = tuple(name for name in MODEL_TYPES if name != "dbrx")
@@ -65,7 +65,7 @@ def test_logits_are_the_same(model_type, ids, packed_calls):
     assert size == moe_ops.packed_bytes(model) > 0
     assert list(model.state_dict()) == keys
     assert_close(logits(model, ids), want)
-    assert len(packed_calls) == NUM_BLOCKS[model_type]
+    assert len(packed_calls) == NUM_FFNS[model_type]
     assert moe_ops.packed_bytes(model) == size  # Used, and not thrown away.
     assert moe_ops.packed_bytes(copy.deepcopy(model)) == 0
     assert moe_ops.unpack(model) == size

@@ -16,7 +16,7 @@ from moe_ops.cli.app import app
 from moe_ops.hf import ExpertsQuantizationConfig
 from moe_ops.layers import QuantizedExperts
 
-from .models import CONFIGS, DECORATED, MODEL_TYPES, NUM_BLOCKS, VOCAB, build, tokens
+from .models import CONFIGS, DECORATED, MODEL_TYPES, NUM_BLOCKS, NUM_FFNS, VOCAB, build, tokens
 
 # Sizes that groups of 32 divide.
 WIDE = {
@@ -58,17 +58,17 @@ def test_blocks_compute_what_they_did(model_type, format, group_size):
     """Each bank alone, on the inputs that it has in the model: routing cannot flip."""
     model = make(model_type)
     baseline = quant.record_baseline(model, [tokens()])
-    assert len(baseline.banks) == NUM_BLOCKS[model_type]
-    names = list(moe_ops.hf.status(model))
+    assert len(baseline.banks) == NUM_FFNS[model_type]
+    before = moe_ops.hf.status(model)
     assert moe_ops.quantize_experts(model, format, group_size=group_size) is model
     report = quant.quality_report(model, baseline)
     assert [b.name for b in report.banks] == list(baseline.banks)
     for bank in report.banks:
         assert 0 < bank.error < (0.05 if format == "int8" else 0.2)
         assert bank.bytes_after < (0.5 if format == "int8" else 0.3) * bank.bytes_before
-    assert len(banks(model)) == NUM_BLOCKS[model_type]
+    assert len(banks(model)) == NUM_FFNS[model_type]
     want = "moe_ops (int8)" if format == "int8" else "moe_ops (int4 g32)"
-    assert moe_ops.hf.status(model) == dict.fromkeys(names, want)
+    assert moe_ops.hf.status(model) == before | dict.fromkeys(baseline.banks, want)
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
@@ -161,8 +161,11 @@ def test_switched_models(model_type):
         moe_ops.quantize_experts(model, "int4", group_size=32, calibration=[ids])
     for a, b in zip(banks(plain), banks(switched), strict=True):
         torch.testing.assert_close(a.x_scale, b.x_scale, rtol=1e-3, atol=1e-3)
-    assert set(moe_ops.hf.enable(plain).values()) == {"quantized"}
-    assert moe_ops.hf.disable(plain) == {}
+    enabled = moe_ops.hf.enable(plain)
+    attention = [name for name, how in enabled.items() if how == "forward"]
+    assert set(enabled.values()) - {"forward"} == {"quantized"}
+    assert len(attention) == NUM_BLOCKS[model_type] - NUM_FFNS[model_type]
+    assert list(moe_ops.hf.disable(plain)) == attention
     with moe_ops.hf.expect_calls(plain) as calls:
         logits(plain, ids)
     assert set(calls.values()) == {1}
@@ -220,7 +223,7 @@ def test_an_unknown_activation_is_named(model_type):
     model.get_submodule(name)._apply_gate = lambda x: x
     with pytest.raises(ValueError, match=rf"quantize_experts: {name} must have an activation"):
         moe_ops.quantize_experts(model, "int8")
-    if NUM_BLOCKS[model_type] > 1:
+    if NUM_FFNS[model_type] > 1:
         moe_ops.quantize_experts(model, "int8", skip=[name])
 
 
