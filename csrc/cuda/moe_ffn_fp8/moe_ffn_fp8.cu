@@ -1,10 +1,12 @@
 // The FFN block of e4m3 weights as a sequence of launches: (1) tokens to e4m3; (2) pre-activation
 // in fp32, with the rows of tokens gathered through row_to_slot; (3) activation, and its result to
-// e4m3; (4) down projection, by rows; (5) weighted sum of a token's rows.
+// e4m3; (4) down projection, by rows; (5) weighted sum of a token's rows. On sm_90a, SwiGLU at many
+// rows makes (2) and (3) one launch (gate_up.h).
 #include "cuda/activation.cuh"
 #include "cuda/check.h"
 #include "cuda/dispatch.h"
 #include "cuda/fp8.cuh"
+#include "cuda/moe_ffn_fp8/gate_up.h"
 #include "cuda/rows.cuh"
 #include "moe_ops/moe_ffn_fp8.h"
 #include "moe_ops/unpermute.h"
@@ -154,11 +156,15 @@ Status moe_ffn_fp8(const MoeFfnFp8Params& p, Stream stream) {
   up.a = {b.x, H, b.x_scale, ceil_div(H, kFp8Block), p.row_to_slot, static_cast<int32_t>(p.top_k),
           T};
   if (p.apply_router_weight_on_input) up.factor = {p.topk_weights, p.row_to_slot, N};
-  MOE_CUDA_TRY(static_cast<cudaError_t>(grouped_gemm_fp8(up, stream)));
-
-  MOE_CUDA_TRY(static_cast<cudaError_t>(
-      act_fp8({b.preact, p.expert_offsets, p.num_experts, N, I, p.act.interleaved, b.h, b.h_scale},
-              p.act, stream)));
+  const sm90::fp8::GateUpParams gate_up{up, b.h, b.h_scale};
+  if (p.act.kind == Activation::kSwiglu && !p.act.interleaved && sm90::fp8::supports(gate_up)) {
+    MOE_CUDA_TRY(static_cast<cudaError_t>(sm90::fp8::gate_up_swiglu(gate_up, stream)));
+  } else {
+    MOE_CUDA_TRY(static_cast<cudaError_t>(grouped_gemm_fp8(up, stream)));
+    MOE_CUDA_TRY(static_cast<cudaError_t>(act_fp8(
+        {b.preact, p.expert_offsets, p.num_experts, N, I, p.act.interleaved, b.h, b.h_scale}, p.act,
+        stream)));
+  }
 
   GroupedGemmFp8Params down = product(p, H, I, p.w_down, p.b_down, b.rows, p.x.type);
   down.a = {b.h, I, b.h_scale, ceil_div(I, kFp8Block), nullptr, 1, N};
