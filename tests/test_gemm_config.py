@@ -64,5 +64,5 @@ def test_a_cluster_needs_two_sms():
 
 
 def test_unknown_product():
-    with pytest.raises(ValueError, match=r"product must be nt, nn, tn or gather_nt, got tt\."):
+    with pytest.raises(ValueError, match=r"product must be nt, nn, tn, or .* got tt\."):
         gemm_config("tt", 1, 1, 1, 1, 1)

@@ -13,6 +13,13 @@
       return static_cast<::moe_ops::cuda::Status>(moe_cuda_error); \
   } while (false)
 
+// The same for a launcher called by another.
+#define MOE_TRY(call)                                  \
+  do {                                                 \
+    const ::moe_ops::cuda::Status moe_status = (call); \
+    if (moe_status != 0) return moe_status;            \
+  } while (false)
+
 namespace moe_ops::cuda {
 
 // The result of the launch just made.

@@ -1,8 +1,8 @@
-// Elementwise: a warp takes a stretch of a row of h. With halves, gate and up are one access each;
-// interleaved, two neighbouring accesses hold as many pairs.
+// Elementwise: a warp takes a stretch of a row of h.
 #include "cuda/activation.cuh"
 #include "cuda/check.h"
 #include "cuda/dispatch.h"
+#include "cuda/gate_up.cuh"
 #include "cuda/rows.cuh"
 #include "moe_ops/gated_act.h"
 
@@ -12,54 +12,10 @@ namespace {
 
 constexpr int kStretch = 2;
 
-// Columns c to c + V of gate and up in a row of gate_up.
-template <Activation A, class S, int V>
-__device__ __forceinline__ void load_pair(const S* row, int64_t c, int64_t size, bool interleaved,
-                                          Wide<S, V>& gate, Wide<S, V>& up) {
-  if constexpr (is_gated(A)) {
-    if (!interleaved) {
-      gate = load_wide<V>(row + c);
-      up = load_wide<V>(row + size + c);
-      return;
-    }
-    Wide<S, V> part[2] = {load_wide<V>(row + 2 * c), load_wide<V>(row + 2 * c + V)};
-#pragma unroll
-    for (int v = 0; v < V; ++v) {
-      gate.v[v] = part[2 * v / V].v[2 * v % V];
-      up.v[v] = part[(2 * v + 1) / V].v[(2 * v + 1) % V];
-    }
-  } else {
-    gate = load_wide<V>(row + c);
-    up = Wide<S, V>{};
-  }
-}
-
-template <Activation A, class S, int V>
-__device__ __forceinline__ void store_pair(S* row, int64_t c, int64_t size, bool interleaved,
-                                           const Wide<S, V>& gate, const Wide<S, V>& up) {
-  if constexpr (is_gated(A)) {
-    if (!interleaved) {
-      store_wide<V>(row + c, gate);
-      store_wide<V>(row + size + c, up);
-      return;
-    }
-    Wide<S, V> part[2];
-#pragma unroll
-    for (int v = 0; v < V; ++v) {
-      part[2 * v / V].v[2 * v % V] = gate.v[v];
-      part[(2 * v + 1) / V].v[(2 * v + 1) % V] = up.v[v];
-    }
-    store_wide<V>(row + 2 * c, part[0]);
-    store_wide<V>(row + 2 * c + V, part[1]);
-  } else {
-    store_wide<V>(row + c, gate);
-  }
-}
-
 template <Activation A, class S, int V>
 __global__ void gated_act_kernel(const GatedActParams p, ActLimits<Accumulate<S>> limits) {
   const int64_t row = warp_row(), size = p.intermediate_size, first = lane_access<kStretch>();
-  if (row >= p.num_rows) return;
+  if (row >= p.num_rows || (p.num_valid_rows != nullptr && row >= *p.num_valid_rows)) return;
   const S* const from = static_cast<const S*>(p.gate_up) + row * size * (is_gated(A) ? 2 : 1);
   S* const to = static_cast<S*>(p.h) + row * size;
 #pragma unroll
@@ -67,7 +23,7 @@ __global__ void gated_act_kernel(const GatedActParams p, ActLimits<Accumulate<S>
     const int64_t c = (first + i * kWarp) * V;
     if (c >= size) return;
     Wide<S, V> gate, up, h;
-    load_pair<A, S, V>(from, c, size, p.act.interleaved, gate, up);
+    load_gate_up<A, S, V>(from, c, size, p.act.interleaved, gate, up);
 #pragma unroll
     for (int v = 0; v < V; ++v) h.v[v] = act_forward<A>(gate.v[v], up.v[v], limits);
     store_wide<V>(to + c, h);
@@ -87,7 +43,7 @@ __global__ void gated_act_bwd_kernel(const GatedActBwdParams p, ActLimits<Accumu
     const int64_t c = (first + i * kWarp) * V;
     if (c >= size) return;
     Wide<S, V> gate, up;
-    load_pair<A, S, V>(from, c, size, p.act.interleaved, gate, up);
+    load_gate_up<A, S, V>(from, c, size, p.act.interleaved, gate, up);
     const Wide<S, V> dh = load_wide<V>(grad_h + c);
 #pragma unroll
     for (int v = 0; v < V; ++v) {
@@ -95,7 +51,7 @@ __global__ void gated_act_bwd_kernel(const GatedActBwdParams p, ActLimits<Accumu
       gate.v[v] = grad.gate;
       up.v[v] = grad.up;
     }
-    store_pair<A, S, V>(to, c, size, p.act.interleaved, gate, up);
+    store_gate_up<A, S, V>(to, c, size, p.act.interleaved, gate, up);
   }
 }
 

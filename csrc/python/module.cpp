@@ -74,16 +74,15 @@ PYBIND11_MODULE(_C, m) {
       [](const std::string& product, int64_t rows, int64_t num_experts, int64_t m, int64_t n,
          int64_t k, int num_sms) {
         using namespace moe_ops::cuda;
-        const std::map<std::string, Product> products{{"nt", Product::kNT},
-                                                      {"nn", Product::kNN},
-                                                      {"tn", Product::kTN},
-                                                      {"gather_nt", Product::kGatherNT}};
-        const auto found = products.find(product);
-        if (found == products.end()) {
-          throw std::invalid_argument("gemm_config: product must be nt, nn, tn or gather_nt, got " +
-                                      product + ".");
+        for (size_t i = 0; i < kProductNames.size(); ++i) {
+          if (kProductNames[i] == product)
+            return to_string(
+                choose_config({static_cast<Product>(i), rows, num_experts, m, n, k, num_sms}));
         }
-        return to_string(choose_config({found->second, rows, num_experts, m, n, k, num_sms}));
+        throw std::invalid_argument(
+            "gemm_config: product must be nt, nn, tn, or one of these with "
+            "gather_ before it or _gather after it, got " +
+            product + ".");
       },
       py::arg("product"), py::arg("rows"), py::arg("num_experts"), py::arg("m"), py::arg("n"),
       py::arg("k"), py::arg("num_sms") = 132);

@@ -80,7 +80,7 @@ STABLE_TORCH_LIBRARY_IMPL(moe_ops, CPU, m) {
 static Tensor gated_act_cuda(const Tensor& gate_up, std::string activation, bool interleaved,
                              double alpha, double limit) {
   const Op op("gated_act", gate_up);
-  GatedActParams p;
+  cuda::GatedActParams p;
   p.type = check_float(op, "gate_up", gate_up);
   p.act = check_activation(op, activation, interleaved, alpha, limit, true);
   const std::vector<int64_t> shape = halved_shape(op, gate_up);

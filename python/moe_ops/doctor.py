@@ -21,6 +21,7 @@ from torch import Tensor
 
 import moe_ops
 from moe_ops import ops, packing, reference
+from moe_ops.ops._register import cpu_only_ops
 from moe_ops.quant import quantize_fp8_blocks
 
 _DISTRIBUTION = "torch-moe-ops"
@@ -130,7 +131,7 @@ def self_test(device: str = "cpu") -> list[SelfTest]:
 
 def has_kernel(op: str, device: str) -> bool:
     """Whether this build registers a kernel of the op for cpu or cuda."""
-    if not hasattr(torch.ops.moe_ops, op):
+    if not hasattr(torch.ops.moe_ops, op) or (device != "cpu" and op in cpu_only_ops):
         return False
     return bool(
         torch._C._dispatch_has_kernel_for_dispatch_key(

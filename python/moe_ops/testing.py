@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from . import _C, reference
+from .ops._register import cpu_only_ops
 from .ops.gated_act import GATED_ACTIVATIONS as GATED_ACTIVATIONS
 from .ops.gated_act import PLAIN_ACTIVATIONS as PLAIN_ACTIVATIONS
 from .reference._common import acc_dtype as acc_dtype
@@ -33,8 +34,6 @@ OUT_OF_RANGE_IDS = (-1, -2, -(2**31), 2**31 - 1)
 OUT_OF_RANGE_IDS_64 = (2**32, 2**32 + 1, -(2**32) + 1)
 
 
-# Ops without a CUDA kernel: copies in the order of CPU kernels, and weights of few bits.
-CPU_ONLY_OPS = ("pack_experts", "moe_ffn_packed", "moe_ffn_quantized")
 _simulator: torch.library.Library | None = None
 
 
@@ -63,7 +62,7 @@ def use_simulator(partial: bool = False) -> None:
         for name in names
         if torch._C._dispatch_has_kernel_for_dispatch_key(f"moe_ops_sim::{name}", "CPU")
     }
-    missing = sorted(set(names) - kernels - set(CPU_ONLY_OPS))
+    missing = sorted(set(names) - kernels - set(cpu_only_ops))
     if missing and not partial:
         raise RuntimeError(f"use_simulator: no CUDA kernel for {', '.join(missing)}.")
     library = torch.library.Library("moe_ops", "IMPL")

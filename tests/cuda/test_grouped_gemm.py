@@ -119,6 +119,27 @@ def test_fp32_infinities_are_those_of_the_product():
     torch.testing.assert_close(out[finite], want[finite], rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "tile", "threads"),
+    [(torch.bfloat16, 64, 128), (torch.float32, 64, 128)],
+    ids=["bf16", "fp32"],
+)
+def test_bytes(simulator, dtype, tile, threads):
+    """csrc/cuda/grouped_gemm/NOTES.md has the formula."""
+    counts, tail, k, o = (70, 0, 5, 64), 9, 96, 160
+    call = operands(counts, k, o, dtype, tail=tail)
+    a, b, offsets = call["a"], call["b"], call["expert_offsets"]
+    counted = simulator.counted(lambda: moe_ops.grouped_gemm(a, b, offsets), "ld_bytes", "st_bytes")
+    column_tiles = -(-o // tile)
+    row_tiles = sum(-(-c // tile) for c in counts)
+    tiles = (row_tiles + -(-tail // tile)) * column_tiles
+    bound = (-(-len(a) // tile) + min(len(counts) + 1, len(a))) * column_tiles
+    operand_bytes = (sum(counts) * column_tiles + o * row_tiles) * k * dtype.itemsize
+    searches = (tiles + bound) * threads // 32 * 4 * (2 * len(counts) + 1)
+    assert counted["ld_bytes"] == operand_bytes + searches
+    assert counted["st_bytes"] == len(a) * o * dtype.itemsize
+
+
 @pytest.mark.parametrize(("features", "stretch"), [(512, 256), (264, 256), (37, 32)])
 def test_bytes_of_grouped_sum(simulator, features, stretch):
     """Rows once, the result once; each of a block's 256 threads reads two offsets."""

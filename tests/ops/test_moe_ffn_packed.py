@@ -23,6 +23,8 @@ from moe_ops.testing import (
     short,
 )
 
+pytestmark = pytest.mark.cpu_only
+
 # (H, I): below, at and above the panel widths of every instruction set.
 SIZES = (
     (1, 1),
@@ -387,3 +389,12 @@ def test_copies_on_another_device(bad_input):
     for name in ("packed_gate_up", "packed_down"):
         with bad_input("moe_ffn_packed", name):
             moe_ops.moe_ffn_packed(**{**call, name: call[name].to("meta")})
+
+
+def test_cuda_is_refused_in_words():
+    call = with_copies(ffn_operands(SMALL, 16, 8, torch.float32))
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    with pytest.raises(NotImplementedError, match=r"moe_ffn_packed: it runs on the CPU only"):
+        torch.ops.moe_ops.moe_ffn_packed.default.redispatch(keys, **call)
+    with pytest.raises(NotImplementedError, match=r"pack_experts: it runs on the CPU only"):
+        torch.ops.moe_ops.pack_experts.default.redispatch(keys, call["w_down"])

@@ -27,6 +27,8 @@ from moe_ops.testing import (
     short,
 )
 
+pytestmark = pytest.mark.cpu_only
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # 8 bits, and 4 bits with each size of a group.
 FORMATS = ((8, 0), (4, 32), (4, 64), (4, 128))
@@ -357,10 +359,10 @@ def test_no_gradient(name):
 
 
 def test_cuda_is_refused_in_words():
+    call = quantized_operands(FEW, 64, 64, torch.float32, 8)
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
     with pytest.raises(NotImplementedError, match=r"moe_ffn_quantized: it runs on the CPU only"):
-        moe_ops.ops.moe_ffn_quantized.__globals__["_cuda"]()
-    dump = torch._C._dispatch_dump("moe_ops::moe_ffn_quantized")
-    assert any(line.startswith("CUDA: ") for line in dump.splitlines())
+        torch.ops.moe_ops.moe_ffn_quantized.default.redispatch(keys, **call)
 
 
 def test_compile():

@@ -13,8 +13,15 @@
 namespace moe_ops::cuda {
 
 // Letters say how the operands lie, as in BLAS: A [rows, K] times B [N, K] or [K, N], and the
-// weight gradient A [rows, M] times B [rows, N].
-enum class Product { kNT, kNN, kTN, kGatherNT };
+// weight gradient A [rows, M] times B [rows, N]. Gather: the rows of that operand come through an
+// index.
+enum class Product { kNT, kNN, kTN, kGatherNT, kGatherNN, kGatherTN, kTNGather, kGatherTNGather };
+
+constexpr std::array<std::string_view, 8> kProductNames = {
+    "nt", "nn", "tn", "gather_nt", "gather_nn", "gather_tn", "tn_gather", "gather_tn_gather"};
+
+constexpr bool is_wgrad(Product p) { return p == Product::kTN || p >= Product::kGatherTN; }
+constexpr bool gathers(Product p) { return p >= Product::kGatherNT; }
 
 // Tile of the output. 128x256: two consumer warpgroups share it, two blocks share B. 128x128 and
 // 64x128: ping-pong. 64x64: one consumer, long stages, for few rows an expert.
@@ -24,9 +31,9 @@ struct GemmDesc {
   Product product = Product::kNT;
   int64_t rows = 0;  // of all experts
   int64_t num_experts = 0;
-  int64_t m = 0;  // kTN: rows of an expert's output; else unused
+  int64_t m = 0;  // weight gradients: rows of an expert's output; else unused
   int64_t n = 0;
-  int64_t k = 0;  // kTN: unused
+  int64_t k = 0;  // weight gradients: unused
   int num_sms = 132;
 };
 
@@ -35,10 +42,9 @@ struct GemmConfig {
   int m, n, k;
   int cluster;  // row tiles that share B
   bool pingpong;
-  double mma_rate;  // share of the peak rate that the schedule reaches on long sums, an estimate
+  double mma_rate;  // share of the peak rate on long sums, an assumption until measured
 };
 
-// mma_rate: the order of the schedules in CUTLASS' own profiles of H100 (sm90 bf16, 8192^3).
 constexpr std::array<GemmConfig, 4> kGemmConfigs = {{
     {TileShape::k128x256, 128, 256, 64, 2, false, 0.80},
     {TileShape::k128x128, 128, 128, 64, 1, true, 0.72},
@@ -53,9 +59,8 @@ constexpr std::string_view name(TileShape s) {
 
 // Has the product a kernel of this shape? (instantiations/)
 constexpr bool has_kernel(Product p, TileShape s) {
-  if (p == Product::kTN) return s == TileShape::k128x256 || s == TileShape::k128x128;
-  if (p == Product::kGatherNT) return s != TileShape::k128x256;
-  return true;
+  if (s == TileShape::k128x256) return !gathers(p);
+  return s == TileShape::k128x128 || !is_wgrad(p);
 }
 
 // Cycles that the whole product takes with a tile, by a model of three parts: tiles come in waves
@@ -64,11 +69,11 @@ constexpr bool has_kernel(Product p, TileShape s) {
 // DRAM.
 inline double estimate_cycles(const GemmDesc& d, const GemmConfig& c) {
   constexpr double kMmaPerCycle = 1024;  // bf16 products an SM
-  constexpr double kL2Bytes = 48;        // a cycle an SM, 132 SMs at about 11 TB/s
+  constexpr double kL2Bytes = 26;        // a cycle an SM, 132 SMs at about 6 TB/s
   constexpr double kDramBytes = 14;      // a cycle an SM, 3.35 TB/s
   constexpr double kFill = 1500;         // first stage of a tile: latency of offsets and of TMA
   constexpr double kElement = 2;
-  const bool wgrad = d.product == Product::kTN;
+  const bool wgrad = is_wgrad(d.product);
   const int64_t experts = wgrad ? d.num_experts : std::min(d.num_experts, d.rows);
   if (experts == 0) return 0;
   const int64_t rows = ceil_div(d.rows, experts);  // of an expert, if they are balanced
@@ -77,7 +82,9 @@ inline double estimate_cycles(const GemmDesc& d, const GemmConfig& c) {
   const double k = static_cast<double>(wgrad ? rows : d.k);
   const int64_t waves = ceil_div<int64_t>(experts * mt * nt, d.num_sms / c.cluster * c.cluster);
   const double mma = c.m * c.n * k / (kMmaPerCycle * c.mma_rate);
-  const double load = (c.m + c.n / c.cluster) * k * kElement / kL2Bytes;
+  // Boxes of A without rows of the expert are not loaded.
+  const int64_t lines = wgrad ? c.m : std::min<int64_t>(c.m, round_up<int64_t>(rows, 16));
+  const double load = (lines + c.n / c.cluster) * k * kElement / kL2Bytes;
   const double store = c.m * c.n * kElement / kL2Bytes;
   const double ends = c.pingpong ? 0 : kFill + store;
   const double tiles = waves * (std::max(mma, load) + ends) + kFill + store;
@@ -104,10 +111,9 @@ inline GemmConfig choose_config(const GemmDesc& d) {
 }
 
 inline std::string to_string(const GemmDesc& d) {
-  constexpr const char* kProducts[] = {"nt", "nn", "tn", "gather_nt"};
   char text[160];
   std::snprintf(text, sizeof(text), "%s rows %lld experts %lld m %lld n %lld k %lld on %d SMs",
-                kProducts[static_cast<int>(d.product)], static_cast<long long>(d.rows),
+                kProductNames[static_cast<int>(d.product)].data(), static_cast<long long>(d.rows),
                 static_cast<long long>(d.num_experts), static_cast<long long>(d.m),
                 static_cast<long long>(d.n), static_cast<long long>(d.k), d.num_sms);
   return text;

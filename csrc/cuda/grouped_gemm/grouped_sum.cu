@@ -7,8 +7,8 @@
 
 #include "cuda/check.h"
 #include "cuda/dispatch.h"
-#include "cuda/grouped_gemm/tile.cuh"
 #include "cuda/reduce.cuh"
+#include "cuda/row_experts.cuh"
 #include "cuda/vec.cuh"
 
 namespace moe_ops::cuda {
@@ -31,8 +31,7 @@ __global__ void __launch_bounds__(kWarp* kSlices)
       static_cast<int64_t>(blockIdx.x % static_cast<unsigned>(column_blocks)) * (kWarp * V) +
       lane * V;
   const bool there = col < p.features;
-  const generic::RowRange range =
-      generic::expert_rows(p.expert_offsets, e, static_cast<int>(p.num_rows));
+  const RowRange range = expert_rows(p.expert_offsets, e, static_cast<int>(p.num_rows));
 
   Wide<S, V> sum = {};
   for (int first = range.begin + slice; first < range.end; first += kSlices * kWarp) {
@@ -40,8 +39,8 @@ __global__ void __launch_bounds__(kWarp* kSlices)
     int row = -1;
     Acc factor = 0;
     if (mine < range.end) {
-      row = generic::source_row(p.rows, mine);
-      factor = generic::row_factor<Acc>(p.scale, mine);
+      row = source_row(p.rows, mine);
+      factor = row_factor<Acc>(p.scale, mine);
     }
     const int count = min((range.end - first + kSlices - 1) / kSlices, kWarp);
     for (int j = 0; j < count; j += kRowsAtOnce) {

@@ -38,8 +38,15 @@ bool storable(const void* data, DType type, int64_t stride) {
 }
 
 Product product_of(const GroupedGemmParams& p) {
-  if (p.a.index != nullptr) return Product::kGatherNT;
-  return p.b.stride_k == 1 ? Product::kNT : Product::kNN;
+  const bool nt = p.b.stride_k == 1;
+  if (p.a.index != nullptr) return nt ? Product::kGatherNT : Product::kGatherNN;
+  return nt ? Product::kNT : Product::kNN;
+}
+
+Product product_of(const GroupedWgradParams& p) {
+  if (p.grad.index != nullptr)
+    return p.a.index != nullptr ? Product::kGatherTNGather : Product::kGatherTN;
+  return p.a.index != nullptr ? Product::kTNGather : Product::kTN;
 }
 
 template <DType type, Product product>
@@ -68,16 +75,30 @@ Status select(Product product, TileShape shape, const GroupedGemmParams& p, Stre
       return select<type, Product::kNN>(shape, p, stream);
     case Product::kGatherNT:
       return select<type, Product::kGatherNT>(shape, p, stream);
-    case Product::kTN:
-      break;
+    case Product::kGatherNN:
+      return select<type, Product::kGatherNN>(shape, p, stream);
+    default:
+      return cudaErrorInvalidValue;
   }
-  return cudaErrorInvalidValue;
 }
 
 template <DType type>
-Status select_wgrad(TileShape shape, const GroupedWgradParams& p, Stream stream) {
-  return shape == TileShape::k128x256 ? run_wgrad<type, TileShape::k128x256>(p, stream)
-                                      : run_wgrad<type, TileShape::k128x128>(p, stream);
+Status select(Product product, TileShape shape, const GroupedWgradParams& p, Stream stream) {
+  constexpr TileShape kOther = TileShape::k128x128;
+  switch (product) {
+    case Product::kTN:
+      return shape == TileShape::k128x256
+                 ? run_wgrad<type, Product::kTN, TileShape::k128x256>(p, stream)
+                 : run_wgrad<type, Product::kTN, kOther>(p, stream);
+    case Product::kGatherTN:
+      return run_wgrad<type, Product::kGatherTN, kOther>(p, stream);
+    case Product::kTNGather:
+      return run_wgrad<type, Product::kTNGather, kOther>(p, stream);
+    case Product::kGatherTNGather:
+      return run_wgrad<type, Product::kGatherTNGather, kOther>(p, stream);
+    default:
+      return cudaErrorInvalidValue;
+  }
 }
 
 }  // namespace
@@ -88,8 +109,7 @@ bool supports(const GroupedGemmParams& p) {
   if (p.bias.data != nullptr && p.bias.type != p.b.type) return false;
   if (p.num_experts < 1 || p.in_features < 8 || p.in_features % 8 != 0 || p.out_features % 8 != 0)
     return false;
-  if (p.b.quant.bits != 0 || (p.b.stride_k != 1 && (p.b.stride_o != 1 || p.a.index != nullptr)))
-    return false;
+  if (p.b.quant.bits != 0 || (p.b.stride_k != 1 && p.b.stride_o != 1)) return false;
   return tensor_map_possible(operand_a(p)) && tensor_map_possible(operand_b(p)) &&
          storable(p.out.data, p.out.type, p.out.stride);
 }
@@ -97,9 +117,7 @@ bool supports(const GroupedGemmParams& p) {
 bool supports(const GroupedWgradParams& p) {
   if (!usable() || !half_type(p.a.type) || p.grad.type != p.a.type) return false;
   if (p.out_type != p.a.type && p.out_type != DType::kFloat32) return false;
-  if (p.grad.index != nullptr || p.a.index != nullptr || p.grad_scale.data != nullptr ||
-      p.a_scale.data != nullptr)
-    return false;
+  if (p.grad_scale.data != nullptr || p.a_scale.data != nullptr) return false;
   if (p.out_features % 8 != 0 || p.in_features % 8 != 0) return false;
   return tensor_map_possible(operand_a(p)) && tensor_map_possible(operand_b(p)) &&
          storable(p.out, p.out_type, p.in_features);
@@ -120,15 +138,15 @@ Status grouped_gemm(const GroupedGemmParams& p, Stream stream) {
 
 Status grouped_gemm_wgrad(const GroupedWgradParams& p, Stream stream) {
   GemmDesc d;
-  d.product = Product::kTN;
+  d.product = product_of(p);
   d.rows = p.num_rows;
   d.num_experts = p.num_experts;
   d.m = p.out_features;
   d.n = p.in_features;
   d.num_sms = device_info().num_sms;
   const TileShape shape = shape_of(d);
-  return p.a.type == DType::kBFloat16 ? select_wgrad<DType::kBFloat16>(shape, p, stream)
-                                      : select_wgrad<DType::kFloat16>(shape, p, stream);
+  return p.a.type == DType::kBFloat16 ? select<DType::kBFloat16>(d.product, shape, p, stream)
+                                      : select<DType::kFloat16>(d.product, shape, p, stream);
 }
 
 }  // namespace moe_ops::cuda::sm90

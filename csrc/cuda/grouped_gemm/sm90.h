@@ -18,7 +18,7 @@ Status grouped_gemm_wgrad(const GroupedWgradParams& p, Stream stream);
 // One kernel; one file each in instantiations/.
 template <DType type, Product product, TileShape shape>
 Status run(const GroupedGemmParams& p, Stream stream);
-template <DType type, TileShape shape>
+template <DType type, Product product, TileShape shape>
 Status run_wgrad(const GroupedWgradParams& p, Stream stream);
 
 }  // namespace moe_ops::cuda::sm90

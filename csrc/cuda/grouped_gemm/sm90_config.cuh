@@ -29,8 +29,10 @@ struct GemmDefaults {
   static constexpr Schedule kSchedule = Schedule::kCooperative;
   // Blocks of a cluster: row tiles of one expert, side by side, that share every tile of B.
   static constexpr int kCluster = 1;
-  // kGather: row r of A is row index[r] of the source, copied by the producer's four warps.
+  // kGather: row r of the operand is row index[r] of the source, copied by the producer's four
+  // warps. B only with kRaggedK.
   static constexpr Source kSourceA = Source::kTma;
+  static constexpr Source kSourceB = Source::kTma;
   // kMN: the tensor is dense along M (or N), as in dgrad (B) and wgrad (A and B).
   static constexpr Major kMajorA = Major::kK;
   static constexpr Major kMajorB = Major::kK;
@@ -60,7 +62,9 @@ struct Traits {
   static constexpr int kConsumers = Config::kConsumers;
   static constexpr int kCluster = Config::kCluster;
   static constexpr bool kPingpong = Config::kSchedule == Schedule::kPingpong;
-  static constexpr bool kGather = Config::kSourceA == Source::kGather;
+  static constexpr bool kGatherA = Config::kSourceA == Source::kGather;
+  static constexpr bool kGatherB = Config::kSourceB == Source::kGather;
+  static constexpr bool kGather = kGatherA || kGatherB;
   static constexpr int kThreads = kWarpgroup * (1 + kConsumers);
   // Warpgroups that work on one tile.
   static constexpr int kTileGroups = kPingpong ? 1 : kConsumers;
@@ -82,8 +86,9 @@ struct Traits {
   static_assert(!kPingpong || kConsumers == 2, "ping-pong has two players");
   static_assert(kStages >= 2 && kStages <= kMaxStages);
   static_assert(kCluster == 1 || kCluster == 2);
-  static_assert(!(kGather && Config::kMajorA == Major::kMN), "gathered rows are dense along K");
-  static_assert(!(kGather && Config::kRaggedK));
+  static_assert(!kGatherA || (Config::kMajorA == Major::kMN) == Config::kRaggedK,
+                "gathered rows are dense along K, or along M if they are what is summed");
+  static_assert(!kGatherB || (Config::kRaggedK && kCluster == 1));
   static_assert(!(Config::kSplitB && Config::kMajorB == Major::kMN));
 
   // The element of shared memory that holds (row, k) of a stage: lines of 128 bytes along the

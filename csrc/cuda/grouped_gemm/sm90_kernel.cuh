@@ -1,6 +1,6 @@
 // The kernel: one producer warpgroup, one or two consumer warpgroups, as many blocks as SMs. Each
 // block walks its list of tiles (sm90_scheduler.cuh); producer and consumers do so independently
-// and meet only at the stages of the ring (sm90_mainloop.cuh).
+// and meet only at the stages of the ring (sm90_mainloop.cuh, sm90_gather.cuh).
 //
 // To make a kernel: a config (sm90_config.cuh), an epilogue (sm90_epilogue.cuh), two tensor maps
 // (tensor_map.h; operand_map_a/b below choose the boxes), launch<Config, Epilogue>(). Contract of
@@ -18,6 +18,7 @@
 
 #include "cuda/check.h"
 #include "cuda/grouped_gemm/sm90_epilogue.cuh"
+#include "cuda/grouped_gemm/sm90_gather.cuh"
 #include "cuda/grouped_gemm/sm90_mainloop.cuh"
 #include "cuda/runtime.h"
 #include "moe_ops/common.h"
@@ -29,8 +30,9 @@ struct KernelParams {
   CUtensorMap map_a;
   CUtensorMap map_b;
   Problem problem;
-  int split_offset;  // kSplitB: rows of B between the two halves
-  GatherRows gather;
+  int split_offset;   // kSplitB: rows of B between the two halves
+  GatherRows gather;  // of A
+  GatherRows gather_b;
   typename Epilogue::Params epilogue;
 };
 
@@ -50,8 +52,8 @@ __global__ void __launch_bounds__(Traits<Config>::kThreads, 1)
   const int first = blockIdx.x / T::kCluster, step = gridDim.x / T::kCluster;
 
   if (threadIdx.x == 0) {
-    if constexpr (!T::kGather) cute::prefetch_tma_descriptor(&p.map_a);
-    cute::prefetch_tma_descriptor(&p.map_b);
+    if constexpr (!T::kGatherA) cute::prefetch_tma_descriptor(&p.map_a);
+    if constexpr (!T::kGatherB) cute::prefetch_tma_descriptor(&p.map_b);
     init_barriers<Config>(smem);
   }
   if constexpr (T::kCluster > 1) {
@@ -62,7 +64,9 @@ __global__ void __launch_bounds__(Traits<Config>::kThreads, 1)
 
   if (group == 0) {
     if constexpr (T::kConsumers > 1) cutlass::arch::warpgroup_reg_dealloc<kProducerRegisters>();
-    if constexpr (T::kGather) {
+    if constexpr (T::kGather && Config::kRaggedK) {
+      produce_gather_lines<Config>(p, smem, first, step, cluster_rank);
+    } else if constexpr (T::kGather) {
       produce_gather<Config>(p, smem, first, step, cluster_rank);
     } else {
       if (threadIdx.x < kWarp) produce_tma<Config>(p, smem, first, step, cluster_rank);

@@ -23,10 +23,15 @@ struct ConfigOf : GemmDefaults {
       kChoice.pingpong ? Schedule::kPingpong : Schedule::kCooperative;
   static constexpr int kCluster = kChoice.cluster;
   static constexpr int kBoxM = kChoice.m == 64 ? 16 : 64;
-  static constexpr Source kSourceA = product == Product::kGatherNT ? Source::kGather : Source::kTma;
-  static constexpr bool kRaggedK = product == Product::kTN;
+  static constexpr bool kRaggedK = is_wgrad(product);
+  static constexpr Source kSourceA =
+      gathers(product) && product != Product::kTNGather ? Source::kGather : Source::kTma;
+  static constexpr Source kSourceB =
+      product == Product::kTNGather || product == Product::kGatherTNGather ? Source::kGather
+                                                                           : Source::kTma;
   static constexpr Major kMajorA = kRaggedK ? Major::kMN : Major::kK;
-  static constexpr Major kMajorB = kRaggedK || product == Product::kNN ? Major::kMN : Major::kK;
+  static constexpr Major kMajorB =
+      kRaggedK || product == Product::kNN || product == Product::kGatherNN ? Major::kMN : Major::kK;
 };
 
 template <class Config, class Params>
@@ -35,8 +40,15 @@ Status encode_maps(Params& params, TensorMapDesc a, TensorMapDesc b) {
     std::copy_n(Boxes<Config>::kA, 2, a.box);
     if (const Status s = encode_tensor_map(&params.map_a, a); s != cudaSuccess) return s;
   }
-  std::copy_n(Boxes<Config>::kB, 3, b.box);
-  return encode_tensor_map(&params.map_b, b);
+  if constexpr (Config::kSourceB == Source::kTma) {
+    std::copy_n(Boxes<Config>::kB, 3, b.box);
+    if (const Status s = encode_tensor_map(&params.map_b, b); s != cudaSuccess) return s;
+  }
+  return cudaSuccess;
+}
+
+inline GatherRows gather_rows(const DeviceRows& rows) {
+  return {rows.data, rows.stride, static_cast<int>(rows.limit), rows.index, rows.index_divisor};
 }
 
 template <DType type, Product product, TileShape shape>
@@ -51,7 +63,7 @@ Status run(const GroupedGemmParams& p, Stream stream) {
   params.problem.n = static_cast<int>(p.out_features);
   params.problem.k = static_cast<int>(p.in_features);
   params.problem.zero_tail = p.zero_tail;
-  params.gather = {p.a.data, p.a.stride, static_cast<int>(p.a.limit), p.a.index, p.a.index_divisor};
+  params.gather = gather_rows(p.a);
   params.epilogue.out = {p.out.data,  p.out.stride,        p.out.type == DType::kFloat32,
                          p.out.index, p.out.index_divisor, p.out.limit};
   params.epilogue.bias = p.bias.data;
@@ -61,9 +73,9 @@ Status run(const GroupedGemmParams& p, Stream stream) {
   return launch(params, stream);
 }
 
-template <DType type, TileShape shape>
+template <DType type, Product product, TileShape shape>
 Status run_wgrad(const GroupedWgradParams& p, Stream stream) {
-  using Config = ConfigOf<type, Product::kTN, shape>;
+  using Config = ConfigOf<type, product, shape>;
   KernelParams<Config, StoreExperts> params{};
   if (const Status s = encode_maps<Config>(params, operand_a(p), operand_b(p)); s != cudaSuccess)
     return s;
@@ -72,6 +84,8 @@ Status run_wgrad(const GroupedWgradParams& p, Stream stream) {
   params.problem.rows = static_cast<int>(p.num_rows);
   params.problem.m = static_cast<int>(p.out_features);
   params.problem.n = static_cast<int>(p.in_features);
+  params.gather = gather_rows(p.grad);
+  params.gather_b = gather_rows(p.a);
   params.epilogue = {p.out, p.out_type == DType::kFloat32, p.accumulate};
   return launch(params, stream);
 }

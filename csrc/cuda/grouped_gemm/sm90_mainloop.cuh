@@ -6,7 +6,6 @@
 // multicast the neighbour's producer writes here, too.
 #pragma once
 
-#include <cutlass/arch/memory_sm80.h>
 #include <cutlass/arch/reg_reconfig.h>
 
 #include <cute/arch/copy_sm90_tma.hpp>
@@ -15,16 +14,6 @@
 #include "cuda/grouped_gemm/sm90_scheduler.cuh"
 
 namespace moe_ops::cuda::sm90 {
-
-// Rows that kGather copies: row r of the product is row index[r] / divisor of data, zeros if that
-// is outside [0, limit).
-struct GatherRows {
-  const void* data;
-  int64_t stride;  // elements
-  int limit;
-  const int32_t* index;
-  int divisor;
-};
 
 template <class Config>
 using PipelineState = cutlass::PipelineState<Traits<Config>::kStages>;
@@ -152,68 +141,6 @@ __device__ inline void produce_tma(const Params& p, typename Traits<Config>::Sha
   }
 }
 
-// Four warps: every thread copies one 16-byte piece of every 16th row; thread 0 also loads B.
-template <class Config, class Params>
-__device__ inline void produce_gather(const Params& p, typename Traits<Config>::SharedStorage& smem,
-                                      int first, int step, int cluster_rank) {
-  using T = Traits<Config>;
-  using Element = typename Config::Element;
-  constexpr int kPiece = 16 / static_cast<int>(sizeof(Element));
-  constexpr int kPieces = kSwizzleBytes / 16;     // pieces of a line
-  constexpr int kRowStep = kWarpgroup / kPieces;  // rows that the warpgroup copies at once
-  constexpr int kRows = T::kM / kRowStep;
-  auto write = cutlass::PipelineState<T::kStages>{0, 1, 0};
-  const int piece = threadIdx.x % kPieces;
-  const int row = threadIdx.x / kPieces;
-  // The swizzle: piece c of line r lies at piece c ^ (r % 8). kRowStep is a multiple of 8, so the
-  // place within a line is the same for all rows of a thread.
-  static_assert(kRowStep % 8 == 0);
-  const int place = row * T::kSpan + (piece ^ (row % 8)) * kPiece;
-  Scheduler<Config> scheduler(p.problem);
-  Tile tile;
-  for (int index = first; scheduler.get(index, cluster_rank, tile); index += step) {
-    const Element* from[kRows];
-#pragma unroll
-    for (int i = 0; i < kRows; ++i) {
-      const int r = tile.row0 + row + i * kRowStep;
-      // A negative index divided by the divisor might round to zero.
-      const int at = r < tile.row_end && tile.k_tiles > 0 ? __ldg(p.gather.index + r) : -1;
-      const int source = at / p.gather.divisor;
-      from[i] = at >= 0 && source < p.gather.limit ? static_cast<const Element*>(p.gather.data) +
-                                                         source * p.gather.stride + piece * kPiece
-                                                   : nullptr;
-    }
-#pragma unroll 1
-    for (int kt = 0; kt < tile.k_tiles; ++kt, ++write) {
-      const int s = write.index();
-      smem.empty[s].wait(write.phase());
-      auto* full = reinterpret_cast<uint64_t*>(&smem.full[s]);
-      if (threadIdx.x == 0) {
-        smem.full[s].arrive_and_expect_tx(T::kStageBytesB);
-        load_b<Config>(&p.map_b, full, smem.b + s * T::kN * T::kK, tile, kt, p.split_offset,
-                       cluster_rank);
-      }
-      Element* to = smem.a + s * T::kM * T::kK + place;
-#pragma unroll
-      for (int span = 0; span < T::kK / T::kSpan; ++span) {
-        const int k = kt * T::kK + span * T::kSpan;
-        const bool inside = k + piece * kPiece < p.problem.k;
-#pragma unroll
-        for (int i = 0; i < kRows; ++i) {
-          const bool copy = inside && from[i] != nullptr;
-          cutlass::arch::cp_async_zfill<16, cutlass::arch::CacheOperation::Global>(
-              to + (span * T::kM + i * kRowStep) * T::kSpan, copy ? from[i] + k : p.gather.data,
-              copy);
-        }
-      }
-      cutlass::arch::cpasync_barrier_arrive_noinc(full);
-    }
-  }
-  if (T::kCluster > 1 && threadIdx.x == 0) {
-    for (int i = 0; i < T::kStages; ++i, ++write) smem.empty[write.index()].wait(write.phase());
-  }
-}
-
 // ---- Consumer ----
 
 // One lane a warp, for all blocks of the cluster.
@@ -229,7 +156,8 @@ __device__ inline void release(typename Traits<Config>::SharedStorage& smem, int
 }
 
 // Ragged K: the last stage of an expert holds rows of the next one. They are overwritten by zeros,
-// in A and in B, since 0 * NaN is NaN. All threads that share the tile take part.
+// in A and in B, since 0 * NaN is NaN; gathered operands have zeros there already. All threads that
+// share the tile take part.
 template <class Config>
 __device__ inline void clear_rows(typename Traits<Config>::SharedStorage& smem, int stage,
                                   int valid, int thread, int barrier) {
@@ -238,7 +166,8 @@ __device__ inline void clear_rows(typename Traits<Config>::SharedStorage& smem, 
   constexpr int kLine = kSwizzleBytes / sizeof(uint4);
   constexpr int kBlocksA = T::kM / T::kSpan, kBlocksB = T::kN / T::kSpan;
   const int pieces = (T::kK - valid) * kLine;
-  for (int block = 0; block < kBlocksA + kBlocksB; ++block) {
+  for (int block = T::kGatherA ? kBlocksA : 0;
+       block < (T::kGatherB ? kBlocksA : kBlocksA + kBlocksB); ++block) {
     auto* lines = reinterpret_cast<uint4*>(
         block < kBlocksA ? smem.a + (stage * T::kM + block * T::kSpan) * T::kK
                          : smem.b + (stage * T::kN + (block - kBlocksA) * T::kSpan) * T::kK);
@@ -275,7 +204,7 @@ __device__ inline void multiply(typename Traits<Config>::SharedStorage& smem, co
     smem.full[s].wait(read.phase());
     // cp.async writes through the generic proxy, wgmma reads through the asynchronous one.
     if constexpr (T::kGather) cutlass::arch::fence_view_async_shared();
-    if constexpr (Config::kRaggedK) {
+    if constexpr (Config::kRaggedK && !(T::kGatherA && T::kGatherB)) {
       const int valid = tile.k_size - kt * T::kK;
       if (valid < T::kK) clear_rows<Config>(smem, s, valid, thread, barrier);
     }

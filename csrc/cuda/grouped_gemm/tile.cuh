@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "moe_ops/grouped_gemm.h"
+#include "cuda/row_experts.cuh"
 
 namespace moe_ops::cuda::generic {
 
@@ -91,39 +91,5 @@ struct TileCopy {
     }
   }
 };
-
-// Where row r of the permuted order lies in its matrix, or -1. Rows are counted in 32 bits, as
-// offsets and maps are; addresses are not.
-template <class RowsT>
-__device__ int source_row(const RowsT& rows, int r) {
-  int source = r;
-  if (rows.index != nullptr) {
-    source = rows.index[r];
-    if (rows.index_divisor != 1 && source > 0) source /= rows.index_divisor;
-  }
-  return source >= 0 && source < rows.limit ? source : -1;
-}
-
-template <class T>
-__device__ const T* row_pointer(const DeviceRows& rows, int r) {
-  const int source = source_row(rows, r);
-  return source < 0 ? nullptr : static_cast<const T*>(rows.data) + source * rows.stride;
-}
-
-template <class Acc>
-__device__ Acc row_factor(const RowScale& scale, int r) {
-  if (scale.data == nullptr) return Acc(1);
-  const int at = scale.index == nullptr ? r : scale.index[r];
-  return at >= 0 && at < scale.limit ? static_cast<const Acc*>(scale.data)[at] : Acc(0);
-}
-
-// Rows of one expert, inside [0, num_rows) whatever the offsets hold.
-struct RowRange {
-  int begin, end;
-};
-__device__ inline RowRange expert_rows(const int32_t* offsets, int e, int num_rows) {
-  const int begin = min(max(offsets[e], 0), num_rows);
-  return {begin, min(max(offsets[e + 1], begin), num_rows)};
-}
 
 }  // namespace moe_ops::cuda::generic

@@ -33,8 +33,14 @@ void gated_act_bwd(const GatedActBwdParams& p, const Parallel& par);
 }  // namespace cpu
 
 namespace cuda {
+
+struct GatedActParams : moe_ops::GatedActParams {
+  const int32_t* num_valid_rows = nullptr;  // rows from here on are left alone; nullptr: all valid
+};
+
 Status gated_act(const GatedActParams& p, Stream stream);
 Status gated_act_bwd(const GatedActBwdParams& p, Stream stream);
+
 }  // namespace cuda
 
 }  // namespace moe_ops

@@ -29,4 +29,28 @@ namespace cpu {
 void moe_linear_reduce_bwd(const MoeLinearReduceBwdParams& p, const Parallel& par);
 }  // namespace cpu
 
+namespace cuda {
+
+// u, h, grad_y and bias have one type. Slots without an expert get zeros.
+struct MoeLinearReduceBwdParams {
+  const int32_t* expert_offsets;  // [E+1]
+  int64_t num_experts;            // E
+  int64_t num_rows;               // N
+  int64_t in_features;            // D
+  int64_t hidden_size;            // H
+  DType type;
+  const void* u;               // [N, D] contiguous
+  DeviceRows h;                // [N, D]
+  DeviceRows grad_y;           // [N, H]; read with a bias only
+  ExpertVectors bias;          // [E, H] or none
+  const void* topk_weights;    // [N] by slot, accumulate type; not read without grad_h
+  const int32_t* row_to_slot;  // [N]
+  void* grad_h;                // [N, D] contiguous by slot; nullptr: not wanted
+  void* grad_topk_weights;     // [N] by slot, accumulate type; nullptr: not wanted
+};
+
+Status moe_linear_reduce_bwd(const MoeLinearReduceBwdParams& p, Stream stream);
+
+}  // namespace cuda
+
 }  // namespace moe_ops

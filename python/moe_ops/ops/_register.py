@@ -16,6 +16,8 @@ _INTS = (torch.int32, torch.int64)
 
 # Keeps the registrations alive for the life of the process.
 library = torch.library.Library("moe_ops", "FRAGMENT")
+# Ops whose only CUDA kernel is a sentence.
+cpu_only_ops: list[str] = []
 
 
 def check(condition: bool, message: str) -> None:
@@ -90,6 +92,16 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 def _autocast_keyset(device_type: str) -> Any:
     key = {"cpu": torch._C.DispatchKey.AutocastCPU, "cuda": torch._C.DispatchKey.AutocastCUDA}
     return torch._C.DispatchKeySet(key[device_type])
+
+
+def register_cpu_only(name: str, instead: str) -> None:
+    """An op without a CUDA kernel says so, and what to do instead."""
+    cpu_only_ops.append(name)
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError(f"{name}: it runs on the CPU only, got CUDA tensors; {instead}.")
+
+    library.impl(name, refuse, "CUDA")
 
 
 def register_autocast(op: str, cast: Sequence[str], dtype: torch.dtype | None = None) -> None:

@@ -17,6 +17,7 @@ from moe_ops.ops._register import (
     dtype_name,
     library,
     register_autocast,
+    register_cpu_only,
     register_fake,
 )
 from moe_ops.ops.gated_act import GATED_ACTIVATIONS
@@ -185,5 +186,7 @@ def _autograd(keyset: Any, *args: Any, **kwargs: Any) -> Tensor:
 
 
 library.impl("moe_ffn_packed", _autograd, "Autograd", with_keyset=True)
+register_cpu_only("moe_ffn_packed", "call moe_ffn, whose CUDA kernels read weights as they are")
+register_cpu_only("pack_experts", "moe_ffn's CUDA kernels read weights as they are")
 register_autocast("moe_ffn_packed", ["x", "w_gate_up", "w_down", "b_gate_up", "b_down"])
 register_autocast("pack_experts", ["w"])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -16,8 +14,8 @@ from moe_ops.ops._register import (
     check_same_device,
     check_size,
     dtype_name,
-    library,
     register_autocast,
+    register_cpu_only,
     register_fake,
     register_no_gradient,
 )
@@ -223,13 +221,6 @@ def _(
     return x.new_empty(tuple(x.shape))
 
 
-def _cuda(*args: Any, **kwargs: Any) -> Tensor:
-    raise NotImplementedError(
-        f"{_OP}: it runs on the CPU only so far, got CUDA tensors; dequantise the weights and call "
-        "moe_ffn."
-    )
-
-
 register_no_gradient(_OP, f"moe_ops.reference.{_OP}, which can be differentiated")
-library.impl(_OP, _cuda, "CUDA")
+register_cpu_only(_OP, "dequantise the weights and call moe_ffn")
 register_autocast(_OP, ["x", "b_gate_up", "b_down"])

@@ -2,6 +2,7 @@
 
 namespace moe_ops::cuda::sm90 {
 
-template Status run_wgrad<DType::kBFloat16, TileShape::k128x256>(const GroupedWgradParams&, Stream);
+template Status run_wgrad<DType::kBFloat16, Product::kTN, TileShape::k128x256>(
+    const GroupedWgradParams&, Stream);
 
 }  // namespace moe_ops::cuda::sm90

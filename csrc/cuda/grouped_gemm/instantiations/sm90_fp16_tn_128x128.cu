@@ -2,6 +2,7 @@
 
 namespace moe_ops::cuda::sm90 {
 
-template Status run_wgrad<DType::kFloat16, TileShape::k128x128>(const GroupedWgradParams&, Stream);
+template Status run_wgrad<DType::kFloat16, Product::kTN, TileShape::k128x128>(
+    const GroupedWgradParams&, Stream);
 
 }  // namespace moe_ops::cuda::sm90

@@ -1,59 +1,11 @@
 #include "moe_ops/moe_ffn.h"
 
 #include "cpu/pack.h"
-#include "torch/activation.h"
-#include "torch/tensor_utils.h"
+#include "torch/moe_ffn/checks.h"
 
 namespace moe_ops::adapter {
 
 namespace {
-
-struct Sizes {
-  DType type;
-  int64_t T, H, I, E, K, width;  // width: features of w_gate_up
-  ActivationParams act;
-};
-
-Sizes check_ffn(const Op& op, const Tensor& x, const Tensor& w_gate_up, const Tensor& w_down,
-                const Tensor& topk_weights, int64_t top_k, const ActivationParams& act) {
-  Sizes s;
-  s.act = act;
-  s.type = check_float(op, "x", x);
-  check_dim(op, "x", x, 2, "[T, H]");
-  s.T = x.size(0);
-  s.H = x.size(1);
-  check_same_dtype(op, "w_gate_up", w_gate_up, "x", x);
-  check_dim(op, "w_gate_up", w_gate_up, 3, is_gated(act.kind) ? "[E, 2I, H]" : "[E, I, H]");
-  s.E = w_gate_up.size(0);
-  s.width = w_gate_up.size(1);
-  MOE_CHECK(s.E >= 1, op, ": w_gate_up must hold at least one expert, got shape ",
-            shape_string(w_gate_up), ".");
-  check_size(op, "w_gate_up", w_gate_up, 2, s.H, "H");
-  MOE_CHECK(!is_gated(act.kind) || s.width % 2 == 0, op,
-            ": w_gate_up must have an even number 2I of features, got shape ",
-            shape_string(w_gate_up), ".");
-  s.I = is_gated(act.kind) ? s.width / 2 : s.width;
-  check_same_dtype(op, "w_down", w_down, "x", x);
-  check_dim(op, "w_down", w_down, 3, "[E, H, I]");
-  check_size(op, "w_down", w_down, 0, s.E, "E");
-  check_size(op, "w_down", w_down, 1, s.H, "H");
-  check_size(op, "w_down", w_down, 2, s.I, "I");
-  check_float(op, "topk_weights", topk_weights);
-  check_dim(op, "topk_weights", topk_weights, 2, "[T, K]");
-  check_size(op, "topk_weights", topk_weights, 0, s.T, "T");
-  s.K = top_k;
-  check_size(op, "topk_weights", topk_weights, 1, s.K, "K");
-  return s;
-}
-
-void check_bias(const Op& op, const char* name, const OptTensor& bias, const Tensor& x, int64_t E,
-                int64_t features, const char* shape) {
-  if (!bias.has_value()) return;
-  check_same_dtype(op, name, *bias, "x", x);
-  check_dim(op, name, *bias, 2, shape);
-  check_size(op, name, *bias, 0, E, "E");
-  check_size(op, name, *bias, 1, features, "the number of features");
-}
 
 MoeFfnShape make_shape(const Sizes& s, bool on_input, const std::vector<int64_t>& offsets,
                        const int32_t* row_to_slot, const int32_t* slot_to_row,
@@ -77,8 +29,6 @@ MoeFfnShape make_shape(const Sizes& s, bool on_input, const std::vector<int64_t>
 struct Saved {
   Tensor preact, expert_offsets, row_to_slot, slot_to_row;
 };
-using FfnOutputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
-
 // Packed copies of the two weights.
 struct Packed {
   const Tensor* gate_up;
@@ -140,13 +90,8 @@ Tensor run_ffn(const Op& op, const Tensor& x, const Tensor& w_gate_up, const Ten
                bool on_input, double alpha, double limit, Saved* saved,
                const Packed* packed = nullptr) {
   const ActivationParams act = check_activation(op, activation, interleaved, alpha, limit, false);
-  check_index(op, "topk_ids", topk_ids);
-  check_dim(op, "topk_ids", topk_ids, 2, "[T, K]");
-  const Sizes s = check_ffn(op, x, w_gate_up, w_down, topk_weights, topk_ids.size(1), act);
-  check_size(op, "topk_ids", topk_ids, 0, s.T, "T");
-  check_bias(op, "b_gate_up", b_gate_up, x, s.E, s.width,
-             is_gated(act.kind) ? "[E, 2I]" : "[E, I]");
-  check_bias(op, "b_down", b_down, x, s.E, s.H, "[E, H]");
+  const Sizes s =
+      check_fwd(op, x, w_gate_up, w_down, topk_weights, topk_ids, b_gate_up, b_down, act);
 
   SlotMaps maps;
   const int32_t *row_to_slot, *slot_to_row;
@@ -243,10 +188,8 @@ FfnOutputs moe_ffn_fwd(const Tensor& x, const Tensor& w_gate_up, const Tensor& w
   return {y, saved.preact, saved.expert_offsets, saved.row_to_slot, saved.slot_to_row};
 }
 
-using FfnGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-
 // main_*: buffers that the weight gradients are added to, or none.
-FfnGradients run_bwd(const Op& kOp, const Tensor& grad_y, const Tensor& x, const Tensor& w_gate_up,
+FfnGradients run_bwd(const Op& op, const Tensor& grad_y, const Tensor& x, const Tensor& w_gate_up,
                      const Tensor& w_down, const Tensor& topk_weights, const Tensor& preact,
                      const Tensor& expert_offsets, const Tensor& row_to_slot,
                      const Tensor& slot_to_row, const OptTensor& b_down, std::string activation,
@@ -254,28 +197,13 @@ FfnGradients run_bwd(const Op& kOp, const Tensor& grad_y, const Tensor& x, const
                      double limit, bool need_x, bool need_w_gate_up, bool need_w_down,
                      bool need_topk_weights, bool need_b_gate_up, bool need_b_down,
                      const OptTensor& main_w_gate_up, const OptTensor& main_w_down) {
-  const ActivationParams act = check_activation(kOp, activation, interleaved, alpha, limit, false);
-  check_index(kOp, "slot_to_row", slot_to_row);
-  check_dim(kOp, "slot_to_row", slot_to_row, 2, "[T, K]");
-  const Sizes s = check_ffn(kOp, x, w_gate_up, w_down, topk_weights, slot_to_row.size(1), act);
-  check_bias(kOp, "b_down", b_down, x, s.E, s.H, "[E, H]");
+  const ActivationParams act = check_activation(op, activation, interleaved, alpha, limit, false);
+  const Sizes s = check_bwd(op, grad_y, x, w_gate_up, w_down, topk_weights, preact, expert_offsets,
+                            row_to_slot, slot_to_row, b_down, act);
   const int64_t N = s.T * s.K;
-  check_size(kOp, "slot_to_row", slot_to_row, 0, s.T, "T");
-  check_same_dtype(kOp, "grad_y", grad_y, "x", x);
-  check_dim(kOp, "grad_y", grad_y, 2, "[T, H]");
-  check_size(kOp, "grad_y", grad_y, 0, s.T, "T");
-  check_size(kOp, "grad_y", grad_y, 1, s.H, "H");
-  check_same_dtype(kOp, "preact", preact, "x", x);
-  check_dim(kOp, "preact", preact, 2, "[N, 2I]");
-  check_size(kOp, "preact", preact, 0, N, "N");
-  check_size(kOp, "preact", preact, 1, s.width, "the features of w_gate_up");
-  const std::vector<int64_t> offsets = checked_offsets(kOp, expert_offsets, N);
-  check_size(kOp, "expert_offsets", expert_offsets, 0, s.E + 1, "E+1");
-  check_index(kOp, "row_to_slot", row_to_slot);
-  check_dim(kOp, "row_to_slot", row_to_slot, 1, "[N]");
-  check_size(kOp, "row_to_slot", row_to_slot, 0, N, "N");
-  const std::vector<int32_t> rows = checked_map(kOp, "row_to_slot", row_to_slot, N);
-  const std::vector<int32_t> slots = checked_map(kOp, "slot_to_row", slot_to_row, N);
+  const std::vector<int64_t> offsets = checked_offsets(op, expert_offsets, N);
+  const std::vector<int32_t> rows = checked_map(op, "row_to_slot", row_to_slot, N);
+  const std::vector<int32_t> slots = checked_map(op, "slot_to_row", slot_to_row, N);
 
   const ScalarType type = x.scalar_type(), acc = accumulate_type(type);
   const Tensor gy = with_dense_rows(grad_y);
@@ -310,14 +238,7 @@ FfnGradients run_bwd(const Op& kOp, const Tensor& grad_y, const Tensor& x, const
     out_type = s.type;
     accumulate = main.has_value();
     if (!accumulate) return;
-    const DType main_type = check_float(kOp, name, *main);
-    MOE_CHECK(main_type == s.type || main_type == accumulate_type(s.type), kOp, ": ", name,
-              " must be ", dtype_name(x.scalar_type()), " like the weight, or ", dtype_name(acc),
-              ", got ", dtype_name(main->scalar_type()), ".");
-    check_dim(kOp, name, *main, 3, "shaped like the weight");
-    for (int64_t d = 0; d < 3; ++d) check_size(kOp, name, *main, d, w.size(d), "the weight's size");
-    MOE_CHECK(main->is_contiguous(), kOp, ": ", name, " must be contiguous, got shape ",
-              shape_string(*main), " with other strides.");
+    const DType main_type = check_main_grad(op, name, *main, x, w);
     out = main->mutable_data_ptr();
     out_type = main_type;
   };

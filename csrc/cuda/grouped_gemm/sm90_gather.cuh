@@ -1,0 +1,176 @@
+// Producers that gather: operands whose rows lie anywhere, copied with cp.async by the four warps
+// of the producer. The swizzle that TMA would apply is written by hand: piece c (16 bytes) of line
+// r of a 1024-byte block lies at piece c ^ (r % 8).
+#pragma once
+
+#include <cutlass/arch/memory_sm80.h>
+
+#include "cuda/grouped_gemm/sm90_mainloop.cuh"
+
+namespace moe_ops::cuda::sm90 {
+
+// Rows that kGather copies: row r of the product is row index[r] / divisor of data, zeros if that
+// is outside [0, limit).
+struct GatherRows {
+  const void* data;
+  int64_t stride;  // elements
+  int limit;
+  const int32_t* index;
+  int divisor;
+};
+
+// Row of the source that row r of the product is, or -1. A negative index divided by the divisor
+// might round to zero.
+__device__ inline int source_row(const GatherRows& g, int r) {
+  const int at = __ldg(g.index + r);
+  const int source = at / g.divisor;
+  return at >= 0 && source < g.limit ? source : -1;
+}
+
+constexpr int kPieces = kSwizzleBytes / 16;       // of a line
+constexpr int kCopyLines = kWarpgroup / kPieces;  // lines that the producer copies at once
+// The place of a thread's piece within a line is the same for all of its lines.
+static_assert(kCopyLines % 8 == 0);
+
+// Ragged M: a thread's rows stay the same over the sum. Thread 0 also loads B.
+template <class Config, class Params>
+__device__ inline void produce_gather(const Params& p, typename Traits<Config>::SharedStorage& smem,
+                                      int first, int step, int cluster_rank) {
+  using T = Traits<Config>;
+  using Element = typename Config::Element;
+  constexpr int kPiece = 16 / static_cast<int>(sizeof(Element));
+  constexpr int kRows = T::kM / kCopyLines;
+  auto write = cutlass::PipelineState<T::kStages>{0, 1, 0};
+  const int piece = threadIdx.x % kPieces;
+  const int row = threadIdx.x / kPieces;
+  const int place = row * T::kSpan + (piece ^ (row % 8)) * kPiece;
+  Scheduler<Config> scheduler(p.problem);
+  Tile tile;
+  for (int index = first; scheduler.get(index, cluster_rank, tile); index += step) {
+    const Element* from[kRows];
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      const int r = tile.row0 + row + i * kCopyLines;
+      const int source = r < tile.row_end && tile.k_tiles > 0 ? source_row(p.gather, r) : -1;
+      from[i] = source >= 0 ? static_cast<const Element*>(p.gather.data) +
+                                  source * p.gather.stride + piece * kPiece
+                            : nullptr;
+    }
+#pragma unroll 1
+    for (int kt = 0; kt < tile.k_tiles; ++kt, ++write) {
+      const int s = write.index();
+      smem.empty[s].wait(write.phase());
+      auto* full = reinterpret_cast<uint64_t*>(&smem.full[s]);
+      if (threadIdx.x == 0) {
+        smem.full[s].arrive_and_expect_tx(T::kStageBytesB);
+        load_b<Config>(&p.map_b, full, smem.b + s * T::kN * T::kK, tile, kt, p.split_offset,
+                       cluster_rank);
+      }
+      Element* to = smem.a + s * T::kM * T::kK + place;
+#pragma unroll
+      for (int span = 0; span < T::kK / T::kSpan; ++span) {
+        const int k = kt * T::kK + span * T::kSpan;
+        const bool inside = k + piece * kPiece < p.problem.k;
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) {
+          const bool copy = inside && from[i] != nullptr;
+          cutlass::arch::cp_async_zfill<16, cutlass::arch::CacheOperation::Global>(
+              to + (span * T::kM + i * kCopyLines) * T::kSpan, copy ? from[i] + k : p.gather.data,
+              copy);
+        }
+      }
+      cutlass::arch::cpasync_barrier_arrive_noinc(full);
+    }
+  }
+  if (T::kCluster > 1 && threadIdx.x == 0) {
+    for (int i = 0; i < T::kStages; ++i, ++write) smem.empty[write.index()].wait(write.phase());
+  }
+}
+
+// Ragged K: a thread's lines are other rows of the product in every stage. Their places in the
+// source are read a stage ahead, behind the copies of the one before.
+template <class Config>
+struct LineGather {
+  using T = Traits<Config>;
+  using Element = typename Config::Element;
+  static constexpr int kPiece = 16 / static_cast<int>(sizeof(Element));
+  static constexpr int kLines = T::kK / kCopyLines;
+
+  const GatherRows& rows;
+  int source[kLines];
+
+  // Lines of the stage that begins with row k of the product; `end` is the end of the expert's
+  // rows.
+  __device__ void look_up(int k, int end) {
+#pragma unroll
+    for (int i = 0; i < kLines; ++i) {
+      const int r = k + threadIdx.x / kPieces + i * kCopyLines;
+      source[i] = r < end ? source_row(rows, r) : -1;
+    }
+  }
+
+  // Columns from `col` on, `width` of them; the source has `cols`.
+  template <int width>
+  __device__ void copy(Element* smem, int col, int cols) const {
+    const int piece = threadIdx.x % kPieces, line = threadIdx.x / kPieces;
+    Element* to = smem + line * T::kSpan + (piece ^ (line % 8)) * kPiece;
+#pragma unroll
+    for (int i = 0; i < kLines; ++i) {
+      const auto* from = static_cast<const Element*>(rows.data) + source[i] * rows.stride;
+#pragma unroll
+      for (int span = 0; span < width / T::kSpan; ++span) {
+        const int c = col + span * T::kSpan + piece * kPiece;
+        const bool valid = source[i] >= 0 && c < cols;
+        cutlass::arch::cp_async_zfill<16, cutlass::arch::CacheOperation::Global>(
+            to + (span * T::kK + i * kCopyLines) * T::kSpan, valid ? from + c : rows.data, valid);
+      }
+    }
+  }
+};
+
+template <class Config, class Params>
+__device__ inline void produce_gather_lines(const Params& p,
+                                            typename Traits<Config>::SharedStorage& smem, int first,
+                                            int step, int cluster_rank) {
+  using T = Traits<Config>;
+  auto write = cutlass::PipelineState<T::kStages>{0, 1, 0};
+  LineGather<Config> a{p.gather, {}}, b{p.gather_b, {}};
+  Scheduler<Config> scheduler(p.problem);
+  Tile tile;
+  for (int index = first; scheduler.get(index, cluster_rank, tile); index += step) {
+    const int end = tile.k0 + tile.k_size;
+    if constexpr (T::kGatherA) a.look_up(tile.k0, end);
+    if constexpr (T::kGatherB) b.look_up(tile.k0, end);
+#pragma unroll 1
+    for (int kt = 0; kt < tile.k_tiles; ++kt, ++write) {
+      const int s = write.index();
+      auto* smem_a = smem.a + s * T::kM * T::kK;
+      auto* smem_b = smem.b + s * T::kN * T::kK;
+      smem.empty[s].wait(write.phase());
+      auto* full = reinterpret_cast<uint64_t*>(&smem.full[s]);
+      if (threadIdx.x == 0) {
+        constexpr int kBytes =
+            (T::kGatherA ? 0 : T::kStageBytesA) + (T::kGatherB ? 0 : T::kStageBytesB);
+        if constexpr (kBytes == 0) {
+          smem.full[s].arrive();
+        } else {
+          smem.full[s].arrive_and_expect_tx(kBytes);
+          if constexpr (!T::kGatherA) load_a<Config>(&p.map_a, full, smem_a, tile, kt, 0);
+          if constexpr (!T::kGatherB)
+            load_b<Config>(&p.map_b, full, smem_b, tile, kt, 0, cluster_rank);
+        }
+      }
+      if constexpr (T::kGatherA) a.template copy<T::kM>(smem_a, tile.row0, p.problem.m);
+      if constexpr (T::kGatherB) b.template copy<T::kN>(smem_b, tile.col0, p.problem.n);
+      cutlass::arch::cpasync_barrier_arrive_noinc(full);
+      const int next = tile.k0 + (kt + 1) * T::kK;
+      if constexpr (T::kGatherA) a.look_up(next, end);
+      if constexpr (T::kGatherB) b.look_up(next, end);
+    }
+  }
+  if (T::kCluster > 1 && threadIdx.x == 0) {
+    for (int i = 0; i < T::kStages; ++i, ++write) smem.empty[write.index()].wait(write.phase());
+  }
+}
+
+}  // namespace moe_ops::cuda::sm90

@@ -1,0 +1,73 @@
+// Rows of the permuted order: where they lie, and whose they are.
+#pragma once
+
+#include "cuda/reduce.cuh"
+#include "cuda/vec.cuh"
+#include "moe_ops/grouped_gemm.h"
+
+namespace moe_ops::cuda {
+
+// Where row r of the permuted order lies in its matrix, or -1. Rows are counted in 32 bits, as
+// offsets and maps are; addresses are not.
+template <class RowsT>
+__device__ int source_row(const RowsT& rows, int r) {
+  int source = r;
+  if (rows.index != nullptr) {
+    source = rows.index[r];
+    if (rows.index_divisor != 1 && source > 0) source /= rows.index_divisor;
+  }
+  return source >= 0 && source < rows.limit ? source : -1;
+}
+
+template <class T>
+__device__ const T* row_pointer(const DeviceRows& rows, int r) {
+  const int source = source_row(rows, r);
+  return source < 0 ? nullptr : static_cast<const T*>(rows.data) + source * rows.stride;
+}
+
+template <class Acc>
+__device__ Acc row_factor(const RowScale& scale, int r) {
+  if (scale.data == nullptr) return Acc(1);
+  const int at = scale.index == nullptr ? r : scale.index[r];
+  return at >= 0 && at < scale.limit ? static_cast<const Acc*>(scale.data)[at] : Acc(0);
+}
+
+// Rows of one expert, inside [0, num_rows) whatever the offsets hold.
+struct RowRange {
+  int begin, end;
+};
+__device__ inline RowRange expert_rows(const int32_t* offsets, int e, int num_rows) {
+  const int begin = min(max(offsets[e], 0), num_rows);
+  return {begin, min(max(offsets[e + 1], begin), num_rows)};
+}
+
+// The expert of row r < offsets[E].
+__device__ inline int64_t expert_of_row(const int32_t* offsets, int64_t num_experts, int64_t r) {
+  int64_t low = 0, high = num_experts - 1;  // the first e with r < offsets[e + 1]
+  while (low < high) {
+    const int64_t middle = (low + high) / 2;
+    if (r < offsets[middle + 1]) {
+      high = middle;
+    } else {
+      low = middle + 1;
+    }
+  }
+  return low;
+}
+
+// This lane's part of <bias[e(r)], grad_y[r]>.
+template <class S>
+__device__ Accumulate<S> bias_dot(const ExpertVectors& bias, const DeviceRows& grad_y,
+                                  const int32_t* offsets, int64_t num_experts, int64_t r,
+                                  int64_t features, int lane) {
+  const S* const grad = row_pointer<S>(grad_y, static_cast<int>(r));
+  if (grad == nullptr) return 0;
+  const S* const b =
+      static_cast<const S*>(bias.data) + expert_of_row(offsets, num_experts, r) * bias.stride_e;
+  Accumulate<S> dot = 0;
+#pragma unroll 4
+  for (int64_t i = lane; i < features; i += kWarp) dot += widen(b[i]) * widen(grad[i]);
+  return dot;
+}
+
+}  // namespace moe_ops::cuda

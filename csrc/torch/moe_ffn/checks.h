@@ -1,0 +1,117 @@
+// Checks that moe_ffn's CPU and CUDA adapters share.
+#pragma once
+
+#include "torch/activation.h"
+#include "torch/tensor_utils.h"
+
+namespace moe_ops::adapter {
+
+struct Sizes {
+  DType type;
+  int64_t T, H, I, E, K, width;  // width: features of w_gate_up
+  ActivationParams act;
+};
+
+inline Sizes check_ffn(const Op& op, const Tensor& x, const Tensor& w_gate_up, const Tensor& w_down,
+                       const Tensor& topk_weights, int64_t top_k, const ActivationParams& act) {
+  Sizes s;
+  s.act = act;
+  s.type = check_float(op, "x", x);
+  check_dim(op, "x", x, 2, "[T, H]");
+  s.T = x.size(0);
+  s.H = x.size(1);
+  check_same_dtype(op, "w_gate_up", w_gate_up, "x", x);
+  check_dim(op, "w_gate_up", w_gate_up, 3, is_gated(act.kind) ? "[E, 2I, H]" : "[E, I, H]");
+  s.E = w_gate_up.size(0);
+  s.width = w_gate_up.size(1);
+  MOE_CHECK(s.E >= 1, op, ": w_gate_up must hold at least one expert, got shape ",
+            shape_string(w_gate_up), ".");
+  check_size(op, "w_gate_up", w_gate_up, 2, s.H, "H");
+  MOE_CHECK(!is_gated(act.kind) || s.width % 2 == 0, op,
+            ": w_gate_up must have an even number 2I of features, got shape ",
+            shape_string(w_gate_up), ".");
+  s.I = is_gated(act.kind) ? s.width / 2 : s.width;
+  check_same_dtype(op, "w_down", w_down, "x", x);
+  check_dim(op, "w_down", w_down, 3, "[E, H, I]");
+  check_size(op, "w_down", w_down, 0, s.E, "E");
+  check_size(op, "w_down", w_down, 1, s.H, "H");
+  check_size(op, "w_down", w_down, 2, s.I, "I");
+  check_float(op, "topk_weights", topk_weights);
+  check_dim(op, "topk_weights", topk_weights, 2, "[T, K]");
+  check_size(op, "topk_weights", topk_weights, 0, s.T, "T");
+  s.K = top_k;
+  check_size(op, "topk_weights", topk_weights, 1, s.K, "K");
+  return s;
+}
+
+inline void check_bias(const Op& op, const char* name, const OptTensor& bias, const Tensor& x,
+                       int64_t E, int64_t features, const char* shape) {
+  if (!bias.has_value()) return;
+  check_same_dtype(op, name, *bias, "x", x);
+  check_dim(op, name, *bias, 2, shape);
+  check_size(op, name, *bias, 0, E, "E");
+  check_size(op, name, *bias, 1, features, "the number of features");
+}
+
+inline Sizes check_fwd(const Op& op, const Tensor& x, const Tensor& w_gate_up, const Tensor& w_down,
+                       const Tensor& topk_weights, const Tensor& topk_ids,
+                       const OptTensor& b_gate_up, const OptTensor& b_down,
+                       const ActivationParams& act) {
+  check_index(op, "topk_ids", topk_ids);
+  check_dim(op, "topk_ids", topk_ids, 2, "[T, K]");
+  const Sizes s = check_ffn(op, x, w_gate_up, w_down, topk_weights, topk_ids.size(1), act);
+  check_size(op, "topk_ids", topk_ids, 0, s.T, "T");
+  check_bias(op, "b_gate_up", b_gate_up, x, s.E, s.width,
+             is_gated(act.kind) ? "[E, 2I]" : "[E, I]");
+  check_bias(op, "b_down", b_down, x, s.E, s.H, "[E, H]");
+  return s;
+}
+
+// What expert_offsets, row_to_slot and slot_to_row hold is left to the caller.
+inline Sizes check_bwd(const Op& op, const Tensor& grad_y, const Tensor& x, const Tensor& w_gate_up,
+                       const Tensor& w_down, const Tensor& topk_weights, const Tensor& preact,
+                       const Tensor& expert_offsets, const Tensor& row_to_slot,
+                       const Tensor& slot_to_row, const OptTensor& b_down,
+                       const ActivationParams& act) {
+  check_index(op, "slot_to_row", slot_to_row);
+  check_dim(op, "slot_to_row", slot_to_row, 2, "[T, K]");
+  const Sizes s = check_ffn(op, x, w_gate_up, w_down, topk_weights, slot_to_row.size(1), act);
+  check_bias(op, "b_down", b_down, x, s.E, s.H, "[E, H]");
+  const int64_t N = s.T * s.K;
+  check_size(op, "slot_to_row", slot_to_row, 0, s.T, "T");
+  check_same_dtype(op, "grad_y", grad_y, "x", x);
+  check_dim(op, "grad_y", grad_y, 2, "[T, H]");
+  check_size(op, "grad_y", grad_y, 0, s.T, "T");
+  check_size(op, "grad_y", grad_y, 1, s.H, "H");
+  check_same_dtype(op, "preact", preact, "x", x);
+  check_dim(op, "preact", preact, 2, "[N, 2I]");
+  check_size(op, "preact", preact, 0, N, "N");
+  check_size(op, "preact", preact, 1, s.width, "the features of w_gate_up");
+  check_index(op, "expert_offsets", expert_offsets);
+  check_dim(op, "expert_offsets", expert_offsets, 1, "[E+1]");
+  check_size(op, "expert_offsets", expert_offsets, 0, s.E + 1, "E+1");
+  check_index(op, "row_to_slot", row_to_slot);
+  check_dim(op, "row_to_slot", row_to_slot, 1, "[N]");
+  check_size(op, "row_to_slot", row_to_slot, 0, N, "N");
+  return s;
+}
+
+// A buffer that the gradient of weight w is added to; x has w's type.
+inline DType check_main_grad(const Op& op, const char* name, const Tensor& main, const Tensor& x,
+                             const Tensor& w) {
+  const DType main_type = check_float(op, name, main);
+  const ScalarType acc = accumulate_type(x.scalar_type());
+  MOE_CHECK(main.scalar_type() == x.scalar_type() || main.scalar_type() == acc, op, ": ", name,
+            " must be ", dtype_name(x.scalar_type()), " like the weight, or ", dtype_name(acc),
+            ", got ", dtype_name(main.scalar_type()), ".");
+  check_dim(op, name, main, 3, "shaped like the weight");
+  for (int64_t d = 0; d < 3; ++d) check_size(op, name, main, d, w.size(d), "the weight's size");
+  MOE_CHECK(main.is_contiguous(), op, ": ", name, " must be contiguous, got shape ",
+            shape_string(main), " with other strides.");
+  return main_type;
+}
+
+using FfnOutputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+using FfnGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+}  // namespace moe_ops::adapter

@@ -1,0 +1,181 @@
+#ifdef MOE_OPS_WITH_CUDA
+
+#include "moe_ops/moe_ffn.h"
+#include "torch/device.h"
+#include "torch/moe_ffn/checks.h"
+
+namespace moe_ops::adapter {
+
+namespace {
+
+cuda::MoeFfnShape device_shape(const Sizes& s, bool on_input, const Tensor& expert_offsets,
+                               const Tensor& row_to_slot, const Tensor& slot_to_row,
+                               const Tensor& weights) {
+  cuda::MoeFfnShape shape;
+  shape.num_tokens = s.T;
+  shape.hidden_size = s.H;
+  shape.intermediate_size = s.I;
+  shape.num_experts = s.E;
+  shape.top_k = s.K;
+  shape.act = s.act;
+  shape.apply_router_weight_on_input = on_input;
+  shape.expert_offsets = static_cast<const int32_t*>(expert_offsets.const_data_ptr());
+  shape.row_to_slot = static_cast<const int32_t*>(row_to_slot.const_data_ptr());
+  shape.slot_to_row = static_cast<const int32_t*>(slot_to_row.const_data_ptr());
+  shape.topk_weights = weights.const_data_ptr();
+  return shape;
+}
+
+FfnOutputs run_ffn(const Op& op, const Tensor& x, const Tensor& w_gate_up, const Tensor& w_down,
+                   const Tensor& topk_weights, const Tensor& topk_ids, const OptTensor& b_gate_up,
+                   const OptTensor& b_down, const std::string& activation, bool interleaved,
+                   bool on_input, double alpha, double limit, bool save) {
+  const ActivationParams act = check_activation(op, activation, interleaved, alpha, limit, false);
+  const Sizes s =
+      check_fwd(op, x, w_gate_up, w_down, topk_weights, topk_ids, b_gate_up, b_down, act);
+  auto [expert_offsets, row_to_slot, slot_to_row] = device_sorted_slots(op, topk_ids, s.E);
+  const ScalarType type = x.scalar_type();
+  const Tensor src = with_dense_rows(x);
+  const Weights up = weights_of(w_gate_up, s.type);
+  const Weights down = weights_of(w_down, s.type);
+  const Bias up_bias = bias_of(b_gate_up, s.type);
+  const Bias down_bias = bias_of(b_down, s.type);
+  const Tensor weights = contiguous_as(topk_weights, accumulate_type(type));
+  Tensor y = device_empty(x, {s.T, s.H}, type);
+  Tensor preact = save ? device_empty(x, {s.T * s.K, s.width}, type) : device_empty(x, {0}, type);
+  cuda::MoeFfnParams p;
+  p.shape = device_shape(s, on_input, expert_offsets, row_to_slot, slot_to_row, weights);
+  p.x = device_rows(src, s.type);
+  p.w_gate_up = up.matrices;
+  p.w_down = down.matrices;
+  p.b_gate_up = up_bias.vectors;
+  p.b_down = down_bias.vectors;
+  p.y = y.mutable_data_ptr();
+  p.preact = save ? preact.mutable_data_ptr() : nullptr;
+  Tensor workspace = device_empty(x, {cuda::moe_ffn_workspace(p)}, ScalarType::Byte);
+  p.workspace = workspace.mutable_data_ptr();
+  check_status(op, cuda::moe_ffn(p, current_stream(x)));
+  return {y, preact, expert_offsets, row_to_slot, slot_to_row};
+}
+
+Tensor moe_ffn_cuda(const Tensor& x, const Tensor& w_gate_up, const Tensor& w_down,
+                    const Tensor& topk_weights, const Tensor& topk_ids, const OptTensor& b_gate_up,
+                    const OptTensor& b_down, std::string activation, bool interleaved,
+                    bool apply_router_weight_on_input, double alpha, double limit) {
+  return std::get<0>(run_ffn(Op("moe_ffn", x), x, w_gate_up, w_down, topk_weights, topk_ids,
+                             b_gate_up, b_down, activation, interleaved,
+                             apply_router_weight_on_input, alpha, limit, false));
+}
+
+FfnOutputs moe_ffn_fwd_cuda(const Tensor& x, const Tensor& w_gate_up, const Tensor& w_down,
+                            const Tensor& topk_weights, const Tensor& topk_ids,
+                            const OptTensor& b_gate_up, const OptTensor& b_down,
+                            std::string activation, bool interleaved,
+                            bool apply_router_weight_on_input, double alpha, double limit) {
+  return run_ffn(Op("moe_ffn", x), x, w_gate_up, w_down, topk_weights, topk_ids, b_gate_up, b_down,
+                 activation, interleaved, apply_router_weight_on_input, alpha, limit, true);
+}
+
+FfnGradients run_bwd(const Op& op, const Tensor& grad_y, const Tensor& x, const Tensor& w_gate_up,
+                     const Tensor& w_down, const Tensor& topk_weights, const Tensor& preact,
+                     const Tensor& expert_offsets, const Tensor& row_to_slot,
+                     const Tensor& slot_to_row, const OptTensor& b_down,
+                     const std::string& activation, bool interleaved, bool on_input, double alpha,
+                     double limit, bool need_x, bool need_w_gate_up, bool need_w_down,
+                     bool need_topk_weights, bool need_b_gate_up, bool need_b_down,
+                     const OptTensor& main_w_gate_up, const OptTensor& main_w_down) {
+  const ActivationParams act = check_activation(op, activation, interleaved, alpha, limit, false);
+  const Sizes s = check_bwd(op, grad_y, x, w_gate_up, w_down, topk_weights, preact, expert_offsets,
+                            row_to_slot, slot_to_row, b_down, act);
+  const ScalarType type = x.scalar_type(), acc = accumulate_type(type);
+  const Tensor offsets = device_offsets(op, expert_offsets);
+  const Tensor rows = contiguous_as(row_to_slot, ScalarType::Int);
+  const Tensor slots = contiguous_as(slot_to_row, ScalarType::Int);
+  const Tensor gy = with_dense_rows(grad_y);
+  const Tensor src = with_dense_rows(x);
+  const Tensor pre = dense(preact);
+  const Tensor weights = contiguous_as(topk_weights, acc);
+  const Weights up = weights_of(w_gate_up, s.type);
+  const Weights down = weights_of(w_down, s.type);
+  const Bias down_bias = bias_of(b_down, s.type);
+  // A tensor for a gradient that is wanted, and where its kernel writes.
+  const auto wanted = [&](bool need, std::initializer_list<int64_t> sizes, ScalarType t,
+                          void*& out) {
+    Tensor grad = need ? device_empty(x, sizes, t) : device_empty(x, {0}, t);
+    out = need ? grad.mutable_data_ptr() : nullptr;
+    return grad;
+  };
+  cuda::MoeFfnBwdParams p;
+  p.shape = device_shape(s, on_input, offsets, rows, slots, weights);
+  p.grad_y = device_rows(gy, s.type);
+  p.x = device_rows(src, s.type);
+  p.w_gate_up = up.matrices;
+  p.w_down = down.matrices;
+  p.b_down = down_bias.vectors;
+  p.preact = pre.const_data_ptr();
+  Tensor grad_x = wanted(need_x, {s.T, s.H}, type, p.grad_x);
+  Tensor grad_w_gate_up = wanted(need_w_gate_up, {s.E, s.width, s.H}, type, p.grad_w_gate_up);
+  Tensor grad_w_down = wanted(need_w_down, {s.E, s.H, s.I}, type, p.grad_w_down);
+  Tensor grad_topk_weights = wanted(need_topk_weights, {s.T, s.K}, acc, p.grad_topk_weights);
+  Tensor grad_b_gate_up = wanted(need_b_gate_up, {s.E, s.width}, type, p.grad_b_gate_up);
+  Tensor grad_b_down = wanted(need_b_down, {s.E, s.H}, type, p.grad_b_down);
+  p.grad_w_gate_up_type = p.grad_w_down_type = s.type;
+  p.accumulate_w_gate_up = main_w_gate_up.has_value();
+  p.accumulate_w_down = main_w_down.has_value();
+  if (main_w_gate_up.has_value()) {
+    p.grad_w_gate_up_type =
+        check_main_grad(op, "main_grad of w_gate_up", *main_w_gate_up, x, w_gate_up);
+    p.grad_w_gate_up = main_w_gate_up->mutable_data_ptr();
+  }
+  if (main_w_down.has_value()) {
+    p.grad_w_down_type = check_main_grad(op, "main_grad of w_down", *main_w_down, x, w_down);
+    p.grad_w_down = main_w_down->mutable_data_ptr();
+  }
+  Tensor workspace = device_empty(x, {cuda::moe_ffn_bwd_workspace(p)}, ScalarType::Byte);
+  p.workspace = workspace.mutable_data_ptr();
+  check_status(op, cuda::moe_ffn_bwd(p, current_stream(x)));
+  return {grad_x, grad_w_gate_up, grad_w_down, grad_topk_weights, grad_b_gate_up, grad_b_down};
+}
+
+FfnGradients moe_ffn_bwd_cuda(const Tensor& grad_y, const Tensor& x, const Tensor& w_gate_up,
+                              const Tensor& w_down, const Tensor& topk_weights,
+                              const Tensor& preact, const Tensor& expert_offsets,
+                              const Tensor& row_to_slot, const Tensor& slot_to_row,
+                              const OptTensor& b_down, std::string activation, bool interleaved,
+                              bool apply_router_weight_on_input, double alpha, double limit,
+                              bool need_x, bool need_w_gate_up, bool need_w_down,
+                              bool need_topk_weights, bool need_b_gate_up, bool need_b_down) {
+  return run_bwd(Op("moe_ffn_bwd", x), grad_y, x, w_gate_up, w_down, topk_weights, preact,
+                 expert_offsets, row_to_slot, slot_to_row, b_down, activation, interleaved,
+                 apply_router_weight_on_input, alpha, limit, need_x, need_w_gate_up, need_w_down,
+                 need_topk_weights, need_b_gate_up, need_b_down, {}, {});
+}
+
+FfnGradients moe_ffn_bwd_accumulate_cuda(
+    const Tensor& grad_y, const Tensor& x, const Tensor& w_gate_up, const Tensor& w_down,
+    const Tensor& topk_weights, const Tensor& preact, const Tensor& expert_offsets,
+    const Tensor& row_to_slot, const Tensor& slot_to_row, const OptTensor& b_down,
+    std::string activation, bool interleaved, bool apply_router_weight_on_input, double alpha,
+    double limit, bool need_x, bool need_w_gate_up, bool need_w_down, bool need_topk_weights,
+    bool need_b_gate_up, bool need_b_down, const OptTensor& main_w_gate_up,
+    const OptTensor& main_w_down) {
+  return run_bwd(Op("moe_ffn_bwd_accumulate", x), grad_y, x, w_gate_up, w_down, topk_weights,
+                 preact, expert_offsets, row_to_slot, slot_to_row, b_down, activation, interleaved,
+                 apply_router_weight_on_input, alpha, limit, need_x,
+                 need_w_gate_up && !main_w_gate_up.has_value(),
+                 need_w_down && !main_w_down.has_value(), need_topk_weights, need_b_gate_up,
+                 need_b_down, main_w_gate_up, main_w_down);
+}
+
+}  // namespace
+
+MOE_CUDA_LIBRARY(m) {
+  m.impl("moe_ffn", MOE_CUDA_BOX(moe_ffn_cuda));
+  m.impl("moe_ffn_fwd", MOE_CUDA_BOX(moe_ffn_fwd_cuda));
+  m.impl("moe_ffn_bwd", MOE_CUDA_BOX(moe_ffn_bwd_cuda));
+  m.impl("moe_ffn_bwd_accumulate", MOE_CUDA_BOX(moe_ffn_bwd_accumulate_cuda));
+}
+
+}  // namespace moe_ops::adapter
+
+#endif  // MOE_OPS_WITH_CUDA

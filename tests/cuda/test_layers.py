@@ -1,0 +1,47 @@
+"""A whole layer on the CUDA kernels equals the same layer on the CPU's."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from moe_ops.layers import MoE
+from moe_ops.testing import eps, short
+
+
+@pytest.mark.parametrize("router", ["mixtral", "qwen3_moe", "deepseek_v3"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=short)
+def test_moe_layer_equals_the_cpu_backend(tmp_path, dtype, router):
+    build = {
+        "hidden_size": 24,
+        "intermediate_size": 20,
+        "num_experts": 16,
+        "top_k": 2,
+        "num_shared_experts": 1,
+        "router": router,
+    }
+    call = {
+        "build": build,
+        "state": {k: v.to(dtype) for k, v in MoE.build(**build).state_dict().items()},
+        "x": torch.randn(2, 19, 24).to(dtype),
+        "grad": torch.randn(2, 19, 24).to(dtype),
+    }
+    torch.save(call, tmp_path / "call.pt")
+    results = {}
+    for backend in ("cpu", "sim"):
+        result = tmp_path / f"{backend}.pt"
+        script = Path(__file__).with_name("moe_layer.py")
+        subprocess.run([sys.executable, script, backend, tmp_path / "call.pt", result], check=True)
+        results[backend] = torch.load(result)
+    want, got = results["cpu"], results["sim"]
+
+    assert got.keys() == want.keys()
+    assert torch.equal(got.pop("topk_ids"), want.pop("topk_ids"))
+    for name, expected in want.items():
+        error = (got[name].double() - expected.double()).norm()
+        # Both round; they differ in what a half type rounds between two products.
+        assert error <= 8 * eps(dtype) * expected.double().norm(), name
