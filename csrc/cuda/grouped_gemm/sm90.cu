@@ -5,6 +5,7 @@
 
 #include "cuda/grouped_gemm/sm90.h"
 #include "cuda/grouped_gemm/sm90_operands.h"
+#include "cuda/grouped_gemm/sm90_scaled_wgrad.h"
 #include "cuda/runtime.h"
 
 namespace moe_ops::cuda::sm90 {
@@ -47,6 +48,10 @@ Product product_of(const GroupedWgradParams& p) {
   if (p.grad.index != nullptr)
     return p.a.index != nullptr ? Product::kGatherTNGather : Product::kGatherTN;
   return p.a.index != nullptr ? Product::kTNGather : Product::kTN;
+}
+
+bool scaled(const GroupedWgradParams& p) {
+  return p.grad_scale.data != nullptr || p.a_scale.data != nullptr;
 }
 
 template <DType type, Product product>
@@ -117,7 +122,8 @@ bool supports(const GroupedGemmParams& p) {
 bool supports(const GroupedWgradParams& p) {
   if (!usable() || !half_type(p.a.type) || p.grad.type != p.a.type) return false;
   if (p.out_type != p.a.type && p.out_type != DType::kFloat32) return false;
-  if (p.grad_scale.data != nullptr || p.a_scale.data != nullptr) return false;
+  if (scaled(p) && product_of(p) != Product::kGatherTNGather) return false;
+  if (p.grad_scale.data != nullptr && p.a_scale.data != nullptr) return false;
   if (p.out_features % 8 != 0 || p.in_features % 8 != 0) return false;
   return tensor_map_possible(operand_a(p)) && tensor_map_possible(operand_b(p)) &&
          storable(p.out, p.out_type, p.in_features);
@@ -137,6 +143,10 @@ Status grouped_gemm(const GroupedGemmParams& p, Stream stream) {
 }
 
 Status grouped_gemm_wgrad(const GroupedWgradParams& p, Stream stream) {
+  if (scaled(p)) {
+    return p.a.type == DType::kBFloat16 ? run_scaled_wgrad<DType::kBFloat16>(p, stream)
+                                        : run_scaled_wgrad<DType::kFloat16>(p, stream);
+  }
   GemmDesc d;
   d.product = product_of(p);
   d.rows = p.num_rows;

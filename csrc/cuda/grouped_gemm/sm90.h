@@ -7,8 +7,8 @@
 namespace moe_ops::cuda::sm90 {
 
 // The product that a call is, and whether these kernels take it: an sm_90 card, 16-byte alignment
-// of every row (K, N and strides multiples of 8), operands of one type, no scale in a weight
-// gradient. Other calls go to the generic kernels.
+// of every row (K, N and strides multiples of 8), operands of one type, a row scale in a weight
+// gradient only if both operands are gathered. Others go to the generic kernels.
 bool supports(const GroupedGemmParams& p);
 bool supports(const GroupedWgradParams& p);
 
