@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from .attention import AttentionExperts, AttentionExpertsOutput, KVCache
 from .experts import Experts, SharedExperts
+from .gates import GateRouter
 from .losses import (
     concentration_loss,
     device_balance_loss,
@@ -28,6 +29,7 @@ __all__ = [
     "AttentionExperts",
     "AttentionExpertsOutput",
     "Experts",
+    "GateRouter",
     "KVCache",
     "MoE",
     "MoEOutput",
