@@ -112,6 +112,23 @@ def test_mixtures_against_the_formula():
     torch.testing.assert_close(one, expected[:, 0])
 
 
+@pytest.mark.parametrize("how", ["bfloat16", "autocast"])
+def test_half_precision_takes_the_other_way(how):
+    bank = make(dtype=torch.float32)
+    x, weights = torch.randn(T, 3, H), torch.rand(T, 4, E)
+    exact = bank.mix(x, weights, [0, 0, 1, 2, 2, 0])
+    if how == "bfloat16":
+        y = bank.bfloat16().mix(x.bfloat16(), weights.bfloat16(), [0, 0, 1, 2, 2, 0])
+    else:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = bank.mix(x, weights, [0, 0, 1, 2, 2, 0])
+    assert y.dtype == torch.bfloat16
+    # Three products round operands to 2^-8 of their size.
+    assert (y.float() - exact).norm() < 8 * 2**-8 * exact.norm()
+    y.float().sum().backward()
+    assert all(p.grad.isfinite().all() for p in bank.parameters())
+
+
 def test_no_tokens():
     bank = make()
     x = torch.randn(0, 2, H, dtype=torch.float64)

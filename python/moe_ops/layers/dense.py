@@ -95,17 +95,8 @@ def grouped_linear(
     `plan` says which input each expert reads; None: expert e reads input e.
     """
     plan = segments(range(w.shape[0])) if plan is None else plan
-    device = x.device.type
-    # Each product writes its columns of the result in place, which autograd's own bmm cannot; with
-    # other dtypes and devices that would be a loop of products inside torch.
-    in_place = (
-        device == "cpu"
-        and x.dtype == w.dtype
-        and x.dtype in (torch.float32, torch.float64)
-        and not torch.is_autocast_enabled(device)
-        and not torch.compiler.is_compiling()
-    )
-    if in_place:
+    if _own_backward(x, w):
+        # Each product writes its columns of the result in place, which autograd's bmm cannot.
         return _GroupedLinear.apply(x, w, bias, tuple(plan))
     parts = []
     for start, count, expert, size in plan:
@@ -117,6 +108,17 @@ def grouped_linear(
             y = y + bias[span].reshape(count, 1, -1)
         parts.append(y.transpose(0, 1).unflatten(2, (size, -1)).flatten(1, 2))
     return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+
+
+def _own_backward(a: Tensor, b: Tensor) -> bool:
+    """Whether the layouts chosen below pay: elsewhere torch loops over them or casts operands."""
+    return (
+        a.device.type == "cpu"
+        and a.dtype == b.dtype
+        and a.dtype in (torch.float32, torch.float64)
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+    )
 
 
 class _GroupedLinear(torch.autograd.Function):
@@ -230,7 +232,8 @@ def mix_outputs(outputs: Tensor, weights: Tensor) -> Tensor:
         )
     # Small products batched over tokens are fast where each lies in one piece, and a loop else.
     w = (weights[:, None] if one else weights).contiguous()
-    y = _Mix.apply(outputs.contiguous(), w) if not torch.compiler.is_compiling() else w @ outputs
+    own = _own_backward(outputs, w)
+    y = _Mix.apply(outputs.contiguous(), w) if own else torch.bmm(w, outputs)
     return y[:, 0] if one else y
 
 

@@ -134,3 +134,12 @@ def create(name: str, preset: str = "tiny", **overrides: Any) -> Any:
 
 
 # One line a system; modules are imported by `System.load` alone.
+register(
+    System(
+        "home",
+        "moe_ops.zoo.home",
+        "HoMEConfig",
+        "build",
+        "Multi-task recommenders: HoME, PLE, CGC, MMoE, AdaMMoE and a shared bottom.",
+    )
+)
