@@ -184,3 +184,12 @@ register(
         needs="zoo",
     )
 )
+register(
+    System(
+        "home",
+        "moe_ops.zoo.home",
+        "HoMEConfig",
+        "build",
+        "Multi-task recommenders: HoME, PLE, CGC, MMoE, AdaMMoE and a shared bottom.",
+    )
+)
