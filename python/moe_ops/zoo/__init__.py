@@ -193,3 +193,13 @@ register(
         "Multi-task recommenders: HoME, PLE, CGC, MMoE, AdaMMoE and a shared bottom.",
     )
 )
+register(
+    System(
+        "mowst",
+        "moe_ops.zoo.mowst",
+        "MowstConfig",
+        "Mowst",
+        "Mowst: a weak and a strong expert on a graph, mixed by the weak one's confidence.",
+        needs="graphs",
+    )
+)
