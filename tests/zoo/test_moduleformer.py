@@ -214,7 +214,7 @@ def test_old_experts_stay_while_new_ones_learn():
         out = model.loss(tokens)
         (out.loss + 1e-3 * model.new_rows_penalty()).backward()
         optimizer.step()
-        first = float(out.cross_entropy) if first is None else first
+        first = out.cross_entropy.item() if first is None else first
     for name, p in model.named_parameters():
         if name in model.frozen_rows:
             old = len(model.frozen_rows[name].kept)
