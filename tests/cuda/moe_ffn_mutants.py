@@ -160,7 +160,7 @@ def how_noticed(case: Case, expected: torch.Tensor, env: dict[str, str]) -> str:
 
 def main(only: list[str]) -> None:
     torch.set_num_threads(1)  # threads do not survive a fork
-    use_simulator(partial=True)
+    use_simulator()
     result: dict[str, str | None] = {}
     with tempfile.TemporaryDirectory() as folder:
         kernels: dict[tuple[str, str], tuple[str, Case, torch.Tensor]] = {}

@@ -207,7 +207,7 @@ def how_noticed(product: str, call: dict[str, torch.Tensor], expected: torch.Ten
 
 def main(only: list[str]) -> None:
     torch.set_num_threads(1)  # threads do not survive a fork
-    use_simulator(partial=True)
+    use_simulator()
     result: dict[str, str | None] = {}
     with tempfile.TemporaryDirectory() as folder:
         kernels: dict[tuple[str, str], tuple[str, dict[str, torch.Tensor], torch.Tensor]] = {}

@@ -30,7 +30,7 @@ def test_values(simulator, tile, kind, on_input):
 
 @kernels
 def test_schedules(simulator, tile):
-    call = fp8_operands(Routing(90, 4, 2, "dropped"), 1040, 144, torch.bfloat16, bias=True)
+    call = fp8_operands(Routing(90, 4, 2, "dropped"), 400, 144, torch.bfloat16, bias=True)
     with simulator.options(sms=2):
         simulator.check_schedules(lambda: moe_ops.moe_ffn_fp8(**call))
 
@@ -64,8 +64,8 @@ def test_values_of_the_fused_product(simulator, monkeypatch, dtype, kind, bias, 
 
 
 def test_schedules_of_the_fused_product(simulator):
-    """More tiles than blocks, and sums longer than the ring."""
-    call = fp8_operands(Routing(200, 3, 2, "dropped"), 1040, 256, torch.bfloat16, bias=True)
+    """A block takes three tiles and goes round the ring of stages nearly four times."""
+    call = fp8_operands(Routing(200, 3, 2, "dropped"), 528, 256, torch.bfloat16, bias=True)
     with simulator.options(sms=2):
         simulator.check_schedules(lambda: moe_ops.moe_ffn_fp8(**call))
 
