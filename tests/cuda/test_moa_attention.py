@@ -37,7 +37,7 @@ def generic(monkeypatch):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
 def test_schedules(simulator, dtype, kind, generic):
-    """Odd sizes: a block of rows and of keys that end early, rows of 16 bytes and of no multiple."""
+    """Blocks of rows and of keys that end early; rows of 16 bytes, and rows of odd sizes."""
     for head_size in (24, 23):
         call = operands(dtype, head_size=head_size, tokens=37 if dtype.itemsize > 2 else 71)
         simulator.check_schedules(lambda call=call: run(call, kind=kind))

@@ -10,15 +10,15 @@ namespace moe_ops::cuda::attention {
 
 struct BackwardLaunch {
   MoaAttentionBwdParams b;
-  int chunks;             // of the columns of a result
-  int key_tiles;          // ceil(S_kv / keys of a tile)
-  int band, band_tiles;   // first tile of rows of the band, and their number
+  int chunks;            // of the columns of a result
+  int key_tiles;         // ceil(S_kv / keys of a tile)
+  int band, band_tiles;  // first tile of rows of the band, and their number
   bool first_band, last_band;
   bool q_aligned, k_aligned, v_aligned, grad_aligned;
-  void* delta;     // softmax: [B, S, K, n] <grad_out, out> - grad_state
-  void* log_rest;  // stick-breaking: [B n][key_tiles][rows of a band] at right edges
-  void* before;    // the same: sums to the left
-  int* first_tile;  // [B n][tiles of a band]: keys before this tile get nothing
+  void* delta;          // softmax: [B, S, K, n] <grad_out, out> - grad_state
+  void* log_rest;       // stick-breaking: [B n][key_tiles][rows of a band] at right edges
+  void* before;         // the same: sums to the left
+  int* first_tile;      // [B n][tiles of a band]: keys before this tile get nothing
   void *sum_k, *sum_v;  // [B, S_kv, n, d] sums of bands so far
 };
 

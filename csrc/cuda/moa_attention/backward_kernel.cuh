@@ -27,9 +27,7 @@ struct Backward {
   static constexpr int kPitchScores = pitch_of<S>(kKeys);
 
   // Columns that chunks of the results may touch.
-  static __host__ __device__ int padded(int d) {
-    return (d + kColumns - 1) / kColumns * kColumns;
-  }
+  static __host__ __device__ int padded(int d) { return (d + kColumns - 1) / kColumns * kColumns; }
   static int64_t tile_bytes(int64_t d, int tiles) {
     return static_cast<int64_t>(sizeof(S)) * tiles * kRows *
            pitch_of<S>(padded(static_cast<int>(d)));
@@ -41,8 +39,8 @@ struct Backward {
 
 // <grad_out, out> - grad_state, a warp a row.
 template <class S>
-__global__ void __launch_bounds__(128) moa_attention_delta_kernel(const __grid_constant__
-                                                                  BackwardLaunch launch) {
+__global__ void __launch_bounds__(128)
+    moa_attention_delta_kernel(const __grid_constant__ BackwardLaunch launch) {
   using T = Accumulate<S>;
   const MoaAttentionParams& p = launch.b.fwd;
   const int64_t index = int64_t{blockIdx.x} * 4 + threadIdx.x / kWarp;
@@ -54,11 +52,11 @@ __global__ void __launch_bounds__(128) moa_attention_delta_kernel(const __grid_c
   const S* grad = row_of<S>(p, launch.b.grad_out, head, r);
   const S* out = static_cast<const S*>(p.out) + index * p.head_size;
   T sum = 0;
-  for (int c = lane_id(); c < p.head_size; c += kWarp) sum = fma(widen(grad[c]), widen(out[c]), sum);
+  for (int c = lane_id(); c < p.head_size; c += kWarp)
+    sum = fma(widen(grad[c]), widen(out[c]), sum);
   sum = warp_sum(sum);
   if (lane_id() == 0) {
-    static_cast<T*>(launch.delta)[index] =
-        sum - static_cast<const T*>(launch.b.grad_state)[index];
+    static_cast<T*>(launch.delta)[index] = sum - static_cast<const T*>(launch.b.grad_state)[index];
   }
 }
 
@@ -93,14 +91,13 @@ struct RowBlock {
   }
   // Of [B n][key_tiles][rows of a band]; rows past the last one have a place too.
   __device__ int64_t checkpoint(const BackwardLaunch& launch, int key_tile, int i) const {
-    return (head_item * launch.key_tiles + key_tile) * launch.band_tiles * kRows +
-           in_band * kRows + (mine + 8 * i - row0);
+    return (head_item * launch.key_tiles + key_tile) * launch.band_tiles * kRows + in_band * kRows +
+           (mine + 8 * i - row0);
   }
   __device__ void load(const BackwardLaunch& launch, const void* kept, int key_tile,
                        T (&v)[2]) const {
 #pragma unroll
-    for (int i = 0; i < 2; ++i)
-      v[i] = static_cast<const T*>(kept)[checkpoint(launch, key_tile, i)];
+    for (int i = 0; i < 2; ++i) v[i] = static_cast<const T*>(kept)[checkpoint(launch, key_tile, i)];
   }
   __device__ void keep(const BackwardLaunch& launch, void* kept, int key_tile,
                        const T (&v)[2]) const {
@@ -182,10 +179,10 @@ __global__ void __launch_bounds__(2 * kTileRows)
     const bool left = !(rest[0] < kLogTiny<T>) || !(rest[1] < kLogTiny<T>);
     if (!__syncthreads_or(left)) break;
   }
+  commit_copies();  // of rows that see no keys
   wait_copies<0>();
   if (threadIdx.x == 0) {
-    launch.first_tile[block.head_item * launch.band_tiles + block.in_band] =
-        max(tile, tiles.first);
+    launch.first_tile[block.head_item * launch.band_tiles + block.in_band] = max(tile, tiles.first);
   }
 }
 
@@ -254,6 +251,7 @@ __global__ void __launch_bounds__(2 * kTileRows)
     Products<S, B::kOctets>::fragment_by_columns(sum, s, k_tile + column0, pitch);
     __syncthreads();
   }
+  commit_copies();
   wait_copies<0>();
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
@@ -312,8 +310,8 @@ __global__ void __launch_bounds__(2 * kTileRows)
   load_key_tile<B>(p, p.v, head, j0, launch.v_aligned, v_tile);
   const Range tokens = tokens_of(p, j0, key_end);
   const int first = max(tokens.first * slots / B::kRows, launch.band);
-  const int last = min((tokens.last * slots + B::kRows - 1) / B::kRows,
-                       launch.band + launch.band_tiles);
+  const int last =
+      min((tokens.last * slots + B::kRows - 1) / B::kRows, launch.band + launch.band_tiles);
   const Logits<T> logits(p.scale, p.softcap);
   Fragment<T, B::kOctets> sum_k, sum_v;
   sum_k.clear();
@@ -362,6 +360,7 @@ __global__ void __launch_bounds__(2 * kTileRows)
                                                 q_tile + column0, pitch, B::kRows);
     __syncthreads();
   }
+  commit_copies();  // of keys that no row sees
   wait_copies<0>();
 
 #pragma unroll
@@ -385,8 +384,8 @@ __global__ void __launch_bounds__(2 * kTileRows)
         }
       }
       if (launch.last_band) {
-        store_two(static_cast<S*>(launch.b.grad_k) + at, column, d - column0,
-                  k[0] * logits.scale, k[1] * logits.scale);
+        store_two(static_cast<S*>(launch.b.grad_k) + at, column, d - column0, k[0] * logits.scale,
+                  k[1] * logits.scale);
         store_two(static_cast<S*>(launch.b.grad_v) + at, column, d - column0, v[0], v[1]);
       } else {
         store_two(kept_k, column, d - column0, k[0], k[1]);

@@ -40,7 +40,7 @@ Status launch_backward(const MoaAttentionBwdParams& b, Stream stream) {
   // Without rows the keys' gradients are zero all the same.
   for (int64_t band = 0; band == 0 || band < space.row_tiles; band += space.band_tiles) {
     take_band(launch, space, band);
-    const int64_t blocks = heads * std::min(space.band_tiles, space.row_tiles);
+    const int64_t blocks = space.row_tiles > 0 ? heads * space.band_tiles : 0;
     if constexpr (kKind == AttentionKind::kStickBreaking) {
       MOE_TRY((launch_sticks<S, kTileRows>(launch, blocks, stream)));
     }

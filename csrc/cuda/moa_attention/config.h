@@ -49,8 +49,8 @@ inline int64_t key_splits(int64_t blocks, int64_t num_keys) {
 constexpr int64_t kTilesKept = 32;
 
 inline int64_t band_row_tiles(int64_t row_tiles, int64_t key_tiles) {
-  const int64_t bands = std::clamp<int64_t>(ceil_div(key_tiles, kTilesKept), 1,
-                                            std::max<int64_t>(row_tiles, 1));
+  const int64_t bands =
+      std::clamp<int64_t>(ceil_div(key_tiles, kTilesKept), 1, std::max<int64_t>(row_tiles, 1));
   return std::max<int64_t>(2, round_up<int64_t>(ceil_div(row_tiles, bands), 2));
 }
 

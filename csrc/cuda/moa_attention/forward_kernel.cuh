@@ -191,18 +191,18 @@ __global__ void __launch_bounds__(32 * kWarps)
                 out.v[j][2 * i + 1] * factor);
     }
     if (writes_state) {
-      static_cast<T*>(p.state)[index] =
-          !F::kSoftmax ? (rest[i] < kLogTiny<T> ? T(0) : exponential(rest[i]))
-          : none       ? -T(INFINITY)
-                       : softmax.max[i] + log(sum);
+      static_cast<T*>(p.state)[index] = !F::kSoftmax
+                                            ? (rest[i] < kLogTiny<T> ? T(0) : exponential(rest[i]))
+                                        : none ? -T(INFINITY)
+                                               : softmax.max[i] + log(sum);
     }
   }
 }
 
 // Adds what the splits of a row left, a thread a column.
 template <class S, AttentionKind kKind>
-__global__ void __launch_bounds__(128) combine_splits_kernel(const __grid_constant__
-                                                             ForwardLaunch launch) {
+__global__ void __launch_bounds__(128)
+    combine_splits_kernel(const __grid_constant__ ForwardLaunch launch) {
   using T = Accumulate<S>;
   const MoaAttentionParams& p = launch.p;
   const Partials<T> partials(p, launch.splits);
@@ -258,14 +258,15 @@ Status launch_forward(const MoaAttentionParams& p, Stream stream) {
       launch, items, F::kThreads, F::shared_bytes(p.head_size), stream)));
   if (launch.splits == 1) return 0;
   const int64_t numbers = heads_of(p) * rows_of(p) * p.head_size;
-  return launch_items<combine_splits_kernel<S, kKind>>(launch, ceil_div<int64_t>(numbers, 128),
-                                                       128, 0, stream);
+  return launch_items<combine_splits_kernel<S, kKind>>(launch, ceil_div<int64_t>(numbers, 128), 128,
+                                                       0, stream);
 }
 
 template <class S>
 Status generic_forward(const MoaAttentionParams& p, Stream stream) {
   const bool softmax = p.kind == AttentionKind::kSoftmax, few = has_few_rows(rows_of(p));
-  constexpr AttentionKind kSoftmax = AttentionKind::kSoftmax, kStick = AttentionKind::kStickBreaking;
+  constexpr AttentionKind kSoftmax = AttentionKind::kSoftmax,
+                          kStick = AttentionKind::kStickBreaking;
   constexpr int kFewColumns = forward_tile(kTypeOf<S>, kMaxHeadSize, true).columns;
   constexpr int kWide = forward_tile(kTypeOf<S>, kMaxHeadSize, false).columns;
   constexpr int kNarrow = forward_tile(kTypeOf<S>, 1, false).columns;

@@ -90,8 +90,8 @@ __device__ __forceinline__ uint32_t pack_pair(float lo, float hi) {
 
 // c += a b with 16 columns of b in tiles j and j + 1 for each pair, b [k][n] from `row` on.
 template <class S, int kTiles>
-__device__ __forceinline__ void multiply_columns(Fragment<float, kTiles>& c,
-                                                 const uint32_t (&a)[4], const S* b, int pitch) {
+__device__ __forceinline__ void multiply_columns(Fragment<float, kTiles>& c, const uint32_t (&a)[4],
+                                                 const S* b, int pitch) {
   const int lane = lane_id();
   const S* row = b + lane % 16 * pitch + lane / 16 * 8;
 #pragma unroll
@@ -158,10 +158,9 @@ struct Products {
     if constexpr (kHalf) {
 #pragma unroll
       for (int k = 0; k < kDepth; k += 2) {
-        const uint32_t fa[4] = {pack_pair<S>(a.v[k][0], a.v[k][1]),
-                                pack_pair<S>(a.v[k][2], a.v[k][3]),
-                                pack_pair<S>(a.v[k + 1][0], a.v[k + 1][1]),
-                                pack_pair<S>(a.v[k + 1][2], a.v[k + 1][3])};
+        const uint32_t fa[4] = {
+            pack_pair<S>(a.v[k][0], a.v[k][1]), pack_pair<S>(a.v[k][2], a.v[k][3]),
+            pack_pair<S>(a.v[k + 1][0], a.v[k + 1][1]), pack_pair<S>(a.v[k + 1][2], a.v[k + 1][3])};
         multiply_columns<S>(c, fa, b + 8 * k * pitch, pitch);
       }
     } else {
