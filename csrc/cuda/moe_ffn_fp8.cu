@@ -33,7 +33,7 @@ __global__ void act_fp8_kernel(const ActParams p, ActLimits<float> limits) {
   if (row >= valid_rows(p.expert_offsets, p.num_experts, p.num_rows)) return;
   const float* const preact = p.preact + row * I * (is_gated(A) ? 2 : 1);
   const bool weave = is_gated(A) && p.interleaved;
-  const int64_t first = int64_t{blockIdx.y} * kStretch;
+  const int64_t first = row_stretch() * kStretch;
   float gate[kStretch][4], up[kStretch][4];
 #pragma unroll
   for (int i = 0; i < kStretch; ++i) {

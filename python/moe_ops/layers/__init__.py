@@ -6,6 +6,7 @@ Letters in all files: T tokens, H hidden size, I intermediate size, E experts, K
 from __future__ import annotations
 
 from .attention import AttentionExperts, AttentionExpertsOutput, KVCache
+from .dense import ExpertNorm, mix_outputs
 from .experts import Experts, SharedExperts
 from .losses import (
     concentration_loss,
@@ -27,6 +28,7 @@ from .stats import RoutingStats, count_tokens_per_expert
 __all__ = [
     "AttentionExperts",
     "AttentionExpertsOutput",
+    "ExpertNorm",
     "Experts",
     "KVCache",
     "MoE",
@@ -42,6 +44,7 @@ __all__ = [
     "count_tokens_per_expert",
     "device_balance_loss",
     "load_balancing_loss",
+    "mix_outputs",
     "mutual_information_loss",
     "record_routing",
     "replay_routing",

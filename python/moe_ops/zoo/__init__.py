@@ -134,3 +134,31 @@ def create(name: str, preset: str = "tiny", **overrides: Any) -> Any:
 
 
 # One line a system; modules are imported by `System.load` alone.
+register(
+    System(
+        "home",
+        "moe_ops.zoo.home",
+        "HoMEConfig",
+        "build",
+        "Multi-task recommenders: HoME, PLE, CGC, MMoE, AdaMMoE and a shared bottom.",
+    )
+)
+register(
+    System(
+        "mowst",
+        "moe_ops.zoo.mowst",
+        "MowstConfig",
+        "Mowst",
+        "Mowst: a weak and a strong expert on a graph, mixed by the weak one's confidence.",
+        needs="graphs",
+    )
+)
+register(
+    System(
+        "t2mir",
+        "moe_ops.zoo.t2mir",
+        "T2MIRConfig",
+        "T2MIR",
+        "In-context reinforcement learning with experts routed by token and by task.",
+    )
+)
