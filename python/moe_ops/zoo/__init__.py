@@ -203,3 +203,12 @@ register(
         needs="graphs",
     )
 )
+register(
+    System(
+        "t2mir",
+        "moe_ops.zoo.t2mir",
+        "T2MIRConfig",
+        "T2MIR",
+        "In-context reinforcement learning with experts routed by token and by task.",
+    )
+)
