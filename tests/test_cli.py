@@ -32,7 +32,7 @@ def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_help_lists_the_commands():
     result = runner.invoke(app, ["--help"])
     assert result.exit_code == 0
-    for command in ("doctor", "demo", "bench", "quantize"):
+    for command in ("doctor", "demo", "bench", "quantize", "zoo", "claims"):
         assert command in result.output
 
 
@@ -43,7 +43,15 @@ def test_version():
 
 
 def test_import_is_light():
-    heavy = ["typer", "rich", "matplotlib", "transformers", "safetensors", "moe_ops.cli"]
+    heavy = [
+        "typer",
+        "rich",
+        "matplotlib",
+        "transformers",
+        "safetensors",
+        "moe_ops.cli",
+        "moe_ops.zoo",
+    ]
     code = f"import sys, moe_ops; print([m for m in {heavy} if m in sys.modules])"
     result = run_python("-c", code)
     assert result.stdout.strip() == "[]", result.stdout + result.stderr

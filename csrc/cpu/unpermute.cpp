@@ -23,7 +23,13 @@ void run_tokens(const UnpermuteParams& p, int64_t begin, int64_t end) {
   T* sum = scratch<T>(Scratch::kTile, H);
   for (int64_t t = begin; t < end; ++t) {
     int64_t n = 0;
-    for (int64_t s = t * K; s < (t + 1) * K; ++s) {
+    const int64_t first = p.token_starts == nullptr ? t * K : p.token_starts[t];
+    const int64_t last = p.token_starts == nullptr ? first + K : p.token_starts[t + 1];
+    if (last - first > static_cast<int64_t>(row.size())) {
+      row.resize(static_cast<size_t>(last - first));
+      weight.resize(static_cast<size_t>(last - first));
+    }
+    for (int64_t s = first; s < last; ++s) {
       if (p.slot_to_row[s] >= p.num_valid_rows) continue;
       row[n] = rows + p.slot_to_row[s] * p.row_stride * size;
       weight[n++] = weights != nullptr ? weights[s] : T(1);
@@ -38,34 +44,43 @@ void run_bwd(const UnpermuteBwdParams& p, const Parallel& par) {
   const Kernels<T>& k = kernels<T>();
   const int64_t H = p.hidden_size, K = p.top_k, size = dtype_size(p.type);
   const T* weights = static_cast<const T*>(p.topk_weights);
-  // From the row's side, so that each row of grad_rows is written once whatever the map holds.
-  std::vector<int64_t> row_to_slot(static_cast<size_t>(p.num_rows), -1);
-  for (int64_t s = p.num_tokens * K - 1; s >= 0; --s) row_to_slot[p.slot_to_row[s]] = s;
+  // From the row's side, so that each row of grad_rows is written once whatever the map holds. The
+  // slots of a row are a list in their order: next of N is the end.
+  const auto N = static_cast<int32_t>(p.num_tokens * K);
+  std::vector<int32_t> first(static_cast<size_t>(p.num_rows), N), next(static_cast<size_t>(N));
+  for (int32_t s = N - 1; s >= 0; --s) {
+    next[s] = first[p.slot_to_row[s]];
+    first[p.slot_to_row[s]] = s;
+  }
+  const auto grad_of = [&](int64_t s) {
+    return static_cast<const char*>(p.grad_y) + s / K * p.grad_y_stride * size;
+  };
   parallel_range(par, p.num_rows, H / 4.0 + 2, [&](int64_t begin, int64_t end) {
     T* grad = scratch<T>(Scratch::kTile, H);
     for (int64_t r = begin; r < end; ++r) {
       char* out = static_cast<char*>(p.grad_rows) + r * H * size;
-      const int64_t s = row_to_slot[r];
-      if (s < 0 || r >= p.num_valid_rows) {
+      const int32_t s = first[r];
+      if (s == N || r >= p.num_valid_rows) {
         std::memset(out, 0, static_cast<size_t>(H * size));
         continue;
       }
-      const char* gy = static_cast<const char*>(p.grad_y) + s / K * p.grad_y_stride * size;
-      k.load_row(p.type, gy, grad, H, weights != nullptr ? weights[s] : T(1));
+      k.load_row(p.type, grad_of(s), grad, H, weights != nullptr ? weights[s] : T(1));
+      for (int32_t other = next[s]; other != N; other = next[other]) {
+        k.axpy(p.type, grad_of(other), weights != nullptr ? weights[other] : T(1), grad, H);
+      }
       k.store_row(p.type, grad, out, H);
     }
   });
   if (p.grad_weights == nullptr) return;
   T* grad_weights = static_cast<T*>(p.grad_weights);
-  parallel_range(par, p.num_tokens * K, H / 8.0 + 2, [&](int64_t begin, int64_t end) {
+  parallel_range(par, N, H / 8.0 + 2, [&](int64_t begin, int64_t end) {
     for (int64_t s = begin; s < end; ++s) {
       const int64_t r = p.slot_to_row[s];
       grad_weights[s] =
           r >= p.num_valid_rows
               ? T(0)
               : k.dot_row(p.type, static_cast<const char*>(p.rows) + r * p.row_stride * size,
-                          p.type,
-                          static_cast<const char*>(p.grad_y) + s / K * p.grad_y_stride * size, H);
+                          p.type, grad_of(s), H);
     }
   });
 }

@@ -120,8 +120,7 @@ __global__ void __launch_bounds__(kMaxThreads)
       if (equal && nth == rank) thresholds[blockIdx.x] = {key, t};
       return;
     }
-    rank -= here;
-    __syncthreads();
+    rank -= here;  // Counts are read in the last round only, so the next one may write them.
   }
 }
 

@@ -1,7 +1,5 @@
 // permute copies bytes: a warp brings a stretch of a row, four accesses a lane at once. Its
-// gradient is unpermute without weights; the map for that is the inverse of the one at hand, which
-// one launch makes. unpermute asks the given map whether a slot's row is its own, so the inverse
-// needs no fill.
+// gradient is unpermute without weights, with the inverse of the map at hand.
 #include "cuda/check.h"
 #include "cuda/rows.cuh"
 #include "moe_ops/permute.h"
@@ -57,13 +55,6 @@ Status launch(const Args& a, Stream stream) {
   return launched();
 }
 
-__global__ void invert_kernel(IndexMap row_to_slot, int64_t n, int32_t* slot_to_row) {
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (row >= n) return;
-  const int64_t slot = index_at(row_to_slot, row);
-  if (slot >= 0 && slot < n) slot_to_row[slot] = static_cast<int32_t>(row);
-}
-
 }  // namespace
 
 Status permute(const PermuteParams& p, Stream stream) {
@@ -89,12 +80,7 @@ Status permute(const PermuteParams& p, Stream stream) {
 }
 
 Status permute_bwd(const PermuteBwdParams& p, Stream stream) {
-  if (p.num_rows > 0) {
-    constexpr int kThreads = 256;
-    const auto blocks = static_cast<unsigned>(ceil_div<int64_t>(p.num_rows, kThreads));
-    invert_kernel<<<blocks, kThreads, 0, stream>>>(p.row_to_slot, p.num_rows, p.slot_to_row);
-    MOE_CUDA_TRY(cudaGetLastError());
-  }
+  MOE_TRY(name_targets(p.row_to_slot, p.num_rows, p.named, stream));
   UnpermuteParams u;
   u.rows = p.grad_rows;
   u.type = u.y_type = p.type;
@@ -105,8 +91,8 @@ Status permute_bwd(const PermuteBwdParams& p, Stream stream) {
   u.num_rows = p.num_rows;
   u.expert_offsets = p.expert_offsets;
   u.num_experts = p.num_experts;
-  u.slot_to_row = {p.slot_to_row, false};
   u.row_to_slot = p.row_to_slot;
+  u.named = p.named;
   u.topk_weights = nullptr;
   u.y = p.grad_x;
   return unpermute(u, stream);

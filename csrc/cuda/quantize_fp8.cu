@@ -16,7 +16,7 @@ template <class S, bool kAligned>
 __global__ void quantize_fp8_kernel(const QuantizeFp8Params p) {
   const int64_t row = warp_row(), D = p.row_length, blocks = ceil_div(D, kFp8Block);
   if (row >= p.num_rows) return;
-  const int64_t first = int64_t{blockIdx.y} * kStretch;
+  const int64_t first = row_stretch() * kStretch;
   const S* const x = static_cast<const S*>(p.x.data) + row * p.x.stride;
   float v[kStretch][4];
 #pragma unroll

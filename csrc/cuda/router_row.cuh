@@ -88,11 +88,17 @@ struct RegisterRow {
     }
   }
 
+  // Keys of ranked(x) + bias[id]; bias may be nullptr.
   template <class Fn>
-  __device__ __forceinline__ void make_keys(Fn&& ranked) {
+  __device__ __forceinline__ void make_keys(const T* bias, Fn&& ranked) {
+    T added[N] = {};
+    if (bias != nullptr) {
+      load_lane<N>(bias, first_id(), num_experts, reinterpret_cast<uintptr_t>(bias) % 16 == 0, T(0),
+                   added);
+    }
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      key[i] = first_id() + i < num_experts ? key_of<T>(ranked(first_id() + i, x[i])) : 0;
+      key[i] = first_id() + i < num_experts ? key_of<T>(ranked(x[i]) + added[i]) : 0;
     }
   }
 
@@ -231,9 +237,10 @@ struct MemoryRow {
   }
 
   template <class Fn>
-  __device__ void make_keys(Fn&& ranked) {
+  __device__ void make_keys(const T* bias, Fn&& ranked) {
     for (int32_t e = lane; e < num_experts; e += kWarp) {
-      key[e] = key_of<T>(ranked(e, source.at<T>(e)));
+      const T value = ranked(source.at<T>(e));
+      key[e] = key_of<T>(bias != nullptr ? value + bias[e] : value);
     }
   }
 

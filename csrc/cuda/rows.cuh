@@ -3,14 +3,11 @@
 #pragma once
 
 #include "cuda/reduce.cuh"
+#include "cuda/row_blocks.h"
 #include "cuda/vec.cuh"
 #include "moe_ops/common.h"
 
 namespace moe_ops::cuda {
-
-// A block is kRowWarps warps on as many rows, each warp on the same stretch of its row:
-// kStretch accesses a lane. gridDim.x runs over rows, gridDim.y over stretches.
-constexpr int kRowWarps = 8;
 
 __device__ __forceinline__ int lane_id() { return static_cast<int>(threadIdx.x % kWarp); }
 
@@ -19,10 +16,15 @@ __device__ __forceinline__ int64_t warp_row() {
   return static_cast<int64_t>(blockIdx.x) * kRowWarps + threadIdx.x / kWarp;
 }
 
+// The stretch of this block.
+__device__ __forceinline__ int64_t row_stretch() {
+  return static_cast<int64_t>(blockIdx.z) * gridDim.y + blockIdx.y;
+}
+
 // The first access of this lane; its next ones are kWarp further each.
 template <int Stretch>
 __device__ __forceinline__ int64_t lane_access() {
-  return static_cast<int64_t>(blockIdx.y) * (kWarp * Stretch) + lane_id();
+  return row_stretch() * (kWarp * Stretch) + lane_id();
 }
 
 struct RowGrid {
@@ -30,10 +32,10 @@ struct RowGrid {
   unsigned block = kRowWarps * kWarp;
 };
 
-// accesses: of one row. Rows come to 2^34 at most, stretches to 2^16 (a row of 128 MiB).
+// accesses: of one row.
 inline RowGrid row_grid(int64_t rows, int64_t accesses, int stretch) {
-  return {dim3(static_cast<unsigned>(ceil_div<int64_t>(rows, kRowWarps)),
-               static_cast<unsigned>(ceil_div<int64_t>(accesses, int64_t{kWarp} * stretch)))};
+  const RowBlocks b = row_blocks(rows, accesses, kWarp * stretch);
+  return {dim3(b.x, b.y, b.z)};
 }
 
 __device__ __forceinline__ int64_t index_at(const IndexMap& map, int64_t i) {

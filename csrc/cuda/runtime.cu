@@ -1,8 +1,10 @@
 #include <cuda_runtime_api.h>
 
 #include <array>
+#include <atomic>
 #include <mutex>
 
+#include "cuda/device_info.h"
 #include "cuda/runtime.h"
 
 namespace moe_ops::cuda {
@@ -22,16 +24,28 @@ DeviceInfo ask(int device) {
   return info;
 }
 
+std::array<DeviceInfo, kMaxDevices> infos;
+std::array<std::atomic<bool>, kMaxDevices> known;
+std::mutex asking;
+
 }  // namespace
 
 const DeviceInfo& device_info() {
-  static std::array<DeviceInfo, kMaxDevices> infos;
-  static std::array<std::once_flag, kMaxDevices> asked;
   int device = 0;
   cudaGetDevice(&device);
   const auto i = static_cast<size_t>(device < kMaxDevices ? device : kMaxDevices - 1);
-  std::call_once(asked[i], [&] { infos[i] = ask(device); });
+  if (!known[i].load(std::memory_order_acquire)) {
+    const std::lock_guard lock(asking);
+    if (!known[i].load(std::memory_order_relaxed)) {
+      infos[i] = ask(device);
+      known[i].store(true, std::memory_order_release);
+    }
+  }
   return infos[i];
+}
+
+void forget_device_info() {
+  for (std::atomic<bool>& k : known) k.store(false, std::memory_order_relaxed);
 }
 
 const char* error_string(Status status) {

@@ -94,10 +94,9 @@ __global__ void topk_router_kernel(const TopkRouterParams p, void* workspace) {
     row.load(source, keys);
     Softmax<T> all{T(0), T(1)};
     if (over_all) all = softmax_of(row);
-    row.make_keys([&](int32_t e, T x) {
-      T value = x;
-      if (score_keys) value = softmax ? all(x) : sigmoid_score(x);
-      return bias != nullptr ? value + bias[e] : value;
+    row.make_keys(bias, [&](T x) {
+      if (!score_keys) return x;
+      return softmax ? all(x) : sigmoid_score(x);
     });
     if (grouped) {
       row.limit_groups({static_cast<int32_t>(p.num_groups), static_cast<int32_t>(p.num_topk_groups),

@@ -21,7 +21,7 @@ __global__ void topp_router_kernel(const ToppRouterParams p, void* workspace) {
     Row row;
     row.load(row_source(p.router_logits, p.type, p.logits_stride, t, p.num_experts), keys);
     const Softmax<T> softmax = softmax_of(row);
-    row.make_keys([](int32_t, T x) { return x; });
+    row.make_keys(nullptr, [](T x) { return x; });
 
     int32_t* const ids = p.topk_ids + t * p.max_k;
     T* const weights = static_cast<T*>(p.topk_weights) + t * p.max_k;

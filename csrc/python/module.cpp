@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <map>
 #include <optional>
 #include <stdexcept>
@@ -14,6 +15,7 @@
 #include "cpu/limits.h"
 #include "cpu/pack.h"
 #include "cuda/grouped_gemm/config.h"
+#include "cuda/row_blocks.h"
 
 namespace py = pybind11;
 using namespace moe_ops::cpu;
@@ -86,6 +88,11 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("product"), py::arg("rows"), py::arg("num_experts"), py::arg("m"), py::arg("n"),
       py::arg("k"), py::arg("num_sms") = 132);
+  // The grid of a CUDA kernel on whole rows; needs no card.
+  m.def("row_blocks", [](int64_t rows, int64_t accesses, int64_t stretch) {
+    const moe_ops::cuda::RowBlocks b = moe_ops::cuda::row_blocks(rows, accesses, stretch);
+    return std::array<unsigned, 3>{b.x, b.y, b.z};
+  });
   m.def("stale_panels", &stale_panels);
   m.def("cached_bytes", &cached_bytes);
   m.def("cache_limit", &cache_limit);

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <stdexcept>
 
+#include "cuda/device_info.h"
 #include "cuda/runtime.h"
 
 // STABLE_ABI_WORKAROUND: the stream of the stable ABI has a native handle from torch 2.13 on, above
@@ -73,6 +74,7 @@ void Simulated::Scope::enter() {
   }
   known = merged;
   for (const Interval& i : known) register_memory(i);
+  cuda::forget_device_info();
   in_call = true;
 }
 

@@ -1,5 +1,7 @@
 #include "moe_ops/permute.h"
 
+#include <vector>
+
 #include "moe_ops/unpermute.h"
 #include "torch/device.h"
 #include "torch/tensor_utils.h"
@@ -33,6 +35,19 @@ DType check_permute_bwd(const Op& op, const Tensor& grad_rows, const Tensor& row
   return type;
 }
 
+// Rows in the order of their slots, then their own; returns where those of each token start.
+std::vector<int64_t> sort_rows_by_slot(const std::vector<int32_t>& slots, int64_t num_tokens,
+                                       std::vector<int32_t>& rows) {
+  const auto N = static_cast<int64_t>(slots.size());
+  std::vector<int64_t> starts(slots.size() + 1);
+  for (const int32_t slot : slots) ++starts[slot + 1];
+  for (int64_t s = 0; s < N; ++s) starts[s + 1] += starts[s];
+  std::vector<int64_t> token_starts(static_cast<size_t>(num_tokens) + 1);
+  for (int64_t t = 0; t <= num_tokens; ++t) token_starts[t] = starts[t * (N / num_tokens)];
+  for (int64_t r = 0; r < N; ++r) rows[starts[slots[r]]++] = static_cast<int32_t>(r);
+  return token_starts;
+}
+
 Tensor permute(const Tensor& x, const Tensor& expert_offsets, const Tensor& row_to_slot) {
   constexpr const char* kOp = "permute";
   const DType type = check_permute(kOp, x, row_to_slot);
@@ -64,9 +79,15 @@ Tensor permute_bwd(const Tensor& grad_rows, const Tensor& expert_offsets, const 
   const int64_t N = grad_rows.size(0), H = grad_rows.size(1), T = num_tokens;
   const std::vector<int64_t> offsets = checked_offsets(kOp, expert_offsets, N);
   const std::vector<int32_t> slots = checked_map(kOp, "row_to_slot", row_to_slot, N);
-  // A slot that the map leaves out points past the valid rows, and so adds nothing.
-  std::vector<int32_t> slot_to_row(static_cast<size_t>(N), static_cast<int32_t>(N));
-  for (int64_t r = 0; r < N; ++r) slot_to_row[slots[r]] = static_cast<int32_t>(r);
+  // As many rows as slots: the map leaves a slot out only if it names another one twice.
+  std::vector<int32_t> slot_to_row(static_cast<size_t>(N), -1);
+  bool repeats = false;
+  for (int64_t r = 0; r < N; ++r) {
+    repeats |= slot_to_row[slots[r]] >= 0;
+    slot_to_row[slots[r]] = static_cast<int32_t>(r);
+  }
+  std::vector<int64_t> token_starts;
+  if (repeats) token_starts = sort_rows_by_slot(slots, T, slot_to_row);
 
   const Tensor src = with_dense_rows(grad_rows);
   Tensor grad_x = empty_cpu({T, H}, grad_rows.scalar_type());
@@ -79,6 +100,7 @@ Tensor permute_bwd(const Tensor& grad_rows, const Tensor& expert_offsets, const 
   p.top_k = T == 0 ? 1 : N / T;
   p.num_valid_rows = offsets.back();
   p.slot_to_row = slot_to_row.data();
+  p.token_starts = repeats ? token_starts.data() : nullptr;
   p.topk_weights = nullptr;
   p.y = grad_x.mutable_data_ptr();
   cpu::unpermute(p, torch_parallel());
@@ -125,7 +147,7 @@ static Tensor permute_bwd_cuda(const Tensor& grad_rows, const Tensor& expert_off
   const Tensor offsets = device_offsets(op, expert_offsets);
   const DeviceIndex map = device_index(op, "row_to_slot", row_to_slot);
   const Tensor src = with_dense_rows(grad_rows);
-  Tensor slot_to_row = device_empty(grad_rows, {N}, ScalarType::Int);
+  Tensor named = device_empty(grad_rows, {2, N}, ScalarType::Int);
   Tensor grad_x = device_empty(grad_rows, {num_tokens, H}, grad_rows.scalar_type());
   p.grad_rows = src.const_data_ptr();
   p.grad_stride = row_stride(src);
@@ -135,7 +157,7 @@ static Tensor permute_bwd_cuda(const Tensor& grad_rows, const Tensor& expert_off
   p.expert_offsets = static_cast<const int32_t*>(offsets.const_data_ptr());
   p.num_experts = offsets.numel() - 1;
   p.row_to_slot = {map.data, map.is_64};
-  p.slot_to_row = static_cast<int32_t*>(slot_to_row.mutable_data_ptr());
+  p.named = static_cast<int32_t*>(named.mutable_data_ptr());
   p.grad_x = grad_x.mutable_data_ptr();
   check_status(op, cuda::permute_bwd(p, current_stream(grad_rows)));
   return grad_x;

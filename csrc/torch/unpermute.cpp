@@ -141,6 +141,7 @@ static std::tuple<Tensor, Tensor> unpermute_bwd_cuda(const Tensor& grad_y, const
   const Tensor gy = with_dense_rows(grad_y);
   const Tensor src = with_dense_rows(rows);
   const OptTensor weights = contiguous_as(topk_weights, acc);
+  Tensor named = device_empty(rows, {2, rows.size(0)}, ScalarType::Int);
   Tensor grad_rows = device_empty(rows, {rows.size(0), rows.size(1)}, rows.scalar_type());
   Tensor grad_weights = topk_weights
                             ? device_empty(rows, {slot_to_row.size(0), slot_to_row.size(1)}, acc)
@@ -157,6 +158,7 @@ static std::tuple<Tensor, Tensor> unpermute_bwd_cuda(const Tensor& grad_y, const
   p.num_experts = offsets.numel() - 1;
   p.slot_to_row = {map.data, map.is_64};
   p.topk_weights = weights ? weights->const_data_ptr() : nullptr;
+  p.named = static_cast<int32_t*>(named.mutable_data_ptr());
   p.grad_rows = grad_rows.mutable_data_ptr();
   p.grad_weights = topk_weights ? grad_weights.mutable_data_ptr() : nullptr;
   check_status(op, cuda::unpermute_bwd(p, current_stream(rows)));

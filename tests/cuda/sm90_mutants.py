@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import json
 import os
 import re
@@ -29,7 +30,9 @@ Mutation = Callable[[str], str]
 
 
 def sub(pattern: str, replacement: str, nth: int | None = None) -> Mutation:
-    """All matches, or the nth (from the end if negative). No match is an error."""
+    """All matches, or the nth (from the end if negative); a space stands for any white space. No
+    match is an error."""
+    pattern = pattern.replace(" ", r"\s+")
 
     def mutate(ptx: str) -> str:
         found = list(re.finditer(pattern, ptx, re.S))
@@ -51,6 +54,20 @@ def wait_before(pattern: str) -> Mutation:
         return ptx[: last.start()] + PASS + ptx[last.end() :]
 
     return mutate
+
+
+def in_kernel(mutate: Mutation, *parts: str) -> Mutation:
+    """Only in the first kernel of the module whose name has all parts."""
+
+    def mutate_kernel(ptx: str) -> str:
+        starts = [m.start() for m in re.finditer(r"\.entry", ptx)] + [len(ptx)]
+        for begin, end in itertools.pairwise(starts):
+            name = ptx[begin : ptx.index("(", begin)]
+            if all(part in name for part in parts):
+                return ptx[:begin] + mutate(ptx[begin:end]) + ptx[end:]
+        raise LookupError(f"no kernel with {parts} in its name")
+
+    return mutate_kernel
 
 
 def added(register: str, amount: int) -> str:
@@ -207,7 +224,7 @@ def how_noticed(product: str, call: dict[str, torch.Tensor], expected: torch.Ten
 
 def main(only: list[str]) -> None:
     torch.set_num_threads(1)  # threads do not survive a fork
-    use_simulator(partial=True)
+    use_simulator()
     result: dict[str, str | None] = {}
     with tempfile.TemporaryDirectory() as folder:
         kernels: dict[tuple[str, str], tuple[str, dict[str, torch.Tensor], torch.Tensor]] = {}

@@ -61,11 +61,9 @@ def test_values(simulator, tile, shape, dtype):
 
 @kernels
 def test_schedules(simulator, tile):
-    """More tiles than blocks, and sums longer than the ring."""
-    rows = 64 if tile == "64x128" else 128
-    call = fp8_gemm_operands(
-        (rows + 1, 0, 3, 2 * rows, 70), 1168, 2 * 128 + 8, tail=3, bias=torch.float32
-    )
+    """A block takes three tiles or more and goes round the ring of stages about twice."""
+    rows = 128 if "128x128" in tile else 64
+    call = fp8_gemm_operands((rows + 1, 0, 3, 2 * rows, 70), 528, 136, tail=3, bias=torch.float32)
     with simulator.options(sms=4):
         simulator.check_schedules(lambda: moe_ops.grouped_gemm_fp8(**call))
 

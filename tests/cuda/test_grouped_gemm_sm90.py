@@ -15,7 +15,14 @@ import torch
 
 import moe_ops
 from moe_ops import reference
-from moe_ops.testing import assert_close_by_norm, short
+from moe_ops.testing import (
+    Routing,
+    assert_close_by_norm,
+    check_against_reference,
+    eps,
+    ffn_operands,
+    short,
+)
 
 
 @dataclass(frozen=True)
@@ -201,6 +208,77 @@ def test_experts_that_share_a_matrix(simulator, product):
     call = operands(product, (5, 0, 70), 72, 80)
     call["b"] = call["b"][:1].expand(3, -1, -1)
     check(product, call)
+
+
+# Rows that come through an index: the products of tokens and slots. moe_linear_map gathers tokens
+# forward, slots backward, both in its weight gradient, and scatters by slot; moe_ffn gathers one
+# side of its weight gradients.
+ROUTING = Routing(75, 5, 2, "dropped")
+GATHERING = pytest.mark.parametrize("tile", ["128x128", "64x128", "64x64"])
+
+
+def linear_map_operands(dtype):
+    return {
+        "x": torch.randn(75, 136).to(dtype),
+        "w": torch.randn(5, 200, 136).to(dtype),
+        "topk_ids": ROUTING.ids(),
+        "bias": torch.randn(5, 200).to(dtype),
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=short)
+@GATHERING
+def test_gathered_rows(simulator, monkeypatch, tile, dtype):
+    monkeypatch.setenv("MOE_OPS_GEMM_TILE", tile)
+    call = linear_map_operands(dtype)
+
+    def run():
+        check_against_reference(
+            moe_ops.moe_linear_map,
+            reference.moe_linear_map,
+            call,
+            ("x", "w", "bias"),
+            sum_length=200,
+            grad_steps=1,
+        )
+
+    assert simulator.counted(run, "wgmma")["wgmma"] > 0
+    assert simulator.warnings() == ""
+
+
+@GATHERING
+def test_schedules_of_gathered_rows(simulator, monkeypatch, tile):
+    monkeypatch.setenv("MOE_OPS_GEMM_TILE", tile)
+    call = linear_map_operands(torch.bfloat16)
+    leaves = {name: call[name].requires_grad_() for name in ("x", "w", "bias")}
+    grad = torch.randn(75, 2, 200).bfloat16()
+
+    def run():
+        h = moe_ops.moe_linear_map(**call)
+        return (h.detach(), *torch.autograd.grad(h, list(leaves.values()), grad))
+
+    with simulator.options(sms=4):
+        simulator.check_schedules(run)
+
+
+@pytest.mark.parametrize("main_dtype", [torch.float32, torch.bfloat16], ids=short)
+def test_weight_gradients_with_one_side_gathered_are_added(simulator, main_dtype):
+    """grad_y by token times rows for w_down, rows times x by token for w_gate_up."""
+    call = ffn_operands(ROUTING, 136, 72, torch.bfloat16)
+    names = ("x", "w_gate_up", "w_down", "topk_weights")
+    leaves = {name: call[name].clone().requires_grad_() for name in names}
+    grad_y = torch.randn(75, 136).bfloat16()
+    moe_ops.moe_ffn(**{**call, **leaves}).backward(grad_y)
+    main = tuple(torch.randn(call[name].shape).to(main_dtype) for name in names[1:3])
+    sums = [m.double() + leaves[n].grad.double() for m, n in zip(main, names[1:3], strict=True)]
+    with_main = {name: call[name].clone().requires_grad_() for name in names}
+    y = moe_ops.moe_ffn(**{**call, **with_main}, main_grads=main)
+    assert simulator.counted(lambda: y.backward(grad_y), "wgmma")["wgmma"] > 0
+    for got, want, name in zip(main, sums, names[1:3], strict=True):
+        # The gradient that is not added is rounded to the weight's type.
+        size = leaves[name].grad.double().abs() + want.abs()
+        error = (got.double() - want).abs()
+        assert bool((error <= (0.5 * eps(torch.bfloat16) + eps(main_dtype)) * size).all())
 
 
 def test_mutants_are_noticed(simulator):

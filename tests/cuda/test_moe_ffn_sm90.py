@@ -1,4 +1,5 @@
-"""moe_ffn's own kernels for sm_90a: every tile, values, gradients, schedules, bytes, mutants."""
+"""moe_ffn's own kernels for sm_90a: every tile, values, gradients, schedules, mutants. Bytes are in
+test_moe_ffn_sm90_bytes.py."""
 
 from __future__ import annotations
 
@@ -38,7 +39,6 @@ ROUTINGS = (
     Routing(200, 5, 2, "dropped"),
     Routing(131, 4, 1, "half_empty", torch.int64),
     Routing(90, 6, 3, "one_expert"),
-    Routing(70, 300, 2, "uniform"),  # more experts than a warp scans at once
     Routing(13, 4, 3, "all_dropped"),
     Routing(23, 4, 6, "repeated"),
     Routing(1, 1, 1),
@@ -87,7 +87,7 @@ def force(monkeypatch):
 
 # Columns and sums that end inside a tile, on its edge, after one multiple of 8; sums longer than
 # the ring.
-SIZES = ((72, 136), (64, 128), (8, 8), (648, 264))
+SIZES = ((72, 136), (64, 128), (8, 8), (520, 264))
 
 
 @half
@@ -105,6 +105,14 @@ def test_sizes(simulator, force, tile, hidden_size, intermediate_size, layout, d
 def test_routings(simulator, force, tile, routing):
     force(tile)
     check(operands(routing, 72, 136, torch.bfloat16, bias=True))
+
+
+@tiles
+def test_more_experts_than_a_warp_scans_at_once(simulator, force, tile):
+    force(tile)
+    call = operands(Routing(9, 270, 2), 16, 8, torch.bfloat16)
+    call["topk_ids"][0] = torch.tensor([269, 130])
+    check(call)
 
 
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
@@ -168,9 +176,9 @@ def test_few_tokens(simulator, num_tokens, layout, dtype):
     check(call, [])
     check({**call, "apply_router_weight_on_input": True}, [])
     # One expert takes more rows than a tile holds.
-    routing = Routing(num_tokens, 200, 3, "repeated")
+    routing = Routing(num_tokens, 140, 2, "repeated")
     call |= operands(routing, 328, 72, dtype, layout)
-    call["topk_ids"] = torch.full_like(call["topk_ids"], 150)
+    call["topk_ids"] = torch.full_like(call["topk_ids"], 135)
     check({**call, "b_gate_up": None, "b_down": None}, [])
 
 
@@ -184,100 +192,69 @@ def test_few_tokens_and_many_give_the_same_bits(simulator, force, layout, dtype)
         assert_identical(moe_ops.moe_ffn(**call), few, tile)
 
 
-def forward_and_backward(call, wrt=None):
-    leaves = {n: call[n].clone().requires_grad_() for n in wrt or differentiable(call)}
-    grad = torch.randn_like(call["x"])
+def routed(counts, unrouted):
+    """topk_ids of one slot a token: so many rows of each expert, and slots without one."""
+    ids = [e for e, rows in enumerate(counts) for _ in range(rows)] + [-1] * unrouted
+    return torch.tensor(ids, dtype=torch.int32)[torch.randperm(len(ids)), None]
+
+
+def stages(call, wanted):
+    """A function of nothing that runs forward as in training, and backward."""
+    names = ("x", "w_gate_up", "w_down", "topk_weights")
+    options = (call["activation"], call["interleaved"], call["apply_router_weight_on_input"])
+    grad_y = torch.randn_like(call["x"])
 
     def run():
-        y = moe_ops.moe_ffn(**{**call, **leaves})
-        return (y.detach(), *torch.autograd.grad(y, list(leaves.values()), grad))
+        y, *saved = torch.ops.moe_ops.moe_ffn_fwd(
+            *(call[n] for n in (*names, "topk_ids", "b_gate_up", "b_down")), *options
+        )
+        grads = torch.ops.moe_ops.moe_ffn_bwd(
+            grad_y, *(call[n] for n in names), *saved, call["b_down"], *options, 1.702, 7.0, *wanted
+        )
+        return (y, saved[0], *grads)
 
     return run
 
 
-@pytest.mark.parametrize("on_input", [False, True], ids=["output", "input"])
-@layouts
-@tiles
-@pytest.mark.full
+# Every tile with every layout; which of them has the weights on the input is left to --full.
+SCHEDULED = [
+    pytest.param(
+        *(tile, layout, on_input),
+        marks=() if (i + j + on_input) % 2 == 0 else pytest.mark.full,
+        id=f"{tile}-{layout}-{'input' if on_input else 'output'}",
+    )
+    for i, tile in enumerate(UP_TILES)
+    for j, layout in enumerate(LAYOUTS)
+    for on_input in (False, True)
+]
+
+
+@pytest.mark.parametrize(("tile", "layout", "on_input"), SCHEDULED)
 def test_schedules(simulator, force, tile, layout, on_input):
-    """More tiles than blocks, and sums longer than the ring."""
+    """Several tiles a block, experts of two tiles of rows, of one and of none, sums longer than
+    the ring of the up projection. Every output of the two stages reaches a result: the
+    pre-activation, h through y, and through the gradients of weights the gradient of the
+    pre-activation (weighted or not), weight * h and <h, u>. The gradient of x is left to the tests
+    of its product."""
     force(tile)
-    call = operands(Routing(170, 3, 2, "dropped"), 456, 264, torch.bfloat16, layout, bias=True)
-    call["apply_router_weight_on_input"] = on_input
-    with simulator.options(sms=4):
-        simulator.check_schedules(forward_and_backward(call))
+    counts, hidden_size = ((66, 0, 5), 328) if tile == "low" else ((0, 130, 3), 264)
+    call = operands(Routing(1, 3, 1), hidden_size, 136, torch.bfloat16, layout, bias=True)
+    ids = routed(counts, 5)
+    call |= {
+        "x": torch.randn(len(ids), hidden_size).bfloat16(),
+        "topk_ids": ids,
+        "topk_weights": torch.rand(len(ids), 1) + 0.1,
+        "apply_router_weight_on_input": on_input,
+    }
+    with simulator.options(sms=2):
+        simulator.check_schedules(stages(call, (False, True, True, not on_input, True, False)))
 
 
 @pytest.mark.parametrize("num_tokens", [5, 60])
 @layouts
-@pytest.mark.full
 def test_schedules_of_few_tokens(simulator, num_tokens, layout):
-    call = operands(Routing(num_tokens, 4, 2, "dropped"), 456, 328, torch.float16, layout)
+    call = operands(Routing(num_tokens, 3, 2, "dropped"), 328, 136, torch.float16, layout)
     simulator.check_schedules(lambda: moe_ops.moe_ffn(**call))
-
-
-def rows_of_experts(call):
-    offsets = reference.sort_slots(call["topk_ids"], call["w_down"].shape[0])[0]
-    return offsets.diff().tolist()
-
-
-def ceil(a, b):
-    return -(-a // b)
-
-
-def gemm_tma_bytes(counts, n, k, m_tile, n_tile, cluster, box_m=None):
-    """Of a row tile and a column tile: B once a cluster, A in boxes unless it is gathered."""
-    bytes_ = 0
-    for count in counts:
-        steps, columns = ceil(k, 64), ceil(n, n_tile)
-        bytes_ += ceil(count, m_tile * cluster) * columns * steps * n_tile * 64 * 2
-        if box_m is not None:
-            bytes_ += ceil(count, box_m) * box_m * columns * steps * 64 * 2
-    return bytes_
-
-
-@layouts
-@tiles
-def test_bytes_of_forward(simulator, force, monkeypatch, tile, layout):
-    """csrc/cuda/moe_ffn/NOTES.md has the formula: weights once a row tile, x once a column tile, h
-    and the rows of the result written once; no permuted copy of x."""
-    force(tile)
-    monkeypatch.setenv("MOE_OPS_GEMM_TILE", "128x128")
-    m, n_tile, cluster = UP_TILES[tile]
-    counted = {}
-    for hidden_size in (136, 392):
-        torch.manual_seed(3)
-        call = operands(Routing(170, 3, 2, "dropped"), hidden_size, 264, torch.bfloat16, layout)
-        counted[hidden_size] = simulator.counted(
-            lambda call=call: moe_ops.moe_ffn(**call),
-            *("ld_bytes", "st_bytes", "tma_ld_bytes", "tma_st_bytes"),
-        )
-        counts = rows_of_experts(call)
-        rows, width = sum(counts), call["w_gate_up"].shape[1]
-        up = gemm_tma_bytes(counts, width, hidden_size, m, n_tile, cluster)
-        down = gemm_tma_bytes(counts, hidden_size, 264, 128, 128, 1, box_m=64)
-        assert counted[hidden_size]["tma_ld_bytes"] == up + down
-        assert counted[hidden_size]["tma_st_bytes"] == 0
-        sorted_ = 2 * 4 * 340 + 4 * 4  # by sort_slots: two maps and the offsets
-        written = 2 * rows * 264 + 2 * rows * hidden_size + 2 * 170 * hidden_size
-        assert counted[hidden_size]["st_bytes"] == sorted_ + written
-    # What does not grow with H are indices and weights of rows. Offsets are read again for every
-    # tile, and there are more column tiles of the result: at most 16 KiB here.
-    x_bytes = 2 * rows * ceil(width, n_tile) * (392 - 136)
-    combine = 2 * rows * (392 - 136)
-    grown = counted[392]["ld_bytes"] - counted[136]["ld_bytes"]
-    assert 0 <= grown - (x_bytes + combine) <= 16 * 1024
-
-
-@layouts
-def test_bytes_of_few_tokens(simulator, layout):
-    """Weights of the experts with rows, once."""
-    call = operands(Routing(9, 6, 2, "half_empty"), 256, 384, torch.bfloat16, layout)
-    counted = simulator.counted(lambda: moe_ops.moe_ffn(**call), "tma_ld_bytes", "tma_st_bytes")
-    active = sum(count > 0 for count in rows_of_experts(call))
-    weights = call["w_gate_up"][0].numel() + call["w_down"][0].numel()
-    assert 0 < active <= 3
-    assert counted == {"tma_ld_bytes": 2 * active * weights, "tma_st_bytes": 0}
 
 
 @pytest.mark.parametrize("view", ["rows", "odd_rows", "odd_start"])
@@ -296,7 +273,6 @@ def test_strides_and_alignment(simulator, name, view):
 
 
 @pytest.mark.parametrize("num_tokens", [40, 90])
-@pytest.mark.full
 def test_nan_stays_in_its_token_and_its_expert(simulator, num_tokens):
     call = operands(Routing(num_tokens, 4, 2, "half_empty"), 72, 136, torch.bfloat16)
     call["x"][5] = torch.nan
@@ -309,7 +285,6 @@ def test_nan_stays_in_its_token_and_its_expert(simulator, num_tokens):
     assert_identical(y.isnan(), where)
 
 
-@pytest.mark.full
 def test_mutants_are_noticed(simulator):
     """The compiled kernels broken in one place at a time (moe_ffn_mutants.py)."""
     script = Path(__file__).with_name("moe_ffn_mutants.py")

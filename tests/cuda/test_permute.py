@@ -27,6 +27,17 @@ def test_schedules(simulator, hidden_size):
     simulator.check_schedules(call)
 
 
+def test_schedules_of_a_map_with_repeats(simulator):
+    """Slots that several rows name, and none: the order of the sum depends on no schedule."""
+    x, expert_offsets, row_to_slot = operands(1032, torch.bfloat16)
+    row_to_slot = torch.randint(87, row_to_slot.shape, dtype=torch.int32)
+    rows = moe_ops.permute(x, expert_offsets, row_to_slot)
+    grad = torch.randn(87, 1032).bfloat16()
+    simulator.check_schedules(
+        lambda: torch.autograd.grad(rows, x, grad, retain_graph=True),
+    )
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
 def test_bad_values_lead_nowhere(dtype):
     """A device op cannot raise for them: their rows come out zero, and nothing outside is read."""
@@ -66,5 +77,14 @@ def test_bytes(simulator, hidden_size, stretches):
     maps_read = 4 * n + stretches * (8 * n + 4 * routing.num_tokens)
     assert counted == {
         "ld_bytes": n * h + maps_read,
-        "st_bytes": routing.num_tokens * h + 4 * n,
+        "st_bytes": routing.num_tokens * h + 8 * n,
     }
+
+
+def test_rows_longer_than_a_grid_is_high(simulator):
+    """More than 4096 stretches: blocks in z. Rows of odd bytes, read two bytes at a time."""
+    h = 4096 * 128 + 1
+    x = torch.arange(2 * h, dtype=torch.int32).remainder(251).view(2, h).bfloat16()
+    offsets = torch.tensor([0, 2], dtype=torch.int32)
+    row_to_slot = torch.tensor([1, 0], dtype=torch.int32)
+    assert_identical(moe_ops.permute(x, offsets, row_to_slot), x.flip(0))

@@ -8,7 +8,7 @@ from moe_ops import reference
 from moe_ops.testing import Routing, assert_identical, short
 
 ROUTINGS = (
-    Routing(37, 6, 3, "dropped"),  # one launch
+    Routing(300, 6, 8, "dropped"),  # one launch, slots in most warps
     Routing(1500, 7, 3, "out_of_range", torch.int64),  # two launches, two blocks
     Routing(700, 2000, 8, "skewed"),  # fewer warps: a table of all would not fit
 )

@@ -29,6 +29,19 @@ def test_schedules(simulator, hidden_size, routing):
     simulator.check_schedules(call)
 
 
+def test_schedules_of_a_map_with_repeats(simulator):
+    """Rows that several slots name, and none: which warp writes them depends on no order."""
+    rows, expert_offsets, slot_to_row, weights = operands(1032, torch.bfloat16)
+    slot_to_row = torch.randint(69, slot_to_row.shape, dtype=torch.int32)
+    grad = torch.randn(ROUTING.num_tokens, 1032).bfloat16()
+
+    def call():
+        y = moe_ops.unpermute(rows, expert_offsets, slot_to_row, weights)
+        return torch.autograd.grad(y, (rows, weights), grad)
+
+    simulator.check_schedules(call)
+
+
 def test_bad_values_lead_nowhere():
     """A device op cannot raise for them: their slots add nothing, and nothing outside is read."""
     rows, expert_offsets, slot_to_row, weights = operands(8, torch.float32)
@@ -39,9 +52,12 @@ def test_bad_values_lead_nowhere():
         without = weights.detach().clone()
         without[4, 1] = 0
         torch.testing.assert_close(y, moe_ops.unpermute(rows, expert_offsets, slot_to_row, without))
-        _, grad = torch.autograd.grad(y, (rows, weights), torch.ones_like(y))
+        grad_rows, grad = torch.autograd.grad(y, (rows, weights), torch.ones_like(y))
         assert bool(grad.isfinite().all())
         assert grad[4, 1] == 0
+        left = int(slot_to_row[4, 1])
+        assert bool((grad_rows[left] == 0).all())
+        assert bool((grad_rows[: expert_offsets[-1]] != 0).any(1).sum() >= expert_offsets[-1] - 1)
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -67,6 +83,6 @@ def test_bytes(simulator, hidden_size, weighted):
         lambda: torch.autograd.grad(y, leaves, grad), "ld_bytes", "st_bytes"
     )
     assert counted == {
-        "ld_bytes": n * (h * (2 if weighted else 1) + 8 + w),
-        "st_bytes": n * (h + w),
+        "ld_bytes": n * (h * (2 if weighted else 1) + 24 + w),
+        "st_bytes": n * (h + w + 8),
     }

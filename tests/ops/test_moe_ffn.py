@@ -161,6 +161,52 @@ def test_one_gradient_at_a_time(dtype, wanted):
     check(ffn_operands(SMALL, 9, 12, dtype, bias=True), [wanted])
 
 
+@pytest.mark.parametrize("on_input", [False, True], ids=["output", "input"])
+@pytest.mark.parametrize("activation", ["swiglu", "geglu"])
+@pytest.mark.parametrize("sizes", [(9, 12), (72, 136)], ids=str)  # of 16 bytes a row, or not
+def test_small_float16_gradients(sizes, activation, on_input):
+    """Gradients on the way may be kept in float16, whose values below 2^-14 are 2^-24 apart. That
+    moves u = w_down^T grad_y, the gradients of the pre-activation and those of x by rows by 2^-25
+    each, and the result by no more than follows; flushing small values to zero would move it by
+    2^-14."""
+    call = ffn_operands(Routing(40, 3, 2, "dropped"), *sizes, torch.float16, activation=activation)
+    call["apply_router_weight_on_input"] = on_input
+    wide = {k: v.double() if k in FLOATS else v for k, v in call.items()}
+    grad_y = (2.0**-18 * torch.randn(call["x"].shape)).half()
+    x = call["x"].clone().requires_grad_()
+    (grad,) = torch.autograd.grad(moe_ops.moe_ffn(**{**call, "x": x}), x, grad_y)
+    x = wide["x"].clone().requires_grad_()
+    (expected,) = torch.autograd.grad(reference.moe_ffn(**{**wide, "x": x}), x, grad_y.double())
+
+    # Of each token: what its experts' rows add up to.
+    half_step = 2.0**-25
+    bound = torch.full_like(expected, half_step)
+    scale = torch.zeros_like(expected)
+    for token, experts in enumerate(call["topk_ids"].tolist()):
+        for slot, e in enumerate(experts):
+            if e < 0:
+                continue
+            weight = wide["topk_weights"][token, slot]
+            row = wide["x"][token] * (weight if on_input else 1)
+            preact = (wide["w_gate_up"][e] @ row).requires_grad_()
+            h = reference.gated_act(preact[None], activation)
+            u = wide["w_down"][e].T.abs() @ grad_y[token].double().abs()
+            out, into = (1, weight) if on_input else (weight, 1)
+            slopes = [
+                torch.autograd.grad(h, preact, g[None], retain_graph=True)[0].abs()
+                for g in (torch.ones_like(u), u)
+            ]
+            moved = half_step * (1 + out * slopes[0])
+            bound[token] += into * (half_step + moved @ wide["w_gate_up"][e].abs())
+            scale[token] += into * out * (slopes[1] @ wide["w_gate_up"][e].abs())
+    # Beside them the roundings of values that are not small: u, the slopes (of a pre-activation
+    # that was rounded), their products, rows and result.
+    bound += 8 * torch.finfo(torch.float16).eps * scale
+    assert bool((bound < 2.0**-14).all())
+    assert bool(((grad.double() - expected).abs() <= bound).all())
+    assert bool((grad != 0).any(1)[(call["topk_ids"] >= 0).any(1)].all())
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
 def test_inference_and_training_agree(dtype):
     call = ffn_operands(SMALL, 33, 31, dtype, bias=True)

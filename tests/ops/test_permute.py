@@ -8,6 +8,7 @@ from moe_ops import reference
 from moe_ops.testing import (
     DTYPES,
     EMPTY_ROUTINGS,
+    ID_DTYPES,
     ROUTINGS,
     VIEWS,
     Routing,
@@ -50,6 +51,38 @@ def test_gradient_of_routing(routing):
     check_against_reference(
         moe_ops.permute, reference.permute, call, ["x"], sum_length=max(1, routing.top_k)
     )
+
+
+@pytest.mark.parametrize("id_dtype", ID_DTYPES, ids=short)
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+@pytest.mark.parametrize("hidden_size", [9, 64, 600])
+def test_slots_that_several_rows_name_or_none(hidden_size, dtype, id_dtype):
+    """A token's gradient is the sum of all rows that are copies of it."""
+    call = operands(Routing(31, 5, 3, "dropped"), hidden_size, dtype)
+    call["row_to_slot"] = torch.randint(93, (93,)).to(id_dtype)
+    assert call["row_to_slot"].unique().numel() < 80
+    check_against_reference(moe_ops.permute, reference.permute, call, ["x"], sum_length=12)
+
+
+@pytest.mark.parametrize("slot", [0, 77, 89])
+def test_one_slot_for_all_rows(slot):
+    """40 slots a token: two batches of lanes."""
+    call = operands(Routing(3, 50, 40, "dropped"), 24, torch.float32)
+    call["row_to_slot"] = torch.full((120,), slot, dtype=torch.int32)
+    check_against_reference(moe_ops.permute, reference.permute, call, ["x"], sum_length=120)
+
+
+def test_repeated_rows_in_order():
+    """A sum whose value depends on the order: fp32, by slot, then by row."""
+    values = torch.tensor([2.0**-13, 4096.0, -4096.0, 2.0**-12])
+    x = torch.zeros(2, 1, requires_grad=True)
+    row_to_slot = torch.tensor([1, 0, 0, 1], dtype=torch.int32)
+    rows = moe_ops.permute(x, torch.tensor([0, 4], dtype=torch.int32), row_to_slot)
+    (grad,) = torch.autograd.grad(rows, x, values[:, None])
+    total = torch.zeros(())
+    for row in (1, 2, 0, 3):
+        total = total + values[row]
+    assert grad[:, 0].tolist() == [total.item(), 0]
 
 
 @pytest.mark.parametrize("grad_view", [*VIEWS, "step2_last"])

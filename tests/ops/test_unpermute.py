@@ -8,6 +8,7 @@ from moe_ops import reference
 from moe_ops.testing import (
     DTYPES,
     EMPTY_ROUTINGS,
+    ID_DTYPES,
     ROUTINGS,
     VIEWS,
     Routing,
@@ -119,6 +120,48 @@ def test_rounds_once(dtype):
     assert_identical(moe_ops.unpermute(rows, expert_offsets, slot_to_row), expected)
 
 
+def random_map(shape, num_rows, id_dtype):
+    """About a third of the rows named by no slot, others by several."""
+    return torch.randint(num_rows, shape).to(id_dtype)
+
+
+@pytest.mark.parametrize("weighted", [True, False], ids=["weighted", "plain"])
+@pytest.mark.parametrize("id_dtype", ID_DTYPES, ids=short)
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+@pytest.mark.parametrize("hidden_size", [9, 64, 600])
+def test_rows_that_several_slots_name_or_none(hidden_size, dtype, id_dtype, weighted):
+    """A row's gradient is the sum of its slots', zero where there are none."""
+    routing = Routing(31, 5, 3, "dropped")
+    call = operands(routing, hidden_size, dtype)
+    call["slot_to_row"] = random_map((31, 3), routing.num_slots, id_dtype)
+    assert call["slot_to_row"].unique().numel() < 80
+    if not weighted:
+        del call["topk_weights"]
+    check(call, [name for name in WEIGHTED if name in call], sum_length=8)
+
+
+@pytest.mark.parametrize("row", [0, 40, 89])
+def test_one_row_for_all_slots(row):
+    """Row 89 has no expert: slots that lead there add nothing, and nothing comes back."""
+    call = operands(Routing(45, 5, 2, "dropped"), 24, torch.float32)
+    assert 40 < int(call["expert_offsets"][-1]) < 89
+    call["slot_to_row"] = torch.full((45, 2), row, dtype=torch.int32)
+    check(call, WEIGHTED, sum_length=90)
+
+
+def test_rows_of_a_map_with_repeats_in_slot_order():
+    """A sum whose value depends on the order: fp32, slot after slot."""
+    values = torch.tensor([4096.0, 2.0**-13, -4096.0, 2.0**-12])
+    rows = torch.zeros(4, 1, requires_grad=True)
+    slot_to_row = torch.full((4, 1), 2, dtype=torch.int32)
+    y = moe_ops.unpermute(rows, torch.tensor([0, 4], dtype=torch.int32), slot_to_row)
+    (grad,) = torch.autograd.grad(y, rows, values[:, None])
+    total = torch.zeros(())
+    for value in values:
+        total = total + value
+    assert grad[:, 0].tolist() == [0, 0, total.item(), 0]
+
+
 @pytest.mark.parametrize("weighted", [True, False], ids=["weighted", "plain"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
 def test_nan_of_the_tail_stays_out(dtype, weighted):
@@ -150,6 +193,18 @@ def test_gradcheck(routing, weighted):
     def fn(rows, weights=None):
         return moe_ops.unpermute(rows, *index, weights)
 
+    assert torch.autograd.gradcheck(fn, inputs)
+    assert torch.autograd.gradgradcheck(fn, inputs)
+
+
+def test_gradcheck_of_a_map_with_repeats():
+    call = operands(Routing(7, 4, 2, "dropped"), 3, torch.float64)
+    call["slot_to_row"] = random_map((7, 2), 14, torch.int32)
+
+    def fn(rows, weights):
+        return moe_ops.unpermute(rows, call["expert_offsets"], call["slot_to_row"], weights)
+
+    inputs = (call["rows"].requires_grad_(), call["topk_weights"].requires_grad_())
     assert torch.autograd.gradcheck(fn, inputs)
     assert torch.autograd.gradgradcheck(fn, inputs)
 

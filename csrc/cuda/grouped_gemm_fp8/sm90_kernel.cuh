@@ -184,6 +184,11 @@ struct Fp8KernelParams {
   StoreFp8::Params epilogue;
 };
 
+// Of the 64512 that a block is launched with: two consumer warpgroups at 224 and a producer at 56.
+// A gathering producer needs more than the 40 that bfloat16 kernels leave it.
+constexpr int kFp8ProducerRegisters = 56;
+constexpr int kFp8ConsumerRegisters = 224;
+
 template <class Config>
 __global__ void __launch_bounds__(Traits<Config>::kThreads, 1)
     sm90_grouped_gemm_fp8_kernel(const __grid_constant__ Fp8KernelParams p) {
@@ -206,7 +211,7 @@ __global__ void __launch_bounds__(Traits<Config>::kThreads, 1)
   }
 
   if (group == 0) {
-    cutlass::arch::warpgroup_reg_dealloc<kProducerRegisters>();
+    cutlass::arch::warpgroup_reg_dealloc<kFp8ProducerRegisters>();
     if constexpr (T::kGather) {
       produce_gather<Config>(p, smem, first, step, cluster_rank);
     } else {
@@ -215,7 +220,7 @@ __global__ void __launch_bounds__(Traits<Config>::kThreads, 1)
     return;
   }
 
-  cutlass::arch::warpgroup_reg_alloc<kConsumerRegisters>();
+  cutlass::arch::warpgroup_reg_alloc<kFp8ConsumerRegisters>();
   const int player = group - 1;
   const int thread = static_cast<int>(threadIdx.x) - kWarpgroup * (T::kPingpong ? group : 1);
   PipelineState<Config> read;

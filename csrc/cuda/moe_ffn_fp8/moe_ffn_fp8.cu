@@ -35,7 +35,7 @@ __global__ void act_fp8_kernel(const ActParams p, ActLimits<float> limits) {
   const int64_t row = warp_row(), I = p.intermediate_size, blocks = ceil_div(I, kFp8Block);
   if (row >= valid_rows(p.expert_offsets, p.num_experts, p.num_rows)) return;
   const float* const preact = p.preact + row * I * (is_gated(A) ? 2 : 1);
-  const int64_t first = int64_t{blockIdx.y} * kStretch;
+  const int64_t first = row_stretch() * kStretch;
   constexpr int V = kAligned ? 4 : 1;
   Wide<float, V> gate[kStretch][4 / V], up[kStretch][4 / V];
 #pragma unroll

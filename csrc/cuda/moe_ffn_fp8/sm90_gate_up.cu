@@ -54,8 +54,9 @@ __device__ inline void multiply_gate_up(Traits<GateUpConfig>::SharedStorage& sme
   using namespace cute;
   using T = Traits<GateUpConfig>;
   using Half = Traits<HalfConfig>;
-  using LayoutHalf = decltype(tile_to_shape(
-      Half::Atom<Major::kK>{}, Shape<Int<Half::kN>, Int<Half::kK>>{}, Half::Order<Major::kK>{}));
+  static_assert(Half::kK == Half::kSpan, "a half is one column of atoms");
+  using LayoutHalf = decltype(tile_to_shape(Half::Atom<Major::kK>{},
+                                            Shape<Int<Half::kN>, Int<Half::kK>>{}, Step<_1, _2>{}));
   Tensor sA = make_tensor(make_smem_ptr(smem.a), T::LayoutA{});  // (M, K, stage)
   Half::TiledMma mma;
   // Descriptors are uniform over a warpgroup.
@@ -211,12 +212,12 @@ __global__ void __launch_bounds__(Traits<GateUpConfig>::kThreads, 1)
   __syncthreads();
 
   if (group == 0) {
-    cutlass::arch::warpgroup_reg_dealloc<kProducerRegisters>();
+    cutlass::arch::warpgroup_reg_dealloc<kFp8ProducerRegisters>();
     produce_gather<GateUpConfig>(p, smem, blockIdx.x, gridDim.x, 0);
     return;
   }
 
-  cutlass::arch::warpgroup_reg_alloc<kConsumerRegisters>();
+  cutlass::arch::warpgroup_reg_alloc<kFp8ConsumerRegisters>();
   const int thread = static_cast<int>(threadIdx.x) - kWarpgroup;
   PipelineState<GateUpConfig> read;
   Scheduler<GateUpConfig> scheduler(p.problem);

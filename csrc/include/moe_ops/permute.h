@@ -37,7 +37,7 @@ struct PermuteParams {
   void* rows;                     // [N, H] contiguous, out
 };
 
-// grad_x[t] = the sum of its rows, in slot order.
+// grad_x[t] = the sum of its rows, in the order of their slots, then of the rows.
 struct PermuteBwdParams {
   const void* grad_rows;  // [N, H] rows grad_stride elements apart
   DType type;
@@ -46,7 +46,7 @@ struct PermuteBwdParams {
   const int32_t* expert_offsets;
   int64_t num_experts;
   IndexMap row_to_slot;  // [N]
-  int32_t* slot_to_row;  // [N] scratch
+  int32_t* named;        // [2, N] scratch
   void* grad_x;          // [T, H] contiguous, out
 };
 

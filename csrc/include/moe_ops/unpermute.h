@@ -16,13 +16,16 @@ struct UnpermuteParams {
   int64_t top_k;               // K
   int64_t num_valid_rows;      // expert_offsets[E]; slots whose row is at or past it add nothing
   const int32_t* slot_to_row;  // [T, K]
-  const void* topk_weights;    // [T, K] in the accumulate type, or nullptr: ones
-  void* y;                     // [T, H] contiguous, out
+  // [T+1] or nullptr: token t has the places token_starts[t] to token_starts[t+1] of slot_to_row
+  // instead of K, and then there are no topk_weights.
+  const int64_t* token_starts = nullptr;
+  const void* topk_weights;  // [T, K] in the accumulate type, or nullptr: ones
+  void* y;                   // [T, H] contiguous, out
   DType y_type;
 };
 
-// grad_rows[r] = weight of its slot * grad_y of its token; grad_weights[t,k] = <rows[r],
-// grad_y[t]>.
+// grad_rows[r] = weight of its slot * grad_y of its token, the sum of them in slot order where
+// several slots name row r, and zero where none does; grad_weights[t,k] = <rows[r], grad_y[t]>.
 struct UnpermuteBwdParams {
   const void* grad_y;  // [T, H] rows grad_y_stride elements apart
   const void* rows;    // [N, H] rows row_stride elements apart
@@ -55,29 +58,36 @@ struct UnpermuteParams {
   int64_t num_rows;               // N
   const int32_t* expert_offsets;  // [E+1]; slots whose row is at or past the last one add nothing
   int64_t num_experts;            // E
-  IndexMap slot_to_row;           // [T, K]
-  // [N] or none: a slot counts only if this maps its row back to it, so that slot_to_row may hold
-  // anything where no row belongs to a slot.
+  IndexMap slot_to_row;           // [T, K]; not used with `named`
+  // Instead of slot_to_row, rows by the map the other way, several or none a slot: row_to_slot [N]
+  // and what name_targets made of it. Then there are no topk_weights.
   IndexMap row_to_slot;
+  const int32_t* named = nullptr;
   const void* topk_weights;  // [T, K] in the accumulate type, or nullptr: ones
   void* y;                   // [T, H] contiguous, out
   DType y_type;              // type, or with type its accumulate type
 };
 
-// As the CPU's. slot_to_row must hold each row once: rows that it leaves out are not written.
+// As the CPU's.
 struct UnpermuteBwdParams {
   const void* grad_y;  // [T, H] rows grad_y_stride elements apart
   const void* rows;    // [N, H] rows row_stride elements apart; not read without grad_weights
   DType type;          // of both
   int64_t grad_y_stride, row_stride;
-  int64_t hidden_size, num_tokens, top_k, num_rows;
+  int64_t hidden_size, num_tokens, top_k, num_rows;  // num_rows = T * K
   const int32_t* expert_offsets;
   int64_t num_experts;
   IndexMap slot_to_row;      // [T, K]
   const void* topk_weights;  // [T, K] in the accumulate type, or nullptr: ones
+  int32_t* named;            // [2, N] scratch
   void* grad_rows;           // [N, H] contiguous, out
   void* grad_weights;        // [T, K] in the accumulate type, out; nullptr: not wanted
 };
+
+// Of a map of n places to n targets: named [2, n] becomes, for target i, n less the first place
+// that holds i and, at n + i, one more than the last; 0 where none does. Values out of range count
+// as none.
+Status name_targets(const IndexMap& map, int64_t n, int32_t* named, Stream stream);
 
 Status unpermute(const UnpermuteParams& p, Stream stream);
 Status unpermute_bwd(const UnpermuteBwdParams& p, Stream stream);

@@ -195,3 +195,48 @@ def quantize(
         raise typer.Exit(1) from None
     if as_json:
         typer.echo(json.dumps(result, indent=2))
+
+
+zoo_app = typer.Typer(help="Published systems that moe_ops can build.", no_args_is_help=True)
+app.add_typer(zoo_app, name="zoo")
+
+
+@zoo_app.command("list")
+def zoo_list(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON array.")] = False,
+) -> None:
+    """Name, summary and presets of every system."""
+    from moe_ops.cli.zoo import listing, print_listing
+
+    if as_json:
+        typer.echo(json.dumps(listing(), indent=2))
+    else:
+        print_listing(_console())
+
+
+@app.command()
+def claims(
+    system: Annotated[str, typer.Argument(help="A system of `moe-ops zoo list`.")],
+    seeds: Annotated[int, typer.Option(min=1, help="Number of paired seeds: 0, 1, ...")] = 3,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Run the small experiment of a system of the zoo, and say what it shows.
+
+    Needs the source tree: the experiments are in bench/claims.
+    """
+    from moe_ops.cli.zoo import find_claims
+
+    console = _console(quiet=as_json)
+    try:
+        experiment = find_claims(system)
+        report = experiment.run(
+            seeds=range(seeds), log=lambda line: console.print(line, markup=False, soft_wrap=True)
+        )
+    except (ValueError, ImportError) as error:
+        console.quiet = False
+        console.print(f"error: {error}", style="bold red", soft_wrap=True, markup=False)
+        raise typer.Exit(1) from None
+    if as_json:
+        typer.echo(json.dumps(report.to_dict(), indent=2))
+    else:
+        console.print(report.markdown(), markup=False, soft_wrap=True)

@@ -6,7 +6,9 @@ Letters in all files: T tokens, H hidden size, I intermediate size, E experts, K
 from __future__ import annotations
 
 from .attention import AttentionExperts, AttentionExpertsOutput, KVCache
+from .dense import ExpertNorm, mix_outputs
 from .experts import Experts, SharedExperts
+from .gates import GateRouter
 from .losses import (
     concentration_loss,
     device_balance_loss,
@@ -27,7 +29,9 @@ from .stats import RoutingStats, count_tokens_per_expert
 __all__ = [
     "AttentionExperts",
     "AttentionExpertsOutput",
+    "ExpertNorm",
     "Experts",
+    "GateRouter",
     "KVCache",
     "MoE",
     "MoEOutput",
@@ -42,6 +46,7 @@ __all__ = [
     "count_tokens_per_expert",
     "device_balance_loss",
     "load_balancing_loss",
+    "mix_outputs",
     "mutual_information_loss",
     "record_routing",
     "replay_routing",

@@ -21,6 +21,7 @@ class BankOperations(nn.Module):
     num_experts: int
     hidden_size: int
     intermediate_size: int
+    output_size: int
     gated: bool
     interleaved: bool
     w_gate_up: nn.Parameter
@@ -234,8 +235,8 @@ class BankOperations(nn.Module):
         return {name: p.detach() for name, p in self.named_parameters(recurse=False)}
 
     def _config(self) -> dict[str, Any]:
-        names = ("hidden_size", "intermediate_size", "activation", "interleaved", "alpha", "limit")
-        return {name: getattr(self, name) for name in names}
+        names = ("hidden_size", "intermediate_size", "output_size", "activation", "interleaved")
+        return {name: getattr(self, name) for name in (*names, "alpha", "limit")}
 
     def _fresh_rows(self, num: int, init: str) -> dict[str, Tensor]:
         if num < 1:

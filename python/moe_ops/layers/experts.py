@@ -5,7 +5,7 @@ Letters: T tokens, H hidden size, I intermediate size, E experts, K experts a to
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_ops import packing
-from moe_ops.ops import gated_act
+from moe_ops.ops import gated_act, moe_linear_map, moe_linear_reduce
 
 from .bank import BankOperations
+from .dense import expert_outputs, mix_outputs, plain_activation
 
 GATED_ACTIVATIONS = ("swiglu", "geglu", "geglu_tanh", "reglu", "swiglu_oai")
 PLAIN_ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
@@ -27,11 +28,13 @@ class Experts(BankOperations):
     Parameters:
         w_gate_up: [E, 2I, H], gate half first (with `interleaved`, gate rows even and up rows odd);
             [E, I, H] when the activation is not gated.
-        w_down: [E, H, I].
-        b_gate_up, b_down: [E, 2I] (or [E, I]) and [E, H], with `bias=True`.
+        w_down: [E, O, I]; O is `output_size`, H unless given.
+        b_gate_up, b_down: [E, 2I] (or [E, I]) and [E, O], with `bias=True`.
 
     Args:
         num_experts, hidden_size, intermediate_size: E, H and I, at least 1.
+        output_size: O, at least 1; None is H. Another size than H runs as two products with the
+            pre-activation in memory between them, is not packed, and cannot be quantised.
         activation: gated: "swiglu", "geglu", "geglu_tanh", "reglu", "swiglu_oai"; not gated:
             "silu", "gelu", "gelu_tanh", "relu", "relu2". `moe_ops.moe_ffn` defines them.
         bias: biases on both products.
@@ -60,6 +63,7 @@ class Experts(BankOperations):
         hidden_size: int,
         intermediate_size: int,
         *,
+        output_size: int | None = None,
         activation: str = "swiglu",
         bias: bool = False,
         interleaved: bool = False,
@@ -69,10 +73,12 @@ class Experts(BankOperations):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        output_size = hidden_size if output_size is None else output_size
         for name, value in (
             ("num_experts", num_experts),
             ("hidden_size", hidden_size),
             ("intermediate_size", intermediate_size),
+            ("output_size", output_size),
         ):
             if value < 1:
                 raise ValueError(f"Experts: {name} must be at least 1, got {value}.")
@@ -80,6 +86,7 @@ class Experts(BankOperations):
         self.num_experts = num_experts
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size
+        self.output_size = output_size
         self.activation = activation
         self.gated = gated
         self.interleaved = interleaved
@@ -91,9 +98,9 @@ class Experts(BankOperations):
 
         width = intermediate_size * (2 if gated else 1)
         self.w_gate_up = parameter(num_experts, width, hidden_size)
-        self.w_down = parameter(num_experts, hidden_size, intermediate_size)
+        self.w_down = parameter(num_experts, output_size, intermediate_size)
         self.b_gate_up = parameter(num_experts, width) if bias else None
-        self.b_down = parameter(num_experts, hidden_size) if bias else None
+        self.b_down = parameter(num_experts, output_size) if bias else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -122,9 +129,11 @@ class Experts(BankOperations):
             apply_router_weight_on_input: multiply x[t] by the weight instead (Llama 4).
 
         Returns:
-            y: [T, H] in the dtype of x. T = 0 and experts without tokens are fine; the latter get
+            y: [T, O] in the dtype of x. T = 0 and experts without tokens are fine; the latter get
             zero gradients.
         """
+        if self.output_size != self.hidden_size:
+            return self._two_products(x, topk_weights, topk_ids, apply_router_weight_on_input)
         return packing.expert_ffn(
             self,
             x,
@@ -140,6 +149,60 @@ class Experts(BankOperations):
             alpha=self.alpha,
             limit=self.limit,
         )
+
+    def _two_products(
+        self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, on_input: bool
+    ) -> Tensor:
+        weights = topk_weights
+        if on_input:
+            # A slot's input is its token times its weight: each slot becomes a token of its own.
+            num_slots = topk_ids.shape[1]
+            x = (x[:, None] * topk_weights[..., None].to(x.dtype)).flatten(0, 1)
+            topk_ids, weights = topk_ids.reshape(-1, 1), torch.ones_like(topk_weights).view(-1, 1)
+        h = moe_linear_map(x, self.w_gate_up, topk_ids, bias=self.b_gate_up)
+        if self.gated:
+            h = gated_act(
+                h,
+                self.activation,
+                interleaved=self.interleaved,
+                alpha=self.alpha,
+                limit=self.limit,
+            )
+        else:
+            h = plain_activation(h, self.activation)
+        y = moe_linear_reduce(h, self.w_down, weights, topk_ids, bias=self.b_down)
+        return y.unflatten(0, (-1, num_slots)).sum(1) if on_input else y
+
+    def outputs(self, x: Tensor, input_ids: Sequence[int] | None = None) -> Tensor:
+        """What every expert makes of every token: no routing, as products over all experts at once.
+
+        Args:
+            x: [T, H], read by all experts; or [T, G, H], one input per group of experts.
+            input_ids: which of the G inputs each expert reads, E numbers; None: the first E / G
+                experts read input 0, the next E / G input 1, and so on. Each run of experts of one
+                input is one product, and runs of one length on inputs in order are one batch.
+
+        Returns:
+            [T, E, O] in the dtype of x.
+
+        Raises:
+            ValueError: shapes that do not match, or ids outside [0, G).
+
+        Second derivatives are not supported.
+        """
+        return expert_outputs(self, x, input_ids)
+
+    def mix(self, x: Tensor, weights: Tensor, input_ids: Sequence[int] | None = None) -> Tensor:
+        """y[t, m] = sum_e weights[t, m, e] * expert e of its input: M mixtures of all experts.
+
+        Args:
+            x, input_ids: as of `outputs`.
+            weights: [T, E] for one mixture, or [T, M, E].
+
+        Returns:
+            [T, O], or [T, M, O].
+        """
+        return mix_outputs(self.outputs(x, input_ids), weights)
 
     def prepack(self) -> int:
         """Packs the weights now, see `moe_ops.prepack`; returns the bytes of the copies."""
@@ -168,14 +231,16 @@ class Experts(BankOperations):
         packed = packing.packed_bytes(self)
         return (
             f"num_experts={self.num_experts}, hidden_size={self.hidden_size}, "
-            f"intermediate_size={self.intermediate_size}, activation={self.activation!r}, "
+            f"intermediate_size={self.intermediate_size}, "
+            + (f"output_size={self.output_size}, " if self.output_size != self.hidden_size else "")
+            + f"activation={self.activation!r}, "
             f"bias={self.b_down is not None}, interleaved={self.interleaved}"
             + (f", packed={packed / 2**20:.1f} MiB" if packed else "")
         )
 
 
 def _bank_weights(module: nn.Module) -> packing.BankWeights | None:
-    if not isinstance(module, Experts):
+    if not isinstance(module, Experts) or module.output_size != module.hidden_size:
         return None
     halves = module.gated and not module.interleaved
     return packing.BankWeights(module.w_gate_up, module.w_down, halves)
@@ -245,7 +310,7 @@ class SharedExperts(nn.Module):
         if self.gated:
             h = gated_act(preact, self.activation, alpha=self.alpha, limit=self.limit)
         else:
-            h = _plain_act(preact, self.activation)
+            h = plain_activation(preact, self.activation)
         return F.linear(h, self.w_down)
 
     def extra_repr(self) -> str:
@@ -253,17 +318,6 @@ class SharedExperts(nn.Module):
             f"hidden_size={self.hidden_size}, intermediate_size={self.intermediate_size}, "
             f"activation={self.activation!r}"
         )
-
-
-def _plain_act(x: Tensor, activation: str) -> Tensor:
-    if activation == "silu":
-        return F.silu(x)
-    if activation == "gelu":
-        return F.gelu(x)
-    if activation == "gelu_tanh":
-        return F.gelu(x, approximate="tanh")
-    h = F.relu(x)
-    return h * h if activation == "relu2" else h
 
 
 def check_activation(name: str, activation: str, interleaved: bool) -> bool:

@@ -92,6 +92,12 @@ class MoE(nn.Module):
                     f"MoE: router must have {name} = {getattr(experts, name)} like experts, got "
                     f"{getattr(router, name)}."
                 )
+        output_size = getattr(experts, "output_size", experts.hidden_size)
+        if output_size != experts.hidden_size:
+            raise ValueError(
+                f"MoE: experts must have output_size = {experts.hidden_size} like their input, got "
+                f"{output_size}."
+            )
         if shared_expert_gate is not None and shared_experts is None:
             raise ValueError(
                 "MoE: shared_expert_gate must come with shared_experts, got it without."

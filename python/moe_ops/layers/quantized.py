@@ -148,6 +148,11 @@ class QuantizedExperts(nn.Module):
                 f"QuantizedExperts: experts must be a moe_ops.layers.Experts, got "
                 f"{type(experts).__name__}."
             )
+        if experts.output_size != experts.hidden_size:
+            raise ValueError(
+                f"QuantizedExperts: experts must have output_size = {experts.hidden_size} like "
+                f"their input, got {experts.output_size}."
+            )
         result = quantize_experts(experts, format, group_size=group_size, calibration=calibration)
         assert isinstance(result, QuantizedExperts)
         return result

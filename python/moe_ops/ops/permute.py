@@ -29,7 +29,7 @@ def permute(x: Tensor, expert_offsets: Tensor, row_to_slot: Tensor) -> Tensor:
     Args:
         x: [T, H]; float64, float32, bfloat16 or float16, any strides.
         expert_offsets: [E+1], int32 or int64, from 0 and never falling (from :func:`sort_slots`).
-        row_to_slot: [N], int32 or int64, values in [0, N).
+        row_to_slot: [N], int32 or int64, values in [0, N), repeated or not.
 
     Returns:
         [N, H] in x's dtype. T = 0 gives [0, H].

@@ -29,12 +29,13 @@ def unpermute(
 
     ``y[t] = sum_k topk_weights[t, k] * rows[slot_to_row[t, k]]`` over the slots whose row lies
     before ``expert_offsets[E]``; the others add nothing, even where the weight is NaN. The sum runs
-    in slot order in fp32 (fp64 for fp64). Differentiable any number of times.
+    in slot order in fp32 (fp64 for fp64). Differentiable any number of times: the gradient of a row
+    is the sum over the slots that name it, in their order, and zero for a row that none names.
 
     Args:
         rows: [N, H]; float64, float32, bfloat16 or float16, any strides.
         expert_offsets: [E+1], int32 or int64 (from :func:`sort_slots`).
-        slot_to_row: [T, K] with T*K = N, int32 or int64, values in [0, N).
+        slot_to_row: [T, K] with T*K = N, int32 or int64, values in [0, N), repeated or not.
         topk_weights: [T, K] in any float dtype, used in fp32; None means ones.
 
     Returns:

@@ -17,7 +17,7 @@ from .convert import check_sizes
 
 class _ExpertsAdapter:
     def bank(self, module: nn.Module) -> FloatBank | None:
-        if not isinstance(module, Experts):
+        if not isinstance(module, Experts) or module.output_size != module.hidden_size:
             return None
         names = ("activation", "interleaved", "alpha", "limit")
         return FloatBank(

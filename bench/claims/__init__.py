@@ -1,0 +1,10 @@
+"""Small experiments that show, or fail to show, what a system of the zoo claims.
+
+One file a system, named as in `moe_ops.zoo`, with
+
+    def run(seeds: Sequence[int], log: Callable[[str], None]) -> Report
+
+`moe-ops claims <system> --seeds 3` calls it from the root of the source tree. A run takes at most
+ten minutes on two cores with three seeds. Arms that are compared share seed, data and data order,
+and what is compared is the difference within a seed.
+"""

@@ -1,0 +1,125 @@
+"""What a claims run reports: numbers of each arm and seed, and verdicts computed from them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+# A difference counts when it is further from the bound than this many standard errors.
+STANDARD_ERRORS = 2.0
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A statement about a difference, one number a seed.
+
+    Attributes:
+        statement: what should hold, in a sentence.
+        differences: one a seed, in `unit`: what the statement is about, for instance the loss of
+            one arm minus that of another with the same seed.
+        unit: of the differences.
+        bound: what the difference is compared with.
+        below: the claim is that the difference is below the bound; False: above.
+    """
+
+    statement: str
+    differences: Sequence[float]
+    unit: str
+    bound: float = 0.0
+    below: bool = True
+
+    @property
+    def mean(self) -> float:
+        return sum(self.differences) / len(self.differences)
+
+    @property
+    def standard_error(self) -> float:
+        """Of the mean, from the spread over seeds; infinite with fewer than two of them."""
+        n = len(self.differences)
+        if n < 2:
+            return math.inf
+        variance = sum((d - self.mean) ** 2 for d in self.differences) / (n - 1)
+        return math.sqrt(variance / n)
+
+    @property
+    def shown(self) -> bool:
+        """Whether mean and bound are more than two standard errors apart, on the claimed side."""
+        distance = self.bound - self.mean if self.below else self.mean - self.bound
+        return distance > STANDARD_ERRORS * self.standard_error
+
+    def verdict(self) -> str:
+        return "shown" if self.shown else "not shown at this size"
+
+
+@dataclass
+class Report:
+    """A claims run.
+
+    Attributes:
+        system: its name in the zoo.
+        setting: data, sizes, steps, machine: what a reader needs to run it again.
+        columns: headings of the table's numbers.
+        arms: name of an arm -> one row of numbers a seed.
+        claims: what is concluded.
+        pictures: paths of pictures that were drawn.
+    """
+
+    system: str
+    setting: Mapping[str, Any]
+    columns: Sequence[str]
+    arms: dict[str, list[Sequence[float]]] = field(default_factory=dict)
+    claims: list[Claim] = field(default_factory=list)
+    pictures: list[str] = field(default_factory=list)
+
+    def markdown(self) -> str:
+        """Tables for docs/zoo: mean ± standard error of each arm, then the claims."""
+        lines = [f"{name}: {value}." for name, value in self.setting.items()]
+        lines += [
+            "",
+            "| arm | " + " | ".join(self.columns) + " |",
+            "|---" * (len(self.columns) + 1),
+        ]
+        lines[-1] += "|"
+        for arm, rows in self.arms.items():
+            cells = [_mean_and_error([row[i] for row in rows]) for i in range(len(self.columns))]
+            lines.append(f"| {arm} | " + " | ".join(cells) + " |")
+        lines += ["", "| claim | measured | bound | verdict |", "|---|---|---|---|"]
+        for claim in self.claims:
+            side = "<" if claim.below else ">"
+            measured = f"{_mean_and_error(claim.differences)} {claim.unit}"
+            lines.append(
+                f"| {claim.statement} | {measured} | {side} {claim.bound:g} | {claim.verdict()} |"
+            )
+        return "\n".join(lines) + "\n"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain Python, ready for JSON."""
+        return {
+            "system": self.system,
+            "setting": dict(self.setting),
+            "columns": list(self.columns),
+            "arms": {arm: [list(row) for row in rows] for arm, rows in self.arms.items()},
+            "claims": [
+                {
+                    "statement": c.statement,
+                    "unit": c.unit,
+                    "differences": list(c.differences),
+                    "mean": c.mean,
+                    "standard_error": None if math.isinf(c.standard_error) else c.standard_error,
+                    "bound": c.bound,
+                    "below": c.below,
+                    "verdict": c.verdict(),
+                }
+                for c in self.claims
+            ],
+            "pictures": list(self.pictures),
+        }
+
+
+def _mean_and_error(values: Sequence[float]) -> str:
+    claim = Claim("", values, "")
+    if math.isinf(claim.standard_error):
+        return f"{claim.mean:.4g}"
+    return f"{claim.mean:.4g} ± {claim.standard_error:.2g}"

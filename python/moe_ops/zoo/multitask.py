@@ -1,0 +1,306 @@
+"""Parts that multi-task models share: features, gates over a bank of experts, towers.
+
+Letters: T rows of a batch, V width of a row's features, G inputs, E experts, M mixtures, K tasks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moe_ops.layers import ExpertNorm, Experts, mix_outputs
+from moe_ops.layers.dense import grouped_linear
+
+
+class Features(nn.Module):
+    """One row of features: embeddings of the categorical ones, then the dense ones.
+
+    Args:
+        cardinalities: number of values of each categorical feature.
+        num_dense: number of dense features.
+        embedding_size: width of every embedding.
+
+    Attributes:
+        size: V = embedding_size * len(cardinalities) + num_dense.
+
+    All embeddings are one table, read by one lookup. Initialised normal with deviation 0.01, so
+    that interactions start small, as is the custom in recommenders.
+
+    Raises:
+        ValueError: no feature at all, or a size below 1 (0 for num_dense).
+    """
+
+    offsets: Tensor
+    limits: Tensor
+
+    def __init__(self, cardinalities: Sequence[int], num_dense: int, embedding_size: int) -> None:
+        super().__init__()
+        counts = [int(c) for c in cardinalities]
+        if any(c < 1 for c in counts) or num_dense < 0 or not (counts or num_dense):
+            raise ValueError(
+                "Features: cardinalities must be at least 1, num_dense at least 0 and one of them "
+                f"given, got {counts} and {num_dense}."
+            )
+        if embedding_size < 1:
+            raise ValueError(f"Features: embedding_size must be at least 1, got {embedding_size}.")
+        self.num_dense = num_dense
+        self.size = embedding_size * len(counts) + num_dense
+        self.table = nn.Embedding(max(sum(counts), 1), embedding_size)
+        nn.init.normal_(self.table.weight, std=0.01)
+        limits = torch.tensor(counts, dtype=torch.long)
+        self.register_buffer("limits", limits, persistent=False)
+        self.register_buffer("offsets", limits.cumsum(0) - limits, persistent=False)
+
+    def forward(self, categorical: Tensor, dense: Tensor) -> Tensor:
+        """categorical [T, F] of integers and dense [T, D] to [T, V].
+
+        Raises:
+            ValueError: another number of features.
+        """
+        wide = (self.limits.shape[0], self.num_dense)
+        if (categorical.shape[-1], dense.shape[-1]) != wide:
+            raise ValueError(
+                f"Features: categorical and dense must have {wide[0]} and {wide[1]} columns, got "
+                f"shapes {list(categorical.shape)} and {list(dense.shape)}."
+            )
+        if not wide[0]:
+            return dense
+        rows = self.table(categorical.long() + self.offsets).flatten(1)
+        return torch.cat([rows, dense.to(rows.dtype)], dim=-1) if wide[1] else rows
+
+    def check(self, categorical: Tensor) -> None:
+        """Raises ValueError where a value lies outside its feature's range; reads the data."""
+        bad = (categorical < 0) | (categorical >= self.limits)
+        if bool(bad.any()):
+            column = int(bad.any(0).nonzero()[0])
+            worst = categorical[:, column]
+            raise ValueError(
+                f"Features: categorical column {column} must be in [0, "
+                f"{int(self.limits[column])}), got {int(worst.min())} to {int(worst.max())}."
+            )
+
+
+class GroupedLinear(nn.Module):
+    """G linear maps of one shape, each with an input of its own: one batched product.
+
+    Parameters: weight [G, O, H], bias [G, O]. Initialised as `nn.Linear`, bias 0.
+    """
+
+    def __init__(self, groups: int, in_size: int, out_size: int, *, bias: bool = True) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(groups, out_size, in_size))
+        self.bias = nn.Parameter(torch.zeros(groups, out_size)) if bias else None
+        nn.init.uniform_(self.weight, -(in_size**-0.5), in_size**-0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[T, H], read by all, or [T, G, H], to [T, G, O]."""
+        if x.dim() == 3:
+            return grouped_linear(x, self.weight, self.bias)
+        groups, out_size, _ = self.weight.shape
+        flat = None if self.bias is None else self.bias.flatten()
+        return F.linear(x, self.weight.flatten(0, 1), flat).view(-1, groups, out_size)
+
+
+class Gates(nn.Module):
+    """M gates over E experts, each allowed some of them.
+
+    weights[m] = softmax over the experts allowed to gate m of a linear map of its input. Experts
+    not allowed get weight 0 exactly, and no gradient reaches them or the logit. A gate with one
+    expert is a sigmoid with `lone="sigmoid"` (HoME: so that a lone expert can be switched off), or
+    the constant 1 with `lone="one"`.
+
+    Args:
+        mask: [M, E] bool, True where allowed.
+        in_size: width of a gate's input.
+        lone: "sigmoid" or "one".
+    """
+
+    mask: Tensor
+    closed: Tensor
+    lone_rows: Tensor
+
+    def __init__(self, mask: Tensor, in_size: int, *, lone: str = "sigmoid") -> None:
+        super().__init__()
+        if mask.dim() != 2 or mask.dtype != torch.bool:
+            raise ValueError(
+                f"Gates: mask must be [M, E] of bool, got shape {list(mask.shape)} of {mask.dtype}."
+            )
+        if lone not in ("sigmoid", "one"):
+            raise ValueError(f'Gates: lone must be "sigmoid" or "one", got "{lone}".')
+        self.lone = lone
+        few = mask.sum(1) < 2
+        self.has_lone, self.all_lone = bool(few.any()), bool(few.all())
+        # Gates that are all the constant 1 have nothing to learn.
+        constant = self.all_lone and lone == "one"
+        self.linear = None if constant else GroupedLinear(mask.shape[0], in_size, mask.shape[1])
+        # A row of nothing but -inf has no softmax: such rows, and lone ones, go another way.
+        self.register_buffer("mask", mask, persistent=False)
+        self.register_buffer("closed", ~mask & ~few[:, None], persistent=False)
+        self.register_buffer("lone_rows", few[:, None], persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[T, H] or [T, M, H] to weights [T, M, E]."""
+        if self.linear is None:
+            return self.mask.to(x.dtype).expand(x.shape[0], -1, -1)
+        logits = self.linear(x)
+        if not self.has_lone:
+            return logits.masked_fill(self.closed, -torch.inf).softmax(-1)
+        if self.lone == "sigmoid":
+            alone = logits.sigmoid() * self.mask
+        else:
+            alone = self.mask.to(logits.dtype).expand(logits.shape)
+        if self.all_lone:
+            return alone
+        mixed = logits.masked_fill(self.closed, -torch.inf).softmax(-1)
+        return torch.where(self.lone_rows, alone, mixed)
+
+
+class FeatureGate(nn.Module):
+    """Element-wise gates of features that start as the identity (HoME's FeaGate).
+
+    gate(v) = sum_l softmax(v S)_l * 2 * sigmoid(v B_l A_l), with L low-rank pairs of rank V / L.
+    A starts at 0, so that every gate starts at 2 * sigmoid(0) = 1.
+
+    Args:
+        groups: G gates.
+        size: V.
+        num_lora: L, from 1 to V.
+    """
+
+    def __init__(self, groups: int, size: int, num_lora: int = 2) -> None:
+        super().__init__()
+        if not 1 <= num_lora <= size:
+            raise ValueError(f"FeatureGate: num_lora must be in [1, {size}], got {num_lora}.")
+        self.groups, self.num_lora, self.rank = groups, num_lora, max(size // num_lora, 1)
+        self.down = GroupedLinear(groups, size, num_lora * self.rank, bias=False)
+        self.up = GroupedLinear(groups * num_lora, self.rank, size, bias=False)
+        self.select = GroupedLinear(groups, size, num_lora)
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, v: Tensor) -> Tensor:
+        """[T, V] (read by all) or [T, G, V] to the gated inputs [T, G, V]: v times its gate."""
+        low = self.down(v).view(v.shape[0], self.groups * self.num_lora, self.rank)
+        gates = self.up(low).sigmoid().unflatten(1, (self.groups, self.num_lora)).flatten(0, 1)
+        share = 2 * self.select(v).softmax(-1)
+        gate = mix_outputs(gates, share.flatten(0, 1)).view(v.shape[0], self.groups, v.shape[-1])
+        return gate * (v[:, None] if v.dim() == 2 else v)
+
+
+class GatedLayer(nn.Module):
+    """A bank of experts and M gated mixtures of their outputs.
+
+    Args:
+        in_size, hidden_size, out_size: of an expert: in_size -> hidden_size, ReLU, -> out_size, and
+            then what `norm` says.
+        input_ids: which input each of the E experts reads.
+        mask: [M, E], what each mixture may use.
+        gate_size: width of the gates' inputs.
+        norm: True: batch normalisation and Swish on an expert's output (HoME); False: ReLU.
+        self_mask: [M, E], experts of a second gate whose mixture is added (HoME's self gate), or
+            None.
+        self_gate_size: width of the self gates' inputs; None: `gate_size`.
+        lone: of `Gates`.
+    """
+
+    def __init__(
+        self,
+        in_size: int,
+        hidden_size: int,
+        out_size: int,
+        input_ids: Sequence[int],
+        mask: Tensor,
+        gate_size: int,
+        *,
+        norm: bool = False,
+        self_mask: Tensor | None = None,
+        self_gate_size: int | None = None,
+        lone: str = "sigmoid",
+    ) -> None:
+        super().__init__()
+        self.input_ids = tuple(input_ids)
+        self.experts = Experts(
+            len(self.input_ids),
+            in_size,
+            hidden_size,
+            output_size=out_size,
+            activation="relu",
+            bias=True,
+        )
+        self.norm = ExpertNorm(len(self.input_ids), out_size) if norm else None
+        self.gates = Gates(mask, gate_size, lone=lone)
+        self.self_gates = None
+        if self_mask is not None:
+            self.self_gates = Gates(self_mask, self_gate_size or gate_size, lone=lone)
+
+    def forward(
+        self,
+        x: Tensor,
+        gate_x: Tensor,
+        *,
+        self_x: Tensor | None = None,
+        trace: list[Trace] | None = None,
+    ) -> Tensor:
+        """Mixtures [T, M, O].
+
+        Args:
+            x: [T, G, H], the inputs that `input_ids` number.
+            gate_x: [T, Hg], read by all gates, or [T, M, Hg].
+            self_x: the same for the self gates; None: `gate_x`.
+            trace: a list that gets a `Trace` appended.
+        """
+        same_input = x.shape[1] == 1
+        y = self.experts.outputs(
+            x[:, 0] if same_input else x, None if same_input else self.input_ids
+        )
+        y = F.relu(y) if self.norm is None else F.silu(self.norm(y))
+        weights = self.gates(gate_x)
+        total = weights
+        if self.self_gates is not None:
+            total = weights + self.self_gates(gate_x if self_x is None else self_x)
+        if trace is not None:
+            trace.append(Trace(y.detach(), weights.detach()))
+        return mix_outputs(y, total)
+
+
+class Trace:
+    """What a `GatedLayer` computed: outputs [T, E, O] and gate weights [T, M, E] (no self gate)."""
+
+    def __init__(self, outputs: Tensor, weights: Tensor) -> None:
+        self.outputs, self.weights = outputs, weights
+
+    def zero_fraction(self) -> Tensor:
+        """[E]: share of an expert's outputs that are exactly 0."""
+        return (self.outputs == 0).float().mean((0, 2))
+
+    def scale_ratio(self) -> float:
+        """Largest over smallest standard deviation of an expert's outputs."""
+        std = self.outputs.float().std((0, 2))
+        return float(std.max() / std.min().clamp(min=torch.finfo(std.dtype).tiny))
+
+    def gate_entropy(self) -> Tensor:
+        """[M]: mean entropy of each gate in nats; a sigmoid gate counts its weight as it is."""
+        return -torch.special.xlogy(self.weights, self.weights).sum(-1).mean(0)
+
+
+class Towers(nn.Module):
+    """K small networks, one a task with its own input: [T, K, O] to logits [T, K].
+
+    A bank of K experts in which every expert reads its own input and has one output.
+    """
+
+    def __init__(self, num_tasks: int, in_size: int, hidden_size: int) -> None:
+        super().__init__()
+        self.bank = Experts(
+            num_tasks, in_size, hidden_size, output_size=1, activation="relu", bias=True
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bank.outputs(x)[..., 0]
+
+
+def ownership(owners: Sequence[str], wanted: Sequence[Collection[str]]) -> Tensor:
+    """[M, E] mask: mixture m may use the experts whose owner is in wanted[m]."""
+    return torch.tensor([[owner in some for owner in owners] for some in wanted])

@@ -1,0 +1,159 @@
+"""The registry of the zoo, its commands, and the arithmetic of claims reports."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import types
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+from typer.testing import CliRunner
+
+from moe_ops import zoo
+from moe_ops.cli.app import app
+
+ROOT = Path(__file__).parents[2]
+if not (ROOT / "bench" / "claims").is_dir():
+    pytest.skip("No source tree here.", allow_module_level=True)
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+from bench.claims.report import Claim, Report  # noqa: E402
+
+runner = CliRunner()
+
+
+@dataclass(frozen=True)
+class ToyConfig:
+    PRESETS: ClassVar[tuple[str, ...]] = ("tiny", "large")
+    size: int = 1
+
+    @classmethod
+    def tiny(cls):
+        return cls()
+
+    @classmethod
+    def large(cls):
+        return cls(size=100)
+
+
+class Toy:
+    def __init__(self, config):
+        self.config = config
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    module = types.ModuleType("toy_system")
+    module.ToyConfig, module.Toy = ToyConfig, Toy
+    monkeypatch.setitem(sys.modules, "toy_system", module)
+    monkeypatch.setattr(zoo, "_SYSTEMS", {})
+    return zoo.register(zoo.System("toy", "toy_system", "ToyConfig", "Toy", "A toy [not real]."))
+
+
+def test_create(toy):
+    assert zoo.systems() == ("toy",)
+    assert zoo.create("toy").config == ToyConfig()
+    assert zoo.create("toy", preset="large").config.size == 100
+    assert zoo.create("toy", preset="large", size=3).config.size == 3
+    assert toy.presets() == ("tiny", "large")
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: zoo.create("other"), "name must be one of toy, got 'other'"),
+        (lambda: zoo.create("toy", preset="huge"), "one of tiny, large, got 'huge'"),
+        (lambda: zoo.create("toy", depth=2), "fields among size, got depth"),
+        (lambda: zoo.register(zoo.get("toy")), "new one, got 'toy'"),
+    ],
+)
+def test_bad_calls(toy, call, words):
+    with pytest.raises(ValueError, match=words):
+        call()
+
+
+def test_missing_package_names_its_extra(toy):
+    system = zoo.register(zoo.System("far", "not_there_at_all", "C", "M", "Far.", needs="zoo"))
+    with pytest.raises(ImportError, match=r"far needs not_there_at_all.*torch-moe-ops\[zoo\]"):
+        system.load()
+    result = runner.invoke(app, ["zoo", "list", "--json"])
+    assert result.exit_code == 0, result.output
+    listed = {entry["name"]: entry for entry in json.loads(result.output)}
+    assert listed["far"]["presets"] is None and listed["toy"]["presets"] == ["tiny", "large"]
+    assert "needs [zoo]" in runner.invoke(app, ["zoo", "list"]).output
+
+
+def test_list_command(toy):
+    result = runner.invoke(app, ["zoo", "list"])
+    assert result.exit_code == 0, result.output
+    for word in ("toy", "A toy [not real].", "tiny, large"):
+        assert word in result.output
+
+
+def test_every_system_is_whole():
+    for name in zoo.systems():
+        system = zoo.get(name)
+        try:
+            assert system.presets()[0] == "tiny", name
+        except ImportError as error:
+            # An extra that is not installed here.
+            assert system.needs and f"torch-moe-ops[{system.needs}]" in str(error)
+            continue
+        for preset in system.presets():
+            system.make_config(preset)
+        assert system.summary.endswith(".") and len(system.summary) < 90, name
+
+
+def test_claims_command(toy, monkeypatch, tmp_path):
+    result = runner.invoke(app, ["claims", "other"])
+    assert result.exit_code == 1 and "name must be one of toy" in result.output
+    folder = tmp_path / "bench" / "claims"
+    folder.mkdir(parents=True)
+    (folder / "__init__.py").touch()
+    monkeypatch.chdir(tmp_path)
+    result = runner.invoke(app, ["claims", "toy"])
+    assert result.exit_code == 1 and "must have toy.py" in result.output
+
+    (folder / "toy.py").touch()
+    experiment = types.ModuleType("bench.claims.toy")
+
+    def run(seeds, log):
+        log("running")
+        claim = Claim("b is lower", [-1.0 - 0.1 * seed for seed in seeds], "nat")
+        return Report("toy", {"Data": "none"}, ["loss"], {"a": [[s] for s in seeds]}, [claim])
+
+    experiment.run = run
+    monkeypatch.setitem(sys.modules, "bench.claims.toy", experiment)
+    result = runner.invoke(app, ["claims", "toy", "--seeds", "4"])
+    assert result.exit_code == 0, result.output
+    assert "running" in result.output and "| shown |" in result.output
+    report = json.loads(runner.invoke(app, ["claims", "toy", "--json"]).output)
+    assert report["claims"][0]["differences"] == [-1.0, -1.1, -1.2]
+
+
+def test_verdicts_are_computed():
+    claim = Claim("lower", [-0.3, -0.1, -0.2], "nat")
+    assert claim.mean == pytest.approx(-0.2)
+    # Sample deviation 0.1 over sqrt(3).
+    assert claim.standard_error == pytest.approx(0.1 / math.sqrt(3))
+    assert claim.shown and claim.verdict() == "shown"
+    assert not Claim("higher", [-0.3, -0.1, -0.2], "nat", below=False).shown
+    assert not Claim("lower", [-0.4, 0.2, -0.1], "nat").shown  # 0.1 below, error 0.17
+    assert not Claim("lower", [-5.0], "nat").shown  # one seed shows nothing
+    assert Claim("three times", [3.4, 3.6, 3.5], "x", bound=3.0, below=False).shown
+
+
+def test_report_tables():
+    report = Report("toy", {"Data": "bytes"}, ["loss", "MaxVio"])
+    report.arms = {"dense": [[2.0, 0.0], [4.0, 0.0]], "sparse": [[1.0, 0.5], [2.0, 0.7]]}
+    report.claims = [Claim("sparse is lower", [-1.0, -2.0], "nat")]
+    text = report.markdown()
+    assert "| arm | loss | MaxVio |" in text
+    assert "| dense | 3 ± 1 | 0 ± 0 |" in text
+    assert "| sparse is lower | -1.5 ± 0.5 nat | < 0 | shown |" in text
+    json.dumps(report.to_dict())
