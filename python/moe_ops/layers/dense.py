@@ -14,17 +14,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from moe_ops.ops import gated_act
+from moe_ops.ops.gated_act import gated_act
 
 if TYPE_CHECKING:
     from .experts import Experts
 
 
 class Segment(NamedTuple):
-    """Inputs start .. start + count - 1, each read by `size` experts in a row, from `expert` on."""
+    """Inputs start .. start + num - 1, each read by `size` experts in a row, from `expert` on."""
 
     start: int
-    count: int
+    num: int
     expert: int
     size: int
 
@@ -40,8 +40,8 @@ def segments(input_ids: Sequence[int]) -> tuple[Segment, ...]:
     found: list[Segment] = []
     for i, e, size in runs:
         last = found[-1] if found else None
-        if last is not None and last.size == size and last.start + last.count == i:
-            found[-1] = last._replace(count=last.count + 1)
+        if last is not None and last.size == size and last.start + last.num == i:
+            found[-1] = last._replace(num=last.num + 1)
         else:
             found.append(Segment(i, 1, e, size))
     return tuple(found)
@@ -78,8 +78,13 @@ def expert_outputs(bank: Experts, x: Tensor, input_ids: Sequence[int] | None) ->
             )
     h = grouped_linear(x, bank.w_gate_up, bank.b_gate_up, segments(ids))
     if bank.gated:
-        kind = {"interleaved": bank.interleaved, "alpha": bank.alpha, "limit": bank.limit}
-        h = gated_act(h, bank.activation, **kind)
+        h = gated_act(
+            h,
+            bank.activation,
+            interleaved=bank.interleaved,
+            alpha=bank.alpha,
+            limit=bank.limit,
+        )
     elif bank.activation == "relu":
         h = F.relu(h, inplace=True)
     else:
@@ -148,7 +153,7 @@ class _GroupedLinear(torch.autograd.Function):
             written: set[int] = set()
             for segment in ctx.plan:
                 out, weight = _inputs(grad_x, segment), _weights(w, segment)
-                inputs = range(segment.start, segment.start + segment.count)
+                inputs = range(segment.start, segment.start + segment.num)
                 if written.isdisjoint(inputs):
                     _product(_columns(grad, segment), weight, out)
                 else:
@@ -173,19 +178,19 @@ def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
 
 def _inputs(x: Tensor, segment: Segment) -> Tensor:
     """[count, T, H]."""
-    return x[:, segment.start : segment.start + segment.count].transpose(0, 1)
+    return x[:, segment.start : segment.start + segment.num].transpose(0, 1)
 
 
 def _weights(w: Tensor, segment: Segment) -> Tensor:
     """[count, size * O, H]."""
-    span = w[segment.expert : segment.expert + segment.count * segment.size]
-    return span.view(segment.count, -1, w.shape[2])
+    span = w[segment.expert : segment.expert + segment.num * segment.size]
+    return span.view(segment.num, -1, w.shape[2])
 
 
 def _columns(y: Tensor, segment: Segment) -> Tensor:
     """[count, T, size * O] of a dense [T, E, O]."""
-    span = y[:, segment.expert : segment.expert + segment.count * segment.size]
-    shape = (span.shape[0], segment.count, segment.size * y.shape[2])
+    span = y[:, segment.expert : segment.expert + segment.num * segment.size]
+    shape = (span.shape[0], segment.num, segment.size * y.shape[2])
     return span.as_strided(shape, (y.stride(0), shape[2], 1)).transpose(0, 1)
 
 

@@ -161,8 +161,13 @@ class Experts(BankOperations):
             topk_ids, weights = topk_ids.reshape(-1, 1), torch.ones_like(topk_weights).view(-1, 1)
         h = moe_linear_map(x, self.w_gate_up, topk_ids, bias=self.b_gate_up)
         if self.gated:
-            kind = {"interleaved": self.interleaved, "alpha": self.alpha, "limit": self.limit}
-            h = gated_act(h, self.activation, **kind)
+            h = gated_act(
+                h,
+                self.activation,
+                interleaved=self.interleaved,
+                alpha=self.alpha,
+                limit=self.limit,
+            )
         else:
             h = plain_activation(h, self.activation)
         y = moe_linear_reduce(h, self.w_down, weights, topk_ids, bias=self.b_down)

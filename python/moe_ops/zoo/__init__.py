@@ -143,3 +143,22 @@ register(
         "Multi-task recommenders: HoME, PLE, CGC, MMoE, AdaMMoE and a shared bottom.",
     )
 )
+register(
+    System(
+        "mowst",
+        "moe_ops.zoo.mowst",
+        "MowstConfig",
+        "Mowst",
+        "Mowst: a weak and a strong expert on a graph, mixed by the weak one's confidence.",
+        needs="graphs",
+    )
+)
+register(
+    System(
+        "t2mir",
+        "moe_ops.zoo.t2mir",
+        "T2MIRConfig",
+        "T2MIR",
+        "In-context reinforcement learning with experts routed by token and by task.",
+    )
+)

@@ -234,6 +234,7 @@ class PLE(MultiTask):
     def represent(self, v: Tensor, trace: list[Trace] | None = None) -> Tensor:
         x: Tensor = v[:, None]
         for level, layer in enumerate(self.stack):
+            assert isinstance(layer, GatedLayer)
             gate_x = x[:, : layer.gates.mask.shape[0]] if level else v
             x = layer(x, gate_x, trace=trace)
         return x
