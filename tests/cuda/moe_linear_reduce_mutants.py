@@ -24,11 +24,12 @@ from sm90_mutants import (
 
 from moe_ops.testing import Routing, use_simulator
 
+# The barrier after the fence is not among them: for the simulator a product of a warpgroup begins
+# when all four warps have issued it, and each has written its lines by then.
 MUTANTS: dict[str, Mutation] = {
     "turn wait dropped": sub(TRY_WAIT, PASS, 0),
     "full wait dropped": wait_before(r"ld\.shared\.v4"),
     "scaled lines without a proxy fence": sub(r"fence\.proxy\.async\.shared::cta;", ""),
-    "scaled lines without a barrier": sub(r"bar\.sync %r\d+, %r\d+;", ""),
     "a piece not scaled": sub(r"st\.shared\.v4\.\w+ \[%r\d+\+?\d*\], [^;]*;", "", 3),
     "factor of another row": sub(r"(ld\.global\.nc\.f32 %f\d+, \[%rd\d+)\]", r"\1+4]", -1),
 }

@@ -86,7 +86,7 @@ def test_nan_of_an_expert_stays_with_it(simulator):
 
 
 def test_mutants_are_noticed(simulator):
-    """Waits, fences, barriers and factors of the compiled kernel, broken one at a time
+    """Waits, the fence, stores and factors of the compiled kernel, broken one at a time
     (moe_linear_reduce_mutants.py)."""
     script = Path(__file__).with_name("moe_linear_reduce_mutants.py")
     done = subprocess.run(
