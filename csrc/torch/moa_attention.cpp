@@ -2,6 +2,7 @@
 
 #include <cmath>
 
+#include "torch/device.h"
 #include "torch/tensor_utils.h"
 
 namespace moe_ops::adapter {
@@ -32,7 +33,7 @@ struct Call {
   std::vector<int64_t> cu_seqlens;
 };
 
-void check_cu_seqlens(const Op& op, const Tensor& cu_seqlens, Call& call) {
+void check_sequences(const Op& op, const Tensor& cu_seqlens, Call& call) {
   check_index(op, "cu_seqlens", cu_seqlens);
   check_dim(op, "cu_seqlens", cu_seqlens, 1, "[num_sequences + 1]");
   MOE_CHECK(cu_seqlens.numel() >= 1, op, ": cu_seqlens must start with 0, got shape [0].");
@@ -41,6 +42,12 @@ void check_cu_seqlens(const Op& op, const Tensor& cu_seqlens, Call& call) {
             shape_string(call.q), ".");
   MOE_CHECK(call.p.num_keys == S, op, ": k must have S = ", S,
             " in dimension 1 with cu_seqlens, got shape ", shape_string(call.k), ".");
+  call.p.num_sequences = cu_seqlens.numel() - 1;
+}
+
+// Values, which a device op cannot look at.
+void read_sequences(const Op& op, const Tensor& cu_seqlens, Call& call) {
+  const int64_t S = call.p.num_tokens;
   std::vector<int64_t>& cu = call.cu_seqlens;
   cu.resize(static_cast<size_t>(cu_seqlens.numel()));
   for_each_index(cu_seqlens, [&](int64_t i, int64_t value) {
@@ -51,7 +58,6 @@ void check_cu_seqlens(const Op& op, const Tensor& cu_seqlens, Call& call) {
   });
   MOE_CHECK(cu.back() == S, op, ": cu_seqlens must end with S = ", S, ", got ", cu.back(), ".");
   call.p.cu_seqlens = cu.data();
-  call.p.num_sequences = static_cast<int64_t>(cu.size()) - 1;
 }
 
 // Fills `call`, which must stay where it is.
@@ -93,7 +99,7 @@ void check_call(const Op& op, const Tensor& q, const Tensor& k, const Tensor& v,
   p.k = operand(call.k);
   p.v = operand(call.v);
   if (cu_seqlens.has_value()) {
-    check_cu_seqlens(op, *cu_seqlens, call);
+    check_sequences(op, *cu_seqlens, call);
   } else {
     MOE_CHECK((!causal && window == 0) || p.num_keys >= p.num_tokens, op,
               ": k must have at least the S = ", p.num_tokens,
@@ -113,6 +119,7 @@ std::tuple<Tensor, Tensor> moa_attention(const Tensor& q, const Tensor& k, const
   constexpr const char* kOp = "moa_attention";
   Call call;
   check_call(kOp, q, k, v, kind, causal, scale, window, softcap, cu_seqlens, call);
+  if (cu_seqlens.has_value()) read_sequences(kOp, *cu_seqlens, call);
   MoaAttentionParams& p = call.p;
   Tensor out =
       empty_cpu({p.batch, p.num_tokens, p.num_slots, p.num_heads, p.head_size}, q.scalar_type());
@@ -124,6 +131,20 @@ std::tuple<Tensor, Tensor> moa_attention(const Tensor& q, const Tensor& k, const
   return {out, state};
 }
 
+void check_saved(const Op& op, const Tensor& grad_out, const Tensor& grad_state, const Tensor& q,
+                 const Tensor& out, const Tensor& state) {
+  for (const auto& [name, t] : {std::pair{"grad_out", &grad_out}, std::pair{"out", &out}}) {
+    check_same_dtype(op, name, *t, "q", q);
+    check_dim(op, name, *t, 5, "[B, S, K, n, d]");
+    for (int64_t i = 0; i < 5; ++i) check_size(op, name, *t, i, q.size(i), "q's size");
+  }
+  for (const auto& [name, t] : {std::pair{"grad_state", &grad_state}, std::pair{"state", &state}}) {
+    check_float(op, name, *t);
+    check_dim(op, name, *t, 4, "[B, S, K, n]");
+    for (int64_t i = 0; i < 4; ++i) check_size(op, name, *t, i, q.size(i), "q's size");
+  }
+}
+
 std::tuple<Tensor, Tensor, Tensor> moa_attention_bwd(
     const Tensor& grad_out, const Tensor& grad_state, const Tensor& q, const Tensor& k,
     const Tensor& v, const Tensor& out, const Tensor& state, std::string kind, bool causal,
@@ -132,17 +153,9 @@ std::tuple<Tensor, Tensor, Tensor> moa_attention_bwd(
   MoaAttentionBwdParams b;
   Call call;
   check_call(kOp, q, k, v, kind, causal, scale, window, softcap, cu_seqlens, call);
+  if (cu_seqlens.has_value()) read_sequences(kOp, *cu_seqlens, call);
   const ScalarType acc = accumulate_type(q.scalar_type());
-  for (const auto& [name, t] : {std::pair{"grad_out", &grad_out}, std::pair{"out", &out}}) {
-    check_same_dtype(kOp, name, *t, "q", q);
-    check_dim(kOp, name, *t, 5, "[B, S, K, n, d]");
-    for (int64_t i = 0; i < 5; ++i) check_size(kOp, name, *t, i, q.size(i), "q's size");
-  }
-  for (const auto& [name, t] : {std::pair{"grad_state", &grad_state}, std::pair{"state", &state}}) {
-    check_float(kOp, name, *t);
-    check_dim(kOp, name, *t, 4, "[B, S, K, n]");
-    for (int64_t i = 0; i < 4; ++i) check_size(kOp, name, *t, i, q.size(i), "q's size");
-  }
+  check_saved(kOp, grad_out, grad_state, q, out, state);
   const Tensor saved_out = dense(out), saved_state = contiguous_as(state, acc);
   const Tensor g_out = with_dense_rows(grad_out), g_state = contiguous_as(grad_state, acc);
   const ScalarType dtype = q.scalar_type();
@@ -170,5 +183,88 @@ STABLE_TORCH_LIBRARY_IMPL(moe_ops, CPU, m) {
   m.impl("moa_attention", MOE_BOX(moa_attention));
   m.impl("moa_attention_bwd", MOE_BOX(moa_attention_bwd));
 }
+
+#ifdef MOE_OPS_WITH_CUDA
+
+namespace {
+
+// The call for the device's launchers, and what keeps its index tensor alive.
+struct DeviceCall {
+  Call call;
+  std::optional<DeviceIndex> sequences;
+  cuda::MoaAttentionParams p;
+};
+
+void check_device_call(const Op& op, const Tensor& q, const Tensor& k, const Tensor& v,
+                       const std::string& kind, bool causal, double scale, int64_t window,
+                       double softcap, const OptTensor& cu_seqlens, DeviceCall& call) {
+  check_call(op, q, k, v, kind, causal, scale, window, softcap, cu_seqlens, call.call);
+  static_cast<MoaAttentionParams&>(call.p) = call.call.p;
+  if (cu_seqlens.has_value()) {
+    call.sequences = device_index(op, "cu_seqlens", *cu_seqlens);
+    call.p.sequences = {call.sequences->data, call.sequences->is_64};
+  }
+}
+
+}  // namespace
+
+static std::tuple<Tensor, Tensor> moa_attention_cuda(const Tensor& q, const Tensor& k,
+                                                     const Tensor& v, std::string kind, bool causal,
+                                                     double scale, int64_t window, double softcap,
+                                                     const OptTensor& cu_seqlens) {
+  const Op op("moa_attention", q);
+  DeviceCall call;
+  check_device_call(op, q, k, v, kind, causal, scale, window, softcap, cu_seqlens, call);
+  cuda::MoaAttentionParams& p = call.p;
+  Tensor out = device_empty(q, {p.batch, p.num_tokens, p.num_slots, p.num_heads, p.head_size},
+                            q.scalar_type());
+  Tensor state = device_empty(q, {p.batch, p.num_tokens, p.num_slots, p.num_heads},
+                              accumulate_type(q.scalar_type()));
+  if (is_empty(p)) return {out, state};
+  Tensor workspace = device_empty(q, {cuda::moa_attention_workspace(p)}, ScalarType::Byte);
+  p.workspace = workspace.mutable_data_ptr();
+  p.out = out.mutable_data_ptr();
+  p.state = state.mutable_data_ptr();
+  check_status(op, cuda::moa_attention(p, current_stream(q)));
+  return {out, state};
+}
+
+static std::tuple<Tensor, Tensor, Tensor> moa_attention_bwd_cuda(
+    const Tensor& grad_out, const Tensor& grad_state, const Tensor& q, const Tensor& k,
+    const Tensor& v, const Tensor& out, const Tensor& state, std::string kind, bool causal,
+    double scale, int64_t window, double softcap, const OptTensor& cu_seqlens) {
+  const Op op("moa_attention_bwd", q);
+  DeviceCall call;
+  check_device_call(op, q, k, v, kind, causal, scale, window, softcap, cu_seqlens, call);
+  check_saved(op, grad_out, grad_state, q, out, state);
+  const ScalarType dtype = q.scalar_type(), acc = accumulate_type(dtype);
+  const Tensor saved_out = dense(out), saved_state = contiguous_as(state, acc);
+  const Tensor g_out = with_dense_rows(grad_out), g_state = contiguous_as(grad_state, acc);
+  cuda::MoaAttentionBwdParams b;
+  cuda::MoaAttentionParams& p = call.p;
+  Tensor workspace = device_empty(q, {cuda::moa_attention_bwd_workspace(p)}, ScalarType::Byte);
+  Tensor grad_q =
+      device_empty(q, {p.batch, p.num_tokens, p.num_slots, p.num_heads, p.head_size}, dtype);
+  Tensor grad_k = device_empty(q, {p.batch, p.num_keys, p.num_heads, p.head_size}, dtype);
+  Tensor grad_v = device_empty(q, {p.batch, p.num_keys, p.num_heads, p.head_size}, dtype);
+  p.workspace = workspace.mutable_data_ptr();
+  p.out = const_cast<void*>(saved_out.const_data_ptr());
+  p.state = const_cast<void*>(saved_state.const_data_ptr());
+  b.fwd = p;
+  b.grad_out = operand(g_out);
+  b.grad_state = g_state.const_data_ptr();
+  b.grad_q = grad_q.mutable_data_ptr();
+  b.grad_k = grad_k.mutable_data_ptr();
+  b.grad_v = grad_v.mutable_data_ptr();
+  check_status(op, cuda::moa_attention_bwd(b, current_stream(q)));
+  return {grad_q, grad_k, grad_v};
+}
+
+MOE_CUDA_LIBRARY(m) {
+  m.impl("moa_attention", MOE_CUDA_BOX(moa_attention_cuda));
+  m.impl("moa_attention_bwd", MOE_CUDA_BOX(moa_attention_bwd_cuda));
+}
+
+#endif  // MOE_OPS_WITH_CUDA
 
 }  // namespace moe_ops::adapter

@@ -57,4 +57,29 @@ int64_t moa_attention_workspace(const MoaAttentionParams& p);
 void moa_attention_bwd(const MoaAttentionBwdParams& p, const Parallel& par);
 }  // namespace cpu
 
+namespace cuda {
+
+// Pointers are the device's. cu_seqlens of the base is not read: kernels take `sequences`
+// [num_sequences + 1] and clamp what leads outside.
+struct MoaAttentionParams : ::moe_ops::MoaAttentionParams {
+  IndexMap sequences;         // data is nullptr without sequences
+  void* workspace = nullptr;  // moa_attention_workspace() or moa_attention_bwd_workspace() bytes
+};
+
+struct MoaAttentionBwdParams {
+  MoaAttentionParams fwd;  // out and state are read
+  AttentionOperand grad_out;
+  const void* grad_state = nullptr;  // [B, S, K, n] accumulate type, contiguous
+  void* grad_q = nullptr;            // contiguous, like the operands
+  void* grad_k = nullptr;
+  void* grad_v = nullptr;
+};
+
+int64_t moa_attention_workspace(const MoaAttentionParams& p);
+Status moa_attention(const MoaAttentionParams& p, Stream stream);
+int64_t moa_attention_bwd_workspace(const MoaAttentionParams& p);
+Status moa_attention_bwd(const MoaAttentionBwdParams& p, Stream stream);
+
+}  // namespace cuda
+
 }  // namespace moe_ops

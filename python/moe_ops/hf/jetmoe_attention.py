@@ -89,7 +89,7 @@ class MoeOpsJetMoeAttention(JetMoeAttention):
         return y.view(batch, length, hidden_size), weights, router_logits
 
     def _is_plain(self, mask: Tensor | None, q: Tensor, k: Tensor, kwargs: dict[str, Any]) -> bool:
-        if q.device.type != "cpu" or not self.is_causal or kwargs.get("output_attentions"):
+        if not self.is_causal or kwargs.get("output_attentions"):
             return False
         if (self.training and self.attention_dropout > 0) or k.shape[2] < q.shape[1]:
             return False
@@ -115,7 +115,8 @@ def _is_causal(mask: Tensor, num_keys: int) -> bool:
     length = mask.shape[2]
     answer = mask.shape[3] == num_keys
     if answer:
-        seen = torch.ones(length, num_keys, dtype=torch.bool).tril(num_keys - length)
+        seen = torch.ones(length, num_keys, dtype=torch.bool, device=mask.device)
+        seen = seen.tril(num_keys - length)
         visible = mask if mask.dtype == torch.bool else mask == 0
         answer = bool((visible == seen).all())
         if answer and mask.dtype != torch.bool:

@@ -20,7 +20,6 @@ from moe_ops.ops._register import (
     check_size,
     needs_input_grad,
     register_autocast,
-    register_cpu_only,
     register_fake,
     register_no_double_backward,
 )
@@ -77,7 +76,7 @@ def moa_attention(
 
     Raises:
         ValueError: wrong dtype, rank, size or argument, or cu_seqlens that are no sequences.
-        NotImplementedError: on a second derivative, or on CUDA tensors.
+        NotImplementedError: on a second derivative.
 
     Source:
         Zhang et al. 2022, Mixture of Attention Heads, arXiv 2210.05144 (softmax; JetMoE, arXiv
@@ -90,10 +89,6 @@ def moa_attention(
         softcap is None or softcap > 0,
         f"{op}: softcap must be positive and finite, got {softcap}.",
     )
-    if q.device.type == "cuda":
-        raise NotImplementedError(
-            f"{op}: q must be on the CPU, the only device with a kernel so far, got {q.device}."
-        )
     if scale is None:
         check_dim(op, "q", q, 5, "[B, S, K, n, d]")
         scale = max(1, q.shape[-1]) ** -0.5
@@ -222,9 +217,3 @@ def _backward(ctx: Any, grad_out: Tensor, grad_state: Tensor) -> tuple[Any, ...]
 torch.library.register_autograd("moe_ops::moa_attention", _backward, setup_context=_setup)
 register_no_double_backward("moa_attention_bwd", "moa_attention")
 register_autocast("moa_attention", ["q", "k", "v"])
-register_cpu_only(
-    "moa_attention", "repeat k and v for the slots and call scaled_dot_product_attention"
-)
-register_cpu_only(
-    "moa_attention_bwd", "it is the gradient of moa_attention, which has no CUDA kernel"
-)

@@ -1,0 +1,10 @@
+#include "cuda/moa_attention/forward_kernel.cuh"
+#include "cuda/moa_attention/generic.h"
+
+namespace moe_ops::cuda::attention {
+
+Status forward_fp64(const MoaAttentionParams& p, Stream stream) {
+  return generic_forward<double>(p, stream);
+}
+
+}  // namespace moe_ops::cuda::attention

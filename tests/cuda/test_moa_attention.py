@@ -1,0 +1,83 @@
+"""The attention kernels under every schedule, the bytes that they move, and offsets that lead
+nowhere."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import moe_ops
+from moe_ops.testing import DTYPES, short
+
+KINDS = ("softmax", "stick_breaking")
+
+
+def operands(dtype, *, batch=1, tokens=37, slots=2, heads=1, head_size=24, keys=None, grad=True):
+    keys = tokens if keys is None else keys
+    q = torch.randn(batch, tokens, slots, heads, head_size).to(dtype).requires_grad_(grad)
+    k, v = (torch.randn(batch, keys, heads, head_size).to(dtype) for _ in range(2))
+    return {"q": q, "k": k.requires_grad_(grad), "v": v.requires_grad_(grad)}
+
+
+def run(call, **options):
+    """Results, and gradients where they are wanted."""
+    result = moe_ops.moa_attention(**call, **options)
+    results = result if isinstance(result, tuple) else (result,)
+    if not call["q"].requires_grad:
+        return results
+    grads = [torch.linspace(-1, 1, r.numel()).reshape(r.shape).to(r.dtype) for r in results]
+    return (*results, *torch.autograd.grad(results, list(call.values()), grads))
+
+
+@pytest.fixture
+def generic(monkeypatch):
+    monkeypatch.setenv("MOE_OPS_ATTENTION", "generic")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+def test_schedules(simulator, dtype, kind, generic):
+    """Blocks of rows and of keys that end early; rows of 16 bytes, and rows of odd sizes."""
+    for head_size in (24, 23):
+        call = operands(dtype, head_size=head_size, tokens=37 if dtype.itemsize > 2 else 71)
+        simulator.check_schedules(lambda call=call: run(call, kind=kind))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=short)
+def test_schedules_of_decoding(simulator, dtype, kind):
+    """One token; the keys are split over blocks, a second kernel adds their parts."""
+    call = operands(dtype, batch=2, tokens=1, keys=530, heads=2, head_size=32, grad=False)
+    simulator.check_schedules(lambda: run(call, kind=kind))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "offsets", [[0, 4, 2, 9], [3, 4, 5, 6], [0, -5, 7, 13], [0, 4, 99, 13], [2**31 - 1, -1, 0]]
+)
+def test_sequences_that_lead_nowhere(offsets, kind, generic):
+    """A device cannot refuse what it reads; the simulator reports accesses outside tensors."""
+    for dtype in (torch.float32, torch.bfloat16):
+        call = operands(dtype, tokens=13)
+        run(call, kind=kind, cu_seqlens=torch.tensor(offsets, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_load_of_keys_serves_all_slots(simulator, kind):
+    """Decoding: the cache is read once for K slots, and K times if it is repeated for them."""
+    slots, keys, head_size = 4, 300, 64
+    call = operands(
+        torch.bfloat16, tokens=1, slots=slots, keys=keys, head_size=head_size, grad=False
+    )
+    # Logits below zero: no stick ends, and no key is left out.
+    call["q"], call["k"] = -call["q"].abs(), call["k"].abs()
+    repeated = {
+        "q": call["q"].transpose(2, 3).reshape(1, 1, 1, slots, head_size),
+        "k": call["k"].repeat_interleave(slots, 2),
+        "v": call["v"].repeat_interleave(slots, 2),
+    }
+    ours = simulator.counted(lambda: run(call, kind=kind, causal=True), "ld_bytes")["ld_bytes"]
+    theirs = simulator.counted(lambda: run(repeated, kind=kind), "ld_bytes")["ld_bytes"]
+    cache, queries = 2 * keys * head_size * 2, slots * head_size * 2
+    assert ours == cache + queries
+    assert theirs == slots * cache + queries
