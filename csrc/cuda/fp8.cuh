@@ -18,6 +18,24 @@ __device__ __forceinline__ uint32_t e4m3_code(float f) {
   return sign | (a < 0x3c800000u ? small : normal);
 }
 
+// How a block is quantised whose largest magnitude has the bits `most`. Magnitudes order like their
+// bits, infinity above all numbers and NaN above that.
+struct Fp8Scale {
+  float inverse;  // what numbers are multiplied by; NaN where one of them is not finite
+  float scale;
+};
+
+__device__ __forceinline__ Fp8Scale fp8_scale(uint32_t most) {
+  const float nan = __uint_as_float(0x7fc00000u);
+  if (most >= 0x7f800000u) return {nan, nan};
+  const float amax = fmaxf(__uint_as_float(most), kFp8MinAmax);
+  return {__fdiv_rn(kFp8Max, amax), __fdiv_rn(amax, kFp8Max)};
+}
+
+__device__ __forceinline__ uint32_t fp8_code(float v, const Fp8Scale& s) {
+  return s.inverse == s.inverse ? e4m3_code(__fmul_rn(v, s.inverse)) : kFp8Nan;
+}
+
 // What a lane holds of a block of 128: four codes, first in the low byte, and the block's scale.
 struct Fp8Lane {
   uint32_t codes;
@@ -26,17 +44,13 @@ struct Fp8Lane {
 
 // A warp makes one block of codes of its 4 x 32 numbers (moe_ops/quantize_fp8.h).
 __device__ __forceinline__ Fp8Lane quantize_fp8_block(const float (&v)[4]) {
-  // Magnitudes order like their bits, infinity above all numbers and NaN above that.
   uint32_t most = 0;
 #pragma unroll
   for (int i = 0; i < 4; ++i) most = max(most, __float_as_uint(v[i]) & 0x7fffffffu);
-  most = warp_max(most);
-  if (most >= 0x7f800000u) return {kFp8Nan * 0x01010101u, __uint_as_float(0x7fc00000u)};
-  const float amax = fmaxf(__uint_as_float(most), kFp8MinAmax);
-  const float inverse = __fdiv_rn(kFp8Max, amax);
-  Fp8Lane out{0, __fdiv_rn(amax, kFp8Max)};
+  const Fp8Scale s = fp8_scale(warp_max(most));
+  Fp8Lane out{0, s.scale};
 #pragma unroll
-  for (int i = 0; i < 4; ++i) out.codes |= e4m3_code(__fmul_rn(v[i], inverse)) << (8 * i);
+  for (int i = 0; i < 4; ++i) out.codes |= fp8_code(v[i], s) << (8 * i);
   return out;
 }
 

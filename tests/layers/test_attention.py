@@ -232,3 +232,64 @@ def test_bad_calls():
     layer(x, cache=cache)
     with pytest.raises(ValueError, match=r"KVCache: k must be \[2, S, 3, 4\]"):
         layer(x[:1], cache=cache)
+
+
+def test_cache_of_two_sizes():
+    cache, k, v = KVCache(), torch.randn(B, 70, 1, 6), torch.randn(B, 70, N, 3)
+    for start, end in ((0, 2), (2, 3), (3, 66), (66, 70)):
+        held = cache.update(k[:, start:end], v[:, start:end])
+        assert torch.equal(held[0], k[:, :end]) and torch.equal(held[1], v[:, :end])
+    with pytest.raises(ValueError, match=r"KVCache: v must be \[2, S, 3, 3\]"):
+        cache.update(k[:, :1], v[:, :1, :2])
+    with pytest.raises(ValueError, match=r"KVCache: v must have B, S = \[2, 1\]"):
+        cache.update(k[:, :1], v[:, :2])
+
+
+# --- bank operations
+
+
+@pytest.mark.parametrize("name", ["jetmoe", "moduleformer", "expert_kv", "bam"])
+def test_select_is_a_mask(name):
+    layer, x = build(name), torch.randn(B, S, H, dtype=torch.float64)
+    keep = [4, 0, 2]
+    mask = torch.zeros(E, dtype=torch.bool)
+    mask[keep] = True
+    small = layer.select(keep)
+    assert small.router.num_experts == 3 and small.w_query.shape[0] == 3 and not small.training
+    torch.testing.assert_close(small(x), layer(x, expert_mask=mask))
+    assert small.kv_proj.weight.data_ptr() != layer.kv_proj.weight.data_ptr()
+    ids = layer(x, expert_mask=mask, return_routing=True).topk_ids
+    if not layer.soft_routing:
+        chosen = torch.tensor(keep)[small(x, return_routing=True).topk_ids.long()]
+        assert torch.equal(chosen, ids.long())
+
+
+@pytest.mark.parametrize("init", ["random", "zero_output", "copy", "mean"])
+@pytest.mark.parametrize("name", ["jetmoe", "moduleformer", "expert_kv"])
+def test_append(name, init):
+    layer, x = build(name, kv_bias=True), torch.randn(B, S, H, dtype=torch.float64)
+    layer.w_query.requires_grad_(False)
+    large = layer.append(2, init=init)
+    assert large.router.num_experts == E + 2 and large.w_output.shape == (E + 2, H, N * D)
+    assert not large.w_query.requires_grad and large.w_output.requires_grad
+    old = torch.arange(E + 2) < E
+    torch.testing.assert_close(large(x, expert_mask=old), layer(x))
+    torch.testing.assert_close(large.select(range(E))(x), layer(x))
+    if init == "zero_output":
+        assert bool((large.w_output[E:] == 0).all()) and bool((large.w_query[E:] != 0).any())
+    if init == "copy":
+        ids = torch.tensor([E, E + 1]).expand(B, S, 2)
+        weights = torch.rand(B, S, 2, dtype=torch.float64)
+        ours = large(x, topk_ids=ids, topk_weights=weights)
+        theirs = layer(x, topk_ids=ids - E, topk_weights=weights)
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_bad_bank_operations():
+    layer = build()
+    with pytest.raises(ValueError, match=r"AttentionExperts\.select: ids must be in \[0, 5\)"):
+        layer.select([5])
+    with pytest.raises(ValueError, match=r"AttentionExperts\.append: init must be"):
+        layer.append(1, init="slice")
+    with pytest.raises(ValueError, match="number of experts must be >= 1, got 0"):
+        layer.append(0)

@@ -98,7 +98,12 @@ def test_list_command(toy):
 def test_every_system_is_whole():
     for name in zoo.systems():
         system = zoo.get(name)
-        assert system.presets()[0] == "tiny", name
+        try:
+            assert system.presets()[0] == "tiny", name
+        except ImportError as error:
+            # An extra that is not installed here.
+            assert system.needs and f"torch-moe-ops[{system.needs}]" in str(error)
+            continue
         for preset in system.presets():
             system.make_config(preset)
         assert system.summary.endswith(".") and len(system.summary) < 90, name

@@ -3,6 +3,7 @@
 
 #include "cuda/check.h"
 #include "cuda/grouped_gemm_fp8/generic.h"
+#include "cuda/grouped_gemm_fp8/sm90.h"
 
 namespace moe_ops::cuda {
 
@@ -19,7 +20,8 @@ Status grouped_gemm_fp8(const GroupedGemmFp8Params& p, Stream stream) {
       !countable(p.num_experts)) {
     return cudaErrorInvalidValue;
   }
-  return generic::grouped_gemm_fp8(p, stream);
+  return sm90::fp8::supports(p) ? sm90::fp8::grouped_gemm_fp8(p, stream)
+                                : generic::grouped_gemm_fp8(p, stream);
 }
 
 }  // namespace moe_ops::cuda

@@ -485,11 +485,15 @@ Status launch_band(const BackwardLaunch& launch, Stream stream) {
                static_cast<int>(sizeof(typename Config::SharedKv)));
 }
 
+// d = 128 with stick-breaking would not fit into registers (sm90.cu).
 template <DType type, AttentionKind kKind>
 Status run_band(const BackwardLaunch& launch, Stream stream) {
-  return launch.b.fwd.head_size == 64
-             ? launch_band<BackwardConfig<type, kKind, 64>>(launch, stream)
-             : launch_band<BackwardConfig<type, kKind, 128>>(launch, stream);
+  if constexpr (kKind == AttentionKind::kSoftmax) {
+    if (launch.b.fwd.head_size == 128) {
+      return launch_band<BackwardConfig<type, kKind, 128>>(launch, stream);
+    }
+  }
+  return launch_band<BackwardConfig<type, kKind, 64>>(launch, stream);
 }
 
 }  // namespace moe_ops::cuda::attention::sm90

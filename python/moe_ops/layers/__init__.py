@@ -8,6 +8,7 @@ from __future__ import annotations
 from .attention import AttentionExperts, AttentionExpertsOutput, KVCache
 from .dense import ExpertNorm, mix_outputs
 from .experts import Experts, SharedExperts
+from .gates import GateRouter
 from .losses import (
     concentration_loss,
     device_balance_loss,
@@ -30,6 +31,7 @@ __all__ = [
     "AttentionExpertsOutput",
     "ExpertNorm",
     "Experts",
+    "GateRouter",
     "KVCache",
     "MoE",
     "MoEOutput",

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from moe_ops.ops import moa_attention, moe_linear_map, moe_linear_reduce
 from moe_ops.ops.moa_attention import KINDS
 
+from .bank import as_ids, take_rows
 from .moe import AUX_LOSSES
 from .router import Router, RouterOutput, drop_masked
 
@@ -35,21 +36,29 @@ class KVCache:
     def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Appends k and v [B, S, n, d]; returns all of them [B, length, n, d], as views.
 
+        n and d of v may differ from those of k (multi-head latent attention holds a latent vector
+        and a rotated key, each of its own size).
+
         Raises:
-            ValueError: a batch, number of heads or head size other than those held.
+            ValueError: a batch, number of heads or head size other than those held, or v with
+                another batch or number of tokens than k.
         """
         start, end = self.length, self.length + k.shape[1]
-        batch, _, heads, size = k.shape
+        if v.shape[:2] != k.shape[:2]:
+            raise ValueError(
+                f"KVCache: v must have B, S = {list(k.shape[:2])} like k, got shape "
+                f"{list(v.shape)}."
+            )
         if self._buffers is not None:
-            held = self._buffers[0]
-            if (held.shape[0], held.shape[1], held.shape[3]) != (batch, heads, size):
-                raise ValueError(
-                    f"KVCache: k must be [{held.shape[0]}, S, {held.shape[1]}, {held.shape[3]}] "
-                    f"like what it holds, got shape {list(k.shape)}."
-                )
+            for name, t, held in zip("kv", (k, v), self._buffers, strict=True):
+                if (held.shape[0], held.shape[1], held.shape[3]) != (*t.shape[:1], *t.shape[2:]):
+                    raise ValueError(
+                        f"KVCache: {name} must be [{held.shape[0]}, S, {held.shape[1]}, "
+                        f"{held.shape[3]}] like what it holds, got shape {list(t.shape)}."
+                    )
         if self._buffers is None or end > self._buffers[0].shape[2]:
             capacity = max(end, 2 * start, 64)
-            grown = tuple(t.new_empty(batch, heads, capacity, size) for t in (k, v))
+            grown = tuple(t.new_empty(len(t), t.shape[2], capacity, t.shape[3]) for t in (k, v))
             if self._buffers is not None:
                 for new, old in zip(grown, self._buffers, strict=True):
                     new[:, :, :start] = old[:, :, :start]
@@ -312,6 +321,107 @@ class AttentionExperts(nn.Module):
         valid = (ids >= 0) & (ids < logits.shape[1])
         weights = weights.gather(1, torch.where(valid, ids, 0).long()).masked_fill(~valid, 0.0)
         return logits, weights, ids
+
+    # ------------------------------------------------------------------------- bank operations
+
+    def select(self, ids: Sequence[int] | Tensor, **changes: Any) -> AttentionExperts:
+        """A new layer of the experts `ids`, in that order, with the same keys and values.
+
+        Computes what this layer computes with an `expert_mask` of these experts.
+
+        Args:
+            ids: experts to keep, in [0, E), repeats allowed.
+            changes: top_k, num_groups, num_topk_groups of the new router.
+
+        Raises:
+            ValueError: ids out of range, or fewer experts than the router's top_k.
+        """
+        index = as_ids("AttentionExperts.select", ids, self.router.num_experts)
+        rows = {name: take_rows(p, index) for name, p in self._row_tensors().items()}
+        return self._rebuild(self.router.select(ids, **changes), rows)
+
+    def append(
+        self, num: int, *, init: str = "random", router_init: str | None = None, **changes: Any
+    ) -> AttentionExperts:
+        """A new layer with `num` experts added at the end.
+
+        Args:
+            num: at least 1.
+            init: of the experts: "random" (as in a fresh layer), "zero_output" (random, with
+                w_output 0: they contribute nothing until trained), "copy" (experts 0, 1, ... again)
+                or "mean" (the mean of all experts).
+            router_init: of the rows: "random", "copy" or "mean"; None is `init`, or "random" where
+                that is no choice for rows.
+            changes: top_k, num_groups, num_topk_groups of the new router.
+
+        Raises:
+            ValueError: an unknown `init`, or a number below 1.
+        """
+        if init not in ("random", "zero_output", "copy", "mean"):
+            raise ValueError(
+                "AttentionExperts.append: init must be 'random', 'zero_output', 'copy' or 'mean', "
+                f"got {init!r}."
+            )
+        if router_init is None:
+            router_init = "random" if init == "zero_output" else init
+        router = self.router.append(num, init=router_init, **changes)
+        experts, rows = self.router.num_experts, {}
+        for name, p in self._row_tensors().items():
+            if init == "copy":
+                new = take_rows(p, [i % experts for i in range(num)])
+            elif init == "mean":
+                new = p.mean(0, keepdim=True).expand(num, *p.shape[1:])
+            elif name == "kv_bias" or (name == "w_output" and init == "zero_output"):
+                new = p.new_zeros(num, *p.shape[1:])
+            else:
+                bound = p.shape[-1] ** -0.5
+                new = p.new_empty(num, *p.shape[1:]).uniform_(-bound, bound)
+            rows[name] = torch.cat([p, new])
+        return self._rebuild(router, rows)
+
+    def _row_tensors(self) -> dict[str, Tensor]:
+        """Tensors of the experts, [E, ...]; keys and values are among them with `expert_kv`."""
+        tensors = {"w_query": self.w_query.detach(), "w_output": self.w_output.detach()}
+        if self.expert_kv:
+            experts = self.router.num_experts
+            for name, p in (("kv_weight", self.kv_proj.weight), ("kv_bias", self.kv_proj.bias)):
+                if p is not None:  # [2 E D, ...]: keys of all experts, then values.
+                    tensors[name] = p.detach().view(2, experts, -1, *p.shape[1:]).transpose(0, 1)
+        return tensors
+
+    def _rebuild(self, router: Router, rows: dict[str, Tensor]) -> AttentionExperts:
+        names = ("kind", "causal", "scale", "window", "softcap", "rope_theta", "soft_routing")
+        result = AttentionExperts(
+            router,
+            self.num_kv_heads,
+            self.head_size,
+            **{name: getattr(self, name) for name in names},
+            expert_kv=self.expert_kv,
+            bias=self.bias is not None,
+            kv_bias=self.kv_proj.bias is not None,
+            aux_losses=self.aux_losses,
+            device="meta",  # Where initialisation draws no random numbers.
+        )
+        tensors: dict[str, Tensor | None] = {
+            "kv_proj.weight": self.kv_proj.weight,
+            "kv_proj.bias": self.kv_proj.bias,
+            "bias": self.bias,
+        }
+        for name, rowwise in rows.items():
+            if name.startswith("kv_"):
+                flat = rowwise.transpose(0, 1).flatten(0, 2)
+                tensors[name.replace("kv_", "kv_proj.")] = flat
+            else:
+                tensors[name] = rowwise
+        for name, old in self.named_parameters():
+            tensor = tensors.get(name)
+            if tensor is None:
+                continue  # The router's.
+            module = result.get_submodule(name.rpartition(".")[0])
+            new = tensor.detach().to(old).clone(memory_format=torch.contiguous_format)
+            parameter = nn.Parameter(new, requires_grad=old.requires_grad)
+            setattr(module, name.rpartition(".")[2], parameter)
+        return result.train(self.training)
 
     def extra_repr(self) -> str:
         words = [

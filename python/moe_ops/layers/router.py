@@ -303,7 +303,8 @@ class Router(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draws the initial values described above."""
-        nn.init.uniform_(self.weight, -(self.hidden_size**-0.5), self.hidden_size**-0.5)
+        bound = self.weight.shape[1] ** -0.5
+        nn.init.uniform_(self.weight, -bound, bound)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
         if self.expert_bias is not None:
@@ -680,7 +681,7 @@ class Router(nn.Module):
             )
         new = {name: t.mean(0, keepdim=True).expand(num, *t.shape[1:]) for name, t in old.items()}
         if init == "random":
-            bound = self.hidden_size**-0.5
+            bound = self.weight.shape[1] ** -0.5
             new["weight"] = torch.empty_like(new["weight"].contiguous()).uniform_(-bound, bound)
             if "bias" in new:
                 new["bias"] = torch.zeros_like(new["bias"])
@@ -696,15 +697,7 @@ class Router(nn.Module):
         config |= changes
         if "num_topk_groups" not in changes:
             config["num_topk_groups"] = min(config["num_topk_groups"], config["num_groups"])
-        # On the meta device initialisation draws no random numbers.
-        result = Router(
-            self.hidden_size,
-            num_experts,
-            bias=self.bias is not None,
-            expert_bias=self.expert_bias is not None,
-            device="meta",
-            **config,
-        )
+        result = self._blank(num_experts, **config)
         for name in ("weight", "bias"):
             old = getattr(self, name)
             if old is not None:
@@ -716,6 +709,18 @@ class Router(nn.Module):
                 num_experts, dtype=torch.int64, device=self.expert_bias.device
             )
         return result.train(self.training)
+
+    def _blank(self, num_experts: int, **config: Any) -> Router:
+        """A router of this class with other rows, on the meta device, where initialisation draws no
+        random numbers; what does not belong to a row is copied from this one."""
+        return Router(
+            self.hidden_size,
+            num_experts,
+            bias=self.bias is not None,
+            expert_bias=self.expert_bias is not None,
+            device="meta",
+            **config,
+        )
 
     # ------------------------------------------------------------------------------ module hooks
 

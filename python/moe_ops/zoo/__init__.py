@@ -136,6 +136,56 @@ def create(name: str, preset: str = "tiny", **overrides: Any) -> Any:
 # One line a system; modules are imported by `System.load` alone.
 register(
     System(
+        "jetmoe",
+        "moe_ops.zoo.jetmoe",
+        "JetMoEConfig",
+        "JetMoE",
+        "Language model with sparse attention and sparse feed-forward experts.",
+        needs="zoo",
+    )
+)
+register(
+    System(
+        "deepseek",
+        "moe_ops.zoo.deepseek",
+        "DeepSeekConfig",
+        "DeepSeek",
+        "DeepSeekMoE V1 to V3: small experts, shared experts, balance by losses or a bias.",
+        needs="zoo",
+    )
+)
+register(
+    System(
+        "moduleformer",
+        "moe_ops.zoo.moduleformer",
+        "ModuleFormerConfig",
+        "ModuleFormer",
+        "ModuleFormer: modules that can be inserted and pruned, stick-breaking attention.",
+        needs="zoo",
+    )
+)
+register(
+    System(
+        "coe",
+        "moe_ops.zoo.coe",
+        "CoEConfig",
+        "CoE",
+        "Chain-of-Experts: the same experts several times in a row, each time routed anew.",
+        needs="zoo",
+    )
+)
+register(
+    System(
+        "topp",
+        "moe_ops.zoo.topp",
+        "TopPConfig",
+        "TopP",
+        "Dynamic top-p routing: harder tokens use more experts.",
+        needs="zoo",
+    )
+)
+register(
+    System(
         "home",
         "moe_ops.zoo.home",
         "HoMEConfig",

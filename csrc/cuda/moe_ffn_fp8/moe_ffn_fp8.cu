@@ -1,10 +1,13 @@
 // The FFN block of e4m3 weights as a sequence of launches: (1) tokens to e4m3; (2) pre-activation
 // in fp32, with the rows of tokens gathered through row_to_slot; (3) activation, and its result to
-// e4m3; (4) down projection, by rows; (5) weighted sum of a token's rows.
+// e4m3; (4) down projection, by rows; (5) weighted sum of a token's rows. On sm_90a, SwiGLU at many
+// rows makes (2) and (3) one launch (gate_up.h).
 #include "cuda/activation.cuh"
 #include "cuda/check.h"
 #include "cuda/dispatch.h"
 #include "cuda/fp8.cuh"
+#include "cuda/gate_up.cuh"
+#include "cuda/moe_ffn_fp8/gate_up.h"
 #include "cuda/rows.cuh"
 #include "moe_ops/moe_ffn_fp8.h"
 #include "moe_ops/unpermute.h"
@@ -32,32 +35,15 @@ __global__ void act_fp8_kernel(const ActParams p, ActLimits<float> limits) {
   const int64_t row = warp_row(), I = p.intermediate_size, blocks = ceil_div(I, kFp8Block);
   if (row >= valid_rows(p.expert_offsets, p.num_experts, p.num_rows)) return;
   const float* const preact = p.preact + row * I * (is_gated(A) ? 2 : 1);
-  const bool weave = is_gated(A) && p.interleaved;
   const int64_t first = row_stretch() * kStretch;
-  float gate[kStretch][4], up[kStretch][4];
+  constexpr int V = kAligned ? 4 : 1;
+  Wide<float, V> gate[kStretch][4 / V], up[kStretch][4 / V];
 #pragma unroll
   for (int i = 0; i < kStretch; ++i) {
-    const int64_t c = (first + i) * kFp8Block + 4 * lane_id();
-    const float* const from = preact + (weave ? 2 * c : c);
 #pragma unroll
-    for (int j = 0; j < 4; ++j) gate[i][j] = up[i][j] = 0;
-    if constexpr (kAligned) {
-      if (c >= I) continue;
-      const Wide<float, 4> one = load_wide<4>(from);
-      Wide<float, 4> two = one;
-      if constexpr (is_gated(A)) two = load_wide<4>(from + (weave ? 4 : I));
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        gate[i][j] = !weave ? one.v[j] : (j < 2 ? one : two).v[2 * j % 4];
-        up[i][j] = !weave ? two.v[j] : (j < 2 ? one : two).v[2 * j % 4 + 1];
-      }
-    } else {
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        if (c + j >= I) continue;
-        gate[i][j] = from[weave ? 2 * j : j];
-        if constexpr (is_gated(A)) up[i][j] = from[weave ? 2 * j + 1 : I + j];
-      }
+    for (int j = 0; j < 4 / V; ++j) {
+      const int64_t c = (first + i) * kFp8Block + 4 * lane_id() + j * V;
+      if (c < I) load_gate_up<A, float, V>(preact, c, I, p.interleaved, gate[i][j], up[i][j]);
     }
   }
 #pragma unroll
@@ -67,7 +53,8 @@ __global__ void act_fp8_kernel(const ActParams p, ActLimits<float> limits) {
     float h[4];
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      h[j] = c + j < I ? act_forward<A>(gate[i][j], up[i][j], limits) : 0.0f;
+      h[j] =
+          c + j < I ? act_forward<A>(gate[i][j / V].v[j % V], up[i][j / V].v[j % V], limits) : 0.0f;
     }
     const Fp8Lane lane = quantize_fp8_block(h);
     store_codes<kAligned>(p.q + row * I, c, I, lane.codes);
@@ -148,21 +135,25 @@ Status moe_ffn_fp8(const MoeFfnFp8Params& p, Stream stream) {
   quantize.row_length = H;
   quantize.q = b.x;
   quantize.scale = b.x_scale;
-  MOE_CUDA_TRY(static_cast<cudaError_t>(quantize_fp8(quantize, stream)));
+  MOE_TRY(quantize_fp8(quantize, stream));
 
   GroupedGemmFp8Params up = product(p, P, H, p.w_gate_up, p.b_gate_up, b.preact, DType::kFloat32);
   up.a = {b.x, H, b.x_scale, ceil_div(H, kFp8Block), p.row_to_slot, static_cast<int32_t>(p.top_k),
           T};
   if (p.apply_router_weight_on_input) up.factor = {p.topk_weights, p.row_to_slot, N};
-  MOE_CUDA_TRY(static_cast<cudaError_t>(grouped_gemm_fp8(up, stream)));
-
-  MOE_CUDA_TRY(static_cast<cudaError_t>(
-      act_fp8({b.preact, p.expert_offsets, p.num_experts, N, I, p.act.interleaved, b.h, b.h_scale},
-              p.act, stream)));
+  const sm90::fp8::GateUpParams gate_up{up, b.h, b.h_scale};
+  if (p.act.kind == Activation::kSwiglu && !p.act.interleaved && sm90::fp8::supports(gate_up)) {
+    MOE_TRY(sm90::fp8::gate_up_swiglu(gate_up, stream));
+  } else {
+    MOE_TRY(grouped_gemm_fp8(up, stream));
+    MOE_TRY(act_fp8(
+        {b.preact, p.expert_offsets, p.num_experts, N, I, p.act.interleaved, b.h, b.h_scale}, p.act,
+        stream));
+  }
 
   GroupedGemmFp8Params down = product(p, H, I, p.w_down, p.b_down, b.rows, p.x.type);
   down.a = {b.h, I, b.h_scale, ceil_div(I, kFp8Block), nullptr, 1, N};
-  MOE_CUDA_TRY(static_cast<cudaError_t>(grouped_gemm_fp8(down, stream)));
+  MOE_TRY(grouped_gemm_fp8(down, stream));
 
   UnpermuteParams combine{};
   combine.rows = b.rows;

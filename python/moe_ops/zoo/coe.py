@@ -1,0 +1,376 @@
+"""Chain-of-Experts: the experts of a layer run several times in a row, each time routed anew.
+
+Wang et al. 2025, Chain-of-Experts: Unlocking the Communication Power of Mixture-of-Experts Models,
+arXiv 2506.18945.
+
+Letters: B sequences, S tokens, H hidden size, I intermediate size, E experts, K experts a token and
+iteration, C iterations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from moe_ops.layers import Experts, Router, SharedExperts
+
+from .blocks import LatentAttention, Rope, Yarn, publish_rope, published_rope
+from .checkpoint import Entry, bank_entries, dense_entries
+from .language_model import CausalLM, Step
+
+# What the published config calls the residuals: (inner, outer).
+RESIDUALS = {"inner": (True, False), "outer": (False, True), "none": (False, False)}
+
+
+@dataclass(frozen=True)
+class CoEConfig:
+    """Sizes and options of a Chain-of-Experts.
+
+    Attributes:
+        vocab_size: V.
+        hidden_size: H.
+        num_layers: blocks, all with experts.
+        num_heads, q_rank, kv_rank, nope_size, rope_size, v_size: of the latent attention.
+        rope_theta, yarn: see `blocks.Rope`.
+        intermediate_size: I, of one expert.
+        num_experts, top_k: E routed experts, K of them in each iteration.
+        num_shared_experts: experts that every token passes in each iteration.
+        num_iterations: C.
+        own_gates: a router for each iteration; False: one for all.
+        inner_residual: an iteration adds its result to its input.
+        outer_residual: the chain's result is added to the residual stream. The published code does
+            not do so with an inner residual: the stream is then replaced by the chain's result,
+            which goes on from the *normalised* state.
+        renormalize, routed_scaling_factor: see `moe_ops.layers.Router`.
+        sequence_balance_coefficient: of the loss, summed over layers and iterations.
+        context: tokens it was trained on; nothing is limited by it.
+        norm_eps: of all norms but those inside the attention (1e-6).
+        init_std: of all weights.
+    """
+
+    PRESETS: ClassVar[tuple[str, ...]] = ("tiny", "tiny_published", "c2k4", "c1k8")
+
+    vocab_size: int = 256
+    hidden_size: int = 64
+    num_layers: int = 2
+    num_heads: int = 4
+    q_rank: int | None = None
+    kv_rank: int = 32
+    nope_size: int = 16
+    rope_size: int = 8
+    v_size: int = 16
+    rope_theta: float = 10_000.0
+    yarn: Yarn | None = None
+    intermediate_size: int = 32
+    num_experts: int = 15
+    top_k: int = 2
+    num_shared_experts: int = 1
+    num_iterations: int = 2
+    own_gates: bool = True
+    inner_residual: bool = True
+    outer_residual: bool = True
+    renormalize: bool = False
+    routed_scaling_factor: float = 1.0
+    sequence_balance_coefficient: float = 1e-3
+    context: int = 128
+    norm_eps: float = 1e-6
+    init_std: float = 0.02
+
+    @classmethod
+    def tiny(cls) -> CoEConfig:
+        """Bytes, two blocks, two iterations of two experts, with both residuals."""
+        return cls()
+
+    @classmethod
+    def tiny_published(cls) -> CoEConfig:
+        """`tiny` with the residuals of the published code."""
+        return cls(outer_residual=False)
+
+    @classmethod
+    def c2k4(cls) -> CoEConfig:
+        """The published experiment: two iterations of 4 of 63 experts, 544 million parameters."""
+        return cls(
+            vocab_size=102_400,
+            hidden_size=1024,
+            num_layers=4,
+            num_heads=8,
+            kv_rank=512,
+            nope_size=128,
+            rope_size=64,
+            v_size=128,
+            yarn=Yarn(40.0, 4096, mscale=0.707, mscale_all_dim=0.707),
+            intermediate_size=704,
+            num_experts=63,
+            top_k=4,
+            outer_residual=False,
+            context=163_840,
+        )
+
+    @classmethod
+    def c1k8(cls) -> CoEConfig:
+        """Its baseline: one iteration of 8 experts."""
+        return replace(cls.c2k4(), num_iterations=1, top_k=8)
+
+    def aux_coefficients(self) -> dict[str, float]:
+        return {"sequence_balance": self.sequence_balance_coefficient}
+
+    @classmethod
+    def from_published(cls, published: Mapping[str, Any], **overrides: Any) -> CoEConfig:
+        """From the config.json of the published code."""
+        for name, wanted in (
+            ("hidden_act", "silu"), ("attention_bias", False), ("first_k_dense_replace", 0),
+            ("moe_layer_freq", 1), ("topk_method", "greedy"), ("scoring_func", "softmax"),
+            ("seq_aux", True), ("tie_word_embeddings", False),
+        ):  # fmt: skip
+            if published.get(name, wanted) != wanted:
+                raise ValueError(f"CoEConfig: {name} must be {wanted!r}, got {published[name]!r}.")
+        residual = published.get("residual", "inner")
+        if residual not in RESIDUALS:
+            raise ValueError(
+                f"CoEConfig: residual must be one of {', '.join(RESIDUALS)}, got {residual!r}."
+            )
+        theta, yarn = published_rope(published)
+        inner, outer = RESIDUALS[residual]
+        config = cls(
+            vocab_size=published["vocab_size"],
+            hidden_size=published["hidden_size"],
+            num_layers=published["num_hidden_layers"],
+            num_heads=published["num_attention_heads"],
+            q_rank=published.get("q_lora_rank"),
+            kv_rank=published["kv_lora_rank"],
+            nope_size=published["qk_nope_head_dim"],
+            rope_size=published["qk_rope_head_dim"],
+            v_size=published["v_head_dim"],
+            rope_theta=theta,
+            yarn=yarn,
+            intermediate_size=published["moe_intermediate_size"],
+            num_experts=published["n_routed_experts"],
+            top_k=published["num_experts_per_tok"],
+            num_shared_experts=published.get("n_shared_experts") or 0,
+            num_iterations=published.get("inner_iter", 1),
+            own_gates=published.get("use_igate", True),
+            inner_residual=inner,
+            outer_residual=outer,
+            renormalize=published.get("norm_topk_prob", False),
+            routed_scaling_factor=published.get("routed_scaling_factor", 1.0),
+            sequence_balance_coefficient=published.get("aux_loss_alpha", 0.0),
+            context=published.get("max_position_embeddings", cls.context),
+            norm_eps=published.get("rms_norm_eps", cls.norm_eps),
+            init_std=published.get("initializer_range", cls.init_std),
+        )
+        return replace(config, **overrides)
+
+    def to_published(self) -> dict[str, Any]:
+        """config.json with the names of the published code, which has no name for both residuals
+        at once."""
+        residuals = (self.inner_residual, self.outer_residual and not self.inner_residual)
+        return {
+            "architectures": ["CoeForCausalLM"],
+            "model_type": "coe_deepseekv2",
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.hidden_size,
+            "num_hidden_layers": self.num_layers,
+            "first_k_dense_replace": 0,
+            "moe_layer_freq": 1,
+            "num_attention_heads": self.num_heads,
+            "num_key_value_heads": self.num_heads,
+            "q_lora_rank": self.q_rank,
+            "kv_lora_rank": self.kv_rank,
+            "qk_nope_head_dim": self.nope_size,
+            "qk_rope_head_dim": self.rope_size,
+            "v_head_dim": self.v_size,
+            "moe_intermediate_size": self.intermediate_size,
+            "n_routed_experts": self.num_experts,
+            "num_experts_per_tok": self.top_k,
+            "n_shared_experts": self.num_shared_experts or None,
+            "inner_iter": self.num_iterations,
+            "use_igate": self.own_gates,
+            "residual": next(n for n, pair in RESIDUALS.items() if pair == residuals),
+            "topk_method": "greedy",
+            "scoring_func": "softmax",
+            "norm_topk_prob": self.renormalize,
+            "routed_scaling_factor": self.routed_scaling_factor,
+            "seq_aux": True,
+            "aux_loss_alpha": self.sequence_balance_coefficient,
+            "max_position_embeddings": self.context,
+            "rms_norm_eps": self.norm_eps,
+            "tie_word_embeddings": False,
+            "initializer_range": self.init_std,
+            "hidden_act": "silu",
+            "attention_bias": False,
+            **publish_rope(self.rope_theta, self.yarn),
+        }
+
+
+class ChainOfExperts(nn.Module):
+    """x_t = sum_i g_i E_i(x_(t-1)) + shared(x_(t-1)) [+ x_(t-1)], t = 1 .. C; returns x_C.
+
+    The experts are the same in all iterations; the gates g are iteration t's own, or shared.
+
+    Args:
+        routers: one for each iteration, or one for all.
+        experts: the bank.
+        shared_experts: a module that every token passes in each iteration, or None.
+        num_iterations: C >= 1.
+        inner_residual: add x_(t-1).
+    """
+
+    def __init__(
+        self,
+        routers: list[Router],
+        experts: Experts,
+        shared_experts: SharedExperts | None,
+        num_iterations: int,
+        *,
+        inner_residual: bool,
+    ) -> None:
+        super().__init__()
+        if num_iterations < 1:
+            raise ValueError(
+                f"ChainOfExperts: num_iterations must be at least 1, got {num_iterations}."
+            )
+        if len(routers) not in (1, num_iterations):
+            raise ValueError(
+                f"ChainOfExperts: routers must be one or {num_iterations}, got {len(routers)}."
+            )
+        self.routers = nn.ModuleList(routers)
+        self.experts = experts
+        self.shared_experts = shared_experts
+        self.num_iterations = num_iterations
+        self.inner_residual = inner_residual
+
+    def router_of(self, iteration: int) -> Router:
+        router = self.routers[iteration if len(self.routers) > 1 else 0]
+        assert isinstance(router, Router)
+        return router
+
+    def forward(self, x: Tensor, step: Step | None = None, name: str = "") -> Tensor:
+        """x [..., H] to [..., H]. Each iteration's routing is noted in `step` as
+        `name.iteration.t`."""
+        flat = x.reshape(-1, x.shape[-1])
+        for t in range(self.num_iterations):
+            router = self.router_of(t)
+            routing = router(flat)
+            if step is not None:
+                step.record(f"{name}.iteration.{t}", router, routing)
+            y = self.experts(flat, routing.topk_weights, routing.topk_ids)
+            if self.shared_experts is not None:
+                y = y + self.shared_experts(flat)
+            flat = flat + y if self.inner_residual else y
+        return flat.view(x.shape)
+
+
+class CoEBlock(nn.Module):
+    """x + attention(norm(x)), then x + chain(norm(x)), or chain(norm(x)) alone."""
+
+    def __init__(self, config: CoEConfig, rope: Rope) -> None:
+        super().__init__()
+        hidden = config.hidden_size
+        self.attention_norm = nn.RMSNorm(hidden, eps=config.norm_eps)
+        self.attention = LatentAttention(
+            hidden,
+            config.num_heads,
+            q_rank=config.q_rank,
+            kv_rank=config.kv_rank,
+            nope_size=config.nope_size,
+            rope_size=config.rope_size,
+            v_size=config.v_size,
+            rope=rope,
+        )
+        self.mlp_norm = nn.RMSNorm(hidden, eps=config.norm_eps)
+        routers = [
+            Router(
+                hidden,
+                config.num_experts,
+                config.top_k,
+                renormalize=config.renormalize,
+                routed_scaling_factor=config.routed_scaling_factor,
+                logits_dtype=torch.float32,
+            )
+            for _ in range(config.num_iterations if config.own_gates else 1)
+        ]
+        shared = None
+        if config.num_shared_experts:
+            shared = SharedExperts(hidden, config.num_shared_experts * config.intermediate_size)
+        self.mlp = ChainOfExperts(
+            routers,
+            Experts(config.num_experts, hidden, config.intermediate_size),
+            shared,
+            config.num_iterations,
+            inner_residual=config.inner_residual,
+        )
+        self.outer_residual = config.outer_residual
+
+    def forward(self, x: Tensor, step: Step, index: int) -> Tensor:
+        assert step.rotation is not None
+        x = x + self.attention(self.attention_norm(x), step.rotation, step.cache(index))
+        y = self.mlp(self.mlp_norm(x), step, f"layers.{index}.mlp")
+        return x + y if self.outer_residual else y
+
+
+class CoE(CausalLM):
+    """The language model; see `CausalLM` for what it can do."""
+
+    config_class = CoEConfig
+    config: CoEConfig
+
+    def __init__(self, config: CoEConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.rope = Rope(config.rope_size, config.rope_theta, True, config.yarn)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(CoEBlock(config, self.rope) for _ in range(config.num_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Weights N(0, init_std); those of routers uniform in +-1/sqrt(H) as published; norms 1."""
+        for name, parameter in self.named_parameters():
+            if ".routers." in name:
+                bound = self.config.hidden_size**-0.5
+                nn.init.uniform_(parameter, -bound, bound)
+            elif parameter.dim() > 1:
+                nn.init.normal_(parameter, std=self.config.init_std)
+            else:
+                nn.init.ones_(parameter)
+
+    def idle_parameters(self) -> int:
+        """Parameters of experts that a token does not use if its C * K choices are all distinct."""
+        config, idle = self.config, 0
+        used = min(config.num_experts, config.top_k * config.num_iterations)
+        for block in self.layers:
+            bank = sum(p.numel() for p in block.mlp.experts.parameters())
+            idle += bank * (config.num_experts - used) // config.num_experts
+        return idle
+
+    def entries(self) -> list[Entry]:
+        config = self.config
+        entries = [Entry("embed_tokens.weight", ("model.embed_tokens.weight",))]
+        for i, block in enumerate(self.layers):
+            ours, theirs = f"layers.{i}", f"model.layers.{i}"
+            entries += [
+                Entry(f"{ours}.attention_norm.weight", (f"{theirs}.input_layernorm.weight",)),
+                *block.attention.entries(f"{ours}.attention", f"{theirs}.self_attn"),
+                Entry(f"{ours}.mlp_norm.weight", (f"{theirs}.post_attention_layernorm.weight",)),
+            ]
+            for t in range(len(block.mlp.routers)):
+                gate = f"gate.{t}" if config.own_gates else "gate"
+                key = f"{theirs}.mlp.{gate}.weight"
+                entries.append(Entry(f"{ours}.mlp.routers.{t}.weight", (key,)))
+            entries += bank_entries(
+                f"{ours}.mlp.experts", f"{theirs}.mlp.experts", config.num_experts
+            )
+            if block.mlp.shared_experts is not None:
+                entries += dense_entries(
+                    f"{ours}.mlp.shared_experts", f"{theirs}.mlp.shared_experts"
+                )
+        return [
+            *entries,
+            Entry("norm.weight", ("model.norm.weight",)),
+            Entry("lm_head.weight", ("lm_head.weight",)),
+        ]

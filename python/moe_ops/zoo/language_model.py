@@ -1,0 +1,408 @@
+"""What the language models of the zoo have in common: the trunk, losses, generation, checkpoints.
+
+Letters: B sequences, S tokens of each, T = B * S, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moe_ops.layers import KVCache, Router, sequence_balance_loss
+from moe_ops.layers.moe import AUX_LOSSES
+from moe_ops.layers.router import RouterOutput
+
+from . import checkpoint
+from .blocks import Rope, Rotation
+from .checkpoint import Entry, LoadReport
+
+# Entry of config.json for fields of ours that have no published name.
+OWN_FIELDS = "moe_ops"
+
+
+class Routed(NamedTuple):
+    """One call of a router in a forward pass.
+
+    layer: name of the routed module, as in `named_modules`; a chain of experts adds its iteration.
+    router: the router that was called.
+    routing: router_logits [T, E], topk_weights [T, K] and topk_ids [T, K].
+    """
+
+    layer: str
+    router: Router
+    routing: RouterOutput
+
+
+class LMOutput(NamedTuple):
+    """logits [B, S, V] and the routing of every routed layer, in the order of computation."""
+
+    logits: Tensor
+    routing: list[Routed]
+
+
+class LMLoss(NamedTuple):
+    """What training minimises, and its parts.
+
+    loss: cross_entropy plus each auxiliary loss times its coefficient, a scalar.
+    cross_entropy: mean over the predicted tokens, in nats.
+    aux_losses: name -> sum over routed layers, not multiplied by its coefficient.
+    routing: as in LMOutput.
+    """
+
+    loss: Tensor
+    cross_entropy: Tensor
+    aux_losses: dict[str, Tensor]
+    routing: list[Routed]
+
+
+class Step:
+    """What blocks need besides hidden states: positions, caches, a list for what routers say."""
+
+    def __init__(
+        self, rotation: Rotation | None, caches: Sequence[KVCache] | None, record: bool
+    ) -> None:
+        self.rotation = rotation
+        self.caches = caches
+        self.routing: list[Routed] | None = [] if record else None
+
+    def cache(self, layer: int) -> KVCache | None:
+        return None if self.caches is None else self.caches[layer]
+
+    def record(self, layer: str, router: Router, output: Any) -> None:
+        """Notes a MoEOutput, AttentionExpertsOutput or RouterOutput."""
+        if self.routing is not None:
+            routing = RouterOutput(output.router_logits, output.topk_weights, output.topk_ids)
+            self.routing.append(Routed(layer, router, routing))
+
+
+AuxLoss = Callable[[Routed, int, "Tensor | None"], Tensor]
+
+
+def _of_layer(name: str) -> AuxLoss:
+    return lambda routed, batch, mask: AUX_LOSSES[name](routed.router, routed.routing, mask)
+
+
+def _sequence_balance(routed: Routed, batch: int, mask: Tensor | None) -> Tensor:
+    return sequence_balance_loss(
+        routed.routing.router_logits,
+        routed.routing.topk_ids,
+        num_sequences=batch,
+        score_func=routed.router.score_func,
+        token_mask=mask,
+    )
+
+
+Model = TypeVar("Model", bound="CausalLM")
+
+
+class CausalLM(nn.Module):
+    """A decoder: embedding, blocks, a norm, and the logits of the next token.
+
+    A subclass builds `embed_tokens`, `layers`, `norm` and `lm_head` (None when the embedding is
+    used again), sets `rope` (None without positions), and says in `entries` how its tensors are
+    called in published checkpoints. A block takes (x, step, index) and returns x.
+
+    `config` must have `vocab_size` and two methods: `aux_coefficients()`, name of an auxiliary
+    loss -> its coefficient, and `to_published()`, the contents of config.json; its class has
+    `from_published(dict)`.
+    """
+
+    # Keys of published checkpoints that are of no use here, as regular expressions.
+    ignored_keys: tuple[str, ...] = (r"rotary_emb\.inv_freq",)
+    config_class: ClassVar[type]
+
+    config: Any
+    embed_tokens: nn.Embedding
+    layers: Any  # ModuleList of the subclass's blocks.
+    norm: nn.Module
+    lm_head: nn.Linear | None
+    rope: Rope | None
+    load_report: LoadReport | None = None
+
+    def forward(
+        self,
+        tokens: Tensor,
+        *,
+        cache: Sequence[KVCache] | None = None,
+        return_routing: bool = False,
+        last: int | None = None,
+    ) -> Tensor | LMOutput:
+        """Logits of the next token, [B, S, V], or an LMOutput with `return_routing=True`.
+
+        Args:
+            tokens: [B, S] integers in [0, V).
+            cache: of `new_cache`, holding the tokens before these; these are appended.
+            return_routing: also return what every router chose.
+            last: logits of the last so many positions only.
+
+        Raises:
+            ValueError: tokens that are not two-dimensional integers.
+        """
+        if tokens.dim() != 2 or tokens.is_floating_point():
+            kind = str(tokens.dtype).removeprefix("torch.")
+            raise ValueError(
+                f"{type(self).__name__}: tokens must be [B, S] integers, got {kind} of shape "
+                f"{list(tokens.shape)}."
+            )
+        rotation = None
+        if self.rope is not None:
+            start = 0 if cache is None else cache[0].length
+            rotation = self.rope.rotation(start, tokens.shape[1], tokens.device)
+        step = Step(rotation, cache, return_routing)
+        x = self.embed_tokens(tokens)
+        for index, layer in enumerate(self.layers):
+            x = layer(x, step, index)
+        if last is not None:
+            x = x[:, -last:]
+        weight = self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+        logits = F.linear(self.norm(x), weight)
+        return logits if step.routing is None else LMOutput(logits, step.routing)
+
+    # ------------------------------------------------------------------------------- training
+
+    def auxiliary_losses(self) -> Mapping[str, AuxLoss]:
+        """Name -> function of one `Routed`, the number of sequences and a token mask."""
+        return {name: _of_layer(name) for name in AUX_LOSSES} | {
+            "sequence_balance": _sequence_balance
+        }
+
+    def loss(
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        *,
+        token_mask: Tensor | None = None,
+        coefficients: Mapping[str, float] | None = None,
+    ) -> LMLoss:
+        """Cross-entropy of the next token plus the auxiliary losses of routing.
+
+        Args:
+            tokens: [B, S].
+            targets: [B, S], the token after each; None: `tokens` moved by one, and the model then
+                runs on the first S - 1 tokens.
+            token_mask: bool like the model's input, True where a token counts in both losses.
+            coefficients: name -> coefficient, instead of the config's. With coefficient 0 a loss
+                is computed and returned, and adds nothing.
+
+        Raises:
+            ValueError: an unknown auxiliary loss.
+        """
+        if targets is None:
+            tokens, targets = tokens[:, :-1], tokens[:, 1:]
+            if token_mask is not None:
+                token_mask = token_mask[:, :-1]
+        weights = self.config.aux_coefficients() if coefficients is None else coefficients
+        functions = self.auxiliary_losses()
+        unknown = [name for name in weights if name not in functions]
+        if unknown:
+            raise ValueError(
+                f"{type(self).__name__}: coefficients must be of losses among "
+                f"{', '.join(functions)}, got {', '.join(unknown)}."
+            )
+        output = self(tokens, return_routing=True)
+        logits = output.logits.flatten(0, 1)
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        losses = F.cross_entropy(logits, targets.flatten().long(), reduction="none")
+        if token_mask is None:
+            cross_entropy = losses.mean()
+        else:
+            counted = token_mask.flatten()
+            cross_entropy = losses.masked_fill(~counted, 0.0).sum() / counted.sum().clamp(min=1)
+        total, aux = cross_entropy, {}
+        for name, weight in weights.items():
+            parts = [functions[name](r, tokens.shape[0], token_mask) for r in output.routing]
+            aux[name] = sum(parts[1:], start=parts[0]) if parts else losses.new_zeros(())
+            if weight:
+                total = total + weight * aux[name]
+        return LMLoss(total, cross_entropy, aux, output.routing)
+
+    # ----------------------------------------------------------------------------- generation
+
+    def new_cache(self) -> list[KVCache]:
+        """An empty cache for a sequence of calls, one a layer."""
+        return [KVCache() for _ in self.layers]
+
+    @torch.no_grad()
+    def generate(
+        self,
+        tokens: Tensor,
+        num_tokens: int,
+        *,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        stop_token: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Continues each sequence, with a cache of keys and values.
+
+        Args:
+            tokens: [B, S], S >= 1, prompts of one length (there is no padding).
+            num_tokens: tokens to add at most.
+            temperature: 0 takes the likeliest token; otherwise tokens are drawn from
+                softmax(logits / temperature).
+            top_k: draw from the k likeliest only.
+            top_p: draw from the smallest set of tokens that has this probability.
+            stop_token: a sequence that has produced it goes on with it alone, and generation ends
+                when all have.
+            generator: for the draws.
+
+        Returns:
+            [B, S + n], n <= num_tokens: the prompts and what was added.
+
+        Raises:
+            ValueError: an empty prompt, or options out of range.
+        """
+        name = f"{type(self).__name__}.generate"
+        if tokens.dim() != 2 or tokens.shape[1] < 1:
+            raise ValueError(
+                f"{name}: tokens must be [B, S] with S >= 1, got shape {list(tokens.shape)}."
+            )
+        if temperature < 0:
+            raise ValueError(f"{name}: temperature must be at least 0, got {temperature}.")
+        if top_k is not None and top_k < 1:
+            raise ValueError(f"{name}: top_k must be at least 1, got {top_k}.")
+        if top_p is not None and not 0 < top_p <= 1:
+            raise ValueError(f"{name}: top_p must be in (0, 1], got {top_p}.")
+        training = self.training
+        self.eval()
+        try:
+            cache, pieces, new = self.new_cache(), [tokens], tokens
+            done = torch.zeros(tokens.shape[0], dtype=torch.bool, device=tokens.device)
+            for _ in range(num_tokens):
+                logits = self(new, cache=cache, last=1)
+                new = _next_token(logits[:, -1], temperature, top_k, top_p, generator)
+                new = new.to(tokens.dtype)
+                if stop_token is not None:
+                    new = new.masked_fill(done[:, None], stop_token)
+                    done |= new[:, 0] == stop_token
+                pieces.append(new)
+                if stop_token is not None and bool(done.all()):
+                    break
+            return torch.cat(pieces, dim=1)
+        finally:
+            self.train(training)
+
+    # ---------------------------------------------------------------------------- checkpoints
+
+    def entries(self) -> list[Entry]:
+        """Each tensor of the model with its keys in published checkpoints."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_pretrained(
+        cls: type[Model],
+        folder: Path | str,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+        strict: bool = True,
+        **overrides: Any,
+    ) -> Model:
+        """Reads a checkpoint: config.json and safetensors, sharded or not, with published keys.
+
+        Args:
+            folder: where they are.
+            dtype: of the parameters; None is that of the checkpoint's embedding.
+            device: of the parameters.
+            strict: a missing key is an error; else the tensors it belongs to keep their initial
+                values. Unexpected keys give a warning.
+            overrides: fields of the config to change.
+
+        Returns:
+            The model in eval mode. Its `load_report` says what was missing, unexpected and ignored.
+
+        Raises:
+            FileNotFoundError: no config or no tensors.
+            ValueError: missing keys with `strict`, a shape that does not fit, or a config that
+                describes something else.
+        """
+        published = checkpoint.read_config(folder)
+        fields = {**published.get(OWN_FIELDS, {}), **overrides}
+        config = cls.config_class.from_published(published, **fields)  # type: ignore[attr-defined]
+        reader = checkpoint.Reader(folder)
+        with torch.device("meta"):
+            model = cls(config)
+        entries = model.entries()
+        report = checkpoint.compare(reader, entries, model.ignored_keys)
+        if report.missing and strict:
+            raise ValueError(f"{cls.__name__}.from_pretrained: {report}")
+        if report.unexpected:
+            warnings.warn(f"{cls.__name__}.from_pretrained: {report}", stacklevel=2)
+        if dtype is None:
+            first = next((k for k in entries[0].keys if k in reader.keys()), None)
+            dtype = torch.float32 if first is None else reader.get(first).dtype
+        if report.missing:
+            model = cls(config).to(device=device, dtype=dtype)
+        else:
+            model = model.to(dtype).to_empty(device=device)
+        checkpoint.load(model, reader, entries, report)
+        model.load_report = report
+        return model.eval()
+
+    def save_pretrained(self, folder: Path | str, *, max_shard_bytes: int = 5 * 10**9) -> None:
+        """Writes config.json and safetensors with the published keys and layouts.
+
+        Args:
+            folder: made if it is not there; an earlier checkpoint in it is replaced.
+            max_shard_bytes: tensors of one file, unless a single one is larger.
+        """
+        published = self.config.to_published()
+        published["dtype"] = str(self.embed_tokens.weight.dtype).removeprefix("torch.")
+        # What the published names cannot say, such as coefficients of losses.
+        plain = type(self.config).from_published(published)
+        own = {
+            field.name: getattr(self.config, field.name)
+            for field in dataclasses.fields(self.config)
+            if getattr(self.config, field.name) != getattr(plain, field.name)
+        }
+        if own:
+            published[OWN_FIELDS] = own
+        checkpoint.save(self, folder, self.entries(), published, max_shard_bytes=max_shard_bytes)
+
+    # ------------------------------------------------------------------------------- counting
+
+    def num_parameters(self) -> dict[str, int]:
+        """All parameters, and those that a token passes through (of K experts in E)."""
+        total = sum(p.numel() for p in self.parameters())
+        return {"total": total, "active": total - self.idle_parameters()}
+
+    def idle_parameters(self) -> int:
+        """Parameters of experts that a token does not use."""
+        idle = 0
+        for module in self.modules():
+            router = getattr(module, "router", None)
+            if not isinstance(router, Router):
+                continue
+            share = 1 - router.top_k / router.num_experts
+            bank = getattr(module, "experts", module)
+            own = bank.parameters() if bank is not module else module.parameters(recurse=False)
+            idle += sum(round(p.numel() * share) for p in own if p.dim() == 3)
+        return idle
+
+
+def _next_token(
+    logits: Tensor,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    generator: torch.Generator | None,
+) -> Tensor:
+    """[B, 1] from logits [B, V]."""
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    scores, order = (logits.float() / temperature).sort(dim=-1, descending=True, stable=True)
+    probabilities = scores.softmax(-1)
+    if top_k is not None:
+        probabilities[:, top_k:] = 0
+    if top_p is not None:
+        share = probabilities / probabilities.sum(-1, keepdim=True)
+        probabilities = probabilities.masked_fill(share.cumsum(-1) - share >= top_p, 0.0)
+    return order.gather(1, torch.multinomial(probabilities, 1, generator=generator))

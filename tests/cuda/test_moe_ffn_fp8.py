@@ -1,0 +1,149 @@
+"""The fp8 block on the simulator: schedules, gathered rows, bytes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import moe_ops
+from moe_ops.testing import Routing, assert_identical, check_moe_ffn_fp8, fp8_operands, short
+
+TILES = ("2x128x128", "128x128", "64x128")
+kernels = pytest.mark.parametrize("tile", (*TILES, "generic"))
+
+
+@pytest.fixture(autouse=True)
+def chosen_tile(request, monkeypatch):
+    params = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    monkeypatch.setenv("MOE_OPS_GEMM_TILE", params.get("tile", "128x256"))
+
+
+@pytest.mark.parametrize("on_input", [False, True], ids=["output", "input"])
+@pytest.mark.parametrize("kind", ["skewed", "dropped", "out_of_range"])
+@kernels
+def test_values(simulator, tile, kind, on_input):
+    call = fp8_operands(Routing(70, 5, 2, kind), 272, 144, torch.bfloat16, bias=True)
+    call["apply_router_weight_on_input"] = on_input
+    counted = simulator.counted(lambda: check_moe_ffn_fp8(call, row_steps=1), "wgmma")
+    assert (counted["wgmma"] > 0) == (tile != "generic")
+    assert simulator.warnings() == ""
+
+
+@kernels
+def test_schedules(simulator, tile):
+    call = fp8_operands(Routing(90, 4, 2, "dropped"), 400, 144, torch.bfloat16, bias=True)
+    with simulator.options(sms=2):
+        simulator.check_schedules(lambda: moe_ops.moe_ffn_fp8(**call))
+
+
+# --- activation in the epilogue of the up product
+
+
+@pytest.mark.parametrize(
+    ("bias", "on_input"), [(False, False), (True, True)], ids=["plain", "bias-input"]
+)
+@pytest.mark.parametrize("kind", ["uniform", "skewed", "dropped", "out_of_range", "one_expert"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=short)
+def test_values_of_the_fused_product(simulator, monkeypatch, dtype, kind, bias, on_input):
+    call = fp8_operands(Routing(150, 3, 2, kind), 272, 256, dtype, bias=bias)
+    call["apply_router_weight_on_input"] = on_input
+    counted = {}
+    y = None
+    for tile in ("128x256", "128x128"):
+        monkeypatch.setenv("MOE_OPS_GEMM_TILE", tile)
+        results = []
+        counted[tile] = simulator.counted(
+            lambda results=results: results.append(check_moe_ffn_fp8(call, row_steps=1)),
+            "st_bytes",
+        )["st_bytes"]
+        if y is not None:
+            # The simulator sums products in the order of k: the same bits in both.
+            assert_identical(results[0], y)
+        y = results[0]
+    rows = int(call["topk_ids"].lt(3).logical_and(call["topk_ids"] >= 0).sum())
+    assert counted["128x128"] - counted["128x256"] == rows * 2 * 256 * 4
+    assert simulator.warnings() == ""
+
+
+def test_schedules_of_the_fused_product(simulator):
+    """A block takes three tiles and goes round the ring of stages nearly four times."""
+    call = fp8_operands(Routing(200, 3, 2, "dropped"), 528, 256, torch.bfloat16, bias=True)
+    with simulator.options(sms=2):
+        simulator.check_schedules(lambda: moe_ops.moe_ffn_fp8(**call))
+
+
+def test_a_token_that_is_not_finite_in_the_fused_product(simulator):
+    call = fp8_operands(Routing(150, 3, 2), 272, 128, torch.bfloat16)
+    want = moe_ops.moe_ffn_fp8(**call)
+    call["x"][2, 70] = torch.nan
+    y = moe_ops.moe_ffn_fp8(**call)
+    assert y[2].isnan().all()
+    others = torch.arange(len(y)) != 2
+    assert_identical(y[others], want[others])
+
+
+@pytest.mark.parametrize(
+    ("change", "sizes"),
+    [
+        ({"activation": "geglu"}, (272, 128)),
+        ({"interleaved": True}, (272, 128)),
+        ({}, (272, 192)),
+        ({}, (264, 128)),
+    ],
+    ids=["activation", "interleaved", "I", "H"],
+)
+def test_others_take_two_launches(simulator, change, sizes):
+    call = fp8_operands(Routing(150, 3, 2), *sizes, torch.bfloat16) | change
+    counted = simulator.counted(lambda: check_moe_ffn_fp8(call, row_steps=1), "st_bytes")
+    assert counted["st_bytes"] > 300 * 2 * sizes[1] * 4
+
+
+# --- bytes
+
+
+@pytest.mark.parametrize("tile", [*TILES, "128x256"])
+def test_bytes(simulator, tile):
+    """csrc/cuda/grouped_gemm_fp8/NOTES.md has the formulas. Rows of x are read as they are needed:
+    nothing is stored that has the size of x by rows."""
+    t, h, i, n = 48, 1024, 128, 96
+    call = fp8_operands(Routing(t, 4, 2), h, i, torch.bfloat16)
+    counted = simulator.counted(
+        lambda: moe_ops.moe_ffn_fp8(**call), "ld_bytes", "st_bytes", "tma_ld_bytes"
+    )
+    experts = torch.bincount(call["topk_ids"].flatten().long(), minlength=4).tolist()
+    preact = 0 if tile == "128x256" else n * 2 * i * 4
+    stored = (
+        4 * (5 + 2 * n)  # offsets and maps
+        + t * (h + 4 * h // 128)  # x in e4m3
+        + preact
+        + n * (i + 4 * i // 128)  # h in e4m3
+        + n * h * 2  # by rows
+        + t * h * 2  # the result
+    )
+    assert counted["st_bytes"] == stored
+
+    # The down product of the fused block goes by its rows: 24 an expert.
+    down_tile = "64x128" if tile == "128x256" else tile
+    rows, box, cluster = {
+        "2x128x128": (128, 64, 2),
+        "128x128": (128, 64, 1),
+        "64x128": (64, 16, 1),
+    }[down_tile]
+    up_rows = 128 * cluster if tile != "64x128" else 64
+    up = sum(-(-m // up_rows) for m in experts) * 2 * (h // 128) * 128 * 128
+    tiles = sum(-(-m // (rows * cluster)) for m in experts)
+    boxes = sum(-(-m // box) * box for m in experts)
+    assert counted["tma_ld_bytes"] == up + (h // 128) * (tiles * 128 * 128 + boxes * 128)
+
+    # Rows of x are gathered once for each column tile: two of 128, or one of 256. x, the
+    # pre-activation and rows are read once. A consumer's thread reads at most two scales of a and
+    # one of b a stage (fused: two of b, and the last stage's twice); indices are what is left.
+    fused = tile == "128x256"
+    read = (1 if fused else 2) * n * h + t * h * 2 + preact + n * h * 2
+    up_tiles = sum(-(-m // up_rows) for m in experts) * (cluster if up_rows > 64 else 1)
+    up_scales = up_tiles * (4 * (h // 128 + 1) if fused else 2 * 3 * (h // 128))
+    down_scales = tiles * cluster * (h // 128) * 3
+    scales = 4 * (
+        up_scales * (128 if up_rows == 64 else 256) + down_scales * (128 if rows == 64 else 256)
+    )
+    assert read < counted["ld_bytes"] < 1.4 * read + scales
