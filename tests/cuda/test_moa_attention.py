@@ -130,5 +130,6 @@ def test_boxes_of_keys_serve_all_slots(simulator, head_size, kind):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("head_size", WIDE)
 def test_schedules_of_backward_with_wgmma(simulator, head_size, kind):
+    """Gradients of sticks with d = 128 come from the generic kernels."""
     call = operands(torch.bfloat16, head_size=head_size, **WIDE[head_size])
     simulator.check_schedules(lambda: run(call, kind=kind))

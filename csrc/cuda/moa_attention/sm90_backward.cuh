@@ -116,6 +116,7 @@ struct BandRows {
 struct KeyTiles {
   int first, last;
   int first_of[2];  // stick-breaking: before it the sticks of that half are empty
+  __device__ int first_of_half(int half) const { return half == 0 ? first_of[0] : first_of[1]; }
 };
 template <class Config>
 __device__ KeyTiles key_tiles_of(const BackwardLaunch& launch, int64_t item, int tile) {
@@ -222,7 +223,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
 #pragma unroll
     for (int i = 0; i < 2; ++i) b[i] = a[i] * grad_rest[i];
   }
-  const int own_first = tiles.first_of[group];
+  const int own_first = tiles.first_of_half(group);
   const auto sQ = as_rows<Element, 64, kD>(smem.q + group * kTile);
   const auto sG = as_rows<Element, 64, kD>(smem.grad + group * kTile);
   smem.rows_full.wait(0);
@@ -372,7 +373,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       rows.load_rows(p, p.state, a);
       rows.load_rows(p, launch.delta, b);
     } else {
-      if (key_tile >= tiles.first_of[group]) {
+      if (key_tile >= tiles.first_of_half(group)) {
         rows.load(launch, launch.log_rest, key_tile, a);
       } else {
         a[0] = a[1] = kLowest<float>;
