@@ -115,8 +115,21 @@ struct BandRows {
 // Tiles of keys that matter to 128 rows of the band, and to the rows of each half.
 struct KeyTiles {
   int first, last;
-  int first_of[2];  // stick-breaking: before it the sticks of that half are empty
-  __device__ int first_of_half(int half) const { return half == 0 ? first_of[0] : first_of[1]; }
+  // Stick-breaking: of each half, before `first_of` its sticks are empty, and from `last_of` on it
+  // sees nothing. Lengths are kept for the tiles between.
+  int first_of[2], last_of[2];
+  // Log lengths at the right edge of a tile.
+  template <class Rows>
+  __device__ void load_lengths(const Rows& rows, const BackwardLaunch& launch, int half,
+                               int key_tile, float (&a)[2]) const {
+    const int begin = half == 0 ? first_of[0] : first_of[1];
+    const int end = half == 0 ? last_of[0] : last_of[1];
+    if (key_tile >= begin && key_tile < end) {
+      rows.load(launch, launch.log_rest, key_tile, a);
+    } else {
+      a[0] = a[1] = key_tile < begin ? kLowest<float> : 0.f;
+    }
+  }
 };
 template <class Config>
 __device__ KeyTiles key_tiles_of(const BackwardLaunch& launch, int64_t item, int tile) {
@@ -128,9 +141,13 @@ __device__ KeyTiles key_tiles_of(const BackwardLaunch& launch, int64_t item, int
   out.first = first_key / Config::kKeys;
   out.last = last_key > first_key ? (last_key + Config::kKeys - 1) / Config::kKeys : out.first;
   out.first_of[0] = out.first_of[1] = out.first;
+  out.last_of[0] = out.last_of[1] = out.last;
   if constexpr (!Config::kSoftmax) {
     const int* kept = launch.first_tile + item * launch.band_tiles + 2 * tile;
     out.first_of[0] = kept[0];
+    const int half_end = min(row0 + 64, row_end);
+    out.last_of[0] = (keys_of_row(p, half_end - 1).last + Config::kKeys - 1) / Config::kKeys;
+    out.last_of[1] = out.last;
     // A half without rows has nothing written.
     out.first_of[1] = row0 + 64 < row_end ? kept[1] : out.last;
     out.first = min(out.first_of[0], out.first_of[1]);
@@ -223,7 +240,6 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
 #pragma unroll
     for (int i = 0; i < 2; ++i) b[i] = a[i] * grad_rest[i];
   }
-  const int own_first = tiles.first_of_half(group);
   const auto sQ = as_rows<Element, 64, kD>(smem.q + group * kTile);
   const auto sG = as_rows<Element, 64, kD>(smem.grad + group * kTile);
   smem.rows_full.wait(0);
@@ -232,11 +248,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   for (int t = tiles.first; t < tiles.last; ++t, place.next()) {
     Element* keys = smem.ring + place.stage * 2 * kTile;
     if constexpr (!Config::kSoftmax) {
-      if (t >= own_first) {
-        rows.load(launch, launch.log_rest, t, a);
-      } else {
-        a[0] = a[1] = kLowest<float>;
-      }
+      tiles.load_lengths(rows, launch, group, t, a);
       if (lane % 4 == 0) {
 #pragma unroll
         for (int i = 0; i < 2; ++i)
@@ -373,11 +385,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       rows.load_rows(p, p.state, a);
       rows.load_rows(p, launch.delta, b);
     } else {
-      if (key_tile >= tiles.first_of_half(group)) {
-        rows.load(launch, launch.log_rest, key_tile, a);
-      } else {
-        a[0] = a[1] = kLowest<float>;
-      }
+      tiles.load_lengths(rows, launch, group, key_tile, a);
       rows.load(launch, launch.before, key_tile, b);
     }
     Element* queries = smem.ring + place.stage * kStage;
