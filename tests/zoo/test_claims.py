@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from moe_ops.layers import Router
+from moe_ops.zoo.deepseek import DeepSeek
 from moe_ops.zoo.jetmoe import JetMoE, JetMoEConfig
 
 ROOT = Path(__file__).parents[2]
@@ -17,7 +19,7 @@ if not (ROOT / "bench" / "claims").is_dir():
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from bench.claims import jetmoe  # noqa: E402
+from bench.claims import deepseek, jetmoe  # noqa: E402
 from bench.claims.text import Domain, heldout_batches, load_domains, train_batches  # noqa: E402
 from bench.claims.training import Recipe, evaluate, train  # noqa: E402
 
@@ -86,3 +88,41 @@ def test_jetmoe_runs():
     text = report.markdown()
     assert "active parameters" in text and "FLOPs a token" in text and "| dense |" in text
     assert all(c.verdict() in ("shown", "not shown at this size") for c in report.claims)
+
+
+def test_deepseek_layouts_have_equal_experts():
+    """Expert parameters, all and a token's, do not depend on how they are cut."""
+    models = {n: DeepSeek(c) for n, c in deepseek.layouts(deepseek.BASE).items()}
+    first = None
+    for name, model in models.items():
+        count = model.num_parameters()
+        routers = sum(r.weight.numel() for r in model.modules() if isinstance(r, Router))
+        found = {kind: value - routers for kind, value in count.items()}
+        first = first or found
+        assert found == first, name
+
+
+def test_deepseek_runs():
+    base = dataclasses.replace(
+        deepseek.BASE, hidden_size=32, num_layers=1, num_heads=2, head_size=16
+    )
+    lines = []
+    report = deepseek.run(range(2), lines.append, base, RECIPE, width=32)
+    assert len(lines) == 10 and len(report.arms) == 5 and len(report.claims) == 5
+    assert all(len(c.differences) == 2 for c in report.claims)
+    assert "| balance by a bias |" in report.markdown()
+
+
+def test_taking_experts_away_leaves_the_model_as_it_was():
+    base = dataclasses.replace(deepseek.BASE, hidden_size=32, num_layers=2, num_heads=2)
+    config = deepseek.layouts(base, 32)["31 + 1 shared, quarter width"]
+    domains = load_domains()[:1]
+    trained = train(lambda: DeepSeek(config), domains, RECIPE, seed=0)
+    state = {name: t.clone() for name, t in trained.model.state_dict().items()}
+    a = deepseek.loss_without_first_expert(trained, domains, RECIPE)
+    b = deepseek.loss_without_shared_expert(trained, domains, RECIPE)
+    assert len({a, b, trained.loss}) == 3
+    again = dict(trained.heldout)
+    evaluate(trained, domains, RECIPE)
+    assert trained.heldout == again
+    assert all(torch.equal(t, state[n]) for n, t in trained.model.state_dict().items())
