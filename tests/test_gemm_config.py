@@ -1,4 +1,5 @@
-"""Which tile a product gets on a card (csrc/cuda/grouped_gemm/config.h); asked without one."""
+"""Which tile a product, or a stage of moe_ffn, gets on a card; asked without one (choose.h in
+csrc/cuda/grouped_gemm and csrc/cuda/moe_ffn)."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ import itertools
 
 import pytest
 
-from moe_ops._C import gemm_config
+from moe_ops._C import ffn_config, gemm_config
 
 LARGE = "128x256x64 cooperative cluster 2"
 MIDDLE = "128x128x64 ping-pong cluster 1"
@@ -33,6 +34,12 @@ OF_PRODUCT = {
         ("nt", 8192, 64, 0, 2048, 2048, MIDDLE),
         # One token: 8 experts times 8 columns of tiles would fill half of the SMs.
         ("nt", 8, 32, 0, 1024, 1024, TINY),
+        # Qwen3-30B-A3B down, 8192 tokens. A tile of 128x128 waits for L2 longer than its products
+        # take (19.7 against 11.1 cycles a step of k), 128x256 does not (19.7 against 20.0), and so
+        # is worth an end that nothing hides even after a short sum.
+        ("nt", 65536, 128, 0, 2048, 768, LARGE),
+        # Sums so short that it is not.
+        ("nt", 65536, 8, 0, 2048, 128, MIDDLE),
         # Small weight gradients: more tiles than 128x256 would give.
         ("tn", 4096, 8, 256, 256, 0, MIDDLE),
     ],
@@ -66,3 +73,27 @@ def test_a_cluster_needs_two_sms():
 def test_unknown_product():
     with pytest.raises(ValueError, match=r"product must be nt, nn, tn, or .* got tt\."):
         gemm_config("tt", 1, 1, 1, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("rows", "up", "down_bwd"),
+    # Where the weights are what is read any tile will do. 65 rows fill a tile of 128 better than
+    # two of 64; above 128, two row tiles share the weights, which L2 could not bring twice.
+    [
+        (1, "low", "low"),
+        (64, "low", "low"),
+        (65, "high", "high"),
+        (128, "high", "high"),
+        (129, "pair", "high"),
+        (4096, "pair", "high"),
+    ],
+)
+@pytest.mark.parametrize(("hidden_size", "intermediate_size"), [(2048, 768), (4096, 14336)])
+def test_stages_of_moe_ffn(hidden_size, intermediate_size, rows, up, down_bwd):
+    assert ffn_config("up", 64 * rows, 64, 2 * intermediate_size, hidden_size) == up
+    assert ffn_config("down_bwd", 64 * rows, 64, intermediate_size, hidden_size) == down_bwd
+
+
+def test_unknown_stage():
+    with pytest.raises(ValueError, match=r"stage must be up or down_bwd, got down\."):
+        ffn_config("down", 1, 1, 1, 1)

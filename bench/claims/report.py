@@ -61,7 +61,7 @@ class Report:
         system: its name in the zoo.
         setting: data, sizes, steps, machine: what a reader needs to run it again.
         columns: headings of the table's numbers.
-        arms: name of an arm -> one row of numbers a seed.
+        arms: name of an arm -> one row of numbers a seed; None where an arm has no such number.
         claims: what is concluded.
         pictures: paths of pictures that were drawn.
     """
@@ -69,7 +69,7 @@ class Report:
     system: str
     setting: Mapping[str, Any]
     columns: Sequence[str]
-    arms: dict[str, list[Sequence[float]]] = field(default_factory=dict)
+    arms: dict[str, list[Sequence[float | None]]] = field(default_factory=dict)
     claims: list[Claim] = field(default_factory=list)
     pictures: list[str] = field(default_factory=list)
 
@@ -83,7 +83,7 @@ class Report:
         ]
         lines[-1] += "|"
         for arm, rows in self.arms.items():
-            cells = [_mean_and_error([row[i] for row in rows]) for i in range(len(self.columns))]
+            cells = [_cell([row[i] for row in rows]) for i in range(len(self.columns))]
             lines.append(f"| {arm} | " + " | ".join(cells) + " |")
         lines += ["", "| claim | measured | bound | verdict |", "|---|---|---|---|"]
         for claim in self.claims:
@@ -116,6 +116,11 @@ class Report:
             ],
             "pictures": list(self.pictures),
         }
+
+
+def _cell(values: Sequence[float | None]) -> str:
+    numbers = [value for value in values if value is not None]
+    return _mean_and_error(numbers) if len(numbers) == len(values) else "–"
 
 
 def _mean_and_error(values: Sequence[float]) -> str:

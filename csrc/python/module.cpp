@@ -14,7 +14,7 @@
 #include "cpu/cpu_isa.h"
 #include "cpu/limits.h"
 #include "cpu/pack.h"
-#include "cuda/grouped_gemm/config.h"
+#include "cuda/moe_ffn/choose.h"
 #include "cuda/row_blocks.h"
 
 namespace py = pybind11;
@@ -70,6 +70,23 @@ PYBIND11_MODULE(_C, m) {
           }
           return packed_expert_bytes(type->second, out_features, in_features, halves ? 2 : 1);
         });
+  // The tile that a stage of moe_ffn gets: n columns of its result, sums of k. Needs no card.
+  m.def(
+      "ffn_config",
+      [](const std::string& stage, int64_t rows, int64_t num_experts, int64_t n, int64_t k,
+         int num_sms) {
+        using namespace moe_ops::cuda;
+        const auto chosen = [&](Product product, const auto& configs) {
+          const FfnTile tile =
+              choose_ffn_tile({product, rows, num_experts, 0, n, k, num_sms}, configs);
+          return std::string(kFfnTileNames[static_cast<int>(tile)]);
+        };
+        if (stage == "up") return chosen(Product::kGatherNT, kFfnUpConfigs);
+        if (stage == "down_bwd") return chosen(Product::kGatherNN, kFfnDownBwdConfigs);
+        throw std::invalid_argument("ffn_config: stage must be up or down_bwd, got " + stage + ".");
+      },
+      py::arg("stage"), py::arg("rows"), py::arg("num_experts"), py::arg("n"), py::arg("k"),
+      py::arg("num_sms") = 132);
   // The tile that a product gets on an sm_90 card with so many SMs, in words; needs no card.
   m.def(
       "gemm_config",

@@ -87,7 +87,7 @@ def force(monkeypatch):
 
 # Columns and sums that end inside a tile, on its edge, after one multiple of 8; sums longer than
 # the ring.
-SIZES = ((72, 136), (64, 128), (8, 8), (520, 264))
+SIZES = ((72, 136), (64, 128), (8, 8), (520, 136))
 
 
 @half
@@ -231,14 +231,14 @@ SCHEDULED = [
 
 @pytest.mark.parametrize(("tile", "layout", "on_input"), SCHEDULED)
 def test_schedules(simulator, force, tile, layout, on_input):
-    """Several tiles a block, experts of two tiles of rows, of one and of none, sums longer than
-    the ring of the up projection. Every output of the two stages reaches a result: the
+    """Two or three tiles a block, experts of two tiles of rows, of one and of none, sums longer
+    than the ring of the up projection. Every output of the two stages reaches a result: the
     pre-activation, h through y, and through the gradients of weights the gradient of the
     pre-activation (weighted or not), weight * h and <h, u>. The gradient of x is left to the tests
     of its product."""
     force(tile)
-    counts, hidden_size = ((66, 0, 5), 328) if tile == "low" else ((0, 130, 3), 264)
-    call = operands(Routing(1, 3, 1), hidden_size, 136, torch.bfloat16, layout, bias=True)
+    counts, hidden_size = ((66, 0, 5, 9), 328) if tile == "low" else ((130, 0, 3, 9), 264)
+    call = operands(Routing(1, 4, 1), hidden_size, 128, torch.bfloat16, layout, bias=True)
     ids = routed(counts, 5)
     call |= {
         "x": torch.randn(len(ids), hidden_size).bfloat16(),

@@ -1,14 +1,9 @@
-// Which tile a product gets. Plain C++: no CUDA type, testable on any machine.
+// The tiles that there are kernels for; choose.h says which one a product gets. Plain C++: no CUDA
+// type.
 #pragma once
 
-#include <algorithm>
 #include <array>
-#include <cstdint>
-#include <cstdio>
-#include <string>
 #include <string_view>
-
-#include "moe_ops/common.h"
 
 namespace moe_ops::cuda {
 
@@ -26,16 +21,6 @@ constexpr bool gathers(Product p) { return p >= Product::kGatherNT; }
 // Tile of the output. 128x256: two consumer warpgroups share it, two blocks share B. 128x128 and
 // 64x128: ping-pong. 64x64: one consumer, long stages, for few rows an expert.
 enum class TileShape { k128x256, k128x128, k64x128, k64x64 };
-
-struct GemmDesc {
-  Product product = Product::kNT;
-  int64_t rows = 0;  // of all experts
-  int64_t num_experts = 0;
-  int64_t m = 0;  // weight gradients: rows of an expert's output; else unused
-  int64_t n = 0;
-  int64_t k = 0;  // weight gradients: unused
-  int num_sms = 132;
-};
 
 struct GemmConfig {
   TileShape shape;
@@ -61,69 +46,6 @@ constexpr std::string_view name(TileShape s) {
 constexpr bool has_kernel(Product p, TileShape s) {
   if (s == TileShape::k128x256) return !gathers(p);
   return s == TileShape::k128x128 || !is_wgrad(p);
-}
-
-// Cycles that the whole product takes with a tile, by a model of three parts: tiles come in waves
-// of one an SM; a tile takes as long as its products or its operands from L2, whichever is longer,
-// and a start and an end that only ping-pong hides; all together no less than the weights from
-// DRAM.
-inline double estimate_cycles(const GemmDesc& d, const GemmConfig& c) {
-  constexpr double kMmaPerCycle = 1024;  // bf16 products an SM
-  constexpr double kL2Bytes = 26;        // a cycle an SM, 132 SMs at about 6 TB/s
-  constexpr double kDramBytes = 14;      // a cycle an SM, 3.35 TB/s
-  constexpr double kFill = 1500;         // first stage of a tile: latency of offsets and of TMA
-  constexpr double kElement = 2;
-  const bool wgrad = is_wgrad(d.product);
-  const int64_t experts = wgrad ? d.num_experts : std::min(d.num_experts, d.rows);
-  if (experts == 0) return 0;
-  const int64_t rows = ceil_div(d.rows, experts);  // of an expert, if they are balanced
-  const int64_t mt = round_up<int64_t>(ceil_div<int64_t>(wgrad ? d.m : rows, c.m), c.cluster);
-  const int64_t nt = ceil_div<int64_t>(d.n, c.n);
-  const double k = static_cast<double>(wgrad ? rows : d.k);
-  const int64_t waves = ceil_div<int64_t>(experts * mt * nt, d.num_sms / c.cluster * c.cluster);
-  const double mma = c.m * c.n * k / (kMmaPerCycle * c.mma_rate);
-  // Boxes of A without rows of the expert are not loaded.
-  const int64_t lines = wgrad ? c.m : std::min<int64_t>(c.m, round_up<int64_t>(rows, 16));
-  const double load = (lines + c.n / c.cluster) * k * kElement / kL2Bytes;
-  const double store = c.m * c.n * kElement / kL2Bytes;
-  const double ends = c.pingpong ? 0 : kFill + store;
-  const double tiles = waves * (std::max(mma, load) + ends) + kFill + store;
-  const double operands =
-      wgrad ? d.rows * static_cast<double>(d.m + d.n) : experts * d.n * k + d.rows * (k + d.n);
-  const double result = wgrad ? experts * static_cast<double>(d.m) * d.n : 0;
-  return std::max(tiles, (operands + result) * kElement / (kDramBytes * d.num_sms) + kFill);
-}
-
-// The tile that the model finds fastest; on equal terms the smaller one, which wastes less on
-// experts with fewer rows than the mean.
-inline GemmConfig choose_config(const GemmDesc& d) {
-  GemmConfig best = kGemmConfigs[1];
-  double best_cycles = -1;
-  for (auto c = kGemmConfigs.rbegin(); c != kGemmConfigs.rend(); ++c) {
-    if (!has_kernel(d.product, c->shape) || d.num_sms < c->cluster) continue;
-    const double cycles = estimate_cycles(d, *c);
-    if (best_cycles < 0 || cycles < 0.97 * best_cycles) {
-      best = *c;
-      best_cycles = cycles;
-    }
-  }
-  return best;
-}
-
-inline std::string to_string(const GemmDesc& d) {
-  char text[160];
-  std::snprintf(text, sizeof(text), "%s rows %lld experts %lld m %lld n %lld k %lld on %d SMs",
-                kProductNames[static_cast<int>(d.product)].data(), static_cast<long long>(d.rows),
-                static_cast<long long>(d.num_experts), static_cast<long long>(d.m),
-                static_cast<long long>(d.n), static_cast<long long>(d.k), d.num_sms);
-  return text;
-}
-
-inline std::string to_string(const GemmConfig& c) {
-  char text[96];
-  std::snprintf(text, sizeof(text), "%dx%dx%d %s cluster %d", c.m, c.n, c.k,
-                c.pingpong ? "ping-pong" : "cooperative", c.cluster);
-  return text;
 }
 
 }  // namespace moe_ops::cuda

@@ -3,6 +3,7 @@
 
 #include <cstdlib>
 
+#include "cuda/grouped_gemm/choose.h"
 #include "cuda/grouped_gemm/sm90.h"
 #include "cuda/grouped_gemm/sm90_operands.h"
 #include "cuda/runtime.h"

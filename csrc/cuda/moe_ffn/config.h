@@ -1,4 +1,5 @@
-// Which tile a stage of moe_ffn gets. Plain C++, like cuda/grouped_gemm/config.h.
+// The tiles that the stages of moe_ffn have kernels for. Plain C++, like
+// cuda/grouped_gemm/config.h.
 #pragma once
 
 #include "cuda/grouped_gemm/config.h"
@@ -20,16 +21,5 @@ constexpr std::array<GemmConfig, 2> kFfnDownBwdConfigs = {{
     {TileShape::k64x128, 64, 128, 64, 1, true, 0.60},
     {TileShape::k128x128, 128, 128, 64, 1, true, 0.72},
 }};
-
-// The tile that the model of grouped_gemm finds fastest; on equal terms the smaller one.
-template <size_t n>
-FfnTile choose_ffn_tile(const GemmDesc& d, const std::array<GemmConfig, n>& configs) {
-  size_t best = 0;
-  for (size_t i = 1; i < n; ++i)
-    if (d.num_sms >= configs[i].cluster &&
-        estimate_cycles(d, configs[i]) < 0.97 * estimate_cycles(d, configs[best]))
-      best = i;
-  return static_cast<FfnTile>(best);
-}
 
 }  // namespace moe_ops::cuda

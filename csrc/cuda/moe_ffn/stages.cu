@@ -3,6 +3,7 @@
 
 #include "cuda/check.h"
 #include "cuda/grouped_gemm/sm90_operands.h"
+#include "cuda/moe_ffn/choose.h"
 #include "cuda/moe_ffn/sm90_stages.h"
 #include "cuda/moe_ffn/stages.h"
 #include "cuda/runtime.h"
