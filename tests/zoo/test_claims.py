@@ -20,7 +20,7 @@ if not (ROOT / "bench" / "claims").is_dir():
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from bench.claims import coe, deepseek, jetmoe, topp  # noqa: E402
+from bench.claims import coe, deepseek, jetmoe, moduleformer, topp  # noqa: E402
 from bench.claims.text import Domain, heldout_batches, load_domains, train_batches  # noqa: E402
 from bench.claims.training import Recipe, evaluate, train  # noqa: E402
 
@@ -173,3 +173,33 @@ def test_rank_correlation():
     b = torch.tensor([1.0, 3.0, 2.0, 4.0])  # Ranks 1, 3, 2, 4.
     expected = torch.corrcoef(torch.tensor([[1, 2.5, 2.5, 4], [1, 3, 2, 4]]))[0, 1]
     assert topp.rank_correlation(a, b) == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_moduleformer_runs():
+    base = dataclasses.replace(
+        moduleformer.BASE, hidden_size=32, num_layers=1, attention_size=16, intermediate_size=16
+    )
+    lines = []
+    report = moduleformer.run(range(2), lines.append, base, RECIPE)
+    assert len(lines) == 12 and len(report.arms) == 6 and len(report.claims) == 4
+    for row in report.arms["concentrated"]:
+        assert 0 <= row[2] <= 1
+    assert all(row[3] is not None for row in report.arms["all parameters"])
+    assert "| added experts |" in report.markdown()
+
+
+def test_information():
+    """Experts that know the domain tell its entropy; experts that do not tell nothing."""
+
+    class Fixed:
+        def __init__(self, rows):
+            self.rows = iter(rows)
+
+        def expert_frequencies(self, batches):
+            return {"a": torch.tensor(next(self.rows))}
+
+    domains = load_domains()[:2]
+    told = moduleformer.information(Fixed([[2.0, 0.0], [0.0, 2.0]]), domains, RECIPE)
+    assert told == pytest.approx(0.6931, abs=1e-4)
+    nothing = moduleformer.information(Fixed([[1.5, 0.5], [1.5, 0.5]]), domains, RECIPE)
+    assert nothing == pytest.approx(0, abs=1e-7)
