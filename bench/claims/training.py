@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -76,9 +77,12 @@ def train(
     seed: int,
     *,
     coefficients: Mapping[str, float] | None = None,
-    after_step: Callable[[CausalLM], None] | None = None,
+    prepare: Callable[[Any, torch.optim.Optimizer], None] | None = None,
 ) -> Trained:
-    """Trains the model of `make`, built under the seed, on batches that the seed decides."""
+    """Trains the model of `make`, built under the seed, on batches that the seed decides.
+
+    `prepare` is called with model and optimiser before the first step.
+    """
     torch.manual_seed(seed)
     model = make()
     decayed = [p for p in model.parameters() if p.dim() > 1]
@@ -88,6 +92,8 @@ def train(
         {"params": rest, "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=recipe.rate, betas=(0.9, 0.95))
+    if prepare is not None:
+        prepare(model, optimizer)
     curve, start = [], time.perf_counter()
     batches = train_batches(domains, recipe.steps, recipe.batch, recipe.length, seed)
     for step, tokens in enumerate(batches):
@@ -98,8 +104,6 @@ def train(
         out.loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
         optimizer.step()
-        if after_step is not None:
-            after_step(model)
         curve.append(out.cross_entropy.item())
     trained = Trained(model, {}, curve, seconds=time.perf_counter() - start)
     evaluate(trained, domains, recipe)

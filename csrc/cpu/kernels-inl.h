@@ -18,6 +18,8 @@ namespace moe_ops::cpu::MOE_ISA {
 namespace {
 
 #include "cpu/kernels/vector-inl.h"
+// Names of intrinsics, for sums of lanes and for weights of 8 and 4 bits.
+#include "cpu/kernels/integers-inl.h"
 // All else is built on the vectors.
 #include "cpu/kernels/fp8-inl.h"
 #include "cpu/kernels/functions-inl.h"
@@ -27,8 +29,7 @@ namespace {
 #include "cpu/kernels/tiles-inl.h"
 // Attention takes the exponential from the functions.
 #include "cpu/kernels/attention-inl.h"
-// Weights of 8 and 4 bits; words take add_product from the tiles.
-#include "cpu/kernels/integers-inl.h"
+// Words take add_product from the tiles.
 #include "cpu/kernels/quant4-inl.h"
 #include "cpu/kernels/quant8-inl.h"
 #include "cpu/kernels/words-inl.h"
@@ -90,6 +91,7 @@ Kernels<T> make_kernels() {
     fill_micro<T, Pair, 2, true, 1, MOE_MR2>(k.pair_col_a[1]);
     fill_panel_tiles<T, Pair, 1>(k.pair_panel_tile);
     fill_panel_streams<T, Pair>(k.pair_panel_streams);
+    k.pair_strip = &strip<T, Pair>;
     k.pack_pairs = &pack_pairs;
     k.pair_rows = &pair_rows;
 #endif
@@ -103,6 +105,9 @@ Kernels<T> make_kernels() {
 #endif
   }
   k.dot = &dot<T>;
+  k.strip_tokens = kStripTokens;
+  k.strip = &strip<T, T>;
+  k.strip_sums = &strip_sums<T>;
   k.rank_update = &rank_update<T>;
   k.load_row = &load_row<T>;
   k.pack_panels = &pack_panels<T>;

@@ -58,9 +58,8 @@ struct TileHints {
 
 // Weights of 8 or 4 bits (QuantFormat in grouped_gemm.h); quant8-inl.h,
 // quant4-inl.h and words-inl.h in kernels/.
-// Rows of 8-bit weights and of tokens that dot8 takes at once.
-constexpr int64_t kDot8Features = 6, kDot8Tokens = 2;
-constexpr int64_t kDot8MaxDepth = int64_t{1} << 20;  // 2^31 bounds the sums of bytes of a lane
+// Rows of 8-bit weights that dot8 takes at once.
+constexpr int64_t kDot8Features = 6;
 constexpr int64_t kQuantBlock = 32;  // codes of 8 bits of a token that share a scale
 struct QuantKernels {
   // Tokens for 8-bit weights: bytes of a row of k, in an order of the level's own; and x as
@@ -68,12 +67,12 @@ struct QuantKernels {
   int64_t (*row8_bytes)(int64_t k);
   void (*row8)(int64_t k, const float* x, void* row);
   // Kernels::dot for such weights and tokens: strides ldw and row_bytes in bytes, features are 1 or
-  // kDot8Features, tokens 1 or kDot8Tokens. Every 64 steps of k it prefetches `features` lines,
-  // ahead_pitch bytes apart, and goes on by ahead_step. k is at most kDot8MaxDepth.
+  // kDot8Features, tokens at most dot_tokens. Every 64 steps of k it prefetches the next line of
+  // ahead_rows rows, ahead_pitch bytes apart.
   void (*dot8)(int features, int tokens, int64_t k, const void* w, int64_t ldw, const float* scale,
                int64_t ld_scale, const void* rows, int64_t row_bytes, float* out, int64_t ldo,
-               int64_t out_step, const void* ahead, int64_t ahead_pitch, int64_t ahead_step);
-  int dot8_max_rows;  // below or at this many rows it beats code_tile
+               int64_t out_step, const void* ahead, int64_t ahead_pitch, int ahead_rows);
+  int dot8_depth_of_row;  // up to k / this many rows it beats code_tile
   // The same for 4 bits: x as integers from -127 to 127, with a scale for each kQuantBlock of them.
   // x is readable and zero up to a multiple of that. features <= kDotFeatures, tokens <=
   // dot_tokens.
@@ -84,22 +83,24 @@ struct QuantKernels {
                float* out, int64_t ldo, int64_t out_step);
   // Weights k0 to k0 + n of `features` rows, ldw bytes apart, as a panel of words of 32 bits:
   // [words][2*lanes], word i with weights 32 / bits * i and on of a feature in two's complement. k0
-  // is a multiple of 32; what n lacks to 16 bytes is zero, and what is past the last row anything.
+  // is a multiple of 32; what n lacks to 32 bytes is zero or not written, and what is past the last
+  // row anything.
   void (*words)(int bits, const void* w, int64_t ldw, int64_t features, int64_t k0, int64_t n,
                 uint32_t* dst);
   // n <= 2 * kKc tokens of a row as integers of 16 bits, two in an element of dst, for code_tile;
   // in the order in which that takes words apart. Their scale goes to dst[kKc]. x is readable and
   // zero up to a multiple of 16. Null where there are no products of such integers.
   void (*pairs)(int bits, int64_t n, const float* x, float* dst);
-  // Kernels::panel_tile for `count` such words, times one scale a column. code_tile: an element of
-  // a is two integers, and row i has a scale a_scale[i * kLda] as well. It prefetches count *
-  // 2*lanes / 16 lines, ahead_step bytes apart. Index: [bits == 4][m - 1].
-  using Tile = void (*)(int64_t count, const float* a, const float* a_scale, const uint32_t* words,
-                        const float* scale, float* c, int64_t ldc, bool accumulate,
-                        const char* ahead, int64_t ahead_step);
+  // Kernels::panel_tile for `runs` times `count` such words: each run has one scale a column, and
+  // these are 2*lanes apart. code_tile: an element of a is two integers, and row i has a scale
+  // a_scale[i * kLda] as well. It prefetches runs * count * 2*lanes / 16 lines, ahead_step bytes
+  // apart. Index: [bits == 4][m - 1].
+  using Tile = void (*)(int64_t runs, int64_t count, const float* a, const float* a_scale,
+                        const uint32_t* words, const float* scale, float* c, int64_t ldc,
+                        bool accumulate, const char* ahead, int64_t ahead_step);
   Tile tile[2][kMaxMr];
   Tile code_tile[2][kMaxMr];
-  int code_rows;  // of the widest code_tile
+  int code_rows[2];  // of the widest code_tile, [bits == 4]
   // row[i] *= factors[i]
   void (*multiply_row)(const float* factors, float* row, int64_t n);
 };
@@ -222,6 +223,17 @@ struct Kernels {
   // and t < tokens <= dot_tokens. Rows of x are readable and zero up to the next whole vector.
   void (*dot)(DType w_type, int features, int tokens, int64_t k, const void* w, int64_t ldw,
               const T* x, int64_t ldx, T* out, int64_t ldo, int64_t out_step);
+
+  // The same for weights of type T and a block of k: lane l of vector (t * features + f) of sums
+  // (+)= the products of every k of that lane, for tokens <= strip_tokens and features 1 or
+  // kDotFeatures. `pair_strip`: an element of w and of x is a pair of bfloat16; where `pairs` is
+  // true.
+  using Strip = void (*)(int features, int tokens, int64_t k, const void* w, int64_t ldw,
+                         const T* x, int64_t ldx, T* sums, bool accumulate, TileHints& hints);
+  int strip_tokens;
+  Strip strip, pair_strip;
+  // out[t*ldo + f] = the sum of the lanes of vector (t * features + f)
+  void (*strip_sums)(int features, int64_t tokens, const T* sums, T* out, int64_t ldo);
 
   // c[t*ldc + j] (+)= sum_r a[t*lda + r] * w[r*ldw + j] for r < rows <= kRankRows, t < tokens, j <
   // n.

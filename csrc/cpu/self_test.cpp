@@ -176,6 +176,54 @@ bool dot_right(const Kernels<T>& k, const Kernels<T>& portable, Numbers<T>& numb
   return true;
 }
 
+// Two blocks of k of a strip, of numbers and of pairs of bfloat16.
+template <class T>
+bool strip_right(const Kernels<T>& k, const Kernels<T>& portable, Numbers<T>& numbers) {
+  // Whole runs between two prefetches, whole vectors, and a part of one.
+  constexpr int64_t kLong = 16 * kPrefetchStep + kDepth;
+  const int64_t tokens = k.strip_tokens, pitch = round_up<int64_t>(kLong, 16);
+  const std::vector<T> w = numbers.take(kDotFeatures * 2 * pitch);
+  std::vector<T> x = numbers.take(tokens * 2 * pitch);
+  for (int64_t t = 0; t < tokens; ++t) {
+    std::fill(x.begin() + 2 * t * pitch + kLong, x.begin() + 2 * (t + 1) * pitch, T(0));
+  }
+  std::vector<T> truth(static_cast<size_t>(tokens * kDotFeatures));
+  for (int64_t i = 0; i < tokens * kDotFeatures; ++i) {
+    for (int64_t s = 0; s < kLong; ++s) {
+      truth[i] += 2 * w[i % kDotFeatures * 2 * pitch + s] * x[i / kDotFeatures * 2 * pitch + s];
+    }
+  }
+  const auto right = [&](typename Kernels<T>::Strip run, int64_t depth, int64_t pitch_w,
+                         const T* weights, const T* rows) {
+    for (int m = 1; m <= tokens; ++m) {
+      for (const int features : {1, static_cast<int>(kDotFeatures)}) {
+        std::vector<T> sums(static_cast<size_t>(m * features * k.lanes), T(NAN));
+        std::vector<T> out(static_cast<size_t>(m * features), T(NAN)), want(out);
+        TileHints none;
+        run(features, m, depth, weights, pitch_w, rows, pitch_w, sums.data(), false, none);
+        run(features, m, depth, weights, pitch_w, rows, pitch_w, sums.data(), true, none);
+        k.strip_sums(features, m, sums.data(), out.data(), features);
+        for (int64_t i = 0; i < m * features; ++i) {
+          want[i] = truth[i / features * kDotFeatures + i % features];
+        }
+        if (!close(out, want)) return false;
+      }
+    }
+    return true;
+  };
+  if (!right(k.strip, kLong, 2 * pitch, w.data(), x.data())) return false;
+  if constexpr (sizeof(T) == 4) {
+    if (k.pairs) {
+      const std::vector<char> w16 = as_type(portable, DType::kBFloat16, w);
+      const std::vector<char> x16 = as_type(portable, DType::kBFloat16, x);
+      // What an odd depth lacks to a pair is a weight times a zero.
+      return right(k.pair_strip, (kLong + 1) / 2, pitch, reinterpret_cast<const T*>(w16.data()),
+                   reinterpret_cast<const T*>(x16.data()));
+    }
+  }
+  return true;
+}
+
 template <class T>
 bool rows_right(const Kernels<T>& k, const Kernels<T>& portable, Numbers<T>& numbers) {
   int num_types;
@@ -378,13 +426,12 @@ bool quant_right(const Kernels<float>& k, Numbers<float>& numbers) {
         }
       }
       const int64_t most_features = bits == 8 ? kDot8Features : kDotFeatures;
-      const int64_t most_tokens = bits == 8 ? kDot8Tokens : k.dot_tokens;
-      for (int tokens = 1; tokens <= most_tokens; ++tokens) {
+      for (int tokens = 1; tokens <= k.dot_tokens; ++tokens) {
         for (const int features : {1, static_cast<int>(most_features)}) {
           std::vector<float> out(truth.size(), NAN);
           if (bits == 8) {
             k.quant.dot8(features, tokens, K, w.data(), kBytes, scales.data(), 16, rows.data(),
-                         row_bytes, out.data(), kFeatures, 1, w.data(), kBytes, 64);
+                         row_bytes, out.data(), kFeatures, 1, w.data(), kBytes, features);
           } else {
             k.quant.dot4(group, features, tokens, K, w.data(), kBytes, scales.data(), 16,
                          rows.data(), row_bytes, out.data(), kFeatures, 1);
@@ -403,12 +450,14 @@ bool quant_right(const Kernels<float>& k, Numbers<float>& numbers) {
       const int64_t k0 = 32 % K, n = K - k0, P = 2 * k.lanes,
                     count = ceil_div<int64_t>(n, 32 / bits);
       if (n > kKc) continue;
-      std::vector<uint32_t> words(static_cast<size_t>(round_up<int64_t>(count, 4) * P));
+      std::vector<uint32_t> words(static_cast<size_t>(round_up<int64_t>(count, 8) * P));
       k.quant.words(bits, w.data(), kBytes, kDotFeatures, k0, n, words.data());
-      const std::vector<float> column_scale = numbers.take(P), values = numbers.take(k.mr2 * n);
+      const int64_t runs = bits == 4 && count % 2 == 0 ? 2 : 1, run = count / runs * 32 / bits;
+      const std::vector<float> column_scale = numbers.take(runs * P);
+      const std::vector<float> values = numbers.take(k.mr2 * n);
       for (int64_t m = 1; m <= k.mr2; ++m) {
         for (const bool codes : {false, true}) {
-          if (codes && (k.quant.pairs == nullptr || m > k.quant.code_rows)) continue;
+          if (codes && (k.quant.pairs == nullptr || m > k.quant.code_rows[bits == 4])) continue;
           std::vector<float> rows_of_a(static_cast<size_t>(m * kLda)), c(m * P, NAN);
           for (int64_t i = 0; i < m; ++i) {
             std::vector<float> row(static_cast<size_t>(round_up<int64_t>(n, 16)));
@@ -418,18 +467,19 @@ bool quant_right(const Kernels<float>& k, Numbers<float>& numbers) {
             if (!codes) std::copy_n(row.begin(), n, dst);
           }
           (codes ? k.quant.code_tile : k.quant.tile)[bits == 4][m - 1](
-              count, rows_of_a.data(), rows_of_a.data() + kKc, words.data(), column_scale.data(),
-              c.data(), P, false, nullptr, 0);
+              runs, count / runs, rows_of_a.data(), rows_of_a.data() + kKc, words.data(),
+              column_scale.data(), c.data(), P, false, nullptr, 0);
           for (int64_t i = 0; i < m; ++i) {
             for (int64_t f = 0; f < kDotFeatures; ++f) {
               double sum = 0, most = 0;
               for (int64_t j = 0; j < n; ++j) {
-                sum += static_cast<double>(values[i * n + j]) * code(f, k0 + j);
-                most += std::abs(values[i * n + j] * code(f, k0 + j));
+                const double product = static_cast<double>(values[i * n + j]) * code(f, k0 + j) *
+                                       column_scale[j / run * P + f];
+                sum += product;
+                most += std::abs(product);
               }
               const double tolerance = codes ? 3e-5 : 1e-5;
-              if (!(std::abs(c[i * P + f] - sum * column_scale[f]) <= tolerance * most))
-                return false;
+              if (!(std::abs(c[i * P + f] - sum) <= tolerance * most)) return false;
             }
           }
         }
@@ -637,6 +687,7 @@ const char* failing_kernel(const Kernels<T>& k, const Kernels<T>& portable) {
   if (!tiles_right(k, numbers)) return "tile";
   if (!panels_right(k, portable, numbers)) return "panel_tile";
   if (!dot_right(k, portable, numbers)) return "dot";
+  if (!strip_right(k, portable, numbers)) return "strip";
   if (!rank_right(k, portable, numbers)) return "rank_update";
   if (!rows_right(k, portable, numbers)) return "row";
   if (!transpose_right(k, numbers)) return "transpose";

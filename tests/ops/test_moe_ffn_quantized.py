@@ -37,6 +37,14 @@ NAMES = ("int8", "int4-32", "int4-64", "int4-128")
 FEW = Routing(7, 4, 2, "dropped")
 MANY = Routing(31, 2, 2)
 
+
+@pytest.fixture(autouse=True)
+def one_thread(set_threads):
+    """Unless a test asks for more. OpenMP's threads spin at the end of each of the thousands of
+    small products of the reference: 10 s become minutes where another process wants the core."""
+    set_threads(1)
+
+
 formats = pytest.mark.parametrize("bits_group", FORMATS, ids=NAMES)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=short)
 

@@ -3,6 +3,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from moe_ops.zoo.home import MODELS, HoMEConfig, MultiTask, build, multitask_los
 from moe_ops.zoo.multitask import FeatureGate, Features, Gates
 from moe_ops.zoo.recommend import Rows, auc, evaluate, fit, gauc, predict
 
+ROOT = Path(__file__).parents[2]
 T = 13
 CONFIG = HoMEConfig(
     cardinalities=(5, 3),
@@ -400,6 +403,24 @@ def test_a_saved_model_predicts_the_same():
     twin.load_state_dict(copy.deepcopy(model.state_dict()))
     categorical, dense = batch()
     torch.testing.assert_close(twin.eval()(categorical, dense), model.eval()(categorical, dense))
+
+
+def test_the_experiment_compares_equals():
+    if not (ROOT / "bench" / "claims").is_dir():
+        pytest.skip("No source tree here.")
+    if str(ROOT) not in sys.path:
+        sys.path.insert(0, str(ROOT))
+    from bench.claims import home as experiment
+    from bench.claims.home_data import generated
+
+    table = generated(3, 4000)
+    rates = torch.cat([table.train.labels, table.test.labels]).mean(0)
+    torch.testing.assert_close(rates, torch.tensor([0.5, 0.2, 0.05, 0.02]), atol=0.03, rtol=0)
+    assert len(table.train) == 2400 and len(table.valid) == len(table.test) == 800
+    arms = experiment.arms(table)
+    sizes = [experiment.parameters(build(config)) for config in arms.values()]
+    assert len(arms) == 6 and max(sizes) < 1.05 * min(sizes)
+    assert [config.expert_norm for config in arms.values()] == [False, True] * 3
 
 
 def test_bad_configs_and_calls(bad_input):

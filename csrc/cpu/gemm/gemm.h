@@ -31,6 +31,11 @@ void run_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, con
       return nn_item<false>(d, k, it, fn);
     case Path::kPanels:
       return panel_item<false>(d, k, it, fn);
+    case Path::kStrip:
+      return strip_item<false>(d, k, it, fn);
+    case Path::kPairStrip:
+      if constexpr (sizeof(T) == 4) strip_item<true>(d, k, it, fn);
+      return;
     case Path::kPairNt:
       if constexpr (sizeof(T) == 4) nt_item<true>(d, k, it, fn);
       return;

@@ -5,13 +5,16 @@
 //   dot         few rows, weights dense along k: stream each weight row once, vectors along k.
 //   rank        few rows, weights dense along features: stream weight rows, four steps of k at a
 //               time.
+//   strip       more rows, weights dense along k: the same with the tokens in passes over a strip
+//   of
+//               weights in cache.
 //   nt          weights dense along k: weight rows are the broadcast side and tokens the vector
 //               side, so only the (small) block of x is transposed and weights are copied as they
 //               lie.
 //   nn          weights dense along features: token rows are the broadcast side, weight rows the
 //               vectors.
 //   panels      weights packed ahead of time (pack.h): like nn, without any copying of weights.
-//   pair_*      the last three for bfloat16 weights where the level multiplies pairs of bfloat16:
+//   pair_*      the last four for bfloat16 weights where the level multiplies pairs of bfloat16:
 //               tokens are rounded to it, an element is two adjacent k, and K counts pairs.
 //   amx_panels  the same for bfloat16 on AMX.
 //   amx_rows    bfloat16 weights dense along k on AMX: 16 weight rows are an operand as they lie.
@@ -77,10 +80,18 @@ constexpr int64_t kAmxMinRows = 3;
 constexpr int64_t kRankMaxRows = 8;
 // The same for products of integers, and the width of such an item: wide, because its tokens are
 // made integers first, and because each of its streams of weights is a quarter or a sixth of it.
-// With more rows, narrower, for the sums of 128 rows.
+// With more rows, narrower, for the sums of 128 rows, which panels hand on in parts.
 constexpr int64_t kQuantMaxRows = 8;
 constexpr int64_t kQuantFeatures = 2048;
 constexpr int64_t kQuantNarrowFeatures = 1024;
+constexpr int64_t kQuantPartFeatures = 128;
+// Rows that dot8 takes whatever the depth, and more than it ever takes.
+constexpr int64_t kMinDot8Rows = 3, kMaxDot8Rows = 24;
+// Steps of k (pairs) of a strip's blocks: four rows of weights are 8 KiB and six of tokens 12, of
+// an L1 of 32.
+constexpr int64_t kStripDepth = 512;
+// Most rows that go through strips: with more, nt wastes little of its last vector of tokens.
+constexpr int64_t kStripMaxRows = 28;
 // How far ahead of itself a stream of 8-bit weights asks for more, in bytes.
 constexpr int64_t kDot8Ahead = 1024;
 
@@ -140,6 +151,8 @@ enum class Path : int {
   kNt,
   kNn,
   kPanels,
+  kStrip,
+  kPairStrip,
   kPairNt,
   kPairNn,
   kPairPanels,
@@ -160,10 +173,10 @@ Path path_of(const GemmDesc<T>& d, const Kernels<T>& k, int64_t expert_rows) {
   if (d.b.quant.bits != 0) {
     const bool codes = k.quant.pairs != nullptr && d.b.type != DType::kFloat32;
     if (d.b.quant.bits == 4 && expert_rows <= kQuantMaxRows) return Path::kQuant4;
-    const int64_t most = codes ? k.quant.dot8_max_rows : kQuantMaxRows;
-    if (d.b.quant.bits == 8 && expert_rows <= most && d.in_features <= kDot8MaxDepth) {
-      return Path::kQuant8;
-    }
+    const int64_t most =
+        codes ? std::clamp(d.in_features / k.quant.dot8_depth_of_row, kMinDot8Rows, kMaxDot8Rows)
+              : kQuantMaxRows;
+    if (d.b.quant.bits == 8 && expert_rows <= most) return Path::kQuant8;
     return codes ? Path::kCodePanels : Path::kQuantPanels;
   }
   const bool amx = pairs && k.amx_panel != nullptr && expert_rows >= kAmxMinRows;
@@ -176,7 +189,9 @@ Path path_of(const GemmDesc<T>& d, const Kernels<T>& k, int64_t expert_rows) {
   // Every dot_tokens rows widen half types again.
   const bool half = sizeof(T) == 4 && d.b.type != DType::kFloat32;
   if (expert_rows <= (half ? 2 * k.dot_tokens : k.dot_max_rows)) return Path::kDot;
-  return pairs && d.in_features % 2 == 0 ? Path::kPairNt : Path::kNt;
+  const bool two = pairs && d.in_features % 2 == 0 && d.b.stride_o % 2 == 0;
+  if (expert_rows <= kStripMaxRows) return two ? Path::kPairStrip : Path::kStrip;
+  return two ? Path::kPairNt : Path::kNt;
 }
 
 inline int64_t nn_features(int64_t expert_rows) {
@@ -224,7 +239,7 @@ std::vector<GemmItem> gemm_items(const GemmDesc<T>& d, const Kernels<T>& k, int 
         most_rows = kPanelRowBlock;
         break;
       case Path::kCodePanels:
-        most_features = kQuantNarrowFeatures;
+        most_features = kQuantFeatures;
         most_rows = kPanelRowBlock;
         break;
       case Path::kNt:
@@ -233,13 +248,15 @@ std::vector<GemmItem> gemm_items(const GemmDesc<T>& d, const Kernels<T>& k, int 
         unit = 4;
         break;
       case Path::kDot:
+      case Path::kStrip:
+      case Path::kPairStrip:
         unit = 4;
         break;
       case Path::kQuant8:
         unit = 2 * kDot8Features;
         most_features = end - begin <= kQuantMaxRows ? kQuantFeatures : kQuantNarrowFeatures;
         most_rows = kPanelRowBlock;
-        row_unit = kDot8Tokens;
+        row_unit = k.dot_tokens;
         break;
       case Path::kQuant4:
         unit = 4;

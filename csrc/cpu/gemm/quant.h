@@ -6,7 +6,7 @@
 namespace moe_ops::cpu {
 
 // dot_item with 8 bits, for any number of rows: strips of kDot8Features rows of weights meet the
-// tokens, kDot8Tokens at a time. With no more tokens than that, weights are read once, in streams a
+// tokens, dot_tokens at a time. With no more tokens than that, weights are read once, in streams a
 // sixth of the item apart. With more, a strip is a run in memory; it stays in cache while all
 // tokens pass, and they ask for the next one.
 template <class Epilogue>
@@ -26,7 +26,7 @@ void quant8_item(const GemmDesc<float>& d, const Kernels<float>& k, const GemmIt
   }
   const int64_t ldo = n * d.segments;
   float* out = scratch<float>(Scratch::kTile, m * ldo);
-  const int64_t ldw = d.b.stride_o, strips = n / F, passes = ceil_div(m, kDot8Tokens);
+  const int64_t ldw = d.b.stride_o, strips = n / F, passes = ceil_div<int64_t>(m, k.dot_tokens);
   const bool streams = passes == 1;
   const int64_t feature_step = streams ? strips : 1, strip_step = streams ? 1 : F;
   for (int s = 0; s < d.segments; ++s) {
@@ -45,12 +45,14 @@ void quant8_item(const GemmDesc<float>& d, const Kernels<float>& k, const GemmIt
               ? weights_at(d.b, it.expert, (s + 1) * d.features + it.feature_begin, 0)
               : w;
       for (int64_t p = 0; p < passes; ++p) {
-        const int64_t t = p * kDot8Tokens;
-        const int tokens = static_cast<int>(std::min(kDot8Tokens, m - t));
+        const int64_t t = m * p / passes;
+        const int tokens = static_cast<int>(m * (p + 1) / passes - t);
+        // Passes share the rows that they ask for.
+        const int64_t ahead0 = features * p / passes, ahead1 = features * (p + 1) / passes;
         k.quant.dot8(static_cast<int>(features), tokens, K, w, step * ldw,
                      scales_at(d.b, it.expert, feature), step * q.scale_stride_o,
                      rows + t * row_bytes, row_bytes, out + t * ldo + s * n + first, ldo, step,
-                     next + p * K / passes, step * ldw, std::max<int64_t>(64 / passes, 1));
+                     next + ahead0 * step * ldw, step * ldw, static_cast<int>(ahead1 - ahead0));
       }
     }
   }
@@ -101,7 +103,9 @@ void quant4_item(const GemmDesc<float>& d, const Kernels<float>& k, const GemmIt
 
 // panel_item, of tokens in fp32 or as integers of 16 bits, with panels that are made where they are
 // used: a block of one is written, and read by the tiles of all rows, in cache. Rows of weights
-// that make a panel are one run in memory, and the tiles ask for that of the next panel.
+// that make a panel are one run in memory, and the tiles ask for that of the next panel. A panel's
+// sums lie side by side until it is done: runs of k that share a scale may add to them every 32
+// steps, and rows a power of two apart would all meet in the same few sets of an L1.
 template <bool kCodes, class Epilogue>
 void quant_panel_item(const GemmDesc<float>& d, const Kernels<float>& k, const GemmItem& it,
                       const Epilogue& fn) {
@@ -110,13 +114,16 @@ void quant_panel_item(const GemmDesc<float>& d, const Kernels<float>& k, const G
   const int64_t P = 2 * k.lanes, word = 32 / q.bits;
   const int64_t K = d.in_features, block = kStep * kKc, k_blocks = ceil_div(K, block);
   const int64_t m = it.row_end - it.row_begin, n = it.feature_end - it.feature_begin;
-  const int64_t padded_n = round_up(n, P), ldc = padded_n * d.segments;
+  // Columns of a segment that are summed up before they are handed on.
+  const int64_t part = std::min(round_up(n, P), std::max(kQuantPartFeatures, P));
+  const int64_t ldc = part * d.segments;
   const int64_t group = q.bits == 4 ? q.group : K, groups = ceil_div(K, group);
   float* a = scratch<float>(Scratch::kTokens, k_blocks * m * kLda);
   float* tile = scratch<float>(Scratch::kTile, m * ldc);
-  Carver carver(Scratch::kPackB, (block / word + 4) * P * 4 + (groups + 4) * P * 4 + 128);
-  auto* words = carver.take<uint32_t>((block / word + 4) * P);
-  auto* scales = carver.take<uint32_t>((groups + 4) * P);
+  Carver carver(Scratch::kPackB, (block / word + groups + m + 16) * P * 4 + 192);
+  auto* words = carver.take<uint32_t>((block / word + 8) * P);
+  auto* scales = carver.take<uint32_t>((groups + 8) * P);
+  auto* sums = carver.take<float>(m * P);
   const int64_t padded_k = round_up<int64_t>(K, 16);
   float* x = scratch<float>(Scratch::kPackA, padded_k);
   std::fill(x + K, x + padded_k, 0.0f);
@@ -134,9 +141,10 @@ void quant_panel_item(const GemmDesc<float>& d, const Kernels<float>& k, const G
       }
     }
   }
-  const auto* tiles = (kCodes ? k.quant.code_tile : k.quant.tile)[q.bits == 4];
-  const int64_t blocks = ceil_div<int64_t>(m, kCodes ? k.quant.code_rows : k.mr2);
-  const int64_t count = padded_n / P * d.segments;
+  const bool four = q.bits == 4;
+  const auto* tiles = (kCodes ? k.quant.code_tile : k.quant.tile)[four];
+  const int64_t blocks = ceil_div<int64_t>(m, kCodes ? k.quant.code_rows[four] : k.mr2);
+  const int64_t count = ceil_div(n, P) * d.segments;
   const int64_t ldw = d.b.stride_o * q.bits / 8, ahead_step = std::max<int64_t>(64 / blocks, 1);
   const auto feature = [&](int64_t i) {
     return i % d.segments * d.features + it.feature_begin + i / d.segments * P;
@@ -148,28 +156,47 @@ void quant_panel_item(const GemmDesc<float>& d, const Kernels<float>& k, const G
     const float* scale = scales_at(d.b, it.expert, feature(i));
     // A scale is a word too: [groups][P].
     k.quant.words(8, scale, 4 * q.scale_stride_o, features, 0, 4 * groups, scales);
-    float* sums = tile + i % d.segments * padded_n + i / d.segments * P;
     for (int64_t b = 0; b < k_blocks; ++b) {
       const int64_t k0 = b * block, k1 = std::min(K, k0 + block);
       k.quant.words(q.bits, w, ldw, features, k0, k1 - k0, words);
-      // Runs of k that share a scale.
+      // Scales of 32 weights are a fifth of what is read. Each block asks for its share of the next
+      // panel's.
+      const float* next_scale = scales_at(d.b, it.expert, feature(std::min(i + 1, count - 1)));
+      for (int64_t f = P * b / k_blocks; q.bits == 4 && f < P * (b + 1) / k_blocks; ++f) {
+        for (int64_t g = 0; g < groups; g += 16) {
+          __builtin_prefetch(next_scale + f * q.scale_stride_o + g, 0, 2);
+        }
+      }
+      // A call takes what is whole groups, or a part of one.
       for (int64_t begin = k0, end; begin < k1; begin = end) {
-        end = std::min(k1, (begin / group + 1) * group);
-        const int64_t steps = ceil_div(end - begin, word);
+        const int64_t whole = (k1 - begin) / group;
+        const bool many = begin % group == 0 && whole > 0;
+        end = many ? begin + whole * group : std::min(k1, (begin / group + 1) * group);
+        const int64_t runs = many ? whole : 1, steps = ceil_div((end - begin) / runs, word);
         for (int64_t r = 0; r < blocks; ++r) {
           const int64_t r0 = m * r / blocks, r1 = m * (r + 1) / blocks;
           const float* rows = a + (b * m + r0) * kLda;
           tiles[r1 - r0 - 1](
-              steps, rows + (begin - k0) / kStep, rows + kKc, words + (begin - k0) / word * P,
-              reinterpret_cast<const float*>(scales + begin / group * P), sums + r0 * ldc, ldc,
-              begin > 0, next + (begin / word * P / 16 * 64) + r * steps * P / 16 * ahead_step,
+              runs, steps, rows + (begin - k0) / kStep, rows + kKc, words + (begin - k0) / word * P,
+              reinterpret_cast<const float*>(scales + begin / group * P), sums + r0 * P, P,
+              begin > 0,
+              next + (begin / word * P / 16 * 64) + r * runs * steps * P / 16 * ahead_step,
               ahead_step);
         }
       }
     }
-  }
-  for (int64_t t = 0; t < m; ++t) {
-    fn(it.expert, it.row_begin + t, it.feature_begin, n, tile + t * ldc, tile + t * ldc + padded_n);
+    const int64_t column = i / d.segments * P, begin = column / part * part;
+    float* c = tile + i % d.segments * part + column - begin;
+    for (int64_t t = 0; t < m; ++t) std::memcpy(c + t * ldc, sums + t * P, sizeof(float) * P);
+    // The last panel of the last segment of a part.
+    const bool last = (i + 1) % d.segments == 0;
+    if (last && (column + P - begin == part || i + 1 == count)) {
+      const int64_t columns = std::min(part, n - begin);
+      for (int64_t t = 0; t < m; ++t) {
+        fn(it.expert, it.row_begin + t, it.feature_begin + begin, columns, tile + t * ldc,
+           tile + t * ldc + part);
+      }
+    }
   }
 }
 

@@ -45,6 +45,73 @@ void dot_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, con
   }
 }
 
+// Strips of four weight rows, dense along k, meet all tokens, strip_tokens at a time: no token is
+// padded and no weight copied. Blocks of k keep a strip's part in L1 while the tokens pass; their
+// tiles ask for the next strip, which is one run in memory. Half types are widened once a block.
+template <bool kPairs, class T, class Epilogue>
+void strip_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, const Epilogue& fn) {
+  constexpr int64_t F = kDotFeatures;
+  const int64_t W = k.lanes, K = kPairs ? d.in_features / 2 : d.in_features;
+  const int64_t m = it.row_end - it.row_begin, n = it.feature_end - it.feature_begin;
+  const int64_t block = balanced(K, kStripDepth, W), k_blocks = ceil_div(K, block);
+  const int64_t ldx = round_up(block, W) + kPanelPad / 2;
+  T* x = scratch<T>(Scratch::kTokens, k_blocks * m * ldx);
+  for (int64_t t = 0; t < m; ++t) {
+    for (int64_t b = 0; b < k_blocks; ++b) {
+      T* dst = x + (b * m + t) * ldx;
+      const int64_t kc = std::min(block, K - b * block);
+      load_tokens<kPairs>(d, k, it.row_begin + t, b * block, kc, dst);
+      std::fill(dst + kc, dst + round_up(kc, W), T(0));
+    }
+  }
+  const int64_t ldo = n * d.segments;
+  T* out = scratch<T>(Scratch::kTile, m * ldo);
+  T* sums = scratch<T>(Scratch::kPackA, m * F * W);
+  const bool widen = !kPairs && d.b.type != kAccumulate<T>;
+  T* wide = widen ? scratch<T>(Scratch::kPackB, F * ldx) : nullptr;
+  const int64_t size = kPairs ? sizeof(T) : dtype_size(d.b.type);
+  const int64_t ldw = kPairs ? d.b.stride_o / 2 : d.b.stride_o;
+  const int64_t strips = n / F, rest = n % F, passes = ceil_div<int64_t>(m, k.strip_tokens);
+  const auto run = kPairs ? k.pair_strip : k.strip;
+  const auto rows_at = [&](int s, int64_t f) {
+    return element(
+        d.b.data, d.b.type,
+        it.expert * d.b.stride_e + (s * d.features + it.feature_begin + f) * d.b.stride_o);
+  };
+  for (int s = 0; s < d.segments; ++s) {
+    for (int64_t i = 0; i < strips + rest; ++i) {
+      const int64_t first = std::min(i, strips) * F + std::max<int64_t>(i - strips, 0);
+      const int64_t features = i < strips ? F : 1, next_first = first + features;
+      const char* w = rows_at(s, first);
+      TileHints next;
+      if (next_first < n || s + 1 < d.segments) {
+        next.base = next_first < n ? rows_at(s, next_first) : rows_at(s + 1, 0);
+        next.stride = ldw * size;
+        next.rows = std::min(F, n - (next_first < n ? next_first : 0));
+        next.bytes = K * size;
+        next.spread(std::max<int64_t>(1, passes * k_blocks * (block / W / kPrefetchStep)));
+      }
+      for (int64_t b = 0; b < k_blocks; ++b) {
+        const int64_t kc = std::min(block, K - b * block);
+        const char* weights = w + b * block * size;
+        for (int64_t f = 0; widen && f < features; ++f) {
+          k.load_row(d.b.type, weights + f * ldw * size, wide + f * ldx, kc, T(1));
+        }
+        for (int64_t p = 0; p < passes; ++p) {
+          const int64_t t0 = m * p / passes, t1 = m * (p + 1) / passes;
+          run(static_cast<int>(features), static_cast<int>(t1 - t0), kc,
+              widen ? static_cast<const void*>(wide) : weights, widen ? ldx : ldw,
+              x + (b * m + t0) * ldx, ldx, sums + t0 * features * W, b > 0, next);
+        }
+      }
+      k.strip_sums(static_cast<int>(features), m, sums, out + s * n + first, ldo);
+    }
+  }
+  for (int64_t t = 0; t < m; ++t) {
+    fn(it.expert, it.row_begin + t, it.feature_begin, n, out + t * ldo, out + t * ldo + n);
+  }
+}
+
 template <class T, class Epilogue>
 void rank_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, const Epilogue& fn) {
   const int64_t m = it.row_end - it.row_begin;

@@ -68,6 +68,147 @@ void dot(DType w_type, int features, int tokens, int64_t k, const void* w, int64
   });
 }
 
+// Sums of the lanes of four vectors. The order is the same in each of the four places, and that of
+// one product does not depend on its neighbours.
+template <class T>
+struct Four {
+  T v[4];
+};
+template <class T>
+inline Four<T> sums_of_four(const Vec<T> (&v)[4]) {
+  Four<T> out;
+#if defined(__AVX2__) && MOE_VEC_BYTES >= 32
+#if MOE_VEC_BYTES == 64
+  typedef __m512 Floats;
+  typedef __m512d Doubles;
+#else
+  typedef __m256 Floats;
+  typedef __m256d Doubles;
+#endif
+  if constexpr (sizeof(T) == 4) {
+    const auto at = [&](int i) { return __builtin_bit_cast(Floats, v[i]); };
+    const auto doubles = [](Floats f) { return __builtin_bit_cast(Doubles, f); };
+    const auto floats = [](Doubles f) { return __builtin_bit_cast(Floats, f); };
+    const Floats low = MOE_INT(unpacklo_ps)(at(0), at(1)) + MOE_INT(unpackhi_ps)(at(0), at(1));
+    const Floats high = MOE_INT(unpacklo_ps)(at(2), at(3)) + MOE_INT(unpackhi_ps)(at(2), at(3));
+    const Floats all = floats(MOE_INT(unpacklo_pd)(doubles(low), doubles(high))) +
+                       floats(MOE_INT(unpackhi_pd)(doubles(low), doubles(high)));
+#if MOE_VEC_BYTES == 64
+    const __m256 half = _mm512_castps512_ps256(all) + _mm512_extractf32x8_ps(all, 1);
+#else
+    const __m256 half = all;
+#endif
+    _mm_storeu_ps(out.v, _mm256_castps256_ps128(half) + _mm256_extractf128_ps(half, 1));
+    return out;
+  }
+#endif
+  for (int i = 0; i < 4; ++i) out.v[i] = horizontal_sum<T>(v[i]);
+  return out;
+}
+
+// Tokens of a strip: with four weight rows 24 sums, 6 tokens and a vector of weights of 32
+// registers, or 12, 3 and one of 16.
+constexpr int kStripTokens = MOE_VEC_BYTES == 64 ? 6 : MOE_VEC_BYTES == 32 ? 3 : 2;
+
+// acc + a * b; a pair adds both of its products.
+template <class T, class S>
+inline Vec<T> add_products(Vec<T> acc, Vec<T> a, Vec<T> b) {
+#if defined(__AVX512BF16__) && MOE_VEC_BYTES == 64
+  if constexpr (__is_same(S, Pair)) {
+    return __builtin_bit_cast(Vec<float>, _mm512_dpbf16_ps(__builtin_bit_cast(__m512, acc),
+                                                           __builtin_bit_cast(__m512bh, a),
+                                                           __builtin_bit_cast(__m512bh, b)));
+  }
+#endif
+#if defined(__AVX2__) && MOE_VEC_BYTES == 32
+  if constexpr (sizeof(T) == 4) {
+    asm("vfmadd231ps %2, %1, %0" : "+x"(acc) : "x"(a), "x"(b));  // As in add_product.
+    return acc;
+  }
+#endif
+  return acc + a * b;
+}
+
+template <class T, class S, int F, int M>
+void strip_tile(int64_t k, const T* w, int64_t ldw, const T* x, int64_t ldx, T* sums,
+                bool accumulate, TileHints& hints) {
+  constexpr int W = kLanes<T>;
+  Vec<T> acc[M][F];
+#pragma GCC unroll 6
+  for (int t = 0; t < M; ++t) {
+#pragma GCC unroll 4
+    for (int f = 0; f < F; ++f) {
+      acc[t][f] = accumulate ? load<T>(sums + (t * F + f) * W) : Vec<T>{};
+    }
+  }
+  const auto step = [&](const T* p, int64_t ld) {
+    Vec<T> xv[M];
+#pragma GCC unroll 6
+    for (int t = 0; t < M; ++t) xv[t] = load<T>(x + t * ldx);
+#pragma GCC unroll 4
+    for (int f = 0; f < F; ++f) {
+      const Vec<T> wv = load<T>(p + f * ld);
+#pragma GCC unroll 6
+      for (int t = 0; t < M; ++t) acc[t][f] = add_products<T, S>(acc[t][f], xv[t], wv);
+    }
+    x += W;
+  };
+  int64_t i = 0;
+  for (; i + kPrefetchStep * W <= k; i += kPrefetchStep * W) {
+    fetch(hints);
+#pragma GCC unroll 2
+    for (int64_t j = 0; j < kPrefetchStep; ++j) step(w + i + j * W, ldw);
+  }
+  for (; i + W <= k; i += W) step(w + i, ldw);
+  if (i < k) {
+    T tail[F][W] = {};
+    for (int f = 0; f < F; ++f) __builtin_memcpy(tail[f], w + f * ldw + i, (k - i) * sizeof(T));
+    step(tail[0], W);
+  }
+#pragma GCC unroll 6
+  for (int t = 0; t < M; ++t) {
+#pragma GCC unroll 4
+    for (int f = 0; f < F; ++f) store<T>(sums + (t * F + f) * W, acc[t][f]);
+  }
+}
+
+template <class T, class S>
+void strip(int features, int tokens, int64_t k, const void* w, int64_t ldw, const T* x, int64_t ldx,
+           T* sums, bool accumulate, TileHints& hints) {
+  const auto* p = static_cast<const T*>(w);
+  const auto run = [&]<int F, int M>() {
+    strip_tile<T, S, F, M>(k, p, ldw, x, ldx, sums, accumulate, hints);
+  };
+  const auto all = [&]<int F>() {
+    if constexpr (kStripTokens >= 6) {
+      if (tokens == 6) return run.template operator()<F, 6>();
+      if (tokens == 5) return run.template operator()<F, 5>();
+      if (tokens == 4) return run.template operator()<F, 4>();
+    }
+    if constexpr (kStripTokens >= 3) {
+      if (tokens == 3) return run.template operator()<F, 3>();
+    }
+    if (tokens == 2) return run.template operator()<F, 2>();
+    run.template operator()<F, 1>();
+  };
+  features == kDotFeatures ? all.template operator()<kDotFeatures>() : all.template operator()<1>();
+}
+
+template <class T>
+void strip_sums(int features, int64_t tokens, const T* sums, T* out, int64_t ldo) {
+  constexpr int W = kLanes<T>;
+  for (int64_t t = 0; t < tokens; ++t) {
+    const T* s = sums + t * features * W;
+    if (features == kDotFeatures) {
+      const Vec<T> v[4] = {load<T>(s), load<T>(s + W), load<T>(s + 2 * W), load<T>(s + 3 * W)};
+      const Four<T> four = sums_of_four<T>(v);
+      __builtin_memcpy(out + t * ldo, four.v, sizeof(four));
+    } else {
+      for (int f = 0; f < features; ++f) out[t * ldo + f] = horizontal_sum<T>(load<T>(s + f * W));
+    }
+  }
+}
+
 // R weight rows, dense along the output, and M tokens: the sums pass through registers once in R
 // steps of k, and each weight row is read in one run.
 template <class T, class S, int M, int R>

@@ -2,38 +2,76 @@
 // inside its namespace; NOTES.md has the arithmetic.
 
 #if defined(__AVX2__) && MOE_VEC_BYTES >= 32
-// 16 bytes of each of as many rows as a vector has lanes of 32 bits: word j of all rows goes to
+// kRun bytes of each of as many rows as a vector has lanes of 32 bits: word j of all rows goes to
 // dst[j * 2 * lanes].
+#if MOE_VEC_BYTES == 64
+constexpr int64_t kRun = 32;
 inline void transpose_words(const uint8_t* const* rows, int64_t offset, Bytes flip, uint32_t* dst) {
-  const auto at = [&](int i) {
-    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[i] + offset));
-  };
+  constexpr int W = 16;
+  const auto half = [&](int i) { return load_bytes<__m256i_u>(rows[i] + offset); };
+  Bytes v[8];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {  // Of each half, lanes 0 and 1: words 0 to 3 and 4 to 7 of a row.
+    v[i] = _mm512_inserti64x4(_mm512_castsi256_si512(half(i)), half(8 + i), 1) ^ flip;
+  }
+  Bytes two[8];  // words of two rows
+#pragma GCC unroll 4
+  for (int i = 0; i < 8; i += 2) {
+    two[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
+    two[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
+  }
+  const __m512i first = {0, 1, 8, 9, 4, 5, 12, 13}, second = {2, 3, 10, 11, 6, 7, 14, 15};
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    const int i = j / 2;
+    const Bytes a = j % 2 == 0 ? _mm512_unpacklo_epi64(two[i], two[2 + i])
+                               : _mm512_unpackhi_epi64(two[i], two[2 + i]);
+    const Bytes b = j % 2 == 0 ? _mm512_unpacklo_epi64(two[4 + i], two[6 + i])
+                               : _mm512_unpackhi_epi64(two[4 + i], two[6 + i]);
+    _mm512_storeu_si512(dst + j * 2 * W, _mm512_permutex2var_epi64(a, first, b));
+    _mm512_storeu_si512(dst + (4 + j) * 2 * W, _mm512_permutex2var_epi64(a, second, b));
+  }
+}
+#else
+constexpr int64_t kRun = 16;
+inline void transpose_words(const uint8_t* const* rows, int64_t offset, Bytes flip, uint32_t* dst) {
+  constexpr int W = 8;
+  const auto at = [&](int i) { return load_bytes<__m128i_u>(rows[i] + offset); };
   Bytes v[4];
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {  // lane l: row 4 * l + i
-#if MOE_VEC_BYTES == 64
-    __m512i all = _mm512_castsi128_si512(at(i));
-    all = _mm512_inserti32x4(all, at(4 + i), 1);
-    all = _mm512_inserti32x4(all, at(8 + i), 2);
-    v[i] = _mm512_inserti32x4(all, at(12 + i), 3);
-#else
-    v[i] = _mm256_inserti128_si256(_mm256_castsi128_si256(at(i)), at(4 + i), 1);
-#endif
-    v[i] ^= flip;
+    v[i] = _mm256_inserti128_si256(_mm256_castsi128_si256(at(i)), at(4 + i), 1) ^ flip;
   }
-  const Bytes low01 = MOE_INT(unpacklo_epi32)(v[0], v[1]);
-  const Bytes high01 = MOE_INT(unpackhi_epi32)(v[0], v[1]);
-  const Bytes low23 = MOE_INT(unpacklo_epi32)(v[2], v[3]);
-  const Bytes high23 = MOE_INT(unpackhi_epi32)(v[2], v[3]);
-  const Bytes words[4] = {
-      MOE_INT(unpacklo_epi64)(low01, low23), MOE_INT(unpackhi_epi64)(low01, low23),
-      MOE_INT(unpacklo_epi64)(high01, high23), MOE_INT(unpackhi_epi64)(high01, high23)};
+  const Bytes low01 = _mm256_unpacklo_epi32(v[0], v[1]);
+  const Bytes high01 = _mm256_unpackhi_epi32(v[0], v[1]);
+  const Bytes low23 = _mm256_unpacklo_epi32(v[2], v[3]);
+  const Bytes high23 = _mm256_unpackhi_epi32(v[2], v[3]);
+  const Bytes words[4] = {_mm256_unpacklo_epi64(low01, low23), _mm256_unpackhi_epi64(low01, low23),
+                          _mm256_unpacklo_epi64(high01, high23),
+                          _mm256_unpackhi_epi64(high01, high23)};
 #pragma GCC unroll 4
-  for (int j = 0; j < 4; ++j) {
-    __builtin_memcpy(dst + j * 2 * kLanes<float>, &words[j], sizeof(Bytes));
-  }
+  for (int j = 0; j < 4; ++j) __builtin_memcpy(dst + j * 2 * W, &words[j], sizeof(Bytes));
 }
 #endif
+#else
+constexpr int64_t kRun = 16;
+#endif
+
+// kRun bytes of each row.
+inline void words_of_rows(const uint8_t* const* rows, int64_t offset, uint32_t flip,
+                          uint32_t* dst) {
+#if defined(__AVX2__) && MOE_VEC_BYTES >= 32
+  typedef uint32_t Words __attribute__((vector_size(MOE_VEC_BYTES)));
+  transpose_words(rows, offset, __builtin_bit_cast(Bytes, Words{} + flip), dst);
+#else
+  constexpr int W = kLanes<float>;
+  for (int f = 0; f < W; ++f) {
+    for (int j = 0; j < kRun / 4; ++j) {
+      dst[j * 2 * W + f] = load_bytes<uint32_t>(rows[f] + offset + 4 * j) ^ flip;
+    }
+  }
+#endif
+}
 
 // With 4 bits, a flip of the upper bit of each makes two's complement of q + 8.
 void quant_words(int bits, const void* w, int64_t ldw, int64_t features, int64_t k0, int64_t n,
@@ -47,26 +85,15 @@ void quant_words(int bits, const void* w, int64_t ldw, int64_t features, int64_t
       rows[f - f0] = static_cast<const uint8_t*>(w) + (f < features ? f : features - 1) * ldw;
     }
     uint32_t* out = dst + f0;
-    for (int64_t c = first; c < end; c += 16, out += 4 * P) {
-      uint8_t tails[W][16] = {};
-      const uint8_t* tail_rows[W];
-      const bool whole = end - c >= 16;
-      for (int f = 0; f < W && !whole; ++f) {
-        __builtin_memcpy(tails[f], rows[f] + c, end - c);
-        tail_rows[f] = tails[f];
-      }
-      const uint8_t* const* from = whole ? rows : tail_rows;
-      const int64_t offset = whole ? c : 0;
-#if defined(__AVX2__) && MOE_VEC_BYTES >= 32
-      typedef uint32_t Words __attribute__((vector_size(MOE_VEC_BYTES)));
-      transpose_words(from, offset, __builtin_bit_cast(Bytes, Words{} + flip), out);
-#else
+    int64_t c = first;
+    for (; c + kRun <= end; c += kRun, out += kRun / 4 * P) words_of_rows(rows, c, flip, out);
+    if (c < end) {
+      uint8_t tails[W][kRun] = {};
       for (int f = 0; f < W; ++f) {
-        for (int j = 0; j < 4; ++j) {
-          out[j * P + f] = load_bytes<uint32_t>(from[f] + offset + 4 * j) ^ flip;
-        }
+        __builtin_memcpy(tails[f], rows[f] + c, end - c);
+        rows[f] = tails[f];
       }
-#endif
+      words_of_rows(rows, 0, flip, out);
     }
   }
 }
@@ -153,63 +180,88 @@ inline Bytes add_step(Codes, Bytes acc, const float* a, Bytes b) {
 }
 #endif
 
-// panel_tile that takes words apart as it goes. S = float or Codes.
-template <int kBits, class S, int M>
-void word_tile(int64_t count, const float* a, const float* a_scale, const uint32_t* words,
-               const float* scale, float* c, int64_t ldc, bool accumulate, const char* ahead,
-               int64_t ahead_step) {
+// panel_tile that takes words apart as it goes. S = float or Codes. kKeep: sums stay in registers
+// from run to run, beside those of a run in integers.
+template <int kBits, class S, int M, bool kKeep>
+void word_tile(int64_t runs, int64_t count, const float* a, const float* a_scale,
+               const uint32_t* words, const float* scale, float* c, int64_t ldc, bool accumulate,
+               const char* ahead, int64_t ahead_step) {
   constexpr int W = kLanes<float>;
   constexpr bool kCodes = __is_same(S, Codes);
   constexpr int kSteps = 32 / kBits / (kCodes ? 2 : 1);  // elements of a for a word
   constexpr int kLines = 2 * MOE_VEC_BYTES < 64 ? 1 : 2 * MOE_VEC_BYTES / 64;
   using Sum = __typeof__(sum_of(S{}));
-  Sum acc[M][2];
+  Vec<float> kept[M][2];
+  if constexpr (kKeep) {
 #pragma GCC unroll 32
-  for (int i = 0; i < M; ++i) acc[i][0] = acc[i][1] = Sum{};
-  for (int64_t k = 0; k < count; ++k) {
+    for (int i = 0; i < M; ++i) kept[i][0] = kept[i][1] = Vec<float>{};
+  }
+  const auto add = [&](int i, int v, Vec<float> sum) {
+    float* out = c + i * ldc + v * W;
+    if constexpr (kCodes) sum *= a_scale[i * kLda];
+    store<float>(out, accumulate ? load<float>(out) + sum : sum);
+  };
+  for (int64_t run = 0; run < runs; ++run) {
+    Sum acc[M][2];
+#pragma GCC unroll 32
+    for (int i = 0; i < M; ++i) acc[i][0] = acc[i][1] = Sum{};
+    for (int64_t k = 0; k < count; ++k) {
 #pragma GCC unroll 2
-    for (int line = 0; line < kLines; ++line) {
-      __builtin_prefetch(ahead, 0, 2);
-      ahead += ahead_step;
-    }
+      for (int line = 0; line < kLines; ++line) {
+        __builtin_prefetch(ahead, 0, 2);
+        ahead += ahead_step;
+      }
 #pragma GCC unroll 8
-    for (int step = 0; step < kSteps; ++step) {
-      asm volatile("" ::: "memory");  // As in panel_tile: load the words anew.
-      const Sum b0 = word_step<kBits>(S{}, words, step);
-      const Sum b1 = word_step<kBits>(S{}, words + W, step);
+      for (int step = 0; step < kSteps; ++step) {
+        asm volatile("" ::: "memory");  // As in panel_tile: load the words anew.
+        const Sum b0 = word_step<kBits>(S{}, words, step);
+        const Sum b1 = word_step<kBits>(S{}, words + W, step);
 #pragma GCC unroll 32
-      for (int i = 0; i < M; ++i) {
-        acc[i][0] = add_step(S{}, acc[i][0], a + i * kLda + step, b0);
-        acc[i][1] = add_step(S{}, acc[i][1], a + i * kLda + step, b1);
+        for (int i = 0; i < M; ++i) {
+          acc[i][0] = add_step(S{}, acc[i][0], a + i * kLda + step, b0);
+          acc[i][1] = add_step(S{}, acc[i][1], a + i * kLda + step, b1);
+        }
+      }
+      a += kSteps;
+      words += 2 * W;
+    }
+    const Vec<float> s[2] = {load<float>(scale), load<float>(scale + W)};
+    scale += 2 * W;
+#pragma GCC unroll 32
+    for (int i = 0; i < M; ++i) {
+#pragma GCC unroll 2
+      for (int v = 0; v < 2; ++v) {
+        if constexpr (kKeep) {
+          kept[i][v] += to_floats(acc[i][v]) * s[v];
+        } else {
+          add(i, v, to_floats(acc[i][v]) * s[v]);
+        }
       }
     }
-    a += kSteps;
-    words += 2 * W;
+    if constexpr (!kKeep) accumulate = true;
   }
-  const Vec<float> s[2] = {load<float>(scale), load<float>(scale + W)};
+  if constexpr (kKeep) {
 #pragma GCC unroll 32
-  for (int i = 0; i < M; ++i) {
+    for (int i = 0; i < M; ++i) {
 #pragma GCC unroll 2
-    for (int v = 0; v < 2; ++v) {
-      float* out = c + i * ldc + v * W;
-      Vec<float> sum = to_floats(acc[i][v]) * s[v];
-      if constexpr (kCodes) sum *= a_scale[i * kLda];
-      store<float>(out, accumulate ? load<float>(out) + sum : sum);
+      for (int v = 0; v < 2; ++v) add(i, v, kept[i][v]);
     }
   }
 }
 
-template <class S, int M, int kMost>
-void fill_word_tiles(QuantKernels::Tile (&tiles)[2][kMaxMr]) {
+// 8 rows are 16 sums, enough for the latency of any level; of 28 some went to the stack. With
+// AVX-512, 32 registers hold the sums of 7 rows twice, 2 vectors of weights and an element of a.
+constexpr bool kKeepSums = MOE_VEC_BYTES == 64;
+constexpr int kCodeRows8 = MOE_MR2 < 8 ? MOE_MR2 : 8;
+constexpr int kCodeRows4 = kKeepSums ? 7 : kCodeRows8;
+
+template <int kBits, class S, int kMost, int M = 1>
+void fill_word_tiles(QuantKernels::Tile* tiles) {
   if constexpr (M <= kMost) {
-    tiles[0][M - 1] = &word_tile<8, S, M>;
-    tiles[1][M - 1] = &word_tile<4, S, M>;
-    fill_word_tiles<S, M + 1, kMost>(tiles);
+    tiles[M - 1] = &word_tile < kBits, S, M, kBits == 4 && __is_same(S, Codes) && kKeepSums > ;
+    fill_word_tiles<kBits, S, kMost, M + 1>(tiles);
   }
 }
-
-// 8 rows are 16 sums, enough for the latency of any level; of 28 some went to the stack.
-constexpr int kCodeRows = MOE_MR2 < 8 ? MOE_MR2 : 8;
 
 void multiply_row(const float* factors, float* row, int64_t n) {
   constexpr int W = kLanes<float>;
@@ -223,16 +275,19 @@ QuantKernels quant_kernels() {
   k.row8_bytes = &row8_bytes;
   k.row8 = &row8;
   k.dot8 = &quant_dot8;
-  k.dot8_max_rows = Row8::kBytes ? 20 : 8;
+  k.dot8_depth_of_row = MOE_VEC_BYTES == 64 ? 80 : 240;
   k.row4_bytes = &row4_bytes;
   k.row4 = &row4;
   k.dot4 = &quant_dot4;
   k.words = &quant_words;
-  fill_word_tiles<float, 1, MOE_MR2>(k.tile);
+  fill_word_tiles<8, float, MOE_MR2>(k.tile[0]);
+  fill_word_tiles<4, float, MOE_MR2>(k.tile[1]);
 #if defined(__AVX2__) && MOE_VEC_BYTES >= 32
   k.pairs = &quant_pairs;
-  k.code_rows = kCodeRows;
-  fill_word_tiles<Codes, 1, kCodeRows>(k.code_tile);
+  k.code_rows[0] = kCodeRows8;
+  k.code_rows[1] = kCodeRows4;
+  fill_word_tiles<8, Codes, kCodeRows8>(k.code_tile[0]);
+  fill_word_tiles<4, Codes, kCodeRows4>(k.code_tile[1]);
 #endif
   k.multiply_row = &multiply_row;
   return k;

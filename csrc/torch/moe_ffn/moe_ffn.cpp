@@ -1,5 +1,7 @@
 #include "moe_ops/moe_ffn.h"
 
+#include <optional>
+
 #include "cpu/pack.h"
 #include "torch/moe_ffn/checks.h"
 
@@ -57,31 +59,52 @@ void check_packed(const Op& op, const char* name, const PackedWeight& p) {
 
 // Uses each copy that holds its weight as it is now, judged by a few elements of every expert that
 // has rows: weights can be written in ways that no version counter sees. The elements of some
-// experts are under way from memory while those of others are compared.
-void use_packed(const std::vector<int64_t>& offsets, const PackedWeight* weights, int64_t count) {
-  constexpr int64_t kUnderWay = 4;
-  cpu::PanelSamples samples[kUnderWay];
-  const PackedWeight* owner[kUnderWay];
-  int64_t asked = 0, compared = 0;
-  const auto compare = [&] {
-    const int64_t slot = compared++ % kUnderWay;
-    if (!cpu::samples_match(samples[slot])) owner[slot]->matrices->panels = nullptr;
-  };
-  for (int64_t i = 0; i < count; ++i) {
-    const PackedWeight& p = weights[i];
-    const void* panels = p.packed->const_data_ptr();
-    p.matrices->panels = panels;
-    const int64_t E = p.w->size(0), O = p.w->size(1), K = p.w->size(2);
-    for (int64_t e = 0; e < E; ++e) {
-      if (offsets[e] == offsets[e + 1]) continue;
-      if (asked - compared == kUnderWay) compare();
-      const int64_t slot = asked++ % kUnderWay;
-      owner[slot] = &p;
-      samples[slot] = cpu::sample_panels(*p.matrices, panels, e, O, K, p.segments);
+// experts are under way from memory while those of others are compared, and the first ones from
+// begin() to finish().
+class PanelCheck {
+ public:
+  PanelCheck(const std::vector<int64_t>& offsets, const PackedWeight& up, const PackedWeight& down)
+      : offsets_(offsets), weights_{up, down} {}
+
+  void begin() {
+    for (const PackedWeight& p : weights_) p.matrices->panels = p.packed->const_data_ptr();
+    while (asked_ < kUnderWay && ask()) {
     }
   }
-  while (compared < asked) compare();
-}
+  void finish() {
+    while (ask() || compared_ < asked_) compare();
+  }
+
+ private:
+  static constexpr int64_t kUnderWay = 4;
+
+  // There is room for one more.
+  bool ask() {
+    for (; weight_ < 2; ++weight_, expert_ = 0) {
+      const PackedWeight& p = weights_[weight_];
+      const int64_t E = p.w->size(0);
+      while (expert_ < E && offsets_[expert_] == offsets_[expert_ + 1]) ++expert_;
+      if (expert_ == E) continue;
+      const int64_t slot = asked_++ % kSlots;
+      owner_[slot] = &p;
+      samples_[slot] = cpu::sample_panels(*p.matrices, p.packed->const_data_ptr(), expert_++,
+                                          p.w->size(1), p.w->size(2), p.segments);
+      return true;
+    }
+    return false;
+  }
+  void compare() {
+    const int64_t slot = compared_++ % kSlots;
+    if (!cpu::samples_match(samples_[slot])) owner_[slot]->matrices->panels = nullptr;
+  }
+
+  static constexpr int64_t kSlots = kUnderWay + 1;
+  const std::vector<int64_t>& offsets_;
+  const PackedWeight weights_[2];
+  int64_t weight_ = 0, expert_ = 0, asked_ = 0, compared_ = 0;
+  cpu::PanelSamples samples_[kSlots];
+  const PackedWeight* owner_[kSlots];
+};
 
 // saved: filled for a backward; nullptr in inference, which then makes no tensor but y.
 Tensor run_ffn(const Op& op, const Tensor& x, const Tensor& w_gate_up, const Tensor& w_down,
@@ -108,32 +131,35 @@ Tensor run_ffn(const Op& op, const Tensor& x, const Tensor& w_gate_up, const Ten
     slot_to_row = maps.slot_to_row.get();
   }
   const std::vector<int64_t>& offsets = maps.offsets;
-  const Tensor src = with_dense_rows(x);
   const Weights up = weights_of(w_gate_up, s.type);
   const Weights down = weights_of(w_down, s.type);
+  MoeFfnParams p;
+  p.w_gate_up = up.matrices;
+  p.w_down = down.matrices;
+  std::optional<PanelCheck> panels;
+  if (packed != nullptr) {
+    const int64_t segments = is_gated(act.kind) && !interleaved ? 2 : 1;
+    const PackedWeight packed_up{&up.tensor, packed->gate_up, segments, &p.w_gate_up};
+    const PackedWeight packed_down{&down.tensor, packed->down, 1, &p.w_down};
+    check_packed(op, "packed_gate_up", packed_up);
+    check_packed(op, "packed_down", packed_down);
+    panels.emplace(offsets, packed_up, packed_down);
+    panels->begin();
+  }
+  const Tensor src = with_dense_rows(x);
   const Bias up_bias = bias_of(b_gate_up, s.type);
   const Bias down_bias = bias_of(b_down, s.type);
   const Tensor weights = contiguous_as(topk_weights, accumulate_type(x.scalar_type()));
   const int64_t N = s.T * s.K;
   Tensor y = empty_cpu({s.T, s.H}, x.scalar_type());
   if (saved != nullptr) saved->preact = empty_cpu({N, s.width}, x.scalar_type());
-  MoeFfnParams p;
   p.shape = make_shape(s, on_input, offsets, row_to_slot, slot_to_row, weights);
   p.x = rows_of(src, s.type);
-  p.w_gate_up = up.matrices;
-  p.w_down = down.matrices;
   p.b_gate_up = up_bias.vectors;
   p.b_down = down_bias.vectors;
-  if (packed != nullptr) {
-    const int64_t segments = is_gated(act.kind) && !interleaved ? 2 : 1;
-    const PackedWeight weights_packed[] = {{&up.tensor, packed->gate_up, segments, &p.w_gate_up},
-                                           {&down.tensor, packed->down, 1, &p.w_down}};
-    check_packed(op, "packed_gate_up", weights_packed[0]);
-    check_packed(op, "packed_down", weights_packed[1]);
-    use_packed(offsets, weights_packed, 2);
-  }
   p.y = y.mutable_data_ptr();
   p.preact = saved != nullptr ? saved->preact.mutable_data_ptr() : nullptr;
+  if (panels.has_value()) panels->finish();
   cpu::moe_ffn(p, torch_parallel());
   if (saved != nullptr) zero_rows_from(saved->preact, offsets.back());
   return y;

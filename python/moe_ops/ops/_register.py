@@ -78,11 +78,39 @@ def check_same_device(op: str, **tensors: Tensor | None) -> None:
 
 def call(op: Any, *args: Any, **kwargs: Any) -> Any:
     """Calls an op. Where no gradient can be wanted, it passes by the autograd rule, which is Python
-    and takes 5 us, as long as routing a token."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+    and takes 5 us, as long as routing a token. Inference mode passes by it anyway."""
+    if (
+        torch.is_grad_enabled()
+        or torch.is_inference_mode_enabled()
+        or torch.compiler.is_compiling()
+    ):
         return op(*args, **kwargs)
     with torch._C._AutoDispatchBelowAutograd():
         return op(*args, **kwargs)
+
+
+def options_of(
+    b_gate_up: Tensor | None,
+    b_down: Tensor | None,
+    activation: str,
+    interleaved: bool,
+    apply_router_weight_on_input: bool,
+    alpha: float,
+    limit: float,
+) -> tuple[Any, ...]:
+    """The last arguments of moe_ffn and its kin, for a call: none where all are at their defaults.
+    The dispatcher takes half a microsecond to read the seven."""
+    if (
+        activation == "swiglu"
+        and b_gate_up is None
+        and b_down is None
+        and interleaved is False
+        and apply_router_weight_on_input is False
+        and alpha == 1.702
+        and limit == 7.0
+    ):
+        return ()
+    return b_gate_up, b_down, activation, interleaved, apply_router_weight_on_input, alpha, limit
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -18,6 +18,7 @@ from moe_ops.ops._register import (
     check_same_dtype,
     check_size,
     needs_input_grad,
+    options_of,
     register_autocast,
     register_fake,
     register_no_double_backward,
@@ -92,13 +93,7 @@ def moe_ffn(
         arguments = (activation, interleaved, apply_router_weight_on_input, alpha, limit)
         inputs = (x, w_gate_up, w_down, topk_weights, topk_ids, b_gate_up, b_down)
         return _AccumulatingFfn.apply(*inputs, main_grads, arguments)
-    return call(
-        torch.ops.moe_ops.moe_ffn,
-        x,
-        w_gate_up,
-        w_down,
-        topk_weights,
-        topk_ids,
+    options = options_of(
         b_gate_up,
         b_down,
         activation,
@@ -106,6 +101,15 @@ def moe_ffn(
         apply_router_weight_on_input,
         alpha,
         limit,
+    )
+    return call(
+        torch.ops.moe_ops.moe_ffn,
+        x,
+        w_gate_up,
+        w_down,
+        topk_weights,
+        topk_ids,
+        *options,
     )
 
 

@@ -16,6 +16,7 @@ from moe_ops.ops._register import (
     check_same_device,
     dtype_name,
     library,
+    options_of,
     register_autocast,
     register_cpu_only,
     register_fake,
@@ -88,6 +89,15 @@ def moe_ffn_packed(
             of its weight. Under autocast, weights are cast as by moe_ffn, and by pack_experts too:
             pack and call in the same autocast state.
     """
+    options = options_of(
+        b_gate_up,
+        b_down,
+        activation,
+        interleaved,
+        apply_router_weight_on_input,
+        alpha,
+        limit,
+    )
     return call(
         torch.ops.moe_ops.moe_ffn_packed,
         x,
@@ -97,13 +107,7 @@ def moe_ffn_packed(
         packed_down,
         topk_weights,
         topk_ids,
-        b_gate_up,
-        b_down,
-        activation,
-        interleaved,
-        apply_router_weight_on_input,
-        alpha,
-        limit,
+        *options,
     )
 
 

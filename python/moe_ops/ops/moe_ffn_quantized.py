@@ -14,6 +14,7 @@ from moe_ops.ops._register import (
     check_same_device,
     check_size,
     dtype_name,
+    options_of,
     register_autocast,
     register_cpu_only,
     register_fake,
@@ -96,6 +97,15 @@ def moe_ffn_quantized(
         Integer products on blocks of rounded activations: Gerganov et al., ggml (q8_0, q4_0);
         the activation-aware scale: Lin et al. 2023, arXiv 2306.00978.
     """
+    options = options_of(
+        b_gate_up,
+        b_down,
+        activation,
+        interleaved,
+        apply_router_weight_on_input,
+        alpha,
+        limit,
+    )
     return call(
         torch.ops.moe_ops.moe_ffn_quantized,
         x,
@@ -106,13 +116,7 @@ def moe_ffn_quantized(
         topk_weights,
         topk_ids,
         x_scale,
-        b_gate_up,
-        b_down,
-        activation,
-        interleaved,
-        apply_router_weight_on_input,
-        alpha,
-        limit,
+        *options,
     )
 
 
