@@ -94,7 +94,8 @@ def run(seeds: Sequence[int], log: Callable[[str], None]) -> Report:
         {
             "Data": "generated rows (30000, four tasks in two categories), drawn anew by seed",
             "Training": f"Adam {LR:g}, batch {BATCH}, at most {EPOCHS} epochs, patience "
-            f"{PATIENCE}, the epoch of the best validation AUC; nothing else was tried",
+            f"{PATIENCE}, the epoch of the best validation AUC; batch and epochs are set by the "
+            "time a run may take, nothing was searched",
             "Parameters": "experts of MMoE and PLE are widened to HoME's number of parameters",
             "Zeros and scale": "the worst expert's share of outputs that are 0, and the worst "
             "level's largest over smallest deviation of an expert's outputs, on test rows",

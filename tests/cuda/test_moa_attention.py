@@ -81,3 +81,55 @@ def test_one_load_of_keys_serves_all_slots(simulator, kind):
     cache, queries = 2 * keys * head_size * 2, slots * head_size * 2
     assert ours == cache + queries
     assert theirs == slots * cache + queries
+
+
+# The TMA + wgmma kernels: bfloat16 and float16, d 64 and 128, more than 16 rows a head.
+WIDE = {64: {"tokens": 83, "slots": 2, "keys": 150}, 128: {"tokens": 45, "slots": 3, "keys": 270}}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("head_size", WIDE)
+def test_schedules_with_wgmma(simulator, head_size, kind):
+    call = operands(torch.bfloat16, head_size=head_size, grad=False, **WIDE[head_size])
+    assert simulator.counted(lambda: run(call, kind=kind), "wgmma")["wgmma"] > 0
+    simulator.check_schedules(lambda: run(call, kind=kind))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("head_size", WIDE)
+def test_generic_kernels_agree(head_size, kind, monkeypatch):
+    """Other tiles and other sums: equal to the rounding of weights and of the result."""
+    call = operands(torch.float16, head_size=head_size, grad=False, **WIDE[head_size])
+    ours = run(call, kind=kind)
+    monkeypatch.setenv("MOE_OPS_ATTENTION", "generic")
+    for a, b in zip(ours, run(call, kind=kind), strict=True):
+        torch.testing.assert_close(a, b, rtol=2.0**-9, atol=2.0**-9)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("head_size", WIDE)
+def test_boxes_of_keys_serve_all_slots(simulator, head_size, kind):
+    """A short prompt is one block a head: K times the bytes if keys are repeated."""
+    slots, keys, tokens = 3, 150, 40
+    call = operands(
+        torch.bfloat16, tokens=tokens, slots=slots, keys=keys, head_size=head_size, grad=False
+    )
+    call["q"], call["k"] = -call["q"].abs(), call["k"].abs()  # no stick ends
+    repeated = {
+        "q": call["q"].transpose(2, 3).reshape(1, tokens, 1, slots, head_size),
+        "k": call["k"].repeat_interleave(slots, 2),
+        "v": call["v"].repeat_interleave(slots, 2),
+    }
+    tile = 128 if kind == "softmax" else 64
+    boxes = 128 + 2 * -(-keys // tile) * tile
+    for arguments, heads in ((call, 1), (repeated, slots)):
+        counted = simulator.counted(lambda a=arguments: run(a, kind=kind), "tma_ld_bytes")
+        assert counted["tma_ld_bytes"] == heads * boxes * head_size * 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("head_size", WIDE)
+def test_schedules_of_backward_with_wgmma(simulator, head_size, kind):
+    """Gradients of sticks with d = 128 come from the generic kernels."""
+    call = operands(torch.bfloat16, head_size=head_size, **WIDE[head_size])
+    simulator.check_schedules(lambda: run(call, kind=kind))

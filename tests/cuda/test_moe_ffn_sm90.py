@@ -172,12 +172,12 @@ def test_main_grads(simulator, main_dtype, on_input):
 @pytest.mark.parametrize("num_tokens", [1, 9, 33, 64])
 def test_few_tokens(simulator, num_tokens, layout, dtype):
     """Inference of at most 64 tokens has kernels of its own."""
-    call = operands(Routing(num_tokens, 5, 2, "dropped"), 328, 200, dtype, layout, bias=True)
+    call = operands(Routing(num_tokens, 3, 2, "dropped"), 328, 136, dtype, layout, bias=True)
     check(call, [])
     check({**call, "apply_router_weight_on_input": True}, [])
     # One expert takes more rows than a tile holds.
     routing = Routing(num_tokens, 140, 2, "repeated")
-    call |= operands(routing, 328, 72, dtype, layout)
+    call |= operands(routing, 72, 72, dtype, layout)
     call["topk_ids"] = torch.full_like(call["topk_ids"], 135)
     check({**call, "b_gate_up": None, "b_down": None}, [])
 
@@ -185,7 +185,7 @@ def test_few_tokens(simulator, num_tokens, layout, dtype):
 @half
 @layouts
 def test_few_tokens_and_many_give_the_same_bits(simulator, force, layout, dtype):
-    call = operands(Routing(50, 5, 2, "dropped"), 328, 200, dtype, layout, bias=True)
+    call = operands(Routing(50, 3, 2, "dropped"), 328, 136, dtype, layout, bias=True)
     few = moe_ops.moe_ffn(**call)
     for tile in UP_TILES:
         force(tile)

@@ -12,6 +12,7 @@ import torch
 from moe_ops.layers import Router
 from moe_ops.zoo.deepseek import DeepSeek
 from moe_ops.zoo.jetmoe import JetMoE, JetMoEConfig
+from moe_ops.zoo.topp import TopP
 
 ROOT = Path(__file__).parents[2]
 if not (ROOT / "bench" / "claims").is_dir():
@@ -19,7 +20,7 @@ if not (ROOT / "bench" / "claims").is_dir():
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from bench.claims import deepseek, jetmoe  # noqa: E402
+from bench.claims import coe, deepseek, jetmoe, moduleformer, topp  # noqa: E402
 from bench.claims.text import Domain, heldout_batches, load_domains, train_batches  # noqa: E402
 from bench.claims.training import Recipe, evaluate, train  # noqa: E402
 
@@ -126,3 +127,79 @@ def test_taking_experts_away_leaves_the_model_as_it_was():
     evaluate(trained, domains, RECIPE)
     assert trained.heldout == again
     assert all(torch.equal(t, state[n]) for n, t in trained.model.state_dict().items())
+
+
+def test_coe_runs():
+    arms = coe.arms_of(coe.BASE)
+    per_token = {c.num_iterations * c.top_k for c in arms.values()}
+    assert per_token == {4}  # Routed experts a token, in all arms.
+    base = dataclasses.replace(
+        coe.BASE, hidden_size=32, num_layers=1, kv_rank=16, intermediate_size=16
+    )
+    lines = []
+    report = coe.run(range(2), lines.append, base, RECIPE)
+    assert len(lines) == 10 and len(report.arms) == 5 and len(report.claims) == 4
+    rows = report.arms
+    expected = [
+        a[0] - b[0]
+        for a, b in zip(
+            rows["two iterations, published residual"],
+            rows["one iteration, published residual"],
+            strict=True,
+        )
+    ]
+    assert report.claims[1].differences == expected
+    assert "6 expert calls a token" in report.markdown()
+
+
+def test_topp_runs():
+    base = dataclasses.replace(topp.BASE, hidden_size=32, num_layers=2, intermediate_size=16)
+    same = [
+        {name: p.shape for name, p in model.named_parameters()}
+        for model in (DeepSeek(topp.top_two(base)), TopP(base))
+    ]
+    assert same[0] == same[1]
+    lines = []
+    report = topp.run(range(2), lines.append, base, RECIPE)
+    assert len(lines) == 6 and len(report.claims) == 4
+    assert [row[1] for row in report.arms["top-2"]] == [2.0, 2.0]
+    assert [row[1] for row in report.arms["top-p"]] == report.claims[0].differences
+
+
+def test_rank_correlation():
+    a = torch.tensor([1.0, 2.0, 2.0, 5.0])  # Ranks 1, 2.5, 2.5, 4.
+    assert topp.rank_correlation(a, a.exp()) == pytest.approx(1)
+    assert topp.rank_correlation(a, -a) == pytest.approx(-1)
+    b = torch.tensor([1.0, 3.0, 2.0, 4.0])  # Ranks 1, 3, 2, 4.
+    expected = torch.corrcoef(torch.tensor([[1, 2.5, 2.5, 4], [1, 3, 2, 4]]))[0, 1]
+    assert topp.rank_correlation(a, b) == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_moduleformer_runs():
+    base = dataclasses.replace(
+        moduleformer.BASE, hidden_size=32, num_layers=1, attention_size=16, intermediate_size=16
+    )
+    lines = []
+    report = moduleformer.run(range(2), lines.append, base, RECIPE)
+    assert len(lines) == 12 and len(report.arms) == 6 and len(report.claims) == 4
+    for row in report.arms["concentrated"]:
+        assert 0 <= row[2] <= 1
+    assert all(row[3] is not None for row in report.arms["all parameters"])
+    assert "| added experts |" in report.markdown()
+
+
+def test_information():
+    """Experts that know the domain tell its entropy; experts that do not tell nothing."""
+
+    class Fixed:
+        def __init__(self, rows):
+            self.rows = iter(rows)
+
+        def expert_frequencies(self, batches):
+            return {"a": torch.tensor(next(self.rows))}
+
+    domains = load_domains()[:2]
+    told = moduleformer.information(Fixed([[2.0, 0.0], [0.0, 2.0]]), domains, RECIPE)
+    assert told == pytest.approx(0.6931, abs=1e-4)
+    nothing = moduleformer.information(Fixed([[1.5, 0.5], [1.5, 0.5]]), domains, RECIPE)
+    assert nothing == pytest.approx(0, abs=1e-7)

@@ -2,6 +2,7 @@
 #include "cuda/moa_attention/backward_launch.cuh"
 #include "cuda/moa_attention/forward_kernel.cuh"
 #include "cuda/moa_attention/generic.h"
+#include "cuda/moa_attention/sm90.h"
 #include "moe_ops/moa_attention.h"
 
 namespace moe_ops::cuda {
@@ -40,6 +41,7 @@ int64_t moa_attention_workspace(const MoaAttentionParams& p) {
 Status moa_attention(const MoaAttentionParams& p, Stream stream) {
   using namespace attention;
   if (!in_range(p)) return cudaErrorInvalidValue;
+  if (sm90::supports(p)) return sm90::forward(p, stream);
   return of_type(p.type, p, stream, forward_bf16, forward_fp16, forward_fp32, forward_fp64);
 }
 
@@ -50,6 +52,7 @@ int64_t moa_attention_bwd_workspace(const MoaAttentionParams& p) {
 Status moa_attention_bwd(const MoaAttentionBwdParams& b, Stream stream) {
   using namespace attention;
   if (!in_range(b.fwd)) return cudaErrorInvalidValue;
+  if (sm90::supports(b)) return sm90::backward(b, stream);
   return b.fwd.kind == AttentionKind::kSoftmax
              ? of_type(b.fwd.type, b, stream, softmax_bwd_bf16, softmax_bwd_fp16, softmax_bwd_fp32,
                        softmax_bwd_fp64)

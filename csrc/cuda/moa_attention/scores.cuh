@@ -111,6 +111,17 @@ struct Logits {
   }
 };
 
+// The same without a cap.
+struct PlainLogits {
+  float scale;
+  template <int kTiles>
+  __device__ void apply(Fragment<float, kTiles>& s) const {
+#pragma unroll
+    for (int i = 0; i < 4 * kTiles; ++i) (&s.v[0][0])[i] *= scale;
+  }
+  __device__ float slope(float) const { return 1.f; }
+};
+
 // Which columns of a tile this thread's two rows see.
 struct Mask {
   int first[2], last[2];
@@ -202,11 +213,10 @@ struct SoftmaxRows {
 };
 
 // Logits become gradients of logits (but for the slope of the cap), `w` weights.
-template <class T, int kTiles, class Mask>
+template <class T, int kTiles, class Mask, class Logits>
 __device__ void softmax_gradient(Fragment<T, kTiles>& s, Fragment<T, kTiles>& w,
                                  const Fragment<T, kTiles>& dp, const Mask& mask,
-                                 const Logits<T>& logits, const T (&log_sum)[2],
-                                 const T (&delta)[2]) {
+                                 const Logits& logits, const T (&log_sum)[2], const T (&delta)[2]) {
 #pragma unroll
   for (int j = 0; j < kTiles; ++j) {
 #pragma unroll
@@ -252,10 +262,10 @@ __device__ void break_sticks(Fragment<T, kTiles>& s, const Mask& mask, T (&log_r
 // w_j (1 - z_j) and every weight of a key before j, and what remains, by -z_j times itself.
 // `before` is the sum of weight times gradient over those; it grows from the first key on, so
 // nothing is subtracted from a total. Logits become their gradients, `w` weights.
-template <class T, int kTiles, class Mask>
+template <class T, int kTiles, class Mask, class Logits>
 __device__ void stick_gradient(Fragment<T, kTiles>& s, Fragment<T, kTiles>& w,
                                const Fragment<T, kTiles>& dp, const Mask& mask,
-                               const Logits<T>& logits, T (&log_rest)[2], T (&before)[2]) {
+                               const Logits& logits, T (&log_rest)[2], T (&before)[2]) {
   w = s;
   break_sticks<true>(w, mask, log_rest);
 #pragma unroll

@@ -7,4 +7,8 @@ Status stick_bwd_bf16(const MoaAttentionBwdParams& b, Stream stream) {
   return generic_backward<bf16, AttentionKind::kStickBreaking>(b, stream);
 }
 
+Status sticks_bf16(const BackwardLaunch& launch, int64_t blocks, Stream stream) {
+  return launch_sticks<bf16, 64>(launch, blocks, stream);
+}
+
 }  // namespace moe_ops::cuda::attention

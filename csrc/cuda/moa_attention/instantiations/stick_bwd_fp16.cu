@@ -7,4 +7,8 @@ Status stick_bwd_fp16(const MoaAttentionBwdParams& b, Stream stream) {
   return generic_backward<fp16, AttentionKind::kStickBreaking>(b, stream);
 }
 
+Status sticks_fp16(const BackwardLaunch& launch, int64_t blocks, Stream stream) {
+  return launch_sticks<fp16, 64>(launch, blocks, stream);
+}
+
 }  // namespace moe_ops::cuda::attention

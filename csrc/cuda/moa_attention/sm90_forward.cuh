@@ -1,0 +1,317 @@
+// Forward by TMA and wgmma.
+//
+// A block has 128 rows of a head, all slots of its tokens among them: one load of a tile of keys
+// and values serves every slot. A producer warp fills a ring of tiles in the order in which the
+// two consumer warpgroups (64 rows each) take them: keys first, then the next keys and the values
+// in turn, so that the scores of a tile are made while the values of the one before are added.
+// Tiles go from the last to the first.
+#pragma once
+
+#include "cuda/moa_attention/sm90_common.cuh"
+
+namespace moe_ops::cuda::attention::sm90 {
+
+template <DType type, AttentionKind kKindT, int kHeadSize>
+struct ForwardConfig {
+  using Element = Sm90Element<type>;
+  static constexpr AttentionKind kKind = kKindT;
+  static constexpr bool kSoftmax = kKind == AttentionKind::kSoftmax;
+  static constexpr int kD = kHeadSize;
+  static constexpr int kConsumers = 2;
+  static constexpr int kRows = 64 * kConsumers;
+  // Breaking sticks wants registers for more than a tile of scores.
+  static constexpr int kKeys = kSoftmax ? 128 : 64;
+  static constexpr int kTile = kKeys * kD;
+  static constexpr int kStages = kTile * 2 > 16384 ? 5 : 6;
+  static constexpr int kThreads = kWarpgroup * (1 + kConsumers);
+
+  using ScoreMma = SharedMma<Element, kKeys, kD, cute::GMMA::Major::K, cute::GMMA::Major::K>;
+  using OutMma = RegisterMma<Element, kD, kKeys, cute::GMMA::Major::MN>;
+
+  struct Shared {
+    alignas(1024) Element q[kRows * kD];
+    alignas(1024) Element ring[kStages * kTile];
+    alignas(8) cutlass::arch::ClusterTransactionBarrier q_full;
+    cutlass::arch::ClusterTransactionBarrier full[kStages];
+    cutlass::arch::ClusterBarrier empty[kStages];
+    int stopped;  // all sticks are empty
+  };
+  static constexpr int kSharedBytes = sizeof(Shared);
+  static_assert(kSharedBytes <= 227 * 1024);
+};
+
+struct ForwardParams {
+  CUtensorMap q, k, v;
+  MoaAttentionParams p;
+  int row_tiles;
+};
+
+// A place in the ring: item n is stage n % kStages.
+template <int kStages>
+struct Place {
+  int stage = 0;
+  uint32_t phase = 0;
+  __device__ void next() {
+    if (++stage == kStages) {
+      stage = 0;
+      phase ^= 1;
+    }
+  }
+};
+
+// Any of the consumers' threads, asked of all of them.
+__device__ inline bool any_consumer(bool value, int threads) {
+  uint32_t out;
+  asm volatile(
+      "{ .reg .pred a, b; setp.ne.u32 a, %1, 0; barrier.cta.red.or.pred b, 1, %2, a; "
+      "selp.u32 %0, 1, 0, b; }"
+      : "=r"(out)
+      : "r"(static_cast<uint32_t>(value)), "r"(threads)
+      : "memory");
+  return out != 0;
+}
+
+template <class Config>
+__device__ void produce(const ForwardParams& params, typename Config::Shared& smem, Head head,
+                        int row0, int first, int last) {
+  constexpr int kStages = Config::kStages, kKeys = Config::kKeys, kD = Config::kD;
+  constexpr uint32_t kBytes = Config::kTile * 2;
+  smem.q_full.arrive_and_expect_tx(Config::kRows * kD * 2);
+#pragma unroll
+  for (int g = 0; g < Config::kConsumers; ++g) {
+    load_box<64, kD>(&params.q, smem.q_full, smem.q + g * 64 * kD, row0 + 64 * g, head);
+  }
+  Place<kStages> place;
+  int issued = 0;
+  const auto load = [&](const CUtensorMap* map, int tile) {
+    // A new barrier lets a wait for the phase before its first pass.
+    while (!smem.empty[place.stage].try_wait(place.phase ^ 1)) {
+      if (!Config::kSoftmax && *static_cast<volatile int*>(&smem.stopped) != 0) return false;
+    }
+    smem.full[place.stage].arrive_and_expect_tx(kBytes);
+    load_box<kKeys, kD>(map, smem.full[place.stage], smem.ring + place.stage * Config::kTile,
+                        tile * kKeys, head);
+    place.next();
+    ++issued;
+    return true;
+  };
+  bool go = last > first && load(&params.k, last - 1);
+#pragma unroll 1
+  for (int tile = last - 1; go && tile >= first; --tile) {
+    if (tile > first) go = load(&params.k, tile - 1);
+    go = go && load(&params.v, tile);
+  }
+  if constexpr (!Config::kSoftmax) {
+    // Nobody may have waited for the last loads; the block must not leave before them.
+    Place<kStages> end;
+#pragma unroll 1
+    for (int i = 0; i < issued; ++i) {
+      if (i >= issued - kStages) smem.full[end.stage].wait(end.phase);
+      end.next();
+    }
+  }
+}
+
+template <class Config>
+__device__ void consume(const ForwardParams& params, typename Config::Shared& smem, Head head,
+                        int row0, int first, int last) {
+  using namespace cute;
+  using Element = typename Config::Element;
+  constexpr int kKeys = Config::kKeys, kD = Config::kD;
+  const MoaAttentionParams& p = params.p;
+  // Descriptors are uniform over a warpgroup.
+  const int group = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / kWarpgroup - 1, 0);
+  const int thread = static_cast<int>(threadIdx.x) % kWarpgroup, lane = thread % kWarp;
+  const int mine = row0 + 64 * group + thread / kWarp * 16 + lane / 4;  // and mine + 8
+  const Range seen[2] = {keys_of_row(p, mine), keys_of_row(p, mine + 8)};
+
+  auto scores = accumulators<typename Config::ScoreMma, kKeys>();
+  auto out = accumulators<typename Config::OutMma, kD>();
+  clear(out);
+  auto& s = fragment(scores);
+  const PlainLogits logits{static_cast<float>(p.scale)};
+  const float times = logits.scale * kLog2E;
+  SoftmaxBase2 softmax;
+  float rest[2], factor[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) rest[i] = mine + 8 * i < num_rows(p) ? 0.f : kLowest<float>;
+
+  const auto sQ = as_rows<Element, 64, kD>(smem.q + group * 64 * kD);
+  Place<Config::kStages> place;
+  const auto await = [&](const Place<Config::kStages>& at) { smem.full[at.stage].wait(at.phase); };
+  const auto release = [&](const Place<Config::kStages>& at) {
+    if (lane == 0) smem.empty[at.stage].arrive();
+  };
+  const auto start_scores = [&] {
+    await(place);
+    warpgroup_fence_operand(scores);
+    warpgroup_arrive();
+    start_product<typename Config::ScoreMma>(
+        sQ, as_rows<Element, kKeys, kD>(smem.ring + place.stage * Config::kTile), scores,
+        GMMA::ScaleOut::Zero);
+    warpgroup_commit_batch();
+  };
+  // Scores to weights; whether an earlier tile is wanted.
+  const auto weigh = [&](int tile) {
+    const int shift = tile * kKeys + lane % 4 * 2;
+    const Mask mask = {{seen[0].first - shift, seen[1].first - shift},
+                       {seen[0].last - shift, seen[1].last - shift}};
+    const int j0 = tile * kKeys;
+    const bool whole = seen[0].first <= j0 && seen[1].first <= j0 && seen[0].last >= j0 + kKeys &&
+                       seen[1].last >= j0 + kKeys;
+    const bool unmasked = __all_sync(~0u, whole);
+    if constexpr (Config::kSoftmax) {
+      if (!unmasked) mask_scores(s, mask, -INFINITY);
+      softmax.step(s, times, factor);
+      return true;
+    } else {
+      logits.apply(s);
+      if (!unmasked) mask_scores(s, mask, kNoShare);
+      break_sticks<true>(s, NoMask{}, rest);
+      // NaN is not less than anything.
+      const bool left = !(rest[0] < kLogTiny<float>) || !(rest[1] < kLogTiny<float>);
+      return any_consumer(left, Config::kConsumers * kWarpgroup);
+    }
+  };
+
+  bool wanted = true;
+  smem.q_full.wait(0);
+  if (last > first) {
+    start_scores();
+    warpgroup_wait<0>();
+    warpgroup_fence_operand(scores);
+    release(place);
+    place.next();
+    wanted = weigh(last - 1);
+  }
+  // Starts out += weights times the values at `place`.
+  const auto start_values = [&](auto& weights) {
+    await(place);
+    warpgroup_fence_operand(out);
+    warpgroup_fence_operand(weights);
+    warpgroup_arrive();
+    start_product_of_registers<typename Config::OutMma>(
+        weights, as_columns<Element, kKeys, kD>(smem.ring + place.stage * Config::kTile), out);
+    warpgroup_commit_batch();
+  };
+  const auto finish_values = [&](auto& weights) {
+    warpgroup_wait<0>();
+    warpgroup_fence_operand(out);
+    warpgroup_fence_operand(weights);
+    release(place);
+    place.next();
+  };
+  int tile = last - 1;  // whose weights are in `scores`
+#pragma unroll 1
+  for (; tile > first && wanted; --tile) {
+    auto weights = as_operand<typename Config::OutMma, Element, kKeys>(scores);
+    const Place<Config::kStages> keys = place;
+    start_scores();
+    place.next();
+    start_values(weights);
+    warpgroup_wait<1>();
+    warpgroup_fence_operand(scores);
+    release(keys);
+    wanted = weigh(tile - 1);
+    finish_values(weights);
+    if constexpr (Config::kSoftmax) fragment(out).scale_rows(factor);
+  }
+  if (last > first) {
+    if (tile > first) place.next();  // keys that nobody looks at lie before the values
+    auto weights = as_operand<typename Config::OutMma, Element, kKeys>(scores);
+    start_values(weights);
+    finish_values(weights);
+  }
+  if (!Config::kSoftmax && threadIdx.x == kWarpgroup) {
+    *static_cast<volatile int*>(&smem.stopped) = 1;
+  }
+
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int r = mine + 8 * i;
+    const bool there = r < num_rows(p);
+    const float sum = Config::kSoftmax ? quad_sum(softmax.sum[i]) : 0.f;
+    const bool none = sum == 0.f;
+    const int64_t index = row_index(p, head, r);
+    auto* row = static_cast<Element*>(p.out) + index * kD;
+    store_row(there ? row : nullptr, fragment(out), i,
+              !Config::kSoftmax ? 1.f
+              : none            ? 0.f
+                                : 1.f / sum);
+    if (there && lane % 4 == 0) {
+      static_cast<float*>(p.state)[index] =
+          !Config::kSoftmax ? (rest[i] < kLogTiny<float> ? 0.f : exponential(rest[i]))
+          : none            ? -INFINITY
+                            : softmax.max[i] * times * kLn2 + logf(sum);
+    }
+  }
+}
+
+template <class Config>
+__global__ void __launch_bounds__(Config::kThreads, 1)
+    moa_attention_sm90_kernel(const __grid_constant__ ForwardParams params) {
+  extern __shared__ __align__(1024) unsigned char shared[];
+  auto& smem = *reinterpret_cast<typename Config::Shared*>(shared);
+  const MoaAttentionParams& p = params.p;
+  const int64_t heads = p.batch * p.num_heads;
+  const Head head(p, blockIdx.x % heads);
+  // The last rows see the most keys and go first.
+  const int row0 = (params.row_tiles - 1 - static_cast<int>(blockIdx.x / heads)) * Config::kRows;
+  const int row_end = min(row0 + Config::kRows, num_rows(p));
+  if (threadIdx.x == 0) {
+    cute::prefetch_tma_descriptor(&params.q);
+    cute::prefetch_tma_descriptor(&params.k);
+    cute::prefetch_tma_descriptor(&params.v);
+    smem.q_full.init(1);
+    for (int s = 0; s < Config::kStages; ++s) {
+      smem.full[s].init(1);
+      smem.empty[s].init(Config::kConsumers * kWarpgroup / kWarp);
+    }
+    smem.stopped = 0;
+    cutlass::arch::fence_barrier_init();
+  }
+  __syncthreads();
+  const int first_key = keys_of_row(p, row0).first, last_key = keys_of_row(p, row_end - 1).last;
+  const int first = first_key / Config::kKeys;
+  const int last = last_key > first_key ? (last_key + Config::kKeys - 1) / Config::kKeys : first;
+  if (threadIdx.x < kWarpgroup) {
+    cutlass::arch::warpgroup_reg_dealloc<kProducerRegisters>();
+    if (threadIdx.x == 0) produce<Config>(params, smem, head, row0, first, last);
+  } else {
+    cutlass::arch::warpgroup_reg_alloc<kConsumerRegisters>();
+    consume<Config>(params, smem, head, row0, first, last);
+  }
+}
+
+template <class Config>
+Status launch(const MoaAttentionParams& p, Stream stream) {
+  ForwardParams params{};
+  params.p = p;
+  const int64_t row_tiles = ceil_div<int64_t>(p.num_tokens * p.num_slots, Config::kRows);
+  params.row_tiles = static_cast<int>(row_tiles);
+  TensorMap4dDesc q = rows_of_queries(p, p.q).desc;
+  TensorMap4dDesc k = rows_of_keys(p, p.k).desc;
+  TensorMap4dDesc v = rows_of_keys(p, p.v).desc;
+  for (TensorMap4dDesc* d : {&q, &k, &v}) {
+    d->box[0] = kSpan;
+    d->box[1] = d == &q ? 64 : Config::kKeys;
+  }
+  MOE_TRY(encode_tensor_map(&params.q, q));
+  MOE_TRY(encode_tensor_map(&params.k, k));
+  MOE_TRY(encode_tensor_map(&params.v, v));
+  auto* kernel = moa_attention_sm90_kernel<Config>;
+  MOE_CUDA_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    Config::kSharedBytes));
+  const int64_t blocks = row_tiles * p.batch * p.num_heads;
+  if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
+  kernel<<<static_cast<unsigned>(blocks), Config::kThreads, Config::kSharedBytes, stream>>>(params);
+  return launched();
+}
+
+template <DType type, AttentionKind kKind>
+Status run(const MoaAttentionParams& p, Stream stream) {
+  return p.head_size == 64 ? launch<ForwardConfig<type, kKind, 64>>(p, stream)
+                           : launch<ForwardConfig<type, kKind, 128>>(p, stream);
+}
+
+}  // namespace moe_ops::cuda::attention::sm90
