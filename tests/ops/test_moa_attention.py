@@ -318,6 +318,28 @@ def test_sticks_that_last(dtype):
     check(call)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "head_size", "tokens", "keys"),
+    [
+        (torch.float64, 24, 101, 1090),
+        (torch.float32, 24, 101, 1090),
+        (torch.bfloat16, 24, 300, 2150),
+        (torch.bfloat16, 64, 300, 2150),
+        (torch.float16, 64, 300, 2150),
+    ],
+)
+def test_sticks_over_many_keys(dtype, head_size, tokens, keys):
+    """Rows of several tiles whose sticks reach over more than 32 tiles of keys: CUDA kernels then
+    take the rows of a backward in bands."""
+    call = operands(
+        dtype, 1, tokens, slots=1, heads=1, head_size=head_size, keys=keys, kind="stick_breaking"
+    )
+    # The mean of |x||y| is 2 / pi: logits of about -8, so that half of a stick is left at the end.
+    call["q"] = call["q"].abs()
+    call["k"] = -8 * math.pi / 2 * head_size**-0.5 * call["k"].abs()
+    check(call)
+
+
 def loop(q, k, v):
     """The definition of stick-breaking, key by key, for one head: q [S, d], k and v [S, d]."""
     out, remainder = torch.zeros_like(q), []
