@@ -78,11 +78,12 @@ def check_same_device(op: str, **tensors: Tensor | None) -> None:
 
 def call(op: Any, *args: Any, **kwargs: Any) -> Any:
     """Calls an op. Where no gradient can be wanted, it passes by the autograd rule, which is Python
-    and takes 5 us, as long as routing a token. Inference mode passes by it anyway."""
+    and takes 5 us, as long as routing a token. Inference mode passes by it anyway; code that is
+    being compiled must not ask for it."""
     if (
         torch.is_grad_enabled()
-        or torch.is_inference_mode_enabled()
         or torch.compiler.is_compiling()
+        or torch.is_inference_mode_enabled()
     ):
         return op(*args, **kwargs)
     with torch._C._AutoDispatchBelowAutograd():
