@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from .picture import Picture
+
 # A difference counts when it is further from the bound than this many standard errors.
 STANDARD_ERRORS = 2.0
 
@@ -63,19 +65,19 @@ class Report:
         columns: headings of the table's numbers.
         arms: name of an arm -> one row of numbers a seed; None where an arm has no such number.
         claims: what is concluded.
-        pictures: paths of pictures that were drawn.
+        pictures: what is to be drawn.
     """
 
     system: str
-    setting: Mapping[str, Any]
+    setting: dict[str, Any]
     columns: Sequence[str]
     arms: dict[str, list[Sequence[float | None]]] = field(default_factory=dict)
     claims: list[Claim] = field(default_factory=list)
-    pictures: list[str] = field(default_factory=list)
+    pictures: list[Picture] = field(default_factory=list)
 
     def markdown(self) -> str:
         """Tables for docs/zoo: mean ± standard error of each arm, then the claims."""
-        lines = [f"{name}: {value}." for name, value in self.setting.items()]
+        lines = [f"- {name}: {value}." for name, value in self.setting.items()]
         lines += [
             "",
             "| arm | " + " | ".join(self.columns) + " |",
@@ -114,8 +116,21 @@ class Report:
                 }
                 for c in self.claims
             ],
-            "pictures": list(self.pictures),
+            "pictures": [picture.to_dict() for picture in self.pictures],
         }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Report:
+        """What `to_dict` gave."""
+        kept = ("statement", "differences", "unit", "bound", "below")
+        return cls(
+            data["system"],
+            dict(data["setting"]),
+            data["columns"],
+            dict(data["arms"]),
+            [Claim(**{name: claim[name] for name in kept}) for claim in data["claims"]],
+            [Picture(**picture) for picture in data["pictures"]],
+        )
 
 
 def _cell(values: Sequence[float | None]) -> str:

@@ -20,7 +20,9 @@ if not (ROOT / "bench" / "claims").is_dir():
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from bench.claims import coe, deepseek, jetmoe, moduleformer, topp  # noqa: E402
+from bench.claims import coe, deepseek, jetmoe, moduleformer, page, topp  # noqa: E402
+from bench.claims.picture import Picture  # noqa: E402
+from bench.claims.report import Claim, Report  # noqa: E402
 from bench.claims.text import Domain, heldout_batches, load_domains, train_batches  # noqa: E402
 from bench.claims.training import Recipe, evaluate, train  # noqa: E402
 
@@ -33,6 +35,56 @@ def test_domains():
     for d in domains:
         assert len(d.train) > 300_000
         assert len(d.heldout) == pytest.approx(len(d.train) / 9, rel=0.01)
+
+
+def test_pages_are_made_from_what_was_saved(tmp_path):
+    pytest.importorskip("matplotlib")
+    line = {"a": {"x": [1, 2], "y": [3.0, 4.0], "error": [0.1, 0.2]}}
+    bars = {n: {"x": ["left", "right"], "y": [1.0, 2.0], "error": [0.1, 0.2]} for n in "ab"}
+    pictures = [
+        Picture("l", "Lines", "x", "y", "lines", line),
+        Picture("p", "Points", "x", "y", "points", {"a": {"x": [1, 2], "y": [3, 4]}}),
+        Picture("b", "Bars", "x", "y", "bars", bars),
+        Picture("h", "Map", "x", "y", "heatmap", {"": {"x": ["u"], "y": ["v"], "z": [[0.5]]}}),
+    ]
+    claims = [Claim("a is below b", [-1.0, -1.1, -0.9], "nats")]
+    report = Report("jetmoe", {"Data": "none"}, ["loss"], {"a": [(1.0,)]}, claims, pictures)
+    with pytest.raises(ValueError, match="must have one line"):
+        page.save(report, tmp_path / "results", tmp_path)
+    (tmp_path / "jetmoe.md").write_text(f"before\n{page.BEGIN}\nold\n{page.END}\nafter\n")
+    written = page.save(report, tmp_path / "results", tmp_path)
+    assert [p.name for p in written] == [
+        "jetmoe.json", "jetmoe.md", *(f"jetmoe-{n}.svg" for n in "lpbh"),
+    ]  # fmt: skip
+    first = {p.name: p.read_bytes() for p in written}
+    text = first["jetmoe.md"].decode()
+    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    assert "-1 ± 0.058 nats | < 0 | shown |" in text and "![Bars](jetmoe-b.svg)" in text
+    again = page.load("jetmoe", tmp_path / "results")
+    page.write_page(again, tmp_path)
+    assert {p.name: p.read_bytes() for p in written} == first
+
+
+def test_pictures_refuse_what_cannot_be_drawn():
+    data = {"a": {"x": [1], "y": [1, 2]}}
+    with pytest.raises(ValueError, match="equally long, got 1 and 2"):
+        Picture("n", "t", "x", "y", "lines", data)
+    with pytest.raises(ValueError, match=r"kind must be one of lines, .*, got 'pie'"):
+        Picture("n", "t", "x", "y", "pie", data)
+    with pytest.raises(ValueError, match="must have a series, got none"):
+        Picture("n", "t", "x", "y", "bars", {})
+
+
+def test_saved_runs_have_pages_that_say_the_same(tmp_path):
+    """What the pages show is what bench/claims/results holds."""
+    for path in sorted(page.RESULTS.glob("*.json")):
+        report = page.load(path.stem)
+        assert report.system == path.stem
+        assert report.markdown().rstrip() in (page.PAGES / f"{path.stem}.md").read_text("utf-8")
+        for picture in report.pictures:
+            assert (page.PAGES / f"{path.stem}-{picture.name}.svg").is_file()
+        seeds = {len(c.differences) for c in report.claims}
+        assert seeds and min(seeds) >= 3, path.stem
 
 
 def test_batches_depend_on_the_seed_alone():

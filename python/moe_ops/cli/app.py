@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -219,19 +220,30 @@ def claims(
     system: Annotated[str, typer.Argument(help="A system of `moe-ops zoo list`.")],
     seeds: Annotated[int, typer.Option(min=1, help="Number of paired seeds: 0, 1, ...")] = 3,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    save: Annotated[
+        bool,
+        typer.Option("--save", help="Write numbers, tables and pictures into the source tree."),
+    ] = False,
 ) -> None:
     """Run the small experiment of a system of the zoo, and say what it shows.
 
     Needs the source tree: the experiments are in bench/claims.
     """
-    from moe_ops.cli.zoo import find_claims
+    from moe_ops.cli.zoo import check_page, find_claims, save_claims
 
     console = _console(quiet=as_json)
     try:
         experiment = find_claims(system)
+        if save:
+            check_page(system)
+        started = time.perf_counter()
         report = experiment.run(
             seeds=range(seeds), log=lambda line: console.print(line, markup=False, soft_wrap=True)
         )
+        report.setting["Took"] = f"{time.perf_counter() - started:.0f} s"
+        if save:
+            for path in save_claims(report):
+                console.print(f"wrote {path}", markup=False, soft_wrap=True)
     except (ValueError, ImportError) as error:
         console.quiet = False
         console.print(f"error: {error}", style="bold red", soft_wrap=True, markup=False)

@@ -61,3 +61,14 @@ def find_claims(system: str) -> ModuleType:
     if str(root) not in sys.path:
         sys.path.insert(0, str(root))
     return importlib.import_module(f"bench.claims.{system}")
+
+
+def check_page(system: str) -> None:
+    """Before the run: ValueError where `save_claims` could not write."""
+    importlib.import_module("bench.claims.page").check(system)
+
+
+def save_claims(report: Any) -> list[Path]:
+    """Writes a run into the tree that `find_claims` found: bench/claims/page.py says where."""
+    paths: list[Path] = importlib.import_module("bench.claims.page").save(report)
+    return paths
