@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import itertools
 import math
 import zlib
-from collections import Counter, defaultdict
+from collections import defaultdict
 from pathlib import Path
 
 import torch
@@ -76,10 +77,12 @@ def films(seed: int) -> Graph | None:
     if spec is None or not spec.submodule_search_locations:
         return None
     folder = Path(next(iter(spec.submodule_search_locations))) / "dataset_example" / "ml-100k"
-    return _films(folder, seed)
+    x, edge_index, y = _films(folder)
+    return Graph(x, edge_index, y, *split(len(y), seed))
 
 
-def _films(folder: Path, seed: int) -> Graph:
+@functools.cache
+def _films(folder: Path) -> tuple[Tensor, Tensor, Tensor]:
     ratings = defaultdict(list)
     for user, film, stars, _ in _read(folder / "ml-100k.inter"):
         ratings[film].append((user, float(stars)))
@@ -99,17 +102,19 @@ def _films(folder: Path, seed: int) -> Graph:
     for i, (film, title, year, _) in enumerate(chosen):
         given = ratings[film]
         share = 1 / len(given)
+        total = [0.0] * x.shape[1]
         stars = torch.tensor([s for _, s in given])
         who = [people[user] for user, _ in given]
         for _, age, gender, job, _ in who:
-            x[i, jobs[job]] += share
-            x[i, -1] += share * (gender == "F")
-            x[i, -2] += share * float(age)
-        x[i, -3], x[i, -4] = stars.mean(), stars.std(correction=0)
-        x[i, -5] = math.log(len(given))
-        x[i, -6] = float(year) if year.strip().isdigit() else 1990.0
+            total[jobs[job]] += share
+            total[-1] += share * (gender == "F")
+            total[-2] += share * float(age)
+        total[-3], total[-4] = float(stars.mean()), float(stars.std(correction=0))
+        total[-5] = math.log(len(given))
+        total[-6] = float(year) if year.strip().isdigit() else 1990.0
         for word in title.lower().split():
-            x[i, len(jobs) + zlib.crc32(word.encode()) % TITLE_FEATURES] += 1
+            total[len(jobs) + zlib.crc32(word.encode()) % TITLE_FEATURES] += 1
+        x[i] = torch.tensor(total)
     x = (x - x.mean(0)) / x.std(0).clamp(min=1e-6)
 
     shared = defaultdict(set)
@@ -118,13 +123,7 @@ def _films(folder: Path, seed: int) -> Graph:
             if head in number:
                 shared[tail].add(number[head])
     pairs = {p for group in shared.values() for p in itertools.combinations(sorted(group), 2)}
-    edge_index = both_ways(torch.tensor(sorted(pairs)).T)
-    return Graph(x, edge_index, torch.tensor(y), *split(len(y), seed))
-
-
-def chance(graph: Graph) -> float:
-    """Share of the most frequent class."""
-    return max(Counter(graph.y.tolist()).values()) / len(graph.y)
+    return x, both_ways(torch.tensor(sorted(pairs)).T), torch.tensor(y)
 
 
 def _read(path: Path) -> list[list[str]]:
