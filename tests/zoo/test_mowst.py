@@ -428,6 +428,46 @@ def test_gcn_is_its_formula():
 
 @geometric
 @pytest.mark.parametrize("backbone", BACKBONES)
+def test_a_node_pays_for_its_neighbourhood_and_no_more(backbone):
+    # A path 0 -> 1 -> ... -> 9. Node 5 after two layers needs 4 and 5 after one, and 3, 4 and 5.
+    edge_index = torch.stack([torch.arange(9), torch.arange(1, 10)])
+    net = GNN(backbone, 16, 8, CLASSES, 2, 0.0).eval()
+    x, nodes = torch.randn(10, 16), torch.arange(10) == 5
+    edges = net.prepare(edge_index, 10)
+    expected = net(x, edges)[nodes]
+    x[:3], x[6:] = math.nan, math.nan
+    found, work = net.at(nodes, x, edges)
+    torch.testing.assert_close(found, expected)
+    loops = backbone == "gcn"
+    assert work.layers == [(3, 2 + 2 * loops), (2, 1 + loops)]
+
+
+@geometric
+def test_prediction_pays_for_the_nodes_that_need_it():
+    # Two paths without a link; the weak expert is sure of the first.
+    first = torch.stack([torch.arange(9), torch.arange(1, 10)])
+    model = Mowst(MowstConfig(hidden_size=8, confidence="variance", dropout=0.0)).eval()
+    logits = torch.zeros(20, CLASSES)
+    logits[:10, 1] = 40.0
+    model.weak = nn.Linear(16, CLASSES)
+    nn.init.zeros_(model.weak.bias)
+    with torch.no_grad():
+        model.weak.weight.copy_(torch.eye(CLASSES, 16))
+    x = torch.randn(20, 16)
+    x[:, :CLASSES] = logits
+    asked = []
+    model.strong.convs[0].lin.register_forward_hook(lambda _, args, __: asked.append(len(args[0])))
+    prediction = model.predict(x, torch.cat([first, first + 10], dim=1), threshold=0.9)
+    assert torch.equal(prediction.used_strong, torch.arange(20) >= 10)
+    assert asked == [10] and prediction.work.layers == [(10, 19), (10, 19)]
+    assert prediction.work.saved == 0.5
+    # Where uniform predictions have C = 0 and certain ones 1, no draw changes that.
+    drawn = model.predict(x, torch.cat([first, first + 10], dim=1), mode="stochastic")
+    assert torch.equal(drawn.used_strong, prediction.used_strong) and asked == [10, 10]
+
+
+@geometric
+@pytest.mark.parametrize("backbone", BACKBONES)
 def test_whole_models_train_and_predict(backbone):
     graph, _ = two_populations(300, generator=torch.Generator().manual_seed(1))
     model = Mowst(MowstConfig(backbone=backbone, hidden_size=8, dropout=0.0))
