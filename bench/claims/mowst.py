@@ -410,7 +410,8 @@ def pictures(results: Mapping[str, list[Found]]) -> list[Picture]:
                 for kind, value in f.confidence[arm].items():
                     kinds.setdefault(f"{name}: {kind}", []).append(value)
         sure[arm] = series(list(kinds), list(kinds.values()))
-    arms = list(next(iter(results.values()))[0].rows)
+    # One less than there are colours.
+    arms = [arm for arm in next(iter(results.values()))[0].rows if arm != "MLP, wide"]
     scores = {
         arm: series(
             list(results),
