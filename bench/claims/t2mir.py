@@ -396,9 +396,9 @@ def setting(scale: Scale) -> dict[str, Any]:
         "Measured": "on test tasks: action loss; return of the last of "
         f"{scale.played} episodes played one after another, the first of random actions; rotation "
         f"(share right, chance {1 / scale.rotations:.3g}) and goal (mean error in degrees, chance "
-        f"90) by the {NEIGHBOURS} nearest contexts of validation tasks, in the space of the router's mean "
-        f"logits, of {FRESH_ROUTERS} untrained routers on the same features (mean), and of the "
-        "features themselves",
+        f"90) by the {NEIGHBOURS} nearest contexts of validation tasks, in the space of the "
+        f"router's mean logits, of {FRESH_ROUTERS} untrained routers on the same features (mean), "
+        "and of the features themselves",
     }
     return {**found, "Tried before": scale.note} if scale.note else found
 
