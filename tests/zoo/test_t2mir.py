@@ -389,6 +389,18 @@ def test_fit_learns_and_play_uses_the_context(variant, kind):
         assert not torch.allclose(returns[:, 0], returns[:, 1])
     assert torch.equal(play(model, env, 3, progress=False), returns)
     assert model.training
+    explored = [
+        play(m, env, 2, explore=1, generator=torch.Generator().manual_seed(4), progress=False)
+        for m in (model, make(variant=variant, num_actions=discrete))
+    ]
+    # The first episode is the same whatever the model, the second is the model's.
+    assert torch.equal(explored[0][:, 0], explored[1][:, 0])
+    if kind is PointRobot:  # Greedy models of a dark room may both find nothing.
+        assert not torch.equal(explored[0][:, 1], explored[1][:, 1])
+    env.reset()
+    generator = torch.Generator().manual_seed(4)
+    rewards = [env.step(env.random(generator))[1] for _ in range(env.horizon)]
+    torch.testing.assert_close(explored[0][:, 0], torch.stack(rewards).sum(0))
 
 
 def test_fit_is_deterministic_and_can_leave_the_contrast_out():
@@ -401,6 +413,67 @@ def test_fit_is_deterministic_and_can_leave_the_contrast_out():
         runs.append(fit(model, data, steps=5, batch_size=8, contrastive_weight=0, progress=False))
     assert runs[0] == runs[1]
     assert not any(runs[0].contrastive)
+
+
+@pytest.mark.parametrize("variant", ["ad", "dpt"])
+def test_batches_are_on_the_device_of_the_data(variant):
+    """Draws are made on the CPU; a device that refuses to mix stands in for a GPU."""
+    env = PointRobot.sample(10, horizon=5)
+    data = collect(env, 8, progress=False).to("meta")
+    tasks = torch.arange(4)
+    batch = sample_ad(data, tasks, 2) if variant == "ad" else sample_dpt(data, tasks)
+    assert {t.device.type for t in batch if t is not None} == {"meta"}
+    moved = env.to("meta")
+    assert moved.reset().is_meta and moved.step(moved.random())[1].is_meta and moved.horizon == 5
+
+
+def test_a_moved_environment_is_the_same():
+    generator = torch.Generator().manual_seed(1)
+    robot = PointRobot.sample(10, horizon=5, step_size=0.3, generator=generator)
+    room = DarkRoom.sample(10, size=4, horizon=7, generator=generator)
+    for env in (robot, room):
+        moved = env.to("cpu")
+        assert moved is not env and moved.horizon == env.horizon
+        for _ in range(3):
+            action = env.random(generator)
+            a, b = env.step(action), moved.step(action)
+            assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+            assert torch.equal(env.optimal(), moved.optimal())
+
+
+def test_a_cut_run_goes_on_with_the_same_numbers(tmp_path):
+    env = PointRobot.sample(20, generator=torch.Generator().manual_seed(1), horizon=6)
+    data = collect(env, 8, generator=torch.Generator().manual_seed(2), progress=False)
+
+    def train(path, cut=None):
+        torch.manual_seed(9)
+        model = T2MIR(dataclasses.replace(TINY, dropout=0.1))
+        looked = []
+
+        def watch(step):
+            looked.append(step)
+            model.eval()
+            if step == cut:
+                raise KeyboardInterrupt
+
+        history = fit(
+            model, data, steps=7, batch_size=8, warm_up=2, progress=False, watch=watch, every=2,
+            checkpoint=path,
+        )  # fmt: skip
+        return model, history, looked
+
+    model, history, looked = train(None)
+    assert looked == [2, 4, 6, 7] and len(history.imitation) == 7 and model.training
+    path = tmp_path / "runs" / "a.pt"
+    with pytest.raises(KeyboardInterrupt):
+        train(path, cut=4)
+    torch.manual_seed(1)  # What is restored does not come from here.
+    again, resumed, looked = train(path)
+    assert looked == [4, 6, 7] and resumed == history
+    for (name, a), b in zip(model.state_dict().items(), again.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    assert [p.name for p in path.parent.iterdir()] == ["a.pt"]
+    assert train(path)[2] == []
 
 
 def test_playing_is_what_training_sees():

@@ -96,6 +96,11 @@ class PointRobot:
         settings: dict[str, Any] = {"horizon": self.horizon, "step_size": self.step_size}
         return PointRobot(self.goals[tasks], self.angles[tasks], **settings)
 
+    def to(self, device: torch.device | str) -> PointRobot:
+        """The same tasks on another device."""
+        settings: dict[str, Any] = {"horizon": self.horizon, "step_size": self.step_size}
+        return PointRobot(self.goals.to(device), self.angles.to(device), **settings)
+
     def reset(self) -> Tensor:
         self.state = torch.zeros_like(self.goals)
         return self.state
@@ -180,6 +185,11 @@ class DarkRoom:
         """Environments of some of the tasks, by number."""
         return DarkRoom(self.goals[tasks], self.orders[tasks], size=self.size, horizon=self.horizon)
 
+    def to(self, device: torch.device | str) -> DarkRoom:
+        """The same tasks on another device."""
+        goals, orders = self.goals.to(device), self.orders.to(device)
+        return DarkRoom(goals, orders, size=self.size, horizon=self.horizon)
+
     def _state(self) -> Tensor:
         return 2 * self.cell.float() / (self.size - 1) - 1
 
@@ -226,6 +236,11 @@ class Histories:
         return Histories(
             self.states[tasks], self.actions[tasks], self.rewards[tasks], self.optimal[tasks]
         )
+
+    def to(self, device: torch.device | str) -> Histories:
+        """The same on another device."""
+        parts = (self.states, self.actions, self.rewards, self.optimal)
+        return Histories(*(t.to(device) for t in parts))
 
 
 def collect(

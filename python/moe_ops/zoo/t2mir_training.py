@@ -6,8 +6,11 @@ Letters: B sequences, S steps of context, N tasks, H horizon.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from typing import NamedTuple
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,14 +38,14 @@ def sample_ad(
     Rows i and i + len(tasks) are of one task and share no episode (where it has 2 * episodes).
     The target is the action taken: algorithm distillation imitates the learner.
     """
-    count = data.states.shape[1]
+    count, device = data.states.shape[1], data.states.device
     draws = 2 * episodes
     order = torch.rand(len(tasks), count, generator=generator).argsort(-1)
     if count < draws:
         again = torch.rand(len(tasks), count, generator=generator).argsort(-1)
         order = torch.cat([order[:, :episodes], again[:, :episodes]], dim=1)
-    chosen = torch.cat([order[:, :episodes], order[:, episodes:draws]])
-    rows = tasks.repeat(2)[:, None]
+    chosen = torch.cat([order[:, :episodes], order[:, episodes:draws]]).to(device)
+    rows = tasks.repeat(2)[:, None].to(device)
     rank = data.returns[rows, chosen].argsort(dim=-1, stable=True)
     chosen = chosen.gather(1, rank)
     states, actions, rewards = (
@@ -56,12 +59,12 @@ def sample_dpt(data: Histories, tasks: Tensor, generator: torch.Generator | None
 
     The target, at every position, is the teacher's action in the query state.
     """
-    count, horizon = data.states.shape[1:3]
+    (count, horizon), device = data.states.shape[1:3], data.states.device
     order = torch.rand(len(tasks), max(count, 2), generator=generator).argsort(-1) % count
-    prompt = torch.cat([order[:, 0], order[:, 1]])
-    rows = tasks.repeat(2)
-    query_episode = torch.randint(count, (len(rows),), generator=generator)
-    step = torch.randint(horizon, (len(rows),), generator=generator)
+    prompt = torch.cat([order[:, 0], order[:, 1]]).to(device)
+    rows = tasks.repeat(2).to(device)
+    query_episode = torch.randint(count, (len(rows),), generator=generator).to(device)
+    step = torch.randint(horizon, (len(rows),), generator=generator).to(device)
     query = data.states[rows, query_episode, step]
     best = data.optimal[rows, query_episode, step]
     target = best[:, None].expand(-1, horizon + 1, *best.shape[1:])
@@ -98,6 +101,9 @@ def fit(
     grad_clip: float = 1.0,
     seed: int = 0,
     progress: bool = True,
+    watch: Callable[[int], None] | None = None,
+    every: int = 0,
+    checkpoint: str | Path | None = None,
 ) -> T2MIRHistory:
     """Trains with AdamW: warm-up, then a cosine to 0.
 
@@ -106,10 +112,16 @@ def fit(
     is not computed.
 
     Args:
-        model: its max_steps must hold `episodes` horizons ("ad") or one ("dpt").
+        model: its max_steps must hold `episodes` horizons ("ad") or one ("dpt"). On the device of
+            the data, which may be any.
         batch_size: even; at most twice the number of tasks.
         episodes: of a context ("ad").
         seed: of the batches; dropout and router noise come from torch's generator.
+        watch: called with the number of steps done every `every` steps (0: never) and at the end;
+            it may put the model into eval mode.
+        checkpoint: a file that is written after each call of `watch`. Where it is there already,
+            training goes on from it, with the numbers of a run that was not cut; the other
+            arguments must be those of that run.
 
     Raises:
         ValueError: a bad batch size, a context too long, or a loss that is not finite.
@@ -127,11 +139,14 @@ def fit(
         optimizer, lambda step: _warm_up_then_cosine(step, warm_up, steps)
     )
     history = T2MIRHistory()
+    kept = Checkpoint(checkpoint, model, optimizer, schedule, generator, history)
+    first = kept.load()
     before = model.training
     model.train()
     contrast = contrastive_weight > 0 and config.moe in ("both", "task")
     with bar(steps, f"fit t2mir {config.variant}", progress) as shown:
-        for _ in range(steps):
+        shown.update(first)
+        for step in range(first + 1, steps + 1):
             tasks = torch.randperm(num_tasks, generator=generator)[: batch_size // 2]
             if config.variant == "ad":
                 batch = sample_ad(data, tasks, episodes, generator)
@@ -157,8 +172,61 @@ def fit(
             history.contrastive.append(output.contrastive_loss.item())
             shown.update()
             shown.set_postfix(imitation=f"{history.imitation[-1]:.4f}")
+            if step == steps or (every and step % every == 0):
+                if watch is not None:
+                    watch(step)
+                    model.train()
+                kept.save(step)
     model.train(before)
     return history
+
+
+@dataclass
+class Checkpoint:
+    """All that a training run needs to go on; without a path it does nothing."""
+
+    path: str | Path | None
+    model: T2MIR
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    generator: torch.Generator
+    history: T2MIRHistory
+
+    def save(self, step: int) -> None:
+        if self.path is None:
+            return
+        path = Path(self.path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        state: dict[str, Any] = {
+            "step": step,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "generator": self.generator.get_state(),
+            "noise": torch.get_rng_state(),
+            "cuda_noise": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            "history": asdict(self.history),
+        }
+        # A run that is cut while it writes leaves the file of before.
+        half = path.with_name(path.name + ".part")
+        torch.save(state, half)
+        os.replace(half, path)
+
+    def load(self) -> int:
+        """Puts back what was saved; the number of steps done, 0 where there is no file."""
+        if self.path is None or not Path(self.path).is_file():
+            return 0
+        state = torch.load(self.path, map_location="cpu", weights_only=True)
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.generator.set_state(state["generator"])
+        torch.set_rng_state(state["noise"])
+        if state["cuda_noise"] and torch.cuda.is_available():
+            torch.cuda.set_rng_state_all(state["cuda_noise"])
+        for name, losses in state["history"].items():
+            setattr(self.history, name, losses)
+        return int(state["step"])
 
 
 def _warm_up_then_cosine(step: int, warm_up: int, steps: int) -> float:
@@ -169,12 +237,23 @@ def _warm_up_then_cosine(step: int, warm_up: int, steps: int) -> float:
 
 
 @torch.no_grad()
-def play(model: T2MIR, env: VectorEnv, episodes: int = 4, *, progress: bool = True) -> Tensor:
+def play(
+    model: T2MIR,
+    env: VectorEnv,
+    episodes: int = 4,
+    *,
+    explore: int = 0,
+    generator: torch.Generator | None = None,
+    progress: bool = True,
+) -> Tensor:
     """Returns [N, episodes] of a model that meets the tasks for the first time and does not learn.
 
     "ad": the context is its own last episodes, as many as max_steps holds, and the present one.
     "dpt": the query is the present state and the prompt its own last episode; nothing in the first.
     Discrete actions are the likeliest ones.
+
+    In the first `explore` episodes actions are random, of the generator: a model of continuous
+    actions that knows nothing yet takes their mean, stands still and learns little of the task.
     """
     config = model.config
     if (config.num_actions, config.state_size) != (env.num_actions, env.state_size):
@@ -193,13 +272,16 @@ def play(model: T2MIR, env: VectorEnv, episodes: int = 4, *, progress: bool = Tr
     returns = []
     try:
         with bar(episodes * env.horizon, f"play {env.num_envs} tasks", progress) as shown:
-            for _ in range(episodes):
+            for episode in range(episodes):
                 state = env.reset()
                 empty = _no_steps(model, state)
                 context = [torch.cat(t, dim=1) for t in zip(empty, *past, strict=True)]
                 now = list(empty)
                 for _ in range(env.horizon):
-                    action = _act(model, context, now, state)
+                    if episode < explore:
+                        action = env.random(generator)
+                    else:
+                        action = _act(model, context, now, state)
                     after, reward = env.step(action)
                     step = (state, action, reward)
                     now = [torch.cat([a, b[:, None]], 1) for a, b in zip(now, step, strict=True)]
