@@ -9,7 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_ops.zoo.graphs import BACKBONES, GNN, Edges, Graph, Work, two_populations
+from moe_ops.zoo.graphs import (
+    BACKBONES,
+    GNN,
+    Edges,
+    Graph,
+    Work,
+    neighbour_sum,
+    two_populations,
+)
 from moe_ops.zoo.mowst import (
     CONFIDENCES,
     Mowst,
@@ -362,6 +370,8 @@ def test_some_nodes_cost_less_and_are_the_same(backbone, num_layers):
         part, work = net.at(nodes, graph.x, edges)
         torch.testing.assert_close(part, every[nodes], atol=1e-5, rtol=1e-4)
         assert work.all_rows == 200 * num_layers
+        assert work.layers[-1] == (work.layers[-1][0], int(nodes[edges.index[1]].sum()))
+        assert [sum(column) for column in zip(*work.layers, strict=True)] == [work.rows, work.edges]
         if share == 1.0:
             assert work.saved == 0
         elif share == 0.0:
@@ -372,22 +382,88 @@ def test_some_nodes_cost_less_and_are_the_same(backbone, num_layers):
         net.train().at(nodes, graph.x, edges)
 
 
+def test_neighbour_sum_is_its_formula():
+    # Node 3 is no target, node 2 no source; one edge is there twice.
+    target = torch.tensor([0, 0, 1, 1, 1, 2])
+    source = torch.tensor([1, 3, 0, 0, 4, 3])
+    weight = torch.rand(6, dtype=torch.float64)
+    edges = Edges(torch.stack([source, target]), weight)
+    x = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    matrix = torch.zeros(5, 5, dtype=torch.float64)
+    matrix.index_put_((target, source), weight, accumulate=True)
+    torch.testing.assert_close(neighbour_sum(x, edges), matrix @ x)
+    assert torch.autograd.gradcheck(lambda t: neighbour_sum(t, edges), x)
+
+
+@geometric
+@pytest.mark.parametrize("backbone", ["gcn", "sage"])
+def test_layers_are_those_of_geometric(backbone):
+    graph = random_graph()
+    net = GNN(backbone, 16, 8, CLASSES, 1, 0.0).double()
+    x, weights = graph.x.double().requires_grad_(), list(net.parameters())
+    edges = net.prepare(graph.edge_index, N)
+    given = (edges.index, edges.weight) if backbone == "gcn" else (graph.edge_index,)
+    ours, theirs = net(x, edges), net.convs[0](x, *given)
+    torch.testing.assert_close(ours, theirs)
+    grads = [torch.autograd.grad(t.square().sum(), [x, *weights]) for t in (ours, theirs)]
+    torch.testing.assert_close(*grads)
+
+
 @geometric
 def test_gcn_is_its_formula():
     graph = random_graph()
+    # One edge between two nodes, and none from a node to itself.
+    source, target = graph.edge_index.unique(dim=1)
+    edge_index = torch.stack([source, target])[:, source != target]
     net = GNN("gcn", 16, 8, CLASSES, 1, 0.0).double()
-    adjacency = torch.zeros(N, N, dtype=torch.float64)
-    for source, target in graph.edge_index.T.tolist():
-        adjacency[target, source] += 1
-    looped = adjacency.diagonal() > 0
-    adjacency += torch.diag((~looped).double())
+    adjacency = torch.eye(N, dtype=torch.float64)
+    for source, target in edge_index.T.tolist():
+        adjacency[target, source] = 1
     degree = adjacency.sum(1)
     normal = adjacency / degree.sqrt()[:, None] / degree.sqrt()
     conv = net.convs[0]
-    edges = net.prepare(graph.edge_index, N)
     expected = normal @ (graph.x.double() @ conv.lin.weight.T) + conv.bias
-    if not looped.any() or int(adjacency.diagonal().max()) == 1:
-        torch.testing.assert_close(net(graph.x.double(), edges), expected)
+    torch.testing.assert_close(net(graph.x.double(), net.prepare(edge_index, N)), expected)
+
+
+@geometric
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_a_node_pays_for_its_neighbourhood_and_no_more(backbone):
+    # A path 0 -> 1 -> ... -> 9. Node 5 after two layers needs 4 and 5 after one, and 3, 4 and 5.
+    edge_index = torch.stack([torch.arange(9), torch.arange(1, 10)])
+    net = GNN(backbone, 16, 8, CLASSES, 2, 0.0).eval()
+    x, nodes = torch.randn(10, 16), torch.arange(10) == 5
+    edges = net.prepare(edge_index, 10)
+    expected = net(x, edges)[nodes]
+    x[:3], x[6:] = math.nan, math.nan
+    found, work = net.at(nodes, x, edges)
+    torch.testing.assert_close(found, expected)
+    loops = backbone == "gcn"
+    assert work.layers == [(3, 2 + 2 * loops), (2, 1 + loops)]
+
+
+@geometric
+def test_prediction_pays_for_the_nodes_that_need_it():
+    # Two paths without a link; the weak expert is sure of the first.
+    first = torch.stack([torch.arange(9), torch.arange(1, 10)])
+    model = Mowst(MowstConfig(hidden_size=8, confidence="variance", dropout=0.0)).eval()
+    logits = torch.zeros(20, CLASSES)
+    logits[:10, 1] = 40.0
+    model.weak = nn.Linear(16, CLASSES)
+    nn.init.zeros_(model.weak.bias)
+    with torch.no_grad():
+        model.weak.weight.copy_(torch.eye(CLASSES, 16))
+    x = torch.randn(20, 16)
+    x[:, :CLASSES] = logits
+    asked = []
+    model.strong.convs[0].lin.register_forward_hook(lambda _, args, __: asked.append(len(args[0])))
+    prediction = model.predict(x, torch.cat([first, first + 10], dim=1), threshold=0.9)
+    assert torch.equal(prediction.used_strong, torch.arange(20) >= 10)
+    assert asked == [10] and prediction.work.layers == [(10, 19), (10, 19)]
+    assert prediction.work.saved == 0.5
+    # Where uniform predictions have C = 0 and certain ones 1, no draw changes that.
+    drawn = model.predict(x, torch.cat([first, first + 10], dim=1), mode="stochastic")
+    assert torch.equal(drawn.used_strong, prediction.used_strong) and asked == [10, 10]
 
 
 @geometric

@@ -5,7 +5,7 @@ Letters: N nodes, L layers, F features of a node.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -70,25 +70,71 @@ class MLP(nn.Module):
 
 @dataclass
 class Edges:
-    """Edges as a backbone wants them, made once a graph by `GNN.prepare`."""
+    """Edges as a backbone wants them, made once a graph by `GNN.prepare`.
+
+    With weights, edges are in order of their targets, as `neighbour_sum` needs them.
+    """
 
     index: Tensor
     weight: Tensor | None
+    _turned: Edges | None = None
 
     def into(self, targets: Tensor) -> Edges:
         """The edges that end in a node of the mask `targets` [N]."""
         keep = targets[self.index[1]]
         return Edges(self.index[:, keep], None if self.weight is None else self.weight[keep])
 
+    def turned(self) -> Edges:
+        """The edges with weights in the other direction; found once."""
+        if self._turned is None:
+            assert self.weight is not None
+            order = self.index[0].argsort(stable=True)
+            self._turned = Edges(self.index.flip(0)[:, order], self.weight[order])
+        return self._turned
+
+
+def neighbour_sum(x: Tensor, edges: Edges) -> Tensor:
+    """[N, F]: at each node the sum of weight x[source] over the edges that end in it.
+
+    One pass over the edges, without a row for each of them, forward and backward.
+    """
+    return _NeighbourSum.apply(x, edges)
+
+
+class _NeighbourSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, edges: Edges) -> Tensor:
+        ctx.edges = edges
+        return _bags(x, edges)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _bags(grad, ctx.edges.turned()), None
+
+
+def _bags(x: Tensor, edges: Edges) -> Tensor:
+    assert edges.weight is not None
+    source, target = edges.index
+    count = target.bincount(minlength=x.shape[0])
+    weight = edges.weight.to(x.dtype)
+    return F.embedding_bag(
+        source, x.contiguous(), count.cumsum(0) - count, mode="sum", per_sample_weights=weight
+    )
+
 
 @dataclass
 class Work:
-    """What a forward computed: rows that entered a layer and edges it read, summed over layers."""
+    """What a forward computed: rows that entered a layer and edges it read, summed over layers.
+
+    layers: rows and edges of each layer.
+    """
 
     rows: int
     edges: int
     all_rows: int
     all_edges: int
+    layers: list[tuple[int, int]] = field(default_factory=list)
 
     @property
     def saved(self) -> float:
@@ -151,12 +197,21 @@ class GNN(nn.Module):
         return convs.GINConv(inner)
 
     def prepare(self, edge_index: Tensor, num_nodes: int) -> Edges:
-        """The edges of a graph for this backbone: for "gcn" with self loops and weights."""
-        if self.backbone != "gcn":
+        """The edges of a graph for this backbone.
+
+        For "gcn" with self loops and weights, for "sage" with the weights of a mean.
+        """
+        if self.backbone not in ("gcn", "sage"):
             return Edges(edge_index, None)
-        norm = _geometric().nn.conv.gcn_conv.gcn_norm
         dtype = next(self.parameters()).dtype
-        return Edges(*norm(edge_index, None, num_nodes, False, True, dtype=dtype))
+        if self.backbone == "sage":
+            edge_index = edge_index[:, edge_index[1].argsort(stable=True)]
+            count = edge_index[1].bincount(minlength=num_nodes).to(dtype)
+            return Edges(edge_index, 1 / count[edge_index[1]])
+        norm = _geometric().nn.conv.gcn_conv.gcn_norm
+        index, weight = norm(edge_index, None, num_nodes, False, True, dtype=dtype)
+        order = index[1].argsort(stable=True)
+        return Edges(index[:, order], weight[order])
 
     def forward(self, x: Tensor, edges: Edges) -> Tensor:
         """[N, F] to logits [N, classes]."""
@@ -191,6 +246,7 @@ class GNN(nn.Module):
             part = edges.into(after)
             work.rows += x.shape[0]
             work.edges += part.index.shape[1]
+            work.layers.append((x.shape[0], part.index.shape[1]))
             if x.shape[0]:
                 x = self._layer(i, x, Edges(number[part.index], part.weight))
             else:
@@ -199,11 +255,14 @@ class GNN(nn.Module):
         return x, work
 
     def _layer(self, i: int, x: Tensor, edges: Edges) -> Tensor:
-        conv = self.convs[i]
-        if edges.weight is None:
-            x = conv(x, edges.index)
+        conv: Any = self.convs[i]
+        # The convolution's own equations, with a sum that makes no row for each edge.
+        if self.backbone == "gcn":
+            x = neighbour_sum(conv.lin(x), edges) + conv.bias
+        elif self.backbone == "sage":
+            x = conv.lin_l(neighbour_sum(x, edges)) + conv.lin_r(x)
         else:
-            x = conv(x, edges.index, edges.weight)
+            x = conv(x, edges.index)
         if i + 1 == len(self.convs):
             return x
         x = self.norms[i](x)
