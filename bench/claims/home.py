@@ -16,8 +16,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from bench.claims import matching
 from bench.claims.home_data import Table, generated, movielens
-from bench.claims.report import Claim, Report
+from bench.claims.report import Claim, Report, gaps
 from moe_ops.zoo.home import HoMEConfig, MultiTask, build
 from moe_ops.zoo.recommend import evaluate, fit
 
@@ -41,10 +42,11 @@ def parameters(model: MultiTask) -> int:
 
 def matched(config: HoMEConfig, target: int) -> HoMEConfig:
     """The config with the hidden width of experts that comes nearest to `target` parameters."""
-    one, two = (parameters(build(dataclasses.replace(config, expert_hidden=w))) for w in (1, 2))
-    # The number is linear in the width.
-    width = 1 + round((target - one) / (two - one))
-    return dataclasses.replace(config, expert_hidden=max(width, 1))
+
+    def at(width: int) -> HoMEConfig:
+        return dataclasses.replace(config, expert_hidden=width)
+
+    return at(matching.width(lambda width: parameters(build(at(width))), target))
 
 
 def arms(table: Table) -> dict[str, HoMEConfig]:
@@ -118,12 +120,8 @@ def run(seeds: Sequence[int], log: Callable[[str], None]) -> Report:
 
 
 def claims(report: Report, tables: Sequence[str]) -> list[Claim]:
-    def column(table: str, arm: str, i: int) -> list[float]:
-        return [row[i] for row in report.arms[f"{table}: {arm}"]]
-
-    def gaps(table: str, a: str, b: str, i: int) -> list[float]:
-        pairs = zip(column(table, a, i), column(table, b, i), strict=True)
-        return [x - y for x, y in pairs]
+    def between(table: str, a: str, b: str, i: int) -> list[float]:
+        return gaps(report.arms, f"{table}: {a}", f"{table}: {b}", i)
 
     found = []
     for table in tables:
@@ -131,28 +129,28 @@ def claims(report: Report, tables: Sequence[str]) -> list[Claim]:
             found.append(
                 Claim(
                     f"{table}: normalised Swish experts of {name} have fewer zeros",
-                    gaps(table, f"{name}*", name, 3),
+                    between(table, f"{name}*", name, 3),
                     "share",
                 )
             )
             found.append(
                 Claim(
                     f"{table}: and outputs of more even scale",
-                    gaps(table, f"{name}*", name, 4),
+                    between(table, f"{name}*", name, 4),
                     "ratio",
                 )
             )
             found.append(
                 Claim(
                     f"{table}: and a better AUC after one epoch",
-                    gaps(table, f"{name}*", name, 2),
+                    between(table, f"{name}*", name, 2),
                     "AUC",
                     below=False,
                 )
             )
         for a, b in (("HoME", "PLE"), ("HoME*", "PLE*"), ("HoME", "MMoE"), ("HoME*", "MMoE*")):
             statement = f"{table}: {a} is ahead of {b} in test AUC"
-            found.append(Claim(statement, gaps(table, a, b, 0), "AUC", below=False))
+            found.append(Claim(statement, between(table, a, b, 0), "AUC", below=False))
         statement = f"{table}: HoME* (the paper's) is ahead of MMoE in test AUC"
-        found.append(Claim(statement, gaps(table, "HoME*", "MMoE", 0), "AUC", below=False))
+        found.append(Claim(statement, between(table, "HoME*", "MMoE", 0), "AUC", below=False))
     return found

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from bench.claims import movielens as files
 from moe_ops.zoo.recommend import Rows
 
 
@@ -78,14 +77,13 @@ def movielens() -> Table | None:
     later than 10 min), slow (1 to 10 min). Each user's last fifth is the test, and the last 12 % of
     the rest choose the epoch. No feature looks at what comes after the row.
     """
-    spec = importlib.util.find_spec("recbole")
-    if spec is None or not spec.submodule_search_locations:
+    folder = files.folder()
+    if folder is None:
         return None
-    folder = Path(next(iter(spec.submodule_search_locations))) / "dataset_example" / "ml-100k"
-    ratings = _read(folder / "ml-100k.inter")
+    ratings = files.read(folder / "ml-100k.inter")
     ratings.sort(key=lambda row: (int(row[0]), float(row[3]), int(row[1])))
-    people = {row[0]: row for row in _read(folder / "ml-100k.user")}
-    films = {row[0]: row for row in _read(folder / "ml-100k.item")}
+    people = {row[0]: row for row in files.read(folder / "ml-100k.user")}
+    films = {row[0]: row for row in files.read(folder / "ml-100k.item")}
     jobs = _numbers(row[3] for row in people.values())
     genres = _numbers(g for row in films.values() for g in row[3].split())
     users = torch.tensor([int(row[0]) for row in ratings])
@@ -127,11 +125,6 @@ def movielens() -> Table | None:
     tasks = (("like", "love", "hate", "one"), ("continue", "end", "slow"))
     limits = tuple(int(c) + 1 for c in categorical.amax(0))
     return Table("MovieLens 100k", *parts, limits, tasks)
-
-
-def _read(path: Path) -> list[list[str]]:
-    lines = path.read_text(encoding="utf-8").splitlines()[1:]
-    return [line.split("\t") for line in lines if line]
 
 
 def _numbers(words: object) -> dict[str, int]:

@@ -12,17 +12,18 @@ Needs PyTorch Geometric.
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from bench.claims import matching
 from bench.claims.mowst_data import digits, films
 from bench.claims.picture import Picture
-from bench.claims.report import Claim, Report
+from bench.claims.report import Claim, Report, means
 from moe_ops.zoo.graphs import Graph, two_populations
 from moe_ops.zoo.mowst import Mowst, MowstConfig, MowstOutput, expected_accuracy
 from moe_ops.zoo.mowst_training import fit
@@ -108,9 +109,16 @@ def size(module: nn.Module) -> int:
 
 def widened(case: Case, target: int) -> MowstConfig:
     """The width at which the GCN comes nearest to `target` parameters; the MLP has its width."""
-    one, two = (size(Mowst(case.config(hidden_size=w)).strong) for w in (1, 2))
-    # The number of two layers is linear in the width.
-    return case.config(hidden_size=max(1, 1 + round((target - one) / (two - one))))
+
+    def parameters(width: int) -> int:
+        return size(Mowst(case.config(hidden_size=width)).strong)
+
+    return case.config(hidden_size=matching.width(parameters, target))
+
+
+def settings() -> dict[str, Any]:
+    """Of every stage."""
+    return {"epochs": EPOCHS, "patience": PATIENCE, "lr": LR, "progress": False}
 
 
 def experts(config: MowstConfig, case: Case, seed: int) -> Mowst:
@@ -118,8 +126,7 @@ def experts(config: MowstConfig, case: Case, seed: int) -> Mowst:
     torch.manual_seed(seed)
     model = Mowst(replace(config, joint=False))
     # Without a round, warm-up is all.
-    settings = {"epochs": EPOCHS, "patience": PATIENCE, "lr": LR, "progress": False}
-    fit(model, case.graph, warm_up="both", rounds=0, **settings)
+    fit(model, case.graph, warm_up="both", rounds=0, **settings())
     return model.eval()
 
 
@@ -146,10 +153,9 @@ def mixture(
     torch.manual_seed(seed)
     model = Mowst(replace(alone.config, joint=joint, confidence=form))
     if warm_up == "both":
-        model.weak.load_state_dict(copy.deepcopy(alone.weak.state_dict()))
-        model.strong.load_state_dict(copy.deepcopy(alone.strong.state_dict()))
-    settings = {"epochs": EPOCHS, "patience": PATIENCE, "lr": LR, "progress": False}
-    fit(model, case.graph, rounds=ROUNDS, round_patience=ROUND_PATIENCE, **settings)
+        model.weak.load_state_dict(alone.weak.state_dict())
+        model.strong.load_state_dict(alone.strong.state_dict())
+    fit(model, case.graph, rounds=ROUNDS, round_patience=ROUND_PATIENCE, **settings())
     graph = case.graph
     found = take(output_of(model, graph), graph.valid)
     mode = "mixed" if joint else "stochastic"
@@ -394,14 +400,6 @@ def claims(results: Mapping[str, list[Found]]) -> list[Claim]:
 
 
 def pictures(results: Mapping[str, list[Found]]) -> list[Picture]:
-    def bar(values: Sequence[float]) -> tuple[float, float]:
-        claim = Claim("", values, "")
-        return claim.mean, claim.standard_error if len(values) > 1 else 0.0
-
-    def series(names: Sequence[str], values: Sequence[Sequence[float]]) -> dict[str, list]:
-        mean, error = zip(*(bar(v) for v in values), strict=True)
-        return {"x": list(names), "y": list(mean), "error": list(error)}
-
     sure: dict[str, dict[str, list]] = {}
     for arm in MIXTURES:
         kinds: dict[str, list[float]] = {}
@@ -409,11 +407,11 @@ def pictures(results: Mapping[str, list[Found]]) -> list[Picture]:
             for f in found:
                 for kind, value in f.confidence[arm].items():
                     kinds.setdefault(f"{name}: {kind}", []).append(value)
-        sure[arm] = series(list(kinds), list(kinds.values()))
+        sure[arm] = means(list(kinds), list(kinds.values()))
     # One less than there are colours.
     arms = [arm for arm in next(iter(results.values()))[0].rows if arm != "MLP, wide"]
     scores = {
-        arm: series(
+        arm: means(
             list(results),
             [[f.rows[arm][ACCURACY] or 0.0 for f in found] for found in results.values()],
         )

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from bench.claims import movielens as files
 from moe_ops.zoo.graphs import Graph
 
 # Genres merged to seven classes. A film of several has the class that comes first here, so that
@@ -73,10 +74,9 @@ def films(seed: int) -> Graph | None:
     title, hashed. The files are read where the installed package recbole has them: GroupLens' terms
     do not allow passing them on. None where it is not installed.
     """
-    spec = importlib.util.find_spec("recbole")
-    if spec is None or not spec.submodule_search_locations:
+    folder = files.folder()
+    if folder is None:
         return None
-    folder = Path(next(iter(spec.submodule_search_locations))) / "dataset_example" / "ml-100k"
     x, edge_index, y = _films(folder)
     return Graph(x, edge_index, y, *split(len(y), seed))
 
@@ -84,12 +84,12 @@ def films(seed: int) -> Graph | None:
 @functools.cache
 def _films(folder: Path) -> tuple[Tensor, Tensor, Tensor]:
     ratings = defaultdict(list)
-    for user, film, stars, _ in _read(folder / "ml-100k.inter"):
+    for user, film, stars, _ in files.read(folder / "ml-100k.inter"):
         ratings[film].append((user, float(stars)))
-    people = {row[0]: row for row in _read(folder / "ml-100k.user")}
-    entities = dict(_read(folder / "ml-100k.link"))
+    people = {row[0]: row for row in files.read(folder / "ml-100k.user")}
+    entities = dict(files.read(folder / "ml-100k.link"))
     y, chosen = [], []
-    for row in _read(folder / "ml-100k.item"):
+    for row in files.read(folder / "ml-100k.item"):
         genres = set(row[3].split())
         found = [i for i, group in enumerate(CLASSES) if genres & set(group)]
         if found and len(ratings[row[0]]) >= MIN_RATINGS and row[0] in entities:
@@ -118,14 +118,9 @@ def _films(folder: Path) -> tuple[Tensor, Tensor, Tensor]:
     x = (x - x.mean(0)) / x.std(0).clamp(min=1e-6)
 
     shared = defaultdict(set)
-    for head, relation, tail in _read(folder / "ml-100k.kg"):
+    for head, relation, tail in files.read(folder / "ml-100k.kg"):
         if relation.startswith("film.film.") and relation.rpartition(".")[2] in PEOPLE:
             if head in number:
                 shared[tail].add(number[head])
     pairs = {p for group in shared.values() for p in itertools.combinations(sorted(group), 2)}
     return x, both_ways(torch.tensor(sorted(pairs)).T), torch.tensor(y)
-
-
-def _read(path: Path) -> list[list[str]]:
-    lines = path.read_text(encoding="utf-8").splitlines()[1:]
-    return [line.split("\t") for line in lines if line]

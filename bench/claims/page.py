@@ -23,7 +23,7 @@ def save(report: Report, results: Path = RESULTS, pages: Path = PAGES) -> list[P
     """Writes JSON, tables and pictures of a run; returns the paths."""
     results.mkdir(parents=True, exist_ok=True)
     path = results / f"{report.system}.json"
-    path.write_text(json.dumps(report.to_dict(), indent=1) + "\n", "utf-8")
+    report.write(path)
     return [path, *write_page(report, pages)]
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from .picture import Picture
@@ -119,6 +121,10 @@ class Report:
             "pictures": [picture.to_dict() for picture in self.pictures],
         }
 
+    def write(self, path: Path) -> None:
+        """As JSON."""
+        path.write_text(json.dumps(self.to_dict(), indent=1) + "\n", "utf-8")
+
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Report:
         """What `to_dict` gave."""
@@ -131,6 +137,30 @@ class Report:
             [Claim(**{name: claim[name] for name in kept}) for claim in data["claims"]],
             [Picture(**picture) for picture in data["pictures"]],
         )
+
+
+def gaps(
+    arms: Mapping[str, Sequence[Sequence[float | None]]],
+    a: str,
+    b: str,
+    i: int,
+    j: int | None = None,
+) -> list[float]:
+    """Column i of arm a minus column j (None: i) of arm b, one a seed; both have all numbers."""
+
+    def column(arm: str, of: int) -> list[float]:
+        return [x for row in arms[arm] if (x := row[of]) is not None]
+
+    pairs = zip(column(a, i), column(b, i if j is None else j), strict=True)
+    return [x - y for x, y in pairs]
+
+
+def means(x: Sequence[Any], values: Sequence[Sequence[float]]) -> dict[str, list[Any]]:
+    """A series of a picture: at each x the mean over seeds of its values and the standard error,
+    0 where there is one value and so no bar to draw."""
+    found = [Claim("", v, "") for v in values]
+    errors = [c.standard_error if len(c.differences) > 1 else 0.0 for c in found]
+    return {"x": list(x), "y": [c.mean for c in found], "error": errors}
 
 
 def _cell(values: Sequence[float | None]) -> str:

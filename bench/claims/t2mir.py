@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.claims.picture import Picture
-from bench.claims.report import Claim, Report
+from bench.claims.report import Claim, Report, gaps, means
 from moe_ops.layers import Experts
 from moe_ops.zoo.t2mir import T2MIR, T2MIRConfig, action_loss
 from moe_ops.zoo.t2mir_envs import Histories, PointRobot, collect
@@ -404,45 +404,31 @@ def setting(scale: Scale) -> dict[str, Any]:
 
 
 def claims(arms: Mapping[str, Sequence[Sequence[float | None]]]) -> list[Claim]:
-    def column(arm: str, i: int) -> list[float]:
-        numbers = [row[i] for row in arms[arm]]
-        return [x for x in numbers if x is not None]
-
-    def gaps(a: str, b: str, i: int, j: int | None = None) -> list[float]:
-        pairs = zip(column(a, i), column(b, i if j is None else j), strict=True)
-        return [x - y for x, y in pairs]
-
     found = []
     names = {w: f"experts, contrast {w:g}" for w in WEIGHTS}
     plain = names[0.0]
     for weight, arm in names.items():
         statement = f"contrast {weight:g}: the router tells the rotation better than fresh routers"
         found.append(
-            Claim(statement, gaps(arm, arm, ROTATION, ROTATION_FRESH), "share", below=False)
+            Claim(statement, gaps(arms, arm, arm, ROTATION, ROTATION_FRESH), "share", below=False)
         )
         statement = f"contrast {weight:g}: and the goal"
-        found.append(Claim(statement, gaps(arm, arm, GOAL, GOAL_FRESH), "degrees"))
+        found.append(Claim(statement, gaps(arms, arm, arm, GOAL, GOAL_FRESH), "degrees"))
     for weight, arm in list(names.items())[1:]:
         statement = f"contrast {weight:g}: the router tells the rotation better than without"
-        found.append(Claim(statement, gaps(arm, plain, ROTATION), "share", below=False))
+        found.append(Claim(statement, gaps(arms, arm, plain, ROTATION), "share", below=False))
         statement = f"contrast {weight:g}: and the goal"
-        found.append(Claim(statement, gaps(arm, plain, GOAL), "degrees"))
+        found.append(Claim(statement, gaps(arms, arm, plain, GOAL), "degrees"))
         statement = f"contrast {weight:g}: lower action loss than without"
-        found.append(Claim(statement, gaps(arm, plain, ACTION_LOSS), "loss"))
+        found.append(Claim(statement, gaps(arms, arm, plain, ACTION_LOSS), "loss"))
         statement = f"contrast {weight:g}: higher return than without"
-        found.append(Claim(statement, gaps(arm, plain, RETURN), "return", below=False))
+        found.append(Claim(statement, gaps(arms, arm, plain, RETURN), "return", below=False))
     for weight, arm in names.items():
         statement = f"contrast {weight:g}: lower action loss than dense"
-        found.append(Claim(statement, gaps(arm, "dense", ACTION_LOSS), "loss"))
+        found.append(Claim(statement, gaps(arms, arm, "dense", ACTION_LOSS), "loss"))
         statement = f"contrast {weight:g}: higher return than dense"
-        found.append(Claim(statement, gaps(arm, "dense", RETURN), "return", below=False))
+        found.append(Claim(statement, gaps(arms, arm, "dense", RETURN), "return", below=False))
     return found
-
-
-def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """The error is 0 with one value: a bar of a picture then has none."""
-    claim = Claim("", values, "")
-    return claim.mean, claim.standard_error if len(values) > 1 else 0.0
 
 
 def pictures(results: Mapping[str, Sequence[Result]]) -> list[Picture]:
@@ -465,10 +451,6 @@ def pictures(results: Mapping[str, Sequence[Result]]) -> list[Picture]:
             )
         )
 
-    def bars(arms: Sequence[str], i: int) -> dict[str, list[float]]:
-        pairs = [mean_and_error([r.row[i] or 0.0 for r in results[arm]]) for arm in arms]
-        return {"y": [m for m, _ in pairs], "error": [e for _, e in pairs]}
-
     names = [UNTRAINED, *list(ARMS)[1:]]
     short = ["untrained", *(f"contrast {w:g}" for w in WEIGHTS)]
     kinds = (
@@ -483,17 +465,15 @@ def pictures(results: Mapping[str, Sequence[Result]]) -> list[Picture]:
             "",
             "share right",
             "bars",
-            {label: {"x": short, **bars(names, i)} for label, i in kinds},
+            {
+                label: means(short, [[r.row[i] or 0.0 for r in results[arm]] for arm in names])
+                for label, i in kinds
+            },
         )
     )
     lines = {}
     for arm, seeds in results.items():
-        episodes = zip(*(r.returns for r in seeds), strict=True)
-        pairs = [mean_and_error(values) for values in episodes]
-        lines[arm] = {
-            "x": list(range(1, len(pairs) + 1)),
-            "y": [m for m, _ in pairs],
-            "error": [e for _, e in pairs],
-        }
+        episodes = list(zip(*(r.returns for r in seeds), strict=True))
+        lines[arm] = means(range(1, len(episodes) + 1), episodes)
     found.append(Picture("return", "Return in unseen tasks", "episode", "return", "lines", lines))
     return found

@@ -100,8 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> Report:
     report.setting["Machine"] = (
         torch.cuda.get_device_name(device) if device.type == "cuda" else args.device
     )
-    path = args.folder / "report.json"
-    path.write_text(json.dumps(report.to_dict(), indent=1) + "\n", "utf-8")
+    report.write(args.folder / "report.json")
     print(report.markdown())
     return report
 
