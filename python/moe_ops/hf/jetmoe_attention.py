@@ -14,11 +14,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.jetmoe.modeling_jetmoe import (
     JetMoeAttention,
     eager_attention_forward,
-    rotate_half,
 )
 
 from moe_ops.hf.experts import cast_like
 from moe_ops.hf.jetmoe import MoeOpsJetMoeTopKGating
+from moe_ops.layers.rotary import rotate_halves
 from moe_ops.ops import moa_attention, moe_linear_map, moe_linear_reduce
 
 _KNOWN = "_moe_ops_is_causal"
@@ -56,8 +56,9 @@ class MoeOpsJetMoeAttention(JetMoeAttention):
         q = q.view(batch, length, self.top_k, heads, size)
         k, v = self.kv_proj(hidden_states).view(batch, length, 2, heads, size).unbind(2)
         cos, sin = position_embeddings
-        q = _rotate(q, cos[:, :, None, None], sin[:, :, None, None])
-        k = _rotate(k, cos[:, :, None], sin[:, :, None])
+        # transformers repeats the angles of the first half of the features.
+        cos, sin = cos[..., : size // 2], sin[..., : size // 2]
+        q, k = rotate_halves(q, cos, sin), rotate_halves(k, cos, sin)
         k, v = k.transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
             assert self.layer_idx is not None
@@ -97,10 +98,6 @@ class MoeOpsJetMoeAttention(JetMoeAttention):
             # Without a mask torch's attention is causal from the first key on, ours from the last.
             return k.shape[2] == q.shape[1] or q.shape[1] == 1
         return _is_causal(mask, k.shape[2])
-
-
-def _rotate(t: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    return t * cos + rotate_half(t) * sin
 
 
 def _is_causal(mask: Tensor, num_keys: int) -> bool:

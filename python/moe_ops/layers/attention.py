@@ -17,6 +17,7 @@ from moe_ops.ops.moa_attention import KINDS
 
 from .bank import as_ids, take_rows
 from .moe import AUX_LOSSES
+from .rotary import rotate_halves, rotation
 from .router import Router, RouterOutput, drop_masked
 
 
@@ -203,6 +204,7 @@ class AttentionExperts(nn.Module):
         *,
         cache: KVCache | None = None,
         positions: Tensor | None = None,
+        angles: tuple[Tensor, Tensor] | None = None,
         cu_seqlens: Tensor | None = None,
         topk_ids: Tensor | None = None,
         topk_weights: Tensor | None = None,
@@ -217,6 +219,8 @@ class AttentionExperts(nn.Module):
             cache: keys and values before x; those of x are appended.
             positions: [S] or [B, S], where the tokens are, for RoPE; None: after the cache from 0,
                 and from 0 in each sequence of `cu_seqlens`.
+            angles: cos and sin of the angles at these positions, [S, d / 2] or [B, S, d / 2] each,
+                which layers of one model can share; None: computed here. Nothing without RoPE.
             cu_seqlens: [num_sequences + 1], sequences one after the other in a batch of 1, see
                 `moe_ops.moa_attention`; not with a cache.
             topk_ids: [B, S, K'] or [T, K'] int32 or int64, a choice to use instead of the router's;
@@ -255,9 +259,11 @@ class AttentionExperts(nn.Module):
         kv = self.kv_proj(x).view(batch, length, 2, -1, size)
         k, v = kv[:, :, 0], kv[:, :, 1]
         if self.rope_theta is not None:
-            if positions is None:
-                positions = _positions(length, cache, cu_seqlens, x.device)
-            q, k = (_rotate(t, positions, self.rope_theta) for t in (q, k))
+            if angles is None:
+                if positions is None:
+                    positions = _positions(length, cache, cu_seqlens, x.device)
+                angles = rotation(positions, size, self.rope_theta)
+            q, k = rotate_halves(q, *angles), rotate_halves(k, *angles)
         if cache is not None:
             k, v = cache.update(k, v)
         slots = q.shape[2]
@@ -457,17 +463,6 @@ def _positions(
         starts = cu_seqlens.to(positions)
         return positions - starts[torch.bucketize(positions, starts[1:], right=True)]
     return positions
-
-
-def _rotate(t: Tensor, positions: Tensor, theta: float) -> Tensor:
-    """Rotary embedding of t [B, S, ..., d] at positions [S] or [B, S]; angles in fp32."""
-    half = t.shape[-1] // 2
-    steps = torch.arange(half, dtype=torch.float32, device=t.device) / half
-    angles = positions[..., None].float() * theta**-steps
-    shape = angles.shape[:-1] + (1,) * (t.dim() - 3) + (half,)
-    cos, sin = (f.view(shape).to(t.dtype) for f in (angles.cos(), angles.sin()))
-    a, b = t[..., :half], t[..., half:]
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
 def _flatten(name: str, t: Tensor | None, num_tokens: int) -> Tensor | None:

@@ -191,6 +191,53 @@ def register_autocast_keep(op: str) -> None:
     register_autocast(op, [])
 
 
+def register_autograd(
+    op: str, backward: Callable[..., Any], setup: Callable[[Any, tuple[Any, ...], Any], None]
+) -> None:
+    """``torch.library.register_autograd`` for an op without keyword-only arguments.
+
+    torch's own reads the schema anew on every call to fill in defaults, and makes an object for the
+    dispatch keys. A training step of a small layer is made of such calls.
+
+    Args:
+        op: name of the op, without the namespace.
+        backward: (ctx, *gradients of the outputs) -> gradients of all arguments.
+        setup: (ctx, all arguments, output), saves what backward needs.
+    """
+    overload = getattr(torch.ops.moe_ops, op).default
+    arguments = overload._schema.arguments
+    assert not any(a.kwarg_only for a in arguments), op
+    defaults = tuple(a.default_value for a in arguments)
+    redispatch = overload._handle.redispatch_boxed
+    below = torch._C._after_autograd_keyset
+
+    def forward(ctx: Any, *args: Any) -> Any:
+        *args, keyset = args
+        with torch._C._AutoDispatchBelowAutograd():
+            output = redispatch(keyset & below, *args)
+            setup(ctx, (*args, *defaults[len(args) :]), output)
+        return output
+
+    # The keys come last, so that `needs_input_grad` of the others keeps its places; they have no
+    # gradient. Gradients of arguments that were left out are None, which autograd cuts off.
+    def all_gradients(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        return *backward(ctx, *grads), None
+
+    function: Any = type(
+        f"{op}_autograd",
+        (torch.autograd.Function,),
+        {"forward": staticmethod(forward), "backward": staticmethod(all_gradients)},
+    )
+
+    def kernel(keyset: Any, *args: Any) -> Any:
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            return function.apply(*args, keyset)
+        with torch._C._AutoDispatchBelowAutograd():
+            return redispatch(keyset & below, *args)
+
+    library.impl(op, kernel, "Autograd", with_keyset=True)
+
+
 def register_training_form(op: str, forward: str) -> None:
     """Lets ``op`` run the op ``forward``, which also returns what backward needs, when a gradient
     is wanted, and its own kernel otherwise.

@@ -20,6 +20,7 @@ from moe_ops.ops._register import (
     check_size,
     needs_input_grad,
     register_autocast,
+    register_autograd,
     register_fake,
     register_no_double_backward,
 )
@@ -207,13 +208,22 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 
 def _backward(ctx: Any, grad_out: Tensor, grad_state: Tensor) -> tuple[Any, ...]:
     q, k, v, out, state, cu_seqlens = ctx.saved_tensors
-    grads = torch.ops.moe_ops.moa_attention_bwd(
-        grad_out, grad_state, q, k, v, out, state, *ctx.arguments, cu_seqlens
+    grads = call(
+        torch.ops.moe_ops.moa_attention_bwd,
+        grad_out,
+        grad_state,
+        q,
+        k,
+        v,
+        out,
+        state,
+        *ctx.arguments,
+        cu_seqlens,
     )
     needs = needs_input_grad(ctx, 3)
     return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *[None] * 6)
 
 
-torch.library.register_autograd("moe_ops::moa_attention", _backward, setup_context=_setup)
+register_autograd("moa_attention", _backward, _setup)
 register_no_double_backward("moa_attention_bwd", "moa_attention")
 register_autocast("moa_attention", ["q", "k", "v"])

@@ -20,6 +20,7 @@ from moe_ops.ops._register import (
     needs_input_grad,
     options_of,
     register_autocast,
+    register_autograd,
     register_fake,
     register_no_double_backward,
     register_not_differentiable,
@@ -317,7 +318,8 @@ def _backward(ctx: Any, grad_y: Tensor | None, *_: Any) -> tuple[Any, ...]:
     topk_weights = saved[3]
     # x, w_gate_up, w_down, topk_weights, b_gate_up, b_down; topk_ids (4) has no gradient.
     wanted = [needs[0], needs[1], needs[2], needs[3], needs[5], needs[6]]
-    grads = torch.ops.moe_ops.moe_ffn_bwd(grad_y, *saved, *ctx.arguments, *wanted)
+    bwd = torch.ops.moe_ops.moe_ffn_bwd
+    grads = call(bwd, grad_y, *saved, *ctx.arguments, *wanted)
     gx, gw_gate_up, gw_down, gw, gb_gate_up, gb_down = (
         g if need else None for g, need in zip(grads, wanted, strict=True)
     )
@@ -378,7 +380,7 @@ class _AccumulatingFfn(torch.autograd.Function):
         return gx, gw_gate_up, gw_down, gw, None, gb_gate_up, gb_down, None, None
 
 
-torch.library.register_autograd("moe_ops::moe_ffn_fwd", _backward, setup_context=_setup)
+register_autograd("moe_ffn_fwd", _backward, _setup)
 register_training_form("moe_ffn", "moe_ffn_fwd")
 register_no_double_backward("moe_ffn_bwd", "moe_ffn")
 register_not_differentiable("moe_ffn_bwd_accumulate", "moe_ffn")

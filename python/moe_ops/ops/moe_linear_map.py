@@ -17,6 +17,7 @@ from moe_ops.ops._register import (
     check_size,
     needs_input_grad,
     register_autocast,
+    register_autograd,
     register_fake,
     register_no_double_backward,
 )
@@ -100,12 +101,12 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x, w, topk_ids = ctx.saved_tensors
     need_x, need_w, _, need_bias = needs_input_grad(ctx, 4)
-    gx, gw, gb = torch.ops.moe_ops.moe_linear_map_bwd(
-        grad, x, w, topk_ids, need_x, need_w, need_bias
+    gx, gw, gb = call(
+        torch.ops.moe_ops.moe_linear_map_bwd, grad, x, w, topk_ids, need_x, need_w, need_bias
     )
     return gx if need_x else None, gw if need_w else None, None, gb if need_bias else None
 
 
-torch.library.register_autograd("moe_ops::moe_linear_map", _backward, setup_context=_setup)
+register_autograd("moe_linear_map", _backward, _setup)
 register_no_double_backward("moe_linear_map_bwd", "moe_linear_map")
 register_autocast("moe_linear_map", ["x", "w", "bias"])

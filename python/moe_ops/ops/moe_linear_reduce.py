@@ -18,6 +18,7 @@ from moe_ops.ops._register import (
     check_size,
     needs_input_grad,
     register_autocast,
+    register_autograd,
     register_fake,
     register_no_double_backward,
 )
@@ -121,8 +122,18 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     h, w, topk_weights, topk_ids, bias = ctx.saved_tensors
     need_h, need_w, need_weights, _, need_bias = needs_input_grad(ctx, 5)
-    gh, gw, g_weights, gb = torch.ops.moe_ops.moe_linear_reduce_bwd(
-        grad, h, w, topk_weights, topk_ids, bias, need_h, need_w, need_weights, need_bias
+    gh, gw, g_weights, gb = call(
+        torch.ops.moe_ops.moe_linear_reduce_bwd,
+        grad,
+        h,
+        w,
+        topk_weights,
+        topk_ids,
+        bias,
+        need_h,
+        need_w,
+        need_weights,
+        need_bias,
     )
     return (
         gh if need_h else None,
@@ -133,6 +144,6 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     )
 
 
-torch.library.register_autograd("moe_ops::moe_linear_reduce", _backward, setup_context=_setup)
+register_autograd("moe_linear_reduce", _backward, _setup)
 register_no_double_backward("moe_linear_reduce_bwd", "moe_linear_reduce")
 register_autocast("moe_linear_reduce", ["h", "w", "bias"])

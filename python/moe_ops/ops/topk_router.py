@@ -18,6 +18,7 @@ from moe_ops.ops._register import (
     check_same_device,
     check_size,
     register_autocast,
+    register_autograd,
     register_fake,
     register_no_double_backward,
 )
@@ -225,12 +226,12 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 
 def _backward(ctx: Any, grad_weights: Tensor, _: Tensor | None) -> tuple[Any, ...]:
     router_logits, topk_ids = ctx.saved_tensors
-    grad_logits = torch.ops.moe_ops.topk_router_bwd(
-        grad_weights, router_logits, topk_ids, *ctx.arguments
+    grad_logits = call(
+        torch.ops.moe_ops.topk_router_bwd, grad_weights, router_logits, topk_ids, *ctx.arguments
     )
     return grad_logits, *(None,) * 9
 
 
-torch.library.register_autograd("moe_ops::topk_router", _backward, setup_context=_setup)
+register_autograd("topk_router", _backward, _setup)
 register_no_double_backward("topk_router_bwd", "topk_router")
 register_autocast("topk_router", ["router_logits"], torch.float32)

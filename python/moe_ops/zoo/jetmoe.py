@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from moe_ops.layers import AttentionExperts, Experts, MoE, Router
 
-from .blocks import published_rope
+from .blocks import Rope, published_rope
 from .checkpoint import Entry
 from .language_model import CausalLM, Step
 
@@ -175,7 +175,10 @@ class JetMoEBlock(nn.Module):
     def forward(self, x: Tensor, step: Step, index: int) -> Tensor:
         record = step.routing is not None
         attended = self.attention(
-            self.attention_norm(x), cache=step.cache(index), return_routing=record
+            self.attention_norm(x),
+            cache=step.cache(index),
+            angles=step.rotation,
+            return_routing=record,
         )
         if record:
             step.record(f"layers.{index}.attention", self.attention.router, attended)
@@ -200,7 +203,8 @@ class JetMoE(CausalLM):
     def __init__(self, config: JetMoEConfig) -> None:
         super().__init__()
         self.config = config
-        self.rope = None  # The attention experts rotate by themselves.
+        # The attention experts rotate by themselves; angles are the same in all blocks.
+        self.rope = Rope(config.head_size, config.rope_theta)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(JetMoEBlock(config) for _ in range(config.num_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)

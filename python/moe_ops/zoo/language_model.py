@@ -209,16 +209,17 @@ class CausalLM(nn.Module):
         output = self(tokens, return_routing=True)
         logits = output.logits.flatten(0, 1)
         logits = logits if logits.dtype == torch.float64 else logits.float()
-        losses = F.cross_entropy(logits, targets.flatten().long(), reduction="none")
+        targets = targets.flatten().long()
         if token_mask is None:
-            cross_entropy = losses.mean()
+            cross_entropy = F.cross_entropy(logits, targets)
         else:
+            losses = F.cross_entropy(logits, targets, reduction="none")
             counted = token_mask.flatten()
             cross_entropy = losses.masked_fill(~counted, 0.0).sum() / counted.sum().clamp(min=1)
         total, aux = cross_entropy, {}
         for name, weight in weights.items():
             parts = [functions[name](r, tokens.shape[0], token_mask) for r in output.routing]
-            aux[name] = sum(parts[1:], start=parts[0]) if parts else losses.new_zeros(())
+            aux[name] = sum(parts[1:], start=parts[0]) if parts else logits.new_zeros(())
             if weight:
                 total = total + weight * aux[name]
         return LMLoss(total, cross_entropy, aux, output.routing)
