@@ -211,8 +211,8 @@ def register_autograd(
     redispatch = overload._handle.redispatch_boxed
     below = torch._C._after_autograd_keyset
 
-    def forward(ctx: Any, *args: Any) -> Any:
-        *args, keyset = args
+    def forward(ctx: Any, *args_and_keys: Any) -> Any:
+        args, keyset = args_and_keys[:-1], args_and_keys[-1]
         with torch._C._AutoDispatchBelowAutograd():
             output = redispatch(keyset & below, *args)
             setup(ctx, (*args, *defaults[len(args) :]), output)
