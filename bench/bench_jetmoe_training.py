@@ -1,14 +1,20 @@
 """Training JetMoE's tiny preset on the CPU beside transformers' JetMoeForCausalLM.
 
     python -m bench.bench_jetmoe_training [--sizes 4x128 8x256 2x512] [--dtypes float32 bfloat16]
-        [--threads 1 2] [--rounds 15] [--parts]
+        [--threads 1 2] [--rounds 15] [--parts] [--compile]
 
 A step: forward, loss, backward, AdamW (fused for all) and zero_grad. All models start from the same
 weights and see the same tokens; transformers runs with both of its attentions that need no other
 library ("eager", "sdpa"), and has one form of JetMoE's experts, a loop. "cross-entropy": that alone
 is minimised. "with losses": what each adds to it by itself, transformers load balancing, moe_ops
 load balancing and the z-loss. Contenders take turns in one process; numbers are medians, in ms, of
-CPU time with one thread and of wall time otherwise.
+CPU time with one thread and of wall time otherwise. Ratios are to moe_ops in the same form.
+
+--compile: also all of them under torch.compile, as a user writes it: `torch.compile` of a function
+that returns the loss, `fullgraph=True` for ours. transformers' experts read their sizes on the host
+(`.tolist()`), so its graph breaks in each of them; a limit on recompilations high enough that none
+falls back is set for all, and calls that compile are not counted. "of the best": how much faster
+ours is than the fastest form of transformers.
 
 --parts: also what any trainer of this model has to do outside of its blocks: embedding, last norm,
 head, cross-entropy and AdamW.
@@ -22,8 +28,10 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
+import torch._dynamo
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -35,15 +43,18 @@ ATTENTIONS = ("eager", "sdpa")
 
 
 def take_turns(
-    contenders: dict[str, Callable[[], object]], rounds: int, clock: Callable[[], float]
+    contenders: dict[str, Callable[[], object]],
+    rounds: int,
+    clock: Callable[[], float],
+    warm: int = 3,
 ) -> dict[str, float]:
-    """Median ms of each; three calls of each first, which count for nothing."""
+    """Median ms of each; `warm` calls of each first, which count for nothing."""
     times: dict[str, list[float]] = {name: [] for name in contenders}
-    for i in range(rounds + 3):
+    for i in range(rounds + warm):
         for name, run in contenders.items():
             start = clock()
             run()
-            if i >= 3:
+            if i >= warm:
                 times[name].append(1e3 * (clock() - start))
     return {name: statistics.median(t) for name, t in times.items()}
 
@@ -106,7 +117,7 @@ class Rest(nn.Module):
     def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
         for p, grad in self.blocks_grads:
             p.grad = grad
-        x = self.model.norm(self.model.embed_tokens(inputs))
+        x = self.model.norm(self.model.embed_tokens(inputs))[0]
         logits = F.linear(x, self.model.embed_tokens.weight).flatten(0, 1)
         return F.cross_entropy(logits.float(), targets.flatten())
 
@@ -119,24 +130,42 @@ def bench(batch: int, length: int, dtype: torch.dtype, options: argparse.Namespa
     kind = str(dtype).removeprefix("torch.")
     for losses in (False, True):
         models = make_models(dtype)
-        steps = {
-            name: make_step(
-                list(model.parameters()),
-                lambda model=model, losses=losses: loss_of(model, inputs, targets, losses),
-            )
-            for name, model in models.items()
-        }
+        steps = {}
+        for name, model in models.items():
+
+            def loss(model: nn.Module = model, losses: bool = losses) -> Tensor:
+                return loss_of(model, inputs, targets, losses)
+
+            steps[name] = make_step(list(model.parameters()), loss)
+            if options.compile:
+                # Another copy, since an optimizer moves the weights.
+                twin = copy.deepcopy(model)
+                compiled = torch.compile(
+                    partial(loss_of, twin, losses=losses), fullgraph=isinstance(twin, CausalLM)
+                )
+                steps[f"{name} compiled"] = make_step(
+                    list(twin.parameters()), partial(compiled, inputs, targets)
+                )
         if options.parts:
             rest = Rest(models["moe_ops"])
             steps["rest"] = make_step(
                 list(rest.parameters()), lambda rest=rest: rest.loss(inputs, targets)
             )
-        ms = take_turns(steps, options.rounds, clock)
-        best = min(ATTENTIONS, key=ms.__getitem__)
+        ms = take_turns(steps, options.rounds, clock, 20 if options.compile else 3)
+        peers = [name for name in ms if name.startswith(ATTENTIONS)]
+        best = min(peers, key=ms.__getitem__)
         what = "with losses" if losses else "cross-entropy"
         line = f"{batch}x{length} {kind}, {threads} threads, {what}: {ms['moe_ops']:.2f} ms"
         for name in ATTENTIONS:
             line += f", {name} {ms[name]:.2f} ({ms[name] / ms['moe_ops']:.2f}x)"
+        if options.compile:
+            mine = ms["moe_ops compiled"]
+            line += f"; compiled: {mine:.2f} ms"
+            for name in ATTENTIONS:
+                theirs = ms[f"{name} compiled"]
+                line += f", {name} {theirs:.2f} ({theirs / mine:.2f}x)"
+            line += f"; of the best, {best}: {ms[best] / ms['moe_ops']:.2f}x eager, "
+            line += f"{ms[best] / mine:.2f}x compiled"
         if options.parts:
             ceiling = ms[best] / ms["rest"]
             line += f", outside of blocks {ms['rest']:.2f} (ceiling {ceiling:.1f}x)"
@@ -150,8 +179,10 @@ def main() -> None:
     parser.add_argument("--threads", nargs="*", type=int, default=[1, 2])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--parts", action="store_true")
+    parser.add_argument("--compile", action="store_true")
     options = parser.parse_args()
     print(f"{moe_ops._C.cpu_isa()}, torch {torch.__version__}")
+    torch._dynamo.config.recompile_limit = 64
     for threads in options.threads:
         torch.set_num_threads(threads)
         for dtype in options.dtypes:

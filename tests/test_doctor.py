@@ -13,6 +13,7 @@ from moe_ops.cli.app import app
 runner = CliRunner()
 
 OPS = {
+    "add_rms_norm",
     "topk_router",
     "topp_router",
     "expert_choice_router",
@@ -31,6 +32,7 @@ OPS = {
     "moe_linear_map",
     "moe_linear_reduce",
     "quantize_fp8",
+    "rotary",
     "moa_attention",
 }
 INFERENCE_ONLY = (

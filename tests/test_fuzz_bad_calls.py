@@ -77,6 +77,13 @@ def good_call(op: str, s: Sizes) -> dict:
             }
         case "gated_act":
             return {"gate_up": s.float(s.t, 2 * s.i), "activation": "swiglu"}
+        case "add_rms_norm":
+            return {
+                "x": s.float(s.t, s.h),
+                "weight": s.float(s.h),
+                "residual": s.float(s.t, s.h),
+                "bias": s.float(s.h),
+            }
         case "grouped_gemm":
             return {
                 "a": s.float(s.n, s.h),
@@ -156,6 +163,12 @@ def good_call(op: str, s: Sizes) -> dict:
                 "topk_ids": s.ids(),
                 "bias": s.float(s.e, s.h),
             }
+        case "rotary":
+            return {
+                "t": s.float(s.o, s.t, s.e, 2 * s.h),
+                "cos": s.float(s.t, s.h),
+                "sin": s.float(s.t, s.h),
+            }
         case "moa_attention":
             return {
                 "q": s.float(2, s.t, s.k, s.e, s.h),
@@ -167,6 +180,7 @@ def good_call(op: str, s: Sizes) -> dict:
 
 
 OPS = (
+    "add_rms_norm",
     "topk_router",
     "topp_router",
     "expert_choice_router",
@@ -185,6 +199,7 @@ OPS = (
     "moe_ffn_quantized",
     "moe_linear_map",
     "moe_linear_reduce",
+    "rotary",
     "moa_attention",
     "pack_experts",
 )
@@ -207,9 +222,11 @@ FREE_DIMS = {
     ("moe_linear_map", "topk_ids"): {1},
     ("grouped_sum", "expert_offsets"): {0},
     ("pack_experts", "w"): {0, 2},
+    ("rotary", "t"): {0, 2},
     ("moa_attention", "q"): {1, 2},
 }
 BAD_ARGUMENTS = {
+    "add_rms_norm": [("eps", (-1e-6, float("nan")))],
     "topk_router": [
         ("top_k", (0, -1, 99, 2**31, 2**62, -(2**62))),
         ("score_func", ("", "Softmax", "tanh")),
@@ -250,7 +267,7 @@ def defects(op: str, call: dict) -> list[tuple[str, str]]:
             found.append(("device", name))
         if name in ("expert_offsets", "row_to_slot", "slot_to_row"):
             found.append(("range", name))
-    if op.startswith(("moe_ffn", "grouped_gemm", "moe_linear", "moa_")):
+    if op.startswith(("moe_ffn", "grouped_gemm", "moe_linear", "moa_", "add_")):
         found += [("float_dtype", name) for name in tensors if call[name].is_floating_point()]
     return found
 

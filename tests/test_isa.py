@@ -50,6 +50,18 @@ for dtype in DTYPES:
                  "interleaved": interleaved},
                 ["gate_up"], magnitude=gated_act_magnitude,
             )
+    for size in (1, 16, 37, 64):
+        call = [torch.randn(s).to(dtype) for s in ((70, size), (size,), (70, size))]
+        runs = []
+        for fn, wide in ((moe_ops.add_rms_norm, False), (reference.add_rms_norm, True)):
+            leaves = [t.double() if wide else t.clone() for t in call]
+            leaves = [t.requires_grad_() for t in leaves]
+            y, total = fn(*leaves, bias=leaves[1], eps=0.1)
+            grads = torch.autograd.grad((y * total).sum(), leaves)
+            runs.append([t.double() for t in (y, total, *grads)])
+        for got, want in zip(*runs):
+            # Sums of 70 rows of numbers rounded once or twice.
+            assert (got - want).norm() <= 8 * eps(dtype) * want.norm() + 1e-6
     for activation in (*GATED_ACTIVATIONS, *PLAIN_ACTIVATIONS):
         call = ffn_operands(
             Routing(21, 4, 2, "dropped"), 33, 31, dtype, activation=activation, bias=True

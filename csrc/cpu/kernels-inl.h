@@ -23,6 +23,7 @@ namespace {
 // All else is built on the vectors.
 #include "cpu/kernels/fp8-inl.h"
 #include "cpu/kernels/functions-inl.h"
+#include "cpu/kernels/norm-inl.h"
 #include "cpu/kernels/pairs-inl.h"
 #include "cpu/kernels/rows-inl.h"
 #include "cpu/kernels/stream-inl.h"
@@ -110,6 +111,8 @@ Kernels<T> make_kernels() {
   k.strip_sums = &strip_sums<T>;
   k.rank_update = &rank_update<T>;
   k.load_row = &load_row<T>;
+  k.load_rows = &load_rows<T>;
+  k.store_rows = &store_rows<T>;
   k.pack_panels = &pack_panels<T>;
   k.store_row = &store_row<T>;
   k.stream_row = &stream_row<T>;
@@ -117,6 +120,8 @@ Kernels<T> make_kernels() {
   k.weighted_sum = &weighted_sum<T>;
   k.axpy = &axpy<T>;
   k.dot_row = &dot_row<T>;
+  k.norm_rows = &norm_rows<T>;
+  k.norm_rows_bwd = &norm_rows_bwd<T>;
   k.act_fwd = &act_fwd<T>;
   k.act_bwd = &act_bwd<T>;
   k.attention = attention_kernels<T>();

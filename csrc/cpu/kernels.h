@@ -156,6 +156,30 @@ struct AttentionKernels {
   void (*multiply_lanes)(T* c, int64_t rows, int width, const T* factor);
 };
 
+// add_rms_norm on `rows` contiguous rows of `cols`; norm-inl.h in kernels/. What may be null is
+// said in moe_ops/add_rms_norm.h.
+template <class T>
+struct NormRows {
+  DType type;  // of x, residual, y and sum
+  int64_t rows, cols;
+  T eps;
+  const T *weight, *bias;
+  T* wide;  // scratch, [cols]
+  const void *x, *residual;
+  void *y, *sum;
+  T* rstd;
+};
+template <class T>
+struct NormRowsBwd {
+  DType type;  // of grad_y, grad_sum, sum and grad_x
+  int64_t rows, cols;
+  const T* weight;
+  const void *grad_y, *grad_sum, *sum;
+  const T* rstd;
+  void* grad_x;
+  T *weight_sum, *bias_sum;  // [cols], added to
+};
+
 // T as a tag.
 template <class T>
 constexpr DType kAccumulate = sizeof(T) == 8 ? DType::kFloat64 : DType::kFloat32;
@@ -242,6 +266,11 @@ struct Kernels {
 
   // dst[i] = scale * src[i]
   void (*load_row)(DType type, const void* src, T* dst, int64_t n, T scale);
+  // load_row and store_row of `rows` rows of n, in strides of ld_src and ld_dst elements.
+  void (*load_rows)(DType type, const void* src, int64_t ld_src, int64_t rows, int64_t n, T* dst,
+                    int64_t ld_dst, T scale);
+  void (*store_rows)(DType type, const T* src, int64_t ld_src, int64_t rows, int64_t n, void* dst,
+                     int64_t ld_dst);
   // Panels of 2*lanes columns (the last one lanes or 2*lanes wide, zero-padded), `stride` elements
   // apart, of a matrix whose row r starts at rows[r] + byte_offset: dst[p*stride + r*width + c] for
   // column c of panel p. scales: one factor a row, or nullptr.
@@ -268,6 +297,9 @@ struct Kernels {
   QuantKernels quant;  // T = float only
   Fp8Kernels fp8;      // T = float only
   AttentionKernels<T> attention;
+
+  void (*norm_rows)(const NormRows<T>& p);
+  void (*norm_rows_bwd)(const NormRowsBwd<T>& p);
 
   // h = act(gate, up); `up` is ignored by activations that have no gate.
   void (*act_fwd)(Activation kind, const T* gate, const T* up, T* h, int64_t n, T alpha, T limit);

@@ -32,85 +32,108 @@ void route_bwd(const RouterBwdParams& p, const Parallel& par) {
   const T inf = std::numeric_limits<T>::infinity();
   const int64_t size = dtype_size(p.type);
 
-  const int64_t bytes = (3 * padded + 4 * padded_k) * static_cast<int64_t>(sizeof(T)) +
-                        padded_k * static_cast<int64_t>(sizeof(int32_t)) + 8 * 64;
-  const double cost = 5.0 * static_cast<double>(E) + 15.0 * static_cast<double>(K) + 50.0;
+  // Tokens go together through the steps that call something, as many as fit an L1.
+  const int64_t batch = std::clamp<int64_t>(2048 / std::max(E, K), 1, 64);
+
+  const int64_t bytes =
+      ((batch + 2) * padded + (batch + 1) * 4 * padded_k) * static_cast<int64_t>(sizeof(T)) +
+      batch * padded_k * static_cast<int64_t>(sizeof(int32_t)) + 9 * 64;
+  const double cost = 3.0 * static_cast<double>(E) + 15.0 * static_cast<double>(K) + 20.0;
   parallel_range(par, p.num_tokens, cost, [&](int64_t begin, int64_t end) {
     Carver carver(Scratch::kRows, bytes);
-    T* const x = carver.take<T>(padded);
+    T* const x = carver.take<T>((batch + 1) * padded);
     T* const exps = carver.take<T>(padded);
-    T* const grad_x = carver.take<T>(padded);
-    T* const chosen = carver.take<T>(padded_k);
-    T* const score = carver.take<T>(padded_k);
-    T* const slope = carver.take<T>(padded_k);
-    T* const grad = carver.take<T>(padded_k);
-    int32_t* const ids = carver.take<int32_t>(padded_k);
-    std::fill(x + E, x + padded, -inf);
+    T* const chosen = carver.take<T>((batch + 1) * padded_k);
+    T* const scores = carver.take<T>((batch + 1) * padded_k);
+    T* const slopes = carver.take<T>((batch + 1) * padded_k);
+    T* const grads = carver.take<T>((batch + 1) * padded_k);
+    int32_t* const all_ids = carver.take<int32_t>(batch * padded_k);
+    int64_t count[64];
 
-    for (int64_t t = begin; t < end; ++t) {
-      // The slots that hold an expert move together.
-      const T* const grad_weights = static_cast<const T*>(p.grad_weights) + t * K;
-      int64_t n = 0;
-      for (int64_t k = 0; k < K; ++k) {
-        ids[n] = p.topk_ids[t * K + k];
-        grad[n] = grad_weights[k];
-        n += ids[n] >= 0;
-      }
-      std::fill_n(grad_x, E, T(0));
-      char* const out = static_cast<char*>(p.grad_logits) + t * E * size;
-      if (n == 0) {
-        kernel.store_row(p.type, grad_x, out, E);
-        continue;
-      }
-      kernel.load_row(p.type,
-                      static_cast<const char*>(p.router_logits) + t * p.logits_stride * size, x, E,
-                      T(1));
-      const int64_t padded_n = round_up(n, kRowUnit);
-      T sum = T(1);
-      if (over_all) {
-        sum = row.exp_sum(x, exps, padded);
-        for (int64_t k = 0; k < n; ++k) score[k] = exps[ids[k]] / sum;
-      } else {
-        for (int64_t k = 0; k < n; ++k) chosen[k] = x[ids[k]];
-        std::fill(chosen + n, chosen + padded_n, -inf);
+    for (int64_t t0 = begin; t0 < end; t0 += batch) {
+      const int64_t m = std::min(batch, end - t0);
+      kernel.load_rows(p.type,
+                       static_cast<const char*>(p.router_logits) + t0 * p.logits_stride * size,
+                       p.logits_stride, m, E, x, padded, T(1));
+      for (int64_t t = 0; t < m; ++t) {
+        // The slots that hold an expert move together.
+        const T* const grad_weights = static_cast<const T*>(p.grad_weights) + (t0 + t) * K;
+        const T* const own = x + t * padded;
+        T* const grad = grads + t * padded_k;
+        T* const from = chosen + t * padded_k;
+        int32_t* const ids = all_ids + t * padded_k;
+        int64_t n = 0;
+        T most = -inf;
+        for (int64_t k = 0; k < K; ++k) {
+          ids[n] = p.topk_ids[(t0 + t) * K + k];
+          grad[n] = grad_weights[k];
+          if (ids[n] < 0) continue;
+          from[n] = own[ids[n]];
+          most = from[n] > most ? from[n] : most;  // NaN is passed over
+          ++n;
+        }
+        count[t] = n;
         if (softmax) {
-          sum = row.exp_sum(chosen, score, padded_n);
+          for (int64_t k = 0; k < n; ++k) from[k] -= most;
+        }
+        std::fill(from + n, from + padded_k, T(0));
+      }
+      if (!over_all) (softmax ? row.exp : row.sigmoid)(chosen, scores, m * padded_k);
+      if (!softmax) {
+        // s(-x) is 1 - s(x) without the cancellation.
+        for (int64_t i = 0; i < m * padded_k; ++i) chosen[i] = -chosen[i];
+        row.sigmoid(chosen, slopes, m * padded_k);
+      }
+      for (int64_t t = 0; t < m; ++t) {
+        T* const own = x + t * padded;
+        T* const score = scores + t * padded_k;
+        T* const slope = slopes + t * padded_k;
+        T* const grad = grads + t * padded_k;
+        const int32_t* const ids = all_ids + t * padded_k;
+        const int64_t n = count[t];
+        T sum = T(1);
+        if (n > 0 && over_all) {
+          std::fill(own + E, own + padded, -inf);
+          sum = row.exp_sum(own, exps, padded);
+          for (int64_t k = 0; k < n; ++k) score[k] = exps[ids[k]] / sum;
+        } else if (softmax) {
+          sum = T(0);
+          for (int64_t k = 0; k < n; ++k) sum += score[k];
           for (int64_t k = 0; k < n; ++k) score[k] /= sum;
         } else {
-          row.sigmoid(chosen, score, padded_n);
-          // s(-x) is 1 - s(x) without the cancellation.
-          for (int64_t k = 0; k < n; ++k) chosen[k] = -chosen[k];
-          row.sigmoid(chosen, slope, padded_n);
           for (int64_t k = 0; k < n; ++k) slope[k] *= score[k];
         }
-      }
 
-      T mean = T(0);  // D
-      if (p.renormalize) {
-        T total = T(0), weighted = T(0);
-        for (int64_t k = 0; k < n; ++k) total += score[k];
-        const T r = total + T(1e-20);
-        for (int64_t k = 0; k < n; ++k) weighted += grad[k] * (score[k] / r);
-        for (int64_t k = 0; k < n; ++k) grad[k] = scale * (grad[k] - weighted) / r;
-        mean = scale * weighted * ((r - total) / r);
-      } else {
-        for (int64_t k = 0; k < n; ++k) {
-          grad[k] *= scale;
-          mean += score[k] * grad[k];
+        T mean = T(0);  // D
+        if (p.renormalize) {
+          T total = T(0), weighted = T(0);
+          for (int64_t k = 0; k < n; ++k) total += score[k];
+          const T r = total + T(1e-20);
+          for (int64_t k = 0; k < n; ++k) weighted += grad[k] * (score[k] / r);
+          for (int64_t k = 0; k < n; ++k) grad[k] = scale * (grad[k] - weighted) / r;
+          mean = scale * weighted * ((r - total) / r);
+        } else {
+          for (int64_t k = 0; k < n; ++k) {
+            grad[k] *= scale;
+            mean += score[k] * grad[k];
+          }
+        }
+
+        // An id may stand in several slots, hence the sums. The logits are not needed any more.
+        T* const grad_x = own;
+        std::fill_n(grad_x, E, T(0));
+        if (n > 0 && over_all && mean != T(0)) {
+          const T inverse = T(1) / sum;
+          for (int64_t k = 0; k < n; ++k) grad_x[ids[k]] += grad[k];
+          for (int64_t e = 0; e < E; ++e) grad_x[e] = exps[e] * inverse * (grad_x[e] - mean);
+        } else if (softmax) {
+          for (int64_t k = 0; k < n; ++k) grad_x[ids[k]] += score[k] * (grad[k] - mean);
+        } else {
+          for (int64_t k = 0; k < n; ++k) grad_x[ids[k]] += slope[k] * grad[k];
         }
       }
-
-      // An id may stand in several slots, hence the sums.
-      if (over_all && mean != T(0)) {
-        const T inverse = T(1) / sum;
-        for (int64_t k = 0; k < n; ++k) grad_x[ids[k]] += grad[k];
-        for (int64_t e = 0; e < E; ++e) grad_x[e] = exps[e] * inverse * (grad_x[e] - mean);
-      } else if (softmax) {
-        for (int64_t k = 0; k < n; ++k) grad_x[ids[k]] += score[k] * (grad[k] - mean);
-      } else {
-        for (int64_t k = 0; k < n; ++k) grad_x[ids[k]] += slope[k] * grad[k];
-      }
-      kernel.store_row(p.type, grad_x, out, E);
+      kernel.store_rows(p.type, x, padded, m, E, static_cast<char*>(p.grad_logits) + t0 * E * size,
+                        E);
     }
   });
 }

@@ -198,6 +198,14 @@ MOE_TEXT T exp_sum_text(const T* x, T* e, int64_t n) {
 }
 
 template <class T, int Bytes>
+MOE_TEXT void exp_text(const T* x, T* e, int64_t n) {
+  using S = Lanes<T, Bytes>;
+  for (int64_t i = 0; i < n; i += S::kCount) {
+    store(e + i, exp_nonpositive<T, S>(load<typename S::Vec>(x + i)));
+  }
+}
+
+template <class T, int Bytes>
 MOE_TEXT void sigmoid_text(const T* x, T* s, int64_t n) {
   using S = Lanes<T, Bytes>;
   using Vec = typename S::Vec;
@@ -305,6 +313,10 @@ MOE_TEXT void take_best_text(RouterKey<T>* keys, RouterKey<T>* block_max, int64_
     return exp_sum_text<T, bytes>(x, e, n);                                                  \
   }                                                                                          \
   template <class T>                                                                         \
+  target void exp(const T* x, T* e, int64_t n) {                                             \
+    exp_text<T, bytes>(x, e, n);                                                             \
+  }                                                                                          \
+  template <class T>                                                                         \
   target void sigmoid(const T* x, T* s, int64_t n) {                                         \
     sigmoid_text<T, bytes>(x, s, n);                                                         \
   }                                                                                          \
@@ -322,8 +334,8 @@ MOE_TEXT void take_best_text(RouterKey<T>* keys, RouterKey<T>* block_max, int64_
     take_best_text<T, bytes>(keys, block_max, n, k, positions);                              \
   }                                                                                          \
   template <class T>                                                                         \
-  constexpr RouterRow<T> kRow = {exp_sum<T>, sigmoid<T>, make_keys<T>, find_block_max<T>,    \
-                                 take_best<T>};                                              \
+  constexpr RouterRow<T> kRow = {exp_sum<T>,        exp<T>,      sigmoid<T>, make_keys<T>,   \
+                                 find_block_max<T>, take_best<T>};                           \
   }
 
 MOE_ROUTER_LEVEL(portable, , 16)

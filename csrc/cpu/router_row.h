@@ -23,6 +23,8 @@ struct RouterRow {
   using Key = RouterKey<T>;
   // e[i] = exp(x[i] - max x); returns the sum of e.
   T (*exp_sum)(const T* x, T* e, int64_t n);
+  // e[i] = exp(x[i]) of x[i] <= 0 or NaN
+  void (*exp)(const T* x, T* e, int64_t n);
   // s[i] = sigmoid(x[i])
   void (*sigmoid)(const T* x, T* s, int64_t n);
   // keys[i] = key of x[i]

@@ -247,6 +247,15 @@ bool rows_right(const Kernels<T>& k, const Kernels<T>& portable, Numbers<T>& num
     k.load_row(all[type], a.data(), x.data(), kDepth, T(0.5));
     portable.load_row(all[type], a.data(), y.data(), kDepth, T(0.5));
     if (x != y) return false;
+    // Two rows of 18, the second one behind the first.
+    std::vector<char> c(kDepth * 8, 0), d(kDepth * 8, 0);
+    std::fill(x.begin(), x.end(), T(0));
+    std::fill(y.begin(), y.end(), T(0));
+    k.load_rows(all[type], a.data(), 18, 2, 17, x.data(), 18, T(0.5));
+    portable.load_rows(all[type], a.data(), 18, 2, 17, y.data(), 18, T(0.5));
+    k.store_rows(all[type], v.data(), 18, 2, 17, c.data(), 18);
+    portable.store_rows(all[type], v.data(), 18, 2, 17, d.data(), 18);
+    if (x != y || c != d) return false;
     const void* rows[] = {a.data(), b.data()};
     const T weights[] = {T(0.25), T(2)};
     k.weighted_sum(all[type], rows, weights, 2, x.data(), kDepth);
@@ -268,6 +277,44 @@ bool rows_right(const Kernels<T>& k, const Kernels<T>& portable, Numbers<T>& num
       for (int64_t r = 0; r < 2; ++r) {
         if (packed[j * 2 + r * width + c - j] != y[c]) return false;
       }
+    }
+  }
+  return true;
+}
+
+template <class T>
+bool norm_right(const Kernels<T>& k, const Kernels<T>& portable, Numbers<T>& numbers) {
+  constexpr int64_t kRows = 2;
+  int num_types;
+  const DType* all = types<T>(&num_types);
+  const std::vector<T> weight = numbers.take(kDepth), bias = numbers.take(kDepth);
+  std::vector<T> x = numbers.take(kRows * kDepth), more = numbers.take(kRows * kDepth);
+  for (int i = 0; i < num_types; ++i) {
+    const std::vector<char> a = as_type(portable, all[i], x), b = as_type(portable, all[i], more);
+    std::vector<T> out[2], stored[2];
+    for (int level = 0; level < 2; ++level) {
+      const Kernels<T>& table = level == 0 ? k : portable;
+      std::vector<T> wide(kDepth), rstd(kRows), sums[2];
+      for (auto& v : sums) v.assign(kDepth, T(1));
+      std::vector<char> y(a.size()), sum(a.size()), grad(a.size());
+      table.norm_rows({all[i], kRows, kDepth, T(1e-6), weight.data(), bias.data(), wide.data(),
+                       a.data(), b.data(), y.data(), sum.data(), rstd.data()});
+      table.norm_rows_bwd({all[i], kRows, kDepth, weight.data(), b.data(), a.data(), sum.data(),
+                           rstd.data(), grad.data(), sums[0].data(), sums[1].data()});
+      out[level] = rstd;
+      for (const auto& v : sums) out[level].insert(out[level].end(), v.begin(), v.end());
+      for (const auto& half : {y, sum, grad}) {
+        std::vector<T> v(static_cast<size_t>(kRows * kDepth));
+        portable.load_row(all[i], half.data(), v.data(), kRows * kDepth, T(1));
+        stored[level].insert(stored[level].end(), v.begin(), v.end());
+      }
+    }
+    if (!close(out[0], out[1])) return false;
+    // A root in another order may make a half type round to its next number.
+    const T step = sizeof(T) == 4 && all[i] != DType::kFloat32 ? T(1.0 / 128) : T(0);
+    for (size_t j = 0; j < stored[0].size(); ++j) {
+      const T difference = std::abs(stored[0][j] - stored[1][j]);
+      if (!(difference <= T(1e-4) + step * std::abs(stored[1][j]))) return false;
     }
   }
   return true;
@@ -690,6 +737,7 @@ const char* failing_kernel(const Kernels<T>& k, const Kernels<T>& portable) {
   if (!strip_right(k, portable, numbers)) return "strip";
   if (!rank_right(k, portable, numbers)) return "rank_update";
   if (!rows_right(k, portable, numbers)) return "row";
+  if (!norm_right(k, portable, numbers)) return "norm";
   if (!transpose_right(k, numbers)) return "transpose";
   if (!activations_right(k, portable, numbers)) return "activation";
   if (!attention_right(k, numbers)) return "attention";

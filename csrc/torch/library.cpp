@@ -71,6 +71,17 @@ static void define_schemas(torch::stable::detail::StableLibrary& m) {
   // rows [N,O] -> [E,O]: the sum over an expert's rows
   m.def("grouped_sum(Tensor rows, Tensor expert_offsets) -> Tensor");
 
+  // sum = x + residual + bias [..., H], rstd [rows] the inverse of its root mean square and y =
+  // sum * rstd * weight. Without anything to add, sum is x and comes back with shape [0].
+  m.def(
+      "add_rms_norm(Tensor x, Tensor weight, Tensor? residual=None, Tensor? bias=None, "
+      "float eps=1e-06) -> (Tensor y, Tensor sum, Tensor rstd)");
+  // grad_x is the gradient of the residual too.
+  m.def(
+      "add_rms_norm_bwd(Tensor grad_y, Tensor? grad_sum, Tensor sum, Tensor weight, Tensor rstd, "
+      "bool need_x, bool need_weight, bool need_bias) "
+      "-> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)");
+
   // --- whole blocks
   // y[t] = sum_k topk_weights[t,k] * (w_down[e] act(w_gate_up[e] x[t] + b_gate_up[e]) + b_down[e])
   m.def(
@@ -147,6 +158,8 @@ static void define_schemas(torch::stable::detail::StableLibrary& m) {
       "Tensor grad_bias)");
 
   // --- attention
+  // t [B,S,...,d], cos and sin [S,d/2] or [B,S,d/2]: features i and i + d/2 turned as a pair.
+  m.def("rotary(Tensor t, Tensor cos, Tensor sin, bool inverse=False) -> Tensor");
   // q [B,S,K,n,d], k and v [B,S_kv,n,d] -> out like q, state [B,S,K,n] fp32: the log-sum-exp of
   // softmax, what remains of the stick. window 0: all keys; softcap 0: none.
   m.def(

@@ -14,6 +14,7 @@ from moe_ops._load import load as _load
 _load()
 
 from moe_ops.ops import (  # noqa: E402
+    add_rms_norm,
     expert_choice_router,
     gated_act,
     grouped_gemm,
@@ -30,6 +31,7 @@ from moe_ops.ops import (  # noqa: E402
     pack_experts,
     permute,
     quantize_fp8,
+    rotary,
     sort_slots,
     topk_router,
     topp_router,
@@ -40,6 +42,7 @@ from moe_ops.quant import quantize_experts  # noqa: E402
 
 __all__ = [
     "__version__",
+    "add_rms_norm",
     "expert_choice_router",
     "gated_act",
     "grouped_gemm",
@@ -60,6 +63,7 @@ __all__ = [
     "prepacking",
     "quantize_experts",
     "quantize_fp8",
+    "rotary",
     "sort_slots",
     "topk_router",
     "topp_router",

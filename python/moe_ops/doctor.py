@@ -481,6 +481,7 @@ def _cases() -> list[_Case]:
         _Case("permute", (x, offsets, row_to_slot)),
         _Case("unpermute", (rows, offsets, slot_to_row, weights)),
         _Case("gated_act", (normal(T, 2 * I), "swiglu")),
+        _Case("add_rms_norm", (x, normal(H), normal(T, H)), {"bias": normal(H)}),
         _Case("grouped_gemm", (rows, w_gate_up, offsets)),
         _Case("grouped_gemm_wgrad", (normal(T * K, I), rows, offsets)),
         _Case("grouped_sum", (rows, offsets)),
@@ -508,6 +509,7 @@ def _cases() -> list[_Case]:
         ),
         _Case("moe_linear_map", (x, w_gate_up, ids)),
         _Case("moe_linear_reduce", (normal(T, K, I), w_down, weights, ids)),
+        _Case("rotary", (normal(2, T, 3, 24),)),
         *(
             _Case(
                 "moa_attention",
@@ -573,6 +575,17 @@ def _function(module: Any, op: str) -> Callable[..., Any]:
     function = getattr(module, op)
     if op.endswith("_fp8"):
         return _fp8_function(module, op)
+    if op == "rotary":
+
+        def rotate(t: Tensor) -> Tensor:
+            # Angles are constants; made here, they are not among the leaves.
+            positions = torch.arange(t.shape[1], dtype=torch.float64, device=t.device)
+            angles = positions[:, None] * torch.linspace(
+                1, 0.1, t.shape[-1] // 2, dtype=torch.float64, device=t.device
+            )
+            return function(t, angles.cos(), angles.sin())
+
+        return rotate
     if op != "moe_ffn_packed":
         return function
 

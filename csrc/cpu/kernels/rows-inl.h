@@ -15,6 +15,19 @@ void load_row(DType type, const void* src, T* dst, int64_t n, T scale) {
   });
 }
 
+template <class T>
+void load_rows(DType type, const void* src, int64_t ld_src, int64_t rows, int64_t n, T* dst,
+               int64_t ld_dst, T scale) {
+  constexpr int W = kLanes<T>;
+  with_type<T>(type, src, [&](const auto* p) {
+    for (int64_t r = 0; r < rows; ++r, p += ld_src, dst += ld_dst) {
+      int64_t i = 0;
+      for (; i + W <= n; i += W) store<T>(dst + i, load_as(p + i) * scale);
+      for (; i < n; ++i) dst[i] = to_float(p[i]) * scale;
+    }
+  });
+}
+
 // Row by row over all panels, so that each row is read in one contiguous run.
 template <class T>
 void pack_panels(DType type, const void* const* rows, int64_t byte_offset, int64_t num_rows,
@@ -52,6 +65,20 @@ void store_row(DType type, const T* src, void* dst, int64_t n) {
     int64_t i = 0;
     for (; i + W <= n; i += W) store_as(p + i, load<T>(src + i));
     for (; i < n; ++i) store_one(p + i, src[i]);
+  });
+}
+
+template <class T>
+void store_rows(DType type, const T* src, int64_t ld_src, int64_t rows, int64_t n, void* dst,
+                int64_t ld_dst) {
+  constexpr int W = kLanes<T>;
+  with_type<T>(type, dst, [&]<class S>(const S* q) {
+    S* p = const_cast<S*>(q);
+    for (int64_t r = 0; r < rows; ++r, p += ld_dst, src += ld_src) {
+      int64_t i = 0;
+      for (; i + W <= n; i += W) store_as(p + i, load<T>(src + i));
+      for (; i < n; ++i) store_one(p + i, src[i]);
+    }
   });
 }
 

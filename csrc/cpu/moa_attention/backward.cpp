@@ -72,17 +72,15 @@ class Backward {
 
   // Gradients of keys and values j0 to j1: the sum over chunks.
   void reduce(int64_t b, int64_t head, int64_t j0, int64_t j1) const {
-    T* sum = scratch<T>(Scratch::kTile, ld_);
     for (int which = 0; which < 2; ++which) {
       char* to = static_cast<char*>(which == 0 ? q_.grad_k : q_.grad_v);
-      for (int64_t j = j0; j < j1; ++j) {
-        k_.load_row(kAccumulate<T>, partial(b, head, 0, which) + j * ld_, sum, d_, T(1));
-        for (int64_t c = 1; c < chunks_; ++c) {
-          k_.axpy(kAccumulate<T>, partial(b, head, c, which) + j * ld_, T(1), sum, d_);
-        }
-        const int64_t row = (b * p_.num_keys + j) * p_.num_heads + head;
-        k_.store_row(p_.type, sum, to + row * d_ * dtype_size(p_.type), d_);
+      T* sum = partial(b, head, 0, which) + j0 * ld_;
+      for (int64_t c = 1; c < chunks_; ++c) {
+        k_.axpy(kAccumulate<T>, partial(b, head, c, which) + j0 * ld_, T(1), sum, (j1 - j0) * ld_);
       }
+      const int64_t row = (b * p_.num_keys + j0) * p_.num_heads + head;
+      k_.store_rows(p_.type, sum, ld_, j1 - j0, d_, to + row * d_ * dtype_size(p_.type),
+                    p_.num_heads * d_);
     }
   }
 
@@ -257,12 +255,11 @@ class Backward {
       k_.transpose(x.grad_q + r0 * ld_, block.width(i), ld_, block.width(i), x.rows + r0 * ld_,
                    ld_);
     }
-    for (int64_t r = 0; r < block.count; ++r) {
-      T* row = x.rows + r * ld_;
-      k_.load_row(kAccumulate<T>, row, row, d_, static_cast<T>(p_.scale));
-      const int64_t to = row_index(p_, block.b, block.head, block.begin + r) * d_;
-      k_.store_row(p_.type, row, static_cast<char*>(q_.grad_q) + to * dtype_size(p_.type), d_);
-    }
+    k_.load_rows(kAccumulate<T>, x.rows, ld_, block.count, d_, x.rows, ld_,
+                 static_cast<T>(p_.scale));
+    const int64_t to = row_index(p_, block.b, block.head, block.begin) * d_;
+    k_.store_rows(p_.type, x.rows, ld_, block.count, d_,
+                  static_cast<char*>(q_.grad_q) + to * dtype_size(p_.type), p_.num_heads * d_);
   }
 
   const MoaAttentionBwdParams& q_;

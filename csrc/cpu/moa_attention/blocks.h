@@ -65,12 +65,14 @@ struct RowBlock {
       : b(b), head(head), begin(begin), lanes(lanes) {
     count = std::min(kRows, p.num_tokens * p.num_slots - begin);
     padded = round_up<int64_t>(count, lanes);
-    KeyRange range;
-    for (int64_t r = 0; r < padded; ++r) {
-      if (r == 0 || (r < count && (begin + r) % p.num_slots == 0)) {
-        range = keys_of(p, (begin + r) / p.num_slots);
+    int64_t token = begin / p.num_slots, slot = begin % p.num_slots;
+    KeyRange range = keys_of(p, token);
+    keys = range;
+    for (int64_t r = 0; r < padded; ++r, ++slot) {
+      if (slot == p.num_slots && r < count) {
+        slot = 0;
+        range = keys_of(p, ++token);
       }
-      if (r == 0) keys = range;
       keys.last = range.last;
       ranges[r] = r < count ? range : KeyRange{};
     }
@@ -87,6 +89,15 @@ struct RowBlock {
     const int64_t r0 = panel * 2 * lanes, r1 = std::min(r0 + out.width, count);
     out.keys = std::clamp<int64_t>(ranges[r1 - 1].last - j0, 0, num_keys);
     if (ranges[r0].first >= j0 + num_keys) out.keys = 0;
+    out.first = first + r0;
+    out.last = last + r0;
+    // Both ends grow with the row: nothing is masked if the first row sees the last key and the
+    // last one the first, and then nobody reads where rows start and end.
+    if (ranges[r1 - 1].first <= j0 && ranges[r0].last >= j0 + out.keys) {
+      std::fill(first + r0, first + r0 + out.width, T(0));
+      std::fill(last + r0, last + r0 + out.width, static_cast<T>(out.keys));
+      return out;
+    }
     for (int64_t r = r0; r < r0 + out.width; ++r) {
       const int64_t a = std::clamp<int64_t>(ranges[r].first - j0, 0, out.keys);
       const int64_t z = std::clamp<int64_t>(ranges[r].last - j0, 0, out.keys);
@@ -94,8 +105,6 @@ struct RowBlock {
       last[r] = static_cast<T>(z);
       out.masked = out.masked || (r < count && (a > 0 || z < out.keys));
     }
-    out.first = first + r0;
-    out.last = last + r0;
     return out;
   }
 };
@@ -144,12 +153,10 @@ template <class T>
 void load_keys(const Kernels<T>& k, const MoaAttentionParams& p, const AttentionOperand& x,
                int64_t b, int64_t head, int64_t j0, int64_t n, int64_t part, int64_t pitch,
                T* dst) {
-  for (int64_t j = 0; j < n; ++j) {
-    const char* row = at(x, p.type, b, j0 + j, 0, head);
-    for (int64_t c = 0, i = 0; c < p.head_size; c += part, ++i) {
-      k.load_row(p.type, row + c * dtype_size(p.type), dst + (i * kKeys + j) * pitch,
-                 std::min(part, p.head_size - c), T(1));
-    }
+  const char* rows = at(x, p.type, b, j0, 0, head);
+  for (int64_t c = 0, i = 0; c < p.head_size; c += part, ++i) {
+    k.load_rows(p.type, rows + c * dtype_size(p.type), x.stride_token, n,
+                std::min(part, p.head_size - c), dst + i * kKeys * pitch, pitch, T(1));
   }
 }
 
@@ -157,16 +164,18 @@ void load_keys(const Kernels<T>& k, const MoaAttentionParams& p, const Attention
 template <class T>
 void load_rows(const Kernels<T>& k, const MoaAttentionParams& p, const AttentionOperand& x,
                const RowBlock<T>& block, T scale, T* dst, int64_t ld) {
-  for (int64_t r = 0; r < block.padded; ++r) {
-    T* row = dst + r * ld;
-    int64_t n = 0;
-    if (r < block.count) {
-      const int64_t i = block.begin + r;
-      n = p.head_size;
-      k.load_row(p.type, at(x, p.type, block.b, i / p.num_slots, i % p.num_slots, block.head), row,
-                 n, scale);
-    }
-    std::fill(row + n, row + ld, T(0));
+  const int64_t d = p.head_size;
+  if (ld > d) std::fill(dst, dst + block.count * ld, T(0));
+  std::fill(dst + block.count * ld, dst + block.padded * ld, T(0));
+  // Runs of rows that are one stride apart: all of them, or else the slots of a token.
+  const int64_t stride = p.num_slots == 1 ? x.stride_token : x.stride_slot;
+  const bool even = x.stride_token == p.num_slots * stride;
+  for (int64_t r = 0; r < block.count;) {
+    const int64_t i = block.begin + r, slot = i % p.num_slots;
+    const int64_t n = even ? block.count : std::min(block.count - r, p.num_slots - slot);
+    k.load_rows(p.type, at(x, p.type, block.b, i / p.num_slots, slot, block.head), stride, n, d,
+                dst + r * ld, ld, scale);
+    r += n;
   }
 }
 

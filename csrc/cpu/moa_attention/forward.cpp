@@ -79,6 +79,7 @@ class Forward {
         add_values(seen, i, buffers);
       }
     }
+    std::fill(buffers.factor + block.count, buffers.factor + block.padded, T(0));
     for (int64_t r = 0; r < block.count; ++r) {
       const bool none = sum[r] == T(0);
       buffers.factor[r] = none ? T(0) : T(1) / sum[r];
@@ -120,16 +121,16 @@ class Forward {
   void finish(const RowBlock<T>& block, Buffers& buffers, const T* scale) const {
     for (int64_t i = 0; i < block.panels(); ++i) {
       const int64_t r0 = i * 2 * k_.lanes;
-      k_.transpose(buffers.out + r0 * ld_, block.width(i), ld_, block.width(i),
-                   buffers.rows + r0 * ld_, ld_);
+      T* out = buffers.out + r0 * ld_;
+      if (scale != nullptr) {
+        k_.attention.multiply_lanes(out, p_.head_size, block.width(i), scale + r0);
+      }
+      k_.transpose(out, block.width(i), ld_, block.width(i), buffers.rows + r0 * ld_, ld_);
     }
-    for (int64_t r = 0; r < block.count; ++r) {
-      T* row = buffers.rows + r * ld_;
-      if (scale != nullptr) k_.load_row(kAccumulate<T>, row, row, p_.head_size, scale[r]);
-      const int64_t to = row_index(p_, block.b, block.head, block.begin + r) * p_.head_size;
-      k_.store_row(p_.type, row, static_cast<char*>(p_.out) + to * dtype_size(p_.type),
-                   p_.head_size);
-    }
+    const int64_t to = row_index(p_, block.b, block.head, block.begin) * p_.head_size;
+    k_.store_rows(p_.type, buffers.rows, ld_, block.count, p_.head_size,
+                  static_cast<char*>(p_.out) + to * dtype_size(p_.type),
+                  p_.num_heads * p_.head_size);
   }
 
   const MoaAttentionParams& p_;

@@ -18,8 +18,7 @@ from transformers.models.jetmoe.modeling_jetmoe import (
 
 from moe_ops.hf.experts import cast_like
 from moe_ops.hf.jetmoe import MoeOpsJetMoeTopKGating
-from moe_ops.layers.rotary import rotate_halves
-from moe_ops.ops import moa_attention, moe_linear_map, moe_linear_reduce
+from moe_ops.ops import moa_attention, moe_linear_map, moe_linear_reduce, rotary
 
 _KNOWN = "_moe_ops_is_causal"
 
@@ -58,7 +57,7 @@ class MoeOpsJetMoeAttention(JetMoeAttention):
         cos, sin = position_embeddings
         # transformers repeats the angles of the first half of the features.
         cos, sin = cos[..., : size // 2], sin[..., : size // 2]
-        q, k = rotate_halves(q, cos, sin), rotate_halves(k, cos, sin)
+        q, k = rotary(q, cos, sin), rotary(k, cos, sin)
         k, v = k.transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
             assert self.layer_idx is not None

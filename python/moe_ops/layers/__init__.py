@@ -20,6 +20,7 @@ from .losses import (
     update_expert_bias,
 )
 from .moe import MoE, MoEOutput
+from .norm import ResidualNorm
 from .quantized import QuantizedExperts
 from .replay import RoutingChoice, RoutingRecord, record_routing, replay_routing
 from .router import Router, RouterOutput
@@ -36,6 +37,7 @@ __all__ = [
     "MoE",
     "MoEOutput",
     "QuantizedExperts",
+    "ResidualNorm",
     "Router",
     "RouterOutput",
     "RoutingChoice",

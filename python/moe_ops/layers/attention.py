@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from moe_ops.ops import moa_attention, moe_linear_map, moe_linear_reduce
+from moe_ops.ops import moa_attention, moe_linear_map, moe_linear_reduce, rotary
 from moe_ops.ops.moa_attention import KINDS
 
 from .bank import as_ids, take_rows
 from .moe import AUX_LOSSES
-from .rotary import rotate_halves, rotation
+from .rotary import rotation
 from .router import Router, RouterOutput, drop_masked
 
 
@@ -210,6 +210,7 @@ class AttentionExperts(nn.Module):
         topk_weights: Tensor | None = None,
         expert_mask: Tensor | None = None,
         token_mask: Tensor | None = None,
+        add_bias: bool = True,
         return_routing: bool = False,
     ) -> Tensor | AttentionExpertsOutput:
         """The layer's output: a tensor, or an AttentionExpertsOutput with `return_routing=True`.
@@ -229,6 +230,7 @@ class AttentionExperts(nn.Module):
             topk_weights: [B, S, K'] or [T, K'] float, only with `topk_ids`; the router is not run.
             expert_mask: [E] bool, True where the expert may be used.
             token_mask: bool, one element a token, True where it counts in `aux_losses`.
+            add_bias: False leaves adding `bias` to the caller, who has something else to add.
             return_routing: return AttentionExpertsOutput and compute `aux_losses`.
 
         Raises:
@@ -257,13 +259,13 @@ class AttentionExperts(nn.Module):
             slot_weights, slot_ids = _by_expert(weights, ids, experts)
         q = moe_linear_map(flat, self.w_query, slot_ids).view(batch, length, -1, heads, size)
         kv = self.kv_proj(x).view(batch, length, 2, -1, size)
-        k, v = kv[:, :, 0], kv[:, :, 1]
+        k, v = kv.unbind(2)
         if self.rope_theta is not None:
             if angles is None:
                 if positions is None:
                     positions = _positions(length, cache, cu_seqlens, x.device)
                 angles = rotation(positions, size, self.rope_theta)
-            q, k = rotate_halves(q, *angles), rotate_halves(k, *angles)
+            q, k = rotary(q, *angles), rotary(k, *angles)
         if cache is not None:
             k, v = cache.update(k, v)
         slots = q.shape[2]
@@ -286,7 +288,7 @@ class AttentionExperts(nn.Module):
             remainder = remainder.view(batch, length, slots, heads)
         h = out.reshape(-1, slots, heads * size)
         y = moe_linear_reduce(h, self.w_output, slot_weights, slot_ids).view(x.shape)
-        if self.bias is not None:
+        if add_bias and self.bias is not None:
             y = y + self.bias.to(y.dtype)
         if not return_routing:
             return y

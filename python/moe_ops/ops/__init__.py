@@ -1,5 +1,6 @@
 """The ops as documented Python functions, each in one file with its fake, autograd and autocast."""
 
+from moe_ops.ops.add_rms_norm import add_rms_norm
 from moe_ops.ops.expert_choice_router import expert_choice_router
 from moe_ops.ops.gated_act import gated_act
 from moe_ops.ops.grouped_gemm import grouped_gemm, grouped_gemm_wgrad, grouped_sum
@@ -13,12 +14,14 @@ from moe_ops.ops.moe_linear_map import moe_linear_map
 from moe_ops.ops.moe_linear_reduce import moe_linear_reduce
 from moe_ops.ops.permute import permute
 from moe_ops.ops.quantize_fp8 import quantize_fp8
+from moe_ops.ops.rotary import rotary
 from moe_ops.ops.sort_slots import sort_slots
 from moe_ops.ops.topk_router import topk_router
 from moe_ops.ops.topp_router import topp_router
 from moe_ops.ops.unpermute import unpermute
 
 __all__ = [
+    "add_rms_norm",
     "expert_choice_router",
     "gated_act",
     "grouped_gemm",
@@ -35,6 +38,7 @@ __all__ = [
     "pack_experts",
     "permute",
     "quantize_fp8",
+    "rotary",
     "sort_slots",
     "topk_router",
     "topp_router",

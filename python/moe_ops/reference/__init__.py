@@ -7,6 +7,7 @@ and cast back at the end; fp64 stays fp64.
 
 from __future__ import annotations
 
+from .add_rms_norm import add_rms_norm
 from .expert_choice_router import expert_choice_router
 from .gated_act import gated_act
 from .grouped_gemm import grouped_gemm, grouped_gemm_wgrad, grouped_sum
@@ -20,12 +21,14 @@ from .moe_linear_map import moe_linear_map
 from .moe_linear_reduce import moe_linear_reduce
 from .permute import permute
 from .quantize_fp8 import quantize_fp8
+from .rotary import rotary
 from .sort_slots import sort_slots
 from .topk_router import topk_router
 from .topp_router import topp_router
 from .unpermute import unpermute
 
 __all__ = [
+    "add_rms_norm",
     "expert_choice_router",
     "gated_act",
     "grouped_gemm",
@@ -42,6 +45,7 @@ __all__ = [
     "pack_experts",
     "permute",
     "quantize_fp8",
+    "rotary",
     "sort_slots",
     "topk_router",
     "topp_router",

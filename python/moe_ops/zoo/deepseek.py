@@ -29,7 +29,8 @@ from moe_ops.layers import (
 
 from .blocks import Attention, LatentAttention, Rope, Yarn, publish_rope, published_rope
 from .checkpoint import Entry, bank_entries, dense_entries
-from .language_model import AuxLoss, CausalLM, Routed, Step
+from .language_model import CausalLM, Step
+from .lm_losses import AuxLoss, Routed
 
 MODEL_TYPES = ("deepseek", "deepseek_v2", "deepseek_v3")
 

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from moe_ops.layers import AttentionExperts, Experts, MoE, Router
+from moe_ops.layers import AttentionExperts, Experts, MoE, ResidualNorm, Router
 
 from .blocks import Rope, published_rope
 from .checkpoint import Entry
@@ -152,12 +152,15 @@ class JetMoEConfig:
 
 
 class JetMoEBlock(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)) + bias."""
+    """x + attention(norm(x)), then x + mlp(norm(x)) + bias.
+
+    What a half of a block adds to x is added by the norm after it, in one pass.
+    """
 
     def __init__(self, config: JetMoEConfig) -> None:
         super().__init__()
         hidden, experts = config.hidden_size, config.num_experts
-        self.attention_norm = nn.RMSNorm(hidden, eps=BLOCK_NORM_EPS)
+        self.attention_norm = ResidualNorm(hidden, eps=BLOCK_NORM_EPS)
         self.attention = AttentionExperts(
             Router.like("jetmoe", hidden, experts, config.top_k),
             config.num_kv_heads,
@@ -165,30 +168,35 @@ class JetMoEBlock(nn.Module):
             rope_theta=config.rope_theta,
             bias=True,
         )
-        self.mlp_norm = nn.RMSNorm(hidden, eps=BLOCK_NORM_EPS)
+        self.mlp_norm = ResidualNorm(hidden, eps=BLOCK_NORM_EPS)
         self.mlp = MoE(
             Router.like("jetmoe", hidden, experts, config.top_k),
             Experts(experts, hidden, config.intermediate_size),
         )
         self.mlp_bias = nn.Parameter(torch.zeros(hidden))
 
-    def forward(self, x: Tensor, step: Step, index: int) -> Tensor:
+    def forward(
+        self, x: Tensor, delta: Tensor | None, bias: Tensor | None, step: Step, index: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """From x + delta + bias, what came in, to the same three of what goes out."""
         record = step.routing is not None
+        y, x = self.attention_norm(x, delta, bias)
         attended = self.attention(
-            self.attention_norm(x),
+            y,
             cache=step.cache(index),
             angles=step.rotation,
+            add_bias=False,
             return_routing=record,
         )
         if record:
             step.record(f"layers.{index}.attention", self.attention.router, attended)
             attended = attended.y
-        x = x + attended
-        mixed = self.mlp(self.mlp_norm(x), return_routing=record)
+        y, x = self.mlp_norm(x, attended, self.attention.bias)
+        mixed = self.mlp(y, return_routing=record)
         if record:
             step.record(f"layers.{index}.mlp", self.mlp.router, mixed)
             mixed = mixed.y
-        return x + mixed + self.mlp_bias.to(x.dtype)
+        return x, mixed, self.mlp_bias
 
 
 class JetMoE(CausalLM):
@@ -207,7 +215,7 @@ class JetMoE(CausalLM):
         self.rope = Rope(config.head_size, config.rope_theta)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(JetMoEBlock(config) for _ in range(config.num_layers))
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.norm = ResidualNorm(config.hidden_size, eps=config.norm_eps)
         self.lm_head = None
         if config.tie_embeddings:
             # Also stored by some writers; the embedding is what counts.
@@ -215,6 +223,14 @@ class JetMoE(CausalLM):
         else:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.reset_parameters()
+
+    def trunk(self, x: Tensor, step: Step, last: int | None) -> Tensor:
+        delta = bias = None
+        for index, layer in enumerate(self.layers):
+            x, delta, bias = layer(x, delta, bias, step, index)
+        if last is not None:
+            x, delta = x[:, -last:], None if delta is None else delta[:, -last:]
+        return self.norm(x, delta, bias)[0]
 
     def reset_parameters(self) -> None:
         """Weights N(0, init_std), norms 1, biases 0."""

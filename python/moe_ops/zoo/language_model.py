@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
@@ -15,29 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_ops.layers import KVCache, Router, sequence_balance_loss
-from moe_ops.layers.moe import AUX_LOSSES
+from moe_ops.layers import KVCache, Router
 from moe_ops.layers.router import RouterOutput
 
 from . import checkpoint
 from .blocks import Rope, Rotation
 from .checkpoint import Entry, LoadReport
+from .lm_losses import OF_LAYERS, AuxLoss, Routed, sum_over_layers
 
 # Entry of config.json for fields of ours that have no published name.
 OWN_FIELDS = "moe_ops"
-
-
-class Routed(NamedTuple):
-    """One call of a router in a forward pass.
-
-    layer: name of the routed module, as in `named_modules`; a chain of experts adds its iteration.
-    router: the router that was called.
-    routing: router_logits [T, E], topk_weights [T, K] and topk_ids [T, K].
-    """
-
-    layer: str
-    router: Router
-    routing: RouterOutput
 
 
 class LMOutput(NamedTuple):
@@ -80,23 +67,6 @@ class Step:
         if self.routing is not None:
             routing = RouterOutput(output.router_logits, output.topk_weights, output.topk_ids)
             self.routing.append(Routed(layer, router, routing))
-
-
-AuxLoss = Callable[[Routed, int, "Tensor | None"], Tensor]
-
-
-def _of_layer(name: str) -> AuxLoss:
-    return lambda routed, batch, mask: AUX_LOSSES[name](routed.router, routed.routing, mask)
-
-
-def _sequence_balance(routed: Routed, batch: int, mask: Tensor | None) -> Tensor:
-    return sequence_balance_loss(
-        routed.routing.router_logits,
-        routed.routing.topk_ids,
-        num_sequences=batch,
-        score_func=routed.router.score_func,
-        token_mask=mask,
-    )
 
 
 Model = TypeVar("Model", bound="CausalLM")
@@ -156,22 +126,25 @@ class CausalLM(nn.Module):
             start = 0 if cache is None else cache[0].length
             rotation = self.rope.rotation(start, tokens.shape[1], tokens.device)
         step = Step(rotation, cache, return_routing)
-        x = self.embed_tokens(tokens)
+        x = self.trunk(self.embed_tokens(tokens), step, last)
+        weight = self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+        logits = F.linear(x, weight)
+        return logits if step.routing is None else LMOutput(logits, step.routing)
+
+    def trunk(self, x: Tensor, step: Step, last: int | None) -> Tensor:
+        """Blocks and last norm: embedded tokens [B, S, H] to the hidden states [B, S', H] that the
+        output's weight reads, of the `last` positions or of all."""
         for index, layer in enumerate(self.layers):
             x = layer(x, step, index)
         if last is not None:
             x = x[:, -last:]
-        weight = self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
-        logits = F.linear(self.norm(x), weight)
-        return logits if step.routing is None else LMOutput(logits, step.routing)
+        return self.norm(x)
 
     # ------------------------------------------------------------------------------- training
 
     def auxiliary_losses(self) -> Mapping[str, AuxLoss]:
         """Name -> function of one `Routed`, the number of sequences and a token mask."""
-        return {name: _of_layer(name) for name in AUX_LOSSES} | {
-            "sequence_balance": _sequence_balance
-        }
+        return OF_LAYERS
 
     def loss(
         self,
@@ -218,8 +191,11 @@ class CausalLM(nn.Module):
             cross_entropy = losses.masked_fill(~counted, 0.0).sum() / counted.sum().clamp(min=1)
         total, aux = cross_entropy, {}
         for name, weight in weights.items():
-            parts = [functions[name](r, tokens.shape[0], token_mask) for r in output.routing]
-            aux[name] = sum(parts[1:], start=parts[0]) if parts else logits.new_zeros(())
+            aux[name] = (
+                sum_over_layers(name, functions[name], output.routing, tokens.shape[0], token_mask)
+                if output.routing
+                else logits.new_zeros(())
+            )
             if weight:
                 total = total + weight * aux[name]
         return LMLoss(total, cross_entropy, aux, output.routing)

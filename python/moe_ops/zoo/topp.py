@@ -19,7 +19,8 @@ from moe_ops.layers import Experts, MoE, Router, SharedExperts
 
 from .blocks import Attention, Rope, published_rope
 from .checkpoint import Entry, bank_entries, dense_entries
-from .language_model import CausalLM, Routed, Step
+from .language_model import CausalLM, Step
+from .lm_losses import Routed
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,86 @@
+"""Auxiliary losses of layers that route alike, summed over them: each equals the sum of what the
+function of `losses` gives for each layer, in a few operations on all of them instead of as many a
+layer.
+
+Letters: L layers, T tokens, E experts, K experts a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from .losses import _probabilities, _share
+
+
+def total_load_balancing_loss(
+    router_logits: Sequence[Tensor],
+    topk_ids: Sequence[Tensor],
+    *,
+    score_func: str = "softmax",
+    token_mask: Tensor | None = None,
+) -> Tensor:
+    """The sum of `load_balancing_loss` over layers.
+
+    Args:
+        router_logits: of each layer [T, E].
+        topk_ids: of each layer [T, K]; ids outside [0, E) do not count.
+        score_func: "softmax" or "sigmoid" (sigmoids divided by their sum).
+        token_mask: bool, one element a token, True where the token counts.
+    """
+    logits, mask = _stack(router_logits, token_mask)
+    num_layers, _, num_experts = logits.shape
+    ids = torch.stack(list(topk_ids)).long()
+    valid = (ids >= 0) & (ids < num_experts)
+    if mask is not None:
+        valid = valid & mask[:, None]
+    # A bin for each layer and expert, and a spare one for what does not count.
+    first = torch.arange(0, num_layers * num_experts, num_experts, device=ids.device)
+    bins = torch.where(valid, ids + first[:, None, None], num_layers * num_experts).flatten()
+    counts = torch.zeros(num_layers * num_experts + 1, dtype=torch.int64, device=ids.device)
+    counts = counts.scatter_add(0, bins, torch.ones_like(bins))[:-1]
+    f = _share(counts.view(num_layers, num_experts), logits.dtype)
+    mean_probs = _mean(_probabilities(logits, score_func), mask)
+    return num_experts * (f * mean_probs).sum()
+
+
+def total_router_z_loss(
+    router_logits: Sequence[Tensor],
+    topk_ids: Sequence[Tensor] = (),
+    *,
+    score_func: str = "softmax",
+    token_mask: Tensor | None = None,
+) -> Tensor:
+    """The sum of `router_z_loss` over layers, of router_logits [T, E] each; the choice and the
+    score function do not matter."""
+    logits, mask = _stack(router_logits, token_mask)
+    return _mean(logits.logsumexp(-1).square(), mask).sum()
+
+
+def _stack(
+    router_logits: Sequence[Tensor], token_mask: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Logits as [L, T, E] in fp32 or fp64, masked tokens zeroed, and the mask as [T] bool."""
+    logits = torch.stack(list(router_logits))
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    if token_mask is None:
+        return logits, None
+    mask = token_mask.reshape(-1).to(torch.bool)
+    return logits.masked_fill(~mask[:, None], 0.0), mask
+
+
+def _mean(values: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean over the tokens [L, T, ...] that count; 0 when there are none."""
+    if mask is None:
+        return values.sum(1) / max(values.shape[1], 1)
+    rows = mask.view(-1, *[1] * (values.dim() - 2))
+    return values.masked_fill(~rows, 0.0).sum(1) / mask.sum().clamp(min=1)
+
+
+# By the names of `AUX_LOSSES`; the others are summed layer by layer.
+TOTAL_LOSSES: dict[str, Callable[..., Tensor]] = {
+    "load_balancing": total_load_balancing_loss,
+    "router_z": total_router_z_loss,
+}

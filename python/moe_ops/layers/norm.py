@@ -1,0 +1,53 @@
+"""The norm of a residual stream, together with the addition before it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from moe_ops.ops.add_rms_norm import add_rms_norm
+
+
+class ResidualNorm(nn.RMSNorm):
+    """`nn.RMSNorm` of [..., H] that first adds what the layer before it made of the stream.
+
+    Parameters: weight [H], as in `nn.RMSNorm`, whose results it has.
+
+    Args:
+        hidden_size: H.
+        eps: added to the mean of squares.
+        device, dtype: of the weight.
+    """
+
+    eps: float
+
+    def __init__(
+        self,
+        hidden_size: int,
+        *,
+        eps: float = 1e-6,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(hidden_size, eps=eps, device=device, dtype=dtype)
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, delta: Tensor | None = None, bias: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The norm of the sum x + delta + bias, and the sum.
+
+        Args:
+            x: [..., H], the stream.
+            delta: like x, what is added to it, or None.
+            bias: [H] or None.
+
+        Returns:
+            Both [..., H], in the widest dtype of x, delta and weight.
+        """
+        dtype = torch.promote_types(x.dtype, self.weight.dtype)
+        if delta is not None:
+            dtype = torch.promote_types(dtype, delta.dtype)
+            delta = delta.to(dtype)
+        if bias is not None:
+            bias = bias.to(dtype)
+        return add_rms_norm(x.to(dtype), self.weight.to(dtype), delta, bias=bias, eps=self.eps)

@@ -1,0 +1,181 @@
+"""add_rms_norm: a residual connection and the norm after it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_ops.ops._register import (
+    accumulate_dtype,
+    call,
+    check,
+    check_dim,
+    check_float,
+    check_same_device,
+    check_same_dtype,
+    check_size,
+    needs_input_grad,
+    register_autocast_keep,
+    register_autograd,
+    register_cpu_only,
+    register_fake,
+    register_no_double_backward,
+)
+from moe_ops.reference.add_rms_norm import add_rms_norm as _formula
+
+
+def add_rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    residual: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    """Adds a residual and a bias, and divides the sum by its root mean square.
+
+    ``sum = x + residual + bias`` and ``y = sum / sqrt(mean(sum ** 2) + eps) * weight``, the mean
+    over the last dimension. Between two layers of a transformer this is all there is, and one pass
+    over memory instead of nine, 20 with gradients.
+
+    On CUDA tensors, and in code that is being compiled, it is this formula in torch's operations,
+    which the compiler fuses with what is around them.
+
+    Args:
+        x: [..., H], at least one dimension; float64, float32, bfloat16 or float16, any strides.
+        weight: [H] in x's dtype.
+        residual: like x, or None.
+        bias: [H] in x's dtype, or None.
+        eps: at least 0.
+
+    Returns:
+        y and sum, [..., H] in x's dtype, computed in fp32 (fp64 for fp64); y is that of the sum as
+        it was rounded. With neither residual nor bias, sum is x itself.
+
+    Raises:
+        ValueError: wrong dtype, rank or size, a negative or NaN eps.
+        NotImplementedError: on a second derivative, on the CPU.
+
+    Source:
+        Zhang and Sennrich 2019, Root Mean Square Layer Normalization, arXiv 1910.07467.
+    """
+    if x.is_cuda or torch.compiler.is_compiling():
+        _check("add_rms_norm", x, weight, residual, bias, eps)
+        return _formula(x, weight, residual, bias=bias, eps=eps)
+    y, total, _ = call(torch.ops.moe_ops.add_rms_norm, x, weight, residual, bias, float(eps))
+    return y, x if residual is None and bias is None else total
+
+
+def _check(
+    op: str, x: Tensor, weight: Tensor, residual: Tensor | None, bias: Tensor | None, eps: float
+) -> None:
+    check_float(op, "x", x)
+    check(x.dim() >= 1, f"{op}: x must be [..., H], got shape {list(x.shape)}.")
+    for name, t in (("weight", weight), ("bias", bias)):
+        if t is not None:
+            check_same_dtype(op, name, t, "x", x)
+            check_dim(op, name, t, 1, "[H]")
+            check_size(op, name, t, 0, x.shape[-1], "H")
+    if residual is not None:
+        _check_like(op, "residual", residual, "x", x)
+    check(eps >= 0, f"{op}: eps must be at least 0, got {eps}.")
+    check_same_device(op, x=x, weight=weight, residual=residual, bias=bias)
+
+
+def _check_like(op: str, name: str, t: Tensor, like_name: str, like: Tensor) -> None:
+    check_same_dtype(op, name, t, like_name, like)
+    check_dim(op, name, t, like.dim(), "[..., H]")
+    for d in range(like.dim()):
+        check_size(op, name, t, d, like.shape[d], f"{like_name}'s size")
+
+
+def _rows(x: Tensor) -> Any:
+    return x.shape[:-1].numel() if x.shape[-1] else 0
+
+
+@register_fake("add_rms_norm")
+def _(
+    x: Tensor,
+    weight: Tensor,
+    residual: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check("add_rms_norm", x, weight, residual, bias, eps)
+    adds = residual is not None or bias is not None
+    return (
+        x.new_empty(tuple(x.shape)),
+        x.new_empty(tuple(x.shape) if adds else (0,)),
+        x.new_empty((_rows(x),), dtype=accumulate_dtype(x.dtype)),
+    )
+
+
+@register_fake("add_rms_norm_bwd")
+def _(
+    grad_y: Tensor,
+    grad_sum: Tensor | None,
+    sum: Tensor,
+    weight: Tensor,
+    rstd: Tensor,
+    need_x: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    op = "add_rms_norm_bwd"
+    _check(op, sum, weight, None, None, 0.0)
+    for name, t in (("grad_y", grad_y), ("grad_sum", grad_sum)):
+        if t is not None:
+            _check_like(op, name, t, "sum", sum)
+    check_same_device(op, sum=sum, grad_y=grad_y, grad_sum=grad_sum, rstd=rstd)
+    return (
+        sum.new_empty(tuple(sum.shape) if need_x else (0,)),
+        sum.new_empty((sum.shape[-1] if need_weight else 0,)),
+        sum.new_empty((sum.shape[-1] if need_bias else 0,)),
+    )
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    x, weight, residual, bias, _ = inputs
+    _, total, rstd = output
+    ctx.adds = residual is not None or bias is not None
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(rstd)
+    ctx.save_for_backward(total if ctx.adds else x, weight, rstd)
+
+
+def _backward(
+    ctx: Any, grad_y: Tensor | None, grad_sum: Tensor | None, _: Tensor | None
+) -> tuple[Any, ...]:
+    total, weight, rstd = ctx.saved_tensors
+    need_x, need_weight, need_residual, need_bias = needs_input_grad(ctx, 4)
+    if grad_y is None:
+        if grad_sum is None:
+            return (None,) * 5
+        grad_y = torch.zeros_like(total)
+    gx, gw, gb = call(
+        torch.ops.moe_ops.add_rms_norm_bwd,
+        grad_y,
+        grad_sum if ctx.adds else None,
+        total,
+        weight,
+        rstd,
+        need_x or need_residual,
+        need_weight,
+        need_bias,
+    )
+    return (
+        gx if need_x else None,
+        gw if need_weight else None,
+        gx if need_residual else None,
+        gb if need_bias else None,
+        None,
+    )
+
+
+register_autograd("add_rms_norm", _backward, _setup)
+register_no_double_backward("add_rms_norm_bwd", "add_rms_norm")
+register_autocast_keep("add_rms_norm")
+for _op in ("add_rms_norm", "add_rms_norm_bwd"):
+    register_cpu_only(_op, "call moe_ops.add_rms_norm, which is torch's operations there")

@@ -1,0 +1,95 @@
+"""rotary: rotary position embeddings of queries or keys."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_ops.ops._register import (
+    call,
+    check,
+    check_float,
+    check_same_device,
+    check_size,
+    register_autocast_keep,
+    register_autograd,
+    register_cpu_only,
+    register_fake,
+)
+from moe_ops.reference.rotary import rotary as _formula
+
+
+def rotary(t: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool = False) -> Tensor:
+    """Turns features i and i + d / 2 of each head as a pair, by the angle of their token.
+
+    ``out[i] = t[i] cos[i] - t[i + d / 2] sin[i]`` and ``out[i + d / 2] = t[i + d / 2] cos[i] + t[i]
+    sin[i]``: halves rotated, as in Llama and JetMoE. On CUDA tensors, and in code that is being
+    compiled, it is this formula in torch's operations, which the compiler fuses.
+
+    Args:
+        t: [B, S, ..., d], d even; float64, float32, bfloat16 or float16, any strides. A dense
+            token, as in a view of keys beside values, is read where it lies.
+        cos, sin: of the angles, [S, d / 2] or [B, S, d / 2] in any float dtype; used in fp32 (fp64
+            for fp64), and constants: they get no gradient.
+        inverse: by minus the angles, which is the gradient.
+
+    Returns:
+        Like t, contiguous, computed in fp32 (fp64 for fp64). Differentiable any number of times.
+
+    Raises:
+        ValueError: wrong dtype, rank or size.
+
+    Source:
+        Su et al. 2021, RoFormer, arXiv 2104.09864.
+    """
+    if t.is_cuda or torch.compiler.is_compiling():
+        _check("rotary", t, cos, sin)
+        return _formula(t, cos, sin, inverse=inverse)
+    return call(torch.ops.moe_ops.rotary, t, cos, sin, inverse)
+
+
+def _check(op: str, t: Tensor, cos: Tensor, sin: Tensor) -> None:
+    check_float(op, "t", t)
+    check(
+        t.dim() >= 3 and t.shape[-1] % 2 == 0,
+        f"{op}: t must be [B, S, ..., d] with an even d, got shape {list(t.shape)}.",
+    )
+    for name, f in (("cos", cos), ("sin", sin)):
+        check_float(op, name, f)
+        check(
+            f.dim() in (2, 3),
+            f"{op}: {name} must be [S, d / 2] or [B, S, d / 2], got shape {list(f.shape)}.",
+        )
+        if f.dim() == 3:
+            check_size(op, name, f, 0, t.shape[0], "B")
+        check_size(op, name, f, f.dim() - 2, t.shape[1], "S")
+        check_size(op, name, f, f.dim() - 1, t.shape[-1] // 2, "d / 2")
+    check(
+        sin.dim() == cos.dim(),
+        f"{op}: sin must be like cos ({cos.dim()} dimensions), got shape {list(sin.shape)}.",
+    )
+    check_same_device(op, t=t, cos=cos, sin=sin)
+
+
+@register_fake("rotary")
+def _(t: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> Tensor:
+    _check("rotary", t, cos, sin)
+    return t.new_empty(tuple(t.shape))
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, cos, sin, inverse = inputs
+    ctx.save_for_backward(cos, sin)
+    ctx.inverse = inverse
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    cos, sin = ctx.saved_tensors
+    return call(torch.ops.moe_ops.rotary, grad, cos, sin, not ctx.inverse), None, None, None
+
+
+register_autograd("rotary", _backward, _setup)
+register_autocast_keep("rotary")
+register_cpu_only("rotary", "call moe_ops.rotary, which is torch's operations there")

@@ -1,0 +1,79 @@
+"""Auxiliary losses of a language model: of one call of a router, and summed over all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from moe_ops.layers import Router, sequence_balance_loss
+from moe_ops.layers.layer_losses import TOTAL_LOSSES
+from moe_ops.layers.moe import AUX_LOSSES
+from moe_ops.layers.router import RouterOutput
+
+
+class Routed(NamedTuple):
+    """One call of a router in a forward pass.
+
+    layer: name of the routed module, as in `named_modules`; a chain of experts adds its iteration.
+    router: the router that was called.
+    routing: router_logits [T, E], topk_weights [T, K] and topk_ids [T, K].
+    """
+
+    layer: str
+    router: Router
+    routing: RouterOutput
+
+
+# Of one `Routed`, the number of sequences and a token mask.
+AuxLoss = Callable[[Routed, int, "Tensor | None"], Tensor]
+
+
+def _of_layer(name: str) -> AuxLoss:
+    return lambda routed, batch, mask: AUX_LOSSES[name](routed.router, routed.routing, mask)
+
+
+def _sequence_balance(routed: Routed, batch: int, mask: Tensor | None) -> Tensor:
+    return sequence_balance_loss(
+        routed.routing.router_logits,
+        routed.routing.topk_ids,
+        num_sequences=batch,
+        score_func=routed.router.score_func,
+        token_mask=mask,
+    )
+
+
+OF_LAYERS = {
+    **{name: _of_layer(name) for name in AUX_LOSSES},
+    "sequence_balance": _sequence_balance,
+}
+
+
+def sum_over_layers(
+    name: str, loss: AuxLoss, routing: Sequence[Routed], batch: int, mask: Tensor | None
+) -> Tensor:
+    """The loss of every layer, summed; of layers that route alike in one go, since a loss is a
+    dozen small operations. routing: at least one."""
+    together = TOTAL_LOSSES.get(name) if loss is OF_LAYERS.get(name) else None
+    first = routing[0]
+    score_func = getattr(first.router, "score_func", None)
+    if together is None or not all(_alike(r, first) for r in routing[1:]):
+        parts = [loss(r, batch, mask) for r in routing]
+        return sum(parts[1:], start=parts[0])
+    return together(
+        [r.routing.router_logits for r in routing],
+        [r.routing.topk_ids for r in routing],
+        score_func=score_func,
+        token_mask=mask,
+    )
+
+
+def _alike(a: Routed, b: Routed) -> bool:
+    logits = a.routing.router_logits, b.routing.router_logits
+    return (
+        logits[0].shape == logits[1].shape
+        and logits[0].dtype == logits[1].dtype
+        and a.routing.topk_ids.shape == b.routing.topk_ids.shape
+        and getattr(a.router, "score_func", None) == getattr(b.router, "score_func", None)
+    )
