@@ -55,8 +55,11 @@ class MoeOpsJetMoeAttention(JetMoeAttention):
         q = q.view(batch, length, self.top_k, heads, size)
         k, v = self.kv_proj(hidden_states).view(batch, length, 2, heads, size).unbind(2)
         cos, sin = position_embeddings
-        # transformers repeats the angles of the first half of the features.
+        # transformers repeats the angles of the first half of the features, and has one row for a
+        # batch of the same positions.
         cos, sin = cos[..., : size // 2], sin[..., : size // 2]
+        if cos.shape[0] == 1:
+            cos, sin = cos[0], sin[0]
         q, k = rotary(q, cos, sin), rotary(k, cos, sin)
         k, v = k.transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
