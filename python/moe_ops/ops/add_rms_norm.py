@@ -37,8 +37,8 @@ def add_rms_norm(
     """Adds a residual and a bias, and divides the sum by its root mean square.
 
     ``sum = x + residual + bias`` and ``y = sum / sqrt(mean(sum ** 2) + eps) * weight``, the mean
-    over the last dimension. Between two layers of a transformer this is all there is, and one pass
-    over memory instead of nine, 20 with gradients.
+    over the last dimension. Between two layers of a transformer this is all there is; here it is
+    one pass over memory, forward and backward.
 
     On CUDA tensors, and in code that is being compiled, it is this formula in torch's operations,
     which the compiler fuses with what is around them.
