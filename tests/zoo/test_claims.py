@@ -251,7 +251,13 @@ def test_information():
             return {"a": torch.tensor(next(self.rows))}
 
     domains = load_domains()[:2]
-    told = moduleformer.information(Fixed([[2.0, 0.0], [0.0, 2.0]]), domains, RECIPE)
-    assert told == pytest.approx(0.6931, abs=1e-4)
-    nothing = moduleformer.information(Fixed([[1.5, 0.5], [1.5, 0.5]]), domains, RECIPE)
-    assert nothing == pytest.approx(0, abs=1e-7)
+    told = moduleformer.layer_information(Fixed([[2.0, 0.0], [0.0, 2.0]]), domains, RECIPE)
+    assert told == {"a": pytest.approx(0.6931, abs=1e-4)}
+    nothing = moduleformer.layer_information(Fixed([[1.5, 0.5], [1.5, 0.5]]), domains, RECIPE)
+    assert nothing == {"a": pytest.approx(0, abs=1e-7)}
+
+
+def test_allowed_share():
+    cuts = [(0.0, 0.0), (0.2, 0.009), (0.3, 0.02), (0.5, -0.001), (0.6, 0.5)]
+    assert moduleformer.allowed_share(cuts) == 0.5
+    assert moduleformer.allowed_share([(0.4, 0.2)]) == 0
