@@ -28,7 +28,7 @@ BASE = ModuleFormerConfig(
     gate_size=32,
 )
 RECIPE = Recipe(steps=500, batch=9, rate=3e-3)
-BALANCE = 0.01
+BALANCE = 0.1
 CONCENTRATION = 0.1
 # Shares of tokens below which experts go, and the rise of the loss that is allowed.
 THRESHOLDS = (0.001, 0.003, 0.01, 0.03, 0.06, 0.1, 0.15, 0.2, 0.3, 0.4)
