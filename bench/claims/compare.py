@@ -5,19 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .report import Claim
+from .report import means
 from .training import Trained
 
 Series = dict[str, dict[str, Any]]
 
 
 def series(x: Sequence[Any], rows: Sequence[Sequence[float]]) -> dict[str, Any]:
-    """One series from one row of numbers a seed; without errors where there is one seed."""
-    columns = [Claim("", column, "") for column in zip(*rows, strict=True)]
-    found: dict[str, Any] = {"x": list(x), "y": [c.mean for c in columns]}
-    if len(rows) > 1:
-        found["error"] = [c.standard_error for c in columns]
-    return found
+    """One series from one row of numbers a seed."""
+    return means(x, list(zip(*rows, strict=True)))
 
 
 def over_steps(arms: Mapping[str, Sequence[Sequence[float]]], every: int) -> Series:
