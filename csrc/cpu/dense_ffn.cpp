@@ -3,9 +3,11 @@
 #include "moe_ops/dense_ffn.h"
 
 #include <algorithm>
+#include <memory>
 #include <vector>
 
 #include "cpu/kernels.h"
+#include "cpu/pack.h"
 #include "cpu/parallel.h"
 #include "cpu/workspace.h"
 
@@ -81,23 +83,17 @@ void multiply_columns(const Kernels<T>& k, int64_t m, const T* a, const Panels& 
   }
 }
 
-// Panels of w^T, [k][rows of w], of one matrix [rows, k]; bias, if any, is one more k.
+// Panels of w^T, [k][rows of w], of one matrix [rows, k].
 template <class T>
-void pack_transposed(const Kernels<T>& k, DType type, const void* w, const void* bias,
-                     const Panels& to, T* dst) {
+void pack_transposed(const Kernels<T>& k, DType type, const void* w, const Panels& to, T* dst) {
   const int64_t W = k.lanes, size = dtype_size(type), pitch = round_up(to.depth, W);
-  const int64_t depth = to.depth - (bias != nullptr);
   T* rows = scratch<T>(Scratch::kTile, 2 * W * pitch);
   for (int64_t j = 0; j < to.cols; j += 2 * W) {
     const int64_t width = to.width(j);
     for (int64_t r = 0; r < width; ++r) {
       if (j + r < to.cols) {
-        k.load_row(type, static_cast<const char*>(w) + (j + r) * depth * size, rows + r * pitch,
-                   depth, T(1));
-        if (bias != nullptr) {
-          k.load_row(type, static_cast<const char*>(bias) + (j + r) * size,
-                     rows + r * pitch + depth, 1, T(1));
-        }
+        k.load_row(type, static_cast<const char*>(w) + (j + r) * to.depth * size, rows + r * pitch,
+                   to.depth, T(1));
       } else {
         std::fill(rows + r * pitch, rows + r * pitch + to.depth, T(0));
       }
@@ -116,13 +112,7 @@ void pack(const Kernels<T>& k, DType type, const void* w, int64_t ld, const Pane
   k.pack_panels(type, rows.data(), 0, to.depth, to.cols, nullptr, dst, to.depth * 2 * to.lanes);
 }
 
-// Where element `at` of a row of a block on the broadcast side lies.
-template <class T>
-T& element_of(T* blocks, int64_t row, int64_t at) {
-  return blocks[(at / kKc * kTokens + row) * kLda + at % kKc];
-}
-
-// Row `row` of a block on the broadcast side from as many elements of `type` as it is deep.
+// Row r of a block on the broadcast side from n elements of `type`.
 template <class T>
 void load_blocks(const Kernels<T>& k, DType type, const void* src, const RowBlocks& to, int64_t row,
                  T* dst) {
@@ -132,13 +122,11 @@ void load_blocks(const Kernels<T>& k, DType type, const void* src, const RowBloc
   }
 }
 
-// The same in blocks of columns, each [rows][kLdm].
 template <class T>
-void load_columns(const Kernels<T>& k, DType type, const void* src, int64_t n, int64_t row,
-                  T* dst) {
+void store_columns(const Kernels<T>& k, const T* src, int64_t n, int64_t row, T* dst) {
   for (int64_t c = 0; c < n; c += kLdm) {
-    k.load_row(type, static_cast<const char*>(src) + c * dtype_size(type),
-               dst + (c / kLdm * kTokens + row) * kLdm, std::min(kLdm, n - c), T(1));
+    k.load_row(kAccumulate<T>, src + c, dst + (c / kLdm * kTokens + row) * kLdm,
+               std::min(kLdm, n - c), T(1));
   }
 }
 
@@ -156,72 +144,61 @@ void run(const DenseFfnParams& p, const Parallel& par) {
   const int64_t W = k.lanes, size = dtype_size(s.type);
   const int64_t E = s.num_experts, G = s.num_inputs, H = s.hidden_size, I = s.intermediate_size,
                 O = s.out_size;
-  // A bias is a weight of an input that is always 1.
-  const RowBlocks up_x{H}, down_x{I};
-  const RowBlocks up_k{H + (p.b_up != nullptr)}, down_k{I + (p.b_down != nullptr)};
-  const Panels up{up_k.k, I, W}, down{down_k.k, O, W};
+  const RowBlocks up_k{H}, down_k{I};
+  const Panels up{H, I, W}, down{I, O, W};
   T* w_up = scratch<T>(Scratch::kRows, E * (up.elements() + down.elements()));
   T* w_down = w_up + E * up.elements();
-  const auto of = [&](const void* data, int64_t e, int64_t elements) {
-    return data == nullptr ? nullptr : static_cast<const char*>(data) + e * elements * size;
-  };
   parallel_range(par, E, static_cast<double>(up.elements() + down.elements()),
                  [&](int64_t begin, int64_t end) {
                    for (int64_t e = begin; e < end; ++e) {
-                     pack_transposed(k, s.type, of(p.w_up, e, I * H), of(p.b_up, e, I), up,
-                                     w_up + e * up.elements());
-                     pack_transposed(k, s.type, of(p.w_down, e, O * I), of(p.b_down, e, O), down,
+                     pack_transposed(k, s.type, static_cast<const char*>(p.w_up) + e * I * H * size,
+                                     up, w_up + e * up.elements());
+                     pack_transposed(k, s.type,
+                                     static_cast<const char*>(p.w_down) + e * O * I * size, down,
                                      w_down + e * down.elements());
                    }
                  });
   const int64_t blocks = ceil_div(s.num_tokens, kTokens);
   const int64_t ldu = up.padded(), ldy = down.padded();
-  const bool direct = s.type == kAccumulate<T> && O % W == 0;  // tiles write y themselves
   parallel_items(par, blocks, cost_of<T>(s), [&](int64_t block) {
     const int64_t t0 = block * kTokens, m = std::min(kTokens, s.num_tokens - t0);
     T* x = scratch<T>(Scratch::kPackA, up_k.elements());
     T* h = scratch<T>(Scratch::kPackB, down_k.elements());
     T* u = scratch<T>(Scratch::kHidden, kTokens * ldu);
     T* y = scratch<T>(Scratch::kTokens, kTokens * ldy);
-    for (int64_t t = 0; t < m; ++t) {
-      if (p.b_up != nullptr) element_of(x, t, H) = T(1);
-      if (p.b_down != nullptr) element_of(h, t, I) = T(1);
-    }
+    T* bias = scratch<T>(Scratch::kTile, I + O);
     int64_t loaded = -1;
     for (int64_t n = 0; n < E; ++n) {
       const int64_t e = s.order[n], g = s.input_of[e];
       if (g != loaded) {
         for (int64_t t = 0; t < m; ++t) {
-          load_blocks(k, s.type, of(p.x, (t0 + t) * G + g, H), up_x, t, x);
+          load_blocks(k, s.type, static_cast<const char*>(p.x) + ((t0 + t) * G + g) * H * size,
+                      up_k, t, x);
         }
         loaded = g;
       }
-      multiply(k, m, up_k, x, up, w_up + e * up.elements(), u, ldu, false);
-      if (p.preact != nullptr) {
-        T* saved = static_cast<T*>(p.preact) + (e * s.num_tokens + t0) * I;
-        const int64_t rows = ldu == I ? 1 : m;  // in one piece, or row by row
-        for (int64_t t = 0; t < rows; ++t) {
-          k.store_row(kAccumulate<T>, u + t * ldu, saved + t * I, m / rows * I);
-        }
+      if (p.b_up != nullptr) {
+        k.load_row(s.type, static_cast<const char*>(p.b_up) + e * I * size, bias, I, T(1));
       }
+      if (p.b_down != nullptr) {
+        k.load_row(s.type, static_cast<const char*>(p.b_down) + e * O * size, bias + I, O, T(1));
+      }
+      multiply(k, m, up_k, x, up, w_up + e * up.elements(), u, ldu, false);
+      T* saved = p.preact == nullptr
+                     ? nullptr
+                     : static_cast<T*>(p.preact) + (e * s.num_tokens + t0) * I;
       for (int64_t t = 0; t < m; ++t) {
         T* row = u + t * ldu;
-        if (s.has_act && I <= kKc) {
-          k.act_fwd(s.act, row, row, h + t * kLda, I, T(0), T(1));
-          continue;
-        }
+        if (p.b_up != nullptr) k.axpy(kAccumulate<T>, bias, T(1), row, I);
+        if (saved != nullptr) k.store_row(kAccumulate<T>, row, saved + t * I, I);
         if (s.has_act) k.act_fwd(s.act, row, row, row, I, T(0), T(1));
-        load_blocks(k, kAccumulate<T>, row, down_x, t, h);
-      }
-      if (direct) {
-        multiply(k, m, down_k, h, down, w_down + e * down.elements(),
-                 static_cast<T*>(p.y) + (t0 * E + e) * O, E * O, false);
-        continue;
+        load_blocks(k, kAccumulate<T>, row, down_k, t, h);
       }
       multiply(k, m, down_k, h, down, w_down + e * down.elements(), y, ldy, false);
       for (int64_t t = 0; t < m; ++t) {
-        k.store_row(s.type, y + t * ldy, static_cast<char*>(p.y) + ((t0 + t) * E + e) * O * size,
-                    O);
+        T* row = y + t * ldy;
+        if (p.b_down != nullptr) k.axpy(kAccumulate<T>, bias + I, T(1), row, O);
+        k.store_row(s.type, row, static_cast<char*>(p.y) + ((t0 + t) * E + e) * O * size, O);
       }
     }
   });
@@ -283,6 +260,7 @@ void run_bwd(const DenseFfnBwdParams& p, const Parallel& par) {
     T* h = h_panels + kTokens * ldi;
     T* dh = scratch<T>(Scratch::kTokens, kTokens * (ldi + ldh));
     T* dx = dh + kTokens * ldi;
+    T* row = scratch<T>(Scratch::kTile, std::max({H, I, O}) + 2 * W);
     for (int64_t block = blocks * part / parts; block < blocks * (part + 1) / parts; ++block) {
       const int64_t t0 = block * kTokens, m = std::min(kTokens, s.num_tokens - t0);
       const Panels x_panels{m, H, W}, hidden{m, I, W};
@@ -310,11 +288,11 @@ void run_bwd(const DenseFfnBwdParams& p, const Parallel& par) {
         T* sum_b_up = sum_down + sums.down;
         T* sum_b_down = sum_b_up + sums.b_up;
         for (int64_t t = 0; t < m; ++t) {
-          const char* dy =
-              static_cast<const char*>(p.grad_y) + ((t0 + t) * E + e) * O * size;
-          if (need_hidden) load_blocks(k, s.type, dy, down_k, t, dy_rows);
-          if (need_down) load_columns(k, s.type, dy, O, t, dy_columns);
-          if (sums.b_down) k.axpy(s.type, dy, T(1), sum_b_down, O);
+          k.load_row(s.type, static_cast<const char*>(p.grad_y) + ((t0 + t) * E + e) * O * size,
+                     row, O, T(1));
+          if (need_hidden) load_blocks(k, kAccumulate<T>, row, down_k, t, dy_rows);
+          if (need_down) store_columns(k, row, O, t, dy_columns);
+          if (sums.b_down) k.axpy(kAccumulate<T>, row, T(1), sum_b_down, O);
         }
         const T* u = static_cast<const T*>(p.preact) + (e * s.num_tokens + t0) * I;
         if (need_hidden) {
@@ -322,15 +300,10 @@ void run_bwd(const DenseFfnBwdParams& p, const Parallel& par) {
           for (int64_t t = 0; t < m; ++t) {
             T* d = dh + t * ldi;
             if (s.has_act) {
-              // Straight to where the weight gradient wants it.
-              T* du = need_up && I <= kLdm ? du_columns + t * kLdm : d;
-              k.act_bwd(s.act, u + t * I, u + t * I, d, h + t * ldi, du, nullptr, I, T(0), T(1));
-              d = du;
+              k.act_bwd(s.act, u + t * I, u + t * I, d, h + t * ldi, d, nullptr, I, T(0), T(1));
             }
             if (p.grad_x != nullptr) load_blocks(k, kAccumulate<T>, d, up_k, t, du_rows);
-            if (need_up && d == dh + t * ldi) {
-              load_columns(k, kAccumulate<T>, d, I, t, du_columns);
-            }
+            if (need_up) store_columns(k, d, I, t, du_columns);
             if (sums.b_up) k.axpy(kAccumulate<T>, d, T(1), sum_b_up, I);
           }
         } else if (need_down && s.has_act) {
