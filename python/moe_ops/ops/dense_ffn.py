@@ -67,9 +67,7 @@ def dense_ffn(
     Source:
         Ma et al. 2018, Multi-gate Mixture-of-Experts, KDD.
     """
-    return call(
-        torch.ops.moe_ops.dense_ffn, x, w_up, w_down, input_ids, b_up, b_down, activation
-    )
+    return call(torch.ops.moe_ops.dense_ffn, x, w_up, w_down, input_ids, b_up, b_down, activation)
 
 
 def _check(
