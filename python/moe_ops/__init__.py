@@ -14,6 +14,7 @@ from moe_ops._load import load as _load
 _load()
 
 from moe_ops.ops import (  # noqa: E402
+    dense_ffn,
     expert_choice_router,
     gated_act,
     grouped_gemm,
@@ -40,6 +41,7 @@ from moe_ops.quant import quantize_experts  # noqa: E402
 
 __all__ = [
     "__version__",
+    "dense_ffn",
     "expert_choice_router",
     "gated_act",
     "grouped_gemm",

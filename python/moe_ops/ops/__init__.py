@@ -1,5 +1,6 @@
 """The ops as documented Python functions, each in one file with its fake, autograd and autocast."""
 
+from moe_ops.ops.dense_ffn import dense_ffn
 from moe_ops.ops.expert_choice_router import expert_choice_router
 from moe_ops.ops.gated_act import gated_act
 from moe_ops.ops.grouped_gemm import grouped_gemm, grouped_gemm_wgrad, grouped_sum
@@ -19,6 +20,7 @@ from moe_ops.ops.topp_router import topp_router
 from moe_ops.ops.unpermute import unpermute
 
 __all__ = [
+    "dense_ffn",
     "expert_choice_router",
     "gated_act",
     "grouped_gemm",

@@ -7,6 +7,7 @@ and cast back at the end; fp64 stays fp64.
 
 from __future__ import annotations
 
+from .dense_ffn import dense_ffn
 from .expert_choice_router import expert_choice_router
 from .gated_act import gated_act
 from .grouped_gemm import grouped_gemm, grouped_gemm_wgrad, grouped_sum
@@ -26,6 +27,7 @@ from .topp_router import topp_router
 from .unpermute import unpermute
 
 __all__ = [
+    "dense_ffn",
     "expert_choice_router",
     "gated_act",
     "grouped_gemm",
