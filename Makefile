@@ -5,13 +5,15 @@
 PYTHON ?= python3
 TORCH ?= torch
 PYTEST_ARGS ?=
+# Processes of the tests, each with one thread: tests about threads set their number themselves.
+PYTEST_WORKERS ?= 2
 DEMO_ARGS ?=
 
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 BUILD_TOOLS := "scikit-build-core>=0.10" "pybind11>=2.13" "cmake>=3.26" ninja
 CUDA_BUILD_TOOLS := "nvidia-cutlass>=4.2,<4.3"
-CUDA_TOOLS := $(CUDA_BUILD_TOOLS) nvidia-cuda-cuobjdump pytest-xdist
+CUDA_TOOLS := $(CUDA_BUILD_TOOLS) nvidia-cuda-cuobjdump
 LINT_TOOLS := ruff==0.17.6 mypy==2.4.1 clang-format==23.1.5
 
 # MOE_OPS_CUDA=on|off|auto, as in CMakeLists.txt: the CUDA kernels are part of the install or not.
@@ -41,7 +43,8 @@ help:
 	@echo
 	@echo 'PYTHON=python3.12, TORCH="torch==2.10.*" choose what ./.venv is made of,'
 	@echo 'MOE_OPS_CUDA=on or off whether it has the CUDA kernels (else: if nvcc and a GPU are there);'
-	@echo 'DEMO_ARGS="--smoke" and PYTEST_ARGS="-k router" are passed on.'
+	@echo 'DEMO_ARGS="--smoke" and PYTEST_ARGS="-k router" are passed on;'
+	@echo 'PYTEST_WORKERS=4 runs the tests in four processes.'
 
 # torch and the build tools. Not isolated: the library is built against the torch it will run with.
 $(VENV)/.tools:
@@ -76,7 +79,7 @@ demo: build
 
 test: build
 	@echo 'Running the test suite on the installed package.'
-	@$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(PYTEST_WORKERS) $(PYTEST_ARGS)
 
 # The CUDA kernels, linked with the shared runtime that a simulator stands in for
 # (docs/cuda-without-a-gpu.md); a package of its own, so that the installed one stays what it is.
@@ -88,14 +91,14 @@ else
 	@echo 'Compiling the CUDA kernels (10 to 20 minutes on two cores, the first time).'
 	@$(PIP) install -q $(CUDA_TOOLS)
 	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" cmake -S . -B build/cuda -G Ninja -DCMAKE_BUILD_TYPE=Release \
-	  -DMOE_OPS_CUDA=on -DMOE_OPS_CUDART=shared -DPython_EXECUTABLE=$(CURDIR)/$(VENV)/bin/python \
+	  -DMOE_OPS_CUDA=on -DMOE_OPS_CUDART=shared -DMOE_OPS_CUDA_SASS=off -DPython_EXECUTABLE=$(CURDIR)/$(VENV)/bin/python \
 	  -Dpybind11_DIR=$$($(VENV)/bin/python -m pybind11 --cmakedir) >build/cmake-cuda.log
 	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" ninja -C build/cuda --quiet
 	@rm -rf $(SIM) && mkdir -p $(SIM) && cp -r python/moe_ops $(SIM)/
 	@cp build/cuda/libmoe_ops.so build/cuda/_C*.so $(SIM)/moe_ops/
 	@echo 'Running the op tests on the simulator.'
 	@LD_LIBRARY_PATH="$(MOE_OPS_PTXSIM):$$LD_LIBRARY_PATH" PYTHONPATH=$(SIM) \
-	  $(VENV)/bin/python -m pytest -n 2 --backend sim tests/ops tests/cuda $(PYTEST_ARGS)
+	  $(VENV)/bin/python -m pytest -n $(PYTEST_WORKERS) --backend sim tests/ops tests/cuda $(PYTEST_ARGS)
 endif
 
 lint: $(VENV)/.lint build

@@ -148,6 +148,16 @@ def good_call(op: str, s: Sizes) -> dict:
             return {**call, "topk_weights": s.weights(), "topk_ids": s.ids()}
         case "pack_experts":
             return {"w": s.float(s.e, 2 * s.o, s.h), "halves": True}
+        case "dense_ffn":
+            return {
+                "x": s.float(s.t, s.k, s.h),
+                "w_up": s.float(s.e, s.i, s.h),
+                "w_down": s.float(s.e, s.o, s.i),
+                "input_ids": torch.randint(s.k, (s.e,)),
+                "b_up": s.float(s.e, s.i),
+                "b_down": s.float(s.e, s.o),
+                "activation": "silu",
+            }
         case "moe_linear_map":
             return {
                 "x": s.float(s.t, s.h),
@@ -197,6 +207,7 @@ OPS = (
     "moe_ffn_fp8",
     "moe_ffn_packed",
     "moe_ffn_quantized",
+    "dense_ffn",
     "moe_linear_map",
     "moe_linear_reduce",
     "rotary",
@@ -220,6 +231,7 @@ FREE_DIMS = {
     ("grouped_sum", "rows"): {0, 1},
     ("grouped_gemm", "a"): {0},
     ("moe_linear_map", "topk_ids"): {1},
+    ("dense_ffn", "x"): {0, 1},
     ("grouped_sum", "expert_offsets"): {0},
     ("pack_experts", "w"): {0, 2},
     ("rotary", "t"): {0, 2},
@@ -249,12 +261,13 @@ BAD_ARGUMENTS = {
         ("cu_seqlens", (torch.tensor([0, 1]), torch.tensor([0.0]))),
     ],
     "moe_ffn": [("activation", ("", "swish", "SWIGLU"))],
+    "dense_ffn": [("activation", ("", "swiglu", "ReLU", "relu\0"))],
     "grouped_gemm_fp8": [("out_dtype", (torch.float64, torch.int32, torch.float8_e4m3fn))],
     "moe_ffn_fp8": [("activation", ("", "swish", "SWIGLU", "swiglu\0"))],
     "moe_ffn_packed": [("activation", ("", "swish", "SWIGLU", "swiglu\0"))],
     "moe_ffn_quantized": [("activation", ("", "swish", "SWIGLU", "swiglu\0"))],
 }
-INDEX_TENSORS = ("topk_ids", "expert_offsets", "row_to_slot", "slot_to_row")
+INDEX_TENSORS = ("input_ids", "topk_ids", "expert_offsets", "row_to_slot", "slot_to_row")
 OUT_OF_RANGE = (-1, -(2**31), 2**31 - 1, 1000)
 
 
@@ -267,7 +280,7 @@ def defects(op: str, call: dict) -> list[tuple[str, str]]:
             found.append(("device", name))
         if name in ("expert_offsets", "row_to_slot", "slot_to_row"):
             found.append(("range", name))
-    if op.startswith(("moe_ffn", "grouped_gemm", "moe_linear", "moa_", "add_")):
+    if op.startswith(("moe_ffn", "dense_ffn", "grouped_gemm", "moe_linear", "moa_", "add_")):
         found += [("float_dtype", name) for name in tensors if call[name].is_floating_point()]
     return found
 

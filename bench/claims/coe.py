@@ -7,19 +7,18 @@ are 2 + K expert calls a token where one iteration of K is 1 + K.
 from __future__ import annotations
 
 import dataclasses
-import platform
 from collections.abc import Callable, Sequence
-
-import torch
 
 from moe_ops.zoo.coe import CoE, CoEConfig
 
+from .compare import against, over_steps
+from .picture import Picture
 from .report import Claim, Report
 from .text import load_domains
-from .training import Recipe, Trained, train
+from .training import Recipe, Trained, setting, train
 
-BASE = CoEConfig(hidden_size=128, num_layers=2, num_heads=4, kv_rank=64, intermediate_size=64)
-RECIPE = Recipe(steps=250)
+BASE = CoEConfig(hidden_size=64, num_layers=2, num_heads=4, kv_rank=32, intermediate_size=32)
+RECIPE = Recipe(steps=500, batch=9, rate=3e-3)
 
 
 def arms_of(base: CoEConfig) -> dict[str, CoEConfig]:
@@ -52,20 +51,13 @@ def run(
             trained = train(lambda config=config: CoE(config), domains, recipe, seed)
             results[arm].append(trained)
             log(f"seed {seed}, {arm}: {trained.loss:.4f} nats a byte, {trained.seconds:.0f} s")
-    setting = {
-        "Data": f"bytes of {', '.join(d.name for d in domains)}, equal shares, the last tenth of "
-        "each held out",
-        "Training": str(recipe),
-        "Seeds": ", ".join(map(str, seeds)),
-        "Machine": f"{torch.get_num_threads()} threads, torch {torch.__version__}, "
-        f"Python {platform.python_version()}",
-    }
+    made = setting(domains, recipe, seeds)
     for arm, found in results.items():
         config = arms[arm]
         calls = config.num_iterations * (config.top_k + config.num_shared_experts)
         total = found[0].model.num_parameters()["total"]
-        setting[arm] = f"{total:,} parameters, {calls} expert calls a token and layer"
-    report = Report("coe", setting, ["held-out loss, nats a byte", "MaxVio"])
+        made[arm] = f"{total:,} parameters, {calls} expert calls a token and layer"
+    report = Report("coe", made, ["held-out loss, nats a byte", "MaxVio"])
     for arm, found in results.items():
         report.arms[arm] = [(t.loss, t.max_violation) for t in found]
 
@@ -86,6 +78,27 @@ def run(
             "keeping the stream is better than the published residual",
             "two iterations",
             published.format("two iterations"),
+        ),
+    ]
+    report.pictures = [
+        Picture(
+            "loss",
+            "Held-out loss against one iteration of 4, same seed",
+            "",
+            "difference, nats a byte",
+            "bars",
+            against(results, "one iteration"),
+        ),
+        Picture(
+            "training",
+            "Training loss",
+            "step",
+            "nats a byte",
+            "lines",
+            over_steps(
+                {arm: [t.curve for t in found] for arm, found in results.items()},
+                max(1, recipe.steps // 20),
+            ),
         ),
     ]
     return report

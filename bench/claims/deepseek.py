@@ -9,7 +9,6 @@ loss or by a bias.
 from __future__ import annotations
 
 import dataclasses
-import platform
 from collections.abc import Callable, Sequence
 
 import torch
@@ -17,25 +16,27 @@ import torch
 from moe_ops.layers import Router, RouterOutput
 from moe_ops.zoo.deepseek import DeepSeek, DeepSeekConfig
 
+from .compare import against, over_steps, series
+from .picture import Picture
 from .report import Claim, Report
 from .text import Domain, load_domains
-from .training import Recipe, Trained, evaluate, flops_a_token, train
+from .training import Recipe, Trained, evaluate, flops_a_token, setting, step_violation, train
 
 BALANCE = 0.01
 # Published runs move the bias by 0.001 in each of many thousand steps.
 BIAS_RATE = 0.01
-WIDTH = 128
+WIDTH = 64
 BASE = DeepSeekConfig(
-    hidden_size=128,
-    num_layers=4,
+    hidden_size=64,
+    num_layers=2,
     num_dense_layers=0,
     num_heads=4,
     latent=False,
-    head_size=32,
+    head_size=16,
     rope_interleaved=False,
     expert_balance_coefficient=BALANCE,
 )
-RECIPE = Recipe(steps=250)
+RECIPE = Recipe(steps=500, batch=9, rate=3e-3)
 MAX_VIOLATION_FACTOR = 3.0
 
 
@@ -84,6 +85,7 @@ def run(
                 recipe,
                 seed,
                 prepare=_balance if config.expert_bias else None,
+                watch=step_violation,
             )
             results[arm].append(trained)
             log(f"seed {seed}, {arm}: {trained.loss:.4f} nats a byte, {trained.seconds:.0f} s")
@@ -91,25 +93,18 @@ def run(
         without_first.append(loss_without_first_expert(fine, domains, recipe) - fine.loss)
         without_shared.append(loss_without_shared_expert(fine, domains, recipe) - fine.loss)
 
-    setting = {
-        "Data": f"bytes of {', '.join(d.name for d in domains)}, equal shares, the last tenth of "
-        "each held out",
-        "Training": str(recipe),
-        "Balance": f"loss {BALANCE:g}, bias rate {BIAS_RATE:g} a step",
-        "Seeds": ", ".join(map(str, seeds)),
-        "Machine": f"{torch.get_num_threads()} threads, torch {torch.__version__}, "
-        f"Python {platform.python_version()}",
-    }
+    made = setting(domains, recipe, seeds)
+    made["Balance"] = f"loss {BALANCE:g}, bias rate {BIAS_RATE:g} a step"
     for arm, found in results.items():
         model = found[0].model
         count = model.num_parameters()
         flops = flops_a_token(
             model, recipe.length, base.num_layers * base.num_heads * base.head_size
         )
-        setting[arm] = (
+        made[arm] = (
             f"{count['active']:,} active parameters of {count['total']:,}, {flops:,} FLOPs a token"
         )
-    report = Report("deepseek", setting, ["held-out loss, nats a byte", "MaxVio"])
+    report = Report("deepseek", made, ["held-out loss, nats a byte", "MaxVio"])
     for arm, found in results.items():
         report.arms[arm] = [(t.loss, t.max_violation) for t in found]
 
@@ -144,6 +139,34 @@ def run(
             differences(by_bias, by_loss),
             nats,
             bound=0.01,
+        ),
+    ]
+    balanced = {arm: [t.watched for t in results[arm]] for arm in list(results)[-2:]}
+    removed = {"shared": without_shared, "first routed": without_first}
+    report.pictures = [
+        Picture(
+            "loss",
+            "Held-out loss against 8 experts of full width, same seed",
+            "",
+            "difference, nats a byte",
+            "bars",
+            against({arm: results[arm] for arm in list(results)[:3]}, "8 experts"),
+        ),
+        Picture(
+            "balance",
+            "MaxVio of the training batches, mean of layers",
+            "step",
+            "MaxVio",
+            "lines",
+            over_steps(balanced, max(1, recipe.steps // 50)),
+        ),
+        Picture(
+            "removed",
+            "Held-out loss added by taking an expert away from 31 + 1 shared",
+            "expert",
+            "nats a byte",
+            "bars",
+            {"": series(list(removed), list(zip(*removed.values(), strict=True)))},
         ),
     ]
     return report

@@ -8,30 +8,29 @@ features. It has no router to learn.
 from __future__ import annotations
 
 import dataclasses
-import platform
 from collections.abc import Callable, Sequence
-
-import torch
 
 from moe_ops.zoo.jetmoe import JetMoE, JetMoEConfig
 
+from .compare import against, over_steps
+from .picture import Picture
 from .report import Claim, Report
 from .text import load_domains
-from .training import Recipe, Trained, flops_a_token, train
+from .training import Recipe, Trained, flops_a_token, setting, step_violation, train
 
 CONFIG = JetMoEConfig(
     vocab_size=256,
-    hidden_size=128,
-    num_layers=4,
+    hidden_size=64,
+    num_layers=2,
     num_kv_heads=2,
-    head_size=32,
-    intermediate_size=128,
-    num_experts=4,
+    head_size=16,
+    intermediate_size=64,
+    num_experts=8,
     top_k=2,
     context=128,
     init_std=0.02,
 )
-RECIPE = Recipe(steps=300)
+RECIPE = Recipe(steps=500, batch=9, rate=3e-3)
 
 
 def dense(config: JetMoEConfig) -> JetMoEConfig:
@@ -76,28 +75,22 @@ def run(
                 recipe,
                 seed,
                 coefficients=coefficients,
+                watch=step_violation,
             )
             results[arm].append(trained)
             log(f"seed {seed}, {arm}: {trained.loss:.4f} nats a byte, {trained.seconds:.0f} s")
 
     sparse, plain = results["JetMoE"], results["dense"]
-    setting = {
-        "Data": f"bytes of {', '.join(d.name for d in domains)}, equal shares, the last tenth of "
-        "each held out",
-        "Training": str(recipe),
-        "Seeds": ", ".join(map(str, seeds)),
-        "Machine": f"{torch.get_num_threads()} threads, torch {torch.__version__}, "
-        f"Python {platform.python_version()}",
-    }
+    made = setting(domains, recipe, seeds)
     for arm, trained in (("JetMoE", sparse[0]), ("Dense", plain[0])):
         model, sizes = trained.model, trained.model.config
         count = model.num_parameters()
         features = sizes.num_layers * sizes.num_kv_heads * sizes.head_size * sizes.top_k
         flops = flops_a_token(model, recipe.length, features)
-        setting[arm] = (
+        made[arm] = (
             f"{count['active']:,} active parameters of {count['total']:,}, {flops:,} FLOPs a token"
         )
-    report = Report("jetmoe", setting, ["held-out loss, nats a byte", "MaxVio", "z"])
+    report = Report("jetmoe", made, ["held-out loss, nats a byte", "MaxVio", "z"])
     for arm, found in results.items():
         routed = arm != "dense"  # Its routers have nothing to choose.
         report.arms[arm] = [
@@ -119,6 +112,28 @@ def run(
             "",
         ),
         Claim("the z-loss lowers the mean of logsumexp^2", differences("no z-loss", _z), ""),
+    ]
+    routed = ("JetMoE", "no balance loss")
+    report.pictures = [
+        Picture(
+            "loss",
+            "Held-out loss against the dense model, same seed",
+            "",
+            "difference, nats a byte",
+            "bars",
+            against(results, "dense"),
+        ),
+        Picture(
+            "balance",
+            "MaxVio of the training batches, mean of routers",
+            "step",
+            "MaxVio",
+            "lines",
+            over_steps(
+                {arm: [t.watched for t in results[arm]] for arm in routed},
+                max(1, recipe.steps // 50),
+            ),
+        ),
     ]
     return report
 

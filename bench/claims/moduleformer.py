@@ -4,34 +4,35 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 
 from moe_ops.zoo.moduleformer import ModuleFormer, ModuleFormerConfig
 
+from .compare import Series, series
+from .picture import Picture
 from .report import Claim, Report
 from .text import Domain, heldout_batches, load_domains
-from .training import Recipe, Trained, evaluate, train
+from .training import Recipe, Trained, evaluate, setting, train
 
 BASE = ModuleFormerConfig(
     vocab_size=256,
-    hidden_size=128,
-    num_layers=3,
+    hidden_size=64,
+    num_layers=2,
     num_heads=2,
-    attention_size=64,
-    intermediate_size=128,
+    attention_size=32,
+    intermediate_size=64,
     num_attention_experts=4,
     num_mlp_experts=8,
-    gate_size=64,
+    gate_size=32,
 )
-RECIPE = Recipe(steps=200)
-BALANCE = 0.01
+RECIPE = Recipe(steps=500, batch=9, rate=3e-3)
+BALANCE = 0.1
 CONCENTRATION = 0.1
-# Shares of tokens below which experts go; the largest that costs at most this much is taken.
-THRESHOLDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.3)
-LOSS_ALLOWED = 1.01
+# Shares of tokens below which experts go, and the rise of the loss that is allowed.
+THRESHOLDS = (0.001, 0.003, 0.01, 0.03, 0.06, 0.1, 0.15, 0.2, 0.3, 0.4)
+LOSS_ALLOWED = 0.01
 
 
 def run(
@@ -46,6 +47,8 @@ def run(
     tuning = dataclasses.replace(recipe, steps=max(1, recipe.steps // 2))
     numbers: dict[str, list[list[float | None]]] = {}
     measured: dict[str, list[float]] = {}
+    told: dict[str, list[dict[str, float]]] = {}
+    cuts: dict[str, list[list[tuple[float, float]]]] = {}
 
     def note(arm: str, trained: Trained, **more: float) -> None:
         row = [trained.loss, more.get("information"), more.get("pruned"), more.get("forgotten")]
@@ -64,7 +67,8 @@ def run(
             trained = train(
                 lambda: ModuleFormer(base), domains, recipe, seed, coefficients=coefficients
             )
-            note(arm, trained, information=information(trained.model, domains, recipe))
+            told.setdefault(arm, []).append(layer_information(trained.model, domains, recipe))
+            note(arm, trained, information=_mean(told[arm][-1].values()))
             if arm == "mutual information":
                 pretrained = trained.model
         for arm, strength in (("concentrated", CONCENTRATION), ("plainly tuned", 0.0)):
@@ -75,7 +79,8 @@ def run(
                 seed,
                 coefficients={"concentration": strength},
             )
-            note(arm, tuned, pruned=pruned_share(tuned, domains[0], tuning))
+            cuts.setdefault(arm, []).append(pruned(tuned, domains[0], tuning))
+            note(arm, tuned, pruned=allowed_share(cuts[arm][-1]))
 
         first = train(
             lambda: ModuleFormer(base),
@@ -106,17 +111,14 @@ def run(
     def difference(a: str, b: str) -> list[float]:
         return [x - y for x, y in zip(measured[a], measured[b], strict=True)]
 
-    setting: Mapping[str, str] = {
-        "Data": f"bytes of {', '.join(d.name for d in domains)}, equal shares, the last tenth of "
-        f"each held out; tuned to {domains[0].name}; new is {new.name}",
-        "Training": f"{recipe}; {tuning.steps} steps of tuning",
-        "Model": f"{ModuleFormer(base).num_parameters()['total']:,} parameters, "
-        f"{ModuleFormer(base).num_parameters()['active']:,} active; balance {BALANCE:g}, "
-        f"concentration {CONCENTRATION:g}",
-        "Seeds": ", ".join(map(str, seeds)),
-        "Machine": f"{torch.get_num_threads()} threads, torch {torch.__version__}, "
-        f"Python {platform.python_version()}",
-    }
+    made = setting(domains, recipe, seeds)
+    made["Data"] += f"; tuned to {domains[0].name}; new is {new.name}"
+    made["Training"] += f"; {tuning.steps} steps of tuning"
+    count = ModuleFormer(base).num_parameters()
+    made["Model"] = (
+        f"{count['total']:,} parameters, {count['active']:,} active; balance {BALANCE:g}, "
+        f"concentration {CONCENTRATION:g}"
+    )
     columns = [
         "held-out loss, nats a byte",
         "information, nats",
@@ -125,7 +127,7 @@ def run(
     ]
     return Report(
         "moduleformer",
-        setting,
+        made,
         columns,
         dict(numbers),
         [
@@ -153,39 +155,100 @@ def run(
                 "nats a byte",
             ),
         ],
+        pictures(told, cuts, measured),
     )
 
 
+def pictures(
+    told: Mapping[str, list[dict[str, float]]],
+    cuts: Mapping[str, list[list[tuple[float, float]]]],
+    measured: Mapping[str, list[float]],
+) -> list[Picture]:
+    """Information of each layer, loss against experts that went, learning against forgetting."""
+    layers: Series = {
+        arm: series(list(found[0]), [list(f.values()) for f in found])
+        for arm, found in told.items()
+    }
+    points: Series = {}
+    for arm, found in cuts.items():
+        shares, rises = zip(*(point for points in found for point in points), strict=True)
+        points[arm] = {"x": list(shares), "y": [100 * rise for rise in rises]}
+    changes: Series = {}
+    for arm in ("added experts", "all parameters"):
+        gained, forgotten = measured[f"{arm} gained"], measured[f"{arm} forgotten"]
+        rows = [[-g, f] for g, f in zip(gained, forgotten, strict=True)]
+        changes[arm] = series(["new domain", "old domains"], rows)
+    return [
+        Picture(
+            "information",
+            "Mutual information of expert and domain",
+            "",
+            "nats",
+            "bars",
+            layers,
+        ),
+        Picture(
+            "pruned",
+            "Loss after pruning, of every seed and threshold",
+            "share of experts that went",
+            "rise of the held-out loss, %",
+            "points",
+            points,
+        ),
+        Picture(
+            "forgotten",
+            "Held-out loss after learning the new domain, against before",
+            "",
+            "difference, nats a byte",
+            "bars",
+            changes,
+        ),
+    ]
+
+
 @torch.no_grad()
-def information(model: ModuleFormer, domains: Sequence[Domain], recipe: Recipe) -> float:
-    """Mutual information of expert and domain, from counts; the mean over routed layers."""
+def layer_information(
+    model: ModuleFormer, domains: Sequence[Domain], recipe: Recipe
+) -> dict[str, float]:
+    """Routed layer -> mutual information of expert and domain, from counts."""
     counts: dict[str, list[torch.Tensor]] = {}
     for domain in domains:
         batches = heldout_batches(domain, recipe.heldout_batches, recipe.batch, recipe.length)
         for layer, frequency in model.expert_frequencies(batches).items():
             counts.setdefault(layer, []).append(frequency)
-    found = []
-    for rows in counts.values():
+    found = {}
+    for layer, rows in counts.items():
         joint = torch.stack(rows)
         joint = joint / joint.sum()
         independent = joint.sum(0, keepdim=True) * joint.sum(1, keepdim=True)
-        found.append((torch.xlogy(joint, joint) - torch.xlogy(joint, independent)).sum())
-    return torch.stack(found).mean().item()
+        total = torch.xlogy(joint, joint) - torch.xlogy(joint, independent)
+        found[layer.removeprefix("layers.")] = total.sum().item()
+    return found
 
 
-def pruned_share(trained: Trained, domain: Domain, recipe: Recipe) -> float:
-    """Largest share of experts that can go at the allowed rise of the domain's loss. Frequencies
-    are of training text, the loss is of the held-out one."""
+def pruned(trained: Trained, domain: Domain, recipe: Recipe) -> list[tuple[float, float]]:
+    """For each threshold the share of experts that goes, and the rise of the domain's held-out loss
+    as a share of it. Frequencies are of training text."""
     model = trained.model
     text = dataclasses.replace(domain, heldout=domain.train)
     batches = heldout_batches(text, recipe.heldout_batches, recipe.batch, recipe.length)
     frequencies = model.expert_frequencies(batches)
-    total, best = sum(len(f) for f in frequencies.values()), 0.0
+    total, found = sum(len(f) for f in frequencies.values()), []
     for threshold in THRESHOLDS:
         smaller = copy.deepcopy(model)
         kept = smaller.prune(frequencies, threshold)
         after = Trained(smaller, {})
         evaluate(after, [domain], recipe)
-        if after.loss <= LOSS_ALLOWED * trained.heldout[domain.name]:
-            best = max(best, 1 - sum(map(len, kept.values())) / total)
-    return best
+        share = 1 - sum(map(len, kept.values())) / total
+        found.append((share, after.loss / trained.heldout[domain.name] - 1))
+    return found
+
+
+def allowed_share(cuts: Sequence[tuple[float, float]]) -> float:
+    """The largest share of experts that goes at the allowed rise."""
+    return max((share for share, rise in cuts if rise <= LOSS_ALLOWED), default=0.0)
+
+
+def _mean(values: Iterable[float]) -> float:
+    found = list(values)
+    return sum(found) / len(found)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import platform
 from collections.abc import Callable, Sequence
 
 import torch
@@ -11,19 +10,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_ops.zoo.deepseek import DeepSeek, DeepSeekConfig
-from moe_ops.zoo.language_model import CausalLM
+from moe_ops.zoo.language_model import CausalLM, LMLoss
 from moe_ops.zoo.topp import TopP, TopPConfig, experts_per_token
 
+from .compare import over_steps, series
+from .picture import Picture
 from .report import Claim, Report
 from .text import Domain, heldout_batches, load_domains
-from .training import Recipe, Trained, train
+from .training import Recipe, Trained, setting, train
 
 # The entropy loss has a larger coefficient than in training of a hundred thousand steps.
 BASE = TopPConfig(
-    hidden_size=128, num_layers=4, intermediate_size=128, top_p=0.4, entropy_coefficient=1e-2
+    hidden_size=64, num_layers=2, intermediate_size=64, top_p=0.4, entropy_coefficient=1e-2
 )
-RECIPE = Recipe(steps=250)
+RECIPE = Recipe(steps=500, batch=9, rate=3e-3)
 LOSS_TOLERANCE = 0.01
+PARTS = 10
 
 
 def top_two(config: TopPConfig) -> DeepSeekConfig:
@@ -61,33 +63,27 @@ def run(
     results: dict[str, list[Trained]] = {arm: [] for arm in arms}
     used: dict[str, list[float]] = {arm: [] for arm in arms}
     harder: list[float] = []
+    of_parts: list[list[float]] = []
     for seed in seeds:
         for arm, make in arms.items():
-            trained = train(make, domains, recipe, seed)
+            trained = train(make, domains, recipe, seed, watch=step_experts)
             results[arm].append(trained)
             losses, experts = by_token(trained.model, domains, recipe)
             used[arm].append(experts.mean().item())
             if arm == "top-p":
                 harder.append(rank_correlation(losses, experts))
+                of_parts.append(by_difficulty(losses, experts))
             log(
                 f"seed {seed}, {arm}: {trained.loss:.4f} nats a byte, {used[arm][-1]:.2f} experts, "
                 f"{trained.seconds:.0f} s"
             )
-    report = Report(
-        "topp",
-        {
-            "Data": f"bytes of {', '.join(d.name for d in domains)}, equal shares, the last tenth "
-            "of each held out",
-            "Training": str(recipe),
-            "Model": f"p = {base.top_p:g}, {base.num_experts} experts, balance "
-            f"{base.load_balancing_coefficient:g}, entropy {base.entropy_coefficient:g}; "
-            f"{TopP(base).num_parameters()['total']:,} parameters in all arms",
-            "Seeds": ", ".join(map(str, seeds)),
-            "Machine": f"{torch.get_num_threads()} threads, torch {torch.__version__}, "
-            f"Python {platform.python_version()}",
-        },
-        ["held-out loss, nats a byte", "experts a token", "MaxVio"],
+    made = setting(domains, recipe, seeds)
+    made["Model"] = (
+        f"p = {base.top_p:g}, {base.num_experts} experts, balance "
+        f"{base.load_balancing_coefficient:g}, entropy {base.entropy_coefficient:g}; "
+        f"{TopP(base).num_parameters()['total']:,} parameters in all arms"
     )
+    report = Report("topp", made, ["held-out loss, nats a byte", "experts a token", "MaxVio"])
     for arm, found in results.items():
         report.arms[arm] = [
             (t.loss, n, t.max_violation) for t, n in zip(found, used[arm], strict=True)
@@ -108,7 +104,39 @@ def run(
             "experts",
         ),
     ]
+    report.pictures = [
+        Picture(
+            "difficulty",
+            "Experts a token of top-p, held-out tokens ordered by the loss of the next byte",
+            "tenth of the tokens, easy to hard",
+            "experts, mean of layers",
+            "lines",
+            {"": series(range(1, PARTS + 1), of_parts)},
+        ),
+        Picture(
+            "experts",
+            "Experts a token during training",
+            "step",
+            "experts, mean of layers",
+            "lines",
+            over_steps(
+                {arm: [t.watched for t in found] for arm, found in results.items()},
+                max(1, recipe.steps // 50),
+            ),
+        ),
+    ]
     return report
+
+
+def step_experts(out: LMLoss) -> float:
+    """To watch: experts a token, the mean over layers."""
+    counts = torch.stack(list(experts_per_token(out.routing).values()))
+    return counts.double().mean().item()
+
+
+def by_difficulty(losses: Tensor, experts: Tensor) -> list[float]:
+    """Mean experts of each tenth of the tokens, in the order of their losses."""
+    return [part.mean().item() for part in experts[losses.argsort()].tensor_split(PARTS)]
 
 
 @torch.no_grad()

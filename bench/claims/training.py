@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 
 from moe_ops.layers import RoutingStats
-from moe_ops.zoo.language_model import CausalLM
+from moe_ops.zoo.language_model import CausalLM, LMLoss
 
 from .text import Domain, heldout_batches, train_batches
 
@@ -47,13 +48,15 @@ class Recipe:
 class Trained:
     """A model after training.
 
-    heldout: domain -> cross-entropy in nats a byte. curve: training cross-entropy a step.
+    heldout: domain -> cross-entropy in nats a byte. curve: training cross-entropy a step. watched:
+    what `train` was asked to watch, one number a step.
     routing: counts over the held-out text. z: mean over layers of the router z-loss there.
     """
 
     model: CausalLM
     heldout: dict[str, float]
     curve: list[float] = field(default_factory=list)
+    watched: list[float] = field(default_factory=list)
     routing: RoutingStats = field(default_factory=RoutingStats)
     z: float = 0.0
     seconds: float = 0.0
@@ -66,8 +69,21 @@ class Trained:
     @property
     def max_violation(self) -> float:
         """Mean over layers of MaxVio, over all domains together."""
-        found = [self.routing.max_violation(layer) for layer in self.routing.layers]
-        return sum(found) / len(found)
+        return mean_violation(self.routing)
+
+
+def mean_violation(stats: RoutingStats) -> float:
+    """MaxVio, the mean over layers."""
+    found = [stats.max_violation(layer) for layer in stats.layers]
+    return sum(found) / len(found)
+
+
+def step_violation(out: LMLoss) -> float:
+    """To watch: the mean over layers of the batch's MaxVio."""
+    stats = RoutingStats()
+    for r in out.routing:
+        stats.update(r.routing.topk_ids, r.router.num_experts, layer=r.layer)
+    return mean_violation(stats)
 
 
 def train(
@@ -78,10 +94,12 @@ def train(
     *,
     coefficients: Mapping[str, float] | None = None,
     prepare: Callable[[Any, torch.optim.Optimizer], None] | None = None,
+    watch: Callable[[LMLoss], float] | None = None,
 ) -> Trained:
     """Trains the model of `make`, built under the seed, on batches that the seed decides.
 
-    `prepare` is called with model and optimiser before the first step.
+    `prepare` is called with model and optimiser before the first step, `watch` with what each step
+    computes.
     """
     torch.manual_seed(seed)
     model = make()
@@ -94,7 +112,7 @@ def train(
     optimizer = torch.optim.AdamW(groups, lr=recipe.rate, betas=(0.9, 0.95))
     if prepare is not None:
         prepare(model, optimizer)
-    curve, start = [], time.perf_counter()
+    curve, watched, start = [], [], time.perf_counter()
     batches = train_batches(domains, recipe.steps, recipe.batch, recipe.length, seed)
     for step, tokens in enumerate(batches):
         for group in optimizer.param_groups:
@@ -105,7 +123,9 @@ def train(
         torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
         optimizer.step()
         curve.append(out.cross_entropy.item())
-    trained = Trained(model, {}, curve, seconds=time.perf_counter() - start)
+        if watch is not None:
+            watched.append(watch(out))
+    trained = Trained(model, {}, curve, watched, seconds=time.perf_counter() - start)
     evaluate(trained, domains, recipe)
     return trained
 
@@ -137,3 +157,16 @@ def flops_a_token(model: CausalLM, length: int, attention_features: int) -> int:
     if model.lm_head is not None:
         active -= model.embed_tokens.weight.numel()
     return 2 * active + round(4 * attention_features * (length + 1) / 2)
+
+
+def setting(domains: Sequence[Domain], recipe: Recipe, seeds: Sequence[int]) -> dict[str, str]:
+    """What the reports of all systems say about how they were made. Called at the end of a run."""
+    minutes = time.process_time() / 60
+    return {
+        "Data": f"bytes of {', '.join(d.name for d in domains)}, equal shares, the last tenth of "
+        "each held out",
+        "Training": str(recipe),
+        "Seeds": ", ".join(map(str, seeds)),
+        "Machine": f"{torch.get_num_threads()} thread(s), {minutes:.1f} minutes of CPU time, torch "
+        f"{torch.__version__}, Python {platform.python_version()}",
+    }

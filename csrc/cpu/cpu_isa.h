@@ -2,6 +2,7 @@
 // named by the environment variable MOE_OPS_CPU_ISA (portable, avx2, avx512, avx512_bf16, amx).
 #pragma once
 
+#include <cstdint>
 #include <string>
 #include <vector>
 
@@ -26,6 +27,9 @@ MOE_OPS_API std::vector<std::string> supported_isas();
 // Empty, or a sentence about a value of MOE_OPS_CPU_ISA that could not be followed or a level that
 // failed its self-test.
 MOE_OPS_API std::string isa_warning();
+// Rows of an expert up to which products of bfloat16 pairs (vdpbf16ps) are no slower than fp32
+// ones.
+MOE_OPS_API int64_t pairs_max_rows();
 // nullptr, or the kernel of this level that does not compute what the portable one does.
 MOE_OPS_API const char* failing_kernel(Isa isa);
 

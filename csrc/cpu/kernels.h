@@ -218,6 +218,8 @@ struct Kernels {
   // of b is a pair of bfloat16 of adjacent k in the bits of one T, and kc counts pairs. The panel
   // tiles take bfloat16 panels as they are. Only where `pairs` is true, as are the next two.
   bool pairs;
+  // Rows of an expert up to which they are used; with more, widened operands are faster here.
+  int64_t pairs_max_rows;
   Micro pair_row_a[2][kMaxMr];
   Micro pair_col_a[2][kMaxMr];
   PanelTile pair_panel_tile[kMaxMr];

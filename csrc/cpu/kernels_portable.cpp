@@ -45,7 +45,11 @@ const char* failing_kernel(Isa isa) {
 
 template <>
 const Kernels<float>& kernels<float>() {
-  static const Kernels<float> k = MOE_SELECT(active_isa(), kernels_f32);
+  static const Kernels<float> k = [] {
+    Kernels<float> chosen = MOE_SELECT(active_isa(), kernels_f32);
+    chosen.pairs_max_rows = pairs_max_rows();
+    return chosen;
+  }();
   return k;
 }
 

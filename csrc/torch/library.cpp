@@ -157,6 +157,23 @@ static void define_schemas(torch::stable::detail::StableLibrary& m) {
       "bool need_bias) -> (Tensor grad_h, Tensor grad_w, Tensor grad_topk_weights, "
       "Tensor grad_bias)");
 
+  // --- every expert on every token
+  // x [T,G,H], w_up [E,I,H], w_down [E,O,I], input_ids [E] in [0,G) -> [T,E,O]:
+  // w_down[e] act(w_up[e] x[t, input_ids[e]] + b_up[e]) + b_down[e]
+  m.def(
+      "dense_ffn(Tensor x, Tensor w_up, Tensor w_down, Tensor input_ids, Tensor? b_up=None, "
+      "Tensor? b_down=None, str activation=\"relu\") -> Tensor");
+  // dense_ffn for training: also returns the pre-activation [E,T,I].
+  m.def(
+      "dense_ffn_fwd(Tensor x, Tensor w_up, Tensor w_down, Tensor input_ids, Tensor? b_up=None, "
+      "Tensor? b_down=None, str activation=\"relu\") -> (Tensor y, Tensor preact)");
+  // Gradients that are not wanted come back with shape [0].
+  m.def(
+      "dense_ffn_bwd(Tensor grad_y, Tensor x, Tensor w_up, Tensor w_down, Tensor input_ids, "
+      "Tensor preact, str activation, bool need_x, bool need_w_up, bool need_w_down, "
+      "bool need_b_up, bool need_b_down) -> (Tensor grad_x, Tensor grad_w_up, Tensor grad_w_down, "
+      "Tensor grad_b_up, Tensor grad_b_down)");
+
   // --- attention
   // t [B,S,...,d], cos and sin [S,d/2] or [B,S,d/2]: features i and i + d/2 turned as a pair.
   m.def("rotary(Tensor t, Tensor cos, Tensor sin, bool inverse=False) -> Tensor");

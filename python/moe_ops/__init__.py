@@ -15,6 +15,7 @@ _load()
 
 from moe_ops.ops import (  # noqa: E402
     add_rms_norm,
+    dense_ffn,
     expert_choice_router,
     gated_act,
     grouped_gemm,
@@ -43,6 +44,7 @@ from moe_ops.quant import quantize_experts  # noqa: E402
 __all__ = [
     "__version__",
     "add_rms_norm",
+    "dense_ffn",
     "expert_choice_router",
     "gated_act",
     "grouped_gemm",

@@ -518,6 +518,11 @@ def _cases() -> list[_Case]:
             )
             for kind in ("softmax", "stick_breaking")
         ),
+        _Case(
+            "dense_ffn",
+            (normal(T, 2, H), w_gate_up[:, :I], w_down, torch.arange(E) % 2),
+            {"activation": "silu"},
+        ),
     ]
 
 

@@ -226,7 +226,8 @@ void run_fp8_item(const Fp8Desc& d, const Kernels<float>& k, const Fp8Item& it,
   }
   const int64_t expert_rows = d.expert_offsets[it.expert + 1] - d.expert_offsets[it.expert];
   if (expert_rows <= kFp8DotRows) return fp8_dot_item(d, k, it, fn);
-  k.pairs ? fp8_tile_item<true>(d, k, it, fn) : fp8_tile_item<false>(d, k, it, fn);
+  const bool pairs = k.pairs && expert_rows <= k.pairs_max_rows;
+  pairs ? fp8_tile_item<true>(d, k, it, fn) : fp8_tile_item<false>(d, k, it, fn);
 }
 
 inline double fp8_cost(const Fp8Desc& d) {

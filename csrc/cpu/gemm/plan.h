@@ -180,16 +180,17 @@ Path path_of(const GemmDesc<T>& d, const Kernels<T>& k, int64_t expert_rows) {
     return codes ? Path::kCodePanels : Path::kQuantPanels;
   }
   const bool amx = pairs && k.amx_panel != nullptr && expert_rows >= kAmxMinRows;
+  const bool multiply_pairs = pairs && expert_rows <= k.pairs_max_rows;
   if (d.b.panels != nullptr) {
-    return amx ? Path::kAmxPanels : pairs ? Path::kPairPanels : Path::kPanels;
+    return amx ? Path::kAmxPanels : multiply_pairs ? Path::kPairPanels : Path::kPanels;
   }
   if (d.b.stride_k != 1 && expert_rows <= kRankMaxRows) return Path::kRank;
-  if (d.b.stride_k != 1) return amx ? Path::kAmxNn : pairs ? Path::kPairNn : Path::kNn;
+  if (d.b.stride_k != 1) return amx ? Path::kAmxNn : multiply_pairs ? Path::kPairNn : Path::kNn;
   if (amx && d.in_features % 32 == 0) return Path::kAmxRows;
   // Every dot_tokens rows widen half types again.
   const bool half = sizeof(T) == 4 && d.b.type != DType::kFloat32;
   if (expert_rows <= (half ? 2 * k.dot_tokens : k.dot_max_rows)) return Path::kDot;
-  const bool two = pairs && d.in_features % 2 == 0 && d.b.stride_o % 2 == 0;
+  const bool two = multiply_pairs && d.in_features % 2 == 0 && d.b.stride_o % 2 == 0;
   if (expert_rows <= kStripMaxRows) return two ? Path::kPairStrip : Path::kStrip;
   return two ? Path::kPairNt : Path::kNt;
 }

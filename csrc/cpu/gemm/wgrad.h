@@ -189,11 +189,11 @@ void run_wgrad_item(const GroupedWgradParams& p, const Kernels<T>& k, const Wgra
     // In a bfloat16 block one operand is bfloat16 (tokens, or the gradient of the output); the
     // other may be an intermediate result in fp32.
     const bool pairs = k.pairs && (p.grad.type == DType::kBFloat16 || p.a.type == DType::kBFloat16);
-    const bool amx = pairs && k.amx_panel != nullptr;
-    if (amx && p.expert_offsets[e + 1] - p.expert_offsets[e] >= kAmxMinRows) {
+    const int64_t expert_rows = p.expert_offsets[e + 1] - p.expert_offsets[e];
+    if (pairs && k.amx_panel != nullptr && expert_rows >= kAmxMinRows) {
       return amx_wgrad_item(p, k, e, begin, end);
     }
-    if (pairs) return wgrad_item<true>(p, k, e, begin, end);
+    if (pairs && expert_rows <= k.pairs_max_rows) return wgrad_item<true>(p, k, e, begin, end);
   }
   wgrad_item<false>(p, k, e, begin, end);
 }

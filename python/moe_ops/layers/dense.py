@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from moe_ops.ops.dense_ffn import dense_ffn
 from moe_ops.ops.gated_act import gated_act
 
 if TYPE_CHECKING:
@@ -76,6 +77,17 @@ def expert_outputs(bank: Experts, x: Tensor, input_ids: Sequence[int] | None) ->
             raise ValueError(
                 f"{name}: input_ids must be {num_experts} numbers in [0, {x.shape[1]}), got {ids}."
             )
+    if not bank.gated and _fits(x, bank.w_gate_up, bank.w_down):
+        input_of = torch.tensor(ids, dtype=torch.int32)
+        return dense_ffn(
+            x,
+            bank.w_gate_up,
+            bank.w_down,
+            input_of,
+            b_up=bank.b_gate_up,
+            b_down=bank.b_down,
+            activation=bank.activation,
+        )
     h = grouped_linear(x, bank.w_gate_up, bank.b_gate_up, segments(ids))
     if bank.gated:
         h = gated_act(
@@ -90,6 +102,25 @@ def expert_outputs(bank: Experts, x: Tensor, input_ids: Sequence[int] | None) ->
     else:
         h = plain_activation(h, bank.activation)
     return grouped_linear(h, bank.w_down, bank.b_down, segments(range(num_experts)))
+
+
+# Elements of the weights of a bank, beyond which dense_ffn would wait for them at every block.
+DENSE_FFN_WEIGHTS = 1 << 22
+
+
+def _fits(x: Tensor, w_up: Tensor, w_down: Tensor) -> bool:
+    """Whether dense_ffn takes these operands and is the faster way."""
+    small = w_up.numel() + w_down.numel() <= DENSE_FFN_WEIGHTS
+    return x.device.type == "cpu" and small
+
+
+def low_rank_maps(x: Tensor, down: Tensor, up: Tensor, input_ids: Sequence[int]) -> Tensor:
+    """y[:, e] = x[:, input_ids[e]] down[e]^T up[e]^T: x [T, G, H], down [E, R, H], up [E, O, R]."""
+    if _fits(x, down, up):
+        ids = torch.tensor(input_ids, dtype=torch.int32)
+        return dense_ffn(x, down, up, ids, activation="none")
+    low = grouped_linear(x, down, None, segments(input_ids))
+    return grouped_linear(low, up, None)
 
 
 def grouped_linear(
@@ -243,11 +274,19 @@ def mix_outputs(outputs: Tensor, weights: Tensor) -> Tensor:
 
 
 class _Mix(torch.autograd.Function):
-    """bmm whose backward makes its gradient dense first."""
+    """bmm whose backward makes its gradient dense first.
+
+    One mixture of few outputs is rows times numbers, which elementwise code does faster.
+    """
 
     @staticmethod
     def forward(ctx: Any, outputs: Tensor, weights: Tensor) -> Tensor:
         ctx.save_for_backward(outputs, weights)
+        if weights.shape[1] == 1 and 1 <= weights.shape[2] <= 4:
+            y = outputs[:, :1] * weights[:, :, :1]
+            for e in range(1, weights.shape[2]):
+                y.addcmul_(outputs[:, e, None], weights[:, :, e, None])
+            return y
         return torch.bmm(weights, outputs)
 
     @staticmethod
@@ -256,7 +295,10 @@ class _Mix(torch.autograd.Function):
         outputs, weights = ctx.saved_tensors
         need_outputs, need_weights = ctx.needs_input_grad
         grad = grad.contiguous()
-        grad_outputs = torch.bmm(weights.transpose(1, 2), grad) if need_outputs else None
+        grad_outputs = None
+        if need_outputs:
+            spread = weights.transpose(1, 2)
+            grad_outputs = spread * grad if weights.shape[1] == 1 else torch.bmm(spread, grad)
         grad_weights = torch.bmm(grad, outputs.transpose(1, 2)) if need_weights else None
         return grad_outputs, grad_weights
 

@@ -8,6 +8,7 @@ and cast back at the end; fp64 stays fp64.
 from __future__ import annotations
 
 from .add_rms_norm import add_rms_norm
+from .dense_ffn import dense_ffn
 from .expert_choice_router import expert_choice_router
 from .gated_act import gated_act
 from .grouped_gemm import grouped_gemm, grouped_gemm_wgrad, grouped_sum
@@ -29,6 +30,7 @@ from .unpermute import unpermute
 
 __all__ = [
     "add_rms_norm",
+    "dense_ffn",
     "expert_choice_router",
     "gated_act",
     "grouped_gemm",

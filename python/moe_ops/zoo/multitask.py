@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_ops.layers import ExpertNorm, Experts, mix_outputs
-from moe_ops.layers.dense import grouped_linear
+from moe_ops.layers.dense import grouped_linear, low_rank_maps
 
 
 class Features(nn.Module):
@@ -182,8 +182,10 @@ class FeatureGate(nn.Module):
 
     def forward(self, v: Tensor) -> Tensor:
         """[T, V] (read by all) or [T, G, V] to the gated inputs [T, G, V]: v times its gate."""
-        low = self.down(v).view(v.shape[0], self.groups * self.num_lora, self.rank)
-        gates = self.up(low).sigmoid().unflatten(1, (self.groups, self.num_lora)).flatten(0, 1)
+        down = self.down.weight.unflatten(1, (self.num_lora, self.rank)).flatten(0, 1)
+        ids = [g if v.dim() == 3 else 0 for g in range(self.groups) for _ in range(self.num_lora)]
+        maps = low_rank_maps(v if v.dim() == 3 else v[:, None], down, self.up.weight, ids)
+        gates = maps.sigmoid().unflatten(1, (self.groups, self.num_lora)).flatten(0, 1)
         share = 2 * self.select(v).softmax(-1)
         gate = mix_outputs(gates, share.flatten(0, 1)).view(v.shape[0], self.groups, v.shape[-1])
         return gate * (v[:, None] if v.dim() == 2 else v)
