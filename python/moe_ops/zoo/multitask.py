@@ -182,13 +182,25 @@ class FeatureGate(nn.Module):
 
     def forward(self, v: Tensor) -> Tensor:
         """[T, V] (read by all) or [T, G, V] to the gated inputs [T, G, V]: v times its gate."""
-        down = self.down.weight.unflatten(1, (self.num_lora, self.rank)).flatten(0, 1)
-        ids = [g if v.dim() == 3 else 0 for g in range(self.groups) for _ in range(self.num_lora)]
-        maps = low_rank_maps(v if v.dim() == 3 else v[:, None], down, self.up.weight, ids)
-        gates = maps.sigmoid().unflatten(1, (self.groups, self.num_lora)).flatten(0, 1)
-        share = 2 * self.select(v).softmax(-1)
-        gate = mix_outputs(gates, share.flatten(0, 1)).view(v.shape[0], self.groups, v.shape[-1])
+        maps = self._maps(v).view(-1, self.num_lora, v.shape[-1])  # a gate of a token is a token
+        share = 2 * self.select(v).softmax(-1).view(-1, self.num_lora)
+        gate = mix_outputs(maps, share, activation="sigmoid")
+        gate = gate.view(v.shape[0], self.groups, v.shape[-1])
         return gate * (v[:, None] if v.dim() == 2 else v)
+
+    def _maps(self, v: Tensor) -> Tensor:
+        """v B_l A_l of every gate and pair: [T, G * L, V]."""
+        down = self.down.weight.unflatten(1, (self.num_lora, self.rank)).flatten(0, 1)
+        if self.num_lora > 2:
+            ids = [g if v.dim() == 3 else 0 for g in range(self.groups)]
+            ids = [g for g in ids for _ in range(self.num_lora)]
+            return low_rank_maps(v if v.dim() == 3 else v[:, None], down, self.up.weight, ids)
+        # A map of rank V / 2 costs a token as much in two products of V * V / 2 as in one of V * V
+        # with the product of the two, which is made once a batch and keeps nothing for backward.
+        full = torch.bmm(self.up.weight, down).view(self.groups, -1, v.shape[-1])
+        if v.dim() == 3:
+            return grouped_linear(v, full, None)
+        return F.linear(v, full.flatten(0, 1))
 
 
 class GatedLayer(nn.Module):
@@ -257,14 +269,17 @@ class GatedLayer(nn.Module):
         y = self.experts.outputs(
             x[:, 0] if same_input else x, None if same_input else self.input_ids
         )
-        y = F.relu(y) if self.norm is None else F.silu(self.norm(y))
         weights = self.gates(gate_x)
         total = weights
         if self.self_gates is not None:
             total = weights + self.self_gates(gate_x if self_x is None else self_x)
         if trace is not None:
+            y = F.relu(y) if self.norm is None else F.silu(self.norm(y))
             trace.append(Trace(y.detach(), weights.detach()))
-        return mix_outputs(y, total)
+            return mix_outputs(y, total)
+        if self.norm is None:
+            return mix_outputs(y, total, activation="relu")
+        return self.norm.mix(y, total)
 
 
 class Trace:
