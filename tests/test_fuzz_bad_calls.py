@@ -160,6 +160,7 @@ def good_call(op: str, s: Sizes) -> dict:
             return {
                 "outputs": s.float(s.t, s.e, s.o),
                 "weights": s.float(s.t, s.k, s.e),
+                "factor": s.float(s.t, s.k, s.o),
                 **features,
                 "activation": "silu",
             }
@@ -230,7 +231,7 @@ FREE_DIMS = {
     ("grouped_gemm", "a"): {0},
     ("moe_linear_map", "topk_ids"): {1},
     ("dense_ffn", "x"): {0, 1},
-    ("mix_experts", "weights"): {1},
+    ("mix_experts", "factor"): {0},
     ("grouped_sum", "expert_offsets"): {0},
     ("pack_experts", "w"): {0, 2},
     ("moa_attention", "q"): {1, 2},

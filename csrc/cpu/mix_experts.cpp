@@ -73,6 +73,30 @@ struct Padded {
   }
 };
 
+// y = factor * mixture from g, the gradient of y: g becomes that of the mixture, in `scaled`, and
+// that of the factor is added up over the tokens that share it.
+template <class T>
+const T* through_factor(const MixExpertsBwdParams& p, const Padded<T>& rows, int64_t t, const T* w,
+                        const T* z, const T* g, T* buffer) {
+  const Kernels<T>& k = rows.k;
+  const int64_t E = p.num_experts, M = p.num_mixtures, mixed = M * rows.pitch;
+  T *scaled = buffer, *f_rows = scaled + mixed, *mixture = f_rows + mixed, *sum = mixture + mixed;
+  const int64_t at = t / p.repeats * M;
+  k.load_row(kAccumulate<T>, g, scaled, mixed, T(1));
+  k.mix.slope(mixed, rows.load(p.factor, at, M, f_rows), {}, nullptr, scaled, nullptr, nullptr);
+  if (p.grad_factor == nullptr) return scaled;
+  k.mix.product(M, E, w, E, 1, z, mixture, rows.pitch);
+  k.mix.slope(mixed, g, {}, nullptr, mixture, nullptr, nullptr);
+  if (t % p.repeats == 0) std::fill(sum, sum + mixed, T(0));
+  k.axpy(kAccumulate<T>, mixture, T(1), sum, mixed);
+  if (t % p.repeats == p.repeats - 1) {
+    T* to = rows.target(p.grad_factor, at, sum);
+    if (to != sum) k.load_row(kAccumulate<T>, sum, to, mixed, T(1));
+    rows.store(sum, p.grad_factor, at, M);
+  }
+  return scaled;
+}
+
 // The weights [M, E] of token t as T.
 template <class T, class P>
 const T* load_weights(const Kernels<T>& k, const P& p, int64_t t, T* buffer) {
@@ -163,14 +187,19 @@ void run(const MixExpertsParams& p, const Parallel& par) {
   if (p.norm.batch) batch_statistics<T>(p, rows, par);
   const NormRows<T> norm(p, rows, scratch<T>(Scratch::kRows, 3 * n));
   parallel_range(par, p.num_tokens, cost_of(p), [&](int64_t begin, int64_t end) {
-    T* x_rows = scratch<T>(Scratch::kTile, 2 * n + M * rows.pitch + M * E);
-    T *z = x_rows + n, *y_rows = z + n, *w_row = y_rows + M * rows.pitch;
+    const int64_t mixed = M * rows.pitch;
+    T* x_rows = scratch<T>(Scratch::kTile, 2 * n + 2 * mixed + M * E);
+    T *z = x_rows + n, *y_rows = z + n, *f_rows = y_rows + mixed, *w_row = f_rows + mixed;
     for (int64_t t = begin; t < end; ++t) {
       const T* x = rows.load(p.outputs, t * E, E, x_rows);
       const T* w = load_weights(k, p, t, w_row);
       T* y = rows.target(p.y, t * M, y_rows);
       k.mix.act(p.act, norm.rows, x, n, z, nullptr);
       k.mix.product(M, E, w, E, 1, z, y, rows.pitch);
+      if (p.factor != nullptr) {
+        k.mix.slope(mixed, rows.load(p.factor, t / p.repeats * M, M, f_rows), {}, nullptr, y,
+                    nullptr, nullptr);
+      }
       rows.store(y, p.y, t * M, M);
     }
   });
@@ -181,8 +210,9 @@ void run_bwd(const MixExpertsBwdParams& p, const Parallel& par) {
   const Kernels<T>& k = kernels<T>();
   const int64_t E = p.num_experts, O = p.size, M = p.num_mixtures;
   const Padded<T> rows(k, p.type, O), kept(k, kAccumulate<T>, O);
-  const int64_t n = E * rows.pitch, parts = parts_of(p);
-  const int64_t blocks = ceil_div(p.num_tokens, kTokens);
+  const int64_t n = E * rows.pitch, mixed = M * rows.pitch, parts = parts_of(p);
+  const int64_t length = round_up(kTokens, p.repeats);  // of a block: whole runs of one factor
+  const int64_t blocks = ceil_div(p.num_tokens, length);
   const bool normed = p.norm.norm_weight != nullptr;
   // mean, scale, shift; at, by; then sums of a part: of gradients, of them times (x - mean).
   T* shared = scratch<T>(Scratch::kRows, 5 * n + 2 * parts * n);
@@ -191,18 +221,20 @@ void run_bwd(const MixExpertsBwdParams& p, const Parallel& par) {
   const NormRows<T> norm(p, rows, shared);
   const double cost = 2 * cost_of(p) * static_cast<double>(p.num_tokens);
   parallel_items(par, parts, cost, [&](int64_t part) {
-    T* x_rows = scratch<T>(Scratch::kTile, 6 * n + M * rows.pitch + 2 * M * E);
+    T* x_rows = scratch<T>(Scratch::kTile, 6 * n + 5 * mixed + 2 * M * E);
     T *z = x_rows + n, *slope = z + n, *d_rows = slope + n, *block = d_rows + n;
-    T *g_rows = block + 2 * n, *w_row = g_rows + M * rows.pitch, *dw_row = w_row + M * E;
+    T *g_rows = block + 2 * n, *f_rows = g_rows + mixed;
+    T *w_row = f_rows + 4 * mixed, *dw_row = w_row + M * E;
     T* total = sums + 2 * part * n;
     std::fill(total, total + 2 * n, T(0));
     for (int64_t b = blocks * part / parts; b < blocks * (part + 1) / parts; ++b) {
       std::fill(block, block + 2 * n, T(0));
-      for (int64_t t = b * kTokens; t < std::min((b + 1) * kTokens, p.num_tokens); ++t) {
+      for (int64_t t = b * length; t < std::min((b + 1) * length, p.num_tokens); ++t) {
         const T* x = rows.load(p.outputs, t * E, E, x_rows);
         const T* g = rows.load(p.grad_y, t * M, M, g_rows);
         const T* w = load_weights(k, p, t, w_row);
         k.mix.act(p.act, norm.rows, x, n, z, slope);
+        if (p.factor != nullptr) g = through_factor(p, rows, t, w, z, g, f_rows);
         if (p.grad_weights != nullptr) {
           T* dw = p.type == kAccumulate<T> ? static_cast<T*>(p.grad_weights) + t * M * E : dw_row;
           k.mix.weight_grads(M, E, g, z, dw, rows.pitch);

@@ -60,7 +60,7 @@ Norm norm_of(const Op& op, const Tensor& outputs, const OptTensor& norm_weight,
 }
 
 template <class P>
-void set_sizes(const Op& op, const Tensor& outputs, const Tensor& weights,
+void set_sizes(const Op& op, const Tensor& outputs, const Tensor& weights, const OptTensor& factor,
                const std::string& activation, P& p) {
   p.type = check_float(op, "outputs", outputs);
   check_dim(op, "outputs", outputs, 3, "[T, E, O]");
@@ -74,16 +74,29 @@ void set_sizes(const Op& op, const Tensor& outputs, const Tensor& weights,
   p.num_experts = outputs.size(1);
   p.size = outputs.size(2);
   p.num_mixtures = weights.size(1);
+  p.factor = nullptr;
+  p.repeats = 1;
+  if (!factor.has_value()) return;
+  check_same_dtype(op, "factor", *factor, "outputs", outputs);
+  check_dim(op, "factor", *factor, 3, "[T / r, M, O]");
+  check_size(op, "factor", *factor, 1, weights.size(1), "M");
+  check_size(op, "factor", *factor, 2, outputs.size(2), "O");
+  const int64_t given = factor->size(0);
+  MOE_CHECK(p.num_tokens == 0 ? given == 0 : given > 0 && p.num_tokens % given == 0, op,
+            ": factor must have a number of rows that divides T = ", p.num_tokens, ", got shape ",
+            shape_string(*factor), ".");
+  if (given > 0) p.repeats = p.num_tokens / given;
 }
 
 std::tuple<Tensor, Tensor, Tensor> mix_experts(const Tensor& outputs, const Tensor& weights,
+                                               const OptTensor& factor,
                                                const OptTensor& norm_weight,
                                                const OptTensor& norm_bias, const OptTensor& mean,
                                                const OptTensor& var, std::string activation,
                                                double eps) {
   constexpr const char* kOp = "mix_experts";
   MixExpertsParams p;
-  set_sizes(kOp, outputs, weights, activation, p);
+  set_sizes(kOp, outputs, weights, factor, activation, p);
   const Norm norm = norm_of(kOp, outputs, norm_weight, norm_bias, mean, var, eps);
   p.norm = norm.norm;
   p.norm.batch = norm.weight.has_value() && !norm.mean.has_value();
@@ -98,6 +111,8 @@ std::tuple<Tensor, Tensor, Tensor> mix_experts(const Tensor& outputs, const Tens
     p.norm.var = batch_var.mutable_data_ptr();
   }
   const Tensor x = dense(outputs), w = dense(weights);
+  const OptTensor f = contiguous_as(factor, outputs.scalar_type());
+  p.factor = f.has_value() ? f->const_data_ptr() : nullptr;
   p.outputs = x.const_data_ptr();
   p.weights = w.const_data_ptr();
   p.y = y.mutable_data_ptr();
@@ -105,14 +120,14 @@ std::tuple<Tensor, Tensor, Tensor> mix_experts(const Tensor& outputs, const Tens
   return {y, batch_mean, batch_var};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> mix_experts_bwd(
-    const Tensor& grad_y, const Tensor& outputs, const Tensor& weights,
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mix_experts_bwd(
+    const Tensor& grad_y, const Tensor& outputs, const Tensor& weights, const OptTensor& factor,
     const OptTensor& norm_weight, const OptTensor& norm_bias, const OptTensor& mean,
     const OptTensor& var, std::string activation, double eps, bool batch, bool need_weights,
-    bool need_norm_weight, bool need_norm_bias) {
+    bool need_factor, bool need_norm_weight, bool need_norm_bias) {
   constexpr const char* kOp = "mix_experts_bwd";
   MixExpertsBwdParams p;
-  set_sizes(kOp, outputs, weights, activation, p);
+  set_sizes(kOp, outputs, weights, factor, activation, p);
   const Norm norm = norm_of(kOp, outputs, norm_weight, norm_bias, mean, var, eps);
   MOE_CHECK(norm.weight.has_value() == norm.mean.has_value(), kOp,
             ": mean must come with norm_weight, got None.");
@@ -134,7 +149,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mix_experts_bwd(
   Tensor grad_scale = made(need_norm_weight && normed, {p.num_experts, p.size}, acc);
   Tensor grad_shift = made(need_norm_bias && normed, {p.num_experts, p.size}, acc);
   Tensor grad_normed = p.norm.batch && dtype != acc ? empty_cpu(all, acc) : grad_outputs;
+  need_factor = need_factor && factor.has_value();
+  Tensor grad_factor = made(need_factor, {p.num_tokens / p.repeats, p.num_mixtures, p.size}, dtype);
   const Tensor g = dense(grad_y), x = dense(outputs), w = dense(weights);
+  const OptTensor f = contiguous_as(factor, dtype);
+  p.factor = f.has_value() ? f->const_data_ptr() : nullptr;
+  p.grad_factor = need_factor ? grad_factor.mutable_data_ptr() : nullptr;
   const auto out = [](bool wanted, Tensor& t) { return wanted ? t.mutable_data_ptr() : nullptr; };
   p.grad_y = g.const_data_ptr();
   p.outputs = x.const_data_ptr();
@@ -145,7 +165,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mix_experts_bwd(
   p.grad_norm_weight = out(need_norm_weight && normed, grad_scale);
   p.grad_norm_bias = out(need_norm_bias && normed, grad_shift);
   cpu::mix_experts_bwd(p, torch_parallel());
-  return {grad_outputs, grad_weights, grad_scale, grad_shift};
+  return {grad_outputs, grad_weights, grad_factor, grad_scale, grad_shift};
 }
 
 }  // namespace

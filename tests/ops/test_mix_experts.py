@@ -16,7 +16,7 @@ from moe_ops.testing import (
     short,
 )
 
-FLOATS = ("outputs", "weights", "norm_weight", "norm_bias")
+FLOATS = ("outputs", "weights", "factor", "norm_weight", "norm_bias")
 NORMS = ("plain", "given", "batch")
 
 
@@ -40,7 +40,7 @@ def mixture(function):
     return lambda **call: function(**call)[0]
 
 
-def magnitude(outputs, weights, norm_weight=None, norm_bias=None, mean=None, var=None, **rest):
+def magnitude(outputs, weights, factor=None, norm_weight=None, norm_bias=None, mean=None, var=None, **rest):
     """Bounds values and, as a function of every operand, their derivatives.
 
     |act| <= 1 + |n| with slopes of at most 1.1. Batch statistics: a normalised feature and the
@@ -57,7 +57,10 @@ def magnitude(outputs, weights, norm_weight=None, norm_bias=None, mean=None, var
         n = n * norm_weight + norm_bias
     act = rest["activation"]
     n = n if act == "none" else 1 + 1.1 * n + (0.3 * n * n if act in ("silu", "sigmoid") else 0)
-    return torch.einsum("tme,teo->tmo", weights, n)
+    y = torch.einsum("tme,teo->tmo", weights, n)
+    return y if factor is None or not len(factor) else y * factor.repeat_interleave(
+        len(y) // len(factor), 0
+    )
 
 
 def check(call, wrt=None, **kwargs):
@@ -82,6 +85,17 @@ def check(call, wrt=None, **kwargs):
 )
 def test_sizes(experts, size, mixtures, dtype, norm):
     check(operands(19, experts, size, mixtures, dtype, norm, "silu"))
+
+
+@pytest.mark.parametrize("repeats", [1, 2, 3, 7, 84])
+@pytest.mark.parametrize("size", [5, 32])
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+def test_factor(dtype, size, repeats):
+    """Runs of tokens that share one, also where a block of tokens would cut them."""
+    for norm in ("plain", "batch"):
+        call = operands(84 * 5, 2, size, 3, dtype, norm, "sigmoid")
+        call["factor"] = torch.randn(84 * 5 // repeats, 3, size).to(dtype)
+        check(call)
 
 
 @pytest.mark.parametrize("activation", MIX_ACTIVATIONS)
@@ -116,6 +130,7 @@ def test_empty_sizes(dtype, norm, shape):
 @pytest.mark.parametrize("name", [*FLOATS, "mean", "var"])
 def test_views(name, view):
     call = operands(12, 3, 7, 2, torch.float32, "given", "silu")
+    call["factor"] = torch.randn(4, 2, 7)
     call[name] = as_strided_copy(call[name], view)
     check(call, grad_view=view)
 
@@ -123,6 +138,7 @@ def test_views(name, view):
 @pytest.mark.parametrize("norm", NORMS)
 def test_one_gradient_at_a_time(norm):
     call = operands(150, 3, 8, 2, torch.float32, norm, "silu")
+    call["factor"] = torch.randn(50, 2, 8)
     for wanted in FLOATS:
         if wanted in call:
             check(call, [wanted])
@@ -131,7 +147,8 @@ def test_one_gradient_at_a_time(norm):
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("activation", ["none", "silu", "sigmoid"])
 def test_gradcheck(activation, norm):
-    call = operands(5, 3, 4, 2, torch.float64, norm, activation)
+    call = operands(6, 3, 4, 2, torch.float64, norm, activation)
+    call["factor"] = torch.randn(3, 2, 4, dtype=torch.float64)
     names = [name for name in FLOATS if name in call]
     rest = {name: value for name, value in call.items() if name not in names}
     leaves = [call[name].requires_grad_() for name in names]
@@ -174,13 +191,14 @@ def test_opcheck(norm, requires_grad):
     for name in FLOATS:
         if name in call:
             call[name].requires_grad_(requires_grad)
-    names = ("outputs", "weights", "norm_weight", "norm_bias", "mean", "var", "activation")
+    names = ("outputs", "weights", "factor", "norm_weight", "norm_bias", "mean", "var", "activation")
     args = tuple(call.get(name) for name in names)
     torch.library.opcheck(torch.ops.moe_ops.mix_experts.default, args)
 
 
 def test_compile():
     call = operands(7, 3, 5, 2, torch.float32, "batch", "silu")
+    call["factor"] = torch.randn(7, 2, 5)
     leaves = [call[name].requires_grad_() for name in FLOATS]
     compiled = torch.compile(moe_ops.mix_experts, fullgraph=True, backend="aot_eager")
     got, want = compiled(**call)[0], moe_ops.mix_experts(**call)[0]
@@ -204,6 +222,7 @@ def test_autocast_computes_in_its_type():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=short)
 def test_same_bits_for_any_thread_count(dtype, norm, set_threads):
     call = operands(3000, 5, 17, 4, dtype, norm, "silu")
+    call["factor"] = torch.randn(1000, 4, 17).to(dtype)
     leaves = [call[name].requires_grad_() for name in FLOATS if name in call]
     grad = torch.randn(3000, 4, 17).to(dtype)
     runs = []
@@ -232,6 +251,8 @@ def test_nan_stays_with_its_token():
         ({"weights": torch.zeros(4, 2, 4)}, ["weights must have E = 3", "[4, 2, 4]"]),
         ({"weights": torch.zeros(5, 2, 3)}, ["weights must have T = 4", "[5, 2, 3]"]),
         ({"weights": torch.zeros(4, 2, 3).double()}, ["weights must be float32", "float64"]),
+        ({"factor": torch.zeros(3, 2, 5)}, ["factor must have", "divides T = 4", "[3, 2, 5]"]),
+        ({"factor": torch.zeros(4, 1, 5)}, ["factor must have M = 2", "[4, 1, 5]"]),
         ({"norm_weight": torch.zeros(3, 4)}, ["norm_weight must have O = 5", "[3, 4]"]),
         ({"norm_bias": torch.zeros(3, 5).double()}, ["norm_bias must be float32", "float64"]),
         ({"norm_bias": None}, ["norm_bias must come with norm_weight", "None"]),

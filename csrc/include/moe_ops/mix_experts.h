@@ -1,5 +1,5 @@
 // mix_experts: y[t, m] = sum_e weights[t, m, e] * act(n[t, e]) with n = outputs, or outputs
-// normalised over tokens. Letters: T tokens, E experts, O outputs of one, M mixtures.
+// normalised over tokens; times factor[t / repeats, m] if there is one. Letters: T tokens, E experts, O outputs of one, M mixtures.
 #pragma once
 
 #include <cstdint>
@@ -29,6 +29,8 @@ struct MixExpertsParams {
   int64_t num_tokens, num_experts, size, num_mixtures;  // T, E, O, M
   const void* outputs;                                  // [T, E, O]
   const void* weights;                                  // [T, M, E]
+  const void* factor;                                   // [T / repeats, M, O] or nullptr
+  int64_t repeats;                                      // divides T
   MixNorm norm;
   void* y;  // [T, M, O], out
 };
@@ -41,12 +43,15 @@ struct MixExpertsBwdParams {
   const void* grad_y;  // [T, M, O]
   const void* outputs;
   const void* weights;
+  const void* factor;
+  int64_t repeats;
   MixNorm norm;
   void* grad_outputs;  // [T, E, O]
   // [T, E, O] in the accumulate type, scratch: gradients of n, whose sums over tokens those of
   // outputs need. It may be grad_outputs itself. Used where norm.batch.
   void* grad_normed;
   void* grad_weights;      // [T, M, E]
+  void* grad_factor;       // [T / repeats, M, O]
   void* grad_norm_weight;  // [E, O] in the accumulate type
   void* grad_norm_bias;
 };

@@ -243,13 +243,16 @@ def plain_activation(x: Tensor, activation: str) -> Tensor:
     return h * h if activation == "relu2" else h
 
 
-def mix_outputs(outputs: Tensor, weights: Tensor, *, activation: str = "none") -> Tensor:
+def mix_outputs(
+    outputs: Tensor, weights: Tensor, *, activation: str = "none", factor: Tensor | None = None
+) -> Tensor:
     """Mixtures of what all experts made: y[t, m] = sum_e weights[t, m, e] * act(outputs[t, e]).
 
     Args:
         outputs: [T, E, O].
         weights: [T, E] for one mixture, or [T, M, E]; in the dtype of `outputs`.
         activation: "none", "relu", "silu" or "sigmoid".
+        factor: [T / r, O], or [T / r, M, O]: y[t] is multiplied by factor[t / r]. Or None.
 
     Returns:
         [T, O], or [T, M, O].
@@ -260,10 +263,14 @@ def mix_outputs(outputs: Tensor, weights: Tensor, *, activation: str = "none") -
     _check_mixture("mix_outputs", outputs, weights)
     one = weights.dim() == 2
     w = weights[:, None] if one else weights
+    if factor is not None and one:
+        factor = factor[:, None]
     if outputs.device.type == "cpu":
-        y = mix_experts(outputs, w, activation=activation)[0]
+        y = mix_experts(outputs, w, factor=factor, activation=activation)[0]
     else:
         y = torch.bmm(w, _ACTIVATIONS[activation](outputs))
+        if factor is not None:
+            y = (y.unflatten(0, (factor.shape[0], -1)) * factor[:, None]).flatten(0, 1)
     return y[:, 0] if one else y
 
 

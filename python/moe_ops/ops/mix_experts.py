@@ -32,6 +32,7 @@ def mix_experts(
     outputs: Tensor,
     weights: Tensor,
     *,
+    factor: Tensor | None = None,
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
     mean: Tensor | None = None,
@@ -51,6 +52,8 @@ def mix_experts(
             strides.
         weights: [T, M, E] in the dtype of outputs, any strides. A weight of 0 is no mask: it gets
             its gradient, and 0 times NaN is NaN.
+        factor: [T / r, M, O] in the dtype of outputs: y[t] is multiplied by factor[t / r], which r
+            tokens in a row share. Or None.
         norm_weight: [E, O] float32 (float64 for float64), or None: no normalisation.
         norm_bias: the same; together with norm_weight.
         mean: [E, O] float32 (float64 for float64), constants; None: those of the T tokens.
@@ -65,7 +68,7 @@ def mix_experts(
 
     Raises:
         ValueError: wrong dtype, rank, size, activation or eps, one tensor of a pair without the
-            other, or statistics without norm_weight.
+            other, a number of rows of factor that does not divide T, or statistics without norm_weight.
         NotImplementedError: on a second derivative, or for CUDA tensors.
 
     Source:
@@ -76,6 +79,7 @@ def mix_experts(
         torch.ops.moe_ops.mix_experts,
         outputs,
         weights,
+        factor,
         norm_weight,
         norm_bias,
         mean,
@@ -89,6 +93,7 @@ def _check(
     op: str,
     outputs: Tensor,
     weights: Tensor,
+    factor: Tensor | None,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
     mean: Tensor | None,
@@ -107,6 +112,18 @@ def _check(
         activation in MIX_ACTIVATIONS,
         f"{op}: activation must be one of {', '.join(MIX_ACTIVATIONS)}, got '{activation}'.",
     )
+    if factor is not None:
+        check_same_dtype(op, "factor", factor, "outputs", outputs)
+        check_dim(op, "factor", factor, 3, "[T / r, M, O]")
+        check_size(op, "factor", factor, 1, weights.shape[1], "M")
+        check_size(op, "factor", factor, 2, outputs.shape[2], "O")
+        tokens, given = outputs.shape[0], factor.shape[0]
+        check(
+            given == 0 if tokens == 0 else given > 0 and tokens % given == 0,
+            f"{op}: factor must have a number of rows that divides T = {tokens}, got shape "
+            f"{list(factor.shape)}.",
+        )
+        check_same_device(op, outputs=outputs, factor=factor)
     named = {"norm_weight": norm_weight, "norm_bias": norm_bias, "mean": mean, "var": var}
     for first, second in (("norm_weight", "norm_bias"), ("mean", "var")):
         for there, missing in ((first, second), (second, first)):
@@ -138,6 +155,7 @@ def _check(
 def _(
     outputs: Tensor,
     weights: Tensor,
+    factor: Tensor | None = None,
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
     mean: Tensor | None = None,
@@ -145,7 +163,7 @@ def _(
     activation: str = "none",
     eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check(_OP, outputs, weights, norm_weight, norm_bias, mean, var, activation, eps)
+    _check(_OP, outputs, weights, factor, norm_weight, norm_bias, mean, var, activation, eps)
     y = outputs.new_empty((outputs.shape[0], weights.shape[1], outputs.shape[2]))
     batch = norm_weight is not None and mean is None
     shape = tuple(outputs.shape[1:]) if batch else (0,)
@@ -158,6 +176,7 @@ def _(
     grad_y: Tensor,
     outputs: Tensor,
     weights: Tensor,
+    factor: Tensor | None,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
     mean: Tensor | None,
@@ -166,11 +185,12 @@ def _(
     eps: float,
     batch: bool,
     need_weights: bool,
+    need_factor: bool,
     need_norm_weight: bool,
     need_norm_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     op = "mix_experts_bwd"
-    _check(op, outputs, weights, norm_weight, norm_bias, mean, var, activation, eps)
+    _check(op, outputs, weights, factor, norm_weight, norm_bias, mean, var, activation, eps)
     check(
         norm_weight is None or mean is not None,
         f"{op}: mean must come with norm_weight, got None.",
@@ -190,40 +210,43 @@ def _(
     return (
         outputs.new_empty(tuple(outputs.shape)),
         made(need_weights, tuple(weights.shape), outputs.dtype),
+        outputs.new_empty(tuple(factor.shape) if factor is not None and need_factor else (0,)),
         made(need_norm_weight and normed, features, acc),
         made(need_norm_bias and normed, features, acc),
     )
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    outputs, weights, norm_weight, norm_bias, mean, var, activation, eps = inputs
+    outputs, weights, factor, norm_weight, norm_bias, mean, var, activation, eps = inputs
     _, batch_mean, batch_var = output
     ctx.mark_non_differentiable(batch_mean, batch_var)
     ctx.set_materialize_grads(False)
     ctx.batch = norm_weight is not None and mean is None
     if ctx.batch:
         mean, var = batch_mean, batch_var
-    ctx.save_for_backward(outputs, weights, norm_weight, norm_bias, mean, var)
+    ctx.save_for_backward(outputs, weights, factor, norm_weight, norm_bias, mean, var)
     ctx.activation, ctx.eps = activation, eps
 
 
 def _backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
     if grad is None:
-        return (None,) * 8
-    need_outputs, need_weights, need_scale, need_shift, *_rest = needs_input_grad(ctx, 8)
-    g_outputs, g_weights, g_scale, g_shift = torch.ops.moe_ops.mix_experts_bwd(
+        return (None,) * 9
+    need_outputs, need_weights, need_factor, need_scale, need_shift, *_ = needs_input_grad(ctx, 9)
+    g_outputs, g_weights, g_factor, g_scale, g_shift = torch.ops.moe_ops.mix_experts_bwd(
         grad,
         *ctx.saved_tensors,
         ctx.activation,
         ctx.eps,
         ctx.batch,
         need_weights,
+        need_factor,
         need_scale,
         need_shift,
     )
     return (
         g_outputs if need_outputs else None,
         g_weights if need_weights else None,
+        g_factor if need_factor else None,
         g_scale if need_scale else None,
         g_shift if need_shift else None,
         None,
@@ -235,6 +258,6 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Any, ..
 
 torch.library.register_autograd("moe_ops::mix_experts", _backward, setup_context=_setup)
 register_no_double_backward("mix_experts_bwd", "mix_experts")
-register_autocast("mix_experts", ["outputs", "weights"])
+register_autocast("mix_experts", ["outputs", "weights", "factor"])
 for _name in ("mix_experts", "mix_experts_bwd"):
     register_cpu_only(_name, "layers.GatedLayer's parts compute it from torch's ops there")

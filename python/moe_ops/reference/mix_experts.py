@@ -11,6 +11,7 @@ def mix_experts(
     outputs: Tensor,
     weights: Tensor,
     *,
+    factor: Tensor | None = None,
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
     mean: Tensor | None = None,
@@ -30,4 +31,6 @@ def mix_experts(
         n = (n - mean) / (var + eps).sqrt() * norm_weight + norm_bias
     act = {"none": lambda v: v, "relu": F.relu, "silu": F.silu, "sigmoid": torch.sigmoid}
     y = torch.einsum("tme,teo->tmo", weights.to(acc), act[activation](n))
+    if factor is not None and len(factor) > 0:
+        y = y * factor.to(acc).repeat_interleave(len(y) // len(factor), 0)
     return y.to(outputs.dtype), batch_mean, batch_var

@@ -104,13 +104,21 @@ class GroupedLinear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(groups, out_size)) if bias else None
         nn.init.uniform_(self.weight, -(in_size**-0.5), in_size**-0.5)
 
-    def forward(self, x: Tensor, input_ids: Sequence[int] | None = None) -> Tensor:
-        """[T, H], read by all, or [T, G, H], to [T, G, O]; with input_ids, map g reads x[:, id]."""
+    def forward(
+        self, x: Tensor, input_ids: Sequence[int] | None = None, closed: Tensor | None = None
+    ) -> Tensor:
+        """[T, H], read by all, or [T, G, H], to [T, G, O].
+
+        With input_ids, map g reads x[:, id]; where closed [G, O] is True, results are -inf.
+        """
+        bias = self.bias
+        if closed is not None and bias is not None:
+            bias = bias.masked_fill(closed, -torch.inf)
         if x.dim() == 3:
             plan = None if input_ids is None else segments(input_ids)
-            return grouped_linear(x, self.weight, self.bias, plan)
+            return grouped_linear(x, self.weight, bias, plan)
         groups, out_size, _ = self.weight.shape
-        flat = None if self.bias is None else self.bias.flatten()
+        flat = None if bias is None else bias.flatten()
         return F.linear(x, self.weight.flatten(0, 1), flat).view(-1, groups, out_size)
 
 
@@ -155,15 +163,16 @@ class Gates(nn.Module):
         """[T, H] or [T, M, H] to weights [T, M, E]; with input_ids, gate m reads x[:, id]."""
         if self.linear is None:
             return self.mask.to(x.dtype).expand(x.shape[0], -1, -1)
-        logits = self.linear(x, input_ids)
+        # A bias of -inf closes a logit, whose softmax or sigmoid and their gradients are then 0.
         if not self.has_lone:
-            return logits.masked_fill(self.closed, -torch.inf).softmax(-1)
+            return self.linear(x, input_ids, closed=self.closed).softmax(-1)
+        if self.all_lone and self.lone == "sigmoid":
+            return self.linear(x, input_ids, closed=~self.mask).sigmoid()
+        logits = self.linear(x, input_ids)
         if self.lone == "sigmoid":
             alone = logits.sigmoid() * self.mask
         else:
             alone = self.mask.to(logits.dtype).expand(logits.shape)
-        if self.all_lone:
-            return alone
         mixed = logits.masked_fill(self.closed, -torch.inf).softmax(-1)
         return torch.where(self.lone_rows, alone, mixed)
 
@@ -200,10 +209,29 @@ class FeatureGate(nn.Module):
         """
         # A gate of a token is a token.
         maps = self._maps(v, input_ids).view(-1, self.num_lora, v.shape[-1])
-        share = 2 * self.select(v, input_ids).softmax(-1).view(-1, self.num_lora)
-        gate = mix_outputs(maps, share, activation="sigmoid")
-        gate = gate.view(v.shape[0], self.groups, v.shape[-1])
-        return gate * (v[:, None] if v.dim() == 2 else spread(v, input_ids))
+        share = self._share(v, input_ids).view(-1, self.num_lora)
+        if v.dim() == 3 and input_ids is not None:
+            # Inputs that all have as many gates need not be copied for each.
+            counts = Counter(input_ids)
+            even = len(set(counts.values())) == 1 and len(counts) == v.shape[1]
+            v = v if even else spread(v, input_ids)
+        gated = mix_outputs(
+            maps, share, activation="sigmoid", factor=v.reshape(-1, v.shape[-1])
+        )
+        return gated.view(v.shape[0], self.groups, v.shape[-1])
+
+    def _share(self, v: Tensor, input_ids: Sequence[int] | None) -> Tensor:
+        """Twice the softmax over pairs, [T, G, L]."""
+        if self.num_lora != 2:
+            return 2 * self.select(v, input_ids).softmax(-1)
+        # Of two numbers, it is the sigmoid of their difference, and that is a map of its own.
+        weight = self.select.weight[:, :1] - self.select.weight[:, 1:]
+        bias = self.select.bias[:, :1] - self.select.bias[:, 1:]
+        if v.dim() == 2:
+            apart = F.linear(v, weight[:, 0], bias[:, 0])[..., None]
+        else:
+            apart = grouped_linear(v, weight, bias, input_ids and segments(input_ids))
+        return 2 * torch.cat([apart, -apart], dim=-1).sigmoid()
 
     def _maps(self, v: Tensor, input_ids: Sequence[int] | None) -> Tensor:
         """v B_l A_l of every gate and pair: [T, G * L, V]."""
