@@ -192,9 +192,8 @@ void run(const DenseFfnParams& p, const Parallel& par) {
         if (p.b_up != nullptr) set_ones(x, m, H);
         loaded = g;
       }
-      T* saved = p.preact == nullptr
-                     ? nullptr
-                     : static_cast<T*>(p.preact) + (e * s.num_tokens + t0) * I;
+      T* saved =
+          p.preact == nullptr ? nullptr : static_cast<T*>(p.preact) + (e * s.num_tokens + t0) * I;
       T* u = keep_u ? saved : u_block;
       multiply(k, m, up_k, x, up, w_up + e * up.elements(), u, ldu, false);
       if (saved != nullptr && !keep_u) {

@@ -28,8 +28,8 @@ int64_t parts_of(const P& p) {
 // Elementary operations of a token, in vectors.
 template <class P>
 double cost_of(const P& p) {
-  return static_cast<double>(p.num_experts * p.size) *
-         (4.0 + static_cast<double>(p.num_mixtures)) / 8;
+  return static_cast<double>(p.num_experts * p.size) * (4.0 + static_cast<double>(p.num_mixtures)) /
+         8;
 }
 
 // Rows of `size` elements of some type as T, `pitch` apart with zeros between, and back.

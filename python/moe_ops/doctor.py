@@ -585,7 +585,9 @@ def _function(module: Any, op: str) -> Callable[..., Any]:
         return _fp8_function(module, op)
     if op == "mix_experts":
 
-        def mixture_alone(outputs: Tensor, *args: Tensor, activation: str, **norm: Tensor) -> Tensor:
+        def mixture_alone(
+            outputs: Tensor, *args: Tensor, activation: str, **norm: Tensor
+        ) -> Tensor:
             acc = torch.float64 if outputs.dtype == torch.float64 else torch.float32
             wide = {name: t.to(acc) for name, t in norm.items()}
             return function(outputs, *args, activation=activation, **wide)[0]

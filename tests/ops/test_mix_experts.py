@@ -40,7 +40,16 @@ def mixture(function):
     return lambda **call: function(**call)[0]
 
 
-def magnitude(outputs, weights, factor=None, norm_weight=None, norm_bias=None, mean=None, var=None, **rest):
+def magnitude(
+    outputs,
+    weights,
+    factor=None,
+    norm_weight=None,
+    norm_bias=None,
+    mean=None,
+    var=None,
+    **rest,
+):
     """Bounds values and, as a function of every operand, their derivatives.
 
     |act| <= 1 + |n| with slopes of at most 1.1. Batch statistics: a normalised feature and the
@@ -58,8 +67,10 @@ def magnitude(outputs, weights, factor=None, norm_weight=None, norm_bias=None, m
     act = rest["activation"]
     n = n if act == "none" else 1 + 1.1 * n + (0.3 * n * n if act in ("silu", "sigmoid") else 0)
     y = torch.einsum("tme,teo->tmo", weights, n)
-    return y if factor is None or not len(factor) else y * factor.repeat_interleave(
-        len(y) // len(factor), 0
+    return (
+        y
+        if factor is None or not len(factor)
+        else y * factor.repeat_interleave(len(y) // len(factor), 0)
     )
 
 
@@ -81,7 +92,16 @@ def check(call, wrt=None, **kwargs):
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
 @pytest.mark.parametrize(
     ("experts", "size", "mixtures"),
-    [(1, 1, 1), (2, 3, 1), (3, 8, 2), (5, 16, 4), (8, 32, 3), (16, 32, 8), (17, 33, 9), (31, 5, 13)],
+    [
+        (1, 1, 1),
+        (2, 3, 1),
+        (3, 8, 2),
+        (5, 16, 4),
+        (8, 32, 3),
+        (16, 32, 8),
+        (17, 33, 9),
+        (31, 5, 13),
+    ],
 )
 def test_sizes(experts, size, mixtures, dtype, norm):
     check(operands(19, experts, size, mixtures, dtype, norm, "silu"))
@@ -191,7 +211,7 @@ def test_opcheck(norm, requires_grad):
     for name in FLOATS:
         if name in call:
             call[name].requires_grad_(requires_grad)
-    names = ("outputs", "weights", "factor", "norm_weight", "norm_bias", "mean", "var", "activation")
+    names = (*FLOATS, "mean", "var", "activation")
     args = tuple(call.get(name) for name in names)
     torch.library.opcheck(torch.ops.moe_ops.mix_experts.default, args)
 

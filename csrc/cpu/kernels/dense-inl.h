@@ -15,6 +15,34 @@ inline Vec<T> load_some(const S* p, int64_t n) {
   return n >= kLanes<T> ? load_as(p) : load_part<T>(p, n);
 }
 
+// Vectors of 32 columns, the runs that are taken at once: what to do with them is asked, and sums
+// are read and written, once a run and not once a vector.
+template <class T>
+constexpr int kDenseRun = 32 / kLanes<T>;
+
+template <class T>
+struct DenseRun {
+  Vec<T> v[kDenseRun<T>];
+  void clear() {
+#pragma GCC unroll 16
+    for (int i = 0; i < kDenseRun<T>; ++i) v[i] = Vec<T>{};
+  }
+  void add(const DenseRun& other) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kDenseRun<T>; ++i) v[i] += other.v[i];
+  }
+  void put(T* p) const {
+#pragma GCC unroll 16
+    for (int i = 0; i < kDenseRun<T>; ++i) store<T>(p + i * kLanes<T>, v[i]);
+  }
+  void add_to(T* p) const {
+#pragma GCC unroll 16
+    for (int i = 0; i < kDenseRun<T>; ++i) {
+      store<T>(p + i * kLanes<T>, load<T>(p + i * kLanes<T>) + v[i]);
+    }
+  }
+};
+
 // Where vector i of row r lies in panels of `rows` rows and n columns.
 template <class T>
 inline T* panel_place(T* panels, int64_t rows, int64_t r, int64_t i, int64_t n) {
@@ -28,8 +56,22 @@ void dense_copy(DType type, const void* src, int64_t ld, int64_t rows, int64_t n
                 int64_t ld_first, T* second, int64_t ld_second, T* sum) {
   constexpr int W = kLanes<T>;
   with_type<T>(type, src, [&](const auto* p) {
-    for (int64_t r = 0; r < rows; ++r, p += ld) {
-      for (int64_t i = 0; i < n; i += W) {
+    int64_t begin = 0;
+    for (; begin + 32 <= n; begin += 32) {
+      DenseRun<T> total, run;
+      total.clear();
+      const auto* q = p + begin;
+      for (int64_t r = 0; r < rows; ++r, q += ld) {
+#pragma GCC unroll 16
+        for (int i = 0; i < kDenseRun<T>; ++i) run.v[i] = load_as(q + i * W);
+        if (first != nullptr) run.put(first + r * ld_first + begin);
+        if (second != nullptr) run.put(second + r * ld_second + begin);
+        if (sum != nullptr) total.add(run);
+      }
+      if (sum != nullptr) total.add_to(sum + begin);
+    }
+    for (int64_t r = 0; r < rows && begin < n; ++r, p += ld) {
+      for (int64_t i = begin; i < n; i += W) {
         const Vec<T> v = load_some<T>(p + i, n - i);
         if (first != nullptr) store<T>(first + r * ld_first + i, v);
         if (second != nullptr) store<T>(second + r * ld_second + i, v);
@@ -66,8 +108,33 @@ template <class T, Activation A, bool kAct>
 void dense_act_bwd_loop(int64_t rows, int64_t n, const T* u, int64_t ld_u, const T* d, int64_t ld_d,
                         const DenseActTargets<T>& to) {
   constexpr int W = kLanes<T>;
-  for (int64_t r = 0; r < rows; ++r, u += ld_u, d += ld_d) {
-    for (int64_t i = 0; i < n; i += W) {
+  int64_t begin = 0;
+  for (; d != nullptr && begin + 32 <= n; begin += 32) {
+    DenseRun<T> total, h, du;
+    total.clear();
+    const T *ur = u + begin, *dr = d + begin;
+    for (int64_t r = 0; r < rows; ++r, ur += ld_u, dr += ld_d) {
+#pragma GCC unroll 16
+      for (int i = 0; i < kDenseRun<T>; ++i) {
+        const Vec<T> v = load<T>(ur + i * W), dv = load<T>(dr + i * W);
+        const ActPair<T> a = kAct ? activate<T, A>(v) : ActPair<T>{v, splat<T>(1)};
+        h.v[i] = a.value;
+        du.v[i] = kAct ? dv * a.slope : dv;
+      }
+      if (to.h_panels != nullptr) {
+#pragma GCC unroll 16
+        for (int i = 0; i < kDenseRun<T>; ++i) {
+          store<T>(to.h_panels + (begin + i / 2 * (2 * W)) * rows + r * 2 * W + i % 2 * W, h.v[i]);
+        }
+      }
+      if (to.rows != nullptr) du.put(to.rows + r * kLda + begin);
+      if (to.columns != nullptr) du.put(to.columns + r * kLdm + begin);
+      total.add(du);
+    }
+    if (to.sum != nullptr) total.add_to(to.sum + begin);
+  }
+  for (int64_t r = 0; r < rows && begin < n; ++r, u += ld_u, d += ld_d) {
+    for (int64_t i = begin; i < n; i += W) {
       const Vec<T> v = load_some<T>(u + i, n - i);
       const ActPair<T> a = kAct ? activate<T, A>(v) : ActPair<T>{v, splat<T>(1)};
       if (to.h_panels != nullptr) store<T>(panel_place(to.h_panels, rows, r, i, n), a.value);
@@ -80,18 +147,18 @@ void dense_act_bwd_loop(int64_t rows, int64_t n, const T* u, int64_t ld_u, const
   }
 }
 
-#define MOE_FOR_DENSE_ACTIVATION(kind, CALL)        \
-  switch (kind) {                                   \
-    case Activation::kSilu:                         \
-      return CALL(Activation::kSilu, true);         \
-    case Activation::kGelu:                         \
-      return CALL(Activation::kGelu, true);         \
-    case Activation::kGeluTanh:                     \
-      return CALL(Activation::kGeluTanh, true);     \
-    case Activation::kRelu2:                        \
-      return CALL(Activation::kRelu2, true);        \
-    default:                                        \
-      return CALL(Activation::kRelu, true);         \
+#define MOE_FOR_DENSE_ACTIVATION(kind, CALL)    \
+  switch (kind) {                               \
+    case Activation::kSilu:                     \
+      return CALL(Activation::kSilu, true);     \
+    case Activation::kGelu:                     \
+      return CALL(Activation::kGelu, true);     \
+    case Activation::kGeluTanh:                 \
+      return CALL(Activation::kGeluTanh, true); \
+    case Activation::kRelu2:                    \
+      return CALL(Activation::kRelu2, true);    \
+    default:                                    \
+      return CALL(Activation::kRelu, true);     \
   }
 
 template <class T>

@@ -1,5 +1,6 @@
 // mix_experts: y[t, m] = sum_e weights[t, m, e] * act(n[t, e]) with n = outputs, or outputs
-// normalised over tokens; times factor[t / repeats, m] if there is one. Letters: T tokens, E experts, O outputs of one, M mixtures.
+// normalised over tokens; times factor[t / repeats, m] if there is one. Letters: T tokens, E
+// experts, O outputs of one, M mixtures.
 #pragma once
 
 #include <cstdint>
@@ -17,7 +18,7 @@ struct MixNorm {
   const void* norm_weight;
   const void* norm_bias;
   void* mean;
-  void* var;   // of all tokens, divided by their number
+  void* var;  // of all tokens, divided by their number
   double eps;
   bool batch;  // mean and var are those of these tokens, and written by the forward pass
 };

@@ -68,7 +68,7 @@ def mix_experts(
 
     Raises:
         ValueError: wrong dtype, rank, size, activation or eps, one tensor of a pair without the
-            other, a number of rows of factor that does not divide T, or statistics without norm_weight.
+            other, rows of factor whose number does not divide T, or statistics without norm_weight.
         NotImplementedError: on a second derivative, or for CUDA tensors.
 
     Source:

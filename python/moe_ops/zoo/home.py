@@ -337,9 +337,7 @@ class HoME(MultiTask):
         else:
             private = self.task_feature_gate(own, self.category_of)
         inputs = torch.cat([z, private], dim=1)
-        return self.task_level(
-            inputs, gate_x, self_x=own, gate_ids=self.category_of, trace=trace
-        )
+        return self.task_level(inputs, gate_x, self_x=own, gate_ids=self.category_of, trace=trace)
 
 
 MODELS: dict[str, type[MultiTask]] = {

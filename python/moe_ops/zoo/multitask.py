@@ -215,9 +215,7 @@ class FeatureGate(nn.Module):
             counts = Counter(input_ids)
             even = len(set(counts.values())) == 1 and len(counts) == v.shape[1]
             v = v if even else spread(v, input_ids)
-        gated = mix_outputs(
-            maps, share, activation="sigmoid", factor=v.reshape(-1, v.shape[-1])
-        )
+        gated = mix_outputs(maps, share, activation="sigmoid", factor=v.reshape(-1, v.shape[-1]))
         return gated.view(v.shape[0], self.groups, v.shape[-1])
 
     def _share(self, v: Tensor, input_ids: Sequence[int] | None) -> Tensor:
