@@ -231,7 +231,9 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tens
 def _backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
     if grad is None:
         return (None,) * 9
-    need_outputs, need_weights, need_factor, need_scale, need_shift, *_ = needs_input_grad(ctx, 9)
+    need_outputs, need_weights, need_factor, need_scale, need_shift, *_rest = needs_input_grad(
+        ctx, 9
+    )
     g_outputs, g_weights, g_factor, g_scale, g_shift = torch.ops.moe_ops.mix_experts_bwd(
         grad,
         *ctx.saved_tensors,

@@ -223,12 +223,15 @@ class FeatureGate(nn.Module):
         if self.num_lora != 2:
             return 2 * self.select(v, input_ids).softmax(-1)
         # Of two numbers, it is the sigmoid of their difference, and that is a map of its own.
+        assert self.select.bias is not None
         weight = self.select.weight[:, :1] - self.select.weight[:, 1:]
         bias = self.select.bias[:, :1] - self.select.bias[:, 1:]
         if v.dim() == 2:
             apart = F.linear(v, weight[:, 0], bias[:, 0])[..., None]
         else:
-            apart = grouped_linear(v, weight, bias, input_ids and segments(input_ids))
+            apart = grouped_linear(
+                v, weight, bias, None if input_ids is None else segments(input_ids)
+            )
         return 2 * torch.cat([apart, -apart], dim=-1).sigmoid()
 
     def _maps(self, v: Tensor, input_ids: Sequence[int] | None) -> Tensor:
@@ -242,7 +245,7 @@ class FeatureGate(nn.Module):
         # with the product of the two, which is made once a batch and keeps nothing for backward.
         full = torch.bmm(self.up.weight, down).view(self.groups, -1, v.shape[-1])
         if v.dim() == 3:
-            return grouped_linear(v, full, None, input_ids and segments(input_ids))
+            return grouped_linear(v, full, None, None if input_ids is None else segments(input_ids))
         return F.linear(v, full.flatten(0, 1))
 
 
