@@ -30,6 +30,7 @@ OPS = {
     "moe_ffn_packed",
     "moe_ffn_quantized",
     "dense_ffn",
+    "mix_experts",
     "moe_linear_map",
     "moe_linear_reduce",
     "quantize_fp8",

@@ -158,6 +158,19 @@ def good_call(op: str, s: Sizes) -> dict:
                 "b_down": s.float(s.e, s.o),
                 "activation": "silu",
             }
+        case "mix_experts":
+            acc = torch.float64 if s.dtype == torch.float64 else torch.float32
+            features = {
+                name: torch.rand(s.e, s.o, dtype=acc)
+                for name in ("norm_weight", "norm_bias", "mean", "var")
+            }
+            return {
+                "outputs": s.float(s.t, s.e, s.o),
+                "weights": s.float(s.t, s.k, s.e),
+                "factor": s.float(s.t, s.k, s.o),
+                **features,
+                "activation": "silu",
+            }
         case "moe_linear_map":
             return {
                 "x": s.float(s.t, s.h),
@@ -208,6 +221,7 @@ OPS = (
     "moe_ffn_packed",
     "moe_ffn_quantized",
     "dense_ffn",
+    "mix_experts",
     "moe_linear_map",
     "moe_linear_reduce",
     "rotary",
@@ -232,6 +246,7 @@ FREE_DIMS = {
     ("grouped_gemm", "a"): {0},
     ("moe_linear_map", "topk_ids"): {1},
     ("dense_ffn", "x"): {0, 1},
+    ("mix_experts", "factor"): {0},
     ("grouped_sum", "expert_offsets"): {0},
     ("pack_experts", "w"): {0, 2},
     ("rotary", "t"): {0, 2},
@@ -262,6 +277,14 @@ BAD_ARGUMENTS = {
     ],
     "moe_ffn": [("activation", ("", "swish", "SWIGLU"))],
     "dense_ffn": [("activation", ("", "swiglu", "ReLU", "relu\0"))],
+    "mix_experts": [
+        ("activation", ("", "swish", "ReLU", "relu\0")),
+        ("eps", (-1.0, float("nan"))),
+        ("norm_weight", (None,)),
+        ("norm_bias", (None,)),
+        ("mean", (None,)),
+        ("var", (None,)),
+    ],
     "grouped_gemm_fp8": [("out_dtype", (torch.float64, torch.int32, torch.float8_e4m3fn))],
     "moe_ffn_fp8": [("activation", ("", "swish", "SWIGLU", "swiglu\0"))],
     "moe_ffn_packed": [("activation", ("", "swish", "SWIGLU", "swiglu\0"))],
@@ -280,7 +303,8 @@ def defects(op: str, call: dict) -> list[tuple[str, str]]:
             found.append(("device", name))
         if name in ("expert_offsets", "row_to_slot", "slot_to_row"):
             found.append(("range", name))
-    if op.startswith(("moe_ffn", "dense_ffn", "grouped_gemm", "moe_linear", "moa_", "add_")):
+    prefixes = ("moe_ffn", "dense_ffn", "mix_", "grouped_gemm", "moe_linear", "moa_", "add_")
+    if op.startswith(prefixes):
         found += [("float_dtype", name) for name in tensors if call[name].is_floating_point()]
     return found
 

@@ -19,11 +19,23 @@ import torch
 import moe_ops
 from moe_ops import _C, reference
 from moe_ops.testing import (
-    DTYPES, Routing, as_strided_copy, assert_identical, check_against_reference,
+    DTYPES, Routing, activation_magnitude, as_strided_copy, assert_identical,
+    check_against_reference,
     check_grouped_gemm_fp8, check_moe_ffn_fp8, eps, ffn_operands, fp8_gemm_operands, fp8_operands,
     gated_act_magnitude, moe_ffn_in_integers, moe_ffn_magnitude, moe_ffn_quantized_magnitude,
     quantized_operands, GATED_ACTIVATIONS, PLAIN_ACTIVATIONS,
 )
+
+def dense_ffn_magnitude(x, w_up, w_down, input_ids, b_up, b_down, activation):
+    h = torch.einsum("teh,eih->tei", x[:, input_ids.long()], w_up) + b_up
+    h = h if activation == "none" else activation_magnitude(h, activation)
+    return torch.einsum("tei,eoi->teo", h, w_down) + b_down
+
+
+def mix_experts_magnitude(outputs, weights, factor, activation):
+    n = 1 + 1.1 * outputs + 0.3 * outputs**2
+    return torch.einsum("tme,teo->tmo", weights, n) * factor.repeat_interleave(3, 0)
+
 
 torch.set_num_threads(1)
 torch.manual_seed(0)
@@ -163,6 +175,33 @@ for dtype in DTYPES:
             for ours, exact in zip(*found, strict=True):
                 error = (ours.double() - exact).norm() / exact.norm()
                 assert error <= bound, (kind, dtype, tokens, size, error)
+    for h, i, o in ((33, 31, 17), (32, 64, 32), (130, 200, 5), (1, 1, 1)):
+        for activation in ("none", "relu", "silu"):
+            call = {
+                "x": torch.randn(150, 2, h).to(dtype),
+                "w_up": (torch.randn(3, i, h) / h**0.5).to(dtype),
+                "w_down": (torch.randn(3, o, i) / i**0.5).to(dtype),
+                "input_ids": torch.tensor([1, 0, 1]),
+                "b_up": torch.randn(3, i).to(dtype), "b_down": torch.randn(3, o).to(dtype),
+                "activation": activation,
+            }
+            check_against_reference(
+                moe_ops.dense_ffn, reference.dense_ffn, call,
+                ["x", "w_up", "w_down", "b_up", "b_down"],
+                magnitude=dense_ffn_magnitude, sum_length=200,
+            )
+    for e, o, m in ((1, 1, 1), (2, 32, 1), (3, 17, 5), (5, 64, 9), (8, 33, 4), (23, 8, 2)):
+        call = {
+            "outputs": torch.randn(90, e, o).to(dtype),
+            "weights": torch.randn(90, m, e).to(dtype), "factor": torch.randn(30, m, o).to(dtype),
+        }
+        for activation in ("none", "relu", "silu", "sigmoid"):
+            check_against_reference(
+                lambda **kw: moe_ops.mix_experts(**kw)[0],
+                lambda **kw: reference.mix_experts(**kw)[0],
+                {**call, "activation": activation}, ["outputs", "weights", "factor"],
+                magnitude=mix_experts_magnitude, sum_length=90,
+            )
     for e, top_k in ((1, 1), (7, 3), (16, 4), (61, 6), (128, 8)):
         logits = torch.randn(9, e).to(dtype)
         assert_identical(

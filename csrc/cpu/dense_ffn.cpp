@@ -3,11 +3,9 @@
 #include "moe_ops/dense_ffn.h"
 
 #include <algorithm>
-#include <memory>
 #include <vector>
 
 #include "cpu/kernels.h"
-#include "cpu/pack.h"
 #include "cpu/parallel.h"
 #include "cpu/workspace.h"
 
@@ -83,17 +81,23 @@ void multiply_columns(const Kernels<T>& k, int64_t m, const T* a, const Panels& 
   }
 }
 
-// Panels of w^T, [k][rows of w], of one matrix [rows, k].
+// Panels of w^T, [k][rows of w], of one matrix [rows, k]; bias, if any, is one more k.
 template <class T>
-void pack_transposed(const Kernels<T>& k, DType type, const void* w, const Panels& to, T* dst) {
+void pack_transposed(const Kernels<T>& k, DType type, const void* w, const void* bias,
+                     const Panels& to, T* dst) {
   const int64_t W = k.lanes, size = dtype_size(type), pitch = round_up(to.depth, W);
+  const int64_t depth = to.depth - (bias != nullptr);
   T* rows = scratch<T>(Scratch::kTile, 2 * W * pitch);
   for (int64_t j = 0; j < to.cols; j += 2 * W) {
     const int64_t width = to.width(j);
     for (int64_t r = 0; r < width; ++r) {
       if (j + r < to.cols) {
-        k.load_row(type, static_cast<const char*>(w) + (j + r) * to.depth * size, rows + r * pitch,
-                   to.depth, T(1));
+        k.load_row(type, static_cast<const char*>(w) + (j + r) * depth * size, rows + r * pitch,
+                   depth, T(1));
+        if (bias != nullptr) {
+          k.load_row(type, static_cast<const char*>(bias) + (j + r) * size,
+                     rows + r * pitch + depth, 1, T(1));
+        }
       } else {
         std::fill(rows + r * pitch, rows + r * pitch + to.depth, T(0));
       }
@@ -102,32 +106,39 @@ void pack_transposed(const Kernels<T>& k, DType type, const void* w, const Panel
   }
 }
 
-// Panels of w as it lies, [k][columns], of one matrix [k, columns].
+// [rows][n] of `type`, `ld` elements apart, as a block on the broadcast side.
 template <class T>
-void pack(const Kernels<T>& k, DType type, const void* w, int64_t ld, const Panels& to, T* dst) {
-  std::vector<const void*> rows(static_cast<size_t>(to.depth));
-  for (int64_t r = 0; r < to.depth; ++r) {
-    rows[r] = static_cast<const char*>(w) + r * ld * dtype_size(type);
-  }
-  k.pack_panels(type, rows.data(), 0, to.depth, to.cols, nullptr, dst, to.depth * 2 * to.lanes);
-}
-
-// Row r of a block on the broadcast side from n elements of `type`.
-template <class T>
-void load_blocks(const Kernels<T>& k, DType type, const void* src, const RowBlocks& to, int64_t row,
-                 T* dst) {
-  for (int64_t b = 0; b < to.count(); ++b) {
-    k.load_row(type, static_cast<const char*>(src) + to.begin(b) * dtype_size(type),
-               dst + (b * kTokens + row) * kLda, to.length(b), T(1));
+void load_blocks(const Kernels<T>& k, DType type, const void* src, int64_t ld, int64_t rows,
+                 int64_t n, T* dst) {
+  for (int64_t c = 0; c < n; c += kKc) {
+    k.dense.copy(type, static_cast<const char*>(src) + c * dtype_size(type), ld, rows,
+                 std::min(kKc, n - c), dst + c / kKc * kTokens * kLda, kLda, nullptr, 0, nullptr);
   }
 }
 
+// Sets element `at` of every row to 1.
 template <class T>
-void store_columns(const Kernels<T>& k, const T* src, int64_t n, int64_t row, T* dst) {
-  for (int64_t c = 0; c < n; c += kLdm) {
-    k.load_row(kAccumulate<T>, src + c, dst + (c / kLdm * kTokens + row) * kLdm,
-               std::min(kLdm, n - c), T(1));
+void set_ones(T* blocks, int64_t rows, int64_t at) {
+  T* p = blocks + at / kKc * kTokens * kLda + at % kKc;
+  for (int64_t r = 0; r < rows; ++r) p[r * kLda] = T(1);
+}
+
+// Calls fn(c, n) for runs of columns that lie in one block of rows and in one of columns each.
+template <class Fn>
+void for_column_runs(int64_t cols, const Fn& fn) {
+  for (int64_t c = 0; c < cols;) {
+    const int64_t end = std::min({cols, (c / kKc + 1) * kKc, (c / kLdm + 1) * kLdm});
+    fn(c, end - c);
+    c = end;
   }
+}
+template <class T>
+T* row_place(T* blocks, int64_t c) {
+  return blocks + c / kKc * kTokens * kLda + c % kKc;
+}
+template <class T>
+T* column_place(T* blocks, int64_t c) {
+  return blocks + c / kLdm * kTokens * kLdm + c % kLdm;
 }
 
 template <class T>
@@ -144,61 +155,65 @@ void run(const DenseFfnParams& p, const Parallel& par) {
   const int64_t W = k.lanes, size = dtype_size(s.type);
   const int64_t E = s.num_experts, G = s.num_inputs, H = s.hidden_size, I = s.intermediate_size,
                 O = s.out_size;
-  const RowBlocks up_k{H}, down_k{I};
-  const Panels up{H, I, W}, down{I, O, W};
+  // A bias is a weight of an input that is always 1.
+  const RowBlocks up_k{H + (p.b_up != nullptr)}, down_k{I + (p.b_down != nullptr)};
+  const Panels up{up_k.k, I, W}, down{down_k.k, O, W};
   T* w_up = scratch<T>(Scratch::kRows, E * (up.elements() + down.elements()));
   T* w_down = w_up + E * up.elements();
+  const auto of = [&](const void* data, int64_t e, int64_t elements) {
+    return data == nullptr ? nullptr : static_cast<const char*>(data) + e * elements * size;
+  };
   parallel_range(par, E, static_cast<double>(up.elements() + down.elements()),
                  [&](int64_t begin, int64_t end) {
                    for (int64_t e = begin; e < end; ++e) {
-                     pack_transposed(k, s.type, static_cast<const char*>(p.w_up) + e * I * H * size,
-                                     up, w_up + e * up.elements());
-                     pack_transposed(k, s.type,
-                                     static_cast<const char*>(p.w_down) + e * O * I * size, down,
+                     pack_transposed(k, s.type, of(p.w_up, e, I * H), of(p.b_up, e, I), up,
+                                     w_up + e * up.elements());
+                     pack_transposed(k, s.type, of(p.w_down, e, O * I), of(p.b_down, e, O), down,
                                      w_down + e * down.elements());
                    }
                  });
   const int64_t blocks = ceil_div(s.num_tokens, kTokens);
-  const int64_t ldu = up.padded(), ldy = down.padded();
+  const int64_t ldy = down.padded();
+  // Where tiles write what stays themselves.
+  const bool keep_u = p.preact != nullptr && I % W == 0;
+  const bool keep_y = s.type == kAccumulate<T> && O % W == 0;
+  const int64_t ldu = keep_u ? I : up.padded();
   parallel_items(par, blocks, cost_of<T>(s), [&](int64_t block) {
     const int64_t t0 = block * kTokens, m = std::min(kTokens, s.num_tokens - t0);
     T* x = scratch<T>(Scratch::kPackA, up_k.elements());
     T* h = scratch<T>(Scratch::kPackB, down_k.elements());
-    T* u = scratch<T>(Scratch::kHidden, kTokens * ldu);
+    T* u_block = scratch<T>(Scratch::kHidden, kTokens * up.padded());
     T* y = scratch<T>(Scratch::kTokens, kTokens * ldy);
-    T* bias = scratch<T>(Scratch::kTile, I + O);
     int64_t loaded = -1;
     for (int64_t n = 0; n < E; ++n) {
       const int64_t e = s.order[n], g = s.input_of[e];
       if (g != loaded) {
-        for (int64_t t = 0; t < m; ++t) {
-          load_blocks(k, s.type, static_cast<const char*>(p.x) + ((t0 + t) * G + g) * H * size,
-                      up_k, t, x);
-        }
+        load_blocks(k, s.type, of(p.x, t0 * G + g, H), G * H, m, H, x);
+        if (p.b_up != nullptr) set_ones(x, m, H);
         loaded = g;
       }
-      if (p.b_up != nullptr) {
-        k.load_row(s.type, static_cast<const char*>(p.b_up) + e * I * size, bias, I, T(1));
-      }
-      if (p.b_down != nullptr) {
-        k.load_row(s.type, static_cast<const char*>(p.b_down) + e * O * size, bias + I, O, T(1));
-      }
+      T* saved =
+          p.preact == nullptr ? nullptr : static_cast<T*>(p.preact) + (e * s.num_tokens + t0) * I;
+      T* u = keep_u ? saved : u_block;
       multiply(k, m, up_k, x, up, w_up + e * up.elements(), u, ldu, false);
-      T* saved = p.preact == nullptr
-                     ? nullptr
-                     : static_cast<T*>(p.preact) + (e * s.num_tokens + t0) * I;
-      for (int64_t t = 0; t < m; ++t) {
-        T* row = u + t * ldu;
-        if (p.b_up != nullptr) k.axpy(kAccumulate<T>, bias, T(1), row, I);
-        if (saved != nullptr) k.store_row(kAccumulate<T>, row, saved + t * I, I);
-        if (s.has_act) k.act_fwd(s.act, row, row, row, I, T(0), T(1));
-        load_blocks(k, kAccumulate<T>, row, down_k, t, h);
+      if (saved != nullptr && !keep_u) {
+        for (int64_t t = 0; t < m; ++t) {
+          k.store_row(kAccumulate<T>, u + t * ldu, saved + t * I, I);
+        }
+      }
+      for (int64_t c = 0; c < I; c += kKc) {
+        k.dense.act(s.has_act, s.act, m, std::min(kKc, I - c), u + c, ldu, row_place(h, c), kLda);
+      }
+      if (p.b_down != nullptr) set_ones(h, m, I);
+      if (keep_y) {
+        multiply(k, m, down_k, h, down, w_down + e * down.elements(),
+                 static_cast<T*>(p.y) + (t0 * E + e) * O, E * O, false);
+        continue;
       }
       multiply(k, m, down_k, h, down, w_down + e * down.elements(), y, ldy, false);
       for (int64_t t = 0; t < m; ++t) {
-        T* row = y + t * ldy;
-        if (p.b_down != nullptr) k.axpy(kAccumulate<T>, bias + I, T(1), row, O);
-        k.store_row(s.type, row, static_cast<char*>(p.y) + ((t0 + t) * E + e) * O * size, O);
+        k.store_row(s.type, y + t * ldy, static_cast<char*>(p.y) + ((t0 + t) * E + e) * O * size,
+                    O);
       }
     }
   });
@@ -222,8 +237,9 @@ void run_bwd(const DenseFfnBwdParams& p, const Parallel& par) {
   const int64_t ldh = round_up(H, W), ldi = round_up(I, W);
   const bool need_up = p.grad_w_up != nullptr, need_down = p.grad_w_down != nullptr;
   const bool need_hidden = p.grad_x != nullptr || need_up || p.grad_b_up != nullptr;
-  const Sums sums{need_up ? I * ldh : 0, need_down ? O * ldi : 0, p.grad_b_up ? I : 0,
-                  p.grad_b_down ? O : 0};
+  // Rows of sums are whole vectors.
+  const Sums sums{need_up ? I * ldh : 0, need_down ? O * ldi : 0, p.grad_b_up ? ldi : 0,
+                  p.grad_b_down ? round_up(O, W) : 0};
   const int64_t blocks = ceil_div(s.num_tokens, kTokens);
   const int64_t parts = std::clamp<int64_t>(blocks / 4, 1, kMostParts);
   Carver shared(Scratch::kRows,
@@ -236,14 +252,15 @@ void run_bwd(const DenseFfnBwdParams& p, const Parallel& par) {
   parallel_range(par, E, static_cast<double>(up.elements() + down.elements()),
                  [&](int64_t begin, int64_t end) {
                    for (int64_t e = begin; e < end; ++e) {
-                     pack(k, s.type, static_cast<const char*>(p.w_down) + e * O * I * size, I, down,
-                          w_down + e * down.elements());
-                     pack(k, s.type, static_cast<const char*>(p.w_up) + e * I * H * size, H, up,
-                          w_up + e * up.elements());
+                     k.dense.panels(s.type, static_cast<const char*>(p.w_down) + e * O * I * size,
+                                    I, O, I, w_down + e * down.elements());
+                     k.dense.panels(s.type, static_cast<const char*>(p.w_up) + e * I * H * size, H,
+                                    I, H, w_up + e * up.elements());
                    }
                  });
   std::vector<char> read(static_cast<size_t>(G), 0);
   for (int64_t e = 0; e < E; ++e) read[s.input_of[e]] = 1;
+  const bool keep_dx = s.type == kAccumulate<T> && H % W == 0;  // tiles write it themselves
 
   parallel_items(par, parts, 2 * cost_of<T>(s), [&](int64_t part) {
     T* total = totals + part * E * sums.expert();
@@ -254,21 +271,18 @@ void run_bwd(const DenseFfnBwdParams& p, const Parallel& par) {
     const int64_t du_cols = ceil_div(I, kLdm) * kTokens * kLdm;
     T* dy_columns = scratch<T>(Scratch::kHidden, dy_cols + du_cols);
     T* du_columns = dy_columns + dy_cols;
-    // Panels [m][...] of x and of h.
-    T* x = scratch<T>(Scratch::kPackB, kTokens * (ldh + 2 * ldi));
-    T* h_panels = x + kTokens * ldh;
-    T* h = h_panels + kTokens * ldi;
+    T* x = scratch<T>(Scratch::kPackB, kTokens * (ldh + ldi));  // panels [m][...] of x and of h
+    T* h = x + kTokens * ldh;
     T* dh = scratch<T>(Scratch::kTokens, kTokens * (ldi + ldh));
-    T* dx = dh + kTokens * ldi;
-    T* row = scratch<T>(Scratch::kTile, std::max({H, I, O}) + 2 * W);
+    T* dx_block = dh + kTokens * ldi;
     for (int64_t block = blocks * part / parts; block < blocks * (part + 1) / parts; ++block) {
       const int64_t t0 = block * kTokens, m = std::min(kTokens, s.num_tokens - t0);
       const Panels x_panels{m, H, W}, hidden{m, I, W};
       int64_t loaded = -1;
       const auto store_dx = [&] {
-        if (loaded < 0 || p.grad_x == nullptr) return;
+        if (loaded < 0 || p.grad_x == nullptr || keep_dx) return;
         for (int64_t t = 0; t < m; ++t) {
-          k.store_row(s.type, dx + t * ldh,
+          k.store_row(s.type, dx_block + t * ldh,
                       static_cast<char*>(p.grad_x) + ((t0 + t) * G + loaded) * H * size, H);
         }
       };
@@ -279,46 +293,40 @@ void run_bwd(const DenseFfnBwdParams& p, const Parallel& par) {
           store_dx();
           loaded = g;
           if (need_up) {
-            pack(k, s.type, static_cast<const char*>(p.x) + (t0 * G + g) * H * size, G * H,
-                 x_panels, x);
+            k.dense.panels(s.type, static_cast<const char*>(p.x) + (t0 * G + g) * H * size, G * H,
+                           m, H, x);
           }
         }
         T* sum_up = total + e * sums.expert();
         T* sum_down = sum_up + sums.up;
         T* sum_b_up = sum_down + sums.down;
         T* sum_b_down = sum_b_up + sums.b_up;
-        for (int64_t t = 0; t < m; ++t) {
-          k.load_row(s.type, static_cast<const char*>(p.grad_y) + ((t0 + t) * E + e) * O * size,
-                     row, O, T(1));
-          if (need_hidden) load_blocks(k, kAccumulate<T>, row, down_k, t, dy_rows);
-          if (need_down) store_columns(k, row, O, t, dy_columns);
-          if (sums.b_down) k.axpy(kAccumulate<T>, row, T(1), sum_b_down, O);
-        }
+        const char* dy = static_cast<const char*>(p.grad_y) + (t0 * E + e) * O * size;
+        for_column_runs(O, [&](int64_t c, int64_t cols) {
+          k.dense.copy(s.type, dy + c * size, E * O, m, cols,
+                       need_hidden ? row_place(dy_rows, c) : nullptr, kLda,
+                       need_down ? column_place(dy_columns, c) : nullptr, kLdm,
+                       sums.b_down ? sum_b_down + c : nullptr);
+        });
         const T* u = static_cast<const T*>(p.preact) + (e * s.num_tokens + t0) * I;
         if (need_hidden) {
           multiply(k, m, down_k, dy_rows, down, w_down + e * down.elements(), dh, ldi, false);
-          for (int64_t t = 0; t < m; ++t) {
-            T* d = dh + t * ldi;
-            if (s.has_act) {
-              k.act_bwd(s.act, u + t * I, u + t * I, d, h + t * ldi, d, nullptr, I, T(0), T(1));
-            }
-            if (p.grad_x != nullptr) load_blocks(k, kAccumulate<T>, d, up_k, t, du_rows);
-            if (need_up) store_columns(k, d, I, t, du_columns);
-            if (sums.b_up) k.axpy(kAccumulate<T>, d, T(1), sum_b_up, I);
-          }
-        } else if (need_down && s.has_act) {
-          for (int64_t t = 0; t < m; ++t) {
-            k.act_fwd(s.act, u + t * I, u + t * I, h + t * ldi, I, T(0), T(1));
-          }
         }
-        if (need_down) {
-          pack(k, kAccumulate<T>, s.has_act ? h : u, s.has_act ? ldi : I, hidden, h_panels);
-          multiply_columns(k, O, dy_columns, hidden, h_panels, sum_down, ldi, true);
-        }
+        for_column_runs(need_hidden || need_down ? I : 0, [&](int64_t c, int64_t cols) {
+          DenseActTargets<T> to;
+          if (need_down) to.h_panels = h + hidden.offset(c);
+          if (p.grad_x != nullptr) to.rows = row_place(du_rows, c);
+          if (need_up) to.columns = column_place(du_columns, c);
+          if (sums.b_up) to.sum = sum_b_up + c;
+          k.dense.act_bwd(s.has_act, s.act, m, cols, u + c, I, need_hidden ? dh + c : nullptr,
+                          need_hidden ? ldi : 0, to);
+        });
+        if (need_down) multiply_columns(k, O, dy_columns, hidden, h, sum_down, ldi, true);
         if (need_up) multiply_columns(k, I, du_columns, x_panels, x, sum_up, ldh, true);
-        if (p.grad_x != nullptr) {
-          multiply(k, m, up_k, du_rows, up, w_up + e * up.elements(), dx, ldh, !first);
-        }
+        if (p.grad_x == nullptr) continue;
+        T* dx = keep_dx ? static_cast<T*>(p.grad_x) + (t0 * G + g) * H : dx_block;
+        multiply(k, m, up_k, du_rows, up, w_up + e * up.elements(), dx, keep_dx ? G * H : ldh,
+                 !first);
       }
       store_dx();
       for (int64_t g = 0; p.grad_x != nullptr && g < G; ++g) {

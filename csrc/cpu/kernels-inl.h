@@ -30,6 +30,9 @@ namespace {
 #include "cpu/kernels/tiles-inl.h"
 // Attention takes the exponential from the functions.
 #include "cpu/kernels/attention-inl.h"
+// So do what stands between dense products, and mixtures.
+#include "cpu/kernels/dense-inl.h"
+#include "cpu/kernels/mix-inl.h"
 // Words take add_product from the tiles.
 #include "cpu/kernels/quant4-inl.h"
 #include "cpu/kernels/quant8-inl.h"
@@ -125,6 +128,8 @@ Kernels<T> make_kernels() {
   k.act_fwd = &act_fwd<T>;
   k.act_bwd = &act_bwd<T>;
   k.attention = attention_kernels<T>();
+  k.dense = dense_kernels<T>();
+  k.mix = mix_kernels<T>();
   return k;
 }
 

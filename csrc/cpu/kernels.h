@@ -6,6 +6,7 @@
 
 #include "moe_ops/activation.h"
 #include "moe_ops/common.h"
+#include "moe_ops/mix_experts.h"
 
 namespace moe_ops::cpu {
 
@@ -180,6 +181,56 @@ struct NormRowsBwd {
   T *weight_sum, *bias_sum;  // [cols], added to
 };
 
+// Steps between the products of dense_ffn, on rows of a block; dense-inl.h in kernels/. They write
+// whole vectors: rows of targets and `sum` reach up to the next one. Panels are as those of
+// pack_panels, [rows][2*lanes or lanes] each, one after the other.
+template <class T>
+struct DenseActTargets {  // nullptr: not wanted
+  T* h_panels = nullptr;  // h, as panels of `rows` rows and n columns
+  T* rows = nullptr;      // gradients of u, rows kLda apart
+  T* columns = nullptr;   // the same, rows kLdm apart
+  T* sum = nullptr;       // [n], they are added
+};
+template <class T>
+struct DenseKernels {
+  // Rows of src, ld apart, to first and second; sum += each row. nullptr: not wanted.
+  void (*copy)(DType type, const void* src, int64_t ld, int64_t rows, int64_t n, T* first,
+               int64_t ld_first, T* second, int64_t ld_second, T* sum);
+  void (*panels)(DType type, const void* src, int64_t ld, int64_t rows, int64_t n, T* panels);
+  // h = act(u), or u.
+  void (*act)(bool has_act, Activation kind, int64_t rows, int64_t n, const T* u, int64_t ld_u,
+              T* h, int64_t ld_h);
+  // From d, the gradient of h, whose rows are readable up to the next whole vector; nullptr (and
+  // ld_d 0): h alone.
+  void (*act_bwd)(bool has_act, Activation kind, int64_t rows, int64_t n, const T* u, int64_t ld_u,
+                  const T* d, int64_t ld_d, const DenseActTargets<T>& to);
+};
+
+// Mixtures; mix-inl.h in kernels/. Every count of elements is a multiple of lanes.
+template <class T>
+struct MixNormRows {  // of one token's outputs; mean == nullptr: no normalisation
+  const T *mean = nullptr, *scale = nullptr, *shift = nullptr;  // n = (x - mean) * scale + shift
+};
+template <class T>
+struct MixKernels {
+  // z = act(n), slope = act'(n) where it is not nullptr.
+  void (*act)(MixActivation kind, const MixNormRows<T>& norm, const T* x, int64_t n, T* z,
+              T* slope);
+  // c[i*pitch + j] = sum_k a[i*step_i + k*step_k] * b[k*pitch + j] for i < rows, j < pitch.
+  void (*product)(int64_t rows, int64_t depth, const T* a, int64_t step_i, int64_t step_k,
+                  const T* b, T* c, int64_t pitch);
+  // out[i*count + e] = sum_j g[i*pitch + j] * z[e*pitch + j] for i < rows, e < count.
+  void (*weight_grads)(int64_t rows, int64_t count, const T* g, const T* z, T* out, int64_t pitch);
+  // d *= slope; sum += d, sum_x += d * (x - mean) where they are not nullptr.
+  void (*slope)(int64_t n, const T* slope, const MixNormRows<T>& norm, const T* x, T* d, T* sum,
+                T* sum_x);
+  // out = scale * (d - at - by * (x - mean)), without the last two where at is nullptr.
+  void (*norm_grad)(int64_t n, const MixNormRows<T>& norm, const T* at, const T* by, const T* x,
+                    const T* d, T* out);
+  // Means and sums of squared distances from them, over `count` rows of n.
+  void (*moments)(int64_t count, int64_t n, const T* x, T* mean, T* squares);
+};
+
 // T as a tag.
 template <class T>
 constexpr DType kAccumulate = sizeof(T) == 8 ? DType::kFloat64 : DType::kFloat32;
@@ -299,6 +350,8 @@ struct Kernels {
   QuantKernels quant;  // T = float only
   Fp8Kernels fp8;      // T = float only
   AttentionKernels<T> attention;
+  DenseKernels<T> dense;
+  MixKernels<T> mix;
 
   void (*norm_rows)(const NormRows<T>& p);
   void (*norm_rows_bwd)(const NormRowsBwd<T>& p);

@@ -173,6 +173,23 @@ static void define_schemas(torch::stable::detail::StableLibrary& m) {
       "Tensor preact, str activation, bool need_x, bool need_w_up, bool need_w_down, "
       "bool need_b_up, bool need_b_down) -> (Tensor grad_x, Tensor grad_w_up, Tensor grad_w_down, "
       "Tensor grad_b_up, Tensor grad_b_down)");
+  // outputs [T,E,O], weights [T,M,E] -> y [T,M,O]: sum_e weights[t,m,e] act(n[t,e]), times
+  // factor [T/r,M,O], a row of which r tokens share, if given; n = outputs or, with norm_weight and
+  // norm_bias [E,O], their normalisation over tokens by mean and var [E,O], or by those of the
+  // tokens, which come back ([0] where not computed).
+  m.def(
+      "mix_experts(Tensor outputs, Tensor weights, Tensor? factor=None, "
+      "Tensor? norm_weight=None, Tensor? norm_bias=None, Tensor? mean=None, Tensor? var=None, str "
+      "activation=\"none\", "
+      "float eps=1e-05) -> (Tensor y, Tensor mean, Tensor var)");
+  // batch: mean and var are those of the tokens. Gradients that are not wanted have shape [0].
+  m.def(
+      "mix_experts_bwd(Tensor grad_y, Tensor outputs, Tensor weights, Tensor? factor, Tensor? "
+      "norm_weight, "
+      "Tensor? norm_bias, Tensor? mean, Tensor? var, str activation, float eps, bool batch, "
+      "bool need_weights, bool need_factor, bool need_norm_weight, bool need_norm_bias) -> "
+      "(Tensor grad_outputs, Tensor grad_weights, Tensor grad_factor, Tensor grad_norm_weight, "
+      "Tensor grad_norm_bias)");
 
   // --- attention
   // t [B,S,...,d], cos and sin [S,d/2] or [B,S,d/2]: features i and i + d/2 turned as a pair.

@@ -523,6 +523,11 @@ def _cases() -> list[_Case]:
             (normal(T, 2, H), w_gate_up[:, :I], w_down, torch.arange(E) % 2),
             {"activation": "silu"},
         ),
+        _Case(
+            "mix_experts",
+            (normal(T, E, I), normal(T, 3, E)),
+            {"norm_weight": normal(E, I), "norm_bias": normal(E, I), "activation": "silu"},
+        ),
     ]
 
 
@@ -591,6 +596,16 @@ def _function(module: Any, op: str) -> Callable[..., Any]:
             return function(t, angles.cos(), angles.sin())
 
         return rotate
+    if op == "mix_experts":
+
+        def mixture_alone(
+            outputs: Tensor, *args: Tensor, activation: str, **norm: Tensor
+        ) -> Tensor:
+            acc = torch.float64 if outputs.dtype == torch.float64 else torch.float32
+            wide = {name: t.to(acc) for name, t in norm.items()}
+            return function(outputs, *args, activation=activation, **wide)[0]
+
+        return mixture_alone
     if op != "moe_ffn_packed":
         return function
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -257,3 +259,53 @@ def test_norm_refuses_one_token(bad_input):
         norm(torch.randn(1, E, O))
     with bad_input("ExpertNorm", "outputs", f"{O + 1}"):
         norm(torch.randn(4, E, O + 1))
+    weights = torch.rand(1, 2, E)
+    with bad_input("ExpertNorm", "outputs", "1"):
+        norm.mix(torch.randn(1, E, O), weights)
+    with bad_input("ExpertNorm.mix", "weights", "[1, 2, "):
+        norm.mix(torch.randn(4, E, O), weights)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("activation", ["silu", "relu"])
+def test_norm_mix_is_norm_then_activation_then_mixture(activation, training):
+    norm = ExpertNorm(E, O, dtype=torch.float64).train(training)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    nn.init.normal_(norm.running_mean)
+    twin = copy.deepcopy(norm)
+    act = {"silu": F.silu, "relu": F.relu}[activation]
+    for _ in range(2):
+        x = (torch.randn(T, E, O, dtype=torch.float64) * 3 + 1).requires_grad_()
+        weights = torch.randn(T, 4, E, dtype=torch.float64, requires_grad=True)
+        y = norm.mix(x, weights, activation)
+        expected = torch.einsum("tme,teo->tmo", weights, act(twin(x)))
+        torch.testing.assert_close(y, expected)
+        upstream = torch.randn_like(y)
+        ours = torch.autograd.grad((y * upstream).sum(), [x, weights, *norm.parameters()])
+        theirs = torch.autograd.grad((expected * upstream).sum(), [x, weights, *twin.parameters()])
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b)
+    for name, buffer in norm.named_buffers():
+        torch.testing.assert_close(buffer, twin.get_buffer(name))
+
+
+def test_norm_mix_in_bfloat16():
+    norm = ExpertNorm(E, O)
+    x, weights = torch.randn(T, E, O), torch.rand(T, 2, E)
+    exact = norm.mix(x, weights)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = norm.mix(x, weights)
+    assert y.dtype == torch.bfloat16
+    assert (y.float() - exact).norm() < 4 * 2**-8 * exact.norm()
+    half = norm.bfloat16().mix(x.bfloat16(), weights.bfloat16())
+    assert (half.float() - exact).norm() < 4 * 2**-8 * exact.norm()
+    assert norm.running_var.dtype == torch.bfloat16
+
+
+def test_mix_outputs_activates():
+    outputs = torch.randn(T, E, O, dtype=torch.float64)
+    weights = torch.randn(T, E, dtype=torch.float64)
+    for name, act in (("relu", F.relu), ("silu", F.silu), ("sigmoid", torch.sigmoid)):
+        expected = torch.einsum("te,teo->to", weights, act(outputs))
+        torch.testing.assert_close(mix_outputs(outputs, weights, activation=name), expected)

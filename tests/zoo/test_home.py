@@ -265,6 +265,29 @@ def test_feature_gates_start_as_the_identity():
     assert gate.up.weight.grad.abs().min() > 0  # so training leaves the identity
 
 
+@pytest.mark.parametrize("num_lora", [1, 2, 3, 4])
+@pytest.mark.parametrize("own", [False, True])
+def test_feature_gates_of_any_rank(own, num_lora):
+    """Up to two pairs a gate are one product, more are two."""
+    module = FeatureGate(3, 7, num_lora).double()
+    for p in module.parameters():
+        nn.init.normal_(p, std=0.5)
+    v = torch.randn(T, 3, 7, dtype=torch.float64) if own else torch.randn(T, 7).double()
+    read = [v[:, g] if own else v for g in range(3)]
+    expected = torch.stack([feature_gate(module, g, read[g]) for g in range(3)], dim=1)
+    torch.testing.assert_close(module(v), expected)
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_a_trace_changes_nothing(norm):
+    model = make("home", expert_norm=norm)
+    categorical, dense = batch()
+    twin = copy.deepcopy(model)
+    torch.testing.assert_close(model(categorical, dense), twin(categorical, dense, []))
+    for name, buffer in model.named_buffers():
+        torch.testing.assert_close(buffer, twin.get_buffer(name))
+
+
 def test_expert_norm_cures_dead_outputs():
     categorical, dense = batch(400)
     health = {}

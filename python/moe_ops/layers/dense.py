@@ -6,7 +6,7 @@ mixtures.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from moe_ops.ops.dense_ffn import dense_ffn
 from moe_ops.ops.gated_act import gated_act
+from moe_ops.ops.mix_experts import mix_experts
 
 if TYPE_CHECKING:
     from .experts import Experts
@@ -242,65 +243,56 @@ def plain_activation(x: Tensor, activation: str) -> Tensor:
     return h * h if activation == "relu2" else h
 
 
-def mix_outputs(outputs: Tensor, weights: Tensor) -> Tensor:
-    """Mixtures of what all experts made: y[t, m] = sum_e weights[t, m, e] * outputs[t, e].
+def mix_outputs(
+    outputs: Tensor, weights: Tensor, *, activation: str = "none", factor: Tensor | None = None
+) -> Tensor:
+    """Mixtures of what all experts made: y[t, m] = sum_e weights[t, m, e] * act(outputs[t, e]).
 
     Args:
         outputs: [T, E, O].
         weights: [T, E] for one mixture, or [T, M, E]; in the dtype of `outputs`.
+        activation: "none", "relu", "silu" or "sigmoid".
+        factor: [T / r, O], or [T / r, M, O]: y[t] is multiplied by factor[t / r]. Or None.
 
     Returns:
         [T, O], or [T, M, O].
 
     Raises:
-        ValueError: shapes that do not match.
+        ValueError: shapes that do not match, an unknown activation.
     """
-    expected = outputs.shape[:2]
+    _check_mixture("mix_outputs", outputs, weights)
     one = weights.dim() == 2
+    w = weights[:, None] if one else weights
+    if factor is not None and one:
+        factor = factor[:, None]
+    if outputs.device.type == "cpu":
+        y = mix_experts(outputs, w, factor=factor, activation=activation)[0]
+    else:
+        y = torch.bmm(w, _ACTIVATIONS[activation](outputs))
+        if factor is not None:
+            y = (y.unflatten(0, (factor.shape[0], -1)) * factor[:, None]).flatten(0, 1)
+    return y[:, 0] if one else y
+
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda x: x,
+    "relu": F.relu,
+    "silu": F.silu,
+    "sigmoid": torch.sigmoid,
+}
+
+
+def _check_mixture(name: str, outputs: Tensor, weights: Tensor) -> None:
+    expected = outputs.shape[:2]
     if (
         outputs.dim() != 3
         or weights.dim() not in (2, 3)
         or ((weights.shape[0], weights.shape[-1]) != tuple(expected))
     ):
         raise ValueError(
-            f"mix_outputs: weights must be {list(expected)} or [T, M, E] like outputs "
+            f"{name}: weights must be {list(expected)} or [T, M, E] like outputs "
             f"{list(outputs.shape)}, got shape {list(weights.shape)}."
         )
-    # Small products batched over tokens are fast where each lies in one piece, and a loop else.
-    w = (weights[:, None] if one else weights).contiguous()
-    own = _own_backward(outputs, w)
-    y = _Mix.apply(outputs.contiguous(), w) if own else torch.bmm(w, outputs)
-    return y[:, 0] if one else y
-
-
-class _Mix(torch.autograd.Function):
-    """bmm whose backward makes its gradient dense first.
-
-    One mixture of few outputs is rows times numbers, which elementwise code does faster.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, outputs: Tensor, weights: Tensor) -> Tensor:
-        ctx.save_for_backward(outputs, weights)
-        if weights.shape[1] == 1 and 1 <= weights.shape[2] <= 4:
-            y = outputs[:, :1] * weights[:, :, :1]
-            for e in range(1, weights.shape[2]):
-                y.addcmul_(outputs[:, e, None], weights[:, :, e, None])
-            return y
-        return torch.bmm(weights, outputs)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        outputs, weights = ctx.saved_tensors
-        need_outputs, need_weights = ctx.needs_input_grad
-        grad = grad.contiguous()
-        grad_outputs = None
-        if need_outputs:
-            spread = weights.transpose(1, 2)
-            grad_outputs = spread * grad if weights.shape[1] == 1 else torch.bmm(spread, grad)
-        grad_weights = torch.bmm(grad, outputs.transpose(1, 2)) if need_weights else None
-        return grad_outputs, grad_weights
 
 
 class ExpertNorm(nn.Module):
@@ -349,19 +341,8 @@ class ExpertNorm(nn.Module):
     def forward(self, outputs: Tensor) -> Tensor:
         """[T, E, O] to [T, E, O]."""
         num_tokens = outputs.shape[0]
-        if outputs.shape[1:] != (self.num_experts, self.size):
-            raise ValueError(
-                f"ExpertNorm: outputs must be [T, {self.num_experts}, {self.size}], got shape "
-                f"{list(outputs.shape)}."
-            )
-        if self.training:
-            if num_tokens < 2:
-                raise ValueError(
-                    "ExpertNorm: outputs must have at least 2 tokens in training, got "
-                    f"{num_tokens}."
-                )
-            self.num_batches_tracked.add_(1)
-        elif num_tokens == 0:
+        self._start(outputs)
+        if num_tokens == 0:
             return outputs
         y = F.batch_norm(
             outputs.reshape(num_tokens, -1),
@@ -374,6 +355,55 @@ class ExpertNorm(nn.Module):
             self.eps,
         )
         return y.view_as(outputs)
+
+    def mix(self, outputs: Tensor, weights: Tensor, activation: str = "silu") -> Tensor:
+        """`mix_outputs` of the normalised outputs, which are then never in memory.
+
+        Args:
+            outputs: [T, E, O]. weights: [T, M, E]. activation: as of `mix_outputs`.
+
+        Returns:
+            [T, M, O].
+        """
+        if outputs.device.type != "cpu":
+            return mix_outputs(self(outputs), weights, activation=activation)
+        _check_mixture("ExpertNorm.mix", outputs, weights)
+        self._start(outputs)
+        acc = torch.float64 if outputs.dtype == torch.float64 else torch.float32
+        given = (self.running_mean.to(acc), self.running_var.to(acc))
+        y, mean, var = mix_experts(
+            outputs,
+            weights,
+            norm_weight=self.weight.to(acc),
+            norm_bias=self.bias.to(acc),
+            mean=None if self.training else given[0],
+            var=None if self.training else given[1],
+            activation=activation,
+            eps=self.eps,
+        )
+        if self.training:
+            with torch.no_grad():
+                num_tokens = outputs.shape[0]
+                self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+                unbiased = (var * (num_tokens / (num_tokens - 1))).to(self.running_var.dtype)
+                self.running_var.lerp_(unbiased, self.momentum)
+        return y
+
+    def _start(self, outputs: Tensor) -> None:
+        """Checks, and counts a batch of training."""
+        if outputs.shape[1:] != (self.num_experts, self.size):
+            raise ValueError(
+                f"ExpertNorm: outputs must be [T, {self.num_experts}, {self.size}], got shape "
+                f"{list(outputs.shape)}."
+            )
+        if not self.training:
+            return
+        if outputs.shape[0] < 2:
+            raise ValueError(
+                "ExpertNorm: outputs must have at least 2 tokens in training, got "
+                f"{outputs.shape[0]}."
+            )
+        self.num_batches_tracked.add_(1)
 
     def extra_repr(self) -> str:
         return f"num_experts={self.num_experts}, size={self.size}"

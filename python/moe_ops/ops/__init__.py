@@ -6,6 +6,7 @@ from moe_ops.ops.expert_choice_router import expert_choice_router
 from moe_ops.ops.gated_act import gated_act
 from moe_ops.ops.grouped_gemm import grouped_gemm, grouped_gemm_wgrad, grouped_sum
 from moe_ops.ops.grouped_gemm_fp8 import grouped_gemm_fp8
+from moe_ops.ops.mix_experts import mix_experts
 from moe_ops.ops.moa_attention import moa_attention
 from moe_ops.ops.moe_ffn import moe_ffn
 from moe_ops.ops.moe_ffn_fp8 import moe_ffn_fp8
@@ -30,6 +31,7 @@ __all__ = [
     "grouped_gemm_fp8",
     "grouped_gemm_wgrad",
     "grouped_sum",
+    "mix_experts",
     "moa_attention",
     "moe_ffn",
     "moe_ffn_fp8",

@@ -13,6 +13,7 @@ from .expert_choice_router import expert_choice_router
 from .gated_act import gated_act
 from .grouped_gemm import grouped_gemm, grouped_gemm_wgrad, grouped_sum
 from .grouped_gemm_fp8 import grouped_gemm_fp8
+from .mix_experts import mix_experts
 from .moa_attention import moa_attention
 from .moe_ffn import moe_ffn
 from .moe_ffn_fp8 import moe_ffn_fp8
@@ -37,6 +38,7 @@ __all__ = [
     "grouped_gemm_fp8",
     "grouped_gemm_wgrad",
     "grouped_sum",
+    "mix_experts",
     "moa_attention",
     "moe_ffn",
     "moe_ffn_fp8",

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .multitask import FeatureGate, Features, GatedLayer, Towers, Trace, ownership
+from .multitask import FeatureGate, Features, GatedLayer, Towers, Trace, ownership, spread
 
 SHARED = "shared"
 
@@ -280,7 +280,7 @@ class HoME(MultiTask):
         config = self.config
         num_categories, num_tasks = len(config.categories), len(config.tasks)
         self.num_inputs = num_categories + bool(config.num_shared)
-        category_of = [c for c, tasks in enumerate(config.categories) for _ in tasks]
+        self.category_of = [c for c, tasks in enumerate(config.categories) for _ in tasks]
         categories = [f"c{c}" for c in range(num_categories)]
         groups = categories + [SHARED] * bool(config.num_shared)
 
@@ -309,7 +309,7 @@ class HoME(MultiTask):
             if config.feature_gate == "both"
             else None
         )
-        wanted = [{t, categories[c], SHARED} for t, c in zip(tasks, category_of, strict=True)]
+        wanted = [{t, categories[c], SHARED} for t, c in zip(tasks, self.category_of, strict=True)]
         self.task_level = self.layer(
             width,
             [inputs.index(owner) for owner in owners],
@@ -328,16 +328,16 @@ class HoME(MultiTask):
         x = v[:, None] if self.feature_gate is None else self.feature_gate(v)
         # The gates read the features as they are, not through the feature gate.
         z = self.meta(x, v, trace=trace)
-        # Tasks of a category stand together: views, where indexing would gather and scatter.
-        counts = [len(tasks) for tasks in self.config.categories]
-        z_task = torch.cat([z[:, c, None].expand(-1, n, -1) for c, n in enumerate(counts)], dim=1)
-        gate_x = z_task
+        # Tasks of a category read the same: gates are products over categories, not over tasks.
+        own = gate_x = z[:, : len(self.config.categories)]
         if self.config.num_shared:
-            shared = z[:, -1:].expand(-1, z_task.shape[1], -1)
-            gate_x = torch.cat([z_task, shared], dim=-1)
-        private = z_task if self.task_feature_gate is None else self.task_feature_gate(z_task)
+            gate_x = torch.cat([own, z[:, -1:].expand_as(own)], dim=-1)
+        if self.task_feature_gate is None:
+            private = spread(own, self.category_of)
+        else:
+            private = self.task_feature_gate(own, self.category_of)
         inputs = torch.cat([z, private], dim=1)
-        return self.task_level(inputs, gate_x, self_x=z_task, trace=trace)
+        return self.task_level(inputs, gate_x, self_x=own, gate_ids=self.category_of, trace=trace)
 
 
 MODELS: dict[str, type[MultiTask]] = {

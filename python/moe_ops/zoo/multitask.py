@@ -5,6 +5,7 @@ Letters: T rows of a batch, V width of a row's features, G inputs, E experts, M 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Sequence
 
 import torch
@@ -12,7 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_ops.layers import ExpertNorm, Experts, mix_outputs
-from moe_ops.layers.dense import grouped_linear, low_rank_maps
+from moe_ops.layers.dense import grouped_linear, low_rank_maps, segments
+
+
+def spread(x: Tensor, input_ids: Sequence[int] | None) -> Tensor:
+    """x[:, input_ids] for numbers that do not fall: views, where indexing gathers and scatters."""
+    if input_ids is None:
+        return x
+    counts = Counter(input_ids)
+    return torch.cat([x[:, i, None].expand(-1, n, -1) for i, n in sorted(counts.items())], dim=1)
 
 
 class Features(nn.Module):
@@ -95,12 +104,21 @@ class GroupedLinear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(groups, out_size)) if bias else None
         nn.init.uniform_(self.weight, -(in_size**-0.5), in_size**-0.5)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[T, H], read by all, or [T, G, H], to [T, G, O]."""
+    def forward(
+        self, x: Tensor, input_ids: Sequence[int] | None = None, closed: Tensor | None = None
+    ) -> Tensor:
+        """[T, H], read by all, or [T, G, H], to [T, G, O].
+
+        With input_ids, map g reads x[:, id]; where closed [G, O] is True, results are -inf.
+        """
+        bias = self.bias
+        if closed is not None and bias is not None:
+            bias = bias.masked_fill(closed, -torch.inf)
         if x.dim() == 3:
-            return grouped_linear(x, self.weight, self.bias)
+            plan = None if input_ids is None else segments(input_ids)
+            return grouped_linear(x, self.weight, bias, plan)
         groups, out_size, _ = self.weight.shape
-        flat = None if self.bias is None else self.bias.flatten()
+        flat = None if bias is None else bias.flatten()
         return F.linear(x, self.weight.flatten(0, 1), flat).view(-1, groups, out_size)
 
 
@@ -141,19 +159,20 @@ class Gates(nn.Module):
         self.register_buffer("closed", ~mask & ~few[:, None], persistent=False)
         self.register_buffer("lone_rows", few[:, None], persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[T, H] or [T, M, H] to weights [T, M, E]."""
+    def forward(self, x: Tensor, input_ids: Sequence[int] | None = None) -> Tensor:
+        """[T, H] or [T, M, H] to weights [T, M, E]; with input_ids, gate m reads x[:, id]."""
         if self.linear is None:
             return self.mask.to(x.dtype).expand(x.shape[0], -1, -1)
-        logits = self.linear(x)
+        # A bias of -inf closes a logit, whose softmax or sigmoid and their gradients are then 0.
         if not self.has_lone:
-            return logits.masked_fill(self.closed, -torch.inf).softmax(-1)
+            return self.linear(x, input_ids, closed=self.closed).softmax(-1)
+        if self.all_lone and self.lone == "sigmoid":
+            return self.linear(x, input_ids, closed=~self.mask).sigmoid()
+        logits = self.linear(x, input_ids)
         if self.lone == "sigmoid":
             alone = logits.sigmoid() * self.mask
         else:
             alone = self.mask.to(logits.dtype).expand(logits.shape)
-        if self.all_lone:
-            return alone
         mixed = logits.masked_fill(self.closed, -torch.inf).softmax(-1)
         return torch.where(self.lone_rows, alone, mixed)
 
@@ -180,15 +199,54 @@ class FeatureGate(nn.Module):
         self.select = GroupedLinear(groups, size, num_lora)
         nn.init.zeros_(self.up.weight)
 
-    def forward(self, v: Tensor) -> Tensor:
-        """[T, V] (read by all) or [T, G, V] to the gated inputs [T, G, V]: v times its gate."""
+    def forward(self, v: Tensor, input_ids: Sequence[int] | None = None) -> Tensor:
+        """v times its gates, [T, G, V].
+
+        Args:
+            v: [T, V], read by all gates, or [T, G, V].
+            input_ids: which of the inputs each gate reads, numbers that do not fall; None: each its
+                own.
+        """
+        # A gate of a token is a token.
+        maps = self._maps(v, input_ids).view(-1, self.num_lora, v.shape[-1])
+        share = self._share(v, input_ids).view(-1, self.num_lora)
+        if v.dim() == 3 and input_ids is not None:
+            # Inputs that all have as many gates need not be copied for each.
+            counts = Counter(input_ids)
+            even = len(set(counts.values())) == 1 and len(counts) == v.shape[1]
+            v = v if even else spread(v, input_ids)
+        gated = mix_outputs(maps, share, activation="sigmoid", factor=v.reshape(-1, v.shape[-1]))
+        return gated.view(v.shape[0], self.groups, v.shape[-1])
+
+    def _share(self, v: Tensor, input_ids: Sequence[int] | None) -> Tensor:
+        """Twice the softmax over pairs, [T, G, L]."""
+        if self.num_lora != 2:
+            return 2 * self.select(v, input_ids).softmax(-1)
+        # Of two numbers, it is the sigmoid of their difference, and that is a map of its own.
+        assert self.select.bias is not None
+        weight = self.select.weight[:, :1] - self.select.weight[:, 1:]
+        bias = self.select.bias[:, :1] - self.select.bias[:, 1:]
+        if v.dim() == 2:
+            apart = F.linear(v, weight[:, 0], bias[:, 0])[..., None]
+        else:
+            apart = grouped_linear(
+                v, weight, bias, None if input_ids is None else segments(input_ids)
+            )
+        return 2 * torch.cat([apart, -apart], dim=-1).sigmoid()
+
+    def _maps(self, v: Tensor, input_ids: Sequence[int] | None) -> Tensor:
+        """v B_l A_l of every gate and pair: [T, G * L, V]."""
         down = self.down.weight.unflatten(1, (self.num_lora, self.rank)).flatten(0, 1)
-        ids = [g if v.dim() == 3 else 0 for g in range(self.groups) for _ in range(self.num_lora)]
-        maps = low_rank_maps(v if v.dim() == 3 else v[:, None], down, self.up.weight, ids)
-        gates = maps.sigmoid().unflatten(1, (self.groups, self.num_lora)).flatten(0, 1)
-        share = 2 * self.select(v).softmax(-1)
-        gate = mix_outputs(gates, share.flatten(0, 1)).view(v.shape[0], self.groups, v.shape[-1])
-        return gate * (v[:, None] if v.dim() == 2 else v)
+        if self.num_lora > 2:
+            reads = range(self.groups) if input_ids is None else input_ids
+            ids = [g if v.dim() == 3 else 0 for g in reads for _ in range(self.num_lora)]
+            return low_rank_maps(v if v.dim() == 3 else v[:, None], down, self.up.weight, ids)
+        # A map of rank V / 2 costs a token as much in two products of V * V / 2 as in one of V * V
+        # with the product of the two, which is made once a batch and keeps nothing for backward.
+        full = torch.bmm(self.up.weight, down).view(self.groups, -1, v.shape[-1])
+        if v.dim() == 3:
+            return grouped_linear(v, full, None, None if input_ids is None else segments(input_ids))
+        return F.linear(v, full.flatten(0, 1))
 
 
 class GatedLayer(nn.Module):
@@ -243,6 +301,7 @@ class GatedLayer(nn.Module):
         gate_x: Tensor,
         *,
         self_x: Tensor | None = None,
+        gate_ids: Sequence[int] | None = None,
         trace: list[Trace] | None = None,
     ) -> Tensor:
         """Mixtures [T, M, O].
@@ -251,20 +310,24 @@ class GatedLayer(nn.Module):
             x: [T, G, H], the inputs that `input_ids` number.
             gate_x: [T, Hg], read by all gates, or [T, M, Hg].
             self_x: the same for the self gates; None: `gate_x`.
+            gate_ids: which of the inputs each gate (and self gate) reads; None: each its own.
             trace: a list that gets a `Trace` appended.
         """
         same_input = x.shape[1] == 1
         y = self.experts.outputs(
             x[:, 0] if same_input else x, None if same_input else self.input_ids
         )
-        y = F.relu(y) if self.norm is None else F.silu(self.norm(y))
-        weights = self.gates(gate_x)
+        weights = self.gates(gate_x, gate_ids)
         total = weights
         if self.self_gates is not None:
-            total = weights + self.self_gates(gate_x if self_x is None else self_x)
+            total = weights + self.self_gates(gate_x if self_x is None else self_x, gate_ids)
         if trace is not None:
+            y = F.relu(y) if self.norm is None else F.silu(self.norm(y))
             trace.append(Trace(y.detach(), weights.detach()))
-        return mix_outputs(y, total)
+            return mix_outputs(y, total)
+        if self.norm is None:
+            return mix_outputs(y, total, activation="relu")
+        return self.norm.mix(y, total)
 
 
 class Trace:

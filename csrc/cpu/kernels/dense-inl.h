@@ -1,0 +1,185 @@
+// Steps between the products of dense_ffn, on all rows of a block at once: a call a row costs as
+// much as the row. Included by kernels-inl.h, inside its namespace. Rows of ours may be written up
+// to the next whole vector.
+
+// n < lanes elements from p, zeros after them.
+template <class T, class S>
+inline Vec<T> load_part(const S* p, int64_t n) {
+  T part[kLanes<T>] = {};
+  for (int64_t i = 0; i < n; ++i) part[i] = to_float(p[i]);
+  return load<T>(part);
+}
+
+template <class T, class S>
+inline Vec<T> load_some(const S* p, int64_t n) {
+  return n >= kLanes<T> ? load_as(p) : load_part<T>(p, n);
+}
+
+// Vectors of 32 columns, the runs that are taken at once: what to do with them is asked, and sums
+// are read and written, once a run and not once a vector.
+template <class T>
+constexpr int kDenseRun = 32 / kLanes<T>;
+
+template <class T>
+struct DenseRun {
+  Vec<T> v[kDenseRun<T>];
+  void clear() {
+#pragma GCC unroll 16
+    for (int i = 0; i < kDenseRun<T>; ++i) v[i] = Vec<T>{};
+  }
+  void add(const DenseRun& other) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kDenseRun<T>; ++i) v[i] += other.v[i];
+  }
+  void put(T* p) const {
+#pragma GCC unroll 16
+    for (int i = 0; i < kDenseRun<T>; ++i) store<T>(p + i * kLanes<T>, v[i]);
+  }
+  void add_to(T* p) const {
+#pragma GCC unroll 16
+    for (int i = 0; i < kDenseRun<T>; ++i) {
+      store<T>(p + i * kLanes<T>, load<T>(p + i * kLanes<T>) + v[i]);
+    }
+  }
+};
+
+// Where vector i of row r lies in panels of `rows` rows and n columns.
+template <class T>
+inline T* panel_place(T* panels, int64_t rows, int64_t r, int64_t i, int64_t n) {
+  constexpr int64_t W = kLanes<T>;
+  const int64_t panel = i / (2 * W) * (2 * W);
+  return panels + panel * rows + r * (n - panel > W ? 2 * W : W) + (i - panel);
+}
+
+template <class T>
+void dense_copy(DType type, const void* src, int64_t ld, int64_t rows, int64_t n, T* first,
+                int64_t ld_first, T* second, int64_t ld_second, T* sum) {
+  constexpr int W = kLanes<T>;
+  with_type<T>(type, src, [&](const auto* p) {
+    int64_t begin = 0;
+    for (; begin + 32 <= n; begin += 32) {
+      DenseRun<T> total, run;
+      total.clear();
+      const auto* q = p + begin;
+      for (int64_t r = 0; r < rows; ++r, q += ld) {
+#pragma GCC unroll 16
+        for (int i = 0; i < kDenseRun<T>; ++i) run.v[i] = load_as(q + i * W);
+        if (first != nullptr) run.put(first + r * ld_first + begin);
+        if (second != nullptr) run.put(second + r * ld_second + begin);
+        if (sum != nullptr) total.add(run);
+      }
+      if (sum != nullptr) total.add_to(sum + begin);
+    }
+    for (int64_t r = 0; r < rows && begin < n; ++r, p += ld) {
+      for (int64_t i = begin; i < n; i += W) {
+        const Vec<T> v = load_some<T>(p + i, n - i);
+        if (first != nullptr) store<T>(first + r * ld_first + i, v);
+        if (second != nullptr) store<T>(second + r * ld_second + i, v);
+        if (sum != nullptr) store<T>(sum + i, load<T>(sum + i) + v);
+      }
+    }
+  });
+}
+
+template <class T>
+void dense_panels(DType type, const void* src, int64_t ld, int64_t rows, int64_t n, T* panels) {
+  constexpr int W = kLanes<T>;
+  with_type<T>(type, src, [&](const auto* p) {
+    for (int64_t r = 0; r < rows; ++r, p += ld) {
+      for (int64_t i = 0; i < n; i += W) {
+        store<T>(panel_place(panels, rows, r, i, n), load_some<T>(p + i, n - i));
+      }
+    }
+  });
+}
+
+template <class T, Activation A, bool kAct>
+void dense_act_loop(int64_t rows, int64_t n, const T* u, int64_t ld_u, T* h, int64_t ld_h) {
+  constexpr int W = kLanes<T>;
+  for (int64_t r = 0; r < rows; ++r, u += ld_u, h += ld_h) {
+    for (int64_t i = 0; i < n; i += W) {
+      const Vec<T> v = load_some<T>(u + i, n - i);
+      store<T>(h + i, kAct ? activate<T, A>(v).value : v);
+    }
+  }
+}
+
+template <class T, Activation A, bool kAct>
+void dense_act_bwd_loop(int64_t rows, int64_t n, const T* u, int64_t ld_u, const T* d, int64_t ld_d,
+                        const DenseActTargets<T>& to) {
+  constexpr int W = kLanes<T>;
+  int64_t begin = 0;
+  for (; d != nullptr && begin + 32 <= n; begin += 32) {
+    DenseRun<T> total, h, du;
+    total.clear();
+    const T *ur = u + begin, *dr = d + begin;
+    for (int64_t r = 0; r < rows; ++r, ur += ld_u, dr += ld_d) {
+#pragma GCC unroll 16
+      for (int i = 0; i < kDenseRun<T>; ++i) {
+        const Vec<T> v = load<T>(ur + i * W), dv = load<T>(dr + i * W);
+        const ActPair<T> a = kAct ? activate<T, A>(v) : ActPair<T>{v, splat<T>(1)};
+        h.v[i] = a.value;
+        du.v[i] = kAct ? dv * a.slope : dv;
+      }
+      if (to.h_panels != nullptr) {
+#pragma GCC unroll 16
+        for (int i = 0; i < kDenseRun<T>; ++i) {
+          store<T>(to.h_panels + (begin + i / 2 * (2 * W)) * rows + r * 2 * W + i % 2 * W, h.v[i]);
+        }
+      }
+      if (to.rows != nullptr) du.put(to.rows + r * kLda + begin);
+      if (to.columns != nullptr) du.put(to.columns + r * kLdm + begin);
+      total.add(du);
+    }
+    if (to.sum != nullptr) total.add_to(to.sum + begin);
+  }
+  for (int64_t r = 0; r < rows && begin < n; ++r, u += ld_u, d += ld_d) {
+    for (int64_t i = begin; i < n; i += W) {
+      const Vec<T> v = load_some<T>(u + i, n - i);
+      const ActPair<T> a = kAct ? activate<T, A>(v) : ActPair<T>{v, splat<T>(1)};
+      if (to.h_panels != nullptr) store<T>(panel_place(to.h_panels, rows, r, i, n), a.value);
+      if (d == nullptr) continue;
+      const Vec<T> dv = kAct ? load<T>(d + i) * a.slope : load<T>(d + i);
+      if (to.rows != nullptr) store<T>(to.rows + r * kLda + i, dv);
+      if (to.columns != nullptr) store<T>(to.columns + r * kLdm + i, dv);
+      if (to.sum != nullptr) store<T>(to.sum + i, load<T>(to.sum + i) + dv);
+    }
+  }
+}
+
+#define MOE_FOR_DENSE_ACTIVATION(kind, CALL)    \
+  switch (kind) {                               \
+    case Activation::kSilu:                     \
+      return CALL(Activation::kSilu, true);     \
+    case Activation::kGelu:                     \
+      return CALL(Activation::kGelu, true);     \
+    case Activation::kGeluTanh:                 \
+      return CALL(Activation::kGeluTanh, true); \
+    case Activation::kRelu2:                    \
+      return CALL(Activation::kRelu2, true);    \
+    default:                                    \
+      return CALL(Activation::kRelu, true);     \
+  }
+
+template <class T>
+void dense_act(bool has_act, Activation kind, int64_t rows, int64_t n, const T* u, int64_t ld_u,
+               T* h, int64_t ld_h) {
+#define MOE_CALL(A, kAct) dense_act_loop<T, A, kAct>(rows, n, u, ld_u, h, ld_h)
+  if (!has_act) return MOE_CALL(Activation::kRelu, false);
+  MOE_FOR_DENSE_ACTIVATION(kind, MOE_CALL)
+#undef MOE_CALL
+}
+
+template <class T>
+void dense_act_bwd(bool has_act, Activation kind, int64_t rows, int64_t n, const T* u, int64_t ld_u,
+                   const T* d, int64_t ld_d, const DenseActTargets<T>& to) {
+#define MOE_CALL(A, kAct) dense_act_bwd_loop<T, A, kAct>(rows, n, u, ld_u, d, ld_d, to)
+  if (!has_act) return MOE_CALL(Activation::kRelu, false);
+  MOE_FOR_DENSE_ACTIVATION(kind, MOE_CALL)
+#undef MOE_CALL
+}
+
+template <class T>
+DenseKernels<T> dense_kernels() {
+  return {&dense_copy<T>, &dense_panels<T>, &dense_act<T>, &dense_act_bwd<T>};
+}

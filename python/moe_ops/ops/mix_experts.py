@@ -1,0 +1,265 @@
+"""mix_experts: mixtures of what all experts made, through normalisation and activation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_ops.ops._register import (
+    accumulate_dtype,
+    call,
+    check,
+    check_dim,
+    check_float,
+    check_same_device,
+    check_same_dtype,
+    check_size,
+    dtype_name,
+    needs_input_grad,
+    register_autocast,
+    register_cpu_only,
+    register_fake,
+    register_no_double_backward,
+)
+
+_OP = "mix_experts"
+MIX_ACTIVATIONS = ("none", "relu", "silu", "sigmoid")
+
+
+def mix_experts(
+    outputs: Tensor,
+    weights: Tensor,
+    *,
+    factor: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    mean: Tensor | None = None,
+    var: Tensor | None = None,
+    activation: str = "none",
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """M mixtures of all experts of a token: ``y[t, m] = sum_e weights[t, m, e] act(n[t, e])``.
+
+    n is `outputs`, or with norm_weight and norm_bias their batch normalisation, ``(outputs - mean)
+    / sqrt(var + eps) * norm_weight + norm_bias``, every feature of every expert by itself: with the
+    statistics of these tokens, through which gradients flow, or with those given. What lies between
+    outputs and mixtures is never in memory; backward computes it again.
+
+    Args:
+        outputs: [T, E, O], as `dense_ffn` makes them; float64, float32, bfloat16 or float16, any
+            strides.
+        weights: [T, M, E] in the dtype of outputs, any strides. A weight of 0 is no mask: it gets
+            its gradient, and 0 times NaN is NaN.
+        factor: [T / r, M, O] in the dtype of outputs: y[t] is multiplied by factor[t / r], which r
+            tokens in a row share. Or None.
+        norm_weight: [E, O] float32 (float64 for float64), or None: no normalisation.
+        norm_bias: the same; together with norm_weight.
+        mean: [E, O] float32 (float64 for float64), constants; None: those of the T tokens.
+        var: the same, not corrected for the mean; together with mean.
+        activation: "none", "relu", "silu" or "sigmoid".
+        eps: at least 0.
+
+    Returns:
+        y [T, M, O] in the dtype of outputs; the mean and the variance (over T, not corrected) of
+        the tokens, [E, O] in the type of norm_weight, where they were computed, and [0] where not.
+        They carry no gradient. Sums in fp32 (fp64 for fp64).
+
+    Raises:
+        ValueError: wrong dtype, rank, size, activation or eps, one tensor of a pair without the
+            other, rows of factor whose number does not divide T, or statistics without norm_weight.
+        NotImplementedError: on a second derivative, or for CUDA tensors.
+
+    Source:
+        Ma et al. 2018, Multi-gate Mixture-of-Experts, KDD; Wang et al. 2024, HoME, arXiv
+        2408.05430.
+    """
+    return call(
+        torch.ops.moe_ops.mix_experts,
+        outputs,
+        weights,
+        factor,
+        norm_weight,
+        norm_bias,
+        mean,
+        var,
+        activation,
+        eps,
+    )
+
+
+def _check(
+    op: str,
+    outputs: Tensor,
+    weights: Tensor,
+    factor: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    activation: str,
+    eps: float,
+) -> None:
+    check_float(op, "outputs", outputs)
+    check_dim(op, "outputs", outputs, 3, "[T, E, O]")
+    check(outputs.shape[1] >= 1, f"{op}: num_experts must be at least 1, got {outputs.shape[1]}.")
+    check_same_dtype(op, "weights", weights, "outputs", outputs)
+    check_dim(op, "weights", weights, 3, "[T, M, E]")
+    check_size(op, "weights", weights, 0, outputs.shape[0], "T")
+    check_size(op, "weights", weights, 2, outputs.shape[1], "E")
+    check(
+        activation in MIX_ACTIVATIONS,
+        f"{op}: activation must be one of {', '.join(MIX_ACTIVATIONS)}, got '{activation}'.",
+    )
+    if factor is not None:
+        check_same_dtype(op, "factor", factor, "outputs", outputs)
+        check_dim(op, "factor", factor, 3, "[T / r, M, O]")
+        check_size(op, "factor", factor, 1, weights.shape[1], "M")
+        check_size(op, "factor", factor, 2, outputs.shape[2], "O")
+        tokens, given = outputs.shape[0], factor.shape[0]
+        check(
+            given == 0 if tokens == 0 else given > 0 and tokens % given == 0,
+            f"{op}: factor must have a number of rows that divides T = {tokens}, got shape "
+            f"{list(factor.shape)}.",
+        )
+        check_same_device(op, outputs=outputs, factor=factor)
+    named = {"norm_weight": norm_weight, "norm_bias": norm_bias, "mean": mean, "var": var}
+    for first, second in (("norm_weight", "norm_bias"), ("mean", "var")):
+        for there, missing in ((first, second), (second, first)):
+            check(
+                named[there] is None or named[missing] is not None,
+                f"{op}: {missing} must come with {there}, got None.",
+            )
+    check(
+        mean is None or norm_weight is not None,
+        f"{op}: norm_weight must come with mean, got None.",
+    )
+    check(eps >= 0, f"{op}: eps must be at least 0, got {eps}.")
+    acc = accumulate_dtype(outputs.dtype)
+    for name, t in named.items():
+        if t is None:
+            continue
+        check(
+            t.dtype == acc,
+            f"{op}: {name} must be {dtype_name(acc)} for outputs of {dtype_name(outputs.dtype)}, "
+            f"got {dtype_name(t.dtype)}.",
+        )
+        check_dim(op, name, t, 2, "[E, O]")
+        check_size(op, name, t, 0, outputs.shape[1], "E")
+        check_size(op, name, t, 1, outputs.shape[2], "O")
+    check_same_device(op, outputs=outputs, weights=weights, **named)
+
+
+@register_fake("mix_experts")
+def _(
+    outputs: Tensor,
+    weights: Tensor,
+    factor: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    mean: Tensor | None = None,
+    var: Tensor | None = None,
+    activation: str = "none",
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check(_OP, outputs, weights, factor, norm_weight, norm_bias, mean, var, activation, eps)
+    y = outputs.new_empty((outputs.shape[0], weights.shape[1], outputs.shape[2]))
+    batch = norm_weight is not None and mean is None
+    shape = tuple(outputs.shape[1:]) if batch else (0,)
+    acc = accumulate_dtype(outputs.dtype)
+    return y, outputs.new_empty(shape, dtype=acc), outputs.new_empty(shape, dtype=acc)
+
+
+@register_fake("mix_experts_bwd")
+def _(
+    grad_y: Tensor,
+    outputs: Tensor,
+    weights: Tensor,
+    factor: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    activation: str,
+    eps: float,
+    batch: bool,
+    need_weights: bool,
+    need_factor: bool,
+    need_norm_weight: bool,
+    need_norm_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    op = "mix_experts_bwd"
+    _check(op, outputs, weights, factor, norm_weight, norm_bias, mean, var, activation, eps)
+    check(
+        norm_weight is None or mean is not None,
+        f"{op}: mean must come with norm_weight, got None.",
+    )
+    check_same_dtype(op, "grad_y", grad_y, "outputs", outputs)
+    check_dim(op, "grad_y", grad_y, 3, "[T, M, O]")
+    sizes = ((outputs.shape[0], "T"), (weights.shape[1], "M"), (outputs.shape[2], "O"))
+    for d, (n, what) in enumerate(sizes):
+        check_size(op, "grad_y", grad_y, d, n, what)
+    check_same_device(op, outputs=outputs, grad_y=grad_y)
+    normed = norm_weight is not None
+
+    def made(wanted: bool, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return outputs.new_empty(shape if wanted else (0,), dtype=dtype)
+
+    acc, features = accumulate_dtype(outputs.dtype), tuple(outputs.shape[1:])
+    return (
+        outputs.new_empty(tuple(outputs.shape)),
+        made(need_weights, tuple(weights.shape), outputs.dtype),
+        outputs.new_empty(tuple(factor.shape) if factor is not None and need_factor else (0,)),
+        made(need_norm_weight and normed, features, acc),
+        made(need_norm_bias and normed, features, acc),
+    )
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    outputs, weights, factor, norm_weight, norm_bias, mean, var, activation, eps = inputs
+    _, batch_mean, batch_var = output
+    ctx.mark_non_differentiable(batch_mean, batch_var)
+    ctx.set_materialize_grads(False)
+    ctx.batch = norm_weight is not None and mean is None
+    if ctx.batch:
+        mean, var = batch_mean, batch_var
+    ctx.save_for_backward(outputs, weights, factor, norm_weight, norm_bias, mean, var)
+    ctx.activation, ctx.eps = activation, eps
+
+
+def _backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
+    if grad is None:
+        return (None,) * 9
+    need_outputs, need_weights, need_factor, need_scale, need_shift, *_rest = needs_input_grad(
+        ctx, 9
+    )
+    g_outputs, g_weights, g_factor, g_scale, g_shift = torch.ops.moe_ops.mix_experts_bwd(
+        grad,
+        *ctx.saved_tensors,
+        ctx.activation,
+        ctx.eps,
+        ctx.batch,
+        need_weights,
+        need_factor,
+        need_scale,
+        need_shift,
+    )
+    return (
+        g_outputs if need_outputs else None,
+        g_weights if need_weights else None,
+        g_factor if need_factor else None,
+        g_scale if need_scale else None,
+        g_shift if need_shift else None,
+        None,
+        None,
+        None,
+        None,
+    )
+
+
+torch.library.register_autograd("moe_ops::mix_experts", _backward, setup_context=_setup)
+register_no_double_backward("mix_experts_bwd", "mix_experts")
+register_autocast("mix_experts", ["outputs", "weights", "factor"])
+for _name in ("mix_experts", "mix_experts_bwd"):
+    register_cpu_only(_name, "layers.GatedLayer's parts compute it from torch's ops there")
