@@ -171,7 +171,8 @@ def test_limits_are_plausible():
     limits = measure_limits(seconds=0.02, buffer_bytes=8 << 20)
     assert limits.isa == _C.cpu_isa()
     assert 1e9 < limits.fp32_flops < 1e12
-    assert limits.bf16_flops > 0.5 * limits.fp32_flops
+    # Intel's cores multiply pairs at half the rate of fp32.
+    assert limits.bf16_flops > 0.3 * limits.fp32_flops
     assert 1e8 < limits.read_bytes < 1e13
 
 

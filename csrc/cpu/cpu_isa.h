@@ -29,7 +29,7 @@ MOE_OPS_API std::vector<std::string> supported_isas();
 MOE_OPS_API std::string isa_warning();
 // Rows of an expert up to which products of bfloat16 pairs (vdpbf16ps) are no slower than fp32
 // ones.
-MOE_OPS_API int64_t pairs_max_rows();
+int64_t pairs_max_rows();
 // nullptr, or the kernel of this level that does not compute what the portable one does.
 MOE_OPS_API const char* failing_kernel(Isa isa);
 

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <numeric>
+#include <utility>
 
 #include "torch/activation.h"
 #include "torch/tensor_utils.h"
@@ -56,8 +57,9 @@ Plan plan_of(const Op& op, const Tensor& x, const Tensor& w_up, const Tensor& w_
   plan.input_of = checked_map(op, "input_ids", input_ids, s.num_inputs);
   plan.order.resize(plan.input_of.size());
   std::iota(plan.order.begin(), plan.order.end(), 0);
-  std::stable_sort(plan.order.begin(), plan.order.end(),
-                   [&](int32_t a, int32_t b) { return plan.input_of[a] < plan.input_of[b]; });
+  std::sort(plan.order.begin(), plan.order.end(), [&](int32_t a, int32_t b) {
+    return std::pair(plan.input_of[a], a) < std::pair(plan.input_of[b], b);
+  });
   s.input_of = plan.input_of.data();
   s.order = plan.order.data();
   return plan;

