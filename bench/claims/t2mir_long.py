@@ -46,9 +46,7 @@ SCALES = {
         model=dataclasses.replace(LONG.model, variant="dpt", num_layers=4),
         balance=0.01,
     ),
-    # The sizes of bench.claims.t2mir, and what InfoNCE and the "ad" variant may want more of: tasks
-    # in a batch and steps; episodes in the context. A quarter of an hour each on two cores.
-    "small-batch": dataclasses.replace(t2mir.SMALL, batch=128, steps=1600, note=""),
+    # The other variant at the sizes of bench.claims.t2mir, with twice the steps, for a CPU.
     "small-ad": dataclasses.replace(
         t2mir.SMALL,
         model=dataclasses.replace(t2mir.SMALL.model, variant="ad"),
