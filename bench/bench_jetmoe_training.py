@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -36,27 +35,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import moe_ops
+from bench.turns import take_turns
 from moe_ops import zoo
 from moe_ops.zoo.language_model import CausalLM
 
 ATTENTIONS = ("eager", "sdpa")
-
-
-def take_turns(
-    contenders: dict[str, Callable[[], object]],
-    rounds: int,
-    clock: Callable[[], float],
-    warm: int = 3,
-) -> dict[str, float]:
-    """Median ms of each; `warm` calls of each first, which count for nothing."""
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    for i in range(rounds + warm):
-        for name, run in contenders.items():
-            start = clock()
-            run()
-            if i >= warm:
-                times[name].append(1e3 * (clock() - start))
-    return {name: statistics.median(t) for name, t in times.items()}
 
 
 def make_models(dtype: torch.dtype) -> dict[str, nn.Module]:
@@ -151,7 +134,7 @@ def bench(batch: int, length: int, dtype: torch.dtype, options: argparse.Namespa
             steps["rest"] = make_step(
                 list(rest.parameters()), lambda rest=rest: rest.loss(inputs, targets)
             )
-        ms = take_turns(steps, options.rounds, clock, 20 if options.compile else 3)
+        ms = take_turns(steps, options.rounds, warm=20 if options.compile else 3, clock=clock)
         peers = [name for name in ms if name.startswith(ATTENTIONS)]
         best = min(peers, key=ms.__getitem__)
         what = "with losses" if losses else "cross-entropy"

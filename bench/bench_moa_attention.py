@@ -13,31 +13,17 @@ from __future__ import annotations
 
 import argparse
 import copy
-import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import moe_ops
+from bench.turns import take_turns
 
 BATCH, SLOTS, HEADS, HEAD_SIZE = 1, 2, 8, 64
-
-
-def take_turns(contenders: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median ms of each; one call of each first, which counts for nothing."""
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    for i in range(rounds + 1):
-        for name, run in contenders.items():
-            start = time.perf_counter()
-            run()
-            if i:
-                times[name].append(1e3 * (time.perf_counter() - start))
-    return {name: statistics.median(t) for name, t in times.items()}
 
 
 def operands(tokens: int, dtype: torch.dtype, shift: float = 0.0) -> list[Tensor]:
@@ -99,7 +85,7 @@ def bench_op(tokens: int, dtype: torch.dtype, rounds: int) -> None:
                 label: (lambda fn=fn, run=run: run(fn))
                 for label, fn in (("moe_ops", ours), ("torch", theirs))
             }
-            ms = take_turns(turns, rounds)
+            ms = take_turns(turns, rounds, warm=1)
             report(f"{name}, S {tokens}, {what}", ms["moe_ops"], ms["torch"])
 
 
@@ -112,7 +98,9 @@ def bench_decode(keys: int, dtype: torch.dtype, rounds: int) -> None:
         return F.scaled_dot_product_attention(q.flatten(2, 3).transpose(1, 2), k_all, v_all)
 
     with torch.no_grad():
-        ms = take_turns({"moe_ops": lambda: softmax_ours(q, k, v), "torch": theirs}, 5 * rounds)
+        ms = take_turns(
+            {"moe_ops": lambda: softmax_ours(q, k, v), "torch": theirs}, 5 * rounds, warm=1
+        )
     report(f"softmax, one token against {keys} keys", ms["moe_ops"], ms["torch"])
 
 
@@ -163,7 +151,7 @@ def bench_block(tokens: int, dtype: torch.dtype, rounds: int) -> None:
                 label: (lambda m=m, run=run: run(m))
                 for label, m in (("moe_ops", ours), ("transformers", theirs))
             }
-            ms = take_turns(turns, rounds)
+            ms = take_turns(turns, rounds, warm=1)
             name = f"JetMoE {what} ({implementation}), S {tokens}, forward + backward"
             report(name, ms["moe_ops"], ms["transformers"])
 

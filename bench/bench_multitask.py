@@ -12,13 +12,13 @@ first. Numbers are medians, in ms: processor time with one thread, wall time wit
 from __future__ import annotations
 
 import argparse
-import statistics
 import time
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
+from bench.turns import take_turns
 from moe_ops.zoo.home import HoMEConfig, MultiTask, build
 from moe_ops.zoo.multitask import FeatureGate, GatedLayer, Gates
 
@@ -233,14 +233,7 @@ def main() -> None:
             raise SystemExit(f"{kind}: outputs differ by {error:.2e} of their norm.")
         grad = torch.randn_like(y)
         runs = {"moe_ops": step(ours, v, grad), "list": step(listed, v, grad)}
-        times: dict[str, list[float]] = {name: [] for name in runs}
-        for i in range(args.rounds + 2):
-            for name, run in runs.items():
-                start = clock()
-                run()
-                if i >= 2:
-                    times[name].append(1e3 * (clock() - start))
-        ms = {name: statistics.median(t) for name, t in times.items()}
+        ms = take_turns(runs, args.rounds, warm=2, clock=clock)
         print(
             f"{kind:5s} moe_ops {ms['moe_ops']:7.1f}  list {ms['list']:7.1f}  "
             f"{ms['list'] / ms['moe_ops']:.2f} times  (outputs differ by {error:.1e})"

@@ -21,7 +21,7 @@ from torch import Tensor
 
 import moe_ops
 from moe_ops import ops, packing, reference
-from moe_ops.ops._register import cpu_only_ops
+from moe_ops.ops._register import accumulate_dtype, cpu_only_ops
 from moe_ops.quant import quantize_fp8_blocks
 
 _DISTRIBUTION = "torch-moe-ops"
@@ -601,7 +601,7 @@ def _function(module: Any, op: str) -> Callable[..., Any]:
         def mixture_alone(
             outputs: Tensor, *args: Tensor, activation: str, **norm: Tensor
         ) -> Tensor:
-            acc = torch.float64 if outputs.dtype == torch.float64 else torch.float32
+            acc = accumulate_dtype(outputs.dtype)
             wide = {name: t.to(acc) for name, t in norm.items()}
             return function(outputs, *args, activation=activation, **wide)[0]
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from moe_ops.ops._register import accumulate_dtype
 from moe_ops.ops.dense_ffn import dense_ffn
 from moe_ops.ops.gated_act import gated_act
 from moe_ops.ops.mix_experts import mix_experts
@@ -369,15 +370,14 @@ class ExpertNorm(nn.Module):
             return mix_outputs(self(outputs), weights, activation=activation)
         _check_mixture("ExpertNorm.mix", outputs, weights)
         self._start(outputs)
-        acc = torch.float64 if outputs.dtype == torch.float64 else torch.float32
-        given = (self.running_mean.to(acc), self.running_var.to(acc))
+        acc = accumulate_dtype(outputs.dtype)
         y, mean, var = mix_experts(
             outputs,
             weights,
             norm_weight=self.weight.to(acc),
             norm_bias=self.bias.to(acc),
-            mean=None if self.training else given[0],
-            var=None if self.training else given[1],
+            mean=None if self.training else self.running_mean.to(acc),
+            var=None if self.training else self.running_var.to(acc),
             activation=activation,
             eps=self.eps,
         )

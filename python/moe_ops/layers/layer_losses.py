@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .losses import _probabilities, _share
+from .losses import _mean, _probabilities, _share
 
 
 def total_load_balancing_loss(
@@ -42,7 +42,7 @@ def total_load_balancing_loss(
     counts = torch.zeros(num_layers * num_experts + 1, dtype=torch.int64, device=ids.device)
     counts = counts.scatter_add(0, bins, torch.ones_like(bins))[:-1]
     f = _share(counts.view(num_layers, num_experts), logits.dtype)
-    mean_probs = _mean(_probabilities(logits, score_func), mask)
+    mean_probs = _mean(_probabilities(logits, score_func), mask, dim=1)
     return num_experts * (f * mean_probs).sum()
 
 
@@ -56,7 +56,7 @@ def total_router_z_loss(
     """The sum of `router_z_loss` over layers, of router_logits [T, E] each; the choice and the
     score function do not matter."""
     logits, mask = _stack(router_logits, token_mask)
-    return _mean(logits.logsumexp(-1).square(), mask).sum()
+    return _mean(logits.logsumexp(-1).square(), mask, dim=1).sum()
 
 
 def _stack(
@@ -69,14 +69,6 @@ def _stack(
         return logits, None
     mask = token_mask.reshape(-1).to(torch.bool)
     return logits.masked_fill(~mask[:, None], 0.0), mask
-
-
-def _mean(values: Tensor, mask: Tensor | None) -> Tensor:
-    """Mean over the tokens [L, T, ...] that count; 0 when there are none."""
-    if mask is None:
-        return values.sum(1) / max(values.shape[1], 1)
-    rows = mask.view(-1, *[1] * (values.dim() - 2))
-    return values.masked_fill(~rows, 0.0).sum(1) / mask.sum().clamp(min=1)
 
 
 # By the names of `AUX_LOSSES`; the others are summed layer by layer.

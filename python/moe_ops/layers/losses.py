@@ -400,12 +400,12 @@ def _entropy(p: Tensor) -> Tensor:
     return -(p * p.clamp(min=torch.finfo(p.dtype).tiny).log()).sum(-1)
 
 
-def _mean(values: Tensor, mask: Tensor | None) -> Tensor:
-    """Mean over dimension 0 of the rows that count; 0 when there are none."""
+def _mean(values: Tensor, mask: Tensor | None, dim: int = 0) -> Tensor:
+    """Mean over dimension `dim` of the rows that count; 0 when there are none."""
     if mask is None:
-        return values.sum(0) / max(values.shape[0], 1)
-    rows = mask.view(-1, *[1] * (values.dim() - 1))
-    return values.masked_fill(~rows, 0.0).sum(0) / mask.sum().clamp(min=1)
+        return values.sum(dim) / max(values.shape[dim], 1)
+    rows = mask.view(-1, *[1] * (values.dim() - 1 - dim))
+    return values.masked_fill(~rows, 0.0).sum(dim) / mask.sum().clamp(min=1)
 
 
 def _check_ids(name: str, topk_ids: Tensor | None, num_tokens: int) -> Tensor:

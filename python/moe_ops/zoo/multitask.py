@@ -114,12 +114,20 @@ class GroupedLinear(nn.Module):
         bias: Tensor | None = self.bias
         if closed is not None and bias is not None:
             bias = bias.masked_fill(closed, -torch.inf)
-        if x.dim() == 3:
-            plan = None if input_ids is None else segments(input_ids)
-            return grouped_linear(x, self.weight, bias, plan)
-        groups, out_size, _ = self.weight.shape
-        flat = None if bias is None else bias.flatten()
-        return F.linear(x, self.weight.flatten(0, 1), flat).view(-1, groups, out_size)
+        return linear_maps(x, self.weight, bias, input_ids)
+
+
+def linear_maps(
+    x: Tensor, weight: Tensor, bias: Tensor | None, input_ids: Sequence[int] | None
+) -> Tensor:
+    """[T, H], read by all, or [T, G, H] (with input_ids map g reads x[:, id]) to [T, G, O], by
+    weight [G, O, H] and bias [G, O]."""
+    if x.dim() == 3:
+        plan = None if input_ids is None else segments(input_ids)
+        return grouped_linear(x, weight, bias, plan)
+    groups, out_size, _ = weight.shape
+    flat = None if bias is None else bias.flatten()
+    return F.linear(x, weight.flatten(0, 1), flat).view(-1, groups, out_size)
 
 
 class Gates(nn.Module):
@@ -237,12 +245,7 @@ class FeatureGate(nn.Module):
         assert self.select.bias is not None
         weight = self.select.weight[:, :1] - self.select.weight[:, 1:]
         bias = self.select.bias[:, :1] - self.select.bias[:, 1:]
-        if v.dim() == 2:
-            apart = F.linear(v, weight[:, 0], bias[:, 0])[..., None]
-        else:
-            apart = grouped_linear(
-                v, weight, bias, None if input_ids is None else segments(input_ids)
-            )
+        apart = linear_maps(v, weight, bias, input_ids)
         return 2 * torch.cat([apart, -apart], dim=-1).sigmoid()
 
     def _maps(self, v: Tensor, input_ids: Sequence[int] | None) -> Tensor:
@@ -255,9 +258,7 @@ class FeatureGate(nn.Module):
         # A map of rank V / 2 costs a token as much in two products of V * V / 2 as in one of V * V
         # with the product of the two, which is made once a batch and keeps nothing for backward.
         full = torch.bmm(self.up.weight, down).view(self.groups, -1, v.shape[-1])
-        if v.dim() == 3:
-            return grouped_linear(v, full, None, None if input_ids is None else segments(input_ids))
-        return F.linear(v, full.flatten(0, 1))
+        return linear_maps(v, full, None, input_ids)
 
 
 class GatedLayer(nn.Module):
