@@ -127,6 +127,7 @@ Kernels<T> make_kernels() {
   k.norm_rows_bwd = &norm_rows_bwd<T>;
   k.act_fwd = &act_fwd<T>;
   k.act_bwd = &act_bwd<T>;
+  k.act_bwd_weighted = &act_bwd_weighted<T>;
   k.attention = attention_kernels<T>();
   k.dense = dense_kernels<T>();
   k.mix = mix_kernels<T>();

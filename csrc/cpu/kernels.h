@@ -361,6 +361,10 @@ struct Kernels {
   // Given dh, writes the gradients of gate and up, and h itself when h != nullptr.
   void (*act_bwd)(Activation kind, const T* gate, const T* up, const T* dh, T* h, T* dgate, T* dup,
                   int64_t n, T alpha, T limit);
+  // The same with all that is written times `weight`, h included, which may be where dh is. Returns
+  // <h, dh> without the weight.
+  T (*act_bwd_weighted)(Activation kind, const T* gate, const T* up, const T* dh, T weight, T* h,
+                        T* dgate, T* dup, int64_t n, T alpha, T limit);
 };
 
 template <class T>

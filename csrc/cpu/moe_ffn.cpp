@@ -198,23 +198,28 @@ void backward(const MoeFfnBwdParams& p, const Parallel& par) {
   const DType dpre_type = type == DType::kBFloat16 ? type : kAccumulate<T>;
   const int64_t dpre_size = dtype_size(dpre_type);
   char* dpre = scratch<char>(Scratch::kHidden, rows * width * dpre_size);
+  const bool interleaved = gated && s.act.interleaved;
+  const bool read_direct = type == kAccumulate<T>, write_direct = dpre_type == kAccumulate<T>;
   const auto activation_rows = [&](const RowItem& it) {
-    T* pre = scratch<T>(Scratch::kTile, 7 * I);
-    T* buffer = pre + 2 * I;
-    T* grad = pre + 4 * I;
-    T* h = pre + 6 * I;
+    T* pre = scratch<T>(Scratch::kTile, 3 * width);
+    T* halves = pre + width;
+    T* grad = pre + 2 * width;
     for (int64_t r = it.begin; r < it.end; ++r) {
-      const T weight = on_input ? T(1) : routing.weight[r];
       T* ur = u + r * I;
       char* dr = dpre + r * width * dpre_size;
-      k.load_row(type, element(p.preact, type, r * width), pre, width, T(1));
-      const GateUp<T> gu = split_row(s.act, pre, I, buffer);
-      // With the unweighted u: <h, u> is the gradient of the routing weight, and the gradients of
-      // gate and up are linear in u, so the weight can be multiplied in afterwards.
-      k.act_bwd(s.act.kind, gu.gate, gu.up, ur, h, grad, grad + I, I, T(s.act.alpha),
-                T(s.act.limit));
+      const char* saved = element(p.preact, type, r * width);
+      const T* gate = read_direct ? reinterpret_cast<const T*>(saved) : pre;
+      if (!read_direct) k.load_row(type, saved, pre, width, T(1));
+      if (interleaved) {
+        deinterleave(gate, I, halves, halves + I);
+        gate = halves;
+      }
+      T* to = write_direct && !interleaved ? reinterpret_cast<T*>(dr) : grad;
+      // Of the unweighted u: <h, u> is the gradient of the routing weight.
+      T g = k.act_bwd_weighted(s.act.kind, gate, gate + (gated ? I : 0), ur,
+                               on_input ? T(1) : routing.weight[r], ur, to, to + I, I,
+                               T(s.act.alpha), T(s.act.limit));
       if (grad_weights != nullptr && !on_input) {
-        T g = k.dot_row(kAccumulate<T>, h, kAccumulate<T>, ur, I);
         if (p.b_down.data != nullptr) {
           g += k.dot_row(p.b_down.type,
                          element(p.b_down.data, p.b_down.type, it.expert * p.b_down.stride_e), type,
@@ -222,14 +227,12 @@ void backward(const MoeFfnBwdParams& p, const Parallel& par) {
         }
         grad_weights[s.row_to_slot[r]] = g;
       }
-      if (weight != T(1)) k.load_row(kAccumulate<T>, grad, grad, width, weight);
-      if (gated && s.act.interleaved) {
+      if (interleaved) {
         interleave(grad, grad + I, I, pre);
         k.store_row(dpre_type, pre, dr, width);
-      } else {
+      } else if (!write_direct) {
         k.store_row(dpre_type, grad, dr, width);
       }
-      k.load_row(kAccumulate<T>, h, ur, I, weight);
     }
   };
 

@@ -339,7 +339,7 @@ bool activations_right(const Kernels<T>& k, const Kernels<T>& portable, Numbers<
   std::vector<T> gate = numbers.take(kDepth), up = numbers.take(kDepth), dh = numbers.take(kDepth);
   for (T& g : gate) g *= T(9);
   for (int kind = 0; kind <= static_cast<int>(Activation::kRelu2); ++kind) {
-    std::vector<T> out[2][4];
+    std::vector<T> out[2][8];
     for (int level = 0; level < 2; ++level) {
       const Kernels<T>& table = level == 0 ? k : portable;
       for (auto& v : out[level]) v.assign(kDepth, T(0));
@@ -348,8 +348,12 @@ bool activations_right(const Kernels<T>& k, const Kernels<T>& portable, Numbers<
                     T(1.7), T(7));
       table.act_bwd(static_cast<Activation>(kind), gate.data(), up.data(), dh.data(), o[1].data(),
                     o[2].data(), o[3].data(), kDepth, T(1.7), T(7));
+      o[4] = dh;
+      o[7][0] = table.act_bwd_weighted(static_cast<Activation>(kind), gate.data(), up.data(),
+                                       dh.data(), T(0.3), o[4].data(), o[5].data(), o[6].data(),
+                                       kDepth, T(1.7), T(7));
     }
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < 8; ++i) {
       if (!close(out[0][i], out[1][i])) return false;
     }
   }

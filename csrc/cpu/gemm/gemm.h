@@ -25,8 +25,8 @@ void run_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, con
       return dot_item(d, k, it, fn);
     case Path::kRank:
       return rank_item(d, k, it, fn);
-    case Path::kNt:
-      return nt_item<false>(d, k, it, fn);
+    case Path::kPack:
+      return pack_item<false>(d, k, it, fn);
     case Path::kNn:
       return nn_item<false>(d, k, it, fn);
     case Path::kPanels:
@@ -36,8 +36,8 @@ void run_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, con
     case Path::kPairStrip:
       if constexpr (sizeof(T) == 4) strip_item<true>(d, k, it, fn);
       return;
-    case Path::kPairNt:
-      if constexpr (sizeof(T) == 4) nt_item<true>(d, k, it, fn);
+    case Path::kPairPack:
+      if constexpr (sizeof(T) == 4) pack_item<true>(d, k, it, fn);
       return;
     case Path::kPairNn:
       if constexpr (sizeof(T) == 4) nn_item<true>(d, k, it, fn);

@@ -41,6 +41,11 @@ namespace moe_ops::cpu {
 
 // Most token rows of one item that copies weights: a 192-deep block of them is 96 KiB of L2.
 constexpr int64_t kRowBlock = 128;
+// The same where a copy of weights serves one block of rows after the other.
+constexpr int64_t kKeptRows = 1024;
+// ... which has at most so many elements, 1 MiB in fp32: what leaves an L2 is written to L3 and read
+// again, which costs more than another copy.
+constexpr int64_t kKeptElements = int64_t{256} << 10;
 // Tokens of an item whose rows take no more than this stay packed for their whole depth, and the
 // weights of a block of features are read from end to end: long streams, which the memory
 // delivers twice as fast as pieces of 192.
@@ -148,12 +153,12 @@ enum class Path : int {
   kZero,
   kDot,
   kRank,
-  kNt,
+  kPack,
   kNn,
   kPanels,
   kStrip,
   kPairStrip,
-  kPairNt,
+  kPairPack,
   kPairNn,
   kPairPanels,
   kAmxPanels,
@@ -192,11 +197,23 @@ Path path_of(const GemmDesc<T>& d, const Kernels<T>& k, int64_t expert_rows) {
   if (expert_rows <= (half ? 2 * k.dot_tokens : k.dot_max_rows)) return Path::kDot;
   const bool two = multiply_pairs && d.in_features % 2 == 0 && d.b.stride_o % 2 == 0;
   if (expert_rows <= kStripMaxRows) return two ? Path::kPairStrip : Path::kStrip;
-  return two ? Path::kPairNt : Path::kNt;
+  return two ? Path::kPairPack : Path::kPack;
 }
 
 inline int64_t nn_features(int64_t expert_rows) {
   return expert_rows >= kNnNarrowRows ? kNnFeatures / 2 : kNnFeatures;
+}
+
+// Depth of the blocks that nn copies; of `unit` weight rows each. By the width that an item has with
+// one thread: sums pass through memory between blocks of k, so their bits depend on the depth.
+template <class T>
+int64_t nn_depth(const GemmDesc<T>& d, const Kernels<T>& k, int64_t unit, int64_t expert_rows) {
+  const int64_t width = (unit == 2 ? 2 : 1) * k.lanes;
+  const int64_t cuts = ceil_div(d.features * d.segments, nn_features(expert_rows));
+  const int64_t widest = balanced(d.features, ceil_div(d.features, cuts),
+                                  std::max<int64_t>(d.feature_unit, 2 * k.lanes));
+  return std::clamp<int64_t>(
+      kNnBlockBytes / (round_up(widest, width) * static_cast<int64_t>(sizeof(T))), 16, kKc);
 }
 
 struct GemmItem {
@@ -243,11 +260,6 @@ std::vector<GemmItem> gemm_items(const GemmDesc<T>& d, const Kernels<T>& k, int 
         most_features = kQuantFeatures;
         most_rows = kPanelRowBlock;
         break;
-      case Path::kNt:
-      case Path::kPairNt:
-        row_unit = k.lanes;
-        unit = 4;
-        break;
       case Path::kDot:
       case Path::kStrip:
       case Path::kPairStrip:
@@ -263,9 +275,23 @@ std::vector<GemmItem> gemm_items(const GemmDesc<T>& d, const Kernels<T>& k, int 
         unit = 4;
         most_features = kQuantFeatures;
         break;
-      case Path::kRank:
+      case Path::kPack:
+      case Path::kPairPack:
+        most_features = kPanelFeatureBlock;
+        if (std::min(total, most_features * d.segments) * d.in_features <= kKeptElements) {
+          most_rows = kKeptRows;
+        }
+        break;
       case Path::kNn:
-      case Path::kPairNn:
+      case Path::kPairNn: {
+        const int64_t rows_of_k = path == Path::kNn ? 1 : 2;
+        most_features = nn_features(end - begin);
+        if (ceil_div(d.in_features, rows_of_k) <= nn_depth(d, k, rows_of_k, end - begin)) {
+          most_rows = kKeptRows;
+        }
+        break;
+      }
+      case Path::kRank:
         most_features = nn_features(end - begin);
         break;
       default:

@@ -5,164 +5,164 @@
 
 namespace moe_ops::cpu {
 
+// Weights dense along k, packed once for all rows of the item. While the first block of rows meets a
+// panel, its tiles fetch the weights of the next one.
 template <bool kPairs, class T, class Epilogue>
-void nt_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, const Epilogue& fn) {
+void pack_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, const Epilogue& fn) {
   const int64_t W = k.lanes, K = kPairs ? d.in_features / 2 : d.in_features;
   const int64_t size = kPairs ? sizeof(T) : dtype_size(d.b.type);
   const auto& tiles = kPairs ? k.pair_row_a : k.row_a;
-  const int64_t m = it.row_end - it.row_begin;
   const int64_t n = it.feature_end - it.feature_begin;
-  const int64_t total = n * d.segments;
-  const int64_t padded_m = round_up(m, W);
-  const int64_t padded_n = round_up(total, W);
-  const bool whole = padded_m * K * static_cast<int64_t>(sizeof(T)) <= kWholeDepthBytes;
-  T* a = scratch<T>(Scratch::kPackA, kMaxMr * kLda);
-  T* panels = scratch<T>(Scratch::kPackB, padded_m * (whole ? K : kKc));
-  T* rows = scratch<T>(Scratch::kTokens, std::max(2 * W * kLda, padded_m * padded_n));
-  T* tile = scratch<T>(Scratch::kTile, padded_n * padded_m);
+  const int64_t padded_n = round_up(n, W), ldc = padded_n * d.segments;
+  const int64_t most_rows = balanced(it.row_end - it.row_begin, kRowBlock, 1);
+  // Blocks of equal depth: a short one would pay for its sums in memory with little arithmetic. So
+  // many are taken at a time that their tokens leave room in an L2 for panels and sums.
+  const int64_t depth = balanced(K, kKc, 2 * kPrefetchStep);
+  const int64_t chunk = kWholeDepthBytes / (kRowBlock * kLda * static_cast<int64_t>(sizeof(T)));
+  T* a = scratch<T>(Scratch::kTokens, std::min(chunk, ceil_div(K, depth)) * most_rows * kLda);
+  // Panels that no other rows will meet are written where the one before was.
+  const bool kept = most_rows < it.row_end - it.row_begin;
+  T* panels = scratch<T>(Scratch::kPackB, kept ? ldc * K : 2 * W * depth);
+  T* rows = scratch<T>(Scratch::kPackA, 2 * W * kLda);
+  T* tile = scratch<T>(Scratch::kTile, most_rows * ldc);
   const char* w = element(d.b.data, d.b.type, it.expert * d.b.stride_e);
   const int64_t row_bytes = d.b.stride_o * dtype_size(d.b.type);
-  const int64_t mr = padded_m == W ? k.mr1 : k.mr2;
-  const int64_t blocks = ceil_div(total, mr);
-  // Row i of the item's features, from k0 on.
-  const auto weight_row = [&](int64_t i, int64_t k0) {
-    const int64_t feature = i / n * d.features + it.feature_begin + i % n;
-    return w + feature * row_bytes + k0 * size;
+  const auto weight_row = [&](int64_t s, int64_t feature, int64_t k0) {
+    return w + (s * d.features + it.feature_begin + feature) * row_bytes + k0 * size;
   };
-  // x from k0 on, one panel of [kc][W or 2W] after the other.
-  const auto pack_tokens = [&](int64_t k0, T* dst) {
-    const int64_t kc = std::min(kKc, K - k0);
-    for (int64_t t0 = 0; t0 < padded_m; t0 += 2 * W) {
-      const int64_t width = std::min(2 * W, padded_m - t0);
-      for (int64_t t = 0; t < width; ++t) {
-        const int64_t r = it.row_begin + t0 + t;
-        if (r < it.row_end) {
-          load_tokens<kPairs>(d, k, r, k0, kc, rows + t * kLda);
-        } else {
-          std::fill(rows + t * kLda, rows + t * kLda + kc, T(0));
+  // kc steps from k0 on of features [j, j + width) of segment s, as [kc][width].
+  const auto pack = [&](int64_t s, int64_t j, int64_t width, int64_t k0, int64_t kc, T* dst) {
+    if ((kPairs || d.b.type == kAccumulate<T>) && j + width <= n && kc % W == 0) {
+      k.transpose(reinterpret_cast<const T*>(weight_row(s, j, k0)),
+                  row_bytes / static_cast<int64_t>(sizeof(T)), width, kc, dst, width);
+      return;
+    }
+    for (int64_t i = 0; i < width; ++i) {
+      T* row = rows + i * kLda;
+      if (j + i >= n) {
+        std::fill(row, row + kc, T(0));
+      } else if constexpr (kPairs) {
+        std::memcpy(row, weight_row(s, j + i, k0), static_cast<size_t>(kc) * sizeof(T));
+      } else {
+        k.load_row(d.b.type, weight_row(s, j + i, k0), row, kc, T(1));
+      }
+    }
+    k.transpose(rows, kLda, width, kc, dst, width);
+  };
+  for (int64_t r0 = it.row_begin; r0 < it.row_end; r0 += most_rows) {
+    const int64_t m = std::min(most_rows, it.row_end - r0), blocks = ceil_div<int64_t>(m, k.mr2);
+    const bool first = r0 == it.row_begin;
+    for (int64_t c0 = 0; c0 < K; c0 += chunk * depth) {
+      const int64_t c1 = std::min(K, c0 + chunk * depth);
+      for (int64_t t = 0; t < m; ++t) {
+        T* dst = a + t * kLda;
+        for (int64_t k0 = c0; k0 < c1; k0 += depth, dst += m * kLda) {
+          load_tokens<kPairs>(d, k, r0 + t, k0, std::min(depth, c1 - k0), dst);
         }
       }
-      k.transpose(rows, kLda, width, kc, dst + t0 * kc, width);
-    }
-  };
-  // Block b of the features at k0; its tiles fetch the weights of block next_b at next_k.
-  const auto run_block = [&](int64_t b, int64_t k0, const T* x, int64_t next_b, int64_t next_k) {
-    const int64_t kc = std::min(kKc, K - k0);
-    const int64_t i0 = total * b / blocks, i1 = total * (b + 1) / blocks;
-    for (int64_t i = i0; i < i1; ++i) {
-      T* dst = a + (i - i0) * kLda;
-      if constexpr (kPairs) {
-        std::memcpy(dst, weight_row(i, k0), static_cast<size_t>(kc) * sizeof(T));
-      } else {
-        k.load_row(d.b.type, weight_row(i, k0), dst, kc, T(1));
+      for (int64_t s = 0; s < d.segments; ++s) {
+        for (int64_t j = 0; j < padded_n; j += 2 * W) {
+          const int64_t width = std::min(2 * W, padded_n - j), column = s * padded_n + j;
+          const bool same = j + width < padded_n;
+          TileHints next;
+          if (first && (same || s + 1 < d.segments)) {
+            const int64_t next_j = same ? j + width : 0;
+            next.base = weight_row(same ? s : s + 1, next_j, c0);
+            next.stride = row_bytes;
+            next.rows = std::min(2 * W, n - next_j);
+            next.bytes = (c1 - c0) * size;
+            next.spread((c1 - c0) / kPrefetchStep * blocks);
+          }
+          const T* x = a;
+          for (int64_t k0 = c0; k0 < c1; k0 += depth, x += m * kLda) {
+            const int64_t kc = std::min(depth, c1 - k0);
+            T* panel = panels + (kept ? column * K + k0 * width : 0);
+            if (first) pack(s, j, width, k0, kc, panel);
+            for (int64_t i = 0; i < blocks; ++i) {
+              const int64_t i0 = m * i / blocks, i1 = m * (i + 1) / blocks;
+              tiles[width / W - 1][i1 - i0 - 1](kc, x + i0 * kLda, panel, tile + i0 * ldc + column,
+                                                ldc, k0 > 0, next);
+            }
+          }
+        }
       }
     }
-    TileHints next;
-    if (next_b < blocks && next_k < K) {
-      const int64_t next_i = total * next_b / blocks;
-      next.base = weight_row(next_i, next_k);
-      next.stride = row_bytes;
-      next.rows = std::min(mr, n - next_i % n);
-      next.bytes = std::min(kKc, K - next_k) * size;
-      next.spread(kc / kPrefetchStep * ceil_div(padded_m, 2 * W));
+    for (int64_t t = 0; t < m; ++t) {
+      fn(it.expert, r0 + t, it.feature_begin, n, tile + t * ldc, tile + t * ldc + padded_n);
     }
-    for (int64_t t0 = 0; t0 < padded_m; t0 += 2 * W) {
-      const int nv = padded_m - t0 > W ? 2 : 1;
-      tiles[nv - 1][i1 - i0 - 1](kc, a, x + t0 * kc, tile + i0 * padded_m + t0, padded_m, k0 > 0,
-                                 next);
-    }
-  };
-  if (whole) {
-    for (int64_t k0 = 0; k0 < K; k0 += kKc) pack_tokens(k0, panels + k0 * padded_m);
-    for (int64_t b = 0; b < blocks; ++b) {
-      for (int64_t k0 = 0; k0 < K; k0 += kKc) {
-        const bool last = k0 + kKc >= K;
-        run_block(b, k0, panels + k0 * padded_m, last ? b + 1 : b, last ? 0 : k0 + kKc);
-      }
-    }
-  } else {
-    for (int64_t k0 = 0; k0 < K; k0 += kKc) {
-      pack_tokens(k0, panels);
-      for (int64_t b = 0; b < blocks; ++b) {
-        const bool last = b + 1 == blocks;
-        run_block(b, k0, panels, last ? 0 : b + 1, last ? k0 + kKc : k0);
-      }
-    }
-  }
-  k.transpose(tile, padded_m, padded_n, m, rows, padded_n);
-  for (int64_t t = 0; t < m; ++t) {
-    fn(it.expert, it.row_begin + t, it.feature_begin, n, rows + t * padded_n,
-       rows + t * padded_n + n);
   }
 }
 
+// Blocks of weight rows are copied into panels. Where one is the whole depth, they serve all rows of
+// the item.
 template <bool kPairs, class T, class Epilogue>
 void nn_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, const Epilogue& fn) {
   constexpr int64_t kRows = kPairs ? 2 : 1;  // weight rows of an element
   const int64_t W = k.lanes, K = ceil_div(d.in_features, kRows);
-  const int64_t m = it.row_end - it.row_begin;
   const int64_t n = it.feature_end - it.feature_begin;
   const int64_t padded_n = round_up(n, kPairs ? 2 * W : W);
   const int64_t ldc = padded_n * d.segments;
-  T* a = scratch<T>(Scratch::kPackA, kRowBlock * kLda);
-  // By the width that an item has with one thread: sums pass through memory between blocks of k, so
-  // their bits depend on the depth.
   const int64_t expert_rows = d.expert_offsets[it.expert + 1] - d.expert_offsets[it.expert];
-  const int64_t cuts = ceil_div(d.features * d.segments, nn_features(expert_rows));
-  const int64_t widest =
-      balanced(d.features, ceil_div(d.features, cuts), std::max<int64_t>(d.feature_unit, 2 * W));
-  const int64_t depth = std::clamp<int64_t>(
-      kNnBlockBytes / (round_up(widest, kPairs ? 2 * W : W) * static_cast<int64_t>(sizeof(T))), 16,
-      kKc);
-  T* panels = scratch<T>(Scratch::kPackB, ceil_div(padded_n, 2 * W) * (2 * W * depth + kPanelPad));
-  T* tile = scratch<T>(Scratch::kTile, m * ldc);
+  const int64_t depth = nn_depth(d, k, kRows, expert_rows);
+  const bool whole = K <= depth;
+  const int64_t most_rows =
+      whole ? balanced(it.row_end - it.row_begin, kRowBlock, 1) : it.row_end - it.row_begin;
+  T* a = scratch<T>(Scratch::kPackA, kRowBlock * kLda);
+  const int64_t segment_size = ceil_div(padded_n, 2 * W) * (2 * W * std::min(K, depth) + kPanelPad);
+  T* panels = scratch<T>(Scratch::kPackB, (whole ? d.segments : 1) * segment_size);
+  T* tile = scratch<T>(Scratch::kTile, most_rows * ldc);
   const auto& tiles = kPairs ? k.pair_row_a : k.row_a;
-  const int64_t blocks = ceil_div<int64_t>(m, k.mr2);
   const void* w_rows[kRows * kKc];
 
-  for (int64_t k0 = 0; k0 < K; k0 += depth) {
-    const int64_t kc = std::min(depth, K - k0), stride = 2 * W * kc + kPanelPad;
-    for (int64_t t = 0; t < m; ++t)
-      load_tokens<kPairs>(d, k, it.row_begin + t, k0, kc, a + t * kLda);
-    for (int64_t kk = 0; kk < kRows * kc; ++kk) {
-      const int64_t row = kRows * k0 + kk;
-      w_rows[kk] = row < d.in_features
-                       ? element(d.b.data, d.b.type,
-                                 it.expert * d.b.stride_e + row * d.b.stride_k + it.feature_begin)
-                       : nullptr;
-    }
-    for (int s = 0; s < d.segments; ++s) {
-      if constexpr (kPairs) {
-        k.pack_pairs(reinterpret_cast<const uint16_t* const*>(w_rows), s * d.features, 2 * kc, n,
-                     reinterpret_cast<uint16_t*>(panels), 2 * stride);
-      } else {
-        k.pack_panels(d.b.type, w_rows, s * d.features * dtype_size(d.b.type), kc, n, nullptr,
-                      panels, stride);
+  for (int64_t r0 = it.row_begin; r0 < it.row_end; r0 += most_rows) {
+    const int64_t m = std::min(most_rows, it.row_end - r0);
+    const int64_t blocks = ceil_div<int64_t>(m, k.mr2);
+    for (int64_t k0 = 0; k0 < K; k0 += depth) {
+      const int64_t kc = std::min(depth, K - k0), stride = 2 * W * kc + kPanelPad;
+      for (int64_t t = 0; t < m; ++t) load_tokens<kPairs>(d, k, r0 + t, k0, kc, a + t * kLda);
+      for (int64_t kk = 0; kk < kRows * kc; ++kk) {
+        const int64_t row = kRows * k0 + kk;
+        w_rows[kk] = row < d.in_features
+                         ? element(d.b.data, d.b.type,
+                                   it.expert * d.b.stride_e + row * d.b.stride_k + it.feature_begin)
+                         : nullptr;
       }
-      // These tiles fetch the weights of the next block: the other segment, or the next k.
-      const bool same_k = s + 1 < d.segments;
-      const int64_t next_k = kRows * (same_k ? k0 : k0 + depth);
-      TileHints next;
-      if (next_k < d.in_features) {
-        next.base = element(w_rows[0], d.b.type,
-                            same_k ? (s + 1) * d.features : kRows * depth * d.b.stride_k);
-        next.stride = d.b.stride_k * dtype_size(d.b.type);
-        next.rows = std::min(kRows * depth, d.in_features - next_k);
-        next.bytes = n * dtype_size(d.b.type);
-        next.spread(kc / kPrefetchStep * blocks * ceil_div(padded_n, 2 * W));
-      }
-      for (int64_t j = 0; j < padded_n; j += 2 * W) {
-        const int nv = padded_n - j > W ? 2 : 1;
-        for (int64_t b = 0; b < blocks; ++b) {
-          const int64_t i0 = m * b / blocks, i1 = m * (b + 1) / blocks;
-          tiles[nv - 1][i1 - i0 - 1](kc, a + i0 * kLda, panels + j / (2 * W) * stride,
-                                     tile + i0 * ldc + s * padded_n + j, ldc, k0 > 0, next);
+      for (int s = 0; s < d.segments; ++s) {
+        T* segment = panels + (whole ? s * segment_size : 0);
+        if (r0 > it.row_begin) {
+          // Packed for the rows before.
+        } else if constexpr (kPairs) {
+          k.pack_pairs(reinterpret_cast<const uint16_t* const*>(w_rows), s * d.features, 2 * kc, n,
+                       reinterpret_cast<uint16_t*>(segment), 2 * stride);
+        } else {
+          k.pack_panels(d.b.type, w_rows, s * d.features * dtype_size(d.b.type), kc, n, nullptr,
+                        segment, stride);
+        }
+        // These tiles fetch the weights of the next block: the other segment, or the next k.
+        const bool same_k = s + 1 < d.segments;
+        const int64_t next_k = kRows * (same_k ? k0 : k0 + depth);
+        TileHints next;
+        if (next_k < d.in_features && r0 == it.row_begin) {
+          next.base = element(w_rows[0], d.b.type,
+                              same_k ? (s + 1) * d.features : kRows * depth * d.b.stride_k);
+          next.stride = d.b.stride_k * dtype_size(d.b.type);
+          next.rows = std::min(kRows * depth, d.in_features - next_k);
+          next.bytes = n * dtype_size(d.b.type);
+          next.spread(kc / kPrefetchStep * blocks * ceil_div(padded_n, 2 * W));
+        }
+        for (int64_t j = 0; j < padded_n; j += 2 * W) {
+          const int nv = padded_n - j > W ? 2 : 1;
+          for (int64_t b = 0; b < blocks; ++b) {
+            const int64_t i0 = m * b / blocks, i1 = m * (b + 1) / blocks;
+            tiles[nv - 1][i1 - i0 - 1](kc, a + i0 * kLda, segment + j / (2 * W) * stride,
+                                       tile + i0 * ldc + s * padded_n + j, ldc, k0 > 0, next);
+          }
         }
       }
     }
-  }
-  for (int64_t t = 0; t < m; ++t) {
-    fn(it.expert, it.row_begin + t, it.feature_begin, n, tile + t * ldc, tile + t * ldc + padded_n);
+    for (int64_t t = 0; t < m; ++t) {
+      fn(it.expert, r0 + t, it.feature_begin, n, tile + t * ldc, tile + t * ldc + padded_n);
+    }
   }
 }
 

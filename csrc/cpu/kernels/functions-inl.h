@@ -100,8 +100,7 @@ inline ActPair<T> activate(Vec<T> x) {
   }
 }
 
-// Runs fn over whole vectors; the tail goes through padded copies. fn(gate, up, dh) -> values by
-// pointer, so one text serves forward and backward.
+// Whole vectors; the tail goes through padded copies.
 template <class T, Activation A>
 void act_fwd_loop(const T* gate, const T* up, T* h, int64_t n, T alpha, T limit) {
   constexpr int W = kLanes<T>;
@@ -132,43 +131,48 @@ void act_fwd_loop(const T* gate, const T* up, T* h, int64_t n, T alpha, T limit)
   }
 }
 
+// Of the gate, the up half and the gradient of h.
 template <class T, Activation A>
-void act_bwd_loop(const T* gate, const T* up, const T* dh, T* h, T* dgate, T* dup, int64_t n,
-                  T alpha, T limit) {
-  constexpr int W = kLanes<T>;
-  const auto one = [&](Vec<T> g, Vec<T> u, Vec<T> d, Vec<T>& hv, Vec<T>& dg, Vec<T>& du) {
-    if constexpr (A == Activation::kSwigluOai) {
-      const Vec<T> zero = {};
-      const Vec<T> gc = g > limit ? splat<T>(limit) : g;
-      Vec<T> uc = u > limit ? splat<T>(limit) : u;
-      uc = uc < -limit ? splat<T>(-limit) : uc;
-      const Vec<T> s = vsigmoid<T>(alpha * gc);
-      hv = (uc + T(1)) * gc * s;
-      dg = d * (uc + T(1)) * s * (T(1) + alpha * gc * (T(1) - s));
-      du = d * gc * s;
-      dg = g > limit ? zero : dg;
-      du = u > limit ? zero : du;
-      du = u < -limit ? zero : du;
+inline void act_bwd_vector(Vec<T> g, Vec<T> u, Vec<T> d, T alpha, T limit, Vec<T>& h, Vec<T>& dg,
+                           Vec<T>& du) {
+  if constexpr (A == Activation::kSwigluOai) {
+    const Vec<T> zero = {};
+    const Vec<T> gc = g > limit ? splat<T>(limit) : g;
+    Vec<T> uc = u > limit ? splat<T>(limit) : u;
+    uc = uc < -limit ? splat<T>(-limit) : uc;
+    const Vec<T> s = vsigmoid<T>(alpha * gc);
+    h = (uc + T(1)) * gc * s;
+    dg = d * (uc + T(1)) * s * (T(1) + alpha * gc * (T(1) - s));
+    du = d * gc * s;
+    dg = g > limit ? zero : dg;
+    du = u > limit ? zero : du;
+    du = u < -limit ? zero : du;
+  } else {
+    const ActPair<T> a = activate<T, A>(g);
+    if constexpr (is_gated(A)) {
+      h = a.value * u;
+      dg = d * u * a.slope;
+      du = d * a.value;
     } else {
-      const ActPair<T> a = activate<T, A>(g);
-      if constexpr (is_gated(A)) {
-        hv = a.value * u;
-        dg = d * u * a.slope;
-        du = d * a.value;
-      } else {
-        hv = a.value;
-        dg = d * a.slope;
-        du = Vec<T>{};
-      }
+      h = a.value;
+      dg = d * a.slope;
+      du = Vec<T>{};
     }
-  };
-  Vec<T> hv, dg, du;
+  }
+}
+
+// store(i, count, h, dg, du, d) for each vector of rows of n; the last may hold fewer.
+template <class T, Activation A, class Store>
+inline void act_bwd_loop(const T* gate, const T* up, const T* dh, int64_t n, T alpha, T limit,
+                         const Store& store) {
+  constexpr int W = kLanes<T>;
+  Vec<T> h, dg, du;
   int64_t i = 0;
   for (; i + W <= n; i += W) {
-    one(load<T>(gate + i), is_gated(A) ? load<T>(up + i) : Vec<T>{}, load<T>(dh + i), hv, dg, du);
-    if (h != nullptr) store<T>(h + i, hv);
-    store<T>(dgate + i, dg);
-    if (is_gated(A)) store<T>(dup + i, du);
+    const Vec<T> d = load<T>(dh + i);
+    act_bwd_vector<T, A>(load<T>(gate + i), is_gated(A) ? load<T>(up + i) : Vec<T>{}, d, alpha,
+                         limit, h, dg, du);
+    store(i, W, h, dg, du, d);
   }
   if (i < n) {
     T g[W] = {}, u[W] = {}, d[W] = {};
@@ -177,13 +181,41 @@ void act_bwd_loop(const T* gate, const T* up, const T* dh, T* h, T* dgate, T* du
       if (is_gated(A)) u[j - i] = up[j];
       d[j - i] = dh[j];
     }
-    one(load<T>(g), load<T>(u), load<T>(d), hv, dg, du);
-    for (int64_t j = i; j < n; ++j) {
-      if (h != nullptr) h[j] = hv[j - i];
-      dgate[j] = dg[j - i];
-      if (is_gated(A)) dup[j] = du[j - i];
-    }
+    act_bwd_vector<T, A>(load<T>(g), load<T>(u), load<T>(d), alpha, limit, h, dg, du);
+    store(i, static_cast<int>(n - i), h, dg, du, load<T>(d));
   }
+}
+
+template <class T>
+inline void store_lanes(T* dst, Vec<T> v, int count) {
+  if (count == kLanes<T>) return store<T>(dst, v);
+  for (int i = 0; i < count; ++i) dst[i] = v[i];
+}
+
+template <class T, Activation A>
+void act_bwd_row(const T* gate, const T* up, const T* dh, T* h, T* dgate, T* dup, int64_t n,
+                 T alpha, T limit) {
+  act_bwd_loop<T, A>(gate, up, dh, n, alpha, limit,
+                     [&](int64_t i, int count, Vec<T> hv, Vec<T> dg, Vec<T> du, Vec<T>) {
+                       if (h != nullptr) store_lanes<T>(h + i, hv, count);
+                       store_lanes<T>(dgate + i, dg, count);
+                       if (is_gated(A)) store_lanes<T>(dup + i, du, count);
+                     });
+}
+
+template <class T, Activation A>
+T act_bwd_weighted_row(const T* gate, const T* up, const T* dh, T weight, T* h, T* dgate, T* dup,
+                       int64_t n, T alpha, T limit) {
+  Vec<T> sum = {};
+  act_bwd_loop<T, A>(gate, up, dh, n, alpha, limit,
+                     [&](int64_t i, int count, Vec<T> hv, Vec<T> dg, Vec<T> du, Vec<T> d) {
+                       // Past the end d is 0, and h finite.
+                       sum += hv * d;
+                       store_lanes<T>(h + i, hv * weight, count);
+                       store_lanes<T>(dgate + i, dg * weight, count);
+                       if (is_gated(A)) store_lanes<T>(dup + i, du * weight, count);
+                     });
+  return horizontal_sum<T>(sum);
 }
 
 #define MOE_FOR_ACTIVATION(kind, CALL)     \
@@ -220,7 +252,17 @@ void act_fwd(Activation kind, const T* gate, const T* up, T* h, int64_t n, T alp
 template <class T>
 void act_bwd(Activation kind, const T* gate, const T* up, const T* dh, T* h, T* dgate, T* dup,
              int64_t n, T alpha, T limit) {
-#define MOE_CALL(A) act_bwd_loop<T, A>(gate, up, dh, h, dgate, dup, n, alpha, limit)
+#define MOE_CALL(A) act_bwd_row<T, A>(gate, up, dh, h, dgate, dup, n, alpha, limit)
   MOE_FOR_ACTIVATION(kind, MOE_CALL)
 #undef MOE_CALL
+}
+
+template <class T>
+T act_bwd_weighted(Activation kind, const T* gate, const T* up, const T* dh, T weight, T* h,
+                   T* dgate, T* dup, int64_t n, T alpha, T limit) {
+#define MOE_CALL(A) \
+  act_bwd_weighted_row<T, A>(gate, up, dh, weight, h, dgate, dup, n, alpha, limit)
+  MOE_FOR_ACTIVATION(kind, MOE_CALL)
+#undef MOE_CALL
+  return T(0);
 }
