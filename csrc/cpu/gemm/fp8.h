@@ -1,7 +1,7 @@
 // The grouped product of e4m3 operands. Blocks of 128 steps of k are products of the codes, which
 // float32 and bfloat16 hold exactly, in an accumulator of their own; scaled, they are added to the
-// sums. Few rows read weights as they lie (dot); more rows go through the register tiles, with
-// weights widened once a block of rows, as in nt (tiles.h).
+// sums. Few rows read weights as they lie (dot); more rows go through the register tiles: weight
+// rows, widened once a block of tokens, are the broadcast side, tokens the vectors.
 #pragma once
 
 #include <algorithm>

@@ -6,11 +6,9 @@
 //   rank        few rows, weights dense along features: stream weight rows, four steps of k at a
 //               time.
 //   strip       more rows, weights dense along k: the same with the tokens in passes over a strip
-//   of
-//               weights in cache.
-//   nt          weights dense along k: weight rows are the broadcast side and tokens the vector
-//               side, so only the (small) block of x is transposed and weights are copied as they
-//               lie.
+//               of weights in cache.
+//   pack        weights dense along k, more rows: transposed into panels of features, once for all
+//               rows of an item; token rows are the broadcast side.
 //   nn          weights dense along features: token rows are the broadcast side, weight rows the
 //               vectors.
 //   panels      weights packed ahead of time (pack.h): like nn, without any copying of weights.
@@ -43,12 +41,11 @@ namespace moe_ops::cpu {
 constexpr int64_t kRowBlock = 128;
 // The same where a copy of weights serves one block of rows after the other.
 constexpr int64_t kKeptRows = 1024;
-// ... which has at most so many elements, 1 MiB in fp32: what leaves an L2 is written to L3 and read
-// again, which costs more than another copy.
+// ... which has at most so many elements, 1 MiB in fp32: what leaves an L2 is written to L3 and
+// read again, which costs more than another copy.
 constexpr int64_t kKeptElements = int64_t{256} << 10;
-// Tokens of an item whose rows take no more than this stay packed for their whole depth, and the
-// weights of a block of features are read from end to end: long streams, which the memory
-// delivers twice as fast as pieces of 192.
+// Copies of tokens that stay for a run of blocks of k, of which the weights are then read in one
+// go: longer streams, which the memory delivers twice as fast as pieces of 192.
 constexpr int64_t kWholeDepthBytes = int64_t{512} << 10;
 // The same where weights are not copied. Their rows are 1 MiB of fp32 at 2048 features.
 constexpr int64_t kPanelRowBlock = 128;
@@ -95,7 +92,8 @@ constexpr int64_t kMinDot8Rows = 3, kMaxDot8Rows = 24;
 // Steps of k (pairs) of a strip's blocks: four rows of weights are 8 KiB and six of tokens 12, of
 // an L1 of 32.
 constexpr int64_t kStripDepth = 512;
-// Most rows that go through strips: with more, nt wastes little of its last vector of tokens.
+// Most rows that go through strips: with more, transposing weights costs less than reading tokens
+// from L1 once for four features.
 constexpr int64_t kStripMaxRows = 28;
 // How far ahead of itself a stream of 8-bit weights asks for more, in bytes.
 constexpr int64_t kDot8Ahead = 1024;
@@ -204,8 +202,8 @@ inline int64_t nn_features(int64_t expert_rows) {
   return expert_rows >= kNnNarrowRows ? kNnFeatures / 2 : kNnFeatures;
 }
 
-// Depth of the blocks that nn copies; of `unit` weight rows each. By the width that an item has with
-// one thread: sums pass through memory between blocks of k, so their bits depend on the depth.
+// Depth of the blocks that nn copies; of `unit` weight rows each. By the width that an item has
+// with one thread: sums pass through memory between blocks of k, so their bits depend on the depth.
 template <class T>
 int64_t nn_depth(const GemmDesc<T>& d, const Kernels<T>& k, int64_t unit, int64_t expert_rows) {
   const int64_t width = (unit == 2 ? 2 : 1) * k.lanes;

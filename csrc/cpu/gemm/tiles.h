@@ -5,8 +5,8 @@
 
 namespace moe_ops::cpu {
 
-// Weights dense along k, packed once for all rows of the item. While the first block of rows meets a
-// panel, its tiles fetch the weights of the next one.
+// Weights dense along k, packed once for all rows of the item. While the first block of rows meets
+// a panel, its tiles fetch the weights of the next one.
 template <bool kPairs, class T, class Epilogue>
 void pack_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, const Epilogue& fn) {
   const int64_t W = k.lanes, K = kPairs ? d.in_features / 2 : d.in_features;
@@ -93,8 +93,8 @@ void pack_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, co
   }
 }
 
-// Blocks of weight rows are copied into panels. Where one is the whole depth, they serve all rows of
-// the item.
+// Blocks of weight rows are copied into panels. Where one is the whole depth, they serve all rows
+// of the item.
 template <bool kPairs, class T, class Epilogue>
 void nn_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, const Epilogue& fn) {
   constexpr int64_t kRows = kPairs ? 2 : 1;  // weight rows of an element

@@ -260,8 +260,7 @@ void act_bwd(Activation kind, const T* gate, const T* up, const T* dh, T* h, T* 
 template <class T>
 T act_bwd_weighted(Activation kind, const T* gate, const T* up, const T* dh, T weight, T* h,
                    T* dgate, T* dup, int64_t n, T alpha, T limit) {
-#define MOE_CALL(A) \
-  act_bwd_weighted_row<T, A>(gate, up, dh, weight, h, dgate, dup, n, alpha, limit)
+#define MOE_CALL(A) act_bwd_weighted_row<T, A>(gate, up, dh, weight, h, dgate, dup, n, alpha, limit)
   MOE_FOR_ACTIVATION(kind, MOE_CALL)
 #undef MOE_CALL
   return T(0);
