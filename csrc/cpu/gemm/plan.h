@@ -246,8 +246,9 @@ std::vector<GemmItem> gemm_items(const GemmDesc<T>& d, const Kernels<T>& k, int 
         break;
       case Path::kPanels:
       case Path::kPairPanels:
-        // Few rows are read in streams, of a quarter of an item each: the longer the better.
-        most_features = end - begin <= kMaxStreamRows ? kStreamFeatureBlock : kPanelFeatureBlock;
+        // Few rows are read in streams, of a quarter of an item each: the longer the better. More
+        // are copied once for all parts of an item.
+        most_features = kStreamFeatureBlock;
         most_rows = kPanelRowBlock;
         break;
       case Path::kQuantPanels:

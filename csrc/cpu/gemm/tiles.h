@@ -175,15 +175,16 @@ void panel_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, c
   const int64_t size = P * (kPairs ? static_cast<int64_t>(sizeof(T)) : dtype_size(d.b.type));
   const int64_t step = size < P * static_cast<int64_t>(sizeof(T)) ? 2 : 1;
   const int64_t m = it.row_end - it.row_begin;
-  const int64_t n = it.feature_end - it.feature_begin;
-  const int64_t padded_n = round_up(n, P), ldc = padded_n * d.segments;
+  // Tokens are copied once for the item; more rows than streams take meet a part of it at a time.
+  const int64_t part = m <= kMaxStreamRows ? it.feature_end - it.feature_begin
+                                           : round_up(kPanelFeatureBlock / d.segments, P);
   const int64_t K = kPairs ? ceil_div<int64_t>(d.in_features, 2) : d.in_features;
   // Blocks of equal depth: a short one would pay for its sums in memory with little arithmetic.
   // One row has no pitch, and no next row that would want the sums' registers.
   const int64_t depth = round_up(K, step), block_k = m == 1 ? depth : balanced(depth, kKc, 8);
   const int64_t k_blocks = ceil_div(depth, block_k);
   T* a = scratch<T>(Scratch::kTokens, m == 1 ? depth : k_blocks * m * kLda);
-  T* tile = scratch<T>(Scratch::kTile, m * ldc);
+  T* tile = scratch<T>(Scratch::kTile, m * round_up(part, P) * d.segments);
   for (int64_t t = 0; t < m; ++t) {
     for (int64_t b = 0; b < k_blocks; ++b) {
       T* dst = a + (b * m + t) * kLda;
@@ -192,51 +193,55 @@ void panel_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, c
       if (b == k_blocks - 1 && depth > K) dst[kc] = T(0);
     }
   }
-  const char* first = static_cast<const char*>(d.b.panels) + it.expert * layout.expert_bytes() +
-                      it.feature_begin / P * d.segments * layout.panel_bytes;
-  const int type = static_cast<int>(d.b.type);
-  const int64_t count = padded_n / P * d.segments;
-  // Where the sums of panel i begin: panels of the segments take turns.
-  const auto sums = [&](int64_t i) {
-    return tile + i % d.segments * padded_n + i / d.segments * P;
-  };
-  int64_t done = 0;
-  if (m <= kMaxStreamRows) {
-    // A share of the item's panels for each stream, so that streams are long.
-    const int64_t streams = k.num_panel_streams[m - 1], share = count / streams;
-    const auto run = kPairs ? k.pair_panel_streams[m - 1] : k.panel_streams[type][m - 1];
-    T* c[8];
-    for (; done < share; ++done) {
-      for (int64_t s = 0; s < streams; ++s) c[s] = sums(done + s * share);
+  for (int64_t f0 = it.feature_begin; f0 < it.feature_end; f0 += part) {
+    const int64_t n = std::min(part, it.feature_end - f0);
+    const int64_t padded_n = round_up(n, P), ldc = padded_n * d.segments;
+    const char* first = static_cast<const char*>(d.b.panels) + it.expert * layout.expert_bytes() +
+                        f0 / P * d.segments * layout.panel_bytes;
+    const int type = static_cast<int>(d.b.type);
+    const int64_t count = padded_n / P * d.segments;
+    // Where the sums of panel i begin: panels of the segments take turns.
+    const auto sums = [&](int64_t i) {
+      return tile + i % d.segments * padded_n + i / d.segments * P;
+    };
+    int64_t done = 0;
+    if (m <= kMaxStreamRows) {
+      // A share of the item's panels for each stream, so that streams are long.
+      const int64_t streams = k.num_panel_streams[m - 1], share = count / streams;
+      const auto run = kPairs ? k.pair_panel_streams[m - 1] : k.panel_streams[type][m - 1];
+      T* c[8];
+      for (; done < share; ++done) {
+        for (int64_t s = 0; s < streams; ++s) c[s] = sums(done + s * share);
+        for (int64_t b = 0; b < k_blocks; ++b) {
+          run(std::min(block_k, depth - b * block_k), a + b * m * kLda,
+              first + done * layout.panel_bytes + b * block_k * size, share * layout.panel_bytes, c,
+              ldc, b > 0);
+        }
+      }
+      done = share * streams;
+    }
+    const auto* tiles = kPairs ? k.pair_panel_tile : k.panel_tile[type];
+    const int64_t blocks = ceil_div<int64_t>(m, k.mr2);
+    // Every tile asks for panels ahead of its own: the core's window is too short to compute and to
+    // wait for memory at once. Several tiles on one block share the next block between them.
+    const int64_t ahead_step = std::max<int64_t>(size * step / blocks, 2);
+    for (; done < count; ++done) {
+      const char* panel = first + done * layout.panel_bytes;
       for (int64_t b = 0; b < k_blocks; ++b) {
-        run(std::min(block_k, depth - b * block_k), a + b * m * kLda,
-            first + done * layout.panel_bytes + b * block_k * size, share * layout.panel_bytes, c,
-            ldc, b > 0);
+        const int64_t kc = std::min(block_k, depth - b * block_k);
+        const char* block = panel + b * block_k * size;
+        for (int64_t i = 0; i < blocks; ++i) {
+          const int64_t i0 = m * i / blocks, i1 = m * (i + 1) / blocks;
+          tiles[i1 - i0 - 1](
+              kc, a + (b * m + i0) * kLda, block, sums(done) + i0 * ldc, ldc, b > 0,
+              block + (blocks == 1 ? kBytesAhead : kc * size) + i * ahead_step * (kc / step),
+              ahead_step);
+        }
       }
     }
-    done = share * streams;
-  }
-  const auto* tiles = kPairs ? k.pair_panel_tile : k.panel_tile[type];
-  const int64_t blocks = ceil_div<int64_t>(m, k.mr2);
-  // Every tile asks for panels ahead of its own: the core's window is too short to compute and to
-  // wait for memory at once. Several tiles on one block share the next block between them.
-  const int64_t ahead_step = std::max<int64_t>(size * step / blocks, 2);
-  for (; done < count; ++done) {
-    const char* panel = first + done * layout.panel_bytes;
-    for (int64_t b = 0; b < k_blocks; ++b) {
-      const int64_t kc = std::min(block_k, depth - b * block_k);
-      const char* block = panel + b * block_k * size;
-      for (int64_t i = 0; i < blocks; ++i) {
-        const int64_t i0 = m * i / blocks, i1 = m * (i + 1) / blocks;
-        tiles[i1 - i0 - 1](
-            kc, a + (b * m + i0) * kLda, block, sums(done) + i0 * ldc, ldc, b > 0,
-            block + (blocks == 1 ? kBytesAhead : kc * size) + i * ahead_step * (kc / step),
-            ahead_step);
-      }
+    for (int64_t t = 0; t < m; ++t) {
+      fn(it.expert, it.row_begin + t, f0, n, tile + t * ldc, tile + t * ldc + padded_n);
     }
-  }
-  for (int64_t t = 0; t < m; ++t) {
-    fn(it.expert, it.row_begin + t, it.feature_begin, n, tile + t * ldc, tile + t * ldc + padded_n);
   }
 }
 
