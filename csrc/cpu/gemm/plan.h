@@ -276,7 +276,7 @@ std::vector<GemmItem> gemm_items(const GemmDesc<T>& d, const Kernels<T>& k, int 
         break;
       case Path::kPack:
       case Path::kPairPack:
-        most_features = kPanelFeatureBlock;
+        most_features = kStreamFeatureBlock;
         if (std::min(total, most_features * d.segments) * d.in_features <= kKeptElements) {
           most_rows = kKeptRows;
         }

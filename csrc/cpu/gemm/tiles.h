@@ -12,8 +12,9 @@ void pack_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, co
   const int64_t W = k.lanes, K = kPairs ? d.in_features / 2 : d.in_features;
   const int64_t size = kPairs ? sizeof(T) : dtype_size(d.b.type);
   const auto& tiles = kPairs ? k.pair_row_a : k.row_a;
-  const int64_t n = it.feature_end - it.feature_begin;
-  const int64_t padded_n = round_up(n, W), ldc = padded_n * d.segments;
+  // Sums of a part are handed on before the next.
+  const int64_t part = round_up(kPanelFeatureBlock / d.segments, 2 * W);
+  const int64_t item_columns = round_up(it.feature_end - it.feature_begin, W) * d.segments;
   const int64_t most_rows = balanced(it.row_end - it.row_begin, kRowBlock, 1);
   // Blocks of equal depth: a short one would pay for its sums in memory with little arithmetic. So
   // many are taken at a time that their tokens leave room in an L2 for panels and sums.
@@ -22,16 +23,17 @@ void pack_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, co
   T* a = scratch<T>(Scratch::kTokens, std::min(chunk, ceil_div(K, depth)) * most_rows * kLda);
   // Panels that no other rows will meet are written where the one before was.
   const bool kept = most_rows < it.row_end - it.row_begin;
-  T* panels = scratch<T>(Scratch::kPackB, kept ? ldc * K : 2 * W * depth);
+  T* panels = scratch<T>(Scratch::kPackB, kept ? item_columns * K : 2 * W * depth);
   T* rows = scratch<T>(Scratch::kPackA, 2 * W * kLda);
-  T* tile = scratch<T>(Scratch::kTile, most_rows * ldc);
+  T* tile = scratch<T>(Scratch::kTile, most_rows * part * d.segments);
   const char* w = element(d.b.data, d.b.type, it.expert * d.b.stride_e);
   const int64_t row_bytes = d.b.stride_o * dtype_size(d.b.type);
   const auto weight_row = [&](int64_t s, int64_t feature, int64_t k0) {
-    return w + (s * d.features + it.feature_begin + feature) * row_bytes + k0 * size;
+    return w + (s * d.features + feature) * row_bytes + k0 * size;
   };
-  // kc steps from k0 on of features [j, j + width) of segment s, as [kc][width].
-  const auto pack = [&](int64_t s, int64_t j, int64_t width, int64_t k0, int64_t kc, T* dst) {
+  // kc steps from k0 on of features [j, j + width) of segment s, as [kc][width]; from n on, zeros.
+  const auto pack = [&](int64_t s, int64_t j, int64_t n, int64_t width, int64_t k0, int64_t kc,
+                        T* dst) {
     if ((kPairs || d.b.type == kAccumulate<T>) && j + width <= n && kc % W == 0) {
       k.transpose(reinterpret_cast<const T*>(weight_row(s, j, k0)),
                   row_bytes / static_cast<int64_t>(sizeof(T)), width, kc, dst, width);
@@ -52,43 +54,49 @@ void pack_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, co
   for (int64_t r0 = it.row_begin; r0 < it.row_end; r0 += most_rows) {
     const int64_t m = std::min(most_rows, it.row_end - r0), blocks = ceil_div<int64_t>(m, k.mr2);
     const bool first = r0 == it.row_begin;
-    for (int64_t c0 = 0; c0 < K; c0 += chunk * depth) {
-      const int64_t c1 = std::min(K, c0 + chunk * depth);
-      for (int64_t t = 0; t < m; ++t) {
-        T* dst = a + t * kLda;
-        for (int64_t k0 = c0; k0 < c1; k0 += depth, dst += m * kLda) {
-          load_tokens<kPairs>(d, k, r0 + t, k0, std::min(depth, c1 - k0), dst);
-        }
-      }
-      for (int64_t s = 0; s < d.segments; ++s) {
-        for (int64_t j = 0; j < padded_n; j += 2 * W) {
-          const int64_t width = std::min(2 * W, padded_n - j), column = s * padded_n + j;
-          const bool same = j + width < padded_n;
-          TileHints next;
-          if (first && (same || s + 1 < d.segments)) {
-            const int64_t next_j = same ? j + width : 0;
-            next.base = weight_row(same ? s : s + 1, next_j, c0);
-            next.stride = row_bytes;
-            next.rows = std::min(2 * W, n - next_j);
-            next.bytes = (c1 - c0) * size;
-            next.spread((c1 - c0) / kPrefetchStep * blocks);
+    for (int64_t f0 = it.feature_begin; f0 < it.feature_end; f0 += part) {
+      const int64_t f1 = std::min(it.feature_end, f0 + part), n = f1 - f0;
+      const int64_t padded_n = round_up(n, W), ldc = padded_n * d.segments;
+      T* kept_panels = panels + (f0 - it.feature_begin) * d.segments * K;
+      for (int64_t c0 = 0; c0 < K; c0 += chunk * depth) {
+        const int64_t c1 = std::min(K, c0 + chunk * depth);
+        // One chunk of tokens stays for all parts.
+        for (int64_t t = 0; t < m && (f0 == it.feature_begin || chunk * depth < K); ++t) {
+          T* dst = a + t * kLda;
+          for (int64_t k0 = c0; k0 < c1; k0 += depth, dst += m * kLda) {
+            load_tokens<kPairs>(d, k, r0 + t, k0, std::min(depth, c1 - k0), dst);
           }
-          const T* x = a;
-          for (int64_t k0 = c0; k0 < c1; k0 += depth, x += m * kLda) {
-            const int64_t kc = std::min(depth, c1 - k0);
-            T* panel = panels + (kept ? column * K + k0 * width : 0);
-            if (first) pack(s, j, width, k0, kc, panel);
-            for (int64_t i = 0; i < blocks; ++i) {
-              const int64_t i0 = m * i / blocks, i1 = m * (i + 1) / blocks;
-              tiles[width / W - 1][i1 - i0 - 1](kc, x + i0 * kLda, panel, tile + i0 * ldc + column,
-                                                ldc, k0 > 0, next);
+        }
+        for (int64_t s = 0; s < d.segments; ++s) {
+          for (int64_t j = 0; j < padded_n; j += 2 * W) {
+            const int64_t width = std::min(2 * W, padded_n - j), column = s * padded_n + j;
+            const bool same = j + width < padded_n;
+            TileHints next;
+            if (first && (same || s + 1 < d.segments)) {
+              const int64_t next_j = f0 + (same ? j + width : 0);
+              next.base = weight_row(same ? s : s + 1, next_j, c0);
+              next.stride = row_bytes;
+              next.rows = std::min(2 * W, f1 - next_j);
+              next.bytes = (c1 - c0) * size;
+              next.spread((c1 - c0) / kPrefetchStep * blocks);
+            }
+            const T* x = a;
+            for (int64_t k0 = c0; k0 < c1; k0 += depth, x += m * kLda) {
+              const int64_t kc = std::min(depth, c1 - k0);
+              T* panel = kept ? kept_panels + column * K + k0 * width : panels;
+              if (first) pack(s, f0 + j, f1, width, k0, kc, panel);
+              for (int64_t i = 0; i < blocks; ++i) {
+                const int64_t i0 = m * i / blocks, i1 = m * (i + 1) / blocks;
+                tiles[width / W - 1][i1 - i0 - 1](kc, x + i0 * kLda, panel,
+                                                  tile + i0 * ldc + column, ldc, k0 > 0, next);
+              }
             }
           }
         }
       }
-    }
-    for (int64_t t = 0; t < m; ++t) {
-      fn(it.expert, r0 + t, it.feature_begin, n, tile + t * ldc, tile + t * ldc + padded_n);
+      for (int64_t t = 0; t < m; ++t) {
+        fn(it.expert, r0 + t, f0, n, tile + t * ldc, tile + t * ldc + padded_n);
+      }
     }
   }
 }
