@@ -22,6 +22,8 @@ struct ExpTraits<double> {
   static constexpr int kBias = 1023, kMantissa = 52, kDegree = 13;
 };
 
+constexpr double inverse_factorial(int n) { return n < 2 ? 1.0 : inverse_factorial(n - 1) / n; }
+
 // e^x = 2^n e^r with |r| <= ln(2)/2; the Taylor sum of kDegree leaves less than half an ulp.
 // Arguments are clamped to the range of normal results; NaN stays NaN.
 template <class T>
@@ -35,9 +37,10 @@ inline Vec<T> vexp(Vec<T> x) {
   const Vec<T> n = shifted - Tr::kMagic;
   Vec<T> r = x - n * Tr::kLn2Hi;
   r = r - n * Tr::kLn2Lo;
-  Vec<T> p = splat<T>(1);
+  // Coefficients 1 / d!: one multiply-add a degree.
+  Vec<T> p = splat<T>(T(inverse_factorial(Tr::kDegree)));
 #pragma GCC unroll 16
-  for (int d = Tr::kDegree; d >= 1; --d) p = p * r * T(1.0 / d) + T(1);
+  for (int d = Tr::kDegree - 1; d >= 0; --d) p = p * r + T(inverse_factorial(d));
   const Int bits = __builtin_bit_cast(Int, shifted) - __builtin_bit_cast(Scalar, T(Tr::kMagic)) +
                    Scalar(Tr::kBias);
   return p * __builtin_bit_cast(Vec<T>, bits << Tr::kMantissa);
