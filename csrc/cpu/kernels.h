@@ -153,6 +153,9 @@ struct AttentionKernels {
   // s becomes e^(s - max) with the larger of the old max and the scores; sum follows. factor: by
   // how much what was summed before shrinks; false where all are one.
   bool (*softmax)(const AttentionBlock<T>& b, T* s, T* max, T* sum, T* factor);
+  // After the last block, for n rows, whole vectors: lse = max + log(sum), and by what sums of
+  // values are multiplied, 1 / sum; -inf and 0 where sum is 0.
+  void (*softmax_end)(int64_t n, const T* max, const T* sum, T* lse, T* factor);
   // s becomes the gradient of scores, of which ds_rows, pitch kLda, is a copy; p_rows: weights.
   void (*softmax_bwd)(const AttentionBlock<T>& b, T* s, const T* dp, const T* lse, const T* delta,
                       T* p_rows, T* ds_rows);

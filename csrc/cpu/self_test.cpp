@@ -390,9 +390,7 @@ bool attention_right(const Kernels<T>& k, Numbers<T>& numbers) {
       for (int r = 0; r < width; ++r) {
         std::vector<double> logit(kKeys), slope(kKeys, 1.0), weight(kKeys);
         double largest = -1e300, total = 0, left = 1, sum_before = 0;
-        const auto seen = [&](int64_t j) {
-          return kBegin + j >= first[r] && kBegin + j < last[r];
-        };
+        const auto seen = [&](int64_t j) { return kBegin + j >= first[r] && kBegin + j < last[r]; };
         for (int64_t j = 0; j < kKeys; ++j) {
           logit[j] = x[j * width + r];
           if (softcap > 0) {

@@ -75,6 +75,19 @@ constexpr T kPowerScale = 1;
 template <>
 constexpr float kPowerScale<float> = 1.44269504f;
 
+// The larger one; NaN if x is. The compiler makes two operations of the conditional.
+inline Vec<float> at_least(Vec<float> x, float least) {
+#if defined(__AVX512F__) && MOE_VEC_BYTES == 64
+  return __builtin_bit_cast(Vec<float>,
+                            _mm512_max_ps(_mm512_set1_ps(least), __builtin_bit_cast(__m512, x)));
+#elif defined(__AVX2__) && MOE_VEC_BYTES == 32
+  return __builtin_bit_cast(Vec<float>,
+                            _mm256_max_ps(_mm256_set1_ps(least), __builtin_bit_cast(__m256, x)));
+#else
+  return x < least ? splat<float>(least) : x;
+#endif
+}
+
 // e^(x / kPowerScale) for x up to 127, and a normal number below -126. NaN stays NaN.
 inline Vec<double> vpower(Vec<double> x) { return vexp<double>(x); }
 
@@ -83,8 +96,7 @@ inline Vec<double> vpower(Vec<double> x) { return vexp<double>(x); }
 // shift alone makes 2^n.
 inline Vec<float> vpower(Vec<float> x) {
   constexpr float kMagic = ExpTraits<float>::kMagic + ExpTraits<float>::kBias;
-  const Vec<float> least = splat<float>(-126.0f);
-  x = least > x ? least : x;
+  x = at_least(x, -126.0f);
   const Vec<float> shifted = x + kMagic;
   const Vec<float> r = x - (shifted - kMagic);
   Vec<float> p = splat<float>(1.32647273e-3f);
@@ -132,8 +144,7 @@ bool softmax_block(const AttentionBlock<T>& b, T* s, T* max, T* sum, T* factor) 
     for (int c = 0; c < kChains; ++c) raise(j + c, m[c]);
   }
   for (; j < b.keys; ++j) raise(j, m[0]);
-  bool same = true;
-  Vec<T> power[NV];
+  Vec<T> power[NV], shrinks = {};
 #pragma GCC unroll 2
   for (int v = 0; v < NV; ++v) {
     const Vec<T> low = m[0][v] > m[1][v] ? m[0][v] : m[1][v];
@@ -142,7 +153,7 @@ bool softmax_block(const AttentionBlock<T>& b, T* s, T* max, T* sum, T* factor) 
     const Vec<T> f = vexp<T>(old[v] - most);
     store<T>(max + v * W, most);
     store<T>(factor + v * W, f);
-    for (int i = 0; i < W; ++i) same = same && f[i] == T(1);
+    shrinks += T(1) - f;  // none is negative
     total[v] = load<T>(sum + v * W) * f;
     power[v] = most * kPowerScale<T>;
   }
@@ -157,7 +168,7 @@ bool softmax_block(const AttentionBlock<T>& b, T* s, T* max, T* sum, T* factor) 
   }
 #pragma GCC unroll 2
   for (int v = 0; v < NV; ++v) store<T>(sum + v * W, total[v]);
-  return !same;
+  return horizontal_sum<T>(shrinks) != T(0);
 }
 
 template <class T, int NV, bool kMasked, bool kCapped>
@@ -292,6 +303,37 @@ void multiply_lanes(T* c, int64_t rows, int width, const T* factor) {
   }
 }
 
+inline Vec<double> vlog(Vec<double> x) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = __builtin_log(x[i]);
+  return x;
+}
+
+// x is normal and positive. x = 2^n y with y from sqrt(1/2) to sqrt(2), log(y) = 2 atanh(t),
+// t = (y - 1) / (y + 1): |t| < 0.172, and the sixth term is below half an ulp of t.
+inline Vec<float> vlog(Vec<float> x) {
+  using Int = Simd<float>::Int;
+  constexpr int32_t kRoot = 0x3f3504f3;  // sqrt(1/2)
+  const Int bits = __builtin_bit_cast(Int, x) - kRoot, n = bits >> 23;
+  const Vec<float> y = __builtin_bit_cast(Vec<float>, (bits & 0x007fffff) + kRoot);
+  const Vec<float> t = (y - 1.0f) / (y + 1.0f), t2 = t * t;
+  Vec<float> p = splat<float>(2.0f / 9);
+  p = p * t2 + 2.0f / 7;
+  p = p * t2 + 2.0f / 5;
+  p = p * t2 + 2.0f / 3;
+  p = p * t2 + 2.0f;
+  return __builtin_convertvector(n, Vec<float>) * 0.693147181f + p * t;
+}
+
+template <class T>
+void softmax_end(int64_t n, const T* max, const T* sum, T* lse, T* factor) {
+  for (int64_t i = 0; i < n; i += kLanes<T>) {
+    // total - total: NaN stays NaN.
+    const Vec<T> total = load<T>(sum + i), none = splat<T>(-__builtin_inf());
+    store<T>(lse + i, total == T(0) ? none : load<T>(max + i) + vlog(total) + (total - total));
+    store<T>(factor + i, total == T(0) ? Vec<T>{} : T(1) / total);
+  }
+}
+
 template <class T>
 void row_dots(DType type, const void* a, int64_t lda, const void* b, int64_t ldb, int64_t rows,
               int64_t n, T* out) {
@@ -359,6 +401,7 @@ AttentionKernels<T> attention_kernels() {
     });
   };
   k.multiply_lanes = &multiply_lanes<T>;
+  k.softmax_end = &softmax_end<T>;
   k.row_dots = &row_dots<T>;
   return k;
 }

@@ -40,8 +40,8 @@ class Backward {
     std::fill(grad_v, grad_v + p_.num_keys * ld_, T(0));
     const int64_t begin = cuts_[chunk], end = cuts_[chunk + 1];
     if (begin == end) return;
-    Buffers x(*this, b, head,
-              kept_keys(p_, begin, end, 3 * ld_ * static_cast<int64_t>(sizeof(T))));
+    const NoSubnormals guard;
+    Buffers x(*this, b, head, kept_keys(p_, begin, end, 3 * ld_ * static_cast<int64_t>(sizeof(T))));
     for (int64_t i = begin; i < end; ++i) {
       RowBlock<T> block(p_, k_.lanes, b, head, i * kRows);
       both_forms(block, p_.q, static_cast<T>(p_.scale), x.q, x.q_columns);
@@ -73,15 +73,12 @@ class Backward {
         : key_blocks(ceil_div(of.p_.num_keys, kKeys)),
           by_rows(KeyCopy<T>::size(kept, of.d_, kKc, kLda)),
           by_columns(KeyCopy<T>::size(kept, of.d_, kLdm, kLdm)),
-          carve(Scratch::kTile,
-                (6 * kRows * of.ld_ + 2 * by_rows + by_columns + 2 * kKeys * kLda +
-                 3 * kKeys * 2 * of.k_.lanes + (key_blocks + 4) * kRows + 1024) *
-                    static_cast<int64_t>(sizeof(T))),
-          keys(of.k_, of.p_, of.p_.k, b, head, kKc, kLda, T(1), kept, carve.take<T>(by_rows)),
-          values(of.k_, of.p_, of.p_.v, b, head, kKc, kLda, T(1), kept, carve.take<T>(by_rows)),
-          // The gradient of queries takes the scale from here.
-          key_columns(of.k_, of.p_, of.p_.k, b, head, kLdm, kLdm, static_cast<T>(of.p_.scale), kept,
-                      carve.take<T>(by_columns)) {
+          carve(Scratch::kTile, (6 * kRows * of.ld_ + 2 * by_rows + by_columns + 2 * kKeys * kLda +
+                                 3 * kKeys * 2 * of.k_.lanes + (key_blocks + 4) * kRows + 1024) *
+                                    static_cast<int64_t>(sizeof(T))),
+          keys(of.k_, of.p_, of.p_.k, b, head, kKc, kLda, kept, carve.take<T>(by_rows)),
+          values(of.k_, of.p_, of.p_.v, b, head, kKc, kLda, kept, carve.take<T>(by_rows)),
+          key_columns(of.k_, of.p_, of.p_.k, b, head, kLdm, kLdm, kept, carve.take<T>(by_columns)) {
       for (T** part : {&q, &grad_out, &grad_q, &q_columns, &grad_out_columns, &rows}) {
         *part = carve.take<T>(kRows * of.ld_);
       }
@@ -127,10 +124,20 @@ class Backward {
     }
   }
 
-  // Weights and gradients of scores in row form are zero from key `from` on.
-  void clear(const RowBlock<T>& block, int64_t panel, int64_t from, int64_t n, Buffers& x) const {
+  // Weights and gradients of scores in row form are zero from key `from` on, as far as add_rows
+  // reads them: to the end of the tile that `seen_keys` ends in, or of the block for a panel that
+  // sees none after panels that see some. Tiles start with a panel's keys, so this may be too many.
+  void clear(const RowBlock<T>& block, int64_t panel, const int64_t* seen_keys, int64_t from,
+             int64_t n, Buffers& x) const {
     const int64_t r0 = panel * 2 * k_.lanes, width = block.width(panel);
-    for (int64_t j = from; j < n; ++j) {
+    int64_t to = n;
+    if (std::none_of(seen_keys, seen_keys + panel + 1, [](int64_t keys) { return keys > 0; })) {
+      return;
+    }
+    if (from == seen_keys[panel] && from > 0) {
+      to = std::min<int64_t>(n, from + std::max(k_.mr1, k_.mr2));
+    }
+    for (int64_t j = from; j < to; ++j) {
       std::fill(x.p_rows + j * kLda + r0, x.p_rows + j * kLda + r0 + width, T(0));
       std::fill(x.ds_rows + j * kLda + r0, x.ds_rows + j * kLda + r0 + width, T(0));
     }
@@ -166,20 +173,20 @@ class Backward {
   // grad [n][ld] += rows [n][kLda] of block.padded columns, times the columns of queries. A later
   // panel sees at least as many keys as one before it: a tile of keys starts with the first panel
   // that sees one of them.
-  void add_rows(const RowBlock<T>& block, const int64_t* seen_keys, const T* rows,
-                const T* columns, int64_t n, T* grad) const {
+  void add_rows(const RowBlock<T>& block, const int64_t* seen_keys, const T* rows, const T* columns,
+                int64_t n, T* grad) const {
     TileHints hints;
     for (int64_t c0 = 0; c0 < ld_; c0 += 2 * k_.lanes) {
       const int64_t width = panel_width(c0), nv = width / k_.lanes;
-      const int64_t num_tiles = ceil_div<int64_t>(n, tiles_.max_rows(static_cast<int>(nv)));
-      for (int64_t t = 0, panel = 0; t < num_tiles; ++t) {  // of equal heights
-        const int64_t i0 = n * t / num_tiles, i1 = n * (t + 1) / num_tiles;
+      int64_t panel = 0;
+      for (Heights t(n, tiles_.max_rows(static_cast<int>(nv))); t.next();) {
+        const int64_t i0 = t.begin;
         while (panel < block.panels() && seen_keys[panel] <= i0) ++panel;
         const int64_t r0 = panel * 2 * k_.lanes;
         if (r0 >= block.padded) break;
-        k_.row_a[nv - 1][i1 - i0 - 1](block.padded - r0, rows + i0 * kLda + r0,
-                                      columns + c0 * block.padded + r0 * width,
-                                      grad + i0 * ld_ + c0, ld_, true, hints);
+        k_.row_a[nv - 1][t.height - 1](block.padded - r0, rows + i0 * kLda + r0,
+                                       columns + c0 * block.padded + r0 * width,
+                                       grad + i0 * ld_ + c0, ld_, true, hints);
       }
     }
   }
@@ -219,7 +226,7 @@ class Backward {
         const AttentionBlock<T> seen = block.sees(i, j0, n, p_.softcap);
         const int64_t r0 = i * 2 * k_.lanes;
         seen_keys[i] = seen.keys;
-        clear(block, i, seen.keys, n, x);
+        clear(block, i, seen_keys, seen.keys, n, x);
         if (seen.keys == 0) continue;
         products(i, seen, from, x);
         k_.attention.softmax_bwd(seen, x.s, x.dp, x.a + r0, x.delta + r0, x.p_rows + r0,
@@ -272,7 +279,7 @@ class Backward {
         // Panels without keys may lie between others: these tiles multiply by zeros.
         seen_keys[i] = seen.keys;
         if (broken(block, i, log_rest)) seen.keys = 0;
-        clear(block, i, seen.keys, n, x);
+        clear(block, i, seen_keys, seen.keys, n, x);
         if (seen.keys == 0) continue;
         const int64_t r0 = i * width;
         products(i, seen, from, x);
@@ -297,6 +304,8 @@ class Backward {
       k_.transpose(x.grad_q + r0 * ld_, block.width(i), ld_, block.width(i), x.rows + r0 * ld_,
                    ld_);
     }
+    k_.load_rows(kAccumulate<T>, x.rows, ld_, block.count, d_, x.rows, ld_,
+                 static_cast<T>(p_.scale));
     const int64_t to = row_index(p_, block.b, block.head, block.begin) * d_;
     k_.store_rows(p_.type, x.rows, ld_, block.count, d_,
                   static_cast<char*>(q_.grad_q) + to * dtype_size(p_.type), p_.num_heads * d_);

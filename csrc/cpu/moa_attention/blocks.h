@@ -6,6 +6,10 @@
 #include <cstring>
 #include <vector>
 
+#if defined(__SSE2__)
+#include <xmmintrin.h>
+#endif
+
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
 #include "cpu/workspace.h"
@@ -16,6 +20,24 @@ namespace moe_ops::cpu::attention {
 constexpr int64_t kRows =
     96;  // query rows of a block: whole tiles and whole vectors at every level
 constexpr int64_t kKeys = 64;  // keys of a block
+
+// While it lives, results too small for a normal number are zero. Weights of far keys and their
+// gradients pass through there on their way to nothing, and each such sum costs a hundred cycles.
+class NoSubnormals {
+#if defined(__SSE2__)
+ public:
+  NoSubnormals() : before_(_mm_getcsr()) { _mm_setcsr(before_ | _MM_FLUSH_ZERO_ON); }
+  ~NoSubnormals() { _mm_setcsr(before_); }
+  NoSubnormals(const NoSubnormals&) = delete;
+  NoSubnormals& operator=(const NoSubnormals&) = delete;
+
+ private:
+  unsigned before_;
+#else
+ public:
+  NoSubnormals() {}  // not trivial, so that the guard is no unused variable
+#endif
+};
 
 struct KeyRange {
   int64_t first = 0, last = 0;
@@ -54,10 +76,10 @@ template <class T>
 struct RowBlock {
   int64_t b, head, begin, count;  // rows begin to begin + count of a head
   int lanes;
-  int64_t padded;                          // whole vectors
-  KeyRange keys;                           // of all rows
-  KeyIndex<T> first[kRows], last[kRows];   // of each row, counted from keys.first; none of the rows
-                                           // that pad
+  int64_t padded;                         // whole vectors
+  KeyRange keys;                          // of all rows
+  KeyIndex<T> first[kRows], last[kRows];  // of each row, counted from keys.first; none of the rows
+                                          // that pad
 
   RowBlock(const MoaAttentionParams& p, int lanes, int64_t b, int64_t head, int64_t begin)
       : b(b), head(head), begin(begin), lanes(lanes) {
@@ -100,15 +122,34 @@ struct RowBlock {
   }
 };
 
+// Cuts m rows into as few tiles as can be, of heights that are equal or differ by one. Divisions of
+// 32 bits, and two of them: three of 64 for each tile were a twentieth of backward at 16 features.
+struct Heights {
+  uint32_t begin = 0, height = 0;
+
+  Heights(int64_t m, int max_rows) : rows_(static_cast<uint32_t>(m)) {
+    const uint32_t most = static_cast<uint32_t>(max_rows), tiles = (rows_ + most - 1) / most;
+    if (tiles > 0) least_ = rows_ / tiles;
+    higher_ = rows_ - least_ * tiles;
+  }
+  bool next() {
+    begin += height;
+    height = least_ + (higher_ > 0);
+    higher_ -= higher_ > 0;
+    return begin < rows_;
+  }
+
+ private:
+  uint32_t rows_, least_ = 0, higher_;
+};
+
 // Products of a panel: c [m][width] (+)= a b with `a` in row form, b [depth][width].
 template <class T>
 void multiply(const typename Kernels<T>::Micro* tiles, int max_rows, int64_t a_step, int64_t depth,
               const T* a, const T* b, int64_t m, T* c, int64_t ldc, bool accumulate) {
   TileHints hints;
-  const int64_t num_tiles = ceil_div<int64_t>(m, max_rows);
-  for (int64_t t = 0; t < num_tiles; ++t) {  // of equal heights
-    const int64_t i0 = m * t / num_tiles, i1 = m * (t + 1) / num_tiles;
-    tiles[i1 - i0 - 1](depth, a + i0 * a_step, b, c + i0 * ldc, ldc, accumulate, hints);
+  for (Heights t(m, max_rows); t.next();) {
+    tiles[t.height - 1](depth, a + t.begin * a_step, b, c + t.begin * ldc, ldc, accumulate, hints);
   }
 }
 
@@ -139,13 +180,13 @@ struct Products {
   }
 };
 
-// Keys or values of a head, scaled, in parts of `part` columns and `pitch` apart: a block at a time,
+// Keys or values of a head, in parts of `part` columns and `pitch` apart: a block at a time,
 // or, where an item of several row blocks reads them again and again, all that it has read so far.
 template <class T>
 class KeyCopy {
  public:
   KeyCopy(const Kernels<T>& k, const MoaAttentionParams& p, const AttentionOperand& x, int64_t b,
-          int64_t head, int64_t part, int64_t pitch, T scale, const KeyRange& kept, T* data)
+          int64_t head, int64_t part, int64_t pitch, const KeyRange& kept, T* data)
       : k_(k),
         p_(p),
         x_(x),
@@ -154,7 +195,6 @@ class KeyCopy {
         part_(part),
         pitch_(pitch),
         rows_(rows(kept)),
-        scale_(scale),
         kept_(kept),
         data_(data) {}
 
@@ -189,7 +229,7 @@ class KeyCopy {
     const char* rows = at(x_, p_.type, b_, j0, 0, head_);
     for (int64_t c = 0; c < p_.head_size; c += part_, to += part_stride()) {
       k_.load_rows(p_.type, rows + c * dtype_size(p_.type), x_.stride_token, j1 - j0,
-                   std::min(part_, p_.head_size - c), to, pitch_, scale_);
+                   std::min(part_, p_.head_size - c), to, pitch_, T(1));
     }
   }
 
@@ -197,7 +237,6 @@ class KeyCopy {
   const MoaAttentionParams& p_;
   const AttentionOperand& x_;
   int64_t b_, head_, part_, pitch_, rows_;
-  T scale_;
   KeyRange kept_, done_ = {};
   T* data_;
 };

@@ -1,5 +1,4 @@
 #include <cmath>
-#include <limits>
 
 #include "cpu/moa_attention/blocks.h"
 
@@ -19,6 +18,7 @@ class Forward {
 
   // Row blocks begin to end of a head.
   void run(int64_t b, int64_t head, int64_t begin, int64_t end) const {
+    const NoSubnormals guard;
     const int64_t d = p_.head_size;
     const KeyRange kept = kept_keys(p_, begin, end, 2 * ld_ * static_cast<int64_t>(sizeof(T)));
     const int64_t keys = KeyCopy<T>::size(kept, d, kKc, kLda);
@@ -33,8 +33,8 @@ class Forward {
         carve.take<T>(kRows),
         carve.take<T>(kRows),
         carve.take<T>(kRows),
-        {k_, p_, p_.k, b, head, kKc, kLda, T(1), kept, carve.take<T>(keys)},
-        {k_, p_, p_.v, b, head, kLdm, kLdm, T(1), kept, carve.take<T>(values)},
+        {k_, p_, p_.k, b, head, kKc, kLda, kept, carve.take<T>(keys)},
+        {k_, p_, p_.v, b, head, kLdm, kLdm, kept, carve.take<T>(values)},
     };
     for (int64_t i = begin; i < end; ++i) {
       RowBlock<T> block(p_, k_.lanes, b, head, i * kRows);
@@ -51,8 +51,7 @@ class Forward {
     KeyCopy<T> keys, values;
   };
 
-  void scores(const AttentionBlock<T>& seen, int64_t panel, const T* keys,
-              Buffers& buffers) const {
+  void scores(const AttentionBlock<T>& seen, int64_t panel, const T* keys, Buffers& buffers) const {
     tiles_.by_rows(keys, buffers.keys.part_stride(),
                    buffers.q + panel * 2 * k_.lanes * p_.head_size, seen.width, seen.keys,
                    buffers.s);
@@ -83,12 +82,8 @@ class Forward {
         add_values(seen, i, values, buffers);
       }
     }
-    std::fill(buffers.factor + block.count, buffers.factor + block.padded, T(0));
-    for (int64_t r = 0; r < block.count; ++r) {
-      const bool none = sum[r] == T(0);
-      buffers.factor[r] = none ? T(0) : T(1) / sum[r];
-      state(block, r) = none ? -std::numeric_limits<T>::infinity() : max[r] + std::log(sum[r]);
-    }
+    k_.attention.softmax_end(block.padded, max, sum, max, buffers.factor);
+    for (int64_t r = 0; r < block.count; ++r) state(block, r) = max[r];
     finish(block, buffers, buffers.factor);
   }
 
