@@ -127,13 +127,24 @@ constexpr int kFp8DotTokens = 2;
 // Attention: the steps between its products, on scores [keys][width] of `width` rows of queries,
 // one or two vectors. attention-inl.h in kernels/.
 template <class T>
+struct KeyIndexOf {
+  using type = int32_t;  // as wide as T, so that lanes are compared with one vector
+};
+template <>
+struct KeyIndexOf<double> {
+  using type = int64_t;
+};
+template <class T>
+using KeyIndex = typename KeyIndexOf<T>::type;
+template <class T>
 struct AttentionBlock {
   int64_t keys = 0;
   int width = 0;
-  bool masked = false;       // false: every row sees every key
-  const T* first = nullptr;  // [width] row r sees the keys of this block from first[r] ...
-  const T* last = nullptr;   // ... to last[r] - 1
-  T softcap = 0;             // scores become softcap * tanh(score / softcap); 0: they do not
+  bool masked = false;                 // false: every row sees every key
+  KeyIndex<T> begin = 0;               // number of the first key
+  const KeyIndex<T>* first = nullptr;  // [width] row r sees keys from number first[r] ...
+  const KeyIndex<T>* last = nullptr;   // ... to last[r] - 1
+  T softcap = 0;  // scores become softcap * tanh(score / softcap); 0: they do not
 };
 template <class T>
 struct AttentionKernels {
@@ -142,6 +153,9 @@ struct AttentionKernels {
   // s becomes e^(s - max) with the larger of the old max and the scores; sum follows. factor: by
   // how much what was summed before shrinks; false where all are one.
   bool (*softmax)(const AttentionBlock<T>& b, T* s, T* max, T* sum, T* factor);
+  // After the last block, for n rows, whole vectors: lse = max + log(sum), and by what sums of
+  // values are multiplied, 1 / sum; -inf and 0 where sum is 0.
+  void (*softmax_end)(int64_t n, const T* max, const T* sum, T* lse, T* factor);
   // s becomes the gradient of scores, of which ds_rows, pitch kLda, is a copy; p_rows: weights.
   void (*softmax_bwd)(const AttentionBlock<T>& b, T* s, const T* dp, const T* lse, const T* delta,
                       T* p_rows, T* ds_rows);
@@ -155,6 +169,9 @@ struct AttentionKernels {
                     T* before, T* p_rows, T* ds_rows);
   // c[i * width + j] *= factor[j]
   void (*multiply_lanes)(T* c, int64_t rows, int width, const T* factor);
+  // out[r] = the product of row r of a and of b, n elements each, lda and ldb apart.
+  void (*row_dots)(DType type, const void* a, int64_t lda, const void* b, int64_t ldb, int64_t rows,
+                   int64_t n, T* out);
 };
 
 // add_rms_norm on `rows` contiguous rows of `cols`; norm-inl.h in kernels/. What may be null is

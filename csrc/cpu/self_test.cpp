@@ -367,15 +367,19 @@ bool attention_right(const Kernels<T>& k, Numbers<T>& numbers) {
   for (const int width : {k.lanes, 2 * k.lanes}) {
     for (const T softcap : {T(0), T(3)}) {
       const std::vector<T> scores = numbers.take(kKeys * width), dp = numbers.take(kKeys * width);
-      std::vector<T> first(width), last(width), max(width, k.attention.lowest), sum(width);
+      // Keys are numbered from kBegin on.
+      constexpr KeyIndex<T> kBegin = 7;
+      std::vector<KeyIndex<T>> first(width), last(width);
+      std::vector<T> max(width, k.attention.lowest), sum(width);
       std::vector<T> rest(width), start(width), before(width), lse(width), delta(width, T(0.5));
       std::vector<T> x = scores, factor = rest, slopes = scores;
       for (T& v : x) v *= T(5);
       for (int r = 0; r < width; ++r) {
-        first[r] = static_cast<T>(r % 3);
-        last[r] = static_cast<T>(kKeys - r % 2);
+        first[r] = kBegin + static_cast<KeyIndex<T>>(r % 3);
+        last[r] = kBegin + static_cast<KeyIndex<T>>(kKeys - r % 2);
       }
-      const AttentionBlock<T> block = {kKeys, width, true, first.data(), last.data(), softcap};
+      const AttentionBlock<T> block = {kKeys,        width,       true,   kBegin,
+                                       first.data(), last.data(), softcap};
       std::vector<T> p = x, w = x, ds = x, stick_ds = x;
       std::vector<T> rows[3] = {std::vector<T>(kKeys * kLda), std::vector<T>(kKeys * kLda),
                                 std::vector<T>(kKeys * kLda)};
@@ -390,7 +394,7 @@ bool attention_right(const Kernels<T>& k, Numbers<T>& numbers) {
       for (int r = 0; r < width; ++r) {
         std::vector<double> logit(kKeys), slope(kKeys, 1.0), weight(kKeys);
         double largest = -1e300, total = 0, left = 1, sum_before = 0;
-        const auto seen = [&](int64_t j) { return j >= first[r] && j < last[r]; };
+        const auto seen = [&](int64_t j) { return kBegin + j >= first[r] && kBegin + j < last[r]; };
         for (int64_t j = 0; j < kKeys; ++j) {
           logit[j] = x[j * width + r];
           if (softcap > 0) {

@@ -84,6 +84,8 @@ void check_call(const Op& op, const Tensor& q, const Tensor& k, const Tensor& v,
   p.num_keys = k.size(1);
   MOE_CHECK(p.head_size >= 1 && p.head_size <= kMaxHeadSize, op, ": q must have d from 1 to ",
             kMaxHeadSize, " in dimension 4, got shape ", shape_string(q), ".");
+  MOE_CHECK(p.num_keys < (int64_t{1} << 31), op, ": k must have fewer than 2^31 keys, got shape ",
+            shape_string(k), ".");
   MOE_CHECK(std::isfinite(scale), op, ": scale must be finite, got ", scale, ".");
   MOE_CHECK(std::isfinite(softcap) && softcap >= 0, op,
             ": softcap must be positive and finite, got ", softcap, ".");

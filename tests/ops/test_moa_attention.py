@@ -528,6 +528,19 @@ def test_autocast_casts_like_a_linear(kind):
 
 @pytest.mark.cpu_only
 @pytest.mark.parametrize("kind", KINDS)
+def test_subnormal_numbers_stay_on_for_others(kind, set_threads):
+    """The kernels turn them off while they run."""
+    set_threads(1)
+    call = {name: t.requires_grad_() for name, t in operands(torch.float32).items()}
+    out, _ = both(moe_ops.moa_attention(**call, kind=kind))
+    small = torch.full((64,), 2.0**-126)
+    assert (small * 0.5 != 0).all()
+    out.sum().backward()
+    assert (small * 0.5 != 0).all()
+
+
+@pytest.mark.cpu_only
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
 def test_same_bits_for_any_thread_count(dtype, kind, set_threads):
     call = operands(dtype, batch=1, tokens=400, heads=3, head_size=24, kind=kind)

@@ -9,7 +9,7 @@ template <class T>
 constexpr T kLogTiny = ExpTraits<T>::kMin;
 
 template <class T>
-constexpr T kLowest = sizeof(T) == 8 ? T(-1.7e308) : T(-3.4e38);
+constexpr T kLowest = sizeof(T) == 8 ? T(-1.7e308) : T(-2.3e38);  // finite times kPowerScale
 
 // tanh(x) = (1 - u) / (1 + u), u = e^-2|x|. Near zero 1 - u would cancel: there it is the Taylor
 // sum of -expm1, whose remainder at |2x| < 0.35 is below half an ulp at kDegree terms.
@@ -50,54 +50,117 @@ inline LogSigmoid<T> log_sigmoid(Vec<T> x) {
 // Which lanes see key j.
 template <class T, int NV>
 struct Seen {
-  Vec<T> first[NV], last[NV];
-  explicit Seen(const AttentionBlock<T>& b) {
+  using Int = typename Simd<T>::Int;
+  using Index = KeyIndex<T>;
+  Int first[NV], last[NV];
+  Index begin;
+  explicit Seen(const AttentionBlock<T>& b) : begin(b.begin) {
 #pragma GCC unroll 2
     for (int v = 0; v < NV; ++v) {
-      first[v] = load<T>(b.first + v * kLanes<T>);
-      last[v] = load<T>(b.last + v * kLanes<T>);
+      __builtin_memcpy(&first[v], b.first + v * kLanes<T>, sizeof(Int));
+      __builtin_memcpy(&last[v], b.last + v * kLanes<T>, sizeof(Int));
     }
   }
   // a where the key is seen, otherwise b.
   Vec<T> select(int64_t j, int v, Vec<T> a, Vec<T> b) const {
-    const Vec<T> key = splat<T>(static_cast<T>(j));
+    const Int key = static_cast<Index>(begin + static_cast<Index>(j)) - Int{};
     return (key >= first[v]) & (key < last[v]) ? a : b;
   }
 };
 
+// What softmax raises, and of what: 2^x is four operations less than e^x, and the product with
+// log2(e) is part of the subtraction of the maximum.
+template <class T>
+constexpr T kPowerScale = 1;
+template <>
+constexpr float kPowerScale<float> = 1.44269504f;
+
+// The larger one; NaN if x is. The compiler makes two operations of the conditional.
+inline Vec<float> at_least(Vec<float> x, float least) {
+#if defined(__AVX512F__) && MOE_VEC_BYTES == 64
+  return __builtin_bit_cast(Vec<float>,
+                            _mm512_max_ps(_mm512_set1_ps(least), __builtin_bit_cast(__m512, x)));
+#elif defined(__AVX2__) && MOE_VEC_BYTES == 32
+  return __builtin_bit_cast(Vec<float>,
+                            _mm256_max_ps(_mm256_set1_ps(least), __builtin_bit_cast(__m256, x)));
+#else
+  return x < least ? splat<float>(least) : x;
+#endif
+}
+
+// e^(x / kPowerScale) for x up to 127, and a normal number below -126. NaN stays NaN.
+inline Vec<double> vpower(Vec<double> x) { return vexp<double>(x); }
+
+// 2^x = 2^n 2^r with |r| <= 1/2; the polynomial has the least relative error, 9e-8, of those of its
+// degree that are one at zero. The number added to round x carries the bias of the exponent, so the
+// shift alone makes 2^n.
+inline Vec<float> vpower(Vec<float> x) {
+  constexpr float kMagic = ExpTraits<float>::kMagic + ExpTraits<float>::kBias;
+  x = at_least(x, -126.0f);
+  const Vec<float> shifted = x + kMagic;
+  const Vec<float> r = x - (shifted - kMagic);
+  Vec<float> p = splat<float>(1.32647273e-3f);
+  p = p * r + 9.67151299e-3f;
+  p = p * r + 5.55073358e-2f;
+  p = p * r + 0.240222424f;
+  p = p * r + 0.693147004f;
+  p = p * r + 1.0f;
+  const auto bits = __builtin_bit_cast(Simd<float>::Int, shifted) << ExpTraits<float>::kMantissa;
+  return p * __builtin_bit_cast(Vec<float>, bits);
+}
+
+// Scores to softcap * tanh(score / softcap).
+template <class T>
+void cap_scores(T* s, int64_t n, T cap) {
+  for (int64_t i = 0; i < n; i += kLanes<T>) {
+    store<T>(s + i, cap * vtanh<T>(load<T>(s + i) * (T(1) / cap)));
+  }
+}
+
 template <class T, int NV, bool kMasked>
 bool softmax_block(const AttentionBlock<T>& b, T* s, T* max, T* sum, T* factor) {
   constexpr int W = kLanes<T>;
+  constexpr int kChains = 4;  // of maxima a row: one would wait for each comparison
   const Seen<T, NV> seen(b);
-  const T cap = b.softcap, inverse = cap > 0 ? T(1) / cap : T(0);
-  Vec<T> m[NV], old[NV], total[NV];
+  if (b.softcap > 0) cap_scores<T>(s, b.keys * NV * W, b.softcap);
+  Vec<T> m[kChains][NV], old[NV], total[NV];
 #pragma GCC unroll 2
-  for (int v = 0; v < NV; ++v) m[v] = old[v] = load<T>(max + v * W);
-  for (int64_t j = 0; j < b.keys; ++j) {
+  for (int v = 0; v < NV; ++v) {
+    old[v] = load<T>(max + v * W);
+#pragma GCC unroll 4
+    for (int c = 0; c < kChains; ++c) m[c][v] = old[v];
+  }
+  const auto raise = [&](int64_t j, Vec<T>(&most)[NV]) {
 #pragma GCC unroll 2
     for (int v = 0; v < NV; ++v) {
       Vec<T> x = load<T>(s + (j * NV + v) * W);
-      if (cap > 0) {
-        x = cap * vtanh<T>(x * inverse);
-        store<T>(s + (j * NV + v) * W, x);
-      }
       if constexpr (kMasked) x = seen.select(j, v, x, splat<T>(kLowest<T>));
-      m[v] = x > m[v] ? x : m[v];
+      most[v] = x > most[v] ? x : most[v];
     }
+  };
+  int64_t j = 0;
+  for (; j + kChains <= b.keys; j += kChains) {
+#pragma GCC unroll 4
+    for (int c = 0; c < kChains; ++c) raise(j + c, m[c]);
   }
-  bool same = true;
+  for (; j < b.keys; ++j) raise(j, m[0]);
+  Vec<T> power[NV], shrinks = {};
 #pragma GCC unroll 2
   for (int v = 0; v < NV; ++v) {
-    const Vec<T> f = vexp<T>(old[v] - m[v]);
-    store<T>(max + v * W, m[v]);
+    const Vec<T> low = m[0][v] > m[1][v] ? m[0][v] : m[1][v];
+    const Vec<T> high = m[2][v] > m[3][v] ? m[2][v] : m[3][v];
+    const Vec<T> most = low > high ? low : high;
+    const Vec<T> f = vexp<T>(old[v] - most);
+    store<T>(max + v * W, most);
     store<T>(factor + v * W, f);
-    for (int i = 0; i < W; ++i) same = same && f[i] == T(1);
+    shrinks += T(1) - f;  // none is negative
     total[v] = load<T>(sum + v * W) * f;
+    power[v] = most * kPowerScale<T>;
   }
-  for (int64_t j = 0; j < b.keys; ++j) {
+  for (j = 0; j < b.keys; ++j) {
 #pragma GCC unroll 2
     for (int v = 0; v < NV; ++v) {
-      Vec<T> p = vexp<T>(load<T>(s + (j * NV + v) * W) - m[v]);
+      Vec<T> p = vpower(load<T>(s + (j * NV + v) * W) * kPowerScale<T> - power[v]);
       if constexpr (kMasked) p = seen.select(j, v, p, Vec<T>{});
       total[v] += p;
       store<T>(s + (j * NV + v) * W, p);
@@ -105,34 +168,35 @@ bool softmax_block(const AttentionBlock<T>& b, T* s, T* max, T* sum, T* factor) 
   }
 #pragma GCC unroll 2
   for (int v = 0; v < NV; ++v) store<T>(sum + v * W, total[v]);
-  return !same;
+  return horizontal_sum<T>(shrinks) != T(0);
 }
 
-template <class T, int NV, bool kMasked>
+template <class T, int NV, bool kMasked, bool kCapped>
 void softmax_block_bwd(const AttentionBlock<T>& b, T* s, const T* dp, const T* lse, const T* delta,
                        T* p_rows, T* ds_rows) {
   constexpr int W = kLanes<T>;
   const Seen<T, NV> seen(b);
-  const T cap = b.softcap, inverse = cap > 0 ? T(1) / cap : T(0);
-  Vec<T> log_sum[NV], d[NV];
+  const T cap = b.softcap, inverse = kCapped ? T(1) / cap : T(0);
+  Vec<T> power[NV], d[NV];
 #pragma GCC unroll 2
   for (int v = 0; v < NV; ++v) {
-    log_sum[v] = load<T>(lse + v * W);
+    power[v] = load<T>(lse + v * W) * kPowerScale<T>;
     d[v] = load<T>(delta + v * W);
   }
   for (int64_t j = 0; j < b.keys; ++j) {
 #pragma GCC unroll 2
     for (int v = 0; v < NV; ++v) {
       const int64_t at = (j * NV + v) * W, row = j * kLda + v * W;
-      Vec<T> x = load<T>(s + at), slope = splat<T>(1);
-      if (cap > 0) {
+      Vec<T> x = load<T>(s + at), slope = {};
+      if constexpr (kCapped) {
         const Vec<T> t = vtanh<T>(x * inverse);
         x = cap * t;
         slope = T(1) - t * t;
       }
-      Vec<T> p = vexp<T>(x - log_sum[v]);
+      Vec<T> p = vpower(x * kPowerScale<T> - power[v]);
       if constexpr (kMasked) p = seen.select(j, v, p, Vec<T>{});
-      const Vec<T> ds = p * (load<T>(dp + at) - d[v]) * slope;
+      Vec<T> ds = p * (load<T>(dp + at) - d[v]);
+      if constexpr (kCapped) ds = ds * slope;
       store<T>(s + at, ds);
       store<T>(p_rows + row, p);
       store<T>(ds_rows + row, ds);
@@ -239,6 +303,61 @@ void multiply_lanes(T* c, int64_t rows, int width, const T* factor) {
   }
 }
 
+inline Vec<double> vlog(Vec<double> x) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = __builtin_log(x[i]);
+  return x;
+}
+
+// x is normal and positive. x = 2^n y with y from sqrt(1/2) to sqrt(2), log(y) = 2 atanh(t),
+// t = (y - 1) / (y + 1): |t| < 0.172, and the sixth term is below half an ulp of t.
+inline Vec<float> vlog(Vec<float> x) {
+  using Int = Simd<float>::Int;
+  constexpr int32_t kRoot = 0x3f3504f3;  // sqrt(1/2)
+  const Int bits = __builtin_bit_cast(Int, x) - kRoot, n = bits >> 23;
+  const Vec<float> y = __builtin_bit_cast(Vec<float>, (bits & 0x007fffff) + kRoot);
+  const Vec<float> t = (y - 1.0f) / (y + 1.0f), t2 = t * t;
+  Vec<float> p = splat<float>(2.0f / 9);
+  p = p * t2 + 2.0f / 7;
+  p = p * t2 + 2.0f / 5;
+  p = p * t2 + 2.0f / 3;
+  p = p * t2 + 2.0f;
+  return __builtin_convertvector(n, Vec<float>) * 0.693147181f + p * t;
+}
+
+template <class T>
+void softmax_end(int64_t n, const T* max, const T* sum, T* lse, T* factor) {
+  for (int64_t i = 0; i < n; i += kLanes<T>) {
+    // total - total: NaN stays NaN.
+    const Vec<T> total = load<T>(sum + i), none = splat<T>(-__builtin_inf());
+    store<T>(lse + i, total == T(0) ? none : load<T>(max + i) + vlog(total) + (total - total));
+    store<T>(factor + i, total == T(0) ? Vec<T>{} : T(1) / total);
+  }
+}
+
+template <class T>
+void row_dots(DType type, const void* a, int64_t lda, const void* b, int64_t ldb, int64_t rows,
+              int64_t n, T* out) {
+  constexpr int W = kLanes<T>;
+  with_type<T>(type, a, [&]<class S>(const S* pa) {
+    const S* pb = static_cast<const S*>(b);
+    for (int64_t r = 0; r < rows; ++r, pa += lda, pb += ldb) {
+      Vec<T> s0 = {}, s1 = {};
+      int64_t i = 0;
+      for (; i + 2 * W <= n; i += 2 * W) {
+        s0 += load_as(pa + i) * load_as(pb + i);
+        s1 += load_as(pa + i + W) * load_as(pb + i + W);
+      }
+      if (i + W <= n) {
+        s0 += load_as(pa + i) * load_as(pb + i);
+        i += W;
+      }
+      T s = horizontal_sum<T>(s0 + s1);
+      for (; i < n; ++i) s += to_float(pa[i]) * to_float(pb[i]);
+      out[r] = s;
+    }
+  });
+}
+
 // Calls fn.template operator()<NV, kMasked>().
 template <class T, class Fn>
 inline auto with_block(const AttentionBlock<T>& b, const Fn& fn) {
@@ -260,7 +379,9 @@ AttentionKernels<T> attention_kernels() {
   k.softmax_bwd = [](const AttentionBlock<T>& b, T* s, const T* dp, const T* lse, const T* delta,
                      T* p_rows, T* ds_rows) {
     with_block(b, [&]<int NV, bool kMasked>() {
-      softmax_block_bwd<T, NV, kMasked>(b, s, dp, lse, delta, p_rows, ds_rows);
+      b.softcap > 0
+          ? softmax_block_bwd<T, NV, kMasked, true>(b, s, dp, lse, delta, p_rows, ds_rows)
+          : softmax_block_bwd<T, NV, kMasked, false>(b, s, dp, lse, delta, p_rows, ds_rows);
     });
   };
   k.stick = [](const AttentionBlock<T>& b, T* s, T* log_rest) {
@@ -280,5 +401,7 @@ AttentionKernels<T> attention_kernels() {
     });
   };
   k.multiply_lanes = &multiply_lanes<T>;
+  k.softmax_end = &softmax_end<T>;
+  k.row_dots = &row_dots<T>;
   return k;
 }

@@ -12,10 +12,6 @@ namespace {
 // that bits do not depend on threads.
 constexpr int64_t kLeastItems = 16;
 
-int64_t num_row_blocks(const MoaAttentionParams& p) {
-  return ceil_div(p.num_tokens * p.num_slots, kRows);
-}
-
 int64_t num_chunks(const MoaAttentionParams& p) {
   const int64_t heads = std::max<int64_t>(1, p.batch * p.num_heads);
   return std::clamp<int64_t>(ceil_div(kLeastItems, heads), 1,
@@ -32,22 +28,8 @@ class Backward {
         tiles_{k_, p_.head_size},
         d_(p_.head_size),
         ld_(round_up<int64_t>(p_.head_size, k_.lanes)),
-        chunks_(num_chunks(p_)) {
-    // Chunks of row blocks with about the same number of keys.
-    const int64_t blocks = num_row_blocks(p_), last = p_.num_tokens * p_.num_slots - 1;
-    std::vector<int64_t> before = {0};
-    for (int64_t i = 0; i < blocks; ++i) {
-      const int64_t end = std::min(last, (i + 1) * kRows - 1);
-      const int64_t n =
-          keys_of(p_, end / p_.num_slots).last - keys_of(p_, i * kRows / p_.num_slots).first;
-      before.push_back(before.back() + std::max<int64_t>(n, 1));
-    }
-    for (int64_t c = 0; c <= chunks_; ++c) {
-      const auto at = std::lower_bound(before.begin(), before.end(), before.back() * c / chunks_);
-      cuts_.push_back(at - before.begin());
-    }
-    cuts_.back() = blocks;
-  }
+        chunks_(num_chunks(p_)),
+        cuts_(cut_row_blocks(p_, chunks_)) {}
 
   int64_t chunks() const { return chunks_; }
 
@@ -56,13 +38,14 @@ class Backward {
     T* grad_v = partial(b, head, chunk, 1);
     std::fill(grad_k, grad_k + p_.num_keys * ld_, T(0));
     std::fill(grad_v, grad_v + p_.num_keys * ld_, T(0));
-    Buffers x(ld_, k_.lanes, ceil_div(p_.num_keys, kKeys));
-    for (int64_t i = cuts_[chunk]; i < cuts_[chunk + 1]; ++i) {
+    const int64_t begin = cuts_[chunk], end = cuts_[chunk + 1];
+    if (begin == end) return;
+    const NoSubnormals guard;
+    Buffers x(*this, b, head, kept_keys(p_, begin, end, 3 * ld_ * static_cast<int64_t>(sizeof(T))));
+    for (int64_t i = begin; i < end; ++i) {
       RowBlock<T> block(p_, k_.lanes, b, head, i * kRows);
-      load_rows(k_, p_, p_.q, block, static_cast<T>(p_.scale), x.rows, ld_);
-      both_forms(block, x.rows, x.q, x.q_columns);
-      load_rows(k_, p_, q_.grad_out, block, T(1), x.rows, ld_);
-      both_forms(block, x.rows, x.grad_out, x.grad_out_columns);
+      both_forms(block, p_.q, static_cast<T>(p_.scale), x.q, x.q_columns);
+      both_forms(block, q_.grad_out, T(1), x.grad_out, x.grad_out_columns);
       std::fill(x.grad_q, x.grad_q + block.padded * ld_, T(0));
       p_.kind == AttentionKind::kSoftmax ? softmax(block, x, grad_k, grad_v)
                                          : stick(block, x, grad_k, grad_v);
@@ -86,24 +69,29 @@ class Backward {
 
  private:
   struct Buffers {
-    Buffers(int64_t ld, int lanes, int64_t key_blocks)
-        : carve(Scratch::kTile,
-                (7 * kRows * ld + 3 * kDepthParts * kKeys * kLda + 2 * kKeys * kLda +
-                 3 * kKeys * 2 * lanes + (key_blocks + 4) * kRows + 1024) *
-                    static_cast<int64_t>(sizeof(T))) {
-      for (T** part : {&rows, &q, &grad_out, &grad_q}) *part = carve.take<T>(kRows * ld);
-      for (T** part : {&q_columns, &grad_out_columns}) *part = carve.take<T>(kRows * ld);
-      for (T** part : {&keys, &values, &key_columns}) {
-        *part = carve.take<T>(kDepthParts * kKeys * kLda);
+    Buffers(const Backward& of, int64_t b, int64_t head, const KeyRange& kept)
+        : key_blocks(ceil_div(of.p_.num_keys, kKeys)),
+          by_rows(KeyCopy<T>::size(kept, of.d_, kKc, kLda)),
+          by_columns(KeyCopy<T>::size(kept, of.d_, kLdm, kLdm)),
+          carve(Scratch::kTile, (6 * kRows * of.ld_ + 2 * by_rows + by_columns + 2 * kKeys * kLda +
+                                 3 * kKeys * 2 * of.k_.lanes + (key_blocks + 4) * kRows + 1024) *
+                                    static_cast<int64_t>(sizeof(T))),
+          keys(of.k_, of.p_, of.p_.k, b, head, kKc, kLda, kept, carve.take<T>(by_rows)),
+          values(of.k_, of.p_, of.p_.v, b, head, kKc, kLda, kept, carve.take<T>(by_rows)),
+          key_columns(of.k_, of.p_, of.p_.k, b, head, kLdm, kLdm, kept, carve.take<T>(by_columns)) {
+      for (T** part : {&q, &grad_out, &grad_q, &q_columns, &grad_out_columns, &rows}) {
+        *part = carve.take<T>(kRows * of.ld_);
       }
       for (T** part : {&p_rows, &ds_rows}) *part = carve.take<T>(kKeys * kLda);
-      for (T** part : {&s, &dp, &slopes}) *part = carve.take<T>(kKeys * 2 * lanes);
+      for (T** part : {&s, &dp, &slopes}) *part = carve.take<T>(kKeys * 2 * of.k_.lanes);
       starts = carve.take<T>((key_blocks + 1) * kRows);
       for (T** part : {&a, &delta}) *part = carve.take<T>(kRows);
     }
+    int64_t key_blocks, by_rows, by_columns;
     Carver carve;
-    T *rows, *q, *grad_out, *grad_q, *q_columns, *grad_out_columns;
-    T *keys, *values, *key_columns, *p_rows, *ds_rows, *s, *dp, *slopes, *starts, *a, *delta;
+    KeyCopy<T> keys, values, key_columns;
+    T *q, *grad_out, *grad_q, *q_columns, *grad_out_columns, *rows;
+    T *p_rows, *ds_rows, *s, *dp, *slopes, *starts, *a, *delta;
   };
 
   T* partial(int64_t b, int64_t head, int64_t chunk, int which) const {
@@ -113,86 +101,145 @@ class Backward {
 
   int64_t panel_width(int64_t c0) const { return std::min<int64_t>(2 * k_.lanes, ld_ - c0); }
 
-  // [padded][ld] as panels of rows and as panels of columns [panel][padded][2 * lanes].
-  void both_forms(const RowBlock<T>& block, const T* rows, T* panels, T* columns) const {
-    to_panels(k_, block, rows, ld_, d_, panels);
-    const void* pointers[kRows];
-    for (int64_t r = 0; r < block.padded; ++r) pointers[r] = rows + r * ld_;
-    k_.pack_panels(kAccumulate<T>, pointers, 0, block.padded, d_, nullptr, columns,
-                   block.padded * 2 * k_.lanes);
+  // Rows of x as panels of columns [panel][padded][2 * lanes], and those as panels of rows.
+  void both_forms(const RowBlock<T>& block, const AttentionOperand& x, T scale, T* panels,
+                  T* columns) const {
+    const void* rows[kRows];
+    for_runs(p_, x, block, [&](const char* first, int64_t stride, int64_t r, int64_t n) {
+      for (int64_t i = 0; i < n; ++i) rows[r + i] = first + i * stride * dtype_size(p_.type);
+    });
+    T scales[kRows];
+    std::fill(scales, scales + block.count, scale);
+    const int64_t step = block.padded * 2 * k_.lanes;
+    k_.pack_panels(p_.type, rows, 0, block.count, d_, scales, columns, step);
+    for (int64_t c0 = 0; c0 < d_; c0 += 2 * k_.lanes) {
+      const int64_t width = panel_width(c0), cols = std::min(width, d_ - c0);
+      T* from = columns + c0 * block.padded;
+      std::fill(from + block.count * width, from + block.padded * width, T(0));
+      for (int64_t i = 0; i < block.panels(); ++i) {
+        const int64_t r0 = i * 2 * k_.lanes;
+        k_.transpose(from + r0 * width, width, block.width(i), cols,
+                     panels + r0 * d_ + c0 * block.width(i), block.width(i));
+      }
+    }
   }
 
-  void load(const RowBlock<T>& block, int64_t j0, int64_t n, Buffers& x) const {
-    load_keys(k_, p_, p_.k, block.b, block.head, j0, n, kKc, kLda, x.keys);
-    load_keys(k_, p_, p_.k, block.b, block.head, j0, n, kLdm, kLdm, x.key_columns);
-    load_keys(k_, p_, p_.v, block.b, block.head, j0, n, kKc, kLda, x.values);
-  }
-
-  // Weights and gradients of scores in row form are zero from key `from` on.
-  void clear(const RowBlock<T>& block, int64_t panel, int64_t from, int64_t n, Buffers& x) const {
+  // Weights and gradients of scores in row form are zero from key `from` on, as far as add_rows
+  // reads them: to the end of the tile that `seen_keys` ends in, or of the block for a panel that
+  // sees none after panels that see some. Tiles start with a panel's keys, so this may be too many.
+  void clear(const RowBlock<T>& block, int64_t panel, const int64_t* seen_keys, int64_t from,
+             int64_t n, Buffers& x) const {
     const int64_t r0 = panel * 2 * k_.lanes, width = block.width(panel);
-    for (int64_t j = from; j < n; ++j) {
+    int64_t to = n;
+    if (std::none_of(seen_keys, seen_keys + panel + 1, [](int64_t keys) { return keys > 0; })) {
+      return;
+    }
+    if (from == seen_keys[panel] && from > 0) {
+      to = std::min<int64_t>(n, from + std::max(k_.mr1, k_.mr2));
+    }
+    for (int64_t j = from; j < to; ++j) {
       std::fill(x.p_rows + j * kLda + r0, x.p_rows + j * kLda + r0 + width, T(0));
       std::fill(x.ds_rows + j * kLda + r0, x.ds_rows + j * kLda + r0 + width, T(0));
     }
   }
 
-  void products(int64_t panel, const AttentionBlock<T>& seen, Buffers& x) const {
-    const int64_t r0 = panel * 2 * k_.lanes;
-    tiles_.by_rows(x.keys, kKeys * kLda, x.q + r0 * d_, seen.width, seen.keys, x.s);
-    tiles_.by_rows(x.values, kKeys * kLda, x.grad_out + r0 * d_, seen.width, seen.keys, x.dp);
+  // A block of keys: rows of keys and values, and keys once more for the gradient of queries.
+  struct KeyBlock {
+    const T *keys, *values, *key_columns;
+    KeyBlock(Buffers& x, int64_t j0, int64_t n)
+        : keys(x.keys.get(j0, n)),
+          values(x.values.get(j0, n)),
+          key_columns(x.key_columns.get(j0, n)) {}
+  };
+
+  void scores(int64_t panel, const AttentionBlock<T>& seen, const T* keys, Buffers& x) const {
+    tiles_.by_rows(keys, x.keys.part_stride(), x.q + panel * 2 * k_.lanes * d_, seen.width,
+                   seen.keys, x.s);
   }
 
-  void add_grad_q(int64_t panel, const AttentionBlock<T>& seen, Buffers& x) const {
-    tiles_.by_columns(seen.keys, x.key_columns, kKeys * kLdm, x.s, seen.width,
+  void products(int64_t panel, const AttentionBlock<T>& seen, const KeyBlock& from,
+                Buffers& x) const {
+    scores(panel, seen, from.keys, x);
+    tiles_.by_rows(from.values, x.values.part_stride(), x.grad_out + panel * 2 * k_.lanes * d_,
+                   seen.width, seen.keys, x.dp);
+  }
+
+  void add_grad_q(int64_t panel, const AttentionBlock<T>& seen, const KeyBlock& from,
+                  Buffers& x) const {
+    tiles_.by_columns(seen.keys, from.key_columns, x.key_columns.part_stride(), x.s, seen.width,
                       x.grad_q + panel * 2 * k_.lanes * ld_);
   }
 
-  // grad [n][ld] += rows [n][kLda] of block.padded columns, times the columns of queries.
-  void add_rows(const RowBlock<T>& block, const T* rows, const T* columns, int64_t n,
-                T* grad) const {
+  // grad [n][ld] += rows [n][kLda] of block.padded columns, times the columns of queries. A later
+  // panel sees at least as many keys as one before it: a tile of keys starts with the first panel
+  // that sees one of them.
+  void add_rows(const RowBlock<T>& block, const int64_t* seen_keys, const T* rows, const T* columns,
+                int64_t n, T* grad) const {
+    TileHints hints;
     for (int64_t c0 = 0; c0 < ld_; c0 += 2 * k_.lanes) {
-      const int nv = static_cast<int>(panel_width(c0)) / k_.lanes;
-      multiply<T>(k_.row_a[nv - 1], tiles_.max_rows(nv), kLda, block.padded, rows,
-                  columns + c0 * block.padded, n, grad + c0, ld_, true);
+      const int64_t width = panel_width(c0), nv = width / k_.lanes;
+      int64_t panel = 0;
+      for (Heights t(n, tiles_.max_rows(static_cast<int>(nv))); t.next();) {
+        const int64_t i0 = t.begin;
+        while (panel < block.panels() && seen_keys[panel] <= i0) ++panel;
+        const int64_t r0 = panel * 2 * k_.lanes;
+        if (r0 >= block.padded) break;
+        k_.row_a[nv - 1][t.height - 1](block.padded - r0, rows + i0 * kLda + r0,
+                                       columns + c0 * block.padded + r0 * width,
+                                       grad + i0 * ld_ + c0, ld_, true, hints);
+      }
     }
   }
 
-  void softmax(RowBlock<T>& block, Buffers& x, T* grad_k, T* grad_v) const {
-    for (int64_t r = 0; r < block.padded; ++r) {
-      x.a[r] = x.delta[r] = T(0);
-      if (r >= block.count) continue;
-      const int64_t i = block.begin + r, index = row_index(p_, block.b, block.head, i);
-      const int64_t size = dtype_size(p_.type);
-      x.a[r] = static_cast<const T*>(p_.state)[index];
-      x.delta[r] =
-          k_.dot_row(
-              p_.type, static_cast<const char*>(p_.out) + index * d_ * size, p_.type,
-              at(q_.grad_out, p_.type, block.b, i / p_.num_slots, i % p_.num_slots, block.head),
-              d_) -
-          static_cast<const T*>(q_.grad_state)[index];
+  void add_grad_kv(const RowBlock<T>& block, const int64_t* seen_keys, int64_t j0, int64_t n,
+                   const Buffers& x, T* grad_k, T* grad_v) const {
+    add_rows(block, seen_keys, x.ds_rows, x.q_columns, n, grad_k + j0 * ld_);
+    add_rows(block, seen_keys, x.p_rows, x.grad_out_columns, n, grad_v + j0 * ld_);
+  }
+
+  // Each row's log of its sum, and its <out, grad_out> less the gradient of that log.
+  void row_numbers(const RowBlock<T>& block, Buffers& x) const {
+    const int64_t first = row_index(p_, block.b, block.head, block.begin);
+    const int64_t step = p_.num_heads * d_, size = dtype_size(p_.type);
+    for_runs(p_, q_.grad_out, block, [&](const char* rows, int64_t stride, int64_t r, int64_t n) {
+      k_.attention.row_dots(p_.type,
+                            static_cast<const char*>(p_.out) + (first * d_ + r * step) * size, step,
+                            rows, stride, n, d_, x.delta + r);
+    });
+    const T* state = static_cast<const T*>(p_.state) + first;
+    const T* grad_state = static_cast<const T*>(q_.grad_state) + first;
+    for (int64_t r = 0; r < block.count; ++r) {
+      x.a[r] = state[r * p_.num_heads];
+      x.delta[r] -= grad_state[r * p_.num_heads];
     }
+    std::fill(x.a + block.count, x.a + block.padded, T(0));
+    std::fill(x.delta + block.count, x.delta + block.padded, T(0));
+  }
+
+  void softmax(const RowBlock<T>& block, Buffers& x, T* grad_k, T* grad_v) const {
+    row_numbers(block, x);
     for (int64_t j0 = block.keys.first; j0 < block.keys.last; j0 += kKeys) {
       const int64_t n = std::min(kKeys, block.keys.last - j0);
-      load(block, j0, n, x);
+      const KeyBlock from(x, j0, n);
+      int64_t seen_keys[kRows];
       for (int64_t i = 0; i < block.panels(); ++i) {
         const AttentionBlock<T> seen = block.sees(i, j0, n, p_.softcap);
         const int64_t r0 = i * 2 * k_.lanes;
-        clear(block, i, seen.keys, n, x);
+        seen_keys[i] = seen.keys;
+        clear(block, i, seen_keys, seen.keys, n, x);
         if (seen.keys == 0) continue;
-        products(i, seen, x);
+        products(i, seen, from, x);
         k_.attention.softmax_bwd(seen, x.s, x.dp, x.a + r0, x.delta + r0, x.p_rows + r0,
                                  x.ds_rows + r0);
-        add_grad_q(i, seen, x);
+        add_grad_q(i, seen, from, x);
       }
-      add_rows(block, x.ds_rows, x.q_columns, n, grad_k + j0 * ld_);
-      add_rows(block, x.p_rows, x.grad_out_columns, n, grad_v + j0 * ld_);
+      add_grad_kv(block, seen_keys, j0, n, x, grad_k, grad_v);
     }
   }
 
   // First from the last keys on, for what is left of each row's stick where a block starts; then
   // back, from the first block that still gets some.
-  void stick(RowBlock<T>& block, Buffers& x, T* grad_k, T* grad_v) const {
+  void stick(const RowBlock<T>& block, Buffers& x, T* grad_k, T* grad_v) const {
     const int64_t width = 2 * k_.lanes;
     T* log_rest = x.starts;  // [block of keys][kRows]
     std::fill(log_rest, log_rest + block.count, T(0));
@@ -201,7 +248,7 @@ class Backward {
     bool left = true;
     for (; left && first > block.keys.first; log_rest += kRows) {
       const int64_t end = first, j0 = std::max(block.keys.first, end - kKeys);
-      load_keys(k_, p_, p_.k, block.b, block.head, j0, end - j0, kKc, kLda, x.keys);
+      const T* keys = x.keys.get(j0, end - j0);
       std::copy(log_rest, log_rest + block.padded, log_rest + kRows);
       left = false;
       for (int64_t i = 0; i < block.panels(); ++i) {
@@ -209,7 +256,7 @@ class Backward {
         if (broken(block, i, log_rest)) continue;
         left = true;
         if (seen.keys == 0) continue;
-        tiles_.by_rows(x.keys, kKeys * kLda, x.q + i * width * d_, seen.width, seen.keys, x.s);
+        scores(i, seen, keys, x);
         k_.attention.stick_rest(seen, x.s, log_rest + kRows + i * width);
       }
       first = j0;
@@ -225,20 +272,22 @@ class Backward {
       // The blocks of the way out, whose first one is what is left over.
       const int64_t end = block.keys.last - (block.keys.last - j0 - 1) / kKeys * kKeys;
       const int64_t n = end - j0;
-      load(block, j0, n, x);
+      const KeyBlock from(x, j0, n);
+      int64_t seen_keys[kRows];
       for (int64_t i = 0; i < block.panels(); ++i) {
         AttentionBlock<T> seen = block.sees(i, j0, n, p_.softcap);
+        // Panels without keys may lie between others: these tiles multiply by zeros.
+        seen_keys[i] = seen.keys;
         if (broken(block, i, log_rest)) seen.keys = 0;
-        clear(block, i, seen.keys, n, x);
+        clear(block, i, seen_keys, seen.keys, n, x);
         if (seen.keys == 0) continue;
         const int64_t r0 = i * width;
-        products(i, seen, x);
+        products(i, seen, from, x);
         k_.attention.stick_bwd(seen, x.s, x.dp, log_rest + r0, x.slopes, x.a + r0, x.p_rows + r0,
                                x.ds_rows + r0);
-        add_grad_q(i, seen, x);
+        add_grad_q(i, seen, from, x);
       }
-      add_rows(block, x.ds_rows, x.q_columns, n, grad_k + j0 * ld_);
-      add_rows(block, x.p_rows, x.grad_out_columns, n, grad_v + j0 * ld_);
+      add_grad_kv(block, seen_keys, j0, n, x, grad_k, grad_v);
       j0 = end;
     }
   }

@@ -4,6 +4,11 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <vector>
+
+#if defined(__SSE2__)
+#include <xmmintrin.h>
+#endif
 
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
@@ -15,8 +20,24 @@ namespace moe_ops::cpu::attention {
 constexpr int64_t kRows =
     96;  // query rows of a block: whole tiles and whole vectors at every level
 constexpr int64_t kKeys = 64;  // keys of a block
-// Depth of the products with queries is split at kKc, width of those with values at kLdm.
-constexpr int64_t kDepthParts = 2;
+
+// While it lives, results too small for a normal number are zero. Weights of far keys and their
+// gradients pass through there on their way to nothing, and each such sum costs a hundred cycles.
+class NoSubnormals {
+#if defined(__SSE2__)
+ public:
+  NoSubnormals() : before_(_mm_getcsr()) { _mm_setcsr(before_ | _MM_FLUSH_ZERO_ON); }
+  ~NoSubnormals() { _mm_setcsr(before_); }
+  NoSubnormals(const NoSubnormals&) = delete;
+  NoSubnormals& operator=(const NoSubnormals&) = delete;
+
+ private:
+  unsigned before_;
+#else
+ public:
+  NoSubnormals() {}  // not trivial, so that the guard is no unused variable
+#endif
+};
 
 struct KeyRange {
   int64_t first = 0, last = 0;
@@ -55,58 +76,71 @@ template <class T>
 struct RowBlock {
   int64_t b, head, begin, count;  // rows begin to begin + count of a head
   int lanes;
-  int64_t padded;          // whole vectors
-  KeyRange keys;           // of all rows
-  KeyRange ranges[kRows];  // of each row; none of the rows that pad
-  T first[kRows],
-      last[kRows];  // the same in numbers of the block of keys that sees() was asked for
+  int64_t padded;                         // whole vectors
+  KeyRange keys;                          // of all rows
+  KeyIndex<T> first[kRows], last[kRows];  // of each row, counted from keys.first; none of the rows
+                                          // that pad
 
   RowBlock(const MoaAttentionParams& p, int lanes, int64_t b, int64_t head, int64_t begin)
       : b(b), head(head), begin(begin), lanes(lanes) {
     count = std::min(kRows, p.num_tokens * p.num_slots - begin);
     padded = round_up<int64_t>(count, lanes);
     int64_t token = begin / p.num_slots, slot = begin % p.num_slots;
-    KeyRange range = keys_of(p, token);
-    keys = range;
-    for (int64_t r = 0; r < padded; ++r, ++slot) {
-      if (slot == p.num_slots && r < count) {
-        slot = 0;
-        range = keys_of(p, ++token);
+    keys = keys_of(p, token);
+    const int64_t origin = keys.first;
+    for (int64_t r = 0; r < count; slot = 0, ++token) {
+      const KeyRange range = keys_of(p, token);
+      const int64_t next = std::min(count, r + p.num_slots - slot);
+      for (; r < next; ++r) {
+        first[r] = static_cast<KeyIndex<T>>(range.first - origin);
+        last[r] = static_cast<KeyIndex<T>>(range.last - origin);
       }
       keys.last = range.last;
-      ranges[r] = r < count ? range : KeyRange{};
     }
+    std::fill(first + count, first + padded, KeyIndex<T>(0));
+    std::fill(last + count, last + padded, KeyIndex<T>(0));
   }
   int64_t panels() const { return ceil_div<int64_t>(padded, 2 * lanes); }
   int width(int64_t panel) const {
     return static_cast<int>(std::min<int64_t>(2 * lanes, padded - panel * 2 * lanes));
   }
-  // What a panel sees of the keys from j0 on: how many, and where each of its rows starts and ends.
-  AttentionBlock<T> sees(int64_t panel, int64_t j0, int64_t num_keys, double softcap) {
+  // What a panel sees of the keys from j0 on. Both ends of a row's keys grow with the row, so the
+  // first and the last row say how many, and whether any row misses one.
+  AttentionBlock<T> sees(int64_t panel, int64_t j0, int64_t num_keys, double softcap) const {
     AttentionBlock<T> out;
     out.width = width(panel);
     out.softcap = static_cast<T>(softcap);
     const int64_t r0 = panel * 2 * lanes, r1 = std::min(r0 + out.width, count);
-    out.keys = std::clamp<int64_t>(ranges[r1 - 1].last - j0, 0, num_keys);
-    if (ranges[r0].first >= j0 + num_keys) out.keys = 0;
+    const int64_t at = j0 - keys.first;
+    out.keys = std::clamp<int64_t>(last[r1 - 1] - at, 0, num_keys);
+    if (first[r0] >= at + num_keys) out.keys = 0;
+    out.masked = first[r1 - 1] > at || last[r0] < at + out.keys;
+    out.begin = static_cast<KeyIndex<T>>(at);
     out.first = first + r0;
     out.last = last + r0;
-    // Both ends grow with the row: nothing is masked if the first row sees the last key and the
-    // last one the first, and then nobody reads where rows start and end.
-    if (ranges[r1 - 1].first <= j0 && ranges[r0].last >= j0 + out.keys) {
-      std::fill(first + r0, first + r0 + out.width, T(0));
-      std::fill(last + r0, last + r0 + out.width, static_cast<T>(out.keys));
-      return out;
-    }
-    for (int64_t r = r0; r < r0 + out.width; ++r) {
-      const int64_t a = std::clamp<int64_t>(ranges[r].first - j0, 0, out.keys);
-      const int64_t z = std::clamp<int64_t>(ranges[r].last - j0, 0, out.keys);
-      first[r] = static_cast<T>(a);
-      last[r] = static_cast<T>(z);
-      out.masked = out.masked || (r < count && (a > 0 || z < out.keys));
-    }
     return out;
   }
+};
+
+// Cuts m rows into as few tiles as can be, of heights that are equal or differ by one. Divisions of
+// 32 bits, and two of them: three of 64 for each tile were a twentieth of backward at 16 features.
+struct Heights {
+  uint32_t begin = 0, height = 0;
+
+  Heights(int64_t m, int max_rows) : rows_(static_cast<uint32_t>(m)) {
+    const uint32_t most = static_cast<uint32_t>(max_rows), tiles = (rows_ + most - 1) / most;
+    if (tiles > 0) least_ = rows_ / tiles;
+    higher_ = rows_ - least_ * tiles;
+  }
+  bool next() {
+    begin += height;
+    height = least_ + (higher_ > 0);
+    higher_ -= higher_ > 0;
+    return begin < rows_;
+  }
+
+ private:
+  uint32_t rows_, least_ = 0, higher_;
 };
 
 // Products of a panel: c [m][width] (+)= a b with `a` in row form, b [depth][width].
@@ -114,10 +148,8 @@ template <class T>
 void multiply(const typename Kernels<T>::Micro* tiles, int max_rows, int64_t a_step, int64_t depth,
               const T* a, const T* b, int64_t m, T* c, int64_t ldc, bool accumulate) {
   TileHints hints;
-  const int64_t num_tiles = ceil_div<int64_t>(m, max_rows);
-  for (int64_t t = 0; t < num_tiles; ++t) {  // of equal heights
-    const int64_t i0 = m * t / num_tiles, i1 = m * (t + 1) / num_tiles;
-    tiles[i1 - i0 - 1](depth, a + i0 * a_step, b, c + i0 * ldc, ldc, accumulate, hints);
+  for (Heights t(m, max_rows); t.next();) {
+    tiles[t.height - 1](depth, a + t.begin * a_step, b, c + t.begin * ldc, ldc, accumulate, hints);
   }
 }
 
@@ -148,15 +180,112 @@ struct Products {
   }
 };
 
-// Keys or values j0 to j0 + n of a head, split along d into parts of `part` columns with `pitch`.
+// Keys or values of a head, in parts of `part` columns and `pitch` apart: a block at a time,
+// or, where an item of several row blocks reads them again and again, all that it has read so far.
 template <class T>
-void load_keys(const Kernels<T>& k, const MoaAttentionParams& p, const AttentionOperand& x,
-               int64_t b, int64_t head, int64_t j0, int64_t n, int64_t part, int64_t pitch,
-               T* dst) {
-  const char* rows = at(x, p.type, b, j0, 0, head);
-  for (int64_t c = 0, i = 0; c < p.head_size; c += part, ++i) {
-    k.load_rows(p.type, rows + c * dtype_size(p.type), x.stride_token, n,
-                std::min(part, p.head_size - c), dst + i * kKeys * pitch, pitch, T(1));
+class KeyCopy {
+ public:
+  KeyCopy(const Kernels<T>& k, const MoaAttentionParams& p, const AttentionOperand& x, int64_t b,
+          int64_t head, int64_t part, int64_t pitch, const KeyRange& kept, T* data)
+      : k_(k),
+        p_(p),
+        x_(x),
+        b_(b),
+        head_(head),
+        part_(part),
+        pitch_(pitch),
+        rows_(rows(kept)),
+        kept_(kept),
+        data_(data) {}
+
+  // Rows of the copy where `kept` is what is kept; none: one block.
+  static int64_t rows(const KeyRange& kept) { return std::max(kKeys, kept.last - kept.first); }
+  static int64_t size(const KeyRange& kept, int64_t d, int64_t part, int64_t pitch) {
+    return ceil_div(d, part) * rows(kept) * pitch;
+  }
+  int64_t part_stride() const { return rows_ * pitch_; }
+
+  // Keys j0 to j0 + n.
+  const T* get(int64_t j0, int64_t n) {
+    if (kept_.last == kept_.first) {
+      load(j0, j0 + n, data_);
+      return data_;
+    }
+    if (j0 > done_.last || j0 + n < done_.first) done_ = {j0, j0};
+    const auto row = [&](int64_t j) { return data_ + (j - kept_.first) * pitch_; };
+    if (j0 < done_.first) {
+      load(j0, done_.first, row(j0));
+      done_.first = j0;
+    }
+    if (j0 + n > done_.last) {
+      load(done_.last, j0 + n, row(done_.last));
+      done_.last = j0 + n;
+    }
+    return row(j0);
+  }
+
+ private:
+  void load(int64_t j0, int64_t j1, T* to) const {
+    const char* rows = at(x_, p_.type, b_, j0, 0, head_);
+    for (int64_t c = 0; c < p_.head_size; c += part_, to += part_stride()) {
+      k_.load_rows(p_.type, rows + c * dtype_size(p_.type), x_.stride_token, j1 - j0,
+                   std::min(part_, p_.head_size - c), to, pitch_, T(1));
+    }
+  }
+
+  const Kernels<T>& k_;
+  const MoaAttentionParams& p_;
+  const AttentionOperand& x_;
+  int64_t b_, head_, part_, pitch_, rows_;
+  KeyRange kept_, done_ = {};
+  T* data_;
+};
+
+// What an item that goes through row blocks `begin` to `end` keeps of its keys: all, if that is at
+// most half of a small L2, and read more than once.
+inline KeyRange kept_keys(const MoaAttentionParams& p, int64_t begin, int64_t end,
+                          int64_t bytes_a_key) {
+  constexpr int64_t kMostBytes = int64_t{512} << 10;
+  const int64_t last_row = std::min(end * kRows, p.num_tokens * p.num_slots) - 1;
+  const KeyRange all = {keys_of(p, begin * kRows / p.num_slots).first,
+                        keys_of(p, last_row / p.num_slots).last};
+  return end - begin > 1 && (all.last - all.first) * bytes_a_key <= kMostBytes ? all : KeyRange{};
+}
+
+inline int64_t num_row_blocks(const MoaAttentionParams& p) {
+  return ceil_div(p.num_tokens * p.num_slots, kRows);
+}
+
+// Row blocks where `chunks` runs of about the same number of keys start, and their end.
+inline std::vector<int64_t> cut_row_blocks(const MoaAttentionParams& p, int64_t chunks) {
+  const int64_t blocks = num_row_blocks(p), last = p.num_tokens * p.num_slots - 1;
+  std::vector<int64_t> before = {0}, cuts;
+  for (int64_t i = 0; i < blocks; ++i) {
+    const int64_t end = std::min(last, (i + 1) * kRows - 1);
+    const int64_t n =
+        keys_of(p, end / p.num_slots).last - keys_of(p, i * kRows / p.num_slots).first;
+    before.push_back(before.back() + std::max<int64_t>(n, 1));
+  }
+  for (int64_t c = 0; c <= chunks; ++c) {
+    const auto at = std::lower_bound(before.begin(), before.end(), before.back() * c / chunks);
+    cuts.push_back(at - before.begin());
+  }
+  cuts.back() = blocks;
+  return cuts;
+}
+
+// Calls fn(its first element, stride, first row, rows) for runs of rows of x that are one stride
+// apart: all rows of a block, or else the slots of a token.
+template <class T, class Fn>
+void for_runs(const MoaAttentionParams& p, const AttentionOperand& x, const RowBlock<T>& block,
+              const Fn& fn) {
+  const int64_t stride = p.num_slots == 1 ? x.stride_token : x.stride_slot;
+  const bool even = x.stride_token == p.num_slots * stride;
+  for (int64_t r = 0; r < block.count;) {
+    const int64_t i = block.begin + r, slot = i % p.num_slots;
+    const int64_t n = even ? block.count : std::min(block.count - r, p.num_slots - slot);
+    fn(at(x, p.type, block.b, i / p.num_slots, slot, block.head), stride, r, n);
+    r += n;
   }
 }
 
@@ -167,16 +296,9 @@ void load_rows(const Kernels<T>& k, const MoaAttentionParams& p, const Attention
   const int64_t d = p.head_size;
   if (ld > d) std::fill(dst, dst + block.count * ld, T(0));
   std::fill(dst + block.count * ld, dst + block.padded * ld, T(0));
-  // Runs of rows that are one stride apart: all of them, or else the slots of a token.
-  const int64_t stride = p.num_slots == 1 ? x.stride_token : x.stride_slot;
-  const bool even = x.stride_token == p.num_slots * stride;
-  for (int64_t r = 0; r < block.count;) {
-    const int64_t i = block.begin + r, slot = i % p.num_slots;
-    const int64_t n = even ? block.count : std::min(block.count - r, p.num_slots - slot);
-    k.load_rows(p.type, at(x, p.type, block.b, i / p.num_slots, slot, block.head), stride, n, d,
-                dst + r * ld, ld, scale);
-    r += n;
-  }
+  for_runs(p, x, block, [&](const char* rows, int64_t stride, int64_t r, int64_t n) {
+    k.load_rows(p.type, rows, stride, n, d, dst + r * ld, ld, scale);
+  });
 }
 
 // [padded][ld] to panels [panel][d][width].

@@ -1,5 +1,4 @@
 #include <cmath>
-#include <limits>
 
 #include "cpu/moa_attention/blocks.h"
 
@@ -17,78 +16,78 @@ class Forward {
         tiles_{k_, p.head_size},
         ld_(round_up<int64_t>(p.head_size, k_.lanes)) {}
 
-  void run(int64_t b, int64_t head, int64_t begin) const {
-    RowBlock<T> block(p_, k_.lanes, b, head, begin);
-    constexpr int64_t kParts = kDepthParts;
-    const int64_t size =
-        3 * kRows * ld_ + kParts * kKeys * (kLda + kLdm) + kKeys * kRows + 4 * kRows;
+  // Row blocks begin to end of a head.
+  void run(int64_t b, int64_t head, int64_t begin, int64_t end) const {
+    const NoSubnormals guard;
+    const int64_t d = p_.head_size;
+    const KeyRange kept = kept_keys(p_, begin, end, 2 * ld_ * static_cast<int64_t>(sizeof(T)));
+    const int64_t keys = KeyCopy<T>::size(kept, d, kKc, kLda);
+    const int64_t values = KeyCopy<T>::size(kept, d, kLdm, kLdm);
+    const int64_t size = 3 * kRows * ld_ + keys + values + kKeys * 2 * k_.lanes + 3 * kRows;
     Carver carve(Scratch::kTile, (size + 1024) * static_cast<int64_t>(sizeof(T)));
-    Buffers buffers;
-    buffers.rows = carve.take<T>(kRows * ld_);
-    buffers.q = carve.take<T>(kRows * ld_);
-    buffers.out = carve.take<T>(kRows * ld_);
-    buffers.keys = carve.take<T>(kParts * kKeys * kLda);
-    buffers.values = carve.take<T>(kParts * kKeys * kLdm);
-    buffers.s = carve.take<T>(kKeys * 2 * k_.lanes);
-    buffers.a = carve.take<T>(kRows);
-    buffers.b = carve.take<T>(kRows);
-    buffers.factor = carve.take<T>(kRows);
-
-    load_rows(k_, p_, p_.q, block, static_cast<T>(p_.scale), buffers.rows, ld_);
-    to_panels(k_, block, buffers.rows, ld_, p_.head_size, buffers.q);
-    std::fill(buffers.out, buffers.out + block.padded * ld_, T(0));
-    p_.kind == AttentionKind::kSoftmax ? softmax(block, buffers) : stick(block, buffers);
+    Buffers buffers{
+        carve.take<T>(kRows * ld_),
+        carve.take<T>(kRows * ld_),
+        carve.take<T>(kRows * ld_),
+        carve.take<T>(kKeys * 2 * k_.lanes),
+        carve.take<T>(kRows),
+        carve.take<T>(kRows),
+        carve.take<T>(kRows),
+        {k_, p_, p_.k, b, head, kKc, kLda, kept, carve.take<T>(keys)},
+        {k_, p_, p_.v, b, head, kLdm, kLdm, kept, carve.take<T>(values)},
+    };
+    for (int64_t i = begin; i < end; ++i) {
+      RowBlock<T> block(p_, k_.lanes, b, head, i * kRows);
+      load_rows(k_, p_, p_.q, block, static_cast<T>(p_.scale), buffers.rows, ld_);
+      to_panels(k_, block, buffers.rows, ld_, d, buffers.q);
+      std::fill(buffers.out, buffers.out + block.padded * ld_, T(0));
+      p_.kind == AttentionKind::kSoftmax ? softmax(block, buffers) : stick(block, buffers);
+    }
   }
 
  private:
   struct Buffers {
-    T *rows, *q, *out, *keys, *values, *s, *a, *b, *factor;
+    T *rows, *q, *out, *s, *a, *b, *factor;
+    KeyCopy<T> keys, values;
   };
 
-  void load(const RowBlock<T>& block, int64_t j0, int64_t n, Buffers& buffers) const {
-    load_keys(k_, p_, p_.k, block.b, block.head, j0, n, kKc, kLda, buffers.keys);
-    load_keys(k_, p_, p_.v, block.b, block.head, j0, n, kLdm, kLdm, buffers.values);
+  void scores(const AttentionBlock<T>& seen, int64_t panel, const T* keys, Buffers& buffers) const {
+    tiles_.by_rows(keys, buffers.keys.part_stride(),
+                   buffers.q + panel * 2 * k_.lanes * p_.head_size, seen.width, seen.keys,
+                   buffers.s);
   }
 
-  void scores(const AttentionBlock<T>& seen, int64_t panel, Buffers& buffers) const {
-    tiles_.by_rows(buffers.keys, kKeys * kLda, buffers.q + panel * 2 * k_.lanes * p_.head_size,
-                   seen.width, seen.keys, buffers.s);
-  }
-
-  void add_values(const AttentionBlock<T>& seen, int64_t panel, Buffers& buffers) const {
-    tiles_.by_columns(seen.keys, buffers.values, kKeys * kLdm, buffers.s, seen.width,
+  void add_values(const AttentionBlock<T>& seen, int64_t panel, const T* values,
+                  Buffers& buffers) const {
+    tiles_.by_columns(seen.keys, values, buffers.values.part_stride(), buffers.s, seen.width,
                       buffers.out + panel * 2 * k_.lanes * ld_);
   }
 
-  void softmax(RowBlock<T>& block, Buffers& buffers) const {
+  void softmax(const RowBlock<T>& block, Buffers& buffers) const {
     T *max = buffers.a, *sum = buffers.b;
     std::fill(max, max + block.padded, k_.attention.lowest);
     std::fill(sum, sum + block.padded, T(0));
     for (int64_t j0 = block.keys.first; j0 < block.keys.last; j0 += kKeys) {
       const int64_t n = std::min(kKeys, block.keys.last - j0);
-      load(block, j0, n, buffers);
+      const T *keys = buffers.keys.get(j0, n), *values = buffers.values.get(j0, n);
       for (int64_t i = 0; i < block.panels(); ++i) {
         const int64_t r0 = i * 2 * k_.lanes;
         const AttentionBlock<T> seen = block.sees(i, j0, n, p_.softcap);
         if (seen.keys == 0) continue;
-        scores(seen, i, buffers);
+        scores(seen, i, keys, buffers);
         if (k_.attention.softmax(seen, buffers.s, max + r0, sum + r0, buffers.factor)) {
           k_.attention.multiply_lanes(buffers.out + r0 * ld_, p_.head_size, seen.width,
                                       buffers.factor);
         }
-        add_values(seen, i, buffers);
+        add_values(seen, i, values, buffers);
       }
     }
-    std::fill(buffers.factor + block.count, buffers.factor + block.padded, T(0));
-    for (int64_t r = 0; r < block.count; ++r) {
-      const bool none = sum[r] == T(0);
-      buffers.factor[r] = none ? T(0) : T(1) / sum[r];
-      state(block, r) = none ? -std::numeric_limits<T>::infinity() : max[r] + std::log(sum[r]);
-    }
+    k_.attention.softmax_end(block.padded, max, sum, max, buffers.factor);
+    for (int64_t r = 0; r < block.count; ++r) state(block, r) = max[r];
     finish(block, buffers, buffers.factor);
   }
 
-  void stick(RowBlock<T>& block, Buffers& buffers) const {
+  void stick(const RowBlock<T>& block, Buffers& buffers) const {
     T* log_rest = buffers.a;
     std::fill(log_rest, log_rest + block.count, T(0));
     std::fill(log_rest + block.count, log_rest + block.padded, k_.attention.lowest);
@@ -96,14 +95,14 @@ class Forward {
     int64_t left = block.panels();
     for (int64_t end = block.keys.last; end > block.keys.first && left > 0; end -= kKeys) {
       const int64_t j0 = std::max(block.keys.first, end - kKeys);
-      load(block, j0, end - j0, buffers);
+      const T *keys = buffers.keys.get(j0, end - j0), *values = buffers.values.get(j0, end - j0);
       for (int64_t i = 0; i < block.panels(); ++i) {
         if (broken[i]) continue;
         const AttentionBlock<T> seen = block.sees(i, j0, end - j0, p_.softcap);
         if (seen.keys == 0) continue;
-        scores(seen, i, buffers);
+        scores(seen, i, keys, buffers);
         const T most = k_.attention.stick(seen, buffers.s, log_rest + i * 2 * k_.lanes);
-        add_values(seen, i, buffers);
+        add_values(seen, i, values, buffers);
         broken[i] = most < k_.attention.log_tiny;
         left -= broken[i];
       }
@@ -142,13 +141,18 @@ class Forward {
 template <class T>
 void forward(const MoaAttentionParams& p, const Parallel& par) {
   const Forward<T> attention(p);
-  const int64_t blocks = ceil_div(p.num_tokens * p.num_slots, kRows), heads = p.batch * p.num_heads;
+  const int64_t heads = p.batch * p.num_heads, blocks = num_row_blocks(p);
+  // An item copies its keys and values once. Rows do not depend on each other, so items may be as
+  // many as the threads want.
+  const int64_t wanted = par.num_threads > 1 ? 8 * par.num_threads : 1;
+  const int64_t chunks = std::clamp<int64_t>(ceil_div(wanted, heads), 1, blocks);
+  const std::vector<int64_t> cuts = cut_row_blocks(p, chunks);
   const double cost = static_cast<double>(p.batch * p.num_heads * p.num_tokens) *
                       static_cast<double>(p.num_slots * p.num_keys * p.head_size) / 8;
-  parallel_items(par, blocks * heads, cost, [&](int64_t item) {
-    // The last rows, which see the most keys, first.
-    const int64_t block = blocks - 1 - item / heads, head = item % heads;
-    attention.run(head / p.num_heads, head % p.num_heads, block * kRows);
+  parallel_items(par, heads * chunks, cost, [&](int64_t item) {
+    const int64_t head = item / chunks, chunk = item % chunks;
+    if (cuts[chunk] == cuts[chunk + 1]) return;
+    attention.run(head / p.num_heads, head % p.num_heads, cuts[chunk], cuts[chunk + 1]);
   });
 }
 

@@ -28,7 +28,7 @@ struct MoaAttentionParams {
   int64_t num_slots;   // K
   int64_t num_heads;   // n
   int64_t head_size;   // d, at most kMaxHeadSize
-  int64_t num_keys;    // S_kv
+  int64_t num_keys;    // S_kv, below 2^31
   AttentionOperand q, k, v;
   bool causal;
   double scale;

@@ -73,7 +73,8 @@ def moa_attention(
         [B, S, K, n] in fp32 (fp64 for fp64): one minus the sum of the weights. Both are
         differentiable. Sums run in fp32 (fp64 for fp64) in a fixed order, the same bits for any
         number of threads. A query that sees no key gets zeros (and keeps its whole stick). In
-        fp32, a stick shorter than about 2^-126 is empty: the keys before are not read.
+        fp32, a stick shorter than about 2^-126 is empty: the keys before are not read. Results
+        below the normal range may be zero.
 
     Raises:
         ValueError: wrong dtype, rank, size or argument, or cu_seqlens that are no sequences.
