@@ -117,6 +117,10 @@ Kernels<T> make_kernels() {
   k.load_rows = &load_rows<T>;
   k.store_rows = &store_rows<T>;
   k.pack_panels = &pack_panels<T>;
+  k.gather_rows = &gather_rows<T>;
+  k.scatter_rows = &scatter_rows<T>;
+  k.dot_rows = &dot_rows<T>;
+  k.combine_rows = &combine_rows<T>;
   k.store_row = &store_row<T>;
   k.stream_row = &stream_row<T>;
   k.transpose = &transpose<T>;
