@@ -186,6 +186,8 @@ def good_call(op: str, s: Sizes) -> dict:
                 "topk_ids": s.ids(),
                 "bias": s.float(s.e, s.h),
             }
+        case "token_cross_entropy":
+            return {"logits": s.float(s.t, s.e), "targets": s.ids()[:, 0] % s.e}
         case "rotary":
             return {
                 "t": s.float(s.o, s.t, s.e, 2 * s.h),
@@ -225,6 +227,7 @@ OPS = (
     "moe_linear_map",
     "moe_linear_reduce",
     "rotary",
+    "token_cross_entropy",
     "moa_attention",
     "pack_experts",
 )
@@ -250,6 +253,7 @@ FREE_DIMS = {
     ("grouped_sum", "expert_offsets"): {0},
     ("pack_experts", "w"): {0, 2},
     ("rotary", "t"): {0, 2},
+    ("token_cross_entropy", "logits"): {1},
     ("moa_attention", "q"): {1, 2},
 }
 BAD_ARGUMENTS = {
