@@ -294,7 +294,14 @@ BAD_ARGUMENTS = {
     "moe_ffn_packed": [("activation", ("", "swish", "SWIGLU", "swiglu\0"))],
     "moe_ffn_quantized": [("activation", ("", "swish", "SWIGLU", "swiglu\0"))],
 }
-INDEX_TENSORS = ("input_ids", "topk_ids", "expert_offsets", "row_to_slot", "slot_to_row")
+INDEX_TENSORS = (
+    "input_ids",
+    "topk_ids",
+    "expert_offsets",
+    "row_to_slot",
+    "slot_to_row",
+    "targets",
+)
 OUT_OF_RANGE = (-1, -(2**31), 2**31 - 1, 1000)
 
 
@@ -305,7 +312,7 @@ def defects(op: str, call: dict) -> list[tuple[str, str]]:
         found += [("dtype", name), ("rank", name), ("size", name)]
         if len(tensors) > 1:
             found.append(("device", name))
-        if name in ("expert_offsets", "row_to_slot", "slot_to_row"):
+        if name in ("expert_offsets", "row_to_slot", "slot_to_row", "targets"):
             found.append(("range", name))
     prefixes = ("moe_ffn", "dense_ffn", "mix_", "grouped_gemm", "moe_linear", "moa_", "add_")
     if op.startswith(prefixes):
