@@ -35,6 +35,7 @@ OPS = {
     "moe_linear_reduce",
     "quantize_fp8",
     "rotary",
+    "token_cross_entropy",
     "moa_attention",
 }
 INFERENCE_ONLY = (
@@ -44,6 +45,7 @@ INFERENCE_ONLY = (
     "quantize_fp8",
     "grouped_gemm_fp8",
     "moe_ffn_fp8",
+    "token_cross_entropy",
 )
 
 

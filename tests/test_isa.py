@@ -19,7 +19,7 @@ import torch
 import moe_ops
 from moe_ops import _C, reference
 from moe_ops.testing import (
-    DTYPES, Routing, activation_magnitude, as_strided_copy, assert_identical,
+    DTYPES, Routing, acc_dtype, activation_magnitude, as_strided_copy, assert_identical,
     check_against_reference,
     check_grouped_gemm_fp8, check_moe_ffn_fp8, eps, ffn_operands, fp8_gemm_operands, fp8_operands,
     gated_act_magnitude, moe_ffn_in_integers, moe_ffn_magnitude, moe_ffn_quantized_magnitude,
@@ -74,6 +74,20 @@ for dtype in DTYPES:
         for got, want in zip(*runs):
             # Sums of 70 rows of numbers rounded once or twice.
             assert (got - want).norm() <= 8 * eps(dtype) * want.norm() + 1e-6
+    for hidden, width in ((64, 32), (33, 17), (7, 128)):
+        routing = Routing(150, 4, 2, "dropped")
+        x, ids = torch.randn(150, hidden).to(dtype), routing.ids()
+        w = torch.randn(4, width, hidden).to(dtype)
+        check_against_reference(
+            moe_ops.moe_linear_map, reference.moe_linear_map, {"x": x, "w": w, "topk_ids": ids},
+            ["x", "w"], sum_length=300, grad_steps=1,
+        )
+        h, weights = torch.randn(150, 2, width).to(dtype), torch.rand(150, 2)
+        check_against_reference(
+            moe_ops.moe_linear_reduce, reference.moe_linear_reduce,
+            {"h": h, "w": w.mT, "topk_weights": weights.to(acc_dtype(dtype)), "topk_ids": ids},
+            ["h", "w", "topk_weights"], sum_length=300, steps=1, grad_steps=2,
+        )
     for activation in (*GATED_ACTIVATIONS, *PLAIN_ACTIVATIONS):
         call = ffn_operands(
             Routing(21, 4, 2, "dropped"), 33, 31, dtype, activation=activation, bias=True

@@ -25,11 +25,8 @@ LAYERS = {
     "tests/ops": ".py",
 }
 # Layers that an op does without, and why.
-NO_CONTRACT = "composed in its adapter of sort_slots and grouped_gemm"
 SAME_KERNEL = "moe_ffn's own kernel and adapter, which read another copy of the weights"
 EXCEPTIONS = {
-    ("moe_linear_map", "csrc/include/moe_ops"): NO_CONTRACT,
-    ("moe_linear_map", "csrc/cpu"): NO_CONTRACT,
     ("moe_ffn_packed", "csrc/include/moe_ops"): SAME_KERNEL,
     ("moe_ffn_packed", "csrc/cpu"): SAME_KERNEL,
     ("moe_ffn_packed", "csrc/torch"): SAME_KERNEL,

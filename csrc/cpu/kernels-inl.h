@@ -117,12 +117,17 @@ Kernels<T> make_kernels() {
   k.load_rows = &load_rows<T>;
   k.store_rows = &store_rows<T>;
   k.pack_panels = &pack_panels<T>;
+  k.gather_rows = &gather_rows<T>;
+  k.scatter_rows = &scatter_rows<T>;
+  k.dot_rows = &dot_rows<T>;
+  k.combine_rows = &combine_rows<T>;
   k.store_row = &store_row<T>;
   k.stream_row = &stream_row<T>;
   k.transpose = &transpose<T>;
   k.weighted_sum = &weighted_sum<T>;
   k.axpy = &axpy<T>;
   k.dot_row = &dot_row<T>;
+  k.softmax_row = &softmax_row<T>;
   k.norm_rows = &norm_rows<T>;
   k.norm_rows_bwd = &norm_rows_bwd<T>;
   k.act_fwd = &act_fwd<T>;

@@ -346,6 +346,18 @@ struct Kernels {
   // column c of panel p. scales: one factor a row, or nullptr.
   void (*pack_panels)(DType type, const void* const* rows, int64_t byte_offset, int64_t num_rows,
                       int64_t cols, const T* scales, T* dst, int64_t stride);
+  // dst[r*ld + i] = scales[r] * rows[r][i]; scales == nullptr means ones. And the way back.
+  void (*gather_rows)(DType type, const void* const* rows, int64_t num_rows, int64_t n,
+                      const T* scales, T* dst, int64_t ld);
+  void (*scatter_rows)(DType type, const T* src, int64_t ld, int64_t num_rows, int64_t n,
+                       const T* scales, void* const* rows);
+  // out[r] = the sum over i of a[r][i] * b[r*ld + i]
+  void (*dot_rows)(DType type, const void* const* a, const T* b, int64_t ld, int64_t num_rows,
+                   int64_t n, T* out);
+  // Row t of out, n wide and contiguous, is the sum of weights[t*top_k + s] * rows[i*ld] in the
+  // order of s, with i = index[t*top_k + s]; those below 0 are left out. weights == nullptr: ones.
+  void (*combine_rows)(DType type, const T* rows, int64_t ld, const int32_t* index,
+                       const T* weights, int64_t num_tokens, int64_t top_k, int64_t n, void* out);
   void (*store_row)(DType type, const T* src, void* dst, int64_t n);
   // The same past the cache where the level can and dst and n are whole lines; stream_fence orders
   // it.
@@ -369,6 +381,9 @@ struct Kernels {
   AttentionKernels<T> attention;
   DenseKernels<T> dense;
   MixKernels<T> mix;
+
+  // out = softmax of x, of any type; the sum of e^(x - max), and max.
+  T (*softmax_row)(DType type, const void* x, int64_t n, T* out, T* max);
 
   void (*norm_rows)(const NormRows<T>& p);
   void (*norm_rows_bwd)(const NormRowsBwd<T>& p);

@@ -1,6 +1,9 @@
 #include "moe_ops/moe_linear_reduce.h"
 
+#include <cstring>
+
 #include "cpu/gemm/gemm.h"
+#include "cpu/slot_blocks.h"
 
 namespace moe_ops::cpu {
 
@@ -36,7 +39,116 @@ void run(const MoeLinearReduceBwdParams& p, const Parallel& par) {
   }
 }
 
+template <class T>
+void run_blocks(const MoeLinearReduceParams& p, const Parallel& par) {
+  const Kernels<T>& k = kernels<T>();
+  const SlotProduct& s = p.s;
+  const DType type = p.w.type;
+  const int64_t H = s.rows, D = s.cols, size = dtype_size(type), ld = padded(k, H);
+  const PanelBank<T> bank(k, p.w, s.num_experts, H, D);
+  parallel_items(
+      par, ceil_div(s.num_tokens, kBlockTokens), slot_product_cost(s, 1), [&](int64_t item) {
+        const int64_t begin = item * kBlockTokens;
+        const SlotBlock b = slot_block(s, begin, std::min(s.num_tokens, begin + kBlockTokens));
+        const int64_t n = (b.end - b.begin) * s.top_k;
+        const void** rows = scratch<const void*>(Scratch::kHidden, n);
+        for (int64_t r = 0; r < b.offsets[s.num_experts]; ++r) {
+          rows[r] = static_cast<const char*>(p.h) + (b.first + b.slots[r]) * D * size;
+        }
+        T* c = scratch<T>(Scratch::kTile, n * ld);
+        for (int64_t e = 0; e < s.num_experts; ++e) {
+          const int64_t r = b.offsets[e];
+          multiply_slots(
+              k, type, rows + r, b.offsets[e + 1] - r, D, bank.of(e), H,
+              p.bias.data == nullptr ? nullptr : element(p.bias.data, type, e * p.bias.stride_e),
+              c + r * ld);
+        }
+        k.combine_rows(type, c, ld, b.rows, static_cast<const T*>(p.topk_weights) + b.first,
+                       b.end - b.begin, s.top_k, H, static_cast<char*>(p.y) + b.begin * H * size);
+      });
+}
+
+template <class T>
+void run_blocks_bwd(const MoeLinearReduceBlocksBwdParams& p, const Parallel& par) {
+  const Kernels<T>& k = kernels<T>();
+  const SlotProduct& s = p.s;
+  const DType type = p.w.type;
+  const int64_t H = s.rows, D = s.cols, E = s.num_experts, size = dtype_size(type);
+  const int64_t ld = padded(k, D);
+  const bool sums = p.grad_w != nullptr || p.grad_bias != nullptr;
+  const bool slots = p.grad_h != nullptr || p.grad_topk_weights != nullptr;
+  const T* topk_weights = static_cast<const T*>(p.topk_weights);
+  T* grad_weights = static_cast<T*>(p.grad_topk_weights);
+  const PanelBank<T> bank(k, transposed(p.w), slots ? E : 0, D, H);
+  const ChunkSums<T> chunks(s, k, sums);
+  const auto run_block = [&](int64_t chunk, int64_t begin, int64_t end, bool first) {
+    const SlotBlock b = slot_block(s, begin, end);
+    const int64_t n = (end - begin) * s.top_k, valid = b.offsets[E];
+    const void** grads = scratch<const void*>(Scratch::kHidden, 3 * n);
+    const void** h = grads + n;
+    void** grad_h = const_cast<void**>(h + n);
+    T* c = scratch<T>(Scratch::kTile, n * (ld + 2));
+    T *weights = c + n * ld, *dots = weights + n;
+    for (int64_t r = 0; r < valid; ++r) {
+      const int64_t slot = b.first + b.slots[r];
+      grads[r] = row_of(p.grad_y, slot / s.top_k);
+      h[r] = static_cast<const char*>(p.h) + slot * D * size;
+      grad_h[r] = static_cast<char*>(p.grad_h) + slot * D * size;
+      weights[r] = topk_weights[slot];
+    }
+    for (int64_t e = 0; e < E; ++e) {
+      const int64_t r = b.offsets[e], count = b.offsets[e + 1] - r;
+      if (first && sums) {
+        if (count == 0) std::fill_n(chunks.matrix_of(chunk, e), chunks.matrix(), T(0));
+        std::fill_n(chunks.bias_of(chunk, e), chunks.bias(), T(0));
+      }
+      if (count == 0) continue;
+      if (p.grad_w != nullptr) {
+        multiply_outer(k, type, grads + r, H, h + r, D, weights + r, count,
+                       chunks.matrix_of(chunk, e), !first);
+      }
+      if (p.grad_bias != nullptr) {
+        for (int64_t i = r; i < r + count; ++i) {
+          k.axpy(type, grads[i], weights[i], chunks.bias_of(chunk, e), H);
+        }
+      }
+      if (!slots) continue;
+      multiply_slots<T>(k, type, grads + r, count, H, bank.of(e), D, nullptr, c);
+      if (p.grad_h != nullptr) k.scatter_rows(type, c, ld, count, D, weights + r, grad_h + r);
+      if (grad_weights == nullptr) continue;
+      k.dot_rows(type, h + r, c, ld, count, D, dots);
+      for (int64_t i = 0; i < count; ++i) {
+        T g = dots[i];
+        if (p.bias.data != nullptr) {
+          g += k.dot_row(type, element(p.bias.data, type, e * p.bias.stride_e), type, grads[r + i],
+                         H);
+        }
+        grad_weights[b.first + b.slots[r + i]] = g;
+      }
+    }
+    if (valid == n) return;
+    for (int64_t i = 0; i < n; ++i) {
+      if (b.rows[i] >= 0) continue;
+      if (grad_weights != nullptr) grad_weights[b.first + i] = T(0);
+      if (p.grad_h != nullptr) {
+        std::memset(static_cast<char*>(p.grad_h) + (b.first + i) * D * size, 0,
+                    static_cast<size_t>(D * size));
+      }
+    }
+  };
+  run_chunks(s, par, 2, run_block);
+  if (sums) chunks.add_up(type, p.grad_w, p.grad_bias, par);
+}
+
 }  // namespace
+
+void moe_linear_reduce(const MoeLinearReduceParams& p, const Parallel& par) {
+  p.w.type == DType::kFloat64 ? run_blocks<double>(p, par) : run_blocks<float>(p, par);
+}
+
+void moe_linear_reduce_bwd(const MoeLinearReduceBlocksBwdParams& p, const Parallel& par) {
+  p.w.type == DType::kFloat64 ? run_blocks_bwd<double>(p, par) : run_blocks_bwd<float>(p, par);
+}
 
 void moe_linear_reduce_bwd(const MoeLinearReduceBwdParams& p, const Parallel& par) {
   p.h.type == DType::kFloat64 ? run<double>(p, par) : run<float>(p, par);

@@ -261,6 +261,31 @@ bool rows_right(const Kernels<T>& k, const Kernels<T>& portable, Numbers<T>& num
     k.weighted_sum(all[type], rows, weights, 2, x.data(), kDepth);
     portable.weighted_sum(all[type], rows, weights, 2, y.data(), kDepth);
     if (!close(x, y)) return false;
+    // Two rows of 18 from there, and a token with both and one with one of them.
+    const int32_t index[] = {1, 0, -1, 1};
+    const T factors[] = {T(0.25), T(2), T(1), T(-1)};
+    std::vector<T> near(kDepth, T(0)), far(kDepth, T(0));
+    std::vector<char> joined[2];
+    T products[2][2];
+    for (int level = 0; level < 2; ++level) {
+      const Kernels<T>& table = level == 0 ? k : portable;
+      std::vector<T>& wide = level == 0 ? near : far;
+      table.gather_rows(all[type], rows, 2, 17, weights, wide.data(), 18);
+      table.dot_rows(all[type], rows, wide.data(), 18, 2, 17, products[level]);
+      joined[level].assign(kDepth * 8, 0);
+      table.combine_rows(all[type], wide.data(), 18, index, factors, 2, 2, 17,
+                         joined[level].data());
+      std::vector<char> one(kDepth * 8, 0), two(kDepth * 8, 0);
+      void* const apart[] = {one.data(), two.data()};
+      table.scatter_rows(all[type], wide.data(), 18, 2, 17, factors, apart);
+      joined[level].insert(joined[level].end(), one.begin(), one.end());
+      joined[level].insert(joined[level].end(), two.begin(), two.end());
+    }
+    // Products with powers of two are exact, and a sum of two is rounded once.
+    if (near != far || joined[0] != joined[1]) return false;
+    for (int r = 0; r < 2; ++r) {
+      if (!(std::abs(products[0][r] - products[1][r]) <= T(1e-4))) return false;
+    }
     k.axpy(all[type], a.data(), T(-3), x.data(), kDepth);
     portable.axpy(all[type], a.data(), T(-3), y.data(), kDepth);
     if (!close(x, y)) return false;

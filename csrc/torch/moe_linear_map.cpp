@@ -1,3 +1,5 @@
+#include "moe_ops/moe_linear_map.h"
+
 #include "torch/routed_rows.h"
 #include "torch/tensor_utils.h"
 
@@ -41,11 +43,20 @@ Tensor moe_linear_map(const Tensor& x, const Tensor& w, const Tensor& topk_ids,
   const DType type = check_map(kOp, x, w, topk_ids);
   check_bias(kOp, bias, x, w);
   const int64_t E = w.size(0), O = w.size(1);
-  const RoutedRows routing = routed_rows(kOp, topk_ids, E);
   const Tensor src = with_dense_rows(x);
   const Weights weights = weights_of(w, type);
   const Bias bias_rows = bias_of(bias, type);
   Tensor h = empty_cpu({x.size(0), topk_ids.size(1), O}, x.scalar_type());
+  SlotProduct product = slot_product(topk_ids, w);
+  if (cpu::takes_slot_product(product, type)) {
+    const std::vector<int32_t> ids = normalized_ids(topk_ids, E);
+    product.ids = ids.data();
+    cpu::moe_linear_map(
+        {product, rows_of(src, type), weights.matrices, bias_rows.vectors, h.mutable_data_ptr()},
+        torch_parallel());
+    return h;
+  }
+  const RoutedRows routing = routed_rows(kOp, topk_ids, E);
   const MutableRows out = {h.mutable_data_ptr(), type, O, routing.row_to_slot};
   multiply_rows(routing, rows_of(src, type, routing.row_to_token.data()), weights.matrices,
                 bias_rows.vectors, O, x.size(1), out);
@@ -60,14 +71,25 @@ std::tuple<Tensor, Tensor, Tensor> moe_linear_map_bwd(const Tensor& grad_h, cons
   const DType type = check_map(kOp, x, w, topk_ids);
   check_grad_h(kOp, grad_h, x, w, topk_ids);
   const int64_t T = x.size(0), H = x.size(1), E = w.size(0), O = w.size(1);
-  const RoutedRows routing = routed_rows(kOp, topk_ids, E);
   const ScalarType dtype = x.scalar_type(), acc = accumulate_type(dtype);
   const Tensor src = with_dense_rows(x);
   const Tensor grad = dense(grad_h);
-  const Rows grad_rows = {grad.const_data_ptr(), type, O, routing.row_to_slot};
   Tensor grad_x = need_x ? empty_cpu({T, H}, dtype) : empty_cpu({0}, dtype);
   Tensor grad_w = need_w ? empty_cpu({E, O, H}, dtype) : empty_cpu({0}, dtype);
   Tensor grad_bias = need_bias ? empty_cpu({E, O}, dtype) : empty_cpu({0}, dtype);
+  SlotProduct product = slot_product(topk_ids, w);
+  if (cpu::takes_slot_product(product, type)) {
+    const std::vector<int32_t> ids = normalized_ids(topk_ids, E);
+    product.ids = ids.data();
+    const Weights weights = weights_of(w, type);
+    cpu::moe_linear_map_bwd(
+        {product, grad.const_data_ptr(), rows_of(src, type), weights.matrices,
+         data_if(need_x, grad_x), data_if(need_w, grad_w), data_if(need_bias, grad_bias)},
+        torch_parallel());
+    return {grad_x, grad_w, grad_bias};
+  }
+  const RoutedRows routing = routed_rows(kOp, topk_ids, E);
+  const Rows grad_rows = {grad.const_data_ptr(), type, O, routing.row_to_slot};
   if (need_x) {
     const Weights weights = weights_of(w, type);
     const Tensor rows = empty_cpu({routing.valid(), H}, acc);

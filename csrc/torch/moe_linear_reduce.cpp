@@ -44,14 +44,23 @@ Tensor moe_linear_reduce(const Tensor& h, const Tensor& w, const Tensor& topk_we
   constexpr const char* kOp = "moe_linear_reduce";
   const DType type = check_reduce(kOp, h, w, topk_weights, topk_ids, bias);
   const int64_t T = h.size(0), D = h.size(2), E = w.size(0), H = w.size(1);
-  const RoutedRows routing = routed_rows(kOp, topk_ids, E);
   const ScalarType acc = accumulate_type(h.scalar_type());
   const Tensor src = dense(h);
   const Weights weights = weights_of(w, type);
   const Bias bias_rows = bias_of(bias, type);
   const Tensor slot_weights = contiguous_as(topk_weights, acc);
-  const Tensor rows = empty_cpu({routing.valid(), H}, acc);
   Tensor y = empty_cpu({T, H}, h.scalar_type());
+  SlotProduct product = slot_product(topk_ids, w);
+  if (cpu::takes_slot_product(product, type)) {
+    const std::vector<int32_t> ids = normalized_ids(topk_ids, E);
+    product.ids = ids.data();
+    cpu::moe_linear_reduce({product, src.const_data_ptr(), weights.matrices, bias_rows.vectors,
+                            slot_weights.const_data_ptr(), y.mutable_data_ptr()},
+                           torch_parallel());
+    return y;
+  }
+  const RoutedRows routing = routed_rows(kOp, topk_ids, E);
+  const Tensor rows = empty_cpu({routing.valid(), H}, acc);
   multiply_rows(routing, {src.const_data_ptr(), type, D, routing.row_to_slot}, weights.matrices,
                 bias_rows.vectors, H, D,
                 {rows.mutable_data_ptr(), accumulate_type(type), H, nullptr});
@@ -74,12 +83,35 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> moe_linear_reduce_bwd(
   const DType type = check_reduce(kOp, h, w, topk_weights, topk_ids, bias);
   const int64_t T = h.size(0), K = h.size(1), D = h.size(2), E = w.size(0), H = w.size(1);
   check_grad_y(kOp, grad_y, h, w);
-  const RoutedRows routing = routed_rows(kOp, topk_ids, E);
   const ScalarType dtype = h.scalar_type(), acc = accumulate_type(dtype);
   const Tensor gy = with_dense_rows(grad_y);
   const Tensor src = dense(h);
   const Bias bias_rows = bias_of(bias, type);
   const Tensor slot_weights = contiguous_as(topk_weights, acc);
+  Tensor grad_h = need_h ? empty_cpu({T, K, D}, dtype) : empty_cpu({0}, dtype);
+  Tensor grad_w = need_w ? empty_cpu({E, H, D}, dtype) : empty_cpu({0}, dtype);
+  Tensor grad_weights = need_topk_weights ? empty_cpu({T, K}, acc) : empty_cpu({0}, acc);
+  Tensor grad_bias = need_bias ? empty_cpu({E, H}, dtype) : empty_cpu({0}, dtype);
+  SlotProduct product = slot_product(topk_ids, w);
+  if (cpu::takes_slot_product(product, type)) {
+    const std::vector<int32_t> ids = normalized_ids(topk_ids, E);
+    product.ids = ids.data();
+    const Weights weights = weights_of(w, type);
+    MoeLinearReduceBlocksBwdParams q;
+    q.s = product;
+    q.grad_y = rows_of(gy, type);
+    q.h = src.const_data_ptr();
+    q.w = weights.matrices;
+    q.bias = bias_rows.vectors;
+    q.topk_weights = slot_weights.const_data_ptr();
+    q.grad_h = data_if(need_h, grad_h);
+    q.grad_w = data_if(need_w, grad_w);
+    q.grad_topk_weights = data_if(need_topk_weights, grad_weights);
+    q.grad_bias = data_if(need_bias, grad_bias);
+    cpu::moe_linear_reduce_bwd(q, torch_parallel());
+    return {grad_h, grad_w, grad_weights, grad_bias};
+  }
+  const RoutedRows routing = routed_rows(kOp, topk_ids, E);
   const Tensor row_weights = empty_cpu({routing.valid()}, acc);
   if (acc == ScalarType::Double) {
     gather_weights<double>(routing, slot_weights.const_data_ptr(), row_weights.mutable_data_ptr());
@@ -88,10 +120,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> moe_linear_reduce_bwd(
   }
   const Rows gy_rows = rows_of(gy, type, routing.row_to_token.data());
   const Rows h_rows = {src.const_data_ptr(), type, D, routing.row_to_slot};
-  Tensor grad_h = need_h ? empty_cpu({T, K, D}, dtype) : empty_cpu({0}, dtype);
-  Tensor grad_w = need_w ? empty_cpu({E, H, D}, dtype) : empty_cpu({0}, dtype);
-  Tensor grad_weights = need_topk_weights ? empty_cpu({T, K}, acc) : empty_cpu({0}, acc);
-  Tensor grad_bias = need_bias ? empty_cpu({E, H}, dtype) : empty_cpu({0}, dtype);
   if (need_h || need_topk_weights) {
     const Weights weights = weights_of(w, type);
     const Tensor u = empty_cpu({routing.valid(), D}, acc);

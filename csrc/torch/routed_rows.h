@@ -4,6 +4,7 @@
 #include <cstring>
 #include <vector>
 
+#include "moe_ops/moe_linear_map.h"
 #include "moe_ops/unpermute.h"
 #include "torch/device.h"
 #include "torch/tensor_utils.h"
@@ -19,6 +20,13 @@ struct RoutedRows {
 
   int64_t valid() const { return offsets.back(); }
 };
+
+// Sizes for cpu::takes_slot_product; the caller sets ids. w: [E, rows, cols].
+inline SlotProduct slot_product(const Tensor& topk_ids, const Tensor& w) {
+  return {topk_ids.size(0), topk_ids.size(1), w.size(0), w.size(1), w.size(2), nullptr};
+}
+
+inline void* data_if(bool wanted, Tensor& t) { return wanted ? t.mutable_data_ptr() : nullptr; }
 
 inline RoutedRows routed_rows(const Op& op, const Tensor& topk_ids, int64_t num_experts) {
   auto [ends, row_to_slot, slot_to_row] = sorted_slots(op, topk_ids, num_experts);

@@ -91,6 +91,41 @@ def test_more_than_one_block_in_every_direction(dtype, view):
     check(call, grad_view=view)
 
 
+# Enough rows of an expert for blocks of tokens on the CPU: one block, a chunk of two, many chunks.
+NARROW = (
+    Routing(64, 4, 2, "dropped"),
+    Routing(200, 4, 2),
+    Routing(300, 3, 2, "half_empty"),
+    Routing(270, 2, 2, "out_of_range", torch.int64),
+    Routing(600, 5, 3, "repeated"),
+    Routing(200, 4, 1, "one_expert"),
+)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+@pytest.mark.parametrize(("hidden_size", "out_features"), [(64, 32), (7, 19), (128, 33), (1, 128)])
+@pytest.mark.parametrize("routing", NARROW, ids=str)
+def test_narrow_experts(routing, hidden_size, out_features, dtype):
+    check(operands(routing, hidden_size, out_features, dtype, bias=True))
+
+
+@pytest.mark.parametrize("view", [*VIEWS, "step2_last"])
+def test_narrow_experts_in_views(view):
+    call = operands(Routing(150, 4, 2, "dropped"), 24, 20, torch.float32, bias=True)
+    call = {name: as_strided_copy(t, view) for name, t in call.items()}
+    check(call, grad_view=view)
+
+
+@pytest.mark.parametrize("wanted", ["x", "w", "bias"])
+def test_narrow_experts_one_gradient_at_a_time(wanted):
+    check(operands(Routing(150, 4, 2, "dropped"), 9, 12, torch.float32, bias=True), [wanted])
+
+
+def test_narrow_experts_of_many_tokens():
+    """More tokens than 16 chunks of 256, so that a chunk has several blocks."""
+    check(operands(Routing(4500, 3, 1, "skewed"), 5, 6, torch.float32, bias=True))
+
+
 @pytest.mark.parametrize("view", [*VIEWS, "step2_last"])
 @pytest.mark.parametrize("name", ["x", "w", "bias", "topk_ids"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=short)
@@ -105,9 +140,10 @@ def test_one_gradient_at_a_time(wanted):
     check(operands(SMALL, 9, 12, torch.float32, bias=True), [wanted])
 
 
+@pytest.mark.parametrize("tokens", [9, 40])
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
-def test_empty_slots_are_zero_and_keep_nan_out(dtype):
-    call = operands(Routing(9, 3, 2), 8, 10, dtype, bias=True)
+def test_empty_slots_are_zero_and_keep_nan_out(dtype, tokens):
+    call = operands(Routing(tokens, 3, 2), 8, 10, dtype, bias=True)
     call["topk_ids"][4, 1] = 3
     call["topk_ids"][5] = -1
     call["x"][5] = torch.nan
@@ -189,11 +225,12 @@ def test_autocast_casts_like_a_linear(dtype):
     assert_identical(h, moe_ops.moe_linear_map(**half))
 
 
+@pytest.mark.parametrize(("tokens", "out_features"), [(200, 80), (1000, 48), (200, 130)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
-def test_same_bits_for_any_thread_count(dtype, set_threads):
-    call = operands(Routing(200, 8, 2, "dropped"), 64, 80, dtype, bias=True)
+def test_same_bits_for_any_thread_count(dtype, tokens, out_features, set_threads):
+    call = operands(Routing(tokens, 8, 2, "dropped"), 64, out_features, dtype, bias=True)
     leaves = [call[name].requires_grad_() for name in differentiable(call)]
-    grad = torch.randn(200, 2, 80).to(dtype)
+    grad = torch.randn(tokens, 2, out_features).to(dtype)
     runs = []
     for threads in (1, 2, 2):
         set_threads(threads)

@@ -104,6 +104,83 @@ void stream_row(DType type, const T* src, void* dst, int64_t n) {
   store_row<T>(type, src, dst, n);
 }
 
+template <class T>
+void gather_rows(DType type, const void* const* rows, int64_t num_rows, int64_t n, const T* scales,
+                 T* dst, int64_t ld) {
+  constexpr int W = kLanes<T>;
+  with_type<T>(type, nullptr, [&]<class S>(const S*) {
+    for (int64_t r = 0; r < num_rows; ++r, dst += ld) {
+      const S* src = static_cast<const S*>(rows[r]);
+      const T scale = scales == nullptr ? T(1) : scales[r];
+      int64_t i = 0;
+      for (; i + W <= n; i += W) store<T>(dst + i, load_as(src + i) * scale);
+      for (; i < n; ++i) dst[i] = to_float(src[i]) * scale;
+    }
+  });
+}
+
+template <class T>
+void scatter_rows(DType type, const T* src, int64_t ld, int64_t num_rows, int64_t n,
+                  const T* scales, void* const* rows) {
+  constexpr int W = kLanes<T>;
+  with_type<T>(type, nullptr, [&]<class S>(const S*) {
+    for (int64_t r = 0; r < num_rows; ++r, src += ld) {
+      S* dst = static_cast<S*>(rows[r]);
+      const T scale = scales == nullptr ? T(1) : scales[r];
+      int64_t i = 0;
+      for (; i + W <= n; i += W) store_as(dst + i, load<T>(src + i) * scale);
+      for (; i < n; ++i) store_one(dst + i, src[i] * scale);
+    }
+  });
+}
+
+template <class T>
+void dot_rows(DType type, const void* const* a, const T* b, int64_t ld, int64_t num_rows, int64_t n,
+              T* out) {
+  constexpr int W = kLanes<T>;
+  with_type<T>(type, nullptr, [&]<class S>(const S*) {
+    for (int64_t r = 0; r < num_rows; ++r, b += ld) {
+      const S* p = static_cast<const S*>(a[r]);
+      Vec<T> sum = {};
+      int64_t i = 0;
+      for (; i + W <= n; i += W) sum += load_as(p + i) * load<T>(b + i);
+      T s = horizontal_sum<T>(sum);
+      for (; i < n; ++i) s += to_float(p[i]) * b[i];
+      out[r] = s;
+    }
+  });
+}
+
+template <class T>
+void combine_rows(DType type, const T* rows, int64_t ld, const int32_t* index, const T* weights,
+                  int64_t num_tokens, int64_t top_k, int64_t n, void* out) {
+  constexpr int W = kLanes<T>;
+  with_type<T>(type, out, [&]<class S>(const S* q) {
+    S* y = const_cast<S*>(q);
+    for (int64_t t = 0; t < num_tokens; ++t, index += top_k, y += n) {
+      int64_t i = 0;
+      for (; i + W <= n; i += W) {
+        Vec<T> sum = {};
+        for (int64_t s = 0; s < top_k; ++s) {
+          if (index[s] < 0) continue;
+          const T w = weights == nullptr ? T(1) : weights[s];
+          sum += load<T>(rows + index[s] * ld + i) * w;
+        }
+        store_as(y + i, sum);
+      }
+      for (; i < n; ++i) {
+        T sum = 0;
+        for (int64_t s = 0; s < top_k; ++s) {
+          if (index[s] < 0) continue;
+          sum += rows[index[s] * ld + i] * (weights == nullptr ? T(1) : weights[s]);
+        }
+        store_one(y + i, sum);
+      }
+      if (weights != nullptr) weights += top_k;
+    }
+  });
+}
+
 // One lanes x lanes block in registers.
 template <class T>
 inline void transpose_block(const T* src, int64_t ld_src, T* dst, int64_t ld_dst) {

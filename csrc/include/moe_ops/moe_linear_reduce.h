@@ -1,12 +1,13 @@
-// The last step of moe_linear_reduce's backward, after u = W^T grad_y by rows: gradients of h and
-// of the routing weights. Everything else of moe_linear_map and moe_linear_reduce is grouped_gemm
-// with row indices, and unpermute.
+// moe_linear_reduce where experts are narrow, in blocks of tokens (moe_linear_map.h); and the last
+// step of its backward elsewhere, after u = W^T grad_y by rows: gradients of h and of the routing
+// weights. Everything else of it is grouped_gemm with row indices, and unpermute.
 #pragma once
 
 #include <cstdint>
 
 #include "moe_ops/common.h"
 #include "moe_ops/grouped_gemm.h"
+#include "moe_ops/moe_linear_map.h"
 
 namespace moe_ops {
 
@@ -25,8 +26,33 @@ struct MoeLinearReduceBwdParams {
   void* grad_topk_weights;        // [N] accumulate type; nullptr: not wanted
 };
 
+// s.rows is H, s.cols D.
+struct MoeLinearReduceParams {
+  SlotProduct s;
+  const void* h;             // [T, K, D] contiguous
+  ExpertMatrices w;          // [E, H, D]
+  ExpertVectors bias;        // [E, H] or none
+  const void* topk_weights;  // [T, K] accumulate type
+  void* y;                   // [T, H] contiguous, h's type
+};
+
+struct MoeLinearReduceBlocksBwdParams {
+  SlotProduct s;
+  Rows grad_y;    // [T, H]
+  const void* h;  // [T, K, D] contiguous
+  ExpertMatrices w;
+  ExpertVectors bias;
+  const void* topk_weights;
+  void *grad_h, *grad_w;    // [T, K, D], [E, H, D] contiguous, h's type; nullptr: not wanted
+  void* grad_topk_weights;  // [T, K] accumulate type; nullptr: not wanted
+  void* grad_bias;          // [E, H] contiguous, h's type; nullptr: not wanted
+};
+
 namespace cpu {
 void moe_linear_reduce_bwd(const MoeLinearReduceBwdParams& p, const Parallel& par);
+
+void moe_linear_reduce(const MoeLinearReduceParams& p, const Parallel& par);
+void moe_linear_reduce_bwd(const MoeLinearReduceBlocksBwdParams& p, const Parallel& par);
 }  // namespace cpu
 
 namespace cuda {

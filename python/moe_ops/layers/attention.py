@@ -258,7 +258,7 @@ class AttentionExperts(nn.Module):
         if self.expert_kv:  # Slot e is expert e, so that queries meet their own keys.
             slot_weights, slot_ids = _by_expert(weights, ids, experts)
         q = moe_linear_map(flat, self.w_query, slot_ids).view(batch, length, -1, heads, size)
-        kv = self.kv_proj(x).view(batch, length, 2, -1, size)
+        kv = self.kv_proj(flat).view(batch, length, 2, -1, size)
         k, v = kv.unbind(2)
         if self.rope_theta is not None:
             if angles is None:

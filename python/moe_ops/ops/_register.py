@@ -76,16 +76,42 @@ def check_same_device(op: str, **tensors: Tensor | None) -> None:
         )
 
 
+# Op -> what applies its autograd rule, without the way there through the dispatcher.
+_autograd_rules: dict[Any, Callable[..., Any]] = {}
+
+
+_PRE_DISPATCH = torch._C.DispatchKey.PreDispatch
+_AUTOGRAD = torch._C.DispatchKey.AutogradFunctionality
+
+
+def _plain_eager() -> bool:
+    """Whether the dispatcher would go straight to the autograd rule: no autocast, functorch or
+    mode, and not below autograd already. A read of all its keys would take longer than these."""
+    return not (
+        torch._C._is_any_autocast_enabled()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._dispatch_tls_is_dispatch_key_included(_PRE_DISPATCH)
+        or torch._C._dispatch_tls_is_dispatch_key_excluded(_AUTOGRAD)
+    )
+
+
 def call(op: Any, *args: Any, **kwargs: Any) -> Any:
     """Calls an op. Where no gradient can be wanted, it passes by the autograd rule, which is Python
     and takes 5 us, as long as routing a token. Inference mode passes by it anyway; code that is
-    being compiled must not ask for it."""
-    if (
-        torch.is_grad_enabled()
-        or torch.compiler.is_compiling()
-        or torch.is_inference_mode_enabled()
-    ):
+    being compiled must not ask for it.
+
+    In plain eager code that wants gradients, the autograd rule is applied here: the dispatcher
+    would come back to Python for it, through torch.library, and a training step of a small layer is
+    made of such calls."""
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
         return op(*args, **kwargs)
+    if torch.is_grad_enabled():
+        rule = _autograd_rules.get(op)
+        if rule is None or kwargs or not _plain_eager() or torch._C._has_torch_function(args):
+            return op(*args, **kwargs)
+        if torch._C._any_requires_grad(*args):
+            return rule(*args)
     with torch._C._AutoDispatchBelowAutograd():
         return op(*args, **kwargs)
 
@@ -204,7 +230,8 @@ def register_autograd(
         backward: (ctx, *gradients of the outputs) -> gradients of all arguments.
         setup: (ctx, all arguments, output), saves what backward needs.
     """
-    overload = getattr(torch.ops.moe_ops, op).default
+    packet = getattr(torch.ops.moe_ops, op)
+    overload = packet.default
     arguments = overload._schema.arguments
     assert not any(a.kwarg_only for a in arguments), op
     defaults = tuple(a.default_value for a in arguments)
@@ -228,6 +255,20 @@ def register_autograd(
         (torch.autograd.Function,),
         {"forward": staticmethod(forward), "backward": staticmethod(all_gradients)},
     )
+
+    def plain_forward(ctx: Any, *args: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            output = packet(*args)
+            setup(ctx, (*args, *defaults[len(args) :]), output)
+        return output
+
+    plain: Any = type(
+        f"{op}_autograd",
+        (torch.autograd.Function,),
+        {"forward": staticmethod(plain_forward), "backward": staticmethod(backward)},
+    )
+    # Function.apply itself only looks for functorch, which `call` has done.
+    _autograd_rules[packet] = super(torch.autograd.Function, plain).apply
 
     def kernel(keyset: Any, *args: Any) -> Any:
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):

@@ -21,6 +21,7 @@ from moe_ops.layers.router import RouterOutput
 from . import checkpoint
 from .blocks import Rope, Rotation
 from .checkpoint import Entry, LoadReport
+from .cross_entropy import head_cross_entropy
 from .lm_losses import OF_LAYERS, AuxLoss, Routed, sum_over_layers
 
 # Entry of config.json for fields of ours that have no published name.
@@ -103,6 +104,7 @@ class CausalLM(nn.Module):
         cache: Sequence[KVCache] | None = None,
         return_routing: bool = False,
         last: int | None = None,
+        head: bool = True,
     ) -> Tensor | LMOutput:
         """Logits of the next token, [B, S, V], or an LMOutput with `return_routing=True`.
 
@@ -111,6 +113,7 @@ class CausalLM(nn.Module):
             cache: of `new_cache`, holding the tokens before these; these are appended.
             return_routing: also return what every router chose.
             last: logits of the last so many positions only.
+            head: False: in place of logits the hidden states [B, S, H] that the head reads.
 
         Raises:
             ValueError: tokens that are not two-dimensional integers.
@@ -127,9 +130,13 @@ class CausalLM(nn.Module):
             rotation = self.rope.rotation(start, tokens.shape[1], tokens.device)
         step = Step(rotation, cache, return_routing)
         x = self.trunk(self.embed_tokens(tokens), step, last)
-        weight = self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
-        logits = F.linear(x, weight)
-        return logits if step.routing is None else LMOutput(logits, step.routing)
+        out = F.linear(x, self.head_weight) if head else x
+        return out if step.routing is None else LMOutput(out, step.routing)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """[V, H]."""
+        return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
     def trunk(self, x: Tensor, step: Step, last: int | None) -> Tensor:
         """Blocks and last norm: embedded tokens [B, S, H] to the hidden states [B, S', H] that the
@@ -179,22 +186,19 @@ class CausalLM(nn.Module):
                 f"{type(self).__name__}: coefficients must be of losses among "
                 f"{', '.join(functions)}, got {', '.join(unknown)}."
             )
-        output = self(tokens, return_routing=True)
-        logits = output.logits.flatten(0, 1)
-        logits = logits if logits.dtype == torch.float64 else logits.float()
-        targets = targets.flatten().long()
-        if token_mask is None:
-            cross_entropy = F.cross_entropy(logits, targets)
-        else:
-            losses = F.cross_entropy(logits, targets, reduction="none")
-            counted = token_mask.flatten()
-            cross_entropy = losses.masked_fill(~counted, 0.0).sum() / counted.sum().clamp(min=1)
+        output = self(tokens, return_routing=True, head=False)
+        cross_entropy = head_cross_entropy(
+            output.logits.flatten(0, 1),
+            self.head_weight,
+            targets.flatten().long(),
+            None if token_mask is None else token_mask.flatten(),
+        )
         total, aux = cross_entropy, {}
         for name, weight in weights.items():
             aux[name] = (
                 sum_over_layers(name, functions[name], output.routing, tokens.shape[0], token_mask)
                 if output.routing
-                else logits.new_zeros(())
+                else cross_entropy.new_zeros(())
             )
             if weight:
                 total = total + weight * aux[name]

@@ -1,0 +1,118 @@
+#include "moe_ops/moe_linear_map.h"
+
+#include <cstring>
+
+#include "cpu/slot_blocks.h"
+
+namespace moe_ops::cpu {
+
+namespace {
+
+template <class T>
+void run(const MoeLinearMapParams& p, const Parallel& par) {
+  const Kernels<T>& k = kernels<T>();
+  const SlotProduct& s = p.s;
+  const int64_t O = s.rows, size = dtype_size(p.x.type);
+  const PanelBank<T> bank(k, p.w, s.num_experts, O, s.cols);
+  parallel_items(
+      par, ceil_div(s.num_tokens, kBlockTokens), slot_product_cost(s, 1), [&](int64_t item) {
+        const int64_t begin = item * kBlockTokens;
+        const SlotBlock b = slot_block(s, begin, std::min(s.num_tokens, begin + kBlockTokens));
+        const int64_t n = (b.end - b.begin) * s.top_k, valid = b.offsets[s.num_experts];
+        char* h = static_cast<char*>(p.h) + b.first * O * size;
+        const void** rows = scratch<const void*>(Scratch::kHidden, 2 * n);
+        void** out = const_cast<void**>(rows + n);
+        for (int64_t r = 0; r < valid; ++r) {
+          rows[r] = row_of(p.x, (b.first + b.slots[r]) / s.top_k);
+          out[r] = h + b.slots[r] * O * size;
+        }
+        T* c = scratch<T>(Scratch::kTile, n * padded(k, O));
+        for (int64_t e = 0; e < s.num_experts; ++e) {
+          const int64_t r = b.offsets[e], count = b.offsets[e + 1] - r;
+          if (count == 0) continue;
+          multiply_slots(k, p.x.type, rows + r, count, s.cols, bank.of(e), O,
+                         p.bias.data == nullptr
+                             ? nullptr
+                             : element(p.bias.data, p.bias.type, e * p.bias.stride_e),
+                         c);
+          k.scatter_rows(p.x.type, c, padded(k, O), count, O, nullptr, out + r);
+        }
+        if (valid == n) return;
+        for (int64_t i = 0; i < n; ++i) {
+          if (b.rows[i] < 0) std::memset(h + i * O * size, 0, static_cast<size_t>(O * size));
+        }
+      });
+}
+
+template <class T>
+void run_bwd(const MoeLinearMapBwdParams& p, const Parallel& par) {
+  const Kernels<T>& k = kernels<T>();
+  const SlotProduct& s = p.s;
+  const DType type = p.x.type;
+  const int64_t O = s.rows, H = s.cols, E = s.num_experts, size = dtype_size(type);
+  const bool sums = p.grad_w != nullptr || p.grad_bias != nullptr;
+  const PanelBank<T> bank(k, transposed(p.w), p.grad_x != nullptr ? E : 0, H, O);
+  const ChunkSums<T> chunks(s, k, sums);
+  const auto run_block = [&](int64_t chunk, int64_t begin, int64_t end, bool first) {
+    const SlotBlock b = slot_block(s, begin, end);
+    const int64_t n = (end - begin) * s.top_k, ld = padded(k, H);
+    const void** grads = scratch<const void*>(Scratch::kHidden, 2 * n);
+    const void** tokens = grads + n;
+    for (int64_t r = 0; r < b.offsets[E]; ++r) {
+      const int64_t slot = b.first + b.slots[r];
+      grads[r] = static_cast<const char*>(p.grad_h) + slot * O * size;
+      tokens[r] = row_of(p.x, slot / s.top_k);
+    }
+    T* c = scratch<T>(Scratch::kTile, n * ld);
+    for (int64_t e = 0; e < E; ++e) {
+      const int64_t r = b.offsets[e], count = b.offsets[e + 1] - r;
+      if (first && sums) {
+        if (count == 0) std::fill_n(chunks.matrix_of(chunk, e), chunks.matrix(), T(0));
+        std::fill_n(chunks.bias_of(chunk, e), chunks.bias(), T(0));
+      }
+      if (count == 0) continue;
+      if (p.grad_w != nullptr) {
+        multiply_outer<T>(k, type, grads + r, O, tokens + r, H, nullptr, count,
+                          chunks.matrix_of(chunk, e), !first);
+      }
+      if (p.grad_bias != nullptr) {
+        for (int64_t i = r; i < r + count; ++i) {
+          k.axpy(type, grads[i], T(1), chunks.bias_of(chunk, e), O);
+        }
+      }
+      if (p.grad_x != nullptr) {
+        multiply_slots<T>(k, type, grads + r, count, O, bank.of(e), H, nullptr, c + r * ld);
+      }
+    }
+    if (p.grad_x == nullptr) return;
+    k.combine_rows(type, c, ld, b.rows, nullptr, end - begin, s.top_k, H,
+                   static_cast<char*>(p.grad_x) + begin * H * size);
+  };
+  run_chunks(s, par, 2, run_block);
+  if (sums) chunks.add_up(type, p.grad_w, p.grad_bias, par);
+}
+
+}  // namespace
+
+bool takes_slot_product(const SlotProduct& s, DType type) {
+  // So many rows of an expert in a block that tiles are full and making panels costs little.
+  constexpr int64_t kMinRows = 16;
+  // Of the matrices of all experts: they stay in an L2.
+  constexpr int64_t kMostWeights = int64_t{1} << 17;
+  const int64_t widest = std::max(s.rows, s.cols), E = s.num_experts;
+  if (std::min(s.rows, s.cols) == 0 || widest > kMostWidth) return false;
+  if (E * s.rows * s.cols > kMostWeights) return false;
+  if (std::min(s.num_tokens, kBlockTokens) * s.top_k < kMinRows * E) return false;
+  // AMX multiplies bfloat16 faster than anything else does.
+  return type != DType::kBFloat16 || kernels<float>().amx_panel == nullptr;
+}
+
+void moe_linear_map(const MoeLinearMapParams& p, const Parallel& par) {
+  p.x.type == DType::kFloat64 ? run<double>(p, par) : run<float>(p, par);
+}
+
+void moe_linear_map_bwd(const MoeLinearMapBwdParams& p, const Parallel& par) {
+  p.x.type == DType::kFloat64 ? run_bwd<double>(p, par) : run_bwd<float>(p, par);
+}
+
+}  // namespace moe_ops::cpu
