@@ -35,7 +35,6 @@ OPS = {
     "moe_linear_reduce",
     "quantize_fp8",
     "rotary",
-    "token_cross_entropy",
     "moa_attention",
 }
 INFERENCE_ONLY = (
@@ -45,7 +44,6 @@ INFERENCE_ONLY = (
     "quantize_fp8",
     "grouped_gemm_fp8",
     "moe_ffn_fp8",
-    "token_cross_entropy",
 )
 
 

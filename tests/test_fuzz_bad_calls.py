@@ -186,8 +186,6 @@ def good_call(op: str, s: Sizes) -> dict:
                 "topk_ids": s.ids(),
                 "bias": s.float(s.e, s.h),
             }
-        case "token_cross_entropy":
-            return {"logits": s.float(s.t, s.e), "targets": s.ids()[:, 0] % s.e}
         case "rotary":
             return {
                 "t": s.float(s.o, s.t, s.e, 2 * s.h),
@@ -227,7 +225,6 @@ OPS = (
     "moe_linear_map",
     "moe_linear_reduce",
     "rotary",
-    "token_cross_entropy",
     "moa_attention",
     "pack_experts",
 )
@@ -253,7 +250,6 @@ FREE_DIMS = {
     ("grouped_sum", "expert_offsets"): {0},
     ("pack_experts", "w"): {0, 2},
     ("rotary", "t"): {0, 2},
-    ("token_cross_entropy", "logits"): {1},
     ("moa_attention", "q"): {1, 2},
 }
 BAD_ARGUMENTS = {
@@ -294,14 +290,7 @@ BAD_ARGUMENTS = {
     "moe_ffn_packed": [("activation", ("", "swish", "SWIGLU", "swiglu\0"))],
     "moe_ffn_quantized": [("activation", ("", "swish", "SWIGLU", "swiglu\0"))],
 }
-INDEX_TENSORS = (
-    "input_ids",
-    "topk_ids",
-    "expert_offsets",
-    "row_to_slot",
-    "slot_to_row",
-    "targets",
-)
+INDEX_TENSORS = ("input_ids", "topk_ids", "expert_offsets", "row_to_slot", "slot_to_row")
 OUT_OF_RANGE = (-1, -(2**31), 2**31 - 1, 1000)
 
 
@@ -312,7 +301,7 @@ def defects(op: str, call: dict) -> list[tuple[str, str]]:
         found += [("dtype", name), ("rank", name), ("size", name)]
         if len(tensors) > 1:
             found.append(("device", name))
-        if name in ("expert_offsets", "row_to_slot", "slot_to_row", "targets"):
+        if name in ("expert_offsets", "row_to_slot", "slot_to_row"):
             found.append(("range", name))
     prefixes = ("moe_ffn", "dense_ffn", "mix_", "grouped_gemm", "moe_linear", "moa_", "add_")
     if op.startswith(prefixes):

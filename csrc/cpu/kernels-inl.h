@@ -127,7 +127,6 @@ Kernels<T> make_kernels() {
   k.weighted_sum = &weighted_sum<T>;
   k.axpy = &axpy<T>;
   k.dot_row = &dot_row<T>;
-  k.softmax_row = &softmax_row<T>;
   k.norm_rows = &norm_rows<T>;
   k.norm_rows_bwd = &norm_rows_bwd<T>;
   k.act_fwd = &act_fwd<T>;

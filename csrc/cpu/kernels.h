@@ -382,9 +382,6 @@ struct Kernels {
   DenseKernels<T> dense;
   MixKernels<T> mix;
 
-  // out = softmax of x, of any type; the sum of e^(x - max), and max.
-  T (*softmax_row)(DType type, const void* x, int64_t n, T* out, T* max);
-
   void (*norm_rows)(const NormRows<T>& p);
   void (*norm_rows_bwd)(const NormRowsBwd<T>& p);
 

@@ -191,10 +191,6 @@ static void define_schemas(torch::stable::detail::StableLibrary& m) {
       "(Tensor grad_outputs, Tensor grad_weights, Tensor grad_factor, Tensor grad_norm_weight, "
       "Tensor grad_norm_bias)");
 
-  // --- loss
-  // logits [T,V], targets [T] or -100 -> losses [T] fp32, grad [T,V]: softmax minus the target.
-  m.def("token_cross_entropy(Tensor logits, Tensor targets) -> (Tensor losses, Tensor grad)");
-
   // --- attention
   // t [B,S,...,d], cos and sin [S,d/2] or [B,S,d/2]: features i and i + d/2 turned as a pair.
   m.def("rotary(Tensor t, Tensor cos, Tensor sin, bool inverse=False) -> Tensor");

@@ -481,7 +481,6 @@ def _cases() -> list[_Case]:
         _Case("permute", (x, offsets, row_to_slot)),
         _Case("unpermute", (rows, offsets, slot_to_row, weights)),
         _Case("gated_act", (normal(T, 2 * I), "swiglu")),
-        _Case("token_cross_entropy", (x, ids[:, 0] % H), differentiable=False),
         _Case("add_rms_norm", (x, normal(H), normal(T, H)), {"bias": normal(H)}),
         _Case("grouped_gemm", (rows, w_gate_up, offsets)),
         _Case("grouped_gemm_wgrad", (normal(T * K, I), rows, offsets)),

@@ -72,7 +72,7 @@ def test_no_tokens():
 def test_target_out_of_range():
     x, weight, targets = case(torch.float32)
     targets[4] = 7
-    with pytest.raises(ValueError, match=r"targets must hold values from 0 to 6.*, got 7"):
+    with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
         head_cross_entropy(x, weight, targets)
 
 

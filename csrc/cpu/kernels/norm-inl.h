@@ -1,5 +1,4 @@
-// Rows over their root mean squares, and their softmax. Included by kernels-inl.h, inside its
-// namespace.
+// Rows over their root mean squares. Included by kernels-inl.h, inside its namespace.
 
 // Type S, n columns; `wide` has room for a row of T.
 template <class T, class S>
@@ -102,51 +101,5 @@ void norm_rows_bwd(const NormRowsBwd<T>& p) {
         if (p.bias_sum != nullptr) p.bias_sum[i] += v;
       }
     }
-  });
-}
-
-// A NaN is in no maximum, but in every sum.
-template <class T>
-T softmax_row(DType type, const void* src, int64_t n, T* out, T* max) {
-  constexpr int W = kLanes<T>;
-  return with_type<T>(type, src, [&](const auto* x) {
-    const int64_t whole = n / W * W;
-    T most = to_float(x[0]);
-    if (whole > 0) {
-      Vec<T> m = load_as(x);
-      for (int64_t i = W; i < whole; i += W) {
-        const Vec<T> v = load_as(x + i);
-        m = v > m ? v : m;
-      }
-      T lanes[W];
-      store<T>(lanes, m);
-      for (int i = 0; i < W; ++i) most = lanes[i] > most ? lanes[i] : most;
-    }
-    for (int64_t i = whole; i < n; ++i) {
-      const T v = to_float(x[i]);
-      most = v > most ? v : most;
-    }
-    Vec<T> total = {};
-    int64_t i = 0;
-    for (; i < whole; i += W) {
-      const Vec<T> e = vexp<T>(load_as(x + i) - most);
-      total += e;
-      store<T>(out + i, e);
-    }
-    T tail[W] = {}, rest[W];
-    for (int64_t j = whole; j < n; ++j) tail[j - whole] = to_float(x[j]) - most;
-    T sum = horizontal_sum<T>(total);
-    if (whole < n) {
-      store<T>(rest, vexp<T>(load<T>(tail)));
-      for (int64_t j = whole; j < n; ++j) {
-        out[j] = rest[j - whole];
-        sum += out[j];
-      }
-    }
-    const T inverse = T(1) / sum;
-    for (i = 0; i < whole; i += W) store<T>(out + i, load<T>(out + i) * inverse);
-    for (; i < n; ++i) out[i] *= inverse;
-    *max = most;
-    return sum;
   });
 }

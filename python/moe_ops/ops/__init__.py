@@ -18,7 +18,6 @@ from moe_ops.ops.permute import permute
 from moe_ops.ops.quantize_fp8 import quantize_fp8
 from moe_ops.ops.rotary import rotary
 from moe_ops.ops.sort_slots import sort_slots
-from moe_ops.ops.token_cross_entropy import token_cross_entropy
 from moe_ops.ops.topk_router import topk_router
 from moe_ops.ops.topp_router import topp_router
 from moe_ops.ops.unpermute import unpermute
@@ -45,7 +44,6 @@ __all__ = [
     "quantize_fp8",
     "rotary",
     "sort_slots",
-    "token_cross_entropy",
     "topk_router",
     "topp_router",
     "unpermute",

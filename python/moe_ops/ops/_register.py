@@ -82,6 +82,18 @@ _autograd_rules: dict[Any, Callable[..., Any]] = {}
 
 _PRE_DISPATCH = torch._C.DispatchKey.PreDispatch
 _AUTOGRAD = torch._C.DispatchKey.AutogradFunctionality
+# What _plain_eager asks torch; a release without one of these takes the dispatcher's way.
+_CAN_ASK = all(
+    hasattr(torch._C, name)
+    for name in (
+        "_is_any_autocast_enabled",
+        "_are_functorch_transforms_active",
+        "_len_torch_dispatch_stack",
+        "_dispatch_tls_is_dispatch_key_included",
+        "_dispatch_tls_is_dispatch_key_excluded",
+        "_has_torch_function",
+    )
+)
 
 
 def _plain_eager() -> bool:
@@ -267,8 +279,9 @@ def register_autograd(
         (torch.autograd.Function,),
         {"forward": staticmethod(plain_forward), "backward": staticmethod(backward)},
     )
-    # Function.apply itself only looks for functorch, which `call` has done.
-    _autograd_rules[packet] = super(torch.autograd.Function, plain).apply
+    if _CAN_ASK:
+        # Function.apply itself only looks for functorch, which `call` has done.
+        _autograd_rules[packet] = super(torch.autograd.Function, plain).apply
 
     def kernel(keyset: Any, *args: Any) -> Any:
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):

@@ -25,7 +25,6 @@ from .permute import permute
 from .quantize_fp8 import quantize_fp8
 from .rotary import rotary
 from .sort_slots import sort_slots
-from .token_cross_entropy import token_cross_entropy
 from .topk_router import topk_router
 from .topp_router import topp_router
 from .unpermute import unpermute
@@ -52,7 +51,6 @@ __all__ = [
     "quantize_fp8",
     "rotary",
     "sort_slots",
-    "token_cross_entropy",
     "topk_router",
     "topp_router",
     "unpermute",

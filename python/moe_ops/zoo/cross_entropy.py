@@ -11,8 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_ops.ops import token_cross_entropy
-
 # Targets that do not count, as in F.cross_entropy.
 IGNORED = -100
 # Logits of a chunk. 2^17 in fp32 are 512 KiB of an L2; a GPU wants enough rows to fill it.
@@ -34,7 +32,7 @@ def head_cross_entropy(
     Args:
         x: [T, H]; float64, float32, bfloat16 or float16.
         weight: [V, H] in x's dtype.
-        targets: [T] int64 in [0, V); -100 adds nothing, and without a mask does not count either.
+        targets: [T] int64 in [0, V); without a mask also -100, a token that does not count.
         token_mask: [T] bool, True where a token counts.
 
     Returns:
@@ -48,19 +46,19 @@ def head_cross_entropy(
         or not (x.requires_grad or weight.requires_grad)
     ):
         return _formula(x, weight, targets, token_mask)
-    if token_mask is None:
-        count = (targets != IGNORED).sum()
-    else:
-        targets = targets.masked_fill(~token_mask, IGNORED)
-        count = token_mask.sum().clamp(min=1)
-    return _SumOfChunks.apply(x, weight, targets) / count
+    counted = targets != IGNORED if token_mask is None else token_mask
+    count = counted.sum()
+    # Reading one element costs the CPU nothing; a GPU would be waited for.
+    if counted.is_cpu and int(count) == counted.numel():
+        counted = None
+    total = _SumOfChunks.apply(x, weight, targets, counted)
+    return total / (count if token_mask is None else count.clamp(min=1))
 
 
 def _formula(x: Tensor, weight: Tensor, targets: Tensor, token_mask: Tensor | None) -> Tensor:
     if token_mask is None:
         return F.cross_entropy(_logits(x, weight), targets)
-    targets = targets.masked_fill(~token_mask, IGNORED)
-    return _sum(x, weight, targets) / token_mask.sum().clamp(min=1)
+    return _sum(x, weight, targets, token_mask) / token_mask.sum().clamp(min=1)
 
 
 def _logits(x: Tensor, weight: Tensor) -> Tensor:
@@ -68,50 +66,63 @@ def _logits(x: Tensor, weight: Tensor) -> Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
-def _sum(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(_logits(x, weight), targets, reduction="sum")
+def _sum(x: Tensor, weight: Tensor, targets: Tensor, counted: Tensor | None) -> Tensor:
+    losses = F.cross_entropy(_logits(x, weight), targets, reduction="none")
+    return (losses if counted is None else losses.masked_fill(~counted, 0.0)).sum()
 
 
 class _SumOfChunks(torch.autograd.Function):
-    """`_sum`, whose gradients are computed at once."""
+    """Sum over counted tokens (None: all); its gradients are computed at once."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, counted: Tensor | None
+    ) -> Tensor:
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         most = CHUNK_LOGITS["cpu" if x.is_cpu else "cuda"] // max(len(weight), 1)
         grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         # Sums over chunks are not rounded to a half type in between.
         grad_w = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
-        losses = []
+        total = torch.zeros((), dtype=wide, device=x.device)
+        if counted is not None:
+            targets = targets.masked_fill(~counted, 0)
         for rows in _chunks(len(x), max(most, MIN_CHUNK)):
-            part = x[rows]
-            loss, grad = token_cross_entropy(part @ weight.t(), targets[rows])
-            losses.append(loss)
+            part, at = x[rows], targets[rows, None]
+            scores = torch.log_softmax((part @ weight.t()).to(wide), 1)
+            losses = scores.gather(1, at)
+            grad = scores.exp_().scatter_add_(1, at, losses.new_full((1, 1), -1.0).expand_as(at))
+            grad = grad.to(x.dtype)
+            if counted is not None:
+                skipped = ~counted[rows, None]
+                losses = losses.masked_fill(skipped, 0.0)
+                part = part.masked_fill(skipped, 0.0)
+            total -= losses.sum()
             if grad_x is not None:
                 torch.mm(grad, weight, out=grad_x[rows])
+                if counted is not None:
+                    grad_x[rows].masked_fill_(skipped, 0.0)
             if grad_w is None:
                 continue
             if grad_w.dtype == x.dtype:
                 grad_w.addmm_(grad.t(), part)
             else:
                 grad_w += grad.t() @ part
-        total = torch.cat(losses).sum() if losses else x.new_zeros((), dtype=wide)
-        if grad_w is not None:
-            grad_w = grad_w.to(weight.dtype)
-        ctx.save_for_backward(x, weight, targets, grad_x, grad_w)
+        grad_w = None if grad_w is None else grad_w.to(weight.dtype)
+        ctx.save_for_backward(x, weight, targets, counted, grad_x, grad_w)
         return total
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, targets, grad_x, grad_w = ctx.saved_tensors
+        x, weight, targets, counted, grad_x, grad_w = ctx.saved_tensors
         if torch.is_grad_enabled():  # The gradient is to be differentiated.
             wanted = [t for t in (x, weight) if t.requires_grad]
-            total = _sum(x, weight, targets)
+            total = _sum(x, weight, targets, counted)
             grads = iter(torch.autograd.grad(total, wanted, grad, create_graph=True))
-            return *(next(grads) if t.requires_grad else None for t in (x, weight)), None
+            return *(next(grads) if t.requires_grad else None for t in (x, weight)), None, None
         return (
             None if grad_x is None else grad_x * grad,
             None if grad_w is None else grad_w * grad,
+            None,
             None,
         )
 
