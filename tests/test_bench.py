@@ -423,6 +423,22 @@ def test_verdicts_name_the_worst_cell():
     assert found["fp32 forward, T 16 to 64", "1.20x best peer"].worst is None
 
 
+def test_verdicts_say_what_the_limit_allows():
+    def verdict(*cells):
+        found = {(v.goal, v.must): v for v in goals.verdicts({"forward": cells})}
+        return found["fp32 forward, T 1 to 4", "1.40x HF grouped_mm"]
+
+    near = cell_of(1, 0.96, **{goals.HF: 1.2})
+    assert verdict(near).at_limit == "1.25x" and verdict(near).out_of_reach
+    cached = cell_of(1, 1.5, **{goals.HF: 1.2})  # Above the limit: from a cache.
+    assert verdict(cached).at_limit is None and not verdict(cached).out_of_reach
+    far = cell_of(4, 0.80, **{goals.HF: 1.3})
+    assert not verdict(near, far).out_of_reach and not verdict(near, far).met
+    good = cell_of(2, 0.5, **{goals.HF: 1.4})
+    assert verdict(good).met and not verdict(good).out_of_reach
+    assert verdict(near, good).out_of_reach
+
+
 def test_parts_are_judged_by_the_fastest_torch_form():
     cells = [{"part": "sort", "T": 1, "speedup": {"a": 12.0, "b": 400.0}}]
     found = {v.goal: v for v in goals.verdicts({"parts": cells})}

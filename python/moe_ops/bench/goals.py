@@ -5,8 +5,9 @@ A goal is a number that every cell of a group must reach; its verdict names the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 HF = "HF grouped_mm"
@@ -15,7 +16,12 @@ Cell = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Verdict:
-    """`worst` of the cells and `where` it is, both for people; None if nothing was measured."""
+    """`worst` of the cells and `where` it is, both for people; None if nothing was measured.
+
+    `at_limit`: what that cell's ratio would be if ours ran at its limit; None where ours is faster
+    than that, its weights in a cache. `out_of_reach`: the goal is not met, and in no cell that
+    misses it would running at the limit be enough.
+    """
 
     goal: str
     must: str
@@ -23,6 +29,8 @@ class Verdict:
     where: str
     met: bool
     missing: tuple[str, ...] = ()
+    at_limit: str | None = None
+    out_of_reach: bool = False
 
 
 @dataclass(frozen=True)
@@ -126,12 +134,26 @@ def metric(cell: Cell, what: str) -> float | None:
 
 def _of_group(result: Mapping[str, Any], group: _Group, what: str, least: float) -> Verdict:
     values: list[tuple[float, str]] = []
+    at_limit: dict[str, float] = {}
     for cell in result.get(group.mode, ()):
         if group.chosen(cell) and (value := metric(cell, what)) is not None:
-            values.append((value, f"{cell['shape']} {cell['weights']} T={cell['T']}"))
+            where = f"{cell['shape']} {cell['weights']} T={cell['T']}"
+            values.append((value, where))
+            share = metric(cell, "limit") or 0.0
+            at_limit[where] = value / share if 0.0 < share <= 1.0 else math.inf
     show: Callable[[float], str] = "{:.0%}".format if what == "limit" else "{:.2f}x".format
     must = f"{show(least)} of the limit" if what == "limit" else f"{show(least)} {what}"
-    return _verdict(group.label, must, values, least, show)
+    verdict = _verdict(group.label, must, values, least, show)
+    # Both numbers of a goal of integers beside bfloat16 are ours: there is no fixed time to beat.
+    if what in ("limit", "bf16 moe_ops") or verdict.worst is None:
+        return verdict
+    short = [at_limit[where] for value, where in values if value < least]
+    worst = at_limit[verdict.where]
+    return replace(
+        verdict,
+        at_limit=show(worst) if math.isfinite(worst) else None,
+        out_of_reach=bool(short) and max(short) < least,
+    )
 
 
 def _verdict(

@@ -111,10 +111,11 @@ def _facts(result: Mapping[str, Any]) -> str:
 def _goals(result: Mapping[str, Any]) -> str:
     rows = []
     for verdict in verdicts(result):
-        met = "yes" if verdict.met else "no"
+        met = "yes" if verdict.met else "out of reach" if verdict.out_of_reach else "no"
         worst = "–" if verdict.worst is None else f"{verdict.worst} ({verdict.where})"
-        rows.append([verdict.goal, verdict.must, worst, met if verdict.worst else "not measured"])
-    return table(["goal", "must", "worst", "met"], rows, right_from=4)
+        row = [verdict.goal, verdict.must, worst, verdict.at_limit or "–"]
+        rows.append([*row, met if verdict.worst else "not measured"])
+    return table(["goal", "must", "worst", "at the limit", "met"], rows, right_from=5)
 
 
 def _summary(cells: Iterable[Mapping[str, Any]]) -> str:
