@@ -49,9 +49,8 @@ def head_cross_entropy(
     counted = targets != IGNORED if token_mask is None else token_mask
     count = counted.sum()
     # Reading one element costs the CPU nothing; a GPU would be waited for.
-    if counted.is_cpu and int(count) == counted.numel():
-        counted = None
-    total = _SumOfChunks.apply(x, weight, targets, counted)
+    all_count = counted.is_cpu and int(count) == counted.numel()
+    total = _SumOfChunks.apply(x, weight, targets, None if all_count else counted)
     return total / (count if token_mask is None else count.clamp(min=1))
 
 
