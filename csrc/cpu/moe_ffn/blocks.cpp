@@ -82,6 +82,7 @@ void forward(const MoeFfnParams& p, const Parallel& par) {
   const DType type = p.x.type;
   const int64_t size = dtype_size(type), ld_pre = padded(k, width), ld = padded(k, H);
   const bool gated = is_gated(s.act.kind), interleaved = gated && s.act.interleaved;
+  const int64_t up_at = gated ? I : 0;
   const bool on_input = s.apply_router_weight_on_input;
   // Pre-activations that are kept as they are computed.
   const bool direct = p.preact != nullptr && type == kAccumulate<T> && ld_pre == width;
@@ -97,9 +98,9 @@ void forward(const MoeFfnParams& p, const Parallel& par) {
     const int64_t n = (b.end - b.begin) * s.top_k;
     T* out = scratch<T>(Scratch::kTile, n * ld);
     Carver part(Scratch::kPackA,
-                (kMaxMr * (2 * kLda + ld_pre) + 2 * I) * static_cast<int64_t>(sizeof(T)) + 4 * 64);
+                kMaxMr * 2 * (kLda + ld_pre) * static_cast<int64_t>(sizeof(T)) + 4 * 64);
     T *x = part.take<T>(kMaxMr * kLda), *h = part.take<T>(kMaxMr * kLda);
-    T *own_pre = part.take<T>(kMaxMr * ld_pre), *halves = part.take<T>(2 * I);
+    T *own_pre = part.take<T>(kMaxMr * ld_pre), *halves = part.take<T>(kMaxMr * ld_pre);
     std::array<const void*, kMaxMr> tokens;
     std::array<T, kMaxMr> weights;
     for (int64_t e = 0; e < E; ++e) {
@@ -116,15 +117,15 @@ void forward(const MoeFfnParams& p, const Parallel& par) {
         if (p.preact != nullptr && !direct) {
           k.store_rows(type, pre, ld_pre, m, width, saved, width);
         }
-        for (int64_t r = 0; r < m; ++r) {
-          const T* gate = pre + r * ld_pre;
-          if (interleaved) {
-            deinterleave(gate, I, halves, halves + I);
-            gate = halves;
+        const T* gate = pre;
+        if (interleaved) {
+          for (int64_t r = 0; r < m; ++r) {
+            deinterleave(pre + r * ld_pre, I, halves + r * ld_pre, halves + r * ld_pre + I);
           }
-          k.act_fwd(s.act.kind, gate, gate + (gated ? I : 0), h + r * kLda, I, T(s.act.alpha),
-                    T(s.act.limit));
+          gate = halves;
         }
+        k.act_rows({s.act.kind, m, I, T(s.act.alpha), T(s.act.limit), gate, gate + up_at, ld_pre, h,
+                    kLda});
         multiply_tile(k, h, m, I, down.of(e), H, p.b_down.type, bias_of(p.b_down, e),
                       out + (b.offsets[e] + r0) * ld);
       }
@@ -139,24 +140,26 @@ void forward(const MoeFfnParams& p, const Parallel& par) {
 // What a thread has of the rows of an expert in a block: at most kKc at once.
 template <class T>
 struct BwdScratch {
-  T* dx;              // [slots of a block][padded(H)]
-  T *tile, *u, *pre;  // a tile's: products' operand, u, rows of pre-activations
-  T *hidden, *dpre,
-      *gy;  // [kKc]: weight * h, kLdm apart: the gradient of the pre-activation, grad_y
+  T* dx;                          // [slots of a block][padded(H)]
+  T *tile, *u;                    // a tile's: operand of products, u
+  T *pre, *halves, *grad_halves;  // pre-activations as they were, in halves, and gradients of these
+  T *hidden, *dpre, *gy;          // [kKc]: weight * h; gradients of pre-activations, grad_y
   T *panels, *sum;
   T *weights, *dots;                           // [kKc]
   const void **gys, **xs, **hiddens, **dpres;  // [kKc] rows of grad_y, x, hidden and dpre
 
   BwdScratch(const Kernels<T>& k, int64_t slots, int64_t H, int64_t I, int64_t width) {
     const int64_t ld = padded(k, std::max(H, width));
-    const int64_t elements = slots * padded(k, H) + kMaxMr * (kLda + ld) + 3 * width +
+    const int64_t elements = slots * padded(k, H) + kMaxMr * (kLda + ld + 3 * width) +
                              kKc * (padded(k, I) + 2 * kLdm + ld + 2) + ld;
     Carver part(Scratch::kTile, elements * static_cast<int64_t>(sizeof(T)) +
-                                    4 * kKc * static_cast<int64_t>(sizeof(void*)) + 15 * 64);
+                                    4 * kKc * static_cast<int64_t>(sizeof(void*)) + 17 * 64);
     dx = part.take<T>(slots * padded(k, H));
     tile = part.take<T>(kMaxMr * kLda);
     u = part.take<T>(kMaxMr * ld);
-    pre = part.take<T>(3 * width);
+    pre = part.take<T>(kMaxMr * width);
+    halves = part.take<T>(kMaxMr * width);
+    grad_halves = part.take<T>(kMaxMr * width);
     hidden = part.take<T>(kKc * padded(k, I));
     dpre = part.take<T>(kKc * kLdm);
     gy = part.take<T>(kKc * kLdm);
@@ -266,13 +269,12 @@ class Backward {
       // u, unweighted: <h, u> is the gradient of the routing weight.
       k_.gather_rows(type, t.gys + r0, m, H_, nullptr, t.tile, kLda);
       multiply_tile<T>(k_, t.tile, m, H_, down_.of(e), I_, type, nullptr, t.u);
-      for (int64_t r = 0; r < m; ++r) {
-        const T weight = on_input ? T(1) : t.weights[r0 + r];
-        const T g = act_row(row + r0 + r, t.u + r * ld_u, weight, t.hidden + (r0 + r) * ld_u,
-                            t.tile + r * kLda, t.pre);
-        if (grad_weights != nullptr && !on_input) {
-          grad_weights[s_.row_to_slot[row + r0 + r]] =
-              bias == nullptr ? g : g + k_.dot_row(p_.b_down.type, bias, type, t.gys[r0 + r], H_);
+      act_tile(row + r0, m, on_input ? nullptr : t.weights + r0, t.hidden + r0 * ld_u, t);
+      if (grad_weights != nullptr && !on_input) {
+        for (int64_t r = 0; r < m; ++r) {
+          T g = t.dots[r];
+          if (bias != nullptr) g += k_.dot_row(p_.b_down.type, bias, type, t.gys[r0 + r], H_);
+          grad_weights[s_.row_to_slot[row + r0 + r]] = g;
         }
       }
       if (wants_up_) {
@@ -287,26 +289,34 @@ class Backward {
     for (int64_t r = 0; r < count; ++r) grad_weights[s_.row_to_slot[row + r]] = t.dots[r];
   }
 
-  // The activation of a row backward: h and grad times weight, and <h, u>. pre: room for 3 * width.
-  T act_row(int64_t row, const T* u, T weight, T* h, T* grad, T* pre) const {
+  // From u of m rows: h and the gradient of the pre-activation, which becomes the tile, both times
+  // weight, and <h, u> as dots.
+  void act_tile(int64_t row, int64_t m, const T* weights, T* h, BwdScratch<T>& t) const {
     const DType type = p_.x.type;
     const bool gated = is_gated(s_.act.kind), interleaved = gated && s_.act.interleaved;
     const char* saved = element(p_.preact, type, row * width_);
     const T* gate = reinterpret_cast<const T*>(saved);
     if (type != kAccumulate<T>) {
-      k_.load_row(type, saved, pre, width_, T(1));
-      gate = pre;
+      k_.load_rows(type, saved, width_, m, width_, t.pre, width_, T(1));
+      gate = t.pre;
     }
-    T* to = grad;
+    T* grad = t.tile;
+    int64_t ld_grad = kLda;
     if (interleaved) {
-      deinterleave(gate, I_, pre + width_, pre + width_ + I_);
-      gate = pre + width_;
-      to = pre + 2 * width_;
+      for (int64_t r = 0; r < m; ++r) {
+        deinterleave(gate + r * width_, I_, t.halves + r * width_, t.halves + r * width_ + I_);
+      }
+      gate = t.halves;
+      grad = t.grad_halves;
+      ld_grad = width_;
     }
-    const T g = k_.act_bwd_weighted(s_.act.kind, gate, gate + (gated ? I_ : 0), u, weight, h, to,
-                                    to + I_, I_, T(s_.act.alpha), T(s_.act.limit));
-    if (interleaved) interleave(to, to + I_, I_, grad);
-    return g;
+    const int64_t up_at = gated ? I_ : 0;
+    k_.act_bwd_rows({s_.act.kind, m, I_, T(s_.act.alpha), T(s_.act.limit), gate, gate + up_at,
+                     width_, t.u, padded(k_, I_), weights, h, padded(k_, I_), grad, grad + up_at,
+                     ld_grad, t.dots});
+    for (int64_t r = 0; interleaved && r < m; ++r) {
+      interleave(grad + r * width_, grad + r * width_ + I_, I_, t.tile + r * kLda);
+    }
   }
 
   // Adds the products of `count` rows to the sums of a chunk.
