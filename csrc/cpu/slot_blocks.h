@@ -245,15 +245,23 @@ class ChunkSums {
                                                     : 0)) {}
 
   ChunkSums(const Kernels<T>& k, int64_t chunks, int64_t num_experts, int64_t rows, int64_t cols,
-            T* data)
-      : k_(k), chunks_(chunks), experts_(num_experts), rows_(rows), cols_(cols), data_(data) {}
+            T* data, const MatrixGrads& to = {})
+      : k_(k), chunks_(chunks), experts_(num_experts), rows_(rows), cols_(cols), data_(data) {
+    // The first chunk's matrices are where their sums will be, if they look the same there.
+    if (to.type == kAccumulate<T> && to.offsets_to_add == nullptr && padded(k, cols) == cols) {
+      first_ = static_cast<T*>(to.data);
+    }
+  }
 
   int64_t matrix() const { return rows_ * padded(k_, cols_); }
   int64_t bias() const { return padded(k_, rows_); }
   T* matrix_of(int64_t chunk, int64_t e) const {
+    if (chunk == 0 && first_ != nullptr) return first_ + e * matrix();
     return data_ + (chunk * experts_ + e) * (matrix() + bias());
   }
-  T* bias_of(int64_t chunk, int64_t e) const { return matrix_of(chunk, e) + matrix(); }
+  T* bias_of(int64_t chunk, int64_t e) const {
+    return data_ + (chunk * experts_ + e) * (matrix() + bias()) + matrix();
+  }
 
   // Before the first block of a chunk, of which expert e has `count` rows. A matrix is written by
   // its first product.
@@ -270,7 +278,8 @@ class ChunkSums {
       T* sum = scratch<T>(Scratch::kTile, std::max(matrix(), bias()));
       const bool left_alone =
           w.offsets_to_add != nullptr && w.offsets_to_add[e] == w.offsets_to_add[e + 1];
-      if (w.data != nullptr && !left_alone) {
+      const bool there = chunks_ == 1 && first_ != nullptr;
+      if (w.data != nullptr && !left_alone && !there) {
         const int64_t size = dtype_size(w.type);
         char* out = static_cast<char*>(w.data) + e * rows_ * cols_ * size;
         for (int64_t c = 0; c < chunks_; ++c) parts[c] = matrix_of(c, e);
@@ -293,6 +302,7 @@ class ChunkSums {
   const Kernels<T>& k_;
   int64_t chunks_, experts_, rows_, cols_;
   T* data_;
+  T* first_ = nullptr;
 };
 
 }  // namespace moe_ops::cpu

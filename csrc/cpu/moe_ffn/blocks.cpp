@@ -199,8 +199,12 @@ class Backward {
         down_(k_, transposed(p.w_down), E_, I_, H_, panels_),
         up_(k_, transposed(p.w_gate_up), need_dx_ ? E_ : 0, H_, width_, panels_ + down_panels()),
         sums_(scratch<T>(Scratch::kRows, down_sum_elements() + up_sum_elements())),
-        down_sums_(k_, chunks_, E_, H_, I_, sums_),
-        up_sums_(k_, chunks_, E_, width_, H_, sums_ + down_sum_elements()) {}
+        down_grads_{p.grad_w_down, p.grad_w_down_type,
+                    p.accumulate_w_down ? s_.expert_offsets : nullptr},
+        up_grads_{p.grad_w_gate_up, p.grad_w_gate_up_type,
+                  p.accumulate_w_gate_up ? s_.expert_offsets : nullptr},
+        down_sums_(k_, chunks_, E_, H_, I_, sums_, down_grads_),
+        up_sums_(k_, chunks_, E_, width_, H_, sums_ + down_sum_elements(), up_grads_) {}
 
   void run() {
     T* grad_weights = static_cast<T*>(p_.grad_topk_weights);
@@ -209,15 +213,8 @@ class Backward {
                [&](int64_t chunk, int64_t begin, int64_t end, bool first) {
                  run_block(chunk, begin, end, first);
                });
-    const auto offsets = [&](bool accumulate) { return accumulate ? s_.expert_offsets : nullptr; };
-    if (wants_down_) {
-      down_sums_.add_up({p_.grad_w_down, p_.grad_w_down_type, offsets(p_.accumulate_w_down)},
-                        p_.grad_b_down, p_.x.type, par_);
-    }
-    if (wants_up_) {
-      up_sums_.add_up({p_.grad_w_gate_up, p_.grad_w_gate_up_type, offsets(p_.accumulate_w_gate_up)},
-                      p_.grad_b_gate_up, p_.x.type, par_);
-    }
+    if (wants_down_) down_sums_.add_up(down_grads_, p_.grad_b_down, p_.x.type, par_);
+    if (wants_up_) up_sums_.add_up(up_grads_, p_.grad_b_gate_up, p_.x.type, par_);
   }
 
  private:
@@ -352,6 +349,7 @@ class Backward {
   T* const panels_;
   const PanelBank<T> down_, up_;
   T* const sums_;  // made after the panels, which use the same scratch on the way
+  const MatrixGrads down_grads_, up_grads_;
   const ChunkSums<T> down_sums_, up_sums_;
 };
 
