@@ -1,7 +1,8 @@
 """moe_ffn of narrow experts, which the CPU runs in blocks of 128 tokens (cpu/moe_ffn/blocks.cpp).
 
-Rows of at most 128 numbers, at most 2^17 weights, and 16 slots an expert in a block: sizes on both
-sides of each border, and what the operation can be asked for on this one."""
+Rows of at most 128 numbers, at most 2^17 weights, 16 slots an expert in a block, and for backward
+48 in a chunk of two: sizes on both sides of each border, and what the operation can be asked for
+on this one."""
 
 from __future__ import annotations
 
@@ -73,15 +74,16 @@ def test_sizes(hidden_size, intermediate_size, activation, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
-@pytest.mark.parametrize("tokens", [31, 32, 127, 128, 129, 256, 257, 700, 4200])
+@pytest.mark.parametrize("tokens", [31, 32, 95, 96, 127, 128, 129, 256, 257, 700, 4200])
 def test_tokens(tokens, dtype):
-    """A chunk is two blocks, and three from 4097 tokens on; 31 tokens have too few slots."""
+    """A chunk is two blocks, and three from 4097 tokens on; 31 tokens have too few slots, and 95
+    for backward."""
     check(ffn_operands(Routing(tokens, 4, 2, "dropped"), 9, 12, dtype, bias=True))
 
 
 @pytest.mark.parametrize("num_experts", [10, 11])
 def test_as_many_weights_as_stay_in_cache(num_experts):
-    check(ffn_operands(Routing(140, num_experts, 2), 64, 64, torch.float32))
+    check(ffn_operands(Routing(280, num_experts, 2), 64, 64, torch.float32))
 
 
 @pytest.mark.parametrize("on_input", [False, True], ids=["output", "input"])
@@ -91,11 +93,11 @@ def test_as_many_weights_as_stay_in_cache(num_experts):
         Routing(300, 1, 1),
         Routing(300, 4, 2, "one_expert"),  # more rows than a product takes at once
         Routing(150, 4, 2, "half_empty"),
-        Routing(150, 5, 1, "last_only"),
+        Routing(250, 5, 1, "last_only"),
         Routing(150, 4, 3, "all_dropped"),
         Routing(150, 5, 2, "out_of_range", torch.int64),
         Routing(150, 4, 6, "repeated"),
-        Routing(150, 12, 2, "skewed"),
+        Routing(300, 8, 2, "skewed"),
     ],
     ids=str,
 )
