@@ -98,6 +98,21 @@ for dtype in DTYPES:
             magnitude=moe_ffn_magnitude, sum_length=64, steps=2,
             grad_steps=5,
         )
+    for activation, interleaved, hidden, intermediate in (
+        ("swiglu", False, 64, 64), ("swiglu_oai", True, 33, 31), ("geglu", False, 7, 48),
+        ("relu2", False, 128, 128), ("gelu", False, 17, 97),
+    ):
+        for on_input in (False, True):
+            call = ffn_operands(
+                Routing(150, 4, 2, "dropped"), hidden, intermediate, dtype, activation=activation,
+                bias=True,
+            )
+            call |= {"interleaved": interleaved, "apply_router_weight_on_input": on_input}
+            check_against_reference(
+                moe_ops.moe_ffn, reference.moe_ffn, call,
+                ["x", "w_gate_up", "w_down", "topk_weights", "b_gate_up", "b_down"],
+                magnitude=moe_ffn_magnitude, sum_length=300, steps=2, grad_steps=5,
+            )
     for activation, interleaved in (("swiglu", False), ("swiglu_oai", True), ("relu2", False)):
         for tokens, hidden, intermediate in ((1, 33, 31), (21, 64, 65), (90, 129, 48)):
             call = ffn_operands(

@@ -132,6 +132,8 @@ Kernels<T> make_kernels() {
   k.act_fwd = &act_fwd<T>;
   k.act_bwd = &act_bwd<T>;
   k.act_bwd_weighted = &act_bwd_weighted<T>;
+  k.act_rows = &act_rows<T>;
+  k.act_bwd_rows = &act_bwd_rows<T>;
   k.attention = attention_kernels<T>();
   k.dense = dense_kernels<T>();
   k.mix = mix_kernels<T>();

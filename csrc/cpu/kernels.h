@@ -198,6 +198,34 @@ struct NormRowsBwd {
   T *weight_sum, *bias_sum;  // [cols], added to
 };
 
+// The activation of `rows` rows of n; functions-inl.h in kernels/.
+template <class T>
+struct ActRows {
+  Activation kind;
+  int64_t rows, n;
+  T alpha, limit;
+  const T *gate, *up;  // rows ld apart; `up` is read by activations with a gate alone
+  int64_t ld;
+  T* h;  // rows ld_h apart
+  int64_t ld_h;
+};
+template <class T>
+struct ActRowsBwd {
+  Activation kind;
+  int64_t rows, n;
+  T alpha, limit;
+  const T *gate, *up;
+  int64_t ld;
+  const T* dh;  // rows ld_dh apart
+  int64_t ld_dh;
+  const T* weights;  // [rows], factors of all that is written but dots; nullptr: ones
+  T* h;              // may be where dh is
+  int64_t ld_h;
+  T *dgate, *dup;  // rows ld_grad apart
+  int64_t ld_grad;
+  T* dots;  // [rows], <h, dh>
+};
+
 // Steps between the products of dense_ffn, on rows of a block; dense-inl.h in kernels/. They write
 // whole vectors: rows of targets and `sum` reach up to the next one. Panels are as those of
 // pack_panels, [rows][2*lanes or lanes] each, one after the other.
@@ -394,6 +422,9 @@ struct Kernels {
   // <h, dh> without the weight.
   T (*act_bwd_weighted)(Activation kind, const T* gate, const T* up, const T* dh, T weight, T* h,
                         T* dgate, T* dup, int64_t n, T alpha, T limit);
+  // act_fwd and act_bwd_weighted of many rows in a call.
+  void (*act_rows)(const ActRows<T>& p);
+  void (*act_bwd_rows)(const ActRowsBwd<T>& p);
 };
 
 template <class T>

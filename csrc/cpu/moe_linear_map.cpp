@@ -66,10 +66,7 @@ void run_bwd(const MoeLinearMapBwdParams& p, const Parallel& par) {
     T* c = scratch<T>(Scratch::kTile, n * ld);
     for (int64_t e = 0; e < E; ++e) {
       const int64_t r = b.offsets[e], count = b.offsets[e + 1] - r;
-      if (first && sums) {
-        if (count == 0) std::fill_n(chunks.matrix_of(chunk, e), chunks.matrix(), T(0));
-        std::fill_n(chunks.bias_of(chunk, e), chunks.bias(), T(0));
-      }
+      if (first && sums) chunks.begin(chunk, e, count);
       if (count == 0) continue;
       if (p.grad_w != nullptr) {
         multiply_outer<T>(k, type, grads + r, O, tokens + r, H, nullptr, count,
@@ -88,23 +85,15 @@ void run_bwd(const MoeLinearMapBwdParams& p, const Parallel& par) {
     k.combine_rows(type, c, ld, b.rows, nullptr, end - begin, s.top_k, H,
                    static_cast<char*>(p.grad_x) + begin * H * size);
   };
-  run_chunks(s, par, 2, run_block);
-  if (sums) chunks.add_up(type, p.grad_w, p.grad_bias, par);
+  run_chunks(s.num_tokens, par, slot_product_cost(s, 2), run_block);
+  if (sums) chunks.add_up({p.grad_w, type}, p.grad_bias, type, par);
 }
 
 }  // namespace
 
 bool takes_slot_product(const SlotProduct& s, DType type) {
-  // So many rows of an expert in a block that tiles are full and making panels costs little.
-  constexpr int64_t kMinRows = 16;
-  // Of the matrices of all experts: they stay in an L2.
-  constexpr int64_t kMostWeights = int64_t{1} << 17;
-  const int64_t widest = std::max(s.rows, s.cols), E = s.num_experts;
-  if (std::min(s.rows, s.cols) == 0 || widest > kMostWidth) return false;
-  if (E * s.rows * s.cols > kMostWeights) return false;
-  if (std::min(s.num_tokens, kBlockTokens) * s.top_k < kMinRows * E) return false;
-  // AMX multiplies bfloat16 faster than anything else does.
-  return type != DType::kBFloat16 || kernels<float>().amx_panel == nullptr;
+  return takes_blocks({s.num_tokens, s.top_k, s.num_experts, std::min(s.rows, s.cols),
+                       std::max(s.rows, s.cols), s.rows * s.cols, type});
 }
 
 void moe_linear_map(const MoeLinearMapParams& p, const Parallel& par) {

@@ -98,10 +98,7 @@ void run_blocks_bwd(const MoeLinearReduceBlocksBwdParams& p, const Parallel& par
     }
     for (int64_t e = 0; e < E; ++e) {
       const int64_t r = b.offsets[e], count = b.offsets[e + 1] - r;
-      if (first && sums) {
-        if (count == 0) std::fill_n(chunks.matrix_of(chunk, e), chunks.matrix(), T(0));
-        std::fill_n(chunks.bias_of(chunk, e), chunks.bias(), T(0));
-      }
+      if (first && sums) chunks.begin(chunk, e, count);
       if (count == 0) continue;
       if (p.grad_w != nullptr) {
         multiply_outer(k, type, grads + r, H, h + r, D, weights + r, count,
@@ -136,8 +133,8 @@ void run_blocks_bwd(const MoeLinearReduceBlocksBwdParams& p, const Parallel& par
       }
     }
   };
-  run_chunks(s, par, 2, run_block);
-  if (sums) chunks.add_up(type, p.grad_w, p.grad_bias, par);
+  run_chunks(s.num_tokens, par, slot_product_cost(s, 2), run_block);
+  if (sums) chunks.add_up({p.grad_w, type}, p.grad_bias, type, par);
 }
 
 }  // namespace

@@ -364,7 +364,7 @@ bool activations_right(const Kernels<T>& k, const Kernels<T>& portable, Numbers<
   std::vector<T> gate = numbers.take(kDepth), up = numbers.take(kDepth), dh = numbers.take(kDepth);
   for (T& g : gate) g *= T(9);
   for (int kind = 0; kind <= static_cast<int>(Activation::kRelu2); ++kind) {
-    std::vector<T> out[2][8];
+    std::vector<T> out[2][13];
     for (int level = 0; level < 2; ++level) {
       const Kernels<T>& table = level == 0 ? k : portable;
       for (auto& v : out[level]) v.assign(kDepth, T(0));
@@ -377,8 +377,16 @@ bool activations_right(const Kernels<T>& k, const Kernels<T>& portable, Numbers<
       o[7][0] = table.act_bwd_weighted(static_cast<Activation>(kind), gate.data(), up.data(),
                                        dh.data(), T(0.3), o[4].data(), o[5].data(), o[6].data(),
                                        kDepth, T(1.7), T(7));
+      // The same as rows of one vector and a tail.
+      const int64_t rows = 2, n = k.lanes + 1, ld = n + 2;
+      const T weights[rows] = {T(0.3), T(2)};
+      table.act_rows({static_cast<Activation>(kind), rows, n, T(1.7), T(7), gate.data(), up.data(),
+                      ld, o[8].data(), ld});
+      table.act_bwd_rows({static_cast<Activation>(kind), rows, n, T(1.7), T(7), gate.data(),
+                          up.data(), ld, dh.data(), ld, weights, o[9].data(), ld, o[10].data(),
+                          o[11].data(), ld, o[12].data()});
     }
-    for (int i = 0; i < 8; ++i) {
+    for (int i = 0; i < 13; ++i) {
       if (!close(out[0][i], out[1][i])) return false;
     }
   }

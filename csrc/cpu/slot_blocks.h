@@ -27,11 +27,33 @@ constexpr int64_t kMostChunks = 16;
 // Widest row: one step over k of every tile, whichever side it is on.
 constexpr int64_t kMostWidth = kLdm;
 
-inline int64_t chunk_tokens(const SlotProduct& s) {
-  return std::max(kChunkTokens, round_up(ceil_div(s.num_tokens, kMostChunks), kBlockTokens));
+// What decides whether an operation goes by blocks: sizes alone.
+struct BlockedSizes {
+  int64_t num_tokens, top_k, num_experts;
+  int64_t narrowest, widest;  // of all rows
+  int64_t weights;            // of an expert
+  DType type;
+};
+
+inline bool takes_blocks(const BlockedSizes& s) {
+  // So many rows of an expert in a block that tiles are full and making panels costs little.
+  constexpr int64_t kMinRows = 16;
+  // Of the matrices of all experts: they stay in an L2.
+  constexpr int64_t kMostWeights = int64_t{1} << 17;
+  if (s.narrowest == 0 || s.widest > kMostWidth) return false;
+  if (s.num_experts * s.weights > kMostWeights) return false;
+  if (std::min(s.num_tokens, kBlockTokens) * s.top_k < kMinRows * s.num_experts) return false;
+  // AMX multiplies bfloat16 faster than anything else does.
+  return s.type != DType::kBFloat16 || kernels<float>().amx_panel == nullptr;
 }
 
-inline int64_t num_chunks(const SlotProduct& s) { return ceil_div(s.num_tokens, chunk_tokens(s)); }
+inline int64_t chunk_tokens(int64_t num_tokens) {
+  return std::max(kChunkTokens, round_up(ceil_div(num_tokens, kMostChunks), kBlockTokens));
+}
+
+inline int64_t num_chunks(int64_t num_tokens) {
+  return ceil_div(num_tokens, chunk_tokens(num_tokens));
+}
 
 // About nanoseconds of `products` products of every slot.
 inline double slot_product_cost(const SlotProduct& s, int products) {
@@ -73,15 +95,25 @@ int64_t padded(const Kernels<T>& k, int64_t n) {
 }
 
 // The matrices as panels [depth][2 or 1 vectors of outputs], of one expert after the other:
-// transposed, those of W x, else those of W^T x. One block of scratch, of the calling thread.
+// transposed, those of W x, else those of W^T x. One block of scratch, of the calling thread, or
+// memory of the caller's, elements() of it.
 template <class T>
 class PanelBank {
  public:
+  static int64_t elements(const Kernels<T>& k, int64_t num_experts, int64_t outputs,
+                          int64_t depth) {
+    return num_experts * padded(k, outputs) * depth;
+  }
+
   PanelBank(const Kernels<T>& k, const ExpertMatrices& w, int64_t num_experts, int64_t outputs,
             int64_t depth)
-      : size_(padded(k, outputs) * depth) {
+      : PanelBank(k, w, num_experts, outputs, depth,
+                  scratch<T>(Scratch::kTokens, elements(k, num_experts, outputs, depth))) {}
+
+  PanelBank(const Kernels<T>& k, const ExpertMatrices& w, int64_t num_experts, int64_t outputs,
+            int64_t depth, T* panels)
+      : size_(padded(k, outputs) * depth), panels_(panels) {
     const int64_t W = k.lanes, n = padded(k, outputs);
-    panels_ = scratch<T>(Scratch::kTokens, num_experts * size_);
     T* rows = scratch<T>(Scratch::kRows, n * padded(k, depth));
     std::array<const void*, kMostWidth> at;
     for (int64_t e = 0; e < num_experts; ++e) {
@@ -109,27 +141,51 @@ class PanelBank {
   T* panels_;
 };
 
-// c[r] = (bias +) the product of row r with the panels; c has rows of padded(outputs).
+// c[r] = (bias +) the product of row r of a with the panels, for m rows of a tile, kLda apart; c
+// has rows of padded(outputs).
+template <class T>
+void multiply_tile(const Kernels<T>& k, const T* a, int64_t m, int64_t depth, const T* panels,
+                   int64_t outputs, DType bias_type, const void* bias, T* c) {
+  const int64_t W = k.lanes, n = padded(k, outputs);
+  TileHints none;
+  if (bias != nullptr) {
+    for (int64_t r = 0; r < m; ++r) {
+      k.load_row(bias_type, bias, c + r * n, outputs, T(1));
+      std::fill(c + r * n + outputs, c + (r + 1) * n, T(0));
+    }
+  }
+  for (int64_t j = 0; j < n; j += 2 * W) {
+    k.row_a[n - j > W ? 1 : 0][m - 1](depth, a, panels + j * depth, c + j, n, bias != nullptr,
+                                      none);
+  }
+}
+
+// The same for rows anywhere, any number of them.
 template <class T>
 void multiply_slots(const Kernels<T>& k, DType type, const void* const* rows, int64_t count,
                     int64_t depth, const T* panels, int64_t outputs, const void* bias, T* c) {
-  const int64_t W = k.lanes, n = padded(k, outputs);
   T* a = scratch<T>(Scratch::kPackA, kMaxMr * kLda);
-  TileHints none;
-  const int64_t tiles = ceil_div<int64_t>(count, k.mr2);
+  const int64_t tiles = ceil_div<int64_t>(count, k.mr2), n = padded(k, outputs);
   for (int64_t i = 0; i < tiles; ++i) {
     const int64_t r0 = count * i / tiles, m = count * (i + 1) / tiles - r0;
     k.gather_rows(type, rows + r0, m, depth, nullptr, a, kLda);
-    T* out = c + r0 * n;
-    if (bias != nullptr) {
-      for (int64_t r = 0; r < m; ++r) {
-        k.load_row(type, bias, out + r * n, outputs, T(1));
-        std::fill(out + r * n + outputs, out + (r + 1) * n, T(0));
-      }
-    }
-    for (int64_t j = 0; j < n; j += 2 * W) {
-      k.row_a[n - j > W ? 1 : 0][m - 1](depth, a, panels + j * depth, out + j, n, bias != nullptr,
-                                        none);
+    multiply_tile(k, a, m, depth, panels, outputs, type, bias, c + r0 * n);
+  }
+}
+
+// c[i][j] (+)= the sum over r of grad[r][i] * x[r][j], rows of c padded(width of x), for at most
+// kKc rows r: of grad kLdm apart, of x as panels.
+template <class T>
+void outer_tiles(const Kernels<T>& k, const T* grad, int64_t grad_width, const T* panels,
+                 int64_t x_width, int64_t rows, T* c, bool accumulate) {
+  const int64_t W = k.lanes, n = padded(k, x_width);
+  const int64_t tiles = ceil_div<int64_t>(grad_width, k.mr2);
+  TileHints none;
+  for (int64_t j = 0; j < n; j += 2 * W) {
+    const auto& column = k.col_a[n - j > W ? 1 : 0];
+    for (int64_t i = 0; i < tiles; ++i) {
+      const int64_t i0 = grad_width * i / tiles, i1 = grad_width * (i + 1) / tiles;
+      column[i1 - i0 - 1](rows, grad + i0, panels + j * rows, c + i0 * n + j, n, accumulate, none);
     }
   }
 }
@@ -139,84 +195,114 @@ template <class T>
 void multiply_outer(const Kernels<T>& k, DType type, const void* const* grad, int64_t grad_width,
                     const void* const* x, int64_t x_width, const T* scales, int64_t count, T* c,
                     bool accumulate) {
-  const int64_t W = k.lanes, n = padded(k, x_width);
   T* g = scratch<T>(Scratch::kPackA, kKc * kLdm);
-  T* panels = scratch<T>(Scratch::kPackB, kKc * n);
-  TileHints none;
-  const int64_t tiles = ceil_div<int64_t>(grad_width, k.mr2);
+  T* panels = scratch<T>(Scratch::kPackB, kKc * padded(k, x_width));
   const int64_t parts = ceil_div(count, kKc);
   for (int64_t part = 0; part < parts; ++part) {
     const int64_t r0 = count * part / parts, rows = count * (part + 1) / parts - r0;
     k.gather_rows(type, grad + r0, rows, grad_width, nullptr, g, kLdm);
     k.pack_panels(type, x + r0, 0, rows, x_width, scales == nullptr ? nullptr : scales + r0, panels,
-                  2 * W * rows);
-    for (int64_t j = 0; j < n; j += 2 * W) {
-      const auto& column = k.col_a[n - j > W ? 1 : 0];
-      for (int64_t i = 0; i < tiles; ++i) {
-        const int64_t i0 = grad_width * i / tiles, i1 = grad_width * (i + 1) / tiles;
-        column[i1 - i0 - 1](rows, g + i0, panels + j * rows, c + i0 * n + j, n,
-                            accumulate || part > 0, none);
-      }
-    }
+                  2 * k.lanes * rows);
+    outer_tiles(k, g, grad_width, panels, x_width, rows, c, accumulate || part > 0);
   }
 }
 
 // run(chunk, begin, end, first): the blocks of each chunk in order, `first` for its first one.
 template <class Fn>
-void run_chunks(const SlotProduct& s, const Parallel& par, int products, const Fn& run) {
-  const int64_t length = chunk_tokens(s);
-  parallel_items(par, num_chunks(s), slot_product_cost(s, products), [&](int64_t chunk) {
-    const int64_t begin = chunk * length, end = std::min(s.num_tokens, begin + length);
+void run_chunks(int64_t num_tokens, const Parallel& par, double cost, const Fn& run) {
+  const int64_t length = chunk_tokens(num_tokens);
+  parallel_items(par, num_chunks(num_tokens), cost, [&](int64_t chunk) {
+    const int64_t begin = chunk * length, end = std::min(num_tokens, begin + length);
     for (int64_t t = begin; t < end; t += kBlockTokens) {
       run(chunk, t, std::min(end, t + kBlockTokens), t == begin);
     }
   });
 }
 
+// Gradients of matrices [E, rows, cols], contiguous.
+struct MatrixGrads {
+  void* data = nullptr;  // nullptr: not wanted
+  DType type = DType::kFloat32;
+  // [E+1] if they are added to what is there, except to that of experts without rows.
+  const int64_t* offsets_to_add = nullptr;
+};
+
 // Sums of chunks: [chunks][E], a matrix with padded columns and a bias each. One block of scratch,
-// of the calling thread, that a PanelBank is made in: that comes first.
+// of the calling thread, that a PanelBank is made in, which comes first; or memory of the caller's,
+// elements() of it.
 template <class T>
 class ChunkSums {
  public:
-  ChunkSums(const SlotProduct& s, const Kernels<T>& k, bool wanted) : s_(s), k_(k) {
-    const int64_t parts = wanted ? num_chunks(s) * s.num_experts : 0;
-    data_ = scratch<T>(Scratch::kRows, parts * (matrix() + bias()));
+  static int64_t elements(const Kernels<T>& k, int64_t chunks, int64_t num_experts, int64_t rows,
+                          int64_t cols) {
+    return chunks * num_experts * (rows * padded(k, cols) + padded(k, rows));
   }
 
-  int64_t matrix() const { return s_.rows * padded(k_, s_.cols); }
-  int64_t bias() const { return padded(k_, s_.rows); }
+  ChunkSums(const SlotProduct& s, const Kernels<T>& k, bool wanted)
+      : ChunkSums(k, num_chunks(s.num_tokens), s.num_experts, s.rows, s.cols,
+                  scratch<T>(Scratch::kRows, wanted ? elements(k, num_chunks(s.num_tokens),
+                                                               s.num_experts, s.rows, s.cols)
+                                                    : 0)) {}
+
+  ChunkSums(const Kernels<T>& k, int64_t chunks, int64_t num_experts, int64_t rows, int64_t cols,
+            T* data, const MatrixGrads& to = {})
+      : k_(k), chunks_(chunks), experts_(num_experts), rows_(rows), cols_(cols), data_(data) {
+    // The first chunk's matrices are where their sums will be, if they look the same there.
+    if (to.type == kAccumulate<T> && to.offsets_to_add == nullptr && padded(k, cols) == cols) {
+      first_ = static_cast<T*>(to.data);
+    }
+  }
+
+  int64_t matrix() const { return rows_ * padded(k_, cols_); }
+  int64_t bias() const { return padded(k_, rows_); }
   T* matrix_of(int64_t chunk, int64_t e) const {
-    return data_ + (chunk * s_.num_experts + e) * (matrix() + bias());
+    if (chunk == 0 && first_ != nullptr) return first_ + e * matrix();
+    return data_ + (chunk * experts_ + e) * (matrix() + bias());
   }
-  T* bias_of(int64_t chunk, int64_t e) const { return matrix_of(chunk, e) + matrix(); }
+  T* bias_of(int64_t chunk, int64_t e) const {
+    return data_ + (chunk * experts_ + e) * (matrix() + bias()) + matrix();
+  }
 
-  // Into [E, rows, cols] and [E, rows], where they are wanted.
-  void add_up(DType type, void* grad_w, void* grad_bias, const Parallel& par) const {
-    const int64_t chunks = num_chunks(s_), n = padded(k_, s_.cols);
-    parallel_items(
-        par, s_.num_experts, static_cast<double>(chunks * s_.num_experts * matrix()) / 8,
-        [&](int64_t e) {
-          std::array<const void*, kMostChunks + 1> parts;
-          T* sum = scratch<T>(Scratch::kTile, std::max(matrix(), bias()));
-          if (grad_w != nullptr) {
-            for (int64_t c = 0; c < chunks; ++c) parts[c] = matrix_of(c, e);
-            k_.weighted_sum(kAccumulate<T>, parts.data(), nullptr, chunks, sum, matrix());
-            k_.store_rows(type, sum, n, s_.rows, s_.cols,
-                          static_cast<char*>(grad_w) + e * s_.rows * s_.cols * dtype_size(type),
-                          s_.cols);
-          }
-          if (grad_bias == nullptr) return;
-          for (int64_t c = 0; c < chunks; ++c) parts[c] = bias_of(c, e);
-          k_.weighted_sum(kAccumulate<T>, parts.data(), nullptr, chunks, sum, s_.rows);
-          k_.store_row(type, sum, static_cast<char*>(grad_bias) + e * s_.rows * dtype_size(type),
-                       s_.rows);
-        });
+  // Before the first block of a chunk, of which expert e has `count` rows. A matrix is written by
+  // its first product.
+  void begin(int64_t chunk, int64_t e, int64_t count) const {
+    if (count == 0) std::fill_n(matrix_of(chunk, e), matrix(), T(0));
+    std::fill_n(bias_of(chunk, e), bias(), T(0));
+  }
+
+  // Into matrices and [E, rows], where they are wanted.
+  void add_up(const MatrixGrads& w, void* grad_bias, DType bias_type, const Parallel& par) const {
+    const int64_t n = padded(k_, cols_);
+    const auto run = [&](int64_t e) {
+      std::array<const void*, kMostChunks> parts;
+      T* sum = scratch<T>(Scratch::kTile, std::max(matrix(), bias()));
+      const bool left_alone =
+          w.offsets_to_add != nullptr && w.offsets_to_add[e] == w.offsets_to_add[e + 1];
+      const bool there = chunks_ == 1 && first_ != nullptr;
+      if (w.data != nullptr && !left_alone && !there) {
+        const int64_t size = dtype_size(w.type);
+        char* out = static_cast<char*>(w.data) + e * rows_ * cols_ * size;
+        for (int64_t c = 0; c < chunks_; ++c) parts[c] = matrix_of(c, e);
+        k_.weighted_sum(kAccumulate<T>, parts.data(), nullptr, chunks_, sum, matrix());
+        for (int64_t i = 0; w.offsets_to_add != nullptr && i < rows_; ++i) {
+          k_.axpy(w.type, out + i * cols_ * size, T(1), sum + i * n, cols_);
+        }
+        k_.store_rows(w.type, sum, n, rows_, cols_, out, cols_);
+      }
+      if (grad_bias == nullptr) return;
+      for (int64_t c = 0; c < chunks_; ++c) parts[c] = bias_of(c, e);
+      k_.weighted_sum(kAccumulate<T>, parts.data(), nullptr, chunks_, sum, rows_);
+      k_.store_row(bias_type, sum,
+                   static_cast<char*>(grad_bias) + e * rows_ * dtype_size(bias_type), rows_);
+    };
+    parallel_items(par, experts_, static_cast<double>(chunks_ * experts_ * matrix()) / 8, run);
   }
 
  private:
-  const SlotProduct& s_;
   const Kernels<T>& k_;
+  int64_t chunks_, experts_, rows_, cols_;
   T* data_;
+  T* first_ = nullptr;
 };
 
 }  // namespace moe_ops::cpu

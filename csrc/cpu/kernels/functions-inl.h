@@ -105,7 +105,7 @@ inline ActPair<T> activate(Vec<T> x) {
 
 // Whole vectors; the tail goes through padded copies.
 template <class T, Activation A>
-void act_fwd_loop(const T* gate, const T* up, T* h, int64_t n, T alpha, T limit) {
+inline void act_fwd_loop(const T* gate, const T* up, T* h, int64_t n, T alpha, T limit) {
   constexpr int W = kLanes<T>;
   const auto one = [&](Vec<T> g, Vec<T> u) -> Vec<T> {
     if constexpr (A == Activation::kSwigluOai) {
@@ -131,6 +131,13 @@ void act_fwd_loop(const T* gate, const T* up, T* h, int64_t n, T alpha, T limit)
     }
     store<T>(out, one(load<T>(g), load<T>(u)));
     for (int64_t j = i; j < n; ++j) h[j] = out[j - i];
+  }
+}
+
+template <class T, Activation A>
+void act_rows_loop(const ActRows<T>& p) {
+  for (int64_t r = 0; r < p.rows; ++r) {
+    act_fwd_loop<T, A>(p.gate + r * p.ld, p.up + r * p.ld, p.h + r * p.ld_h, p.n, p.alpha, p.limit);
   }
 }
 
@@ -207,18 +214,22 @@ void act_bwd_row(const T* gate, const T* up, const T* dh, T* h, T* dgate, T* dup
 }
 
 template <class T, Activation A>
-T act_bwd_weighted_row(const T* gate, const T* up, const T* dh, T weight, T* h, T* dgate, T* dup,
-                       int64_t n, T alpha, T limit) {
-  Vec<T> sum = {};
-  act_bwd_loop<T, A>(gate, up, dh, n, alpha, limit,
-                     [&](int64_t i, int count, Vec<T> hv, Vec<T> dg, Vec<T> du, Vec<T> d) {
-                       // Past the end d is 0, and h finite.
-                       sum += hv * d;
-                       store_lanes<T>(h + i, hv * weight, count);
-                       store_lanes<T>(dgate + i, dg * weight, count);
-                       if (is_gated(A)) store_lanes<T>(dup + i, du * weight, count);
-                     });
-  return horizontal_sum<T>(sum);
+void act_bwd_rows_loop(const ActRowsBwd<T>& p) {
+  for (int64_t r = 0; r < p.rows; ++r) {
+    const T weight = p.weights == nullptr ? T(1) : p.weights[r];
+    T *h = p.h + r * p.ld_h, *dgate = p.dgate + r * p.ld_grad, *dup = p.dup + r * p.ld_grad;
+    Vec<T> sum = {};
+    act_bwd_loop<T, A>(p.gate + r * p.ld, p.up + r * p.ld, p.dh + r * p.ld_dh, p.n, p.alpha,
+                       p.limit,
+                       [&](int64_t i, int count, Vec<T> hv, Vec<T> dg, Vec<T> du, Vec<T> d) {
+                         // Past the end d is 0, and h finite.
+                         sum += hv * d;
+                         store_lanes<T>(h + i, hv * weight, count);
+                         store_lanes<T>(dgate + i, dg * weight, count);
+                         if (is_gated(A)) store_lanes<T>(dup + i, du * weight, count);
+                       });
+    p.dots[r] = horizontal_sum<T>(sum);
+  }
 }
 
 #define MOE_FOR_ACTIVATION(kind, CALL)     \
@@ -246,10 +257,15 @@ T act_bwd_weighted_row(const T* gate, const T* up, const T* dh, T weight, T* h, 
   }
 
 template <class T>
-void act_fwd(Activation kind, const T* gate, const T* up, T* h, int64_t n, T alpha, T limit) {
-#define MOE_CALL(A) act_fwd_loop<T, A>(gate, up, h, n, alpha, limit)
-  MOE_FOR_ACTIVATION(kind, MOE_CALL)
+void act_rows(const ActRows<T>& p) {
+#define MOE_CALL(A) act_rows_loop<T, A>(p)
+  MOE_FOR_ACTIVATION(p.kind, MOE_CALL)
 #undef MOE_CALL
+}
+
+template <class T>
+void act_fwd(Activation kind, const T* gate, const T* up, T* h, int64_t n, T alpha, T limit) {
+  act_rows<T>({kind, 1, n, alpha, limit, gate, up, 0, h, 0});
 }
 
 template <class T>
@@ -261,10 +277,17 @@ void act_bwd(Activation kind, const T* gate, const T* up, const T* dh, T* h, T* 
 }
 
 template <class T>
+void act_bwd_rows(const ActRowsBwd<T>& p) {
+#define MOE_CALL(A) act_bwd_rows_loop<T, A>(p)
+  MOE_FOR_ACTIVATION(p.kind, MOE_CALL)
+#undef MOE_CALL
+}
+
+template <class T>
 T act_bwd_weighted(Activation kind, const T* gate, const T* up, const T* dh, T weight, T* h,
                    T* dgate, T* dup, int64_t n, T alpha, T limit) {
-#define MOE_CALL(A) act_bwd_weighted_row<T, A>(gate, up, dh, weight, h, dgate, dup, n, alpha, limit)
-  MOE_FOR_ACTIVATION(kind, MOE_CALL)
-#undef MOE_CALL
-  return T(0);
+  T dot;
+  act_bwd_rows<T>(
+      {kind, 1, n, alpha, limit, gate, up, 0, dh, 0, &weight, h, 0, dgate, dup, 0, &dot});
+  return dot;
 }

@@ -1,4 +1,4 @@
-// The FFN block in stages.
+// The FFN block in stages. Narrow experts go through it in blocks of tokens instead (blocks.cpp).
 //
 // Forward, in one parallel region: (1) up projection with x gathered while it is packed, bias and
 // activation applied to the tile in cache, h kept in the accumulate type; (2) down projection into
@@ -13,6 +13,7 @@
 #include "cpu/act_rows.h"
 #include "cpu/gemm/gemm.h"
 #include "cpu/gemm/wgrad.h"
+#include "cpu/moe_ffn/blocks.h"
 #include "moe_ops/unpermute.h"
 
 namespace moe_ops::cpu {
@@ -354,10 +355,12 @@ void backward(const MoeFfnBwdParams& p, const Parallel& par) {
 }  // namespace
 
 void moe_ffn(const MoeFfnParams& p, const Parallel& par) {
+  if (takes_blocks(p)) return moe_ffn_blocks(p, par);
   p.x.type == DType::kFloat64 ? forward<double>(p, par) : forward<float>(p, par);
 }
 
 void moe_ffn_bwd(const MoeFfnBwdParams& p, const Parallel& par) {
+  if (takes_blocks(p)) return moe_ffn_blocks_bwd(p, par);
   p.x.type == DType::kFloat64 ? backward<double>(p, par) : backward<float>(p, par);
 }
 

@@ -1,0 +1,397 @@
+// The FFN block of narrow experts, a block of tokens at a time (slot_blocks.h).
+//
+// Slots are sorted by expert and in their order, so the rows that a block of tokens has of an
+// expert are a run of sorted rows. They go through everything in tiles of as many rows as a product
+// takes: x gathered, pre-activation, activation, output; a token's rows are then summed from cache.
+// Backward does the same up to the gradient of x by rows, and multiplies what the tiles of an
+// expert left in cache for the gradients of weights, which are summed over chunks.
+#include "cpu/moe_ffn/blocks.h"
+
+#include "cpu/act_rows.h"
+#include "cpu/slot_blocks.h"
+
+namespace moe_ops::cpu {
+
+namespace {
+
+int64_t width_of(const MoeFfnShape& s) {
+  return is_gated(s.act.kind) ? 2 * s.intermediate_size : s.intermediate_size;
+}
+
+BlockedSizes sizes_of(const MoeFfnShape& s, DType type) {
+  const int64_t H = s.hidden_size, I = s.intermediate_size, width = width_of(s);
+  return {s.num_tokens,       s.top_k,         s.num_experts, std::min(H, I),
+          std::max(H, width), (width + I) * H, type};
+}
+
+// About nanoseconds of a pass with `products` products as large as those of forward.
+double blocks_cost(const MoeFfnShape& s, int products) {
+  const int64_t per_slot = (width_of(s) + s.intermediate_size) * s.hidden_size;
+  return static_cast<double>(s.num_tokens * s.top_k) *
+         (static_cast<double>(products * per_slot) / 32 + 64);
+}
+
+// The rows of tokens [begin, end): of expert e as many sorted rows as offsets grow, from rows[e]
+// on. Valid until the thread makes the next one.
+struct RowBlock {
+  int64_t begin, end, first;  // tokens; first = begin * K
+  const int64_t* rows;        // [E]
+  const int32_t* offsets;     // [E+1]
+  const int32_t* index;       // [(end - begin) * K], counted like offsets, or -1
+};
+
+RowBlock row_block(const MoeFfnShape& s, int64_t begin, int64_t end) {
+  const int64_t E = s.num_experts, K = s.top_k, first = begin * K, n = (end - begin) * K;
+  Carver part(Scratch::kIndex, E * 8 + (E + 1 + n) * 4 + 3 * 64);
+  int64_t* rows = part.take<int64_t>(E);
+  int32_t *offsets = part.take<int32_t>(E + 1), *index = part.take<int32_t>(n);
+  std::fill(index, index + n, -1);
+  offsets[0] = 0;
+  for (int64_t e = 0; e < E; ++e) {
+    const int32_t* stop = s.row_to_slot + s.expert_offsets[e + 1];
+    const int32_t* at = std::lower_bound(s.row_to_slot + s.expert_offsets[e], stop, first);
+    rows[e] = at - s.row_to_slot;
+    int32_t row = offsets[e];
+    for (; at < stop && *at < first + n; ++at) index[*at - first] = row++;
+    offsets[e + 1] = row;
+  }
+  return {begin, end, first, rows, offsets, index};
+}
+
+// Rows r to r + m: their tokens' rows of x, and of grad_y, and their routing weights.
+template <class T>
+void gather_pointers(const MoeFfnShape& s, int64_t r, int64_t m, const Rows& x, const void** tokens,
+                     T* weights) {
+  const auto K = static_cast<int32_t>(s.top_k);
+  for (int64_t i = 0; i < m; ++i) {
+    const int32_t slot = s.row_to_slot[r + i];
+    tokens[i] = row_of(x, slot / K);
+    weights[i] = static_cast<const T*>(s.topk_weights)[slot];
+  }
+}
+
+const void* bias_of(const ExpertVectors& bias, int64_t e) {
+  return bias.data == nullptr ? nullptr : element(bias.data, bias.type, e * bias.stride_e);
+}
+
+template <class T>
+void forward(const MoeFfnParams& p, const Parallel& par) {
+  const MoeFfnShape& s = p.shape;
+  const Kernels<T>& k = kernels<T>();
+  const int64_t I = s.intermediate_size, H = s.hidden_size, E = s.num_experts, width = width_of(s);
+  const DType type = p.x.type;
+  const int64_t size = dtype_size(type), ld_pre = padded(k, width), ld = padded(k, H);
+  const bool gated = is_gated(s.act.kind), interleaved = gated && s.act.interleaved;
+  const int64_t up_at = gated ? I : 0;
+  const bool on_input = s.apply_router_weight_on_input;
+  // Pre-activations that are kept as they are computed.
+  const bool direct = p.preact != nullptr && type == kAccumulate<T> && ld_pre == width;
+
+  const int64_t up_size = PanelBank<T>::elements(k, E, width, H);
+  T* panels = scratch<T>(Scratch::kTokens, up_size + PanelBank<T>::elements(k, E, H, I));
+  const PanelBank<T> up(k, p.w_gate_up, E, width, H, panels);
+  const PanelBank<T> down(k, p.w_down, E, H, I, panels + up_size);
+
+  const auto run_block = [&](int64_t item) {
+    const int64_t begin = item * kBlockTokens;
+    const RowBlock b = row_block(s, begin, std::min(s.num_tokens, begin + kBlockTokens));
+    const int64_t n = (b.end - b.begin) * s.top_k;
+    T* out = scratch<T>(Scratch::kTile, n * ld);
+    Carver part(Scratch::kPackA,
+                kMaxMr * 2 * (kLda + ld_pre) * static_cast<int64_t>(sizeof(T)) + 4 * 64);
+    T *x = part.take<T>(kMaxMr * kLda), *h = part.take<T>(kMaxMr * kLda);
+    T *own_pre = part.take<T>(kMaxMr * ld_pre), *halves = part.take<T>(kMaxMr * ld_pre);
+    std::array<const void*, kMaxMr> tokens;
+    std::array<T, kMaxMr> weights;
+    for (int64_t e = 0; e < E; ++e) {
+      const int64_t count = b.offsets[e + 1] - b.offsets[e];
+      const int64_t tiles = ceil_div<int64_t>(count, k.mr2);
+      for (int64_t i = 0; i < tiles; ++i) {
+        const int64_t r0 = count * i / tiles, m = count * (i + 1) / tiles - r0;
+        const int64_t row = b.rows[e] + r0;
+        gather_pointers(s, row, m, p.x, tokens.data(), weights.data());
+        k.gather_rows(type, tokens.data(), m, H, on_input ? weights.data() : nullptr, x, kLda);
+        char* saved = static_cast<char*>(p.preact) + row * width * size;
+        T* pre = direct ? reinterpret_cast<T*>(saved) : own_pre;
+        multiply_tile(k, x, m, H, up.of(e), width, p.b_gate_up.type, bias_of(p.b_gate_up, e), pre);
+        if (p.preact != nullptr && !direct) {
+          k.store_rows(type, pre, ld_pre, m, width, saved, width);
+        }
+        const T* gate = pre;
+        if (interleaved) {
+          for (int64_t r = 0; r < m; ++r) {
+            deinterleave(pre + r * ld_pre, I, halves + r * ld_pre, halves + r * ld_pre + I);
+          }
+          gate = halves;
+        }
+        k.act_rows({s.act.kind, m, I, T(s.act.alpha), T(s.act.limit), gate, gate + up_at, ld_pre, h,
+                    kLda});
+        multiply_tile(k, h, m, I, down.of(e), H, p.b_down.type, bias_of(p.b_down, e),
+                      out + (b.offsets[e] + r0) * ld);
+      }
+    }
+    const T* factors = on_input ? nullptr : static_cast<const T*>(s.topk_weights) + b.first;
+    k.combine_rows(type, out, ld, b.index, factors, b.end - b.begin, s.top_k, H,
+                   static_cast<char*>(p.y) + b.begin * H * size);
+  };
+  parallel_items(par, ceil_div(s.num_tokens, kBlockTokens), blocks_cost(s, 1), run_block);
+}
+
+// What a thread has of the rows of an expert in a block: at most kKc at once.
+template <class T>
+struct BwdScratch {
+  T* dx;                          // [slots of a block][padded(H)]
+  T *tile, *u;                    // a tile's: operand of products, u
+  T *pre, *halves, *grad_halves;  // pre-activations as they were, in halves, and gradients of these
+  T *hidden, *dpre, *gy;          // [kKc]: weight * h; gradients of pre-activations, grad_y
+  T *panels, *sum;
+  T *weights, *dots;                           // [kKc]
+  const void **gys, **xs, **hiddens, **dpres;  // [kKc] rows of grad_y, x, hidden and dpre
+
+  BwdScratch(const Kernels<T>& k, int64_t slots, int64_t H, int64_t I, int64_t width) {
+    const int64_t ld = padded(k, std::max(H, width));
+    const int64_t elements = slots * padded(k, H) + kMaxMr * (kLda + ld + 3 * width) +
+                             kKc * (padded(k, I) + 2 * kLdm + ld + 2) + ld;
+    Carver part(Scratch::kTile, elements * static_cast<int64_t>(sizeof(T)) +
+                                    4 * kKc * static_cast<int64_t>(sizeof(void*)) + 17 * 64);
+    dx = part.take<T>(slots * padded(k, H));
+    tile = part.take<T>(kMaxMr * kLda);
+    u = part.take<T>(kMaxMr * ld);
+    pre = part.take<T>(kMaxMr * width);
+    halves = part.take<T>(kMaxMr * width);
+    grad_halves = part.take<T>(kMaxMr * width);
+    hidden = part.take<T>(kKc * padded(k, I));
+    dpre = part.take<T>(kKc * kLdm);
+    gy = part.take<T>(kKc * kLdm);
+    panels = part.take<T>(kKc * ld);
+    sum = part.take<T>(ld);
+    weights = part.take<T>(kKc);
+    dots = part.take<T>(kKc);
+    gys = part.take<const void*>(kKc);
+    xs = part.take<const void*>(kKc);
+    hiddens = part.take<const void*>(kKc);
+    dpres = part.take<const void*>(kKc);
+    for (int64_t r = 0; r < kKc; ++r) {
+      hiddens[r] = hidden + r * padded(k, I);
+      dpres[r] = dpre + r * kLdm;
+    }
+  }
+};
+
+template <class T>
+class Backward {
+ public:
+  Backward(const MoeFfnBwdParams& p, const Parallel& par)
+      : p_(p),
+        s_(p.shape),
+        k_(kernels<T>()),
+        par_(par),
+        I_(s_.intermediate_size),
+        H_(s_.hidden_size),
+        E_(s_.num_experts),
+        width_(width_of(s_)),
+        chunks_(num_chunks(s_.num_tokens)),
+        wants_up_(p.grad_w_gate_up != nullptr || p.grad_b_gate_up != nullptr),
+        wants_down_(p.grad_w_down != nullptr || p.grad_b_down != nullptr),
+        weights_from_x_(s_.apply_router_weight_on_input && p.grad_topk_weights != nullptr),
+        need_dx_(p.grad_x != nullptr || weights_from_x_),
+        panels_(scratch<T>(Scratch::kTokens, down_panels() + up_panels())),
+        down_(k_, transposed(p.w_down), E_, I_, H_, panels_),
+        up_(k_, transposed(p.w_gate_up), need_dx_ ? E_ : 0, H_, width_, panels_ + down_panels()),
+        sums_(scratch<T>(Scratch::kRows, down_sum_elements() + up_sum_elements())),
+        down_grads_{p.grad_w_down, p.grad_w_down_type,
+                    p.accumulate_w_down ? s_.expert_offsets : nullptr},
+        up_grads_{p.grad_w_gate_up, p.grad_w_gate_up_type,
+                  p.accumulate_w_gate_up ? s_.expert_offsets : nullptr},
+        down_sums_(k_, chunks_, E_, H_, I_, sums_, down_grads_),
+        up_sums_(k_, chunks_, E_, width_, H_, sums_ + down_sum_elements(), up_grads_) {}
+
+  void run() {
+    T* grad_weights = static_cast<T*>(p_.grad_topk_weights);
+    if (grad_weights != nullptr) std::fill_n(grad_weights, s_.num_tokens * s_.top_k, T(0));
+    run_chunks(s_.num_tokens, par_, blocks_cost(s_, 2),
+               [&](int64_t chunk, int64_t begin, int64_t end, bool first) {
+                 run_block(chunk, begin, end, first);
+               });
+    if (wants_down_) down_sums_.add_up(down_grads_, p_.grad_b_down, p_.x.type, par_);
+    if (wants_up_) up_sums_.add_up(up_grads_, p_.grad_b_gate_up, p_.x.type, par_);
+  }
+
+ private:
+  int64_t down_panels() const { return PanelBank<T>::elements(k_, E_, I_, H_); }
+  int64_t up_panels() const { return PanelBank<T>::elements(k_, need_dx_ ? E_ : 0, H_, width_); }
+  int64_t down_sum_elements() const {
+    return wants_down_ ? ChunkSums<T>::elements(k_, chunks_, E_, H_, I_) : 0;
+  }
+  int64_t up_sum_elements() const {
+    return wants_up_ ? ChunkSums<T>::elements(k_, chunks_, E_, width_, H_) : 0;
+  }
+
+  void run_block(int64_t chunk, int64_t begin, int64_t end, bool first) const {
+    const RowBlock b = row_block(s_, begin, end);
+    BwdScratch<T> t(k_, (end - begin) * s_.top_k, H_, I_, width_);
+    const int64_t ld = padded(k_, H_);
+    for (int64_t e = 0; e < E_; ++e) {
+      const int64_t count = b.offsets[e + 1] - b.offsets[e];
+      if (first && wants_up_) up_sums_.begin(chunk, e, count);
+      if (first && wants_down_) down_sums_.begin(chunk, e, count);
+      const int64_t parts = ceil_div(count, kKc);
+      for (int64_t part = 0; part < parts; ++part) {
+        const int64_t r0 = count * part / parts, m = count * (part + 1) / parts - r0;
+        gather_pointers(s_, b.rows[e] + r0, m, p_.x, t.xs, t.weights);
+        gather_pointers(s_, b.rows[e] + r0, m, p_.grad_y, t.gys, t.weights);
+        run_tiles(e, b.rows[e] + r0, m, t, t.dx + (b.offsets[e] + r0) * ld);
+        add_products(chunk, e, m, t, !first || part > 0);
+      }
+    }
+    if (p_.grad_x == nullptr) return;
+    const T* factors = s_.apply_router_weight_on_input
+                           ? static_cast<const T*>(s_.topk_weights) + b.first
+                           : nullptr;
+    k_.combine_rows(p_.x.type, t.dx, ld, b.index, factors, end - begin, s_.top_k, H_,
+                    static_cast<char*>(p_.grad_x) + begin * H_ * dtype_size(p_.x.type));
+  }
+
+  // Rows `row` to row + count of expert e: weight * h, the gradients of the pre-activation, of x by
+  // rows, and of the routing weights.
+  void run_tiles(int64_t e, int64_t row, int64_t count, BwdScratch<T>& t, T* dx) const {
+    const int64_t ld = padded(k_, H_), ld_u = padded(k_, I_);
+    const DType type = p_.x.type;
+    const bool on_input = s_.apply_router_weight_on_input;
+    T* grad_weights = static_cast<T*>(p_.grad_topk_weights);
+    const void* bias = on_input ? nullptr : bias_of(p_.b_down, e);
+    const int64_t tiles = ceil_div<int64_t>(count, k_.mr2);
+    for (int64_t i = 0; i < tiles; ++i) {
+      const int64_t r0 = count * i / tiles, m = count * (i + 1) / tiles - r0;
+      // u, unweighted: <h, u> is the gradient of the routing weight.
+      k_.gather_rows(type, t.gys + r0, m, H_, nullptr, t.tile, kLda);
+      multiply_tile<T>(k_, t.tile, m, H_, down_.of(e), I_, type, nullptr, t.u);
+      act_tile(row + r0, m, on_input ? nullptr : t.weights + r0, t.hidden + r0 * ld_u, t);
+      if (grad_weights != nullptr && !on_input) {
+        for (int64_t r = 0; r < m; ++r) {
+          T g = t.dots[r];
+          if (bias != nullptr) g += k_.dot_row(p_.b_down.type, bias, type, t.gys[r0 + r], H_);
+          grad_weights[s_.row_to_slot[row + r0 + r]] = g;
+        }
+      }
+      if (wants_up_) {
+        k_.load_rows(kAccumulate<T>, t.tile, kLda, m, width_, t.dpre + r0 * kLdm, kLdm, T(1));
+      }
+      if (need_dx_) {
+        multiply_tile<T>(k_, t.tile, m, width_, up_.of(e), H_, type, nullptr, dx + r0 * ld);
+      }
+    }
+    if (!weights_from_x_) return;
+    k_.dot_rows(type, t.xs, dx, ld, count, H_, t.dots);
+    for (int64_t r = 0; r < count; ++r) grad_weights[s_.row_to_slot[row + r]] = t.dots[r];
+  }
+
+  // From u of m rows: h and the gradient of the pre-activation, which becomes the tile, both times
+  // weight, and <h, u> as dots.
+  void act_tile(int64_t row, int64_t m, const T* weights, T* h, BwdScratch<T>& t) const {
+    const DType type = p_.x.type;
+    const bool gated = is_gated(s_.act.kind), interleaved = gated && s_.act.interleaved;
+    const char* saved = element(p_.preact, type, row * width_);
+    const T* gate = reinterpret_cast<const T*>(saved);
+    if (type != kAccumulate<T>) {
+      k_.load_rows(type, saved, width_, m, width_, t.pre, width_, T(1));
+      gate = t.pre;
+    }
+    T* grad = t.tile;
+    int64_t ld_grad = kLda;
+    if (interleaved) {
+      for (int64_t r = 0; r < m; ++r) {
+        deinterleave(gate + r * width_, I_, t.halves + r * width_, t.halves + r * width_ + I_);
+      }
+      gate = t.halves;
+      grad = t.grad_halves;
+      ld_grad = width_;
+    }
+    const int64_t up_at = gated ? I_ : 0;
+    k_.act_bwd_rows({s_.act.kind, m, I_, T(s_.act.alpha), T(s_.act.limit), gate, gate + up_at,
+                     width_, t.u, padded(k_, I_), weights, h, padded(k_, I_), grad, grad + up_at,
+                     ld_grad, t.dots});
+    for (int64_t r = 0; interleaved && r < m; ++r) {
+      interleave(grad + r * width_, grad + r * width_ + I_, I_, t.tile + r * kLda);
+    }
+  }
+
+  // Adds the products of `count` rows to the sums of a chunk.
+  void add_products(int64_t chunk, int64_t e, int64_t count, BwdScratch<T>& t, bool add) const {
+    const DType type = p_.x.type;
+    const bool on_input = s_.apply_router_weight_on_input;
+    const int64_t stride = 2 * k_.lanes * count;
+    if (p_.grad_w_down != nullptr) {
+      k_.gather_rows(type, t.gys, count, H_, nullptr, t.gy, kLdm);
+      k_.pack_panels(kAccumulate<T>, t.hiddens, 0, count, I_, nullptr, t.panels, stride);
+      outer_tiles(k_, t.gy, H_, t.panels, I_, count, down_sums_.matrix_of(chunk, e), add);
+    }
+    if (p_.grad_w_gate_up != nullptr) {
+      k_.pack_panels(type, t.xs, 0, count, H_, on_input ? t.weights : nullptr, t.panels, stride);
+      outer_tiles(k_, t.dpre, width_, t.panels, H_, count, up_sums_.matrix_of(chunk, e), add);
+    }
+    if (p_.grad_b_down != nullptr) {
+      k_.weighted_sum(type, t.gys, on_input ? nullptr : t.weights, count, t.sum, H_);
+      k_.axpy(kAccumulate<T>, t.sum, T(1), down_sums_.bias_of(chunk, e), H_);
+    }
+    if (p_.grad_b_gate_up != nullptr) {
+      k_.weighted_sum(kAccumulate<T>, t.dpres, nullptr, count, t.sum, width_);
+      k_.axpy(kAccumulate<T>, t.sum, T(1), up_sums_.bias_of(chunk, e), width_);
+    }
+  }
+
+  const MoeFfnBwdParams& p_;
+  const MoeFfnShape& s_;
+  const Kernels<T>& k_;
+  const Parallel& par_;
+  const int64_t I_, H_, E_, width_, chunks_;
+  const bool wants_up_, wants_down_, weights_from_x_, need_dx_;
+  T* const panels_;
+  const PanelBank<T> down_, up_;
+  T* const sums_;  // made after the panels, which use the same scratch on the way
+  const MatrixGrads down_grads_, up_grads_;
+  const ChunkSums<T> down_sums_, up_sums_;
+};
+
+// Whether the rows of every expert are in the order of their slots, each slot once.
+bool is_sorted(const MoeFfnShape& s) {
+  const int64_t slots = s.num_tokens * s.top_k;
+  for (int64_t e = 0; e < s.num_experts; ++e) {
+    int64_t before = -1;
+    for (int64_t r = s.expert_offsets[e]; r < s.expert_offsets[e + 1]; ++r) {
+      const int64_t slot = s.row_to_slot[r];
+      if (slot <= before || slot >= slots || s.slot_to_row[slot] != r) return false;
+      before = slot;
+    }
+  }
+  return true;
+}
+
+}  // namespace
+
+bool takes_blocks(const MoeFfnParams& p) {
+  if (p.x_scale != nullptr || p.w_gate_up.panels != nullptr || p.w_down.panels != nullptr) {
+    return false;
+  }
+  if (p.w_gate_up.quant.bits != 0 || p.w_down.quant.bits != 0) return false;
+  return takes_blocks(sizes_of(p.shape, p.x.type));
+}
+
+bool takes_blocks(const MoeFfnBwdParams& p) {
+  // Of an expert in a chunk: fewer do not pay for writing its sums, as large as weights, and
+  // adding.
+  constexpr int64_t kMinChunkRows = 48;
+  const int64_t tokens = std::min(p.shape.num_tokens, chunk_tokens(p.shape.num_tokens));
+  if (tokens * p.shape.top_k < kMinChunkRows * p.shape.num_experts) return false;
+  return takes_blocks(sizes_of(p.shape, p.x.type)) && is_sorted(p.shape);
+}
+
+void moe_ffn_blocks(const MoeFfnParams& p, const Parallel& par) {
+  p.x.type == DType::kFloat64 ? forward<double>(p, par) : forward<float>(p, par);
+}
+
+void moe_ffn_blocks_bwd(const MoeFfnBwdParams& p, const Parallel& par) {
+  p.x.type == DType::kFloat64 ? Backward<double>(p, par).run() : Backward<float>(p, par).run();
+}
+
+}  // namespace moe_ops::cpu
