@@ -58,14 +58,13 @@ RowBlock row_block(const MoeFfnShape& s, int64_t begin, int64_t end) {
   return {begin, end, first, rows, offsets, index};
 }
 
-// Rows r to r + m: their tokens' rows of x, and of grad_y, and their routing weights.
-template <class T>
-void gather_pointers(const MoeFfnShape& s, int64_t r, int64_t m, const Rows& x, const void** tokens,
-                     T* weights) {
+// Rows r to r + m: calls fn(i, token) for each, and fills in their routing weights.
+template <class T, class Fn>
+void for_rows(const MoeFfnShape& s, int64_t r, int64_t m, T* weights, const Fn& fn) {
   const auto K = static_cast<int32_t>(s.top_k);
   for (int64_t i = 0; i < m; ++i) {
     const int32_t slot = s.row_to_slot[r + i];
-    tokens[i] = row_of(x, slot / K);
+    fn(i, slot / K);
     weights[i] = static_cast<const T*>(s.topk_weights)[slot];
   }
 }
@@ -109,7 +108,8 @@ void forward(const MoeFfnParams& p, const Parallel& par) {
       for (int64_t i = 0; i < tiles; ++i) {
         const int64_t r0 = count * i / tiles, m = count * (i + 1) / tiles - r0;
         const int64_t row = b.rows[e] + r0;
-        gather_pointers(s, row, m, p.x, tokens.data(), weights.data());
+        for_rows(s, row, m, weights.data(),
+                 [&](int64_t j, int32_t token) { tokens[j] = row_of(p.x, token); });
         k.gather_rows(type, tokens.data(), m, H, on_input ? weights.data() : nullptr, x, kLda);
         char* saved = static_cast<char*>(p.preact) + row * width * size;
         T* pre = direct ? reinterpret_cast<T*>(saved) : own_pre;
@@ -238,8 +238,10 @@ class Backward {
       const int64_t parts = ceil_div(count, kKc);
       for (int64_t part = 0; part < parts; ++part) {
         const int64_t r0 = count * part / parts, m = count * (part + 1) / parts - r0;
-        gather_pointers(s_, b.rows[e] + r0, m, p_.x, t.xs, t.weights);
-        gather_pointers(s_, b.rows[e] + r0, m, p_.grad_y, t.gys, t.weights);
+        for_rows(s_, b.rows[e] + r0, m, t.weights, [&](int64_t i, int32_t token) {
+          t.xs[i] = row_of(p_.x, token);
+          t.gys[i] = row_of(p_.grad_y, token);
+        });
         run_tiles(e, b.rows[e] + r0, m, t, t.dx + (b.offsets[e] + r0) * ld);
         add_products(chunk, e, m, t, !first || part > 0);
       }
