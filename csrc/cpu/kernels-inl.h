@@ -131,7 +131,6 @@ Kernels<T> make_kernels() {
   k.norm_rows_bwd = &norm_rows_bwd<T>;
   k.act_fwd = &act_fwd<T>;
   k.act_bwd = &act_bwd<T>;
-  k.act_bwd_weighted = &act_bwd_weighted<T>;
   k.act_rows = &act_rows<T>;
   k.act_bwd_rows = &act_bwd_rows<T>;
   k.attention = attention_kernels<T>();

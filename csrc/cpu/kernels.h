@@ -418,11 +418,7 @@ struct Kernels {
   // Given dh, writes the gradients of gate and up, and h itself when h != nullptr.
   void (*act_bwd)(Activation kind, const T* gate, const T* up, const T* dh, T* h, T* dgate, T* dup,
                   int64_t n, T alpha, T limit);
-  // The same with all that is written times `weight`, h included, which may be where dh is. Returns
-  // <h, dh> without the weight.
-  T (*act_bwd_weighted)(Activation kind, const T* gate, const T* up, const T* dh, T weight, T* h,
-                        T* dgate, T* dup, int64_t n, T alpha, T limit);
-  // act_fwd and act_bwd_weighted of many rows in a call.
+  // The same of many rows in a call; backward with a weight and <h, dh> a row.
   void (*act_rows)(const ActRows<T>& p);
   void (*act_bwd_rows)(const ActRowsBwd<T>& p);
 };

@@ -373,10 +373,12 @@ bool activations_right(const Kernels<T>& k, const Kernels<T>& portable, Numbers<
                     T(1.7), T(7));
       table.act_bwd(static_cast<Activation>(kind), gate.data(), up.data(), dh.data(), o[1].data(),
                     o[2].data(), o[3].data(), kDepth, T(1.7), T(7));
+      // In place, over the whole depth.
+      const T weight = T(0.3);
       o[4] = dh;
-      o[7][0] = table.act_bwd_weighted(static_cast<Activation>(kind), gate.data(), up.data(),
-                                       dh.data(), T(0.3), o[4].data(), o[5].data(), o[6].data(),
-                                       kDepth, T(1.7), T(7));
+      table.act_bwd_rows({static_cast<Activation>(kind), 1, kDepth, T(1.7), T(7), gate.data(),
+                          up.data(), kDepth, o[4].data(), kDepth, &weight, o[4].data(), kDepth,
+                          o[5].data(), o[6].data(), kDepth, o[7].data()});
       // The same as rows of one vector and a tail.
       const int64_t rows = 2, n = k.lanes + 1, ld = n + 2;
       const T weights[rows] = {T(0.3), T(2)};

@@ -282,12 +282,3 @@ void act_bwd_rows(const ActRowsBwd<T>& p) {
   MOE_FOR_ACTIVATION(p.kind, MOE_CALL)
 #undef MOE_CALL
 }
-
-template <class T>
-T act_bwd_weighted(Activation kind, const T* gate, const T* up, const T* dh, T weight, T* h,
-                   T* dgate, T* dup, int64_t n, T alpha, T limit) {
-  T dot;
-  act_bwd_rows<T>(
-      {kind, 1, n, alpha, limit, gate, up, 0, dh, 0, &weight, h, 0, dgate, dup, 0, &dot});
-  return dot;
-}

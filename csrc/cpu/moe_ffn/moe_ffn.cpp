@@ -217,9 +217,10 @@ void backward(const MoeFfnBwdParams& p, const Parallel& par) {
       }
       T* to = write_direct && !interleaved ? reinterpret_cast<T*>(dr) : grad;
       // Of the unweighted u: <h, u> is the gradient of the routing weight.
-      T g = k.act_bwd_weighted(s.act.kind, gate, gate + (gated ? I : 0), ur,
-                               on_input ? T(1) : routing.weight[r], ur, to, to + I, I,
-                               T(s.act.alpha), T(s.act.limit));
+      T g;
+      k.act_bwd_rows({s.act.kind, 1, I, T(s.act.alpha), T(s.act.limit), gate,
+                      gate + (gated ? I : 0), width, ur, I, on_input ? nullptr : routing.weight + r,
+                      ur, I, to, to + I, width, &g});
       if (grad_weights != nullptr && !on_input) {
         if (p.b_down.data != nullptr) {
           g += k.dot_row(p.b_down.type,
