@@ -1,7 +1,7 @@
 """Training JetMoE's tiny preset on the CPU beside transformers' JetMoeForCausalLM.
 
     python -m bench.bench_jetmoe_training [--sizes 4x128 8x256 2x512] [--dtypes float32 bfloat16]
-        [--threads 1 2] [--rounds 15] [--parts] [--compile]
+        [--threads 1 2] [--rounds 15] [--parts] [--compile] [--cpp-wrapper]
 
 A step: forward, loss, backward, AdamW (fused for all) and zero_grad. All models start from the same
 weights and see the same tokens; transformers runs with both of its attentions that need no other
@@ -14,7 +14,8 @@ CPU time with one thread and of wall time otherwise. Ratios are to moe_ops in th
 that returns the loss, `fullgraph=True` for ours. transformers' experts read their sizes on the host
 (`.tolist()`), so its graph breaks in each of them; a limit on recompilations high enough that none
 falls back is set for all, and calls that compile are not counted. "of the best": how much faster
-ours is than the fastest form of transformers.
+ours is than the fastest form of transformers. With --cpp-wrapper all are compiled with
+`options={"cpp_wrapper": True}`: what calls the kernels is then C++ too.
 
 --parts: also what any trainer of this model has to do outside of its blocks: embedding, last norm,
 head, cross-entropy and AdamW.
@@ -124,7 +125,9 @@ def bench(batch: int, length: int, dtype: torch.dtype, options: argparse.Namespa
                 # Another copy, since an optimizer moves the weights.
                 twin = copy.deepcopy(model)
                 compiled = torch.compile(
-                    partial(loss_of, twin, losses=losses), fullgraph=isinstance(twin, CausalLM)
+                    partial(loss_of, twin, losses=losses),
+                    fullgraph=isinstance(twin, CausalLM),
+                    options={"cpp_wrapper": True} if options.cpp_wrapper else None,
                 )
                 steps[f"{name} compiled"] = make_step(
                     list(twin.parameters()), partial(compiled, inputs, targets)
@@ -163,6 +166,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--parts", action="store_true")
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--cpp-wrapper", action="store_true")
     options = parser.parse_args()
     print(f"{moe_ops._C.cpu_isa()}, torch {torch.__version__}")
     torch._dynamo.config.recompile_limit = 64

@@ -25,8 +25,9 @@ def rotary(t: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool = False) -> Ten
     """Turns features i and i + d / 2 of each head as a pair, by the angle of their token.
 
     ``out[i] = t[i] cos[i] - t[i + d / 2] sin[i]`` and ``out[i + d / 2] = t[i + d / 2] cos[i] + t[i]
-    sin[i]``: halves rotated, as in Llama and JetMoE. On CUDA tensors, and in code that is being
-    compiled, it is this formula in torch's operations, which the compiler fuses.
+    sin[i]``: halves rotated, as in Llama and JetMoE. On CUDA tensors it is this formula in torch's
+    operations, which a compiler fuses. Compiled code for a CPU calls the op: fused, the angles would
+    be made again for every head.
 
     Args:
         t: [B, S, ..., d], d even; float64, float32, bfloat16 or float16, any strides. A dense
@@ -44,7 +45,7 @@ def rotary(t: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool = False) -> Ten
     Source:
         Su et al. 2021, RoFormer, arXiv 2104.09864.
     """
-    if t.is_cuda or torch.compiler.is_compiling():
+    if t.is_cuda:
         _check("rotary", t, cos, sin)
         return _formula(t, cos, sin, inverse=inverse)
     return call(torch.ops.moe_ops.rotary, t, cos, sin, inverse)
