@@ -174,6 +174,9 @@ def test_limits_are_plausible():
     # Intel's cores multiply pairs at half the rate of fp32.
     assert limits.bf16_flops > 0.3 * limits.fp32_flops
     assert 1e8 < limits.read_bytes < 1e13
+    assert set(limits.cached_bytes) == {n << 19 for n in (1, 2, 3, 4, 6, 8)}
+    assert all(1e8 < rate < 1e13 for rate in limits.cached_bytes.values())
+    assert Limits.from_dict(json.loads(json.dumps(limits.to_dict()))) == limits
 
 
 def test_an_fma_loop_beats_a_torch_product(set_threads):
@@ -190,6 +193,19 @@ def test_floor_is_the_larger_of_the_two():
     assert limits.floor_s(100e9, 1.0, "fp32") == 1.0
     assert limits.floor_s(100e9, 1.0, "bf16") == limits.floor_s(100e9, 1.0, "int4") == 0.5
     assert limits.floor_s(1.0, 40e9, "bf16") == 2.0
+
+
+def test_floor_of_weights_in_a_cache():
+    cached = {1 << 20: 100e9, 4 << 20: 50e9, 8 << 20: 60e9}
+    limits = Limits("avx2", 1, 1e15, 1e15, read_bytes=20e9, cached_bytes=cached)
+    rates = {1e5: 100e9, 2e6: 100e9, 5e6: 50e9, 12e6: 50e9, 20e6: 20e9}
+    for size, rate in rates.items():
+        assert limits.floor_s(1.0, size, "fp32") == size / rate
+    assert limits.floor_s(1.0, 2e6, "fp32", working_set=5e6) == 2e6 / 50e9
+    other = Limits("avx2", 1, 1e14, 2e15, read_bytes=30e9, cached_bytes={4 << 20: 70e9})
+    best = limits.best(other)
+    assert best.cached_bytes == {**cached, 4 << 20: 70e9} and best.read_bytes == 30e9
+    assert (best.fp32_flops, best.bf16_flops) == (1e15, 2e15)
 
 
 # ----------------------------------------------------------------------- layers and contenders
@@ -337,14 +353,15 @@ def test_report_shows_every_cell(result):
 
 
 def test_runs_of_parts_join_to_the_whole(result):
-    faster = {**result, "limits": {**result["limits"], "read_bytes": 1e12, "fp32_flops": 1e15}}
+    limits = {**result["limits"], "read_bytes": 1e13, "fp32_flops": 1e15}
+    faster = {**result, "limits": limits}
     half = {k: v for k, v in faster.items() if k not in ("training", "scaling", "parts")}
     other = {k: v for k, v in result.items() if k != "forward"}
     joined = join([half, other])
     assert {m: len(joined[m]) for m in ("forward", "training", "scaling", "parts")} == {
         m: len(result[m]) for m in ("forward", "training", "scaling", "parts")
     }
-    assert joined["limits"]["read_bytes"] == 1e12
+    assert joined["limits"]["read_bytes"] == 1e13
     # The larger limits count for every cell: shares shrink.
     for before, after in zip(result["forward"], joined["forward"], strict=True):
         assert after["floor_ms"] < before["floor_ms"]

@@ -143,11 +143,12 @@ std::vector<double> flop_rates(int64_t (*loop)(int64_t), double seconds) {
 std::vector<double> read_rates(uint64_t (*loop)(const char*, size_t), size_t bytes,
                                double seconds) {
   constexpr size_t kHugePage = size_t{2} << 20;
-  bytes = (bytes + kHugePage - 1) / kHugePage * kHugePage;
-  char* data = static_cast<char*>(std::aligned_alloc(kHugePage, bytes));
+  const size_t mapped = (bytes + kHugePage - 1) / kHugePage * kHugePage;
+  bytes = (bytes + 255) / 256 * 256;  // four streams of whole lines
+  char* data = static_cast<char*>(std::aligned_alloc(kHugePage, mapped));
   if (data == nullptr) return {};
 #if defined(__linux__)
-  madvise(data, bytes, MADV_HUGEPAGE);
+  madvise(data, mapped, MADV_HUGEPAGE);
 #endif
   std::memset(data, 1, bytes);
   std::vector<double> rates;

@@ -13,11 +13,12 @@ namespace moe_ops::cpu {
 struct Limits {
   std::vector<double> fp32_flops;  // multiply-adds in registers, two operations each
   std::vector<double> bf16_flops;  // the same with bfloat16 pairs, where the level multiplies them
-  std::vector<double> read_bytes;  // sequential reads of a large buffer in four streams
+  std::vector<double> read_bytes;  // sequential reads of a buffer in four streams
 };
 
-// Of the level `isa`, which this machine must support. `bytes`: size of the buffer, several times
-// that of the last cache. `seconds`: time for each of the three.
+// Of the level `isa`, which this machine must support. `bytes`: size of the buffer, which is read
+// again and again: several times the last cache for the rate of memory. `seconds`: time for each of
+// the three.
 MOE_OPS_API Limits measure_limits(Isa isa, size_t bytes, double seconds);
 
 }  // namespace moe_ops::cpu

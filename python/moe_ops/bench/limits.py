@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from moe_ops import _C
 
 # Several times the last cache of a server core complex.
 _BUFFER_BYTES = 512 << 20
+# Weights of a small layer stay in a cache from call to call.
+_CACHED_BYTES = tuple(n << 19 for n in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128))
 
 
 @dataclass(frozen=True)
@@ -19,7 +22,8 @@ class Limits:
 
     `bf16_flops` is the rate of the instruction that multiplies bfloat16 pairs where the level has
     one, else `fp32_flops`: halves are then widened. `read_bytes` is a sequential read of a buffer
-    in memory, four streams a thread.
+    in memory, four streams a thread. `cached_bytes` has the same for buffers, by their size, that
+    may stay in a cache.
     """
 
     isa: str
@@ -27,30 +31,76 @@ class Limits:
     fp32_flops: float
     bf16_flops: float
     read_bytes: float
+    cached_bytes: dict[int, float] = field(default_factory=dict)
 
     def peak(self, dtype: str) -> float:
         """Operations a second on weights of this format. Integer weights become bf16 or fp32."""
         return self.fp32_flops if dtype == "fp32" else max(self.fp32_flops, self.bf16_flops)
 
-    def floor_s(self, flops: float, weight_bytes: float, dtype: str) -> float:
-        """The roofline: no implementation can be faster that reads its weights from memory."""
-        return max(flops / self.peak(dtype), weight_bytes / self.read_bytes)
+    def read_rate(self, working_set: float) -> float:
+        """Bytes a second of reading so many again and again: the rate of the next smaller buffer
+        that was measured, and from twice the largest one on that of memory."""
+        if not self.cached_bytes or working_set >= 2 * max(self.cached_bytes):
+            return self.read_bytes
+        smaller = [rate for size, rate in self.cached_bytes.items() if size <= working_set]
+        # Reading more is never faster: what one buffer reached by chance counts for the others.
+        return max(min(smaller) if smaller else max(self.cached_bytes.values()), self.read_bytes)
+
+    def floor_s(
+        self, flops: float, moved_bytes: float, dtype: str, working_set: float | None = None
+    ) -> float:
+        """The roofline: no implementation can be faster that reads its weights from where they
+        stay between calls. `working_set`: bytes that are touched, where some are more than once."""
+        rate = self.read_rate(moved_bytes if working_set is None else working_set)
+        return max(flops / self.peak(dtype), moved_bytes / rate)
+
+    def best(self, other: Limits) -> Limits:
+        """The larger of each rate: on a machine with company it is nearer to the truth."""
+        sizes = {**self.cached_bytes, **other.cached_bytes}
+        return Limits(
+            self.isa,
+            self.threads,
+            max(self.fp32_flops, other.fp32_flops),
+            max(self.bf16_flops, other.bf16_flops),
+            max(self.read_bytes, other.read_bytes),
+            {
+                size: max(limits.cached_bytes.get(size, 0.0) for limits in (self, other))
+                for size in sorted(sizes)
+            },
+        )
+
+    @classmethod
+    def from_dict(cls, saved: Mapping[str, Any]) -> Limits:
+        """The inverse of `to_dict`, also after JSON, whose keys are strings."""
+        cached = {int(size): rate for size, rate in saved.get("cached_bytes", {}).items()}
+        return cls(**{**saved, "cached_bytes": cached})
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        sizes = {str(size): rate for size, rate in self.cached_bytes.items()}
+        return {**asdict(self), "cached_bytes": sizes}
 
 
 def measure_limits(
     threads: int = 1, *, seconds: float = 0.5, buffer_bytes: int = _BUFFER_BYTES
 ) -> Limits:
-    """Runs the three loops, each for `seconds`, on `threads` threads at once.
+    """Runs the three loops, each for `seconds`, on `threads` threads at once, and reads smaller
+    buffers for a tenth of that.
 
     Alone, the best pass counts, since other load only lowers a rate; with several threads the sum
     of their medians, since a best pass may be one that had the memory for itself.
     """
-    with ThreadPoolExecutor(threads) as pool:
-        calls = [pool.submit(_C.measure_limits, buffer_bytes, seconds) for _ in range(threads)]
-        rates = [call.result() for call in calls]
     choose = max if threads == 1 else statistics.median
-    totals = {key: sum(choose(rate[key]) for rate in rates) for key in rates[0]}
-    return Limits(_C.cpu_isa(), threads, **totals)
+
+    def rates_of(size: int, duration: float) -> dict[str, float]:
+        calls = [pool.submit(_C.measure_limits, size, duration) for _ in range(threads)]
+        rates = [call.result() for call in calls]
+        return {key: sum(choose(rate[key]) for rate in rates) for key in rates[0]}
+
+    with ThreadPoolExecutor(threads) as pool:
+        totals = rates_of(buffer_bytes, seconds)
+        cached = {
+            size: rates_of(size, seconds / 10)["read_bytes"]
+            for size in _CACHED_BYTES
+            if size <= buffer_bytes // 2
+        }
+    return Limits(_C.cpu_isa(), threads, **totals, cached_bytes=cached)

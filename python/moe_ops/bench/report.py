@@ -40,10 +40,11 @@ def render(result: Mapping[str, Any], *, goals: bool = True) -> str:
 
 _FORWARD = """\
 The experts of one layer for T tokens, routing given. *Floor* is the time that the limits above
-allow: the larger of operations at peak and bytes of the experts used at memory bandwidth; a share
-above 100 % means that the weights were in a cache. *Ours* reads packed weights, as layers do in
-inference; *best peer* is the fastest of all others. `~`: fewer than three samples did not have to
-wait for a core."""
+allow: the larger of operations at peak and bytes of the experts used at the rate at which a buffer
+of that size can be read again and again, from a cache or from memory. (Files without rates of
+caches: from memory; a share above 100 % means that the weights were in a cache.) *Ours* reads
+packed weights, as layers do in inference; *best peer* is the fastest of all others. `~`: fewer than
+three samples did not have to wait for a core."""
 _QUANTIZED = """\
 Weights were bf16; int8 has a scale a row, int4 one for 32 weights (ONNX Runtime: 128). Errors are
 relative to the unquantised layer in fp64."""
@@ -88,6 +89,11 @@ def _facts(result: Mapping[str, Any]) -> str:
     machine, limits = result["machine"], result["limits"]
     rates = ("fp32_flops", "bf16_flops", "read_bytes")
     giga = {key: f"{limits[key] / 1e9:.1f}" for key in rates}
+    cached = "".join(
+        f", {int(size) >> 20} MiB again and again {rate / 1e9:.0f}"
+        for size, rate in limits.get("cached_bytes", {}).items()
+        if int(size) in (1 << 20, 3 << 20, 12 << 20, 32 << 20)
+    )
     versions = ", ".join(f"{k} {v}" for k, v in result["versions"].items())
     load = " / ".join(str(v) for v in result["load"]["before"][:1] + result["load"]["after"][:1])
     used = {
@@ -102,7 +108,7 @@ def _facts(result: Mapping[str, Any]) -> str:
             f"of {machine['detected_isa']}; {result['threads']} thread(s) unless said.",
             f"- {versions}.",
             f"- Limits, measured in the same run: fp32 {giga['fp32_flops']} GFLOP/s, "
-            f"bf16 {giga['bf16_flops']} GFLOP/s, memory {giga['read_bytes']} GB/s.",
+            f"bf16 {giga['bf16_flops']} GFLOP/s, memory {giga['read_bytes']} GB/s{cached}.",
             f"- Shapes: {shapes}.",
         ]
     )

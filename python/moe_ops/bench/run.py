@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import reduce
 from typing import Any
 
 import torch
@@ -74,14 +75,7 @@ def run(
         result[mode] = runners[mode](session)
         gc.collect()
     # Again at the end: on a machine with company the better of the two is nearer to the truth.
-    again = measure_limits(plan.threads, seconds=plan.limit_s)
-    limits = Limits(
-        limits.isa,
-        limits.threads,
-        max(limits.fp32_flops, again.fp32_flops),
-        max(limits.bf16_flops, again.bf16_flops),
-        max(limits.read_bytes, again.read_bytes),
-    )
+    limits = limits.best(measure_limits(plan.threads, seconds=plan.limit_s))
     result["limits"] = limits.to_dict()
     result["load"]["after"] = machine.load()
     result["seconds"] = round(time.perf_counter() - started)
@@ -212,9 +206,7 @@ def join(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         for mode in MODES:
             joined[mode] = [*joined.get(mode, ()), *copy.deepcopy(result.get(mode, []))]
     joined = {k: v for k, v in joined.items() if k not in MODES or v}
-    rates = ("fp32_flops", "bf16_flops", "read_bytes")
-    best = {key: max(result["limits"][key] for result in results) for key in rates}
-    limits = Limits(first["isa"], first["threads"], **best)
+    limits = reduce(Limits.best, [Limits.from_dict(result["limits"]) for result in results])
     joined["limits"] = limits.to_dict()
     _add_floors(joined, limits)
     return dict(rounded(joined))
@@ -239,7 +231,9 @@ def _absence(contender: Contender) -> str | None:
 def _add_floors(result: dict[str, Any], limits: Limits) -> None:
     for mode in ("forward", "quantized", "training"):
         for cell in result.get(mode, ()):
-            floor = limits.floor_s(cell["flops"], cell["bytes"], cell["weights"]) * 1e3
+            # Of the three passes over weights that training counts, one writes gradients.
+            working_set = cell["bytes"] * (2 / 3 if mode == "training" else 1)
+            floor = limits.floor_s(cell["flops"], cell["bytes"], cell["weights"], working_set) * 1e3
             cell["floor_ms"] = floor
             for contender in cell["contenders"].values():
                 contender["of_limit"] = floor / contender["ms"]

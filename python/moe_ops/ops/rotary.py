@@ -26,8 +26,8 @@ def rotary(t: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool = False) -> Ten
 
     ``out[i] = t[i] cos[i] - t[i + d / 2] sin[i]`` and ``out[i + d / 2] = t[i + d / 2] cos[i] + t[i]
     sin[i]``: halves rotated, as in Llama and JetMoE. On CUDA tensors it is this formula in torch's
-    operations, which a compiler fuses. Compiled code for a CPU calls the op: fused, the angles would
-    be made again for every head.
+    operations, which a compiler fuses. Compiled code for a CPU calls the op: fused, angles would be
+    computed again for every head.
 
     Args:
         t: [B, S, ..., d], d even; float64, float32, bfloat16 or float16, any strides. A dense
