@@ -7,7 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from moe_ops.layers import (
+    AttentionExperts,
     MoE,
+    Router,
     RoutingStats,
     load_balancing_loss,
     mutual_information_loss,
@@ -62,6 +64,29 @@ def test_moe_forward_and_backward(name):
         torch.testing.assert_close(a, b)
     if name == "deepseek_v3":
         assert moe.router.tokens_per_expert.sum() == 2 * B * S * K
+
+
+def test_generated_code_calls_the_ops():
+    """Not only the graph: what inductor makes of it, with calls from C++."""
+    layer = nn.ModuleDict(
+        {
+            "attention": AttentionExperts(Router.like("jetmoe", H, E, K), 2, 4, rope_theta=1e4),
+            "moe": MoE.build(H, I, E, K, router="mixtral"),
+        }
+    )
+    x = torch.randn(B, S, H, requires_grad=True)
+
+    def run(x: Tensor) -> Tensor:
+        return layer["moe"](x + layer["attention"](x)).square().sum()
+
+    fast = torch.compile(run, fullgraph=True, options={"cpp_wrapper": True})
+    inputs = [x, *layer.parameters()]
+    y, y_compiled = run(x), fast(x)
+    torch.testing.assert_close(y_compiled, y)
+    for a, b in zip(
+        torch.autograd.grad(y_compiled, inputs), torch.autograd.grad(y, inputs), strict=True
+    ):
+        torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("name", ["phimoe", "mixtral"])
