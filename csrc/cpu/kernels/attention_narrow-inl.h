@@ -4,8 +4,8 @@
 
 #if defined(__AVX512F__) && MOE_VEC_BYTES == 64
 
-// Scores may be 2^kRise times the one that weights are relative to before sums are scaled down:
-// fp32 has the range, and rows hardly ever get there after their first keys.
+// Weights may grow to 2^kRise (fp64: e^kRise) before sums are scaled down: the type has the range,
+// and rows hardly ever get there after their first keys.
 template <class T>
 constexpr T kRise = 8;
 
@@ -165,6 +165,8 @@ void narrow_bwd(const AttentionBlock<T>& b, const T* keys, const T* values, cons
       if constexpr (kMasked) x[n] = seen.select(j + n, 0, x[n], Vec<T>{});
       store<T>(p + n * kLda, x[n]);
     }
+    // Weights are read again below. Kept, they would leave the products 8 registers too few, and
+    // the compiler would move sums to the stack and back: twice the time.
     asm volatile("" ::: "memory");
 #pragma GCC unroll 8
     for (int n = 0; n < kNarrowKeys; ++n) g[n] = less;
