@@ -30,6 +30,7 @@ namespace {
 #include "cpu/kernels/tiles-inl.h"
 // Attention takes the exponential from the functions.
 #include "cpu/kernels/attention-inl.h"
+#include "cpu/kernels/attention_narrow-inl.h"
 // So do what stands between dense products, and mixtures.
 #include "cpu/kernels/dense-inl.h"
 #include "cpu/kernels/mix-inl.h"
@@ -134,6 +135,7 @@ Kernels<T> make_kernels() {
   k.act_rows = &act_rows<T>;
   k.act_bwd_rows = &act_bwd_rows<T>;
   k.attention = attention_kernels<T>();
+  narrow_kernels(k.attention);
   k.dense = dense_kernels<T>();
   k.mix = mix_kernels<T>();
   return k;

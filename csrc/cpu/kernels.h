@@ -145,7 +145,14 @@ struct AttentionBlock {
   const KeyIndex<T>* first = nullptr;  // [width] row r sees keys from number first[r] ...
   const KeyIndex<T>* last = nullptr;   // ... to last[r] - 1
   T softcap = 0;  // scores become softcap * tanh(score / softcap); 0: they do not
+  // For the narrow kernels, counted from the first key: no row sees one before `start`, and every
+  // row sees those from all_first to all_last - 1.
+  int64_t start = 0, all_first = 0, all_last = 0;
 };
+// Pitch of keys and values that the narrow kernels read, and their largest number of features.
+constexpr int64_t kNarrowSize = 16;
+// Keys that they take at once: sums of 16 features and scores of 8 keys leave 8 of 32 registers.
+constexpr int64_t kNarrowKeys = 8;
 template <class T>
 struct AttentionKernels {
   T log_tiny;  // e^log_tiny is the smallest weight that is not zero
@@ -167,6 +174,20 @@ struct AttentionKernels {
   // of weight times gradient over all keys before. slopes: scratch like s, used with a softcap.
   void (*stick_bwd)(const AttentionBlock<T>& b, T* s, const T* dp, const T* log_rest, T* slopes,
                     T* before, T* p_rows, T* ds_rows);
+  // Softmax of heads of up to narrow_size features, whole: scores, weights and products. One vector
+  // of rows, no softcap. Keys and values are [keys][kNarrowSize] and zero from `size` on to 8 or
+  // 16, q and what is summed [8 or 16][lanes]; q times keys is scores times power_scale, in which
+  // max counts too. Null where narrow_size is 0.
+  int narrow_size;
+  T power_scale;
+  // out += values times weights relative to max; max (from `lowest` on) and sum follow.
+  void (*narrow)(int size, const AttentionBlock<T>& b, const T* keys, const T* values, const T* q,
+                 T* out, T* max, T* sum);
+  // Weights and gradients of scores, as softmax_bwd writes them but for keys before b.start, and
+  // zeros for up to kNarrowKeys - 1 keys after the last; grad_q += keys times the latter.
+  void (*narrow_bwd)(int size, const AttentionBlock<T>& b, const T* keys, const T* values,
+                     const T* q, const T* grad_out, const T* lse, const T* delta, T* grad_q,
+                     T* p_rows, T* ds_rows);
   // c[i * width + j] *= factor[j]
   void (*multiply_lanes)(T* c, int64_t rows, int width, const T* factor);
   // out[r] = the product of row r of a and of b, n elements each, lda and ldb apart.

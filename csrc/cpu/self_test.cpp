@@ -470,6 +470,66 @@ bool attention_right(const Kernels<T>& k, Numbers<T>& numbers) {
   return true;
 }
 
+// The kernels of narrow heads: keys that all rows see, keys that some see, and a short step.
+template <class T>
+bool narrow_right(const Kernels<T>& k, Numbers<T>& numbers) {
+  if (k.attention.narrow_size == 0) return true;
+  constexpr int64_t kKeys = 2 * kNarrowKeys + 3, kRoom = (kKeys + kNarrowKeys) * kLda;
+  const int W = k.lanes;
+  for (const int size : {8, 16}) {
+    const std::vector<T> keys = numbers.take(kKeys * kNarrowSize), q = numbers.take(size * W);
+    const std::vector<T> values = numbers.take(kKeys * kNarrowSize), grad = numbers.take(size * W);
+    std::vector<KeyIndex<T>> first(W), last(W);
+    for (int r = 0; r < W; ++r) {
+      first[r] = static_cast<KeyIndex<T>>(r % 3);
+      last[r] = static_cast<KeyIndex<T>>(kKeys - r % 5);
+    }
+    AttentionBlock<T> block = {kKeys, W, true, 0, first.data(), last.data(), 0};
+    block.all_first = 2;
+    block.all_last = kKeys - 4;
+    std::vector<T> out(size * W), max(W, k.attention.lowest), sum(W), lse(W), delta(W, T(0.5));
+    std::vector<T> grad_q(size * W), p_rows(kRoom), ds_rows(kRoom), true_out = out, true_q = out;
+    std::vector<T> p(kKeys * W), ds = p, found_p = p, found_ds = p;
+    for (int r = 0; r < W; ++r) {
+      const auto dot = [&](const std::vector<T>& a, int64_t j, const std::vector<T>& b) {
+        double x = 0;
+        for (int f = 0; f < size; ++f) x += double(a[j * kNarrowSize + f]) * b[f * W + r];
+        return x;
+      };
+      double total = 0;
+      const double power = k.attention.power_scale;
+      const auto weight = [&](int64_t j) {
+        return first[r] <= j && j < last[r] ? std::exp(dot(keys, j, q) / power) : 0.0;
+      };
+      for (int64_t j = 0; j < kKeys; ++j) total += weight(j);
+      lse[r] = static_cast<T>(std::log(total));
+      for (int64_t j = 0; j < kKeys; ++j) {
+        p[j * W + r] = static_cast<T>(weight(j) / total);
+        ds[j * W + r] = static_cast<T>(weight(j) / total * (dot(values, j, grad) - 0.5));
+        for (int f = 0; f < size; ++f) {
+          true_out[f * W + r] += p[j * W + r] * values[j * kNarrowSize + f];
+          true_q[f * W + r] += ds[j * W + r] * keys[j * kNarrowSize + f];
+        }
+      }
+    }
+    k.attention.narrow(size, block, keys.data(), values.data(), q.data(), out.data(), max.data(),
+                       sum.data());
+    for (int i = 0; i < size * W; ++i) out[i] /= sum[i % W];
+    k.attention.narrow_bwd(size, block, keys.data(), values.data(), q.data(), grad.data(),
+                           lse.data(), delta.data(), grad_q.data(), p_rows.data(), ds_rows.data());
+    for (int64_t i = 0; i < kKeys * W; ++i) {
+      found_p[i] = p_rows[i / W * kLda + i % W];
+      found_ds[i] = ds_rows[i / W * kLda + i % W];
+    }
+    for (int r = 0; r < W; ++r) {
+      max[r] = static_cast<T>(max[r] / k.attention.power_scale + std::log(sum[r]));
+    }
+    if (!close(out, true_out) || !close(max, lse) || !close(grad_q, true_q)) return false;
+    if (!close(found_p, p) || !close(found_ds, ds)) return false;
+  }
+  return true;
+}
+
 // Integer products, tiles of words and rounding of tokens against their definitions. Tokens are
 // integers over 64 with a 127 in every block, so that rounding them to integers changes nothing.
 bool quant_right(const Kernels<float>& k, Numbers<float>& numbers) {
@@ -784,6 +844,7 @@ const char* failing_kernel(const Kernels<T>& k, const Kernels<T>& portable) {
   if (!transpose_right(k, numbers)) return "transpose";
   if (!activations_right(k, portable, numbers)) return "activation";
   if (!attention_right(k, numbers)) return "attention";
+  if (!narrow_right(k, numbers)) return "attention of narrow heads";
   if constexpr (sizeof(T) == 4) {
     if (!pairs_right(k, portable, numbers)) return "pair";
     if (!quant_right(k, numbers)) return "quant";

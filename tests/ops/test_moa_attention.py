@@ -273,6 +273,50 @@ def test_options_with_a_cache(options, kind):
     check(operands(torch.float32, tokens=70, keys=200, heads=1, kind=kind, **OPTIONS[options]))
 
 
+# Up to 16 features softmax has kernels of its own, which take 8 keys and a vector of rows at once.
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=short)
+@pytest.mark.parametrize("head_size", [3, 8, 12, 16, 17])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"tokens": 37, "slots": 3},
+        {"tokens": 75, "keys": 78, "slots": 1, "window": 3},
+        {"tokens": 60, "keys": 203, "window": 71},
+        {"tokens": 21, "keys": 135, "causal": False},
+        {"tokens": 70, "keys": 3, "causal": False},
+        {"tokens": 99, "cu_seqlens": torch.tensor([0, 0, 5, 69, 69, 99]), "causal": False},
+        {"tokens": 5, "keys": 0, "causal": False},
+    ],
+    ids=["slots", "window", "cache", "full", "few", "sequences", "none"],
+)
+def test_narrow_heads(options, head_size, dtype):
+    batch = 1 if "cu_seqlens" in options else 2
+    check(operands(dtype, batch, heads=2, head_size=head_size, kind="softmax", **options))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=short)
+@pytest.mark.parametrize("sign", [1, -1], ids=["growing", "falling"])
+def test_narrow_heads_whose_logits_grow(dtype, sign):
+    """From -120 to 120 along the keys: sums are scaled down again and again, or begin high."""
+    call = operands(dtype, tokens=150, heads=1, spread=0.3, kind="softmax", causal=False)
+    call["q"][..., 0] = call["q"][..., 0].abs() + 1.0
+    call["k"][..., 0] = sign * torch.linspace(-240.0, 240.0, 150)[:, None].to(dtype)
+    check(call)
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+def test_an_infinite_logit_stays_in_its_row(causal):
+    call = operands(torch.float32, batch=1, tokens=50, heads=1, kind="softmax", causal=causal)
+    call["k"][..., 0] = call["k"][..., 0].abs() + 0.5
+    clean, _ = both(moe_ops.moa_attention(**call))
+    call["q"][0, 20, 1, 0, 0] = torch.inf
+    out, _ = both(moe_ops.moa_attention(**call))
+    assert bool(out[0, 20, 1].isnan().all())
+    keep = torch.ones(50, 2, dtype=torch.bool)
+    keep[20, 1] = False
+    assert_identical(out[0][keep], clean[0][keep])
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_fewer_keys_than_queries(kind):
     check(operands(torch.float32, tokens=40, keys=7, kind=kind, causal=False))

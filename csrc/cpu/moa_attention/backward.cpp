@@ -26,8 +26,11 @@ class Backward {
         p_(q.fwd),
         k_(kernels<T>()),
         tiles_{k_, p_.head_size},
+        narrow_(narrow_size(k_, p_)),
+        panel_rows_(narrow_ > 0 ? k_.lanes : 2 * k_.lanes),
         d_(p_.head_size),
-        ld_(round_up<int64_t>(p_.head_size, k_.lanes)),
+        features_(narrow_ > 0 ? narrow_ : d_),
+        ld_(round_up<int64_t>(features_, k_.lanes)),
         chunks_(num_chunks(p_)),
         cuts_(cut_row_blocks(p_, chunks_)) {}
 
@@ -43,9 +46,13 @@ class Backward {
     const NoSubnormals guard;
     Buffers x(*this, b, head, kept_keys(p_, begin, end, 3 * ld_ * static_cast<int64_t>(sizeof(T))));
     for (int64_t i = begin; i < end; ++i) {
-      RowBlock<T> block(p_, k_.lanes, b, head, i * kRows);
+      RowBlock<T> block(p_, k_.lanes, panel_rows_, b, head, i * kRows);
       both_forms(block, p_.q, static_cast<T>(p_.scale), x.q, x.q_columns);
       both_forms(block, q_.grad_out, T(1), x.grad_out, x.grad_out_columns);
+      if (narrow_ > 0) {
+        k_.load_rows(kAccumulate<T>, x.q, 0, 1, block.padded * features_, x.q, 0,
+                     k_.attention.power_scale);
+      }
       std::fill(x.grad_q, x.grad_q + block.padded * ld_, T(0));
       p_.kind == AttentionKind::kSoftmax ? softmax(block, x, grad_k, grad_v)
                                          : stick(block, x, grad_k, grad_v);
@@ -68,26 +75,30 @@ class Backward {
   }
 
  private:
+  // Of scores; the narrow kernels write whole steps.
+  static constexpr int64_t kRowForm = (kKeys + kNarrowKeys) * kLda;
+
   struct Buffers {
     Buffers(const Backward& of, int64_t b, int64_t head, const KeyRange& kept)
         : key_blocks(ceil_div(of.p_.num_keys, kKeys)),
-          by_rows(KeyCopy<T>::size(kept, of.d_, kKc, kLda)),
-          by_columns(KeyCopy<T>::size(kept, of.d_, kLdm, kLdm)),
-          carve(Scratch::kTile, (6 * kRows * of.ld_ + 2 * by_rows + by_columns + 2 * kKeys * kLda +
+          pitch(of.narrow_ > 0 ? kNarrowSize : kLda),
+          by_rows(KeyCopy<T>::size(kept, of.d_, kKc, pitch)),
+          by_columns(of.narrow_ > 0 ? 0 : KeyCopy<T>::size(kept, of.d_, kLdm, kLdm)),
+          carve(Scratch::kTile, (6 * kRows * of.ld_ + 2 * by_rows + by_columns + 2 * kRowForm +
                                  3 * kKeys * 2 * of.k_.lanes + (key_blocks + 4) * kRows + 1024) *
                                     static_cast<int64_t>(sizeof(T))),
-          keys(of.k_, of.p_, of.p_.k, b, head, kKc, kLda, kept, carve.take<T>(by_rows)),
-          values(of.k_, of.p_, of.p_.v, b, head, kKc, kLda, kept, carve.take<T>(by_rows)),
+          keys(of.k_, of.p_, of.p_.k, b, head, kKc, pitch, kept, carve.take<T>(by_rows)),
+          values(of.k_, of.p_, of.p_.v, b, head, kKc, pitch, kept, carve.take<T>(by_rows)),
           key_columns(of.k_, of.p_, of.p_.k, b, head, kLdm, kLdm, kept, carve.take<T>(by_columns)) {
       for (T** part : {&q, &grad_out, &grad_q, &q_columns, &grad_out_columns, &rows}) {
         *part = carve.take<T>(kRows * of.ld_);
       }
-      for (T** part : {&p_rows, &ds_rows}) *part = carve.take<T>(kKeys * kLda);
+      for (T** part : {&p_rows, &ds_rows}) *part = carve.take<T>(kRowForm);
       for (T** part : {&s, &dp, &slopes}) *part = carve.take<T>(kKeys * 2 * of.k_.lanes);
       starts = carve.take<T>((key_blocks + 1) * kRows);
       for (T** part : {&a, &delta}) *part = carve.take<T>(kRows);
     }
-    int64_t key_blocks, by_rows, by_columns;
+    int64_t key_blocks, pitch, by_rows, by_columns;
     Carver carve;
     KeyCopy<T> keys, values, key_columns;
     T *q, *grad_out, *grad_q, *q_columns, *grad_out_columns, *rows;
@@ -113,13 +124,13 @@ class Backward {
     const int64_t step = block.padded * 2 * k_.lanes;
     k_.pack_panels(p_.type, rows, 0, block.count, d_, scales, columns, step);
     for (int64_t c0 = 0; c0 < d_; c0 += 2 * k_.lanes) {
-      const int64_t width = panel_width(c0), cols = std::min(width, d_ - c0);
+      const int64_t width = panel_width(c0), cols = std::min(width, features_ - c0);
       T* from = columns + c0 * block.padded;
       std::fill(from + block.count * width, from + block.padded * width, T(0));
       for (int64_t i = 0; i < block.panels(); ++i) {
-        const int64_t r0 = i * 2 * k_.lanes;
+        const int64_t r0 = i * panel_rows_;
         k_.transpose(from + r0 * width, width, block.width(i), cols,
-                     panels + r0 * d_ + c0 * block.width(i), block.width(i));
+                     panels + r0 * features_ + c0 * block.width(i), block.width(i));
       }
     }
   }
@@ -129,7 +140,7 @@ class Backward {
   // sees none after panels that see some. Tiles start with a panel's keys, so this may be too many.
   void clear(const RowBlock<T>& block, int64_t panel, const int64_t* seen_keys, int64_t from,
              int64_t n, Buffers& x) const {
-    const int64_t r0 = panel * 2 * k_.lanes, width = block.width(panel);
+    const int64_t r0 = panel * panel_rows_, width = block.width(panel);
     int64_t to = n;
     if (std::none_of(seen_keys, seen_keys + panel + 1, [](int64_t keys) { return keys > 0; })) {
       return;
@@ -143,31 +154,40 @@ class Backward {
     }
   }
 
-  // A block of keys: rows of keys and values, and keys once more for the gradient of queries.
+  // The narrow kernels leave out the keys before the first that a row sees.
+  void clear_before(const AttentionBlock<T>& seen, int64_t r0, Buffers& x) const {
+    for (int64_t j = 0; j < seen.start; ++j) {
+      std::fill(x.p_rows + j * kLda + r0, x.p_rows + j * kLda + r0 + seen.width, T(0));
+      std::fill(x.ds_rows + j * kLda + r0, x.ds_rows + j * kLda + r0 + seen.width, T(0));
+    }
+  }
+
+  // A block of keys: rows of keys and values, and keys once more for the gradient of queries, which
+  // the narrow kernels take from the rows.
   struct KeyBlock {
     const T *keys, *values, *key_columns;
     KeyBlock(Buffers& x, int64_t j0, int64_t n)
         : keys(x.keys.get(j0, n)),
           values(x.values.get(j0, n)),
-          key_columns(x.key_columns.get(j0, n)) {}
+          key_columns(x.by_columns > 0 ? x.key_columns.get(j0, n) : nullptr) {}
   };
 
   void scores(int64_t panel, const AttentionBlock<T>& seen, const T* keys, Buffers& x) const {
-    tiles_.by_rows(keys, x.keys.part_stride(), x.q + panel * 2 * k_.lanes * d_, seen.width,
+    tiles_.by_rows(keys, x.keys.part_stride(), x.q + panel * panel_rows_ * d_, seen.width,
                    seen.keys, x.s);
   }
 
   void products(int64_t panel, const AttentionBlock<T>& seen, const KeyBlock& from,
                 Buffers& x) const {
     scores(panel, seen, from.keys, x);
-    tiles_.by_rows(from.values, x.values.part_stride(), x.grad_out + panel * 2 * k_.lanes * d_,
+    tiles_.by_rows(from.values, x.values.part_stride(), x.grad_out + panel * panel_rows_ * d_,
                    seen.width, seen.keys, x.dp);
   }
 
   void add_grad_q(int64_t panel, const AttentionBlock<T>& seen, const KeyBlock& from,
                   Buffers& x) const {
     tiles_.by_columns(seen.keys, from.key_columns, x.key_columns.part_stride(), x.s, seen.width,
-                      x.grad_q + panel * 2 * k_.lanes * ld_);
+                      x.grad_q + panel * panel_rows_ * ld_);
   }
 
   // grad [n][ld] += rows [n][kLda] of block.padded columns, times the columns of queries. A later
@@ -182,7 +202,7 @@ class Backward {
       for (Heights t(n, tiles_.max_rows(static_cast<int>(nv))); t.next();) {
         const int64_t i0 = t.begin;
         while (panel < block.panels() && seen_keys[panel] <= i0) ++panel;
-        const int64_t r0 = panel * 2 * k_.lanes;
+        const int64_t r0 = panel * panel_rows_;
         if (r0 >= block.padded) break;
         k_.row_a[nv - 1][t.height - 1](block.padded - r0, rows + i0 * kLda + r0,
                                        columns + c0 * block.padded + r0 * width,
@@ -224,10 +244,17 @@ class Backward {
       int64_t seen_keys[kRows];
       for (int64_t i = 0; i < block.panels(); ++i) {
         const AttentionBlock<T> seen = block.sees(i, j0, n, p_.softcap);
-        const int64_t r0 = i * 2 * k_.lanes;
+        const int64_t r0 = i * panel_rows_;
         seen_keys[i] = seen.keys;
         clear(block, i, seen_keys, seen.keys, n, x);
         if (seen.keys == 0) continue;
+        if (narrow_ > 0) {
+          clear_before(seen, r0, x);
+          k_.attention.narrow_bwd(narrow_, seen, from.keys, from.values, x.q + r0 * features_,
+                                  x.grad_out + r0 * features_, x.a + r0, x.delta + r0,
+                                  x.grad_q + r0 * ld_, x.p_rows + r0, x.ds_rows + r0);
+          continue;
+        }
         products(i, seen, from, x);
         k_.attention.softmax_bwd(seen, x.s, x.dp, x.a + r0, x.delta + r0, x.p_rows + r0,
                                  x.ds_rows + r0);
@@ -300,7 +327,7 @@ class Backward {
 
   void store_grad_q(const RowBlock<T>& block, Buffers& x) const {
     for (int64_t i = 0; i < block.panels(); ++i) {
-      const int64_t r0 = i * 2 * k_.lanes;
+      const int64_t r0 = i * panel_rows_;
       k_.transpose(x.grad_q + r0 * ld_, block.width(i), ld_, block.width(i), x.rows + r0 * ld_,
                    ld_);
     }
@@ -315,7 +342,8 @@ class Backward {
   const MoaAttentionParams& p_;
   const Kernels<T>& k_;
   Products<T> tiles_;
-  int64_t d_, ld_, chunks_;
+  int narrow_;
+  int64_t panel_rows_, d_, features_, ld_, chunks_;
   std::vector<int64_t> cuts_;  // row blocks where chunks start
 };
 

@@ -71,18 +71,19 @@ inline int64_t row_index(const MoaAttentionParams& p, int64_t b, int64_t head, i
   return (b * p.num_tokens * p.num_slots + r) * p.num_heads + head;
 }
 
-// A block of rows in panels of two vectors, the last one perhaps of one.
+// A block of rows in panels of two vectors, the last one perhaps of one; with narrow heads, of one.
 template <class T>
 struct RowBlock {
   int64_t b, head, begin, count;  // rows begin to begin + count of a head
-  int lanes;
+  int64_t panel_rows;
   int64_t padded;                         // whole vectors
   KeyRange keys;                          // of all rows
   KeyIndex<T> first[kRows], last[kRows];  // of each row, counted from keys.first; none of the rows
                                           // that pad
 
-  RowBlock(const MoaAttentionParams& p, int lanes, int64_t b, int64_t head, int64_t begin)
-      : b(b), head(head), begin(begin), lanes(lanes) {
+  RowBlock(const MoaAttentionParams& p, int lanes, int64_t panel_rows, int64_t b, int64_t head,
+           int64_t begin)
+      : b(b), head(head), begin(begin), panel_rows(panel_rows) {
     count = std::min(kRows, p.num_tokens * p.num_slots - begin);
     padded = round_up<int64_t>(count, lanes);
     int64_t token = begin / p.num_slots, slot = begin % p.num_slots;
@@ -100,9 +101,9 @@ struct RowBlock {
     std::fill(first + count, first + padded, KeyIndex<T>(0));
     std::fill(last + count, last + padded, KeyIndex<T>(0));
   }
-  int64_t panels() const { return ceil_div<int64_t>(padded, 2 * lanes); }
+  int64_t panels() const { return ceil_div(padded, panel_rows); }
   int width(int64_t panel) const {
-    return static_cast<int>(std::min<int64_t>(2 * lanes, padded - panel * 2 * lanes));
+    return static_cast<int>(std::min(panel_rows, padded - panel * panel_rows));
   }
   // What a panel sees of the keys from j0 on. Both ends of a row's keys grow with the row, so the
   // first and the last row say how many, and whether any row misses one.
@@ -110,11 +111,14 @@ struct RowBlock {
     AttentionBlock<T> out;
     out.width = width(panel);
     out.softcap = static_cast<T>(softcap);
-    const int64_t r0 = panel * 2 * lanes, r1 = std::min(r0 + out.width, count);
+    const int64_t r0 = panel * panel_rows, r1 = std::min(r0 + out.width, count);
     const int64_t at = j0 - keys.first;
     out.keys = std::clamp<int64_t>(last[r1 - 1] - at, 0, num_keys);
     if (first[r0] >= at + num_keys) out.keys = 0;
-    out.masked = first[r1 - 1] > at || last[r0] < at + out.keys;
+    out.start = std::max<int64_t>(first[r0] - at, 0);
+    out.all_first = first[r1 - 1] - at;
+    out.all_last = std::min<int64_t>(last[r0] - at, out.keys);
+    out.masked = out.all_first > 0 || out.all_last < out.keys;
     out.begin = static_cast<KeyIndex<T>>(at);
     out.first = first + r0;
     out.last = last + r0;
@@ -180,6 +184,14 @@ struct Products {
   }
 };
 
+// Features that the narrow kernels multiply, or 0 where they do not take a call.
+template <class T>
+int narrow_size(const Kernels<T>& k, const MoaAttentionParams& p) {
+  const bool taken =
+      p.kind == AttentionKind::kSoftmax && p.softcap == 0 && p.head_size <= k.attention.narrow_size;
+  return !taken ? 0 : p.head_size <= 8 ? 8 : 16;
+}
+
 // Keys or values of a head, in parts of `part` columns and `pitch` apart: a block at a time,
 // or, where an item of several row blocks reads them again and again, all that it has read so far.
 template <class T>
@@ -196,7 +208,12 @@ class KeyCopy {
         pitch_(pitch),
         rows_(rows(kept)),
         kept_(kept),
-        data_(data) {}
+        data_(data) {
+    // The narrow kernels read whole rows.
+    if (pitch == kNarrowSize && p.head_size < pitch) {
+      std::fill(data, data + size(kept, p.head_size, part, pitch), T(0));
+    }
+  }
 
   // Rows of the copy where `kept` is what is kept; none: one block.
   static int64_t rows(const KeyRange& kept) { return std::max(kKeys, kept.last - kept.first); }
@@ -306,7 +323,7 @@ template <class T>
 void to_panels(const Kernels<T>& k, const RowBlock<T>& block, const T* rows, int64_t ld, int64_t d,
                T* dst) {
   for (int64_t i = 0; i < block.panels(); ++i) {
-    const int64_t r0 = i * 2 * k.lanes;
+    const int64_t r0 = i * block.panel_rows;
     k.transpose(rows + r0 * ld, ld, block.width(i), d, dst + r0 * d, block.width(i));
   }
 }

@@ -14,15 +14,20 @@ class Forward {
       : p_(p),
         k_(kernels<T>()),
         tiles_{k_, p.head_size},
-        ld_(round_up<int64_t>(p.head_size, k_.lanes)) {}
+        narrow_(narrow_size(k_, p)),
+        panel_rows_(narrow_ > 0 ? k_.lanes : 2 * k_.lanes),
+        features_(narrow_ > 0 ? narrow_ : p.head_size),
+        ld_(round_up<int64_t>(features_, k_.lanes)) {}
 
   // Row blocks begin to end of a head.
   void run(int64_t b, int64_t head, int64_t begin, int64_t end) const {
     const NoSubnormals guard;
     const int64_t d = p_.head_size;
     const KeyRange kept = kept_keys(p_, begin, end, 2 * ld_ * static_cast<int64_t>(sizeof(T)));
-    const int64_t keys = KeyCopy<T>::size(kept, d, kKc, kLda);
-    const int64_t values = KeyCopy<T>::size(kept, d, kLdm, kLdm);
+    const int64_t key_pitch = narrow_ > 0 ? kNarrowSize : kLda;
+    const int64_t value_pitch = narrow_ > 0 ? kNarrowSize : kLdm;
+    const int64_t keys = KeyCopy<T>::size(kept, d, kKc, key_pitch);
+    const int64_t values = KeyCopy<T>::size(kept, d, kLdm, value_pitch);
     const int64_t size = 3 * kRows * ld_ + keys + values + kKeys * 2 * k_.lanes + 3 * kRows;
     Carver carve(Scratch::kTile, (size + 1024) * static_cast<int64_t>(sizeof(T)));
     Buffers buffers{
@@ -33,13 +38,14 @@ class Forward {
         carve.take<T>(kRows),
         carve.take<T>(kRows),
         carve.take<T>(kRows),
-        {k_, p_, p_.k, b, head, kKc, kLda, kept, carve.take<T>(keys)},
-        {k_, p_, p_.v, b, head, kLdm, kLdm, kept, carve.take<T>(values)},
+        {k_, p_, p_.k, b, head, kKc, key_pitch, kept, carve.take<T>(keys)},
+        {k_, p_, p_.v, b, head, kLdm, value_pitch, kept, carve.take<T>(values)},
     };
+    const T scale = static_cast<T>(p_.scale) * (narrow_ > 0 ? k_.attention.power_scale : T(1));
     for (int64_t i = begin; i < end; ++i) {
-      RowBlock<T> block(p_, k_.lanes, b, head, i * kRows);
-      load_rows(k_, p_, p_.q, block, static_cast<T>(p_.scale), buffers.rows, ld_);
-      to_panels(k_, block, buffers.rows, ld_, d, buffers.q);
+      RowBlock<T> block(p_, k_.lanes, panel_rows_, b, head, i * kRows);
+      load_rows(k_, p_, p_.q, block, scale, buffers.rows, ld_);
+      to_panels(k_, block, buffers.rows, ld_, features_, buffers.q);
       std::fill(buffers.out, buffers.out + block.padded * ld_, T(0));
       p_.kind == AttentionKind::kSoftmax ? softmax(block, buffers) : stick(block, buffers);
     }
@@ -52,15 +58,14 @@ class Forward {
   };
 
   void scores(const AttentionBlock<T>& seen, int64_t panel, const T* keys, Buffers& buffers) const {
-    tiles_.by_rows(keys, buffers.keys.part_stride(),
-                   buffers.q + panel * 2 * k_.lanes * p_.head_size, seen.width, seen.keys,
-                   buffers.s);
+    tiles_.by_rows(keys, buffers.keys.part_stride(), buffers.q + panel * panel_rows_ * p_.head_size,
+                   seen.width, seen.keys, buffers.s);
   }
 
   void add_values(const AttentionBlock<T>& seen, int64_t panel, const T* values,
                   Buffers& buffers) const {
     tiles_.by_columns(seen.keys, values, buffers.values.part_stride(), buffers.s, seen.width,
-                      buffers.out + panel * 2 * k_.lanes * ld_);
+                      buffers.out + panel * panel_rows_ * ld_);
   }
 
   void softmax(const RowBlock<T>& block, Buffers& buffers) const {
@@ -71,9 +76,14 @@ class Forward {
       const int64_t n = std::min(kKeys, block.keys.last - j0);
       const T *keys = buffers.keys.get(j0, n), *values = buffers.values.get(j0, n);
       for (int64_t i = 0; i < block.panels(); ++i) {
-        const int64_t r0 = i * 2 * k_.lanes;
+        const int64_t r0 = i * panel_rows_;
         const AttentionBlock<T> seen = block.sees(i, j0, n, p_.softcap);
         if (seen.keys == 0) continue;
+        if (narrow_ > 0) {
+          k_.attention.narrow(narrow_, seen, keys, values, buffers.q + r0 * features_,
+                              buffers.out + r0 * ld_, max + r0, sum + r0);
+          continue;
+        }
         scores(seen, i, keys, buffers);
         if (k_.attention.softmax(seen, buffers.s, max + r0, sum + r0, buffers.factor)) {
           k_.attention.multiply_lanes(buffers.out + r0 * ld_, p_.head_size, seen.width,
@@ -81,6 +91,9 @@ class Forward {
         }
         add_values(seen, i, values, buffers);
       }
+    }
+    if (narrow_ > 0) {
+      for (int64_t r = 0; r < block.padded; ++r) max[r] /= k_.attention.power_scale;
     }
     k_.attention.softmax_end(block.padded, max, sum, max, buffers.factor);
     for (int64_t r = 0; r < block.count; ++r) state(block, r) = max[r];
@@ -101,7 +114,7 @@ class Forward {
         const AttentionBlock<T> seen = block.sees(i, j0, end - j0, p_.softcap);
         if (seen.keys == 0) continue;
         scores(seen, i, keys, buffers);
-        const T most = k_.attention.stick(seen, buffers.s, log_rest + i * 2 * k_.lanes);
+        const T most = k_.attention.stick(seen, buffers.s, log_rest + i * panel_rows_);
         add_values(seen, i, values, buffers);
         broken[i] = most < k_.attention.log_tiny;
         left -= broken[i];
@@ -119,7 +132,7 @@ class Forward {
 
   void finish(const RowBlock<T>& block, Buffers& buffers, const T* scale) const {
     for (int64_t i = 0; i < block.panels(); ++i) {
-      const int64_t r0 = i * 2 * k_.lanes;
+      const int64_t r0 = i * panel_rows_;
       T* out = buffers.out + r0 * ld_;
       if (scale != nullptr) {
         k_.attention.multiply_lanes(out, p_.head_size, block.width(i), scale + r0);
@@ -135,7 +148,8 @@ class Forward {
   const MoaAttentionParams& p_;
   const Kernels<T>& k_;
   Products<T> tiles_;
-  int64_t ld_;
+  int narrow_;
+  int64_t panel_rows_, features_, ld_;
 };
 
 template <class T>
