@@ -88,6 +88,12 @@ for dtype in DTYPES:
             {"h": h, "w": w.mT, "topk_weights": weights.to(acc_dtype(dtype)), "topk_ids": ids},
             ["h", "w", "topk_weights"], sum_length=300, steps=1, grad_steps=2,
         )
+    for size, experts in ((16, 4), (37, 5), (64, 9)):
+        call = [torch.randn(s).to(dtype) for s in ((70, size), (experts, size), (experts,))]
+        check_against_reference(
+            moe_ops.router_linear, reference.router_linear,
+            dict(zip(("x", "weight", "bias"), call)), ["x", "weight", "bias"], sum_length=71,
+        )
     for activation in (*GATED_ACTIVATIONS, *PLAIN_ACTIVATIONS):
         call = ffn_operands(
             Routing(21, 4, 2, "dropped"), 33, 31, dtype, activation=activation, bias=True
