@@ -359,7 +359,8 @@ MOE_TEXT void take_best_text(RouterKey<T>* keys, RouterKey<T>* block_max, int64_
 
 MOE_ROUTER_LEVEL(portable, , 16)
 #if defined(__x86_64__)
-MOE_ROUTER_LEVEL(avx2, __attribute__((target("avx2,fma"))), 32)
+// Whole lines: where 16 bytes decide, 32 experts took 105 or 135 us for the same instructions.
+MOE_ROUTER_LEVEL(avx2, __attribute__((target("avx2,fma"), aligned(64))), 32)
 #endif
 #undef MOE_ROUTER_LEVEL
 
