@@ -35,6 +35,7 @@ OPS = {
     "moe_linear_reduce",
     "quantize_fp8",
     "rotary",
+    "router_linear",
     "moa_attention",
 }
 INFERENCE_ONLY = (

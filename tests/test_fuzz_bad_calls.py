@@ -192,6 +192,12 @@ def good_call(op: str, s: Sizes) -> dict:
                 "cos": s.float(s.t, s.h),
                 "sin": s.float(s.t, s.h),
             }
+        case "router_linear":
+            return {
+                "x": s.float(s.t, s.h),
+                "weight": s.float(s.e, s.h),
+                "bias": s.float(s.e),
+            }
         case "moa_attention":
             return {
                 "q": s.float(2, s.t, s.k, s.e, s.h),
@@ -225,6 +231,7 @@ OPS = (
     "moe_linear_map",
     "moe_linear_reduce",
     "rotary",
+    "router_linear",
     "moa_attention",
     "pack_experts",
 )
@@ -250,6 +257,7 @@ FREE_DIMS = {
     ("grouped_sum", "expert_offsets"): {0},
     ("pack_experts", "w"): {0, 2},
     ("rotary", "t"): {0, 2},
+    ("router_linear", "x"): {0},
     ("moa_attention", "q"): {1, 2},
 }
 BAD_ARGUMENTS = {
@@ -285,6 +293,7 @@ BAD_ARGUMENTS = {
         ("mean", (None,)),
         ("var", (None,)),
     ],
+    "router_linear": [("logits_dtype", (torch.int32, torch.bool, torch.float8_e4m3fn))],
     "grouped_gemm_fp8": [("out_dtype", (torch.float64, torch.int32, torch.float8_e4m3fn))],
     "moe_ffn_fp8": [("activation", ("", "swish", "SWIGLU", "swiglu\0"))],
     "moe_ffn_packed": [("activation", ("", "swish", "SWIGLU", "swiglu\0"))],
@@ -303,7 +312,8 @@ def defects(op: str, call: dict) -> list[tuple[str, str]]:
             found.append(("device", name))
         if name in ("expert_offsets", "row_to_slot", "slot_to_row"):
             found.append(("range", name))
-    prefixes = ("moe_ffn", "dense_ffn", "mix_", "grouped_gemm", "moe_linear", "moa_", "add_")
+    prefixes = ("moe_ffn", "dense_ffn", "mix_", "grouped_gemm", "moe_linear", "moa_", "add_rms")
+    prefixes += ("router_linear",)
     if op.startswith(prefixes):
         found += [("float_dtype", name) for name in tensors if call[name].is_floating_point()]
     return found

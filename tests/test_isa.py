@@ -88,6 +88,25 @@ for dtype in DTYPES:
             {"h": h, "w": w.mT, "topk_weights": weights.to(acc_dtype(dtype)), "topk_ids": ids},
             ["h", "w", "topk_weights"], sum_length=300, steps=1, grad_steps=2,
         )
+    for experts, k in ((4, 2), (8, 2), (7, 3), (16, 2), (16, 4), (40, 4)):
+        for options in ({}, {"topk_first": True}, {"score_func": "sigmoid", "renormalize": True}):
+            logits = torch.randn(75, experts).to(dtype)
+            runs = []
+            for fn, wide in ((moe_ops.topk_router, False), (reference.topk_router, True)):
+                leaf = (logits.double() if wide else logits.clone()).requires_grad_()
+                weights, ids = fn(leaf, k, **options)
+                grad = torch.autograd.grad((weights**3).sum(), leaf)[0]
+                runs.append((weights.double(), ids, grad.double()))
+            (w, i, g), (want_w, want_i, want_g) = runs
+            assert torch.equal(i, want_i)  # ties go to the smaller id in both
+            assert (w - want_w).norm() <= 1e-6 * want_w.norm()
+            assert (g - want_g).norm() <= (4 * eps(dtype) + 1e-6) * want_g.norm()
+    for size, experts in ((16, 4), (37, 5), (64, 9)):
+        call = [torch.randn(s).to(dtype) for s in ((70, size), (experts, size), (experts,))]
+        check_against_reference(
+            moe_ops.router_linear, reference.router_linear,
+            dict(zip(("x", "weight", "bias"), call)), ["x", "weight", "bias"], sum_length=71,
+        )
     for activation in (*GATED_ACTIVATIONS, *PLAIN_ACTIVATIONS):
         call = ffn_operands(
             Routing(21, 4, 2, "dropped"), 33, 31, dtype, activation=activation, bias=True

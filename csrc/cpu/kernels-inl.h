@@ -34,6 +34,8 @@ namespace {
 // So do what stands between dense products, and mixtures.
 #include "cpu/kernels/dense-inl.h"
 #include "cpu/kernels/mix-inl.h"
+// Sums of lanes are those of mixtures.
+#include "cpu/kernels/router-inl.h"
 // Words take add_product from the tiles.
 #include "cpu/kernels/quant4-inl.h"
 #include "cpu/kernels/quant8-inl.h"
@@ -130,6 +132,8 @@ Kernels<T> make_kernels() {
   k.dot_row = &dot_row<T>;
   k.norm_rows = &norm_rows<T>;
   k.norm_rows_bwd = &norm_rows_bwd<T>;
+  k.router_linear = &router_linear<T>;
+  k.router_linear_bwd = &router_linear_bwd<T>;
   k.act_fwd = &act_fwd<T>;
   k.act_bwd = &act_bwd<T>;
   k.act_rows = &act_rows<T>;

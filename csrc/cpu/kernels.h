@@ -297,6 +297,24 @@ struct MixKernels {
   void (*moments)(int64_t count, int64_t n, const T* x, T* mean, T* squares);
 };
 
+// router_linear on rows of whole vectors, and experts in groups of so many; router-inl.h in
+// kernels/.
+constexpr int kRouterExperts = 4;
+template <class T>
+struct RouterLinearBwd {
+  int64_t tokens, experts, n;
+  const T* g;  // [tokens, experts], gradients of logits
+  int64_t ld_g;
+  const T* x;  // [tokens, n]
+  int64_t ld_x;
+  const T* w;  // [experts, n]
+  int64_t ld_w;
+  T* grad_x;  // [tokens, n], or nullptr
+  int64_t ld_grad_x;
+  T* grad_w;  // [experts, n], added to, or nullptr
+  int64_t ld_grad_w;
+};
+
 // T as a tag.
 template <class T>
 constexpr DType kAccumulate = sizeof(T) == 8 ? DType::kFloat64 : DType::kFloat32;
@@ -433,6 +451,12 @@ struct Kernels {
 
   void (*norm_rows)(const NormRows<T>& p);
   void (*norm_rows_bwd)(const NormRowsBwd<T>& p);
+
+  // out[t*ld_out + e] = bias[e] + sum_i x[t*ld_x + i] * w[e*ld_w + i] for t < tokens, e < experts,
+  // i < n.
+  void (*router_linear)(int64_t tokens, int64_t experts, int64_t n, const T* x, int64_t ld_x,
+                        const T* w, int64_t ld_w, const T* bias, T* out, int64_t ld_out);
+  void (*router_linear_bwd)(const RouterLinearBwd<T>& p);
 
   // h = act(gate, up); `up` is ignored by activations that have no gate.
   void (*act_fwd)(Activation kind, const T* gate, const T* up, T* h, int64_t n, T alpha, T limit);

@@ -5,6 +5,7 @@
 
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
+#include "cpu/router_planes.h"
 #include "cpu/router_row.h"
 #include "cpu/workspace.h"
 
@@ -20,8 +21,55 @@ namespace {
 //   softmax: dx_i = s_i (ds_i - D), D = sum s_j ds_j;   sigmoid: dx_i = s_i (1 - s_i) ds_i
 // Renormalised, D = c A (1 - sum s / R) = c A eps / R: zero in exact arithmetic without eps, so it
 // is taken from R - sum s, which is zero unless eps is felt.
+constexpr int64_t kFewPairs = 32;
+
+template <class T>
+void route_few_bwd(const RouterBwdParams& p, const Parallel& par) {
+  using Key = RouterKey<T>;
+  const RouterRow<T>& row = router_row<T>();
+  const Kernels<T>& kernel = kernels<T>();
+  const int64_t E = p.num_experts, K = p.top_k, size = dtype_size(p.type);
+  const int64_t bytes = kLaneTokens * (3 * E + 2 * K) * static_cast<int64_t>(sizeof(T)) + 6 * 64;
+  const double cost = 2.0 * static_cast<double>(E * K) + 10.0 * static_cast<double>(E);
+  parallel_range(par, p.num_tokens, cost, [&](int64_t begin, int64_t end) {
+    Carver carver(Scratch::kRows, bytes);
+    T* const rows = carver.take<T>(kLaneTokens * E);
+    T* const x = carver.take<T>(kLaneTokens * E);
+    T* const grad_x = carver.take<T>(kLaneTokens * E);
+    T* const grads = carver.take<T>(kLaneTokens * K);
+    Key* const ids = carver.take<Key>(kLaneTokens * K);
+    RouterLanes<T> lanes = {};
+    lanes.experts = E;
+    lanes.top_k = K;
+    lanes.softmax = p.score_func == ScoreFunc::kSoftmax;
+    lanes.topk_first = p.topk_first;
+    lanes.renormalize = p.renormalize;
+    lanes.scale = static_cast<T>(p.routed_scaling_factor);
+    lanes.x = x;
+    lanes.ids = ids;
+    lanes.weights = grads;
+    lanes.grad_x = grad_x;
+    for (int64_t t = begin; t < end; t += kLaneTokens) {
+      const int64_t m = std::min(kLaneTokens, end - t);
+      lanes.tokens = m;
+      logits_to_planes(kernel, p.type, p.router_logits, p.logits_stride, t, m, E, rows, x);
+      to_planes(static_cast<const T*>(p.grad_weights) + t * K, K, m, K, grads, T(0));
+      to_planes(p.topk_ids + t * K, K, m, K, ids, Key(-1));
+      row.route_lanes_bwd(lanes);
+      char* const to = static_cast<char*>(p.grad_logits) + t * E * size;
+      const bool direct = p.type == kAccumulate<T>;
+      from_planes(grad_x, m, E, direct ? reinterpret_cast<T*>(to) : rows);
+      if (!direct) kernel.store_row(p.type, rows, to, m * E);
+    }
+  });
+}
+
 template <class T>
 void route_bwd(const RouterBwdParams& p, const Parallel& par) {
+  // A lane looks for each slot at each expert.
+  if (p.num_experts <= kLaneExperts && p.num_experts * p.top_k <= kFewPairs) {
+    return route_few_bwd<T>(p, par);
+  }
   const RouterRow<T>& row = router_row<T>();
   const Kernels<T>& kernel = kernels<T>();
   const int64_t E = p.num_experts, K = p.top_k;

@@ -18,6 +18,23 @@ using RouterKey = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
 template <class T>
 constexpr RouterKey<T> kNoKey = sizeof(T) == 8 ? INT64_MIN : INT32_MIN;
 
+// Up to so many experts and slots a token, kLaneTokens tokens go together, one in a lane: x, ids
+// and the others are planes of kLaneTokens elements, one an expert or a slot, on 64-byte
+// boundaries.
+constexpr int64_t kLaneExperts = 16;
+constexpr int64_t kLaneTokens = 64;
+template <class T>
+struct RouterLanes {
+  int64_t tokens;  // up to the end of their last vector, planes are read and written
+  int64_t experts, top_k;
+  bool softmax, topk_first, renormalize;
+  T scale;
+  const T* x;         // [experts], logits
+  RouterKey<T>* ids;  // [top_k]; backward reads them, -1 is no expert
+  T* weights;         // [top_k]; backward reads their gradients
+  T* grad_x;          // [experts], backward only
+};
+
 template <class T>
 struct RouterRow {
   using Key = RouterKey<T>;
@@ -34,6 +51,10 @@ struct RouterRow {
   // Takes the k best keys out, best first, equal ones by position, and writes their positions. Can
   // be called again for the next ones. There must be k keys above kNoKey.
   void (*take_best)(Key* keys, Key* block_max, int64_t n, int64_t k, int32_t* positions);
+  // The choice, its ids and weights; and the gradients of logits, given ids and gradients of
+  // weights.
+  void (*route_lanes)(const RouterLanes<T>& p);
+  void (*route_lanes_bwd)(const RouterLanes<T>& p);
 };
 
 template <class T>

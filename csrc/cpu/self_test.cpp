@@ -346,6 +346,31 @@ bool norm_right(const Kernels<T>& k, const Kernels<T>& portable, Numbers<T>& num
 }
 
 template <class T>
+bool router_right(const Kernels<T>& k, const Kernels<T>& portable, Numbers<T>& numbers) {
+  constexpr int64_t kTokens = 5, kExperts = 2 * kRouterExperts;
+  const int64_t n = 2 * k.lanes;
+  const std::vector<T> x = numbers.take(kTokens * n), w = numbers.take(kExperts * n),
+                       g = numbers.take(kTokens * kExperts), bias = numbers.take(kExperts);
+  for (int want = 1; want < 4; ++want) {
+    std::vector<T> out[2];
+    for (int level = 0; level < 2; ++level) {
+      const Kernels<T>& table = level == 0 ? k : portable;
+      std::vector<T> logits(kTokens * kExperts), grad_x(x.size()), grad_w(w.size(), T(1));
+      table.router_linear(kTokens, kExperts, n, x.data(), n, w.data(), n, bias.data(),
+                          logits.data(), kExperts);
+      table.router_linear_bwd({kTokens, kExperts, n, g.data(), kExperts, x.data(), n, w.data(), n,
+                               want & 1 ? grad_x.data() : nullptr, n,
+                               want & 2 ? grad_w.data() : nullptr, n});
+      for (const auto& v : {logits, grad_x, grad_w}) {
+        out[level].insert(out[level].end(), v.begin(), v.end());
+      }
+    }
+    if (!close(out[0], out[1])) return false;
+  }
+  return true;
+}
+
+template <class T>
 bool transpose_right(const Kernels<T>& k, Numbers<T>& numbers) {
   const int64_t rows = 2 * k.lanes;
   const std::vector<T> src = numbers.take(rows * kPitch);
@@ -841,6 +866,7 @@ const char* failing_kernel(const Kernels<T>& k, const Kernels<T>& portable) {
   if (!rank_right(k, portable, numbers)) return "rank_update";
   if (!rows_right(k, portable, numbers)) return "row";
   if (!norm_right(k, portable, numbers)) return "norm";
+  if (!router_right(k, portable, numbers)) return "router";
   if (!transpose_right(k, numbers)) return "transpose";
   if (!activations_right(k, portable, numbers)) return "activation";
   if (!attention_right(k, numbers)) return "attention";

@@ -12,6 +12,7 @@
 
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
+#include "cpu/router_planes.h"
 #include "cpu/router_row.h"
 #include "cpu/workspace.h"
 
@@ -87,79 +88,46 @@ void finish_weights(const TopkRouterParams& p, T scale, T* weights) {
   for (int64_t k = 0; k < p.top_k; ++k) weights[k] *= scale;
 }
 
-// Up to so many experts a token is less than the vectors and the calls of the way by rows are made
-// for (4 experts: 80 us for 512 tokens). Without a bias and groups, 64 tokens then go through each
-// step together, and the choice is a loop over E for each of the K.
-constexpr int64_t kFewExperts = 16;
-constexpr int64_t kTokens = 64;
-
+// Few experts are less than the vectors and the calls of the way by rows are made for (4 experts:
+// 80 us for 512 tokens). Without a bias and groups, they are routed with a token in each lane.
 template <class T>
 void route_few(const TopkRouterParams& p, const Parallel& par) {
   using Key = RouterKey<T>;
   const RouterRow<T>& row = router_row<T>();
   const Kernels<T>& kernel = kernels<T>();
   const int64_t E = p.num_experts, K = p.top_k;
-  const bool softmax = p.score_func == ScoreFunc::kSoftmax;
-  const int64_t n = softmax && !p.topk_first ? E : K;  // scores of a token
-  const T scale = static_cast<T>(p.routed_scaling_factor);
-  const int64_t bytes = kTokens * 3 * E * static_cast<int64_t>(sizeof(T)) + 5 * 64;
-  const double cost = 2.0 * static_cast<double>(E * K) + 10.0 * static_cast<double>(n);
+  const int64_t bytes = kLaneTokens * (2 * E + 2 * K) * static_cast<int64_t>(sizeof(T)) + 5 * 64;
+  const double cost = static_cast<double>(E * K) + 10.0 * static_cast<double>(E);
   parallel_range(par, p.num_tokens, cost, [&](int64_t begin, int64_t end) {
     Carver carver(Scratch::kRows, bytes);
-    T* const x = carver.take<T>(kTokens * E);
-    T* const score = carver.take<T>(kTokens * E);
-    Key* const keys = carver.take<Key>(kTokens * E);
-    for (int64_t t0 = begin; t0 < end; t0 += kTokens) {
-      const int64_t m = std::min(kTokens, end - t0);
-      T* const weights = static_cast<T*>(p.topk_weights) + t0 * K;
-      int32_t* const ids = p.topk_ids + t0 * K;
-      kernel.load_rows(
-          p.type,
-          static_cast<const char*>(p.router_logits) + t0 * p.logits_stride * dtype_size(p.type),
-          p.logits_stride, m, E, x, E, T(1));
-      std::fill(x + m * E, x + round_up(m * E, kRowUnit), T(0));
-      row.make_keys(x, keys, round_up(m * E, kRowUnit));
-      for (int64_t t = 0; t < m; ++t) {
-        Key* const key = keys + t * E;
-        for (int64_t k = 0; k < K; ++k) {
-          int64_t best = 0;
-          Key most = key[0];
-          for (int64_t e = 1; e < E; ++e) {
-            const bool more = key[e] > most;
-            best = more ? e : best;
-            most = more ? key[e] : most;
-          }
-          ids[t * K + k] = static_cast<int32_t>(best);
-          key[best] = kNoKey<T>;
-        }
-      }
-      // The keys are done with: their memory holds what scores are made of.
-      T* const from = reinterpret_cast<T*>(keys);
-      for (int64_t t = 0; t < m; ++t) {
-        const T* const own = x + t * E;
-        const int32_t* const id = ids + t * K;
-        // The first one chosen is the largest, NaN if all are.
-        const T most = softmax ? own[id[0]] : T(0);
-        for (int64_t i = 0; i < n; ++i) from[t * n + i] = own[n == K ? id[i] : i] - most;
-      }
-      std::fill(from + m * n, from + round_up(m * n, kRowUnit), T(0));
-      (softmax ? row.exp : row.sigmoid)(from, score, round_up(m * n, kRowUnit));
-      for (int64_t t = 0; t < m; ++t) {
-        const T* const own = score + t * n;
-        T sum = softmax ? T(0) : T(1);
-        for (int64_t i = 0; softmax && i < n; ++i) sum += own[i];
-        for (int64_t k = 0; k < K; ++k) {
-          weights[t * K + k] = own[n == K ? k : ids[t * K + k]] / sum;
-        }
-        finish_weights(p, scale, weights + t * K);
-      }
+    T* const rows = carver.take<T>(kLaneTokens * E);
+    T* const x = carver.take<T>(kLaneTokens * E);
+    T* const weights = carver.take<T>(kLaneTokens * K);
+    Key* const ids = carver.take<Key>(kLaneTokens * K);
+    RouterLanes<T> lanes = {};
+    lanes.experts = E;
+    lanes.top_k = K;
+    lanes.softmax = p.score_func == ScoreFunc::kSoftmax;
+    lanes.topk_first = p.topk_first;
+    lanes.renormalize = p.renormalize;
+    lanes.scale = static_cast<T>(p.routed_scaling_factor);
+    lanes.x = x;
+    lanes.ids = ids;
+    lanes.weights = weights;
+    for (int64_t t = begin; t < end; t += kLaneTokens) {
+      lanes.tokens = std::min(kLaneTokens, end - t);
+      logits_to_planes(kernel, p.type, p.router_logits, p.logits_stride, t, lanes.tokens, E, rows,
+                       x);
+      row.route_lanes(lanes);
+      from_planes(weights, lanes.tokens, K, static_cast<T*>(p.topk_weights) + t * K);
+      from_planes(ids, lanes.tokens, K, p.topk_ids + t * K);
     }
   });
 }
 
 template <class T>
 void route(const TopkRouterParams& p, const Parallel& par) {
-  if (p.num_experts <= kFewExperts && p.expert_bias == nullptr && p.num_groups == 1) {
+  if (p.num_experts <= kLaneExperts && p.expert_bias == nullptr && p.num_groups == 1) {
     return route_few<T>(p, par);
   }
   using Key = RouterKey<T>;

@@ -6,6 +6,14 @@
 
 static void define_schemas(torch::stable::detail::StableLibrary& m) {
   // --- routing
+  // x [T,H], weight [E,H] -> router_logits [T,E] in logits_dtype: x's, or the one it is summed in.
+  m.def(
+      "router_linear(Tensor x, Tensor weight, Tensor? bias=None, ScalarType? logits_dtype=None) "
+      "-> Tensor");
+  m.def(
+      "router_linear_bwd(Tensor grad_logits, Tensor x, Tensor weight, bool need_x, "
+      "bool need_weight, bool need_bias) "
+      "-> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)");
   // router_logits [T,E] -> topk_weights [T,K] fp32, topk_ids [T,K] int32. Ties: the smaller id.
   m.def(
       "topk_router(Tensor router_logits, int top_k, str score_func=\"softmax\", "

@@ -477,6 +477,7 @@ def _cases() -> list[_Case]:
         _Case("topk_router", (logits, K), {"renormalize": True}),
         _Case("topp_router", (logits, 0.7, E)),
         _Case("expert_choice_router", (logits, 9)),
+        _Case("router_linear", (x, normal(E, H), normal(E))),
         _Case("sort_slots", (ids, E), differentiable=False),
         _Case("permute", (x, offsets, row_to_slot)),
         _Case("unpermute", (rows, offsets, slot_to_row, weights)),

@@ -29,6 +29,9 @@ SIZES = (
     (17, 7, 2),
     (5, 8, 8),
     (33, 16, 4),
+    (71, 4, 2),
+    (130, 8, 2),
+    (65, 16, 2),
     (9, 17, 5),
     (4, 31, 31),
     (6, 33, 6),
@@ -234,6 +237,48 @@ def test_equal_groups_take_the_smaller(groups, dtype):
     logits = torch.zeros(2, 8, dtype=dtype)
     options = {"num_groups": groups, "num_topk_groups": max(1, groups // 2)}
     assert moe_ops.topk_router(logits, 4, **options)[1].tolist() == [[0, 1, 2, 3]] * 2
+
+
+@option
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+@pytest.mark.parametrize(("e", "k"), [(4, 2), (8, 2), (7, 3), (16, 2)])
+def test_many_tokens_of_few_experts(e, k, dtype, options):
+    """More than one block of tokens in lanes, and a last vector that is not full."""
+    check(decided(75, e, k, dtype, options), k, options)
+
+
+@pytest.mark.parametrize(("e", "k"), [(4, 2), (8, 2), (5, 5), (16, 3)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+def test_order_of_few_experts(dtype, e, k):
+    """Ties, both zeros, infinities and NaN in every place of many tokens."""
+    values = torch.tensor([-1.0, -0.0, 0.0, 2.0, torch.inf, -torch.inf, torch.nan])
+    logits = values[torch.randint(len(values), (150, e))].to(dtype)
+    ids = moe_ops.topk_router(logits, k)[1]
+    assert_identical(ids, reference.topk_router(logits.double(), k)[1], "topk_ids")
+
+
+@pytest.mark.parametrize(("e", "k"), [(4, 2), (8, 2), (6, 4), (16, 2)])
+@pytest.mark.parametrize("options", [{}, {"renormalize": True}, {"topk_first": True}], ids=str)
+def test_gradients_of_slots_without_an_expert(options, e, k):
+    """Backward gives them none, whatever their gradient is; one expert may stand in two slots."""
+    logits, ids = torch.randn(70, e), torch.randint(-1, e, (70, k), dtype=torch.int32)
+    ids[3], ids[4], ids[5] = -1, 0, torch.arange(k)
+    grad = torch.randn(70, k)
+    arguments = ("softmax", options.get("topk_first", False), options.get("renormalize", False))
+    bwd = torch.ops.moe_ops.topk_router_bwd
+    got = bwd(grad.masked_fill(ids < 0, torch.nan), logits, ids, *arguments, 1.5)
+    assert bool((got[3] == 0).all())
+    wide = logits.double().requires_grad_()
+    valid, at = ids >= 0, ids.clamp(min=0).long()
+    if options.get("topk_first"):
+        chosen = wide.gather(1, at).masked_fill(~valid, -1e30)
+        weights = chosen.softmax(1) * valid
+    else:
+        weights = wide.softmax(1).gather(1, at) * valid
+    if options.get("renormalize"):
+        weights = weights / (weights.sum(1, keepdim=True) + 1e-20)
+    (want,) = torch.autograd.grad(weights * 1.5, wide, grad.double())
+    torch.testing.assert_close(got, want.float(), rtol=1e-5, atol=2e-6)
 
 
 @option

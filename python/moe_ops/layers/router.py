@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_ops.ops import expert_choice_router, topk_router, topp_router
+from moe_ops.ops import expert_choice_router, router_linear, topk_router, topp_router
+from moe_ops.ops._linear_topk import linear_topk_router
 
 from .bank import (
     as_groups,
@@ -326,19 +327,27 @@ class Router(nn.Module):
         Returns:
             RouterOutput(router_logits, topk_weights, topk_ids).
         """
-        logits = self.logits(x)
-        if topk_ids is None:
-            weights, ids = self.route(logits, expert_mask=expert_mask)
-            self.count(ids)
-        else:
+        if topk_ids is not None:
+            logits = self.logits(x)
             ids = drop_masked(topk_ids, expert_mask)
             weights = self.weights_at(logits, ids, expert_mask=expert_mask)
+            return RouterOutput(logits, weights, ids)
+        if self._goes_at_once(x, expert_mask):
+            logits, weights, ids = linear_topk_router(
+                *self._operands(self._jittered(x)), *self._topk_options()
+            )
+        else:
+            logits = self.logits(x)
+            weights, ids = self.route(logits, expert_mask=expert_mask)
+        self.count(ids)
         return RouterOutput(logits, weights, ids)
 
     def logits(self, x: Tensor) -> Tensor:
         """router_logits [T, E] of x [T, H]: jitter (in training) and the linear map."""
-        if self.training and self.jitter > 0:
-            x = x * torch.empty_like(x).uniform_(1 - self.jitter, 1 + self.jitter)
+        x = self._jittered(x)
+        if self._has_few_columns(x):
+            x, weight, bias, logits_dtype = self._operands(x)
+            return router_linear(x, weight, bias, logits_dtype=logits_dtype)
         device_type = x.device.type
         autocast = device_type in ("cpu", "cuda") and torch.is_autocast_enabled(device_type)
         if self.logits_dtype is None:
@@ -351,6 +360,61 @@ class Router(nn.Module):
             return F.linear(x, weight, bias)
         with torch.autocast(device_type, enabled=False):
             return F.linear(x, weight, bias)
+
+    def _jittered(self, x: Tensor) -> Tensor:
+        if not self.training or self.jitter == 0:
+            return x
+        return x * torch.empty_like(x).uniform_(1 - self.jitter, 1 + self.jitter)
+
+    def _has_few_columns(self, x: Tensor) -> bool:
+        """Whether `router_linear` is faster than `F.linear`; compiled code keeps the latter."""
+        weight = self.weight
+        e, h = weight.shape
+        return (
+            e <= 8
+            and (e <= 4 or (h >= 256 and weight.element_size() == 2))
+            and not torch.compiler.is_compiling()
+            and x.device.type == weight.device.type == "cpu"
+            and x.dim() == 2
+            # Below that, F.linear is done before Python has called the op.
+            and x.numel() >= 2**15
+            and self.logits_dtype in (None, torch.float32, weight.dtype)
+            and not torch.is_autocast_enabled("cpu")
+        )
+
+    def _operands(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None, torch.dtype | None]:
+        """Arguments of `router_linear`. Half x and weights make float32 logits as they are."""
+        weight: Tensor = self.weight
+        bias: Tensor | None = self.bias
+        dtype = self.logits_dtype
+        if dtype is not None and (x.dtype != weight.dtype or weight.dtype == torch.float64):
+            weight = weight.to(dtype)
+            bias = None if bias is None else bias.to(dtype)
+        return x.to(weight.dtype), weight, bias, dtype
+
+    def _goes_at_once(self, x: Tensor, expert_mask: Tensor | None) -> bool:
+        """Whether the linear map and the choice can be one node of autograd."""
+        return (
+            self.kind == "topk"
+            and expert_mask is None
+            and not (self.renormalize and self.renormalize_p != 1)
+            and type(self).logits is Router.logits
+            and type(self).route is Router.route
+            and self._has_few_columns(x)
+        )
+
+    def _topk_options(self) -> tuple[Any, ...]:
+        return (
+            self.top_k,
+            self.score_func,
+            self.topk_first,
+            self.renormalize,
+            self.routed_scaling_factor,
+            self.expert_bias,
+            self.num_groups,
+            self.num_topk_groups,
+            self.group_score,
+        )
 
     def route(
         self, router_logits: Tensor, *, expert_mask: Tensor | None = None

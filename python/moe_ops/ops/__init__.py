@@ -17,6 +17,7 @@ from moe_ops.ops.moe_linear_reduce import moe_linear_reduce
 from moe_ops.ops.permute import permute
 from moe_ops.ops.quantize_fp8 import quantize_fp8
 from moe_ops.ops.rotary import rotary
+from moe_ops.ops.router_linear import router_linear
 from moe_ops.ops.sort_slots import sort_slots
 from moe_ops.ops.topk_router import topk_router
 from moe_ops.ops.topp_router import topp_router
@@ -43,6 +44,7 @@ __all__ = [
     "permute",
     "quantize_fp8",
     "rotary",
+    "router_linear",
     "sort_slots",
     "topk_router",
     "topp_router",

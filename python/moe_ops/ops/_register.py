@@ -108,6 +108,20 @@ def _plain_eager() -> bool:
     )
 
 
+def in_plain_training(*args: Any) -> bool:
+    """Whether a gradient is wanted, in eager code where the dispatcher would go straight to the
+    autograd rule."""
+    return bool(
+        _CAN_ASK
+        and not torch.compiler.is_compiling()
+        and torch.is_grad_enabled()
+        and not torch.is_inference_mode_enabled()
+        and _plain_eager()
+        and not torch._C._has_torch_function(args)
+        and torch._C._any_requires_grad(*args)
+    )
+
+
 def call(op: Any, *args: Any, **kwargs: Any) -> Any:
     """Calls an op. Where no gradient can be wanted, it passes by the autograd rule, which is Python
     and takes 5 us, as long as routing a token. Inference mode passes by it anyway; code that is

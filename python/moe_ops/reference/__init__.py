@@ -24,6 +24,7 @@ from .moe_linear_reduce import moe_linear_reduce
 from .permute import permute
 from .quantize_fp8 import quantize_fp8
 from .rotary import rotary
+from .router_linear import router_linear
 from .sort_slots import sort_slots
 from .topk_router import topk_router
 from .topp_router import topp_router
@@ -50,6 +51,7 @@ __all__ = [
     "permute",
     "quantize_fp8",
     "rotary",
+    "router_linear",
     "sort_slots",
     "topk_router",
     "topp_router",
