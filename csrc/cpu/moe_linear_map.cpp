@@ -22,9 +22,10 @@ void run(const MoeLinearMapParams& p, const Parallel& par) {
         char* h = static_cast<char*>(p.h) + b.first * O * size;
         const void** rows = scratch<const void*>(Scratch::kHidden, 2 * n);
         void** out = const_cast<void**>(rows + n);
+        const RowStarts x(p.x), hs(h, O * size);
         for (int64_t r = 0; r < valid; ++r) {
-          rows[r] = row_of(p.x, b.tokens[r]);
-          out[r] = h + b.slots[r] * O * size;
+          rows[r] = x[b.tokens[r]];
+          out[r] = const_cast<void*>(hs[b.slots[r]]);
         }
         T* c = scratch<T>(Scratch::kTile, n * padded(k, O));
         for (int64_t e = 0; e < s.num_experts; ++e) {
@@ -59,9 +60,10 @@ void run_bwd(const MoeLinearMapBwdParams& p, const Parallel& par) {
     const int64_t n = (end - begin) * s.top_k, ld = padded(k, H);
     const void** grads = scratch<const void*>(Scratch::kHidden, 2 * n);
     const void** tokens = grads + n;
-    for (int64_t r = 0; r < b.offsets[E]; ++r) {
-      grads[r] = static_cast<const char*>(p.grad_h) + (b.first + b.slots[r]) * O * size;
-      tokens[r] = row_of(p.x, b.tokens[r]);
+    const RowStarts x(p.x), grad_h(p.grad_h, O * size);
+    for (int64_t r = 0, valid = b.offsets[E]; r < valid; ++r) {
+      grads[r] = grad_h[b.first + b.slots[r]];
+      tokens[r] = x[b.tokens[r]];
     }
     T* c = scratch<T>(Scratch::kTile, n * ld);
     for (int64_t e = 0; e < E; ++e) {

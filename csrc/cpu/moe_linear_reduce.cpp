@@ -52,8 +52,9 @@ void run_blocks(const MoeLinearReduceParams& p, const Parallel& par) {
         const SlotBlock b = slot_block(s, begin, std::min(s.num_tokens, begin + kBlockTokens));
         const int64_t n = (b.end - b.begin) * s.top_k;
         const void** rows = scratch<const void*>(Scratch::kHidden, n);
-        for (int64_t r = 0; r < b.offsets[s.num_experts]; ++r) {
-          rows[r] = static_cast<const char*>(p.h) + (b.first + b.slots[r]) * D * size;
+        const RowStarts h(p.h, D * size);
+        for (int64_t r = 0, valid = b.offsets[s.num_experts]; r < valid; ++r) {
+          rows[r] = h[b.first + b.slots[r]];
         }
         T* c = scratch<T>(Scratch::kTile, n * ld);
         for (int64_t e = 0; e < s.num_experts; ++e) {
@@ -90,11 +91,12 @@ void run_blocks_bwd(const MoeLinearReduceBlocksBwdParams& p, const Parallel& par
     void** grad_h = const_cast<void**>(h + n);
     T* c = scratch<T>(Scratch::kTile, n * (ld + 2));
     T *weights = c + n * ld, *dots = weights + n;
+    const RowStarts grad_ys(p.grad_y), hs(p.h, D * size), grad_hs(p.grad_h, D * size);
     for (int64_t r = 0; r < valid; ++r) {
       const int64_t slot = b.first + b.slots[r];
-      grads[r] = row_of(p.grad_y, b.tokens[r]);
-      h[r] = static_cast<const char*>(p.h) + slot * D * size;
-      grad_h[r] = static_cast<char*>(p.grad_h) + slot * D * size;
+      grads[r] = grad_ys[b.tokens[r]];
+      h[r] = hs[slot];
+      grad_h[r] = const_cast<void*>(grad_hs[slot]);
       weights[r] = topk_weights[slot];
     }
     for (int64_t e = 0; e < E; ++e) {

@@ -95,6 +95,23 @@ inline SlotBlock slot_block(const SlotProduct& s, int64_t begin, int64_t end) {
   return {begin, end, first, offsets, slots, tokens, rows};
 }
 
+// Where rows begin. A copy in a loop that writes pointers: read through a reference, base and step
+// would be loaded anew for each.
+struct RowStarts {
+  const char* base;
+  int64_t step;
+  const int32_t* index;
+  explicit RowStarts(const Rows& rows)
+      : base(static_cast<const char*>(rows.data)),
+        step(rows.stride * dtype_size(rows.type)),
+        index(rows.index) {}
+  RowStarts(const void* data, int64_t bytes)
+      : base(static_cast<const char*>(data)), step(bytes), index(nullptr) {}
+  const void* operator[](int64_t r) const {
+    return base + (index != nullptr ? index[r] : r) * step;
+  }
+};
+
 // Columns of one panel after the other, so that tiles of two vectors cover a row.
 template <class T>
 int64_t padded(const Kernels<T>& k, int64_t n) {

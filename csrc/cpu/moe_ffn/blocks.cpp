@@ -65,16 +65,16 @@ RowBlock row_block(const MoeFfnShape& s, int64_t begin, int64_t end) {
   return {begin, end, first, rows, offsets, tokens, index};
 }
 
-// Rows r0 to r0 + m of the block's expert e: calls fn(i, token) for each, and fills in their routing
-// weights.
-template <class T, class Fn>
-void for_rows(const MoeFfnShape& s, const RowBlock& b, int64_t e, int64_t r0, int64_t m, T* weights,
-              const Fn& fn) {
+// Of rows r0 to r0 + m of the block's expert e: where their tokens are in x, and routing weights.
+template <class T>
+void find_rows(const MoeFfnShape& s, const RowBlock& b, int64_t e, int64_t r0, int64_t m,
+               const RowStarts x, const void** rows, T* weights) {
   const int32_t* tokens = b.tokens + b.offsets[e] + r0;
   const int32_t* slots = s.row_to_slot + b.rows[e] + r0;
+  const T* topk_weights = static_cast<const T*>(s.topk_weights);
   for (int64_t i = 0; i < m; ++i) {
-    fn(i, tokens[i]);
-    weights[i] = static_cast<const T*>(s.topk_weights)[slots[i]];
+    rows[i] = x[tokens[i]];
+    weights[i] = topk_weights[slots[i]];
   }
 }
 
@@ -117,8 +117,7 @@ void forward(const MoeFfnParams& p, const Parallel& par) {
       for (int64_t i = 0; i < tiles; ++i) {
         const int64_t r0 = count * i / tiles, m = count * (i + 1) / tiles - r0;
         const int64_t row = b.rows[e] + r0;
-        for_rows(s, b, e, r0, m, weights.data(),
-                 [&](int64_t j, int32_t token) { tokens[j] = row_of(p.x, token); });
+        find_rows(s, b, e, r0, m, RowStarts(p.x), tokens.data(), weights.data());
         k.gather_rows(type, tokens.data(), m, H, on_input ? weights.data() : nullptr, x, kLda);
         char* saved = static_cast<char*>(p.preact) + row * width * size;
         T* pre = direct ? reinterpret_cast<T*>(saved) : own_pre;
@@ -244,10 +243,8 @@ class Backward {
       const int64_t parts = ceil_div(count, kKc);
       for (int64_t part = 0; part < parts; ++part) {
         const int64_t r0 = count * part / parts, m = count * (part + 1) / parts - r0;
-        for_rows(s_, b, e, r0, m, t.weights, [&](int64_t i, int32_t token) {
-          t.xs[i] = row_of(p_.x, token);
-          t.gys[i] = row_of(p_.grad_y, token);
-        });
+        find_rows(s_, b, e, r0, m, RowStarts(p_.x), t.xs, t.weights);
+        find_rows(s_, b, e, r0, m, RowStarts(p_.grad_y), t.gys, t.weights);
         run_tiles(e, b.rows[e] + r0, m, t, t.dx + (b.offsets[e] + r0) * ld);
         add_products(chunk, e, m, t, !first || part > 0);
       }
