@@ -230,18 +230,6 @@ void outer_tiles(const Kernels<T>& k, const T* grad, int64_t grad_width, const T
   }
 }
 
-// multiply_tile for any number of rows of a.
-template <class T>
-void multiply_rows(const Kernels<T>& k, const T* a, int64_t count, int64_t depth, const T* panels,
-                   int64_t outputs, T* c) {
-  const int64_t tiles = ceil_div<int64_t>(count, k.mr2), n = padded(k, outputs);
-  for (int64_t i = 0; i < tiles; ++i) {
-    const int64_t r0 = count * i / tiles, m = count * (i + 1) / tiles - r0;
-    multiply_tile<T>(k, a + r0 * kLda, m, depth, panels, outputs, DType::kFloat32, nullptr,
-                     c + r0 * n);
-  }
-}
-
 // Both products of gradients of one expert's slots, of `grad_width` numbers each, whose rows are
 // copied once for the two. For the gradient of the matrix, c (+)= that of outer_tiles with x scaled
 // by scales (nullptr: ones); for those of the rows, dx = the product with panels. c or dx may be
@@ -256,12 +244,19 @@ void multiply_gradients(const Kernels<T>& k, DType type, const void* const* grad
   const int64_t parts = ceil_div(count, kKc);
   for (int64_t part = 0; part < parts; ++part) {
     const int64_t r0 = count * part / parts, m = count * (part + 1) / parts - r0;
-    k.gather_rows(type, grad + r0, m, grad_width, nullptr, g, kLda);
-    if (dx != nullptr) {
-      multiply_rows(k, g, m, grad_width, panels, x_width, dx + r0 * padded(k, x_width));
+    const int64_t tiles = ceil_div<int64_t>(m, k.mr2);
+    for (int64_t i = 0; i < tiles; ++i) {
+      const int64_t t0 = m * i / tiles, tm = m * (i + 1) / tiles - t0, r = r0 + t0;
+      k.gather_rows(type, grad + r, tm, grad_width, nullptr, g + t0 * kLda, kLda);
+      if (c != nullptr) {
+        k.gather_rows(type, x + r, tm, x_width, scales == nullptr ? nullptr : scales + r,
+                      rows + t0 * ldx, ldx);
+      }
+      if (dx == nullptr) continue;
+      multiply_tile<T>(k, g + t0 * kLda, tm, grad_width, panels, x_width, type, nullptr,
+                       dx + r * padded(k, x_width));
     }
     if (c == nullptr) continue;
-    k.gather_rows(type, x + r0, m, x_width, scales == nullptr ? nullptr : scales + r0, rows, ldx);
     outer_tiles(k, g, grad_width, rows, x_width, m, c, accumulate || part > 0);
   }
 }

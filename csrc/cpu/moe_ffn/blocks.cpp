@@ -266,10 +266,15 @@ class Backward {
     T* grad_weights = static_cast<T*>(p_.grad_topk_weights);
     const void* bias = on_input ? nullptr : bias_of(p_.b_down, e);
     const int64_t tiles = ceil_div<int64_t>(count, k_.mr2);
-    k_.gather_rows(type, t.gys, count, H_, nullptr, t.gy, kLda);
     for (int64_t i = 0; i < tiles; ++i) {
       const int64_t r0 = count * i / tiles, m = count * (i + 1) / tiles - r0;
       T* dpre = t.dpre + r0 * kLda;
+      // Copied tile by tile, rows are on their way while the tile before is being multiplied.
+      k_.gather_rows(type, t.gys + r0, m, H_, nullptr, t.gy + r0 * kLda, kLda);
+      if (p_.grad_w_gate_up != nullptr) {
+        k_.gather_rows(type, t.xs + r0, m, H_, on_input ? t.weights + r0 : nullptr,
+                       t.x + r0 * odd_pitch(k_, H_), odd_pitch(k_, H_));
+      }
       // u, unweighted: <h, u> is the gradient of the routing weight.
       multiply_tile<T>(k_, t.gy + r0 * kLda, m, H_, down_.of(e), I_, type, nullptr, t.u);
       act_tile(row + r0, m, on_input ? nullptr : t.weights + r0,
@@ -328,8 +333,6 @@ class Backward {
       outer_tiles(k_, t.gy, H_, t.hidden, I_, count, down_sums_.matrix_of(chunk, e), add);
     }
     if (p_.grad_w_gate_up != nullptr) {
-      k_.gather_rows(type, t.xs, count, H_, on_input ? t.weights : nullptr, t.x,
-                     odd_pitch(k_, H_));
       outer_tiles(k_, t.dpre, width_, t.x, H_, count, up_sums_.matrix_of(chunk, e), add);
     }
     if (p_.grad_b_down != nullptr) {
