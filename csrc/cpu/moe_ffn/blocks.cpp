@@ -57,7 +57,8 @@ RowBlock row_block(const MoeFfnShape& s, int64_t begin, int64_t end) {
     for (; at < stop && *at < first + n; ++at) index[*at - first] = row++;
     offsets[e + 1] = row;
   }
-  for (int64_t t = begin, i = 0; t < end; ++t) {  // A division a row would cost as much as its copy.
+  // A division a row would cost as much as its copy.
+  for (int64_t t = begin, i = 0; t < end; ++t) {
     for (int64_t last = i + s.top_k; i < last; ++i) {
       if (index[i] >= 0) tokens[index[i]] = static_cast<int32_t>(t);
     }
@@ -65,7 +66,7 @@ RowBlock row_block(const MoeFfnShape& s, int64_t begin, int64_t end) {
   return {begin, end, first, rows, offsets, tokens, index};
 }
 
-// Of rows r0 to r0 + m of the block's expert e: where their tokens are in x, and routing weights.
+// Of rows r0 to r0 + m of expert e in the block: where their tokens are in x, and routing weights.
 template <class T>
 void find_rows(const MoeFfnShape& s, const RowBlock& b, int64_t e, int64_t r0, int64_t m,
                const RowStarts x, const void** rows, T* weights) {
@@ -145,8 +146,8 @@ void forward(const MoeFfnParams& p, const Parallel& par) {
   parallel_items(par, ceil_div(s.num_tokens, kBlockTokens), blocks_cost(s, 1), run_block);
 }
 
-// What a thread has of the rows of an expert in a block: at most kKc at once. Rows that are a
-// broadcast side are kLda apart, which serves them as rows of one product and as columns of another.
+// What a thread has of the rows of an expert in a block, at most kKc at once. kLda apart, rows
+// serve as those of one product and as columns of another.
 template <class T>
 struct BwdScratch {
   T* dx;                          // [slots of a block][padded(H)]
@@ -155,7 +156,7 @@ struct BwdScratch {
   T *gy, *dpre;                   // [kKc][kLda]: grad_y, gradients of pre-activations
   T *hidden, *x;                  // [kKc][odd_pitch]: weight * h; x
   T* sum;
-  T *weights, *dots;                  // [kKc]
+  T *weights, *dots;                // [kKc]
   const void **gys, **xs, **dpres;  // [kKc] rows of grad_y, x and dpre
 
   BwdScratch(const Kernels<T>& k, int64_t slots, int64_t H, int64_t I, int64_t width) {
@@ -269,7 +270,7 @@ class Backward {
     for (int64_t i = 0; i < tiles; ++i) {
       const int64_t r0 = count * i / tiles, m = count * (i + 1) / tiles - r0;
       T* dpre = t.dpre + r0 * kLda;
-      // Copied tile by tile, rows are on their way while the tile before is being multiplied.
+      // Tile by tile: rows are on their way while the tile before is being multiplied.
       k_.gather_rows(type, t.gys + r0, m, H_, nullptr, t.gy + r0 * kLda, kLda);
       if (p_.grad_w_gate_up != nullptr) {
         k_.gather_rows(type, t.xs + r0, m, H_, on_input ? t.weights + r0 : nullptr,
@@ -277,8 +278,8 @@ class Backward {
       }
       // u, unweighted: <h, u> is the gradient of the routing weight.
       multiply_tile<T>(k_, t.gy + r0 * kLda, m, H_, down_.of(e), I_, type, nullptr, t.u);
-      act_tile(row + r0, m, on_input ? nullptr : t.weights + r0,
-               t.hidden + r0 * odd_pitch(k_, I_), dpre, t);
+      act_tile(row + r0, m, on_input ? nullptr : t.weights + r0, t.hidden + r0 * odd_pitch(k_, I_),
+               dpre, t);
       if (grad_weights != nullptr && !on_input) {
         for (int64_t r = 0; r < m; ++r) {
           T g = t.dots[r];
@@ -295,8 +296,7 @@ class Backward {
     for (int64_t r = 0; r < count; ++r) grad_weights[s_.row_to_slot[row + r]] = t.dots[r];
   }
 
-  // From u of m rows: h and the gradient of the pre-activation, both times weight, and <h, u> as
-  // dots.
+  // From u of m rows: h and the gradient of the pre-activation, times weight, and <h, u> as dots.
   void act_tile(int64_t row, int64_t m, const T* weights, T* h, T* dpre, BwdScratch<T>& t) const {
     const DType type = p_.x.type;
     const bool gated = is_gated(s_.act.kind), interleaved = gated && s_.act.interleaved;
