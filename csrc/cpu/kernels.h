@@ -49,6 +49,8 @@ struct TileHints {
   // Store past the cache (column form, not accumulating): c and ldc are whole vectors. Ignored
   // where a vector is less than a cache line. The caller orders the stores with stream_fence.
   bool stream = false;
+  // Column form: elements between summed indices of a, and of b, where 0 stands for whole panels.
+  int64_t lda = kLdm, ldb = 0;
 
   // Spreads what is left over `steps` places that ask.
   void spread(int64_t steps) {
@@ -328,7 +330,8 @@ struct Kernels {
   int dot_max_rows;  // below or at this many rows the dot kernel beats the tiles
 
   // c[i*ldc + j] (+)= sum_k a(i, k) * b[k * nv*lanes + j] for i < m, j < nv*lanes.
-  // row_a: a(i, k) = a[i*kLda + k]; col_a: a(i, k) = a[k*kLdm + i]. Index: [nv - 1][m - 1].
+  // row_a: a(i, k) = a[i*kLda + k]; col_a: a(i, k) = a[k*kLdm + i]. Index: [nv - 1][m - 1]. With
+  // hints.lda and ldb, col_a takes other pitches.
   using Micro = void (*)(int64_t kc, const T* a, const T* b, T* c, int64_t ldc, bool accumulate,
                          TileHints& hints);
   Micro row_a[2][kMaxMr];

@@ -22,9 +22,10 @@ void run(const MoeLinearMapParams& p, const Parallel& par) {
         char* h = static_cast<char*>(p.h) + b.first * O * size;
         const void** rows = scratch<const void*>(Scratch::kHidden, 2 * n);
         void** out = const_cast<void**>(rows + n);
+        const RowStarts x(p.x), hs(h, O * size);
         for (int64_t r = 0; r < valid; ++r) {
-          rows[r] = row_of(p.x, (b.first + b.slots[r]) / s.top_k);
-          out[r] = h + b.slots[r] * O * size;
+          rows[r] = x[b.tokens[r]];
+          out[r] = const_cast<void*>(hs[b.slots[r]]);
         }
         T* c = scratch<T>(Scratch::kTile, n * padded(k, O));
         for (int64_t e = 0; e < s.num_experts; ++e) {
@@ -52,33 +53,30 @@ void run_bwd(const MoeLinearMapBwdParams& p, const Parallel& par) {
   const int64_t O = s.rows, H = s.cols, E = s.num_experts, size = dtype_size(type);
   const bool sums = p.grad_w != nullptr || p.grad_bias != nullptr;
   const PanelBank<T> bank(k, transposed(p.w), p.grad_x != nullptr ? E : 0, H, O);
-  const ChunkSums<T> chunks(s, k, sums);
+  const MatrixGrads grad_w{p.grad_w, type};
+  const ChunkSums<T> chunks(s, k, sums, grad_w);
   const auto run_block = [&](int64_t chunk, int64_t begin, int64_t end, bool first) {
     const SlotBlock b = slot_block(s, begin, end);
     const int64_t n = (end - begin) * s.top_k, ld = padded(k, H);
     const void** grads = scratch<const void*>(Scratch::kHidden, 2 * n);
     const void** tokens = grads + n;
-    for (int64_t r = 0; r < b.offsets[E]; ++r) {
-      const int64_t slot = b.first + b.slots[r];
-      grads[r] = static_cast<const char*>(p.grad_h) + slot * O * size;
-      tokens[r] = row_of(p.x, slot / s.top_k);
+    const RowStarts x(p.x), grad_h(p.grad_h, O * size);
+    for (int64_t r = 0, valid = b.offsets[E]; r < valid; ++r) {
+      grads[r] = grad_h[b.first + b.slots[r]];
+      tokens[r] = x[b.tokens[r]];
     }
     T* c = scratch<T>(Scratch::kTile, n * ld);
     for (int64_t e = 0; e < E; ++e) {
       const int64_t r = b.offsets[e], count = b.offsets[e + 1] - r;
       if (first && sums) chunks.begin(chunk, e, count);
       if (count == 0) continue;
-      if (p.grad_w != nullptr) {
-        multiply_outer<T>(k, type, grads + r, O, tokens + r, H, nullptr, count,
-                          chunks.matrix_of(chunk, e), !first);
-      }
+      multiply_gradients<T>(k, type, grads + r, O, tokens + r, H, nullptr, count,
+                            p.grad_w == nullptr ? nullptr : chunks.matrix_of(chunk, e), !first,
+                            bank.of(e), p.grad_x == nullptr ? nullptr : c + r * ld);
       if (p.grad_bias != nullptr) {
         for (int64_t i = r; i < r + count; ++i) {
           k.axpy(type, grads[i], T(1), chunks.bias_of(chunk, e), O);
         }
-      }
-      if (p.grad_x != nullptr) {
-        multiply_slots<T>(k, type, grads + r, count, O, bank.of(e), H, nullptr, c + r * ld);
       }
     }
     if (p.grad_x == nullptr) return;
@@ -86,7 +84,7 @@ void run_bwd(const MoeLinearMapBwdParams& p, const Parallel& par) {
                    static_cast<char*>(p.grad_x) + begin * H * size);
   };
   run_chunks(s.num_tokens, par, slot_product_cost(s, 2), run_block);
-  if (sums) chunks.add_up({p.grad_w, type}, p.grad_bias, type, par);
+  if (sums) chunks.add_up(grad_w, p.grad_bias, type, par);
 }
 
 }  // namespace

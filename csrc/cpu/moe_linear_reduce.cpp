@@ -52,8 +52,9 @@ void run_blocks(const MoeLinearReduceParams& p, const Parallel& par) {
         const SlotBlock b = slot_block(s, begin, std::min(s.num_tokens, begin + kBlockTokens));
         const int64_t n = (b.end - b.begin) * s.top_k;
         const void** rows = scratch<const void*>(Scratch::kHidden, n);
-        for (int64_t r = 0; r < b.offsets[s.num_experts]; ++r) {
-          rows[r] = static_cast<const char*>(p.h) + (b.first + b.slots[r]) * D * size;
+        const RowStarts h(p.h, D * size);
+        for (int64_t r = 0, valid = b.offsets[s.num_experts]; r < valid; ++r) {
+          rows[r] = h[b.first + b.slots[r]];
         }
         T* c = scratch<T>(Scratch::kTile, n * ld);
         for (int64_t e = 0; e < s.num_experts; ++e) {
@@ -80,7 +81,8 @@ void run_blocks_bwd(const MoeLinearReduceBlocksBwdParams& p, const Parallel& par
   const T* topk_weights = static_cast<const T*>(p.topk_weights);
   T* grad_weights = static_cast<T*>(p.grad_topk_weights);
   const PanelBank<T> bank(k, transposed(p.w), slots ? E : 0, D, H);
-  const ChunkSums<T> chunks(s, k, sums);
+  const MatrixGrads grad_w{p.grad_w, type};
+  const ChunkSums<T> chunks(s, k, sums, grad_w);
   const auto run_block = [&](int64_t chunk, int64_t begin, int64_t end, bool first) {
     const SlotBlock b = slot_block(s, begin, end);
     const int64_t n = (end - begin) * s.top_k, valid = b.offsets[E];
@@ -89,28 +91,27 @@ void run_blocks_bwd(const MoeLinearReduceBlocksBwdParams& p, const Parallel& par
     void** grad_h = const_cast<void**>(h + n);
     T* c = scratch<T>(Scratch::kTile, n * (ld + 2));
     T *weights = c + n * ld, *dots = weights + n;
+    const RowStarts grad_ys(p.grad_y), hs(p.h, D * size), grad_hs(p.grad_h, D * size);
     for (int64_t r = 0; r < valid; ++r) {
       const int64_t slot = b.first + b.slots[r];
-      grads[r] = row_of(p.grad_y, slot / s.top_k);
-      h[r] = static_cast<const char*>(p.h) + slot * D * size;
-      grad_h[r] = static_cast<char*>(p.grad_h) + slot * D * size;
+      grads[r] = grad_ys[b.tokens[r]];
+      h[r] = hs[slot];
+      grad_h[r] = const_cast<void*>(grad_hs[slot]);
       weights[r] = topk_weights[slot];
     }
     for (int64_t e = 0; e < E; ++e) {
       const int64_t r = b.offsets[e], count = b.offsets[e + 1] - r;
       if (first && sums) chunks.begin(chunk, e, count);
       if (count == 0) continue;
-      if (p.grad_w != nullptr) {
-        multiply_outer(k, type, grads + r, H, h + r, D, weights + r, count,
-                       chunks.matrix_of(chunk, e), !first);
-      }
+      multiply_gradients(k, type, grads + r, H, h + r, D, weights + r, count,
+                         p.grad_w == nullptr ? nullptr : chunks.matrix_of(chunk, e), !first,
+                         bank.of(e), slots ? c : nullptr);
       if (p.grad_bias != nullptr) {
         for (int64_t i = r; i < r + count; ++i) {
           k.axpy(type, grads[i], weights[i], chunks.bias_of(chunk, e), H);
         }
       }
       if (!slots) continue;
-      multiply_slots<T>(k, type, grads + r, count, H, bank.of(e), D, nullptr, c);
       if (p.grad_h != nullptr) k.scatter_rows(type, c, ld, count, D, weights + r, grad_h + r);
       if (grad_weights == nullptr) continue;
       k.dot_rows(type, h + r, c, ld, count, D, dots);
@@ -134,7 +135,7 @@ void run_blocks_bwd(const MoeLinearReduceBlocksBwdParams& p, const Parallel& par
     }
   };
   run_chunks(s.num_tokens, par, slot_product_cost(s, 2), run_block);
-  if (sums) chunks.add_up({p.grad_w, type}, p.grad_bias, type, par);
+  if (sums) chunks.add_up(grad_w, p.grad_bias, type, par);
 }
 
 }  // namespace

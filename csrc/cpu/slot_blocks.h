@@ -67,26 +67,50 @@ struct SlotBlock {
   int64_t begin, end, first;  // tokens; first = begin * K
   const int32_t* offsets;     // [E+1]
   const int32_t* slots;       // [offsets[E]], counted from `first`
+  const int32_t* tokens;      // [offsets[E]], theirs
   const int32_t* rows;        // [(end - begin) * K], its place in slots or -1
 };
 
 inline SlotBlock slot_block(const SlotProduct& s, int64_t begin, int64_t end) {
   const int64_t E = s.num_experts, n = (end - begin) * s.top_k, first = begin * s.top_k;
   const int32_t* ids = s.ids + first;
-  int32_t* offsets = scratch<int32_t>(Scratch::kIndex, E + 2 + 2 * n);
-  int32_t *slots = offsets + E + 2, *rows = slots + n;
+  int32_t* offsets = scratch<int32_t>(Scratch::kIndex, E + 2 + 3 * n);
+  int32_t *slots = offsets + E + 2, *rows = slots + n, *tokens = rows + n;
   // offsets[e + 2] counts, then offsets[e + 1] is the next place of e.
   std::fill(offsets, offsets + E + 2, 0);
   for (int64_t i = 0; i < n; ++i) {
     if (ids[i] >= 0) ++offsets[ids[i] + 2];
   }
   for (int64_t e = 0; e < E; ++e) offsets[e + 2] += offsets[e + 1];
-  for (int64_t i = 0; i < n; ++i) {
-    rows[i] = ids[i] < 0 ? -1 : offsets[ids[i] + 1]++;
-    if (ids[i] >= 0) slots[rows[i]] = static_cast<int32_t>(i);
+  for (int64_t t = begin, i = 0; t < end; ++t) {
+    for (int64_t last = i + s.top_k; i < last; ++i) {
+      rows[i] = -1;
+      if (ids[i] < 0) continue;
+      const int32_t row = offsets[ids[i] + 1]++;
+      rows[i] = row;
+      slots[row] = static_cast<int32_t>(i);
+      tokens[row] = static_cast<int32_t>(t);
+    }
   }
-  return {begin, end, first, offsets, slots, rows};
+  return {begin, end, first, offsets, slots, tokens, rows};
 }
+
+// Where rows begin. A copy in a loop that writes pointers: read through a reference, base and step
+// would be loaded anew for each.
+struct RowStarts {
+  const char* base;
+  int64_t step;
+  const int32_t* index;
+  explicit RowStarts(const Rows& rows)
+      : base(static_cast<const char*>(rows.data)),
+        step(rows.stride * dtype_size(rows.type)),
+        index(rows.index) {}
+  RowStarts(const void* data, int64_t bytes)
+      : base(static_cast<const char*>(data)), step(bytes), index(nullptr) {}
+  const void* operator[](int64_t r) const {
+    return base + (index != nullptr ? index[r] : r) * step;
+  }
+};
 
 // Columns of one panel after the other, so that tiles of two vectors cover a row.
 template <class T>
@@ -119,7 +143,13 @@ class PanelBank {
     for (int64_t e = 0; e < num_experts; ++e) {
       const char* base = element(w.data, w.type, e * w.stride_e);
       T* out = panels_ + e * size_;
-      if (w.stride_k == 1) {  // Dense along the depth.
+      if (w.stride_k == 1 && w.type == kAccumulate<T> && outputs % W == 0 && depth % W == 0) {
+        const T* from = reinterpret_cast<const T*>(base);
+        for (int64_t j = 0; j < n; j += 2 * W) {
+          const int64_t width = std::min(2 * W, n - j);
+          k.transpose(from + j * w.stride_o, w.stride_o, width, depth, out + j * depth, width);
+        }
+      } else if (w.stride_k == 1) {  // Dense along the depth.
         const int64_t ld = padded(k, depth);
         std::fill(rows + outputs * ld, rows + n * ld, T(0));
         k.load_rows(w.type, base, w.stride_o, outputs, depth, rows, ld, T(1));
@@ -173,37 +203,61 @@ void multiply_slots(const Kernels<T>& k, DType type, const void* const* rows, in
   }
 }
 
-// c[i][j] (+)= the sum over r of grad[r][i] * x[r][j], rows of c padded(width of x), for at most
-// kKc rows r: of grad kLdm apart, of x as panels.
+// Pitch of rows that are the vector side of outer_tiles: an odd number of cache lines, so that the
+// lines of one column are not in the same few sets of an L1.
 template <class T>
-void outer_tiles(const Kernels<T>& k, const T* grad, int64_t grad_width, const T* panels,
+int64_t odd_pitch(const Kernels<T>& k, int64_t n) {
+  constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(T));
+  return (ceil_div(padded(k, n), kLine) | 1) * kLine;
+}
+
+// c[i][j] (+)= the sum over r of grad[r][i] * x[r][j], rows of c padded(width of x), for at most
+// kKc rows r: of grad kLda apart, of x odd_pitch of its width.
+template <class T>
+void outer_tiles(const Kernels<T>& k, const T* grad, int64_t grad_width, const T* x,
                  int64_t x_width, int64_t rows, T* c, bool accumulate) {
   const int64_t W = k.lanes, n = padded(k, x_width);
   const int64_t tiles = ceil_div<int64_t>(grad_width, k.mr2);
-  TileHints none;
+  TileHints hints;
+  hints.lda = kLda;
+  hints.ldb = odd_pitch(k, x_width);
   for (int64_t j = 0; j < n; j += 2 * W) {
     const auto& column = k.col_a[n - j > W ? 1 : 0];
     for (int64_t i = 0; i < tiles; ++i) {
       const int64_t i0 = grad_width * i / tiles, i1 = grad_width * (i + 1) / tiles;
-      column[i1 - i0 - 1](rows, grad + i0, panels + j * rows, c + i0 * n + j, n, accumulate, none);
+      column[i1 - i0 - 1](rows, grad + i0, x + j, c + i0 * n + j, n, accumulate, hints);
     }
   }
 }
 
-// c[i][j] (+)= the sum over r of grad[r][i] * scales[r] * x[r][j], rows of c padded(width of x).
+// Both products of gradients of one expert's slots, of `grad_width` numbers each, whose rows are
+// copied once for the two. For the gradient of the matrix, c (+)= that of outer_tiles with x scaled
+// by scales (nullptr: ones); for those of the rows, dx = the product with panels. c or dx may be
+// nullptr.
 template <class T>
-void multiply_outer(const Kernels<T>& k, DType type, const void* const* grad, int64_t grad_width,
-                    const void* const* x, int64_t x_width, const T* scales, int64_t count, T* c,
-                    bool accumulate) {
-  T* g = scratch<T>(Scratch::kPackA, kKc * kLdm);
-  T* panels = scratch<T>(Scratch::kPackB, kKc * padded(k, x_width));
+void multiply_gradients(const Kernels<T>& k, DType type, const void* const* grad,
+                        int64_t grad_width, const void* const* x, int64_t x_width, const T* scales,
+                        int64_t count, T* c, bool accumulate, const T* panels, T* dx) {
+  const int64_t ldx = odd_pitch(k, x_width);
+  T* g = scratch<T>(Scratch::kPackA, kKc * kLda);
+  T* rows = scratch<T>(Scratch::kPackB, kKc * ldx);
   const int64_t parts = ceil_div(count, kKc);
   for (int64_t part = 0; part < parts; ++part) {
-    const int64_t r0 = count * part / parts, rows = count * (part + 1) / parts - r0;
-    k.gather_rows(type, grad + r0, rows, grad_width, nullptr, g, kLdm);
-    k.pack_panels(type, x + r0, 0, rows, x_width, scales == nullptr ? nullptr : scales + r0, panels,
-                  2 * k.lanes * rows);
-    outer_tiles(k, g, grad_width, panels, x_width, rows, c, accumulate || part > 0);
+    const int64_t r0 = count * part / parts, m = count * (part + 1) / parts - r0;
+    const int64_t tiles = ceil_div<int64_t>(m, k.mr2);
+    for (int64_t i = 0; i < tiles; ++i) {
+      const int64_t t0 = m * i / tiles, tm = m * (i + 1) / tiles - t0, r = r0 + t0;
+      k.gather_rows(type, grad + r, tm, grad_width, nullptr, g + t0 * kLda, kLda);
+      if (c != nullptr) {
+        k.gather_rows(type, x + r, tm, x_width, scales == nullptr ? nullptr : scales + r,
+                      rows + t0 * ldx, ldx);
+      }
+      if (dx == nullptr) continue;
+      multiply_tile<T>(k, g + t0 * kLda, tm, grad_width, panels, x_width, type, nullptr,
+                       dx + r * padded(k, x_width));
+    }
+    if (c == nullptr) continue;
+    outer_tiles(k, g, grad_width, rows, x_width, m, c, accumulate || part > 0);
   }
 }
 
@@ -238,11 +292,12 @@ class ChunkSums {
     return chunks * num_experts * (rows * padded(k, cols) + padded(k, rows));
   }
 
-  ChunkSums(const SlotProduct& s, const Kernels<T>& k, bool wanted)
+  ChunkSums(const SlotProduct& s, const Kernels<T>& k, bool wanted, const MatrixGrads& to)
       : ChunkSums(k, num_chunks(s.num_tokens), s.num_experts, s.rows, s.cols,
                   scratch<T>(Scratch::kRows, wanted ? elements(k, num_chunks(s.num_tokens),
                                                                s.num_experts, s.rows, s.cols)
-                                                    : 0)) {}
+                                                    : 0),
+                  to) {}
 
   ChunkSums(const Kernels<T>& k, int64_t chunks, int64_t num_experts, int64_t rows, int64_t cols,
             T* data, const MatrixGrads& to = {})

@@ -176,13 +176,32 @@ def test_same_bits_for_any_thread_count(dtype, set_threads):
         assert_identical(grad_gate_up, runs[0][1])
 
 
+@pytest.mark.parametrize("size", [61, 150])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=short)
-def test_a_value_does_not_depend_on_its_place(dtype):
-    """The vector body and the tail of a line compute the same bits."""
-    line = torch.randn(2, 61).to(dtype)
+def test_a_value_does_not_depend_on_its_place(dtype, size):
+    """Four vectors at once, the vector body and the tail of a line compute the same bits."""
+    line = torch.randn(2, size).to(dtype).requires_grad_()
     whole = moe_ops.gated_act(line.reshape(1, -1))
-    single = torch.cat([moe_ops.gated_act(line[:, i].reshape(1, 2)) for i in range(61)], dim=1)
+    (grad,) = torch.autograd.grad(whole.sum(), line)
+    single = torch.cat([moe_ops.gated_act(line[:, i].reshape(1, 2)) for i in range(size)], dim=1)
+    (single_grad,) = torch.autograd.grad(single.sum(), line)
     assert_identical(whole, single)
+    assert_identical(grad, single_grad)
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "geglu_tanh", "swiglu_oai"])
+@pytest.mark.parametrize("column", [0, 17, 63, 64, 127, 149])
+def test_a_nan_in_a_long_row_stays_alone(column, activation):
+    gate_up = torch.randn(2, 300)
+    gate_up[1, column] = torch.nan
+    gate_up[0, ::3] *= 100
+    gate_up.requires_grad_()
+    h = moe_ops.gated_act(gate_up, activation)
+    (grad,) = torch.autograd.grad(h.sum(), gate_up)
+    where = torch.zeros(2, 150, dtype=torch.bool)
+    where[1, column] = True
+    assert_identical(h.isnan(), where)
+    assert_identical(grad.isnan(), torch.cat([where, where], dim=1))
 
 
 @pytest.mark.parametrize(

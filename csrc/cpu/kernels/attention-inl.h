@@ -75,38 +75,13 @@ constexpr T kPowerScale = 1;
 template <>
 constexpr float kPowerScale<float> = 1.44269504f;
 
-// The larger one; NaN if x is. The compiler makes two operations of the conditional.
-inline Vec<float> at_least(Vec<float> x, float least) {
-#if defined(__AVX512F__) && MOE_VEC_BYTES == 64
-  return __builtin_bit_cast(Vec<float>,
-                            _mm512_max_ps(_mm512_set1_ps(least), __builtin_bit_cast(__m512, x)));
-#elif defined(__AVX2__) && MOE_VEC_BYTES == 32
-  return __builtin_bit_cast(Vec<float>,
-                            _mm256_max_ps(_mm256_set1_ps(least), __builtin_bit_cast(__m256, x)));
-#else
-  return x < least ? splat<float>(least) : x;
-#endif
-}
-
 // e^(x / kPowerScale) for x up to 127, and a normal number below -126. NaN stays NaN.
 inline Vec<double> vpower(Vec<double> x) { return vexp<double>(x); }
 
-// 2^x = 2^n 2^r with |r| <= 1/2; the polynomial has the least relative error, 9e-8, of those of its
-// degree that are one at zero. The number added to round x carries the bias of the exponent, so the
-// shift alone makes 2^n.
 inline Vec<float> vpower(Vec<float> x) {
-  constexpr float kMagic = ExpTraits<float>::kMagic + ExpTraits<float>::kBias;
   x = at_least(x, -126.0f);
-  const Vec<float> shifted = x + kMagic;
-  const Vec<float> r = x - (shifted - kMagic);
-  Vec<float> p = splat<float>(1.32647273e-3f);
-  p = p * r + 9.67151299e-3f;
-  p = p * r + 5.55073358e-2f;
-  p = p * r + 0.240222424f;
-  p = p * r + 0.693147004f;
-  p = p * r + 1.0f;
-  const auto bits = __builtin_bit_cast(Simd<float>::Int, shifted) << ExpTraits<float>::kMantissa;
-  return p * __builtin_bit_cast(Vec<float>, bits);
+  const Vec<float> shifted = x + kPowerMagic;
+  return power_of_rest(x - (shifted - kPowerMagic)) * power_of_whole(shifted);
 }
 
 // Scores to softcap * tanh(score / softcap).

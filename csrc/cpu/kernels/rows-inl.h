@@ -113,6 +113,10 @@ void gather_rows(DType type, const void* const* rows, int64_t num_rows, int64_t 
       const S* src = static_cast<const S*>(rows[r]);
       const T scale = scales == nullptr ? T(1) : scales[r];
       int64_t i = 0;
+      for (; i + 2 * W <= n; i += 2 * W) {
+        store<T>(dst + i, load_as(src + i) * scale);
+        store<T>(dst + i + W, load_as(src + i + W) * scale);
+      }
       for (; i + W <= n; i += W) store<T>(dst + i, load_as(src + i) * scale);
       for (; i < n; ++i) dst[i] = to_float(src[i]) * scale;
     }
@@ -128,6 +132,10 @@ void scatter_rows(DType type, const T* src, int64_t ld, int64_t num_rows, int64_
       S* dst = static_cast<S*>(rows[r]);
       const T scale = scales == nullptr ? T(1) : scales[r];
       int64_t i = 0;
+      for (; i + 2 * W <= n; i += 2 * W) {
+        store_as(dst + i, load<T>(src + i) * scale);
+        store_as(dst + i + W, load<T>(src + i + W) * scale);
+      }
       for (; i + W <= n; i += W) store_as(dst + i, load<T>(src + i) * scale);
       for (; i < n; ++i) store_one(dst + i, src[i] * scale);
     }
@@ -157,17 +165,22 @@ void combine_rows(DType type, const T* rows, int64_t ld, const int32_t* index, c
   constexpr int W = kLanes<T>;
   with_type<T>(type, out, [&]<class S>(const S* q) {
     S* y = const_cast<S*>(q);
+    const auto add = [&]<int NV>(int64_t i) {
+      Vec<T> sums[NV] = {};
+      for (int64_t s = 0; s < top_k; ++s) {
+        if (index[s] < 0) continue;
+        const Vec<T> w = splat<T>(weights == nullptr ? T(1) : weights[s]);
+        const T* row = rows + index[s] * ld + i;
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; ++v) sums[v] += load<T>(row + v * W) * w;
+      }
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) store_as(y + i + v * W, sums[v]);
+    };
     for (int64_t t = 0; t < num_tokens; ++t, index += top_k, y += n) {
       int64_t i = 0;
-      for (; i + W <= n; i += W) {
-        Vec<T> sum = {};
-        for (int64_t s = 0; s < top_k; ++s) {
-          if (index[s] < 0) continue;
-          const T w = weights == nullptr ? T(1) : weights[s];
-          sum += load<T>(rows + index[s] * ld + i) * w;
-        }
-        store_as(y + i, sum);
-      }
+      for (; i + 4 * W <= n; i += 4 * W) add.template operator()<4>(i);
+      for (; i + W <= n; i += W) add.template operator()<1>(i);
       for (; i < n; ++i) {
         T sum = 0;
         for (int64_t s = 0; s < top_k; ++s) {

@@ -34,7 +34,8 @@ void micro(int64_t kc, const T* a, const T* b, T* c, int64_t ldc, bool accumulat
            TileHints& hints) {
   constexpr int W = kLanes<T>;
   constexpr int64_t kStrideI = kColumnForm ? 1 : kLda;
-  constexpr int64_t kStrideK = kColumnForm ? kLdm : 1;
+  const int64_t step_a = kColumnForm ? hints.lda : 1;
+  const int64_t step_b = kColumnForm && hints.ldb != 0 ? hints.ldb : NV * W;
   Vec<T> acc[M][NV];
 #pragma GCC unroll 32
   for (int i = 0; i < M; ++i) {
@@ -51,8 +52,8 @@ void micro(int64_t kc, const T* a, const T* b, T* c, int64_t ldc, bool accumulat
       for (int v = 0; v < NV; ++v)
         acc[i][v] = add_product<T, S>(acc[i][v], a + i * kStrideI, bv[v]);
     }
-    a += kStrideK;
-    b += NV * W;
+    a += step_a;
+    b += step_b;
   };
   // A count of steps that the compiler knows: with an unknown one it kept the sums on the stack.
   int64_t k = 0;

@@ -37,14 +37,16 @@ struct RowBlock {
   int64_t begin, end, first;  // tokens; first = begin * K
   const int64_t* rows;        // [E]
   const int32_t* offsets;     // [E+1]
+  const int32_t* tokens;      // [offsets[E]]
   const int32_t* index;       // [(end - begin) * K], counted like offsets, or -1
 };
 
 RowBlock row_block(const MoeFfnShape& s, int64_t begin, int64_t end) {
   const int64_t E = s.num_experts, K = s.top_k, first = begin * K, n = (end - begin) * K;
-  Carver part(Scratch::kIndex, E * 8 + (E + 1 + n) * 4 + 3 * 64);
+  Carver part(Scratch::kIndex, E * 8 + (E + 1 + 2 * n) * 4 + 4 * 64);
   int64_t* rows = part.take<int64_t>(E);
   int32_t *offsets = part.take<int32_t>(E + 1), *index = part.take<int32_t>(n);
+  int32_t* tokens = part.take<int32_t>(n);
   std::fill(index, index + n, -1);
   offsets[0] = 0;
   for (int64_t e = 0; e < E; ++e) {
@@ -55,17 +57,25 @@ RowBlock row_block(const MoeFfnShape& s, int64_t begin, int64_t end) {
     for (; at < stop && *at < first + n; ++at) index[*at - first] = row++;
     offsets[e + 1] = row;
   }
-  return {begin, end, first, rows, offsets, index};
+  // A division a row would cost as much as its copy.
+  for (int64_t t = begin, i = 0; t < end; ++t) {
+    for (int64_t last = i + s.top_k; i < last; ++i) {
+      if (index[i] >= 0) tokens[index[i]] = static_cast<int32_t>(t);
+    }
+  }
+  return {begin, end, first, rows, offsets, tokens, index};
 }
 
-// Rows r to r + m: calls fn(i, token) for each, and fills in their routing weights.
-template <class T, class Fn>
-void for_rows(const MoeFfnShape& s, int64_t r, int64_t m, T* weights, const Fn& fn) {
-  const auto K = static_cast<int32_t>(s.top_k);
+// Of rows r0 to r0 + m of expert e in the block: where their tokens are in x, and routing weights.
+template <class T>
+void find_rows(const MoeFfnShape& s, const RowBlock& b, int64_t e, int64_t r0, int64_t m,
+               const RowStarts x, const void** rows, T* weights) {
+  const int32_t* tokens = b.tokens + b.offsets[e] + r0;
+  const int32_t* slots = s.row_to_slot + b.rows[e] + r0;
+  const T* topk_weights = static_cast<const T*>(s.topk_weights);
   for (int64_t i = 0; i < m; ++i) {
-    const int32_t slot = s.row_to_slot[r + i];
-    fn(i, slot / K);
-    weights[i] = static_cast<const T*>(s.topk_weights)[slot];
+    rows[i] = x[tokens[i]];
+    weights[i] = topk_weights[slots[i]];
   }
 }
 
@@ -108,8 +118,7 @@ void forward(const MoeFfnParams& p, const Parallel& par) {
       for (int64_t i = 0; i < tiles; ++i) {
         const int64_t r0 = count * i / tiles, m = count * (i + 1) / tiles - r0;
         const int64_t row = b.rows[e] + r0;
-        for_rows(s, row, m, weights.data(),
-                 [&](int64_t j, int32_t token) { tokens[j] = row_of(p.x, token); });
+        find_rows(s, b, e, r0, m, RowStarts(p.x), tokens.data(), weights.data());
         k.gather_rows(type, tokens.data(), m, H, on_input ? weights.data() : nullptr, x, kLda);
         char* saved = static_cast<char*>(p.preact) + row * width * size;
         T* pre = direct ? reinterpret_cast<T*>(saved) : own_pre;
@@ -137,44 +146,41 @@ void forward(const MoeFfnParams& p, const Parallel& par) {
   parallel_items(par, ceil_div(s.num_tokens, kBlockTokens), blocks_cost(s, 1), run_block);
 }
 
-// What a thread has of the rows of an expert in a block: at most kKc at once.
+// What a thread has of the rows of an expert in a block, at most kKc at once. kLda apart, rows
+// serve as those of one product and as columns of another.
 template <class T>
 struct BwdScratch {
   T* dx;                          // [slots of a block][padded(H)]
-  T *tile, *u;                    // a tile's: operand of products, u
+  T* u;                           // a tile's
   T *pre, *halves, *grad_halves;  // pre-activations as they were, in halves, and gradients of these
-  T *hidden, *dpre, *gy;          // [kKc]: weight * h; gradients of pre-activations, grad_y
-  T *panels, *sum;
-  T *weights, *dots;                           // [kKc]
-  const void **gys, **xs, **hiddens, **dpres;  // [kKc] rows of grad_y, x, hidden and dpre
+  T *gy, *dpre;                   // [kKc][kLda]: grad_y, gradients of pre-activations
+  T *hidden, *x;                  // [kKc][odd_pitch]: weight * h; x
+  T* sum;
+  T *weights, *dots;                // [kKc]
+  const void **gys, **xs, **dpres;  // [kKc] rows of grad_y, x and dpre
 
   BwdScratch(const Kernels<T>& k, int64_t slots, int64_t H, int64_t I, int64_t width) {
-    const int64_t ld = padded(k, std::max(H, width));
-    const int64_t elements = slots * padded(k, H) + kMaxMr * (kLda + ld + 3 * width) +
-                             kKc * (padded(k, I) + 2 * kLdm + ld + 2) + ld;
+    const int64_t ld = padded(k, std::max(H, width)), ld_u = padded(k, I);
+    const int64_t elements = slots * padded(k, H) + kMaxMr * (ld_u + 3 * width) +
+                             kKc * (2 * kLda + odd_pitch(k, I) + odd_pitch(k, H) + 2) + ld;
     Carver part(Scratch::kTile, elements * static_cast<int64_t>(sizeof(T)) +
-                                    4 * kKc * static_cast<int64_t>(sizeof(void*)) + 17 * 64);
+                                    3 * kKc * static_cast<int64_t>(sizeof(void*)) + 15 * 64);
     dx = part.take<T>(slots * padded(k, H));
-    tile = part.take<T>(kMaxMr * kLda);
-    u = part.take<T>(kMaxMr * ld);
+    u = part.take<T>(kMaxMr * ld_u);
     pre = part.take<T>(kMaxMr * width);
     halves = part.take<T>(kMaxMr * width);
     grad_halves = part.take<T>(kMaxMr * width);
-    hidden = part.take<T>(kKc * padded(k, I));
-    dpre = part.take<T>(kKc * kLdm);
-    gy = part.take<T>(kKc * kLdm);
-    panels = part.take<T>(kKc * ld);
+    gy = part.take<T>(kKc * kLda);
+    dpre = part.take<T>(kKc * kLda);
+    hidden = part.take<T>(kKc * odd_pitch(k, I));
+    x = part.take<T>(kKc * odd_pitch(k, H));
     sum = part.take<T>(ld);
     weights = part.take<T>(kKc);
     dots = part.take<T>(kKc);
     gys = part.take<const void*>(kKc);
     xs = part.take<const void*>(kKc);
-    hiddens = part.take<const void*>(kKc);
     dpres = part.take<const void*>(kKc);
-    for (int64_t r = 0; r < kKc; ++r) {
-      hiddens[r] = hidden + r * padded(k, I);
-      dpres[r] = dpre + r * kLdm;
-    }
+    for (int64_t r = 0; r < kKc; ++r) dpres[r] = dpre + r * kLda;
   }
 };
 
@@ -238,10 +244,8 @@ class Backward {
       const int64_t parts = ceil_div(count, kKc);
       for (int64_t part = 0; part < parts; ++part) {
         const int64_t r0 = count * part / parts, m = count * (part + 1) / parts - r0;
-        for_rows(s_, b.rows[e] + r0, m, t.weights, [&](int64_t i, int32_t token) {
-          t.xs[i] = row_of(p_.x, token);
-          t.gys[i] = row_of(p_.grad_y, token);
-        });
+        find_rows(s_, b, e, r0, m, RowStarts(p_.x), t.xs, t.weights);
+        find_rows(s_, b, e, r0, m, RowStarts(p_.grad_y), t.gys, t.weights);
         run_tiles(e, b.rows[e] + r0, m, t, t.dx + (b.offsets[e] + r0) * ld);
         add_products(chunk, e, m, t, !first || part > 0);
       }
@@ -257,7 +261,7 @@ class Backward {
   // Rows `row` to row + count of expert e: weight * h, the gradients of the pre-activation, of x by
   // rows, and of the routing weights.
   void run_tiles(int64_t e, int64_t row, int64_t count, BwdScratch<T>& t, T* dx) const {
-    const int64_t ld = padded(k_, H_), ld_u = padded(k_, I_);
+    const int64_t ld = padded(k_, H_);
     const DType type = p_.x.type;
     const bool on_input = s_.apply_router_weight_on_input;
     T* grad_weights = static_cast<T*>(p_.grad_topk_weights);
@@ -265,10 +269,17 @@ class Backward {
     const int64_t tiles = ceil_div<int64_t>(count, k_.mr2);
     for (int64_t i = 0; i < tiles; ++i) {
       const int64_t r0 = count * i / tiles, m = count * (i + 1) / tiles - r0;
+      T* dpre = t.dpre + r0 * kLda;
+      // Tile by tile: rows are on their way while the tile before is being multiplied.
+      k_.gather_rows(type, t.gys + r0, m, H_, nullptr, t.gy + r0 * kLda, kLda);
+      if (p_.grad_w_gate_up != nullptr) {
+        k_.gather_rows(type, t.xs + r0, m, H_, on_input ? t.weights + r0 : nullptr,
+                       t.x + r0 * odd_pitch(k_, H_), odd_pitch(k_, H_));
+      }
       // u, unweighted: <h, u> is the gradient of the routing weight.
-      k_.gather_rows(type, t.gys + r0, m, H_, nullptr, t.tile, kLda);
-      multiply_tile<T>(k_, t.tile, m, H_, down_.of(e), I_, type, nullptr, t.u);
-      act_tile(row + r0, m, on_input ? nullptr : t.weights + r0, t.hidden + r0 * ld_u, t);
+      multiply_tile<T>(k_, t.gy + r0 * kLda, m, H_, down_.of(e), I_, type, nullptr, t.u);
+      act_tile(row + r0, m, on_input ? nullptr : t.weights + r0, t.hidden + r0 * odd_pitch(k_, I_),
+               dpre, t);
       if (grad_weights != nullptr && !on_input) {
         for (int64_t r = 0; r < m; ++r) {
           T g = t.dots[r];
@@ -276,11 +287,8 @@ class Backward {
           grad_weights[s_.row_to_slot[row + r0 + r]] = g;
         }
       }
-      if (wants_up_) {
-        k_.load_rows(kAccumulate<T>, t.tile, kLda, m, width_, t.dpre + r0 * kLdm, kLdm, T(1));
-      }
       if (need_dx_) {
-        multiply_tile<T>(k_, t.tile, m, width_, up_.of(e), H_, type, nullptr, dx + r0 * ld);
+        multiply_tile<T>(k_, dpre, m, width_, up_.of(e), H_, type, nullptr, dx + r0 * ld);
       }
     }
     if (!weights_from_x_) return;
@@ -288,9 +296,8 @@ class Backward {
     for (int64_t r = 0; r < count; ++r) grad_weights[s_.row_to_slot[row + r]] = t.dots[r];
   }
 
-  // From u of m rows: h and the gradient of the pre-activation, which becomes the tile, both times
-  // weight, and <h, u> as dots.
-  void act_tile(int64_t row, int64_t m, const T* weights, T* h, BwdScratch<T>& t) const {
+  // From u of m rows: h and the gradient of the pre-activation, times weight, and <h, u> as dots.
+  void act_tile(int64_t row, int64_t m, const T* weights, T* h, T* dpre, BwdScratch<T>& t) const {
     const DType type = p_.x.type;
     const bool gated = is_gated(s_.act.kind), interleaved = gated && s_.act.interleaved;
     const char* saved = element(p_.preact, type, row * width_);
@@ -299,7 +306,7 @@ class Backward {
       k_.load_rows(type, saved, width_, m, width_, t.pre, width_, T(1));
       gate = t.pre;
     }
-    T* grad = t.tile;
+    T* grad = dpre;
     int64_t ld_grad = kLda;
     if (interleaved) {
       for (int64_t r = 0; r < m; ++r) {
@@ -311,10 +318,10 @@ class Backward {
     }
     const int64_t up_at = gated ? I_ : 0;
     k_.act_bwd_rows({s_.act.kind, m, I_, T(s_.act.alpha), T(s_.act.limit), gate, gate + up_at,
-                     width_, t.u, padded(k_, I_), weights, h, padded(k_, I_), grad, grad + up_at,
+                     width_, t.u, padded(k_, I_), weights, h, odd_pitch(k_, I_), grad, grad + up_at,
                      ld_grad, t.dots});
     for (int64_t r = 0; interleaved && r < m; ++r) {
-      interleave(grad + r * width_, grad + r * width_ + I_, I_, t.tile + r * kLda);
+      interleave(grad + r * width_, grad + r * width_ + I_, I_, dpre + r * kLda);
     }
   }
 
@@ -322,15 +329,11 @@ class Backward {
   void add_products(int64_t chunk, int64_t e, int64_t count, BwdScratch<T>& t, bool add) const {
     const DType type = p_.x.type;
     const bool on_input = s_.apply_router_weight_on_input;
-    const int64_t stride = 2 * k_.lanes * count;
     if (p_.grad_w_down != nullptr) {
-      k_.gather_rows(type, t.gys, count, H_, nullptr, t.gy, kLdm);
-      k_.pack_panels(kAccumulate<T>, t.hiddens, 0, count, I_, nullptr, t.panels, stride);
-      outer_tiles(k_, t.gy, H_, t.panels, I_, count, down_sums_.matrix_of(chunk, e), add);
+      outer_tiles(k_, t.gy, H_, t.hidden, I_, count, down_sums_.matrix_of(chunk, e), add);
     }
     if (p_.grad_w_gate_up != nullptr) {
-      k_.pack_panels(type, t.xs, 0, count, H_, on_input ? t.weights : nullptr, t.panels, stride);
-      outer_tiles(k_, t.dpre, width_, t.panels, H_, count, up_sums_.matrix_of(chunk, e), add);
+      outer_tiles(k_, t.dpre, width_, t.x, H_, count, up_sums_.matrix_of(chunk, e), add);
     }
     if (p_.grad_b_down != nullptr) {
       k_.weighted_sum(type, t.gys, on_input ? nullptr : t.weights, count, t.sum, H_);
