@@ -35,6 +35,7 @@ namespace {
 #include "cpu/kernels/dense-inl.h"
 #include "cpu/kernels/mix-inl.h"
 // Sums of lanes are those of mixtures.
+#include "cpu/kernels/rotary-inl.h"
 #include "cpu/kernels/router-inl.h"
 // Words take add_product from the tiles.
 #include "cpu/kernels/quant4-inl.h"
@@ -132,6 +133,7 @@ Kernels<T> make_kernels() {
   k.dot_row = &dot_row<T>;
   k.norm_rows = &norm_rows<T>;
   k.norm_rows_bwd = &norm_rows_bwd<T>;
+  k.rotate_rows = &rotate_rows<T>;
   k.router_linear = &router_linear<T>;
   k.router_linear_bwd = &router_linear_bwd<T>;
   k.act_fwd = &act_fwd<T>;

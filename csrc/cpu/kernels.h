@@ -454,6 +454,10 @@ struct Kernels {
 
   void (*norm_rows)(const NormRows<T>& p);
   void (*norm_rows_bwd)(const NormRowsBwd<T>& p);
+  // out = in with features i and i + half of each of a row's heads turned by angle i of the row, or
+  // by minus that (sign -1). cos and sin are [rows, half]; in and out may be the same.
+  void (*rotate_rows)(int64_t rows, const T* in, int64_t ld_in, const T* cos, const T* sin, T sign,
+                      int64_t heads, int64_t half, T* out, int64_t ld_out);
 
   // out[t*ld_out + e] = bias[e] + sum_i x[t*ld_x + i] * w[e*ld_w + i] for t < tokens, e < experts,
   // i < n.

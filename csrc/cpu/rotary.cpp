@@ -1,5 +1,7 @@
 #include "moe_ops/rotary.h"
 
+#include <algorithm>
+
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
 #include "cpu/workspace.h"
@@ -8,19 +10,8 @@ namespace moe_ops::cpu {
 
 namespace {
 
-// Half a head is often less than a vector of the higher levels (8 floats at d = 16), so rows of all
-// heads are converted at those levels and turned by the compiler's own vectors here.
-template <class T>
-void turn(T* row, const T* cos, const T* sin, T sign, int64_t heads, int64_t half) {
-  for (int64_t h = 0; h < heads; ++h) {
-    T *a = row + 2 * h * half, *b = a + half;
-    for (int64_t i = 0; i < half; ++i) {
-      const T x = a[i], y = b[i], s = sign * sin[i];
-      a[i] = x * cos[i] - y * s;
-      b[i] = y * cos[i] + x * s;
-    }
-  }
-}
+// Tokens of half types that are widened together: a few kilobytes of an L1.
+constexpr int64_t kWide = 2048;
 
 template <class T>
 void run(const RotaryParams& p, const Parallel& par) {
@@ -28,21 +19,31 @@ void run(const RotaryParams& p, const Parallel& par) {
   const int64_t n = p.heads * 2 * p.half, size = dtype_size(p.type);
   const T sign = p.inverse ? T(-1) : T(1);
   const bool direct = p.type == kAccumulate<T>;
-  parallel_range(par, p.batch * p.num_tokens, static_cast<double>(n) / 2 + 4,
-                 [&](int64_t begin, int64_t end) {
-                   T* buffer = scratch<T>(Scratch::kTile, n);
-                   for (int64_t i = begin; i < end; ++i) {
-                     const int64_t b = i / p.num_tokens, s = i % p.num_tokens;
-                     const int64_t from = b * p.stride_batch + s * p.stride_token;
-                     const int64_t angle = b * p.angles_stride_batch + s * p.half;
-                     char* out = static_cast<char*>(p.out) + i * n * size;
-                     T* row = direct ? reinterpret_cast<T*>(out) : buffer;
-                     k.load_row(p.type, static_cast<const char*>(p.t) + from * size, row, n, T(1));
-                     turn(row, static_cast<const T*>(p.cos) + angle,
-                          static_cast<const T*>(p.sin) + angle, sign, p.heads, p.half);
-                     if (!direct) k.store_row(p.type, row, out, n);
-                   }
-                 });
+  const int64_t most =
+      direct ? p.num_tokens : std::max<int64_t>(1, kWide / std::max(n, int64_t{1}));
+  parallel_range(
+      par, p.batch * p.num_tokens, static_cast<double>(n) / 4 + 4, [&](int64_t begin, int64_t end) {
+        T* const buffer = scratch<T>(Scratch::kTile, direct ? 1 : most * n);
+        for (int64_t i = begin; i < end;) {
+          const int64_t b = i / p.num_tokens, s = i % p.num_tokens;
+          const int64_t rows = std::min({most, end - i, p.num_tokens - s});
+          const char* const in =
+              static_cast<const char*>(p.t) + (b * p.stride_batch + s * p.stride_token) * size;
+          char* const out = static_cast<char*>(p.out) + i * n * size;
+          const int64_t angle = b * p.angles_stride_batch + s * p.half;
+          const T *cos = static_cast<const T*>(p.cos) + angle,
+                  *sin = static_cast<const T*>(p.sin) + angle;
+          if (direct) {
+            k.rotate_rows(rows, reinterpret_cast<const T*>(in), p.stride_token, cos, sin, sign,
+                          p.heads, p.half, reinterpret_cast<T*>(out), n);
+          } else {
+            k.load_rows(p.type, in, p.stride_token, rows, n, buffer, n, T(1));
+            k.rotate_rows(rows, buffer, n, cos, sin, sign, p.heads, p.half, buffer, n);
+            k.store_rows(p.type, buffer, n, rows, n, out, n);
+          }
+          i += rows;
+        }
+      });
 }
 
 }  // namespace

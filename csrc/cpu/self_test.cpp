@@ -346,6 +346,25 @@ bool norm_right(const Kernels<T>& k, const Kernels<T>& portable, Numbers<T>& num
 }
 
 template <class T>
+bool rotary_right(const Kernels<T>& k, const Kernels<T>& portable, Numbers<T>& numbers) {
+  constexpr int64_t kTokens = 2, kHeads = 3;
+  for (const int64_t half : {int64_t{3}, int64_t{k.lanes / 2}, int64_t{k.lanes + 1}}) {
+    const int64_t n = kHeads * 2 * half;
+    const std::vector<T> in = numbers.take(kTokens * n);
+    const std::vector<T> cos = numbers.take(kTokens * half), sin = numbers.take(kTokens * half);
+    std::vector<T> out[2];
+    for (int level = 0; level < 2; ++level) {
+      out[level].resize(in.size());
+      (level == 0 ? k : portable)
+          .rotate_rows(kTokens, in.data(), n, cos.data(), sin.data(), T(-1), kHeads, half,
+                       out[level].data(), n);
+    }
+    if (!close(out[0], out[1])) return false;
+  }
+  return true;
+}
+
+template <class T>
 bool router_right(const Kernels<T>& k, const Kernels<T>& portable, Numbers<T>& numbers) {
   constexpr int64_t kTokens = 5, kExperts = 2 * kRouterExperts;
   const int64_t n = 2 * k.lanes;
@@ -866,6 +885,7 @@ const char* failing_kernel(const Kernels<T>& k, const Kernels<T>& portable) {
   if (!rank_right(k, portable, numbers)) return "rank_update";
   if (!rows_right(k, portable, numbers)) return "row";
   if (!norm_right(k, portable, numbers)) return "norm";
+  if (!rotary_right(k, portable, numbers)) return "rotary";
   if (!router_right(k, portable, numbers)) return "router";
   if (!transpose_right(k, numbers)) return "transpose";
   if (!activations_right(k, portable, numbers)) return "activation";
