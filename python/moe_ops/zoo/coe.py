@@ -20,6 +20,7 @@ from moe_ops.layers import Experts, Router, SharedExperts
 
 from .blocks import LatentAttention, Rope, Yarn, publish_rope, published_rope
 from .checkpoint import Entry, bank_entries, dense_entries
+from .embedding import TokenEmbedding
 from .language_model import CausalLM, Step
 
 # What the published config calls the residuals: (inner, outer).
@@ -322,7 +323,7 @@ class CoE(CausalLM):
         super().__init__()
         self.config = config
         self.rope = Rope(config.rope_size, config.rope_theta, True, config.yarn)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = TokenEmbedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(CoEBlock(config, self.rope) for _ in range(config.num_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)

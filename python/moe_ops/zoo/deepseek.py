@@ -29,6 +29,7 @@ from moe_ops.layers import (
 
 from .blocks import Attention, LatentAttention, Rope, Yarn, publish_rope, published_rope
 from .checkpoint import Entry, bank_entries, dense_entries
+from .embedding import TokenEmbedding
 from .language_model import CausalLM, Step
 from .lm_losses import AuxLoss, Routed
 
@@ -470,7 +471,7 @@ class DeepSeek(CausalLM):
         # Prediction heads for later tokens are further layers of V3's checkpoints.
         later = r"model\.layers\.(\d+)\..*"
         self.ignored_keys = (*self.ignored_keys, _layers_from(config.num_layers, later))
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = TokenEmbedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             DeepSeekBlock(config, self.rope, dense=i < config.num_dense_layers)
             for i in range(config.num_layers)

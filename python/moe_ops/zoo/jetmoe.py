@@ -19,6 +19,7 @@ from moe_ops.layers import AttentionExperts, Experts, MoE, ResidualNorm, Router
 
 from .blocks import Rope, published_rope
 from .checkpoint import Entry
+from .embedding import TokenEmbedding
 from .language_model import CausalLM, Step
 
 # The published code gives its block norms no eps from the config; the last norm has it.
@@ -213,7 +214,7 @@ class JetMoE(CausalLM):
         self.config = config
         # The attention experts rotate by themselves; angles are the same in all blocks.
         self.rope = Rope(config.head_size, config.rope_theta)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = TokenEmbedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(JetMoEBlock(config) for _ in range(config.num_layers))
         self.norm = ResidualNorm(config.hidden_size, eps=config.norm_eps)
         self.lm_head = None

@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from moe_ops.layers import AttentionExperts, Experts, GateRouter, MoE, count_tokens_per_expert
 
 from .checkpoint import Entry
+from .embedding import TokenEmbedding
 from .language_model import CausalLM, Step
 
 # Ours -> what the published config calls the gate.
@@ -286,7 +287,7 @@ class ModuleFormer(CausalLM):
             )
         self.config = config
         self.rope = None
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = TokenEmbedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             ModuleFormerBlock(config, config.experts_of(i)) for i in range(config.num_layers)
         )

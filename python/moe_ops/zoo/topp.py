@@ -19,6 +19,7 @@ from moe_ops.layers import Experts, MoE, Router, SharedExperts
 
 from .blocks import Attention, Rope, published_rope
 from .checkpoint import Entry, bank_entries, dense_entries
+from .embedding import TokenEmbedding
 from .language_model import CausalLM, Step
 from .lm_losses import Routed
 
@@ -180,7 +181,7 @@ class TopP(CausalLM):
             )
         self.config = config
         self.rope = Rope(config.hidden_size // config.num_heads, config.rope_theta)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = TokenEmbedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             TopPBlock(config, self.rope, dense=bool(i % config.expert_frequency))
             for i in range(config.num_layers)
