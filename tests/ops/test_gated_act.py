@@ -189,6 +189,21 @@ def test_a_value_does_not_depend_on_its_place(dtype, size):
     assert_identical(grad, single_grad)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=short)
+@pytest.mark.parametrize("activation", ["swiglu", "geglu_tanh", "swiglu_oai"])
+def test_large_negative_gates_are_shut(activation, dtype):
+    """The sigmoid of x is zero where x times the smallest normal number is not small."""
+    most = 1e18 if activation == "geglu_tanh" else 1e38  # whose slope has x squared
+    gate = torch.tensor([-most, -most / 3, -1e17, -1e4, -120.0, -most, 1.0]).repeat(22)[:150]
+    gate_up = torch.stack([gate, torch.full((150,), 2.0)]).to(dtype).reshape(1, -1)
+    gate_up.requires_grad_()
+    h = moe_ops.gated_act(gate_up, activation)
+    (grad,) = torch.autograd.grad(h.sum(), gate_up)
+    shut = gate < 0
+    assert h[0, shut].abs().max() < 1e-30 and h[0, ~shut].min() > 0.5
+    assert grad.reshape(2, 150)[:, shut].abs().max() < 1e-30
+
+
 @pytest.mark.parametrize("activation", ["swiglu", "geglu_tanh", "swiglu_oai"])
 @pytest.mark.parametrize("column", [0, 17, 63, 64, 127, 149])
 def test_a_nan_in_a_long_row_stays_alone(column, activation):

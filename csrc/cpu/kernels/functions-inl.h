@@ -107,14 +107,18 @@ inline Vec<float> reciprocal(Vec<float> d) {
 
 inline Vec<double> vsigmoid(Vec<double> x) { return 1.0 / (1.0 + vexp<double>(-x)); }
 
+// Below it a sigmoid is zero: another small number, times x, might be a large one.
+constexpr float kSigmoidLeast = -87.0f;
+
 // 1 / (1 + 2^y), y = -x log2(e), in the range where 2^y and its reciprocal are normal. y is never
 // rounded where multiplications are fused with additions.
-inline Vec<float> vsigmoid(Vec<float> x) {
+inline Vec<float> vsigmoid(Vec<float> whole) {
   constexpr float kScale = -1.44269504f;
-  x = at_least(at_most(x, 87.0f), -87.0f);
+  const Vec<float> x = at_least(at_most(whole, 87.0f), kSigmoidLeast);
   const Vec<float> shifted = x * kScale + kPowerMagic;
   const Vec<float> r = x * kScale - (shifted - kPowerMagic);
-  return reciprocal(power_of_rest(r) * power_of_whole(shifted) + 1.0f);
+  const Vec<float> s = reciprocal(power_of_rest(r) * power_of_whole(shifted) + 1.0f);
+  return whole < kSigmoidLeast ? Vec<float>{} : s;
 }
 
 // The standard normal distribution function, Phi(x) = erfc(-x / sqrt 2) / 2.
@@ -147,7 +151,7 @@ inline void four_sigmoids(const Vec<float>* x, Vec<float>* s) {
   Vec<float> y[4], r[4], p[4];
 #define MOE_EACH _Pragma("GCC unroll 4") for (int i = 0; i < 4; ++i)
   MOE_EACH y[i] = at_most(x[i], 87.0f);
-  MOE_EACH y[i] = at_least(y[i], -87.0f);
+  MOE_EACH y[i] = at_least(y[i], kSigmoidLeast);
   MOE_EACH s[i] = y[i] * kScale + kPowerMagic;
   MOE_EACH r[i] = s[i] - kPowerMagic;
   MOE_EACH r[i] = y[i] * kScale - r[i];
@@ -156,6 +160,7 @@ inline void four_sigmoids(const Vec<float>* x, Vec<float>* s) {
   for (int d = 2; d < 6; ++d) MOE_EACH p[i] = p[i] * r[i] + kPowers[d];
   MOE_EACH p[i] = p[i] * power_of_whole(s[i]) + 1.0f;
   MOE_EACH s[i] = reciprocal(p[i]);
+  MOE_EACH s[i] = x[i] < kSigmoidLeast ? Vec<float>{} : s[i];
 #undef MOE_EACH
 }
 // With 32 registers.
