@@ -110,15 +110,33 @@ inline Vec<double> vsigmoid(Vec<double> x) { return 1.0 / (1.0 + vexp<double>(-x
 // Below it a sigmoid is zero: another small number, times x, might be a large one.
 constexpr float kSigmoidLeast = -87.0f;
 
-// 1 / (1 + 2^y), y = -x log2(e), in the range where 2^y and its reciprocal are normal. y is never
-// rounded where multiplications are fused with additions.
-inline Vec<float> vsigmoid(Vec<float> whole) {
+// 1 / (1 + 2^y), y = -x log2(e), of N vectors step by step, in the range where 2^y and its
+// reciprocal are normal. y is never rounded where multiplications are fused with additions. One
+// vector is a chain of some 16 operations, and of chains that follow each other, 60 cycles each, a
+// scheduler holds too few to keep two units busy.
+template <int N>
+inline void sigmoids(const Vec<float>* x, Vec<float>* s) {
   constexpr float kScale = -1.44269504f;
-  const Vec<float> x = at_least(at_most(whole, 87.0f), kSigmoidLeast);
-  const Vec<float> shifted = x * kScale + kPowerMagic;
-  const Vec<float> r = x * kScale - (shifted - kPowerMagic);
-  const Vec<float> s = reciprocal(power_of_rest(r) * power_of_whole(shifted) + 1.0f);
-  return whole < kSigmoidLeast ? Vec<float>{} : s;
+  Vec<float> y[N], r[N], p[N];
+#define MOE_EACH _Pragma("GCC unroll 4") for (int i = 0; i < N; ++i)
+  MOE_EACH y[i] = at_most(x[i], 87.0f);
+  MOE_EACH y[i] = at_least(y[i], kSigmoidLeast);
+  MOE_EACH s[i] = y[i] * kScale + kPowerMagic;
+  MOE_EACH r[i] = s[i] - kPowerMagic;
+  MOE_EACH r[i] = y[i] * kScale - r[i];
+  MOE_EACH p[i] = r[i] * kPowers[0] + kPowers[1];
+#pragma GCC unroll 4
+  for (int d = 2; d < 6; ++d) MOE_EACH p[i] = p[i] * r[i] + kPowers[d];
+  MOE_EACH p[i] = p[i] * power_of_whole(s[i]) + 1.0f;
+  MOE_EACH s[i] = reciprocal(p[i]);
+  MOE_EACH s[i] = x[i] < kSigmoidLeast ? Vec<float>{} : s[i];
+#undef MOE_EACH
+}
+
+inline Vec<float> vsigmoid(Vec<float> x) {
+  Vec<float> s;
+  sigmoids<1>(&x, &s);
+  return s;
 }
 
 // The standard normal distribution function, Phi(x) = erfc(-x / sqrt 2) / 2.
@@ -144,26 +162,7 @@ inline Vec<float> vnormal_cdf(Vec<float> x) {
   return x < 0.0f ? half_erfc : 1.0f - half_erfc;
 }
 
-// vsigmoid of four, step by step. One is a chain of some 16 operations, and of chains that follow
-// each other, 60 cycles each, a scheduler holds too few to keep two units busy.
-inline void four_sigmoids(const Vec<float>* x, Vec<float>* s) {
-  constexpr float kScale = -1.44269504f;
-  Vec<float> y[4], r[4], p[4];
-#define MOE_EACH _Pragma("GCC unroll 4") for (int i = 0; i < 4; ++i)
-  MOE_EACH y[i] = at_most(x[i], 87.0f);
-  MOE_EACH y[i] = at_least(y[i], kSigmoidLeast);
-  MOE_EACH s[i] = y[i] * kScale + kPowerMagic;
-  MOE_EACH r[i] = s[i] - kPowerMagic;
-  MOE_EACH r[i] = y[i] * kScale - r[i];
-  MOE_EACH p[i] = r[i] * kPowers[0] + kPowers[1];
-#pragma GCC unroll 4
-  for (int d = 2; d < 6; ++d) MOE_EACH p[i] = p[i] * r[i] + kPowers[d];
-  MOE_EACH p[i] = p[i] * power_of_whole(s[i]) + 1.0f;
-  MOE_EACH s[i] = reciprocal(p[i]);
-  MOE_EACH s[i] = x[i] < kSigmoidLeast ? Vec<float>{} : s[i];
-#undef MOE_EACH
-}
-// With 32 registers.
+// Four sigmoids at once take 32 registers.
 template <class T, Activation A>
 constexpr bool kFourSigmoids = sizeof(T) == 4 && MOE_VEC_BYTES == 64 && A == Activation::kSwiglu;
 
@@ -219,7 +218,7 @@ inline void act_fwd_loop(const T* gate, const T* up, T* h, int64_t n, T alpha, T
       Vec<T> x[4], s[4];
 #pragma GCC unroll 4
       for (int v = 0; v < 4; ++v) x[v] = load<T>(gate + i + v * W);
-      four_sigmoids(x, s);
+      sigmoids<4>(x, s);
 #pragma GCC unroll 4
       for (int v = 0; v < 4; ++v) store<T>(h + i + v * W, x[v] * s[v] * load<T>(up + i + v * W));
     }
@@ -287,7 +286,7 @@ inline void act_bwd_loop(const T* gate, const T* up, const T* dh, int64_t n, T a
       Vec<T> x[4], s[4];
 #pragma GCC unroll 4
       for (int v = 0; v < 4; ++v) x[v] = load<T>(gate + i + v * W);
-      four_sigmoids(x, s);
+      sigmoids<4>(x, s);
 #pragma GCC unroll 4
       for (int v = 0; v < 4; ++v) {
         const Vec<T> d = load<T>(dh + i + v * W), u = load<T>(up + i + v * W);
