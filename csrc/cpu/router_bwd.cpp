@@ -13,6 +13,10 @@ namespace moe_ops::cpu {
 
 namespace {
 
+// In lanes, each slot is looked for at each expert: up to so many pairs that is less than the way
+// by rows.
+constexpr int64_t kFewPairs = 32;
+
 // With s the scores that the weights are made of (over all experts, or over the chosen when
 // topk_first), g the gradient of the weights and c the scaling factor:
 //   plain:        w_k = c s_k                       ds_k = c g_k
@@ -21,8 +25,6 @@ namespace {
 //   softmax: dx_i = s_i (ds_i - D), D = sum s_j ds_j;   sigmoid: dx_i = s_i (1 - s_i) ds_i
 // Renormalised, D = c A (1 - sum s / R) = c A eps / R: zero in exact arithmetic without eps, so it
 // is taken from R - sum s, which is zero unless eps is felt.
-constexpr int64_t kFewPairs = 32;
-
 template <class T>
 void route_few_bwd(const RouterBwdParams& p, const Parallel& par) {
   using Key = RouterKey<T>;
@@ -38,13 +40,7 @@ void route_few_bwd(const RouterBwdParams& p, const Parallel& par) {
     T* const grad_x = carver.take<T>(kLaneTokens * E);
     T* const grads = carver.take<T>(kLaneTokens * K);
     Key* const ids = carver.take<Key>(kLaneTokens * K);
-    RouterLanes<T> lanes = {};
-    lanes.experts = E;
-    lanes.top_k = K;
-    lanes.softmax = p.score_func == ScoreFunc::kSoftmax;
-    lanes.topk_first = p.topk_first;
-    lanes.renormalize = p.renormalize;
-    lanes.scale = static_cast<T>(p.routed_scaling_factor);
+    RouterLanes<T> lanes = lanes_of<T>(p);
     lanes.x = x;
     lanes.ids = ids;
     lanes.weights = grads;
@@ -66,7 +62,6 @@ void route_few_bwd(const RouterBwdParams& p, const Parallel& par) {
 
 template <class T>
 void route_bwd(const RouterBwdParams& p, const Parallel& par) {
-  // A lane looks for each slot at each expert.
   if (p.num_experts <= kLaneExperts && p.num_experts * p.top_k <= kFewPairs) {
     return route_few_bwd<T>(p, par);
   }

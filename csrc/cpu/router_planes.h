@@ -47,6 +47,19 @@ void from_planes(const From* planes, int64_t tokens, int64_t width, To* rows) {
   from_planes_of<0>(planes, tokens, width, rows);
 }
 
+// What the router's parameters, forward or backward, say of them; planes are to come.
+template <class T, class Params>
+RouterLanes<T> lanes_of(const Params& p) {
+  RouterLanes<T> lanes = {};
+  lanes.experts = p.num_experts;
+  lanes.top_k = p.top_k;
+  lanes.softmax = p.score_func == ScoreFunc::kSoftmax;
+  lanes.topk_first = p.topk_first;
+  lanes.renormalize = p.renormalize;
+  lanes.scale = static_cast<T>(p.routed_scaling_factor);
+  return lanes;
+}
+
 // Logits of tokens t and on; `rows`: scratch, [tokens, experts].
 template <class T>
 void logits_to_planes(const Kernels<T>& kernel, DType type, const void* logits, int64_t stride,

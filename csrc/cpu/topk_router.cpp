@@ -104,13 +104,7 @@ void route_few(const TopkRouterParams& p, const Parallel& par) {
     T* const x = carver.take<T>(kLaneTokens * E);
     T* const weights = carver.take<T>(kLaneTokens * K);
     Key* const ids = carver.take<Key>(kLaneTokens * K);
-    RouterLanes<T> lanes = {};
-    lanes.experts = E;
-    lanes.top_k = K;
-    lanes.softmax = p.score_func == ScoreFunc::kSoftmax;
-    lanes.topk_first = p.topk_first;
-    lanes.renormalize = p.renormalize;
-    lanes.scale = static_cast<T>(p.routed_scaling_factor);
+    RouterLanes<T> lanes = lanes_of<T>(p);
     lanes.x = x;
     lanes.ids = ids;
     lanes.weights = weights;
