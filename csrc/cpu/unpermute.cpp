@@ -21,6 +21,7 @@ void run_tokens(const UnpermuteParams& p, int64_t begin, int64_t end) {
   std::vector<const void*> row(static_cast<size_t>(K));
   std::vector<T> weight(static_cast<size_t>(K));
   T* sum = scratch<T>(Scratch::kTile, H);
+  const int64_t y_bytes = (p.y_stride != 0 ? p.y_stride : H) * dtype_size(p.y_type);
   for (int64_t t = begin; t < end; ++t) {
     int64_t n = 0;
     const int64_t first = p.token_starts == nullptr ? t * K : p.token_starts[t];
@@ -35,7 +36,7 @@ void run_tokens(const UnpermuteParams& p, int64_t begin, int64_t end) {
       weight[n++] = weights != nullptr ? weights[s] : T(1);
     }
     k.weighted_sum(p.type, row.data(), weights != nullptr ? weight.data() : nullptr, n, sum, H);
-    k.store_row(p.y_type, sum, static_cast<char*>(p.y) + t * H * dtype_size(p.y_type), H);
+    k.store_row(p.y_type, sum, static_cast<char*>(p.y) + t * y_bytes, H);
   }
 }
 

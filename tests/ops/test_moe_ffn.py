@@ -128,6 +128,14 @@ def test_more_than_one_block_in_every_direction(activation, interleaved, dtype, 
     check({**call, "interleaved": interleaved, "apply_router_weight_on_input": on_input})
 
 
+@pytest.mark.parametrize("on_input", [False, True], ids=["output", "input"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+def test_rows_of_several_ranges_of_features(dtype, on_input):
+    """2 MiB hold 1024 features of 512 rows in fp32: here the last range is narrower and odd."""
+    call = ffn_operands(Routing(300, 3, 2, "dropped"), 2061, 44, dtype, bias=True)
+    check({**call, "apply_router_weight_on_input": on_input})
+
+
 @pytest.mark.parametrize("alpha", [1.0, 2.5])
 @pytest.mark.parametrize("limit", [0.5, 3.0])
 def test_oai_parameters(limit, alpha):
@@ -518,12 +526,17 @@ def test_two_python_threads_at_once(dtype):
         assert_identical(y, want[i % 4], f"call {i}")
 
 
+@pytest.mark.parametrize(
+    ("hidden_size", "on_input"), [(64, False), (2061, False), (2061, True)], ids=str
+)
 @pytest.mark.parametrize("kind", ["skewed", "dropped", "one_expert"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
-def test_same_bits_for_any_thread_count(dtype, kind, set_threads):
-    call = ffn_operands(Routing(150, 8, 2, kind), 64, 80, dtype, bias=True)
+def test_same_bits_for_any_thread_count(dtype, kind, hidden_size, on_input, set_threads):
+    tokens = 150 if hidden_size == 64 else 300  # enough rows for ranges of features
+    call = ffn_operands(Routing(tokens, 8, 2, kind), hidden_size, 80, dtype, bias=True)
+    call["apply_router_weight_on_input"] = on_input
     leaves = [call[name].requires_grad_() for name in differentiable(call)]
-    grad = torch.randn(150, 64).to(dtype)
+    grad = torch.randn_like(call["x"])
     runs = []
     for threads in (1, 2, 2):
         set_threads(threads)

@@ -219,13 +219,15 @@ struct GemmItem {
   int64_t expert, row_begin, row_end, feature_begin, feature_end;
 };
 
+// Items of features [first, last) of each segment.
 template <class T>
-std::vector<GemmItem> gemm_items(const GemmDesc<T>& d, const Kernels<T>& k, int num_threads) {
-  const int64_t E = d.num_experts, total = d.features * d.segments;
+std::vector<GemmItem> gemm_items(const GemmDesc<T>& d, const Kernels<T>& k, int num_threads,
+                                 int64_t first, int64_t last) {
+  const int64_t E = d.num_experts, wide = last - first, total = wide * d.segments;
   int64_t active = 0;
   for (int64_t e = 0; e < E; ++e) active += d.expert_offsets[e + 1] > d.expert_offsets[e];
   std::vector<GemmItem> items;
-  if (d.features == 0) return items;
+  if (wide == 0) return items;
   for (int64_t e = 0; e < E; ++e) {
     const int64_t begin = d.expert_offsets[e], end = d.expert_offsets[e + 1];
     if (begin == end) continue;
@@ -304,17 +306,20 @@ std::vector<GemmItem> gemm_items(const GemmDesc<T>& d, const Kernels<T>& k, int 
       const int64_t wanted = ceil_div<int64_t>(8 * num_threads, active * row_blocks);
       feature_blocks = std::max(feature_blocks, std::min(wanted, std::max<int64_t>(1, total / 64)));
     }
-    const int64_t features =
-        balanced(d.features, std::max<int64_t>(1, ceil_div(d.features, feature_blocks)),
-                 std::max(d.feature_unit, unit));
-    for (int64_t f = 0; f < d.features; f += features) {
+    const int64_t features = balanced(wide, std::max<int64_t>(1, ceil_div(wide, feature_blocks)),
+                                      std::max(d.feature_unit, unit));
+    for (int64_t f = first; f < last; f += features) {
       for (int64_t r = begin; r < end; r += rows) {
-        items.push_back(
-            {path, e, r, std::min(end, r + rows), f, std::min(d.features, f + features)});
+        items.push_back({path, e, r, std::min(end, r + rows), f, std::min(last, f + features)});
       }
     }
   }
   return items;
+}
+
+template <class T>
+std::vector<GemmItem> gemm_items(const GemmDesc<T>& d, const Kernels<T>& k, int num_threads) {
+  return gemm_items(d, k, num_threads, 0, d.features);
 }
 
 // src * scale as bfloat16; `buffer` has room for n floats.

@@ -4,8 +4,9 @@
 // activation applied to the tile in cache, h kept in the accumulate type; (2) down projection into
 // rows; (3) weighted sum of a token's rows, each output written once. Backward, in one region too:
 // (1) u = W_down^T grad_y, unweighted, because <h, u> is then the gradient of the routing weight;
-// (2) activation recomputed from the pre-activation; (3) the gradient of x by rows; (4) gradients
-// of weights and biases; (5) the gradient of x summed by token.
+// (2) activation recomputed from the pre-activation; (3) gradients of weights and biases; (4) the
+// gradient of x by rows; (5) its sum by token. Rows are computed and summed for one range of
+// features after the other.
 #include "moe_ops/moe_ffn.h"
 
 #include <vector>
@@ -41,23 +42,89 @@ RowRouting<T> row_routing(const MoeFfnShape& s, int64_t rows) {
   return out;
 }
 
+// Rows of all H features would be the largest block of a call: 32 MiB for 4096 rows of 2048. So
+// they are computed and summed by ranges of features, one after the other in the same memory.
+struct Range {
+  int64_t begin, end;
+  int64_t width() const { return end - begin; }
+};
+constexpr int64_t kRangeBytes = int64_t{2} << 20;
 template <class T>
-UnpermuteParams combine_params(const MoeFfnShape& s, const T* rows, int64_t num_rows, bool weighted,
-                               void* y, DType y_type) {
+std::vector<Range> feature_ranges(const MoeFfnShape& s, int64_t rows, int64_t narrowest) {
+  const int64_t row_bytes = std::max<int64_t>(1, rows) * static_cast<int64_t>(sizeof(T));
+  const int64_t width = std::max(narrowest, kRangeBytes / row_bytes / narrowest * narrowest);
+  std::vector<Range> ranges;
+  for (int64_t f = 0; f < s.hidden_size; f += width) {
+    ranges.push_back({f, std::min(f + width, s.hidden_size)});
+  }
+  return ranges;
+}
+
+// Sums of the rows of a range, [rows, width], by token.
+template <class T>
+UnpermuteParams combine_params(const MoeFfnShape& s, const Range& range, const T* rows,
+                               int64_t num_rows, bool weighted, void* y, DType y_type) {
   UnpermuteParams u;
   u.rows = rows;
   u.type = kAccumulate<T>;
-  u.row_stride = s.hidden_size;
-  u.hidden_size = s.hidden_size;
+  u.row_stride = range.width();
+  u.hidden_size = range.width();
   u.num_tokens = s.num_tokens;
   u.top_k = s.top_k;
   u.num_valid_rows = num_rows;
   u.slot_to_row = s.slot_to_row;
   u.topk_weights = weighted ? s.topk_weights : nullptr;
-  u.y = y;
+  u.y = static_cast<char*>(y) + range.begin * dtype_size(y_type);
   u.y_type = y_type;
+  u.y_stride = s.hidden_size;
   return u;
 }
+
+// The stages of such a product and of those that read its rows.
+class RangeStages {
+ public:
+  RangeStages(Stages& stages, size_t ranges) : stages_(stages), computed_(ranges), read_(ranges) {}
+
+  // ready(expert): waits for what the items of an expert read; false: another item failed.
+  // keep(range, expert, row, feature, n, values) puts values away.
+  template <class T, class Ready, class Keep>
+  void product(size_t i, const Range& range, const GemmDesc<T>& d, const Kernels<T>& k,
+               const Parallel& par, const Ready& ready, const Keep& keep) {
+    std::vector<GemmItem> items = gemm_items(d, k, par.num_threads, range.begin, range.end);
+    const auto n = static_cast<int64_t>(items.size());
+    const double share = static_cast<double>(range.width()) / static_cast<double>(d.features);
+    computed_[i].add(n);
+    stages_.add(n, gemm_cost(d) * share, [=, this, &d, &k, items = std::move(items)](int64_t j) {
+      if (i > 0 && !stages_.wait(read_[i - 1])) return;
+      if (!ready(items[j].expert)) return;
+      run_item(d, k, items[j], [&](int64_t e, int64_t r, int64_t f, int64_t count, T* v, T*) {
+        keep(range, e, r, f, count, v);
+      });
+      computed_[i].done();
+    });
+  }
+  template <class Fn>
+  void reader(size_t i, int64_t n, double cost, const Fn& fn) {
+    read_[i].add(n);
+    stages_.add(n, cost, [=, this](int64_t j) {
+      if (!stages_.wait(computed_[i])) return;
+      fn(j);
+      read_[i].done();
+    });
+  }
+  void combine(size_t i, const UnpermuteParams& u) {
+    const double cost = unpermute_cost(u);
+    const int64_t chunk = std::max<int64_t>(1, chunk_length(u.num_tokens, cost));
+    reader(i, ceil_div(u.num_tokens, chunk), cost * static_cast<double>(u.num_tokens),
+           [u, chunk](int64_t j) {
+             unpermute_tokens(u, j * chunk, std::min(u.num_tokens, (j + 1) * chunk));
+           });
+  }
+
+ private:
+  Stages& stages_;
+  std::vector<Countdown> computed_, read_;  // items that are not done, by range
+};
 
 template <class T>
 GemmDesc<T> gemm_desc(const MoeFfnShape& s, int64_t features, int64_t in_features, const Rows& a,
@@ -119,42 +186,34 @@ void forward(const MoeFfnParams& p, const Parallel& par) {
     }
   };
 
-  T* out = scratch<T>(Scratch::kRows, rows * H);
+  // Items of packed weights are up to 1024 features wide.
+  const std::vector<Range> ranges = feature_ranges<T>(s, rows, kStreamFeatureBlock);
+  T* out = scratch<T>(Scratch::kRows, rows * (ranges.empty() ? 0 : ranges[0].width()));
   const Rows hidden = {h, kAccumulate<T>, I, nullptr};
   const GemmDesc<T> down = gemm_desc<T>(s, H, I, hidden, p.w_down);
-  const auto keep = [&](int64_t e, int64_t r, int64_t f, int64_t n, T* v, T*) {
+  const auto keep = [&](const Range& range, int64_t e, int64_t r, int64_t f, int64_t n, T* v) {
     if (p.b_down.data != nullptr) {
       k.axpy(p.b_down.type, element(p.b_down.data, p.b_down.type, e * p.b_down.stride_e + f), T(1),
              v, n);
     }
-    std::memcpy(out + r * H + f, v, static_cast<size_t>(n) * sizeof(T));
+    std::memcpy(out + r * range.width() + f - range.begin, v, static_cast<size_t>(n) * sizeof(T));
   };
-  const UnpermuteParams combine =
-      combine_params(s, out, rows, !s.apply_router_weight_on_input, p.y, type);
 
   const std::vector<GemmItem> up_items = gemm_items(up, k, par.num_threads);
-  const std::vector<GemmItem> down_items = gemm_items(down, k, par.num_threads);
-  const auto num_down = static_cast<int64_t>(down_items.size());
-  const int64_t chunk = std::max<int64_t>(1, chunk_length(s.num_tokens, unpermute_cost(combine)));
   std::vector<Countdown> up_left(static_cast<size_t>(s.num_experts));
   for (const GemmItem& it : up_items) up_left[it.expert].add();
-  Countdown down_left;
-  down_left.add(num_down);
   Stages stages;
   stages.add(static_cast<int64_t>(up_items.size()), gemm_cost(up), [&](int64_t i) {
     run_item(up, k, up_items[i], activate);
     up_left[up_items[i].expert].done();
   });
-  stages.add(num_down, gemm_cost(down), [&](int64_t i) {
-    if (!stages.wait(up_left[down_items[i].expert])) return;
-    run_item(down, k, down_items[i], keep);
-    down_left.done();
-  });
-  stages.add(ceil_div(s.num_tokens, chunk),
-             unpermute_cost(combine) * static_cast<double>(s.num_tokens), [&](int64_t i) {
-               if (!stages.wait(down_left)) return;
-               unpermute_tokens(combine, i * chunk, std::min(s.num_tokens, (i + 1) * chunk));
-             });
+  RangeStages by_range(stages, ranges.size());
+  const auto ready = [&](int64_t e) { return stages.wait(up_left[e]); };
+  for (size_t i = 0; i < ranges.size(); ++i) {
+    by_range.product(i, ranges[i], down, k, par, ready, keep);
+    by_range.combine(
+        i, combine_params(s, ranges[i], out, rows, !s.apply_router_weight_on_input, p.y, type));
+  }
   stages.run(par);
   release_large_scratch();
 }
@@ -187,7 +246,10 @@ void backward(const MoeFfnBwdParams& p, const Parallel& par) {
 
   // u = W_down^T grad_y: the matrix [I, H] is w_down transposed, which is a change of strides.
   // Nobody needs u when the gradient of x by rows is computed, so they share one block.
-  T* u = scratch<T>(Scratch::kRows, rows * std::max(I, H));
+  const bool need_dx = p.grad_x != nullptr || (on_input && grad_weights != nullptr);
+  std::vector<Range> ranges;
+  if (need_dx) ranges = feature_ranges<T>(s, rows, kNnFeatures / 2);
+  T* u = scratch<T>(Scratch::kRows, rows * std::max(I, ranges.empty() ? 0 : ranges[0].width()));
   const GemmDesc<T> down = gemm_desc<T>(s, I, H, gy, transposed(p.w_down));
   const auto keep_u = [&](int64_t, int64_t r, int64_t f, int64_t n, T* v, T*) {
     std::memcpy(u + r * I + f, v, static_cast<size_t>(n) * sizeof(T));
@@ -242,18 +304,13 @@ void backward(const MoeFfnBwdParams& p, const Parallel& par) {
   const Rows dpre_rows = {dpre, dpre_type, width, nullptr};
 
   // The gradient of x by rows, and from there that of routing weights which scaled the input.
-  const bool weights_from_x = on_input && grad_weights != nullptr;
-  const bool need_dx = p.grad_x != nullptr || weights_from_x;
-  T* dx = need_dx ? u : nullptr;
+  T* dx = u;
   const GemmDesc<T> up = gemm_desc<T>(s, H, width, dpre_rows, transposed(p.w_gate_up));
-  const auto keep_dx = [&](int64_t, int64_t r, int64_t f, int64_t n, T* v, T*) {
-    std::memcpy(dx + r * H + f, v, static_cast<size_t>(n) * sizeof(T));
+  const auto keep_dx = [&](const Range& range, int64_t, int64_t r, int64_t f, int64_t n, T* v) {
+    std::memcpy(dx + r * range.width() + f - range.begin, v, static_cast<size_t>(n) * sizeof(T));
   };
-  const UnpermuteParams combine = combine_params(s, dx, rows, on_input, p.grad_x, type);
 
   const std::vector<GemmItem> down_items = gemm_items(down, k, par.num_threads);
-  const std::vector<GemmItem> up_items =
-      need_dx ? gemm_items(up, k, par.num_threads) : std::vector<GemmItem>{};
   std::vector<RowItem> row_items;
   const double row_cost = static_cast<double>(I) * 4.0 + 2;
   const int64_t row_chunk = std::max<int64_t>(1, chunk_length(rows, row_cost));
@@ -265,8 +322,6 @@ void backward(const MoeFfnBwdParams& p, const Parallel& par) {
     }
   }
   for (const GemmItem& it : down_items) u_left[it.expert].add();
-  Countdown dx_left;
-  dx_left.add(static_cast<int64_t>(up_items.size()));
 
   Stages stages;
   stages.add(static_cast<int64_t>(down_items.size()), gemm_cost(down), [&](int64_t i) {
@@ -324,30 +379,27 @@ void backward(const MoeFfnBwdParams& p, const Parallel& par) {
   };
   bias_gradient(dpre_rows, width, nullptr, p.grad_b_gate_up);
   bias_gradient(gy, H, on_input ? nullptr : routing.weight, p.grad_b_down);
-  if (need_dx) {
-    stages.add(static_cast<int64_t>(up_items.size()), gemm_cost(up), [&](int64_t i) {
-      if (!stages.wait(down_weight_left) || !stages.wait(dpre_left[up_items[i].expert])) return;
-      run_item(up, k, up_items[i], keep_dx);
-      dx_left.done();
-    });
-  }
-  if (weights_from_x) {
-    stages.add(static_cast<int64_t>(row_items.size()),
-               (static_cast<double>(H) / 8.0 + 2) * static_cast<double>(rows), [&](int64_t i) {
-                 if (!stages.wait(dx_left)) return;
-                 for (int64_t r = row_items[i].begin; r < row_items[i].end; ++r) {
-                   grad_weights[s.row_to_slot[r]] =
-                       k.dot_row(kAccumulate<T>, dx + r * H, type, row_of(x, r), H);
-                 }
-               });
-  }
-  if (p.grad_x != nullptr) {
-    const int64_t chunk = std::max<int64_t>(1, chunk_length(s.num_tokens, unpermute_cost(combine)));
-    stages.add(ceil_div(s.num_tokens, chunk),
-               unpermute_cost(combine) * static_cast<double>(s.num_tokens), [&, chunk](int64_t i) {
-                 if (!stages.wait(dx_left)) return;
-                 unpermute_tokens(combine, i * chunk, std::min(s.num_tokens, (i + 1) * chunk));
-               });
+  RangeStages by_range(stages, ranges.size());
+  const auto ready = [&](int64_t e) {
+    return stages.wait(down_weight_left) && stages.wait(dpre_left[e]);
+  };
+  for (size_t i = 0; i < ranges.size(); ++i) {
+    const Range range = ranges[i];
+    by_range.product(i, range, up, k, par, ready, keep_dx);
+    if (on_input && grad_weights != nullptr) {
+      by_range.reader(i, static_cast<int64_t>(row_items.size()),
+                      (static_cast<double>(range.width()) / 8.0 + 2) * static_cast<double>(rows),
+                      [&, range](int64_t j) {
+                        for (int64_t r = row_items[j].begin; r < row_items[j].end; ++r) {
+                          grad_weights[s.row_to_slot[r]] +=
+                              k.dot_row(kAccumulate<T>, dx + r * range.width(), type,
+                                        element(row_of(x, r), type, range.begin), range.width());
+                        }
+                      });
+    }
+    if (p.grad_x != nullptr) {
+      by_range.combine(i, combine_params(s, range, dx, rows, on_input, p.grad_x, type));
+    }
   }
   stages.run(par);
   release_large_scratch();

@@ -20,8 +20,9 @@ struct UnpermuteParams {
   // instead of K, and then there are no topk_weights.
   const int64_t* token_starts = nullptr;
   const void* topk_weights;  // [T, K] in the accumulate type, or nullptr: ones
-  void* y;                   // [T, H] contiguous, out
+  void* y;                   // [T, H] rows y_stride elements apart, out
   DType y_type;
+  int64_t y_stride = 0;  // 0: contiguous
 };
 
 // grad_rows[r] = weight of its slot * grad_y of its token, the sum of them in slot order where
