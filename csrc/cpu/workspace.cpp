@@ -13,6 +13,8 @@ namespace {
 
 constexpr size_t kAlignment = 64;
 constexpr size_t kHugePage = size_t{2} << 20;
+// Smaller blocks would waste up to half of their last page.
+constexpr size_t kHugeFrom = size_t{8} << 20;
 constexpr size_t kKeepBytes = size_t{256} << 20;
 
 struct Block {
@@ -41,7 +43,7 @@ void* scratch_bytes(Scratch slot, size_t bytes) {
   if (bytes <= block.size && block.data != nullptr) return block.data;
   // Grow by half again, so that a slowly rising T does not reallocate on every call.
   size_t size = bytes + bytes / 2 + kAlignment;
-  const size_t alignment = size >= kHugePage ? kHugePage : kAlignment;
+  const size_t alignment = size >= kHugeFrom ? kHugePage : kAlignment;
   size = (size + alignment - 1) / alignment * alignment;
   block.reset();
   block.data = std::aligned_alloc(alignment, size);

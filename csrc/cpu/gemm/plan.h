@@ -55,6 +55,7 @@ constexpr int64_t kFeatureBlock = 252;
 // their tokens: the more features share that work the better.
 constexpr int64_t kPanelFeatureBlock = 256;
 constexpr int64_t kStreamFeatureBlock = 1024;
+constexpr int64_t kPanelFeatures = 4096;
 constexpr int64_t kAmxFeatureBlock = 2048;
 // Elements of the accumulate type between panels packed for one product: two lines, so that what a
 // row of weights writes into all panels does not meet in one L1 set.
@@ -250,7 +251,7 @@ std::vector<GemmItem> gemm_items(const GemmDesc<T>& d, const Kernels<T>& k, int 
       case Path::kPairPanels:
         // Few rows are read in streams, of a quarter of an item each: the longer the better. More
         // are copied once for all parts of an item.
-        most_features = kStreamFeatureBlock;
+        most_features = end - begin <= kMaxStreamRows ? kStreamFeatureBlock : kPanelFeatures;
         most_rows = kPanelRowBlock;
         break;
       case Path::kQuantPanels:

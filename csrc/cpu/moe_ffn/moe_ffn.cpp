@@ -186,8 +186,9 @@ void forward(const MoeFfnParams& p, const Parallel& par) {
     }
   };
 
-  // Items of packed weights are up to 1024 features wide.
-  const std::vector<Range> ranges = feature_ranges<T>(s, rows, kStreamFeatureBlock);
+  // Backward finds this memory. Without it, items of packed weights stay wide.
+  const std::vector<Range> ranges =
+      feature_ranges<T>(s, rows, p.preact != nullptr ? kNnFeatures / 2 : std::max<int64_t>(1, H));
   T* out = scratch<T>(Scratch::kRows, rows * (ranges.empty() ? 0 : ranges[0].width()));
   const Rows hidden = {h, kAccumulate<T>, I, nullptr};
   const GemmDesc<T> down = gemm_desc<T>(s, H, I, hidden, p.w_down);
