@@ -11,6 +11,10 @@ constexpr int64_t kAddBytes = int64_t{128} << 10;
 // Up to so many steps a tile of four rows computes as fast as memory delivers its sums.
 constexpr int64_t kAddLowDepth = 8;
 
+// Row pitch of the copies of `grad`. At 128, the lines that a tile reads, one a step, would meet in
+// an eighth of the sets of an L1.
+constexpr int64_t kGradPitch = kLdm + 16;
+
 // out[e, o, j] = sum over rows r of e: grad[r, o] * a[r, j]. Row blocks are the depth of the tiles;
 // both operands are copied as they lie. One item covers the features [o_begin, o_end) of one
 // expert.
@@ -45,7 +49,10 @@ void wgrad_item(const GroupedWgradParams& p, const Kernels<T>& k, int64_t e, int
   }
   const int64_t o_block = balanced(o_end - o_begin, most_o, 1);
   const int64_t j_block = balanced(J, most_j, 2 * W), padded_j = round_up(j_block, unit);
-  T* g = scratch<T>(Scratch::kPackA, kKc * kLdm);
+  // The copies of one block of rows serve all columns and all features of the item.
+  const bool one = end - begin <= kRows * kKc;
+  const int64_t g_blocks = one ? ceil_div(o_end - o_begin, o_block) : 1;
+  T* copies = scratch<T>(Scratch::kPackA, g_blocks * depth * kGradPitch);
   T* panels = scratch<T>(Scratch::kPackB, ceil_div(padded_j, 2 * W) * (2 * W * depth + kPanelPad));
   T* tile = scratch<T>(Scratch::kTile, o_block * padded_j);
   const int64_t half_rows = std::max(j_block, kLdm);
@@ -54,9 +61,10 @@ void wgrad_item(const GroupedWgradParams& p, const Kernels<T>& k, int64_t e, int
   const void* a_rows[kRows * kKc];
   // A large result, written once and in whole vectors, goes past the cache.
   TileHints hints;
+  hints.lda = kGradPitch;
   const int64_t vector = W * static_cast<int64_t>(sizeof(T));
-  const bool streamed = large && k.streams && same_type && end - begin <= kRows * kKc &&
-                        J % unit == 0 && reinterpret_cast<uintptr_t>(out) % vector == 0;
+  const bool streamed = large && k.streams && same_type && one && J % unit == 0 &&
+                        reinterpret_cast<uintptr_t>(out) % vector == 0;
   const auto pack_a = [&](int64_t r0, int64_t rows, int64_t j0, int64_t cols) {
     const int64_t offset = j0 * dtype_size(p.a.type);
     for (int64_t r = 0; r < rows; ++r) a_rows[r] = row_of(p.a, r0 + r);
@@ -80,7 +88,7 @@ void wgrad_item(const GroupedWgradParams& p, const Kernels<T>& k, int64_t e, int
                     rows * 2 * W + kPanelPad);
     }
   };
-  const auto pack_grad = [&](int64_t r0, int64_t rows, int64_t o0, int64_t n) {
+  const auto pack_grad = [&](int64_t r0, int64_t rows, int64_t o0, int64_t n, T* g) {
     const auto row = [&](int64_t r) { return element(row_of(p.grad, r), p.grad.type, o0); };
     const auto scale = [&](int64_t r) { return grad_scale ? grad_scale[r] : T(1); };
     if constexpr (kPairs) {
@@ -94,11 +102,11 @@ void wgrad_item(const GroupedWgradParams& p, const Kernels<T>& k, int64_t e, int
             std::fill(dst, dst + n, uint16_t{0});
           }
         }
-        k.pair_rows(two, two + half_rows, g + r / 2 * kLdm, n);
+        k.pair_rows(two, two + half_rows, g + r / 2 * kGradPitch, n);
       }
     } else {
       for (int64_t r = 0; r < rows; ++r) {
-        k.load_row(p.grad.type, row(r0 + r), g + r * kLdm, n, scale(r0 + r));
+        k.load_row(p.grad.type, row(r0 + r), g + r * kGradPitch, n, scale(r0 + r));
       }
     }
   };
@@ -110,11 +118,11 @@ void wgrad_item(const GroupedWgradParams& p, const Kernels<T>& k, int64_t e, int
     for (int64_t o0 = o_begin; o0 < o_end; o0 += o_block) {
       const int64_t n = std::min(o_block, o_end - o0);
       const int64_t blocks = ceil_div<int64_t>(n, height);
+      T* g = copies + (one ? (o0 - o_begin) / o_block * depth * kGradPitch : 0);
       for (int64_t r0 = begin; r0 < end; r0 += kRows * kKc) {
         const int64_t rows = std::min(kRows * kKc, end - r0), kc = ceil_div(rows, kRows);
-        // A short expert's rows are packed once for all feature blocks.
-        if (o0 == o_begin || end - begin > kRows * kKc) pack_a(r0, rows, j0, j1 - j0);
-        pack_grad(r0, rows, o0, n);
+        if (o0 == o_begin || !one) pack_a(r0, rows, j0, j1 - j0);
+        if (j0 == 0 || !one) pack_grad(r0, rows, o0, n, g);
         const auto run_tile = [&](int64_t j, int64_t b) {
           const int64_t width = std::min(2 * W, ldc - (j - j0));
           const bool direct = j + width <= j_direct;
