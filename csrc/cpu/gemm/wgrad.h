@@ -11,6 +11,8 @@ constexpr int64_t kAddBytes = int64_t{128} << 10;
 // Up to so many steps a tile of four rows computes as fast as memory delivers its sums.
 constexpr int64_t kAddLowDepth = 8;
 
+// Rows of an expert, on average, up to which an item is several pages of the result.
+constexpr int64_t kFewWgradRows = 32;
 // Row pitch of the copies of `grad`. At 128, the lines that a tile reads, one a step, would meet in
 // an eighth of the sets of an L1.
 constexpr int64_t kGradPitch = kLdm + 16;
@@ -178,7 +180,9 @@ inline WgradPlan wgrad_plan(const GroupedWgradParams& p, int num_threads) {
   // threads that meet in one page both clear it, so an item covers a page at least, unless that
   // leaves threads idle.
   constexpr int64_t kHugePage = int64_t{2} << 20;
-  int64_t features = std::max(kFeatureBlock / 2, ceil_div(kHugePage, J * dtype_size(p.out_type)));
+  // Each item copies the rows of x. The fewer there are, the less work the copies serve.
+  const int64_t item_bytes = p.expert_offsets[E] <= kFewWgradRows * E ? 3 * kHugePage : kHugePage;
+  int64_t features = std::max(kFeatureBlock / 2, ceil_div(item_bytes, J * dtype_size(p.out_type)));
   if (E * ceil_div(O, features) < 4 * num_threads) features = kFeatureBlock / 2;
   plan.features = balanced(O, features, 1);
   plan.parts = ceil_div(O, plan.features);
