@@ -55,6 +55,7 @@ constexpr int64_t kFeatureBlock = 252;
 // their tokens: the more features share that work the better.
 constexpr int64_t kPanelFeatureBlock = 256;
 constexpr int64_t kStreamFeatureBlock = 1024;
+// The same for more rows, whose tokens an item copies once for all of its parts.
 constexpr int64_t kPanelFeatures = 4096;
 constexpr int64_t kAmxFeatureBlock = 2048;
 // Elements of the accumulate type between panels packed for one product: two lines, so that what a

@@ -92,7 +92,7 @@ def _facts(result: Mapping[str, Any]) -> str:
     cached = "".join(
         f", {int(size) >> 20} MiB again and again {rate / 1e9:.0f}"
         for size, rate in limits.get("cached_bytes", {}).items()
-        if int(size) in (1 << 20, 3 << 20, 12 << 20, 32 << 20)
+        if int(size) in (1 << 20, 3 << 20, 12 << 20)
     )
     versions = ", ".join(f"{k} {v}" for k, v in result["versions"].items())
     load = " / ".join(str(v) for v in result["load"]["before"][:1] + result["load"]["after"][:1])
