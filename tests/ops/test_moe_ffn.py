@@ -535,13 +535,22 @@ def test_same_bits_for_any_thread_count(dtype, kind, hidden_size, on_input, set_
     tokens = 150 if hidden_size == 64 else 300  # enough rows for ranges of features
     call = ffn_operands(Routing(tokens, 8, 2, kind), hidden_size, 80, dtype, bias=True)
     call["apply_router_weight_on_input"] = on_input
-    leaves = [call[name].requires_grad_() for name in differentiable(call)]
+    names = differentiable(call)
+    leaves = [call[name].requires_grad_() for name in names]
     grad = torch.randn_like(call["x"])
     runs = []
     for threads in (1, 2, 2):
         set_threads(threads)
         y = moe_ops.moe_ffn(**call)
         runs.append((y, *torch.autograd.grad(y, leaves, grad)))
+        # Frozen weights: rows of the gradient of x overwrite what others may still read.
+        frozen = {
+            **call,
+            "w_gate_up": call["w_gate_up"].detach(),
+            "w_down": call["w_down"].detach(),
+        }
+        (grad_x,) = torch.autograd.grad(moe_ops.moe_ffn(**frozen), [call["x"]], grad)
+        assert_identical(grad_x, runs[-1][1 + names.index("x")])
     for run in runs[1:]:
         for a, b in zip(run, runs[0], strict=True):
             assert_identical(a, b)

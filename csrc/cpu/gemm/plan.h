@@ -55,9 +55,10 @@ constexpr int64_t kFeatureBlock = 252;
 // their tokens: the more features share that work the better.
 constexpr int64_t kPanelFeatureBlock = 256;
 constexpr int64_t kStreamFeatureBlock = 1024;
-// The same for more rows, whose tokens an item copies once for all of its parts.
-constexpr int64_t kPanelFeatures = 4096;
 constexpr int64_t kAmxFeatureBlock = 2048;
+// The same for panels and more rows than streams take: an item copies its tokens once for all of
+// its parts.
+constexpr int64_t kPanelFeatures = 4096;
 // Elements of the accumulate type between panels packed for one product: two lines, so that what a
 // row of weights writes into all panels does not meet in one L1 set.
 constexpr int64_t kPanelPad = 32;

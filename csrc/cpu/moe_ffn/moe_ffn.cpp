@@ -186,7 +186,8 @@ void forward(const MoeFfnParams& p, const Parallel& par) {
     }
   };
 
-  // Backward finds this memory. Without it, items of packed weights stay wide.
+  // In training backward takes the same block, and no more of it. In inference whole rows, so that
+  // items of packed weights may be as wide.
   const std::vector<Range> ranges =
       feature_ranges<T>(s, rows, p.preact != nullptr ? kNnFeatures / 2 : std::max<int64_t>(1, H));
   T* out = scratch<T>(Scratch::kRows, rows * (ranges.empty() ? 0 : ranges[0].width()));
@@ -323,6 +324,8 @@ void backward(const MoeFfnBwdParams& p, const Parallel& par) {
     }
   }
   for (const GemmItem& it : down_items) u_left[it.expert].add();
+  Countdown all_dpre_left;
+  all_dpre_left.add(static_cast<int64_t>(row_items.size()));
 
   Stages stages;
   stages.add(static_cast<int64_t>(down_items.size()), gemm_cost(down), [&](int64_t i) {
@@ -334,6 +337,7 @@ void backward(const MoeFfnBwdParams& p, const Parallel& par) {
                if (!stages.wait(u_left[row_items[i].expert])) return;
                activation_rows(row_items[i]);
                dpre_left[row_items[i].expert].done();
+               all_dpre_left.done();
              });
   Countdown down_weight_left;  // items that read u
   const auto weight_gradient = [&](const Rows& grad, int64_t out_features, const Rows& a,
@@ -381,8 +385,9 @@ void backward(const MoeFfnBwdParams& p, const Parallel& par) {
   bias_gradient(dpre_rows, width, nullptr, p.grad_b_gate_up);
   bias_gradient(gy, H, on_input ? nullptr : routing.weight, p.grad_b_down);
   RangeStages by_range(stages, ranges.size());
-  const auto ready = [&](int64_t e) {
-    return stages.wait(down_weight_left) && stages.wait(dpre_left[e]);
+  // They write where u was: of any expert, since their rows have another length.
+  const auto ready = [&](int64_t) {
+    return stages.wait(all_dpre_left) && stages.wait(down_weight_left);
   };
   for (size_t i = 0; i < ranges.size(); ++i) {
     const Range range = ranges[i];
