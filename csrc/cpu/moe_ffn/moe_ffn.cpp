@@ -324,8 +324,8 @@ void backward(const MoeFfnBwdParams& p, const Parallel& par) {
     }
   }
   for (const GemmItem& it : down_items) u_left[it.expert].add();
-  Countdown all_dpre_left;
-  all_dpre_left.add(static_cast<int64_t>(row_items.size()));
+  Countdown u_readers;  // items that read u
+  u_readers.add(static_cast<int64_t>(row_items.size()));
 
   Stages stages;
   stages.add(static_cast<int64_t>(down_items.size()), gemm_cost(down), [&](int64_t i) {
@@ -337,9 +337,8 @@ void backward(const MoeFfnBwdParams& p, const Parallel& par) {
                if (!stages.wait(u_left[row_items[i].expert])) return;
                activation_rows(row_items[i]);
                dpre_left[row_items[i].expert].done();
-               all_dpre_left.done();
+               u_readers.done();
              });
-  Countdown down_weight_left;  // items that read u
   const auto weight_gradient = [&](const Rows& grad, int64_t out_features, const Rows& a,
                                    int64_t in_features, const T* a_scale, void* out, DType out_type,
                                    bool accumulate) {
@@ -357,11 +356,11 @@ void backward(const MoeFfnBwdParams& p, const Parallel& par) {
     w.accumulate = accumulate;
     const WgradPlan plan = wgrad_plan(w, par.num_threads);
     const bool reads_u = a.data == u;
-    if (reads_u) down_weight_left.add(plan.count);
+    if (reads_u) u_readers.add(plan.count);
     stages.add(plan.count, plan.cost, [&, w, plan, reads_u](int64_t i) {
       if (!stages.wait(dpre_left[i / plan.parts])) return;
       run_wgrad_item(w, k, plan, i);
-      if (reads_u) down_weight_left.done();
+      if (reads_u) u_readers.done();
     });
   };
   weight_gradient(gy, H, hidden, I, nullptr, p.grad_w_down, p.grad_w_down_type,
@@ -386,9 +385,7 @@ void backward(const MoeFfnBwdParams& p, const Parallel& par) {
   bias_gradient(gy, H, on_input ? nullptr : routing.weight, p.grad_b_down);
   RangeStages by_range(stages, ranges.size());
   // They write where u was: of any expert, since their rows have another length.
-  const auto ready = [&](int64_t) {
-    return stages.wait(all_dpre_left) && stages.wait(down_weight_left);
-  };
+  const auto ready = [&](int64_t) { return stages.wait(u_readers); };
   for (size_t i = 0; i < ranges.size(); ++i) {
     const Range range = ranges[i];
     by_range.product(i, range, up, k, par, ready, keep_dx);
