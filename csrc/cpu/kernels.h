@@ -45,6 +45,8 @@ struct TileHints {
   int64_t rows = 0;    // rows left to ask for
   int64_t bytes = 0;   // of each row
   int64_t offset = 0;  // bytes of the first row that are done
+  int64_t far = 0;     // bytes to the second half of what is asked for, with which lines take turns
+  int64_t turn = 0;    // 0 or far
   int64_t lines_per_step = 0;
   // Store past the cache (column form, not accumulating): c and ldc are whole vectors. Ignored
   // where a vector is less than a cache line. The caller orders the stores with stream_fence.
@@ -56,6 +58,13 @@ struct TileHints {
   void spread(int64_t steps) {
     const int64_t lines = rows * ((bytes + 63) / 64);
     lines_per_step = (lines + steps - 1) / (steps > 0 ? steps : 1);
+    if (rows > 1) {
+      rows = (rows + 1) / 2;
+      far = rows * stride;
+    } else {
+      bytes = (bytes + 127) / 128 * 64;
+      far = bytes;
+    }
   }
 };
 
@@ -343,7 +352,7 @@ struct Kernels {
   // prefetches the `steps * ahead_step` bytes from `ahead` on, spread evenly; a step is one k, or
   // one pair. Index: [type, kFloat64 like kFloat32][m - 1].
   using PanelTile = void (*)(int64_t kc, const T* a, const void* panel, T* c, int64_t ldc,
-                             bool accumulate, const char* ahead, int64_t ahead_step);
+                             bool accumulate, const char* ahead, int64_t far, int64_t ahead_step);
   PanelTile panel_tile[4][kMaxMr];
   // The same for m <= kMaxStreamRows and num_panel_streams[m - 1] panels, `stride` bytes apart: the
   // sums of panel s go to c[s]. Index: [type][m - 1].

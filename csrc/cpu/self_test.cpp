@@ -106,7 +106,7 @@ bool panels_right(const Kernels<T>& k, const Kernels<T>& portable, Numbers<T>& n
       const int index = static_cast<int>(all[type]);
       std::vector<T> c(static_cast<size_t>(size), T(NAN));
       k.panel_tile[index][m - 1](depth, a.data(), panels.data(), c.data(), P, false, panels.data(),
-                                 64);
+                                 0, 64);
       if (!close(c, {truth.begin(), truth.begin() + size})) return false;
       if (m > kMaxStreamRows) continue;
       std::vector<T> sums(truth.size(), T(NAN));
@@ -812,7 +812,7 @@ bool pairs_right(const Kernels<float>& k, const Kernels<float>& portable, Number
     k.pair_row_a[1][m - 1](kPairs, row.data(), panels.data(), e.data(), kCols, false, none);
     k.pair_col_a[1][m - 1](kPairs, col.data(), panels.data(), f.data(), kCols, false, none);
     k.pair_panel_tile[m - 1](kPairs, row.data(), panels.data(), g.data(), kCols, false, b16.data(),
-                             64);
+                             0, 64);
     if (!close(e, first) || !close(f, first) || !close(g, first)) return false;
     if (m > kMaxStreamRows) continue;
     std::vector<float> sums(truth.size(), NAN);

@@ -242,8 +242,8 @@ void panel_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, c
           const int64_t i0 = m * i / blocks, i1 = m * (i + 1) / blocks;
           tiles[i1 - i0 - 1](
               kc, a + (b * m + i0) * kLda, block, sums(done) + i0 * ldc, ldc, b > 0,
-              block + (blocks == 1 ? kBytesAhead : kc * size) + i * ahead_step * (kc / step),
-              ahead_step);
+              block + std::max(kBytesAhead, kc * size) + i * ahead_step * (kc / step) / 2,
+              kc * size / 2, ahead_step);
         }
       }
     }

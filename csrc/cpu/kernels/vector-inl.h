@@ -223,7 +223,9 @@ inline T horizontal_sum(Vec<T> v) {
 // Asks for the lines of one step.
 inline void fetch(TileHints& hints) {
   for (int64_t line = hints.lines_per_step; line > 0 && hints.rows > 0; --line) {
-    __builtin_prefetch(hints.base + hints.offset, 0, 2);
+    __builtin_prefetch(hints.base + hints.offset + hints.turn, 0, 2);
+    hints.turn = hints.far - hints.turn;
+    if (hints.turn != 0) continue;
     hints.offset += 64;
     if (hints.offset >= hints.bytes) {
       hints.offset = 0;
