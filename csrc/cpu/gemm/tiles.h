@@ -121,6 +121,8 @@ void nn_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, cons
   T* tile = scratch<T>(Scratch::kTile, most_rows * ldc);
   const auto& tiles = kPairs ? k.pair_row_a : k.row_a;
   const void* w_rows[kRows * kKc];
+  const bool direct = !kPairs && d.b.type == kAccumulate<T> && n % W == 0 &&
+                      it.row_end - it.row_begin <= 2 * k.mr2;
 
   for (int64_t r0 = it.row_begin; r0 < it.row_end; r0 += most_rows) {
     const int64_t m = std::min(most_rows, it.row_end - r0);
@@ -137,7 +139,7 @@ void nn_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, cons
       }
       for (int s = 0; s < d.segments; ++s) {
         T* segment = panels + (whole ? s * segment_size : 0);
-        if (r0 > it.row_begin) {
+        if (direct || r0 > it.row_begin) {
           // Packed for the rows before.
         } else if constexpr (kPairs) {
           k.pack_pairs(reinterpret_cast<const uint16_t* const*>(w_rows), s * d.features, 2 * kc, n,
@@ -158,11 +160,14 @@ void nn_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, cons
           next.bytes = n * dtype_size(d.b.type);
           next.spread(kc / kPrefetchStep * blocks * ceil_div(padded_n, 2 * W));
         }
+        if (direct) next.ldb = d.b.stride_k;
         for (int64_t j = 0; j < padded_n; j += 2 * W) {
           const int nv = padded_n - j > W ? 2 : 1;
+          const T* panel = direct ? static_cast<const T*>(w_rows[0]) + s * d.features + j
+                                  : segment + j / (2 * W) * stride;
           for (int64_t b = 0; b < blocks; ++b) {
             const int64_t i0 = m * b / blocks, i1 = m * (b + 1) / blocks;
-            tiles[nv - 1][i1 - i0 - 1](kc, a + i0 * kLda, segment + j / (2 * W) * stride,
+            tiles[nv - 1][i1 - i0 - 1](kc, a + i0 * kLda, panel,
                                        tile + i0 * ldc + s * padded_n + j, ldc, k0 > 0, next);
           }
         }
