@@ -108,6 +108,16 @@ int64_t pairs_max_rows() {
   return std::numeric_limits<int64_t>::max();
 }
 
+bool streams_ahead() {
+#if defined(__x86_64__)
+  // Sapphire Rapids: 1.05 to 1.2 times as fast. AMD (Zen 3 to 5): 15 to 20 % slower.
+  __builtin_cpu_init();
+  return __builtin_cpu_is("intel") != 0;
+#else
+  return false;
+#endif
+}
+
 Isa active_isa() { return choice().isa; }
 
 std::string isa_warning() { return choice().warning; }

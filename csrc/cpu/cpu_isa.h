@@ -30,6 +30,8 @@ MOE_OPS_API std::string isa_warning();
 // Rows of an expert up to which products of bfloat16 pairs (vdpbf16ps) are no slower than fp32
 // ones.
 int64_t pairs_max_rows();
+// Whether streams of packed weights from memory gain by asking ahead of the hardware prefetcher.
+bool streams_ahead();
 // nullptr, or the kernel of this level that does not compute what the portable one does.
 MOE_OPS_API const char* failing_kernel(Isa isa);
 

@@ -61,10 +61,14 @@ void fill_panel_tiles(typename Kernels<T>::PanelTile* table) {
 }
 
 template <class T, class S>
-void fill_panel_streams(typename Kernels<T>::PanelStreams* table) {
-  table[0] = &panel_streams<T, S, 1>;
-  table[1] = &panel_streams<T, S, 2>;
-  table[2] = &panel_streams<T, S, 3>;
+void fill_panel_streams(typename Kernels<T>::PanelStreams (*table)[kMaxStreamRows]) {
+  const auto fill = [&]<bool kAhead>() {
+    table[kAhead][0] = &panel_streams<T, S, 1, kAhead>;
+    table[kAhead][1] = &panel_streams<T, S, 2, kAhead>;
+    table[kAhead][2] = &panel_streams<T, S, 3, kAhead>;
+  };
+  fill.template operator()<false>();
+  fill.template operator()<true>();
 }
 
 template <class T>

@@ -355,11 +355,12 @@ struct Kernels {
                              bool accumulate, const char* ahead, int64_t far, int64_t ahead_step);
   PanelTile panel_tile[4][kMaxMr];
   // The same for m <= kMaxStreamRows and num_panel_streams[m - 1] panels, `stride` bytes apart: the
-  // sums of panel s go to c[s]. Index: [type][m - 1].
+  // sums of panel s go to c[s]. Index: [type][asks for memory ahead][m - 1].
   using PanelStreams = void (*)(int64_t kc, const T* a, const void* panel, int64_t stride,
                                 T* const* c, int64_t ldc, bool accumulate);
   int num_panel_streams[kMaxStreamRows];
-  PanelStreams panel_streams[4][kMaxStreamRows];
+  bool streams_ahead;  // asking pays where weights come from memory (cpu_isa.h)
+  PanelStreams panel_streams[4][2][kMaxStreamRows];
 
   // Products of bfloat16 operands without widening them: the same tiles where an element of a and
   // of b is a pair of bfloat16 of adjacent k in the bits of one T, and kc counts pairs. The panel
@@ -370,7 +371,7 @@ struct Kernels {
   Micro pair_row_a[2][kMaxMr];
   Micro pair_col_a[2][kMaxMr];
   PanelTile pair_panel_tile[kMaxMr];
-  PanelStreams pair_panel_streams[kMaxStreamRows];
+  PanelStreams pair_panel_streams[2][kMaxStreamRows];
   // Panels of 32 columns, [num_rows/2][32][2] and `stride` elements apart, of a bfloat16 matrix
   // whose row r starts `offset` elements after rows[r]; rows[r] == nullptr is a row of zeros.
   // num_rows is even.

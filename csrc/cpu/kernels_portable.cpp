@@ -48,6 +48,7 @@ const Kernels<float>& kernels<float>() {
   static const Kernels<float> k = [] {
     Kernels<float> chosen = MOE_SELECT(active_isa(), kernels_f32);
     chosen.pairs_max_rows = pairs_max_rows();
+    chosen.streams_ahead = streams_ahead();
     return chosen;
   }();
   return k;
@@ -55,7 +56,11 @@ const Kernels<float>& kernels<float>() {
 
 template <>
 const Kernels<double>& kernels<double>() {
-  static const Kernels<double> k = MOE_SELECT(active_isa(), kernels_f64);
+  static const Kernels<double> k = [] {
+    Kernels<double> chosen = MOE_SELECT(active_isa(), kernels_f64);
+    chosen.streams_ahead = streams_ahead();
+    return chosen;
+  }();
   return k;
 }
 

@@ -109,13 +109,14 @@ bool panels_right(const Kernels<T>& k, const Kernels<T>& portable, Numbers<T>& n
                                  0, 64);
       if (!close(c, {truth.begin(), truth.begin() + size})) return false;
       if (m > kMaxStreamRows) continue;
-      std::vector<T> sums(truth.size(), T(NAN));
-      T* streams[kStreams];
-      for (int64_t s = 0; s < kStreams; ++s) streams[s] = sums.data() + s * size;
       const int64_t read = k.num_panel_streams[m - 1] * size;
-      k.panel_streams[index][m - 1](depth, a.data(), panels.data(), panel_bytes, streams, P, false);
-      sums.resize(static_cast<size_t>(read));
-      if (!close(sums, {truth.begin(), truth.begin() + read})) return false;
+      for (const auto& table : k.panel_streams[index]) {
+        std::vector<T> sums(static_cast<size_t>(read), T(NAN));
+        T* streams[kStreams];
+        for (int64_t s = 0; s < kStreams; ++s) streams[s] = sums.data() + s * size;
+        table[m - 1](depth, a.data(), panels.data(), panel_bytes, streams, P, false);
+        if (!close(sums, {truth.begin(), truth.begin() + read})) return false;
+      }
     }
   }
   return true;
@@ -815,14 +816,14 @@ bool pairs_right(const Kernels<float>& k, const Kernels<float>& portable, Number
                              0, 64);
     if (!close(e, first) || !close(f, first) || !close(g, first)) return false;
     if (m > kMaxStreamRows) continue;
-    std::vector<float> sums(truth.size(), NAN);
-    float* streams[kStreams];
-    for (int64_t s = 0; s < kStreams; ++s) streams[s] = sums.data() + s * m * kCols;
-    k.pair_panel_streams[m - 1](kPairs, row.data(), panels.data(), kPairs * kCols * 4, streams,
-                                kCols, false);
-    sums.resize(static_cast<size_t>(k.num_panel_streams[m - 1] * m * kCols));
-    truth.resize(sums.size());
-    if (!close(sums, truth)) return false;
+    truth.resize(static_cast<size_t>(k.num_panel_streams[m - 1] * m * kCols));
+    for (const auto& table : k.pair_panel_streams) {
+      std::vector<float> sums(truth.size(), NAN);
+      float* streams[kStreams];
+      for (int64_t s = 0; s < kStreams; ++s) streams[s] = sums.data() + s * m * kCols;
+      table[m - 1](kPairs, row.data(), panels.data(), kPairs * kCols * 4, streams, kCols, false);
+      if (!close(sums, truth)) return false;
+    }
   }
   return true;
 }

@@ -9,8 +9,10 @@
 
 namespace moe_ops::cpu {
 
+// next: the item that this thread is likely to take after this one, or nullptr.
 template <class T, class Epilogue>
-void run_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, const Epilogue& fn) {
+void run_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, const GemmItem* next,
+              const Epilogue& fn) {
   switch (it.path) {
     case Path::kZero: {
       const int64_t n = it.feature_end - it.feature_begin;
@@ -28,7 +30,7 @@ void run_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, con
     case Path::kPack:
       return pack_item<false>(d, k, it, fn);
     case Path::kNn:
-      return nn_item<false>(d, k, it, fn);
+      return nn_item<false>(d, k, it, next, fn);
     case Path::kPanels:
       return panel_item<false>(d, k, it, fn);
     case Path::kStrip:
@@ -40,7 +42,7 @@ void run_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, con
       if constexpr (sizeof(T) == 4) pack_item<true>(d, k, it, fn);
       return;
     case Path::kPairNn:
-      if constexpr (sizeof(T) == 4) nn_item<true>(d, k, it, fn);
+      if constexpr (sizeof(T) == 4) nn_item<true>(d, k, it, next, fn);
       return;
     case Path::kPairPanels:
       if constexpr (sizeof(T) == 4) panel_item<true>(d, k, it, fn);
@@ -69,6 +71,13 @@ void run_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, con
   }
 }
 
+// The item that a thread is likely to take after item i: threads claim them in turns.
+inline const GemmItem* next_item(const std::vector<GemmItem>& items, int64_t i,
+                                 const Parallel& par) {
+  const size_t next = static_cast<size_t>(i) + static_cast<size_t>(std::max(1, par.num_threads));
+  return next < items.size() ? &items[next] : nullptr;
+}
+
 // Elementary operations, in units of about a nanosecond.
 template <class T>
 double gemm_cost(const GemmDesc<T>& d) {
@@ -82,7 +91,7 @@ void gemm(const GemmDesc<T>& d, const Parallel& par, const Epilogue& fn) {
   const Kernels<T>& k = kernels<T>();
   const std::vector<GemmItem> items = gemm_items(d, k, par.num_threads);
   parallel_items(par, static_cast<int64_t>(items.size()), gemm_cost(d),
-                 [&](int64_t i) { run_item(d, k, items[i], fn); });
+                 [&](int64_t i) { run_item(d, k, items[i], next_item(items, i, par), fn); });
 }
 
 }  // namespace moe_ops::cpu

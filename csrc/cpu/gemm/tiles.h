@@ -104,7 +104,8 @@ void pack_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, co
 // Blocks of weight rows are copied into panels. Where one is the whole depth, they serve all rows
 // of the item.
 template <bool kPairs, class T, class Epilogue>
-void nn_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, const Epilogue& fn) {
+void nn_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it,
+             const GemmItem* next_item, const Epilogue& fn) {
   constexpr int64_t kRows = kPairs ? 2 : 1;  // weight rows of an element
   const int64_t W = k.lanes, K = ceil_div(d.in_features, kRows);
   const int64_t n = it.feature_end - it.feature_begin;
@@ -148,16 +149,22 @@ void nn_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, cons
           k.pack_panels(d.b.type, w_rows, s * d.features * dtype_size(d.b.type), kc, n, nullptr,
                         segment, stride);
         }
-        // These tiles fetch the weights of the next block: the other segment, or the next k.
+        // These tiles fetch the weights of the next block: the other segment, the next k, or the
+        // first block of the next item.
         const bool same_k = s + 1 < d.segments;
         const int64_t next_k = kRows * (same_k ? k0 : k0 + depth);
+        const bool follows = next_k < d.in_features;
         TileHints next;
-        if (next_k < d.in_features && r0 == it.row_begin) {
-          next.base = element(w_rows[0], d.b.type,
-                              same_k ? (s + 1) * d.features : kRows * depth * d.b.stride_k);
+        if (follows ? r0 == it.row_begin
+                    : next_item != nullptr && next_item->path == it.path && r0 + m == it.row_end) {
+          const GemmItem& item = follows ? it : *next_item;
+          const int64_t row = follows ? next_k : 0;
+          next.base = element(d.b.data, d.b.type,
+                              item.expert * d.b.stride_e + row * d.b.stride_k + item.feature_begin +
+                                  (same_k ? (s + 1) * d.features : 0));
           next.stride = d.b.stride_k * dtype_size(d.b.type);
-          next.rows = std::min(kRows * depth, d.in_features - next_k);
-          next.bytes = n * dtype_size(d.b.type);
+          next.rows = std::min(kRows * depth, d.in_features - row);
+          next.bytes = (item.feature_end - item.feature_begin) * dtype_size(d.b.type);
           next.spread(kc / kPrefetchStep * blocks * ceil_div(padded_n, 2 * W));
         }
         if (direct) next.ldb = d.b.stride_k;
@@ -221,7 +228,10 @@ void panel_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, c
     if (m <= kMaxStreamRows) {
       // A share of the item's panels for each stream, so that streams are long.
       const int64_t streams = k.num_panel_streams[m - 1], share = count / streams;
-      const auto run = kPairs ? k.pair_panel_streams[m - 1] : k.panel_streams[type][m - 1];
+      const bool ahead =
+          k.streams_ahead && d.num_experts * layout.expert_bytes() >= kStreamAheadBytes;
+      const auto run =
+          kPairs ? k.pair_panel_streams[ahead][m - 1] : k.panel_streams[type][ahead][m - 1];
       T* c[8];
       for (; done < share; ++done) {
         for (int64_t s = 0; s < streams; ++s) c[s] = sums(done + s * share);

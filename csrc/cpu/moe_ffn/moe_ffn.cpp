@@ -94,10 +94,10 @@ class RangeStages {
     const auto n = static_cast<int64_t>(items.size());
     const double share = static_cast<double>(range.width()) / static_cast<double>(d.features);
     computed_[i].add(n);
-    stages_.add(n, gemm_cost(d) * share, [=, this, &d, &k, items = std::move(items)](int64_t j) {
+    stages_.add(n, gemm_cost(d) * share, [=, this, &d, &k, &par, items = std::move(items)](int64_t j) {
       if (i > 0 && !stages_.wait(read_[i - 1])) return;
       if (!ready(items[j].expert)) return;
-      run_item(d, k, items[j], [&](int64_t e, int64_t r, int64_t f, int64_t count, T* v, T*) {
+      run_item(d, k, items[j], next_item(items, j, par), [&](int64_t e, int64_t r, int64_t f, int64_t count, T* v, T*) {
         keep(range, e, r, f, count, v);
       });
       computed_[i].done();
@@ -206,7 +206,7 @@ void forward(const MoeFfnParams& p, const Parallel& par) {
   for (const GemmItem& it : up_items) up_left[it.expert].add();
   Stages stages;
   stages.add(static_cast<int64_t>(up_items.size()), gemm_cost(up), [&](int64_t i) {
-    run_item(up, k, up_items[i], activate);
+    run_item(up, k, up_items[i], next_item(up_items, i, par), activate);
     up_left[up_items[i].expert].done();
   });
   RangeStages by_range(stages, ranges.size());
@@ -329,7 +329,7 @@ void backward(const MoeFfnBwdParams& p, const Parallel& par) {
 
   Stages stages;
   stages.add(static_cast<int64_t>(down_items.size()), gemm_cost(down), [&](int64_t i) {
-    run_item(down, k, down_items[i], keep_u);
+    run_item(down, k, down_items[i], next_item(down_items, i, par), keep_u);
     u_left[down_items[i].expert].done();
   });
   stages.add(static_cast<int64_t>(row_items.size()), row_cost * static_cast<double>(rows),
