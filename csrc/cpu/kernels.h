@@ -42,28 +42,26 @@ constexpr int64_t kPrefetchStep = 8;
 struct TileHints {
   const char* base = nullptr;
   int64_t stride = 0;  // bytes between rows
-  int64_t rows = 0;    // rows left to ask for
+  int64_t rows = 0;    // rows left to ask for, in each half
   int64_t bytes = 0;   // of each row
   int64_t offset = 0;  // bytes of the first row that are done
-  int64_t far = 0;     // bytes to the second half of what is asked for, with which lines take turns
+  int64_t far = 0;     // bytes to the second half of the rows, whose lines take turns with these
   int64_t turn = 0;    // 0 or far
   int64_t lines_per_step = 0;
   // Store past the cache (column form, not accumulating): c and ldc are whole vectors. Ignored
   // where a vector is less than a cache line. The caller orders the stores with stream_fence.
   bool stream = false;
-  // Column form: elements between summed indices of a, and of b, where 0 stands for whole panels.
-  int64_t lda = kLdm, ldb = 0;
+  int64_t lda = kLdm;  // column form: elements between summed indices of a
+  int64_t ldb = 0;     // the same of b, where 0 stands for whole panels
 
-  // Spreads what is left over `steps` places that ask.
+  // Spreads the rows over `steps` places that ask. In two halves: memory delivers two streams faster
+  // than one.
   void spread(int64_t steps) {
     const int64_t lines = rows * ((bytes + 63) / 64);
     lines_per_step = (lines + steps - 1) / (steps > 0 ? steps : 1);
     if (rows > 1) {
       rows = (rows + 1) / 2;
       far = rows * stride;
-    } else {
-      bytes = (bytes + 127) / 128 * 64;
-      far = bytes;
     }
   }
 };
@@ -340,7 +338,7 @@ struct Kernels {
 
   // c[i*ldc + j] (+)= sum_k a(i, k) * b[k * nv*lanes + j] for i < m, j < nv*lanes.
   // row_a: a(i, k) = a[i*kLda + k]; col_a: a(i, k) = a[k*kLdm + i]. Index: [nv - 1][m - 1]. With
-  // hints.lda and ldb, col_a takes other pitches.
+  // hints.lda, col_a takes another pitch, and both take another one of b with hints.ldb.
   using Micro = void (*)(int64_t kc, const T* a, const T* b, T* c, int64_t ldc, bool accumulate,
                          TileHints& hints);
   Micro row_a[2][kMaxMr];
@@ -349,8 +347,8 @@ struct Kernels {
   // Weights packed ahead of time, as the vector side (pack.h). For i < m, j < 2*lanes:
   // c[i*ldc + j] (+)= sum_k a[i*kLda + k] * panel(k, j). A panel holds [kc][2*lanes] elements of T,
   // or pairs of k of a half type, [kc/2][2*lanes][2], kc even. While it runs, the tile
-  // prefetches the `steps * ahead_step` bytes from `ahead` on, spread evenly; a step is one k, or
-  // one pair. Index: [type, kFloat64 like kFloat32][m - 1].
+  // prefetches `steps * ahead_step` bytes, spread evenly, half of them from `ahead` and half from
+  // `ahead + far` on; a step is one k, or one pair. Index: [type, kFloat64 like kFloat32][m - 1].
   using PanelTile = void (*)(int64_t kc, const T* a, const void* panel, T* c, int64_t ldc,
                              bool accumulate, const char* ahead, int64_t far, int64_t ahead_step);
   PanelTile panel_tile[4][kMaxMr];

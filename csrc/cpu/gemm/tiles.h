@@ -101,8 +101,8 @@ void pack_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, co
   }
 }
 
-// Blocks of weight rows are copied into panels. Where one is the whole depth, they serve all rows
-// of the item.
+// Blocks of weight rows are copied into panels, unless they meet few rows. Where one is the whole
+// depth, they serve all rows of the item.
 template <bool kPairs, class T, class Epilogue>
 void nn_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it,
              const GemmItem* next_item, const Epilogue& fn) {
@@ -122,6 +122,7 @@ void nn_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it,
   T* tile = scratch<T>(Scratch::kTile, most_rows * ldc);
   const auto& tiles = kPairs ? k.pair_row_a : k.row_a;
   const void* w_rows[kRows * kKc];
+  // One or two tiles of rows read a panel no more often than copying it would.
   const bool direct = !kPairs && d.b.type == kAccumulate<T> && n % W == 0 &&
                       it.row_end - it.row_begin <= 2 * k.mr2;
 
@@ -141,7 +142,7 @@ void nn_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it,
       for (int s = 0; s < d.segments; ++s) {
         T* segment = panels + (whole ? s * segment_size : 0);
         if (direct || r0 > it.row_begin) {
-          // Packed for the rows before.
+          // Read as they lie, or packed for the rows before.
         } else if constexpr (kPairs) {
           k.pack_pairs(reinterpret_cast<const uint16_t* const*>(w_rows), s * d.features, 2 * kc, n,
                        reinterpret_cast<uint16_t*>(segment), 2 * stride);
@@ -246,7 +247,8 @@ void panel_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, c
     const auto* tiles = kPairs ? k.pair_panel_tile : k.panel_tile[type];
     const int64_t blocks = ceil_div<int64_t>(m, k.mr2);
     // Every tile asks for panels ahead of its own: the core's window is too short to compute and to
-    // wait for memory at once. Several tiles on one block share the next block between them.
+    // wait for memory at once. Several tiles on one block share the next block between them, in two
+    // halves at once.
     const int64_t ahead_step = std::max<int64_t>(size * step / blocks, 2);
     for (; done < count; ++done) {
       const char* panel = first + done * layout.panel_bytes;

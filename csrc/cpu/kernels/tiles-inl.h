@@ -150,9 +150,9 @@ void panel_tile(int64_t kc, const T* a, const void* panel_data, T* c, int64_t ld
 }
 
 // Several panels at once for M rows: the hardware prefetcher follows each, and together they reach
-// the memory bandwidth that one stream does not. Where the core follows them too late, kAhead asks
-// for more of each (Kernels::streams_ahead). No
-// more panels than registers hold sums of: 12 vectors with AVX2, 24 with AVX-512.
+// the memory bandwidth that one stream does not. Where the prefetcher is late, kAhead asks ahead of
+// it (Kernels::streams_ahead). No more panels than registers hold sums of: 12 vectors with AVX2, 24
+// with AVX-512.
 template <int M>
 constexpr int kPanelStreams = MOE_MR2 * 2 / (2 * M) >= 4   ? 4
                               : MOE_MR2 * 2 / (2 * M) >= 2 ? 2
