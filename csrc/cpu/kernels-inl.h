@@ -86,6 +86,7 @@ Kernels<T> make_kernels() {
   fill_micro<T, T, 1, true, 1, MOE_MR1>(k.col_a[0]);
   fill_micro<T, T, 2, true, 1, MOE_MR2>(k.col_a[1]);
   fill_panel_tiles<T, T, 1>(k.panel_tile[static_cast<int>(kAccumulate<T>)]);
+  k.tile_streams = kTileStreams;
   k.num_panel_streams[0] = kPanelStreams<1>;
   k.num_panel_streams[1] = kPanelStreams<2>;
   k.num_panel_streams[2] = kPanelStreams<3>;

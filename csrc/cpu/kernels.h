@@ -54,8 +54,7 @@ struct TileHints {
   int64_t lda = kLdm;  // column form: elements between summed indices of a
   int64_t ldb = 0;     // the same of b, where 0 stands for whole panels
 
-  // Spreads the rows over `steps` places that ask. In two halves: memory delivers two streams faster
-  // than one.
+  // Spreads the rows over `steps` places that ask. In two halves, which memory delivers faster.
   void spread(int64_t steps) {
     const int64_t lines = rows * ((bytes + 63) / 64);
     lines_per_step = (lines + steps - 1) / (steps > 0 ? steps : 1);
@@ -347,10 +346,12 @@ struct Kernels {
   // Weights packed ahead of time, as the vector side (pack.h). For i < m, j < 2*lanes:
   // c[i*ldc + j] (+)= sum_k a[i*kLda + k] * panel(k, j). A panel holds [kc][2*lanes] elements of T,
   // or pairs of k of a half type, [kc/2][2*lanes][2], kc even. While it runs, the tile
-  // prefetches `steps * ahead_step` bytes, spread evenly, half of them from `ahead` and half from
-  // `ahead + far` on; a step is one k, or one pair. Index: [type, kFloat64 like kFloat32][m - 1].
+  // prefetches `steps * ahead_step` bytes, spread evenly; a step is one k, or one pair. With two
+  // tile_streams one half lies from `ahead` and one from `ahead + far` on: memory delivers them
+  // faster. With one, `far` is not read. Index: [type, kFloat64 like kFloat32][m - 1].
   using PanelTile = void (*)(int64_t kc, const T* a, const void* panel, T* c, int64_t ldc,
                              bool accumulate, const char* ahead, int64_t far, int64_t ahead_step);
+  int tile_streams;
   PanelTile panel_tile[4][kMaxMr];
   // The same for m <= kMaxStreamRows and num_panel_streams[m - 1] panels, `stride` bytes apart: the
   // sums of panel s go to c[s]. Index: [type][asks for memory ahead][m - 1].

@@ -123,8 +123,8 @@ void nn_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it,
   const auto& tiles = kPairs ? k.pair_row_a : k.row_a;
   const void* w_rows[kRows * kKc];
   // One or two tiles of rows read a panel no more often than copying it would.
-  const bool direct = !kPairs && d.b.type == kAccumulate<T> && n % W == 0 &&
-                      it.row_end - it.row_begin <= 2 * k.mr2;
+  const bool direct =
+      !kPairs && d.b.type == kAccumulate<T> && n % W == 0 && it.row_end - it.row_begin <= 2 * k.mr2;
 
   for (int64_t r0 = it.row_begin; r0 < it.row_end; r0 += most_rows) {
     const int64_t m = std::min(most_rows, it.row_end - r0);
@@ -175,8 +175,8 @@ void nn_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it,
                                   : segment + j / (2 * W) * stride;
           for (int64_t b = 0; b < blocks; ++b) {
             const int64_t i0 = m * b / blocks, i1 = m * (b + 1) / blocks;
-            tiles[nv - 1][i1 - i0 - 1](kc, a + i0 * kLda, panel,
-                                       tile + i0 * ldc + s * padded_n + j, ldc, k0 > 0, next);
+            tiles[nv - 1][i1 - i0 - 1](kc, a + i0 * kLda, panel, tile + i0 * ldc + s * padded_n + j,
+                                       ldc, k0 > 0, next);
           }
         }
       }
@@ -247,8 +247,7 @@ void panel_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, c
     const auto* tiles = kPairs ? k.pair_panel_tile : k.panel_tile[type];
     const int64_t blocks = ceil_div<int64_t>(m, k.mr2);
     // Every tile asks for panels ahead of its own: the core's window is too short to compute and to
-    // wait for memory at once. Several tiles on one block share the next block between them, in two
-    // halves at once.
+    // wait for memory at once. Several tiles on one block share the next block between them.
     const int64_t ahead_step = std::max<int64_t>(size * step / blocks, 2);
     for (; done < count; ++done) {
       const char* panel = first + done * layout.panel_bytes;
@@ -257,10 +256,10 @@ void panel_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, c
         const char* block = panel + b * block_k * size;
         for (int64_t i = 0; i < blocks; ++i) {
           const int64_t i0 = m * i / blocks, i1 = m * (i + 1) / blocks;
-          tiles[i1 - i0 - 1](
-              kc, a + (b * m + i0) * kLda, block, sums(done) + i0 * ldc, ldc, b > 0,
-              block + std::max(kBytesAhead, kc * size) + i * ahead_step * (kc / step) / 2,
-              kc * size / 2, ahead_step);
+          tiles[i1 - i0 - 1](kc, a + (b * m + i0) * kLda, block, sums(done) + i0 * ldc, ldc, b > 0,
+                             block + std::max(kBytesAhead, kc * size) +
+                                 i * ahead_step * (kc / step) / k.tile_streams,
+                             kc * size / 2, ahead_step);
         }
       }
     }

@@ -101,29 +101,25 @@ inline Vec<T> panel_vector(const S* p, int v, [[maybe_unused]] int half) {
   }
 }
 
+// A step of k is so many lines of a panel, each asked for in a stream of its own.
+constexpr int kTileStreams = MOE_VEC_BYTES == 64 ? 2 : 1;
 template <class T, class S, int M>
 void panel_tile(int64_t kc, const T* a, const void* panel_data, T* c, int64_t ldc, bool accumulate,
                 const char* ahead, int64_t far, int64_t ahead_step) {
   constexpr int W = kLanes<T>;
   constexpr int kPair = sizeof(S) == sizeof(T) ? 1 : 2;  // steps of k that lie side by side
-  constexpr int kLines = 2 * MOE_VEC_BYTES < 64 ? 1 : 2 * MOE_VEC_BYTES / 64;
   // One chain of sums an element, as in panel_streams: which of the two takes a panel depends on
   // how items are cut, and so on the number of threads.
   Vec<T> acc[M][2];
 #pragma GCC unroll 32
   for (int i = 0; i < M; ++i) acc[i][0] = acc[i][1] = Vec<T>{};
-  // Two streams of lines, which memory delivers faster than one.
-  const char* streams[2] = {ahead, ahead + far};
+  ahead_step /= kTileStreams;
   const S* panel = static_cast<const S*>(panel_data);
 #pragma GCC unroll 2
   for (int64_t k = 0; k < kc; k += kPair) {
 #pragma GCC unroll 2
-    for (int line = 0; line < kLines; ++line) {
-      const char* next = streams[0];
-      __builtin_prefetch(next, 0, 2);
-      streams[0] = streams[1];
-      streams[1] = next + ahead_step / kLines;
-    }
+    for (int s = 0; s < kTileStreams; ++s) __builtin_prefetch(ahead + s * far, 0, 2);
+    ahead += ahead_step;
 #pragma GCC unroll 2
     for (int half = 0; half < kPair; ++half) {
       // Load the pairs anew for each half and broadcast no earlier: 16 registers hold the sums of

@@ -94,14 +94,16 @@ class RangeStages {
     const auto n = static_cast<int64_t>(items.size());
     const double share = static_cast<double>(range.width()) / static_cast<double>(d.features);
     computed_[i].add(n);
-    stages_.add(n, gemm_cost(d) * share, [=, this, &d, &k, &par, items = std::move(items)](int64_t j) {
-      if (i > 0 && !stages_.wait(read_[i - 1])) return;
-      if (!ready(items[j].expert)) return;
-      run_item(d, k, items[j], next_item(items, j, par), [&](int64_t e, int64_t r, int64_t f, int64_t count, T* v, T*) {
-        keep(range, e, r, f, count, v);
-      });
-      computed_[i].done();
-    });
+    stages_.add(n, gemm_cost(d) * share,
+                [=, this, &d, &k, &par, items = std::move(items)](int64_t j) {
+                  if (i > 0 && !stages_.wait(read_[i - 1])) return;
+                  if (!ready(items[j].expert)) return;
+                  run_item(d, k, items[j], next_item(items, j, par),
+                           [&](int64_t e, int64_t r, int64_t f, int64_t count, T* v, T*) {
+                             keep(range, e, r, f, count, v);
+                           });
+                  computed_[i].done();
+                });
   }
   template <class Fn>
   void reader(size_t i, int64_t n, double cost, const Fn& fn) {
