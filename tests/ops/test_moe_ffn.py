@@ -136,6 +136,25 @@ def test_rows_of_several_ranges_of_features(dtype, on_input):
     check({**call, "apply_router_weight_on_input": on_input})
 
 
+@pytest.mark.slow_on_simulator
+@pytest.mark.parametrize("view", ["contiguous", "offset"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+@pytest.mark.parametrize(("hidden_size", "intermediate_size"), [(320, 208), (300, 201)])
+def test_experts_of_every_number_of_rows(hidden_size, intermediate_size, dtype, view):
+    """Rows of an expert decide how its weights are read: as they lie or copied, forward and
+    backward, in one tile of rows or several. Depths are those of several blocks."""
+    rows = [1, 2, 3, 4, 5, 8, 9, 12, 13, 14, 15, 24, 25, 28, 29, 43, 129]
+    call = ffn_operands(
+        Routing(sum(rows), len(rows), 1), hidden_size, intermediate_size, dtype, bias=True
+    )
+    experts = torch.arange(len(rows), dtype=torch.int32)
+    call["topk_ids"] = experts.repeat_interleave(torch.tensor(rows))[torch.randperm(sum(rows))]
+    call["topk_ids"] = call["topk_ids"][:, None]
+    for name in ("w_gate_up", "w_down"):
+        call[name] = as_strided_copy(call[name], view)
+    check(call)
+
+
 @pytest.mark.parametrize("alpha", [1.0, 2.5])
 @pytest.mark.parametrize("limit", [0.5, 3.0])
 def test_oai_parameters(limit, alpha):
