@@ -43,24 +43,27 @@ const char* failing_kernel(Isa isa) {
   return failing_kernel(MOE_SELECT(isa, kernels_f64), portable::kernels_f64());
 }
 
+namespace {
+
+// What the processor decides beside the level.
+template <class T>
+Kernels<T> tuned(Kernels<T> k) {
+  k.pairs_max_rows = pairs_max_rows();
+  k.streams_ahead = streams_ahead();
+  return k;
+}
+
+}  // namespace
+
 template <>
 const Kernels<float>& kernels<float>() {
-  static const Kernels<float> k = [] {
-    Kernels<float> chosen = MOE_SELECT(active_isa(), kernels_f32);
-    chosen.pairs_max_rows = pairs_max_rows();
-    chosen.streams_ahead = streams_ahead();
-    return chosen;
-  }();
+  static const Kernels<float> k = tuned(MOE_SELECT(active_isa(), kernels_f32));
   return k;
 }
 
 template <>
 const Kernels<double>& kernels<double>() {
-  static const Kernels<double> k = [] {
-    Kernels<double> chosen = MOE_SELECT(active_isa(), kernels_f64);
-    chosen.streams_ahead = streams_ahead();
-    return chosen;
-  }();
+  static const Kernels<double> k = tuned(MOE_SELECT(active_isa(), kernels_f64));
   return k;
 }
 

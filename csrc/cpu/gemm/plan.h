@@ -73,8 +73,8 @@ constexpr int64_t kNnNarrowRows = 32;
 // L2, 256 steps of k amortise loading and storing the sums, and 512 columns are runs of 1 KiB.
 constexpr int64_t kAmxKc = 256;
 constexpr int64_t kAmxNnFeatures = 512;
-// How far ahead of itself a tile asks for panels, from memory into L2. 8 KiB are 200 ns at 40 GB/s,
-// twice the latency of a DRAM; the value for AMX was measured on another machine.
+// How far ahead of itself a tile asks for panels at least, from memory into L2. 8 KiB are 200 ns at
+// 40 GB/s, twice the latency of a DRAM; the value for AMX was measured on another machine.
 constexpr int64_t kBytesAhead = 8192;
 constexpr int64_t kAmxBytesAhead = 2048;
 // Weights of all experts that streams take to lie in memory. From an L3, asking ahead is 3 to 10 %
