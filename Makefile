@@ -62,7 +62,7 @@ $(VENV)/.cuda: $(VENV)/.tools
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.tools $(if $(WITH_CUDA),$(VENV)/.cuda) $(SOURCES)
-	@echo 'Compiling and installing moe_ops into ./.venv ($(if $(WITH_CUDA),with CUDA kernels: 10 to 20 minutes,about a minute) on two cores).'
+	@echo 'Compiling and installing moe_ops into ./.venv ($(if $(WITH_CUDA),with CUDA kernels: 10 to 15 minutes,about two minutes) on two cores).'
 	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PIP) install -q --no-build-isolation ".[test]"
 	@touch $@
 
@@ -88,7 +88,7 @@ test-sim: build
 ifndef MOE_OPS_PTXSIM
 	@echo 'make test-sim needs MOE_OPS_PTXSIM, the folder of a simulator that is called libcudart.so.13: nothing was run.'
 else
-	@echo 'Compiling the CUDA kernels (10 to 20 minutes on two cores, the first time).'
+	@echo 'Compiling the CUDA kernels (about 10 minutes on two cores, the first time).'
 	@$(PIP) install -q $(CUDA_TOOLS)
 	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" cmake -S . -B build/cuda -G Ninja -DCMAKE_BUILD_TYPE=Release \
 	  -DMOE_OPS_CUDA=on -DMOE_OPS_CUDART=shared -DMOE_OPS_CUDA_SASS=off -DPython_EXECUTABLE=$(CURDIR)/$(VENV)/bin/python \

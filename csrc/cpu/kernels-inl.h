@@ -1,5 +1,7 @@
 // The text of every inner loop, compiled once per instruction set. The including file defines
 // MOE_ISA (a namespace name), MOE_VEC_BYTES, MOE_MR1, MOE_MR2, MOE_DOT_TOKENS, MOE_DOT_MAX_ROWS.
+// With MOE_BASE, a level of the same vectors, kernels for which the instructions that are new make
+// no difference are not compiled again but taken from there.
 //
 // GNU vector types carry the arithmetic, so one text serves SSE2, AVX2, AVX-512 and NEON;
 // intrinsics appear only where the compiler has no good lowering (half conversion, transposes).
@@ -13,6 +15,13 @@
 #endif
 
 #include "cpu/kernels.h"
+
+#if defined(MOE_BASE)
+namespace moe_ops::cpu::MOE_BASE {
+Kernels<float> kernels_f32();
+Kernels<double> kernels_f64();
+}  // namespace moe_ops::cpu::MOE_BASE
+#endif
 
 namespace moe_ops::cpu::MOE_ISA {
 namespace {
@@ -71,15 +80,21 @@ void fill_panel_streams(typename Kernels<T>::PanelStreams (*table)[kMaxStreamRow
   fill.template operator()<true>();
 }
 
+#if defined(MOE_BASE)
 template <class T>
-Kernels<T> make_kernels() {
+Kernels<T> first_kernels() {
+  return MOE_BASE::kernels_f32();
+}
+#else
+// Those that write no half type.
+template <class T>
+Kernels<T> first_kernels() {
   Kernels<T> k = {};
   k.lanes = kLanes<T>;
   k.mr1 = MOE_MR1;
   k.mr2 = MOE_MR2;
   k.dot_tokens = MOE_DOT_TOKENS;
   k.streams = MOE_VEC_BYTES == 64;
-  k.stream_fence = &stream_fence;
   k.dot_max_rows = MOE_DOT_MAX_ROWS;
   fill_micro<T, T, 1, false, 1, MOE_MR1>(k.row_a[0]);
   fill_micro<T, T, 2, false, 1, MOE_MR2>(k.row_a[1]);
@@ -96,6 +111,40 @@ Kernels<T> make_kernels() {
     fill_panel_streams<T, Bf16>(k.panel_streams[static_cast<int>(DType::kBFloat16)]);
     fill_panel_tiles<T, Fp16, 1>(k.panel_tile[static_cast<int>(DType::kFloat16)]);
     fill_panel_streams<T, Fp16>(k.panel_streams[static_cast<int>(DType::kFloat16)]);
+  }
+  k.dot = &dot<T>;
+  k.strip_tokens = kStripTokens;
+  k.strip = &strip<T, T>;
+  k.strip_sums = &strip_sums<T>;
+  k.rank_update = &rank_update<T>;
+  k.load_row = &load_row<T>;
+  k.load_rows = &load_rows<T>;
+  k.pack_panels = &pack_panels<T>;
+  k.gather_rows = &gather_rows<T>;
+  k.dot_rows = &dot_rows<T>;
+  k.transpose = &transpose<T>;
+  k.weighted_sum = &weighted_sum<T>;
+  k.axpy = &axpy<T>;
+  k.dot_row = &dot_row<T>;
+  k.rotate_rows = &rotate_rows<T>;
+  k.router_linear = &router_linear<T>;
+  k.router_linear_bwd = &router_linear_bwd<T>;
+  k.act_fwd = &act_fwd<T>;
+  k.act_bwd = &act_bwd<T>;
+  k.act_rows = &act_rows<T>;
+  k.act_bwd_rows = &act_bwd_rows<T>;
+  k.dense = dense_kernels<T>();
+  k.attention = attention_kernels<T>();
+  narrow_kernels(k.attention);
+  k.mix = mix_kernels<T>();
+  return k;
+}
+#endif
+
+template <class T>
+Kernels<T> make_kernels() {
+  Kernels<T> k = first_kernels<T>();
+  if constexpr (sizeof(T) == 4) {
 #if defined(__AVX512BF16__) && MOE_VEC_BYTES == 64
     k.pairs = true;
     fill_micro<T, Pair, 1, false, 1, MOE_MR1>(k.pair_row_a[0]);
@@ -110,51 +159,25 @@ Kernels<T> make_kernels() {
 #endif
     k.quant = quant_kernels();
     k.fp8 = fp8_kernels();
-#if defined(MOE_AMX)
-    k.amx_begin = &amx_begin;
-    k.amx_end = &amx_end;
-    k.amx_panel = &amx_panel;
-    k.amx_rows = &amx_rows;
-#endif
   }
-  k.dot = &dot<T>;
-  k.strip_tokens = kStripTokens;
-  k.strip = &strip<T, T>;
-  k.strip_sums = &strip_sums<T>;
-  k.rank_update = &rank_update<T>;
-  k.load_row = &load_row<T>;
-  k.load_rows = &load_rows<T>;
   k.store_rows = &store_rows<T>;
-  k.pack_panels = &pack_panels<T>;
-  k.gather_rows = &gather_rows<T>;
   k.scatter_rows = &scatter_rows<T>;
-  k.dot_rows = &dot_rows<T>;
   k.combine_rows = &combine_rows<T>;
   k.store_row = &store_row<T>;
   k.stream_row = &stream_row<T>;
-  k.transpose = &transpose<T>;
-  k.weighted_sum = &weighted_sum<T>;
-  k.axpy = &axpy<T>;
-  k.dot_row = &dot_row<T>;
+  k.stream_fence = &stream_fence;
   k.norm_rows = &norm_rows<T>;
   k.norm_rows_bwd = &norm_rows_bwd<T>;
-  k.rotate_rows = &rotate_rows<T>;
-  k.router_linear = &router_linear<T>;
-  k.router_linear_bwd = &router_linear_bwd<T>;
-  k.act_fwd = &act_fwd<T>;
-  k.act_bwd = &act_bwd<T>;
-  k.act_rows = &act_rows<T>;
-  k.act_bwd_rows = &act_bwd_rows<T>;
-  k.attention = attention_kernels<T>();
-  narrow_kernels(k.attention);
-  k.dense = dense_kernels<T>();
-  k.mix = mix_kernels<T>();
   return k;
 }
 
 }  // namespace
 
 Kernels<float> kernels_f32() { return make_kernels<float>(); }
+#if defined(MOE_BASE)
+Kernels<double> kernels_f64() { return MOE_BASE::kernels_f64(); }
+#else
 Kernels<double> kernels_f64() { return make_kernels<double>(); }
+#endif
 
 }  // namespace moe_ops::cpu::MOE_ISA

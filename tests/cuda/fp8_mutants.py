@@ -23,6 +23,7 @@ from sm90_mutants import (
     Simulator,
     added,
     in_child,
+    in_kernel,
     sub,
     wait_before,
 )
@@ -32,6 +33,9 @@ from moe_ops.testing import fp8_gemm_operands, use_simulator
 
 LOAD_SCALE = r"(ld\.global\.nc\.f32 %f\d+, \[%rd\d+)\]"
 LIMITS = {"sms": 2, "livelock_insts": 3_000_000, "max_insts": 20_000_000, "race": 1}
+
+# As the enum of csrc/cuda/grouped_gemm_fp8/sm90.h numbers them.
+TILES = ("2x128x128", "128x128", "64x128")
 
 # name: (tile, mutation). The order of barrier waits is as in the kernels of grouped_gemm.
 MUTANTS: dict[str, tuple[str, Mutation]] = {
@@ -118,7 +122,9 @@ def main(only: list[str]) -> None:
                 kernels[tile] = ptx, torch.load(prefix + ".pt")
             ptx, expected = kernels[tile]
             changed = Path(folder, "mutant.ptx")
-            changed.write_text(mutate(ptx))
+            # Of the kernels in the module, that of the tile whose rows are not gathered.
+            shape = f"TileShapeE{TILES.index(tile)}ELb0E"
+            changed.write_text(in_kernel(mutate, shape)(ptx))
 
             def notice(expected=expected) -> str:
                 return how_noticed(call, expected)

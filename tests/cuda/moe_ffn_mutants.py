@@ -23,6 +23,7 @@ from sm90_mutants import (
     Simulator,
     added,
     in_child,
+    in_kernel,
     sub,
     wait_before,
 )
@@ -118,6 +119,15 @@ MUTANTS: dict[str, tuple[str, str, Mutation]] = {
 }
 
 
+def name_parts(kernel: str, tile: str) -> tuple[str, ...]:
+    """Of the kernel's name: its template arguments, as csrc/cuda/moe_ffn numbers them. A module
+    holds all kernels of a stage."""
+    if kernel == "few":
+        return ("sm90_few_rows_kernel", "Li32E")  # up to 32 tokens
+    tiles = f"FfnTileE{('low', 'high', 'pair').index(tile)}E"
+    return (tiles, "GateUpE0E") if kernel == "up" else (tiles,)
+
+
 class Case:
     """Inputs of a kernel. prepare() runs what comes before it, run() it and what follows."""
 
@@ -201,7 +211,7 @@ def main(only: list[str]) -> None:
                 kernels[kernel, tile] = (ptx, case, torch.load(prefix + ".pt"))
             ptx, case, expected = kernels[kernel, tile]
             changed = Path(folder, "mutant.ptx")
-            changed.write_text(mutate(ptx))
+            changed.write_text(in_kernel(mutate, *name_parts(kernel, tile))(ptx))
             env = {"PTXSIM_OVERRIDE_PTX": str(changed)}
 
             def notice(case=case, expected=expected, env=env) -> str:

@@ -18,6 +18,7 @@ from sm90_mutants import (
     Mutation,
     Simulator,
     in_child,
+    in_kernel,
     sub,
     wait_before,
 )
@@ -103,7 +104,8 @@ def main(only: list[str]) -> None:
             if only and name not in only:
                 continue
             changed = Path(folder, "mutant.ptx")
-            changed.write_text(mutate(ptx))
+            # The module also holds the weight gradients without factors.
+            changed.write_text(in_kernel(mutate, "sm90_scaled_wgrad_kernel")(ptx))
             env = {"PTXSIM_OVERRIDE_PTX": str(changed)}
             result[name] = in_child({}, lambda env=env: how_noticed(case, expected, env)) or None
     json.dump(result, sys.stdout, indent=1)

@@ -201,6 +201,13 @@ def in_child(env: dict[str, str], work: Callable[[], str]) -> str:
     return answer
 
 
+def name_parts(product: str, tile: str) -> tuple[str, str]:
+    """Of the kernel's name: its template arguments, as the enums of csrc/cuda/grouped_gemm/config.h
+    number them. A module holds all kernels of a kind of product."""
+    products, tiles = ("nt", "nn", "tn"), ("128x256", "128x128", "64x128", "64x64")
+    return f"ProductE{products.index(product)}E", f"TileShapeE{tiles.index(tile)}E"
+
+
 def run(product: str, call: dict[str, torch.Tensor]) -> torch.Tensor:
     return (moe_ops.grouped_gemm_wgrad if product == "tn" else moe_ops.grouped_gemm)(**call)
 
@@ -251,7 +258,7 @@ def main(only: list[str]) -> None:
                 )
             ptx, call, expected = kernels[product, tile]
             changed = Path(folder, "mutant.ptx")
-            changed.write_text(mutate(ptx))
+            changed.write_text(in_kernel(mutate, *name_parts(product, tile))(ptx))
 
             def notice(product=product, call=call, expected=expected) -> str:
                 return how_noticed(product, call, expected)

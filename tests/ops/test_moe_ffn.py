@@ -128,6 +128,7 @@ def test_more_than_one_block_in_every_direction(activation, interleaved, dtype, 
     check({**call, "interleaved": interleaved, "apply_router_weight_on_input": on_input})
 
 
+@pytest.mark.slow_on_simulator
 @pytest.mark.parametrize("on_input", [False, True], ids=["output", "input"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
 def test_rows_of_several_ranges_of_features(dtype, on_input):
@@ -546,7 +547,13 @@ def test_two_python_threads_at_once(dtype):
 
 
 @pytest.mark.parametrize(
-    ("hidden_size", "on_input"), [(64, False), (2061, False), (2061, True)], ids=str
+    ("hidden_size", "on_input"),
+    [
+        (64, False),
+        pytest.param(2061, False, marks=pytest.mark.slow_on_simulator),
+        pytest.param(2061, True, marks=pytest.mark.slow_on_simulator),
+    ],
+    ids=str,
 )
 @pytest.mark.parametrize("kind", ["skewed", "dropped", "one_expert"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)

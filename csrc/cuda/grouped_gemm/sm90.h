@@ -15,7 +15,8 @@ bool supports(const GroupedWgradParams& p);
 Status grouped_gemm(const GroupedGemmParams& p, Stream stream);
 Status grouped_gemm_wgrad(const GroupedWgradParams& p, Stream stream);
 
-// One kernel; one file each in instantiations/.
+// One kernel. Those of a type and a kind of product share a file in instantiations/: parsing
+// CUTLASS takes longer than compiling one.
 template <DType type, Product product, TileShape shape>
 Status run(const GroupedGemmParams& p, Stream stream);
 template <DType type, Product product, TileShape shape>

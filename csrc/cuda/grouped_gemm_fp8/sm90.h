@@ -21,7 +21,7 @@ Status grouped_gemm_fp8(const GroupedGemmFp8Params& p, Stream stream);
 // takes that tile, 128x256 that of moe_ffn_fp8's up product, generic none of these kernels.
 std::string_view forced_tile();
 
-// One kernel; kGather: rows of A go through an index. One file each in instantiations/.
+// One kernel; kGather: rows of A go through an index (instantiations/).
 template <TileShape shape, bool kGather>
 Status run(const GroupedGemmFp8Params& p, Stream stream);
 

@@ -1,4 +1,4 @@
-// The kernels of the stages for sm_90a: bfloat16 and float16. One a file in instantiations/.
+// The kernels of the stages for sm_90a: bfloat16 and float16 (instantiations/).
 #pragma once
 
 #include "cuda/grouped_gemm/sm90_operands.h"

@@ -1,8 +1,0 @@
-#include "cuda/grouped_gemm/sm90_launch.cuh"
-
-namespace moe_ops::cuda::sm90 {
-
-template Status run<DType::kBFloat16, Product::kNT, TileShape::k64x64>(const GroupedGemmParams&,
-                                                                       Stream);
-
-}  // namespace moe_ops::cuda::sm90

@@ -1,7 +1,0 @@
-#include "cuda/grouped_gemm/sm90_scaled_wgrad.cuh"
-
-namespace moe_ops::cuda::sm90 {
-
-template Status run_scaled_wgrad<DType::kFloat16>(const GroupedWgradParams&, Stream);
-
-}  // namespace moe_ops::cuda::sm90

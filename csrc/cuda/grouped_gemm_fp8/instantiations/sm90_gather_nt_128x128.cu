@@ -1,7 +1,0 @@
-#include "cuda/grouped_gemm_fp8/sm90_kernel.cuh"
-
-namespace moe_ops::cuda::sm90::fp8 {
-
-template Status run<TileShape::k128x128, true>(const GroupedGemmFp8Params&, Stream);
-
-}  // namespace moe_ops::cuda::sm90::fp8

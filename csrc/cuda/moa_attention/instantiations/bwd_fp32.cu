@@ -1,0 +1,14 @@
+#include "cuda/moa_attention/backward_launch.cuh"
+#include "cuda/moa_attention/generic.h"
+
+namespace moe_ops::cuda::attention {
+
+Status softmax_bwd_fp32(const MoaAttentionBwdParams& b, Stream stream) {
+  return generic_backward<float, AttentionKind::kSoftmax>(b, stream);
+}
+
+Status stick_bwd_fp32(const MoaAttentionBwdParams& b, Stream stream) {
+  return generic_backward<float, AttentionKind::kStickBreaking>(b, stream);
+}
+
+}  // namespace moe_ops::cuda::attention

@@ -1,8 +1,0 @@
-#include "cuda/moe_ffn/sm90_up.cuh"
-
-namespace moe_ops::cuda::sm90 {
-
-template Status run_up<DType::kBFloat16, GateUp::kJoint, FfnTile::kPair>(const FfnUpParams&,
-                                                                         Stream);
-
-}  // namespace moe_ops::cuda::sm90
