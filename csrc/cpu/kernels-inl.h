@@ -111,6 +111,8 @@ Kernels<T> first_kernels() {
     fill_panel_streams<T, Bf16>(k.panel_streams[static_cast<int>(DType::kBFloat16)]);
     fill_panel_tiles<T, Fp16, 1>(k.panel_tile[static_cast<int>(DType::kFloat16)]);
     fill_panel_streams<T, Fp16>(k.panel_streams[static_cast<int>(DType::kFloat16)]);
+    k.widen_fp16_panel = &widen_fp16_panel<T>;
+    k.widen_tiles = MOE_VEC_BYTES == 64 ? 2 : 3;
   }
   k.dot = &dot<T>;
   k.strip_tokens = kStripTokens;

@@ -90,6 +90,16 @@ bool panels_right(const Kernels<T>& k, const Kernels<T>& portable, Numbers<T>& n
     const std::vector<T> w = numbers.take(kStreams * depth * P);  // [stream][k / pair][P][pair]
     const std::vector<char> panels = as_type(portable, all[type], w);
     const int64_t panel_bytes = depth * P * dtype_size(all[type]);
+    if (all[type] == DType::kFloat16) {
+      std::vector<T> wide(static_cast<size_t>(depth * P), T(NAN)), expected(wide.size());
+      for (int64_t s = 0; s < depth; ++s) {
+        for (int64_t j = 0; j < P; ++j) {
+          expected[s * P + j] = w[(s / pair * P + j) * pair + s % pair];
+        }
+      }
+      k.widen_fp16_panel(depth, panels.data(), wide.data());
+      if (!close(wide, expected)) return false;
+    }
     for (int m = 1; m <= k.mr2; ++m) {
       const int64_t size = m * P;
       std::vector<T> a(static_cast<size_t>(m * kLda)), truth(static_cast<size_t>(kStreams * size));

@@ -77,9 +77,9 @@ constexpr int64_t kAmxNnFeatures = 512;
 // 40 GB/s, twice the latency of a DRAM; the value for AMX was measured on another machine.
 constexpr int64_t kBytesAhead = 8192;
 constexpr int64_t kAmxBytesAhead = 2048;
-// Weights of all experts that streams take to lie in memory. From an L3, asking ahead is 3 to 10 %
-// slower.
-constexpr int64_t kStreamAheadBytes = int64_t{64} << 20;
+// Weights of all experts from which on streams ask ahead. A bank of this size may lie in an L3,
+// where that is 1 to 4 % slower, but the banks of a model's other layers then do not.
+constexpr int64_t kStreamAheadBytes = int64_t{8} << 20;
 // Fewest rows of an expert that AMX takes. Below, reading the weights is all that counts, and the
 // other kernels keep the tokens in fp32.
 constexpr int64_t kAmxMinRows = 3;

@@ -145,6 +145,19 @@ void panel_tile(int64_t kc, const T* a, const void* panel_data, T* c, int64_t ld
   }
 }
 
+template <class T>
+void widen_fp16_panel(int64_t kc, const void* panel_data, T* dst) {
+  constexpr int W = kLanes<T>;
+  const auto* panel = static_cast<const Fp16*>(panel_data);
+  for (int64_t k = 0; k < kc; k += 2, panel += 4 * W) {
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half, dst += 2 * W) {
+      store<T>(dst, panel_vector<T>(panel, 0, half));
+      store<T>(dst + W, panel_vector<T>(panel, 1, half));
+    }
+  }
+}
+
 // Several panels at once for M rows: the hardware prefetcher follows each, and together they reach
 // the memory bandwidth that one stream does not. Where the prefetcher is late, kAhead asks ahead of
 // it (Kernels::streams_ahead). No more panels than registers hold sums of: 12 vectors with AVX2, 24
