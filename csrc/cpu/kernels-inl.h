@@ -1,7 +1,7 @@
 // The text of every inner loop, compiled once per instruction set. The including file defines
 // MOE_ISA (a namespace name), MOE_VEC_BYTES, MOE_MR1, MOE_MR2, MOE_DOT_TOKENS, MOE_DOT_MAX_ROWS.
 // With MOE_BASE, a level of the same vectors, kernels for which the instructions that are new make
-// no difference are not compiled again but taken from there.
+// no difference are not compiled again but taken from there, as is MOE_DOT_MAX_ROWS.
 //
 // GNU vector types carry the arithmetic, so one text serves SSE2, AVX2, AVX-512 and NEON;
 // intrinsics appear only where the compiler has no good lowering (half conversion, transposes).
@@ -15,13 +15,6 @@
 #endif
 
 #include "cpu/kernels.h"
-
-#if defined(MOE_BASE)
-namespace moe_ops::cpu::MOE_BASE {
-Kernels<float> kernels_f32();
-Kernels<double> kernels_f64();
-}  // namespace moe_ops::cpu::MOE_BASE
-#endif
 
 namespace moe_ops::cpu::MOE_ISA {
 namespace {
@@ -86,7 +79,7 @@ Kernels<T> first_kernels() {
   return MOE_BASE::kernels_f32();
 }
 #else
-// Those that write no half type.
+// Those that write no half type and multiply neither pairs nor integers.
 template <class T>
 Kernels<T> first_kernels() {
   Kernels<T> k = {};

@@ -491,4 +491,17 @@ struct Kernels {
 template <class T>
 const Kernels<T>& kernels();  // those of active_isa()
 
+// Those of each level, in the file of its name. A level that the build lacks is declared only.
+#define MOE_DECLARE_LEVEL(level) \
+  namespace level {              \
+  Kernels<float> kernels_f32();  \
+  Kernels<double> kernels_f64(); \
+  }
+MOE_DECLARE_LEVEL(portable)
+MOE_DECLARE_LEVEL(avx2)
+MOE_DECLARE_LEVEL(avx512)
+MOE_DECLARE_LEVEL(avx512_bf16)
+MOE_DECLARE_LEVEL(amx)
+#undef MOE_DECLARE_LEVEL
+
 }  // namespace moe_ops::cpu

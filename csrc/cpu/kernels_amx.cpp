@@ -6,14 +6,7 @@
 
 #include "cpu/kernels.h"
 
-namespace moe_ops::cpu {
-
-namespace avx512_bf16 {
-Kernels<float> kernels_f32();
-Kernels<double> kernels_f64();
-}  // namespace avx512_bf16
-
-namespace MOE_ISA {
+namespace moe_ops::cpu::MOE_ISA {
 namespace {
 
 #include "cpu/kernels/vector-inl.h"
@@ -149,5 +142,4 @@ Kernels<float> kernels_f32() {
 
 Kernels<double> kernels_f64() { return avx512_bf16::kernels_f64(); }
 
-}  // namespace MOE_ISA
-}  // namespace moe_ops::cpu
+}  // namespace moe_ops::cpu::MOE_ISA

@@ -6,5 +6,4 @@
 #define MOE_MR1 24
 #define MOE_MR2 14
 #define MOE_DOT_TOKENS 4
-#define MOE_DOT_MAX_ROWS 8
 #include "cpu/kernels-inl.h"

@@ -13,21 +13,11 @@
 namespace moe_ops::cpu {
 
 #if defined(__x86_64__)
-#define MOE_DECLARE_LEVEL(level) \
-  namespace level {              \
-  Kernels<float> kernels_f32();  \
-  Kernels<double> kernels_f64(); \
-  }
-MOE_DECLARE_LEVEL(avx2)
-MOE_DECLARE_LEVEL(avx512)
-MOE_DECLARE_LEVEL(avx512_bf16)
 #if defined(MOE_OPS_HAS_AMX)
-MOE_DECLARE_LEVEL(amx)
 #define MOE_SELECT_AMX(isa, fn) (isa) == Isa::kAmx ? amx::fn():
 #else
 #define MOE_SELECT_AMX(isa, fn)
 #endif
-#undef MOE_DECLARE_LEVEL
 #define MOE_SELECT(isa, fn)                                             \
   (MOE_SELECT_AMX(isa, fn)(isa) == Isa::kAvx512Bf16 ? avx512_bf16::fn() \
    : (isa) == Isa::kAvx512                          ? avx512::fn()      \
