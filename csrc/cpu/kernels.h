@@ -353,10 +353,10 @@ struct Kernels {
                              bool accumulate, const char* ahead, int64_t far, int64_t ahead_step);
   int tile_streams;
   PanelTile panel_tile[4][kMaxMr];
-  // A block of a float16 panel, kc even, as one of T: [kc][2*lanes]. T = float only. From so many
-  // tiles of rows on it is faster than each of them widening the block for itself.
-  void (*widen_fp16_panel)(int64_t kc, const void* panel, T* dst);
-  int widen_tiles;
+  // A block of a panel of a half type, kc even, as one of T: [kc][2*lanes]. T = float only. From so
+  // many tiles of rows on it is faster than each of them widening the block for itself; 0: never.
+  void (*widen_panel[4])(int64_t kc, const void* panel, T* dst);
+  int widen_tiles[4];
   // The same for m <= kMaxStreamRows and num_panel_streams[m - 1] panels, `stride` bytes apart: the
   // sums of panel s go to c[s]. Index: [type][asks for memory ahead][m - 1].
   using PanelStreams = void (*)(int64_t kc, const T* a, const void* panel, int64_t stride,

@@ -90,14 +90,15 @@ bool panels_right(const Kernels<T>& k, const Kernels<T>& portable, Numbers<T>& n
     const std::vector<T> w = numbers.take(kStreams * depth * P);  // [stream][k / pair][P][pair]
     const std::vector<char> panels = as_type(portable, all[type], w);
     const int64_t panel_bytes = depth * P * dtype_size(all[type]);
-    if (all[type] == DType::kFloat16) {
+    const int index = static_cast<int>(all[type]);
+    if (k.widen_panel[index] != nullptr) {
       std::vector<T> wide(static_cast<size_t>(depth * P), T(NAN)), expected(wide.size());
       for (int64_t s = 0; s < depth; ++s) {
         for (int64_t j = 0; j < P; ++j) {
           expected[s * P + j] = w[(s / pair * P + j) * pair + s % pair];
         }
       }
-      k.widen_fp16_panel(depth, panels.data(), wide.data());
+      k.widen_panel[index](depth, panels.data(), wide.data());
       if (!close(wide, expected)) return false;
     }
     for (int m = 1; m <= k.mr2; ++m) {
@@ -113,11 +114,13 @@ bool panels_right(const Kernels<T>& k, const Kernels<T>& portable, Numbers<T>& n
           }
         }
       }
-      const int index = static_cast<int>(all[type]);
-      std::vector<T> c(static_cast<size_t>(size), T(NAN));
-      k.panel_tile[index][m - 1](depth, a.data(), panels.data(), c.data(), P, false, panels.data(),
-                                 0, 64);
-      if (!close(c, {truth.begin(), truth.begin() + size})) return false;
+      // Asking ahead for a line a step, and for few.
+      for (const int64_t ahead_step : {64, 4}) {
+        std::vector<T> c(static_cast<size_t>(size), T(NAN));
+        k.panel_tile[index][m - 1](depth, a.data(), panels.data(), c.data(), P, false,
+                                   panels.data(), 0, ahead_step);
+        if (!close(c, {truth.begin(), truth.begin() + size})) return false;
+      }
       if (m > kMaxStreamRows) continue;
       const int64_t read = k.num_panel_streams[m - 1] * size;
       for (const auto& table : k.panel_streams[index]) {

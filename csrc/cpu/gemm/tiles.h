@@ -245,20 +245,20 @@ void panel_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, c
       done = share * streams;
     }
     const int64_t blocks = ceil_div<int64_t>(m, k.mr2);
-    const bool widen = !kPairs && d.b.type == DType::kFloat16 && blocks >= k.widen_tiles;
+    const bool widen = !kPairs && k.widen_tiles[type] > 0 && blocks >= k.widen_tiles[type];
     T* wide = widen ? scratch<T>(Scratch::kPackB, block_k * P) : nullptr;
     const auto* tiles =
         kPairs ? k.pair_panel_tile : k.panel_tile[widen ? static_cast<int>(kAccumulate<T>) : type];
     const int64_t tile_step = widen ? 1 : step;
     // Every tile asks for panels ahead of its own: the core's window is too short to compute and to
     // wait for memory at once. Several tiles on one block share the next block between them.
-    const int64_t ahead_step = std::max<int64_t>(size * tile_step / blocks, 2);
+    const int64_t ahead_step = std::max<int64_t>(ceil_div(size * tile_step, blocks), 2);
     for (; done < count; ++done) {
       const char* panel = first + done * layout.panel_bytes;
       for (int64_t b = 0; b < k_blocks; ++b) {
         const int64_t kc = std::min(block_k, depth - b * block_k);
         const char* block = panel + b * block_k * size;
-        if (widen) k.widen_fp16_panel(kc, block, wide);
+        if (widen) k.widen_panel[type](kc, block, wide);
         for (int64_t i = 0; i < blocks; ++i) {
           const int64_t i0 = m * i / blocks, i1 = m * (i + 1) / blocks;
           const void* weights = widen ? static_cast<const void*>(wide) : block;

@@ -103,9 +103,13 @@ inline Vec<T> panel_vector(const S* p, int v, [[maybe_unused]] int half) {
 
 // A step of k is so many lines of a panel, each asked for in a stream of its own.
 constexpr int kTileStreams = MOE_VEC_BYTES == 64 ? 2 : 1;
-template <class T, class S, int M>
-void panel_tile(int64_t kc, const T* a, const void* panel_data, T* c, int64_t ldc, bool accumulate,
-                const char* ahead, int64_t far, int64_t ahead_step) {
+
+// kGroup: steps that share a prefetch. A function of its own, of one loop: with two in one function
+// the compiler keeps sums on the stack.
+template <class T, class S, int M, int kGroup>
+[[gnu::noinline]] void panel_tile_of(int64_t kc, const T* a, const void* panel_data, T* c,
+                                     int64_t ldc, bool accumulate, const char* ahead, int64_t far,
+                                     int64_t ahead_step) {
   constexpr int W = kLanes<T>;
   constexpr int kPair = sizeof(S) == sizeof(T) ? 1 : 2;  // steps of k that lie side by side
   // One chain of sums an element, as in panel_streams: which of the two takes a panel depends on
@@ -113,27 +117,29 @@ void panel_tile(int64_t kc, const T* a, const void* panel_data, T* c, int64_t ld
   Vec<T> acc[M][2];
 #pragma GCC unroll 32
   for (int i = 0; i < M; ++i) acc[i][0] = acc[i][1] = Vec<T>{};
-  ahead_step /= kTileStreams;
+  ahead_step = ahead_step * kGroup / kTileStreams;
   const S* panel = static_cast<const S*>(panel_data);
-#pragma GCC unroll 2
-  for (int64_t k = 0; k < kc; k += kPair) {
+  for (int64_t k = 0; k < kc; k += kGroup * kPair) {
 #pragma GCC unroll 2
     for (int s = 0; s < kTileStreams; ++s) __builtin_prefetch(ahead + s * far, 0, 2);
     ahead += ahead_step;
+#pragma GCC unroll 4
+    for (int g = 0; g < kGroup; ++g) {
 #pragma GCC unroll 2
-    for (int half = 0; half < kPair; ++half) {
-      // Load the pairs anew for each half and broadcast no earlier: 16 registers hold the sums of
-      // an AVX2 tile, two vectors, an element of a and the mask, and not one more.
-      if constexpr (kPair == 2) asm volatile("" ::: "memory");
-      const Vec<T> b0 = panel_vector<T>(panel, 0, half), b1 = panel_vector<T>(panel, 1, half);
+      for (int half = 0; half < kPair; ++half) {
+        // Load the pairs anew for each half and broadcast no earlier: 16 registers hold the sums of
+        // an AVX2 tile, two vectors, an element of a and the mask, and not one more.
+        if constexpr (kPair == 2) asm volatile("" ::: "memory");
+        const Vec<T> b0 = panel_vector<T>(panel, 0, half), b1 = panel_vector<T>(panel, 1, half);
 #pragma GCC unroll 32
-      for (int i = 0; i < M; ++i) {
-        acc[i][0] = add_product<T, S>(acc[i][0], a + i * kLda + half, b0);
-        acc[i][1] = add_product<T, S>(acc[i][1], a + i * kLda + half, b1);
+        for (int i = 0; i < M; ++i) {
+          acc[i][0] = add_product<T, S>(acc[i][0], a + i * kLda + half, b0);
+          acc[i][1] = add_product<T, S>(acc[i][1], a + i * kLda + half, b1);
+        }
       }
+      a += kPair;
+      panel += 2 * W * kPair;
     }
-    a += kPair;
-    panel += 2 * W * kPair;
   }
 #pragma GCC unroll 32
   for (int i = 0; i < M; ++i) {
@@ -145,10 +151,23 @@ void panel_tile(int64_t kc, const T* a, const void* panel_data, T* c, int64_t ld
   }
 }
 
-template <class T>
-void widen_fp16_panel(int64_t kc, const void* panel_data, T* dst) {
+// Where a step is a line of a panel or less and several tiles share what they ask for, a prefetch a
+// step would ask for each line many times: four steps of k share one, if it asks for all that is due.
+template <class T, class S, int M>
+void panel_tile(int64_t kc, const T* a, const void* panel, T* c, int64_t ldc, bool accumulate,
+                const char* ahead, int64_t far, int64_t ahead_step) {
+  constexpr int kSteps = 4, kGroup = sizeof(S) == sizeof(T) ? kSteps : kSteps / 2;
+  if (MOE_VEC_BYTES < 64 && kc % kSteps == 0 && kGroup * ahead_step <= 64) {
+    panel_tile_of<T, S, M, kGroup>(kc, a, panel, c, ldc, accumulate, ahead, far, ahead_step);
+  } else {
+    panel_tile_of<T, S, M, 1>(kc, a, panel, c, ldc, accumulate, ahead, far, ahead_step);
+  }
+}
+
+template <class T, class S>
+void widen_panel(int64_t kc, const void* panel_data, T* dst) {
   constexpr int W = kLanes<T>;
-  const auto* panel = static_cast<const Fp16*>(panel_data);
+  const auto* panel = static_cast<const S*>(panel_data);
   for (int64_t k = 0; k < kc; k += 2, panel += 4 * W) {
 #pragma GCC unroll 2
     for (int half = 0; half < 2; ++half, dst += 2 * W) {
