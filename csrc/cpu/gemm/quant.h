@@ -144,6 +144,7 @@ void quant_panel_item(const GemmDesc<float>& d, const Kernels<float>& k, const G
   const bool four = q.bits == 4;
   const auto* tiles = (kCodes ? k.quant.code_tile : k.quant.tile)[four];
   const int64_t blocks = ceil_div<int64_t>(m, kCodes ? k.quant.code_rows[four] : k.mr2);
+  const EvenParts tile_rows(m, blocks);
   const int64_t count = ceil_div(n, P) * d.segments;
   const int64_t ldw = d.b.stride_o * q.bits / 8, ahead_step = std::max<int64_t>(64 / blocks, 1);
   const auto feature = [&](int64_t i) {
@@ -174,7 +175,7 @@ void quant_panel_item(const GemmDesc<float>& d, const Kernels<float>& k, const G
         end = many ? begin + whole * group : std::min(k1, (begin / group + 1) * group);
         const int64_t runs = many ? whole : 1, steps = ceil_div((end - begin) / runs, word);
         for (int64_t r = 0; r < blocks; ++r) {
-          const int64_t r0 = m * r / blocks, r1 = m * (r + 1) / blocks;
+          const int64_t r0 = tile_rows.begin(r), r1 = tile_rows.begin(r + 1);
           const float* rows = a + (b * m + r0) * kLda;
           tiles[r1 - r0 - 1](
               runs, steps, rows + (begin - k0) / kStep, rows + kKc, words + (begin - k0) / word * P,

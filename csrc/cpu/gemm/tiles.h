@@ -53,6 +53,7 @@ void pack_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, co
   };
   for (int64_t r0 = it.row_begin; r0 < it.row_end; r0 += most_rows) {
     const int64_t m = std::min(most_rows, it.row_end - r0), blocks = ceil_div<int64_t>(m, k.mr2);
+    const EvenParts tile_rows(m, blocks);
     const bool first = r0 == it.row_begin;
     for (int64_t f0 = it.feature_begin; f0 < it.feature_end; f0 += part) {
       const int64_t f1 = std::min(it.feature_end, f0 + part), n = f1 - f0;
@@ -86,7 +87,7 @@ void pack_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, co
               T* panel = kept ? kept_panels + column * K + k0 * width : panels;
               if (first) pack(s, f0 + j, f1, width, k0, kc, panel);
               for (int64_t i = 0; i < blocks; ++i) {
-                const int64_t i0 = m * i / blocks, i1 = m * (i + 1) / blocks;
+                const int64_t i0 = tile_rows.begin(i), i1 = tile_rows.begin(i + 1);
                 tiles[width / W - 1][i1 - i0 - 1](kc, x + i0 * kLda, panel,
                                                   tile + i0 * ldc + column, ldc, k0 > 0, next);
               }
@@ -129,6 +130,7 @@ void nn_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it,
   for (int64_t r0 = it.row_begin; r0 < it.row_end; r0 += most_rows) {
     const int64_t m = std::min(most_rows, it.row_end - r0);
     const int64_t blocks = ceil_div<int64_t>(m, k.mr2);
+    const EvenParts tile_rows(m, blocks);
     for (int64_t k0 = 0; k0 < K; k0 += depth) {
       const int64_t kc = std::min(depth, K - k0), stride = 2 * W * kc + kPanelPad;
       for (int64_t t = 0; t < m; ++t) load_tokens<kPairs>(d, k, r0 + t, k0, kc, a + t * kLda);
@@ -174,7 +176,7 @@ void nn_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it,
           const T* panel = direct ? static_cast<const T*>(w_rows[0]) + s * d.features + j
                                   : segment + j / (2 * W) * stride;
           for (int64_t b = 0; b < blocks; ++b) {
-            const int64_t i0 = m * b / blocks, i1 = m * (b + 1) / blocks;
+            const int64_t i0 = tile_rows.begin(b), i1 = tile_rows.begin(b + 1);
             tiles[nv - 1][i1 - i0 - 1](kc, a + i0 * kLda, panel, tile + i0 * ldc + s * padded_n + j,
                                        ldc, k0 > 0, next);
           }
@@ -245,6 +247,7 @@ void panel_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, c
       done = share * streams;
     }
     const int64_t blocks = ceil_div<int64_t>(m, k.mr2);
+    const EvenParts tile_rows(m, blocks);
     const bool widen = !kPairs && k.widen_tiles[type] > 0 && blocks >= k.widen_tiles[type];
     T* wide = widen ? scratch<T>(Scratch::kPackB, block_k * P) : nullptr;
     const auto* tiles =
@@ -260,7 +263,7 @@ void panel_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, c
         const char* block = panel + b * block_k * size;
         if (widen) k.widen_panel[type](kc, block, wide);
         for (int64_t i = 0; i < blocks; ++i) {
-          const int64_t i0 = m * i / blocks, i1 = m * (i + 1) / blocks;
+          const int64_t i0 = tile_rows.begin(i), i1 = tile_rows.begin(i + 1);
           const void* weights = widen ? static_cast<const void*>(wide) : block;
           tiles[i1 - i0 - 1](kc, a + (b * m + i0) * kLda, weights, sums(done) + i0 * ldc, ldc,
                              b > 0,

@@ -120,6 +120,7 @@ void wgrad_item(const GroupedWgradParams& p, const Kernels<T>& k, int64_t e, int
     for (int64_t o0 = o_begin; o0 < o_end; o0 += o_block) {
       const int64_t n = std::min(o_block, o_end - o0);
       const int64_t blocks = ceil_div<int64_t>(n, height);
+      const EvenParts tile_rows(n, blocks);
       T* g = copies + (one ? (o0 - o_begin) / o_block * depth * kGradPitch : 0);
       for (int64_t r0 = begin; r0 < end; r0 += kRows * kKc) {
         const int64_t rows = std::min(kRows * kKc, end - r0), kc = ceil_div(rows, kRows);
@@ -131,7 +132,7 @@ void wgrad_item(const GroupedWgradParams& p, const Kernels<T>& k, int64_t e, int
           T* c = direct ? reinterpret_cast<T*>(out) + o0 * J + j : tile + (j - j0);
           const int64_t ld = direct ? J : ldc;
           const int nv = width > W ? 2 : 1;
-          const int64_t i0 = n * b / blocks, i1 = n * (b + 1) / blocks;
+          const int64_t i0 = tile_rows.begin(b), i1 = tile_rows.begin(b + 1);
           hints.stream = streamed && direct;
           tiles[nv - 1][i1 - i0 - 1](
               kc, g + i0, panels + (j - j0) / (2 * W) * (2 * W * kc + kPanelPad), c + i0 * ld, ld,

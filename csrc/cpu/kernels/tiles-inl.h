@@ -119,6 +119,9 @@ template <class T, class S, int M, int kGroup>
   for (int i = 0; i < M; ++i) acc[i][0] = acc[i][1] = Vec<T>{};
   ahead_step = ahead_step * kGroup / kTileStreams;
   const S* panel = static_cast<const S*>(panel_data);
+#if MOE_VEC_BYTES == 64
+#pragma GCC unroll 2
+#endif
   for (int64_t k = 0; k < kc; k += kGroup * kPair) {
 #pragma GCC unroll 2
     for (int s = 0; s < kTileStreams; ++s) __builtin_prefetch(ahead + s * far, 0, 2);
@@ -156,12 +159,14 @@ template <class T, class S, int M, int kGroup>
 template <class T, class S, int M>
 void panel_tile(int64_t kc, const T* a, const void* panel, T* c, int64_t ldc, bool accumulate,
                 const char* ahead, int64_t far, int64_t ahead_step) {
-  constexpr int kSteps = 4, kGroup = sizeof(S) == sizeof(T) ? kSteps : kSteps / 2;
-  if (MOE_VEC_BYTES < 64 && kc % kSteps == 0 && kGroup * ahead_step <= 64) {
-    panel_tile_of<T, S, M, kGroup>(kc, a, panel, c, ldc, accumulate, ahead, far, ahead_step);
-  } else {
-    panel_tile_of<T, S, M, 1>(kc, a, panel, c, ldc, accumulate, ahead, far, ahead_step);
+  if constexpr (MOE_VEC_BYTES < 64) {
+    constexpr int kSteps = 4, kGroup = sizeof(S) == sizeof(T) ? kSteps : kSteps / 2;
+    if (kc % kSteps == 0 && kGroup * ahead_step <= 64) {
+      return panel_tile_of<T, S, M, kGroup>(kc, a, panel, c, ldc, accumulate, ahead, far,
+                                            ahead_step);
+    }
   }
+  panel_tile_of<T, S, M, 1>(kc, a, panel, c, ldc, accumulate, ahead, far, ahead_step);
 }
 
 template <class T, class S>
