@@ -155,7 +155,8 @@ template <class T, class S, int M, int kGroup>
 }
 
 // Where a step is a line of a panel or less and several tiles share what they ask for, a prefetch a
-// step would ask for each line many times: four steps of k share one, if it asks for all that is due.
+// step would ask for each line many times: four steps of k share one, if it asks for all that is
+// due.
 template <class T, class S, int M>
 void panel_tile(int64_t kc, const T* a, const void* panel, T* c, int64_t ldc, bool accumulate,
                 const char* ahead, int64_t far, int64_t ahead_step) {
