@@ -104,6 +104,7 @@ Kernels<T> first_kernels() {
     fill_panel_streams<T, Bf16>(k.panel_streams[static_cast<int>(DType::kBFloat16)]);
     fill_panel_tiles<T, Fp16, 1>(k.panel_tile[static_cast<int>(DType::kFloat16)]);
     fill_panel_streams<T, Fp16>(k.panel_streams[static_cast<int>(DType::kFloat16)]);
+    k.strip_widen = &strip_widen;
     k.widen_panel[static_cast<int>(DType::kBFloat16)] = &widen_panel<T, Bf16>;
     k.widen_tiles[static_cast<int>(DType::kBFloat16)] = MOE_VEC_BYTES == 64 ? 0 : 9;
     k.widen_panel[static_cast<int>(DType::kFloat16)] = &widen_panel<T, Fp16>;

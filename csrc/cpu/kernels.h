@@ -409,6 +409,11 @@ struct Kernels {
                          const T* x, int64_t ldx, T* sums, bool accumulate, TileHints& hints);
   int strip_tokens;
   Strip strip, pair_strip;
+  // The same for weights of a half type, T = float only; also wide[f*ld_wide + i] = w[f*ldw + i],
+  // zeros up to the next whole vector.
+  void (*strip_widen)(DType w_type, int features, int tokens, int64_t k, const void* w, int64_t ldw,
+                      T* wide, int64_t ld_wide, const T* x, int64_t ldx, T* sums, bool accumulate,
+                      TileHints& hints);
   // out[t*ldo + f] = the sum of the lanes of vector (t * features + f)
   void (*strip_sums)(int features, int64_t tokens, const T* sums, T* out, int64_t ldo);
 

@@ -190,7 +190,7 @@ bool dot_right(const Kernels<T>& k, const Kernels<T>& portable, Numbers<T>& numb
   return true;
 }
 
-// Two blocks of k of a strip, of numbers and of pairs of bfloat16.
+// Two blocks of k of a strip: of numbers, of half types, and of pairs of bfloat16.
 template <class T>
 bool strip_right(const Kernels<T>& k, const Kernels<T>& portable, Numbers<T>& numbers) {
   // Whole runs between two prefetches, whole vectors, and a part of one.
@@ -207,8 +207,8 @@ bool strip_right(const Kernels<T>& k, const Kernels<T>& portable, Numbers<T>& nu
       truth[i] += 2 * w[i % kDotFeatures * 2 * pitch + s] * x[i / kDotFeatures * 2 * pitch + s];
     }
   }
-  const auto right = [&](typename Kernels<T>::Strip run, int64_t depth, int64_t pitch_w,
-                         const T* weights, const T* rows) {
+  const auto right = [&](const auto& run, int64_t depth, int64_t pitch_w, const T* weights,
+                         const T* rows) {
     for (int m = 1; m <= tokens; ++m) {
       for (const int features : {1, static_cast<int>(kDotFeatures)}) {
         std::vector<T> sums(static_cast<size_t>(m * features * k.lanes), T(NAN));
@@ -227,6 +227,24 @@ bool strip_right(const Kernels<T>& k, const Kernels<T>& portable, Numbers<T>& nu
   };
   if (!right(k.strip, kLong, 2 * pitch, w.data(), x.data())) return false;
   if constexpr (sizeof(T) == 4) {
+    for (const DType type : {DType::kBFloat16, DType::kFloat16}) {
+      const std::vector<char> w16 = as_type(portable, type, w);
+      std::vector<T> wide(w.size(), T(NAN));
+      const auto widen = [&](int features, int tokens, int64_t depth, const T* weights,
+                             int64_t pitch_w, const T* rows, int64_t pitch_x, T* sums, bool add,
+                             TileHints& hints) {
+        std::fill(wide.begin(), wide.end(), T(NAN));
+        k.strip_widen(type, features, tokens, depth, weights, pitch_w, wide.data(), pitch_w, rows,
+                      pitch_x, sums, add, hints);
+        for (int64_t i = 0; i < features * depth; ++i) {
+          const int64_t at = i / depth * pitch_w + i % depth;
+          if (wide[at] != w[at]) sums[0] = T(NAN);
+        }
+      };
+      if (!right(widen, kLong, 2 * pitch, reinterpret_cast<const T*>(w16.data()), x.data())) {
+        return false;
+      }
+    }
     if (k.pairs) {
       const std::vector<char> w16 = as_type(portable, DType::kBFloat16, w);
       const std::vector<char> x16 = as_type(portable, DType::kBFloat16, x);

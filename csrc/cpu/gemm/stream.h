@@ -47,7 +47,8 @@ void dot_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, con
 
 // Strips of four weight rows, dense along k, meet all tokens, strip_tokens at a time: no token is
 // padded and no weight copied. Blocks of k keep a strip's part in L1 while the tokens pass; their
-// tiles ask for the next strip, which is one run in memory. Half types are widened once a block.
+// tiles ask for the next strip, which is one run in memory. Half types are widened once a block, by
+// the tiles of the first tokens.
 template <bool kPairs, class T, class Epilogue>
 void strip_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, const Epilogue& fn) {
   constexpr int64_t F = kDotFeatures;
@@ -81,7 +82,8 @@ void strip_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, c
   for (int s = 0; s < d.segments; ++s) {
     for (int64_t i = 0; i < strips + rest; ++i) {
       const int64_t first = std::min(i, strips) * F + std::max<int64_t>(i - strips, 0);
-      const int64_t features = i < strips ? F : 1, next_first = first + features;
+      const int features = i < strips ? F : 1;
+      const int64_t next_first = first + features;
       const char* w = rows_at(s, first);
       TileHints next;
       if (next_first < n || s + 1 < d.segments) {
@@ -94,17 +96,21 @@ void strip_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, c
       for (int64_t b = 0; b < k_blocks; ++b) {
         const int64_t kc = std::min(block, K - b * block);
         const char* weights = w + b * block * size;
-        for (int64_t f = 0; widen && f < features; ++f) {
-          k.load_row(d.b.type, weights + f * ldw * size, wide + f * ldx, kc, T(1));
-        }
         for (int64_t p = 0; p < passes; ++p) {
           const int64_t t0 = m * p / passes, t1 = m * (p + 1) / passes;
-          run(static_cast<int>(features), static_cast<int>(t1 - t0), kc,
-              widen ? static_cast<const void*>(wide) : weights, widen ? ldx : ldw,
-              x + (b * m + t0) * ldx, ldx, sums + t0 * features * W, b > 0, next);
+          const int tokens = static_cast<int>(t1 - t0);
+          const T* rows = x + (b * m + t0) * ldx;
+          T* part = sums + t0 * features * W;
+          if (widen && p == 0) {
+            k.strip_widen(d.b.type, features, tokens, kc, weights, ldw, wide, ldx, rows, ldx, part,
+                          b > 0, next);
+          } else {
+            run(features, tokens, kc, widen ? static_cast<const void*>(wide) : weights,
+                widen ? ldx : ldw, rows, ldx, part, b > 0, next);
+          }
         }
       }
-      k.strip_sums(static_cast<int>(features), m, sums, out + s * n + first, ldo);
+      k.strip_sums(features, m, sums, out + s * n + first, ldo);
     }
   }
   for (int64_t t = 0; t < m; ++t) {

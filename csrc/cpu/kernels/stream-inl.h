@@ -129,9 +129,12 @@ inline Vec<T> add_products(Vec<T> acc, Vec<T> a, Vec<T> b) {
   return acc + a * b;
 }
 
-template <class T, class S, int F, int M>
-void strip_tile(int64_t k, const T* w, int64_t ldw, const T* x, int64_t ldx, T* sums,
-                bool accumulate, TileHints& hints) {
+// D: the type of the weights. Those of a half type are also written to `wide`, of which the other
+// tokens' tiles read them: between multiply-adds widening costs half of what it does alone.
+template <class T, class S, class D, int F, int M>
+void strip_tile(int64_t k, const D* w, int64_t ldw, [[maybe_unused]] T* wide,
+                [[maybe_unused]] int64_t ld_wide, const T* x, int64_t ldx, T* sums, bool accumulate,
+                TileHints& hints) {
   constexpr int W = kLanes<T>;
   Vec<T> acc[M][F];
 #pragma GCC unroll 6
@@ -141,17 +144,24 @@ void strip_tile(int64_t k, const T* w, int64_t ldw, const T* x, int64_t ldx, T* 
       acc[t][f] = accumulate ? load<T>(sums + (t * F + f) * W) : Vec<T>{};
     }
   }
-  const auto step = [&](const T* p, int64_t ld) {
+  const auto step = [&](const D* p, int64_t ld) {
     Vec<T> xv[M];
 #pragma GCC unroll 6
     for (int t = 0; t < M; ++t) xv[t] = load<T>(x + t * ldx);
 #pragma GCC unroll 4
     for (int f = 0; f < F; ++f) {
-      const Vec<T> wv = load<T>(p + f * ld);
+      Vec<T> wv;
+      if constexpr (sizeof(D) == sizeof(T)) {
+        wv = load<T>(p + f * ld);
+      } else {
+        wv = load_as(p + f * ld);
+        store<T>(wide + f * ld_wide, wv);
+      }
 #pragma GCC unroll 6
       for (int t = 0; t < M; ++t) acc[t][f] = add_products<T, S>(acc[t][f], xv[t], wv);
     }
     x += W;
+    if constexpr (sizeof(D) != sizeof(T)) wide += W;
   };
   int64_t i = 0;
   for (; i + kPrefetchStep * W <= k; i += kPrefetchStep * W) {
@@ -161,8 +171,8 @@ void strip_tile(int64_t k, const T* w, int64_t ldw, const T* x, int64_t ldx, T* 
   }
   for (; i + W <= k; i += W) step(w + i, ldw);
   if (i < k) {
-    T tail[F][W] = {};
-    for (int f = 0; f < F; ++f) __builtin_memcpy(tail[f], w + f * ldw + i, (k - i) * sizeof(T));
+    D tail[F][W] = {};
+    for (int f = 0; f < F; ++f) __builtin_memcpy(tail[f], w + f * ldw + i, (k - i) * sizeof(D));
     step(tail[0], W);
   }
 #pragma GCC unroll 6
@@ -172,12 +182,12 @@ void strip_tile(int64_t k, const T* w, int64_t ldw, const T* x, int64_t ldx, T* 
   }
 }
 
-template <class T, class S>
-void strip(int features, int tokens, int64_t k, const void* w, int64_t ldw, const T* x, int64_t ldx,
-           T* sums, bool accumulate, TileHints& hints) {
-  const auto* p = static_cast<const T*>(w);
+template <class T, class S, class D>
+void strip_of(int features, int tokens, int64_t k, const D* w, int64_t ldw, T* wide,
+              int64_t ld_wide, const T* x, int64_t ldx, T* sums, bool accumulate,
+              TileHints& hints) {
   const auto run = [&]<int F, int M>() {
-    strip_tile<T, S, F, M>(k, p, ldw, x, ldx, sums, accumulate, hints);
+    strip_tile<T, S, D, F, M>(k, w, ldw, wide, ld_wide, x, ldx, sums, accumulate, hints);
   };
   const auto all = [&]<int F>() {
     if constexpr (kStripTokens >= 6) {
@@ -192,6 +202,23 @@ void strip(int features, int tokens, int64_t k, const void* w, int64_t ldw, cons
     run.template operator()<F, 1>();
   };
   features == kDotFeatures ? all.template operator()<kDotFeatures>() : all.template operator()<1>();
+}
+
+template <class T, class S>
+void strip(int features, int tokens, int64_t k, const void* w, int64_t ldw, const T* x, int64_t ldx,
+           T* sums, bool accumulate, TileHints& hints) {
+  strip_of<T, S, T>(features, tokens, k, static_cast<const T*>(w), ldw, nullptr, 0, x, ldx, sums,
+                    accumulate, hints);
+}
+
+inline void strip_widen(DType type, int features, int tokens, int64_t k, const void* w, int64_t ldw,
+                        float* wide, int64_t ld_wide, const float* x, int64_t ldx, float* sums,
+                        bool accumulate, TileHints& hints) {
+  const auto run = [&]<class D>(const D* p) {
+    strip_of<float, float, D>(features, tokens, k, p, ldw, wide, ld_wide, x, ldx, sums, accumulate,
+                              hints);
+  };
+  type == DType::kBFloat16 ? run(static_cast<const Bf16*>(w)) : run(static_cast<const Fp16*>(w));
 }
 
 template <class T>
