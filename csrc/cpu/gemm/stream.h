@@ -73,6 +73,7 @@ void strip_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, c
   const int64_t size = kPairs ? sizeof(T) : dtype_size(d.b.type);
   const int64_t ldw = kPairs ? d.b.stride_o / 2 : d.b.stride_o;
   const int64_t strips = n / F, rest = n % F, passes = ceil_div<int64_t>(m, k.strip_tokens);
+  const EvenParts pass_rows(m, passes);
   const auto run = kPairs ? k.pair_strip : k.strip;
   const auto rows_at = [&](int s, int64_t f) {
     return element(
@@ -97,7 +98,7 @@ void strip_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, c
         const int64_t kc = std::min(block, K - b * block);
         const char* weights = w + b * block * size;
         for (int64_t p = 0; p < passes; ++p) {
-          const int64_t t0 = m * p / passes, t1 = m * (p + 1) / passes;
+          const int64_t t0 = pass_rows.begin(p), t1 = pass_rows.begin(p + 1);
           const int tokens = static_cast<int>(t1 - t0);
           const T* rows = x + (b * m + t0) * ldx;
           T* part = sums + t0 * features * W;
