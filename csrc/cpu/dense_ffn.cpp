@@ -51,8 +51,9 @@ void multiply(const Kernels<T>& k, int64_t rows, const RowBlocks& a_blocks, cons
       const int nv = width > W ? 2 : 1;
       const T* panel = b + panels.offset(j) + a_blocks.begin(kb) * width;
       const int64_t tiles = ceil_div<int64_t>(rows, nv == 2 ? k.mr2 : k.mr1);
+      const EvenParts tile_rows(rows, tiles);
       for (int64_t i = 0; i < tiles; ++i) {
-        const int64_t i0 = rows * i / tiles, i1 = rows * (i + 1) / tiles;
+        const int64_t i0 = tile_rows.begin(i), i1 = tile_rows.begin(i + 1);
         k.row_a[nv - 1][i1 - i0 - 1](kc, block + i0 * kLda, panel, c + i0 * ldc + j, ldc,
                                      accumulate || kb > 0, none);
       }
@@ -72,8 +73,9 @@ void multiply_columns(const Kernels<T>& k, int64_t m, const T* a, const Panels& 
     for (int64_t j = 0; j < panels.cols; j += 2 * W) {
       const int nv = panels.width(j) > W ? 2 : 1;
       const int64_t tiles = ceil_div<int64_t>(rows, nv == 2 ? k.mr2 : k.mr1);
+      const EvenParts tile_rows(rows, tiles);
       for (int64_t i = 0; i < tiles; ++i) {
-        const int64_t i0 = rows * i / tiles, i1 = rows * (i + 1) / tiles;
+        const int64_t i0 = tile_rows.begin(i), i1 = tile_rows.begin(i + 1);
         k.col_a[nv - 1][i1 - i0 - 1](panels.depth, block + i0, b + panels.offset(j),
                                      c + (m0 + i0) * ldc + j, ldc, accumulate, none);
       }

@@ -15,6 +15,15 @@
 
 namespace moe_ops::cpu {
 
+// n in parts of sizes that differ by one at most; part i is [begin(i), begin(i + 1)). Nothing in no
+// parts is fine. Tiles are calls of a few hundred cycles, of which two divisions each would be 3 %.
+struct EvenParts {
+  int64_t size, longer;  // the first `longer` parts have one more
+  EvenParts(int64_t n, int64_t parts)
+      : size(n / std::max<int64_t>(parts, 1)), longer(n - size * parts) {}
+  int64_t begin(int64_t i) const { return i * size + std::min(i, longer); }
+};
+
 // Calls fn(item) for each item in [0, n). `cost` is a rough count of elementary operations of all
 // items together: below ~50 us of work a parallel region costs more than it brings.
 template <class Fn>

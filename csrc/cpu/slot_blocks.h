@@ -196,8 +196,9 @@ void multiply_slots(const Kernels<T>& k, DType type, const void* const* rows, in
                     int64_t depth, const T* panels, int64_t outputs, const void* bias, T* c) {
   T* a = scratch<T>(Scratch::kPackA, kMaxMr * kLda);
   const int64_t tiles = ceil_div<int64_t>(count, k.mr2), n = padded(k, outputs);
+  const EvenParts tile_rows(count, tiles);
   for (int64_t i = 0; i < tiles; ++i) {
-    const int64_t r0 = count * i / tiles, m = count * (i + 1) / tiles - r0;
+    const int64_t r0 = tile_rows.begin(i), m = tile_rows.begin(i + 1) - r0;
     k.gather_rows(type, rows + r0, m, depth, nullptr, a, kLda);
     multiply_tile(k, a, m, depth, panels, outputs, type, bias, c + r0 * n);
   }
@@ -218,13 +219,14 @@ void outer_tiles(const Kernels<T>& k, const T* grad, int64_t grad_width, const T
                  int64_t x_width, int64_t rows, T* c, bool accumulate) {
   const int64_t W = k.lanes, n = padded(k, x_width);
   const int64_t tiles = ceil_div<int64_t>(grad_width, k.mr2);
+  const EvenParts tile_rows(grad_width, tiles);
   TileHints hints;
   hints.lda = kLda;
   hints.ldb = odd_pitch(k, x_width);
   for (int64_t j = 0; j < n; j += 2 * W) {
     const auto& column = k.col_a[n - j > W ? 1 : 0];
     for (int64_t i = 0; i < tiles; ++i) {
-      const int64_t i0 = grad_width * i / tiles, i1 = grad_width * (i + 1) / tiles;
+      const int64_t i0 = tile_rows.begin(i), i1 = tile_rows.begin(i + 1);
       column[i1 - i0 - 1](rows, grad + i0, x + j, c + i0 * n + j, n, accumulate, hints);
     }
   }
@@ -245,8 +247,9 @@ void multiply_gradients(const Kernels<T>& k, DType type, const void* const* grad
   for (int64_t part = 0; part < parts; ++part) {
     const int64_t r0 = count * part / parts, m = count * (part + 1) / parts - r0;
     const int64_t tiles = ceil_div<int64_t>(m, k.mr2);
+    const EvenParts tile_rows(m, tiles);
     for (int64_t i = 0; i < tiles; ++i) {
-      const int64_t t0 = m * i / tiles, tm = m * (i + 1) / tiles - t0, r = r0 + t0;
+      const int64_t t0 = tile_rows.begin(i), tm = tile_rows.begin(i + 1) - t0, r = r0 + t0;
       k.gather_rows(type, grad + r, tm, grad_width, nullptr, g + t0 * kLda, kLda);
       if (c != nullptr) {
         k.gather_rows(type, x + r, tm, x_width, scales == nullptr ? nullptr : scales + r,

@@ -152,6 +152,7 @@ void fp8_tile_item(const Fp8Desc& d, const Kernels<float>& k, const Fp8Item& it,
   };
   const int64_t mr = padded_m == W ? k.mr1 : k.mr2;
   const int64_t blocks = ceil_div(total, mr);
+  const EvenParts tile_rows(total, blocks);
   const auto feature_of = [&](int64_t i) { return i / n * d.features + it.feature_begin + i % n; };
   for (int64_t b0 = 0; b0 < k_blocks; b0 += chunk) {
     const int64_t b1 = std::min(k_blocks, b0 + chunk);
@@ -174,7 +175,7 @@ void fp8_tile_item(const Fp8Desc& d, const Kernels<float>& k, const Fp8Item& it,
       }
     }
     for (int64_t i = 0; i < blocks; ++i) {
-      const int64_t i0 = total * i / blocks, i1 = total * (i + 1) / blocks;
+      const int64_t i0 = tile_rows.begin(i), i1 = tile_rows.begin(i + 1);
       for (int64_t b = b0; b < b1; ++b) {
         const int64_t kc = depth(b);
         for (int64_t f = i0; f < i1; ++f) {

@@ -137,14 +137,6 @@ inline int64_t balanced(int64_t n, int64_t most, int64_t unit) {
   return std::min(n, round_up(ceil_div(n, parts), unit));
 }
 
-// n in parts of sizes that differ by one at most; part i is [begin(i), begin(i + 1)). Tiles are
-// calls of a few hundred cycles, of which two divisions each would be 3 %.
-struct EvenParts {
-  int64_t size, longer;  // the first `longer` parts have one more
-  EvenParts(int64_t n, int64_t parts) : size(n / parts), longer(n % parts) {}
-  int64_t begin(int64_t i) const { return i * size + std::min(i, longer); }
-};
-
 // What one product computes. Features come in one or two segments of `features` each: two when the
 // gate and up halves of a fused projection are wanted side by side.
 template <class T>

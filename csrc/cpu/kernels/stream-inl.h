@@ -214,11 +214,10 @@ void strip(int features, int tokens, int64_t k, const void* w, int64_t ldw, cons
 inline void strip_widen(DType type, int features, int tokens, int64_t k, const void* w, int64_t ldw,
                         float* wide, int64_t ld_wide, const float* x, int64_t ldx, float* sums,
                         bool accumulate, TileHints& hints) {
-  const auto run = [&]<class D>(const D* p) {
-    strip_of<float, float, D>(features, tokens, k, p, ldw, wide, ld_wide, x, ldx, sums, accumulate,
-                              hints);
-  };
-  type == DType::kBFloat16 ? run(static_cast<const Bf16*>(w)) : run(static_cast<const Fp16*>(w));
+  with_type<float>(type, w, [&](const auto* p) {
+    strip_of<float, float>(features, tokens, k, p, ldw, wide, ld_wide, x, ldx, sums, accumulate,
+                           hints);
+  });
 }
 
 template <class T>

@@ -115,8 +115,9 @@ void forward(const MoeFfnParams& p, const Parallel& par) {
     for (int64_t e = 0; e < E; ++e) {
       const int64_t count = b.offsets[e + 1] - b.offsets[e];
       const int64_t tiles = ceil_div<int64_t>(count, k.mr2);
+      const EvenParts tile_rows(count, tiles);
       for (int64_t i = 0; i < tiles; ++i) {
-        const int64_t r0 = count * i / tiles, m = count * (i + 1) / tiles - r0;
+        const int64_t r0 = tile_rows.begin(i), m = tile_rows.begin(i + 1) - r0;
         const int64_t row = b.rows[e] + r0;
         find_rows(s, b, e, r0, m, RowStarts(p.x), tokens.data(), weights.data());
         k.gather_rows(type, tokens.data(), m, H, on_input ? weights.data() : nullptr, x, kLda);
@@ -267,8 +268,9 @@ class Backward {
     T* grad_weights = static_cast<T*>(p_.grad_topk_weights);
     const void* bias = on_input ? nullptr : bias_of(p_.b_down, e);
     const int64_t tiles = ceil_div<int64_t>(count, k_.mr2);
+    const EvenParts tile_rows(count, tiles);
     for (int64_t i = 0; i < tiles; ++i) {
-      const int64_t r0 = count * i / tiles, m = count * (i + 1) / tiles - r0;
+      const int64_t r0 = tile_rows.begin(i), m = tile_rows.begin(i + 1) - r0;
       T* dpre = t.dpre + r0 * kLda;
       // Tile by tile: rows are on their way while the tile before is being multiplied.
       k_.gather_rows(type, t.gys + r0, m, H_, nullptr, t.gy + r0 * kLda, kLda);
