@@ -10,8 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_ops.ops._register import call, in_plain_training
+from moe_ops.ops._register import caller, in_plain_training
 from moe_ops.ops.router_linear import router_linear
+
+_router_linear_bwd = caller("router_linear_bwd")
+_topk_router = caller("topk_router")
+_topk_router_bwd = caller("topk_router_bwd")
 
 
 class _LinearTopk(torch.autograd.Function):
@@ -42,12 +46,11 @@ class _LinearTopk(torch.autograd.Function):
         needs = ctx.needs_input_grad[:3]
         rest = (None,) * (1 + len(ctx.options))
         if grad_weights is not None:
-            bwd = torch.ops.moe_ops.topk_router_bwd
-            through = call(bwd, grad_weights, logits, ids, *ctx.options[1:5])
+            through = _topk_router_bwd(grad_weights, logits, ids, *ctx.options[1:5])
             grad_logits = through if grad_logits is None else through + grad_logits
         if grad_logits is None:
             return None, None, None, *rest
-        grads = call(torch.ops.moe_ops.router_linear_bwd, grad_logits, x, weight, *needs)
+        grads = _router_linear_bwd(grad_logits, x, weight, *needs)
         return *(g if need else None for g, need in zip(grads, needs, strict=True)), *rest
 
 
@@ -74,4 +77,4 @@ def linear_topk_router(
     if in_plain_training(x, weight, bias):
         return _apply(x, weight, bias, logits_dtype, *options)
     logits = router_linear(x, weight, bias, logits_dtype=logits_dtype)
-    return logits, *call(torch.ops.moe_ops.topk_router, logits, *options)
+    return logits, *_topk_router(logits, *options)

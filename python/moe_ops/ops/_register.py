@@ -10,6 +10,24 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _AutoDispatchBelowAutograd, is_grad_enabled, is_inference_mode_enabled
+from torch.compiler import is_compiling
+
+# What _plain_eager asks torch; a release without one of these takes the dispatcher's way.
+try:
+    from torch._C import (
+        _any_requires_grad,
+        _are_functorch_transforms_active,
+        _dispatch_tls_is_dispatch_key_excluded,
+        _dispatch_tls_is_dispatch_key_included,
+        _has_torch_function,
+        _is_any_autocast_enabled,
+        _len_torch_dispatch_stack,
+    )
+
+    _CAN_ASK = True
+except ImportError:
+    _CAN_ASK = False
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _INTS = (torch.int32, torch.int64)
@@ -82,29 +100,17 @@ _autograd_rules: dict[Any, Callable[..., Any]] = {}
 
 _PRE_DISPATCH = torch._C.DispatchKey.PreDispatch
 _AUTOGRAD = torch._C.DispatchKey.AutogradFunctionality
-# What _plain_eager asks torch; a release without one of these takes the dispatcher's way.
-_CAN_ASK = all(
-    hasattr(torch._C, name)
-    for name in (
-        "_is_any_autocast_enabled",
-        "_are_functorch_transforms_active",
-        "_len_torch_dispatch_stack",
-        "_dispatch_tls_is_dispatch_key_included",
-        "_dispatch_tls_is_dispatch_key_excluded",
-        "_has_torch_function",
-    )
-)
 
 
 def _plain_eager() -> bool:
     """Whether the dispatcher would go straight to the autograd rule: no autocast, functorch or
     mode, and not below autograd already. A read of all its keys would take longer than these."""
     return not (
-        torch._C._is_any_autocast_enabled()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._dispatch_tls_is_dispatch_key_included(_PRE_DISPATCH)
-        or torch._C._dispatch_tls_is_dispatch_key_excluded(_AUTOGRAD)
+        _is_any_autocast_enabled()
+        or _are_functorch_transforms_active()
+        or _len_torch_dispatch_stack()
+        or _dispatch_tls_is_dispatch_key_included(_PRE_DISPATCH)
+        or _dispatch_tls_is_dispatch_key_excluded(_AUTOGRAD)
     )
 
 
@@ -113,33 +119,55 @@ def in_plain_training(*args: Any) -> bool:
     autograd rule."""
     return bool(
         _CAN_ASK
-        and not torch.compiler.is_compiling()
-        and torch.is_grad_enabled()
-        and not torch.is_inference_mode_enabled()
+        and not is_compiling()
+        and is_grad_enabled()
+        and not is_inference_mode_enabled()
         and _plain_eager()
-        and not torch._C._has_torch_function(args)
-        and torch._C._any_requires_grad(*args)
+        and not _has_torch_function(args)
+        and _any_requires_grad(*args)
     )
 
 
-def call(op: Any, *args: Any, **kwargs: Any) -> Any:
-    """Calls an op. Where no gradient can be wanted, it passes by the autograd rule, which is Python
-    and takes 5 us, as long as routing a token. Inference mode passes by it anyway; code that is
-    being compiled must not ask for it.
+def _run_of(packet: Any) -> Callable[..., Any]:
+    """What calling an op comes to. The compiler knows only the packet."""
+    run: Callable[..., Any] = getattr(packet, "_op", packet)
+    return run
+
+
+def caller(name: str) -> Callable[..., Any]:
+    """A function that calls an op.
+
+    Where no gradient can be wanted, it passes by the autograd rule, which is Python and takes 5 us,
+    as long as routing a token. Inference mode passes by it anyway; code that is being compiled must
+    not ask for it.
 
     In plain eager code that wants gradients, the autograd rule is applied here: the dispatcher
     would come back to Python for it, through torch.library, and a training step of a small layer is
-    made of such calls."""
-    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
-        return op(*args, **kwargs)
-    if torch.is_grad_enabled():
-        rule = _autograd_rules.get(op)
-        if rule is None or kwargs or not _plain_eager() or torch._C._has_torch_function(args):
+    made of such calls.
+
+    What a call needs is bound beforehand. Weights that do not fit L2 push Python's own objects out
+    of it: then a name looked up in a module costs some 0.1 us, and ways to the op another 7.
+
+    Args:
+        name: of the op, without the namespace.
+    """
+    op = getattr(torch.ops.moe_ops, name)
+    run = _run_of(op)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if is_compiling():
             return op(*args, **kwargs)
-        if torch._C._any_requires_grad(*args):
-            return rule(*args)
-    with torch._C._AutoDispatchBelowAutograd():
-        return op(*args, **kwargs)
+        if is_inference_mode_enabled():
+            return run(*args, **kwargs)
+        if is_grad_enabled():
+            if kwargs or not _CAN_ASK or not _plain_eager() or _has_torch_function(args):
+                return run(*args, **kwargs)
+            if _any_requires_grad(*args):
+                return _autograd_rules.get(op, run)(*args)
+        with _AutoDispatchBelowAutograd():
+            return run(*args, **kwargs)
+
+    return call
 
 
 def options_of(
@@ -258,6 +286,7 @@ def register_autograd(
     """
     packet = getattr(torch.ops.moe_ops, op)
     overload = packet.default
+    run = _run_of(packet)
     arguments = overload._schema.arguments
     assert not any(a.kwarg_only for a in arguments), op
     defaults = tuple(a.default_value for a in arguments)
@@ -266,7 +295,7 @@ def register_autograd(
 
     def forward(ctx: Any, *args_and_keys: Any) -> Any:
         args, keyset = args_and_keys[:-1], args_and_keys[-1]
-        with torch._C._AutoDispatchBelowAutograd():
+        with _AutoDispatchBelowAutograd():
             output = redispatch(keyset & below, *args)
             setup(ctx, (*args, *defaults[len(args) :]), output)
         return output
@@ -283,8 +312,8 @@ def register_autograd(
     )
 
     def plain_forward(ctx: Any, *args: Any) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
-            output = packet(*args)
+        with _AutoDispatchBelowAutograd():
+            output = run(*args)
             setup(ctx, (*args, *defaults[len(args) :]), output)
         return output
 
@@ -300,7 +329,7 @@ def register_autograd(
     def kernel(keyset: Any, *args: Any) -> Any:
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
             return function.apply(*args, keyset)
-        with torch._C._AutoDispatchBelowAutograd():
+        with _AutoDispatchBelowAutograd():
             return redispatch(keyset & below, *args)
 
     library.impl(op, kernel, "Autograd", with_keyset=True)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moe_ops.ops._register import (
     accumulate_dtype,
-    call,
+    caller,
     check,
     check_dim,
     check_float,
@@ -24,6 +24,9 @@ from moe_ops.ops._register import (
     register_no_double_backward,
 )
 from moe_ops.reference.add_rms_norm import add_rms_norm as _formula
+
+_add_rms_norm = caller("add_rms_norm")
+_add_rms_norm_bwd = caller("add_rms_norm_bwd")
 
 
 def add_rms_norm(
@@ -64,7 +67,7 @@ def add_rms_norm(
     if x.is_cuda or torch.compiler.is_compiling():
         _check("add_rms_norm", x, weight, residual, bias, eps)
         return _formula(x, weight, residual, bias=bias, eps=eps)
-    y, total, _ = call(torch.ops.moe_ops.add_rms_norm, x, weight, residual, bias, float(eps))
+    y, total, _ = _add_rms_norm(x, weight, residual, bias, float(eps))
     return y, x if residual is None and bias is None else total
 
 
@@ -154,8 +157,7 @@ def _backward(
         if grad_sum is None:
             return (None,) * 5
         grad_y = torch.zeros_like(total)
-    gx, gw, gb = call(
-        torch.ops.moe_ops.add_rms_norm_bwd,
+    gx, gw, gb = _add_rms_norm_bwd(
         grad_y,
         grad_sum if ctx.adds else None,
         total,

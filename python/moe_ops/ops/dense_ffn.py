@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moe_ops.ops._register import (
     accumulate_dtype,
-    call,
+    caller,
     check,
     check_dim,
     check_float,
@@ -26,6 +26,8 @@ from moe_ops.ops._register import (
     register_training_form,
 )
 from moe_ops.ops.gated_act import PLAIN_ACTIVATIONS
+
+_dense_ffn = caller("dense_ffn")
 
 _OP = "dense_ffn"
 DENSE_ACTIVATIONS = ("none", *PLAIN_ACTIVATIONS)
@@ -67,7 +69,7 @@ def dense_ffn(
     Source:
         Ma et al. 2018, Multi-gate Mixture-of-Experts, KDD.
     """
-    return call(torch.ops.moe_ops.dense_ffn, x, w_up, w_down, input_ids, b_up, b_down, activation)
+    return _dense_ffn(x, w_up, w_down, input_ids, b_up, b_down, activation)
 
 
 def _check(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moe_ops.ops._register import (
-    call,
+    caller,
     check,
     check_same_device,
     register_autocast,
@@ -22,6 +22,8 @@ from moe_ops.ops.topk_router import (
     fake_router_gradient,
     fake_router_outputs,
 )
+
+_expert_choice_router = caller("expert_choice_router")
 
 
 def expert_choice_router(
@@ -59,8 +61,7 @@ def expert_choice_router(
     Source:
         Zhou et al. 2022, Mixture-of-Experts with Expert Choice Routing, arXiv 2202.09368.
     """
-    return call(
-        torch.ops.moe_ops.expert_choice_router,
+    return _expert_choice_router(
         router_logits,
         capacity,
         score_func=score_func,

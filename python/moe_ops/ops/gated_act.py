@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moe_ops.ops._register import (
-    call,
+    caller,
     check,
     check_float,
     check_same_device,
@@ -18,6 +18,8 @@ from moe_ops.ops._register import (
     register_fake,
     register_no_double_backward,
 )
+
+_gated_act = caller("gated_act")
 
 GATED_ACTIVATIONS = ("swiglu", "geglu", "geglu_tanh", "reglu", "swiglu_oai")
 PLAIN_ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
@@ -57,8 +59,7 @@ def gated_act(
     Source:
         Shazeer 2020, GLU Variants Improve Transformer, arXiv 2002.05202.
     """
-    return call(
-        torch.ops.moe_ops.gated_act,
+    return _gated_act(
         gate_up,
         activation,
         interleaved=interleaved,

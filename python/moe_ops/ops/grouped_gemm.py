@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moe_ops.ops._register import (
-    call,
+    caller,
     check,
     check_dim,
     check_float,
@@ -21,6 +21,10 @@ from moe_ops.ops._register import (
     register_autocast_keep,
     register_fake,
 )
+
+_grouped_gemm = caller("grouped_gemm")
+_grouped_gemm_wgrad = caller("grouped_gemm_wgrad")
+_grouped_sum = caller("grouped_sum")
 
 
 def grouped_gemm(
@@ -46,7 +50,7 @@ def grouped_gemm(
     Raises:
         ValueError: wrong dtype, rank or size; offsets that fall or end past N.
     """
-    return call(torch.ops.moe_ops.grouped_gemm, a, b, expert_offsets, bias)
+    return _grouped_gemm(a, b, expert_offsets, bias)
 
 
 def grouped_gemm_wgrad(grad: Tensor, a: Tensor, expert_offsets: Tensor) -> Tensor:
@@ -66,7 +70,7 @@ def grouped_gemm_wgrad(grad: Tensor, a: Tensor, expert_offsets: Tensor) -> Tenso
     Raises:
         ValueError: wrong dtype, rank or size; offsets that fall or end past N.
     """
-    return call(torch.ops.moe_ops.grouped_gemm_wgrad, grad, a, expert_offsets)
+    return _grouped_gemm_wgrad(grad, a, expert_offsets)
 
 
 def grouped_sum(rows: Tensor, expert_offsets: Tensor) -> Tensor:
@@ -83,7 +87,7 @@ def grouped_sum(rows: Tensor, expert_offsets: Tensor) -> Tensor:
     Raises:
         ValueError: wrong dtype, rank or size; offsets that fall or end past N.
     """
-    return call(torch.ops.moe_ops.grouped_sum, rows, expert_offsets)
+    return _grouped_sum(rows, expert_offsets)
 
 
 def _check_offsets(op: str, expert_offsets: Tensor, **others: Tensor | None) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from moe_ops.ops._register import (
-    call,
+    caller,
     check,
     check_dim,
     check_index,
@@ -18,6 +18,8 @@ from moe_ops.ops._register import (
     register_no_gradient,
 )
 from moe_ops.ops.quantize_fp8 import FP8, check_float_to_fp8, fp8_blocks
+
+_grouped_gemm_fp8 = caller("grouped_gemm_fp8")
 
 _OP = "grouped_gemm_fp8"
 
@@ -67,8 +69,7 @@ def grouped_gemm_fp8(
     Source:
         DeepSeek-AI 2024, arXiv 2412.19437, section 3.3.2.
     """
-    return call(
-        torch.ops.moe_ops.grouped_gemm_fp8,
+    return _grouped_gemm_fp8(
         a,
         a_scale,
         b,

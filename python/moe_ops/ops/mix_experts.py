@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moe_ops.ops._register import (
     accumulate_dtype,
-    call,
+    caller,
     check,
     check_dim,
     check_float,
@@ -23,6 +23,8 @@ from moe_ops.ops._register import (
     register_fake,
     register_no_double_backward,
 )
+
+_mix_experts = caller("mix_experts")
 
 _OP = "mix_experts"
 MIX_ACTIVATIONS = ("none", "relu", "silu", "sigmoid")
@@ -75,8 +77,7 @@ def mix_experts(
         Ma et al. 2018, Multi-gate Mixture-of-Experts, KDD; Wang et al. 2024, HoME, arXiv
         2408.05430.
     """
-    return call(
-        torch.ops.moe_ops.mix_experts,
+    return _mix_experts(
         outputs,
         weights,
         factor,

@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from moe_ops.ops._register import (
     accumulate_dtype,
-    call,
+    caller,
     check,
     check_dim,
     check_float,
@@ -24,6 +23,9 @@ from moe_ops.ops._register import (
     register_fake,
     register_no_double_backward,
 )
+
+_moa_attention = caller("moa_attention")
+_moa_attention_bwd = caller("moa_attention_bwd")
 
 KINDS = ("softmax", "stick_breaking")
 MAX_HEAD_SIZE = 256
@@ -94,8 +96,7 @@ def moa_attention(
     if scale is None:
         check_dim(op, "q", q, 5, "[B, S, K, n, d]")
         scale = max(1, q.shape[-1]) ** -0.5
-    out, remainder = call(
-        torch.ops.moe_ops.moa_attention,
+    out, remainder = _moa_attention(
         q,
         k,
         v,
@@ -209,8 +210,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 
 def _backward(ctx: Any, grad_out: Tensor, grad_state: Tensor) -> tuple[Any, ...]:
     q, k, v, out, state, cu_seqlens = ctx.saved_tensors
-    grads = call(
-        torch.ops.moe_ops.moa_attention_bwd,
+    grads = _moa_attention_bwd(
         grad_out,
         grad_state,
         q,

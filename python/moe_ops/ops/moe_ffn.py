@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moe_ops.ops._register import (
     accumulate_dtype,
-    call,
+    caller,
     check,
     check_dim,
     check_float,
@@ -27,6 +27,9 @@ from moe_ops.ops._register import (
     register_training_form,
 )
 from moe_ops.ops.gated_act import GATED_ACTIVATIONS, check_activation
+
+_moe_ffn = caller("moe_ffn")
+_moe_ffn_bwd = caller("moe_ffn_bwd")
 
 
 def moe_ffn(
@@ -103,8 +106,7 @@ def moe_ffn(
         alpha,
         limit,
     )
-    return call(
-        torch.ops.moe_ops.moe_ffn,
+    return _moe_ffn(
         x,
         w_gate_up,
         w_down,
@@ -318,8 +320,7 @@ def _backward(ctx: Any, grad_y: Tensor | None, *_: Any) -> tuple[Any, ...]:
     topk_weights = saved[3]
     # x, w_gate_up, w_down, topk_weights, b_gate_up, b_down; topk_ids (4) has no gradient.
     wanted = [needs[0], needs[1], needs[2], needs[3], needs[5], needs[6]]
-    bwd = torch.ops.moe_ops.moe_ffn_bwd
-    grads = call(bwd, grad_y, *saved, *ctx.arguments, *wanted)
+    grads = _moe_ffn_bwd(grad_y, *saved, *ctx.arguments, *wanted)
     gx, gw_gate_up, gw_down, gw, gb_gate_up, gb_down = (
         g if need else None for g, need in zip(grads, wanted, strict=True)
     )

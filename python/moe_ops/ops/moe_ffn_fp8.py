@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from moe_ops.ops._register import (
-    call,
+    caller,
     check,
     check_dim,
     check_index,
@@ -20,6 +19,8 @@ from moe_ops.ops.gated_act import GATED_ACTIVATIONS, check_activation
 from moe_ops.ops.grouped_gemm_fp8 import check_fp8_weights
 from moe_ops.ops.moe_ffn import check_bias, check_routing
 from moe_ops.ops.quantize_fp8 import check_float_to_fp8
+
+_moe_ffn_fp8 = caller("moe_ffn_fp8")
 
 _OP = "moe_ffn_fp8"
 
@@ -78,8 +79,7 @@ def moe_ffn_fp8(
     Source:
         DeepSeek-AI 2024, arXiv 2412.19437, section 3.3.
     """
-    return call(
-        torch.ops.moe_ops.moe_ffn_fp8,
+    return _moe_ffn_fp8(
         x,
         w_gate_up,
         w_gate_up_scale,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moe_ops import _C
 from moe_ops.ops._register import (
-    call,
+    caller,
     check,
     check_dim,
     check_float,
@@ -23,6 +23,8 @@ from moe_ops.ops._register import (
 )
 from moe_ops.ops.gated_act import GATED_ACTIVATIONS
 from moe_ops.ops.moe_ffn import check_call
+
+_moe_ffn_packed = caller("moe_ffn_packed")
 
 
 def pack_experts(w: Tensor, *, halves: bool = False) -> Tensor:
@@ -98,8 +100,7 @@ def moe_ffn_packed(
         alpha,
         limit,
     )
-    return call(
-        torch.ops.moe_ops.moe_ffn_packed,
+    return _moe_ffn_packed(
         x,
         w_gate_up,
         w_down,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from moe_ops.ops._register import (
-    call,
+    caller,
     check,
     check_dim,
     check_float,
@@ -22,6 +22,8 @@ from moe_ops.ops._register import (
 )
 from moe_ops.ops.gated_act import GATED_ACTIVATIONS, check_activation
 from moe_ops.ops.moe_ffn import check_bias, check_routing
+
+_moe_ffn_quantized = caller("moe_ffn_quantized")
 
 _OP = "moe_ffn_quantized"
 _GROUPS = (32, 64, 128)
@@ -106,8 +108,7 @@ def moe_ffn_quantized(
         alpha,
         limit,
     )
-    return call(
-        torch.ops.moe_ops.moe_ffn_quantized,
+    return _moe_ffn_quantized(
         x,
         w_gate_up,
         w_gate_up_scale,

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from moe_ops.ops._register import (
-    call,
+    caller,
     check_dim,
     check_float,
     check_index,
@@ -21,6 +20,9 @@ from moe_ops.ops._register import (
     register_fake,
     register_no_double_backward,
 )
+
+_moe_linear_map = caller("moe_linear_map")
+_moe_linear_map_bwd = caller("moe_linear_map_bwd")
 
 
 def moe_linear_map(x: Tensor, w: Tensor, topk_ids: Tensor, *, bias: Tensor | None = None) -> Tensor:
@@ -46,7 +48,7 @@ def moe_linear_map(x: Tensor, w: Tensor, topk_ids: Tensor, *, bias: Tensor | Non
     Source:
         Zhang et al. 2022, Mixture of Attention Heads, arXiv 2210.05144.
     """
-    return call(torch.ops.moe_ops.moe_linear_map, x, w, topk_ids, bias)
+    return _moe_linear_map(x, w, topk_ids, bias)
 
 
 def _check(op: str, x: Tensor, w: Tensor, topk_ids: Tensor, bias: Tensor | None = None) -> None:
@@ -101,9 +103,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x, w, topk_ids = ctx.saved_tensors
     need_x, need_w, _, need_bias = needs_input_grad(ctx, 4)
-    gx, gw, gb = call(
-        torch.ops.moe_ops.moe_linear_map_bwd, grad, x, w, topk_ids, need_x, need_w, need_bias
-    )
+    gx, gw, gb = _moe_linear_map_bwd(grad, x, w, topk_ids, need_x, need_w, need_bias)
     return gx if need_x else None, gw if need_w else None, None, gb if need_bias else None
 
 

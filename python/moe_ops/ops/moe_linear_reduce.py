@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from moe_ops.ops._register import (
     accumulate_dtype,
-    call,
+    caller,
     check_dim,
     check_float,
     check_index,
@@ -22,6 +21,9 @@ from moe_ops.ops._register import (
     register_fake,
     register_no_double_backward,
 )
+
+_moe_linear_reduce = caller("moe_linear_reduce")
+_moe_linear_reduce_bwd = caller("moe_linear_reduce_bwd")
 
 
 def moe_linear_reduce(
@@ -50,7 +52,7 @@ def moe_linear_reduce(
     Source:
         Zhang et al. 2022, Mixture of Attention Heads, arXiv 2210.05144.
     """
-    return call(torch.ops.moe_ops.moe_linear_reduce, h, w, topk_weights, topk_ids, bias)
+    return _moe_linear_reduce(h, w, topk_weights, topk_ids, bias)
 
 
 def _check(
@@ -122,8 +124,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     h, w, topk_weights, topk_ids, bias = ctx.saved_tensors
     need_h, need_w, need_weights, _, need_bias = needs_input_grad(ctx, 5)
-    gh, gw, g_weights, gb = call(
-        torch.ops.moe_ops.moe_linear_reduce_bwd,
+    gh, gw, g_weights, gb = _moe_linear_reduce_bwd(
         grad,
         h,
         w,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moe_ops.ops._register import (
-    call,
+    caller,
     check,
     check_dim,
     check_float,
@@ -17,6 +17,8 @@ from moe_ops.ops._register import (
     register_autocast_keep,
     register_fake,
 )
+
+_permute = caller("permute")
 
 
 def permute(x: Tensor, expert_offsets: Tensor, row_to_slot: Tensor) -> Tensor:
@@ -37,7 +39,7 @@ def permute(x: Tensor, expert_offsets: Tensor, row_to_slot: Tensor) -> Tensor:
     Raises:
         ValueError: wrong dtype, rank or size; N not a multiple of T; a map or offset out of range.
     """
-    return call(torch.ops.moe_ops.permute, x, expert_offsets, row_to_slot)
+    return _permute(x, expert_offsets, row_to_slot)
 
 
 def _check(op: str, name: str, x: Tensor, expert_offsets: Tensor, row_to_slot: Tensor) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from moe_ops.ops._register import (
-    call,
+    caller,
     check,
     check_dim,
     dtype_name,
@@ -14,6 +14,8 @@ from moe_ops.ops._register import (
     register_fake,
     register_no_gradient,
 )
+
+_quantize_fp8 = caller("quantize_fp8")
 
 _OP = "quantize_fp8"
 FP8 = torch.float8_e4m3fn
@@ -46,7 +48,7 @@ def quantize_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
     Source:
         1 x 128 tiles of activations: DeepSeek-AI 2024, arXiv 2412.19437, section 3.3.2.
     """
-    q, scale = call(torch.ops.moe_ops.quantize_fp8, x)
+    q, scale = _quantize_fp8(x)
     return q, scale
 
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from moe_ops.ops._register import (
-    call,
+    caller,
     check,
     check_float,
     check_same_device,
@@ -19,6 +18,8 @@ from moe_ops.ops._register import (
     register_fake,
 )
 from moe_ops.reference.rotary import rotary as _formula
+
+_rotary = caller("rotary")
 
 
 def rotary(t: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool = False) -> Tensor:
@@ -48,7 +49,7 @@ def rotary(t: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool = False) -> Ten
     if t.is_cuda:
         _check("rotary", t, cos, sin)
         return _formula(t, cos, sin, inverse=inverse)
-    return call(torch.ops.moe_ops.rotary, t, cos, sin, inverse)
+    return _rotary(t, cos, sin, inverse)
 
 
 def _check(op: str, t: Tensor, cos: Tensor, sin: Tensor) -> None:
@@ -88,7 +89,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     cos, sin = ctx.saved_tensors
-    return call(torch.ops.moe_ops.rotary, grad, cos, sin, not ctx.inverse), None, None, None
+    return _rotary(grad, cos, sin, not ctx.inverse), None, None, None
 
 
 register_autograd("rotary", _backward, _setup)

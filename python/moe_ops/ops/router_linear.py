@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moe_ops.ops._register import (
     accumulate_dtype,
-    call,
+    caller,
     check,
     check_dim,
     check_float,
@@ -24,6 +24,9 @@ from moe_ops.ops._register import (
     register_cpu_only,
     register_fake,
 )
+
+_router_linear = caller("router_linear")
+_router_linear_bwd = caller("router_linear_bwd")
 
 
 def router_linear(
@@ -57,7 +60,7 @@ def router_linear(
         _check_logits_dtype("router_linear", "logits_dtype", logits_dtype or x.dtype, x)
         dtype = logits_dtype or x.dtype
         return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
-    return call(torch.ops.moe_ops.router_linear, x, weight, bias, logits_dtype)
+    return _router_linear(x, weight, bias, logits_dtype)
 
 
 def _check(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -124,7 +127,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x, weight = ctx.saved_tensors
     needs = needs_input_grad(ctx, 3)
-    grads = call(torch.ops.moe_ops.router_linear_bwd, grad, x, weight, *needs)
+    grads = _router_linear_bwd(grad, x, weight, *needs)
     return *(g if need else None for g, need in zip(grads, needs, strict=True)), None
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moe_ops.ops._register import (
     accumulate_dtype,
-    call,
+    caller,
     check,
     check_dim,
     check_float,
@@ -22,6 +22,9 @@ from moe_ops.ops._register import (
     register_fake,
     register_no_double_backward,
 )
+
+_topk_router = caller("topk_router")
+_topk_router_bwd = caller("topk_router_bwd")
 
 
 def topk_router(
@@ -85,8 +88,7 @@ def topk_router(
         Load Balancing, arXiv 2408.15664 (selection bias); DeepSeek-V3, arXiv 2412.19437 (sigmoid
         scores, groups by the sum of two).
     """
-    return call(
-        torch.ops.moe_ops.topk_router,
+    return _topk_router(
         router_logits,
         top_k,
         score_func,
@@ -226,9 +228,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 
 def _backward(ctx: Any, grad_weights: Tensor, _: Tensor | None) -> tuple[Any, ...]:
     router_logits, topk_ids = ctx.saved_tensors
-    grad_logits = call(
-        torch.ops.moe_ops.topk_router_bwd, grad_weights, router_logits, topk_ids, *ctx.arguments
-    )
+    grad_logits = _topk_router_bwd(grad_weights, router_logits, topk_ids, *ctx.arguments)
     return grad_logits, *(None,) * 9
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moe_ops.ops._register import (
-    call,
+    caller,
     check,
     check_same_device,
     register_autocast,
@@ -21,6 +21,8 @@ from moe_ops.ops.topk_router import (
     fake_router_gradient,
     fake_router_outputs,
 )
+
+_topp_router = caller("topp_router")
 
 
 def topp_router(
@@ -65,8 +67,7 @@ def topp_router(
     """
     if max_k is None:
         max_k = router_logits.shape[-1] if router_logits.dim() == 2 else 1
-    return call(
-        torch.ops.moe_ops.topp_router,
+    return _topp_router(
         router_logits,
         top_p,
         max_k,

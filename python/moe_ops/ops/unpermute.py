@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moe_ops.ops._register import (
     accumulate_dtype,
-    call,
+    caller,
     check,
     check_dim,
     check_float,
@@ -20,6 +20,8 @@ from moe_ops.ops._register import (
     register_autocast_keep,
     register_fake,
 )
+
+_unpermute = caller("unpermute")
 
 
 def unpermute(
@@ -44,7 +46,7 @@ def unpermute(
     Raises:
         ValueError: wrong dtype, rank or size; a map or offset out of range.
     """
-    return call(torch.ops.moe_ops.unpermute, rows, expert_offsets, slot_to_row, topk_weights)
+    return _unpermute(rows, expert_offsets, slot_to_row, topk_weights)
 
 
 def _check(
