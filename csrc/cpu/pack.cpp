@@ -112,12 +112,11 @@ PanelSamples sample_panels(const ExpertMatrices& w, const void* panels, int64_t 
   uint64_t random =
       calls.fetch_add(1, std::memory_order_relaxed) * uint64_t{0x9e3779b97f4a7c15} + 1;
   const auto shift = static_cast<int64_t>(random >> 48);
-  // A place in part i of n parts that are equal but for rounding, by 24 random bits.
+  // A place in part i of n that is cut in 32: n * (i + a fraction of 24 random bits) / 32.
   const auto place = [](int64_t n, int64_t i, uint64_t bits) {
-    const uint64_t begin = static_cast<uint64_t>(n * i) / kMatchSamples;
-    const uint64_t end = static_cast<uint64_t>(n * (i + 1)) / kMatchSamples;
-    const uint64_t length = std::max<uint64_t>(end - begin, 1);
-    return std::min<int64_t>(n - 1, static_cast<int64_t>(begin + (bits * length >> 24)));
+    static_assert(kMatchSamples == 32);
+    return static_cast<int64_t>(static_cast<uint64_t>(n) * (static_cast<uint64_t>(i) << 24 | bits) >>
+                                29);
   };
   for (int64_t i = 0; i < kMatchSamples; ++i) {
     random = random * 6364136223846793005u + 1442695040888963407u;
