@@ -105,24 +105,30 @@ PanelSamples sample_panels(const ExpertMatrices& w, const void* panels, int64_t 
   out.size = size;
   if (features == 0 || in_features == 0) return out;
   out.count = kMatchSamples;
-  // Powers of two: a division would cost as much as a cache miss, and there would be 160 of them.
+  // Powers of two: a division would cost as much as a cache miss.
   const int width_bits = __builtin_ctzll(static_cast<uint64_t>(layout.width)), pair_bit = size == 2;
   const char* base = static_cast<const char*>(panels) + e * layout.expert_bytes();
   static std::atomic<uint32_t> calls{0};
   uint64_t random =
       calls.fetch_add(1, std::memory_order_relaxed) * uint64_t{0x9e3779b97f4a7c15} + 1;
   const auto shift = static_cast<int64_t>(random >> 48);
-  // A place in part i of n that is cut in 32: n * (i + a fraction of 24 random bits) / 32.
-  const auto place = [](int64_t n, int64_t i, uint64_t bits) {
-    static_assert(kMatchSamples == 32);
-    return static_cast<int64_t>(static_cast<uint64_t>(n) * (static_cast<uint64_t>(i) << 24 | bits) >>
-                                29);
+  const auto next = [&random] {
+    return random = random * 6364136223846793005u + 1442695040888963407u;
   };
+  // A place in part i of n that is cut in 20: the same place in all parts, in their first three
+  // quarters, and up to a quarter of a part further. Fractions have 24 bits.
+  const auto place = [](int64_t n, int64_t i, uint64_t common, uint64_t own) {
+    const uint64_t part = (static_cast<uint64_t>(i) << 24) + common * 3 / 4 + own / 4;
+    return static_cast<int64_t>(static_cast<uint64_t>(n) * part / kMatchSamples >> 24);
+  };
+  const uint64_t common = next();
   for (int64_t i = 0; i < kMatchSamples; ++i) {
-    random = random * 6364136223846793005u + 1442695040888963407u;
-    // An odd factor visits all parts of the depth, in another order than those of the features.
-    const int64_t o = place(out_features, i, random >> 40);
-    const int64_t k = place(in_features, (i * 13 + shift) % kMatchSamples, random >> 16 & 0xffffff);
+    const uint64_t own = next();
+    const int64_t o = place(out_features, i, common >> 40, own >> 40);
+    // A factor without a common divisor visits all parts of the depth, in another order than those
+    // of the features.
+    const int64_t k = place(in_features, (i * 13 + shift) % kMatchSamples, common >> 16 & 0xffffff,
+                            own >> 16 & 0xffffff);
     int64_t s = 0, f = o;
     for (; f >= features; f -= features) ++s;
     const int64_t panel = (f >> width_bits) * layout.segments + s;

@@ -37,10 +37,12 @@ void pack_panels(const ExpertMatrices& w, int64_t num_experts, int64_t out_featu
 MOE_OPS_API int64_t packed_expert_bytes(DType type, int64_t out_features, int64_t in_features,
                                         int64_t segments);
 
-// Elements of the weights of an expert, and where its panels hold them: one of every 32nd part of
-// its features and of its depth, others at every call. A write over a 16th of either is found at
-// once, one to scattered elements with a probability that grows from call to call.
-constexpr int64_t kMatchSamples = 32;
+// Elements of the weights of an expert, and where its panels hold them: one of every 20th part of
+// its features and of its depth, others at every call. Neighbours are less than 5/4 of a part
+// apart, so a write over a 16th of either is found at once, and one to scattered elements with a
+// probability that grows from call to call. Rows of weights are in pages of their own, and looking
+// those up is what an element costs.
+constexpr int64_t kMatchSamples = 20;
 struct PanelSamples {
   int64_t count = 0, size = 0;  // size: bytes of an element
   const char *packed[kMatchSamples], *source[kMatchSamples];
