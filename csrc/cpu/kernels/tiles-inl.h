@@ -95,7 +95,7 @@ inline Vec<T> panel_vector(const S* p, int v, [[maybe_unused]] int half) {
     if constexpr (kIsBf16<S>) {
       return __builtin_bit_cast(Vec<float>, half == 0 ? pair << 16 : pair & 0xffff0000u);
     } else {
-      const auto bits = __builtin_convertvector(half == 0 ? pair & 0xffffu : pair >> 16, F::Half);
+      const F::Half bits = low_halves(half == 0 ? pair & 0xffffu : pair >> 16);
       return load_as(reinterpret_cast<const Fp16*>(&bits));
     }
   }

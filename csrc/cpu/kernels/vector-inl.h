@@ -99,6 +99,33 @@ inline Fp16 to_fp16(float f) {
   return {static_cast<uint16_t>(sign | rounded >> 13)};
 }
 
+// 16 bits to 32 and back. As __builtin_convertvector GCC 12 splits a vector in two, converts those
+// and puts them together: five instructions on the port of shuffles instead of one.
+inline Simd<float>::Uint widen(Simd<float>::Half half) {
+  using F = Simd<float>;
+#if defined(__AVX512F__) && MOE_VEC_BYTES == 64
+  return __builtin_bit_cast(F::Uint, _mm512_cvtepu16_epi32(__builtin_bit_cast(__m256i, half)));
+#elif defined(__AVX2__) && MOE_VEC_BYTES == 32
+  return __builtin_bit_cast(F::Uint, _mm256_cvtepu16_epi32(__builtin_bit_cast(__m128i, half)));
+#else
+  return __builtin_convertvector(half, F::Uint);
+#endif
+}
+
+// The upper halves have to be zero.
+inline Simd<float>::Half low_halves(Simd<float>::Uint v) {
+  using F = Simd<float>;
+#if defined(__AVX512F__) && MOE_VEC_BYTES == 64
+  return __builtin_bit_cast(F::Half, _mm512_cvtepi32_epi16(__builtin_bit_cast(__m512i, v)));
+#elif defined(__AVX2__) && MOE_VEC_BYTES == 32
+  const auto w = __builtin_bit_cast(__m256i, v);
+  return __builtin_bit_cast(
+      F::Half, _mm_packus_epi32(_mm256_castsi256_si128(w), _mm256_extracti128_si256(w, 1)));
+#else
+  return __builtin_convertvector(v, F::Half);
+#endif
+}
+
 template <class S>
 inline Vec<float> load_as(const S* p) {
   using F = Simd<float>;
@@ -107,8 +134,7 @@ inline Vec<float> load_as(const S* p) {
   } else {
     const auto half = *reinterpret_cast<const F::HalfUnaligned*>(p);
     if constexpr (kIsBf16<S>) {
-      const F::Uint wide = __builtin_convertvector(half, F::Uint) << 16;
-      return __builtin_bit_cast(Vec<float>, wide);
+      return __builtin_bit_cast(Vec<float>, widen(half) << 16);
     } else {
 #if defined(__AVX512F__) && MOE_VEC_BYTES == 64
       return __builtin_bit_cast(Vec<float>,
@@ -117,7 +143,7 @@ inline Vec<float> load_as(const S* p) {
       return __builtin_bit_cast(Vec<float>,
                                 _mm256_cvtph_ps(__builtin_bit_cast(__m128i, F::Half(half))));
 #else
-      const F::Uint wide = __builtin_convertvector(half, F::Uint);
+      const F::Uint wide = widen(half);
       const F::Uint magnitude = wide & 0x7fffu;
       const Vec<float> f =
           __builtin_bit_cast(Vec<float>, magnitude << 13) * __builtin_bit_cast(float, 0x77800000u);
@@ -136,11 +162,10 @@ inline Simd<float>::Half narrow(Bf16, Vec<float> v) {
 #if defined(__AVX512BF16__) && MOE_VEC_BYTES == 64
   return __builtin_bit_cast(F::Half, _mm512_cvtneps_pbh(__builtin_bit_cast(__m512, v)));
 #else
+  // Of a NaN the upper half, made quiet, so that no carry turns it into something else.
   const F::Uint u = __builtin_bit_cast(F::Uint, v);
-  const F::Uint rounded = (u + 0x7fffu + (u >> 16 & 1u)) >> 16;
-  const F::Uint quiet = u >> 16 | 0x40u;
-  const F::Uint nan = __builtin_bit_cast(F::Uint, (u & 0x7fffffffu) > 0x7f800000u);
-  return __builtin_convertvector((nan & quiet) | (~nan & rounded), F::Half);
+  const F::Uint rounded = u + 0x7fffu + (u >> 16 & 1u);
+  return low_halves((v != v ? u | 0x400000u : rounded) >> 16);
 #endif
 }
 

@@ -144,7 +144,8 @@ inline void token_pairs(int64_t n, const float* x, float* dst) {
   for (int64_t i = 0; i < n; i += W) {
     const F::Int code = __builtin_bit_cast(F::Int, load<float>(x + i) * inverse + kMagic) -
                         __builtin_bit_cast(int32_t, float{kMagic});
-    const Order codes = __builtin_convertvector(usable ? code : F::Int{}, Order);
+    const auto codes = __builtin_bit_cast(
+        Order, low_halves(__builtin_bit_cast(F::Uint, usable ? code : F::Int{}) & 0xffffu));
     *reinterpret_cast<Int16*>(dst + i / 2) = __builtin_shuffle(codes, order);
   }
 }
