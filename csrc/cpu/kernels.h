@@ -76,20 +76,23 @@ struct QuantKernels {
   int64_t (*row8_bytes)(int64_t k);
   void (*row8)(int64_t k, const float* x, void* row);
   // Kernels::dot for such weights and tokens: strides ldw and row_bytes in bytes, features are 1 or
-  // kDot8Features, tokens at most dot_tokens. Every 64 steps of k it prefetches the next line of
-  // ahead_rows rows, ahead_pitch bytes apart.
-  void (*dot8)(int features, int tokens, int64_t k, const void* w, int64_t ldw, const float* scale,
-               int64_t ld_scale, const void* rows, int64_t row_bytes, float* out, int64_t ldo,
-               int64_t out_step, const void* ahead, int64_t ahead_pitch, int ahead_rows);
+  // kDot8Features, tokens at most dot_tokens. `count` times: the next features are those w_step
+  // bytes and scale_step scales further, and their results come after these. Every 64 steps of k it
+  // prefetches the next line of ahead_rows rows, ahead_pitch bytes apart; `ahead` moves as w does.
+  void (*dot8)(int features, int64_t count, int tokens, int64_t k, const void* w, int64_t w_step,
+               int64_t ldw, const float* scale, int64_t scale_step, int64_t ld_scale,
+               const void* rows, int64_t row_bytes, float* out, int64_t ldo, int64_t out_step,
+               const void* ahead, int64_t ahead_pitch, int ahead_rows);
   int dot8_depth_of_row;  // up to k / this many rows it beats code_tile
   // The same for 4 bits: x as integers from -127 to 127, with a scale for each kQuantBlock of them.
   // x is readable and zero up to a multiple of that. features <= kDotFeatures, tokens <=
   // dot_tokens.
   int64_t (*row4_bytes)(int64_t k);
   void (*row4)(int64_t k, const float* x, void* row);
-  void (*dot4)(int64_t group, int features, int tokens, int64_t k, const void* w, int64_t ldw,
-               const float* scale, int64_t ld_scale, const void* rows, int64_t row_bytes,
-               float* out, int64_t ldo, int64_t out_step);
+  void (*dot4)(int64_t group, int features, int64_t count, int tokens, int64_t k, const void* w,
+               int64_t w_step, int64_t ldw, const float* scale, int64_t scale_step,
+               int64_t ld_scale, const void* rows, int64_t row_bytes, float* out, int64_t ldo,
+               int64_t out_step);
   // Weights k0 to k0 + n of `features` rows, ldw bytes apart, as a panel of words of 32 bits:
   // [words][2*lanes], word i with weights 32 / bits * i and on of a feature in two's complement. k0
   // is a multiple of 32; what n lacks to 32 bytes is zero or not written, and what is past the last

@@ -654,16 +654,18 @@ bool quant_right(const Kernels<float>& k, Numbers<float>& numbers) {
       const int64_t most_features = bits == 8 ? kDot8Features : kDotFeatures;
       for (int tokens = 1; tokens <= k.dot_tokens; ++tokens) {
         for (const int features : {1, static_cast<int>(most_features)}) {
+          const int64_t count = features == 1 ? 3 : 1;
           std::vector<float> out(truth.size(), NAN);
           if (bits == 8) {
-            k.quant.dot8(features, tokens, K, w.data(), kBytes, scales.data(), 16, rows.data(),
-                         row_bytes, out.data(), kFeatures, 1, w.data(), kBytes, features);
+            k.quant.dot8(features, count, tokens, K, w.data(), kBytes, kBytes, scales.data(), 16,
+                         16, rows.data(), row_bytes, out.data(), kFeatures, 1, w.data(), kBytes,
+                         features);
           } else {
-            k.quant.dot4(group, features, tokens, K, w.data(), kBytes, scales.data(), 16,
-                         rows.data(), row_bytes, out.data(), kFeatures, 1);
+            k.quant.dot4(group, features, count, tokens, K, w.data(), kBytes, kBytes, scales.data(),
+                         16, 16, rows.data(), row_bytes, out.data(), kFeatures, 1);
           }
           for (int t = 0; t < tokens; ++t) {
-            for (int f = 0; f < features; ++f) {
+            for (int f = 0; f < features + count - 1; ++f) {
               const int64_t i = t * kFeatures + f;
               // 16 bits are 1.5e-5 of the largest, at the most, and tokens about half of that.
               const double tolerance = bits == 8 ? 3e-5 : 1e-5;

@@ -26,34 +26,40 @@ void quant8_item(const GemmDesc<float>& d, const Kernels<float>& k, const GemmIt
   }
   const int64_t ldo = n * d.segments;
   float* out = scratch<float>(Scratch::kTile, m * ldo);
-  const int64_t ldw = d.b.stride_o, strips = n / F, passes = ceil_div<int64_t>(m, k.dot_tokens);
-  const bool streams = passes == 1;
-  const int64_t feature_step = streams ? strips : 1, strip_step = streams ? 1 : F;
+  const int64_t ldw = d.b.stride_o, strips = n / F, rest = n % F;
+  const int64_t passes = ceil_div<int64_t>(m, k.dot_tokens);
+  const EvenParts pass_rows(m, passes);
   for (int s = 0; s < d.segments; ++s) {
-    for (int64_t i = 0; i < strips + n % F; ++i) {
-      const bool whole = i < strips;
-      const int64_t features = whole ? F : 1;
-      const int64_t first = whole ? i * strip_step : i - strips + strips * F;
-      const int64_t step = whole ? feature_step : 1;
-      const int64_t feature = s * d.features + it.feature_begin + first;
-      const char* w = weights_at(d.b, it.expert, feature, 0);
-      const bool last = whole ? first + F >= n : first + 1 == n;
-      const char* next =
-          streams ? w + kDot8Ahead
-          : !last ? w + features * ldw
-          : s + 1 < d.segments
-              ? weights_at(d.b, it.expert, (s + 1) * d.features + it.feature_begin, 0)
-              : w;
+    const int64_t feature = s * d.features + it.feature_begin;
+    // `count` times `features` features from `first` on, `step` apart.
+    const auto run = [&](int64_t features, int64_t count, int64_t first, int64_t step,
+                         const char* next, int64_t next_rows) {
+      if (count == 0) return;
+      const char* w = weights_at(d.b, it.expert, feature + first, 0);
       for (int64_t p = 0; p < passes; ++p) {
-        const int64_t t = m * p / passes;
-        const int tokens = static_cast<int>(m * (p + 1) / passes - t);
+        const int64_t t = pass_rows.begin(p);
         // Passes share the rows that they ask for.
-        const int64_t ahead0 = features * p / passes, ahead1 = features * (p + 1) / passes;
-        k.quant.dot8(static_cast<int>(features), tokens, K, w, step * ldw,
-                     scales_at(d.b, it.expert, feature), step * q.scale_stride_o,
-                     rows + t * row_bytes, row_bytes, out + t * ldo + s * n + first, ldo, step,
-                     next + ahead0 * step * ldw, step * ldw, static_cast<int>(ahead1 - ahead0));
+        const int64_t ahead0 = next_rows * p / passes, ahead1 = next_rows * (p + 1) / passes;
+        k.quant.dot8(
+            static_cast<int>(features), count, static_cast<int>(pass_rows.begin(p + 1) - t), K, w,
+            ldw, step * ldw, scales_at(d.b, it.expert, feature + first), q.scale_stride_o,
+            step * q.scale_stride_o, rows + t * row_bytes, row_bytes, out + t * ldo + s * n + first,
+            ldo, step, next + ahead0 * step * ldw, step * ldw, static_cast<int>(ahead1 - ahead0));
       }
+    };
+    if (passes == 1) {
+      const auto ahead = [&](int64_t first) {
+        return weights_at(d.b, it.expert, feature + first, 0) + kDot8Ahead;
+      };
+      run(F, strips, 0, strips, ahead(0), F);
+      run(1, rest, strips * F, 1, ahead(strips * F), 1);
+      continue;
+    }
+    for (int64_t i = 0; i < strips + rest; ++i) {
+      const int64_t first = std::min(i, strips) * F + std::max<int64_t>(i - strips, 0);
+      const int64_t features = i < strips ? F : 1, after = first + features;
+      const int64_t next = after < n ? after : s + 1 < d.segments ? d.features : first;
+      run(features, 1, first, 1, weights_at(d.b, it.expert, feature + next, 0), features);
     }
   }
   for (int64_t t = 0; t < m; ++t) {
@@ -78,23 +84,25 @@ void quant4_item(const GemmDesc<float>& d, const Kernels<float>& k, const GemmIt
   }
   const int64_t ldo = n * d.segments;
   float* out = scratch<float>(Scratch::kTile, m * ldo);
-  // Four long streams, as in dot_item.
-  const int64_t quarter = n / kDotFeatures;
+  // Four long streams, as in dot_item; with more tokens than a pass takes, four rows at a time.
+  const int64_t quarter = n / kDotFeatures, rest = n % kDotFeatures;
   const int64_t ldw = d.b.stride_o / 2;
   for (int s = 0; s < d.segments; ++s) {
-    for (int64_t f = 0; f < quarter + n % kDotFeatures; ++f) {
-      const bool four = f < quarter;
-      const int64_t first = four ? f : f - quarter + quarter * kDotFeatures;
+    // `count` times `features` features from `first` on, `step` apart.
+    const auto run = [&](int features, int64_t count, int64_t first, int64_t step) {
+      if (count == 0) return;
       const int64_t feature = s * d.features + it.feature_begin + first;
-      const int64_t step = four ? quarter : 1;
       for (int64_t t = 0; t < m; t += k.dot_tokens) {
         const int tokens = static_cast<int>(std::min<int64_t>(k.dot_tokens, m - t));
-        k.quant.dot4(q.group, four ? kDotFeatures : 1, tokens, K,
-                     weights_at(d.b, it.expert, feature, 0), step * ldw,
-                     scales_at(d.b, it.expert, feature), step * q.scale_stride_o,
-                     rows + t * row_bytes, row_bytes, out + t * ldo + s * n + first, ldo, step);
+        k.quant.dot4(q.group, features, count, tokens, K, weights_at(d.b, it.expert, feature, 0),
+                     ldw, step * ldw, scales_at(d.b, it.expert, feature), q.scale_stride_o,
+                     step * q.scale_stride_o, rows + t * row_bytes, row_bytes,
+                     out + t * ldo + s * n + first, ldo, step);
       }
-    }
+    };
+    const int64_t at_once = m <= k.dot_tokens ? quarter : 1;
+    for (int64_t f = 0; f < quarter; f += at_once) run(kDotFeatures, at_once, f, quarter);
+    run(1, rest, kDotFeatures * quarter, 1);
   }
   for (int64_t t = 0; t < m; ++t) {
     fn(it.expert, it.row_begin + t, it.feature_begin, n, out + t * ldo, out + t * ldo + n);

@@ -165,11 +165,8 @@ void fp8_dot_tile(int64_t k, const E4m3* w, int64_t ldw, const float* const* w_s
       for (int t = 0; t < M; ++t) sum[f][t] += acc[f][t] * (w_scale[f][block] * x_scale[t][block]);
     }
   }
-#pragma GCC unroll 4
-  for (int f = 0; f < F; ++f) {
-#pragma GCC unroll 4
-    for (int t = 0; t < M; ++t) out[t * ldo + f * out_step] = horizontal_sum<float>(sum[f][t]);
-  }
+  lane_sums<float, F, M>([&](int f, int t) { return sum[f][t]; },
+                         [&](int f, int t, float s) { out[t * ldo + f * out_step] = s; });
 }
 
 // Sums and blocks of both are 16 of 32 registers with AVX-512, 8 of 16 with less.

@@ -1,8 +1,6 @@
 // Products of 4-bit weights with few rows of tokens, as integers of 8 bits. Included by
 // kernels-inl.h, inside its namespace; NOTES.md has the arithmetic.
 
-typedef int8_t SignedLanes __attribute__((vector_size(MOE_VEC_BYTES / 4)));
-
 // How far ahead of itself a product asks for weights, in bytes.
 constexpr int64_t kAhead4 = 4096;
 
@@ -25,62 +23,114 @@ struct Row4 {
 
 int64_t row4_bytes(int64_t k) { return Row4(k).bytes(); }
 
-// 32 floats as codes. Half an integer goes to the even one.
-inline void round_codes(const float* x, float inverse, int8_t* codes) {
+// 32 floats as codes: those of even places, then those of odd ones. Half an integer goes to the
+// even one.
+inline void round_codes(const float* x, float inverse, int8_t* even, int8_t* odd) {
   using F = Simd<float>;
   constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23
-  for (int i = 0; i < 32; i += F::kLanes) {
-    const Vec<float> shifted = load<float>(x + i) * inverse + kMagic;
-    const F::Int code =
-        __builtin_bit_cast(F::Int, shifted) - __builtin_bit_cast(int32_t, float{kMagic});
-    const SignedLanes bytes = __builtin_convertvector(code, SignedLanes);
-    __builtin_memcpy(codes + i, &bytes, sizeof(bytes));
+  const auto code = [&](int i) {
+    const Vec<float> shifted = load<float>(x + i * F::kLanes) * inverse + kMagic;
+    return __builtin_bit_cast(F::Int, shifted) - __builtin_bit_cast(int32_t, float{kMagic});
+  };
+#if defined(__AVX2__) && MOE_VEC_BYTES >= 32
+#if MOE_VEC_BYTES == 64
+  const auto bytes = [&](int half) {
+    return _mm512_cvtepi32_epi8(__builtin_bit_cast(__m512i, code(half)));
+  };
+#else
+  const auto words = [&](int i) {
+    const auto v = __builtin_bit_cast(__m256i, code(i));
+    return _mm_packs_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+  };
+  const auto bytes = [&](int half) {
+    return _mm_packs_epi16(words(2 * half), words(2 * half + 1));
+  };
+#endif
+  const __m128i a = bytes(0), b = bytes(1), low = _mm_set1_epi16(255);
+  const auto put = [](int8_t* to, __m128i v) { __builtin_memcpy(to, &v, sizeof(v)); };
+  put(even, _mm_packus_epi16(_mm_and_si128(a, low), _mm_and_si128(b, low)));
+  put(odd, _mm_packus_epi16(_mm_srli_epi16(a, 8), _mm_srli_epi16(b, 8)));
+#else
+  for (int i = 0; i < 32 / F::kLanes; ++i) {
+    const F::Int c = code(i);
+    for (int j = 0; j < F::kLanes; ++j) {
+      const int place = i * F::kLanes + j;
+      (place % 2 == 0 ? even : odd)[place / 2] = static_cast<int8_t>(c[j]);
+    }
   }
+#endif
 }
 
-// The largest of 32 absolute values; NaN if one is not finite.
-inline float largest(const float* x) {
-  Vec<float> most = {}, probe = {};
+// The largest of 32 absolute values; `probe` becomes NaN in a lane if one is not finite.
+inline float largest(const float* x, Vec<float>& probe) {
+  Vec<float> most = {};
   for (int i = 0; i < 32; i += kLanes<float>) {
     const Vec<float> v = load<float>(x + i), a = v < 0.0f ? -v : v;
     most = a > most ? a : most;
     probe += v * 0.0f;
   }
+#if defined(__AVX512F__) && MOE_VEC_BYTES == 64
+  return _mm512_reduce_max_ps(__builtin_bit_cast(__m512, most));
+#else
   float result = 0;
   for (int i = 0; i < kLanes<float>; ++i) result = most[i] > result ? most[i] : result;
-  return result + horizontal_sum<float>(probe);
+  return result;
+#endif
+}
+
+// What the sums of a unit start from: minus 8 times the codes of each lane.
+inline void code_offsets(const int8_t* codes, int32_t* offsets) {
+#if defined(__AVX2__) && MOE_VEC_BYTES >= 32
+  const Bytes even = load_weights(codes), odd = load_weights(codes + kVec);
+  const Bytes ones = MOE_INT(set1_epi8)(1);
+#if defined(__AVX512VNNI__)
+  const Bytes sum = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(Bytes{}, ones, even), ones, odd);
+#else
+  const Bytes pairs =
+      MOE_INT(add_epi16)(MOE_INT(maddubs_epi16)(ones, even), MOE_INT(maddubs_epi16)(ones, odd));
+  const Bytes sum = MOE_INT(madd_epi16)(pairs, MOE_INT(set1_epi16)(1));
+#endif
+  using Int = Simd<float>::Int;
+  const Int result = __builtin_bit_cast(Int, sum) * -8;
+  __builtin_memcpy(offsets, &result, sizeof(result));
+#else
+  for (int64_t lane = 0; lane < kVec / 4; ++lane) {
+    int32_t sum = 0;
+    for (int64_t i = 4 * lane; i < 4 * lane + 4; ++i) sum += codes[i] + codes[kVec + i];
+    offsets[lane] = -8 * sum;
+  }
+#endif
 }
 
 void row4(int64_t k, const float* x, void* row) {
   static_assert(kQuantBlock == 32, "a block is what largest and round_codes take");
-  typedef int8_t Half __attribute__((vector_size(16)));
-  constexpr Half kEven = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
   constexpr int64_t kLane = 8;  // steps of k in a lane
   const Row4 layout(k);
   auto* codes = static_cast<int8_t*>(row);
   auto* offsets = reinterpret_cast<int32_t*>(codes + layout.offsets());
   auto* scales = reinterpret_cast<float*>(codes + layout.scales());
   const int64_t padded = layout.units * Row4::kSteps;
+  Vec<float> probe = {};
   for (int64_t k0 = 0; k0 < padded; k0 += 32) {
-    alignas(32) int8_t natural[32] = {};
+    int8_t* even = codes + k0 / Row4::kSteps * Row4::kSteps + k0 % Row4::kSteps / 2;
+    int8_t* odd = even + kVec;
     float scale = 0;
-    if (k0 < k) {  // Past the last block there may be no memory behind x.
-      const float most = largest(x + k0);
+    if (k0 < k) {
+      const float most = largest(x + k0, probe);
       scale = most / 127.0f;
-      round_codes(x + k0, most > 0.0f ? 127.0f / most : 0.0f, natural);
+      round_codes(x + k0, most > 0.0f ? 127.0f / most : 0.0f, even, odd);
+    } else {  // There may be no memory behind x.
+      __builtin_memset(even, 0, 16);
+      __builtin_memset(odd, 0, 16);
     }
-    const Half a = load_bytes<Half>(natural), b = load_bytes<Half>(natural + 16);
-    const Half even = __builtin_shuffle(a, b, kEven), odd = __builtin_shuffle(a, b, kEven + 1);
-    int8_t* unit = codes + k0 / Row4::kSteps * Row4::kSteps + k0 % Row4::kSteps / 2;
-    __builtin_memcpy(unit, &even, 16);
-    __builtin_memcpy(unit + kVec, &odd, 16);
-    for (int64_t lane = 0; lane < 32 / kLane; ++lane) {
-      int32_t sum = 0;
-      for (int64_t i = 0; i < kLane; ++i) sum += natural[lane * kLane + i];
-      offsets[k0 / kLane + lane] = -8 * sum;
-      scales[k0 / kLane + lane] = scale;
-    }
+    for (int64_t lane = 0; lane < 32 / kLane; ++lane) scales[k0 / kLane + lane] = scale;
   }
+  for (int64_t u = 0; u < layout.units; ++u) {
+    code_offsets(codes + u * Row4::kSteps, offsets + u * (kVec / 4));
+  }
+  // Every sum reads every scale.
+  const float bad = horizontal_sum<float>(probe);
+  if (bad != 0.0f) scales[0] = bad;
 }
 
 // --- products of integers
@@ -150,67 +200,71 @@ struct Dot4 {
   }
 };
 
+// `count` times F rows of weights; each next time begins w_step and scale_step further.
 template <int kGroup, int F, int M>
-void dot4(int64_t k, const uint8_t* w, int64_t ldw, const float* scale, int64_t ld_scale,
-          const char* rows, int64_t row_bytes, float* out, int64_t ldo, int64_t out_step) {
+void dot4(int64_t count, int64_t k, const uint8_t* w, int64_t w_step, int64_t ldw,
+          const float* scale, int64_t scale_step, int64_t ld_scale, const char* rows,
+          int64_t row_bytes, float* out, int64_t ldo, int64_t out_step) {
   constexpr int64_t kSteps = 2 * kVec;
   const Row4 layout(k);
   const int64_t whole = k / kSteps;
-  Vec<float> acc[F][M] = {};
   const char *offsets = rows + layout.offsets(), *scales = rows + layout.scales();
-  for (int64_t u = 0; u < whole; ++u) {
+  for (int64_t i = 0; i < count; ++i, w += w_step, scale += scale_step, ++out) {
+    Vec<float> acc[F][M] = {};
+    for (int64_t u = 0; u < whole; ++u) {
 #pragma GCC unroll 4
-    for (int f = 0; f < F; ++f) __builtin_prefetch(w + f * ldw + u * kVec + kAhead4, 0, 2);
-    Dot4<kGroup, F, M>::unit(w + u * kVec, ldw, scale, ld_scale, rows + u * kSteps,
-                             offsets + u * kVec, scales + u * kVec, row_bytes, u, acc);
-  }
-  if (whole < layout.units) {
-    uint8_t tail[F][kVec] = {};
-    float tail_scale[F][4] = {};
-    const int64_t bytes = k / 2 - whole * kVec, groups = (k - whole * kSteps) / kGroup;
-    for (int f = 0; f < F; ++f) {
-      __builtin_memcpy(tail[f], w + f * ldw + whole * kVec, bytes);
-      // A group may cover more than the vector: then its scale is that of the whole tail.
-      const float* s = scale + f * ld_scale + whole * kSteps / kGroup;
-      for (int64_t g = 0; g < (groups > 0 ? groups : 1); ++g) tail_scale[f][g] = s[g];
+      for (int f = 0; f < F; ++f) __builtin_prefetch(w + f * ldw + u * kVec + kAhead4, 0, 2);
+      Dot4<kGroup, F, M>::unit(w + u * kVec, ldw, scale, ld_scale, rows + u * kSteps,
+                               offsets + u * kVec, scales + u * kVec, row_bytes, u, acc);
     }
-    Dot4<kGroup, F, M>::unit(tail[0], kVec, tail_scale[0], 4, rows + whole * kSteps,
-                             offsets + whole * kVec, scales + whole * kVec, row_bytes, 0, acc);
-  }
-#pragma GCC unroll 4
-  for (int f = 0; f < F; ++f) {
-#pragma GCC unroll 4
-    for (int t = 0; t < M; ++t) out[t * ldo + f * out_step] = horizontal_sum<float>(acc[f][t]);
+    if (whole < layout.units) {
+      uint8_t tail[F][kVec] = {};
+      float tail_scale[F][4] = {};
+      const int64_t bytes = k / 2 - whole * kVec, groups = (k - whole * kSteps) / kGroup;
+      for (int f = 0; f < F; ++f) {
+        __builtin_memcpy(tail[f], w + f * ldw + whole * kVec, bytes);
+        // A group may cover more than the vector: then its scale is that of the whole tail.
+        const float* s = scale + f * ld_scale + whole * kSteps / kGroup;
+        for (int64_t g = 0; g < (groups > 0 ? groups : 1); ++g) tail_scale[f][g] = s[g];
+      }
+      Dot4<kGroup, F, M>::unit(tail[0], kVec, tail_scale[0], 4, rows + whole * kSteps,
+                               offsets + whole * kVec, scales + whole * kVec, row_bytes, 0, acc);
+    }
+    lane_sums<float, F, M>([&](int f, int t) { return acc[f][t]; },
+                           [&](int f, int t, float sum) { out[t * ldo + f * out_step] = sum; });
   }
 }
 #else
 // The same sums one weight at a time; compilers find the vectors in it.
 template <int kGroup, int F, int M>
-void dot4(int64_t k, const uint8_t* w, int64_t ldw, const float* scale, int64_t ld_scale,
-          const char* rows, int64_t row_bytes, float* out, int64_t ldo, int64_t out_step) {
+void dot4(int64_t count, int64_t k, const uint8_t* w, int64_t w_step, int64_t ldw,
+          const float* scale, int64_t scale_step, int64_t ld_scale, const char* rows,
+          int64_t row_bytes, float* out, int64_t ldo, int64_t out_step) {
   const Row4 layout(k);
   constexpr int64_t kSteps = Row4::kSteps;
   static_assert(kSteps <= 32, "a unit has one scale");
-  for (int f = 0; f < F; ++f) {
-    for (int t = 0; t < M; ++t) {
-      const char* row = rows + t * row_bytes;
-      const auto* codes = reinterpret_cast<const int8_t*>(row);
-      const auto* offsets = reinterpret_cast<const int32_t*>(row + layout.offsets());
-      const auto* scales = reinterpret_cast<const float*>(row + layout.scales());
-      float acc = 0;
-      for (int64_t u = 0; u < layout.units; ++u) {
-        const uint8_t* p = w + f * ldw + u * kVec;
-        const int8_t *even = codes + u * kSteps, *odd = even + kVec;
-        int32_t sum = 0;
-        for (int64_t i = 0; i < kVec / 4; ++i) sum += offsets[u * kVec / 4 + i];
-        for (int64_t i = 0; i < kVec; ++i) {
-          sum +=
-              static_cast<int16_t>(p[i] & 15) * even[i] + static_cast<int16_t>(p[i] >> 4) * odd[i];
+  for (int64_t n = 0; n < count; ++n, w += w_step, scale += scale_step, ++out) {
+    for (int f = 0; f < F; ++f) {
+      for (int t = 0; t < M; ++t) {
+        const char* row = rows + t * row_bytes;
+        const auto* codes = reinterpret_cast<const int8_t*>(row);
+        const auto* offsets = reinterpret_cast<const int32_t*>(row + layout.offsets());
+        const auto* scales = reinterpret_cast<const float*>(row + layout.scales());
+        float acc = 0;
+        for (int64_t u = 0; u < layout.units; ++u) {
+          const uint8_t* p = w + f * ldw + u * kVec;
+          const int8_t *even = codes + u * kSteps, *odd = even + kVec;
+          int32_t sum = 0;
+          for (int64_t i = 0; i < kVec / 4; ++i) sum += offsets[u * kVec / 4 + i];
+          for (int64_t i = 0; i < kVec; ++i) {
+            sum += static_cast<int16_t>(p[i] & 15) * even[i] +
+                   static_cast<int16_t>(p[i] >> 4) * odd[i];
+          }
+          acc += static_cast<float>(sum) * scales[u * kVec / 4] *
+                 scale[f * ld_scale + u * kSteps / kGroup];
         }
-        acc += static_cast<float>(sum) * scales[u * kVec / 4] *
-               scale[f * ld_scale + u * kSteps / kGroup];
+        out[t * ldo + f * out_step] = acc;
       }
-      out[t * ldo + f * out_step] = acc;
     }
   }
 }
@@ -226,19 +280,22 @@ inline void with_token_count(int tokens, const Fn& fn) {
   fn.template operator()<F, 1>();
 }
 
-void quant_dot4(int64_t group, int features, int tokens, int64_t k, const void* w, int64_t ldw,
-                const float* scale, int64_t ld_scale, const void* rows, int64_t row_bytes,
-                float* out, int64_t ldo, int64_t out_step) {
-  const auto* p = static_cast<const uint8_t*>(w);
-  const auto* r = static_cast<const char*>(rows);
+void quant_dot4(int64_t group, int features, int64_t count, int tokens, int64_t k, const void* w,
+                int64_t w_step, int64_t ldw, const float* scale, int64_t scale_step,
+                int64_t ld_scale, const void* rows, int64_t row_bytes, float* out, int64_t ldo,
+                int64_t out_step) {
+  const auto run_group = [&]<int kGroup, int F, int M>() {
+    dot4<kGroup, F, M>(count, k, static_cast<const uint8_t*>(w), w_step, ldw, scale, scale_step,
+                       ld_scale, static_cast<const char*>(rows), row_bytes, out, ldo, out_step);
+  };
   const auto run = [&]<int F, int M>() {
     switch (group) {
       case 32:
-        return dot4<32, F, M>(k, p, ldw, scale, ld_scale, r, row_bytes, out, ldo, out_step);
+        return run_group.template operator()<32, F, M>();
       case 64:
-        return dot4<64, F, M>(k, p, ldw, scale, ld_scale, r, row_bytes, out, ldo, out_step);
+        return run_group.template operator()<64, F, M>();
       default:
-        return dot4<128, F, M>(k, p, ldw, scale, ld_scale, r, row_bytes, out, ldo, out_step);
+        return run_group.template operator()<128, F, M>();
     }
   };
   if (features == kDotFeatures) {

@@ -65,7 +65,8 @@ void row8(int64_t k, const float* x, void* row) {
       const F::Int code = __builtin_bit_cast(F::Int, v * inverse[i] + kMagic) -
                           __builtin_bit_cast(int32_t, float{kMagic});
       char* out = codes + u * MOE_VEC_BYTES + 2 * i * W;
-      *reinterpret_cast<Int16*>(out) = __builtin_convertvector(code, Int16);
+      *reinterpret_cast<Int16*>(out) =
+          __builtin_bit_cast(Int16, low_halves(__builtin_bit_cast(F::Uint, code) & 0xffffu));
     }
   }
 }
@@ -110,81 +111,76 @@ struct Dot8 {
   }
 };
 
+// `count` times F rows of weights; each next time begins w_step and scale_step further.
 template <int F, int M>
-void dot8(int64_t k, const int8_t* w, int64_t ldw, const float* scale, int64_t ld_scale,
-          const char* rows, int64_t row_bytes, float* out, int64_t ldo, int64_t out_step,
-          const char* ahead, int64_t ahead_pitch, int ahead_rows) {
+void dot8(int64_t count, int64_t k, const int8_t* w, int64_t w_step, int64_t ldw,
+          const float* scale, int64_t scale_step, int64_t ld_scale, const char* rows,
+          int64_t row_bytes, float* out, int64_t ldo, int64_t out_step, const char* ahead,
+          int64_t ahead_pitch, int ahead_rows) {
   constexpr int64_t kUnit = Row8::kUnit, kFetchUnits = kFetchSteps8 / kUnit;
   const Row8 layout(k);
   const int64_t whole = k / kUnit;
-  const auto units = [&](Dot8<F, M>& dot, int64_t u, int64_t end) {
-    const int64_t whole_end = end < whole ? end : whole;
-    const auto step = [&] {
-      dot.step(w + u * kUnit, ldw, rows + u * MOE_VEC_BYTES, row_bytes);
-      ++u;
-    };
-    while (u + kFetchUnits <= whole_end) {
-      for (int f = 0; f < ahead_rows; ++f) __builtin_prefetch(ahead + f * ahead_pitch, 0, 2);
-      ahead += kFetchSteps8;
-#pragma GCC unroll 4
-      for (int64_t i = 0; i < kFetchUnits; ++i) step();
-    }
-    while (u < whole_end) step();
-    if (u < end) {
-      int8_t tail[F][kUnit] = {};
-      for (int f = 0; f < F; ++f) {
-        __builtin_memcpy(tail[f], w + f * ldw + whole * kUnit, k - whole * kUnit);
-      }
-      dot.step(tail[0], kUnit, rows + u * MOE_VEC_BYTES, row_bytes);
-    }
-  };
-  constexpr int kSums = (F * M + 3) / 4 * 4;
-  const auto finish = [&](const auto& sum_of) {
-    Vec<float> scales[M];
-#pragma GCC unroll 4
-    for (int t = 0; t < M; ++t) {
-      scales[t] =
-          load<float>(reinterpret_cast<const float*>(rows + t * row_bytes + layout.scales()));
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < kSums; i += 4) {
-      Vec<float> v[4] = {};
-#pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) {
-        const int f = (i + j) / M, t = (i + j) % M;
-        if (f < F) v[j] = sum_of(f, t) * scales[t];
-      }
-      const Four<float> four = sums_of_four<float>(v);
-#pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) {
-        const int f = (i + j) / M, t = (i + j) % M;
-        if (f < F) out[t * ldo + f * out_step] = four.v[j] * scale[f * ld_scale];
-      }
-    }
-  };
   const auto as_float = [](const auto& v) { return __builtin_convertvector(v, Vec<float>); };
-  if (layout.units <= Row8::kChunk) {
-    Dot8<F, M> dot;
-    units(dot, 0, layout.units);
-    return finish([&](int f, int t) { return as_float(dot.acc[f][t]); });
-  }
-  Vec<float> sums[F][M] = {};
-  for (int64_t u = 0; u < layout.units; u += Row8::kChunk) {
-    const int64_t left = layout.units - u;
-    Dot8<F, M> dot;
-    units(dot, u, u + (left < Row8::kChunk ? left : Row8::kChunk));
-    for (int f = 0; f < F; ++f) {
-      for (int t = 0; t < M; ++t) sums[f][t] += as_float(dot.acc[f][t]);
+  for (int64_t i = 0; i < count; ++i, w += w_step, scale += scale_step, ++out, ahead += w_step) {
+    const char* line = ahead;
+    const auto units = [&](Dot8<F, M>& dot, int64_t u, int64_t end) {
+      const int64_t whole_end = end < whole ? end : whole;
+      const auto step = [&] {
+        dot.step(w + u * kUnit, ldw, rows + u * MOE_VEC_BYTES, row_bytes);
+        ++u;
+      };
+      while (u + kFetchUnits <= whole_end) {
+        for (int f = 0; f < ahead_rows; ++f) __builtin_prefetch(line + f * ahead_pitch, 0, 2);
+        line += kFetchSteps8;
+#pragma GCC unroll 4
+        for (int64_t j = 0; j < kFetchUnits; ++j) step();
+      }
+      while (u < whole_end) step();
+      if (u < end) {
+        int8_t tail[F][kUnit] = {};
+        for (int f = 0; f < F; ++f) {
+          __builtin_memcpy(tail[f], w + f * ldw + whole * kUnit, k - whole * kUnit);
+        }
+        dot.step(tail[0], kUnit, rows + u * MOE_VEC_BYTES, row_bytes);
+      }
+    };
+    const auto finish = [&](const auto& sum_of) {
+      Vec<float> scales[M];
+#pragma GCC unroll 4
+      for (int t = 0; t < M; ++t) {
+        scales[t] =
+            load<float>(reinterpret_cast<const float*>(rows + t * row_bytes + layout.scales()));
+      }
+      lane_sums<float, F, M>([&](int f, int t) { return sum_of(f, t) * scales[t]; },
+                             [&](int f, int t, float sum) {
+                               out[t * ldo + f * out_step] = sum * scale[f * ld_scale];
+                             });
+    };
+    if (layout.units <= Row8::kChunk) {
+      Dot8<F, M> dot;
+      units(dot, 0, layout.units);
+      finish([&](int f, int t) { return as_float(dot.acc[f][t]); });
+      continue;
     }
+    Vec<float> sums[F][M] = {};
+    for (int64_t u = 0; u < layout.units; u += Row8::kChunk) {
+      const int64_t left = layout.units - u;
+      Dot8<F, M> dot;
+      units(dot, u, u + (left < Row8::kChunk ? left : Row8::kChunk));
+      for (int f = 0; f < F; ++f) {
+        for (int t = 0; t < M; ++t) sums[f][t] += as_float(dot.acc[f][t]);
+      }
+    }
+    finish([&](int f, int t) { return sums[f][t]; });
   }
-  finish([&](int f, int t) { return sums[f][t]; });
 }
 
-void quant_dot8(int features, int tokens, int64_t k, const void* w, int64_t ldw, const float* scale,
-                int64_t ld_scale, const void* rows, int64_t row_bytes, float* out, int64_t ldo,
-                int64_t out_step, const void* ahead, int64_t ahead_pitch, int ahead_rows) {
+void quant_dot8(int features, int64_t count, int tokens, int64_t k, const void* w, int64_t w_step,
+                int64_t ldw, const float* scale, int64_t scale_step, int64_t ld_scale,
+                const void* rows, int64_t row_bytes, float* out, int64_t ldo, int64_t out_step,
+                const void* ahead, int64_t ahead_pitch, int ahead_rows) {
   const auto run = [&]<int F, int M>() {
-    dot8<F, M>(k, static_cast<const int8_t*>(w), ldw, scale, ld_scale,
+    dot8<F, M>(count, k, static_cast<const int8_t*>(w), w_step, ldw, scale, scale_step, ld_scale,
                static_cast<const char*>(rows), row_bytes, out, ldo, out_step,
                static_cast<const char*>(ahead), ahead_pitch, ahead_rows);
   };

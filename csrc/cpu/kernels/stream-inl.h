@@ -3,71 +3,6 @@
 
 constexpr int64_t kDotAhead = 2048;  // bytes
 
-// F weight rows and M tokens, vectors along k: F streams of weights, each read once.
-template <class T, class S, int F, int M>
-void dot_tile(int64_t k, const S* w, int64_t ldw, const T* x, int64_t ldx, T* out, int64_t ldo,
-              int64_t out_step) {
-  constexpr int W = kLanes<T>;
-  Vec<T> acc[F][M];
-#pragma GCC unroll 4
-  for (int f = 0; f < F; ++f) {
-#pragma GCC unroll 4
-    for (int t = 0; t < M; ++t) acc[f][t] = Vec<T>{};
-  }
-  const int64_t whole = k / W * W;
-  for (int64_t i = 0; i < whole; i += W) {
-    Vec<T> xv[M];
-#pragma GCC unroll 4
-    for (int t = 0; t < M; ++t) xv[t] = load<T>(x + t * ldx + i);
-#pragma GCC unroll 4
-    for (int f = 0; f < F; ++f) {
-      // With one token the core's window reaches far enough ahead by itself.
-      if constexpr (M > 1) __builtin_prefetch(w + f * ldw + i + kDotAhead / sizeof(S), 0, 2);
-      const Vec<T> wv = load_as(w + f * ldw + i);
-#pragma GCC unroll 4
-      for (int t = 0; t < M; ++t) acc[f][t] += wv * xv[t];
-    }
-  }
-  if (whole < k) {
-    for (int f = 0; f < F; ++f) {
-      S tail[W] = {};
-      for (int64_t i = whole; i < k; ++i) tail[i - whole] = w[f * ldw + i];
-      const Vec<T> wv = load_as(tail);
-      for (int t = 0; t < M; ++t) acc[f][t] += wv * load<T>(x + t * ldx + whole);
-    }
-  }
-#pragma GCC unroll 4
-  for (int f = 0; f < F; ++f) {
-#pragma GCC unroll 4
-    for (int t = 0; t < M; ++t) out[t * ldo + f * out_step] = horizontal_sum<T>(acc[f][t]);
-  }
-}
-
-template <class T, class S, int F>
-void dot_tokens(int tokens, int64_t k, const S* w, int64_t ldw, const T* x, int64_t ldx, T* out,
-                int64_t ldo, int64_t out_step) {
-  if constexpr (MOE_DOT_TOKENS >= 4) {
-    if (tokens == 4) return dot_tile<T, S, F, 4>(k, w, ldw, x, ldx, out, ldo, out_step);
-    if (tokens == 3) return dot_tile<T, S, F, 3>(k, w, ldw, x, ldx, out, ldo, out_step);
-  }
-  if (tokens == 2) return dot_tile<T, S, F, 2>(k, w, ldw, x, ldx, out, ldo, out_step);
-  dot_tile<T, S, F, 1>(k, w, ldw, x, ldx, out, ldo, out_step);
-}
-
-template <class T>
-void dot(DType w_type, int features, int tokens, int64_t k, const void* w, int64_t ldw, const T* x,
-         int64_t ldx, T* out, int64_t ldo, int64_t out_step) {
-  with_type<T>(w_type, w, [&]<class S>(const S* p) {
-    if (features == 4) {
-      dot_tokens<T, S, 4>(tokens, k, p, ldw, x, ldx, out, ldo, out_step);
-    } else {
-      for (int f = 0; f < features; ++f) {
-        dot_tokens<T, S, 1>(tokens, k, p + f * ldw, ldw, x, ldx, out + f * out_step, ldo, 0);
-      }
-    }
-  });
-}
-
 // Sums of the lanes of four vectors. The order is the same in each of the four places, and that of
 // one product does not depend on its neighbours.
 template <class T>
@@ -104,6 +39,86 @@ inline Four<T> sums_of_four(const Vec<T> (&v)[4]) {
 #endif
   for (int i = 0; i < 4; ++i) out.v[i] = horizontal_sum<T>(v[i]);
   return out;
+}
+
+// put(f, t, sum of the lanes of sum_of(f, t)) for f < F, t < M.
+template <class T, int F, int M, class Sum, class Put>
+inline void lane_sums(const Sum& sum_of, const Put& put) {
+#pragma GCC unroll 8
+  for (int i = 0; i < F * M; i += 4) {
+    Vec<T> v[4] = {};
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      if (i + j < F * M) v[j] = sum_of((i + j) / M, (i + j) % M);
+    }
+    const Four<T> four = sums_of_four<T>(v);
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      if (i + j < F * M) put((i + j) / M, (i + j) % M, four.v[j]);
+    }
+  }
+}
+
+// F weight rows and M tokens, vectors along k: F streams of weights, each read once.
+template <class T, class S, int F, int M>
+void dot_tile(int64_t k, const S* w, int64_t ldw, const T* x, int64_t ldx, T* out, int64_t ldo,
+              int64_t out_step) {
+  constexpr int W = kLanes<T>;
+  Vec<T> acc[F][M];
+#pragma GCC unroll 4
+  for (int f = 0; f < F; ++f) {
+#pragma GCC unroll 4
+    for (int t = 0; t < M; ++t) acc[f][t] = Vec<T>{};
+  }
+  const int64_t whole = k / W * W;
+  for (int64_t i = 0; i < whole; i += W) {
+    Vec<T> xv[M];
+#pragma GCC unroll 4
+    for (int t = 0; t < M; ++t) xv[t] = load<T>(x + t * ldx + i);
+#pragma GCC unroll 4
+    for (int f = 0; f < F; ++f) {
+      // With one token the core's window reaches far enough ahead by itself.
+      if constexpr (M > 1) __builtin_prefetch(w + f * ldw + i + kDotAhead / sizeof(S), 0, 2);
+      const Vec<T> wv = load_as(w + f * ldw + i);
+#pragma GCC unroll 4
+      for (int t = 0; t < M; ++t) acc[f][t] += wv * xv[t];
+    }
+  }
+  if (whole < k) {
+    for (int f = 0; f < F; ++f) {
+      S tail[W] = {};
+      for (int64_t i = whole; i < k; ++i) tail[i - whole] = w[f * ldw + i];
+      const Vec<T> wv = load_as(tail);
+      for (int t = 0; t < M; ++t) acc[f][t] += wv * load<T>(x + t * ldx + whole);
+    }
+  }
+  lane_sums<T, F, M>([&](int f, int t) { return acc[f][t]; },
+                     [&](int f, int t, T sum) { out[t * ldo + f * out_step] = sum; });
+}
+
+template <class T, class S, int F>
+void dot_tokens(int tokens, int64_t k, const S* w, int64_t ldw, const T* x, int64_t ldx, T* out,
+                int64_t ldo, int64_t out_step) {
+  if constexpr (MOE_DOT_TOKENS >= 4) {
+    if (tokens == 4) return dot_tile<T, S, F, 4>(k, w, ldw, x, ldx, out, ldo, out_step);
+    if (tokens == 3) return dot_tile<T, S, F, 3>(k, w, ldw, x, ldx, out, ldo, out_step);
+  }
+  if (tokens == 2) return dot_tile<T, S, F, 2>(k, w, ldw, x, ldx, out, ldo, out_step);
+  dot_tile<T, S, F, 1>(k, w, ldw, x, ldx, out, ldo, out_step);
+}
+
+template <class T>
+void dot(DType w_type, int features, int tokens, int64_t k, const void* w, int64_t ldw, const T* x,
+         int64_t ldx, T* out, int64_t ldo, int64_t out_step) {
+  with_type<T>(w_type, w, [&]<class S>(const S* p) {
+    if (features == 4) {
+      dot_tokens<T, S, 4>(tokens, k, p, ldw, x, ldx, out, ldo, out_step);
+    } else {
+      for (int f = 0; f < features; ++f) {
+        dot_tokens<T, S, 1>(tokens, k, p + f * ldw, ldw, x, ldx, out + f * out_step, ldo, 0);
+      }
+    }
+  });
 }
 
 // Tokens of a strip: with four weight rows 24 sums, 6 tokens and a vector of weights of 32
