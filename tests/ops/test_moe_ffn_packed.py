@@ -181,6 +181,16 @@ def test_both_changed_is_moe_ffn_to_the_bit():
     assert_identical(moe_ops.moe_ffn_packed(**call), plain(call))
 
 
+def test_one_token_of_small_experts_is_moe_ffn_to_the_bit():
+    """Whatever the copies hold: they are not read."""
+    call = with_copies(ffn_operands(Routing(1, 4, 2), 64, 48, torch.float32))
+    for name in ("packed_gate_up", "packed_down"):
+        call[name].fill_(255)
+    stale = _C.stale_panels()
+    assert_identical(moe_ops.moe_ffn_packed(**call), plain(call))
+    assert _C.stale_panels() == stale
+
+
 @pytest.mark.parametrize("dim", [1, 2], ids=["features", "depth"])
 @pytest.mark.parametrize("name", ["w_gate_up", "w_down"])
 def test_a_run_of_a_sixteenth_is_always_noticed(name, dim):

@@ -68,7 +68,7 @@ def moe_ffn_packed(
     """moe_ffn for inference, reading packed copies of the weights.
 
     The same function with sums in another order, so results differ by rounding. The weights stay
-    the truth: for every expert that has tokens, 32 elements of each weight (others at every call)
+    the truth: for every expert that has tokens, 20 elements of each weight (others at every call)
     are compared with the copy, and where one differs that weight is read instead of its copy. This
     finds a weight that was replaced, trained or loaded; it may miss a write to a few elements, so
     whoever keeps copies must pack again after such a write. Where a gradient is wanted, moe_ffn
