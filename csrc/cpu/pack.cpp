@@ -125,8 +125,8 @@ PanelSamples sample_panels(const ExpertMatrices& w, const void* panels, int64_t 
   for (int64_t i = 0; i < kMatchSamples; ++i) {
     const uint64_t own = next();
     const int64_t o = place(out_features, i, common >> 40, own >> 40);
-    // A factor without a common divisor visits all parts of the depth, in another order than those
-    // of the features.
+    // 13 and 20 have no common divisor: all parts of the depth, in another order than the
+    // features'.
     const int64_t k = place(in_features, (i * 13 + shift) % kMatchSamples, common >> 16 & 0xffffff,
                             own >> 16 & 0xffffff);
     int64_t s = 0, f = o;
