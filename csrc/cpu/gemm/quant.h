@@ -33,13 +33,14 @@ void quant8_item(const GemmDesc<float>& d, const Kernels<float>& k, const GemmIt
     const int64_t feature = s * d.features + it.feature_begin;
     // `count` times `features` features from `first` on, `step` apart.
     const auto run = [&](int64_t features, int64_t count, int64_t first, int64_t step,
-                         const char* next, int64_t next_rows) {
+                         const char* next) {
       if (count == 0) return;
       const char* w = weights_at(d.b, it.expert, feature + first, 0);
+      const EvenParts ahead(features, passes);
       for (int64_t p = 0; p < passes; ++p) {
         const int64_t t = pass_rows.begin(p);
         // Passes share the rows that they ask for.
-        const int64_t ahead0 = next_rows * p / passes, ahead1 = next_rows * (p + 1) / passes;
+        const int64_t ahead0 = ahead.begin(p), ahead1 = ahead.begin(p + 1);
         k.quant.dot8(
             static_cast<int>(features), count, static_cast<int>(pass_rows.begin(p + 1) - t), K, w,
             ldw, step * ldw, scales_at(d.b, it.expert, feature + first), q.scale_stride_o,
@@ -48,18 +49,16 @@ void quant8_item(const GemmDesc<float>& d, const Kernels<float>& k, const GemmIt
       }
     };
     if (passes == 1) {
-      const auto ahead = [&](int64_t first) {
-        return weights_at(d.b, it.expert, feature + first, 0) + kDot8Ahead;
-      };
-      run(F, strips, 0, strips, ahead(0), F);
-      run(1, rest, strips * F, 1, ahead(strips * F), 1);
+      const char* next = weights_at(d.b, it.expert, feature, 0) + kDot8Ahead;
+      run(F, strips, 0, strips, next);
+      run(1, rest, strips * F, 1, next + strips * F * ldw);
       continue;
     }
     for (int64_t i = 0; i < strips + rest; ++i) {
       const int64_t first = std::min(i, strips) * F + std::max<int64_t>(i - strips, 0);
       const int64_t features = i < strips ? F : 1, after = first + features;
       const int64_t next = after < n ? after : s + 1 < d.segments ? d.features : first;
-      run(features, 1, first, 1, weights_at(d.b, it.expert, feature + next, 0), features);
+      run(features, 1, first, 1, weights_at(d.b, it.expert, feature + next, 0));
     }
   }
   for (int64_t t = 0; t < m; ++t) {

@@ -1,5 +1,5 @@
-// Vectors of integers, for weights of 8 and 4 bits. Included by kernels-inl.h, inside its
-// namespace.
+// Vectors of integers, for weights of 8 and 4 bits and their tokens. Included by kernels-inl.h,
+// inside its namespace.
 
 constexpr int64_t kVec = MOE_VEC_BYTES;
 
@@ -46,3 +46,37 @@ inline Bytes add_words(Bytes acc, Bytes a, Bytes b) {
 #endif
 }
 #endif
+
+// --- tokens as integers
+
+// v * factor to the nearest integer, half of one to the even one.
+template <class Factor>
+inline Simd<float>::Int nearest(Vec<float> v, const Factor& factor) {
+  constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23
+  return __builtin_bit_cast(Simd<float>::Int, v * factor + kMagic) -
+         __builtin_bit_cast(int32_t, float{kMagic});
+}
+
+// Integers that 16 bits hold, in 16 bits.
+typedef int16_t Int16 __attribute__((vector_size(MOE_VEC_BYTES / 2)));
+inline Int16 int16_of(Simd<float>::Int v) {
+  return __builtin_bit_cast(Int16, low_halves(__builtin_bit_cast(Simd<float>::Uint, v) & 0xffffu));
+}
+
+// The largest of n absolute values; `probe` becomes NaN in a lane if one is not finite. x is
+// readable and zero up to a multiple of the lanes.
+inline float largest(const float* x, int64_t n, Vec<float>& probe) {
+  Vec<float> most = {};
+  for (int64_t i = 0; i < n; i += kLanes<float>) {
+    const Vec<float> v = load<float>(x + i), a = v < 0.0f ? -v : v;
+    most = a > most ? a : most;
+    probe += v * 0.0f;
+  }
+#if defined(__AVX512F__) && MOE_VEC_BYTES == 64
+  return _mm512_reduce_max_ps(__builtin_bit_cast(__m512, most));
+#else
+  float result = 0;
+  for (int i = 0; i < kLanes<float>; ++i) result = most[i] > result ? most[i] : result;
+  return result;
+#endif
+}

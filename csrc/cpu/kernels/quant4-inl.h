@@ -23,15 +23,10 @@ struct Row4 {
 
 int64_t row4_bytes(int64_t k) { return Row4(k).bytes(); }
 
-// 32 floats as codes: those of even places, then those of odd ones. Half an integer goes to the
-// even one.
+// 32 floats as codes: those of even places and those of odd ones.
 inline void round_codes(const float* x, float inverse, int8_t* even, int8_t* odd) {
   using F = Simd<float>;
-  constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23
-  const auto code = [&](int i) {
-    const Vec<float> shifted = load<float>(x + i * F::kLanes) * inverse + kMagic;
-    return __builtin_bit_cast(F::Int, shifted) - __builtin_bit_cast(int32_t, float{kMagic});
-  };
+  const auto code = [&](int i) { return nearest(load<float>(x + i * F::kLanes), inverse); };
 #if defined(__AVX2__) && MOE_VEC_BYTES >= 32
 #if MOE_VEC_BYTES == 64
   const auto bytes = [&](int half) {
@@ -61,23 +56,6 @@ inline void round_codes(const float* x, float inverse, int8_t* even, int8_t* odd
 #endif
 }
 
-// The largest of 32 absolute values; `probe` becomes NaN in a lane if one is not finite.
-inline float largest(const float* x, Vec<float>& probe) {
-  Vec<float> most = {};
-  for (int i = 0; i < 32; i += kLanes<float>) {
-    const Vec<float> v = load<float>(x + i), a = v < 0.0f ? -v : v;
-    most = a > most ? a : most;
-    probe += v * 0.0f;
-  }
-#if defined(__AVX512F__) && MOE_VEC_BYTES == 64
-  return _mm512_reduce_max_ps(__builtin_bit_cast(__m512, most));
-#else
-  float result = 0;
-  for (int i = 0; i < kLanes<float>; ++i) result = most[i] > result ? most[i] : result;
-  return result;
-#endif
-}
-
 // What the sums of a unit start from: minus 8 times the codes of each lane.
 inline void code_offsets(const int8_t* codes, int32_t* offsets) {
 #if defined(__AVX2__) && MOE_VEC_BYTES >= 32
@@ -103,7 +81,7 @@ inline void code_offsets(const int8_t* codes, int32_t* offsets) {
 }
 
 void row4(int64_t k, const float* x, void* row) {
-  static_assert(kQuantBlock == 32, "a block is what largest and round_codes take");
+  static_assert(kQuantBlock == 32, "a block is what round_codes takes");
   constexpr int64_t kLane = 8;  // steps of k in a lane
   const Row4 layout(k);
   auto* codes = static_cast<int8_t*>(row);
@@ -116,7 +94,7 @@ void row4(int64_t k, const float* x, void* row) {
     int8_t* odd = even + kVec;
     float scale = 0;
     if (k0 < k) {
-      const float most = largest(x + k0, probe);
+      const float most = largest(x + k0, kQuantBlock, probe);
       scale = most / 127.0f;
       round_codes(x + k0, most > 0.0f ? 127.0f / most : 0.0f, even, odd);
     } else {  // There may be no memory behind x.

@@ -26,8 +26,6 @@ int64_t row8_bytes(int64_t k) { return Row8(k).bytes(); }
 constexpr int kUnitVectors = Row8::kUnit / kLanes<float>;
 
 void row8(int64_t k, const float* x, void* row) {
-  using F = Simd<float>;
-  typedef int16_t Int16 __attribute__((vector_size(MOE_VEC_BYTES / 2), aligned(2), may_alias));
   constexpr int W = kLanes<float>;
   const Row8 layout(k);
   auto* codes = static_cast<char*>(row);
@@ -59,14 +57,10 @@ void row8(int64_t k, const float* x, void* row) {
   for (int64_t u = 0; u < layout.units; ++u) {
 #pragma GCC unroll 4
     for (int i = 0; i < kUnitVectors; ++i) {
-      constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: half an integer goes to the even one.
       Vec<float> v = load<float>(x + u * Row8::kUnit + i * W);
       v = inverse[i] == 0.0f ? Vec<float>{} : v;  // Not finite, maybe.
-      const F::Int code = __builtin_bit_cast(F::Int, v * inverse[i] + kMagic) -
-                          __builtin_bit_cast(int32_t, float{kMagic});
-      char* out = codes + u * MOE_VEC_BYTES + 2 * i * W;
-      *reinterpret_cast<Int16*>(out) =
-          __builtin_bit_cast(Int16, low_halves(__builtin_bit_cast(F::Uint, code) & 0xffffu));
+      const Int16 code = int16_of(nearest(v, inverse[i]));
+      __builtin_memcpy(codes + u * MOE_VEC_BYTES + 2 * i * W, &code, sizeof(code));
     }
   }
 }

@@ -120,33 +120,21 @@ inline Bytes word_pairs(const uint32_t* words, int i) {
 // float apart from the last code, is that of the block.
 template <int kBits>
 inline void token_pairs(int64_t n, const float* x, float* dst) {
-  using F = Simd<float>;
-  typedef int16_t Int16 __attribute__((vector_size(MOE_VEC_BYTES / 2), aligned(2), may_alias));
-  typedef int16_t Order __attribute__((vector_size(MOE_VEC_BYTES / 2)));
   constexpr int W = kLanes<float>;
   constexpr int kWord = 32 / kBits;
-  constexpr float kMost = 32767, kMagic = 12582912.0f;  // 1.5 * 2^23
-  Order order;
+  constexpr float kMost = 32767;
+  Int16 order;
   for (int i = 0; i < W; ++i) order[i] = i / kWord * kWord + i % kWord / 2 + i % 2 * (kWord / 2);
-  Vec<float> most = {}, probe = {};
-  for (int64_t i = 0; i < n; i += W) {
-    const Vec<float> v = load<float>(x + i), a = v < 0.0f ? -v : v;
-    most = a > most ? a : most;
-    probe += v * 0.0f;  // NaN where one is not finite
-  }
-  float largest = 0;
-  for (int i = 0; i < W; ++i) largest = most[i] > largest ? most[i] : largest;
-  const float bad = horizontal_sum<float>(probe);
+  Vec<float> probe = {};
+  const float most = largest(x, n, probe), bad = horizontal_sum<float>(probe);
   // So small that the quotient would not be finite: zeros.
-  const bool usable = largest >= 1e-30f && bad == 0.0f;
-  dst[kKc] = usable ? largest / kMost : bad;
-  const float inverse = kMost / largest;
+  const bool usable = most >= 1e-30f && bad == 0.0f;
+  dst[kKc] = usable ? most / kMost : bad;
+  const float inverse = kMost / most;
   for (int64_t i = 0; i < n; i += W) {
-    const F::Int code = __builtin_bit_cast(F::Int, load<float>(x + i) * inverse + kMagic) -
-                        __builtin_bit_cast(int32_t, float{kMagic});
-    const auto codes = __builtin_bit_cast(
-        Order, low_halves(__builtin_bit_cast(F::Uint, usable ? code : F::Int{}) & 0xffffu));
-    *reinterpret_cast<Int16*>(dst + i / 2) = __builtin_shuffle(codes, order);
+    const Int16 codes = usable ? int16_of(nearest(load<float>(x + i), inverse)) : Int16{};
+    const Int16 ordered = __builtin_shuffle(codes, order);
+    __builtin_memcpy(dst + i / 2, &ordered, sizeof(ordered));
   }
 }
 
