@@ -68,6 +68,10 @@ void fill_panel_streams(typename Kernels<T>::PanelStreams (*table)[kMaxStreamRow
     table[kAhead][0] = &panel_streams<T, S, 1, kAhead>;
     table[kAhead][1] = &panel_streams<T, S, 2, kAhead>;
     table[kAhead][2] = &panel_streams<T, S, 3, kAhead>;
+    if constexpr (kStreamRows >= 5) {
+      table[kAhead][3] = &panel_streams<T, S, 4, kAhead>;
+      table[kAhead][4] = &panel_streams<T, S, 5, kAhead>;
+    }
   };
   fill.template operator()<false>();
   fill.template operator()<true>();
@@ -94,10 +98,13 @@ Kernels<T> first_kernels() {
   fill_micro<T, T, 1, true, 1, MOE_MR1>(k.col_a[0]);
   fill_micro<T, T, 2, true, 1, MOE_MR2>(k.col_a[1]);
   fill_panel_tiles<T, T, 1>(k.panel_tile[static_cast<int>(kAccumulate<T>)]);
-  k.tile_streams = kTileStreams;
+  k.tile_lines = kTileLines;
+  k.stream_rows = kStreamRows;
   k.num_panel_streams[0] = kPanelStreams<1>;
   k.num_panel_streams[1] = kPanelStreams<2>;
   k.num_panel_streams[2] = kPanelStreams<3>;
+  k.num_panel_streams[3] = kPanelStreams<4>;
+  k.num_panel_streams[4] = kPanelStreams<5>;
   fill_panel_streams<T, T>(k.panel_streams[static_cast<int>(kAccumulate<T>)]);
   if constexpr (sizeof(T) == 4) {
     fill_panel_tiles<T, Bf16, 1>(k.panel_tile[static_cast<int>(DType::kBFloat16)]);

@@ -26,7 +26,7 @@ constexpr int kRankRows = 4;
 constexpr int kMaxMr = 24;
 
 // Rows for which several panels of packed weights are read at once.
-constexpr int kMaxStreamRows = 3;
+constexpr int kMaxStreamRows = 5;
 
 // Of an AMX core's 8 tiles, 6 hold sums; the others an operand each.
 constexpr int kAmxTokenTiles = 6;
@@ -349,21 +349,25 @@ struct Kernels {
   // Weights packed ahead of time, as the vector side (pack.h). For i < m, j < 2*lanes:
   // c[i*ldc + j] (+)= sum_k a[i*kLda + k] * panel(k, j). A panel holds [kc][2*lanes] elements of T,
   // or pairs of k of a half type, [kc/2][2*lanes][2], kc even. While it runs, the tile
-  // prefetches `steps * ahead_step` bytes, spread evenly; a step is one k, or one pair. With two
-  // tile_streams one half lies from `ahead` and one from `ahead + far` on: memory delivers them
-  // faster. With one, `far` is not read. Index: [type, kFloat64 like kFloat32][m - 1].
+  // prefetches the line at `ahead` each step, one k or one pair, and with tile_lines = 2 that at
+  // `ahead + far`; `ahead` then moves on by ahead_step. Index: [type, kFloat64 like kFloat32][m -
+  // 1].
   using PanelTile = void (*)(int64_t kc, const T* a, const void* panel, T* c, int64_t ldc,
                              bool accumulate, const char* ahead, int64_t far, int64_t ahead_step);
-  int tile_streams;
+  int tile_lines;
+  // What these are, cpu_isa.h says: whether `far` is half a block, and the most rows of an item.
+  bool tile_halves;
+  int64_t panel_rows;
   PanelTile panel_tile[4][kMaxMr];
   // A block of a panel of a half type, kc even, as one of T: [kc][2*lanes]. T = float only. From so
   // many tiles of rows on it is faster than each of them widening the block for itself; 0: never.
   void (*widen_panel[4])(int64_t kc, const void* panel, T* dst);
   int widen_tiles[4];
-  // The same for m <= kMaxStreamRows and num_panel_streams[m - 1] panels, `stride` bytes apart: the
+  // The same for m <= stream_rows and num_panel_streams[m - 1] panels, `stride` bytes apart: the
   // sums of panel s go to c[s]. Index: [type][asks for memory ahead][m - 1].
   using PanelStreams = void (*)(int64_t kc, const T* a, const void* panel, int64_t stride,
                                 T* const* c, int64_t ldc, bool accumulate);
+  int stream_rows;  // at most kMaxStreamRows
   int num_panel_streams[kMaxStreamRows];
   bool streams_ahead;  // asking pays where weights come from memory (cpu_isa.h)
   PanelStreams panel_streams[4][2][kMaxStreamRows];

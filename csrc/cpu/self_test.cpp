@@ -121,7 +121,7 @@ bool panels_right(const Kernels<T>& k, const Kernels<T>& portable, Numbers<T>& n
                                    panels.data(), 0, ahead_step);
         if (!close(c, {truth.begin(), truth.begin() + size})) return false;
       }
-      if (m > kMaxStreamRows) continue;
+      if (m > k.stream_rows) continue;
       const int64_t read = k.num_panel_streams[m - 1] * size;
       for (const auto& table : k.panel_streams[index]) {
         std::vector<T> sums(static_cast<size_t>(read), T(NAN));
@@ -848,7 +848,7 @@ bool pairs_right(const Kernels<float>& k, const Kernels<float>& portable, Number
     k.pair_panel_tile[m - 1](kPairs, row.data(), panels.data(), g.data(), kCols, false, b16.data(),
                              0, 64);
     if (!close(e, first) || !close(f, first) || !close(g, first)) return false;
-    if (m > kMaxStreamRows) continue;
+    if (m > k.stream_rows) continue;
     truth.resize(static_cast<size_t>(k.num_panel_streams[m - 1] * m * kCols));
     for (const auto& table : k.pair_panel_streams) {
       std::vector<float> sums(truth.size(), NAN);

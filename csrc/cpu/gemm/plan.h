@@ -77,6 +77,7 @@ constexpr int64_t kAmxNnFeatures = 512;
 // 40 GB/s, twice the latency of a DRAM; the value for AMX was measured on another machine.
 constexpr int64_t kBytesAhead = 8192;
 constexpr int64_t kAmxBytesAhead = 2048;
+constexpr int64_t kLineBytes = 64;
 // Weights of all experts from which on streams ask ahead. A bank of this size may lie in an L3,
 // where that is 1 to 4 % slower, but the banks of a model's other layers then do not.
 constexpr int64_t kStreamAheadBytes = int64_t{8} << 20;
@@ -256,8 +257,8 @@ std::vector<GemmItem> gemm_items(const GemmDesc<T>& d, const Kernels<T>& k, int 
       case Path::kPairPanels:
         // Few rows are read in streams, of a quarter of an item each: the longer the better. More
         // are copied once for all parts of an item.
-        most_features = end - begin <= kMaxStreamRows ? kStreamFeatureBlock : kPanelFeatures;
-        most_rows = kPanelRowBlock;
+        most_features = end - begin <= k.stream_rows ? kStreamFeatureBlock : kPanelFeatures;
+        most_rows = k.panel_rows;
         break;
       case Path::kQuantPanels:
         most_features = kPanelFeatureBlock;

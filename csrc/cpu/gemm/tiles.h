@@ -199,8 +199,8 @@ void panel_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, c
   const int64_t step = size < P * static_cast<int64_t>(sizeof(T)) ? 2 : 1;
   const int64_t m = it.row_end - it.row_begin;
   // Tokens are copied once for the item; more rows than streams take meet a part of it at a time.
-  const int64_t part = m <= kMaxStreamRows ? it.feature_end - it.feature_begin
-                                           : round_up(kPanelFeatureBlock / d.segments, P);
+  const int64_t part = m <= k.stream_rows ? it.feature_end - it.feature_begin
+                                          : round_up(kPanelFeatureBlock / d.segments, P);
   const int64_t K = kPairs ? ceil_div<int64_t>(d.in_features, 2) : d.in_features;
   // Blocks of equal depth: a short one would pay for its sums in memory with little arithmetic.
   // One row has no pitch, and no next row that would want the sums' registers.
@@ -228,7 +228,7 @@ void panel_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, c
       return tile + i % d.segments * padded_n + i / d.segments * P;
     };
     int64_t done = 0;
-    if (m <= kMaxStreamRows) {
+    if (m <= k.stream_rows) {
       // A share of the item's panels for each stream, so that streams are long.
       const int64_t streams = k.num_panel_streams[m - 1], share = count / streams;
       const bool ahead =
@@ -254,22 +254,24 @@ void panel_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, c
         kPairs ? k.pair_panel_tile : k.panel_tile[widen ? static_cast<int>(kAccumulate<T>) : type];
     const int64_t tile_step = widen ? 1 : step;
     // Every tile asks for panels ahead of its own: the core's window is too short to compute and to
-    // wait for memory at once. Several tiles on one block share the next block between them.
-    const int64_t ahead_step = std::max<int64_t>(ceil_div(size * tile_step, blocks), 2);
+    // wait for memory at once. Several tiles on one block share the next block between them; one
+    // alone asks no further ahead than it must, unless for halves of blocks.
+    const int64_t streams = k.tile_halves ? k.tile_lines : 1;
+    const int64_t ahead_step = std::max<int64_t>(ceil_div(size * tile_step, blocks) / streams, 1);
     for (; done < count; ++done) {
       const char* panel = first + done * layout.panel_bytes;
       for (int64_t b = 0; b < k_blocks; ++b) {
         const int64_t kc = std::min(block_k, depth - b * block_k);
         const char* block = panel + b * block_k * size;
+        const bool next_block = blocks > 1 || k.tile_halves;
+        const char* ahead = block + (next_block ? std::max(kBytesAhead, kc * size) : kBytesAhead);
         if (widen) k.widen_panel[type](kc, block, wide);
         for (int64_t i = 0; i < blocks; ++i) {
           const int64_t i0 = tile_rows.begin(i), i1 = tile_rows.begin(i + 1);
           const void* weights = widen ? static_cast<const void*>(wide) : block;
           tiles[i1 - i0 - 1](kc, a + (b * m + i0) * kLda, weights, sums(done) + i0 * ldc, ldc,
-                             b > 0,
-                             block + std::max(kBytesAhead, kc * size) +
-                                 i * ahead_step * (kc / tile_step) / k.tile_streams,
-                             kc * size / 2, ahead_step);
+                             b > 0, ahead + i * ahead_step * (kc / tile_step),
+                             k.tile_halves ? kc * size / 2 : kLineBytes, ahead_step);
         }
       }
     }

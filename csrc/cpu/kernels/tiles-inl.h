@@ -101,8 +101,8 @@ inline Vec<T> panel_vector(const S* p, int v, [[maybe_unused]] int half) {
   }
 }
 
-// A step of k is so many lines of a panel, each asked for in a stream of its own.
-constexpr int kTileStreams = MOE_VEC_BYTES == 64 ? 2 : 1;
+// A step of k is so many lines of a panel.
+constexpr int kTileLines = MOE_VEC_BYTES == 64 ? 2 : 1;
 
 // kGroup: steps that share a prefetch. A function of its own, of one loop: with two in one function
 // the compiler keeps sums on the stack.
@@ -117,14 +117,14 @@ template <class T, class S, int M, int kGroup>
   Vec<T> acc[M][2];
 #pragma GCC unroll 32
   for (int i = 0; i < M; ++i) acc[i][0] = acc[i][1] = Vec<T>{};
-  ahead_step = ahead_step * kGroup / kTileStreams;
+  ahead_step *= kGroup;
   const S* panel = static_cast<const S*>(panel_data);
 #if MOE_VEC_BYTES == 64
 #pragma GCC unroll 2
 #endif
   for (int64_t k = 0; k < kc; k += kGroup * kPair) {
 #pragma GCC unroll 2
-    for (int s = 0; s < kTileStreams; ++s) __builtin_prefetch(ahead + s * far, 0, 2);
+    for (int s = 0; s < kTileLines; ++s) __builtin_prefetch(ahead + s * far, 0, 2);
     ahead += ahead_step;
 #pragma GCC unroll 4
     for (int g = 0; g < kGroup; ++g) {
@@ -187,6 +187,8 @@ void widen_panel(int64_t kc, const void* panel_data, T* dst) {
 // the memory bandwidth that one stream does not. Where the prefetcher is late, kAhead asks ahead of
 // it (Kernels::streams_ahead). No more panels than registers hold sums of: 12 vectors with AVX2, 24
 // with AVX-512.
+// Rows that registers hold sums of for two panels and more.
+constexpr int kStreamRows = MOE_VEC_BYTES == 64 ? 5 : 3;
 template <int M>
 constexpr int kPanelStreams = MOE_MR2 * 2 / (2 * M) >= 4   ? 4
                               : MOE_MR2 * 2 / (2 * M) >= 2 ? 2
@@ -214,7 +216,7 @@ void panel_streams(int64_t kc, const T* a, const void* panel_data, int64_t strid
       for (int half = 0; half < kPair; ++half) {
         if constexpr (kPair == 2) asm volatile("" ::: "memory");
         const Vec<T> b0 = panel_vector<T>(p, 0, half), b1 = panel_vector<T>(p, 1, half);
-#pragma GCC unroll 3
+#pragma GCC unroll 5
         for (int i = 0; i < M; ++i) {
           acc[s][i][0] = add_product<T, S>(acc[s][i][0], a + i * kLda + half, b0);
           acc[s][i][1] = add_product<T, S>(acc[s][i][1], a + i * kLda + half, b1);
@@ -226,7 +228,7 @@ void panel_streams(int64_t kc, const T* a, const void* panel_data, int64_t strid
   }
 #pragma GCC unroll 4
   for (int s = 0; s < kStreams; ++s) {
-#pragma GCC unroll 3
+#pragma GCC unroll 5
     for (int i = 0; i < M; ++i) {
 #pragma GCC unroll 2
       for (int v = 0; v < 2; ++v) {
