@@ -32,13 +32,17 @@ MOE_OPS_API std::string isa_warning();
 int64_t pairs_max_rows();
 // Whether streams of packed weights from memory gain by asking ahead of the hardware prefetcher.
 bool streams_ahead();
-// Whether tiles on packed weights do so by asking for both halves of what comes next at once.
-bool tiles_ask_for_halves();
+// Whether what tiles ask for comes faster from its two halves in turns.
+bool fetches_halves();
 // Rows of an expert up to which several packed panels are read at once without asking, where the
 // level has the registers.
 int most_stream_rows();
 // Tokens of one item of packed weights: what leaves an L2 room for panels and sums.
 int64_t panel_rows();
+// How far ahead of itself, in bytes, a stream of rows that several passes of tokens read asks.
+int64_t dot_ahead();
+// Most rows of an expert, up to `most`, that are no slower in such passes of `tokens` rows.
+int dot_rows(int most, int tokens);
 // nullptr, or the kernel of this level that does not compute what the portable one does.
 MOE_OPS_API const char* failing_kernel(Isa isa);
 

@@ -54,11 +54,12 @@ struct TileHints {
   int64_t lda = kLdm;  // column form: elements between summed indices of a
   int64_t ldb = 0;     // the same of b, where 0 stands for whole panels
 
-  // Spreads the rows over `steps` places that ask. In two halves, which memory delivers faster.
-  void spread(int64_t steps) {
+  // Spreads the rows over `steps` places that ask; in two halves where memory delivers them faster
+  // (Kernels::fetch_halves).
+  void spread(int64_t steps, bool halves) {
     const int64_t lines = rows * ((bytes + 63) / 64);
     lines_per_step = (lines + steps - 1) / (steps > 0 ? steps : 1);
-    if (rows > 1) {
+    if (halves && rows > 1) {
       rows = (rows + 1) / 2;
       far = rows * stride;
     }
@@ -356,7 +357,7 @@ struct Kernels {
                              bool accumulate, const char* ahead, int64_t far, int64_t ahead_step);
   int tile_lines;
   // What these are, cpu_isa.h says: whether `far` is half a block, and the most rows of an item.
-  bool tile_halves;
+  bool fetch_halves;
   int64_t panel_rows;
   PanelTile panel_tile[4][kMaxMr];
   // A block of a panel of a half type, kc even, as one of T: [kc][2*lanes]. T = float only. From so
@@ -406,7 +407,8 @@ struct Kernels {
   // out[t*ldo + f*out_step] = sum_k w[f*ldw + k] * x[t*ldx + k] for f < features <= kDotFeatures
   // and t < tokens <= dot_tokens. Rows of x are readable and zero up to the next whole vector.
   void (*dot)(DType w_type, int features, int tokens, int64_t k, const void* w, int64_t ldw,
-              const T* x, int64_t ldx, T* out, int64_t ldo, int64_t out_step);
+              const T* x, int64_t ldx, T* out, int64_t ldo, int64_t out_step, int64_t ahead);
+  int64_t dot_ahead;  // bytes ahead of itself that it should ask for weights of type T
 
   // The same for weights of type T and a block of k: lane l of vector (t * features + f) of sums
   // (+)= the products of every k of that lane, for tokens <= strip_tokens and features 1 or

@@ -40,9 +40,11 @@ template <class T>
 Kernels<T> tuned(Kernels<T> k) {
   k.pairs_max_rows = pairs_max_rows();
   k.streams_ahead = streams_ahead();
-  k.tile_halves = tiles_ask_for_halves();
+  k.fetch_halves = fetches_halves();
   if (k.stream_rows > most_stream_rows()) k.stream_rows = most_stream_rows();
   k.panel_rows = panel_rows();
+  k.dot_ahead = dot_ahead();
+  k.dot_max_rows = dot_rows(k.dot_max_rows, k.dot_tokens);
   return k;
 }
 

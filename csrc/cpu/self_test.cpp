@@ -183,7 +183,7 @@ bool dot_right(const Kernels<T>& k, const Kernels<T>& portable, Numbers<T>& numb
     for (int tokens = 1; tokens <= k.dot_tokens; ++tokens) {
       std::vector<T> out(static_cast<size_t>(tokens * kDotFeatures), T(NAN));
       k.dot(all[type], kDotFeatures, tokens, kDepth, stored.data(), kPitch, x.data(), kPitch,
-            out.data(), kDotFeatures, 1);
+            out.data(), kDotFeatures, 1, 0);
       if (!close(out, {truth.begin(), truth.begin() + tokens * kDotFeatures})) return false;
     }
   }

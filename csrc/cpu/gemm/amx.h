@@ -42,7 +42,7 @@ void amx_panel_item(const GemmDesc<float>& d, const Kernels<float>& k, const Gem
         next.base = panel + kAmxBytesAhead;
         next.rows = 1;
         next.bytes = layout.panel_bytes;
-        next.spread(depth / 32);
+        next.spread(depth / 32, k.fetch_halves);
         for (int64_t t = 0; t < padded_m; t += 32) {
           k.amx_panel(depth / 32, a + t * lda, lda, padded_m - t > 16 ? 2 : 1,
                       reinterpret_cast<const uint16_t*>(panel), tile + t * ldc + s * padded_n + j,
@@ -140,7 +140,7 @@ void amx_nn_item(const GemmDesc<float>& d, const Kernels<float>& k, const GemmIt
         next.stride = d.b.stride_k * 2;
         next.rows = std::min(kAmxKc, K - next_k);
         next.bytes = n * 2;
-        next.spread(kc / 32 * (padded_n / 32) * ceil_div<int64_t>(padded_m, 32));
+        next.spread(kc / 32 * (padded_n / 32) * ceil_div<int64_t>(padded_m, 32), k.fetch_halves);
       }
       k.amx_begin();
       for (int64_t j = 0; j < padded_n; j += 32) {

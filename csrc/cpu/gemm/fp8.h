@@ -192,7 +192,8 @@ void fp8_tile_item(const Fp8Desc& d, const Kernels<float>& k, const Fp8Item& it,
           next.stride = d.b.stride_o;
           next.rows = std::min(mr, n - next_i % n);
           next.bytes = std::min(kFp8Block, K - next_b * kFp8Block);
-          next.spread(std::max<int64_t>(1, kc / kPrefetchStep) * ceil_div(padded_m, 2 * W));
+          next.spread(std::max<int64_t>(1, kc / kPrefetchStep) * ceil_div(padded_m, 2 * W),
+                      k.fetch_halves);
         }
         for (int64_t t0 = 0; t0 < padded_m; t0 += 2 * W) {
           const int64_t width = std::min(2 * W, padded_m - t0);

@@ -78,6 +78,8 @@ constexpr int64_t kAmxNnFeatures = 512;
 constexpr int64_t kBytesAhead = 8192;
 constexpr int64_t kAmxBytesAhead = 2048;
 constexpr int64_t kLineBytes = 64;
+// The same for rows as they lie, which tokens meet once.
+constexpr int64_t kDotAhead = 2048;
 // Weights of all experts from which on streams ask ahead. A bank of this size may lie in an L3,
 // where that is 1 to 4 % slower, but the banks of a model's other layers then do not.
 constexpr int64_t kStreamAheadBytes = int64_t{8} << 20;
@@ -199,8 +201,11 @@ Path path_of(const GemmDesc<T>& d, const Kernels<T>& k, int64_t expert_rows) {
   if (amx && d.in_features % 32 == 0) return Path::kAmxRows;
   // Every dot_tokens rows widen half types again.
   const bool half = sizeof(T) == 4 && d.b.type != DType::kFloat32;
-  if (expert_rows <= (half ? 2 * k.dot_tokens : k.dot_max_rows)) return Path::kDot;
   const bool two = multiply_pairs && d.in_features % 2 == 0 && d.b.stride_o % 2 == 0;
+  // Pairs at full speed (cpu_isa.h) beat a second pass.
+  const bool fast_pairs = two && k.pairs_max_rows > kStripMaxRows;
+  const int64_t half_rows = fast_pairs ? k.dot_tokens : 2 * k.dot_tokens;
+  if (expert_rows <= (half ? half_rows : k.dot_max_rows)) return Path::kDot;
   if (expert_rows <= kStripMaxRows) return two ? Path::kPairStrip : Path::kStrip;
   return two ? Path::kPairPack : Path::kPack;
 }

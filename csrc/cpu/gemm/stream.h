@@ -25,6 +25,10 @@ void dot_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, con
   // each other would be four short ones, and the prefetcher loses the start of each.
   const int64_t quarter = n / kDotFeatures;
   const int64_t row_bytes = d.b.stride_o * dtype_size(d.b.type);
+  const int64_t passes = ceil_div<int64_t>(m, k.dot_tokens);
+  // While a second pass meets rows in L2, memory waits for the first pass of the next ones.
+  const int64_t ahead = passes > 1 && d.b.type == kAccumulate<T> ? k.dot_ahead : kDotAhead;
+  const EvenParts pass_rows(m, passes);
   for (int s = 0; s < d.segments; ++s) {
     const char* w =
         element(d.b.data, d.b.type,
@@ -32,11 +36,12 @@ void dot_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, con
     for (int64_t f = 0; f < quarter + n % kDotFeatures; ++f) {
       const bool four = f < quarter;
       const int64_t first = four ? f : f - quarter + quarter * kDotFeatures;
-      for (int64_t t = 0; t < m; t += k.dot_tokens) {
-        const int tokens = static_cast<int>(std::min<int64_t>(k.dot_tokens, m - t));
+      for (int64_t p = 0; p < passes; ++p) {
+        const int64_t t = pass_rows.begin(p);
+        const int tokens = static_cast<int>(pass_rows.begin(p + 1) - t);
         k.dot(d.b.type, four ? kDotFeatures : 1, tokens, K, w + first * row_bytes,
               (four ? quarter : 1) * d.b.stride_o, x + t * ldx, ldx, out + t * ldo + s * n + first,
-              ldo, four ? quarter : 1);
+              ldo, four ? quarter : 1, ahead);
       }
     }
   }
@@ -92,7 +97,8 @@ void strip_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, c
         next.stride = ldw * size;
         next.rows = std::min(F, n - (next_first < n ? next_first : 0));
         next.bytes = K * size;
-        next.spread(std::max<int64_t>(1, passes * k_blocks * (block / W / kPrefetchStep)));
+        next.spread(std::max<int64_t>(1, passes * k_blocks * (block / W / kPrefetchStep)),
+                    k.fetch_halves);
       }
       for (int64_t b = 0; b < k_blocks; ++b) {
         const int64_t kc = std::min(block, K - b * block);

@@ -79,7 +79,7 @@ void pack_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, co
               next.stride = row_bytes;
               next.rows = std::min(2 * W, f1 - next_j);
               next.bytes = (c1 - c0) * size;
-              next.spread((c1 - c0) / kPrefetchStep * blocks);
+              next.spread((c1 - c0) / kPrefetchStep * blocks, k.fetch_halves);
             }
             const T* x = a;
             for (int64_t k0 = c0; k0 < c1; k0 += depth, x += m * kLda) {
@@ -168,7 +168,7 @@ void nn_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it,
           next.stride = d.b.stride_k * dtype_size(d.b.type);
           next.rows = std::min(kRows * depth, d.in_features - row);
           next.bytes = (item.feature_end - item.feature_begin) * dtype_size(d.b.type);
-          next.spread(kc / kPrefetchStep * blocks * ceil_div(padded_n, 2 * W));
+          next.spread(kc / kPrefetchStep * blocks * ceil_div(padded_n, 2 * W), k.fetch_halves);
         }
         if (direct) next.ldb = d.b.stride_k;
         for (int64_t j = 0; j < padded_n; j += 2 * W) {
@@ -256,14 +256,14 @@ void panel_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, c
     // Every tile asks for panels ahead of its own: the core's window is too short to compute and to
     // wait for memory at once. Several tiles on one block share the next block between them; one
     // alone asks no further ahead than it must, unless for halves of blocks.
-    const int64_t streams = k.tile_halves ? k.tile_lines : 1;
+    const int64_t streams = k.fetch_halves ? k.tile_lines : 1;
     const int64_t ahead_step = std::max<int64_t>(ceil_div(size * tile_step, blocks) / streams, 1);
     for (; done < count; ++done) {
       const char* panel = first + done * layout.panel_bytes;
       for (int64_t b = 0; b < k_blocks; ++b) {
         const int64_t kc = std::min(block_k, depth - b * block_k);
         const char* block = panel + b * block_k * size;
-        const bool next_block = blocks > 1 || k.tile_halves;
+        const bool next_block = blocks > 1 || k.fetch_halves;
         const char* ahead = block + (next_block ? std::max(kBytesAhead, kc * size) : kBytesAhead);
         if (widen) k.widen_panel[type](kc, block, wide);
         for (int64_t i = 0; i < blocks; ++i) {
@@ -271,7 +271,7 @@ void panel_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, c
           const void* weights = widen ? static_cast<const void*>(wide) : block;
           tiles[i1 - i0 - 1](kc, a + (b * m + i0) * kLda, weights, sums(done) + i0 * ldc, ldc,
                              b > 0, ahead + i * ahead_step * (kc / tile_step),
-                             k.tile_halves ? kc * size / 2 : kLineBytes, ahead_step);
+                             k.fetch_halves ? kc * size / 2 : kLineBytes, ahead_step);
         }
       }
     }

@@ -1,8 +1,6 @@
 // Products that read weights as they lie, for few rows. Included by kernels-inl.h, inside its
 // namespace.
 
-constexpr int64_t kDotAhead = 2048;  // bytes
-
 // Sums of the lanes of four vectors. The order is the same in each of the four places, and that of
 // one product does not depend on its neighbours.
 template <class T>
@@ -62,7 +60,7 @@ inline void lane_sums(const Sum& sum_of, const Put& put) {
 // F weight rows and M tokens, vectors along k: F streams of weights, each read once.
 template <class T, class S, int F, int M>
 void dot_tile(int64_t k, const S* w, int64_t ldw, const T* x, int64_t ldx, T* out, int64_t ldo,
-              int64_t out_step) {
+              int64_t out_step, [[maybe_unused]] int64_t ahead) {
   constexpr int W = kLanes<T>;
   Vec<T> acc[F][M];
 #pragma GCC unroll 4
@@ -78,7 +76,9 @@ void dot_tile(int64_t k, const S* w, int64_t ldw, const T* x, int64_t ldx, T* ou
 #pragma GCC unroll 4
     for (int f = 0; f < F; ++f) {
       // With one token the core's window reaches far enough ahead by itself.
-      if constexpr (M > 1) __builtin_prefetch(w + f * ldw + i + kDotAhead / sizeof(S), 0, 2);
+      if constexpr (M > 1) {
+        __builtin_prefetch(reinterpret_cast<const char*>(w + f * ldw + i) + ahead, 0, 2);
+      }
       const Vec<T> wv = load_as(w + f * ldw + i);
 #pragma GCC unroll 4
       for (int t = 0; t < M; ++t) acc[f][t] += wv * xv[t];
@@ -98,24 +98,24 @@ void dot_tile(int64_t k, const S* w, int64_t ldw, const T* x, int64_t ldx, T* ou
 
 template <class T, class S, int F>
 void dot_tokens(int tokens, int64_t k, const S* w, int64_t ldw, const T* x, int64_t ldx, T* out,
-                int64_t ldo, int64_t out_step) {
+                int64_t ldo, int64_t out_step, int64_t ahead) {
   if constexpr (MOE_DOT_TOKENS >= 4) {
-    if (tokens == 4) return dot_tile<T, S, F, 4>(k, w, ldw, x, ldx, out, ldo, out_step);
-    if (tokens == 3) return dot_tile<T, S, F, 3>(k, w, ldw, x, ldx, out, ldo, out_step);
+    if (tokens == 4) return dot_tile<T, S, F, 4>(k, w, ldw, x, ldx, out, ldo, out_step, ahead);
+    if (tokens == 3) return dot_tile<T, S, F, 3>(k, w, ldw, x, ldx, out, ldo, out_step, ahead);
   }
-  if (tokens == 2) return dot_tile<T, S, F, 2>(k, w, ldw, x, ldx, out, ldo, out_step);
-  dot_tile<T, S, F, 1>(k, w, ldw, x, ldx, out, ldo, out_step);
+  if (tokens == 2) return dot_tile<T, S, F, 2>(k, w, ldw, x, ldx, out, ldo, out_step, ahead);
+  dot_tile<T, S, F, 1>(k, w, ldw, x, ldx, out, ldo, out_step, ahead);
 }
 
 template <class T>
 void dot(DType w_type, int features, int tokens, int64_t k, const void* w, int64_t ldw, const T* x,
-         int64_t ldx, T* out, int64_t ldo, int64_t out_step) {
+         int64_t ldx, T* out, int64_t ldo, int64_t out_step, int64_t ahead) {
   with_type<T>(w_type, w, [&]<class S>(const S* p) {
     if (features == 4) {
-      dot_tokens<T, S, 4>(tokens, k, p, ldw, x, ldx, out, ldo, out_step);
+      dot_tokens<T, S, 4>(tokens, k, p, ldw, x, ldx, out, ldo, out_step, ahead);
     } else {
       for (int f = 0; f < features; ++f) {
-        dot_tokens<T, S, 1>(tokens, k, p + f * ldw, ldw, x, ldx, out + f * out_step, ldo, 0);
+        dot_tokens<T, S, 1>(tokens, k, p + f * ldw, ldw, x, ldx, out + f * out_step, ldo, 0, ahead);
       }
     }
   });
