@@ -349,14 +349,13 @@ struct Kernels {
 
   // Weights packed ahead of time, as the vector side (pack.h). For i < m, j < 2*lanes:
   // c[i*ldc + j] (+)= sum_k a[i*kLda + k] * panel(k, j). A panel holds [kc][2*lanes] elements of T,
-  // or pairs of k of a half type, [kc/2][2*lanes][2], kc even. While it runs, the tile
-  // prefetches the line at `ahead` each step, one k or one pair, and with tile_lines = 2 that at
-  // `ahead + far`; `ahead` then moves on by ahead_step. Index: [type, kFloat64 like kFloat32][m -
-  // 1].
+  // or pairs of k of a half type, [kc/2][2*lanes][2], kc even. Each step, one k or one pair, the
+  // tile prefetches the line at `ahead` and, with tile_lines = 2, the one at `ahead + far`; then
+  // `ahead` moves on by ahead_step. Index: [type, kFloat64 like kFloat32][m - 1].
   using PanelTile = void (*)(int64_t kc, const T* a, const void* panel, T* c, int64_t ldc,
                              bool accumulate, const char* ahead, int64_t far, int64_t ahead_step);
   int tile_lines;
-  // What these are, cpu_isa.h says: whether `far` is half a block, and the most rows of an item.
+  // Whether `far` is half a block, and the most rows of an item (cpu_isa.h).
   bool fetch_halves;
   int64_t panel_rows;
   PanelTile panel_tile[4][kMaxMr];
@@ -405,10 +404,11 @@ struct Kernels {
                    int token_tiles, T* c, int64_t ldc);
 
   // out[t*ldo + f*out_step] = sum_k w[f*ldw + k] * x[t*ldx + k] for f < features <= kDotFeatures
-  // and t < tokens <= dot_tokens. Rows of x are readable and zero up to the next whole vector.
+  // and t < tokens <= dot_tokens. Rows of x are readable and zero up to the next whole vector. For
+  // several tokens it prefetches what is `ahead` bytes further on in each row of weights.
   void (*dot)(DType w_type, int features, int tokens, int64_t k, const void* w, int64_t ldw,
               const T* x, int64_t ldx, T* out, int64_t ldo, int64_t out_step, int64_t ahead);
-  int64_t dot_ahead;  // bytes ahead of itself that it should ask for weights of type T
+  int64_t dot_ahead;  // `ahead` for weights of type T that several passes read (cpu_isa.h)
 
   // The same for weights of type T and a block of k: lane l of vector (t * features + f) of sums
   // (+)= the products of every k of that lane, for tokens <= strip_tokens and features 1 or
