@@ -142,7 +142,7 @@ int64_t dot_ahead() {
   return is_intel() ? 2048 : 8192;
 }
 
-int dot_rows(int most, int tokens) {
+int dot_max_rows(int most, int tokens) {
   // Zen 4, AVX2, 5 to 8 rows: strips are 1.3 to 1.45 times as fast.
   return !is_intel() && tokens == 2 && most > 4 ? 4 : most;
 }

@@ -42,7 +42,7 @@ int64_t panel_rows();
 // How far ahead of itself, in bytes, a stream of rows that several passes of tokens read asks.
 int64_t dot_ahead();
 // Most rows of an expert, up to `most`, that are no slower in such passes of `tokens` rows.
-int dot_rows(int most, int tokens);
+int dot_max_rows(int most, int tokens);
 // nullptr, or the kernel of this level that does not compute what the portable one does.
 MOE_OPS_API const char* failing_kernel(Isa isa);
 

@@ -62,19 +62,13 @@ void fill_panel_tiles(typename Kernels<T>::PanelTile* table) {
   }
 }
 
-template <class T, class S>
+template <class T, class S, int M>
 void fill_panel_streams(typename Kernels<T>::PanelStreams (*table)[kMaxStreamRows]) {
-  const auto fill = [&]<bool kAhead>() {
-    table[kAhead][0] = &panel_streams<T, S, 1, kAhead>;
-    table[kAhead][1] = &panel_streams<T, S, 2, kAhead>;
-    table[kAhead][2] = &panel_streams<T, S, 3, kAhead>;
-    if constexpr (kStreamRows >= 5) {
-      table[kAhead][3] = &panel_streams<T, S, 4, kAhead>;
-      table[kAhead][4] = &panel_streams<T, S, 5, kAhead>;
-    }
-  };
-  fill.template operator()<false>();
-  fill.template operator()<true>();
+  if constexpr (M <= kStreamRows) {
+    table[false][M - 1] = &panel_streams<T, S, M, false>;
+    table[true][M - 1] = &panel_streams<T, S, M, true>;
+    fill_panel_streams<T, S, M + 1>(table);
+  }
 }
 
 #if defined(MOE_BASE)
@@ -100,17 +94,13 @@ Kernels<T> first_kernels() {
   fill_panel_tiles<T, T, 1>(k.panel_tile[static_cast<int>(kAccumulate<T>)]);
   k.tile_lines = kTileLines;
   k.stream_rows = kStreamRows;
-  k.num_panel_streams[0] = kPanelStreams<1>;
-  k.num_panel_streams[1] = kPanelStreams<2>;
-  k.num_panel_streams[2] = kPanelStreams<3>;
-  k.num_panel_streams[3] = kPanelStreams<4>;
-  k.num_panel_streams[4] = kPanelStreams<5>;
-  fill_panel_streams<T, T>(k.panel_streams[static_cast<int>(kAccumulate<T>)]);
+  for (int m = 1; m <= kStreamRows; ++m) k.num_panel_streams[m - 1] = num_panel_streams(m);
+  fill_panel_streams<T, T, 1>(k.panel_streams[static_cast<int>(kAccumulate<T>)]);
   if constexpr (sizeof(T) == 4) {
     fill_panel_tiles<T, Bf16, 1>(k.panel_tile[static_cast<int>(DType::kBFloat16)]);
-    fill_panel_streams<T, Bf16>(k.panel_streams[static_cast<int>(DType::kBFloat16)]);
+    fill_panel_streams<T, Bf16, 1>(k.panel_streams[static_cast<int>(DType::kBFloat16)]);
     fill_panel_tiles<T, Fp16, 1>(k.panel_tile[static_cast<int>(DType::kFloat16)]);
-    fill_panel_streams<T, Fp16>(k.panel_streams[static_cast<int>(DType::kFloat16)]);
+    fill_panel_streams<T, Fp16, 1>(k.panel_streams[static_cast<int>(DType::kFloat16)]);
     k.strip_widen = &strip_widen;
     k.widen_panel[static_cast<int>(DType::kBFloat16)] = &widen_panel<T, Bf16>;
     k.widen_tiles[static_cast<int>(DType::kBFloat16)] = MOE_VEC_BYTES == 64 ? 0 : 9;
@@ -157,7 +147,7 @@ Kernels<T> make_kernels() {
     fill_micro<T, Pair, 1, true, 1, MOE_MR1>(k.pair_col_a[0]);
     fill_micro<T, Pair, 2, true, 1, MOE_MR2>(k.pair_col_a[1]);
     fill_panel_tiles<T, Pair, 1>(k.pair_panel_tile);
-    fill_panel_streams<T, Pair>(k.pair_panel_streams);
+    fill_panel_streams<T, Pair, 1>(k.pair_panel_streams);
     k.pair_strip = &strip<T, Pair>;
     k.pack_pairs = &pack_pairs;
     k.pair_rows = &pair_rows;

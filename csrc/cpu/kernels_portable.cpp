@@ -44,7 +44,7 @@ Kernels<T> tuned(Kernels<T> k) {
   if (k.stream_rows > most_stream_rows()) k.stream_rows = most_stream_rows();
   k.panel_rows = panel_rows();
   k.dot_ahead = dot_ahead();
-  k.dot_max_rows = dot_rows(k.dot_max_rows, k.dot_tokens);
+  k.dot_max_rows = dot_max_rows(k.dot_max_rows, k.dot_tokens);
   return k;
 }
 

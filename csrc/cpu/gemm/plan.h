@@ -77,9 +77,9 @@ constexpr int64_t kAmxNnFeatures = 512;
 // 40 GB/s, twice the latency of a DRAM; the value for AMX was measured on another machine.
 constexpr int64_t kBytesAhead = 8192;
 constexpr int64_t kAmxBytesAhead = 2048;
-constexpr int64_t kLineBytes = 64;
 // The same for rows as they lie, which tokens meet once.
 constexpr int64_t kDotAhead = 2048;
+constexpr int64_t kLineBytes = 64;  // of a cache
 // Weights of all experts from which on streams ask ahead. A bank of this size may lie in an L3,
 // where that is 1 to 4 % slower, but the banks of a model's other layers then do not.
 constexpr int64_t kStreamAheadBytes = int64_t{8} << 20;

@@ -183,22 +183,24 @@ void widen_panel(int64_t kc, const void* panel_data, T* dst) {
   }
 }
 
-// Several panels at once for M rows: the hardware prefetcher follows each, and together they reach
+// Rows that panel_streams takes. Registers would hold the sums of two panels for 7 with AVX-512,
+// but from 6 on tiles that ask ahead are faster.
+constexpr int kStreamRows = MOE_VEC_BYTES == 64 ? 5 : 3;
+
+// Several panels at once for m rows: the hardware prefetcher follows each, and together they reach
 // the memory bandwidth that one stream does not. Where the prefetcher is late, kAhead asks ahead of
 // it (Kernels::streams_ahead). No more panels than registers hold sums of: 12 vectors with AVX2, 24
 // with AVX-512.
-// Rows that registers hold sums of for two panels and more.
-constexpr int kStreamRows = MOE_VEC_BYTES == 64 ? 5 : 3;
-template <int M>
-constexpr int kPanelStreams = MOE_MR2 * 2 / (2 * M) >= 4   ? 4
-                              : MOE_MR2 * 2 / (2 * M) >= 2 ? 2
-                                                           : 1;
+constexpr int num_panel_streams(int m) {
+  const int panels = MOE_MR2 / m;
+  return panels >= 4 ? 4 : panels >= 2 ? 2 : 1;
+}
 
 constexpr int64_t kStreamAhead = 4096;  // bytes
 template <class T, class S, int M, bool kAhead>
 void panel_streams(int64_t kc, const T* a, const void* panel_data, int64_t stride, T* const* c,
                    int64_t ldc, bool accumulate) {
-  constexpr int W = kLanes<T>, kStreams = kPanelStreams<M>;
+  constexpr int W = kLanes<T>, kStreams = num_panel_streams(M);
   constexpr int kPair = sizeof(S) == sizeof(T) ? 1 : 2;  // steps of k that lie side by side
   Vec<T> acc[kStreams][M][2] = {};
   const char* panel = static_cast<const char*>(panel_data);
