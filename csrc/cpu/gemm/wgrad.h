@@ -64,9 +64,9 @@ void wgrad_item(const GroupedWgradParams& p, const Kernels<T>& k, int64_t e, int
   // A large result, written once and in whole vectors, goes past the cache.
   TileHints hints;
   hints.lda = kGradPitch;
-  const int64_t vector = W * static_cast<int64_t>(sizeof(T));
-  const bool streamed = large && k.streams && same_type && one && J % unit == 0 &&
-                        reinterpret_cast<uintptr_t>(out) % vector == 0;
+  const int64_t line = kLineBytes / static_cast<int64_t>(sizeof(T));
+  const bool streamed = large && k.streams && same_type && one && J % std::max(unit, line) == 0 &&
+                        reinterpret_cast<uintptr_t>(out) % kLineBytes == 0;
   const auto pack_a = [&](int64_t r0, int64_t rows, int64_t j0, int64_t cols) {
     const int64_t offset = j0 * dtype_size(p.a.type);
     for (int64_t r = 0; r < rows; ++r) a_rows[r] = row_of(p.a, r0 + r);

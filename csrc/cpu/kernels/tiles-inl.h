@@ -68,9 +68,10 @@ void micro(int64_t kc, const T* a, const T* b, T* c, int64_t ldc, bool accumulat
 #pragma GCC unroll 2
     for (int v = 0; v < NV; ++v) {
       T* out = c + i * ldc + v * W;
-#if defined(__AVX512F__) && MOE_VEC_BYTES == 64
-      if constexpr (kColumnForm) {
-        // One store fills a cache line: written past the cache, the line need not be read first.
+#if defined(__AVX2__)
+      if constexpr (kColumnForm && NV * MOE_VEC_BYTES >= 64) {
+        // A row of the tile is whole cache lines: written past the cache, they need not be read
+        // first.
         if (hints.stream) {
           stream(out, acc[i][v]);
           continue;
