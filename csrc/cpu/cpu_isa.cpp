@@ -110,51 +110,47 @@ bool is_intel() {
 #endif
 }
 
-}  // namespace
-
-int64_t pairs_max_rows() {
-  // Intel's cores start one every other cycle: 16 multiply-adds a cycle, where two fp32 FMAs are 32
-  // (measured on Sapphire Rapids: 76 and 142 GFLOP/s). AMD's (Zen 4) do 32, where an fp32 FMA
-  // is 16. Up to 8 rows memory is the limit, and pairs need no widening.
-  if (is_intel()) return 8;
-  return std::numeric_limits<int64_t>::max();
-}
-
-bool streams_ahead() {
-  // Sapphire Rapids: 1.05 to 1.2 times as fast. An EPYC of AMD's was 15 to 20 % slower with it.
-  return is_intel();
-}
-
-bool fetches_halves() {
-  // Sapphire Rapids: 1.03 to 1.1 times as fast. Zen 4 with 10 rows an expert: 0.75.
-  return is_intel();
-}
-
-int most_stream_rows() {
-  // Zen 4 with 4 rows an expert: 1.27 times as fast as tiles that ask ahead, with 5 1.08, with 6
-  // 0.85. Not measured on Intel's, whose streams ask ahead themselves.
-  return is_intel() ? 3 : 5;
-}
-
-int64_t dot_ahead() {
-  // Zen 4, fp32, AVX-512: 4 KiB 1.15 and 8 KiB 1.2 times as fast as 2 with 6 and 8 rows an expert,
-  // and level with fewer.
-  return is_intel() ? 2048 : 8192;
-}
-
-int dot_max_rows(int most, int tokens) {
-  // Zen 4, AVX2, 5 to 8 rows: strips are 1.3 to 1.45 times as fast.
-  return !is_intel() && tokens == 2 && most > 4 ? 4 : most;
-}
-
-int64_t panel_rows() {
-  // 128 tokens of 2048 features are 1 MiB of fp32. Zen 4, an L2 of 1 MiB, 128 rows an expert: 72
-  // rows at once 1.05 times as fast in fp32, 1.03 to 1.09 in bfloat16.
+// Below 1.5 MiB.
+bool has_small_l2() {
 #if defined(_SC_LEVEL2_CACHE_SIZE)
   const int64_t l2 = sysconf(_SC_LEVEL2_CACHE_SIZE);
-  if (l2 > 0 && l2 < (int64_t{3} << 19)) return 72;
+  return l2 > 0 && l2 < (int64_t{3} << 19);
+#else
+  return false;
 #endif
-  return 128;
+}
+
+}  // namespace
+
+const Tuning& tuning() {
+  static const Tuning t = [] {
+    const bool intel = is_intel();
+    Tuning r = {};
+    // Intel's cores start one every other cycle: 16 multiply-adds a cycle, where two fp32 FMAs are
+    // 32 (measured on Sapphire Rapids: 76 and 142 GFLOP/s). AMD's (Zen 4) do 32, where an fp32 FMA
+    // is 16. Up to 8 rows memory is the limit, and pairs need no widening.
+    r.pairs_max_rows = intel ? 8 : std::numeric_limits<int64_t>::max();
+    // Sapphire Rapids: 1.05 to 1.2 times as fast. An EPYC of AMD's was 15 to 20 % slower with it.
+    r.streams_ahead = intel;
+    // Sapphire Rapids: 1.03 to 1.1 times as fast. Zen 4 with 10 rows an expert: 0.75.
+    r.fetch_halves = intel;
+    // Zen 4 with 4 rows an expert: 1.27 times as fast as tiles that ask ahead, with 5 1.08, with 6
+    // 0.85. Not measured on Intel's, whose streams ask ahead themselves.
+    r.stream_rows = intel ? 3 : 5;
+    // 128 tokens of 2048 features are 1 MiB of fp32. Zen 4, an L2 of 1 MiB, 128 rows an expert: 72
+    // rows at once 1.05 times as fast in fp32, 1.03 to 1.09 in bfloat16.
+    r.panel_rows = has_small_l2() ? 72 : 128;
+    // Zen 4, fp32, AVX-512: 4 KiB 1.15 and 8 KiB 1.2 times as fast as 2 with 6 and 8 rows an
+    // expert, and level with fewer.
+    r.dot_ahead = intel ? 2048 : 8192;
+    // Zen 4, AVX2, 5 to 8 rows: strips are 1.3 to 1.45 times as fast.
+    r.dot_rows_by_two = intel ? 8 : 4;
+    // Zen 4: tiles on weight rows as they lie are 1.1 to 1.45 times as fast in fp32 with AVX2 and 3
+    // to 8 rows, 1.05 to 1.25 with AVX-512 and 5 to 7. Not measured on Intel's.
+    r.rank_max_rows = intel ? 8 : 0;
+    return r;
+  }();
+  return t;
 }
 
 Isa active_isa() { return choice().isa; }

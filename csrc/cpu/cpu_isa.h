@@ -27,22 +27,30 @@ MOE_OPS_API std::vector<std::string> supported_isas();
 // Empty, or a sentence about a value of MOE_OPS_CPU_ISA that could not be followed or a level that
 // failed its self-test.
 MOE_OPS_API std::string isa_warning();
-// Rows of an expert up to which products of bfloat16 pairs (vdpbf16ps) are no slower than fp32
-// ones.
-int64_t pairs_max_rows();
-// Whether streams of packed weights from memory gain by asking ahead of the hardware prefetcher.
-bool streams_ahead();
-// Whether what tiles ask for comes faster from its two halves in turns.
-bool fetches_halves();
-// Rows of an expert up to which several packed panels are read at once without asking, where the
-// level has the registers.
-int most_stream_rows();
-// Tokens of one item of packed weights: what leaves an L2 room for panels and sums.
-int64_t panel_rows();
-// How far ahead of itself, in bytes, a stream of rows that several passes of tokens read asks.
-int64_t dot_ahead();
-// Most rows of an expert, up to `most`, that are no slower in such passes of `tokens` rows.
-int dot_max_rows(int most, int tokens);
+// What the processor decides beside the level, measured on one of each kind; what was measured, and
+// how much it gave, is said in cpu_isa.cpp.
+struct Tuning {
+  // Rows of an expert up to which products of bfloat16 pairs (vdpbf16ps) are no slower than fp32
+  // ones.
+  int64_t pairs_max_rows;
+  // Whether streams of packed weights from memory gain by asking ahead of the hardware prefetcher.
+  bool streams_ahead;
+  // Whether what tiles ask for comes faster from its two halves in turns.
+  bool fetch_halves;
+  // Rows of an expert up to which several packed panels are read at once without asking, where the
+  // level has the registers.
+  int stream_rows;
+  // Tokens of one item of packed weights: what leaves an L2 room for panels and sums.
+  int64_t panel_rows;
+  // How far ahead of itself, in bytes, a stream of rows that several passes of tokens read asks.
+  int64_t dot_ahead;
+  // Most rows of an expert that are no slower in passes of two tokens over weights as they lie.
+  int dot_rows_by_two;
+  // Most rows of an expert whose sums pass through memory once in four weight rows; 0: those of one
+  // pass.
+  int rank_max_rows;
+};
+const Tuning& tuning();
 // nullptr, or the kernel of this level that does not compute what the portable one does.
 MOE_OPS_API const char* failing_kernel(Isa isa);
 

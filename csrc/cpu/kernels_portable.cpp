@@ -6,6 +6,8 @@
 #define MOE_MR2 4
 #define MOE_DOT_TOKENS 2
 #define MOE_DOT_MAX_ROWS 2
+#include <algorithm>
+
 #include "cpu/cpu_isa.h"
 #include "cpu/kernels-inl.h"
 #include "cpu/self_test.h"
@@ -35,16 +37,17 @@ const char* failing_kernel(Isa isa) {
 
 namespace {
 
-// What the processor decides beside the level.
 template <class T>
 Kernels<T> tuned(Kernels<T> k) {
-  k.pairs_max_rows = pairs_max_rows();
-  k.streams_ahead = streams_ahead();
-  k.fetch_halves = fetches_halves();
-  if (k.stream_rows > most_stream_rows()) k.stream_rows = most_stream_rows();
-  k.panel_rows = panel_rows();
-  k.dot_ahead = dot_ahead();
-  k.dot_max_rows = dot_max_rows(k.dot_max_rows, k.dot_tokens);
+  const Tuning& t = tuning();
+  k.pairs_max_rows = t.pairs_max_rows;
+  k.streams_ahead = t.streams_ahead;
+  k.fetch_halves = t.fetch_halves;
+  k.stream_rows = std::min(k.stream_rows, t.stream_rows);
+  k.panel_rows = t.panel_rows;
+  k.dot_ahead = t.dot_ahead;
+  if (k.dot_tokens == 2) k.dot_max_rows = std::min(k.dot_max_rows, t.dot_rows_by_two);
+  k.rank_max_rows = t.rank_max_rows > 0 ? t.rank_max_rows : k.dot_tokens;
   return k;
 }
 

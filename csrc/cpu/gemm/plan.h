@@ -196,13 +196,17 @@ Path path_of(const GemmDesc<T>& d, const Kernels<T>& k, int64_t expert_rows) {
   if (d.b.panels != nullptr) {
     return amx ? Path::kAmxPanels : multiply_pairs ? Path::kPairPanels : Path::kPanels;
   }
-  if (d.b.stride_k != 1 && expert_rows <= kRankMaxRows) return Path::kRank;
-  if (d.b.stride_k != 1) return amx ? Path::kAmxNn : multiply_pairs ? Path::kPairNn : Path::kNn;
-  if (amx && d.in_features % 32 == 0) return Path::kAmxRows;
-  // Every dot_tokens rows widen half types again.
+  // Whether tiles would have to widen the weights first.
   const bool half = sizeof(T) == 4 && d.b.type != DType::kFloat32;
+  if (d.b.stride_k != 1) {
+    if (expert_rows <= (half && !multiply_pairs ? kRankMaxRows : k.rank_max_rows)) {
+      return Path::kRank;
+    }
+    return amx ? Path::kAmxNn : multiply_pairs ? Path::kPairNn : Path::kNn;
+  }
+  if (amx && d.in_features % 32 == 0) return Path::kAmxRows;
   const bool two = multiply_pairs && d.in_features % 2 == 0 && d.b.stride_o % 2 == 0;
-  // Pairs at full speed (cpu_isa.h) beat a second pass.
+  // Every dot_tokens rows widen half types again; pairs at full speed (cpu_isa.h) beat that.
   const bool fast_pairs = two && k.pairs_max_rows > kStripMaxRows;
   const int64_t half_rows = fast_pairs ? k.dot_tokens : 2 * k.dot_tokens;
   if (expert_rows <= (half ? half_rows : k.dot_max_rows)) return Path::kDot;

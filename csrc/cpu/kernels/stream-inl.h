@@ -305,6 +305,9 @@ void rank_update(DType w_type, int rows, int64_t tokens, const void* w, int64_t 
         for (; t + 4 <= tokens; t += 4) {
           rank_tile<T, S, 4, R>(q, ldw, b + t * lda, lda, c + t * ldc, ldc, n, add);
         }
+        if (t + 3 == tokens) {
+          return rank_tile<T, S, 3, R>(q, ldw, b + t * lda, lda, c + t * ldc, ldc, n, add);
+        }
       }
       for (; t + 2 <= tokens; t += 2) {
         rank_tile<T, S, 2, R>(q, ldw, b + t * lda, lda, c + t * ldc, ldc, n, add);
