@@ -54,6 +54,14 @@ void fill_micro(typename Kernels<T>::Micro* table) {
   }
 }
 
+template <class T, int NV, int M, int kMax>
+void fill_copying_micro(typename Kernels<T>::CopyingMicro* table) {
+  if constexpr (M <= kMax) {
+    table[M - 1] = &copying_micro<T, M, NV>;
+    fill_copying_micro<T, NV, M + 1, kMax>(table);
+  }
+}
+
 template <class T, class S, int M>
 void fill_panel_tiles(typename Kernels<T>::PanelTile* table) {
   if constexpr (M <= MOE_MR2) {
@@ -91,6 +99,8 @@ Kernels<T> first_kernels() {
   fill_micro<T, T, 2, false, 1, MOE_MR2>(k.row_a[1]);
   fill_micro<T, T, 1, true, 1, MOE_MR1>(k.col_a[0]);
   fill_micro<T, T, 2, true, 1, MOE_MR2>(k.col_a[1]);
+  fill_copying_micro<T, 1, 1, MOE_MR2>(k.copying_row_a[0]);
+  fill_copying_micro<T, 2, 1, MOE_MR2>(k.copying_row_a[1]);
   fill_panel_tiles<T, T, 1>(k.panel_tile[static_cast<int>(kAccumulate<T>)]);
   k.tile_lines = kTileLines;
   k.stream_rows = kStreamRows;

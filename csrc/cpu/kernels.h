@@ -348,6 +348,10 @@ struct Kernels {
                          TileHints& hints);
   Micro row_a[2][kMaxMr];
   Micro col_a[2][kMaxMr];
+  // row_a that also writes the rows of b side by side to `copy`, [kc][nv*lanes].
+  using CopyingMicro = void (*)(int64_t kc, const T* a, const T* b, T* c, int64_t ldc,
+                                bool accumulate, TileHints& hints, T* copy);
+  CopyingMicro copying_row_a[2][kMaxMr];
 
   // Weights packed ahead of time, as the vector side (pack.h). For i < m, j < 2*lanes:
   // c[i*ldc + j] (+)= sum_k a[i*kLda + k] * panel(k, j). A panel holds [kc][2*lanes] elements of T,

@@ -79,7 +79,8 @@ constexpr int64_t kBytesAhead = 8192;
 constexpr int64_t kAmxBytesAhead = 2048;
 // The same for rows as they lie, which tokens meet once.
 constexpr int64_t kDotAhead = 2048;
-constexpr int64_t kLineBytes = 64;  // of a cache
+constexpr int64_t kLineBytes = 64;    // of a cache
+constexpr int64_t kPageBytes = 4096;  // and of a way of an L1
 // Weights of all experts from which on streams ask ahead. A bank of this size may lie in an L3,
 // where that is 1 to 4 % slower, but the banks of a model's other layers then do not.
 constexpr int64_t kStreamAheadBytes = int64_t{8} << 20;

@@ -123,9 +123,11 @@ void nn_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it,
   T* tile = scratch<T>(Scratch::kTile, most_rows * ldc);
   const auto& tiles = kPairs ? k.pair_row_a : k.row_a;
   const void* w_rows[kRows * kKc];
-  // One or two tiles of rows read a panel no more often than copying it would.
-  const bool direct =
-      !kPairs && d.b.type == kAccumulate<T> && n % W == 0 && it.row_end - it.row_begin <= 2 * k.mr2;
+  // Tiles read the weights as they lie. Where more than one will follow, they copy the panel on the
+  // way; or one, where the lines of a panel meet in one set of an L1 and are read in halves.
+  const bool direct = !kPairs && d.b.type == kAccumulate<T> && n % W == 0;
+  const bool one_set = d.b.stride_k * static_cast<int64_t>(sizeof(T)) % kPageBytes == 0;
+  const int64_t crowded = one_set && W * static_cast<int64_t>(sizeof(T)) < kLineBytes ? 1 : 2;
 
   for (int64_t r0 = it.row_begin; r0 < it.row_end; r0 += most_rows) {
     const int64_t m = std::min(most_rows, it.row_end - r0);
@@ -170,15 +172,26 @@ void nn_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it,
           next.bytes = (item.feature_end - item.feature_begin) * dtype_size(d.b.type);
           next.spread(kc / kPrefetchStep * blocks * ceil_div(padded_n, 2 * W), k.fetch_halves);
         }
-        if (direct) next.ldb = d.b.stride_k;
+        const bool as_they_lie = direct && r0 == it.row_begin;
+        const bool again = blocks > crowded || r0 + m < it.row_end;
         for (int64_t j = 0; j < padded_n; j += 2 * W) {
           const int nv = padded_n - j > W ? 2 : 1;
-          const T* panel = direct ? static_cast<const T*>(w_rows[0]) + s * d.features + j
-                                  : segment + j / (2 * W) * stride;
+          // One panel after the other in the same place, unless other rows will come for them.
+          T* panel = segment + (direct && !whole ? 0 : j / (2 * W) * stride);
           for (int64_t b = 0; b < blocks; ++b) {
-            const int64_t i0 = tile_rows.begin(b), i1 = tile_rows.begin(b + 1);
-            tiles[nv - 1][i1 - i0 - 1](kc, a + i0 * kLda, panel, tile + i0 * ldc + s * padded_n + j,
-                                       ldc, k0 > 0, next);
+            const int64_t i0 = tile_rows.begin(b), i1 = tile_rows.begin(b + 1), index = i1 - i0 - 1;
+            T* c = tile + i0 * ldc + s * padded_n + j;
+            const bool first = as_they_lie && b == 0;
+            const T* weights = first ? static_cast<const T*>(w_rows[0]) + s * d.features + j : panel;
+            next.ldb = first ? d.b.stride_k : 0;
+            if constexpr (!kPairs) {
+              if (first && again) {
+                k.copying_row_a[nv - 1][index](kc, a + i0 * kLda, weights, c, ldc, k0 > 0, next,
+                                               panel);
+                continue;
+              }
+            }
+            tiles[nv - 1][index](kc, a + i0 * kLda, weights, c, ldc, k0 > 0, next);
           }
         }
       }

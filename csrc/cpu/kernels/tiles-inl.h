@@ -29,9 +29,11 @@ inline Vec<T> add_product(Vec<T> acc, const T* a, Vec<T> b) {
 // M x NV accumulators stay in registers; each step broadcasts M elements of a and loads NV vectors
 // of b. AVX2: 6 x 2 accumulators + 2 + 1 of 16 registers, and 12 FMAs cover the latency (4) times
 // the ports (2). AVX-512: 14 x 2 + 2 + 1 of 32.
-template <class T, class S, int M, int NV, bool kColumnForm>
-void micro(int64_t kc, const T* a, const T* b, T* c, int64_t ldc, bool accumulate,
-           TileHints& hints) {
+// kCopy: the vectors of b are also written to `copy`, as whole panels.
+template <class T, class S, int M, int NV, bool kColumnForm, bool kCopy>
+[[gnu::always_inline]] inline void micro_of(int64_t kc, const T* a, const T* b, T* c, int64_t ldc,
+                                            bool accumulate, TileHints& hints,
+                                            [[maybe_unused]] T* copy) {
   constexpr int W = kLanes<T>;
   constexpr int64_t kStrideI = kColumnForm ? 1 : kLda;
   const int64_t step_a = kColumnForm ? hints.lda : 1;
@@ -46,6 +48,11 @@ void micro(int64_t kc, const T* a, const T* b, T* c, int64_t ldc, bool accumulat
     Vec<T> bv[NV];
 #pragma GCC unroll 2
     for (int v = 0; v < NV; ++v) bv[v] = load<T>(b + v * W);
+    if constexpr (kCopy) {
+#pragma GCC unroll 2
+      for (int v = 0; v < NV; ++v) store<T>(copy + v * W, bv[v]);
+      copy += NV * W;
+    }
 #pragma GCC unroll 32
     for (int i = 0; i < M; ++i) {
 #pragma GCC unroll 2
@@ -81,6 +88,18 @@ void micro(int64_t kc, const T* a, const T* b, T* c, int64_t ldc, bool accumulat
       store<T>(out, accumulate ? load<T>(out) + acc[i][v] : acc[i][v]);
     }
   }
+}
+
+template <class T, class S, int M, int NV, bool kColumnForm>
+void micro(int64_t kc, const T* a, const T* b, T* c, int64_t ldc, bool accumulate,
+           TileHints& hints) {
+  micro_of<T, S, M, NV, kColumnForm, false>(kc, a, b, c, ldc, accumulate, hints, nullptr);
+}
+
+template <class T, int M, int NV>
+void copying_micro(int64_t kc, const T* a, const T* b, T* c, int64_t ldc, bool accumulate,
+                   TileHints& hints, T* copy) {
+  micro_of<T, T, M, NV, false, true>(kc, a, b, c, ldc, accumulate, hints, copy);
 }
 
 // Vector v of row `half` of the pair of k at p.
