@@ -181,11 +181,12 @@ void nn_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it,
           for (int64_t b = 0; b < blocks; ++b) {
             const int64_t i0 = tile_rows.begin(b), i1 = tile_rows.begin(b + 1), index = i1 - i0 - 1;
             T* c = tile + i0 * ldc + s * padded_n + j;
-            const bool first = as_they_lie && b == 0;
-            const T* weights = first ? static_cast<const T*>(w_rows[0]) + s * d.features + j : panel;
-            next.ldb = first ? d.b.stride_k : 0;
+            const bool in_place = as_they_lie && (b == 0 || !again);
+            const T* weights =
+                in_place ? static_cast<const T*>(w_rows[0]) + s * d.features + j : panel;
+            next.ldb = in_place ? d.b.stride_k : 0;
             if constexpr (!kPairs) {
-              if (first && again) {
+              if (in_place && again) {
                 k.copying_row_a[nv - 1][index](kc, a + i0 * kLda, weights, c, ldc, k0 > 0, next,
                                                panel);
                 continue;
