@@ -36,23 +36,33 @@ void wgrad_item(const GroupedWgradParams& p, const Kernels<T>& k, int64_t e, int
   const auto* grad_scale = static_cast<const T*>(p.grad_scale);
   const auto* a_scale = static_cast<const T*>(p.a_scale);
   const auto& tiles = kPairs ? k.pair_col_a : k.col_a;
-  // Whole panels of the accumulate type go straight to their place.
   const bool large = !p.accumulate && p.num_experts * O * J * size >= kStreamBytes;
-  const bool same_type = p.out_type == kAccumulate<T> && (k.streams || !large);
   const int64_t unit = kPairs ? 2 * W : W;  // width of the narrowest panel
   const int64_t depth = std::min(ceil_div(end - begin, kRows), kKc);
-  // Sums that are added to memory pass through the core along rows, as long as the panels of x fit.
+  // The copies of one block of rows serve all columns and all features of the item.
+  const bool one = end - begin <= kRows * kKc;
+  // A large result, written once and in whole lines, goes past the cache.
+  const int64_t line = kLineBytes / static_cast<int64_t>(sizeof(T));
+  const bool streamed = large && k.streams && p.out_type == kAccumulate<T> && one &&
+                        J % std::max(unit, line) == 0 &&
+                        reinterpret_cast<uintptr_t>(out) % kLineBytes == 0;
+  // Whole panels of the accumulate type go straight to their place. Large ones that do not pass the
+  // cache are summed in a tile first, and written once.
+  const bool same_type = p.out_type == kAccumulate<T> && (streamed || !large);
+  // Sums that are added to memory pass through the core along rows, as long as the panels of x fit;
+  // so do lines that are written in halves.
   const bool adding = p.accumulate && p.num_experts * O * J * size >= kStreamBytes;
+  const bool along_rows = adding || (streamed && W < line);
   int64_t most_j = 256, most_o = kFeatureBlock / 2, height = k.mr2;
-  if (adding) {
+  if (along_rows) {
     most_j = std::max(most_j, kAddBytes / (depth * static_cast<int64_t>(sizeof(T))));
+  }
+  if (adding) {
     if (depth <= kAddLowDepth) height = std::min<int64_t>(height, 4);
     if (!same_type) most_o = std::max(height, 28 / height * height);
   }
   const int64_t o_block = balanced(o_end - o_begin, most_o, 1);
   const int64_t j_block = balanced(J, most_j, 2 * W), padded_j = round_up(j_block, unit);
-  // The copies of one block of rows serve all columns and all features of the item.
-  const bool one = end - begin <= kRows * kKc;
   const int64_t g_blocks = one ? ceil_div(o_end - o_begin, o_block) : 1;
   T* copies = scratch<T>(Scratch::kPackA, g_blocks * depth * kGradPitch);
   T* panels = scratch<T>(Scratch::kPackB, ceil_div(padded_j, 2 * W) * (2 * W * depth + kPanelPad));
@@ -61,12 +71,8 @@ void wgrad_item(const GroupedWgradParams& p, const Kernels<T>& k, int64_t e, int
   auto* halves =
       kPairs ? scratch<uint16_t>(Scratch::kTokens, (kRows * depth + 2) * half_rows) : nullptr;
   const void* a_rows[kRows * kKc];
-  // A large result, written once and in whole vectors, goes past the cache.
   TileHints hints;
   hints.lda = kGradPitch;
-  const int64_t line = kLineBytes / static_cast<int64_t>(sizeof(T));
-  const bool streamed = large && k.streams && same_type && one && J % std::max(unit, line) == 0 &&
-                        reinterpret_cast<uintptr_t>(out) % kLineBytes == 0;
   const auto pack_a = [&](int64_t r0, int64_t rows, int64_t j0, int64_t cols) {
     const int64_t offset = j0 * dtype_size(p.a.type);
     for (int64_t r = 0; r < rows; ++r) a_rows[r] = row_of(p.a, r0 + r);
@@ -138,7 +144,7 @@ void wgrad_item(const GroupedWgradParams& p, const Kernels<T>& k, int64_t e, int
               kc, g + i0, panels + (j - j0) / (2 * W) * (2 * W * kc + kPanelPad), c + i0 * ld, ld,
               r0 > begin || (direct && p.accumulate), hints);
         };
-        if (adding) {
+        if (along_rows) {
           for (int64_t b = 0; b < blocks; ++b) {
             for (int64_t j = j0; j < j1; j += 2 * W) run_tile(j, b);
           }
