@@ -48,8 +48,8 @@ struct TileHints {
   int64_t far = 0;     // bytes to the second half of the rows, whose lines take turns with these
   int64_t turn = 0;    // 0 or far
   int64_t lines_per_step = 0;
-  // Store past the cache (column form, not accumulating): c and ldc are whole vectors. Ignored
-  // where a vector is less than a cache line. The caller orders the stores with stream_fence.
+  // Store past the cache (column form, not accumulating): c and ldc are whole lines. Ignored where
+  // a row of the tile is less than one. The caller orders the stores with stream_fence.
   bool stream = false;
   int64_t lda = kLdm;  // column form: elements between summed indices of a
   int64_t ldb = 0;     // the same of b, where 0 stands for whole panels
