@@ -147,7 +147,7 @@ const Tuning& tuning() {
     r.dot_rows_by_two = intel ? 8 : 4;
     // Zen 4: tiles on weight rows as they lie are 1.1 to 1.45 times as fast in fp32 with AVX2 and 3
     // to 8 rows, 1.05 to 1.25 with AVX-512 and 5 to 7. Not measured on Intel's.
-    r.rank_max_rows = intel ? 8 : 0;
+    r.rank_one_pass = !intel;
     return r;
   }();
   return t;

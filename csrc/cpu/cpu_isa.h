@@ -46,9 +46,8 @@ struct Tuning {
   int64_t dot_ahead;
   // Most rows of an expert that are no slower in passes of two tokens over weights as they lie.
   int dot_rows_by_two;
-  // Most rows of an expert whose sums pass through memory once in four weight rows; 0: those of one
-  // pass.
-  int rank_max_rows;
+  // Whether tiles beat a second pass of tokens over weights dense along features.
+  bool rank_one_pass;
 };
 const Tuning& tuning();
 // nullptr, or the kernel of this level that does not compute what the portable one does.

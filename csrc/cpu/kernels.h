@@ -338,8 +338,8 @@ struct Kernels {
   int dot_tokens;    // tokens one call of dot handles
   bool streams;      // stores of `stream` tiles go past the cache
   int dot_max_rows;  // below or at this many rows the dot kernel beats the tiles
-  // The same of rank_update, where tiles need no copies of the weights (cpu_isa.h).
-  int rank_max_rows;
+  // Whether tiles that need not widen weights beat a second pass of rank_update (cpu_isa.h).
+  bool rank_one_pass;
 
   // c[i*ldc + j] (+)= sum_k a(i, k) * b[k * nv*lanes + j] for i < m, j < nv*lanes.
   // row_a: a(i, k) = a[i*kLda + k]; col_a: a(i, k) = a[k*kLdm + i]. Index: [nv - 1][m - 1]. With

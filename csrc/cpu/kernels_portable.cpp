@@ -47,7 +47,7 @@ Kernels<T> tuned(Kernels<T> k) {
   k.panel_rows = t.panel_rows;
   k.dot_ahead = t.dot_ahead;
   if (k.dot_tokens == 2) k.dot_max_rows = std::min(k.dot_max_rows, t.dot_rows_by_two);
-  k.rank_max_rows = t.rank_max_rows > 0 ? t.rank_max_rows : k.dot_tokens;
+  k.rank_one_pass = t.rank_one_pass;
   return k;
 }
 

@@ -200,9 +200,8 @@ Path path_of(const GemmDesc<T>& d, const Kernels<T>& k, int64_t expert_rows) {
   // Whether tiles would have to widen the weights first.
   const bool half = sizeof(T) == 4 && d.b.type != DType::kFloat32;
   if (d.b.stride_k != 1) {
-    if (expert_rows <= (half && !multiply_pairs ? kRankMaxRows : k.rank_max_rows)) {
-      return Path::kRank;
-    }
+    const bool one_pass = k.rank_one_pass && (!half || multiply_pairs);
+    if (expert_rows <= (one_pass ? k.dot_tokens : kRankMaxRows)) return Path::kRank;
     return amx ? Path::kAmxNn : multiply_pairs ? Path::kPairNn : Path::kNn;
   }
   if (amx && d.in_features % 32 == 0) return Path::kAmxRows;

@@ -136,12 +136,13 @@ void nn_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it,
     for (int64_t k0 = 0; k0 < K; k0 += depth) {
       const int64_t kc = std::min(depth, K - k0), stride = 2 * W * kc + kPanelPad;
       for (int64_t t = 0; t < m; ++t) load_tokens<kPairs>(d, k, r0 + t, k0, kc, a + t * kLda);
-      for (int64_t kk = 0; kk < kRows * kc; ++kk) {
+      const auto weight_row = [&](int64_t row) {
+        return element(d.b.data, d.b.type,
+                       it.expert * d.b.stride_e + row * d.b.stride_k + it.feature_begin);
+      };
+      for (int64_t kk = 0; !direct && kk < kRows * kc; ++kk) {
         const int64_t row = kRows * k0 + kk;
-        w_rows[kk] = row < d.in_features
-                         ? element(d.b.data, d.b.type,
-                                   it.expert * d.b.stride_e + row * d.b.stride_k + it.feature_begin)
-                         : nullptr;
+        w_rows[kk] = row < d.in_features ? weight_row(row) : nullptr;
       }
       for (int s = 0; s < d.segments; ++s) {
         T* segment = panels + (whole ? s * segment_size : 0);
@@ -183,7 +184,7 @@ void nn_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it,
             T* c = tile + i0 * ldc + s * padded_n + j;
             const bool in_place = as_they_lie && (b == 0 || !again);
             const T* weights =
-                in_place ? static_cast<const T*>(w_rows[0]) + s * d.features + j : panel;
+                in_place ? reinterpret_cast<const T*>(weight_row(k0)) + s * d.features + j : panel;
             next.ldb = in_place ? d.b.stride_k : 0;
             if constexpr (!kPairs) {
               if (in_place && again) {

@@ -48,7 +48,7 @@ void wgrad_item(const GroupedWgradParams& p, const Kernels<T>& k, int64_t e, int
                         reinterpret_cast<uintptr_t>(out) % kLineBytes == 0;
   // Whole panels of the accumulate type go straight to their place. Large ones that do not pass the
   // cache are summed in a tile first, and written once.
-  const bool same_type = p.out_type == kAccumulate<T> && (streamed || !large);
+  const bool in_place = p.out_type == kAccumulate<T> && (streamed || !large);
   // Sums that are added to memory pass through the core along rows, as long as the panels of x fit;
   // so do lines that are written in halves.
   const bool adding = p.accumulate && p.num_experts * O * J * size >= kStreamBytes;
@@ -59,7 +59,7 @@ void wgrad_item(const GroupedWgradParams& p, const Kernels<T>& k, int64_t e, int
   }
   if (adding) {
     if (depth <= kAddLowDepth) height = std::min<int64_t>(height, 4);
-    if (!same_type) most_o = std::max(height, 28 / height * height);
+    if (!in_place) most_o = std::max(height, 28 / height * height);
   }
   const int64_t o_block = balanced(o_end - o_begin, most_o, 1);
   const int64_t j_block = balanced(J, most_j, 2 * W), padded_j = round_up(j_block, unit);
@@ -122,7 +122,7 @@ void wgrad_item(const GroupedWgradParams& p, const Kernels<T>& k, int64_t e, int
   for (int64_t j0 = 0; j0 < J; j0 += j_block) {
     const int64_t j1 = std::min(J, j0 + j_block);
     const int64_t ldc = round_up(j1 - j0, unit);
-    const int64_t j_direct = same_type ? j0 + (j1 - j0) / unit * unit : j0;
+    const int64_t j_direct = in_place ? j0 + (j1 - j0) / unit * unit : j0;
     for (int64_t o0 = o_begin; o0 < o_end; o0 += o_block) {
       const int64_t n = std::min(o_block, o_end - o0);
       const int64_t blocks = ceil_div<int64_t>(n, height);
@@ -156,7 +156,7 @@ void wgrad_item(const GroupedWgradParams& p, const Kernels<T>& k, int64_t e, int
       }
       // What went through the tile: all columns of another type, or those of a partial last panel,
       // which shares its panel of two vectors with a whole one.
-      const int64_t first = same_type ? j0 + (j_direct - j0) / (2 * W) * (2 * W) : j0;
+      const int64_t first = in_place ? j0 + (j_direct - j0) / (2 * W) * (2 * W) : j0;
       const int64_t from = j_direct == j1 ? j1 : first;
       for (int64_t o = 0; from < j1 && o < n; ++o) {
         T* row = tile + o * ldc + (from - j0);
