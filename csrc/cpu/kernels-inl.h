@@ -42,6 +42,8 @@ namespace {
 // Words take add_product from the tiles.
 #include "cpu/kernels/quant4-inl.h"
 #include "cpu/kernels/quant8-inl.h"
+// Bytes take the rounding of tokens from 4 bits; words have the table.
+#include "cpu/kernels/bytes-inl.h"
 #include "cpu/kernels/words-inl.h"
 
 // --- table

@@ -66,11 +66,14 @@ struct TileHints {
   }
 };
 
-// Weights of 8 or 4 bits (QuantFormat in grouped_gemm.h); quant8-inl.h,
-// quant4-inl.h and words-inl.h in kernels/.
+// Weights of 8 or 4 bits (QuantFormat in grouped_gemm.h); quant8-inl.h, quant4-inl.h, bytes-inl.h
+// and words-inl.h in kernels/.
 // Rows of 8-bit weights that dot8 takes at once.
 constexpr int64_t kDot8Features = 6;
 constexpr int64_t kQuantBlock = 32;  // codes of 8 bits of a token that share a scale
+// Most of them in a row of byte_tile: 4 to a float, and 2 floats more for each kQuantBlock.
+constexpr int64_t kByteDepth = 512;
+static_assert(kByteDepth / 4 + 2 * kByteDepth / kQuantBlock <= kLda);
 struct QuantKernels {
   // Tokens for 8-bit weights: bytes of a row of k, in an order of the level's own; and x as
   // integers of 16 bits. x is readable and zero up to a multiple of 64.
@@ -84,36 +87,50 @@ struct QuantKernels {
                int64_t ldw, const float* scale, int64_t scale_step, int64_t ld_scale,
                const void* rows, int64_t row_bytes, float* out, int64_t ldo, int64_t out_step,
                const void* ahead, int64_t ahead_pitch, int ahead_rows);
-  int dot8_depth_of_row;  // up to k / this many rows it beats code_tile
+  // Up to k / dot8_depth_of_row rows, but no more than dot8_rows, it beats byte_tile or code_tile.
+  int dot8_depth_of_row, dot8_rows;
   // The same for 4 bits: x as integers from -127 to 127, with a scale for each kQuantBlock of them.
   // x is readable and zero up to a multiple of that. features <= kDotFeatures, tokens <=
-  // dot_tokens.
+  // dot_tokens. Up to dot4_rows rows it beats byte_tile.
   int64_t (*row4_bytes)(int64_t k);
   void (*row4)(int64_t k, const float* x, void* row);
   void (*dot4)(int64_t group, int features, int64_t count, int tokens, int64_t k, const void* w,
                int64_t w_step, int64_t ldw, const float* scale, int64_t scale_step,
                int64_t ld_scale, const void* rows, int64_t row_bytes, float* out, int64_t ldo,
                int64_t out_step);
+  int dot4_rows;
   // Weights k0 to k0 + n of `features` rows, ldw bytes apart, as a panel of words of 32 bits:
-  // [words][2*lanes], word i with weights 32 / bits * i and on of a feature in two's complement. k0
-  // is a multiple of 32; what n lacks to 32 bytes is zero or not written, and what is past the last
-  // row anything.
-  void (*words)(int bits, const void* w, int64_t ldw, int64_t features, int64_t k0, int64_t n,
-                uint32_t* dst);
+  // [words][2*lanes], word i with weights 32 / bits * i and on of a feature; with the upper bit of
+  // each flipped or as they are. k0 is a multiple of 32; what n lacks to 32 bytes is zero or not
+  // written, and what is past the last row anything.
+  void (*words)(int bits, bool flipped, const void* w, int64_t ldw, int64_t features, int64_t k0,
+                int64_t n, uint32_t* dst);
   // n <= 2 * kKc tokens of a row as integers of 16 bits, two in an element of dst, for code_tile;
   // in the order in which that takes words apart. Their scale goes to dst[kKc]. x is readable and
-  // zero up to a multiple of 16. Null where there are no products of such integers.
-  void (*pairs)(int bits, int64_t n, const float* x, float* dst);
-  // Kernels::panel_tile for `runs` times `count` such words: each run has one scale a column, and
-  // these are 2*lanes apart. code_tile: an element of a is two integers, and row i has a scale
-  // a_scale[i * kLda] as well. It prefetches runs * count * 2*lanes / 16 lines, ahead_step bytes
-  // apart. Index: [bits == 4][m - 1].
+  // zero up to a multiple of 16. Null where code_tile is.
+  void (*pairs)(int64_t n, const float* x, float* dst);
+  // n <= kByteDepth tokens of a row as integers from -127 to 127 for byte_tile, four in an element
+  // of dst; what belongs to each kQuantBlock of them goes to dst[kByteDepth / 4] and on. x is
+  // readable and zero up to a multiple of kQuantBlock. Null where byte_tile is.
+  void (*bytes)(int bits, int64_t n, const float* x, float* dst);
+  // Kernels::panel_tile for `runs` times `count` such words, in two's complement: each run has one
+  // scale a column, and these are 2*lanes apart. code_tile, of 8 bits: an element of a is two
+  // integers, and row i has a scale a_scale[i * kLda] as well. It prefetches runs * count * 2*lanes
+  // / 16 lines, ahead_step bytes apart. Index: [m - 1], tile [bits == 4][m - 1].
   using Tile = void (*)(int64_t runs, int64_t count, const float* a, const float* a_scale,
                         const uint32_t* words, const float* scale, float* c, int64_t ldc,
                         bool accumulate, const char* ahead, int64_t ahead_step);
   Tile tile[2][kMaxMr];
-  Tile code_tile[2][kMaxMr];
-  int code_rows[2];  // of the widest code_tile, [bits == 4]
+  Tile code_tile[kMaxMr];
+  int code_rows;  // of the widest code_tile
+  // The same for words of q plus 8 or 128; a and a_blocks are what `bytes` writes, of which a run is
+  // whole blocks. For each of them it prefetches ahead_lines lines, up to bits * 2*lanes / 16. Index:
+  // [bits == 4][m - 1]; null where the level has no such products.
+  using ByteTile = void (*)(int64_t runs, int64_t count, const float* a, const float* a_blocks,
+                            const uint32_t* words, const float* scale, float* c, int64_t ldc,
+                            bool accumulate, const char* ahead, int ahead_lines);
+  ByteTile byte_tile[2][kMaxMr];
+  int byte_rows;  // of the widest byte_tile
   // row[i] *= factors[i]
   void (*multiply_row)(const float* factors, float* row, int64_t n);
 };

@@ -685,24 +685,42 @@ bool quant_right(const Kernels<float>& k, Numbers<float>& numbers) {
                     count = ceil_div<int64_t>(n, 32 / bits);
       if (n > kKc) continue;
       std::vector<uint32_t> words(static_cast<size_t>(round_up<int64_t>(count, 8) * P));
-      k.quant.words(bits, w.data(), kBytes, kDotFeatures, k0, n, words.data());
       const int64_t runs = bits == 4 && count % 2 == 0 ? 2 : 1, run = count / runs * 32 / bits;
       const std::vector<float> column_scale = numbers.take(runs * P);
-      const std::vector<float> values = numbers.take(k.mr2 * n);
-      for (int64_t m = 1; m <= k.mr2; ++m) {
-        for (const bool codes : {false, true}) {
-          if (codes && (k.quant.pairs == nullptr || m > k.quant.code_rows[bits == 4])) continue;
+      std::vector<float> values = numbers.take(k.mr2 * n);
+      for (int64_t i = 0; i < k.mr2 * n; ++i) {
+        if (i % n % kQuantBlock == 0) values[i] = 127 / 64.0f;
+      }
+      // Of tokens as floats, as integers of 16 and of 8 bits.
+      enum class Form { kFloats, kPairs, kBytes };
+      for (const Form form : {Form::kFloats, Form::kPairs, Form::kBytes}) {
+        const bool floats = form == Form::kFloats, bytes = form == Form::kBytes;
+        if (form == Form::kPairs && (bits == 4 || k.quant.pairs == nullptr)) continue;
+        if (bytes && k.quant.byte_tile[bits == 4][0] == nullptr) continue;
+        if (bytes && bits == 4 && run % kQuantBlock != 0) continue;
+        k.quant.words(bits, bytes != (bits == 4), w.data(), kBytes, kDotFeatures, k0, n,
+                      words.data());
+        const int64_t most = floats ? k.mr2 : bytes ? k.quant.byte_rows : k.quant.code_rows;
+        for (int64_t m = 1; m <= most; ++m) {
           std::vector<float> rows_of_a(static_cast<size_t>(m * kLda)), c(m * P, NAN);
           for (int64_t i = 0; i < m; ++i) {
-            std::vector<float> row(static_cast<size_t>(round_up<int64_t>(n, 16)));
+            std::vector<float> row(static_cast<size_t>(round_up(n, kQuantBlock)));
             std::copy_n(values.begin() + i * n, n, row.begin());
             float* dst = rows_of_a.data() + i * kLda;
-            if (codes) k.quant.pairs(bits, n, row.data(), dst);
-            if (!codes) std::copy_n(row.begin(), n, dst);
+            if (floats) std::copy_n(row.begin(), n, dst);
+            if (form == Form::kPairs) k.quant.pairs(n, row.data(), dst);
+            if (bytes) k.quant.bytes(bits, n, row.data(), dst);
           }
-          (codes ? k.quant.code_tile : k.quant.tile)[bits == 4][m - 1](
-              runs, count / runs, rows_of_a.data(), rows_of_a.data() + kKc, words.data(),
-              column_scale.data(), c.data(), P, false, nullptr, 0);
+          const float* a = rows_of_a.data();
+          if (bytes) {
+            k.quant.byte_tile[bits == 4][m - 1](runs, count / runs, a, a + kByteDepth / 4,
+                                                words.data(), column_scale.data(), c.data(), P,
+                                                false, nullptr, 0);
+          } else {
+            (floats ? k.quant.tile[bits == 4] : k.quant.code_tile)[m - 1](
+                runs, count / runs, a, a + kKc, words.data(), column_scale.data(), c.data(), P,
+                false, nullptr, 0);
+          }
           for (int64_t i = 0; i < m; ++i) {
             for (int64_t f = 0; f < kDotFeatures; ++f) {
               double sum = 0, most = 0;
@@ -712,7 +730,7 @@ bool quant_right(const Kernels<float>& k, Numbers<float>& numbers) {
                 sum += product;
                 most += std::abs(product);
               }
-              const double tolerance = codes ? 3e-5 : 1e-5;
+              const double tolerance = form == Form::kPairs ? 3e-5 : 1e-5;
               if (!(std::abs(c[i * P + f] - sum) <= tolerance * most)) return false;
             }
           }

@@ -569,6 +569,20 @@ def ffn_operands(
 INTEGER_ROWS = 8
 
 
+def token_bits(weight: Tensor, dtype: torch.dtype, counts: Tensor) -> Tensor:
+    """Of the integers that moe_ffn_quantized makes of the tokens of experts with `counts` of them:
+    8, 16, or 0 where they stay as they are. x has this dtype, `weight` is one of the codes."""
+    level = _C.cpu_isa()
+    four, half = weight.dtype == torch.uint8, dtype != torch.float32
+    many = counts > INTEGER_ROWS
+    bits = torch.full_like(counts, 8 if four else 16).masked_fill(many, 0)
+    if half and level != "portable":
+        bits = torch.full_like(counts, 8 if four else 16)
+        if not four and level in ("avx512_bf16", "amx"):  # those with VNNI
+            bits[counts > min(max(weight.shape[2] // 160, 3), 6)] = 8
+    return bits
+
+
 def quantized(w: Tensor, bits: int, group: int = 32) -> tuple[Tensor, Tensor]:
     """Codes and scales of w [E, O, D] as moe_ffn_quantized takes them, rounded to nearest."""
     w = w.float()
@@ -623,8 +637,8 @@ def moe_ffn_quantized_magnitude(**call: Any) -> Tensor:
 
 
 def integer_tokens(rows: Tensor) -> Tensor:
-    """Each row [N, D] as moe_ffn_quantized rounds it for weights of 4 bits: 255 values in every 32
-    of its columns."""
+    """Each row [N, D] as moe_ffn_quantized rounds it to 8 bits: 255 values in every 32 of its
+    columns."""
     depth = rows.shape[1]
     padded = torch.nn.functional.pad(rows.float(), (0, -depth % 32))
     blocks = padded.unflatten(1, ((depth + 31) // 32, 32))
@@ -639,8 +653,8 @@ def integer_tokens(rows: Tensor) -> Tensor:
 
 
 def moe_ffn_in_integers(call: Kwargs) -> Tensor:
-    """moe_ffn_quantized with tokens rounded as where every expert has few of them, in fp64. Those
-    of 8-bit weights are not rounded here: 16 bits are at most 1.5e-5 of the largest of a row."""
+    """moe_ffn_quantized with tokens rounded to 8 bits where it does that, in fp64. Those that become
+    16 bits are not rounded here: that is at most 1.5e-5 of the largest of a row."""
     exact = dequantized(call)
     on_input = exact.get("apply_router_weight_on_input", False)
     activation, interleaved = exact["activation"], exact.get("interleaved", False)
@@ -650,16 +664,22 @@ def moe_ffn_in_integers(call: Kwargs) -> Tensor:
     rows = reference.permute(exact["x"], offsets, row_to_slot)
     if on_input:
         rows = rows * exact["topk_weights"].reshape(-1)[row_to_slot.long()][:, None]
-    if call["w_gate_up"].dtype == torch.uint8:
-        rows = integer_tokens(rows)
+    counts = offsets.diff().long()
+
+    def rounded(rows: Tensor, weight: Tensor) -> Tensor:
+        bytes_of = token_bits(weight, call["x"].dtype, counts) == 8
+        bytes_of = bytes_of.repeat_interleave(counts)[:, None]
+        used = rows[: len(bytes_of)]
+        return torch.cat([torch.where(bytes_of, integer_tokens(used), used), rows[len(used) :]])
+
+    rows = rounded(rows, call["w_gate_up"])
     preact = reference.grouped_gemm(rows, exact["w_gate_up"], offsets, bias=exact.get("b_gate_up"))
     if activation in GATED_ACTIVATIONS:
         options = {k: exact[k] for k in ("alpha", "limit") if k in exact}
         h = reference.gated_act(preact, activation, interleaved=interleaved, **options)
     else:
         h = plain_act(preact, activation)
-    if call["w_down"].dtype == torch.uint8:
-        h = integer_tokens(h)
+    h = rounded(h, call["w_down"])
     out = reference.grouped_gemm(h, exact["w_down"], offsets, bias=exact.get("b_down"))
     return reference.unpermute(
         out, offsets, slot_to_row, None if on_input else exact["topk_weights"]

@@ -63,10 +63,13 @@ void run_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, con
       if constexpr (sizeof(T) == 4) quant4_item(d, k, it, fn);
       return;
     case Path::kQuantPanels:
-      if constexpr (sizeof(T) == 4) quant_panel_item<false>(d, k, it, fn);
+      if constexpr (sizeof(T) == 4) quant_panel_item<TokenForm::kFloats>(d, k, it, fn);
       return;
     case Path::kCodePanels:
-      if constexpr (sizeof(T) == 4) quant_panel_item<true>(d, k, it, fn);
+      if constexpr (sizeof(T) == 4) quant_panel_item<TokenForm::kPairs>(d, k, it, fn);
+      return;
+    case Path::kBytePanels:
+      if constexpr (sizeof(T) == 4) quant_panel_item<TokenForm::kBytes>(d, k, it, fn);
       return;
   }
 }

@@ -20,9 +20,9 @@
 //               block.
 //   quant8      not many rows, weights of 8 bits: tokens become integers of 16 bits.
 //   quant4      few rows, weights of 4 bits: tokens become integers of 8 bits.
-//   quant_panels, code_panels
+//   quant_panels, code_panels, byte_panels
 //               more rows of such weights: like panels, which are made in cache. Tokens are fp32,
-//               or integers of 16 bits where those of the layer are of a half type.
+//               or, where those of the layer are of a half type, integers of 16 or 8 bits.
 #pragma once
 
 #include <algorithm>
@@ -97,8 +97,7 @@ constexpr int64_t kQuantMaxRows = 8;
 constexpr int64_t kQuantFeatures = 2048;
 constexpr int64_t kQuantNarrowFeatures = 1024;
 constexpr int64_t kQuantPartFeatures = 128;
-// Rows that dot8 takes whatever the depth, and more than it ever takes.
-constexpr int64_t kMinDot8Rows = 3, kMaxDot8Rows = 24;
+constexpr int64_t kMinDot8Rows = 3;  // that dot8 takes whatever the depth
 // Steps of k (pairs) of a strip's blocks: four rows of weights are 8 KiB and six of tokens 12, of
 // an L1 of 32.
 constexpr int64_t kStripDepth = 512;
@@ -175,7 +174,8 @@ enum class Path : int {
   kQuant8,
   kQuant4,
   kQuantPanels,
-  kCodePanels
+  kCodePanels,
+  kBytePanels
 };
 
 template <class T>
@@ -184,13 +184,17 @@ Path path_of(const GemmDesc<T>& d, const Kernels<T>& k, int64_t expert_rows) {
   // Products of bfloat16 round tokens to it, which loses nothing unless they were scaled before.
   const bool pairs = k.pairs && d.b.type == DType::kBFloat16 && d.a_scale == nullptr;
   if (d.b.quant.bits != 0) {
-    const bool codes = k.quant.pairs != nullptr && d.b.type != DType::kFloat32;
-    if (d.b.quant.bits == 4 && expert_rows <= kQuantMaxRows) return Path::kQuant4;
-    const int64_t most =
-        codes ? std::clamp(d.in_features / k.quant.dot8_depth_of_row, kMinDot8Rows, kMaxDot8Rows)
-              : kQuantMaxRows;
-    if (d.b.quant.bits == 8 && expert_rows <= most) return Path::kQuant8;
-    return codes ? Path::kCodePanels : Path::kQuantPanels;
+    const QuantKernels& q = k.quant;
+    const bool four = d.b.quant.bits == 4, half = d.b.type != DType::kFloat32;
+    const bool bytes = half && q.byte_tile[four][0] != nullptr;
+    const bool codes = half && !four && q.pairs != nullptr;
+    int64_t dot_rows = kQuantMaxRows;
+    if (four && bytes) dot_rows = q.dot4_rows;
+    if (!four && (bytes || codes)) {
+      dot_rows = std::clamp<int64_t>(d.in_features / q.dot8_depth_of_row, kMinDot8Rows, q.dot8_rows);
+    }
+    if (expert_rows <= dot_rows) return four ? Path::kQuant4 : Path::kQuant8;
+    return bytes ? Path::kBytePanels : codes ? Path::kCodePanels : Path::kQuantPanels;
   }
   const bool amx = pairs && k.amx_panel != nullptr && expert_rows >= kAmxMinRows;
   const bool multiply_pairs = pairs && expert_rows <= k.pairs_max_rows;
@@ -274,6 +278,7 @@ std::vector<GemmItem> gemm_items(const GemmDesc<T>& d, const Kernels<T>& k, int 
         most_rows = kPanelRowBlock;
         break;
       case Path::kCodePanels:
+      case Path::kBytePanels:
         most_features = kQuantFeatures;
         most_rows = kPanelRowBlock;
         break;

@@ -108,18 +108,22 @@ void quant4_item(const GemmDesc<float>& d, const Kernels<float>& k, const GemmIt
   }
 }
 
-// panel_item, of tokens in fp32 or as integers of 16 bits, with panels that are made where they are
+enum class TokenForm : int { kFloats, kPairs, kBytes };
+
+// panel_item, of tokens in fp32 or as integers of 16 or 8 bits, with panels made where they are
 // used: a block of one is written, and read by the tiles of all rows, in cache. Rows of weights
 // that make a panel are one run in memory, and the tiles ask for that of the next panel. A panel's
 // sums lie side by side until it is done: runs of k that share a scale may add to them every 32
 // steps, and rows a power of two apart would all meet in the same few sets of an L1.
-template <bool kCodes, class Epilogue>
+template <TokenForm kForm, class Epilogue>
 void quant_panel_item(const GemmDesc<float>& d, const Kernels<float>& k, const GemmItem& it,
                       const Epilogue& fn) {
-  constexpr int64_t kStep = kCodes ? 2 : 1;  // steps of k in an element of a
+  constexpr bool kBytes = kForm == TokenForm::kBytes, kPairs = kForm == TokenForm::kPairs;
+  constexpr int64_t kStep = kBytes ? 4 : kPairs ? 2 : 1;  // steps of k in an element of a
+  constexpr int64_t kDepth = kBytes ? kByteDepth / 4 : kKc;
   const QuantFormat& q = d.b.quant;
   const int64_t P = 2 * k.lanes, word = 32 / q.bits;
-  const int64_t K = d.in_features, block = kStep * kKc, k_blocks = ceil_div(K, block);
+  const int64_t K = d.in_features, block = kStep * kDepth, k_blocks = ceil_div(K, block);
   const int64_t m = it.row_end - it.row_begin, n = it.feature_end - it.feature_begin;
   // Columns of a segment that are summed up before they are handed on.
   const int64_t part = std::min(round_up(n, P), std::max(kQuantPartFeatures, P));
@@ -130,17 +134,19 @@ void quant_panel_item(const GemmDesc<float>& d, const Kernels<float>& k, const G
   Carver carver(Scratch::kPackB, (block / word + groups + m + 16) * P * 4 + 192);
   auto* words = carver.take<uint32_t>((block / word + 8) * P);
   auto* scales = carver.take<uint32_t>((groups + 8) * P);
-  auto* sums = carver.take<float>(m * P);
-  const int64_t padded_k = round_up<int64_t>(K, 16);
+  auto* sums = kBytes ? nullptr : carver.take<float>(m * P);
+  const int64_t padded_k = round_up(K, kQuantBlock);
   float* x = scratch<float>(Scratch::kPackA, padded_k);
   std::fill(x + K, x + padded_k, 0.0f);
   for (int64_t t = 0; t < m; ++t) {
-    if constexpr (kCodes) load_tokens<false>(d, k, it.row_begin + t, 0, K, x);
+    if constexpr (kBytes || kPairs) load_tokens<false>(d, k, it.row_begin + t, 0, K, x);
     for (int64_t b = 0; b < k_blocks; ++b) {
       float* dst = a + (b * m + t) * kLda;
       const int64_t kc = std::min(block, K - b * block);
-      if constexpr (kCodes) {
-        k.quant.pairs(q.bits, kc, x + b * block, dst);
+      if constexpr (kBytes) {
+        k.quant.bytes(q.bits, kc, x + b * block, dst);
+      } else if constexpr (kPairs) {
+        k.quant.pairs(kc, x + b * block, dst);
       } else {
         load_tokens<false>(d, k, it.row_begin + t, b * kKc, kc, dst);
         // The last word of 8-bit weights may lack some.
@@ -149,8 +155,13 @@ void quant_panel_item(const GemmDesc<float>& d, const Kernels<float>& k, const G
     }
   }
   const bool four = q.bits == 4;
-  const auto* tiles = (kCodes ? k.quant.code_tile : k.quant.tile)[four];
-  const int64_t blocks = ceil_div<int64_t>(m, kCodes ? k.quant.code_rows[four] : k.mr2);
+  const auto* tiles = [&] {
+    if constexpr (kBytes) return &k.quant.byte_tile[four][0];
+    if constexpr (!kBytes) return kPairs ? &k.quant.code_tile[0] : &k.quant.tile[four][0];
+  }();
+  const int64_t blocks = ceil_div<int64_t>(m, kBytes   ? k.quant.byte_rows
+                                              : kPairs ? k.quant.code_rows
+                                                       : k.mr2);
   const EvenParts tile_rows(m, blocks);
   const int64_t count = ceil_div(n, P) * d.segments;
   const int64_t ldw = d.b.stride_o * q.bits / 8, ahead_step = std::max<int64_t>(64 / blocks, 1);
@@ -158,15 +169,21 @@ void quant_panel_item(const GemmDesc<float>& d, const Kernels<float>& k, const G
     return i % d.segments * d.features + it.feature_begin + i / d.segments * P;
   };
   for (int64_t i = 0; i < count; ++i) {
+    const int64_t column = i / d.segments * P, part_begin = column / part * part;
+    float* c = tile + i % d.segments * part + column - part_begin;
+    // Bytes keep their sums in registers for a block.
+    float* sum = kBytes ? c : sums;
+    const int64_t ld_sum = kBytes ? ldc : P;
     const char* w = weights_at(d.b, it.expert, feature(i), 0);
     const char* next = weights_at(d.b, it.expert, feature(std::min(i + 1, count - 1)), 0);
     const int64_t features = std::min(P, n - i / d.segments * P);
     const float* scale = scales_at(d.b, it.expert, feature(i));
     // A scale is a word too: [groups][P].
-    k.quant.words(8, scale, 4 * q.scale_stride_o, features, 0, 4 * groups, scales);
+    k.quant.words(8, false, scale, 4 * q.scale_stride_o, features, 0, 4 * groups, scales);
     for (int64_t b = 0; b < k_blocks; ++b) {
       const int64_t k0 = b * block, k1 = std::min(K, k0 + block);
-      k.quant.words(q.bits, w, ldw, features, k0, k1 - k0, words);
+      // Bytes are multiplied with a bias, which 4-bit weights have in memory.
+      k.quant.words(q.bits, four != kBytes, w, ldw, features, k0, k1 - k0, words);
       // Scales of 32 weights are a fifth of what is read. Each block asks for its share of the next
       // panel's.
       const float* next_scale = scales_at(d.b, it.expert, feature(std::min(i + 1, count - 1)));
@@ -184,24 +201,33 @@ void quant_panel_item(const GemmDesc<float>& d, const Kernels<float>& k, const G
         for (int64_t r = 0; r < blocks; ++r) {
           const int64_t r0 = tile_rows.begin(r), r1 = tile_rows.begin(r + 1);
           const float* rows = a + (b * m + r0) * kLda;
-          tiles[r1 - r0 - 1](
-              runs, steps, rows + (begin - k0) / kStep, rows + kKc, words + (begin - k0) / word * P,
-              reinterpret_cast<const float*>(scales + begin / group * P), sums + r0 * P, P,
-              begin > 0,
-              next + (begin / word * P / 16 * 64) + r * runs * steps * P / 16 * ahead_step,
-              ahead_step);
+          const float* codes = rows + (begin - k0) / kStep;
+          const uint32_t* panel = words + (begin - k0) / word * P;
+          const auto* run_scales = reinterpret_cast<const float*>(scales + begin / group * P);
+          const char* ahead = next + begin / word * P * 4;
+          if constexpr (kBytes) {
+            const int64_t lines = ceil_div(P * q.bits / 16, blocks);
+            ahead += r * ceil_div<int64_t>(runs * steps, q.bits) * lines * 64;
+            tiles[r1 - r0 - 1](runs, steps, codes, rows + kDepth, panel, run_scales,
+                               sum + r0 * ld_sum, ld_sum, begin > 0, ahead,
+                               static_cast<int>(lines));
+          } else {
+            ahead += r * runs * steps * P / 16 * ahead_step;
+            tiles[r1 - r0 - 1](runs, steps, codes, rows + kDepth, panel, run_scales,
+                               sum + r0 * ld_sum, ld_sum, begin > 0, ahead, ahead_step);
+          }
         }
       }
     }
-    const int64_t column = i / d.segments * P, begin = column / part * part;
-    float* c = tile + i % d.segments * part + column - begin;
-    for (int64_t t = 0; t < m; ++t) std::memcpy(c + t * ldc, sums + t * P, sizeof(float) * P);
+    if constexpr (!kBytes) {
+      for (int64_t t = 0; t < m; ++t) std::memcpy(c + t * ldc, sums + t * P, sizeof(float) * P);
+    }
     // The last panel of the last segment of a part.
     const bool last = (i + 1) % d.segments == 0;
-    if (last && (column + P - begin == part || i + 1 == count)) {
-      const int64_t columns = std::min(part, n - begin);
+    if (last && (column + P - part_begin == part || i + 1 == count)) {
+      const int64_t columns = std::min(part, n - part_begin);
       for (int64_t t = 0; t < m; ++t) {
-        fn(it.expert, it.row_begin + t, it.feature_begin + begin, columns, tile + t * ldc,
+        fn(it.expert, it.row_begin + t, it.feature_begin + part_begin, columns, tile + t * ldc,
            tile + t * ldc + part);
       }
     }

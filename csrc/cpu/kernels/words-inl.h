@@ -73,11 +73,11 @@ inline void words_of_rows(const uint8_t* const* rows, int64_t offset, uint32_t f
 #endif
 }
 
-// With 4 bits, a flip of the upper bit of each makes two's complement of q + 8.
-void quant_words(int bits, const void* w, int64_t ldw, int64_t features, int64_t k0, int64_t n,
-                 uint32_t* dst) {
+// A flip of the upper bit of each weight turns two's complement into q plus a bias, or back.
+void quant_words(int bits, bool flipped, const void* w, int64_t ldw, int64_t features, int64_t k0,
+                 int64_t n, uint32_t* dst) {
   constexpr int W = kLanes<float>, P = 2 * W;
-  const uint32_t flip = bits == 4 ? 0x88888888u : 0;
+  const uint32_t flip = !flipped ? 0 : bits == 4 ? 0x88888888u : 0x80808080u;
   const int64_t first = k0 * bits / 8, end = ((k0 + n) * bits + 7) / 8;
   for (int f0 = 0; f0 < P; f0 += W) {
     const uint8_t* rows[W];
@@ -108,23 +108,19 @@ inline Vec<float> word_weights(const uint32_t* words, int i) {
 }
 
 #if defined(__AVX2__) && MOE_VEC_BYTES >= 32
-// The same as integers of 16 bits: weights i and i + 16 / kBits.
-template <int kBits>
+// The same of 8 bits as integers of 16: weights i and i + 2.
 inline Bytes word_pairs(const uint32_t* words, int i) {
   const Bytes word = load_weights(words);
-  const int up = 16 - kBits - kBits * i;
-  return MOE_INT(srai_epi16)(up == 0 ? word : MOE_INT(slli_epi16)(word, up), 16 - kBits);
+  return MOE_INT(srai_epi16)(i == 1 ? word : MOE_INT(slli_epi16)(word, 8), 8);
 }
 
 // A block of tokens as integers of 16 bits, in the order of word_pairs. The scale, a vector of
 // float apart from the last code, is that of the block.
-template <int kBits>
-inline void token_pairs(int64_t n, const float* x, float* dst) {
+void quant_pairs(int64_t n, const float* x, float* dst) {
   constexpr int W = kLanes<float>;
-  constexpr int kWord = 32 / kBits;
   constexpr float kMost = 32767;
   Int16 order;
-  for (int i = 0; i < W; ++i) order[i] = i / kWord * kWord + i % kWord / 2 + i % 2 * (kWord / 2);
+  for (int i = 0; i < W; ++i) order[i] = i / 4 * 4 + i % 4 / 2 + i % 2 * 2;
   Vec<float> probe = {};
   const float most = largest(x, n, probe), bad = horizontal_sum<float>(probe);
   // So small that the quotient would not be finite: zeros.
@@ -136,10 +132,6 @@ inline void token_pairs(int64_t n, const float* x, float* dst) {
     const Int16 ordered = __builtin_shuffle(codes, order);
     __builtin_memcpy(dst + i / 2, &ordered, sizeof(ordered));
   }
-}
-
-void quant_pairs(int bits, int64_t n, const float* x, float* dst) {
-  bits == 8 ? token_pairs<8>(n, x, dst) : token_pairs<4>(n, x, dst);
 }
 #endif
 
@@ -162,16 +154,16 @@ inline Bytes sum_of(Codes) { return Bytes{}; }
 inline Vec<float> to_floats(Bytes v) { return as_floats(v); }
 template <int kBits>
 inline Bytes word_step(Codes, const uint32_t* words, int i) {
-  return word_pairs<kBits>(words, i);
+  static_assert(kBits == 8, "4 bits meet integers of 8 bits: bytes-inl.h");
+  return word_pairs(words, i);
 }
 inline Bytes add_step(Codes, Bytes acc, const float* a, Bytes b) {
   return add_words(acc, MOE_INT(set1_epi32)(load_bytes<int32_t>(a)), b);
 }
 #endif
 
-// panel_tile that takes words apart as it goes. S = float or Codes. kKeep: sums stay in registers
-// from run to run, beside those of a run in integers.
-template <int kBits, class S, int M, bool kKeep>
+// panel_tile that takes words apart as it goes. S = float or Codes.
+template <int kBits, class S, int M>
 void word_tile(int64_t runs, int64_t count, const float* a, const float* a_scale,
                const uint32_t* words, const float* scale, float* c, int64_t ldc, bool accumulate,
                const char* ahead, int64_t ahead_step) {
@@ -180,11 +172,6 @@ void word_tile(int64_t runs, int64_t count, const float* a, const float* a_scale
   constexpr int kSteps = 32 / kBits / (kCodes ? 2 : 1);  // elements of a for a word
   constexpr int kLines = 2 * MOE_VEC_BYTES < 64 ? 1 : 2 * MOE_VEC_BYTES / 64;
   using Sum = __typeof__(sum_of(S{}));
-  Vec<float> kept[M][2];
-  if constexpr (kKeep) {
-#pragma GCC unroll 32
-    for (int i = 0; i < M; ++i) kept[i][0] = kept[i][1] = Vec<float>{};
-  }
   const auto add = [&](int i, int v, Vec<float> sum) {
     float* out = c + i * ldc + v * W;
     if constexpr (kCodes) sum *= a_scale[i * kLda];
@@ -219,35 +206,19 @@ void word_tile(int64_t runs, int64_t count, const float* a, const float* a_scale
 #pragma GCC unroll 32
     for (int i = 0; i < M; ++i) {
 #pragma GCC unroll 2
-      for (int v = 0; v < 2; ++v) {
-        if constexpr (kKeep) {
-          kept[i][v] += to_floats(acc[i][v]) * s[v];
-        } else {
-          add(i, v, to_floats(acc[i][v]) * s[v]);
-        }
-      }
+      for (int v = 0; v < 2; ++v) add(i, v, to_floats(acc[i][v]) * s[v]);
     }
-    if constexpr (!kKeep) accumulate = true;
-  }
-  if constexpr (kKeep) {
-#pragma GCC unroll 32
-    for (int i = 0; i < M; ++i) {
-#pragma GCC unroll 2
-      for (int v = 0; v < 2; ++v) add(i, v, kept[i][v]);
-    }
+    accumulate = true;
   }
 }
 
-// 8 rows are 16 sums, enough for the latency of any level; of 28 some went to the stack. With
-// AVX-512, 32 registers hold the sums of 7 rows twice, 2 vectors of weights and an element of a.
-constexpr bool kKeepSums = MOE_VEC_BYTES == 64;
-constexpr int kCodeRows8 = MOE_MR2 < 8 ? MOE_MR2 : 8;
-constexpr int kCodeRows4 = kKeepSums ? 7 : kCodeRows8;
+// 8 rows are 16 sums, enough for the latency of any level; of 28 some went to the stack.
+constexpr int kCodeRows = MOE_MR2 < 8 ? MOE_MR2 : 8;
 
 template <int kBits, class S, int kMost, int M = 1>
 void fill_word_tiles(QuantKernels::Tile* tiles) {
   if constexpr (M <= kMost) {
-    tiles[M - 1] = &word_tile < kBits, S, M, kBits == 4 && __is_same(S, Codes) && kKeepSums > ;
+    tiles[M - 1] = &word_tile<kBits, S, M>;
     fill_word_tiles<kBits, S, kMost, M + 1>(tiles);
   }
 }
@@ -264,7 +235,6 @@ QuantKernels quant_kernels() {
   k.row8_bytes = &row8_bytes;
   k.row8 = &row8;
   k.dot8 = &quant_dot8;
-  k.dot8_depth_of_row = MOE_VEC_BYTES == 64 ? 80 : 240;
   k.row4_bytes = &row4_bytes;
   k.row4 = &row4;
   k.dot4 = &quant_dot4;
@@ -272,11 +242,21 @@ QuantKernels quant_kernels() {
   fill_word_tiles<8, float, MOE_MR2>(k.tile[0]);
   fill_word_tiles<4, float, MOE_MR2>(k.tile[1]);
 #if defined(__AVX2__) && MOE_VEC_BYTES >= 32
-  k.pairs = &quant_pairs;
-  k.code_rows[0] = kCodeRows8;
-  k.code_rows[1] = kCodeRows4;
-  fill_word_tiles<8, Codes, kCodeRows8>(k.code_tile[0]);
-  fill_word_tiles<4, Codes, kCodeRows4>(k.code_tile[1]);
+  k.bytes = &quant_bytes;
+  k.byte_rows = kByteRows;
+  fill_byte_tiles<4>(k.byte_tile[1]);
+  k.dot4_rows = MOE_DOT_TOKENS < 3 ? MOE_DOT_TOKENS : 3;
+  if constexpr (kByteTile8) {
+    fill_byte_tiles<8>(k.byte_tile[0]);
+    k.dot8_depth_of_row = 160;
+    k.dot8_rows = 6;
+  } else {
+    k.pairs = &quant_pairs;
+    k.code_rows = kCodeRows;
+    fill_word_tiles<8, Codes, kCodeRows>(k.code_tile);
+    k.dot8_depth_of_row = MOE_VEC_BYTES == 64 ? 80 : 240;
+    k.dot8_rows = 24;
+  }
 #endif
   k.multiply_row = &multiply_row;
   return k;

@@ -58,16 +58,21 @@ def moe_ffn_quantized(
       k = 2j in its low and k = 2j + 1 in its high four bits, each as q + 8 with q from -8 to 7:
       ``w[e, o, k] = q[e, o, k] * scale[e, o, k // G]``.
 
-    The rows that meet a weight are x and the activated features. For 8 bits they are rounded to
-    integers of 16 bits where an expert has up to 8 tokens, and where x is bfloat16 or float16 with
-    any number: that moves a value by at most 1/65278 of the largest of its row, and results on
-    normal x by about 5e-5. For 4 bits and up to 8 tokens, bound by reading weights, they are
-    rounded to integers from -127 to 127 with a scale for each 32 of them: a value moves by at most
-    1/254 of the largest of its 32, and the result by about 1 %, a tenth of what 4-bit weights cost.
-    With more tokens of a half type they have 16 bits too. Else, with more than 8 tokens of float32,
-    or of any type on a processor without AVX2, weights are widened in cache, which is exact, and
-    products are in fp32. Sums of integers are exact, others run in fp32 in a fixed order: the same
-    bits every run, whatever the number of threads.
+    The rows that meet a weight are x and the activated features. They are rounded to integers of 16
+    bits, with a scale a row, or to integers from -127 to 127, with a scale for each 32 of them. 16
+    bits move a value by at most 1/65278 of the largest of its row, and results on normal x by about
+    5e-5. 8 bits move it by at most 1/254 of the largest of its 32, and results by about 1 %: a
+    tenth of what 4-bit weights cost, and twice what 8-bit weights do.
+
+    - 4 bits: 8, where an expert has up to 8 tokens or x is bfloat16 or float16.
+    - 8 bits: 16, where an expert has up to 8 tokens or x is bfloat16 or float16. But 8 on a
+      processor with AVX-512 VNNI, if x is of a half type and an expert has many tokens: more than
+      3 to 6, K / 160 for a depth of K.
+    - Else, with more than 8 tokens of float32, or of any type without AVX2, weights are widened in
+      cache, which is exact, and products are in fp32.
+
+    So x in float32 is the more accurate way. Sums of integers are exact, others run in fp32 in a
+    fixed order: the same bits every run, whatever the number of threads.
 
     Args:
         x: [T, H] tokens; float32, bfloat16 or float16, any strides.

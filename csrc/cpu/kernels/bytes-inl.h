@@ -1,0 +1,192 @@
+// Products of weights of 8 and 4 bits in panels of words with tokens as integers of 8 bits.
+// Included by kernels-inl.h, inside its namespace; NOTES.md has the arithmetic.
+
+#if defined(__AVX2__) && MOE_VEC_BYTES >= 32
+// 32 bits of a vector are 4 neighbouring steps of k of a column. Instructions multiply unsigned by
+// signed bytes, so weights come with a bias, and sums start from minus that many times the codes of
+// their tokens. Without VNNI there are sums of 16 bits only, two in a lane: those of 4-bit weights
+// are at most 16 * 8 * 127 when complete, and what wraps around before does not matter.
+#if defined(__AVX512VNNI__)
+constexpr bool kByteWords = false;  // whether sums have 16 bits
+constexpr bool kByteTile8 = true;
+#else
+constexpr bool kByteWords = true;
+constexpr bool kByteTile8 = false;
+#endif
+
+// What byte_tile reads beside the codes of kQuantBlock tokens.
+struct ByteBlock {
+  int32_t offset;
+  float scale;
+};
+
+// 32 codes in the order in which byte_tile takes words apart; what sums of their products start
+// from.
+template <int kBits>
+inline int32_t byte_codes(const float* x, float inverse, int8_t* dst) {
+  static_assert(kQuantBlock == 32, "a block is what round_codes takes");
+  if constexpr (kBits == 4) {
+    int8_t even[16], odd[16];
+    round_codes(x, inverse, even, odd);
+    const __m128i a = load_bytes<__m128i>(even), b = load_bytes<__m128i>(odd);
+    const __m128i words[2] = {_mm_unpacklo_epi32(a, b), _mm_unpackhi_epi32(a, b)};
+    __builtin_memcpy(dst, words, sizeof(words));
+  } else {
+#if defined(__AVX512VNNI__)
+    for (int i = 0; i < 32; i += 16) {
+      const auto codes = __builtin_bit_cast(__m512i, nearest(load<float>(x + i), inverse));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(dst + i), _mm512_cvtepi32_epi8(codes));
+    }
+#endif
+  }
+  const __m256i pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(1), load_bytes<__m256i>(dst));
+  __m128i sum = _mm_add_epi16(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));
+  sum = _mm_add_epi16(sum, _mm_shuffle_epi32(sum, 0x4e));
+  sum = _mm_add_epi16(sum, _mm_shuffle_epi32(sum, 0xb1));
+  if constexpr (kByteWords) {
+    return _mm_cvtsi128_si32(_mm_mullo_epi16(sum, _mm_set1_epi16(-8)));
+  } else {
+    return _mm_cvtsi128_si32(_mm_madd_epi16(sum, _mm_set1_epi16(1))) * (kBits == 4 ? -8 : -128);
+  }
+}
+
+template <int kBits>
+inline void token_bytes(int64_t n, const float* x, float* dst) {
+  auto* codes = reinterpret_cast<int8_t*>(dst);
+  auto* blocks = reinterpret_cast<ByteBlock*>(codes + kByteDepth);
+  Vec<float> probe = {};
+  for (int64_t i = 0; i < n; i += kQuantBlock) {
+    const float most = largest(x + i, kQuantBlock, probe);
+    // So small that the quotient would not be finite: zeros.
+    const float inverse = most >= 1e-30f ? 127.0f / most : 0.0f;
+    ByteBlock& block = blocks[i / kQuantBlock];
+    block.offset = byte_codes<kBits>(x + i, inverse, codes + i);
+    block.scale = most / 127.0f;
+  }
+  // Every sum reads every scale.
+  const float bad = horizontal_sum<float>(probe);
+  if (bad != 0.0f) blocks[0].scale = bad;
+}
+
+void quant_bytes(int bits, int64_t n, const float* x, float* dst) {
+  kByteTile8 && bits == 8 ? token_bytes<8>(n, x, dst) : token_bytes<4>(n, x, dst);
+}
+
+// Step `step` of words, as unsigned bytes: with 4 bits the even steps of k, then the odd ones.
+template <int kBits>
+inline Bytes word_bytes(const uint32_t* words, int step) {
+  const Bytes word = load_weights(words);
+  if constexpr (kBits == 8) return word;
+  return bits_and(step == 0 ? word : MOE_INT(srli_epi16)(word, 4), MOE_INT(set1_epi8)(15));
+}
+
+// acc + the products of 4 weights with the 4 codes at `a`.
+inline Bytes add_bytes(Bytes acc, Bytes weights, const float* a) {
+#if defined(__AVX512VNNI__)
+  return _mm512_dpbusd_epi32(acc, weights, _mm512_set1_epi32(load_bytes<int32_t>(a)));
+#elif MOE_VEC_BYTES == 64
+  return _mm512_add_epi16(
+      acc, _mm512_maddubs_epi16(weights, _mm512_set1_epi32(load_bytes<int32_t>(a))));
+#else
+  // As in add_words.
+  Bytes product;
+  asm("vpbroadcastd %3, %1\n\tvpmaddubsw %1, %2, %1\n\tvpaddw %1, %0, %0"
+      : "+x"(acc), "=&x"(product)
+      : "x"(weights), "m"(*reinterpret_cast<const int32_t*>(a)));
+  return acc;
+#endif
+}
+
+inline Vec<float> byte_sums(Bytes acc) {
+  return as_floats(kByteWords ? MOE_INT(madd_epi16)(acc, MOE_INT(set1_epi16)(1)) : acc);
+}
+
+// With 32 registers, scaled sums stay in them from block to block, beside those in integers.
+constexpr bool kKeepSums = MOE_VEC_BYTES == 64;
+constexpr int kByteRows = kKeepSums ? 7 : 6;
+
+template <int kBits, int M>
+void byte_tile(int64_t runs, int64_t count, const float* a, const float* a_blocks,
+               const uint32_t* words, const float* scale, float* c, int64_t ldc, bool accumulate,
+               const char* ahead, int ahead_lines) {
+  constexpr int W = kLanes<float>, kSteps = 8 / kBits;
+  constexpr int kBlockWords = static_cast<int>(kQuantBlock) * kBits / 32;
+  constexpr int kLines = 2 * MOE_VEC_BYTES / 64;  // of a word of all columns
+  const auto* blocks = reinterpret_cast<const ByteBlock*>(a_blocks);
+  const auto block_of = [&](int i) -> const ByteBlock& {
+    return *reinterpret_cast<const ByteBlock*>(reinterpret_cast<const float*>(blocks) + i * kLda);
+  };
+  Vec<float> kept[M][2];
+  if constexpr (kKeepSums) {
+#pragma GCC unroll 32
+    for (int i = 0; i < M; ++i) kept[i][0] = kept[i][1] = Vec<float>{};
+  }
+  const auto add = [&](int i, int v, Vec<float> sum) {
+    float* out = c + i * ldc + v * W;
+    store<float>(out, accumulate ? load<float>(out) + sum : sum);
+  };
+  for (int64_t run = 0; run < runs; ++run) {
+    for (int64_t word = 0; word < count; word += kBlockWords) {
+      Bytes acc[M][2];
+#pragma GCC unroll 32
+      for (int i = 0; i < M; ++i) acc[i][0] = acc[i][1] = MOE_INT(set1_epi32)(block_of(i).offset);
+#pragma GCC unroll 8
+      for (int k = 0; k < kBlockWords; ++k) {
+#pragma GCC unroll 2
+        for (int line = 0; line < kLines; ++line) {
+          if (k * kLines + line >= ahead_lines) continue;
+          __builtin_prefetch(ahead, 0, 2);
+          ahead += 64;
+        }
+#pragma GCC unroll 2
+        for (int step = 0; step < kSteps; ++step) {
+          asm volatile("" ::: "memory");  // As in panel_tile: load the words anew.
+          const Bytes b0 = word_bytes<kBits>(words, step);
+          const Bytes b1 = word_bytes<kBits>(words + W, step);
+#pragma GCC unroll 32
+          for (int i = 0; i < M; ++i) {
+            acc[i][0] = add_bytes(acc[i][0], b0, a + i * kLda + step);
+            acc[i][1] = add_bytes(acc[i][1], b1, a + i * kLda + step);
+          }
+        }
+        a += kSteps;
+        words += 2 * W;
+      }
+#pragma GCC unroll 32
+      for (int i = 0; i < M; ++i) {
+#pragma GCC unroll 2
+        for (int v = 0; v < 2; ++v) {
+          Vec<float> sum = byte_sums(acc[i][v]) * block_of(i).scale;
+          if constexpr (kBits == 8 && kKeepSums) {
+            kept[i][v] += sum;
+          } else if constexpr (kKeepSums) {
+            kept[i][v] += sum * load<float>(scale + v * W);
+          } else {
+            add(i, v, sum * load<float>(scale + v * W));
+          }
+        }
+      }
+      if constexpr (!kKeepSums) accumulate = true;
+      ++blocks;
+    }
+    scale += 2 * W;
+  }
+  if constexpr (kKeepSums) {
+#pragma GCC unroll 32
+    for (int i = 0; i < M; ++i) {
+#pragma GCC unroll 2
+      for (int v = 0; v < 2; ++v) {
+        add(i, v, kBits == 8 ? kept[i][v] * load<float>(scale - 2 * W + v * W) : kept[i][v]);
+      }
+    }
+  }
+}
+
+template <int kBits, int M = 1>
+void fill_byte_tiles(QuantKernels::ByteTile* tiles) {
+  if constexpr (M <= kByteRows) {
+    tiles[M - 1] = &byte_tile<kBits, M>;
+    fill_byte_tiles<kBits, M + 1>(tiles);
+  }
+}
+#endif
