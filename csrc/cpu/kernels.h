@@ -73,6 +73,7 @@ constexpr int64_t kDot8Features = 6;
 constexpr int64_t kQuantBlock = 32;  // codes of 8 bits of a token that share a scale
 // Most of them in a row of byte_tile: 4 to a float, and 2 floats more for each kQuantBlock.
 constexpr int64_t kByteDepth = 512;
+static_assert(kByteDepth % 128 == 0);
 static_assert(kByteDepth / 4 + 2 * kByteDepth / kQuantBlock <= kLda);
 struct QuantKernels {
   // Tokens for 8-bit weights: bytes of a row of k, in an order of the level's own; and x as
@@ -123,9 +124,9 @@ struct QuantKernels {
   Tile tile[2][kMaxMr];
   Tile code_tile[kMaxMr];
   int code_rows;  // of the widest code_tile
-  // The same for words of q plus 8 or 128; a and a_blocks are what `bytes` writes, of which a run is
-  // whole blocks. For each of them it prefetches ahead_lines lines, up to bits * 2*lanes / 16. Index:
-  // [bits == 4][m - 1]; null where the level has no such products.
+  // The same for words of q plus 8 or 128; a and a_blocks are what `bytes` writes, of which a run
+  // is whole blocks. For each of them it prefetches ahead_lines lines, up to bits * 2*lanes / 16.
+  // Index: [bits == 4][m - 1]; null where the level has no such products.
   using ByteTile = void (*)(int64_t runs, int64_t count, const float* a, const float* a_blocks,
                             const uint32_t* words, const float* scale, float* c, int64_t ldc,
                             bool accumulate, const char* ahead, int ahead_lines);

@@ -653,7 +653,7 @@ def integer_tokens(rows: Tensor) -> Tensor:
 
 
 def moe_ffn_in_integers(call: Kwargs) -> Tensor:
-    """moe_ffn_quantized with tokens rounded to 8 bits where it does that, in fp64. Those that become
+    """moe_ffn_quantized in fp64 with tokens rounded to 8 bits where it does that. Those that become
     16 bits are not rounded here: that is at most 1.5e-5 of the largest of a row."""
     exact = dequantized(call)
     on_input = exact.get("apply_router_weight_on_input", False)

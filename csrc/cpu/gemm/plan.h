@@ -191,7 +191,8 @@ Path path_of(const GemmDesc<T>& d, const Kernels<T>& k, int64_t expert_rows) {
     int64_t dot_rows = kQuantMaxRows;
     if (four && bytes) dot_rows = q.dot4_rows;
     if (!four && (bytes || codes)) {
-      dot_rows = std::clamp<int64_t>(d.in_features / q.dot8_depth_of_row, kMinDot8Rows, q.dot8_rows);
+      dot_rows =
+          std::clamp<int64_t>(d.in_features / q.dot8_depth_of_row, kMinDot8Rows, q.dot8_rows);
     }
     if (expert_rows <= dot_rows) return four ? Path::kQuant4 : Path::kQuant8;
     return bytes ? Path::kBytePanels : codes ? Path::kCodePanels : Path::kQuantPanels;

@@ -112,9 +112,9 @@ enum class TokenForm : int { kFloats, kPairs, kBytes };
 
 // panel_item, of tokens in fp32 or as integers of 16 or 8 bits, with panels made where they are
 // used: a block of one is written, and read by the tiles of all rows, in cache. Rows of weights
-// that make a panel are one run in memory, and the tiles ask for that of the next panel. A panel's
-// sums lie side by side until it is done: runs of k that share a scale may add to them every 32
-// steps, and rows a power of two apart would all meet in the same few sets of an L1.
+// that make a panel are one run in memory, and the tiles ask for that of the next panel. But for
+// bytes, a panel's sums lie side by side until it is done: runs of k that share a scale may add to
+// them every 32 steps, and rows a power of two apart would all meet in the same few sets of an L1.
 template <TokenForm kForm, class Epilogue>
 void quant_panel_item(const GemmDesc<float>& d, const Kernels<float>& k, const GemmItem& it,
                       const Epilogue& fn) {
@@ -171,7 +171,6 @@ void quant_panel_item(const GemmDesc<float>& d, const Kernels<float>& k, const G
   for (int64_t i = 0; i < count; ++i) {
     const int64_t column = i / d.segments * P, part_begin = column / part * part;
     float* c = tile + i % d.segments * part + column - part_begin;
-    // Bytes keep their sums in registers for a block.
     float* sum = kBytes ? c : sums;
     const int64_t ld_sum = kBytes ? ldc : P;
     const char* w = weights_at(d.b, it.expert, feature(i), 0);
@@ -192,7 +191,8 @@ void quant_panel_item(const GemmDesc<float>& d, const Kernels<float>& k, const G
           __builtin_prefetch(next_scale + f * q.scale_stride_o + g, 0, 2);
         }
       }
-      // A call takes what is whole groups, or a part of one.
+      // A call takes what is whole groups, or a part of one; of bytes all, since their depth is a
+      // multiple of every size of a group.
       for (int64_t begin = k0, end; begin < k1; begin = end) {
         const int64_t whole = (k1 - begin) / group;
         const bool many = begin % group == 0 && whole > 0;

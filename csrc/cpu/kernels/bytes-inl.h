@@ -69,7 +69,7 @@ inline void token_bytes(int64_t n, const float* x, float* dst) {
 }
 
 void quant_bytes(int bits, int64_t n, const float* x, float* dst) {
-  kByteTile8 && bits == 8 ? token_bytes<8>(n, x, dst) : token_bytes<4>(n, x, dst);
+  kByteTile8&& bits == 8 ? token_bytes<8>(n, x, dst) : token_bytes<4>(n, x, dst);
 }
 
 // Step `step` of words, as unsigned bytes: with 4 bits the even steps of k, then the odd ones.
@@ -85,8 +85,8 @@ inline Bytes add_bytes(Bytes acc, Bytes weights, const float* a) {
 #if defined(__AVX512VNNI__)
   return _mm512_dpbusd_epi32(acc, weights, _mm512_set1_epi32(load_bytes<int32_t>(a)));
 #elif MOE_VEC_BYTES == 64
-  return _mm512_add_epi16(
-      acc, _mm512_maddubs_epi16(weights, _mm512_set1_epi32(load_bytes<int32_t>(a))));
+  return _mm512_add_epi16(acc,
+                          _mm512_maddubs_epi16(weights, _mm512_set1_epi32(load_bytes<int32_t>(a))));
 #else
   // As in add_words.
   Bytes product;
