@@ -51,6 +51,9 @@ struct TileHints {
   // Store past the cache (column form, not accumulating): c and ldc are whole lines. Ignored where
   // a row of the tile is less than one. The caller orders the stores with stream_fence.
   bool stream = false;
+  // c and ldc are of bfloat16, to which sums are rounded (column form of pairs, two vectors wide
+  // and not accumulating): a row of the tile is one line.
+  bool half = false;
   int64_t lda = kLdm;  // column form: elements between summed indices of a
   int64_t ldb = 0;     // the same of b, where 0 stands for whole panels
 

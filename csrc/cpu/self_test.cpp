@@ -872,6 +872,18 @@ bool pairs_right(const Kernels<float>& k, const Kernels<float>& portable, Number
     k.pair_panel_tile[m - 1](kPairs, row.data(), panels.data(), g.data(), kCols, false, b16.data(),
                              0, 64);
     if (!close(e, first) || !close(f, first) || !close(g, first)) return false;
+    // Rounded by the tile itself, in place and past the cache.
+    const std::vector<char> rounded = as_type(portable, DType::kBFloat16, f);
+    for (const bool stream : {false, true}) {
+      alignas(64) uint16_t halves[kMaxMr * kCols];
+      TileHints hints;
+      hints.half = true;
+      hints.stream = stream;
+      k.pair_col_a[1][m - 1](kPairs, col.data(), panels.data(), reinterpret_cast<float*>(halves),
+                             kCols, false, hints);
+      k.stream_fence();
+      if (std::memcmp(halves, rounded.data(), 2 * f.size()) != 0) return false;
+    }
     if (m > k.stream_rows) continue;
     truth.resize(static_cast<size_t>(k.num_panel_streams[m - 1] * m * kCols));
     for (const auto& table : k.pair_panel_streams) {

@@ -370,6 +370,14 @@ def test_wgrad_row_counts(counts, dtype):
     check_wgrad(wgrad_operands(counts, 19, 21, dtype, tail=3))
 
 
+@pytest.mark.cpu_only
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=short)
+@pytest.mark.parametrize("in_features", [1056, 1090])
+def test_wgrad_from_8_mib_on(in_features, dtype):
+    """Written past the cache where rows are whole lines; of few rows, and of more than a block."""
+    check_wgrad(wgrad_operands((3, 0, 40, 401), 1030, in_features, dtype, tail=1))
+
+
 @pytest.mark.parametrize("grad_view", ["contiguous", "transposed", "offset", "expanded"])
 @pytest.mark.parametrize("view", ALL_VIEWS)
 def test_wgrad_views(view, grad_view):

@@ -43,16 +43,18 @@ void wgrad_item(const GroupedWgradParams& p, const Kernels<T>& k, int64_t e, int
   const bool one = end - begin <= kRows * kKc;
   // A large result, written once and in whole lines, goes past the cache.
   const int64_t line = kLineBytes / static_cast<int64_t>(sizeof(T));
-  const bool streamed = large && k.streams && p.out_type == kAccumulate<T> && one &&
+  // Sums of pairs that are complete in one tile are rounded there.
+  const bool half = kPairs && p.out_type == DType::kBFloat16 && one && !p.accumulate;
+  const bool streamed = large && k.streams && (p.out_type == kAccumulate<T> || half) && one &&
                         J % std::max(unit, line) == 0 &&
                         reinterpret_cast<uintptr_t>(out) % kLineBytes == 0;
-  // Whole panels of the accumulate type go straight to their place. Large ones that do not pass the
-  // cache are summed in a tile first, and written once.
-  const bool in_place = p.out_type == kAccumulate<T> && (streamed || !large);
+  // Whole panels of the accumulate type, or of bfloat16, go straight to their place. Large ones
+  // that do not pass the cache are summed in a tile first, and written once.
+  const bool in_place = (p.out_type == kAccumulate<T> || half) && (streamed || !large);
   // Sums that are added to memory pass through the core along rows, as long as the panels of x fit;
   // so do lines that are written in halves.
   const bool adding = p.accumulate && p.num_experts * O * J * size >= kStreamBytes;
-  const bool along_rows = adding || (streamed && W < line);
+  const bool along_rows = adding || (streamed && (W < line || half));
   int64_t most_j = 256, most_o = kFeatureBlock / 2, height = k.mr2;
   if (along_rows) {
     most_j = std::max(most_j, kAddBytes / (depth * static_cast<int64_t>(sizeof(T))));
@@ -135,14 +137,15 @@ void wgrad_item(const GroupedWgradParams& p, const Kernels<T>& k, int64_t e, int
         const auto run_tile = [&](int64_t j, int64_t b) {
           const int64_t width = std::min(2 * W, ldc - (j - j0));
           const bool direct = j + width <= j_direct;
-          T* c = direct ? reinterpret_cast<T*>(out) + o0 * J + j : tile + (j - j0);
-          const int64_t ld = direct ? J : ldc;
           const int nv = width > W ? 2 : 1;
           const int64_t i0 = tile_rows.begin(b), i1 = tile_rows.begin(b + 1);
+          T* c = direct ? reinterpret_cast<T*>(out + ((o0 + i0) * J + j) * size)
+                        : tile + i0 * ldc + (j - j0);
           hints.stream = streamed && direct;
+          hints.half = half && direct;
           tiles[nv - 1][i1 - i0 - 1](
-              kc, g + i0, panels + (j - j0) / (2 * W) * (2 * W * kc + kPanelPad), c + i0 * ld, ld,
-              r0 > begin || (direct && p.accumulate), hints);
+              kc, g + i0, panels + (j - j0) / (2 * W) * (2 * W * kc + kPanelPad), c,
+              direct ? J : ldc, r0 > begin || (direct && p.accumulate), hints);
         };
         if (along_rows) {
           for (int64_t b = 0; b < blocks; ++b) {
