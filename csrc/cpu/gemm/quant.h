@@ -133,7 +133,7 @@ void quant_panel_item(const GemmDesc<float>& d, const Kernels<float>& k, const G
   float* tile = scratch<float>(Scratch::kTile, m * ldc);
   Carver carver(Scratch::kPackB, (block / word + groups + m + 16) * P * 4 + 192);
   auto* words = carver.take<uint32_t>((block / word + 8) * P);
-  auto* scales = carver.take<uint32_t>((groups + 8) * P);
+  auto* scales = carver.take<float>((groups + 8) * P);
   auto* sums = kBytes ? nullptr : carver.take<float>(m * P);
   const int64_t padded_k = round_up(K, kQuantBlock);
   float* x = scratch<float>(Scratch::kPackA, padded_k);
@@ -177,8 +177,15 @@ void quant_panel_item(const GemmDesc<float>& d, const Kernels<float>& k, const G
     const char* next = weights_at(d.b, it.expert, feature(std::min(i + 1, count - 1)), 0);
     const int64_t features = std::min(P, n - i / d.segments * P);
     const float* scale = scales_at(d.b, it.expert, feature(i));
-    // A scale is a word too: [groups][P].
-    k.quant.words(8, false, scale, 4 * q.scale_stride_o, features, 0, 4 * groups, scales);
+    // [groups][P]. A scale is a word too, but less than 32 bytes of a row would be copied first.
+    if (groups < 8) {
+      for (int64_t f = 0; f < features; ++f) {
+        for (int64_t g = 0; g < groups; ++g) scales[g * P + f] = scale[f * q.scale_stride_o + g];
+      }
+    } else {
+      k.quant.words(8, false, scale, 4 * q.scale_stride_o, features, 0, 4 * groups,
+                    reinterpret_cast<uint32_t*>(scales));
+    }
     for (int64_t b = 0; b < k_blocks; ++b) {
       const int64_t k0 = b * block, k1 = std::min(K, k0 + block);
       // Bytes are multiplied with a bias, which 4-bit weights have in memory.
@@ -203,7 +210,7 @@ void quant_panel_item(const GemmDesc<float>& d, const Kernels<float>& k, const G
           const float* rows = a + (b * m + r0) * kLda;
           const float* codes = rows + (begin - k0) / kStep;
           const uint32_t* panel = words + (begin - k0) / word * P;
-          const auto* run_scales = reinterpret_cast<const float*>(scales + begin / group * P);
+          const float* run_scales = scales + begin / group * P;
           const char* ahead = next + begin / word * P * 4;
           if constexpr (kBytes) {
             const int64_t lines = ceil_div(P * q.bits / 16, blocks);

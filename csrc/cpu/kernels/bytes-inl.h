@@ -25,21 +25,24 @@ struct ByteBlock {
 template <int kBits>
 inline int32_t byte_codes(const float* x, float inverse, int8_t* dst) {
   static_assert(kQuantBlock == 32, "a block is what round_codes takes");
+  __m128i low, high;
   if constexpr (kBits == 4) {
-    int8_t even[16], odd[16];
-    round_codes(x, inverse, even, odd);
-    const __m128i a = load_bytes<__m128i>(even), b = load_bytes<__m128i>(odd);
-    const __m128i words[2] = {_mm_unpacklo_epi32(a, b), _mm_unpackhi_epi32(a, b)};
-    __builtin_memcpy(dst, words, sizeof(words));
+    const CodePair codes = round_codes(x, inverse);
+    low = _mm_unpacklo_epi32(codes.even, codes.odd);
+    high = _mm_unpackhi_epi32(codes.even, codes.odd);
   } else {
 #if defined(__AVX512VNNI__)
-    for (int i = 0; i < 32; i += 16) {
-      const auto codes = __builtin_bit_cast(__m512i, nearest(load<float>(x + i), inverse));
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(dst + i), _mm512_cvtepi32_epi8(codes));
-    }
+    const auto half = [&](int i) {
+      return _mm512_cvtepi32_epi8(
+          __builtin_bit_cast(__m512i, nearest(load<float>(x + i), inverse)));
+    };
+    low = half(0);
+    high = half(16);
 #endif
   }
-  const __m256i pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(1), load_bytes<__m256i>(dst));
+  const __m256i codes = _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1);
+  __builtin_memcpy(dst, &codes, sizeof(codes));
+  const __m256i pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(1), codes);
   __m128i sum = _mm_add_epi16(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));
   sum = _mm_add_epi16(sum, _mm_shuffle_epi32(sum, 0x4e));
   sum = _mm_add_epi16(sum, _mm_shuffle_epi32(sum, 0xb1));

@@ -63,12 +63,17 @@ inline Int16 int16_of(Simd<float>::Int v) {
   return __builtin_bit_cast(Int16, low_halves(__builtin_bit_cast(Simd<float>::Uint, v) & 0xffffu));
 }
 
+// |v|, in one operation.
+inline Vec<float> magnitude(Vec<float> v) {
+  return __builtin_bit_cast(Vec<float>, __builtin_bit_cast(Simd<float>::Uint, v) & 0x7fffffffu);
+}
+
 // The largest of n absolute values; `probe` becomes NaN in a lane if one is not finite. x is
 // readable and zero up to a multiple of the lanes.
 inline float largest(const float* x, int64_t n, Vec<float>& probe) {
   Vec<float> most = {};
   for (int64_t i = 0; i < n; i += kLanes<float>) {
-    const Vec<float> v = load<float>(x + i), a = v < 0.0f ? -v : v;
+    const Vec<float> v = load<float>(x + i), a = magnitude(v);
     most = a > most ? a : most;
     probe += v * 0.0f;
   }

@@ -23,11 +23,14 @@ struct Row4 {
 
 int64_t row4_bytes(int64_t k) { return Row4(k).bytes(); }
 
-// 32 floats as codes: those of even places and those of odd ones.
-inline void round_codes(const float* x, float inverse, int8_t* even, int8_t* odd) {
-  using F = Simd<float>;
-  const auto code = [&](int i) { return nearest(load<float>(x + i * F::kLanes), inverse); };
 #if defined(__AVX2__) && MOE_VEC_BYTES >= 32
+struct CodePair {
+  __m128i even, odd;
+};
+
+// 32 floats as codes: those of even places and those of odd ones.
+inline CodePair round_codes(const float* x, float inverse) {
+  const auto code = [&](int i) { return nearest(load<float>(x + i * kLanes<float>), inverse); };
 #if MOE_VEC_BYTES == 64
   const auto bytes = [&](int half) {
     return _mm512_cvtepi32_epi8(__builtin_bit_cast(__m512i, code(half)));
@@ -42,12 +45,21 @@ inline void round_codes(const float* x, float inverse, int8_t* even, int8_t* odd
   };
 #endif
   const __m128i a = bytes(0), b = bytes(1), low = _mm_set1_epi16(255);
-  const auto put = [](int8_t* to, __m128i v) { __builtin_memcpy(to, &v, sizeof(v)); };
-  put(even, _mm_packus_epi16(_mm_and_si128(a, low), _mm_and_si128(b, low)));
-  put(odd, _mm_packus_epi16(_mm_srli_epi16(a, 8), _mm_srli_epi16(b, 8)));
+  return {_mm_packus_epi16(_mm_and_si128(a, low), _mm_and_si128(b, low)),
+          _mm_packus_epi16(_mm_srli_epi16(a, 8), _mm_srli_epi16(b, 8))};
+}
+#endif
+
+// The same, to memory.
+inline void round_codes(const float* x, float inverse, int8_t* even, int8_t* odd) {
+#if defined(__AVX2__) && MOE_VEC_BYTES >= 32
+  const CodePair codes = round_codes(x, inverse);
+  __builtin_memcpy(even, &codes.even, sizeof(codes.even));
+  __builtin_memcpy(odd, &codes.odd, sizeof(codes.odd));
 #else
+  using F = Simd<float>;
   for (int i = 0; i < 32 / F::kLanes; ++i) {
-    const F::Int c = code(i);
+    const F::Int c = nearest(load<float>(x + i * F::kLanes), inverse);
     for (int j = 0; j < F::kLanes; ++j) {
       const int place = i * F::kLanes + j;
       (place % 2 == 0 ? even : odd)[place / 2] = static_cast<int8_t>(c[j]);

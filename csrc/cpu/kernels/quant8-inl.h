@@ -34,7 +34,7 @@ void row8(int64_t k, const float* x, void* row) {
   for (int64_t u = 0; u < layout.units; ++u) {
 #pragma GCC unroll 4
     for (int i = 0; i < kUnitVectors; ++i) {
-      const Vec<float> v = load<float>(x + u * Row8::kUnit + i * W), a = v < 0.0f ? -v : v;
+      const Vec<float> v = load<float>(x + u * Row8::kUnit + i * W), a = magnitude(v);
       most[i] = a > most[i] ? a : most[i];
       probe[i] += v * 0.0f;  // NaN where one is not finite
     }
