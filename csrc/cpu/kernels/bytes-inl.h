@@ -72,7 +72,7 @@ inline void token_bytes(int64_t n, const float* x, float* dst) {
 }
 
 void quant_bytes(int bits, int64_t n, const float* x, float* dst) {
-  kByteTile8&& bits == 8 ? token_bytes<8>(n, x, dst) : token_bytes<4>(n, x, dst);
+  bits == 8 && kByteTile8 ? token_bytes<8>(n, x, dst) : token_bytes<4>(n, x, dst);
 }
 
 // Step `step` of words, as unsigned bytes: with 4 bits the even steps of k, then the odd ones.
