@@ -78,6 +78,8 @@ constexpr int64_t kQuantBlock = 32;  // codes of 8 bits of a token that share a 
 constexpr int64_t kByteDepth = 512;
 static_assert(kByteDepth % 128 == 0);
 static_assert(kByteDepth / 4 + 2 * kByteDepth / kQuantBlock <= kLda);
+// Tokens of many rows: as they are, as integers of 16 bits (code_tile), of 8 bits (byte_tile).
+enum class TokenForm : int { kFloats, kPairs, kBytes };
 struct QuantKernels {
   // Tokens for 8-bit weights: bytes of a row of k, in an order of the level's own; and x as
   // integers of 16 bits. x is readable and zero up to a multiple of 64.

@@ -691,11 +691,9 @@ bool quant_right(const Kernels<float>& k, Numbers<float>& numbers) {
       for (int64_t i = 0; i < k.mr2 * n; ++i) {
         if (i % n % kQuantBlock == 0) values[i] = 127 / 64.0f;
       }
-      // Of tokens as floats, as integers of 16 and of 8 bits.
-      enum class Form { kFloats, kPairs, kBytes };
-      for (const Form form : {Form::kFloats, Form::kPairs, Form::kBytes}) {
-        const bool floats = form == Form::kFloats, bytes = form == Form::kBytes;
-        if (form == Form::kPairs && (bits == 4 || k.quant.pairs == nullptr)) continue;
+      for (const TokenForm form : {TokenForm::kFloats, TokenForm::kPairs, TokenForm::kBytes}) {
+        const bool floats = form == TokenForm::kFloats, bytes = form == TokenForm::kBytes;
+        if (form == TokenForm::kPairs && (bits == 4 || k.quant.pairs == nullptr)) continue;
         if (bytes && k.quant.byte_tile[bits == 4][0] == nullptr) continue;
         if (bytes && bits == 4 && run % kQuantBlock != 0) continue;
         k.quant.words(bits, bytes != (bits == 4), w.data(), kBytes, kDotFeatures, k0, n,
@@ -708,7 +706,7 @@ bool quant_right(const Kernels<float>& k, Numbers<float>& numbers) {
             std::copy_n(values.begin() + i * n, n, row.begin());
             float* dst = rows_of_a.data() + i * kLda;
             if (floats) std::copy_n(row.begin(), n, dst);
-            if (form == Form::kPairs) k.quant.pairs(n, row.data(), dst);
+            if (form == TokenForm::kPairs) k.quant.pairs(n, row.data(), dst);
             if (bytes) k.quant.bytes(bits, n, row.data(), dst);
           }
           const float* a = rows_of_a.data();
@@ -730,7 +728,7 @@ bool quant_right(const Kernels<float>& k, Numbers<float>& numbers) {
                 sum += product;
                 most += std::abs(product);
               }
-              const double tolerance = form == Form::kPairs ? 3e-5 : 1e-5;
+              const double tolerance = form == TokenForm::kPairs ? 3e-5 : 1e-5;
               if (!(std::abs(c[i * P + f] - sum) <= tolerance * most)) return false;
             }
           }

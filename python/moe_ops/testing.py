@@ -572,15 +572,28 @@ INTEGER_ROWS = 8
 def token_bits(weight: Tensor, dtype: torch.dtype, counts: Tensor) -> Tensor:
     """Of the integers that moe_ffn_quantized makes of the tokens of experts with `counts` of them:
     8, 16, or 0 where they stay as they are. x has this dtype, `weight` is one of the codes."""
-    level = _C.cpu_isa()
-    four, half = weight.dtype == torch.uint8, dtype != torch.float32
-    many = counts > INTEGER_ROWS
-    bits = torch.full_like(counts, 8 if four else 16).masked_fill(many, 0)
-    if half and level != "portable":
-        bits = torch.full_like(counts, 8 if four else 16)
-        if not four and level in ("avx512_bf16", "amx"):  # those with VNNI
-            bits[counts > min(max(weight.shape[2] // 160, 3), 6)] = 8
+    level, four = _C.cpu_isa(), weight.dtype == torch.uint8
+    bits = torch.full_like(counts, 8 if four else 16)
+    if dtype == torch.float32 or level == "portable":
+        bits[counts > INTEGER_ROWS] = 0
+    elif not four and level in ("avx512_bf16", "amx"):  # those with VNNI
+        bits[counts > min(max(weight.shape[2] // 160, 3), 6)] = 8
     return bits
+
+
+def slots_of_experts(call: Kwargs) -> Tensor:
+    """How many slots of an ffn call each expert has."""
+    ids, experts = call["topk_ids"].flatten().long(), call["w_down"].shape[0]
+    return torch.bincount(ids[(ids >= 0) & (ids < experts)], minlength=experts)
+
+
+def rounds_to_bytes(call: Kwargs) -> bool:
+    """Whether moe_ffn_quantized makes integers of 8 bits of any token (token_bits)."""
+    rows = slots_of_experts(call)
+    rows, dtype = rows[rows > 0], call["x"].dtype
+    return any(
+        bool(token_bits(call[name], dtype, rows).eq(8).any()) for name in ("w_gate_up", "w_down")
+    )
 
 
 def quantized(w: Tensor, bits: int, group: int = 32) -> tuple[Tensor, Tensor]:

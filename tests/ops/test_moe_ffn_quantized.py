@@ -24,8 +24,9 @@ from moe_ops.testing import (
     poisoned,
     quantized,
     quantized_operands,
+    rounds_to_bytes,
     short,
-    token_bits,
+    slots_of_experts,
 )
 
 pytestmark = pytest.mark.cpu_only
@@ -34,7 +35,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # 8 bits, and 4 bits with each size of a group.
 FORMATS = ((8, 0), (4, 32), (4, 64), (4, 128))
 NAMES = ("int8", "int4-32", "int4-64", "int4-128")
-# Every expert few tokens, so products of integers; every expert many, so widened weights.
+# Every expert few tokens, so products of integers; every expert many, so tiles, on widened weights
+# where tokens are float32.
 FEW = Routing(7, 4, 2, "dropped")
 MANY = Routing(31, 2, 2)
 
@@ -62,7 +64,7 @@ def check_integers(call):
     error, norm = (y.double() - expected).norm(), expected.norm()
     # Half types often lie at half an integer, which a level without fused multiply-adds may miss.
     other = 5e-3 if _C.cpu_isa() == "portable" and y.dtype != torch.float32 else 1e-3
-    if not bool(torch.cat(bits_of(call)).eq(8).any()):
+    if not rounds_to_bytes(call):
         # Each value off by up to 1.5e-5 of the largest of its row, some 3 to 7 usual ones.
         other = 1e-4
     assert error <= (eps(y.dtype) + other) * norm + 1e-30, f"{error:.2e} of {norm:.2e}"
@@ -84,24 +86,10 @@ def check_widened(call):
     )
 
 
-def counts(call):
-    ids = call["topk_ids"].flatten().long()
-    experts = call["w_down"].shape[0]
-    return torch.bincount(ids[(ids >= 0) & (ids < experts)], minlength=experts)
-
-
-def bits_of(call):
-    """What the tokens of each expert with any become in front of both weights (token_bits)."""
-    rows = counts(call)
-    rows = rows[rows > 0]
-    return [token_bits(call[name], call["x"].dtype, rows) for name in ("w_gate_up", "w_down")]
-
-
 def check(call):
     """Whichever way the experts go."""
-    bits, rows = torch.cat(bits_of(call)), counts(call)
-    many = bool((rows[rows > 0] > INTEGER_ROWS).all())
-    if many and not bool(bits.eq(8).any()):
+    rows = slots_of_experts(call)
+    if bool((rows[rows > 0] > INTEGER_ROWS).all()) and not rounds_to_bytes(call):
         return check_widened(call)
     check_integers(call)
 
@@ -136,7 +124,7 @@ def test_routings(routing, bits_group, dtype):
 def test_rows_of_an_expert(bits_group, dtype, tokens):
     """Every number of tokens that a kernel takes at once, and both sides of the last."""
     call = quantized_operands(Routing(tokens, 1, 1), 1152, 128, dtype, *bits_group)
-    assert int(counts(call)) == tokens
+    assert int(slots_of_experts(call)) == tokens
     check(call)
 
 
@@ -237,8 +225,8 @@ def test_error_of_rounded_tokens(bits_group, dtype, tokens):
     """What it costs against tokens as they are, element by element: a rounded value is off by at
     most 1/254 of the largest of its block, or 1/65278 of the largest of its row."""
     call = quantized_operands(Routing(tokens, 3, 2), 512, 256, dtype, *bits_group)
-    assert bool((counts(call) <= INTEGER_ROWS).all()) == (tokens == 6)
-    in_bytes = bool(torch.cat(bits_of(call)).eq(8).any())
+    assert bool((slots_of_experts(call) <= INTEGER_ROWS).all()) == (tokens == 6)
+    in_bytes = rounds_to_bytes(call)
     exact = dequantized(call)
     expected = reference.moe_ffn(**exact)
     offsets, row_to_slot, slot_to_row = reference.sort_slots(call["topk_ids"], 3)

@@ -108,8 +108,6 @@ void quant4_item(const GemmDesc<float>& d, const Kernels<float>& k, const GemmIt
   }
 }
 
-enum class TokenForm : int { kFloats, kPairs, kBytes };
-
 // panel_item, of tokens in fp32 or as integers of 16 or 8 bits, with panels made where they are
 // used: a block of one is written, and read by the tiles of all rows, in cache. Rows of weights
 // that make a panel are one run in memory, and the tiles ask for that of the next panel. But for

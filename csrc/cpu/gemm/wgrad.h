@@ -45,12 +45,12 @@ void wgrad_item(const GroupedWgradParams& p, const Kernels<T>& k, int64_t e, int
   const int64_t line = kLineBytes / static_cast<int64_t>(sizeof(T));
   // Sums of pairs that are complete in one tile are rounded there.
   const bool half = kPairs && p.out_type == DType::kBFloat16 && one && !p.accumulate;
-  const bool streamed = large && k.streams && (p.out_type == kAccumulate<T> || half) && one &&
-                        J % std::max(unit, line) == 0 &&
+  const bool by_tiles = p.out_type == kAccumulate<T> || half;  // what they can write themselves
+  const bool streamed = large && k.streams && by_tiles && one && J % std::max(unit, line) == 0 &&
                         reinterpret_cast<uintptr_t>(out) % kLineBytes == 0;
-  // Whole panels of the accumulate type, or of bfloat16, go straight to their place. Large ones
-  // that do not pass the cache are summed in a tile first, and written once.
-  const bool in_place = (p.out_type == kAccumulate<T> || half) && (streamed || !large);
+  // Whole panels go straight to their place. Large ones that do not pass the cache are summed in a
+  // tile first, and written once.
+  const bool in_place = by_tiles && (streamed || !large);
   // Sums that are added to memory pass through the core along rows, as long as the panels of x fit;
   // so do lines that are written in halves.
   const bool adding = p.accumulate && p.num_experts * O * J * size >= kStreamBytes;

@@ -7,11 +7,9 @@
 // their tokens. Without VNNI there are sums of 16 bits only, two in a lane: those of 4-bit weights
 // are at most 16 * 8 * 127 when complete, and what wraps around before does not matter.
 #if defined(__AVX512VNNI__)
-constexpr bool kByteWords = false;  // whether sums have 16 bits
-constexpr bool kByteTile8 = true;
+constexpr bool kVnni = true;
 #else
-constexpr bool kByteWords = true;
-constexpr bool kByteTile8 = false;
+constexpr bool kVnni = false;
 #endif
 
 // What byte_tile reads beside the codes of kQuantBlock tokens.
@@ -46,10 +44,10 @@ inline int32_t byte_codes(const float* x, float inverse, int8_t* dst) {
   __m128i sum = _mm_add_epi16(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));
   sum = _mm_add_epi16(sum, _mm_shuffle_epi32(sum, 0x4e));
   sum = _mm_add_epi16(sum, _mm_shuffle_epi32(sum, 0xb1));
-  if constexpr (kByteWords) {
-    return _mm_cvtsi128_si32(_mm_mullo_epi16(sum, _mm_set1_epi16(-8)));
-  } else {
+  if constexpr (kVnni) {
     return _mm_cvtsi128_si32(_mm_madd_epi16(sum, _mm_set1_epi16(1))) * (kBits == 4 ? -8 : -128);
+  } else {
+    return _mm_cvtsi128_si32(_mm_mullo_epi16(sum, _mm_set1_epi16(-8)));
   }
 }
 
@@ -72,7 +70,7 @@ inline void token_bytes(int64_t n, const float* x, float* dst) {
 }
 
 void quant_bytes(int bits, int64_t n, const float* x, float* dst) {
-  bits == 8 && kByteTile8 ? token_bytes<8>(n, x, dst) : token_bytes<4>(n, x, dst);
+  bits == 8 && kVnni ? token_bytes<8>(n, x, dst) : token_bytes<4>(n, x, dst);
 }
 
 // Step `step` of words, as unsigned bytes: with 4 bits the even steps of k, then the odd ones.
@@ -101,7 +99,7 @@ inline Bytes add_bytes(Bytes acc, Bytes weights, const float* a) {
 }
 
 inline Vec<float> byte_sums(Bytes acc) {
-  return as_floats(kByteWords ? MOE_INT(madd_epi16)(acc, MOE_INT(set1_epi16)(1)) : acc);
+  return as_floats(kVnni ? acc : MOE_INT(madd_epi16)(acc, MOE_INT(set1_epi16)(1)));
 }
 
 // With 32 registers, scaled sums stay in them from block to block, beside those in integers.

@@ -109,12 +109,7 @@ void fp8_decode_bf16(const uint8_t* q, uint16_t* dst, int64_t n) {
   const auto* p = reinterpret_cast<const E4m3*>(q);
   int64_t i = 0;
   for (; i + 2 * W <= n; i += 2 * W) {
-    const __m512i low = __builtin_bit_cast(__m512i, load_as(p + i));
-    const __m512i high = __builtin_bit_cast(__m512i, load_as(p + i + W));
-    const __m512i pairs = __builtin_bit_cast(
-        __m512i,
-        _mm512_cvtne2ps_pbh(__builtin_bit_cast(__m512, high), __builtin_bit_cast(__m512, low)));
-    _mm512_storeu_si512(dst + i, pairs);
+    _mm512_storeu_si512(dst + i, narrow_two(load_as(p + i), load_as(p + i + W)));
   }
   for (; i < n; ++i) dst[i] = to_bf16(to_float(p[i])).bits;
 }

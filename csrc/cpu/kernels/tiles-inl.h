@@ -26,18 +26,6 @@ inline Vec<T> add_product(Vec<T> acc, const T* a, Vec<T> b) {
   return acc + splat<T>(*a) * b;
 }
 
-#if defined(__AVX512BF16__) && MOE_VEC_BYTES == 64
-// Two vectors as 32 elements of bfloat16, `offset` of them after c.
-inline void store_halves(void* c, int64_t offset, Vec<float> low, Vec<float> high,
-                         bool past_cache) {
-  auto* out = reinterpret_cast<__m512i*>(static_cast<uint16_t*>(c) + offset);
-  const auto line = __builtin_bit_cast(
-      __m512i,
-      _mm512_cvtne2ps_pbh(__builtin_bit_cast(__m512, high), __builtin_bit_cast(__m512, low)));
-  past_cache ? _mm512_stream_si512(out, line) : _mm512_storeu_si512(out, line);
-}
-#endif
-
 // M x NV accumulators stay in registers; each step broadcasts M elements of a and loads NV vectors
 // of b. AVX2: 6 x 2 accumulators + 2 + 1 of 16 registers, and 12 FMAs cover the latency (4) times
 // the ports (2). AVX-512: 14 x 2 + 2 + 1 of 32.
@@ -84,16 +72,18 @@ template <class T, class S, int M, int NV, bool kColumnForm, bool kCopy>
   for (; k < kc; ++k) step();
 #pragma GCC unroll 32
   for (int i = 0; i < M; ++i) {
+#if defined(__AVX512BF16__) && MOE_VEC_BYTES == 64
+    if constexpr (kColumnForm && NV == 2 && __is_same(S, Pair)) {
+      if (hints.half) {
+        auto* out = reinterpret_cast<__m512i*>(reinterpret_cast<uint16_t*>(c) + i * ldc);
+        const __m512i line = narrow_two(acc[i][0], acc[i][1]);
+        hints.stream ? _mm512_stream_si512(out, line) : _mm512_storeu_si512(out, line);
+        continue;
+      }
+    }
+#endif
 #pragma GCC unroll 2
     for (int v = 0; v < NV; ++v) {
-#if defined(__AVX512BF16__) && MOE_VEC_BYTES == 64
-      if constexpr (kColumnForm && NV == 2 && __is_same(S, Pair)) {
-        if (hints.half) {
-          if (v == 0) store_halves(c, i * ldc, acc[i][0], acc[i][1], hints.stream);
-          continue;
-        }
-      }
-#endif
       T* out = c + i * ldc + v * W;
 #if defined(__AVX2__)
       if constexpr (kColumnForm && NV * MOE_VEC_BYTES >= 64) {

@@ -169,6 +169,14 @@ inline Simd<float>::Half narrow(Bf16, Vec<float> v) {
 #endif
 }
 
+#if defined(__AVX512BF16__) && MOE_VEC_BYTES == 64
+// Two vectors as one of 32 elements of bfloat16.
+inline __m512i narrow_two(Vec<float> low, Vec<float> high) {
+  return __builtin_bit_cast(__m512i, _mm512_cvtne2ps_pbh(__builtin_bit_cast(__m512, high),
+                                                         __builtin_bit_cast(__m512, low)));
+}
+#endif
+
 inline Simd<float>::Half narrow(Fp16, Vec<float> v) {
   using F = Simd<float>;
 #if defined(__AVX512F__) && MOE_VEC_BYTES == 64

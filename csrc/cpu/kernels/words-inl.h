@@ -246,7 +246,7 @@ QuantKernels quant_kernels() {
   k.byte_rows = kByteRows;
   fill_byte_tiles<4>(k.byte_tile[1]);
   k.dot4_rows = MOE_DOT_TOKENS < 3 ? MOE_DOT_TOKENS : 3;
-  if constexpr (kByteTile8) {
+  if constexpr (kVnni) {
     fill_byte_tiles<8>(k.byte_tile[0]);
     k.dot8_depth_of_row = 160;
     k.dot8_rows = 6;
