@@ -432,11 +432,13 @@ struct Kernels {
   void (*amx_rows)(int64_t k_steps, const uint16_t* w, int64_t ldw, const uint16_t* x, int64_t ldx,
                    int token_tiles, T* c, int64_t ldc);
 
-  // out[t*ldo + f*out_step] = sum_k w[f*ldw + k] * x[t*ldx + k] for f < features <= kDotFeatures
-  // and t < tokens <= dot_tokens. Rows of x are readable and zero up to the next whole vector. For
-  // several tokens it prefetches what is `ahead` bytes further on in each row of weights.
-  void (*dot)(DType w_type, int features, int tokens, int64_t k, const void* w, int64_t ldw,
-              const T* x, int64_t ldx, T* out, int64_t ldo, int64_t out_step, int64_t ahead);
+  // out[t*ldo + f*out_step + i] = sum_k w[i*w_step + f*ldw + k] * x[t*ldx + k] for f < features,
+  // which are 1 or kDotFeatures, t < tokens <= dot_tokens and i < count. Rows of x are readable and
+  // zero up to the next whole vector. For several tokens it prefetches what is `ahead` bytes
+  // further on in each row of weights.
+  void (*dot)(DType w_type, int features, int64_t count, int tokens, int64_t k, const void* w,
+              int64_t w_step, int64_t ldw, const T* x, int64_t ldx, T* out, int64_t ldo,
+              int64_t out_step, int64_t ahead);
   int64_t dot_ahead;  // `ahead` for weights of type T that several passes read (cpu_isa.h)
 
   // The same for weights of type T and a block of k: lane l of vector (t * features + f) of sums

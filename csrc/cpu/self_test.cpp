@@ -171,26 +171,32 @@ template <class T>
 bool dot_right(const Kernels<T>& k, const Kernels<T>& portable, Numbers<T>& numbers) {
   int num_types;
   const DType* all = types<T>(&num_types);
-  const std::vector<T> w = numbers.take(kDotFeatures * kPitch);
+  // Four rows a time, of which three are of the time before as well, and one.
+  constexpr int64_t kTimes = 5, kRows = kDotFeatures + kTimes - 1;
+  const std::vector<T> w = numbers.take(kRows * kPitch);
   std::vector<T> x = numbers.take(k.dot_tokens * kPitch);
   for (int t = 0; t < k.dot_tokens; ++t) {
     std::fill(x.begin() + t * kPitch + kDepth, x.begin() + (t + 1) * kPitch, T(0));
   }
-  std::vector<T> truth(static_cast<size_t>(k.dot_tokens * kDotFeatures));
-  for (int t = 0; t < k.dot_tokens; ++t) {
-    for (int64_t f = 0; f < kDotFeatures; ++f) {
-      for (int64_t s = 0; s < kDepth; ++s) {
-        truth[t * kDotFeatures + f] += w[f * kPitch + s] * x[t * kPitch + s];
-      }
-    }
-  }
+  const auto product = [&](int64_t t, int64_t row) {
+    T sum = 0;
+    for (int64_t s = 0; s < kDepth; ++s) sum += w[row * kPitch + s] * x[t * kPitch + s];
+    return sum;
+  };
   for (int type = 0; type < num_types; ++type) {
     const std::vector<char> stored = as_type(portable, all[type], w);
     for (int tokens = 1; tokens <= k.dot_tokens; ++tokens) {
-      std::vector<T> out(static_cast<size_t>(tokens * kDotFeatures), T(NAN));
-      k.dot(all[type], kDotFeatures, tokens, kDepth, stored.data(), kPitch, x.data(), kPitch,
-            out.data(), kDotFeatures, 1, 0);
-      if (!close(out, {truth.begin(), truth.begin() + tokens * kDotFeatures})) return false;
+      for (const int64_t features : {int64_t{1}, kDotFeatures}) {
+        std::vector<T> out(static_cast<size_t>(tokens * features * kTimes), T(NAN)), truth;
+        for (int64_t t = 0; t < tokens; ++t) {
+          for (int64_t f = 0; f < features; ++f) {
+            for (int64_t i = 0; i < kTimes; ++i) truth.push_back(product(t, f + i));
+          }
+        }
+        k.dot(all[type], static_cast<int>(features), kTimes, tokens, kDepth, stored.data(), kPitch,
+              kPitch, x.data(), kPitch, out.data(), features * kTimes, kTimes, 0);
+        if (!close(out, truth)) return false;
+      }
     }
   }
   return true;
@@ -615,7 +621,9 @@ bool narrow_right(const Kernels<T>& k, Numbers<T>& numbers) {
 // Integer products, tiles of words and rounding of tokens against their definitions. Tokens are
 // integers over 64 with a 127 in every block, so that rounding them to integers changes nothing.
 bool quant_right(const Kernels<float>& k, Numbers<float>& numbers) {
-  constexpr int64_t kMost = 384, kBytes = 384, kFeatures = std::max(kDotFeatures, kDot8Features);
+  // dot4 ends the sums of several times together, the last of five alone.
+  constexpr int64_t kMost = 384, kBytes = 384, kTimes = 5;
+  constexpr int64_t kFeatures = std::max(kDotFeatures + kTimes - 1, kDot8Features);
   const std::vector<float> weights = numbers.take(2 * kFeatures * kBytes);
   const std::vector<float> scales = numbers.take(kFeatures * 16);
   std::vector<uint8_t> w(weights.size());
@@ -660,7 +668,7 @@ bool quant_right(const Kernels<float>& k, Numbers<float>& numbers) {
       const int64_t most_features = bits == 8 ? kDot8Features : kDotFeatures;
       for (int tokens = 1; tokens <= k.dot_tokens; ++tokens) {
         for (const int features : {1, static_cast<int>(most_features)}) {
-          const int64_t count = features == 1 ? 3 : 1;
+          const int64_t count = features == 1 ? 3 : bits == 4 ? kTimes : 1;
           std::vector<float> out(truth.size(), NAN);
           if (bits == 8) {
             k.quant.dot8(features, count, tokens, K, w.data(), kBytes, kBytes, scales.data(), 16,

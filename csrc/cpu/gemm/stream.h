@@ -33,17 +33,20 @@ void dot_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, con
     const char* w =
         element(d.b.data, d.b.type,
                 it.expert * d.b.stride_e + (s * d.features + it.feature_begin) * d.b.stride_o);
-    for (int64_t f = 0; f < quarter + n % kDotFeatures; ++f) {
-      const bool four = f < quarter;
-      const int64_t first = four ? f : f - quarter + quarter * kDotFeatures;
+    // `count` times `features` features from `first` on, `step` apart.
+    const auto run = [&](int features, int64_t count, int64_t first, int64_t step) {
+      if (count == 0) return;
       for (int64_t p = 0; p < passes; ++p) {
         const int64_t t = pass_rows.begin(p);
-        const int tokens = static_cast<int>(pass_rows.begin(p + 1) - t);
-        k.dot(d.b.type, four ? kDotFeatures : 1, tokens, K, w + first * row_bytes,
-              (four ? quarter : 1) * d.b.stride_o, x + t * ldx, ldx, out + t * ldo + s * n + first,
-              ldo, four ? quarter : 1, ahead);
+        k.dot(d.b.type, features, count, static_cast<int>(pass_rows.begin(p + 1) - t), K,
+              w + first * row_bytes, d.b.stride_o, step * d.b.stride_o, x + t * ldx, ldx,
+              out + t * ldo + s * n + first, ldo, step, ahead);
       }
-    }
+    };
+    // Four rows at a time stay in cache for a second pass.
+    const int64_t at_once = passes == 1 ? quarter : 1;
+    for (int64_t f = 0; f < quarter; f += at_once) run(kDotFeatures, at_once, f, quarter);
+    run(1, n % kDotFeatures, kDotFeatures * quarter, 1);
   }
   for (int64_t t = 0; t < m; ++t) {
     fn(it.expert, it.row_begin + t, it.feature_begin, n, out + t * ldo, out + t * ldo + n);

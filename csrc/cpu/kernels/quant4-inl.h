@@ -10,15 +10,20 @@ constexpr int64_t kAhead4 = 4096;
 //   offsets  [units][kVec / 4] int32: what the sums of a unit start from, in each lane.
 //            Instructions multiply unsigned by signed bytes, so weights come with a bias: minus 8
 //            times the codes of the lane
-//   scales   [units][kVec / 4] of the codes, one a lane: a lane's codes are of one block
+//   scales   of the codes, one a lane, whose codes are of one block: [units][kVec / 4]. With
+//            AVX-512 one a block, [units][4]: four products with scales of weights, made lanes
+//            afterwards, are less than sixteen
 struct Row4 {
   static constexpr int64_t kSteps = 2 * kVec;
   static constexpr int64_t kWhole = kSteps < kQuantBlock ? kQuantBlock : kSteps;
+  // Steps of k that share one of `scales`, and what a unit takes of them.
+  static constexpr int64_t kScaleSteps = MOE_VEC_BYTES == 64 ? kQuantBlock : 8;
+  static constexpr int64_t kScaleBytes = kSteps / kScaleSteps * 4;
   int64_t units;  // of whole blocks
   explicit Row4(int64_t k) : units((k + kWhole - 1) / kWhole * (kWhole / kSteps)) {}
   int64_t offsets() const { return units * kSteps; }
   int64_t scales() const { return offsets() + units * kVec; }
-  int64_t bytes() const { return scales() + units * kVec; }
+  int64_t bytes() const { return scales() + units * kScaleBytes; }
 };
 
 int64_t row4_bytes(int64_t k) { return Row4(k).bytes(); }
@@ -94,7 +99,6 @@ inline void code_offsets(const int8_t* codes, int32_t* offsets) {
 
 void row4(int64_t k, const float* x, void* row) {
   static_assert(kQuantBlock == 32, "a block is what round_codes takes");
-  constexpr int64_t kLane = 8;  // steps of k in a lane
   const Row4 layout(k);
   auto* codes = static_cast<int8_t*>(row);
   auto* offsets = reinterpret_cast<int32_t*>(codes + layout.offsets());
@@ -113,7 +117,8 @@ void row4(int64_t k, const float* x, void* row) {
       __builtin_memset(even, 0, 16);
       __builtin_memset(odd, 0, 16);
     }
-    for (int64_t lane = 0; lane < 32 / kLane; ++lane) scales[k0 / kLane + lane] = scale;
+    constexpr int64_t kSame = kQuantBlock / Row4::kScaleSteps;
+    for (int64_t i = 0; i < kSame; ++i) scales[k0 / Row4::kScaleSteps + i] = scale;
   }
   for (int64_t u = 0; u < layout.units; ++u) {
     code_offsets(codes + u * Row4::kSteps, offsets + u * (kVec / 4));
@@ -131,31 +136,41 @@ void row4(int64_t k, const float* x, void* row) {
 inline Bytes add_pairs(Bytes v) { return MOE_INT(madd_epi16)(v, MOE_INT(set1_epi16)(1)); }
 #endif
 
-// Scales of a vector of 4-bit weights that starts at scale index s, one a lane of 8 steps of k.
-template <int kGroup>
-inline Vec<float> lane_scales(const float* scale, int64_t unit) {
-  constexpr int64_t kSteps = 2 * kVec;
-  if constexpr (kGroup >= kSteps) {
-    return splat<float>(scale[unit * kSteps / kGroup]);
-  } else {
-    constexpr int64_t kCount = kSteps / kGroup;
-    const float* p = scale + unit * kCount;
+// Scales of unit `unit` of a row of 4-bit weights, in the places of those of tokens.
 #if MOE_VEC_BYTES == 64
-    if constexpr (kCount == 4) {
-      const __m512i index = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
-      const __m512 four = _mm512_castps128_ps512(_mm_loadu_ps(p));
-      return __builtin_bit_cast(Vec<float>, _mm512_permutexvar_ps(index, four));
-    } else {
-      const __m512i index = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
-      const __m512d two = _mm512_set1_pd(load_bytes<double>(p));
-      return __builtin_bit_cast(Vec<float>, _mm512_permutevar_ps(_mm512_castpd_ps(two), index));
-    }
+typedef __m128 Scales4;
 #else
-    const __m256i index = _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1);
-    const __m256d two = _mm256_set1_pd(load_bytes<double>(p));
-    return __builtin_bit_cast(Vec<float>, _mm256_permutevar_ps(_mm256_castpd_ps(two), index));
+typedef Vec<float> Scales4;
 #endif
+template <int kGroup>
+inline Scales4 unit_scales(const float* scale, int64_t unit) {
+  constexpr int64_t kCount = 2 * kVec / kGroup;  // in a unit; 0: less than one
+#if MOE_VEC_BYTES == 64
+  const float* p = scale + unit * kCount;
+  if constexpr (kCount == 4) return _mm_loadu_ps(p);
+  if constexpr (kCount == 2) {
+    const __m128 two = _mm_castpd_ps(_mm_set1_pd(load_bytes<double>(p)));
+    return _mm_permute_ps(two, 0x50);
   }
+  return _mm_set1_ps(*p);
+#else
+  if constexpr (kCount < 2) return splat<float>(scale[unit * 2 * kVec / kGroup]);
+  const __m256i index = _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1);
+  const __m256d two = _mm256_set1_pd(load_bytes<double>(scale + unit * kCount));
+  return __builtin_bit_cast(Vec<float>, _mm256_permutevar_ps(_mm256_castpd_ps(two), index));
+#endif
+}
+
+// Their products with those of a token, one a lane.
+inline Vec<float> lane_scales(Scales4 weights, const char* token) {
+#if MOE_VEC_BYTES == 64
+  const __m512i block = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+  const __m128 four = weights * load_bytes<__m128>(token);
+  return __builtin_bit_cast(Vec<float>,
+                            _mm512_permutexvar_ps(block, _mm512_castps128_ps512(four)));
+#else
+  return weights * load<float>(reinterpret_cast<const float*>(token));
+#endif
 }
 
 // F rows of 4-bit weights with M rows of tokens.
@@ -170,7 +185,7 @@ struct Dot4 {
       const Bytes both = load_weights(w + f * ldw);
       const Bytes even = bits_and(both, mask);
       const Bytes odd = bits_and(MOE_INT(srli_epi16)(both, 4), mask);
-      const Vec<float> ws = lane_scales<kGroup>(scale + f * ld_scale, scale_unit);
+      const Scales4 factors = unit_scales<kGroup>(scale + f * ld_scale, scale_unit);
 #pragma GCC unroll 4
       for (int t = 0; t < M; ++t) {
         const char* c = codes + t * row_bytes;
@@ -183,8 +198,7 @@ struct Dot4 {
                                                MOE_INT(maddubs_epi16)(odd, load_weights(c + kVec)));
         sum = MOE_INT(add_epi32)(sum, add_pairs(pairs));
 #endif
-        const Vec<float> xs = load<float>(reinterpret_cast<const float*>(scales + t * row_bytes));
-        acc[f][t] += as_floats(sum) * xs * ws;
+        acc[f][t] += as_floats(sum) * lane_scales(factors, scales + t * row_bytes);
       }
     }
   }
@@ -199,30 +213,36 @@ void dot4(int64_t count, int64_t k, const uint8_t* w, int64_t w_step, int64_t ld
   const Row4 layout(k);
   const int64_t whole = k / kSteps;
   const char *offsets = rows + layout.offsets(), *scales = rows + layout.scales();
-  for (int64_t i = 0; i < count; ++i, w += w_step, scale += scale_step, ++out) {
-    Vec<float> acc[F][M] = {};
+  product_sums<float, F, M>(count, out, ldo, out_step, [=](int64_t n, Vec<float>(&acc)[F][M]) __attribute__((always_inline)) {
+    const uint8_t* codes = w + n * w_step;
+    const float* factors = scale + n * scale_step;
+#pragma GCC unroll 4
+    for (int f = 0; f < F; ++f) {
+#pragma GCC unroll 4
+      for (int t = 0; t < M; ++t) acc[f][t] = Vec<float>{};
+    }
     for (int64_t u = 0; u < whole; ++u) {
 #pragma GCC unroll 4
-      for (int f = 0; f < F; ++f) __builtin_prefetch(w + f * ldw + u * kVec + kAhead4, 0, 2);
-      Dot4<kGroup, F, M>::unit(w + u * kVec, ldw, scale, ld_scale, rows + u * kSteps,
-                               offsets + u * kVec, scales + u * kVec, row_bytes, u, acc);
+      for (int f = 0; f < F; ++f) __builtin_prefetch(codes + f * ldw + u * kVec + kAhead4, 0, 2);
+      Dot4<kGroup, F, M>::unit(codes + u * kVec, ldw, factors, ld_scale, rows + u * kSteps,
+                               offsets + u * kVec, scales + u * Row4::kScaleBytes, row_bytes, u,
+                               acc);
     }
     if (whole < layout.units) {
       uint8_t tail[F][kVec] = {};
       float tail_scale[F][4] = {};
       const int64_t bytes = k / 2 - whole * kVec, groups = (k - whole * kSteps) / kGroup;
       for (int f = 0; f < F; ++f) {
-        __builtin_memcpy(tail[f], w + f * ldw + whole * kVec, bytes);
+        __builtin_memcpy(tail[f], codes + f * ldw + whole * kVec, bytes);
         // A group may cover more than the vector: then its scale is that of the whole tail.
-        const float* s = scale + f * ld_scale + whole * kSteps / kGroup;
+        const float* s = factors + f * ld_scale + whole * kSteps / kGroup;
         for (int64_t g = 0; g < (groups > 0 ? groups : 1); ++g) tail_scale[f][g] = s[g];
       }
       Dot4<kGroup, F, M>::unit(tail[0], kVec, tail_scale[0], 4, rows + whole * kSteps,
-                               offsets + whole * kVec, scales + whole * kVec, row_bytes, 0, acc);
+                               offsets + whole * kVec, scales + whole * Row4::kScaleBytes,
+                               row_bytes, 0, acc);
     }
-    lane_sums<float, F, M>([&](int f, int t) { return acc[f][t]; },
-                           [&](int f, int t, float sum) { out[t * ldo + f * out_step] = sum; });
-  }
+  });
 }
 #else
 // The same sums one weight at a time; compilers find the vectors in it.
@@ -259,16 +279,6 @@ void dot4(int64_t count, int64_t k, const uint8_t* w, int64_t w_step, int64_t ld
   }
 }
 #endif
-
-template <int F, class Fn>
-inline void with_token_count(int tokens, const Fn& fn) {
-  if constexpr (MOE_DOT_TOKENS >= 4) {
-    if (tokens == 4) return fn.template operator()<F, 4>();
-    if (tokens == 3) return fn.template operator()<F, 3>();
-  }
-  if (tokens == 2) return fn.template operator()<F, 2>();
-  fn.template operator()<F, 1>();
-}
 
 void quant_dot4(int64_t group, int features, int64_t count, int tokens, int64_t k, const void* w,
                 int64_t w_step, int64_t ldw, const float* scale, int64_t scale_step,

@@ -2,7 +2,68 @@
 // namespace.
 
 // Sums of the lanes of four vectors. The order is the same in each of the four places, and that of
-// one product does not depend on its neighbours.
+// one product does not depend on its neighbours: first lanes l, l + 1, l + 2, l + 3 with l a
+// multiple of 4 (fold_lanes), then these sums.
+#if defined(__AVX2__) && MOE_VEC_BYTES >= 32
+constexpr int kFolded = MOE_VEC_BYTES / 16;  // quadruples of floats
+#if MOE_VEC_BYTES == 64
+typedef __m512 Floats;
+typedef __m512d Doubles;
+#else
+typedef __m256 Floats;
+typedef __m256d Doubles;
+#endif
+
+// Lane 4 * q + i: the sum of the lanes of v[i] that are quadruple q.
+inline Floats fold_lanes(const Vec<float> (&v)[4]) {
+  const auto at = [&](int i) { return __builtin_bit_cast(Floats, v[i]); };
+  const auto doubles = [](Floats f) { return __builtin_bit_cast(Doubles, f); };
+  const auto floats = [](Doubles f) { return __builtin_bit_cast(Floats, f); };
+  const Floats low = MOE_INT(unpacklo_ps)(at(0), at(1)) + MOE_INT(unpackhi_ps)(at(0), at(1));
+  const Floats high = MOE_INT(unpacklo_ps)(at(2), at(3)) + MOE_INT(unpackhi_ps)(at(2), at(3));
+  return floats(MOE_INT(unpacklo_pd)(doubles(low), doubles(high))) +
+         floats(MOE_INT(unpackhi_pd)(doubles(low), doubles(high)));
+}
+
+inline __m128 add_quadruples(Floats folded) {
+#if MOE_VEC_BYTES == 64
+  const __m256 half = _mm512_castps512_ps256(folded) + _mm512_extractf32x8_ps(folded, 1);
+#else
+  const __m256 half = folded;
+#endif
+  return _mm256_castps256_ps128(half) + _mm256_extractf128_ps(half, 1);
+}
+
+// The same for kFolded times four vectors at once: out[i * step + j] is the sum of vector i
+// of folded[j]. A sum costs a third of what it does four at a time.
+inline void put_folded(const Floats (&folded)[kFolded], float* out, int64_t step) {
+#if MOE_VEC_BYTES == 64
+  const auto add_halves = [&](int i) {
+    return _mm512_shuffle_f32x4(folded[i], folded[i + 1], 0x44) +
+           _mm512_shuffle_f32x4(folded[i], folded[i + 1], 0xee);
+  };
+  const Floats a = add_halves(0), b = add_halves(2);
+  const Floats sums = _mm512_shuffle_f32x4(a, b, 0x88) + _mm512_shuffle_f32x4(a, b, 0xdd);
+  const __m512i by_vector = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  const Floats rows = _mm512_permutexvar_ps(by_vector, sums);
+  _mm_storeu_ps(out, _mm512_castps512_ps128(rows));
+  _mm_storeu_ps(out + step, _mm512_extractf32x4_ps(rows, 1));
+  _mm_storeu_ps(out + 2 * step, _mm512_extractf32x4_ps(rows, 2));
+  _mm_storeu_ps(out + 3 * step, _mm512_extractf32x4_ps(rows, 3));
+#else
+  const Floats sums = _mm256_permute2f128_ps(folded[0], folded[1], 0x20) +
+                      _mm256_permute2f128_ps(folded[0], folded[1], 0x31);
+  const __m256i by_vector = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  const __m256 rows = _mm256_permutevar8x32_ps(sums, by_vector);
+  const __m128 low = _mm256_castps256_ps128(rows), high = _mm256_extractf128_ps(rows, 1);
+  _mm_storel_pi(reinterpret_cast<__m64*>(out), low);
+  _mm_storeh_pi(reinterpret_cast<__m64*>(out + step), low);
+  _mm_storel_pi(reinterpret_cast<__m64*>(out + 2 * step), high);
+  _mm_storeh_pi(reinterpret_cast<__m64*>(out + 3 * step), high);
+#endif
+}
+#endif
+
 template <class T>
 struct Four {
   T v[4];
@@ -11,27 +72,8 @@ template <class T>
 inline Four<T> sums_of_four(const Vec<T> (&v)[4]) {
   Four<T> out;
 #if defined(__AVX2__) && MOE_VEC_BYTES >= 32
-#if MOE_VEC_BYTES == 64
-  typedef __m512 Floats;
-  typedef __m512d Doubles;
-#else
-  typedef __m256 Floats;
-  typedef __m256d Doubles;
-#endif
   if constexpr (sizeof(T) == 4) {
-    const auto at = [&](int i) { return __builtin_bit_cast(Floats, v[i]); };
-    const auto doubles = [](Floats f) { return __builtin_bit_cast(Doubles, f); };
-    const auto floats = [](Doubles f) { return __builtin_bit_cast(Floats, f); };
-    const Floats low = MOE_INT(unpacklo_ps)(at(0), at(1)) + MOE_INT(unpackhi_ps)(at(0), at(1));
-    const Floats high = MOE_INT(unpacklo_ps)(at(2), at(3)) + MOE_INT(unpackhi_ps)(at(2), at(3));
-    const Floats all = floats(MOE_INT(unpacklo_pd)(doubles(low), doubles(high))) +
-                       floats(MOE_INT(unpackhi_pd)(doubles(low), doubles(high)));
-#if MOE_VEC_BYTES == 64
-    const __m256 half = _mm512_castps512_ps256(all) + _mm512_extractf32x8_ps(all, 1);
-#else
-    const __m256 half = all;
-#endif
-    _mm_storeu_ps(out.v, _mm256_castps256_ps128(half) + _mm256_extractf128_ps(half, 1));
+    _mm_storeu_ps(out.v, add_quadruples(fold_lanes(v)));
     return out;
   }
 #endif
@@ -57,66 +99,105 @@ inline void lane_sums(const Sum& sum_of, const Put& put) {
   }
 }
 
-// F weight rows and M tokens, vectors along k: F streams of weights, each read once.
-template <class T, class S, int F, int M>
-void dot_tile(int64_t k, const S* w, int64_t ldw, const T* x, int64_t ldx, T* out, int64_t ldo,
-              int64_t out_step, [[maybe_unused]] int64_t ahead) {
-  constexpr int W = kLanes<T>;
-  Vec<T> acc[F][M];
-#pragma GCC unroll 4
-  for (int f = 0; f < F; ++f) {
-#pragma GCC unroll 4
-    for (int t = 0; t < M; ++t) acc[f][t] = Vec<T>{};
+// fn<F, M>() for the M that `tokens` is.
+template <int F, class Fn>
+inline void with_token_count(int tokens, const Fn& fn) {
+  if constexpr (MOE_DOT_TOKENS >= 4) {
+    if (tokens == 4) return fn.template operator()<F, 4>();
+    if (tokens == 3) return fn.template operator()<F, 3>();
   }
-  const int64_t whole = k / W * W;
-  for (int64_t i = 0; i < whole; i += W) {
-    Vec<T> xv[M];
-#pragma GCC unroll 4
-    for (int t = 0; t < M; ++t) xv[t] = load<T>(x + t * ldx + i);
-#pragma GCC unroll 4
-    for (int f = 0; f < F; ++f) {
-      // With one token the core's window reaches far enough ahead by itself.
-      if constexpr (M > 1) {
-        __builtin_prefetch(reinterpret_cast<const char*>(w + f * ldw + i) + ahead, 0, 2);
-      }
-      const Vec<T> wv = load_as(w + f * ldw + i);
-#pragma GCC unroll 4
-      for (int t = 0; t < M; ++t) acc[f][t] += wv * xv[t];
-    }
-  }
-  if (whole < k) {
-    for (int f = 0; f < F; ++f) {
-      S tail[W] = {};
-      for (int64_t i = whole; i < k; ++i) tail[i - whole] = w[f * ldw + i];
-      const Vec<T> wv = load_as(tail);
-      for (int t = 0; t < M; ++t) acc[f][t] += wv * load<T>(x + t * ldx + whole);
-    }
-  }
-  lane_sums<T, F, M>([&](int f, int t) { return acc[f][t]; },
-                     [&](int f, int t, T sum) { out[t * ldo + f * out_step] = sum; });
+  if (tokens == 2) return fn.template operator()<F, 2>();
+  fn.template operator()<F, 1>();
 }
 
-template <class T, class S, int F>
-void dot_tokens(int tokens, int64_t k, const S* w, int64_t ldw, const T* x, int64_t ldx, T* out,
-                int64_t ldo, int64_t out_step, int64_t ahead) {
-  if constexpr (MOE_DOT_TOKENS >= 4) {
-    if (tokens == 4) return dot_tile<T, S, F, 4>(k, w, ldw, x, ldx, out, ldo, out_step, ahead);
-    if (tokens == 3) return dot_tile<T, S, F, 3>(k, w, ldw, x, ldx, out, ldo, out_step, ahead);
+// Sums of the products of `count` times F rows of weights and M of tokens: products(i, acc) leaves
+// those of time i in the lanes of acc[f][t]; their sums go to out[t * ldo + f * out_step + i].
+template <class T, int F, int M, class Products>
+__attribute__((always_inline)) inline void product_sums(int64_t count, T* out, int64_t ldo, int64_t out_step,
+                         const Products& products) {
+#if defined(__AVX2__) && MOE_VEC_BYTES >= 32
+  if constexpr (sizeof(T) == 4 && F == 4 && M == 1) {
+    for (int64_t i = 0; i < count; i += kFolded) {
+      const int64_t times = count - i < kFolded ? count - i : kFolded;
+      Floats folded[kFolded];
+#pragma GCC unroll 1
+      for (int64_t j = 0; j < times; ++j) {
+        Vec<T> acc[F][M];
+        products(i + j, acc);
+        folded[j] = fold_lanes({acc[0][0], acc[1][0], acc[2][0], acc[3][0]});
+      }
+      if (times == kFolded) {
+        put_folded(folded, out + i, out_step);
+        continue;
+      }
+      for (int64_t j = 0; j < times; ++j) {
+        float four[4];
+        _mm_storeu_ps(four, add_quadruples(folded[j]));
+        for (int f = 0; f < F; ++f) out[f * out_step + i + j] = four[f];
+      }
+    }
+    return;
   }
-  if (tokens == 2) return dot_tile<T, S, F, 2>(k, w, ldw, x, ldx, out, ldo, out_step, ahead);
-  dot_tile<T, S, F, 1>(k, w, ldw, x, ldx, out, ldo, out_step, ahead);
+#endif
+  for (int64_t i = 0; i < count; ++i) {
+    Vec<T> acc[F][M];
+    products(i, acc);
+    lane_sums<T, F, M>([&](int f, int t) { return acc[f][t]; },
+                       [&](int f, int t, T sum) { out[t * ldo + f * out_step + i] = sum; });
+  }
+}
+
+// `count` times F weight rows and M tokens, vectors along k: F streams of weights, each read once.
+template <class T, class S, int F, int M>
+void dot_tiles(int64_t count, int64_t k, const S* w, int64_t w_step, int64_t ldw, const T* x,
+               int64_t ldx, T* out, int64_t ldo, int64_t out_step, [[maybe_unused]] int64_t ahead) {
+  constexpr int W = kLanes<T>;
+  const int64_t whole = k / W * W;
+  product_sums<T, F, M>(count, out, ldo, out_step, [=](int64_t n, Vec<T>(&acc)[F][M]) __attribute__((always_inline)) {
+    const S* rows = w + n * w_step;
+#pragma GCC unroll 4
+    for (int f = 0; f < F; ++f) {
+#pragma GCC unroll 4
+      for (int t = 0; t < M; ++t) acc[f][t] = Vec<T>{};
+    }
+    for (int64_t i = 0; i < whole; i += W) {
+      Vec<T> xv[M];
+#pragma GCC unroll 4
+      for (int t = 0; t < M; ++t) xv[t] = load<T>(x + t * ldx + i);
+#pragma GCC unroll 4
+      for (int f = 0; f < F; ++f) {
+        // With one token the core's window reaches far enough ahead by itself.
+        if constexpr (M > 1) {
+          __builtin_prefetch(reinterpret_cast<const char*>(rows + f * ldw + i) + ahead, 0, 2);
+        }
+        const Vec<T> wv = load_as(rows + f * ldw + i);
+#pragma GCC unroll 4
+        for (int t = 0; t < M; ++t) acc[f][t] += wv * xv[t];
+      }
+    }
+    if (whole < k) {
+      for (int f = 0; f < F; ++f) {
+        S tail[W] = {};
+        for (int64_t i = whole; i < k; ++i) tail[i - whole] = rows[f * ldw + i];
+        const Vec<T> wv = load_as(tail);
+        for (int t = 0; t < M; ++t) acc[f][t] += wv * load<T>(x + t * ldx + whole);
+      }
+    }
+  });
 }
 
 template <class T>
-void dot(DType w_type, int features, int tokens, int64_t k, const void* w, int64_t ldw, const T* x,
-         int64_t ldx, T* out, int64_t ldo, int64_t out_step, int64_t ahead) {
+void dot(DType w_type, int features, int64_t count, int tokens, int64_t k, const void* w,
+         int64_t w_step, int64_t ldw, const T* x, int64_t ldx, T* out, int64_t ldo,
+         int64_t out_step, int64_t ahead) {
   with_type<T>(w_type, w, [&]<class S>(const S* p) {
-    if (features == 4) {
-      dot_tokens<T, S, 4>(tokens, k, p, ldw, x, ldx, out, ldo, out_step, ahead);
+    const auto run = [&]<int F, int M>() {
+      dot_tiles<T, S, F, M>(count, k, p, w_step, ldw, x, ldx, out, ldo, out_step, ahead);
+    };
+    if (features == kDotFeatures) {
+      with_token_count<kDotFeatures>(tokens, run);
     } else {
-      for (int f = 0; f < features; ++f) {
-        dot_tokens<T, S, 1>(tokens, k, p + f * ldw, ldw, x, ldx, out + f * out_step, ldo, 0, ahead);
-      }
+      with_token_count<1>(tokens, run);
     }
   });
 }
