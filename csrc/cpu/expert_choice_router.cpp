@@ -46,7 +46,8 @@ void write_scores(const ExpertChoiceRouterParams& p, const Parallel& par) {
               static_cast<const char*>(p.router_logits) + t * p.logits_stride * dtype_size(p.type),
               x, E, T(1));
           if (p.score_func == ScoreFunc::kSoftmax) {
-            const T sum = row.exp_sum(x, score, padded);
+            T sum;
+            row.exp_sum(x, score, 1, 0, padded, &sum);
             for (int64_t e = 0; e < E; ++e) out[e] = score[e] / sum;
           } else {
             row.sigmoid(x, score, padded);

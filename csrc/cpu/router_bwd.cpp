@@ -68,7 +68,7 @@ void route_bwd(const RouterBwdParams& p, const Parallel& par) {
   const RouterRow<T>& row = router_row<T>();
   const Kernels<T>& kernel = kernels<T>();
   const int64_t E = p.num_experts, K = p.top_k;
-  const int64_t padded = round_up(E, kRowUnit), padded_k = round_up(K, kRowUnit);
+  const int64_t padded = round_up(E, kRowUnit), padded_k = round_up<int64_t>(K, 8);
   const bool softmax = p.score_func == ScoreFunc::kSoftmax;
   const bool over_all = softmax && !p.topk_first;
   const T scale = static_cast<T>(p.routed_scaling_factor);
@@ -121,11 +121,13 @@ void route_bwd(const RouterBwdParams& p, const Parallel& par) {
         }
         std::fill(from + n, from + padded_k, T(0));
       }
-      if (!over_all) (softmax ? row.exp : row.sigmoid)(chosen, scores, m * padded_k);
+      const int64_t slots = round_up(m * padded_k, kRowUnit);
+      std::fill(chosen + m * padded_k, chosen + slots, T(0));
+      if (!over_all) (softmax ? row.exp : row.sigmoid)(chosen, scores, slots);
       if (!softmax) {
         // s(-x) is 1 - s(x) without the cancellation.
-        for (int64_t i = 0; i < m * padded_k; ++i) chosen[i] = -chosen[i];
-        row.sigmoid(chosen, slopes, m * padded_k);
+        for (int64_t i = 0; i < slots; ++i) chosen[i] = -chosen[i];
+        row.sigmoid(chosen, slopes, slots);
       }
       for (int64_t t = 0; t < m; ++t) {
         T* const own = x + t * padded;
@@ -137,7 +139,7 @@ void route_bwd(const RouterBwdParams& p, const Parallel& par) {
         T sum = T(1);
         if (n > 0 && over_all) {
           std::fill(own + E, own + padded, -inf);
-          sum = row.exp_sum(own, exps, padded);
+          row.exp_sum(own, exps, 1, 0, padded, &sum);
           for (int64_t k = 0; k < n; ++k) score[k] = exps[ids[k]] / sum;
         } else if (softmax) {
           sum = T(0);

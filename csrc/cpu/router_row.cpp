@@ -51,37 +51,42 @@ MOE_TEXT V max(const V& a, const V& b) {
   return a > b ? a : b;
 }
 
-// The largest lane, in every lane.
-template <int L, class V>
-MOE_TEXT V max_of_lanes(const V& lanes) {
+// fn of all lanes, in every lane: lanes l and l + L/2 first.
+template <int L, class V, class Fn>
+MOE_TEXT V fold_lanes(const V& lanes, const Fn& fn) {
   V v = lanes;
 #if __has_builtin(__builtin_shufflevector)
-  if constexpr (L == 8) {
-    v = max(v, __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3));
-    v = max(v, __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5));
-    return max(v, __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6));
+  if constexpr (L == 16) {
+    v = fn(v, __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
+    v = fn(v, __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11));
+    v = fn(v, __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13));
+    return fn(v,
+              __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14));
+  } else if constexpr (L == 8) {
+    v = fn(v, __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3));
+    v = fn(v, __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5));
+    return fn(v, __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6));
   } else if constexpr (L == 4) {
-    v = max(v, __builtin_shufflevector(v, v, 2, 3, 0, 1));
-    return max(v, __builtin_shufflevector(v, v, 1, 0, 3, 2));
+    v = fn(v, __builtin_shufflevector(v, v, 2, 3, 0, 1));
+    return fn(v, __builtin_shufflevector(v, v, 1, 0, 3, 2));
   } else {
-    return max(v, __builtin_shufflevector(v, v, 1, 0));
+    return fn(v, __builtin_shufflevector(v, v, 1, 0));
   }
 #else
-  auto best = v[0];
-  for (int i = 1; i < L; ++i) best = v[i] > best ? v[i] : best;
-  return splat<V>(best);
+  auto all = v[0];
+  for (int i = 1; i < L; ++i) all = fn(all, v[i]);
+  return splat<V>(all);
 #endif
 }
 
-// Lanes l and l + L/2 first, so that the additions do not wait for each other.
-template <class T, int L, class V>
-MOE_TEXT T sum_of_lanes(const V& v) {
-  T s[L];
-  for (int l = 0; l < L; ++l) s[l] = v[l];
-  for (int width = L / 2; width > 0; width /= 2) {
-    for (int l = 0; l < width; ++l) s[l] += s[l + width];
-  }
-  return s[0];
+template <int L, class V>
+MOE_TEXT V max_of_lanes(const V& v) {
+  return fold_lanes<L>(v, [](const auto& a, const auto& b) { return a > b ? a : b; });
+}
+
+template <int L, class V>
+MOE_TEXT V sum_of_lanes(const V& v) {
+  return fold_lanes<L>(v, [](const auto& a, const auto& b) { return a + b; });
 }
 
 // The lowest lane that is set in a comparison; kCount when none is.
@@ -162,7 +167,7 @@ MOE_TEXT typename S::Vec exp_nonpositive(const typename S::Vec& exponent_of_e) {
   using Tr = ExpTraits<T>;
   using Vec = typename S::Vec;
   using Key = typename S::Key;
-  const Vec x = exponent_of_e < Tr::kMin ? splat<Vec>(Tr::kMin) : exponent_of_e;
+  const Vec x = max(splat<Vec>(Tr::kMin), exponent_of_e);
   const Vec shifted = x * T(1.4426950408889634) + Tr::kMagic;
   const Vec n = shifted - Tr::kMagic;
   Vec r = x - n * Tr::kLn2Hi;
@@ -181,20 +186,27 @@ MOE_TEXT typename S::Vec exp_nonpositive(const typename S::Vec& exponent_of_e) {
 }
 
 template <class T, int Bytes>
-MOE_TEXT T exp_sum_text(const T* x, T* e, int64_t n) {
+MOE_TEXT void exp_sum_text(const T* x, T* e, int64_t rows, int64_t pitch, int64_t n, T* sums) {
   using S = Lanes<T, Bytes>;
   using Vec = typename S::Vec;
   constexpr int L = S::kCount;
-  Vec best = splat<Vec>(-std::numeric_limits<T>::infinity());
-  for (int64_t i = 0; i < n; i += L) best = max(load<Vec>(x + i), best);  // NaN is passed over
-  best = max_of_lanes<L>(best);
-  Vec sum = {};
-  for (int64_t i = 0; i < n; i += L) {
-    const Vec v = exp_nonpositive<T, S>(load<Vec>(x + i) - best);
-    store(e + i, v);
-    sum += v;
+  Vec most[kRouterRows];
+  for (int64_t r = 0; r < rows; ++r) {
+    Vec best = splat<Vec>(-std::numeric_limits<T>::infinity());
+    // NaN is passed over.
+    for (int64_t i = 0; i < n; i += L) best = max(load<Vec>(x + r * pitch + i), best);
+    most[r] = max_of_lanes<L>(best);
   }
-  return sum_of_lanes<T, L>(sum);
+  for (int64_t r = 0; r < rows; ++r) {
+    const Vec best = most[r];
+    Vec sum = {};
+    for (int64_t i = r * pitch; i < r * pitch + n; i += L) {
+      const Vec v = exp_nonpositive<T, S>(load<Vec>(x + i) - best);
+      store(e + i, v);
+      sum += v;
+    }
+    sums[r] = sum_of_lanes<L>(sum)[0];
+  }
 }
 
 template <class T, int Bytes>
@@ -282,8 +294,8 @@ MOE_TEXT void find_best(const typename S::Key* keys, int64_t vectors, Best<S>& b
 }
 
 template <class T, int Bytes>
-MOE_TEXT void take_best_text(RouterKey<T>* keys, RouterKey<T>* block_max, int64_t n, int64_t k,
-                             int32_t* positions) {
+MOE_TEXT void take_best_text(RouterKey<T>* keys, RouterKey<T>* block_max, int64_t rows,
+                             int64_t pitch, int64_t n, int64_t k, int32_t* positions) {
   using S = Lanes<T, Bytes>;
   using Key = RouterKey<T>;
   using Int = typename S::Int;
@@ -294,81 +306,114 @@ MOE_TEXT void take_best_text(RouterKey<T>* keys, RouterKey<T>* block_max, int64_
   Best<S> best;
   if (n <= kFlatVectors * L) {
     for (int64_t j = 0; j < k; ++j) {
-      find_best<S>(keys, n / L, best);
-      positions[j] = static_cast<int32_t>(best.index * L) + best.lane;
-      store(keys + best.index * L, load<Int>(kOnly[best.lane]) != 0 ? none : best.vector);
+      for (int64_t r = 0; r < rows; ++r) {
+        Key* row = keys + r * pitch;
+        find_best<S>(row, n / L, best);
+        positions[r * k + j] = static_cast<int32_t>(best.index * L) + best.lane;
+        store(row + best.index * L, load<Int>(kOnly[best.lane]) != 0 ? none : best.vector);
+      }
     }
     return;
   }
   const int64_t vectors = ceil_div<int64_t>(n / L, L);  // of block maxima
   for (int64_t j = 0; j < k; ++j) {
-    find_best<S>(block_max, vectors, best);
-    const int64_t block = best.index * L + best.lane;
-    const Int candidates = load<Int>(keys + block * L);
-    const int lane = first_lane<S>(candidates == best.key);
-    positions[j] = static_cast<int32_t>(block * L) + lane;
-    const Int remaining = load<Int>(kOnly[lane]) != 0 ? none : candidates;
-    store(keys + block * L, remaining);
-    store(block_max + best.index * L,
-          load<Int>(kOnly[best.lane]) != 0 ? max_of_lanes<L>(remaining) : best.vector);
+    for (int64_t r = 0; r < rows; ++r) {
+      Key *row = keys + r * pitch, *row_max = block_max + r * pitch;
+      find_best<S>(row_max, vectors, best);
+      const int64_t block = best.index * L + best.lane;
+      const Int candidates = load<Int>(row + block * L);
+      const int lane = first_lane<S>(candidates == best.key);
+      positions[r * k + j] = static_cast<int32_t>(block * L) + lane;
+      const Int remaining = load<Int>(kOnly[lane]) != 0 ? none : candidates;
+      store(row + block * L, remaining);
+      store(row_max + best.index * L,
+            load<Int>(kOnly[best.lane]) != 0 ? max_of_lanes<L>(remaining) : best.vector);
+    }
   }
 }
 
 #include "cpu/router_lanes-inl.h"
 
-#define MOE_ROUTER_LEVEL(level, target, bytes)                                               \
-  namespace level {                                                                          \
-  template <class T>                                                                         \
-  target T exp_sum(const T* x, T* e, int64_t n) {                                            \
-    return exp_sum_text<T, bytes>(x, e, n);                                                  \
-  }                                                                                          \
-  template <class T>                                                                         \
-  target void exp(const T* x, T* e, int64_t n) {                                             \
-    exp_text<T, bytes>(x, e, n);                                                             \
-  }                                                                                          \
-  template <class T>                                                                         \
-  target void sigmoid(const T* x, T* s, int64_t n) {                                         \
-    sigmoid_text<T, bytes>(x, s, n);                                                         \
-  }                                                                                          \
-  template <class T>                                                                         \
-  target void make_keys(const T* x, RouterKey<T>* keys, int64_t n) {                         \
-    make_keys_text<T, bytes>(x, keys, n);                                                    \
-  }                                                                                          \
-  template <class T>                                                                         \
-  target void find_block_max(const RouterKey<T>* keys, RouterKey<T>* block_max, int64_t n) { \
-    find_block_max_text<T, bytes>(keys, block_max, n);                                       \
-  }                                                                                          \
-  template <class T>                                                                         \
-  target void take_best(RouterKey<T>* keys, RouterKey<T>* block_max, int64_t n, int64_t k,   \
-                        int32_t* positions) {                                                \
-    take_best_text<T, bytes>(keys, block_max, n, k, positions);                              \
-  }                                                                                          \
-  template <class T>                                                                         \
-  target void route_lanes(const RouterLanes<T>& p) {                                         \
-    route_lanes_text<T, bytes>(p);                                                           \
-  }                                                                                          \
-  template <class T>                                                                         \
-  target void route_lanes_bwd(const RouterLanes<T>& p) {                                     \
-    route_lanes_bwd_text<T, bytes>(p);                                                       \
-  }                                                                                          \
-  template <class T>                                                                         \
-  constexpr RouterRow<T> kRow = {                                                            \
-      exp_sum<T>,        exp<T>,       sigmoid<T>,     make_keys<T>,                         \
-      find_block_max<T>, take_best<T>, route_lanes<T>, route_lanes_bwd<T>};                  \
+#define MOE_ROUTER_EXPONENTIALS(target, bytes)                                             \
+  template <class T>                                                                       \
+  target void exp_sum(const T* x, T* e, int64_t rows, int64_t pitch, int64_t n, T* sums) { \
+    exp_sum_text<T, bytes>(x, e, rows, pitch, n, sums);                                    \
+  }                                                                                        \
+  template <class T>                                                                       \
+  target void exp(const T* x, T* e, int64_t n) {                                           \
+    exp_text<T, bytes>(x, e, n);                                                           \
+  }                                                                                        \
+  template <class T>                                                                       \
+  target void sigmoid(const T* x, T* s, int64_t n) {                                       \
+    sigmoid_text<T, bytes>(x, s, n);                                                       \
+  }
+#define MOE_ROUTER_CHOICES(target, bytes)                                                         \
+  template <class T>                                                                              \
+  target void make_keys(const T* x, RouterKey<T>* keys, int64_t n) {                              \
+    make_keys_text<T, bytes>(x, keys, n);                                                         \
+  }                                                                                               \
+  template <class T>                                                                              \
+  target void find_block_max(const RouterKey<T>* keys, RouterKey<T>* block_max, int64_t n) {      \
+    find_block_max_text<T, bytes>(keys, block_max, n);                                            \
+  }                                                                                               \
+  template <class T>                                                                              \
+  target void take_best(RouterKey<T>* keys, RouterKey<T>* block_max, int64_t rows, int64_t pitch, \
+                        int64_t n, int64_t k, int32_t* positions) {                               \
+    take_best_text<T, bytes>(keys, block_max, rows, pitch, n, k, positions);                      \
+  }                                                                                               \
+  template <class T>                                                                              \
+  target void route_lanes(const RouterLanes<T>& p) {                                              \
+    route_lanes_text<T, bytes>(p);                                                                \
+  }                                                                                               \
+  template <class T>                                                                              \
+  target void route_lanes_bwd(const RouterLanes<T>& p) {                                          \
+    route_lanes_bwd_text<T, bytes>(p);                                                            \
   }
 
-MOE_ROUTER_LEVEL(portable, , 16)
+namespace portable {
+MOE_ROUTER_EXPONENTIALS(, 16)
+MOE_ROUTER_CHOICES(, 16)
+template <class T>
+constexpr RouterRow<T> kRow = {exp_sum<T>,        exp<T>,       sigmoid<T>,     make_keys<T>,
+                               find_block_max<T>, take_best<T>, route_lanes<T>, route_lanes_bwd<T>};
+}  // namespace portable
+
 #if defined(__x86_64__)
 // Whole lines: where 16 bytes decide, 32 experts took 105 or 135 us for the same instructions.
-MOE_ROUTER_LEVEL(avx2, __attribute__((target("avx2,fma"), aligned(64))), 32)
+#define MOE_AVX2 __attribute__((target("avx2,fma"), aligned(64)))
+namespace avx2 {
+MOE_ROUTER_EXPONENTIALS(MOE_AVX2, 32)
+MOE_ROUTER_CHOICES(MOE_AVX2, 32)
+template <class T>
+constexpr RouterRow<T> kRow = {exp_sum<T>,        exp<T>,       sigmoid<T>,     make_keys<T>,
+                               find_block_max<T>, take_best<T>, route_lanes<T>, route_lanes_bwd<T>};
+}  // namespace avx2
+
+// An exponential is a chain of 55 cycles. What a core has under way is counted in instructions, so
+// wide ones bring twice as much also where they are executed in halves. Choices are short vectors,
+// and lanes mostly comparisons, whose masks cost more here: 16 experts, 512 tokens 30 and 40 us.
+#define MOE_AVX512 __attribute__((target("avx512f,avx512dq,avx512vl,fma"), aligned(64)))
+namespace avx512 {
+MOE_ROUTER_EXPONENTIALS(MOE_AVX512, 64)
+template <class T>
+constexpr RouterRow<T> row_of_level() {
+  RouterRow<T> row = avx2::kRow<T>;
+  row.exp_sum = exp_sum<T>;
+  row.exp = exp<T>;
+  row.sigmoid = sigmoid<T>;
+  return row;
+}
+template <class T>
+constexpr RouterRow<T> kRow = row_of_level<T>();
+}  // namespace avx512
 #endif
-#undef MOE_ROUTER_LEVEL
 
 }  // namespace
 
 template <class T>
 const RouterRow<T>& router_row() {
 #if defined(__x86_64__)
+  if (active_isa() >= Isa::kAvx512) return avx512::kRow<T>;
   if (active_isa() >= Isa::kAvx2) return avx2::kRow<T>;
 #endif
   return portable::kRow<T>;

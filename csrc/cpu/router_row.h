@@ -9,7 +9,7 @@ namespace moe_ops::cpu {
 // T is float, or double for fp64
 // logits. A row has a whole number of kRowUnit elements and starts on a 64-byte boundary; past E it
 // is padded with -inf (values) or kNoKey (keys).
-constexpr int64_t kRowUnit = 8;
+constexpr int64_t kRowUnit = 16;
 
 // Keys are integers in the order of the values they stand for: NaN is below -inf, and both zeros
 // are equal. kNoKey is below everything: padding, experts that are taken or not allowed.
@@ -35,11 +35,15 @@ struct RouterLanes {
   T* grad_x;          // [experts], backward only
 };
 
+// Most rows of a call. Each step of a choice waits for the one before, 75 cycles, and exponentials
+// for the largest value; those of several rows run side by side.
+constexpr int64_t kRouterRows = 8;
+
 template <class T>
 struct RouterRow {
   using Key = RouterKey<T>;
-  // e[i] = exp(x[i] - max x); returns the sum of e.
-  T (*exp_sum)(const T* x, T* e, int64_t n);
+  // e[i] = exp(x[i] - max x) and the sum of e, of rows that lie `pitch` apart.
+  void (*exp_sum)(const T* x, T* e, int64_t rows, int64_t pitch, int64_t n, T* sums);
   // e[i] = exp(x[i]) of x[i] <= 0 or NaN
   void (*exp)(const T* x, T* e, int64_t n);
   // s[i] = sigmoid(x[i])
@@ -48,9 +52,11 @@ struct RouterRow {
   void (*make_keys)(const T* x, Key* keys, int64_t n);
   // Best key of each block of a vector's width. block_max has room for n + kRowUnit keys.
   void (*find_block_max)(const Key* keys, Key* block_max, int64_t n);
-  // Takes the k best keys out, best first, equal ones by position, and writes their positions. Can
-  // be called again for the next ones. There must be k keys above kNoKey.
-  void (*take_best)(Key* keys, Key* block_max, int64_t n, int64_t k, int32_t* positions);
+  // Takes the k best keys of each row out, best first, equal ones by position, and writes their
+  // positions, [rows, k]. Can be called again for the next ones. There must be k keys above kNoKey
+  // in a row. Rows of keys and of block_max lie `pitch` apart.
+  void (*take_best)(Key* keys, Key* block_max, int64_t rows, int64_t pitch, int64_t n, int64_t k,
+                    int32_t* positions);
   // The choice, its ids and weights; and the gradients of logits, given ids and gradients of
   // weights.
   void (*route_lanes)(const RouterLanes<T>& p);

@@ -56,7 +56,7 @@ class GroupLimit {
     std::fill(keys_ + p_.num_groups, keys_ + padded_, kNoKey<T>);
     row.find_block_max(keys_, block_max_, padded_);
     // take_best marks what it takes: afterwards the keys that are left are the losers.
-    row.take_best(keys_, block_max_, padded_, p_.num_topk_groups, kept_);
+    row.take_best(keys_, block_max_, 1, 0, padded_, p_.num_topk_groups, kept_);
     for (int64_t g = 0; g < p_.num_groups; ++g) {
       if (keys_[g] != kNoKey<T>) std::fill_n(keys + g * size, size, kNoKey<T>);
     }
@@ -141,61 +141,76 @@ void route(const TopkRouterParams& p, const Parallel& par) {
   const T scale = static_cast<T>(p.routed_scaling_factor);
   const T inf = std::numeric_limits<T>::infinity();
 
-  const int64_t bytes = (3 * padded + 2 * padded_k) * static_cast<int64_t>(sizeof(T)) +
-                        (2 * padded + kRowUnit) * static_cast<int64_t>(sizeof(Key)) + 7 * 64 +
+  // A multiple of 16 elements keeps each row on a 64-byte boundary.
+  const int64_t pitch = round_up<int64_t>(padded + kRowUnit, 16);
+  const int64_t bytes = (kRouterRows * 2 * pitch + padded + 2 * padded_k) * sizeof(T) +
+                        kRouterRows * 2 * pitch * sizeof(Key) + 7 * 64 +
                         GroupLimit<T>::scratch_bytes(p);
   const double cost = 4.0 * static_cast<double>(E) + 40.0 * static_cast<double>(K) + 50.0;
   parallel_range(par, p.num_tokens, cost, [&](int64_t begin, int64_t end) {
     Carver carver(Scratch::kRows, bytes);
-    T* const x = carver.take<T>(padded);
-    T* const score = carver.take<T>(padded);
+    T* const xs = carver.take<T>(kRouterRows * pitch);
+    T* const scores = carver.take<T>(kRouterRows * pitch);
     T* const biased = carver.take<T>(padded);
-    Key* const keys = carver.take<Key>(padded);
-    Key* const block_max = carver.take<Key>(padded + kRowUnit);
+    Key* const all_keys = carver.take<Key>(kRouterRows * pitch);
+    Key* const block_max = carver.take<Key>(kRouterRows * pitch);
     T* const chosen = carver.take<T>(padded_k);
     T* const chosen_score = carver.take<T>(padded_k);
     GroupLimit<T> group_limit(p, carver);
-    std::fill(x + E, x + padded, -inf);
+    for (int64_t r = 0; r < kRouterRows; ++r) {
+      std::fill(xs + r * pitch + E, xs + r * pitch + padded, -inf);
+    }
     std::fill(biased + E, biased + padded, -inf);
     std::fill(chosen + K, chosen + padded_k, -inf);
+    T sums[kRouterRows];
 
-    for (int64_t t = begin; t < end; ++t) {
-      T* const weights = static_cast<T*>(p.topk_weights) + t * K;
-      int32_t* const ids = p.topk_ids + t * K;
-      kernel.load_row(
+    for (int64_t t0 = begin; t0 < end; t0 += kRouterRows) {
+      const int64_t rows = std::min(kRouterRows, end - t0);
+      kernel.load_rows(
           p.type,
-          static_cast<const char*>(p.router_logits) + t * p.logits_stride * dtype_size(p.type), x,
-          E, T(1));
-      T sum = T(1);
-      if (all_scores && softmax) sum = row.exp_sum(x, score, padded);
-      if (all_scores && !softmax) row.sigmoid(x, score, padded);
+          static_cast<const char*>(p.router_logits) + t0 * p.logits_stride * dtype_size(p.type),
+          p.logits_stride, rows, E, xs, pitch, T(1));
+      std::fill_n(sums, rows, T(1));
+      if (all_scores && softmax) row.exp_sum(xs, scores, rows, pitch, padded, sums);
+      for (int64_t r = 0; r < rows; ++r) {
+        T *const x = xs + r * pitch, *const score = scores + r * pitch;
+        Key* const keys = all_keys + r * pitch;
+        if (all_scores && !softmax) row.sigmoid(x, score, padded);
 
-      const T* ranked = x;
-      if (score_keys || bias != nullptr) {
-        for (int64_t e = 0; e < E; ++e) {
-          biased[e] = (score_keys ? score[e] / sum : x[e]) + (bias != nullptr ? bias[e] : T(0));
+        const T* ranked = x;
+        if (score_keys || bias != nullptr) {
+          for (int64_t e = 0; e < E; ++e) {
+            biased[e] =
+                (score_keys ? score[e] / sums[r] : x[e]) + (bias != nullptr ? bias[e] : T(0));
+          }
+          ranked = biased;
         }
-        ranked = biased;
+        row.make_keys(ranked, keys, padded);
+        std::fill(keys + E, keys + padded, kNoKey<T>);
+        if (grouped) group_limit.apply(row, keys);
+        row.find_block_max(keys, block_max + r * pitch, padded);
       }
-      row.make_keys(ranked, keys, padded);
-      std::fill(keys + E, keys + padded, kNoKey<T>);
-      if (grouped) group_limit.apply(row, keys);
-      row.find_block_max(keys, block_max, padded);
-      row.take_best(keys, block_max, padded, K, ids);
+      row.take_best(all_keys, block_max, rows, pitch, padded, K, p.topk_ids + t0 * K);
 
-      if (all_scores) {
-        for (int64_t k = 0; k < K; ++k) weights[k] = score[ids[k]] / sum;
-      } else {
-        for (int64_t k = 0; k < K; ++k) chosen[k] = x[ids[k]];
-        if (softmax) {
-          sum = row.exp_sum(chosen, chosen_score, padded_k);
-          for (int64_t k = 0; k < K; ++k) weights[k] = chosen_score[k] / sum;
+      for (int64_t r = 0; r < rows; ++r) {
+        const T *const x = xs + r * pitch, *const score = scores + r * pitch;
+        T* const weights = static_cast<T*>(p.topk_weights) + (t0 + r) * K;
+        const int32_t* const ids = p.topk_ids + (t0 + r) * K;
+        if (all_scores) {
+          for (int64_t k = 0; k < K; ++k) weights[k] = score[ids[k]] / sums[r];
         } else {
-          row.sigmoid(chosen, chosen_score, padded_k);
-          std::copy_n(chosen_score, K, weights);
+          for (int64_t k = 0; k < K; ++k) chosen[k] = x[ids[k]];
+          if (softmax) {
+            T sum;
+            row.exp_sum(chosen, chosen_score, 1, 0, padded_k, &sum);
+            for (int64_t k = 0; k < K; ++k) weights[k] = chosen_score[k] / sum;
+          } else {
+            row.sigmoid(chosen, chosen_score, padded_k);
+            std::copy_n(chosen_score, K, weights);
+          }
         }
+        finish_weights(p, scale, weights);
       }
-      finish_weights(p, scale, weights);
     }
   });
 }

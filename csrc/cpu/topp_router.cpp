@@ -38,7 +38,8 @@ void route(const ToppRouterParams& p, const Parallel& par) {
           p.type,
           static_cast<const char*>(p.router_logits) + t * p.logits_stride * dtype_size(p.type), x,
           E, T(1));
-      const T sum = row.exp_sum(x, exps, padded);
+      T sum;
+      row.exp_sum(x, exps, 1, 0, padded, &sum);
       row.make_keys(x, keys, padded);
       std::fill(keys + E, keys + padded, kNoKey<T>);
       row.find_block_max(keys, block_max, padded);
@@ -47,7 +48,7 @@ void route(const ToppRouterParams& p, const Parallel& par) {
       // Summed in fp64, so that rounding does not ask for one more of many small probabilities.
       double gathered = 0;
       while (n < K && (n < p.min_k || !(static_cast<T>(gathered) >= top_p))) {
-        row.take_best(keys, block_max, padded, 1, ids + n);
+        row.take_best(keys, block_max, 1, pitch, padded, 1, ids + n);
         weights[n] = exps[ids[n]] / sum;
         gathered += static_cast<double>(weights[n]);
         ++n;
