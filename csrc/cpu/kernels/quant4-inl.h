@@ -138,12 +138,12 @@ inline Bytes add_pairs(Bytes v) { return MOE_INT(madd_epi16)(v, MOE_INT(set1_epi
 
 // Scales of unit `unit` of a row of 4-bit weights, in the places of those of tokens.
 #if MOE_VEC_BYTES == 64
-typedef __m128 Scales4;
+typedef __m128 UnitScales;
 #else
-typedef Vec<float> Scales4;
+typedef Vec<float> UnitScales;
 #endif
 template <int kGroup>
-inline Scales4 unit_scales(const float* scale, int64_t unit) {
+inline UnitScales unit_scales(const float* scale, int64_t unit) {
   constexpr int64_t kCount = 2 * kVec / kGroup;  // in a unit; 0: less than one
 #if MOE_VEC_BYTES == 64
   const float* p = scale + unit * kCount;
@@ -162,12 +162,11 @@ inline Scales4 unit_scales(const float* scale, int64_t unit) {
 }
 
 // Their products with those of a token, one a lane.
-inline Vec<float> lane_scales(Scales4 weights, const char* token) {
+inline Vec<float> lane_scales(UnitScales weights, const char* token) {
 #if MOE_VEC_BYTES == 64
   const __m512i block = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
   const __m128 four = weights * load_bytes<__m128>(token);
-  return __builtin_bit_cast(Vec<float>,
-                            _mm512_permutexvar_ps(block, _mm512_castps128_ps512(four)));
+  return __builtin_bit_cast(Vec<float>, _mm512_permutexvar_ps(block, _mm512_castps128_ps512(four)));
 #else
   return weights * load<float>(reinterpret_cast<const float*>(token));
 #endif
@@ -185,7 +184,7 @@ struct Dot4 {
       const Bytes both = load_weights(w + f * ldw);
       const Bytes even = bits_and(both, mask);
       const Bytes odd = bits_and(MOE_INT(srli_epi16)(both, 4), mask);
-      const Scales4 factors = unit_scales<kGroup>(scale + f * ld_scale, scale_unit);
+      const UnitScales factors = unit_scales<kGroup>(scale + f * ld_scale, scale_unit);
 #pragma GCC unroll 4
       for (int t = 0; t < M; ++t) {
         const char* c = codes + t * row_bytes;
@@ -213,7 +212,7 @@ void dot4(int64_t count, int64_t k, const uint8_t* w, int64_t w_step, int64_t ld
   const Row4 layout(k);
   const int64_t whole = k / kSteps;
   const char *offsets = rows + layout.offsets(), *scales = rows + layout.scales();
-  product_sums<float, F, M>(count, out, ldo, out_step, [=](int64_t n, Vec<float>(&acc)[F][M]) __attribute__((always_inline)) {
+  const auto products = [=](int64_t n, Vec<float>(&acc)[F][M]) __attribute__((always_inline)) {
     const uint8_t* codes = w + n * w_step;
     const float* factors = scale + n * scale_step;
 #pragma GCC unroll 4
@@ -242,7 +241,8 @@ void dot4(int64_t count, int64_t k, const uint8_t* w, int64_t w_step, int64_t ld
                                offsets + whole * kVec, scales + whole * Row4::kScaleBytes,
                                row_bytes, 0, acc);
     }
-  });
+  };
+  product_sums<float, F, M>(count, out, ldo, out_step, products);
 }
 #else
 // The same sums one weight at a time; compilers find the vectors in it.

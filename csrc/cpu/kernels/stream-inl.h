@@ -113,8 +113,9 @@ inline void with_token_count(int tokens, const Fn& fn) {
 // Sums of the products of `count` times F rows of weights and M of tokens: products(i, acc) leaves
 // those of time i in the lanes of acc[f][t]; their sums go to out[t * ldo + f * out_step + i].
 template <class T, int F, int M, class Products>
-__attribute__((always_inline)) inline void product_sums(int64_t count, T* out, int64_t ldo, int64_t out_step,
-                         const Products& products) {
+inline __attribute__((always_inline)) void product_sums(int64_t count, T* out, int64_t ldo,
+                                                        int64_t out_step,
+                                                        const Products& products) {
 #if defined(__AVX2__) && MOE_VEC_BYTES >= 32
   if constexpr (sizeof(T) == 4 && F == 4 && M == 1) {
     for (int64_t i = 0; i < count; i += kFolded) {
@@ -153,7 +154,7 @@ void dot_tiles(int64_t count, int64_t k, const S* w, int64_t w_step, int64_t ldw
                int64_t ldx, T* out, int64_t ldo, int64_t out_step, [[maybe_unused]] int64_t ahead) {
   constexpr int W = kLanes<T>;
   const int64_t whole = k / W * W;
-  product_sums<T, F, M>(count, out, ldo, out_step, [=](int64_t n, Vec<T>(&acc)[F][M]) __attribute__((always_inline)) {
+  const auto products = [=](int64_t n, Vec<T>(&acc)[F][M]) __attribute__((always_inline)) {
     const S* rows = w + n * w_step;
 #pragma GCC unroll 4
     for (int f = 0; f < F; ++f) {
@@ -183,7 +184,8 @@ void dot_tiles(int64_t count, int64_t k, const S* w, int64_t w_step, int64_t ldw
         for (int t = 0; t < M; ++t) acc[f][t] += wv * load<T>(x + t * ldx + whole);
       }
     }
-  });
+  };
+  product_sums<T, F, M>(count, out, ldo, out_step, products);
 }
 
 template <class T>
