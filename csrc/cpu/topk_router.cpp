@@ -143,29 +143,31 @@ void route(const TopkRouterParams& p, const Parallel& par) {
 
   // A multiple of 16 elements keeps each row on a 64-byte boundary.
   const int64_t pitch = round_up<int64_t>(padded + kRowUnit, 16);
-  const int64_t bytes = (kRouterRows * 2 * pitch + padded + 2 * padded_k) * sizeof(T) +
-                        kRouterRows * 2 * pitch * sizeof(Key) + 7 * 64 +
+  // As many as an L2 holds with their scores and keys.
+  const int64_t at_once = std::clamp<int64_t>((int64_t{64} << 10) / pitch / 4, 1, kRouterRows);
+  const int64_t bytes = (at_once * 2 * pitch + padded + 2 * padded_k) * sizeof(T) +
+                        at_once * 2 * pitch * sizeof(Key) + 7 * 64 +
                         GroupLimit<T>::scratch_bytes(p);
   const double cost = 4.0 * static_cast<double>(E) + 40.0 * static_cast<double>(K) + 50.0;
   parallel_range(par, p.num_tokens, cost, [&](int64_t begin, int64_t end) {
     Carver carver(Scratch::kRows, bytes);
-    T* const xs = carver.take<T>(kRouterRows * pitch);
-    T* const scores = carver.take<T>(kRouterRows * pitch);
+    T* const xs = carver.take<T>(at_once * pitch);
+    T* const scores = carver.take<T>(at_once * pitch);
     T* const biased = carver.take<T>(padded);
-    Key* const all_keys = carver.take<Key>(kRouterRows * pitch);
-    Key* const block_max = carver.take<Key>(kRouterRows * pitch);
+    Key* const all_keys = carver.take<Key>(at_once * pitch);
+    Key* const block_max = carver.take<Key>(at_once * pitch);
     T* const chosen = carver.take<T>(padded_k);
     T* const chosen_score = carver.take<T>(padded_k);
     GroupLimit<T> group_limit(p, carver);
-    for (int64_t r = 0; r < kRouterRows; ++r) {
+    for (int64_t r = 0; r < at_once; ++r) {
       std::fill(xs + r * pitch + E, xs + r * pitch + padded, -inf);
     }
     std::fill(biased + E, biased + padded, -inf);
     std::fill(chosen + K, chosen + padded_k, -inf);
     T sums[kRouterRows];
 
-    for (int64_t t0 = begin; t0 < end; t0 += kRouterRows) {
-      const int64_t rows = std::min(kRouterRows, end - t0);
+    for (int64_t t0 = begin; t0 < end; t0 += at_once) {
+      const int64_t rows = std::min(at_once, end - t0);
       kernel.load_rows(
           p.type,
           static_cast<const char*>(p.router_logits) + t0 * p.logits_stride * dtype_size(p.type),
