@@ -45,14 +45,7 @@ void write_scores(const ExpertChoiceRouterParams& p, const Parallel& par) {
               p.type,
               static_cast<const char*>(p.router_logits) + t * p.logits_stride * dtype_size(p.type),
               x, E, T(1));
-          if (p.score_func == ScoreFunc::kSoftmax) {
-            T sum;
-            row.exp_sum(x, score, 1, 0, padded, &sum);
-            for (int64_t e = 0; e < E; ++e) out[e] = score[e] / sum;
-          } else {
-            row.sigmoid(x, score, padded);
-            std::copy_n(score, E, out);
-          }
+          row.scores(p.score_func, x, score, padded, E, out);
         }
       });
 }

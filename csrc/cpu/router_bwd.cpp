@@ -139,7 +139,7 @@ void route_bwd(const RouterBwdParams& p, const Parallel& par) {
         T sum = T(1);
         if (n > 0 && over_all) {
           std::fill(own + E, own + padded, -inf);
-          row.exp_sum(own, exps, 1, 0, padded, &sum);
+          sum = row.exp_sum_of(own, exps, padded);
           for (int64_t k = 0; k < n; ++k) score[k] = exps[ids[k]] / sum;
         } else if (softmax) {
           sum = T(0);

@@ -1,8 +1,11 @@
 // One row of router logits: what the routers do to it before anything is chosen, and the choice.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <type_traits>
+
+#include "moe_ops/router_bwd.h"
 
 namespace moe_ops::cpu {
 
@@ -61,6 +64,23 @@ struct RouterRow {
   // weights.
   void (*route_lanes)(const RouterLanes<T>& p);
   void (*route_lanes_bwd)(const RouterLanes<T>& p);
+
+  // exp_sum of one row.
+  T exp_sum_of(const T* x, T* e, int64_t n) const {
+    T sum;
+    exp_sum(x, e, 1, 0, n, &sum);
+    return sum;
+  }
+  // out[i] = softmax or sigmoid of x[i] for i < n; x and e have `padded` elements.
+  void scores(ScoreFunc f, const T* x, T* e, int64_t padded, int64_t n, T* out) const {
+    if (f == ScoreFunc::kSoftmax) {
+      const T sum = exp_sum_of(x, e, padded);
+      for (int64_t i = 0; i < n; ++i) out[i] = e[i] / sum;
+    } else {
+      sigmoid(x, e, padded);
+      std::copy_n(e, n, out);
+    }
+  }
 };
 
 template <class T>

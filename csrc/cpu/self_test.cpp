@@ -178,11 +178,14 @@ bool dot_right(const Kernels<T>& k, const Kernels<T>& portable, Numbers<T>& numb
   for (int t = 0; t < k.dot_tokens; ++t) {
     std::fill(x.begin() + t * kPitch + kDepth, x.begin() + (t + 1) * kPitch, T(0));
   }
-  const auto product = [&](int64_t t, int64_t row) {
-    T sum = 0;
-    for (int64_t s = 0; s < kDepth; ++s) sum += w[row * kPitch + s] * x[t * kPitch + s];
-    return sum;
-  };
+  std::vector<T> products(static_cast<size_t>(k.dot_tokens * kRows));
+  for (int64_t t = 0; t < k.dot_tokens; ++t) {
+    for (int64_t row = 0; row < kRows; ++row) {
+      for (int64_t s = 0; s < kDepth; ++s) {
+        products[t * kRows + row] += w[row * kPitch + s] * x[t * kPitch + s];
+      }
+    }
+  }
   for (int type = 0; type < num_types; ++type) {
     const std::vector<char> stored = as_type(portable, all[type], w);
     for (int tokens = 1; tokens <= k.dot_tokens; ++tokens) {
@@ -190,7 +193,7 @@ bool dot_right(const Kernels<T>& k, const Kernels<T>& portable, Numbers<T>& numb
         std::vector<T> out(static_cast<size_t>(tokens * features * kTimes), T(NAN)), truth;
         for (int64_t t = 0; t < tokens; ++t) {
           for (int64_t f = 0; f < features; ++f) {
-            for (int64_t i = 0; i < kTimes; ++i) truth.push_back(product(t, f + i));
+            for (int64_t i = 0; i < kTimes; ++i) truth.push_back(products[t * kRows + f + i]);
           }
         }
         k.dot(all[type], static_cast<int>(features), kTimes, tokens, kDepth, stored.data(), kPitch,

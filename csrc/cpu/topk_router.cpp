@@ -141,8 +141,7 @@ void route(const TopkRouterParams& p, const Parallel& par) {
   const T scale = static_cast<T>(p.routed_scaling_factor);
   const T inf = std::numeric_limits<T>::infinity();
 
-  // A multiple of 16 elements keeps each row on a 64-byte boundary.
-  const int64_t pitch = round_up<int64_t>(padded + kRowUnit, 16);
+  const int64_t pitch = padded + kRowUnit;
   // As many as an L2 holds with their scores and keys.
   const int64_t at_once = std::clamp<int64_t>((int64_t{64} << 10) / pitch / 4, 1, kRouterRows);
   const int64_t bytes = (at_once * 2 * pitch + padded + 2 * padded_k) * sizeof(T) +
@@ -202,14 +201,7 @@ void route(const TopkRouterParams& p, const Parallel& par) {
           for (int64_t k = 0; k < K; ++k) weights[k] = score[ids[k]] / sums[r];
         } else {
           for (int64_t k = 0; k < K; ++k) chosen[k] = x[ids[k]];
-          if (softmax) {
-            T sum;
-            row.exp_sum(chosen, chosen_score, 1, 0, padded_k, &sum);
-            for (int64_t k = 0; k < K; ++k) weights[k] = chosen_score[k] / sum;
-          } else {
-            row.sigmoid(chosen, chosen_score, padded_k);
-            std::copy_n(chosen_score, K, weights);
-          }
+          row.scores(p.score_func, chosen, chosen_score, padded_k, K, weights);
         }
         finish_weights(p, scale, weights);
       }

@@ -20,8 +20,7 @@ void route(const ToppRouterParams& p, const Parallel& par) {
   const RouterRow<T>& row = router_row<T>();
   const Kernels<T>& kernel = kernels<T>();
   const int64_t E = p.num_experts, K = p.max_k;
-  // A multiple of 16 elements keeps each part on a 64-byte boundary.
-  const int64_t padded = round_up(E, kRowUnit), pitch = round_up<int64_t>(padded + kRowUnit, 16);
+  const int64_t padded = round_up(E, kRowUnit), pitch = padded + kRowUnit;
   const T top_p = static_cast<T>(p.top_p), scale = static_cast<T>(p.routed_scaling_factor);
   const double cost = 4.0 * static_cast<double>(E) + 40.0 * static_cast<double>(K) + 50.0;
   parallel_range(par, p.num_tokens, cost, [&](int64_t begin, int64_t end) {
@@ -38,8 +37,7 @@ void route(const ToppRouterParams& p, const Parallel& par) {
           p.type,
           static_cast<const char*>(p.router_logits) + t * p.logits_stride * dtype_size(p.type), x,
           E, T(1));
-      T sum;
-      row.exp_sum(x, exps, 1, 0, padded, &sum);
+      const T sum = row.exp_sum_of(x, exps, padded);
       row.make_keys(x, keys, padded);
       std::fill(keys + E, keys + padded, kNoKey<T>);
       row.find_block_max(keys, block_max, padded);

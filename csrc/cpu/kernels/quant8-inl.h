@@ -178,14 +178,9 @@ void quant_dot8(int features, int64_t count, int tokens, int64_t k, const void* 
                static_cast<const char*>(rows), row_bytes, out, ldo, out_step,
                static_cast<const char*>(ahead), ahead_pitch, ahead_rows);
   };
-  const auto features_of = [&]<int M>() {
-    if (features == kDot8Features) return run.template operator()<kDot8Features, M>();
-    run.template operator()<1, M>();
-  };
-  if constexpr (MOE_DOT_TOKENS >= 4) {
-    if (tokens == 4) return features_of.template operator()<4>();
-    if (tokens == 3) return features_of.template operator()<3>();
+  if (features == kDot8Features) {
+    with_token_count<kDot8Features>(tokens, run);
+  } else {
+    with_token_count<1>(tokens, run);
   }
-  if (tokens == 2) return features_of.template operator()<2>();
-  features_of.template operator()<1>();
 }

@@ -4,6 +4,10 @@
 // Sums of the lanes of four vectors. The order is the same in each of the four places, and that of
 // one product does not depend on its neighbours: first lanes l, l + 1, l + 2, l + 3 with l a
 // multiple of 4 (fold_lanes), then these sums.
+template <class T>
+struct Four {
+  T v[4];
+};
 #if defined(__AVX2__) && MOE_VEC_BYTES >= 32
 constexpr int kFolded = MOE_VEC_BYTES / 16;  // quadruples of floats
 #if MOE_VEC_BYTES == 64
@@ -25,13 +29,15 @@ inline Floats fold_lanes(const Vec<float> (&v)[4]) {
          floats(MOE_INT(unpackhi_pd)(doubles(low), doubles(high)));
 }
 
-inline __m128 add_quadruples(Floats folded) {
+inline Four<float> add_quadruples(Floats folded) {
 #if MOE_VEC_BYTES == 64
   const __m256 half = _mm512_castps512_ps256(folded) + _mm512_extractf32x8_ps(folded, 1);
 #else
   const __m256 half = folded;
 #endif
-  return _mm256_castps256_ps128(half) + _mm256_extractf128_ps(half, 1);
+  Four<float> sums;
+  _mm_storeu_ps(sums.v, _mm256_castps256_ps128(half) + _mm256_extractf128_ps(half, 1));
+  return sums;
 }
 
 // The same for kFolded times four vectors at once: out[i * step + j] is the sum of vector i
@@ -65,18 +71,11 @@ inline void put_folded(const Floats (&folded)[kFolded], float* out, int64_t step
 #endif
 
 template <class T>
-struct Four {
-  T v[4];
-};
-template <class T>
 inline Four<T> sums_of_four(const Vec<T> (&v)[4]) {
-  Four<T> out;
 #if defined(__AVX2__) && MOE_VEC_BYTES >= 32
-  if constexpr (sizeof(T) == 4) {
-    _mm_storeu_ps(out.v, add_quadruples(fold_lanes(v)));
-    return out;
-  }
+  if constexpr (sizeof(T) == 4) return add_quadruples(fold_lanes(v));
 #endif
+  Four<T> out;
   for (int i = 0; i < 4; ++i) out.v[i] = horizontal_sum<T>(v[i]);
   return out;
 }
@@ -132,9 +131,8 @@ inline __attribute__((always_inline)) void product_sums(int64_t count, T* out, i
         continue;
       }
       for (int64_t j = 0; j < times; ++j) {
-        float four[4];
-        _mm_storeu_ps(four, add_quadruples(folded[j]));
-        for (int f = 0; f < F; ++f) out[f * out_step + i + j] = four[f];
+        const Four<float> sums = add_quadruples(folded[j]);
+        for (int f = 0; f < F; ++f) out[f * out_step + i + j] = sums.v[f];
       }
     }
     return;
