@@ -44,6 +44,7 @@ EXPORTS = {
     "moe_ops::cpu::packed_expert_bytes",
     "moe_ops::cpu::stale_panels",
     "moe_ops::cpu::supported_isas",
+    "moe_ops::cpu::use_huge_pages",
 }
 ISA_FILES = ("kernels_avx2", "kernels_avx512", "kernels_avx512_bf16", "kernels_amx")
 

@@ -1,18 +1,20 @@
-"""Large outputs keep their memory, and what is computed in it is right."""
+"""Large outputs keep their memory, and what is computed in it is right; weights in huge pages."""
 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 
 import moe_ops
-from moe_ops import memory, reference
-from moe_ops.testing import assert_close_by_norm
+from moe_ops import layers, memory, reference
+from moe_ops.testing import assert_close_by_norm, assert_identical
 
 MIB = 2**20
 CACHED = memory.cache_limit() > 64 * MIB and not torch.__version__.startswith("2.10.")
@@ -98,3 +100,119 @@ def test_limit_from_the_environment(setting: str, kept: bool):
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
     )
     assert run.stdout.strip() == str(kept and CACHED)
+
+
+# --------------------------------------------------------------------------------- huge pages
+
+
+def in_huge_pages(tensor: torch.Tensor) -> int:
+    """Bytes in huge pages of the mappings that hold the tensor."""
+    first, last = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+    inside, total = False, 0
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(found[1], 16) < last and first < int(found[2], 16)
+        elif inside and line.startswith("AnonHugePages:"):
+            total += int(line.split()[1]) * 1024
+    return total
+
+
+def test_huge_pages_keep_values_and_address():
+    weights = torch.randn(3, 1024, 1024)
+    before, address = weights.clone(), weights.data_ptr()
+    moved = memory.use_huge_pages(weights)
+    assert weights.data_ptr() == address
+    assert_identical(weights, before)
+    assert 0 <= moved <= weights.nbytes
+    assert moved % (2 * MIB) == 0
+    if moved:
+        assert in_huge_pages(weights) >= moved
+        assert memory.use_huge_pages(weights) >= moved
+
+
+def test_huge_pages_of_modules_and_views():
+    layer = torch.nn.Linear(1024, 2048)
+    moved = memory.use_huge_pages(layer.weight)
+    again = memory.use_huge_pages(layer, layer.weight[3:], layer.weight.detach())
+    assert moved <= again <= layer.weight.nbytes, "one memory, counted once"
+
+
+def test_what_has_no_large_memory_is_left_alone():
+    large = torch.zeros(1024, 4096)
+    assert memory.use_huge_pages(torch.zeros(1000), large.to("meta"), large.to_sparse()) == 0
+
+
+@pytest.fixture
+def moved(monkeypatch: pytest.MonkeyPatch) -> list[set[int]]:
+    """The addresses that banks wanted in huge pages, call by call."""
+    calls: list[set[int]] = []
+    monkeypatch.setattr(memory, "_by_themselves", True)
+    monkeypatch.setattr(
+        memory, "use_huge_pages", lambda *tensors: calls.append({t.data_ptr() for t in tensors})
+    )
+    return calls
+
+
+def weights_of(bank: torch.nn.Module) -> set[int]:
+    return {bank.w_gate_up.data_ptr(), bank.w_down.data_ptr()}
+
+
+def call(bank: torch.nn.Module) -> torch.Tensor:
+    ids = torch.arange(4)[:, None] % bank.num_experts
+    return bank(torch.randn(4, bank.hidden_size), torch.ones(4, 1), ids)
+
+
+def test_banks_move_once(moved: list[set[int]]):
+    bank = layers.Experts(2, 512, 1024)
+    for _ in range(2):
+        call(bank).sum().backward()
+    assert moved == [weights_of(bank)]
+    bank.w_down = torch.nn.Parameter(bank.w_down.detach().clone())
+    call(bank)
+    assert moved[1:] == [weights_of(bank)]
+
+
+def test_small_shared_and_transformed_banks_do_not_move(moved: list[set[int]]):
+    call(layers.Experts(2, 64, 32))
+    shared = layers.Experts(2, 512, 1024).share_memory()
+    call(shared)
+    assert moved in ([], [set()])
+    bank = layers.Experts(2, 512, 1024)
+    moved.clear()
+    pairs = {name: torch.stack([p.detach()] * 2) for name, p in bank.named_parameters()}
+    arguments = (torch.ones(4, 512), torch.ones(4, 1), torch.zeros(4, 1, dtype=torch.int64))
+    with torch.no_grad():
+        torch.func.vmap(lambda p: torch.func.functional_call(bank, p, arguments))(pairs)
+    assert moved == []
+
+
+def test_quantised_banks_move_when_they_are_filled(moved: list[set[int]]):
+    bank = layers.Experts(4, 1024, 2048)
+    quantized = layers.QuantizedExperts.from_experts(bank, "int8")
+    assert weights_of(quantized) <= moved[-1]
+    other = layers.QuantizedExperts(4, 1024, 2048, format="int8")
+    other.load_state_dict(quantized.state_dict())
+    assert weights_of(other) <= moved[-1]
+    other.load_state_dict(quantized.state_dict(), assign=True)
+    count = len(moved)
+    call(other)
+    assert len(moved) == count, "the memory of the first one"
+    assert weights_of(quantized.select([1, 2])) <= set().union(*moved)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_forked_processes_and_the_environment_can_decline():
+    code = (
+        "import os, sys, torch; from moe_ops import layers, memory;"
+        "seen = []; memory.use_huge_pages = lambda *t: seen.append(t);"
+        "bank = layers.Experts(2, 512, 1024);"
+        "child = sys.argv[1] == 'fork' and os.fork();"
+        "child and sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]));"
+        "torch.set_num_threads(1);"
+        "bank(torch.randn(4, 512), torch.ones(4, 1), torch.zeros(4, 1, dtype=torch.int64));"
+        "os._exit(len(seen))"
+    )
+    for mode, setting, expected in (("fork", "1", 0), ("own", "1", 1), ("own", "0", 0)):
+        environment = os.environ | {"MOE_OPS_HUGE_PAGES": setting}
+        run = subprocess.run([sys.executable, "-c", code, mode], env=environment, check=False)
+        assert run.returncode == expected, (mode, setting)

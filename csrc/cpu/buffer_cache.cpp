@@ -10,13 +10,13 @@
 #include <unistd.h>
 #endif
 
+#include "cpu/huge_pages.h"
+
 namespace moe_ops::cpu {
 
 #if defined(__linux__) && defined(MADV_HUGEPAGE) && defined(MADV_FREE)
 
 namespace {
-
-constexpr size_t kHugePage = size_t{2} << 20;
 
 size_t round_to_huge_pages(size_t bytes) { return (bytes + kHugePage - 1) / kHugePage * kHugePage; }
 
@@ -40,7 +40,7 @@ void* map_aligned(size_t size) {
   if (first > begin) munmap(raw, first - begin);
   const uintptr_t tail = begin + kHugePage - first;
   if (tail > 0) munmap(reinterpret_cast<void*>(first + size), tail);
-  madvise(reinterpret_cast<void*>(first), size, MADV_HUGEPAGE);
+  advise_huge_pages(reinterpret_cast<void*>(first), size);
   return reinterpret_cast<void*>(first);
 }
 

@@ -1,5 +1,7 @@
 #include "cpu/limits.h"
 
+#include <algorithm>
+#include <array>
 #include <chrono>
 #include <cstdint>
 #include <cstdlib>
@@ -8,9 +10,8 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
+
+#include "cpu/huge_pages.h"
 
 namespace moe_ops::cpu {
 
@@ -20,6 +21,8 @@ using Clock = std::chrono::steady_clock;
 // Writes of results that nobody reads: the loops must not be optimised away.
 volatile float float_sink;
 volatile uint64_t int_sink;
+// Of a loop that asks for lines, in bytes.
+constexpr size_t kReadAhead = 1024;
 
 // kChains independent sums: at least latency x units, 4 x 2, and few enough to stay in registers.
 #define MOE_FMA_LOOP(name, target, vec_bytes, chains)                                          \
@@ -36,20 +39,23 @@ volatile uint64_t int_sink;
   }
 
 // Four streams, a line of each in turn: one stream alone leaves a fifth of the bandwidth unused.
-#define MOE_READ_LOOP(name, target, vec_bytes)                               \
-  target uint64_t name(const char* data, size_t bytes) {                     \
-    typedef uint64_t Vec __attribute__((vector_size(vec_bytes), may_alias)); \
-    const size_t part = bytes / 4;                                           \
-    Vec sums[4] = {};                                                        \
-    for (size_t i = 0; i < part; i += 64) {                                  \
-      _Pragma("GCC unroll 4") for (size_t s = 0; s < 4; ++s) {               \
-        _Pragma("GCC unroll 4") for (size_t v = 0; v < 64; v += vec_bytes) { \
-          sums[s] |= *reinterpret_cast<const Vec*>(data + s * part + i + v); \
-        }                                                                    \
-      }                                                                      \
-    }                                                                        \
-    const Vec all = sums[0] | sums[1] | sums[2] | sums[3];                   \
-    return all[0];                                                           \
+// `ahead`: how far ahead lines are asked for, which helps some processors and hinders others.
+#define MOE_READ_LOOP(name, target, vec_bytes)                                 \
+  template <size_t ahead>                                                      \
+  target uint64_t name(const char* data, size_t bytes) {                       \
+    typedef uint64_t Vec __attribute__((vector_size(vec_bytes), may_alias));   \
+    const size_t part = bytes / 4;                                             \
+    Vec sums[4] = {};                                                          \
+    for (size_t i = 0; i < part; i += 64) {                                    \
+      _Pragma("GCC unroll 4") for (size_t s = 0; s < 4; ++s) {                 \
+        if (ahead != 0) __builtin_prefetch(data + s * part + i + ahead, 0, 2); \
+        _Pragma("GCC unroll 4") for (size_t v = 0; v < 64; v += vec_bytes) {   \
+          sums[s] |= *reinterpret_cast<const Vec*>(data + s * part + i + v);   \
+        }                                                                      \
+      }                                                                        \
+    }                                                                          \
+    const Vec all = sums[0] | sums[1] | sums[2] | sums[3];                     \
+    return all[0];                                                             \
   }
 
 #define MOE_NO_TARGET
@@ -140,40 +146,43 @@ std::vector<double> flop_rates(int64_t (*loop)(int64_t), double seconds) {
   return rates;
 }
 
-std::vector<double> read_rates(uint64_t (*loop)(const char*, size_t), size_t bytes,
-                               double seconds) {
-  constexpr size_t kHugePage = size_t{2} << 20;
+// Of two loops in turns: those of the faster one.
+using ReadLoop = uint64_t (*)(const char*, size_t);
+std::vector<double> read_rates(std::array<ReadLoop, 2> loops, size_t bytes, double seconds) {
   const size_t mapped = (bytes + kHugePage - 1) / kHugePage * kHugePage;
   bytes = (bytes + 255) / 256 * 256;  // four streams of whole lines
   char* data = static_cast<char*>(std::aligned_alloc(kHugePage, mapped));
   if (data == nullptr) return {};
-#if defined(__linux__)
-  madvise(data, mapped, MADV_HUGEPAGE);
-#endif
+  advise_huge_pages(data, mapped);
   std::memset(data, 1, bytes);
-  std::vector<double> rates;
-  for (const auto begin = Clock::now(); rates.size() < 3 || seconds_since(begin) < seconds;) {
+  std::array<std::vector<double>, 2> rates;
+  const auto begin = Clock::now();
+  for (size_t i = 0; i < 6 || seconds_since(begin) < seconds; ++i) {
     const auto start = Clock::now();
-    int_sink = loop(data, bytes);
-    rates.push_back(static_cast<double>(bytes) / seconds_since(start));
+    int_sink = loops[i % 2](data, bytes);
+    rates[i % 2].push_back(static_cast<double>(bytes) / seconds_since(start));
   }
   std::free(data);
-  return rates;
+  const auto median = [](std::vector<double> v) {
+    std::nth_element(v.begin(), v.begin() + v.size() / 2, v.end());
+    return v[v.size() / 2];
+  };
+  return rates[median(rates[1]) > median(rates[0])];
 }
 
 }  // namespace
 
 Limits measure_limits(Isa isa, size_t bytes, double seconds) {
   auto fma = fma_portable;
-  auto read = read_portable;
+  std::array<ReadLoop, 2> read = {read_portable<0>, read_portable<kReadAhead>};
   int64_t (*dot)(int64_t) = nullptr;
 #if defined(__x86_64__)
   if (isa >= Isa::kAvx512) {
     fma = avx512::fma;
-    read = avx512::read;
+    read = {avx512::read<0>, avx512::read<kReadAhead>};
   } else if (isa == Isa::kAvx2) {
     fma = avx2::fma;
-    read = avx2::read;
+    read = {avx2::read<0>, avx2::read<kReadAhead>};
   }
   if (isa >= Isa::kAvx512Bf16) dot = avx512_bf16::dot;
 #if defined(MOE_OPS_HAS_AMX)

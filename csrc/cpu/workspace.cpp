@@ -3,16 +3,13 @@
 #include <cstdlib>
 #include <new>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
+#include "cpu/huge_pages.h"
 
 namespace moe_ops::cpu {
 
 namespace {
 
 constexpr size_t kAlignment = 64;
-constexpr size_t kHugePage = size_t{2} << 20;
 // Smaller blocks would waste up to half of their last page.
 constexpr size_t kHugeFrom = size_t{8} << 20;
 constexpr size_t kKeepBytes = size_t{256} << 20;
@@ -49,9 +46,7 @@ void* scratch_bytes(Scratch slot, size_t bytes) {
   block.data = std::aligned_alloc(alignment, size);
   if (block.data == nullptr) throw std::bad_alloc();
   block.size = size;
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  if (alignment == kHugePage) madvise(block.data, size, MADV_HUGEPAGE);
-#endif
+  if (alignment == kHugePage) advise_huge_pages(block.data, size);
   return block.data;
 }
 

@@ -12,6 +12,7 @@
 
 #include "cpu/buffer_cache.h"
 #include "cpu/cpu_isa.h"
+#include "cpu/huge_pages.h"
 #include "cpu/limits.h"
 #include "cpu/pack.h"
 #include "cuda/moe_ffn/choose.h"
@@ -114,4 +115,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("cached_bytes", &cached_bytes);
   m.def("cache_limit", &cache_limit);
   m.def("release_cached", &release_cached);
+  m.def(
+      "use_huge_pages",
+      [](uintptr_t data, size_t bytes) {
+        const py::gil_scoped_release released;
+        return use_huge_pages(reinterpret_cast<void*>(data), bytes);
+      },
+      py::arg("data"), py::arg("bytes"));
 }

@@ -31,6 +31,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from moe_ops import _C
+from moe_ops.memory import settle
 from moe_ops.ops import moe_ffn, moe_ffn_packed, pack_experts
 from moe_ops.ops.gated_act import GATED_ACTIVATIONS
 from moe_ops.ops.moe_ffn_packed import packed_bytes_of
@@ -248,6 +249,8 @@ def expert_ffn(
         halves = activation in GATED_ACTIVATIONS and not interleaved
         others = (x, topk_weights, b_gate_up, b_down)
         copies = _copies_for(bank, BankWeights(w_gate_up, w_down, halves), others, topk_ids)
+        if copies is None and not _is_traced():
+            settle(bank, w_gate_up, w_down)
     if copies is None:
         return moe_ffn(x, w_gate_up, w_down, topk_weights, topk_ids, **kwargs)
     stale = _C.stale_panels()

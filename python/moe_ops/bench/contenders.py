@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import moe_ops
+from moe_ops import memory
 from moe_ops.bench.shapes import INT4_GROUP, Bank, Tokens
 
 Call = Callable[[], Tensor]
@@ -69,12 +70,14 @@ def tolerance(weight_format: str) -> float:
 
 
 class MoeOps(Contender):
-    """moe_ffn on the weights as they are."""
+    """moe_ffn on the weights as they are, but in huge pages, where layers keep them."""
 
     name = "moe_ops"
     package = "torch-moe-ops"
 
     def prepare(self, bank: Bank, weight_format: str) -> Bind:
+        bank = bank.in_huge_pages()
+
         def bind(tokens: Tokens) -> Call:
             arguments = (tokens.x, bank.w_gate_up, bank.w_down)
             return lambda: moe_ops.moe_ffn(*arguments, tokens.topk_weights, tokens.topk_ids)
@@ -118,6 +121,7 @@ class MoeOpsQuantized(MoeOps):
     def prepare(self, bank: Bank, weight_format: str) -> Bind:
         quantize = quantize_int8 if weight_format == "int8" else quantize_int4
         weights = (*quantize(bank.w_gate_up), *quantize(bank.w_down))
+        memory.use_huge_pages(*weights)
         op: Any = getattr(moe_ops, "moe_ffn_quantized")  # noqa: B009  Absent in older builds.
 
         def bind(tokens: Tokens) -> Call:

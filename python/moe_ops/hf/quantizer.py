@@ -104,6 +104,7 @@ class ExpertsQuantizer(HfQuantizer):
                         raise ValueError(
                             f"from_pretrained: the checkpoint must hold {name}.{key}, got none."
                         )
+                module.settle()
         return model
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:

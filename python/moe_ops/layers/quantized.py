@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_ops import packing
+from moe_ops import memory, packing
 from moe_ops.ops import moe_ffn_quantized
 from moe_ops.quant.convert import quantize_experts
 from moe_ops.quant.formats import (
@@ -255,6 +255,7 @@ class QuantizedExperts(nn.Module):
         for name, buffer in self.named_buffers(recurse=False):
             setattr(result, name, buffer.clone() if name == "x_scale" else buffer[rows])
         result.scale_exponent = self.scale_exponent
+        result.settle()
         return result.train(self.training)
 
     def append(self, *_: Any, **__: Any) -> QuantizedExperts:
@@ -305,6 +306,10 @@ class QuantizedExperts(nn.Module):
         """ "int8", or "int4" with its group size: "int4 g64"."""
         return "int8" if self.group_size is None else f"int4 g{self.group_size}"
 
+    def settle(self) -> None:
+        """Moves weights and scales to huge pages, see `moe_ops.memory`; after they were filled."""
+        memory.settle(self, self.w_gate_up, self.w_gate_up_scale, self.w_down, self.w_down_scale)
+
     def check(self, name: str = "QuantizedExperts") -> None:
         """Raises ValueError where a buffer does not have the type and shape of the format."""
         wanted = type(self)(self.num_experts, device="meta", **self.config())
@@ -334,6 +339,7 @@ class QuantizedExperts(nn.Module):
                 on_meta = "meta" in (old.device.type, new.device.type)
                 same = torch.empty_like(old, device=new.device) if on_meta else old.to(new.device)
                 self._buffers[name] = same
+        self.settle()
         return self
 
     def _load_from_state_dict(
@@ -366,6 +372,7 @@ class QuantizedExperts(nn.Module):
             unexpected_keys,
             error_msgs,
         )
+        self.settle()
 
 
 def _mismatch(name: str, got: Tensor | None, wanted: Tensor) -> str | None:

@@ -132,6 +132,7 @@ def fill(experts: Any, bank: FloatBank, x_scale: torch.Tensor | None = None) -> 
         bias = getattr(bank, name)
         if bias is not None:
             getattr(experts, name).copy_(bias)
+    experts.settle()
 
 
 def check_sizes(name: str, bank: FloatBank, group_size: int | None) -> None:
