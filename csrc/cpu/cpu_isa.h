@@ -33,8 +33,10 @@ struct Tuning {
   // Rows of an expert up to which products of bfloat16 pairs (vdpbf16ps) are no slower than fp32
   // ones.
   int64_t pairs_max_rows;
-  // Whether streams of packed weights from memory gain by asking ahead of the hardware prefetcher.
-  bool streams_ahead;
+  // How far ahead of itself, in bytes, a stream of packed weights asks where the bank is not found
+  // in an L3: from stream_ahead_bank bytes of it on.
+  int64_t stream_ahead, stream_ahead_bank;
+  bool avx2_streams_ahead;  // whether with AVX2 too
   // Whether what tiles ask for comes faster from its two halves in turns.
   bool fetch_halves;
   // Rows of an expert up to which several packed panels are read at once without asking, where the

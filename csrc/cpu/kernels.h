@@ -393,12 +393,12 @@ struct Kernels {
   void (*widen_panel[4])(int64_t kc, const void* panel, T* dst);
   int widen_tiles[4];
   // The same for m <= stream_rows and num_panel_streams[m - 1] panels, `stride` bytes apart: the
-  // sums of panel s go to c[s]. Index: [type][asks for memory ahead][m - 1].
+  // sums of panel s go to c[s]. Index: [type][asks for what is `ahead` bytes further][m - 1].
   using PanelStreams = void (*)(int64_t kc, const T* a, const void* panel, int64_t stride,
-                                T* const* c, int64_t ldc, bool accumulate);
+                                T* const* c, int64_t ldc, bool accumulate, int64_t ahead);
   int stream_rows;  // at most kMaxStreamRows
   int num_panel_streams[kMaxStreamRows];
-  bool streams_ahead;  // asking pays where weights come from memory (cpu_isa.h)
+  int64_t stream_ahead, stream_ahead_bank;  // where asking pays (cpu_isa.h)
   PanelStreams panel_streams[4][2][kMaxStreamRows];
 
   // Products of bfloat16 operands without widening them: the same tiles where an element of a and

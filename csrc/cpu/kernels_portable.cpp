@@ -7,6 +7,7 @@
 #define MOE_DOT_TOKENS 2
 #define MOE_DOT_MAX_ROWS 2
 #include <algorithm>
+#include <limits>
 
 #include "cpu/cpu_isa.h"
 #include "cpu/kernels-inl.h"
@@ -41,12 +42,15 @@ template <class T>
 Kernels<T> tuned(Kernels<T> k) {
   const Tuning& t = tuning();
   k.pairs_max_rows = t.pairs_max_rows;
-  k.streams_ahead = t.streams_ahead;
+  k.stream_ahead = t.stream_ahead;
+  const bool avx2 = k.dot_tokens == 2;
+  k.stream_ahead_bank =
+      avx2 && !t.avx2_streams_ahead ? std::numeric_limits<int64_t>::max() : t.stream_ahead_bank;
   k.fetch_halves = t.fetch_halves;
   k.stream_rows = std::min(k.stream_rows, t.stream_rows);
   k.panel_rows = t.panel_rows;
   k.dot_ahead = t.dot_ahead;
-  if (k.dot_tokens == 2) k.dot_max_rows = std::min(k.dot_max_rows, t.dot_rows_by_two);
+  if (avx2) k.dot_max_rows = std::min(k.dot_max_rows, t.dot_rows_by_two);
   k.rank_one_pass = t.rank_one_pass;
   return k;
 }

@@ -133,7 +133,7 @@ bool panels_right(const Kernels<T>& k, const Kernels<T>& portable, Numbers<T>& n
         std::vector<T> sums(static_cast<size_t>(read), T(NAN));
         T* streams[kStreams];
         for (int64_t s = 0; s < kStreams; ++s) streams[s] = sums.data() + s * size;
-        table[m - 1](depth, a.data(), panels.data(), panel_bytes, streams, P, false);
+        table[m - 1](depth, a.data(), panels.data(), panel_bytes, streams, P, false, 0);
         if (!close(sums, {truth.begin(), truth.begin() + read})) return false;
       }
     }
@@ -899,7 +899,7 @@ bool pairs_right(const Kernels<float>& k, const Kernels<float>& portable, Number
       std::vector<float> sums(truth.size(), NAN);
       float* streams[kStreams];
       for (int64_t s = 0; s < kStreams; ++s) streams[s] = sums.data() + s * m * kCols;
-      table[m - 1](kPairs, row.data(), panels.data(), kPairs * kCols * 4, streams, kCols, false);
+      table[m - 1](kPairs, row.data(), panels.data(), kPairs * kCols * 4, streams, kCols, false, 0);
       if (!close(sums, truth)) return false;
     }
   }

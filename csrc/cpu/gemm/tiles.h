@@ -247,7 +247,7 @@ void panel_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, c
       // A share of the item's panels for each stream, so that streams are long.
       const int64_t streams = k.num_panel_streams[m - 1], share = count / streams;
       const bool ahead =
-          k.streams_ahead && d.num_experts * layout.expert_bytes() >= kStreamAheadBytes;
+          m <= kStreamAheadRows && d.num_experts * layout.expert_bytes() >= k.stream_ahead_bank;
       const auto run =
           kPairs ? k.pair_panel_streams[ahead][m - 1] : k.panel_streams[type][ahead][m - 1];
       T* c[8];
@@ -256,7 +256,7 @@ void panel_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, c
         for (int64_t b = 0; b < k_blocks; ++b) {
           run(std::min(block_k, depth - b * block_k), a + b * m * kLda,
               first + done * layout.panel_bytes + b * block_k * size, share * layout.panel_bytes, c,
-              ldc, b > 0);
+              ldc, b > 0, k.stream_ahead);
         }
       }
       done = share * streams;

@@ -219,17 +219,16 @@ constexpr int kStreamRows = MOE_VEC_BYTES == 64 ? 5 : 3;
 
 // Several panels at once for m rows: the hardware prefetcher follows each, and together they reach
 // the memory bandwidth that one stream does not. Where the prefetcher is late, kAhead asks ahead of
-// it (Kernels::streams_ahead). No more panels than registers hold sums of: 12 vectors with AVX2, 24
+// it (Kernels::stream_ahead). No more panels than registers hold sums of: 12 vectors with AVX2, 24
 // with AVX-512.
 constexpr int num_panel_streams(int m) {
   const int panels = MOE_MR2 / m;
   return panels >= 4 ? 4 : panels >= 2 ? 2 : 1;
 }
 
-constexpr int64_t kStreamAhead = 4096;  // bytes
 template <class T, class S, int M, bool kAhead>
 void panel_streams(int64_t kc, const T* a, const void* panel_data, int64_t stride, T* const* c,
-                   int64_t ldc, bool accumulate) {
+                   int64_t ldc, bool accumulate, [[maybe_unused]] int64_t ahead) {
   constexpr int W = kLanes<T>, kStreams = num_panel_streams(M);
   constexpr int kPair = sizeof(S) == sizeof(T) ? 1 : 2;  // steps of k that lie side by side
   Vec<T> acc[kStreams][M][2] = {};
@@ -241,7 +240,7 @@ void panel_streams(int64_t kc, const T* a, const void* panel_data, int64_t strid
       if constexpr (kAhead) {
 #pragma GCC unroll 2
         for (int64_t line = 0; line < 2 * MOE_VEC_BYTES; line += 64) {
-          __builtin_prefetch(panel + s * stride + kStreamAhead + line, 0, 2);
+          __builtin_prefetch(panel + s * stride + ahead + line, 0, 2);
         }
       }
 #pragma GCC unroll 2
