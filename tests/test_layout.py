@@ -36,6 +36,7 @@ SHARED = {
     "csrc/include/moe_ops": {"activation", "common", "router_bwd"},
     "csrc/cpu": {
         "buffer_cache",
+        "huge_pages",
         "cpu_isa",
         "kernels_amx",
         "kernels_avx2",
