@@ -36,8 +36,8 @@ SHARED = {
     "csrc/include/moe_ops": {"activation", "common", "router_bwd"},
     "csrc/cpu": {
         "buffer_cache",
-        "huge_pages",
         "cpu_isa",
+        "huge_pages",
         "kernels_amx",
         "kernels_avx2",
         "kernels_avx512",
