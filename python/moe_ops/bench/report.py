@@ -43,8 +43,9 @@ The experts of one layer for T tokens, routing given. *Floor* is the time that t
 allow: the larger of operations at peak and bytes of the experts used at the rate at which a buffer
 of that size can be read again and again, from a cache or from memory. (Files without rates of
 caches: from memory; a share above 100 % means that the weights were in a cache.) *Ours* reads
-packed weights, as layers do in inference; *best peer* is the fastest of all others. `~`: fewer than
-three samples did not have to wait for a core."""
+packed weights, as layers do in inference; *best peer* is the fastest of all others. The weights of
+moe_ops lie in huge pages, where its layers keep them (before commit 81c9e05 only packed ones). `~`:
+fewer than three samples did not have to wait for a core."""
 _QUANTIZED = """\
 Weights were bf16; int8 has a scale a row, int4 one for 32 weights (ONNX Runtime: 128). Errors are
 relative to the unquantised layer in fp64."""
