@@ -11,14 +11,13 @@
 #endif
 
 #include "cpu/huge_pages.h"
+#include "moe_ops/common.h"
 
 namespace moe_ops::cpu {
 
 #if defined(__linux__) && defined(MADV_HUGEPAGE) && defined(MADV_FREE)
 
 namespace {
-
-size_t round_to_huge_pages(size_t bytes) { return (bytes + kHugePage - 1) / kHugePage * kHugePage; }
 
 size_t read_limit() {
   if (const char* text = std::getenv("MOE_OPS_CACHE_MB")) {
@@ -36,7 +35,7 @@ void* map_aligned(size_t size) {
       mmap(nullptr, size + kHugePage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (raw == MAP_FAILED) return nullptr;
   const auto begin = reinterpret_cast<uintptr_t>(raw);
-  const uintptr_t first = (begin + kHugePage - 1) & ~(kHugePage - 1);
+  const uintptr_t first = round_up<uintptr_t>(begin, kHugePage);
   if (first > begin) munmap(raw, first - begin);
   const uintptr_t tail = begin + kHugePage - first;
   if (tail > 0) munmap(reinterpret_cast<void*>(first + size), tail);
@@ -52,7 +51,7 @@ struct Block {
 class Cache {
  public:
   void* acquire(size_t bytes) {
-    const size_t size = round_to_huge_pages(bytes);
+    const size_t size = round_up(bytes, kHugePage);
     std::lock_guard<std::mutex> lock(mutex_);
     // The smallest kept block that fits and wastes at most a quarter.
     auto best = kept_.end();

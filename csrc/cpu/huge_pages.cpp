@@ -8,6 +8,8 @@
 #include <sys/mman.h>
 #endif
 
+#include "moe_ops/common.h"
+
 namespace moe_ops::cpu {
 
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
@@ -26,7 +28,7 @@ size_t use_huge_pages(void* data, size_t bytes) {
   const auto address = reinterpret_cast<uintptr_t>(data);
   const uintptr_t end = (address + bytes) & ~(kHugePage - 1);
   size_t moved = 0;
-  for (uintptr_t at = (address + kHugePage - 1) & ~(kHugePage - 1); at < end; at += kPart) {
+  for (uintptr_t at = round_up<uintptr_t>(address, kHugePage); at < end; at += kPart) {
     const size_t size = std::min<size_t>(kPart, end - at);
     if (madvise(reinterpret_cast<void*>(at), size, kMadvCollapse) == 0) {
       moved += size;

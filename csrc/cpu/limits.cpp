@@ -12,6 +12,7 @@
 #endif
 
 #include "cpu/huge_pages.h"
+#include "moe_ops/common.h"
 
 namespace moe_ops::cpu {
 
@@ -149,8 +150,8 @@ std::vector<double> flop_rates(int64_t (*loop)(int64_t), double seconds) {
 // Of two loops in turns: those of the faster one.
 using ReadLoop = uint64_t (*)(const char*, size_t);
 std::vector<double> read_rates(std::array<ReadLoop, 2> loops, size_t bytes, double seconds) {
-  const size_t mapped = (bytes + kHugePage - 1) / kHugePage * kHugePage;
-  bytes = (bytes + 255) / 256 * 256;  // four streams of whole lines
+  const size_t mapped = round_up(bytes, kHugePage);
+  bytes = round_up<size_t>(bytes, 256);  // four streams of whole lines
   char* data = static_cast<char*>(std::aligned_alloc(kHugePage, mapped));
   if (data == nullptr) return {};
   advise_huge_pages(data, mapped);

@@ -41,7 +41,7 @@ void* scratch_bytes(Scratch slot, size_t bytes) {
   // Grow by half again, so that a slowly rising T does not reallocate on every call.
   size_t size = bytes + bytes / 2 + kAlignment;
   const size_t alignment = size >= kHugeFrom ? kHugePage : kAlignment;
-  size = (size + alignment - 1) / alignment * alignment;
+  size = round_up(size, alignment);
   block.reset();
   block.data = std::aligned_alloc(alignment, size);
   if (block.data == nullptr) throw std::bad_alloc();

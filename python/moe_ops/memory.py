@@ -68,16 +68,15 @@ def use_huge_pages(*owners: Tensor | nn.Module) -> int:
         else:
             tensors += [*owner.parameters(), *owner.buffers()]
     # Views and tied weights share a storage.
-    storages = [t.untyped_storage() for t in tensors if _is_plain(t)]
+    storages = [t.untyped_storage() for t in tensors if is_plain(t)]
     sizes = {s.data_ptr(): s.nbytes() for s in storages if s.nbytes() >= _HUGE_FROM}
     return sum(_C.use_huge_pages(address, size) for address, size in sizes.items())
 
 
 def settle(bank: nn.Module, *weights: Tensor) -> None:
     """use_huge_pages by itself: once for each memory that the weights of a bank have had."""
-    if not _by_themselves or all(w.nbytes < _HUGE_FROM for w in weights):
-        return
-    if not all(_is_plain(w) for w in weights):
+    large = any(w.nbytes >= _HUGE_FROM for w in weights)
+    if not (_by_themselves and large and all(is_plain(w) for w in weights)):
         return
     try:
         addresses = tuple(w.data_ptr() for w in weights)
@@ -88,7 +87,7 @@ def settle(bank: nn.Module, *weights: Tensor) -> None:
         use_huge_pages(*(w for w in weights if not w.is_shared()))
 
 
-def _is_plain(tensor: Tensor) -> bool:
+def is_plain(tensor: Tensor) -> bool:
     """Whether the tensor has memory of its own; fake and sharded ones are subclasses."""
     return (
         type(tensor) in (Tensor, nn.Parameter)

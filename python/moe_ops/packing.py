@@ -31,7 +31,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from moe_ops import _C
-from moe_ops.memory import settle
+from moe_ops.memory import is_plain, settle
 from moe_ops.ops import moe_ffn, moe_ffn_packed, pack_experts
 from moe_ops.ops.gated_act import GATED_ACTIVATIONS
 from moe_ops.ops.moe_ffn_packed import packed_bytes_of
@@ -406,15 +406,9 @@ def _reserve(state: _State, weights: BankWeights, settings: _Settings) -> bool:
 
 
 def _plain(weights: BankWeights) -> bool:
-    """Dense CPU tensors of a type that moe_ffn takes; fake and sharded ones are subclasses."""
+    """Dense CPU tensors of a type that moe_ffn takes."""
     return (
-        all(
-            type(w) in (Tensor, nn.Parameter)
-            and w.device.type == "cpu"
-            and w.layout == torch.strided
-            and w.dim() == 3
-            for w in weights[:2]
-        )
+        all(is_plain(w) and w.dim() == 3 for w in weights[:2])
         and weights.w_gate_up.dtype == weights.w_down.dtype
         and weights.w_down.dtype in _FLOATS
     )

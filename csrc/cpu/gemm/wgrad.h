@@ -3,6 +3,7 @@
 
 #include "cpu/gemm/amx.h"
 #include "cpu/gemm/plan.h"
+#include "cpu/huge_pages.h"
 
 namespace moe_ops::cpu {
 
@@ -189,9 +190,9 @@ inline WgradPlan wgrad_plan(const GroupedWgradParams& p, int num_threads) {
   // The output is usually fresh memory, and the first write into a huge page clears all of it. Two
   // threads that meet in one page both clear it, so an item covers a page at least, unless that
   // leaves threads idle.
-  constexpr int64_t kHugePage = int64_t{2} << 20;
   // Each item copies the rows of x. The fewer there are, the less work the copies serve.
-  const int64_t item_bytes = p.expert_offsets[E] <= kFewWgradRows * E ? 3 * kHugePage : kHugePage;
+  const int64_t item_bytes =
+      p.expert_offsets[E] <= kFewWgradRows * E ? int64_t{3 * kHugePage} : int64_t{kHugePage};
   int64_t features = std::max(kFeatureBlock / 2, ceil_div(item_bytes, J * dtype_size(p.out_type)));
   if (E * ceil_div(O, features) < 4 * num_threads) features = kFeatureBlock / 2;
   plan.features = balanced(O, features, 1);

@@ -76,7 +76,7 @@ class MoeOps(Contender):
     package = "torch-moe-ops"
 
     def prepare(self, bank: Bank, weight_format: str) -> Bind:
-        bank = bank.in_huge_pages()
+        bank = bank.in_huge_pages
 
         def bind(tokens: Tokens) -> Call:
             arguments = (tokens.x, bank.w_gate_up, bank.w_down)

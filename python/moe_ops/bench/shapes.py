@@ -56,6 +56,7 @@ class Bank:
     def dtype(self) -> torch.dtype:
         return self.w_gate_up.dtype
 
+    @cached_property
     def in_huge_pages(self) -> Bank:
         """A copy whose weights lie as those of layers of moe_ops do."""
 

@@ -38,7 +38,7 @@ OURS = "moe_ops"
 
 def steps(bank: Bank, tokens: Tokens, grad_y: Tensor) -> dict[str, Step]:
     """The contenders. Each step returns the gradients of x, of w_gate_up and of w_down."""
-    absent, own = skipped(), bank.in_huge_pages()
+    absent, own = skipped(), bank.in_huge_pages
     return {
         name: STEPS[name](own if name.startswith(OURS) else bank, tokens, grad_y)
         for name in TIMED
