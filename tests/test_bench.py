@@ -154,8 +154,23 @@ def test_a_known_first_call_may_save_the_second(clock, first, warm_up):
 
 def test_fast_jobs_repeat_within_a_sample(clock):
     samples = timing.alternate({"job": clock.job("job", 1e-3)}, budget_s=0.0, max_rounds=3)
-    assert len(clock.calls) == 2 + 3 * 10
+    assert len(clock.calls) == 2 + 3 * (1 + 10)
     assert samples["job"].median == pytest.approx(1e-3)
+
+
+def test_a_short_job_does_not_pay_for_what_the_one_before_left_in_caches(clock):
+    def job(name, seconds):
+        def call():
+            cold = clock.calls[-1:] != [name]
+            clock.calls.append(name)
+            clock.now += (3 if cold else 1) * seconds
+
+        return call
+
+    jobs = {"short": job("short", 0.006), "long": job("long", 0.1)}
+    samples = timing.alternate(jobs, budget_s=0.0, max_rounds=3)
+    assert samples["short"].median == pytest.approx(0.006)
+    assert samples["long"].median == pytest.approx(0.3)
 
 
 @pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="no schedstat here")

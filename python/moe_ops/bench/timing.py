@@ -1,8 +1,10 @@
 """Contenders in turns: a change of the machine's speed meets all of them.
 
-Every round runs each job once, in an order that turns from round to round. A sample in which a
-thread of ours waited for a core that another process held is repeated once and, if that one waited
-too, left out. Times are medians, ratios the medians of the ratios of a round.
+Every round runs each job once, in an order that turns from round to round. A short job runs once
+untimed before its sample: the limits it is compared with are those of warm caches, and in turns it
+would find there what the job before it left. A sample in which a thread of ours waited for a core
+that another process held is repeated once and, if that one waited too, left out. Times are medians,
+ratios the medians of the ratios of a round.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ _TASKS = Path("/proc/self/task")
 # A round of a fast job repeats it, so that the clock and the scheduler do not decide.
 _SAMPLE_S = 0.01
 _MAX_REPEATS = 200
+# A job that takes longer reads more than a cache holds, or computes longer than reading it takes.
+_SHORT_S = 0.02
 # Of a sample's time; below, waiting is lost in the noise.
 _WAIT_SHARE = 0.02
 
@@ -58,7 +62,6 @@ def alternate(
     min_rounds: int = 3,
     max_rounds: int = 41,
     slow_s: float = 6.0,
-    repeats: bool = True,
     first_s: Mapping[str, float] | None = None,
 ) -> dict[str, Samples]:
     """Runs the jobs in turns until the budget is spent.
@@ -69,7 +72,6 @@ def alternate(
         min_rounds, max_rounds: of every job but slow ones.
         slow_s: a job whose second call takes longer is not called again. One that would take a
             sixth of the budget a round stops after `min_rounds`.
-        repeats: let a fast job run several times a sample.
         first_s: seconds of a first call, of jobs that have been called.
 
     Returns:
@@ -77,7 +79,7 @@ def alternate(
     """
     samples = {name: Samples() for name in jobs}
     counts: dict[str, int] = {}
-    slow: set[str] = set()
+    short, slow = set[str](), set[str]()
     for name, job in jobs.items():
         known = (first_s or {}).get(name)
         first = _timed(job, 1) if known is None else known
@@ -89,8 +91,8 @@ def alternate(
             samples[name].seconds[0] = second
             continue
         counts[name] = max(1, min(_MAX_REPEATS, round(_SAMPLE_S / max(1e-6, second))))
-        if not repeats:
-            counts[name] = 1
+        if second < _SHORT_S:
+            short.add(name)
         if second > budget_s / 6:
             slow.add(name)
     names = list(counts)
@@ -102,6 +104,8 @@ def alternate(
         for name in names[shift:] + names[:shift]:
             if name in slow and round_number >= min_rounds:
                 continue
+            if name in short:
+                jobs[name]()
             _take(samples[name], round_number, jobs[name], counts[name])
     return samples
 
