@@ -22,6 +22,9 @@ using Clock = std::chrono::steady_clock;
 // Writes of results that nobody reads: the loops must not be optimised away.
 volatile float float_sink;
 volatile uint64_t int_sink;
+// Read at run time: of a constant the compiler would see that the chain that starts at 1 stays
+// there, and would drop it.
+volatile float decay = 0.999f;
 // Of a loop that asks for lines, in bytes.
 constexpr size_t kReadAhead = 1024;
 
@@ -29,7 +32,7 @@ constexpr size_t kReadAhead = 1024;
 #define MOE_FMA_LOOP(name, target, vec_bytes, chains)                                          \
   target int64_t name(int64_t steps) {                                                         \
     typedef float Vec __attribute__((vector_size(vec_bytes)));                                 \
-    const Vec a = Vec{} + 0.999f, b = Vec{} + 0.001f;                                          \
+    const Vec a = Vec{} + decay, b = 1.0f - a;                                                 \
     Vec sums[chains];                                                                          \
     for (int c = 0; c < chains; ++c) sums[c] = Vec{} + static_cast<float>(c);                  \
     for (int64_t i = 0; i < steps; ++i) {                                                      \
