@@ -16,6 +16,10 @@ constexpr int64_t kKc = 192;
 // Row pitch of a broadcast block stored one row a line ("row form"): the pad keeps the rows of a
 // block out of the same L1 set, and being a constant it turns every row into an address offset.
 constexpr int64_t kLda = kKc + 16;
+// The same for weights packed ahead. Their panels are read from L2 by every tile, which a core's
+// window hides, so a block need not fit an L1, and each begins and ends with a tile of sums.
+constexpr int64_t kPanelDepth = 1024;
+constexpr int64_t kPanelLda = kPanelDepth + 16;
 // Row pitch of a broadcast block stored one summed index a line ("column form").
 constexpr int64_t kLdm = 128;
 // Largest number of tokens that the dot kernel takes at once.
@@ -377,10 +381,10 @@ struct Kernels {
   CopyingMicro copying_row_a[2][kMaxMr];
 
   // Weights packed ahead of time, as the vector side (pack.h). For i < m, j < 2*lanes:
-  // c[i*ldc + j] (+)= sum_k a[i*kLda + k] * panel(k, j). A panel holds [kc][2*lanes] elements of T,
-  // or pairs of k of a half type, [kc/2][2*lanes][2], kc even. Each step, one k or one pair, the
-  // tile prefetches the line at `ahead` and, with tile_lines = 2, the one at `ahead + far`; then
-  // `ahead` moves on by ahead_step. Index: [type, kFloat64 like kFloat32][m - 1].
+  // c[i*ldc + j] (+)= sum_k a[i*kPanelLda + k] * panel(k, j). A panel holds [kc][2*lanes] elements
+  // of T, or pairs of k of a half type, [kc/2][2*lanes][2], kc even. Each step, one k or one pair,
+  // the tile prefetches the line at `ahead` and, with tile_lines = 2, the one at `ahead + far`;
+  // then `ahead` moves on by ahead_step. Index: [type, kFloat64 like kFloat32][m - 1].
   using PanelTile = void (*)(int64_t kc, const T* a, const void* panel, T* c, int64_t ldc,
                              bool accumulate, const char* ahead, int64_t far, int64_t ahead_step);
   int tile_lines;

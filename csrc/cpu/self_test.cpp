@@ -109,14 +109,16 @@ bool panels_right(const Kernels<T>& k, const Kernels<T>& portable, Numbers<T>& n
     }
     for (int m = 1; m <= k.mr2; ++m) {
       const int64_t size = m * P;
-      std::vector<T> a(static_cast<size_t>(m * kLda)), truth(static_cast<size_t>(kStreams * size));
+      std::vector<T> a(static_cast<size_t>(m * kPanelLda)),
+          truth(static_cast<size_t>(kStreams * size));
       const std::vector<T> values = numbers.take(m * depth);
       for (int i = 0; i < m; ++i) {
         for (int64_t s = 0; s < depth; ++s) {
-          a[i * kLda + s] = values[i * depth + s];
+          a[i * kPanelLda + s] = values[i * depth + s];
           for (int64_t j = 0; j < kStreams * P; ++j) {
             truth[j / P * size + i * P + j % P] +=
-                a[i * kLda + s] * w[j / P * depth * P + (s / pair * P + j % P) * pair + s % pair];
+                values[i * depth + s] *
+                w[j / P * depth * P + (s / pair * P + j % P) * pair + s % pair];
           }
         }
       }
@@ -847,9 +849,11 @@ bool pairs_right(const Kernels<float>& k, const Kernels<float>& portable, Number
     const auto* wa = reinterpret_cast<const uint16_t*>(a16.data());
     std::vector<float> truth(static_cast<size_t>(kStreams * m * kCols));
     std::vector<float> row(static_cast<size_t>(m * kLda)), col(kPairs * kLdm);
+    std::vector<float> panel_row(static_cast<size_t>(m * kPanelLda));
     std::vector<uint16_t> even(static_cast<size_t>(m)), odd(static_cast<size_t>(m));
     for (int64_t i = 0; i < m; ++i) {
       std::memcpy(row.data() + i * kLda, wa + i * 2 * kPairs, 4 * kPairs);
+      std::memcpy(panel_row.data() + i * kPanelLda, wa + i * 2 * kPairs, 4 * kPairs);
       for (int64_t s = 0; s < 2 * kPairs; ++s) {
         for (int64_t j = 0; j < kStreams * kCols; ++j) {
           truth[(j / kCols * m + i) * kCols + j % kCols] +=
@@ -878,8 +882,8 @@ bool pairs_right(const Kernels<float>& k, const Kernels<float>& portable, Number
     std::vector<float> e(first.size(), NAN), f(first.size(), NAN), g(first.size(), NAN);
     k.pair_row_a[1][m - 1](kPairs, row.data(), panels.data(), e.data(), kCols, false, none);
     k.pair_col_a[1][m - 1](kPairs, col.data(), panels.data(), f.data(), kCols, false, none);
-    k.pair_panel_tile[m - 1](kPairs, row.data(), panels.data(), g.data(), kCols, false, b16.data(),
-                             0, 64);
+    k.pair_panel_tile[m - 1](kPairs, panel_row.data(), panels.data(), g.data(), kCols, false,
+                             b16.data(), 0, 64);
     if (!close(e, first) || !close(f, first) || !close(g, first)) return false;
     // Rounded by the tile itself, in place and past the cache.
     const std::vector<char> rounded = as_type(portable, DType::kBFloat16, f);
@@ -899,7 +903,8 @@ bool pairs_right(const Kernels<float>& k, const Kernels<float>& portable, Number
       std::vector<float> sums(truth.size(), NAN);
       float* streams[kStreams];
       for (int64_t s = 0; s < kStreams; ++s) streams[s] = sums.data() + s * m * kCols;
-      table[m - 1](kPairs, row.data(), panels.data(), kPairs * kCols * 4, streams, kCols, false, 0);
+      table[m - 1](kPairs, panel_row.data(), panels.data(), kPairs * kCols * 4, streams, kCols,
+                   false, 0);
       if (!close(sums, truth)) return false;
     }
   }

@@ -366,14 +366,7 @@ void load_tokens(const GemmDesc<T>& d, const Kernels<T>& k, int64_t r, int64_t k
     auto* halves = reinterpret_cast<uint16_t*>(dst);
     const int64_t n = std::min(2 * kc, d.in_features - 2 * k0);
     const char* src = element(row_of(d.a, r), d.a.type, 2 * k0);
-    if (d.k_scale != nullptr) {
-      float scaled[2 * kKc];
-      k.load_row(d.a.type, src, scaled, n, 1.0f);
-      k.quant.multiply_row(d.k_scale + 2 * k0, scaled, n);
-      k.store_row(DType::kBFloat16, scaled, halves, n);
-    } else {
-      load_bf16_row(k, d.a.type, src, n, 1.0f, nullptr, halves);
-    }
+    load_bf16_row(k, d.a.type, src, n, 1.0f, nullptr, halves);
     if (n < 2 * kc) halves[n] = 0;
   } else {
     k.load_row(d.a.type, element(row_of(d.a, r), d.a.type, k0), dst, kc,

@@ -219,13 +219,14 @@ void panel_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, c
   const int64_t K = kPairs ? ceil_div<int64_t>(d.in_features, 2) : d.in_features;
   // Blocks of equal depth: a short one would pay for its sums in memory with little arithmetic.
   // One row has no pitch, and no next row that would want the sums' registers.
-  const int64_t depth = round_up(K, step), block_k = m == 1 ? depth : balanced(depth, kKc, 8);
+  const int64_t depth = round_up(K, step),
+                block_k = m == 1 ? depth : balanced(depth, kPanelDepth, 8);
   const int64_t k_blocks = ceil_div(depth, block_k);
-  T* a = scratch<T>(Scratch::kTokens, m == 1 ? depth : k_blocks * m * kLda);
+  T* a = scratch<T>(Scratch::kTokens, m == 1 ? depth : k_blocks * m * kPanelLda);
   T* tile = scratch<T>(Scratch::kTile, m * round_up(part, P) * d.segments);
   for (int64_t t = 0; t < m; ++t) {
     for (int64_t b = 0; b < k_blocks; ++b) {
-      T* dst = a + (b * m + t) * kLda;
+      T* dst = a + (b * m + t) * kPanelLda;
       const int64_t kc = std::min(block_k, K - b * block_k);
       load_tokens<kPairs>(d, k, it.row_begin + t, b * block_k, kc, dst);
       if (b == k_blocks - 1 && depth > K) dst[kc] = T(0);
@@ -254,7 +255,7 @@ void panel_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, c
       for (; done < share; ++done) {
         for (int64_t s = 0; s < streams; ++s) c[s] = sums(done + s * share);
         for (int64_t b = 0; b < k_blocks; ++b) {
-          run(std::min(block_k, depth - b * block_k), a + b * m * kLda,
+          run(std::min(block_k, depth - b * block_k), a + b * m * kPanelLda,
               first + done * layout.panel_bytes + b * block_k * size, share * layout.panel_bytes, c,
               ldc, b > 0, k.stream_ahead);
         }
@@ -284,7 +285,7 @@ void panel_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, c
         for (int64_t i = 0; i < blocks; ++i) {
           const int64_t i0 = tile_rows.begin(i), i1 = tile_rows.begin(i + 1);
           const void* weights = widen ? static_cast<const void*>(wide) : block;
-          tiles[i1 - i0 - 1](kc, a + (b * m + i0) * kLda, weights, sums(done) + i0 * ldc, ldc,
+          tiles[i1 - i0 - 1](kc, a + (b * m + i0) * kPanelLda, weights, sums(done) + i0 * ldc, ldc,
                              b > 0, ahead + i * ahead_step * (kc / tile_step),
                              k.fetch_halves ? kc * size / 2 : kLineBytes, ahead_step);
         }

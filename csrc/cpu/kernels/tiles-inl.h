@@ -166,8 +166,8 @@ template <class T, class S, int M, int kGroup>
         const Vec<T> b0 = panel_vector<T>(panel, 0, half), b1 = panel_vector<T>(panel, 1, half);
 #pragma GCC unroll 32
         for (int i = 0; i < M; ++i) {
-          acc[i][0] = add_product<T, S>(acc[i][0], a + i * kLda + half, b0);
-          acc[i][1] = add_product<T, S>(acc[i][1], a + i * kLda + half, b1);
+          acc[i][0] = add_product<T, S>(acc[i][0], a + i * kPanelLda + half, b0);
+          acc[i][1] = add_product<T, S>(acc[i][1], a + i * kPanelLda + half, b1);
         }
       }
       a += kPair;
@@ -249,8 +249,8 @@ void panel_streams(int64_t kc, const T* a, const void* panel_data, int64_t strid
         const Vec<T> b0 = panel_vector<T>(p, 0, half), b1 = panel_vector<T>(p, 1, half);
 #pragma GCC unroll 5
         for (int i = 0; i < M; ++i) {
-          acc[s][i][0] = add_product<T, S>(acc[s][i][0], a + i * kLda + half, b0);
-          acc[s][i][1] = add_product<T, S>(acc[s][i][1], a + i * kLda + half, b1);
+          acc[s][i][0] = add_product<T, S>(acc[s][i][0], a + i * kPanelLda + half, b0);
+          acc[s][i][1] = add_product<T, S>(acc[s][i][1], a + i * kPanelLda + half, b1);
         }
       }
     }
