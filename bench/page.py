@@ -23,10 +23,12 @@ _HEAD = """\
 
 What `python -m bench.run --all` measured, one section a file of `bench/baselines`. Contenders run
 in one process, in turns, on one thread; times are medians without the samples in which a thread
-waited for a core. Every contender's output is compared with fp64 first. The goals are what this
-project has set itself; where one is not met, the table says so. *At the limit*: what the worst
-cell's ratio would be if ours ran at the limit of the machine; *out of reach*: not even that would
-meet the goal in any cell that misses it, because the other library is too close to the limit.
+waited for a core. From commit 60a6e53 on, a job of less than 20 ms runs once untimed before its
+sample, so that it finds its own data in the caches. Every contender's output is compared with fp64
+first. The goals are what this project has set itself; where one is not met, the table says so. *At
+the limit*: what the worst cell's ratio would be if ours ran at the limit of the machine; *out of
+reach*: not even that would meet the goal in any cell that misses it, because the other library is
+too close to the limit.
 """
 
 
