@@ -133,7 +133,9 @@ for dtype in DTYPES:
                 magnitude=moe_ffn_magnitude, sum_length=300, steps=2, grad_steps=5,
             )
     for activation, interleaved in (("swiglu", False), ("swiglu_oai", True), ("relu2", False)):
-        for tokens, hidden, intermediate in ((1, 33, 31), (21, 64, 65), (90, 129, 48)):
+        for tokens, hidden, intermediate in (
+            (1, 33, 31), (21, 64, 65), (90, 129, 48), (21, 2101, 24),
+        ):
             call = ffn_operands(
                 Routing(tokens, 4, 2, "dropped"), hidden, intermediate, dtype,
                 activation=activation, bias=True,
@@ -144,7 +146,7 @@ for dtype in DTYPES:
             check_against_reference(
                 moe_ops.moe_ffn_packed, reference.moe_ffn_packed,
                 {**call, "interleaved": interleaved},
-                magnitude=moe_ffn_magnitude, sum_length=129, steps=2,
+                magnitude=moe_ffn_magnitude, sum_length=max(hidden, intermediate), steps=2,
             )
             assert _C.stale_panels() == 0
     for bits, group, hidden, intermediate in (

@@ -115,6 +115,14 @@ def test_more_than_one_block_in_every_direction(activation, interleaved, dtype, 
     check({**call, "interleaved": interleaved})
 
 
+@pytest.mark.parametrize("tokens", [1, 3, 60])
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+@pytest.mark.parametrize(("hidden_size", "intermediate_size"), [(2101, 40), (40, 2101)])
+def test_more_than_one_block_of_depth(hidden_size, intermediate_size, dtype, tokens):
+    """Blocks are 1024 elements or pairs deep."""
+    check(ffn_operands(Routing(tokens, 2, 2, "skewed"), hidden_size, intermediate_size, dtype))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
 @pytest.mark.parametrize(("hidden_size", "intermediate_size"), [(0, 5), (5, 0), (0, 0)])
 def test_empty_sizes(hidden_size, intermediate_size, dtype):

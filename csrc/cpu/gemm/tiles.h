@@ -219,8 +219,8 @@ void panel_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, c
   const int64_t K = kPairs ? ceil_div<int64_t>(d.in_features, 2) : d.in_features;
   // Blocks of equal depth: a short one would pay for its sums in memory with little arithmetic.
   // One row has no pitch, and no next row that would want the sums' registers.
-  const int64_t depth = round_up(K, step),
-                block_k = m == 1 ? depth : balanced(depth, kPanelDepth, 8);
+  const int64_t depth = round_up(K, step);
+  const int64_t block_k = m == 1 ? depth : balanced(depth, kPanelDepth, 8);
   const int64_t k_blocks = ceil_div(depth, block_k);
   T* a = scratch<T>(Scratch::kTokens, m == 1 ? depth : k_blocks * m * kPanelLda);
   T* tile = scratch<T>(Scratch::kTile, m * round_up(part, P) * d.segments);
