@@ -122,6 +122,15 @@ def test_more_than_one_block_in_every_direction(k, o, dtype, view):
     check_gemm(call)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+@pytest.mark.parametrize(("k", "o"), [(19, 37), (320, 37), (37, 320)])
+@pytest.mark.parametrize("dim", [1, 2], ids=["rows", "columns"])
+def test_weights_that_are_expanded(dim, k, o, dtype):
+    call = gemm_operands((1, 3, 6, 0, 10, 33), k, o, dtype)
+    call["b"] = call["b"].narrow(dim, 0, 1).clone().expand_as(call["b"])
+    check_gemm(call)
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
 @pytest.mark.parametrize("o", range(1, 70, 3))

@@ -125,7 +125,8 @@ void nn_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it,
   const void* w_rows[kRows * kKc];
   // Tiles read the weights as they lie. Where more than one will follow, they copy the panel on the
   // way; or one, where the lines of a panel meet in one set of an L1 and are read in halves.
-  const bool direct = !kPairs && d.b.type == kAccumulate<T> && n % W == 0;
+  // A weight of which all rows are one has no pitch that TileHints could carry.
+  const bool direct = !kPairs && d.b.type == kAccumulate<T> && n % W == 0 && d.b.stride_k != 0;
   const bool one_set = d.b.stride_k * static_cast<int64_t>(sizeof(T)) % kPageBytes == 0;
   const int64_t crowded = one_set && W * static_cast<int64_t>(sizeof(T)) < kLineBytes ? 1 : 2;
 
