@@ -97,6 +97,7 @@ Kernels<T> first_kernels() {
   k.dot_tokens = MOE_DOT_TOKENS;
   k.streams = MOE_VEC_BYTES >= 32;
   k.dot_max_rows = MOE_DOT_MAX_ROWS;
+  k.strip_depth_of_row = kStripDepths;
   fill_micro<T, T, 1, false, 1, MOE_MR1>(k.row_a[0]);
   fill_micro<T, T, 2, false, 1, MOE_MR2>(k.row_a[1]);
   fill_micro<T, T, 1, true, 1, MOE_MR1>(k.col_a[0]);

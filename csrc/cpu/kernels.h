@@ -358,6 +358,14 @@ struct RouterLinearBwd {
 template <class T>
 constexpr DType kAccumulate = sizeof(T) == 8 ? DType::kFloat64 : DType::kFloat32;
 
+// Elements of k for each row of an expert from which on strips beat transposed weights. A strip
+// ends with as many sums of lanes for each row, whatever the depth.
+struct StripDepths {
+  int same;     // weights of type T
+  int widened;  // of half types
+  int pairs;    // of bfloat16, multiplied as they are
+};
+
 template <class T>
 struct Kernels {
   int lanes;         // elements of T in a vector
@@ -365,6 +373,7 @@ struct Kernels {
   int dot_tokens;    // tokens one call of dot handles
   bool streams;      // stores of `stream` tiles go past the cache
   int dot_max_rows;  // below or at this many rows the dot kernel beats the tiles
+  StripDepths strip_depth_of_row;
   // Whether tiles that need not widen weights beat a second pass of rank_update (cpu_isa.h).
   bool rank_one_pass;
 

@@ -79,6 +79,8 @@ constexpr int64_t kBytesAhead = 8192;
 constexpr int64_t kAmxBytesAhead = 2048;
 // The same for rows as they lie, which tokens meet once.
 constexpr int64_t kDotAhead = 2048;
+// Rows of weights that all passes of dot meet before the next ones.
+constexpr int64_t kDotKeptBytes = int64_t{16} << 10;
 constexpr int64_t kLineBytes = 64;    // of a cache
 constexpr int64_t kPageBytes = 4096;  // and of a way of an L1
 // Most rows of an expert for which streams of panels ask ahead. With more, sums in two panels at
@@ -102,7 +104,7 @@ constexpr int64_t kMinDot8Rows = 3;  // that dot8 takes whatever the depth
 // an L1 of 32.
 constexpr int64_t kStripDepth = 512;
 // Most rows that go through strips: with more, transposing weights costs less than reading tokens
-// from L1 once for four features.
+// from L1 once for four features. Shallow products end there earlier (StripDepths).
 constexpr int64_t kStripMaxRows = 28;
 // How far ahead of itself a stream of 8-bit weights asks for more, in bytes.
 constexpr int64_t kDot8Ahead = 1024;
@@ -215,7 +217,13 @@ Path path_of(const GemmDesc<T>& d, const Kernels<T>& k, int64_t expert_rows) {
   const bool fast_pairs = two && k.pairs_max_rows > kStripMaxRows;
   const int64_t half_rows = fast_pairs ? k.dot_tokens : 2 * k.dot_tokens;
   if (expert_rows <= (half ? half_rows : k.dot_max_rows)) return Path::kDot;
-  if (expert_rows <= kStripMaxRows) return two ? Path::kPairStrip : Path::kStrip;
+  const StripDepths& depth = k.strip_depth_of_row;
+  const int64_t strip_rows = d.in_features / (two    ? depth.pairs
+                                              : half ? depth.widened
+                                                     : depth.same);
+  if (expert_rows <= std::min(kStripMaxRows, strip_rows)) {
+    return two ? Path::kPairStrip : Path::kStrip;
+  }
   return two ? Path::kPairPack : Path::kPack;
 }
 

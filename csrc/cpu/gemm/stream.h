@@ -43,9 +43,13 @@ void dot_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, con
               out + t * ldo + s * n + first, ldo, step, ahead);
       }
     };
-    // Four rows at a time stay in cache for a second pass.
-    const int64_t at_once = passes == 1 ? quarter : 1;
-    for (int64_t f = 0; f < quarter; f += at_once) run(kDotFeatures, at_once, f, quarter);
+    // What half of an L1 holds, or four rows, stays in cache for a second pass.
+    const int64_t strip_bytes = kDotFeatures * K * dtype_size(d.b.type);
+    const int64_t kept = std::max<int64_t>(1, kDotKeptBytes / strip_bytes);
+    const int64_t at_once = passes == 1 ? quarter : kept;
+    for (int64_t f = 0; f < quarter; f += at_once) {
+      run(kDotFeatures, std::min(at_once, quarter - f), f, quarter);
+    }
     run(1, n % kDotFeatures, kDotFeatures * quarter, 1);
   }
   for (int64_t t = 0; t < m; ++t) {

@@ -175,10 +175,13 @@ void dot_tiles(int64_t count, int64_t k, const S* w, int64_t w_step, int64_t ldw
       }
     }
     if (whole < k) {
+      // Unrolled as well: with an index that is not constant, sums would have to lie in memory.
+#pragma GCC unroll 4
       for (int f = 0; f < F; ++f) {
         S tail[W] = {};
         for (int64_t i = whole; i < k; ++i) tail[i - whole] = rows[f * ldw + i];
         const Vec<T> wv = load_as(tail);
+#pragma GCC unroll 4
         for (int t = 0; t < M; ++t) acc[f][t] += wv * load<T>(x + t * ldx + whole);
       }
     }
@@ -205,6 +208,9 @@ void dot(DType w_type, int features, int64_t count, int tokens, int64_t k, const
 // Tokens of a strip: with four weight rows 24 sums, 6 tokens and a vector of weights of 32
 // registers, or 12, 3 and one of 16.
 constexpr int kStripTokens = MOE_VEC_BYTES == 64 ? 6 : MOE_VEC_BYTES == 32 ? 3 : 2;
+// Measured with 64 to 1408 elements (NOTES.md).
+constexpr StripDepths kStripDepths =
+    MOE_VEC_BYTES == 64 ? StripDepths{12, 8, 32} : StripDepths{20, 9, 32};
 
 // acc + a * b; a pair adds both of its products.
 template <class T, class S>

@@ -112,9 +112,15 @@ void copying_micro(int64_t kc, const T* a, const T* b, T* c, int64_t ldc, bool a
   micro_of<T, T, M, NV, false, true>(kc, a, b, c, ldc, accumulate, hints, copy);
 }
 
-// Vector v of row `half` of the pair of k at p.
+// What panel_vector keeps of a pair: the high half of bfloat16, the low one of float16.
+template <class S>
+constexpr uint32_t kHalfMask = kIsBf16<S> ? 0xffff0000u : 0xffffu;
+
+// Vector v of row `half` of the pair of k at p. `mask` has kHalfMask in every lane.
 template <class T, class S>
-inline Vec<T> panel_vector(const S* p, int v, [[maybe_unused]] int half) {
+inline Vec<T> panel_vector(const S* p, int v, [[maybe_unused]] int half,
+                           [[maybe_unused]] Simd<float>::Uint mask = Simd<float>::Uint{} +
+                                                                     kHalfMask<S>) {
   constexpr int W = kLanes<T>;
   if constexpr (sizeof(S) == sizeof(T)) {
     return load<T>(reinterpret_cast<const T*>(p) + v * W);
@@ -123,9 +129,9 @@ inline Vec<T> panel_vector(const S* p, int v, [[maybe_unused]] int half) {
     typedef uint32_t Unaligned __attribute__((vector_size(MOE_VEC_BYTES), aligned(4), may_alias));
     const F::Uint pair = *reinterpret_cast<const Unaligned*>(p + 2 * v * W);
     if constexpr (kIsBf16<S>) {
-      return __builtin_bit_cast(Vec<float>, half == 0 ? pair << 16 : pair & 0xffff0000u);
+      return __builtin_bit_cast(Vec<float>, half == 0 ? pair << 16 : pair & mask);
     } else {
-      const F::Half bits = low_halves(half == 0 ? pair & 0xffffu : pair >> 16);
+      const F::Half bits = low_halves(half == 0 ? pair & mask : pair >> 16);
       return load_as(reinterpret_cast<const Fp16*>(&bits));
     }
   }
@@ -233,6 +239,14 @@ void panel_streams(int64_t kc, const T* a, const void* panel_data, int64_t strid
   constexpr int kPair = sizeof(S) == sizeof(T) ? 1 : 2;  // steps of k that lie side by side
   Vec<T> acc[kStreams][M][2] = {};
   const char* panel = static_cast<const char*>(panel_data);
+  // Three rows with AVX2: 12 sums, two vectors, an element of a and the mask are 16 registers, but
+  // the compiler kept one or two sums on the stack, where each step waits for the one before. So
+  // elements of a are loaded anew for each panel, and the mask is in memory, behind a pointer of
+  // which the compiler knows nothing.
+  constexpr bool kFull = MOE_VEC_BYTES == 32 && M == 3;
+  const Simd<float>::Uint mask_values = Simd<float>::Uint{} + kHalfMask<S>;
+  const Simd<float>::Uint* mask = &mask_values;
+  if constexpr (kFull && kPair == 2) asm("" : "+r"(mask));
   for (int64_t k = 0; k < kc; k += kPair) {
 #pragma GCC unroll 4
     for (int s = 0; s < kStreams; ++s) {
@@ -245,8 +259,9 @@ void panel_streams(int64_t kc, const T* a, const void* panel_data, int64_t strid
       }
 #pragma GCC unroll 2
       for (int half = 0; half < kPair; ++half) {
-        if constexpr (kPair == 2) asm volatile("" ::: "memory");
-        const Vec<T> b0 = panel_vector<T>(p, 0, half), b1 = panel_vector<T>(p, 1, half);
+        if constexpr (kFull) asm volatile("" ::: "memory");
+        const Vec<T> b0 = panel_vector<T>(p, 0, half, *mask),
+                     b1 = panel_vector<T>(p, 1, half, *mask);
 #pragma GCC unroll 5
         for (int i = 0; i < M; ++i) {
           acc[s][i][0] = add_product<T, S>(acc[s][i][0], a + i * kPanelLda + half, b0);
