@@ -44,6 +44,7 @@ constexpr int kAmxTokenTiles = 6;
 // latency, and the tile's own loads from L2 need the rest.
 constexpr int64_t kPrefetchStep = 8;
 struct TileHints {
+  static constexpr int64_t kWholePanels = -1;
   const char* base = nullptr;
   int64_t stride = 0;  // bytes between rows
   int64_t rows = 0;    // rows left to ask for, in each half
@@ -58,8 +59,8 @@ struct TileHints {
   // c and ldc are of bfloat16, to which sums are rounded (column form of pairs, two vectors wide
   // and not accumulating): a row of the tile is one line.
   bool half = false;
-  int64_t lda = kLdm;  // column form: elements between summed indices of a
-  int64_t ldb = 0;     // the same of b, where 0 stands for whole panels
+  int64_t lda = kLdm;          // column form: elements between summed indices of a
+  int64_t ldb = kWholePanels;  // the same of b, which may be 0
 
   // Spreads the rows over `steps` places that ask; in two halves where memory delivers them faster
   // (Kernels::fetch_halves).

@@ -79,7 +79,7 @@ constexpr int64_t kBytesAhead = 8192;
 constexpr int64_t kAmxBytesAhead = 2048;
 // The same for rows as they lie, which tokens meet once.
 constexpr int64_t kDotAhead = 2048;
-// Rows of weights that all passes of dot meet before the next ones.
+// Bytes of weights that all passes of dot meet before the next ones.
 constexpr int64_t kDotKeptBytes = int64_t{16} << 10;
 constexpr int64_t kLineBytes = 64;    // of a cache
 constexpr int64_t kPageBytes = 4096;  // and of a way of an L1

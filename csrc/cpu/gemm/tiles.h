@@ -125,8 +125,7 @@ void nn_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it,
   const void* w_rows[kRows * kKc];
   // Tiles read the weights as they lie. Where more than one will follow, they copy the panel on the
   // way; or one, where the lines of a panel meet in one set of an L1 and are read in halves.
-  // A weight of which all rows are one has no pitch that TileHints could carry.
-  const bool direct = !kPairs && d.b.type == kAccumulate<T> && n % W == 0 && d.b.stride_k != 0;
+  const bool direct = !kPairs && d.b.type == kAccumulate<T> && n % W == 0;
   const bool one_set = d.b.stride_k * static_cast<int64_t>(sizeof(T)) % kPageBytes == 0;
   const int64_t crowded = one_set && W * static_cast<int64_t>(sizeof(T)) < kLineBytes ? 1 : 2;
 
@@ -186,7 +185,7 @@ void nn_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it,
             const bool in_place = as_they_lie && (b == 0 || !again);
             const T* weights =
                 in_place ? reinterpret_cast<const T*>(weight_row(k0)) + s * d.features + j : panel;
-            next.ldb = in_place ? d.b.stride_k : 0;
+            next.ldb = in_place ? d.b.stride_k : TileHints::kWholePanels;
             if constexpr (!kPairs) {
               if (in_place && again) {
                 k.copying_row_a[nv - 1][index](kc, a + i0 * kLda, weights, c, ldc, k0 > 0, next,

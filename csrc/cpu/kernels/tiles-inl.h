@@ -37,7 +37,7 @@ template <class T, class S, int M, int NV, bool kColumnForm, bool kCopy>
   constexpr int W = kLanes<T>;
   constexpr int64_t kStrideI = kColumnForm ? 1 : kLda;
   const int64_t step_a = kColumnForm ? hints.lda : 1;
-  const int64_t step_b = hints.ldb != 0 ? hints.ldb : NV * W;
+  const int64_t step_b = hints.ldb != TileHints::kWholePanels ? hints.ldb : NV * W;
   Vec<T> acc[M][NV];
 #pragma GCC unroll 32
   for (int i = 0; i < M; ++i) {
