@@ -292,6 +292,10 @@ std::vector<GemmItem> gemm_items(const GemmDesc<T>& d, const Kernels<T>& k, int 
         most_rows = kPanelRowBlock;
         break;
       case Path::kDot:
+        // Read once, in streams of a quarter of an item each: the longer the better.
+        if (end - begin <= k.dot_tokens) most_features = kStreamFeatureBlock;
+        unit = 4;
+        break;
       case Path::kStrip:
       case Path::kPairStrip:
         unit = 4;
