@@ -298,6 +298,7 @@ std::vector<GemmItem> gemm_items(const GemmDesc<T>& d, const Kernels<T>& k, int 
         break;
       case Path::kStrip:
       case Path::kPairStrip:
+        most_features = kStreamFeatureBlock;
         unit = 4;
         break;
       case Path::kQuant8:

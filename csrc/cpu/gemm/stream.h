@@ -77,7 +77,7 @@ void strip_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, c
       std::fill(dst + kc, dst + round_up(kc, W), T(0));
     }
   }
-  const int64_t ldo = n * d.segments;
+  const int64_t ldo = n * d.segments + kPanelPad / 2;
   T* out = scratch<T>(Scratch::kTile, m * ldo);
   T* sums = scratch<T>(Scratch::kPackA, m * F * W);
   const bool widen = !kPairs && d.b.type != kAccumulate<T>;
