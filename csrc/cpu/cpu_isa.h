@@ -48,6 +48,8 @@ struct Tuning {
   int64_t dot_ahead;
   // Most rows of an expert that are no slower in passes of two tokens over weights as they lie.
   int dot_rows_by_two;
+  // Most steps of k that strips of weights take before all tokens have met them.
+  int64_t strip_block;
   // Whether tiles beat a second pass of tokens over weights dense along features.
   bool rank_one_pass;
 };

@@ -462,6 +462,7 @@ struct Kernels {
   using Strip = void (*)(int features, int tokens, int64_t k, const void* w, int64_t ldw,
                          const T* x, int64_t ldx, T* sums, bool accumulate, TileHints& hints);
   int strip_tokens;
+  int64_t strip_block;  // steps of k (pairs) of a block (cpu_isa.h)
   Strip strip, pair_strip;
   // The same for weights of a half type, T = float only; also wide[f*ld_wide + i] = w[f*ldw + i],
   // zeros up to the next whole vector.

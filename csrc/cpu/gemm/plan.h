@@ -100,9 +100,6 @@ constexpr int64_t kQuantFeatures = 2048;
 constexpr int64_t kQuantNarrowFeatures = 1024;
 constexpr int64_t kQuantPartFeatures = 128;
 constexpr int64_t kMinDot8Rows = 3;  // that dot8 takes whatever the depth
-// Steps of k (pairs) of a strip's blocks: four rows of weights are 8 KiB and six of tokens 12, of
-// an L1 of 32.
-constexpr int64_t kStripDepth = 512;
 // Most rows that go through strips: with more, transposing weights costs less than reading tokens
 // from L1 once for four features. Shallow products end there earlier (StripDepths).
 constexpr int64_t kStripMaxRows = 28;

@@ -66,7 +66,7 @@ void strip_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, c
   constexpr int64_t F = kDotFeatures;
   const int64_t W = k.lanes, K = kPairs ? d.in_features / 2 : d.in_features;
   const int64_t m = it.row_end - it.row_begin, n = it.feature_end - it.feature_begin;
-  const int64_t block = balanced(K, kStripDepth, W), k_blocks = ceil_div(K, block);
+  const int64_t block = balanced(K, k.strip_block, W), k_blocks = ceil_div(K, block);
   const int64_t ldx = round_up(block, W) + kPanelPad / 2;
   T* x = scratch<T>(Scratch::kTokens, k_blocks * m * ldx);
   for (int64_t t = 0; t < m; ++t) {
