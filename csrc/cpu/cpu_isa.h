@@ -48,8 +48,9 @@ struct Tuning {
   int64_t dot_ahead;
   // Most rows of an expert that are no slower in passes of two tokens over weights as they lie.
   int dot_rows_by_two;
-  // Most steps of k that strips of weights take before all tokens have met them.
-  int64_t strip_block;
+  // Most rows of an expert that strips of weights take, and most steps of k of a strip that all of
+  // them meet before the next ones.
+  int64_t strip_max_rows, strip_block;
   // Whether tiles beat a second pass of tokens over weights dense along features.
   bool rank_one_pass;
 };

@@ -100,9 +100,6 @@ constexpr int64_t kQuantFeatures = 2048;
 constexpr int64_t kQuantNarrowFeatures = 1024;
 constexpr int64_t kQuantPartFeatures = 128;
 constexpr int64_t kMinDot8Rows = 3;  // that dot8 takes whatever the depth
-// Most rows that go through strips: with more, transposing weights costs less than reading tokens
-// from L1 once for four features. Shallow products end there earlier (StripDepths).
-constexpr int64_t kStripMaxRows = 28;
 // How far ahead of itself a stream of 8-bit weights asks for more, in bytes.
 constexpr int64_t kDot8Ahead = 1024;
 
@@ -211,14 +208,14 @@ Path path_of(const GemmDesc<T>& d, const Kernels<T>& k, int64_t expert_rows) {
   if (amx && d.in_features % 32 == 0) return Path::kAmxRows;
   const bool two = multiply_pairs && d.in_features % 2 == 0 && d.b.stride_o % 2 == 0;
   // Every dot_tokens rows widen half types again; pairs at full speed (cpu_isa.h) beat that.
-  const bool fast_pairs = two && k.pairs_max_rows > kStripMaxRows;
+  const bool fast_pairs = two && k.pairs_max_rows > k.strip_max_rows;
   const int64_t half_rows = fast_pairs ? k.dot_tokens : 2 * k.dot_tokens;
   if (expert_rows <= (half ? half_rows : k.dot_max_rows)) return Path::kDot;
   const StripDepths& depth = k.strip_depth_of_row;
   const int64_t strip_rows = d.in_features / (two    ? depth.pairs
                                               : half ? depth.widened
                                                      : depth.same);
-  if (expert_rows <= std::min(kStripMaxRows, strip_rows)) {
+  if (expert_rows <= std::min(k.strip_max_rows, strip_rows)) {
     return two ? Path::kPairStrip : Path::kStrip;
   }
   return two ? Path::kPairPack : Path::kPack;
