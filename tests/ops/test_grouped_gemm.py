@@ -122,6 +122,15 @@ def test_more_than_one_block_in_every_direction(k, o, dtype, view):
     check_gemm(call)
 
 
+@pytest.mark.slow_on_simulator
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+@pytest.mark.parametrize(("k", "o"), [(2070, 30), (4130, 9), (34, 1030)])
+def test_few_rows_in_more_than_one_block(k, o, dtype):
+    """Depths above 2048 elements or pairs, and more than 1024 features: experts of few rows, whose
+    weights are read as they lie, are cut there."""
+    check_gemm(gemm_operands((1, 3, 7, 0, 14, 33, 65), k, o, dtype, bias=True))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
 @pytest.mark.parametrize(("k", "o"), [(19, 37), (320, 37), (37, 320)])
 @pytest.mark.parametrize("dim", [1, 2], ids=["rows", "columns"])
