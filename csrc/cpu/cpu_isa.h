@@ -51,6 +51,8 @@ struct Tuning {
   // Most rows of an expert that strips of weights take, and most steps of k of a strip that all of
   // them meet before the next ones.
   int64_t strip_max_rows, strip_block;
+  // Fewest steps of k from which one pass of strips beats two of dot where weights are not widened.
+  int64_t strip_one_pass_depth;
   // Whether tiles beat a second pass of tokens over weights dense along features.
   bool rank_one_pass;
 };

@@ -52,6 +52,7 @@ Kernels<T> tuned(Kernels<T> k) {
   k.dot_ahead = t.dot_ahead;
   if (avx2) k.dot_max_rows = std::min(k.dot_max_rows, t.dot_rows_by_two);
   k.rank_one_pass = t.rank_one_pass;
+  k.strip_one_pass_depth = t.strip_one_pass_depth;
   k.strip_max_rows = std::min(k.strip_max_rows, t.strip_max_rows);
   k.strip_block = std::min(k.strip_block, t.strip_block);
   return k;
