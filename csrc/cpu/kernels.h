@@ -462,7 +462,7 @@ struct Kernels {
   using Strip = void (*)(int features, int tokens, int64_t k, const void* w, int64_t ldw,
                          const T* x, int64_t ldx, T* sums, bool accumulate, TileHints& hints);
   int strip_tokens;
-  int64_t strip_block;  // steps of k (pairs) of a block (cpu_isa.h)
+  int64_t strip_block;           // steps of k (pairs) of a block (cpu_isa.h)
   int64_t strip_one_pass_depth;  // cpu_isa.h
   // With more rows, transposing weights costs less than reading tokens once for four features.
   // Shallow products end there earlier (strip_depth_of_row).

@@ -210,8 +210,11 @@ Path path_of(const GemmDesc<T>& d, const Kernels<T>& k, int64_t expert_rows) {
   // Every dot_tokens rows widen half types again; pairs at full speed (cpu_isa.h) beat that.
   const bool fast_pairs = two && k.pairs_max_rows > k.strip_max_rows;
   const int64_t half_rows = fast_pairs ? k.dot_tokens : 2 * k.dot_tokens;
-  const bool one_pass = !half && expert_rows > k.dot_tokens && expert_rows <= k.strip_tokens &&
-                        d.in_features >= k.strip_one_pass_depth;
+  // Where dot would take two passes; from twice that depth on also where it takes four rows in one.
+  const int64_t deep = expert_rows > k.dot_tokens ? d.in_features
+                       : expert_rows == 4         ? d.in_features / 2
+                                                  : 0;
+  const bool one_pass = !half && expert_rows <= k.strip_tokens && deep >= k.strip_one_pass_depth;
   if (!one_pass && expert_rows <= (half ? half_rows : k.dot_max_rows)) return Path::kDot;
   const StripDepths& depth = k.strip_depth_of_row;
   const int64_t strip_rows = d.in_features / (two    ? depth.pairs
