@@ -122,8 +122,8 @@ Kernels<T> first_kernels() {
   }
   k.dot = &dot<T>;
   k.strip_tokens = kStripTokens;
-  k.strip_max_rows = MOE_VEC_BYTES == 64 ? 64 : 40;
-  k.strip_block = (MOE_VEC_BYTES == 64 ? 8192 : 3072) / static_cast<int64_t>(sizeof(T));
+  k.strip_max_rows = kStripMaxRows;
+  k.strip_block = kStripBlockBytes / static_cast<int64_t>(sizeof(T));
   k.strip = &strip<T, T>;
   k.strip_sums = &strip_sums<T>;
   k.rank_update = &rank_update<T>;

@@ -212,6 +212,10 @@ constexpr int kStripTokens = MOE_VEC_BYTES == 64 ? 6 : MOE_VEC_BYTES == 32 ? 3 :
 constexpr StripDepths kStripDepths =
     MOE_VEC_BYTES == 64 ? StripDepths{12, 8, 32} : StripDepths{20, 9, 32};
 
+// Most rows of strips, and bytes of a row of tokens in a block of k (NOTES.md).
+constexpr int64_t kStripMaxRows = MOE_VEC_BYTES == 64 ? 64 : 40;
+constexpr int64_t kStripBlockBytes = MOE_VEC_BYTES == 64 ? 8192 : 3072;
+
 // acc + a * b; a pair adds both of its products.
 template <class T, class S>
 inline Vec<T> add_products(Vec<T> acc, Vec<T> a, Vec<T> b) {
