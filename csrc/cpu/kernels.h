@@ -76,8 +76,6 @@ struct TileHints {
 
 // Weights of 8 or 4 bits (QuantFormat in grouped_gemm.h); quant8-inl.h, quant4-inl.h, bytes-inl.h
 // and words-inl.h in kernels/.
-// Rows of 8-bit weights that dot8 takes at once.
-constexpr int64_t kDot8Features = 6;
 constexpr int64_t kQuantBlock = 32;  // codes of 8 bits of a token that share a scale
 // Most of them in a row of byte_tile: 4 to a float, and 2 floats more for each kQuantBlock.
 constexpr int64_t kByteDepth = 512;
@@ -90,14 +88,14 @@ struct QuantKernels {
   // integers of 16 bits. x is readable and zero up to a multiple of 64.
   int64_t (*row8_bytes)(int64_t k);
   void (*row8)(int64_t k, const float* x, void* row);
-  // Kernels::dot for such weights and tokens: strides ldw and row_bytes in bytes, features are 1 or
-  // kDot8Features, tokens at most dot_tokens. `count` times: the next features are those w_step
-  // bytes and scale_step scales further, and their results come after these. Every 64 steps of k it
-  // prefetches the next line of ahead_rows rows, ahead_pitch bytes apart; `ahead` moves as w does.
+  // Kernels::dot for such weights without their scales and such tokens: strides ldw and row_bytes in
+  // bytes, features are 1 or dot8_features, tokens at most dot_tokens. `count` times: the next
+  // features are those w_step bytes further, and their results come after these. Every 64 steps of k
+  // it prefetches the next line of ahead_rows rows, ahead_pitch bytes apart; `ahead` moves as w does.
   void (*dot8)(int features, int64_t count, int tokens, int64_t k, const void* w, int64_t w_step,
-               int64_t ldw, const float* scale, int64_t scale_step, int64_t ld_scale,
-               const void* rows, int64_t row_bytes, float* out, int64_t ldo, int64_t out_step,
-               const void* ahead, int64_t ahead_pitch, int ahead_rows);
+               int64_t ldw, const void* rows, int64_t row_bytes, float* out, int64_t ldo,
+               int64_t out_step, const void* ahead, int64_t ahead_pitch, int ahead_rows);
+  int dot8_features;
   // Up to k / dot8_depth_of_row rows, but no more than dot8_rows, it beats byte_tile or code_tile.
   int dot8_depth_of_row, dot8_rows;
   // The same for 4 bits: x as integers from -127 to 127, with a scale for each kQuantBlock of them.

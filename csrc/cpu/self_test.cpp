@@ -626,9 +626,9 @@ bool narrow_right(const Kernels<T>& k, Numbers<T>& numbers) {
 // Integer products, tiles of words and rounding of tokens against their definitions. Tokens are
 // integers over 64 with a 127 in every block, so that rounding them to integers changes nothing.
 bool quant_right(const Kernels<float>& k, Numbers<float>& numbers) {
-  // dot4 ends the sums of several times together, the last of five alone.
+  // dot4 and dot8 end the sums of several times together, the last of five alone.
   constexpr int64_t kMost = 384, kBytes = 384, kTimes = 5;
-  constexpr int64_t kFeatures = std::max(kDotFeatures + kTimes - 1, kDot8Features);
+  const int64_t kFeatures = std::max<int64_t>(kDotFeatures, k.quant.dot8_features) + kTimes - 1;
   const std::vector<float> weights = numbers.take(2 * kFeatures * kBytes);
   const std::vector<float> scales = numbers.take(kFeatures * 16);
   std::vector<uint8_t> w(weights.size());
@@ -670,15 +670,14 @@ bool quant_right(const Kernels<float>& k, Numbers<float>& numbers) {
           }
         }
       }
-      const int64_t most_features = bits == 8 ? kDot8Features : kDotFeatures;
+      const int64_t most_features = bits == 8 ? k.quant.dot8_features : kDotFeatures;
       for (int tokens = 1; tokens <= k.dot_tokens; ++tokens) {
         for (const int features : {1, static_cast<int>(most_features)}) {
-          const int64_t count = features == 1 ? 3 : bits == 4 ? kTimes : 1;
+          const int64_t count = features == 1 ? 3 : kTimes;
           std::vector<float> out(truth.size(), NAN);
           if (bits == 8) {
-            k.quant.dot8(features, count, tokens, K, w.data(), kBytes, kBytes, scales.data(), 16,
-                         16, rows.data(), row_bytes, out.data(), kFeatures, 1, w.data(), kBytes,
-                         features);
+            k.quant.dot8(features, count, tokens, K, w.data(), kBytes, kBytes, rows.data(), row_bytes,
+                         out.data(), kFeatures, 1, w.data(), kBytes, features);
           } else {
             k.quant.dot4(group, features, count, tokens, K, w.data(), kBytes, kBytes, scales.data(),
                          16, 16, rows.data(), row_bytes, out.data(), kFeatures, 1);
@@ -688,7 +687,8 @@ bool quant_right(const Kernels<float>& k, Numbers<float>& numbers) {
               const int64_t i = t * kFeatures + f;
               // 16 bits are 1.5e-5 of the largest, at the most, and tokens about half of that.
               const double tolerance = bits == 8 ? 3e-5 : 1e-5;
-              if (!(std::abs(out[i] - truth[i]) <= tolerance * magnitude[i])) return false;
+              const float sum = bits == 8 ? out[i] * scale(f, 0) : out[i];
+              if (!(std::abs(sum - truth[i]) <= tolerance * magnitude[i])) return false;
             }
           }
         }

@@ -301,7 +301,7 @@ std::vector<GemmItem> gemm_items(const GemmDesc<T>& d, const Kernels<T>& k, int 
         unit = 4;
         break;
       case Path::kQuant8:
-        unit = 2 * kDot8Features;
+        unit = 2 * k.quant.dot8_features;
         most_features = end - begin <= kQuantMaxRows ? kQuantFeatures : kQuantNarrowFeatures;
         most_rows = kPanelRowBlock;
         row_unit = k.dot_tokens;

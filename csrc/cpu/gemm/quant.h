@@ -5,14 +5,14 @@
 
 namespace moe_ops::cpu {
 
-// dot_item with 8 bits, for any number of rows: strips of kDot8Features rows of weights meet the
-// tokens, dot_tokens at a time. With no more tokens than that, weights are read once, in streams a
-// sixth of the item apart. With more, a strip is a run in memory; it stays in cache while all
+// dot_item with 8 bits, for any number of rows: strips of dot8_features rows of weights meet the
+// tokens, dot_tokens at a time. With no more tokens than that, weights are read once, in streams
+// that share the item evenly. With more, a strip is a run in memory; it stays in cache while all
 // tokens pass, and they ask for the next one.
 template <class Epilogue>
 void quant8_item(const GemmDesc<float>& d, const Kernels<float>& k, const GemmItem& it,
                  const Epilogue& fn) {
-  constexpr int64_t F = kDot8Features;
+  const int64_t F = k.quant.dot8_features;
   const QuantFormat& q = d.b.quant;
   const int64_t m = it.row_end - it.row_begin, n = it.feature_end - it.feature_begin;
   const int64_t K = d.in_features, padded_k = round_up<int64_t>(K, 64);
@@ -43,9 +43,8 @@ void quant8_item(const GemmDesc<float>& d, const Kernels<float>& k, const GemmIt
         const int64_t ahead0 = ahead.begin(p), ahead1 = ahead.begin(p + 1);
         k.quant.dot8(
             static_cast<int>(features), count, static_cast<int>(pass_rows.begin(p + 1) - t), K, w,
-            ldw, step * ldw, scales_at(d.b, it.expert, feature + first), q.scale_stride_o,
-            step * q.scale_stride_o, rows + t * row_bytes, row_bytes, out + t * ldo + s * n + first,
-            ldo, step, next + ahead0 * step * ldw, step * ldw, static_cast<int>(ahead1 - ahead0));
+            ldw, step * ldw, rows + t * row_bytes, row_bytes, out + t * ldo + s * n + first, ldo,
+            step, next + ahead0 * step * ldw, step * ldw, static_cast<int>(ahead1 - ahead0));
       }
     };
     if (passes == 1) {
@@ -62,6 +61,15 @@ void quant8_item(const GemmDesc<float>& d, const Kernels<float>& k, const GemmIt
     }
   }
   for (int64_t t = 0; t < m; ++t) {
+    for (int s = 0; s < d.segments; ++s) {
+      float* sums = out + t * ldo + s * n;
+      const float* scale = scales_at(d.b, it.expert, s * d.features + it.feature_begin);
+      if (q.scale_stride_o == 1) {
+        k.quant.multiply_row(scale, sums, n);
+      } else {
+        for (int64_t f = 0; f < n; ++f) sums[f] *= scale[f * q.scale_stride_o];
+      }
+    }
     fn(it.expert, it.row_begin + t, it.feature_begin, n, out + t * ldo, out + t * ldo + n);
   }
 }

@@ -4,26 +4,21 @@
 // How far ahead of itself a product asks for weights, in bytes.
 constexpr int64_t kAhead4 = 4096;
 
-// A row of tokens, as dot4 reads it. A unit is what a vector of weights covers:
+// A row of tokens, as dot4 reads it. A unit is what a vector of weights covers; 128 bits of it are a
+// block of kQuantBlock steps of k:
 //   codes    [units][kSteps] int8: the even k of a unit, then the odd ones, because the low nibbles
 //            of a vector of weights are even k and the high nibbles odd ones
-//   offsets  [units][kVec / 4] int32: what the sums of a unit start from, in each lane.
-//            Instructions multiply unsigned by signed bytes, so weights come with a bias: minus 8
-//            times the codes of the lane
-//   scales   of the codes, one a lane, whose codes are of one block: [units][kVec / 4]. With
-//            AVX-512 one a block, [units][4]: four products with scales of weights, made lanes
-//            afterwards, are less than sixteen
+//   offsets  [units][kVec / 4] int32: minus 8 times the codes of a block, in each lane of it.
+//            Instructions multiply unsigned by signed bytes, so weights come with a bias
+//   scales   [units][kVec / 4]: those of the codes, in each lane of a block
 struct Row4 {
   static constexpr int64_t kSteps = 2 * kVec;
   static constexpr int64_t kWhole = kSteps < kQuantBlock ? kQuantBlock : kSteps;
-  // Steps of k that share one of `scales`, and what a unit takes of them.
-  static constexpr int64_t kScaleSteps = MOE_VEC_BYTES == 64 ? kQuantBlock : 8;
-  static constexpr int64_t kScaleBytes = kSteps / kScaleSteps * 4;
   int64_t units;  // of whole blocks
   explicit Row4(int64_t k) : units((k + kWhole - 1) / kWhole * (kWhole / kSteps)) {}
   int64_t offsets() const { return units * kSteps; }
   int64_t scales() const { return offsets() + units * kVec; }
-  int64_t bytes() const { return scales() + units * kScaleBytes; }
+  int64_t bytes() const { return scales() + units * kVec; }
 };
 
 int64_t row4_bytes(int64_t k) { return Row4(k).bytes(); }
@@ -73,28 +68,24 @@ inline void round_codes(const float* x, float inverse, int8_t* even, int8_t* odd
 #endif
 }
 
-// What the sums of a unit start from: minus 8 times the codes of each lane.
+// Minus 8 times the codes of each block of a unit.
 inline void code_offsets(const int8_t* codes, int32_t* offsets) {
-#if defined(__AVX2__) && MOE_VEC_BYTES >= 32
-  const Bytes even = load_weights(codes), odd = load_weights(codes + kVec);
-  const Bytes ones = MOE_INT(set1_epi8)(1);
-#if defined(__AVX512VNNI__)
-  const Bytes sum = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(Bytes{}, ones, even), ones, odd);
-#else
-  const Bytes pairs =
-      MOE_INT(add_epi16)(MOE_INT(maddubs_epi16)(ones, even), MOE_INT(maddubs_epi16)(ones, odd));
-  const Bytes sum = MOE_INT(madd_epi16)(pairs, MOE_INT(set1_epi16)(1));
-#endif
-  using Int = Simd<float>::Int;
-  const Int result = __builtin_bit_cast(Int, sum) * -8;
-  __builtin_memcpy(offsets, &result, sizeof(result));
-#else
-  for (int64_t lane = 0; lane < kVec / 4; ++lane) {
+  for (int64_t lane = 0; lane < kVec / 4; lane += 4) {
     int32_t sum = 0;
-    for (int64_t i = 4 * lane; i < 4 * lane + 4; ++i) sum += codes[i] + codes[kVec + i];
-    offsets[lane] = -8 * sum;
-  }
+#if defined(__AVX2__)
+    // psadbw adds unsigned bytes: each code with a bias of 128.
+    const auto biased = [&](const int8_t* p) {
+      return _mm_xor_si128(load_bytes<__m128i_u>(p), _mm_set1_epi8(-128));
+    };
+    const __m128i zero = _mm_setzero_si128();
+    const __m128i sums = _mm_add_epi64(_mm_sad_epu8(biased(codes + 4 * lane), zero),
+                                       _mm_sad_epu8(biased(codes + kVec + 4 * lane), zero));
+    sum = _mm_cvtsi128_si32(_mm_add_epi64(sums, _mm_srli_si128(sums, 8))) - 32 * 128;
+#else
+    for (int64_t i = 4 * lane; i < 4 * lane + 16; ++i) sum += codes[i] + codes[kVec + i];
 #endif
+    for (int64_t i = lane; i < lane + 4; ++i) offsets[i] = -8 * sum;
+  }
 }
 
 void row4(int64_t k, const float* x, void* row) {
@@ -117,91 +108,146 @@ void row4(int64_t k, const float* x, void* row) {
       __builtin_memset(even, 0, 16);
       __builtin_memset(odd, 0, 16);
     }
-    constexpr int64_t kSame = kQuantBlock / Row4::kScaleSteps;
-    for (int64_t i = 0; i < kSame; ++i) scales[k0 / Row4::kScaleSteps + i] = scale;
+    for (int64_t i = 0; i < 4; ++i) scales[k0 / 8 + i] = scale;
   }
   for (int64_t u = 0; u < layout.units; ++u) {
     code_offsets(codes + u * Row4::kSteps, offsets + u * (kVec / 4));
   }
-  // Every sum reads every scale.
+  // Every sum reads one of the scales of every block.
   const float bad = horizontal_sum<float>(probe);
-  if (bad != 0.0f) scales[0] = bad;
+  for (int i = 0; i < 4 && bad != 0.0f; ++i) scales[i] = bad;
 }
 
 // --- products of integers
 
 #if defined(__AVX2__) && MOE_VEC_BYTES >= 32
-#if !defined(__AVX512VNNI__)
-// Neighbouring 16-bit sums in 32 bits. They hold four products of 15 * 127.
+// Sums of 16 bits in neighbouring places, in 32 bits.
 inline Bytes add_pairs(Bytes v) { return MOE_INT(madd_epi16)(v, MOE_INT(set1_epi16)(1)); }
-#endif
 
-// Scales of unit `unit` of a row of 4-bit weights, in the places of those of tokens.
-#if MOE_VEC_BYTES == 64
-typedef __m128 UnitScales;
-#else
-typedef Vec<float> UnitScales;
-#endif
+// Scales of a unit of four rows of weights, from row[f] on: lane 4 * b + f is that of block b of row
+// f.
 template <int kGroup>
-inline UnitScales unit_scales(const float* scale, int64_t unit) {
-  constexpr int64_t kCount = 2 * kVec / kGroup;  // in a unit; 0: less than one
+inline Floats unit_scales(const float* const (&row)[4]) {
+  constexpr int64_t kCount = 2 * kVec / kGroup;  // a row; 0: less than one
+  const auto two_rows = [&](int f) {             // two scales of each
+    return _mm_castpd_ps(
+        _mm_setr_pd(load_bytes<double>(row[f]), load_bytes<double>(row[f + 1])));
+  };
 #if MOE_VEC_BYTES == 64
-  const float* p = scale + unit * kCount;
-  if constexpr (kCount == 4) return _mm_loadu_ps(p);
-  if constexpr (kCount == 2) {
-    const __m128 two = _mm_castpd_ps(_mm_set1_pd(load_bytes<double>(p)));
-    return _mm_permute_ps(two, 0x50);
+  if constexpr (kCount == 4) {
+    const auto halves = [&](int f) {
+      return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(row[f])),
+                                  _mm_loadu_ps(row[f + 1]), 1);
+    };
+    const Floats rows = _mm512_insertf32x8(_mm512_castps256_ps512(halves(0)), halves(2), 1);
+    return _mm512_permutexvar_ps(
+        _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), rows);
   }
-  return _mm_set1_ps(*p);
+  if constexpr (kCount == 2) {
+    const __m256 rows = _mm256_insertf128_ps(_mm256_castps128_ps256(two_rows(0)), two_rows(2), 1);
+    return _mm512_permutexvar_ps(
+        _mm512_setr_epi32(0, 2, 4, 6, 0, 2, 4, 6, 1, 3, 5, 7, 1, 3, 5, 7),
+        _mm512_castps256_ps512(rows));
+  }
+  return _mm512_broadcast_f32x4(_mm_setr_ps(*row[0], *row[1], *row[2], *row[3]));
 #else
-  if constexpr (kCount < 2) return splat<float>(scale[unit * 2 * kVec / kGroup]);
-  const __m256i index = _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1);
-  const __m256d two = _mm256_set1_pd(load_bytes<double>(scale + unit * kCount));
-  return __builtin_bit_cast(Vec<float>, _mm256_permutevar_ps(_mm256_castpd_ps(two), index));
+  if constexpr (kCount == 2) {
+    const __m128 a = two_rows(0), b = two_rows(2);
+    return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_shuffle_ps(a, b, 0x88)),
+                                _mm_shuffle_ps(a, b, 0xdd), 1);
+  }
+  const __m128 four = _mm_setr_ps(*row[0], *row[1], *row[2], *row[3]);
+  return _mm256_insertf128_ps(_mm256_castps128_ps256(four), four, 1);
 #endif
 }
 
-// Their products with those of a token, one a lane.
-inline Vec<float> lane_scales(UnitScales weights, const char* token) {
-#if MOE_VEC_BYTES == 64
-  const __m512i block = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
-  const __m128 four = weights * load_bytes<__m128>(token);
-  return __builtin_bit_cast(Vec<float>, _mm512_permutexvar_ps(block, _mm512_castps128_ps512(four)));
-#else
-  return weights * load<float>(reinterpret_cast<const float*>(token));
-#endif
-}
-
-// F rows of 4-bit weights with M rows of tokens.
+// A unit of F rows of 4-bit weights, one or four, and M rows of tokens.
 template <int kGroup, int F, int M>
 struct Dot4 {
-  static inline void unit(const uint8_t* w, int64_t ldw, const float* scale, int64_t ld_scale,
-                          const char* codes, const char* offsets, const char* scales,
-                          int64_t row_bytes, int64_t scale_unit, Vec<float> (&acc)[F][M]) {
+  // Sums of 8 products, at most 8 * 15 * 127: two of them also fit 16 bits.
+  Bytes sums[F][M];
+
+  inline __attribute__((always_inline)) void multiply(const uint8_t* w, int64_t ldw,
+                                                      const char* codes, int64_t row_bytes) {
     const Bytes mask = MOE_INT(set1_epi8)(15);
 #pragma GCC unroll 4
     for (int f = 0; f < F; ++f) {
-      const Bytes both = load_weights(w + f * ldw);
+      Bytes both = load_weights(w + f * ldw);
+      asm("" : "+v"(both));  // Or it is loaded again for the shift.
       const Bytes even = bits_and(both, mask);
       const Bytes odd = bits_and(MOE_INT(srli_epi16)(both, 4), mask);
-      const UnitScales factors = unit_scales<kGroup>(scale + f * ld_scale, scale_unit);
 #pragma GCC unroll 4
       for (int t = 0; t < M; ++t) {
-        const char* c = codes + t * row_bytes;
-        Bytes sum = load_weights(offsets + t * row_bytes);
+        const Bytes c0 = load_weights(codes + t * row_bytes);
+        const Bytes c1 = load_weights(codes + t * row_bytes + kVec);
 #if defined(__AVX512VNNI__)
-        sum = _mm512_dpbusd_epi32(sum, even, load_weights(c));
-        sum = _mm512_dpbusd_epi32(sum, odd, load_weights(c + kVec));
+        sums[f][t] = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(Bytes{}, even, c0), odd, c1);
 #else
-        const Bytes pairs = MOE_INT(add_epi16)(MOE_INT(maddubs_epi16)(even, load_weights(c)),
-                                               MOE_INT(maddubs_epi16)(odd, load_weights(c + kVec)));
-        sum = MOE_INT(add_epi32)(sum, add_pairs(pairs));
+        sums[f][t] = add_pairs(
+            MOE_INT(add_epi16)(MOE_INT(maddubs_epi16)(even, c0), MOE_INT(maddubs_epi16)(odd, c1)));
 #endif
-        acc[f][t] += as_floats(sum) * lane_scales(factors, scales + t * row_bytes);
       }
     }
   }
+
+  // To lane 4 * b + f of acc those of block b of row f.
+  inline __attribute__((always_inline)) void add_to(Floats (&acc)[M], const float* scale,
+                                                    int64_t ld_scale, const char* offsets,
+                                                    const char* scales, int64_t row_bytes) const {
+    const auto row = [&](int f) { return scale + (f < F ? f : 0) * ld_scale; };
+    const Floats factors = unit_scales<kGroup>({row(0), row(1), row(2), row(3)});
+#pragma GCC unroll 4
+    for (int t = 0; t < M; ++t) {
+      const auto sum = [&](int f) { return sums[f < F ? f : 0][t]; };
+      const Bytes low = add_pairs(MOE_INT(packs_epi32)(sum(0), sum(1)));
+      const Bytes high = add_pairs(MOE_INT(packs_epi32)(sum(2), sum(3)));
+      const Bytes blocks = add_words(load_weights(offsets + t * row_bytes),
+                                     MOE_INT(packs_epi32)(low, high), MOE_INT(set1_epi16)(1));
+      const auto token = load_bytes<Floats>(scales + t * row_bytes);
+      acc[t] += __builtin_bit_cast(Floats, as_floats(blocks)) * (factors * token);
+    }
+  }
 };
+
+// dot4 of four rows and one token of whole units, few of them: while the sums of one unit are
+// folded, the next is multiplied, be it of the next rows. All that waits for an operand holds a
+// place in the scheduler, and a row of two units is too short to fill it.
+template <int kGroup>
+void dot4_short(int64_t count, int64_t units, const uint8_t* w, int64_t w_step, int64_t ldw,
+                const float* scale, int64_t scale_step, int64_t ld_scale, const char* codes,
+                const char* offsets, const char* scales, float* out, int64_t out_step) {
+  constexpr int64_t kSteps = 2 * kVec;
+  Dot4<kGroup, 4, 1> now, next;
+  Floats acc[1] = {}, folded[kFolded];
+  now.multiply(w, ldw, codes, 0);
+  for (int64_t i = 0, u = 0; i < count;) {
+    const float* factors = scale + u * kSteps / kGroup;
+    const int64_t done = u * kVec;
+    const bool last = ++u == units;
+    if (last) {
+      u = 0;
+      // There may be nothing behind the last rows.
+      if (i + 1 < count) w += w_step;
+      scale += scale_step;
+    }
+    const uint8_t* unit = w + u * kVec;
+#pragma GCC unroll 4
+    for (int f = 0; f < 4; ++f) __builtin_prefetch(unit + f * ldw + kAhead4, 0, 2);
+    next.multiply(unit, ldw, codes + u * kSteps, 0);
+    now.add_to(acc, factors, ld_scale, offsets + done, scales + done, 0);
+    now = next;
+    if (!last) continue;
+    folded[i % kFolded] = acc[0];
+    acc[0] = Floats{};
+    if (++i % kFolded == 0) put_folded(folded, out + i - kFolded, out_step);
+  }
+  for (int64_t i = count / kFolded * kFolded; i < count; ++i) {
+    const Four<float> four = add_quadruples(folded[i % kFolded]);
+    for (int f = 0; f < 4; ++f) out[f * out_step + i] = four.v[f];
+  }
+}
+// Most units for which it is faster (NOTES.md).
+constexpr int64_t kShortUnits = 4;
 
 // `count` times F rows of weights; each next time begins w_step and scale_step further.
 template <int kGroup, int F, int M>
@@ -212,20 +258,27 @@ void dot4(int64_t count, int64_t k, const uint8_t* w, int64_t w_step, int64_t ld
   const Row4 layout(k);
   const int64_t whole = k / kSteps;
   const char *offsets = rows + layout.offsets(), *scales = rows + layout.scales();
-  const auto products = [=](int64_t n, Vec<float>(&acc)[F][M]) __attribute__((always_inline)) {
+  if constexpr (F == 4 && M == 1) {
+    if (whole == layout.units && whole <= kShortUnits) {
+      return dot4_short<kGroup>(count, whole, w, w_step, ldw, scale, scale_step, ld_scale, rows,
+                                offsets, scales, out, out_step);
+    }
+  }
+  const auto products = [=](int64_t n, Floats(&acc)[M]) __attribute__((always_inline)) {
     const uint8_t* codes = w + n * w_step;
     const float* factors = scale + n * scale_step;
+    Dot4<kGroup, F, M> unit;
 #pragma GCC unroll 4
-    for (int f = 0; f < F; ++f) {
-#pragma GCC unroll 4
-      for (int t = 0; t < M; ++t) acc[f][t] = Vec<float>{};
-    }
+    for (int t = 0; t < M; ++t) acc[t] = Floats{};
     for (int64_t u = 0; u < whole; ++u) {
 #pragma GCC unroll 4
       for (int f = 0; f < F; ++f) __builtin_prefetch(codes + f * ldw + u * kVec + kAhead4, 0, 2);
-      Dot4<kGroup, F, M>::unit(codes + u * kVec, ldw, factors, ld_scale, rows + u * kSteps,
-                               offsets + u * kVec, scales + u * Row4::kScaleBytes, row_bytes, u,
-                               acc);
+      // Of the scales a row in turn, since a line of them lasts for F units or more.
+      __builtin_prefetch(factors + u % F * ld_scale + (u / F * F * kSteps + 2 * kAhead4) / kGroup,
+                         0, 2);
+      unit.multiply(codes + u * kVec, ldw, rows + u * kSteps, row_bytes);
+      unit.add_to(acc, factors + u * kSteps / kGroup, ld_scale, offsets + u * kVec,
+                  scales + u * kVec, row_bytes);
     }
     if (whole < layout.units) {
       uint8_t tail[F][kVec] = {};
@@ -237,12 +290,11 @@ void dot4(int64_t count, int64_t k, const uint8_t* w, int64_t w_step, int64_t ld
         const float* s = factors + f * ld_scale + whole * kSteps / kGroup;
         for (int64_t g = 0; g < (groups > 0 ? groups : 1); ++g) tail_scale[f][g] = s[g];
       }
-      Dot4<kGroup, F, M>::unit(tail[0], kVec, tail_scale[0], 4, rows + whole * kSteps,
-                               offsets + whole * kVec, scales + whole * Row4::kScaleBytes,
-                               row_bytes, 0, acc);
+      unit.multiply(tail[0], kVec, rows + whole * kSteps, row_bytes);
+      unit.add_to(acc, tail_scale[0], 4, offsets + whole * kVec, scales + whole * kVec, row_bytes);
     }
   };
-  product_sums<float, F, M>(count, out, ldo, out_step, products);
+  folded_sums<F, M>(count, out, ldo, out_step, products);
 }
 #else
 // The same sums one weight at a time; compilers find the vectors in it.
@@ -264,8 +316,7 @@ void dot4(int64_t count, int64_t k, const uint8_t* w, int64_t w_step, int64_t ld
         for (int64_t u = 0; u < layout.units; ++u) {
           const uint8_t* p = w + f * ldw + u * kVec;
           const int8_t *even = codes + u * kSteps, *odd = even + kVec;
-          int32_t sum = 0;
-          for (int64_t i = 0; i < kVec / 4; ++i) sum += offsets[u * kVec / 4 + i];
+          int32_t sum = offsets[u * kVec / 4];
           for (int64_t i = 0; i < kVec; ++i) {
             sum += static_cast<int16_t>(p[i] & 15) * even[i] +
                    static_cast<int16_t>(p[i] >> 4) * odd[i];

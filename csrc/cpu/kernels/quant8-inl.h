@@ -1,6 +1,9 @@
 // Products of 8-bit weights with tokens as integers of 16 bits. Included by kernels-inl.h, inside
 // its namespace; NOTES.md has the arithmetic.
 
+// Rows of weights at once. Sums of four end together with AVX-512, and of six rows two would be left
+// over; 16 registers do better with 6 x 2 sums.
+constexpr int kDot8Features = MOE_VEC_BYTES == 64 ? 4 : 6;
 // Steps of k from one prefetch to the next.
 constexpr int64_t kFetchSteps8 = 64;
 
@@ -105,26 +108,31 @@ struct Dot8 {
   }
 };
 
-// `count` times F rows of weights; each next time begins w_step and scale_step further.
+// `count` times F rows of weights; each next time begins w_step further.
 template <int F, int M>
-void dot8(int64_t count, int64_t k, const int8_t* w, int64_t w_step, int64_t ldw,
-          const float* scale, int64_t scale_step, int64_t ld_scale, const char* rows,
+void dot8(int64_t count, int64_t k, const int8_t* w, int64_t w_step, int64_t ldw, const char* rows,
           int64_t row_bytes, float* out, int64_t ldo, int64_t out_step, const char* ahead,
           int64_t ahead_pitch, int ahead_rows) {
   constexpr int64_t kUnit = Row8::kUnit, kFetchUnits = kFetchSteps8 / kUnit;
   const Row8 layout(k);
   const int64_t whole = k / kUnit;
   const auto as_float = [](const auto& v) { return __builtin_convertvector(v, Vec<float>); };
-  for (int64_t i = 0; i < count; ++i, w += w_step, scale += scale_step, ++out, ahead += w_step) {
-    const char* line = ahead;
-    const auto units = [&](Dot8<F, M>& dot, int64_t u, int64_t end) {
+  const auto products = [=](int64_t i, Vec<float>(&sums)[F][M]) __attribute__((always_inline)) {
+    const int8_t* codes = w + i * w_step;
+    const char* line = ahead + i * w_step;
+    const auto units = [&](Dot8<F, M>& dot, int64_t u, int64_t end) __attribute__((always_inline)) {
       const int64_t whole_end = end < whole ? end : whole;
-      const auto step = [&] {
-        dot.step(w + u * kUnit, ldw, rows + u * MOE_VEC_BYTES, row_bytes);
+      const auto step = [&]() __attribute__((always_inline)) {
+        dot.step(codes + u * kUnit, ldw, rows + u * MOE_VEC_BYTES, row_bytes);
         ++u;
       };
       while (u + kFetchUnits <= whole_end) {
-        for (int f = 0; f < ahead_rows; ++f) __builtin_prefetch(line + f * ahead_pitch, 0, 2);
+        if (ahead_rows == F) {
+#pragma GCC unroll 8
+          for (int f = 0; f < F; ++f) __builtin_prefetch(line + f * ahead_pitch, 0, 2);
+        } else {
+          for (int f = 0; f < ahead_rows; ++f) __builtin_prefetch(line + f * ahead_pitch, 0, 2);
+        }
         line += kFetchSteps8;
 #pragma GCC unroll 4
         for (int64_t j = 0; j < kFetchUnits; ++j) step();
@@ -133,50 +141,48 @@ void dot8(int64_t count, int64_t k, const int8_t* w, int64_t w_step, int64_t ldw
       if (u < end) {
         int8_t tail[F][kUnit] = {};
         for (int f = 0; f < F; ++f) {
-          __builtin_memcpy(tail[f], w + f * ldw + whole * kUnit, k - whole * kUnit);
+          __builtin_memcpy(tail[f], codes + f * ldw + whole * kUnit, k - whole * kUnit);
         }
         dot.step(tail[0], kUnit, rows + u * MOE_VEC_BYTES, row_bytes);
       }
     };
-    const auto finish = [&](const auto& sum_of) {
-      Vec<float> scales[M];
+    // sums = values of all sums times the scales of the lanes.
+    const auto scaled = [&](const auto& value) __attribute__((always_inline)) {
 #pragma GCC unroll 4
       for (int t = 0; t < M; ++t) {
-        scales[t] =
-            load<float>(reinterpret_cast<const float*>(rows + t * row_bytes + layout.scales()));
+        const char* scales = rows + t * row_bytes + layout.scales();
+        const Vec<float> s = load<float>(reinterpret_cast<const float*>(scales));
+#pragma GCC unroll 8
+        for (int f = 0; f < F; ++f) sums[f][t] = value(f, t) * s;
       }
-      lane_sums<float, F, M>([&](int f, int t) { return sum_of(f, t) * scales[t]; },
-                             [&](int f, int t, float sum) {
-                               out[t * ldo + f * out_step] = sum * scale[f * ld_scale];
-                             });
     };
     if (layout.units <= Row8::kChunk) {
       Dot8<F, M> dot;
       units(dot, 0, layout.units);
-      finish([&](int f, int t) { return as_float(dot.acc[f][t]); });
-      continue;
+      scaled([&](int f, int t) __attribute__((always_inline)) { return as_float(dot.acc[f][t]); });
+      return;
     }
-    Vec<float> sums[F][M] = {};
+    Vec<float> total[F][M] = {};
     for (int64_t u = 0; u < layout.units; u += Row8::kChunk) {
       const int64_t left = layout.units - u;
       Dot8<F, M> dot;
       units(dot, u, u + (left < Row8::kChunk ? left : Row8::kChunk));
       for (int f = 0; f < F; ++f) {
-        for (int t = 0; t < M; ++t) sums[f][t] += as_float(dot.acc[f][t]);
+        for (int t = 0; t < M; ++t) total[f][t] += as_float(dot.acc[f][t]);
       }
     }
-    finish([&](int f, int t) { return sums[f][t]; });
-  }
+    scaled([&](int f, int t) { return total[f][t]; });
+  };
+  product_sums<float, F, M>(count, out, ldo, out_step, products);
 }
 
 void quant_dot8(int features, int64_t count, int tokens, int64_t k, const void* w, int64_t w_step,
-                int64_t ldw, const float* scale, int64_t scale_step, int64_t ld_scale,
-                const void* rows, int64_t row_bytes, float* out, int64_t ldo, int64_t out_step,
-                const void* ahead, int64_t ahead_pitch, int ahead_rows) {
+                int64_t ldw, const void* rows, int64_t row_bytes, float* out, int64_t ldo,
+                int64_t out_step, const void* ahead, int64_t ahead_pitch, int ahead_rows) {
   const auto run = [&]<int F, int M>() {
-    dot8<F, M>(count, k, static_cast<const int8_t*>(w), w_step, ldw, scale, scale_step, ld_scale,
-               static_cast<const char*>(rows), row_bytes, out, ldo, out_step,
-               static_cast<const char*>(ahead), ahead_pitch, ahead_rows);
+    dot8<F, M>(count, k, static_cast<const int8_t*>(w), w_step, ldw, static_cast<const char*>(rows),
+               row_bytes, out, ldo, out_step, static_cast<const char*>(ahead), ahead_pitch,
+               ahead_rows);
   };
   if (features == kDot8Features) {
     with_token_count<kDot8Features>(tokens, run);

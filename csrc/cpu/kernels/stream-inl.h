@@ -109,32 +109,64 @@ inline void with_token_count(int tokens, const Fn& fn) {
   fn.template operator()<F, 1>();
 }
 
-// Sums of the products of `count` times F rows of weights and M of tokens: products(i, acc) leaves
-// those of time i in the lanes of acc[f][t]; their sums go to out[t * ldo + f * out_step + i].
+#if defined(__AVX2__) && MOE_VEC_BYTES >= 32
+// Sums of the products of `count` times F rows of weights, one or some quadruples, and M of tokens:
+// products(i, folded) leaves in folded[q * M + t] what fold_lanes makes of those of time i, of rows
+// 4 * q and on. Their sums go to out[t * ldo + f * out_step + i].
+template <int F, int M, class Products>
+inline __attribute__((always_inline)) void folded_sums(int64_t count, float* out, int64_t ldo,
+                                                       int64_t out_step,
+                                                       const Products& products) {
+  constexpr int Q = (F + 3) / 4;
+  static_assert(F == 1 || F % 4 == 0);
+  for (int64_t i = 0; i < count; i += kFolded) {
+    const int64_t times = count - i < kFolded ? count - i : kFolded;
+    Floats folded[Q * M][kFolded];
+#pragma GCC unroll 1
+    for (int64_t j = 0; j < times; ++j) {
+      Floats now[Q * M];
+      products(i + j, now);
+#pragma GCC unroll 8
+      for (int t = 0; t < Q * M; ++t) folded[t][j] = now[t];
+    }
+    for (int q = 0; q < Q; ++q) {
+      for (int t = 0; t < M; ++t) {
+        const Floats(&sums)[kFolded] = folded[q * M + t];
+        float* first = out + t * ldo + 4 * q * out_step + i;
+        if (F > 1 && times == kFolded) {
+          put_folded(sums, first, out_step);
+          continue;
+        }
+        for (int64_t j = 0; j < times; ++j) {
+          const Four<float> four = add_quadruples(sums[j]);
+          for (int f = 0; f < 4 && 4 * q + f < F; ++f) first[f * out_step + j] = four.v[f];
+        }
+      }
+    }
+  }
+}
+#endif
+
+// The same of products in lanes: products(i, acc) leaves them in acc[f][t].
 template <class T, int F, int M, class Products>
 inline __attribute__((always_inline)) void product_sums(int64_t count, T* out, int64_t ldo,
                                                         int64_t out_step,
                                                         const Products& products) {
 #if defined(__AVX2__) && MOE_VEC_BYTES >= 32
-  if constexpr (sizeof(T) == 4 && F == 4 && M == 1) {
-    for (int64_t i = 0; i < count; i += kFolded) {
-      const int64_t times = count - i < kFolded ? count - i : kFolded;
-      Floats folded[kFolded];
-#pragma GCC unroll 1
-      for (int64_t j = 0; j < times; ++j) {
-        Vec<T> acc[F][M];
-        products(i + j, acc);
-        folded[j] = fold_lanes({acc[0][0], acc[1][0], acc[2][0], acc[3][0]});
-      }
-      if (times == kFolded) {
-        put_folded(folded, out + i, out_step);
-        continue;
-      }
-      for (int64_t j = 0; j < times; ++j) {
-        const Four<float> sums = add_quadruples(folded[j]);
-        for (int f = 0; f < F; ++f) out[f * out_step + i + j] = sums.v[f];
-      }
-    }
+  if constexpr (sizeof(T) == 4 && F % 4 == 0) {
+    folded_sums<F, M>(count, out, ldo, out_step,
+                      [=](int64_t i, Floats(&folded)[F / 4 * M]) __attribute__((always_inline)) {
+                        Vec<T> acc[F][M];
+                        products(i, acc);
+#pragma GCC unroll 2
+                        for (int f = 0; f < F; f += 4) {
+#pragma GCC unroll 4
+                          for (int t = 0; t < M; ++t) {
+                            folded[f / 4 * M + t] = fold_lanes(
+                                {acc[f][t], acc[f + 1][t], acc[f + 2][t], acc[f + 3][t]});
+                          }
+                        }
+                      });
     return;
   }
 #endif

@@ -235,6 +235,7 @@ QuantKernels quant_kernels() {
   k.row8_bytes = &row8_bytes;
   k.row8 = &row8;
   k.dot8 = &quant_dot8;
+  k.dot8_features = kDot8Features;
   k.row4_bytes = &row4_bytes;
   k.row4 = &row4;
   k.dot4 = &quant_dot4;
@@ -245,7 +246,7 @@ QuantKernels quant_kernels() {
   k.bytes = &quant_bytes;
   k.byte_rows = kByteRows;
   fill_byte_tiles<4>(k.byte_tile[1]);
-  k.dot4_rows = MOE_DOT_TOKENS < 3 ? MOE_DOT_TOKENS : 3;
+  k.dot4_rows = MOE_DOT_TOKENS;
   if constexpr (kVnni) {
     fill_byte_tiles<8>(k.byte_tile[0]);
     k.dot8_depth_of_row = 160;
