@@ -88,10 +88,11 @@ struct QuantKernels {
   // integers of 16 bits. x is readable and zero up to a multiple of 64.
   int64_t (*row8_bytes)(int64_t k);
   void (*row8)(int64_t k, const float* x, void* row);
-  // Kernels::dot for such weights without their scales and such tokens: strides ldw and row_bytes in
-  // bytes, features are 1 or dot8_features, tokens at most dot_tokens. `count` times: the next
-  // features are those w_step bytes further, and their results come after these. Every 64 steps of k
-  // it prefetches the next line of ahead_rows rows, ahead_pitch bytes apart; `ahead` moves as w does.
+  // Kernels::dot for such weights without their scales and such tokens: strides ldw and row_bytes
+  // in bytes, features are 1 or dot8_features, tokens at most dot_tokens. `count` times: the next
+  // features are those w_step bytes further, and their results come after these. Every 64 steps of
+  // k it prefetches the next line of ahead_rows rows, ahead_pitch bytes apart; `ahead` moves as w
+  // does.
   void (*dot8)(int features, int64_t count, int tokens, int64_t k, const void* w, int64_t w_step,
                int64_t ldw, const void* rows, int64_t row_bytes, float* out, int64_t ldo,
                int64_t out_step, const void* ahead, int64_t ahead_pitch, int ahead_rows);

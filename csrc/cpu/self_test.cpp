@@ -676,8 +676,8 @@ bool quant_right(const Kernels<float>& k, Numbers<float>& numbers) {
           const int64_t count = features == 1 ? 3 : kTimes;
           std::vector<float> out(truth.size(), NAN);
           if (bits == 8) {
-            k.quant.dot8(features, count, tokens, K, w.data(), kBytes, kBytes, rows.data(), row_bytes,
-                         out.data(), kFeatures, 1, w.data(), kBytes, features);
+            k.quant.dot8(features, count, tokens, K, w.data(), kBytes, kBytes, rows.data(),
+                         row_bytes, out.data(), kFeatures, 1, w.data(), kBytes, features);
           } else {
             k.quant.dot4(group, features, count, tokens, K, w.data(), kBytes, kBytes, scales.data(),
                          16, 16, rows.data(), row_bytes, out.data(), kFeatures, 1);

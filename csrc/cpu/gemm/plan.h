@@ -100,8 +100,9 @@ constexpr int64_t kQuantFeatures = 2048;
 constexpr int64_t kQuantNarrowFeatures = 1024;
 constexpr int64_t kQuantPartFeatures = 128;
 constexpr int64_t kMinDot8Rows = 3;  // that dot8 takes whatever the depth
-// How far ahead of itself a stream of 8-bit weights asks for more, in bytes.
-constexpr int64_t kDot8Ahead = 1024;
+// How far ahead of itself a stream of 8-bit weights asks for more, in bytes: for one token, and for
+// more, which give memory the time.
+constexpr int64_t kDot8Ahead = 1024, kDot8TokensAhead = 2048;
 
 // Weight gradients from this size on will not be found in a cache again by whoever reads them.
 constexpr int64_t kStreamBytes = int64_t{8} << 20;

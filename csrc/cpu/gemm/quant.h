@@ -41,14 +41,15 @@ void quant8_item(const GemmDesc<float>& d, const Kernels<float>& k, const GemmIt
         const int64_t t = pass_rows.begin(p);
         // Passes share the rows that they ask for.
         const int64_t ahead0 = ahead.begin(p), ahead1 = ahead.begin(p + 1);
-        k.quant.dot8(
-            static_cast<int>(features), count, static_cast<int>(pass_rows.begin(p + 1) - t), K, w,
-            ldw, step * ldw, rows + t * row_bytes, row_bytes, out + t * ldo + s * n + first, ldo,
-            step, next + ahead0 * step * ldw, step * ldw, static_cast<int>(ahead1 - ahead0));
+        k.quant.dot8(static_cast<int>(features), count,
+                     static_cast<int>(pass_rows.begin(p + 1) - t), K, w, ldw, step * ldw,
+                     rows + t * row_bytes, row_bytes, out + t * ldo + s * n + first, ldo, step,
+                     next + ahead0 * step * ldw, step * ldw, static_cast<int>(ahead1 - ahead0));
       }
     };
     if (passes == 1) {
-      const char* next = weights_at(d.b, it.expert, feature, 0) + kDot8Ahead;
+      const char* next = weights_at(d.b, it.expert, feature, 0);
+      next += m == 1 ? kDot8Ahead : kDot8TokensAhead;
       run(F, strips, 0, strips, next);
       run(1, rest, strips * F, 1, next + strips * F * ldw);
       continue;

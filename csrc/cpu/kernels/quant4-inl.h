@@ -4,8 +4,8 @@
 // How far ahead of itself a product asks for weights, in bytes.
 constexpr int64_t kAhead4 = 4096;
 
-// A row of tokens, as dot4 reads it. A unit is what a vector of weights covers; 128 bits of it are a
-// block of kQuantBlock steps of k:
+// A row of tokens, as dot4 reads it. A unit is what a vector of weights covers; 128 bits of it are
+// a block of kQuantBlock steps of k:
 //   codes    [units][kSteps] int8: the even k of a unit, then the odd ones, because the low nibbles
 //            of a vector of weights are even k and the high nibbles odd ones
 //   offsets  [units][kVec / 4] int32: minus 8 times the codes of a block, in each lane of it.
@@ -124,14 +124,13 @@ void row4(int64_t k, const float* x, void* row) {
 // Sums of 16 bits in neighbouring places, in 32 bits.
 inline Bytes add_pairs(Bytes v) { return MOE_INT(madd_epi16)(v, MOE_INT(set1_epi16)(1)); }
 
-// Scales of a unit of four rows of weights, from row[f] on: lane 4 * b + f is that of block b of row
-// f.
+// Scales of a unit of four rows of weights, from row[f] on: lane 4 * b + f is that of block b of
+// row f.
 template <int kGroup>
 inline Floats unit_scales(const float* const (&row)[4]) {
   constexpr int64_t kCount = 2 * kVec / kGroup;  // a row; 0: less than one
   const auto two_rows = [&](int f) {             // two scales of each
-    return _mm_castpd_ps(
-        _mm_setr_pd(load_bytes<double>(row[f]), load_bytes<double>(row[f + 1])));
+    return _mm_castpd_ps(_mm_setr_pd(load_bytes<double>(row[f]), load_bytes<double>(row[f + 1])));
   };
 #if MOE_VEC_BYTES == 64
   if constexpr (kCount == 4) {
@@ -145,9 +144,8 @@ inline Floats unit_scales(const float* const (&row)[4]) {
   }
   if constexpr (kCount == 2) {
     const __m256 rows = _mm256_insertf128_ps(_mm256_castps128_ps256(two_rows(0)), two_rows(2), 1);
-    return _mm512_permutexvar_ps(
-        _mm512_setr_epi32(0, 2, 4, 6, 0, 2, 4, 6, 1, 3, 5, 7, 1, 3, 5, 7),
-        _mm512_castps256_ps512(rows));
+    return _mm512_permutexvar_ps(_mm512_setr_epi32(0, 2, 4, 6, 0, 2, 4, 6, 1, 3, 5, 7, 1, 3, 5, 7),
+                                 _mm512_castps256_ps512(rows));
   }
   return _mm512_broadcast_f32x4(_mm_setr_ps(*row[0], *row[1], *row[2], *row[3]));
 #else

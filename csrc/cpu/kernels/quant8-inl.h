@@ -1,8 +1,8 @@
 // Products of 8-bit weights with tokens as integers of 16 bits. Included by kernels-inl.h, inside
 // its namespace; NOTES.md has the arithmetic.
 
-// Rows of weights at once. Sums of four end together with AVX-512, and of six rows two would be left
-// over; 16 registers do better with 6 x 2 sums.
+// Rows of weights at once. Sums of four end together with AVX-512, and of six rows two would be
+// left over; 16 registers do better with 6 x 2 sums.
 constexpr int kDot8Features = MOE_VEC_BYTES == 64 ? 4 : 6;
 // Steps of k from one prefetch to the next.
 constexpr int64_t kFetchSteps8 = 64;

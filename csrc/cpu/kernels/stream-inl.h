@@ -115,8 +115,7 @@ inline void with_token_count(int tokens, const Fn& fn) {
 // 4 * q and on. Their sums go to out[t * ldo + f * out_step + i].
 template <int F, int M, class Products>
 inline __attribute__((always_inline)) void folded_sums(int64_t count, float* out, int64_t ldo,
-                                                       int64_t out_step,
-                                                       const Products& products) {
+                                                       int64_t out_step, const Products& products) {
   constexpr int Q = (F + 3) / 4;
   static_assert(F == 1 || F % 4 == 0);
   for (int64_t i = 0; i < count; i += kFolded) {
