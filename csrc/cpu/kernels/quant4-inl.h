@@ -207,13 +207,13 @@ struct Dot4 {
   }
 };
 
-// dot4 of four rows and one token of whole units, few of them: while the sums of one unit are
-// folded, the next is multiplied, be it of the next rows. All that waits for an operand holds a
-// place in the scheduler, and a row of two units is too short to fill it.
+// dot4 of four rows and one token of whole units: while the sums of one unit are folded, the next
+// is multiplied, be it of the next rows. What waits for an operand holds a place in the scheduler,
+// and folding waits for all that went before.
 template <int kGroup>
-void dot4_short(int64_t count, int64_t units, const uint8_t* w, int64_t w_step, int64_t ldw,
-                const float* scale, int64_t scale_step, int64_t ld_scale, const char* codes,
-                const char* offsets, const char* scales, float* out, int64_t out_step) {
+void dot4_one(int64_t count, int64_t units, const uint8_t* w, int64_t w_step, int64_t ldw,
+              const float* scale, int64_t scale_step, int64_t ld_scale, const char* codes,
+              const char* offsets, const char* scales, float* out, int64_t out_step) {
   constexpr int64_t kSteps = 2 * kVec;
   Dot4<kGroup, 4, 1> now, next;
   Floats acc[1] = {}, folded[kFolded];
@@ -244,8 +244,6 @@ void dot4_short(int64_t count, int64_t units, const uint8_t* w, int64_t w_step, 
     for (int f = 0; f < 4; ++f) out[f * out_step + i] = four.v[f];
   }
 }
-// Most units for which it is faster (NOTES.md).
-constexpr int64_t kShortUnits = 4;
 
 // `count` times F rows of weights; each next time begins w_step and scale_step further.
 template <int kGroup, int F, int M>
@@ -257,9 +255,9 @@ void dot4(int64_t count, int64_t k, const uint8_t* w, int64_t w_step, int64_t ld
   const int64_t whole = k / kSteps;
   const char *offsets = rows + layout.offsets(), *scales = rows + layout.scales();
   if constexpr (F == 4 && M == 1) {
-    if (whole == layout.units && whole <= kShortUnits) {
-      return dot4_short<kGroup>(count, whole, w, w_step, ldw, scale, scale_step, ld_scale, rows,
-                                offsets, scales, out, out_step);
+    if (whole == layout.units) {
+      return dot4_one<kGroup>(count, whole, w, w_step, ldw, scale, scale_step, ld_scale, rows,
+                              offsets, scales, out, out_step);
     }
   }
   const auto products = [=](int64_t n, Floats(&acc)[M]) __attribute__((always_inline)) {
@@ -271,9 +269,9 @@ void dot4(int64_t count, int64_t k, const uint8_t* w, int64_t w_step, int64_t ld
     for (int64_t u = 0; u < whole; ++u) {
 #pragma GCC unroll 4
       for (int f = 0; f < F; ++f) __builtin_prefetch(codes + f * ldw + u * kVec + kAhead4, 0, 2);
-      // Of the scales a row in turn, since a line of them lasts for F units or more.
-      __builtin_prefetch(factors + u % F * ld_scale + (u / F * F * kSteps + 2 * kAhead4) / kGroup,
-                         0, 2);
+      // Of the scales a row in turn: a line of them lasts for F units or more.
+      const int64_t scale_ahead = (u / F * F * kSteps + 2 * kAhead4) / kGroup;
+      __builtin_prefetch(factors + u % F * ld_scale + scale_ahead, 0, 2);
       unit.multiply(codes + u * kVec, ldw, rows + u * kSteps, row_bytes);
       unit.add_to(acc, factors + u * kSteps / kGroup, ld_scale, offsets + u * kVec,
                   scales + u * kVec, row_bytes);
