@@ -93,7 +93,7 @@ constexpr int64_t kAmxMinRows = 3;
 // sums through registers once in four steps of k.
 constexpr int64_t kRankMaxRows = 8;
 // The same for products of integers, and the width of such an item: wide, because its tokens are
-// made integers first, and because each of its streams of weights is a quarter or a sixth of it.
+// made integers first, and because each of its streams of weights is a quarter of it or less.
 // With more rows, narrower, for the sums of 128 rows, which panels hand on in parts.
 constexpr int64_t kQuantMaxRows = 8;
 constexpr int64_t kQuantFeatures = 2048;

@@ -159,10 +159,19 @@ inline Floats unit_scales(const float* const (&row)[4]) {
 #endif
 }
 
+// Products of a block of two rows as four sums of each. 16 bits also hold two of those.
+inline Bytes two_rows(Bytes a, Bytes b) {
+#if defined(__AVX512VNNI__)
+  return MOE_INT(packs_epi32)(a, b);
+#else
+  return MOE_INT(add_epi16)(MOE_INT(unpacklo_epi64)(a, b), MOE_INT(unpackhi_epi64)(a, b));
+#endif
+}
+
 // A unit of F rows of 4-bit weights, one or four, and M rows of tokens.
 template <int kGroup, int F, int M>
 struct Dot4 {
-  // Sums of 8 products, at most 8 * 15 * 127: two of them also fit 16 bits.
+  // With VNNI sums of 8 products in 32 bits, at most 8 * 15 * 127, else of 4 in 16 bits.
   Bytes sums[F][M];
 
   inline __attribute__((always_inline)) void multiply(const uint8_t* w, int64_t ldw,
@@ -181,8 +190,8 @@ struct Dot4 {
 #if defined(__AVX512VNNI__)
         sums[f][t] = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(Bytes{}, even, c0), odd, c1);
 #else
-        sums[f][t] = add_pairs(
-            MOE_INT(add_epi16)(MOE_INT(maddubs_epi16)(even, c0), MOE_INT(maddubs_epi16)(odd, c1)));
+        sums[f][t] =
+            MOE_INT(add_epi16)(MOE_INT(maddubs_epi16)(even, c0), MOE_INT(maddubs_epi16)(odd, c1));
 #endif
       }
     }
@@ -197,8 +206,8 @@ struct Dot4 {
 #pragma GCC unroll 4
     for (int t = 0; t < M; ++t) {
       const auto sum = [&](int f) { return sums[f < F ? f : 0][t]; };
-      const Bytes low = add_pairs(MOE_INT(packs_epi32)(sum(0), sum(1)));
-      const Bytes high = add_pairs(MOE_INT(packs_epi32)(sum(2), sum(3)));
+      const Bytes low = add_pairs(two_rows(sum(0), sum(1)));
+      const Bytes high = add_pairs(two_rows(sum(2), sum(3)));
       const Bytes blocks = add_words(load_weights(offsets + t * row_bytes),
                                      MOE_INT(packs_epi32)(low, high), MOE_INT(set1_epi16)(1));
       const auto token = load_bytes<Floats>(scales + t * row_bytes);
