@@ -129,7 +129,7 @@ inline Bytes add_pairs(Bytes v) { return MOE_INT(madd_epi16)(v, MOE_INT(set1_epi
 template <int kGroup>
 inline Floats unit_scales(const float* const (&row)[4]) {
   constexpr int64_t kCount = 2 * kVec / kGroup;  // a row; 0: less than one
-  const auto two_rows = [&](int f) {             // two scales of each
+  const auto two_scales = [&](int f) {           // of each of two rows
     return _mm_castpd_ps(_mm_setr_pd(load_bytes<double>(row[f]), load_bytes<double>(row[f + 1])));
   };
 #if MOE_VEC_BYTES == 64
@@ -143,14 +143,15 @@ inline Floats unit_scales(const float* const (&row)[4]) {
         _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), rows);
   }
   if constexpr (kCount == 2) {
-    const __m256 rows = _mm256_insertf128_ps(_mm256_castps128_ps256(two_rows(0)), two_rows(2), 1);
+    const __m256 rows =
+        _mm256_insertf128_ps(_mm256_castps128_ps256(two_scales(0)), two_scales(2), 1);
     return _mm512_permutexvar_ps(_mm512_setr_epi32(0, 2, 4, 6, 0, 2, 4, 6, 1, 3, 5, 7, 1, 3, 5, 7),
                                  _mm512_castps256_ps512(rows));
   }
   return _mm512_broadcast_f32x4(_mm_setr_ps(*row[0], *row[1], *row[2], *row[3]));
 #else
   if constexpr (kCount == 2) {
-    const __m128 a = two_rows(0), b = two_rows(2);
+    const __m128 a = two_scales(0), b = two_scales(2);
     return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_shuffle_ps(a, b, 0x88)),
                                 _mm_shuffle_ps(a, b, 0xdd), 1);
   }
@@ -160,7 +161,7 @@ inline Floats unit_scales(const float* const (&row)[4]) {
 }
 
 // Products of a block of two rows as four sums of each. 16 bits also hold two of those.
-inline Bytes two_rows(Bytes a, Bytes b) {
+inline Bytes fold_two(Bytes a, Bytes b) {
 #if defined(__AVX512VNNI__)
   return MOE_INT(packs_epi32)(a, b);
 #else
@@ -206,8 +207,8 @@ struct Dot4 {
 #pragma GCC unroll 4
     for (int t = 0; t < M; ++t) {
       const auto sum = [&](int f) { return sums[f < F ? f : 0][t]; };
-      const Bytes low = add_pairs(two_rows(sum(0), sum(1)));
-      const Bytes high = add_pairs(two_rows(sum(2), sum(3)));
+      const Bytes low = add_pairs(fold_two(sum(0), sum(1)));
+      const Bytes high = add_pairs(fold_two(sum(2), sum(3)));
       const Bytes blocks = add_words(load_weights(offsets + t * row_bytes),
                                      MOE_INT(packs_epi32)(low, high), MOE_INT(set1_epi16)(1));
       const auto token = load_bytes<Floats>(scales + t * row_bytes);
