@@ -628,9 +628,9 @@ bool narrow_right(const Kernels<T>& k, Numbers<T>& numbers) {
 bool quant_right(const Kernels<float>& k, Numbers<float>& numbers) {
   // dot4 and dot8 end the sums of several times together, the last of five alone.
   constexpr int64_t kMost = 384, kBytes = 384, kTimes = 5;
-  const int64_t kFeatures = std::max<int64_t>(kDotFeatures, k.quant.dot8_features) + kTimes - 1;
-  const std::vector<float> weights = numbers.take(2 * kFeatures * kBytes);
-  const std::vector<float> scales = numbers.take(kFeatures * 16);
+  const int64_t num_features = std::max<int64_t>(kDotFeatures, k.quant.dot8_features) + kTimes - 1;
+  const std::vector<float> weights = numbers.take(2 * num_features * kBytes);
+  const std::vector<float> scales = numbers.take(num_features * 16);
   std::vector<uint8_t> w(weights.size());
   for (size_t i = 0; i < w.size(); ++i) {
     const float parts = (weights[i] + weights[(i * 7 + 3) % w.size()]) * 64;
@@ -654,7 +654,7 @@ bool quant_right(const Kernels<float>& k, Numbers<float>& numbers) {
       };
       const int64_t row_bytes = bits == 8 ? k.quant.row8_bytes(K) : k.quant.row4_bytes(K);
       std::vector<char> rows(static_cast<size_t>(row_bytes * k.dot_tokens));
-      std::vector<double> truth(static_cast<size_t>(k.dot_tokens * kFeatures));
+      std::vector<double> truth(static_cast<size_t>(k.dot_tokens * num_features));
       std::vector<double> magnitude = truth;
       for (int t = 0; t < k.dot_tokens; ++t) {
         std::vector<float> row(static_cast<size_t>(round_up<int64_t>(K, 64)));
@@ -662,11 +662,11 @@ bool quant_right(const Kernels<float>& k, Numbers<float>& numbers) {
         // The block that K cuts has its 127 where there is a token.
         row[K / kQuantBlock * kQuantBlock - (K % kQuantBlock == 0)] = 127 / 64.0f;
         (bits == 8 ? k.quant.row8 : k.quant.row4)(K, row.data(), rows.data() + t * row_bytes);
-        for (int64_t f = 0; f < kFeatures; ++f) {
+        for (int64_t f = 0; f < num_features; ++f) {
           for (int64_t i = 0; i < K; ++i) {
             const double product = static_cast<double>(row[i]) * code(f, i) * scale(f, i);
-            truth[t * kFeatures + f] += product;
-            magnitude[t * kFeatures + f] += std::abs(product);
+            truth[t * num_features + f] += product;
+            magnitude[t * num_features + f] += std::abs(product);
           }
         }
       }
@@ -677,14 +677,14 @@ bool quant_right(const Kernels<float>& k, Numbers<float>& numbers) {
           std::vector<float> out(truth.size(), NAN);
           if (bits == 8) {
             k.quant.dot8(features, count, tokens, K, w.data(), kBytes, kBytes, rows.data(),
-                         row_bytes, out.data(), kFeatures, 1, w.data(), kBytes, features);
+                         row_bytes, out.data(), num_features, 1, w.data(), kBytes, features);
           } else {
             k.quant.dot4(group, features, count, tokens, K, w.data(), kBytes, kBytes, scales.data(),
-                         16, 16, rows.data(), row_bytes, out.data(), kFeatures, 1);
+                         16, 16, rows.data(), row_bytes, out.data(), num_features, 1);
           }
           for (int t = 0; t < tokens; ++t) {
             for (int f = 0; f < features + count - 1; ++f) {
-              const int64_t i = t * kFeatures + f;
+              const int64_t i = t * num_features + f;
               // 16 bits are 1.5e-5 of the largest, at the most, and tokens about half of that.
               const double tolerance = bits == 8 ? 3e-5 : 1e-5;
               const float sum = bits == 8 ? out[i] * scale(f, 0) : out[i];

@@ -138,9 +138,8 @@ inline Floats unit_scales(const float* const (&row)[4]) {
       return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(row[f])),
                                   _mm_loadu_ps(row[f + 1]), 1);
     };
-    const Floats rows = _mm512_insertf32x8(_mm512_castps256_ps512(halves(0)), halves(2), 1);
-    return _mm512_permutexvar_ps(
-        _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), rows);
+    return transpose_quadruples(
+        _mm512_insertf32x8(_mm512_castps256_ps512(halves(0)), halves(2), 1));
   }
   if constexpr (kCount == 2) {
     const __m256 rows =

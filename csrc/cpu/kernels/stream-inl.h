@@ -40,6 +40,14 @@ inline Four<float> add_quadruples(Floats folded) {
   return sums;
 }
 
+#if MOE_VEC_BYTES == 64
+// Lane 4 * i + j to lane 4 * j + i.
+inline Floats transpose_quadruples(Floats v) {
+  return _mm512_permutexvar_ps(
+      _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), v);
+}
+#endif
+
 // The same for kFolded times four vectors at once: out[i * step + j] is the sum of vector i
 // of folded[j]. A sum costs a third of what it does four at a time.
 inline void put_folded(const Floats (&folded)[kFolded], float* out, int64_t step) {
@@ -49,9 +57,8 @@ inline void put_folded(const Floats (&folded)[kFolded], float* out, int64_t step
            _mm512_shuffle_f32x4(folded[i], folded[i + 1], 0xee);
   };
   const Floats a = add_halves(0), b = add_halves(2);
-  const Floats sums = _mm512_shuffle_f32x4(a, b, 0x88) + _mm512_shuffle_f32x4(a, b, 0xdd);
-  const __m512i by_vector = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-  const Floats rows = _mm512_permutexvar_ps(by_vector, sums);
+  const Floats rows =
+      transpose_quadruples(_mm512_shuffle_f32x4(a, b, 0x88) + _mm512_shuffle_f32x4(a, b, 0xdd));
   _mm_storeu_ps(out, _mm512_castps512_ps128(rows));
   _mm_storeu_ps(out + step, _mm512_extractf32x4_ps(rows, 1));
   _mm_storeu_ps(out + 2 * step, _mm512_extractf32x4_ps(rows, 2));
@@ -110,36 +117,31 @@ inline void with_token_count(int tokens, const Fn& fn) {
 }
 
 #if defined(__AVX2__) && MOE_VEC_BYTES >= 32
-// Sums of the products of `count` times F rows of weights, one or some quadruples, and M of tokens:
-// products(i, folded) leaves in folded[q * M + t] what fold_lanes makes of those of time i, of rows
-// 4 * q and on. Their sums go to out[t * ldo + f * out_step + i].
+// Sums of the products of `count` times F rows of weights, four or fewer, and M of tokens:
+// products(i, folded) leaves in folded[t] what fold_lanes makes of those of time i; their sums go
+// to out[t * ldo + f * out_step + i].
 template <int F, int M, class Products>
 inline __attribute__((always_inline)) void folded_sums(int64_t count, float* out, int64_t ldo,
                                                        int64_t out_step, const Products& products) {
-  constexpr int Q = (F + 3) / 4;
-  static_assert(F == 1 || F % 4 == 0);
   for (int64_t i = 0; i < count; i += kFolded) {
     const int64_t times = count - i < kFolded ? count - i : kFolded;
-    Floats folded[Q * M][kFolded];
+    Floats folded[M][kFolded];
 #pragma GCC unroll 1
     for (int64_t j = 0; j < times; ++j) {
-      Floats now[Q * M];
+      Floats now[M];
       products(i + j, now);
-#pragma GCC unroll 8
-      for (int t = 0; t < Q * M; ++t) folded[t][j] = now[t];
+#pragma GCC unroll 4
+      for (int t = 0; t < M; ++t) folded[t][j] = now[t];
     }
-    for (int q = 0; q < Q; ++q) {
-      for (int t = 0; t < M; ++t) {
-        const Floats(&sums)[kFolded] = folded[q * M + t];
-        float* first = out + t * ldo + 4 * q * out_step + i;
-        if (F > 1 && times == kFolded) {
-          put_folded(sums, first, out_step);
-          continue;
-        }
-        for (int64_t j = 0; j < times; ++j) {
-          const Four<float> four = add_quadruples(sums[j]);
-          for (int f = 0; f < 4 && 4 * q + f < F; ++f) first[f * out_step + j] = four.v[f];
-        }
+    for (int t = 0; t < M; ++t) {
+      float* first = out + t * ldo + i;
+      if (F == 4 && times == kFolded) {
+        put_folded(folded[t], first, out_step);
+        continue;
+      }
+      for (int64_t j = 0; j < times; ++j) {
+        const Four<float> four = add_quadruples(folded[t][j]);
+        for (int f = 0; f < F; ++f) first[f * out_step + j] = four.v[f];
       }
     }
   }
@@ -152,18 +154,14 @@ inline __attribute__((always_inline)) void product_sums(int64_t count, T* out, i
                                                         int64_t out_step,
                                                         const Products& products) {
 #if defined(__AVX2__) && MOE_VEC_BYTES >= 32
-  if constexpr (sizeof(T) == 4 && F % 4 == 0) {
+  if constexpr (sizeof(T) == 4 && F == 4) {
     folded_sums<F, M>(count, out, ldo, out_step,
-                      [=](int64_t i, Floats(&folded)[F / 4 * M]) __attribute__((always_inline)) {
+                      [=](int64_t i, Floats(&folded)[M]) __attribute__((always_inline)) {
                         Vec<T> acc[F][M];
                         products(i, acc);
-#pragma GCC unroll 2
-                        for (int f = 0; f < F; f += 4) {
 #pragma GCC unroll 4
-                          for (int t = 0; t < M; ++t) {
-                            folded[f / 4 * M + t] = fold_lanes(
-                                {acc[f][t], acc[f + 1][t], acc[f + 2][t], acc[f + 3][t]});
-                          }
+                        for (int t = 0; t < M; ++t) {
+                          folded[t] = fold_lanes({acc[0][t], acc[1][t], acc[2][t], acc[3][t]});
                         }
                       });
     return;
