@@ -10,7 +10,17 @@
 namespace moe_ops::cpu {
 
 // Slots that may be live in one thread at the same time.
-enum class Scratch : int { kPackA, kPackB, kTile, kRows, kHidden, kIndex, kTokens, kCount };
+enum class Scratch : int {
+  kPackA,
+  kPackB,
+  kTile,
+  kRows,
+  kHidden,
+  kIndex,
+  kTokens,
+  kRowAsFloat,
+  kCount
+};
 
 // At least `bytes` of 64-byte aligned memory, valid until the same thread asks for the same slot
 // again. Contents are undefined. Blocks above 256 MiB are given back by release_large_scratch().

@@ -198,7 +198,7 @@ inline void amx_wgrad_item(const GroupedWgradParams& p, const Kernels<float>& k,
   TileHints none;
   const int64_t j_block = balanced(J, kAmxNnFeatures, 32);
   auto* copies = scratch<uint16_t>(Scratch::kPackA, depth * j_block);
-  float* buffer = scratch<float>(Scratch::kTile, j_block);
+  float* widened = scratch<float>(Scratch::kRowAsFloat, j_block);
   std::vector<const uint16_t*> a_rows(static_cast<size_t>(depth), nullptr);
   for (int64_t j0 = 0; j0 < J; j0 += j_block) {
     const int64_t cols = std::min(j_block, J - j0), ldc = round_up<int64_t>(cols, 32);
@@ -209,12 +209,12 @@ inline void amx_wgrad_item(const GroupedWgradParams& p, const Kernels<float>& k,
       const float scale = a_scale ? a_scale[begin + r] : 1.0f;
       a_rows[r] = static_cast<const uint16_t*>(src);
       if (p.a.type != DType::kBFloat16 || scale != 1.0f) {
-        load_bf16_row(k, p.a.type, src, cols, scale, buffer, copies + r * j_block);
+        load_bf16_row(k, p.a.type, src, cols, scale, widened, copies + r * j_block);
         a_rows[r] = copies + r * j_block;
       }
     }
     k.pack_pairs(a_rows.data(), 0, depth, cols, panels, panel_stride);
-    float* tile = scratch<float>(Scratch::kTile, std::max(j_block, 32 * ldc));
+    float* tile = scratch<float>(Scratch::kTile, 32 * ldc);
     for (int64_t o = 0; o < n; o += 32) {
       k.amx_begin();
       for (int64_t j = 0; j < ldc; j += 32) {

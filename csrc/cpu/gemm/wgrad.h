@@ -73,6 +73,8 @@ void wgrad_item(const GroupedWgradParams& p, const Kernels<T>& k, int64_t e, int
   const int64_t half_rows = std::max(j_block, kLdm);
   auto* halves =
       kPairs ? scratch<uint16_t>(Scratch::kTokens, (kRows * depth + 2) * half_rows) : nullptr;
+  // A row in fp32 on its way to bfloat16. `tile` holds sums of earlier blocks of rows meanwhile.
+  float* widened = kPairs ? scratch<float>(Scratch::kRowAsFloat, half_rows) : nullptr;
   const void* a_rows[kRows * kKc];
   TileHints hints;
   hints.lda = kGradPitch;
@@ -86,7 +88,7 @@ void wgrad_item(const GroupedWgradParams& p, const Kernels<T>& k, int64_t e, int
         a_rows[r] = src;
         if (p.a.type != DType::kBFloat16 || scale != 1.0f) {
           uint16_t* copy = halves + r * half_rows;
-          load_bf16_row(k, p.a.type, src, cols, scale, tile, copy);
+          load_bf16_row(k, p.a.type, src, cols, scale, widened, copy);
           a_rows[r] = copy;
         }
       }
@@ -108,7 +110,7 @@ void wgrad_item(const GroupedWgradParams& p, const Kernels<T>& k, int64_t e, int
         for (int64_t i = 0; i < 2; ++i) {
           uint16_t* dst = two + i * half_rows;
           if (r + i < rows) {
-            load_bf16_row(k, p.grad.type, row(r0 + r + i), n, scale(r0 + r + i), tile, dst);
+            load_bf16_row(k, p.grad.type, row(r0 + r + i), n, scale(r0 + r + i), widened, dst);
           } else {
             std::fill(dst, dst + n, uint16_t{0});
           }
