@@ -4,7 +4,9 @@ When a large output of an op is freed (8 MiB and more: weight gradients, above a
 kept for the next one, because fresh memory has to be zeroed by the system first, which takes as
 long as a third of a layer's backward. The system may take the kept pages back whenever it needs
 them. ``MOE_OPS_CACHE_MB`` in the environment sets how much is kept at most (0: nothing); otherwise
-it is a quarter of the machine's memory. With torch 2.10, which lacks what this needs, nothing is.
+it is a quarter of the machine's memory, or nothing while the address space of the process is
+limited (``ulimit -v``), because kept memory takes addresses that other allocations may want. With
+torch 2.10, which lacks what this needs, nothing is kept.
 
 Weights are read faster from pages of 2 MiB than from those of 4 KiB that torch's allocator gets:
 :func:`use_huge_pages`. Banks of experts do it by themselves, on Linux, at the first call that reads
@@ -16,6 +18,7 @@ copy of its own of weights that it shares with its parent.
 from __future__ import annotations
 
 import os
+import warnings
 import weakref
 
 import torch
@@ -25,6 +28,17 @@ from moe_ops import _C
 
 # What is smaller may not hold a whole page of 2 MiB, and lies in a cache anyway.
 _HUGE_FROM = 4 << 20
+
+
+def _check_limit() -> None:
+    megabytes = os.environ.get("MOE_OPS_CACHE_MB")
+    if megabytes is not None and not (megabytes.isascii() and megabytes.isdecimal()):
+        warnings.warn(
+            f"MOE_OPS_CACHE_MB={megabytes} is not a whole number of MiB; ignored.", stacklevel=2
+        )
+
+
+_check_limit()
 
 _by_themselves = os.environ.get("MOE_OPS_HUGE_PAGES") != "0"
 _seen: weakref.WeakKeyDictionary[nn.Module, tuple[int, ...]] = weakref.WeakKeyDictionary()
