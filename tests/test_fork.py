@@ -91,7 +91,9 @@ def test_workers_of_a_data_loader():
                 x = torch.stack(samples)
                 return x, layer(x)
 
-        loader = DataLoader(data, 8, num_workers=2, collate_fn=collate, multiprocessing_context="fork")
+        loader = DataLoader(
+            data, 8, num_workers=2, collate_fn=collate, multiprocessing_context="fork"
+        )
         for i, (x, y) in enumerate(loader):
             layer(x).sum().backward()  # the parent computes beside its workers
             if i == 0:

@@ -134,8 +134,8 @@ LIMITED = """
     torch.set_num_threads(1)
 
     def output(mib):
-        rows = torch.ones(2, 1024)
-        return moe_ops.grouped_gemm_wgrad(rows[:, :mib], rows[:, :256], torch.tensor([0] + [2] * 1024))
+        rows, offsets = torch.ones(2, 1024), torch.tensor([0] + [2] * 1024)
+        return moe_ops.grouped_gemm_wgrad(rows[:, :mib], rows[:, :256], offsets)
 
     def used():
         pages = int(open("/proc/self/statm").read().split()[0])
