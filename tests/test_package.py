@@ -111,34 +111,25 @@ def test_every_extra_named_in_a_message_exists():
 # --- importing
 
 
-def import_seconds(before: str = "", processes: int = 5) -> float:
-    """What `import moe_ops` takes over torch, which every user of it has imported anyway: user and
-    system time, the least of some processes, since a busy machine stretches the wall clock."""
+def imported_modules(before: str = "") -> list[str]:
+    """What `import moe_ops` imports over torch, which every user of it has imported anyway. Each is
+    a file to find, read and run: a count of them is the same on every machine, a time is not."""
     code = (
-        f"import time, torch\n{before}\nstart = time.process_time()\nimport moe_ops\n"
-        "print(time.process_time() - start)"
+        f"import sys, torch\n{before}\nbefore = set(sys.modules)\nimport moe_ops\n"
+        "print(*sorted(set(sys.modules) - before))"
     )
-    return min(float(run_python(code).stdout) for _ in range(processes))
+    return run_python(code).stdout.split()
 
 
-IMPORT_LIMIT = 0.3
+IMPORT_LIMIT = 90
 
 
-def test_import_time():
-    assert import_seconds() < IMPORT_LIMIT
-
-
-def test_import_time_sees_what_a_module_costs():
-    """A finder that is as slow as a module that should not be there."""
-    slow = (
-        "import sys\n"
-        "class Slow:\n"
-        "    def find_spec(self, name, path=None, target=None):\n"
-        "        end = time.process_time() + 0.3 * (name == 'moe_ops.ops')\n"
-        "        while time.process_time() < end: pass\n"
-        "sys.meta_path.insert(0, Slow())"
-    )
-    assert import_seconds(slow, processes=1) > IMPORT_LIMIT
+def test_import_is_small():
+    modules = imported_modules()
+    assert "moe_ops.ops" in modules
+    assert len(modules) <= IMPORT_LIMIT
+    outside = [name for name in modules if name.split(".")[0] != "moe_ops"]
+    assert len(outside) <= 5, outside
 
 
 def test_import_pulls_in_nothing_optional():
