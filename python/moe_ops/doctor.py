@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 import moe_ops
-from moe_ops import ops, packing, reference
+from moe_ops import _threads, ops, packing, reference
 from moe_ops.ops._register import accumulate_dtype, cpu_only_ops
 from moe_ops.quant import quantize_fp8_blocks
 
@@ -255,7 +255,7 @@ def _cpu() -> list[Finding]:
         )
     else:
         threading = Finding("threads", "ok", f"{threads} on {cores} usable cores")
-    findings = [finding, threading]
+    findings = [finding, threading, _wait_policy()]
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     if load > cores:
         # A thread that spins for another one keeps the core that the other one waits for.
@@ -264,10 +264,23 @@ def _cpu() -> list[Finding]:
                 "load",
                 "info",
                 f"{load:.1f} processes want {cores} cores: several threads may be slower than one",
-                "On a busy machine set OMP_WAIT_POLICY=passive before Python starts.",
+                "Set OMP_WAIT_POLICY=passive before Python starts, or use fewer threads.",
             )
         )
     return findings
+
+
+def _wait_policy() -> Finding:
+    policy = os.environ.get("OMP_WAIT_POLICY", "").lower()
+    if policy == "passive":
+        by = "moe-ops sets that for its own commands" if _threads.set_here else "OMP_WAIT_POLICY"
+        text = f"threads sleep while they wait ({by})"
+    else:
+        text = "threads spin while they wait, which takes cores from other processes"
+    advice = "For programs beside other work set OMP_WAIT_POLICY=passive before Python starts."
+    if policy == "passive" and not _threads.set_here:
+        return Finding("wait policy", "ok", text)
+    return Finding("wait policy", "info", text, advice)
 
 
 def _packed_weights() -> Finding:
