@@ -117,12 +117,7 @@ struct Scoped<Backend, fn> {
   static void add(typename Backend::Scope&, const T&) {}
 };
 
-#define MOE_CUDA_BOX(fn)                                                       \
-  ([] {                                                                        \
-    static_assert(::moe_ops::adapter::SignatureIsBoxable<decltype(fn)>::value, \
-                  "use double and int64_t in registered signatures");          \
-    return TORCH_BOX((&::moe_ops::adapter::Scoped<Backend, &fn>::call));       \
-  }())
+#define MOE_CUDA_BOX(fn) MOE_BOX((::moe_ops::adapter::Scoped<Backend, &fn>::call))
 
 #ifdef MOE_OPS_SIMULATED
 #define MOE_SIMULATED_LIBRARY \

@@ -41,7 +41,20 @@ OptTensor cached_tensor(torch::headeronly::IntHeaderOnlyArrayRef sizes, const in
   return out;
 }
 
+struct StringDeleter {
+  void operator()(StringHandle handle) const { torch_delete_string(handle); }
+};
+
 }  // namespace
+
+std::string BoxedArg<std::string>::unbox(StringHandle handle) {
+  const std::unique_ptr<StringOpaque, StringDeleter> owner(handle);
+  size_t length = 0;
+  const char* data = nullptr;
+  TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
+  TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &data));
+  return {data, length};
+}
 
 Tensor empty_cpu(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype) {
   constexpr size_t kMaxDim = 8;

@@ -24,23 +24,38 @@ namespace moe_ops::adapter {
 
 using OptTensor = std::optional<Tensor>;
 
-// TORCH_BOX hands a kernel that takes float or int the low bytes of a double or int64_t.
-// Registering through MOE_BOX turns that mistake into a compile error.
+// What MOE_BOX does to TORCH_BOX's conversions of arguments. A kernel that takes float or int would
+// get the low bytes of a double or int64_t: a compile error. A std::string would be allocated in
+// every call and never freed (STABLE_ABI_WORKAROUND): what is boxed takes the handle instead in
+// which a string crosses the ABI, and hands a std::string on.
 template <class T>
 constexpr bool kBoxable =
-    !std::is_same_v<std::remove_cvref_t<T>, float> && !std::is_same_v<std::remove_cvref_t<T>, int>;
-template <class F>
-struct SignatureIsBoxable;
-template <class R, class... Args>
-struct SignatureIsBoxable<R(Args...)> {
-  static constexpr bool value = (kBoxable<Args> && ...);
+    !std::is_same_v<std::remove_cvref_t<T>, float> &&
+    !std::is_same_v<std::remove_cvref_t<T>, int> &&
+    (std::is_same_v<T, std::string> || !std::is_same_v<std::remove_cvref_t<T>, std::string>);
+
+template <class T>
+struct BoxedArg {
+  using Type = T;
+  static T&& unbox(std::remove_reference_t<T>& arg) { return static_cast<T&&>(arg); }
 };
-#define MOE_BOX(fn)                                                            \
-  ([] {                                                                        \
-    static_assert(::moe_ops::adapter::SignatureIsBoxable<decltype(fn)>::value, \
-                  "use double and int64_t in registered signatures");          \
-    return TORCH_BOX(&fn);                                                     \
-  }())
+template <>
+struct BoxedArg<std::string> {
+  using Type = StringHandle;
+  static std::string unbox(StringHandle handle);
+};
+
+template <auto fn>
+struct Boxable;
+template <class R, class... Args, R (*fn)(Args...)>
+struct Boxable<fn> {
+  static_assert((kBoxable<Args> && ...),
+                "use double, int64_t and std::string by value in registered signatures");
+  static R call(typename BoxedArg<Args>::Type... args) {
+    return fn(BoxedArg<Args>::unbox(args)...);
+  }
+};
+#define MOE_BOX(fn) TORCH_BOX((&::moe_ops::adapter::Boxable<&fn>::call))
 
 // An uninitialised CPU tensor; large ones come from the buffer cache (tensor_utils.cpp).
 Tensor empty_cpu(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype);
