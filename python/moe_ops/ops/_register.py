@@ -5,7 +5,7 @@ The stable ABI has no C++ autograd or autocast, so those rules live beside the p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -107,6 +107,12 @@ def in_forward_mode() -> bool:
     """Whether tensors may have tangents: inside of ``forward_ad.dual_level`` or ``torch.func.jvp``.
     Only torch itself can tell whether one has, which takes a call of an operation."""
     return forward_ad._current_level >= 0
+
+
+def _any_tangent(values: Iterable[Any]) -> bool:
+    return in_forward_mode() and any(
+        isinstance(v, Tensor) and forward_ad.unpack_dual(v).tangent is not None for v in values
+    )
 
 
 def in_transform() -> bool:
@@ -456,12 +462,16 @@ def _register_functorch(
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
         row = call.complete(args, kwargs)
-        functorch = torch._C._functorch
-        if functorch.peek_interpreter_stack().key() == functorch.TransformType.Functionalize:
+        if _in_functionalize():
             return _functionalized(call, row)
         return rule.apply(*_autocast_args(op, row))
 
     library.impl(op, kernel, "FuncTorchDynamicLayerFrontMode")
+
+
+def _in_functionalize() -> bool:
+    functorch: Any = torch._C._functorch
+    return functorch.peek_interpreter_stack().key() == functorch.TransformType.Functionalize
 
 
 def _functionalized(call: _Call, args: tuple[Any, ...]) -> Any:
@@ -517,18 +527,22 @@ def register_training_form(op: str, forward: str, without: Sequence[str] = ()) -
         return training(*args, **kwargs)[0]
 
     def kernel(keyset: Any, *args: Any, **kwargs: Any) -> Any:
-        if in_forward_mode() or (
+        values = (*args, *kwargs.values())
+        if (
             torch.is_grad_enabled()
-            and any(isinstance(a, Tensor) and a.requires_grad for a in (*args, *kwargs.values()))
-        ):
+            and any(isinstance(a, Tensor) and a.requires_grad for a in values)
+        ) or _any_tangent(values):
             return train(args, kwargs)
         return overload.redispatch(keyset & torch._C._after_autograd_keyset, *args, **kwargs)
 
-    def functorch(*args: Any, **kwargs: Any) -> Any:
-        return train(_autocast_args(op, call.complete(args, kwargs)), {})
+    def transformed(*args: Any, **kwargs: Any) -> Any:
+        row = call.complete(args, kwargs)
+        if _in_functionalize():
+            return _functionalized(call, row)
+        return train(_autocast_args(op, row), {})
 
     library.impl(op, kernel, "Autograd", with_keyset=True)
-    library.impl(op, functorch, "FuncTorchDynamicLayerFrontMode")
+    library.impl(op, transformed, "FuncTorchDynamicLayerFrontMode")
 
 
 def register_no_double_backward(op: str, forward: str) -> None:
@@ -577,9 +591,7 @@ def register_no_gradient(op: str, advice: str) -> None:
         if in_forward_mode() or torch.is_grad_enabled():
             named = dict(zip(names, args, strict=False)) | kwargs
             tensors = {n: v for n, v in named.items() if isinstance(v, Tensor)}
-            if in_forward_mode() and any(
-                forward_ad.unpack_dual(v).tangent is not None for v in tensors.values()
-            ):
+            if _any_tangent(tensors.values()):
                 jvp(None)
             wanted = [n for n, v in tensors.items() if v.requires_grad and torch.is_grad_enabled()]
             if wanted:
