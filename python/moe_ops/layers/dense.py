@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from moe_ops.ops._register import accumulate_dtype
+from moe_ops.ops._register import accumulate_dtype, in_transform
 from moe_ops.ops.dense_ffn import dense_ffn
 from moe_ops.ops.gated_act import gated_act
 from moe_ops.ops.mix_experts import mix_experts
@@ -156,6 +156,7 @@ def _own_backward(a: Tensor, b: Tensor) -> bool:
         and a.dtype in (torch.float32, torch.float64)
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
+        and not in_transform()
     )
 
 
