@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import moe_ops
+from moe_ops._requirements import TRANSFORMERS_FLOOR
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = Path(moe_ops.__file__).parent
@@ -78,6 +79,13 @@ def test_torch_floor_is_the_same_everywhere():
     target = moe_ops._C.build_info()["torch_target"]
     assert project(r'^dependencies = \["torch>=([\d.]+)"') == target
     assert project(r'^set\(MOE_OPS_TORCH_TARGET "([\d.]+)"', "CMakeLists.txt") == target
+
+
+def test_transformers_floor_is_the_same_everywhere():
+    assert project(r'^hf = \["transformers>=([\d.]+)"') == TRANSFORMERS_FLOOR
+    for page in ("README.md", "docs/huggingface.md"):
+        named = re.findall(r"transformers\s*\(?([\d.]+)\s+or\s+newer", (ROOT / page).read_text())
+        assert named == [TRANSFORMERS_FLOOR], page
 
 
 # Imported only when asked for, and the extra that brings them.

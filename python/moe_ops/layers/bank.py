@@ -193,7 +193,7 @@ class BankOperations(nn.Module):
 
     def _reorder(self, tensors: dict[str, Tensor], neuron_order: Tensor) -> dict[str, Tensor]:
         shape = (self.num_experts, self.intermediate_size)
-        every = torch.arange(self.intermediate_size).expand(shape)
+        every = torch.arange(self.intermediate_size, device="cpu").expand(shape)
         if neuron_order.shape != shape or not torch.equal(
             neuron_order.long().sort(-1).values.cpu(), every
         ):
@@ -326,11 +326,12 @@ def merge_matrix(
     num_experts: int,
 ) -> Tensor:
     """[groups, E] fp64 with the weights of the mean of each group; rows sum to 1."""
-    w = torch.ones(num_experts) if weights is None else torch.as_tensor(weights)
-    w = w.detach().to("cpu", torch.float64)
+    w = torch.as_tensor(
+        [1.0] * num_experts if weights is None else weights, dtype=torch.float64, device="cpu"
+    ).detach()
     if w.shape != (num_experts,) or bool((w < 0).any()):
         raise ValueError(f"{name}: weights must be [{num_experts}] numbers >= 0, got {w.tolist()}.")
-    matrix = torch.zeros(len(members), num_experts, dtype=torch.float64)
+    matrix = torch.zeros(len(members), num_experts, dtype=torch.float64, device="cpu")
     for row, group in enumerate(members):
         total = w[group].sum()
         if total <= 0:

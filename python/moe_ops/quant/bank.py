@@ -90,7 +90,7 @@ class FloatBank:
 
     def run(self, inputs: BankInputs) -> Tensor:
         """The bank's output [T, H] in fp32, an expert at a time so that one is copied at most."""
-        y = torch.zeros(inputs.x.shape[0], self.hidden_size)
+        y = inputs.x.new_zeros(inputs.x.shape[0], self.hidden_size, dtype=torch.float32)
         for expert, tokens in tokens_of(inputs, self.num_experts):
             y[tokens] += self.run_expert(expert, take_tokens(inputs, tokens))
         return y
@@ -167,8 +167,9 @@ def find_banks(
     if "transformers" in sys.modules:
         try:
             import moe_ops.hf.quantized  # noqa: F401
-        except ImportError:  # Too old to have banks that moe_ops knows.
-            pass
+        except ImportError:  # Too old. No matter for a model that is not of it.
+            if is_pretrained(root):
+                raise
     for name in [n for n, _ in root.named_modules()]:
         try:
             module = root.get_submodule(name)
@@ -188,6 +189,12 @@ def find_banks(
                 break
         del module
         bank = None
+
+
+def is_pretrained(model: nn.Module) -> bool:
+    """Whether this is a model of transformers, which need not be installed."""
+    transformers = sys.modules.get("transformers")
+    return transformers is not None and isinstance(model, transformers.PreTrainedModel)
 
 
 def replace_module(root: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:

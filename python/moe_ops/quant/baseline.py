@@ -82,8 +82,8 @@ def record_baseline(
             call = adapter.inputs(module, args, kwargs)
             count = call.x.shape[0]
             if count:
-                index = torch.arange(min(room, count)) * count // min(room, count)
-                some = take_tokens(call, index.to(call.x.device))
+                index = torch.arange(min(room, count), device=call.x.device)
+                some = take_tokens(call, index * count // min(room, count))
                 kept.append(some._replace(x=some.x.clone()))
 
         return hook

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from .bank import FloatBank, find_banks
+from .bank import FloatBank, find_banks, is_pretrained
 from .baseline import Baseline, record_baseline
 from .formats import check_divides, check_format, quantize
 from .scales import GRID, find_x_scale
@@ -57,7 +56,7 @@ def quantize_experts(
     groups = check_format("quantize_experts", format, group_size) or None
     patterns = (skip,) if isinstance(skip, str) else tuple(skip)
     method = getattr(model, "quantization_method", None)
-    if _is_pretrained(model) and method is not None:
+    if is_pretrained(model) and method is not None:
         # A checkpoint has room for one method and one format.
         raise ValueError(
             f"quantize_experts: model must be a float model, got one quantised by "
@@ -102,16 +101,11 @@ def quantize_experts(
         experts.train(found.module.training)
         model = found.adapter.install(model, found.module, experts)
         del found
-    if _is_pretrained(model):
+    if is_pretrained(model):
         from moe_ops.hf.quantizer import mark_quantized
 
         mark_quantized(model, format, groups, baseline is not None, patterns)
     return model
-
-
-def _is_pretrained(model: nn.Module) -> bool:
-    transformers = sys.modules.get("transformers")
-    return transformers is not None and isinstance(model, transformers.PreTrainedModel)
 
 
 @torch.no_grad()
