@@ -9,7 +9,6 @@ import sys
 
 import pytest
 import torch
-import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
@@ -220,7 +219,7 @@ def test_missing_transformers_is_one_sentence(monkeypatch):
 @pytest.mark.parametrize("version", ["4.57.1", "5.0.0", "5.6.2"])
 def test_old_transformers_is_one_sentence(monkeypatch, version):
     forget_hf(monkeypatch)
-    monkeypatch.setattr(transformers, "__version__", version)
+    monkeypatch.setattr(sys.modules["transformers"], "__version__", version)
     message = rf'needs transformers 5.7 or newer and found {version}: pip .* "transformers>=5.7"'
     with pytest.raises(ImportError, match=message):
         importlib.import_module("moe_ops.hf")

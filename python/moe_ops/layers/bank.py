@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from moe_ops._sharded import check_whole
+
 if TYPE_CHECKING:
     from .experts import Experts
 
@@ -232,7 +234,7 @@ class BankOperations(nn.Module):
         return p.reshape(p.shape[0], -1, *p.shape[3:])
 
     def _row_tensors(self) -> dict[str, Tensor]:
-        return {name: p.detach() for name, p in self.named_parameters(recurse=False)}
+        return whole_rows("Experts", dict(self.named_parameters(recurse=False)))
 
     def _config(self) -> dict[str, Any]:
         names = ("hidden_size", "intermediate_size", "output_size", "activation", "interleaved")
@@ -278,6 +280,13 @@ class BankOperations(nn.Module):
 
 
 # ------------------------------------------------- arguments that all bank operations share
+
+
+def whole_rows(name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors without their history; raises ValueError where this process has a part of one."""
+    for key, tensor in tensors.items():
+        check_whole(name, key, tensor, "select, append, split and merge before sharding the model")
+    return {key: tensor.detach() for key, tensor in tensors.items()}
 
 
 def as_ids(name: str, ids: Sequence[int] | Tensor | None, num_experts: int) -> list[int]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from moe_ops._sharded import check_whole, name_of
 from moe_ops.ops.moe_ffn import moe_ffn
 
 if TYPE_CHECKING:
@@ -57,8 +58,14 @@ class FloatBank:
 
     @property
     def num_bytes(self) -> int:
-        biases = [b for b in (self.b_gate_up, self.b_down) if b is not None]
-        return sum(t.numel() * t.element_size() for t in (*self.gate_up, self.down, *biases))
+        return sum(t.numel() * t.element_size() for _, t in self.tensors())
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Each with the name of what it is, or is a part of, in moe_ffn."""
+        yield from (("w_gate_up", w) for w in self.gate_up)
+        yield "w_down", self.down
+        biases = ("b_gate_up", self.b_gate_up), ("b_down", self.b_down)
+        yield from ((name, b) for name, b in biases if b is not None)
 
     def gate_up_of(self, expert: int) -> Tensor:
         """[2I, H] fp32, a copy of its own."""
@@ -111,6 +118,62 @@ def take_tokens(inputs: BankInputs, tokens: Tensor) -> BankInputs:
         inputs.topk_ids[tokens],
         inputs.apply_router_weight_on_input,
     )
+
+
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_weights(op: str, name: str, module: nn.Module, bank: FloatBank) -> None:
+    """Raises ValueError, with the name of the weight, where a bank is not all here to be read.
+
+    Args:
+        op: the function that reads it.
+        name: of `module`, which holds the bank.
+    """
+    check_whole_bank(op, name, module, bank)
+    shapes = {"w_gate_up": "[E, 2I, H]", "w_down": "[E, H, I]"}
+    for role, w in bank.tensors():
+        what = _name_of(role, w, name, module)
+        if w.device.type == "meta":
+            raise ValueError(
+                f"{op}: {what} must hold numbers, got a meta tensor; load all weights into memory "
+                "first, without offloading any."
+            )
+        if w.device.type != "cpu":
+            raise ValueError(
+                f"{op}: {what} must be on the CPU, where quantised experts run, got {w.device}; "
+                "call model.cpu() first."
+            )
+        if w.dtype not in _FLOATS:
+            raise ValueError(
+                f"{op}: {what} must be float64, float32, bfloat16 or float16, got "
+                f"{str(w.dtype).removeprefix('torch.')}."
+            )
+        if role in shapes and w.dim() != 3:
+            raise ValueError(f"{op}: {what} must be {shapes[role]}, got shape {list(w.shape)}.")
+
+
+def check_whole_bank(op: str, name: str, module: nn.Module, bank: FloatBank) -> None:
+    """Raises ValueError where this process has a part of a weight only."""
+    for role, w in bank.tensors():
+        what = _name_of(role, w, name, module)
+        check_whole(op, what, w, f"{op} has to come before the model is sharded")
+
+
+@torch.no_grad()
+def check_finite(op: str, name: str, module: nn.Module, bank: FloatBank) -> None:
+    """Raises ValueError, with the name of the weight, where a number is infinite or NaN."""
+    for role, w in bank.tensors():
+        for expert in range(bank.num_experts):
+            if not bool(torch.isfinite(w[expert]).all()):
+                raise ValueError(
+                    f"{op}: {_name_of(role, w, name, module)} must be finite, got infinities or "
+                    f"NaNs in expert {expert}."
+                )
+
+
+def _name_of(role: str, w: Tensor, name: str, module: nn.Module) -> str:
+    return name_of(module, w, name) or f"{name or 'the bank'}'s {role}"
 
 
 class Adapter(Protocol):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .bank import FloatBank, find_banks, is_pretrained
+from .bank import FloatBank, check_finite, check_weights, find_banks, is_pretrained
 from .baseline import Baseline, record_baseline
 from .formats import check_divides, check_format, quantize
 from .scales import GRID, find_x_scale
@@ -50,8 +50,11 @@ def quantize_experts(
 
     Raises:
         ValueError: no float bank, an unknown format, sizes that the groups do not divide, an
-            activation that moe_ffn does not know, weights that are not finite. The model is
-            unchanged, unless only its numbers were at fault: then banks before that one are done.
+            activation that moe_ffn does not know, weights that are sharded over processes, on
+            another device than the CPU or on none, of a type that moe_ffn does not take, or not
+            finite. The model is unchanged, unless only its numbers were at fault: then banks
+            before that one are done.
+        ImportError: a model of a transformers that is too old for moe_ops.hf.
     """
     groups = check_format("quantize_experts", format, group_size) or None
     patterns = (skip,) if isinstance(skip, str) else tuple(skip)
@@ -65,10 +68,7 @@ def quantize_experts(
     names = []
     for found in find_banks(model, patterns):
         names.append(found.name)
-        if found.bank.down.device.type == "meta":
-            raise ValueError(
-                f"quantize_experts: {found.name or 'the bank'} must hold weights, got meta tensors."
-            )
+        check_weights("quantize_experts", found.name, found.module, found.bank)
         check_sizes(found.name, found.bank, groups)
         del found
     if not names:
@@ -88,6 +88,7 @@ def quantize_experts(
     for done, found in enumerate(find_banks(model, patterns)):
         if progress is not None:
             progress(found.name, done, len(names))
+        check_finite("quantize_experts", found.name, found.module, found.bank)
         experts = found.adapter.new(
             found.bank, format=format, group_size=groups, x_scale=baseline is not None
         )
