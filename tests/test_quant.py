@@ -311,6 +311,11 @@ def test_skip():
     assert model.second.experts.format == "int4" and model.first.experts.format == "int8"
 
 
+def test_skip_that_matches_no_bank():
+    with pytest.warns(UserWarning, match=r"skip must match the name of a bank, got 'first', which"):
+        moe_ops.quantize_experts(Net(), "int8", skip=["first", "second.*"])
+
+
 @pytest.mark.parametrize(
     ("build", "kwargs", "message"),
     [

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
@@ -223,16 +224,7 @@ def find_banks(
     Raises:
         ValueError: such a bank.
     """
-    from fnmatch import fnmatchcase
-
-    import moe_ops.quant.experts  # Registers its adapter, as the other one does.
-
-    if "transformers" in sys.modules:
-        try:
-            import moe_ops.hf.quantized  # noqa: F401
-        except ImportError:  # Too old. No matter for a model that is not of it.
-            if is_pretrained(root):
-                raise
+    _load_adapters(root)
     for name in [n for n, _ in root.named_modules()]:
         try:
             module = root.get_submodule(name)
@@ -252,6 +244,38 @@ def find_banks(
                 break
         del module
         bank = None
+
+
+def idle_patterns(root: nn.Module, skip: tuple[str, ...]) -> list[str]:
+    """The patterns of `skip` that no bank's name matches."""
+    _load_adapters(root)
+    idle = set(skip)
+    for name, module in root.named_modules() if idle else ():
+        here = {pattern for pattern in idle if fnmatchcase(name, pattern)}
+        if here and _holds_bank(module):
+            idle -= here
+    return [pattern for pattern in skip if pattern in idle]
+
+
+def _holds_bank(module: nn.Module) -> bool:
+    for adapter in _adapters:
+        try:
+            if adapter.bank(module) is not None:
+                return True
+        except ValueError:  # One that has no quantised form.
+            return True
+    return False
+
+
+def _load_adapters(root: nn.Module) -> None:
+    import moe_ops.quant.experts  # Registers its adapter, as the other one does.
+
+    if "transformers" in sys.modules:
+        try:
+            import moe_ops.hf.quantized  # noqa: F401
+        except ImportError:  # Too old. No matter for a model that is not of it.
+            if is_pretrained(root):
+                raise
 
 
 def is_pretrained(model: nn.Module) -> bool:

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from .bank import FloatBank, check_finite, check_weights, find_banks, is_pretrained
+from .bank import (
+    FloatBank,
+    check_finite,
+    check_weights,
+    find_banks,
+    idle_patterns,
+    is_pretrained,
+)
 from .baseline import Baseline, record_baseline
 from .formats import check_divides, check_format, quantize
 from .scales import GRID, find_x_scale
@@ -41,7 +49,8 @@ def quantize_experts(
         calibration: inputs for the activation-aware scale of w_gate_up's input channels: what
             `moe_ops.quant.record_baseline` returned, or what it takes. None uses no such scale.
         grid: number of exponents tried for that scale, less one.
-        skip: shell patterns of module names whose banks stay float.
+        skip: shell patterns of the names of banks that stay float; one that matches none is warned
+            of.
         progress: called with the name of each bank, how many were done before it, and how many
             there are.
 
@@ -64,6 +73,12 @@ def quantize_experts(
         raise ValueError(
             f"quantize_experts: model must be a float model, got one quantised by "
             f"{getattr(method, 'value', method)}."
+        )
+    for pattern in idle_patterns(model, patterns):
+        warnings.warn(
+            f"quantize_experts: skip must match the name of a bank, got {pattern!r}, which matches "
+            "none.",
+            stacklevel=2,
         )
     names = []
     for found in find_banks(model, patterns):
