@@ -286,6 +286,19 @@ def test_hugging_face_part():
     for result in results:
         assert result["passed"], result["errors"]
         assert set(result["forward"]["seconds"]) == {"eager", "grouped_mm", "moe_ops"}
+        for measured in (result["forward"], result["forward_backward"]):
+            seconds = measured["seconds"]
+            for other, ratio in measured["speedup"].items():  # What is printed beside each other.
+                assert ratio == seconds[other] / seconds["moe_ops"]
+
+
+def test_hugging_face_part_with_an_old_transformers(monkeypatch):
+    pytest.importorskip("transformers")
+    from moe_ops.demo import hf_compare
+
+    assert hf_compare.missing() is None
+    monkeypatch.setattr(hf_compare.importlib.metadata, "version", lambda name: "5.6.2")
+    assert 'or newer and found 5.6.2, pip install --upgrade "transformers>=' in hf_compare.missing()
 
 
 # --- checkpoints

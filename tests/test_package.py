@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import moe_ops
+from moe_ops._requirements import TRANSFORMERS_FLOOR
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = Path(moe_ops.__file__).parent
@@ -78,6 +79,13 @@ def test_torch_floor_is_the_same_everywhere():
     target = moe_ops._C.build_info()["torch_target"]
     assert project(r'^dependencies = \["torch>=([\d.]+)"') == target
     assert project(r'^set\(MOE_OPS_TORCH_TARGET "([\d.]+)"', "CMakeLists.txt") == target
+
+
+def test_transformers_floor_is_the_same_everywhere():
+    assert project(r'^hf = \["transformers>=([\d.]+)"') == TRANSFORMERS_FLOOR
+    for page in ("README.md", "docs/huggingface.md"):
+        named = re.findall(r"transformers\s*\(?([\d.]+)\s+or\s+newer", (ROOT / page).read_text())
+        assert named == [TRANSFORMERS_FLOOR], page
 
 
 # Imported only when asked for, and the extra that brings them.
@@ -268,16 +276,34 @@ def blocks(path: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", path.read_text(), re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize(
-    "path", [p for p in DOCUMENTS if blocks(p, "python")], ids=lambda p: p.name
-)
-def test_examples_run(path, tmp_path):
-    """The blocks of one document, in order, as one program in an empty folder."""
+def run_examples(path: Path, code: str, folder: Path) -> None:
     for mentioned, package in EXAMPLES_NEED.items():
         if mentioned in "".join(blocks(path, "python")):
             pytest.importorskip(package)
-    result = run_python("\n".join(blocks(path, "python")), cwd=tmp_path)
+    result = run_python(code, cwd=folder)
     assert result.returncode == 0, result.stderr
+    assert not re.search(r"^<string>:\d+: \w*Warning", result.stderr, re.MULTILINE), result.stderr
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in DOCUMENTS[1:] if blocks(p, "python")], ids=lambda p: p.name
+)
+def test_examples_run(path, tmp_path):
+    """The blocks of one document, in order, as one program in an empty folder."""
+    run_examples(path, "\n".join(blocks(path, "python")), tmp_path)
+    for line in "".join(blocks(path, "sh")).splitlines():  # Commands on what the blocks have made.
+        command, *arguments = line.split()
+        if command == "moe-ops" and any((tmp_path / a).exists() for a in arguments):
+            code = f"from moe_ops.cli import main; main({arguments})"
+            result = run_python(code, cwd=tmp_path)
+            assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_examples_of_the_readme_run_alone(tmp_path):
+    """Whoever tries one of them does not begin with the others."""
+    readme = ROOT / "README.md"
+    code = f"for block in {blocks(readme, 'python')!r}: exec(block, {{}})"
+    run_examples(readme, code, tmp_path)
 
 
 def signature(function) -> str:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 import moe_ops
 from moe_ops import _threads, ops, packing, reference
+from moe_ops._requirements import TRANSFORMERS_FLOOR, transformers_is_too_old
 from moe_ops.ops._register import accumulate_dtype, cpu_only_ops
 from moe_ops.quant import quantize_fp8_blocks
 
@@ -384,6 +385,15 @@ def _hugging_face() -> list[Finding]:
     version = _version("transformers")
     if version is None:
         return []
+    if transformers_is_too_old(version):
+        return [
+            Finding(
+                "experts implementation",
+                "warning",
+                f"moe_ops.hf needs transformers {TRANSFORMERS_FLOOR} or newer, found {version}",
+                f'pip install --upgrade "transformers>={TRANSFORMERS_FLOOR}"',
+            )
+        ]
     try:
         from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
@@ -391,15 +401,6 @@ def _hugging_face() -> list[Finding]:
 
         registered = "moe_ops" in ALL_EXPERTS_FUNCTIONS.valid_keys()
     except Exception as error:
-        if int(version.split(".")[0]) < 5:
-            return [
-                Finding(
-                    "experts implementation",
-                    "warning",
-                    f"transformers {version} has no experts interface",
-                    'pip install --upgrade "transformers>=5"',
-                )
-            ]
         return [
             Finding(
                 "experts implementation",

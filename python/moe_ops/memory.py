@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_ops import _C
+from moe_ops._sharded import check_whole
 
 # What is smaller may not hold a whole page of 2 MiB, and lies in a cache anyway.
 _HUGE_FROM = 4 << 20
@@ -74,13 +75,19 @@ def use_huge_pages(*owners: Tensor | nn.Module) -> int:
         Bytes that were moved, or lay there before. Less than asked for where memory is short; 0
         without Linux 6.1, and for tensors in a mapped file. (Where the system can move them later
         by itself, it is asked to.)
+
+    Raises:
+        ValueError: a DTensor; what its `to_local()` returns is a plain tensor.
     """
-    tensors: list[Tensor] = []
+    named: list[tuple[str, Tensor]] = []
     for owner in owners:
         if isinstance(owner, Tensor):
-            tensors.append(owner)
+            named.append(("the tensor", owner))
         else:
-            tensors += [*owner.parameters(), *owner.buffers()]
+            named += [*owner.named_parameters(), *owner.named_buffers()]
+    for name, tensor in named:
+        check_whole("use_huge_pages", name, tensor, "give it what to_local() returns")
+    tensors = [tensor for _, tensor in named]
     # Views and tied weights share a storage.
     storages = [t.untyped_storage() for t in tensors if is_plain(t)]
     sizes = {s.data_ptr(): s.nbytes() for s in storages if s.nbytes() >= _HUGE_FROM}

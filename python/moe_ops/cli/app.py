@@ -132,8 +132,14 @@ def bench(
 
     More options, such as shapes and numbers of tokens: python -m moe_ops.bench --help.
     """
+    from moe_ops.bench.machine import ISA_ENVIRONMENTS
     from moe_ops.bench.main import main as benchmark
 
+    if isa is not None and isa not in ISA_ENVIRONMENTS:
+        known = " or ".join(ISA_ENVIRONMENTS)
+        error = f"error: bench: --isa must be {known}, got {isa}."
+        _console().print(error, style="bold red", soft_wrap=True, markup=False)
+        raise typer.Exit(1)
     arguments = ["--quick"] if quick else []
     arguments += ["--json", "-"] if as_json else []
     arguments += ["--threads", str(threads)] if threads else []

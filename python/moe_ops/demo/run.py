@@ -334,12 +334,8 @@ def _compare_hugging_face(options: DemoOptions, console: Console) -> list[dict[s
         return None
     from moe_ops.demo import hf_compare
 
-    if hf_compare.transformers_missing():
-        console.print(
-            'Left out: it needs transformers, pip install "torch-moe-ops[hf]".',
-            markup=False,
-            soft_wrap=True,
-        )
+    if (missing := hf_compare.missing()) is not None:
+        console.print(f"Left out: {missing}.", markup=False, soft_wrap=True)
         return None
     from moe_ops.cli.tables import print_hf_comparison
 

@@ -408,6 +408,7 @@ class _WithoutBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
         raise NotImplementedError(
-            "QuantizedExperts: there is no gradient through quantised experts; train the float "
-            "model (dequantize() gives one) or call the layer under torch.no_grad()."
+            "QuantizedExperts: there is no gradient through quantised experts; train float ones "
+            "(a layer's dequantize() gives them, a model of transformers loads its float "
+            "checkpoint) or call these under torch.no_grad()."
         )

@@ -188,7 +188,7 @@ def _backward_sum(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     expert = torch.bucketize(row, expert_offsets[1:].to(torch.int64), right=True)
     valid = expert < grad.shape[0]
     spread = grad[expert.clamp(max=grad.shape[0] - 1)]
-    return torch.where(valid[:, None], spread, torch.zeros((), dtype=grad.dtype)), None
+    return torch.where(valid[:, None], spread, grad.new_zeros(())), None
 
 
 register_autograd("grouped_gemm", _backward, _setup)
