@@ -339,6 +339,8 @@ def inside(folder: Path, name: object) -> Path:
         mode = os.stat(target).st_mode
     except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(f"{folder} must hold {name}, got no such file") from None
+    except OSError as error:  # A link to itself, say.
+        raise ValueError(f"{folder / name} must be a file, got: {error.strerror}") from None
     if not stat.S_ISREG(mode):
         raise ValueError(f"{folder / name} must be a file, got something else")
     return path

@@ -39,6 +39,8 @@ _FP8_BLOCK = 128
 _FP8 = "F8_E4M3"
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _SHOWN = 8
+# Of sizes that no tensor of an incomplete checkpoint confirms: any vocabulary.
+_MAX_UNSEEN = 2**18
 
 
 @dataclass(frozen=True)
@@ -256,7 +258,7 @@ class Reader:
 
     def _refuse(self, key: str, wanted: object, got: object) -> None:
         path = self.folder / self.stored[key].file
-        raise ValueError(f"from_pretrained: {key} of {path} must be {wanted}, got {got}.")
+        raise ValueError(f"from_pretrained: {key} must be {wanted}, got {got} in {path}.")
 
     def dtype(self, key: str) -> torch.dtype:
         """That of what `get` gives, once `check` has passed."""
@@ -308,21 +310,21 @@ def _read_json(folder: Path, name: str) -> dict[str, Any]:
         raise ValueError(f"from_pretrained: {error}.") from None
 
 
-def check_sizes(sizes: Mapping[str, Any], reader: Reader, folder: Path | str) -> None:
+def check_sizes(sizes: Mapping[str, Any], reader: Reader, *, strict: bool) -> None:
     """Checks sizes of a config against the tensors, before a model of that size is made.
 
     Neither a dimension nor a number of layers, experts and the like can be larger than everything
-    that the checkpoint holds.
+    that a complete checkpoint holds.
 
     Raises:
         ValueError: one is.
     """
-    most = reader.largest()
+    most = reader.largest() if strict else max(reader.largest(), _MAX_UNSEEN)
     for name, value in sizes.items():
         if isinstance(value, int) and value > most:
             raise ValueError(
-                f"from_pretrained: {name} of {Path(folder) / CONFIG} must be at most {most} with "
-                f"these tensors, got {value}."
+                f"from_pretrained: {name} must be at most {most} with the tensors that there are, "
+                f"got {value} in {reader.folder / CONFIG}."
             )
 
 

@@ -31,6 +31,14 @@ from .lm_losses import OF_LAYERS, AuxLoss, Routed, sum_over_layers
 OWN_FIELDS = "moe_ops"
 # Fields of configs that are no sizes of tensors: tokens that a model was trained on.
 FREE_FIELDS = ("context",)
+_CANNOT_BE_BUILT = (
+    ArithmeticError,
+    AssertionError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 
 class LMOutput(NamedTuple):
@@ -327,7 +335,7 @@ class CausalLM(nn.Module):
                 "got replaced by another checkpoint; load it again."
             )
         sizes = {name: value for name, value in vars(config).items() if name not in FREE_FIELDS}
-        checkpoint.check_sizes(sizes, reader, folder)
+        checkpoint.check_sizes(sizes, reader, strict=strict)
         model, entries = cls._without_memory(config, folder)
         report = checkpoint.compare(reader, entries, model.ignored_keys)
         if report.missing and strict:
@@ -368,7 +376,7 @@ class CausalLM(nn.Module):
             with torch.device("meta"):
                 model = cls(config)
             return model, model.entries()
-        except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError) as error:
+        except _CANNOT_BE_BUILT as error:
             raise ValueError(
                 f"{cls.__name__}.from_pretrained: {folder / checkpoint.CONFIG} must describe a "
                 f"model that can be built, got: {str(error).splitlines()[0]}"
