@@ -84,5 +84,5 @@ def test_demo_says_that_it_needs_safetensors():
     )
     result = run_python("-c", code)
     assert result.returncode == 1
-    assert "pip install safetensors" in result.stdout
+    assert "pip install safetensors" in result.stderr
     assert "Traceback" not in result.stderr
