@@ -1,5 +1,5 @@
-"""Checkpoints with quantised experts, saved here and loaded in processes that have done nothing yet:
-what an earlier call in the process has cached can hide what loading lacks."""
+"""Checkpoints with quantised experts, saved here and loaded in processes of their own: what an
+earlier call in a process has cached can hide what loading lacks."""
 
 from __future__ import annotations
 
