@@ -156,9 +156,19 @@ def test_quantised_while_loading(saved):
     assert said == {"mixtral-int8": "same bits"}
 
 
-def test_device_map(saved):
+IN_MEMORY = ("lm_head", *(f"model.{p}" for p in ("embed_tokens", "rotary_emb", "norm", "layers.0")))
+ON_DISK = {
+    "device_map": {**dict.fromkeys(IN_MEMORY, "cpu"), "model.layers.1": "disk"},
+    "offload_buffers": True,  # Quantised weights are buffers.
+}
+
+
+@pytest.mark.parametrize("where", ["auto", "disk"])
+def test_device_map(saved, tmp_path, where):
     if importlib.util.find_spec("accelerate") is None:
         pytest.skip("device_map needs accelerate, which is not installed.")
     names = ["qwen3_moe-int4", "gpt_oss-int8"]
-    said = load_elsewhere(saved, names=names, kwargs={"device_map": "auto"})
+    on_disk = {**ON_DISK, "offload_folder": str(tmp_path)}
+    kwargs = {"device_map": "auto"} if where == "auto" else on_disk
+    said = load_elsewhere(saved, names=names, kwargs=kwargs)
     assert said == dict.fromkeys(names, "same bits")
