@@ -99,6 +99,8 @@ class ExpertsQuantizer(HfQuantizer):
             if isinstance(module, QuantizedExperts):
                 module.check(name)
                 for key, buffer in module.named_buffers(recurse=False):
+                    if buffer.is_meta and hasattr(module, "_hf_hook"):
+                        continue  # Offloaded: accelerate's hook brings it for each call.
                     # Set by transformers on what it has read.
                     if not getattr(buffer, "_is_hf_initialized", False):
                         raise ValueError(
