@@ -128,6 +128,7 @@ class Replacement:
         self.last = last
         self._new: dict[str, Path] = {}
         self._removed: list[str] = []
+        self._kept: dict[str, str] = {}
         self._handles: list[int] = []
 
     def add(self, name: str, *parts: Buffer) -> None:
@@ -157,6 +158,10 @@ class Replacement:
                 os.close(handle)
         self._new[name] = path
 
+    def keep(self, name: str, second_name: str) -> None:
+        """Let the old file `name`, where there is one, have another name afterwards."""
+        self._kept[name] = second_name
+
     def remove(self, name: str) -> None:
         """Remove an old file in the commit."""
         self._removed.append(name)
@@ -167,14 +172,33 @@ class Replacement:
 
     def commit(self) -> None:
         order = sorted(self._new, key=lambda name: name == self.last)
-        with sentence(self.folder), _locked(self.folder):
+        with sentence(self.folder), _locked(self.folder) as handle:
+            for name, second_name in self._kept.items():
+                self._link(self.folder / name, self.folder / second_name)
             if len(order) == 1 and not self._removed:
                 # A rename replaces one file in one step; nothing is to be brought back.
                 os.replace(self._new[order[0]], self.folder / order[0])
                 self._new.clear()
             else:
                 self._swap(order)
-            _fsync_folder(self.folder)
+            _fsync_folder(handle)
+
+    def _link(self, old: Path, second: Path) -> None:
+        """Until the commit the old file has both names, where the file system knows links."""
+        temporary = _temporary(self.folder)
+        try:
+            os.link(old, temporary)
+        except FileNotFoundError:
+            return
+        except OSError:
+            os.replace(old, second)
+            return
+        try:
+            os.replace(temporary, second)
+        finally:
+            # A rename between two names of one file, which a killed save can leave, does nothing.
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
 
     def _swap(self, order: list[str]) -> None:
         old: dict[str, Path] = {}
@@ -272,27 +296,24 @@ def _remove_leftovers(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Only one process of this package changes names in the folder at a time."""
+def _locked(folder: Path) -> Iterator[int]:
+    """Only one process of this package changes names in the folder at a time; its handle."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         if fcntl is not None:
             with contextlib.suppress(OSError):  # No locks in this file system.
                 fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
+        yield handle
     finally:
         os.close(handle)
 
 
-def _fsync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
+def _fsync_folder(handle: int) -> None:
     try:
         os.fsync(handle)
     except OSError as error:
         if error.errno not in _UNSUPPORTED:
             raise
-    finally:
-        os.close(handle)
 
 
 # --- whole files
