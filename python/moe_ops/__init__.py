@@ -13,6 +13,11 @@ from moe_ops._load import load as _load
 
 _load()
 
+from moe_ops.numerics import (  # noqa: E402
+    batch_invariant,
+    is_batch_invariant,
+    set_batch_invariant,
+)
 from moe_ops.ops import (  # noqa: E402
     add_rms_norm,
     dense_ffn,
@@ -46,6 +51,7 @@ from moe_ops.quant import quantize_experts  # noqa: E402
 __all__ = [
     "__version__",
     "add_rms_norm",
+    "batch_invariant",
     "dense_ffn",
     "expert_choice_router",
     "gated_act",
@@ -53,6 +59,7 @@ __all__ = [
     "grouped_gemm_fp8",
     "grouped_gemm_wgrad",
     "grouped_sum",
+    "is_batch_invariant",
     "mix_experts",
     "moa_attention",
     "moe_ffn",
@@ -70,6 +77,7 @@ __all__ = [
     "quantize_fp8",
     "rotary",
     "router_linear",
+    "set_batch_invariant",
     "sort_slots",
     "topk_router",
     "topp_router",
