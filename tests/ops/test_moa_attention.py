@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import subprocess
@@ -614,13 +615,59 @@ def test_the_reference_does_not_see_them_either(mask, kind, monkeypatch):
     check_unseen(operands(torch.float64, kind=kind, **options))
 
 
+INVARIANT = {
+    "causal": {},
+    "window": {"window": 70},
+    "softcap": {"softcap": 2.0},
+    "sequences": {"cu_seqlens": torch.tensor([0, 0, 130, 131, 200, 513])},
+}
+
+
+@pytest.mark.cpu_only
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+@pytest.mark.parametrize("head_size", [7, 16, 40, 130])
+@pytest.mark.parametrize("options", INVARIANT)
+def test_batch_invariance(options, head_size, dtype, kind, set_threads):
+    """A token has the same bits in a prefill, in one in steps, in a sequence of its own and alone
+    against its cache, in the batch-invariant mode."""
+    options = INVARIANT[options]
+    bounds = options.get("cu_seqlens", torch.tensor([0, 513])).tolist()
+    steps = (  # of queries, and where they end
+        *((1, last) for last in (1, 64, 65, 130, 313)),
+        *((7, last) for last in (66, 96, 313)),
+        *((64, last) for last in (69, 512)),
+        (513, 513),
+    )
+    for slots in (1, 2, 5):
+        call = operands(dtype, 1, 513, slots, 1, head_size, kind=kind, **options)
+        with moe_ops.batch_invariant():
+            set_threads(3)
+            whole = both(moe_ops.moa_attention(**call))
+            set_threads(1)
+            for begin, end in itertools.pairwise(bounds):
+                own = {n: t[:, begin:end] for n, t in call.items() if n in NAMES}
+                own |= {n: t for n, t in call.items() if n not in (*NAMES, "cu_seqlens")}
+                for count, last in steps:
+                    if last > end - begin:
+                        continue
+                    step = {**own, "q": own["q"][:, last - count : last]}
+                    step |= {n: own[n][:, :last] for n in "kv"}
+                    for got, want in zip(both(moe_ops.moa_attention(**step)), whole, strict=True):
+                        if got is not None:
+                            want = want[:, begin + last - count : begin + last]
+                            assert_identical(got, want, f"{slots} slots, {count} before {last}")
+
+
 @pytest.mark.cpu_only
 @pytest.mark.parametrize("isa", _C.supported_isas())
-def test_unseen_numbers_with_every_instruction_set(isa):
-    tests = "test_unseen_numbers and (causal or window or all) and (16 or 40)"
+def test_every_instruction_set(isa):
+    """Whatever numbers are not seen, and whatever the batch is."""
+    unseen = "test_unseen_numbers and (causal or window or all) and (16 or 40)"
+    invariant = "test_batch_invariance and not softcap and (16 or 40)"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
     done = subprocess.run(
-        [*command, __file__, "-k", f"{tests} and not instruction"],
+        [*command, __file__, "-k", f"{unseen} or {invariant}"],
         env={**os.environ, "MOE_OPS_CPU_ISA": isa, "OMP_NUM_THREADS": "1"},
         capture_output=True, text=True,
     )  # fmt: skip
