@@ -46,7 +46,7 @@ struct NotFinite {
     const uint32_t bit = 1u << column % 32;
     if (!(x < T(0))) atomicOr(&high[word], bit);
     if (!(x > T(0))) atomicOr(&low[word], bit);
-    any = 1;
+    atomicOr(&any, 1u);
   }
   // `line`: of the thread's first row; the other is eight lines on.
   template <class T, int kTiles>
