@@ -138,7 +138,7 @@ def test_schedules_of_backward_with_wgmma(simulator, head_size, kind):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("head_size", [24, *WIDE])
 def test_schedules_of_what_is_not_finite(simulator, head_size, kind):
-    """Tiles of keys, values, queries and gradients that not all rows see are searched and cleaned."""
+    """Tiles of operands that not all rows see are searched and cleaned."""
     call = operands(torch.bfloat16, head_size=head_size, **WIDE.get(head_size, {"tokens": 71}))
     with torch.no_grad():
         call["k"][:, -9, ..., 3] = torch.inf
