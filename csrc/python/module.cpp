@@ -1,4 +1,4 @@
-// moe_ops._C: facts about the build and the CPU. Sees no torch header; linking the op library is
+// moe_ops._C: facts about the build and the CPU, settings of the CPU kernels. Sees no torch header; linking the op library is
 // what registers torch.ops.moe_ops when this module is imported (after torch).
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/batch_invariant.h"
 #include "cpu/buffer_cache.h"
 #include "cpu/cpu_isa.h"
 #include "cpu/huge_pages.h"
@@ -35,6 +36,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("detected_isa", [] { return std::string(isa_name(detected_isa())); });
   m.def("supported_isas", &supported_isas);
   m.def("isa_warning", &isa_warning);
+  m.def("batch_invariant", &batch_invariant);
+  m.def("set_batch_invariant", &set_batch_invariant, py::arg("on"));
   // None, or the kernel of a supported level that fails its self-test.
   m.def("failing_kernel", [](const std::string& level) -> std::optional<std::string> {
     const std::vector<std::string> levels = supported_isas();

@@ -26,6 +26,30 @@ inline Vec<T> add_product(Vec<T> acc, const T* a, Vec<T> b) {
   return acc + splat<T>(*a) * b;
 }
 
+// The same, rounded once wherever tiles round once. Where each sum waits for the one before, GCC
+// makes a product and a sum of it, which round twice.
+template <class T>
+inline Vec<T> add_product_of_chain(Vec<T> acc, const T* a, Vec<T> b) {
+#if defined(__AVX512F__) && MOE_VEC_BYTES == 64
+  if constexpr (sizeof(T) == 8) {
+    return __builtin_bit_cast(Vec<T>,
+                              _mm512_fmadd_pd(_mm512_set1_pd(*a), __builtin_bit_cast(__m512d, b),
+                                              __builtin_bit_cast(__m512d, acc)));
+  } else {
+    return __builtin_bit_cast(Vec<T>,
+                              _mm512_fmadd_ps(_mm512_set1_ps(*a), __builtin_bit_cast(__m512, b),
+                                              __builtin_bit_cast(__m512, acc)));
+  }
+#elif defined(__AVX2__) && MOE_VEC_BYTES == 32
+  if constexpr (sizeof(T) == 8) {
+    return __builtin_bit_cast(Vec<T>,
+                              _mm256_fmadd_pd(_mm256_set1_pd(*a), __builtin_bit_cast(__m256d, b),
+                                              __builtin_bit_cast(__m256d, acc)));
+  }
+#endif
+  return add_product<T, T>(acc, a, b);
+}
+
 // M x NV accumulators stay in registers; each step broadcasts M elements of a and loads NV vectors
 // of b. AVX2: 6 x 2 accumulators + 2 + 1 of 16 registers, and 12 FMAs cover the latency (4) times
 // the ports (2). AVX-512: 14 x 2 + 2 + 1 of 32.
@@ -56,8 +80,13 @@ template <class T, class S, int M, int NV, bool kColumnForm, bool kCopy>
 #pragma GCC unroll 32
     for (int i = 0; i < M; ++i) {
 #pragma GCC unroll 2
-      for (int v = 0; v < NV; ++v)
-        acc[i][v] = add_product<T, S>(acc[i][v], a + i * kStrideI, bv[v]);
+      for (int v = 0; v < NV; ++v) {
+        if constexpr (M * NV == 1 && __is_same(T, S)) {
+          acc[i][v] = add_product_of_chain<T>(acc[i][v], a, bv[v]);
+        } else {
+          acc[i][v] = add_product<T, S>(acc[i][v], a + i * kStrideI, bv[v]);
+        }
+      }
     }
     a += step_a;
     b += step_b;
