@@ -29,6 +29,7 @@
 #include <cstring>
 #include <vector>
 
+#include "cpu/batch_invariant.h"
 #include "cpu/kernels.h"
 #include "cpu/pack.h"
 #include "cpu/parallel.h"
@@ -151,6 +152,8 @@ struct GemmDesc {
   const T* a_scale = nullptr;      // [rows] or nullptr
   const float* k_scale = nullptr;  // [in_features] or nullptr; where b.quant has bits
   ExpertMatrices b;
+  // Whether the number of an expert's rows must not show in the bits of one.
+  bool invariant = batch_invariant();
 };
 
 enum class Path : int {
