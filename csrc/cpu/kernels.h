@@ -157,6 +157,10 @@ struct Fp8Kernels {
   void (*dot)(int features, int tokens, int64_t k, const uint8_t* w, int64_t ldw,
               const float* const* w_scale, const float* x, int64_t ldx, const float* const* x_scale,
               float* out, int64_t ldo, int64_t out_step);
+  // The same, to the bit, of weights that are widened already.
+  void (*dot_wide)(int features, int tokens, int64_t k, const float* w, int64_t ldw,
+                   const float* const* w_scale, const float* x, int64_t ldx,
+                   const float* const* x_scale, float* out, int64_t ldo, int64_t out_step);
   // sums[i][j] (+)= block[i][j] * row_scale[i] * col_scale[j]; cols is a multiple of lanes.
   void (*promote)(int64_t rows, int64_t cols, const float* block, int64_t ld_block,
                   const float* row_scale, const float* col_scale, float* sums, int64_t ld_sums,

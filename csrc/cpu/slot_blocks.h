@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <array>
 
+#include "cpu/batch_invariant.h"
 #include "cpu/gemm/plan.h"
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
@@ -27,7 +28,8 @@ constexpr int64_t kMostChunks = 16;
 // Widest row: one step over k of every tile, whichever side it is on.
 constexpr int64_t kMostWidth = kLdm;
 
-// What decides whether an operation goes by blocks: sizes alone.
+// What decides whether an operation goes by blocks: sizes alone. That of the tokens counts only
+// where their bits may depend on it.
 struct BlockedSizes {
   int64_t num_tokens, top_k, num_experts;
   int64_t narrowest, widest;  // of all rows
@@ -42,7 +44,8 @@ inline bool takes_blocks(const BlockedSizes& s) {
   constexpr int64_t kMostWeights = int64_t{1} << 17;
   if (s.narrowest == 0 || s.widest > kMostWidth) return false;
   if (s.num_experts * s.weights > kMostWeights) return false;
-  if (std::min(s.num_tokens, kBlockTokens) * s.top_k < kMinRows * s.num_experts) return false;
+  const int64_t slots = std::min(s.num_tokens, kBlockTokens) * s.top_k;
+  if (slots < kMinRows * s.num_experts && !batch_invariant()) return false;
   // AMX multiplies bfloat16 faster than anything else does.
   return s.type != DType::kBFloat16 || kernels<float>().amx_panel == nullptr;
 }

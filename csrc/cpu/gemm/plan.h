@@ -27,6 +27,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
 #include <vector>
 
 #include "cpu/batch_invariant.h"
@@ -178,9 +179,30 @@ enum class Path : int {
   kBytePanels
 };
 
+// The same where the bits of a row must not depend on how many there are (batch_invariant.h). Of
+// ways that a count of rows tells apart here, dot and strip add in the same order, and so do rank
+// and nn, which then have blocks of one depth (nn_depth). bfloat16 pairs are multiplied as such by
+// all rows or by none, and AMX, whose sums are none of the other ways', by none. Tokens become
+// integers of 16 bits for weights of 8 bits, which costs less accuracy than those of 8 bits do, and
+// integers of 8 bits for weights of 4, as at most other times.
+template <class T>
+Path invariant_path_of(const GemmDesc<T>& d, const Kernels<T>& k, int64_t expert_rows) {
+  if (d.b.quant.bits != 0) return d.b.quant.bits == 4 ? Path::kQuant4 : Path::kQuant8;
+  const bool pairs = k.pairs && d.b.type == DType::kBFloat16 && d.a_scale == nullptr &&
+                     k.pairs_max_rows == std::numeric_limits<int64_t>::max();
+  if (d.b.panels != nullptr) return pairs ? Path::kPairPanels : Path::kPanels;
+  if (d.b.stride_k != 1) {
+    if (pairs) return Path::kPairNn;
+    return expert_rows <= (k.rank_one_pass ? k.dot_tokens : kRankMaxRows) ? Path::kRank : Path::kNn;
+  }
+  if (pairs && d.in_features % 2 == 0 && d.b.stride_o % 2 == 0) return Path::kPairStrip;
+  return expert_rows <= k.dot_max_rows ? Path::kDot : Path::kStrip;
+}
+
 template <class T>
 Path path_of(const GemmDesc<T>& d, const Kernels<T>& k, int64_t expert_rows) {
   if (d.in_features == 0) return Path::kZero;
+  if (d.invariant) return invariant_path_of(d, k, expert_rows);
   // Products of bfloat16 round tokens to it, which loses nothing unless they were scaled before.
   const bool pairs = k.pairs && d.b.type == DType::kBFloat16 && d.a_scale == nullptr;
   if (d.b.quant.bits != 0) {
@@ -230,16 +252,17 @@ Path path_of(const GemmDesc<T>& d, const Kernels<T>& k, int64_t expert_rows) {
   return two ? Path::kPairPack : Path::kPack;
 }
 
-inline int64_t nn_features(int64_t expert_rows) {
-  return expert_rows >= kNnNarrowRows ? kNnFeatures / 2 : kNnFeatures;
+template <class T>
+int64_t nn_features(const GemmDesc<T>& d, int64_t expert_rows) {
+  return d.invariant || expert_rows >= kNnNarrowRows ? kNnFeatures / 2 : kNnFeatures;
 }
 
 // Depth of the blocks that nn copies; of `unit` weight rows each. By the width that an item has
-// with one thread: sums pass through memory between blocks of k, so their bits depend on the depth.
+// with one thread: blocks of k are summed by themselves, so bits depend on the depth.
 template <class T>
 int64_t nn_depth(const GemmDesc<T>& d, const Kernels<T>& k, int64_t unit, int64_t expert_rows) {
   const int64_t width = (unit == 2 ? 2 : 1) * k.lanes;
-  const int64_t cuts = ceil_div(d.features * d.segments, nn_features(expert_rows));
+  const int64_t cuts = ceil_div(d.features * d.segments, nn_features(d, expert_rows));
   const int64_t widest = balanced(d.features, ceil_div(d.features, cuts),
                                   std::max<int64_t>(d.feature_unit, 2 * k.lanes));
   return std::clamp<int64_t>(
@@ -324,14 +347,14 @@ std::vector<GemmItem> gemm_items(const GemmDesc<T>& d, const Kernels<T>& k, int 
       case Path::kNn:
       case Path::kPairNn: {
         const int64_t rows_of_k = path == Path::kNn ? 1 : 2;
-        most_features = nn_features(end - begin);
+        most_features = nn_features(d, end - begin);
         if (ceil_div(d.in_features, rows_of_k) <= nn_depth(d, k, rows_of_k, end - begin)) {
           most_rows = kKeptRows;
         }
         break;
       }
       case Path::kRank:
-        most_features = nn_features(end - begin);
+        most_features = nn_features(d, end - begin);
         break;
       default:
         break;

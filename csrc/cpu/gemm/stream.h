@@ -137,18 +137,26 @@ void rank_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, co
   const int64_t m = it.row_end - it.row_begin;
   const int64_t n = it.feature_end - it.feature_begin;
   const int64_t K = d.in_features, lda = K + 16;
+  // One block, or those of nn_item, whose sums are then added up.
+  const int64_t depth = d.invariant ? nn_depth(d, k, 1, m) : K, ldc = n * d.segments;
   T* a = scratch<T>(Scratch::kTokens, m * lda);
-  T* tile = scratch<T>(Scratch::kTile, m * n * d.segments);
+  T* tile = scratch<T>(Scratch::kTile, m * ldc);
+  T* block = depth < K ? scratch<T>(Scratch::kPackA, m * ldc) : nullptr;
   for (int64_t t = 0; t < m; ++t) {
     load_tokens<false>(d, k, it.row_begin + t, 0, K, a + t * lda);
   }
-  for (int s = 0; s < d.segments; ++s) {
-    const int64_t first = it.expert * d.b.stride_e + s * d.features + it.feature_begin;
-    for (int64_t k0 = 0; k0 < K; k0 += kRankRows) {
-      k.rank_update(d.b.type, static_cast<int>(std::min<int64_t>(kRankRows, K - k0)), m,
-                    element(d.b.data, d.b.type, first + k0 * d.b.stride_k), d.b.stride_k, a + k0,
-                    lda, tile + s * n, n * d.segments, n, k0 > 0);
+  for (int64_t b = 0; b < K; b += depth) {
+    const int64_t end = std::min(K, b + depth);
+    T* sums = b == 0 ? tile : block;
+    for (int s = 0; s < d.segments; ++s) {
+      const int64_t first = it.expert * d.b.stride_e + s * d.features + it.feature_begin;
+      for (int64_t k0 = b; k0 < end; k0 += kRankRows) {
+        k.rank_update(d.b.type, static_cast<int>(std::min<int64_t>(kRankRows, end - k0)), m,
+                      element(d.b.data, d.b.type, first + k0 * d.b.stride_k), d.b.stride_k, a + k0,
+                      lda, sums + s * n, ldc, n, k0 > b);
+      }
     }
+    if (b > 0) k.axpy(kAccumulate<T>, block, T(1), tile, m * ldc);
   }
   for (int64_t t = 0; t < m; ++t) {
     T* row = tile + t * n * d.segments;

@@ -365,7 +365,11 @@ void strip_sums(int features, int64_t tokens, const T* sums, T* out, int64_t ldo
       const Four<T> four = sums_of_four<T>(v);
       __builtin_memcpy(out + t * ldo, four.v, sizeof(four));
     } else {
-      for (int f = 0; f < features; ++f) out[t * ldo + f] = horizontal_sum<T>(load<T>(s + f * W));
+      // As lane_sums adds up one product.
+      for (int f = 0; f < features; ++f) {
+        const Vec<T> v[4] = {load<T>(s + f * W), Vec<T>{}, Vec<T>{}, Vec<T>{}};
+        out[t * ldo + f] = sums_of_four<T>(v).v[0];
+      }
     }
   }
 }
