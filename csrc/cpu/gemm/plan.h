@@ -12,7 +12,7 @@
 //   nn          weights dense along features: token rows are the broadcast side, weight rows the
 //               vectors.
 //   panels      weights packed ahead of time (pack.h): like nn, without any copying of weights.
-//   pair_*      the last four for bfloat16 weights where the level multiplies pairs of bfloat16:
+//   pair_*      all of these for bfloat16 weights where the level multiplies pairs of bfloat16:
 //               tokens are rounded to it, an element is two adjacent k, and K counts pairs.
 //   amx_panels  the same for bfloat16 on AMX.
 //   amx_rows    bfloat16 weights dense along k on AMX: 16 weight rows are an operand as they lie.
@@ -165,6 +165,8 @@ enum class Path : int {
   kNn,
   kPanels,
   kStrip,
+  kPairDot,
+  kPairRank,
   kPairStrip,
   kPairPack,
   kPairNn,
@@ -192,11 +194,15 @@ Path invariant_path_of(const GemmDesc<T>& d, const Kernels<T>& k, int64_t expert
                      k.pairs_max_rows == std::numeric_limits<int64_t>::max();
   if (d.b.panels != nullptr) return pairs ? Path::kPairPanels : Path::kPanels;
   if (d.b.stride_k != 1) {
-    if (pairs) return Path::kPairNn;
-    return expert_rows <= (k.rank_one_pass ? k.dot_tokens : kRankMaxRows) ? Path::kRank : Path::kNn;
+    const bool few = expert_rows <= (k.rank_one_pass ? k.dot_tokens : kRankMaxRows);
+    if (pairs) return few ? Path::kPairRank : Path::kPairNn;
+    return few ? Path::kRank : Path::kNn;
   }
-  if (pairs && d.in_features % 2 == 0 && d.b.stride_o % 2 == 0) return Path::kPairStrip;
-  return expert_rows <= k.dot_max_rows ? Path::kDot : Path::kStrip;
+  const bool few = expert_rows <= k.dot_max_rows;
+  if (pairs && d.in_features % 2 == 0 && d.b.stride_o % 2 == 0) {
+    return few ? Path::kPairDot : Path::kPairStrip;
+  }
+  return few ? Path::kDot : Path::kStrip;
 }
 
 template <class T>
@@ -318,6 +324,7 @@ std::vector<GemmItem> gemm_items(const GemmDesc<T>& d, const Kernels<T>& k, int 
         most_rows = kPanelRowBlock;
         break;
       case Path::kDot:
+      case Path::kPairDot:
         // Read once, in streams of a quarter of an item each: the longer the better.
         if (end - begin <= k.dot_tokens) most_features = kStreamFeatureBlock;
         unit = 4;
@@ -354,6 +361,7 @@ std::vector<GemmItem> gemm_items(const GemmDesc<T>& d, const Kernels<T>& k, int 
         break;
       }
       case Path::kRank:
+      case Path::kPairRank:
         most_features = nn_features(d, end - begin);
         break;
       default:

@@ -142,7 +142,9 @@ void fp8_dot_tile(int64_t k, const S* w, int64_t ldw, const float* const* w_scal
       for (int f = 0; f < F; ++f) {
         const Vec<float> wv = load_as(w + f * ldw + i);
 #pragma GCC unroll 4
-        for (int t = 0; t < M; ++t) acc[f][t] += wv * load<float>(x + t * ldx + i);
+        for (int t = 0; t < M; ++t) {
+          acc[f][t] = add_one_of<float, F * M>(acc[f][t], wv, load<float>(x + t * ldx + i));
+        }
       }
     }
     if (i < end) {
@@ -150,14 +152,19 @@ void fp8_dot_tile(int64_t k, const S* w, int64_t ldw, const float* const* w_scal
         S tail[W] = {};
         for (int64_t j = i; j < end; ++j) tail[j - i] = w[f * ldw + j];
         const Vec<float> wv = load_as(tail);
-        for (int t = 0; t < M; ++t) acc[f][t] += wv * load<float>(x + t * ldx + i);
+        for (int t = 0; t < M; ++t) {
+          acc[f][t] = add_one_of<float, F * M>(acc[f][t], wv, load<float>(x + t * ldx + i));
+        }
       }
     }
     const int64_t block = k0 / kFp8Block;
 #pragma GCC unroll 4
     for (int f = 0; f < F; ++f) {
 #pragma GCC unroll 4
-      for (int t = 0; t < M; ++t) sum[f][t] += acc[f][t] * (w_scale[f][block] * x_scale[t][block]);
+      for (int t = 0; t < M; ++t) {
+        const Vec<float> scale = splat<float>(w_scale[f][block] * x_scale[t][block]);
+        sum[f][t] = add_one_of<float, F * M>(sum[f][t], acc[f][t], scale);
+      }
     }
   }
   lane_sums<float, F, M>([&](int f, int t) { return sum[f][t]; },
