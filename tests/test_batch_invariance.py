@@ -22,6 +22,7 @@ from torch import Tensor
 
 import moe_ops
 from moe_ops import _C, reference
+from moe_ops.layers import Experts, GateRouter, MoE, QuantizedExperts, Router
 from moe_ops.quant import quantize_fp8_blocks
 from moe_ops.testing import (
     DTYPES,
@@ -592,6 +593,93 @@ def run_all() -> None:
             except AssertionError as error:
                 failed.append(f"{parameter.id}: {error}")
     assert not failed, "\n".join(failed)
+
+
+# --- layers
+
+
+def moe(dtype: torch.dtype, prepack: bool = False, **options: Any) -> torch.nn.Module:
+    layer = MoE.build(**{"hidden_size": 96, "num_experts": 8, "top_k": 2} | options)
+    layer = layer.to(dtype).eval()
+    if prepack:
+        layer.prepack()
+    return layer
+
+
+def quantized_bank(dtype: torch.dtype, format: str, group: int | None = None) -> torch.nn.Module:
+    layer = moe(dtype, intermediate_size=64)
+    layer.experts = QuantizedExperts.from_experts(layer.experts, format, group_size=group)
+    return layer
+
+
+def dense_bank(dtype: torch.dtype, **options: Any) -> Callable[[Tensor], Tensor]:
+    bank = Experts(3, 96, 40, bias=True, **options).to(dtype)
+    return lambda x: bank.mix(x, x[:, :3])
+
+
+LAYERS: dict[str, Callable[[torch.dtype], Callable[[Tensor], Tensor]]] = {
+    "mixtral": functools.partial(moe, router="mixtral", intermediate_size=160),
+    "deepseek": functools.partial(
+        moe,
+        router="deepseek_v3",
+        num_experts=64,
+        intermediate_size=48,
+        num_shared_experts=1,
+        num_topk_groups=4,
+    ),
+    "qwen2": functools.partial(
+        moe, intermediate_size=48, shared_intermediate_size=70, shared_expert_gate=True
+    ),
+    "llama4": functools.partial(moe, router="llama4", top_k=1, intermediate_size=64),
+    "dbrx": functools.partial(moe, router="dbrx", intermediate_size=33),
+    "phimoe": functools.partial(moe, router="phimoe", intermediate_size=33),
+    "gpt-oss": functools.partial(
+        moe,
+        router="gpt_oss",
+        intermediate_size=80,
+        activation="swiglu_oai",
+        interleaved=True,
+        bias=True,
+    ),
+    "gelu": functools.partial(
+        moe, intermediate_size=31, activation="gelu", num_shared_experts=1, num_experts=4
+    ),
+    "topp": functools.partial(moe, kind="topp", intermediate_size=32),
+    "packed": functools.partial(moe, intermediate_size=160, prepack=True),
+    "int8": functools.partial(quantized_bank, format="int8"),
+    "int4": functools.partial(quantized_bank, format="int4", group=32),
+    "dense": functools.partial(dense_bank, activation="relu"),
+    "dense-gated": functools.partial(dense_bank, activation="swiglu"),
+    "mlp-gate": lambda dtype: gate_router(GateRouter(96, 8, 2, gate="mlp", gate_size=24), dtype),
+    "cosine-gate": lambda dtype: gate_router(GateRouter(96, 8, 2, gate="cosine", gate_size=24), dtype),
+    "output-size": lambda dtype: two_products(dtype),
+}
+
+
+def gate_router(router: Router, dtype: torch.dtype) -> Callable[[Tensor], Any]:
+    router = router.to(dtype).eval()
+    return lambda x: tuple(router(x))
+
+
+def two_products(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    bank = Experts(4, 96, 24, output_size=17, activation="gelu").to(dtype)
+    router = Router(96, 4, 2).to(dtype)
+
+    def run(x: Tensor) -> Tensor:
+        _, weights, ids = router(x)
+        return bank(x, weights, ids)
+
+    return run
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=short)
+@pytest.mark.parametrize("name", LAYERS)
+def test_layer(name, dtype):
+    layer = LAYERS[name](dtype)
+    case = Case(lambda x: layer(x), {"x": torch.randn(NUM_TOKENS, 96).to(dtype)}, {})
+    with torch.no_grad():
+        check_invariant(case)
+    check_invariant(case)  # With a graph for backward.
 
 
 @pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_bf16", "amx"])
