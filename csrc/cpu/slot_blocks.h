@@ -123,7 +123,7 @@ int64_t padded(const Kernels<T>& k, int64_t n) {
 
 // The matrices as panels [depth][2 or 1 vectors of outputs], of one expert after the other:
 // transposed, those of W x, else those of W^T x. In a block of scratch, or in other memory of the
-// caller's, elements() of it.
+// caller's, elements() of it. With expert_offsets, those of experts without rows are not made.
 template <class T>
 class PanelBank {
  public:
@@ -139,13 +139,14 @@ class PanelBank {
                   scratch.take<T>(Scratch::kTokens, elements(k, num_experts, outputs, depth))) {}
 
   PanelBank(const Kernels<T>& k, const ExpertMatrices& w, int64_t num_experts, int64_t outputs,
-            int64_t depth, T* panels)
+            int64_t depth, T* panels, const int64_t* expert_offsets = nullptr)
       : size_(padded(k, outputs) * depth), panels_(panels) {
     const int64_t W = k.lanes, n = padded(k, outputs);
     ScratchScope packing;
     T* rows = packing.take<T>(Scratch::kRows, n * padded(k, depth));
     std::array<const void*, kMostWidth> at;
     for (int64_t e = 0; e < num_experts; ++e) {
+      if (expert_offsets != nullptr && expert_offsets[e] == expert_offsets[e + 1]) continue;
       const char* base = element(w.data, w.type, e * w.stride_e);
       T* out = panels_ + e * size_;
       if (w.stride_k == 1 && w.type == kAccumulate<T> && outputs % W == 0 && depth % W == 0) {
