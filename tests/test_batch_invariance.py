@@ -698,3 +698,63 @@ def test_isa(isa):
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True
     )
     assert run.returncode == 0, run.stderr[-4000:]
+
+
+# --- the switch
+
+
+def test_the_setting_comes_back():
+    moe_ops.set_batch_invariant(False)
+    with pytest.raises(KeyError), moe_ops.batch_invariant():
+        assert moe_ops.is_batch_invariant()
+        assert _C.batch_invariant()
+        with moe_ops.batch_invariant(False):
+            assert not _C.batch_invariant()
+        raise KeyError
+    assert not moe_ops.is_batch_invariant()
+    assert not _C.batch_invariant()
+    with pytest.raises(TypeError, match="set_batch_invariant: mode must be a bool, got 1"):
+        moe_ops.set_batch_invariant(1)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("value", "on"), [("1", True), ("0", False), ("", False)])
+def test_the_environment_variable(value, on):
+    environment = {**os.environ, "MOE_OPS_BATCH_INVARIANT": value}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    code = "import moe_ops; print(moe_ops.is_batch_invariant(), moe_ops._C.batch_invariant())"
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert run.stdout.split() == [str(on), str(on)]
+
+
+def test_compiled_code_follows_the_setting():
+    layer = LAYERS["qwen2"](torch.float32)
+    x = torch.randn(NUM_TOKENS, 96)
+    compiled = torch.compile(layer, backend="eager", fullgraph=True, dynamic=True)
+    with torch.no_grad():
+        for mode in (False, True, False, True):
+            moe_ops.set_batch_invariant(mode)
+            if mode:
+                assert_identical(compiled(x), layer(x))
+                assert_identical(compiled(x[:1]), compiled(x)[:1])
+            else:
+                torch.testing.assert_close(compiled(x), layer(x))
+
+
+def test_copies_that_a_bank_made_by_itself_are_not_used():
+    moe_ops.set_batch_invariant(False)
+    layer = moe(torch.float32, intermediate_size=512)
+    x = torch.randn(NUM_TOKENS, 96)
+    with torch.no_grad(), moe_ops.prepacking("auto"), moe_ops.batch_invariant():
+        before = layer(x)
+        for _ in range(8):
+            layer(x)
+        assert moe_ops.packed_bytes(layer) == 0
+        with moe_ops.batch_invariant(False):
+            for _ in range(8):
+                layer(x)
+            assert moe_ops.packed_bytes(layer) > 0
+        assert_identical(layer(x), before)
+        moe_ops.prepack(layer)
+        assert not torch.equal(layer(x), before)

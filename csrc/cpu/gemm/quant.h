@@ -61,8 +61,8 @@ void quant8_item(const GemmDesc<float>& d, const Kernels<float>& k, const GemmIt
       run(1, rest, strips * F, 1, next + strips * F * ldw);
       continue;
     }
-    // Many rows, which come here in the batch-invariant mode alone, meet several strips at once.
-    const int64_t at_once = m <= kQuantMaxRows ? 1 : kept_strips(F * K);
+    // Many rows meet several strips at once.
+    const int64_t at_once = d.invariant && m > kQuantMaxRows ? kept_strips(F * K) : 1;
     for (int64_t first = 0; first < n;) {
       const bool whole = first < strips * F;
       const int64_t count = whole ? std::min(at_once, strips - first / F) : 1;
@@ -121,7 +121,7 @@ void quant4_item(const GemmDesc<float>& d, const Kernels<float>& k, const GemmIt
       }
     };
     int64_t at_once = m <= k.dot_tokens ? quarter : 1;
-    if (m > kQuantMaxRows) at_once = kept_strips(kDotFeatures * K / 2);  // As in quant8_item.
+    if (d.invariant && m > kQuantMaxRows) at_once = kept_strips(kDotFeatures * K / 2);
     for (int64_t f = 0; f < quarter; f += at_once) {
       run(kDotFeatures, std::min(at_once, quarter - f), f, quarter);
     }
