@@ -157,6 +157,10 @@ struct Fp8Kernels {
   void (*dot)(int features, int tokens, int64_t k, const uint8_t* w, int64_t ldw,
               const float* const* w_scale, const float* x, int64_t ldx, const float* const* x_scale,
               float* out, int64_t ldo, int64_t out_step);
+  // The same, to the bit, of weights that are widened already.
+  void (*dot_wide)(int features, int tokens, int64_t k, const float* w, int64_t ldw,
+                   const float* const* w_scale, const float* x, int64_t ldx,
+                   const float* const* x_scale, float* out, int64_t ldo, int64_t out_step);
   // sums[i][j] (+)= block[i][j] * row_scale[i] * col_scale[j]; cols is a multiple of lanes.
   void (*promote)(int64_t rows, int64_t cols, const float* block, int64_t ld_block,
                   const float* row_scale, const float* col_scale, float* sums, int64_t ld_sums,
@@ -462,6 +466,10 @@ struct Kernels {
               int64_t w_step, int64_t ldw, const T* x, int64_t ldx, T* out, int64_t ldo,
               int64_t out_step, int64_t ahead);
   int64_t dot_ahead;  // `ahead` for weights of type T that several passes read (cpu_isa.h)
+  // The same where an element of w and of x is a pair of bfloat16. Only where `pairs` is true.
+  void (*pair_dot)(int features, int64_t count, int tokens, int64_t k, const void* w,
+                   int64_t w_step, int64_t ldw, const T* x, int64_t ldx, T* out, int64_t ldo,
+                   int64_t out_step, int64_t ahead);
 
   // The same for weights of type T and a block of k: lane l of vector (t * features + f) of sums
   // (+)= the products of every k of that lane, for tokens <= strip_tokens and features 1 or
@@ -488,6 +496,11 @@ struct Kernels {
   // n.
   void (*rank_update)(DType w_type, int rows, int64_t tokens, const void* w, int64_t ldw,
                       const T* a, int64_t lda, T* c, int64_t ldc, int64_t n, bool accumulate);
+
+  // The same of bfloat16, two rows of which are multiplied as pairs with an element of a. Only where
+  // `pairs` is true.
+  void (*pair_rank_update)(int rows, int64_t tokens, const uint16_t* w, int64_t ldw, const T* a,
+                           int64_t lda, T* c, int64_t ldc, int64_t n, bool accumulate);
 
   // dst[i] = scale * src[i]
   void (*load_row)(DType type, const void* src, T* dst, int64_t n, T scale);

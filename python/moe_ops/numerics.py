@@ -16,6 +16,11 @@ from contextlib import contextmanager
 
 from moe_ops import _C
 
+# What the kernels read, as Python reads it: layers that choose between torch's product and an op of
+# this package ask for it, and a graph of torch.compile that depends on it is compiled anew when it
+# changes.
+_mode: bool = _C.batch_invariant()
+
 
 def set_batch_invariant(mode: bool) -> None:
     """Turns the batch-invariant mode of the CPU kernels on or off.
@@ -36,12 +41,14 @@ def set_batch_invariant(mode: bool) -> None:
     """
     if not isinstance(mode, bool):
         raise TypeError(f"set_batch_invariant: mode must be a bool, got {mode!r}")
+    global _mode
     _C.set_batch_invariant(mode)
+    _mode = mode
 
 
 def is_batch_invariant() -> bool:
     """Whether the batch-invariant mode is on (:func:`set_batch_invariant`)."""
-    return _C.batch_invariant()
+    return _mode
 
 
 @contextmanager

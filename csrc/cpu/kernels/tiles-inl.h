@@ -1,8 +1,9 @@
 // Register tiles: products of a broadcast block and a panel, of copies (micro) or of weights packed
 // ahead of time (panel_tile, panel_streams). Included by kernels-inl.h, inside its namespace.
 
-// acc + a * b, where a is the same element in every lane; a pair adds both of its products.
-template <class T, class S>
+// acc + a * b, where a is the same element in every lane; a pair adds both of its products. kSums as
+// of add_one_of.
+template <class T, class S, int kSums = 2>
 inline Vec<T> add_product(Vec<T> acc, const T* a, Vec<T> b) {
 #if defined(__AVX512BF16__) && MOE_VEC_BYTES == 64
   if constexpr (__is_same(S, Pair)) {
@@ -23,31 +24,7 @@ inline Vec<T> add_product(Vec<T> acc, const T* a, Vec<T> b) {
     return acc;
   }
 #endif
-  return acc + splat<T>(*a) * b;
-}
-
-// The same, rounded once wherever tiles round once. Where each sum waits for the one before, GCC
-// makes a product and a sum of it, which round twice.
-template <class T>
-inline Vec<T> add_product_of_chain(Vec<T> acc, const T* a, Vec<T> b) {
-#if defined(__AVX512F__) && MOE_VEC_BYTES == 64
-  if constexpr (sizeof(T) == 8) {
-    return __builtin_bit_cast(Vec<T>,
-                              _mm512_fmadd_pd(_mm512_set1_pd(*a), __builtin_bit_cast(__m512d, b),
-                                              __builtin_bit_cast(__m512d, acc)));
-  } else {
-    return __builtin_bit_cast(Vec<T>,
-                              _mm512_fmadd_ps(_mm512_set1_ps(*a), __builtin_bit_cast(__m512, b),
-                                              __builtin_bit_cast(__m512, acc)));
-  }
-#elif defined(__AVX2__) && MOE_VEC_BYTES == 32
-  if constexpr (sizeof(T) == 8) {
-    return __builtin_bit_cast(Vec<T>,
-                              _mm256_fmadd_pd(_mm256_set1_pd(*a), __builtin_bit_cast(__m256d, b),
-                                              __builtin_bit_cast(__m256d, acc)));
-  }
-#endif
-  return add_product<T, T>(acc, a, b);
+  return add_one_of<T, kSums>(acc, splat<T>(*a), b);
 }
 
 // M x NV accumulators stay in registers; each step broadcasts M elements of a and loads NV vectors
@@ -80,13 +57,8 @@ template <class T, class S, int M, int NV, bool kColumnForm, bool kCopy>
 #pragma GCC unroll 32
     for (int i = 0; i < M; ++i) {
 #pragma GCC unroll 2
-      for (int v = 0; v < NV; ++v) {
-        if constexpr (M * NV == 1 && __is_same(T, S)) {
-          acc[i][v] = add_product_of_chain<T>(acc[i][v], a, bv[v]);
-        } else {
-          acc[i][v] = add_product<T, S>(acc[i][v], a + i * kStrideI, bv[v]);
-        }
-      }
+      for (int v = 0; v < NV; ++v)
+        acc[i][v] = add_product<T, S, M * NV>(acc[i][v], a + i * kStrideI, bv[v]);
     }
     a += step_a;
     b += step_b;
