@@ -35,6 +35,7 @@ EXCEPTIONS = {
 SHARED = {
     "csrc/include/moe_ops": {"activation", "common", "router_bwd"},
     "csrc/cpu": {
+        "blocking",
         "buffer_cache",
         "cpu_isa",
         "huge_pages",

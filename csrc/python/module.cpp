@@ -8,8 +8,10 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <vector>
 
+#include "cpu/blocking.h"
 #include "cpu/buffer_cache.h"
 #include "cpu/cpu_isa.h"
 #include "cpu/huge_pages.h"
@@ -34,6 +36,13 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_isa", [] { return std::string(isa_name(active_isa())); });
   m.def("detected_isa", [] { return std::string(isa_name(detected_isa())); });
   m.def("supported_isas", &supported_isas);
+  // (family, axis, name, value) of each size at which the kernels of the level in use change what
+  // they do.
+  m.def("block_sizes", [] {
+    std::vector<std::tuple<std::string, std::string, std::string, int64_t>> sizes;
+    for (const BlockSize& s : block_sizes()) sizes.emplace_back(s.family, s.axis, s.name, s.value);
+    return sizes;
+  });
   m.def("isa_warning", &isa_warning);
   // None, or the kernel of a supported level that fails its self-test.
   m.def("failing_kernel", [](const std::string& level) -> std::optional<std::string> {
