@@ -22,10 +22,10 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from .cases import OPS, Case, random_case, smaller, sweep
+from .cases import Case, cost_of, random_case, smaller, sweep
 
 SHORT_CASES = 650  # of an instruction set
-SLICE_SECONDS = 60.0
+SLICE_SECONDS = 120.0
 MOST_SHRINKS = 300
 
 
@@ -74,17 +74,10 @@ def short_of(cases: list[Case]) -> list[Case]:
     """A part that takes seconds: as many of each op and type, and of the cheap ones."""
     groups: dict[tuple[str, str], list[Case]] = {}
     for case in cases:
-        if cost(case) <= 2_000_000:
+        if cost_of(case) <= 2_000_000:
             groups.setdefault((case["op"], case["dtype"]), []).append(case)
     share = max(1, SHORT_CASES // max(1, len(groups)))
     return [case for group in groups.values() for case in group[:share]]
-
-
-def cost(case: Case) -> int:
-    product = 1
-    for dim in OPS[case["op"]].cost:
-        product *= max(1, case[dim])
-    return product
 
 
 def environment(isa: str) -> dict[str, str]:

@@ -173,7 +173,7 @@ def ids_of(case: Case) -> Tensor:
         ids[case["rows"] : case["rows"] + len(rest), 0] = flat
     else:
         ids[: case["rows"], 0] = main
-        free = ids[:, 1:].reshape(-1)
+        free = ids[:, 1:].flatten().clone()
         places = torch.randperm(len(free))[: len(rest)]
         free[places] = flat[: len(places)]
         ids[:, 1:] = free.view(len(ids), k - 1)
