@@ -25,45 +25,44 @@ template <class T>
 void add_level(std::vector<BlockSize>& sizes) {
   const Kernels<T>& k = kernels<T>();
   const int64_t W = k.lanes;
-  sizes.insert(sizes.end(), {
-                                {"gemm", "features", "lanes", W},
-                                {"gemm", "features", "2 lanes", 2 * W},
-                                {"gemm", "depth", "lanes", W},
-                                {"gemm", "rows", "mr1", k.mr1},
-                                {"gemm", "rows", "mr2", k.mr2},
-                                {"gemm", "rows", "dot_tokens", k.dot_tokens},
-                                {"gemm", "rows", "2 dot_tokens", 2 * k.dot_tokens},
-                                {"gemm", "rows", "dot_max_rows", k.dot_max_rows},
-                                {"gemm", "rows", "strip_tokens", k.strip_tokens},
-                                {"gemm", "rows", "strip_max_rows", k.strip_max_rows},
-                                {"gemm", "rows", "panel_rows", k.panel_rows},
-                                {"gemm", "rows", "stream_rows", k.stream_rows},
-                                {"gemm", "rows", "pairs_max_rows", k.pairs_max_rows},
-                                {"gemm", "depth", "strip_block", k.strip_block},
-                                {"gemm", "depth", "strip_one_pass_depth", k.strip_one_pass_depth},
-                                {"gemm", "depth_a_row", "strip_depth_of_row.same",
-                                 k.strip_depth_of_row.same},
-                                {"gemm", "depth_a_row", "strip_depth_of_row.widened",
-                                 k.strip_depth_of_row.widened},
-                                {"gemm", "depth_a_row", "strip_depth_of_row.pairs",
-                                 k.strip_depth_of_row.pairs},
-                                {"wgrad", "features", "mr2", k.mr2},
-                                {"wgrad", "depth", "2 lanes", 2 * W},
-                                {"slots", "width", "lanes", W},
-                                {"slots", "width", "2 lanes", 2 * W},
-                                {"dense", "width", "lanes", W},
-                                {"dense", "width", "2 lanes", 2 * W},
-                                {"mix", "size", "lanes", W},
-                                {"mix", "size", "4 lanes", 4 * W},
-                                {"attention", "size", "lanes", W},
-                                {"attention", "size", "2 lanes", 2 * W},
-                                {"attention", "keys", "mr2", k.mr2},
-                                {"router", "hidden", "lanes", W},
-                                {"router", "experts", "kFlatVectors lanes", kFlatVectors * W},
-                                {"rows", "hidden", "lanes", W},
-                                {"rows", "hidden", "2 lanes", 2 * W},
-                                {"rows", "hidden", "4 lanes", 4 * W},
-                            });
+  sizes.insert(
+      sizes.end(),
+      {
+          {"gemm", "features", "lanes", W},
+          {"gemm", "features", "2 lanes", 2 * W},
+          {"gemm", "depth", "lanes", W},
+          {"gemm", "rows", "mr1", k.mr1},
+          {"gemm", "rows", "mr2", k.mr2},
+          {"gemm", "rows", "dot_tokens", k.dot_tokens},
+          {"gemm", "rows", "2 dot_tokens", 2 * k.dot_tokens},
+          {"gemm", "rows", "dot_max_rows", k.dot_max_rows},
+          {"gemm", "rows", "strip_tokens", k.strip_tokens},
+          {"gemm", "rows", "strip_max_rows", k.strip_max_rows},
+          {"gemm", "rows", "panel_rows", k.panel_rows},
+          {"gemm", "rows", "stream_rows", k.stream_rows},
+          {"gemm", "rows", "pairs_max_rows", k.pairs_max_rows},
+          {"gemm", "depth", "strip_block", k.strip_block},
+          {"gemm", "depth", "strip_one_pass_depth", k.strip_one_pass_depth},
+          {"gemm", "depth_a_row", "strip_depth_of_row.same", k.strip_depth_of_row.same},
+          {"gemm", "depth_a_row", "strip_depth_of_row.widened", k.strip_depth_of_row.widened},
+          {"gemm", "depth_a_row", "strip_depth_of_row.pairs", k.strip_depth_of_row.pairs},
+          {"wgrad", "features", "mr2", k.mr2},
+          {"wgrad", "depth", "2 lanes", 2 * W},
+          {"slots", "width", "lanes", W},
+          {"slots", "width", "2 lanes", 2 * W},
+          {"dense", "width", "lanes", W},
+          {"dense", "width", "2 lanes", 2 * W},
+          {"mix", "size", "lanes", W},
+          {"mix", "size", "4 lanes", 4 * W},
+          {"attention", "size", "lanes", W},
+          {"attention", "size", "2 lanes", 2 * W},
+          {"attention", "keys", "mr2", k.mr2},
+          {"router", "hidden", "lanes", W},
+          {"router", "experts", "kFlatVectors lanes", kFlatVectors * W},
+          {"rows", "hidden", "lanes", W},
+          {"rows", "hidden", "2 lanes", 2 * W},
+          {"rows", "hidden", "4 lanes", 4 * W},
+      });
   for (const int tiles : k.widen_tiles) {
     if (tiles > 0) sizes.push_back({"gemm", "rows", "widen_tiles", (tiles - 1) * k.mr2});
   }
@@ -166,7 +165,7 @@ std::vector<BlockSize> block_sizes() {
        attention::kKeptKeyBytes / (2 * 128 * kFloat)},
       MOE_SIZE("attention", "keys", kNarrowKeys),
       MOE_SIZE("attention", "keys", kAttentionReduceKeys),
-      {"attention", "rows", "kAttentionLeastItems", kAttentionLeastItems* attention::kRows},
+      {"attention", "rows", "kAttentionLeastItems", kAttentionLeastItems * attention::kRows},
       MOE_SIZE("attention", "size", kNarrowSize),
       {"attention", "size", "kNarrowSize / 2", kNarrowSize / 2},
       MOE_SIZE("attention", "size", kKc),
@@ -206,9 +205,8 @@ std::vector<BlockSize> block_sizes() {
                                 {"fp8", "features", "mr2", k.mr2},
                             });
   // "No limit", and what a level lacks, are no sizes.
-  std::erase_if(sizes, [](const BlockSize& s) {
-    return s.value <= 0 || s.value > (int64_t{1} << 30);
-  });
+  std::erase_if(sizes,
+                [](const BlockSize& s) { return s.value <= 0 || s.value > (int64_t{1} << 30); });
   return sizes;
 }
 

@@ -1,5 +1,5 @@
-// Sizes at which kernels change what they do: those of kernels that are one file, and all of them as
-// a table. tests/sweep calls every op on both sides of each entry.
+// Sizes at which kernels change what they do: those of kernels that are one file, and all of them
+// as a table. tests/sweep calls every op on both sides of each entry.
 #pragma once
 
 #include <cstdint>
@@ -19,13 +19,13 @@ constexpr int64_t kDensePartBlocks = 4;
 // mix_experts: tokens whose sums are made before they are added to those of a part: sums of T terms
 // in two levels. Their outputs stay in L2 between the two passes of the variance.
 constexpr int64_t kMixTokens = 64;
-// Parts of the tokens that sum by themselves, of at least so many blocks, and are added in order, so
-// that the bits do not depend on threads.
+// Parts of the tokens that sum by themselves, of at least so many blocks, and are added in order,
+// so that the bits do not depend on threads.
 constexpr int64_t kMixMostParts = 16;
 constexpr int64_t kMixPartBlocks = 4;
 
-// router_linear: most tokens that are made float rows, and parts of whole vectors, together; as many
-// as fit an L1.
+// router_linear: most tokens that are made float rows, and parts of whole vectors, together; as
+// many as fit an L1.
 constexpr int64_t kRouterLinearRows = 64;
 
 // expert_choice_router: columns read in one sweep over the scores. A sweep for each would fetch

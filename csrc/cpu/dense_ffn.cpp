@@ -84,7 +84,8 @@ void pack_transposed(const Kernels<T>& k, DType type, const void* w, const void*
                      const Panels& to, T* dst) {
   const int64_t W = k.lanes, size = dtype_size(type), pitch = round_up(to.depth, W);
   const int64_t depth = to.depth - (bias != nullptr);
-  T* rows = scratch<T>(Scratch::kTile, 2 * W * pitch);
+  ScratchScope scratch;
+  T* rows = scratch.take<T>(Scratch::kTile, 2 * W * pitch);
   for (int64_t j = 0; j < to.cols; j += 2 * W) {
     const int64_t width = to.width(j);
     for (int64_t r = 0; r < width; ++r) {
@@ -109,7 +110,8 @@ void load_blocks(const Kernels<T>& k, DType type, const void* src, int64_t ld, i
                  int64_t n, T* dst) {
   for (int64_t c = 0; c < n; c += kKc) {
     k.dense.copy(type, static_cast<const char*>(src) + c * dtype_size(type), ld, rows,
-                 std::min(kKc, n - c), dst + c / kKc * kDenseTokens * kLda, kLda, nullptr, 0, nullptr);
+                 std::min(kKc, n - c), dst + c / kKc * kDenseTokens * kLda, kLda, nullptr, 0,
+                 nullptr);
   }
 }
 
@@ -155,7 +157,8 @@ void run(const DenseFfnParams& p, const Parallel& par) {
   // A bias is a weight of an input that is always 1.
   const RowBlocks up_k{H + (p.b_up != nullptr)}, down_k{I + (p.b_down != nullptr)};
   const Panels up{up_k.k, I, W}, down{down_k.k, O, W};
-  T* w_up = scratch<T>(Scratch::kRows, E * (up.elements() + down.elements()));
+  ScratchScope scratch;
+  T* w_up = scratch.take<T>(Scratch::kRows, E * (up.elements() + down.elements()));
   T* w_down = w_up + E * up.elements();
   const auto of = [&](const void* data, int64_t e, int64_t elements) {
     return data == nullptr ? nullptr : static_cast<const char*>(data) + e * elements * size;
@@ -177,10 +180,11 @@ void run(const DenseFfnParams& p, const Parallel& par) {
   const int64_t ldu = keep_u ? I : up.padded();
   parallel_items(par, blocks, cost_of<T>(s), [&](int64_t block) {
     const int64_t t0 = block * kDenseTokens, m = std::min(kDenseTokens, s.num_tokens - t0);
-    T* x = scratch<T>(Scratch::kPackA, up_k.elements());
-    T* h = scratch<T>(Scratch::kPackB, down_k.elements());
-    T* u_block = scratch<T>(Scratch::kHidden, kDenseTokens * up.padded());
-    T* y = scratch<T>(Scratch::kTokens, kDenseTokens * ldy);
+    ScratchScope scratch;
+    T* x = scratch.take<T>(Scratch::kPackA, up_k.elements());
+    T* h = scratch.take<T>(Scratch::kPackB, down_k.elements());
+    T* u_block = scratch.take<T>(Scratch::kHidden, kDenseTokens * up.padded());
+    T* y = scratch.take<T>(Scratch::kTokens, kDenseTokens * ldy);
     int64_t loaded = -1;
     for (int64_t n = 0; n < E; ++n) {
       const int64_t e = s.order[n], g = s.input_of[e];
@@ -239,7 +243,8 @@ void run_bwd(const DenseFfnBwdParams& p, const Parallel& par) {
                   p.grad_b_down ? round_up(O, W) : 0};
   const int64_t blocks = ceil_div(s.num_tokens, kDenseTokens);
   const int64_t parts = std::clamp<int64_t>(blocks / kDensePartBlocks, 1, kDenseMostParts);
-  Carver shared(Scratch::kRows,
+  ScratchScope scratch;
+  Carver shared(scratch, Scratch::kRows,
                 static_cast<int64_t>(sizeof(T)) *
                         (E * (down.elements() + up.elements()) + parts * E * sums.expert()) +
                     256);
@@ -262,15 +267,17 @@ void run_bwd(const DenseFfnBwdParams& p, const Parallel& par) {
   parallel_items(par, parts, 2 * cost_of<T>(s), [&](int64_t part) {
     T* total = totals + part * E * sums.expert();
     std::fill(total, total + E * sums.expert(), T(0));
-    T* dy_rows = scratch<T>(Scratch::kPackA, down_k.elements() + up_k.elements());
+    ScratchScope scratch;
+    T* dy_rows = scratch.take<T>(Scratch::kPackA, down_k.elements() + up_k.elements());
     T* du_rows = dy_rows + down_k.elements();
     const int64_t dy_cols = ceil_div(O, kLdm) * kDenseTokens * kLdm;
     const int64_t du_cols = ceil_div(I, kLdm) * kDenseTokens * kLdm;
-    T* dy_columns = scratch<T>(Scratch::kHidden, dy_cols + du_cols);
+    T* dy_columns = scratch.take<T>(Scratch::kHidden, dy_cols + du_cols);
     T* du_columns = dy_columns + dy_cols;
-    T* x = scratch<T>(Scratch::kPackB, kDenseTokens * (ldh + ldi));  // panels [m][...] of x and of h
+    T* x = scratch.take<T>(Scratch::kPackB,
+                           kDenseTokens * (ldh + ldi));  // panels [m][...] of x and of h
     T* h = x + kDenseTokens * ldh;
-    T* dh = scratch<T>(Scratch::kTokens, kDenseTokens * (ldi + ldh));
+    T* dh = scratch.take<T>(Scratch::kTokens, kDenseTokens * (ldi + ldh));
     T* dx_block = dh + kDenseTokens * ldi;
     for (int64_t block = blocks * part / parts; block < blocks * (part + 1) / parts; ++block) {
       const int64_t t0 = block * kDenseTokens, m = std::min(kDenseTokens, s.num_tokens - t0);
@@ -340,7 +347,8 @@ void run_bwd(const DenseFfnBwdParams& p, const Parallel& par) {
     if (out == nullptr) return;
     parallel_range(par, E, static_cast<double>(parts * rows * cols) / 4,
                    [&](int64_t begin, int64_t end) {
-                     T* row = scratch<T>(Scratch::kTile, cols);
+                     ScratchScope scratch;
+                     T* row = scratch.take<T>(Scratch::kTile, cols);
                      for (int64_t e = begin; e < end; ++e) {
                        for (int64_t r = 0; r < rows; ++r) {
                          const T* from = totals + e * sums.expert() + offset + r * ld;

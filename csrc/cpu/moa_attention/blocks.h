@@ -267,7 +267,8 @@ inline KeyRange kept_keys(const MoaAttentionParams& p, int64_t begin, int64_t en
   const int64_t last_row = std::min(end * kRows, p.num_tokens * p.num_slots) - 1;
   const KeyRange all = {keys_of(p, begin * kRows / p.num_slots).first,
                         keys_of(p, last_row / p.num_slots).last};
-  return end - begin > 1 && (all.last - all.first) * bytes_a_key <= kKeptKeyBytes ? all : KeyRange{};
+  return end - begin > 1 && (all.last - all.first) * bytes_a_key <= kKeptKeyBytes ? all
+                                                                                  : KeyRange{};
 }
 
 inline int64_t num_row_blocks(const MoaAttentionParams& p) {
