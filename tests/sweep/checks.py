@@ -59,19 +59,21 @@ def tests_of(op: str) -> ModuleType:
 # ------------------------------------------------------------------------------------- comparing
 
 
-def assert_rounded_once(actual: Tensor, expected: Tensor, steps: int, what: str) -> None:
+def assert_rounded_once(
+    actual: Tensor, expected: Tensor, steps: int, what: str, most: float = 0.51
+) -> None:
     """The whole error of a half type, beside its bound element by element.
 
     Rounding to nearest moves a number by eps / 2 / sqrt(3) of its power of two, 0.19 eps of the
     number in the mean of squares; independent roundings add up by squares. 0.26 leaves room for few
-    elements and for sums in which terms cancel. It never exceeds eps / 2 (0.4 % in bfloat16): a
-    buffer that is used twice, or a block that is left out, shows here first.
+    elements and for sums in which terms cancel. `most`, eps / 2 unless given, is 0.4 % in bfloat16:
+    a buffer that is used twice, or a block that is left out, shows here first.
     """
     if actual.dtype.itemsize != 2 or actual.numel() < 256:
         return
     norm = expected.norm()
     error = (actual.double() - expected).norm()
-    allowed = min(0.26 * (1 + steps) ** 0.5, 0.51) * eps(actual.dtype) * norm
+    allowed = min(0.26 * (1 + steps) ** 0.5, most) * eps(actual.dtype) * norm
     tiny = torch.finfo(actual.dtype).smallest_normal * eps(actual.dtype) * actual.numel() ** 0.5
     assert error <= allowed + tiny, (
         f"{what}: the error is {error / norm:.2e} of the norm, {allowed / norm:.2e} is allowed"
@@ -89,7 +91,7 @@ def compare(
     steps: int = 0,
     grad_steps: int = 0,
     grad_view: str = "contiguous",
-    by_norm: bool = True,
+    most: float = 0.51,
 ) -> None:
     """check_against_reference with a length of the sums for each result (``lengths[""]`` for those
     that are not named), and assert_rounded_once on top."""
@@ -104,19 +106,19 @@ def compare(
     assert out.dtype == dtype, f"output is {out.dtype}"
     results = [("output", out, expected, bound, steps)]
     results += [(n, grads[n], wanted[n], bounds[n], grad_steps) for n in wrt]
-    for name, got, want, most, rounded in results:
+    for name, got, want, size, rounded in results:
         what = name if name == "output" else f"gradient of {name}"
         assert_close_by_norm(
             got,
             want,
-            most,
+            size,
             sum_length=max(1, lengths.get(name, lengths[""])),
             steps=rounded,
             step_dtype=dtype,
             what=what,
         )
-        if by_norm and name != "topk_weights":
-            assert_rounded_once(got, want, rounded, what)
+        if name != "topk_weights":
+            assert_rounded_once(got, want, rounded, what, most)
 
 
 def _is_float(v: Any) -> bool:
@@ -340,6 +342,8 @@ def moe_ffn(case: Case) -> None:
         steps=2,
         grad_steps=5,
         grad_view=case.get("grad_view", "contiguous"),
+        # The pre-activation is kept in x's dtype, and relu2 doubles its relative error.
+        most=0.75,
     )
 
 
