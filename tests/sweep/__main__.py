@@ -22,9 +22,8 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from .cases import Case, cost_of, random_case, smaller, sweep
+from .cases import Case, random_case, short, smaller, sweep
 
-SHORT_CASES = 650  # of an instruction set
 SLICE_SECONDS = 120.0
 MOST_SHRINKS = 300
 
@@ -64,20 +63,12 @@ def cases_of(args: argparse.Namespace, table):
     if args.random:
         rng = random.Random(f"{args.seed} {args.isa}")
         return (random_case(table, rng, args.ops) for _ in range(10**9))
+    if args.short:
+        return iter(short(table, args.seed))
     cases = list(sweep(table, args.ops))
     # In an order that reaches every op, type and axis early, and is the same every time.
     random.Random(args.seed).shuffle(cases)
-    return iter(cases if not args.short else short_of(cases))
-
-
-def short_of(cases: list[Case]) -> list[Case]:
-    """A part that takes seconds: as many of each op and type, and of the cheap ones."""
-    groups: dict[tuple[str, str], list[Case]] = {}
-    for case in cases:
-        if cost_of(case) <= 2_000_000:
-            groups.setdefault((case["op"], case["dtype"]), []).append(case)
-    share = max(1, SHORT_CASES // max(1, len(groups)))
-    return [case for group in groups.values() for case in group[:share]]
+    return iter(cases)
 
 
 def environment(isa: str) -> dict[str, str]:
@@ -224,7 +215,9 @@ def main() -> int:
     parser.add_argument("--isa", default="", help="an instruction set, instead of all")
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--ops", type=lambda s: s.split(","), default=[], help="a,b: only these ops")
+    parser.add_argument(
+        "--ops", type=lambda s: s.split(","), default=[], help="a,b: only these ops"
+    )
     parser.add_argument("--state", default="build/fuzz", help="where what is done is kept")
     parser.add_argument("--short", action="store_true", help="a part that takes seconds")
     parser.add_argument("--no-shrink", action="store_true")
