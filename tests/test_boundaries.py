@@ -75,15 +75,14 @@ def test_sweep_is_the_same_every_time():
     assert len(set(first)) == len(first)
 
 
-def test_smallest_failing_case(monkeypatch):
-    def fault(isa, case):
+def test_smallest_failing_case():
+    def fault(case):
         return "wrong" if case["rows"] > 100 and case["layout"] == "nn" else ""
 
-    monkeypatch.setattr(runner, "fault_in_process", fault)
     case = Case.of(
         "op=grouped_gemm dtype=bf16 rows=390 k=193 n=8 layout=nn bias=1 experts=4 grad_view=offset"
     )
-    smallest, _ = runner.shrunk("avx2", case)
+    smallest, _ = runner.shrink(case, "wrong", fault)
     assert str(smallest) == (
         "op=grouped_gemm dtype=bf16 rows=101 k=1 n=1 layout=nn bias=0 experts=1 "
         "grad_view=contiguous"
@@ -104,10 +103,10 @@ def test_a_crash_is_told_and_passed_over(monkeypatch, tmp_path):
         return types.SimpleNamespace(returncode=-11, stderr="")
 
     monkeypatch.setattr(runner, "spawn", spawn)
-    state = runner.State(tmp_path, seed=3)
+    state = runner.State(tmp_path, 3, [])
     args = types.SimpleNamespace(seed=3, ops=[])
     runner.run_slice("avx2", state, 1.0, args)
-    again = runner.State(tmp_path, seed=3).of("avx2")
+    again = runner.State(tmp_path, 3, []).of("avx2")
     assert again["next"] == 9 and again["cases"] == {"sort_slots fp32": 2}
     (failure,) = again["failed"]
     assert failure["case"] == "op=sort_slots dtype=fp32 tokens=2" and "-11" in failure["fault"]

@@ -13,19 +13,22 @@ case that failed.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import random
 import subprocess
 import sys
 import time
+import zlib
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
-from .cases import Case, random_case, short, smaller, sweep
+from .cases import Case, SizeTable, random_case, short, smaller, sweep
 
 SLICE_SECONDS = 120.0
-MOST_SHRINKS = 300
+MOST_SHRINKS, MOST_CRASHES = 400, 40
 
 
 def worker(args: argparse.Namespace) -> int:
@@ -41,6 +44,18 @@ def worker(args: argparse.Namespace) -> int:
     if _C.cpu_isa() != args.isa:
         print(f"asked for {args.isa}, got {_C.cpu_isa()}", file=sys.stderr)
         return 2
+    if args.shrink:
+
+        def told(case: Case) -> str:
+            print(json.dumps({"case": str(case)}), flush=True)
+            fault = fault_of(case)
+            print(json.dumps({"of": str(case), "fault": fault}), flush=True)
+            return fault
+
+        first = Case.of(args.cases[0])
+        if fault := told(first):
+            shrink(first, fault, told)
+        return 0
     table = _C.block_sizes()
     out = open(args.log, "a", buffering=1) if args.log else sys.stdout
     end = time.monotonic() + args.seconds if args.seconds else float("inf")
@@ -83,39 +98,46 @@ def spawn(isa: str, *arguments: str) -> subprocess.CompletedProcess:
     )
 
 
-def fault_in_process(isa: str, case: Case) -> str:
-    """fault_of in a process of its own, in which a crash is a fault too."""
-    run = spawn(isa, str(case))
-    faults = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
-    if run.returncode != 0:
-        return f"the process ended with {run.returncode}: {run.stderr.strip()[-300:]}"
-    return next((f["fault"] for f in faults if "fault" in f), "nothing was run")
-
-
-def shrunk(isa: str, case: Case) -> tuple[Case, str]:
-    """The smallest case found that fails still, and its fault."""
-    fault, tries = fault_in_process(isa, case), 0
-    if not fault:
-        return case, "failed once, and not when it was run by itself"
-    smaller_one = True
-    while smaller_one and tries < MOST_SHRINKS:
-        smaller_one = False
+def shrink(case: Case, fault: str, fault_of: Callable[[Case], str]) -> tuple[Case, str]:
+    """The smallest case found that is still at fault, one step after the other."""
+    tries = 0
+    while tries < MOST_SHRINKS:
         for candidate in smaller(case):
             tries += 1
-            again = fault_in_process(isa, candidate)
-            if again and not again.startswith("KeyError"):
-                case, fault, smaller_one = candidate, again, True
+            if again := fault_of(candidate):
+                case, fault = candidate, again
                 break
+        else:
+            break
     return case, fault
 
 
-class State:
-    """What is done, kept in a folder: of each instruction set a log and how far it came."""
+def shrunk(isa: str, case: Case) -> tuple[Case, str]:
+    """The same in processes of its own, in which a crash is a fault too."""
+    fault = ""
+    for _ in range(MOST_CRASHES):
+        run = spawn(isa, "--shrink", str(case))
+        lines = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
+        for before, line in itertools.pairwise([*lines, {}]):
+            if before.get("fault"):
+                case, fault = Case.of(before["of"]), before["fault"]
+            elif "case" in before and "fault" not in line:  # it died there
+                case = Case.of(before["case"])
+                fault = f"the process ended with {run.returncode}: {run.stderr.strip()[-300:]}"
+        if run.returncode == 0:
+            break
+    return case, fault or "failed once, and not when it was run by itself"
 
-    def __init__(self, folder: Path, seed: int) -> None:
+
+class State:
+    """What is done, kept in a folder: of each instruction set a log and how far it came. Other
+    sizes or another text of cases.py make another file, since they make other cases."""
+
+    def __init__(self, folder: Path, seed: int, table: SizeTable) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / f"state-{seed}.json"
+        text = Path(__file__).with_name("cases.py").read_text() + repr(sorted(table))
+        self.path = folder / f"state-{seed}-{zlib.crc32(text.encode()):08x}.json"
         self.values: dict = json.loads(self.path.read_text()) if self.path.exists() else {}
 
     def of(self, isa: str) -> dict:
@@ -169,7 +191,7 @@ def run_slice(isa: str, state: State, seconds: float, args: argparse.Namespace) 
 def fuzz(args: argparse.Namespace) -> int:
     from moe_ops import _C
 
-    state = State(Path(args.state), args.seed)
+    state = State(Path(args.state), args.seed, _C.block_sizes())
     levels = [args.isa] if args.isa else list(_C.supported_isas())
     end = time.monotonic() + 60 * args.minutes
     while (left := end - time.monotonic()) > 1:
@@ -221,7 +243,7 @@ def main() -> int:
     parser.add_argument("--state", default="build/fuzz", help="where what is done is kept")
     parser.add_argument("--short", action="store_true", help="a part that takes seconds")
     parser.add_argument("--no-shrink", action="store_true")
-    for hidden in ("--worker", "--random"):
+    for hidden in ("--worker", "--random", "--shrink"):
         parser.add_argument(hidden, action="store_true", help=argparse.SUPPRESS)
     for name, kind, default in (("--log", str, ""), ("--seconds", float, 0), ("--skip", int, 0)):
         parser.add_argument(name, type=kind, default=default, help=argparse.SUPPRESS)
