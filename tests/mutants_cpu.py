@@ -254,11 +254,6 @@ FAMILIES: dict[str, Family] = {
             ),
             ("panels of one segment for both", "whole ? s * segment_size : 0", "int64_t{0}"),
             (
-                "panels that are not packed are read",
-                "blocks > crowded || r0 + m < it.row_end",
-                "blocks > crowded",
-            ),
-            (
                 "last row lost",
                 "std::min(most_rows, it.row_end - r0)",
                 "std::min(most_rows, it.row_end - r0) - (r0 > it.row_begin)",
@@ -344,11 +339,6 @@ FAMILIES: dict[str, Family] = {
             ),
             ("row scale forgotten", "d.a_scale ? d.a_scale[r] : T(1)", "T(1)"),
             ("factors of k from the first block for all", "d.k_scale + k0", "d.k_scale"),
-            (
-                "scale of fp32 rows forgotten where they become bfloat16",
-                "type == DType::kFloat32 && scale == 1.0f",
-                "type == DType::kFloat32",
-            ),
             (
                 "scale of bfloat16 rows forgotten",
                 "type == DType::kBFloat16 && scale == 1.0f",
@@ -469,11 +459,6 @@ FAMILIES: dict[str, Family] = {
                 "scales of the first block for all",
                 "a_scale ? a_scale + r0 : nullptr",
                 "a_scale ? a_scale + begin : nullptr",
-            ),
-            (
-                "pairs: buffer of an odd last row reused",
-                "if (rows % 2 != 0) a_rows[rows] = nullptr;",
-                "if (rows % 2 != 0) a_rows[rows] = a_rows[0];",
             ),
             (
                 "pairs: gradient of an odd last row not cleared",
@@ -892,11 +877,6 @@ FAMILIES: dict[str, Family] = {
                 "",
             ),
             (
-                "buffers of experts without rows cleared",
-                "w.offsets_to_add[e] == w.offsets_to_add[e + 1]",
-                "false",
-            ),
-            (
                 "the first chunk's sums for all",
                 "(chunk * experts_ + e) * (matrix() + bias())",
                 "e * (matrix() + bias())",
@@ -1053,7 +1033,8 @@ FAMILIES: dict[str, Family] = {
             (
                 "last block of a part lost",
                 "blocks * (part + 1) / parts",
-                "blocks * (part + 1) / parts - (parts > 1)",),
+                "blocks * (part + 1) / parts - (parts > 1)",
+            ),
         )
         + of(
             "kernels/mix-inl.h",
@@ -1157,6 +1138,11 @@ FAMILIES: dict[str, Family] = {
                 "std::fill(x.grad_q, x.grad_q + block.padded * ld_, T(0));",
                 "",
             ),
+            (
+                "delta without the gradient of the rest",
+                "x.delta[r] -= grad_state[r * p_.num_heads];",
+                "",
+            ),
             ("gradients of the first block of keys for all", "grad_k + j0 * ld_", "grad_k"),
             ("gradients of values of the first block for all", "grad_v + j0 * ld_", "grad_v"),
             (
@@ -1167,11 +1153,6 @@ FAMILIES: dict[str, Family] = {
             (
                 "sums of a chunk not cleared",
                 "std::fill(grad_k, grad_k + p_.num_keys * ld_, T(0));",
-                "",
-            ),
-            (
-                "delta without the gradient of the rest",
-                "x.delta[r] -= grad_state[r * p_.num_heads];",
                 "",
             ),
             (

@@ -48,7 +48,9 @@ def test_short_sweep(isa):
 def test_every_size_brings_cases():
     """An entry of the table that no op asks for would be a constant that nobody tests."""
     table = _C.block_sizes()
-    asked = {entry for op in cases.OPS.values() for dim in op.dims.values() for entry in dim.entries}
+    asked = {
+        entry for op in cases.OPS.values() for dim in op.dims.values() for entry in dim.entries
+    }
     missing = {(f, a) for f, a, _, _ in table if a not in TOGETHER} - asked
     assert not missing, f"csrc/cpu/blocking.cpp has {missing}, which no op of tests/sweep has"
     unknown = asked - {(f, a) for f, a, _, _ in table}

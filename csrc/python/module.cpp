@@ -17,6 +17,7 @@
 #include "cpu/huge_pages.h"
 #include "cpu/limits.h"
 #include "cpu/pack.h"
+#include "cpu/workspace.h"
 #include "cuda/moe_ffn/choose.h"
 #include "cuda/row_blocks.h"
 
@@ -120,6 +121,7 @@ PYBIND11_MODULE(_C, m) {
     const moe_ops::cuda::RowBlocks b = moe_ops::cuda::row_blocks(rows, accesses, stretch);
     return std::array<unsigned, 3>{b.x, b.y, b.z};
   });
+  m.def("poison_scratch", &poison_scratch, py::arg("bytes"));
   m.def("stale_panels", &stale_panels);
   m.def("cached_bytes", &cached_bytes);
   m.def("cache_limit", &cache_limit);

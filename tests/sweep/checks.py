@@ -159,7 +159,8 @@ def offsets_of(counts: Sequence[int]) -> Tensor:
 
 
 def ids_of(case: Case) -> Tensor:
-    """topk_ids [T, K] of which the expert in question has exactly `rows` slots; some are -1."""
+    """topk_ids [T, K] of which the expert in question has exactly `rows` slots; some are -1.
+    repeat: its slots are all of a token's, so that a block of tokens has more rows than tokens."""
     counts, k = counts_of(case), case.get("top_k", 1)
     main = len(counts) // 2
     rest = [e for e, n in enumerate(counts) if e != main for _ in range(n)]
@@ -168,7 +169,12 @@ def ids_of(case: Case) -> Tensor:
         tokens = max(tokens, case["tokens"])
     ids = torch.full((tokens, k), -1, dtype=torch.int32)
     flat = torch.tensor(rest, dtype=torch.int32)
-    if k == 1:
+    if case.get("repeat", 0):
+        last = -(-case["rows"] // k)
+        ids = torch.full((last + -(-len(rest) // k), k), -1, dtype=torch.int32)
+        ids.view(-1)[: case["rows"]] = main
+        ids[last:].view(-1)[: len(rest)] = flat
+    elif k == 1:
         tokens = max(tokens, case["rows"] + len(rest))
         ids = torch.full((tokens, 1), -1, dtype=torch.int32)
         ids[: case["rows"], 0] = main
