@@ -204,6 +204,24 @@ def test_sizes(tokens, slots, head_size, dtype, kind):
     check(operands(dtype, tokens=tokens, slots=slots, head_size=head_size, kind=kind))
 
 
+@pytest.mark.parametrize("head_size", [16, 40])
+def test_gradient_of_the_log_sum(head_size):
+    """The op itself also returns the log-sum-exp of each row, which ring attention differentiates."""
+    call = operands(torch.float64, batch=1, tokens=70, heads=2, head_size=head_size)
+    arguments = ("softmax", True, head_size**-0.5, 0, 0.0, None)
+    leaves = [call[name].requires_grad_() for name in NAMES]
+    _, state = torch.ops.moe_ops.moa_attention(*leaves, *arguments)
+    logits = torch.einsum("bikhd,bjhd->bikhj", leaves[0], leaves[1]) * head_size**-0.5
+    seen = visible(70, 70, True, None, None, logits.device)[:, None, None]
+    expected = logits.masked_fill(~seen, -torch.inf).logsumexp(-1)
+    torch.testing.assert_close(state, expected)
+    grad = torch.randn(state.shape, dtype=torch.float64)
+    wanted = torch.autograd.grad(expected, leaves[:2], grad)
+    found = torch.autograd.grad(state, leaves, grad)
+    torch.testing.assert_close(found[:2], wanted)
+    assert bool((found[2] == 0).all())
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("head_size", [128, 193, 200, 256])
 def test_wide_heads(head_size, kind):

@@ -287,7 +287,7 @@ void seen_sums(const AttentionBlock<T>& b, const T* a, int64_t lda, const T* s, 
 #pragma GCC unroll 2
       for (int v = 0; v < NV; ++v) {
         const Vec<T> next =
-            add_product_of_chain<T>(acc[v], a + j * lda + f, load<T>(s + (j * NV + v) * W));
+            add_product<T, T, 1>(acc[v], a + j * lda + f, load<T>(s + (j * NV + v) * W));
         acc[v] = seen.select(j, v, next, acc[v]);
       }
     }

@@ -48,7 +48,7 @@ inline void narrow_seen_sums(const Seen<T, 1>& seen, int64_t j, const T* a,
   for (int n = 0; n < kNarrowKeys; ++n) {
 #pragma GCC unroll 16
     for (int f = 0; f < D; ++f) {
-      const Vec<T> next = add_product_of_chain<T>(sums[f], a + n * kNarrowSize + f, x[n]);
+      const Vec<T> next = add_product<T, T, 1>(sums[f], a + n * kNarrowSize + f, x[n]);
       sums[f] = seen.select(j + n, 0, next, sums[f]);
     }
   }

@@ -1,6 +1,7 @@
 #include <cmath>
 #include <vector>
 
+#include "cpu/blocking.h"
 #include "cpu/moa_attention/blocks.h"
 
 namespace moe_ops::cpu {
@@ -8,14 +9,11 @@ namespace moe_ops::cpu {
 namespace attention {
 namespace {
 
-// Sums of gradients of keys and values are split over at least this many items: by sizes alone, so
-// that bits do not depend on threads.
-constexpr int64_t kLeastItems = 16;
-
 int64_t num_chunks(const MoaAttentionParams& p) {
   const int64_t heads = std::max<int64_t>(1, p.batch * p.num_heads);
   const int64_t row_blocks = ceil_div(p.num_tokens * p.num_slots, kRows);
-  return std::clamp<int64_t>(ceil_div(kLeastItems, heads), 1, std::max<int64_t>(1, row_blocks));
+  return std::clamp<int64_t>(ceil_div(kAttentionLeastItems, heads), 1,
+                             std::max<int64_t>(1, row_blocks));
 }
 
 template <class T>
@@ -405,13 +403,12 @@ void backward(const MoaAttentionBwdParams& q, const Parallel& par) {
     const int64_t head = item / chunks;
     attention.run(head / p.num_heads, head % p.num_heads, item % chunks);
   });
-  constexpr int64_t kReduce = 256;
-  const int64_t parts = ceil_div(p.num_keys, kReduce);
+  const int64_t parts = ceil_div(p.num_keys, kAttentionReduceKeys);
   parallel_items(par, heads * parts, static_cast<double>(heads * p.num_keys * p.head_size) / 4,
                  [&](int64_t item) {
-                   const int64_t head = item / parts, j0 = item % parts * kReduce;
+                   const int64_t head = item / parts, j0 = item % parts * kAttentionReduceKeys;
                    attention.reduce(head / p.num_heads, head % p.num_heads, j0,
-                                    std::min(p.num_keys, j0 + kReduce));
+                                    std::min(p.num_keys, j0 + kAttentionReduceKeys));
                  });
 }
 

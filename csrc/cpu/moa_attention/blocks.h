@@ -21,6 +21,8 @@ namespace moe_ops::cpu::attention {
 constexpr int64_t kRows =
     96;  // query rows of a block: whole tiles and whole vectors at every level
 constexpr int64_t kKeys = 64;  // keys of a block
+// Most bytes of keys and values that an item of several row blocks keeps: half of a small L2.
+constexpr int64_t kKeptKeyBytes = int64_t{512} << 10;
 
 // While it lives, results too small for a normal number are zero. Weights of far keys and their
 // gradients pass through there on their way to nothing, and each such sum costs a hundred cycles.
@@ -325,13 +327,13 @@ class KeyCopy {
 };
 
 // What an item that goes through row blocks `begin` to `end` keeps of its keys: all, if that is at
-// most half of a small L2, and read more than once.
+// most kKeptKeyBytes and read more than once.
 inline KeyRange kept_keys(const MoaAttentionParams& p, const RowBlocks& blocks, int64_t begin,
                           int64_t end, int64_t bytes_a_key) {
-  constexpr int64_t kMostBytes = int64_t{512} << 10;
   const KeyRange all = {blocks.first_key(p, blocks.starts[begin] / p.num_slots),
                         keys_of(p, (blocks.starts[end] - 1) / p.num_slots).last};
-  return end - begin > 1 && (all.last - all.first) * bytes_a_key <= kMostBytes ? all : KeyRange{};
+  return end - begin > 1 && (all.last - all.first) * bytes_a_key <= kKeptKeyBytes ? all
+                                                                                  : KeyRange{};
 }
 
 // Row blocks where `chunks` runs of about the same number of keys start, and their end.
