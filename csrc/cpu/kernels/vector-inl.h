@@ -44,6 +44,33 @@ inline void store(T* p, Vec<T> v) {
   *reinterpret_cast<typename Simd<T>::Unaligned*>(p) = v;
 }
 
+// Lane i is lane order[i] of a, or of a and then b. The order is a constant, of which Clang, which
+// has no __builtin_shuffle, makes one shuffle too.
+template <class V, class Order>
+inline V shuffle(V a, Order order) {
+#if defined(__clang__)
+  V out = a;
+  for (unsigned i = 0; i < sizeof(V) / sizeof(a[0]); ++i) out[i] = a[order[i]];
+  return out;
+#else
+  return __builtin_shuffle(a, order);
+#endif
+}
+
+template <class V, class Order>
+inline V shuffle(V a, V b, Order order) {
+#if defined(__clang__)
+  constexpr int kCount = sizeof(V) / sizeof(a[0]);
+  V out = a;
+  for (int i = 0; i < kCount; ++i) {
+    out[i] = order[i] < kCount ? a[order[i]] : b[order[i] - kCount];
+  }
+  return out;
+#else
+  return __builtin_shuffle(a, b, order);
+#endif
+}
+
 // Element types in memory. Half types are bit patterns.
 struct Bf16 {
   uint16_t bits;
