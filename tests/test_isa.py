@@ -88,6 +88,22 @@ for dtype in DTYPES:
             {"h": h, "w": w.mT, "topk_weights": weights.to(acc_dtype(dtype)), "topk_ids": ids},
             ["h", "w", "topk_weights"], sum_length=300, steps=1, grad_steps=2,
         )
+    # More rows of an expert than a block of the sums of weight gradients, each with a weight.
+    for rows, hidden, width in ((193, 33, 8), (385, 193, 8), (385, 8, 130), (769, 65, 17)):
+        routing = Routing(rows, 1, 1)
+        check_against_reference(
+            moe_ops.moe_linear_reduce, reference.moe_linear_reduce,
+            {"h": torch.randn(rows, 1, width).to(dtype),
+             "w": torch.randn(1, hidden, width).to(dtype),
+             "topk_weights": torch.rand(rows, 1).to(acc_dtype(dtype)), "topk_ids": routing.ids()},
+            ["h", "w", "topk_weights"], sum_length=rows, steps=1, grad_steps=2,
+        )
+        call = ffn_operands(routing, hidden, width, dtype)
+        check_against_reference(
+            moe_ops.moe_ffn, reference.moe_ffn, {**call, "apply_router_weight_on_input": True},
+            ["x", "w_gate_up", "w_down", "topk_weights"], magnitude=moe_ffn_magnitude,
+            sum_length=rows, steps=2, grad_steps=5,
+        )
     for experts, k in ((4, 2), (8, 2), (7, 3), (16, 2), (16, 4), (40, 4)):
         for options in ({}, {"topk_first": True}, {"score_func": "sigmoid", "renormalize": True}):
             logits = torch.randn(75, experts).to(dtype)

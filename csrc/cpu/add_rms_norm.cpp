@@ -36,7 +36,8 @@ void run(const AddRmsNormParams& p, const Parallel& par) {
   const Kernels<T>& k = kernels<T>();
   const int64_t H = p.hidden_size;
   parallel_range(par, p.num_rows, static_cast<double>(H) / 4 + 4, [&](int64_t begin, int64_t end) {
-    T* buffer = scratch<T>(Scratch::kTile, 3 * H);
+    ScratchScope scratch;
+    T* buffer = scratch.take<T>(Scratch::kTile, 3 * H);
     NormRows<T> rows;
     rows.type = p.type;
     rows.rows = end - begin;
@@ -68,7 +69,8 @@ void run_bwd(const AddRmsNormBwdParams& p, const Parallel& par) {
     rows.type = p.type;
     rows.rows = end - begin;
     rows.cols = H;
-    rows.weight = widened(k, p.type, p.weight, H, scratch<T>(Scratch::kTile, H));
+    ScratchScope scratch;
+    rows.weight = widened(k, p.type, p.weight, H, scratch.take<T>(Scratch::kTile, H));
     rows.grad_y = row_at(p.grad_y, p.type, begin * H);
     rows.grad_sum = row_at(p.grad_sum, p.type, begin * H);
     rows.sum = row_at(p.sum, p.type, begin * H);
@@ -79,7 +81,8 @@ void run_bwd(const AddRmsNormBwdParams& p, const Parallel& par) {
     k.norm_rows_bwd(rows);
   });
   void* const out[] = {p.grad_weight, p.grad_bias};
-  T* total = scratch<T>(Scratch::kTile, H);
+  ScratchScope scratch;
+  T* total = scratch.take<T>(Scratch::kTile, H);
   for (int64_t which = 0; which < 2; ++which) {
     if (out[which] == nullptr) continue;
     std::fill(total, total + H, T(0));

@@ -89,7 +89,8 @@ void pack_transposed(const Kernels<T>& k, DType type, const void* w, const void*
                      const Panels& to, T* dst) {
   const int64_t W = k.lanes, size = dtype_size(type), pitch = round_up(to.depth, W);
   const int64_t depth = to.depth - (bias != nullptr);
-  T* rows = scratch<T>(Scratch::kTile, 2 * W * pitch);
+  ScratchScope scratch;
+  T* rows = scratch.take<T>(Scratch::kTile, 2 * W * pitch);
   for (int64_t j = 0; j < to.cols; j += 2 * W) {
     const int64_t width = to.width(j);
     for (int64_t r = 0; r < width; ++r) {
@@ -160,7 +161,8 @@ void run(const DenseFfnParams& p, const Parallel& par) {
   // A bias is a weight of an input that is always 1.
   const RowBlocks up_k{H + (p.b_up != nullptr)}, down_k{I + (p.b_down != nullptr)};
   const Panels up{up_k.k, I, W}, down{down_k.k, O, W};
-  T* w_up = scratch<T>(Scratch::kRows, E * (up.elements() + down.elements()));
+  ScratchScope scratch;
+  T* w_up = scratch.take<T>(Scratch::kRows, E * (up.elements() + down.elements()));
   T* w_down = w_up + E * up.elements();
   const auto of = [&](const void* data, int64_t e, int64_t elements) {
     return data == nullptr ? nullptr : static_cast<const char*>(data) + e * elements * size;
@@ -182,10 +184,11 @@ void run(const DenseFfnParams& p, const Parallel& par) {
   const int64_t ldu = keep_u ? I : up.padded();
   parallel_items(par, blocks, cost_of<T>(s), [&](int64_t block) {
     const int64_t t0 = block * kTokens, m = std::min(kTokens, s.num_tokens - t0);
-    T* x = scratch<T>(Scratch::kPackA, up_k.elements());
-    T* h = scratch<T>(Scratch::kPackB, down_k.elements());
-    T* u_block = scratch<T>(Scratch::kHidden, kTokens * up.padded());
-    T* y = scratch<T>(Scratch::kTokens, kTokens * ldy);
+    ScratchScope scratch;
+    T* x = scratch.take<T>(Scratch::kPackA, up_k.elements());
+    T* h = scratch.take<T>(Scratch::kPackB, down_k.elements());
+    T* u_block = scratch.take<T>(Scratch::kHidden, kTokens * up.padded());
+    T* y = scratch.take<T>(Scratch::kTokens, kTokens * ldy);
     int64_t loaded = -1;
     for (int64_t n = 0; n < E; ++n) {
       const int64_t e = s.order[n], g = s.input_of[e];
@@ -244,7 +247,8 @@ void run_bwd(const DenseFfnBwdParams& p, const Parallel& par) {
                   p.grad_b_down ? round_up(O, W) : 0};
   const int64_t blocks = ceil_div(s.num_tokens, kTokens);
   const int64_t parts = std::clamp<int64_t>(blocks / 4, 1, kMostParts);
-  Carver shared(Scratch::kRows,
+  ScratchScope scratch;
+  Carver shared(scratch, Scratch::kRows,
                 static_cast<int64_t>(sizeof(T)) *
                         (E * (down.elements() + up.elements()) + parts * E * sums.expert()) +
                     256);
@@ -267,15 +271,17 @@ void run_bwd(const DenseFfnBwdParams& p, const Parallel& par) {
   parallel_items(par, parts, 2 * cost_of<T>(s), [&](int64_t part) {
     T* total = totals + part * E * sums.expert();
     std::fill(total, total + E * sums.expert(), T(0));
-    T* dy_rows = scratch<T>(Scratch::kPackA, down_k.elements() + up_k.elements());
+    ScratchScope scratch;
+    T* dy_rows = scratch.take<T>(Scratch::kPackA, down_k.elements() + up_k.elements());
     T* du_rows = dy_rows + down_k.elements();
     const int64_t dy_cols = ceil_div(O, kLdm) * kTokens * kLdm;
     const int64_t du_cols = ceil_div(I, kLdm) * kTokens * kLdm;
-    T* dy_columns = scratch<T>(Scratch::kHidden, dy_cols + du_cols);
+    T* dy_columns = scratch.take<T>(Scratch::kHidden, dy_cols + du_cols);
     T* du_columns = dy_columns + dy_cols;
-    T* x = scratch<T>(Scratch::kPackB, kTokens * (ldh + ldi));  // panels [m][...] of x and of h
+    T* x =
+        scratch.take<T>(Scratch::kPackB, kTokens * (ldh + ldi));  // panels [m][...] of x and of h
     T* h = x + kTokens * ldh;
-    T* dh = scratch<T>(Scratch::kTokens, kTokens * (ldi + ldh));
+    T* dh = scratch.take<T>(Scratch::kTokens, kTokens * (ldi + ldh));
     T* dx_block = dh + kTokens * ldi;
     for (int64_t block = blocks * part / parts; block < blocks * (part + 1) / parts; ++block) {
       const int64_t t0 = block * kTokens, m = std::min(kTokens, s.num_tokens - t0);
@@ -345,7 +351,8 @@ void run_bwd(const DenseFfnBwdParams& p, const Parallel& par) {
     if (out == nullptr) return;
     parallel_range(par, E, static_cast<double>(parts * rows * cols) / 4,
                    [&](int64_t begin, int64_t end) {
-                     T* row = scratch<T>(Scratch::kTile, cols);
+                     ScratchScope scratch;
+                     T* row = scratch.take<T>(Scratch::kTile, cols);
                      for (int64_t e = begin; e < end; ++e) {
                        for (int64_t r = 0; r < rows; ++r) {
                          const T* from = totals + e * sums.expert() + offset + r * ld;

@@ -36,7 +36,8 @@ void write_scores(const ExpertChoiceRouterParams& p, const Parallel& par) {
   const int64_t E = p.num_experts, padded = round_up<int64_t>(E, 16);
   parallel_range(
       par, p.num_tokens, 4.0 * static_cast<double>(E) + 50.0, [&](int64_t begin, int64_t end) {
-        T* const x = scratch<T>(Scratch::kRows, 2 * padded);
+        ScratchScope scratch;
+        T* const x = scratch.take<T>(Scratch::kRows, 2 * padded);
         T* const score = x + padded;
         std::fill(x + E, x + padded, -std::numeric_limits<T>::infinity());
         for (int64_t t = begin; t < end; ++t) {
@@ -61,8 +62,9 @@ void find_thresholds(const ExpertChoiceRouterParams& p, const Parallel& par,
   const double cost = 10.0 * static_cast<double>(tokens) * static_cast<double>(E);
   parallel_items(par, ceil_div(E, kColumns), cost, [&](int64_t item) {
     const int64_t first = item * kColumns, columns = std::min(kColumns, E - first);
-    T* const column = scratch<T>(Scratch::kRows, kColumns * padded);
-    Key* const keys = scratch<Key>(Scratch::kIndex, 2 * padded);
+    ScratchScope scratch;
+    T* const column = scratch.take<T>(Scratch::kRows, kColumns * padded);
+    Key* const keys = scratch.take<Key>(Scratch::kIndex, 2 * padded);
     Key* const partial = keys + padded;
     for (int64_t t = 0; t < tokens; ++t) {
       for (int64_t c = 0; c < columns; ++c) column[c * padded + t] = scores[t * E + first + c];
@@ -90,8 +92,9 @@ void write_slots(const ExpertChoiceRouterParams& p, const Parallel& par,
   const T scale = static_cast<T>(p.routed_scaling_factor);
   parallel_range(par, p.num_tokens, 3.0 * static_cast<double>(E) + 50.0,
                  [&](int64_t begin, int64_t end) {
-                   T* const score = scratch<T>(Scratch::kRows, padded);
-                   Key* const keys = scratch<Key>(Scratch::kIndex, padded);
+                   ScratchScope scratch;
+                   T* const score = scratch.take<T>(Scratch::kRows, padded);
+                   Key* const keys = scratch.take<Key>(Scratch::kIndex, padded);
                    std::fill(score + E, score + padded, T(0));
                    for (int64_t t = begin; t < end; ++t) {
                      T* const weights = static_cast<T*>(p.topk_weights) + t * E;

@@ -14,7 +14,8 @@ void run(const GatedActParams& p, const Parallel& par) {
   const int64_t I = p.intermediate_size, size = dtype_size(p.type);
   const int64_t width = is_gated(p.act.kind) ? 2 * I : I;
   parallel_range(par, p.num_rows, I * 2.0 + 2, [&](int64_t begin, int64_t end) {
-    T* row = scratch<T>(Scratch::kTile, 5 * I);
+    ScratchScope scratch;
+    T* row = scratch.take<T>(Scratch::kTile, 5 * I);
     T* buffer = row + 2 * I;
     T* h = row + 4 * I;
     for (int64_t r = begin; r < end; ++r) {
@@ -32,7 +33,8 @@ void run_bwd(const GatedActBwdParams& p, const Parallel& par) {
   const int64_t I = p.intermediate_size, size = dtype_size(p.type);
   const int64_t width = is_gated(p.act.kind) ? 2 * I : I;
   parallel_range(par, p.num_rows, I * 3.0 + 2, [&](int64_t begin, int64_t end) {
-    T* row = scratch<T>(Scratch::kTile, 7 * I);
+    ScratchScope scratch;
+    T* row = scratch.take<T>(Scratch::kTile, 7 * I);
     T* buffer = row + 2 * I;
     T* grad = row + 4 * I;
     T* dh = row + 6 * I;

@@ -139,7 +139,8 @@ void batch_statistics(const MixExpertsParams& p, const Padded<T>& layout, const 
   const Kernels<T>& k = kernels<T>();
   const int64_t E = p.num_experts, O = p.size, n = E * layout.pitch, parts = parts_of(p);
   const int64_t blocks = ceil_div(p.num_tokens, kTokens);
-  T* moments = scratch<T>(Scratch::kRows, 2 * parts * n);
+  ScratchScope scratch;
+  T* moments = scratch.take<T>(Scratch::kRows, 2 * parts * n);
   const auto join = [n](T* mean, T* squares, int64_t before, const T* mean_b, const T* squares_b,
                         int64_t count) {
     const T share = T(count) / T(before + count), both = T(before) * share;
@@ -154,8 +155,9 @@ void batch_statistics(const MixExpertsParams& p, const Padded<T>& layout, const 
   };
   parallel_items(par, parts, cost_of(p) * static_cast<double>(p.num_tokens), [&](int64_t part) {
     T *mean = moments + 2 * part * n, *squares = mean + n;
-    T* block = scratch<T>(Scratch::kTile, 2 * n);
-    T* buffer = layout.direct ? nullptr : scratch<T>(Scratch::kTokens, kTokens * n);
+    ScratchScope scratch;
+    T* block = scratch.take<T>(Scratch::kTile, 2 * n);
+    T* buffer = layout.direct ? nullptr : scratch.take<T>(Scratch::kTokens, kTokens * n);
     std::fill(mean, mean + 2 * n, T(0));
     const int64_t begin = first_of(part), end = first_of(part + 1);
     for (int64_t t = begin; t < end; t += kTokens) {
@@ -185,10 +187,12 @@ void run(const MixExpertsParams& p, const Parallel& par) {
   const Padded<T> rows(k, p.type, p.size);
   const int64_t n = E * rows.pitch;
   if (p.norm.batch) batch_statistics<T>(p, rows, par);
-  const NormRows<T> norm(p, rows, scratch<T>(Scratch::kRows, 3 * n));
+  ScratchScope scratch;
+  const NormRows<T> norm(p, rows, scratch.take<T>(Scratch::kRows, 3 * n));
   parallel_range(par, p.num_tokens, cost_of(p), [&](int64_t begin, int64_t end) {
     const int64_t mixed = M * rows.pitch;
-    T* x_rows = scratch<T>(Scratch::kTile, 2 * n + 2 * mixed + M * E);
+    ScratchScope scratch;
+    T* x_rows = scratch.take<T>(Scratch::kTile, 2 * n + 2 * mixed + M * E);
     T *z = x_rows + n, *y_rows = z + n, *f_rows = y_rows + mixed, *w_row = f_rows + mixed;
     for (int64_t t = begin; t < end; ++t) {
       const T* x = rows.load(p.outputs, t * E, E, x_rows);
@@ -215,13 +219,15 @@ void run_bwd(const MixExpertsBwdParams& p, const Parallel& par) {
   const int64_t blocks = ceil_div(p.num_tokens, length);
   const bool normed = p.norm.norm_weight != nullptr;
   // mean, scale, shift; at, by; then sums of a part: of gradients, of them times (x - mean).
-  T* shared = scratch<T>(Scratch::kRows, 5 * n + 2 * parts * n);
+  ScratchScope scratch;
+  T* shared = scratch.take<T>(Scratch::kRows, 5 * n + 2 * parts * n);
   T *at = shared + 3 * n, *by = at + n, *sums = by + n;
   std::fill(at, at + 2 * n, T(0));
   const NormRows<T> norm(p, rows, shared);
   const double cost = 2 * cost_of(p) * static_cast<double>(p.num_tokens);
   parallel_items(par, parts, cost, [&](int64_t part) {
-    T* x_rows = scratch<T>(Scratch::kTile, 6 * n + 5 * mixed + 2 * M * E);
+    ScratchScope scratch;
+    T* x_rows = scratch.take<T>(Scratch::kTile, 6 * n + 5 * mixed + 2 * M * E);
     T *z = x_rows + n, *slope = z + n, *d_rows = slope + n, *block = d_rows + n;
     T *g_rows = block + 2 * n, *f_rows = g_rows + mixed;
     T *w_row = f_rows + 4 * mixed, *dw_row = w_row + M * E;
@@ -277,7 +283,8 @@ void run_bwd(const MixExpertsBwdParams& p, const Parallel& par) {
   }
   if (!p.norm.batch) return;
   parallel_range(par, p.num_tokens, static_cast<double>(n) / 4, [&](int64_t begin, int64_t end) {
-    T* x_rows = scratch<T>(Scratch::kTile, 3 * n);
+    ScratchScope scratch;
+    T* x_rows = scratch.take<T>(Scratch::kTile, 3 * n);
     T *d_rows = x_rows + n, *out_rows = d_rows + n;
     for (int64_t t = begin; t < end; ++t) {
       const T* x = rows.load(p.outputs, t * E, E, x_rows);

@@ -45,14 +45,16 @@ void moe_ffn_fp8(const MoeFfnFp8Params& p, const Parallel& par) {
   const auto alpha = static_cast<float>(s.act.alpha), limit = static_cast<float>(s.act.limit);
   const auto* slot_weights = static_cast<const float*>(s.topk_weights);
 
-  auto* token = scratch<int32_t>(Scratch::kIndex, rows);
+  ScratchScope scratch(ScratchScope::Keep::kUpTo256MiB);
+  auto* token = scratch.take<int32_t>(Scratch::kIndex, rows);
   for (int64_t r = 0; r < rows; ++r) token[r] = static_cast<int32_t>(s.row_to_slot[r] / s.top_k);
-  Carver carver(Scratch::kHidden, T * H + rows * I + 4 * (T * H_blocks + rows * I_blocks) + 4 * 64);
+  Carver carver(scratch, Scratch::kHidden,
+                T * H + rows * I + 4 * (T * H_blocks + rows * I_blocks) + 4 * 64);
   auto* x_codes = carver.take<uint8_t>(T * H);
   auto* x_scale = carver.take<float>(T * H_blocks);
   auto* h_codes = carver.take<uint8_t>(rows * I);
   auto* h_scale = carver.take<float>(rows * I_blocks);
-  float* out = scratch<float>(Scratch::kRows, rows * H);
+  float* out = scratch.take<float>(Scratch::kRows, rows * H);
 
   Fp8Desc up = desc_of(s, gated && !weave ? I : (weave ? 2 * I : I), H,
                        {x_codes, H, x_scale, H_blocks, token}, p.w_gate_up);
@@ -133,7 +135,6 @@ void moe_ffn_fp8(const MoeFfnFp8Params& p, const Parallel& par) {
                unpermute_tokens(combine, i * sum_chunk, std::min(T, (i + 1) * sum_chunk));
              });
   stages.run(par);
-  release_large_scratch();
 }
 
 }  // namespace moe_ops::cpu

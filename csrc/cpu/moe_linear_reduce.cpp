@@ -18,7 +18,8 @@ void run(const MoeLinearReduceBwdParams& p, const Parallel& par) {
   for (int64_t e = 0; e < p.num_experts; ++e) {
     const int64_t begin = p.expert_offsets[e];
     parallel_range(par, p.expert_offsets[e + 1] - begin, D / 4.0 + 2, [&](int64_t b, int64_t n) {
-      T* grad = scratch<T>(Scratch::kTile, D);
+      ScratchScope scratch;
+      T* grad = scratch.take<T>(Scratch::kTile, D);
       for (int64_t r = begin + b; r < begin + n; ++r) {
         const int64_t slot = p.row_to_slot[r];
         if (p.grad_topk_weights != nullptr) {
@@ -45,18 +46,21 @@ void run_blocks(const MoeLinearReduceParams& p, const Parallel& par) {
   const SlotProduct& s = p.s;
   const DType type = p.w.type;
   const int64_t H = s.rows, D = s.cols, size = dtype_size(type), ld = padded(k, H);
-  const PanelBank<T> bank(k, p.w, s.num_experts, H, D);
+  ScratchScope scratch;
+  const PanelBank<T> bank(scratch, k, p.w, s.num_experts, H, D);
   parallel_items(
       par, ceil_div(s.num_tokens, kBlockTokens), slot_product_cost(s, 1), [&](int64_t item) {
         const int64_t begin = item * kBlockTokens;
-        const SlotBlock b = slot_block(s, begin, std::min(s.num_tokens, begin + kBlockTokens));
+        ScratchScope scratch;
+        const SlotBlock b =
+            slot_block(scratch, s, begin, std::min(s.num_tokens, begin + kBlockTokens));
         const int64_t n = (b.end - b.begin) * s.top_k;
-        const void** rows = scratch<const void*>(Scratch::kHidden, n);
+        const void** rows = scratch.take<const void*>(Scratch::kHidden, n);
         const RowStarts h(p.h, D * size);
         for (int64_t r = 0, valid = b.offsets[s.num_experts]; r < valid; ++r) {
           rows[r] = h[b.first + b.slots[r]];
         }
-        T* c = scratch<T>(Scratch::kTile, n * ld);
+        T* c = scratch.take<T>(Scratch::kTile, n * ld);
         for (int64_t e = 0; e < s.num_experts; ++e) {
           const int64_t r = b.offsets[e];
           multiply_slots(
@@ -80,16 +84,18 @@ void run_blocks_bwd(const MoeLinearReduceBlocksBwdParams& p, const Parallel& par
   const bool slots = p.grad_h != nullptr || p.grad_topk_weights != nullptr;
   const T* topk_weights = static_cast<const T*>(p.topk_weights);
   T* grad_weights = static_cast<T*>(p.grad_topk_weights);
-  const PanelBank<T> bank(k, transposed(p.w), slots ? E : 0, D, H);
+  ScratchScope scratch;
+  const PanelBank<T> bank(scratch, k, transposed(p.w), slots ? E : 0, D, H);
   const MatrixGrads grad_w{p.grad_w, type};
-  const ChunkSums<T> chunks(s, k, sums, grad_w);
+  const ChunkSums<T> chunks(scratch, s, k, sums, grad_w);
   const auto run_block = [&](int64_t chunk, int64_t begin, int64_t end, bool first) {
-    const SlotBlock b = slot_block(s, begin, end);
+    ScratchScope scratch;
+    const SlotBlock b = slot_block(scratch, s, begin, end);
     const int64_t n = (end - begin) * s.top_k, valid = b.offsets[E];
-    const void** grads = scratch<const void*>(Scratch::kHidden, 3 * n);
+    const void** grads = scratch.take<const void*>(Scratch::kHidden, 3 * n);
     const void** h = grads + n;
     void** grad_h = const_cast<void**>(h + n);
-    T* c = scratch<T>(Scratch::kTile, n * (ld + 2));
+    T* c = scratch.take<T>(Scratch::kTile, n * (ld + 2));
     T *weights = c + n * ld, *dots = weights + n;
     const RowStarts grad_ys(p.grad_y), hs(p.h, D * size), grad_hs(p.grad_h, D * size);
     for (int64_t r = 0; r < valid; ++r) {

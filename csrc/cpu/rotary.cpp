@@ -23,7 +23,8 @@ void run(const RotaryParams& p, const Parallel& par) {
       direct ? p.num_tokens : std::max<int64_t>(1, kWide / std::max(n, int64_t{1}));
   parallel_range(
       par, p.batch * p.num_tokens, static_cast<double>(n) / 4 + 4, [&](int64_t begin, int64_t end) {
-        T* const buffer = scratch<T>(Scratch::kTile, direct ? 1 : most * n);
+        ScratchScope scratch;
+        T* const buffer = scratch.take<T>(Scratch::kTile, direct ? 1 : most * n);
         for (int64_t i = begin; i < end;) {
           const int64_t b = i / p.num_tokens, s = i % p.num_tokens;
           const int64_t rows = std::min({most, end - i, p.num_tokens - s});

@@ -34,7 +34,8 @@ void route_few_bwd(const RouterBwdParams& p, const Parallel& par) {
   const int64_t bytes = kLaneTokens * (3 * E + 2 * K) * static_cast<int64_t>(sizeof(T)) + 6 * 64;
   const double cost = 2.0 * static_cast<double>(E * K) + 10.0 * static_cast<double>(E);
   parallel_range(par, p.num_tokens, cost, [&](int64_t begin, int64_t end) {
-    Carver carver(Scratch::kRows, bytes);
+    ScratchScope scratch;
+    Carver carver(scratch, Scratch::kRows, bytes);
     T* const rows = carver.take<T>(kLaneTokens * E);
     T* const x = carver.take<T>(kLaneTokens * E);
     T* const grad_x = carver.take<T>(kLaneTokens * E);
@@ -83,7 +84,8 @@ void route_bwd(const RouterBwdParams& p, const Parallel& par) {
       batch * padded_k * static_cast<int64_t>(sizeof(int32_t)) + 9 * 64;
   const double cost = 3.0 * static_cast<double>(E) + 15.0 * static_cast<double>(K) + 20.0;
   parallel_range(par, p.num_tokens, cost, [&](int64_t begin, int64_t end) {
-    Carver carver(Scratch::kRows, bytes);
+    ScratchScope scratch;
+    Carver carver(scratch, Scratch::kRows, bytes);
     T* const x = carver.take<T>((batch + 1) * padded);
     T* const exps = carver.take<T>(padded);
     T* const chosen = carver.take<T>((batch + 1) * padded_k);

@@ -46,16 +46,16 @@ WholeRows<T> whole_rows(const Kernels<T>& k, DType type, const void* src, int64_
   return {buffer, pitch};
 }
 
-// Weights [E, H] with E and H rounded up; for all threads, in a buffer of the calling one.
+// Weights [E, H] with E and H rounded up; for all threads, in scratch of the calling one.
 template <class T>
-WholeRows<T> whole_weights(const Kernels<T>& k, DType type, const void* weight, int64_t experts,
-                           int64_t hidden) {
+WholeRows<T> whole_weights(const Kernels<T>& k, ScratchScope& scratch, DType type,
+                           const void* weight, int64_t experts, int64_t hidden) {
   const int64_t padded = round_up<int64_t>(experts, kRouterExperts);
   const int64_t pitch = round_up<int64_t>(hidden, k.lanes);
   if (type == kAccumulate<T> && padded == experts && pitch == hidden) {
     return {static_cast<const T*>(weight), hidden};
   }
-  T* const buffer = scratch<T>(Scratch::kPackB, padded * pitch);
+  T* const buffer = scratch.take<T>(Scratch::kPackB, padded * pitch);
   std::fill(buffer + experts * pitch, buffer + padded * pitch, T(0));
   return whole_rows(k, type, weight, hidden, experts, hidden, buffer, pitch);
 }
@@ -65,8 +65,9 @@ void run(const RouterLinearParams& p, const Parallel& par) {
   const Kernels<T>& k = kernels<T>();
   const int64_t E = p.num_experts, H = p.hidden_size;
   const int64_t experts = round_up<int64_t>(E, kRouterExperts), n = round_up<int64_t>(H, k.lanes);
-  const WholeRows<T> w = whole_weights(k, p.type, p.weight, E, H);
-  T* const bias = scratch<T>(Scratch::kPackA, experts);
+  ScratchScope scratch;
+  const WholeRows<T> w = whole_weights(k, scratch, p.type, p.weight, E, H);
+  T* const bias = scratch.take<T>(Scratch::kPackA, experts);
   std::fill(bias, bias + experts, T(0));
   if (p.bias != nullptr) k.load_row(p.type, p.bias, bias, E, T(1));
   const bool in_place = p.type == kAccumulate<T> && n == H;
@@ -74,7 +75,9 @@ void run(const RouterLinearParams& p, const Parallel& par) {
   const int64_t block = block_rows(n);
   const double cost = static_cast<double>(experts) * static_cast<double>(n) / 16 + 8;
   parallel_range(par, p.num_tokens, cost, [&](int64_t begin, int64_t end) {
-    Carver carver(Scratch::kRows, block * (n + experts) * static_cast<int64_t>(sizeof(T)) + 2 * 64);
+    ScratchScope scratch;
+    Carver carver(scratch, Scratch::kRows,
+                  block * (n + experts) * static_cast<int64_t>(sizeof(T)) + 2 * 64);
     T* const x_buffer = carver.take<T>(block * n);
     T* const sums = carver.take<T>(block * experts);
     const int64_t step = in_place && out_in_place ? end - begin : block;
@@ -107,11 +110,12 @@ void run_bwd(const RouterLinearBwdParams& p, const Parallel& par) {
   const int64_t E = p.num_experts, H = p.hidden_size;
   const int64_t experts = round_up<int64_t>(E, kRouterExperts), n = round_up<int64_t>(H, k.lanes);
   const bool need_x = p.grad_x != nullptr, need_w = p.grad_weight != nullptr;
+  ScratchScope scratch;
   const WholeRows<T> w =
-      need_x ? whole_weights(k, p.type, p.weight, E, H) : WholeRows<T>{nullptr, 0};
+      need_x ? whole_weights(k, scratch, p.type, p.weight, E, H) : WholeRows<T>{nullptr, 0};
   const int64_t part_rows = rows_of_part(p), parts = ceil_div(p.num_tokens, part_rows);
   const int64_t step = experts * (n + 1);  // of sums: [experts, n], and the bias gradient [experts]
-  T* const sums = scratch<T>(Scratch::kPackA, std::max<int64_t>(1, parts) * step);
+  T* const sums = scratch.take<T>(Scratch::kPackA, std::max<int64_t>(1, parts) * step);
   std::fill(sums, sums + std::max<int64_t>(1, parts) * step, T(0));
   const bool in_place = p.type == kAccumulate<T> && n == H;
   const bool g_in_place = p.grad_type == kAccumulate<T> && experts == E;
@@ -120,7 +124,8 @@ void run_bwd(const RouterLinearBwdParams& p, const Parallel& par) {
       static_cast<double>(p.num_tokens) * static_cast<double>(n) * static_cast<double>(experts) / 8;
   parallel_items(par, parts, cost, [&](int64_t part) {
     const int64_t begin = part * part_rows, end = std::min(p.num_tokens, begin + part_rows);
-    Carver carver(Scratch::kRows,
+    ScratchScope scratch;
+    Carver carver(scratch, Scratch::kRows,
                   block * (2 * n + experts) * static_cast<int64_t>(sizeof(T)) + 3 * 64);
     T* const x_buffer = carver.take<T>(block * n);
     T* const grad_buffer = carver.take<T>(block * n);

@@ -61,8 +61,7 @@ inline double slot_product_cost(const SlotProduct& s, int products) {
          (static_cast<double>(products * s.rows * s.cols) / 32 + 16);
 }
 
-// The slots of tokens [begin, end), by expert and in their order. Valid until the thread makes the
-// next one.
+// The slots of tokens [begin, end), by expert and in their order, in scratch of the caller's.
 struct SlotBlock {
   int64_t begin, end, first;  // tokens; first = begin * K
   const int32_t* offsets;     // [E+1]
@@ -71,10 +70,11 @@ struct SlotBlock {
   const int32_t* rows;        // [(end - begin) * K], its place in slots or -1
 };
 
-inline SlotBlock slot_block(const SlotProduct& s, int64_t begin, int64_t end) {
+inline SlotBlock slot_block(ScratchScope& scratch, const SlotProduct& s, int64_t begin,
+                            int64_t end) {
   const int64_t E = s.num_experts, n = (end - begin) * s.top_k, first = begin * s.top_k;
   const int32_t* ids = s.ids + first;
-  int32_t* offsets = scratch<int32_t>(Scratch::kIndex, E + 2 + 3 * n);
+  int32_t* offsets = scratch.take<int32_t>(Scratch::kIndex, E + 2 + 3 * n);
   int32_t *slots = offsets + E + 2, *rows = slots + n, *tokens = rows + n;
   // offsets[e + 2] counts, then offsets[e + 1] is the next place of e.
   std::fill(offsets, offsets + E + 2, 0);
@@ -119,8 +119,8 @@ int64_t padded(const Kernels<T>& k, int64_t n) {
 }
 
 // The matrices as panels [depth][2 or 1 vectors of outputs], of one expert after the other:
-// transposed, those of W x, else those of W^T x. One block of scratch, of the calling thread, or
-// memory of the caller's, elements() of it.
+// transposed, those of W x, else those of W^T x. In a block of scratch, or in other memory of the
+// caller's, elements() of it.
 template <class T>
 class PanelBank {
  public:
@@ -128,17 +128,19 @@ class PanelBank {
                           int64_t depth) {
     return num_experts * padded(k, outputs) * depth;
   }
+  ScratchScope scratch;
 
-  PanelBank(const Kernels<T>& k, const ExpertMatrices& w, int64_t num_experts, int64_t outputs,
-            int64_t depth)
+  PanelBank(ScratchScope& scratch, const Kernels<T>& k, const ExpertMatrices& w,
+            int64_t num_experts, int64_t outputs, int64_t depth)
       : PanelBank(k, w, num_experts, outputs, depth,
-                  scratch<T>(Scratch::kTokens, elements(k, num_experts, outputs, depth))) {}
+                  scratch.take<T>(Scratch::kTokens, elements(k, num_experts, outputs, depth))) {}
 
   PanelBank(const Kernels<T>& k, const ExpertMatrices& w, int64_t num_experts, int64_t outputs,
             int64_t depth, T* panels)
       : size_(padded(k, outputs) * depth), panels_(panels) {
     const int64_t W = k.lanes, n = padded(k, outputs);
-    T* rows = scratch<T>(Scratch::kRows, n * padded(k, depth));
+    ScratchScope packing;
+    T* rows = packing.take<T>(Scratch::kRows, n * padded(k, depth));
     std::array<const void*, kMostWidth> at;
     for (int64_t e = 0; e < num_experts; ++e) {
       const char* base = element(w.data, w.type, e * w.stride_e);
@@ -194,7 +196,8 @@ void multiply_tile(const Kernels<T>& k, const T* a, int64_t m, int64_t depth, co
 template <class T>
 void multiply_slots(const Kernels<T>& k, DType type, const void* const* rows, int64_t count,
                     int64_t depth, const T* panels, int64_t outputs, const void* bias, T* c) {
-  T* a = scratch<T>(Scratch::kPackA, kMaxMr * kLda);
+  ScratchScope scratch;
+  T* a = scratch.take<T>(Scratch::kPackA, kMaxMr * kLda);
   const int64_t tiles = ceil_div<int64_t>(count, k.mr2), n = padded(k, outputs);
   const EvenParts tile_rows(count, tiles);
   for (int64_t i = 0; i < tiles; ++i) {
@@ -241,8 +244,9 @@ void multiply_gradients(const Kernels<T>& k, DType type, const void* const* grad
                         int64_t grad_width, const void* const* x, int64_t x_width, const T* scales,
                         int64_t count, T* c, bool accumulate, const T* panels, T* dx) {
   const int64_t ldx = odd_pitch(k, x_width);
-  T* g = scratch<T>(Scratch::kPackA, kKc * kLda);
-  T* rows = scratch<T>(Scratch::kPackB, kKc * ldx);
+  ScratchScope scratch;
+  T* g = scratch.take<T>(Scratch::kPackA, kKc * kLda);
+  T* rows = scratch.take<T>(Scratch::kPackB, kKc * ldx);
   const int64_t parts = ceil_div(count, kKc);
   for (int64_t part = 0; part < parts; ++part) {
     const int64_t r0 = count * part / parts, m = count * (part + 1) / parts - r0;
@@ -284,8 +288,8 @@ struct MatrixGrads {
   const int64_t* offsets_to_add = nullptr;
 };
 
-// Sums of chunks: [chunks][E], a matrix with padded columns and a bias each. One block of scratch,
-// of the calling thread, that a PanelBank is made in, which comes first; or memory of the caller's,
+// Sums of chunks: [chunks][E], a matrix with padded columns and a bias each. In a block of
+// scratch that a PanelBank packs with, which comes first; or in other memory of the caller's,
 // elements() of it.
 template <class T>
 class ChunkSums {
@@ -294,12 +298,14 @@ class ChunkSums {
                           int64_t cols) {
     return chunks * num_experts * (rows * padded(k, cols) + padded(k, rows));
   }
+  ScratchScope scratch;
 
-  ChunkSums(const SlotProduct& s, const Kernels<T>& k, bool wanted, const MatrixGrads& to)
+  ChunkSums(ScratchScope& scratch, const SlotProduct& s, const Kernels<T>& k, bool wanted,
+            const MatrixGrads& to)
       : ChunkSums(k, num_chunks(s.num_tokens), s.num_experts, s.rows, s.cols,
-                  scratch<T>(Scratch::kRows, wanted ? elements(k, num_chunks(s.num_tokens),
-                                                               s.num_experts, s.rows, s.cols)
-                                                    : 0),
+                  scratch.take<T>(Scratch::kRows, wanted ? elements(k, num_chunks(s.num_tokens),
+                                                                    s.num_experts, s.rows, s.cols)
+                                                         : 0),
                   to) {}
 
   ChunkSums(const Kernels<T>& k, int64_t chunks, int64_t num_experts, int64_t rows, int64_t cols,
@@ -333,7 +339,8 @@ class ChunkSums {
     const int64_t n = padded(k_, cols_);
     const auto run = [&](int64_t e) {
       std::array<const void*, kMostChunks> parts;
-      T* sum = scratch<T>(Scratch::kTile, std::max(matrix(), bias()));
+      ScratchScope scratch;
+      T* sum = scratch.take<T>(Scratch::kTile, std::max(matrix(), bias()));
       const bool left_alone =
           w.offsets_to_add != nullptr && w.offsets_to_add[e] == w.offsets_to_add[e + 1];
       const bool there = chunks_ == 1 && first_ != nullptr;

@@ -99,7 +99,8 @@ void route_few(const TopkRouterParams& p, const Parallel& par) {
   const int64_t bytes = kLaneTokens * (2 * E + 2 * K) * static_cast<int64_t>(sizeof(T)) + 5 * 64;
   const double cost = static_cast<double>(E * K) + 10.0 * static_cast<double>(E);
   parallel_range(par, p.num_tokens, cost, [&](int64_t begin, int64_t end) {
-    Carver carver(Scratch::kRows, bytes);
+    ScratchScope scratch;
+    Carver carver(scratch, Scratch::kRows, bytes);
     T* const rows = carver.take<T>(kLaneTokens * E);
     T* const x = carver.take<T>(kLaneTokens * E);
     T* const weights = carver.take<T>(kLaneTokens * K);
@@ -149,7 +150,8 @@ void route(const TopkRouterParams& p, const Parallel& par) {
                         GroupLimit<T>::scratch_bytes(p);
   const double cost = 4.0 * static_cast<double>(E) + 40.0 * static_cast<double>(K) + 50.0;
   parallel_range(par, p.num_tokens, cost, [&](int64_t begin, int64_t end) {
-    Carver carver(Scratch::kRows, bytes);
+    ScratchScope scratch;
+    Carver carver(scratch, Scratch::kRows, bytes);
     T* const xs = carver.take<T>(at_once * pitch);
     T* const scores = carver.take<T>(at_once * pitch);
     T* const biased = carver.take<T>(padded);

@@ -24,9 +24,10 @@ void route(const ToppRouterParams& p, const Parallel& par) {
   const T top_p = static_cast<T>(p.top_p), scale = static_cast<T>(p.routed_scaling_factor);
   const double cost = 4.0 * static_cast<double>(E) + 40.0 * static_cast<double>(K) + 50.0;
   parallel_range(par, p.num_tokens, cost, [&](int64_t begin, int64_t end) {
-    T* const x = scratch<T>(Scratch::kRows, 2 * pitch);
+    ScratchScope scratch;
+    T* const x = scratch.take<T>(Scratch::kRows, 2 * pitch);
     T* const exps = x + pitch;
-    Key* const keys = scratch<Key>(Scratch::kIndex, 2 * pitch);
+    Key* const keys = scratch.take<Key>(Scratch::kIndex, 2 * pitch);
     Key* const block_max = keys + pitch;
     std::fill(x + E, x + padded, -std::numeric_limits<T>::infinity());
 

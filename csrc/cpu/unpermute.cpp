@@ -20,7 +20,8 @@ void run_tokens(const UnpermuteParams& p, int64_t begin, int64_t end) {
   const T* weights = static_cast<const T*>(p.topk_weights);
   std::vector<const void*> row(static_cast<size_t>(K));
   std::vector<T> weight(static_cast<size_t>(K));
-  T* sum = scratch<T>(Scratch::kTile, H);
+  ScratchScope scratch;
+  T* sum = scratch.take<T>(Scratch::kTile, H);
   const int64_t y_bytes = (p.y_stride != 0 ? p.y_stride : H) * dtype_size(p.y_type);
   for (int64_t t = begin; t < end; ++t) {
     int64_t n = 0;
@@ -57,7 +58,8 @@ void run_bwd(const UnpermuteBwdParams& p, const Parallel& par) {
     return static_cast<const char*>(p.grad_y) + s / K * p.grad_y_stride * size;
   };
   parallel_range(par, p.num_rows, H / 4.0 + 2, [&](int64_t begin, int64_t end) {
-    T* grad = scratch<T>(Scratch::kTile, H);
+    ScratchScope scratch;
+    T* grad = scratch.take<T>(Scratch::kTile, H);
     for (int64_t r = begin; r < end; ++r) {
       char* out = static_cast<char*>(p.grad_rows) + r * H * size;
       const int32_t s = first[r];

@@ -9,25 +9,56 @@
 
 namespace moe_ops::cpu {
 
-// Slots that may be live in one thread at the same time.
-enum class Scratch : int { kPackA, kPackB, kTile, kRows, kHidden, kIndex, kTokens, kCount };
+// Blocks of scratch that one thread may have in use at the same time.
+enum class Scratch : int {
+  kPackA,
+  kPackB,
+  kTile,
+  kRows,
+  kHidden,
+  kIndex,
+  kTokens,
+  kRowAsFloat,
+  kCount
+};
 
-// At least `bytes` of 64-byte aligned memory, valid until the same thread asks for the same slot
-// again. Contents are undefined. Blocks above 256 MiB are given back by release_large_scratch().
-void* scratch_bytes(Scratch slot, size_t bytes);
+struct ScratchBlocks;
 
-template <class T>
-T* scratch(Scratch slot, int64_t count) {
-  return static_cast<T*>(scratch_bytes(slot, static_cast<size_t>(count) * sizeof(T)));
-}
+// Owns the blocks that it takes until it ends. A block has one owner and one use at a time: to take
+// one that is in use, in this scope or in one around it, or from another thread than the one that
+// made the scope, throws std::logic_error.
+//
+// Contents are undefined. With MOE_OPS_FRESH_SCRATCH, for memory checkers, each take is a new
+// allocation of the exact size, full of 0xff bytes (NaN), that ends with the scope.
+class ScratchScope {
+ public:
+  enum class Keep { kAll, kUpTo256MiB };
 
-void release_large_scratch();
+  // kUpTo256MiB: larger blocks are freed when the scope ends, for what grows with the tokens.
+  explicit ScratchScope(Keep keep = Keep::kAll);
+  ~ScratchScope();
+  ScratchScope(const ScratchScope&) = delete;
+  ScratchScope& operator=(const ScratchScope&) = delete;
+
+  // At least `bytes`, from a 64-byte boundary on. Throws std::bad_alloc.
+  void* take_bytes(Scratch block, size_t bytes);
+
+  template <class T>
+  T* take(Scratch block, int64_t count) {
+    return static_cast<T*>(take_bytes(block, static_cast<size_t>(count) * sizeof(T)));
+  }
+
+ private:
+  ScratchBlocks* blocks_;
+  uint32_t own_ = 0;  // a bit for each block
+  Keep keep_;
+};
 
 // Hands out parts of one block of scratch, each on a 64-byte boundary.
 class Carver {
  public:
-  Carver(Scratch slot, int64_t bytes)
-      : next_(static_cast<char*>(scratch_bytes(slot, static_cast<size_t>(bytes)))) {}
+  Carver(ScratchScope& scratch, Scratch block, int64_t bytes)
+      : next_(scratch.take<char>(block, bytes)) {}
   template <class T>
   T* take(int64_t count) {
     T* part = reinterpret_cast<T*>(next_);

@@ -103,6 +103,17 @@ def test_weight_on_input_routings(dtype, routing):
     check({**call, "apply_router_weight_on_input": True})
 
 
+# Weight gradients sum an expert's rows in blocks of 192 or, of bfloat16 pairs, 384.
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+@pytest.mark.parametrize("rows", [193, 385, 769])
+@pytest.mark.parametrize(
+    ("hidden_size", "intermediate_size"), [(193, 8), (8, 97)], ids=["wide", "narrow"]
+)
+def test_weight_on_input_rows_in_more_than_one_block(hidden_size, intermediate_size, rows, dtype):
+    call = ffn_operands(Routing(rows, 1, 1), hidden_size, intermediate_size, dtype)
+    check({**call, "apply_router_weight_on_input": True})
+
+
 @pytest.mark.parametrize("activation", [*GATED_ACTIVATIONS, *PLAIN_ACTIVATIONS])
 def test_weight_on_input_activations(activation):
     call = ffn_operands(SMALL, 10, 9, torch.float64, activation=activation, bias=True)

@@ -94,6 +94,15 @@ def test_more_than_one_block_in_every_direction(dtype, view):
     check(call, grad_view=view)
 
 
+# Weight gradients sum an expert's rows in blocks of 192 or, of bfloat16 pairs, 384. The second
+# block adds to what the first one left, while rows that carry a weight are scaled and rounded.
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+@pytest.mark.parametrize("rows", [191, 193, 383, 385, 769])
+def test_scaled_rows_in_more_than_one_block(dtype, rows):
+    check(operands(Routing(rows, 1, 1), 8, 193, dtype))
+    check(operands(Routing(rows, 2, 1, "last_only"), 130, 7, dtype))
+
+
 # Enough rows of an expert for blocks of tokens on the CPU: one block, a chunk of two, many chunks.
 NARROW = (
     Routing(64, 4, 2, "dropped"),

@@ -27,14 +27,16 @@ void amx_panel_item(const GemmDesc<float>& d, const Kernels<float>& k, const Gem
   const int64_t m = it.row_end - it.row_begin, padded_m = round_up<int64_t>(m, 16);
   // A line more than the row keeps the 16 rows of a tile out of one L1 set.
   const int64_t lda = depth + 32;
-  auto* a = scratch<uint16_t>(Scratch::kTokens, padded_m * lda);
+  ScratchScope scratch;
+  auto* a = scratch.take<uint16_t>(Scratch::kTokens, padded_m * lda);
   load_bf16_rows(d, k, it, depth, padded_m, a, lda);
   const char* panel = static_cast<const char*>(d.b.panels) + it.expert * layout.expert_bytes() +
                       it.feature_begin / P * d.segments * layout.panel_bytes;
   for (int64_t f = it.feature_begin; f < it.feature_end; f += kPanelFeatureBlock) {
     const int64_t n = std::min(kPanelFeatureBlock, it.feature_end - f);
     const int64_t padded_n = round_up(n, P), ldc = padded_n * d.segments;
-    float* tile = scratch<float>(Scratch::kTile, padded_m * ldc);
+    ScratchScope part;
+    float* tile = part.take<float>(Scratch::kTile, padded_m * ldc);
     k.amx_begin();
     for (int64_t j = 0; j < padded_n; j += P) {
       for (int s = 0; s < d.segments; ++s, panel += layout.panel_bytes) {
@@ -63,9 +65,11 @@ void amx_rows_item(const GemmDesc<float>& d, const Kernels<float>& k, const Gemm
   const int64_t K = d.in_features, m = it.row_end - it.row_begin;
   const int64_t padded_m = round_up<int64_t>(m, 16), token_tiles = padded_m / 16;
   // Pairs of k are 32-bit elements, so the transposition of floats puts 16 tokens side by side.
-  auto* rows = scratch<uint16_t>(Scratch::kPackB, 16 * (K + 32));
-  auto* x = scratch<uint16_t>(Scratch::kTokens, padded_m * K);
+  ScratchScope scratch;
+  auto* x = scratch.take<uint16_t>(Scratch::kTokens, padded_m * K);
   for (int64_t t = 0; t < padded_m; t += 16) {
+    ScratchScope packing;
+    auto* rows = packing.take<uint16_t>(Scratch::kPackB, 16 * (K + 32));
     GemmItem part = it;
     part.row_begin = it.row_begin + t;
     part.row_end = std::min(it.row_end, part.row_begin + 16);
@@ -79,20 +83,21 @@ void amx_rows_item(const GemmDesc<float>& d, const Kernels<float>& k, const Gemm
   for (int64_t f = it.feature_begin; f < it.feature_end; f += chunk) {
     const int64_t n = std::min(chunk, it.feature_end - f);
     const int64_t padded_n = round_up<int64_t>(n, 16), ldo = padded_n * d.segments;
-    float* tile = scratch<float>(Scratch::kTile, ldo * padded_m);
-    float* out = scratch<float>(Scratch::kPackB, ldo * padded_m);
+    ScratchScope part;
+    float* tile = part.take<float>(Scratch::kTile, ldo * padded_m);
+    float* out = part.take<float>(Scratch::kPackB, ldo * padded_m);
+    auto* last_rows = part.take<uint16_t>(Scratch::kPackA, 16 * K);
     k.amx_begin();
     for (int s = 0; s < d.segments; ++s) {
       for (int64_t i = 0; i < n; i += 16) {
         const uint16_t* src = w + (s * d.features + f + i) * d.b.stride_o;
         int64_t ldw = d.b.stride_o;
         if (n - i < 16) {  // A tile reads 16 rows; there may be no memory behind the last ones.
-          auto* copy = scratch<uint16_t>(Scratch::kPackA, 16 * K);
-          std::memset(copy, 0, static_cast<size_t>(16 * K) * 2);
+          std::memset(last_rows, 0, static_cast<size_t>(16 * K) * 2);
           for (int64_t j = 0; j < n - i; ++j) {
-            std::memcpy(copy + j * K, src + j * ldw, static_cast<size_t>(K) * 2);
+            std::memcpy(last_rows + j * K, src + j * ldw, static_cast<size_t>(K) * 2);
           }
-          src = copy;
+          src = last_rows;
           ldw = K;
         }
         k.amx_rows(K / 32, src, ldw, x, 16 * K, static_cast<int>(token_tiles),
@@ -114,10 +119,11 @@ void amx_nn_item(const GemmDesc<float>& d, const Kernels<float>& k, const GemmIt
   const int64_t m = it.row_end - it.row_begin, padded_m = round_up<int64_t>(m, 16);
   const int64_t n = it.feature_end - it.feature_begin, padded_n = round_up<int64_t>(n, 32);
   const int64_t ldc = padded_n * d.segments, lda = depth + 32;
-  auto* a = scratch<uint16_t>(Scratch::kTokens, padded_m * lda);
+  ScratchScope scratch;
+  auto* a = scratch.take<uint16_t>(Scratch::kTokens, padded_m * lda);
   auto* panels =
-      scratch<uint16_t>(Scratch::kPackB, (kAmxKc * 32 + 2 * kPanelPad) * (padded_n / 32));
-  float* tile = scratch<float>(Scratch::kTile, padded_m * ldc);
+      scratch.take<uint16_t>(Scratch::kPackB, (kAmxKc * 32 + 2 * kPanelPad) * (padded_n / 32));
+  float* tile = scratch.take<float>(Scratch::kTile, padded_m * ldc);
   load_bf16_rows(d, k, it, depth, padded_m, a, lda);
   const auto* w =
       reinterpret_cast<const uint16_t*>(element(d.b.data, d.b.type, it.expert * d.b.stride_e));
@@ -158,24 +164,16 @@ void amx_nn_item(const GemmDesc<float>& d, const Kernels<float>& k, const GemmIt
   }
 }
 
-// The same for bfloat16 on AMX: grad^T is the row operand and pairs of rows of a are the
-// panels, so the depth of the tiles is the expert's rows, rounded up to 32.
-inline void amx_wgrad_item(const GroupedWgradParams& p, const Kernels<float>& k, int64_t e,
-                           int64_t o_begin, int64_t o_end) {
-  const int64_t O = p.out_features, J = p.in_features;
-  const int64_t begin = p.expert_offsets[e], m = p.expert_offsets[e + 1] - begin;
-  const int64_t depth = round_up<int64_t>(m, 32), lda = depth + 32;
-  const int64_t n = o_end - o_begin, padded_n = round_up<int64_t>(n, 32);
-  const auto* grad_scale = static_cast<const float*>(p.grad_scale);
-  const auto* a_scale = static_cast<const float*>(p.a_scale);
-  const int64_t size = dtype_size(p.out_type);
-  char* out = static_cast<char*>(p.out) + (e * O + o_begin) * J * size;
-
-  // grad^T, 16 rows of the expert at a time.
-  auto* g = scratch<uint16_t>(Scratch::kTokens, padded_n * lda);
-  float* rows = scratch<float>(Scratch::kPackA, 16 * (padded_n + 16));
-  float* turned = scratch<float>(Scratch::kTile, padded_n * 16);
+// grad^T of m rows from `begin` on and n features from o_begin on, as bfloat16: rows of g are
+// features, lda apart, with zeros from m to the next multiple of 32 and in rows n to that of n.
+inline void transpose_grad(const GroupedWgradParams& p, const Kernels<float>& k, int64_t begin,
+                           int64_t m, int64_t o_begin, int64_t n, uint16_t* g, int64_t lda) {
+  const int64_t depth = round_up<int64_t>(m, 32), padded_n = round_up<int64_t>(n, 32);
   const int64_t ld_rows = padded_n + 16;
+  const auto* grad_scale = static_cast<const float*>(p.grad_scale);
+  ScratchScope scratch;
+  float* rows = scratch.take<float>(Scratch::kPackA, 16 * ld_rows);
+  float* turned = scratch.take<float>(Scratch::kTile, padded_n * 16);
   std::fill(g + n * lda, g + padded_n * lda, uint16_t{0});
   for (int64_t r0 = 0; r0 < depth; r0 += 16) {
     for (int64_t r = 0; r < 16; ++r) {
@@ -192,29 +190,46 @@ inline void amx_wgrad_item(const GroupedWgradParams& p, const Kernels<float>& k,
       k.store_row(DType::kBFloat16, turned + o * 16, g + o * lda + r0, 16);
     }
   }
+}
+
+// The same for bfloat16 on AMX: grad^T is the row operand and pairs of rows of a are the
+// panels, so the depth of the tiles is the expert's rows, rounded up to 32.
+inline void amx_wgrad_item(const GroupedWgradParams& p, const Kernels<float>& k, int64_t e,
+                           int64_t o_begin, int64_t o_end) {
+  const int64_t O = p.out_features, J = p.in_features;
+  const int64_t begin = p.expert_offsets[e], m = p.expert_offsets[e + 1] - begin;
+  const int64_t depth = round_up<int64_t>(m, 32), lda = depth + 32;
+  const int64_t n = o_end - o_begin, padded_n = round_up<int64_t>(n, 32);
+  const auto* a_scale = static_cast<const float*>(p.a_scale);
+  const int64_t size = dtype_size(p.out_type);
+  char* out = static_cast<char*>(p.out) + (e * O + o_begin) * J * size;
+
+  ScratchScope scratch;
+  auto* g = scratch.take<uint16_t>(Scratch::kTokens, padded_n * lda);
+  transpose_grad(p, k, begin, m, o_begin, n, g, lda);
 
   const bool large = !p.accumulate && p.out_type == DType::kBFloat16 &&
                      p.num_experts * O * J * size >= kStreamBytes;
   TileHints none;
   const int64_t j_block = balanced(J, kAmxNnFeatures, 32);
-  auto* copies = scratch<uint16_t>(Scratch::kPackA, depth * j_block);
-  float* buffer = scratch<float>(Scratch::kTile, j_block);
+  auto* copies = scratch.take<uint16_t>(Scratch::kPackA, depth * j_block);
+  float* widened = scratch.take<float>(Scratch::kRowAsFloat, j_block);
+  const int64_t panel_stride = depth * 32 + 2 * kPanelPad, widest = round_up<int64_t>(j_block, 32);
+  auto* panels = scratch.take<uint16_t>(Scratch::kPackB, panel_stride * (widest / 32));
+  float* tile = scratch.take<float>(Scratch::kTile, 32 * widest);
   std::vector<const uint16_t*> a_rows(static_cast<size_t>(depth), nullptr);
   for (int64_t j0 = 0; j0 < J; j0 += j_block) {
     const int64_t cols = std::min(j_block, J - j0), ldc = round_up<int64_t>(cols, 32);
-    const int64_t panel_stride = depth * 32 + 2 * kPanelPad;
-    auto* panels = scratch<uint16_t>(Scratch::kPackB, panel_stride * (ldc / 32));
     for (int64_t r = 0; r < m; ++r) {
       const void* src = element(row_of(p.a, begin + r), p.a.type, j0);
       const float scale = a_scale ? a_scale[begin + r] : 1.0f;
       a_rows[r] = static_cast<const uint16_t*>(src);
       if (p.a.type != DType::kBFloat16 || scale != 1.0f) {
-        load_bf16_row(k, p.a.type, src, cols, scale, buffer, copies + r * j_block);
+        load_bf16_row(k, p.a.type, src, cols, scale, widened, copies + r * j_block);
         a_rows[r] = copies + r * j_block;
       }
     }
     k.pack_pairs(a_rows.data(), 0, depth, cols, panels, panel_stride);
-    float* tile = scratch<float>(Scratch::kTile, std::max(j_block, 32 * ldc));
     for (int64_t o = 0; o < n; o += 32) {
       k.amx_begin();
       for (int64_t j = 0; j < ldc; j += 32) {

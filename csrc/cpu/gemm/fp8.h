@@ -80,7 +80,8 @@ void fp8_dot_item(const Fp8Desc& d, const Kernels<float>& k, const Fp8Item& it,
                   const Epilogue& fn) {
   const int64_t m = it.row_end - it.row_begin, n = it.feature_end - it.feature_begin;
   const int64_t K = d.in_features, ldx = round_up<int64_t>(K, k.lanes);
-  float* x = scratch<float>(Scratch::kTokens, m * ldx);
+  ScratchScope scratch;
+  float* x = scratch.take<float>(Scratch::kTokens, m * ldx);
   const float* x_scale[kFp8DotRows];
   for (int64_t t = 0; t < m; ++t) {
     k.fp8.decode(d.row(it.row_begin + t), x + t * ldx, K);
@@ -88,7 +89,7 @@ void fp8_dot_item(const Fp8Desc& d, const Kernels<float>& k, const Fp8Item& it,
     x_scale[t] = d.row_scale(it.row_begin + t);
   }
   const int64_t ldo = n * d.segments;
-  float* out = scratch<float>(Scratch::kTile, m * ldo);
+  float* out = scratch.take<float>(Scratch::kTile, m * ldo);
   // Four long streams, as in dot_item.
   const int64_t quarter = n / kDotFeatures;
   for (int s = 0; s < d.segments; ++s) {
@@ -127,15 +128,16 @@ void fp8_tile_item(const Fp8Desc& d, const Kernels<float>& k, const Fp8Item& it,
   // Blocks of k that stay packed while weights are read: runs of up to 1 KiB of each weight row.
   const int64_t block_bytes = padded_m * kBlock * static_cast<int64_t>(sizeof(float));
   const int64_t chunk = std::clamp<int64_t>(kWholeDepthBytes / block_bytes, 1, k_blocks);
-  Carver carver(Scratch::kPackA,
+  ScratchScope scratch;
+  Carver carver(scratch, Scratch::kPackA,
                 4 * (kMaxMr * kLda + kMaxMr * 2 * W + chunk * padded_m + kMaxMr) + 4 * 64);
   float* a = carver.take<float>(kMaxMr * kLda);
   float* partial = carver.take<float>(kMaxMr * 2 * W);
   float* token_scale = carver.take<float>(chunk * padded_m);
   float* weight_scale = carver.take<float>(kMaxMr);
-  float* panels = scratch<float>(Scratch::kPackB, chunk * padded_m * kBlock);
-  float* rows = scratch<float>(Scratch::kTokens, std::max(2 * W * kLda, padded_m * padded_n));
-  float* sums = scratch<float>(Scratch::kTile, padded_n * padded_m);
+  float* panels = scratch.take<float>(Scratch::kPackB, chunk * padded_m * kBlock);
+  float* rows = scratch.take<float>(Scratch::kTokens, std::max(2 * W * kLda, padded_m * padded_n));
+  float* sums = scratch.take<float>(Scratch::kTile, padded_n * padded_m);
   // Elements of block b of k, and codes as elements; what the last pair lacks is zero.
   const auto depth = [&](int64_t b) {
     return ceil_div(std::min(kFp8Block, K - b * kFp8Block), kStep);
@@ -219,7 +221,8 @@ void run_fp8_item(const Fp8Desc& d, const Kernels<float>& k, const Fp8Item& it,
                   const Epilogue& fn) {
   if (d.in_features == 0) {
     const int64_t n = it.feature_end - it.feature_begin;
-    float* zeros = scratch<float>(Scratch::kTile, 2 * n);
+    ScratchScope scratch;
+    float* zeros = scratch.take<float>(Scratch::kTile, 2 * n);
     for (int64_t r = it.row_begin; r < it.row_end; ++r) {
       std::fill(zeros, zeros + 2 * n, 0.0f);
       fn(it.expert, r, it.feature_begin, n, zeros, zeros + n);

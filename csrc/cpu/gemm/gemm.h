@@ -16,7 +16,8 @@ void run_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, con
   switch (it.path) {
     case Path::kZero: {
       const int64_t n = it.feature_end - it.feature_begin;
-      T* zeros = scratch<T>(Scratch::kTile, 2 * n);
+      ScratchScope scratch;
+      T* zeros = scratch.take<T>(Scratch::kTile, 2 * n);
       for (int64_t r = it.row_begin; r < it.row_end; ++r) {
         std::fill(zeros, zeros + 2 * n, T(0));
         fn(it.expert, r, it.feature_begin, n, zeros, zeros + n);

@@ -17,15 +17,16 @@ void quant8_item(const GemmDesc<float>& d, const Kernels<float>& k, const GemmIt
   const int64_t m = it.row_end - it.row_begin, n = it.feature_end - it.feature_begin;
   const int64_t K = d.in_features, padded_k = round_up<int64_t>(K, 64);
   const int64_t row_bytes = round_up<int64_t>(k.quant.row8_bytes(K), 64) + 64;
-  float* x = scratch<float>(Scratch::kPackA, padded_k);
-  char* rows = scratch<char>(Scratch::kTokens, m * row_bytes);
+  ScratchScope scratch;
+  float* x = scratch.take<float>(Scratch::kPackA, padded_k);
+  char* rows = scratch.take<char>(Scratch::kTokens, m * row_bytes);
   std::fill(x + K, x + padded_k, 0.0f);
   for (int64_t t = 0; t < m; ++t) {
     load_tokens<false>(d, k, it.row_begin + t, 0, K, x);
     k.quant.row8(K, x, rows + t * row_bytes);
   }
   const int64_t ldo = n * d.segments;
-  float* out = scratch<float>(Scratch::kTile, m * ldo);
+  float* out = scratch.take<float>(Scratch::kTile, m * ldo);
   const int64_t ldw = d.b.stride_o, strips = n / F, rest = n % F;
   const int64_t passes = ceil_div<int64_t>(m, k.dot_tokens);
   const EvenParts pass_rows(m, passes);
@@ -83,15 +84,16 @@ void quant4_item(const GemmDesc<float>& d, const Kernels<float>& k, const GemmIt
   const int64_t m = it.row_end - it.row_begin, n = it.feature_end - it.feature_begin;
   const int64_t K = d.in_features, padded_k = round_up(K, kQuantBlock);
   const int64_t row_bytes = round_up<int64_t>(k.quant.row4_bytes(K), 64);
-  float* x = scratch<float>(Scratch::kPackA, padded_k);
-  char* rows = scratch<char>(Scratch::kTokens, m * row_bytes);
+  ScratchScope scratch;
+  float* x = scratch.take<float>(Scratch::kPackA, padded_k);
+  char* rows = scratch.take<char>(Scratch::kTokens, m * row_bytes);
   std::fill(x + K, x + padded_k, 0.0f);
   for (int64_t t = 0; t < m; ++t) {
     load_tokens<false>(d, k, it.row_begin + t, 0, K, x);
     k.quant.row4(K, x, rows + t * row_bytes);
   }
   const int64_t ldo = n * d.segments;
-  float* out = scratch<float>(Scratch::kTile, m * ldo);
+  float* out = scratch.take<float>(Scratch::kTile, m * ldo);
   // Four long streams, as in dot_item; with more tokens than a pass takes, four rows at a time.
   const int64_t quarter = n / kDotFeatures, rest = n % kDotFeatures;
   const int64_t ldw = d.b.stride_o / 2;
@@ -136,14 +138,15 @@ void quant_panel_item(const GemmDesc<float>& d, const Kernels<float>& k, const G
   const int64_t part = std::min(round_up(n, P), std::max(kQuantPartFeatures, P));
   const int64_t ldc = part * d.segments;
   const int64_t group = q.bits == 4 ? q.group : K, groups = ceil_div(K, group);
-  float* a = scratch<float>(Scratch::kTokens, k_blocks * m * kLda);
-  float* tile = scratch<float>(Scratch::kTile, m * ldc);
-  Carver carver(Scratch::kPackB, (block / word + groups + m + 16) * P * 4 + 192);
+  ScratchScope scratch;
+  float* a = scratch.take<float>(Scratch::kTokens, k_blocks * m * kLda);
+  float* tile = scratch.take<float>(Scratch::kTile, m * ldc);
+  Carver carver(scratch, Scratch::kPackB, (block / word + groups + m + 16) * P * 4 + 192);
   auto* words = carver.take<uint32_t>((block / word + 8) * P);
   auto* scales = carver.take<float>((groups + 8) * P);
   auto* sums = kBytes ? nullptr : carver.take<float>(m * P);
   const int64_t padded_k = round_up(K, kQuantBlock);
-  float* x = scratch<float>(Scratch::kPackA, padded_k);
+  float* x = scratch.take<float>(Scratch::kPackA, padded_k);
   std::fill(x + K, x + padded_k, 0.0f);
   for (int64_t t = 0; t < m; ++t) {
     if constexpr (kBytes || kPairs) load_tokens<false>(d, k, it.row_begin + t, 0, K, x);

@@ -13,14 +13,15 @@ void dot_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, con
   const int64_t n = it.feature_end - it.feature_begin;
   const int64_t K = d.in_features;
   const int64_t ldx = round_up<int64_t>(K, k.lanes);
-  T* x = scratch<T>(Scratch::kTokens, m * ldx);
+  ScratchScope scratch;
+  T* x = scratch.take<T>(Scratch::kTokens, m * ldx);
   for (int64_t t = 0; t < m; ++t) {
     const int64_t r = it.row_begin + t;
     k.load_row(d.a.type, row_of(d.a, r), x + t * ldx, K, d.a_scale ? d.a_scale[r] : T(1));
     std::fill(x + t * ldx + K, x + (t + 1) * ldx, T(0));
   }
   const int64_t ldo = n * d.segments;
-  T* out = scratch<T>(Scratch::kTile, m * ldo);
+  T* out = scratch.take<T>(Scratch::kTile, m * ldo);
   // The four rows of a step lie a quarter of the item apart: four long streams. Four rows next to
   // each other would be four short ones, and the prefetcher loses the start of each.
   const int64_t quarter = n / kDotFeatures;
@@ -68,7 +69,8 @@ void strip_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, c
   const int64_t m = it.row_end - it.row_begin, n = it.feature_end - it.feature_begin;
   const int64_t block = balanced(K, k.strip_block, W), k_blocks = ceil_div(K, block);
   const int64_t ldx = round_up(block, W) + kPanelPad / 2;
-  T* x = scratch<T>(Scratch::kTokens, k_blocks * m * ldx);
+  ScratchScope scratch;
+  T* x = scratch.take<T>(Scratch::kTokens, k_blocks * m * ldx);
   for (int64_t t = 0; t < m; ++t) {
     for (int64_t b = 0; b < k_blocks; ++b) {
       T* dst = x + (b * m + t) * ldx;
@@ -78,10 +80,10 @@ void strip_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, c
     }
   }
   const int64_t ldo = n * d.segments + kPanelPad / 2;
-  T* out = scratch<T>(Scratch::kTile, m * ldo);
-  T* sums = scratch<T>(Scratch::kPackA, m * F * W);
+  T* out = scratch.take<T>(Scratch::kTile, m * ldo);
+  T* sums = scratch.take<T>(Scratch::kPackA, m * F * W);
   const bool widen = !kPairs && d.b.type != kAccumulate<T>;
-  T* wide = widen ? scratch<T>(Scratch::kPackB, F * ldx) : nullptr;
+  T* wide = widen ? scratch.take<T>(Scratch::kPackB, F * ldx) : nullptr;
   const int64_t size = kPairs ? sizeof(T) : dtype_size(d.b.type);
   const int64_t ldw = kPairs ? d.b.stride_o / 2 : d.b.stride_o;
   const int64_t strips = n / F, rest = n % F, passes = ceil_div<int64_t>(m, k.strip_tokens);
@@ -137,8 +139,9 @@ void rank_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, co
   const int64_t m = it.row_end - it.row_begin;
   const int64_t n = it.feature_end - it.feature_begin;
   const int64_t K = d.in_features, lda = K + 16;
-  T* a = scratch<T>(Scratch::kTokens, m * lda);
-  T* tile = scratch<T>(Scratch::kTile, m * n * d.segments);
+  ScratchScope scratch;
+  T* a = scratch.take<T>(Scratch::kTokens, m * lda);
+  T* tile = scratch.take<T>(Scratch::kTile, m * n * d.segments);
   for (int64_t t = 0; t < m; ++t) {
     load_tokens<false>(d, k, it.row_begin + t, 0, K, a + t * lda);
   }

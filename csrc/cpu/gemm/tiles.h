@@ -20,12 +20,13 @@ void pack_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, co
   // many are taken at a time that their tokens leave room in an L2 for panels and sums.
   const int64_t depth = balanced(K, kKc, 2 * kPrefetchStep);
   const int64_t chunk = kWholeDepthBytes / (kRowBlock * kLda * static_cast<int64_t>(sizeof(T)));
-  T* a = scratch<T>(Scratch::kTokens, std::min(chunk, ceil_div(K, depth)) * most_rows * kLda);
+  ScratchScope scratch;
+  T* a = scratch.take<T>(Scratch::kTokens, std::min(chunk, ceil_div(K, depth)) * most_rows * kLda);
   // Panels that no other rows will meet are written where the one before was.
   const bool kept = most_rows < it.row_end - it.row_begin;
-  T* panels = scratch<T>(Scratch::kPackB, kept ? item_columns * K : 2 * W * depth);
-  T* rows = scratch<T>(Scratch::kPackA, 2 * W * kLda);
-  T* tile = scratch<T>(Scratch::kTile, most_rows * part * d.segments);
+  T* panels = scratch.take<T>(Scratch::kPackB, kept ? item_columns * K : 2 * W * depth);
+  T* rows = scratch.take<T>(Scratch::kPackA, 2 * W * kLda);
+  T* tile = scratch.take<T>(Scratch::kTile, most_rows * part * d.segments);
   const char* w = element(d.b.data, d.b.type, it.expert * d.b.stride_e);
   const int64_t row_bytes = d.b.stride_o * dtype_size(d.b.type);
   const auto weight_row = [&](int64_t s, int64_t feature, int64_t k0) {
@@ -117,10 +118,11 @@ void nn_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it,
   const bool whole = K <= depth;
   const int64_t most_rows =
       whole ? balanced(it.row_end - it.row_begin, kRowBlock, 1) : it.row_end - it.row_begin;
-  T* a = scratch<T>(Scratch::kPackA, kRowBlock * kLda);
+  ScratchScope scratch;
+  T* a = scratch.take<T>(Scratch::kPackA, kRowBlock * kLda);
   const int64_t segment_size = ceil_div(padded_n, 2 * W) * (2 * W * std::min(K, depth) + kPanelPad);
-  T* panels = scratch<T>(Scratch::kPackB, (whole ? d.segments : 1) * segment_size);
-  T* tile = scratch<T>(Scratch::kTile, most_rows * ldc);
+  T* panels = scratch.take<T>(Scratch::kPackB, (whole ? d.segments : 1) * segment_size);
+  T* tile = scratch.take<T>(Scratch::kTile, most_rows * ldc);
   const auto& tiles = kPairs ? k.pair_row_a : k.row_a;
   const void* w_rows[kRows * kKc];
   // Tiles read the weights as they lie. Where more than one will follow, they copy the panel on the
@@ -222,8 +224,9 @@ void panel_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, c
   const int64_t depth = round_up(K, step);
   const int64_t block_k = m == 1 ? depth : balanced(depth, kPanelDepth, 8);
   const int64_t k_blocks = ceil_div(depth, block_k);
-  T* a = scratch<T>(Scratch::kTokens, m == 1 ? depth : k_blocks * m * kPanelLda);
-  T* tile = scratch<T>(Scratch::kTile, m * round_up(part, P) * d.segments);
+  ScratchScope scratch;
+  T* a = scratch.take<T>(Scratch::kTokens, m == 1 ? depth : k_blocks * m * kPanelLda);
+  T* tile = scratch.take<T>(Scratch::kTile, m * round_up(part, P) * d.segments);
   for (int64_t t = 0; t < m; ++t) {
     for (int64_t b = 0; b < k_blocks; ++b) {
       T* dst = a + (b * m + t) * kPanelLda;
@@ -265,7 +268,8 @@ void panel_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, c
     const int64_t blocks = ceil_div<int64_t>(m, k.mr2);
     const EvenParts tile_rows(m, blocks);
     const bool widen = !kPairs && k.widen_tiles[type] > 0 && blocks >= k.widen_tiles[type];
-    T* wide = widen ? scratch<T>(Scratch::kPackB, block_k * P) : nullptr;
+    ScratchScope scratch;
+    T* wide = widen ? scratch.take<T>(Scratch::kPackB, block_k * P) : nullptr;
     const auto* tiles =
         kPairs ? k.pair_panel_tile : k.panel_tile[widen ? static_cast<int>(kAccumulate<T>) : type];
     const int64_t tile_step = widen ? 1 : step;

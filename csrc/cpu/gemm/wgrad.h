@@ -67,12 +67,16 @@ void wgrad_item(const GroupedWgradParams& p, const Kernels<T>& k, int64_t e, int
   const int64_t o_block = balanced(o_end - o_begin, most_o, 1);
   const int64_t j_block = balanced(J, most_j, 2 * W), padded_j = round_up(j_block, unit);
   const int64_t g_blocks = one ? ceil_div(o_end - o_begin, o_block) : 1;
-  T* copies = scratch<T>(Scratch::kPackA, g_blocks * depth * kGradPitch);
-  T* panels = scratch<T>(Scratch::kPackB, ceil_div(padded_j, 2 * W) * (2 * W * depth + kPanelPad));
-  T* tile = scratch<T>(Scratch::kTile, o_block * padded_j);
+  ScratchScope scratch;
+  T* copies = scratch.take<T>(Scratch::kPackA, g_blocks * depth * kGradPitch);
+  T* panels =
+      scratch.take<T>(Scratch::kPackB, ceil_div(padded_j, 2 * W) * (2 * W * depth + kPanelPad));
+  T* tile = scratch.take<T>(Scratch::kTile, o_block * padded_j);
   const int64_t half_rows = std::max(j_block, kLdm);
   auto* halves =
-      kPairs ? scratch<uint16_t>(Scratch::kTokens, (kRows * depth + 2) * half_rows) : nullptr;
+      kPairs ? scratch.take<uint16_t>(Scratch::kTokens, (kRows * depth + 2) * half_rows) : nullptr;
+  // A row in fp32 on its way to bfloat16. `tile` holds sums of earlier blocks of rows meanwhile.
+  float* widened = kPairs ? scratch.take<float>(Scratch::kRowAsFloat, half_rows) : nullptr;
   const void* a_rows[kRows * kKc];
   TileHints hints;
   hints.lda = kGradPitch;
@@ -86,7 +90,7 @@ void wgrad_item(const GroupedWgradParams& p, const Kernels<T>& k, int64_t e, int
         a_rows[r] = src;
         if (p.a.type != DType::kBFloat16 || scale != 1.0f) {
           uint16_t* copy = halves + r * half_rows;
-          load_bf16_row(k, p.a.type, src, cols, scale, tile, copy);
+          load_bf16_row(k, p.a.type, src, cols, scale, widened, copy);
           a_rows[r] = copy;
         }
       }
@@ -108,7 +112,7 @@ void wgrad_item(const GroupedWgradParams& p, const Kernels<T>& k, int64_t e, int
         for (int64_t i = 0; i < 2; ++i) {
           uint16_t* dst = two + i * half_rows;
           if (r + i < rows) {
-            load_bf16_row(k, p.grad.type, row(r0 + r + i), n, scale(r0 + r + i), tile, dst);
+            load_bf16_row(k, p.grad.type, row(r0 + r + i), n, scale(r0 + r + i), widened, dst);
           } else {
             std::fill(dst, dst + n, uint16_t{0});
           }
@@ -239,7 +243,8 @@ void run_sum_item(const GroupedSumParams& p, const Kernels<T>& k, int64_t item) 
   const int64_t e = item / blocks, f = item % blocks * kSumFeatures;
   const int64_t n = std::min(kSumFeatures, O - f);
   const auto* scale = static_cast<const T*>(p.scale);
-  T* sum = scratch<T>(Scratch::kTile, n);
+  ScratchScope scratch;
+  T* sum = scratch.take<T>(Scratch::kTile, n);
   std::fill(sum, sum + n, T(0));
   for (int64_t r = p.expert_offsets[e]; r < p.expert_offsets[e + 1]; ++r) {
     k.axpy(p.rows.type, element(row_of(p.rows, r), p.rows.type, f), scale ? scale[r] : T(1), sum,

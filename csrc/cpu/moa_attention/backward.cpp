@@ -44,7 +44,9 @@ class Backward {
     const int64_t begin = cuts_[chunk], end = cuts_[chunk + 1];
     if (begin == end) return;
     const NoSubnormals guard;
-    Buffers x(*this, b, head, kept_keys(p_, begin, end, 3 * ld_ * static_cast<int64_t>(sizeof(T))));
+    ScratchScope scratch;
+    Buffers x(scratch, *this, b, head,
+              kept_keys(p_, begin, end, 3 * ld_ * static_cast<int64_t>(sizeof(T))));
     for (int64_t i = begin; i < end; ++i) {
       RowBlock<T> block(p_, k_.lanes, panel_rows_, b, head, i * kRows);
       both_forms(block, p_.q, static_cast<T>(p_.scale), x.q, x.q_columns);
@@ -79,14 +81,16 @@ class Backward {
   static constexpr int64_t kRowForm = (kKeys + kNarrowKeys) * kLda;
 
   struct Buffers {
-    Buffers(const Backward& of, int64_t b, int64_t head, const KeyRange& kept)
+    Buffers(ScratchScope& scratch, const Backward& of, int64_t b, int64_t head,
+            const KeyRange& kept)
         : key_blocks(ceil_div(of.p_.num_keys, kKeys)),
           pitch(of.narrow_ > 0 ? kNarrowSize : kLda),
           by_rows(KeyCopy<T>::size(kept, of.d_, kKc, pitch)),
           by_columns(of.narrow_ > 0 ? 0 : KeyCopy<T>::size(kept, of.d_, kLdm, kLdm)),
-          carve(Scratch::kTile, (6 * kRows * of.ld_ + 2 * by_rows + by_columns + 2 * kRowForm +
-                                 3 * kKeys * 2 * of.k_.lanes + (key_blocks + 4) * kRows + 1024) *
-                                    static_cast<int64_t>(sizeof(T))),
+          carve(scratch, Scratch::kTile,
+                (6 * kRows * of.ld_ + 2 * by_rows + by_columns + 2 * kRowForm +
+                 3 * kKeys * 2 * of.k_.lanes + (key_blocks + 4) * kRows + 1024) *
+                    static_cast<int64_t>(sizeof(T))),
           keys(of.k_, of.p_, of.p_.k, b, head, kKc, pitch, kept, carve.take<T>(by_rows)),
           values(of.k_, of.p_, of.p_.v, b, head, kKc, pitch, kept, carve.take<T>(by_rows)),
           key_columns(of.k_, of.p_, of.p_.k, b, head, kLdm, kLdm, kept, carve.take<T>(by_columns)) {

@@ -29,7 +29,8 @@ class Forward {
     const int64_t keys = KeyCopy<T>::size(kept, d, kKc, key_pitch);
     const int64_t values = KeyCopy<T>::size(kept, d, kLdm, value_pitch);
     const int64_t size = 3 * kRows * ld_ + keys + values + kKeys * 2 * k_.lanes + 3 * kRows;
-    Carver carve(Scratch::kTile, (size + 1024) * static_cast<int64_t>(sizeof(T)));
+    ScratchScope scratch;
+    Carver carve(scratch, Scratch::kTile, (size + 1024) * static_cast<int64_t>(sizeof(T)));
     Buffers buffers{
         carve.take<T>(kRows * ld_),
         carve.take<T>(kRows * ld_),

@@ -41,9 +41,9 @@ struct RowBlock {
   const int32_t* index;       // [(end - begin) * K], counted like offsets, or -1
 };
 
-RowBlock row_block(const MoeFfnShape& s, int64_t begin, int64_t end) {
+RowBlock row_block(ScratchScope& scratch, const MoeFfnShape& s, int64_t begin, int64_t end) {
   const int64_t E = s.num_experts, K = s.top_k, first = begin * K, n = (end - begin) * K;
-  Carver part(Scratch::kIndex, E * 8 + (E + 1 + 2 * n) * 4 + 4 * 64);
+  Carver part(scratch, Scratch::kIndex, E * 8 + (E + 1 + 2 * n) * 4 + 4 * 64);
   int64_t* rows = part.take<int64_t>(E);
   int32_t *offsets = part.take<int32_t>(E + 1), *index = part.take<int32_t>(n);
   int32_t* tokens = part.take<int32_t>(n);
@@ -97,16 +97,18 @@ void forward(const MoeFfnParams& p, const Parallel& par) {
   const bool direct = p.preact != nullptr && type == kAccumulate<T> && ld_pre == width;
 
   const int64_t up_size = PanelBank<T>::elements(k, E, width, H);
-  T* panels = scratch<T>(Scratch::kTokens, up_size + PanelBank<T>::elements(k, E, H, I));
+  ScratchScope scratch;
+  T* panels = scratch.take<T>(Scratch::kTokens, up_size + PanelBank<T>::elements(k, E, H, I));
   const PanelBank<T> up(k, p.w_gate_up, E, width, H, panels);
   const PanelBank<T> down(k, p.w_down, E, H, I, panels + up_size);
 
   const auto run_block = [&](int64_t item) {
     const int64_t begin = item * kBlockTokens;
-    const RowBlock b = row_block(s, begin, std::min(s.num_tokens, begin + kBlockTokens));
+    ScratchScope scratch;
+    const RowBlock b = row_block(scratch, s, begin, std::min(s.num_tokens, begin + kBlockTokens));
     const int64_t n = (b.end - b.begin) * s.top_k;
-    T* out = scratch<T>(Scratch::kTile, n * ld);
-    Carver part(Scratch::kPackA,
+    T* out = scratch.take<T>(Scratch::kTile, n * ld);
+    Carver part(scratch, Scratch::kPackA,
                 kMaxMr * 2 * (kLda + ld_pre) * static_cast<int64_t>(sizeof(T)) + 4 * 64);
     T *x = part.take<T>(kMaxMr * kLda), *h = part.take<T>(kMaxMr * kLda);
     T *own_pre = part.take<T>(kMaxMr * ld_pre), *halves = part.take<T>(kMaxMr * ld_pre);
@@ -160,12 +162,14 @@ struct BwdScratch {
   T *weights, *dots;                // [kKc]
   const void **gys, **xs, **dpres;  // [kKc] rows of grad_y, x and dpre
 
-  BwdScratch(const Kernels<T>& k, int64_t slots, int64_t H, int64_t I, int64_t width) {
+  BwdScratch(ScratchScope& scratch, const Kernels<T>& k, int64_t slots, int64_t H, int64_t I,
+             int64_t width) {
     const int64_t ld = padded(k, std::max(H, width)), ld_u = padded(k, I);
     const int64_t elements = slots * padded(k, H) + kMaxMr * (ld_u + 3 * width) +
                              kKc * (2 * kLda + odd_pitch(k, I) + odd_pitch(k, H) + 2) + ld;
-    Carver part(Scratch::kTile, elements * static_cast<int64_t>(sizeof(T)) +
-                                    3 * kKc * static_cast<int64_t>(sizeof(void*)) + 15 * 64);
+    Carver part(scratch, Scratch::kTile,
+                elements * static_cast<int64_t>(sizeof(T)) +
+                    3 * kKc * static_cast<int64_t>(sizeof(void*)) + 15 * 64);
     dx = part.take<T>(slots * padded(k, H));
     u = part.take<T>(kMaxMr * ld_u);
     pre = part.take<T>(kMaxMr * width);
@@ -202,10 +206,10 @@ class Backward {
         wants_down_(p.grad_w_down != nullptr || p.grad_b_down != nullptr),
         weights_from_x_(s_.apply_router_weight_on_input && p.grad_topk_weights != nullptr),
         need_dx_(p.grad_x != nullptr || weights_from_x_),
-        panels_(scratch<T>(Scratch::kTokens, down_panels() + up_panels())),
+        panels_(scratch_.take<T>(Scratch::kTokens, down_panels() + up_panels())),
         down_(k_, transposed(p.w_down), E_, I_, H_, panels_),
         up_(k_, transposed(p.w_gate_up), need_dx_ ? E_ : 0, H_, width_, panels_ + down_panels()),
-        sums_(scratch<T>(Scratch::kRows, down_sum_elements() + up_sum_elements())),
+        sums_(scratch_.take<T>(Scratch::kRows, down_sum_elements() + up_sum_elements())),
         down_grads_{p.grad_w_down, p.grad_w_down_type,
                     p.accumulate_w_down ? s_.expert_offsets : nullptr},
         up_grads_{p.grad_w_gate_up, p.grad_w_gate_up_type,
@@ -235,8 +239,9 @@ class Backward {
   }
 
   void run_block(int64_t chunk, int64_t begin, int64_t end, bool first) const {
-    const RowBlock b = row_block(s_, begin, end);
-    BwdScratch<T> t(k_, (end - begin) * s_.top_k, H_, I_, width_);
+    ScratchScope scratch;
+    const RowBlock b = row_block(scratch, s_, begin, end);
+    BwdScratch<T> t(scratch, k_, (end - begin) * s_.top_k, H_, I_, width_);
     const int64_t ld = padded(k_, H_);
     for (int64_t e = 0; e < E_; ++e) {
       const int64_t count = b.offsets[e + 1] - b.offsets[e];
@@ -353,9 +358,10 @@ class Backward {
   const Parallel& par_;
   const int64_t I_, H_, E_, width_, chunks_;
   const bool wants_up_, wants_down_, weights_from_x_, need_dx_;
+  ScratchScope scratch_;
   T* const panels_;
   const PanelBank<T> down_, up_;
-  T* const sums_;  // made after the panels, which use the same scratch on the way
+  T* const sums_;  // taken after the panels, whose packing uses the same block
   const MatrixGrads down_grads_, up_grads_;
   const ChunkSums<T> down_sums_, up_sums_;
 };

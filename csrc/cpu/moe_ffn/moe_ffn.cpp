@@ -29,9 +29,9 @@ struct RowRouting {
 };
 
 template <class T>
-RowRouting<T> row_routing(const MoeFfnShape& s, int64_t rows) {
+RowRouting<T> row_routing(ScratchScope& scratch, const MoeFfnShape& s, int64_t rows) {
   RowRouting<T> out;
-  out.token = scratch<int32_t>(Scratch::kIndex, rows * (1 + sizeof(T) / sizeof(int32_t)) + 16);
+  out.token = scratch.take<int32_t>(Scratch::kIndex, rows * (1 + sizeof(T) / sizeof(int32_t)) + 16);
   out.weight = reinterpret_cast<T*>(out.token + round_up<int64_t>(rows, 16));
   const T* weights = static_cast<const T*>(s.topk_weights);
   for (int64_t r = 0; r < rows; ++r) {
@@ -151,9 +151,10 @@ void forward(const MoeFfnParams& p, const Parallel& par) {
   const bool halves = gated && !s.act.interleaved;
   const int64_t width = gated ? 2 * I : I;
   const DType type = p.x.type;
-  const RowRouting<T> routing = row_routing<T>(s, rows);
+  ScratchScope scratch(ScratchScope::Keep::kUpTo256MiB);
+  const RowRouting<T> routing = row_routing<T>(scratch, s, rows);
 
-  T* h = scratch<T>(Scratch::kHidden, rows * I);
+  T* h = scratch.take<T>(Scratch::kHidden, rows * I);
   Rows x = p.x;
   x.index = routing.token;
   GemmDesc<T> up = gemm_desc<T>(s, halves ? I : width, H, x, p.w_gate_up);
@@ -192,7 +193,7 @@ void forward(const MoeFfnParams& p, const Parallel& par) {
   // items of packed weights may be as wide.
   const std::vector<Range> ranges =
       feature_ranges<T>(s, rows, p.preact != nullptr ? kNnFeatures / 2 : std::max<int64_t>(1, H));
-  T* out = scratch<T>(Scratch::kRows, rows * (ranges.empty() ? 0 : ranges[0].width()));
+  T* out = scratch.take<T>(Scratch::kRows, rows * (ranges.empty() ? 0 : ranges[0].width()));
   const Rows hidden = {h, kAccumulate<T>, I, nullptr};
   const GemmDesc<T> down = gemm_desc<T>(s, H, I, hidden, p.w_down);
   const auto keep = [&](const Range& range, int64_t e, int64_t r, int64_t f, int64_t n, T* v) {
@@ -219,7 +220,6 @@ void forward(const MoeFfnParams& p, const Parallel& par) {
         i, combine_params(s, ranges[i], out, rows, !s.apply_router_weight_on_input, p.y, type));
   }
   stages.run(par);
-  release_large_scratch();
 }
 
 // Rows [begin, end) of one expert.
@@ -237,7 +237,8 @@ void backward(const MoeFfnBwdParams& p, const Parallel& par) {
   const int64_t width = gated ? 2 * I : I;
   const bool on_input = s.apply_router_weight_on_input;
   const DType type = p.x.type;
-  const RowRouting<T> routing = row_routing<T>(s, rows);
+  ScratchScope scratch(ScratchScope::Keep::kUpTo256MiB);
+  const RowRouting<T> routing = row_routing<T>(scratch, s, rows);
   T* grad_weights = static_cast<T*>(p.grad_topk_weights);
   if (grad_weights != nullptr) {
     std::fill(grad_weights, grad_weights + s.num_tokens * K, T(0));
@@ -253,7 +254,8 @@ void backward(const MoeFfnBwdParams& p, const Parallel& par) {
   const bool need_dx = p.grad_x != nullptr || (on_input && grad_weights != nullptr);
   std::vector<Range> ranges;
   if (need_dx) ranges = feature_ranges<T>(s, rows, kNnFeatures / 2);
-  T* u = scratch<T>(Scratch::kRows, rows * std::max(I, ranges.empty() ? 0 : ranges[0].width()));
+  T* u =
+      scratch.take<T>(Scratch::kRows, rows * std::max(I, ranges.empty() ? 0 : ranges[0].width()));
   const GemmDesc<T> down = gemm_desc<T>(s, I, H, gy, transposed(p.w_down));
   const auto keep_u = [&](int64_t, int64_t r, int64_t f, int64_t n, T* v, T*) {
     std::memcpy(u + r * I + f, v, static_cast<size_t>(n) * sizeof(T));
@@ -264,11 +266,12 @@ void backward(const MoeFfnBwdParams& p, const Parallel& par) {
   // underflow.
   const DType dpre_type = type == DType::kBFloat16 ? type : kAccumulate<T>;
   const int64_t dpre_size = dtype_size(dpre_type);
-  char* dpre = scratch<char>(Scratch::kHidden, rows * width * dpre_size);
+  char* dpre = scratch.take<char>(Scratch::kHidden, rows * width * dpre_size);
   const bool interleaved = gated && s.act.interleaved;
   const bool read_direct = type == kAccumulate<T>, write_direct = dpre_type == kAccumulate<T>;
   const auto activation_rows = [&](const RowItem& it) {
-    T* pre = scratch<T>(Scratch::kTile, 3 * width);
+    ScratchScope scratch;
+    T* pre = scratch.take<T>(Scratch::kTile, 3 * width);
     T* halves = pre + width;
     T* grad = pre + 2 * width;
     for (int64_t r = it.begin; r < it.end; ++r) {
@@ -407,7 +410,6 @@ void backward(const MoeFfnBwdParams& p, const Parallel& par) {
     }
   }
   stages.run(par);
-  release_large_scratch();
 }
 
 }  // namespace
