@@ -98,8 +98,7 @@ Isa detected_isa() {
   static const Isa isa = [] {
     __builtin_cpu_init();
     // __builtin_cpu_supports also asks the operating system (XGETBV) about the wide registers.
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                      has_f16c();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
     if (!avx2) return Isa::kPortable;
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");

@@ -9,10 +9,10 @@ struct Simd<float> {
   static constexpr int kLanes = MOE_VEC_BYTES / 4;
   typedef float Vec __attribute__((vector_size(MOE_VEC_BYTES)));
   typedef int32_t Int __attribute__((vector_size(MOE_VEC_BYTES)));
-  typedef float Unaligned __attribute__((vector_size(MOE_VEC_BYTES), aligned(4), may_alias));
+  typedef float Unaligned __attribute__((vector_size(MOE_VEC_BYTES), aligned(1), may_alias));
   typedef uint16_t Half __attribute__((vector_size(MOE_VEC_BYTES / 2)));
   typedef uint16_t HalfUnaligned
-      __attribute__((vector_size(MOE_VEC_BYTES / 2), aligned(2), may_alias));
+      __attribute__((vector_size(MOE_VEC_BYTES / 2), aligned(1), may_alias));
   typedef uint32_t Uint __attribute__((vector_size(MOE_VEC_BYTES)));
 };
 
@@ -21,7 +21,7 @@ struct Simd<double> {
   static constexpr int kLanes = MOE_VEC_BYTES / 8;
   typedef double Vec __attribute__((vector_size(MOE_VEC_BYTES)));
   typedef int64_t Int __attribute__((vector_size(MOE_VEC_BYTES)));
-  typedef double Unaligned __attribute__((vector_size(MOE_VEC_BYTES), aligned(8), may_alias));
+  typedef double Unaligned __attribute__((vector_size(MOE_VEC_BYTES), aligned(1), may_alias));
 };
 
 template <class T>

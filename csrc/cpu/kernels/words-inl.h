@@ -101,7 +101,7 @@ void quant_words(int bits, bool flipped, const void* w, int64_t ldw, int64_t fea
 // Weight i of each word. Shifts need none of the ports that multiply.
 template <int kBits>
 inline Vec<float> word_weights(const uint32_t* words, int i) {
-  typedef int32_t Unaligned __attribute__((vector_size(MOE_VEC_BYTES), aligned(4), may_alias));
+  typedef int32_t Unaligned __attribute__((vector_size(MOE_VEC_BYTES), aligned(1), may_alias));
   const Simd<float>::Int word = *reinterpret_cast<const Unaligned*>(words);
   const auto weight = (word << (32 - kBits - kBits * i)) >> (32 - kBits);
   return __builtin_convertvector(weight, Vec<float>);
