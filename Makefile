@@ -5,7 +5,8 @@
 PYTHON ?= python3
 TORCH ?= torch
 PYTEST_ARGS ?=
-# Processes of the tests, each with one thread: tests about threads set their number themselves.
+# Processes of the tests, each with one thread: tests about threads set their number themselves, and
+# those threads sleep while they wait, as the other process may want the core.
 PYTEST_WORKERS ?= 2
 DEMO_ARGS ?=
 
@@ -81,7 +82,7 @@ demo: build
 
 test: build
 	@echo 'Running the test suite on the installed package.'
-	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(PYTEST_WORKERS) $(PYTEST_ARGS)
+	@OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(VENV)/bin/python -m pytest -n $(PYTEST_WORKERS) $(PYTEST_ARGS)
 
 # The CUDA kernels, linked with the shared runtime that a simulator stands in for
 # (docs/cuda-without-a-gpu.md); a package of its own, so that the installed one stays what it is.

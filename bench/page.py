@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.gpu import report as gpu_report
+from moe_ops._files import write_text
 from moe_ops.bench.report import render
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -58,6 +59,6 @@ def _results() -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page())
+    write_text(PAGE, page())
     if text := cuda_page():
-        CUDA_PAGE.write_text(text)
+        write_text(CUDA_PAGE, text)

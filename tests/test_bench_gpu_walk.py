@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from bench import page  # noqa: E402
-from bench.gpu import block, cases, main, planner, report, run  # noqa: E402
+from bench.gpu import block, cases, clock, main, planner, report, run  # noqa: E402
 from bench.gpu.cases import Case  # noqa: E402
 from bench.gpu.clock import HostClock  # noqa: E402
 from bench.gpu.layer import Layer, Weights  # noqa: E402
@@ -39,6 +41,21 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def steady_clock():
+    """A microsecond from one reading to the next, so that what a walk leaves out for want of time
+    does not depend on what else the machine does."""
+    readings = itertools.count()
+
+    def read():
+        return 1e-6 * next(readings)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (clock, main, run):
+            patch.setattr(module, "time", SimpleNamespace(perf_counter=read, time=read))
+        yield
 
 
 def a_case(part="forward", shape=TINY, T=16, routing="balanced"):
@@ -239,12 +256,13 @@ def test_walk_writes_a_whole_result(walked):
 
 
 def test_walk_is_a_command(tmp_path):
-    """As a user calls it; one part, so that it takes a few seconds."""
+    """As a user calls it; one part, so that it takes a few seconds, and an hour for it, so that all
+    of it is done on a busy machine too."""
     path = tmp_path / "walk.json"
     done = subprocess.run(
         [
             *(sys.executable, "-m", "bench.gpu", "--device", "cpu", "--dry-run", "--quick"),
-            *("--parts", "permute", "--no-tests", "--json", str(path)),
+            *("--parts", "permute", "--no-tests", "--minutes", "60", "--json", str(path)),
         ],
         cwd=ROOT,
         capture_output=True,

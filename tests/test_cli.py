@@ -70,6 +70,12 @@ def test_one_sentence_without_the_cli_extra(package):
     assert result.stdout == ""
 
 
+def test_bench_names_the_instruction_sets_that_it_takes():
+    result = runner.invoke(app, ["bench", "--isa", "sse"])
+    assert result.exit_code == 1
+    assert result.output.strip() == "error: bench: --isa must be avx2, got sse."
+
+
 def test_demo_says_that_it_needs_safetensors():
     code = (
         "import sys; sys.modules['safetensors'] = None\n"
@@ -78,5 +84,5 @@ def test_demo_says_that_it_needs_safetensors():
     )
     result = run_python("-c", code)
     assert result.returncode == 1
-    assert "pip install safetensors" in result.stdout
+    assert "pip install safetensors" in result.stderr
     assert "Traceback" not in result.stderr

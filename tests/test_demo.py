@@ -200,9 +200,10 @@ def unfinished(text, tmp_path, monkeypatch) -> Path:
     train_step = Trainer.train_step
 
     def stop(self):
+        result = train_step(self)
         if self.step == 4:
-            raise KeyboardInterrupt
-        return train_step(self)
+            signal.raise_signal(signal.SIGINT)
+        return result
 
     monkeypatch.setattr(Trainer, "train_step", stop)
     output = demo("--data", text, "--out", out, "--steps", 8, expect=130)
@@ -228,21 +229,18 @@ def test_resume_refuses_other_settings(unfinished, tmp_path):
     assert "must see the text" in output
 
 
-def test_damaged_checkpoint_falls_back_to_the_durable_copy(unfinished):
+def test_damaged_checkpoint_falls_back_to_the_one_before(unfinished):
     path = unfinished / "checkpoint.safetensors"
-    damaged = path.read_bytes()[:-100]
-    path.unlink()  # It may share its bytes with the durable copy.
-    path.write_bytes(damaged)
+    path.write_bytes(path.read_bytes()[:-100])
     output = demo("--out", unfinished, "--resume")
     assert "checkpoint.safetensors is damaged" in output
-    assert "continuing from checkpoint.durable.safetensors" in output
+    assert "continuing from checkpoint.previous.safetensors" in output
 
 
 def test_damaged_checkpoints_get_one_sentence(unfinished):
-    for name in ("checkpoint.safetensors", "checkpoint.durable.safetensors"):
+    for name in ("checkpoint.safetensors", "checkpoint.previous.safetensors"):
         path = unfinished / name
         content = bytearray(path.read_bytes())
-        path.unlink()
         content[len(content) // 2] ^= 1
         path.write_bytes(bytes(content))
     output = demo("--out", unfinished, "--resume", expect=1)
@@ -286,6 +284,19 @@ def test_hugging_face_part():
     for result in results:
         assert result["passed"], result["errors"]
         assert set(result["forward"]["seconds"]) == {"eager", "grouped_mm", "moe_ops"}
+        for measured in (result["forward"], result["forward_backward"]):
+            seconds = measured["seconds"]
+            for other, ratio in measured["speedup"].items():  # What is printed beside each other.
+                assert ratio == seconds[other] / seconds["moe_ops"]
+
+
+def test_hugging_face_part_with_an_old_transformers(monkeypatch):
+    pytest.importorskip("transformers")
+    from moe_ops.demo import hf_compare
+
+    assert hf_compare.missing() is None
+    monkeypatch.setattr(hf_compare.importlib.metadata, "version", lambda name: "5.6.2")
+    assert 'or newer and found 5.6.2, pip install --upgrade "transformers>=' in hf_compare.missing()
 
 
 # --- checkpoints
@@ -300,25 +311,42 @@ def test_checkpoint_is_a_safetensors_file(tmp_path):
     }
     checkpointer = Checkpointer(tmp_path)
     for step in range(4):
-        checkpointer.save(tensors, {"step": step}, durable=step == 1)
+        checkpointer.save(tensors, {"step": step})
         tensors["a"] = torch.randn(3, 5 + 4 * (step % 2))
         assert checkpointer.load().metadata["step"] == step
     checkpointer.save(tensors, {"step": 4})
     loaded = load_file(tmp_path / "checkpoint.safetensors")
-    assert loaded.keys() == tensors.keys()
+    assert loaded.keys() == {*tensors, "~sha256"}
     for name, tensor in tensors.items():
         assert loaded[name].dtype == tensor.dtype and torch.equal(loaded[name], tensor)
     checkpointer.path.unlink()
-    assert checkpointer.load().metadata["step"] == 1
-    checkpointer.close()
-    assert {f.name for f in tmp_path.iterdir()} == {"checkpoint.durable.safetensors"}
+    assert checkpointer.load().metadata["step"] == 3
+    assert {f.name for f in tmp_path.iterdir()} == {"checkpoint.previous.safetensors"}
+
+
+def test_checkpoints_keep_to_their_share_of_the_time(tmp_path, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    checkpointer = Checkpointer(tmp_path, share=0.1)
+    assert checkpointer.due
+
+    def fsync(handle: int) -> None:
+        now[0] += 0.5
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    checkpointer.save({}, {"step": 1})
+    assert now[0] == 101 and not checkpointer.due  # Of the file and of the folder.
+    now[0] = 109.9
+    assert not checkpointer.due
+    now[0] = 110
+    assert checkpointer.due
 
 
 def test_foreign_file_is_refused(tmp_path):
     from safetensors.torch import save_file
 
     save_file({"a": torch.zeros(2)}, tmp_path / "checkpoint.safetensors")
-    with pytest.raises(CheckpointError, match="format must be"):
+    with pytest.raises(CheckpointError, match="do not match its checksum"):
         Checkpointer(tmp_path).load()
 
 

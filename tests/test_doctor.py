@@ -116,6 +116,14 @@ def test_name_clash_warns(monkeypatch, tmp_path):
     assert "pip uninstall moe-ops" in finding.advice
 
 
+def test_old_transformers_warns(monkeypatch):
+    monkeypatch.setattr(doctor, "_version", lambda package: "5.6.2")
+    (finding,) = doctor._hugging_face()
+    assert finding.level == "warning"
+    assert "needs transformers 5.7 or newer, found 5.6.2" in finding.text
+    assert '"transformers>=5.7"' in finding.advice
+
+
 @pytest.mark.parametrize(
     ("policy", "max_bytes", "level", "text"),
     [

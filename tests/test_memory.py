@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import textwrap
 import threading
 from pathlib import Path
 
@@ -88,18 +89,94 @@ def test_values_in_used_memory(out: int, dtype: torch.dtype):
     assert_close_by_norm(actual, expected, magnitude, sum_length=5)
 
 
-@pytest.mark.parametrize(("setting", "kept"), [("0", False), ("64", True), ("nonsense", True)])
-def test_limit_from_the_environment(setting: str, kept: bool):
-    code = (
-        "import torch, moe_ops; from moe_ops import memory;"
-        "r = moe_ops.grouped_gemm_wgrad(torch.randn(3, 1536), torch.randn(3, 1536),"
-        " torch.tensor([0, 3])); del r; print(memory.cached_bytes() > 0)"
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=True,
     )
-    environment = os.environ | {"MOE_OPS_CACHE_MB": setting}
-    run = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+
+
+@pytest.mark.parametrize(("setting", "kept"), [("0", False), ("64", True), ("9" * 30, True)])
+def test_limit_from_the_environment(setting: str, kept: bool):
+    run = run_python(
+        """
+        import torch, moe_ops
+        from moe_ops import memory
+        r = moe_ops.grouped_gemm_wgrad(
+            torch.randn(3, 1536), torch.randn(3, 1536), torch.tensor([0, 3])
+        )
+        del r
+        print(memory.cached_bytes() > 0)
+        """,
+        MOE_OPS_CACHE_MB=setting,
     )
     assert run.stdout.strip() == str(kept and CACHED)
+    assert "MOE_OPS_CACHE_MB" not in run.stderr
+
+
+@pytest.mark.parametrize("setting", ["nonsense", "-1", "1e3", "64 ", ""])
+def test_a_limit_that_is_no_number_is_ignored_aloud(setting: str):
+    code = "import moe_ops; print(moe_ops.memory.cache_limit())"
+    run = run_python(code, MOE_OPS_CACHE_MB=setting)
+    assert int(run.stdout) == memory.cache_limit()
+    assert f"MOE_OPS_CACHE_MB={setting} is not a whole number of MiB; ignored." in run.stderr
+
+
+# What is kept counts against a limit of the address space, where nobody could take it back.
+LIMITED = """
+    import resource, torch, moe_ops
+    from moe_ops import memory
+
+    MIB = 2**20
+    torch.set_num_threads(1)
+
+    def output(mib):
+        rows, offsets = torch.ones(2, 1024), torch.tensor([0] + [2] * 1024)
+        return moe_ops.grouped_gemm_wgrad(rows[:, :mib], rows[:, :256], offsets)
+
+    def used():
+        pages = int(open("/proc/self/statm").read().split()[0])
+        return pages * resource.getpagesize()
+
+    output(8)
+    kept = [output(mib) for mib in (260, 220, 200)]
+    before = used() - sum(t.nbytes for t in kept)
+"""
+
+
+@needs_cache
+@pytest.mark.parametrize("megabytes", ["", "2000"], ids=["default", "wanted"])
+def test_kept_memory_is_returned_before_an_output_fails(megabytes: str):
+    run = run_python(
+        LIMITED
+        + """
+    del kept
+    assert memory.cached_bytes() >= 680 * MIB
+    resource.setrlimit(resource.RLIMIT_AS, (before + 900 * MIB, -1))
+    y = output(520)
+    assert y[0, 0, 0] == 2
+    assert memory.cached_bytes() == 0
+    """,
+        **({"MOE_OPS_CACHE_MB": megabytes} if megabytes else {}),
+    )
+    assert run.returncode == 0
+
+
+@needs_cache
+def test_nothing_is_kept_of_a_limited_address_space():
+    run_python(
+        LIMITED
+        + """
+    resource.setrlimit(resource.RLIMIT_AS, (before + 1000 * MIB, -1))
+    assert memory.cache_limit() == 0
+    del kept
+    assert memory.cached_bytes() == 0
+    torch.empty(800 * MIB, dtype=torch.uint8)
+    """
+    )
 
 
 # --------------------------------------------------------------------------------- huge pages

@@ -5,10 +5,12 @@ from __future__ import annotations
 import gc
 import json
 import math
+import re
 import weakref
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import moe_ops
 from moe_ops import quant
@@ -309,6 +311,11 @@ def test_skip():
     assert model.second.experts.format == "int4" and model.first.experts.format == "int8"
 
 
+def test_skip_that_matches_no_bank():
+    with pytest.warns(UserWarning, match=r"skip must match the name of a bank, got 'first', which"):
+        moe_ops.quantize_experts(Net(), "int8", skip=["first", "second.*"])
+
+
 @pytest.mark.parametrize(
     ("build", "kwargs", "message"),
     [
@@ -317,7 +324,11 @@ def test_skip():
         (Net, {"format": "int3"}, r"format must be 'int8' or 'int4', got 'int3'"),
         (Net, {}, r"first.experts's w_down must be a multiple of group_size = 64, got 96; .* 32"),
         (Net, {"format": "int8", "group_size": 32}, r"group_size must be None for int8"),
-        (lambda: Net().to("meta"), {"format": "int8"}, r"first.experts must hold weights"),
+        (
+            lambda: Net().to("meta"),
+            {"format": "int8"},
+            r"first.experts.w_gate_up must hold numbers, got a meta tensor",
+        ),
         (
             Net,
             {"format": "int8", "calibration": quant.Baseline({})},
@@ -331,6 +342,49 @@ def test_what_cannot_be_replaced(build, kwargs, message):
     with pytest.raises(ValueError, match=rf"quantize_experts: .*{message}"):
         moe_ops.quantize_experts(model, **kwargs)
     assert list(model.state_dict()) == before
+
+
+def on_a_gpu(weight):
+    with FakeTensorMode():  # There need not be one.
+        return torch.empty(weight.shape, device="cuda")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: w.to("meta"), r"must hold numbers, got a meta tensor; load all weights"),
+        (on_a_gpu, r"must be on the CPU, where quantised experts run, got cuda:0; call model.cpu"),
+        (lambda w: w.to(torch.float8_e4m3fn), r"must be float64, .* got float8_e4m3fn"),
+        (lambda w: w.new_empty(0), r"must be \[E, H, I\], got shape \[0\]"),
+    ],
+)
+def test_weights_that_are_not_here(change, message):
+    """Half-built, moved, stored otherwise, or taken away by what shards a model (FSDP1, ZeRO-3)."""
+    model = Net()
+    experts = model.second.experts
+    experts.w_down = torch.nn.Parameter(change(experts.w_down.detach()), requires_grad=False)
+    with pytest.raises(ValueError, match=rf"^quantize_experts: second.experts.w_down {message}"):
+        moe_ops.quantize_experts(model, "int8")
+    assert isinstance(model.first.experts, Experts)
+
+
+@pytest.mark.parametrize("name", ["w_gate_up", "w_down"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_numbers_that_are_not_finite(name, value, calibrated):
+    model = Net()
+    x = torch.randn(40, 64)
+    calibration = quant.record_baseline(model, [x], outputs=False) if calibrated else None
+    with torch.no_grad():
+        getattr(model.second.experts, name)[2, 3, 5] = value
+    message = (
+        f"quantize_experts: second.experts.{name} must be finite, got infinities or NaNs in "
+        "expert 2."
+    )
+    with pytest.raises(ValueError, match=rf"^{re.escape(message)}$"):
+        moe_ops.quantize_experts(model, "int8", calibration=calibration)
+    assert isinstance(model.first.experts, QuantizedExperts)  # Banks before it are done.
+    assert isinstance(model.second.experts, Experts)
 
 
 def test_calibration_has_to_reach_every_bank():

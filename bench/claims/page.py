@@ -11,6 +11,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from moe_ops._files import make_folder, write_text
+
 from .report import Report
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -21,7 +23,7 @@ BEGIN, END = "<!-- claims -->", "<!-- /claims -->"
 
 def save(report: Report, results: Path = RESULTS, pages: Path = PAGES) -> list[Path]:
     """Writes JSON, tables and pictures of a run; returns the paths."""
-    results.mkdir(parents=True, exist_ok=True)
+    make_folder(results)
     path = results / f"{report.system}.json"
     report.write(path)
     return [path, *write_page(report, pages)]
@@ -52,7 +54,7 @@ def write_page(report: Report, pages: Path = PAGES) -> list[Path]:
         made.append(f"![{picture.title}]({path.name})")
     begin, end = lines.index(BEGIN), lines.index(END)
     text = [*lines[: begin + 1], "\n\n".join(made), *lines[end:]]
-    page.write_text("\n".join(text) + "\n", "utf-8")
+    write_text(page, "\n".join(text) + "\n")
     return written
 
 

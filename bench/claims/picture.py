@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from moe_ops._files import write_text
 
 KINDS = ("lines", "points", "bars", "heatmap")
 # Okabe and Ito's colours, told apart by everybody; the yellow is too pale for lines.
@@ -68,10 +71,11 @@ class Picture:
             axes.set_ylabel(self.ylabel)
             if self.kind != "heatmap" and len(self.series) > 1:
                 axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-            figure.savefig(path, format="svg", metadata={"Date": None})
+            drawn = io.StringIO()
+            figure.savefig(drawn, format="svg", metadata={"Date": None})
         # Its lines end in spaces.
-        lines = path.read_text("utf-8").splitlines()
-        path.write_text("\n".join(line.rstrip() for line in lines) + "\n", "utf-8")
+        lines = drawn.getvalue().splitlines()
+        write_text(path, "\n".join(line.rstrip() for line in lines) + "\n")
 
     def _lines(self, figure: Any, axes: Any) -> None:
         for i, (label, data) in enumerate(self.series.items()):

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from moe_ops._files import write_text
+
 from .picture import Picture
 
 # A difference counts when it is further from the bound than this many standard errors.
@@ -123,7 +125,7 @@ class Report:
 
     def write(self, path: Path) -> None:
         """As JSON."""
-        path.write_text(json.dumps(self.to_dict(), indent=1) + "\n", "utf-8")
+        write_text(path, json.dumps(self.to_dict(), indent=1) + "\n")
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Report:

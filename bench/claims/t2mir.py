@@ -26,11 +26,20 @@ from torch import Tensor
 
 from bench.claims.picture import Picture
 from bench.claims.report import Claim, Report, gaps, means
+from moe_ops._files import write_text
 from moe_ops.layers import Experts
 from moe_ops.zoo.t2mir import T2MIR, T2MIRConfig, action_loss
 from moe_ops.zoo.t2mir_envs import Histories, PointRobot, collect
 from moe_ops.zoo.t2mir_routers import TaskRouter
-from moe_ops.zoo.t2mir_training import Batch, fit, play, sample_ad, sample_dpt
+from moe_ops.zoo.t2mir_training import (
+    Batch,
+    fit,
+    play,
+    read_state,
+    sample_ad,
+    sample_dpt,
+    write_state,
+)
 
 
 @dataclass(frozen=True)
@@ -267,7 +276,7 @@ def trained(
     best_path = folder / f"{name}.best.pt" if folder else None
     best: dict[str, Any] = {"loss": math.inf, "valid": {}, "model": {}}
     if best_path is not None and best_path.is_file():
-        best = torch.load(best_path, map_location=device, weights_only=True)
+        best = read_state(best_path, device)
 
     def watch(step: int) -> None:
         loss = look(model, batch).loss
@@ -277,7 +286,7 @@ def trained(
             best["loss"] = loss
             best["model"] = {k: t.detach().clone() for k, t in model.state_dict().items()}
         if best_path is not None:
-            torch.save(best, best_path)
+            write_state(best_path, best)
 
     fit(
         model,
@@ -300,7 +309,7 @@ def trained(
     result = measure(model, tasks, scale, seed)
     result.valid = best["valid"]
     if done is not None:
-        done.write_text(json.dumps(dataclasses.asdict(result)) + "\n", "utf-8")
+        write_text(done, json.dumps(dataclasses.asdict(result)) + "\n")
     return result
 
 

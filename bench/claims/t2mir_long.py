@@ -23,6 +23,7 @@ import torch
 
 from bench.claims import t2mir
 from bench.claims.report import Report
+from moe_ops._files import make_folder, write_text
 from moe_ops.zoo.t2mir import T2MIRConfig
 
 LONG = t2mir.Scale(
@@ -90,13 +91,13 @@ def main(arguments: Sequence[str] | None = None) -> Report:
         steps=args.steps or scale.steps,
         train=args.tasks or scale.train,
     )
-    args.folder.mkdir(parents=True, exist_ok=True)
+    make_folder(args.folder)
     # Results of another setting must not pass for this one's.
     said = json.dumps(dataclasses.asdict(scale), indent=1)
     setting = args.folder / "setting.json"
     if setting.is_file() and setting.read_text("utf-8") != said:
         parser.error(f"{args.folder} holds another setting's run: see {setting}.")
-    setting.write_text(said, "utf-8")
+    write_text(setting, said)
     started = time.perf_counter()
 
     def log(line: str) -> None:

@@ -195,6 +195,7 @@ def _measure(
     from bench.gpu.card import slug
     from bench.gpu.report import print_result
     from bench.gpu.run import measure
+    from moe_ops._files import write_text
     from moe_ops.bench.main import dumps
 
     def write(result: dict[str, Any]) -> None:
@@ -202,7 +203,7 @@ def _measure(
         if path is None and not options.dry_run:
             path = BASELINES / f"{slug(result['card']['name'])}.json"
         if path is not None:
-            path.write_text(dumps({**result, "steps": outcomes}))
+            write_text(path, dumps({**result, "steps": outcomes}))
 
     # Limits are measured again at the end, in a second or two.
     seconds = max(1.0, end - time.time() - (0 if options.dry_run else 5))

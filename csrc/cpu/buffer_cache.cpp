@@ -1,12 +1,17 @@
 #include "cpu/buffer_cache.h"
 
+#include <charconv>
 #include <cstdlib>
+#include <cstring>
 #include <list>
 #include <mutex>
+#include <optional>
 #include <unordered_map>
 
 #if defined(__linux__)
+#include <pthread.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <unistd.h>
 #endif
 
@@ -19,14 +24,28 @@ namespace moe_ops::cpu {
 
 namespace {
 
-size_t read_limit() {
-  if (const char* text = std::getenv("MOE_OPS_CACHE_MB")) {
-    char* end = nullptr;
-    const unsigned long long mb = std::strtoull(text, &end, 10);
-    if (end != text && *end == '\0') return static_cast<size_t>(mb) << 20;
-  }
+// MOE_OPS_CACHE_MB as bytes. What is no whole number is ignored here: moe_ops.memory warns of it.
+std::optional<size_t> limit_from_environment() {
+  const char* text = std::getenv("MOE_OPS_CACHE_MB");
+  if (text == nullptr) return std::nullopt;
+  const char* end = text + std::strlen(text);
+  uint64_t mb = 0;
+  const auto [stop, error] = std::from_chars(text, end, mb);
+  if (stop != end || stop == text) return std::nullopt;
+  if (error == std::errc::result_out_of_range || mb > (SIZE_MAX >> 20)) return SIZE_MAX;
+  return static_cast<size_t>(mb) << 20;
+}
+
+size_t quarter_of_memory() {
   const long pages = sysconf(_SC_PHYS_PAGES), size = sysconf(_SC_PAGE_SIZE);
   return pages > 0 && size > 0 ? static_cast<size_t>(pages) / 4 * static_cast<size_t>(size) : 0;
+}
+
+// Kept blocks cost no memory, but address space. Where that is limited (ulimit -v), they would make
+// the allocations of others fail.
+bool address_space_is_limited() {
+  rlimit limit;
+  return getrlimit(RLIMIT_AS, &limit) == 0 && limit.rlim_cur != RLIM_INFINITY;
 }
 
 // 2 MiB aligned: one huge page more is mapped and the ends are cut off.
@@ -51,6 +70,7 @@ struct Block {
 class Cache {
  public:
   void* acquire(size_t bytes) {
+    if (bytes > SIZE_MAX - 2 * kHugePage) return nullptr;
     const size_t size = round_up(bytes, kHugePage);
     std::lock_guard<std::mutex> lock(mutex_);
     // The smallest kept block that fits and wastes at most a quarter.
@@ -66,6 +86,10 @@ class Cache {
       kept_.erase(best);
     } else {
       block.data = map_aligned(size);
+      if (block.data == nullptr && kept_bytes_ > 0) {
+        shrink(0);
+        block.data = map_aligned(size);
+      }
       if (block.data == nullptr) return nullptr;
     }
     in_use_[block.data] = block.size;
@@ -80,7 +104,7 @@ class Cache {
     madvise(block.data, block.size, MADV_FREE);
     kept_.push_back(block);
     kept_bytes_ += block.size;
-    shrink(limit_);
+    shrink(limit());
   }
 
   void release_all() {
@@ -93,7 +117,15 @@ class Cache {
     return kept_bytes_;
   }
 
-  size_t limit() const { return limit_; }
+  size_t limit() const {
+    if (wanted_.has_value()) return *wanted_;
+    return address_space_is_limited() ? 0 : default_;
+  }
+
+  // A fork copies the memory of all threads but only one of them: the mutex must not be held by
+  // another thread then, and what it guards must be whole.
+  void lock_for_fork() { mutex_.lock(); }
+  void unlock_after_fork() { mutex_.unlock(); }
 
  private:
   // Drops the blocks that were given back first.
@@ -106,7 +138,8 @@ class Cache {
     }
   }
 
-  const size_t limit_ = read_limit();
+  const std::optional<size_t> wanted_ = limit_from_environment();
+  const size_t default_ = quarter_of_memory();
   std::mutex mutex_;
   std::list<Block> kept_;
   size_t kept_bytes_ = 0;
@@ -115,14 +148,21 @@ class Cache {
 
 // Never destroyed: tensors may outlive every static object.
 Cache& cache() {
-  static Cache& c = *new Cache;
+  static Cache& c = *[] {
+    auto* made = new Cache;
+    pthread_atfork([] { cache().lock_for_fork(); }, [] { cache().unlock_after_fork(); },
+                   [] { cache().unlock_after_fork(); });
+    return made;
+  }();
   return c;
 }
 
 }  // namespace
 
 void* acquire_buffer(size_t bytes) {
-  return cache().limit() == 0 ? nullptr : cache().acquire(bytes);
+  if (cache().limit() > 0) return cache().acquire(bytes);
+  cache().release_all();  // kept before the limit was there
+  return nullptr;
 }
 void release_buffer(void* block) { cache().release(block); }
 size_t cached_bytes() { return cache().kept_bytes(); }

@@ -53,9 +53,9 @@ std::tuple<Tensor, Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& w
   if (residual.has_value()) more = dense(*residual);
   if (bias.has_value()) b = dense(*bias);
   const std::vector<int64_t> sizes = shape_of(x);
-  Tensor y = empty_cpu(sizes, x.scalar_type());
-  Tensor sum = adds ? empty_cpu(sizes, x.scalar_type()) : empty_cpu({0}, x.scalar_type());
-  Tensor rstd = empty_cpu({shape.rows}, accumulate_type(x.scalar_type()));
+  Tensor y = empty_cpu(kOp, sizes, x.scalar_type());
+  Tensor sum = adds ? empty_cpu(kOp, sizes, x.scalar_type()) : empty_cpu(kOp, {0}, x.scalar_type());
+  Tensor rstd = empty_cpu(kOp, {shape.rows}, accumulate_type(x.scalar_type()));
   p.x = src.const_data_ptr();
   p.residual = more.has_value() ? more->const_data_ptr() : nullptr;
   p.weight = w.const_data_ptr();
@@ -88,10 +88,10 @@ std::tuple<Tensor, Tensor, Tensor> add_rms_norm_bwd(const Tensor& grad_y, const 
   OptTensor more;
   if (grad_sum.has_value()) more = dense(*grad_sum);
   const Tensor workspace = empty_cpu(
-      {cpu::add_rms_norm_workspace(shape.rows, shape.hidden, shape.type)}, ScalarType::Byte);
-  Tensor grad_x = need_x ? empty_cpu(shape_of(sum), dtype) : empty_cpu({0}, dtype);
-  Tensor grad_weight = empty_cpu({need_weight ? shape.hidden : 0}, dtype);
-  Tensor grad_bias = empty_cpu({need_bias ? shape.hidden : 0}, dtype);
+      kOp, {cpu::add_rms_norm_workspace(shape.rows, shape.hidden, shape.type)}, ScalarType::Byte);
+  Tensor grad_x = need_x ? empty_cpu(kOp, shape_of(sum), dtype) : empty_cpu(kOp, {0}, dtype);
+  Tensor grad_weight = empty_cpu(kOp, {need_weight ? shape.hidden : 0}, dtype);
+  Tensor grad_bias = empty_cpu(kOp, {need_bias ? shape.hidden : 0}, dtype);
   p.grad_y = g.const_data_ptr();
   p.grad_sum = more.has_value() ? more->const_data_ptr() : nullptr;
   p.sum = s.const_data_ptr();

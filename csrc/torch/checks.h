@@ -40,14 +40,15 @@ class OutOfMemory : public std::bad_alloc {
     }                                        \
   } while (false)
 
-inline std::string shape_string(const Tensor& t) {
+inline std::string shape_string(torch::headeronly::IntHeaderOnlyArrayRef sizes) {
   std::ostringstream s;
   s << "[";
-  const auto sizes = t.sizes();
-  for (int64_t i = 0; i < t.dim(); ++i) s << (i ? ", " : "") << sizes[i];
+  for (size_t i = 0; i < sizes.size(); ++i) s << (i ? ", " : "") << sizes[i];
   s << "]";
   return s.str();
 }
+
+inline std::string shape_string(const Tensor& t) { return shape_string(t.sizes()); }
 
 inline const char* dtype_name(ScalarType t) {
   switch (t) {

@@ -84,7 +84,7 @@ Tensor forward(const Op& op, const Tensor& x, const Tensor& w_up, const Tensor& 
   const Tensor dense_x = dense(x), up = dense(w_up), down = dense(w_down);
   const OptTensor bias_up = contiguous_as(b_up, x.scalar_type());
   const OptTensor bias_down = contiguous_as(b_down, x.scalar_type());
-  Tensor y = empty_cpu({s.num_tokens, s.num_experts, s.out_size}, x.scalar_type());
+  Tensor y = empty_cpu(op, {s.num_tokens, s.num_experts, s.out_size}, x.scalar_type());
   DenseFfnParams p;
   p.size = s;
   p.x = dense_x.const_data_ptr();
@@ -109,7 +109,7 @@ std::tuple<Tensor, Tensor> dense_ffn_fwd(const Tensor& x, const Tensor& w_up, co
   constexpr const char* kOp = "dense_ffn";
   plan_of(kOp, x, w_up, w_down, input_ids, activation);  // checks before memory
   Tensor preact =
-      empty_cpu({w_up.size(0), x.size(0), w_up.size(1)}, accumulate_type(x.scalar_type()));
+      empty_cpu(kOp, {w_up.size(0), x.size(0), w_up.size(1)}, accumulate_type(x.scalar_type()));
   Tensor y = forward(kOp, x, w_up, w_down, input_ids, b_up, b_down, activation, &preact);
   return {y, preact};
 }
@@ -138,7 +138,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> dense_ffn_bwd(
   const Tensor grad = dense(grad_y), dense_x = dense(x), up = dense(w_up), down = dense(w_down);
   const Tensor u = dense(preact);
   const auto made = [&](bool wanted, std::initializer_list<int64_t> shape) {
-    return wanted ? empty_cpu(shape, dtype) : empty_cpu({0}, dtype);
+    return wanted ? empty_cpu(kOp, shape, dtype) : empty_cpu(kOp, {0}, dtype);
   };
   Tensor grad_x = made(need_x, {s.num_tokens, s.num_inputs, s.hidden_size});
   Tensor grad_up = made(need_w_up, {E, I, s.hidden_size});

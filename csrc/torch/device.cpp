@@ -128,12 +128,14 @@ void check_status(const Op& op, cuda::Status status) {
   throw std::runtime_error(std::string(op.name) + ": " + cuda::error_string(status));
 }
 
-Tensor device_offsets(const Op& op, const Tensor& offsets) {
+Tensor device_offsets(const Op& op, const Tensor& offsets, int64_t num_rows) {
   check_index(op, "expert_offsets", offsets);
   check_dim(op, "expert_offsets", offsets, 1, "[E+1]");
   MOE_CHECK(offsets.numel() >= 2, op,
             ": expert_offsets must be [E+1] with at least one expert, got shape ",
             shape_string(offsets), ".");
+  MOE_CHECK(num_rows <= std::numeric_limits<int32_t>::max(), op,
+            ": expert_offsets must be of fewer than 2^31 rows on CUDA, got ", num_rows, ".");
   return contiguous_as(offsets, ScalarType::Int);
 }
 

@@ -33,8 +33,9 @@ cuda::Stream current_stream(const Tensor& t);
 // Raises RuntimeError with the op and CUDA's words unless status is success.
 void check_status(const Op& op, cuda::Status status);
 
-// expert_offsets [E+1] as contiguous int32 on the device. Their values are the kernels' to clamp.
-Tensor device_offsets(const Op& op, const Tensor& offsets);
+// expert_offsets [E+1] as contiguous int32 on the device, of num_rows rows. Their values are the
+// kernels' to clamp.
+Tensor device_offsets(const Op& op, const Tensor& offsets, int64_t num_rows);
 
 // An index tensor as kernels take it: contiguous, int32 or int64 as it came.
 struct DeviceIndex {
@@ -117,12 +118,7 @@ struct Scoped<Backend, fn> {
   static void add(typename Backend::Scope&, const T&) {}
 };
 
-#define MOE_CUDA_BOX(fn)                                                       \
-  ([] {                                                                        \
-    static_assert(::moe_ops::adapter::SignatureIsBoxable<decltype(fn)>::value, \
-                  "use double and int64_t in registered signatures");          \
-    return TORCH_BOX((&::moe_ops::adapter::Scoped<Backend, &fn>::call));       \
-  }())
+#define MOE_CUDA_BOX(fn) MOE_BOX((::moe_ops::adapter::Scoped<Backend, &fn>::call))
 
 #ifdef MOE_OPS_SIMULATED
 #define MOE_SIMULATED_LIBRARY \

@@ -37,12 +37,13 @@ void set_addresses(ExpertChoiceRouterParams& p, const Tensor& logits, Tensor& to
 std::tuple<Tensor, Tensor> expert_choice_router(const Tensor& router_logits, int64_t capacity,
                                                 std::string score_func,
                                                 double routed_scaling_factor) {
-  ExpertChoiceRouterParams p = expert_choice_params("expert_choice_router", router_logits, capacity,
-                                                    score_func, routed_scaling_factor);
+  constexpr const char* kOp = "expert_choice_router";
+  ExpertChoiceRouterParams p =
+      expert_choice_params(kOp, router_logits, capacity, score_func, routed_scaling_factor);
   const Tensor logits = with_dense_rows(router_logits);
   Tensor topk_weights =
-      empty_cpu({p.num_tokens, p.num_experts}, accumulate_type(router_logits.scalar_type()));
-  Tensor topk_ids = empty_cpu({p.num_tokens, p.num_experts}, ScalarType::Int);
+      empty_cpu(kOp, {p.num_tokens, p.num_experts}, accumulate_type(router_logits.scalar_type()));
+  Tensor topk_ids = empty_cpu(kOp, {p.num_tokens, p.num_experts}, ScalarType::Int);
   set_addresses(p, logits, topk_weights, topk_ids);
   cpu::expert_choice_router(p, torch_parallel());
   return {topk_weights, topk_ids};

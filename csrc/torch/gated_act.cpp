@@ -29,7 +29,7 @@ Tensor gated_act(const Tensor& gate_up, std::string activation, bool interleaved
   p.act = check_activation(kOp, activation, interleaved, alpha, limit, true);
   const std::vector<int64_t> shape = halved_shape(kOp, gate_up);
   const Tensor src = dense(gate_up);
-  Tensor h = empty_cpu(shape, gate_up.scalar_type());
+  Tensor h = empty_cpu(kOp, shape, gate_up.scalar_type());
   p.intermediate_size = shape.back();
   p.num_rows = shape.back() == 0 ? 0 : h.numel() / shape.back();
   p.gate_up = src.const_data_ptr();
@@ -58,7 +58,8 @@ Tensor gated_act_bwd(const Tensor& grad_h, const Tensor& gate_up, std::string ac
   const Tensor src = dense(gate_up);
   const Tensor grad = dense(grad_h);
   const auto sizes = gate_up.sizes();
-  Tensor out = empty_cpu(std::vector<int64_t>(sizes.begin(), sizes.end()), gate_up.scalar_type());
+  Tensor out =
+      empty_cpu(kOp, std::vector<int64_t>(sizes.begin(), sizes.end()), gate_up.scalar_type());
   p.intermediate_size = shape.back();
   p.num_rows = shape.back() == 0 ? 0 : grad_h.numel() / shape.back();
   p.grad_h = grad.const_data_ptr();

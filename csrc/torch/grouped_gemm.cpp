@@ -46,7 +46,7 @@ Tensor grouped_gemm(const Tensor& a, const Tensor& b, const Tensor& expert_offse
   const Tensor src = with_dense_rows(a);
   const Weights weights = weights_of(b, type);
   const Bias bias_rows = bias_of(bias, type);
-  Tensor out = empty_cpu({a.size(0), b.size(1)}, a.scalar_type());
+  Tensor out = empty_cpu(op, {a.size(0), b.size(1)}, a.scalar_type());
   GroupedGemmParams p;
   p.expert_offsets = offsets.data();
   p.num_experts = b.size(0);
@@ -68,7 +68,7 @@ Tensor grouped_gemm_wgrad(const Tensor& grad, const Tensor& a, const Tensor& exp
   const int64_t E = static_cast<int64_t>(offsets.size()) - 1;
   const Tensor grad_rows = with_dense_rows(grad);
   const Tensor a_rows = with_dense_rows(a);
-  Tensor out = empty_cpu({E, grad.size(1), a.size(1)}, grad.scalar_type());
+  Tensor out = empty_cpu(op, {E, grad.size(1), a.size(1)}, grad.scalar_type());
   GroupedWgradParams p;
   p.expert_offsets = offsets.data();
   p.num_experts = E;
@@ -88,7 +88,7 @@ Tensor grouped_sum(const Tensor& rows, const Tensor& expert_offsets) {
   const std::vector<int64_t> offsets = checked_offsets(op, expert_offsets, rows.size(0));
   const int64_t E = static_cast<int64_t>(offsets.size()) - 1;
   const Tensor src = with_dense_rows(rows);
-  Tensor out = empty_cpu({E, rows.size(1)}, rows.scalar_type());
+  Tensor out = empty_cpu(op, {E, rows.size(1)}, rows.scalar_type());
   GroupedSumParams p;
   p.expert_offsets = offsets.data();
   p.num_experts = E;
@@ -120,7 +120,7 @@ Tensor grouped_gemm_cuda(const Tensor& a, const Tensor& b, const Tensor& expert_
                          const OptTensor& bias) {
   const Op op("grouped_gemm", a);
   const DType type = check_gemm(op, a, b, bias);
-  const Tensor offsets = device_offsets(op, expert_offsets);
+  const Tensor offsets = device_offsets(op, expert_offsets, a.size(0));
   check_size(op, "expert_offsets", expert_offsets, 0, b.size(0) + 1, "E+1");
   const Tensor src = with_dense_rows(a);
   const Weights weights = weights_of(b, type);
@@ -143,7 +143,7 @@ Tensor grouped_gemm_cuda(const Tensor& a, const Tensor& b, const Tensor& expert_
 Tensor grouped_gemm_wgrad_cuda(const Tensor& grad, const Tensor& a, const Tensor& expert_offsets) {
   const Op op("grouped_gemm_wgrad", grad);
   const DType type = check_wgrad(op, grad, a);
-  const Tensor offsets = device_offsets(op, expert_offsets);
+  const Tensor offsets = device_offsets(op, expert_offsets, grad.size(0));
   const Tensor grad_rows = with_dense_rows(grad);
   const Tensor a_rows = with_dense_rows(a);
   cuda::GroupedWgradParams p;
@@ -165,7 +165,7 @@ Tensor grouped_gemm_wgrad_cuda(const Tensor& grad, const Tensor& a, const Tensor
 Tensor grouped_sum_cuda(const Tensor& rows, const Tensor& expert_offsets) {
   const Op op("grouped_sum", rows);
   const DType type = check_sum(op, rows);
-  const Tensor offsets = device_offsets(op, expert_offsets);
+  const Tensor offsets = device_offsets(op, expert_offsets, rows.size(0));
   const Tensor src = with_dense_rows(rows);
   cuda::GroupedSumParams p;
   p.expert_offsets = offsets_data(offsets);

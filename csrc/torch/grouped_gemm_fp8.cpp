@@ -53,7 +53,7 @@ Tensor grouped_gemm_fp8(const Tensor& a, const Tensor& a_scale, const Tensor& b,
   const Tensor codes = with_dense_rows(a), scales = with_dense_rows(a_scale);
   const Fp8Weights weights = fp8_weights(b, b_scale);
   const Bias bias_rows = bias_of(bias, bias_type(kOp, bias));
-  Tensor out = empty_cpu({a.size(0), b.size(1)}, out_dtype);
+  Tensor out = empty_cpu(kOp, {a.size(0), b.size(1)}, out_dtype);
   GroupedGemmFp8Params p;
   p.expert_offsets = offsets.data();
   p.num_experts = b.size(0);
@@ -82,7 +82,7 @@ static Tensor grouped_gemm_fp8_cuda(const Tensor& a, const Tensor& a_scale, cons
                                     ScalarType out_dtype, const OptTensor& bias) {
   const Op op(kOp, a);
   const DType out_type = check(op, a, a_scale, b, b_scale, bias, out_dtype);
-  const Tensor offsets = device_offsets(op, expert_offsets);
+  const Tensor offsets = device_offsets(op, expert_offsets, a.size(0));
   check_size(op, "expert_offsets", expert_offsets, 0, b.size(0) + 1, "E+1");
   const Tensor codes = with_dense_rows(a), scales = with_dense_rows(a_scale);
   const Fp8Weights weights = fp8_weights(b, b_scale);

@@ -102,9 +102,9 @@ std::tuple<Tensor, Tensor, Tensor> mix_experts(const Tensor& outputs, const Tens
   p.norm.batch = norm.weight.has_value() && !norm.mean.has_value();
   const ScalarType acc = accumulate_type(outputs.scalar_type());
   const auto statistics = [&] {
-    return p.norm.batch ? empty_cpu({p.num_experts, p.size}, acc) : empty_cpu({0}, acc);
+    return p.norm.batch ? empty_cpu(kOp, {p.num_experts, p.size}, acc) : empty_cpu(kOp, {0}, acc);
   };
-  Tensor y = empty_cpu({p.num_tokens, p.num_mixtures, p.size}, outputs.scalar_type());
+  Tensor y = empty_cpu(kOp, {p.num_tokens, p.num_mixtures, p.size}, outputs.scalar_type());
   Tensor batch_mean = statistics(), batch_var = statistics();
   if (p.norm.batch) {
     p.norm.mean = batch_mean.mutable_data_ptr();
@@ -140,15 +140,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mix_experts_bwd(
   check_size(kOp, "grad_y", grad_y, 2, p.size, "O");
   const ScalarType dtype = outputs.scalar_type(), acc = accumulate_type(dtype);
   const auto made = [](bool wanted, std::initializer_list<int64_t> shape, ScalarType type) {
-    return wanted ? empty_cpu(shape, type) : empty_cpu({0}, type);
+    return wanted ? empty_cpu(kOp, shape, type) : empty_cpu(kOp, {0}, type);
   };
   const bool normed = norm.weight.has_value();
   const std::initializer_list<int64_t> all = {p.num_tokens, p.num_experts, p.size};
-  Tensor grad_outputs = empty_cpu(all, dtype);
+  Tensor grad_outputs = empty_cpu(kOp, all, dtype);
   Tensor grad_weights = made(need_weights, {p.num_tokens, p.num_mixtures, p.num_experts}, dtype);
   Tensor grad_scale = made(need_norm_weight && normed, {p.num_experts, p.size}, acc);
   Tensor grad_shift = made(need_norm_bias && normed, {p.num_experts, p.size}, acc);
-  Tensor grad_normed = p.norm.batch && dtype != acc ? empty_cpu(all, acc) : grad_outputs;
+  Tensor grad_normed = p.norm.batch && dtype != acc ? empty_cpu(kOp, all, acc) : grad_outputs;
   need_factor = need_factor && factor.has_value();
   Tensor grad_factor = made(need_factor, {p.num_tokens / p.repeats, p.num_mixtures, p.size}, dtype);
   const Tensor g = dense(grad_y), x = dense(outputs), w = dense(weights);

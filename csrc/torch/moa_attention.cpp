@@ -123,9 +123,9 @@ std::tuple<Tensor, Tensor> moa_attention(const Tensor& q, const Tensor& k, const
   check_call(kOp, q, k, v, kind, causal, scale, window, softcap, cu_seqlens, call);
   if (cu_seqlens.has_value()) read_sequences(kOp, *cu_seqlens, call);
   MoaAttentionParams& p = call.p;
-  Tensor out =
-      empty_cpu({p.batch, p.num_tokens, p.num_slots, p.num_heads, p.head_size}, q.scalar_type());
-  Tensor state = empty_cpu({p.batch, p.num_tokens, p.num_slots, p.num_heads},
+  Tensor out = empty_cpu(kOp, {p.batch, p.num_tokens, p.num_slots, p.num_heads, p.head_size},
+                         q.scalar_type());
+  Tensor state = empty_cpu(kOp, {p.batch, p.num_tokens, p.num_slots, p.num_heads},
                            accumulate_type(q.scalar_type()));
   p.out = out.mutable_data_ptr();
   p.state = state.mutable_data_ptr();
@@ -162,15 +162,16 @@ std::tuple<Tensor, Tensor, Tensor> moa_attention_bwd(
   const Tensor g_out = with_dense_rows(grad_out), g_state = contiguous_as(grad_state, acc);
   const ScalarType dtype = q.scalar_type();
   const MoaAttentionParams& p = call.p;
-  Tensor grad_q = empty_cpu({p.batch, p.num_tokens, p.num_slots, p.num_heads, p.head_size}, dtype);
-  Tensor grad_k = empty_cpu({p.batch, p.num_keys, p.num_heads, p.head_size}, dtype);
-  Tensor grad_v = empty_cpu({p.batch, p.num_keys, p.num_heads, p.head_size}, dtype);
+  Tensor grad_q =
+      empty_cpu(kOp, {p.batch, p.num_tokens, p.num_slots, p.num_heads, p.head_size}, dtype);
+  Tensor grad_k = empty_cpu(kOp, {p.batch, p.num_keys, p.num_heads, p.head_size}, dtype);
+  Tensor grad_v = empty_cpu(kOp, {p.batch, p.num_keys, p.num_heads, p.head_size}, dtype);
   call.p.out = const_cast<void*>(saved_out.const_data_ptr());
   call.p.state = const_cast<void*>(saved_state.const_data_ptr());
   b.fwd = call.p;
   b.grad_out = operand(g_out);
   b.grad_state = g_state.const_data_ptr();
-  const Tensor workspace = empty_cpu({cpu::moa_attention_workspace(p)}, ScalarType::Byte);
+  const Tensor workspace = empty_cpu(kOp, {cpu::moa_attention_workspace(p)}, ScalarType::Byte);
   b.workspace = const_cast<void*>(workspace.const_data_ptr());
   b.grad_q = grad_q.mutable_data_ptr();
   b.grad_k = grad_k.mutable_data_ptr();

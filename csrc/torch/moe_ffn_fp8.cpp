@@ -81,7 +81,7 @@ Tensor moe_ffn_fp8(const Tensor& x, const Tensor& w_gate_up, const Tensor& w_gat
   const Fp8Weights down = fp8_weights(w_down, w_down_scale);
   const Bias up_bias = bias_of(b_gate_up, s.type);
   const Bias down_bias = bias_of(b_down, s.type);
-  Tensor y = empty_cpu({s.T, s.H}, x.scalar_type());
+  Tensor y = empty_cpu(kOp, {s.T, s.H}, x.scalar_type());
   MoeFfnFp8Params p;
   p.shape = {s.T,
              s.H,

@@ -113,7 +113,7 @@ Tensor moe_ffn_quantized(const Tensor& x, const Tensor& w_gate_up, const Tensor&
   const OptTensor factors = contiguous_as(x_scale, ScalarType::Float);
   const Bias up_bias = bias_of(b_gate_up, type);
   const Bias down_bias = bias_of(b_down, type);
-  Tensor y = empty_cpu({T, H}, x.scalar_type());
+  Tensor y = empty_cpu(kOp, {T, H}, x.scalar_type());
   MoeFfnQuantizedParams p;
   p.shape.num_tokens = T;
   p.shape.hidden_size = H;

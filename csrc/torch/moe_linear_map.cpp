@@ -46,7 +46,7 @@ Tensor moe_linear_map(const Tensor& x, const Tensor& w, const Tensor& topk_ids,
   const Tensor src = with_dense_rows(x);
   const Weights weights = weights_of(w, type);
   const Bias bias_rows = bias_of(bias, type);
-  Tensor h = empty_cpu({x.size(0), topk_ids.size(1), O}, x.scalar_type());
+  Tensor h = empty_cpu(kOp, {x.size(0), topk_ids.size(1), O}, x.scalar_type());
   SlotProduct product = slot_product(topk_ids, w);
   if (cpu::takes_slot_product(product, type)) {
     const std::vector<int32_t> ids = normalized_ids(topk_ids, E);
@@ -74,9 +74,9 @@ std::tuple<Tensor, Tensor, Tensor> moe_linear_map_bwd(const Tensor& grad_h, cons
   const ScalarType dtype = x.scalar_type(), acc = accumulate_type(dtype);
   const Tensor src = with_dense_rows(x);
   const Tensor grad = dense(grad_h);
-  Tensor grad_x = need_x ? empty_cpu({T, H}, dtype) : empty_cpu({0}, dtype);
-  Tensor grad_w = need_w ? empty_cpu({E, O, H}, dtype) : empty_cpu({0}, dtype);
-  Tensor grad_bias = need_bias ? empty_cpu({E, O}, dtype) : empty_cpu({0}, dtype);
+  Tensor grad_x = need_x ? empty_cpu(kOp, {T, H}, dtype) : empty_cpu(kOp, {0}, dtype);
+  Tensor grad_w = need_w ? empty_cpu(kOp, {E, O, H}, dtype) : empty_cpu(kOp, {0}, dtype);
+  Tensor grad_bias = need_bias ? empty_cpu(kOp, {E, O}, dtype) : empty_cpu(kOp, {0}, dtype);
   SlotProduct product = slot_product(topk_ids, w);
   if (cpu::takes_slot_product(product, type)) {
     const std::vector<int32_t> ids = normalized_ids(topk_ids, E);
@@ -92,7 +92,7 @@ std::tuple<Tensor, Tensor, Tensor> moe_linear_map_bwd(const Tensor& grad_h, cons
   const Rows grad_rows = {grad.const_data_ptr(), type, O, routing.row_to_slot};
   if (need_x) {
     const Weights weights = weights_of(w, type);
-    const Tensor rows = empty_cpu({routing.valid(), H}, acc);
+    const Tensor rows = empty_cpu(kOp, {routing.valid(), H}, acc);
     multiply_rows(routing, grad_rows, transposed(weights.matrices), {}, H, O,
                   {rows.mutable_data_ptr(), accumulate_type(type), H, nullptr});
     sum_slots(routing, rows, nullptr, grad_x, type);

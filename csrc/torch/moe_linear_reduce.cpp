@@ -49,7 +49,7 @@ Tensor moe_linear_reduce(const Tensor& h, const Tensor& w, const Tensor& topk_we
   const Weights weights = weights_of(w, type);
   const Bias bias_rows = bias_of(bias, type);
   const Tensor slot_weights = contiguous_as(topk_weights, acc);
-  Tensor y = empty_cpu({T, H}, h.scalar_type());
+  Tensor y = empty_cpu(kOp, {T, H}, h.scalar_type());
   SlotProduct product = slot_product(topk_ids, w);
   if (cpu::takes_slot_product(product, type)) {
     const std::vector<int32_t> ids = normalized_ids(topk_ids, E);
@@ -60,7 +60,7 @@ Tensor moe_linear_reduce(const Tensor& h, const Tensor& w, const Tensor& topk_we
     return y;
   }
   const RoutedRows routing = routed_rows(kOp, topk_ids, E);
-  const Tensor rows = empty_cpu({routing.valid(), H}, acc);
+  const Tensor rows = empty_cpu(kOp, {routing.valid(), H}, acc);
   multiply_rows(routing, {src.const_data_ptr(), type, D, routing.row_to_slot}, weights.matrices,
                 bias_rows.vectors, H, D,
                 {rows.mutable_data_ptr(), accumulate_type(type), H, nullptr});
@@ -88,10 +88,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> moe_linear_reduce_bwd(
   const Tensor src = dense(h);
   const Bias bias_rows = bias_of(bias, type);
   const Tensor slot_weights = contiguous_as(topk_weights, acc);
-  Tensor grad_h = need_h ? empty_cpu({T, K, D}, dtype) : empty_cpu({0}, dtype);
-  Tensor grad_w = need_w ? empty_cpu({E, H, D}, dtype) : empty_cpu({0}, dtype);
-  Tensor grad_weights = need_topk_weights ? empty_cpu({T, K}, acc) : empty_cpu({0}, acc);
-  Tensor grad_bias = need_bias ? empty_cpu({E, H}, dtype) : empty_cpu({0}, dtype);
+  Tensor grad_h = need_h ? empty_cpu(kOp, {T, K, D}, dtype) : empty_cpu(kOp, {0}, dtype);
+  Tensor grad_w = need_w ? empty_cpu(kOp, {E, H, D}, dtype) : empty_cpu(kOp, {0}, dtype);
+  Tensor grad_weights = need_topk_weights ? empty_cpu(kOp, {T, K}, acc) : empty_cpu(kOp, {0}, acc);
+  Tensor grad_bias = need_bias ? empty_cpu(kOp, {E, H}, dtype) : empty_cpu(kOp, {0}, dtype);
   SlotProduct product = slot_product(topk_ids, w);
   if (cpu::takes_slot_product(product, type)) {
     const std::vector<int32_t> ids = normalized_ids(topk_ids, E);
@@ -112,7 +112,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> moe_linear_reduce_bwd(
     return {grad_h, grad_w, grad_weights, grad_bias};
   }
   const RoutedRows routing = routed_rows(kOp, topk_ids, E);
-  const Tensor row_weights = empty_cpu({routing.valid()}, acc);
+  const Tensor row_weights = empty_cpu(kOp, {routing.valid()}, acc);
   if (acc == ScalarType::Double) {
     gather_weights<double>(routing, slot_weights.const_data_ptr(), row_weights.mutable_data_ptr());
   } else {
@@ -122,7 +122,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> moe_linear_reduce_bwd(
   const Rows h_rows = {src.const_data_ptr(), type, D, routing.row_to_slot};
   if (need_h || need_topk_weights) {
     const Weights weights = weights_of(w, type);
-    const Tensor u = empty_cpu({routing.valid(), D}, acc);
+    const Tensor u = empty_cpu(kOp, {routing.valid(), D}, acc);
     multiply_rows(routing, gy_rows, transposed(weights.matrices), {}, D, H,
                   {u.mutable_data_ptr(), accumulate_type(type), D, nullptr});
     MoeLinearReduceBwdParams q;

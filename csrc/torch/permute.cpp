@@ -16,6 +16,7 @@ DType check_permute(const Op& op, const Tensor& x, const Tensor& row_to_slot) {
   check_index(op, "row_to_slot", row_to_slot);
   check_dim(op, "row_to_slot", row_to_slot, 1, "[N]");
   const int64_t T = x.size(0), N = row_to_slot.numel();
+  check_num_slots(op, "row_to_slot", N);
   MOE_CHECK(T == 0 ? N == 0 : N % T == 0, op,
             ": row_to_slot must hold a whole number of slots for each of the ", T,
             " tokens of x, got ", N, ".");
@@ -30,6 +31,7 @@ DType check_permute_bwd(const Op& op, const Tensor& grad_rows, const Tensor& row
   check_dim(op, "row_to_slot", row_to_slot, 1, "[N]");
   const int64_t N = grad_rows.size(0), T = num_tokens;
   check_size(op, "row_to_slot", row_to_slot, 0, N, "N");
+  check_num_slots(op, "row_to_slot", N);
   MOE_CHECK(T >= 0 && (T == 0 ? N == 0 : N % T == 0), op,
             ": num_tokens must divide the number of rows ", N, ", got ", T, ".");
   return type;
@@ -58,7 +60,7 @@ Tensor permute(const Tensor& x, const Tensor& expert_offsets, const Tensor& row_
   for (int32_t& t : row_to_token) t /= top_k;
 
   const Tensor src = with_dense_rows(x);
-  Tensor rows = empty_cpu({N, H}, x.scalar_type());
+  Tensor rows = empty_cpu(kOp, {N, H}, x.scalar_type());
   PermuteParams p;
   p.x = src.const_data_ptr();
   p.type = type;
@@ -90,7 +92,7 @@ Tensor permute_bwd(const Tensor& grad_rows, const Tensor& expert_offsets, const 
   if (repeats) token_starts = sort_rows_by_slot(slots, T, slot_to_row);
 
   const Tensor src = with_dense_rows(grad_rows);
-  Tensor grad_x = empty_cpu({T, H}, grad_rows.scalar_type());
+  Tensor grad_x = empty_cpu(kOp, {T, H}, grad_rows.scalar_type());
   UnpermuteParams p;
   p.rows = src.const_data_ptr();
   p.type = p.y_type = type;
@@ -121,7 +123,7 @@ static Tensor permute_cuda(const Tensor& x, const Tensor& expert_offsets,
   const Op op("permute", x);
   cuda::PermuteParams p;
   p.type = check_permute(op, x, row_to_slot);
-  const Tensor offsets = device_offsets(op, expert_offsets);
+  const Tensor offsets = device_offsets(op, expert_offsets, row_to_slot.numel());
   const DeviceIndex map = device_index(op, "row_to_slot", row_to_slot);
   const Tensor src = with_dense_rows(x);
   Tensor rows = device_empty(x, {row_to_slot.numel(), x.size(1)}, x.scalar_type());
@@ -144,7 +146,7 @@ static Tensor permute_bwd_cuda(const Tensor& grad_rows, const Tensor& expert_off
   cuda::PermuteBwdParams p;
   p.type = check_permute_bwd(op, grad_rows, row_to_slot, num_tokens);
   const int64_t N = grad_rows.size(0), H = grad_rows.size(1);
-  const Tensor offsets = device_offsets(op, expert_offsets);
+  const Tensor offsets = device_offsets(op, expert_offsets, N);
   const DeviceIndex map = device_index(op, "row_to_slot", row_to_slot);
   const Tensor src = with_dense_rows(grad_rows);
   Tensor named = device_empty(grad_rows, {2, N}, ScalarType::Int);

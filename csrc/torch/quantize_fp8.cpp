@@ -30,8 +30,8 @@ std::tuple<Tensor, Tensor> quantize_fp8(const Tensor& x) {
   const DType type = check(kOp, x);
   const int64_t N = x.size(0), D = x.size(1);
   const Tensor src = with_dense_rows(x);
-  Tensor q = empty_cpu({N, D}, ScalarType::Float8_e4m3fn);
-  Tensor scale = empty_cpu({N, fp8_blocks(D)}, ScalarType::Float);
+  Tensor q = empty_cpu(kOp, {N, D}, ScalarType::Float8_e4m3fn);
+  Tensor scale = empty_cpu(kOp, {N, fp8_blocks(D)}, ScalarType::Float);
   cpu::quantize_fp8(params_of(src, type, q, scale), torch_parallel());
   return {q, scale};
 }

@@ -39,7 +39,7 @@ Tensor rotary(const Tensor& t, const Tensor& cos, const Tensor& sin, bool invers
   const Tensor src = dense_from(t, 2) ? aligned(t) : dense(t);
   const Tensor c = contiguous_as(cos, acc), s = contiguous_as(sin, acc);
   const auto sizes = t.sizes();
-  Tensor out = empty_cpu(std::vector<int64_t>(sizes.begin(), sizes.end()), t.scalar_type());
+  Tensor out = empty_cpu(kOp, std::vector<int64_t>(sizes.begin(), sizes.end()), t.scalar_type());
   p.t = src.const_data_ptr();
   p.stride_batch = src.stride(0);
   p.stride_token = src.stride(1);

@@ -51,7 +51,7 @@ Tensor router_gradient(const Op& op, const Tensor& grad_weights, const Tensor& r
   const Tensor grad = contiguous_as(grad_weights, accumulate_type(router_logits.scalar_type()));
   const std::vector<int32_t> ids = normalized_ids(topk_ids, router_logits.size(1));
   Tensor grad_logits =
-      empty_cpu({router_logits.size(0), router_logits.size(1)}, router_logits.scalar_type());
+      empty_cpu(op, {router_logits.size(0), router_logits.size(1)}, router_logits.scalar_type());
   p.grad_weights = grad.const_data_ptr();
   p.router_logits = logits.const_data_ptr();
   p.logits_stride = row_stride(logits);

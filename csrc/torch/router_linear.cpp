@@ -46,7 +46,7 @@ Tensor router_linear(const Tensor& x, const Tensor& weight, const OptTensor& bia
   const Tensor rows = with_dense_rows(x), w = dense(weight);
   OptTensor b;
   if (bias.has_value()) b = dense(*bias);
-  Tensor logits = empty_cpu({shape.num_tokens, shape.num_experts}, dtype);
+  Tensor logits = empty_cpu(kOp, {shape.num_tokens, shape.num_experts}, dtype);
   p.x = rows.const_data_ptr();
   p.weight = w.const_data_ptr();
   p.bias = b.has_value() ? b->const_data_ptr() : nullptr;
@@ -74,9 +74,9 @@ std::tuple<Tensor, Tensor, Tensor> router_linear_bwd(const Tensor& grad_logits, 
   const Tensor g = dense(grad_logits), rows = with_dense_rows(x), w = dense(weight);
   const ScalarType dtype = x.scalar_type();
   const int64_t T = shape.num_tokens, H = shape.hidden_size, E = shape.num_experts;
-  Tensor grad_x = need_x ? empty_cpu({T, H}, dtype) : empty_cpu({0}, dtype);
-  Tensor grad_weight = need_weight ? empty_cpu({E, H}, dtype) : empty_cpu({0}, dtype);
-  Tensor grad_bias = empty_cpu({need_bias ? E : 0}, dtype);
+  Tensor grad_x = need_x ? empty_cpu(kOp, {T, H}, dtype) : empty_cpu(kOp, {0}, dtype);
+  Tensor grad_weight = need_weight ? empty_cpu(kOp, {E, H}, dtype) : empty_cpu(kOp, {0}, dtype);
+  Tensor grad_bias = empty_cpu(kOp, {need_bias ? E : 0}, dtype);
   p.grad_logits = g.const_data_ptr();
   p.x = rows.const_data_ptr();
   p.weight = w.const_data_ptr();

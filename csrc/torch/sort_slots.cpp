@@ -19,11 +19,6 @@ std::tuple<Tensor, Tensor, Tensor> sort_slots(const Tensor& topk_ids, int64_t nu
   return sorted_slots(op, topk_ids, num_experts);
 }
 
-void check_num_slots(const Op& op, int64_t n) {
-  MOE_CHECK(n <= std::numeric_limits<int32_t>::max(), op,
-            ": topk_ids must hold fewer than 2^31 slots, got ", n, ".");
-}
-
 void sort(const Tensor& topk_ids, int64_t num_experts, int32_t* expert_offsets,
           int32_t* row_to_slot, int32_t* slot_to_row) {
   normalize_ids(topk_ids, num_experts, slot_to_row);
@@ -42,10 +37,11 @@ void sort(const Tensor& topk_ids, int64_t num_experts, int32_t* expert_offsets,
 std::tuple<Tensor, Tensor, Tensor> sorted_slots(const Op& op, const Tensor& topk_ids,
                                                 int64_t num_experts) {
   const int64_t n = topk_ids.numel();
-  check_num_slots(op, n);
-  Tensor expert_offsets = empty_cpu({num_experts + 1}, ScalarType::Int);
-  Tensor row_to_slot = empty_cpu({n}, ScalarType::Int);
-  Tensor slot_to_row = empty_cpu({topk_ids.size(0), topk_ids.size(1)}, ScalarType::Int);
+  check_num_slots(op, "topk_ids", n);
+  check_num_experts(op, num_experts);
+  Tensor expert_offsets = empty_cpu(op, {num_experts + 1}, ScalarType::Int);
+  Tensor row_to_slot = empty_cpu(op, {n}, ScalarType::Int);
+  Tensor slot_to_row = empty_cpu(op, {topk_ids.size(0), topk_ids.size(1)}, ScalarType::Int);
   sort(topk_ids, num_experts, static_cast<int32_t*>(expert_offsets.mutable_data_ptr()),
        static_cast<int32_t*>(row_to_slot.mutable_data_ptr()),
        static_cast<int32_t*>(slot_to_row.mutable_data_ptr()));
@@ -54,7 +50,8 @@ std::tuple<Tensor, Tensor, Tensor> sorted_slots(const Op& op, const Tensor& topk
 
 SlotMaps slot_maps(const Op& op, const Tensor& topk_ids, int64_t num_experts) {
   const int64_t n = topk_ids.numel();
-  check_num_slots(op, n);
+  check_num_slots(op, "topk_ids", n);
+  check_num_experts(op, num_experts);
   SlotMaps out;
   out.row_to_slot = std::make_unique_for_overwrite<int32_t[]>(static_cast<size_t>(n));
   out.slot_to_row = std::make_unique_for_overwrite<int32_t[]>(static_cast<size_t>(n));
@@ -71,7 +68,8 @@ STABLE_TORCH_LIBRARY_IMPL(moe_ops, CPU, m) { m.impl("sort_slots", MOE_BOX(sort_s
 std::tuple<Tensor, Tensor, Tensor> device_sorted_slots(const Op& op, const Tensor& topk_ids,
                                                        int64_t num_experts) {
   const int64_t n = topk_ids.numel();
-  check_num_slots(op, n);
+  check_num_slots(op, "topk_ids", n);
+  check_num_experts(op, num_experts);
   const DeviceIndex ids = device_index(op, "topk_ids", topk_ids);
   Tensor expert_offsets = device_empty(topk_ids, {num_experts + 1}, ScalarType::Int);
   Tensor row_to_slot = device_empty(topk_ids, {n}, ScalarType::Int);

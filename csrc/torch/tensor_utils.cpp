@@ -41,22 +41,40 @@ OptTensor cached_tensor(torch::headeronly::IntHeaderOnlyArrayRef sizes, const in
   return out;
 }
 
+struct StringDeleter {
+  void operator()(StringHandle handle) const { torch_delete_string(handle); }
+};
+
 }  // namespace
 
-Tensor empty_cpu(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype) {
+std::string BoxedArg<std::string>::unbox(StringHandle handle) {
+  const std::unique_ptr<StringOpaque, StringDeleter> owner(handle);
+  size_t length = 0;
+  const char* data = nullptr;
+  TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
+  TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &data));
+  return {data, length};
+}
+
+Tensor empty_cpu(const Op& op, torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype) {
   constexpr size_t kMaxDim = 8;
-  MOE_CHECK(sizes.size() <= kMaxDim, "empty_cpu: at most ", kMaxDim, " dimensions, got ",
-            sizes.size(), ".");
+  MOE_CHECK(sizes.size() <= kMaxDim, op, ": the result must have at most ", kMaxDim,
+            " dimensions, got ", sizes.size(), ".");
+  const auto element = static_cast<int64_t>(aoti_torch_dtype_element_size(dtype_code(dtype)));
   int64_t strides[kMaxDim];
   int64_t stride = 1;
-  size_t bytes = aoti_torch_dtype_element_size(dtype_code(dtype));
+  bool empty = false, fits = true;
   for (size_t d = sizes.size(); d-- > 0;) {
     strides[d] = stride;
-    stride *= std::max<int64_t>(sizes[d], 1);
-    bytes *= static_cast<size_t>(sizes[d]);
+    fits &= !__builtin_mul_overflow(stride, std::max<int64_t>(sizes[d], 1), &stride);
+    empty |= sizes[d] == 0;
   }
-  if (bytes >= cpu::kLargeBuffer) {
-    if (OptTensor t = cached_tensor(sizes, strides, dtype, bytes)) return *t;
+  int64_t bytes = 0;
+  fits &= !__builtin_mul_overflow(stride, element, &bytes);
+  MOE_CHECK(fits, op, ": the result must take fewer than 2^63 bytes, got shape ",
+            shape_string(sizes), " of ", dtype_name(dtype), ".");
+  if (!empty && static_cast<size_t>(bytes) >= cpu::kLargeBuffer) {
+    if (OptTensor t = cached_tensor(sizes, strides, dtype, static_cast<size_t>(bytes))) return *t;
   }
   // Not torch::stable::empty, which goes through the dispatcher with boxed arguments and takes
   // three times as long, 0.5 us.

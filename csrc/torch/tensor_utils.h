@@ -27,18 +27,39 @@ namespace moe_ops::adapter {
 
 using OptTensor = std::optional<Tensor>;
 
-// TORCH_BOX hands a kernel that takes float or int the low bytes of a double or int64_t.
-// Registering through MOE_BOX turns that mistake into a compile error. What the standard library
-// says of memory that it did not get becomes a sentence.
+// What MOE_BOX does to TORCH_BOX's conversions of arguments. A kernel that takes float or int would
+// get the low bytes of a double or int64_t: a compile error. A std::string would be allocated in
+// every call and never freed (STABLE_ABI_WORKAROUND): what is boxed takes the handle instead in
+// which a string crosses the ABI, and hands a std::string on.
 template <class T>
 constexpr bool kBoxable =
-    !std::is_same_v<std::remove_cvref_t<T>, float> && !std::is_same_v<std::remove_cvref_t<T>, int>;
-template <class F>
-struct SignatureIsBoxable;
-template <class R, class... Args>
-struct SignatureIsBoxable<R(Args...)> {
-  static constexpr bool value = (kBoxable<Args> && ...);
+    !std::is_same_v<std::remove_cvref_t<T>, float> &&
+    !std::is_same_v<std::remove_cvref_t<T>, int> &&
+    (std::is_same_v<T, std::string> || !std::is_same_v<std::remove_cvref_t<T>, std::string>);
+
+template <class T>
+struct BoxedArg {
+  using Type = T;
+  static T&& unbox(std::remove_reference_t<T>& arg) { return static_cast<T&&>(arg); }
 };
+template <>
+struct BoxedArg<std::string> {
+  using Type = StringHandle;
+  static std::string unbox(StringHandle handle);
+};
+
+template <auto fn>
+struct Boxable;
+template <class R, class... Args, R (*fn)(Args...)>
+struct Boxable<fn> {
+  static_assert((kBoxable<Args> && ...),
+                "use double, int64_t and std::string by value in registered signatures");
+  static R call(typename BoxedArg<Args>::Type... args) {
+    return fn(BoxedArg<Args>::unbox(args)...);
+  }
+};
+
+// What the standard library says of memory that it did not get becomes a sentence.
 template <void (*boxed)(StableIValue*, uint64_t, uint64_t)>
 void with_memory_sentence(StableIValue* stack, uint64_t num_args, uint64_t num_outputs) {
   try {
@@ -47,22 +68,21 @@ void with_memory_sentence(StableIValue* stack, uint64_t num_args, uint64_t num_o
     throw OutOfMemory();
   }
 }
-#define MOE_BOX(fn)                                                            \
-  ([] {                                                                        \
-    static_assert(::moe_ops::adapter::SignatureIsBoxable<decltype(fn)>::value, \
-                  "use double and int64_t in registered signatures");          \
-    return &::moe_ops::adapter::with_memory_sentence<TORCH_BOX(&fn)>;          \
-  }())
+#define MOE_BOX(fn) \
+  (&::moe_ops::adapter::with_memory_sentence<TORCH_BOX((&::moe_ops::adapter::Boxable<&fn>::call))>)
 
-// An uninitialised CPU tensor; large ones come from the buffer cache (tensor_utils.cpp).
-Tensor empty_cpu(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype);
+// An uninitialised CPU tensor; large ones come from the buffer cache (tensor_utils.cpp). Expanded
+// operands take no memory, so a call can ask for a result of any size: one whose bytes do not fit
+// int64_t is refused.
+Tensor empty_cpu(const Op& op, torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype);
 
-inline Tensor empty_cpu(std::initializer_list<int64_t> sizes, ScalarType dtype) {
-  return empty_cpu(torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), dtype);
+inline Tensor empty_cpu(const Op& op, std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  return empty_cpu(op, torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()),
+                   dtype);
 }
 
-inline Tensor empty_cpu(const std::vector<int64_t>& sizes, ScalarType dtype) {
-  return empty_cpu(torch::headeronly::IntHeaderOnlyArrayRef(sizes.data(), sizes.size()), dtype);
+inline Tensor empty_cpu(const Op& op, const std::vector<int64_t>& sizes, ScalarType dtype) {
+  return empty_cpu(op, torch::headeronly::IntHeaderOnlyArrayRef(sizes.data(), sizes.size()), dtype);
 }
 
 // Passes on a tensor that an adapter just made. In the variant that runs CUDA kernels on the
@@ -78,8 +98,8 @@ inline ScalarType accumulate_type(ScalarType t) {
   return t == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-// Whether every element lies at a multiple of its size. Memory that came from a file or a buffer may
-// begin anywhere.
+// Whether every element lies at a multiple of its size. Memory that came from a file or a buffer
+// may begin anywhere.
 inline bool is_aligned(const Tensor& t) {
   return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % t.element_size() == 0;
 }
@@ -151,10 +171,17 @@ inline std::vector<int32_t> normalized_ids(const Tensor& ids, int64_t num_expert
   return out;
 }
 
+// Slots and rows are numbered in int32.
+inline void check_num_slots(const Op& op, const char* name, int64_t n) {
+  MOE_CHECK(n <= std::numeric_limits<int32_t>::max(), op, ": ", name,
+            " must hold fewer than 2^31 slots, got ", n, ".");
+}
+
 // A map between slots and rows as contiguous int32, each entry checked to lie in [0, limit).
 inline std::vector<int32_t> checked_map(const Op& op, const char* name, const Tensor& map,
                                         int64_t limit) {
   check_index(op, name, map);
+  check_num_slots(op, name, map.numel());
   std::vector<int32_t> out(static_cast<size_t>(map.numel()));
   for_each_index(map, [&](int64_t i, int64_t value) {
     MOE_CHECK(value >= 0 && value < limit, op, ": ", name, " must hold values from 0 to ",
@@ -224,8 +251,9 @@ inline Bias bias_of(const OptTensor& bias, DType type) {
 }
 
 inline void check_num_experts(const Op& op, int64_t num_experts) {
-  MOE_CHECK(num_experts >= 1 && num_experts < std::numeric_limits<int32_t>::max(), op,
-            ": num_experts must be at least 1, got ", num_experts, ".");
+  MOE_CHECK(num_experts >= 1, op, ": num_experts must be at least 1, got ", num_experts, ".");
+  MOE_CHECK(num_experts < std::numeric_limits<int32_t>::max(), op,
+            ": num_experts must be less than 2^31 - 1, got ", num_experts, ".");
 }
 
 // sort_slots for the adapters that start from topk_ids (defined in sort_slots.cpp).

@@ -73,14 +73,15 @@ std::tuple<Tensor, Tensor> topk_router(const Tensor& router_logits, int64_t top_
                                        double routed_scaling_factor, const OptTensor& expert_bias,
                                        int64_t num_groups, int64_t num_topk_groups,
                                        std::string group_score) {
+  constexpr const char* kOp = "topk_router";
   TopkRouterParams p =
-      topk_params("topk_router", router_logits, top_k, score_func, topk_first, renormalize,
+      topk_params(kOp, router_logits, top_k, score_func, topk_first, renormalize,
                   routed_scaling_factor, expert_bias, num_groups, num_topk_groups, group_score);
   const ScalarType out_type = accumulate_type(router_logits.scalar_type());
   const Tensor logits = with_dense_rows(router_logits);
   const OptTensor bias = contiguous_as(expert_bias, out_type);
-  Tensor topk_weights = empty_cpu({p.num_tokens, top_k}, out_type);
-  Tensor topk_ids = empty_cpu({p.num_tokens, top_k}, ScalarType::Int);
+  Tensor topk_weights = empty_cpu(kOp, {p.num_tokens, top_k}, out_type);
+  Tensor topk_ids = empty_cpu(kOp, {p.num_tokens, top_k}, ScalarType::Int);
   set_addresses(p, logits, bias, topk_weights, topk_ids);
   cpu::topk_router(p, torch_parallel());
   return {topk_weights, topk_ids};

@@ -41,12 +41,13 @@ void set_addresses(ToppRouterParams& p, const Tensor& logits, Tensor& topk_weigh
 std::tuple<Tensor, Tensor> topp_router(const Tensor& router_logits, double top_p, int64_t max_k,
                                        int64_t min_k, bool renormalize,
                                        double routed_scaling_factor) {
-  ToppRouterParams p = topp_params("topp_router", router_logits, top_p, max_k, min_k, renormalize,
-                                   routed_scaling_factor);
+  constexpr const char* kOp = "topp_router";
+  ToppRouterParams p =
+      topp_params(kOp, router_logits, top_p, max_k, min_k, renormalize, routed_scaling_factor);
   const Tensor logits = with_dense_rows(router_logits);
   Tensor topk_weights =
-      empty_cpu({p.num_tokens, max_k}, accumulate_type(router_logits.scalar_type()));
-  Tensor topk_ids = empty_cpu({p.num_tokens, max_k}, ScalarType::Int);
+      empty_cpu(kOp, {p.num_tokens, max_k}, accumulate_type(router_logits.scalar_type()));
+  Tensor topk_ids = empty_cpu(kOp, {p.num_tokens, max_k}, ScalarType::Int);
   set_addresses(p, logits, topk_weights, topk_ids);
   cpu::topp_router(p, torch_parallel());
   return {topk_weights, topk_ids};

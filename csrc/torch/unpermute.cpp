@@ -14,6 +14,7 @@ DType check_unpermute(const Op& op, const Tensor& rows, const Tensor& slot_to_ro
   check_dim(op, "rows", rows, 2, "[N, H]");
   check_index(op, "slot_to_row", slot_to_row);
   check_dim(op, "slot_to_row", slot_to_row, 2, "[T, K]");
+  check_num_slots(op, "slot_to_row", slot_to_row.numel());
   MOE_CHECK(slot_to_row.numel() == rows.size(0), op,
             ": slot_to_row must be [T, K] with T*K = ", rows.size(0), " like the rows, got shape ",
             shape_string(slot_to_row), ".");
@@ -43,7 +44,7 @@ Tensor unpermute(const Tensor& rows, const Tensor& expert_offsets, const Tensor&
   const ScalarType acc = accumulate_type(rows.scalar_type());
   const Tensor src = with_dense_rows(rows);
   const OptTensor weights = contiguous_as(topk_weights, acc);
-  Tensor y = empty_cpu({slot_to_row.size(0), rows.size(1)}, rows.scalar_type());
+  Tensor y = empty_cpu(kOp, {slot_to_row.size(0), rows.size(1)}, rows.scalar_type());
   UnpermuteParams p;
   p.rows = src.const_data_ptr();
   p.type = p.y_type = type;
@@ -71,9 +72,10 @@ std::tuple<Tensor, Tensor> unpermute_bwd(const Tensor& grad_y, const Tensor& row
   const Tensor gy = with_dense_rows(grad_y);
   const Tensor src = with_dense_rows(rows);
   const OptTensor weights = contiguous_as(topk_weights, acc);
-  Tensor grad_rows = empty_cpu({rows.size(0), rows.size(1)}, rows.scalar_type());
-  Tensor grad_weights = topk_weights ? empty_cpu({slot_to_row.size(0), slot_to_row.size(1)}, acc)
-                                     : empty_cpu({0}, acc);
+  Tensor grad_rows = empty_cpu(kOp, {rows.size(0), rows.size(1)}, rows.scalar_type());
+  Tensor grad_weights = topk_weights
+                            ? empty_cpu(kOp, {slot_to_row.size(0), slot_to_row.size(1)}, acc)
+                            : empty_cpu(kOp, {0}, acc);
   UnpermuteBwdParams p;
   p.grad_y = gy.const_data_ptr();
   p.rows = src.const_data_ptr();
@@ -107,7 +109,7 @@ static Tensor unpermute_cuda(const Tensor& rows, const Tensor& expert_offsets,
   const Op op("unpermute", rows);
   cuda::UnpermuteParams p;
   p.type = p.y_type = check_unpermute(op, rows, slot_to_row, topk_weights);
-  const Tensor offsets = device_offsets(op, expert_offsets);
+  const Tensor offsets = device_offsets(op, expert_offsets, rows.size(0));
   const DeviceIndex map = device_index(op, "slot_to_row", slot_to_row);
   const Tensor src = with_dense_rows(rows);
   const OptTensor weights = contiguous_as(topk_weights, accumulate_type(rows.scalar_type()));
@@ -135,7 +137,7 @@ static std::tuple<Tensor, Tensor> unpermute_bwd_cuda(const Tensor& grad_y, const
   cuda::UnpermuteBwdParams p;
   p.type = check_unpermute(op, rows, slot_to_row, topk_weights);
   check_grad_y(op, grad_y, rows, slot_to_row);
-  const Tensor offsets = device_offsets(op, expert_offsets);
+  const Tensor offsets = device_offsets(op, expert_offsets, rows.size(0));
   const DeviceIndex map = device_index(op, "slot_to_row", slot_to_row);
   const ScalarType acc = accumulate_type(rows.scalar_type());
   const Tensor gy = with_dense_rows(grad_y);

@@ -9,7 +9,11 @@ from __future__ import annotations
 
 __version__ = "0.1.0"
 
-from moe_ops._load import load as _load
+from moe_ops._threads import sleep_in_commands as _sleep_in_commands
+
+_sleep_in_commands()
+
+from moe_ops._load import load as _load  # noqa: E402
 
 _load()
 

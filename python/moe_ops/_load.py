@@ -2,7 +2,33 @@
 
 from __future__ import annotations
 
-import torch
+import importlib
+from types import ModuleType
+
+
+def _interpreters() -> ModuleType | None:
+    for name in ("_interpreters", "_xxsubinterpreters"):  # from Python 3.13 on, and before
+        try:
+            return importlib.import_module(name)
+        except ImportError:
+            continue
+    return None
+
+
+def _check_interpreter() -> None:
+    """Importing torch into an interpreter beside the main one ends the process (torch 2.13), so
+    this comes before it."""
+    interpreters = _interpreters()
+    if interpreters is not None and interpreters.get_current() != interpreters.get_main():
+        raise ImportError(
+            "moe_ops runs in the main interpreter of a process only, as torch does, and was "
+            "imported into a subinterpreter: use threads or processes instead."
+        )
+
+
+_check_interpreter()
+
+import torch  # noqa: E402
 
 
 def _torch_version() -> tuple[int, int]:

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 import moe_ops
-from moe_ops import ops, packing, reference
+from moe_ops import _threads, ops, packing, reference
+from moe_ops._requirements import TRANSFORMERS_FLOOR, transformers_is_too_old
 from moe_ops.ops._register import accumulate_dtype, cpu_only_ops
 from moe_ops.quant import quantize_fp8_blocks
 
@@ -255,7 +256,7 @@ def _cpu() -> list[Finding]:
         )
     else:
         threading = Finding("threads", "ok", f"{threads} on {cores} usable cores")
-    findings = [finding, threading]
+    findings = [finding, threading, _wait_policy()]
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     if load > cores:
         # A thread that spins for another one keeps the core that the other one waits for.
@@ -264,10 +265,23 @@ def _cpu() -> list[Finding]:
                 "load",
                 "info",
                 f"{load:.1f} processes want {cores} cores: several threads may be slower than one",
-                "On a busy machine set OMP_WAIT_POLICY=passive before Python starts.",
+                "Set OMP_WAIT_POLICY=passive before Python starts, or use fewer threads.",
             )
         )
     return findings
+
+
+def _wait_policy() -> Finding:
+    policy = os.environ.get("OMP_WAIT_POLICY", "").lower()
+    if policy == "passive":
+        by = "moe-ops sets that for its own commands" if _threads.set_here else "OMP_WAIT_POLICY"
+        text = f"threads sleep while they wait ({by})"
+    else:
+        text = "threads spin while they wait, which takes cores from other processes"
+    advice = "For programs beside other work set OMP_WAIT_POLICY=passive before Python starts."
+    if policy == "passive" and not _threads.set_here:
+        return Finding("wait policy", "ok", text)
+    return Finding("wait policy", "info", text, advice)
 
 
 def _packed_weights() -> Finding:
@@ -371,6 +385,15 @@ def _hugging_face() -> list[Finding]:
     version = _version("transformers")
     if version is None:
         return []
+    if transformers_is_too_old(version):
+        return [
+            Finding(
+                "experts implementation",
+                "warning",
+                f"moe_ops.hf needs transformers {TRANSFORMERS_FLOOR} or newer, found {version}",
+                f'pip install --upgrade "transformers>={TRANSFORMERS_FLOOR}"',
+            )
+        ]
     try:
         from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
@@ -378,15 +401,6 @@ def _hugging_face() -> list[Finding]:
 
         registered = "moe_ops" in ALL_EXPERTS_FUNCTIONS.valid_keys()
     except Exception as error:
-        if int(version.split(".")[0]) < 5:
-            return [
-                Finding(
-                    "experts implementation",
-                    "warning",
-                    f"transformers {version} has no experts interface",
-                    'pip install --upgrade "transformers>=5"',
-                )
-            ]
         return [
             Finding(
                 "experts implementation",

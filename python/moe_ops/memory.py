@@ -4,7 +4,9 @@ When a large output of an op is freed (8 MiB and more: weight gradients, above a
 kept for the next one, because fresh memory has to be zeroed by the system first, which takes as
 long as a third of a layer's backward. The system may take the kept pages back whenever it needs
 them. ``MOE_OPS_CACHE_MB`` in the environment sets how much is kept at most (0: nothing); otherwise
-it is a quarter of the machine's memory. With torch 2.10, which lacks what this needs, nothing is.
+it is a quarter of the machine's memory, or nothing while the address space of the process is
+limited (``ulimit -v``), because kept memory takes addresses that other allocations may want. With
+torch 2.10, which lacks what this needs, nothing is kept.
 
 Weights are read faster from pages of 2 MiB than from those of 4 KiB that torch's allocator gets:
 :func:`use_huge_pages`. Banks of experts do it by themselves, on Linux, at the first call that reads
@@ -16,15 +18,28 @@ copy of its own of weights that it shares with its parent.
 from __future__ import annotations
 
 import os
+import warnings
 import weakref
 
 import torch
 from torch import Tensor, nn
 
 from moe_ops import _C
+from moe_ops._sharded import check_whole
 
 # What is smaller may not hold a whole page of 2 MiB, and lies in a cache anyway.
 _HUGE_FROM = 4 << 20
+
+
+def _check_limit() -> None:
+    megabytes = os.environ.get("MOE_OPS_CACHE_MB")
+    if megabytes is not None and not (megabytes.isascii() and megabytes.isdecimal()):
+        warnings.warn(
+            f"MOE_OPS_CACHE_MB={megabytes} is not a whole number of MiB; ignored.", stacklevel=2
+        )
+
+
+_check_limit()
 
 _by_themselves = os.environ.get("MOE_OPS_HUGE_PAGES") != "0"
 _seen: weakref.WeakKeyDictionary[nn.Module, tuple[int, ...]] = weakref.WeakKeyDictionary()
@@ -60,13 +75,19 @@ def use_huge_pages(*owners: Tensor | nn.Module) -> int:
         Bytes that were moved, or lay there before. Less than asked for where memory is short; 0
         without Linux 6.1, and for tensors in a mapped file. (Where the system can move them later
         by itself, it is asked to.)
+
+    Raises:
+        ValueError: a DTensor; what its `to_local()` returns is a plain tensor.
     """
-    tensors: list[Tensor] = []
+    named: list[tuple[str, Tensor]] = []
     for owner in owners:
         if isinstance(owner, Tensor):
-            tensors.append(owner)
+            named.append(("the tensor", owner))
         else:
-            tensors += [*owner.parameters(), *owner.buffers()]
+            named += [*owner.named_parameters(), *owner.named_buffers()]
+    for name, tensor in named:
+        check_whole("use_huge_pages", name, tensor, "give it what to_local() returns")
+    tensors = [tensor for _, tensor in named]
     # Views and tied weights share a storage.
     storages = [t.untyped_storage() for t in tensors if is_plain(t)]
     sizes = {s.data_ptr(): s.nbytes() for s in storages if s.nbytes() >= _HUGE_FROM}

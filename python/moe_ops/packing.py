@@ -31,6 +31,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from moe_ops import _C
+from moe_ops._sharded import check_whole, name_of
 from moe_ops.memory import is_plain, settle
 from moe_ops.ops import moe_ffn, moe_ffn_packed, pack_experts
 from moe_ops.ops.gated_act import GATED_ACTIVATIONS
@@ -166,9 +167,11 @@ def prepack(model: nn.Module) -> int:
 
     Raises:
         ValueError: no such bank, or weights that cannot be packed: not on the CPU, of a tensor
-            subclass, or made in inference mode (such tensors do not count their versions).
+            subclass (sharded ones are), or made in inference mode (such tensors do not count their
+            versions).
     """
-    banks = [(m, weights) for m in model.modules() if (weights := _weights_of(m)) is not None]
+    found = ((name, m, _weights_of(m)) for name, m in model.named_modules())
+    banks = [(name, m, weights) for name, m, weights in found if weights is not None]
     quantized = sum(getattr(m, "quantized_bank", False) for m in model.modules())
     if quantized:
         warnings.warn(
@@ -181,9 +184,9 @@ def prepack(model: nn.Module) -> int:
             f"prepack: model must hold a bank of experts that runs on moe_ops, got "
             f"{type(model).__name__} without one."
         )
-    for _, weights in banks:
-        _check_can_pack(weights)
-    for module, weights in banks:
+    for name, module, weights in banks:
+        _check_can_pack(name, module, weights)
+    for _, module, weights in banks:
         _pack_now(module, weights)
     return packed_bytes(model)
 
@@ -447,8 +450,10 @@ def _autocast_casts(w: Tensor) -> bool:
     )
 
 
-def _check_can_pack(weights: BankWeights) -> None:
+def _check_can_pack(prefix: str, bank: nn.Module, weights: BankWeights) -> None:
     for name, w in zip(weights._fields, weights[:2], strict=False):
+        what = name_of(bank, w, prefix) or name
+        check_whole("prepack", what, w, "copies need whole weights, run it without")
         if w.is_inference():
             raise ValueError(
                 f"prepack: {name} must be made outside inference mode, whose tensors do not count "

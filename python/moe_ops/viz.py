@@ -7,12 +7,15 @@ canvas without pyplot: no window, no global state. Needs matplotlib:
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from moe_ops import _files
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -327,7 +330,12 @@ def _figure(width: float, height: float) -> Figure:
 
 def _finish(figure: Figure, path: str | Path | None) -> Figure:
     if path is not None:
-        figure.savefig(path, dpi=150)
+        path = Path(path)
+        if not path.suffix:  # As matplotlib does.
+            path = path.with_name(f"{path.name}.png")
+        content = io.BytesIO()
+        figure.savefig(content, format=path.suffix[1:], dpi=150)
+        _files.write_file(path, content.getbuffer())
     return figure
 
 

@@ -391,6 +391,10 @@ def test_command_without_a_text(tmp_path, checkpoint):
         (["--group-size", "64"], "must be a multiple of group_size = 64, got 32"),
         (["--bits", "8", "--group-size", "64"], "group_size must be None for int8"),
         (["--text", "nowhere.txt"], "nowhere.txt"),
+        (
+            ["--skip", "*layers.0.*", "--skip", "*.mlp"],
+            "--skip must match the name of a bank, got '*.mlp'; banks are model.layers.0.mlp.exp",
+        ),
     ],
 )
 def test_command_says_what_is_wrong(tmp_path, checkpoint, extra, message):

@@ -6,7 +6,6 @@ import copy
 import importlib
 import pickle
 import sys
-import types
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 import moe_ops.hf
+from moe_ops._requirements import transformers_is_too_old
 from moe_ops.hf.experts import experts_forward
 
 from .models import BLOCK_NAMES, UNDECORATED, build, tokens
@@ -216,13 +216,21 @@ def test_missing_transformers_is_one_sentence(monkeypatch):
         importlib.import_module("moe_ops.hf")
 
 
-def test_old_transformers_is_one_sentence(monkeypatch):
+@pytest.mark.parametrize("version", ["4.57.1", "5.0.0", "5.6.2"])
+def test_old_transformers_is_one_sentence(monkeypatch, version):
     forget_hf(monkeypatch)
-    monkeypatch.setitem(
-        sys.modules, "transformers.integrations.moe", types.ModuleType("without_interface")
-    )
-    with pytest.raises(ImportError, match=r"needs transformers 5.0 or newer .* and found \d"):
+    monkeypatch.setattr(sys.modules["transformers"], "__version__", version)
+    message = rf'needs transformers 5.7 or newer and found {version}: pip .* "transformers>=5.7"'
+    with pytest.raises(ImportError, match=message):
         importlib.import_module("moe_ops.hf")
+
+
+@pytest.mark.parametrize(
+    ("version", "too_old"),
+    [("4.57.1", True), ("5.6.2", True), ("5.7", False), ("5.7.0.dev0", False), ("6.0.0", False)],
+)
+def test_which_transformers_is_too_old(version, too_old):
+    assert transformers_is_too_old(version) == too_old
 
 
 def forget_hf(monkeypatch):

@@ -79,6 +79,7 @@ inline Sizes check_bwd(const Op& op, const Tensor& grad_y, const Tensor& x, cons
   check_bias(op, "b_down", b_down, x, s.E, s.H, "[E, H]");
   const int64_t N = s.T * s.K;
   check_size(op, "slot_to_row", slot_to_row, 0, s.T, "T");
+  check_num_slots(op, "slot_to_row", N);
   check_same_dtype(op, "grad_y", grad_y, "x", x);
   check_dim(op, "grad_y", grad_y, 2, "[T, H]");
   check_size(op, "grad_y", grad_y, 0, s.T, "T");

@@ -45,16 +45,32 @@ struct PackedWeight {
   ExpertMatrices* matrices;
 };
 
+// Bytes of the packed copy of w.
+int64_t packed_bytes(const Op& op, const char* name, const Tensor& w, DType type,
+                     int64_t segments) {
+  // Padding adds less than this to the features of a segment and to the depth.
+  constexpr uint64_t kPadding = 64;
+  auto most = static_cast<uint64_t>(dtype_size(type));
+  const uint64_t features = static_cast<uint64_t>(w.size(1)) + segments * kPadding;
+  const uint64_t depth = static_cast<uint64_t>(w.size(2)) + kPadding;
+  const bool fits = !__builtin_mul_overflow(most, static_cast<uint64_t>(w.size(0)), &most) &&
+                    !__builtin_mul_overflow(most, features, &most) &&
+                    !__builtin_mul_overflow(most, depth, &most) &&
+                    most <= static_cast<uint64_t>(std::numeric_limits<int64_t>::max());
+  MOE_CHECK(fits, op, ": ", name, " must take fewer than 2^63 bytes when it is packed, got shape ",
+            shape_string(w), ".");
+  return w.size(0) * cpu::panel_layout(type, w.size(1), w.size(2), segments).expert_bytes();
+}
+
 void check_packed(const Op& op, const char* name, const PackedWeight& p) {
   check_device(op, name, *p.packed);
-  const int64_t E = p.w->size(0), O = p.w->size(1), K = p.w->size(2);
-  const int64_t expert_bytes = cpu::panel_layout(p.matrices->type, O, K, p.segments).expert_bytes();
+  const int64_t bytes = packed_bytes(op, name, *p.w, p.matrices->type, p.segments);
   MOE_CHECK(p.packed->scalar_type() == ScalarType::Byte && p.packed->dim() == 1 &&
-                p.packed->numel() == E * expert_bytes && p.packed->is_contiguous(),
+                p.packed->numel() == bytes && p.packed->is_contiguous(),
             op, ": ", name,
-            " must be what pack_experts makes of this weight on this machine, uint8 [",
-            E * expert_bytes, "], got ", dtype_name(p.packed->scalar_type()), " of shape ",
-            shape_string(*p.packed), ".");
+            " must be what pack_experts makes of this weight on this machine, uint8 [", bytes,
+            "], got ", dtype_name(p.packed->scalar_type()), " of shape ", shape_string(*p.packed),
+            ".");
 }
 
 // One token reads small experts of fp32 as fast in the weights as they lie, which nobody has to
@@ -161,8 +177,8 @@ Tensor run_ffn(const Op& op, const Tensor& x, const Tensor& w_gate_up, const Ten
   const Bias down_bias = bias_of(b_down, s.type);
   const Tensor weights = contiguous_as(topk_weights, accumulate_type(x.scalar_type()));
   const int64_t N = s.T * s.K;
-  Tensor y = empty_cpu({s.T, s.H}, x.scalar_type());
-  if (saved != nullptr) saved->preact = empty_cpu({N, s.width}, x.scalar_type());
+  Tensor y = empty_cpu(op, {s.T, s.H}, x.scalar_type());
+  if (saved != nullptr) saved->preact = empty_cpu(op, {N, s.width}, x.scalar_type());
   p.shape = make_shape(s, on_input, offsets, row_to_slot, slot_to_row, weights);
   p.x = rows_of(src, s.type);
   p.b_gate_up = up_bias.vectors;
@@ -204,9 +220,7 @@ Tensor pack_experts(const Tensor& w, bool halves) {
             ".");
   const int64_t segments = halves ? 2 : 1;
   const Weights weights = weights_of(w, type);
-  const int64_t bytes =
-      w.size(0) * cpu::panel_layout(type, w.size(1), w.size(2), segments).expert_bytes();
-  Tensor packed = empty_cpu({bytes}, ScalarType::Byte);
+  Tensor packed = empty_cpu(kOp, {packed_bytes(kOp, "w", w, type, segments)}, ScalarType::Byte);
   cpu::pack_panels(weights.matrices, w.size(0), w.size(1), w.size(2), segments,
                    packed.mutable_data_ptr(), torch_parallel());
   return packed;
@@ -249,8 +263,8 @@ FfnGradients run_bwd(const Op& op, const Tensor& grad_y, const Tensor& x, const 
   const Weights up = weights_of(w_gate_up, s.type);
   const Weights down = weights_of(w_down, s.type);
   const Bias down_bias = bias_of(b_down, s.type);
-  const auto wanted = [](bool need, std::initializer_list<int64_t> sizes, ScalarType t) {
-    return need ? empty_cpu(sizes, t) : empty_cpu({0}, t);
+  const auto wanted = [&op](bool need, std::initializer_list<int64_t> sizes, ScalarType t) {
+    return need ? empty_cpu(op, sizes, t) : empty_cpu(op, {0}, t);
   };
   Tensor grad_x = wanted(need_x, {s.T, s.H}, type);
   Tensor grad_w_gate_up = wanted(need_w_gate_up, {s.E, s.width, s.H}, type);

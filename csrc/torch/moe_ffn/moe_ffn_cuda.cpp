@@ -88,7 +88,7 @@ FfnGradients run_bwd(const Op& op, const Tensor& grad_y, const Tensor& x, const 
   const Sizes s = check_bwd(op, grad_y, x, w_gate_up, w_down, topk_weights, preact, expert_offsets,
                             row_to_slot, slot_to_row, b_down, act);
   const ScalarType type = x.scalar_type(), acc = accumulate_type(type);
-  const Tensor offsets = device_offsets(op, expert_offsets);
+  const Tensor offsets = device_offsets(op, expert_offsets, s.T * s.K);
   const Tensor rows = contiguous_as(row_to_slot, ScalarType::Int);
   const Tensor slots = contiguous_as(slot_to_row, ScalarType::Int);
   const Tensor gy = with_dense_rows(grad_y);

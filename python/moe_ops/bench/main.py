@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from moe_ops._arguments import MAX_THREADS, MAX_TOKENS, seconds, whole
+from moe_ops._files import read_json, write_text
 from moe_ops.bench import machine, report
 from moe_ops.bench.contenders import Contender
 from moe_ops.bench.run import join, run
@@ -42,12 +45,16 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     which.add_argument("--all", action="store_true", help="everything, some 20 minutes")
     parser.add_argument("--modes", nargs="+", choices=MODES)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, help="for all modes")
-    parser.add_argument("--tokens", nargs="+", type=int, help="numbers of tokens, for all modes")
+    parser.add_argument(
+        "--tokens", nargs="+", type=whole(1, MAX_TOKENS), help="numbers of tokens, for all modes"
+    )
     parser.add_argument("--weights", nargs="+", choices=("fp32", "bf16"))
-    parser.add_argument("--threads", type=int, help="of every contender; 1 if not given")
+    parser.add_argument(
+        "--threads", type=whole(1, MAX_THREADS), help="of every contender; 1 if not given"
+    )
     parser.add_argument("--isa", choices=machine.ISA_ENVIRONMENTS, help="hold everything to it")
     parser.add_argument("--contenders", nargs="+", help="ours and these only, by name")
-    parser.add_argument("--budget", type=float, help="seconds a cell")
+    parser.add_argument("--budget", type=seconds, help="seconds a cell")
     parser.add_argument("--json", type=Path, metavar="FILE", help="the result; -: print only it")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the report there")
     parser.add_argument(
@@ -82,14 +89,31 @@ def plan_of(arguments: argparse.Namespace) -> Plan:
 
 
 def main(arguments: Sequence[str] | None = None, *, contenders: Sequence[Contender] = ()) -> None:
-    """Measures with the built-in contenders and these, prints the report, writes files."""
-    options = parse(arguments)
+    """Measures with the built-in contenders and these, prints the report, writes files.
+
+    A file that cannot be read or written ends the process with one sentence and status 1, Ctrl-C
+    with status 130.
+    """
+    try:
+        _main(parse(arguments), contenders)
+    except BrokenPipeError:
+        raise
+    except (OSError, ValueError) as error:
+        sys.exit(f"moe_ops.bench: {error}")
+    except KeyboardInterrupt:
+        print("moe_ops.bench: stopped", file=sys.stderr)
+        sys.exit(130)
+
+
+def _main(options: argparse.Namespace, contenders: Sequence[Contender]) -> None:
     if options.render:
-        results = [json.loads(path.read_text()) for path in options.render]
-        _write(options.markdown, "\n".join(report.render(result) for result in results))
+        with _of_this_benchmark(options.render):
+            texts = [report.render(read_json(path)) for path in options.render]
+        _write(options.markdown, "\n".join(texts))
         return
     if options.join:
-        joined = join([json.loads(path.read_text()) for path in options.join])
+        with _of_this_benchmark(options.join):
+            joined = join([read_json(path) for path in options.join])
         _finish(options, joined)
         return
     if options.isa and not machine.held_to_isa(options.isa):
@@ -103,12 +127,23 @@ def main(arguments: Sequence[str] | None = None, *, contenders: Sequence[Contend
     _finish(options, result)
 
 
+@contextlib.contextmanager
+def _of_this_benchmark(paths: Sequence[Path]) -> Iterator[None]:
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
+        raise ValueError(
+            f"{', '.join(map(str, paths))} must be results of this benchmark, got something else "
+            f"({type(error).__name__}: {error})"
+        ) from error
+
+
 def _finish(options: argparse.Namespace, result: dict[str, Any]) -> None:
     if str(options.json) == "-":
         print(dumps(result), end="")
         return
     if options.json:
-        options.json.write_text(dumps(result))
+        write_text(options.json, dumps(result))
     _write(options.markdown, report.render(result))
 
 
@@ -128,4 +163,4 @@ def _write(path: Path | None, text: str) -> None:
     if path is None:
         print(text)
     else:
-        path.write_text(text)
+        write_text(path, text)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import shlex
 import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
+
+from moe_ops.cli import arguments
 
 app = typer.Typer(
     help="Mixture-of-experts operators for PyTorch: check an installation, see a demo, measure.",
@@ -34,6 +37,7 @@ def _root(
 
 
 @app.command()
+@arguments.command
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -52,13 +56,14 @@ def doctor(
 
 
 @app.command()
+@arguments.command
 def demo(
     steps: Annotated[
-        int | None, typer.Option(min=1, help="Training steps. [default: 1800, about 3 minutes]")
+        int | None, arguments.steps("Training steps. [default: 1800, about 3 minutes]")
     ] = None,
     minutes: Annotated[
         float | None,
-        typer.Option(min=0.01, help="Choose the steps so that training takes this long here."),
+        arguments.minutes("Choose the steps so that training takes this long here."),
     ] = None,
     data: Annotated[
         Path | None,
@@ -71,9 +76,9 @@ def demo(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Throw away the unfinished run in --out.")
     ] = False,
-    seed: Annotated[int | None, typer.Option(min=0, help="[default: 0]")] = None,
+    seed: Annotated[int | None, arguments.seed("[default: 0]")] = None,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads. [default: what torch chooses]")
+        int | None, arguments.threads("CPU threads. [default: what torch chooses]")
     ] = None,
     hf: Annotated[
         bool, typer.Option("--hf/--no-hf", help="Compare Hugging Face models at the end.")
@@ -91,10 +96,9 @@ def demo(
         from moe_ops.demo.checkpoint import CheckpointError
         from moe_ops.demo.run import DemoOptions, run_demo
     except ImportError as error:
-        if error.name != "safetensors":
+        if (error.name or "").split(".")[0] != "safetensors":
             raise
-        console.print("moe-ops demo needs safetensors: pip install safetensors")
-        raise typer.Exit(1) from None
+        raise arguments.fail("moe-ops demo needs safetensors: pip install safetensors") from None
     options = DemoOptions(
         out=out,
         data=data,
@@ -109,31 +113,47 @@ def demo(
     )
     try:
         run_demo(options, console)
-    except (CheckpointError, ValueError, FileNotFoundError) as error:
-        console.print(f"[bold red]error:[/] {error}", soft_wrap=True, markup=True)
-        raise typer.Exit(1) from None
+    except CheckpointError as error:
+        raise arguments.fail(error) from None
     except KeyboardInterrupt:
-        console.print(f"\nStopped. Continue with: moe-ops demo --resume --out {out}")
-        raise typer.Exit(130) from None
+        again = f"moe-ops demo --resume --out {shlex.quote(str(out))}"
+        console.print(f"Stopped. Continue with: {again}", markup=False, soft_wrap=True)
+        raise typer.Exit(arguments.INTERRUPTED) from None
+
+
+def _known_isa(value: str | None) -> str | None:
+    from moe_ops.bench.machine import ISA_ENVIRONMENTS
+
+    if value is not None and value not in ISA_ENVIRONMENTS:
+        raise typer.BadParameter(f"{value!r} is not one of {', '.join(ISA_ENVIRONMENTS)}.")
+    return value
 
 
 @app.command()
+@arguments.command
 def bench(
     quick: Annotated[
         bool, typer.Option("--quick", help="Small layers, about a minute instead of ten.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. [default: 1]")] = None,
+    threads: Annotated[int | None, arguments.threads("CPU threads. [default: 1]")] = None,
     isa: Annotated[
-        str | None, typer.Option(help="Hold everything to this instruction set: avx2.")
+        str | None,
+        typer.Option(help="Hold everything to this instruction set: avx2.", callback=_known_isa),
     ] = None,
 ) -> None:
     """Time moe_ops against transformers, plain torch and the limits of this machine.
 
     More options, such as shapes and numbers of tokens: python -m moe_ops.bench --help.
     """
+    from moe_ops.bench.machine import ISA_ENVIRONMENTS
     from moe_ops.bench.main import main as benchmark
 
+    if isa is not None and isa not in ISA_ENVIRONMENTS:
+        known = " or ".join(ISA_ENVIRONMENTS)
+        error = f"error: bench: --isa must be {known}, got {isa}."
+        _console().print(error, style="bold red", soft_wrap=True, markup=False)
+        raise typer.Exit(1)
     arguments = ["--quick"] if quick else []
     arguments += ["--json", "-"] if as_json else []
     arguments += ["--threads", str(threads)] if threads else []
@@ -142,6 +162,7 @@ def bench(
 
 
 @app.command()
+@arguments.command
 def quantize(
     source: Annotated[Path, typer.Argument(help="Folder of a Hugging Face causal language model.")],
     target: Annotated[Path, typer.Argument(help="Folder for the quantised checkpoint.")],
@@ -157,9 +178,9 @@ def quantize(
         bool, typer.Option("--scales", help="Activation-aware scales, found on the text.")
     ] = False,
     tokens: Annotated[
-        int, typer.Option(min=64, help="Tokens of the text for calibrating, and as many to judge.")
+        int, arguments.tokens("Tokens of the text for calibrating, and as many to judge.", 64)
     ] = 4096,
-    context: Annotated[int, typer.Option(min=2, help="Tokens a sequence.")] = 512,
+    context: Annotated[int, arguments.tokens("Tokens a sequence.", 2)] = 512,
     skip: Annotated[
         list[str] | None, typer.Option(help="Pattern of module names that stay float; repeatable.")
     ] = None,
@@ -173,9 +194,7 @@ def quantize(
     try:
         from moe_ops.cli.quantize import QuantizeOptions, run
     except ImportError as error:
-        console.quiet = False
-        console.print(f"moe-ops quantize: {error}", soft_wrap=True, markup=False)
-        raise typer.Exit(1) from None
+        raise arguments.fail(f"moe-ops quantize: {error}") from None
     options = QuantizeOptions(
         source=source,
         target=target,
@@ -188,12 +207,7 @@ def quantize(
         skip=tuple(skip or ()),
         overwrite=overwrite,
     )
-    try:
-        result = run(options, console)
-    except (ValueError, OSError) as error:
-        console.quiet = False
-        console.print(f"error: {error}", style="bold red", soft_wrap=True, markup=False)
-        raise typer.Exit(1) from None
+    result = run(options, console)
     if as_json:
         typer.echo(json.dumps(result, indent=2))
 
@@ -203,6 +217,7 @@ app.add_typer(zoo_app, name="zoo")
 
 
 @zoo_app.command("list")
+@arguments.command
 def zoo_list(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON array.")] = False,
 ) -> None:
@@ -216,9 +231,10 @@ def zoo_list(
 
 
 @app.command()
+@arguments.command
 def claims(
     system: Annotated[str, typer.Argument(help="A system of `moe-ops zoo list`.")],
-    seeds: Annotated[int, typer.Option(min=1, help="Number of paired seeds: 0, 1, ...")] = 3,
+    seeds: Annotated[int, arguments.seeds("Number of paired seeds: 0, 1, ...")] = 3,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     save: Annotated[
         bool,
@@ -232,22 +248,17 @@ def claims(
     from moe_ops.cli.zoo import check_page, find_claims, save_claims
 
     console = _console(quiet=as_json)
-    try:
-        experiment = find_claims(system)
-        if save:
-            check_page(system)
-        started = time.perf_counter()
-        report = experiment.run(
-            seeds=range(seeds), log=lambda line: console.print(line, markup=False, soft_wrap=True)
-        )
-        report.setting["Took"] = f"{time.perf_counter() - started:.0f} s"
-        if save:
-            for path in save_claims(report):
-                console.print(f"wrote {path}", markup=False, soft_wrap=True)
-    except (ValueError, ImportError) as error:
-        console.quiet = False
-        console.print(f"error: {error}", style="bold red", soft_wrap=True, markup=False)
-        raise typer.Exit(1) from None
+    experiment = find_claims(system)
+    if save:
+        check_page(system)
+    started = time.perf_counter()
+    report = experiment.run(
+        seeds=range(seeds), log=lambda line: console.print(line, markup=False, soft_wrap=True)
+    )
+    report.setting["Took"] = f"{time.perf_counter() - started:.0f} s"
+    if save:
+        for path in save_claims(report):
+            console.print(f"wrote {path}", markup=False, soft_wrap=True)
     if as_json:
         typer.echo(json.dumps(report.to_dict(), indent=2))
     else:

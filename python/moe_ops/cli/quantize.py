@@ -15,6 +15,7 @@ from torch import Tensor
 
 import moe_ops.hf
 from moe_ops import quant
+from moe_ops.quant.bank import find_banks, idle_patterns
 
 REPORT_NAME = "moe_ops_quantization.json"
 # What save_pretrained writes itself, or what a quantised checkpoint must not hold.
@@ -49,6 +50,7 @@ def run(options: QuantizeOptions, console: Console) -> dict[str, Any]:
     started = time.perf_counter()
     model = AutoModelForCausalLM.from_pretrained(options.source, dtype="auto")
     model.eval()
+    _check_skip(model, options.skip)
     baseline = calibration = None
     if judging is not None:
         console.print(f"Measuring the float model on {judging.numel()} tokens.")
@@ -96,6 +98,7 @@ def run(options: QuantizeOptions, console: Console) -> dict[str, Any]:
     console.print(
         f"The whole model: {before / 2**20:.1f} MiB -> {after / 2**20:.1f} MiB. Load it with\n"
         f"  import moe_ops.hf\n"
+        f"  from transformers import AutoModelForCausalLM\n"
         f"  model = AutoModelForCausalLM.from_pretrained({str(options.target)!r})",
         markup=False,
         soft_wrap=True,
@@ -119,6 +122,16 @@ def _check(options: QuantizeOptions) -> None:
         )
     if options.scales and options.text is None:
         raise ValueError("quantize: --scales must come with --text, got it alone.")
+
+
+def _check_skip(model: torch.nn.Module, skip: tuple[str, ...]) -> None:
+    idle = idle_patterns(model, skip)
+    if idle:
+        banks = [found.name for found in find_banks(model, unsupported="skip")]
+        raise ValueError(
+            f"quantize: --skip must match the name of a bank, got {idle[0]!r}; banks are "
+            f"{', '.join(banks[:4])}{', ...' if len(banks) > 4 else ''}."
+        )
 
 
 def _read_text(options: QuantizeOptions) -> tuple[Tensor, Tensor]:

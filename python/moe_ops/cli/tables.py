@@ -83,7 +83,7 @@ def print_hf_comparison(console: Console, results: list[dict[str, Any]]) -> None
             )
     console.print(errors)
     console.print("[dim]max |Δ| is the largest difference to eager in fp32.[/]")
-    times = Table(title="Whole model, medians in ms; × = times faster with moe_ops")
+    times = Table(title="Whole model, medians in ms; × = their ratio, times faster with moe_ops")
     times.title_justify = "left"
     for column in ("model", "pass", "moe_ops", "eager", "×", "grouped_mm", "×"):
         times.add_column(column, justify="left" if column in ("model", "pass") else "right")

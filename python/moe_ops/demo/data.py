@@ -77,12 +77,13 @@ def load_corpus(path: Path | str | None = None, *, heldout_fraction: float = 0.1
         source = f"Python standard library source, {root}"
     else:
         root = Path(path)
-        if not root.exists():
+        if not root.is_file() and not root.is_dir():
             raise FileNotFoundError(f"demo: --data must be a file or a folder, got {root}")
         if root.is_dir():
             files = _read_folder(root, pattern="*", skip={"__pycache__", ".git"})
         else:
-            files = {root.name: root.read_bytes()[:_MAX_BYTES]}
+            with open(root, "rb") as file:
+                files = {root.name: file.read(_MAX_BYTES)}
         source = str(root)
     if not files:
         raise ValueError(f"demo: --data must hold text files, got none in {root}")
@@ -175,10 +176,12 @@ def _read_folder(root: Path, *, pattern: str, skip: set[str]) -> dict[str, bytes
         if skip.intersection(relative.parts) or not file.is_file():
             continue
         try:
-            text = file.read_bytes()
+            with open(file, "rb") as opened:
+                start = opened.read(4096)
+                if not start or b"\0" in start:
+                    continue
+                text = start + opened.read(_MAX_BYTES - total)
         except OSError:
-            continue
-        if not text or b"\0" in text[:4096]:
             continue
         if total + len(text) > _MAX_BYTES:
             break

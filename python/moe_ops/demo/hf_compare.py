@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from moe_ops.bench.timing import alternate, speedup
+from moe_ops._requirements import TRANSFORMERS_FLOOR, transformers_is_too_old
+from moe_ops.bench.timing import alternate
 
 IMPLEMENTATIONS = ("eager", "grouped_mm", "moe_ops")
 
 
-def transformers_missing() -> bool:
-    return importlib.util.find_spec("transformers") is None
+def missing() -> str | None:
+    """What has to be installed for the comparison; None if nothing."""
+    if importlib.util.find_spec("transformers") is None:
+        return 'it needs transformers, pip install "torch-moe-ops[hf]"'
+    version = importlib.metadata.version("transformers")
+    if transformers_is_too_old(version):
+        return (
+            f"it needs transformers {TRANSFORMERS_FLOOR} or newer and found {version}, "
+            f'pip install --upgrade "transformers>={TRANSFORMERS_FLOOR}"'
+        )
+    return None
 
 
 def compare(
@@ -99,12 +110,10 @@ def _compare(
     times = {}
     for key, job in (("forward", inference), ("forward_backward", both)):
         samples = alternate({i: timed(job, i) for i in IMPLEMENTATIONS}, budget_s=budget_s)
-        times[key] = {
-            "seconds": {i: sample.median for i, sample in samples.items()},
-            "speedup": {
-                i: speedup(samples, "moe_ops", i) for i in IMPLEMENTATIONS if i != "moe_ops"
-            },
-        }
+        seconds = {i: sample.median for i, sample in samples.items()}
+        # Of the medians, which stand beside it.
+        speedup = {i: s / seconds["moe_ops"] for i, s in seconds.items() if i != "moe_ops"}
+        times[key] = {"seconds": seconds, "speedup": speedup}
     return {
         "model": name,
         "shape": (

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
+import signal
 import statistics
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,11 +20,13 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
+from moe_ops import _files
+from moe_ops._arguments import MAX_STEPS
 from moe_ops.demo import data
 from moe_ops.demo.checkpoint import Checkpoint, Checkpointer, CheckpointError
 from moe_ops.demo.model import ModelConfig
 from moe_ops.demo.routing import RoutingSample, inspect_routing
-from moe_ops.demo.train import TrainConfig, Trainer, environment, max_violation
+from moe_ops.demo.train import TrainConfig, Trainer, check_state, environment, max_violation
 
 _SMOKE = TrainConfig(
     steps=12,
@@ -58,13 +61,14 @@ def run_demo(options: DemoOptions, console: Console) -> dict[str, Any]:
     """Run the demo; returns what it writes to ``summary.json``.
 
     Errors: ValueError for options that contradict each other or the checkpoint, CheckpointError
-    for a checkpoint that is missing or damaged; both with a sentence that says what to do.
+    for a checkpoint that is missing or damaged, OSError for what cannot be read or written; all
+    with a sentence. KeyboardInterrupt, once, comes after a checkpoint of the step that it met.
     """
     if options.resume and options.overwrite:
         raise ValueError("demo: --resume and --overwrite exclude each other")
     if options.steps is not None and options.minutes is not None:
         raise ValueError("demo: --steps and --minutes exclude each other")
-    options.out.mkdir(parents=True, exist_ok=True)
+    _files.make_folder(options.out)
     started = time.perf_counter()
     threads_before = torch.get_num_threads()
     with _locked(options.out):
@@ -144,8 +148,7 @@ def _run(options: DemoOptions, console: Console, started: float) -> dict[str, An
         "seconds": time.perf_counter() - started,
     }
     path = options.out / "summary.json"
-    path.write_text(json.dumps(summary, indent=2) + "\n")
-    checkpointer.close()
+    _files.write_json(path, summary)
     _heading(console, "Done")
     _print_summary(console, summary, [*files, options.out / "model.safetensors", path])
     return summary
@@ -162,6 +165,7 @@ def _load_checkpoint(
         return None
     if options.resume:
         checkpoint = checkpointer.load()
+        check_state(checkpoint)
         if checkpoint.note:
             console.print(f"[yellow]{escape(checkpoint.note)}[/]", soft_wrap=True)
         saved = checkpoint.metadata["config"]
@@ -180,7 +184,9 @@ def _load_checkpoint(
         return checkpoint
     if checkpointer.exists():
         try:
-            metadata = checkpointer.load().metadata
+            checkpoint = checkpointer.load()
+            check_state(checkpoint)
+            metadata = checkpoint.metadata
         except CheckpointError:
             metadata = None
         if metadata is None or metadata["step"] < metadata["config"]["steps"]:
@@ -206,7 +212,7 @@ def _choose_config(options: DemoOptions, corpus: data.Corpus, console: Console) 
         seconds = [probe.train_step().seconds for _ in range(_CALIBRATION_STEPS)]
         # The first step warms up; evaluations and checkpoints take about a tenth.
         per_step = statistics.median(seconds[1:]) * 1.1
-        steps = max(10, round(60 * options.minutes / per_step))
+        steps = min(max(10, round(60 * options.minutes / per_step)), MAX_STEPS)
         console.print(f"{steps} steps will take about {options.minutes:g} minutes here.")
         config = dataclasses.replace(config, steps=steps)
     return config
@@ -222,7 +228,10 @@ def _train(
     console: Console,
     entropies: data.Entropies,
 ) -> float:
-    """Train to the end with a checkpoint after every step; the checkpoints' share of the time."""
+    """Train to the end with a checkpoint whenever one is due; the checkpoints' share of the time.
+
+    KeyboardInterrupt comes after a step and its checkpoint, at the second Ctrl-C at once.
+    """
     if trainer.finished:
         console.print("Training is already finished.")
         return 0.0
@@ -239,7 +248,7 @@ def _train(
     recent: list[float] = []
     saving = 0.0
     started = time.perf_counter()
-    with progress:
+    with _stop_after_step() as stop, progress:
         task = progress.add_task(
             "train",
             total=trainer.config.steps,
@@ -251,12 +260,14 @@ def _train(
         )
         while not trainer.finished:
             result = trainer.train_step()
-            before = time.perf_counter()
-            tensors, metadata = trainer.state()
-            metadata["data"] = None if data_path is None else str(data_path.resolve())
-            checkpointer.save(tensors, metadata, durable=True if trainer.finished else None)
-            saving += time.perf_counter() - before
-
+            if trainer.finished or stop.is_set() or checkpointer.due:
+                before = time.perf_counter()
+                tensors, metadata = trainer.state()
+                metadata["data"] = None if data_path is None else str(data_path.resolve())
+                checkpointer.save(tensors, metadata)
+                saving += time.perf_counter() - before
+            if stop.is_set():
+                raise KeyboardInterrupt
             recent = [*recent[-19:], result.seconds]
             speed = trainer.tokens_per_step / statistics.median(recent)
             progress.update(
@@ -334,12 +345,8 @@ def _compare_hugging_face(options: DemoOptions, console: Console) -> list[dict[s
         return None
     from moe_ops.demo import hf_compare
 
-    if hf_compare.transformers_missing():
-        console.print(
-            'Left out: it needs transformers, pip install "torch-moe-ops[hf]".',
-            markup=False,
-            soft_wrap=True,
-        )
+    if (missing := hf_compare.missing()) is not None:
+        console.print(f"Left out: {missing}.", markup=False, soft_wrap=True)
         return None
     from moe_ops.cli.tables import print_hf_comparison
 
@@ -381,7 +388,7 @@ def _print_model(console: Console, trainer: Trainer) -> None:
         f"width {model.intermediate_size}, {model.top_k} a token: "
         f"{parameters['total'] / 1e6:.2f} M parameters, {parameters['active'] / 1e6:.2f} M active. "
         f"{config.steps} steps of {config.batch_size}×{model.context} bytes, "
-        f"seed {config.seed}, {config.threads} threads, fp32. A checkpoint after every step: "
+        f"seed {config.seed}, {config.threads} threads, fp32. A checkpoint about every second: "
         "kill it when you like, --resume continues with the same bits."
     )
 
@@ -451,7 +458,10 @@ def _locked(folder: Path) -> Iterator[None]:
     except ImportError:
         yield
         return
-    with open(folder / ".lock", "w") as file:
+    path = folder / ".lock"
+    with contextlib.ExitStack() as stack:
+        with _files.sentence(path):
+            file = stack.enter_context(open(path, "w"))
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -459,3 +469,23 @@ def _locked(folder: Path) -> Iterator[None]:
                 f"demo: another run is writing to {folder}; choose another --out"
             ) from error
         yield
+
+
+@contextlib.contextmanager
+def _stop_after_step() -> Iterator[threading.Event]:
+    """An event that the first Ctrl-C sets; the second one interrupts as usual."""
+    stop = threading.Event()
+    usual = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(usual):
+        yield stop  # Only the main thread may change handlers, or Ctrl-C is ignored anyway.
+        return
+
+    def ask(*_: Any) -> None:
+        stop.set()
+        signal.signal(signal.SIGINT, usual)
+
+    signal.signal(signal.SIGINT, ask)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, usual)

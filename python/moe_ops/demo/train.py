@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 
+from moe_ops import _files
+from moe_ops._arguments import MAX_STEPS, MAX_THREADS, MAX_TOKENS
+from moe_ops._fields import check_names, check_types
 from moe_ops.demo import data
-from moe_ops.demo.checkpoint import Checkpoint, CheckpointError, write_safetensors
+from moe_ops.demo.checkpoint import Checkpoint, CheckpointError
 from moe_ops.demo.model import ByteLM, ModelConfig
 from moe_ops.layers import count_tokens_per_expert
 
 _NATS_TO_BITS = 1.0 / math.log(2.0)
+_OPTIMIZER_STATE = ("step", "exp_avg", "exp_avg_sq")  # Of AdamW.
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,30 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
-        return cls(**{**values, "model": ModelConfig(**values["model"])})
+        """The inverse of `to_dict`.
+
+        Raises:
+            ValueError: other fields, values of other types, or sizes that cannot be.
+        """
+        model = values.get("model")
+        if not isinstance(model, dict):
+            raise ValueError(f"TrainConfig: model must be an object, got {_files.shown(model)}.")
+        check_names(cls, values, "TrainConfig")
+        check_names(ModelConfig, model, "ModelConfig")
+        config = cls(**{**values, "model": ModelConfig(**model)})
+        check_types(config, "TrainConfig")
+        for name, value, most in (
+            ("steps", config.steps, MAX_STEPS),
+            ("threads", config.threads, MAX_THREADS),
+            ("batch_size", config.batch_size, MAX_TOKENS // max(config.model.context, 1)),
+            ("eval_every", config.eval_every, MAX_STEPS),
+            ("eval_windows", config.eval_windows, MAX_TOKENS),
+            ("num_heads", config.model.num_heads, config.model.hidden_size),
+            ("top_k", config.model.top_k, config.model.num_experts),
+        ):
+            if not 1 <= value <= most:
+                raise ValueError(f"TrainConfig: {name} must be from 1 to {most}, got {value}.")
+        return config
 
     def learning_rate_at(self, step: int) -> float:
         """Linear warm-up, then a cosine to the final rate; a pure function of the step."""
@@ -198,7 +225,8 @@ class Trainer:
     def restore(cls, checkpoint: Checkpoint, corpus: data.Corpus) -> Trainer:
         """The run that `checkpoint` holds.
 
-        Errors: CheckpointError when it was made from another text or lacks a tensor.
+        Errors: CheckpointError when it was made from another text, or its tensors do not fit its
+        configuration.
         """
         metadata = checkpoint.metadata
         if metadata["corpus_sha256"] != corpus.sha256:
@@ -206,27 +234,19 @@ class Trainer:
                 f"demo: --resume must see the text that {checkpoint.path} was trained on, got "
                 f"another one from {corpus.source}; give the same --data, or --overwrite"
             )
-        trainer = cls(TrainConfig.from_dict(metadata["config"]), corpus)
+        trainer = cls(check_state(checkpoint), corpus)
         tensors = checkpoint.tensors
-        try:
-            with torch.no_grad():
-                for name, parameter in trainer.model.named_parameters():
-                    parameter.copy_(tensors[f"model.{name}"])
-                    prefix = f"optimizer.{name}."
-                    trainer.optimizer.state[parameter] = {
-                        key.removeprefix(prefix): value.clone()
-                        for key, value in tensors.items()
-                        if key.startswith(prefix)
-                    }
-            trainer.loss_history = tensors["history.loss"].clone()
-            trainer.heldout_history = tensors["history.heldout"].clone()
-            trainer.load_history = tensors["history.tokens_per_expert"].clone()
-            trainer.seconds_history = tensors["history.seconds"].clone()
-            torch.set_rng_state(tensors["rng.torch"])
-        except KeyError as error:
-            raise CheckpointError(
-                f"demo: {checkpoint.path} lacks {error}; run with --overwrite to start again"
-            ) from error
+        with torch.no_grad():
+            for name, parameter in trainer.model.named_parameters():
+                parameter.copy_(tensors[f"model.{name}"])
+                trainer.optimizer.state[parameter] = {
+                    key: tensors[f"optimizer.{name}.{key}"].clone() for key in _OPTIMIZER_STATE
+                }
+        trainer.loss_history = tensors["history.loss"].clone()
+        trainer.heldout_history = tensors["history.heldout"].clone()
+        trainer.load_history = tensors["history.tokens_per_expert"].clone()
+        trainer.seconds_history = tensors["history.seconds"].clone()
+        torch.set_rng_state(tensors["rng.torch"])
         trainer.step = metadata["step"]
         return trainer
 
@@ -234,9 +254,7 @@ class Trainer:
         """The weights alone, with the configuration in the header."""
         weights = {name: p.detach().contiguous() for name, p in self.model.named_parameters()}
         header = {"config": json.dumps(asdict(self.config.model), sort_keys=True)}
-        temporary = path.with_name(f".{path.name}.tmp")
-        write_safetensors(temporary, weights, header)
-        os.replace(temporary, path)
+        _files.write_file(path, safetensors.torch.save(weights, header))
 
     def heldout_by_step(self) -> dict[int, float]:
         return {
@@ -244,6 +262,68 @@ class Trainer:
             for index, value in enumerate(self.heldout_history[: self.step].tolist())
             if not math.isnan(value)
         }
+
+
+def check_state(checkpoint: Checkpoint) -> TrainConfig:
+    """The configuration in a checkpoint, once everything in it is known to fit together.
+
+    Nothing is allocated that the file does not hold.
+
+    Errors: CheckpointError with what does not fit.
+    """
+    metadata, tensors = checkpoint.metadata, checkpoint.tensors
+    try:
+        for name, kind in (
+            ("config", dict), ("environment", dict), ("corpus_sha256", str), ("step", int),
+        ):  # fmt: skip
+            if not isinstance(metadata.get(name), kind):
+                got = _files.shown(metadata.get(name))
+                raise ValueError(f"{name} must be of type {kind.__name__}, got {got}.")
+        config = TrainConfig.from_dict(metadata["config"])
+        if not 1 <= metadata["step"] <= config.steps:
+            raise ValueError(f"step must be from 1 to {config.steps}, got {metadata['step']}.")
+        path = metadata.get("data")
+        if path is not None and not isinstance(path, str):
+            raise ValueError(f"data must be a path, got {_files.shown(path)}.")
+        model = config.model
+        if max(model.num_layers, model.num_experts, model.hidden_size) > max(
+            len(tensors), *(size for tensor in tensors.values() for size in tensor.shape)
+        ):
+            raise ValueError("config must have the sizes of the tensors, got larger ones.")
+        for name, (shape, dtype) in _expected(config).items():
+            tensor = tensors.get(name)
+            if tensor is None or (tensor.shape, tensor.dtype) != (shape, dtype):
+                got = "none" if tensor is None else f"{list(tensor.shape)} of {tensor.dtype}"
+                raise ValueError(f"{name} must be {list(shape)} of {dtype}, got {got}.")
+    except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"demo: {checkpoint.path} does not fit together ({str(error).splitlines()[0]}); "
+            "run with --overwrite to start again"
+        ) from error
+    return config
+
+
+def _expected(config: TrainConfig) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    """Shape and type of every tensor of `Trainer.state`."""
+    model, steps = config.model, (config.steps,)
+    expected = {
+        "rng.torch": (torch.get_rng_state().shape, torch.uint8),
+        "history.loss": (torch.Size(steps), torch.float32),
+        "history.heldout": (torch.Size(steps), torch.float64),
+        "history.tokens_per_expert": (
+            torch.Size((*steps, model.num_layers, model.num_experts)),
+            torch.int32,
+        ),
+        "history.seconds": (torch.Size(steps), torch.float32),
+    }
+    with torch.device("meta"):
+        parameters = list(ByteLM(model).named_parameters())
+    for name, parameter in parameters:
+        expected[f"model.{name}"] = (parameter.shape, parameter.dtype)
+        for key in _OPTIMIZER_STATE:
+            shape = torch.Size() if key == "step" else parameter.shape
+            expected[f"optimizer.{name}.{key}"] = (shape, parameter.dtype)
+    return expected
 
 
 def max_violation(load: torch.Tensor) -> torch.Tensor:

@@ -25,13 +25,12 @@ except ModuleNotFoundError as error:
         "pip install torch-moe-ops[hf]"
     ) from error
 
-try:
-    from transformers.integrations.moe import ExpertsInterface
-except ImportError as error:
-    raise ImportError(
-        "moe_ops.hf needs transformers 5.0 or newer (its ExpertsInterface) and found "
-        f"{transformers.__version__}: pip install --upgrade torch-moe-ops[hf]"
-    ) from error
+from moe_ops._requirements import too_old_message, transformers_is_too_old
+
+if transformers_is_too_old(transformers.__version__):
+    raise ImportError(too_old_message(transformers.__version__))
+
+from transformers.integrations.moe import ExpertsInterface
 
 from moe_ops.hf import attention
 from moe_ops.hf.experts import experts_forward

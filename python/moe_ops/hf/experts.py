@@ -250,15 +250,18 @@ def gate_kind(apply_gate: Callable[..., Tensor]) -> str:
     numbers in fp64, once: its name would not show a changed formula.
     """
     if apply_gate not in _GATE_KINDS:
-        with _disable_current_modes(), torch.no_grad():
+        # from_pretrained builds models with "meta" as the default device: what the function makes of
+        # its own must not go there either.
+        with _disable_current_modes(), torch.device("cpu"), torch.no_grad():
             _GATE_KINDS[apply_gate] = _probe_gate(apply_gate)
     return _GATE_KINDS[apply_gate]
 
 
 def _probe_gate(apply_gate: Callable[..., Tensor]) -> str:
     # Small values, and large ones that any clamp would show. No gate equals its up.
-    steps = torch.arange(64, dtype=torch.float64, device="cpu").reshape(2, 32)
-    gate_up = torch.sin(3.0 * steps + 0.5) * torch.tensor([[3.0], [2000.0]], dtype=torch.float64)
+    where: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
+    steps = torch.arange(64, **where).reshape(2, 32)
+    gate_up = torch.sin(3.0 * steps + 0.5) * torch.tensor([[3.0], [2000.0]], **where)
     module = SimpleNamespace(act_fn=torch.sin, alpha=1.25, limit=1.5)
     try:
         actual = apply_gate(module, gate_up.clone())

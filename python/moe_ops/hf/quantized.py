@@ -13,6 +13,7 @@ from transformers.models.dbrx.modeling_dbrx import DbrxExperts
 from transformers.models.jetmoe.modeling_jetmoe import JetMoeMoE
 from transformers.models.llama4.modeling_llama4 import Llama4TextMoe
 
+from moe_ops._sharded import is_sharded
 from moe_ops.hf.experts import bank_bias, bank_views, fused_activation, fused_gate
 from moe_ops.hf.jetmoe import MoeOpsJetMoeTopKGating
 from moe_ops.hf.switch import interface_of
@@ -112,6 +113,8 @@ class _DbrxAdapter(_InterfaceAdapter):
             return None
         shape = (module.num_experts, module.ffn_hidden_size, module.hidden_size)
         mlp = module.mlp
+        if is_sharded(mlp.w1):  # These may have no such views; they are refused by name.
+            return FloatBank((mlp.w1, mlp.v1), mlp.w2)
         gate_up = (mlp.w1.view(shape), mlp.v1.view(shape))
         return FloatBank(
             gate_up, mlp.w2.view(shape).transpose(1, 2), None, None, _gate(mlp.activation_fn)

@@ -105,6 +105,7 @@ class ExpertsQuantizer(HfQuantizer):
                             f"from_pretrained: the checkpoint must hold {name}.{key}, got none."
                         )
                 module.settle()
+        _claim_experts(model)
         return model
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
@@ -131,9 +132,19 @@ def mark_quantized(
     """Makes `save_pretrained` of a model quantised in place write what from_pretrained needs."""
     config = ExpertsQuantizationConfig(format, group_size, x_scale, list(skip))
     model.config.quantization_config = config
+    _claim_experts(model)
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             module.config._is_quantized = True
     model.hf_quantizer = ExpertsQuantizer(config, pre_quantized=True)
     model.is_quantized = True
     model.quantization_method = METHOD
+
+
+def _claim_experts(model: Any) -> None:
+    """Makes config.json name "moe_ops" as the experts implementation.
+
+    A process without `import moe_ops.hf` would only warn of an unknown quantisation method and give
+    the experts random numbers; an implementation that it does not know is an error.
+    """
+    model.config.experts_implementation = METHOD

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from moe_ops.ops import moa_attention, moe_linear_map, moe_linear_reduce, rotary
 from moe_ops.ops.moa_attention import KINDS
 
-from .bank import as_ids, take_rows
+from .bank import as_ids, take_rows, whole_rows
 from .moe import AUX_LOSSES
 from .rotary import rotation
 from .router import Router, RouterOutput, drop_masked
@@ -389,7 +389,8 @@ class AttentionExperts(nn.Module):
 
     def _row_tensors(self) -> dict[str, Tensor]:
         """Tensors of the experts, [E, ...]; keys and values are among them with `expert_kv`."""
-        tensors = {"w_query": self.w_query.detach(), "w_output": self.w_output.detach()}
+        weights = {"w_query": self.w_query, "w_output": self.w_output}
+        tensors = whole_rows("AttentionExperts", weights)
         if self.expert_kv:
             experts = self.router.num_experts
             for name, p in (("kv_weight", self.kv_proj.weight), ("kv_bias", self.kv_proj.bias)):

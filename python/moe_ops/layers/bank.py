@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from moe_ops._sharded import check_whole
+
 if TYPE_CHECKING:
     from .experts import Experts
 
@@ -193,7 +195,7 @@ class BankOperations(nn.Module):
 
     def _reorder(self, tensors: dict[str, Tensor], neuron_order: Tensor) -> dict[str, Tensor]:
         shape = (self.num_experts, self.intermediate_size)
-        every = torch.arange(self.intermediate_size).expand(shape)
+        every = torch.arange(self.intermediate_size, device="cpu").expand(shape)
         if neuron_order.shape != shape or not torch.equal(
             neuron_order.long().sort(-1).values.cpu(), every
         ):
@@ -232,7 +234,7 @@ class BankOperations(nn.Module):
         return p.reshape(p.shape[0], -1, *p.shape[3:])
 
     def _row_tensors(self) -> dict[str, Tensor]:
-        return {name: p.detach() for name, p in self.named_parameters(recurse=False)}
+        return whole_rows("Experts", dict(self.named_parameters(recurse=False)))
 
     def _config(self) -> dict[str, Any]:
         names = ("hidden_size", "intermediate_size", "output_size", "activation", "interleaved")
@@ -278,6 +280,13 @@ class BankOperations(nn.Module):
 
 
 # ------------------------------------------------- arguments that all bank operations share
+
+
+def whole_rows(name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors without their history; raises ValueError where this process has a part of one."""
+    for key, tensor in tensors.items():
+        check_whole(name, key, tensor, "select, append, split and merge before sharding the model")
+    return {key: tensor.detach() for key, tensor in tensors.items()}
 
 
 def as_ids(name: str, ids: Sequence[int] | Tensor | None, num_experts: int) -> list[int]:
@@ -326,11 +335,12 @@ def merge_matrix(
     num_experts: int,
 ) -> Tensor:
     """[groups, E] fp64 with the weights of the mean of each group; rows sum to 1."""
-    w = torch.ones(num_experts) if weights is None else torch.as_tensor(weights)
-    w = w.detach().to("cpu", torch.float64)
+    w = torch.as_tensor(
+        [1.0] * num_experts if weights is None else weights, dtype=torch.float64, device="cpu"
+    ).detach()
     if w.shape != (num_experts,) or bool((w < 0).any()):
         raise ValueError(f"{name}: weights must be [{num_experts}] numbers >= 0, got {w.tolist()}.")
-    matrix = torch.zeros(len(members), num_experts, dtype=torch.float64)
+    matrix = torch.zeros(len(members), num_experts, dtype=torch.float64, device="cpu")
     for row, group in enumerate(members):
         total = w[group].sum()
         if total <= 0:

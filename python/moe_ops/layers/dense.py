@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from moe_ops.ops._register import accumulate_dtype
+from moe_ops.ops._register import accumulate_dtype, in_transform
 from moe_ops.ops.dense_ffn import dense_ffn
 from moe_ops.ops.gated_act import gated_act
 from moe_ops.ops.mix_experts import mix_experts
@@ -80,7 +80,7 @@ def expert_outputs(bank: Experts, x: Tensor, input_ids: Sequence[int] | None) ->
                 f"{name}: input_ids must be {num_experts} numbers in [0, {x.shape[1]}), got {ids}."
             )
     if not bank.gated and _fits(x, bank.w_gate_up, bank.w_down):
-        input_of = torch.tensor(ids, dtype=torch.int32)
+        input_of = torch.tensor(ids, dtype=torch.int32, device=x.device)
         return dense_ffn(
             x,
             bank.w_gate_up,
@@ -119,7 +119,7 @@ def _fits(x: Tensor, w_up: Tensor, w_down: Tensor) -> bool:
 def low_rank_maps(x: Tensor, down: Tensor, up: Tensor, input_ids: Sequence[int]) -> Tensor:
     """y[:, e] = x[:, input_ids[e]] down[e]^T up[e]^T: x [T, G, H], down [E, R, H], up [E, O, R]."""
     if _fits(x, down, up):
-        ids = torch.tensor(input_ids, dtype=torch.int32)
+        ids = torch.tensor(input_ids, dtype=torch.int32, device=x.device)
         return dense_ffn(x, down, up, ids, activation="none")
     low = grouped_linear(x, down, None, segments(input_ids))
     return grouped_linear(low, up, None)
@@ -156,6 +156,7 @@ def _own_backward(a: Tensor, b: Tensor) -> bool:
         and a.dtype in (torch.float32, torch.float64)
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
+        and not in_transform()
     )
 
 

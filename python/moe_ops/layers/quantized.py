@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from moe_ops import memory, packing
 from moe_ops.ops import moe_ffn_quantized
+from moe_ops.ops._register import in_transform
 from moe_ops.quant.convert import quantize_experts
 from moe_ops.quant.formats import (
     check_divides,
@@ -187,7 +188,8 @@ class QuantizedExperts(nn.Module):
     ) -> Tensor:
         """`forward`, whatever a subclass makes of that."""
         on_input = apply_router_weight_on_input
-        if torch.is_grad_enabled() and (x.requires_grad or topk_weights.requires_grad):
+        wanted = torch.is_grad_enabled() and (x.requires_grad or topk_weights.requires_grad)
+        if wanted and not in_transform():
             return _WithoutBackward.apply(x, topk_weights, topk_ids, self, on_input)
         return self._run(x, topk_weights, topk_ids, on_input)
 
@@ -406,6 +408,7 @@ class _WithoutBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
         raise NotImplementedError(
-            "QuantizedExperts: there is no gradient through quantised experts; train the float "
-            "model (dequantize() gives one) or call the layer under torch.no_grad()."
+            "QuantizedExperts: there is no gradient through quantised experts; train float ones "
+            "(a layer's dequantize() gives them, a model of transformers loads its float "
+            "checkpoint) or call these under torch.no_grad()."
         )

@@ -24,6 +24,7 @@ from .bank import (
     mix_rows,
     split_rows,
     take_rows,
+    whole_rows,
 )
 from .replay import in_backward
 from .sparsemixer import sparsemixer
@@ -730,7 +731,7 @@ class Router(nn.Module):
 
     def _row_tensors(self) -> dict[str, Tensor]:
         tensors = {"weight": self.weight, "bias": self.bias, "expert_bias": self.expert_bias}
-        return {name: t.detach() for name, t in tensors.items() if t is not None}
+        return whole_rows("Router", {name: t for name, t in tensors.items() if t is not None})
 
     def _fresh_rows(self, num: int, init: str) -> dict[str, Tensor]:
         if num < 1:

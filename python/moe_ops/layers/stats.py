@@ -154,7 +154,7 @@ class RoutingStats:
 
     def _measure(self, layer: Hashable) -> dict[str, Any]:
         counts = self._counts[layer].tolist()  # the one wait for the device
-        load = torch.tensor(counts, dtype=torch.float64)
+        load = torch.tensor(counts, dtype=torch.float64, device="cpu")
         total, num_experts = load.sum().item(), len(counts)
         dead = [e for e, c in enumerate(counts) if c == 0]
         if total == 0:

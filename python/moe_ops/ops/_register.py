@@ -5,12 +5,13 @@ The stable ABI has no C++ autograd or autocast, so those rules live beside the p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._C import _AutoDispatchBelowAutograd, is_grad_enabled, is_inference_mode_enabled
+from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 # What _plain_eager asks torch; a release without one of these takes the dispatcher's way.
@@ -102,11 +103,31 @@ _PRE_DISPATCH = torch._C.DispatchKey.PreDispatch
 _AUTOGRAD = torch._C.DispatchKey.AutogradFunctionality
 
 
+def in_forward_mode() -> bool:
+    """Whether tensors may have tangents: inside of ``forward_ad.dual_level`` or ``torch.func.jvp``.
+    Only torch itself can tell whether one has, which takes a call of an operation."""
+    return forward_ad._current_level >= 0
+
+
+def _any_tangent(values: Iterable[Any]) -> bool:
+    return in_forward_mode() and any(
+        isinstance(v, Tensor) and forward_ad.unpack_dual(v).tangent is not None for v in values
+    )
+
+
+def in_transform() -> bool:
+    """Whether eager code runs under torch.func's transforms or in forward mode, which must see
+    every operation."""
+    return not is_compiling() and (in_forward_mode() or torch._C._are_functorch_transforms_active())
+
+
 def _plain_eager() -> bool:
     """Whether the dispatcher would go straight to the autograd rule: no autocast, functorch or
-    mode, and not below autograd already. A read of all its keys would take longer than these."""
+    mode, no tangents, and not below autograd already. A read of all its keys would take longer than
+    these."""
     return not (
-        _is_any_autocast_enabled()
+        forward_ad._current_level >= 0
+        or _is_any_autocast_enabled()
         or _are_functorch_transforms_active()
         or _len_torch_dispatch_stack()
         or _dispatch_tls_is_dispatch_key_included(_PRE_DISPATCH)
@@ -164,6 +185,8 @@ def caller(name: str) -> Callable[..., Any]:
                 return run(*args, **kwargs)
             if _any_requires_grad(*args):
                 return _autograd_rules.get(op, run)(*args)
+        elif forward_ad._current_level >= 0:
+            return run(*args, **kwargs)
         with _AutoDispatchBelowAutograd():
             return run(*args, **kwargs)
 
@@ -213,6 +236,10 @@ def register_cpu_only(name: str, instead: str) -> None:
     library.impl(name, refuse, "CUDA")
 
 
+# Op -> casts its arguments (all of them, in the order of the schema) as autocast does.
+_autocast_casts: dict[str, Callable[[str, Sequence[Any]], list[Any]]] = {}
+
+
 def register_autocast(op: str, cast: Sequence[str], dtype: torch.dtype | None = None) -> None:
     """Under autocast, casts the named tensor arguments and leaves the others as they are.
 
@@ -226,35 +253,37 @@ def register_autocast(op: str, cast: Sequence[str], dtype: torch.dtype | None = 
     """
     overload = getattr(torch.ops.moe_ops, op).default
     names = [a.name for a in overload._schema.arguments]
-    positional = [a.name for a in overload._schema.arguments if not a.kwarg_only]
     wanted = [n for n in names if n in cast]
     assert len(wanted) == len(cast), (op, cast, names)
+
+    def convert(device: str, name: str, value: Any) -> Any:
+        if (
+            name in wanted
+            and isinstance(value, Tensor)
+            and value.is_floating_point()
+            and value.dtype != torch.float64
+            and value.device.type == device
+        ):
+            return value.to(dtype or torch.get_autocast_dtype(device))
+        return value
+
+    def converted(device: str, args: Sequence[Any]) -> list[Any]:
+        return [convert(device, n, v) for n, v in zip(names, args, strict=False)]
 
     for device_type in ("cpu", "cuda"):
         keyset = _autocast_keyset(device_type)
 
+        # Keyword-only arguments come last in a schema, so positional ones keep their places.
         def kernel(
             *args: Any, _keyset: Any = keyset, _device: str = device_type, **kwargs: Any
         ) -> Any:
-            target = dtype or torch.get_autocast_dtype(_device)
-
-            def convert(name: str, value: Any) -> Any:
-                if (
-                    name in wanted
-                    and isinstance(value, Tensor)
-                    and value.is_floating_point()
-                    and value.dtype != torch.float64
-                    and value.device.type == _device
-                ):
-                    return value.to(target)
-                return value
-
-            new_args = [convert(n, v) for n, v in zip(positional, args, strict=False)]
-            new_kwargs = {n: convert(n, v) for n, v in kwargs.items()}
+            new_args = converted(_device, args)
+            new_kwargs = {n: convert(_device, n, v) for n, v in kwargs.items()}
             with torch._C._ExcludeDispatchKeyGuard(_keyset):
                 return overload(*new_args, **new_kwargs)
 
         library.impl(op, kernel, "AutocastCPU" if device_type == "cpu" else "AutocastCUDA")
+    _autocast_casts[op] = converted
 
 
 def needs_input_grad(ctx: Any, count: int) -> tuple[bool, ...]:
@@ -271,32 +300,78 @@ def register_autocast_keep(op: str) -> None:
     register_autocast(op, [])
 
 
+def _public(op: str) -> str:
+    """The op that users call and that has a reference."""
+    for suffix in ("_bwd_accumulate", "_bwd", "_fwd"):
+        op = op.removesuffix(suffix)
+    return op
+
+
+def refuse_tangents(op: str, advice: str | None = None) -> Callable[..., Any]:
+    """The ``jvp`` of an autograd Function that has none."""
+    name = _public(op)
+    if advice is None:
+        advice = f"moe_ops.reference.{name} can be differentiated in forward mode"
+
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise NotImplementedError(f"{name}: forward-mode AD is not implemented; {advice}.")
+
+    return jvp
+
+
+class _Call:
+    """How an op is called with all its arguments in a row, keyword-only ones last."""
+
+    def __init__(self, op: str) -> None:
+        self.packet = getattr(torch.ops.moe_ops, op)
+        self.overload = self.packet.default
+        arguments = self.overload._schema.arguments
+        self.num_positional = sum(not a.kwarg_only for a in arguments)
+        self.keywords = tuple(a.name for a in arguments if a.kwarg_only)
+        self.defaults = tuple(a.default_value for a in arguments)
+
+    def complete(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+        """All arguments in a row. The dispatcher drops trailing ones that equal their defaults."""
+        given = (*args, *self.defaults[len(args) : self.num_positional])
+        if not self.keywords:
+            return given
+        last = zip(self.keywords, self.defaults[self.num_positional :], strict=True)
+        return *given, *(kwargs.get(name, default) for name, default in last)
+
+    def split(self, args: tuple[Any, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if not self.keywords:
+            return args, {}
+        last = args[self.num_positional :]
+        return args[: self.num_positional], dict(zip(self.keywords, last, strict=True))
+
+
 def register_autograd(
     op: str, backward: Callable[..., Any], setup: Callable[[Any, tuple[Any, ...], Any], None]
 ) -> None:
-    """``torch.library.register_autograd`` for an op without keyword-only arguments.
+    """``torch.library.register_autograd`` that also knows torch.func and refuses forward mode.
 
     torch's own reads the schema anew on every call to fill in defaults, and makes an object for the
-    dispatch keys. A training step of a small layer is made of such calls.
+    dispatch keys; a training step of a small layer is made of such calls. It drops tangents without
+    a word and fails under torch.func.
 
     Args:
         op: name of the op, without the namespace.
-        backward: (ctx, *gradients of the outputs) -> gradients of all arguments.
+        backward: (ctx, *gradients of the outputs) -> gradients of all arguments, in the order of
+            the schema, keyword-only ones last.
         setup: (ctx, all arguments, output), saves what backward needs.
     """
-    packet = getattr(torch.ops.moe_ops, op)
-    overload = packet.default
+    call = _Call(op)
+    packet, defaults = call.packet, call.defaults
     run = _run_of(packet)
-    arguments = overload._schema.arguments
-    assert not any(a.kwarg_only for a in arguments), op
-    defaults = tuple(a.default_value for a in arguments)
-    redispatch = overload._handle.redispatch_boxed
+    redispatch = call.overload._handle.redispatch_boxed
     below = torch._C._after_autograd_keyset
+    jvp = refuse_tangents(op)
 
     def forward(ctx: Any, *args_and_keys: Any) -> Any:
         args, keyset = args_and_keys[:-1], args_and_keys[-1]
+        positional, keywords = call.split(args)
         with _AutoDispatchBelowAutograd():
-            output = redispatch(keyset & below, *args)
+            output = redispatch(keyset & below, *positional, **keywords)
             setup(ctx, (*args, *defaults[len(args) :]), output)
         return output
 
@@ -308,7 +383,11 @@ def register_autograd(
     function: Any = type(
         f"{op}_autograd",
         (torch.autograd.Function,),
-        {"forward": staticmethod(forward), "backward": staticmethod(all_gradients)},
+        {
+            "forward": staticmethod(forward),
+            "backward": staticmethod(all_gradients),
+            "jvp": staticmethod(jvp),
+        },
     )
 
     def plain_forward(ctx: Any, *args: Any) -> Any:
@@ -322,37 +401,148 @@ def register_autograd(
         (torch.autograd.Function,),
         {"forward": staticmethod(plain_forward), "backward": staticmethod(backward)},
     )
-    if _CAN_ASK:
+    if _CAN_ASK and not call.keywords:
         # Function.apply itself only looks for functorch, which `call` has done.
         _autograd_rules[packet] = super(torch.autograd.Function, plain).apply
 
-    def kernel(keyset: Any, *args: Any) -> Any:
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            return function.apply(*args, keyset)
+    def kernel(keyset: Any, *args: Any, **kwargs: Any) -> Any:
+        if in_forward_mode() or (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
+            # torch finds the tangents and calls jvp where there are any.
+            row = call.complete(args, kwargs) if call.keywords else args
+            return function.apply(*row, keyset)
         with _AutoDispatchBelowAutograd():
-            return redispatch(keyset & below, *args)
+            return redispatch(keyset & below, *args, **kwargs)
 
     library.impl(op, kernel, "Autograd", with_keyset=True)
+    _register_functorch(op, call, backward, setup, jvp)
 
 
-def register_training_form(op: str, forward: str) -> None:
+def _register_functorch(
+    op: str,
+    call: _Call,
+    backward: Callable[..., Any],
+    setup: Callable[[Any, tuple[Any, ...], Any], None],
+    jvp: Callable[..., Any],
+) -> None:
+    """What torch.func's transforms do with an op: ``grad``, ``vjp``, ``jacrev``, ``vmap`` and their
+    compositions work, forward mode is refused.
+
+    Transforms see an op before any other dispatch key, and there it becomes an autograd Function of
+    the form that they take apart level by level.
+    """
+    run = _run_of(call.packet)
+
+    def forward(*args: Any) -> Any:
+        positional, keywords = call.split(args)
+        with _AutoDispatchBelowAutograd():
+            return run(*positional, **keywords)
+
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+        """Calls the op for one entry after the other."""
+        check(info.batch_size > 0, f"{op}: vmap needs a dimension of at least 1, got 0.")
+        outputs = []
+        for i in range(info.batch_size):
+            entry = (a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True))
+            outputs.append(rule.apply(*entry))
+        if isinstance(outputs[0], Tensor):
+            return torch.stack(outputs), 0
+        return tuple(map(torch.stack, zip(*outputs, strict=True))), (0,) * len(outputs[0])
+
+    rule: Any = type(
+        f"{op}_autograd",
+        (torch.autograd.Function,),
+        {
+            "forward": staticmethod(forward),
+            "setup_context": staticmethod(setup),
+            "backward": staticmethod(backward),
+            "jvp": staticmethod(jvp),
+            "vmap": staticmethod(vmap),
+        },
+    )
+
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        row = call.complete(args, kwargs)
+        if _in_functionalize():
+            return _functionalized(call, row)
+        return rule.apply(*_autocast_args(op, row))
+
+    library.impl(op, kernel, "FuncTorchDynamicLayerFrontMode")
+
+
+def _in_functionalize() -> bool:
+    functorch: Any = torch._C._functorch
+    return functorch.peek_interpreter_stack().key() == functorch.TransformType.Functionalize
+
+
+def _functionalized(call: _Call, args: tuple[Any, ...]) -> Any:
+    """The rule of ``torch.func.functionalize`` for an op that writes to no argument."""
+    from torch._functorch.eager_transforms import (
+        _unwrap_all_tensors_from_functional,
+        _wrap_all_tensors_to_functional,
+    )
+    from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
+
+    interpreter: Any = retrieve_current_functorch_interpreter()
+    reapply_views = not interpreter.functionalize_add_back_views()
+    args = _unwrap_all_tensors_from_functional(args, reapply_views=reapply_views)
+    positional, keywords = call.split(args)
+    with interpreter.lower():
+        outputs = call.packet(*positional, **keywords)
+    return _wrap_all_tensors_to_functional(outputs, interpreter.level())
+
+
+def _autocast_args(op: str, args: Sequence[Any]) -> Sequence[Any]:
+    """Arguments as the op would see them: autocast acts below torch.func's transforms, where a cast
+    would escape them."""
+    if op in _autocast_casts:
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                args = _autocast_casts[op](device, args)
+    return args
+
+
+def register_training_form(op: str, forward: str, without: Sequence[str] = ()) -> None:
     """Lets ``op`` run the op ``forward``, which also returns what backward needs, when a gradient
     is wanted, and its own kernel otherwise.
 
     ``torch.library.register_autograd`` can only save inputs and outputs, and the pre-activation is
     no output that a caller of ``op`` wants to see.
+
+    Args:
+        op: name of the op, without the namespace.
+        forward: the op for training; its first output is that of ``op``.
+        without: arguments of ``op`` that ``forward`` does not have.
     """
-    overload = getattr(torch.ops.moe_ops, op).default
+    call = _Call(op)
+    overload = call.overload
     training = getattr(torch.ops.moe_ops, forward).default
+    names = [a.name for a in overload._schema.arguments]
+
+    def train(args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        if without:
+            kwargs = dict(zip(names, args, strict=False)) | kwargs
+            args = ()
+            for name in without:
+                del kwargs[name]
+        return training(*args, **kwargs)[0]
 
     def kernel(keyset: Any, *args: Any, **kwargs: Any) -> Any:
-        if torch.is_grad_enabled() and any(
-            isinstance(a, Tensor) and a.requires_grad for a in (*args, *kwargs.values())
-        ):
-            return training(*args, **kwargs)[0]
+        values = (*args, *kwargs.values())
+        if (
+            torch.is_grad_enabled()
+            and any(isinstance(a, Tensor) and a.requires_grad for a in values)
+        ) or _any_tangent(values):
+            return train(args, kwargs)
         return overload.redispatch(keyset & torch._C._after_autograd_keyset, *args, **kwargs)
 
+    def transformed(*args: Any, **kwargs: Any) -> Any:
+        row = call.complete(args, kwargs)
+        if _in_functionalize():
+            return _functionalized(call, row)
+        return train(_autocast_args(op, row), {})
+
     library.impl(op, kernel, "Autograd", with_keyset=True)
+    library.impl(op, transformed, "FuncTorchDynamicLayerFrontMode")
 
 
 def register_no_double_backward(op: str, forward: str) -> None:
@@ -364,7 +554,7 @@ def register_no_double_backward(op: str, forward: str) -> None:
             f"moe_ops.reference.{forward} can."
         )
 
-    torch.library.register_autograd(f"moe_ops::{op}", backward)
+    register_autograd(op, backward, lambda ctx, inputs, output: None)
 
 
 def register_not_differentiable(op: str, forward: str) -> None:
@@ -386,21 +576,33 @@ def register_not_differentiable(op: str, forward: str) -> None:
 
 def register_no_gradient(op: str, advice: str) -> None:
     """For an op of inference: an error where a gradient is wanted, in the forward pass already."""
-    overload = getattr(torch.ops.moe_ops, op).default
+    call = _Call(op)
+    overload = call.overload
+    names = [a.name for a in overload._schema.arguments]
+    jvp = refuse_tangents(op, f"call it on tensors without tangents, or {advice}")
+
+    def refuse(wanted: str) -> None:
+        raise NotImplementedError(
+            f"{op}: it has no gradient, and {wanted} requires one; call it under torch.no_grad(), "
+            f"or {advice}."
+        )
 
     def kernel(keyset: Any, *args: Any, **kwargs: Any) -> Any:
-        if torch.is_grad_enabled():
-            named = dict(zip((a.name for a in overload._schema.arguments), args, strict=False))
-            named |= kwargs
-            wanted = [n for n, v in named.items() if isinstance(v, Tensor) and v.requires_grad]
+        if in_forward_mode() or torch.is_grad_enabled():
+            named = dict(zip(names, args, strict=False)) | kwargs
+            tensors = {n: v for n, v in named.items() if isinstance(v, Tensor)}
+            if _any_tangent(tensors.values()):
+                jvp(None)
+            wanted = [n for n, v in tensors.items() if v.requires_grad and torch.is_grad_enabled()]
             if wanted:
-                raise NotImplementedError(
-                    f"{op}: it has no gradient, and {', '.join(wanted)} requires one; call it "
-                    f"under torch.no_grad(), or {advice}."
-                )
+                refuse(", ".join(wanted))
         return overload.redispatch(keyset & torch._C._after_autograd_keyset, *args, **kwargs)
 
+    def backward(ctx: Any, *grads: Any) -> None:
+        refuse(", ".join(n for n, need in zip(names, ctx.needs_input_grad, strict=False) if need))
+
     library.impl(op, kernel, "Autograd", with_keyset=True)
+    _register_functorch(op, call, backward, lambda ctx, inputs, output: None, jvp)
 
 
 def register_fake(op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

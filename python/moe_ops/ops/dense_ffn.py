@@ -20,6 +20,7 @@ from moe_ops.ops._register import (
     dtype_name,
     needs_input_grad,
     register_autocast,
+    register_autograd,
     register_cpu_only,
     register_fake,
     register_no_double_backward,
@@ -218,7 +219,7 @@ def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Any, ...
     return gx, g_up, g_down, None, gb_up, gb_down, None
 
 
-torch.library.register_autograd("moe_ops::dense_ffn_fwd", _backward, setup_context=_setup)
+register_autograd("dense_ffn_fwd", _backward, _setup)
 register_training_form("dense_ffn", "dense_ffn_fwd")
 register_no_double_backward("dense_ffn_bwd", "dense_ffn")
 register_autocast("dense_ffn", ["x", "w_up", "w_down", "b_up", "b_down"])

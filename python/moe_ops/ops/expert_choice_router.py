@@ -12,6 +12,7 @@ from moe_ops.ops._register import (
     check,
     check_same_device,
     register_autocast,
+    register_autograd,
     register_fake,
     register_no_double_backward,
 )
@@ -99,18 +100,10 @@ def _(
     return fake_router_gradient(op, grad_weights, router_logits, topk_ids, routed_scaling_factor)
 
 
-def _setup(
-    ctx: Any,
-    inputs: tuple[Any, ...],
-    keyword_only_inputs: dict[str, Any],
-    output: tuple[Tensor, Tensor],
-) -> None:
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    router_logits, _capacity, *ctx.arguments = inputs
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(inputs[0], output[1])
-    ctx.arguments = (
-        keyword_only_inputs["score_func"],
-        keyword_only_inputs["routed_scaling_factor"],
-    )
+    ctx.save_for_backward(router_logits, output[1])
 
 
 def _backward(ctx: Any, grad_weights: Tensor, _: Tensor | None) -> tuple[Any, ...]:
@@ -118,9 +111,9 @@ def _backward(ctx: Any, grad_weights: Tensor, _: Tensor | None) -> tuple[Any, ..
     grad_logits = torch.ops.moe_ops.expert_choice_router_bwd(
         grad_weights, router_logits, topk_ids, *ctx.arguments
     )
-    return grad_logits, None
+    return grad_logits, *(None,) * 3
 
 
-torch.library.register_autograd("moe_ops::expert_choice_router", _backward, setup_context=_setup)
+register_autograd("expert_choice_router", _backward, _setup)
 register_no_double_backward("expert_choice_router_bwd", "expert_choice_router")
 register_autocast("expert_choice_router", ["router_logits"], torch.float32)

@@ -15,6 +15,7 @@ from moe_ops.ops._register import (
     check_same_device,
     check_same_dtype,
     register_autocast_keep,
+    register_autograd,
     register_fake,
     register_no_double_backward,
 )
@@ -113,24 +114,16 @@ def _(
     return gate_up.new_empty(tuple(gate_up.shape))
 
 
-def _setup(
-    ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Tensor
-) -> None:
-    gate_up, activation = inputs
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    gate_up, *ctx.arguments = inputs
     ctx.save_for_backward(gate_up)
-    ctx.arguments = (
-        activation,
-        keyword_only_inputs["interleaved"],
-        keyword_only_inputs["alpha"],
-        keyword_only_inputs["limit"],
-    )
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     (gate_up,) = ctx.saved_tensors
-    return torch.ops.moe_ops.gated_act_bwd(grad, gate_up, *ctx.arguments), None
+    return torch.ops.moe_ops.gated_act_bwd(grad, gate_up, *ctx.arguments), *(None,) * 4
 
 
-torch.library.register_autograd("moe_ops::gated_act", _backward, setup_context=_setup)
+register_autograd("gated_act", _backward, _setup)
 register_no_double_backward("gated_act_bwd", "gated_act")
 register_autocast_keep("gated_act")

@@ -19,6 +19,7 @@ from moe_ops.ops._register import (
     needs_input_grad,
     register_autocast,
     register_autocast_keep,
+    register_autograd,
     register_fake,
 )
 
@@ -187,14 +188,12 @@ def _backward_sum(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     expert = torch.bucketize(row, expert_offsets[1:].to(torch.int64), right=True)
     valid = expert < grad.shape[0]
     spread = grad[expert.clamp(max=grad.shape[0] - 1)]
-    return torch.where(valid[:, None], spread, torch.zeros((), dtype=grad.dtype)), None
+    return torch.where(valid[:, None], spread, grad.new_zeros(())), None
 
 
-torch.library.register_autograd("moe_ops::grouped_gemm", _backward, setup_context=_setup)
-torch.library.register_autograd(
-    "moe_ops::grouped_gemm_wgrad", _backward_wgrad, setup_context=_setup_wgrad
-)
-torch.library.register_autograd("moe_ops::grouped_sum", _backward_sum, setup_context=_setup_sum)
+register_autograd("grouped_gemm", _backward, _setup)
+register_autograd("grouped_gemm_wgrad", _backward_wgrad, _setup_wgrad)
+register_autograd("grouped_sum", _backward_sum, _setup_sum)
 register_autocast("grouped_gemm", ["a", "b", "bias"])
 register_autocast("grouped_gemm_wgrad", ["grad", "a"])
 register_autocast_keep("grouped_sum")

@@ -19,6 +19,7 @@ from moe_ops.ops._register import (
     dtype_name,
     needs_input_grad,
     register_autocast,
+    register_autograd,
     register_cpu_only,
     register_fake,
     register_no_double_backward,
@@ -259,7 +260,7 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Any, ..
     )
 
 
-torch.library.register_autograd("moe_ops::mix_experts", _backward, setup_context=_setup)
+register_autograd("mix_experts", _backward, _setup)
 register_no_double_backward("mix_experts_bwd", "mix_experts")
 register_autocast("mix_experts", ["outputs", "weights", "factor"])
 for _name in ("mix_experts", "mix_experts_bwd"):

@@ -19,6 +19,7 @@ from moe_ops.ops._register import (
     check_size,
     needs_input_grad,
     options_of,
+    refuse_tangents,
     register_autocast,
     register_autograd,
     register_fake,
@@ -94,6 +95,10 @@ def moe_ffn(
         and torch.is_grad_enabled()
         and any(g is not None for g in main_grads)
     ):
+        if torch._C._are_functorch_transforms_active():
+            raise NotImplementedError(
+                "moe_ffn: main_grads cannot be used under torch.func's transforms; pass None."
+            )
         arguments = (activation, interleaved, apply_router_weight_on_input, alpha, limit)
         inputs = (x, w_gate_up, w_down, topk_weights, topk_ids, b_gate_up, b_down)
         return _AccumulatingFfn.apply(*inputs, main_grads, arguments)
@@ -332,6 +337,8 @@ def _backward(ctx: Any, grad_y: Tensor | None, *_: Any) -> tuple[Any, ...]:
 
 class _AccumulatingFfn(torch.autograd.Function):
     """moe_ffn whose backward adds the weight gradients to given buffers."""
+
+    jvp = staticmethod(refuse_tangents("moe_ffn"))
 
     @staticmethod
     def forward(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -15,11 +13,11 @@ from moe_ops.ops._register import (
     check_float,
     check_same_device,
     dtype_name,
-    library,
     options_of,
     register_autocast,
     register_cpu_only,
     register_fake,
+    register_training_form,
 )
 from moe_ops.ops.gated_act import GATED_ACTIVATIONS
 from moe_ops.ops.moe_ffn import check_call
@@ -177,20 +175,7 @@ def _(
     return x.new_empty(tuple(x.shape))
 
 
-_packed = torch.ops.moe_ops.moe_ffn_packed.default
-_training = torch.ops.moe_ops.moe_ffn_fwd.default
-
-
-def _autograd(keyset: Any, *args: Any, **kwargs: Any) -> Tensor:
-    tensors = (*args, *kwargs.values())
-    if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in tensors):
-        named = dict(zip((a.name for a in _packed._schema.arguments), args, strict=False)) | kwargs
-        del named["packed_gate_up"], named["packed_down"]
-        return _training(**named)[0]
-    return _packed.redispatch(keyset & torch._C._after_autograd_keyset, *args, **kwargs)
-
-
-library.impl("moe_ffn_packed", _autograd, "Autograd", with_keyset=True)
+register_training_form("moe_ffn_packed", "moe_ffn_fwd", ("packed_gate_up", "packed_down"))
 register_cpu_only("moe_ffn_packed", "call moe_ffn, whose CUDA kernels read weights as they are")
 register_cpu_only("pack_experts", "moe_ffn's CUDA kernels read weights as they are")
 register_autocast("moe_ffn_packed", ["x", "w_gate_up", "w_down", "b_gate_up", "b_down"])

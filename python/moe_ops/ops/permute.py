@@ -15,6 +15,7 @@ from moe_ops.ops._register import (
     check_index,
     check_same_device,
     register_autocast_keep,
+    register_autograd,
     register_fake,
 )
 
@@ -87,6 +88,6 @@ def _backward_bwd(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return torch.ops.moe_ops.permute(grad, expert_offsets, row_to_slot), None, None, None
 
 
-torch.library.register_autograd("moe_ops::permute", _backward, setup_context=_setup)
-torch.library.register_autograd("moe_ops::permute_bwd", _backward_bwd, setup_context=_setup_bwd)
+register_autograd("permute", _backward, _setup)
+register_autograd("permute_bwd", _backward_bwd, _setup_bwd)
 register_autocast_keep("permute")

@@ -12,6 +12,7 @@ from moe_ops.ops._register import (
     check,
     check_same_device,
     register_autocast,
+    register_autograd,
     register_fake,
     register_no_double_backward,
 )
@@ -113,18 +114,10 @@ def _(
     )
 
 
-def _setup(
-    ctx: Any,
-    inputs: tuple[Any, ...],
-    keyword_only_inputs: dict[str, Any],
-    output: tuple[Tensor, Tensor],
-) -> None:
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    router_logits, _top_p, _max_k, _min_k, *ctx.arguments = inputs
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(inputs[0], output[1])
-    ctx.arguments = (
-        keyword_only_inputs["renormalize"],
-        keyword_only_inputs["routed_scaling_factor"],
-    )
+    ctx.save_for_backward(router_logits, output[1])
 
 
 def _backward(ctx: Any, grad_weights: Tensor, _: Tensor | None) -> tuple[Any, ...]:
@@ -132,9 +125,9 @@ def _backward(ctx: Any, grad_weights: Tensor, _: Tensor | None) -> tuple[Any, ..
     grad_logits = torch.ops.moe_ops.topp_router_bwd(
         grad_weights, router_logits, topk_ids, *ctx.arguments
     )
-    return grad_logits, None, None
+    return grad_logits, *(None,) * 5
 
 
-torch.library.register_autograd("moe_ops::topp_router", _backward, setup_context=_setup)
+register_autograd("topp_router", _backward, _setup)
 register_no_double_backward("topp_router_bwd", "topp_router")
 register_autocast("topp_router", ["router_logits"], torch.float32)

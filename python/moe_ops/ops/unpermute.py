@@ -18,6 +18,7 @@ from moe_ops.ops._register import (
     check_same_dtype,
     check_size,
     register_autocast_keep,
+    register_autograd,
     register_fake,
 )
 
@@ -143,6 +144,6 @@ def _backward_bwd(ctx: Any, gg_rows: Tensor | None, gg_weights: Tensor | None) -
     return d_grad_y, d_rows, None, None, d_weights
 
 
-torch.library.register_autograd("moe_ops::unpermute", _backward, setup_context=_setup)
-torch.library.register_autograd("moe_ops::unpermute_bwd", _backward_bwd, setup_context=_setup_bwd)
+register_autograd("unpermute", _backward, _setup)
+register_autograd("unpermute_bwd", _backward_bwd, _setup_bwd)
 register_autocast_keep("unpermute")

@@ -8,11 +8,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from moe_ops._sharded import check_whole, name_of
 from moe_ops.ops.moe_ffn import moe_ffn
 
 if TYPE_CHECKING:
@@ -57,8 +59,14 @@ class FloatBank:
 
     @property
     def num_bytes(self) -> int:
-        biases = [b for b in (self.b_gate_up, self.b_down) if b is not None]
-        return sum(t.numel() * t.element_size() for t in (*self.gate_up, self.down, *biases))
+        return sum(t.numel() * t.element_size() for _, t in self.tensors())
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Each with the name of what it is, or is a part of, in moe_ffn."""
+        yield from (("w_gate_up", w) for w in self.gate_up)
+        yield "w_down", self.down
+        biases = ("b_gate_up", self.b_gate_up), ("b_down", self.b_down)
+        yield from ((name, b) for name, b in biases if b is not None)
 
     def gate_up_of(self, expert: int) -> Tensor:
         """[2I, H] fp32, a copy of its own."""
@@ -90,7 +98,7 @@ class FloatBank:
 
     def run(self, inputs: BankInputs) -> Tensor:
         """The bank's output [T, H] in fp32, an expert at a time so that one is copied at most."""
-        y = torch.zeros(inputs.x.shape[0], self.hidden_size)
+        y = inputs.x.new_zeros(inputs.x.shape[0], self.hidden_size, dtype=torch.float32)
         for expert, tokens in tokens_of(inputs, self.num_experts):
             y[tokens] += self.run_expert(expert, take_tokens(inputs, tokens))
         return y
@@ -111,6 +119,62 @@ def take_tokens(inputs: BankInputs, tokens: Tensor) -> BankInputs:
         inputs.topk_ids[tokens],
         inputs.apply_router_weight_on_input,
     )
+
+
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_weights(op: str, name: str, module: nn.Module, bank: FloatBank) -> None:
+    """Raises ValueError, with the name of the weight, where a bank is not all here to be read.
+
+    Args:
+        op: the function that reads it.
+        name: of `module`, which holds the bank.
+    """
+    check_whole_bank(op, name, module, bank)
+    shapes = {"w_gate_up": "[E, 2I, H]", "w_down": "[E, H, I]"}
+    for role, w in bank.tensors():
+        what = _name_of(role, w, name, module)
+        if w.device.type == "meta":
+            raise ValueError(
+                f"{op}: {what} must hold numbers, got a meta tensor; load all weights into memory "
+                "first, without offloading any."
+            )
+        if w.device.type != "cpu":
+            raise ValueError(
+                f"{op}: {what} must be on the CPU, where quantised experts run, got {w.device}; "
+                "call model.cpu() first."
+            )
+        if w.dtype not in _FLOATS:
+            raise ValueError(
+                f"{op}: {what} must be float64, float32, bfloat16 or float16, got "
+                f"{str(w.dtype).removeprefix('torch.')}."
+            )
+        if role in shapes and w.dim() != 3:
+            raise ValueError(f"{op}: {what} must be {shapes[role]}, got shape {list(w.shape)}.")
+
+
+def check_whole_bank(op: str, name: str, module: nn.Module, bank: FloatBank) -> None:
+    """Raises ValueError where this process has a part of a weight only."""
+    for role, w in bank.tensors():
+        what = _name_of(role, w, name, module)
+        check_whole(op, what, w, f"{op} has to come before the model is sharded")
+
+
+@torch.no_grad()
+def check_finite(op: str, name: str, module: nn.Module, bank: FloatBank) -> None:
+    """Raises ValueError, with the name of the weight, where a number is infinite or NaN."""
+    for role, w in bank.tensors():
+        for expert in range(bank.num_experts):
+            if not bool(torch.isfinite(w[expert]).all()):
+                raise ValueError(
+                    f"{op}: {_name_of(role, w, name, module)} must be finite, got infinities or "
+                    f"NaNs in expert {expert}."
+                )
+
+
+def _name_of(role: str, w: Tensor, name: str, module: nn.Module) -> str:
+    return name_of(module, w, name) or f"{name or 'the bank'}'s {role}"
 
 
 class Adapter(Protocol):
@@ -160,15 +224,7 @@ def find_banks(
     Raises:
         ValueError: such a bank.
     """
-    from fnmatch import fnmatchcase
-
-    import moe_ops.quant.experts  # Registers its adapter, as the other one does.
-
-    if "transformers" in sys.modules:
-        try:
-            import moe_ops.hf.quantized  # noqa: F401
-        except ImportError:  # Too old to have banks that moe_ops knows.
-            pass
+    _load_adapters(root)
     for name in [n for n, _ in root.named_modules()]:
         try:
             module = root.get_submodule(name)
@@ -188,6 +244,44 @@ def find_banks(
                 break
         del module
         bank = None
+
+
+def idle_patterns(root: nn.Module, skip: tuple[str, ...]) -> list[str]:
+    """The patterns of `skip` that no bank's name matches."""
+    _load_adapters(root)
+    idle = set(skip)
+    for name, module in root.named_modules() if idle else ():
+        here = {pattern for pattern in idle if fnmatchcase(name, pattern)}
+        if here and _holds_bank(module):
+            idle -= here
+    return [pattern for pattern in skip if pattern in idle]
+
+
+def _holds_bank(module: nn.Module) -> bool:
+    for adapter in _adapters:
+        try:
+            if adapter.bank(module) is not None:
+                return True
+        except ValueError:  # One that has no quantised form.
+            return True
+    return False
+
+
+def _load_adapters(root: nn.Module) -> None:
+    import moe_ops.quant.experts  # Registers its adapter, as the other one does.
+
+    if "transformers" in sys.modules:
+        try:
+            import moe_ops.hf.quantized  # noqa: F401
+        except ImportError:  # Too old. No matter for a model that is not of it.
+            if is_pretrained(root):
+                raise
+
+
+def is_pretrained(model: nn.Module) -> bool:
+    """Whether this is a model of transformers, which need not be installed."""
+    transformers = sys.modules.get("transformers")
+    return transformers is not None and isinstance(model, transformers.PreTrainedModel)
 
 
 def replace_module(root: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:

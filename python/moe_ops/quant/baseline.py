@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .bank import Adapter, BankInputs, find_banks, take_tokens
+from .bank import Adapter, BankInputs, check_whole_bank, find_banks, take_tokens
 
 MAX_TOKENS = 512
 
@@ -65,7 +65,8 @@ def record_baseline(
     Banks that have no quantised form are passed over.
 
     Raises:
-        ValueError: no bank of float experts, or a bank that saw no token.
+        ValueError: no bank of float experts, a bank that saw no token, or, with `outputs`, weights
+            that are sharded over processes.
     """
     adapters: dict[str, Adapter] = {}
     chunks: dict[str, list[BankInputs]] = {}
@@ -82,13 +83,15 @@ def record_baseline(
             call = adapter.inputs(module, args, kwargs)
             count = call.x.shape[0]
             if count:
-                index = torch.arange(min(room, count)) * count // min(room, count)
-                some = take_tokens(call, index.to(call.x.device))
+                index = torch.arange(min(room, count), device=call.x.device)
+                some = take_tokens(call, index * count // min(room, count))
                 kept.append(some._replace(x=some.x.clone()))
 
         return hook
 
     for found in find_banks(model, unsupported="skip"):
+        if outputs:
+            check_whole_bank("record_baseline", found.name, found.module, found.bank)
         adapters[found.name] = found.adapter
         chunks[found.name] = []
         hook = keep(found.name, found.adapter)

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-import sys
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from .bank import FloatBank, find_banks
+from .bank import (
+    FloatBank,
+    check_finite,
+    check_weights,
+    find_banks,
+    idle_patterns,
+    is_pretrained,
+)
 from .baseline import Baseline, record_baseline
 from .formats import check_divides, check_format, quantize
 from .scales import GRID, find_x_scale
@@ -42,7 +49,8 @@ def quantize_experts(
         calibration: inputs for the activation-aware scale of w_gate_up's input channels: what
             `moe_ops.quant.record_baseline` returned, or what it takes. None uses no such scale.
         grid: number of exponents tried for that scale, less one.
-        skip: shell patterns of module names whose banks stay float.
+        skip: shell patterns of the names of banks that stay float; one that matches none is warned
+            of.
         progress: called with the name of each bank, how many were done before it, and how many
             there are.
 
@@ -51,25 +59,31 @@ def quantize_experts(
 
     Raises:
         ValueError: no float bank, an unknown format, sizes that the groups do not divide, an
-            activation that moe_ffn does not know, weights that are not finite. The model is
-            unchanged, unless only its numbers were at fault: then banks before that one are done.
+            activation that moe_ffn does not know, weights that are sharded over processes, on
+            another device than the CPU or on none, of a type that moe_ffn does not take, or not
+            finite. The model is unchanged, unless only its numbers were at fault: then banks
+            before that one are done.
+        ImportError: a model of a transformers that is too old for moe_ops.hf.
     """
     groups = check_format("quantize_experts", format, group_size) or None
     patterns = (skip,) if isinstance(skip, str) else tuple(skip)
     method = getattr(model, "quantization_method", None)
-    if _is_pretrained(model) and method is not None:
+    if is_pretrained(model) and method is not None:
         # A checkpoint has room for one method and one format.
         raise ValueError(
             f"quantize_experts: model must be a float model, got one quantised by "
             f"{getattr(method, 'value', method)}."
         )
+    for pattern in idle_patterns(model, patterns):
+        warnings.warn(
+            f"quantize_experts: skip must match the name of a bank, got {pattern!r}, which matches "
+            "none.",
+            stacklevel=2,
+        )
     names = []
     for found in find_banks(model, patterns):
         names.append(found.name)
-        if found.bank.down.device.type == "meta":
-            raise ValueError(
-                f"quantize_experts: {found.name or 'the bank'} must hold weights, got meta tensors."
-            )
+        check_weights("quantize_experts", found.name, found.module, found.bank)
         check_sizes(found.name, found.bank, groups)
         del found
     if not names:
@@ -89,6 +103,7 @@ def quantize_experts(
     for done, found in enumerate(find_banks(model, patterns)):
         if progress is not None:
             progress(found.name, done, len(names))
+        check_finite("quantize_experts", found.name, found.module, found.bank)
         experts = found.adapter.new(
             found.bank, format=format, group_size=groups, x_scale=baseline is not None
         )
@@ -102,16 +117,11 @@ def quantize_experts(
         experts.train(found.module.training)
         model = found.adapter.install(model, found.module, experts)
         del found
-    if _is_pretrained(model):
+    if is_pretrained(model):
         from moe_ops.hf.quantizer import mark_quantized
 
         mark_quantized(model, format, groups, baseline is not None, patterns)
     return model
-
-
-def _is_pretrained(model: nn.Module) -> bool:
-    transformers = sys.modules.get("transformers")
-    return transformers is not None and isinstance(model, transformers.PreTrainedModel)
 
 
 @torch.no_grad()

@@ -52,7 +52,7 @@ def find_x_scale(
     used = (inputs.topk_ids >= 0) & (inputs.topk_ids < bank.num_experts)
     x = inputs.x[used.any(-1)].float()
     if not x.shape[0] or not bool(x.any()):
-        return ScaleChoice(torch.ones(bank.hidden_size), 0.0, [])
+        return ScaleChoice(x.new_ones(bank.hidden_size), 0.0, [])
     size = x.abs().mean(0)
     # Channels that are always 0 must neither divide by 0 nor set the scale of all others.
     size = size.clamp(min=1e-4 * float(size.max()))

@@ -6,7 +6,6 @@ Letters: B batch, S tokens of a sequence, S_kv keys, H hidden size, n heads, d h
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moe_ops._fields import Fields
 from moe_ops.layers import KVCache
 
 from .checkpoint import Entry
@@ -115,28 +115,32 @@ class Rope:
         return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
-def published_rope(config: Mapping[str, Any]) -> tuple[float, Yarn | None]:
+def published_rope(config: Fields) -> tuple[float, Yarn | None]:
     """theta and stretching from a published config.json, which has them in `rope_parameters`, or in
     `rope_theta` and `rope_scaling`.
 
     Raises:
         ValueError: a stretching other than YaRN.
     """
-    fields = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    theta = float(fields.get("rope_theta") or config.get("rope_theta") or 10_000.0)
-    kind = fields.get("rope_type") or fields.get("type") or "default"
+    older, newer = config.section("rope_scaling"), config.section("rope_parameters")
+    read = Fields({**older.values, **newer.values}, config.reader, "rope_scaling")
+    theta = config.number("rope_theta", default=10_000.0, above=1)
+    theta = read.number("rope_theta", default=theta, above=1)
+    kind = read.choice("rope_type", "type", of=("default", "yarn"), default="default")
     if kind == "default":
         return theta, None
-    if kind != "yarn":
-        raise ValueError(f'config: rope_scaling must be "yarn" or none, got "{kind}".')
-    old = fields["original_max_position_embeddings"]
+    old = read.size("original_max_position_embeddings")
+    if "factor" in read:
+        factor = read.number("factor", above=0)
+    else:
+        factor = config.size("max_position_embeddings") / old
     yarn = Yarn(
-        factor=float(fields.get("factor") or config["max_position_embeddings"] / old),
-        original_context=int(old),
-        beta_fast=float(fields.get("beta_fast") or 32),
-        beta_slow=float(fields.get("beta_slow") or 1),
-        mscale=float(fields.get("mscale") or 0),
-        mscale_all_dim=float(fields.get("mscale_all_dim") or 0),
+        factor=factor,
+        original_context=old,
+        beta_fast=read.number("beta_fast", default=32.0, above=0),
+        beta_slow=read.number("beta_slow", default=1.0, above=0),
+        mscale=read.number("mscale", default=0.0, least=0),
+        mscale_all_dim=read.number("mscale_all_dim", default=0.0, least=0),
     )
     return theta, yarn
 

@@ -7,8 +7,9 @@ were published; reading and writing both follow that list, so that they cannot d
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moe_ops import _files
+
 try:
-    from safetensors import safe_open
-    from safetensors.torch import save_file
+    import safetensors.torch
+    from safetensors import SafetensorError, safe_open
 except ModuleNotFoundError as error:
     if error.name != "safetensors":
         raise
@@ -32,7 +35,12 @@ INDEX = "model.safetensors.index.json"
 LAYOUTS = ("same", "transposed", "rows", "experts")
 # Companion of an fp8 weight: the factors of its 128 x 128 blocks (DeepSeek-V3).
 _SCALES = "_scale_inv"
+_FP8_BLOCK = 128
+_FP8 = "F8_E4M3"
+_FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _SHOWN = 8
+# Of sizes that no tensor of an incomplete checkpoint confirms: any vocabulary.
+_MAX_UNSEEN = 2**18
 
 
 @dataclass(frozen=True)
@@ -65,6 +73,17 @@ class Entry:
             torch.cat(list(tensors[i : i + self.parts])) for i in range(0, len(tensors), self.parts)
         ]
         return torch.stack(experts)
+
+    def shapes(self, shape: Sequence[int]) -> list[list[int]]:
+        """Those of the tensors of `keys` from that of the model's: what `split` would give."""
+        whole = list(shape)
+        if self.layout == "transposed":
+            whole[-2:] = whole[:-3:-1]
+        elif self.layout == "rows":
+            whole[0] //= len(self.keys)
+        elif self.layout == "experts":
+            whole = [whole[1] // self.parts, *whole[2:]]
+        return [whole] * len(self.keys)
 
     def split(self, tensor: Tensor) -> list[Tensor]:
         """The tensors of `keys` from the model's: the inverse of `join`."""
@@ -124,40 +143,126 @@ class LoadReport:
         return "; ".join(lines) + "."
 
 
+@dataclass(frozen=True)
+class Stored:
+    """What the header of a file says about a tensor: the file's name, the type, the shape."""
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
 class Reader:
     """The tensors of a checkpoint folder, each read when asked for.
 
     Reads the files named by model.safetensors.index.json where there is one, else all
-    *.safetensors. A weight with `<key>_scale_inv` beside it is fp8 in 128 x 128 blocks and is
-    given in bfloat16.
+    *.safetensors. Only files inside the folder are read; see `moe_ops._files.inside`. A weight with
+    `<key>_scale_inv` beside it is fp8 in 128 x 128 blocks and is given in bfloat16.
+
+    All files are opened at once, and stay what they are when others take their names.
 
     Raises:
         FileNotFoundError: no such file.
+        ValueError: an index or a file that is damaged or is something else, or an index that names
+            a file outside the folder or a tensor that its file lacks.
     """
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
-        index = self.folder / INDEX
-        if index.is_file():
-            where = json.loads(index.read_text())["weight_map"]
+        self._open: dict[str, Any] = {}
+        self.stored: dict[str, Stored] = {}
+        if (self.folder / INDEX).exists():
+            self._open_indexed()
         else:
-            files = sorted(self.folder.glob("*.safetensors"))
-            if not files:
+            names = sorted(path.name for path in self.folder.glob("*.safetensors"))
+            if not names:
                 raise FileNotFoundError(
                     f"from_pretrained: {self.folder} must hold {SINGLE} or {INDEX}, got neither."
                 )
-            where = {}
-            for path in files:
-                with safe_open(path, framework="pt") as opened:
-                    where |= dict.fromkeys(opened.keys(), path.name)
-        self._where: dict[str, str] = where
-        self._open: dict[str, Any] = {}
-        scales = (key for key in where if key.endswith(_SCALES))
-        self._scaled = {k for k in scales if k.removesuffix(_SCALES) in where}
+            for name in names:
+                for key in self._open_file(name).keys():
+                    self._note(key, name)
+        scales = (key for key in self.stored if key.endswith(_SCALES))
+        self._scaled = {k for k in scales if k.removesuffix(_SCALES) in self.stored}
+
+    def _open_indexed(self) -> None:
+        where = _read_json(self.folder, INDEX).get("weight_map")
+        if not isinstance(where, dict):
+            raise ValueError(
+                f"from_pretrained: weight_map of {self.folder / INDEX} must be an object, got "
+                f"{_files.shown(where)}."
+            )
+        there: dict[str, set[str]] = {}
+        for key, name in where.items():
+            if not isinstance(name, str) or not name.endswith(".safetensors"):
+                raise ValueError(
+                    f"from_pretrained: weight_map of {self.folder / INDEX} must name safetensors "
+                    f"files, got {_files.shown(name)} for {key}."
+                )
+            if name not in there:
+                there[name] = set(self._open_file(name).keys())
+            if key not in there[name]:
+                raise ValueError(
+                    f"from_pretrained: {self.folder / name} must hold {key} as {INDEX} says, got "
+                    "no such tensor."
+                )
+            self._note(key, name)
+
+    def _open_file(self, name: str) -> Any:
+        if name not in self._open:
+            path = _inside(self.folder, name)
+            try:
+                self._open[name] = safe_open(path, framework="pt")
+            except SafetensorError as error:
+                raise ValueError(
+                    f"from_pretrained: {path} must be a whole safetensors file, got one that is "
+                    f"damaged: {error}."
+                ) from error
+        return self._open[name]
+
+    def _note(self, key: str, name: str) -> None:
+        entry = self._open[name].get_slice(key)
+        self.stored[key] = Stored(name, str(entry.get_dtype()), tuple(entry.get_shape()))
 
     def keys(self) -> list[str]:
         """All keys but the scales of fp8 weights."""
-        return [key for key in self._where if key not in self._scaled]
+        return [key for key in self.stored if key not in self._scaled]
+
+    def largest(self) -> int:
+        """The largest dimension of a tensor, or the number of tensors if that is more."""
+        sizes = (size for stored in self.stored.values() for size in stored.shape)
+        return max(len(self.stored), max(sizes, default=0))
+
+    def check(self, key: str, shape: Sequence[int]) -> None:
+        """Checks from the header that `get` will give a float tensor of this shape.
+
+        Raises:
+            ValueError: it will not.
+        """
+        stored = self.stored[key]
+        if list(stored.shape) != list(shape):
+            self._refuse(key, list(shape), list(stored.shape))
+        if key + _SCALES not in self._scaled:
+            if stored.dtype not in _FLOATS:
+                self._refuse(key, f"one of {', '.join(_FLOATS)}", stored.dtype)
+            return
+        if stored.dtype != _FP8 or len(stored.shape) != 2:
+            kind = f"{_FP8} of two dimensions, having {key}{_SCALES} beside it"
+            self._refuse(key, kind, f"{stored.dtype} of {len(stored.shape)}")
+        scale = self.stored[key + _SCALES]
+        blocks = [math.ceil(size / _FP8_BLOCK) for size in stored.shape]
+        if list(scale.shape) != blocks:
+            self._refuse(key + _SCALES, blocks, list(scale.shape))
+        if scale.dtype not in _FLOATS:
+            self._refuse(key + _SCALES, f"one of {', '.join(_FLOATS)}", scale.dtype)
+
+    def _refuse(self, key: str, wanted: object, got: object) -> None:
+        path = self.folder / self.stored[key].file
+        raise ValueError(f"from_pretrained: {key} must be {wanted}, got {got} in {path}.")
+
+    def dtype(self, key: str) -> torch.dtype:
+        """That of what `get` gives, once `check` has passed."""
+        return _FLOATS.get(self.stored[key].dtype, torch.bfloat16)
 
     def get(self, key: str) -> Tensor:
         tensor = self._raw(key)
@@ -168,10 +273,13 @@ class Reader:
         return tensor
 
     def _raw(self, key: str) -> Tensor:
-        name = self._where[key]
-        if name not in self._open:
-            self._open[name] = safe_open(self.folder / name, framework="pt")
-        return self._open[name].get_tensor(key)
+        name = self.stored[key].file
+        try:
+            return self._open[name].get_tensor(key)
+        except SafetensorError as error:
+            raise ValueError(
+                f"from_pretrained: {key} of {self.folder / name} must be readable, got: {error}."
+            ) from error
 
 
 def read_config(folder: Path | str) -> dict[str, Any]:
@@ -179,11 +287,45 @@ def read_config(folder: Path | str) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is none.
+        ValueError: it is not a JSON object in a file of this folder.
     """
-    path = Path(folder) / CONFIG
-    if not path.is_file():
+    folder = Path(folder)
+    if not (folder / CONFIG).exists():
         raise FileNotFoundError(f"from_pretrained: {folder} must hold {CONFIG}, got none.")
-    return json.loads(path.read_text())
+    return _read_json(folder, CONFIG)
+
+
+def _inside(folder: Path, name: str) -> Path:
+    try:
+        return _files.inside(folder, name)
+    except (ValueError, FileNotFoundError) as error:
+        raise type(error)(f"from_pretrained: {error}.") from None
+
+
+def _read_json(folder: Path, name: str) -> dict[str, Any]:
+    path = _inside(folder, name)
+    try:
+        return _files.read_json(path)
+    except ValueError as error:
+        raise ValueError(f"from_pretrained: {error}.") from None
+
+
+def check_sizes(sizes: Mapping[str, Any], reader: Reader, *, strict: bool) -> None:
+    """Checks sizes of a config against the tensors, before a model of that size is made.
+
+    Neither a dimension nor a number of layers, experts and the like can be larger than everything
+    that a complete checkpoint holds.
+
+    Raises:
+        ValueError: one is.
+    """
+    most = reader.largest() if strict else max(reader.largest(), _MAX_UNSEEN)
+    for name, value in sizes.items():
+        if isinstance(value, int) and value > most:
+            raise ValueError(
+                f"from_pretrained: {name} must be at most {most} with the tensors that there are, "
+                f"got {value} in {reader.folder / CONFIG}."
+            )
 
 
 def compare(reader: Reader, entries: Iterable[Entry], ignored: Sequence[str]) -> LoadReport:
@@ -196,6 +338,21 @@ def compare(reader: Reader, entries: Iterable[Entry], ignored: Sequence[str]) ->
         skip = any(re.search(f"(?:{pattern})$", key) for pattern in ignored)
         (report.ignored if skip else report.unexpected).append(key)
     return report
+
+
+def check(model: nn.Module, reader: Reader, entries: Iterable[Entry], report: LoadReport) -> None:
+    """Checks by the headers that the tensors fit the model, which may be on the meta device.
+
+    Raises:
+        ValueError: one has another shape than the model's, or no floats.
+    """
+    state = model.state_dict()
+    missing = set(report.missing)
+    for entry in entries:
+        if not missing & set(entry.keys):
+            shapes = entry.shapes(state[entry.name].shape)
+            for key, shape in zip(entry.keys, shapes, strict=True):
+                reader.check(key, shape)
 
 
 @torch.no_grad()
@@ -231,32 +388,48 @@ def save(
     max_shard_bytes: int,
 ) -> None:
     """Writes config.json and the tensors under their published keys, in shards when too large."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    folder = _files.make_folder(folder)
+    text = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
     state = model.state_dict()
     shards: list[dict[str, Tensor]] = [{}]
     size = total = 0
     for entry in entries:
         parts = entry.split(state[entry.name].detach())
         for key, part in zip(entry.keys, parts, strict=True):
-            # A copy, since safetensors refuses two tensors in one storage.
-            tensor = part.clone(memory_format=torch.contiguous_format)
-            if shards[-1] and size + tensor.nbytes > max_shard_bytes:
+            if shards[-1] and size + part.nbytes > max_shard_bytes:
                 shards.append({})
                 size = 0
-            shards[-1][key] = tensor
-            size += tensor.nbytes
-            total += tensor.nbytes
-    for old in (*folder.glob("model-*-of-*.safetensors"), folder / INDEX, folder / SINGLE):
-        old.unlink(missing_ok=True)
-    if len(shards) == 1:
-        save_file(shards[0], folder / SINGLE, metadata={"format": "pt"})
-        return
-    where: dict[str, str] = {}
-    for number, shard in enumerate(shards, 1):
-        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file(shard, folder / name, metadata={"format": "pt"})
-        where |= dict.fromkeys(shard, name)
-    index = {"metadata": {"total_size": total}, "weight_map": where}
-    (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+            shards[-1][key] = part
+            size += part.nbytes
+            total += part.nbytes
+    single = len(shards) == 1
+    names = [
+        SINGLE if single else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        for number in range(1, len(shards) + 1)
+    ]
+    with _files.Replacement(folder, last=CONFIG) as files:
+        for name, shard in zip(names, shards, strict=True):
+            files.add(name, _serialized(shard))
+        if not single:
+            where = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
+            index = {"metadata": {"total_size": total}, "weight_map": where}
+            files.add(INDEX, (json.dumps(index, indent=2, sort_keys=True) + "\n").encode())
+        for old in (*folder.glob("model-*-of-*.safetensors"), folder / INDEX, folder / SINGLE):
+            if old.name not in (*names, "" if single else INDEX) and old.exists():
+                files.remove(old.name)
+        # With the same config, a model in one file is replaced by a single rename.
+        if not single or files.removes or _content(folder / CONFIG) != text:
+            files.add(CONFIG, text)
+
+
+def _serialized(shard: dict[str, Tensor]) -> bytes:
+    # Copies, since safetensors refuses two tensors in one storage; of one shard at a time.
+    copies = {key: part.clone(memory_format=torch.contiguous_format) for key, part in shard.items()}
+    return safetensors.torch.save(copies, metadata={"format": "pt"})
+
+
+def _content(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return None

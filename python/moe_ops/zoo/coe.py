@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from moe_ops._fields import Fields, check_names, check_types
 from moe_ops.layers import Experts, Router, SharedExperts
 
 from .blocks import LatentAttention, Rope, Yarn, publish_rope, published_rope
@@ -122,48 +123,47 @@ class CoEConfig:
     @classmethod
     def from_published(cls, published: Mapping[str, Any], **overrides: Any) -> CoEConfig:
         """From the config.json of the published code."""
+        read = Fields(published, cls.__name__)
         for name, wanted in (
             ("hidden_act", "silu"), ("attention_bias", False), ("first_k_dense_replace", 0),
             ("moe_layer_freq", 1), ("topk_method", "greedy"), ("scoring_func", "softmax"),
             ("seq_aux", True), ("tie_word_embeddings", False),
         ):  # fmt: skip
-            if published.get(name, wanted) != wanted:
-                raise ValueError(f"CoEConfig: {name} must be {wanted!r}, got {published[name]!r}.")
-        residual = published.get("residual", "inner")
-        if residual not in RESIDUALS:
-            raise ValueError(
-                f"CoEConfig: residual must be one of {', '.join(RESIDUALS)}, got {residual!r}."
-            )
-        theta, yarn = published_rope(published)
+            read.must_be(name, wanted)
+        residual = read.choice("residual", of=RESIDUALS, default="inner")
+        theta, yarn = published_rope(read)
         inner, outer = RESIDUALS[residual]
         config = cls(
-            vocab_size=published["vocab_size"],
-            hidden_size=published["hidden_size"],
-            num_layers=published["num_hidden_layers"],
-            num_heads=published["num_attention_heads"],
-            q_rank=published.get("q_lora_rank"),
-            kv_rank=published["kv_lora_rank"],
-            nope_size=published["qk_nope_head_dim"],
-            rope_size=published["qk_rope_head_dim"],
-            v_size=published["v_head_dim"],
+            vocab_size=read.size("vocab_size"),
+            hidden_size=read.size("hidden_size"),
+            num_layers=read.size("num_hidden_layers"),
+            num_heads=read.size("num_attention_heads"),
+            q_rank=read.size("q_lora_rank", default=None),
+            kv_rank=read.size("kv_lora_rank"),
+            nope_size=read.size("qk_nope_head_dim"),
+            rope_size=read.size("qk_rope_head_dim"),
+            v_size=read.size("v_head_dim"),
             rope_theta=theta,
             yarn=yarn,
-            intermediate_size=published["moe_intermediate_size"],
-            num_experts=published["n_routed_experts"],
-            top_k=published["num_experts_per_tok"],
-            num_shared_experts=published.get("n_shared_experts") or 0,
-            num_iterations=published.get("inner_iter", 1),
-            own_gates=published.get("use_igate", True),
+            intermediate_size=read.size("moe_intermediate_size"),
+            num_experts=read.size("n_routed_experts"),
+            top_k=read.size("num_experts_per_tok"),
+            num_shared_experts=read.size("n_shared_experts", default=0, least=0),
+            num_iterations=read.size("inner_iter", default=1),
+            own_gates=read.flag("use_igate", default=True),
             inner_residual=inner,
             outer_residual=outer,
-            renormalize=published.get("norm_topk_prob", False),
-            routed_scaling_factor=published.get("routed_scaling_factor", 1.0),
-            sequence_balance_coefficient=published.get("aux_loss_alpha", 0.0),
-            context=published.get("max_position_embeddings", cls.context),
-            norm_eps=published.get("rms_norm_eps", cls.norm_eps),
-            init_std=published.get("initializer_range", cls.init_std),
+            renormalize=read.flag("norm_topk_prob", default=False),
+            routed_scaling_factor=read.number("routed_scaling_factor", default=1.0),
+            sequence_balance_coefficient=read.number("aux_loss_alpha", default=0.0),
+            context=read.size("max_position_embeddings", default=cls.context),
+            norm_eps=read.number("rms_norm_eps", default=cls.norm_eps, least=0),
+            init_std=read.number("initializer_range", default=cls.init_std, least=0),
         )
-        return replace(config, **overrides)
+        check_names(cls, overrides, cls.__name__)
+        config = replace(config, **overrides)
+        check_types(config, cls.__name__)
+        return config
 
     def to_published(self) -> dict[str, Any]:
         """config.json with the names of the published code, which has no name for both residuals

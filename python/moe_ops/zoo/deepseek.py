@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from moe_ops._fields import Fields, check_names, check_types
 from moe_ops.layers import (
     Experts,
     MoE,
@@ -274,68 +275,69 @@ class DeepSeekConfig:
     @classmethod
     def from_published(cls, published: Mapping[str, Any], **overrides: Any) -> DeepSeekConfig:
         """From the config.json of a V1, V2 or V3 checkpoint."""
-        kind = published.get("model_type")
-        if kind not in MODEL_TYPES:
-            raise ValueError(
-                f"DeepSeekConfig: model_type must be one of {', '.join(MODEL_TYPES)}, got {kind!r}."
-            )
+        read = Fields(published, cls.__name__)
+        kind = read.choice("model_type", of=MODEL_TYPES)
         for name, wanted in (
             ("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False),
             ("moe_layer_freq", 1),
         ):  # fmt: skip
-            if published.get(name, wanted) != wanted:
-                raise ValueError(
-                    f"DeepSeekConfig: {name} must be {wanted!r}, got {published[name]!r}."
-                )
+            read.must_be(name, wanted)
         latent, biased = kind != "deepseek", kind == "deepseek_v3"
-        theta, yarn = published_rope(published)
-        hidden, heads = published["hidden_size"], published["num_attention_heads"]
+        theta, yarn = published_rope(read)
+        hidden, heads = read.size("hidden_size"), read.size("num_attention_heads")
         fields: dict[str, Any] = {
-            "vocab_size": published["vocab_size"],
+            "vocab_size": read.size("vocab_size"),
             "hidden_size": hidden,
-            "num_layers": published["num_hidden_layers"],
-            "num_dense_layers": published.get("first_k_dense_replace", 0),
-            "dense_intermediate_size": published["intermediate_size"],
+            "num_layers": read.size("num_hidden_layers"),
+            "num_dense_layers": read.size("first_k_dense_replace", default=0, least=0),
+            "dense_intermediate_size": read.size("intermediate_size"),
             "num_heads": heads,
             "latent": latent,
             "rope_theta": theta,
-            "rope_interleaved": latent and published.get("rope_interleave") is not False,
+            "rope_interleaved": latent and read.flag("rope_interleave", default=True),
             "yarn": yarn,
-            "intermediate_size": published["moe_intermediate_size"],
-            "num_experts": published["n_routed_experts"],
-            "top_k": published["num_experts_per_tok"],
-            "num_shared_experts": published.get("n_shared_experts") or 0,
-            "score_func": published.get("scoring_func", "sigmoid" if biased else "softmax"),
+            "intermediate_size": read.size("moe_intermediate_size"),
+            "num_experts": read.size("n_routed_experts"),
+            "top_k": read.size("num_experts_per_tok"),
+            "num_shared_experts": read.size("n_shared_experts", default=0, least=0),
+            "score_func": read.choice(
+                "scoring_func",
+                of=("softmax", "sigmoid"),
+                default="sigmoid" if biased else "softmax",
+            ),
             # The code of V2 in transformers never renormalises, and no V2 checkpoint asks for it.
-            "renormalize": kind != "deepseek_v2" and bool(published.get("norm_topk_prob")),
-            "routed_scaling_factor": published.get("routed_scaling_factor", 1.0),
+            "renormalize": kind != "deepseek_v2" and read.flag("norm_topk_prob", default=False),
+            "routed_scaling_factor": read.number("routed_scaling_factor", default=1.0),
             "group_score": "top2_sum" if biased else "max",
             "expert_bias": biased,
-            "context": published.get("max_position_embeddings", cls.context),
-            "norm_eps": published.get("rms_norm_eps", cls.norm_eps),
-            "tie_embeddings": published.get("tie_word_embeddings", False),
-            "init_std": published.get("initializer_range", cls.init_std),
+            "context": read.size("max_position_embeddings", default=cls.context),
+            "norm_eps": read.number("rms_norm_eps", default=cls.norm_eps, least=0),
+            "tie_embeddings": read.flag("tie_word_embeddings", default=False),
+            "init_std": read.number("initializer_range", default=cls.init_std, least=0),
         }
         if latent:
             fields |= {
-                "q_rank": published.get("q_lora_rank"),
-                "kv_rank": published["kv_lora_rank"],
-                "nope_size": published["qk_nope_head_dim"],
-                "rope_size": published["qk_rope_head_dim"],
-                "v_size": published["v_head_dim"],
+                "q_rank": read.size("q_lora_rank", default=None),
+                "kv_rank": read.size("kv_lora_rank"),
+                "nope_size": read.size("qk_nope_head_dim"),
+                "rope_size": read.size("qk_rope_head_dim"),
+                "v_size": read.size("v_head_dim"),
             }
         else:
-            fields["head_size"] = published.get("head_dim") or hidden // heads
-        if biased or published.get("topk_method") == "group_limited_greedy":
+            fields["head_size"] = read.size("head_dim", default=hidden // heads)
+        if biased or read.values.get("topk_method") == "group_limited_greedy":
             fields |= {
-                "num_groups": published.get("n_group") or 1,
-                "num_topk_groups": published.get("topk_group") or 1,
+                "num_groups": read.size("n_group", default=1),
+                "num_topk_groups": read.size("topk_group", default=1),
             }
-        if "aux_loss_alpha" in published:
-            by_sequence = published.get("seq_aux", True)
-            name = "sequence" if by_sequence else "expert"
-            fields[f"{name}_balance_coefficient"] = published["aux_loss_alpha"]
-        return replace(cls(**fields), **overrides)
+        if "aux_loss_alpha" in read:
+            name = "sequence" if read.flag("seq_aux", default=True) else "expert"
+            fields[f"{name}_balance_coefficient"] = read.number("aux_loss_alpha")
+        config = cls(**fields)
+        check_names(cls, overrides, cls.__name__)
+        config = replace(config, **overrides)
+        check_types(config, cls.__name__)
+        return config
 
     def to_published(self) -> dict[str, Any]:
         """config.json with the names of the published checkpoints."""

@@ -186,7 +186,7 @@ class SharedBottom(MultiTask):
     """One network for all tasks and a tower for each. Its width is that of one expert."""
 
     def build(self, size: int) -> None:
-        mask = torch.ones(1, 1, dtype=torch.bool)
+        mask = torch.ones(1, 1, dtype=torch.bool, device="cpu")
         self.bottom = self.layer(size, [0], mask, size)
 
     def represent(self, v: Tensor, trace: list[Trace] | None = None) -> Tensor:
@@ -197,7 +197,8 @@ class MMoE(MultiTask):
     """Shared experts and one softmax gate a task."""
 
     def build(self, size: int) -> None:
-        mask = torch.ones(len(self.config.tasks), self.config.num_shared, dtype=torch.bool)
+        shape = len(self.config.tasks), self.config.num_shared
+        mask = torch.ones(shape, dtype=torch.bool, device="cpu")
         self.mixture = self.layer(size, [0] * self.config.num_shared, mask, size)
 
     def represent(self, v: Tensor, trace: list[Trace] | None = None) -> Tensor:

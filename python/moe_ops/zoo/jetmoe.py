@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from moe_ops._fields import Fields, check_names, check_types
 from moe_ops.layers import AttentionExperts, Experts, MoE, ResidualNorm, Router
 
 from .blocks import Rope, published_rope
@@ -95,37 +96,33 @@ class JetMoEConfig:
         """From config.json: of transformers, or of the code released with the checkpoint, which has
         other names for I, E and K."""
 
-        def pick(*names: str) -> Any:
-            found = [published[name] for name in names if name in published]
-            if not found:
-                raise ValueError(f"JetMoEConfig: config.json must have {names[0]}, got none.")
-            return found[0]
-
-        activation = published.get("activation_function", "silu")
-        if activation != "silu":
-            raise ValueError(f'JetMoEConfig: activation must be "silu", got "{activation}".')
-        theta, yarn = published_rope(published)
+        read = Fields(published, cls.__name__)
+        read.must_be("activation_function", "silu")
+        theta, yarn = published_rope(read)
         if yarn is not None:
             raise ValueError("JetMoEConfig: rope_scaling must be none, got yarn.")
         config = cls(
-            vocab_size=pick("vocab_size"),
-            hidden_size=pick("hidden_size"),
-            num_layers=pick("num_hidden_layers"),
-            num_kv_heads=pick("num_key_value_heads"),
-            head_size=pick("kv_channels"),
-            intermediate_size=pick("intermediate_size", "ffn_hidden_size"),
-            num_experts=pick("num_local_experts", "moe_num_experts"),
-            top_k=pick("num_experts_per_tok", "moe_top_k"),
+            vocab_size=read.size("vocab_size"),
+            hidden_size=read.size("hidden_size"),
+            num_layers=read.size("num_hidden_layers"),
+            num_kv_heads=read.size("num_key_value_heads"),
+            head_size=read.size("kv_channels"),
+            intermediate_size=read.size("intermediate_size", "ffn_hidden_size"),
+            num_experts=read.size("num_local_experts", "moe_num_experts"),
+            top_k=read.size("num_experts_per_tok", "moe_top_k"),
             rope_theta=theta,
-            context=published.get("max_position_embeddings", cls.context),
-            norm_eps=published.get("rms_norm_eps", cls.norm_eps),
-            tie_embeddings=published.get("tie_word_embeddings", True),
-            init_std=published.get("initializer_range", cls.init_std),
-            load_balancing_coefficient=published.get(
-                "aux_loss_coef", cls.load_balancing_coefficient
+            context=read.size("max_position_embeddings", default=cls.context),
+            norm_eps=read.number("rms_norm_eps", default=cls.norm_eps, least=0),
+            tie_embeddings=read.flag("tie_word_embeddings", default=True),
+            init_std=read.number("initializer_range", default=cls.init_std, least=0),
+            load_balancing_coefficient=read.number(
+                "aux_loss_coef", default=cls.load_balancing_coefficient
             ),
         )
-        return replace(config, **overrides)
+        check_names(cls, overrides, cls.__name__)
+        config = replace(config, **overrides)
+        check_types(config, cls.__name__)
+        return config
 
     def to_published(self) -> dict[str, Any]:
         """config.json as transformers writes it."""

@@ -15,8 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moe_ops import _files
+from moe_ops._fields import check_names
 from moe_ops.layers import KVCache, Router
 from moe_ops.layers.router import RouterOutput
+from moe_ops.packing import available_memory
 
 from . import checkpoint
 from .blocks import Rope, Rotation
@@ -26,6 +29,16 @@ from .lm_losses import OF_LAYERS, AuxLoss, Routed, sum_over_layers
 
 # Entry of config.json for fields of ours that have no published name.
 OWN_FIELDS = "moe_ops"
+# Fields of configs that are no sizes of tensors: tokens that a model was trained on.
+FREE_FIELDS = ("context",)
+_CANNOT_BE_BUILT = (
+    ArithmeticError,
+    AssertionError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 
 class LMOutput(NamedTuple):
@@ -301,17 +314,29 @@ class CausalLM(nn.Module):
             The model in eval mode. Its `load_report` says what was missing, unexpected and ignored.
 
         Raises:
-            FileNotFoundError: no config or no tensors.
-            ValueError: missing keys with `strict`, a shape that does not fit, or a config that
-                describes something else.
+            FileNotFoundError: no config, no tensors, or a file of the index that is not there.
+            ValueError: missing keys with `strict`, a tensor whose shape or type does not fit, a
+                config that describes something else, or a file that is damaged or lies outside the
+                folder. All of it is noticed before memory for the model is taken.
         """
+        folder = Path(folder)
+        before = _files.stamp(folder / checkpoint.CONFIG)
         published = checkpoint.read_config(folder)
-        fields = {**published.get(OWN_FIELDS, {}), **overrides}
-        config = cls.config_class.from_published(published, **fields)  # type: ignore[attr-defined]
+        try:
+            config = cls._published_config(published, overrides)
+        except ValueError as error:
+            raise ValueError(
+                f"{cls.__name__}.from_pretrained: in {folder / checkpoint.CONFIG}, {error}"
+            ) from error
         reader = checkpoint.Reader(folder)
-        with torch.device("meta"):
-            model = cls(config)
-        entries = model.entries()
+        if _files.stamp(folder / checkpoint.CONFIG) != before:
+            raise ValueError(
+                f"{cls.__name__}.from_pretrained: {folder} must stay as it is while it is read, "
+                "got replaced by another checkpoint; load it again."
+            )
+        sizes = {name: value for name, value in vars(config).items() if name not in FREE_FIELDS}
+        checkpoint.check_sizes(sizes, reader, strict=strict)
+        model, entries = cls._without_memory(config, folder)
         report = checkpoint.compare(reader, entries, model.ignored_keys)
         if report.missing and strict:
             raise ValueError(f"{cls.__name__}.from_pretrained: {report}")
@@ -319,8 +344,10 @@ class CausalLM(nn.Module):
             warnings.warn(f"{cls.__name__}.from_pretrained: {report}", stacklevel=2)
         if dtype is None:
             first = next((k for k in entries[0].keys if k in reader.keys()), None)
-            dtype = torch.float32 if first is None else reader.get(first).dtype
+            dtype = torch.float32 if first is None else reader.dtype(first)
+        checkpoint.check(model, reader, entries, report)
         if report.missing:
+            _check_memory(cls.__name__, model, dtype)
             model = cls(config).to(device=device, dtype=dtype)
         else:
             model = model.to(dtype).to_empty(device=device)
@@ -328,12 +355,43 @@ class CausalLM(nn.Module):
         model.load_report = report
         return model.eval()
 
+    @classmethod
+    def _published_config(cls, published: Mapping[str, Any], overrides: Mapping[str, Any]) -> Any:
+        own = published.get(OWN_FIELDS, {})
+        if not isinstance(own, dict):
+            raise ValueError(f"{OWN_FIELDS} must be an object, got {_files.shown(own)}.")
+        check_names(cls.config_class, own, OWN_FIELDS)
+        return cls.config_class.from_published(  # type: ignore[attr-defined]
+            published, **{**own, **overrides}
+        )
+
+    @classmethod
+    def _without_memory(cls: type[Model], config: Any, folder: Path) -> tuple[Model, list[Entry]]:
+        """The model on the meta device.
+
+        Sizes that a file gives may contradict each other in ways that only building shows, such as
+        a product beyond 2^63 or a number of heads that does not divide.
+        """
+        try:
+            with torch.device("meta"):
+                model = cls(config)
+            return model, model.entries()
+        except _CANNOT_BE_BUILT as error:
+            raise ValueError(
+                f"{cls.__name__}.from_pretrained: {folder / checkpoint.CONFIG} must describe a "
+                f"model that can be built, got: {str(error).splitlines()[0]}"
+            ) from error
+
     def save_pretrained(self, folder: Path | str, *, max_shard_bytes: int = 5 * 10**9) -> None:
         """Writes config.json and safetensors with the published keys and layouts.
 
         Args:
-            folder: made if it is not there; an earlier checkpoint in it is replaced.
+            folder: made if it is not there. An earlier checkpoint in it is replaced once the new
+                one is on the disk.
             max_shard_bytes: tensors of one file, unless a single one is larger.
+
+        Raises:
+            OSError: it could not be written; the earlier checkpoint is then still there.
         """
         published = self.config.to_published()
         published["dtype"] = str(self.embed_tokens.weight.dtype).removeprefix("torch.")
@@ -367,6 +425,17 @@ class CausalLM(nn.Module):
             own = bank.parameters() if bank is not module else module.parameters(recurse=False)
             idle += sum(round(p.numel() * share) for p in own if p.dim() == 3)
         return idle
+
+
+def _check_memory(name: str, model: nn.Module, dtype: torch.dtype) -> None:
+    """Before a model is made whose sizes no tensor of the checkpoint confirms."""
+    wanted = sum(p.numel() for p in model.parameters()) * dtype.itemsize
+    available = available_memory()
+    if 0 < available < wanted:
+        raise ValueError(
+            f"{name}.from_pretrained: sizes of config.json must fit into the memory where the "
+            f"checkpoint lacks tensors, got {wanted} bytes of {available}."
+        )
 
 
 def _next_token(

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from moe_ops._fields import Fields, check_names, check_types
 from moe_ops.layers import AttentionExperts, Experts, GateRouter, MoE, count_tokens_per_expert
 
 from .checkpoint import Entry
@@ -122,40 +123,45 @@ class ModuleFormerConfig:
     @classmethod
     def from_published(cls, published: Mapping[str, Any], **overrides: Any) -> ModuleFormerConfig:
         """From the config.json of the published code."""
-        for name, wanted in (("activation_function", "gelu_new"), ("tie_word_embeddings", False)):
-            if published.get(name, wanted) != wanted:
-                raise ValueError(
-                    f"ModuleFormerConfig: {name} must be {wanted!r}, got {published[name]!r}."
-                )
+        read = Fields(published, cls.__name__)
+        read.must_be("activation_function", "gelu_new")
+        read.must_be("tie_word_embeddings", False)
         gates = {theirs: ours for ours, theirs in GATE_TYPES.items()}
-        gate = published.get("gate_type", "mlp")
-        if gate not in gates:
-            raise ValueError(
-                f"ModuleFormerConfig: gate_type must be one of {', '.join(gates)}, got {gate!r}."
-            )
+        gate = read.choice("gate_type", of=gates, default="mlp")
         config = cls(
-            vocab_size=published["vocab_size"],
-            hidden_size=published["n_embd"],
-            num_layers=published["n_layer"],
-            num_heads=published["n_head"],
-            attention_size=published["att_hidden"],
-            intermediate_size=published["ffd_hidden"],
-            num_attention_experts=published["n_att_experts"],
-            num_mlp_experts=published["n_mlp_experts"],
-            top_k_attention=published["k_att"],
-            top_k_mlp=published["k_mlp"],
+            vocab_size=read.size("vocab_size"),
+            hidden_size=read.size("n_embd"),
+            num_layers=read.size("n_layer"),
+            num_heads=read.size("n_head"),
+            attention_size=read.size("att_hidden"),
+            intermediate_size=read.size("ffd_hidden"),
+            num_attention_experts=read.size("n_att_experts"),
+            num_mlp_experts=read.size("n_mlp_experts"),
+            top_k_attention=read.size("k_att"),
+            top_k_mlp=read.size("k_mlp"),
             gate=gates[gate],
-            gate_size=published.get("gating_size", cls.gate_size),
-            gate_dropout=published.get("moe_pdrop", 0.0),
-            sample_top_k=published.get("sample_topk", 0),
-            mutual_information_coefficient=published.get("aux_loss_weight", 0.0),
-            context=published.get("block_size", cls.context),
-            init_std=published.get("initializer_range", cls.init_std),
+            gate_size=read.size("gating_size", default=cls.gate_size),
+            gate_dropout=read.number("moe_pdrop", default=0.0, least=0),
+            sample_top_k=read.size("sample_topk", default=0, least=0),
+            mutual_information_coefficient=read.number("aux_loss_weight", default=0.0),
+            context=read.size("block_size", default=cls.context),
+            init_std=read.number("initializer_range", default=cls.init_std, least=0),
         )
         layers = overrides.get("experts_of_layers")
-        if layers is not None:  # JSON has lists.
-            overrides["experts_of_layers"] = tuple((int(a), int(m)) for a, m in layers)
-        return replace(config, **overrides)
+        if isinstance(layers, list):  # JSON has lists.
+            overrides["experts_of_layers"] = tuple(
+                tuple(pair) if isinstance(pair, list) else pair for pair in layers
+            )
+        check_names(cls, overrides, cls.__name__)
+        config = replace(config, **overrides)
+        check_types(config, cls.__name__)
+        layers = config.experts_of_layers
+        if layers is not None and len(layers) != config.num_layers:
+            raise ValueError(
+                f"{cls.__name__}: experts_of_layers must have a pair for each of "
+                f"{config.num_layers} layers, got {len(layers)}."
+            )
+        return config
 
     def to_published(self) -> dict[str, Any]:
         """config.json with the names of the published code."""

@@ -380,4 +380,4 @@ class Towers(nn.Module):
 
 def ownership(owners: Sequence[str], wanted: Sequence[Collection[str]]) -> Tensor:
     """[M, E] mask: mixture m may use the experts whose owner is in wanted[m]."""
-    return torch.tensor([[owner in some for owner in owners] for some in wanted])
+    return torch.tensor([[owner in some for owner in owners] for some in wanted], device="cpu")

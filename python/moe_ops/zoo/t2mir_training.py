@@ -5,8 +5,9 @@ Letters: B sequences, S steps of context, N tasks, H horizon.
 
 from __future__ import annotations
 
+import io
 import math
-import os
+import pickle
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,6 +15,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from moe_ops import _files
 
 from ._progress import bar
 from .t2mir import T2MIR, action_loss
@@ -195,8 +198,6 @@ class Checkpoint:
     def save(self, step: int) -> None:
         if self.path is None:
             return
-        path = Path(self.path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         state: dict[str, Any] = {
             "step": step,
             "model": self.model.state_dict(),
@@ -207,26 +208,60 @@ class Checkpoint:
             "cuda_noise": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
             "history": asdict(self.history),
         }
-        # A run that is cut while it writes leaves the file of before.
-        half = path.with_name(path.name + ".part")
-        torch.save(state, half)
-        os.replace(half, path)
+        path = Path(self.path)
+        _files.make_folder(path.parent)
+        write_state(path, state)
 
     def load(self) -> int:
         """Puts back what was saved; the number of steps done, 0 where there is no file."""
         if self.path is None or not Path(self.path).is_file():
             return 0
-        state = torch.load(self.path, map_location="cpu", weights_only=True)
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
-        self.generator.set_state(state["generator"])
-        torch.set_rng_state(state["noise"])
-        if state["cuda_noise"] and torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(state["cuda_noise"])
-        for name, losses in state["history"].items():
-            setattr(self.history, name, losses)
-        return int(state["step"])
+        state = read_state(self.path)
+        try:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.schedule.load_state_dict(state["schedule"])
+            self.generator.set_state(state["generator"])
+            torch.set_rng_state(state["noise"])
+            if state["cuda_noise"] and torch.cuda.is_available():
+                torch.cuda.set_rng_state_all(state["cuda_noise"])
+            for name in vars(self.history):
+                setattr(self.history, name, state["history"][name])
+            return int(state["step"])
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"fit: checkpoint must be of a run with these arguments, got {self.path}: "
+                f"{str(error).splitlines()[0]}"
+            ) from error
+
+
+def write_state(path: Path | str, state: dict[str, Any]) -> None:
+    """torch.save, with a checksum behind it, in place of a file in one step."""
+    content = io.BytesIO()
+    torch.save(state, content)
+    _files.write_file(path, *_files.sealed(content.getbuffer()))
+
+
+def read_state(path: Path | str, device: str = "cpu") -> dict[str, Any]:
+    """What `write_state` wrote.
+
+    Raises:
+        ValueError: a file in which a bit has changed, or one that `write_state` did not write.
+    """
+    content = _files.unsealed(Path(path).read_bytes())
+    if content is None:
+        raise ValueError(
+            f"fit: {path} must match its checksum, got one that is damaged or was written by an "
+            "earlier version of moe_ops; remove it to start again."
+        )
+    state: Any = None
+    try:
+        state = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
+    except (EOFError, LookupError, RuntimeError, pickle.UnpicklingError) as error:
+        raise ValueError(f"fit: {path} must hold what torch.save wrote, got: {error}") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"fit: {path} must hold a dict, got {_files.shown(state)}.")
+    return state
 
 
 def _warm_up_then_cosine(step: int, warm_up: int, steps: int) -> float:

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from moe_ops._fields import Fields, check_names, check_types
 from moe_ops.layers import Experts, MoE, Router, SharedExperts
 
 from .blocks import Attention, Rope, published_rope
@@ -81,31 +82,34 @@ class TopPConfig:
     @classmethod
     def from_published(cls, published: Mapping[str, Any], **overrides: Any) -> TopPConfig:
         """From the config.json of the published code."""
-        heads = published["num_attention_heads"]
+        read = Fields(published, cls.__name__)
+        heads = read.size("num_attention_heads")
         for name, wanted in (
             ("hidden_act", "silu"), ("num_key_value_heads", heads), ("tie_word_embeddings", False),
         ):  # fmt: skip
-            if published.get(name, wanted) != wanted:
-                raise ValueError(f"TopPConfig: {name} must be {wanted!r}, got {published[name]!r}.")
-        theta, yarn = published_rope(published)
+            read.must_be(name, wanted)
+        theta, yarn = published_rope(read)
         if yarn is not None:
             raise ValueError("TopPConfig: rope_scaling must be none, got yarn.")
         config = cls(
-            vocab_size=published["vocab_size"],
-            hidden_size=published["hidden_size"],
-            num_layers=published["num_hidden_layers"],
-            expert_frequency=published.get("expert_frequency", 2),
+            vocab_size=read.size("vocab_size"),
+            hidden_size=read.size("hidden_size"),
+            num_layers=read.size("num_hidden_layers"),
+            expert_frequency=read.size("expert_frequency", default=2),
             num_heads=heads,
-            intermediate_size=published["intermediate_size"],
-            num_experts=published["num_experts"],
-            top_p=published.get("top_p_threshold", cls.top_p),
-            expected_experts=published.get("experts_topk", cls.expected_experts),
+            intermediate_size=read.size("intermediate_size"),
+            num_experts=read.size("num_experts"),
+            top_p=read.number("top_p_threshold", default=cls.top_p),
+            expected_experts=read.size("experts_topk", default=cls.expected_experts),
             rope_theta=theta,
-            context=published.get("max_position_embeddings", cls.context),
-            norm_eps=published.get("rms_norm_eps", cls.norm_eps),
-            init_std=published.get("initializer_range", cls.init_std),
+            context=read.size("max_position_embeddings", default=cls.context),
+            norm_eps=read.number("rms_norm_eps", default=cls.norm_eps, least=0),
+            init_std=read.number("initializer_range", default=cls.init_std, least=0),
         )
-        return replace(config, **overrides)
+        check_names(cls, overrides, cls.__name__)
+        config = replace(config, **overrides)
+        check_types(config, cls.__name__)
+        return config
 
     def to_published(self) -> dict[str, Any]:
         """config.json with the names of the published code."""

@@ -1,0 +1,382 @@
+"""Files that are written whole or not at all, and files of strangers that are read with care.
+
+Every writer of the package goes through `write_file` or `Replacement`: the bytes go to a new file
+in the same folder, are flushed to the disk, and the new file then takes the name in one step.
+Whatever happens, be it an error, a kill or a power cut, a reader finds the old file or the new one,
+and one that has the old one open or mapped keeps it. An error removes the new file. What a killed
+process leaves is removed by the next write into that folder; a lock tells the two apart.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import secrets
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+try:
+    import fcntl
+except ImportError:  # Not a POSIX system; leftovers of killed processes then stay.
+    fcntl = None  # type: ignore[assignment]
+
+# Far above any config.json or index, far below what would fill a machine's memory.
+MAX_JSON_BYTES = 256 * 2**20
+DIGEST_BYTES = hashlib.sha256().digest_size
+_PREFIX, _SUFFIX = ".moe_ops-", ".tmp"
+_MAX_WRITE = 2**30
+# A file system that cannot do something, as opposed to one that failed.
+_UNSUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK}
+
+Buffer = bytes | bytearray | memoryview
+
+
+class WriteError(OSError):
+    """A file or folder that could not be written; the message is a sentence."""
+
+    def __init__(self, path: Path | str, error: OSError) -> None:
+        reason = error.strerror or str(error)
+        super().__init__(error.errno, f"{path} cannot be written: {reason}", str(path))
+
+    def __str__(self) -> str:
+        return str(self.strerror)
+
+
+class ChangedWhileReadError(ValueError):
+    """Somebody replaced the files while they were being read."""
+
+
+# --- writing
+
+
+def write_file(path: Path | str, *parts: Buffer) -> None:
+    """Write a file in one step, replacing what has its name; a symbolic link is followed.
+
+    Raises:
+        WriteError: it could not be; the file of before is then still there, or, where only the
+            last flush of the folder failed, the new one, whole.
+    """
+    path = Path(path)
+    with sentence(path):
+        target = Path(os.path.realpath(path))
+        try:
+            mode = os.stat(target).st_mode
+        except FileNotFoundError:
+            mode = stat.S_IFREG
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if not stat.S_ISREG(mode):  # /dev/stdout or a pipe must not be replaced by a file.
+            handle = os.open(target, os.O_WRONLY)
+            try:
+                _write_all(handle, parts)
+            finally:
+                os.close(handle)
+            return
+    with Replacement(target.parent) as files:
+        files.add(target.name, *parts)
+
+
+def write_text(path: Path | str, text: str) -> None:
+    """`write_file` of UTF-8."""
+    write_file(path, text.encode())
+
+
+def write_json(path: Path | str, value: Any) -> None:
+    """`write_file` of indented JSON with a line end."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def make_folder(path: Path | str) -> Path:
+    """Make a folder and those above it where they are missing.
+
+    Raises:
+        WriteError: a file is in the way, or the file system refuses.
+    """
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        error = NotADirectoryError(errno.ENOTDIR, "it must be a folder, got a file")
+        raise WriteError(path, error) from None
+    except OSError as error:
+        raise WriteError(path, error) from None
+    return path
+
+
+class Replacement:
+    """Files of one folder that are replaced together.
+
+    As a context manager it commits at the end, or leaves everything as it was after an exception.
+    Files are written when they are added, next to those that they replace, so that only renames
+    are left for the commit. An error in one of these brings the old files back.
+
+    A process that is killed between two renames would leave old and new files mixed. Therefore
+    `last` is taken away first and put back last: readers that need it find the folder incomplete.
+
+    Args:
+        folder: must exist.
+        last: the file without which the others are of no use to a reader.
+    """
+
+    def __init__(self, folder: Path | str, *, last: str | None = None) -> None:
+        self.folder = Path(folder)
+        self.last = last
+        self._new: dict[str, Path] = {}
+        self._removed: list[str] = []
+        self._handles: list[int] = []
+
+    def add(self, name: str, *parts: Buffer) -> None:
+        """Write what is to be called `name`."""
+        path = self.folder / name
+        with sentence(path):
+            with _locked(self.folder):
+                _remove_leftovers(self.folder)
+                temporary, handle = _create(self.folder)
+                # Kept open until the end: its lock says that the file is in use.
+                self._handles.append(handle)
+                self._new[name] = temporary
+            try:
+                os.fchmod(handle, os.stat(path).st_mode & 0o777)
+            except (FileNotFoundError, PermissionError):
+                pass
+            _write_all(handle, parts)
+            os.fsync(handle)
+
+    def adopt(self, name: str, path: Path) -> None:
+        """Take a file that another library has written in the same file system."""
+        with sentence(path):
+            handle = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+        self._new[name] = path
+
+    def remove(self, name: str) -> None:
+        """Remove an old file in the commit."""
+        self._removed.append(name)
+
+    @property
+    def removes(self) -> bool:
+        return bool(self._removed)
+
+    def commit(self) -> None:
+        order = sorted(self._new, key=lambda name: name == self.last)
+        with sentence(self.folder), _locked(self.folder):
+            if len(order) == 1 and not self._removed:
+                # A rename replaces one file in one step; nothing is to be brought back.
+                os.replace(self._new[order[0]], self.folder / order[0])
+                self._new.clear()
+            else:
+                self._swap(order)
+            _fsync_folder(self.folder)
+
+    def _swap(self, order: list[str]) -> None:
+        old: dict[str, Path] = {}
+        placed: list[str] = []
+        try:
+            for name in dict.fromkeys([*reversed(order), *self._removed]):
+                backup = _temporary(self.folder)
+                with contextlib.suppress(FileNotFoundError):
+                    os.replace(self.folder / name, backup)
+                    old[name] = backup
+            for name in order:
+                os.replace(self._new[name], self.folder / name)
+                placed.append(name)
+        except BaseException:
+            for name in placed:
+                if name not in old:
+                    with contextlib.suppress(OSError):
+                        os.unlink(self.folder / name)
+            for name, backup in reversed(old.items()):  # `last` comes back last here too.
+                with contextlib.suppress(OSError):
+                    os.replace(backup, self.folder / name)
+            raise
+        self._new.clear()
+        for backup in old.values():
+            with contextlib.suppress(OSError):
+                os.unlink(backup)
+
+    def close(self) -> None:
+        """Remove what was written and not committed."""
+        for temporary in self._new.values():
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+        self._new.clear()
+        while self._handles:
+            with contextlib.suppress(OSError):
+                os.close(self._handles.pop())
+
+    def __enter__(self) -> Replacement:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        try:
+            if kind is None:
+                self.commit()
+        finally:
+            self.close()
+
+
+@contextlib.contextmanager
+def sentence(path: Path) -> Iterator[None]:
+    """Turns an OSError into a WriteError."""
+    try:
+        yield
+    except WriteError:
+        raise
+    except OSError as error:
+        raise WriteError(path, error) from error
+
+
+def _temporary(folder: Path) -> Path:
+    return folder / f"{_PREFIX}{secrets.token_hex(8)}{_SUFFIX}"
+
+
+def _create(folder: Path) -> tuple[Path, int]:
+    """A new file under a name of its own, locked."""
+    path = _temporary(folder)
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    if fcntl is not None:
+        with contextlib.suppress(OSError):  # No locks in this file system.
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return path, handle
+
+
+def _write_all(handle: int, parts: tuple[Buffer, ...]) -> None:
+    for part in parts:
+        view = memoryview(part).cast("B")
+        while view:
+            view = view[os.write(handle, view[:_MAX_WRITE]) :]
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what killed processes have left: files with our kind of name that nobody locks."""
+    if fcntl is None:
+        return
+    for entry in os.scandir(folder):
+        if not (entry.name.startswith(_PREFIX) and entry.name.endswith(_SUFFIX)):
+            continue
+        with contextlib.suppress(OSError):
+            handle = os.open(entry.path, os.O_RDONLY | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                os.unlink(entry.path)
+            finally:
+                os.close(handle)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Only one process of this package changes names in the folder at a time."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        if fcntl is not None:
+            with contextlib.suppress(OSError):  # No locks in this file system.
+                fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _fsync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
+    finally:
+        os.close(handle)
+
+
+# --- whole files
+
+
+def sealed(data: Buffer) -> tuple[Buffer, bytes]:
+    """`data` and the SHA-256 of it, which are to be written one after the other."""
+    return data, hashlib.sha256(data).digest()
+
+
+def unsealed(data: bytes) -> memoryview | None:
+    """What `sealed` was given, or None if any bit of the file has changed."""
+    view = memoryview(data)
+    body, digest = view[:-DIGEST_BYTES], view[-DIGEST_BYTES:]
+    return body if hashlib.sha256(body).digest() == digest else None
+
+
+# --- reading what strangers made
+
+
+def inside(folder: Path, name: object) -> Path:
+    """The path of the regular file `name` in `folder`.
+
+    A symbolic link may lead to a file in the folder, or to the blobs of a Hugging Face cache, whose
+    snapshots are folders of such links.
+
+    Raises:
+        ValueError: a name that leads out of the folder, or something that is not a regular file.
+        FileNotFoundError: there is no such file.
+    """
+    said = f"{folder} must hold what it names inside itself, got {name!r}"
+    if not isinstance(name, str) or not name or "\0" in name:
+        raise ValueError(f"{said}, which is not a file name")
+    root = Path(os.path.realpath(folder))
+    path = root / name
+    target = Path(os.path.realpath(path))
+    allowed = [root]
+    if root.parent.name == "snapshots":
+        allowed.append(root.parent.parent / "blobs")
+    lexical = Path(os.path.normpath(path))
+    if not lexical.is_relative_to(root) or not any(target.is_relative_to(a) for a in allowed):
+        raise ValueError(f"{said}, which leads to {target}")
+    try:
+        mode = os.stat(target).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileNotFoundError(f"{folder} must hold {name}, got no such file") from None
+    except OSError as error:  # A link to itself, say.
+        raise ValueError(f"{folder / name} must be a file, got: {error.strerror}") from None
+    if not stat.S_ISREG(mode):
+        raise ValueError(f"{folder / name} must be a file, got something else")
+    return path
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        ValueError: it holds something else, or is too large to be what is wanted.
+    """
+    size = path.stat().st_size
+    if size > MAX_JSON_BYTES:
+        raise ValueError(f"{path} must have at most {MAX_JSON_BYTES} bytes, got {size}")
+    try:
+        value = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} must be JSON, got something else: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {shown(value)}")
+    return value
+
+
+def stamp(path: Path) -> tuple[int, int, int] | None:
+    """What changes when the file is replaced; None where there is none."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns, found.st_size
+
+
+def shown(value: object) -> str:
+    """A value from a file in a few words, for a sentence."""
+    if isinstance(value, (dict, list, tuple)):
+        return f"a {type(value).__name__} of {len(value)}"
+    if isinstance(value, str) and len(value) > 60:
+        return f"{value[:60]!r}…"
+    return repr(value)

@@ -1,0 +1,95 @@
+"""Types of arguments, with their ranges, and how a command ends when something goes wrong."""
+
+from __future__ import annotations
+
+import functools
+import math
+import sys
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+import typer
+from rich.console import Console
+
+from moe_ops import _arguments as ranges
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+INTERRUPTED = 130  # 128 + SIGINT, as shells say it.
+
+
+def _finite(value: float | None) -> float | None:
+    # A NaN is in every range: all comparisons with it are false.
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is not a finite number.")
+    return value
+
+
+def steps(help: str) -> Any:
+    return typer.Option(min=1, max=ranges.MAX_STEPS, help=help)
+
+
+def minutes(help: str) -> Any:
+    return typer.Option(min=0.01, max=ranges.MAX_MINUTES, callback=_finite, help=help)
+
+
+def threads(help: str) -> Any:
+    return typer.Option(min=1, max=ranges.MAX_THREADS, help=help)
+
+
+def seed(help: str) -> Any:
+    return typer.Option(min=0, max=ranges.MAX_SEED, help=help)
+
+
+def seeds(help: str) -> Any:
+    return typer.Option(min=1, max=ranges.MAX_SEEDS, help=help)
+
+
+def tokens(help: str, least: int) -> Any:
+    return typer.Option(min=least, max=ranges.MAX_TOKENS, help=help)
+
+
+def fail(message: object) -> typer.Exit:
+    """Prints one sentence to stderr; the result is to be raised and ends with status 1."""
+    console = Console(stderr=True, highlight=False)
+    console.print(f"error: {message}", style="bold red", soft_wrap=True, markup=False)
+    return typer.Exit(1)
+
+
+def command(function: Callable[P, T]) -> Callable[P, T]:
+    """A command that ends in one sentence and a status, not in a traceback.
+
+    What the package raises for bad input or a failed file is a sentence already; Ctrl-C ends with
+    one line and the status 130.
+    """
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        # A path or a text may hold what the terminal cannot show.
+        for stream in (sys.stdout, sys.stderr):
+            reconfigure = getattr(stream, "reconfigure", None)
+            if reconfigure is not None:
+                reconfigure(errors="backslashreplace")
+        try:
+            result = function(*args, **kwargs)
+            sys.stdout.flush()  # A full disk is noticed here or, without a sentence, at exit.
+            return result
+        except KeyboardInterrupt:
+            Console(stderr=True, highlight=False).print("Stopped.")
+            raise typer.Exit(INTERRUPTED) from None
+        except BrokenPipeError:
+            raise  # Of `moe-ops ... | head`; click ends quietly.
+        except OSError as error:
+            raise fail(_sentence(error)) from None
+        except (ValueError, ArithmeticError, ImportError) as error:
+            raise fail(error) from None
+
+    return run
+
+
+def _sentence(error: OSError) -> str:
+    if error.errno is None or type(error).__str__ is not OSError.__str__:
+        return str(error)
+    where = f"{error.filename}: " if error.filename is not None else ""
+    return f"{where}{error.strerror}"

@@ -1,0 +1,135 @@
+"""Checkpoints with quantised experts, saved here and loaded in processes that have done nothing yet:
+what an earlier call in the process has cached can hide what loading lacks."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+import moe_ops.hf
+from moe_ops.cli.app import app
+
+from .models import CONFIGS, build, tokens
+
+MODEL_TYPES = ("qwen3_moe", "mixtral", "gpt_oss", "olmoe", "deepseek_v3")
+FORMATS = {"int8": (None, torch.float32), "int4": (32, torch.bfloat16)}
+CASES = [(m, f) for m in MODEL_TYPES for f in FORMATS]
+
+LOAD = """
+import json, sys
+from pathlib import Path
+import torch
+from transformers import AutoModelForCausalLM
+
+folder, options = Path(sys.argv[1]), json.loads(sys.argv[2])
+if options["lines"]:
+    exec(options["lines"])  # As a user types them, before anything else of moe_ops.
+    model(torch.tensor([[1, 2, 3]]))
+if options["import"]:
+    import moe_ops.hf
+
+ids = torch.load(folder / "ids.pt")
+said = {}
+for name in options["names"]:
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder / name, attn_implementation="eager", **options["kwargs"]
+        )
+        # Of a mapped file, tensors begin anywhere, and torch's own products differ then.
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.data = tensor.data.clone()
+        with torch.no_grad():
+            logits = model(input_ids=ids, use_cache=False).logits
+        same = torch.equal(logits, torch.load(folder / name / "logits.pt"))
+        said[name] = "same bits" if same else "other numbers"
+    except Exception as error:
+        said[name] = f"{type(error).__name__}: {error}"
+print(json.dumps(said))
+"""
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("quantised")
+    ids = tokens()
+    torch.save(ids, folder / "ids.pt")
+    for model_type, format in CASES:
+        sizes = ("intermediate_size", "moe_intermediate_size")
+        wide = {k: 32 for k in sizes if k in CONFIGS[model_type]}
+        float_folder = folder / f"{model_type}-float"
+        if not float_folder.exists():
+            build(model_type, **wide).save_pretrained(float_folder)
+        group_size, dtype = FORMATS[format]
+        model = AutoModelForCausalLM.from_pretrained(
+            float_folder, attn_implementation="eager", dtype=dtype
+        )
+        moe_ops.quantize_experts(model, format, group_size=group_size)
+        target = folder / f"{model_type}-{format}"
+        model.save_pretrained(target)
+        with torch.no_grad():
+            torch.save(model(input_ids=ids, use_cache=False).logits, target / "logits.pt")
+    return folder
+
+
+def load_elsewhere(folder: Path, **changes) -> dict[str, str]:
+    options = {"names": [f"{m}-{f}" for m, f in CASES], "kwargs": {}, "import": True, "lines": ""}
+    result = subprocess.run(
+        [sys.executable, "-c", LOAD, str(folder), json.dumps(options | changes)],
+        env={
+            **os.environ,
+            "PYTHONPATH": str(Path(moe_ops.__file__).parents[1]),
+            "OMP_NUM_THREADS": "1",
+        },
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def printed(saved) -> str:
+    """The lines that `moe-ops quantize` prints to load what it has written."""
+    arguments = ["quantize", str(saved / "mixtral-float"), str(saved / "command"), "--bits", "8"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    _, _, after = result.output.partition("Load it with\n")
+    lines = [line.removeprefix("  ") for line in after.splitlines() if line.startswith("  ")]
+    assert lines[0] == "import moe_ops.hf" and "from_pretrained" in lines[-1]
+    return "\n".join(lines)
+
+
+@pytest.fixture(scope="module")
+def said(saved, printed) -> dict[str, str]:
+    return load_elsewhere(saved, lines=printed)
+
+
+@pytest.mark.parametrize("name", [f"{m}-{f}" for m, f in CASES])
+def test_same_bits_in_another_process(said, name):
+    assert said[name] == "same bits"
+
+
+def test_refused_without_the_import(saved):
+    """The experts would be random numbers, and only a report would say so."""
+    names = ["mixtral-int8", "gpt_oss-int4"]
+    for name, message in load_elsewhere(saved, **{"import": False, "names": names}).items():
+        assert message.startswith('ValueError: Specified `experts_implementation="moe_ops"`'), name
+
+
+def test_device_map(saved):
+    if importlib.util.find_spec("accelerate") is None:
+        pytest.skip("device_map needs accelerate, which is not installed.")
+    names = ["qwen3_moe-int4", "gpt_oss-int8"]
+    said = load_elsewhere(saved, names=names, kwargs={"device_map": "auto"})
+    assert said == dict.fromkeys(names, "same bits")

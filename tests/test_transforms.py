@@ -1,0 +1,466 @@
+"""torch.func's transforms and forward-mode AD: right, or refused with a sentence naming the op.
+
+Forward mode is where silence is dangerous: an op that knows nothing of tangents drops them, and the
+derivative that comes out is zero.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import zlib
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.func import functional_call, functionalize, grad, hessian, jacrev, jvp, vjp, vmap
+
+import moe_ops
+from moe_ops import layers
+
+from .test_fuzz_bad_calls import OPS, Sizes, good_call
+
+pytestmark = pytest.mark.cpu_only
+
+# Computed in lower types whatever their operands have.
+QUANTISED = ("grouped_gemm_fp8", "moe_ffn_fp8", "moe_ffn_quantized", "quantize_fp8")
+INTEGERS = ("sort_slots", "pack_experts")
+DIFFERENTIABLE = [op for op in OPS if op not in (*QUANTISED, *INTEGERS)]
+# The others raise at the second derivative.
+TWICE = (
+    "grouped_gemm",
+    "grouped_gemm_wgrad",
+    "grouped_sum",
+    "permute",
+    "rotary",
+    "router_linear",
+    "unpermute",
+)
+
+
+def call_of(op: str) -> dict:
+    sizes = Sizes(random.Random(zlib.crc32(op.encode())))
+    sizes.dtype = torch.float32 if op in QUANTISED else torch.float64
+    call = good_call(op, sizes)
+    if op not in QUANTISED:
+        call = {n: double(v) if isinstance(v, Tensor) else v for n, v in call.items()}
+    return call
+
+
+def double(t: Tensor) -> Tensor:
+    return t.double() if t.is_floating_point() else t
+
+
+class Case:
+    """An op as a function of those of its operands that it has a gradient for, to a number."""
+
+    def __init__(self, op: str, module=moe_ops) -> None:
+        torch.manual_seed(zlib.crc32(op.encode()))
+        self.op, self.function, self.call = op, getattr(module, op), call_of(op)
+        floats = {n: v for n, v in self.call.items() if is_float(v)}
+        leaves = {n: v.clone().requires_grad_() for n, v in floats.items()}
+        self.kept = None
+        self.kept = [i for i, y in enumerate(self.outputs(**leaves)) if y.requires_grad]
+        outputs = self.outputs(**leaves)
+        self.cotangents = [torch.randn_like(y) for y in outputs]
+        grads = torch.autograd.grad(outputs, leaves.values(), self.cotangents, allow_unused=True)
+        self.gradients = {n: g for n, g in zip(floats, grads, strict=True) if g is not None}
+        self.names = tuple(self.gradients)
+        self.primals = tuple(floats[n] for n in self.names)
+        self.tangents = tuple(torch.randn_like(v) for v in self.primals)
+
+    def outputs(self, **changes) -> list[Tensor]:
+        y = self.function(**{**self.call, **changes})
+        outputs = y if isinstance(y, tuple) else (y,)
+        return [y for i, y in enumerate(outputs) if self.kept is None or i in self.kept]
+
+    def vector(self, *operands: Tensor) -> list[Tensor]:
+        return self.outputs(**dict(zip(self.names, operands, strict=True)))
+
+    def scalar(self, *operands: Tensor) -> Tensor:
+        outputs = self.vector(*operands)
+        return sum((y * c).sum() for y, c in zip(outputs, self.cotangents, strict=True))
+
+
+def is_float(value) -> bool:
+    return isinstance(value, Tensor) and value.dtype in (torch.float64, torch.float32)
+
+
+def close(got, wanted) -> None:
+    torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-9)
+
+
+def refused(op: str, what: str = "forward-mode AD is not implemented"):
+    op = "moe_ffn" if op == "moe_ffn_packed" else op  # what it runs for a derivative
+    return pytest.raises(NotImplementedError, match=rf"^{op}: (?s:.*){what}.*\.$")
+
+
+@pytest.mark.parametrize("op", DIFFERENTIABLE)
+def test_forward_mode_is_refused(op):
+    case = Case(op)
+    with refused(op):
+        jvp(case.vector, case.primals, case.tangents)
+    with refused(op), torch.no_grad():
+        jvp(case.vector, case.primals, case.tangents)
+    for position in range(len(case.names)):
+        with forward_ad.dual_level():
+            dual = list(case.primals)
+            dual[position] = forward_ad.make_dual(dual[position], case.tangents[position])
+            with refused(op):
+                case.vector(*dual)
+            with refused(op), torch.no_grad():
+                case.vector(*dual)
+
+
+@pytest.mark.parametrize("op", DIFFERENTIABLE)
+def test_reference_has_forward_mode(op):
+    """As the sentence promises."""
+    case = Case(op, moe_ops.reference)
+    _, change = jvp(case.scalar, case.primals, case.tangents)
+    wanted = sum((t * g).sum() for t, g in zip(case.tangents, case.gradients.values(), strict=True))
+    close(change, wanted)
+
+
+@pytest.mark.parametrize("op", DIFFERENTIABLE)
+def test_calls_of_the_op_itself(op):
+    case = Case(op)
+    overload = getattr(torch.ops.moe_ops, op)
+    seen = []
+
+    class Calls(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is overload.default:
+                seen.append((args, kwargs or {}))
+            return func(*args, **(kwargs or {}))
+
+    with Calls(), torch.no_grad():
+        case.vector(*case.primals)
+    (args, kwargs), *_ = seen
+    which = next(i for i, a in enumerate(args) if is_float(a))
+
+    def scalar(t: Tensor) -> Tensor:
+        outputs = overload(*args[:which], t, *args[which + 1 :], **kwargs)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        return sum(y.square().sum() for y in outputs if y.is_floating_point())
+
+    leaf = args[which].clone().requires_grad_()
+    (wanted,) = torch.autograd.grad(scalar(leaf), leaf)
+    close(grad(scalar)(args[which]), wanted)
+    with refused(op):
+        jvp(scalar, (args[which],), (args[which],))
+
+
+@pytest.mark.parametrize("op", DIFFERENTIABLE)
+def test_no_tangents_no_refusal(op):
+    case = Case(op)
+    wanted = case.vector(*case.primals)
+    leaves = [p.clone().requires_grad_() for p in case.primals]
+    with forward_ad.dual_level():
+        assert all(map(torch.equal, case.vector(*case.primals), wanted))
+        grads = torch.autograd.grad(case.scalar(*leaves), leaves)
+    assert all(map(torch.equal, grads, case.gradients.values()))
+
+
+@pytest.mark.parametrize("op", DIFFERENTIABLE)
+def test_grad(op):
+    case = Case(op)
+    every = tuple(range(len(case.names)))
+    close(grad(case.scalar, every)(*case.primals), tuple(case.gradients.values()))
+    with torch.no_grad():
+        close(grad(case.scalar)(*case.primals), case.gradients[case.names[0]])
+
+
+@pytest.mark.parametrize("op", DIFFERENTIABLE)
+def test_second_derivative(op):
+    case = Case(op)
+    leaf = case.primals[0].clone().requires_grad_()
+    rest = case.primals[1:]
+    if op not in TWICE:
+        with refused(op, "the second derivative is not implemented"):
+            grad(lambda t: grad(case.scalar)(t, *rest).square().sum())(leaf.detach())
+        with refused(op, "(forward-mode AD|the second derivative) is not implemented"):
+            hessian(lambda t: case.scalar(t, *rest))(leaf.detach())
+        return
+
+    def squared(t: Tensor) -> Tensor:
+        return sum(y.pow(3).sum() for y in case.vector(t, *rest))
+
+    (first,) = torch.autograd.grad(squared(leaf), leaf, create_graph=True)
+    (wanted,) = torch.autograd.grad(first.square().sum(), leaf)
+    close(grad(lambda t: grad(squared)(t).square().sum())(leaf.detach()), wanted)
+    with refused(op):
+        hessian(squared)(leaf.detach())
+
+
+@pytest.mark.parametrize("op", DIFFERENTIABLE)
+def test_vmap(op):
+    case = Case(op)
+    batch = torch.stack([case.primals[0], case.primals[0].flip(-1) * 0.5, case.primals[0] + 0.25])
+    rest = case.primals[1:]
+    outputs = vmap(lambda t: tuple(case.vector(t, *rest)))(batch)
+    for i, t in enumerate(batch):
+        close(tuple(y[i] for y in outputs), tuple(case.vector(t, *rest)))
+    per_sample = vmap(grad(lambda t: case.scalar(t, *rest)))(batch)
+    close(per_sample, torch.stack([grad(case.scalar)(t, *rest) for t in batch]))
+    last = vmap(grad(lambda t: case.scalar(t, *rest)), in_dims=-1, out_dims=-1)
+    close(last(batch.movedim(0, -1)), per_sample.movedim(0, -1))
+
+
+@pytest.mark.parametrize("op", DIFFERENTIABLE)
+def test_jacrev_and_vjp(op):
+    case, reference = Case(op), Case(op, moe_ops.reference)
+    reference.names, reference.kept = case.names, case.kept
+    rest = case.primals[1:]
+    close(
+        jacrev(lambda t: case.vector(t, *rest)[0])(case.primals[0]),
+        jacrev(lambda t: reference.vector(t, *rest)[0])(case.primals[0]),
+    )
+    # Outside of the transform, its saved tensors are wrappers of a level that is no more.
+    _, pull = vjp(lambda *operands: tuple(case.vector(*operands)), *case.primals)
+    close(pull(tuple(case.cotangents)), tuple(case.gradients.values()))
+
+
+@pytest.mark.parametrize("op", DIFFERENTIABLE)
+def test_functionalize(op):
+    case = Case(op)
+    got = functionalize(lambda *operands: case.vector(*operands))(*case.primals)
+    assert all(map(torch.equal, got, case.vector(*case.primals)))
+
+
+@pytest.mark.parametrize("op", DIFFERENTIABLE)
+def test_autocast(op):
+    case = Case(op)
+    operands = tuple(p.float() for p in case.primals)
+    case.call = {n: v.float() if is_float(v) else v for n, v in case.call.items()}
+    case.cotangents = [c.float() for c in case.cotangents]
+    leaves = [p.clone().requires_grad_() for p in operands]
+    with torch.autocast("cpu", torch.bfloat16):
+        wanted = torch.autograd.grad(case.scalar(*leaves), leaves)
+        got = grad(case.scalar, tuple(range(len(operands))))(*operands)
+    assert [g.dtype for g in got] == [p.dtype for p in operands]
+    assert all(map(torch.equal, got, wanted))
+
+
+@pytest.mark.parametrize("op", ["gated_act", "moe_ffn", "topk_router"])
+def test_compile(op):
+    case = Case(op)
+    got = torch.compile(grad(case.scalar), fullgraph=True)(*case.primals)
+    close(got, case.gradients[case.names[0]])
+
+
+@pytest.mark.parametrize("op", QUANTISED)
+def test_ops_of_inference(op):
+    call = call_of(op)
+    name = next(n for n, v in call.items() if is_float(v))
+
+    def function(t: Tensor) -> Tensor:
+        y = getattr(moe_ops, op)(**{**call, name: t})
+        return y[-1] if isinstance(y, tuple) else y
+
+    with refused(op):
+        jvp(function, (call[name],), (call[name],))
+    with forward_ad.dual_level():
+        with refused(op):
+            function(forward_ad.make_dual(call[name], call[name]))
+        assert torch.equal(function(call[name]), function(call[name]))
+    with refused(op, "it has no gradient"):
+        grad(lambda t: function(t).float().sum())(call[name])
+    batch = torch.stack([call[name], call[name] * 0.5])
+    for y, t in zip(vmap(function)(batch), batch, strict=True):
+        assert torch.equal(y, function(t))
+
+
+@pytest.mark.parametrize("op", INTEGERS)
+def test_ops_of_integers(op):
+    call = call_of(op)
+    y = getattr(moe_ops, op)(**call)
+    with forward_ad.dual_level():
+        dual = {n: forward_ad.make_dual(v, v) if is_float(v) else v for n, v in call.items()}
+        assert_same_integers(getattr(moe_ops, op)(**dual), y)
+    name = next(n for n, v in call.items() if isinstance(v, Tensor))
+    got = vmap(lambda t: getattr(moe_ops, op)(**{**call, name: t}))(torch.stack([call[name]] * 2))
+    first = tuple(t[1] for t in got) if isinstance(got, tuple) else got[1]
+    assert_same_integers(first, y)
+
+
+def assert_same_integers(got, wanted) -> None:
+    pairs = zip(got, wanted, strict=True) if isinstance(got, tuple) else [(got, wanted)]
+    for a, b in pairs:
+        assert not a.is_floating_point() and torch.equal(a, b)
+
+
+def test_every_op_is_here():
+    assert set(DIFFERENTIABLE) | set(QUANTISED) | set(INTEGERS) == set(moe_ops.ops.__all__)
+
+
+def test_main_grads_under_transforms():
+    case = Case("moe_ffn")
+    buffers = (torch.zeros_like(case.call["w_gate_up"]), None)
+    with refused("moe_ffn", "main_grads"):
+        grad(lambda x: moe_ops.moe_ffn(**{**case.call, "x": x}, main_grads=buffers).sum())(
+            case.call["x"]
+        )
+    with forward_ad.dual_level(), refused("moe_ffn"):
+        x = forward_ad.make_dual(case.call["x"], case.call["x"])
+        w = case.call["w_gate_up"].clone().requires_grad_()
+        moe_ops.moe_ffn(**{**case.call, "x": x, "w_gate_up": w}, main_grads=buffers)
+
+
+# --- layers: (module or function, input) -> outputs
+
+H, E, K, T = 6, 4, 2, 5
+MODULES = {
+    "AttentionExperts": lambda: layers.AttentionExperts(
+        layers.Router(H, E, K, dtype=torch.float64), 2, 4, dtype=torch.float64
+    ),
+    "ExpertNorm": lambda: layers.ExpertNorm(E, H, dtype=torch.float64),
+    "Experts": lambda: layers.Experts(E, H, 3, bias=True, dtype=torch.float64),
+    "Experts.outputs": lambda: layers.Experts(E, H, 3, activation="relu", dtype=torch.float64),
+    "GateRouter": lambda: layers.GateRouter(H, E, K, gate_size=8, dtype=torch.float64),
+    "MoE": lambda: layers.MoE.build(H, 3, E, K, router="qwen2_moe", dtype=torch.float64),
+    "MoE of deepseek_v3": lambda: layers.MoE.build(
+        H,
+        3,
+        E,
+        K,
+        router="deepseek_v3",
+        num_groups=2,
+        num_topk_groups=1,
+        num_shared_experts=1,
+        logits_dtype=None,
+        dtype=torch.float64,
+    ),
+    "QuantizedExperts": lambda: layers.Experts(E, 64, 64),
+    "ResidualNorm": lambda: layers.ResidualNorm(H, dtype=torch.float64),
+    "Router": lambda: layers.Router(H, E, K, dtype=torch.float64, logits_dtype=None),
+    "Router, sparsemixer": lambda: layers.Router(
+        H, E, K, kind="sparsemixer", dtype=torch.float64, logits_dtype=None
+    ),
+    "Router, top-p": lambda: layers.Router(
+        H, E, K, kind="topp", dtype=torch.float64, logits_dtype=None
+    ),
+    "SharedExperts": lambda: layers.SharedExperts(H, 3, dtype=torch.float64),
+}
+LOSSES = {
+    "concentration_loss": lambda x: layers.concentration_loss(x),
+    "device_balance_loss": lambda x: layers.device_balance_loss(x, ids(), 2),
+    "load_balancing_loss": lambda x: layers.load_balancing_loss(x, ids()),
+    "mix_outputs": lambda x: layers.mix_outputs(x.view(T, 1, H), torch.ones(T, 1, 1).to(x)),
+    "mutual_information_loss": lambda x: layers.mutual_information_loss(x),
+    "router_entropy_loss": lambda x: layers.router_entropy_loss(x),
+    "router_z_loss": lambda x: layers.router_z_loss(x),
+    "sequence_balance_loss": lambda x: layers.sequence_balance_loss(x, ids(), num_sequences=1),
+    "sparsemixer": lambda x: layers.sparsemixer(x)[0],
+}
+# Records, and what nothing flows through.
+WITHOUT_GRADIENTS = {
+    "AttentionExpertsOutput",
+    "KVCache",
+    "MoEOutput",
+    "RouterOutput",
+    "RoutingChoice",
+    "RoutingRecord",
+    "RoutingStats",
+    "count_tokens_per_expert",
+    "record_routing",
+    "replay_routing",
+    "update_expert_bias",
+}
+
+
+def ids() -> Tensor:
+    return torch.arange(T)[:, None] % E + torch.arange(K)
+
+
+def module_of(name: str):
+    module = MODULES[name]().eval()
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    if name == "QuantizedExperts":
+        module = layers.QuantizedExperts.from_experts(module)
+    return module
+
+
+def run(name: str, module, x: Tensor) -> Tensor:
+    if name in LOSSES:
+        return LOSSES[name](x)
+    weights = torch.full((T, K), 0.5, dtype=x.dtype)
+    if name == "Experts.outputs":
+        return module.outputs(x)
+    if name in ("Experts", "QuantizedExperts"):
+        return module(x, weights, ids() % E)
+    if name == "ExpertNorm":
+        return module(x[:, None].expand(T, E, H))
+    if name == "ResidualNorm":
+        return module(x, x * 0.5)[0]
+    if name == "AttentionExperts":
+        return module(x[None])
+    y = module(x)
+    return y.topk_weights if isinstance(y, layers.RouterOutput) else y
+
+
+def input_of(name: str) -> Tensor:
+    return torch.randn(T, 64) if name == "QuantizedExperts" else torch.randn(T, H).double()
+
+
+@pytest.mark.parametrize("name", [*MODULES, *LOSSES])
+def test_layer_in_forward_mode(name):
+    """Finite differences in fp64 have about half of its digits."""
+    module = module_of(name) if name in MODULES else None
+    x = input_of(name)
+    v = torch.randn_like(x)
+    refusals = 0
+    for mode in ("jvp", "dual"):
+        try:
+            if mode == "jvp":
+                _, change = jvp(lambda t: run(name, module, t), (x,), (v,))
+            else:
+                with forward_ad.dual_level():
+                    y = run(name, module, forward_ad.make_dual(x, v))
+                    change = forward_ad.unpack_dual(y).tangent
+            step = 1e-6
+            wanted = run(name, module, x + step * v) - run(name, module, x - step * v)
+            torch.testing.assert_close(change, wanted / (2 * step), rtol=1e-6, atol=1e-6)
+        except NotImplementedError as error:
+            refusals += 1
+            (op,) = re.findall(r"^(\w+): forward-mode AD is not implemented; .*\.$", str(error))
+            assert op in OPS
+    assert refusals in (0, 2), "one way is refused and the other is not"
+
+
+@pytest.mark.parametrize("name", [n for n in [*MODULES, *LOSSES] if n != "QuantizedExperts"])
+def test_layer_grad(name):
+    module = module_of(name) if name in MODULES else torch.nn.Identity()
+    x = input_of(name)
+    parameters = dict(module.named_parameters())
+
+    class Wrapped(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.module = module
+
+        def forward(self, t: Tensor) -> Tensor:
+            return run(name, module, t).square().sum()
+
+    wrapped = Wrapped()
+    parameters = {f"module.{n}": p.detach() for n, p in module.named_parameters()}
+    got = grad(lambda p, t: functional_call(wrapped, p, (t,)), (0, 1))(parameters, x)
+    leaf = x.clone().requires_grad_()
+    wanted = torch.autograd.grad(
+        wrapped(leaf), [*module.parameters(), leaf], allow_unused=True, materialize_grads=True
+    )
+    close([*got[0].values(), got[1]], list(wanted))
+    per_sample = vmap(grad(lambda t: wrapped(t)))(torch.stack([x, x * 0.5]))
+    close(per_sample[1], grad(lambda t: wrapped(t))(x * 0.5))
+
+
+def test_quantized_experts_have_no_gradient():
+    module = module_of("QuantizedExperts")
+    with refused("moe_ffn_quantized", "it has no gradient"):
+        grad(lambda t: run("QuantizedExperts", module, t).sum())(input_of("QuantizedExperts"))
+
+
+def test_every_layer_is_here():
+    covered = {n.partition(",")[0].partition(".")[0].partition(" ")[0] for n in MODULES}
+    assert covered | set(LOSSES) | WITHOUT_GRADIENTS == set(layers.__all__)
