@@ -20,7 +20,7 @@ class LargerSizes(Sizes):
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__(random.Random(0))
-        self.t, self.h, self.i, self.o, self.e, self.k = 70, 160, 96, 72, 5, 2
+        self.t, self.h, self.i, self.o, self.e, self.k = 70, 120, 96, 72, 5, 2
         self.n = self.t * self.k
         self.dtype = dtype
 

@@ -98,6 +98,22 @@ inline ScalarType accumulate_type(ScalarType t) {
   return t == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
+// A copy of `t` that `make` makes through torch, whose C interface does not say why it failed: for
+// checked operands on the CPU, for want of memory.
+template <class Make>
+Tensor copy_of(const Tensor& t, const Make& make) {
+  try {
+    return fresh(make(t));
+  } catch (const std::exception&) {
+    if (t.is_cpu()) throw OutOfMemory();
+    throw;
+  }
+}
+
+inline Tensor contiguous_copy(const Tensor& t) {
+  return copy_of(t, [](const Tensor& s) { return torch::stable::contiguous(s); });
+}
+
 // Whether every element lies at a multiple of its size. Memory that came from a file or a buffer
 // may begin anywhere.
 inline bool is_aligned(const Tensor& t) {
@@ -106,17 +122,17 @@ inline bool is_aligned(const Tensor& t) {
 
 // `t`, or a copy that is aligned.
 inline Tensor aligned(const Tensor& t) {
-  return is_aligned(t) ? t : fresh(torch::stable::clone(t));
+  return is_aligned(t) ? t : copy_of(t, [](const Tensor& s) { return torch::stable::clone(s); });
 }
 
-inline Tensor dense(const Tensor& t) {
-  return t.is_contiguous() ? aligned(t) : fresh(torch::stable::contiguous(t));
-}
+inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? aligned(t) : contiguous_copy(t); }
 
 // Contiguous and of dtype `dtype`.
 inline Tensor contiguous_as(const Tensor& t, ScalarType dtype) {
-  return t.scalar_type() == dtype ? dense(t)
-                                  : fresh(torch::stable::contiguous(torch::stable::to(t, dtype)));
+  if (t.scalar_type() == dtype) return dense(t);
+  return copy_of(t, [dtype](const Tensor& s) {
+    return torch::stable::contiguous(torch::stable::to(s, dtype));
+  });
 }
 
 inline OptTensor contiguous_as(const OptTensor& t, ScalarType dtype) {
@@ -129,7 +145,7 @@ inline OptTensor contiguous_as(const OptTensor& t, ScalarType dtype) {
 // meaningful stride.
 inline Tensor with_dense_rows(const Tensor& t) {
   const int64_t d = t.dim() - 1;
-  return t.size(d) <= 1 || t.stride(d) == 1 ? aligned(t) : fresh(torch::stable::contiguous(t));
+  return t.size(d) <= 1 || t.stride(d) == 1 ? aligned(t) : contiguous_copy(t);
 }
 
 // Stride between the rows of a matrix whose last dimension is dense.

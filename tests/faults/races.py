@@ -50,12 +50,12 @@ def first_calls() -> None:
 
 def large_outputs() -> None:
     """Blocks of the cache of large buffers go from thread to thread."""
-    x = torch.randn(2200, 1024)
-    expected = moe_ops.gated_act(x, "silu")
+    x = torch.randn(2200, 2048)
+    expected = moe_ops.gated_act(x, "swiglu")
 
     def make() -> None:
         for _ in range(4):
-            assert_identical(moe_ops.gated_act(x, "silu"), expected)
+            assert_identical(moe_ops.gated_act(x, "swiglu"), expected)
 
     def give_back() -> None:
         for _ in range(8):
