@@ -127,7 +127,7 @@ inline Vec<T> panel_vector(const S* p, int v, [[maybe_unused]] int half,
     return load<T>(reinterpret_cast<const T*>(p) + v * W);
   } else {
     using F = Simd<float>;
-    typedef uint32_t Unaligned __attribute__((vector_size(MOE_VEC_BYTES), aligned(4), may_alias));
+    typedef uint32_t Unaligned __attribute__((vector_size(MOE_VEC_BYTES), aligned(1), may_alias));
     const F::Uint pair = *reinterpret_cast<const Unaligned*>(p + 2 * v * W);
     if constexpr (kIsBf16<S>) {
       return __builtin_bit_cast(Vec<float>, half == 0 ? pair << 16 : pair & mask);
