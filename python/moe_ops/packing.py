@@ -461,9 +461,10 @@ def _check_can_pack(prefix: str, bank: nn.Module, weights: BankWeights) -> None:
             )
     if not _plain(weights):
         what = ", ".join(f"{type(w).__name__} {w.dtype} on {w.device}" for w in weights[:2])
+        where = f" of {prefix}" if prefix else ""
         raise ValueError(
-            f"prepack: the expert weights{f' of {prefix}' if prefix else ''} must be plain tensors of "
-            f"one float type on the CPU, got {what}."
+            f"prepack: expert weights{where} must be plain tensors of one float type on the CPU, "
+            f"got {what}."
         )
 
 
