@@ -6,6 +6,7 @@ The stable ABI has no C++ autograd or autocast, so those rules live beside the p
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -440,10 +441,13 @@ def _register_functorch(
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
         """Calls the op for one entry after the other."""
         check(info.batch_size > 0, f"{op}: vmap needs a dimension of at least 1, got 0.")
-        outputs = []
-        for i in range(info.batch_size):
-            entry = (a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True))
-            outputs.append(rule.apply(*entry))
+        wanted = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
+        apply = rule.apply if wanted or in_transform() else forward
+        rows = zip(
+            *(repeat(a) if d is None else a.unbind(d) for a, d in zip(args, in_dims, strict=True)),
+            strict=False,
+        )
+        outputs = [apply(*row) for row in rows]
         if isinstance(outputs[0], Tensor):
             return torch.stack(outputs), 0
         return tuple(map(torch.stack, zip(*outputs, strict=True))), (0,) * len(outputs[0])
