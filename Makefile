@@ -9,6 +9,9 @@ PYTEST_ARGS ?=
 # those threads sleep while they wait, as the other process may want the core.
 PYTEST_WORKERS ?= 2
 DEMO_ARGS ?=
+# make fuzz: how long; which order and which random calls. It goes on where the last run stopped.
+MINUTES ?= 10
+SEED ?= 0
 
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
@@ -29,13 +32,15 @@ SOURCES := CMakeLists.txt pyproject.toml \
   $(shell find csrc python -type f -not -name '*.so' -not -name '*.pyc' -not -name '*.md')
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test test-sim lint format wheel clean distclean
+.PHONY: help build demo test test-sim fuzz mutants lint format wheel clean distclean
 .DELETE_ON_ERROR:
 
 help:
 	@echo 'make demo       train a small mixture-of-experts model, draw its routing, compare with eager'
 	@echo 'make test       run the whole test suite on the installed package'
 	@echo 'make test-sim   compile the CUDA kernels and run their tests on a simulator, without a GPU'
+	@echo 'make fuzz       call every op on both sides of every block size, then at random, for MINUTES'
+	@echo 'make mutants    break the CPU kernels one place at a time; do the tests notice?'
 	@echo 'make build      create ./.venv and install moe_ops with all extras into it'
 	@echo 'make lint       check style and types: ruff, clang-format, mypy'
 	@echo 'make format     rewrite the sources in that style'
@@ -81,6 +86,13 @@ demo: build
 test: build
 	@echo 'Running the test suite on the installed package.'
 	@OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(VENV)/bin/python -m pytest -n $(PYTEST_WORKERS) $(PYTEST_ARGS)
+
+# Ends with the smallest form of every call that failed; build/fuzz keeps what is done.
+fuzz: build
+	@$(VENV)/bin/python -m tests.sweep --minutes $(MINUTES) --seed $(SEED)
+
+mutants: build
+	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/python tests/mutants_cpu.py >build/mutants.json
 
 # The CUDA kernels, linked with the shared runtime that a simulator stands in for
 # (docs/cuda-without-a-gpu.md); a package of its own, so that the installed one stays what it is.

@@ -36,6 +36,7 @@ SHARED = {
     "csrc/include/moe_ops": {"activation", "common", "router_bwd"},
     "csrc/cpu": {
         "batch_invariant",
+        "blocking",
         "buffer_cache",
         "cpu_isa",
         "huge_pages",
@@ -198,6 +199,80 @@ def test_isa_files_include_no_inline_functions(name):
                 ours = include[1:]
                 todo.append(CSRC / ("include" if ours.startswith("moe_ops/") else "") / ours)
     assert system <= ISA_HEADERS, f"{name} reaches {sorted(system - ISA_HEADERS)}"
+
+
+# --- R6: a size at which a kernel changes what it does is in the table of blocking.cpp
+
+AHEAD = "how far ahead a kernel asks for memory: no result depends on it"
+FOLLOWS = "follows from constants that are in the table"
+LAYOUT = "a pitch or a marker: where numbers lie, not which kernel takes them"
+MEMORY = "about pages and buffers of whole tensors"
+FUNCTION = "of a polynomial or of a number format"
+NO_BOUNDARY = {
+    "kAmxBytesAhead": AHEAD,
+    "kBytesAhead": AHEAD,
+    "kDot8Ahead": AHEAD,
+    "kDot8TokensAhead": AHEAD,
+    "kDotAhead": AHEAD,
+    "kBlock": FOLLOWS,
+    "kDepth": FOLLOWS,
+    "kPanelLda": FOLLOWS,
+    "kRowForm": FOLLOWS,
+    "kStep": FOLLOWS,
+    "kCount": FOLLOWS,
+    "kGradPitch": LAYOUT,
+    "kLine": LAYOUT,
+    "kPanelPad": LAYOUT,
+    "kWholePanels": LAYOUT,
+    "kAlignment": MEMORY,
+    "kHugeFrom": MEMORY,
+    "kHugePage": MEMORY,
+    "kLargeBuffer": MEMORY,
+    "kMadvCollapse": MEMORY,
+    "kPart": MEMORY,
+    "kBias": FUNCTION,
+    "kDegree": FUNCTION,
+    "kMantissa": FUNCTION,
+    "kMatchSamples": "how many weights of packed copies are compared with the truth",
+    "kNumIsas": "of the instruction sets",
+    "kRequestPermission": "of the operating system",
+    "kTileData": "of the operating system",
+}
+# Self-tests and measurements call kernels and are none. Those in kernels/ are widths of a level's
+# vectors and registers; the table has the ones that choose a kernel as fields of Kernels.
+NOT_KERNELS = {"self_test.cpp", "limits.cpp"}
+
+
+def integer_constants() -> dict[str, str]:
+    """Every integer constant of csrc/cpu and the file that it is in."""
+    found = {}
+    for path in sources("cpu"):
+        if path.name in NOT_KERNELS or path.name.endswith("-inl.h"):
+            continue
+        declarations = re.findall(
+            r"\bconstexpr\s+(?:int64_t|int32_t|int|size_t)\s+(k\w+\s*=[^;]*);", path.read_text()
+        )
+        for declaration in declarations:
+            for name in re.findall(r"\b(k[A-Z]\w*)\s*=(?!=)", declaration):
+                found[name] = path.relative_to(CSRC).as_posix()
+    return found
+
+
+def test_every_block_size_is_in_the_table():
+    """csrc/cpu/blocking.cpp is what tests/sweep knows of sizes: a constant that is missing there
+    is one that nothing tests both sides of."""
+    table = (CSRC / "cpu" / "blocking.cpp").read_text()
+    constants = integer_constants()
+    missing = [
+        f"{name} ({file})"
+        for name, file in sorted(constants.items())
+        if name not in NO_BOUNDARY and not re.search(rf"\b{name}\b", table)
+    ]
+    assert not missing, (
+        f"{', '.join(missing)}: add an entry to csrc/cpu/blocking.cpp, or a reason to NO_BOUNDARY"
+    )
+    gone = sorted(set(NO_BOUNDARY) - set(constants))
+    assert not gone, f"drop {gone} from NO_BOUNDARY"
 
 
 # --- CUDA kernels

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "cpu/blocking.h"
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
 #include "cpu/workspace.h"
@@ -10,11 +11,7 @@ namespace moe_ops::cpu {
 
 namespace {
 
-// Sums over rows are split into parts of so many, by sizes alone, and the parts added in order:
-// bits do not depend on threads. Two sums of a part are 2 H numbers against H a row and tensor.
-constexpr int64_t kPartRows = 64;
-
-int64_t num_parts(int64_t rows) { return ceil_div(rows, kPartRows); }
+int64_t num_parts(int64_t rows) { return ceil_div(rows, kNormPartRows); }
 
 template <class T>
 const T* widened(const Kernels<T>& k, DType type, const void* row, int64_t n, T* buffer) {
@@ -62,7 +59,7 @@ void run_bwd(const AddRmsNormBwdParams& p, const Parallel& par) {
   T* sums = static_cast<T*>(p.workspace);  // [parts, 2, H]
   const double cost = static_cast<double>(p.num_rows) * (static_cast<double>(H) / 2 + 4);
   parallel_items(par, parts, cost, [&](int64_t part) {
-    const int64_t begin = part * kPartRows, end = std::min(p.num_rows, begin + kPartRows);
+    const int64_t begin = part * kNormPartRows, end = std::min(p.num_rows, begin + kNormPartRows);
     T* own = sums + part * 2 * H;
     std::fill(own, own + 2 * H, T(0));
     NormRowsBwd<T> rows;

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "cpu/blocking.h"
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
 #include "cpu/workspace.h"
@@ -12,12 +13,6 @@
 namespace moe_ops::cpu {
 
 namespace {
-
-// Tokens of a block: the depth of the weight gradients' tiles. Whole tiles with AVX2.
-constexpr int64_t kTokens = 144;
-// Parts of the tokens that sum weight gradients by themselves; they are added in order, so that the
-// bits do not depend on threads.
-constexpr int64_t kMostParts = 8;
 
 // Panels of 2*lanes columns of [k][columns]; the last is lanes or 2*lanes wide.
 struct Panels {
@@ -34,7 +29,7 @@ struct RowBlocks {
   int64_t count() const { return std::max<int64_t>(ceil_div(k, kKc), 1); }
   int64_t begin(int64_t b) const { return b * kKc; }
   int64_t length(int64_t b) const { return std::min(kKc, k - b * kKc); }
-  int64_t elements() const { return count() * kTokens * kLda; }
+  int64_t elements() const { return count() * kDenseTokens * kLda; }
 };
 
 // c [rows][ldc] (+)= a * panels.
@@ -45,7 +40,7 @@ void multiply(const Kernels<T>& k, int64_t rows, const RowBlocks& a_blocks, cons
   const int64_t W = k.lanes;
   for (int64_t kb = 0; kb < a_blocks.count(); ++kb) {
     const int64_t kc = a_blocks.length(kb);
-    const T* block = a + kb * kTokens * kLda;
+    const T* block = a + kb * kDenseTokens * kLda;
     for (int64_t j = 0; j < panels.cols; j += 2 * W) {
       const int64_t width = panels.width(j);
       const int nv = width > W ? 2 : 1;
@@ -69,7 +64,7 @@ void multiply_columns(const Kernels<T>& k, int64_t m, const T* a, const Panels& 
   const int64_t W = k.lanes;
   for (int64_t m0 = 0; m0 < m; m0 += kLdm) {
     const int64_t rows = std::min(kLdm, m - m0);
-    const T* block = a + m0 / kLdm * kTokens * kLdm;
+    const T* block = a + m0 / kLdm * kDenseTokens * kLdm;
     for (int64_t j = 0; j < panels.cols; j += 2 * W) {
       const int nv = panels.width(j) > W ? 2 : 1;
       const int64_t tiles = ceil_div<int64_t>(rows, nv == 2 ? k.mr2 : k.mr1);
@@ -115,14 +110,15 @@ void load_blocks(const Kernels<T>& k, DType type, const void* src, int64_t ld, i
                  int64_t n, T* dst) {
   for (int64_t c = 0; c < n; c += kKc) {
     k.dense.copy(type, static_cast<const char*>(src) + c * dtype_size(type), ld, rows,
-                 std::min(kKc, n - c), dst + c / kKc * kTokens * kLda, kLda, nullptr, 0, nullptr);
+                 std::min(kKc, n - c), dst + c / kKc * kDenseTokens * kLda, kLda, nullptr, 0,
+                 nullptr);
   }
 }
 
 // Sets element `at` of every row to 1.
 template <class T>
 void set_ones(T* blocks, int64_t rows, int64_t at) {
-  T* p = blocks + at / kKc * kTokens * kLda + at % kKc;
+  T* p = blocks + at / kKc * kDenseTokens * kLda + at % kKc;
   for (int64_t r = 0; r < rows; ++r) p[r * kLda] = T(1);
 }
 
@@ -137,11 +133,11 @@ void for_column_runs(int64_t cols, const Fn& fn) {
 }
 template <class T>
 T* row_place(T* blocks, int64_t c) {
-  return blocks + c / kKc * kTokens * kLda + c % kKc;
+  return blocks + c / kKc * kDenseTokens * kLda + c % kKc;
 }
 template <class T>
 T* column_place(T* blocks, int64_t c) {
-  return blocks + c / kLdm * kTokens * kLdm + c % kLdm;
+  return blocks + c / kLdm * kDenseTokens * kLdm + c % kLdm;
 }
 
 template <class T>
@@ -176,19 +172,19 @@ void run(const DenseFfnParams& p, const Parallel& par) {
                                      w_down + e * down.elements());
                    }
                  });
-  const int64_t blocks = ceil_div(s.num_tokens, kTokens);
+  const int64_t blocks = ceil_div(s.num_tokens, kDenseTokens);
   const int64_t ldy = down.padded();
   // Where tiles write what stays themselves.
   const bool keep_u = p.preact != nullptr && I % W == 0;
   const bool keep_y = s.type == kAccumulate<T> && O % W == 0;
   const int64_t ldu = keep_u ? I : up.padded();
   parallel_items(par, blocks, cost_of<T>(s), [&](int64_t block) {
-    const int64_t t0 = block * kTokens, m = std::min(kTokens, s.num_tokens - t0);
+    const int64_t t0 = block * kDenseTokens, m = std::min(kDenseTokens, s.num_tokens - t0);
     ScratchScope scratch;
     T* x = scratch.take<T>(Scratch::kPackA, up_k.elements());
     T* h = scratch.take<T>(Scratch::kPackB, down_k.elements());
-    T* u_block = scratch.take<T>(Scratch::kHidden, kTokens * up.padded());
-    T* y = scratch.take<T>(Scratch::kTokens, kTokens * ldy);
+    T* u_block = scratch.take<T>(Scratch::kHidden, kDenseTokens * up.padded());
+    T* y = scratch.take<T>(Scratch::kTokens, kDenseTokens * ldy);
     int64_t loaded = -1;
     for (int64_t n = 0; n < E; ++n) {
       const int64_t e = s.order[n], g = s.input_of[e];
@@ -245,8 +241,8 @@ void run_bwd(const DenseFfnBwdParams& p, const Parallel& par) {
   // Rows of sums are whole vectors.
   const Sums sums{need_up ? I * ldh : 0, need_down ? O * ldi : 0, p.grad_b_up ? ldi : 0,
                   p.grad_b_down ? round_up(O, W) : 0};
-  const int64_t blocks = ceil_div(s.num_tokens, kTokens);
-  const int64_t parts = std::clamp<int64_t>(blocks / 4, 1, kMostParts);
+  const int64_t blocks = ceil_div(s.num_tokens, kDenseTokens);
+  const int64_t parts = std::clamp<int64_t>(blocks / kDensePartBlocks, 1, kDenseMostParts);
   ScratchScope scratch;
   Carver shared(scratch, Scratch::kRows,
                 static_cast<int64_t>(sizeof(T)) *
@@ -274,17 +270,17 @@ void run_bwd(const DenseFfnBwdParams& p, const Parallel& par) {
     ScratchScope scratch;
     T* dy_rows = scratch.take<T>(Scratch::kPackA, down_k.elements() + up_k.elements());
     T* du_rows = dy_rows + down_k.elements();
-    const int64_t dy_cols = ceil_div(O, kLdm) * kTokens * kLdm;
-    const int64_t du_cols = ceil_div(I, kLdm) * kTokens * kLdm;
+    const int64_t dy_cols = ceil_div(O, kLdm) * kDenseTokens * kLdm;
+    const int64_t du_cols = ceil_div(I, kLdm) * kDenseTokens * kLdm;
     T* dy_columns = scratch.take<T>(Scratch::kHidden, dy_cols + du_cols);
     T* du_columns = dy_columns + dy_cols;
-    T* x =
-        scratch.take<T>(Scratch::kPackB, kTokens * (ldh + ldi));  // panels [m][...] of x and of h
-    T* h = x + kTokens * ldh;
-    T* dh = scratch.take<T>(Scratch::kTokens, kTokens * (ldi + ldh));
-    T* dx_block = dh + kTokens * ldi;
+    T* x = scratch.take<T>(Scratch::kPackB,
+                           kDenseTokens * (ldh + ldi));  // panels [m][...] of x and of h
+    T* h = x + kDenseTokens * ldh;
+    T* dh = scratch.take<T>(Scratch::kTokens, kDenseTokens * (ldi + ldh));
+    T* dx_block = dh + kDenseTokens * ldi;
     for (int64_t block = blocks * part / parts; block < blocks * (part + 1) / parts; ++block) {
-      const int64_t t0 = block * kTokens, m = std::min(kTokens, s.num_tokens - t0);
+      const int64_t t0 = block * kDenseTokens, m = std::min(kDenseTokens, s.num_tokens - t0);
       const Panels x_panels{m, H, W}, hidden{m, I, W};
       int64_t loaded = -1;
       const auto store_dx = [&] {

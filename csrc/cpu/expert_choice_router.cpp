@@ -9,6 +9,7 @@
 #include <limits>
 #include <vector>
 
+#include "cpu/blocking.h"
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
 #include "cpu/router_row.h"
@@ -17,10 +18,6 @@
 namespace moe_ops::cpu {
 
 namespace {
-
-// Columns read in one sweep over the scores: a sweep for each would fetch every cache line E times,
-// more of them would leave threads idle when there are few experts.
-constexpr int64_t kColumns = 4;
 
 // An expert takes the tokens with a key above `key`, and those with an equal key up to `token`.
 template <class T>
@@ -60,10 +57,10 @@ void find_thresholds(const ExpertChoiceRouterParams& p, const Parallel& par,
   const int64_t padded = round_up<int64_t>(tokens, 16);
   const T* const scores = static_cast<const T*>(p.topk_weights);
   const double cost = 10.0 * static_cast<double>(tokens) * static_cast<double>(E);
-  parallel_items(par, ceil_div(E, kColumns), cost, [&](int64_t item) {
-    const int64_t first = item * kColumns, columns = std::min(kColumns, E - first);
+  parallel_items(par, ceil_div(E, kChoiceColumns), cost, [&](int64_t item) {
+    const int64_t first = item * kChoiceColumns, columns = std::min(kChoiceColumns, E - first);
     ScratchScope scratch;
-    T* const column = scratch.take<T>(Scratch::kRows, kColumns * padded);
+    T* const column = scratch.take<T>(Scratch::kRows, kChoiceColumns * padded);
     Key* const keys = scratch.take<Key>(Scratch::kIndex, 2 * padded);
     Key* const partial = keys + padded;
     for (int64_t t = 0; t < tokens; ++t) {

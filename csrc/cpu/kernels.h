@@ -191,6 +191,9 @@ struct AttentionBlock {
   // For the narrow kernels, counted from the first key: no row sees one before `start`, and every
   // row sees those from all_first to all_last - 1.
   int64_t start = 0, all_first = 0, all_last = 0;
+  // For the narrow kernels: keys and values that a row does not see are left out of its sums, not
+  // multiplied by zero. The bits are the same where all numbers are finite.
+  bool apart = false;
 };
 // Pitch of keys and values that the narrow kernels read, and their largest number of features.
 constexpr int64_t kNarrowSize = 16;
@@ -231,6 +234,12 @@ struct AttentionKernels {
   void (*narrow_bwd)(int size, const AttentionBlock<T>& b, const T* keys, const T* values,
                      const T* q, const T* grad_out, const T* lse, const T* delta, T* grad_q,
                      T* p_rows, T* ds_rows);
+  // c[f * width + r] += the sum over the keys j that row r sees of a[j * lda + f] * s[j * width +
+  // r], with the same bits as a tile's where all numbers are finite.
+  void (*seen_sums)(const AttentionBlock<T>& b, const T* a, int64_t lda, const T* s,
+                    int64_t features, T* c);
+  // Neither infinity nor NaN among n numbers.
+  bool (*all_finite)(const T* x, int64_t n);
   // c[i * width + j] *= factor[j]
   void (*multiply_lanes)(T* c, int64_t rows, int width, const T* factor);
   // out[r] = the product of row r of a and of b, n elements each, lda and ldb apart.

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "cpu/blocking.h"
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
 #include "cpu/workspace.h"
@@ -13,16 +14,9 @@ namespace moe_ops::cpu {
 
 namespace {
 
-// Tokens whose sums are made before they are added to those of a part: sums of T terms in two
-// levels. Their outputs stay in L2 between the two passes of the variance.
-constexpr int64_t kTokens = 64;
-// Parts of the tokens that sum by themselves and are added in order, so that the bits do not
-// depend on threads.
-constexpr int64_t kMostParts = 16;
-
 template <class P>
 int64_t parts_of(const P& p) {
-  return std::clamp<int64_t>(ceil_div(p.num_tokens, kTokens) / 4, 1, kMostParts);
+  return std::clamp<int64_t>(ceil_div(p.num_tokens, kMixTokens) / kMixPartBlocks, 1, kMixMostParts);
 }
 
 // Elementary operations of a token, in vectors.
@@ -138,7 +132,7 @@ template <class T>
 void batch_statistics(const MixExpertsParams& p, const Padded<T>& layout, const Parallel& par) {
   const Kernels<T>& k = kernels<T>();
   const int64_t E = p.num_experts, O = p.size, n = E * layout.pitch, parts = parts_of(p);
-  const int64_t blocks = ceil_div(p.num_tokens, kTokens);
+  const int64_t blocks = ceil_div(p.num_tokens, kMixTokens);
   ScratchScope scratch;
   T* moments = scratch.take<T>(Scratch::kRows, 2 * parts * n);
   const auto join = [n](T* mean, T* squares, int64_t before, const T* mean_b, const T* squares_b,
@@ -151,17 +145,17 @@ void batch_statistics(const MixExpertsParams& p, const Padded<T>& layout, const 
     }
   };
   const auto first_of = [&](int64_t part) {
-    return std::min(blocks * part / parts * kTokens, p.num_tokens);
+    return std::min(blocks * part / parts * kMixTokens, p.num_tokens);
   };
   parallel_items(par, parts, cost_of(p) * static_cast<double>(p.num_tokens), [&](int64_t part) {
     T *mean = moments + 2 * part * n, *squares = mean + n;
     ScratchScope scratch;
     T* block = scratch.take<T>(Scratch::kTile, 2 * n);
-    T* buffer = layout.direct ? nullptr : scratch.take<T>(Scratch::kTokens, kTokens * n);
+    T* buffer = layout.direct ? nullptr : scratch.take<T>(Scratch::kTokens, kMixTokens * n);
     std::fill(mean, mean + 2 * n, T(0));
     const int64_t begin = first_of(part), end = first_of(part + 1);
-    for (int64_t t = begin; t < end; t += kTokens) {
-      const int64_t count = std::min(kTokens, end - t);
+    for (int64_t t = begin; t < end; t += kMixTokens) {
+      const int64_t count = std::min(kMixTokens, end - t);
       k.mix.moments(count, n, layout.load(p.outputs, t * E, count * E, buffer), block, block + n);
       join(mean, squares, t - begin, block, block + n, count);
     }
@@ -215,7 +209,7 @@ void run_bwd(const MixExpertsBwdParams& p, const Parallel& par) {
   const int64_t E = p.num_experts, O = p.size, M = p.num_mixtures;
   const Padded<T> rows(k, p.type, O), kept(k, kAccumulate<T>, O);
   const int64_t n = E * rows.pitch, mixed = M * rows.pitch, parts = parts_of(p);
-  const int64_t length = round_up(kTokens, p.repeats);  // of a block: whole runs of one factor
+  const int64_t length = round_up(kMixTokens, p.repeats);  // of a block: whole runs of one factor
   const int64_t blocks = ceil_div(p.num_tokens, length);
   const bool normed = p.norm.norm_weight != nullptr;
   // mean, scale, shift; at, by; then sums of a part: of gradients, of them times (x - mean).

@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cstring>
 
+#include "cpu/blocking.h"
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
 
@@ -33,10 +34,8 @@ void pack_panel(const Bits* w, int64_t stride_o, int64_t stride_k, int64_t featu
   if (features < P || K < layout.depth) {
     std::memset(panel, 0, static_cast<size_t>(layout.panel_bytes));
   }
-  // Blocks of k, so that the lines a block touches stay in cache while features take turns.
-  constexpr int64_t kBlock = 64;
-  for (int64_t k0 = 0; k0 < K; k0 += kBlock) {
-    const int64_t k1 = std::min(K, k0 + kBlock);
+  for (int64_t k0 = 0; k0 < K; k0 += kPackDepth) {
+    const int64_t k1 = std::min(K, k0 + kPackDepth);
     for (int64_t f = 0; f < features; ++f) {
       const Bits* src = w + f * stride_o;
       Bits* dst = panel + f * pair;

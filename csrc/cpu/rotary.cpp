@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "cpu/blocking.h"
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
 #include "cpu/workspace.h"
@@ -10,9 +11,6 @@ namespace moe_ops::cpu {
 
 namespace {
 
-// Tokens of half types that are widened together: a few kilobytes of an L1.
-constexpr int64_t kWide = 2048;
-
 template <class T>
 void run(const RotaryParams& p, const Parallel& par) {
   const Kernels<T>& k = kernels<T>();
@@ -20,7 +18,7 @@ void run(const RotaryParams& p, const Parallel& par) {
   const T sign = p.inverse ? T(-1) : T(1);
   const bool direct = p.type == kAccumulate<T>;
   const int64_t most =
-      direct ? p.num_tokens : std::max<int64_t>(1, kWide / std::max(n, int64_t{1}));
+      direct ? p.num_tokens : std::max<int64_t>(1, kRotaryWide / std::max(n, int64_t{1}));
   parallel_range(
       par, p.batch * p.num_tokens, static_cast<double>(n) / 4 + 4, [&](int64_t begin, int64_t end) {
         ScratchScope scratch;

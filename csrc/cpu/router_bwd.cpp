@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <limits>
 
+#include "cpu/blocking.h"
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
 #include "cpu/router_planes.h"
@@ -12,10 +13,6 @@
 namespace moe_ops::cpu {
 
 namespace {
-
-// In lanes, each slot is looked for at each expert: up to so many pairs that is less than the way
-// by rows.
-constexpr int64_t kFewPairs = 32;
 
 // With s the scores that the weights are made of (over all experts, or over the chosen when
 // topk_first), g the gradient of the weights and c the scaling factor:
@@ -63,7 +60,7 @@ void route_few_bwd(const RouterBwdParams& p, const Parallel& par) {
 
 template <class T>
 void route_bwd(const RouterBwdParams& p, const Parallel& par) {
-  if (p.num_experts <= kLaneExperts && p.num_experts * p.top_k <= kFewPairs) {
+  if (p.num_experts <= kLaneExperts && p.num_experts * p.top_k <= kFewRouterPairs) {
     return route_few_bwd<T>(p, par);
   }
   const RouterRow<T>& row = router_row<T>();

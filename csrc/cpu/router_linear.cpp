@@ -4,6 +4,7 @@
 
 #include <algorithm>
 
+#include "cpu/blocking.h"
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
 #include "cpu/workspace.h"
@@ -12,11 +13,8 @@ namespace moe_ops::cpu {
 
 namespace {
 
-// Most tokens that are made float rows, and parts of whole vectors, together; as many as fit an L1.
-constexpr int64_t kRows = 64;
-
 int64_t block_rows(int64_t n) {
-  return std::clamp<int64_t>(8192 / std::max<int64_t>(n, 1) / 4 * 4, 4, kRows);
+  return std::clamp<int64_t>(8192 / std::max<int64_t>(n, 1) / 4 * 4, 4, kRouterLinearRows);
 }
 
 const char* at(const void* data, DType type, int64_t offset) {
@@ -101,7 +99,7 @@ int64_t rows_of_part(const RouterLinearBwdParams& p) {
   const int64_t sums = std::max<int64_t>(1, p.num_experts * p.hidden_size);
   const int64_t parts =
       std::clamp<int64_t>(std::min((int64_t{1} << 20) / sums, p.num_tokens / 256), 1, 32);
-  return round_up(ceil_div(std::max<int64_t>(1, p.num_tokens), parts), kRows);
+  return round_up(ceil_div(std::max<int64_t>(1, p.num_tokens), parts), kRouterLinearRows);
 }
 
 template <class T>
@@ -119,7 +117,7 @@ void run_bwd(const RouterLinearBwdParams& p, const Parallel& par) {
   std::fill(sums, sums + std::max<int64_t>(1, parts) * step, T(0));
   const bool in_place = p.type == kAccumulate<T> && n == H;
   const bool g_in_place = p.grad_type == kAccumulate<T> && experts == E;
-  const int64_t block = in_place ? kRows : block_rows(n);
+  const int64_t block = in_place ? kRouterLinearRows : block_rows(n);
   const double cost =
       static_cast<double>(p.num_tokens) * static_cast<double>(n) * static_cast<double>(experts) / 8;
   parallel_items(par, parts, cost, [&](int64_t part) {

@@ -250,9 +250,6 @@ MOE_TEXT void make_keys_text(const T* x, RouterKey<T>* keys, int64_t n) {
   }
 }
 
-// Up to this many vectors of keys are looked through directly; blocks only pay beyond.
-constexpr int64_t kFlatVectors = 4;
-
 template <class T, int Bytes>
 MOE_TEXT void find_block_max_text(const RouterKey<T>* keys, RouterKey<T>* block_max, int64_t n) {
   using S = Lanes<T, Bytes>;

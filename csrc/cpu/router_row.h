@@ -42,6 +42,9 @@ struct RouterLanes {
 // for the largest value; those of several rows run side by side.
 constexpr int64_t kRouterRows = 8;
 
+// Up to this many vectors of keys are looked through directly; blocks only pay beyond.
+constexpr int64_t kFlatVectors = 4;
+
 template <class T>
 struct RouterRow {
   using Key = RouterKey<T>;

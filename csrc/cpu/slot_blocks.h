@@ -27,6 +27,10 @@ constexpr int64_t kChunkTokens = 256;
 constexpr int64_t kMostChunks = 16;
 // Widest row: one step over k of every tile, whichever side it is on.
 constexpr int64_t kMostWidth = kLdm;
+// So many rows of an expert in a block that tiles are full and making panels costs little.
+constexpr int64_t kMinBlockRows = 16;
+// Most weights of all experts: they stay in an L2.
+constexpr int64_t kMostBlockWeights = int64_t{1} << 17;
 
 // What decides whether an operation goes by blocks: sizes alone. That of the tokens counts only
 // where their bits may depend on it.
@@ -38,14 +42,10 @@ struct BlockedSizes {
 };
 
 inline bool takes_blocks(const BlockedSizes& s) {
-  // So many rows of an expert in a block that tiles are full and making panels costs little.
-  constexpr int64_t kMinRows = 16;
-  // Of the matrices of all experts: they stay in an L2.
-  constexpr int64_t kMostWeights = int64_t{1} << 17;
   if (s.narrowest == 0 || s.widest > kMostWidth) return false;
-  if (s.num_experts * s.weights > kMostWeights) return false;
+  if (s.num_experts * s.weights > kMostBlockWeights) return false;
   const int64_t slots = std::min(s.num_tokens, kBlockTokens) * s.top_k;
-  if (slots < kMinRows * s.num_experts && !batch_invariant()) return false;
+  if (slots < kMinBlockRows * s.num_experts && !batch_invariant()) return false;
   // AMX multiplies bfloat16 faster than anything else does.
   return s.type != DType::kBFloat16 || kernels<float>().amx_panel == nullptr;
 }

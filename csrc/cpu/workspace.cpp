@@ -1,5 +1,6 @@
 #include "cpu/workspace.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <new>
@@ -81,6 +82,12 @@ constexpr size_t kept_bytes(ScratchScope::Keep keep) {
 #endif
 
 }  // namespace
+
+void poison_scratch(size_t bytes) {
+  for (Block& b : tls_blocks.blocks) {
+    if (b.data != nullptr) std::memset(b.data, 0xff, std::min(bytes, b.size));
+  }
+}
 
 ScratchScope::ScratchScope(Keep keep) : blocks_(&tls_blocks), keep_(keep) {}
 

@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "cpu/cpu_isa.h"
 #include "moe_ops/common.h"
 
 namespace moe_ops::cpu {
@@ -53,6 +54,10 @@ class ScratchScope {
   uint32_t own_ = 0;  // a bit for each block
   Keep keep_;
 };
+
+// For tests: the first `bytes` of each block that the calling thread keeps become 0xff, NaN in every
+// type, so that an op which reads what it did not write gives NaN and not what an earlier call left.
+MOE_OPS_API void poison_scratch(size_t bytes);
 
 // Hands out parts of one block of scratch, each on a 64-byte boundary.
 class Carver {

@@ -8,14 +8,17 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "cpu/batch_invariant.h"
+#include "cpu/blocking.h"
 #include "cpu/buffer_cache.h"
 #include "cpu/cpu_isa.h"
 #include "cpu/huge_pages.h"
 #include "cpu/limits.h"
 #include "cpu/pack.h"
+#include "cpu/workspace.h"
 #include "cuda/moe_ffn/choose.h"
 #include "cuda/row_blocks.h"
 
@@ -35,6 +38,13 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_isa", [] { return std::string(isa_name(active_isa())); });
   m.def("detected_isa", [] { return std::string(isa_name(detected_isa())); });
   m.def("supported_isas", &supported_isas);
+  // (family, axis, name, value) of each size at which the kernels of the level in use change what
+  // they do.
+  m.def("block_sizes", [] {
+    std::vector<std::tuple<std::string, std::string, std::string, int64_t>> sizes;
+    for (const BlockSize& s : block_sizes()) sizes.emplace_back(s.family, s.axis, s.name, s.value);
+    return sizes;
+  });
   m.def("isa_warning", &isa_warning);
   m.def("batch_invariant", &batch_invariant);
   m.def("set_batch_invariant", &set_batch_invariant, py::arg("on"));
@@ -114,6 +124,7 @@ PYBIND11_MODULE(_C, m) {
     const moe_ops::cuda::RowBlocks b = moe_ops::cuda::row_blocks(rows, accesses, stretch);
     return std::array<unsigned, 3>{b.x, b.y, b.z};
   });
+  m.def("poison_scratch", &poison_scratch, py::arg("bytes"));
   m.def("stale_panels", &stale_panels);
   m.def("cached_bytes", &cached_bytes);
   m.def("cache_limit", &cache_limit);

@@ -7,7 +7,7 @@ switched Hugging Face blocks make such copies by themselves and never read one o
   compared at every call, so in-place updates, `load_state_dict`, `.to()` and new parameters end it.
 - A call that wants gradients of the weights ends it, and so does a step of an optimizer that holds
   them: fused optimizers change weights without counting a version.
-- What no counter sees (`.data`, NumPy views) is looked for by `moe_ffn_packed`, which compares 32
+- What no counter sees (`.data`, NumPy views) is looked for by `moe_ffn_packed`, which compares 20
   elements of every weight of each expert it uses, others at every call. Only here may a change of a
   few elements go unseen for a while; `unpack` after such a write, or call `train()`, is certain.
 

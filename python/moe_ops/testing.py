@@ -241,13 +241,18 @@ def as_strided_copy(t: Tensor, kind: str) -> Tensor:
     raise ValueError(f"as_strided_copy: unknown kind {kind!r}")
 
 
+_POISONED_SCRATCH = 256 << 10  # bytes of each block; small calls reach no further
+
+
 @contextlib.contextmanager
 def poisoned(*like: Tensor) -> Iterator[None]:
-    """Memory that torch.empty hands out inside the block holds NaN (or 0xff bytes) where it can.
+    """Memory that torch.empty hands out inside the block holds NaN (or 0xff bytes) where it can,
+    and so does what this thread's CPU kernels keep between calls.
 
     Two ways at once: torch's own fill of uninitialised memory, and freed NaN blocks of the sizes of
     `like` for allocations that bypass it.
     """
+    _C.poison_scratch(_POISONED_SCRATCH)
     sizes = {256, 4096, 65536} | {max(1, t.numel() * t.element_size()) for t in like}
     blocks = [
         torch.full((size + pad,), 0xFF, dtype=torch.uint8)

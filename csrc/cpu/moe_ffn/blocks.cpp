@@ -8,6 +8,7 @@
 #include "cpu/moe_ffn/blocks.h"
 
 #include "cpu/act_rows.h"
+#include "cpu/blocking.h"
 #include "cpu/slot_blocks.h"
 
 namespace moe_ops::cpu {
@@ -391,9 +392,6 @@ bool takes_blocks(const MoeFfnParams& p) {
 }
 
 bool takes_blocks(const MoeFfnBwdParams& p) {
-  // Of an expert in a chunk: fewer do not pay for writing its sums, as large as weights, and
-  // adding.
-  constexpr int64_t kMinChunkRows = 48;
   const int64_t tokens = std::min(p.shape.num_tokens, chunk_tokens(p.shape.num_tokens));
   if (tokens * p.shape.top_k < kMinChunkRows * p.shape.num_experts) return false;
   return takes_blocks(sizes_of(p.shape, p.x.type)) && is_sorted(p.shape);

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "cpu/act_rows.h"
+#include "cpu/blocking.h"
 #include "cpu/gemm/gemm.h"
 #include "cpu/gemm/wgrad.h"
 #include "cpu/moe_ffn/blocks.h"
@@ -42,13 +43,11 @@ RowRouting<T> row_routing(ScratchScope& scratch, const MoeFfnShape& s, int64_t r
   return out;
 }
 
-// Rows of all H features would be the largest block of a call: 32 MiB for 4096 rows of 2048. So
-// they are computed and summed by ranges of features, one after the other in the same memory.
+// Features that are computed and summed by token together (kRangeBytes).
 struct Range {
   int64_t begin, end;
   int64_t width() const { return end - begin; }
 };
-constexpr int64_t kRangeBytes = int64_t{2} << 20;
 template <class T>
 std::vector<Range> feature_ranges(const MoeFfnShape& s, int64_t rows, int64_t narrowest) {
   const int64_t row_bytes = std::max<int64_t>(1, rows) * static_cast<int64_t>(sizeof(T));
