@@ -1,7 +1,7 @@
 """Measures the tables of docs/numerics.md and writes them there: ``python -m bench.numerics``.
 
-``python -m bench.numerics costs`` measures one of the three anew (equality, errors, costs). The text
-around the tables is written by hand.
+``python -m bench.numerics costs`` measures one of the three anew (equality, errors, costs). The
+text around the tables is written by hand.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 @dataclass
 class Case:
-    """op(**tokens, **fixed): the tensors of `tokens`, and all that it returns, have a row a token."""
+    """op(**tokens, **fixed): the tensors of `tokens`, and what it returns, have a row a token."""
 
     op: Callable[..., Any]
     tokens: dict[str, Tensor]
@@ -115,9 +115,7 @@ def linear_reduce(dtype: torch.dtype, size: int = 256, experts: int = 16) -> Cas
     w = (torch.randn(experts, size, size // 2) / (size / 2) ** 0.5).to(dtype)
     h, weights = torch.randn(NUM_TOKENS, 2, size // 2).to(dtype), torch.rand(NUM_TOKENS, 2)
     ids = Routing(NUM_TOKENS, experts, 2).ids()
-    return rows_case(
-        moe_ops.moe_linear_reduce, {"w": w}, h=h, topk_weights=weights, topk_ids=ids
-    )
+    return rows_case(moe_ops.moe_linear_reduce, {"w": w}, h=h, topk_weights=weights, topk_ids=ids)
 
 
 def dense_ffn(dtype: torch.dtype) -> Case:
@@ -146,9 +144,7 @@ def row_wise(dtype: torch.dtype, name: str) -> Case:
     if name == "topk_router":
         return rows_case(moe_ops.topk_router, {"top_k": 8}, router_logits=x[:, :128])
     if name == "topp_router":
-        return rows_case(
-            moe_ops.topp_router, {"top_p": 0.5, "max_k": 8}, router_logits=x[:, :128]
-        )
+        return rows_case(moe_ops.topp_router, {"top_p": 0.5, "max_k": 8}, router_logits=x[:, :128])
     if name == "router_linear":
         return rows_case(moe_ops.router_linear, {"weight": x[:8].clone()}, x=x)
     if name == "gated_act":
@@ -215,7 +211,7 @@ def cases() -> Iterator[tuple[str, torch.dtype, Case]]:
             yield name, dtype, build(dtype)
 
 
-# ---------------------------------------------------------------------------------------- the tables
+# --------------------------------------------------------------------------------------- the tables
 
 
 def difference(a: list[Tensor], b: list[Tensor]) -> float:
@@ -232,7 +228,7 @@ def in_words(value: float) -> str:
 
 
 def by_batch(case: Case) -> float:
-    """How far tokens in calls of 1, 7 and 64 are from the same tokens among 513: the worst of three."""
+    """How far tokens in calls of 1, 7 and 64 are from the same ones among 513: the worst."""
     whole = case.run()
     order = torch.arange(64) * 8
     worst = 0.0
@@ -356,7 +352,7 @@ def costs(budget_s: float) -> list[str]:
     return lines
 
 
-# ------------------------------------------------------------------------------------------ the page
+# ----------------------------------------------------------------------------------------- the page
 
 
 def replace_table(text: str, name: str, lines: list[str]) -> str:

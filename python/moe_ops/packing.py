@@ -312,8 +312,8 @@ def _copies_for(
             state.forget()
         return None
     if state is not None and (copies := state.copies) is not None and copies.key == key:
-        # Products round otherwise with packed weights. Copies that a bank made by itself, after some
-        # use, would let a token's bits depend on what was called before.
+        # Products round otherwise with packed weights. Copies that a bank made by itself, after
+        # some use, would let a token's bits depend on what was called before.
         if copies.asked_for or settings.policy == "always" or not is_batch_invariant():
             return copies
         return None
