@@ -1,8 +1,8 @@
 """Cases: lines of text such as ``op=grouped_gemm dtype=bf16 rows=129 k=193 n=8 seed=3``.
 
 Every op has dimensions and options. A dimension has the sizes around each entry of the kernels'
-table (``_C.block_sizes()``) that concerns it. The sweep puts one dimension (or two, for the products)
-on such a size and leaves the others small; random cases draw all of them.
+table (``_C.block_sizes()``) that concerns it. The sweep puts one dimension (or two, for the
+products) on such a size and leaves the others small; random cases draw all of them.
 """
 
 from __future__ import annotations
@@ -619,5 +619,5 @@ def smaller(case: Case) -> Iterator[Case]:
             group = case["group"]
             steps = [n // group * group for n in (group, size // 2, size - group)]
         for n in sorted(set(steps)):
-            if of.least <= n < size and n > 0 or (n == 0 and of.least == 0 and size > 0):
+            if (of.least <= n < size and n > 0) or (n == 0 and of.least == 0 and size > 0):
                 yield case.but(**{dim: n})
