@@ -86,3 +86,164 @@ def test_demo_says_that_it_needs_safetensors():
     assert result.returncode == 1
     assert "pip install safetensors" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+# --- what goes wrong ends in one sentence
+
+
+def invoke(*arguments: object) -> tuple[int, str]:
+    result = runner.invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "300"})
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, result.output
+
+
+DEMO = ("demo", "--smoke", "--no-hf")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (*DEMO, "--minutes", "inf"),
+        (*DEMO, "--minutes", "nan"),
+        (*DEMO, "--minutes", "1e300"),
+        (*DEMO, "--minutes", "-1"),
+        (*DEMO, "--steps", "1e23"),
+        (*DEMO, "--steps", str(10**23)),
+        (*DEMO, "--steps", "0"),
+        (*DEMO, "--seed", str(10**23)),
+        (*DEMO, "--threads", "100000000"),
+        ("bench", "--threads", "100000000"),
+        ("quantize", "a", "b", "--tokens", str(10**23)),
+        ("quantize", "a", "b", "--context", str(10**23)),
+        ("claims", "jetmoe", "--seeds", str(10**23)),
+    ],
+    ids=" ".join,
+)
+def test_numbers_out_of_range(arguments):
+    code, output = invoke(*arguments)
+    assert code == 2
+    assert "Invalid value" in output and arguments[-2] in output
+
+
+def test_ranges_of_the_benchmark(capsys):
+    from moe_ops.bench.main import parse
+
+    for arguments, word in (
+        (["--threads", "100000000"], "from 1 to"),
+        (["--threads", "x"], "from 1 to"),
+        (["--tokens", "0"], "from 1 to"),
+        (["--budget", "inf"], "above 0"),
+        (["--budget", "nan"], "above 0"),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            parse(arguments)
+        assert caught.value.code == 2
+        assert word in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["file", "file/deeper", "file/[/x]"])
+def test_file_where_a_folder_is_needed(tmp_path, name):
+    (tmp_path / "file").write_text("text")
+    code, output = invoke(*DEMO, "--out", tmp_path / name)
+    assert code == 1
+    assert (
+        output == f"error: {tmp_path / name} cannot be written: it must be a folder, got a file\n"
+    )
+
+
+@pytest.mark.parametrize("name", ["[/x]", "[bold]", "[red]a[/red]", "a\udcff"])
+def test_paths_are_printed_as_they_are(tmp_path, name):
+    shown = f"{tmp_path}/{name}".replace("\udcff", "\\udcff")
+    for arguments in (
+        (*DEMO, "--out", tmp_path, "--data", tmp_path / name),
+        (*DEMO, "--out", tmp_path / name, "--resume"),
+        ("quantize", tmp_path / name, tmp_path / "out"),
+    ):
+        code, output = invoke(*arguments)
+        assert code == 1
+        assert output.splitlines()[-1].startswith("error: ") and shown in output, output
+
+
+def test_names_are_printed_as_they_are():
+    code, output = invoke("claims", "[/x]")
+    assert code == 1 and "got '[/x]'" in output
+
+
+def test_results_that_cannot_be_rendered(tmp_path):
+    from moe_ops.bench.main import main as benchmark
+
+    (tmp_path / "a.json").write_text('{"a": 1}')
+    (tmp_path / "b.json").write_text("[1]")
+    for name, words in (
+        ("a.json", "must be results of this benchmark"),
+        ("b.json", "must hold a JSON object"),
+        ("c.json", "No such file"),
+    ):
+        for option in ("--render", "--join"):
+            with pytest.raises(SystemExit) as caught:
+                benchmark([option, str(tmp_path / name)])
+            message = str(caught.value.code)
+            assert message.startswith("moe_ops.bench: ") and words in message
+            assert "\n" not in message
+
+
+def test_full_standard_output():
+    if not Path("/dev/full").exists():
+        pytest.skip("this system has no /dev/full")
+    code = (
+        "import os; os.dup2(os.open('/dev/full', os.O_WRONLY), 1)\n"
+        "from moe_ops.cli import main\n"
+        "main(['zoo', 'list'])"
+    )
+    result = run_python("-c", code)
+    assert result.returncode == 1
+    assert result.stderr.endswith("No space left on device\n")
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments"),
+    [
+        ("moe_ops.doctor.examine", ("doctor",)),
+        ("moe_ops.demo.run.run_demo", ("demo",)),
+        ("moe_ops.bench.main._main", ("bench",)),
+        ("moe_ops.cli.quantize.run", ("quantize", "a", "b")),
+        ("moe_ops.cli.zoo.print_listing", ("zoo", "list")),
+        ("moe_ops.cli.zoo.find_claims", ("claims", "jetmoe")),
+    ],
+)
+def test_interrupted_commands(monkeypatch, function, arguments):
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    if "quantize" in function:
+        pytest.importorskip("transformers")
+    monkeypatch.setattr(function, interrupt)
+    code, output = invoke(*arguments)
+    assert code == 130
+    assert "topped" in output and len(output.strip().splitlines()) == 1
+
+
+def test_interrupted_training_is_saved(tmp_path):
+    """Ctrl-C in a process of its own: the step it met is saved, and the line says how to go on."""
+    (tmp_path / "text").write_text("the router sends every token to its experts\n" * 200)
+    code = (
+        "import os, signal, sys\n"
+        "from moe_ops.demo.train import Trainer\n"
+        "step = Trainer.train_step\n"
+        "def interrupted(self):\n"
+        "    if self.step == 6:\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n"
+        "    return step(self)\n"
+        "Trainer.train_step = interrupted\n"
+        "from moe_ops.cli import main\n"
+        "main(sys.argv[1:])"
+    )
+    out = tmp_path / "out [/x]"
+    line = [*DEMO, "--threads", "1", "--data", str(tmp_path / "text"), "--out", str(out)]
+    result = run_python("-c", code, *line)
+    assert result.returncode == 130, result.stderr
+    assert result.stdout.endswith(f"Continue with: moe-ops demo --resume --out '{out}'\n")
+    from moe_ops.demo.checkpoint import Checkpointer
+
+    assert Checkpointer(out).load().metadata["step"] == 7

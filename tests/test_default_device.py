@@ -80,9 +80,7 @@ def test_quantising():
         bank = Experts(4, 32, 32)
         with context():
             baseline = quant.record_baseline(bank, [(x, weights, ids)])
-            quantized = moe_ops.quantize_experts(
-                bank, "int4", group_size=32, calibration=baseline
-            )
+            quantized = moe_ops.quantize_experts(bank, "int4", group_size=32, calibration=baseline)
             error = quant.quality_report(quantized, baseline).banks[0].error
         results.append((error, quantized.x_scale, baseline.banks[""].y))
     assert results[0][0] == results[1][0]
@@ -98,9 +96,10 @@ def test_masks_of_the_zoo():
 
 def test_gates_of_transformers():
     pytest.importorskip("transformers")
-    import moe_ops.hf.experts as experts
     from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
     from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+    import moe_ops.hf.experts as experts
 
     def own_tensors(self, gate_up):
         gate, up = gate_up.chunk(2, dim=-1)

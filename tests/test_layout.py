@@ -35,6 +35,7 @@ EXCEPTIONS = {
 SHARED = {
     "csrc/include/moe_ops": {"activation", "common", "router_bwd"},
     "csrc/cpu": {
+        "batch_invariant",
         "blocking",
         "buffer_cache",
         "cpu_isa",
@@ -60,7 +61,17 @@ FAMILY = {
     "pack_experts": "moe_ffn_packed",
 }
 # Public names that are no ops.
-TOOLS = {"__version__", "packed_bytes", "prepack", "prepacking", "quantize_experts", "unpack"}
+TOOLS = {
+    "__version__",
+    "batch_invariant",
+    "is_batch_invariant",
+    "packed_bytes",
+    "prepack",
+    "prepacking",
+    "quantize_experts",
+    "set_batch_invariant",
+    "unpack",
+}
 
 ISA_FILES = (
     "kernels_amx.cpp",

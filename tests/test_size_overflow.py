@@ -71,14 +71,12 @@ TOO_MANY_BYTES = {
     ),
     "topk_router": lambda: moe_ops.topk_router(torch.ones(4).expand(2**60, 4), 4),
     "topp_router": lambda: moe_ops.topp_router(torch.ones(4).expand(2**60, 4), 0.5, 4),
-    "expert_choice_router": lambda: moe_ops.expert_choice_router(
-        torch.ones(4).expand(2**60, 4), 4
-    ),
+    "expert_choice_router": lambda: moe_ops.expert_choice_router(torch.ones(4).expand(2**60, 4), 4),
     "router_linear": lambda: moe_ops.router_linear(torch.empty(2**40, 0), torch.empty(2**22, 0)),
     "rotary": lambda: moe_ops.rotary(
-        torch.ones(2, dtype=torch.float64).expand(2**30, 2**30, 2),
-        ones(2**30, 1, dtype=torch.float64),
-        ones(2**30, 1, dtype=torch.float64),
+        torch.ones(2, dtype=torch.float64).expand(2**60, 1, 2),
+        ones(1, 1, dtype=torch.float64),
+        ones(1, 1, dtype=torch.float64),
     ),
     "moa_attention": lambda: moe_ops.moa_attention(
         ones(2**20, 2**20, 1, 2**20, 1, dtype=torch.float64),

@@ -163,6 +163,8 @@ Kernels<T> make_kernels() {
     fill_micro<T, Pair, 2, true, 1, MOE_MR2>(k.pair_col_a[1]);
     fill_panel_tiles<T, Pair, 1>(k.pair_panel_tile);
     fill_panel_streams<T, Pair, 1>(k.pair_panel_streams);
+    k.pair_dot = &pair_dot;
+    k.pair_rank_update = &pair_rank_update;
     k.pair_strip = &strip<T, Pair>;
     k.pack_pairs = &pack_pairs;
     k.pair_rows = &pair_rows;

@@ -157,6 +157,10 @@ struct Fp8Kernels {
   void (*dot)(int features, int tokens, int64_t k, const uint8_t* w, int64_t ldw,
               const float* const* w_scale, const float* x, int64_t ldx, const float* const* x_scale,
               float* out, int64_t ldo, int64_t out_step);
+  // The same, to the bit, of weights that are widened already.
+  void (*dot_wide)(int features, int tokens, int64_t k, const float* w, int64_t ldw,
+                   const float* const* w_scale, const float* x, int64_t ldx,
+                   const float* const* x_scale, float* out, int64_t ldo, int64_t out_step);
   // sums[i][j] (+)= block[i][j] * row_scale[i] * col_scale[j]; cols is a multiple of lanes.
   void (*promote)(int64_t rows, int64_t cols, const float* block, int64_t ld_block,
                   const float* row_scale, const float* col_scale, float* sums, int64_t ld_sums,
@@ -187,6 +191,9 @@ struct AttentionBlock {
   // For the narrow kernels, counted from the first key: no row sees one before `start`, and every
   // row sees those from all_first to all_last - 1.
   int64_t start = 0, all_first = 0, all_last = 0;
+  // For the narrow kernels: keys and values that a row does not see are left out of its sums, not
+  // multiplied by zero. The bits are the same where all numbers are finite.
+  bool apart = false;
 };
 // Pitch of keys and values that the narrow kernels read, and their largest number of features.
 constexpr int64_t kNarrowSize = 16;
@@ -227,6 +234,12 @@ struct AttentionKernels {
   void (*narrow_bwd)(int size, const AttentionBlock<T>& b, const T* keys, const T* values,
                      const T* q, const T* grad_out, const T* lse, const T* delta, T* grad_q,
                      T* p_rows, T* ds_rows);
+  // c[f * width + r] += the sum over the keys j that row r sees of a[j * lda + f] * s[j * width +
+  // r], with the same bits as a tile's where all numbers are finite.
+  void (*seen_sums)(const AttentionBlock<T>& b, const T* a, int64_t lda, const T* s,
+                    int64_t features, T* c);
+  // Neither infinity nor NaN among n numbers.
+  bool (*all_finite)(const T* x, int64_t n);
   // c[i * width + j] *= factor[j]
   void (*multiply_lanes)(T* c, int64_t rows, int width, const T* factor);
   // out[r] = the product of row r of a and of b, n elements each, lda and ldb apart.
@@ -453,6 +466,10 @@ struct Kernels {
               int64_t w_step, int64_t ldw, const T* x, int64_t ldx, T* out, int64_t ldo,
               int64_t out_step, int64_t ahead);
   int64_t dot_ahead;  // `ahead` for weights of type T that several passes read (cpu_isa.h)
+  // The same where an element of w and of x is a pair of bfloat16. Only where `pairs` is true.
+  void (*pair_dot)(int features, int64_t count, int tokens, int64_t k, const void* w,
+                   int64_t w_step, int64_t ldw, const T* x, int64_t ldx, T* out, int64_t ldo,
+                   int64_t out_step, int64_t ahead);
 
   // The same for weights of type T and a block of k: lane l of vector (t * features + f) of sums
   // (+)= the products of every k of that lane, for tokens <= strip_tokens and features 1 or
@@ -479,6 +496,11 @@ struct Kernels {
   // n.
   void (*rank_update)(DType w_type, int rows, int64_t tokens, const void* w, int64_t ldw,
                       const T* a, int64_t lda, T* c, int64_t ldc, int64_t n, bool accumulate);
+
+  // The same of bfloat16, two rows of which are multiplied as pairs with an element of a. Only where
+  // `pairs` is true.
+  void (*pair_rank_update)(int rows, int64_t tokens, const uint16_t* w, int64_t ldw, const T* a,
+                           int64_t lda, T* c, int64_t ldc, int64_t n, bool accumulate);
 
   // dst[i] = scale * src[i]
   void (*load_row)(DType type, const void* src, T* dst, int64_t n, T scale);

@@ -266,8 +266,20 @@ bool strip_right(const Kernels<T>& k, const Kernels<T>& portable, Numbers<T>& nu
       const std::vector<char> w16 = as_type(portable, DType::kBFloat16, w);
       const std::vector<char> x16 = as_type(portable, DType::kBFloat16, x);
       // What an odd depth lacks to a pair is a weight times a zero.
-      return right(k.pair_strip, (kLong + 1) / 2, pitch, reinterpret_cast<const T*>(w16.data()),
-                   reinterpret_cast<const T*>(x16.data()));
+      const T* weights = reinterpret_cast<const T*>(w16.data());
+      const T* rows = reinterpret_cast<const T*>(x16.data());
+      if (!right(k.pair_strip, (kLong + 1) / 2, pitch, weights, rows)) return false;
+      for (int m = 1; m <= k.dot_tokens; ++m) {
+        for (const int features : {1, static_cast<int>(kDotFeatures)}) {
+          std::vector<T> out(static_cast<size_t>(m * features), T(NAN)), want(out);
+          k.pair_dot(features, 1, m, (kLong + 1) / 2, weights, 0, pitch, rows, pitch, out.data(),
+                     features, 1, 0);
+          for (int64_t i = 0; i < m * features; ++i) {
+            want[i] = truth[i / features * kDotFeatures + i % features] / 2;
+          }
+          if (!close(out, want)) return false;
+        }
+      }
     }
   }
   return true;
@@ -800,6 +812,11 @@ bool fp8_right(const Kernels<float>& k, const Kernels<float>& portable, Numbers<
       float out[kFp8DotTokens * kDotFeatures];
       k.fp8.dot(features, tokens, K, w.data(), K, w_scale, x.data(), ldx, x_scale, out,
                 kDotFeatures, 1);
+      std::vector<float> wide(static_cast<size_t>(features * ldx));
+      for (int f = 0; f < features; ++f) k.fp8.decode(w.data() + f * K, wide.data() + f * ldx, K);
+      float same[kFp8DotTokens * kDotFeatures];
+      k.fp8.dot_wide(features, tokens, K, wide.data(), ldx, w_scale, x.data(), ldx, x_scale, same,
+                     kDotFeatures, 1);
       for (int t = 0; t < tokens; ++t) {
         for (int f = 0; f < features; ++f) {
           portable.fp8.decode(w.data() + f * K, row.data(), K);
@@ -811,6 +828,7 @@ bool fp8_right(const Kernels<float>& k, const Kernels<float>& portable, Numbers<
             most += std::abs(product);
           }
           if (!(std::abs(out[t * kDotFeatures + f] - sum) <= 1e-5 * most)) return false;
+          if (same[t * kDotFeatures + f] != out[t * kDotFeatures + f]) return false;
         }
       }
     }
@@ -885,6 +903,13 @@ bool pairs_right(const Kernels<float>& k, const Kernels<float>& portable, Number
     k.pair_panel_tile[m - 1](kPairs, panel_row.data(), panels.data(), g.data(), kCols, false,
                              b16.data(), 0, 64);
     if (!close(e, first) || !close(f, first) || !close(g, first)) return false;
+    std::vector<float> h(first.size(), NAN);  // Weight rows as they lie, up to four at a time.
+    for (int64_t s = 0; s < 2 * kPairs; s += kRankRows) {
+      const auto left = static_cast<int>(std::min<int64_t>(kRankRows, 2 * kPairs - s));
+      k.pair_rank_update(left, m, rows[s], kStreams * kCols, row.data() + s / 2, kLda, h.data(),
+                         kCols, kCols, s > 0);
+    }
+    if (!close(h, first)) return false;
     // Rounded by the tile itself, in place and past the cache.
     const std::vector<char> rounded = as_type(portable, DType::kBFloat16, f);
     for (const bool stream : {false, true}) {

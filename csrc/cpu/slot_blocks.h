@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <array>
 
+#include "cpu/batch_invariant.h"
 #include "cpu/gemm/plan.h"
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
@@ -31,7 +32,8 @@ constexpr int64_t kMinBlockRows = 16;
 // Most weights of all experts: they stay in an L2.
 constexpr int64_t kMostBlockWeights = int64_t{1} << 17;
 
-// What decides whether an operation goes by blocks: sizes alone.
+// What decides whether an operation goes by blocks: sizes alone. That of the tokens counts only
+// where their bits may depend on it.
 struct BlockedSizes {
   int64_t num_tokens, top_k, num_experts;
   int64_t narrowest, widest;  // of all rows
@@ -42,7 +44,8 @@ struct BlockedSizes {
 inline bool takes_blocks(const BlockedSizes& s) {
   if (s.narrowest == 0 || s.widest > kMostWidth) return false;
   if (s.num_experts * s.weights > kMostBlockWeights) return false;
-  if (std::min(s.num_tokens, kBlockTokens) * s.top_k < kMinBlockRows * s.num_experts) return false;
+  const int64_t slots = std::min(s.num_tokens, kBlockTokens) * s.top_k;
+  if (slots < kMinBlockRows * s.num_experts && !batch_invariant()) return false;
   // AMX multiplies bfloat16 faster than anything else does.
   return s.type != DType::kBFloat16 || kernels<float>().amx_panel == nullptr;
 }
@@ -120,7 +123,7 @@ int64_t padded(const Kernels<T>& k, int64_t n) {
 
 // The matrices as panels [depth][2 or 1 vectors of outputs], of one expert after the other:
 // transposed, those of W x, else those of W^T x. In a block of scratch, or in other memory of the
-// caller's, elements() of it.
+// caller's, elements() of it. With expert_offsets, those of experts without rows are not made.
 template <class T>
 class PanelBank {
  public:
@@ -136,13 +139,14 @@ class PanelBank {
                   scratch.take<T>(Scratch::kTokens, elements(k, num_experts, outputs, depth))) {}
 
   PanelBank(const Kernels<T>& k, const ExpertMatrices& w, int64_t num_experts, int64_t outputs,
-            int64_t depth, T* panels)
+            int64_t depth, T* panels, const int64_t* expert_offsets = nullptr)
       : size_(padded(k, outputs) * depth), panels_(panels) {
     const int64_t W = k.lanes, n = padded(k, outputs);
     ScratchScope packing;
     T* rows = packing.take<T>(Scratch::kRows, n * padded(k, depth));
     std::array<const void*, kMostWidth> at;
     for (int64_t e = 0; e < num_experts; ++e) {
+      if (expert_offsets != nullptr && expert_offsets[e] == expert_offsets[e + 1]) continue;
       const char* base = element(w.data, w.type, e * w.stride_e);
       T* out = panels_ + e * size_;
       if (w.stride_k == 1 && w.type == kAccumulate<T> && outputs % W == 0 && depth % W == 0) {

@@ -1,4 +1,4 @@
-// moe_ops._C: facts about the build and the CPU. Sees no torch header; linking the op library is
+// moe_ops._C: facts about the build and the CPU, settings of the CPU kernels. Sees no torch header; linking the op library is
 // what registers torch.ops.moe_ops when this module is imported (after torch).
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -11,6 +11,7 @@
 #include <tuple>
 #include <vector>
 
+#include "cpu/batch_invariant.h"
 #include "cpu/blocking.h"
 #include "cpu/buffer_cache.h"
 #include "cpu/cpu_isa.h"
@@ -45,6 +46,8 @@ PYBIND11_MODULE(_C, m) {
     return sizes;
   });
   m.def("isa_warning", &isa_warning);
+  m.def("batch_invariant", &batch_invariant);
+  m.def("set_batch_invariant", &set_batch_invariant, py::arg("on"));
   // None, or the kernel of a supported level that fails its self-test.
   m.def("failing_kernel", [](const std::string& level) -> std::optional<std::string> {
     const std::vector<std::string> levels = supported_isas();

@@ -17,6 +17,11 @@ from moe_ops._load import load as _load  # noqa: E402
 
 _load()
 
+from moe_ops.numerics import (  # noqa: E402
+    batch_invariant,
+    is_batch_invariant,
+    set_batch_invariant,
+)
 from moe_ops.ops import (  # noqa: E402
     add_rms_norm,
     dense_ffn,
@@ -50,6 +55,7 @@ from moe_ops.quant import quantize_experts  # noqa: E402
 __all__ = [
     "__version__",
     "add_rms_norm",
+    "batch_invariant",
     "dense_ffn",
     "expert_choice_router",
     "gated_act",
@@ -57,6 +63,7 @@ __all__ = [
     "grouped_gemm_fp8",
     "grouped_gemm_wgrad",
     "grouped_sum",
+    "is_batch_invariant",
     "mix_experts",
     "moa_attention",
     "moe_ffn",
@@ -74,6 +81,7 @@ __all__ = [
     "quantize_fp8",
     "rotary",
     "router_linear",
+    "set_batch_invariant",
     "sort_slots",
     "topk_router",
     "topp_router",

@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import secrets
+import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,8 +48,12 @@ class WriteError(OSError):
         return str(self.strerror)
 
 
-class ChangedWhileReadError(ValueError):
-    """Somebody replaced the files while they were being read."""
+def describe(error: OSError) -> str:
+    """What went wrong, without the number that Python puts in front."""
+    if error.errno is None or isinstance(error, WriteError):
+        return str(error)
+    where = "a write or read failed" if error.filename is None else error.filename
+    return f"{where}: {error.strerror}"
 
 
 # --- writing
@@ -128,6 +133,8 @@ class Replacement:
         self.last = last
         self._new: dict[str, Path] = {}
         self._removed: list[str] = []
+        self._kept: dict[str, str] = {}
+        self._staged: list[Path] = []
         self._handles: list[int] = []
 
     def add(self, name: str, *parts: Buffer) -> None:
@@ -157,6 +164,20 @@ class Replacement:
                 os.close(handle)
         self._new[name] = path
 
+    def staging(self) -> Path:
+        """A folder for another library to write into, on the same file system; then `adopt`."""
+        with sentence(self.folder), _locked(self.folder):
+            _remove_leftovers(self.folder)
+            path = _temporary(self.folder)
+            os.mkdir(path)
+            self._staged.append(path)
+            self._handles.append(_lock(os.open(path, os.O_RDONLY)))
+        return path
+
+    def keep(self, name: str, second_name: str) -> None:
+        """Let the old file `name`, where there is one, have another name afterwards."""
+        self._kept[name] = second_name
+
     def remove(self, name: str) -> None:
         """Remove an old file in the commit."""
         self._removed.append(name)
@@ -167,14 +188,33 @@ class Replacement:
 
     def commit(self) -> None:
         order = sorted(self._new, key=lambda name: name == self.last)
-        with sentence(self.folder), _locked(self.folder):
+        with sentence(self.folder), _locked(self.folder) as handle:
+            for name, second_name in self._kept.items():
+                self._link(self.folder / name, self.folder / second_name)
             if len(order) == 1 and not self._removed:
                 # A rename replaces one file in one step; nothing is to be brought back.
                 os.replace(self._new[order[0]], self.folder / order[0])
                 self._new.clear()
             else:
                 self._swap(order)
-            _fsync_folder(self.folder)
+            _fsync_folder(handle)
+
+    def _link(self, old: Path, second: Path) -> None:
+        """Until the commit the old file has both names, where the file system knows links."""
+        temporary = _temporary(self.folder)
+        try:
+            os.link(old, temporary)
+        except FileNotFoundError:
+            return
+        except OSError:
+            os.replace(old, second)
+            return
+        try:
+            os.replace(temporary, second)
+        finally:
+            # A rename between two names of one file, which a killed save can leave, does nothing.
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
 
     def _swap(self, order: list[str]) -> None:
         old: dict[str, Path] = {}
@@ -208,6 +248,8 @@ class Replacement:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
         self._new.clear()
+        while self._staged:
+            shutil.rmtree(self._staged.pop(), ignore_errors=True)
         while self._handles:
             with contextlib.suppress(OSError):
                 os.close(self._handles.pop())
@@ -241,11 +283,14 @@ def _temporary(folder: Path) -> Path:
 def _create(folder: Path) -> tuple[Path, int]:
     """A new file under a name of its own, locked."""
     path = _temporary(folder)
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    return path, _lock(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+
+
+def _lock(handle: int) -> int:
     if fcntl is not None:
         with contextlib.suppress(OSError):  # No locks in this file system.
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    return path, handle
+    return handle
 
 
 def _write_all(handle: int, parts: tuple[Buffer, ...]) -> None:
@@ -266,33 +311,33 @@ def _remove_leftovers(folder: Path) -> None:
             handle = os.open(entry.path, os.O_RDONLY | os.O_NOFOLLOW)
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                os.unlink(entry.path)
+                if entry.is_dir(follow_symlinks=False):
+                    shutil.rmtree(entry.path)
+                else:
+                    os.unlink(entry.path)
             finally:
                 os.close(handle)
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Only one process of this package changes names in the folder at a time."""
+def _locked(folder: Path) -> Iterator[int]:
+    """Only one process of this package changes names in the folder at a time; its handle."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         if fcntl is not None:
             with contextlib.suppress(OSError):  # No locks in this file system.
                 fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
+        yield handle
     finally:
         os.close(handle)
 
 
-def _fsync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
+def _fsync_folder(handle: int) -> None:
     try:
         os.fsync(handle)
     except OSError as error:
         if error.errno not in _UNSUPPORTED:
             raise
-    finally:
-        os.close(handle)
 
 
 # --- whole files
@@ -344,6 +389,29 @@ def inside(folder: Path, name: object) -> Path:
     if not stat.S_ISREG(mode):
         raise ValueError(f"{folder / name} must be a file, got something else")
     return path
+
+
+def check_folder(folder: Path, index: str) -> None:
+    """Checks that what a folder names lies in it, before another library reads it.
+
+    Args:
+        index: of the safetensors files, where there is one.
+
+    Raises:
+        ValueError: a link or an entry of the index leads out of the folder.
+        FileNotFoundError: an entry of the index or a link leads to nothing.
+    """
+    for path in folder.iterdir():
+        if path.is_symlink():
+            inside(folder, path.name)
+    if (folder / index).exists():
+        names = read_json(inside(folder, index)).get("weight_map")
+        if not isinstance(names, dict):
+            raise ValueError(
+                f"weight_map of {folder / index} must be an object, got {shown(names)}"
+            )
+        for name in {shown(name): name for name in names.values()}.values():
+            inside(folder, name)
 
 
 def read_json(path: Path) -> dict[str, Any]:

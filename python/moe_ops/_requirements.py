@@ -20,5 +20,5 @@ def too_old_message(version: str) -> str:
 
 
 def _release(version: str) -> tuple[int, int]:
-    major, minor = (re.findall(r"\d+", version) + ["0", "0"])[:2]
+    major, minor, *_ = [*re.findall(r"\d+", version), "0", "0"]
     return int(major), int(minor)

@@ -7,7 +7,7 @@ switched Hugging Face blocks make such copies by themselves and never read one o
   compared at every call, so in-place updates, `load_state_dict`, `.to()` and new parameters end it.
 - A call that wants gradients of the weights ends it, and so does a step of an optimizer that holds
   them: fused optimizers change weights without counting a version.
-- What no counter sees (`.data`, NumPy views) is looked for by `moe_ffn_packed`, which compares 32
+- What no counter sees (`.data`, NumPy views) is looked for by `moe_ffn_packed`, which compares 20
   elements of every weight of each expert it uses, others at every call. Only here may a change of a
   few elements go unseen for a while; `unpack` after such a write, or call `train()`, is certain.
 
@@ -33,6 +33,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from moe_ops import _C
 from moe_ops._sharded import check_whole, name_of
 from moe_ops.memory import is_plain, settle
+from moe_ops.numerics import is_batch_invariant
 from moe_ops.ops import moe_ffn, moe_ffn_packed, pack_experts
 from moe_ops.ops.gated_act import GATED_ACTIVATIONS
 from moe_ops.ops.moe_ffn_packed import packed_bytes_of
@@ -311,7 +312,11 @@ def _copies_for(
             state.forget()
         return None
     if state is not None and (copies := state.copies) is not None and copies.key == key:
-        return copies
+        # Products round otherwise with packed weights. Copies that a bank made by itself, after some
+        # use, would let a token's bits depend on what was called before.
+        if copies.asked_for or settings.policy == "always" or not is_batch_invariant():
+            return copies
+        return None
     if settings.policy == "off" or bank.training:
         if state is not None and state.key != key:
             state.forget()
@@ -340,6 +345,7 @@ def _is_due(state: _State, weights: BankWeights, settings: _Settings) -> bool:
         and state.slots >= SLOTS_PER_EXPERT * weights.w_down.shape[0]
         and sum(w.numel() * w.element_size() for w in weights[:2]) >= MIN_BYTES
         and not torch.are_deterministic_algorithms_enabled()
+        and not is_batch_invariant()
     )
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from . import _C, reference
+from .numerics import is_batch_invariant
 from .ops._register import cpu_only_ops
 from .ops.gated_act import GATED_ACTIVATIONS as GATED_ACTIVATIONS
 from .ops.gated_act import PLAIN_ACTIVATIONS as PLAIN_ACTIVATIONS
@@ -579,6 +580,8 @@ def token_bits(weight: Tensor, dtype: torch.dtype, counts: Tensor) -> Tensor:
     8, 16, or 0 where they stay as they are. x has this dtype, `weight` is one of the codes."""
     level, four = _C.cpu_isa(), weight.dtype == torch.uint8
     bits = torch.full_like(counts, 8 if four else 16)
+    if is_batch_invariant():
+        return bits
     if dtype == torch.float32 or level == "portable":
         bits[counts > INTEGER_ROWS] = 0
     elif not four and level in ("avx512_bf16", "amx"):  # those with VNNI

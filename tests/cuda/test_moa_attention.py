@@ -133,3 +133,19 @@ def test_schedules_of_backward_with_wgmma(simulator, head_size, kind):
     """Gradients of sticks with d = 128 come from the generic kernels."""
     call = operands(torch.bfloat16, head_size=head_size, **WIDE[head_size])
     simulator.check_schedules(lambda: run(call, kind=kind))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("head_size", [24, *WIDE])
+def test_schedules_of_what_is_not_finite(simulator, head_size, kind):
+    """Tiles of operands that not all rows see are searched and cleaned."""
+    call = operands(torch.bfloat16, head_size=head_size, **WIDE.get(head_size, {"tokens": 71}))
+    with torch.no_grad():
+        call["k"][:, -9, ..., 3] = torch.inf
+        call["v"][:, -20] = torch.nan
+        call["v"][:, -2, ..., 7] = -torch.inf
+        call["q"][:, 5, 0] = torch.nan
+    results = run(call, kind=kind)
+    assert bool(results[0][:, 6].isfinite().all())
+    assert not bool(results[-1].isfinite().all())
+    simulator.check_schedules(lambda: run(call, kind=kind))

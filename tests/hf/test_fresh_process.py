@@ -1,5 +1,5 @@
-"""Checkpoints with quantised experts, saved here and loaded in processes that have done nothing yet:
-what an earlier call in the process has cached can hide what loading lacks."""
+"""Checkpoints with quantised experts, saved here and loaded in processes of their own: what an
+earlier call in a process has cached can hide what loading lacks."""
 
 from __future__ import annotations
 
@@ -24,6 +24,13 @@ MODEL_TYPES = ("qwen3_moe", "mixtral", "gpt_oss", "olmoe", "deepseek_v3")
 FORMATS = {"int8": (None, torch.float32), "int4": (32, torch.bfloat16)}
 CASES = [(m, f) for m in MODEL_TYPES for f in FORMATS]
 
+
+def names_of(model_type: str) -> dict[str, str]:
+    """What moe_ops.hf registers. Not the attention of gpt-oss, which has sinks."""
+    attention = "eager" if model_type == "gpt_oss" else "moe_ops"
+    return {"experts_implementation": "moe_ops", "attn_implementation": attention}
+
+
 LOAD = """
 import json, sys
 from pathlib import Path
@@ -41,12 +48,14 @@ ids = torch.load(folder / "ids.pt")
 said = {}
 for name in options["names"]:
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder / name, attn_implementation="eager", **options["kwargs"]
-        )
-        # Of a mapped file, tensors begin anywhere, and torch's own products differ then.
+        kwargs = {"attn_implementation": "eager", **options["kwargs"]}
+        source, _, format = name.partition(" as ")
+        if format:
+            kwargs["quantization_config"] = moe_ops.hf.ExpertsQuantizationConfig(format)
+            name = source.replace("float", format)
+        model = AutoModelForCausalLM.from_pretrained(folder / source, **kwargs)
         for tensor in (*model.parameters(), *model.buffers()):
-            tensor.data = tensor.data.clone()
+            tensor.data = tensor.data.clone()  # As where they were saved.
         with torch.no_grad():
             logits = model(input_ids=ids, use_cache=False).logits
         same = torch.equal(logits, torch.load(folder / name / "logits.pt"))
@@ -68,6 +77,8 @@ def saved(tmp_path_factory) -> Path:
         float_folder = folder / f"{model_type}-float"
         if not float_folder.exists():
             build(model_type, **wide).save_pretrained(float_folder)
+            model = AutoModelForCausalLM.from_pretrained(float_folder, **names_of(model_type))
+            save_logits(model, ids, float_folder)
         group_size, dtype = FORMATS[format]
         model = AutoModelForCausalLM.from_pretrained(
             float_folder, attn_implementation="eager", dtype=dtype
@@ -75,9 +86,16 @@ def saved(tmp_path_factory) -> Path:
         moe_ops.quantize_experts(model, format, group_size=group_size)
         target = folder / f"{model_type}-{format}"
         model.save_pretrained(target)
-        with torch.no_grad():
-            torch.save(model(input_ids=ids, use_cache=False).logits, target / "logits.pt")
+        save_logits(model, ids, target)
     return folder
+
+
+def save_logits(model, ids: torch.Tensor, folder: Path) -> None:
+    # Of a mapped file, tensors begin anywhere, and torch's own products differ then.
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()
+    with torch.no_grad():
+        torch.save(model(input_ids=ids, use_cache=False).logits, folder / "logits.pt")
 
 
 def load_elsewhere(folder: Path, **changes) -> dict[str, str]:
@@ -127,9 +145,30 @@ def test_refused_without_the_import(saved):
         assert message.startswith('ValueError: Specified `experts_implementation="moe_ops"`'), name
 
 
-def test_device_map(saved):
+def test_registered_names(saved):
+    names = [f"{m}-float" for m in MODEL_TYPES if m != "gpt_oss"]
+    kwargs = names_of(MODEL_TYPES[0])
+    assert load_elsewhere(saved, names=names, kwargs=kwargs) == dict.fromkeys(names, "same bits")
+
+
+def test_quantised_while_loading(saved):
+    said = load_elsewhere(saved, names=["mixtral-float as int8"])
+    assert said == {"mixtral-int8": "same bits"}
+
+
+IN_MEMORY = ("lm_head", *(f"model.{p}" for p in ("embed_tokens", "rotary_emb", "norm", "layers.0")))
+ON_DISK = {
+    "device_map": {**dict.fromkeys(IN_MEMORY, "cpu"), "model.layers.1": "disk"},
+    "offload_buffers": True,  # Quantised weights are buffers.
+}
+
+
+@pytest.mark.parametrize("where", ["auto", "disk"])
+def test_device_map(saved, tmp_path, where):
     if importlib.util.find_spec("accelerate") is None:
         pytest.skip("device_map needs accelerate, which is not installed.")
     names = ["qwen3_moe-int4", "gpt_oss-int8"]
-    said = load_elsewhere(saved, names=names, kwargs={"device_map": "auto"})
+    on_disk = {**ON_DISK, "offload_folder": str(tmp_path)}
+    kwargs = {"device_map": "auto"} if where == "auto" else on_disk
+    said = load_elsewhere(saved, names=names, kwargs=kwargs)
     assert said == dict.fromkeys(names, "same bits")

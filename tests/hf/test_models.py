@@ -419,3 +419,12 @@ def test_selected_by_from_config(model_type):
 
 def first(output):
     return output[0] if isinstance(output, tuple) else output
+
+
+def test_attention_that_torch_cannot_do_is_refused():
+    """gpt-oss has sinks, which transformers' function for torch's attention ignores in silence."""
+    model = build("gpt_oss")
+    model.set_attn_implementation("moe_ops")
+    message = r'^attn_implementation="moe_ops": .* got attention sinks of GptOssAttention; use "eag'
+    with pytest.raises(ValueError, match=message):
+        model(tokens())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 import torch
@@ -313,6 +314,12 @@ def test_a_config_without_banks(saved):
     [
         ({"format": "fp8"}, r"format must be 'int8' or 'int4', got 'fp8'"),
         ({"group_size": 16}, r"group_size must be 32, 64 or 128, got 16"),
+        ({"format": ["int4"]}, r"format must be 'int8' or 'int4', got a list of 1"),
+        ({"group_size": "64"}, r"group_size must be a number, got '64'"),
+        ({"x_scale": "no"}, r"x_scale must be true or false, got 'no'"),
+        ({"skip": 5}, r"skip must be names, got 5"),
+        ({"skip": [5]}, r"skip must be names, got a list of 1"),
+        ({"bits": 4}, r"fields must be .*, got bits"),
     ],
 )
 def test_a_bad_config(kwargs, message):
@@ -418,3 +425,65 @@ def test_command_refuses_folders(tmp_path, checkpoint):
     result = runner.invoke(app, arguments)
     assert result.exit_code == 1 and "empty or new without --overwrite" in result.output
     assert runner.invoke(app, [*arguments, "--overwrite"]).exit_code == 0
+
+
+# --- checkpoints of strangers, targets that cannot be written
+
+
+def test_command_takes_only_what_lies_in_the_folder(tmp_path, checkpoint):
+    folder, _ = checkpoint
+    (folder / "model.safetensors").rename(tmp_path / "outside.safetensors")
+    (folder / "model.safetensors").symlink_to(tmp_path / "outside.safetensors")
+    result = runner.invoke(app, ["quantize", str(folder), str(tmp_path / "int4")])
+    assert result.exit_code == 1
+    assert "which leads to" in result.output and "outside.safetensors" in result.output
+    (folder / "model.safetensors").unlink()
+    index = {"weight_map": {"a": "../outside.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    result = runner.invoke(app, ["quantize", str(folder), str(tmp_path / "int4")])
+    assert result.exit_code == 1
+    assert "which leads to" in result.output and "outside.safetensors" in result.output
+
+
+@pytest.mark.parametrize("damage", ["config", "type", "tensors", "index"])
+def test_command_says_what_is_damaged(tmp_path, checkpoint, damage):
+    folder, _ = checkpoint
+    if damage == "config":
+        (folder / "config.json").write_text('{"model_type": 5}')
+    elif damage == "type":
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"hidden_size": "32"}))
+    elif damage == "tensors":
+        content = (folder / "model.safetensors").read_bytes()
+        (folder / "model.safetensors").write_bytes(content[:-8])
+    else:
+        (folder / "model.safetensors.index.json").write_text('{"weight_map": 5}')
+    result = runner.invoke(app, ["quantize", str(folder), str(tmp_path / "int4")])
+    assert result.exit_code == 1
+    assert isinstance(result.exception, SystemExit)
+    assert f"must be a checkpoint that transformers can load, got {folder}" in result.output
+    assert not (tmp_path / "int4").exists()
+
+
+def test_command_replaces_all_files_or_none(tmp_path, checkpoint, monkeypatch):
+    folder, _ = checkpoint
+    target = tmp_path / "quantised"
+    line = ["quantize", str(folder), str(target), "--bits", "8", "--overwrite"]
+    assert runner.invoke(app, line).exit_code == 0
+    (target / "model-00001-of-00002.safetensors").write_text("of an earlier checkpoint")
+    before = {path.name: path.read_bytes() for path in target.iterdir()}
+
+    def fails(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fails)
+        result = runner.invoke(app, [*line, "--bits", "4", "--group-size", "32"])
+    assert result.exit_code == 1 and "cannot be written: No space left" in result.output
+    assert {path.name: path.read_bytes() for path in target.iterdir()} == before
+    assert runner.invoke(app, [*line, "--bits", "4", "--group-size", "32"]).exit_code == 0
+    after = {path.name for path in target.iterdir()}
+    assert after == set(before) - {"model-00001-of-00002.safetensors"}
+    assert (
+        json.loads((target / "config.json").read_text())["quantization_config"]["format"] == "int4"
+    )

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import itertools
 import math
+import os
+import subprocess
 import sys
 
 import pytest
@@ -8,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import moe_ops
-from moe_ops import reference
+from moe_ops import _C, reference
 from moe_ops.reference._common import acc_dtype
 from moe_ops.reference.moa_attention import visible
 from moe_ops.testing import (
@@ -514,6 +517,179 @@ def test_nan_stays_in_its_row(kind):
     keep = torch.ones(80, 2, dtype=torch.bool)
     keep[40, 1] = False
     assert_identical(out[0][keep], clean[0][keep])
+
+
+# What a query does not see reaches neither its result nor its gradients, whatever it is.
+MASKS = {
+    "causal": {"tokens": 75},
+    "window": {"tokens": 131, "window": 20, "slots": 1},
+    "full_window": {"tokens": 75, "window": 9, "causal": False},
+    "cache": {"tokens": 20, "keys": 150},
+    "sequences": {"tokens": 75, "causal": False, "cu_seqlens": torch.tensor([0, 20, 21, 60, 75])},
+    "all": {"tokens": 131, "slots": 1, "window": 12, "cu_seqlens": torch.tensor([0, 64, 131])},
+    "softcap": {"tokens": 75, "window": 30, "softcap": 2.0},
+}
+NOT_FINITE = (math.nan, math.inf, -math.inf)
+
+
+def spread_of(what, seen):
+    """Queries and keys that numbers of some keys, or of some queries, may reach.
+
+    A query that sees such a key has no finite gradient any more, which goes to all keys it sees.
+    """
+    keys, tokens = what.get("keys"), what.get("tokens")
+    reached = seen[:, keys].any(1) if keys is not None else torch.zeros(len(seen), dtype=torch.bool)
+    if tokens is not None:
+        reached[tokens] = True
+    return reached, seen[reached].any(0)
+
+
+def with_numbers(call, grad, where, tokens, keys, value, features):
+    """The same call and gradient, with `value` in some rows of one operand."""
+    changed, grad = {n: t.clone() if n in NAMES else t for n, t in call.items()}, grad.clone()
+    row = {"q": (changed["q"], tokens), "grad": (grad, tokens)}.get(where)
+    tensor, rows = row or (changed[where], keys)
+    tensor[:, rows, ..., features] = value
+    return changed, grad
+
+
+def check_unseen(call, places=("k", "v", "q", "grad"), values=NOT_FINITE):
+    shape, size = call["q"].shape, call["q"].shape[-1]
+    grad, grad_rest = torch.randn(shape).to(call["q"].dtype), torch.randn(shape[:4])
+    seen = visible(
+        shape[1], call["k"].shape[1], call.get("causal", True), call.get("window"),
+        call.get("cu_seqlens"), call["q"].device,
+    )  # fmt: skip
+    clean = run(moe_ops.moa_attention, call, grad, grad_rest)
+    for where in places:
+        for value in values:
+            tokens, keys = (torch.randperm(n)[:2] for n in seen.shape)
+            features = slice(None) if value != value else slice(size // 2, size // 2 + 1)
+            changed, changed_grad = with_numbers(call, grad, where, tokens, keys, value, features)
+            out, rest, grads = run(moe_ops.moa_attention, changed, changed_grad, grad_rest)
+            what = {"keys": keys} if where in "kv" else {"tokens": tokens}
+            queries, reached = (~t for t in spread_of(what, seen))
+            label = f"{where} {value} in tokens {tokens.tolist()}, keys {keys.tolist()}"
+            assert_identical(out[:, queries], clean[0][:, queries], f"out, {label}")
+            if rest is not None:
+                assert_identical(rest[:, queries], clean[1][:, queries], f"remainder, {label}")
+            for name in NAMES:
+                mine = queries if name == "q" else reached
+                assert_identical(
+                    grads[name][:, mine], clean[2][name][:, mine], f"gradient of {name}, {label}"
+                )
+
+
+@pytest.mark.slow_on_simulator
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+@pytest.mark.parametrize("head_size", [7, 16, 40])
+@pytest.mark.parametrize("mask", MASKS)
+def test_unseen_numbers(mask, head_size, dtype, kind):
+    options = {"batch": 1, "heads": 2, "head_size": head_size, **MASKS[mask]}
+    check_unseen(operands(dtype, kind=kind, **options))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=short)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"tokens": 150, "slots": 1, "head_size": 64},
+        {"tokens": 70, "head_size": 130, "window": 9},
+        {"tokens": 5, "keys": 70, "head_size": 24, "window": 40},
+        {"tokens": 140, "slots": 1, "head_size": 128, "cu_seqlens": torch.tensor([0, 70, 71, 140])},
+    ],
+    ids=["causal", "window", "cache", "sequences"],
+)
+def test_unseen_nan(options, dtype, kind):
+    """A case a kernel, for the simulator too."""
+    check_unseen(operands(dtype, batch=1, heads=1, kind=kind, **options), values=(math.nan,))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("place", ["k", "v", "q", "grad"])
+def test_numbers_that_are_seen_go_where_the_reference_says(place, kind):
+    call = operands(torch.float32, batch=1, tokens=90, heads=1, kind=kind, window=35)
+    grad, grad_rest = torch.randn(call["q"].shape), torch.randn(call["q"].shape[:4])
+    rows = torch.tensor([41])
+    for value in NOT_FINITE if place == "v" else (math.nan,):
+        changed, changed_grad = with_numbers(call, grad, place, rows, rows, value, slice(3, 5))
+        wide = {n: t.double() if n in NAMES else t for n, t in changed.items()}
+        want, rest, grads = run(reference.moa_attention, wide, changed_grad, grad_rest)
+        got, rest_ours, grads_ours = run(moe_ops.moa_attention, changed, changed_grad, grad_rest)
+        assert torch.equal(got.isnan(), want.isnan())
+        assert torch.equal(got.isinf(), want.isinf())
+        assert rest is None or torch.equal(rest_ours.isnan(), rest.isnan())
+        for name in NAMES:
+            assert torch.equal(grads_ours[name].isfinite(), grads[name].isfinite()), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("mask", MASKS)
+def test_the_reference_does_not_see_them_either(mask, kind, monkeypatch):
+    monkeypatch.setattr(moe_ops, "moa_attention", reference.moa_attention)
+    options = {"batch": 1, "heads": 1, "head_size": 3, **MASKS[mask]}
+    check_unseen(operands(torch.float64, kind=kind, **options), values=(math.nan,))
+
+
+INVARIANT = {
+    "causal": {},
+    "window": {"window": 70},
+    "softcap": {"softcap": 2.0},
+    "sequences": {"cu_seqlens": torch.tensor([0, 0, 130, 131, 200, 513])},
+}
+
+
+@pytest.mark.cpu_only
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+@pytest.mark.parametrize("head_size", [7, 16, 40, 130])
+@pytest.mark.parametrize("options", INVARIANT)
+def test_batch_invariance(options, head_size, dtype, kind, set_threads):
+    """A token has the same bits in a prefill, in one in steps, in a sequence of its own and alone
+    against its cache, in the batch-invariant mode."""
+    options = INVARIANT[options]
+    bounds = options.get("cu_seqlens", torch.tensor([0, 513])).tolist()
+    steps = (  # of queries, and where they end
+        *((1, last) for last in (1, 64, 65, 130, 313)),
+        *((7, last) for last in (66, 96, 313)),
+        *((64, last) for last in (69, 512)),
+        (513, 513),
+    )
+    for slots in (1, 2, 5):
+        call = operands(dtype, 1, 513, slots, 1, head_size, kind=kind, **options)
+        with moe_ops.batch_invariant():
+            set_threads(3)
+            whole = both(moe_ops.moa_attention(**call))
+            set_threads(1)
+            for begin, end in itertools.pairwise(bounds):
+                own = {n: t[:, begin:end] for n, t in call.items() if n in NAMES}
+                own |= {n: t for n, t in call.items() if n not in (*NAMES, "cu_seqlens")}
+                for count, last in steps:
+                    if last > end - begin:
+                        continue
+                    step = {**own, "q": own["q"][:, last - count : last]}
+                    step |= {n: own[n][:, :last] for n in "kv"}
+                    for got, want in zip(both(moe_ops.moa_attention(**step)), whole, strict=True):
+                        if got is not None:
+                            want = want[:, begin + last - count : begin + last]
+                            assert_identical(got, want, f"{slots} slots, {count} before {last}")
+
+
+@pytest.mark.cpu_only
+@pytest.mark.parametrize("isa", _C.supported_isas()[:-1])
+def test_other_instruction_sets(isa):
+    """Whatever numbers are not seen, and whatever the batch is."""
+    unseen = "test_unseen_numbers and (window or all) and (16 or 40)"
+    invariant = "test_batch_invariance and (window or sequences) and (16 or 40)"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    done = subprocess.run(
+        [*command, __file__, "-k", f"{unseen} or {invariant}"],
+        env={**os.environ, "MOE_OPS_CPU_ISA": isa, "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "cpu/batch_invariant.h"
 #include "cpu/gemm/plan.h"
 #include "moe_ops/grouped_gemm_fp8.h"
 
@@ -26,6 +27,8 @@ struct Fp8Desc {
   int64_t in_features;
   Fp8Rows a;
   Fp8Matrices b;
+  // As in GemmDesc.
+  bool invariant = batch_invariant();
 
   int64_t blocks() const { return ceil_div(in_features, kFp8Block); }
   const uint8_t* row(int64_t r) const {
@@ -107,6 +110,44 @@ void fp8_dot_item(const Fp8Desc& d, const Kernels<float>& k, const Fp8Item& it,
                   static_cast<int>(std::min<int64_t>(kFp8DotTokens, m - t)), K,
                   d.weight(it.expert, feature), step * d.b.stride_o, w_scale, x + t * ldx, ldx,
                   x_scale + t, out + t * ldo + s * n + first, ldo, step);
+      }
+    }
+  }
+  for (int64_t t = 0; t < m; ++t) {
+    fn(it.expert, it.row_begin + t, it.feature_begin, n, out + t * ldo, out + t * ldo + n);
+  }
+}
+
+// The same sums, to the bit, for more rows: each four rows of weights are widened once.
+template <class Epilogue>
+void fp8_strip_item(const Fp8Desc& d, const Kernels<float>& k, const Fp8Item& it,
+                    const Epilogue& fn) {
+  const int64_t m = it.row_end - it.row_begin, n = it.feature_end - it.feature_begin;
+  const int64_t K = d.in_features, ldx = round_up<int64_t>(K, k.lanes) + kPanelPad / 2;
+  ScratchScope scratch;
+  float* x = scratch.take<float>(Scratch::kTokens, m * ldx);
+  float* w = scratch.take<float>(Scratch::kPackB, kDotFeatures * ldx);
+  const float* x_scale[kRowBlock];
+  for (int64_t t = 0; t < m; ++t) {
+    k.fp8.decode(d.row(it.row_begin + t), x + t * ldx, K);
+    std::fill(x + t * ldx + K, x + (t + 1) * ldx, 0.0f);
+    x_scale[t] = d.row_scale(it.row_begin + t);
+  }
+  const int64_t ldo = n * d.segments;
+  float* out = scratch.take<float>(Scratch::kTile, m * ldo);
+  for (int s = 0; s < d.segments; ++s) {
+    for (int64_t f = 0; f < n; f += kDotFeatures) {
+      const int64_t features = std::min<int64_t>(kDotFeatures, n - f);
+      const float* w_scale[kDotFeatures];
+      for (int64_t i = 0; i < features; ++i) {
+        const int64_t feature = s * d.features + it.feature_begin + f + i;
+        k.fp8.decode(d.weight(it.expert, feature), w + i * ldx, K);
+        w_scale[i] = d.weight_scale(it.expert, feature);
+      }
+      for (int64_t t = 0; t < m; t += kFp8DotTokens) {
+        k.fp8.dot_wide(static_cast<int>(features),
+                       static_cast<int>(std::min<int64_t>(kFp8DotTokens, m - t)), K, w, ldx, w_scale,
+                       x + t * ldx, ldx, x_scale + t, out + t * ldo + s * n + f, ldo, 1);
       }
     }
   }
@@ -231,6 +272,7 @@ void run_fp8_item(const Fp8Desc& d, const Kernels<float>& k, const Fp8Item& it,
   }
   const int64_t expert_rows = d.expert_offsets[it.expert + 1] - d.expert_offsets[it.expert];
   if (expert_rows <= kFp8DotRows) return fp8_dot_item(d, k, it, fn);
+  if (d.invariant) return fp8_strip_item(d, k, it, fn);
   const bool pairs = k.pairs && expert_rows <= k.pairs_max_rows;
   pairs ? fp8_tile_item<true>(d, k, it, fn) : fp8_tile_item<false>(d, k, it, fn);
 }

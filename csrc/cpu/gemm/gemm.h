@@ -25,9 +25,15 @@ void run_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, con
       return;
     }
     case Path::kDot:
-      return dot_item(d, k, it, fn);
+      return dot_item<false>(d, k, it, fn);
     case Path::kRank:
-      return rank_item(d, k, it, fn);
+      return rank_item<false>(d, k, it, fn);
+    case Path::kPairDot:
+      if constexpr (sizeof(T) == 4) dot_item<true>(d, k, it, fn);
+      return;
+    case Path::kPairRank:
+      if constexpr (sizeof(T) == 4) rank_item<true>(d, k, it, fn);
+      return;
     case Path::kPack:
       return pack_item<false>(d, k, it, fn);
     case Path::kNn:

@@ -12,7 +12,7 @@
 //   nn          weights dense along features: token rows are the broadcast side, weight rows the
 //               vectors.
 //   panels      weights packed ahead of time (pack.h): like nn, without any copying of weights.
-//   pair_*      the last four for bfloat16 weights where the level multiplies pairs of bfloat16:
+//   pair_*      all of these for bfloat16 weights where the level multiplies pairs of bfloat16:
 //               tokens are rounded to it, an element is two adjacent k, and K counts pairs.
 //   amx_panels  the same for bfloat16 on AMX.
 //   amx_rows    bfloat16 weights dense along k on AMX: 16 weight rows are an operand as they lie.
@@ -27,8 +27,10 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
 #include <vector>
 
+#include "cpu/batch_invariant.h"
 #include "cpu/kernels.h"
 #include "cpu/pack.h"
 #include "cpu/parallel.h"
@@ -151,6 +153,8 @@ struct GemmDesc {
   const T* a_scale = nullptr;      // [rows] or nullptr
   const float* k_scale = nullptr;  // [in_features] or nullptr; where b.quant has bits
   ExpertMatrices b;
+  // Whether the number of an expert's rows must not show in the bits of one.
+  bool invariant = batch_invariant();
 };
 
 enum class Path : int {
@@ -161,6 +165,8 @@ enum class Path : int {
   kNn,
   kPanels,
   kStrip,
+  kPairDot,
+  kPairRank,
   kPairStrip,
   kPairPack,
   kPairNn,
@@ -175,9 +181,34 @@ enum class Path : int {
   kBytePanels
 };
 
+// The same where the bits of a row must not depend on how many there are (batch_invariant.h). Of
+// ways that a count of rows tells apart here, dot and strip add in the same order, and so do rank
+// and nn, which then have blocks of one depth (nn_depth). bfloat16 pairs are multiplied as such by
+// all rows or by none, and AMX, whose sums are none of the other ways', by none. Tokens become
+// integers of 16 bits for weights of 8 bits, which costs less accuracy than those of 8 bits do, and
+// integers of 8 bits for weights of 4, as at most other times.
+template <class T>
+Path invariant_path_of(const GemmDesc<T>& d, const Kernels<T>& k, int64_t expert_rows) {
+  if (d.b.quant.bits != 0) return d.b.quant.bits == 4 ? Path::kQuant4 : Path::kQuant8;
+  const bool pairs = k.pairs && d.b.type == DType::kBFloat16 && d.a_scale == nullptr &&
+                     k.pairs_max_rows == std::numeric_limits<int64_t>::max();
+  if (d.b.panels != nullptr) return pairs ? Path::kPairPanels : Path::kPanels;
+  if (d.b.stride_k != 1) {
+    const bool few = expert_rows <= (k.rank_one_pass ? k.dot_tokens : kRankMaxRows);
+    if (pairs) return few ? Path::kPairRank : Path::kPairNn;
+    return few ? Path::kRank : Path::kNn;
+  }
+  const bool few = expert_rows <= k.dot_max_rows;
+  if (pairs && d.in_features % 2 == 0 && d.b.stride_o % 2 == 0) {
+    return few ? Path::kPairDot : Path::kPairStrip;
+  }
+  return few ? Path::kDot : Path::kStrip;
+}
+
 template <class T>
 Path path_of(const GemmDesc<T>& d, const Kernels<T>& k, int64_t expert_rows) {
   if (d.in_features == 0) return Path::kZero;
+  if (d.invariant) return invariant_path_of(d, k, expert_rows);
   // Products of bfloat16 round tokens to it, which loses nothing unless they were scaled before.
   const bool pairs = k.pairs && d.b.type == DType::kBFloat16 && d.a_scale == nullptr;
   if (d.b.quant.bits != 0) {
@@ -227,16 +258,17 @@ Path path_of(const GemmDesc<T>& d, const Kernels<T>& k, int64_t expert_rows) {
   return two ? Path::kPairPack : Path::kPack;
 }
 
-inline int64_t nn_features(int64_t expert_rows) {
-  return expert_rows >= kNnNarrowRows ? kNnFeatures / 2 : kNnFeatures;
+template <class T>
+int64_t nn_features(const GemmDesc<T>& d, int64_t expert_rows) {
+  return d.invariant || expert_rows >= kNnNarrowRows ? kNnFeatures / 2 : kNnFeatures;
 }
 
 // Depth of the blocks that nn copies; of `unit` weight rows each. By the width that an item has
-// with one thread: sums pass through memory between blocks of k, so their bits depend on the depth.
+// with one thread: blocks of k are summed by themselves, so bits depend on the depth.
 template <class T>
 int64_t nn_depth(const GemmDesc<T>& d, const Kernels<T>& k, int64_t unit, int64_t expert_rows) {
   const int64_t width = (unit == 2 ? 2 : 1) * k.lanes;
-  const int64_t cuts = ceil_div(d.features * d.segments, nn_features(expert_rows));
+  const int64_t cuts = ceil_div(d.features * d.segments, nn_features(d, expert_rows));
   const int64_t widest = balanced(d.features, ceil_div(d.features, cuts),
                                   std::max<int64_t>(d.feature_unit, 2 * k.lanes));
   return std::clamp<int64_t>(
@@ -292,6 +324,7 @@ std::vector<GemmItem> gemm_items(const GemmDesc<T>& d, const Kernels<T>& k, int 
         most_rows = kPanelRowBlock;
         break;
       case Path::kDot:
+      case Path::kPairDot:
         // Read once, in streams of a quarter of an item each: the longer the better.
         if (end - begin <= k.dot_tokens) most_features = kStreamFeatureBlock;
         unit = 4;
@@ -321,14 +354,15 @@ std::vector<GemmItem> gemm_items(const GemmDesc<T>& d, const Kernels<T>& k, int 
       case Path::kNn:
       case Path::kPairNn: {
         const int64_t rows_of_k = path == Path::kNn ? 1 : 2;
-        most_features = nn_features(end - begin);
+        most_features = nn_features(d, end - begin);
         if (ceil_div(d.in_features, rows_of_k) <= nn_depth(d, k, rows_of_k, end - begin)) {
           most_rows = kKeptRows;
         }
         break;
       }
       case Path::kRank:
-        most_features = nn_features(end - begin);
+      case Path::kPairRank:
+        most_features = nn_features(d, end - begin);
         break;
       default:
         break;

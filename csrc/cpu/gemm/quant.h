@@ -5,6 +5,12 @@
 
 namespace moe_ops::cpu {
 
+// Strips of weights, of so many bytes each, that stay in cache while tokens pass: half of an L1, but
+// no fewer than end their sums together.
+inline int64_t kept_strips(int64_t bytes) {
+  return std::max<int64_t>(4, kDotKeptBytes / std::max<int64_t>(1, bytes) / 4 * 4);
+}
+
 // dot_item with 8 bits, for any number of rows: strips of dot8_features rows of weights meet the
 // tokens, dot_tokens at a time. With no more tokens than that, weights are read once, in streams
 // that share the item evenly. With more, a strip is a run in memory; it stays in cache while all
@@ -55,11 +61,15 @@ void quant8_item(const GemmDesc<float>& d, const Kernels<float>& k, const GemmIt
       run(1, rest, strips * F, 1, next + strips * F * ldw);
       continue;
     }
-    for (int64_t i = 0; i < strips + rest; ++i) {
-      const int64_t first = std::min(i, strips) * F + std::max<int64_t>(i - strips, 0);
-      const int64_t features = i < strips ? F : 1, after = first + features;
+    // Many rows meet several strips at once.
+    const int64_t at_once = d.invariant && m > kQuantMaxRows ? kept_strips(F * K) : 1;
+    for (int64_t first = 0; first < n;) {
+      const bool whole = first < strips * F;
+      const int64_t count = whole ? std::min(at_once, strips - first / F) : 1;
+      const int64_t features = whole ? F : 1, after = first + features * count;
       const int64_t next = after < n ? after : s + 1 < d.segments ? d.features : first;
-      run(features, 1, first, 1, weights_at(d.b, it.expert, feature + next, 0));
+      run(features, count, first, count, weights_at(d.b, it.expert, feature + next, 0));
+      first = after;
     }
   }
   for (int64_t t = 0; t < m; ++t) {
@@ -110,8 +120,11 @@ void quant4_item(const GemmDesc<float>& d, const Kernels<float>& k, const GemmIt
                      out + t * ldo + s * n + first, ldo, step);
       }
     };
-    const int64_t at_once = m <= k.dot_tokens ? quarter : 1;
-    for (int64_t f = 0; f < quarter; f += at_once) run(kDotFeatures, at_once, f, quarter);
+    int64_t at_once = m <= k.dot_tokens ? quarter : 1;
+    if (d.invariant && m > kQuantMaxRows) at_once = kept_strips(kDotFeatures * K / 2);
+    for (int64_t f = 0; f < quarter; f += at_once) {
+      run(kDotFeatures, std::min(at_once, quarter - f), f, quarter);
+    }
     run(1, rest, kDotFeatures * quarter, 1);
   }
   for (int64_t t = 0; t < m; ++t) {

@@ -7,17 +7,17 @@ namespace moe_ops::cpu {
 
 // Epilogue: fn(expert, row, feature_begin, n, T* values0, T* values1); values1 is the second
 // segment. It may overwrite the values.
-template <class T, class Epilogue>
+template <bool kPairs, class T, class Epilogue>
 void dot_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, const Epilogue& fn) {
+  constexpr int64_t kHalves = kPairs ? 2 : 1;  // weights of an element
   const int64_t m = it.row_end - it.row_begin;
   const int64_t n = it.feature_end - it.feature_begin;
-  const int64_t K = d.in_features;
+  const int64_t K = d.in_features / kHalves;
   const int64_t ldx = round_up<int64_t>(K, k.lanes);
   ScratchScope scratch;
   T* x = scratch.take<T>(Scratch::kTokens, m * ldx);
   for (int64_t t = 0; t < m; ++t) {
-    const int64_t r = it.row_begin + t;
-    k.load_row(d.a.type, row_of(d.a, r), x + t * ldx, K, d.a_scale ? d.a_scale[r] : T(1));
+    load_tokens<kPairs>(d, k, it.row_begin + t, 0, K, x + t * ldx);
     std::fill(x + t * ldx + K, x + (t + 1) * ldx, T(0));
   }
   const int64_t ldo = n * d.segments;
@@ -39,13 +39,21 @@ void dot_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, con
       if (count == 0) return;
       for (int64_t p = 0; p < passes; ++p) {
         const int64_t t = pass_rows.begin(p);
-        k.dot(d.b.type, features, count, static_cast<int>(pass_rows.begin(p + 1) - t), K,
-              w + first * row_bytes, d.b.stride_o, step * d.b.stride_o, x + t * ldx, ldx,
-              out + t * ldo + s * n + first, ldo, step, ahead);
+        const auto tokens = static_cast<int>(pass_rows.begin(p + 1) - t);
+        const char* rows = w + first * row_bytes;
+        T* sums = out + t * ldo + s * n + first;
+        const int64_t ldw = d.b.stride_o / kHalves;
+        if constexpr (kPairs) {
+          k.pair_dot(features, count, tokens, K, rows, ldw, step * ldw, x + t * ldx, ldx, sums, ldo,
+                     step, ahead);
+        } else {
+          k.dot(d.b.type, features, count, tokens, K, rows, ldw, step * ldw, x + t * ldx, ldx, sums,
+                ldo, step, ahead);
+        }
       }
     };
     // What half of an L1 holds, or four rows, stays in cache for a second pass.
-    const int64_t strip_bytes = kDotFeatures * K * dtype_size(d.b.type);
+    const int64_t strip_bytes = kDotFeatures * d.in_features * dtype_size(d.b.type);
     const int64_t kept = std::max<int64_t>(1, kDotKeptBytes / strip_bytes);
     const int64_t at_once = passes == 1 ? quarter : kept;
     for (int64_t f = 0; f < quarter; f += at_once) {
@@ -134,24 +142,40 @@ void strip_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, c
   }
 }
 
-template <class T, class Epilogue>
+template <bool kPairs, class T, class Epilogue>
 void rank_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, const Epilogue& fn) {
+  constexpr int64_t kHalves = kPairs ? 2 : 1;  // weight rows of an element
   const int64_t m = it.row_end - it.row_begin;
   const int64_t n = it.feature_end - it.feature_begin;
-  const int64_t K = d.in_features, lda = K + 16;
+  const int64_t K = ceil_div(d.in_features, kHalves), lda = K + 16;
+  // One block, or those of nn_item, whose sums are then added up.
+  const int64_t depth = d.invariant ? nn_depth(d, k, kHalves, m) : K, ldc = n * d.segments;
   ScratchScope scratch;
   T* a = scratch.take<T>(Scratch::kTokens, m * lda);
-  T* tile = scratch.take<T>(Scratch::kTile, m * n * d.segments);
+  T* tile = scratch.take<T>(Scratch::kTile, m * ldc);
+  T* block = depth < K ? scratch.take<T>(Scratch::kPackA, m * ldc) : nullptr;
   for (int64_t t = 0; t < m; ++t) {
-    load_tokens<false>(d, k, it.row_begin + t, 0, K, a + t * lda);
+    load_tokens<kPairs>(d, k, it.row_begin + t, 0, K, a + t * lda);
   }
-  for (int s = 0; s < d.segments; ++s) {
-    const int64_t first = it.expert * d.b.stride_e + s * d.features + it.feature_begin;
-    for (int64_t k0 = 0; k0 < K; k0 += kRankRows) {
-      k.rank_update(d.b.type, static_cast<int>(std::min<int64_t>(kRankRows, K - k0)), m,
-                    element(d.b.data, d.b.type, first + k0 * d.b.stride_k), d.b.stride_k, a + k0,
-                    lda, tile + s * n, n * d.segments, n, k0 > 0);
+  for (int64_t b = 0; b < K; b += depth) {
+    const int64_t first_row = b * kHalves, end = std::min(d.in_features, (b + depth) * kHalves);
+    T* sums = b == 0 ? tile : block;
+    for (int s = 0; s < d.segments; ++s) {
+      const int64_t first = it.expert * d.b.stride_e + s * d.features + it.feature_begin;
+      for (int64_t row = first_row; row < end; row += kRankRows) {
+        const auto rows = static_cast<int>(std::min<int64_t>(kRankRows, end - row));
+        const char* w = element(d.b.data, d.b.type, first + row * d.b.stride_k);
+        const T* x = a + row / kHalves;
+        const bool add = row > first_row;
+        if constexpr (kPairs) {
+          k.pair_rank_update(rows, m, reinterpret_cast<const uint16_t*>(w), d.b.stride_k, x, lda,
+                             sums + s * n, ldc, n, add);
+        } else {
+          k.rank_update(d.b.type, rows, m, w, d.b.stride_k, x, lda, sums + s * n, ldc, n, add);
+        }
+      }
     }
+    if (b > 0) k.axpy(kAccumulate<T>, block, T(1), tile, m * ldc);
   }
   for (int64_t t = 0; t < m; ++t) {
     T* row = tile + t * n * d.segments;

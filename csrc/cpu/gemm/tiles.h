@@ -220,12 +220,14 @@ void panel_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, c
                                           : round_up(kPanelFeatureBlock / d.segments, P);
   const int64_t K = kPairs ? ceil_div<int64_t>(d.in_features, 2) : d.in_features;
   // Blocks of equal depth: a short one would pay for its sums in memory with little arithmetic.
-  // One row has no pitch, and no next row that would want the sums' registers.
+  // One row has no pitch, and no next row that would want the sums' registers: one block, unless
+  // its bits are to be those that it has among others.
   const int64_t depth = round_up(K, step);
-  const int64_t block_k = m == 1 ? depth : balanced(depth, kPanelDepth, 8);
+  const bool one_block = m == 1 && !d.invariant;
+  const int64_t block_k = one_block ? depth : balanced(depth, kPanelDepth, 8);
   const int64_t k_blocks = ceil_div(depth, block_k);
   ScratchScope scratch;
-  T* a = scratch.take<T>(Scratch::kTokens, m == 1 ? depth : k_blocks * m * kPanelLda);
+  T* a = scratch.take<T>(Scratch::kTokens, one_block ? depth : k_blocks * m * kPanelLda);
   T* tile = scratch.take<T>(Scratch::kTile, m * round_up(part, P) * d.segments);
   for (int64_t t = 0; t < m; ++t) {
     for (int64_t b = 0; b < k_blocks; ++b) {

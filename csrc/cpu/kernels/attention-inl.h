@@ -172,6 +172,8 @@ void softmax_block_bwd(const AttentionBlock<T>& b, T* s, const T* dp, const T* l
       if constexpr (kMasked) p = seen.select(j, v, p, Vec<T>{});
       Vec<T> ds = p * (load<T>(dp + at) - d[v]);
       if constexpr (kCapped) ds = ds * slope;
+      // Zero times what is not finite would be no zero.
+      if constexpr (kMasked) ds = seen.select(j, v, ds, Vec<T>{});
       store<T>(s + at, ds);
       store<T>(p_rows + row, p);
       store<T>(ds_rows + row, ds);
@@ -257,16 +259,58 @@ void stick_block_bwd(const AttentionBlock<T>& b, T* s, const T* dp, const T* log
 #pragma GCC unroll 2
     for (int v = 0; v < NV; ++v) {
       const int64_t at = (j * NV + v) * W, row = j * kLda + v * W;
-      const Vec<T> z = load<T>(s + at), g = load<T>(p_rows + row) * load<T>(dp + at);
+      const Vec<T> z = load<T>(s + at);
+      Vec<T> g = load<T>(p_rows + row) * load<T>(dp + at);
+      if constexpr (kMasked) g = seen.select(j, v, g, Vec<T>{});
       Vec<T> ds = g * (T(1) - z) - z * sum[v];
       sum[v] += g;
       if (cap > 0) ds = ds * load<T>(slopes + at);
+      if constexpr (kMasked) ds = seen.select(j, v, ds, Vec<T>{});
       store<T>(s + at, ds);
       store<T>(ds_rows + row, ds);
     }
   }
 #pragma GCC unroll 2
   for (int v = 0; v < NV; ++v) store<T>(before + v * W, sum[v]);
+}
+
+// The sums that tiles make, in their order, but each lane's over the keys that it sees alone. Tiles
+// multiply the others by zero, which what is not finite survives.
+template <class T, int NV>
+void seen_sums(const AttentionBlock<T>& b, const T* a, int64_t lda, const T* s, int64_t features,
+               T* c) {
+  constexpr int W = kLanes<T>;
+  const Seen<T, NV> seen(b);
+  for (int64_t f = 0; f < features; ++f) {
+    Vec<T> acc[NV] = {};
+    for (int64_t j = 0; j < b.keys; ++j) {
+#pragma GCC unroll 2
+      for (int v = 0; v < NV; ++v) {
+        const Vec<T> next =
+            add_product<T, T, 1>(acc[v], a + j * lda + f, load<T>(s + (j * NV + v) * W));
+        acc[v] = seen.select(j, v, next, acc[v]);
+      }
+    }
+#pragma GCC unroll 2
+    for (int v = 0; v < NV; ++v) {
+      T* out = c + (f * NV + v) * W;
+      store<T>(out, load<T>(out) + acc[v]);
+    }
+  }
+}
+
+template <class T>
+bool all_finite(const T* x, int64_t n) {
+  constexpr int W = kLanes<T>;
+  Vec<T> zero[4] = {};
+  int64_t i = 0;
+  for (; i + 4 * W <= n; i += 4 * W) {
+#pragma GCC unroll 4
+    for (int c = 0; c < 4; ++c) zero[c] += load<T>(x + i + c * W) * T(0);
+  }
+  T rest = horizontal_sum<T>((zero[0] + zero[1]) + (zero[2] + zero[3]));
+  for (; i < n; ++i) rest += x[i] * T(0);
+  return rest == T(0);
 }
 
 template <class T>
@@ -375,6 +419,12 @@ AttentionKernels<T> attention_kernels() {
       stick_block_bwd<T, NV, kMasked>(b, s, dp, log_rest, slopes, before, p_rows, ds_rows);
     });
   };
+  k.seen_sums = [](const AttentionBlock<T>& b, const T* a, int64_t lda, const T* s,
+                   int64_t features, T* c) {
+    b.width > kLanes<T> ? seen_sums<T, 2>(b, a, lda, s, features, c)
+                        : seen_sums<T, 1>(b, a, lda, s, features, c);
+  };
+  k.all_finite = &all_finite<T>;
   k.multiply_lanes = &multiply_lanes<T>;
   k.softmax_end = &softmax_end<T>;
   k.row_dots = &row_dots<T>;

@@ -41,6 +41,19 @@ inline __attribute__((always_inline)) void narrow_sums(const T* a, const Vec<T> 
   }
 }
 
+// The same, each row's over the keys that it sees alone.
+template <class T, int D>
+inline void narrow_seen_sums(const Seen<T, 1>& seen, int64_t j, const T* a,
+                             const Vec<T> (&x)[kNarrowKeys], Vec<T> (&sums)[D]) {
+  for (int n = 0; n < kNarrowKeys; ++n) {
+#pragma GCC unroll 16
+    for (int f = 0; f < D; ++f) {
+      const Vec<T> next = add_product<T, T, 1>(sums[f], a + n * kNarrowSize + f, x[n]);
+      sums[f] = seen.select(j + n, 0, next, sums[f]);
+    }
+  }
+}
+
 // Keys that are fewer than a step, with zeros after them.
 template <class T>
 struct NarrowTail {
@@ -78,7 +91,7 @@ inline __attribute__((always_inline)) void narrow_steps(const AttentionBlock<T>&
   }
 }
 
-template <class T, int D>
+template <class T, int D, bool kApart>
 void narrow(const AttentionBlock<T>& b, const T* keys, const T* values, const T* q, T* out, T* max,
             T* sum) {
   constexpr int W = kLanes<T>;
@@ -129,7 +142,11 @@ void narrow(const AttentionBlock<T>& b, const T* keys, const T* values, const T*
       if constexpr (kMasked) x[n] = seen.select(j + n, 0, x[n], Vec<T>{});
       total += x[n];
     }
-    narrow_sums<T, D>(value, x, acc);
+    if constexpr (kApart && kMasked) {
+      narrow_seen_sums<T, D>(seen, j, value, x, acc);
+    } else {
+      narrow_sums<T, D>(value, x, acc);
+    }
   };
   narrow_steps<T>(b, step);
 #pragma GCC unroll 16
@@ -138,7 +155,7 @@ void narrow(const AttentionBlock<T>& b, const T* keys, const T* values, const T*
   store<T>(max, limit == kLowest<T> ? limit : -minus);
 }
 
-template <class T, int D>
+template <class T, int D, bool kApart>
 void narrow_bwd(const AttentionBlock<T>& b, const T* keys, const T* values, const T* q,
                 const T* grad_out, const T* lse, const T* delta, T* grad_q, T* p_rows, T* ds_rows) {
   constexpr int W = kLanes<T>;
@@ -178,7 +195,11 @@ void narrow_bwd(const AttentionBlock<T>& b, const T* keys, const T* values, cons
       if constexpr (kMasked) g[n] = seen.select(j + n, 0, g[n], Vec<T>{});
       store<T>(ds + n * kLda, g[n]);
     }
-    narrow_sums<T, D>(key, g, acc);
+    if constexpr (kApart && kMasked) {
+      narrow_seen_sums<T, D>(seen, j, key, g, acc);
+    } else {
+      narrow_sums<T, D>(key, g, acc);
+    }
   };
   narrow_steps<T>(b, step);
 #pragma GCC unroll 16
@@ -195,15 +216,16 @@ void narrow_kernels([[maybe_unused]] AttentionKernels<T>& k) {
   k.power_scale = kPowerScale<T>;
   k.narrow = [](int size, const AttentionBlock<T>& b, const T* keys, const T* values, const T* q,
                 T* out, T* max, T* sum) {
-    size <= 8 ? narrow<T, 8>(b, keys, values, q, out, max, sum)
-              : narrow<T, 16>(b, keys, values, q, out, max, sum);
+    auto* run = size <= 8 ? &narrow<T, 8, false> : &narrow<T, 16, false>;
+    if (b.apart) run = size <= 8 ? &narrow<T, 8, true> : &narrow<T, 16, true>;
+    run(b, keys, values, q, out, max, sum);
   };
   k.narrow_bwd = [](int size, const AttentionBlock<T>& b, const T* keys, const T* values,
                     const T* q, const T* grad_out, const T* lse, const T* delta, T* grad_q,
                     T* p_rows, T* ds_rows) {
-    size <= 8
-        ? narrow_bwd<T, 8>(b, keys, values, q, grad_out, lse, delta, grad_q, p_rows, ds_rows)
-        : narrow_bwd<T, 16>(b, keys, values, q, grad_out, lse, delta, grad_q, p_rows, ds_rows);
+    auto* run = size <= 8 ? &narrow_bwd<T, 8, false> : &narrow_bwd<T, 16, false>;
+    if (b.apart) run = size <= 8 ? &narrow_bwd<T, 8, true> : &narrow_bwd<T, 16, true>;
+    run(b, keys, values, q, grad_out, lse, delta, grad_q, p_rows, ds_rows);
   };
 #endif
 }

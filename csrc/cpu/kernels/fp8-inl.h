@@ -116,9 +116,9 @@ void fp8_decode_bf16(const uint8_t* q, uint16_t* dst, int64_t n) {
 #endif
 
 // F weight rows and M tokens, vectors along k, as dot_tile; a block of k is summed by itself, then
-// scaled and added.
-template <int F, int M>
-void fp8_dot_tile(int64_t k, const E4m3* w, int64_t ldw, const float* const* w_scale,
+// scaled and added. S: E4m3, or float for codes that are widened already.
+template <class S, int F, int M>
+void fp8_dot_tile(int64_t k, const S* w, int64_t ldw, const float* const* w_scale,
                   const float* x, int64_t ldx, const float* const* x_scale, float* out, int64_t ldo,
                   int64_t out_step) {
   constexpr int W = kLanes<float>;
@@ -142,22 +142,29 @@ void fp8_dot_tile(int64_t k, const E4m3* w, int64_t ldw, const float* const* w_s
       for (int f = 0; f < F; ++f) {
         const Vec<float> wv = load_as(w + f * ldw + i);
 #pragma GCC unroll 4
-        for (int t = 0; t < M; ++t) acc[f][t] += wv * load<float>(x + t * ldx + i);
+        for (int t = 0; t < M; ++t) {
+          acc[f][t] = add_one_of<float, F * M>(acc[f][t], wv, load<float>(x + t * ldx + i));
+        }
       }
     }
     if (i < end) {
       for (int f = 0; f < F; ++f) {
-        E4m3 tail[W] = {};
+        S tail[W] = {};
         for (int64_t j = i; j < end; ++j) tail[j - i] = w[f * ldw + j];
         const Vec<float> wv = load_as(tail);
-        for (int t = 0; t < M; ++t) acc[f][t] += wv * load<float>(x + t * ldx + i);
+        for (int t = 0; t < M; ++t) {
+          acc[f][t] = add_one_of<float, F * M>(acc[f][t], wv, load<float>(x + t * ldx + i));
+        }
       }
     }
     const int64_t block = k0 / kFp8Block;
 #pragma GCC unroll 4
     for (int f = 0; f < F; ++f) {
 #pragma GCC unroll 4
-      for (int t = 0; t < M; ++t) sum[f][t] += acc[f][t] * (w_scale[f][block] * x_scale[t][block]);
+      for (int t = 0; t < M; ++t) {
+        const Vec<float> scale = splat<float>(w_scale[f][block] * x_scale[t][block]);
+        sum[f][t] = add_one_of<float, F * M>(sum[f][t], acc[f][t], scale);
+      }
     }
   }
   lane_sums<float, F, M>([&](int f, int t) { return sum[f][t]; },
@@ -167,19 +174,33 @@ void fp8_dot_tile(int64_t k, const E4m3* w, int64_t ldw, const float* const* w_s
 // Sums and blocks of both are 16 of 32 registers with AVX-512, 8 of 16 with less.
 constexpr int kFp8DotRows = MOE_VEC_BYTES == 64 ? 4 : 2;
 
+template <class S>
+void fp8_dot_of(int features, int tokens, int64_t k, const S* w, int64_t ldw,
+                const float* const* w_scale, const float* x, int64_t ldx,
+                const float* const* x_scale, float* out, int64_t ldo, int64_t out_step) {
+  constexpr int F = kFp8DotRows;
+  int f = 0;
+  for (; f + F <= features; f += F) {
+    const auto run = tokens == 2 ? &fp8_dot_tile<S, F, 2> : &fp8_dot_tile<S, F, 1>;
+    run(k, w + f * ldw, ldw, w_scale + f, x, ldx, x_scale, out + f * out_step, ldo, out_step);
+  }
+  for (; f < features; ++f) {
+    const auto run = tokens == 2 ? &fp8_dot_tile<S, 1, 2> : &fp8_dot_tile<S, 1, 1>;
+    run(k, w + f * ldw, ldw, w_scale + f, x, ldx, x_scale, out + f * out_step, ldo, out_step);
+  }
+}
+
 void fp8_dot(int features, int tokens, int64_t k, const uint8_t* w, int64_t ldw,
              const float* const* w_scale, const float* x, int64_t ldx, const float* const* x_scale,
              float* out, int64_t ldo, int64_t out_step) {
-  const auto* p = reinterpret_cast<const E4m3*>(w);
-  int f = 0;
-  for (; f + kFp8DotRows <= features; f += kFp8DotRows) {
-    const auto run = tokens == 2 ? &fp8_dot_tile<kFp8DotRows, 2> : &fp8_dot_tile<kFp8DotRows, 1>;
-    run(k, p + f * ldw, ldw, w_scale + f, x, ldx, x_scale, out + f * out_step, ldo, out_step);
-  }
-  for (; f < features; ++f) {
-    const auto run = tokens == 2 ? &fp8_dot_tile<1, 2> : &fp8_dot_tile<1, 1>;
-    run(k, p + f * ldw, ldw, w_scale + f, x, ldx, x_scale, out + f * out_step, ldo, out_step);
-  }
+  fp8_dot_of(features, tokens, k, reinterpret_cast<const E4m3*>(w), ldw, w_scale, x, ldx, x_scale,
+             out, ldo, out_step);
+}
+
+void fp8_dot_wide(int features, int tokens, int64_t k, const float* w, int64_t ldw,
+                  const float* const* w_scale, const float* x, int64_t ldx,
+                  const float* const* x_scale, float* out, int64_t ldo, int64_t out_step) {
+  fp8_dot_of(features, tokens, k, w, ldw, w_scale, x, ldx, x_scale, out, ldo, out_step);
 }
 
 // sums[i][j] (+)= block[i][j] * row_scale[i] * col_scale[j]; cols is a multiple of lanes.
@@ -207,6 +228,7 @@ Fp8Kernels fp8_kernels() {
   k.decode_bf16 = &fp8_decode_bf16;
 #endif
   k.dot = &fp8_dot;
+  k.dot_wide = &fp8_dot_wide;
   k.promote = &fp8_promote;
   return k;
 }

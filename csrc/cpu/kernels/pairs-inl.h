@@ -1,12 +1,24 @@
 // Pairs of bfloat16 of adjacent k. Included by kernels-inl.h, inside its namespace.
 
 #if defined(__AVX512BF16__) && MOE_VEC_BYTES == 64
+typedef uint16_t HalfBits __attribute__((vector_size(64)));
+
+// Elements 0 to 15 of two rows side by side, and 16 to 31.
+inline __m512i first_pairs(__m512i even, __m512i odd) {
+  constexpr HalfBits lo = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                           8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+  return _mm512_permutex2var_epi16(even, __builtin_bit_cast(__m512i, lo), odd);
+}
+
+inline __m512i last_pairs(__m512i even, __m512i odd) {
+  constexpr HalfBits hi = {16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55,
+                           24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63};
+  return _mm512_permutex2var_epi16(even, __builtin_bit_cast(__m512i, hi), odd);
+}
+
 // Row pair by row pair over all panels, so that each row is read in one run.
 void pack_pairs(const uint16_t* const* rows, int64_t offset, int64_t num_rows, int64_t cols,
                 uint16_t* dst, int64_t stride) {
-  typedef uint16_t Bits __attribute__((vector_size(64)));
-  constexpr Bits lo = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
-                       8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
   constexpr int64_t kRowsAhead = 8;
   for (int64_t r = 0; r < num_rows; r += 2) {
     const uint16_t* row0 = rows[r] == nullptr ? nullptr : rows[r] + offset;
@@ -23,10 +35,8 @@ void pack_pairs(const uint16_t* const* rows, int64_t offset, int64_t num_rows, i
           row0 == nullptr ? _mm512_setzero_si512() : _mm512_maskz_loadu_epi16(valid, row0 + j);
       const __m512i v1 =
           row1 == nullptr ? _mm512_setzero_si512() : _mm512_maskz_loadu_epi16(valid, row1 + j);
-      const __m512i first = __builtin_bit_cast(__m512i, lo);
-      const __m512i second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
-      _mm512_storeu_si512(out, _mm512_permutex2var_epi16(v0, first, v1));
-      _mm512_storeu_si512(out + 32, _mm512_permutex2var_epi16(v0, second, v1));
+      _mm512_storeu_si512(out, first_pairs(v0, v1));
+      _mm512_storeu_si512(out + 32, last_pairs(v0, v1));
     }
   }
 }

@@ -175,6 +175,29 @@ inline __attribute__((always_inline)) void product_sums(int64_t count, T* out, i
   }
 }
 
+// acc + a * b; a pair adds both of its products. kSums as of add_one_of.
+template <class T, class S, int kSums>
+inline Vec<T> add_products(Vec<T> acc, Vec<T> a, Vec<T> b) {
+#if defined(__AVX512BF16__) && MOE_VEC_BYTES == 64
+  if constexpr (__is_same(S, Pair)) {
+    return __builtin_bit_cast(Vec<float>, _mm512_dpbf16_ps(__builtin_bit_cast(__m512, acc),
+                                                           __builtin_bit_cast(__m512bh, a),
+                                                           __builtin_bit_cast(__m512bh, b)));
+  }
+#endif
+  return add_one_of<T, kSums>(acc, a, b);
+}
+
+// Vectors of weights as the sums take them: pairs as they are.
+template <class T, class S>
+inline Vec<T> load_operand(const S* p) {
+  if constexpr (__is_same(S, Pair)) {
+    return load<T>(reinterpret_cast<const T*>(p));
+  } else {
+    return load_as(p);
+  }
+}
+
 // `count` times F weight rows and M tokens, vectors along k: F streams of weights, each read once.
 template <class T, class S, int F, int M>
 void dot_tiles(int64_t count, int64_t k, const S* w, int64_t w_step, int64_t ldw, const T* x,
@@ -198,9 +221,9 @@ void dot_tiles(int64_t count, int64_t k, const S* w, int64_t w_step, int64_t ldw
         if constexpr (M > 1) {
           __builtin_prefetch(reinterpret_cast<const char*>(rows + f * ldw + i) + ahead, 0, 2);
         }
-        const Vec<T> wv = load_as(rows + f * ldw + i);
+        const Vec<T> wv = load_operand<T>(rows + f * ldw + i);
 #pragma GCC unroll 4
-        for (int t = 0; t < M; ++t) acc[f][t] += wv * xv[t];
+        for (int t = 0; t < M; ++t) acc[f][t] = add_products<T, S, F * M>(acc[f][t], xv[t], wv);
       }
     }
     if (whole < k) {
@@ -209,30 +232,48 @@ void dot_tiles(int64_t count, int64_t k, const S* w, int64_t w_step, int64_t ldw
       for (int f = 0; f < F; ++f) {
         S tail[W] = {};
         for (int64_t i = whole; i < k; ++i) tail[i - whole] = rows[f * ldw + i];
-        const Vec<T> wv = load_as(tail);
+        const Vec<T> wv = load_operand<T>(static_cast<const S*>(tail));
 #pragma GCC unroll 4
-        for (int t = 0; t < M; ++t) acc[f][t] += wv * load<T>(x + t * ldx + whole);
+        for (int t = 0; t < M; ++t) {
+          acc[f][t] = add_products<T, S, F * M>(acc[f][t], load<T>(x + t * ldx + whole), wv);
+        }
       }
     }
   };
   product_sums<T, F, M>(count, out, ldo, out_step, products);
 }
 
+template <class T, class S>
+void dot_of(int features, int64_t count, int tokens, int64_t k, const S* w, int64_t w_step,
+            int64_t ldw, const T* x, int64_t ldx, T* out, int64_t ldo, int64_t out_step,
+            int64_t ahead) {
+  const auto run = [&]<int F, int M>() {
+    dot_tiles<T, S, F, M>(count, k, w, w_step, ldw, x, ldx, out, ldo, out_step, ahead);
+  };
+  if (features == kDotFeatures) {
+    with_token_count<kDotFeatures>(tokens, run);
+  } else {
+    with_token_count<1>(tokens, run);
+  }
+}
+
 template <class T>
 void dot(DType w_type, int features, int64_t count, int tokens, int64_t k, const void* w,
          int64_t w_step, int64_t ldw, const T* x, int64_t ldx, T* out, int64_t ldo,
          int64_t out_step, int64_t ahead) {
-  with_type<T>(w_type, w, [&]<class S>(const S* p) {
-    const auto run = [&]<int F, int M>() {
-      dot_tiles<T, S, F, M>(count, k, p, w_step, ldw, x, ldx, out, ldo, out_step, ahead);
-    };
-    if (features == kDotFeatures) {
-      with_token_count<kDotFeatures>(tokens, run);
-    } else {
-      with_token_count<1>(tokens, run);
-    }
+  with_type<T>(w_type, w, [&](const auto* p) {
+    dot_of(features, count, tokens, k, p, w_step, ldw, x, ldx, out, ldo, out_step, ahead);
   });
 }
+
+#if defined(__AVX512BF16__) && MOE_VEC_BYTES == 64
+inline void pair_dot(int features, int64_t count, int tokens, int64_t k, const void* w,
+                     int64_t w_step, int64_t ldw, const float* x, int64_t ldx, float* out,
+                     int64_t ldo, int64_t out_step, int64_t ahead) {
+  dot_of(features, count, tokens, k, static_cast<const Pair*>(w), w_step, ldw, x, ldx, out, ldo,
+         out_step, ahead);
+}
+#endif
 
 // Tokens of a strip: with four weight rows 24 sums, 6 tokens and a vector of weights of 32
 // registers, or 12, 3 and one of 16.
@@ -245,23 +286,16 @@ constexpr StripDepths kStripDepths =
 constexpr int64_t kStripMaxRows = MOE_VEC_BYTES == 64 ? 64 : 40;
 constexpr int64_t kStripBlockBytes = MOE_VEC_BYTES == 64 ? 8192 : 3072;
 
-// acc + a * b; a pair adds both of its products.
-template <class T, class S>
-inline Vec<T> add_products(Vec<T> acc, Vec<T> a, Vec<T> b) {
-#if defined(__AVX512BF16__) && MOE_VEC_BYTES == 64
-  if constexpr (__is_same(S, Pair)) {
-    return __builtin_bit_cast(Vec<float>, _mm512_dpbf16_ps(__builtin_bit_cast(__m512, acc),
-                                                           __builtin_bit_cast(__m512bh, a),
-                                                           __builtin_bit_cast(__m512bh, b)));
-  }
-#endif
+// add_products in tiles that need every register.
+template <class T, class S, int kSums>
+inline Vec<T> add_in_place(Vec<T> acc, Vec<T> a, Vec<T> b) {
 #if defined(__AVX2__) && MOE_VEC_BYTES == 32
   if constexpr (sizeof(T) == 4) {
     asm("vfmadd231ps %2, %1, %0" : "+x"(acc) : "x"(a), "x"(b));  // As in add_product.
     return acc;
   }
 #endif
-  return acc + a * b;
+  return add_products<T, S, kSums>(acc, a, b);
 }
 
 // D: the type of the weights. Those of a half type are also written to `wide`, of which the other
@@ -293,7 +327,7 @@ void strip_tile(int64_t k, const D* w, int64_t ldw, [[maybe_unused]] T* wide,
         store<T>(wide + f * ld_wide, wv);
       }
 #pragma GCC unroll 6
-      for (int t = 0; t < M; ++t) acc[t][f] = add_products<T, S>(acc[t][f], xv[t], wv);
+      for (int t = 0; t < M; ++t) acc[t][f] = add_in_place<T, S, F * M>(acc[t][f], xv[t], wv);
     }
     x += W;
     if constexpr (sizeof(D) != sizeof(T)) wide += W;
@@ -365,7 +399,11 @@ void strip_sums(int features, int64_t tokens, const T* sums, T* out, int64_t ldo
       const Four<T> four = sums_of_four<T>(v);
       __builtin_memcpy(out + t * ldo, four.v, sizeof(four));
     } else {
-      for (int f = 0; f < features; ++f) out[t * ldo + f] = horizontal_sum<T>(load<T>(s + f * W));
+      // As lane_sums adds up one product.
+      for (int f = 0; f < features; ++f) {
+        const Vec<T> v[4] = {load<T>(s + f * W), Vec<T>{}, Vec<T>{}, Vec<T>{}};
+        out[t * ldo + f] = sums_of_four<T>(v).v[0];
+      }
     }
   }
 }
@@ -443,3 +481,90 @@ void rank_update(DType w_type, int rows, int64_t tokens, const void* w, int64_t 
     }
   });
 }
+
+#if defined(__AVX512BF16__) && MOE_VEC_BYTES == 64
+// The same with pairs: R / 2 of them from R weight rows, which are interleaved on the way.
+template <int M, int R>
+void pair_rank_tile(const uint16_t* w, int64_t ldw, const float* a, int64_t lda, float* c,
+                    int64_t ldc, int64_t n, bool accumulate) {
+  constexpr int W = kLanes<float>, kPairs = (R + 1) / 2;
+  Vec<float> av[M][kPairs];
+#pragma GCC unroll 4
+  for (int t = 0; t < M; ++t) {
+#pragma GCC unroll 2
+    for (int r = 0; r < kPairs; ++r) {
+      int32_t bits;  // Arithmetic on them as a float might change them.
+      __builtin_memcpy(&bits, a + t * lda + r, sizeof(bits));
+      av[t][r] = __builtin_bit_cast(Vec<float>, _mm512_set1_epi32(bits));
+    }
+  }
+  const auto block = [&](const uint16_t* p, int64_t ld, float* out, int64_t ldo) {
+    Vec<float> acc[M][2];
+#pragma GCC unroll 4
+    for (int t = 0; t < M; ++t) {
+#pragma GCC unroll 2
+      for (int v = 0; v < 2; ++v) {
+        acc[t][v] = accumulate ? load<float>(out + t * ldo + v * W) : Vec<float>{};
+      }
+    }
+#pragma GCC unroll 2
+    for (int r = 0; r < kPairs; ++r) {
+      const __m512i even = _mm512_loadu_si512(p + 2 * r * ld);
+      const __m512i odd =
+          2 * r + 1 < R ? _mm512_loadu_si512(p + (2 * r + 1) * ld) : _mm512_setzero_si512();
+      const __m512i pairs[2] = {first_pairs(even, odd), last_pairs(even, odd)};
+#pragma GCC unroll 4
+      for (int t = 0; t < M; ++t) {
+#pragma GCC unroll 2
+        for (int v = 0; v < 2; ++v) {
+          acc[t][v] = add_products<float, Pair, 2>(acc[t][v], av[t][r],
+                                                   __builtin_bit_cast(Vec<float>, pairs[v]));
+        }
+      }
+    }
+#pragma GCC unroll 4
+    for (int t = 0; t < M; ++t) {
+#pragma GCC unroll 2
+      for (int v = 0; v < 2; ++v) store<float>(out + t * ldo + v * W, acc[t][v]);
+    }
+  };
+  int64_t j = 0;
+  for (; j + 2 * W <= n; j += 2 * W) {
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) __builtin_prefetch(w + (r + R) * ldw + j, 0, 2);
+    block(w + j, ldw, c + j, ldc);
+  }
+  if (j < n) {
+    uint16_t tail[R][2 * W] = {};
+    float out[M][2 * W] = {};
+    for (int r = 0; r < R; ++r) __builtin_memcpy(tail[r], w + r * ldw + j, (n - j) * 2);
+    for (int t = 0; t < M && accumulate; ++t) {
+      __builtin_memcpy(out[t], c + t * ldc + j, (n - j) * sizeof(float));
+    }
+    block(tail[0], 2 * W, out[0], 2 * W);
+    for (int t = 0; t < M; ++t) {
+      __builtin_memcpy(c + t * ldc + j, out[t], (n - j) * sizeof(float));
+    }
+  }
+}
+
+inline void pair_rank_update(int rows, int64_t tokens, const uint16_t* w, int64_t ldw,
+                             const float* a, int64_t lda, float* c, int64_t ldc, int64_t n,
+                             bool accumulate) {
+  const auto all = [&]<int R>(const uint16_t* q, const float* b, bool add) {
+    int64_t t = 0;
+    for (; t + 4 <= tokens; t += 4) {
+      pair_rank_tile<4, R>(q, ldw, b + t * lda, lda, c + t * ldc, ldc, n, add);
+    }
+    for (; t < tokens; ++t) {
+      pair_rank_tile<1, R>(q, ldw, b + t * lda, lda, c + t * ldc, ldc, n, add);
+    }
+  };
+  if (rows == kRankRows) return all.template operator()<kRankRows>(w, a, accumulate);
+  int r = 0;
+  for (; r + 2 <= rows; r += 2) {
+    all.template operator()<2>(w + r * ldw, a + r / 2, accumulate || r > 0);
+  }
+  if (r < rows) all.template operator()<1>(w + r * ldw, a + r / 2, accumulate || r > 0);
+}
+#endif

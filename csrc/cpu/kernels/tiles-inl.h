@@ -1,8 +1,9 @@
 // Register tiles: products of a broadcast block and a panel, of copies (micro) or of weights packed
 // ahead of time (panel_tile, panel_streams). Included by kernels-inl.h, inside its namespace.
 
-// acc + a * b, where a is the same element in every lane; a pair adds both of its products.
-template <class T, class S>
+// acc + a * b, where a is the same element in every lane; a pair adds both of its products. kSums as
+// of add_one_of.
+template <class T, class S, int kSums = 2>
 inline Vec<T> add_product(Vec<T> acc, const T* a, Vec<T> b) {
 #if defined(__AVX512BF16__) && MOE_VEC_BYTES == 64
   if constexpr (__is_same(S, Pair)) {
@@ -23,7 +24,7 @@ inline Vec<T> add_product(Vec<T> acc, const T* a, Vec<T> b) {
     return acc;
   }
 #endif
-  return acc + splat<T>(*a) * b;
+  return add_one_of<T, kSums>(acc, splat<T>(*a), b);
 }
 
 // M x NV accumulators stay in registers; each step broadcasts M elements of a and loads NV vectors
@@ -57,7 +58,7 @@ template <class T, class S, int M, int NV, bool kColumnForm, bool kCopy>
     for (int i = 0; i < M; ++i) {
 #pragma GCC unroll 2
       for (int v = 0; v < NV; ++v)
-        acc[i][v] = add_product<T, S>(acc[i][v], a + i * kStrideI, bv[v]);
+        acc[i][v] = add_product<T, S, M * NV>(acc[i][v], a + i * kStrideI, bv[v]);
     }
     a += step_a;
     b += step_b;

@@ -44,6 +44,39 @@ inline void store(T* p, Vec<T> v) {
   *reinterpret_cast<typename Simd<T>::Unaligned*>(p) = v;
 }
 
+// acc + a * b, one of kSums sums of a loop. A compiler makes one instruction of it, rounded once, or
+// two where that shortens the chain of a sum that is alone in its loop (GCC's avoid-fma-chains). A
+// row would then have other bits alone than it has among others.
+template <class T, int kSums>
+inline Vec<T> add_one_of(Vec<T> acc, Vec<T> a, Vec<T> b) {
+#if defined(__AVX512F__) && MOE_VEC_BYTES == 64
+  if constexpr (kSums == 1) {
+    if constexpr (sizeof(T) == 4) {
+      return __builtin_bit_cast(
+          Vec<T>, _mm512_fmadd_ps(__builtin_bit_cast(__m512, a), __builtin_bit_cast(__m512, b),
+                                  __builtin_bit_cast(__m512, acc)));
+    } else {
+      return __builtin_bit_cast(
+          Vec<T>, _mm512_fmadd_pd(__builtin_bit_cast(__m512d, a), __builtin_bit_cast(__m512d, b),
+                                  __builtin_bit_cast(__m512d, acc)));
+    }
+  }
+#elif defined(__AVX2__) && MOE_VEC_BYTES == 32
+  if constexpr (kSums == 1) {
+    if constexpr (sizeof(T) == 4) {
+      return __builtin_bit_cast(
+          Vec<T>, _mm256_fmadd_ps(__builtin_bit_cast(__m256, a), __builtin_bit_cast(__m256, b),
+                                  __builtin_bit_cast(__m256, acc)));
+    } else {
+      return __builtin_bit_cast(
+          Vec<T>, _mm256_fmadd_pd(__builtin_bit_cast(__m256d, a), __builtin_bit_cast(__m256d, b),
+                                  __builtin_bit_cast(__m256d, acc)));
+    }
+  }
+#endif
+  return acc + a * b;
+}
+
 // Element types in memory. Half types are bit patterns.
 struct Bf16 {
   uint16_t bits;

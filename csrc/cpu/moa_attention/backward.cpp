@@ -11,8 +11,9 @@ namespace {
 
 int64_t num_chunks(const MoaAttentionParams& p) {
   const int64_t heads = std::max<int64_t>(1, p.batch * p.num_heads);
+  const int64_t row_blocks = ceil_div(p.num_tokens * p.num_slots, kRows);
   return std::clamp<int64_t>(ceil_div(kAttentionLeastItems, heads), 1,
-                             std::max<int64_t>(1, num_row_blocks(p)));
+                             std::max<int64_t>(1, row_blocks));
 }
 
 template <class T>
@@ -29,7 +30,8 @@ class Backward {
         features_(narrow_ > 0 ? narrow_ : d_),
         ld_(round_up<int64_t>(features_, k_.lanes)),
         chunks_(num_chunks(p_)),
-        cuts_(cut_row_blocks(p_, chunks_)) {}
+        blocks_(p_, false),
+        cuts_(cut_row_blocks(p_, blocks_, chunks_)) {}
 
   int64_t chunks() const { return chunks_; }
 
@@ -43,18 +45,27 @@ class Backward {
     const NoSubnormals guard;
     ScratchScope scratch;
     Buffers x(scratch, *this, b, head,
-              kept_keys(p_, begin, end, 3 * ld_ * static_cast<int64_t>(sizeof(T))));
+              kept_keys(p_, blocks_, begin, end, 3 * ld_ * static_cast<int64_t>(sizeof(T))));
     for (int64_t i = begin; i < end; ++i) {
-      RowBlock<T> block(p_, k_.lanes, panel_rows_, b, head, i * kRows);
+      const RowBlock<T> block(p_, k_.lanes, panel_rows_, b, head, blocks_, i);
       both_forms(block, p_.q, static_cast<T>(p_.scale), x.q, x.q_columns);
       both_forms(block, q_.grad_out, T(1), x.grad_out, x.grad_out_columns);
       if (narrow_ > 0) {
         k_.load_rows(kAccumulate<T>, x.q, 0, 1, block.padded * features_, x.q, 0,
                      k_.attention.power_scale);
       }
-      std::fill(x.grad_q, x.grad_q + block.padded * ld_, T(0));
-      p_.kind == AttentionKind::kSoftmax ? softmax(block, x, grad_k, grad_v)
-                                         : stick(block, x, grad_k, grad_v);
+      // Pairs of a row and a key that it does not see count with zeros, which what is not finite
+      // survives: where there is such a number, sums are made of the pairs that see each other.
+      const int64_t numbers = block.padded * ld_;
+      x.rows_apart = !k_.attention.all_finite(x.q_columns, numbers) ||
+                     !k_.attention.all_finite(x.grad_out_columns, numbers);
+      for (const bool again : {false, true}) {
+        x.grad_q_again = again;
+        std::fill(x.grad_q, x.grad_q + numbers, T(0));
+        p_.kind == AttentionKind::kSoftmax ? softmax(block, x, grad_k, grad_v)
+                                           : stick(block, x, grad_k, grad_v);
+        if (k_.attention.all_finite(x.grad_q, numbers)) break;
+      }
       store_grad_q(block, x);
     }
   }
@@ -104,6 +115,8 @@ class Backward {
     KeyCopy<T> keys, values, key_columns;
     T *q, *grad_out, *grad_q, *q_columns, *grad_out_columns, *rows;
     T *p_rows, *ds_rows, *s, *dp, *slopes, *starts, *a, *delta;
+    bool rows_apart;    // gradients of keys and values leave out the rows that do not see them
+    bool grad_q_again;  // that of queries alone, without the keys that they do not see
   };
 
   T* partial(int64_t b, int64_t head, int64_t chunk, int which) const {
@@ -187,11 +200,11 @@ class Backward {
 
   void add_grad_q(int64_t panel, const AttentionBlock<T>& seen, const KeyBlock& from,
                   Buffers& x) const {
-    tiles_.by_columns(seen.keys, from.key_columns, x.key_columns.part_stride(), x.s, seen.width,
-                      x.grad_q + panel * panel_rows_ * ld_);
+    tiles_.by_columns(seen, from.key_columns, x.key_columns.part_stride(), x.s,
+                      x.grad_q + panel * panel_rows_ * ld_, x.grad_q_again);
   }
 
-  // grad [n][ld] += rows [n][kLda] of block.padded columns, times the columns of queries. A later
+  // grad [n][ld] += rows [n][kLda] of block.count columns, times the columns of queries. A later
   // panel sees at least as many keys as one before it: a tile of keys starts with the first panel
   // that sees one of them.
   void add_rows(const RowBlock<T>& block, const int64_t* seen_keys, const T* rows, const T* columns,
@@ -205,15 +218,40 @@ class Backward {
         while (panel < block.panels() && seen_keys[panel] <= i0) ++panel;
         const int64_t r0 = panel * panel_rows_;
         if (r0 >= block.padded) break;
-        k_.row_a[nv - 1][t.height - 1](block.padded - r0, rows + i0 * kLda + r0,
+        k_.row_a[nv - 1][t.height - 1](block.count - r0, rows + i0 * kLda + r0,
                                        columns + c0 * block.padded + r0 * width,
                                        grad + i0 * ld_ + c0, ld_, true, hints);
       }
     }
   }
 
+  // The same sums of the rows that see a key alone, key by key.
+  void add_rows_apart(const RowBlock<T>& block, int64_t j0, const T* rows, const T* columns,
+                      int64_t n, T* grad) const {
+    TileHints hints;
+    int64_t begin = 0, end = 0;  // both ends of a row's keys grow with the row
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t key = j0 + i - block.keys.first;
+      while (begin < block.count && block.last[begin] <= key) ++begin;
+      while (end < block.count && block.first[end] <= key) ++end;
+      if (begin >= end) continue;
+      for (int64_t c0 = 0; c0 < ld_; c0 += 2 * k_.lanes) {
+        const int64_t width = panel_width(c0), nv = width / k_.lanes;
+        k_.row_a[nv - 1][0](end - begin, rows + i * kLda + begin,
+                            columns + c0 * block.padded + begin * width, grad + i * ld_ + c0, ld_,
+                            true, hints);
+      }
+    }
+  }
+
   void add_grad_kv(const RowBlock<T>& block, const int64_t* seen_keys, int64_t j0, int64_t n,
                    const Buffers& x, T* grad_k, T* grad_v) const {
+    if (x.grad_q_again) return;
+    if (x.rows_apart) {
+      add_rows_apart(block, j0, x.ds_rows, x.q_columns, n, grad_k + j0 * ld_);
+      add_rows_apart(block, j0, x.p_rows, x.grad_out_columns, n, grad_v + j0 * ld_);
+      return;
+    }
     add_rows(block, seen_keys, x.ds_rows, x.q_columns, n, grad_k + j0 * ld_);
     add_rows(block, seen_keys, x.p_rows, x.grad_out_columns, n, grad_v + j0 * ld_);
   }
@@ -244,7 +282,8 @@ class Backward {
       const KeyBlock from(x, j0, n);
       int64_t seen_keys[kRows];
       for (int64_t i = 0; i < block.panels(); ++i) {
-        const AttentionBlock<T> seen = block.sees(i, j0, n, p_.softcap);
+        AttentionBlock<T> seen = block.sees(i, j0, n, p_.softcap);
+        seen.apart = x.grad_q_again;
         const int64_t r0 = i * panel_rows_;
         seen_keys[i] = seen.keys;
         clear(block, i, seen_keys, seen.keys, n, x);
@@ -280,10 +319,12 @@ class Backward {
       std::copy(log_rest, log_rest + block.padded, log_rest + kRows);
       left = false;
       for (int64_t i = 0; i < block.panels(); ++i) {
-        const AttentionBlock<T> seen = block.sees(i, j0, end - j0, p_.softcap);
+        AttentionBlock<T> seen = block.sees(i, j0, end - j0, p_.softcap);
         if (broken(block, i, log_rest)) continue;
         left = true;
         if (seen.keys == 0) continue;
+        KeyIndex<T> living[kRows];
+        leave_out_empty_sticks(block, i, log_rest + i * width, k_.attention.log_tiny, seen, living);
         scores(i, seen, keys, x);
         k_.attention.stick_rest(seen, x.s, log_rest + kRows + i * width);
       }
@@ -310,6 +351,8 @@ class Backward {
         clear(block, i, seen_keys, seen.keys, n, x);
         if (seen.keys == 0) continue;
         const int64_t r0 = i * width;
+        KeyIndex<T> living[kRows];
+        leave_out_empty_sticks(block, i, log_rest + r0, k_.attention.log_tiny, seen, living);
         products(i, seen, from, x);
         k_.attention.stick_bwd(seen, x.s, x.dp, log_rest + r0, x.slopes, x.a + r0, x.p_rows + r0,
                                x.ds_rows + r0);
@@ -345,6 +388,7 @@ class Backward {
   Products<T> tiles_;
   int narrow_;
   int64_t panel_rows_, d_, features_, ld_, chunks_;
+  RowBlocks blocks_;
   std::vector<int64_t> cuts_;  // row blocks where chunks start
 };
 

@@ -10,6 +10,7 @@
 #include <xmmintrin.h>
 #endif
 
+#include "cpu/batch_invariant.h"
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
 #include "cpu/workspace.h"
@@ -61,6 +62,41 @@ inline KeyRange keys_of(const MoaAttentionParams& p, int64_t token) {
   return {begin, std::max(begin, end)};
 }
 
+// Rows where blocks start, and their end.
+//
+// Sums over keys go from block to block, so they round differently where blocks start elsewhere.
+// With `anchored`, blocks of keys start at multiples of kKeys from the first key of their sequence,
+// and a block of rows has rows of one sequence: a row then sums in the same order whatever rows
+// stand beside it. Otherwise blocks of keys start with the first key that the block's first row
+// sees.
+struct RowBlocks {
+  std::vector<int64_t> starts;
+  bool anchored;
+
+  RowBlocks(const MoaAttentionParams& p, bool anchored) : anchored(anchored) {
+    const int64_t rows = p.num_tokens * p.num_slots;
+    const int64_t sequences = anchored && p.cu_seqlens != nullptr ? p.num_sequences : 1;
+    int64_t begin = 0;
+    for (int64_t i = 1; i <= sequences; ++i) {
+      const int64_t end = sequences > 1 ? p.cu_seqlens[i] * p.num_slots : rows;
+      for (; begin < end; begin += kRows) starts.push_back(begin);
+      begin = end;
+    }
+    starts.push_back(rows);
+  }
+  int64_t count() const { return static_cast<int64_t>(starts.size()) - 1; }
+  // Where the blocks of keys of a row block that starts with `token` start.
+  int64_t first_key(const MoaAttentionParams& p, int64_t token) const {
+    const int64_t first = keys_of(p, token).first;
+    if (!anchored) return first;
+    int64_t begin = 0;
+    if (p.cu_seqlens != nullptr) {
+      begin = std::upper_bound(p.cu_seqlens, p.cu_seqlens + p.num_sequences + 1, token)[-1];
+    }
+    return begin + (first - begin) / kKeys * kKeys;
+  }
+};
+
 inline const char* at(const AttentionOperand& x, DType type, int64_t b, int64_t token, int64_t slot,
                       int64_t head) {
   const int64_t offset =
@@ -79,18 +115,23 @@ struct RowBlock {
   int64_t b, head, begin, count;  // rows begin to begin + count of a head
   int64_t panel_rows;
   int64_t padded;                         // whole vectors
-  KeyRange keys;                          // of all rows
+  bool anchored;                          // RowBlocks
+  KeyRange keys;                          // of all rows, from the start of a block of keys on
   KeyIndex<T> first[kRows], last[kRows];  // of each row, counted from keys.first; none of the rows
                                           // that pad
 
   RowBlock(const MoaAttentionParams& p, int lanes, int64_t panel_rows, int64_t b, int64_t head,
-           int64_t begin)
-      : b(b), head(head), begin(begin), panel_rows(panel_rows) {
-    count = std::min(kRows, p.num_tokens * p.num_slots - begin);
-    padded = round_up<int64_t>(count, lanes);
+           const RowBlocks& blocks, int64_t index)
+      : b(b),
+        head(head),
+        begin(blocks.starts[index]),
+        count(blocks.starts[index + 1] - begin),
+        panel_rows(panel_rows),
+        padded(round_up<int64_t>(count, lanes)),
+        anchored(blocks.anchored) {
     int64_t token = begin / p.num_slots, slot = begin % p.num_slots;
     keys = keys_of(p, token);
-    const int64_t origin = keys.first;
+    const int64_t origin = keys.first = blocks.first_key(p, token);
     for (int64_t r = 0; r < count; slot = 0, ++token) {
       const KeyRange range = keys_of(p, token);
       const int64_t next = std::min(count, r + p.num_slots - slot);
@@ -118,6 +159,7 @@ struct RowBlock {
     out.keys = std::clamp<int64_t>(last[r1 - 1] - at, 0, num_keys);
     if (first[r0] >= at + num_keys) out.keys = 0;
     out.start = std::max<int64_t>(first[r0] - at, 0);
+    if (anchored) out.start = out.start / kNarrowKeys * kNarrowKeys;
     out.all_first = first[r1 - 1] - at;
     out.all_last = std::min<int64_t>(last[r0] - at, out.keys);
     out.masked = out.all_first > 0 || out.all_last < out.keys;
@@ -127,6 +169,23 @@ struct RowBlock {
     return out;
   }
 };
+
+// Rows whose stick is empty see no more keys: what those hold must not reach them, and whether they
+// are read depends on the sticks of the rows beside them. `last`: scratch for a panel.
+template <class T>
+void leave_out_empty_sticks(const RowBlock<T>& block, int64_t panel, const T* log_rest, T log_tiny,
+                            AttentionBlock<T>& seen, KeyIndex<T>* last) {
+  const int64_t r0 = panel * block.panel_rows,
+                rows = std::min<int64_t>(seen.width, block.count - r0);
+  bool any = false;
+  for (int64_t r = 0; r < rows; ++r) any |= log_rest[r] < log_tiny;
+  if (!any) return;
+  for (int64_t r = 0; r < seen.width; ++r) {
+    last[r] = log_rest[r] < log_tiny ? seen.first[r] : seen.last[r];
+  }
+  seen.masked = true;
+  seen.last = last;
+}
 
 // Cuts m rows into as few tiles as can be, of heights that are equal or differ by one. Divisions of
 // 32 bits, and two of them: three of 64 for each tile were a twentieth of backward at 16 features.
@@ -175,13 +234,20 @@ struct Products {
       a += a_part;
     }
   }
-  // c [d][width] += a^T b, depth n: a is [part][n][kLdm] with kLdm of the columns each.
-  void by_columns(int64_t n, const T* a, int64_t a_part, const T* b, int width, T* c) const {
-    const int nv = width / k.lanes;
-    for (int64_t c0 = 0; c0 < d; c0 += kLdm) {
-      multiply<T>(k.col_a[nv - 1], max_rows(nv), 1, n, a, b, std::min(kLdm, d - c0), c + c0 * width,
-                  width, true);
-      a += a_part;
+  // c [d][width] += a^T b over the keys of a block: a is [part][keys][kLdm] with kLdm of the
+  // columns each. With `apart`, what a row does not see is left out of its sums and not multiplied
+  // by zero.
+  void by_columns(const AttentionBlock<T>& seen, const T* a, int64_t a_part, const T* b, T* c,
+                  bool apart) const {
+    const int width = seen.width, nv = width / k.lanes;
+    for (int64_t c0 = 0; c0 < d; c0 += kLdm, a += a_part) {
+      const int64_t columns = std::min(kLdm, d - c0);
+      if (apart && seen.masked) {
+        k.attention.seen_sums(seen, a, kLdm, b, columns, c + c0 * width);
+        continue;
+      }
+      multiply<T>(k.col_a[nv - 1], max_rows(nv), 1, seen.keys, a, b, columns, c + c0 * width, width,
+                  true);
     }
   }
 };
@@ -262,34 +328,28 @@ class KeyCopy {
 
 // What an item that goes through row blocks `begin` to `end` keeps of its keys: all, if that is at
 // most kKeptKeyBytes and read more than once.
-inline KeyRange kept_keys(const MoaAttentionParams& p, int64_t begin, int64_t end,
-                          int64_t bytes_a_key) {
-  const int64_t last_row = std::min(end * kRows, p.num_tokens * p.num_slots) - 1;
-  const KeyRange all = {keys_of(p, begin * kRows / p.num_slots).first,
-                        keys_of(p, last_row / p.num_slots).last};
+inline KeyRange kept_keys(const MoaAttentionParams& p, const RowBlocks& blocks, int64_t begin,
+                          int64_t end, int64_t bytes_a_key) {
+  const KeyRange all = {blocks.first_key(p, blocks.starts[begin] / p.num_slots),
+                        keys_of(p, (blocks.starts[end] - 1) / p.num_slots).last};
   return end - begin > 1 && (all.last - all.first) * bytes_a_key <= kKeptKeyBytes ? all
                                                                                   : KeyRange{};
 }
 
-inline int64_t num_row_blocks(const MoaAttentionParams& p) {
-  return ceil_div(p.num_tokens * p.num_slots, kRows);
-}
-
 // Row blocks where `chunks` runs of about the same number of keys start, and their end.
-inline std::vector<int64_t> cut_row_blocks(const MoaAttentionParams& p, int64_t chunks) {
-  const int64_t blocks = num_row_blocks(p), last = p.num_tokens * p.num_slots - 1;
+inline std::vector<int64_t> cut_row_blocks(const MoaAttentionParams& p, const RowBlocks& blocks,
+                                           int64_t chunks) {
   std::vector<int64_t> before = {0}, cuts;
-  for (int64_t i = 0; i < blocks; ++i) {
-    const int64_t end = std::min(last, (i + 1) * kRows - 1);
-    const int64_t n =
-        keys_of(p, end / p.num_slots).last - keys_of(p, i * kRows / p.num_slots).first;
+  for (int64_t i = 0; i < blocks.count(); ++i) {
+    const int64_t n = keys_of(p, (blocks.starts[i + 1] - 1) / p.num_slots).last -
+                      keys_of(p, blocks.starts[i] / p.num_slots).first;
     before.push_back(before.back() + std::max<int64_t>(n, 1));
   }
   for (int64_t c = 0; c <= chunks; ++c) {
     const auto at = std::lower_bound(before.begin(), before.end(), before.back() * c / chunks);
     cuts.push_back(at - before.begin());
   }
-  cuts.back() = blocks;
+  cuts.back() = blocks.count();
   return cuts;
 }
 

@@ -10,8 +10,9 @@ namespace {
 template <class T>
 class Forward {
  public:
-  Forward(const MoaAttentionParams& p)
+  Forward(const MoaAttentionParams& p, const RowBlocks& blocks)
       : p_(p),
+        blocks_(blocks),
         k_(kernels<T>()),
         tiles_{k_, p.head_size},
         narrow_(narrow_size(k_, p)),
@@ -23,7 +24,8 @@ class Forward {
   void run(int64_t b, int64_t head, int64_t begin, int64_t end) const {
     const NoSubnormals guard;
     const int64_t d = p_.head_size;
-    const KeyRange kept = kept_keys(p_, begin, end, 2 * ld_ * static_cast<int64_t>(sizeof(T)));
+    const KeyRange kept =
+        kept_keys(p_, blocks_, begin, end, 2 * ld_ * static_cast<int64_t>(sizeof(T)));
     const int64_t key_pitch = narrow_ > 0 ? kNarrowSize : kLda;
     const int64_t value_pitch = narrow_ > 0 ? kNarrowSize : kLdm;
     const int64_t keys = KeyCopy<T>::size(kept, d, kKc, key_pitch);
@@ -44,11 +46,19 @@ class Forward {
     };
     const T scale = static_cast<T>(p_.scale) * (narrow_ > 0 ? k_.attention.power_scale : T(1));
     for (int64_t i = begin; i < end; ++i) {
-      RowBlock<T> block(p_, k_.lanes, panel_rows_, b, head, i * kRows);
+      const RowBlock<T> block(p_, k_.lanes, panel_rows_, b, head, blocks_, i);
       load_rows(k_, p_, p_.q, block, scale, buffers.rows, ld_);
       to_panels(k_, block, buffers.rows, ld_, features_, buffers.q);
-      std::fill(buffers.out, buffers.out + block.padded * ld_, T(0));
-      p_.kind == AttentionKind::kSoftmax ? softmax(block, buffers) : stick(block, buffers);
+      // Values that a row does not see get weights of zero, which what is not finite survives: then
+      // sums are made again, of each row's own keys.
+      for (const bool apart : {false, true}) {
+        std::fill(buffers.out, buffers.out + block.padded * ld_, T(0));
+        p_.kind == AttentionKind::kSoftmax ? softmax(block, buffers, apart)
+                                           : stick(block, buffers, apart);
+        if (k_.attention.all_finite(buffers.out, block.padded * ld_)) break;
+      }
+      p_.kind == AttentionKind::kSoftmax ? finish_softmax(block, buffers)
+                                         : finish_stick(block, buffers);
     }
   }
 
@@ -63,13 +73,13 @@ class Forward {
                    seen.width, seen.keys, buffers.s);
   }
 
-  void add_values(const AttentionBlock<T>& seen, int64_t panel, const T* values,
-                  Buffers& buffers) const {
-    tiles_.by_columns(seen.keys, values, buffers.values.part_stride(), buffers.s, seen.width,
-                      buffers.out + panel * panel_rows_ * ld_);
+  void add_values(const AttentionBlock<T>& seen, int64_t panel, const T* values, Buffers& buffers,
+                  bool apart) const {
+    tiles_.by_columns(seen, values, buffers.values.part_stride(), buffers.s,
+                      buffers.out + panel * panel_rows_ * ld_, apart);
   }
 
-  void softmax(const RowBlock<T>& block, Buffers& buffers) const {
+  void softmax(const RowBlock<T>& block, Buffers& buffers, bool apart) const {
     T *max = buffers.a, *sum = buffers.b;
     std::fill(max, max + block.padded, k_.attention.lowest);
     std::fill(sum, sum + block.padded, T(0));
@@ -78,9 +88,10 @@ class Forward {
       const T *keys = buffers.keys.get(j0, n), *values = buffers.values.get(j0, n);
       for (int64_t i = 0; i < block.panels(); ++i) {
         const int64_t r0 = i * panel_rows_;
-        const AttentionBlock<T> seen = block.sees(i, j0, n, p_.softcap);
+        AttentionBlock<T> seen = block.sees(i, j0, n, p_.softcap);
         if (seen.keys == 0) continue;
         if (narrow_ > 0) {
+          seen.apart = apart;
           k_.attention.narrow(narrow_, seen, keys, values, buffers.q + r0 * features_,
                               buffers.out + r0 * ld_, max + r0, sum + r0);
           continue;
@@ -90,9 +101,13 @@ class Forward {
           k_.attention.multiply_lanes(buffers.out + r0 * ld_, p_.head_size, seen.width,
                                       buffers.factor);
         }
-        add_values(seen, i, values, buffers);
+        add_values(seen, i, values, buffers, apart);
       }
     }
+  }
+
+  void finish_softmax(const RowBlock<T>& block, Buffers& buffers) const {
+    T *max = buffers.a, *sum = buffers.b;
     if (narrow_ > 0) {
       for (int64_t r = 0; r < block.padded; ++r) max[r] /= k_.attention.power_scale;
     }
@@ -101,26 +116,35 @@ class Forward {
     finish(block, buffers, buffers.factor);
   }
 
-  void stick(const RowBlock<T>& block, Buffers& buffers) const {
+  void stick(const RowBlock<T>& block, Buffers& buffers, bool apart) const {
     T* log_rest = buffers.a;
     std::fill(log_rest, log_rest + block.count, T(0));
     std::fill(log_rest + block.count, log_rest + block.padded, k_.attention.lowest);
     bool broken[kRows] = {};
     int64_t left = block.panels();
-    for (int64_t end = block.keys.last; end > block.keys.first && left > 0; end -= kKeys) {
-      const int64_t j0 = std::max(block.keys.first, end - kKeys);
+    int64_t j0;
+    for (int64_t end = block.keys.last; end > block.keys.first && left > 0; end = j0) {
+      const int64_t over = block.anchored ? (end - block.keys.first - 1) % kKeys + 1 : kKeys;
+      j0 = std::max(block.keys.first, end - over);
       const T *keys = buffers.keys.get(j0, end - j0), *values = buffers.values.get(j0, end - j0);
       for (int64_t i = 0; i < block.panels(); ++i) {
         if (broken[i]) continue;
-        const AttentionBlock<T> seen = block.sees(i, j0, end - j0, p_.softcap);
+        AttentionBlock<T> seen = block.sees(i, j0, end - j0, p_.softcap);
         if (seen.keys == 0) continue;
+        T* rest = log_rest + i * panel_rows_;
+        KeyIndex<T> last[kRows];
+        leave_out_empty_sticks(block, i, rest, k_.attention.log_tiny, seen, last);
         scores(seen, i, keys, buffers);
-        const T most = k_.attention.stick(seen, buffers.s, log_rest + i * panel_rows_);
-        add_values(seen, i, values, buffers);
+        const T most = k_.attention.stick(seen, buffers.s, rest);
+        add_values(seen, i, values, buffers, apart);
         broken[i] = most < k_.attention.log_tiny;
         left -= broken[i];
       }
     }
+  }
+
+  void finish_stick(const RowBlock<T>& block, Buffers& buffers) const {
+    const T* log_rest = buffers.a;
     for (int64_t r = 0; r < block.count; ++r) {
       state(block, r) = log_rest[r] < k_.attention.log_tiny ? T(0) : std::exp(log_rest[r]);
     }
@@ -147,6 +171,7 @@ class Forward {
   }
 
   const MoaAttentionParams& p_;
+  const RowBlocks& blocks_;
   const Kernels<T>& k_;
   Products<T> tiles_;
   int narrow_;
@@ -155,13 +180,14 @@ class Forward {
 
 template <class T>
 void forward(const MoaAttentionParams& p, const Parallel& par) {
-  const Forward<T> attention(p);
-  const int64_t heads = p.batch * p.num_heads, blocks = num_row_blocks(p);
+  const RowBlocks blocks(p, batch_invariant());
+  const Forward<T> attention(p, blocks);
+  const int64_t heads = p.batch * p.num_heads;
   // An item copies its keys and values once. Rows do not depend on each other, so items may be as
   // many as the threads want.
   const int64_t wanted = par.num_threads > 1 ? 8 * par.num_threads : 1;
-  const int64_t chunks = std::clamp<int64_t>(ceil_div(wanted, heads), 1, blocks);
-  const std::vector<int64_t> cuts = cut_row_blocks(p, chunks);
+  const int64_t chunks = std::clamp<int64_t>(ceil_div(wanted, heads), 1, blocks.count());
+  const std::vector<int64_t> cuts = cut_row_blocks(p, blocks, chunks);
   const double cost = static_cast<double>(p.batch * p.num_heads * p.num_tokens) *
                       static_cast<double>(p.num_slots * p.num_keys * p.head_size) / 8;
   parallel_items(par, heads * chunks, cost, [&](int64_t item) {

@@ -100,8 +100,8 @@ void forward(const MoeFfnParams& p, const Parallel& par) {
   const int64_t up_size = PanelBank<T>::elements(k, E, width, H);
   ScratchScope scratch;
   T* panels = scratch.take<T>(Scratch::kTokens, up_size + PanelBank<T>::elements(k, E, H, I));
-  const PanelBank<T> up(k, p.w_gate_up, E, width, H, panels);
-  const PanelBank<T> down(k, p.w_down, E, H, I, panels + up_size);
+  const PanelBank<T> up(k, p.w_gate_up, E, width, H, panels, s.expert_offsets);
+  const PanelBank<T> down(k, p.w_down, E, H, I, panels + up_size, s.expert_offsets);
 
   const auto run_block = [&](int64_t item) {
     const int64_t begin = item * kBlockTokens;

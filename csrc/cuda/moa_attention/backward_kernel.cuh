@@ -175,7 +175,9 @@ __global__ void __launch_bounds__(2 * kTileRows)
         s, q_tile + static_cast<int>(threadIdx.x) / kWarp * 16 * pitch, pitch, k_tile, pitch,
         depth);
     logits.apply(s);
-    break_sticks<false>(s, block.mask(tile * B::kKeys), rest);
+    Mask mask = block.mask(tile * B::kKeys);
+    mask.leave_out_empty_sticks(rest);
+    break_sticks<false>(s, mask, rest);
     const bool left = !(rest[0] < kLogTiny<T>) || !(rest[1] < kLogTiny<T>);
     if (!__syncthreads_or(left)) break;
   }
@@ -224,6 +226,10 @@ __global__ void __launch_bounds__(2 * kTileRows)
     for (int i = 0; i < 2; ++i) b[i] = a[i] * grad_rest[i];
     tiles.first = launch.first_tile[block.head_item * launch.band_tiles + block.in_band];
   }
+  const Range shared_keys = keys_of_all(p, block.row0, block.row_end);
+  __shared__ NotFinite<B::kRows, B::kColumns> notes;
+  __shared__ Sight<B::kRows> sight;
+  notes.clear(static_cast<int>(threadIdx.x), B::kThreads);
   Fragment<T, B::kOctets> sum;
   sum.clear();
 #pragma unroll 1
@@ -243,16 +249,33 @@ __global__ void __launch_bounds__(2 * kTileRows)
     Products<S, B::kKeyOctets>::rows_by_rows(dp, grad_tile + warp_rows, pitch, v_tile, pitch,
                                              depth);
     logits.apply(s);
+    Mask mask = block.mask(j0);
+    // Some row does not see all of the tile.
+    bool apart = shared_keys.first > j0 || shared_keys.last < j0 + B::kKeys;
     if constexpr (kSoftmax) {
-      softmax_gradient(s, w, dp, block.mask(j0), logits, a, b);
+      softmax_gradient(s, w, dp, mask, logits, a, b);
     } else {
-      stick_gradient(s, w, dp, block.mask(j0), logits, a, b);
+      apart |= mask.leave_out_empty_sticks(a);
+      stick_gradient(s, w, dp, mask, logits, a, b);
+      apart = __syncthreads_or(apart);
     }
-    Products<S, B::kOctets>::fragment_by_columns(sum, s, k_tile + column0, pitch);
+    S* columns = k_tile + column0;
+    if (apart &&
+        __syncthreads_or(has_not_finite<S, B::kKeys, B::kColumns, B::kThreads>(columns, pitch))) {
+      sight.keep(mask, block.mine - block.row0);
+      __syncthreads();
+      set_apart<S, B::kKeys, B::kColumns, B::kThreads>(columns, pitch, [&](int key, int column, T) {
+        sight.note_key(notes, key, column, T(NAN));
+      });
+      __syncthreads();
+    }
+    Products<S, B::kOctets>::fragment_by_columns(sum, s, columns, pitch);
     __syncthreads();
   }
   commit_copies();
   wait_copies<0>();
+  __syncthreads();
+  notes.add_to(sum, block.mine - block.row0);
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const int r = block.mine + 8 * i;
@@ -316,6 +339,10 @@ __global__ void __launch_bounds__(2 * kTileRows)
   Fragment<T, B::kOctets> sum_k, sum_v;
   sum_k.clear();
   sum_v.clear();
+  __shared__ NotFinite<B::kKeys, B::kColumns> notes_k, notes_v;
+  __shared__ Sight<B::kRows> sight;
+  notes_k.clear(static_cast<int>(threadIdx.x), B::kThreads);
+  notes_v.clear(static_cast<int>(threadIdx.x), B::kThreads);
 #pragma unroll 1
   for (int tile = first; tile < last; ++tile) {
     const RowBlock<S, B::kRows> block(launch, item % heads, tile - launch.band);
@@ -345,15 +372,35 @@ __global__ void __launch_bounds__(2 * kTileRows)
       Products<S, B::kKeyOctets>::rows_by_rows(dp, grad_tile + 16 * warp * pitch, pitch, v_tile,
                                                pitch, depth);
       logits.apply(s);
+      Mask mask = block.mask(j0);
       if constexpr (kSoftmax) {
-        softmax_gradient(s, w, dp, block.mask(j0), logits, a, b);
+        softmax_gradient(s, w, dp, mask, logits, a, b);
       } else {
-        stick_gradient(s, w, dp, block.mask(j0), logits, a, b);
+        mask.leave_out_empty_sticks(a);
+        stick_gradient(s, w, dp, mask, logits, a, b);
       }
       store_fragment(w_tile + 16 * warp * B::kPitchScores, B::kPitchScores, w);
       store_fragment(ds_tile + 16 * warp * B::kPitchScores, B::kPitchScores, s);
     }
     __syncthreads();
+    const Range all = keys_of_all(p, block.row0, block.row_end);
+    if ((all.first > j0 || all.last < j0 + B::kKeys) &&
+        __syncthreads_or(
+            has_not_finite<S, B::kRows, B::kColumns, B::kThreads>(grad_tile + column0, pitch) ||
+            has_not_finite<S, B::kRows, B::kColumns, B::kThreads>(q_tile + column0, pitch))) {
+      sight.keep(block.mask(j0), block.mine - block.row0);
+      __syncthreads();
+      // Weights are not negative.
+      set_apart<S, B::kRows, B::kColumns, B::kThreads>(
+          grad_tile + column0, pitch, [&](int r, int column, T x) {
+            sight.template note_row<B::kKeys>(notes_v, r, column, x);
+          });
+      set_apart<S, B::kRows, B::kColumns, B::kThreads>(
+          q_tile + column0, pitch, [&](int r, int column, T) {
+            sight.template note_row<B::kKeys>(notes_k, r, column, T(NAN));
+          });
+      __syncthreads();
+    }
     Products<S, B::kOctets>::columns_by_columns(sum_v, w_tile + 16 * warp, B::kPitchScores,
                                                 grad_tile + column0, pitch, B::kRows);
     Products<S, B::kOctets>::columns_by_columns(sum_k, ds_tile + 16 * warp, B::kPitchScores,
@@ -362,6 +409,9 @@ __global__ void __launch_bounds__(2 * kTileRows)
   }
   commit_copies();  // of keys that no row sees
   wait_copies<0>();
+  __syncthreads();
+  notes_k.add_to(sum_k, 16 * warp + lane_id() / 4);
+  notes_v.add_to(sum_v, 16 * warp + lane_id() / 4);
 
 #pragma unroll
   for (int i = 0; i < 2; ++i) {

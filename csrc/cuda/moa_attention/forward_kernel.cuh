@@ -97,6 +97,7 @@ __global__ void __launch_bounds__(32 * kWarps)
   const int64_t tiles = all.last - all.first;
   const int first = all.first + static_cast<int>(tiles * split / launch.splits);
   const int last = all.first + static_cast<int>(tiles * (split + 1) / launch.splits);
+  const Range shared_keys = keys_of_all(p, row0, row_end);
 
   const S* q = static_cast<const S*>(p.q.data);
   load_tile<S, kRows, kThreads>(
@@ -114,6 +115,9 @@ __global__ void __launch_bounds__(32 * kWarps)
   if (last > first) load_keys(last - 1);
   commit_copies();
 
+  __shared__ NotFinite<kRows, kColumns> notes;
+  __shared__ Sight<kRows> sight;
+  notes.clear(static_cast<int>(threadIdx.x), kThreads);
   const Logits<T> logits(p.scale, p.softcap);
   Fragment<T, F::kOctets> out;
   out.clear();
@@ -141,16 +145,27 @@ __global__ void __launch_bounds__(32 * kWarps)
     if (tile > first) load_keys(tile - 1);
     commit_copies();
     logits.apply(s);
-    const Mask mask = mask_of(seen, tile * kKeys);
+    Mask mask = mask_of(seen, tile * kKeys);
+    const bool whole = shared_keys.first <= tile * kKeys && shared_keys.last >= (tile + 1) * kKeys;
+    bool apart = !whole;  // some row does not see all of the tile
     if constexpr (F::kSoftmax) {
       T factor[2];
       softmax.step(s, mask, factor);
       out.scale_rows(factor);
     } else {
+      apart |= mask.leave_out_empty_sticks(rest);
       break_sticks<true>(s, mask, rest);
     }
     wait_copies<1>();
-    __syncthreads();
+    apart = __syncthreads_or(apart);
+    if (apart && __syncthreads_or(has_not_finite<S, kKeys, kColumns, kThreads>(v_tile, kPitchV))) {
+      sight.keep(mask, mine - row0);
+      __syncthreads();
+      set_apart<S, kKeys, kColumns, kThreads>(v_tile, kPitchV, [&](int key, int column, T x) {
+        sight.note_key(notes, key, column, x);
+      });
+      __syncthreads();
+    }
     Products<S, F::kOctets>::fragment_by_columns(out, s, v_tile, kPitchV);
     if constexpr (F::kSoftmax) {
       __syncthreads();
@@ -161,6 +176,8 @@ __global__ void __launch_bounds__(32 * kWarps)
     }
   }
   wait_copies<0>();
+  __syncthreads();
+  notes.add_to(out, mine - row0);
 
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
@@ -224,8 +241,8 @@ __global__ void __launch_bounds__(128)
   } else {
     T rest = 0;
     for (int s = launch.splits - 1; s >= 0; --s) {
-      const T factor = rest < kLogTiny<T> ? T(0) : exponential(rest);
-      out += factor * partials.out_of(s, row)[column];
+      if (rest < kLogTiny<T>) break;
+      out += exponential(rest) * partials.out_of(s, row)[column];
       rest += partials.state_of(s, row)[0];
     }
     state = rest < kLogTiny<T> ? T(0) : exponential(rest);

@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "cuda/grouped_gemm/tile.cuh"
+#include "cuda/moa_attention/not_finite.cuh"
 #include "cuda/moa_attention/scores.cuh"
 #include "cuda/vec.cuh"
 
@@ -209,6 +210,37 @@ struct Products {
     }
   }
 };
+
+// Whether this thread's part of a tile, rows of kColumns elements, has a number that is not finite.
+template <class S, int kRows, int kColumns, int kThreads>
+__device__ bool has_not_finite(const S* tile, int pitch) {
+  constexpr int kVec = kVector<S>, kChunks = kColumns / kVec;
+  bool any = false;
+#pragma unroll 2
+  for (int i = static_cast<int>(threadIdx.x); i < kRows * kChunks; i += kThreads) {
+    const S* from = tile + i / kChunks * pitch + i % kChunks * kVec;
+    if constexpr (sizeof(S) == 2) {
+      constexpr uint32_t kExponents = std::is_same_v<S, bf16> ? 0x7f807f80u : 0x7c007c00u;
+      any |= any_not_finite<kExponents>(*reinterpret_cast<const uint4*>(from));
+    } else {
+#pragma unroll
+      for (int e = 0; e < kVec; ++e) any |= not_finite(from[e]);
+    }
+  }
+  return any;
+}
+// Calls note(row, column, number) for these numbers, which become zero.
+template <class S, int kRows, int kColumns, int kThreads, class Note>
+__device__ void set_apart(S* tile, int pitch, const Note& note) {
+#pragma unroll 1
+  for (int i = static_cast<int>(threadIdx.x); i < kRows * kColumns; i += kThreads) {
+    S& at = tile[i / kColumns * pitch + i % kColumns];
+    const Accumulate<S> x = widen(at);
+    if (!not_finite(x)) continue;
+    note(i / kColumns, i % kColumns, x);
+    at = narrow<S>(Accumulate<S>(0));
+  }
+}
 
 // Columns `column` + 2 q and the next of a row of `columns` elements.
 template <class S, class T>

@@ -66,6 +66,12 @@ __device__ inline int num_rows(const MoaAttentionParams& p) {
   return static_cast<int>(p.num_tokens * p.num_slots);
 }
 
+// Keys that all rows row0 to row_end - 1 see.
+__device__ inline Range keys_of_all(const MoaAttentionParams& p, int row0, int row_end) {
+  const int slots = static_cast<int>(p.num_slots);
+  return {keys_of(p, (row_end - 1) / slots).first, keys_of(p, row0 / slots).last};
+}
+
 // Keys of row r; none past the last row.
 __device__ inline Range keys_of_row(const MoaAttentionParams& p, int r) {
   return r < num_rows(p) ? keys_of(p, r / static_cast<int>(p.num_slots)) : Range{};

@@ -129,6 +129,19 @@ struct Mask {
     const int column = 8 * j + c;
     return column >= first[i] && column < last[i];
   }
+  // Rows whose stick is empty see nothing: what the keys hold must not reach them, and whether keys
+  // are read depends on the sticks of the rows beside them. Whether there is such a row.
+  template <class T>
+  __device__ bool leave_out_empty_sticks(const T (&log_rest)[2]) {
+    bool any = false;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const bool empty = log_rest[i] < kLogTiny<T>;
+      if (empty) last[i] = first[i];
+      any |= empty;
+    }
+    return any;
+  }
 };
 
 // A tile that all rows of a warp see whole.
@@ -225,7 +238,8 @@ __device__ void softmax_gradient(Fragment<T, kTiles>& s, Fragment<T, kTiles>& w,
       const T x = s.v[j][e];
       const T p = mask.sees(i, j, e % 2) ? exponential(x - log_sum[i]) : T(0);
       w.v[j][e] = p;
-      s.v[j][e] = p * (dp.v[j][e] - delta[i]) * logits.slope(x);
+      // Zero times what is not finite would be no zero.
+      s.v[j][e] = mask.sees(i, j, e % 2) ? p * (dp.v[j][e] - delta[i]) * logits.slope(x) : T(0);
     }
   }
 }
@@ -274,13 +288,14 @@ __device__ void stick_gradient(Fragment<T, kTiles>& s, Fragment<T, kTiles>& w,
 #pragma unroll
     for (int j = 0; j < kTiles; ++j) {
       T &x0 = s.v[j][2 * i], &x1 = s.v[j][2 * i + 1];
-      const T g0 = w.v[j][2 * i] * dp.v[j][2 * i];
-      const T g1 = w.v[j][2 * i + 1] * dp.v[j][2 * i + 1];
+      const bool sees0 = mask.sees(i, j, 0), sees1 = mask.sees(i, j, 1);
+      const T g0 = sees0 ? w.v[j][2 * i] * dp.v[j][2 * i] : T(0);
+      const T g1 = sees1 ? w.v[j][2 * i + 1] * dp.v[j][2 * i + 1] : T(0);
       const QuadScan<T> scan = quad_before(g0 + g1);
       const T b0 = sum + scan.others, b1 = b0 + g0;
       const T z0 = sigmoid_of(x0), z1 = sigmoid_of(x1);
-      x0 = mask.sees(i, j, 0) ? (g0 * (T(1) - z0) - z0 * b0) * logits.slope(x0) : T(0);
-      x1 = mask.sees(i, j, 1) ? (g1 * (T(1) - z1) - z1 * b1) * logits.slope(x1) : T(0);
+      x0 = sees0 ? (g0 * (T(1) - z0) - z0 * b0) * logits.slope(x0) : T(0);
+      x1 = sees1 ? (g1 * (T(1) - z1) - z1 * b1) * logits.slope(x1) : T(0);
       sum += scan.total;
     }
     before[i] = sum;

@@ -36,6 +36,8 @@ struct BackwardConfig {
     alignas(1024) Element q[kConsumers * kTile];
     alignas(1024) Element grad[kConsumers * kTile];
     alignas(1024) Element ring[kStagesQ * 2 * kTile];
+    NotFinite<kRows, kD> notes;
+    Sight<kRows> sight;
     alignas(8) cutlass::arch::ClusterTransactionBarrier rows_full;
     cutlass::arch::ClusterTransactionBarrier full[kStagesQ];
     cutlass::arch::ClusterBarrier empty[kStagesQ];
@@ -48,6 +50,8 @@ struct BackwardConfig {
     alignas(1024) Element ring[kStagesKv * 2 * kConsumers * kTile];
     alignas(1024) Element w[kConsumers * 64 * kKeys];
     alignas(1024) Element ds[kConsumers * 64 * kKeys];
+    NotFinite<kKeys, kD> notes[2];  // of grad_v and grad_k
+    Sight<kRows> sight;
     alignas(8) cutlass::arch::ClusterTransactionBarrier keys_full;
     cutlass::arch::ClusterTransactionBarrier full[kStagesKv];
     cutlass::arch::ClusterBarrier empty[kStagesKv];
@@ -155,23 +159,36 @@ __device__ KeyTiles key_tiles_of(const BackwardLaunch& launch, int64_t item, int
   return out;
 }
 
-// Scores and gradients of weights to gradients of scores in `scores` and weights in `w`.
+// Scores and gradients of weights to gradients of scores in `scores` and weights in `w`. `mask`
+// becomes what rows see whose stick is not empty; whether one is.
 template <class Config, class Scores, class Weights>
-__device__ void gradients(Scores& scores, Scores& products, Weights& w, const BandRows& rows,
-                          int j0, const PlainLogits& logits, float (&a)[2], float (&b)[2]) {
+__device__ bool gradients(Scores& scores, Scores& products, Weights& w, const BandRows& rows,
+                          int j0, const PlainLogits& logits, float (&a)[2], float (&b)[2],
+                          Mask& mask) {
   auto &s = fragment(scores), &dp = fragment(products);
   logits.apply(s);
-  const bool whole = __all_sync(~0u, rows.whole(j0, Config::kKeys));
+  mask = rows.mask(j0);
+  const bool empty = !Config::kSoftmax && mask.leave_out_empty_sticks(a);
+  const bool whole = __all_sync(~0u, rows.whole(j0, Config::kKeys) && !empty);
   if constexpr (Config::kSoftmax) {
     if (whole) {
       softmax_gradient(s, w, dp, NoMask{}, logits, a, b);
     } else {
-      softmax_gradient(s, w, dp, rows.mask(j0), logits, a, b);
+      softmax_gradient(s, w, dp, mask, logits, a, b);
     }
   } else {
-    if (!whole) mask_scores(s, rows.mask(j0), kNoShare);
+    if (!whole) {
+      mask_scores(s, mask, kNoShare);
+      mask_scores(dp, mask, 0.f);
+    }
     stick_gradient(s, w, dp, NoMask{}, logits, a, b);
+    // A NaN of the row is not the keys' that it does not see.
+    if (!whole) {
+      mask_scores(s, mask, 0.f);
+      mask_scores(w, mask, 0.f);
+    }
   }
+  return empty;
 }
 
 template <class Config>
@@ -197,6 +214,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     }
     cutlass::arch::fence_barrier_init();
   }
+  smem.notes.clear(static_cast<int>(threadIdx.x), Config::kThreads);
   __syncthreads();
   const KeyTiles tiles = key_tiles_of<Config>(launch, item, tile);
 
@@ -240,6 +258,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
 #pragma unroll
     for (int i = 0; i < 2; ++i) b[i] = a[i] * grad_rest[i];
   }
+  const Range shared_keys = keys_of_all(p, row0, min(row0 + Config::kRows, num_rows(p)));
   const auto sQ = as_rows<Element, 64, kD>(smem.q + group * kTile);
   const auto sG = as_rows<Element, 64, kD>(smem.grad + group * kTile);
   smem.rows_full.wait(0);
@@ -269,7 +288,23 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     warpgroup_fence_operand(products);
     warpgroup_fence_operand(sum);
     Fragment<float, Config::kKeys / 8> w;
-    gradients<Config>(scores, products, w, rows, t * Config::kKeys, logits, a, b);
+    const int j0 = t * Config::kKeys;
+    Mask mask;
+    const bool empty = gradients<Config>(scores, products, w, rows, j0, logits, a, b, mask);
+    // Some row does not see all keys.
+    constexpr int kThreads = Config::kConsumers * kWarpgroup;
+    bool apart = shared_keys.first > j0 || shared_keys.last < j0 + Config::kKeys;
+    if constexpr (!Config::kSoftmax) apart = any_consumer(apart || empty, kThreads);
+    const int consumer = group * kWarpgroup + thread;
+    if (apart && any_consumer(has_not_finite<kTile>(keys, consumer, kThreads), kThreads)) {
+      smem.sight.keep(mask, rows.mine - row0);
+      any_consumer(false, kThreads);
+      set_apart<64, kD>(keys, consumer, kThreads, [&](int key, int column, float) {
+        smem.sight.note_key(smem.notes, key, column, NAN);
+      });
+      cutlass::arch::fence_view_async_shared();
+      any_consumer(false, kThreads);
+    }
     auto operand = as_operand<typename Config::GradQMma, Element, Config::kKeys>(scores);
     warpgroup_fence_operand(sum);
     warpgroup_fence_operand(operand);
@@ -282,6 +317,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     warpgroup_fence_operand(operand);
     if (lane == 0) smem.empty[place.stage].arrive();
   }
+  smem.notes.add_to(fragment(sum), rows.mine - row0);
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const int r = rows.mine + 8 * i;
@@ -329,6 +365,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     }
     cutlass::arch::fence_barrier_init();
   }
+  for (auto& notes : smem.notes) notes.clear(static_cast<int>(threadIdx.x), Config::kThreads);
   __syncthreads();
   // Tiles of 128 rows of the band.
   const Range tokens = tokens_of(p, j0, key_end);
@@ -408,8 +445,10 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       warpgroup_fence_operand(scores);
       warpgroup_fence_operand(products);
       Fragment<float, Config::kKeys / 8> w;
-      gradients<Config>(scores, products, w, rows, j0, logits, a, b);
-      meet();  // nobody multiplies by the last tile's scores any more
+      Mask mask;
+      gradients<Config>(scores, products, w, rows, j0, logits, a, b, mask);
+      meet();  // nobody multiplies by the last tile's scores, or looks at its sight, any more
+      smem.sight.keep(rows.mask(j0), 64 * group + thread / kWarp * 16 + lane / 4);
       store_scores(smem.w + group * 64 * Config::kKeys, w, thread);
       store_scores(smem.ds + group * 64 * Config::kKeys, fragment(scores), thread);
     }
@@ -417,6 +456,23 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     meet();
     Element* left = group == 0 ? smem.w : smem.ds;
     Element* right = group == 0 ? grads : queries;
+    // Some row does not see all keys. Each warpgroup has lines of its own here.
+    const int row0 = base + tile * Config::kRows, barrier = 1 + group;
+    const Range shared_keys = keys_of_all(p, row0, min(row0 + Config::kRows, num_rows(p)));
+    if ((shared_keys.first > j0 || shared_keys.last < j0 + Config::kKeys) &&
+        any_consumer(has_not_finite<Config::kConsumers * kTile>(right, thread, kWarpgroup),
+                     kWarpgroup, barrier)) {
+#pragma unroll 1
+      for (int half = 0; half < Config::kConsumers; ++half) {
+        set_apart<64, kD>(right + half * kTile, thread, kWarpgroup,
+                          [&](int line, int column, float x) {
+                            smem.sight.template note_row<Config::kKeys>(
+                                smem.notes[group], 64 * half + line, column, group == 0 ? x : NAN);
+                          });
+      }
+      cutlass::arch::fence_view_async_shared();
+      any_consumer(false, kWarpgroup, barrier);
+    }
     warpgroup_fence_operand(sum);
     warpgroup_arrive();
 #pragma unroll
@@ -433,6 +489,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   }
 
   auto& f = fragment(sum);
+  smem.notes[group].add_to(f, thread / kWarp * 16 + lane / 4);
   const float scale = group == 0 ? 1.f : logits.scale;
   void* result = group == 0 ? launch.b.grad_v : launch.b.grad_k;
   auto* kept = static_cast<float*>(group == 0 ? launch.sum_v : launch.sum_k);

@@ -16,6 +16,7 @@
 #include "cuda/check.h"
 #include "cuda/grouped_gemm/tensor_map_4d.h"
 #include "cuda/moa_attention/config.h"
+#include "cuda/moa_attention/not_finite.cuh"
 #include "cuda/moa_attention/problem.cuh"
 #include "cuda/moa_attention/scores.cuh"
 #include "cuda/moa_attention/sm90.h"
@@ -221,6 +222,44 @@ struct SoftmaxBase2 {
     }
   }
 };
+
+// Any of the consumers' threads, asked of all of them. `barrier`: a number of those above 0 that
+// nothing else uses.
+__device__ inline bool any_consumer(bool value, int threads, int barrier = 1) {
+  uint32_t out;
+  asm volatile(
+      "{ .reg .pred a, b; setp.ne.u32 a, %1, 0; barrier.cta.red.or.pred b, %3, %2, a; "
+      "selp.u32 %0, 1, 0, b; }"
+      : "=r"(out)
+      : "r"(static_cast<uint32_t>(value)), "r"(threads), "r"(barrier)
+      : "memory");
+  return out != 0;
+}
+
+// What `thread` of `threads` finds in kCount elements of shared memory, as fragments.cuh has it.
+template <int kCount, class E>
+__device__ bool has_not_finite(const E* tile, int thread, int threads) {
+  constexpr uint32_t kExponents =
+      cute::is_same_v<E, cutlass::bfloat16_t> ? 0x7f807f80u : 0x7c007c00u;
+  bool any = false;
+#pragma unroll 2
+  for (int i = thread; i < kCount / 8; i += threads) {
+    any |= any_not_finite<kExponents>(reinterpret_cast<const uint4*>(tile)[i]);
+  }
+  return any;
+}
+// Of a tile of kLines lines in spans of 64 columns.
+template <int kLines, int kColumns, class E, class Note>
+__device__ void set_apart(E* tile, int thread, int threads, const Note& note) {
+#pragma unroll 1
+  for (int i = thread; i < kLines * kColumns; i += threads) {
+    const float x = static_cast<float>(tile[i]);
+    if (!not_finite(x)) continue;
+    const int line = i / kSpan % kLines, chunk = i % kSpan / 8 ^ line % 8;
+    note(line, i / kSpan / kLines * kSpan + 8 * chunk + i % 8, x);
+    tile[i] = E(0.f);
+  }
+}
 
 constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 

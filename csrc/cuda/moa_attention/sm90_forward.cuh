@@ -35,6 +35,8 @@ struct ForwardConfig {
     cutlass::arch::ClusterTransactionBarrier full[kStages];
     cutlass::arch::ClusterBarrier empty[kStages];
     int stopped;  // all sticks are empty
+    NotFinite<kRows, kD> notes;
+    Sight<kRows> sight;
   };
   static constexpr int kSharedBytes = sizeof(Shared);
   static_assert(kSharedBytes <= 227 * 1024);
@@ -58,18 +60,6 @@ struct Place {
     }
   }
 };
-
-// Any of the consumers' threads, asked of all of them.
-__device__ inline bool any_consumer(bool value, int threads) {
-  uint32_t out;
-  asm volatile(
-      "{ .reg .pred a, b; setp.ne.u32 a, %1, 0; barrier.cta.red.or.pred b, 1, %2, a; "
-      "selp.u32 %0, 1, 0, b; }"
-      : "=r"(out)
-      : "r"(static_cast<uint32_t>(value)), "r"(threads)
-      : "memory");
-  return out != 0;
-}
 
 template <class Config>
 __device__ void produce(const ForwardParams& params, typename Config::Shared& smem, Head head,
@@ -124,6 +114,7 @@ __device__ void consume(const ForwardParams& params, typename Config::Shared& sm
   const int thread = static_cast<int>(threadIdx.x) % kWarpgroup, lane = thread % kWarp;
   const int mine = row0 + 64 * group + thread / kWarp * 16 + lane / 4;  // and mine + 8
   const Range seen[2] = {keys_of_row(p, mine), keys_of_row(p, mine + 8)};
+  const Range shared_keys = keys_of_all(p, row0, min(row0 + Config::kRows, num_rows(p)));
 
   auto scores = accumulators<typename Config::ScoreMma, kKeys>();
   auto out = accumulators<typename Config::OutMma, kD>();
@@ -151,14 +142,23 @@ __device__ void consume(const ForwardParams& params, typename Config::Shared& sm
         GMMA::ScaleOut::Zero);
     warpgroup_commit_batch();
   };
+  const auto mask_of = [&](int tile) {
+    const int shift = tile * kKeys + lane % 4 * 2;
+    return Mask{{seen[0].first - shift, seen[1].first - shift},
+                {seen[0].last - shift, seen[1].last - shift}};
+  };
+  bool empty[2] = {false, false};  // sticks, before the tile that was weighed last
   // Scores to weights; whether an earlier tile is wanted.
   const auto weigh = [&](int tile) {
-    const int shift = tile * kKeys + lane % 4 * 2;
-    const Mask mask = {{seen[0].first - shift, seen[1].first - shift},
-                       {seen[0].last - shift, seen[1].last - shift}};
+    Mask mask = mask_of(tile);
     const int j0 = tile * kKeys;
-    const bool whole = seen[0].first <= j0 && seen[1].first <= j0 && seen[0].last >= j0 + kKeys &&
-                       seen[1].last >= j0 + kKeys;
+    bool whole = seen[0].first <= j0 && seen[1].first <= j0 && seen[0].last >= j0 + kKeys &&
+                 seen[1].last >= j0 + kKeys;
+    if constexpr (!Config::kSoftmax) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) empty[i] = rest[i] < kLogTiny<float>;
+      whole = !mask.leave_out_empty_sticks(rest) && whole;
+    }
     const bool unmasked = __all_sync(~0u, whole);
     if constexpr (Config::kSoftmax) {
       if (!unmasked) mask_scores(s, mask, -INFINITY);
@@ -184,6 +184,31 @@ __device__ void consume(const ForwardParams& params, typename Config::Shared& sm
     place.next();
     wanted = weigh(last - 1);
   }
+  // Values that are not finite, of the tile at `at`, if some row does not see all of it.
+  const auto set_apart = [&](int tile, const Place<Config::kStages>& at) {
+    const int threads = Config::kConsumers * kWarpgroup;
+    bool apart = shared_keys.first > tile * kKeys || shared_keys.last < (tile + 1) * kKeys;
+    if constexpr (!Config::kSoftmax) apart = any_consumer(apart || empty[0] || empty[1], threads);
+    if (!apart) return;
+    await(at);
+    Element* values = smem.ring + at.stage * Config::kTile;
+    const int first_thread = static_cast<int>(threadIdx.x) - kWarpgroup;
+    if (!any_consumer(has_not_finite<Config::kTile>(values, first_thread, threads), threads)) {
+      return;
+    }
+    Mask mask = mask_of(tile);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      if (empty[i]) mask.last[i] = mask.first[i];
+    }
+    smem.sight.keep(mask, mine - row0);
+    any_consumer(false, threads);
+    attention::set_apart<kKeys, kD>(
+        values, first_thread, threads,
+        [&](int key, int column, float x) { smem.sight.note_key(smem.notes, key, column, x); });
+    cutlass::arch::fence_view_async_shared();
+    any_consumer(false, threads);
+  };
   // Starts out += weights times the values at `place`.
   const auto start_values = [&](auto& weights) {
     await(place);
@@ -204,6 +229,9 @@ __device__ void consume(const ForwardParams& params, typename Config::Shared& sm
   int tile = last - 1;  // whose weights are in `scores`
 #pragma unroll 1
   for (; tile > first && wanted; --tile) {
+    Place<Config::kStages> values = place;
+    values.next();
+    set_apart(tile, values);
     auto weights = as_operand<typename Config::OutMma, Element, kKeys>(scores);
     const Place<Config::kStages> keys = place;
     start_scores();
@@ -218,6 +246,7 @@ __device__ void consume(const ForwardParams& params, typename Config::Shared& sm
   }
   if (last > first) {
     if (tile > first) place.next();  // keys that nobody looks at lie before the values
+    set_apart(tile, place);
     auto weights = as_operand<typename Config::OutMma, Element, kKeys>(scores);
     start_values(weights);
     finish_values(weights);
@@ -226,6 +255,7 @@ __device__ void consume(const ForwardParams& params, typename Config::Shared& sm
     *static_cast<volatile int*>(&smem.stopped) = 1;
   }
 
+  smem.notes.add_to(fragment(out), mine - row0);
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const int r = mine + 8 * i;
@@ -270,6 +300,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     smem.stopped = 0;
     cutlass::arch::fence_barrier_init();
   }
+  smem.notes.clear(static_cast<int>(threadIdx.x), Config::kThreads);
   __syncthreads();
   const int first_key = keys_of_row(p, row0).first, last_key = keys_of_row(p, row_end - 1).last;
   const int first = first_key / Config::kKeys;

@@ -2,6 +2,7 @@
 
 #include <optional>
 
+#include "cpu/batch_invariant.h"
 #include "cpu/pack.h"
 #include "torch/moe_ffn/checks.h"
 
@@ -74,10 +75,11 @@ void check_packed(const Op& op, const char* name, const PackedWeight& p) {
 }
 
 // One token reads small experts of fp32 as fast in the weights as they lie, which nobody has to
-// check. With more tokens or larger experts, panels are ahead where weights come from memory.
+// check. With more tokens or larger experts, panels are ahead where weights come from memory. The
+// two round differently.
 bool prefers_weights(const Sizes& s, const MoeFfnParams& p) {
   constexpr int64_t kMostExpertBytes = int64_t{2} << 20;
-  return s.T == 1 && s.type == DType::kFloat32 && p.w_gate_up.stride_k == 1 &&
+  return !cpu::batch_invariant() && s.T == 1 && s.type == DType::kFloat32 && p.w_gate_up.stride_k == 1 &&
          p.w_down.stride_k == 1 && (s.width + s.I) * s.H * dtype_size(s.type) <= kMostExpertBytes;
 }
 

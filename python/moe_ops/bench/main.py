@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_ops._arguments import MAX_THREADS, MAX_TOKENS, seconds, whole
-from moe_ops._files import read_json, write_text
+from moe_ops._files import describe, read_json, write_text
 from moe_ops.bench import machine, report
 from moe_ops.bench.contenders import Contender
 from moe_ops.bench.run import join, run
@@ -98,7 +98,9 @@ def main(arguments: Sequence[str] | None = None, *, contenders: Sequence[Contend
         _main(parse(arguments), contenders)
     except BrokenPipeError:
         raise
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        sys.exit(f"moe_ops.bench: {describe(error)}")
+    except ValueError as error:
         sys.exit(f"moe_ops.bench: {error}")
     except KeyboardInterrupt:
         print("moe_ops.bench: stopped", file=sys.stderr)

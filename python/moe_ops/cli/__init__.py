@@ -16,6 +16,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ImportError:
         print(MISSING_EXTRA, file=sys.stderr)
         sys.exit(1)
-    from moe_ops.cli.app import app
+    try:
+        from moe_ops.cli.app import app
 
-    app(args=None if arguments is None else list(arguments), prog_name="moe-ops")
+        app(args=None if arguments is None else list(arguments), prog_name="moe-ops")
+    except KeyboardInterrupt:  # While modules were loaded; commands end with a line of their own.
+        print("Stopped.", file=sys.stderr)
+        sys.exit(130)

@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from moe_ops import _arguments as ranges
+from moe_ops._files import describe
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -81,15 +82,8 @@ def command(function: Callable[P, T]) -> Callable[P, T]:
         except BrokenPipeError:
             raise  # Of `moe-ops ... | head`; click ends quietly.
         except OSError as error:
-            raise fail(_sentence(error)) from None
+            raise fail(describe(error)) from None
         except (ValueError, ArithmeticError, ImportError) as error:
             raise fail(error) from None
 
     return run
-
-
-def _sentence(error: OSError) -> str:
-    if error.errno is None or type(error).__str__ is not OSError.__str__:
-        return str(error)
-    where = f"{error.filename}: " if error.filename is not None else ""
-    return f"{where}{error.strerror}"

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
+from safetensors import SafetensorError
 from torch import Tensor
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 import moe_ops.hf
-from moe_ops import quant
+from moe_ops import _files, quant
 from moe_ops.quant.bank import find_banks, idle_patterns
 
 REPORT_NAME = "moe_ops_quantization.json"
 # What save_pretrained writes itself, or what a quantised checkpoint must not hold.
 _NOT_COPIED = ("config.json", "generation_config.json", REPORT_NAME)
+# Of a text: far more than calibration and perplexity read.
+_MAX_CHARACTERS = 2**28
 _COPIED_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".md", ".py")
 
 
@@ -42,13 +48,15 @@ def run(options: QuantizeOptions, console: Console) -> dict[str, Any]:
 
     Raises:
         ValueError: options or a checkpoint that cannot work, with a sentence.
+        OSError: the target could not be written; what was in it is still there.
     """
     from transformers import AutoModelForCausalLM
 
     _check(options)
     calibrating, judging = (None, None) if options.text is None else _read_text(options)
     started = time.perf_counter()
-    model = AutoModelForCausalLM.from_pretrained(options.source, dtype="auto")
+    with _from(options.source):
+        model = AutoModelForCausalLM.from_pretrained(options.source, dtype="auto")
     model.eval()
     _check_skip(model, options.skip)
     baseline = calibration = None
@@ -77,9 +85,6 @@ def run(options: QuantizeOptions, console: Console) -> dict[str, Any]:
         skip=options.skip,
         progress=progress,
     )
-    options.target.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(options.target)
-    _copy_rest(options.source, options.target)
     result: dict[str, Any] = {
         "source": options.source.name,
         "format": f"int{options.bits}",
@@ -93,7 +98,7 @@ def run(options: QuantizeOptions, console: Console) -> dict[str, Any]:
         report = quant.quality_report(model, baseline)
         console.print(report.table(), markup=False, soft_wrap=True)
         result["quality"] = report.to_dict()
-    (options.target / REPORT_NAME).write_text(json.dumps(result, indent=2) + "\n")
+    _write(model, options, result)
     before, after = result["model_bytes_before"], result["model_bytes_after"]
     console.print(
         f"The whole model: {before / 2**20:.1f} MiB -> {after / 2**20:.1f} MiB. Load it with\n"
@@ -116,6 +121,8 @@ def _check(options: QuantizeOptions) -> None:
     target = options.target
     if target.exists() and target.samefile(options.source):
         raise ValueError(f"quantize: TARGET must be another folder than SOURCE, got {target}.")
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"quantize: TARGET must be a folder, got the file {target}.")
     if target.exists() and not options.overwrite and any(target.iterdir()):
         raise ValueError(
             f"quantize: TARGET must be empty or new without --overwrite, got {target}."
@@ -139,10 +146,14 @@ def _read_text(options: QuantizeOptions) -> tuple[Tensor, Tensor]:
     from transformers import AutoTokenizer
 
     assert options.text is not None
-    text = options.text.read_text(encoding="utf-8", errors="replace")
+    if not options.text.is_file():
+        raise ValueError(f"quantize: --text must be a file, got {options.text}.")
+    with open(options.text, encoding="utf-8", errors="replace") as file:
+        text = file.read(_MAX_CHARACTERS)
     try:
+        _files.check_folder(options.source, SAFE_WEIGHTS_INDEX_NAME)
         tokenizer = AutoTokenizer.from_pretrained(options.source)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:
         raise ValueError(
             f"quantize: SOURCE must hold a tokenizer for --text, got none: {error}"
         ) from None
@@ -164,6 +175,39 @@ def _forward(model: Any, ids: Tensor) -> Any:
 
 def _size(model: torch.nn.Module) -> int:
     return sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+
+
+@contextlib.contextmanager
+def _from(source: Path) -> Iterator[None]:
+    """Whatever transformers says about a checkpoint that it cannot read, in one sentence."""
+    try:
+        _files.check_folder(source, SAFE_WEIGHTS_INDEX_NAME)
+        yield
+    except Exception as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"quantize: SOURCE must be a checkpoint that transformers can load, got {source}: "
+            f"{first}"
+        ) from error
+
+
+def _write(model: Any, options: QuantizeOptions, report: dict[str, Any]) -> None:
+    """All files of the target at once, or none: those of an earlier checkpoint stay until then."""
+    target = _files.make_folder(options.target)
+    with _files.Replacement(target, last="config.json") as files:
+        staging = files.staging()
+        try:
+            model.save_pretrained(staging)
+        except SafetensorError as error:
+            raise ValueError(f"quantize: TARGET must be writable, got {target}: {error}") from error
+        _copy_rest(options.source, staging)
+        written = [path for path in staging.iterdir() if path.is_file()]
+        for path in written:
+            files.adopt(path.name, path)
+        files.add(REPORT_NAME, (json.dumps(report, indent=2) + "\n").encode())
+        for old in target.glob("model*.safetensors*"):
+            if old.name not in {path.name for path in written}:
+                files.remove(old.name)
 
 
 def _copy_rest(source: Path, target: Path) -> None:

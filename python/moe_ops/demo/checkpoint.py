@@ -11,9 +11,7 @@ time, which makes them about a second apart in the demo.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,8 +86,7 @@ class Checkpointer:
         with _files.Replacement(self.folder) as files:
             files.add(_NAME, body, digest)
             if not self._damaged:
-                with _files.sentence(self.previous_path):
-                    self._keep_previous()
+                files.keep(_NAME, _PREVIOUS_NAME)
         self._damaged = False
         ended = time.monotonic()
         self._next = ended + (ended - started) * (1 / self.share - 1)
@@ -128,26 +125,6 @@ class Checkpointer:
             f"demo: --resume needs a checkpoint, got none in {self.folder}; "
             "run without --resume to start one"
         )
-
-    def _keep_previous(self) -> None:
-        """Give the present checkpoint its second name, by a link where links exist."""
-        temporary = self.folder / f".{_PREVIOUS_NAME}.link"
-        try:
-            temporary.unlink(missing_ok=True)  # Of a killed run.
-            os.link(self.path, temporary)
-        except FileNotFoundError:
-            return  # The first save.
-        except OSError:
-            # No links here. Until the new file has its name there is only the one before, which
-            # `load` then takes.
-            os.replace(self.path, self.previous_path)
-            return
-        try:
-            os.replace(temporary, self.previous_path)
-        except OSError:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-            raise
 
 
 def _serialized(tensors: dict[str, torch.Tensor], metadata: dict[str, Any]) -> memoryview:

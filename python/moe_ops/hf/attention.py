@@ -8,10 +8,24 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
+
+# What models hand to attention and torch's attention cannot do; transformers' function for it
+# passes over the former without a word.
+_BEYOND_TORCH = {"s_aux": "attention sinks", "softcap": "a softcap"}
+
+
+def attention_forward(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+    for name, what in _BEYOND_TORCH.items():
+        if kwargs.get(name) is not None:
+            raise ValueError(
+                'attn_implementation="moe_ops": attention must be what torch\'s can do, got '
+                f'{what} of {type(module).__name__}; use "eager".'
+            )
+    return sdpa_attention_forward(module, *args, **kwargs)
 
 
 def causal_or_mask(**arguments: Any) -> Tensor | None:
@@ -30,5 +44,5 @@ def causal_or_mask(**arguments: Any) -> Tensor | None:
 
 
 def register() -> None:
-    AttentionInterface.register("moe_ops", sdpa_attention_forward)
+    AttentionInterface.register("moe_ops", attention_forward)
     AttentionMaskInterface.register("moe_ops", causal_or_mask)

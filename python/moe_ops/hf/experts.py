@@ -250,8 +250,8 @@ def gate_kind(apply_gate: Callable[..., Tensor]) -> str:
     numbers in fp64, once: its name would not show a changed formula.
     """
     if apply_gate not in _GATE_KINDS:
-        # from_pretrained builds models with "meta" as the default device: what the function makes of
-        # its own must not go there either.
+        # from_pretrained builds models with "meta" as the default device: what the function makes
+        # of its own must not go there either.
         with _disable_current_modes(), torch.device("cpu"), torch.no_grad():
             _GATE_KINDS[apply_gate] = _probe_gate(apply_gate)
     return _GATE_KINDS[apply_gate]

@@ -12,6 +12,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from moe_ops._files import shown
 from moe_ops.layers import QuantizedExperts
 from moe_ops.quant.bank import find_banks
 from moe_ops.quant.convert import check_sizes, quantize_experts
@@ -45,7 +46,23 @@ class ExpertsQuantizationConfig(QuantizationConfigMixin):
         x_scale: bool = False,
         skip: Sequence[str] = (),
         quant_method: str = METHOD,
+        **unknown: Any,
     ) -> None:
+        # What config.json of a stranger holds.
+        name = type(self).__name__
+        if unknown:
+            raise ValueError(
+                f"{name}: fields must be format, group_size, x_scale and skip, got "
+                f"{', '.join(sorted(unknown))}."
+            )
+        if not isinstance(format, str):
+            raise ValueError(f"{name}: format must be 'int8' or 'int4', got {shown(format)}.")
+        if group_size is not None and type(group_size) is not int:
+            raise ValueError(f"{name}: group_size must be a number, got {shown(group_size)}.")
+        if not isinstance(x_scale, bool):
+            raise ValueError(f"{name}: x_scale must be true or false, got {shown(x_scale)}.")
+        if not isinstance(skip, Sequence) or not all(isinstance(s, str) for s in skip):
+            raise ValueError(f"{name}: skip must be names, got {shown(skip)}.")
         self.quant_method = quant_method  # type: ignore[assignment]
         self.format = format
         self.group_size = check_format(type(self).__name__, format, group_size) or None
@@ -99,6 +116,8 @@ class ExpertsQuantizer(HfQuantizer):
             if isinstance(module, QuantizedExperts):
                 module.check(name)
                 for key, buffer in module.named_buffers(recurse=False):
+                    if buffer.is_meta and hasattr(module, "_hf_hook"):
+                        continue  # Offloaded: accelerate's hook brings it for each call.
                     # Set by transformers on what it has read.
                     if not getattr(buffer, "_is_hf_initialized", False):
                         raise ValueError(

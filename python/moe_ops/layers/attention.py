@@ -16,6 +16,7 @@ from moe_ops.ops import moa_attention, moe_linear_map, moe_linear_reduce, rotary
 from moe_ops.ops.moa_attention import KINDS
 
 from .bank import as_ids, take_rows, whole_rows
+from .invariant import apply_linear
 from .moe import AUX_LOSSES
 from .rotary import rotation
 from .router import Router, RouterOutput, drop_masked
@@ -258,7 +259,7 @@ class AttentionExperts(nn.Module):
         if self.expert_kv:  # Slot e is expert e, so that queries meet their own keys.
             slot_weights, slot_ids = _by_expert(weights, ids, experts)
         q = moe_linear_map(flat, self.w_query, slot_ids).view(batch, length, -1, heads, size)
-        kv = self.kv_proj(flat).view(batch, length, 2, -1, size)
+        kv = apply_linear(self.kv_proj, flat).view(batch, length, 2, -1, size)
         k, v = kv.unbind(2)
         if self.rope_theta is not None:
             if angles is None:

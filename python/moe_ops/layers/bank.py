@@ -5,7 +5,7 @@ Letters: H hidden size, I intermediate size, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -282,7 +282,7 @@ class BankOperations(nn.Module):
 # ------------------------------------------------- arguments that all bank operations share
 
 
-def whole_rows(name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def whole_rows(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors without their history; raises ValueError where this process has a part of one."""
     for key, tensor in tensors.items():
         check_whole(name, key, tensor, "select, append, split and merge before sharding the model")

@@ -17,7 +17,10 @@ from torch.autograd.function import once_differentiable
 from moe_ops.ops._register import accumulate_dtype, in_transform
 from moe_ops.ops.dense_ffn import dense_ffn
 from moe_ops.ops.gated_act import gated_act
+from moe_ops.ops.grouped_gemm import grouped_gemm
 from moe_ops.ops.mix_experts import mix_experts
+
+from .invariant import plain_activation, uses_ops
 
 if TYPE_CHECKING:
     from .experts import Experts
@@ -133,6 +136,12 @@ def grouped_linear(
     `plan` says which input each expert reads; None: expert e reads input e.
     """
     plan = segments(range(w.shape[0])) if plan is None else plan
+    if uses_ops(x):
+        ids = [s.start + i for s in plan for i in range(s.num) for _ in range(s.size)]
+        rows = x.transpose(0, 1)[ids].flatten(0, 1)
+        offsets = torch.arange(len(ids) + 1) * x.shape[0]
+        y = grouped_gemm(rows, w, offsets, bias=bias)
+        return y.unflatten(0, (len(ids), -1)).transpose(0, 1)
     if _own_backward(x, w):
         # Each product writes its columns of the result in place, which autograd's bmm cannot.
         return _GroupedLinear.apply(x, w, bias, tuple(plan))
@@ -232,17 +241,6 @@ def _leaves_gaps(x: Tensor, plan: Sequence[Segment]) -> bool:
     """Whether some input is read by nobody, or by two segments that overlap in part."""
     seen = [i for start, count, *_ in plan for i in range(start, start + count)]
     return sorted(seen) != list(range(x.shape[1]))
-
-
-def plain_activation(x: Tensor, activation: str) -> Tensor:
-    if activation == "silu":
-        return F.silu(x)
-    if activation == "gelu":
-        return F.gelu(x)
-    if activation == "gelu_tanh":
-        return F.gelu(x, approximate="tanh")
-    h = F.relu(x)
-    return h * h if activation == "relu2" else h
 
 
 def mix_outputs(

@@ -9,14 +9,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_ops import packing
 from moe_ops.ops import gated_act, moe_linear_map, moe_linear_reduce
 
 from .bank import BankOperations
-from .dense import expert_outputs, mix_outputs, plain_activation
+from .dense import expert_outputs, mix_outputs
+from .invariant import linear, plain_activation
 
 GATED_ACTIVATIONS = ("swiglu", "geglu", "geglu_tanh", "reglu", "swiglu_oai")
 PLAIN_ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
@@ -306,12 +306,12 @@ class SharedExperts(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., H] to [..., H], same dtype."""
-        preact = F.linear(x, self.w_gate_up)
+        preact = linear(x, self.w_gate_up)
         if self.gated:
             h = gated_act(preact, self.activation, alpha=self.alpha, limit=self.limit)
         else:
             h = plain_activation(preact, self.activation)
-        return F.linear(h, self.w_down)
+        return linear(h, self.w_down)
 
     def extra_repr(self) -> str:
         return (

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from moe_ops.ops import topk_router
 
+from .invariant import apply_linear, linear, plain_activation
 from .router import Router
 
 GATES = ("linear", "mlp", "cosine")
@@ -113,12 +114,13 @@ class GateRouter(Router):
         """router_logits [T, E] of x [T, H]."""
         if self.stem is None:
             return super().logits(x)
-        z = self.stem(x)
+        z = apply_linear(self.stem, x)
         if self.gate == "mlp":
-            return super().logits(F.dropout(F.gelu(z), self.gate_dropout, self.training))
+            h = plain_activation(z, "gelu")
+            return super().logits(F.dropout(h, self.gate_dropout, self.training))
         assert self.temperature is not None
         z, rows = F.normalize(z, dim=-1), F.normalize(self.weight, dim=-1)
-        return F.linear(z, rows) * self.temperature.exp()
+        return linear(z, rows) * self.temperature.exp()
 
     def route(
         self, router_logits: Tensor, *, expert_mask: Tensor | None = None

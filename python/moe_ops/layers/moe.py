@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from . import losses
 from .experts import Experts, SharedExperts
+from .invariant import apply_linear, sigmoid
 from .replay import LoggedCall, RoutingLog
 from .router import Router, RouterOutput, drop_masked
 
@@ -245,7 +246,7 @@ class MoE(nn.Module):
         if self.shared_experts is not None:
             shared = self.shared_experts(flat)
             if self.shared_expert_gate is not None:
-                shared = self.shared_expert_gate(flat).sigmoid() * shared
+                shared = sigmoid(apply_linear(self.shared_expert_gate, flat)) * shared
             y = y + shared
         y = y.view(x.shape)
         if not return_routing:

@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moe_ops.numerics import is_batch_invariant
 from moe_ops.ops import expert_choice_router, router_linear, topk_router, topp_router
 from moe_ops.ops._linear_topk import linear_topk_router
 
@@ -26,6 +26,7 @@ from .bank import (
     take_rows,
     whole_rows,
 )
+from .invariant import linear
 from .replay import in_backward
 from .sparsemixer import sparsemixer
 from .stats import count_tokens_per_expert
@@ -354,13 +355,13 @@ class Router(nn.Module):
         if self.logits_dtype is None:
             if not autocast:
                 x = x.to(self.weight.dtype)
-            return F.linear(x, self.weight, self.bias)
+            return linear(x, self.weight, self.bias)
         x, weight = x.to(self.logits_dtype), self.weight.to(self.logits_dtype)
         bias = None if self.bias is None else self.bias.to(self.logits_dtype)
         if not autocast:
-            return F.linear(x, weight, bias)
+            return linear(x, weight, bias)
         with torch.autocast(device_type, enabled=False):
-            return F.linear(x, weight, bias)
+            return linear(x, weight, bias)
 
     def _jittered(self, x: Tensor) -> Tensor:
         if not self.training or self.jitter == 0:
@@ -368,7 +369,7 @@ class Router(nn.Module):
         return x * torch.empty_like(x).uniform_(1 - self.jitter, 1 + self.jitter)
 
     def _has_few_columns(self, x: Tensor) -> bool:
-        """Whether `router_linear` is faster than `F.linear`; compiled code keeps the latter."""
+        """Whether `router_linear` is faster than `linear`; compiled code keeps the latter."""
         weight = self.weight
         e, h = weight.shape
         return (
@@ -381,6 +382,7 @@ class Router(nn.Module):
             and x.numel() >= 2**15
             and self.logits_dtype in (None, torch.float32, weight.dtype)
             and not torch.is_autocast_enabled("cpu")
+            and not is_batch_invariant()
         )
 
     def _operands(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None, torch.dtype | None]:

@@ -74,8 +74,9 @@ def moa_attention(
         [B, S, K, n, d] in q's dtype. With "stick_breaking" also what remains of each stick,
         [B, S, K, n] in fp32 (fp64 for fp64): one minus the sum of the weights. Both are
         differentiable. Sums run in fp32 (fp64 for fp64) in a fixed order, the same bits for any
-        number of threads. A query that sees no key gets zeros (and keeps its whole stick). In
-        fp32, a stick shorter than about 2^-126 is empty: the keys before are not read. Results
+        number of threads. A query that sees no key gets zeros (and keeps its whole stick). Keys
+        that a query does not see have no part in its result or gradients, be they infinite or NaN.
+        In fp32, a stick shorter than about 2^-126 is empty: the keys before are not read. Results
         below the normal range may be zero.
 
     Raises:

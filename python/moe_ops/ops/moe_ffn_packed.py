@@ -65,12 +65,13 @@ def moe_ffn_packed(
 ) -> Tensor:
     """moe_ffn for inference, reading packed copies of the weights.
 
-    The same function with sums in another order, so results differ by rounding. The weights stay
-    the truth: for every expert that has tokens, 20 elements of each weight (others at every call)
-    are compared with the copy, and where one differs that weight is read instead of its copy. This
-    finds a weight that was replaced, trained or loaded; it may miss a write to a few elements, so
-    whoever keeps copies must pack again after such a write. Where a gradient is wanted, moe_ffn
-    runs and the copies are ignored.
+    The same function with sums in another order, so results differ by rounding (in bfloat16 also
+    that of the activation, on CPUs that multiply pairs of bfloat16). The weights stay the truth:
+    for every expert that has tokens, 20 elements of each weight (others at every call) are compared
+    with the copy, and where one differs that weight is read instead of its copy. This finds a
+    weight that was replaced, trained or loaded; it may miss a write to a few elements, so whoever
+    keeps copies must pack again after such a write. Where a gradient is wanted, moe_ffn runs and
+    the copies are ignored.
 
     Args:
         x, w_gate_up, w_down: [T, H], [E, 2I, H] ([E, I, H]) and [E, H, I], as for :func:`moe_ffn`.

@@ -19,29 +19,55 @@ def moa_attention(
     cu_seqlens: Tensor | None = None,
     softcap: float | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Attention of q [B, S, K, n, d] to k and v [B, S_kv, n, d], with the S x S_kv matrix whole."""
-    acc = acc_dtype(q.dtype)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    logits = torch.einsum("bikhd,bjhd->bkhij", q.to(acc), k.to(acc)) * scale
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    seen = visible(q.shape[1], k.shape[1], causal, window, cu_seqlens, q.device)
-    if kind == "softmax":
-        # Not -inf: a row that sees nothing is all zeros then, and not NaN.
-        weights = logits.masked_fill(~seen, torch.finfo(acc).min).softmax(-1).masked_fill(~seen, 0)
-    elif kind == "stick_breaking":
-        rest = F.logsigmoid(-logits).masked_fill(~seen, 0)
-        # What the keys from the last to the one after j have left of the stick.
-        left = rest.flip(-1).cumsum(-1).flip(-1) - rest
-        weights = (F.logsigmoid(logits) + left).exp().masked_fill(~seen, 0)
-    else:
+    """Attention of q [B, S, K, n, d] to k and v [B, S_kv, n, d].
+
+    Queries that see the same keys attend to those keys alone: nothing else takes part in a sum, be
+    it infinite or NaN, and no gradient goes there.
+    """
+    if kind not in ("softmax", "stick_breaking"):
         raise ValueError(
             f'moa_attention: kind must be "softmax" or "stick_breaking", got "{kind}".'
         )
-    out = torch.einsum("bkhij,bjhd->bikhd", weights, v.to(acc)).to(q.dtype)
+    acc = acc_dtype(q.dtype)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    seen = visible(q.shape[1], k.shape[1], causal, window, cu_seqlens, q.device)
+    parts = [
+        _attend(q[:, tokens].to(acc), k[:, keys].to(acc), v[:, keys].to(acc), kind, scale, softcap)
+        for tokens, keys in _ranges(seen)
+    ]
+    out, rest = (torch.cat(part, 1) for part in zip(*parts, strict=True))
+    return out.to(q.dtype) if kind == "softmax" else (out.to(q.dtype), rest)
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, kind: str, scale: float, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    """Attention to all keys, and what remains of the sticks [B, S, K, n]."""
+    logits = torch.einsum("bikhd,bjhd->bkhij", q, k) * scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    rest = F.logsigmoid(-logits)
     if kind == "softmax":
-        return out
+        weights = logits.softmax(-1)
+    else:
+        # What the keys from the last to the one after j have left of the stick.
+        left = rest.flip(-1).cumsum(-1).flip(-1) - rest
+        weights = (F.logsigmoid(logits) + left).exp()
+    out = torch.einsum("bkhij,bjhd->bikhd", weights, v)
     return out, rest.sum(-1).exp().permute(0, 3, 1, 2)
+
+
+def _ranges(seen: Tensor) -> list[tuple[slice, slice]]:
+    """Runs of queries that see the same keys, and these keys: a query sees keys without a gap."""
+    count = seen.sum(-1)
+    first = seen.int().argmax(-1) if seen.shape[-1] else count
+    sight = list(zip(first.tolist(), (first + count).tolist(), strict=True))
+    starts = [i for i in range(len(sight)) if i == 0 or sight[i] != sight[i - 1]] or [0]
+    ends = [*starts[1:], len(sight)]
+    return [
+        (slice(start, end), slice(*sight[start]) if sight else slice(0, 0))
+        for start, end in zip(starts, ends, strict=True)
+    ]
 
 
 def visible(
