@@ -118,7 +118,11 @@ FAMILIES: dict[str, Family] = {
                 "std::min(at_once, quarter - f - (quarter - f < at_once))",
             ),
             ("last columns missed", "n % kDotFeatures", "int64_t{0}"),
-            ("row scale forgotten", "d.a_scale ? d.a_scale[r] : T(1)", "T(1)"),
+            (
+                "pairs: a token from half the place",
+                "load_tokens<kPairs>(d, k, it.row_begin + t, 0, K, x + t * ldx);",
+                "load_tokens<kPairs>(d, k, it.row_begin, 0, K, x + t * ldx);",
+            ),
             (
                 "up half reads the gate's weights",
                 "(s * d.features + it.feature_begin) * d.b.stride_o",
@@ -167,13 +171,19 @@ FAMILIES: dict[str, Family] = {
         ),
         of(
             "gemm/stream.h",
-            ("steps of k not added up", "k0 > 0", "false"),
+            ("steps of k not added up", "row > first_row", "false"),
             (
                 "last steps of k lost",
-                "std::min<int64_t>(kRankRows, K - k0)",
-                "std::min<int64_t>(kRankRows, K - k0) - (K - k0 < kRankRows)",
+                "std::min<int64_t>(kRankRows, end - row)",
+                "std::min<int64_t>(kRankRows, end - row) - "
+                "(row > 0 && end - row > 1 && end - row < kRankRows)",
             ),
-            ("always the first weights", "first + k0 * d.b.stride_k", "first"),
+            ("always the first weights", "first + row * d.b.stride_k", "first"),
+            (
+                "blocks of k not added up",
+                "if (b > 0) k.axpy(kAccumulate<T>, block, T(1), tile, m * ldc);",
+                "",
+            ),
             (
                 "always the first expert",
                 "it.expert * d.b.stride_e + s * d.features + it.feature_begin",
@@ -644,6 +654,12 @@ FAMILIES: dict[str, Family] = {
                 "dot: second token of a pass lost",
                 "std::min<int64_t>(kFp8DotTokens, m - t)",
                 "int64_t{1}",
+                0,
+            ),
+            (
+                "strip: scale of the first feature for all",
+                "w_scale[i] = d.weight_scale(it.expert, feature);",
+                "w_scale[i] = d.weight_scale(it.expert, feature - i);",
             ),
             (
                 "dot: scale of the first feature for all",
@@ -1082,7 +1098,7 @@ FAMILIES: dict[str, Family] = {
             ),
             ("keys of a panel's last rows lost", "last[r1 - 1] - at", "last[r0] - at"),
             ("blocks of features not added up", "d0 > 0", "false"),
-            ("sums of the first 128 features for all", "c + c0 * width", "c"),
+            ("sums of the first 128 features for all", "c + c0 * width", "c", 1),
             (
                 "a feature lost at a part",
                 "std::min(part_, p_.head_size - c)",
@@ -1144,7 +1160,7 @@ FAMILIES: dict[str, Family] = {
             ("narrow heads: keys before the window not cleared", "clear_before(seen, r0, x);", ""),
             (
                 "gradient of q of the block before kept",
-                "std::fill(x.grad_q, x.grad_q + block.padded * ld_, T(0));",
+                "std::fill(x.grad_q, x.grad_q + numbers, T(0));",
                 "",
             ),
             (
@@ -1152,8 +1168,8 @@ FAMILIES: dict[str, Family] = {
                 "x.delta[r] -= grad_state[r * p_.num_heads];",
                 "",
             ),
-            ("gradients of the first block of keys for all", "grad_k + j0 * ld_", "grad_k"),
-            ("gradients of values of the first block for all", "grad_v + j0 * ld_", "grad_v"),
+            ("gradients of the first block of keys for all", "grad_k + j0 * ld_", "grad_k", 1),
+            ("gradients of values of the first block for all", "grad_v + j0 * ld_", "grad_v", 1),
             (
                 "rows that pad take part",
                 "std::fill(from + block.count * width, from + block.padded * width, T(0));",

@@ -101,7 +101,13 @@ OPS: dict[str, Op] = {
             "k": Dim(GEMM_WIDTH, WIDER, 4200),
             "n": Dim(GEMM_WIDTH, WIDER, 8200),
         },
-        {"layout": LAYOUTS, "bias": (0, 1), "experts": (1, 4), "grad_view": VIEWS[:3]},
+        {
+            "invariant": (0, 0, 0, 1),
+            "layout": LAYOUTS,
+            "bias": (0, 1),
+            "experts": (1, 4),
+            "grad_view": VIEWS[:3],
+        },
         pairs=(("rows", "k"), ("rows", "n"), ("k", "n")),
         cost=("rows", "k", "n"),
     ),
@@ -122,6 +128,7 @@ OPS: dict[str, Op] = {
             "o": Dim(SLOT_WIDTH, WIDER, 4200),
         },
         {
+            "invariant": (0, 0, 0, 1),
             "layout": LAYOUTS,
             "bias": (0, 1),
             "experts": (1, 4),
@@ -139,6 +146,7 @@ OPS: dict[str, Op] = {
             "d": Dim(SLOT_WIDTH, WIDER, 4200),
         },
         {
+            "invariant": (0, 0, 0, 1),
             "layout": LAYOUTS,
             "bias": (0, 1),
             "experts": (1, 4),
@@ -157,6 +165,7 @@ OPS: dict[str, Op] = {
             "i": Dim(SLOT_WIDTH, WIDER, 2100),
         },
         {
+            "invariant": (0, 0, 0, 1),
             "layout": LAYOUTS,
             "bias": (0, 1),
             "experts": (1, 4),
@@ -179,6 +188,7 @@ OPS: dict[str, Op] = {
             "i": Dim((("gemm", "depth"), ("gemm", "features")), WIDER, 4200),
         },
         {
+            "invariant": (0, 0, 0, 1),
             "bias": (0, 1),
             "experts": (1, 4),
             "top_k": (1, 2),
@@ -202,6 +212,7 @@ OPS: dict[str, Op] = {
             ),
         },
         {
+            "invariant": (0, 0, 0, 1),
             "bits": (8, 4),
             "group": (32, 64, 128),
             "x_scale": (0, 1),
@@ -225,6 +236,7 @@ OPS: dict[str, Op] = {
             "i": Dim((("fp8", "depth"), ("fp8", "features")), WIDER, 2100),
         },
         {
+            "invariant": (0, 0, 0, 1),
             "bias": (0, 1),
             "experts": (1, 4),
             "top_k": (1, 2),
@@ -244,7 +256,7 @@ OPS: dict[str, Op] = {
             "k": Dim((("fp8", "depth"),), WIDER, 2100),
             "n": Dim((("fp8", "features"),), WIDER, 4200),
         },
-        {"bias": (0, 1), "experts": (1, 4)},
+        {"invariant": (0, 0, 0, 1), "bias": (0, 1), "experts": (1, 4)},
         dtypes=HALVES,
         pairs=(("rows", "k"), ("rows", "n")),
         cost=("rows", "k", "n"),
@@ -292,6 +304,7 @@ OPS: dict[str, Op] = {
             "size": Dim((("attention", "size"),), (3, 8, 16, 17, 33), 256),
         },
         {
+            "invariant": (0, 0, 0, 1),
             "kind": ("softmax", "stick_breaking"),
             "slots": (1, 2, 3),
             "heads": (1, 2),
