@@ -43,8 +43,8 @@ def forward_of(op: str, call: dict) -> Callable[[], list[Tensor]]:
 def backward_of(
     op: str, call: dict, grad_view: Callable[[Tensor], Tensor] = lambda t: t
 ) -> Callable[[], list[Tensor]] | None:
-    """The gradients of the outputs by all operands; None where the op has none. `grad_view` lays the
-    gradients of the outputs out in memory."""
+    """The gradients of the outputs by all operands; None where the op has none. `grad_view` lays
+    out the gradients of the outputs in memory."""
     leaves = {
         name: value.detach().requires_grad_()
         for name, value in call.items()

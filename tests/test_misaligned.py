@@ -1,5 +1,5 @@
-"""Operands whose memory begins at an odd address, as a tensor's does that lies in a file or a buffer:
-the same bits as from aligned memory."""
+"""Operands whose memory begins at an odd address, as a tensor's may that lies in a file or a
+buffer: the same bits as from aligned memory."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from moe_ops.testing import assert_identical
 
 from .every_op import FLOATS, OPS, backward_of, forward_of, operands_of
 
-# What the build with UBSan checks, too: no element is read in the way that only an aligned address
-# allows.
+# UBSan checks in this test that no element is read in a way that needs an aligned address.
 pytestmark = pytest.mark.cpu_only
 
 

@@ -37,7 +37,10 @@ class MallocInfo(ctypes.Structure):
 
     _fields_ = [
         (name, ctypes.c_size_t)
-        for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keep".split()
+        for name in (
+            *("arena", "ordblks", "smblks", "hblks", "hblkhd"),
+            *("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"),
+        )
     ]
 
 
@@ -80,14 +83,6 @@ def calls(dtype: torch.dtype) -> Iterator[tuple[str, Fn]]:
             return [t for t in made.state_dict().values() if isinstance(t, torch.Tensor)]
 
         yield f"quantize_experts, {form}", quantize
-    # Outputs from 8 MiB on come from the cache of buffers.
-    large = torch.randn(2200, 2048)
-
-    def large_output() -> list[torch.Tensor]:
-        out = moe_ops.gated_act(large, "swiglu")
-        return [out[:3].clone()]
-
-    yield "gated_act, 9 MiB", large_output
 
 
 class Attempt:

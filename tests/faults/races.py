@@ -1,5 +1,6 @@
-"""Calls of every op at once from several threads, for ThreadSanitizer: python -m tests.faults.races.
+"""Calls of every op from several threads at once, for ThreadSanitizer.
 
+python -m tests.faults.races [DTYPE ...]
 Needs the build of `make test-tsan`, in which a call's own threads are seen by it. Results are
 compared, too: threads that share memory by mistake may be ordered by luck.
 """
