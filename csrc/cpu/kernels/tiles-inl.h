@@ -1,8 +1,8 @@
 // Register tiles: products of a broadcast block and a panel, of copies (micro) or of weights packed
 // ahead of time (panel_tile, panel_streams). Included by kernels-inl.h, inside its namespace.
 
-// acc + a * b, where a is the same element in every lane; a pair adds both of its products. kSums as
-// of add_one_of.
+// acc + a * b, where a is the same element in every lane; a pair adds both of its products. kSums
+// as of add_one_of.
 template <class T, class S, int kSums = 2>
 inline Vec<T> add_product(Vec<T> acc, const T* a, Vec<T> b) {
 #if defined(__AVX512BF16__) && MOE_VEC_BYTES == 64

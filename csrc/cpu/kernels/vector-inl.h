@@ -44,9 +44,9 @@ inline void store(T* p, Vec<T> v) {
   *reinterpret_cast<typename Simd<T>::Unaligned*>(p) = v;
 }
 
-// acc + a * b, one of kSums sums of a loop. A compiler makes one instruction of it, rounded once, or
-// two where that shortens the chain of a sum that is alone in its loop (GCC's avoid-fma-chains). A
-// row would then have other bits alone than it has among others.
+// acc + a * b, one of kSums sums of a loop. A compiler makes one instruction of it, rounded once,
+// or two where that shortens the chain of a sum that is alone in its loop (GCC's avoid-fma-chains).
+// A row would then have other bits alone than it has among others.
 template <class T, int kSums>
 inline Vec<T> add_one_of(Vec<T> acc, Vec<T> a, Vec<T> b) {
 #if defined(__AVX512F__) && MOE_VEC_BYTES == 64
