@@ -26,7 +26,7 @@ from moe_ops import _files, zoo
 from moe_ops.demo.checkpoint import Checkpointer, CheckpointError
 from moe_ops.zoo import t2mir_training
 
-from .faults import failing, leftovers
+from .failing_files import failing, leftovers
 
 NUMBERS = (errno.ENOSPC, errno.EIO, errno.EROFS)
 
