@@ -5,11 +5,11 @@
     python tests/mutants_cpu.py --list
 
 Prints {mutant: what noticed it, or null} as JSON, a line for each on the way. All mutants are
-compiled once, into a copy of csrc/ under build/mutants: where the text of a mutant stands there is a
-choice between the right and the wrong text, and a number says which mutant is alive. Each runs in a
-process forked from one that has everything imported, because some of them crash. What is asked, in
-this order: the cases of tests/test_boundaries.py, at one instruction set after the other; the tests
-of the ops; the long sweep (make fuzz).
+compiled once, into a copy of csrc/ under build/mutants: where the text of a mutant stands there is
+a choice between the right and the wrong text, and a number says which mutant is alive. Each runs in
+a process forked from one that has everything imported, because some of them crash. What is asked,
+in this order: the cases of tests/test_boundaries.py, at one instruction set after the other; the
+tests of the ops; the long sweep (make fuzz).
 """
 
 from __future__ import annotations
@@ -118,7 +118,11 @@ FAMILIES: dict[str, Family] = {
                 "std::min(at_once, quarter - f - (quarter - f < at_once))",
             ),
             ("last columns missed", "n % kDotFeatures", "int64_t{0}"),
-            ("row scale forgotten", "d.a_scale ? d.a_scale[r] : T(1)", "T(1)"),
+            (
+                "pairs: a token from half the place",
+                "load_tokens<kPairs>(d, k, it.row_begin + t, 0, K, x + t * ldx);",
+                "load_tokens<kPairs>(d, k, it.row_begin, 0, K, x + t * ldx);",
+            ),
             (
                 "up half reads the gate's weights",
                 "(s * d.features + it.feature_begin) * d.b.stride_o",
@@ -167,13 +171,19 @@ FAMILIES: dict[str, Family] = {
         ),
         of(
             "gemm/stream.h",
-            ("steps of k not added up", "k0 > 0", "false"),
+            ("steps of k not added up", "row > first_row", "false"),
             (
                 "last steps of k lost",
-                "std::min<int64_t>(kRankRows, K - k0)",
-                "std::min<int64_t>(kRankRows, K - k0) - (K - k0 < kRankRows)",
+                "std::min<int64_t>(kRankRows, end - row)",
+                "std::min<int64_t>(kRankRows, end - row) - "
+                "(row > 0 && end - row > 1 && end - row < kRankRows)",
             ),
-            ("always the first weights", "first + k0 * d.b.stride_k", "first"),
+            ("always the first weights", "first + row * d.b.stride_k", "first"),
+            (
+                "blocks of k not added up",
+                "if (b > 0) k.axpy(kAccumulate<T>, block, T(1), tile, m * ldc);",
+                "",
+            ),
             (
                 "always the first expert",
                 "it.expert * d.b.stride_e + s * d.features + it.feature_begin",
@@ -335,7 +345,8 @@ FAMILIES: dict[str, Family] = {
             (
                 "pairs: a step lost at a block",
                 "std::min(2 * kc, d.in_features - 2 * k0)",
-                "std::min(2 * kc, d.in_features - 2 * k0) - (k0 > 0 && d.in_features - 2 * k0 < 2 * kc)",
+                "std::min(2 * kc, d.in_features - 2 * k0) - (k0 > 0 && d.in_features - 2 * k0 < "
+                "2 * kc)",
             ),
             ("row scale forgotten", "d.a_scale ? d.a_scale[r] : T(1)", "T(1)"),
             ("factors of k from the first block for all", "d.k_scale + k0", "d.k_scale"),
@@ -419,7 +430,8 @@ FAMILIES: dict[str, Family] = {
             (
                 "weighted_sum: weight of the first row for all in the tail",
                 "s += w * to_float(static_cast<const S*>(rows[r])[i]);",
-                "s += (weights == nullptr ? T(1) : weights[0]) * to_float(static_cast<const S*>(rows[r])[i]);",
+                "s += (weights == nullptr ? T(1) : weights[0]) * to_float(static_cast<const "
+                "S*>(rows[r])[i]);",
             ),
             (
                 "dot_row: tail missed",
@@ -490,7 +502,8 @@ FAMILIES: dict[str, Family] = {
             (
                 "pairs: rows pass through the tile of sums",
                 "load_bf16_row(k, p.a.type, src, cols, scale, widened, copy);",
-                "load_bf16_row(k, p.a.type, src, cols, scale, reinterpret_cast<float*>(tile), copy);",
+                "load_bf16_row(k, p.a.type, src, cols, scale, reinterpret_cast<float*>(tile), "
+                "copy);",
             ),
             (
                 "sums that are complete in a tile rounded there although others follow",
@@ -641,6 +654,12 @@ FAMILIES: dict[str, Family] = {
                 "dot: second token of a pass lost",
                 "std::min<int64_t>(kFp8DotTokens, m - t)",
                 "int64_t{1}",
+                0,
+            ),
+            (
+                "strip: scale of the first feature for all",
+                "w_scale[i] = d.weight_scale(it.expert, feature);",
+                "w_scale[i] = d.weight_scale(it.expert, feature - i);",
             ),
             (
                 "dot: scale of the first feature for all",
@@ -835,7 +854,8 @@ FAMILIES: dict[str, Family] = {
             ),
             (
                 "gradients of skipped slots not cleared",
-                "if (grad_weights != nullptr) std::fill_n(grad_weights, s_.num_tokens * s_.top_k, T(0));",
+                "if (grad_weights != nullptr) std::fill_n(grad_weights, s_.num_tokens * "
+                "s_.top_k, T(0));",
                 "",
             ),
         ),
@@ -889,7 +909,8 @@ FAMILIES: dict[str, Family] = {
             "moe_linear_map.cpp",
             (
                 "slots without an expert not cleared",
-                "if (b.rows[i] < 0) std::memset(h + i * O * size, 0, static_cast<size_t>(O * size));",
+                "if (b.rows[i] < 0) std::memset(h + i * O * size, 0, static_cast<size_t>(O * "
+                "size));",
                 "",
             ),
             ("bias of the first expert for all", "e * p.bias.stride_e", "0 * p.bias.stride_e"),
@@ -962,7 +983,8 @@ FAMILIES: dict[str, Family] = {
             ),
             (
                 "gradient of an input that nobody reads not cleared",
-                "std::fill_n(static_cast<char*>(p.grad_x) + (t * G + g) * H * size, H * size, char(0));",
+                "std::fill_n(static_cast<char*>(p.grad_x) + (t * G + g) * H * size, H * size, "
+                "char(0));",
                 "",
             ),
             (
@@ -1040,7 +1062,8 @@ FAMILIES: dict[str, Family] = {
             "kernels/mix-inl.h",
             (
                 "product: last vectors of a row missed",
-                "for (; j < pitch; j += W) mix_tile<T, M, 1>(depth, a, step_i, step_k, b + j, c + j, pitch);",
+                "for (; j < pitch; j += W) mix_tile<T, M, 1>(depth, a, step_i, step_k, b + j, c "
+                "+ j, pitch);",
                 "",
             ),
             (
@@ -1075,7 +1098,7 @@ FAMILIES: dict[str, Family] = {
             ),
             ("keys of a panel's last rows lost", "last[r1 - 1] - at", "last[r0] - at"),
             ("blocks of features not added up", "d0 > 0", "false"),
-            ("sums of the first 128 features for all", "c + c0 * width", "c"),
+            ("sums of the first 128 features for all", "c + c0 * width", "c", 1),
             (
                 "a feature lost at a part",
                 "std::min(part_, p_.head_size - c)",
@@ -1097,12 +1120,14 @@ FAMILIES: dict[str, Family] = {
             (
                 "sums not rescaled when the maximum rises",
                 "k_.attention.softmax(seen, buffers.s, max + r0, sum + r0, buffers.factor)",
-                "k_.attention.softmax(seen, buffers.s, max + r0, sum + r0, buffers.factor) && false",
+                "k_.attention.softmax(seen, buffers.s, max + r0, sum + r0, buffers.factor) && "
+                "false",
             ),
             (
                 "last key of the last block lost",
                 "std::min(kKeys, block.keys.last - j0)",
-                "std::min(kKeys, block.keys.last - j0) - (j0 > block.keys.first && block.keys.last - j0 > 1 && block.keys.last - j0 < kKeys)",
+                "std::min(kKeys, block.keys.last - j0) - (j0 > block.keys.first && "
+                "block.keys.last - j0 > 1 && block.keys.last - j0 < kKeys)",
             ),
             ("stick: the first panel's rest for all", "log_rest + i * panel_rows_", "log_rest"),
             (
@@ -1135,7 +1160,7 @@ FAMILIES: dict[str, Family] = {
             ("narrow heads: keys before the window not cleared", "clear_before(seen, r0, x);", ""),
             (
                 "gradient of q of the block before kept",
-                "std::fill(x.grad_q, x.grad_q + block.padded * ld_, T(0));",
+                "std::fill(x.grad_q, x.grad_q + numbers, T(0));",
                 "",
             ),
             (
@@ -1143,8 +1168,8 @@ FAMILIES: dict[str, Family] = {
                 "x.delta[r] -= grad_state[r * p_.num_heads];",
                 "",
             ),
-            ("gradients of the first block of keys for all", "grad_k + j0 * ld_", "grad_k"),
-            ("gradients of values of the first block for all", "grad_v + j0 * ld_", "grad_v"),
+            ("gradients of the first block of keys for all", "grad_k + j0 * ld_", "grad_k", 1),
+            ("gradients of values of the first block for all", "grad_v + j0 * ld_", "grad_v", 1),
             (
                 "rows that pad take part",
                 "std::fill(from + block.count * width, from + block.padded * width, T(0));",
@@ -1356,7 +1381,8 @@ FAMILIES: dict[str, Family] = {
             ),
             (
                 "unpermute: second slot of a row forgotten",
-                "k.axpy(p.type, grad_of(other), weights != nullptr ? weights[other] : T(1), grad, H);",
+                "k.axpy(p.type, grad_of(other), weights != nullptr ? weights[other] : T(1), "
+                "grad, H);",
                 "",
             ),
             (
@@ -1391,7 +1417,8 @@ FAMILIES: dict[str, Family] = {
             (
                 "norm: a row lost at a part",
                 "std::min(p.num_rows, begin + kNormPartRows)",
-                "std::min(p.num_rows, begin + kNormPartRows) - (begin + kNormPartRows < p.num_rows)",
+                "std::min(p.num_rows, begin + kNormPartRows) - (begin + kNormPartRows < "
+                "p.num_rows)",
             ),
         )
         + of(
@@ -1491,10 +1518,11 @@ def ask(isa: str, numbers: list[int], short: bool) -> dict[int, str]:
     import random
 
     import torch
+    from tests.sweep.cases import cost_of, sweep
+    from tests.sweep.cases import short as short_cases
+    from tests.sweep.checks import fault_of
 
     from moe_ops import _C
-    from tests.sweep.cases import cost_of, short as short_cases, sweep
-    from tests.sweep.checks import fault_of
 
     torch.set_num_threads(1)
     assert _C.cpu_isa() == isa, _C.cpu_isa()

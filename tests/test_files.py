@@ -330,6 +330,28 @@ def test_two_writers_and_a_reader(tmp_path):
     assert leftovers(tmp_path) == []
 
 
+def test_two_writers_of_several_files(tmp_path):
+    """Models of other shapes and numbers of files: what remains is of one of them."""
+    errors: list[BaseException] = []
+
+    def write(value: int) -> None:
+        try:
+            for _ in range(10):
+                ZooWriter().save(tmp_path, value)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=write, args=(value,)) for value in (1, 2)]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            assert ZooWriter().load(tmp_path) in (1, 2)
+    assert errors == []
+    assert ZooWriter().load(tmp_path) in (1, 2)
+    assert leftovers(tmp_path) == []
+
+
 def test_second_run_in_a_folder_gets_a_sentence(tmp_path):
     from rich.console import Console
 

@@ -215,6 +215,7 @@ NO_BOUNDARY = {
     "kDot8TokensAhead": AHEAD,
     "kDotAhead": AHEAD,
     "kBlock": FOLLOWS,
+    "kHalves": FOLLOWS,
     "kDepth": FOLLOWS,
     "kPanelLda": FOLLOWS,
     "kRowForm": FOLLOWS,

@@ -6,12 +6,15 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <atomic>
 #include <cstring>
+#include <exception>
 #include <initializer_list>
 #include <limits>
 #include <memory>
 #include <optional>
 #include <string>
+#include <thread>
 #include <tuple>
 #include <type_traits>
 #include <vector>
@@ -55,7 +58,18 @@ struct Boxable<fn> {
     return fn(BoxedArg<Args>::unbox(args)...);
   }
 };
-#define MOE_BOX(fn) TORCH_BOX((&::moe_ops::adapter::Boxable<&fn>::call))
+
+// What the standard library says of memory that it did not get becomes a sentence.
+template <void (*boxed)(StableIValue*, uint64_t, uint64_t)>
+void with_memory_sentence(StableIValue* stack, uint64_t num_args, uint64_t num_outputs) {
+  try {
+    boxed(stack, num_args, num_outputs);
+  } catch (const std::bad_alloc&) {
+    throw OutOfMemory();
+  }
+}
+#define MOE_BOX(fn) \
+  (&::moe_ops::adapter::with_memory_sentence<TORCH_BOX((&::moe_ops::adapter::Boxable<&fn>::call))>)
 
 // An uninitialised CPU tensor; large ones come from the buffer cache (tensor_utils.cpp). Expanded
 // operands take no memory, so a call can ask for a result of any size: one whose bytes do not fit
@@ -84,14 +98,41 @@ inline ScalarType accumulate_type(ScalarType t) {
   return t == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-inline Tensor dense(const Tensor& t) {
-  return t.is_contiguous() ? t : fresh(torch::stable::contiguous(t));
+// A copy of `t` that `make` makes through torch, whose C interface does not say why it failed: for
+// checked operands on the CPU, for want of memory.
+template <class Make>
+Tensor copy_of(const Tensor& t, const Make& make) {
+  try {
+    return fresh(make(t));
+  } catch (const std::exception&) {
+    if (t.is_cpu()) throw OutOfMemory();
+    throw;
+  }
 }
+
+inline Tensor contiguous_copy(const Tensor& t) {
+  return copy_of(t, [](const Tensor& s) { return torch::stable::contiguous(s); });
+}
+
+// Whether every element lies at a multiple of its size. Memory that came from a file or a buffer
+// may begin anywhere.
+inline bool is_aligned(const Tensor& t) {
+  return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % t.element_size() == 0;
+}
+
+// `t`, or a copy that is aligned.
+inline Tensor aligned(const Tensor& t) {
+  return is_aligned(t) ? t : copy_of(t, [](const Tensor& s) { return torch::stable::clone(s); });
+}
+
+inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? aligned(t) : contiguous_copy(t); }
 
 // Contiguous and of dtype `dtype`.
 inline Tensor contiguous_as(const Tensor& t, ScalarType dtype) {
-  return t.scalar_type() == dtype ? dense(t)
-                                  : fresh(torch::stable::contiguous(torch::stable::to(t, dtype)));
+  if (t.scalar_type() == dtype) return dense(t);
+  return copy_of(t, [dtype](const Tensor& s) {
+    return torch::stable::contiguous(torch::stable::to(s, dtype));
+  });
 }
 
 inline OptTensor contiguous_as(const OptTensor& t, ScalarType dtype) {
@@ -104,7 +145,7 @@ inline OptTensor contiguous_as(const OptTensor& t, ScalarType dtype) {
 // meaningful stride.
 inline Tensor with_dense_rows(const Tensor& t) {
   const int64_t d = t.dim() - 1;
-  return t.size(d) <= 1 || t.stride(d) == 1 ? t : fresh(torch::stable::contiguous(t));
+  return t.size(d) <= 1 || t.stride(d) == 1 ? aligned(t) : contiguous_copy(t);
 }
 
 // Stride between the rows of a matrix whose last dimension is dense.
@@ -191,7 +232,8 @@ inline Rows rows_of(const Tensor& t, DType type, const int32_t* index = nullptr)
 }
 
 // A weight tensor [E, O, K] as the kernels take it: dense along O or along K, whatever the strides
-// of the rest, so that transposed views need no copy. `tensor` keeps a copy alive if one was made.
+// of the rest, so that transposed views need no copy; on the CPU at any address, too, as a copy of
+// all experts would cost more than the call. `tensor` keeps a copy alive if one was made.
 struct Weights {
   Tensor tensor;
   ExpertMatrices matrices;
@@ -199,8 +241,9 @@ struct Weights {
 
 inline Weights weights_of(const Tensor& w, DType type) {
   const auto stride = [](const Tensor& t, int64_t d) { return t.size(d) <= 1 ? 1 : t.stride(d); };
-  const bool usable = (stride(w, 1) == 1 || stride(w, 2) == 1) && stride(w, 1) >= 0;
-  Weights out{usable ? w : fresh(torch::stable::contiguous(w)), {}};
+  const bool usable = (stride(w, 1) == 1 || stride(w, 2) == 1) && stride(w, 1) >= 0 &&
+                      (w.is_cpu() || is_aligned(w));
+  Weights out{usable ? w : dense(w), {}};
   const Tensor& t = out.tensor;
   out.matrices = {t.const_data_ptr(), type, t.stride(0), t.stride(1), t.stride(2)};
   // A dimension of size one may carry any stride; give it the one that selects a dense path.
@@ -242,15 +285,51 @@ struct SlotMaps {
 };
 SlotMaps slot_maps(const Op& op, const Tensor& topk_ids, int64_t num_experts);
 
-// torch's thread pool as the kernels see it.
+#if defined(MOE_OPS_CHECK_THREADS)
+// ThreadSanitizer does not see where a region of torch's pool begins and ends, so a build for it
+// starts threads of its own.
+inline Parallel torch_parallel() {
+  Parallel p;
+  p.num_threads = 4;
+  p.run = [](int64_t n, void (*fn)(int64_t, int64_t, void*), void* ctx) {
+    std::vector<std::exception_ptr> errors(static_cast<size_t>(n));
+    std::vector<std::thread> threads;
+    for (int64_t i = 0; i < n; ++i) {
+      threads.emplace_back([=, &errors] {
+        try {
+          fn(i, i + 1, ctx);
+        } catch (...) {
+          errors[i] = std::current_exception();
+        }
+      });
+    }
+    for (std::thread& t : threads) t.join();
+    for (const std::exception_ptr& e : errors) {
+      if (e) std::rethrow_exception(e);
+    }
+  };
+  return p;
+}
+#else
+// torch's thread pool as the kernels see it. The first exception of a thread is kept and thrown
+// again here: torch's C interface would print it and return a number in its place.
 inline Parallel torch_parallel() {
   Parallel p;
   p.num_threads = static_cast<int>(torch::stable::get_num_threads());
   p.run = [](int64_t n, void (*fn)(int64_t, int64_t, void*), void* ctx) {
-    torch::stable::parallel_for(0, n, 1,
-                                [fn, ctx](int64_t begin, int64_t end) { fn(begin, end, ctx); });
+    std::exception_ptr error;
+    std::atomic_flag failed;
+    torch::stable::parallel_for(0, n, 1, [&, fn, ctx](int64_t begin, int64_t end) {
+      try {
+        fn(begin, end, ctx);
+      } catch (...) {
+        if (!failed.test_and_set()) error = std::current_exception();
+      }
+    });
+    if (error) std::rethrow_exception(error);
   };
   return p;
 }
+#endif
 
 }  // namespace moe_ops::adapter

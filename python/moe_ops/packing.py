@@ -467,9 +467,10 @@ def _check_can_pack(prefix: str, bank: nn.Module, weights: BankWeights) -> None:
             )
     if not _plain(weights):
         what = ", ".join(f"{type(w).__name__} {w.dtype} on {w.device}" for w in weights[:2])
+        where = f" of {prefix}" if prefix else ""
         raise ValueError(
-            "prepack: expert weights must be plain tensors of one float type on the CPU, got "
-            f"{what}."
+            f"prepack: expert weights{where} must be plain tensors of one float type on the CPU, "
+            f"got {what}."
         )
 
 

@@ -206,7 +206,7 @@ def test_sizes(tokens, slots, head_size, dtype, kind):
 
 @pytest.mark.parametrize("head_size", [16, 40])
 def test_gradient_of_the_log_sum(head_size):
-    """The op itself also returns the log-sum-exp of each row, which ring attention differentiates."""
+    """The op itself also returns the log-sum-exp of each row, which has gradients too."""
     call = operands(torch.float64, batch=1, tokens=70, heads=2, head_size=head_size)
     arguments = ("softmax", True, head_size**-0.5, 0, 0.0, None)
     leaves = [call[name].requires_grad_() for name in NAMES]

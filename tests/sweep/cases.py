@@ -1,8 +1,8 @@
 """Cases: lines of text such as ``op=grouped_gemm dtype=bf16 rows=129 k=193 n=8 seed=3``.
 
 Every op has dimensions and options. A dimension has the sizes around each entry of the kernels'
-table (``_C.block_sizes()``) that concerns it. The sweep puts one dimension (or two, for the products)
-on such a size and leaves the others small; random cases draw all of them.
+table (``_C.block_sizes()``) that concerns it. The sweep puts one dimension (or two, for the
+products) on such a size and leaves the others small; random cases draw all of them.
 """
 
 from __future__ import annotations
@@ -101,7 +101,13 @@ OPS: dict[str, Op] = {
             "k": Dim(GEMM_WIDTH, WIDER, 4200),
             "n": Dim(GEMM_WIDTH, WIDER, 8200),
         },
-        {"layout": LAYOUTS, "bias": (0, 1), "experts": (1, 4), "grad_view": VIEWS[:3]},
+        {
+            "invariant": (0, 0, 0, 1),
+            "layout": LAYOUTS,
+            "bias": (0, 1),
+            "experts": (1, 4),
+            "grad_view": VIEWS[:3],
+        },
         pairs=(("rows", "k"), ("rows", "n"), ("k", "n")),
         cost=("rows", "k", "n"),
     ),
@@ -122,6 +128,7 @@ OPS: dict[str, Op] = {
             "o": Dim(SLOT_WIDTH, WIDER, 4200),
         },
         {
+            "invariant": (0, 0, 0, 1),
             "layout": LAYOUTS,
             "bias": (0, 1),
             "experts": (1, 4),
@@ -139,6 +146,7 @@ OPS: dict[str, Op] = {
             "d": Dim(SLOT_WIDTH, WIDER, 4200),
         },
         {
+            "invariant": (0, 0, 0, 1),
             "layout": LAYOUTS,
             "bias": (0, 1),
             "experts": (1, 4),
@@ -157,6 +165,7 @@ OPS: dict[str, Op] = {
             "i": Dim(SLOT_WIDTH, WIDER, 2100),
         },
         {
+            "invariant": (0, 0, 0, 1),
             "layout": LAYOUTS,
             "bias": (0, 1),
             "experts": (1, 4),
@@ -179,6 +188,7 @@ OPS: dict[str, Op] = {
             "i": Dim((("gemm", "depth"), ("gemm", "features")), WIDER, 4200),
         },
         {
+            "invariant": (0, 0, 0, 1),
             "bias": (0, 1),
             "experts": (1, 4),
             "top_k": (1, 2),
@@ -202,6 +212,7 @@ OPS: dict[str, Op] = {
             ),
         },
         {
+            "invariant": (0, 0, 0, 1),
             "bits": (8, 4),
             "group": (32, 64, 128),
             "x_scale": (0, 1),
@@ -225,6 +236,7 @@ OPS: dict[str, Op] = {
             "i": Dim((("fp8", "depth"), ("fp8", "features")), WIDER, 2100),
         },
         {
+            "invariant": (0, 0, 0, 1),
             "bias": (0, 1),
             "experts": (1, 4),
             "top_k": (1, 2),
@@ -244,7 +256,7 @@ OPS: dict[str, Op] = {
             "k": Dim((("fp8", "depth"),), WIDER, 2100),
             "n": Dim((("fp8", "features"),), WIDER, 4200),
         },
-        {"bias": (0, 1), "experts": (1, 4)},
+        {"invariant": (0, 0, 0, 1), "bias": (0, 1), "experts": (1, 4)},
         dtypes=HALVES,
         pairs=(("rows", "k"), ("rows", "n")),
         cost=("rows", "k", "n"),
@@ -292,6 +304,7 @@ OPS: dict[str, Op] = {
             "size": Dim((("attention", "size"),), (3, 8, 16, 17, 33), 256),
         },
         {
+            "invariant": (0, 0, 0, 1),
             "kind": ("softmax", "stick_breaking"),
             "slots": (1, 2, 3),
             "heads": (1, 2),
@@ -619,5 +632,5 @@ def smaller(case: Case) -> Iterator[Case]:
             group = case["group"]
             steps = [n // group * group for n in (group, size // 2, size - group)]
         for n in sorted(set(steps)):
-            if of.least <= n < size and n > 0 or (n == 0 and of.least == 0 and size > 0):
+            if (of.least <= n < size and n > 0) or (n == 0 and of.least == 0 and size > 0):
                 yield case.but(**{dim: n})

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import moe_ops
 from moe_ops import _C, reference
+from moe_ops.numerics import batch_invariant
 from moe_ops.quant import quantize_fp8_blocks
 from moe_ops.testing import (
     GATED_ACTIVATIONS,
@@ -721,7 +722,8 @@ def fault_of(case: Case) -> str:
     """Runs the case. Returns what is wrong, or nothing."""
     torch.manual_seed(case.get("seed", 0))
     try:
-        OPS[case["op"]](case)
+        with batch_invariant(bool(case.get("invariant", 0))):
+            OPS[case["op"]](case)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return ""
