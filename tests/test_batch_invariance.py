@@ -22,7 +22,15 @@ from torch import Tensor
 
 import moe_ops
 from moe_ops import _C, reference
-from moe_ops.layers import Experts, GateRouter, MoE, QuantizedExperts, Router
+from moe_ops.layers import (
+    AttentionExperts,
+    Experts,
+    GateRouter,
+    KVCache,
+    MoE,
+    QuantizedExperts,
+    Router,
+)
 from moe_ops.quant import quantize_fp8_blocks
 from moe_ops.testing import (
     DTYPES,
@@ -720,6 +728,21 @@ def test_isa(isa):
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True
     )
     assert run.returncode == 0, run.stderr[-4000:]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=short)
+@pytest.mark.parametrize("kind", ["softmax", "stick_breaking"])
+def test_attention_layer_token_by_token(kind, dtype):
+    router = Router(96, 8, 2)
+    layer = AttentionExperts(router, num_kv_heads=2, head_size=24, kind=kind, bias=True)
+    layer = layer.to(dtype).eval()
+    x = torch.randn(2, 90, 96).to(dtype)
+    with torch.no_grad():
+        whole = layer(x)
+        assert_identical(layer(x[1:]), whole[1:])
+        cache = KVCache()
+        steps = [layer(part, cache=cache) for part in x.split([40, 1, 1, 7, 1, 40], 1)]
+    assert_identical(torch.cat(steps, 1), whole)
 
 
 # --- the switch
