@@ -267,8 +267,7 @@ inline Rows rows_of(const Tensor& t, DType type, const int32_t* index = nullptr)
 }
 
 // A weight tensor [E, O, K] as the kernels take it: dense along O or along K, whatever the strides
-// of the rest, so that transposed views need no copy; on the CPU at any address, too, as a copy of
-// all experts would cost more than the call. `tensor` keeps a copy alive if one was made.
+// of the rest, so that transposed views need no copy. `tensor` keeps a copy alive if one was made.
 struct Weights {
   Tensor tensor;
   ExpertMatrices matrices;
@@ -276,9 +275,8 @@ struct Weights {
 
 inline Weights weights_of(const Tensor& w, DType type) {
   const auto stride = [](const Tensor& t, int64_t d) { return t.size(d) <= 1 ? 1 : t.stride(d); };
-  const bool usable = (stride(w, 1) == 1 || stride(w, 2) == 1) && stride(w, 1) >= 0 &&
-                      (w.is_cpu() || is_aligned(w));
-  Weights out{usable ? w : dense(w), {}};
+  const bool usable = (stride(w, 1) == 1 || stride(w, 2) == 1) && stride(w, 1) >= 0;
+  Weights out{usable ? aligned(w) : dense(w), {}};
   const Tensor& t = out.tensor;
   out.matrices = {t.const_data_ptr(), type, t.stride(0), t.stride(1), t.stride(2)};
   // A dimension of size one may carry any stride; give it the one that selects a dense path.
