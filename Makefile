@@ -32,13 +32,15 @@ SOURCES := CMakeLists.txt pyproject.toml \
   $(shell find csrc python -type f -not -name '*.so' -not -name '*.pyc' -not -name '*.md')
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test test-sim fuzz mutants lint format wheel clean distclean
+.PHONY: help build demo test test-sim test-asan test-tsan fuzz mutants lint format wheel clean distclean
 .DELETE_ON_ERROR:
 
 help:
 	@echo 'make demo       train a small mixture-of-experts model, draw its routing, compare with eager'
 	@echo 'make test       run the whole test suite on the installed package'
 	@echo 'make test-sim   compile the CUDA kernels and run their tests on a simulator, without a GPU'
+	@echo 'make test-asan  run op tests and fuzz tests with AddressSanitizer and UBSan (needs Clang)'
+	@echo 'make test-tsan  call every op from several threads under ThreadSanitizer'
 	@echo 'make fuzz       call every op on both sides of every block size, then at random, for MINUTES'
 	@echo 'make mutants    break the CPU kernels one place at a time; do the tests notice?'
 	@echo 'make build      create ./.venv and install moe_ops with all extras into it'
@@ -112,6 +114,43 @@ else
 	@echo 'Running the op tests on the simulator.'
 	@LD_LIBRARY_PATH="$(MOE_OPS_PTXSIM):$$LD_LIBRARY_PATH" PYTHONPATH=$(SIM) \
 	  $(VENV)/bin/python -m pytest -n $(PYTEST_WORKERS) --backend sim tests/ops tests/cuda $(PYTEST_ARGS)
+endif
+
+# Builds that check themselves, each a package of its own: $(call checked_build,FOLDER,SANITIZER,COMPILER)
+CLANG ?= clang++
+ASAN := build/asan
+TSAN := build/tsan
+ASAN_TESTS ?= tests/ops tests/test_misaligned.py tests/test_fuzz_layouts.py tests/test_fuzz_bad_calls.py
+checked_build = PATH="$(CURDIR)/$(VENV)/bin:$$PATH" CXX=$(3) cmake -S . -B $(1) -G Ninja -DCMAKE_BUILD_TYPE=Release \
+	  -DMOE_OPS_CUDA=off -DMOE_OPS_SANITIZE=$(2) -DPython_EXECUTABLE=$(CURDIR)/$(VENV)/bin/python \
+	  -Dpybind11_DIR=$$($(VENV)/bin/python -m pybind11 --cmakedir) >$(1).log && \
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" ninja -C $(1) --quiet && \
+	rm -rf $(1)/package && mkdir $(1)/package && cp -r python/moe_ops $(1)/package/ && cp $(1)/*.so $(1)/package/moe_ops/
+
+# AVX2, and the best level of this machine. Kept buffers would hide what is wrong with them.
+test-asan: build
+ifeq ($(shell command -v $(CLANG)),)
+	@echo 'make test-asan needs Clang (CLANG=clang++-19 names another): nothing was run.'
+else
+	@echo 'Compiling for AddressSanitizer and UBSan.'
+	@mkdir -p build && $(call checked_build,$(ASAN),address,$(CLANG))
+	@for isa in avx2 ''; do echo "Running with ASan and UBSan, $${isa:-best instruction set}."; \
+	  MOE_OPS_CPU_ISA=$$isa MOE_OPS_CACHE_MB=0 OMP_NUM_THREADS=1 PYTHONPATH=$(ASAN)/package \
+	  ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
+	  LD_PRELOAD=$$($(CLANG) -print-file-name=libclang_rt.asan-x86_64.so) \
+	  $(VENV)/bin/python -m pytest -n $(PYTEST_WORKERS) $(ASAN_TESTS) $(PYTEST_ARGS) || exit 1; done
+endif
+
+TSAN_RUNTIME = $(firstword $(wildcard $(foreach name,libclang_rt.tsan-x86_64.so libtsan.so,$(shell $(CXX) -print-file-name=$(name)))))
+test-tsan: build
+ifeq ($(TSAN_RUNTIME),)
+	@echo 'make test-tsan needs a compiler with ThreadSanitizer (CXX=g++): nothing was run.'
+else
+	@echo 'Compiling for ThreadSanitizer.'
+	@mkdir -p build && $(call checked_build,$(TSAN),thread,$(CXX))
+	@for isa in avx2 ''; do echo "Running with ThreadSanitizer, $${isa:-best instruction set}."; \
+	  MOE_OPS_CPU_ISA=$$isa OMP_NUM_THREADS=1 PYTHONPATH=$(TSAN)/package TSAN_OPTIONS=exitcode=66 \
+	  LD_PRELOAD=$(TSAN_RUNTIME) $(VENV)/bin/python -m tests.faults.races || exit 1; done
 endif
 
 lint: $(VENV)/.lint build

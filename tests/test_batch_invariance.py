@@ -22,7 +22,15 @@ from torch import Tensor
 
 import moe_ops
 from moe_ops import _C, reference
-from moe_ops.layers import Experts, GateRouter, MoE, QuantizedExperts, Router
+from moe_ops.layers import (
+    AttentionExperts,
+    Experts,
+    GateRouter,
+    KVCache,
+    MoE,
+    QuantizedExperts,
+    Router,
+)
 from moe_ops.quant import quantize_fp8_blocks
 from moe_ops.testing import (
     DTYPES,
@@ -337,9 +345,21 @@ def grouped_gemm_fp8_case(dtype: torch.dtype, k: int, o: int) -> Case:
     return case
 
 
-for label, shape in {"whole": (64, 64), "odd": (33, 31), "deep": (1100, 40), "wide": (40, 700)}.items():
+for label, shape in {
+    "whole": (64, 64),
+    "odd": (33, 31),
+    "deep": (1100, 40),
+    "wide": (40, 700),
+}.items():
     add("grouped_gemm", label, grouped_gemm_case, k=shape[0], o=shape[1])
-    add("grouped_gemm", f"{label}-transposed", grouped_gemm_case, k=shape[0], o=shape[1], transposed=True)
+    add(
+        "grouped_gemm",
+        f"{label}-transposed",
+        grouped_gemm_case,
+        k=shape[0],
+        o=shape[1],
+        transposed=True,
+    )
     add("grouped_gemm_fp8", label, grouped_gemm_fp8_case, NOT_DOUBLE, k=shape[0], o=shape[1])
 
 
@@ -351,7 +371,10 @@ def linear_map_case(dtype: torch.dtype, h: int, o: int, experts: int) -> Case:
     }
     ours, ref = moe_ops.moe_linear_map, reference.moe_linear_map
     return Case(
-        ours, tokens, fixed, lambda: check_against_reference(ours, ref, tokens | fixed, sum_length=h)
+        ours,
+        tokens,
+        fixed,
+        lambda: check_against_reference(ours, ref, tokens | fixed, sum_length=h),
     )
 
 
@@ -472,7 +495,10 @@ def router_linear_case(dtype: torch.dtype, h: int, experts: int) -> Case:
     }
     ours, ref = moe_ops.router_linear, reference.router_linear
     return Case(
-        ours, tokens, fixed, lambda: check_against_reference(ours, ref, tokens | fixed, sum_length=h)
+        ours,
+        tokens,
+        fixed,
+        lambda: check_against_reference(ours, ref, tokens | fixed, sum_length=h),
     )
 
 
@@ -487,7 +513,9 @@ def unpermute_case(dtype: torch.dtype, size: int) -> Case:
         return moe_ops.unpermute(rows.flatten(0, 1), offsets, slots.view(-1, 2), topk_weights)
 
     weights = torch.rand(NUM_TOKENS, 2).to(acc_dtype(dtype))
-    return Case(op, {"rows": torch.randn(NUM_TOKENS, 2, size).to(dtype), "topk_weights": weights}, {})
+    return Case(
+        op, {"rows": torch.randn(NUM_TOKENS, 2, size).to(dtype), "topk_weights": weights}, {}
+    )
 
 
 add("unpermute", "odd", unpermute_case, size=77)
@@ -651,7 +679,9 @@ LAYERS: dict[str, Callable[[torch.dtype], Callable[[Tensor], Tensor]]] = {
     "dense": functools.partial(dense_bank, activation="relu"),
     "dense-gated": functools.partial(dense_bank, activation="swiglu"),
     "mlp-gate": lambda dtype: gate_router(GateRouter(96, 8, 2, gate="mlp", gate_size=24), dtype),
-    "cosine-gate": lambda dtype: gate_router(GateRouter(96, 8, 2, gate="cosine", gate_size=24), dtype),
+    "cosine-gate": lambda dtype: gate_router(
+        GateRouter(96, 8, 2, gate="cosine", gate_size=24), dtype
+    ),
     "output-size": lambda dtype: two_products(dtype),
 }
 
@@ -698,6 +728,21 @@ def test_isa(isa):
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True
     )
     assert run.returncode == 0, run.stderr[-4000:]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=short)
+@pytest.mark.parametrize("kind", ["softmax", "stick_breaking"])
+def test_attention_layer_token_by_token(kind, dtype):
+    router = Router(96, 8, 2)
+    layer = AttentionExperts(router, num_kv_heads=2, head_size=24, kind=kind, bias=True)
+    layer = layer.to(dtype).eval()
+    x = torch.randn(2, 90, 96).to(dtype)
+    with torch.no_grad():
+        whole = layer(x)
+        assert_identical(layer(x[1:]), whole[1:])
+        cache = KVCache()
+        steps = [layer(part, cache=cache) for part in x.split([40, 1, 1, 7, 1, 40], 1)]
+    assert_identical(torch.cat(steps, 1), whole)
 
 
 # --- the switch

@@ -201,7 +201,10 @@ def test_vmap(op):
     outputs = vmap(lambda t: tuple(case.vector(t, *rest)))(batch)
     for i, t in enumerate(batch):
         close(tuple(y[i] for y in outputs), tuple(case.vector(t, *rest)))
+    leaf = batch.clone().requires_grad_()
+    (through,) = torch.autograd.grad(vmap(lambda t: case.scalar(t, *rest))(leaf).sum(), leaf)
     per_sample = vmap(grad(lambda t: case.scalar(t, *rest)))(batch)
+    close(through, per_sample)
     close(per_sample, torch.stack([grad(case.scalar)(t, *rest) for t in batch]))
     last = vmap(grad(lambda t: case.scalar(t, *rest)), in_dims=-1, out_dims=-1)
     close(last(batch.movedim(0, -1)), per_sample.movedim(0, -1))
@@ -316,6 +319,7 @@ MODULES = {
     ),
     "ExpertNorm": lambda: layers.ExpertNorm(E, H, dtype=torch.float64),
     "Experts": lambda: layers.Experts(E, H, 3, bias=True, dtype=torch.float64),
+    "Experts.outputs, gated": lambda: layers.Experts(E, H, 3, dtype=torch.float64),
     "Experts.outputs": lambda: layers.Experts(E, H, 3, activation="relu", dtype=torch.float64),
     "GateRouter": lambda: layers.GateRouter(H, E, K, gate_size=8, dtype=torch.float64),
     "MoE": lambda: layers.MoE.build(H, 3, E, K, router="qwen2_moe", dtype=torch.float64),
@@ -386,7 +390,7 @@ def run(name: str, module, x: Tensor) -> Tensor:
     if name in LOSSES:
         return LOSSES[name](x)
     weights = torch.full((T, K), 0.5, dtype=x.dtype)
-    if name == "Experts.outputs":
+    if name.startswith("Experts.outputs"):
         return module.outputs(x)
     if name in ("Experts", "QuantizedExperts"):
         return module(x, weights, ids() % E)

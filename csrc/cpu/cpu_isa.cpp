@@ -7,8 +7,10 @@
 #if defined(__unix__) || defined(__APPLE__)
 #include <unistd.h>
 #endif
-#if defined(MOE_OPS_HAS_AMX) && defined(__linux__)
+#if defined(__x86_64__)
 #include <cpuid.h>
+#endif
+#if defined(MOE_OPS_HAS_AMX) && defined(__linux__)
 #include <sys/syscall.h>
 #endif
 
@@ -58,6 +60,20 @@ const Choice& choice() {
   return c;
 }
 
+#if defined(__x86_64__)
+// Two features that __builtin_cpu_supports of Clang 14 does not know by name. Their registers are
+// those of AVX2 and of AVX-512.
+bool has_f16c() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & 1u << 29) != 0;
+}
+
+bool has_avx512_bf16() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && (a & 1u << 5) != 0;
+}
+#endif
+
 // AMX with bfloat16, and the leave to use its 8 KiB of registers, which Linux grants a process on
 // request.
 bool has_amx() {
@@ -82,14 +98,13 @@ Isa detected_isa() {
   static const Isa isa = [] {
     __builtin_cpu_init();
     // __builtin_cpu_supports also asks the operating system (XGETBV) about the wide registers.
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                      __builtin_cpu_supports("f16c");
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
     if (!avx2) return Isa::kPortable;
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     if (!avx512) return Isa::kAvx2;
     // Every processor with the former has the latter; a virtual machine may hide it.
-    const bool bf16 = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+    const bool bf16 = has_avx512_bf16() && __builtin_cpu_supports("avx512vnni");
     if (!bf16) return Isa::kAvx512;
     return has_amx() ? Isa::kAmx : Isa::kAvx512Bf16;
   }();

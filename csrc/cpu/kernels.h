@@ -497,8 +497,8 @@ struct Kernels {
   void (*rank_update)(DType w_type, int rows, int64_t tokens, const void* w, int64_t ldw,
                       const T* a, int64_t lda, T* c, int64_t ldc, int64_t n, bool accumulate);
 
-  // The same of bfloat16, two rows of which are multiplied as pairs with an element of a. Only where
-  // `pairs` is true.
+  // The same of bfloat16, two rows of which are multiplied as pairs with an element of a. Only
+  // where `pairs` is true.
   void (*pair_rank_update)(int rows, int64_t tokens, const uint16_t* w, int64_t ldw, const T* a,
                            int64_t lda, T* c, int64_t ldc, int64_t n, bool accumulate);
 

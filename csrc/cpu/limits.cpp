@@ -68,7 +68,11 @@ MOE_READ_LOOP(read_portable, MOE_NO_TARGET, 16)
 
 #if defined(__x86_64__)
 #define MOE_AVX2 __attribute__((target("avx2,fma")))
+#if defined(__clang__)  // does not know the width here, and does not narrow vectors of 64 bytes
+#define MOE_AVX512 __attribute__((target("avx512f,avx512bw")))
+#else
 #define MOE_AVX512 __attribute__((target("avx512f,avx512bw,prefer-vector-width=512")))
+#endif
 #define MOE_AVX512_BF16 __attribute__((target("avx512f,avx512bw,avx512bf16")))
 namespace avx2 {
 MOE_FMA_LOOP(fma, MOE_AVX2, 32, 12)

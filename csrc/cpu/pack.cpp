@@ -31,7 +31,7 @@ template <class Bits>
 void pack_panel(const Bits* w, int64_t stride_o, int64_t stride_k, int64_t features, int64_t K,
                 const PanelLayout& layout, int64_t pair, Bits* panel) {
   const int64_t P = layout.width;
-  if (features < P || K < layout.depth) {
+  if (layout.panel_bytes > 0 && (features < P || K < layout.depth)) {
     std::memset(panel, 0, static_cast<size_t>(layout.panel_bytes));
   }
   for (int64_t k0 = 0; k0 < K; k0 += kPackDepth) {
@@ -40,7 +40,7 @@ void pack_panel(const Bits* w, int64_t stride_o, int64_t stride_k, int64_t featu
       const Bits* src = w + f * stride_o;
       Bits* dst = panel + f * pair;
       for (int64_t k = k0; k < k1; ++k) {
-        dst[k / pair * P * pair + k % pair] = src[k * stride_k];
+        std::memcpy(dst + k / pair * P * pair + k % pair, src + k * stride_k, sizeof(Bits));
       }
     }
   }

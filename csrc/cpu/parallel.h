@@ -24,11 +24,19 @@ struct EvenParts {
   int64_t begin(int64_t i) const { return i * size + std::min(i, longer); }
 };
 
+// Costs are counts of elementary operations. A thread has at least the first of them to do; items
+// of a range are made as large as the second. A build that is checked for races shares out the
+// least of work.
+#if defined(MOE_OPS_CHECK_THREADS)
+constexpr double kMinCostPerThread = 1, kChunkCost = 1e2;
+#else
+constexpr double kMinCostPerThread = 1e5, kChunkCost = 4e4;
+#endif
+
 // Calls fn(item) for each item in [0, n). `cost` is a rough count of elementary operations of all
 // items together: below ~50 us of work a parallel region costs more than it brings.
 template <class Fn>
 void parallel_items(const Parallel& par, int64_t n, double cost, const Fn& fn) {
-  constexpr double kMinCostPerThread = 1e5;
   int64_t threads = std::min<int64_t>(par.num_threads, n);
   threads = std::min<int64_t>(threads, static_cast<int64_t>(cost / kMinCostPerThread) + 1);
   if (threads <= 1 || par.run == nullptr) {
@@ -110,7 +118,6 @@ class Stages {
 
 // Items per chunk of [0, n), by the cost of one.
 inline int64_t chunk_length(int64_t n, double cost_per_item) {
-  constexpr double kChunkCost = 4e4;
   const int64_t by_cost = static_cast<int64_t>(kChunkCost / std::max(cost_per_item, 1.0)) + 1;
   return std::min(n, by_cost);
 }

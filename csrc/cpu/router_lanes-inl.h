@@ -96,7 +96,7 @@ MOE_TEXT void route_lanes_bwd_of(const RouterLanes<T>& p) {
       }
       score[k] = value;
       grad[k] = id < 0 ? none : plane<Vec>(p.weights, k, i);
-      if (!over_all) most = (id >= 0) & (value > most) ? value : most;  // NaN is passed over
+      if (!over_all) most = ((id >= 0) & (value > most)) ? value : most;  // NaN is passed over
     }
     Vec sum = {};
     for (int64_t e = 0; e < experts; ++e) exps[e] = none;

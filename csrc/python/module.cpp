@@ -1,5 +1,6 @@
-// moe_ops._C: facts about the build and the CPU, settings of the CPU kernels. Sees no torch header; linking the op library is
-// what registers torch.ops.moe_ops when this module is imported (after torch).
+// moe_ops._C: facts about the build and the CPU, settings of the CPU kernels. Sees no torch header;
+// linking the op library is what registers torch.ops.moe_ops when this module is imported (after
+// torch).
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

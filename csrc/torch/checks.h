@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <new>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -22,6 +23,15 @@ template <class... Parts>
   (s << ... << parts);
   throw std::invalid_argument(s.str());  // arrives in Python as ValueError
 }
+
+// Arrives in Python as MemoryError.
+class OutOfMemory : public std::bad_alloc {
+ public:
+  const char* what() const noexcept override {
+    return "moe_ops: out of memory: the result or the working memory of an op could not be "
+           "allocated.";
+  }
+};
 
 #define MOE_CHECK(condition, ...)            \
   do {                                       \

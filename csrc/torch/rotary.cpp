@@ -36,7 +36,7 @@ Tensor rotary(const Tensor& t, const Tensor& cos, const Tensor& sin, bool invers
   check_angles(kOp, "sin", sin, t);
   check_dim(kOp, "sin", sin, cos.dim(), "like cos");
   const ScalarType acc = accumulate_type(t.scalar_type());
-  const Tensor src = dense_from(t, 2) ? t : dense(t);
+  const Tensor src = dense_from(t, 2) ? aligned(t) : dense(t);
   const Tensor c = contiguous_as(cos, acc), s = contiguous_as(sin, acc);
   const auto sizes = t.sizes();
   Tensor out = empty_cpu(kOp, std::vector<int64_t>(sizes.begin(), sizes.end()), t.scalar_type());

@@ -6,14 +6,18 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <atomic>
 #include <cstring>
+#include <exception>
 #include <initializer_list>
 #include <limits>
 #include <memory>
 #include <optional>
 #include <string>
+#include <thread>
 #include <tuple>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "moe_ops/common.h"
@@ -26,8 +30,9 @@ using OptTensor = std::optional<Tensor>;
 
 // What MOE_BOX does to TORCH_BOX's conversions of arguments. A kernel that takes float or int would
 // get the low bytes of a double or int64_t: a compile error. A std::string would be allocated in
-// every call and never freed (STABLE_ABI_WORKAROUND): what is boxed takes the handle instead in
-// which a string crosses the ABI, and hands a std::string on.
+// every call and never freed, and of tensors the ones that follow a failed allocation would keep
+// their memory for ever (STABLE_ABI_WORKAROUND): what is boxed takes the handles in which they
+// cross the ABI, owns them all before anything can fail, and hands std::string and Tensor on.
 template <class T>
 constexpr bool kBoxable =
     !std::is_same_v<std::remove_cvref_t<T>, float> &&
@@ -37,12 +42,42 @@ constexpr bool kBoxable =
 template <class T>
 struct BoxedArg {
   using Type = T;
-  static T&& unbox(std::remove_reference_t<T>& arg) { return static_cast<T&&>(arg); }
+  T value;
+  explicit BoxedArg(T v) : value(v) {}
+  T take() { return value; }
 };
+
 template <>
 struct BoxedArg<std::string> {
   using Type = StringHandle;
-  static std::string unbox(StringHandle handle);
+  std::unique_ptr<StringOpaque, void (*)(StringHandle)> handle;
+  explicit BoxedArg(StringHandle h);
+  std::string take();
+};
+
+template <>
+struct BoxedArg<Tensor> {
+  using Type = AtenTensorHandle;
+  AtenTensorHandle handle;
+  explicit BoxedArg(AtenTensorHandle h) : handle(h) {}
+  ~BoxedArg() {
+    if (handle != nullptr) aoti_torch_delete_tensor_object(handle);
+  }
+  BoxedArg(const BoxedArg&) = delete;
+  BoxedArg& operator=(const BoxedArg&) = delete;
+  Tensor take() { return Tensor(std::exchange(handle, nullptr)); }
+};
+
+template <>
+struct BoxedArg<OptTensor> {
+  using Type = std::optional<AtenTensorHandle>;
+  BoxedArg<Tensor> tensor;
+  explicit BoxedArg(Type h) : tensor(h.value_or(nullptr)) {}
+  OptTensor take() {
+    OptTensor out;
+    if (tensor.handle != nullptr) out = tensor.take();
+    return out;
+  }
 };
 
 template <auto fn>
@@ -51,11 +86,25 @@ template <class R, class... Args, R (*fn)(Args...)>
 struct Boxable<fn> {
   static_assert((kBoxable<Args> && ...),
                 "use double, int64_t and std::string by value in registered signatures");
-  static R call(typename BoxedArg<Args>::Type... args) {
-    return fn(BoxedArg<Args>::unbox(args)...);
+  static R call(typename BoxedArg<std::remove_cvref_t<Args>>::Type... args) {
+    return with(BoxedArg<std::remove_cvref_t<Args>>(args)...);
   }
+
+ private:
+  static R with(BoxedArg<std::remove_cvref_t<Args>>&&... args) { return fn(args.take()...); }
 };
-#define MOE_BOX(fn) TORCH_BOX((&::moe_ops::adapter::Boxable<&fn>::call))
+
+// What the standard library says of memory that it did not get becomes a sentence.
+template <void (*boxed)(StableIValue*, uint64_t, uint64_t)>
+void with_memory_sentence(StableIValue* stack, uint64_t num_args, uint64_t num_outputs) {
+  try {
+    boxed(stack, num_args, num_outputs);
+  } catch (const std::bad_alloc&) {
+    throw OutOfMemory();
+  }
+}
+#define MOE_BOX(fn) \
+  (&::moe_ops::adapter::with_memory_sentence<TORCH_BOX((&::moe_ops::adapter::Boxable<&fn>::call))>)
 
 // An uninitialised CPU tensor; large ones come from the buffer cache (tensor_utils.cpp). Expanded
 // operands take no memory, so a call can ask for a result of any size: one whose bytes do not fit
@@ -84,14 +133,41 @@ inline ScalarType accumulate_type(ScalarType t) {
   return t == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-inline Tensor dense(const Tensor& t) {
-  return t.is_contiguous() ? t : fresh(torch::stable::contiguous(t));
+// A copy of `t` that `make` makes through torch, whose C interface does not say why it failed: for
+// checked operands on the CPU, for want of memory.
+template <class Make>
+Tensor copy_of(const Tensor& t, const Make& make) {
+  try {
+    return fresh(make(t));
+  } catch (const std::exception&) {
+    if (t.is_cpu()) throw OutOfMemory();
+    throw;
+  }
 }
+
+inline Tensor contiguous_copy(const Tensor& t) {
+  return copy_of(t, [](const Tensor& s) { return torch::stable::contiguous(s); });
+}
+
+// Whether every element lies at a multiple of its size. Memory that came from a file or a buffer
+// may begin anywhere.
+inline bool is_aligned(const Tensor& t) {
+  return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % t.element_size() == 0;
+}
+
+// `t`, or a copy that is aligned.
+inline Tensor aligned(const Tensor& t) {
+  return is_aligned(t) ? t : copy_of(t, [](const Tensor& s) { return torch::stable::clone(s); });
+}
+
+inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? aligned(t) : contiguous_copy(t); }
 
 // Contiguous and of dtype `dtype`.
 inline Tensor contiguous_as(const Tensor& t, ScalarType dtype) {
-  return t.scalar_type() == dtype ? dense(t)
-                                  : fresh(torch::stable::contiguous(torch::stable::to(t, dtype)));
+  if (t.scalar_type() == dtype) return dense(t);
+  return copy_of(t, [dtype](const Tensor& s) {
+    return torch::stable::contiguous(torch::stable::to(s, dtype));
+  });
 }
 
 inline OptTensor contiguous_as(const OptTensor& t, ScalarType dtype) {
@@ -104,7 +180,7 @@ inline OptTensor contiguous_as(const OptTensor& t, ScalarType dtype) {
 // meaningful stride.
 inline Tensor with_dense_rows(const Tensor& t) {
   const int64_t d = t.dim() - 1;
-  return t.size(d) <= 1 || t.stride(d) == 1 ? t : fresh(torch::stable::contiguous(t));
+  return t.size(d) <= 1 || t.stride(d) == 1 ? aligned(t) : contiguous_copy(t);
 }
 
 // Stride between the rows of a matrix whose last dimension is dense.
@@ -200,7 +276,7 @@ struct Weights {
 inline Weights weights_of(const Tensor& w, DType type) {
   const auto stride = [](const Tensor& t, int64_t d) { return t.size(d) <= 1 ? 1 : t.stride(d); };
   const bool usable = (stride(w, 1) == 1 || stride(w, 2) == 1) && stride(w, 1) >= 0;
-  Weights out{usable ? w : fresh(torch::stable::contiguous(w)), {}};
+  Weights out{usable ? aligned(w) : dense(w), {}};
   const Tensor& t = out.tensor;
   out.matrices = {t.const_data_ptr(), type, t.stride(0), t.stride(1), t.stride(2)};
   // A dimension of size one may carry any stride; give it the one that selects a dense path.
@@ -242,15 +318,51 @@ struct SlotMaps {
 };
 SlotMaps slot_maps(const Op& op, const Tensor& topk_ids, int64_t num_experts);
 
-// torch's thread pool as the kernels see it.
+#if defined(MOE_OPS_CHECK_THREADS)
+// ThreadSanitizer does not see where a region of torch's pool begins and ends, so a build for it
+// starts threads of its own.
+inline Parallel torch_parallel() {
+  Parallel p;
+  p.num_threads = 4;
+  p.run = [](int64_t n, void (*fn)(int64_t, int64_t, void*), void* ctx) {
+    std::vector<std::exception_ptr> errors(static_cast<size_t>(n));
+    std::vector<std::thread> threads;
+    for (int64_t i = 0; i < n; ++i) {
+      threads.emplace_back([=, &errors] {
+        try {
+          fn(i, i + 1, ctx);
+        } catch (...) {
+          errors[i] = std::current_exception();
+        }
+      });
+    }
+    for (std::thread& t : threads) t.join();
+    for (const std::exception_ptr& e : errors) {
+      if (e) std::rethrow_exception(e);
+    }
+  };
+  return p;
+}
+#else
+// torch's thread pool as the kernels see it. The first exception of a thread is kept and thrown
+// again here: torch's C interface would print it and return a number in its place.
 inline Parallel torch_parallel() {
   Parallel p;
   p.num_threads = static_cast<int>(torch::stable::get_num_threads());
   p.run = [](int64_t n, void (*fn)(int64_t, int64_t, void*), void* ctx) {
-    torch::stable::parallel_for(0, n, 1,
-                                [fn, ctx](int64_t begin, int64_t end) { fn(begin, end, ctx); });
+    std::exception_ptr error;
+    std::atomic_flag failed;
+    torch::stable::parallel_for(0, n, 1, [&, fn, ctx](int64_t begin, int64_t end) {
+      try {
+        fn(begin, end, ctx);
+      } catch (...) {
+        if (!failed.test_and_set()) error = std::current_exception();
+      }
+    });
+    if (error) std::rethrow_exception(error);
   };
   return p;
 }
+#endif
 
 }  // namespace moe_ops::adapter

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import filecmp
 import hashlib
 import json
 import os
@@ -178,26 +179,40 @@ class Replacement:
         """Let the old file `name`, where there is one, have another name afterwards."""
         self._kept[name] = second_name
 
-    def remove(self, name: str) -> None:
-        """Remove an old file in the commit."""
-        self._removed.append(name)
-
-    @property
-    def removes(self) -> bool:
-        return bool(self._removed)
+    def remove(self, *patterns: str) -> None:
+        """Remove old files of these names, shell patterns, unless new ones take their places."""
+        self._removed += patterns
 
     def commit(self) -> None:
-        order = sorted(self._new, key=lambda name: name == self.last)
         with sentence(self.folder), _locked(self.folder) as handle:
+            # What is there is looked at here, since others may have written until now.
+            removed = [
+                path.name
+                for pattern in self._removed
+                for path in self.folder.glob(pattern)
+                if path.name not in self._new
+            ]
+            last = self._new.get(self.last or "")
+            if last and not removed and len(self._new) == 2 and self._is_there(last):
+                del self._new[str(self.last)]
+                os.unlink(last)
             for name, second_name in self._kept.items():
                 self._link(self.folder / name, self.folder / second_name)
-            if len(order) == 1 and not self._removed:
+            if len(self._new) == 1 and not removed:
                 # A rename replaces one file in one step; nothing is to be brought back.
-                os.replace(self._new[order[0]], self.folder / order[0])
+                ((name, temporary),) = self._new.items()
+                os.replace(temporary, self.folder / name)
                 self._new.clear()
             else:
-                self._swap(order)
+                self._swap(removed)
             _fsync_folder(handle)
+
+    def _is_there(self, last: Path) -> bool:
+        """Whether the old `last` says the same as the new one."""
+        try:
+            return filecmp.cmp(last, self.folder / str(self.last), shallow=False)
+        except OSError:
+            return False
 
     def _link(self, old: Path, second: Path) -> None:
         """Until the commit the old file has both names, where the file system knows links."""
@@ -216,11 +231,12 @@ class Replacement:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
 
-    def _swap(self, order: list[str]) -> None:
+    def _swap(self, removed: list[str]) -> None:
+        order = sorted(self._new, key=lambda name: name == self.last)
         old: dict[str, Path] = {}
         placed: list[str] = []
         try:
-            for name in dict.fromkeys([*reversed(order), *self._removed]):
+            for name in dict.fromkeys([*reversed(order), *removed]):
                 backup = _temporary(self.folder)
                 with contextlib.suppress(FileNotFoundError):
                     os.replace(self.folder / name, backup)

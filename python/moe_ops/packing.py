@@ -312,8 +312,8 @@ def _copies_for(
             state.forget()
         return None
     if state is not None and (copies := state.copies) is not None and copies.key == key:
-        # Products round otherwise with packed weights. Copies that a bank made by itself, after some
-        # use, would let a token's bits depend on what was called before.
+        # Products round otherwise with packed weights. Copies that a bank made by itself, after
+        # some use, would let a token's bits depend on what was called before.
         if copies.asked_for or settings.policy == "always" or not is_batch_invariant():
             return copies
         return None
@@ -467,9 +467,10 @@ def _check_can_pack(prefix: str, bank: nn.Module, weights: BankWeights) -> None:
             )
     if not _plain(weights):
         what = ", ".join(f"{type(w).__name__} {w.dtype} on {w.device}" for w in weights[:2])
+        where = f" of {prefix}" if prefix else ""
         raise ValueError(
-            "prepack: expert weights must be plain tensors of one float type on the CPU, got "
-            f"{what}."
+            f"prepack: expert weights{where} must be plain tensors of one float type on the CPU, "
+            f"got {what}."
         )
 
 

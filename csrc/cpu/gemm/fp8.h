@@ -146,8 +146,8 @@ void fp8_strip_item(const Fp8Desc& d, const Kernels<float>& k, const Fp8Item& it
       }
       for (int64_t t = 0; t < m; t += kFp8DotTokens) {
         k.fp8.dot_wide(static_cast<int>(features),
-                       static_cast<int>(std::min<int64_t>(kFp8DotTokens, m - t)), K, w, ldx, w_scale,
-                       x + t * ldx, ldx, x_scale + t, out + t * ldo + s * n + f, ldo, 1);
+                       static_cast<int>(std::min<int64_t>(kFp8DotTokens, m - t)), K, w, ldx,
+                       w_scale, x + t * ldx, ldx, x_scale + t, out + t * ldo + s * n + f, ldo, 1);
       }
     }
   }

@@ -5,8 +5,8 @@
 
 namespace moe_ops::cpu {
 
-// Strips of weights, of so many bytes each, that stay in cache while tokens pass: half of an L1, but
-// no fewer than end their sums together.
+// Strips of weights, of so many bytes each, that stay in cache while tokens pass: half of an L1,
+// but no fewer than end their sums together.
 inline int64_t kept_strips(int64_t bytes) {
   return std::max<int64_t>(4, kDotKeptBytes / std::max<int64_t>(1, bytes) / 4 * 4);
 }

@@ -64,7 +64,7 @@ struct Seen {
   // a where the key is seen, otherwise b.
   Vec<T> select(int64_t j, int v, Vec<T> a, Vec<T> b) const {
     const Int key = static_cast<Index>(begin + static_cast<Index>(j)) - Int{};
-    return (key >= first[v]) & (key < last[v]) ? a : b;
+    return ((key >= first[v]) & (key < last[v])) ? a : b;
   }
 };
 

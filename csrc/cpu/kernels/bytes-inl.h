@@ -23,7 +23,7 @@ struct ByteBlock {
 template <int kBits>
 inline int32_t byte_codes(const float* x, float inverse, int8_t* dst) {
   static_assert(kQuantBlock == 32, "a block is what round_codes takes");
-  __m128i low, high;
+  __m128i low = _mm_setzero_si128(), high = low;
   if constexpr (kBits == 4) {
     const CodePair codes = round_codes(x, inverse);
     low = _mm_unpacklo_epi32(codes.even, codes.odd);

@@ -118,8 +118,8 @@ void fp8_decode_bf16(const uint8_t* q, uint16_t* dst, int64_t n) {
 // F weight rows and M tokens, vectors along k, as dot_tile; a block of k is summed by itself, then
 // scaled and added. S: E4m3, or float for codes that are widened already.
 template <class S, int F, int M>
-void fp8_dot_tile(int64_t k, const S* w, int64_t ldw, const float* const* w_scale,
-                  const float* x, int64_t ldx, const float* const* x_scale, float* out, int64_t ldo,
+void fp8_dot_tile(int64_t k, const S* w, int64_t ldw, const float* const* w_scale, const float* x,
+                  int64_t ldx, const float* const* x_scale, float* out, int64_t ldo,
                   int64_t out_step) {
   constexpr int W = kLanes<float>;
   Vec<float> sum[F][M];

@@ -17,7 +17,7 @@ inline void rotate_whole(const T* in, const T* cos, const T* sin, T sign, int64_
   const Vec<T> c = load<T>(both[0]), s = load<T>(both[1]);
   for (int64_t h = 0; h < heads; ++h) {
     const Vec<T> v = load<T>(in + h * W);
-    store<T>(out + h * W, v * c + __builtin_shuffle(v, other) * s);
+    store<T>(out + h * W, v * c + shuffle(v, other) * s);
   }
 }
 

@@ -212,13 +212,13 @@ inline void transpose_block(const T* src, int64_t ld_src, T* dst, int64_t ld_dst
     for (int round = 0; round < 2; ++round) {
 #pragma GCC unroll 8
       for (int i = 0; i < 8; ++i) {
-        t[2 * i] = __builtin_shuffle(v[i], v[i + 8], lo);
-        t[2 * i + 1] = __builtin_shuffle(v[i], v[i + 8], hi);
+        t[2 * i] = shuffle(v[i], v[i + 8], lo);
+        t[2 * i + 1] = shuffle(v[i], v[i + 8], hi);
       }
 #pragma GCC unroll 8
       for (int i = 0; i < 8; ++i) {
-        v[2 * i] = __builtin_shuffle(t[i], t[i + 8], lo);
-        v[2 * i + 1] = __builtin_shuffle(t[i], t[i + 8], hi);
+        v[2 * i] = shuffle(t[i], t[i + 8], lo);
+        v[2 * i + 1] = shuffle(t[i], t[i + 8], hi);
       }
     }
 #pragma GCC unroll 16

@@ -1,8 +1,8 @@
 // Register tiles: products of a broadcast block and a panel, of copies (micro) or of weights packed
 // ahead of time (panel_tile, panel_streams). Included by kernels-inl.h, inside its namespace.
 
-// acc + a * b, where a is the same element in every lane; a pair adds both of its products. kSums as
-// of add_one_of.
+// acc + a * b, where a is the same element in every lane; a pair adds both of its products. kSums
+// as of add_one_of.
 template <class T, class S, int kSums = 2>
 inline Vec<T> add_product(Vec<T> acc, const T* a, Vec<T> b) {
 #if defined(__AVX512BF16__) && MOE_VEC_BYTES == 64
@@ -127,7 +127,7 @@ inline Vec<T> panel_vector(const S* p, int v, [[maybe_unused]] int half,
     return load<T>(reinterpret_cast<const T*>(p) + v * W);
   } else {
     using F = Simd<float>;
-    typedef uint32_t Unaligned __attribute__((vector_size(MOE_VEC_BYTES), aligned(4), may_alias));
+    typedef uint32_t Unaligned __attribute__((vector_size(MOE_VEC_BYTES), aligned(1), may_alias));
     const F::Uint pair = *reinterpret_cast<const Unaligned*>(p + 2 * v * W);
     if constexpr (kIsBf16<S>) {
       return __builtin_bit_cast(Vec<float>, half == 0 ? pair << 16 : pair & mask);

@@ -9,10 +9,10 @@ struct Simd<float> {
   static constexpr int kLanes = MOE_VEC_BYTES / 4;
   typedef float Vec __attribute__((vector_size(MOE_VEC_BYTES)));
   typedef int32_t Int __attribute__((vector_size(MOE_VEC_BYTES)));
-  typedef float Unaligned __attribute__((vector_size(MOE_VEC_BYTES), aligned(4), may_alias));
+  typedef float Unaligned __attribute__((vector_size(MOE_VEC_BYTES), aligned(1), may_alias));
   typedef uint16_t Half __attribute__((vector_size(MOE_VEC_BYTES / 2)));
   typedef uint16_t HalfUnaligned
-      __attribute__((vector_size(MOE_VEC_BYTES / 2), aligned(2), may_alias));
+      __attribute__((vector_size(MOE_VEC_BYTES / 2), aligned(1), may_alias));
   typedef uint32_t Uint __attribute__((vector_size(MOE_VEC_BYTES)));
 };
 
@@ -21,7 +21,7 @@ struct Simd<double> {
   static constexpr int kLanes = MOE_VEC_BYTES / 8;
   typedef double Vec __attribute__((vector_size(MOE_VEC_BYTES)));
   typedef int64_t Int __attribute__((vector_size(MOE_VEC_BYTES)));
-  typedef double Unaligned __attribute__((vector_size(MOE_VEC_BYTES), aligned(8), may_alias));
+  typedef double Unaligned __attribute__((vector_size(MOE_VEC_BYTES), aligned(1), may_alias));
 };
 
 template <class T>
@@ -44,9 +44,9 @@ inline void store(T* p, Vec<T> v) {
   *reinterpret_cast<typename Simd<T>::Unaligned*>(p) = v;
 }
 
-// acc + a * b, one of kSums sums of a loop. A compiler makes one instruction of it, rounded once, or
-// two where that shortens the chain of a sum that is alone in its loop (GCC's avoid-fma-chains). A
-// row would then have other bits alone than it has among others.
+// acc + a * b, one of kSums sums of a loop. A compiler makes one instruction of it, rounded once,
+// or two where that shortens the chain of a sum that is alone in its loop (GCC's avoid-fma-chains).
+// A row would then have other bits alone than it has among others.
 template <class T, int kSums>
 inline Vec<T> add_one_of(Vec<T> acc, Vec<T> a, Vec<T> b) {
 #if defined(__AVX512F__) && MOE_VEC_BYTES == 64
@@ -75,6 +75,33 @@ inline Vec<T> add_one_of(Vec<T> acc, Vec<T> a, Vec<T> b) {
   }
 #endif
   return acc + a * b;
+}
+
+// Lane i is lane order[i] of a, or of a and then b. The order is a constant, of which Clang, which
+// has no __builtin_shuffle, makes one shuffle too.
+template <class V, class Order>
+inline V shuffle(V a, Order order) {
+#if defined(__clang__)
+  V out = a;
+  for (unsigned i = 0; i < sizeof(V) / sizeof(a[0]); ++i) out[i] = a[order[i]];
+  return out;
+#else
+  return __builtin_shuffle(a, order);
+#endif
+}
+
+template <class V, class Order>
+inline V shuffle(V a, V b, Order order) {
+#if defined(__clang__)
+  constexpr int kCount = sizeof(V) / sizeof(a[0]);
+  V out = a;
+  for (int i = 0; i < kCount; ++i) {
+    out[i] = order[i] < kCount ? a[order[i]] : b[order[i] - kCount];
+  }
+  return out;
+#else
+  return __builtin_shuffle(a, b, order);
+#endif
 }
 
 // Element types in memory. Half types are bit patterns.

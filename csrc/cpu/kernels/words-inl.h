@@ -101,7 +101,7 @@ void quant_words(int bits, bool flipped, const void* w, int64_t ldw, int64_t fea
 // Weight i of each word. Shifts need none of the ports that multiply.
 template <int kBits>
 inline Vec<float> word_weights(const uint32_t* words, int i) {
-  typedef int32_t Unaligned __attribute__((vector_size(MOE_VEC_BYTES), aligned(4), may_alias));
+  typedef int32_t Unaligned __attribute__((vector_size(MOE_VEC_BYTES), aligned(1), may_alias));
   const Simd<float>::Int word = *reinterpret_cast<const Unaligned*>(words);
   const auto weight = (word << (32 - kBits - kBits * i)) >> (32 - kBits);
   return __builtin_convertvector(weight, Vec<float>);
@@ -116,7 +116,7 @@ inline Bytes word_pairs(const uint32_t* words, int i) {
 
 // A block of tokens as integers of 16 bits, in the order of word_pairs. The scale, a vector of
 // float apart from the last code, is that of the block.
-void quant_pairs(int64_t n, const float* x, float* dst) {
+[[maybe_unused]] void quant_pairs(int64_t n, const float* x, float* dst) {
   constexpr int W = kLanes<float>;
   constexpr float kMost = 32767;
   Int16 order;
@@ -129,7 +129,7 @@ void quant_pairs(int64_t n, const float* x, float* dst) {
   const float inverse = kMost / most;
   for (int64_t i = 0; i < n; i += W) {
     const Int16 codes = usable ? int16_of(nearest(load<float>(x + i), inverse)) : Int16{};
-    const Int16 ordered = __builtin_shuffle(codes, order);
+    const Int16 ordered = shuffle(codes, order);
     __builtin_memcpy(dst + i / 2, &ordered, sizeof(ordered));
   }
 }

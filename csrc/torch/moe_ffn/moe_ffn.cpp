@@ -79,8 +79,9 @@ void check_packed(const Op& op, const char* name, const PackedWeight& p) {
 // two round differently.
 bool prefers_weights(const Sizes& s, const MoeFfnParams& p) {
   constexpr int64_t kMostExpertBytes = int64_t{2} << 20;
-  return !cpu::batch_invariant() && s.T == 1 && s.type == DType::kFloat32 && p.w_gate_up.stride_k == 1 &&
-         p.w_down.stride_k == 1 && (s.width + s.I) * s.H * dtype_size(s.type) <= kMostExpertBytes;
+  return !cpu::batch_invariant() && s.T == 1 && s.type == DType::kFloat32 &&
+         p.w_gate_up.stride_k == 1 && p.w_down.stride_k == 1 &&
+         (s.width + s.I) * s.H * dtype_size(s.type) <= kMostExpertBytes;
 }
 
 // Uses each copy that holds its weight as it is now, judged by a few elements of every expert that

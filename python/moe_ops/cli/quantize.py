@@ -201,13 +201,10 @@ def _write(model: Any, options: QuantizeOptions, report: dict[str, Any]) -> None
         except SafetensorError as error:
             raise ValueError(f"quantize: TARGET must be writable, got {target}: {error}") from error
         _copy_rest(options.source, staging)
-        written = [path for path in staging.iterdir() if path.is_file()]
-        for path in written:
+        for path in staging.iterdir():
             files.adopt(path.name, path)
         files.add(REPORT_NAME, (json.dumps(report, indent=2) + "\n").encode())
-        for old in target.glob("model*.safetensors*"):
-            if old.name not in {path.name for path in written}:
-                files.remove(old.name)
+        files.remove("model*.safetensors", "model*.safetensors.index.json")
 
 
 def _copy_rest(source: Path, target: Path) -> None:

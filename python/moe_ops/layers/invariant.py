@@ -1,6 +1,6 @@
-"""What layers compute outside the ops of this package: torch's functions, and in the batch-invariant
-mode ops in their place. Torch's products choose by the number of rows, and its activations treat the
-last elements of a thread's share otherwise than the rest.
+"""What layers compute outside the ops of this package: torch's functions, and in the
+batch-invariant mode ops in their place. Torch's products choose by the number of rows, and its
+activations treat the last elements of a thread's share otherwise than the rest.
 """
 
 from __future__ import annotations

@@ -6,11 +6,13 @@ The stable ABI has no C++ autograd or autocast, so those rules live beside the p
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._C import _AutoDispatchBelowAutograd, is_grad_enabled, is_inference_mode_enabled
+from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
@@ -236,10 +238,6 @@ def register_cpu_only(name: str, instead: str) -> None:
     library.impl(name, refuse, "CUDA")
 
 
-# Op -> casts its arguments (all of them, in the order of the schema) as autocast does.
-_autocast_casts: dict[str, Callable[[str, Sequence[Any]], list[Any]]] = {}
-
-
 def register_autocast(op: str, cast: Sequence[str], dtype: torch.dtype | None = None) -> None:
     """Under autocast, casts the named tensor arguments and leaves the others as they are.
 
@@ -253,37 +251,35 @@ def register_autocast(op: str, cast: Sequence[str], dtype: torch.dtype | None = 
     """
     overload = getattr(torch.ops.moe_ops, op).default
     names = [a.name for a in overload._schema.arguments]
+    positional = [a.name for a in overload._schema.arguments if not a.kwarg_only]
     wanted = [n for n in names if n in cast]
     assert len(wanted) == len(cast), (op, cast, names)
-
-    def convert(device: str, name: str, value: Any) -> Any:
-        if (
-            name in wanted
-            and isinstance(value, Tensor)
-            and value.is_floating_point()
-            and value.dtype != torch.float64
-            and value.device.type == device
-        ):
-            return value.to(dtype or torch.get_autocast_dtype(device))
-        return value
-
-    def converted(device: str, args: Sequence[Any]) -> list[Any]:
-        return [convert(device, n, v) for n, v in zip(names, args, strict=False)]
 
     for device_type in ("cpu", "cuda"):
         keyset = _autocast_keyset(device_type)
 
-        # Keyword-only arguments come last in a schema, so positional ones keep their places.
         def kernel(
             *args: Any, _keyset: Any = keyset, _device: str = device_type, **kwargs: Any
         ) -> Any:
-            new_args = converted(_device, args)
-            new_kwargs = {n: convert(_device, n, v) for n, v in kwargs.items()}
+            target = dtype or torch.get_autocast_dtype(_device)
+
+            def convert(name: str, value: Any) -> Any:
+                if (
+                    name in wanted
+                    and isinstance(value, Tensor)
+                    and value.is_floating_point()
+                    and value.dtype != torch.float64
+                    and value.device.type == _device
+                ):
+                    return value.to(target)
+                return value
+
+            new_args = [convert(n, v) for n, v in zip(positional, args, strict=False)]
+            new_kwargs = {n: convert(n, v) for n, v in kwargs.items()}
             with torch._C._ExcludeDispatchKeyGuard(_keyset):
                 return overload(*new_args, **new_kwargs)
 
         library.impl(op, kernel, "AutocastCPU" if device_type == "cpu" else "AutocastCUDA")
-    _autocast_casts[op] = converted
 
 
 def needs_input_grad(ctx: Any, count: int) -> tuple[bool, ...]:
@@ -371,7 +367,8 @@ def register_autograd(
         args, keyset = args_and_keys[:-1], args_and_keys[-1]
         positional, keywords = call.split(args)
         with _AutoDispatchBelowAutograd():
-            output = redispatch(keyset & below, *positional, **keywords)
+            with _lower_levels():
+                output = redispatch(keyset & below, *positional, **keywords)
             setup(ctx, (*args, *defaults[len(args) :]), output)
         return output
 
@@ -409,96 +406,35 @@ def register_autograd(
         if in_forward_mode() or (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
             # torch finds the tangents and calls jvp where there are any.
             row = call.complete(args, kwargs) if call.keywords else args
-            return function.apply(*row, keyset)
+            return _apply(function, *row, keyset)
         with _AutoDispatchBelowAutograd():
             return redispatch(keyset & below, *args, **kwargs)
 
     library.impl(op, kernel, "Autograd", with_keyset=True)
-    _register_functorch(op, call, backward, setup, jvp)
 
 
-def _register_functorch(
-    op: str,
-    call: _Call,
-    backward: Callable[..., Any],
-    setup: Callable[[Any, tuple[Any, ...], Any], None],
-    jvp: Callable[..., Any],
-) -> None:
-    """What torch.func's transforms do with an op: ``grad``, ``vjp``, ``jacrev``, ``vmap`` and their
-    compositions work, forward mode is refused.
+def _lower_levels() -> AbstractContextManager[Any]:
+    """Where a rule goes on to the outer transforms of torch.func, which may differentiate too: for
+    its forward, a Function turns differentiation off at all levels."""
+    if not torch._C._are_functorch_transforms_active():
+        return nullcontext()
+    stack = ExitStack()
+    stack.enter_context(torch.enable_grad())
+    stack.enter_context(forward_ad._set_fwd_grad_enabled(True))
+    return stack
 
-    Transforms see an op before any other dispatch key, and there it becomes an autograd Function of
-    the form that they take apart level by level.
+
+def _apply(function: Any, *args: Any) -> Any:
+    """``function.apply`` for the autograd rule of an op.
+
+    Under torch.func's transforms, the dispatcher comes here once for each level that
+    differentiates, with tensors of that level, and what the function calls goes on to the next one,
+    as with torch's own operations. torch wants to be told that a function is made for one level.
     """
-    run = _run_of(call.packet)
-
-    def forward(*args: Any) -> Any:
-        positional, keywords = call.split(args)
-        with _AutoDispatchBelowAutograd():
-            return run(*positional, **keywords)
-
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
-        """Calls the op for one entry after the other."""
-        check(info.batch_size > 0, f"{op}: vmap needs a dimension of at least 1, got 0.")
-        outputs = []
-        for i in range(info.batch_size):
-            entry = (a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True))
-            outputs.append(rule.apply(*entry))
-        if isinstance(outputs[0], Tensor):
-            return torch.stack(outputs), 0
-        return tuple(map(torch.stack, zip(*outputs, strict=True))), (0,) * len(outputs[0])
-
-    rule: Any = type(
-        f"{op}_autograd",
-        (torch.autograd.Function,),
-        {
-            "forward": staticmethod(forward),
-            "setup_context": staticmethod(setup),
-            "backward": staticmethod(backward),
-            "jvp": staticmethod(jvp),
-            "vmap": staticmethod(vmap),
-        },
-    )
-
-    def kernel(*args: Any, **kwargs: Any) -> Any:
-        row = call.complete(args, kwargs)
-        if _in_functionalize():
-            return _functionalized(call, row)
-        return rule.apply(*_autocast_args(op, row))
-
-    library.impl(op, kernel, "FuncTorchDynamicLayerFrontMode")
-
-
-def _in_functionalize() -> bool:
-    functorch: Any = torch._C._functorch
-    return functorch.peek_interpreter_stack().key() == functorch.TransformType.Functionalize
-
-
-def _functionalized(call: _Call, args: tuple[Any, ...]) -> Any:
-    """The rule of ``torch.func.functionalize`` for an op that writes to no argument."""
-    from torch._functorch.eager_transforms import (
-        _unwrap_all_tensors_from_functional,
-        _wrap_all_tensors_to_functional,
-    )
-    from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
-
-    interpreter: Any = retrieve_current_functorch_interpreter()
-    reapply_views = not interpreter.functionalize_add_back_views()
-    args = _unwrap_all_tensors_from_functional(args, reapply_views=reapply_views)
-    positional, keywords = call.split(args)
-    with interpreter.lower():
-        outputs = call.packet(*positional, **keywords)
-    return _wrap_all_tensors_to_functional(outputs, interpreter.level())
-
-
-def _autocast_args(op: str, args: Sequence[Any]) -> Sequence[Any]:
-    """Arguments as the op would see them: autocast acts below torch.func's transforms, where a cast
-    would escape them."""
-    if op in _autocast_casts:
-        for device in ("cpu", "cuda"):
-            if torch.is_autocast_enabled(device):
-                args = _autocast_casts[op](device, args)
-    return args
+    if not torch._C._are_functorch_transforms_active():
+        return function.apply(*args)
+    with enable_single_level_autograd_function():
+        return super(torch.autograd.Function, function).apply(*args)
 
 
 def register_training_form(op: str, forward: str, without: Sequence[str] = ()) -> None:
@@ -513,8 +449,7 @@ def register_training_form(op: str, forward: str, without: Sequence[str] = ()) -
         forward: the op for training; its first output is that of ``op``.
         without: arguments of ``op`` that ``forward`` does not have.
     """
-    call = _Call(op)
-    overload = call.overload
+    overload = getattr(torch.ops.moe_ops, op).default
     training = getattr(torch.ops.moe_ops, forward).default
     names = [a.name for a in overload._schema.arguments]
 
@@ -535,14 +470,7 @@ def register_training_form(op: str, forward: str, without: Sequence[str] = ()) -
             return train(args, kwargs)
         return overload.redispatch(keyset & torch._C._after_autograd_keyset, *args, **kwargs)
 
-    def transformed(*args: Any, **kwargs: Any) -> Any:
-        row = call.complete(args, kwargs)
-        if _in_functionalize():
-            return _functionalized(call, row)
-        return train(_autocast_args(op, row), {})
-
     library.impl(op, kernel, "Autograd", with_keyset=True)
-    library.impl(op, transformed, "FuncTorchDynamicLayerFrontMode")
 
 
 def register_no_double_backward(op: str, forward: str) -> None:
@@ -576,16 +504,9 @@ def register_not_differentiable(op: str, forward: str) -> None:
 
 def register_no_gradient(op: str, advice: str) -> None:
     """For an op of inference: an error where a gradient is wanted, in the forward pass already."""
-    call = _Call(op)
-    overload = call.overload
+    overload = getattr(torch.ops.moe_ops, op).default
     names = [a.name for a in overload._schema.arguments]
     jvp = refuse_tangents(op, f"call it on tensors without tangents, or {advice}")
-
-    def refuse(wanted: str) -> None:
-        raise NotImplementedError(
-            f"{op}: it has no gradient, and {wanted} requires one; call it under torch.no_grad(), "
-            f"or {advice}."
-        )
 
     def kernel(keyset: Any, *args: Any, **kwargs: Any) -> Any:
         if in_forward_mode() or torch.is_grad_enabled():
@@ -595,14 +516,13 @@ def register_no_gradient(op: str, advice: str) -> None:
                 jvp(None)
             wanted = [n for n, v in tensors.items() if v.requires_grad and torch.is_grad_enabled()]
             if wanted:
-                refuse(", ".join(wanted))
+                raise NotImplementedError(
+                    f"{op}: it has no gradient, and {', '.join(wanted)} requires one; call it "
+                    f"under torch.no_grad(), or {advice}."
+                )
         return overload.redispatch(keyset & torch._C._after_autograd_keyset, *args, **kwargs)
 
-    def backward(ctx: Any, *grads: Any) -> None:
-        refuse(", ".join(n for n, need in zip(names, ctx.needs_input_grad, strict=False) if need))
-
     library.impl(op, kernel, "Autograd", with_keyset=True)
-    _register_functorch(op, call, backward, lambda ctx, inputs, output: None, jvp)
 
 
 def register_fake(op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -414,22 +414,11 @@ def save(
             where = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
             index = {"metadata": {"total_size": total}, "weight_map": where}
             files.add(INDEX, (json.dumps(index, indent=2, sort_keys=True) + "\n").encode())
-        for old in (*folder.glob("model-*-of-*.safetensors"), folder / INDEX, folder / SINGLE):
-            if old.name not in (*names, "" if single else INDEX) and old.exists():
-                files.remove(old.name)
-        # With the same config, a model in one file is replaced by a single rename.
-        if not single or files.removes or _content(folder / CONFIG) != text:
-            files.add(CONFIG, text)
+        files.add(CONFIG, text)
+        files.remove("model-*-of-*.safetensors", INDEX, SINGLE)
 
 
 def _serialized(shard: dict[str, Tensor]) -> bytes:
     # Copies, since safetensors refuses two tensors in one storage; of one shard at a time.
     copies = {key: part.clone(memory_format=torch.contiguous_format) for key, part in shard.items()}
     return safetensors.torch.save(copies, metadata={"format": "pt"})
-
-
-def _content(path: Path) -> bytes | None:
-    try:
-        return path.read_bytes()
-    except OSError:
-        return None

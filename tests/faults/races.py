@@ -1,0 +1,98 @@
+"""Calls of every op from several threads at once, for ThreadSanitizer.
+
+python -m tests.faults.races [DTYPE ...]
+Needs the build of `make test-tsan`, in which a call's own threads are seen by it. Results are
+compared, too: threads that share memory by mistake may be ordered by luck.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable
+
+import torch
+
+import moe_ops
+from moe_ops import memory
+from moe_ops.testing import assert_identical
+
+from ..every_op import OPS, backward_of, forward_of, operands_of
+
+CALLERS = 3
+
+
+def at_once(functions: list[Callable[[], object]]) -> None:
+    """Runs all of them, each in a thread of its own, and raises what one of them raised."""
+    start = threading.Barrier(len(functions))
+    errors: list[BaseException] = []
+
+    def run(function: Callable[[], object]) -> None:
+        start.wait()
+        try:
+            function()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(function,)) for function in functions]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+
+
+def first_calls() -> None:
+    """What is decided once, the instruction set among it, is asked for by all at once."""
+    logits = torch.randn(40, 8)
+    at_once([lambda: moe_ops.topk_router(logits, 2)] * 8)
+
+
+def large_outputs() -> None:
+    """Blocks of the cache of large buffers go from thread to thread."""
+    x = torch.randn(2200, 2048)
+    expected = moe_ops.gated_act(x, "swiglu")
+
+    def make() -> None:
+        for _ in range(4):
+            assert_identical(moe_ops.gated_act(x, "swiglu"), expected)
+
+    def give_back() -> None:
+        for _ in range(8):
+            memory.release_cached()
+            memory.cached_bytes()
+
+    at_once([make] * CALLERS + [give_back])
+
+
+def every_op(dtype: torch.dtype) -> int:
+    count = 0
+    for op in OPS:
+        call = operands_of(op, dtype)
+        runs = [forward_of(op, call)]
+        if backward_of(op, call) is not None:
+            runs.append(lambda op=op, call=call: backward_of(op, call)())
+        for run in runs:
+            expected = run()
+
+            def check(run=run, expected=expected) -> None:
+                for a, b in zip(run(), expected, strict=True):
+                    assert_identical(a, b)
+
+            at_once([check] * CALLERS)
+            count += 1
+    return count
+
+
+def main() -> None:
+    torch.set_num_threads(1)  # torch's own threads are not watched
+    first_calls()
+    large_outputs()
+    dtypes = [getattr(torch, name) for name in sys.argv[1:]] or [torch.float32, torch.bfloat16]
+    count = sum(every_op(dtype) for dtype in dtypes)
+    print(f"{count} calls from {CALLERS} threads at once")
+
+
+if __name__ == "__main__":
+    main()
