@@ -494,3 +494,15 @@ def test_a_token_does_not_depend_on_its_batch(e):
 def test_bad_input(logits, top_k, options, name, got, bad_input):
     with bad_input("topk_router", name, got):
         moe_ops.topk_router(logits, top_k, **options)
+
+
+@pytest.mark.parametrize("e", [3, 18, 70])
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+def test_every_expert_is_named_though_logits_are_nan(dtype, e):
+    """NaN ranks below all numbers, and above what fills up the last vector of a row."""
+    logits = torch.full((3, e), torch.nan, dtype=dtype)
+    logits[1, e // 2] = 1
+    logits[2, :2] = -torch.inf
+    _, ids = moe_ops.topk_router(logits, e)
+    assert_identical(ids, reference.topk_router(logits, e)[1], "topk_ids")
+    assert_identical(ids.sort(1).values, torch.arange(e, dtype=torch.int32).expand(3, e))
