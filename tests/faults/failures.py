@@ -173,6 +173,8 @@ def main() -> None:
     # torch's C++ writes a line to stderr for each failed allocation; what Python says stays.
     sys.stderr = os.fdopen(os.dup(2), "w")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    gc.collect()
+    gc.freeze()  # what is imported by now is not looked at again and again
     every = arguments.full
     dtypes = (torch.bfloat16, torch.float32, torch.float64) if every else (torch.bfloat16,)
     for threads in (1, 2) if every else (2,):
