@@ -127,18 +127,22 @@ checked_build = PATH="$(CURDIR)/$(VENV)/bin:$$PATH" CXX=$(3) cmake -S . -B $(1) 
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" ninja -C $(1) --quiet && \
 	rm -rf $(1)/package && mkdir $(1)/package && cp -r python/moe_ops $(1)/package/ && cp $(1)/*.so $(1)/package/moe_ops/
 
-# AVX2, and the best level of this machine. Kept buffers would hide what is wrong with them.
+# AVX2, and the best level of this machine. Kept buffers would hide what is wrong with them. pytest
+# keeps what a process writes that dies, so reports go to files.
 test-asan: build
 ifeq ($(shell command -v $(CLANG)),)
 	@echo 'make test-asan needs Clang (CLANG=clang++-19 names another): nothing was run.'
 else
 	@echo 'Compiling for AddressSanitizer and UBSan.'
 	@mkdir -p build && $(call checked_build,$(ASAN),address,$(CLANG))
+	@rm -f $(ASAN)/report*
 	@for isa in avx2 ''; do echo "Running with ASan and UBSan, $${isa:-best instruction set}."; \
 	  MOE_OPS_CPU_ISA=$$isa MOE_OPS_CACHE_MB=0 OMP_NUM_THREADS=1 PYTHONPATH=$(ASAN)/package \
-	  ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
+	  ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:log_path=$(CURDIR)/$(ASAN)/report \
+	  UBSAN_OPTIONS=print_stacktrace=1:log_path=$(CURDIR)/$(ASAN)/report \
 	  LD_PRELOAD=$$($(CLANG) -print-file-name=libclang_rt.asan-x86_64.so) \
-	  $(VENV)/bin/python -m pytest -n $(PYTEST_WORKERS) $(ASAN_TESTS) $(PYTEST_ARGS) || exit 1; done
+	  $(VENV)/bin/python -m pytest -n $(PYTEST_WORKERS) $(ASAN_TESTS) $(PYTEST_ARGS) || \
+	  { cat $(ASAN)/report* 2>/dev/null; exit 1; }; done
 endif
 
 TSAN_RUNTIME = $(firstword $(wildcard $(foreach name,libclang_rt.tsan-x86_64.so libtsan.so,$(shell $(CXX) -print-file-name=$(name)))))

@@ -26,7 +26,7 @@ from moe_ops import _files, zoo
 from moe_ops.demo.checkpoint import Checkpointer, CheckpointError
 from moe_ops.zoo import t2mir_training
 
-from .faults import failing, leftovers
+from .failing_files import failing, leftovers
 
 NUMBERS = (errno.ENOSPC, errno.EIO, errno.EROFS)
 
@@ -116,7 +116,7 @@ def test_leftovers_of_killed_writers_are_removed(tmp_path):
 
 
 def test_several_files_change_together(tmp_path):
-    for name in ("last", "a", "old"):
+    for name in ("a", "b", "old"):
         (tmp_path / name).write_text(f"old {name}")
     seen = []
     replace = os.replace
@@ -126,18 +126,40 @@ def test_several_files_change_together(tmp_path):
         present = {p.name: p.read_text() for p in tmp_path.iterdir() if not p.name.startswith(".")}
         seen.append(present)
 
-    with _files.Replacement(tmp_path, last="last") as files:
-        files.add("last", b"new last")
+    with _files.Replacement(tmp_path, last="a") as files:
         files.add("a", b"new a")
         files.add("b", b"new b")
-        files.remove("old")
+        files.add("c", b"new c")
+        files.remove("o*", "none")
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(os, "replace", watched)
             files.commit()
-    final = {"last": "new last", "a": "new a", "b": "new b"}
-    assert seen[-1] == final
+    assert seen[-1] == {"a": "new a", "b": "new b", "c": "new c"}
     for present in seen[:-1]:
-        assert "last" not in present  # Killed here, a reader finds it incomplete.
+        assert "a" not in present  # Killed here, a reader finds it incomplete.
+
+
+def test_flushed_before_it_has_its_name(tmp_path):
+    with failing(-1, 0) as faults:
+        _files.write_text(tmp_path / "a", "text")
+    assert faults.calls == ["open", "open", "write", "fsync", "open", "replace", "fsync"]
+
+
+def test_writes_that_write_a_part(tmp_path, monkeypatch):
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda handle, data: write(handle, bytes(data)[:3]))
+    _files.write_file(tmp_path / "a", b"0123456789", b"", b"ab")
+    assert (tmp_path / "a").read_bytes() == b"0123456789ab"
+
+
+def test_names_change_for_one_writer_at_a_time(tmp_path):
+    thread = threading.Thread(target=_files.write_text, args=(tmp_path / "a", "text"))
+    with _files._locked(tmp_path):
+        thread.start()
+        thread.join(0.3)
+        assert thread.is_alive() and os.listdir(tmp_path) == []
+    thread.join()
+    assert os.listdir(tmp_path) == ["a"]
 
 
 def test_second_name_that_is_there_already(tmp_path):

@@ -21,7 +21,11 @@ from moe_ops import layers
 
 from .test_fuzz_bad_calls import OPS, Sizes, good_call
 
-pytestmark = pytest.mark.cpu_only
+pytestmark = [
+    pytest.mark.cpu_only,
+    # torch's loop over the entries of a batch.
+    pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning"),
+]
 
 # Computed in lower types whatever their operands have.
 QUANTISED = ("grouped_gemm_fp8", "moe_ffn_fp8", "moe_ffn_quantized", "quantize_fp8")

@@ -41,18 +41,16 @@ OptTensor cached_tensor(torch::headeronly::IntHeaderOnlyArrayRef sizes, const in
   return out;
 }
 
-struct StringDeleter {
-  void operator()(StringHandle handle) const { torch_delete_string(handle); }
-};
-
 }  // namespace
 
-std::string BoxedArg<std::string>::unbox(StringHandle handle) {
-  const std::unique_ptr<StringOpaque, StringDeleter> owner(handle);
+BoxedArg<std::string>::BoxedArg(StringHandle h)
+    : handle(h, [](StringHandle s) { torch_delete_string(s); }) {}
+
+std::string BoxedArg<std::string>::take() {
   size_t length = 0;
   const char* data = nullptr;
-  TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
-  TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &data));
+  TORCH_ERROR_CODE_CHECK(torch_string_length(handle.get(), &length));
+  TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle.get(), &data));
   return {data, length};
 }
 

@@ -17,6 +17,7 @@
 #include <thread>
 #include <tuple>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "moe_ops/common.h"
@@ -29,8 +30,9 @@ using OptTensor = std::optional<Tensor>;
 
 // What MOE_BOX does to TORCH_BOX's conversions of arguments. A kernel that takes float or int would
 // get the low bytes of a double or int64_t: a compile error. A std::string would be allocated in
-// every call and never freed (STABLE_ABI_WORKAROUND): what is boxed takes the handle instead in
-// which a string crosses the ABI, and hands a std::string on.
+// every call and never freed, and of tensors the ones that follow a failed allocation would keep
+// their memory for ever (STABLE_ABI_WORKAROUND): what is boxed takes the handles in which they
+// cross the ABI, owns them all before anything can fail, and hands std::string and Tensor on.
 template <class T>
 constexpr bool kBoxable =
     !std::is_same_v<std::remove_cvref_t<T>, float> &&
@@ -40,12 +42,42 @@ constexpr bool kBoxable =
 template <class T>
 struct BoxedArg {
   using Type = T;
-  static T&& unbox(std::remove_reference_t<T>& arg) { return static_cast<T&&>(arg); }
+  T value;
+  explicit BoxedArg(T v) : value(v) {}
+  T take() { return value; }
 };
+
 template <>
 struct BoxedArg<std::string> {
   using Type = StringHandle;
-  static std::string unbox(StringHandle handle);
+  std::unique_ptr<StringOpaque, void (*)(StringHandle)> handle;
+  explicit BoxedArg(StringHandle h);
+  std::string take();
+};
+
+template <>
+struct BoxedArg<Tensor> {
+  using Type = AtenTensorHandle;
+  AtenTensorHandle handle;
+  explicit BoxedArg(AtenTensorHandle h) : handle(h) {}
+  ~BoxedArg() {
+    if (handle != nullptr) aoti_torch_delete_tensor_object(handle);
+  }
+  BoxedArg(const BoxedArg&) = delete;
+  BoxedArg& operator=(const BoxedArg&) = delete;
+  Tensor take() { return Tensor(std::exchange(handle, nullptr)); }
+};
+
+template <>
+struct BoxedArg<OptTensor> {
+  using Type = std::optional<AtenTensorHandle>;
+  BoxedArg<Tensor> tensor;
+  explicit BoxedArg(Type h) : tensor(h.value_or(nullptr)) {}
+  OptTensor take() {
+    OptTensor out;
+    if (tensor.handle != nullptr) out = tensor.take();
+    return out;
+  }
 };
 
 template <auto fn>
@@ -54,9 +86,12 @@ template <class R, class... Args, R (*fn)(Args...)>
 struct Boxable<fn> {
   static_assert((kBoxable<Args> && ...),
                 "use double, int64_t and std::string by value in registered signatures");
-  static R call(typename BoxedArg<Args>::Type... args) {
-    return fn(BoxedArg<Args>::unbox(args)...);
+  static R call(typename BoxedArg<std::remove_cvref_t<Args>>::Type... args) {
+    return with(BoxedArg<std::remove_cvref_t<Args>>(args)...);
   }
+
+ private:
+  static R with(BoxedArg<std::remove_cvref_t<Args>>&&... args) { return fn(args.take()...); }
 };
 
 // What the standard library says of memory that it did not get becomes a sentence.
@@ -232,8 +267,7 @@ inline Rows rows_of(const Tensor& t, DType type, const int32_t* index = nullptr)
 }
 
 // A weight tensor [E, O, K] as the kernels take it: dense along O or along K, whatever the strides
-// of the rest, so that transposed views need no copy; on the CPU at any address, too, as a copy of
-// all experts would cost more than the call. `tensor` keeps a copy alive if one was made.
+// of the rest, so that transposed views need no copy. `tensor` keeps a copy alive if one was made.
 struct Weights {
   Tensor tensor;
   ExpertMatrices matrices;
@@ -241,9 +275,8 @@ struct Weights {
 
 inline Weights weights_of(const Tensor& w, DType type) {
   const auto stride = [](const Tensor& t, int64_t d) { return t.size(d) <= 1 ? 1 : t.stride(d); };
-  const bool usable = (stride(w, 1) == 1 || stride(w, 2) == 1) && stride(w, 1) >= 0 &&
-                      (w.is_cpu() || is_aligned(w));
-  Weights out{usable ? w : dense(w), {}};
+  const bool usable = (stride(w, 1) == 1 || stride(w, 2) == 1) && stride(w, 1) >= 0;
+  Weights out{usable ? aligned(w) : dense(w), {}};
   const Tensor& t = out.tensor;
   out.matrices = {t.const_data_ptr(), type, t.stride(0), t.stride(1), t.stride(2)};
   // A dimension of size one may carry any stride; give it the one that selects a dense path.
