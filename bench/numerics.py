@@ -173,6 +173,23 @@ def unpermute(dtype: torch.dtype) -> Case:
     return rows_case(op, {}, rows=rows, topk_weights=torch.rand(NUM_TOKENS, 4))
 
 
+def moa_attention(dtype: torch.dtype, kind: str) -> Case:
+    """Fewer than all tokens: each in a step of its own, after a cache of the tokens before it."""
+    q = torch.randn(1, NUM_TOKENS, 2, 2, 64).to(dtype)
+    k, v = (torch.randn(1, NUM_TOKENS, 2, 64).to(dtype) for _ in range(2))
+
+    def attend(begin: int, end: int) -> Tensor:
+        out = moe_ops.moa_attention(q[:, begin:end], k[:, :end], v[:, :end], kind=kind)
+        return (out if isinstance(out, Tensor) else out[0])[0]
+
+    def op(position: Tensor) -> Tensor:
+        if len(position) == NUM_TOKENS:
+            return attend(0, NUM_TOKENS)
+        return torch.cat([attend(at, at + 1) for at in position.tolist()])
+
+    return rows_case(op, {}, position=torch.arange(NUM_TOKENS))
+
+
 CASES: dict[str, Callable[[torch.dtype], Case]] = {
     **{
         name: functools.partial(row_wise, name=name)
@@ -201,6 +218,8 @@ CASES: dict[str, Callable[[torch.dtype], Case]] = {
     "moe_ffn_quantized, int8": functools.partial(ffn, form="int8"),
     "moe_ffn_quantized, int4": functools.partial(ffn, form="int4"),
     "moe_ffn_fp8": functools.partial(ffn, form="fp8"),
+    "moa_attention, softmax": functools.partial(moa_attention, kind="softmax"),
+    "moa_attention, stick-breaking": functools.partial(moa_attention, kind="stick_breaking"),
 }
 
 
