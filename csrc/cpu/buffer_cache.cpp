@@ -1,12 +1,12 @@
 #include "cpu/buffer_cache.h"
 
+#include <algorithm>
 #include <charconv>
 #include <cstdlib>
 #include <cstring>
 #include <list>
 #include <mutex>
 #include <optional>
-#include <unordered_map>
 
 #if defined(__linux__)
 #include <pthread.h>
@@ -72,6 +72,8 @@ class Cache {
   void* acquire(size_t bytes) {
     if (bytes > SIZE_MAX - 2 * kHugePage) return nullptr;
     const size_t size = round_up(bytes, kHugePage);
+    // The only allocation for the lists of blocks: a block that is given back cannot fail.
+    std::list<Block> taken(1, Block{nullptr, size});
     std::lock_guard<std::mutex> lock(mutex_);
     // The smallest kept block that fits and wastes at most a quarter.
     auto best = kept_.end();
@@ -79,31 +81,29 @@ class Cache {
       if (it->size < size || it->size > size + size / 4) continue;
       if (best == kept_.end() || it->size < best->size) best = it;
     }
-    Block block{nullptr, size};
     if (best != kept_.end()) {
-      block = *best;
-      kept_bytes_ -= block.size;
-      kept_.erase(best);
+      kept_bytes_ -= best->size;
+      in_use_.splice(in_use_.begin(), kept_, best);
     } else {
+      Block& block = taken.front();
       block.data = map_aligned(size);
       if (block.data == nullptr && kept_bytes_ > 0) {
         shrink(0);
         block.data = map_aligned(size);
       }
       if (block.data == nullptr) return nullptr;
+      in_use_.splice(in_use_.begin(), taken);
     }
-    in_use_[block.data] = block.size;
-    return block.data;
+    return in_use_.front().data;
   }
 
   void release(void* data) {
     std::lock_guard<std::mutex> lock(mutex_);
-    const auto it = in_use_.find(data);
-    const Block block{data, it->second};
-    in_use_.erase(it);
-    madvise(block.data, block.size, MADV_FREE);
-    kept_.push_back(block);
-    kept_bytes_ += block.size;
+    const auto it = std::find_if(in_use_.begin(), in_use_.end(),
+                                 [data](const Block& block) { return block.data == data; });
+    madvise(it->data, it->size, MADV_FREE);
+    kept_bytes_ += it->size;
+    kept_.splice(kept_.end(), in_use_, it);
     shrink(limit());
   }
 
@@ -141,9 +141,8 @@ class Cache {
   const std::optional<size_t> wanted_ = limit_from_environment();
   const size_t default_ = quarter_of_memory();
   std::mutex mutex_;
-  std::list<Block> kept_;
+  std::list<Block> kept_, in_use_;  // in use: the newest first
   size_t kept_bytes_ = 0;
-  std::unordered_map<void*, size_t> in_use_;
 };
 
 // Never destroyed: tensors may outlive every static object.
