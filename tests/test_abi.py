@@ -33,6 +33,7 @@ RUNTIMES = ("libstdc++", "libm", "libgcc_s", "libc", "ld-linux", "libpthread", "
 # What moe_ops._C calls.
 EXPORTS = {
     "moe_ops::cpu::batch_invariant",
+    "moe_ops::cpu::block_sizes",
     "moe_ops::cpu::set_batch_invariant",
     "moe_ops::cpu::cache_limit",
     "moe_ops::cpu::cached_bytes",
@@ -44,6 +45,7 @@ EXPORTS = {
     "moe_ops::cpu::isa_warning",
     "moe_ops::cpu::measure_limits",
     "moe_ops::cpu::packed_expert_bytes",
+    "moe_ops::cpu::poison_scratch",
     "moe_ops::cpu::stale_panels",
     "moe_ops::cpu::supported_isas",
     "moe_ops::cpu::use_huge_pages",
