@@ -127,6 +127,19 @@ def check_types(values: Any, reader: str) -> None:
             raise ValueError(f"{reader}: {field.name} must be {wanted}, got {shown(value)}.")
 
 
+Config = typing.TypeVar("Config")
+
+
+def overridden(config: Config, overrides: dict[str, Any]) -> Config:
+    """A dataclass with other values for some fields, checked as `check_names` and `check_types` do
+    under the name of its class."""
+    reader = type(config).__name__
+    check_names(type(config), overrides, reader)
+    changed = dataclasses.replace(config, **overrides)  # type: ignore[type-var]
+    check_types(changed, reader)
+    return changed
+
+
 def _fits(value: Any, hint: Any, reader: str) -> bool:
     origin = typing.get_origin(hint)
     if origin in (types.UnionType, typing.Union):

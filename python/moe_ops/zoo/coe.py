@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from moe_ops._fields import Fields, check_names, check_types
+from moe_ops._fields import Fields, overridden
 from moe_ops.layers import Experts, Router, SharedExperts
 
 from .blocks import LatentAttention, Rope, Yarn, publish_rope, published_rope
@@ -160,10 +160,7 @@ class CoEConfig:
             norm_eps=read.number("rms_norm_eps", default=cls.norm_eps, least=0),
             init_std=read.number("initializer_range", default=cls.init_std, least=0),
         )
-        check_names(cls, overrides, cls.__name__)
-        config = replace(config, **overrides)
-        check_types(config, cls.__name__)
-        return config
+        return overridden(config, overrides)
 
     def to_published(self) -> dict[str, Any]:
         """config.json with the names of the published code, which has no name for both residuals

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from moe_ops._fields import Fields, check_names, check_types
+from moe_ops._fields import Fields, overridden
 from moe_ops.layers import (
     Experts,
     MoE,
@@ -334,10 +334,7 @@ class DeepSeekConfig:
             name = "sequence" if read.flag("seq_aux", default=True) else "expert"
             fields[f"{name}_balance_coefficient"] = read.number("aux_loss_alpha")
         config = cls(**fields)
-        check_names(cls, overrides, cls.__name__)
-        config = replace(config, **overrides)
-        check_types(config, cls.__name__)
-        return config
+        return overridden(config, overrides)
 
     def to_published(self) -> dict[str, Any]:
         """config.json with the names of the published checkpoints."""

@@ -9,13 +9,13 @@ n key-value heads, d head size.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from moe_ops._fields import Fields, check_names, check_types
+from moe_ops._fields import Fields, overridden
 from moe_ops.layers import AttentionExperts, Experts, MoE, ResidualNorm, Router
 
 from .blocks import Rope, published_rope
@@ -119,10 +119,7 @@ class JetMoEConfig:
                 "aux_loss_coef", default=cls.load_balancing_coefficient
             ),
         )
-        check_names(cls, overrides, cls.__name__)
-        config = replace(config, **overrides)
-        check_types(config, cls.__name__)
-        return config
+        return overridden(config, overrides)
 
     def to_published(self) -> dict[str, Any]:
         """config.json as transformers writes it."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from moe_ops._fields import Fields, check_names, check_types
+from moe_ops._fields import Fields, overridden
 from moe_ops.layers import AttentionExperts, Experts, GateRouter, MoE, count_tokens_per_expert
 
 from .checkpoint import Entry
@@ -152,9 +152,7 @@ class ModuleFormerConfig:
             overrides["experts_of_layers"] = tuple(
                 tuple(pair) if isinstance(pair, list) else pair for pair in layers
             )
-        check_names(cls, overrides, cls.__name__)
-        config = replace(config, **overrides)
-        check_types(config, cls.__name__)
+        config = overridden(config, overrides)
         layers = config.experts_of_layers
         if layers is not None and len(layers) != config.num_layers:
             raise ValueError(

@@ -8,14 +8,14 @@ Letters: B sequences, S tokens, T = B * S, H hidden size, I intermediate size, E
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from moe_ops._fields import Fields, check_names, check_types
+from moe_ops._fields import Fields, overridden
 from moe_ops.layers import Experts, MoE, Router, SharedExperts
 
 from .blocks import Attention, Rope, published_rope
@@ -106,10 +106,7 @@ class TopPConfig:
             norm_eps=read.number("rms_norm_eps", default=cls.norm_eps, least=0),
             init_std=read.number("initializer_range", default=cls.init_std, least=0),
         )
-        check_names(cls, overrides, cls.__name__)
-        config = replace(config, **overrides)
-        check_types(config, cls.__name__)
-        return config
+        return overridden(config, overrides)
 
     def to_published(self) -> dict[str, Any]:
         """config.json with the names of the published code."""
