@@ -1,11 +1,12 @@
 """Measurements of moe_ops beside other libraries, and the experiments of the zoo.
 
-Threads sleep while they wait for each other, as in the commands of the package
-(``moe_ops._threads``): OpenMP reads that once, when torch loads it.
+Threads soon sleep while they wait for each other, as in the commands of the package
+(``moe_ops._threads``, which says why): OpenMP reads that once, when torch loads it.
 """
 
 import os
 import sys
 
-if "torch" not in sys.modules:
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+if "torch" not in sys.modules and "OMP_WAIT_POLICY" not in os.environ:
+    os.environ["OMP_WAIT_POLICY"] = "passive"
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")

@@ -11,10 +11,13 @@ import pytest
 
 from moe_ops import _threads, doctor
 
+SETTINGS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 # Runs before everything else in a process, and says at its end what OpenMP had been told.
 SITE = """
 import atexit, os
-atexit.register(lambda: print("policy:", os.environ.get("OMP_WAIT_POLICY")))
+atexit.register(
+    lambda: print("policy:", os.environ.get("OMP_WAIT_POLICY"), os.environ.get("GOMP_SPINCOUNT"))
+)
 """
 
 
@@ -40,15 +43,15 @@ def test_commands_of_the_package(line: list[str], command: bool):
 @pytest.mark.parametrize(
     ("line", "given", "policy"),
     [
-        (["-m", "moe_ops.cli", "--help"], None, "passive"),
-        (["-m", "moe_ops.cli", "--help"], "active", "active"),
-        (["-c", "import moe_ops"], None, "None"),
+        (["-m", "moe_ops.cli", "--help"], None, "passive 1000"),
+        (["-m", "moe_ops.cli", "--help"], "active", "active None"),
+        (["-c", "import moe_ops"], None, "None None"),
     ],
     ids=["command", "command with a choice", "library"],
 )
 def test_policy_of_a_process(line: list[str], given: str | None, policy: str, tmp_path: Path):
     (tmp_path / "sitecustomize.py").write_text(SITE)
-    environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
+    environment = {k: v for k, v in os.environ.items() if k not in SETTINGS}
     if given is not None:
         environment["OMP_WAIT_POLICY"] = given
     paths = [str(tmp_path), environment.get("PYTHONPATH", "")]

@@ -2,9 +2,12 @@
 
 Between two parallel regions a thread spins, unless ``OMP_WAIT_POLICY`` is ``passive``. On a machine
 with other work a spinning thread keeps the core that the thread it waits for needs, and small
-training steps are made of thousands of regions. OpenMP reads the variable once, when torch loads
-it, so it has to be set before torch is imported. A library leaves that to the program that uses it;
-``moe-ops`` and ``python -m moe_ops...`` are programs, and sleep.
+training steps are made of thousands of regions. But a thread that sleeps at once must be woken for
+each of them, which costs as much as a short region on a machine that has nothing else to do.
+``GOMP_SPINCOUNT`` lets GNU's OpenMP, torch's on Linux, spin for a few microseconds first. OpenMP
+reads both once, when torch loads it, so they have to be set before torch is imported. A library
+leaves that to the program that uses it; ``moe-ops`` and ``python -m moe_ops...`` are programs, and
+sleep.
 """
 
 from __future__ import annotations
@@ -14,6 +17,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import PurePath
 
+# Turns of the loop in which a thread waits before it sleeps.
+SPIN_COUNT = 1000
 # Whether the policy of this process was chosen here.
 set_here = False
 
@@ -38,4 +43,5 @@ def sleep_in_commands() -> None:
         return
     if runs_a_command(sys.orig_argv):
         os.environ["OMP_WAIT_POLICY"] = "passive"
+        os.environ.setdefault("GOMP_SPINCOUNT", str(SPIN_COUNT))
         set_here = True
