@@ -103,8 +103,8 @@ ScratchScope::~ScratchScope() {
 
 void* ScratchScope::take_bytes(Scratch block, size_t bytes) {
   const uint32_t bit = uint32_t{1} << static_cast<int>(block);
-  if (blocks_->in_use & bit) throw std::logic_error("moe_ops: a block of scratch is in use twice");
   if (blocks_ != &tls_blocks) throw std::logic_error("moe_ops: scratch of another thread");
+  if (blocks_->in_use & bit) throw std::logic_error("moe_ops: a block of scratch is in use twice");
   Block& b = blocks_->blocks[static_cast<int>(block)];
   reserve(b, bytes);
   blocks_->in_use |= bit;

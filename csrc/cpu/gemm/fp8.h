@@ -78,6 +78,17 @@ inline std::vector<Fp8Item> fp8_items(const Fp8Desc& d, const Kernels<float>& k,
   return items;
 }
 
+// The codes of an item's rows as numbers, `ldx` apart with zeros at their ends, and their scales.
+inline void decode_rows(const Fp8Desc& d, const Kernels<float>& k, const Fp8Item& it, float* x,
+                        int64_t ldx, const float** x_scale) {
+  const int64_t K = d.in_features;
+  for (int64_t t = 0; t < it.row_end - it.row_begin; ++t) {
+    k.fp8.decode(d.row(it.row_begin + t), x + t * ldx, K);
+    std::fill(x + t * ldx + K, x + (t + 1) * ldx, 0.0f);
+    x_scale[t] = d.row_scale(it.row_begin + t);
+  }
+}
+
 template <class Epilogue>
 void fp8_dot_item(const Fp8Desc& d, const Kernels<float>& k, const Fp8Item& it,
                   const Epilogue& fn) {
@@ -86,11 +97,7 @@ void fp8_dot_item(const Fp8Desc& d, const Kernels<float>& k, const Fp8Item& it,
   ScratchScope scratch;
   float* x = scratch.take<float>(Scratch::kTokens, m * ldx);
   const float* x_scale[kFp8DotRows];
-  for (int64_t t = 0; t < m; ++t) {
-    k.fp8.decode(d.row(it.row_begin + t), x + t * ldx, K);
-    std::fill(x + t * ldx + K, x + (t + 1) * ldx, 0.0f);
-    x_scale[t] = d.row_scale(it.row_begin + t);
-  }
+  decode_rows(d, k, it, x, ldx, x_scale);
   const int64_t ldo = n * d.segments;
   float* out = scratch.take<float>(Scratch::kTile, m * ldo);
   // Four long streams, as in dot_item.
@@ -128,11 +135,7 @@ void fp8_strip_item(const Fp8Desc& d, const Kernels<float>& k, const Fp8Item& it
   float* x = scratch.take<float>(Scratch::kTokens, m * ldx);
   float* w = scratch.take<float>(Scratch::kPackB, kDotFeatures * ldx);
   const float* x_scale[kRowBlock];
-  for (int64_t t = 0; t < m; ++t) {
-    k.fp8.decode(d.row(it.row_begin + t), x + t * ldx, K);
-    std::fill(x + t * ldx + K, x + (t + 1) * ldx, 0.0f);
-    x_scale[t] = d.row_scale(it.row_begin + t);
-  }
+  decode_rows(d, k, it, x, ldx, x_scale);
   const int64_t ldo = n * d.segments;
   float* out = scratch.take<float>(Scratch::kTile, m * ldo);
   for (int s = 0; s < d.segments; ++s) {
