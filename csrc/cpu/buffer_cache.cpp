@@ -9,7 +9,6 @@
 #include <optional>
 
 #if defined(__linux__)
-#include <pthread.h>
 #include <sys/mman.h>
 #include <sys/resource.h>
 #include <unistd.h>
@@ -122,10 +121,8 @@ class Cache {
     return address_space_is_limited() ? 0 : default_;
   }
 
-  // A fork copies the memory of all threads but only one of them: the mutex must not be held by
-  // another thread then, and what it guards must be whole.
-  void lock_for_fork() { mutex_.lock(); }
-  void unlock_after_fork() { mutex_.unlock(); }
+  void lock() { mutex_.lock(); }
+  void unlock() { mutex_.unlock(); }
 
  private:
   // Drops the blocks that were given back first.
@@ -147,12 +144,7 @@ class Cache {
 
 // Never destroyed: tensors may outlive every static object.
 Cache& cache() {
-  static Cache& c = *[] {
-    auto* made = new Cache;
-    pthread_atfork([] { cache().lock_for_fork(); }, [] { cache().unlock_after_fork(); },
-                   [] { cache().unlock_after_fork(); });
-    return made;
-  }();
+  static Cache& c = *new Cache;
   return c;
 }
 
@@ -167,6 +159,8 @@ void release_buffer(void* block) { cache().release(block); }
 size_t cached_bytes() { return cache().kept_bytes(); }
 size_t cache_limit() { return cache().limit(); }
 void release_cached() { cache().release_all(); }
+void lock_cache() { cache().lock(); }
+void unlock_cache() { cache().unlock(); }
 
 #else
 
@@ -175,6 +169,8 @@ void release_buffer(void*) {}
 size_t cached_bytes() { return 0; }
 size_t cache_limit() { return 0; }
 void release_cached() {}
+void lock_cache() {}
+void unlock_cache() {}
 
 #endif
 

@@ -31,4 +31,8 @@ MOE_OPS_API size_t cache_limit();
 // Returns all kept blocks to the system.
 MOE_OPS_API void release_cached();
 
+// Around a fork: no other thread is inside the cache meanwhile, so the child's copy is whole.
+void lock_cache();
+void unlock_cache();
+
 }  // namespace moe_ops::cpu
