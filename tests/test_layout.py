@@ -38,6 +38,7 @@ SHARED = {
         "batch_invariant",
         "blocking",
         "buffer_cache",
+        "fork",
         "cpu_isa",
         "huge_pages",
         "kernels_amx",
