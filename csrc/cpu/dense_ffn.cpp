@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "cpu/gemm/blocking.h"
+#include "cpu/gemm/small_gemm.h"
 #include "cpu/kernels/kernels.h"
 #include "cpu/runtime/parallel.h"
 #include "cpu/runtime/workspace.h"
@@ -23,88 +24,54 @@ struct Panels {
   int64_t width(int64_t col) const { return std::min(2 * lanes, padded() - col); }
 };
 
-// A block of rows on the broadcast side: steps of kKc elements, each [rows][kLda].
-struct RowBlocks {
-  int64_t k;  // depth
-  int64_t count() const { return std::max<int64_t>(ceil_div(k, kKc), 1); }
-  int64_t begin(int64_t b) const { return b * kKc; }
-  int64_t length(int64_t b) const { return std::min(kKc, k - b * kKc); }
-  int64_t elements() const { return count() * kDenseTokens * kLda; }
-};
-
-// c [rows][ldc] (+)= a * panels.
-template <class T>
-void multiply(const Kernels<T>& k, int64_t rows, const RowBlocks& a_blocks, const T* a,
-              const Panels& panels, const T* b, T* c, int64_t ldc, bool accumulate) {
-  TileHints none;
-  const int64_t W = k.lanes;
-  for (int64_t kb = 0; kb < a_blocks.count(); ++kb) {
-    const int64_t kc = a_blocks.length(kb);
-    const T* block = a + kb * kDenseTokens * kLda;
-    for (int64_t j = 0; j < panels.cols; j += 2 * W) {
-      const int64_t width = panels.width(j);
-      const int nv = width > W ? 2 : 1;
-      const T* panel = b + panels.offset(j) + a_blocks.begin(kb) * width;
-      const int64_t tiles = ceil_div<int64_t>(rows, nv == 2 ? k.mr2 : k.mr1);
-      const EvenParts tile_rows(rows, tiles);
-      for (int64_t i = 0; i < tiles; ++i) {
-        const int64_t i0 = tile_rows.begin(i), i1 = tile_rows.begin(i + 1);
-        k.row_a[nv - 1][i1 - i0 - 1](kc, block + i0 * kLda, panel, c + i0 * ldc + j, ldc,
-                                     accumulate || kb > 0, none);
-      }
-    }
-  }
+// Elements of a block of tokens as row-major A of small_gemm.h: blocks of kKc columns.
+int64_t row_elements(int64_t columns) {
+  return std::max<int64_t>(ceil_div(columns, kKc), 1) * kDenseTokens * kLda;
 }
 
-// c [m][ldc] (+)= a^T * panels; a: blocks of kLdm columns, each [depth][kLdm].
+// c [m][ldc] (+)= a * panels, with `a` row-major.
 template <class T>
-void multiply_columns(const Kernels<T>& k, int64_t m, const T* a, const Panels& panels, const T* b,
-                      T* c, int64_t ldc, bool accumulate) {
-  TileHints none;
-  const int64_t W = k.lanes;
-  for (int64_t m0 = 0; m0 < m; m0 += kLdm) {
-    const int64_t rows = std::min(kLdm, m - m0);
-    const T* block = a + m0 / kLdm * kDenseTokens * kLdm;
-    for (int64_t j = 0; j < panels.cols; j += 2 * W) {
-      const int nv = panels.width(j) > W ? 2 : 1;
-      const int64_t tiles = ceil_div<int64_t>(rows, nv == 2 ? k.mr2 : k.mr1);
-      const EvenParts tile_rows(rows, tiles);
-      for (int64_t i = 0; i < tiles; ++i) {
-        const int64_t i0 = tile_rows.begin(i), i1 = tile_rows.begin(i + 1);
-        k.col_a[nv - 1][i1 - i0 - 1](panels.depth, block + i0, b + panels.offset(j),
-                                     c + (m0 + i0) * ldc + j, ldc, accumulate, none);
-      }
-    }
-  }
+void multiply(const Kernels<T>& k, int64_t m, const T* a, const Panels& panels, const T* b, T* c,
+              int64_t ldc, bool accumulate) {
+  small_gemm_row_major<T>(
+      {k, m, panels.cols, panels.depth, a, b, c, ldc, accumulate, kDenseTokens * kLda});
+}
+
+// c [m][ldc] += a^T * panels, with a^T column-major.
+template <class T>
+void add_product(const Kernels<T>& k, int64_t m, const T* a, const Panels& panels, const T* b, T* c,
+                 int64_t ldc) {
+  small_gemm_column_major<T>(
+      {k, m, panels.cols, panels.depth, a, b, c, ldc, true, kDenseTokens * kLdm});
 }
 
 // Panels of w^T, [k][rows of w], of one matrix [rows, k]; bias, if any, is one more k.
 template <class T>
 void pack_transposed(const Kernels<T>& k, DType type, const void* w, const void* bias,
                      const Panels& to, T* dst) {
-  const int64_t W = k.lanes, size = dtype_size(type), pitch = round_up(to.depth, W);
+  const int64_t W = k.lanes, size = dtype_size(type), ld = round_up(to.depth, W);
   const int64_t depth = to.depth - (bias != nullptr);
   ScratchScope scratch;
-  T* rows = scratch.take<T>(Scratch::kTile, 2 * W * pitch);
+  T* rows = scratch.take<T>(Scratch::kTile, 2 * W * ld);
   for (int64_t j = 0; j < to.cols; j += 2 * W) {
     const int64_t width = to.width(j);
     for (int64_t r = 0; r < width; ++r) {
       if (j + r < to.cols) {
-        k.load_row(type, static_cast<const char*>(w) + (j + r) * depth * size, rows + r * pitch,
-                   depth, T(1));
+        k.load_row(type, static_cast<const char*>(w) + (j + r) * depth * size, rows + r * ld, depth,
+                   T(1));
         if (bias != nullptr) {
-          k.load_row(type, static_cast<const char*>(bias) + (j + r) * size,
-                     rows + r * pitch + depth, 1, T(1));
+          k.load_row(type, static_cast<const char*>(bias) + (j + r) * size, rows + r * ld + depth,
+                     1, T(1));
         }
       } else {
-        std::fill(rows + r * pitch, rows + r * pitch + to.depth, T(0));
+        std::fill(rows + r * ld, rows + r * ld + to.depth, T(0));
       }
     }
-    k.transpose(rows, pitch, width, to.depth, dst + to.offset(j), width);
+    k.transpose(rows, ld, width, to.depth, dst + to.offset(j), width);
   }
 }
 
-// [rows][n] of `type`, `ld` elements apart, as a block on the broadcast side.
+// [rows][n] of `type`, `ld` elements apart, as row-major A.
 template <class T>
 void load_blocks(const Kernels<T>& k, DType type, const void* src, int64_t ld, int64_t rows,
                  int64_t n, T* dst) {
@@ -155,8 +122,7 @@ void run(const DenseFfnParams& p, const Parallel& par) {
   const int64_t E = s.num_experts, G = s.num_inputs, H = s.hidden_size, I = s.intermediate_size,
                 O = s.out_size;
   // A bias is a weight of an input that is always 1.
-  const RowBlocks up_k{H + (p.b_up != nullptr)}, down_k{I + (p.b_down != nullptr)};
-  const Panels up{up_k.k, I, W}, down{down_k.k, O, W};
+  const Panels up{H + (p.b_up != nullptr), I, W}, down{I + (p.b_down != nullptr), O, W};
   ScratchScope scratch;
   T* w_up = scratch.take<T>(Scratch::kRows, E * (up.elements() + down.elements()));
   T* w_down = w_up + E * up.elements();
@@ -181,8 +147,8 @@ void run(const DenseFfnParams& p, const Parallel& par) {
   parallel_items(par, blocks, cost_of<T>(s), [&](int64_t block) {
     const int64_t t0 = block * kDenseTokens, m = std::min(kDenseTokens, s.num_tokens - t0);
     ScratchScope scratch;
-    T* x = scratch.take<T>(Scratch::kPackA, up_k.elements());
-    T* h = scratch.take<T>(Scratch::kPackB, down_k.elements());
+    T* x = scratch.take<T>(Scratch::kPackA, row_elements(up.depth));
+    T* h = scratch.take<T>(Scratch::kPackB, row_elements(down.depth));
     T* u_block = scratch.take<T>(Scratch::kHidden, kDenseTokens * up.padded());
     T* y = scratch.take<T>(Scratch::kTokens, kDenseTokens * ldy);
     int64_t loaded = -1;
@@ -196,7 +162,7 @@ void run(const DenseFfnParams& p, const Parallel& par) {
       T* saved =
           p.preact == nullptr ? nullptr : static_cast<T*>(p.preact) + (e * s.num_tokens + t0) * I;
       T* u = keep_u ? saved : u_block;
-      multiply(k, m, up_k, x, up, w_up + e * up.elements(), u, ldu, false);
+      multiply(k, m, x, up, w_up + e * up.elements(), u, ldu, false);
       if (saved != nullptr && !keep_u) {
         for (int64_t t = 0; t < m; ++t) {
           k.store_row(kAccumulate<T>, u + t * ldu, saved + t * I, I);
@@ -207,11 +173,11 @@ void run(const DenseFfnParams& p, const Parallel& par) {
       }
       if (p.b_down != nullptr) set_ones(h, m, I);
       if (keep_y) {
-        multiply(k, m, down_k, h, down, w_down + e * down.elements(),
+        multiply(k, m, h, down, w_down + e * down.elements(),
                  static_cast<T*>(p.y) + (t0 * E + e) * O, E * O, false);
         continue;
       }
-      multiply(k, m, down_k, h, down, w_down + e * down.elements(), y, ldy, false);
+      multiply(k, m, h, down, w_down + e * down.elements(), y, ldy, false);
       for (int64_t t = 0; t < m; ++t) {
         k.store_row(s.type, y + t * ldy, static_cast<char*>(p.y) + ((t0 + t) * E + e) * O * size,
                     O);
@@ -233,7 +199,6 @@ void run_bwd(const DenseFfnBwdParams& p, const Parallel& par) {
   const int64_t W = k.lanes, size = dtype_size(s.type);
   const int64_t E = s.num_experts, G = s.num_inputs, H = s.hidden_size, I = s.intermediate_size,
                 O = s.out_size;
-  const RowBlocks down_k{O}, up_k{I};
   const Panels down{O, I, W}, up{I, H, W};  // of the products with the weights as they lie
   const int64_t ldh = round_up(H, W), ldi = round_up(I, W);
   const bool need_up = p.grad_w_up != nullptr, need_down = p.grad_w_down != nullptr;
@@ -244,10 +209,10 @@ void run_bwd(const DenseFfnBwdParams& p, const Parallel& par) {
   const int64_t blocks = ceil_div(s.num_tokens, kDenseTokens);
   const int64_t parts = std::clamp<int64_t>(blocks / kDensePartBlocks, 1, kDenseMostParts);
   ScratchScope scratch;
-  Carver shared(scratch, Scratch::kRows,
-                static_cast<int64_t>(sizeof(T)) *
-                        (E * (down.elements() + up.elements()) + parts * E * sums.expert()) +
-                    256);
+  Arena shared(scratch, Scratch::kRows,
+               static_cast<int64_t>(sizeof(T)) *
+                       (E * (down.elements() + up.elements()) + parts * E * sums.expert()) +
+                   256);
   T* w_down = shared.take<T>(E * down.elements());
   T* w_up = shared.take<T>(E * up.elements());
   T* totals = shared.take<T>(parts * E * sums.expert());
@@ -268,8 +233,8 @@ void run_bwd(const DenseFfnBwdParams& p, const Parallel& par) {
     T* total = totals + part * E * sums.expert();
     std::fill(total, total + E * sums.expert(), T(0));
     ScratchScope scratch;
-    T* dy_rows = scratch.take<T>(Scratch::kPackA, down_k.elements() + up_k.elements());
-    T* du_rows = dy_rows + down_k.elements();
+    T* dy_rows = scratch.take<T>(Scratch::kPackA, row_elements(O) + row_elements(I));
+    T* du_rows = dy_rows + row_elements(O);
     const int64_t dy_cols = ceil_div(O, kLdm) * kDenseTokens * kLdm;
     const int64_t du_cols = ceil_div(I, kLdm) * kDenseTokens * kLdm;
     T* dy_columns = scratch.take<T>(Scratch::kHidden, dy_cols + du_cols);
@@ -314,7 +279,7 @@ void run_bwd(const DenseFfnBwdParams& p, const Parallel& par) {
         });
         const T* u = static_cast<const T*>(p.preact) + (e * s.num_tokens + t0) * I;
         if (need_hidden) {
-          multiply(k, m, down_k, dy_rows, down, w_down + e * down.elements(), dh, ldi, false);
+          multiply(k, m, dy_rows, down, w_down + e * down.elements(), dh, ldi, false);
         }
         for_column_runs(need_hidden || need_down ? I : 0, [&](int64_t c, int64_t cols) {
           DenseActTargets<T> to;
@@ -325,12 +290,11 @@ void run_bwd(const DenseFfnBwdParams& p, const Parallel& par) {
           k.dense.act_bwd(s.has_act, s.act, m, cols, u + c, I, need_hidden ? dh + c : nullptr,
                           need_hidden ? ldi : 0, to);
         });
-        if (need_down) multiply_columns(k, O, dy_columns, hidden, h, sum_down, ldi, true);
-        if (need_up) multiply_columns(k, I, du_columns, x_panels, x, sum_up, ldh, true);
+        if (need_down) add_product(k, O, dy_columns, hidden, h, sum_down, ldi);
+        if (need_up) add_product(k, I, du_columns, x_panels, x, sum_up, ldh);
         if (p.grad_x == nullptr) continue;
         T* dx = keep_dx ? static_cast<T*>(p.grad_x) + (t0 * G + g) * H : dx_block;
-        multiply(k, m, up_k, du_rows, up, w_up + e * up.elements(), dx, keep_dx ? G * H : ldh,
-                 !first);
+        multiply(k, m, du_rows, up, w_up + e * up.elements(), dx, keep_dx ? G * H : ldh, !first);
       }
       store_dx();
       for (int64_t g = 0; p.grad_x != nullptr && g < G; ++g) {

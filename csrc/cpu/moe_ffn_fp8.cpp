@@ -9,17 +9,17 @@
 #include "cpu/gemm/act_rows.h"
 #include "cpu/gemm/fp8.h"
 #include "cpu/gemm/quantize_fp8_row.h"
-#include "moe_ops/unpermute.h"
+#include "cpu/gemm/routed_rows.h"
 
 namespace moe_ops::cpu {
 
 namespace {
 
-Fp8Desc desc_of(const MoeFfnShape& s, int64_t features, int64_t in_features, const Fp8Rows& a,
+Fp8Desc desc_of(const MoeFfnDesc& s, int64_t features, int64_t in_features, const Fp8Rows& a,
                 const Fp8Matrices& b) {
   Fp8Desc d;
-  d.expert_offsets = s.expert_offsets;
-  d.num_experts = s.num_experts;
+  d.expert_offsets = s.routing.expert_offsets;
+  d.num_experts = s.routing.num_experts;
   d.features = features;
   d.in_features = in_features;
   d.a = a;
@@ -36,28 +36,27 @@ void add_bias(const Kernels<float>& k, const ExpertVectors& bias, int64_t e, int
 }  // namespace
 
 void moe_ffn_fp8(const MoeFfnFp8Params& p, const Parallel& par) {
-  const MoeFfnShape& s = p.shape;
+  ScratchScope scratch(ScratchScope::Keep::kUpTo256MiB);
+  MoeFfnDesc s = p.desc;
+  s.routing = sorted(scratch, s.routing);
   const Kernels<float>& k = kernels<float>();
-  const int64_t T = s.num_tokens, I = s.intermediate_size, H = s.hidden_size;
+  const int64_t T = s.routing.num_tokens, I = s.intermediate_size, H = s.hidden_size;
   const int64_t H_blocks = ceil_div(H, kFp8Block), I_blocks = ceil_div(I, kFp8Block);
-  const int64_t rows = s.expert_offsets[s.num_experts];
+  const int64_t rows = s.routing.num_valid_rows();
   const bool gated = is_gated(s.act.kind), weave = gated && s.act.interleaved;
   const auto alpha = static_cast<float>(s.act.alpha), limit = static_cast<float>(s.act.limit);
-  const auto* slot_weights = static_cast<const float*>(s.topk_weights);
 
-  ScratchScope scratch(ScratchScope::Keep::kUpTo256MiB);
-  auto* token = scratch.take<int32_t>(Scratch::kIndex, rows);
-  for (int64_t r = 0; r < rows; ++r) token[r] = static_cast<int32_t>(s.row_to_slot[r] / s.top_k);
-  Carver carver(scratch, Scratch::kHidden,
-                T * H + rows * I + 4 * (T * H_blocks + rows * I_blocks) + 4 * 64);
-  auto* x_codes = carver.take<uint8_t>(T * H);
-  auto* x_scale = carver.take<float>(T * H_blocks);
-  auto* h_codes = carver.take<uint8_t>(rows * I);
-  auto* h_scale = carver.take<float>(rows * I_blocks);
+  const RowMaps<float> maps = row_maps<float>(scratch, s.routing, s.topk_weights);
+  Arena arena(scratch, Scratch::kHidden,
+              T * H + rows * I + 4 * (T * H_blocks + rows * I_blocks) + 4 * 64);
+  auto* x_codes = arena.take<uint8_t>(T * H);
+  auto* x_scale = arena.take<float>(T * H_blocks);
+  auto* h_codes = arena.take<uint8_t>(rows * I);
+  auto* h_scale = arena.take<float>(rows * I_blocks);
   float* out = scratch.take<float>(Scratch::kRows, rows * H);
 
   Fp8Desc up = desc_of(s, gated && !weave ? I : (weave ? 2 * I : I), H,
-                       {x_codes, H, x_scale, H_blocks, token}, p.w_gate_up);
+                       {x_codes, H, x_scale, H_blocks, maps.token}, p.w_gate_up);
   up.segments = gated && !weave ? 2 : 1;
   // Whole blocks of h, so that an item has all that a scale is made of.
   up.feature_unit = weave ? 2 * kFp8Block : kFp8Block;
@@ -65,7 +64,7 @@ void moe_ffn_fp8(const MoeFfnFp8Params& p, const Parallel& par) {
     for (int seg = 0; seg < up.segments; ++seg) {
       float* v = seg == 0 ? v0 : v1;
       if (s.apply_router_weight_on_input) {
-        k.load_row(DType::kFloat32, v, v, n, slot_weights[s.row_to_slot[r]]);
+        k.load_row(DType::kFloat32, v, v, n, maps.weight[r]);
       }
       add_bias(k, p.b_gate_up, e, seg * I + f, n, v);
     }
@@ -89,18 +88,9 @@ void moe_ffn_fp8(const MoeFfnFp8Params& p, const Parallel& par) {
     std::memcpy(out + r * H + f, v, static_cast<size_t>(n) * sizeof(float));
   };
 
-  UnpermuteParams combine;
-  combine.rows = out;
-  combine.type = DType::kFloat32;
-  combine.row_stride = combine.hidden_size = H;
-  combine.num_tokens = T;
-  combine.top_k = s.top_k;
-  combine.num_valid_rows = rows;
-  combine.slot_to_row = s.slot_to_row;
-  combine.topk_weights = s.apply_router_weight_on_input ? nullptr : s.topk_weights;
-  combine.y = p.y;
-  combine.y_type = p.x.type;
-
+  const UnpermuteParams combine =
+      combination(s.routing, out, DType::kFloat32, H,
+                  s.apply_router_weight_on_input ? nullptr : s.topk_weights, p.y, p.x.type);
   const std::vector<Fp8Item> up_items = fp8_items(up, k, par.num_threads);
   const std::vector<Fp8Item> down_items = fp8_items(down, k, par.num_threads);
   const auto num_down = static_cast<int64_t>(down_items.size());
@@ -110,7 +100,7 @@ void moe_ffn_fp8(const MoeFfnFp8Params& p, const Parallel& par) {
   Countdown tokens_left, down_left;
   tokens_left.add(ceil_div(T, token_chunk));
   down_left.add(num_down);
-  std::vector<Countdown> up_left(static_cast<size_t>(s.num_experts));
+  std::vector<Countdown> up_left(static_cast<size_t>(s.routing.num_experts));
   for (const Fp8Item& it : up_items) up_left[it.expert].add();
   Stages stages;
   stages.add(ceil_div(T, token_chunk), token_cost * static_cast<double>(T), [&](int64_t i) {

@@ -22,7 +22,7 @@ ExpertMatrices matrices_of(const QuantizedMatrices& q, DType x_type) {
 
 void moe_ffn_quantized(const MoeFfnQuantizedParams& p, const Parallel& par) {
   MoeFfnParams f;
-  f.shape = p.shape;
+  f.desc = p.desc;
   f.x = p.x;
   f.x_scale = p.x_scale;
   f.w_gate_up = matrices_of(p.w_gate_up, p.x.type);
@@ -30,7 +30,6 @@ void moe_ffn_quantized(const MoeFfnQuantizedParams& p, const Parallel& par) {
   f.b_gate_up = p.b_gate_up;
   f.b_down = p.b_down;
   f.y = p.y;
-  f.preact = nullptr;
   moe_ffn(f, par);
 }
 

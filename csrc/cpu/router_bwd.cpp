@@ -32,12 +32,12 @@ void route_few_bwd(const RouterBwdParams& p, const Parallel& par) {
   const double cost = 2.0 * static_cast<double>(E * K) + 10.0 * static_cast<double>(E);
   parallel_range(par, p.num_tokens, cost, [&](int64_t begin, int64_t end) {
     ScratchScope scratch;
-    Carver carver(scratch, Scratch::kRows, bytes);
-    T* const rows = carver.take<T>(kLaneTokens * E);
-    T* const x = carver.take<T>(kLaneTokens * E);
-    T* const grad_x = carver.take<T>(kLaneTokens * E);
-    T* const grads = carver.take<T>(kLaneTokens * K);
-    Key* const ids = carver.take<Key>(kLaneTokens * K);
+    Arena arena(scratch, Scratch::kRows, bytes);
+    T* const rows = arena.take<T>(kLaneTokens * E);
+    T* const x = arena.take<T>(kLaneTokens * E);
+    T* const grad_x = arena.take<T>(kLaneTokens * E);
+    T* const grads = arena.take<T>(kLaneTokens * K);
+    Key* const ids = arena.take<Key>(kLaneTokens * K);
     RouterLanes<T> lanes = lanes_of<T>(p);
     lanes.x = x;
     lanes.ids = ids;
@@ -82,14 +82,14 @@ void route_bwd(const RouterBwdParams& p, const Parallel& par) {
   const double cost = 3.0 * static_cast<double>(E) + 15.0 * static_cast<double>(K) + 20.0;
   parallel_range(par, p.num_tokens, cost, [&](int64_t begin, int64_t end) {
     ScratchScope scratch;
-    Carver carver(scratch, Scratch::kRows, bytes);
-    T* const x = carver.take<T>((batch + 1) * padded);
-    T* const exps = carver.take<T>(padded);
-    T* const chosen = carver.take<T>((batch + 1) * padded_k);
-    T* const scores = carver.take<T>((batch + 1) * padded_k);
-    T* const slopes = carver.take<T>((batch + 1) * padded_k);
-    T* const grads = carver.take<T>((batch + 1) * padded_k);
-    int32_t* const all_ids = carver.take<int32_t>(batch * padded_k);
+    Arena arena(scratch, Scratch::kRows, bytes);
+    T* const x = arena.take<T>((batch + 1) * padded);
+    T* const exps = arena.take<T>(padded);
+    T* const chosen = arena.take<T>((batch + 1) * padded_k);
+    T* const scores = arena.take<T>((batch + 1) * padded_k);
+    T* const slopes = arena.take<T>((batch + 1) * padded_k);
+    T* const grads = arena.take<T>((batch + 1) * padded_k);
+    int32_t* const all_ids = arena.take<int32_t>(batch * padded_k);
     int64_t count[64];
 
     for (int64_t t0 = begin; t0 < end; t0 += batch) {

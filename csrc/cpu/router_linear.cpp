@@ -74,10 +74,10 @@ void run(const RouterLinearParams& p, const Parallel& par) {
   const double cost = static_cast<double>(experts) * static_cast<double>(n) / 16 + 8;
   parallel_range(par, p.num_tokens, cost, [&](int64_t begin, int64_t end) {
     ScratchScope scratch;
-    Carver carver(scratch, Scratch::kRows,
-                  block * (n + experts) * static_cast<int64_t>(sizeof(T)) + 2 * 64);
-    T* const x_buffer = carver.take<T>(block * n);
-    T* const sums = carver.take<T>(block * experts);
+    Arena arena(scratch, Scratch::kRows,
+                block * (n + experts) * static_cast<int64_t>(sizeof(T)) + 2 * 64);
+    T* const x_buffer = arena.take<T>(block * n);
+    T* const sums = arena.take<T>(block * experts);
     const int64_t step = in_place && out_in_place ? end - begin : block;
     for (int64_t t = begin; t < end; t += step) {
       const int64_t m = std::min(step, end - t);
@@ -123,11 +123,11 @@ void run_bwd(const RouterLinearBwdParams& p, const Parallel& par) {
   parallel_items(par, parts, cost, [&](int64_t part) {
     const int64_t begin = part * part_rows, end = std::min(p.num_tokens, begin + part_rows);
     ScratchScope scratch;
-    Carver carver(scratch, Scratch::kRows,
-                  block * (2 * n + experts) * static_cast<int64_t>(sizeof(T)) + 3 * 64);
-    T* const x_buffer = carver.take<T>(block * n);
-    T* const grad_buffer = carver.take<T>(block * n);
-    T* const g_buffer = carver.take<T>(block * experts);
+    Arena arena(scratch, Scratch::kRows,
+                block * (2 * n + experts) * static_cast<int64_t>(sizeof(T)) + 3 * 64);
+    T* const x_buffer = arena.take<T>(block * n);
+    T* const grad_buffer = arena.take<T>(block * n);
+    T* const g_buffer = arena.take<T>(block * experts);
     T* const bias_sums = sums + part * step + experts * n;
     RouterLinearBwd<T> rows = {};
     rows.experts = experts;

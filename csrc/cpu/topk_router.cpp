@@ -31,12 +31,12 @@ class GroupLimit {
     return padded * (sizeof(T) + 3 * sizeof(Key)) + 5 * 64;
   }
 
-  GroupLimit(const TopkRouterParams& p, Carver& carver)
+  GroupLimit(const TopkRouterParams& p, Arena& arena)
       : p_(p), padded_(round_up(p.num_groups, kRowUnit)) {
-    score_ = carver.take<T>(padded_);
-    keys_ = carver.take<Key>(padded_);
-    block_max_ = carver.take<Key>(padded_ + kRowUnit);
-    kept_ = carver.take<int32_t>(padded_);
+    score_ = arena.take<T>(padded_);
+    keys_ = arena.take<Key>(padded_);
+    block_max_ = arena.take<Key>(padded_ + kRowUnit);
+    kept_ = arena.take<int32_t>(padded_);
   }
 
   void apply(const RouterRow<T>& row, Key* keys) {
@@ -100,11 +100,11 @@ void route_few(const TopkRouterParams& p, const Parallel& par) {
   const double cost = static_cast<double>(E * K) + 10.0 * static_cast<double>(E);
   parallel_range(par, p.num_tokens, cost, [&](int64_t begin, int64_t end) {
     ScratchScope scratch;
-    Carver carver(scratch, Scratch::kRows, bytes);
-    T* const rows = carver.take<T>(kLaneTokens * E);
-    T* const x = carver.take<T>(kLaneTokens * E);
-    T* const weights = carver.take<T>(kLaneTokens * K);
-    Key* const ids = carver.take<Key>(kLaneTokens * K);
+    Arena arena(scratch, Scratch::kRows, bytes);
+    T* const rows = arena.take<T>(kLaneTokens * E);
+    T* const x = arena.take<T>(kLaneTokens * E);
+    T* const weights = arena.take<T>(kLaneTokens * K);
+    Key* const ids = arena.take<Key>(kLaneTokens * K);
     RouterLanes<T> lanes = lanes_of<T>(p);
     lanes.x = x;
     lanes.ids = ids;
@@ -151,15 +151,15 @@ void route(const TopkRouterParams& p, const Parallel& par) {
   const double cost = 4.0 * static_cast<double>(E) + 40.0 * static_cast<double>(K) + 50.0;
   parallel_range(par, p.num_tokens, cost, [&](int64_t begin, int64_t end) {
     ScratchScope scratch;
-    Carver carver(scratch, Scratch::kRows, bytes);
-    T* const xs = carver.take<T>(at_once * pitch);
-    T* const scores = carver.take<T>(at_once * pitch);
-    T* const biased = carver.take<T>(padded);
-    Key* const all_keys = carver.take<Key>(at_once * pitch);
-    Key* const block_max = carver.take<Key>(at_once * pitch);
-    T* const chosen = carver.take<T>(padded_k);
-    T* const chosen_score = carver.take<T>(padded_k);
-    GroupLimit<T> group_limit(p, carver);
+    Arena arena(scratch, Scratch::kRows, bytes);
+    T* const xs = arena.take<T>(at_once * pitch);
+    T* const scores = arena.take<T>(at_once * pitch);
+    T* const biased = arena.take<T>(padded);
+    Key* const all_keys = arena.take<Key>(at_once * pitch);
+    Key* const block_max = arena.take<Key>(at_once * pitch);
+    T* const chosen = arena.take<T>(padded_k);
+    T* const chosen_score = arena.take<T>(padded_k);
+    GroupLimit<T> group_limit(p, arena);
     for (int64_t r = 0; r < at_once; ++r) {
       std::fill(xs + r * pitch + E, xs + r * pitch + padded, -inf);
     }

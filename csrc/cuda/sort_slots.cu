@@ -195,11 +195,12 @@ int64_t sort_slots_workspace(int64_t num_slots, int64_t num_experts) {
 }
 
 Status sort_slots(const SortSlotsParams& p, Stream stream) {
-  const Plan plan = plan_sort(p.num_slots, p.num_experts);
+  const Routing& r = p.routing;
+  const Plan plan = plan_sort(r.num_slots(), r.num_experts);
   Args a;
-  a.ids = p.topk_ids;
-  a.num_slots = p.num_slots;
-  a.num_experts = static_cast<int32_t>(p.num_experts);
+  a.ids = r.topk_ids.data;
+  a.num_slots = r.num_slots();
+  a.num_experts = static_cast<int32_t>(r.num_experts);
   a.part = plan.part;
   auto* const workspace = static_cast<int32_t*>(p.workspace);
   a.counts = plan.blocks > 1 ? workspace : nullptr;
@@ -207,7 +208,7 @@ Status sort_slots(const SortSlotsParams& p, Stream stream) {
   a.expert_offsets = p.expert_offsets;
   a.row_to_slot = p.row_to_slot;
   a.slot_to_row = p.slot_to_row;
-  if (p.ids_are_int64) {
+  if (r.topk_ids.is_64) {
     return plan.in_shared ? launch<int64_t, true>(a, plan, stream)
                           : launch<int64_t, false>(a, plan, stream);
   }

@@ -13,7 +13,8 @@ namespace {
 
 struct Plan {
   DenseFfnSizes size;
-  std::vector<int32_t> input_of, order;
+  Tensor input_of;
+  std::vector<int32_t> order;
 };
 
 // Not gated, or none at all.
@@ -55,12 +56,13 @@ Plan plan_of(const Op& op, const Tensor& x, const Tensor& w_up, const Tensor& w_
   s.intermediate_size = w_up.size(1);
   s.out_size = w_down.size(1);
   plan.input_of = checked_map(op, "input_ids", input_ids, s.num_inputs);
-  plan.order.resize(plan.input_of.size());
+  const int32_t* input_of = int32_data(plan.input_of);
+  plan.order.resize(static_cast<size_t>(s.num_experts));
   std::iota(plan.order.begin(), plan.order.end(), 0);
   std::sort(plan.order.begin(), plan.order.end(), [&](int32_t a, int32_t b) {
-    return std::pair(plan.input_of[a], a) < std::pair(plan.input_of[b], b);
+    return std::pair(input_of[a], a) < std::pair(input_of[b], b);
   });
-  s.input_of = plan.input_of.data();
+  s.input_of = input_of;
   s.order = plan.order.data();
   return plan;
 }

@@ -45,10 +45,14 @@ struct DeviceIndex {
 };
 DeviceIndex device_index(const Op& op, const char* name, const Tensor& t);
 
-// sort_slots for the adapters that start from topk_ids [T, K] (defined in sort_slots.cpp):
-// expert_offsets, row_to_slot, slot_to_row.
-std::tuple<Tensor, Tensor, Tensor> device_sorted_slots(const Op& op, const Tensor& topk_ids,
-                                                       int64_t num_experts);
+// sorted_slots on the device of topk_ids (defined in sort_slots.cpp).
+SortedSlots device_sorted_slots(const Op& op, const Tensor& topk_ids, int64_t num_experts);
+
+// An output on the device of `like` that is empty unless it is wanted.
+inline Tensor device_empty_if(bool wanted, const Tensor& like, std::initializer_list<int64_t> sizes,
+                              ScalarType dtype) {
+  return wanted ? device_empty(like, sizes, dtype) : device_empty(like, {0}, dtype);
+}
 
 // A tensor [n, features] with a dense last dimension as device launchers take it; row r of the
 // permuted order is its row index[r] / divisor.

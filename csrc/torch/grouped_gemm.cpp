@@ -41,14 +41,14 @@ Tensor grouped_gemm(const Tensor& a, const Tensor& b, const Tensor& expert_offse
                     const OptTensor& bias) {
   const Op op("grouped_gemm");
   const DType type = check_gemm(op, a, b, bias);
-  const std::vector<int64_t> offsets = checked_offsets(op, expert_offsets, a.size(0));
+  const Tensor offsets = checked_offsets(op, expert_offsets, a.size(0));
   check_size(op, "expert_offsets", expert_offsets, 0, b.size(0) + 1, "E+1");
   const Tensor src = with_dense_rows(a);
   const Weights weights = weights_of(b, type);
   const Bias bias_rows = bias_of(bias, type);
   Tensor out = empty_cpu(op, {a.size(0), b.size(1)}, a.scalar_type());
   GroupedGemmParams p;
-  p.expert_offsets = offsets.data();
+  p.expert_offsets = int32_data(offsets);
   p.num_experts = b.size(0);
   p.out_features = b.size(1);
   p.in_features = b.size(2);
@@ -57,20 +57,20 @@ Tensor grouped_gemm(const Tensor& a, const Tensor& b, const Tensor& expert_offse
   p.bias = bias_rows.vectors;
   p.out = {out.mutable_data_ptr(), type, b.size(1), nullptr};
   cpu::grouped_gemm(p, torch_parallel());
-  zero_rows_from(out, offsets.back());
+  zero_rows_from(out, num_valid_rows(offsets));
   return out;
 }
 
 Tensor grouped_gemm_wgrad(const Tensor& grad, const Tensor& a, const Tensor& expert_offsets) {
   const Op op("grouped_gemm_wgrad");
   const DType type = check_wgrad(op, grad, a);
-  const std::vector<int64_t> offsets = checked_offsets(op, expert_offsets, grad.size(0));
-  const int64_t E = static_cast<int64_t>(offsets.size()) - 1;
+  const Tensor offsets = checked_offsets(op, expert_offsets, grad.size(0));
+  const int64_t E = offsets.numel() - 1;
   const Tensor grad_rows = with_dense_rows(grad);
   const Tensor a_rows = with_dense_rows(a);
   Tensor out = empty_cpu(op, {E, grad.size(1), a.size(1)}, grad.scalar_type());
   GroupedWgradParams p;
-  p.expert_offsets = offsets.data();
+  p.expert_offsets = int32_data(offsets);
   p.num_experts = E;
   p.out_features = grad.size(1);
   p.in_features = a.size(1);
@@ -85,12 +85,12 @@ Tensor grouped_gemm_wgrad(const Tensor& grad, const Tensor& a, const Tensor& exp
 Tensor grouped_sum(const Tensor& rows, const Tensor& expert_offsets) {
   const Op op("grouped_sum");
   const DType type = check_sum(op, rows);
-  const std::vector<int64_t> offsets = checked_offsets(op, expert_offsets, rows.size(0));
-  const int64_t E = static_cast<int64_t>(offsets.size()) - 1;
+  const Tensor offsets = checked_offsets(op, expert_offsets, rows.size(0));
+  const int64_t E = offsets.numel() - 1;
   const Tensor src = with_dense_rows(rows);
   Tensor out = empty_cpu(op, {E, rows.size(1)}, rows.scalar_type());
   GroupedSumParams p;
-  p.expert_offsets = offsets.data();
+  p.expert_offsets = int32_data(offsets);
   p.num_experts = E;
   p.features = rows.size(1);
   p.rows = rows_of(src, type);
@@ -112,10 +112,6 @@ STABLE_TORCH_LIBRARY_IMPL(moe_ops, CPU, m) {
 
 namespace {
 
-const int32_t* offsets_data(const Tensor& offsets) {
-  return static_cast<const int32_t*>(offsets.const_data_ptr());
-}
-
 Tensor grouped_gemm_cuda(const Tensor& a, const Tensor& b, const Tensor& expert_offsets,
                          const OptTensor& bias) {
   const Op op("grouped_gemm", a);
@@ -127,7 +123,7 @@ Tensor grouped_gemm_cuda(const Tensor& a, const Tensor& b, const Tensor& expert_
   const Bias bias_rows = bias_of(bias, type);
   Tensor out = device_empty(a, {a.size(0), b.size(1)}, a.scalar_type());
   cuda::GroupedGemmParams p;
-  p.expert_offsets = offsets_data(offsets);
+  p.expert_offsets = int32_data(offsets);
   p.num_experts = b.size(0);
   p.num_rows = a.size(0);
   p.out_features = b.size(1);
@@ -147,7 +143,7 @@ Tensor grouped_gemm_wgrad_cuda(const Tensor& grad, const Tensor& a, const Tensor
   const Tensor grad_rows = with_dense_rows(grad);
   const Tensor a_rows = with_dense_rows(a);
   cuda::GroupedWgradParams p;
-  p.expert_offsets = offsets_data(offsets);
+  p.expert_offsets = int32_data(offsets);
   p.num_experts = offsets.size(0) - 1;
   p.num_rows = grad.size(0);
   p.out_features = grad.size(1);
@@ -168,7 +164,7 @@ Tensor grouped_sum_cuda(const Tensor& rows, const Tensor& expert_offsets) {
   const Tensor offsets = device_offsets(op, expert_offsets, rows.size(0));
   const Tensor src = with_dense_rows(rows);
   cuda::GroupedSumParams p;
-  p.expert_offsets = offsets_data(offsets);
+  p.expert_offsets = int32_data(offsets);
   p.num_experts = offsets.size(0) - 1;
   p.num_rows = rows.size(0);
   p.features = rows.size(1);

@@ -48,14 +48,14 @@ Tensor grouped_gemm_fp8(const Tensor& a, const Tensor& a_scale, const Tensor& b,
                         const Tensor& b_scale, const Tensor& expert_offsets, ScalarType out_dtype,
                         const OptTensor& bias) {
   const DType out_type = check(kOp, a, a_scale, b, b_scale, bias, out_dtype);
-  const std::vector<int64_t> offsets = checked_offsets(kOp, expert_offsets, a.size(0));
+  const Tensor offsets = checked_offsets(kOp, expert_offsets, a.size(0));
   check_size(kOp, "expert_offsets", expert_offsets, 0, b.size(0) + 1, "E+1");
   const Tensor codes = with_dense_rows(a), scales = with_dense_rows(a_scale);
   const Fp8Weights weights = fp8_weights(b, b_scale);
   const Bias bias_rows = bias_of(bias, bias_type(kOp, bias));
   Tensor out = empty_cpu(kOp, {a.size(0), b.size(1)}, out_dtype);
   GroupedGemmFp8Params p;
-  p.expert_offsets = offsets.data();
+  p.expert_offsets = int32_data(offsets);
   p.num_experts = b.size(0);
   p.out_features = b.size(1);
   p.in_features = b.size(2);
@@ -65,7 +65,7 @@ Tensor grouped_gemm_fp8(const Tensor& a, const Tensor& a_scale, const Tensor& b,
   p.bias = bias_rows.vectors;
   p.out = {out.mutable_data_ptr(), out_type, b.size(1), nullptr};
   cpu::grouped_gemm_fp8(p, torch_parallel());
-  zero_rows_from(out, offsets.back());
+  zero_rows_from(out, num_valid_rows(offsets));
   return out;
 }
 
@@ -89,7 +89,7 @@ static Tensor grouped_gemm_fp8_cuda(const Tensor& a, const Tensor& a_scale, cons
   const Bias bias_rows = bias_of(bias, bias_type(op, bias));
   Tensor out = device_empty(a, {a.size(0), b.size(1)}, out_dtype);
   cuda::GroupedGemmFp8Params p;
-  p.expert_offsets = static_cast<const int32_t*>(offsets.const_data_ptr());
+  p.expert_offsets = int32_data(offsets);
   p.num_experts = b.size(0);
   p.num_rows = a.size(0);
   p.out_features = b.size(1);

@@ -72,9 +72,7 @@ Tensor moe_ffn_fp8(const Tensor& x, const Tensor& w_gate_up, const Tensor& w_gat
                    double alpha, double limit) {
   const Sizes s = check(kOp, x, w_gate_up, w_gate_up_scale, w_down, w_down_scale, topk_weights,
                         topk_ids, b_gate_up, b_down, activation, interleaved, alpha, limit);
-  auto [expert_offsets, row_to_slot, slot_to_row] = sorted_slots(kOp, topk_ids, s.E);
-  const auto* ends = static_cast<const int32_t*>(expert_offsets.const_data_ptr());
-  const std::vector<int64_t> offsets(ends, ends + s.E + 1);
+  const SlotIds slots = slot_ids(kOp, topk_ids, s.E);
   const Tensor src = with_dense_rows(x);
   const Tensor weights = contiguous_as(topk_weights, ScalarType::Float);
   const Fp8Weights up = fp8_weights(w_gate_up, w_gate_up_scale);
@@ -83,17 +81,7 @@ Tensor moe_ffn_fp8(const Tensor& x, const Tensor& w_gate_up, const Tensor& w_gat
   const Bias down_bias = bias_of(b_down, s.type);
   Tensor y = empty_cpu(kOp, {s.T, s.H}, x.scalar_type());
   MoeFfnFp8Params p;
-  p.shape = {s.T,
-             s.H,
-             s.I,
-             s.E,
-             s.K,
-             s.act,
-             apply_router_weight_on_input,
-             offsets.data(),
-             static_cast<const int32_t*>(row_to_slot.const_data_ptr()),
-             static_cast<const int32_t*>(slot_to_row.const_data_ptr()),
-             weights.const_data_ptr()};
+  p.desc = {slots.routing, weights.const_data_ptr(), s.H, s.I, s.act, apply_router_weight_on_input};
   p.x = rows_of(src, s.type);
   p.w_gate_up = up.matrices;
   p.w_down = down.matrices;
@@ -119,7 +107,7 @@ static Tensor moe_ffn_fp8_cuda(const Tensor& x, const Tensor& w_gate_up,
   const Op op(kOp, x);
   const Sizes s = check(op, x, w_gate_up, w_gate_up_scale, w_down, w_down_scale, topk_weights,
                         topk_ids, b_gate_up, b_down, activation, interleaved, alpha, limit);
-  const auto [expert_offsets, row_to_slot, slot_to_row] = device_sorted_slots(op, topk_ids, s.E);
+  const SortedSlots slots = device_sorted_slots(op, topk_ids, s.E);
   const Tensor src = with_dense_rows(x);
   const Tensor weights = contiguous_as(topk_weights, ScalarType::Float);
   const Fp8Weights up = fp8_weights(w_gate_up, w_gate_up_scale);
@@ -127,18 +115,8 @@ static Tensor moe_ffn_fp8_cuda(const Tensor& x, const Tensor& w_gate_up,
   const Bias up_bias = bias_of(b_gate_up, s.type);
   const Bias down_bias = bias_of(b_down, s.type);
   Tensor y = device_empty(x, {s.T, s.H}, x.scalar_type());
-  cuda::MoeFfnFp8Params p{};
-  p.num_tokens = s.T;
-  p.hidden_size = s.H;
-  p.intermediate_size = s.I;
-  p.num_experts = s.E;
-  p.top_k = s.K;
-  p.act = s.act;
-  p.apply_router_weight_on_input = apply_router_weight_on_input;
-  p.expert_offsets = static_cast<const int32_t*>(expert_offsets.const_data_ptr());
-  p.row_to_slot = static_cast<const int32_t*>(row_to_slot.const_data_ptr());
-  p.slot_to_row = static_cast<const int32_t*>(slot_to_row.const_data_ptr());
-  p.topk_weights = static_cast<const float*>(weights.const_data_ptr());
+  MoeFfnFp8Params p;
+  p.desc = {slots.routing, weights.const_data_ptr(), s.H, s.I, s.act, apply_router_weight_on_input};
   p.x = rows_of(src, s.type);
   p.w_gate_up = up.matrices;
   p.w_down = down.matrices;

@@ -107,7 +107,7 @@ Tensor moe_ffn_quantized(const Tensor& x, const Tensor& w_gate_up, const Tensor&
   check_bias("b_gate_up", b_gate_up, x, E, width, gated ? "[E, 2I]" : "[E, I]");
   check_bias("b_down", b_down, x, E, H, "[E, H]");
 
-  const SlotMaps maps = slot_maps(kOp, topk_ids, E);
+  const SlotIds slots = slot_ids(kOp, topk_ids, E);
   const Tensor src = with_dense_rows(x);
   const Tensor weights = contiguous_as(topk_weights, ScalarType::Float);
   const OptTensor factors = contiguous_as(x_scale, ScalarType::Float);
@@ -115,17 +115,7 @@ Tensor moe_ffn_quantized(const Tensor& x, const Tensor& w_gate_up, const Tensor&
   const Bias down_bias = bias_of(b_down, type);
   Tensor y = empty_cpu(kOp, {T, H}, x.scalar_type());
   MoeFfnQuantizedParams p;
-  p.shape.num_tokens = T;
-  p.shape.hidden_size = H;
-  p.shape.intermediate_size = I;
-  p.shape.num_experts = E;
-  p.shape.top_k = topk_ids.size(1);
-  p.shape.act = act;
-  p.shape.apply_router_weight_on_input = apply_router_weight_on_input;
-  p.shape.expert_offsets = maps.offsets.data();
-  p.shape.row_to_slot = maps.row_to_slot.get();
-  p.shape.slot_to_row = maps.slot_to_row.get();
-  p.shape.topk_weights = weights.const_data_ptr();
+  p.desc = {slots.routing, weights.const_data_ptr(), H, I, act, apply_router_weight_on_input};
   p.x = rows_of(src, type);
   p.x_scale = factors.has_value() ? static_cast<const float*>(factors->const_data_ptr()) : nullptr;
   p.w_gate_up = up.matrices;

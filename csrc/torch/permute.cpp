@@ -1,8 +1,5 @@
 #include "moe_ops/permute.h"
 
-#include <vector>
-
-#include "moe_ops/unpermute.h"
 #include "torch/device.h"
 #include "torch/tensor_utils.h"
 
@@ -37,27 +34,12 @@ DType check_permute_bwd(const Op& op, const Tensor& grad_rows, const Tensor& row
   return type;
 }
 
-// Rows in the order of their slots, then their own; returns where those of each token start.
-std::vector<int64_t> sort_rows_by_slot(const std::vector<int32_t>& slots, int64_t num_tokens,
-                                       std::vector<int32_t>& rows) {
-  const auto N = static_cast<int64_t>(slots.size());
-  std::vector<int64_t> starts(slots.size() + 1);
-  for (const int32_t slot : slots) ++starts[slot + 1];
-  for (int64_t s = 0; s < N; ++s) starts[s + 1] += starts[s];
-  std::vector<int64_t> token_starts(static_cast<size_t>(num_tokens) + 1);
-  for (int64_t t = 0; t <= num_tokens; ++t) token_starts[t] = starts[t * (N / num_tokens)];
-  for (int64_t r = 0; r < N; ++r) rows[starts[slots[r]]++] = static_cast<int32_t>(r);
-  return token_starts;
-}
-
 Tensor permute(const Tensor& x, const Tensor& expert_offsets, const Tensor& row_to_slot) {
   constexpr const char* kOp = "permute";
   const DType type = check_permute(kOp, x, row_to_slot);
   const int64_t T = x.size(0), H = x.size(1), N = row_to_slot.numel();
-  const std::vector<int64_t> offsets = checked_offsets(kOp, expert_offsets, N);
-  std::vector<int32_t> row_to_token = checked_map(kOp, "row_to_slot", row_to_slot, N);
-  const int32_t top_k = T == 0 ? 1 : static_cast<int32_t>(N / T);
-  for (int32_t& t : row_to_token) t /= top_k;
+  const Tensor offsets = checked_offsets(kOp, expert_offsets, N);
+  const Tensor map = checked_map(kOp, "row_to_slot", row_to_slot, N);
 
   const Tensor src = with_dense_rows(x);
   Tensor rows = empty_cpu(kOp, {N, H}, x.scalar_type());
@@ -67,8 +49,9 @@ Tensor permute(const Tensor& x, const Tensor& expert_offsets, const Tensor& row_
   p.x_stride = row_stride(src);
   p.hidden_size = H;
   p.num_rows = N;
-  p.num_valid_rows = offsets.back();
-  p.row_to_token = row_to_token.data();
+  p.num_valid_rows = num_valid_rows(offsets);
+  p.row_to_slot = int32_data(map);
+  p.top_k = T == 0 ? 1 : N / T;
   p.rows = rows.mutable_data_ptr();
   cpu::permute(p, torch_parallel());
   return rows;
@@ -79,33 +62,21 @@ Tensor permute_bwd(const Tensor& grad_rows, const Tensor& expert_offsets, const 
   constexpr const char* kOp = "permute_bwd";
   const DType type = check_permute_bwd(kOp, grad_rows, row_to_slot, num_tokens);
   const int64_t N = grad_rows.size(0), H = grad_rows.size(1), T = num_tokens;
-  const std::vector<int64_t> offsets = checked_offsets(kOp, expert_offsets, N);
-  const std::vector<int32_t> slots = checked_map(kOp, "row_to_slot", row_to_slot, N);
-  // As many rows as slots: the map leaves a slot out only if it names another one twice.
-  std::vector<int32_t> slot_to_row(static_cast<size_t>(N), -1);
-  bool repeats = false;
-  for (int64_t r = 0; r < N; ++r) {
-    repeats |= slot_to_row[slots[r]] >= 0;
-    slot_to_row[slots[r]] = static_cast<int32_t>(r);
-  }
-  std::vector<int64_t> token_starts;
-  if (repeats) token_starts = sort_rows_by_slot(slots, T, slot_to_row);
-
+  const Tensor offsets = checked_offsets(kOp, expert_offsets, N);
+  const Tensor map = checked_map(kOp, "row_to_slot", row_to_slot, N);
   const Tensor src = with_dense_rows(grad_rows);
   Tensor grad_x = empty_cpu(kOp, {T, H}, grad_rows.scalar_type());
-  UnpermuteParams p;
-  p.rows = src.const_data_ptr();
-  p.type = p.y_type = type;
-  p.row_stride = row_stride(src);
+  PermuteBwdParams p;
+  p.grad_rows = src.const_data_ptr();
+  p.type = type;
+  p.grad_stride = row_stride(src);
   p.hidden_size = H;
   p.num_tokens = T;
-  p.top_k = T == 0 ? 1 : N / T;
-  p.num_valid_rows = offsets.back();
-  p.slot_to_row = slot_to_row.data();
-  p.token_starts = repeats ? token_starts.data() : nullptr;
-  p.topk_weights = nullptr;
-  p.y = grad_x.mutable_data_ptr();
-  cpu::unpermute(p, torch_parallel());
+  p.num_rows = N;
+  p.num_valid_rows = num_valid_rows(offsets);
+  p.row_to_slot = int32_data(map);
+  p.grad_x = grad_x.mutable_data_ptr();
+  cpu::permute_bwd(p, torch_parallel());
   return grad_x;
 }
 
@@ -132,7 +103,7 @@ static Tensor permute_cuda(const Tensor& x, const Tensor& expert_offsets,
   p.hidden_size = x.size(1);
   p.num_tokens = x.size(0);
   p.num_rows = row_to_slot.numel();
-  p.expert_offsets = static_cast<const int32_t*>(offsets.const_data_ptr());
+  p.expert_offsets = int32_data(offsets);
   p.num_experts = offsets.numel() - 1;
   p.row_to_slot = {map.data, map.is_64};
   p.rows = rows.mutable_data_ptr();
@@ -156,7 +127,7 @@ static Tensor permute_bwd_cuda(const Tensor& grad_rows, const Tensor& expert_off
   p.hidden_size = H;
   p.num_tokens = num_tokens;
   p.num_rows = N;
-  p.expert_offsets = static_cast<const int32_t*>(offsets.const_data_ptr());
+  p.expert_offsets = int32_data(offsets);
   p.num_experts = offsets.numel() - 1;
   p.row_to_slot = {map.data, map.is_64};
   p.named = static_cast<int32_t*>(named.mutable_data_ptr());

@@ -16,48 +16,40 @@ void check_sort_slots(const Op& op, const Tensor& topk_ids, int64_t num_experts)
 std::tuple<Tensor, Tensor, Tensor> sort_slots(const Tensor& topk_ids, int64_t num_experts) {
   const Op op("sort_slots");
   check_sort_slots(op, topk_ids, num_experts);
-  return sorted_slots(op, topk_ids, num_experts);
+  const SortedSlots out = sorted_slots(op, topk_ids, num_experts);
+  return {out.expert_offsets, out.row_to_slot, out.slot_to_row};
 }
 
-void sort(const Tensor& topk_ids, int64_t num_experts, int32_t* expert_offsets,
-          int32_t* row_to_slot, int32_t* slot_to_row) {
-  normalize_ids(topk_ids, num_experts, slot_to_row);
-  SortSlotsParams p;
-  p.topk_ids = slot_to_row;
-  p.num_slots = topk_ids.numel();
-  p.num_experts = num_experts;
-  p.expert_offsets = expert_offsets;
-  p.row_to_slot = row_to_slot;
-  p.slot_to_row = slot_to_row;
-  cpu::sort_slots(p);
+// Outputs that sort_slots fills, as the routing and as the parameters of a call.
+SortSlotsParams sort_params(const SlotIds& ids, SortedSlots& out) {
+  SortSlotsParams p{ids.routing, static_cast<int32_t*>(out.expert_offsets.mutable_data_ptr()),
+                    static_cast<int32_t*>(out.row_to_slot.mutable_data_ptr()),
+                    static_cast<int32_t*>(out.slot_to_row.mutable_data_ptr()), nullptr};
+  out.routing = routing_of(out.expert_offsets, out.row_to_slot, out.slot_to_row);
+  return p;
 }
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor> sorted_slots(const Op& op, const Tensor& topk_ids,
-                                                int64_t num_experts) {
-  const int64_t n = topk_ids.numel();
-  check_num_slots(op, "topk_ids", n);
+SlotIds slot_ids(const Op& op, const Tensor& topk_ids, int64_t num_experts) {
+  check_num_slots(op, "topk_ids", topk_ids.numel());
   check_num_experts(op, num_experts);
-  Tensor expert_offsets = empty_cpu(op, {num_experts + 1}, ScalarType::Int);
-  Tensor row_to_slot = empty_cpu(op, {n}, ScalarType::Int);
-  Tensor slot_to_row = empty_cpu(op, {topk_ids.size(0), topk_ids.size(1)}, ScalarType::Int);
-  sort(topk_ids, num_experts, static_cast<int32_t*>(expert_offsets.mutable_data_ptr()),
-       static_cast<int32_t*>(row_to_slot.mutable_data_ptr()),
-       static_cast<int32_t*>(slot_to_row.mutable_data_ptr()));
-  return {expert_offsets, row_to_slot, slot_to_row};
+  SlotIds out{dense(topk_ids), {}};
+  out.routing.num_tokens = topk_ids.size(0);
+  out.routing.top_k = topk_ids.size(1);
+  out.routing.num_experts = num_experts;
+  out.routing.topk_ids = {out.topk_ids.const_data_ptr(),
+                          out.topk_ids.scalar_type() == ScalarType::Long};
+  return out;
 }
 
-SlotMaps slot_maps(const Op& op, const Tensor& topk_ids, int64_t num_experts) {
-  const int64_t n = topk_ids.numel();
-  check_num_slots(op, "topk_ids", n);
-  check_num_experts(op, num_experts);
-  SlotMaps out;
-  out.row_to_slot = std::make_unique_for_overwrite<int32_t[]>(static_cast<size_t>(n));
-  out.slot_to_row = std::make_unique_for_overwrite<int32_t[]>(static_cast<size_t>(n));
-  std::vector<int32_t> ends(static_cast<size_t>(num_experts) + 1);
-  sort(topk_ids, num_experts, ends.data(), out.row_to_slot.get(), out.slot_to_row.get());
-  out.offsets.assign(ends.begin(), ends.end());
+SortedSlots sorted_slots(const Op& op, const Tensor& topk_ids, int64_t num_experts) {
+  const SlotIds ids = slot_ids(op, topk_ids, num_experts);
+  SortedSlots out{empty_cpu(op, {num_experts + 1}, ScalarType::Int),
+                  empty_cpu(op, {topk_ids.numel()}, ScalarType::Int),
+                  empty_cpu(op, {topk_ids.size(0), topk_ids.size(1)}, ScalarType::Int),
+                  {}};
+  cpu::sort_slots(sort_params(ids, out));
   return out;
 }
 
@@ -65,36 +57,27 @@ STABLE_TORCH_LIBRARY_IMPL(moe_ops, CPU, m) { m.impl("sort_slots", MOE_BOX(sort_s
 
 #ifdef MOE_OPS_WITH_CUDA
 
-std::tuple<Tensor, Tensor, Tensor> device_sorted_slots(const Op& op, const Tensor& topk_ids,
-                                                       int64_t num_experts) {
+SortedSlots device_sorted_slots(const Op& op, const Tensor& topk_ids, int64_t num_experts) {
   const int64_t n = topk_ids.numel();
-  check_num_slots(op, "topk_ids", n);
-  check_num_experts(op, num_experts);
-  const DeviceIndex ids = device_index(op, "topk_ids", topk_ids);
-  Tensor expert_offsets = device_empty(topk_ids, {num_experts + 1}, ScalarType::Int);
-  Tensor row_to_slot = device_empty(topk_ids, {n}, ScalarType::Int);
-  Tensor slot_to_row =
-      device_empty(topk_ids, {topk_ids.size(0), topk_ids.size(1)}, ScalarType::Int);
+  const SlotIds ids = slot_ids(op, topk_ids, num_experts);
+  SortedSlots out{device_empty(topk_ids, {num_experts + 1}, ScalarType::Int),
+                  device_empty(topk_ids, {n}, ScalarType::Int),
+                  device_empty(topk_ids, {topk_ids.size(0), topk_ids.size(1)}, ScalarType::Int),
+                  {}};
   Tensor workspace =
       device_empty(topk_ids, {cuda::sort_slots_workspace(n, num_experts)}, ScalarType::Byte);
-  cuda::SortSlotsParams p;
-  p.topk_ids = ids.data;
-  p.ids_are_int64 = ids.is_64;
-  p.num_slots = n;
-  p.num_experts = num_experts;
-  p.expert_offsets = static_cast<int32_t*>(expert_offsets.mutable_data_ptr());
-  p.row_to_slot = static_cast<int32_t*>(row_to_slot.mutable_data_ptr());
-  p.slot_to_row = static_cast<int32_t*>(slot_to_row.mutable_data_ptr());
+  SortSlotsParams p = sort_params(ids, out);
   p.workspace = workspace.mutable_data_ptr();
   check_status(op, cuda::sort_slots(p, current_stream(topk_ids)));
-  return {expert_offsets, row_to_slot, slot_to_row};
+  return out;
 }
 
 static std::tuple<Tensor, Tensor, Tensor> sort_slots_cuda(const Tensor& topk_ids,
                                                           int64_t num_experts) {
   const Op op("sort_slots", topk_ids);
   check_sort_slots(op, topk_ids, num_experts);
-  return device_sorted_slots(op, topk_ids, num_experts);
+  const SortedSlots out = device_sorted_slots(op, topk_ids, num_experts);
+  return {out.expert_offsets, out.row_to_slot, out.slot_to_row};
 }
 
 MOE_CUDA_LIBRARY(m) { m.impl("sort_slots", MOE_CUDA_BOX(sort_slots_cuda)); }

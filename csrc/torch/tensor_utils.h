@@ -22,6 +22,7 @@
 
 #include "moe_ops/common.h"
 #include "moe_ops/grouped_gemm.h"
+#include "moe_ops/routing.h"
 #include "torch/checks.h"
 
 namespace moe_ops::adapter {
@@ -118,6 +119,12 @@ inline Tensor empty_cpu(const Op& op, std::initializer_list<int64_t> sizes, Scal
 
 inline Tensor empty_cpu(const Op& op, const std::vector<int64_t>& sizes, ScalarType dtype) {
   return empty_cpu(op, torch::headeronly::IntHeaderOnlyArrayRef(sizes.data(), sizes.size()), dtype);
+}
+
+// An output that is empty unless it is wanted.
+inline Tensor empty_cpu_if(bool wanted, const Op& op, std::initializer_list<int64_t> sizes,
+                           ScalarType dtype) {
+  return wanted ? empty_cpu(op, sizes, dtype) : empty_cpu(op, {0}, dtype);
 }
 
 // Passes on a tensor that an adapter just made. In the variant that runs CUDA kernels on the
@@ -228,37 +235,47 @@ inline void check_num_slots(const Op& op, const char* name, int64_t n) {
             " must hold fewer than 2^31 slots, got ", n, ".");
 }
 
-// A map between slots and rows as contiguous int32, each entry checked to lie in [0, limit).
-inline std::vector<int32_t> checked_map(const Op& op, const char* name, const Tensor& map,
-                                        int64_t limit) {
+inline const int32_t* int32_data(const Tensor& t) {
+  return static_cast<const int32_t*>(t.const_data_ptr());
+}
+
+// A map between slots and rows as contiguous int32, without a copy where it is that; each entry is
+// checked to lie in [0, limit).
+inline Tensor checked_map(const Op& op, const char* name, const Tensor& map, int64_t limit) {
   check_index(op, name, map);
   check_num_slots(op, name, map.numel());
-  std::vector<int32_t> out(static_cast<size_t>(map.numel()));
   for_each_index(map, [&](int64_t i, int64_t value) {
     MOE_CHECK(value >= 0 && value < limit, op, ": ", name, " must hold values from 0 to ",
               limit - 1, ", got ", value, " at position ", i, ".");
-    out[i] = static_cast<int32_t>(value);
   });
-  return out;
+  return contiguous_as(map, ScalarType::Int);
 }
 
-// expert_offsets as int64: starts at 0, never falls, ends at or before num_rows.
-inline std::vector<int64_t> checked_offsets(const Op& op, const Tensor& offsets, int64_t num_rows) {
+// expert_offsets as contiguous int32, without a copy where it is that: starts at 0, never falls,
+// ends at or before num_rows.
+inline Tensor checked_offsets(const Op& op, const Tensor& offsets, int64_t num_rows) {
   check_index(op, "expert_offsets", offsets);
   check_dim(op, "expert_offsets", offsets, 1, "[E+1]");
   MOE_CHECK(offsets.numel() >= 2, op,
             ": expert_offsets must be [E+1] with at least one expert, got shape ",
             shape_string(offsets), ".");
-  std::vector<int64_t> out(static_cast<size_t>(offsets.numel()));
+  int64_t before = 0;
   for_each_index(offsets, [&](int64_t i, int64_t value) {
-    out[i] = value;
     MOE_CHECK(i > 0 || value == 0, op, ": expert_offsets must start at 0, got ", value, ".");
-    MOE_CHECK(i == 0 || value >= out[i - 1], op, ": expert_offsets must not fall, got ", out[i - 1],
-              " then ", value, " at position ", i, ".");
+    MOE_CHECK(value >= before, op, ": expert_offsets must not fall, got ", before, " then ", value,
+              " at position ", i, ".");
+    before = value;
   });
-  MOE_CHECK(out.back() <= num_rows, op, ": expert_offsets must end at or before the ", num_rows,
-            " rows there are, got ", out.back(), ".");
-  return out;
+  MOE_CHECK(before <= num_rows, op, ": expert_offsets must end at or before the ", num_rows,
+            " rows there are, got ", before, ".");
+  MOE_CHECK(before <= std::numeric_limits<int32_t>::max(), op,
+            ": expert_offsets must be of fewer than 2^31 rows, got ", before, ".");
+  return contiguous_as(offsets, ScalarType::Int);
+}
+
+// Rows that have an expert, of checked offsets.
+inline int64_t num_valid_rows(const Tensor& offsets) {
+  return int32_data(offsets)[offsets.numel() - 1];
 }
 
 // Rows of a tensor [n, features] with a dense last dimension.
@@ -305,18 +322,35 @@ inline void check_num_experts(const Op& op, int64_t num_experts) {
             ": num_experts must be less than 2^31 - 1, got ", num_experts, ".");
 }
 
-// sort_slots for the adapters that start from topk_ids (defined in sort_slots.cpp).
-std::tuple<Tensor, Tensor, Tensor> sorted_slots(const Op& op, const Tensor& topk_ids,
-                                                int64_t num_experts);
-
-// The same for one call, without tensors: making three costs as much as sorting a few hundred
-// slots.
-struct SlotMaps {
-  std::vector<int64_t> offsets;            // [E+1]
-  std::unique_ptr<int32_t[]> row_to_slot;  // [N]
-  std::unique_ptr<int32_t[]> slot_to_row;  // [N]
+// The routing of a call and the tensors that it points to: topk_ids [T, K] as they came, or maps
+// that sort_slots made of them (defined in sort_slots.cpp).
+struct SlotIds {
+  Tensor topk_ids;
+  Routing routing;
 };
-SlotMaps slot_maps(const Op& op, const Tensor& topk_ids, int64_t num_experts);
+SlotIds slot_ids(const Op& op, const Tensor& topk_ids, int64_t num_experts);
+
+struct SortedSlots {
+  Tensor expert_offsets, row_to_slot, slot_to_row;
+  Routing routing;
+};
+SortedSlots sorted_slots(const Op& op, const Tensor& topk_ids, int64_t num_experts);
+
+// A routing whose maps a caller made; slot_to_row is [T, K].
+inline Routing routing_of(const Tensor& expert_offsets, const Tensor& row_to_slot,
+                          const Tensor& slot_to_row) {
+  Routing r;
+  r.num_tokens = slot_to_row.size(0);
+  r.top_k = slot_to_row.size(1);
+  r.num_experts = expert_offsets.numel() - 1;
+  r.expert_offsets = int32_data(expert_offsets);
+  r.row_to_slot = int32_data(row_to_slot);
+  r.slot_to_row = int32_data(slot_to_row);
+  return r;
+}
+
+// Where a kernel writes an output, if it is wanted.
+inline void* data_if(bool wanted, Tensor& t) { return wanted ? t.mutable_data_ptr() : nullptr; }
 
 #if defined(MOE_OPS_CHECK_THREADS)
 // ThreadSanitizer does not see where a region of torch's pool begins and ends, so a build for it

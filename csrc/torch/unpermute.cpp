@@ -39,8 +39,8 @@ Tensor unpermute(const Tensor& rows, const Tensor& expert_offsets, const Tensor&
                  const OptTensor& topk_weights) {
   constexpr const char* kOp = "unpermute";
   const DType type = check_unpermute(kOp, rows, slot_to_row, topk_weights);
-  const int64_t valid = checked_offsets(kOp, expert_offsets, rows.size(0)).back();
-  const std::vector<int32_t> map = checked_map(kOp, "slot_to_row", slot_to_row, rows.size(0));
+  const int64_t valid = num_valid_rows(checked_offsets(kOp, expert_offsets, rows.size(0)));
+  const Tensor map = checked_map(kOp, "slot_to_row", slot_to_row, rows.size(0));
   const ScalarType acc = accumulate_type(rows.scalar_type());
   const Tensor src = with_dense_rows(rows);
   const OptTensor weights = contiguous_as(topk_weights, acc);
@@ -53,7 +53,7 @@ Tensor unpermute(const Tensor& rows, const Tensor& expert_offsets, const Tensor&
   p.num_tokens = slot_to_row.size(0);
   p.top_k = slot_to_row.size(1);
   p.num_valid_rows = valid;
-  p.slot_to_row = map.data();
+  p.slot_to_row = int32_data(map);
   p.topk_weights = weights ? weights->const_data_ptr() : nullptr;
   p.y = y.mutable_data_ptr();
   cpu::unpermute(p, torch_parallel());
@@ -65,9 +65,9 @@ std::tuple<Tensor, Tensor> unpermute_bwd(const Tensor& grad_y, const Tensor& row
                                          const OptTensor& topk_weights) {
   constexpr const char* kOp = "unpermute_bwd";
   const DType type = check_unpermute(kOp, rows, slot_to_row, topk_weights);
-  const int64_t valid = checked_offsets(kOp, expert_offsets, rows.size(0)).back();
+  const int64_t valid = num_valid_rows(checked_offsets(kOp, expert_offsets, rows.size(0)));
   check_grad_y(kOp, grad_y, rows, slot_to_row);
-  const std::vector<int32_t> map = checked_map(kOp, "slot_to_row", slot_to_row, rows.size(0));
+  const Tensor map = checked_map(kOp, "slot_to_row", slot_to_row, rows.size(0));
   const ScalarType acc = accumulate_type(rows.scalar_type());
   const Tensor gy = with_dense_rows(grad_y);
   const Tensor src = with_dense_rows(rows);
@@ -87,7 +87,7 @@ std::tuple<Tensor, Tensor> unpermute_bwd(const Tensor& grad_y, const Tensor& row
   p.top_k = slot_to_row.size(1);
   p.num_rows = rows.size(0);
   p.num_valid_rows = valid;
-  p.slot_to_row = map.data();
+  p.slot_to_row = int32_data(map);
   p.topk_weights = weights ? weights->const_data_ptr() : nullptr;
   p.grad_rows = grad_rows.mutable_data_ptr();
   p.grad_weights = topk_weights ? grad_weights.mutable_data_ptr() : nullptr;
@@ -120,7 +120,7 @@ static Tensor unpermute_cuda(const Tensor& rows, const Tensor& expert_offsets,
   p.num_tokens = slot_to_row.size(0);
   p.top_k = slot_to_row.size(1);
   p.num_rows = rows.size(0);
-  p.expert_offsets = static_cast<const int32_t*>(offsets.const_data_ptr());
+  p.expert_offsets = int32_data(offsets);
   p.num_experts = offsets.numel() - 1;
   p.slot_to_row = {map.data, map.is_64};
   p.topk_weights = weights ? weights->const_data_ptr() : nullptr;
@@ -156,7 +156,7 @@ static std::tuple<Tensor, Tensor> unpermute_bwd_cuda(const Tensor& grad_y, const
   p.num_tokens = slot_to_row.size(0);
   p.top_k = slot_to_row.size(1);
   p.num_rows = rows.size(0);
-  p.expert_offsets = static_cast<const int32_t*>(offsets.const_data_ptr());
+  p.expert_offsets = int32_data(offsets);
   p.num_experts = offsets.numel() - 1;
   p.slot_to_row = {map.data, map.is_64};
   p.topk_weights = weights ? weights->const_data_ptr() : nullptr;

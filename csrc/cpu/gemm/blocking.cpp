@@ -4,7 +4,7 @@
 
 #include "cpu/gemm/fp8.h"
 #include "cpu/gemm/plan.h"
-#include "cpu/gemm/slot_blocks.h"
+#include "cpu/gemm/token_blocks.h"
 #include "cpu/gemm/wgrad.h"
 #include "cpu/kernels/kernels.h"
 #include "cpu/kernels/router_row.h"
@@ -111,6 +111,7 @@ std::vector<BlockSize> block_sizes() {
       {"gemm", "depth", "kNnBlockBytes, widest", kNnBlockBytes / (kNnFeatures * kFloat)},
       {"gemm", "depth", "kNnBlockBytes, narrow", kNnBlockBytes / (kNnFeatures / 2 * kFloat)},
       MOE_SIZE("gemm", "weights", kKeptElements),
+      {"gemm", "weights", "kMostUnpackedBytes", kMostUnpackedBytes / kFloat},
       // Gradients of weights: rows are summed over, depth is the length of a row of the result.
       MOE_SIZE("wgrad", "rows", kKc),
       {"wgrad", "rows", "kKc pairs", 2 * kKc},
@@ -140,7 +141,7 @@ std::vector<BlockSize> block_sizes() {
       MOE_SIZE("fp8", "features", kFp8Block),
       MOE_SIZE("fp8", "depth", kFp8Block),
       {"fp8", "depth", "kWholeDepthBytes", kWholeDepthBytes / (kRowBlock * kFloat)},
-      // Narrow experts by blocks of tokens (slot_blocks.h, moe_ffn/blocks.cpp), and by stages.
+      // Small experts by blocks of tokens (token_blocks.h, moe_ffn/blocks.cpp), and by stages.
       MOE_SIZE("slots", "tokens", kBlockTokens),
       MOE_SIZE("slots", "tokens", kChunkTokens),
       {"slots", "tokens", "kChunkTokens kMostChunks", kChunkTokens * kMostChunks},

@@ -48,6 +48,9 @@ constexpr int64_t kRotaryWide = 2048;
 // 2048. So they are computed and summed by ranges of features, one after the other in the same
 // memory.
 constexpr int64_t kRangeBytes = int64_t{2} << 20;
+// One token reads experts of fp32 up to this size in the weights as they lie, even where a packed
+// copy is given.
+constexpr int64_t kMostUnpackedBytes = int64_t{2} << 20;
 // Backward by blocks of tokens: fewest rows of an expert in a chunk. Fewer do not pay for writing
 // its sums, as large as weights, and adding.
 constexpr int64_t kMinChunkRows = 48;

@@ -19,7 +19,7 @@ constexpr int64_t kFp8DotRows = 4;
 constexpr int64_t kFp8DotFeatures = 2048;
 
 struct Fp8Desc {
-  const int64_t* expert_offsets;
+  const int32_t* expert_offsets;
   int64_t num_experts;
   int64_t features;          // per segment
   int segments = 1;          // segment s starts at row s * features of b
@@ -173,12 +173,12 @@ void fp8_tile_item(const Fp8Desc& d, const Kernels<float>& k, const Fp8Item& it,
   const int64_t block_bytes = padded_m * kBlock * static_cast<int64_t>(sizeof(float));
   const int64_t chunk = std::clamp<int64_t>(kWholeDepthBytes / block_bytes, 1, k_blocks);
   ScratchScope scratch;
-  Carver carver(scratch, Scratch::kPackA,
-                4 * (kMaxMr * kLda + kMaxMr * 2 * W + chunk * padded_m + kMaxMr) + 4 * 64);
-  float* a = carver.take<float>(kMaxMr * kLda);
-  float* partial = carver.take<float>(kMaxMr * 2 * W);
-  float* token_scale = carver.take<float>(chunk * padded_m);
-  float* weight_scale = carver.take<float>(kMaxMr);
+  Arena arena(scratch, Scratch::kPackA,
+              4 * (kMaxMr * kLda + kMaxMr * 2 * W + chunk * padded_m + kMaxMr) + 4 * 64);
+  float* a = arena.take<float>(kMaxMr * kLda);
+  float* partial = arena.take<float>(kMaxMr * 2 * W);
+  float* token_scale = arena.take<float>(chunk * padded_m);
+  float* weight_scale = arena.take<float>(kMaxMr);
   float* panels = scratch.take<float>(Scratch::kPackB, chunk * padded_m * kBlock);
   float* rows = scratch.take<float>(Scratch::kTokens, std::max(2 * W * kLda, padded_m * padded_n));
   float* sums = scratch.take<float>(Scratch::kTile, padded_n * padded_m);

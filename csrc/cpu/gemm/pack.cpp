@@ -12,20 +12,6 @@ namespace moe_ops::cpu {
 
 namespace {
 
-std::atomic<int64_t> stale{0};
-
-template <class Bits>
-bool all_equal(const char* const* a, const char* const* b) {
-  bool same = true;
-  for (int64_t i = 0; i < kMatchSamples; ++i) {
-    Bits x, y;
-    std::memcpy(&x, a[i], sizeof(Bits));
-    std::memcpy(&y, b[i], sizeof(Bits));
-    same &= x == y;
-  }
-  return same;
-}
-
 // Bit patterns are copied, so one text serves all types of a size.
 template <class Bits>
 void pack_panel(const Bits* w, int64_t stride_o, int64_t stride_k, int64_t features, int64_t K,
@@ -95,18 +81,50 @@ int64_t packed_expert_bytes(DType type, int64_t out_features, int64_t in_feature
   return panel_layout(type, out_features, in_features, segments).expert_bytes();
 }
 
-PanelSamples sample_panels(const ExpertMatrices& w, const void* panels, int64_t e,
-                           int64_t out_features, int64_t in_features, int64_t segments) {
+namespace {
+
+std::atomic<int64_t> stale{0};
+
+// Elements of the weights of an expert, and where its panels hold them: one of every 20th part of
+// its features and of its depth, others at every call. Neighbours are less than 5/4 of a part
+// apart, so a write over a 16th of either is found at once, and one to scattered elements with a
+// probability that grows from call to call. Rows of weights are in pages of their own, and looking
+// those up is what an element costs.
+constexpr int64_t kMatchSamples = 20;
+struct PanelSamples {
+  const PackedWeight* owner = nullptr;
+  int64_t count = 0, size = 0;  // size: bytes of an element
+  const char *packed[kMatchSamples], *source[kMatchSamples];
+};
+
+template <class Bits>
+bool all_equal(const char* const* a, const char* const* b) {
+  bool same = true;
+  for (int64_t i = 0; i < kMatchSamples; ++i) {
+    Bits x, y;
+    std::memcpy(&x, a[i], sizeof(Bits));
+    std::memcpy(&y, b[i], sizeof(Bits));
+    same &= x == y;
+  }
+  return same;
+}
+
+// Chooses elements of expert e and asks for their cache lines.
+PanelSamples sample_panels(const PackedWeight& p, int64_t e) {
+  const ExpertMatrices& w = *p.w;
+  const int64_t out_features = p.out_features, in_features = p.in_features;
+  const int64_t segments = p.segments;
   const PanelLayout layout = panel_layout(w.type, out_features, in_features, segments);
   const int64_t size = dtype_size(w.type), pair = size == 2 ? 2 : 1;
   const int64_t features = out_features / segments;
   PanelSamples out;
+  out.owner = &p;
   out.size = size;
   if (features == 0 || in_features == 0) return out;
   out.count = kMatchSamples;
   // Powers of two: a division would cost as much as a cache miss.
   const int width_bits = __builtin_ctzll(static_cast<uint64_t>(layout.width)), pair_bit = size == 2;
-  const char* base = static_cast<const char*>(panels) + e * layout.expert_bytes();
+  const char* base = static_cast<const char*>(w.panels) + e * layout.expert_bytes();
   static std::atomic<uint32_t> calls{0};
   uint64_t random =
       calls.fetch_add(1, std::memory_order_relaxed) * uint64_t{0x9e3779b97f4a7c15} + 1;
@@ -149,6 +167,32 @@ bool samples_match(const PanelSamples& samples) {
                                         : all_equal<uint16_t>(samples.packed, samples.source);
   if (!same) stale.fetch_add(1, std::memory_order_relaxed);
   return same;
+}
+
+}  // namespace
+
+void drop_stale_panels(const Routing& routing, std::span<const PackedWeight> weights) {
+  // The elements of some experts are under way from memory, two cache misses each, while those of
+  // others are compared.
+  constexpr int64_t kUnderWay = 4;
+  PanelSamples samples[kUnderWay];
+  bool fresh[2] = {true, true};
+  int64_t asked = 0;
+  const auto compare = [&](const PanelSamples& s) {
+    if (s.owner != nullptr && !samples_match(s)) fresh[s.owner - weights.data()] = false;
+  };
+  for (const PackedWeight& w : weights) {
+    for (int64_t e = 0; e < routing.num_experts; ++e) {
+      if (routing.expert_offsets[e] == routing.expert_offsets[e + 1]) continue;
+      PanelSamples& slot = samples[asked++ % kUnderWay];
+      compare(slot);
+      slot = sample_panels(w, e);
+    }
+  }
+  for (int64_t i = 0; i < std::min(asked, kUnderWay); ++i) compare(samples[i]);
+  for (size_t i = 0; i < weights.size(); ++i) {
+    if (!fresh[i]) weights[i].w->panels = nullptr;
+  }
 }
 
 int64_t stale_panels() { return stale.load(std::memory_order_relaxed); }

@@ -10,10 +10,12 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
 
 #include "cpu/isa/isa.h"
 #include "moe_ops/common.h"
 #include "moe_ops/grouped_gemm.h"
+#include "moe_ops/routing.h"
 
 namespace moe_ops::cpu {
 
@@ -37,26 +39,18 @@ void pack_panels(const ExpertMatrices& w, int64_t num_experts, int64_t out_featu
 MOE_OPS_API int64_t packed_expert_bytes(DType type, int64_t out_features, int64_t in_features,
                                         int64_t segments);
 
-// Elements of the weights of an expert, and where its panels hold them: one of every 20th part of
-// its features and of its depth, others at every call. Neighbours are less than 5/4 of a part
-// apart, so a write over a 16th of either is found at once, and one to scattered elements with a
-// probability that grows from call to call. Rows of weights are in pages of their own, and looking
-// those up is what an element costs.
-constexpr int64_t kMatchSamples = 20;
-struct PanelSamples {
-  int64_t count = 0, size = 0;  // size: bytes of an element
-  const char *packed[kMatchSamples], *source[kMatchSamples];
+// A weight [E, out_features, in_features] whose `panels` are a packed copy.
+struct PackedWeight {
+  ExpertMatrices* w;
+  int64_t out_features, in_features, segments;
 };
 
-// Chooses them and asks for their cache lines: two misses each, which overlap if the caller has
-// something else to do before it compares.
-PanelSamples sample_panels(const ExpertMatrices& w, const void* panels, int64_t e,
-                           int64_t out_features, int64_t in_features, int64_t segments);
+// Takes away the panels of each weight that has been written since they were packed, judged by a
+// few elements of every expert that has rows: weights can be written in ways that no version
+// counter sees.
+void drop_stale_panels(const Routing& routing, std::span<const PackedWeight> weights);
 
-// Whether the panels hold the weights there.
-bool samples_match(const PanelSamples& samples);
-
-// How often samples_match has said no in this process.
+// How often drop_stale_panels has found an expert's panels stale in this process.
 MOE_OPS_API int64_t stale_panels();
 
 }  // namespace moe_ops::cpu

@@ -129,6 +129,11 @@ inline const char* weights_at(const ExpertMatrices& m, int64_t e, int64_t o, int
   return static_cast<const char*>(m.data) + offset * bits_of(m) / 8;
 }
 
+// The bias of expert e, or nullptr.
+inline const void* vector_of(const ExpertVectors& v, int64_t e) {
+  return v.data == nullptr ? nullptr : element(v.data, v.type, e * v.stride_e);
+}
+
 inline const float* scales_at(const ExpertMatrices& m, int64_t e, int64_t o) {
   return m.quant.scale + e * m.quant.scale_stride_e + o * m.quant.scale_stride_o;
 }
@@ -143,7 +148,7 @@ inline int64_t balanced(int64_t n, int64_t most, int64_t unit) {
 // gate and up halves of a fused projection are wanted side by side.
 template <class T>
 struct GemmDesc {
-  const int64_t* expert_offsets;
+  const int32_t* expert_offsets;
   int64_t num_experts;
   int64_t features;          // per segment
   int segments = 1;          // segment s starts at row s * features of b

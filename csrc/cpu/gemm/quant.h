@@ -154,10 +154,10 @@ void quant_panel_item(const GemmDesc<float>& d, const Kernels<float>& k, const G
   ScratchScope scratch;
   float* a = scratch.take<float>(Scratch::kTokens, k_blocks * m * kLda);
   float* tile = scratch.take<float>(Scratch::kTile, m * ldc);
-  Carver carver(scratch, Scratch::kPackB, (block / word + groups + m + 16) * P * 4 + 192);
-  auto* words = carver.take<uint32_t>((block / word + 8) * P);
-  auto* scales = carver.take<float>((groups + 8) * P);
-  auto* sums = kBytes ? nullptr : carver.take<float>(m * P);
+  Arena arena(scratch, Scratch::kPackB, (block / word + groups + m + 16) * P * 4 + 192);
+  auto* words = arena.take<uint32_t>((block / word + 8) * P);
+  auto* scales = arena.take<float>((groups + 8) * P);
+  auto* sums = kBytes ? nullptr : arena.take<float>(m * P);
   const int64_t padded_k = round_up(K, kQuantBlock);
   float* x = scratch.take<float>(Scratch::kPackA, padded_k);
   std::fill(x + K, x + padded_k, 0.0f);

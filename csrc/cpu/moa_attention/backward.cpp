@@ -95,23 +95,23 @@ class Backward {
           pitch(of.narrow_ > 0 ? kNarrowSize : kLda),
           by_rows(KeyCopy<T>::size(kept, of.d_, kKc, pitch)),
           by_columns(of.narrow_ > 0 ? 0 : KeyCopy<T>::size(kept, of.d_, kLdm, kLdm)),
-          carve(scratch, Scratch::kTile,
+          arena(scratch, Scratch::kTile,
                 (6 * kRows * of.ld_ + 2 * by_rows + by_columns + 2 * kRowForm +
                  3 * kKeys * 2 * of.k_.lanes + (key_blocks + 4) * kRows + 1024) *
                     static_cast<int64_t>(sizeof(T))),
-          keys(of.k_, of.p_, of.p_.k, b, head, kKc, pitch, kept, carve.take<T>(by_rows)),
-          values(of.k_, of.p_, of.p_.v, b, head, kKc, pitch, kept, carve.take<T>(by_rows)),
-          key_columns(of.k_, of.p_, of.p_.k, b, head, kLdm, kLdm, kept, carve.take<T>(by_columns)) {
+          keys(of.k_, of.p_, of.p_.k, b, head, kKc, pitch, kept, arena.take<T>(by_rows)),
+          values(of.k_, of.p_, of.p_.v, b, head, kKc, pitch, kept, arena.take<T>(by_rows)),
+          key_columns(of.k_, of.p_, of.p_.k, b, head, kLdm, kLdm, kept, arena.take<T>(by_columns)) {
       for (T** part : {&q, &grad_out, &grad_q, &q_columns, &grad_out_columns, &rows}) {
-        *part = carve.take<T>(kRows * of.ld_);
+        *part = arena.take<T>(kRows * of.ld_);
       }
-      for (T** part : {&p_rows, &ds_rows}) *part = carve.take<T>(kRowForm);
-      for (T** part : {&s, &dp, &slopes}) *part = carve.take<T>(kKeys * 2 * of.k_.lanes);
-      starts = carve.take<T>((key_blocks + 1) * kRows);
-      for (T** part : {&a, &delta}) *part = carve.take<T>(kRows);
+      for (T** part : {&p_rows, &ds_rows}) *part = arena.take<T>(kRowForm);
+      for (T** part : {&s, &dp, &slopes}) *part = arena.take<T>(kKeys * 2 * of.k_.lanes);
+      starts = arena.take<T>((key_blocks + 1) * kRows);
+      for (T** part : {&a, &delta}) *part = arena.take<T>(kRows);
     }
     int64_t key_blocks, pitch, by_rows, by_columns;
-    Carver carve;
+    Arena arena;
     KeyCopy<T> keys, values, key_columns;
     T *q, *grad_out, *grad_q, *q_columns, *grad_out_columns, *rows;
     T *p_rows, *ds_rows, *s, *dp, *slopes, *starts, *a, *delta;
@@ -187,21 +187,21 @@ class Backward {
   };
 
   void scores(int64_t panel, const AttentionBlock<T>& seen, const T* keys, Buffers& x) const {
-    tiles_.by_rows(keys, x.keys.part_stride(), x.q + panel * panel_rows_ * d_, seen.width,
-                   seen.keys, x.s);
+    tiles_.row_major(keys, x.keys.part_stride(), x.q + panel * panel_rows_ * d_, seen.width,
+                     seen.keys, x.s);
   }
 
   void products(int64_t panel, const AttentionBlock<T>& seen, const KeyBlock& from,
                 Buffers& x) const {
     scores(panel, seen, from.keys, x);
-    tiles_.by_rows(from.values, x.values.part_stride(), x.grad_out + panel * panel_rows_ * d_,
-                   seen.width, seen.keys, x.dp);
+    tiles_.row_major(from.values, x.values.part_stride(), x.grad_out + panel * panel_rows_ * d_,
+                     seen.width, seen.keys, x.dp);
   }
 
   void add_grad_q(int64_t panel, const AttentionBlock<T>& seen, const KeyBlock& from,
                   Buffers& x) const {
-    tiles_.by_columns(seen, from.key_columns, x.key_columns.part_stride(), x.s,
-                      x.grad_q + panel * panel_rows_ * ld_, x.grad_q_again);
+    tiles_.column_major(seen, from.key_columns, x.key_columns.part_stride(), x.s,
+                        x.grad_q + panel * panel_rows_ * ld_, x.grad_q_again);
   }
 
   // grad [n][ld] += rows [n][kLda] of block.count columns, times the columns of queries. A later
@@ -213,7 +213,7 @@ class Backward {
     for (int64_t c0 = 0; c0 < ld_; c0 += 2 * k_.lanes) {
       const int64_t width = panel_width(c0), nv = width / k_.lanes;
       int64_t panel = 0;
-      for (Heights t(n, tiles_.max_rows(static_cast<int>(nv))); t.next();) {
+      for (RowTiles t(n, tiles_.max_rows(static_cast<int>(nv))); t.next();) {
         const int64_t i0 = t.begin;
         while (panel < block.panels() && seen_keys[panel] <= i0) ++panel;
         const int64_t r0 = panel * panel_rows_;

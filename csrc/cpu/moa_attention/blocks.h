@@ -10,6 +10,7 @@
 #include <xmmintrin.h>
 #endif
 
+#include "cpu/gemm/small_gemm.h"
 #include "cpu/kernels/kernels.h"
 #include "cpu/runtime/batch_invariant.h"
 #include "cpu/runtime/parallel.h"
@@ -187,37 +188,6 @@ void leave_out_empty_sticks(const RowBlock<T>& block, int64_t panel, const T* lo
   seen.last = last;
 }
 
-// Cuts m rows into as few tiles as can be, of heights that are equal or differ by one. Divisions of
-// 32 bits, and two of them: three of 64 for each tile were a twentieth of backward at 16 features.
-struct Heights {
-  uint32_t begin = 0, height = 0;
-
-  Heights(int64_t m, int max_rows) : rows_(static_cast<uint32_t>(m)) {
-    const uint32_t most = static_cast<uint32_t>(max_rows), tiles = (rows_ + most - 1) / most;
-    if (tiles > 0) least_ = rows_ / tiles;
-    higher_ = rows_ - least_ * tiles;
-  }
-  bool next() {
-    begin += height;
-    height = least_ + (higher_ > 0);
-    higher_ -= higher_ > 0;
-    return begin < rows_;
-  }
-
- private:
-  uint32_t rows_, least_ = 0, higher_;
-};
-
-// Products of a panel: c [m][width] (+)= a b with `a` in row form, b [depth][width].
-template <class T>
-void multiply(const typename Kernels<T>::Micro* tiles, int max_rows, int64_t a_step, int64_t depth,
-              const T* a, const T* b, int64_t m, T* c, int64_t ldc, bool accumulate) {
-  TileHints hints;
-  for (Heights t(m, max_rows); t.next();) {
-    tiles[t.height - 1](depth, a + t.begin * a_step, b, c + t.begin * ldc, ldc, accumulate, hints);
-  }
-}
-
 template <class T>
 struct Products {
   const Kernels<T>& k;
@@ -225,29 +195,22 @@ struct Products {
 
   int max_rows(int nv) const { return nv == 1 ? k.mr1 : k.mr2; }
 
-  // c [m][width] = a b, depth d: a is [part][m][kLda] with kKc of the depth each, b [d][width].
-  void by_rows(const T* a, int64_t a_part, const T* b, int width, int64_t m, T* c) const {
-    const int nv = width / k.lanes;
-    for (int64_t d0 = 0; d0 < d; d0 += kKc) {
-      multiply<T>(k.row_a[nv - 1], max_rows(nv), kLda, std::min(kKc, d - d0), a, b + d0 * width, m,
-                  c, width, d0 > 0);
-      a += a_part;
-    }
+  // c [m][width] = a b, depth d: a is row-major, a_block elements between blocks of kKc columns; b
+  // [d][width].
+  void row_major(const T* a, int64_t a_block, const T* b, int width, int64_t m, T* c) const {
+    small_gemm_row_major<T>({k, m, width, d, a, b, c, width, false, a_block});
   }
-  // c [d][width] += a^T b over the keys of a block: a is [part][keys][kLdm] with kLdm of the
-  // columns each. With `apart`, what a row does not see is left out of its sums and not multiplied
-  // by zero.
-  void by_columns(const AttentionBlock<T>& seen, const T* a, int64_t a_part, const T* b, T* c,
-                  bool apart) const {
-    const int width = seen.width, nv = width / k.lanes;
-    for (int64_t c0 = 0; c0 < d; c0 += kLdm, a += a_part) {
-      const int64_t columns = std::min(kLdm, d - c0);
-      if (apart && seen.masked) {
-        k.attention.seen_sums(seen, a, kLdm, b, columns, c + c0 * width);
-        continue;
-      }
-      multiply<T>(k.col_a[nv - 1], max_rows(nv), 1, seen.keys, a, b, columns, c + c0 * width, width,
-                  true);
+  // c [d][width] += a^T b over the keys of a block: a^T is column-major, a_block elements between
+  // blocks of kLdm columns of a. With `apart`, what a row does not see is left out of its sums and
+  // not multiplied by zero.
+  void column_major(const AttentionBlock<T>& seen, const T* a, int64_t a_block, const T* b, T* c,
+                    bool apart) const {
+    const int width = seen.width;
+    if (!apart || !seen.masked) {
+      return small_gemm_column_major<T>({k, d, width, seen.keys, a, b, c, width, true, a_block});
+    }
+    for (int64_t c0 = 0; c0 < d; c0 += kLdm, a += a_block) {
+      k.attention.seen_sums(seen, a, kLdm, b, std::min(kLdm, d - c0), c + c0 * width);
     }
   }
 };

@@ -32,17 +32,17 @@ class Forward {
     const int64_t values = KeyCopy<T>::size(kept, d, kLdm, value_pitch);
     const int64_t size = 3 * kRows * ld_ + keys + values + kKeys * 2 * k_.lanes + 3 * kRows;
     ScratchScope scratch;
-    Carver carve(scratch, Scratch::kTile, (size + 1024) * static_cast<int64_t>(sizeof(T)));
+    Arena arena(scratch, Scratch::kTile, (size + 1024) * static_cast<int64_t>(sizeof(T)));
     Buffers buffers{
-        carve.take<T>(kRows * ld_),
-        carve.take<T>(kRows * ld_),
-        carve.take<T>(kRows * ld_),
-        carve.take<T>(kKeys * 2 * k_.lanes),
-        carve.take<T>(kRows),
-        carve.take<T>(kRows),
-        carve.take<T>(kRows),
-        {k_, p_, p_.k, b, head, kKc, key_pitch, kept, carve.take<T>(keys)},
-        {k_, p_, p_.v, b, head, kLdm, value_pitch, kept, carve.take<T>(values)},
+        arena.take<T>(kRows * ld_),
+        arena.take<T>(kRows * ld_),
+        arena.take<T>(kRows * ld_),
+        arena.take<T>(kKeys * 2 * k_.lanes),
+        arena.take<T>(kRows),
+        arena.take<T>(kRows),
+        arena.take<T>(kRows),
+        {k_, p_, p_.k, b, head, kKc, key_pitch, kept, arena.take<T>(keys)},
+        {k_, p_, p_.v, b, head, kLdm, value_pitch, kept, arena.take<T>(values)},
     };
     const T scale = static_cast<T>(p_.scale) * (narrow_ > 0 ? k_.attention.power_scale : T(1));
     for (int64_t i = begin; i < end; ++i) {
@@ -69,14 +69,15 @@ class Forward {
   };
 
   void scores(const AttentionBlock<T>& seen, int64_t panel, const T* keys, Buffers& buffers) const {
-    tiles_.by_rows(keys, buffers.keys.part_stride(), buffers.q + panel * panel_rows_ * p_.head_size,
-                   seen.width, seen.keys, buffers.s);
+    tiles_.row_major(keys, buffers.keys.part_stride(),
+                     buffers.q + panel * panel_rows_ * p_.head_size, seen.width, seen.keys,
+                     buffers.s);
   }
 
   void add_values(const AttentionBlock<T>& seen, int64_t panel, const T* values, Buffers& buffers,
                   bool apart) const {
-    tiles_.by_columns(seen, values, buffers.values.part_stride(), buffers.s,
-                      buffers.out + panel * panel_rows_ * ld_, apart);
+    tiles_.column_major(seen, values, buffers.values.part_stride(), buffers.s,
+                        buffers.out + panel * panel_rows_ * ld_, apart);
   }
 
   void softmax(const RowBlock<T>& block, Buffers& buffers, bool apart) const {

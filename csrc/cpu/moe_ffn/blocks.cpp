@@ -1,4 +1,4 @@
-// The FFN block of narrow experts, a block of tokens at a time (slot_blocks.h).
+// The FFN block of small experts, a block of tokens at a time (token_blocks.h).
 //
 // Slots are sorted by expert and in their order, so the rows that a block of tokens has of an
 // expert are a run of sorted rows. They go through everything in tiles of as many rows as a product
@@ -9,86 +9,49 @@
 
 #include "cpu/gemm/act_rows.h"
 #include "cpu/gemm/blocking.h"
-#include "cpu/gemm/slot_blocks.h"
+#include "cpu/gemm/token_blocks.h"
 
 namespace moe_ops::cpu {
 
 namespace {
 
-int64_t width_of(const MoeFfnShape& s) {
-  return is_gated(s.act.kind) ? 2 * s.intermediate_size : s.intermediate_size;
-}
-
-BlockedSizes sizes_of(const MoeFfnShape& s, DType type) {
-  const int64_t H = s.hidden_size, I = s.intermediate_size, width = width_of(s);
-  return {s.num_tokens,       s.top_k,         s.num_experts, std::min(H, I),
-          std::max(H, width), (width + I) * H, type};
+BlockedSizes sizes_of(const MoeFfnDesc& s, DType type) {
+  const int64_t H = s.hidden_size, I = s.intermediate_size, width = s.width();
+  return {s.routing.num_tokens,
+          s.routing.top_k,
+          s.routing.num_experts,
+          std::min(H, I),
+          std::max(H, width),
+          (width + I) * H,
+          type};
 }
 
 // About nanoseconds of a pass with `products` products as large as those of forward.
-double blocks_cost(const MoeFfnShape& s, int products) {
-  const int64_t per_slot = (width_of(s) + s.intermediate_size) * s.hidden_size;
-  return static_cast<double>(s.num_tokens * s.top_k) *
+double blocks_cost(const MoeFfnDesc& s, int products) {
+  const int64_t per_slot = (s.width() + s.intermediate_size) * s.hidden_size;
+  return static_cast<double>(s.routing.num_tokens * s.routing.top_k) *
          (static_cast<double>(products * per_slot) / 32 + 64);
-}
-
-// The rows of tokens [begin, end): of expert e as many sorted rows as offsets grow, from rows[e]
-// on. Valid until the thread makes the next one.
-struct RowBlock {
-  int64_t begin, end, first;  // tokens; first = begin * K
-  const int64_t* rows;        // [E]
-  const int32_t* offsets;     // [E+1]
-  const int32_t* tokens;      // [offsets[E]]
-  const int32_t* index;       // [(end - begin) * K], counted like offsets, or -1
-};
-
-RowBlock row_block(ScratchScope& scratch, const MoeFfnShape& s, int64_t begin, int64_t end) {
-  const int64_t E = s.num_experts, K = s.top_k, first = begin * K, n = (end - begin) * K;
-  Carver part(scratch, Scratch::kIndex, E * 8 + (E + 1 + 2 * n) * 4 + 4 * 64);
-  int64_t* rows = part.take<int64_t>(E);
-  int32_t *offsets = part.take<int32_t>(E + 1), *index = part.take<int32_t>(n);
-  int32_t* tokens = part.take<int32_t>(n);
-  std::fill(index, index + n, -1);
-  offsets[0] = 0;
-  for (int64_t e = 0; e < E; ++e) {
-    const int32_t* stop = s.row_to_slot + s.expert_offsets[e + 1];
-    const int32_t* at = std::lower_bound(s.row_to_slot + s.expert_offsets[e], stop, first);
-    rows[e] = at - s.row_to_slot;
-    int32_t row = offsets[e];
-    for (; at < stop && *at < first + n; ++at) index[*at - first] = row++;
-    offsets[e + 1] = row;
-  }
-  // A division a row would cost as much as its copy.
-  for (int64_t t = begin, i = 0; t < end; ++t) {
-    for (int64_t last = i + s.top_k; i < last; ++i) {
-      if (index[i] >= 0) tokens[index[i]] = static_cast<int32_t>(t);
-    }
-  }
-  return {begin, end, first, rows, offsets, tokens, index};
 }
 
 // Of rows r0 to r0 + m of expert e in the block: where their tokens are in x, and routing weights.
 template <class T>
-void find_rows(const MoeFfnShape& s, const RowBlock& b, int64_t e, int64_t r0, int64_t m,
+void find_rows(const MoeFfnDesc& s, const TokenBlock& b, int64_t e, int64_t r0, int64_t m,
                const RowStarts x, const void** rows, T* weights) {
   const int32_t* tokens = b.tokens + b.offsets[e] + r0;
-  const int32_t* slots = s.row_to_slot + b.rows[e] + r0;
-  const T* topk_weights = static_cast<const T*>(s.topk_weights);
+  const int32_t* slots = b.slots + b.offsets[e] + r0;
+  const T* topk_weights = static_cast<const T*>(s.topk_weights) + b.first;
   for (int64_t i = 0; i < m; ++i) {
     rows[i] = x[tokens[i]];
     weights[i] = topk_weights[slots[i]];
   }
 }
 
-const void* bias_of(const ExpertVectors& bias, int64_t e) {
-  return bias.data == nullptr ? nullptr : element(bias.data, bias.type, e * bias.stride_e);
-}
-
 template <class T>
 void forward(const MoeFfnParams& p, const Parallel& par) {
-  const MoeFfnShape& s = p.shape;
+  const MoeFfnDesc& s = p.desc;
   const Kernels<T>& k = kernels<T>();
-  const int64_t I = s.intermediate_size, H = s.hidden_size, E = s.num_experts, width = width_of(s);
+  const int64_t I = s.intermediate_size, H = s.hidden_size, E = s.routing.num_experts,
+                width = s.width();
   const DType type = p.x.type;
   const int64_t size = dtype_size(type), ld_pre = padded(k, width), ld = padded(k, H);
   const bool gated = is_gated(s.act.kind), interleaved = gated && s.act.interleaved;
@@ -97,36 +60,32 @@ void forward(const MoeFfnParams& p, const Parallel& par) {
   // Pre-activations that are kept as they are computed.
   const bool direct = p.preact != nullptr && type == kAccumulate<T> && ld_pre == width;
 
-  const int64_t up_size = PanelBank<T>::elements(k, E, width, H);
+  const int64_t up_size = PackedExperts<T>::elements(k, E, width, H);
   ScratchScope scratch;
-  T* panels = scratch.take<T>(Scratch::kTokens, up_size + PanelBank<T>::elements(k, E, H, I));
-  const PanelBank<T> up(k, p.w_gate_up, E, width, H, panels, s.expert_offsets);
-  const PanelBank<T> down(k, p.w_down, E, H, I, panels + up_size, s.expert_offsets);
+  T* panels = scratch.take<T>(Scratch::kTokens, up_size + PackedExperts<T>::elements(k, E, H, I));
+  const PackedExperts<T> up(k, p.w_gate_up, E, width, H, panels, s.routing.expert_offsets);
+  const PackedExperts<T> down(k, p.w_down, E, H, I, panels + up_size, s.routing.expert_offsets);
 
-  const auto run_block = [&](int64_t item) {
-    const int64_t begin = item * kBlockTokens;
+  const auto run_block = [&](const TokenBlock& b) {
     ScratchScope scratch;
-    const RowBlock b = row_block(scratch, s, begin, std::min(s.num_tokens, begin + kBlockTokens));
-    const int64_t n = (b.end - b.begin) * s.top_k;
+    const int64_t n = b.num_slots();
     T* out = scratch.take<T>(Scratch::kTile, n * ld);
-    Carver part(scratch, Scratch::kPackA,
-                kMaxMr * 2 * (kLda + ld_pre) * static_cast<int64_t>(sizeof(T)) + 4 * 64);
+    Arena part(scratch, Scratch::kPackA,
+               kMaxMr * 2 * (kLda + ld_pre) * static_cast<int64_t>(sizeof(T)) + 4 * 64);
     T *x = part.take<T>(kMaxMr * kLda), *h = part.take<T>(kMaxMr * kLda);
     T *own_pre = part.take<T>(kMaxMr * ld_pre), *halves = part.take<T>(kMaxMr * ld_pre);
     std::array<const void*, kMaxMr> tokens;
     std::array<T, kMaxMr> weights;
     for (int64_t e = 0; e < E; ++e) {
       const int64_t count = b.offsets[e + 1] - b.offsets[e];
-      const int64_t tiles = ceil_div<int64_t>(count, k.mr2);
-      const EvenParts tile_rows(count, tiles);
-      for (int64_t i = 0; i < tiles; ++i) {
-        const int64_t r0 = tile_rows.begin(i), m = tile_rows.begin(i + 1) - r0;
-        const int64_t row = b.rows[e] + r0;
+      for (RowTiles tile(count, k.mr2); tile.next();) {
+        const int64_t r0 = tile.begin, m = tile.height, row = b.sorted_rows[e] + r0;
         find_rows(s, b, e, r0, m, RowStarts(p.x), tokens.data(), weights.data());
         k.gather_rows(type, tokens.data(), m, H, on_input ? weights.data() : nullptr, x, kLda);
         char* saved = static_cast<char*>(p.preact) + row * width * size;
         T* pre = direct ? reinterpret_cast<T*>(saved) : own_pre;
-        multiply_tile(k, x, m, H, up.of(e), width, p.b_gate_up.type, bias_of(p.b_gate_up, e), pre);
+        multiply_tile(k, x, m, H, up.of(e), width, p.b_gate_up.type, vector_of(p.b_gate_up, e),
+                      pre);
         if (p.preact != nullptr && !direct) {
           k.store_rows(type, pre, ld_pre, m, width, saved, width);
         }
@@ -139,15 +98,15 @@ void forward(const MoeFfnParams& p, const Parallel& par) {
         }
         k.act_rows({s.act.kind, m, I, T(s.act.alpha), T(s.act.limit), gate, gate + up_at, ld_pre, h,
                     kLda});
-        multiply_tile(k, h, m, I, down.of(e), H, p.b_down.type, bias_of(p.b_down, e),
+        multiply_tile(k, h, m, I, down.of(e), H, p.b_down.type, vector_of(p.b_down, e),
                       out + (b.offsets[e] + r0) * ld);
       }
     }
     const T* factors = on_input ? nullptr : static_cast<const T*>(s.topk_weights) + b.first;
-    k.combine_rows(type, out, ld, b.index, factors, b.end - b.begin, s.top_k, H,
+    k.combine_rows(type, out, ld, b.rows, factors, b.end - b.begin, s.routing.top_k, H,
                    static_cast<char*>(p.y) + b.begin * H * size);
   };
-  parallel_items(par, ceil_div(s.num_tokens, kBlockTokens), blocks_cost(s, 1), run_block);
+  parallel_blocks(s.routing, par, blocks_cost(s, 1), run_block);
 }
 
 // What a thread has of the rows of an expert in a block, at most kKc at once. kLda apart, rows
@@ -158,7 +117,7 @@ struct BwdScratch {
   T* u;                           // a tile's
   T *pre, *halves, *grad_halves;  // pre-activations as they were, in halves, and gradients of these
   T *gy, *dpre;                   // [kKc][kLda]: grad_y, gradients of pre-activations
-  T *hidden, *x;                  // [kKc][odd_pitch]: weight * h; x
+  T *hidden, *x;                  // [kKc][odd_ld]: weight * h; x
   T* sum;
   T *weights, *dots;                // [kKc]
   const void **gys, **xs, **dpres;  // [kKc] rows of grad_y, x and dpre
@@ -167,10 +126,10 @@ struct BwdScratch {
              int64_t width) {
     const int64_t ld = padded(k, std::max(H, width)), ld_u = padded(k, I);
     const int64_t elements = slots * padded(k, H) + kMaxMr * (ld_u + 3 * width) +
-                             kKc * (2 * kLda + odd_pitch(k, I) + odd_pitch(k, H) + 2) + ld;
-    Carver part(scratch, Scratch::kTile,
-                elements * static_cast<int64_t>(sizeof(T)) +
-                    3 * kKc * static_cast<int64_t>(sizeof(void*)) + 15 * 64);
+                             kKc * (2 * kLda + odd_ld(k, I) + odd_ld(k, H) + 2) + ld;
+    Arena part(scratch, Scratch::kTile,
+               elements * static_cast<int64_t>(sizeof(T)) +
+                   3 * kKc * static_cast<int64_t>(sizeof(void*)) + 15 * 64);
     dx = part.take<T>(slots * padded(k, H));
     u = part.take<T>(kMaxMr * ld_u);
     pre = part.take<T>(kMaxMr * width);
@@ -178,8 +137,8 @@ struct BwdScratch {
     grad_halves = part.take<T>(kMaxMr * width);
     gy = part.take<T>(kKc * kLda);
     dpre = part.take<T>(kKc * kLda);
-    hidden = part.take<T>(kKc * odd_pitch(k, I));
-    x = part.take<T>(kKc * odd_pitch(k, H));
+    hidden = part.take<T>(kKc * odd_ld(k, I));
+    x = part.take<T>(kKc * odd_ld(k, H));
     sum = part.take<T>(ld);
     weights = part.take<T>(kKc);
     dots = part.take<T>(kKc);
@@ -195,14 +154,14 @@ class Backward {
  public:
   Backward(const MoeFfnBwdParams& p, const Parallel& par)
       : p_(p),
-        s_(p.shape),
+        s_(p.desc),
         k_(kernels<T>()),
         par_(par),
         I_(s_.intermediate_size),
         H_(s_.hidden_size),
-        E_(s_.num_experts),
-        width_(width_of(s_)),
-        chunks_(num_chunks(s_.num_tokens)),
+        E_(s_.routing.num_experts),
+        width_(s_.width()),
+        chunks_(num_chunks(s_.routing.num_tokens)),
         wants_up_(p.grad_w_gate_up != nullptr || p.grad_b_gate_up != nullptr),
         wants_down_(p.grad_w_down != nullptr || p.grad_b_down != nullptr),
         weights_from_x_(s_.apply_router_weight_on_input && p.grad_topk_weights != nullptr),
@@ -212,26 +171,27 @@ class Backward {
         up_(k_, transposed(p.w_gate_up), need_dx_ ? E_ : 0, H_, width_, panels_ + down_panels()),
         sums_(scratch_.take<T>(Scratch::kRows, down_sum_elements() + up_sum_elements())),
         down_grads_{p.grad_w_down, p.grad_w_down_type,
-                    p.accumulate_w_down ? s_.expert_offsets : nullptr},
+                    p.accumulate_w_down ? s_.routing.expert_offsets : nullptr},
         up_grads_{p.grad_w_gate_up, p.grad_w_gate_up_type,
-                  p.accumulate_w_gate_up ? s_.expert_offsets : nullptr},
+                  p.accumulate_w_gate_up ? s_.routing.expert_offsets : nullptr},
         down_sums_(k_, chunks_, E_, H_, I_, sums_, down_grads_),
         up_sums_(k_, chunks_, E_, width_, H_, sums_ + down_sum_elements(), up_grads_) {}
 
   void run() {
     T* grad_weights = static_cast<T*>(p_.grad_topk_weights);
-    if (grad_weights != nullptr) std::fill_n(grad_weights, s_.num_tokens * s_.top_k, T(0));
-    run_chunks(s_.num_tokens, par_, blocks_cost(s_, 2),
-               [&](int64_t chunk, int64_t begin, int64_t end, bool first) {
-                 run_block(chunk, begin, end, first);
-               });
+    if (grad_weights != nullptr)
+      std::fill_n(grad_weights, s_.routing.num_tokens * s_.routing.top_k, T(0));
+    run_chunks(s_.routing, par_, blocks_cost(s_, 2),
+               [&](int64_t chunk, const TokenBlock& b, bool first) { run_block(chunk, b, first); });
     if (wants_down_) down_sums_.add_up(down_grads_, p_.grad_b_down, p_.x.type, par_);
     if (wants_up_) up_sums_.add_up(up_grads_, p_.grad_b_gate_up, p_.x.type, par_);
   }
 
  private:
-  int64_t down_panels() const { return PanelBank<T>::elements(k_, E_, I_, H_); }
-  int64_t up_panels() const { return PanelBank<T>::elements(k_, need_dx_ ? E_ : 0, H_, width_); }
+  int64_t down_panels() const { return PackedExperts<T>::elements(k_, E_, I_, H_); }
+  int64_t up_panels() const {
+    return PackedExperts<T>::elements(k_, need_dx_ ? E_ : 0, H_, width_);
+  }
   int64_t down_sum_elements() const {
     return wants_down_ ? ChunkSums<T>::elements(k_, chunks_, E_, H_, I_) : 0;
   }
@@ -239,10 +199,9 @@ class Backward {
     return wants_up_ ? ChunkSums<T>::elements(k_, chunks_, E_, width_, H_) : 0;
   }
 
-  void run_block(int64_t chunk, int64_t begin, int64_t end, bool first) const {
+  void run_block(int64_t chunk, const TokenBlock& b, bool first) const {
     ScratchScope scratch;
-    const RowBlock b = row_block(scratch, s_, begin, end);
-    BwdScratch<T> t(scratch, k_, (end - begin) * s_.top_k, H_, I_, width_);
+    BwdScratch<T> t(scratch, k_, b.num_slots(), H_, I_, width_);
     const int64_t ld = padded(k_, H_);
     for (int64_t e = 0; e < E_; ++e) {
       const int64_t count = b.offsets[e + 1] - b.offsets[e];
@@ -253,7 +212,7 @@ class Backward {
         const int64_t r0 = count * part / parts, m = count * (part + 1) / parts - r0;
         find_rows(s_, b, e, r0, m, RowStarts(p_.x), t.xs, t.weights);
         find_rows(s_, b, e, r0, m, RowStarts(p_.grad_y), t.gys, t.weights);
-        run_tiles(e, b.rows[e] + r0, m, t, t.dx + (b.offsets[e] + r0) * ld);
+        run_tiles(e, b.sorted_rows[e] + r0, m, t, t.dx + (b.offsets[e] + r0) * ld);
         add_products(chunk, e, m, t, !first || part > 0);
       }
     }
@@ -261,8 +220,8 @@ class Backward {
     const T* factors = s_.apply_router_weight_on_input
                            ? static_cast<const T*>(s_.topk_weights) + b.first
                            : nullptr;
-    k_.combine_rows(p_.x.type, t.dx, ld, b.index, factors, end - begin, s_.top_k, H_,
-                    static_cast<char*>(p_.grad_x) + begin * H_ * dtype_size(p_.x.type));
+    k_.combine_rows(p_.x.type, t.dx, ld, b.rows, factors, b.end - b.begin, s_.routing.top_k, H_,
+                    static_cast<char*>(p_.grad_x) + b.begin * H_ * dtype_size(p_.x.type));
   }
 
   // Rows `row` to row + count of expert e: weight * h, the gradients of the pre-activation, of x by
@@ -272,27 +231,25 @@ class Backward {
     const DType type = p_.x.type;
     const bool on_input = s_.apply_router_weight_on_input;
     T* grad_weights = static_cast<T*>(p_.grad_topk_weights);
-    const void* bias = on_input ? nullptr : bias_of(p_.b_down, e);
-    const int64_t tiles = ceil_div<int64_t>(count, k_.mr2);
-    const EvenParts tile_rows(count, tiles);
-    for (int64_t i = 0; i < tiles; ++i) {
-      const int64_t r0 = tile_rows.begin(i), m = tile_rows.begin(i + 1) - r0;
+    const void* bias = on_input ? nullptr : vector_of(p_.b_down, e);
+    for (RowTiles tile(count, k_.mr2); tile.next();) {
+      const int64_t r0 = tile.begin, m = tile.height;
       T* dpre = t.dpre + r0 * kLda;
       // Tile by tile: rows are on their way while the tile before is being multiplied.
       k_.gather_rows(type, t.gys + r0, m, H_, nullptr, t.gy + r0 * kLda, kLda);
       if (p_.grad_w_gate_up != nullptr) {
         k_.gather_rows(type, t.xs + r0, m, H_, on_input ? t.weights + r0 : nullptr,
-                       t.x + r0 * odd_pitch(k_, H_), odd_pitch(k_, H_));
+                       t.x + r0 * odd_ld(k_, H_), odd_ld(k_, H_));
       }
       // u, unweighted: <h, u> is the gradient of the routing weight.
       multiply_tile<T>(k_, t.gy + r0 * kLda, m, H_, down_.of(e), I_, type, nullptr, t.u);
-      act_tile(row + r0, m, on_input ? nullptr : t.weights + r0, t.hidden + r0 * odd_pitch(k_, I_),
+      act_tile(row + r0, m, on_input ? nullptr : t.weights + r0, t.hidden + r0 * odd_ld(k_, I_),
                dpre, t);
       if (grad_weights != nullptr && !on_input) {
         for (int64_t r = 0; r < m; ++r) {
           T g = t.dots[r];
           if (bias != nullptr) g += k_.dot_row(p_.b_down.type, bias, type, t.gys[r0 + r], H_);
-          grad_weights[s_.row_to_slot[row + r0 + r]] = g;
+          grad_weights[s_.routing.row_to_slot[row + r0 + r]] = g;
         }
       }
       if (need_dx_) {
@@ -301,7 +258,7 @@ class Backward {
     }
     if (!weights_from_x_) return;
     k_.dot_rows(type, t.xs, dx, ld, count, H_, t.dots);
-    for (int64_t r = 0; r < count; ++r) grad_weights[s_.row_to_slot[row + r]] = t.dots[r];
+    for (int64_t r = 0; r < count; ++r) grad_weights[s_.routing.row_to_slot[row + r]] = t.dots[r];
   }
 
   // From u of m rows: h and the gradient of the pre-activation, times weight, and <h, u> as dots.
@@ -326,7 +283,7 @@ class Backward {
     }
     const int64_t up_at = gated ? I_ : 0;
     k_.act_bwd_rows({s_.act.kind, m, I_, T(s_.act.alpha), T(s_.act.limit), gate, gate + up_at,
-                     width_, t.u, padded(k_, I_), weights, h, odd_pitch(k_, I_), grad, grad + up_at,
+                     width_, t.u, padded(k_, I_), weights, h, odd_ld(k_, I_), grad, grad + up_at,
                      ld_grad, t.dots});
     for (int64_t r = 0; interleaved && r < m; ++r) {
       interleave(grad + r * width_, grad + r * width_ + I_, I_, dpre + r * kLda);
@@ -338,10 +295,10 @@ class Backward {
     const DType type = p_.x.type;
     const bool on_input = s_.apply_router_weight_on_input;
     if (p_.grad_w_down != nullptr) {
-      outer_tiles(k_, t.gy, H_, t.hidden, I_, count, down_sums_.matrix_of(chunk, e), add);
+      outer_product(k_, t.gy, H_, t.hidden, I_, count, down_sums_.matrix_of(chunk, e), add);
     }
     if (p_.grad_w_gate_up != nullptr) {
-      outer_tiles(k_, t.dpre, width_, t.x, H_, count, up_sums_.matrix_of(chunk, e), add);
+      outer_product(k_, t.dpre, width_, t.x, H_, count, up_sums_.matrix_of(chunk, e), add);
     }
     if (p_.grad_b_down != nullptr) {
       k_.weighted_sum(type, t.gys, on_input ? nullptr : t.weights, count, t.sum, H_);
@@ -354,21 +311,21 @@ class Backward {
   }
 
   const MoeFfnBwdParams& p_;
-  const MoeFfnShape& s_;
+  const MoeFfnDesc& s_;
   const Kernels<T>& k_;
   const Parallel& par_;
   const int64_t I_, H_, E_, width_, chunks_;
   const bool wants_up_, wants_down_, weights_from_x_, need_dx_;
   ScratchScope scratch_;
   T* const panels_;
-  const PanelBank<T> down_, up_;
+  const PackedExperts<T> down_, up_;
   T* const sums_;  // taken after the panels, whose packing uses the same block
   const MatrixGrads down_grads_, up_grads_;
   const ChunkSums<T> down_sums_, up_sums_;
 };
 
 // Whether the rows of every expert are in the order of their slots, each slot once.
-bool is_sorted(const MoeFfnShape& s) {
+bool is_sorted(const Routing& s) {
   const int64_t slots = s.num_tokens * s.top_k;
   for (int64_t e = 0; e < s.num_experts; ++e) {
     int64_t before = -1;
@@ -388,13 +345,14 @@ bool takes_blocks(const MoeFfnParams& p) {
     return false;
   }
   if (p.w_gate_up.quant.bits != 0 || p.w_down.quant.bits != 0) return false;
-  return takes_blocks(sizes_of(p.shape, p.x.type));
+  return takes_blocks(sizes_of(p.desc, p.x.type));
 }
 
 bool takes_blocks(const MoeFfnBwdParams& p) {
-  const int64_t tokens = std::min(p.shape.num_tokens, chunk_tokens(p.shape.num_tokens));
-  if (tokens * p.shape.top_k < kMinChunkRows * p.shape.num_experts) return false;
-  return takes_blocks(sizes_of(p.shape, p.x.type)) && is_sorted(p.shape);
+  const int64_t tokens =
+      std::min(p.desc.routing.num_tokens, chunk_tokens(p.desc.routing.num_tokens));
+  if (tokens * p.desc.routing.top_k < kMinChunkRows * p.desc.routing.num_experts) return false;
+  return takes_blocks(sizes_of(p.desc, p.x.type)) && is_sorted(p.desc.routing);
 }
 
 void moe_ffn_blocks(const MoeFfnParams& p, const Parallel& par) {

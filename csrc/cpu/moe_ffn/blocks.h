@@ -1,4 +1,4 @@
-// moe_ffn of narrow experts, a block of tokens at a time.
+// moe_ffn of small experts, a block of tokens at a time.
 #pragma once
 
 #include "moe_ops/moe_ffn.h"

@@ -1,4 +1,4 @@
-// The FFN block in stages. Narrow experts go through it in blocks of tokens instead (blocks.cpp).
+// The FFN block in stages. Small experts go through it in blocks of tokens instead (blocks.cpp).
 //
 // Forward, in one parallel region: (1) up projection with x gathered while it is packed, bias and
 // activation applied to the tile in cache, h kept in the accumulate type; (2) down projection into
@@ -14,34 +14,14 @@
 #include "cpu/gemm/act_rows.h"
 #include "cpu/gemm/blocking.h"
 #include "cpu/gemm/gemm.h"
+#include "cpu/gemm/pack.h"
+#include "cpu/gemm/routed_rows.h"
 #include "cpu/gemm/wgrad.h"
 #include "cpu/moe_ffn/blocks.h"
-#include "moe_ops/unpermute.h"
 
 namespace moe_ops::cpu {
 
 namespace {
-
-// Token and routing weight of each row.
-template <class T>
-struct RowRouting {
-  int32_t* token;
-  T* weight;
-};
-
-template <class T>
-RowRouting<T> row_routing(ScratchScope& scratch, const MoeFfnShape& s, int64_t rows) {
-  RowRouting<T> out;
-  out.token = scratch.take<int32_t>(Scratch::kIndex, rows * (1 + sizeof(T) / sizeof(int32_t)) + 16);
-  out.weight = reinterpret_cast<T*>(out.token + round_up<int64_t>(rows, 16));
-  const T* weights = static_cast<const T*>(s.topk_weights);
-  for (int64_t r = 0; r < rows; ++r) {
-    const int32_t slot = s.row_to_slot[r];
-    out.token[r] = static_cast<int32_t>(slot / s.top_k);
-    out.weight[r] = weights[slot];
-  }
-  return out;
-}
 
 // Features that are computed and summed by token together (kRangeBytes).
 struct Range {
@@ -49,7 +29,7 @@ struct Range {
   int64_t width() const { return end - begin; }
 };
 template <class T>
-std::vector<Range> feature_ranges(const MoeFfnShape& s, int64_t rows, int64_t narrowest) {
+std::vector<Range> feature_ranges(const MoeFfnDesc& s, int64_t rows, int64_t narrowest) {
   const int64_t row_bytes = std::max<int64_t>(1, rows) * static_cast<int64_t>(sizeof(T));
   const int64_t width = std::max(narrowest, kRangeBytes / row_bytes / narrowest * narrowest);
   std::vector<Range> ranges;
@@ -61,20 +41,11 @@ std::vector<Range> feature_ranges(const MoeFfnShape& s, int64_t rows, int64_t na
 
 // Sums of the rows of a range, [rows, width], by token.
 template <class T>
-UnpermuteParams combine_params(const MoeFfnShape& s, const Range& range, const T* rows,
-                               int64_t num_rows, bool weighted, void* y, DType y_type) {
-  UnpermuteParams u;
-  u.rows = rows;
-  u.type = kAccumulate<T>;
-  u.row_stride = range.width();
-  u.hidden_size = range.width();
-  u.num_tokens = s.num_tokens;
-  u.top_k = s.top_k;
-  u.num_valid_rows = num_rows;
-  u.slot_to_row = s.slot_to_row;
-  u.topk_weights = weighted ? s.topk_weights : nullptr;
-  u.y = static_cast<char*>(y) + range.begin * dtype_size(y_type);
-  u.y_type = y_type;
+UnpermuteParams combine_params(const MoeFfnDesc& s, const Range& range, const T* rows,
+                               bool weighted, void* y, DType y_type) {
+  UnpermuteParams u = combination(s.routing, rows, kAccumulate<T>, range.width(),
+                                  weighted ? s.topk_weights : nullptr,
+                                  static_cast<char*>(y) + range.begin * dtype_size(y_type), y_type);
   u.y_stride = s.hidden_size;
   return u;
 }
@@ -128,11 +99,11 @@ class RangeStages {
 };
 
 template <class T>
-GemmDesc<T> gemm_desc(const MoeFfnShape& s, int64_t features, int64_t in_features, const Rows& a,
+GemmDesc<T> gemm_desc(const MoeFfnDesc& s, int64_t features, int64_t in_features, const Rows& a,
                       const ExpertMatrices& b) {
   GemmDesc<T> d;
-  d.expert_offsets = s.expert_offsets;
-  d.num_experts = s.num_experts;
+  d.expert_offsets = s.routing.expert_offsets;
+  d.num_experts = s.routing.num_experts;
   d.features = features;
   d.in_features = in_features;
   d.a = a;
@@ -142,24 +113,24 @@ GemmDesc<T> gemm_desc(const MoeFfnShape& s, int64_t features, int64_t in_feature
 
 template <class T>
 void forward(const MoeFfnParams& p, const Parallel& par) {
-  const MoeFfnShape& s = p.shape;
+  const MoeFfnDesc& s = p.desc;
   const Kernels<T>& k = kernels<T>();
   const int64_t I = s.intermediate_size, H = s.hidden_size;
-  const int64_t rows = s.expert_offsets[s.num_experts];
+  const int64_t rows = s.routing.num_valid_rows();
   const bool gated = is_gated(s.act.kind);
   const bool halves = gated && !s.act.interleaved;
-  const int64_t width = gated ? 2 * I : I;
+  const int64_t width = s.width();
   const DType type = p.x.type;
   ScratchScope scratch(ScratchScope::Keep::kUpTo256MiB);
-  const RowRouting<T> routing = row_routing<T>(scratch, s, rows);
+  const RowMaps<T> maps = row_maps<T>(scratch, s.routing, s.topk_weights);
 
   T* h = scratch.take<T>(Scratch::kHidden, rows * I);
   Rows x = p.x;
-  x.index = routing.token;
+  x.index = maps.token;
   GemmDesc<T> up = gemm_desc<T>(s, halves ? I : width, H, x, p.w_gate_up);
   up.segments = halves ? 2 : 1;
   up.feature_unit = gated && s.act.interleaved ? 2 : 1;
-  if (s.apply_router_weight_on_input) up.a_scale = routing.weight;
+  if (s.apply_router_weight_on_input) up.a_scale = maps.weight;
   up.k_scale = p.x_scale;
   const auto activate = [&](int64_t e, int64_t r, int64_t f, int64_t n, T* v0, T* v1) {
     for (int seg = 0; seg < up.segments; ++seg) {
@@ -204,7 +175,7 @@ void forward(const MoeFfnParams& p, const Parallel& par) {
   };
 
   const std::vector<GemmItem> up_items = gemm_items(up, k, par.num_threads);
-  std::vector<Countdown> up_left(static_cast<size_t>(s.num_experts));
+  std::vector<Countdown> up_left(static_cast<size_t>(s.routing.num_experts));
   for (const GemmItem& it : up_items) up_left[it.expert].add();
   Stages stages;
   stages.add(static_cast<int64_t>(up_items.size()), gemm_cost(up), [&](int64_t i) {
@@ -215,8 +186,8 @@ void forward(const MoeFfnParams& p, const Parallel& par) {
   const auto ready = [&](int64_t e) { return stages.wait(up_left[e]); };
   for (size_t i = 0; i < ranges.size(); ++i) {
     by_range.product(i, ranges[i], down, k, par, ready, keep);
-    by_range.combine(
-        i, combine_params(s, ranges[i], out, rows, !s.apply_router_weight_on_input, p.y, type));
+    by_range.combine(i,
+                     combine_params(s, ranges[i], out, !s.apply_router_weight_on_input, p.y, type));
   }
   stages.run(par);
 }
@@ -228,25 +199,25 @@ struct RowItem {
 
 template <class T>
 void backward(const MoeFfnBwdParams& p, const Parallel& par) {
-  const MoeFfnShape& s = p.shape;
+  const MoeFfnDesc& s = p.desc;
   const Kernels<T>& k = kernels<T>();
-  const int64_t I = s.intermediate_size, H = s.hidden_size, K = s.top_k;
-  const int64_t rows = s.expert_offsets[s.num_experts];
+  const int64_t I = s.intermediate_size, H = s.hidden_size, K = s.routing.top_k;
+  const int64_t rows = s.routing.num_valid_rows();
   const bool gated = is_gated(s.act.kind);
-  const int64_t width = gated ? 2 * I : I;
+  const int64_t width = s.width();
   const bool on_input = s.apply_router_weight_on_input;
   const DType type = p.x.type;
   ScratchScope scratch(ScratchScope::Keep::kUpTo256MiB);
-  const RowRouting<T> routing = row_routing<T>(scratch, s, rows);
+  const RowMaps<T> maps = row_maps<T>(scratch, s.routing, s.topk_weights);
   T* grad_weights = static_cast<T*>(p.grad_topk_weights);
   if (grad_weights != nullptr) {
-    std::fill(grad_weights, grad_weights + s.num_tokens * K, T(0));
+    std::fill(grad_weights, grad_weights + s.routing.num_tokens * K, T(0));
   }
 
   Rows gy = p.grad_y;
-  gy.index = routing.token;
+  gy.index = maps.token;
   Rows x = p.x;
-  x.index = routing.token;
+  x.index = maps.token;
 
   // u = W_down^T grad_y: the matrix [I, H] is w_down transposed, which is a change of strides.
   // Nobody needs u when the gradient of x by rows is computed, so they share one block.
@@ -287,7 +258,7 @@ void backward(const MoeFfnBwdParams& p, const Parallel& par) {
       // Of the unweighted u: <h, u> is the gradient of the routing weight.
       T g;
       k.act_bwd_rows({s.act.kind, 1, I, T(s.act.alpha), T(s.act.limit), gate,
-                      gate + (gated ? I : 0), width, ur, I, on_input ? nullptr : routing.weight + r,
+                      gate + (gated ? I : 0), width, ur, I, on_input ? nullptr : maps.weight + r,
                       ur, I, to, to + I, width, &g});
       if (grad_weights != nullptr && !on_input) {
         if (p.b_down.data != nullptr) {
@@ -295,7 +266,7 @@ void backward(const MoeFfnBwdParams& p, const Parallel& par) {
                          element(p.b_down.data, p.b_down.type, it.expert * p.b_down.stride_e), type,
                          row_of(gy, r), H);
         }
-        grad_weights[s.row_to_slot[r]] = g;
+        grad_weights[s.routing.row_to_slot[r]] = g;
       }
       if (interleaved) {
         interleave(grad, grad + I, I, pre);
@@ -320,10 +291,12 @@ void backward(const MoeFfnBwdParams& p, const Parallel& par) {
   std::vector<RowItem> row_items;
   const double row_cost = static_cast<double>(I) * 4.0 + 2;
   const int64_t row_chunk = std::max<int64_t>(1, chunk_length(rows, row_cost));
-  std::vector<Countdown> u_left(static_cast<size_t>(s.num_experts)), dpre_left(u_left.size());
-  for (int64_t e = 0; e < s.num_experts; ++e) {
-    for (int64_t r = s.expert_offsets[e]; r < s.expert_offsets[e + 1]; r += row_chunk) {
-      row_items.push_back({e, r, std::min(r + row_chunk, s.expert_offsets[e + 1])});
+  std::vector<Countdown> u_left(static_cast<size_t>(s.routing.num_experts)),
+      dpre_left(u_left.size());
+  for (int64_t e = 0; e < s.routing.num_experts; ++e) {
+    const int64_t end = s.routing.expert_offsets[e + 1];
+    for (int64_t r = s.routing.expert_offsets[e]; r < end; r += row_chunk) {
+      row_items.push_back({e, r, std::min(r + row_chunk, end)});
       dpre_left[e].add();
     }
   }
@@ -347,16 +320,9 @@ void backward(const MoeFfnBwdParams& p, const Parallel& par) {
                                    int64_t in_features, const T* a_scale, void* out, DType out_type,
                                    bool accumulate) {
     if (out == nullptr) return;
-    GroupedWgradParams w;
-    w.expert_offsets = s.expert_offsets;
-    w.num_experts = s.num_experts;
-    w.out_features = out_features;
-    w.in_features = in_features;
-    w.grad = grad;
-    w.a = a;
+    GroupedWgradParams w =
+        routed_wgrad(s.routing, grad, out_features, a, in_features, out, out_type);
     w.a_scale = a_scale;
-    w.out = out;
-    w.out_type = out_type;
     w.accumulate = accumulate;
     const WgradPlan plan = wgrad_plan(w, par.num_threads);
     const bool reads_u = a.data == u;
@@ -369,24 +335,17 @@ void backward(const MoeFfnBwdParams& p, const Parallel& par) {
   };
   weight_gradient(gy, H, hidden, I, nullptr, p.grad_w_down, p.grad_w_down_type,
                   p.accumulate_w_down);
-  weight_gradient(dpre_rows, width, x, H, on_input ? routing.weight : nullptr, p.grad_w_gate_up,
+  weight_gradient(dpre_rows, width, x, H, on_input ? maps.weight : nullptr, p.grad_w_gate_up,
                   p.grad_w_gate_up_type, p.accumulate_w_gate_up);
   const auto bias_gradient = [&](const Rows& grad, int64_t features, const T* scale, void* out) {
     if (out == nullptr || features == 0) return;
-    GroupedSumParams b;
-    b.expert_offsets = s.expert_offsets;
-    b.num_experts = s.num_experts;
-    b.features = features;
-    b.rows = grad;
-    b.scale = scale;
-    b.out = out;
-    b.out_type = type;
+    const GroupedSumParams b = routed_sum(s.routing, grad, features, scale, out, type);
     stages.add(sum_items(b), sum_cost(b), [&, b](int64_t i) {
-      if (stages.wait(dpre_left[i / (sum_items(b) / s.num_experts)])) run_sum_item(b, k, i);
+      if (stages.wait(dpre_left[i / (sum_items(b) / s.routing.num_experts)])) run_sum_item(b, k, i);
     });
   };
   bias_gradient(dpre_rows, width, nullptr, p.grad_b_gate_up);
-  bias_gradient(gy, H, on_input ? nullptr : routing.weight, p.grad_b_down);
+  bias_gradient(gy, H, on_input ? nullptr : maps.weight, p.grad_b_down);
   RangeStages by_range(stages, ranges.size());
   // They write where u was: of any expert, since their rows have another length.
   const auto ready = [&](int64_t) { return stages.wait(u_readers); };
@@ -398,24 +357,61 @@ void backward(const MoeFfnBwdParams& p, const Parallel& par) {
                       (static_cast<double>(range.width()) / 8.0 + 2) * static_cast<double>(rows),
                       [&, range](int64_t j) {
                         for (int64_t r = row_items[j].begin; r < row_items[j].end; ++r) {
-                          grad_weights[s.row_to_slot[r]] +=
+                          grad_weights[s.routing.row_to_slot[r]] +=
                               k.dot_row(kAccumulate<T>, dx + r * range.width(), type,
                                         element(row_of(x, r), type, range.begin), range.width());
                         }
                       });
     }
     if (p.grad_x != nullptr) {
-      by_range.combine(i, combine_params(s, range, dx, rows, on_input, p.grad_x, type));
+      by_range.combine(i, combine_params(s, range, dx, on_input, p.grad_x, type));
     }
   }
   stages.run(par);
 }
 
+// One token reads small experts of fp32 as fast in the weights as they lie, which nobody has to
+// check. With more tokens or larger experts, panels are ahead where weights come from memory. The
+// two round differently.
+bool prefers_weights(const MoeFfnParams& p) {
+  const MoeFfnDesc& s = p.desc;
+  return !batch_invariant() && s.routing.num_tokens == 1 && p.x.type == DType::kFloat32 &&
+         p.w_gate_up.stride_k == 1 && p.w_down.stride_k == 1 &&
+         (s.width() + s.intermediate_size) * s.hidden_size * dtype_size(p.x.type) <=
+             kMostUnpackedBytes;
+}
+
+void choose_panels(MoeFfnParams& p) {
+  if (p.w_gate_up.panels == nullptr) return;
+  if (prefers_weights(p)) {
+    p.w_gate_up.panels = p.w_down.panels = nullptr;
+    return;
+  }
+  const MoeFfnDesc& s = p.desc;
+  const int64_t segments = is_gated(s.act.kind) && !s.act.interleaved ? 2 : 1;
+  PackedWeight weights[] = {{&p.w_gate_up, s.width(), s.hidden_size, segments},
+                            {&p.w_down, s.hidden_size, s.intermediate_size, 1}};
+  drop_stale_panels(s.routing, weights);
+}
+
 }  // namespace
 
-void moe_ffn(const MoeFfnParams& p, const Parallel& par) {
-  if (takes_blocks(p)) return moe_ffn_blocks(p, par);
-  p.x.type == DType::kFloat64 ? forward<double>(p, par) : forward<float>(p, par);
+void moe_ffn(const MoeFfnParams& given, const Parallel& par) {
+  MoeFfnParams p = given;
+  ScratchScope scratch(ScratchScope::Keep::kUpTo256MiB);
+  p.desc.routing = sorted(scratch, p.desc.routing);
+  choose_panels(p);
+  if (takes_blocks(p)) {
+    moe_ffn_blocks(p, par);
+  } else {
+    p.x.type == DType::kFloat64 ? forward<double>(p, par) : forward<float>(p, par);
+  }
+  if (p.preact == nullptr) return;
+  const int64_t row_bytes = p.desc.width() * dtype_size(p.x.type);
+  const int64_t rows = p.desc.routing.num_valid_rows(), rest = p.desc.routing.num_slots() - rows;
+  if (rest * row_bytes == 0) return;
+  std::memset(static_cast<char*>(p.preact) + rows * row_bytes, 0,
+              static_cast<size_t>(rest * row_bytes));
 }
 
 void moe_ffn_bwd(const MoeFfnBwdParams& p, const Parallel& par) {

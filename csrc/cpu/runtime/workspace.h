@@ -20,6 +20,7 @@ enum class Scratch : int {
   kIndex,
   kTokens,
   kRowAsFloat,
+  kRouting,
   kCount
 };
 
@@ -61,9 +62,9 @@ class ScratchScope {
 MOE_OPS_API void poison_scratch(size_t bytes);
 
 // Hands out parts of one block of scratch, each on a 64-byte boundary.
-class Carver {
+class Arena {
  public:
-  Carver(ScratchScope& scratch, Scratch block, int64_t bytes)
+  Arena(ScratchScope& scratch, Scratch block, int64_t bytes)
       : next_(scratch.take<char>(block, bytes)) {}
   template <class T>
   T* take(int64_t count) {

@@ -14,62 +14,32 @@
 #include "cuda/check.h"
 #include "cuda/moe_ffn/act_bwd.h"
 #include "cuda/moe_ffn/stages.h"
+#include "cuda/routed_rows.h"
+#include "cuda/slot_gradients.h"
 #include "moe_ops/gated_act.h"
 #include "moe_ops/moe_ffn.h"
-#include "moe_ops/moe_linear_reduce.h"
-#include "moe_ops/unpermute.h"
 
 namespace moe_ops::cuda {
 
 namespace {
 
-int64_t num_rows(const MoeFfnShape& s) { return s.num_tokens * s.top_k; }
-int64_t width(const MoeFfnShape& s) { return s.intermediate_size * (is_gated(s.act.kind) ? 2 : 1); }
-int64_t num_partials(const MoeFfnShape& s) {
+int64_t num_partials(const MoeFfnDesc& s) {
   return ceil_div(s.intermediate_size, kFfnPartialColumns);
-}
-
-// Hands out parts of the workspace, or only counts its bytes.
-class Workspace {
- public:
-  explicit Workspace(void* base = nullptr) : base_(static_cast<char*>(base)) {}
-  void* take(int64_t elements, DType type) {
-    void* const part = base_ == nullptr ? nullptr : base_ + used_;
-    used_ += round_up<int64_t>(elements * dtype_size(type), 256);
-    return part;
-  }
-  int64_t used() const { return used_; }
-
- private:
-  char* base_;
-  int64_t used_ = 0;
-};
-
-// Rows of tokens in the permuted order, and rows that lie in it.
-DeviceRows by_token(const MoeFfnShape& s, DeviceRows rows) {
-  rows.index = s.row_to_slot;
-  rows.index_divisor = static_cast<int32_t>(s.top_k);
-  return rows;
-}
-DeviceRows by_row(const MoeFfnShape& s, const void* data, DType type, int64_t features) {
-  return {data, type, features, nullptr, 1, num_rows(s)};
-}
-RowScale routing_scale(const MoeFfnShape& s) {
-  return {s.topk_weights, s.row_to_slot, num_rows(s)};
 }
 
 // Forward (1) and (2) as one stage, without the place for h.
 FfnUpParams up_stage(const MoeFfnParams& p) {
-  const MoeFfnShape& s = p.shape;
+  const MoeFfnDesc& s = p.desc;
+  const Routing& r = s.routing;
   FfnUpParams u;
-  u.expert_offsets = s.expert_offsets;
-  u.num_experts = s.num_experts;
-  u.num_rows = num_rows(s);
+  u.expert_offsets = r.expert_offsets;
+  u.num_experts = r.num_experts;
+  u.num_rows = r.num_slots();
   u.hidden_size = s.hidden_size;
   u.intermediate_size = s.intermediate_size;
   u.act = s.act;
-  u.x = by_token(s, p.x);
-  if (s.apply_router_weight_on_input) u.x_scale = routing_scale(s);
+  u.x = by_token(r, p.x);
+  if (s.apply_router_weight_on_input) u.x_scale = routing_scale(r, s.topk_weights);
   u.w = p.w_gate_up;
   u.bias = p.b_gate_up;
   u.preact = p.preact;
@@ -78,16 +48,17 @@ FfnUpParams up_stage(const MoeFfnParams& p) {
 
 // Backward (1) and (2) as one stage, without its outputs.
 FfnDownBwdParams down_bwd_stage(const MoeFfnBwdParams& p) {
-  const MoeFfnShape& s = p.shape;
+  const MoeFfnDesc& s = p.desc;
+  const Routing& r = s.routing;
   FfnDownBwdParams d;
-  d.expert_offsets = s.expert_offsets;
-  d.num_experts = s.num_experts;
-  d.num_rows = num_rows(s);
+  d.expert_offsets = r.expert_offsets;
+  d.num_experts = r.num_experts;
+  d.num_rows = r.num_slots();
   d.hidden_size = s.hidden_size;
   d.intermediate_size = s.intermediate_size;
   d.act = s.act;
-  d.grad_y = by_token(s, p.grad_y);
-  d.weight = routing_scale(s);
+  d.grad_y = by_token(r, p.grad_y);
+  d.weight = routing_scale(r, s.topk_weights);
   d.weight_on_input = s.apply_router_weight_on_input;
   d.w = p.w_down;
   d.preact = p.preact;
@@ -99,13 +70,13 @@ struct ForwardBuffers {
   void *h, *rows;
 };
 ForwardBuffers forward_buffers(const MoeFfnParams& p, Workspace& w) {
-  const int64_t N = num_rows(p.shape);
+  const int64_t N = p.desc.routing.num_slots();
   ForwardBuffers b;
   b.preact = p.preact;
   if (b.preact == nullptr && !supports(up_stage(p)))
-    b.preact = w.take(N * width(p.shape), p.x.type);
-  b.h = w.take(N * p.shape.intermediate_size, p.x.type);
-  b.rows = w.take(N * p.shape.hidden_size, p.x.type);
+    b.preact = w.take(N * p.desc.width(), p.x.type);
+  b.h = w.take(N * p.desc.intermediate_size, p.x.type);
+  b.rows = w.take(N * p.desc.hidden_size, p.x.type);
   return b;
 }
 
@@ -116,87 +87,29 @@ struct BackwardBuffers {
   float* partial;              // of the fused stage
 };
 BackwardBuffers backward_buffers(const MoeFfnBwdParams& p, Workspace& w) {
-  const int64_t N = num_rows(p.shape);
+  const int64_t N = p.desc.routing.num_slots();
   BackwardBuffers b;
-  b.rows = w.take(N * std::max(p.shape.intermediate_size, p.shape.hidden_size), p.x.type);
-  b.grad_preact = w.take(N * width(p.shape), p.x.type);
+  b.rows = w.take(N * std::max(p.desc.intermediate_size, p.desc.hidden_size), p.x.type);
+  b.grad_preact = w.take(N * p.desc.width(), p.x.type);
   b.weighted_grad_preact = nullptr;
   b.partial = nullptr;
   if (supports(down_bwd_stage(p))) {
-    if (!p.shape.apply_router_weight_on_input) {
-      b.partial = static_cast<float*>(w.take(N * num_partials(p.shape), DType::kFloat32));
+    if (!p.desc.apply_router_weight_on_input) {
+      b.partial = static_cast<float*>(w.take(N * num_partials(p.desc), DType::kFloat32));
     } else if (p.grad_w_gate_up != nullptr) {
-      b.weighted_grad_preact = w.take(N * width(p.shape), p.x.type);
+      b.weighted_grad_preact = w.take(N * p.desc.width(), p.x.type);
     }
   }
   return b;
 }
 
 // out [N, out_features] = b a.
-GroupedGemmParams product(const MoeFfnShape& s, const DeviceRows& a, const ExpertMatrices& b,
-                          int64_t out_features, int64_t in_features, void* out) {
-  GroupedGemmParams g;
-  g.expert_offsets = s.expert_offsets;
-  g.num_experts = s.num_experts;
-  g.num_rows = num_rows(s);
-  g.out_features = out_features;
-  g.in_features = in_features;
-  g.a = a;
-  g.b = b;
-  g.out = {out, a.type, out_features, nullptr, 1, g.num_rows};
+GroupedGemmParams product_by_row(const Routing& r, const DeviceRows& a, const ExpertMatrices& b,
+                                 int64_t out_features, int64_t in_features, void* out) {
+  GroupedGemmParams g =
+      product(r, a, b, out_features, in_features, to_row(r, out, a.type, out_features));
   g.zero_tail = false;  // Nobody reads rows without an expert.
   return g;
-}
-
-Status combine(const MoeFfnShape& s, const void* rows, DType type, bool weighted, void* y,
-               Stream stream) {
-  UnpermuteParams u{};
-  u.rows = rows;
-  u.type = u.y_type = type;
-  u.row_stride = u.hidden_size = s.hidden_size;
-  u.num_tokens = s.num_tokens;
-  u.top_k = s.top_k;
-  u.num_rows = num_rows(s);
-  u.expert_offsets = s.expert_offsets;
-  u.num_experts = s.num_experts;
-  u.slot_to_row = {s.slot_to_row, false};
-  u.topk_weights = weighted ? s.topk_weights : nullptr;
-  u.y = y;
-  return unpermute(u, stream);
-}
-
-Status weight_gradient(const MoeFfnShape& s, const DeviceRows& grad, int64_t out_features,
-                       const DeviceRows& a, int64_t in_features, const RowScale& scale, void* out,
-                       DType out_type, bool accumulate, Stream stream) {
-  if (out == nullptr) return 0;
-  GroupedWgradParams w;
-  w.expert_offsets = s.expert_offsets;
-  w.num_experts = s.num_experts;
-  w.num_rows = num_rows(s);
-  w.out_features = out_features;
-  w.in_features = in_features;
-  w.grad = grad;
-  w.a = a;
-  w.a_scale = scale;
-  w.out = out;
-  w.out_type = out_type;
-  w.accumulate = accumulate;
-  return grouped_gemm_wgrad(w, stream);
-}
-
-Status bias_gradient(const MoeFfnShape& s, const DeviceRows& grad, int64_t features,
-                     const RowScale& scale, void* out, Stream stream) {
-  if (out == nullptr) return 0;
-  GroupedSumParams b;
-  b.expert_offsets = s.expert_offsets;
-  b.num_experts = s.num_experts;
-  b.num_rows = num_rows(s);
-  b.features = features;
-  b.rows = grad;
-  b.scale = scale;
-  b.out = out;
-  b.out_type = grad.type;
-  return grouped_sum(b, stream);
 }
 
 }  // namespace
@@ -208,7 +121,8 @@ int64_t moe_ffn_workspace(const MoeFfnParams& p) {
 }
 
 Status moe_ffn(const MoeFfnParams& p, Stream stream) {
-  const MoeFfnShape& s = p.shape;
+  const MoeFfnDesc& s = p.desc;
+  const Routing& r = s.routing;
   const DType type = p.x.type;
   const int64_t H = s.hidden_size, I = s.intermediate_size;
   const bool on_input = s.apply_router_weight_on_input;
@@ -220,29 +134,30 @@ Status moe_ffn(const MoeFfnParams& p, Stream stream) {
   if (supports(fused)) {
     MOE_TRY(ffn_up(fused, stream));
   } else {
-    GroupedGemmParams up = product(s, by_token(s, p.x), p.w_gate_up, width(s), H, buffers.preact);
+    GroupedGemmParams up =
+        product_by_row(r, by_token(r, p.x), p.w_gate_up, s.width(), H, buffers.preact);
     up.bias = p.b_gate_up;
-    if (on_input) up.a_scale = routing_scale(s);
+    if (on_input) up.a_scale = routing_scale(r, s.topk_weights);
     up.zero_tail = p.preact != nullptr;
     MOE_TRY(grouped_gemm(up, stream));
 
     GatedActParams act{};
     act.gate_up = buffers.preact;
     act.type = type;
-    act.num_rows = num_rows(s);
+    act.num_rows = r.num_slots();
     act.intermediate_size = I;
     act.act = s.act;
     act.h = buffers.h;
-    act.num_valid_rows = s.expert_offsets + s.num_experts;
+    act.num_valid_rows = r.expert_offsets + r.num_experts;
     MOE_TRY(gated_act(act, stream));
   }
 
-  const DeviceRows h = by_row(s, buffers.h, type, I);
+  const DeviceRows h = by_row(r, buffers.h, type, I);
   FfnDownParams few;
-  few.expert_offsets = s.expert_offsets;
-  few.num_experts = s.num_experts;
-  few.num_rows = num_rows(s);
-  few.num_tokens = s.num_tokens;
+  few.expert_offsets = r.expert_offsets;
+  few.num_experts = r.num_experts;
+  few.num_rows = r.num_slots();
+  few.num_tokens = r.num_tokens;
   few.hidden_size = H;
   few.intermediate_size = I;
   few.h = h;
@@ -252,11 +167,11 @@ Status moe_ffn(const MoeFfnParams& p, Stream stream) {
   if (p.preact == nullptr && supports(few)) {
     MOE_TRY(ffn_down(few, stream));
   } else {
-    GroupedGemmParams down = product(s, h, p.w_down, H, I, buffers.rows);
+    GroupedGemmParams down = product_by_row(r, h, p.w_down, H, I, buffers.rows);
     down.bias = p.b_down;
     MOE_TRY(grouped_gemm(down, stream));
   }
-  return combine(s, buffers.rows, type, !on_input, p.y, stream);
+  return combine(r, buffers.rows, type, H, on_input ? nullptr : s.topk_weights, p.y, stream);
 }
 
 int64_t moe_ffn_bwd_workspace(const MoeFfnBwdParams& p) {
@@ -266,14 +181,15 @@ int64_t moe_ffn_bwd_workspace(const MoeFfnBwdParams& p) {
 }
 
 Status moe_ffn_bwd(const MoeFfnBwdParams& p, Stream stream) {
-  const MoeFfnShape& s = p.shape;
+  const MoeFfnDesc& s = p.desc;
+  const Routing& r = s.routing;
   const DType type = p.x.type;
-  const int64_t H = s.hidden_size, I = s.intermediate_size, P = width(s);
+  const int64_t H = s.hidden_size, I = s.intermediate_size, P = s.width();
   const bool on_input = s.apply_router_weight_on_input;
   Workspace workspace(p.workspace);
   const BackwardBuffers buffers = backward_buffers(p, workspace);
-  const DeviceRows grad_y = by_token(s, p.grad_y), x = by_token(s, p.x);
-  const RowScale routing = routing_scale(s);
+  const DeviceRows grad_y = by_token(r, p.grad_y), x = by_token(r, p.x);
+  const RowScale routing = routing_scale(r, s.topk_weights);
 
   // What each gradient is made of.
   const bool weights_by_x = on_input && p.grad_topk_weights != nullptr;
@@ -290,28 +206,29 @@ Status moe_ffn_bwd(const MoeFfnBwdParams& p, Stream stream) {
   if (need_u && supports(fused)) {
     MOE_TRY(ffn_down_bwd(fused, stream));
     if (weights_by_h) {
-      FfnRouterGradParams r;
-      r.expert_offsets = s.expert_offsets;
-      r.num_experts = s.num_experts;
-      r.num_rows = num_rows(s);
-      r.hidden_size = H;
-      r.num_partials = num_partials(s);
-      r.partial = buffers.partial;
-      r.grad_y = grad_y;
-      r.b_down = p.b_down;
-      r.row_to_slot = s.row_to_slot;
-      r.grad_topk_weights = static_cast<float*>(p.grad_topk_weights);
-      MOE_TRY(ffn_router_grad(r, stream));
+      FfnRouterGradParams g;
+      g.expert_offsets = r.expert_offsets;
+      g.num_experts = r.num_experts;
+      g.num_rows = r.num_slots();
+      g.hidden_size = H;
+      g.num_partials = num_partials(s);
+      g.partial = buffers.partial;
+      g.grad_y = grad_y;
+      g.b_down = p.b_down;
+      g.row_to_slot = r.row_to_slot;
+      g.grad_topk_weights = static_cast<float*>(p.grad_topk_weights);
+      MOE_TRY(ffn_router_grad(g, stream));
     }
   } else {
     if (need_u) {
-      MOE_TRY(grouped_gemm(product(s, grad_y, transposed(p.w_down), I, H, buffers.rows), stream));
+      MOE_TRY(grouped_gemm(product_by_row(r, grad_y, transposed(p.w_down), I, H, buffers.rows),
+                           stream));
     }
     if (need_u || p.grad_w_down != nullptr) {
       FfnActBwdParams a{};
-      a.expert_offsets = s.expert_offsets;
-      a.num_experts = s.num_experts;
-      a.num_rows = num_rows(s);
+      a.expert_offsets = r.expert_offsets;
+      a.num_experts = r.num_experts;
+      a.num_rows = r.num_slots();
       a.intermediate_size = I;
       a.hidden_size = H;
       a.type = type;
@@ -321,7 +238,7 @@ Status moe_ffn_bwd(const MoeFfnBwdParams& p, Stream stream) {
       a.grad_y = grad_y;
       a.b_down = p.b_down;
       a.topk_weights = on_input ? nullptr : s.topk_weights;
-      a.row_to_slot = s.row_to_slot;
+      a.row_to_slot = r.row_to_slot;
       a.grad_preact = need_preact ? buffers.grad_preact : nullptr;
       a.weighted_h = p.grad_w_down != nullptr ? buffers.rows : nullptr;
       a.grad_topk_weights = weights_by_h ? p.grad_topk_weights : nullptr;
@@ -329,35 +246,32 @@ Status moe_ffn_bwd(const MoeFfnBwdParams& p, Stream stream) {
     }
   }
 
-  const DeviceRows grad_preact = by_row(s, buffers.grad_preact, type, P);
-  MOE_TRY(weight_gradient(s, grad_y, H, by_row(s, buffers.rows, type, I), I, {}, p.grad_w_down,
+  const DeviceRows grad_preact = by_row(r, buffers.grad_preact, type, P);
+  MOE_TRY(weight_gradient(r, grad_y, H, by_row(r, buffers.rows, type, I), I, {}, p.grad_w_down,
                           p.grad_w_down_type, p.accumulate_w_down, stream));
   const bool weighted = buffers.weighted_grad_preact != nullptr;
-  MOE_TRY(weight_gradient(s,
-                          weighted ? by_row(s, buffers.weighted_grad_preact, type, P) : grad_preact,
+  MOE_TRY(weight_gradient(r,
+                          weighted ? by_row(r, buffers.weighted_grad_preact, type, P) : grad_preact,
                           P, x, H, on_input && !weighted ? routing : RowScale{}, p.grad_w_gate_up,
                           p.grad_w_gate_up_type, p.accumulate_w_gate_up, stream));
-  MOE_TRY(bias_gradient(s, grad_preact, P, {}, p.grad_b_gate_up, stream));
-  MOE_TRY(bias_gradient(s, grad_y, H, on_input ? RowScale{} : routing, p.grad_b_down, stream));
+  MOE_TRY(bias_gradient(r, grad_preact, P, {}, p.grad_b_gate_up, stream));
+  MOE_TRY(bias_gradient(r, grad_y, H, on_input ? RowScale{} : routing, p.grad_b_down, stream));
 
   if (!need_rows) return 0;
-  MOE_TRY(
-      grouped_gemm(product(s, grad_preact, transposed(p.w_gate_up), H, P, buffers.rows), stream));
+  MOE_TRY(grouped_gemm(product_by_row(r, grad_preact, transposed(p.w_gate_up), H, P, buffers.rows),
+                       stream));
   if (weights_by_x) {
-    MoeLinearReduceBwdParams d{};
-    d.expert_offsets = s.expert_offsets;
-    d.num_experts = s.num_experts;
-    d.num_rows = num_rows(s);
+    SlotGradientsParams d;
+    d.routing = r;
     d.in_features = H;
     d.type = type;
     d.u = buffers.rows;
     d.h = x;
-    d.row_to_slot = s.row_to_slot;
     d.grad_topk_weights = p.grad_topk_weights;
-    MOE_TRY(moe_linear_reduce_bwd(d, stream));
+    MOE_TRY(slot_gradients(d, stream));
   }
   if (p.grad_x == nullptr) return 0;
-  return combine(s, buffers.rows, type, on_input, p.grad_x, stream);
+  return combine(r, buffers.rows, type, H, on_input ? s.topk_weights : nullptr, p.grad_x, stream);
 }
 
 }  // namespace moe_ops::cuda

@@ -8,9 +8,9 @@
 #include "cuda/fp8.cuh"
 #include "cuda/gate_up.cuh"
 #include "cuda/moe_ffn_fp8/gate_up.h"
+#include "cuda/routed_rows.h"
 #include "cuda/rows.cuh"
 #include "moe_ops/moe_ffn_fp8.h"
-#include "moe_ops/unpermute.h"
 
 namespace moe_ops::cuda {
 
@@ -86,8 +86,10 @@ struct Buffers {
 };
 
 Buffers buffers_of(const MoeFfnFp8Params& p) {
-  const int64_t N = p.num_tokens * p.top_k, H = p.hidden_size, I = p.intermediate_size;
-  const int64_t P = is_gated(p.act.kind) ? 2 * I : I, row = H * dtype_size(p.x.type);
+  const MoeFfnDesc& d = p.desc;
+  const Routing& r = d.routing;
+  const int64_t N = r.num_slots(), H = d.hidden_size, I = d.intermediate_size;
+  const int64_t P = d.width(), row = H * dtype_size(p.x.type);
   auto* const base = static_cast<char*>(p.workspace);
   Buffers b{};
   const auto take = [&](int64_t bytes) {
@@ -95,8 +97,8 @@ Buffers buffers_of(const MoeFfnFp8Params& p) {
     b.bytes += round_up<int64_t>(bytes, 256);
     return part;
   };
-  b.x = reinterpret_cast<uint8_t*>(take(p.num_tokens * H));
-  b.x_scale = reinterpret_cast<float*>(take(p.num_tokens * ceil_div(H, kFp8Block) * 4));
+  b.x = reinterpret_cast<uint8_t*>(take(r.num_tokens * H));
+  b.x_scale = reinterpret_cast<float*>(take(r.num_tokens * ceil_div(H, kFp8Block) * 4));
   b.h = reinterpret_cast<uint8_t*>(take(N * I));
   b.h_scale = reinterpret_cast<float*>(take(N * ceil_div(I, kFp8Block) * 4));
   b.rows = take(N * (row > 4 * P ? row : 4 * P));
@@ -107,10 +109,11 @@ Buffers buffers_of(const MoeFfnFp8Params& p) {
 GroupedGemmFp8Params product(const MoeFfnFp8Params& p, int64_t out_features, int64_t in_features,
                              const Fp8Matrices& w, const ExpertVectors& bias, void* out,
                              DType out_type) {
+  const Routing& r = p.desc.routing;
   GroupedGemmFp8Params g;
-  g.expert_offsets = p.expert_offsets;
-  g.num_experts = p.num_experts;
-  g.num_rows = p.num_tokens * p.top_k;
+  g.expert_offsets = r.expert_offsets;
+  g.num_experts = r.num_experts;
+  g.num_rows = r.num_slots();
   g.out_features = out_features;
   g.in_features = in_features;
   g.b = w;
@@ -125,29 +128,32 @@ GroupedGemmFp8Params product(const MoeFfnFp8Params& p, int64_t out_features, int
 int64_t moe_ffn_fp8_workspace(const MoeFfnFp8Params& p) { return buffers_of(p).bytes; }
 
 Status moe_ffn_fp8(const MoeFfnFp8Params& p, Stream stream) {
-  const int64_t T = p.num_tokens, N = T * p.top_k, H = p.hidden_size, I = p.intermediate_size;
-  const int64_t P = is_gated(p.act.kind) ? 2 * I : I;
+  const MoeFfnDesc& d = p.desc;
+  const Routing& r = d.routing;
+  const int64_t N = r.num_slots(), H = d.hidden_size, I = d.intermediate_size, P = d.width();
   const Buffers b = buffers_of(p);
 
   QuantizeFp8Params quantize;
   quantize.x = p.x;
-  quantize.num_rows = T;
+  quantize.num_rows = r.num_tokens;
   quantize.row_length = H;
   quantize.q = b.x;
   quantize.scale = b.x_scale;
   MOE_TRY(quantize_fp8(quantize, stream));
 
   GroupedGemmFp8Params up = product(p, P, H, p.w_gate_up, p.b_gate_up, b.preact, DType::kFloat32);
-  up.a = {b.x, H, b.x_scale, ceil_div(H, kFp8Block), p.row_to_slot, static_cast<int32_t>(p.top_k),
-          T};
-  if (p.apply_router_weight_on_input) up.factor = {p.topk_weights, p.row_to_slot, N};
+  up.a = {b.x,           H,
+          b.x_scale,     ceil_div(H, kFp8Block),
+          r.row_to_slot, static_cast<int32_t>(r.top_k),
+          r.num_tokens};
+  if (d.apply_router_weight_on_input) up.factor = routing_scale(r, d.topk_weights);
   const sm90::fp8::GateUpParams gate_up{up, b.h, b.h_scale};
-  if (p.act.kind == Activation::kSwiglu && !p.act.interleaved && sm90::fp8::supports(gate_up)) {
+  if (d.act.kind == Activation::kSwiglu && !d.act.interleaved && sm90::fp8::supports(gate_up)) {
     MOE_TRY(sm90::fp8::gate_up_swiglu(gate_up, stream));
   } else {
     MOE_TRY(grouped_gemm_fp8(up, stream));
     MOE_TRY(act_fp8(
-        {b.preact, p.expert_offsets, p.num_experts, N, I, p.act.interleaved, b.h, b.h_scale}, p.act,
+        {b.preact, r.expert_offsets, r.num_experts, N, I, d.act.interleaved, b.h, b.h_scale}, d.act,
         stream));
   }
 
@@ -155,19 +161,8 @@ Status moe_ffn_fp8(const MoeFfnFp8Params& p, Stream stream) {
   down.a = {b.h, I, b.h_scale, ceil_div(I, kFp8Block), nullptr, 1, N};
   MOE_TRY(grouped_gemm_fp8(down, stream));
 
-  UnpermuteParams combine{};
-  combine.rows = b.rows;
-  combine.type = combine.y_type = p.x.type;
-  combine.row_stride = combine.hidden_size = H;
-  combine.num_tokens = T;
-  combine.top_k = p.top_k;
-  combine.num_rows = N;
-  combine.expert_offsets = p.expert_offsets;
-  combine.num_experts = p.num_experts;
-  combine.slot_to_row = {p.slot_to_row, false};
-  combine.topk_weights = p.apply_router_weight_on_input ? nullptr : p.topk_weights;
-  combine.y = p.y;
-  return unpermute(combine, stream);
+  const void* const weights = d.apply_router_weight_on_input ? nullptr : d.topk_weights;
+  return combine(r, b.rows, p.x.type, H, weights, p.y, stream);
 }
 
 }  // namespace moe_ops::cuda

@@ -46,16 +46,16 @@ struct Parallel {
   void (*run)(int64_t n, void (*fn)(int64_t begin, int64_t end, void* ctx), void* ctx) = nullptr;
 };
 
-// What device launchers are called with and answer. No CUDA header is needed to call one.
-namespace cuda {
-using Stream = ::CUstream_st*;
-using Status = int;  // a cudaError_t; 0: success
-
-// A contiguous map between slots and rows on the device. Kernels pass over values out of range.
+// Contiguous indices as a caller holds them. On the device, kernels pass over values out of range.
 struct IndexMap {
   const void* data = nullptr;
   bool is_64 = false;  // int64, otherwise int32
 };
+
+// What device launchers are called with and answer. No CUDA header is needed to call one.
+namespace cuda {
+using Stream = ::CUstream_st*;
+using Status = int;  // a cudaError_t; 0: success
 }  // namespace cuda
 
 }  // namespace moe_ops

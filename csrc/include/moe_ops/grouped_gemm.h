@@ -62,7 +62,7 @@ struct ExpertVectors {
 
 // The accumulate type is double when b is float64, float otherwise.
 struct GroupedGemmParams {
-  const int64_t* expert_offsets = nullptr;  // [E+1], from 0, never falling
+  const int32_t* expert_offsets = nullptr;  // [E+1], from 0, never falling
   int64_t num_experts = 0;                  // E
   int64_t out_features = 0;                 // O
   int64_t in_features = 0;                  // K
@@ -74,7 +74,7 @@ struct GroupedGemmParams {
 };
 
 struct GroupedWgradParams {
-  const int64_t* expert_offsets = nullptr;
+  const int32_t* expert_offsets = nullptr;
   int64_t num_experts = 0;
   int64_t out_features = 0;
   int64_t in_features = 0;
@@ -88,7 +88,7 @@ struct GroupedWgradParams {
 };
 
 struct GroupedSumParams {
-  const int64_t* expert_offsets = nullptr;
+  const int32_t* expert_offsets = nullptr;
   int64_t num_experts = 0;
   int64_t features = 0;
   Rows rows;                    // [rows, O]

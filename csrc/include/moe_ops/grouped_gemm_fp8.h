@@ -22,7 +22,7 @@ struct Fp8Matrices {
 // out[r, o] = bias[e, o] + sum over blocks kb of a_scale[r, kb] * b_scale[e, o / 128, kb] *
 //             (sum over k in the block of a[r, k] * b[e, o, k]), both sums in fp32, k increasing.
 struct GroupedGemmFp8Params {
-  const int64_t* expert_offsets = nullptr;  // [E+1], from 0, never falling
+  const int32_t* expert_offsets = nullptr;  // [E+1], from 0, never falling
   int64_t num_experts = 0;                  // E
   int64_t out_features = 0;                 // O
   int64_t in_features = 0;                  // K

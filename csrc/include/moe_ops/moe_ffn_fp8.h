@@ -13,13 +13,15 @@ namespace moe_ops {
 // activated features, by row. A routing weight on the input multiplies the sums of the up product,
 // which is the same as scaling the token's scales.
 struct MoeFfnFp8Params {
-  MoeFfnShape shape;        // topk_weights in fp32
-  Rows x;                   // [T, H], no index; not float64
-  Fp8Matrices w_gate_up;    // [E, P, H]
-  Fp8Matrices w_down;       // [E, H, I]
-  ExpertVectors b_gate_up;  // [E, P] or none
-  ExpertVectors b_down;     // [E, H] or none
-  void* y;                  // [T, H] contiguous, out, x's type
+  MoeFfnDesc desc;            // topk_weights in fp32; on the CPU, the routing may be
+                              // without maps
+  Rows x;                     // [T, H], no index; not float64
+  Fp8Matrices w_gate_up;      // [E, P, H]
+  Fp8Matrices w_down;         // [E, H, I]
+  ExpertVectors b_gate_up;    // [E, P] or none
+  ExpertVectors b_down;       // [E, H] or none
+  void* y = nullptr;          // [T, H] contiguous, out, x's type
+  void* workspace = nullptr;  // CUDA: moe_ffn_fp8_workspace bytes, aligned to 256
 };
 
 namespace cpu {
@@ -27,31 +29,8 @@ void moe_ffn_fp8(const MoeFfnFp8Params& p, const Parallel& par);
 }  // namespace cpu
 
 namespace cuda {
-
-struct MoeFfnFp8Params {
-  int64_t num_tokens;         // T
-  int64_t hidden_size;        // H
-  int64_t intermediate_size;  // I
-  int64_t num_experts;        // E
-  int64_t top_k;              // K
-  ActivationParams act;
-  bool apply_router_weight_on_input;
-  const int32_t* expert_offsets;  // [E+1]
-  const int32_t* row_to_slot;     // [N], N = T * K
-  const int32_t* slot_to_row;     // [T, K]
-  const float* topk_weights;      // [T, K]
-  Rows x;                         // [T, H], no index
-  Fp8Matrices w_gate_up;          // [E, P, H]
-  Fp8Matrices w_down;             // [E, H, I]
-  ExpertVectors b_gate_up;        // [E, P] or none
-  ExpertVectors b_down;           // [E, H] or none
-  void* y;                        // [T, H] contiguous, out, x's type
-  void* workspace;                // moe_ffn_fp8_workspace bytes, aligned to 256
-};
-
 int64_t moe_ffn_fp8_workspace(const MoeFfnFp8Params& p);
 Status moe_ffn_fp8(const MoeFfnFp8Params& p, Stream stream);
-
 }  // namespace cuda
 
 }  // namespace moe_ops

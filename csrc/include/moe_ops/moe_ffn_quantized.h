@@ -16,7 +16,7 @@ struct QuantizedMatrices {
 };
 
 struct MoeFfnQuantizedParams {
-  MoeFfnShape shape;            // topk_weights in fp32
+  MoeFfnDesc desc;              // topk_weights in fp32; the routing may be without maps
   Rows x;                       // [T, H], no index; not float64
   const float* x_scale;         // [H], or nullptr: ones
   QuantizedMatrices w_gate_up;  // [E, P, H]

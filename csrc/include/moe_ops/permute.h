@@ -11,15 +11,28 @@ struct PermuteParams {
   const void* x;  // [T, H] rows x_stride elements apart
   DType type;
   int64_t x_stride;
-  int64_t hidden_size;          // H
-  int64_t num_rows;             // N
-  int64_t num_valid_rows;       // expert_offsets[E]; rows from here on come out zero
-  const int32_t* row_to_token;  // [num_valid_rows]
-  void* rows;                   // [N, H] contiguous, out
+  int64_t hidden_size;         // H
+  int64_t top_k;               // K
+  int64_t num_rows;            // N = T * K
+  int64_t num_valid_rows;      // expert_offsets[E]; rows from here on come out zero
+  const int32_t* row_to_slot;  // [N]
+  void* rows;                  // [N, H] contiguous, out
+};
+
+// grad_x[t] = the sum of its rows, in the order of their slots, then of the rows. A slot may be
+// named by several rows or by none.
+struct PermuteBwdParams {
+  const void* grad_rows;  // [N, H] rows grad_stride elements apart
+  DType type;
+  int64_t grad_stride;
+  int64_t hidden_size, num_tokens, num_rows, num_valid_rows;
+  const int32_t* row_to_slot;  // [N]
+  void* grad_x;                // [T, H] contiguous, out
 };
 
 namespace cpu {
 void permute(const PermuteParams& p, const Parallel& par);
+void permute_bwd(const PermuteBwdParams& p, const Parallel& par);
 }  // namespace cpu
 
 namespace cuda {
@@ -37,7 +50,7 @@ struct PermuteParams {
   void* rows;                     // [N, H] contiguous, out
 };
 
-// grad_x[t] = the sum of its rows, in the order of their slots, then of the rows.
+// As the CPU's.
 struct PermuteBwdParams {
   const void* grad_rows;  // [N, H] rows grad_stride elements apart
   DType type;

@@ -1,6 +1,7 @@
 // Checks that moe_ffn's CPU and CUDA adapters share.
 #pragma once
 
+#include "moe_ops/moe_ffn.h"
 #include "torch/activation.h"
 #include "torch/tensor_utils.h"
 
@@ -11,6 +12,12 @@ struct Sizes {
   int64_t T, H, I, E, K, width;  // width: features of w_gate_up
   ActivationParams act;
 };
+
+// weights: [T, K] in the accumulate type.
+inline MoeFfnDesc desc_of(const Sizes& s, const Routing& routing, const Tensor& weights,
+                          bool apply_router_weight_on_input) {
+  return {routing, weights.const_data_ptr(), s.H, s.I, s.act, apply_router_weight_on_input};
+}
 
 inline Sizes check_ffn(const Op& op, const Tensor& x, const Tensor& w_gate_up, const Tensor& w_down,
                        const Tensor& topk_weights, int64_t top_k, const ActivationParams& act) {

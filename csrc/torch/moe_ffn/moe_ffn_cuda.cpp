@@ -8,24 +8,6 @@ namespace moe_ops::adapter {
 
 namespace {
 
-cuda::MoeFfnShape device_shape(const Sizes& s, bool on_input, const Tensor& expert_offsets,
-                               const Tensor& row_to_slot, const Tensor& slot_to_row,
-                               const Tensor& weights) {
-  cuda::MoeFfnShape shape;
-  shape.num_tokens = s.T;
-  shape.hidden_size = s.H;
-  shape.intermediate_size = s.I;
-  shape.num_experts = s.E;
-  shape.top_k = s.K;
-  shape.act = s.act;
-  shape.apply_router_weight_on_input = on_input;
-  shape.expert_offsets = static_cast<const int32_t*>(expert_offsets.const_data_ptr());
-  shape.row_to_slot = static_cast<const int32_t*>(row_to_slot.const_data_ptr());
-  shape.slot_to_row = static_cast<const int32_t*>(slot_to_row.const_data_ptr());
-  shape.topk_weights = weights.const_data_ptr();
-  return shape;
-}
-
 FfnOutputs run_ffn(const Op& op, const Tensor& x, const Tensor& w_gate_up, const Tensor& w_down,
                    const Tensor& topk_weights, const Tensor& topk_ids, const OptTensor& b_gate_up,
                    const OptTensor& b_down, const std::string& activation, bool interleaved,
@@ -33,7 +15,7 @@ FfnOutputs run_ffn(const Op& op, const Tensor& x, const Tensor& w_gate_up, const
   const ActivationParams act = check_activation(op, activation, interleaved, alpha, limit, false);
   const Sizes s =
       check_fwd(op, x, w_gate_up, w_down, topk_weights, topk_ids, b_gate_up, b_down, act);
-  auto [expert_offsets, row_to_slot, slot_to_row] = device_sorted_slots(op, topk_ids, s.E);
+  const SortedSlots slots = device_sorted_slots(op, topk_ids, s.E);
   const ScalarType type = x.scalar_type();
   const Tensor src = with_dense_rows(x);
   const Weights up = weights_of(w_gate_up, s.type);
@@ -42,20 +24,20 @@ FfnOutputs run_ffn(const Op& op, const Tensor& x, const Tensor& w_gate_up, const
   const Bias down_bias = bias_of(b_down, s.type);
   const Tensor weights = contiguous_as(topk_weights, accumulate_type(type));
   Tensor y = device_empty(x, {s.T, s.H}, type);
-  Tensor preact = save ? device_empty(x, {s.T * s.K, s.width}, type) : device_empty(x, {0}, type);
-  cuda::MoeFfnParams p;
-  p.shape = device_shape(s, on_input, expert_offsets, row_to_slot, slot_to_row, weights);
-  p.x = device_rows(src, s.type);
+  Tensor preact = device_empty_if(save, x, {s.T * s.K, s.width}, type);
+  MoeFfnParams p;
+  p.desc = desc_of(s, slots.routing, weights, on_input);
+  p.x = rows_of(src, s.type);
   p.w_gate_up = up.matrices;
   p.w_down = down.matrices;
   p.b_gate_up = up_bias.vectors;
   p.b_down = down_bias.vectors;
   p.y = y.mutable_data_ptr();
-  p.preact = save ? preact.mutable_data_ptr() : nullptr;
+  p.preact = data_if(save, preact);
   Tensor workspace = device_empty(x, {cuda::moe_ffn_workspace(p)}, ScalarType::Byte);
   p.workspace = workspace.mutable_data_ptr();
   check_status(op, cuda::moe_ffn(p, current_stream(x)));
-  return {y, preact, expert_offsets, row_to_slot, slot_to_row};
+  return {y, preact, slots.expert_offsets, slots.row_to_slot, slots.slot_to_row};
 }
 
 Tensor moe_ffn_cuda(const Tensor& x, const Tensor& w_gate_up, const Tensor& w_down,
@@ -101,14 +83,14 @@ FfnGradients run_bwd(const Op& op, const Tensor& grad_y, const Tensor& x, const 
   // A tensor for a gradient that is wanted, and where its kernel writes.
   const auto wanted = [&](bool need, std::initializer_list<int64_t> sizes, ScalarType t,
                           void*& out) {
-    Tensor grad = need ? device_empty(x, sizes, t) : device_empty(x, {0}, t);
-    out = need ? grad.mutable_data_ptr() : nullptr;
+    Tensor grad = device_empty_if(need, x, sizes, t);
+    out = data_if(need, grad);
     return grad;
   };
-  cuda::MoeFfnBwdParams p;
-  p.shape = device_shape(s, on_input, offsets, rows, slots, weights);
-  p.grad_y = device_rows(gy, s.type);
-  p.x = device_rows(src, s.type);
+  MoeFfnBwdParams p;
+  p.desc = desc_of(s, routing_of(offsets, rows, slots), weights, on_input);
+  p.grad_y = rows_of(gy, s.type);
+  p.x = rows_of(src, s.type);
   p.w_gate_up = up.matrices;
   p.w_down = down.matrices;
   p.b_down = down_bias.vectors;

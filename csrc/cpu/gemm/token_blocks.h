@@ -1,4 +1,4 @@
-// Products of narrow experts, a block of tokens at a time.
+// Products of small experts, a block of tokens at a time.
 //
 // A row of 32 or 64 numbers is a few vectors: sorting all slots, writing the products of all of
 // them and reading them again for the sum over a token's slots, and calling a function a row cost
@@ -13,11 +13,12 @@
 #include <array>
 
 #include "cpu/gemm/plan.h"
+#include "cpu/gemm/small_gemm.h"
 #include "cpu/kernels/kernels.h"
 #include "cpu/runtime/batch_invariant.h"
 #include "cpu/runtime/parallel.h"
 #include "cpu/runtime/workspace.h"
-#include "moe_ops/moe_linear_map.h"
+#include "moe_ops/routing.h"
 
 namespace moe_ops::cpu {
 
@@ -58,44 +59,99 @@ inline int64_t num_chunks(int64_t num_tokens) {
   return ceil_div(num_tokens, chunk_tokens(num_tokens));
 }
 
-// About nanoseconds of `products` products of every slot.
-inline double slot_product_cost(const SlotProduct& s, int products) {
-  return static_cast<double>(s.num_tokens * s.top_k) *
-         (static_cast<double>(products * s.rows * s.cols) / 32 + 16);
+// The same of one product of every slot with a matrix [rows, cols] of its expert.
+inline bool takes_blocks(const Routing& r, int64_t rows, int64_t cols, DType type) {
+  return takes_blocks({r.num_tokens, r.top_k, r.num_experts, std::min(rows, cols),
+                       std::max(rows, cols), rows * cols, type});
 }
 
-// The slots of tokens [begin, end), by expert and in their order, in scratch of the caller's.
-struct SlotBlock {
-  int64_t begin, end, first;  // tokens; first = begin * K
-  const int32_t* offsets;     // [E+1]
-  const int32_t* slots;       // [offsets[E]], counted from `first`
-  const int32_t* tokens;      // [offsets[E]], theirs
-  const int32_t* rows;        // [(end - begin) * K], its place in slots or -1
+// About nanoseconds of so many multiplications of every slot.
+inline double slot_product_cost(const Routing& r, int64_t multiplications) {
+  return static_cast<double>(r.num_slots()) * (static_cast<double>(multiplications) / 32 + 16);
+}
+
+// The slots of tokens [begin, end) that have an expert, by expert and in their order, in scratch of
+// the caller's.
+struct TokenBlock {
+  int64_t begin, end, first;   // tokens; first = begin * K
+  const int32_t* offsets;      // [E+1]
+  const int32_t* slots;        // [offsets[E]], counted from `first`
+  const int32_t* tokens;       // [offsets[E]], theirs
+  const int32_t* rows;         // [(end - begin) * K], its place in slots or -1
+  const int32_t* sorted_rows;  // [E]; of a sorted routing, the row of the call that an expert's
+                               // first one in the block is
+  int64_t num_slots() const { return rows_end - rows; }
+  const int32_t* rows_end;
 };
 
-inline SlotBlock slot_block(ScratchScope& scratch, const SlotProduct& s, int64_t begin,
-                            int64_t end) {
-  const int64_t E = s.num_experts, n = (end - begin) * s.top_k, first = begin * s.top_k;
-  const int32_t* ids = s.ids + first;
-  int32_t* offsets = scratch.take<int32_t>(Scratch::kIndex, E + 2 + 3 * n);
-  int32_t *slots = offsets + E + 2, *rows = slots + n, *tokens = rows + n;
+// Of a routing without maps, by ids.
+template <class Index>
+void find_block_slots(const Routing& r, int64_t first, int64_t n, int32_t* offsets, int32_t* slots,
+                      int32_t* rows) {
+  const int64_t E = r.num_experts;
+  const Index* ids = static_cast<const Index*>(r.topk_ids.data) + first;
+  const auto valid = [&](int64_t i) { return ids[i] >= 0 && ids[i] < E; };
   // offsets[e + 2] counts, then offsets[e + 1] is the next place of e.
   std::fill(offsets, offsets + E + 2, 0);
   for (int64_t i = 0; i < n; ++i) {
-    if (ids[i] >= 0) ++offsets[ids[i] + 2];
+    if (valid(i)) ++offsets[ids[i] + 2];
   }
   for (int64_t e = 0; e < E; ++e) offsets[e + 2] += offsets[e + 1];
+  for (int64_t i = 0; i < n; ++i) {
+    rows[i] = -1;
+    if (!valid(i)) continue;
+    rows[i] = offsets[ids[i] + 1]++;
+    slots[rows[i]] = static_cast<int32_t>(i);
+  }
+}
+
+// Of a sorted routing: rows of an expert are in the order of slots, so those of a block are a run.
+inline void find_block_rows(const Routing& r, int64_t first, int64_t n, int32_t* offsets,
+                            int32_t* slots, int32_t* rows, int32_t* sorted_rows) {
+  std::fill(rows, rows + n, -1);
+  offsets[0] = 0;
+  for (int64_t e = 0; e < r.num_experts; ++e) {
+    const int32_t* stop = r.row_to_slot + r.expert_offsets[e + 1];
+    const int32_t* at = std::lower_bound(r.row_to_slot + r.expert_offsets[e], stop, first);
+    sorted_rows[e] = static_cast<int32_t>(at - r.row_to_slot);
+    int32_t row = offsets[e];
+    for (; at < stop && *at < first + n; ++at, ++row) {
+      rows[*at - first] = row;
+      slots[row] = static_cast<int32_t>(*at - first);
+    }
+    offsets[e + 1] = row;
+  }
+}
+
+inline TokenBlock token_block(ScratchScope& scratch, const Routing& r, int64_t begin, int64_t end) {
+  const int64_t E = r.num_experts, n = (end - begin) * r.top_k, first = begin * r.top_k;
+  int32_t* offsets = scratch.take<int32_t>(Scratch::kIndex, 2 * E + 2 + 3 * n);
+  int32_t *sorted_rows = offsets + E + 2, *slots = sorted_rows + E, *rows = slots + n;
+  int32_t* tokens = rows + n;
+  if (r.sorted()) {
+    find_block_rows(r, first, n, offsets, slots, rows, sorted_rows);
+  } else if (r.topk_ids.is_64) {
+    find_block_slots<int64_t>(r, first, n, offsets, slots, rows);
+  } else {
+    find_block_slots<int32_t>(r, first, n, offsets, slots, rows);
+  }
+  // A division a row would cost as much as its copy.
   for (int64_t t = begin, i = 0; t < end; ++t) {
-    for (int64_t last = i + s.top_k; i < last; ++i) {
-      rows[i] = -1;
-      if (ids[i] < 0) continue;
-      const int32_t row = offsets[ids[i] + 1]++;
-      rows[i] = row;
-      slots[row] = static_cast<int32_t>(i);
-      tokens[row] = static_cast<int32_t>(t);
+    for (int64_t last = i + r.top_k; i < last; ++i) {
+      if (rows[i] >= 0) tokens[rows[i]] = static_cast<int32_t>(t);
     }
   }
-  return {begin, end, first, offsets, slots, tokens, rows};
+  return {begin, end, first, offsets, slots, tokens, rows, sorted_rows, rows + n};
+}
+
+// run(block) for all tokens.
+template <class Fn>
+void parallel_blocks(const Routing& r, const Parallel& par, double cost, const Fn& run) {
+  parallel_items(par, ceil_div(r.num_tokens, kBlockTokens), cost, [&](int64_t item) {
+    const int64_t begin = item * kBlockTokens;
+    ScratchScope scratch;
+    run(token_block(scratch, r, begin, std::min(r.num_tokens, begin + kBlockTokens)));
+  });
 }
 
 // Where rows begin. A copy in a loop that writes pointers: read through a reference, base and step
@@ -115,17 +171,11 @@ struct RowStarts {
   }
 };
 
-// Columns of one panel after the other, so that tiles of two vectors cover a row.
-template <class T>
-int64_t padded(const Kernels<T>& k, int64_t n) {
-  return round_up<int64_t>(n, k.lanes);
-}
-
 // The matrices as panels [depth][2 or 1 vectors of outputs], of one expert after the other:
 // transposed, those of W x, else those of W^T x. In a block of scratch, or in other memory of the
 // caller's, elements() of it. With expert_offsets, those of experts without rows are not made.
 template <class T>
-class PanelBank {
+class PackedExperts {
  public:
   static int64_t elements(const Kernels<T>& k, int64_t num_experts, int64_t outputs,
                           int64_t depth) {
@@ -133,13 +183,13 @@ class PanelBank {
   }
   ScratchScope scratch;
 
-  PanelBank(ScratchScope& scratch, const Kernels<T>& k, const ExpertMatrices& w,
+  PackedExperts(ScratchScope& scratch, const Kernels<T>& k, const ExpertMatrices& w,
             int64_t num_experts, int64_t outputs, int64_t depth)
-      : PanelBank(k, w, num_experts, outputs, depth,
+      : PackedExperts(k, w, num_experts, outputs, depth,
                   scratch.take<T>(Scratch::kTokens, elements(k, num_experts, outputs, depth))) {}
 
-  PanelBank(const Kernels<T>& k, const ExpertMatrices& w, int64_t num_experts, int64_t outputs,
-            int64_t depth, T* panels, const int64_t* expert_offsets = nullptr)
+  PackedExperts(const Kernels<T>& k, const ExpertMatrices& w, int64_t num_experts, int64_t outputs,
+            int64_t depth, T* panels, const int32_t* expert_offsets = nullptr)
       : size_(padded(k, outputs) * depth), panels_(panels) {
     const int64_t W = k.lanes, n = padded(k, outputs);
     ScratchScope packing;
@@ -177,109 +227,89 @@ class PanelBank {
   T* panels_;
 };
 
-// c[r] = (bias +) the product of row r of a with the panels, for m rows of a tile, kLda apart; c
-// has rows of padded(outputs).
+// c[r] = (bias +) the product of row r of a with the panels, for the m rows of a tile, kLda apart;
+// c has rows of padded(outputs).
 template <class T>
 void multiply_tile(const Kernels<T>& k, const T* a, int64_t m, int64_t depth, const T* panels,
                    int64_t outputs, DType bias_type, const void* bias, T* c) {
-  const int64_t W = k.lanes, n = padded(k, outputs);
-  TileHints none;
-  if (bias != nullptr) {
-    for (int64_t r = 0; r < m; ++r) {
-      k.load_row(bias_type, bias, c + r * n, outputs, T(1));
-      std::fill(c + r * n + outputs, c + (r + 1) * n, T(0));
-    }
+  const int64_t n = padded(k, outputs);
+  for (int64_t r = 0; bias != nullptr && r < m; ++r) {
+    k.load_row(bias_type, bias, c + r * n, outputs, T(1));
+    std::fill(c + r * n + outputs, c + (r + 1) * n, T(0));
   }
-  for (int64_t j = 0; j < n; j += 2 * W) {
-    k.row_a[n - j > W ? 1 : 0][m - 1](depth, a, panels + j * depth, c + j, n, bias != nullptr,
-                                      none);
-  }
+  small_gemm_row_major<T>({k, m, outputs, depth, a, panels, c, n, bias != nullptr});
 }
 
 // The same for rows anywhere, any number of them.
 template <class T>
-void multiply_slots(const Kernels<T>& k, DType type, const void* const* rows, int64_t count,
-                    int64_t depth, const T* panels, int64_t outputs, const void* bias, T* c) {
+void multiply_rows(const Kernels<T>& k, DType type, const void* const* rows, int64_t count,
+                   int64_t depth, const T* panels, int64_t outputs, const void* bias, T* c) {
   ScratchScope scratch;
   T* a = scratch.take<T>(Scratch::kPackA, kMaxMr * kLda);
-  const int64_t tiles = ceil_div<int64_t>(count, k.mr2), n = padded(k, outputs);
-  const EvenParts tile_rows(count, tiles);
-  for (int64_t i = 0; i < tiles; ++i) {
-    const int64_t r0 = tile_rows.begin(i), m = tile_rows.begin(i + 1) - r0;
-    k.gather_rows(type, rows + r0, m, depth, nullptr, a, kLda);
-    multiply_tile(k, a, m, depth, panels, outputs, type, bias, c + r0 * n);
+  for (RowTiles t(count, k.mr2); t.next();) {
+    k.gather_rows(type, rows + t.begin, t.height, depth, nullptr, a, kLda);
+    multiply_tile(k, a, t.height, depth, panels, outputs, type, bias,
+                  c + t.begin * padded(k, outputs));
   }
 }
 
-// Pitch of rows that are the vector side of outer_tiles: an odd number of cache lines, so that the
+// Leading dimension of rows that are B of outer_product: an odd number of cache lines, so that the
 // lines of one column are not in the same few sets of an L1.
 template <class T>
-int64_t odd_pitch(const Kernels<T>& k, int64_t n) {
+int64_t odd_ld(const Kernels<T>& k, int64_t n) {
   constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(T));
   return (ceil_div(padded(k, n), kLine) | 1) * kLine;
 }
 
 // c[i][j] (+)= the sum over r of grad[r][i] * x[r][j], rows of c padded(width of x), for at most
-// kKc rows r: of grad kLda apart, of x odd_pitch of its width.
+// kKc rows r: of grad kLda apart, of x odd_ld of its width.
 template <class T>
-void outer_tiles(const Kernels<T>& k, const T* grad, int64_t grad_width, const T* x,
-                 int64_t x_width, int64_t rows, T* c, bool accumulate) {
-  const int64_t W = k.lanes, n = padded(k, x_width);
-  const int64_t tiles = ceil_div<int64_t>(grad_width, k.mr2);
-  const EvenParts tile_rows(grad_width, tiles);
-  TileHints hints;
-  hints.lda = kLda;
-  hints.ldb = odd_pitch(k, x_width);
-  for (int64_t j = 0; j < n; j += 2 * W) {
-    const auto& column = k.col_a[n - j > W ? 1 : 0];
-    for (int64_t i = 0; i < tiles; ++i) {
-      const int64_t i0 = tile_rows.begin(i), i1 = tile_rows.begin(i + 1);
-      column[i1 - i0 - 1](rows, grad + i0, x + j, c + i0 * n + j, n, accumulate, hints);
-    }
-  }
+void outer_product(const Kernels<T>& k, const T* grad, int64_t grad_width, const T* x,
+                   int64_t x_width, int64_t rows, T* c, bool accumulate) {
+  small_gemm_column_major<T>({k, grad_width, x_width, rows, grad, x, c, padded(k, x_width),
+                              accumulate, 0, kLda, odd_ld(k, x_width)});
 }
 
 // Both products of gradients of one expert's slots, of `grad_width` numbers each, whose rows are
-// copied once for the two. For the gradient of the matrix, c (+)= that of outer_tiles with x scaled
+// copied once for the two. For the gradient of the matrix, c (+)= that of outer_product with x scaled
 // by scales (nullptr: ones); for those of the rows, dx = the product with panels. c or dx may be
 // nullptr.
 template <class T>
 void multiply_gradients(const Kernels<T>& k, DType type, const void* const* grad,
                         int64_t grad_width, const void* const* x, int64_t x_width, const T* scales,
                         int64_t count, T* c, bool accumulate, const T* panels, T* dx) {
-  const int64_t ldx = odd_pitch(k, x_width);
+  const int64_t ldx = odd_ld(k, x_width);
   ScratchScope scratch;
   T* g = scratch.take<T>(Scratch::kPackA, kKc * kLda);
   T* rows = scratch.take<T>(Scratch::kPackB, kKc * ldx);
   const int64_t parts = ceil_div(count, kKc);
   for (int64_t part = 0; part < parts; ++part) {
     const int64_t r0 = count * part / parts, m = count * (part + 1) / parts - r0;
-    const int64_t tiles = ceil_div<int64_t>(m, k.mr2);
-    const EvenParts tile_rows(m, tiles);
-    for (int64_t i = 0; i < tiles; ++i) {
-      const int64_t t0 = tile_rows.begin(i), tm = tile_rows.begin(i + 1) - t0, r = r0 + t0;
-      k.gather_rows(type, grad + r, tm, grad_width, nullptr, g + t0 * kLda, kLda);
+    for (RowTiles t(m, k.mr2); t.next();) {
+      const int64_t t0 = t.begin, r = r0 + t0;
+      k.gather_rows(type, grad + r, t.height, grad_width, nullptr, g + t0 * kLda, kLda);
       if (c != nullptr) {
-        k.gather_rows(type, x + r, tm, x_width, scales == nullptr ? nullptr : scales + r,
+        k.gather_rows(type, x + r, t.height, x_width, scales == nullptr ? nullptr : scales + r,
                       rows + t0 * ldx, ldx);
       }
       if (dx == nullptr) continue;
-      multiply_tile<T>(k, g + t0 * kLda, tm, grad_width, panels, x_width, type, nullptr,
+      multiply_tile<T>(k, g + t0 * kLda, t.height, grad_width, panels, x_width, type, nullptr,
                        dx + r * padded(k, x_width));
     }
     if (c == nullptr) continue;
-    outer_tiles(k, g, grad_width, rows, x_width, m, c, accumulate || part > 0);
+    outer_product(k, g, grad_width, rows, x_width, m, c, accumulate || part > 0);
   }
 }
 
-// run(chunk, begin, end, first): the blocks of each chunk in order, `first` for its first one.
+// run(chunk, block, first): the blocks of each chunk in order, `first` for its first one.
 template <class Fn>
-void run_chunks(int64_t num_tokens, const Parallel& par, double cost, const Fn& run) {
-  const int64_t length = chunk_tokens(num_tokens);
-  parallel_items(par, num_chunks(num_tokens), cost, [&](int64_t chunk) {
-    const int64_t begin = chunk * length, end = std::min(num_tokens, begin + length);
+void run_chunks(const Routing& r, const Parallel& par, double cost, const Fn& run) {
+  const int64_t length = chunk_tokens(r.num_tokens);
+  parallel_items(par, num_chunks(r.num_tokens), cost, [&](int64_t chunk) {
+    const int64_t begin = chunk * length, end = std::min(r.num_tokens, begin + length);
     for (int64_t t = begin; t < end; t += kBlockTokens) {
-      run(chunk, t, std::min(end, t + kBlockTokens), t == begin);
+      ScratchScope scratch;
+      run(chunk, token_block(scratch, r, t, std::min(end, t + kBlockTokens)), t == begin);
     }
   });
 }
@@ -289,11 +319,11 @@ struct MatrixGrads {
   void* data = nullptr;  // nullptr: not wanted
   DType type = DType::kFloat32;
   // [E+1] if they are added to what is there, except to that of experts without rows.
-  const int64_t* offsets_to_add = nullptr;
+  const int32_t* offsets_to_add = nullptr;
 };
 
 // Sums of chunks: [chunks][E], a matrix with padded columns and a bias each. In a block of
-// scratch that a PanelBank packs with, which comes first; or in other memory of the caller's,
+// scratch that a PackedExperts packs with, which comes first; or in other memory of the caller's,
 // elements() of it.
 template <class T>
 class ChunkSums {
@@ -304,11 +334,11 @@ class ChunkSums {
   }
   ScratchScope scratch;
 
-  ChunkSums(ScratchScope& scratch, const SlotProduct& s, const Kernels<T>& k, bool wanted,
-            const MatrixGrads& to)
-      : ChunkSums(k, num_chunks(s.num_tokens), s.num_experts, s.rows, s.cols,
-                  scratch.take<T>(Scratch::kRows, wanted ? elements(k, num_chunks(s.num_tokens),
-                                                                    s.num_experts, s.rows, s.cols)
+  ChunkSums(ScratchScope& scratch, const Routing& r, int64_t rows, int64_t cols,
+            const Kernels<T>& k, bool wanted, const MatrixGrads& to)
+      : ChunkSums(k, num_chunks(r.num_tokens), r.num_experts, rows, cols,
+                  scratch.take<T>(Scratch::kRows, wanted ? elements(k, num_chunks(r.num_tokens),
+                                                                    r.num_experts, rows, cols)
                                                          : 0),
                   to) {}
 

@@ -1,0 +1,121 @@
+// Rows of a routing, for the ops that are made of sort_slots, grouped_gemm and unpermute.
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+
+#include "cpu/runtime/workspace.h"
+#include "moe_ops/grouped_gemm.h"
+#include "moe_ops/routing.h"
+#include "moe_ops/sort_slots.h"
+#include "moe_ops/unpermute.h"
+
+namespace moe_ops::cpu {
+
+// The routing with maps, which lie in scratch of the caller's if they have to be made.
+inline Routing sorted(ScratchScope& scratch, const Routing& given) {
+  if (given.sorted()) return given;
+  const int64_t E = given.num_experts, N = given.num_slots();
+  int32_t* offsets = scratch.take<int32_t>(Scratch::kRouting, E + 1 + 2 * N);
+  int32_t *row_to_slot = offsets + E + 1, *slot_to_row = row_to_slot + N;
+  sort_slots({given, offsets, row_to_slot, slot_to_row, nullptr});
+  Routing r = given;
+  r.expert_offsets = offsets;
+  r.row_to_slot = row_to_slot;
+  r.slot_to_row = slot_to_row;
+  return r;
+}
+
+// Of each row with an expert: its token, and its routing weight where there are weights.
+template <class T>
+struct RowMaps {
+  int32_t* token;
+  T* weight;
+};
+
+template <class T>
+RowMaps<T> row_maps(ScratchScope& scratch, const Routing& r, const void* topk_weights) {
+  const int64_t rows = r.num_valid_rows();
+  Arena arena(scratch, Scratch::kIndex, rows * static_cast<int64_t>(4 + sizeof(T)) + 2 * 64);
+  RowMaps<T> out = {arena.take<int32_t>(rows), nullptr};
+  const auto top_k = static_cast<int32_t>(r.top_k);
+  for (int64_t row = 0; row < rows; ++row) out.token[row] = r.row_to_slot[row] / top_k;
+  if (topk_weights == nullptr) return out;
+  out.weight = arena.take<T>(rows);
+  const T* weights = static_cast<const T*>(topk_weights);
+  for (int64_t row = 0; row < rows; ++row) out.weight[row] = weights[r.row_to_slot[row]];
+  return out;
+}
+
+// out = b a (+ bias), of rows with an expert.
+inline GroupedGemmParams routed_product(const Routing& r, const Rows& a, const ExpertMatrices& b,
+                                        const ExpertVectors& bias, int64_t out_features,
+                                        int64_t in_features, const MutableRows& out) {
+  GroupedGemmParams p;
+  p.expert_offsets = r.expert_offsets;
+  p.num_experts = r.num_experts;
+  p.out_features = out_features;
+  p.in_features = in_features;
+  p.a = a;
+  p.b = b;
+  p.bias = bias;
+  p.out = out;
+  return p;
+}
+
+inline GroupedWgradParams routed_wgrad(const Routing& r, const Rows& grad, int64_t out_features,
+                                       const Rows& a, int64_t in_features, void* out,
+                                       DType out_type) {
+  GroupedWgradParams p;
+  p.expert_offsets = r.expert_offsets;
+  p.num_experts = r.num_experts;
+  p.out_features = out_features;
+  p.in_features = in_features;
+  p.grad = grad;
+  p.a = a;
+  p.out = out;
+  p.out_type = out_type;
+  return p;
+}
+
+inline GroupedSumParams routed_sum(const Routing& r, const Rows& rows, int64_t features,
+                                   const void* scale, void* out, DType out_type) {
+  GroupedSumParams p;
+  p.expert_offsets = r.expert_offsets;
+  p.num_experts = r.num_experts;
+  p.features = features;
+  p.rows = rows;
+  p.scale = scale;
+  p.out = out;
+  p.out_type = out_type;
+  return p;
+}
+
+// y [T, features]: the sum of each token's rows, which are contiguous, by topk_weights unless
+// nullptr.
+inline UnpermuteParams combination(const Routing& r, const void* rows, DType type, int64_t features,
+                                   const void* topk_weights, void* y, DType y_type) {
+  UnpermuteParams p;
+  p.rows = rows;
+  p.type = type;
+  p.row_stride = p.hidden_size = features;
+  p.num_tokens = r.num_tokens;
+  p.top_k = r.top_k;
+  p.num_valid_rows = r.num_valid_rows();
+  p.slot_to_row = r.slot_to_row;
+  p.topk_weights = topk_weights;
+  p.y = y;
+  p.y_type = y_type;
+  return p;
+}
+
+// Slots without an expert, `bytes` each, have no row that writes them.
+inline void zero_empty_slots(const Routing& r, void* slots, int64_t bytes) {
+  if (bytes == 0) return;
+  for (int64_t row = r.num_valid_rows(); row < r.num_slots(); ++row) {
+    std::memset(static_cast<char*>(slots) + r.row_to_slot[row] * bytes, 0,
+                static_cast<size_t>(bytes));
+  }
+}
+
+}  // namespace moe_ops::cpu
