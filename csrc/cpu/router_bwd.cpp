@@ -5,7 +5,7 @@
 
 #include "cpu/gemm/blocking.h"
 #include "cpu/kernels/kernels.h"
-#include "cpu/kernels/router_planes.h"
+#include "cpu/kernels/router_soa.h"
 #include "cpu/kernels/router_row.h"
 #include "cpu/runtime/parallel.h"
 #include "cpu/runtime/workspace.h"

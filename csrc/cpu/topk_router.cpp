@@ -11,7 +11,7 @@
 #include <limits>
 
 #include "cpu/kernels/kernels.h"
-#include "cpu/kernels/router_planes.h"
+#include "cpu/kernels/router_soa.h"
 #include "cpu/kernels/router_row.h"
 #include "cpu/runtime/parallel.h"
 #include "cpu/runtime/workspace.h"

@@ -25,11 +25,11 @@ namespace {
 // All else is built on the vectors.
 #include "cpu/kernels/fp8-inl.h"
 #include "cpu/kernels/norm-inl.h"
-#include "cpu/kernels/pairs-inl.h"
+#include "cpu/kernels/gemm_bf16-inl.h"
 #include "cpu/kernels/rows-inl.h"
-#include "cpu/kernels/stream-inl.h"
-#include "cpu/kernels/tiles-inl.h"
-#include "cpu/simd/functions-inl.h"
+#include "cpu/kernels/gemv-inl.h"
+#include "cpu/kernels/gemm_tiles-inl.h"
+#include "cpu/kernels/activation-inl.h"
 // Attention takes the exponential from the functions.
 #include "cpu/kernels/attention-inl.h"
 #include "cpu/kernels/attention_narrow-inl.h"
@@ -38,13 +38,13 @@ namespace {
 #include "cpu/kernels/mix-inl.h"
 // Sums of lanes are those of mixtures.
 #include "cpu/kernels/rotary-inl.h"
-#include "cpu/kernels/router-inl.h"
+#include "cpu/kernels/router_linear-inl.h"
 // Words take add_product from the tiles.
-#include "cpu/kernels/quant4-inl.h"
-#include "cpu/kernels/quant8-inl.h"
+#include "cpu/kernels/quant_w4-inl.h"
+#include "cpu/kernels/quant_w8-inl.h"
 // Bytes take the rounding of tokens from 4 bits; words have the table.
-#include "cpu/kernels/bytes-inl.h"
-#include "cpu/kernels/words-inl.h"
+#include "cpu/kernels/quant_int8-inl.h"
+#include "cpu/kernels/quant_repack-inl.h"
 
 // --- table
 

@@ -74,8 +74,8 @@ struct TileHints {
   }
 };
 
-// Weights of 8 or 4 bits (QuantFormat in grouped_gemm.h); quant8-inl.h, quant4-inl.h, bytes-inl.h
-// and words-inl.h in kernels/.
+// Weights of 8 or 4 bits (QuantFormat in grouped_gemm.h); quant_w8-inl.h, quant_w4-inl.h, quant_int8-inl.h
+// and quant_repack-inl.h in kernels/.
 constexpr int64_t kQuantBlock = 32;  // codes of 8 bits of a token that share a scale
 // Most of them in a row of byte_tile: 4 to a float, and 2 floats more for each kQuantBlock.
 constexpr int64_t kByteDepth = 512;
@@ -271,7 +271,7 @@ struct NormRowsBwd {
   T *weight_sum, *bias_sum;  // [cols], added to
 };
 
-// The activation of `rows` rows of n; functions-inl.h in kernels/.
+// The activation of `rows` rows of n; activation-inl.h in kernels/.
 template <class T>
 struct ActRows {
   Activation kind;
@@ -349,7 +349,7 @@ struct MixKernels {
   void (*moments)(int64_t count, int64_t n, const T* x, T* mean, T* squares);
 };
 
-// router_linear on rows of whole vectors, and experts in groups of so many; router-inl.h in
+// router_linear on rows of whole vectors, and experts in groups of so many; router_linear-inl.h in
 // kernels/.
 constexpr int kRouterExperts = 4;
 template <class T>

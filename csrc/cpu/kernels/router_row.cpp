@@ -329,7 +329,7 @@ MOE_TEXT void take_best_text(RouterKey<T>* keys, RouterKey<T>* block_max, int64_
   }
 }
 
-#include "cpu/kernels/router_lanes-inl.h"
+#include "cpu/kernels/router_soa-inl.h"
 
 #define MOE_ROUTER_EXPONENTIALS(target, bytes)                                             \
   template <class T>                                                                       \

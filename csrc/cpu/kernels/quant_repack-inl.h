@@ -154,7 +154,7 @@ inline Bytes sum_of(Codes) { return Bytes{}; }
 inline Vec<float> to_floats(Bytes v) { return as_floats(v); }
 template <int kBits>
 inline Bytes word_step(Codes, const uint32_t* words, int i) {
-  static_assert(kBits == 8, "4 bits meet integers of 8 bits: bytes-inl.h");
+  static_assert(kBits == 8, "4 bits meet integers of 8 bits: quant_int8-inl.h");
   return word_pairs(words, i);
 }
 inline Bytes add_step(Codes, Bytes acc, const float* a, Bytes b) {
