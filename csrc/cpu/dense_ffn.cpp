@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "cpu/gemm/blocking.h"
-#include "cpu/kernels/kernels.h"
+#include "cpu/kernels/activation.h"
 #include "cpu/runtime/parallel.h"
 #include "cpu/runtime/workspace.h"
 
@@ -34,9 +34,9 @@ struct RowBlocks {
 
 // c [rows][ldc] (+)= a * panels.
 template <class T>
-void multiply(const Kernels<T>& k, int64_t rows, const RowBlocks& a_blocks, const T* a,
+void multiply(const GemmKernels<T>& k, int64_t rows, const RowBlocks& a_blocks, const T* a,
               const Panels& panels, const T* b, T* c, int64_t ldc, bool accumulate) {
-  TileHints none;
+  TileOptions none;
   const int64_t W = k.lanes;
   for (int64_t kb = 0; kb < a_blocks.count(); ++kb) {
     const int64_t kc = a_blocks.length(kb);
@@ -49,8 +49,8 @@ void multiply(const Kernels<T>& k, int64_t rows, const RowBlocks& a_blocks, cons
       const EvenParts tile_rows(rows, tiles);
       for (int64_t i = 0; i < tiles; ++i) {
         const int64_t i0 = tile_rows.begin(i), i1 = tile_rows.begin(i + 1);
-        k.row_a[nv - 1][i1 - i0 - 1](kc, block + i0 * kLda, panel, c + i0 * ldc + j, ldc,
-                                     accumulate || kb > 0, none);
+        k.row_a[nv - 1][i1 - i0 - 1](kc, block + i0 * kLda, panel,
+                                     {c + i0 * ldc + j, ldc, accumulate || kb > 0}, none);
       }
     }
   }
@@ -58,9 +58,9 @@ void multiply(const Kernels<T>& k, int64_t rows, const RowBlocks& a_blocks, cons
 
 // c [m][ldc] (+)= a^T * panels; a: blocks of kLdm columns, each [depth][kLdm].
 template <class T>
-void multiply_columns(const Kernels<T>& k, int64_t m, const T* a, const Panels& panels, const T* b,
-                      T* c, int64_t ldc, bool accumulate) {
-  TileHints none;
+void multiply_columns(const GemmKernels<T>& k, int64_t m, const T* a, const Panels& panels,
+                      const T* b, T* c, int64_t ldc, bool accumulate) {
+  TileOptions none;
   const int64_t W = k.lanes;
   for (int64_t m0 = 0; m0 < m; m0 += kLdm) {
     const int64_t rows = std::min(kLdm, m - m0);
@@ -72,7 +72,7 @@ void multiply_columns(const Kernels<T>& k, int64_t m, const T* a, const Panels& 
       for (int64_t i = 0; i < tiles; ++i) {
         const int64_t i0 = tile_rows.begin(i), i1 = tile_rows.begin(i + 1);
         k.col_a[nv - 1][i1 - i0 - 1](panels.depth, block + i0, b + panels.offset(j),
-                                     c + (m0 + i0) * ldc + j, ldc, accumulate, none);
+                                     {c + (m0 + i0) * ldc + j, ldc, accumulate}, none);
       }
     }
   }
@@ -80,7 +80,7 @@ void multiply_columns(const Kernels<T>& k, int64_t m, const T* a, const Panels& 
 
 // Panels of w^T, [k][rows of w], of one matrix [rows, k]; bias, if any, is one more k.
 template <class T>
-void pack_transposed(const Kernels<T>& k, DType type, const void* w, const void* bias,
+void pack_transposed(const GemmKernels<T>& k, DType type, const void* w, const void* bias,
                      const Panels& to, T* dst) {
   const int64_t W = k.lanes, size = dtype_size(type), pitch = round_up(to.depth, W);
   const int64_t depth = to.depth - (bias != nullptr);
@@ -90,11 +90,11 @@ void pack_transposed(const Kernels<T>& k, DType type, const void* w, const void*
     const int64_t width = to.width(j);
     for (int64_t r = 0; r < width; ++r) {
       if (j + r < to.cols) {
-        k.load_row(type, static_cast<const char*>(w) + (j + r) * depth * size, rows + r * pitch,
-                   depth, T(1));
+        row_kernels<T>().load_row(type, static_cast<const char*>(w) + (j + r) * depth * size,
+                                  rows + r * pitch, depth, T(1));
         if (bias != nullptr) {
-          k.load_row(type, static_cast<const char*>(bias) + (j + r) * size,
-                     rows + r * pitch + depth, 1, T(1));
+          row_kernels<T>().load_row(type, static_cast<const char*>(bias) + (j + r) * size,
+                                    rows + r * pitch + depth, 1, T(1));
         }
       } else {
         std::fill(rows + r * pitch, rows + r * pitch + to.depth, T(0));
@@ -106,12 +106,11 @@ void pack_transposed(const Kernels<T>& k, DType type, const void* w, const void*
 
 // [rows][n] of `type`, `ld` elements apart, as a block on the broadcast side.
 template <class T>
-void load_blocks(const Kernels<T>& k, DType type, const void* src, int64_t ld, int64_t rows,
-                 int64_t n, T* dst) {
+void load_blocks(DType type, const void* src, int64_t ld, int64_t rows, int64_t n, T* dst) {
   for (int64_t c = 0; c < n; c += kKc) {
-    k.dense.copy(type, static_cast<const char*>(src) + c * dtype_size(type), ld, rows,
-                 std::min(kKc, n - c), dst + c / kKc * kDenseTokens * kLda, kLda, nullptr, 0,
-                 nullptr);
+    activation_kernels<T>().dense_copy(
+        {type, static_cast<const char*>(src) + c * dtype_size(type), ld, rows, std::min(kKc, n - c),
+         dst + c / kKc * kDenseTokens * kLda, kLda, nullptr, 0, nullptr});
   }
 }
 
@@ -150,7 +149,7 @@ double cost_of(const DenseFfnSizes& s) {
 template <class T>
 void run(const DenseFfnParams& p, const Parallel& par) {
   const DenseFfnSizes& s = p.size;
-  const Kernels<T>& k = kernels<T>();
+  const GemmKernels<T>& k = gemm_kernels<T>();
   const int64_t W = k.lanes, size = dtype_size(s.type);
   const int64_t E = s.num_experts, G = s.num_inputs, H = s.hidden_size, I = s.intermediate_size,
                 O = s.out_size;
@@ -189,7 +188,7 @@ void run(const DenseFfnParams& p, const Parallel& par) {
     for (int64_t n = 0; n < E; ++n) {
       const int64_t e = s.order[n], g = s.input_of[e];
       if (g != loaded) {
-        load_blocks(k, s.type, of(p.x, t0 * G + g, H), G * H, m, H, x);
+        load_blocks(s.type, of(p.x, t0 * G + g, H), G * H, m, H, x);
         if (p.b_up != nullptr) set_ones(x, m, H);
         loaded = g;
       }
@@ -199,11 +198,18 @@ void run(const DenseFfnParams& p, const Parallel& par) {
       multiply(k, m, up_k, x, up, w_up + e * up.elements(), u, ldu, false);
       if (saved != nullptr && !keep_u) {
         for (int64_t t = 0; t < m; ++t) {
-          k.store_row(kAccumulate<T>, u + t * ldu, saved + t * I, I);
+          row_kernels<T>().store_row(kAccumulate<T>, u + t * ldu, saved + t * I, I);
         }
       }
       for (int64_t c = 0; c < I; c += kKc) {
-        k.dense.act(s.has_act, s.act, m, std::min(kKc, I - c), u + c, ldu, row_place(h, c), kLda);
+        activation_kernels<T>().dense_forward({.has_act = s.has_act,
+                                               .kind = s.act,
+                                               .rows = m,
+                                               .n = std::min(kKc, I - c),
+                                               .u = u + c,
+                                               .ld_u = ldu,
+                                               .h = row_place(h, c),
+                                               .ld_h = kLda});
       }
       if (p.b_down != nullptr) set_ones(h, m, I);
       if (keep_y) {
@@ -213,8 +219,8 @@ void run(const DenseFfnParams& p, const Parallel& par) {
       }
       multiply(k, m, down_k, h, down, w_down + e * down.elements(), y, ldy, false);
       for (int64_t t = 0; t < m; ++t) {
-        k.store_row(s.type, y + t * ldy, static_cast<char*>(p.y) + ((t0 + t) * E + e) * O * size,
-                    O);
+        row_kernels<T>().store_row(s.type, y + t * ldy,
+                                   static_cast<char*>(p.y) + ((t0 + t) * E + e) * O * size, O);
       }
     }
   });
@@ -229,7 +235,7 @@ struct Sums {
 template <class T>
 void run_bwd(const DenseFfnBwdParams& p, const Parallel& par) {
   const DenseFfnSizes& s = p.size;
-  const Kernels<T>& k = kernels<T>();
+  const GemmKernels<T>& k = gemm_kernels<T>();
   const int64_t W = k.lanes, size = dtype_size(s.type);
   const int64_t E = s.num_experts, G = s.num_inputs, H = s.hidden_size, I = s.intermediate_size,
                 O = s.out_size;
@@ -254,10 +260,12 @@ void run_bwd(const DenseFfnBwdParams& p, const Parallel& par) {
   parallel_range(par, E, static_cast<double>(up.elements() + down.elements()),
                  [&](int64_t begin, int64_t end) {
                    for (int64_t e = begin; e < end; ++e) {
-                     k.dense.panels(s.type, static_cast<const char*>(p.w_down) + e * O * I * size,
-                                    I, O, I, w_down + e * down.elements());
-                     k.dense.panels(s.type, static_cast<const char*>(p.w_up) + e * I * H * size, H,
-                                    I, H, w_up + e * up.elements());
+                     activation_kernels<T>().dense_panels(
+                         s.type, static_cast<const char*>(p.w_down) + e * O * I * size, I, O, I,
+                         w_down + e * down.elements());
+                     activation_kernels<T>().dense_panels(
+                         s.type, static_cast<const char*>(p.w_up) + e * I * H * size, H, I, H,
+                         w_up + e * up.elements());
                    }
                  });
   std::vector<char> read(static_cast<size_t>(G), 0);
@@ -286,8 +294,9 @@ void run_bwd(const DenseFfnBwdParams& p, const Parallel& par) {
       const auto store_dx = [&] {
         if (loaded < 0 || p.grad_x == nullptr || keep_dx) return;
         for (int64_t t = 0; t < m; ++t) {
-          k.store_row(s.type, dx_block + t * ldh,
-                      static_cast<char*>(p.grad_x) + ((t0 + t) * G + loaded) * H * size, H);
+          row_kernels<T>().store_row(
+              s.type, dx_block + t * ldh,
+              static_cast<char*>(p.grad_x) + ((t0 + t) * G + loaded) * H * size, H);
         }
       };
       for (int64_t n = 0; n < E; ++n) {
@@ -297,8 +306,8 @@ void run_bwd(const DenseFfnBwdParams& p, const Parallel& par) {
           store_dx();
           loaded = g;
           if (need_up) {
-            k.dense.panels(s.type, static_cast<const char*>(p.x) + (t0 * G + g) * H * size, G * H,
-                           m, H, x);
+            activation_kernels<T>().dense_panels(
+                s.type, static_cast<const char*>(p.x) + (t0 * G + g) * H * size, G * H, m, H, x);
           }
         }
         T* sum_up = total + e * sums.expert();
@@ -307,23 +316,26 @@ void run_bwd(const DenseFfnBwdParams& p, const Parallel& par) {
         T* sum_b_down = sum_b_up + sums.b_up;
         const char* dy = static_cast<const char*>(p.grad_y) + (t0 * E + e) * O * size;
         for_column_runs(O, [&](int64_t c, int64_t cols) {
-          k.dense.copy(s.type, dy + c * size, E * O, m, cols,
-                       need_hidden ? row_place(dy_rows, c) : nullptr, kLda,
-                       need_down ? column_place(dy_columns, c) : nullptr, kLdm,
-                       sums.b_down ? sum_b_down + c : nullptr);
+          activation_kernels<T>().dense_copy({s.type, dy + c * size, E * O, m, cols,
+                                              need_hidden ? row_place(dy_rows, c) : nullptr, kLda,
+                                              need_down ? column_place(dy_columns, c) : nullptr,
+                                              kLdm, sums.b_down ? sum_b_down + c : nullptr});
         });
         const T* u = static_cast<const T*>(p.preact) + (e * s.num_tokens + t0) * I;
         if (need_hidden) {
           multiply(k, m, down_k, dy_rows, down, w_down + e * down.elements(), dh, ldi, false);
         }
         for_column_runs(need_hidden || need_down ? I : 0, [&](int64_t c, int64_t cols) {
-          DenseActTargets<T> to;
-          if (need_down) to.h_panels = h + hidden.offset(c);
-          if (p.grad_x != nullptr) to.rows = row_place(du_rows, c);
-          if (need_up) to.columns = column_place(du_columns, c);
-          if (sums.b_up) to.sum = sum_b_up + c;
-          k.dense.act_bwd(s.has_act, s.act, m, cols, u + c, I, need_hidden ? dh + c : nullptr,
-                          need_hidden ? ldi : 0, to);
+          DenseAct<T> act = {s.has_act, s.act, m, cols, u + c, I};
+          if (need_hidden) {
+            act.d = dh + c;
+            act.ld_d = ldi;
+          }
+          if (need_down) act.h_panels = h + hidden.offset(c);
+          if (p.grad_x != nullptr) act.du_rows = row_place(du_rows, c);
+          if (need_up) act.du_columns = column_place(du_columns, c);
+          if (sums.b_up) act.sum = sum_b_up + c;
+          activation_kernels<T>().dense_backward(act);
         });
         if (need_down) multiply_columns(k, O, dy_columns, hidden, h, sum_down, ldi, true);
         if (need_up) multiply_columns(k, I, du_columns, x_panels, x, sum_up, ldh, true);
@@ -345,22 +357,23 @@ void run_bwd(const DenseFfnBwdParams& p, const Parallel& par) {
   // The parts' sums, in order, to where they belong.
   const auto add = [&](int64_t offset, int64_t rows, int64_t cols, int64_t ld, void* out) {
     if (out == nullptr) return;
-    parallel_range(par, E, static_cast<double>(parts * rows * cols) / 4,
-                   [&](int64_t begin, int64_t end) {
-                     ScratchScope scratch;
-                     T* row = scratch.take<T>(Scratch::kTile, cols);
-                     for (int64_t e = begin; e < end; ++e) {
-                       for (int64_t r = 0; r < rows; ++r) {
-                         const T* from = totals + e * sums.expert() + offset + r * ld;
-                         k.load_row(kAccumulate<T>, from, row, cols, T(1));
-                         for (int64_t part = 1; part < parts; ++part) {
-                           k.axpy(kAccumulate<T>, from + part * E * sums.expert(), T(1), row, cols);
-                         }
-                         k.store_row(s.type, row,
-                                     static_cast<char*>(out) + (e * rows + r) * cols * size, cols);
-                       }
-                     }
-                   });
+    parallel_range(
+        par, E, static_cast<double>(parts * rows * cols) / 4, [&](int64_t begin, int64_t end) {
+          ScratchScope scratch;
+          T* row = scratch.take<T>(Scratch::kTile, cols);
+          for (int64_t e = begin; e < end; ++e) {
+            for (int64_t r = 0; r < rows; ++r) {
+              const T* from = totals + e * sums.expert() + offset + r * ld;
+              row_kernels<T>().load_row(kAccumulate<T>, from, row, cols, T(1));
+              for (int64_t part = 1; part < parts; ++part) {
+                row_kernels<T>().axpy(kAccumulate<T>, from + part * E * sums.expert(), T(1), row,
+                                      cols);
+              }
+              row_kernels<T>().store_row(
+                  s.type, row, static_cast<char*>(out) + (e * rows + r) * cols * size, cols);
+            }
+          }
+        });
   };
   add(0, I, H, ldh, p.grad_w_up);
   add(sums.up, O, I, ldi, p.grad_w_down);

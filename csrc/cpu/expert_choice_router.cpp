@@ -10,8 +10,8 @@
 #include <vector>
 
 #include "cpu/gemm/blocking.h"
-#include "cpu/kernels/kernels.h"
 #include "cpu/kernels/router_row.h"
+#include "cpu/kernels/rows.h"
 #include "cpu/runtime/parallel.h"
 #include "cpu/runtime/workspace.h"
 
@@ -29,7 +29,7 @@ struct Threshold {
 template <class T>
 void write_scores(const ExpertChoiceRouterParams& p, const Parallel& par) {
   const RouterRow<T>& row = router_row<T>();
-  const Kernels<T>& kernel = kernels<T>();
+  const RowKernels<T>& kernel = row_kernels<T>();
   const int64_t E = p.num_experts, padded = round_up<int64_t>(E, 16);
   parallel_range(
       par, p.num_tokens, 4.0 * static_cast<double>(E) + 50.0, [&](int64_t begin, int64_t end) {

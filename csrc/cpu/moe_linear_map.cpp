@@ -10,48 +10,47 @@ namespace {
 
 template <class T>
 void run(const MoeLinearMapParams& p, const Parallel& par) {
-  const Kernels<T>& k = kernels<T>();
+  const GemmKernels<T>& k = gemm_kernels<T>();
   const SlotProduct& s = p.s;
   const int64_t O = s.rows, size = dtype_size(p.x.type);
   ScratchScope scratch;
   const PanelBank<T> bank(scratch, k, p.w, s.num_experts, O, s.cols);
-  parallel_items(par, ceil_div(s.num_tokens, kBlockTokens), slot_product_cost(s, 1),
-                 [&](int64_t item) {
-                   const int64_t begin = item * kBlockTokens;
-                   ScratchScope scratch;
-                   const SlotBlock b =
-                       slot_block(scratch, s, begin, std::min(s.num_tokens, begin + kBlockTokens));
-                   const int64_t n = (b.end - b.begin) * s.top_k, valid = b.offsets[s.num_experts];
-                   char* h = static_cast<char*>(p.h) + b.first * O * size;
-                   const void** rows = scratch.take<const void*>(Scratch::kHidden, 2 * n);
-                   void** out = const_cast<void**>(rows + n);
-                   const RowStarts x(p.x), hs(h, O * size);
-                   for (int64_t r = 0; r < valid; ++r) {
-                     rows[r] = x[b.tokens[r]];
-                     out[r] = const_cast<void*>(hs[b.slots[r]]);
-                   }
-                   T* c = scratch.take<T>(Scratch::kTile, n * padded(k, O));
-                   for (int64_t e = 0; e < s.num_experts; ++e) {
-                     const int64_t r = b.offsets[e], count = b.offsets[e + 1] - r;
-                     if (count == 0) continue;
-                     multiply_slots(k, p.x.type, rows + r, count, s.cols, bank.of(e), O,
-                                    p.bias.data == nullptr
-                                        ? nullptr
-                                        : element(p.bias.data, p.bias.type, e * p.bias.stride_e),
-                                    c);
-                     k.scatter_rows(p.x.type, c, padded(k, O), count, O, nullptr, out + r);
-                   }
-                   if (valid == n) return;
-                   for (int64_t i = 0; i < n; ++i) {
-                     if (b.rows[i] < 0)
-                       std::memset(h + i * O * size, 0, static_cast<size_t>(O * size));
-                   }
-                 });
+  parallel_items(
+      par, ceil_div(s.num_tokens, kBlockTokens), slot_product_cost(s, 1), [&](int64_t item) {
+        const int64_t begin = item * kBlockTokens;
+        ScratchScope scratch;
+        const SlotBlock b =
+            slot_block(scratch, s, begin, std::min(s.num_tokens, begin + kBlockTokens));
+        const int64_t n = (b.end - b.begin) * s.top_k, valid = b.offsets[s.num_experts];
+        char* h = static_cast<char*>(p.h) + b.first * O * size;
+        const void** rows = scratch.take<const void*>(Scratch::kHidden, 2 * n);
+        void** out = const_cast<void**>(rows + n);
+        const RowStarts x(p.x), hs(h, O * size);
+        for (int64_t r = 0; r < valid; ++r) {
+          rows[r] = x[b.tokens[r]];
+          out[r] = const_cast<void*>(hs[b.slots[r]]);
+        }
+        T* c = scratch.take<T>(Scratch::kTile, n * padded(k, O));
+        for (int64_t e = 0; e < s.num_experts; ++e) {
+          const int64_t r = b.offsets[e], count = b.offsets[e + 1] - r;
+          if (count == 0) continue;
+          multiply_slots(k, p.x.type, rows + r, count, s.cols, bank.of(e), O,
+                         p.bias.data == nullptr
+                             ? nullptr
+                             : element(p.bias.data, p.bias.type, e * p.bias.stride_e),
+                         c);
+          row_kernels<T>().scatter_rows(c, padded(k, O), nullptr, {p.x.type, out + r, count, O});
+        }
+        if (valid == n) return;
+        for (int64_t i = 0; i < n; ++i) {
+          if (b.rows[i] < 0) std::memset(h + i * O * size, 0, static_cast<size_t>(O * size));
+        }
+      });
 }
 
 template <class T>
 void run_bwd(const MoeLinearMapBwdParams& p, const Parallel& par) {
-  const Kernels<T>& k = kernels<T>();
+  const GemmKernels<T>& k = gemm_kernels<T>();
   const SlotProduct& s = p.s;
   const DType type = p.x.type;
   const int64_t O = s.rows, H = s.cols, E = s.num_experts, size = dtype_size(type);
@@ -81,13 +80,20 @@ void run_bwd(const MoeLinearMapBwdParams& p, const Parallel& par) {
                             bank.of(e), p.grad_x == nullptr ? nullptr : c + r * ld);
       if (p.grad_bias != nullptr) {
         for (int64_t i = r; i < r + count; ++i) {
-          k.axpy(type, grads[i], T(1), chunks.bias_of(chunk, e), O);
+          row_kernels<T>().axpy(type, grads[i], T(1), chunks.bias_of(chunk, e), O);
         }
       }
     }
     if (p.grad_x == nullptr) return;
-    k.combine_rows(type, c, ld, b.rows, nullptr, end - begin, s.top_k, H,
-                   static_cast<char*>(p.grad_x) + begin * H * size);
+    row_kernels<T>().combine_rows({.type = type,
+                                   .rows = c,
+                                   .ld = ld,
+                                   .index = b.rows,
+                                   .weights = nullptr,
+                                   .num_tokens = end - begin,
+                                   .top_k = s.top_k,
+                                   .n = H,
+                                   .out = static_cast<char*>(p.grad_x) + begin * H * size});
   };
   run_chunks(s.num_tokens, par, slot_product_cost(s, 2), run_block);
   if (sums) chunks.add_up(grad_w, p.grad_bias, type, par);

@@ -11,7 +11,7 @@ namespace {
 
 template <class T>
 void run(const MoeLinearReduceBwdParams& p, const Parallel& par) {
-  const Kernels<T>& k = kernels<T>();
+  const RowKernels<T>& k = row_kernels<T>();
   const int64_t D = p.in_features;
   const T* u = static_cast<const T*>(p.u);
   const T* weights = static_cast<const T*>(p.row_weights);
@@ -42,7 +42,7 @@ void run(const MoeLinearReduceBwdParams& p, const Parallel& par) {
 
 template <class T>
 void run_blocks(const MoeLinearReduceParams& p, const Parallel& par) {
-  const Kernels<T>& k = kernels<T>();
+  const GemmKernels<T>& k = gemm_kernels<T>();
   const SlotProduct& s = p.s;
   const DType type = p.w.type;
   const int64_t H = s.rows, D = s.cols, size = dtype_size(type), ld = padded(k, H);
@@ -68,14 +68,21 @@ void run_blocks(const MoeLinearReduceParams& p, const Parallel& par) {
               p.bias.data == nullptr ? nullptr : element(p.bias.data, type, e * p.bias.stride_e),
               c + r * ld);
         }
-        k.combine_rows(type, c, ld, b.rows, static_cast<const T*>(p.topk_weights) + b.first,
-                       b.end - b.begin, s.top_k, H, static_cast<char*>(p.y) + b.begin * H * size);
+        row_kernels<T>().combine_rows({.type = type,
+                                       .rows = c,
+                                       .ld = ld,
+                                       .index = b.rows,
+                                       .weights = static_cast<const T*>(p.topk_weights) + b.first,
+                                       .num_tokens = b.end - b.begin,
+                                       .top_k = s.top_k,
+                                       .n = H,
+                                       .out = static_cast<char*>(p.y) + b.begin * H * size});
       });
 }
 
 template <class T>
 void run_blocks_bwd(const MoeLinearReduceBlocksBwdParams& p, const Parallel& par) {
-  const Kernels<T>& k = kernels<T>();
+  const GemmKernels<T>& k = gemm_kernels<T>();
   const SlotProduct& s = p.s;
   const DType type = p.w.type;
   const int64_t H = s.rows, D = s.cols, E = s.num_experts, size = dtype_size(type);
@@ -114,18 +121,19 @@ void run_blocks_bwd(const MoeLinearReduceBlocksBwdParams& p, const Parallel& par
                          bank.of(e), slots ? c : nullptr);
       if (p.grad_bias != nullptr) {
         for (int64_t i = r; i < r + count; ++i) {
-          k.axpy(type, grads[i], weights[i], chunks.bias_of(chunk, e), H);
+          row_kernels<T>().axpy(type, grads[i], weights[i], chunks.bias_of(chunk, e), H);
         }
       }
       if (!slots) continue;
-      if (p.grad_h != nullptr) k.scatter_rows(type, c, ld, count, D, weights + r, grad_h + r);
+      if (p.grad_h != nullptr)
+        row_kernels<T>().scatter_rows(c, ld, weights + r, {type, grad_h + r, count, D});
       if (grad_weights == nullptr) continue;
-      k.dot_rows(type, h + r, c, ld, count, D, dots);
+      row_kernels<T>().dot_rows({type, h + r, count, D}, c, ld, dots);
       for (int64_t i = 0; i < count; ++i) {
         T g = dots[i];
         if (p.bias.data != nullptr) {
-          g += k.dot_row(type, element(p.bias.data, type, e * p.bias.stride_e), type, grads[r + i],
-                         H);
+          g += row_kernels<T>().dot_row(type, element(p.bias.data, type, e * p.bias.stride_e), type,
+                                        grads[r + i], H);
         }
         grad_weights[b.first + b.slots[r + i]] = g;
       }

@@ -4,9 +4,9 @@
 #include <limits>
 
 #include "cpu/gemm/blocking.h"
-#include "cpu/kernels/kernels.h"
-#include "cpu/kernels/router_soa.h"
 #include "cpu/kernels/router_row.h"
+#include "cpu/kernels/router_soa.h"
+#include "cpu/kernels/rows.h"
 #include "cpu/runtime/parallel.h"
 #include "cpu/runtime/workspace.h"
 
@@ -26,7 +26,7 @@ template <class T>
 void route_few_bwd(const RouterBwdParams& p, const Parallel& par) {
   using Key = RouterKey<T>;
   const RouterRow<T>& row = router_row<T>();
-  const Kernels<T>& kernel = kernels<T>();
+  const RowKernels<T>& kernel = row_kernels<T>();
   const int64_t E = p.num_experts, K = p.top_k, size = dtype_size(p.type);
   const int64_t bytes = kLaneTokens * (3 * E + 2 * K) * static_cast<int64_t>(sizeof(T)) + 6 * 64;
   const double cost = 2.0 * static_cast<double>(E * K) + 10.0 * static_cast<double>(E);
@@ -64,7 +64,7 @@ void route_bwd(const RouterBwdParams& p, const Parallel& par) {
     return route_few_bwd<T>(p, par);
   }
   const RouterRow<T>& row = router_row<T>();
-  const Kernels<T>& kernel = kernels<T>();
+  const RowKernels<T>& kernel = row_kernels<T>();
   const int64_t E = p.num_experts, K = p.top_k;
   const int64_t padded = round_up(E, kRowUnit), padded_k = round_up<int64_t>(K, 8);
   const bool softmax = p.score_func == ScoreFunc::kSoftmax;
@@ -94,9 +94,10 @@ void route_bwd(const RouterBwdParams& p, const Parallel& par) {
 
     for (int64_t t0 = begin; t0 < end; t0 += batch) {
       const int64_t m = std::min(batch, end - t0);
-      kernel.load_rows(p.type,
-                       static_cast<const char*>(p.router_logits) + t0 * p.logits_stride * size,
-                       p.logits_stride, m, E, x, padded, T(1));
+      kernel.load_rows(
+          {p.type, static_cast<const char*>(p.router_logits) + t0 * p.logits_stride * size,
+           p.logits_stride, m, E},
+          x, padded, T(1));
       for (int64_t t = 0; t < m; ++t) {
         // The slots that hold an expert move together.
         const T* const grad_weights = static_cast<const T*>(p.grad_weights) + (t0 + t) * K;
@@ -176,8 +177,8 @@ void route_bwd(const RouterBwdParams& p, const Parallel& par) {
           for (int64_t k = 0; k < n; ++k) grad_x[ids[k]] += slope[k] * grad[k];
         }
       }
-      kernel.store_rows(p.type, x, padded, m, E, static_cast<char*>(p.grad_logits) + t0 * E * size,
-                        E);
+      kernel.store_rows(x, padded,
+                        {p.type, static_cast<char*>(p.grad_logits) + t0 * E * size, E, m, E});
     }
   });
 }

@@ -10,9 +10,9 @@
 #include <algorithm>
 #include <limits>
 
-#include "cpu/kernels/kernels.h"
-#include "cpu/kernels/router_soa.h"
 #include "cpu/kernels/router_row.h"
+#include "cpu/kernels/router_soa.h"
+#include "cpu/kernels/rows.h"
 #include "cpu/runtime/parallel.h"
 #include "cpu/runtime/workspace.h"
 
@@ -94,7 +94,7 @@ template <class T>
 void route_few(const TopkRouterParams& p, const Parallel& par) {
   using Key = RouterKey<T>;
   const RouterRow<T>& row = router_row<T>();
-  const Kernels<T>& kernel = kernels<T>();
+  const RowKernels<T>& kernel = row_kernels<T>();
   const int64_t E = p.num_experts, K = p.top_k;
   const int64_t bytes = kLaneTokens * (2 * E + 2 * K) * static_cast<int64_t>(sizeof(T)) + 5 * 64;
   const double cost = static_cast<double>(E * K) + 10.0 * static_cast<double>(E);
@@ -127,7 +127,7 @@ void route(const TopkRouterParams& p, const Parallel& par) {
   }
   using Key = RouterKey<T>;
   const RouterRow<T>& row = router_row<T>();
-  const Kernels<T>& kernel = kernels<T>();
+  const RowKernels<T>& kernel = row_kernels<T>();
   const int64_t E = p.num_experts, K = p.top_k;
   const int64_t padded = round_up(E, kRowUnit), padded_k = round_up(K, kRowUnit);
   const bool softmax = p.score_func == ScoreFunc::kSoftmax;
@@ -170,9 +170,10 @@ void route(const TopkRouterParams& p, const Parallel& par) {
     for (int64_t t0 = begin; t0 < end; t0 += at_once) {
       const int64_t rows = std::min(at_once, end - t0);
       kernel.load_rows(
-          p.type,
-          static_cast<const char*>(p.router_logits) + t0 * p.logits_stride * dtype_size(p.type),
-          p.logits_stride, rows, E, xs, pitch, T(1));
+          {p.type,
+           static_cast<const char*>(p.router_logits) + t0 * p.logits_stride * dtype_size(p.type),
+           p.logits_stride, rows, E},
+          xs, pitch, T(1));
       std::fill_n(sums, rows, T(1));
       if (all_scores && softmax) row.exp_sum(xs, scores, rows, pitch, padded, sums);
       for (int64_t r = 0; r < rows; ++r) {

@@ -5,8 +5,8 @@
 #include <algorithm>
 #include <limits>
 
-#include "cpu/kernels/kernels.h"
 #include "cpu/kernels/router_row.h"
+#include "cpu/kernels/rows.h"
 #include "cpu/runtime/parallel.h"
 #include "cpu/runtime/workspace.h"
 
@@ -18,7 +18,7 @@ template <class T>
 void route(const ToppRouterParams& p, const Parallel& par) {
   using Key = RouterKey<T>;
   const RouterRow<T>& row = router_row<T>();
-  const Kernels<T>& kernel = kernels<T>();
+  const RowKernels<T>& kernel = row_kernels<T>();
   const int64_t E = p.num_experts, K = p.max_k;
   const int64_t padded = round_up(E, kRowUnit), pitch = padded + kRowUnit;
   const T top_p = static_cast<T>(p.top_p), scale = static_cast<T>(p.routed_scaling_factor);

@@ -320,9 +320,10 @@ inline void store_lanes(T* dst, Vec<T> v, int count) {
 }
 
 template <class T, Activation A>
-void act_bwd_row(const T* gate, const T* up, const T* dh, T* h, T* dgate, T* dup, int64_t n,
-                 T alpha, T limit) {
-  act_bwd_loop<T, A>(gate, up, dh, n, alpha, limit,
+void act_bwd_row(const ActRowsBwd<T>& p, int64_t r) {
+  T* h = p.h == nullptr ? nullptr : p.h + r * p.ld_h;
+  T *dgate = p.dgate + r * p.ld_grad, *dup = p.dup + r * p.ld_grad;
+  act_bwd_loop<T, A>(p.gate + r * p.ld, p.up + r * p.ld, p.dh + r * p.ld_dh, p.n, p.alpha, p.limit,
                      [&](int64_t i, int count, Vec<T> hv, Vec<T> dg, Vec<T> du, Vec<T>) {
                        if (h != nullptr) store_lanes<T>(h + i, hv, count);
                        store_lanes<T>(dgate + i, dg, count);
@@ -333,6 +334,10 @@ void act_bwd_row(const T* gate, const T* up, const T* dh, T* h, T* dgate, T* dup
 template <class T, Activation A>
 void act_bwd_rows_loop(const ActRowsBwd<T>& p) {
   for (int64_t r = 0; r < p.rows; ++r) {
+    if (p.dots == nullptr) {
+      act_bwd_row<T, A>(p, r);
+      continue;
+    }
     const T weight = p.weights == nullptr ? T(1) : p.weights[r];
     T *h = p.h + r * p.ld_h, *dgate = p.dgate + r * p.ld_grad, *dup = p.dup + r * p.ld_grad;
     Vec<T> sum = {};
@@ -377,19 +382,6 @@ template <class T>
 void act_rows(const ActRows<T>& p) {
 #define MOE_CALL(A) act_rows_loop<T, A>(p)
   MOE_FOR_ACTIVATION(p.kind, MOE_CALL)
-#undef MOE_CALL
-}
-
-template <class T>
-void act_fwd(Activation kind, const T* gate, const T* up, T* h, int64_t n, T alpha, T limit) {
-  act_rows<T>({kind, 1, n, alpha, limit, gate, up, 0, h, 0});
-}
-
-template <class T>
-void act_bwd(Activation kind, const T* gate, const T* up, const T* dh, T* h, T* dgate, T* dup,
-             int64_t n, T alpha, T limit) {
-#define MOE_CALL(A) act_bwd_row<T, A>(gate, up, dh, h, dgate, dup, n, alpha, limit)
-  MOE_FOR_ACTIVATION(kind, MOE_CALL)
 #undef MOE_CALL
 }
 

@@ -147,9 +147,10 @@ bool softmax_block(const AttentionBlock<T>& b, T* s, T* max, T* sum, T* factor) 
 }
 
 template <class T, int NV, bool kMasked, bool kCapped>
-void softmax_block_bwd(const AttentionBlock<T>& b, T* s, const T* dp, const T* lse, const T* delta,
-                       T* p_rows, T* ds_rows) {
+void softmax_block_bwd(const AttentionBlock<T>& b, const SoftmaxBwdParams<T>& params) {
   constexpr int W = kLanes<T>;
+  T *s = params.s, *p_rows = params.p_rows, *ds_rows = params.ds_rows;
+  const T *dp = params.dp, *lse = params.lse, *delta = params.delta;
   const Seen<T, NV> seen(b);
   const T cap = b.softcap, inverse = kCapped ? T(1) / cap : T(0);
   Vec<T> power[NV], d[NV];
@@ -221,9 +222,11 @@ T stick_block(const AttentionBlock<T>& b, T* s, T* log_rest) {
 // sum of weight times gradient over those; it grows from the first key on, so nothing is subtracted
 // from a total.
 template <class T, int NV, bool kMasked>
-void stick_block_bwd(const AttentionBlock<T>& b, T* s, const T* dp, const T* log_rest, T* slopes,
-                     T* before, T* p_rows, T* ds_rows) {
+void stick_block_bwd(const AttentionBlock<T>& b, const StickBwdParams<T>& params) {
   constexpr int W = kLanes<T>;
+  T *s = params.s, *slopes = params.slopes, *before = params.before;
+  T *p_rows = params.p_rows, *ds_rows = params.ds_rows;
+  const T *dp = params.dp, *log_rest = params.log_rest;
   const Seen<T, NV> seen(b);
   const T cap = b.softcap, inverse = cap > 0 ? T(1) / cap : T(0);
   Vec<T> rest[NV], sum[NV];
@@ -314,7 +317,7 @@ bool all_finite(const T* x, int64_t n) {
 }
 
 template <class T>
-void multiply_lanes(T* c, int64_t rows, int width, const T* factor) {
+void multiply_columns(T* c, int64_t rows, int width, const T* factor) {
   constexpr int W = kLanes<T>;
   for (int v = 0; v < width; v += W) {
     const Vec<T> f = load<T>(factor + v);
@@ -354,12 +357,12 @@ void softmax_end(int64_t n, const T* max, const T* sum, T* lse, T* factor) {
 }
 
 template <class T>
-void row_dots(DType type, const void* a, int64_t lda, const void* b, int64_t ldb, int64_t rows,
-              int64_t n, T* out) {
+void row_dots(const RowDotsParams<T>& p) {
   constexpr int W = kLanes<T>;
-  with_type<T>(type, a, [&]<class S>(const S* pa) {
-    const S* pb = static_cast<const S*>(b);
-    for (int64_t r = 0; r < rows; ++r, pa += lda, pb += ldb) {
+  const int64_t n = p.n;
+  with_type<T>(p.type, p.a, [&]<class S>(const S* pa) {
+    const S* pb = static_cast<const S*>(p.b);
+    for (int64_t r = 0; r < p.rows; ++r, pa += p.lda, pb += p.ldb) {
       Vec<T> s0 = {}, s1 = {};
       int64_t i = 0;
       for (; i + 2 * W <= n; i += 2 * W) {
@@ -372,7 +375,7 @@ void row_dots(DType type, const void* a, int64_t lda, const void* b, int64_t ldb
       }
       T s = horizontal_sum<T>(s0 + s1);
       for (; i < n; ++i) s += to_float(pa[i]) * to_float(pb[i]);
-      out[r] = s;
+      p.out[r] = s;
     }
   });
 }
@@ -386,7 +389,7 @@ inline auto with_block(const AttentionBlock<T>& b, const Fn& fn) {
 }
 
 template <class T>
-AttentionKernels<T> attention_kernels() {
+AttentionKernels<T> attention_steps() {
   AttentionKernels<T> k = {};
   k.log_tiny = kLogTiny<T>;
   k.lowest = kLowest<T>;
@@ -395,12 +398,10 @@ AttentionKernels<T> attention_kernels() {
       return softmax_block<T, NV, kMasked>(b, s, max, sum, factor);
     });
   };
-  k.softmax_bwd = [](const AttentionBlock<T>& b, T* s, const T* dp, const T* lse, const T* delta,
-                     T* p_rows, T* ds_rows) {
+  k.softmax_bwd = [](const AttentionBlock<T>& b, const SoftmaxBwdParams<T>& p) {
     with_block(b, [&]<int NV, bool kMasked>() {
-      b.softcap > 0
-          ? softmax_block_bwd<T, NV, kMasked, true>(b, s, dp, lse, delta, p_rows, ds_rows)
-          : softmax_block_bwd<T, NV, kMasked, false>(b, s, dp, lse, delta, p_rows, ds_rows);
+      b.softcap > 0 ? softmax_block_bwd<T, NV, kMasked, true>(b, p)
+                    : softmax_block_bwd<T, NV, kMasked, false>(b, p);
     });
   };
   k.stick = [](const AttentionBlock<T>& b, T* s, T* log_rest) {
@@ -413,11 +414,8 @@ AttentionKernels<T> attention_kernels() {
       return stick_block<T, NV, kMasked, false>(b, s, log_rest);
     });
   };
-  k.stick_bwd = [](const AttentionBlock<T>& b, T* s, const T* dp, const T* log_rest, T* slopes,
-                   T* before, T* p_rows, T* ds_rows) {
-    with_block(b, [&]<int NV, bool kMasked>() {
-      stick_block_bwd<T, NV, kMasked>(b, s, dp, log_rest, slopes, before, p_rows, ds_rows);
-    });
+  k.stick_bwd = [](const AttentionBlock<T>& b, const StickBwdParams<T>& p) {
+    with_block(b, [&]<int NV, bool kMasked>() { stick_block_bwd<T, NV, kMasked>(b, p); });
   };
   k.seen_sums = [](const AttentionBlock<T>& b, const T* a, int64_t lda, const T* s,
                    int64_t features, T* c) {
@@ -425,7 +423,7 @@ AttentionKernels<T> attention_kernels() {
                         : seen_sums<T, 1>(b, a, lda, s, features, c);
   };
   k.all_finite = &all_finite<T>;
-  k.multiply_lanes = &multiply_lanes<T>;
+  k.multiply_columns = &multiply_columns<T>;
   k.softmax_end = &softmax_end<T>;
   k.row_dots = &row_dots<T>;
   return k;

@@ -3,8 +3,8 @@
 
 #include <algorithm>
 
-#include "cpu/kernels/kernels.h"
 #include "cpu/kernels/router_row.h"
+#include "cpu/kernels/rows.h"
 
 namespace moe_ops::cpu {
 
@@ -62,7 +62,7 @@ RouterLanes<T> lanes_of(const Params& p) {
 
 // Logits of tokens t and on; `rows`: scratch, [tokens, experts].
 template <class T>
-void logits_to_planes(const Kernels<T>& kernel, DType type, const void* logits, int64_t stride,
+void logits_to_planes(const RowKernels<T>& kernel, DType type, const void* logits, int64_t stride,
                       int64_t t, int64_t tokens, int64_t experts, T* rows, T* planes) {
   const char* const from = static_cast<const char*>(logits) + t * stride * dtype_size(type);
   if (type == kAccumulate<T>) {
@@ -71,7 +71,7 @@ void logits_to_planes(const Kernels<T>& kernel, DType type, const void* logits, 
   if (stride == experts) {
     kernel.load_row(type, from, rows, tokens * experts, T(1));
   } else {
-    kernel.load_rows(type, from, stride, tokens, experts, rows, experts, T(1));
+    kernel.load_rows({type, from, stride, tokens, experts}, rows, experts, T(1));
   }
   to_planes(rows, experts, tokens, experts, planes, T(0));
 }

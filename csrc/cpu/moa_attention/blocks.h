@@ -10,7 +10,8 @@
 #include <xmmintrin.h>
 #endif
 
-#include "cpu/kernels/kernels.h"
+#include "cpu/kernels/attention.h"
+#include "cpu/kernels/rows.h"
 #include "cpu/runtime/batch_invariant.h"
 #include "cpu/runtime/parallel.h"
 #include "cpu/runtime/workspace.h"
@@ -208,19 +209,20 @@ struct Heights {
   uint32_t rows_, least_ = 0, higher_;
 };
 
-// Products of a panel: c [m][width] (+)= a b with `a` in row form, b [depth][width].
+// Products of a panel: c [m][width] (+)= a b with `a` row-major, b [depth][width].
 template <class T>
-void multiply(const typename Kernels<T>::Micro* tiles, int max_rows, int64_t a_step, int64_t depth,
-              const T* a, const T* b, int64_t m, T* c, int64_t ldc, bool accumulate) {
-  TileHints hints;
+void multiply(const MicroKernel<T>* tiles, int max_rows, int64_t a_step, int64_t depth, const T* a,
+              const T* b, int64_t m, T* c, int64_t ldc, bool accumulate) {
+  TileOptions hints;
   for (Heights t(m, max_rows); t.next();) {
-    tiles[t.height - 1](depth, a + t.begin * a_step, b, c + t.begin * ldc, ldc, accumulate, hints);
+    tiles[t.height - 1](depth, a + t.begin * a_step, b, {c + t.begin * ldc, ldc, accumulate},
+                        hints);
   }
 }
 
 template <class T>
 struct Products {
-  const Kernels<T>& k;
+  const GemmKernels<T>& k;
   int64_t d;
 
   int max_rows(int nv) const { return nv == 1 ? k.mr1 : k.mr2; }
@@ -243,7 +245,7 @@ struct Products {
     for (int64_t c0 = 0; c0 < d; c0 += kLdm, a += a_part) {
       const int64_t columns = std::min(kLdm, d - c0);
       if (apart && seen.masked) {
-        k.attention.seen_sums(seen, a, kLdm, b, columns, c + c0 * width);
+        attention_kernels<T>().seen_sums(seen, a, kLdm, b, columns, c + c0 * width);
         continue;
       }
       multiply<T>(k.col_a[nv - 1], max_rows(nv), 1, seen.keys, a, b, columns, c + c0 * width, width,
@@ -254,9 +256,9 @@ struct Products {
 
 // Features that the narrow kernels multiply, or 0 where they do not take a call.
 template <class T>
-int narrow_size(const Kernels<T>& k, const MoaAttentionParams& p) {
-  const bool taken =
-      p.kind == AttentionKind::kSoftmax && p.softcap == 0 && p.head_size <= k.attention.narrow_size;
+int narrow_size(const MoaAttentionParams& p) {
+  const bool taken = p.kind == AttentionKind::kSoftmax && p.softcap == 0 &&
+                     p.head_size <= attention_kernels<T>().narrow_size;
   return !taken ? 0 : p.head_size <= 8 ? 8 : 16;
 }
 
@@ -265,8 +267,8 @@ int narrow_size(const Kernels<T>& k, const MoaAttentionParams& p) {
 template <class T>
 class KeyCopy {
  public:
-  KeyCopy(const Kernels<T>& k, const MoaAttentionParams& p, const AttentionOperand& x, int64_t b,
-          int64_t head, int64_t part, int64_t pitch, const KeyRange& kept, T* data)
+  KeyCopy(const GemmKernels<T>& k, const MoaAttentionParams& p, const AttentionOperand& x,
+          int64_t b, int64_t head, int64_t part, int64_t pitch, const KeyRange& kept, T* data)
       : k_(k),
         p_(p),
         x_(x),
@@ -313,12 +315,13 @@ class KeyCopy {
   void load(int64_t j0, int64_t j1, T* to) const {
     const char* rows = at(x_, p_.type, b_, j0, 0, head_);
     for (int64_t c = 0; c < p_.head_size; c += part_, to += part_stride()) {
-      k_.load_rows(p_.type, rows + c * dtype_size(p_.type), x_.stride_token, j1 - j0,
-                   std::min(part_, p_.head_size - c), to, pitch_, T(1));
+      row_kernels<T>().load_rows({p_.type, rows + c * dtype_size(p_.type), x_.stride_token, j1 - j0,
+                                  std::min(part_, p_.head_size - c)},
+                                 to, pitch_, T(1));
     }
   }
 
-  const Kernels<T>& k_;
+  const GemmKernels<T>& k_;
   const MoaAttentionParams& p_;
   const AttentionOperand& x_;
   int64_t b_, head_, part_, pitch_, rows_;
@@ -370,20 +373,20 @@ void for_runs(const MoaAttentionParams& p, const AttentionOperand& x, const RowB
 
 // Rows of q (or of its gradient's like) as [padded][ld], zero where there are none.
 template <class T>
-void load_rows(const Kernels<T>& k, const MoaAttentionParams& p, const AttentionOperand& x,
-               const RowBlock<T>& block, T scale, T* dst, int64_t ld) {
+void load_rows(const MoaAttentionParams& p, const AttentionOperand& x, const RowBlock<T>& block,
+               T scale, T* dst, int64_t ld) {
   const int64_t d = p.head_size;
   if (ld > d) std::fill(dst, dst + block.count * ld, T(0));
   std::fill(dst + block.count * ld, dst + block.padded * ld, T(0));
   for_runs(p, x, block, [&](const char* rows, int64_t stride, int64_t r, int64_t n) {
-    k.load_rows(p.type, rows, stride, n, d, dst + r * ld, ld, scale);
+    row_kernels<T>().load_rows({p.type, rows, stride, n, d}, dst + r * ld, ld, scale);
   });
 }
 
 // [padded][ld] to panels [panel][d][width].
 template <class T>
-void to_panels(const Kernels<T>& k, const RowBlock<T>& block, const T* rows, int64_t ld, int64_t d,
-               T* dst) {
+void to_panels(const GemmKernels<T>& k, const RowBlock<T>& block, const T* rows, int64_t ld,
+               int64_t d, T* dst) {
   for (int64_t i = 0; i < block.panels(); ++i) {
     const int64_t r0 = i * block.panel_rows;
     k.transpose(rows + r0 * ld, ld, block.width(i), d, dst + r0 * d, block.width(i));

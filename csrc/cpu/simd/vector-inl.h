@@ -313,17 +313,17 @@ inline T horizontal_sum(Vec<T> v) {
   return s[0];
 }
 
-// Asks for the lines of one step.
-inline void fetch(TileHints& hints) {
-  for (int64_t line = hints.lines_per_step; line > 0 && hints.rows > 0; --line) {
-    __builtin_prefetch(hints.base + hints.offset + hints.turn, 0, 2);
-    hints.turn = hints.far - hints.turn;
-    if (hints.turn != 0) continue;
-    hints.offset += 64;
-    if (hints.offset >= hints.bytes) {
-      hints.offset = 0;
-      hints.base += hints.stride;
-      --hints.rows;
+// Prefetches the lines of one step.
+inline void prefetch_step(TilePrefetch& p) {
+  for (int64_t line = p.lines_per_step; line > 0 && p.rows > 0; --line) {
+    __builtin_prefetch(p.base + p.offset + p.turn, 0, 2);
+    p.turn = p.half - p.turn;
+    if (p.turn != 0) continue;
+    p.offset += 64;
+    if (p.offset >= p.bytes) {
+      p.offset = 0;
+      p.base += p.stride;
+      --p.rows;
     }
   }
 }
