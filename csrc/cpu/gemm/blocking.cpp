@@ -7,7 +7,6 @@
 #include "cpu/gemm/slot_blocks.h"
 #include "cpu/gemm/wgrad.h"
 #include "cpu/kernels/router.h"
-#include "cpu/kernels/router_row.h"
 #include "cpu/moa_attention/blocks.h"
 
 namespace moe_ops::cpu {
@@ -174,11 +173,11 @@ std::vector<BlockSize> block_sizes() {
       MOE_SIZE("attention", "size", kLdm),
       // Routers.
       MOE_SIZE("router", "experts", kRowUnit),
-      MOE_SIZE("router", "experts", kLaneExperts),
+      MOE_SIZE("router", "experts", kSoaExperts),
       MOE_SIZE("router", "experts", kRouterExperts),
       MOE_SIZE("router", "experts", kChoiceColumns),
       MOE_SIZE("router", "pairs", kFewRouterPairs),
-      MOE_SIZE("router", "tokens", kLaneTokens),
+      MOE_SIZE("router", "tokens", kSoaTokens),
       MOE_SIZE("router", "tokens", kRouterRows),
       MOE_SIZE("router", "tokens", kRouterLinearRows),
       // Operations on whole rows.

@@ -11,42 +11,6 @@ constexpr T kLogTiny = ExpTraits<T>::kMin;
 template <class T>
 constexpr T kLowest = sizeof(T) == 8 ? T(-1.7e308) : T(-2.3e38);  // finite times kPowerScale
 
-// tanh(x) = (1 - u) / (1 + u), u = e^-2|x|. Near zero 1 - u would cancel: there it is the Taylor
-// sum of -expm1, whose remainder at |2x| < 0.35 is below half an ulp at kDegree terms.
-template <class T>
-inline Vec<T> vtanh(Vec<T> x) {
-  const Vec<T> y = T(-2) * (x < T(0) ? -x : x);
-  const Vec<T> u = vexp<T>(y);
-  Vec<T> p = splat<T>(1);
-#pragma GCC unroll 16
-  for (int d = ExpTraits<T>::kDegree; d >= 2; --d) p = p * y * T(1.0 / d) + T(1);
-  const Vec<T> near = -y * p;
-  const Vec<T> m = y > T(-0.35) ? near : T(1) - u;
-  const Vec<T> t = m / (T(2) - m);
-  return x < T(0) ? -t : t;
-}
-
-template <class T>
-struct LogSigmoid {
-  Vec<T> z, rest;  // sigmoid(x) and log(1 - sigmoid(x))
-};
-
-// With u = e^-|x|: sigmoid(|x|) = 1 / (1 + u), log(1 + u) = 2 atanh(s), s = u / (2 + u) <= 1/3,
-// whose series ends below half an ulp. One division serves both.
-template <class T>
-inline LogSigmoid<T> log_sigmoid(Vec<T> x) {
-  constexpr int kTerms = sizeof(T) == 8 ? 16 : 7;
-  const Vec<T> u = vexp<T>(x < T(0) ? x : -x);
-  const Vec<T> r = T(1) / ((T(1) + u) * (T(2) + u));
-  const Vec<T> larger = r * (T(2) + u);
-  const Vec<T> s = u * r * (T(1) + u), s2 = s * s;
-  Vec<T> p = splat<T>(T(1.0 / (2 * kTerms + 1)));
-#pragma GCC unroll 16
-  for (int i = kTerms - 1; i >= 0; --i) p = p * s2 + T(1.0 / (2 * i + 1));
-  const Vec<T> positive = x > T(0) ? x : Vec<T>{};
-  return {x >= T(0) ? larger : u * larger, -(positive + T(2) * s * p)};
-}
-
 // Which lanes see key j.
 template <class T, int NV>
 struct Seen {
@@ -67,22 +31,6 @@ struct Seen {
     return ((key >= first[v]) & (key < last[v])) ? a : b;
   }
 };
-
-// What softmax raises, and of what: 2^x is four operations less than e^x, and the product with
-// log2(e) is part of the subtraction of the maximum.
-template <class T>
-constexpr T kPowerScale = 1;
-template <>
-constexpr float kPowerScale<float> = 1.44269504f;
-
-// e^(x / kPowerScale) for x up to 127, and a normal number below -126. NaN stays NaN.
-inline Vec<double> vpower(Vec<double> x) { return vexp<double>(x); }
-
-inline Vec<float> vpower(Vec<float> x) {
-  x = at_least(x, -126.0f);
-  const Vec<float> shifted = x + kPowerMagic;
-  return power_of_rest(x - (shifted - kPowerMagic)) * power_of_whole(shifted);
-}
 
 // Scores to softcap * tanh(score / softcap).
 template <class T>
@@ -125,7 +73,7 @@ bool softmax_block(const AttentionBlock<T>& b, T* s, T* max, T* sum, T* factor) 
     const Vec<T> low = m[0][v] > m[1][v] ? m[0][v] : m[1][v];
     const Vec<T> high = m[2][v] > m[3][v] ? m[2][v] : m[3][v];
     const Vec<T> most = low > high ? low : high;
-    const Vec<T> f = vexp<T>(old[v] - most);
+    const Vec<T> f = exponential<T>(old[v] - most);
     store<T>(max + v * W, most);
     store<T>(factor + v * W, f);
     shrinks += T(1) - f;  // none is negative
@@ -199,7 +147,7 @@ T stick_block(const AttentionBlock<T>& b, T* s, T* log_rest) {
       LogSigmoid<T> l = log_sigmoid<T>(x);
       if constexpr (kMasked) l.rest = seen.select(j, v, l.rest, Vec<T>{});
       if constexpr (kWeights) {
-        Vec<T> w = l.z * vexp<T>(rest[v]);
+        Vec<T> w = l.z * exponential<T>(rest[v]);
         w = rest[v] < kLogTiny<T> ? Vec<T>{} : w;
         if constexpr (kMasked) w = seen.select(j, v, w, Vec<T>{});
         store<T>(s + (j * NV + v) * W, w);
@@ -246,7 +194,7 @@ void stick_block_bwd(const AttentionBlock<T>& b, const StickBwdParams<T>& params
         store<T>(slopes + at, T(1) - t * t);
       }
       LogSigmoid<T> l = log_sigmoid<T>(x);
-      Vec<T> w = l.z * vexp<T>(rest[v]);
+      Vec<T> w = l.z * exponential<T>(rest[v]);
       w = rest[v] < kLogTiny<T> ? Vec<T>{} : w;
       if constexpr (kMasked) {
         w = seen.select(j, v, w, Vec<T>{});
@@ -323,27 +271,6 @@ void multiply_columns(T* c, int64_t rows, int width, const T* factor) {
     const Vec<T> f = load<T>(factor + v);
     for (int64_t i = 0; i < rows; ++i) store<T>(c + i * width + v, load<T>(c + i * width + v) * f);
   }
-}
-
-inline Vec<double> vlog(Vec<double> x) {
-  for (int i = 0; i < kLanes<double>; ++i) x[i] = __builtin_log(x[i]);
-  return x;
-}
-
-// x is normal and positive. x = 2^n y with y from sqrt(1/2) to sqrt(2), log(y) = 2 atanh(t),
-// t = (y - 1) / (y + 1): |t| < 0.172, and the sixth term is below half an ulp of t.
-inline Vec<float> vlog(Vec<float> x) {
-  using Int = Simd<float>::Int;
-  constexpr int32_t kRoot = 0x3f3504f3;  // sqrt(1/2)
-  const Int bits = __builtin_bit_cast(Int, x) - kRoot, n = bits >> 23;
-  const Vec<float> y = __builtin_bit_cast(Vec<float>, (bits & 0x007fffff) + kRoot);
-  const Vec<float> t = (y - 1.0f) / (y + 1.0f), t2 = t * t;
-  Vec<float> p = splat<float>(2.0f / 9);
-  p = p * t2 + 2.0f / 7;
-  p = p * t2 + 2.0f / 5;
-  p = p * t2 + 2.0f / 3;
-  p = p * t2 + 2.0f;
-  return __builtin_convertvector(n, Vec<float>) * 0.693147181f + p * t;
 }
 
 template <class T>

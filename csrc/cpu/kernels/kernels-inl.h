@@ -10,7 +10,7 @@
 
 #include <stdint.h>
 
-#if defined(__AVX2__) || defined(__F16C__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -23,6 +23,8 @@ namespace {
 // clang-format off
 #include "cpu/simd/vector-inl.h"
 #include "cpu/simd/integers-inl.h"
+#include "cpu/simd/reduce-inl.h"
+#include "cpu/simd/math-inl.h"
 #include "cpu/kernels/norm-inl.h"
 #include "cpu/kernels/rotary-inl.h"
 #include "cpu/kernels/rows-inl.h"
@@ -34,6 +36,8 @@ namespace {
 #include "cpu/kernels/attention-inl.h"
 #include "cpu/kernels/attention_narrow-inl.h"
 #include "cpu/kernels/mix-inl.h"
+#include "cpu/kernels/router_choice-inl.h"
+#include "cpu/kernels/router_soa-inl.h"
 #include "cpu/kernels/router_linear-inl.h"
 #include "cpu/kernels/fp8-inl.h"
 #include "cpu/kernels/quant_w4-inl.h"

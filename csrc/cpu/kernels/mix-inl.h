@@ -1,50 +1,15 @@
 // Mixtures of what all experts made of a token. Included by kernels-inl.h, inside its namespace.
 // Rows of experts and mixtures lie `ld` apart, a multiple of lanes; every n is one too.
 
-template <class T>
-struct InverseFactorials {
-  T of[16] = {};
-  constexpr InverseFactorials() {
-    double f = 1;
-    for (int i = 0; i < 16; ++i) {
-      of[i] = T(1 / f);
-      f *= i + 1;
-    }
-  }
-};
-
-// The sigmoid with vexp's sum by Horner's scheme: 7 operations instead of 14, which count here. As
-// exact. That of activations, vsigmoid, is shorter yet in fp32.
-template <class T>
-inline Vec<T> mix_sigmoid(Vec<T> x) {
-  using Tr = ExpTraits<T>;
-  using Int = typename Simd<T>::Int;
-  using Scalar = typename Tr::Int;
-  Vec<T> y = -x;
-  y = y > Tr::kMax ? splat<T>(Tr::kMax) : y;
-  y = y < Tr::kMin ? splat<T>(Tr::kMin) : y;
-  const Vec<T> shifted = y * T(1.4426950408889634) + Tr::kMagic;
-  const Vec<T> n = shifted - Tr::kMagic;
-  Vec<T> r = y - n * Tr::kLn2Hi;
-  r = r - n * Tr::kLn2Lo;
-  constexpr InverseFactorials<T> kInverse;
-  Vec<T> p = splat<T>(kInverse.of[Tr::kDegree]);
-#pragma GCC unroll 16
-  for (int d = Tr::kDegree - 1; d >= 0; --d) p = p * r + kInverse.of[d];
-  const Int bits = __builtin_bit_cast(Int, shifted) - __builtin_bit_cast(Scalar, T(Tr::kMagic)) +
-                   Scalar(Tr::kBias);
-  return T(1) / (T(1) + p * __builtin_bit_cast(Vec<T>, bits << Tr::kMantissa));
-}
-
 template <class T, MixActivation A>
 inline ActPair<T> mix_activate(Vec<T> x) {
   if constexpr (A == MixActivation::kRelu) {
     return activate<T, Activation::kRelu>(x);
   } else if constexpr (A == MixActivation::kSilu) {
-    const Vec<T> s = mix_sigmoid<T>(x);
+    const Vec<T> s = exact_sigmoid<T>(x);
     return {x * s, s * (T(1) + x * (T(1) - s))};
   } else if constexpr (A == MixActivation::kSigmoid) {
-    const Vec<T> s = mix_sigmoid<T>(x);
+    const Vec<T> s = exact_sigmoid<T>(x);
     return {s, s * (T(1) - s)};
   } else {
     return {x, splat<T>(1)};
@@ -145,47 +110,6 @@ void mix_product(const MixProduct<T>& p) {
   }
 }
 
-template <int... I>
-struct Lanes {};
-template <int N, int... I>
-struct CountLanes : CountLanes<N - 1, N - 1, I...> {};
-template <int... I>
-struct CountLanes<0, I...> {
-  using Type = Lanes<I...>;
-};
-
-// Lanes in groups of 2 * width: a group of the result is the two halves of a's group added, then
-// those of b's.
-template <class T, int width, int... I>
-inline Vec<T> mix_fold(Vec<T> a, Vec<T> b, Lanes<I...>) {
-  constexpr int W = sizeof...(I);
-#define MOE_FOLD_LANE \
-  (I / (2 * width) * (2 * width) + I % (2 * width) % width + (I % (2 * width) < width ? 0 : W))
-#if defined(__clang__)
-  return __builtin_shufflevector(a, b, MOE_FOLD_LANE...) +
-         __builtin_shufflevector(a, b, (MOE_FOLD_LANE + width)...);
-#else
-  using Int = typename Simd<T>::Int;
-  return __builtin_shuffle(a, b, Int{MOE_FOLD_LANE...}) +
-         __builtin_shuffle(a, b, Int{(MOE_FOLD_LANE + width)...});
-#endif
-#undef MOE_FOLD_LANE
-}
-
-// One vector whose lane i is the sum of the lanes of s[i]: three instructions a sum.
-template <class T, int width = kLanes<T> / 2>
-inline Vec<T> mix_lane_sums(Vec<T>* s) {
-  if constexpr (width >= 1) {
-#pragma GCC unroll 8
-    for (int i = 0; i < width; ++i) {
-      s[i] = mix_fold<T, width>(s[i], s[i + width], typename CountLanes<kLanes<T>>::Type{});
-    }
-    return mix_lane_sums<T, width / 2>(s);
-  } else {
-    return s[0];
-  }
-}
-
 // out[e] = sum_j g[j] * z[e*ld + j] for e < N.
 template <class T, int N>
 inline void mix_dots(const T* g, const T* z, T* out, int64_t ld) {
@@ -201,7 +125,7 @@ inline void mix_dots(const T* g, const T* z, T* out, int64_t ld) {
   if constexpr (N <= 2) {
     for (int e = 0; e < N; ++e) out[e] = horizontal_sum<T>(acc[e]);
   } else {
-    const Vec<T> sums = mix_lane_sums<T>(acc);
+    const Vec<T> sums = sums_of_lanes<T>(acc);
     if constexpr (N == W) {
       store<T>(out, sums);
     } else {

@@ -30,7 +30,7 @@ inline void router_tile(const RouterLinear<T>& p, int64_t token, int64_t expert)
   }
   T sums[kFolds * W];
 #pragma GCC unroll 8
-  for (int f = 0; f < kFolds; ++f) store<T>(sums + f * W, mix_lane_sums<T>(acc + f * W));
+  for (int f = 0; f < kFolds; ++f) store<T>(sums + f * W, sums_of_lanes<T>(acc + f * W));
   for (int t = 0; t < M; ++t) {
     for (int e = 0; e < N; ++e) out[t * ld_out + e] = sums[t * N + e] + bias[e];
   }
@@ -117,7 +117,29 @@ void router_linear_bwd(const RouterLinearBwd<T>& p) {
   router_rows_bwd<T, true, true>(p);
 }
 
+// An exponential is a chain of 55 cycles, of which wide vectors do twice as many at once. Choices
+// are mostly comparisons of short rows, whose masks cost more with AVX-512: there MOE_CHOICE_TARGET
+// names the target that they are taken from.
 template <class T>
 RouterKernels<T> router_table() {
-  return {&router_linear<T>, &router_linear_bwd<T>};
+  RouterKernels<T> k = {};
+#if defined(MOE_CHOICE_TARGET)
+  if constexpr (sizeof(T) == 4) {
+    k = MOE_CHOICE_TARGET::kernels_f32().router;
+  } else {
+    k = MOE_CHOICE_TARGET::kernels_f64().router;
+  }
+#else
+  k.make_keys = &make_keys<T>;
+  k.find_block_max = &find_block_max<T>;
+  k.take_best = &take_best<T>;
+  k.route_soa = &route_soa<T>;
+  k.route_soa_bwd = &route_soa_bwd<T>;
+#endif
+  k.exp_sum = &exp_sum<T>;
+  k.exp = &exp_row<T>;
+  k.sigmoid = &sigmoid_row<T>;
+  k.linear = &router_linear<T>;
+  k.linear_bwd = &router_linear_bwd<T>;
+  return k;
 }
