@@ -390,7 +390,7 @@ FAMILIES: dict[str, Family] = {
             "ops/test_dense_ffn.py",
         ),
         of(
-            "kernels/tiles-inl.h",
+            "kernels/gemm_tiles-inl.h",
             ("steps past the last eight missed", "for (; k < kc; ++k) step();", ""),
         )
         + of(
@@ -589,7 +589,7 @@ FAMILIES: dict[str, Family] = {
             ),
         )
         + of(
-            "kernels/bytes-inl.h",
+            "kernels/quant_int8-inl.h",
             (
                 "byte_tile: scale of the first token for all",
                 "byte_sums(acc[i][v]) * block_of(i).scale",
@@ -597,7 +597,7 @@ FAMILIES: dict[str, Family] = {
             ),
         )
         + of(
-            "kernels/quant4-inl.h",
+            "kernels/quant_w4-inl.h",
             (
                 "dot4: scale of the first group for the whole end",
                 "tail_scale[f][g] = s[g];",
@@ -605,11 +605,11 @@ FAMILIES: dict[str, Family] = {
             ),
         )
         + of(
-            "kernels/quant8-inl.h",
+            "kernels/quant_w8-inl.h",
             ("dot8: a byte of the end missed", "k - whole * kUnit", "k - whole * kUnit - 1"),
         )
         + of(
-            "kernels/words-inl.h",
+            "kernels/quant_repack-inl.h",
             (
                 "words: a byte of the end missed",
                 "__builtin_memcpy(tails[f], rows[f] + c, end - c);",
@@ -1231,7 +1231,7 @@ FAMILIES: dict[str, Family] = {
             ),
         )
         + of(
-            "router_lanes-inl.h",
+            "router_soa-inl.h",
             ("ties go to the larger id", "keys[e] > most", "keys[e] >= most"),
             (
                 "softmax over one expert less",
@@ -1323,7 +1323,7 @@ FAMILIES: dict[str, Family] = {
             ),
         )
         + of(
-            "kernels/router-inl.h",
+            "kernels/router_linear-inl.h",
             (
                 "gradients of the first experts lost",
                 "kFirst ? Vec<T>{} : load<T>(grad_x + t * ld_gx + i)",
@@ -1428,7 +1428,7 @@ FAMILIES: dict[str, Family] = {
             ("rotary: whole heads with the angles of the other half", "sign * sin[i]", "sin[i]", 0),
         )
         + of(
-            "simd/functions-inl.h",
+            "kernels/activation-inl.h",
             ("act: tail missed", "for (int64_t j = i; j < n; ++j) h[j] = out[j - i];", ""),
             ("act: up not limited", "u = u > limit ? splat<T>(limit) : u;", ""),
         )

@@ -3,7 +3,7 @@
 #include <algorithm>
 
 #include "cpu/gemm/blocking.h"
-#include "cpu/kernels/kernels.h"
+#include "cpu/kernels/rows.h"
 #include "cpu/runtime/parallel.h"
 #include "cpu/runtime/workspace.h"
 
@@ -14,7 +14,7 @@ namespace {
 int64_t num_parts(int64_t rows) { return ceil_div(rows, kNormPartRows); }
 
 template <class T>
-const T* widened(const Kernels<T>& k, DType type, const void* row, int64_t n, T* buffer) {
+const T* widened(const RowKernels<T>& k, DType type, const void* row, int64_t n, T* buffer) {
   if (row == nullptr) return nullptr;
   k.load_row(type, row, buffer, n, T(1));
   return buffer;
@@ -30,7 +30,7 @@ char* row_at(void* data, DType type, int64_t offset) {
 
 template <class T>
 void run(const AddRmsNormParams& p, const Parallel& par) {
-  const Kernels<T>& k = kernels<T>();
+  const RowKernels<T>& k = row_kernels<T>();
   const int64_t H = p.hidden_size;
   parallel_range(par, p.num_rows, static_cast<double>(H) / 4 + 4, [&](int64_t begin, int64_t end) {
     ScratchScope scratch;
@@ -54,7 +54,7 @@ void run(const AddRmsNormParams& p, const Parallel& par) {
 
 template <class T>
 void run_bwd(const AddRmsNormBwdParams& p, const Parallel& par) {
-  const Kernels<T>& k = kernels<T>();
+  const RowKernels<T>& k = row_kernels<T>();
   const int64_t H = p.hidden_size, parts = num_parts(p.num_rows);
   T* sums = static_cast<T*>(p.workspace);  // [parts, 2, H]
   const double cost = static_cast<double>(p.num_rows) * (static_cast<double>(H) / 2 + 4);

@@ -7,7 +7,7 @@
 
 #include "cpu/gemm/blocking.h"
 #include "cpu/gemm/small_gemm.h"
-#include "cpu/kernels/kernels.h"
+#include "cpu/kernels/activation.h"
 #include "cpu/runtime/parallel.h"
 #include "cpu/runtime/workspace.h"
 
@@ -31,23 +31,23 @@ int64_t row_elements(int64_t columns) {
 
 // c [m][ldc] (+)= a * panels, with `a` row-major.
 template <class T>
-void multiply(const Kernels<T>& k, int64_t m, const T* a, const Panels& panels, const T* b, T* c,
-              int64_t ldc, bool accumulate) {
+void multiply(const GemmKernels<T>& k, int64_t m, const T* a, const Panels& panels, const T* b,
+              T* c, int64_t ldc, bool accumulate) {
   small_gemm_row_major<T>(
       {k, m, panels.cols, panels.depth, a, b, c, ldc, accumulate, kDenseTokens * kLda});
 }
 
 // c [m][ldc] += a^T * panels, with a^T column-major.
 template <class T>
-void add_product(const Kernels<T>& k, int64_t m, const T* a, const Panels& panels, const T* b, T* c,
-                 int64_t ldc) {
+void add_product(const GemmKernels<T>& k, int64_t m, const T* a, const Panels& panels, const T* b,
+                 T* c, int64_t ldc) {
   small_gemm_column_major<T>(
       {k, m, panels.cols, panels.depth, a, b, c, ldc, true, kDenseTokens * kLdm});
 }
 
 // Panels of w^T, [k][rows of w], of one matrix [rows, k]; bias, if any, is one more k.
 template <class T>
-void pack_transposed(const Kernels<T>& k, DType type, const void* w, const void* bias,
+void pack_transposed(const GemmKernels<T>& k, DType type, const void* w, const void* bias,
                      const Panels& to, T* dst) {
   const int64_t W = k.lanes, size = dtype_size(type), ld = round_up(to.depth, W);
   const int64_t depth = to.depth - (bias != nullptr);
@@ -57,11 +57,11 @@ void pack_transposed(const Kernels<T>& k, DType type, const void* w, const void*
     const int64_t width = to.width(j);
     for (int64_t r = 0; r < width; ++r) {
       if (j + r < to.cols) {
-        k.load_row(type, static_cast<const char*>(w) + (j + r) * depth * size, rows + r * ld, depth,
-                   T(1));
+        row_kernels<T>().load_row(type, static_cast<const char*>(w) + (j + r) * depth * size,
+                                  rows + r * ld, depth, T(1));
         if (bias != nullptr) {
-          k.load_row(type, static_cast<const char*>(bias) + (j + r) * size, rows + r * ld + depth,
-                     1, T(1));
+          row_kernels<T>().load_row(type, static_cast<const char*>(bias) + (j + r) * size,
+                                    rows + r * ld + depth, 1, T(1));
         }
       } else {
         std::fill(rows + r * ld, rows + r * ld + to.depth, T(0));
@@ -73,12 +73,11 @@ void pack_transposed(const Kernels<T>& k, DType type, const void* w, const void*
 
 // [rows][n] of `type`, `ld` elements apart, as row-major A.
 template <class T>
-void load_blocks(const Kernels<T>& k, DType type, const void* src, int64_t ld, int64_t rows,
-                 int64_t n, T* dst) {
+void load_blocks(DType type, const void* src, int64_t ld, int64_t rows, int64_t n, T* dst) {
   for (int64_t c = 0; c < n; c += kKc) {
-    k.dense.copy(type, static_cast<const char*>(src) + c * dtype_size(type), ld, rows,
-                 std::min(kKc, n - c), dst + c / kKc * kDenseTokens * kLda, kLda, nullptr, 0,
-                 nullptr);
+    activation_kernels<T>().dense_copy(
+        {type, static_cast<const char*>(src) + c * dtype_size(type), ld, rows, std::min(kKc, n - c),
+         dst + c / kKc * kDenseTokens * kLda, kLda, nullptr, 0, nullptr});
   }
 }
 
@@ -117,7 +116,7 @@ double cost_of(const DenseFfnSizes& s) {
 template <class T>
 void run(const DenseFfnParams& p, const Parallel& par) {
   const DenseFfnSizes& s = p.size;
-  const Kernels<T>& k = kernels<T>();
+  const GemmKernels<T>& k = gemm_kernels<T>();
   const int64_t W = k.lanes, size = dtype_size(s.type);
   const int64_t E = s.num_experts, G = s.num_inputs, H = s.hidden_size, I = s.intermediate_size,
                 O = s.out_size;
@@ -155,7 +154,7 @@ void run(const DenseFfnParams& p, const Parallel& par) {
     for (int64_t n = 0; n < E; ++n) {
       const int64_t e = s.order[n], g = s.input_of[e];
       if (g != loaded) {
-        load_blocks(k, s.type, of(p.x, t0 * G + g, H), G * H, m, H, x);
+        load_blocks(s.type, of(p.x, t0 * G + g, H), G * H, m, H, x);
         if (p.b_up != nullptr) set_ones(x, m, H);
         loaded = g;
       }
@@ -165,11 +164,18 @@ void run(const DenseFfnParams& p, const Parallel& par) {
       multiply(k, m, x, up, w_up + e * up.elements(), u, ldu, false);
       if (saved != nullptr && !keep_u) {
         for (int64_t t = 0; t < m; ++t) {
-          k.store_row(kAccumulate<T>, u + t * ldu, saved + t * I, I);
+          row_kernels<T>().store_row(kAccumulate<T>, u + t * ldu, saved + t * I, I);
         }
       }
       for (int64_t c = 0; c < I; c += kKc) {
-        k.dense.act(s.has_act, s.act, m, std::min(kKc, I - c), u + c, ldu, row_place(h, c), kLda);
+        activation_kernels<T>().dense_forward({.has_act = s.has_act,
+                                               .kind = s.act,
+                                               .rows = m,
+                                               .n = std::min(kKc, I - c),
+                                               .u = u + c,
+                                               .ld_u = ldu,
+                                               .h = row_place(h, c),
+                                               .ld_h = kLda});
       }
       if (p.b_down != nullptr) set_ones(h, m, I);
       if (keep_y) {
@@ -179,8 +185,8 @@ void run(const DenseFfnParams& p, const Parallel& par) {
       }
       multiply(k, m, h, down, w_down + e * down.elements(), y, ldy, false);
       for (int64_t t = 0; t < m; ++t) {
-        k.store_row(s.type, y + t * ldy, static_cast<char*>(p.y) + ((t0 + t) * E + e) * O * size,
-                    O);
+        row_kernels<T>().store_row(s.type, y + t * ldy,
+                                   static_cast<char*>(p.y) + ((t0 + t) * E + e) * O * size, O);
       }
     }
   });
@@ -195,7 +201,7 @@ struct Sums {
 template <class T>
 void run_bwd(const DenseFfnBwdParams& p, const Parallel& par) {
   const DenseFfnSizes& s = p.size;
-  const Kernels<T>& k = kernels<T>();
+  const GemmKernels<T>& k = gemm_kernels<T>();
   const int64_t W = k.lanes, size = dtype_size(s.type);
   const int64_t E = s.num_experts, G = s.num_inputs, H = s.hidden_size, I = s.intermediate_size,
                 O = s.out_size;
@@ -219,10 +225,12 @@ void run_bwd(const DenseFfnBwdParams& p, const Parallel& par) {
   parallel_range(par, E, static_cast<double>(up.elements() + down.elements()),
                  [&](int64_t begin, int64_t end) {
                    for (int64_t e = begin; e < end; ++e) {
-                     k.dense.panels(s.type, static_cast<const char*>(p.w_down) + e * O * I * size,
-                                    I, O, I, w_down + e * down.elements());
-                     k.dense.panels(s.type, static_cast<const char*>(p.w_up) + e * I * H * size, H,
-                                    I, H, w_up + e * up.elements());
+                     activation_kernels<T>().dense_panels(
+                         s.type, static_cast<const char*>(p.w_down) + e * O * I * size, I, O, I,
+                         w_down + e * down.elements());
+                     activation_kernels<T>().dense_panels(
+                         s.type, static_cast<const char*>(p.w_up) + e * I * H * size, H, I, H,
+                         w_up + e * up.elements());
                    }
                  });
   std::vector<char> read(static_cast<size_t>(G), 0);
@@ -251,8 +259,9 @@ void run_bwd(const DenseFfnBwdParams& p, const Parallel& par) {
       const auto store_dx = [&] {
         if (loaded < 0 || p.grad_x == nullptr || keep_dx) return;
         for (int64_t t = 0; t < m; ++t) {
-          k.store_row(s.type, dx_block + t * ldh,
-                      static_cast<char*>(p.grad_x) + ((t0 + t) * G + loaded) * H * size, H);
+          row_kernels<T>().store_row(
+              s.type, dx_block + t * ldh,
+              static_cast<char*>(p.grad_x) + ((t0 + t) * G + loaded) * H * size, H);
         }
       };
       for (int64_t n = 0; n < E; ++n) {
@@ -262,8 +271,8 @@ void run_bwd(const DenseFfnBwdParams& p, const Parallel& par) {
           store_dx();
           loaded = g;
           if (need_up) {
-            k.dense.panels(s.type, static_cast<const char*>(p.x) + (t0 * G + g) * H * size, G * H,
-                           m, H, x);
+            activation_kernels<T>().dense_panels(
+                s.type, static_cast<const char*>(p.x) + (t0 * G + g) * H * size, G * H, m, H, x);
           }
         }
         T* sum_up = total + e * sums.expert();
@@ -272,23 +281,26 @@ void run_bwd(const DenseFfnBwdParams& p, const Parallel& par) {
         T* sum_b_down = sum_b_up + sums.b_up;
         const char* dy = static_cast<const char*>(p.grad_y) + (t0 * E + e) * O * size;
         for_column_runs(O, [&](int64_t c, int64_t cols) {
-          k.dense.copy(s.type, dy + c * size, E * O, m, cols,
-                       need_hidden ? row_place(dy_rows, c) : nullptr, kLda,
-                       need_down ? column_place(dy_columns, c) : nullptr, kLdm,
-                       sums.b_down ? sum_b_down + c : nullptr);
+          activation_kernels<T>().dense_copy({s.type, dy + c * size, E * O, m, cols,
+                                              need_hidden ? row_place(dy_rows, c) : nullptr, kLda,
+                                              need_down ? column_place(dy_columns, c) : nullptr,
+                                              kLdm, sums.b_down ? sum_b_down + c : nullptr});
         });
         const T* u = static_cast<const T*>(p.preact) + (e * s.num_tokens + t0) * I;
         if (need_hidden) {
           multiply(k, m, dy_rows, down, w_down + e * down.elements(), dh, ldi, false);
         }
         for_column_runs(need_hidden || need_down ? I : 0, [&](int64_t c, int64_t cols) {
-          DenseActTargets<T> to;
-          if (need_down) to.h_panels = h + hidden.offset(c);
-          if (p.grad_x != nullptr) to.rows = row_place(du_rows, c);
-          if (need_up) to.columns = column_place(du_columns, c);
-          if (sums.b_up) to.sum = sum_b_up + c;
-          k.dense.act_bwd(s.has_act, s.act, m, cols, u + c, I, need_hidden ? dh + c : nullptr,
-                          need_hidden ? ldi : 0, to);
+          DenseAct<T> act = {s.has_act, s.act, m, cols, u + c, I};
+          if (need_hidden) {
+            act.d = dh + c;
+            act.ld_d = ldi;
+          }
+          if (need_down) act.h_panels = h + hidden.offset(c);
+          if (p.grad_x != nullptr) act.du_rows = row_place(du_rows, c);
+          if (need_up) act.du_columns = column_place(du_columns, c);
+          if (sums.b_up) act.sum = sum_b_up + c;
+          activation_kernels<T>().dense_backward(act);
         });
         if (need_down) add_product(k, O, dy_columns, hidden, h, sum_down, ldi);
         if (need_up) add_product(k, I, du_columns, x_panels, x, sum_up, ldh);
@@ -309,22 +321,23 @@ void run_bwd(const DenseFfnBwdParams& p, const Parallel& par) {
   // The parts' sums, in order, to where they belong.
   const auto add = [&](int64_t offset, int64_t rows, int64_t cols, int64_t ld, void* out) {
     if (out == nullptr) return;
-    parallel_range(par, E, static_cast<double>(parts * rows * cols) / 4,
-                   [&](int64_t begin, int64_t end) {
-                     ScratchScope scratch;
-                     T* row = scratch.take<T>(Scratch::kTile, cols);
-                     for (int64_t e = begin; e < end; ++e) {
-                       for (int64_t r = 0; r < rows; ++r) {
-                         const T* from = totals + e * sums.expert() + offset + r * ld;
-                         k.load_row(kAccumulate<T>, from, row, cols, T(1));
-                         for (int64_t part = 1; part < parts; ++part) {
-                           k.axpy(kAccumulate<T>, from + part * E * sums.expert(), T(1), row, cols);
-                         }
-                         k.store_row(s.type, row,
-                                     static_cast<char*>(out) + (e * rows + r) * cols * size, cols);
-                       }
-                     }
-                   });
+    parallel_range(
+        par, E, static_cast<double>(parts * rows * cols) / 4, [&](int64_t begin, int64_t end) {
+          ScratchScope scratch;
+          T* row = scratch.take<T>(Scratch::kTile, cols);
+          for (int64_t e = begin; e < end; ++e) {
+            for (int64_t r = 0; r < rows; ++r) {
+              const T* from = totals + e * sums.expert() + offset + r * ld;
+              row_kernels<T>().load_row(kAccumulate<T>, from, row, cols, T(1));
+              for (int64_t part = 1; part < parts; ++part) {
+                row_kernels<T>().axpy(kAccumulate<T>, from + part * E * sums.expert(), T(1), row,
+                                      cols);
+              }
+              row_kernels<T>().store_row(
+                  s.type, row, static_cast<char*>(out) + (e * rows + r) * cols * size, cols);
+            }
+          }
+        });
   };
   add(0, I, H, ldh, p.grad_w_up);
   add(sums.up, O, I, ldi, p.grad_w_down);

@@ -10,8 +10,8 @@
 #include <vector>
 
 #include "cpu/gemm/blocking.h"
-#include "cpu/kernels/kernels.h"
-#include "cpu/kernels/router_row.h"
+#include "cpu/kernels/router_rows.h"
+#include "cpu/kernels/rows.h"
 #include "cpu/runtime/parallel.h"
 #include "cpu/runtime/workspace.h"
 
@@ -28,8 +28,8 @@ struct Threshold {
 
 template <class T>
 void write_scores(const ExpertChoiceRouterParams& p, const Parallel& par) {
-  const RouterRow<T>& row = router_row<T>();
-  const Kernels<T>& kernel = kernels<T>();
+  const RouterKernels<T>& row = router_kernels<T>();
+  const RowKernels<T>& kernel = row_kernels<T>();
   const int64_t E = p.num_experts, padded = round_up<int64_t>(E, 16);
   parallel_range(
       par, p.num_tokens, 4.0 * static_cast<double>(E) + 50.0, [&](int64_t begin, int64_t end) {
@@ -43,7 +43,7 @@ void write_scores(const ExpertChoiceRouterParams& p, const Parallel& par) {
               p.type,
               static_cast<const char*>(p.router_logits) + t * p.logits_stride * dtype_size(p.type),
               x, E, T(1));
-          row.scores(p.score_func, x, score, padded, E, out);
+          scores_of(row, p.score_func, x, score, padded, E, out);
         }
       });
 }
@@ -52,7 +52,7 @@ template <class T>
 void find_thresholds(const ExpertChoiceRouterParams& p, const Parallel& par,
                      Threshold<T>* thresholds) {
   using Key = RouterKey<T>;
-  const RouterRow<T>& row = router_row<T>();
+  const RouterKernels<T>& row = router_kernels<T>();
   const int64_t tokens = p.num_tokens, E = p.num_experts, C = p.capacity;
   const int64_t padded = round_up<int64_t>(tokens, 16);
   const T* const scores = static_cast<const T*>(p.topk_weights);
@@ -84,7 +84,7 @@ template <class T>
 void write_slots(const ExpertChoiceRouterParams& p, const Parallel& par,
                  const Threshold<T>* thresholds) {
   using Key = RouterKey<T>;
-  const RouterRow<T>& row = router_row<T>();
+  const RouterKernels<T>& row = router_kernels<T>();
   const int64_t E = p.num_experts, padded = round_up<int64_t>(E, 16);
   const T scale = static_cast<T>(p.routed_scaling_factor);
   parallel_range(par, p.num_tokens, 3.0 * static_cast<double>(E) + 50.0,

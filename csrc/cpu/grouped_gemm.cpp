@@ -9,7 +9,7 @@ namespace {
 
 template <class T>
 void run_gemm(const GroupedGemmParams& p, const Parallel& par) {
-  const Kernels<T>& k = kernels<T>();
+  const RowKernels<T>& k = row_kernels<T>();
   GemmDesc<T> d;
   d.expert_offsets = p.expert_offsets;
   d.num_experts = p.num_experts;
@@ -31,15 +31,14 @@ void run_gemm(const GroupedGemmParams& p, const Parallel& par) {
 
 template <class T>
 void run_wgrad(const GroupedWgradParams& p, const Parallel& par) {
-  const Kernels<T>& k = kernels<T>();
+  const GemmKernels<T>& k = gemm_kernels<T>();
   const WgradPlan plan = wgrad_plan(p, par.num_threads);
   parallel_items(par, plan.count, plan.cost, [&](int64_t i) { run_wgrad_item(p, k, plan, i); });
 }
 
 template <class T>
 void run_sum(const GroupedSumParams& p, const Parallel& par) {
-  const Kernels<T>& k = kernels<T>();
-  parallel_items(par, sum_items(p), sum_cost(p), [&](int64_t i) { run_sum_item(p, k, i); });
+  parallel_items(par, sum_items(p), sum_cost(p), [&](int64_t i) { run_sum_item<T>(p, i); });
 }
 
 }  // namespace

@@ -5,7 +5,7 @@
 namespace moe_ops::cpu {
 
 void grouped_gemm_fp8(const GroupedGemmFp8Params& p, const Parallel& par) {
-  const Kernels<float>& k = kernels<float>();
+  const GemmKernels<float>& k = gemm_kernels<float>();
   Fp8Desc d;
   d.expert_offsets = p.expert_offsets;
   d.num_experts = p.num_experts;
@@ -15,11 +15,11 @@ void grouped_gemm_fp8(const GroupedGemmFp8Params& p, const Parallel& par) {
   d.b = p.b;
   const auto keep = [&](int64_t e, int64_t r, int64_t f, int64_t n, float* values, float*) {
     if (p.bias.data != nullptr) {
-      k.axpy(p.bias.type, element(p.bias.data, p.bias.type, e * p.bias.stride_e + f), 1.0f, values,
-             n);
+      row_kernels<float>().axpy(
+          p.bias.type, element(p.bias.data, p.bias.type, e * p.bias.stride_e + f), 1.0f, values, n);
     }
     char* out = static_cast<char*>(p.out.data) + (r * p.out.stride + f) * dtype_size(p.out.type);
-    k.store_row(p.out.type, values, out, n);
+    row_kernels<float>().store_row(p.out.type, values, out, n);
   };
   const std::vector<Fp8Item> items = fp8_items(d, k, par.num_threads);
   parallel_items(par, static_cast<int64_t>(items.size()), fp8_cost(d),

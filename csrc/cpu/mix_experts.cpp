@@ -6,7 +6,8 @@
 #include <cmath>
 
 #include "cpu/gemm/blocking.h"
-#include "cpu/kernels/kernels.h"
+#include "cpu/kernels/mix.h"
+#include "cpu/kernels/rows.h"
 #include "cpu/runtime/parallel.h"
 #include "cpu/runtime/workspace.h"
 
@@ -29,12 +30,12 @@ double cost_of(const P& p) {
 // Rows of `size` elements of some type as T, `pitch` apart with zeros between, and back.
 template <class T>
 struct Padded {
-  const Kernels<T>& k;
+  const RowKernels<T>& k;
   DType type;
   int64_t size, pitch;
   bool direct;  // rows in memory are such rows already
 
-  Padded(const Kernels<T>& kernels, DType t, int64_t n)
+  Padded(const RowKernels<T>& kernels, DType t, int64_t n)
       : k(kernels),
         type(t),
         size(n),
@@ -72,15 +73,23 @@ struct Padded {
 template <class T>
 const T* through_factor(const MixExpertsBwdParams& p, const Padded<T>& rows, int64_t t, const T* w,
                         const T* z, const T* g, T* buffer) {
-  const Kernels<T>& k = rows.k;
+  const RowKernels<T>& k = rows.k;
   const int64_t E = p.num_experts, M = p.num_mixtures, mixed = M * rows.pitch;
   T *scaled = buffer, *f_rows = scaled + mixed, *mixture = f_rows + mixed, *sum = mixture + mixed;
   const int64_t at = t / p.repeats * M;
   k.load_row(kAccumulate<T>, g, scaled, mixed, T(1));
-  k.mix.slope(mixed, rows.load(p.factor, at, M, f_rows), {}, nullptr, scaled, nullptr, nullptr);
+  mix_kernels<T>().slope(
+      {mixed, rows.load(p.factor, at, M, f_rows), nullptr, nullptr, scaled, nullptr, nullptr});
   if (p.grad_factor == nullptr) return scaled;
-  k.mix.product(M, E, w, E, 1, z, mixture, rows.pitch);
-  k.mix.slope(mixed, g, {}, nullptr, mixture, nullptr, nullptr);
+  mix_kernels<T>().product({.rows = M,
+                            .depth = E,
+                            .a = w,
+                            .step_i = E,
+                            .step_k = 1,
+                            .b = z,
+                            .c = mixture,
+                            .ld = rows.pitch});
+  mix_kernels<T>().slope({mixed, g, nullptr, nullptr, mixture, nullptr, nullptr});
   if (t % p.repeats == 0) std::fill(sum, sum + mixed, T(0));
   k.axpy(kAccumulate<T>, mixture, T(1), sum, mixed);
   if (t % p.repeats == p.repeats - 1) {
@@ -93,7 +102,7 @@ const T* through_factor(const MixExpertsBwdParams& p, const Padded<T>& rows, int
 
 // The weights [M, E] of token t as T.
 template <class T, class P>
-const T* load_weights(const Kernels<T>& k, const P& p, int64_t t, T* buffer) {
+const T* load_weights(const RowKernels<T>& k, const P& p, int64_t t, T* buffer) {
   const int64_t n = p.num_mixtures * p.num_experts;
   const char* src = static_cast<const char*>(p.weights) + t * n * dtype_size(p.type);
   if (p.type == kAccumulate<T>) return reinterpret_cast<const T*>(src);
@@ -130,7 +139,6 @@ struct NormRows {
 // digits where a mean is large beside its deviation.
 template <class T>
 void batch_statistics(const MixExpertsParams& p, const Padded<T>& layout, const Parallel& par) {
-  const Kernels<T>& k = kernels<T>();
   const int64_t E = p.num_experts, O = p.size, n = E * layout.pitch, parts = parts_of(p);
   const int64_t blocks = ceil_div(p.num_tokens, kMixTokens);
   ScratchScope scratch;
@@ -156,7 +164,8 @@ void batch_statistics(const MixExpertsParams& p, const Padded<T>& layout, const 
     const int64_t begin = first_of(part), end = first_of(part + 1);
     for (int64_t t = begin; t < end; t += kMixTokens) {
       const int64_t count = std::min(kMixTokens, end - t);
-      k.mix.moments(count, n, layout.load(p.outputs, t * E, count * E, buffer), block, block + n);
+      mix_kernels<T>().moments(count, n, layout.load(p.outputs, t * E, count * E, buffer), block,
+                               block + n);
       join(mean, squares, t - begin, block, block + n, count);
     }
   });
@@ -176,7 +185,7 @@ void batch_statistics(const MixExpertsParams& p, const Padded<T>& layout, const 
 
 template <class T>
 void run(const MixExpertsParams& p, const Parallel& par) {
-  const Kernels<T>& k = kernels<T>();
+  const RowKernels<T>& k = row_kernels<T>();
   const int64_t E = p.num_experts, M = p.num_mixtures;
   const Padded<T> rows(k, p.type, p.size);
   const int64_t n = E * rows.pitch;
@@ -192,11 +201,18 @@ void run(const MixExpertsParams& p, const Parallel& par) {
       const T* x = rows.load(p.outputs, t * E, E, x_rows);
       const T* w = load_weights(k, p, t, w_row);
       T* y = rows.target(p.y, t * M, y_rows);
-      k.mix.act(p.act, norm.rows, x, n, z, nullptr);
-      k.mix.product(M, E, w, E, 1, z, y, rows.pitch);
+      mix_kernels<T>().act(p.act, norm.rows, x, n, z, nullptr);
+      mix_kernels<T>().product({.rows = M,
+                                .depth = E,
+                                .a = w,
+                                .step_i = E,
+                                .step_k = 1,
+                                .b = z,
+                                .c = y,
+                                .ld = rows.pitch});
       if (p.factor != nullptr) {
-        k.mix.slope(mixed, rows.load(p.factor, t / p.repeats * M, M, f_rows), {}, nullptr, y,
-                    nullptr, nullptr);
+        mix_kernels<T>().slope({mixed, rows.load(p.factor, t / p.repeats * M, M, f_rows), nullptr,
+                                nullptr, y, nullptr, nullptr});
       }
       rows.store(y, p.y, t * M, M);
     }
@@ -205,7 +221,7 @@ void run(const MixExpertsParams& p, const Parallel& par) {
 
 template <class T>
 void run_bwd(const MixExpertsBwdParams& p, const Parallel& par) {
-  const Kernels<T>& k = kernels<T>();
+  const RowKernels<T>& k = row_kernels<T>();
   const int64_t E = p.num_experts, O = p.size, M = p.num_mixtures;
   const Padded<T> rows(k, p.type, O), kept(k, kAccumulate<T>, O);
   const int64_t n = E * rows.pitch, mixed = M * rows.pitch, parts = parts_of(p);
@@ -233,11 +249,11 @@ void run_bwd(const MixExpertsBwdParams& p, const Parallel& par) {
         const T* x = rows.load(p.outputs, t * E, E, x_rows);
         const T* g = rows.load(p.grad_y, t * M, M, g_rows);
         const T* w = load_weights(k, p, t, w_row);
-        k.mix.act(p.act, norm.rows, x, n, z, slope);
+        mix_kernels<T>().act(p.act, norm.rows, x, n, z, slope);
         if (p.factor != nullptr) g = through_factor(p, rows, t, w, z, g, f_rows);
         if (p.grad_weights != nullptr) {
           T* dw = p.type == kAccumulate<T> ? static_cast<T*>(p.grad_weights) + t * M * E : dw_row;
-          k.mix.weight_grads(M, E, g, z, dw, rows.pitch);
+          mix_kernels<T>().weight_grads(M, E, g, z, dw, rows.pitch);
           if (dw == dw_row) {
             k.store_row(p.type, dw,
                         static_cast<char*>(p.grad_weights) + t * M * E * dtype_size(p.type), M * E);
@@ -245,15 +261,30 @@ void run_bwd(const MixExpertsBwdParams& p, const Parallel& par) {
         }
         if (p.norm.batch) {
           T* d = kept.target(p.grad_normed, t * E, d_rows);
-          k.mix.product(E, M, w, 1, E, g, d, rows.pitch);
-          k.mix.slope(n, slope, norm.rows, x, d, block, block + n);
+          mix_kernels<T>().product({.rows = E,
+                                    .depth = M,
+                                    .a = w,
+                                    .step_i = 1,
+                                    .step_k = E,
+                                    .b = g,
+                                    .c = d,
+                                    .ld = rows.pitch});
+          mix_kernels<T>().slope({n, slope, norm.rows.mean, x, d, block, block + n});
           kept.store(d, p.grad_normed, t * E, E);
           continue;
         }
         T* d = rows.target(p.grad_outputs, t * E, d_rows);
-        k.mix.product(E, M, w, 1, E, g, d, rows.pitch);
-        k.mix.slope(n, slope, norm.rows, x, d, normed ? block : nullptr, block + n);
-        if (normed) k.mix.norm_grad(n, norm.rows, nullptr, nullptr, x, d, d);
+        mix_kernels<T>().product({.rows = E,
+                                  .depth = M,
+                                  .a = w,
+                                  .step_i = 1,
+                                  .step_k = E,
+                                  .b = g,
+                                  .c = d,
+                                  .ld = rows.pitch});
+        mix_kernels<T>().slope(
+            {n, slope, norm.rows.mean, x, d, normed ? block : nullptr, block + n});
+        if (normed) mix_kernels<T>().norm_grad({n, norm.rows, nullptr, nullptr, x, d, d});
         rows.store(d, p.grad_outputs, t * E, E);
       }
       if (normed) k.axpy(kAccumulate<T>, block, T(1), total, 2 * n);
@@ -284,7 +315,7 @@ void run_bwd(const MixExpertsBwdParams& p, const Parallel& par) {
       const T* x = rows.load(p.outputs, t * E, E, x_rows);
       const T* d = kept.load(p.grad_normed, t * E, E, d_rows);
       T* out = rows.target(p.grad_outputs, t * E, out_rows);
-      k.mix.norm_grad(n, norm.rows, at, by, x, d, out);
+      mix_kernels<T>().norm_grad({n, norm.rows, at, by, x, d, out});
       rows.store(out, p.grad_outputs, t * E, E);
     }
   });

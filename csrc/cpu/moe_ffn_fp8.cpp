@@ -10,6 +10,7 @@
 #include "cpu/gemm/fp8.h"
 #include "cpu/gemm/quantize_fp8_row.h"
 #include "cpu/gemm/routed_rows.h"
+#include "cpu/kernels/activation.h"
 
 namespace moe_ops::cpu {
 
@@ -27,10 +28,10 @@ Fp8Desc desc_of(const MoeFfnDesc& s, int64_t features, int64_t in_features, cons
   return d;
 }
 
-void add_bias(const Kernels<float>& k, const ExpertVectors& bias, int64_t e, int64_t f, int64_t n,
-              float* values) {
+void add_bias(const ExpertVectors& bias, int64_t e, int64_t f, int64_t n, float* values) {
   if (bias.data == nullptr) return;
-  k.axpy(bias.type, element(bias.data, bias.type, e * bias.stride_e + f), 1.0f, values, n);
+  row_kernels<float>().axpy(bias.type, element(bias.data, bias.type, e * bias.stride_e + f), 1.0f,
+                            values, n);
 }
 
 }  // namespace
@@ -39,7 +40,7 @@ void moe_ffn_fp8(const MoeFfnFp8Params& p, const Parallel& par) {
   ScratchScope scratch(ScratchScope::Keep::kUpTo256MiB);
   MoeFfnDesc s = p.desc;
   s.routing = sorted(scratch, s.routing);
-  const Kernels<float>& k = kernels<float>();
+  const GemmKernels<float>& k = gemm_kernels<float>();
   const int64_t T = s.routing.num_tokens, I = s.intermediate_size, H = s.hidden_size;
   const int64_t H_blocks = ceil_div(H, kFp8Block), I_blocks = ceil_div(I, kFp8Block);
   const int64_t rows = s.routing.num_valid_rows();
@@ -64,9 +65,9 @@ void moe_ffn_fp8(const MoeFfnFp8Params& p, const Parallel& par) {
     for (int seg = 0; seg < up.segments; ++seg) {
       float* v = seg == 0 ? v0 : v1;
       if (s.apply_router_weight_on_input) {
-        k.load_row(DType::kFloat32, v, v, n, maps.weight[r]);
+        row_kernels<float>().load_row(DType::kFloat32, v, v, n, maps.weight[r]);
       }
-      add_bias(k, p.b_gate_up, e, seg * I + f, n, v);
+      add_bias(p.b_gate_up, e, seg * I + f, n, v);
     }
     const int64_t first = weave ? f / 2 : f, count = weave ? n / 2 : n;
     float gate[kFp8Block], other[kFp8Block], h[kFp8Block];
@@ -74,17 +75,18 @@ void moe_ffn_fp8(const MoeFfnFp8Params& p, const Parallel& par) {
       const int64_t m = std::min(kFp8Block, count - i), at = r * I_blocks + (first + i) / kFp8Block;
       if (weave) {
         deinterleave(v0 + 2 * i, m, gate, other);
-        k.act_fwd(s.act.kind, gate, other, h, m, alpha, limit);
+        activation_kernels<float>().forward({s.act.kind, 1, m, alpha, limit, gate, other, 0, h, 0});
       } else {
-        k.act_fwd(s.act.kind, v0 + i, v1 + i, h, m, alpha, limit);
+        activation_kernels<float>().forward(
+            {s.act.kind, 1, m, alpha, limit, v0 + i, v1 + i, 0, h, 0});
       }
-      h_scale[at] = k.fp8.quantize(h, m, h_codes + r * I + first + i);
+      h_scale[at] = fp8_kernels().quantize(h, m, h_codes + r * I + first + i);
     }
   };
 
   const Fp8Desc down = desc_of(s, H, I, {h_codes, I, h_scale, I_blocks, nullptr}, p.w_down);
   const auto keep = [&](int64_t e, int64_t r, int64_t f, int64_t n, float* v, float*) {
-    add_bias(k, p.b_down, e, f, n, v);
+    add_bias(p.b_down, e, f, n, v);
     std::memcpy(out + r * H + f, v, static_cast<size_t>(n) * sizeof(float));
   };
 
@@ -105,7 +107,7 @@ void moe_ffn_fp8(const MoeFfnFp8Params& p, const Parallel& par) {
   Stages stages;
   stages.add(ceil_div(T, token_chunk), token_cost * static_cast<double>(T), [&](int64_t i) {
     for (int64_t t = i * token_chunk; t < std::min(T, (i + 1) * token_chunk); ++t) {
-      quantize_fp8_row(k, p.x.type, row_of(p.x, t), H, x_codes + t * H, x_scale + t * H_blocks);
+      quantize_fp8_row(p.x.type, row_of(p.x, t), H, x_codes + t * H, x_scale + t * H_blocks);
     }
     tokens_left.done();
   });

@@ -1,5 +1,5 @@
-// The loops are those of moe_ffn; gemm/quant.h has what differs in an item; quant8-inl.h,
-// quant4-inl.h and words-inl.h in kernels/ the rest.
+// The loops are those of moe_ffn; gemm/quant.h has what differs in an item; quant_w8-inl.h,
+// quant_w4-inl.h and quant_repack-inl.h in kernels/ the rest.
 #include "moe_ops/moe_ffn_quantized.h"
 
 namespace moe_ops::cpu {

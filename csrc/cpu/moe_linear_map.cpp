@@ -13,7 +13,7 @@ namespace {
 
 template <class T>
 void run_blocks(const MoeLinearMapParams& p, const Parallel& par) {
-  const Kernels<T>& k = kernels<T>();
+  const GemmKernels<T>& k = gemm_kernels<T>();
   const Routing& s = p.routing;
   const int64_t E = s.num_experts, O = p.out_features, size = dtype_size(p.x.type);
   ScratchScope scratch;
@@ -35,7 +35,7 @@ void run_blocks(const MoeLinearMapParams& p, const Parallel& par) {
       if (count == 0) continue;
       multiply_rows(k, p.x.type, rows + r, count, p.in_features, weights.of(e), O,
                     vector_of(p.bias, e), c);
-      k.scatter_rows(p.x.type, c, padded(k, O), count, O, nullptr, out + r);
+      row_kernels<T>().scatter_rows(c, padded(k, O), nullptr, {p.x.type, out + r, count, O});
     }
     if (valid == n) return;
     for (int64_t i = 0; i < n; ++i) {
@@ -46,7 +46,7 @@ void run_blocks(const MoeLinearMapParams& p, const Parallel& par) {
 
 template <class T>
 void run_blocks_bwd(const MoeLinearMapBwdParams& p, const Parallel& par) {
-  const Kernels<T>& k = kernels<T>();
+  const GemmKernels<T>& k = gemm_kernels<T>();
   const Routing& s = p.routing;
   const DType type = p.x.type;
   const int64_t O = p.out_features, H = p.in_features, E = s.num_experts, size = dtype_size(type);
@@ -75,13 +75,20 @@ void run_blocks_bwd(const MoeLinearMapBwdParams& p, const Parallel& par) {
                             weights.of(e), p.grad_x == nullptr ? nullptr : c + r * ld);
       if (p.grad_bias != nullptr) {
         for (int64_t i = r; i < r + count; ++i) {
-          k.axpy(type, grads[i], T(1), chunks.bias_of(chunk, e), O);
+          row_kernels<T>().axpy(type, grads[i], T(1), chunks.bias_of(chunk, e), O);
         }
       }
     }
     if (p.grad_x == nullptr) return;
-    k.combine_rows(type, c, ld, b.rows, nullptr, b.end - b.begin, s.top_k, H,
-                   static_cast<char*>(p.grad_x) + b.begin * H * size);
+    row_kernels<T>().combine_rows({.type = type,
+                                   .rows = c,
+                                   .ld = ld,
+                                   .index = b.rows,
+                                   .weights = nullptr,
+                                   .num_tokens = b.end - b.begin,
+                                   .top_k = s.top_k,
+                                   .n = H,
+                                   .out = static_cast<char*>(p.grad_x) + b.begin * H * size});
   };
   run_chunks(s, par, slot_product_cost(s, 2 * O * H), run_block);
   if (sums) chunks.add_up(grad_w, p.grad_bias, type, par);

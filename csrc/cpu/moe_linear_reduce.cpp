@@ -15,7 +15,7 @@ namespace {
 
 template <class T>
 void run_blocks(const MoeLinearReduceParams& p, const Parallel& par) {
-  const Kernels<T>& k = kernels<T>();
+  const GemmKernels<T>& k = gemm_kernels<T>();
   const Routing& s = p.routing;
   const DType type = p.w.type;
   const int64_t E = s.num_experts, H = p.hidden_size, D = p.in_features, size = dtype_size(type);
@@ -34,14 +34,21 @@ void run_blocks(const MoeLinearReduceParams& p, const Parallel& par) {
       multiply_rows(k, type, rows + r, b.offsets[e + 1] - r, D, weights.of(e), H,
                     vector_of(p.bias, e), c + r * ld);
     }
-    k.combine_rows(type, c, ld, b.rows, static_cast<const T*>(p.topk_weights) + b.first,
-                   b.end - b.begin, s.top_k, H, static_cast<char*>(p.y) + b.begin * H * size);
+    row_kernels<T>().combine_rows({.type = type,
+                                   .rows = c,
+                                   .ld = ld,
+                                   .index = b.rows,
+                                   .weights = static_cast<const T*>(p.topk_weights) + b.first,
+                                   .num_tokens = b.end - b.begin,
+                                   .top_k = s.top_k,
+                                   .n = H,
+                                   .out = static_cast<char*>(p.y) + b.begin * H * size});
   });
 }
 
 template <class T>
 void run_blocks_bwd(const MoeLinearReduceBwdParams& p, const Parallel& par) {
-  const Kernels<T>& k = kernels<T>();
+  const GemmKernels<T>& k = gemm_kernels<T>();
   const Routing& s = p.routing;
   const DType type = p.w.type;
   const int64_t H = p.hidden_size, D = p.in_features, E = s.num_experts, size = dtype_size(type);
@@ -79,17 +86,18 @@ void run_blocks_bwd(const MoeLinearReduceBwdParams& p, const Parallel& par) {
                          matrices.of(e), slots ? c : nullptr);
       if (p.grad_bias != nullptr) {
         for (int64_t i = r; i < r + count; ++i) {
-          k.axpy(type, grads[i], weights[i], chunks.bias_of(chunk, e), H);
+          row_kernels<T>().axpy(type, grads[i], weights[i], chunks.bias_of(chunk, e), H);
         }
       }
       if (!slots) continue;
-      if (p.grad_h != nullptr) k.scatter_rows(type, c, ld, count, D, weights + r, grad_h + r);
+      if (p.grad_h != nullptr)
+        row_kernels<T>().scatter_rows(c, ld, weights + r, {type, grad_h + r, count, D});
       if (grad_weights == nullptr) continue;
-      k.dot_rows(type, h + r, c, ld, count, D, dots);
+      row_kernels<T>().dot_rows({type, h + r, count, D}, c, ld, dots);
       const void* bias = vector_of(p.bias, e);
       for (int64_t i = 0; i < count; ++i) {
         T g = dots[i];
-        if (bias != nullptr) g += k.dot_row(type, bias, type, grads[r + i], H);
+        if (bias != nullptr) g += row_kernels<T>().dot_row(type, bias, type, grads[r + i], H);
         grad_weights[b.first + b.slots[r + i]] = g;
       }
     }
@@ -123,7 +131,7 @@ void run_rows(const MoeLinearReduceParams& p, const Parallel& par) {
 template <class T>
 void slot_gradients(const MoeLinearReduceBwdParams& p, const Routing& s, const RowMaps<T>& maps,
                     const T* u, const Parallel& par) {
-  const Kernels<T>& k = kernels<T>();
+  const RowKernels<T>& k = row_kernels<T>();
   const int64_t D = p.in_features, row_bytes = D * dtype_size(p.w.type);
   const auto* h = static_cast<const char*>(p.h);
   Rows grad_y = p.grad_y;

@@ -4,9 +4,8 @@
 #include <limits>
 
 #include "cpu/gemm/blocking.h"
-#include "cpu/kernels/kernels.h"
-#include "cpu/kernels/router_planes.h"
-#include "cpu/kernels/router_row.h"
+#include "cpu/kernels/router_rows.h"
+#include "cpu/kernels/rows.h"
 #include "cpu/runtime/parallel.h"
 #include "cpu/runtime/workspace.h"
 
@@ -25,34 +24,34 @@ namespace {
 template <class T>
 void route_few_bwd(const RouterBwdParams& p, const Parallel& par) {
   using Key = RouterKey<T>;
-  const RouterRow<T>& row = router_row<T>();
-  const Kernels<T>& kernel = kernels<T>();
+  const RouterKernels<T>& row = router_kernels<T>();
+  const RowKernels<T>& kernel = row_kernels<T>();
   const int64_t E = p.num_experts, K = p.top_k, size = dtype_size(p.type);
-  const int64_t bytes = kLaneTokens * (3 * E + 2 * K) * static_cast<int64_t>(sizeof(T)) + 6 * 64;
+  const int64_t bytes = kSoaTokens * (3 * E + 2 * K) * static_cast<int64_t>(sizeof(T)) + 6 * 64;
   const double cost = 2.0 * static_cast<double>(E * K) + 10.0 * static_cast<double>(E);
   parallel_range(par, p.num_tokens, cost, [&](int64_t begin, int64_t end) {
     ScratchScope scratch;
     Arena arena(scratch, Scratch::kRows, bytes);
-    T* const rows = arena.take<T>(kLaneTokens * E);
-    T* const x = arena.take<T>(kLaneTokens * E);
-    T* const grad_x = arena.take<T>(kLaneTokens * E);
-    T* const grads = arena.take<T>(kLaneTokens * K);
-    Key* const ids = arena.take<Key>(kLaneTokens * K);
-    RouterLanes<T> lanes = lanes_of<T>(p);
-    lanes.x = x;
-    lanes.ids = ids;
-    lanes.weights = grads;
-    lanes.grad_x = grad_x;
-    for (int64_t t = begin; t < end; t += kLaneTokens) {
-      const int64_t m = std::min(kLaneTokens, end - t);
-      lanes.tokens = m;
-      logits_to_planes(kernel, p.type, p.router_logits, p.logits_stride, t, m, E, rows, x);
-      to_planes(static_cast<const T*>(p.grad_weights) + t * K, K, m, K, grads, T(0));
-      to_planes(p.topk_ids + t * K, K, m, K, ids, Key(-1));
-      row.route_lanes_bwd(lanes);
+    T* const rows = arena.take<T>(kSoaTokens * E);
+    T* const x = arena.take<T>(kSoaTokens * E);
+    T* const grad_x = arena.take<T>(kSoaTokens * E);
+    T* const grads = arena.take<T>(kSoaTokens * K);
+    Key* const ids = arena.take<Key>(kSoaTokens * K);
+    RouteSoa<T> soa = soa_of<T>(p);
+    soa.x = x;
+    soa.ids = ids;
+    soa.weights = grads;
+    soa.grad_x = grad_x;
+    for (int64_t t = begin; t < end; t += kSoaTokens) {
+      const int64_t m = std::min(kSoaTokens, end - t);
+      soa.tokens = m;
+      logits_to_soa(kernel, p.type, p.router_logits, p.logits_stride, t, m, E, rows, x);
+      to_soa(static_cast<const T*>(p.grad_weights) + t * K, K, m, K, grads, T(0));
+      to_soa(p.topk_ids + t * K, K, m, K, ids, Key(-1));
+      row.route_soa_bwd(soa);
       char* const to = static_cast<char*>(p.grad_logits) + t * E * size;
       const bool direct = p.type == kAccumulate<T>;
-      from_planes(grad_x, m, E, direct ? reinterpret_cast<T*>(to) : rows);
+      from_soa(grad_x, m, E, direct ? reinterpret_cast<T*>(to) : rows);
       if (!direct) kernel.store_row(p.type, rows, to, m * E);
     }
   });
@@ -60,11 +59,11 @@ void route_few_bwd(const RouterBwdParams& p, const Parallel& par) {
 
 template <class T>
 void route_bwd(const RouterBwdParams& p, const Parallel& par) {
-  if (p.num_experts <= kLaneExperts && p.num_experts * p.top_k <= kFewRouterPairs) {
+  if (p.num_experts <= kSoaExperts && p.num_experts * p.top_k <= kFewRouterPairs) {
     return route_few_bwd<T>(p, par);
   }
-  const RouterRow<T>& row = router_row<T>();
-  const Kernels<T>& kernel = kernels<T>();
+  const RouterKernels<T>& row = router_kernels<T>();
+  const RowKernels<T>& kernel = row_kernels<T>();
   const int64_t E = p.num_experts, K = p.top_k;
   const int64_t padded = round_up(E, kRowUnit), padded_k = round_up<int64_t>(K, 8);
   const bool softmax = p.score_func == ScoreFunc::kSoftmax;
@@ -94,9 +93,10 @@ void route_bwd(const RouterBwdParams& p, const Parallel& par) {
 
     for (int64_t t0 = begin; t0 < end; t0 += batch) {
       const int64_t m = std::min(batch, end - t0);
-      kernel.load_rows(p.type,
-                       static_cast<const char*>(p.router_logits) + t0 * p.logits_stride * size,
-                       p.logits_stride, m, E, x, padded, T(1));
+      kernel.load_rows(
+          {p.type, static_cast<const char*>(p.router_logits) + t0 * p.logits_stride * size,
+           p.logits_stride, m, E},
+          x, padded, T(1));
       for (int64_t t = 0; t < m; ++t) {
         // The slots that hold an expert move together.
         const T* const grad_weights = static_cast<const T*>(p.grad_weights) + (t0 + t) * K;
@@ -138,7 +138,7 @@ void route_bwd(const RouterBwdParams& p, const Parallel& par) {
         T sum = T(1);
         if (n > 0 && over_all) {
           std::fill(own + E, own + padded, -inf);
-          sum = row.exp_sum_of(own, exps, padded);
+          sum = exp_sum_of(row, own, exps, padded);
           for (int64_t k = 0; k < n; ++k) score[k] = exps[ids[k]] / sum;
         } else if (softmax) {
           sum = T(0);
@@ -176,8 +176,8 @@ void route_bwd(const RouterBwdParams& p, const Parallel& par) {
           for (int64_t k = 0; k < n; ++k) grad_x[ids[k]] += slope[k] * grad[k];
         }
       }
-      kernel.store_rows(p.type, x, padded, m, E, static_cast<char*>(p.grad_logits) + t0 * E * size,
-                        E);
+      kernel.store_rows(x, padded,
+                        {p.type, static_cast<char*>(p.grad_logits) + t0 * E * size, E, m, E});
     }
   });
 }

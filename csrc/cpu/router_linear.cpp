@@ -5,7 +5,8 @@
 #include <algorithm>
 
 #include "cpu/gemm/blocking.h"
-#include "cpu/kernels/kernels.h"
+#include "cpu/kernels/router.h"
+#include "cpu/kernels/rows.h"
 #include "cpu/runtime/parallel.h"
 #include "cpu/runtime/workspace.h"
 
@@ -34,9 +35,9 @@ struct WholeRows {
 };
 
 template <class T>
-WholeRows<T> whole_rows(const Kernels<T>& k, DType type, const void* src, int64_t ld, int64_t rows,
-                        int64_t n, T* buffer, int64_t pitch) {
-  k.load_rows(type, src, ld, rows, n, buffer, pitch, T(1));
+WholeRows<T> whole_rows(const RowKernels<T>& k, DType type, const void* src, int64_t ld,
+                        int64_t rows, int64_t n, T* buffer, int64_t pitch) {
+  k.load_rows({type, src, ld, rows, n}, buffer, pitch, T(1));
   if (n < pitch) {
     for (int64_t r = 0; r < rows; ++r)
       std::fill(buffer + r * pitch + n, buffer + (r + 1) * pitch, T(0));
@@ -46,7 +47,7 @@ WholeRows<T> whole_rows(const Kernels<T>& k, DType type, const void* src, int64_
 
 // Weights [E, H] with E and H rounded up; for all threads, in scratch of the calling one.
 template <class T>
-WholeRows<T> whole_weights(const Kernels<T>& k, ScratchScope& scratch, DType type,
+WholeRows<T> whole_weights(const RowKernels<T>& k, ScratchScope& scratch, DType type,
                            const void* weight, int64_t experts, int64_t hidden) {
   const int64_t padded = round_up<int64_t>(experts, kRouterExperts);
   const int64_t pitch = round_up<int64_t>(hidden, k.lanes);
@@ -60,7 +61,7 @@ WholeRows<T> whole_weights(const Kernels<T>& k, ScratchScope& scratch, DType typ
 
 template <class T>
 void run(const RouterLinearParams& p, const Parallel& par) {
-  const Kernels<T>& k = kernels<T>();
+  const RowKernels<T>& k = row_kernels<T>();
   const int64_t E = p.num_experts, H = p.hidden_size;
   const int64_t experts = round_up<int64_t>(E, kRouterExperts), n = round_up<int64_t>(H, k.lanes);
   ScratchScope scratch;
@@ -86,8 +87,17 @@ void run(const RouterLinearParams& p, const Parallel& par) {
                                       : whole_rows(k, p.type, from, p.x_stride, m, H, x_buffer, n);
       char* const to = at(p.logits, p.logits_type, t * E);
       T* const out = out_in_place ? reinterpret_cast<T*>(to) : sums;
-      k.router_linear(m, experts, n, x.data, x.ld, w.data, w.ld, bias, out, experts);
-      if (!out_in_place) k.store_rows(p.logits_type, out, experts, m, E, to, E);
+      router_kernels<T>().linear({.tokens = m,
+                                  .experts = experts,
+                                  .n = n,
+                                  .x = x.data,
+                                  .ld_x = x.ld,
+                                  .w = w.data,
+                                  .ld_w = w.ld,
+                                  .bias = bias,
+                                  .out = out,
+                                  .ld_out = experts});
+      if (!out_in_place) k.store_rows(out, experts, {p.logits_type, to, E, m, E});
     }
   });
 }
@@ -104,7 +114,7 @@ int64_t rows_of_part(const RouterLinearBwdParams& p) {
 
 template <class T>
 void run_bwd(const RouterLinearBwdParams& p, const Parallel& par) {
-  const Kernels<T>& k = kernels<T>();
+  const RowKernels<T>& k = row_kernels<T>();
   const int64_t E = p.num_experts, H = p.hidden_size;
   const int64_t experts = round_up<int64_t>(E, kRouterExperts), n = round_up<int64_t>(H, k.lanes);
   const bool need_x = p.grad_x != nullptr, need_w = p.grad_weight != nullptr;
@@ -160,14 +170,14 @@ void run_bwd(const RouterLinearBwdParams& p, const Parallel& par) {
       char* const to = need_x ? at(p.grad_x, p.type, t * H) : nullptr;
       rows.grad_x = !need_x || in_place ? reinterpret_cast<T*>(to) : grad_buffer;
       rows.ld_grad_x = n;
-      k.router_linear_bwd(rows);
-      if (need_x && !in_place) k.store_rows(p.type, grad_buffer, n, rows.tokens, H, to, H);
+      router_kernels<T>().linear_bwd(rows);
+      if (need_x && !in_place) k.store_rows(grad_buffer, n, {p.type, to, H, rows.tokens, H});
     }
   });
   for (int64_t part = 1; part < parts; ++part) {
     k.axpy(kAccumulate<T>, sums + part * step, T(1), sums, step);
   }
-  if (need_w) k.store_rows(p.type, sums, n, E, H, p.grad_weight, H);
+  if (need_w) k.store_rows(sums, n, {p.type, p.grad_weight, H, E, H});
   if (p.grad_bias != nullptr) k.store_row(p.type, sums + experts * n, p.grad_bias, E);
 }
 

@@ -10,9 +10,8 @@
 #include <algorithm>
 #include <limits>
 
-#include "cpu/kernels/kernels.h"
-#include "cpu/kernels/router_planes.h"
-#include "cpu/kernels/router_row.h"
+#include "cpu/kernels/router_rows.h"
+#include "cpu/kernels/rows.h"
 #include "cpu/runtime/parallel.h"
 #include "cpu/runtime/workspace.h"
 
@@ -39,7 +38,7 @@ class GroupLimit {
     kept_ = arena.take<int32_t>(padded_);
   }
 
-  void apply(const RouterRow<T>& row, Key* keys) {
+  void apply(const RouterKernels<T>& row, Key* keys) {
     const int64_t size = p_.num_experts / p_.num_groups;
     for (int64_t g = 0; g < p_.num_groups; ++g) {
       Key first = kNoKey<T>, second = kNoKey<T>;
@@ -56,7 +55,7 @@ class GroupLimit {
     std::fill(keys_ + p_.num_groups, keys_ + padded_, kNoKey<T>);
     row.find_block_max(keys_, block_max_, padded_);
     // take_best marks what it takes: afterwards the keys that are left are the losers.
-    row.take_best(keys_, block_max_, 1, 0, padded_, p_.num_topk_groups, kept_);
+    row.take_best({keys_, block_max_, 1, 0, padded_, p_.num_topk_groups, kept_});
     for (int64_t g = 0; g < p_.num_groups; ++g) {
       if (keys_[g] != kNoKey<T>) std::fill_n(keys + g * size, size, kNoKey<T>);
     }
@@ -93,41 +92,40 @@ void finish_weights(const TopkRouterParams& p, T scale, T* weights) {
 template <class T>
 void route_few(const TopkRouterParams& p, const Parallel& par) {
   using Key = RouterKey<T>;
-  const RouterRow<T>& row = router_row<T>();
-  const Kernels<T>& kernel = kernels<T>();
+  const RouterKernels<T>& row = router_kernels<T>();
+  const RowKernels<T>& kernel = row_kernels<T>();
   const int64_t E = p.num_experts, K = p.top_k;
-  const int64_t bytes = kLaneTokens * (2 * E + 2 * K) * static_cast<int64_t>(sizeof(T)) + 5 * 64;
+  const int64_t bytes = kSoaTokens * (2 * E + 2 * K) * static_cast<int64_t>(sizeof(T)) + 5 * 64;
   const double cost = static_cast<double>(E * K) + 10.0 * static_cast<double>(E);
   parallel_range(par, p.num_tokens, cost, [&](int64_t begin, int64_t end) {
     ScratchScope scratch;
     Arena arena(scratch, Scratch::kRows, bytes);
-    T* const rows = arena.take<T>(kLaneTokens * E);
-    T* const x = arena.take<T>(kLaneTokens * E);
-    T* const weights = arena.take<T>(kLaneTokens * K);
-    Key* const ids = arena.take<Key>(kLaneTokens * K);
-    RouterLanes<T> lanes = lanes_of<T>(p);
-    lanes.x = x;
-    lanes.ids = ids;
-    lanes.weights = weights;
-    for (int64_t t = begin; t < end; t += kLaneTokens) {
-      lanes.tokens = std::min(kLaneTokens, end - t);
-      logits_to_planes(kernel, p.type, p.router_logits, p.logits_stride, t, lanes.tokens, E, rows,
-                       x);
-      row.route_lanes(lanes);
-      from_planes(weights, lanes.tokens, K, static_cast<T*>(p.topk_weights) + t * K);
-      from_planes(ids, lanes.tokens, K, p.topk_ids + t * K);
+    T* const rows = arena.take<T>(kSoaTokens * E);
+    T* const x = arena.take<T>(kSoaTokens * E);
+    T* const weights = arena.take<T>(kSoaTokens * K);
+    Key* const ids = arena.take<Key>(kSoaTokens * K);
+    RouteSoa<T> soa = soa_of<T>(p);
+    soa.x = x;
+    soa.ids = ids;
+    soa.weights = weights;
+    for (int64_t t = begin; t < end; t += kSoaTokens) {
+      soa.tokens = std::min(kSoaTokens, end - t);
+      logits_to_soa(kernel, p.type, p.router_logits, p.logits_stride, t, soa.tokens, E, rows, x);
+      row.route_soa(soa);
+      from_soa(weights, soa.tokens, K, static_cast<T*>(p.topk_weights) + t * K);
+      from_soa(ids, soa.tokens, K, p.topk_ids + t * K);
     }
   });
 }
 
 template <class T>
 void route(const TopkRouterParams& p, const Parallel& par) {
-  if (p.num_experts <= kLaneExperts && p.expert_bias == nullptr && p.num_groups == 1) {
+  if (p.num_experts <= kSoaExperts && p.expert_bias == nullptr && p.num_groups == 1) {
     return route_few<T>(p, par);
   }
   using Key = RouterKey<T>;
-  const RouterRow<T>& row = router_row<T>();
-  const Kernels<T>& kernel = kernels<T>();
+  const RouterKernels<T>& row = router_kernels<T>();
+  const RowKernels<T>& kernel = row_kernels<T>();
   const int64_t E = p.num_experts, K = p.top_k;
   const int64_t padded = round_up(E, kRowUnit), padded_k = round_up(K, kRowUnit);
   const bool softmax = p.score_func == ScoreFunc::kSoftmax;
@@ -170,9 +168,10 @@ void route(const TopkRouterParams& p, const Parallel& par) {
     for (int64_t t0 = begin; t0 < end; t0 += at_once) {
       const int64_t rows = std::min(at_once, end - t0);
       kernel.load_rows(
-          p.type,
-          static_cast<const char*>(p.router_logits) + t0 * p.logits_stride * dtype_size(p.type),
-          p.logits_stride, rows, E, xs, pitch, T(1));
+          {p.type,
+           static_cast<const char*>(p.router_logits) + t0 * p.logits_stride * dtype_size(p.type),
+           p.logits_stride, rows, E},
+          xs, pitch, T(1));
       std::fill_n(sums, rows, T(1));
       if (all_scores && softmax) row.exp_sum(xs, scores, rows, pitch, padded, sums);
       for (int64_t r = 0; r < rows; ++r) {
@@ -193,7 +192,7 @@ void route(const TopkRouterParams& p, const Parallel& par) {
         if (grouped) group_limit.apply(row, keys);
         row.find_block_max(keys, block_max + r * pitch, padded);
       }
-      row.take_best(all_keys, block_max, rows, pitch, padded, K, p.topk_ids + t0 * K);
+      row.take_best({all_keys, block_max, rows, pitch, padded, K, p.topk_ids + t0 * K});
 
       for (int64_t r = 0; r < rows; ++r) {
         const T *const x = xs + r * pitch, *const score = scores + r * pitch;
@@ -203,7 +202,7 @@ void route(const TopkRouterParams& p, const Parallel& par) {
           for (int64_t k = 0; k < K; ++k) weights[k] = score[ids[k]] / sums[r];
         } else {
           for (int64_t k = 0; k < K; ++k) chosen[k] = x[ids[k]];
-          row.scores(p.score_func, chosen, chosen_score, padded_k, K, weights);
+          scores_of(row, p.score_func, chosen, chosen_score, padded_k, K, weights);
         }
         finish_weights(p, scale, weights);
       }

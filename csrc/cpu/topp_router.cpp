@@ -5,8 +5,8 @@
 #include <algorithm>
 #include <limits>
 
-#include "cpu/kernels/kernels.h"
-#include "cpu/kernels/router_row.h"
+#include "cpu/kernels/router_rows.h"
+#include "cpu/kernels/rows.h"
 #include "cpu/runtime/parallel.h"
 #include "cpu/runtime/workspace.h"
 
@@ -17,8 +17,8 @@ namespace {
 template <class T>
 void route(const ToppRouterParams& p, const Parallel& par) {
   using Key = RouterKey<T>;
-  const RouterRow<T>& row = router_row<T>();
-  const Kernels<T>& kernel = kernels<T>();
+  const RouterKernels<T>& row = router_kernels<T>();
+  const RowKernels<T>& kernel = row_kernels<T>();
   const int64_t E = p.num_experts, K = p.max_k;
   const int64_t padded = round_up(E, kRowUnit), pitch = padded + kRowUnit;
   const T top_p = static_cast<T>(p.top_p), scale = static_cast<T>(p.routed_scaling_factor);
@@ -38,7 +38,7 @@ void route(const ToppRouterParams& p, const Parallel& par) {
           p.type,
           static_cast<const char*>(p.router_logits) + t * p.logits_stride * dtype_size(p.type), x,
           E, T(1));
-      const T sum = row.exp_sum_of(x, exps, padded);
+      const T sum = exp_sum_of(row, x, exps, padded);
       row.make_keys(x, keys, padded);
       std::fill(keys + E, keys + padded, kNoKey<T>);
       row.find_block_max(keys, block_max, padded);
@@ -47,7 +47,7 @@ void route(const ToppRouterParams& p, const Parallel& par) {
       // Summed in fp64, so that rounding does not ask for one more of many small probabilities.
       double gathered = 0;
       while (n < K && (n < p.min_k || !(static_cast<T>(gathered) >= top_p))) {
-        row.take_best(keys, block_max, 1, pitch, padded, 1, ids + n);
+        row.take_best({keys, block_max, 1, pitch, padded, 1, ids + n});
         weights[n] = exps[ids[n]] / sum;
         gathered += static_cast<double>(weights[n]);
         ++n;

@@ -4,7 +4,7 @@
 #include <cstring>
 #include <vector>
 
-#include "cpu/kernels/kernels.h"
+#include "cpu/kernels/rows.h"
 #include "cpu/runtime/parallel.h"
 #include "cpu/runtime/workspace.h"
 
@@ -14,7 +14,7 @@ namespace {
 
 template <class T>
 void run_tokens(const UnpermuteParams& p, int64_t begin, int64_t end) {
-  const Kernels<T>& k = kernels<T>();
+  const RowKernels<T>& k = row_kernels<T>();
   const int64_t H = p.hidden_size, K = p.top_k, size = dtype_size(p.type);
   const char* rows = static_cast<const char*>(p.rows);
   const T* weights = static_cast<const T*>(p.topk_weights);
@@ -36,14 +36,14 @@ void run_tokens(const UnpermuteParams& p, int64_t begin, int64_t end) {
       row[n] = rows + p.slot_to_row[s] * p.row_stride * size;
       weight[n++] = weights != nullptr ? weights[s] : T(1);
     }
-    k.weighted_sum(p.type, row.data(), weights != nullptr ? weight.data() : nullptr, n, sum, H);
+    k.weighted_sum({p.type, row.data(), n, H}, weights != nullptr ? weight.data() : nullptr, sum);
     k.store_row(p.y_type, sum, static_cast<char*>(p.y) + t * y_bytes, H);
   }
 }
 
 template <class T>
 void run_bwd(const UnpermuteBwdParams& p, const Parallel& par) {
-  const Kernels<T>& k = kernels<T>();
+  const RowKernels<T>& k = row_kernels<T>();
   const int64_t H = p.hidden_size, K = p.top_k, size = dtype_size(p.type);
   const T* weights = static_cast<const T*>(p.topk_weights);
   // From the row's side, so that each row of grad_rows is written once whatever the map holds. The

@@ -4,7 +4,6 @@
 
 #include <cstdint>
 
-#include "cpu/kernels/kernels.h"
 #include "moe_ops/activation.h"
 
 namespace moe_ops::cpu {

@@ -6,8 +6,7 @@
 #include "cpu/gemm/plan.h"
 #include "cpu/gemm/token_blocks.h"
 #include "cpu/gemm/wgrad.h"
-#include "cpu/kernels/kernels.h"
-#include "cpu/kernels/router_row.h"
+#include "cpu/kernels/router.h"
 #include "cpu/moa_attention/blocks.h"
 
 namespace moe_ops::cpu {
@@ -23,7 +22,7 @@ constexpr int64_t kFloat = sizeof(float), kDouble = sizeof(double);
 // from the number of lanes.
 template <class T>
 void add_level(std::vector<BlockSize>& sizes) {
-  const Kernels<T>& k = kernels<T>();
+  const GemmKernels<T>& k = gemm_kernels<T>();
   const int64_t W = k.lanes;
   sizes.insert(
       sizes.end(),
@@ -33,19 +32,21 @@ void add_level(std::vector<BlockSize>& sizes) {
           {"gemm", "depth", "lanes", W},
           {"gemm", "rows", "mr1", k.mr1},
           {"gemm", "rows", "mr2", k.mr2},
-          {"gemm", "rows", "dot_tokens", k.dot_tokens},
-          {"gemm", "rows", "2 dot_tokens", 2 * k.dot_tokens},
-          {"gemm", "rows", "dot_max_rows", k.dot_max_rows},
-          {"gemm", "rows", "strip_tokens", k.strip_tokens},
-          {"gemm", "rows", "strip_max_rows", k.strip_max_rows},
-          {"gemm", "rows", "panel_rows", k.panel_rows},
-          {"gemm", "rows", "stream_rows", k.stream_rows},
-          {"gemm", "rows", "pairs_max_rows", k.pairs_max_rows},
-          {"gemm", "depth", "strip_block", k.strip_block},
-          {"gemm", "depth", "strip_one_pass_depth", k.strip_one_pass_depth},
-          {"gemm", "depth_a_row", "strip_depth_of_row.same", k.strip_depth_of_row.same},
-          {"gemm", "depth_a_row", "strip_depth_of_row.widened", k.strip_depth_of_row.widened},
-          {"gemm", "depth_a_row", "strip_depth_of_row.pairs", k.strip_depth_of_row.pairs},
+          {"gemm", "rows", "dot_tokens", k.gemv.max_tokens},
+          {"gemm", "rows", "2 dot_tokens", 2 * k.gemv.max_tokens},
+          {"gemm", "rows", "dot_max_rows", k.gemv.max_rows},
+          {"gemm", "rows", "strip_tokens", k.blocked_gemv.max_tokens},
+          {"gemm", "rows", "strip_max_rows", k.blocked_gemv.max_rows},
+          {"gemm", "rows", "panel_rows", k.packed.max_rows},
+          {"gemm", "rows", "stream_rows", k.packed.stream_rows},
+          {"gemm", "rows", "pairs_max_rows", k.bf16_max_rows},
+          {"gemm", "depth", "strip_block", k.blocked_gemv.block_k},
+          {"gemm", "depth", "strip_one_pass_depth", k.blocked_gemv.one_pass_min_depth},
+          {"gemm", "depth_a_row", "strip_depth_of_row.same", k.blocked_gemv.min_depth_per_row.same},
+          {"gemm", "depth_a_row", "strip_depth_of_row.widened",
+           k.blocked_gemv.min_depth_per_row.widened},
+          {"gemm", "depth_a_row", "strip_depth_of_row.pairs",
+           k.blocked_gemv.min_depth_per_row.bf16},
           {"wgrad", "features", "mr2", k.mr2},
           {"wgrad", "depth", "2 lanes", 2 * W},
           {"slots", "width", "lanes", W},
@@ -63,7 +64,7 @@ void add_level(std::vector<BlockSize>& sizes) {
           {"rows", "hidden", "2 lanes", 2 * W},
           {"rows", "hidden", "4 lanes", 4 * W},
       });
-  for (const int tiles : k.widen_tiles) {
+  for (const int tiles : k.packed.widen_tiles) {
     if (tiles > 0) sizes.push_back({"gemm", "rows", "widen_tiles", (tiles - 1) * k.mr2});
   }
 }
@@ -92,7 +93,7 @@ std::vector<BlockSize> block_sizes() {
       MOE_SIZE("gemm", "features", kNnFeatures),
       {"gemm", "features", "kNnFeatures / 2", kNnFeatures / 2},
       MOE_SIZE("gemm", "features", kAmxNnFeatures),
-      MOE_SIZE("gemm", "features", kDotFeatures),
+      MOE_SIZE("gemm", "features", kGemvFeatures),
       {"gemm", "features", "kPageBytes, float32", kPageBytes / kFloat},
       {"gemm", "features", "kPageBytes, float64", kPageBytes / kDouble},
       MOE_SIZE("gemm", "depth", kKc),
@@ -101,13 +102,13 @@ std::vector<BlockSize> block_sizes() {
       {"gemm", "depth", "kPanelDepth pairs", 2 * kPanelDepth},
       MOE_SIZE("gemm", "depth", kAmxKc),
       MOE_SIZE("gemm", "depth", kPrefetchStep),
-      MOE_SIZE("gemm", "depth", kRankRows),
+      MOE_SIZE("gemm", "depth", kOuterRows),
       MOE_SIZE("gemm", "depth", kPackDepth),
       {"gemm", "depth", "kWholeDepthBytes, float32",
        kWholeDepthBytes / (kRowBlock * kLda * kFloat) * kKc},
       {"gemm", "depth", "kWholeDepthBytes, float64",
        kWholeDepthBytes / (kRowBlock * kLda * kDouble) * kKc},
-      {"gemm", "depth", "kDotKeptBytes, float32", kDotKeptBytes / (kDotFeatures * kFloat)},
+      {"gemm", "depth", "kDotKeptBytes, float32", kDotKeptBytes / (kGemvFeatures * kFloat)},
       {"gemm", "depth", "kNnBlockBytes, widest", kNnBlockBytes / (kNnFeatures * kFloat)},
       {"gemm", "depth", "kNnBlockBytes, narrow", kNnBlockBytes / (kNnFeatures / 2 * kFloat)},
       MOE_SIZE("gemm", "weights", kKeptElements),
@@ -130,7 +131,7 @@ std::vector<BlockSize> block_sizes() {
       MOE_SIZE("quant", "features", kQuantNarrowFeatures),
       MOE_SIZE("quant", "features", kQuantPartFeatures),
       MOE_SIZE("quant", "depth", kQuantBlock),
-      MOE_SIZE("quant", "depth", kByteDepth),
+      MOE_SIZE("quant", "depth", kInt8Depth),
       {"quant", "depth", "kKc pairs", 2 * kKc},
       // e4m3.
       MOE_SIZE("fp8", "rows", kFp8DotRows),
@@ -173,11 +174,11 @@ std::vector<BlockSize> block_sizes() {
       MOE_SIZE("attention", "size", kLdm),
       // Routers.
       MOE_SIZE("router", "experts", kRowUnit),
-      MOE_SIZE("router", "experts", kLaneExperts),
+      MOE_SIZE("router", "experts", kSoaExperts),
       MOE_SIZE("router", "experts", kRouterExperts),
       MOE_SIZE("router", "experts", kChoiceColumns),
       MOE_SIZE("router", "pairs", kFewRouterPairs),
-      MOE_SIZE("router", "tokens", kLaneTokens),
+      MOE_SIZE("router", "tokens", kSoaTokens),
       MOE_SIZE("router", "tokens", kRouterRows),
       MOE_SIZE("router", "tokens", kRouterLinearRows),
       // Operations on whole rows.
@@ -187,24 +188,25 @@ std::vector<BlockSize> block_sizes() {
   };
   add_level<float>(sizes);
   add_level<double>(sizes);
-  const Kernels<float>& k = kernels<float>();
-  const QuantKernels& q = k.quant;
-  sizes.insert(sizes.end(), {
-                                {"quant", "rows", "dot_tokens", k.dot_tokens},
-                                {"quant", "rows", "mr2", k.mr2},
-                                {"quant", "rows", "dot8_rows", q.dot8_rows},
-                                {"quant", "rows", "dot4_rows", q.dot4_rows},
-                                {"quant", "rows", "code_rows", q.code_rows},
-                                {"quant", "rows", "byte_rows", q.byte_rows},
-                                {"quant", "depth_a_row", "dot8_depth_of_row", q.dot8_depth_of_row},
-                                {"quant", "features", "dot8_features", q.dot8_features},
-                                {"quant", "features", "2 lanes", 2 * k.lanes},
-                                {"quant", "depth", "bytes of a vector", 4 * k.lanes},
-                                {"quant", "depth", "4 bits of a vector", 8 * k.lanes},
-                                {"fp8", "rows", "lanes", k.lanes},
-                                {"fp8", "rows", "2 lanes", 2 * k.lanes},
-                                {"fp8", "features", "mr2", k.mr2},
-                            });
+  const GemmKernels<float>& k = gemm_kernels<float>();
+  const QuantKernels& q = quant_kernels();
+  sizes.insert(sizes.end(),
+               {
+                   {"quant", "rows", "dot_tokens", k.gemv.max_tokens},
+                   {"quant", "rows", "mr2", k.mr2},
+                   {"quant", "rows", "dot8_rows", q.w8_max_rows},
+                   {"quant", "rows", "dot4_rows", q.w4_max_rows},
+                   {"quant", "rows", "code_rows", q.int16_rows},
+                   {"quant", "rows", "byte_rows", q.int8_rows},
+                   {"quant", "depth_a_row", "dot8_depth_of_row", q.w8_min_depth_per_row},
+                   {"quant", "features", "dot8_features", q.w8_features},
+                   {"quant", "features", "2 lanes", 2 * k.lanes},
+                   {"quant", "depth", "bytes of a vector", 4 * k.lanes},
+                   {"quant", "depth", "4 bits of a vector", 8 * k.lanes},
+                   {"fp8", "rows", "lanes", k.lanes},
+                   {"fp8", "rows", "2 lanes", 2 * k.lanes},
+                   {"fp8", "features", "mr2", k.mr2},
+               });
   // "No limit", and what a level lacks, are no sizes.
   std::erase_if(sizes,
                 [](const BlockSize& s) { return s.value <= 0 || s.value > (int64_t{1} << 30); });

@@ -49,7 +49,8 @@ struct Fp8Item {
   int64_t expert, row_begin, row_end, feature_begin, feature_end;
 };
 
-inline std::vector<Fp8Item> fp8_items(const Fp8Desc& d, const Kernels<float>& k, int num_threads) {
+inline std::vector<Fp8Item> fp8_items(const Fp8Desc& d, const GemmKernels<float>& k,
+                                      int num_threads) {
   const int64_t E = d.num_experts, total = d.features * d.segments;
   int64_t active = 0;
   for (int64_t e = 0; e < E; ++e) active += d.expert_offsets[e + 1] > d.expert_offsets[e];
@@ -79,44 +80,52 @@ inline std::vector<Fp8Item> fp8_items(const Fp8Desc& d, const Kernels<float>& k,
 }
 
 // The codes of an item's rows as numbers, `ldx` apart with zeros at their ends, and their scales.
-inline void decode_rows(const Fp8Desc& d, const Kernels<float>& k, const Fp8Item& it, float* x,
-                        int64_t ldx, const float** x_scale) {
+inline void decode_rows(const Fp8Desc& d, const Fp8Item& it, float* x, int64_t ldx,
+                        const float** x_scale) {
   const int64_t K = d.in_features;
   for (int64_t t = 0; t < it.row_end - it.row_begin; ++t) {
-    k.fp8.decode(d.row(it.row_begin + t), x + t * ldx, K);
+    fp8_kernels().decode(d.row(it.row_begin + t), x + t * ldx, K);
     std::fill(x + t * ldx + K, x + (t + 1) * ldx, 0.0f);
     x_scale[t] = d.row_scale(it.row_begin + t);
   }
 }
 
 template <class Epilogue>
-void fp8_dot_item(const Fp8Desc& d, const Kernels<float>& k, const Fp8Item& it,
+void fp8_dot_item(const Fp8Desc& d, const GemmKernels<float>& k, const Fp8Item& it,
                   const Epilogue& fn) {
   const int64_t m = it.row_end - it.row_begin, n = it.feature_end - it.feature_begin;
   const int64_t K = d.in_features, ldx = round_up<int64_t>(K, k.lanes);
   ScratchScope scratch;
   float* x = scratch.take<float>(Scratch::kTokens, m * ldx);
   const float* x_scale[kFp8DotRows];
-  decode_rows(d, k, it, x, ldx, x_scale);
+  decode_rows(d, it, x, ldx, x_scale);
   const int64_t ldo = n * d.segments;
   float* out = scratch.take<float>(Scratch::kTile, m * ldo);
   // Four long streams, as in dot_item.
-  const int64_t quarter = n / kDotFeatures;
+  const int64_t quarter = n / kGemvFeatures;
   for (int s = 0; s < d.segments; ++s) {
-    for (int64_t f = 0; f < quarter + n % kDotFeatures; ++f) {
+    for (int64_t f = 0; f < quarter + n % kGemvFeatures; ++f) {
       const bool four = f < quarter;
-      const int64_t first = four ? f : f - quarter + quarter * kDotFeatures;
+      const int64_t first = four ? f : f - quarter + quarter * kGemvFeatures;
       const int64_t step = four ? quarter : 1;
       const int64_t feature = s * d.features + it.feature_begin + first;
-      const float* w_scale[kDotFeatures];
-      for (int64_t i = 0; i < (four ? kDotFeatures : 1); ++i) {
+      const float* w_scale[kGemvFeatures];
+      for (int64_t i = 0; i < (four ? kGemvFeatures : 1); ++i) {
         w_scale[i] = d.weight_scale(it.expert, feature + i * step);
       }
       for (int64_t t = 0; t < m; t += kFp8DotTokens) {
-        k.fp8.dot(four ? kDotFeatures : 1,
-                  static_cast<int>(std::min<int64_t>(kFp8DotTokens, m - t)), K,
-                  d.weight(it.expert, feature), step * d.b.stride_o, w_scale, x + t * ldx, ldx,
-                  x_scale + t, out + t * ldo + s * n + first, ldo, step);
+        fp8_kernels().dot({.features = four ? static_cast<int>(kGemvFeatures) : 1,
+                           .tokens = static_cast<int>(std::min<int64_t>(kFp8DotTokens, m - t)),
+                           .k = K,
+                           .w = d.weight(it.expert, feature),
+                           .ldw = step * d.b.stride_o,
+                           .w_scale = w_scale,
+                           .x = x + t * ldx,
+                           .ldx = ldx,
+                           .x_scale = x_scale + t,
+                           .out = out + t * ldo + s * n + first,
+                           .ldo = ldo,
+                           .out_step = step});
       }
     }
   }
@@ -127,30 +136,40 @@ void fp8_dot_item(const Fp8Desc& d, const Kernels<float>& k, const Fp8Item& it,
 
 // The same sums, to the bit, for more rows: each four rows of weights are widened once.
 template <class Epilogue>
-void fp8_strip_item(const Fp8Desc& d, const Kernels<float>& k, const Fp8Item& it,
+void fp8_strip_item(const Fp8Desc& d, const GemmKernels<float>& k, const Fp8Item& it,
                     const Epilogue& fn) {
   const int64_t m = it.row_end - it.row_begin, n = it.feature_end - it.feature_begin;
   const int64_t K = d.in_features, ldx = round_up<int64_t>(K, k.lanes) + kPanelPad / 2;
   ScratchScope scratch;
   float* x = scratch.take<float>(Scratch::kTokens, m * ldx);
-  float* w = scratch.take<float>(Scratch::kPackB, kDotFeatures * ldx);
+  float* w = scratch.take<float>(Scratch::kPackB, kGemvFeatures * ldx);
   const float* x_scale[kRowBlock];
-  decode_rows(d, k, it, x, ldx, x_scale);
+  decode_rows(d, it, x, ldx, x_scale);
   const int64_t ldo = n * d.segments;
   float* out = scratch.take<float>(Scratch::kTile, m * ldo);
   for (int s = 0; s < d.segments; ++s) {
-    for (int64_t f = 0; f < n; f += kDotFeatures) {
-      const int64_t features = std::min<int64_t>(kDotFeatures, n - f);
-      const float* w_scale[kDotFeatures];
+    for (int64_t f = 0; f < n; f += kGemvFeatures) {
+      const int64_t features = std::min<int64_t>(kGemvFeatures, n - f);
+      const float* w_scale[kGemvFeatures];
       for (int64_t i = 0; i < features; ++i) {
         const int64_t feature = s * d.features + it.feature_begin + f + i;
-        k.fp8.decode(d.weight(it.expert, feature), w + i * ldx, K);
+        fp8_kernels().decode(d.weight(it.expert, feature), w + i * ldx, K);
         w_scale[i] = d.weight_scale(it.expert, feature);
       }
       for (int64_t t = 0; t < m; t += kFp8DotTokens) {
-        k.fp8.dot_wide(static_cast<int>(features),
-                       static_cast<int>(std::min<int64_t>(kFp8DotTokens, m - t)), K, w, ldx,
-                       w_scale, x + t * ldx, ldx, x_scale + t, out + t * ldo + s * n + f, ldo, 1);
+        fp8_kernels().dot_widened(
+            {.features = static_cast<int>(features),
+             .tokens = static_cast<int>(std::min<int64_t>(kFp8DotTokens, m - t)),
+             .k = K,
+             .w = w,
+             .ldw = ldx,
+             .w_scale = w_scale,
+             .x = x + t * ldx,
+             .ldx = ldx,
+             .x_scale = x_scale + t,
+             .out = out + t * ldo + s * n + f,
+             .ldo = ldo,
+             .out_step = 1});
       }
     }
   }
@@ -160,11 +179,11 @@ void fp8_strip_item(const Fp8Desc& d, const Kernels<float>& k, const Fp8Item& it
 }
 
 template <bool kPairs, class Epilogue>
-void fp8_tile_item(const Fp8Desc& d, const Kernels<float>& k, const Fp8Item& it,
+void fp8_tile_item(const Fp8Desc& d, const GemmKernels<float>& k, const Fp8Item& it,
                    const Epilogue& fn) {
   constexpr int64_t kStep = kPairs ? 2 : 1;  // steps of k in an element
   constexpr int64_t kBlock = kFp8Block / kStep;
-  const auto& tiles = kPairs ? k.pair_row_a : k.row_a;
+  const auto& tiles = kPairs ? k.bf16_row_a : k.row_a;
   const int64_t W = k.lanes, K = d.in_features, k_blocks = d.blocks();
   const int64_t m = it.row_end - it.row_begin, n = it.feature_end - it.feature_begin;
   const int64_t total = n * d.segments;
@@ -190,10 +209,10 @@ void fp8_tile_item(const Fp8Desc& d, const Kernels<float>& k, const Fp8Item& it,
     const int64_t count = std::min(kFp8Block, K - b * kFp8Block);
     if constexpr (kPairs) {
       auto* halves = reinterpret_cast<uint16_t*>(dst);
-      k.fp8.decode_bf16(codes + b * kFp8Block, halves, count);
+      fp8_kernels().decode_bf16(codes + b * kFp8Block, halves, count);
       if (count % 2 != 0) halves[count] = 0;
     } else {
-      k.fp8.decode(codes + b * kFp8Block, dst, count);
+      fp8_kernels().decode(codes + b * kFp8Block, dst, count);
     }
   };
   const int64_t mr = padded_m == W ? k.mr1 : k.mr2;
@@ -229,7 +248,7 @@ void fp8_tile_item(const Fp8Desc& d, const Kernels<float>& k, const Fp8Item& it,
           weight_scale[f - i0] = d.weight_scale(it.expert, feature_of(f))[b];
         }
         // The tiles fetch the weights of the next step: the next block of k, or the next rows.
-        TileHints next;
+        TileOptions next;
         const bool last = b + 1 == b1;
         const int64_t next_i = last ? i1 : i0, next_b = last ? b0 : b + 1;
         if (next_i < total) {
@@ -239,15 +258,21 @@ void fp8_tile_item(const Fp8Desc& d, const Kernels<float>& k, const Fp8Item& it,
           next.rows = std::min(mr, n - next_i % n);
           next.bytes = std::min(kFp8Block, K - next_b * kFp8Block);
           next.spread(std::max<int64_t>(1, kc / kPrefetchStep) * ceil_div(padded_m, 2 * W),
-                      k.fetch_halves);
+                      k.prefetch_halves);
         }
         for (int64_t t0 = 0; t0 < padded_m; t0 += 2 * W) {
           const int64_t width = std::min(2 * W, padded_m - t0);
           tiles[width / W - 1][i1 - i0 - 1](kc, a, panels + (b - b0) * padded_m * kBlock + t0 * kc,
-                                            partial, width, false, next);
-          k.fp8.promote(i1 - i0, width, partial, width, weight_scale,
-                        token_scale + (b - b0) * padded_m + t0, sums + i0 * padded_m + t0, padded_m,
-                        b > 0);
+                                            {partial, width, false}, next);
+          fp8_kernels().promote({.rows = i1 - i0,
+                                 .cols = width,
+                                 .block = partial,
+                                 .ld_block = width,
+                                 .row_scale = weight_scale,
+                                 .col_scale = token_scale + (b - b0) * padded_m + t0,
+                                 .sums = sums + i0 * padded_m + t0,
+                                 .ld_sums = padded_m,
+                                 .accumulate = b > 0});
         }
       }
     }
@@ -261,7 +286,7 @@ void fp8_tile_item(const Fp8Desc& d, const Kernels<float>& k, const Fp8Item& it,
 
 // Epilogue as in stream.h.
 template <class Epilogue>
-void run_fp8_item(const Fp8Desc& d, const Kernels<float>& k, const Fp8Item& it,
+void run_fp8_item(const Fp8Desc& d, const GemmKernels<float>& k, const Fp8Item& it,
                   const Epilogue& fn) {
   if (d.in_features == 0) {
     const int64_t n = it.feature_end - it.feature_begin;
@@ -276,7 +301,7 @@ void run_fp8_item(const Fp8Desc& d, const Kernels<float>& k, const Fp8Item& it,
   const int64_t expert_rows = d.expert_offsets[it.expert + 1] - d.expert_offsets[it.expert];
   if (expert_rows <= kFp8DotRows) return fp8_dot_item(d, k, it, fn);
   if (d.invariant) return fp8_strip_item(d, k, it, fn);
-  const bool pairs = k.pairs && expert_rows <= k.pairs_max_rows;
+  const bool pairs = k.has_bf16 && expert_rows <= k.bf16_max_rows;
   pairs ? fp8_tile_item<true>(d, k, it, fn) : fp8_tile_item<false>(d, k, it, fn);
 }
 

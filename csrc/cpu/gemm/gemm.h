@@ -11,8 +11,8 @@ namespace moe_ops::cpu {
 
 // next: the item that this thread is likely to take after this one, or nullptr.
 template <class T, class Epilogue>
-void run_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, const GemmItem* next,
-              const Epilogue& fn) {
+void run_item(const GemmDesc<T>& d, const GemmKernels<T>& k, const GemmItem& it,
+              const GemmItem* next, const Epilogue& fn) {
   switch (it.path) {
     case Path::kZero: {
       const int64_t n = it.feature_end - it.feature_begin;
@@ -70,13 +70,13 @@ void run_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, con
       if constexpr (sizeof(T) == 4) quant4_item(d, k, it, fn);
       return;
     case Path::kQuantPanels:
-      if constexpr (sizeof(T) == 4) quant_panel_item<TokenForm::kFloats>(d, k, it, fn);
+      if constexpr (sizeof(T) == 4) quant_panel_item<Activations::kFloat>(d, k, it, fn);
       return;
     case Path::kCodePanels:
-      if constexpr (sizeof(T) == 4) quant_panel_item<TokenForm::kPairs>(d, k, it, fn);
+      if constexpr (sizeof(T) == 4) quant_panel_item<Activations::kInt16>(d, k, it, fn);
       return;
     case Path::kBytePanels:
-      if constexpr (sizeof(T) == 4) quant_panel_item<TokenForm::kBytes>(d, k, it, fn);
+      if constexpr (sizeof(T) == 4) quant_panel_item<Activations::kInt8>(d, k, it, fn);
       return;
   }
 }
@@ -98,7 +98,7 @@ double gemm_cost(const GemmDesc<T>& d) {
 
 template <class T, class Epilogue>
 void gemm(const GemmDesc<T>& d, const Parallel& par, const Epilogue& fn) {
-  const Kernels<T>& k = kernels<T>();
+  const GemmKernels<T>& k = gemm_kernels<T>();
   const std::vector<GemmItem> items = gemm_items(d, k, par.num_threads);
   parallel_items(par, static_cast<int64_t>(items.size()), gemm_cost(d),
                  [&](int64_t i) { run_item(d, k, items[i], next_item(items, i, par), fn); });

@@ -5,7 +5,7 @@
 #include <cstring>
 
 #include "cpu/gemm/blocking.h"
-#include "cpu/kernels/kernels.h"
+#include "cpu/kernels/gemm.h"
 #include "cpu/runtime/parallel.h"
 
 namespace moe_ops::cpu {
@@ -54,7 +54,8 @@ void pack_all(const ExpertMatrices& w, int64_t num_experts, int64_t features, in
 PanelLayout panel_layout(DType type, int64_t out_features, int64_t in_features, int64_t segments) {
   const bool half = dtype_size(type) == 2;
   PanelLayout layout;
-  layout.width = 2 * (type == DType::kFloat64 ? kernels<double>().lanes : kernels<float>().lanes);
+  layout.width =
+      2 * (type == DType::kFloat64 ? gemm_kernels<double>().lanes : gemm_kernels<float>().lanes);
   layout.depth = half ? round_up<int64_t>(in_features, 32) : in_features;
   layout.segments = segments;
   layout.count = ceil_div(out_features / segments, layout.width);

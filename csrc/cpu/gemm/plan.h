@@ -31,7 +31,10 @@
 #include <vector>
 
 #include "cpu/gemm/pack.h"
-#include "cpu/kernels/kernels.h"
+#include "cpu/kernels/fp8.h"
+#include "cpu/kernels/gemm.h"
+#include "cpu/kernels/quant.h"
+#include "cpu/kernels/rows.h"
 #include "cpu/runtime/batch_invariant.h"
 #include "cpu/runtime/parallel.h"
 #include "cpu/runtime/workspace.h"
@@ -193,17 +196,17 @@ enum class Path : int {
 // integers of 16 bits for weights of 8 bits, which costs less accuracy than those of 8 bits do, and
 // integers of 8 bits for weights of 4, as at most other times.
 template <class T>
-Path invariant_path_of(const GemmDesc<T>& d, const Kernels<T>& k, int64_t expert_rows) {
+Path invariant_path_of(const GemmDesc<T>& d, const GemmKernels<T>& k, int64_t expert_rows) {
   if (d.b.quant.bits != 0) return d.b.quant.bits == 4 ? Path::kQuant4 : Path::kQuant8;
-  const bool pairs = k.pairs && d.b.type == DType::kBFloat16 && d.a_scale == nullptr &&
-                     k.pairs_max_rows == std::numeric_limits<int64_t>::max();
+  const bool pairs = k.has_bf16 && d.b.type == DType::kBFloat16 && d.a_scale == nullptr &&
+                     k.bf16_max_rows == std::numeric_limits<int64_t>::max();
   if (d.b.panels != nullptr) return pairs ? Path::kPairPanels : Path::kPanels;
   if (d.b.stride_k != 1) {
-    const bool few = expert_rows <= (k.rank_one_pass ? k.dot_tokens : kRankMaxRows);
+    const bool few = expert_rows <= (k.outer.one_pass ? k.gemv.max_tokens : kRankMaxRows);
     if (pairs) return few ? Path::kPairRank : Path::kPairNn;
     return few ? Path::kRank : Path::kNn;
   }
-  const bool few = expert_rows <= k.dot_max_rows;
+  const bool few = expert_rows <= k.gemv.max_rows;
   if (pairs && d.in_features % 2 == 0 && d.b.stride_o % 2 == 0) {
     return few ? Path::kPairDot : Path::kPairStrip;
   }
@@ -211,53 +214,52 @@ Path invariant_path_of(const GemmDesc<T>& d, const Kernels<T>& k, int64_t expert
 }
 
 template <class T>
-Path path_of(const GemmDesc<T>& d, const Kernels<T>& k, int64_t expert_rows) {
+Path path_of(const GemmDesc<T>& d, const GemmKernels<T>& k, int64_t expert_rows) {
   if (d.in_features == 0) return Path::kZero;
   if (d.invariant) return invariant_path_of(d, k, expert_rows);
   // Products of bfloat16 round tokens to it, which loses nothing unless they were scaled before.
-  const bool pairs = k.pairs && d.b.type == DType::kBFloat16 && d.a_scale == nullptr;
+  const bool pairs = k.has_bf16 && d.b.type == DType::kBFloat16 && d.a_scale == nullptr;
   if (d.b.quant.bits != 0) {
-    const QuantKernels& q = k.quant;
+    const QuantKernels& q = quant_kernels();
     const bool four = d.b.quant.bits == 4, half = d.b.type != DType::kFloat32;
-    const bool bytes = half && q.byte_tile[four][0] != nullptr;
-    const bool codes = half && !four && q.pairs != nullptr;
+    const bool bytes = half && q.int8_tile[four][0] != nullptr;
+    const bool codes = half && !four && q.quantize_int16 != nullptr;
     int64_t dot_rows = kQuantMaxRows;
-    if (four && bytes) dot_rows = q.dot4_rows;
+    if (four && bytes) dot_rows = q.w4_max_rows;
     if (!four && (bytes || codes)) {
       dot_rows =
-          std::clamp<int64_t>(d.in_features / q.dot8_depth_of_row, kMinDot8Rows, q.dot8_rows);
+          std::clamp<int64_t>(d.in_features / q.w8_min_depth_per_row, kMinDot8Rows, q.w8_max_rows);
     }
     if (expert_rows <= dot_rows) return four ? Path::kQuant4 : Path::kQuant8;
     return bytes ? Path::kBytePanels : codes ? Path::kCodePanels : Path::kQuantPanels;
   }
-  const bool amx = pairs && k.amx_panel != nullptr && expert_rows >= kAmxMinRows;
-  const bool multiply_pairs = pairs && expert_rows <= k.pairs_max_rows;
+  const bool amx = pairs && k.amx.panel != nullptr && expert_rows >= kAmxMinRows;
+  const bool multiply_pairs = pairs && expert_rows <= k.bf16_max_rows;
   if (d.b.panels != nullptr) {
     return amx ? Path::kAmxPanels : multiply_pairs ? Path::kPairPanels : Path::kPanels;
   }
   // Whether tiles would have to widen the weights first.
   const bool half = sizeof(T) == 4 && d.b.type != DType::kFloat32;
   if (d.b.stride_k != 1) {
-    const bool one_pass = k.rank_one_pass && (!half || multiply_pairs);
-    if (expert_rows <= (one_pass ? k.dot_tokens : kRankMaxRows)) return Path::kRank;
+    const bool one_pass = k.outer.one_pass && (!half || multiply_pairs);
+    if (expert_rows <= (one_pass ? k.gemv.max_tokens : kRankMaxRows)) return Path::kRank;
     return amx ? Path::kAmxNn : multiply_pairs ? Path::kPairNn : Path::kNn;
   }
   if (amx && d.in_features % 32 == 0) return Path::kAmxRows;
   const bool two = multiply_pairs && d.in_features % 2 == 0 && d.b.stride_o % 2 == 0;
   // Every dot_tokens rows widen half types again; pairs at full speed (isa.h) beat that.
-  const bool fast_pairs = two && k.pairs_max_rows > k.strip_max_rows;
-  const int64_t half_rows = fast_pairs ? k.dot_tokens : 2 * k.dot_tokens;
+  const bool fast_pairs = two && k.bf16_max_rows > k.blocked_gemv.max_rows;
+  const int64_t half_rows = fast_pairs ? k.gemv.max_tokens : 2 * k.gemv.max_tokens;
   // Where dot would take two passes; from twice that depth on also where it takes four rows in one.
-  const int64_t deep = expert_rows > k.dot_tokens ? d.in_features
-                       : expert_rows == 4         ? d.in_features / 2
-                                                  : 0;
-  const bool one_pass = !half && expert_rows <= k.strip_tokens && deep >= k.strip_one_pass_depth;
-  if (!one_pass && expert_rows <= (half ? half_rows : k.dot_max_rows)) return Path::kDot;
-  const StripDepths& depth = k.strip_depth_of_row;
-  const int64_t strip_rows = d.in_features / (two    ? depth.pairs
-                                              : half ? depth.widened
-                                                     : depth.same);
-  if (expert_rows <= std::min(k.strip_max_rows, strip_rows)) {
+  const int64_t deep = expert_rows > k.gemv.max_tokens ? d.in_features
+                       : expert_rows == 4              ? d.in_features / 2
+                                                       : 0;
+  const bool one_pass = !half && expert_rows <= k.blocked_gemv.max_tokens &&
+                        deep >= k.blocked_gemv.one_pass_min_depth;
+  if (!one_pass && expert_rows <= (half ? half_rows : k.gemv.max_rows)) return Path::kDot;
+  const auto& depth = k.blocked_gemv.min_depth_per_row;
+  const int64_t strip_rows = d.in_features / (two ? depth.bf16 : half ? depth.widened : depth.same);
+  if (expert_rows <= std::min(k.blocked_gemv.max_rows, strip_rows)) {
     return two ? Path::kPairStrip : Path::kStrip;
   }
   return two ? Path::kPairPack : Path::kPack;
@@ -271,7 +273,7 @@ int64_t nn_features(const GemmDesc<T>& d, int64_t expert_rows) {
 // Depth of the blocks that nn copies; of `unit` weight rows each. By the width that an item has
 // with one thread: blocks of k are summed by themselves, so bits depend on the depth.
 template <class T>
-int64_t nn_depth(const GemmDesc<T>& d, const Kernels<T>& k, int64_t unit, int64_t expert_rows) {
+int64_t nn_depth(const GemmDesc<T>& d, const GemmKernels<T>& k, int64_t unit, int64_t expert_rows) {
   const int64_t width = (unit == 2 ? 2 : 1) * k.lanes;
   const int64_t cuts = ceil_div(d.features * d.segments, nn_features(d, expert_rows));
   const int64_t widest = balanced(d.features, ceil_div(d.features, cuts),
@@ -287,7 +289,7 @@ struct GemmItem {
 
 // Items of features [first, last) of each segment.
 template <class T>
-std::vector<GemmItem> gemm_items(const GemmDesc<T>& d, const Kernels<T>& k, int num_threads,
+std::vector<GemmItem> gemm_items(const GemmDesc<T>& d, const GemmKernels<T>& k, int num_threads,
                                  int64_t first, int64_t last) {
   const int64_t E = d.num_experts, wide = last - first, total = wide * d.segments;
   int64_t active = 0;
@@ -316,8 +318,8 @@ std::vector<GemmItem> gemm_items(const GemmDesc<T>& d, const Kernels<T>& k, int 
       case Path::kPairPanels:
         // Few rows are read in streams, of a quarter of an item each: the longer the better. More
         // are copied once for all parts of an item.
-        most_features = end - begin <= k.stream_rows ? kStreamFeatureBlock : kPanelFeatures;
-        most_rows = k.panel_rows;
+        most_features = end - begin <= k.packed.stream_rows ? kStreamFeatureBlock : kPanelFeatures;
+        most_rows = k.packed.max_rows;
         break;
       case Path::kQuantPanels:
         most_features = kPanelFeatureBlock;
@@ -331,7 +333,7 @@ std::vector<GemmItem> gemm_items(const GemmDesc<T>& d, const Kernels<T>& k, int 
       case Path::kDot:
       case Path::kPairDot:
         // Read once, in streams of a quarter of an item each: the longer the better.
-        if (end - begin <= k.dot_tokens) most_features = kStreamFeatureBlock;
+        if (end - begin <= k.gemv.max_tokens) most_features = kStreamFeatureBlock;
         unit = 4;
         break;
       case Path::kStrip:
@@ -340,10 +342,10 @@ std::vector<GemmItem> gemm_items(const GemmDesc<T>& d, const Kernels<T>& k, int 
         unit = 4;
         break;
       case Path::kQuant8:
-        unit = 2 * k.quant.dot8_features;
+        unit = 2 * quant_kernels().w8_features;
         most_features = end - begin <= kQuantMaxRows ? kQuantFeatures : kQuantNarrowFeatures;
         most_rows = kPanelRowBlock;
-        row_unit = k.dot_tokens;
+        row_unit = k.gemv.max_tokens;
         break;
       case Path::kQuant4:
         unit = 4;
@@ -392,39 +394,38 @@ std::vector<GemmItem> gemm_items(const GemmDesc<T>& d, const Kernels<T>& k, int 
 }
 
 template <class T>
-std::vector<GemmItem> gemm_items(const GemmDesc<T>& d, const Kernels<T>& k, int num_threads) {
+std::vector<GemmItem> gemm_items(const GemmDesc<T>& d, const GemmKernels<T>& k, int num_threads) {
   return gemm_items(d, k, num_threads, 0, d.features);
 }
 
 // src * scale as bfloat16; `buffer` has room for n floats.
-inline void load_bf16_row(const Kernels<float>& k, DType type, const void* src, int64_t n,
-                          float scale, float* buffer, uint16_t* dst) {
+inline void load_bf16_row(DType type, const void* src, int64_t n, float scale, float* buffer,
+                          uint16_t* dst) {
   if (type == DType::kBFloat16 && scale == 1.0f) {
     std::memcpy(dst, src, static_cast<size_t>(n) * 2);
   } else if (type == DType::kFloat32 && scale == 1.0f) {
-    k.store_row(DType::kBFloat16, static_cast<const float*>(src), dst, n);
+    row_kernels<float>().store_row(DType::kBFloat16, static_cast<const float*>(src), dst, n);
   } else {
-    k.load_row(type, src, buffer, n, scale);
-    k.store_row(DType::kBFloat16, buffer, dst, n);
+    row_kernels<float>().load_row(type, src, buffer, n, scale);
+    row_kernels<float>().store_row(DType::kBFloat16, buffer, dst, n);
   }
 }
 
 // Row r of the tokens, kc elements from k0 on; of pairs, when an element is one. What the last pair
 // lacks is zero.
 template <bool kPairs, class T>
-void load_tokens(const GemmDesc<T>& d, const Kernels<T>& k, int64_t r, int64_t k0, int64_t kc,
-                 T* dst) {
+void load_tokens(const GemmDesc<T>& d, int64_t r, int64_t k0, int64_t kc, T* dst) {
   if constexpr (kPairs) {
     auto* halves = reinterpret_cast<uint16_t*>(dst);
     const int64_t n = std::min(2 * kc, d.in_features - 2 * k0);
     const char* src = element(row_of(d.a, r), d.a.type, 2 * k0);
-    load_bf16_row(k, d.a.type, src, n, 1.0f, nullptr, halves);
+    load_bf16_row(d.a.type, src, n, 1.0f, nullptr, halves);
     if (n < 2 * kc) halves[n] = 0;
   } else {
-    k.load_row(d.a.type, element(row_of(d.a, r), d.a.type, k0), dst, kc,
-               d.a_scale ? d.a_scale[r] : T(1));
+    row_kernels<T>().load_row(d.a.type, element(row_of(d.a, r), d.a.type, k0), dst, kc,
+                              d.a_scale ? d.a_scale[r] : T(1));
     if constexpr (sizeof(T) == 4) {
-      if (d.k_scale != nullptr) k.quant.multiply_row(d.k_scale + k0, dst, kc);
+      if (d.k_scale != nullptr) row_kernels<T>().multiply_row(d.k_scale + k0, dst, kc);
     }
   }
 }

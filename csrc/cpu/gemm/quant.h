@@ -16,25 +16,25 @@ inline int64_t kept_strips(int64_t bytes) {
 // that share the item evenly. With more, a strip is a run in memory; it stays in cache while all
 // tokens pass, and they ask for the next one.
 template <class Epilogue>
-void quant8_item(const GemmDesc<float>& d, const Kernels<float>& k, const GemmItem& it,
+void quant8_item(const GemmDesc<float>& d, const GemmKernels<float>& k, const GemmItem& it,
                  const Epilogue& fn) {
-  const int64_t F = k.quant.dot8_features;
+  const int64_t F = quant_kernels().w8_features;
   const QuantFormat& q = d.b.quant;
   const int64_t m = it.row_end - it.row_begin, n = it.feature_end - it.feature_begin;
   const int64_t K = d.in_features, padded_k = round_up<int64_t>(K, 64);
-  const int64_t row_bytes = round_up<int64_t>(k.quant.row8_bytes(K), 64) + 64;
+  const int64_t row_bytes = round_up<int64_t>(quant_kernels().w8_row_bytes(K), 64) + 64;
   ScratchScope scratch;
   float* x = scratch.take<float>(Scratch::kPackA, padded_k);
   char* rows = scratch.take<char>(Scratch::kTokens, m * row_bytes);
   std::fill(x + K, x + padded_k, 0.0f);
   for (int64_t t = 0; t < m; ++t) {
-    load_tokens<false>(d, k, it.row_begin + t, 0, K, x);
-    k.quant.row8(K, x, rows + t * row_bytes);
+    load_tokens<false>(d, it.row_begin + t, 0, K, x);
+    quant_kernels().w8_quantize(K, x, rows + t * row_bytes);
   }
   const int64_t ldo = n * d.segments;
   float* out = scratch.take<float>(Scratch::kTile, m * ldo);
   const int64_t ldw = d.b.stride_o, strips = n / F, rest = n % F;
-  const int64_t passes = ceil_div<int64_t>(m, k.dot_tokens);
+  const int64_t passes = ceil_div<int64_t>(m, k.gemv.max_tokens);
   const EvenParts pass_rows(m, passes);
   for (int s = 0; s < d.segments; ++s) {
     const int64_t feature = s * d.features + it.feature_begin;
@@ -48,10 +48,21 @@ void quant8_item(const GemmDesc<float>& d, const Kernels<float>& k, const GemmIt
         const int64_t t = pass_rows.begin(p);
         // Passes share the rows that they ask for.
         const int64_t ahead0 = ahead.begin(p), ahead1 = ahead.begin(p + 1);
-        k.quant.dot8(static_cast<int>(features), count,
-                     static_cast<int>(pass_rows.begin(p + 1) - t), K, w, ldw, step * ldw,
-                     rows + t * row_bytes, row_bytes, out + t * ldo + s * n + first, ldo, step,
-                     next + ahead0 * step * ldw, step * ldw, static_cast<int>(ahead1 - ahead0));
+        quant_kernels().w8_dot({.features = static_cast<int>(features),
+                                .count = count,
+                                .tokens = static_cast<int>(pass_rows.begin(p + 1) - t),
+                                .k = K,
+                                .w = w,
+                                .w_step = ldw,
+                                .ldw = step * ldw,
+                                .x = rows + t * row_bytes,
+                                .x_bytes = row_bytes,
+                                .out = out + t * ldo + s * n + first,
+                                .ldo = ldo,
+                                .out_step = step,
+                                .prefetch = next + ahead0 * step * ldw,
+                                .prefetch_ld = step * ldw,
+                                .prefetch_rows = static_cast<int>(ahead1 - ahead0)});
       }
     };
     if (passes == 1) {
@@ -77,7 +88,7 @@ void quant8_item(const GemmDesc<float>& d, const Kernels<float>& k, const GemmIt
       float* sums = out + t * ldo + s * n;
       const float* scale = scales_at(d.b, it.expert, s * d.features + it.feature_begin);
       if (q.scale_stride_o == 1) {
-        k.quant.multiply_row(scale, sums, n);
+        row_kernels<float>().multiply_row(scale, sums, n);
       } else {
         for (int64_t f = 0; f < n; ++f) sums[f] *= scale[f * q.scale_stride_o];
       }
@@ -88,44 +99,56 @@ void quant8_item(const GemmDesc<float>& d, const Kernels<float>& k, const GemmIt
 
 // dot_item with 4 bits: every weight is read once.
 template <class Epilogue>
-void quant4_item(const GemmDesc<float>& d, const Kernels<float>& k, const GemmItem& it,
+void quant4_item(const GemmDesc<float>& d, const GemmKernels<float>& k, const GemmItem& it,
                  const Epilogue& fn) {
   const QuantFormat& q = d.b.quant;
   const int64_t m = it.row_end - it.row_begin, n = it.feature_end - it.feature_begin;
   const int64_t K = d.in_features, padded_k = round_up(K, kQuantBlock);
-  const int64_t row_bytes = round_up<int64_t>(k.quant.row4_bytes(K), 64);
+  const int64_t row_bytes = round_up<int64_t>(quant_kernels().w4_row_bytes(K), 64);
   ScratchScope scratch;
   float* x = scratch.take<float>(Scratch::kPackA, padded_k);
   char* rows = scratch.take<char>(Scratch::kTokens, m * row_bytes);
   std::fill(x + K, x + padded_k, 0.0f);
   for (int64_t t = 0; t < m; ++t) {
-    load_tokens<false>(d, k, it.row_begin + t, 0, K, x);
-    k.quant.row4(K, x, rows + t * row_bytes);
+    load_tokens<false>(d, it.row_begin + t, 0, K, x);
+    quant_kernels().w4_quantize(K, x, rows + t * row_bytes);
   }
   const int64_t ldo = n * d.segments;
   float* out = scratch.take<float>(Scratch::kTile, m * ldo);
   // Four long streams, as in dot_item; with more tokens than a pass takes, four rows at a time.
-  const int64_t quarter = n / kDotFeatures, rest = n % kDotFeatures;
+  const int64_t quarter = n / kGemvFeatures, rest = n % kGemvFeatures;
   const int64_t ldw = d.b.stride_o / 2;
   for (int s = 0; s < d.segments; ++s) {
     // `count` times `features` features from `first` on, `step` apart.
     const auto run = [&](int features, int64_t count, int64_t first, int64_t step) {
       if (count == 0) return;
       const int64_t feature = s * d.features + it.feature_begin + first;
-      for (int64_t t = 0; t < m; t += k.dot_tokens) {
-        const int tokens = static_cast<int>(std::min<int64_t>(k.dot_tokens, m - t));
-        k.quant.dot4(q.group, features, count, tokens, K, weights_at(d.b, it.expert, feature, 0),
-                     ldw, step * ldw, scales_at(d.b, it.expert, feature), q.scale_stride_o,
-                     step * q.scale_stride_o, rows + t * row_bytes, row_bytes,
-                     out + t * ldo + s * n + first, ldo, step);
+      for (int64_t t = 0; t < m; t += k.gemv.max_tokens) {
+        const int tokens = static_cast<int>(std::min<int64_t>(k.gemv.max_tokens, m - t));
+        quant_kernels().w4_dot({.features = features,
+                                .count = count,
+                                .tokens = tokens,
+                                .k = K,
+                                .w = weights_at(d.b, it.expert, feature, 0),
+                                .w_step = ldw,
+                                .ldw = step * ldw,
+                                .x = rows + t * row_bytes,
+                                .x_bytes = row_bytes,
+                                .out = out + t * ldo + s * n + first,
+                                .ldo = ldo,
+                                .out_step = step,
+                                .group = q.group,
+                                .scale = scales_at(d.b, it.expert, feature),
+                                .scale_step = q.scale_stride_o,
+                                .ld_scale = step * q.scale_stride_o});
       }
     };
-    int64_t at_once = m <= k.dot_tokens ? quarter : 1;
-    if (d.invariant && m > kQuantMaxRows) at_once = kept_strips(kDotFeatures * K / 2);
+    int64_t at_once = m <= k.gemv.max_tokens ? quarter : 1;
+    if (d.invariant && m > kQuantMaxRows) at_once = kept_strips(kGemvFeatures * K / 2);
     for (int64_t f = 0; f < quarter; f += at_once) {
-      run(kDotFeatures, std::min(at_once, quarter - f), f, quarter);
+      run(kGemvFeatures, std::min(at_once, quarter - f), f, quarter);
     }
-    run(1, rest, kDotFeatures * quarter, 1);
+    run(1, rest, kGemvFeatures * quarter, 1);
   }
   for (int64_t t = 0; t < m; ++t) {
     fn(it.expert, it.row_begin + t, it.feature_begin, n, out + t * ldo, out + t * ldo + n);
@@ -137,12 +160,12 @@ void quant4_item(const GemmDesc<float>& d, const Kernels<float>& k, const GemmIt
 // that make a panel are one run in memory, and the tiles ask for that of the next panel. But for
 // bytes, a panel's sums lie side by side until it is done: runs of k that share a scale may add to
 // them every 32 steps, and rows a power of two apart would all meet in the same few sets of an L1.
-template <TokenForm kForm, class Epilogue>
-void quant_panel_item(const GemmDesc<float>& d, const Kernels<float>& k, const GemmItem& it,
+template <Activations kForm, class Epilogue>
+void quant_panel_item(const GemmDesc<float>& d, const GemmKernels<float>& k, const GemmItem& it,
                       const Epilogue& fn) {
-  constexpr bool kBytes = kForm == TokenForm::kBytes, kPairs = kForm == TokenForm::kPairs;
+  constexpr bool kBytes = kForm == Activations::kInt8, kPairs = kForm == Activations::kInt16;
   constexpr int64_t kStep = kBytes ? 4 : kPairs ? 2 : 1;  // steps of k in an element of a
-  constexpr int64_t kDepth = kBytes ? kByteDepth / 4 : kKc;
+  constexpr int64_t kDepth = kBytes ? kInt8Depth / 4 : kKc;
   const QuantFormat& q = d.b.quant;
   const int64_t P = 2 * k.lanes, word = 32 / q.bits;
   const int64_t K = d.in_features, block = kStep * kDepth, k_blocks = ceil_div(K, block);
@@ -162,16 +185,16 @@ void quant_panel_item(const GemmDesc<float>& d, const Kernels<float>& k, const G
   float* x = scratch.take<float>(Scratch::kPackA, padded_k);
   std::fill(x + K, x + padded_k, 0.0f);
   for (int64_t t = 0; t < m; ++t) {
-    if constexpr (kBytes || kPairs) load_tokens<false>(d, k, it.row_begin + t, 0, K, x);
+    if constexpr (kBytes || kPairs) load_tokens<false>(d, it.row_begin + t, 0, K, x);
     for (int64_t b = 0; b < k_blocks; ++b) {
       float* dst = a + (b * m + t) * kLda;
       const int64_t kc = std::min(block, K - b * block);
       if constexpr (kBytes) {
-        k.quant.bytes(q.bits, kc, x + b * block, dst);
+        quant_kernels().quantize_int8(q.bits, kc, x + b * block, dst);
       } else if constexpr (kPairs) {
-        k.quant.pairs(kc, x + b * block, dst);
+        quant_kernels().quantize_int16(kc, x + b * block, dst);
       } else {
-        load_tokens<false>(d, k, it.row_begin + t, b * kKc, kc, dst);
+        load_tokens<false>(d, it.row_begin + t, b * kKc, kc, dst);
         // The last word of 8-bit weights may lack some.
         if (b == k_blocks - 1) std::fill(dst + kc, dst + round_up(kc, word), 0.0f);
       }
@@ -179,11 +202,12 @@ void quant_panel_item(const GemmDesc<float>& d, const Kernels<float>& k, const G
   }
   const bool four = q.bits == 4;
   const auto* tiles = [&] {
-    if constexpr (kBytes) return &k.quant.byte_tile[four][0];
-    if constexpr (!kBytes) return kPairs ? &k.quant.code_tile[0] : &k.quant.tile[four][0];
+    if constexpr (kBytes) return &quant_kernels().int8_tile[four][0];
+    if constexpr (!kBytes)
+      return kPairs ? &quant_kernels().int16_tile[0] : &quant_kernels().tile[four][0];
   }();
-  const int64_t blocks = ceil_div<int64_t>(m, kBytes   ? k.quant.byte_rows
-                                              : kPairs ? k.quant.code_rows
+  const int64_t blocks = ceil_div<int64_t>(m, kBytes   ? quant_kernels().int8_rows
+                                              : kPairs ? quant_kernels().int16_rows
                                                        : k.mr2);
   const EvenParts tile_rows(m, blocks);
   const int64_t count = ceil_div(n, P) * d.segments;
@@ -206,13 +230,13 @@ void quant_panel_item(const GemmDesc<float>& d, const Kernels<float>& k, const G
         for (int64_t g = 0; g < groups; ++g) scales[g * P + f] = scale[f * q.scale_stride_o + g];
       }
     } else {
-      k.quant.words(8, false, scale, 4 * q.scale_stride_o, features, 0, 4 * groups,
-                    reinterpret_cast<uint32_t*>(scales));
+      quant_kernels().repack({8, false, scale, 4 * q.scale_stride_o, features, 0, 4 * groups},
+                             reinterpret_cast<uint32_t*>(scales));
     }
     for (int64_t b = 0; b < k_blocks; ++b) {
       const int64_t k0 = b * block, k1 = std::min(K, k0 + block);
       // Bytes are multiplied with a bias, which 4-bit weights have in memory.
-      k.quant.words(q.bits, four != kBytes, w, ldw, features, k0, k1 - k0, words);
+      quant_kernels().repack({q.bits, four != kBytes, w, ldw, features, k0, k1 - k0}, words);
       // Scales of 32 weights are a fifth of what is read. Each block asks for its share of the next
       // panel's.
       const float* next_scale = scales_at(d.b, it.expert, feature(std::min(i + 1, count - 1)));
@@ -238,13 +262,26 @@ void quant_panel_item(const GemmDesc<float>& d, const Kernels<float>& k, const G
           if constexpr (kBytes) {
             const int64_t lines = ceil_div(P * q.bits / 16, blocks);
             ahead += r * ceil_div<int64_t>(runs * steps, q.bits) * lines * 64;
-            tiles[r1 - r0 - 1](runs, steps, codes, rows + kDepth, panel, run_scales,
-                               sum + r0 * ld_sum, ld_sum, begin > 0, ahead,
-                               static_cast<int>(lines));
+            tiles[r1 - r0 - 1]({runs,
+                                steps,
+                                codes,
+                                rows + kDepth,
+                                panel,
+                                run_scales,
+                                {sum + r0 * ld_sum, ld_sum, begin > 0},
+                                ahead,
+                                lines});
           } else {
             ahead += r * runs * steps * P / 16 * ahead_step;
-            tiles[r1 - r0 - 1](runs, steps, codes, rows + kDepth, panel, run_scales,
-                               sum + r0 * ld_sum, ld_sum, begin > 0, ahead, ahead_step);
+            tiles[r1 - r0 - 1]({runs,
+                                steps,
+                                codes,
+                                rows + kDepth,
+                                panel,
+                                run_scales,
+                                {sum + r0 * ld_sum, ld_sum, begin > 0},
+                                ahead,
+                                ahead_step});
           }
         }
       }

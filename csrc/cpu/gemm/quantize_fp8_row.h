@@ -4,13 +4,13 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "cpu/kernels/kernels.h"
+#include "cpu/kernels/fp8.h"
+#include "cpu/kernels/rows.h"
 
 namespace moe_ops::cpu {
 
 // n numbers of any type but float64 -> q [n], scale [ceil(n / 128)].
-inline void quantize_fp8_row(const Kernels<float>& k, DType type, const void* x, int64_t n,
-                             uint8_t* q, float* scale) {
+inline void quantize_fp8_row(DType type, const void* x, int64_t n, uint8_t* q, float* scale) {
   const char* src = static_cast<const char*>(x);
   float wide[kFp8Block];
   for (int64_t i = 0; i < n; i += kFp8Block) {
@@ -19,9 +19,9 @@ inline void quantize_fp8_row(const Kernels<float>& k, DType type, const void* x,
     if (type == DType::kFloat32) {
       values = reinterpret_cast<const float*>(src) + i;
     } else {
-      k.load_row(type, src + i * dtype_size(type), wide, count, 1.0f);
+      row_kernels<float>().load_row(type, src + i * dtype_size(type), wide, count, 1.0f);
     }
-    scale[i / kFp8Block] = k.fp8.quantize(values, count, q + i);
+    scale[i / kFp8Block] = fp8_kernels().quantize(values, count, q + i);
   }
 }
 

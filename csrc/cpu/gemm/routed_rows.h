@@ -50,7 +50,7 @@ RowMaps<T> row_maps(ScratchScope& scratch, const Routing& r, const void* topk_we
 // out = b a (+ bias), of rows with an expert.
 inline GroupedGemmParams routed_product(const Routing& r, const Rows& a, const ExpertMatrices& b,
                                         const ExpertVectors& bias, int64_t out_features,
-                                        int64_t in_features, const MutableRows& out) {
+                                        int64_t in_features, const moe_ops::MutableRows& out) {
   GroupedGemmParams p;
   p.expert_offsets = r.expert_offsets;
   p.num_experts = r.num_experts;

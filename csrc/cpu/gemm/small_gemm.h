@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "cpu/kernels/kernels.h"
+#include "cpu/kernels/gemm.h"
 
 namespace moe_ops::cpu {
 
@@ -32,7 +32,7 @@ struct RowTiles {
 
 // Columns rounded up to whole vectors: the width of B's panels and of rows of C.
 template <class T>
-int64_t padded(const Kernels<T>& k, int64_t n) {
+int64_t padded(const GemmKernels<T>& k, int64_t n) {
   return round_up<int64_t>(n, k.lanes);
 }
 
@@ -41,7 +41,7 @@ int64_t padded(const Kernels<T>& k, int64_t n) {
 // readable up to whole vectors. Rows of C have room for whole vectors.
 template <class T>
 struct SmallGemm {
-  const Kernels<T>& k;
+  const GemmKernels<T>& k;
   int64_t m, n, depth;
   const T* a;
   const T* b;
@@ -52,10 +52,10 @@ struct SmallGemm {
   // column-major form. Not used where A is one block.
   int64_t a_block = 0;
   int64_t lda = kLdm;  // of column-major A
-  int64_t ldb = TileHints::kWholePanels;
+  int64_t ldb = TileOptions::kPacked;
 
   const T* panel(int64_t j, int64_t k0, int64_t width) const {
-    if (ldb != TileHints::kWholePanels) return b + j + k0 * ldb;
+    if (ldb != TileOptions::kPacked) return b + j + k0 * ldb;
     return b + j * depth + k0 * width;
   }
 };
@@ -64,8 +64,8 @@ struct SmallGemm {
 template <class T>
 void small_gemm_row_major(const SmallGemm<T>& g) {
   const int64_t W = g.k.lanes, n = padded(g.k, g.n);
-  TileHints hints;
-  hints.ldb = g.ldb;
+  TileOptions options;
+  options.ldb = g.ldb;
   const T* a = g.a;
   int64_t k0 = 0;
   do {  // Once for a depth of 0, of which the sums are zero.
@@ -74,7 +74,7 @@ void small_gemm_row_major(const SmallGemm<T>& g) {
       const auto* tiles = g.k.row_a[width / W - 1];
       for (RowTiles t(g.m, width > W ? g.k.mr2 : g.k.mr1); t.next();) {
         tiles[t.height - 1](std::min(kKc, g.depth - k0), a + t.begin * kLda, g.panel(j, k0, width),
-                            g.c + t.begin * g.ldc + j, g.ldc, g.accumulate || k0 > 0, hints);
+                            {g.c + t.begin * g.ldc + j, g.ldc, g.accumulate || k0 > 0}, options);
       }
     }
     k0 += kKc;
@@ -86,9 +86,9 @@ void small_gemm_row_major(const SmallGemm<T>& g) {
 template <class T>
 void small_gemm_column_major(const SmallGemm<T>& g) {
   const int64_t W = g.k.lanes, n = padded(g.k, g.n);
-  TileHints hints;
-  hints.lda = g.lda;
-  hints.ldb = g.ldb;
+  TileOptions options;
+  options.lda = g.lda;
+  options.ldb = g.ldb;
   const T* a = g.a;
   for (int64_t m0 = 0; m0 < g.m; m0 += kLdm, a += g.a_block) {
     for (int64_t j = 0; j < n; j += 2 * W) {
@@ -96,7 +96,7 @@ void small_gemm_column_major(const SmallGemm<T>& g) {
       const auto* tiles = g.k.col_a[width / W - 1];
       for (RowTiles t(std::min(kLdm, g.m - m0), width > W ? g.k.mr2 : g.k.mr1); t.next();) {
         tiles[t.height - 1](g.depth, a + t.begin, g.panel(j, 0, width),
-                            g.c + (m0 + t.begin) * g.ldc + j, g.ldc, g.accumulate, hints);
+                            {g.c + (m0 + t.begin) * g.ldc + j, g.ldc, g.accumulate}, options);
       }
     }
   }

@@ -8,10 +8,11 @@ namespace moe_ops::cpu {
 // Weights dense along k, packed once for all rows of the item. While the first block of rows meets
 // a panel, its tiles fetch the weights of the next one.
 template <bool kPairs, class T, class Epilogue>
-void pack_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, const Epilogue& fn) {
+void pack_item(const GemmDesc<T>& d, const GemmKernels<T>& k, const GemmItem& it,
+               const Epilogue& fn) {
   const int64_t W = k.lanes, K = kPairs ? d.in_features / 2 : d.in_features;
   const int64_t size = kPairs ? sizeof(T) : dtype_size(d.b.type);
-  const auto& tiles = kPairs ? k.pair_row_a : k.row_a;
+  const auto& tiles = kPairs ? k.bf16_row_a : k.row_a;
   // Sums of a part are handed on before the next.
   const int64_t part = round_up(kPanelFeatureBlock / d.segments, 2 * W);
   const int64_t item_columns = round_up(it.feature_end - it.feature_begin, W) * d.segments;
@@ -47,7 +48,7 @@ void pack_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, co
       } else if constexpr (kPairs) {
         std::memcpy(row, weight_row(s, j + i, k0), static_cast<size_t>(kc) * sizeof(T));
       } else {
-        k.load_row(d.b.type, weight_row(s, j + i, k0), row, kc, T(1));
+        row_kernels<T>().load_row(d.b.type, weight_row(s, j + i, k0), row, kc, T(1));
       }
     }
     k.transpose(rows, kLda, width, kc, dst, width);
@@ -66,21 +67,21 @@ void pack_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, co
         for (int64_t t = 0; t < m && (f0 == it.feature_begin || chunk * depth < K); ++t) {
           T* dst = a + t * kLda;
           for (int64_t k0 = c0; k0 < c1; k0 += depth, dst += m * kLda) {
-            load_tokens<kPairs>(d, k, r0 + t, k0, std::min(depth, c1 - k0), dst);
+            load_tokens<kPairs>(d, r0 + t, k0, std::min(depth, c1 - k0), dst);
           }
         }
         for (int64_t s = 0; s < d.segments; ++s) {
           for (int64_t j = 0; j < padded_n; j += 2 * W) {
             const int64_t width = std::min(2 * W, padded_n - j), column = s * padded_n + j;
             const bool same = j + width < padded_n;
-            TileHints next;
+            TileOptions next;
             if (first && (same || s + 1 < d.segments)) {
               const int64_t next_j = f0 + (same ? j + width : 0);
               next.base = weight_row(same ? s : s + 1, next_j, c0);
               next.stride = row_bytes;
               next.rows = std::min(2 * W, f1 - next_j);
               next.bytes = (c1 - c0) * size;
-              next.spread((c1 - c0) / kPrefetchStep * blocks, k.fetch_halves);
+              next.spread((c1 - c0) / kPrefetchStep * blocks, k.prefetch_halves);
             }
             const T* x = a;
             for (int64_t k0 = c0; k0 < c1; k0 += depth, x += m * kLda) {
@@ -90,7 +91,7 @@ void pack_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, co
               for (int64_t i = 0; i < blocks; ++i) {
                 const int64_t i0 = tile_rows.begin(i), i1 = tile_rows.begin(i + 1);
                 tiles[width / W - 1][i1 - i0 - 1](kc, x + i0 * kLda, panel,
-                                                  tile + i0 * ldc + column, ldc, k0 > 0, next);
+                                                  {tile + i0 * ldc + column, ldc, k0 > 0}, next);
               }
             }
           }
@@ -106,7 +107,7 @@ void pack_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, co
 // Blocks of weight rows are copied into panels, unless they meet few rows. Where one is the whole
 // depth, they serve all rows of the item.
 template <bool kPairs, class T, class Epilogue>
-void nn_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it,
+void nn_item(const GemmDesc<T>& d, const GemmKernels<T>& k, const GemmItem& it,
              const GemmItem* next_item, const Epilogue& fn) {
   constexpr int64_t kRows = kPairs ? 2 : 1;  // weight rows of an element
   const int64_t W = k.lanes, K = ceil_div(d.in_features, kRows);
@@ -123,7 +124,7 @@ void nn_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it,
   const int64_t segment_size = ceil_div(padded_n, 2 * W) * (2 * W * std::min(K, depth) + kPanelPad);
   T* panels = scratch.take<T>(Scratch::kPackB, (whole ? d.segments : 1) * segment_size);
   T* tile = scratch.take<T>(Scratch::kTile, most_rows * ldc);
-  const auto& tiles = kPairs ? k.pair_row_a : k.row_a;
+  const auto& tiles = kPairs ? k.bf16_row_a : k.row_a;
   const void* w_rows[kRows * kKc];
   // Tiles read the weights as they lie. Where more than one will follow, they copy the panel on the
   // way; or one, where the lines of a panel meet in one set of an L1 and are read in halves.
@@ -137,7 +138,7 @@ void nn_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it,
     const EvenParts tile_rows(m, blocks);
     for (int64_t k0 = 0; k0 < K; k0 += depth) {
       const int64_t kc = std::min(depth, K - k0), stride = 2 * W * kc + kPanelPad;
-      for (int64_t t = 0; t < m; ++t) load_tokens<kPairs>(d, k, r0 + t, k0, kc, a + t * kLda);
+      for (int64_t t = 0; t < m; ++t) load_tokens<kPairs>(d, r0 + t, k0, kc, a + t * kLda);
       const auto weight_row = [&](int64_t row) {
         return element(d.b.data, d.b.type,
                        it.expert * d.b.stride_e + row * d.b.stride_k + it.feature_begin);
@@ -151,18 +152,18 @@ void nn_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it,
         if (direct || r0 > it.row_begin) {
           // Read as they lie, or packed for the rows before.
         } else if constexpr (kPairs) {
-          k.pack_pairs(reinterpret_cast<const uint16_t* const*>(w_rows), s * d.features, 2 * kc, n,
-                       reinterpret_cast<uint16_t*>(segment), 2 * stride);
+          k.bf16_pack_b(reinterpret_cast<const uint16_t* const*>(w_rows), s * d.features, 2 * kc, n,
+                        reinterpret_cast<uint16_t*>(segment), 2 * stride);
         } else {
-          k.pack_panels(d.b.type, w_rows, s * d.features * dtype_size(d.b.type), kc, n, nullptr,
-                        segment, stride);
+          k.pack_b({d.b.type, w_rows, kc, n}, s * d.features * dtype_size(d.b.type), nullptr,
+                   segment, stride);
         }
         // These tiles fetch the weights of the next block: the other segment, the next k, or the
         // first block of the next item.
         const bool same_k = s + 1 < d.segments;
         const int64_t next_k = kRows * (same_k ? k0 : k0 + depth);
         const bool follows = next_k < d.in_features;
-        TileHints next;
+        TileOptions next;
         if (follows ? r0 == it.row_begin
                     : next_item != nullptr && next_item->path == it.path && r0 + m == it.row_end) {
           const GemmItem& item = follows ? it : *next_item;
@@ -173,7 +174,7 @@ void nn_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it,
           next.stride = d.b.stride_k * dtype_size(d.b.type);
           next.rows = std::min(kRows * depth, d.in_features - row);
           next.bytes = (item.feature_end - item.feature_begin) * dtype_size(d.b.type);
-          next.spread(kc / kPrefetchStep * blocks * ceil_div(padded_n, 2 * W), k.fetch_halves);
+          next.spread(kc / kPrefetchStep * blocks * ceil_div(padded_n, 2 * W), k.prefetch_halves);
         }
         const bool as_they_lie = direct && r0 == it.row_begin;
         const bool again = blocks > crowded || r0 + m < it.row_end;
@@ -187,15 +188,15 @@ void nn_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it,
             const bool in_place = as_they_lie && (b == 0 || !again);
             const T* weights =
                 in_place ? reinterpret_cast<const T*>(weight_row(k0)) + s * d.features + j : panel;
-            next.ldb = in_place ? d.b.stride_k : TileHints::kWholePanels;
+            next.ldb = in_place ? d.b.stride_k : TileOptions::kPacked;
             if constexpr (!kPairs) {
               if (in_place && again) {
-                k.copying_row_a[nv - 1][index](kc, a + i0 * kLda, weights, c, ldc, k0 > 0, next,
+                k.copying_row_a[nv - 1][index](kc, a + i0 * kLda, weights, {c, ldc, k0 > 0}, next,
                                                panel);
                 continue;
               }
             }
-            tiles[nv - 1][index](kc, a + i0 * kLda, weights, c, ldc, k0 > 0, next);
+            tiles[nv - 1][index](kc, a + i0 * kLda, weights, {c, ldc, k0 > 0}, next);
           }
         }
       }
@@ -207,7 +208,8 @@ void nn_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it,
 }
 
 template <bool kPairs, class T, class Epilogue>
-void panel_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, const Epilogue& fn) {
+void panel_item(const GemmDesc<T>& d, const GemmKernels<T>& k, const GemmItem& it,
+                const Epilogue& fn) {
   const PanelLayout layout =
       panel_layout(d.b.type, d.features * d.segments, d.in_features, d.segments);
   const int64_t P = layout.width;
@@ -216,8 +218,8 @@ void panel_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, c
   const int64_t step = size < P * static_cast<int64_t>(sizeof(T)) ? 2 : 1;
   const int64_t m = it.row_end - it.row_begin;
   // Tokens are copied once for the item; more rows than streams take meet a part of it at a time.
-  const int64_t part = m <= k.stream_rows ? it.feature_end - it.feature_begin
-                                          : round_up(kPanelFeatureBlock / d.segments, P);
+  const int64_t part = m <= k.packed.stream_rows ? it.feature_end - it.feature_begin
+                                                 : round_up(kPanelFeatureBlock / d.segments, P);
   const int64_t K = kPairs ? ceil_div<int64_t>(d.in_features, 2) : d.in_features;
   // Blocks of equal depth: a short one would pay for its sums in memory with little arithmetic.
   // One row has no pitch, and no next row that would want the sums' registers: one block, unless
@@ -233,7 +235,7 @@ void panel_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, c
     for (int64_t b = 0; b < k_blocks; ++b) {
       T* dst = a + (b * m + t) * kPanelLda;
       const int64_t kc = std::min(block_k, K - b * block_k);
-      load_tokens<kPairs>(d, k, it.row_begin + t, b * block_k, kc, dst);
+      load_tokens<kPairs>(d, it.row_begin + t, b * block_k, kc, dst);
       if (b == k_blocks - 1 && depth > K) dst[kc] = T(0);
     }
   }
@@ -249,51 +251,54 @@ void panel_item(const GemmDesc<T>& d, const Kernels<T>& k, const GemmItem& it, c
       return tile + i % d.segments * padded_n + i / d.segments * P;
     };
     int64_t done = 0;
-    if (m <= k.stream_rows) {
+    if (m <= k.packed.stream_rows) {
       // A share of the item's panels for each stream, so that streams are long.
-      const int64_t streams = k.num_panel_streams[m - 1], share = count / streams;
-      const bool ahead =
-          m <= kStreamAheadRows && d.num_experts * layout.expert_bytes() >= k.stream_ahead_bank;
+      const int64_t streams = k.packed.num_streams[m - 1], share = count / streams;
+      const bool ahead = m <= kStreamAheadRows &&
+                         d.num_experts * layout.expert_bytes() >= k.packed.stream_min_bytes;
       const auto run =
-          kPairs ? k.pair_panel_streams[ahead][m - 1] : k.panel_streams[type][ahead][m - 1];
+          kPairs ? k.packed.bf16_streams[ahead][m - 1] : k.packed.streams[type][ahead][m - 1];
       T* c[8];
       for (; done < share; ++done) {
         for (int64_t s = 0; s < streams; ++s) c[s] = sums(done + s * share);
         for (int64_t b = 0; b < k_blocks; ++b) {
           run(std::min(block_k, depth - b * block_k), a + b * m * kPanelLda,
-              first + done * layout.panel_bytes + b * block_k * size, share * layout.panel_bytes, c,
-              ldc, b > 0, k.stream_ahead);
+              {first + done * layout.panel_bytes + b * block_k * size, share * layout.panel_bytes,
+               k.packed.stream_distance},
+              {c, ldc, b > 0});
         }
       }
       done = share * streams;
     }
     const int64_t blocks = ceil_div<int64_t>(m, k.mr2);
     const EvenParts tile_rows(m, blocks);
-    const bool widen = !kPairs && k.widen_tiles[type] > 0 && blocks >= k.widen_tiles[type];
+    const bool widen =
+        !kPairs && k.packed.widen_tiles[type] > 0 && blocks >= k.packed.widen_tiles[type];
     ScratchScope scratch;
     T* wide = widen ? scratch.take<T>(Scratch::kPackB, block_k * P) : nullptr;
-    const auto* tiles =
-        kPairs ? k.pair_panel_tile : k.panel_tile[widen ? static_cast<int>(kAccumulate<T>) : type];
+    const auto* tiles = kPairs ? k.packed.bf16_tile
+                               : k.packed.tile[widen ? static_cast<int>(kAccumulate<T>) : type];
     const int64_t tile_step = widen ? 1 : step;
     // Every tile asks for panels ahead of its own: the core's window is too short to compute and to
     // wait for memory at once. Several tiles on one block share the next block between them; one
     // alone asks no further ahead than it must, unless for halves of blocks.
-    const int64_t streams = k.fetch_halves ? k.tile_lines : 1;
+    const int64_t streams = k.prefetch_halves ? k.packed.prefetch_lines : 1;
     const int64_t ahead_step = std::max<int64_t>(ceil_div(size * tile_step, blocks) / streams, 1);
     for (; done < count; ++done) {
       const char* panel = first + done * layout.panel_bytes;
       for (int64_t b = 0; b < k_blocks; ++b) {
         const int64_t kc = std::min(block_k, depth - b * block_k);
         const char* block = panel + b * block_k * size;
-        const bool next_block = blocks > 1 || k.fetch_halves;
+        const bool next_block = blocks > 1 || k.prefetch_halves;
         const char* ahead = block + (next_block ? std::max(kBytesAhead, kc * size) : kBytesAhead);
-        if (widen) k.widen_panel[type](kc, block, wide);
+        if (widen) k.packed.widen[type](kc, block, wide);
         for (int64_t i = 0; i < blocks; ++i) {
           const int64_t i0 = tile_rows.begin(i), i1 = tile_rows.begin(i + 1);
           const void* weights = widen ? static_cast<const void*>(wide) : block;
-          tiles[i1 - i0 - 1](kc, a + (b * m + i0) * kPanelLda, weights, sums(done) + i0 * ldc, ldc,
-                             b > 0, ahead + i * ahead_step * (kc / tile_step),
-                             k.fetch_halves ? kc * size / 2 : kLineBytes, ahead_step);
+          tiles[i1 - i0 - 1](kc, a + (b * m + i0) * kPanelLda, weights,
+                             {sums(done) + i0 * ldc, ldc, b > 0},
+                             {ahead + i * ahead_step * (kc / tile_step),
+                              k.prefetch_halves ? kc * size / 2 : kLineBytes, ahead_step});
         }
       }
     }

@@ -14,7 +14,6 @@
 
 #include "cpu/gemm/plan.h"
 #include "cpu/gemm/small_gemm.h"
-#include "cpu/kernels/kernels.h"
 #include "cpu/runtime/batch_invariant.h"
 #include "cpu/runtime/parallel.h"
 #include "cpu/runtime/workspace.h"
@@ -48,7 +47,7 @@ inline bool takes_blocks(const BlockedSizes& s) {
   const int64_t slots = std::min(s.num_tokens, kBlockTokens) * s.top_k;
   if (slots < kMinBlockRows * s.num_experts && !batch_invariant()) return false;
   // AMX multiplies bfloat16 faster than anything else does.
-  return s.type != DType::kBFloat16 || kernels<float>().amx_panel == nullptr;
+  return s.type != DType::kBFloat16 || gemm_kernels<float>().amx.panel == nullptr;
 }
 
 inline int64_t chunk_tokens(int64_t num_tokens) {
@@ -177,19 +176,20 @@ struct RowStarts {
 template <class T>
 class PackedExperts {
  public:
-  static int64_t elements(const Kernels<T>& k, int64_t num_experts, int64_t outputs,
+  static int64_t elements(const GemmKernels<T>& k, int64_t num_experts, int64_t outputs,
                           int64_t depth) {
     return num_experts * padded(k, outputs) * depth;
   }
   ScratchScope scratch;
 
-  PackedExperts(ScratchScope& scratch, const Kernels<T>& k, const ExpertMatrices& w,
-            int64_t num_experts, int64_t outputs, int64_t depth)
+  PackedExperts(ScratchScope& scratch, const GemmKernels<T>& k, const ExpertMatrices& w,
+                int64_t num_experts, int64_t outputs, int64_t depth)
       : PackedExperts(k, w, num_experts, outputs, depth,
-                  scratch.take<T>(Scratch::kTokens, elements(k, num_experts, outputs, depth))) {}
+                      scratch.take<T>(Scratch::kTokens, elements(k, num_experts, outputs, depth))) {
+  }
 
-  PackedExperts(const Kernels<T>& k, const ExpertMatrices& w, int64_t num_experts, int64_t outputs,
-            int64_t depth, T* panels, const int32_t* expert_offsets = nullptr)
+  PackedExperts(const GemmKernels<T>& k, const ExpertMatrices& w, int64_t num_experts,
+                int64_t outputs, int64_t depth, T* panels, const int32_t* expert_offsets = nullptr)
       : size_(padded(k, outputs) * depth), panels_(panels) {
     const int64_t W = k.lanes, n = padded(k, outputs);
     ScratchScope packing;
@@ -208,14 +208,14 @@ class PackedExperts {
       } else if (w.stride_k == 1) {  // Dense along the depth.
         const int64_t ld = padded(k, depth);
         std::fill(rows + outputs * ld, rows + n * ld, T(0));
-        k.load_rows(w.type, base, w.stride_o, outputs, depth, rows, ld, T(1));
+        row_kernels<T>().load_rows({w.type, base, w.stride_o, outputs, depth}, rows, ld, T(1));
         for (int64_t j = 0; j < n; j += 2 * W) {
           const int64_t width = std::min(2 * W, n - j);
           k.transpose(rows + j * ld, ld, width, depth, out + j * depth, width);
         }
       } else {
         for (int64_t d = 0; d < depth; ++d) at[d] = element(base, w.type, d * w.stride_k);
-        k.pack_panels(w.type, at.data(), 0, depth, outputs, nullptr, out, 2 * W * depth);
+        k.pack_b({w.type, at.data(), depth, outputs}, 0, nullptr, out, 2 * W * depth);
       }
     }
   }
@@ -230,11 +230,11 @@ class PackedExperts {
 // c[r] = (bias +) the product of row r of a with the panels, for the m rows of a tile, kLda apart;
 // c has rows of padded(outputs).
 template <class T>
-void multiply_tile(const Kernels<T>& k, const T* a, int64_t m, int64_t depth, const T* panels,
+void multiply_tile(const GemmKernels<T>& k, const T* a, int64_t m, int64_t depth, const T* panels,
                    int64_t outputs, DType bias_type, const void* bias, T* c) {
   const int64_t n = padded(k, outputs);
   for (int64_t r = 0; bias != nullptr && r < m; ++r) {
-    k.load_row(bias_type, bias, c + r * n, outputs, T(1));
+    row_kernels<T>().load_row(bias_type, bias, c + r * n, outputs, T(1));
     std::fill(c + r * n + outputs, c + (r + 1) * n, T(0));
   }
   small_gemm_row_major<T>({k, m, outputs, depth, a, panels, c, n, bias != nullptr});
@@ -242,12 +242,12 @@ void multiply_tile(const Kernels<T>& k, const T* a, int64_t m, int64_t depth, co
 
 // The same for rows anywhere, any number of them.
 template <class T>
-void multiply_rows(const Kernels<T>& k, DType type, const void* const* rows, int64_t count,
+void multiply_rows(const GemmKernels<T>& k, DType type, const void* const* rows, int64_t count,
                    int64_t depth, const T* panels, int64_t outputs, const void* bias, T* c) {
   ScratchScope scratch;
   T* a = scratch.take<T>(Scratch::kPackA, kMaxMr * kLda);
   for (RowTiles t(count, k.mr2); t.next();) {
-    k.gather_rows(type, rows + t.begin, t.height, depth, nullptr, a, kLda);
+    row_kernels<T>().gather_rows({type, rows + t.begin, t.height, depth}, nullptr, a, kLda);
     multiply_tile(k, a, t.height, depth, panels, outputs, type, bias,
                   c + t.begin * padded(k, outputs));
   }
@@ -256,7 +256,7 @@ void multiply_rows(const Kernels<T>& k, DType type, const void* const* rows, int
 // Leading dimension of rows that are B of outer_product: an odd number of cache lines, so that the
 // lines of one column are not in the same few sets of an L1.
 template <class T>
-int64_t odd_ld(const Kernels<T>& k, int64_t n) {
+int64_t odd_ld(const GemmKernels<T>& k, int64_t n) {
   constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(T));
   return (ceil_div(padded(k, n), kLine) | 1) * kLine;
 }
@@ -264,18 +264,18 @@ int64_t odd_ld(const Kernels<T>& k, int64_t n) {
 // c[i][j] (+)= the sum over r of grad[r][i] * x[r][j], rows of c padded(width of x), for at most
 // kKc rows r: of grad kLda apart, of x odd_ld of its width.
 template <class T>
-void outer_product(const Kernels<T>& k, const T* grad, int64_t grad_width, const T* x,
+void outer_product(const GemmKernels<T>& k, const T* grad, int64_t grad_width, const T* x,
                    int64_t x_width, int64_t rows, T* c, bool accumulate) {
   small_gemm_column_major<T>({k, grad_width, x_width, rows, grad, x, c, padded(k, x_width),
                               accumulate, 0, kLda, odd_ld(k, x_width)});
 }
 
 // Both products of gradients of one expert's slots, of `grad_width` numbers each, whose rows are
-// copied once for the two. For the gradient of the matrix, c (+)= that of outer_product with x scaled
-// by scales (nullptr: ones); for those of the rows, dx = the product with panels. c or dx may be
-// nullptr.
+// copied once for the two. For the gradient of the matrix, c (+)= that of outer_product with x
+// scaled by scales (nullptr: ones); for those of the rows, dx = the product with panels. c or dx
+// may be nullptr.
 template <class T>
-void multiply_gradients(const Kernels<T>& k, DType type, const void* const* grad,
+void multiply_gradients(const GemmKernels<T>& k, DType type, const void* const* grad,
                         int64_t grad_width, const void* const* x, int64_t x_width, const T* scales,
                         int64_t count, T* c, bool accumulate, const T* panels, T* dx) {
   const int64_t ldx = odd_ld(k, x_width);
@@ -287,10 +287,12 @@ void multiply_gradients(const Kernels<T>& k, DType type, const void* const* grad
     const int64_t r0 = count * part / parts, m = count * (part + 1) / parts - r0;
     for (RowTiles t(m, k.mr2); t.next();) {
       const int64_t t0 = t.begin, r = r0 + t0;
-      k.gather_rows(type, grad + r, t.height, grad_width, nullptr, g + t0 * kLda, kLda);
+      row_kernels<T>().gather_rows({type, grad + r, t.height, grad_width}, nullptr, g + t0 * kLda,
+                                   kLda);
       if (c != nullptr) {
-        k.gather_rows(type, x + r, t.height, x_width, scales == nullptr ? nullptr : scales + r,
-                      rows + t0 * ldx, ldx);
+        row_kernels<T>().gather_rows({type, x + r, t.height, x_width},
+                                     scales == nullptr ? nullptr : scales + r, rows + t0 * ldx,
+                                     ldx);
       }
       if (dx == nullptr) continue;
       multiply_tile<T>(k, g + t0 * kLda, t.height, grad_width, panels, x_width, type, nullptr,
@@ -328,22 +330,22 @@ struct MatrixGrads {
 template <class T>
 class ChunkSums {
  public:
-  static int64_t elements(const Kernels<T>& k, int64_t chunks, int64_t num_experts, int64_t rows,
-                          int64_t cols) {
+  static int64_t elements(const GemmKernels<T>& k, int64_t chunks, int64_t num_experts,
+                          int64_t rows, int64_t cols) {
     return chunks * num_experts * (rows * padded(k, cols) + padded(k, rows));
   }
   ScratchScope scratch;
 
   ChunkSums(ScratchScope& scratch, const Routing& r, int64_t rows, int64_t cols,
-            const Kernels<T>& k, bool wanted, const MatrixGrads& to)
+            const GemmKernels<T>& k, bool wanted, const MatrixGrads& to)
       : ChunkSums(k, num_chunks(r.num_tokens), r.num_experts, rows, cols,
                   scratch.take<T>(Scratch::kRows, wanted ? elements(k, num_chunks(r.num_tokens),
                                                                     r.num_experts, rows, cols)
                                                          : 0),
                   to) {}
 
-  ChunkSums(const Kernels<T>& k, int64_t chunks, int64_t num_experts, int64_t rows, int64_t cols,
-            T* data, const MatrixGrads& to = {})
+  ChunkSums(const GemmKernels<T>& k, int64_t chunks, int64_t num_experts, int64_t rows,
+            int64_t cols, T* data, const MatrixGrads& to = {})
       : k_(k), chunks_(chunks), experts_(num_experts), rows_(rows), cols_(cols), data_(data) {
     // The first chunk's matrices are where their sums will be, if they look the same there.
     if (to.type == kAccumulate<T> && to.offsets_to_add == nullptr && padded(k, cols) == cols) {
@@ -382,23 +384,24 @@ class ChunkSums {
         const int64_t size = dtype_size(w.type);
         char* out = static_cast<char*>(w.data) + e * rows_ * cols_ * size;
         for (int64_t c = 0; c < chunks_; ++c) parts[c] = matrix_of(c, e);
-        k_.weighted_sum(kAccumulate<T>, parts.data(), nullptr, chunks_, sum, matrix());
+        row_kernels<T>().weighted_sum({kAccumulate<T>, parts.data(), chunks_, matrix()}, nullptr,
+                                      sum);
         for (int64_t i = 0; w.offsets_to_add != nullptr && i < rows_; ++i) {
-          k_.axpy(w.type, out + i * cols_ * size, T(1), sum + i * n, cols_);
+          row_kernels<T>().axpy(w.type, out + i * cols_ * size, T(1), sum + i * n, cols_);
         }
-        k_.store_rows(w.type, sum, n, rows_, cols_, out, cols_);
+        row_kernels<T>().store_rows(sum, n, {w.type, out, cols_, rows_, cols_});
       }
       if (grad_bias == nullptr) return;
       for (int64_t c = 0; c < chunks_; ++c) parts[c] = bias_of(c, e);
-      k_.weighted_sum(kAccumulate<T>, parts.data(), nullptr, chunks_, sum, rows_);
-      k_.store_row(bias_type, sum,
-                   static_cast<char*>(grad_bias) + e * rows_ * dtype_size(bias_type), rows_);
+      row_kernels<T>().weighted_sum({kAccumulate<T>, parts.data(), chunks_, rows_}, nullptr, sum);
+      row_kernels<T>().store_row(
+          bias_type, sum, static_cast<char*>(grad_bias) + e * rows_ * dtype_size(bias_type), rows_);
     };
     parallel_items(par, experts_, static_cast<double>(chunks_ * experts_ * matrix()) / 8, run);
   }
 
  private:
-  const Kernels<T>& k_;
+  const GemmKernels<T>& k_;
   int64_t chunks_, experts_, rows_, cols_;
   T* data_;
   T* first_ = nullptr;

@@ -22,7 +22,7 @@ constexpr int64_t kGradPitch = kLdm + 16;
 // both operands are copied as they lie. One item covers the features [o_begin, o_end) of one
 // expert.
 template <bool kPairs, class T>
-void wgrad_item(const GroupedWgradParams& p, const Kernels<T>& k, int64_t e, int64_t o_begin,
+void wgrad_item(const GroupedWgradParams& p, const GemmKernels<T>& k, int64_t e, int64_t o_begin,
                 int64_t o_end) {
   constexpr int64_t kRows = kPairs ? 2 : 1;  // rows of an element
   const int64_t W = k.lanes, O = p.out_features, J = p.in_features;
@@ -36,7 +36,7 @@ void wgrad_item(const GroupedWgradParams& p, const Kernels<T>& k, int64_t e, int
   }
   const auto* grad_scale = static_cast<const T*>(p.grad_scale);
   const auto* a_scale = static_cast<const T*>(p.a_scale);
-  const auto& tiles = kPairs ? k.pair_col_a : k.col_a;
+  const auto& tiles = kPairs ? k.bf16_col_a : k.col_a;
   const bool large = !p.accumulate && p.num_experts * O * J * size >= kStreamBytes;
   const int64_t unit = kPairs ? 2 * W : W;  // width of the narrowest panel
   const int64_t depth = std::min(ceil_div(end - begin, kRows), kKc);
@@ -78,7 +78,7 @@ void wgrad_item(const GroupedWgradParams& p, const Kernels<T>& k, int64_t e, int
   // A row in fp32 on its way to bfloat16. `tile` holds sums of earlier blocks of rows meanwhile.
   float* widened = kPairs ? scratch.take<float>(Scratch::kRowAsFloat, half_rows) : nullptr;
   const void* a_rows[kRows * kKc];
-  TileHints hints;
+  TileOptions hints;
   hints.lda = kGradPitch;
   const auto pack_a = [&](int64_t r0, int64_t rows, int64_t j0, int64_t cols) {
     const int64_t offset = j0 * dtype_size(p.a.type);
@@ -90,17 +90,17 @@ void wgrad_item(const GroupedWgradParams& p, const Kernels<T>& k, int64_t e, int
         a_rows[r] = src;
         if (p.a.type != DType::kBFloat16 || scale != 1.0f) {
           uint16_t* copy = halves + r * half_rows;
-          load_bf16_row(k, p.a.type, src, cols, scale, widened, copy);
+          load_bf16_row(p.a.type, src, cols, scale, widened, copy);
           a_rows[r] = copy;
         }
       }
       if (rows % 2 != 0) a_rows[rows] = nullptr;
       const int64_t padded = round_up<int64_t>(rows, 2);
-      k.pack_pairs(reinterpret_cast<const uint16_t* const*>(a_rows), 0, padded, cols,
-                   reinterpret_cast<uint16_t*>(panels), padded * 2 * W + 2 * kPanelPad);
+      k.bf16_pack_b(reinterpret_cast<const uint16_t* const*>(a_rows), 0, padded, cols,
+                    reinterpret_cast<uint16_t*>(panels), padded * 2 * W + 2 * kPanelPad);
     } else {
-      k.pack_panels(p.a.type, a_rows, offset, rows, cols, a_scale ? a_scale + r0 : nullptr, panels,
-                    rows * 2 * W + kPanelPad);
+      k.pack_b({p.a.type, a_rows, rows, cols}, offset, a_scale ? a_scale + r0 : nullptr, panels,
+               rows * 2 * W + kPanelPad);
     }
   };
   const auto pack_grad = [&](int64_t r0, int64_t rows, int64_t o0, int64_t n, T* g) {
@@ -112,16 +112,16 @@ void wgrad_item(const GroupedWgradParams& p, const Kernels<T>& k, int64_t e, int
         for (int64_t i = 0; i < 2; ++i) {
           uint16_t* dst = two + i * half_rows;
           if (r + i < rows) {
-            load_bf16_row(k, p.grad.type, row(r0 + r + i), n, scale(r0 + r + i), widened, dst);
+            load_bf16_row(p.grad.type, row(r0 + r + i), n, scale(r0 + r + i), widened, dst);
           } else {
             std::fill(dst, dst + n, uint16_t{0});
           }
         }
-        k.pair_rows(two, two + half_rows, g + r / 2 * kGradPitch, n);
+        k.bf16_interleave(two, two + half_rows, g + r / 2 * kGradPitch, n);
       }
     } else {
       for (int64_t r = 0; r < rows; ++r) {
-        k.load_row(p.grad.type, row(r0 + r), g + r * kGradPitch, n, scale(r0 + r));
+        row_kernels<T>().load_row(p.grad.type, row(r0 + r), g + r * kGradPitch, n, scale(r0 + r));
       }
     }
   };
@@ -147,10 +147,10 @@ void wgrad_item(const GroupedWgradParams& p, const Kernels<T>& k, int64_t e, int
           T* c = direct ? reinterpret_cast<T*>(out + ((o0 + i0) * J + j) * size)
                         : tile + i0 * ldc + (j - j0);
           hints.stream = streamed && direct;
-          hints.half = half && direct;
+          hints.bf16_out = half && direct;
           tiles[nv - 1][i1 - i0 - 1](
-              kc, g + i0, panels + (j - j0) / (2 * W) * (2 * W * kc + kPanelPad), c,
-              direct ? J : ldc, r0 > begin || (direct && p.accumulate), hints);
+              kc, g + i0, panels + (j - j0) / (2 * W) * (2 * W * kc + kPanelPad),
+              {c, direct ? J : ldc, r0 > begin || (direct && p.accumulate)}, hints);
         };
         if (along_rows) {
           for (int64_t b = 0; b < blocks; ++b) {
@@ -169,16 +169,16 @@ void wgrad_item(const GroupedWgradParams& p, const Kernels<T>& k, int64_t e, int
       for (int64_t o = 0; from < j1 && o < n; ++o) {
         T* row = tile + o * ldc + (from - j0);
         char* dst = out + ((o0 + o) * J + from) * size;
-        if (p.accumulate) k.axpy(p.out_type, dst, T(1), row, j1 - from);
+        if (p.accumulate) row_kernels<T>().axpy(p.out_type, dst, T(1), row, j1 - from);
         if (large) {
-          k.stream_row(p.out_type, row, dst, j1 - from);
+          row_kernels<T>().stream_row(p.out_type, row, dst, j1 - from);
         } else {
-          k.store_row(p.out_type, row, dst, j1 - from);
+          row_kernels<T>().store_row(p.out_type, row, dst, j1 - from);
         }
       }
     }
   }
-  if (large) k.stream_fence();
+  if (large) row_kernels<T>().stream_fence();
 }
 
 // The items of one weight gradient: blocks of `features` of one expert after the other.
@@ -208,19 +208,20 @@ inline WgradPlan wgrad_plan(const GroupedWgradParams& p, int num_threads) {
 }
 
 template <class T>
-void run_wgrad_item(const GroupedWgradParams& p, const Kernels<T>& k, const WgradPlan& plan,
+void run_wgrad_item(const GroupedWgradParams& p, const GemmKernels<T>& k, const WgradPlan& plan,
                     int64_t item) {
   const int64_t e = item / plan.parts, begin = item % plan.parts * plan.features;
   const int64_t end = std::min(p.out_features, begin + plan.features);
   if constexpr (sizeof(T) == 4) {
     // In a bfloat16 block one operand is bfloat16 (tokens, or the gradient of the output); the
     // other may be an intermediate result in fp32.
-    const bool pairs = k.pairs && (p.grad.type == DType::kBFloat16 || p.a.type == DType::kBFloat16);
+    const bool pairs =
+        k.has_bf16 && (p.grad.type == DType::kBFloat16 || p.a.type == DType::kBFloat16);
     const int64_t expert_rows = p.expert_offsets[e + 1] - p.expert_offsets[e];
-    if (pairs && k.amx_panel != nullptr && expert_rows >= kAmxMinRows) {
+    if (pairs && k.amx.panel != nullptr && expert_rows >= kAmxMinRows) {
       return amx_wgrad_item(p, k, e, begin, end);
     }
-    if (pairs && expert_rows <= k.pairs_max_rows) return wgrad_item<true>(p, k, e, begin, end);
+    if (pairs && expert_rows <= k.bf16_max_rows) return wgrad_item<true>(p, k, e, begin, end);
   }
   wgrad_item<false>(p, k, e, begin, end);
 }
@@ -238,7 +239,7 @@ inline double sum_cost(const GroupedSumParams& p) {
 }
 
 template <class T>
-void run_sum_item(const GroupedSumParams& p, const Kernels<T>& k, int64_t item) {
+void run_sum_item(const GroupedSumParams& p, int64_t item) {
   const int64_t O = p.features, blocks = ceil_div(O, kSumFeatures);
   const int64_t e = item / blocks, f = item % blocks * kSumFeatures;
   const int64_t n = std::min(kSumFeatures, O - f);
@@ -247,10 +248,11 @@ void run_sum_item(const GroupedSumParams& p, const Kernels<T>& k, int64_t item) 
   T* sum = scratch.take<T>(Scratch::kTile, n);
   std::fill(sum, sum + n, T(0));
   for (int64_t r = p.expert_offsets[e]; r < p.expert_offsets[e + 1]; ++r) {
-    k.axpy(p.rows.type, element(row_of(p.rows, r), p.rows.type, f), scale ? scale[r] : T(1), sum,
-           n);
+    row_kernels<T>().axpy(p.rows.type, element(row_of(p.rows, r), p.rows.type, f),
+                          scale ? scale[r] : T(1), sum, n);
   }
-  k.store_row(p.out_type, sum, static_cast<char*>(p.out) + (e * O + f) * dtype_size(p.out_type), n);
+  row_kernels<T>().store_row(p.out_type, sum,
+                             static_cast<char*>(p.out) + (e * O + f) * dtype_size(p.out_type), n);
 }
 
 }  // namespace moe_ops::cpu

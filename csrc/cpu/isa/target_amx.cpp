@@ -26,9 +26,11 @@ void amx_end() { _tile_release(); }
 
 // Sums in tiles 0 to 3, tokens in 4 and 5, weights in 6 and 7.
 template <int kRowTiles>
-void amx_panel_tiles(int64_t k_steps, const uint16_t* a, int64_t lda, const uint16_t* panel,
-                     float* c, int64_t ldc, bool accumulate, TileHints& next) {
-  if (accumulate) {
+void amx_panel_tiles(const AmxPanelParams& p, TileOut<float> out, TilePrefetch& prefetch) {
+  const uint16_t *a = p.a, *panel = p.panel;
+  float* c = out.c;
+  const int64_t lda = p.lda, ldc = out.ldc;
+  if (out.accumulate) {
     _tile_loadd(0, c, ldc * 4);
     _tile_loadd(1, c + 16, ldc * 4);
     if constexpr (kRowTiles == 2) {
@@ -43,8 +45,8 @@ void amx_panel_tiles(int64_t k_steps, const uint16_t* a, int64_t lda, const uint
       _tile_zero(3);
     }
   }
-  for (int64_t k = 0; k < k_steps; ++k) {
-    fetch(next);
+  for (int64_t k = 0; k < p.k_steps; ++k) {
+    prefetch_step(prefetch);
     _tile_loadd(6, panel, 128);
     _tile_loadd(4, a, lda * 2);
     _tile_dpbf16ps(0, 4, 6);
@@ -66,19 +68,15 @@ void amx_panel_tiles(int64_t k_steps, const uint16_t* a, int64_t lda, const uint
   }
 }
 
-void amx_panel(int64_t k_steps, const uint16_t* a, int64_t lda, int row_tiles,
-               const uint16_t* panel, float* c, int64_t ldc, bool accumulate, TileHints& next) {
-  if (row_tiles == 2) {
-    amx_panel_tiles<2>(k_steps, a, lda, panel, c, ldc, accumulate, next);
-  } else {
-    amx_panel_tiles<1>(k_steps, a, lda, panel, c, ldc, accumulate, next);
-  }
+void amx_panel(const AmxPanelParams& p, TileOut<float> out, TilePrefetch& prefetch) {
+  p.row_tiles == 2 ? amx_panel_tiles<2>(p, out, prefetch) : amx_panel_tiles<1>(p, out, prefetch);
 }
 
 // Weights in tile 6, one tile of tokens after the other in 7.
 template <int kTiles>
-void amx_rows_tiles(int64_t k_steps, const uint16_t* w, int64_t ldw, const uint16_t* x, int64_t ldx,
-                    float* c, int64_t ldc) {
+void amx_rows_tiles(const AmxRowsParams& p, float* c, int64_t ldc) {
+  const uint16_t *w = p.w, *x = p.x;
+  const int64_t ldw = p.ldw, ldx = p.ldx;
   _tile_zero(0);
   if constexpr (kTiles > 1) _tile_zero(1);
   if constexpr (kTiles > 2) _tile_zero(2);
@@ -91,7 +89,7 @@ void amx_rows_tiles(int64_t k_steps, const uint16_t* w, int64_t ldw, const uint1
     _tile_loadd(7, x + (j) * ldx, 64); \
     _tile_dpbf16ps(j, 6, 7);           \
   }
-  for (int64_t k = 0; k < k_steps; ++k) {
+  for (int64_t k = 0; k < p.k_steps; ++k) {
     _tile_loadd(6, w, ldw * 2);
     MOE_TOKENS(0)
     MOE_TOKENS(1)
@@ -111,21 +109,20 @@ void amx_rows_tiles(int64_t k_steps, const uint16_t* w, int64_t ldw, const uint1
   if constexpr (kTiles > 5) _tile_stored(5, c + 80, ldc * 4);
 }
 
-void amx_rows(int64_t k_steps, const uint16_t* w, int64_t ldw, const uint16_t* x, int64_t ldx,
-              int token_tiles, float* c, int64_t ldc) {
-  switch (token_tiles) {
+void amx_rows(const AmxRowsParams& p, float* c, int64_t ldc) {
+  switch (p.token_tiles) {
     case 1:
-      return amx_rows_tiles<1>(k_steps, w, ldw, x, ldx, c, ldc);
+      return amx_rows_tiles<1>(p, c, ldc);
     case 2:
-      return amx_rows_tiles<2>(k_steps, w, ldw, x, ldx, c, ldc);
+      return amx_rows_tiles<2>(p, c, ldc);
     case 3:
-      return amx_rows_tiles<3>(k_steps, w, ldw, x, ldx, c, ldc);
+      return amx_rows_tiles<3>(p, c, ldc);
     case 4:
-      return amx_rows_tiles<4>(k_steps, w, ldw, x, ldx, c, ldc);
+      return amx_rows_tiles<4>(p, c, ldc);
     case 5:
-      return amx_rows_tiles<5>(k_steps, w, ldw, x, ldx, c, ldc);
+      return amx_rows_tiles<5>(p, c, ldc);
     default:
-      return amx_rows_tiles<6>(k_steps, w, ldw, x, ldx, c, ldc);
+      return amx_rows_tiles<6>(p, c, ldc);
   }
 }
 
@@ -133,10 +130,7 @@ void amx_rows(int64_t k_steps, const uint16_t* w, int64_t ldw, const uint16_t* x
 
 Kernels<float> kernels_f32() {
   Kernels<float> k = avx512_bf16::kernels_f32();
-  k.amx_begin = &amx_begin;
-  k.amx_end = &amx_end;
-  k.amx_panel = &amx_panel;
-  k.amx_rows = &amx_rows;
+  k.gemm.amx = {&amx_begin, &amx_end, &amx_panel, &amx_rows};
   return k;
 }
 

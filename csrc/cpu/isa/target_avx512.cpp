@@ -1,5 +1,6 @@
 // AVX-512 F, BW, DQ, VL: 32 registers of 16 floats.
 #define MOE_ISA avx512
+#define MOE_CHOICE_TARGET avx2
 #define MOE_VEC_BYTES 64
 #define MOE_MR1 24
 #define MOE_MR2 14

@@ -11,42 +11,6 @@ constexpr T kLogTiny = ExpTraits<T>::kMin;
 template <class T>
 constexpr T kLowest = sizeof(T) == 8 ? T(-1.7e308) : T(-2.3e38);  // finite times kPowerScale
 
-// tanh(x) = (1 - u) / (1 + u), u = e^-2|x|. Near zero 1 - u would cancel: there it is the Taylor
-// sum of -expm1, whose remainder at |2x| < 0.35 is below half an ulp at kDegree terms.
-template <class T>
-inline Vec<T> vtanh(Vec<T> x) {
-  const Vec<T> y = T(-2) * (x < T(0) ? -x : x);
-  const Vec<T> u = vexp<T>(y);
-  Vec<T> p = splat<T>(1);
-#pragma GCC unroll 16
-  for (int d = ExpTraits<T>::kDegree; d >= 2; --d) p = p * y * T(1.0 / d) + T(1);
-  const Vec<T> near = -y * p;
-  const Vec<T> m = y > T(-0.35) ? near : T(1) - u;
-  const Vec<T> t = m / (T(2) - m);
-  return x < T(0) ? -t : t;
-}
-
-template <class T>
-struct LogSigmoid {
-  Vec<T> z, rest;  // sigmoid(x) and log(1 - sigmoid(x))
-};
-
-// With u = e^-|x|: sigmoid(|x|) = 1 / (1 + u), log(1 + u) = 2 atanh(s), s = u / (2 + u) <= 1/3,
-// whose series ends below half an ulp. One division serves both.
-template <class T>
-inline LogSigmoid<T> log_sigmoid(Vec<T> x) {
-  constexpr int kTerms = sizeof(T) == 8 ? 16 : 7;
-  const Vec<T> u = vexp<T>(x < T(0) ? x : -x);
-  const Vec<T> r = T(1) / ((T(1) + u) * (T(2) + u));
-  const Vec<T> larger = r * (T(2) + u);
-  const Vec<T> s = u * r * (T(1) + u), s2 = s * s;
-  Vec<T> p = splat<T>(T(1.0 / (2 * kTerms + 1)));
-#pragma GCC unroll 16
-  for (int i = kTerms - 1; i >= 0; --i) p = p * s2 + T(1.0 / (2 * i + 1));
-  const Vec<T> positive = x > T(0) ? x : Vec<T>{};
-  return {x >= T(0) ? larger : u * larger, -(positive + T(2) * s * p)};
-}
-
 // Which lanes see key j.
 template <class T, int NV>
 struct Seen {
@@ -67,22 +31,6 @@ struct Seen {
     return ((key >= first[v]) & (key < last[v])) ? a : b;
   }
 };
-
-// What softmax raises, and of what: 2^x is four operations less than e^x, and the product with
-// log2(e) is part of the subtraction of the maximum.
-template <class T>
-constexpr T kPowerScale = 1;
-template <>
-constexpr float kPowerScale<float> = 1.44269504f;
-
-// e^(x / kPowerScale) for x up to 127, and a normal number below -126. NaN stays NaN.
-inline Vec<double> vpower(Vec<double> x) { return vexp<double>(x); }
-
-inline Vec<float> vpower(Vec<float> x) {
-  x = at_least(x, -126.0f);
-  const Vec<float> shifted = x + kPowerMagic;
-  return power_of_rest(x - (shifted - kPowerMagic)) * power_of_whole(shifted);
-}
 
 // Scores to softcap * tanh(score / softcap).
 template <class T>
@@ -125,7 +73,7 @@ bool softmax_block(const AttentionBlock<T>& b, T* s, T* max, T* sum, T* factor) 
     const Vec<T> low = m[0][v] > m[1][v] ? m[0][v] : m[1][v];
     const Vec<T> high = m[2][v] > m[3][v] ? m[2][v] : m[3][v];
     const Vec<T> most = low > high ? low : high;
-    const Vec<T> f = vexp<T>(old[v] - most);
+    const Vec<T> f = exponential<T>(old[v] - most);
     store<T>(max + v * W, most);
     store<T>(factor + v * W, f);
     shrinks += T(1) - f;  // none is negative
@@ -147,9 +95,10 @@ bool softmax_block(const AttentionBlock<T>& b, T* s, T* max, T* sum, T* factor) 
 }
 
 template <class T, int NV, bool kMasked, bool kCapped>
-void softmax_block_bwd(const AttentionBlock<T>& b, T* s, const T* dp, const T* lse, const T* delta,
-                       T* p_rows, T* ds_rows) {
+void softmax_block_bwd(const AttentionBlock<T>& b, const SoftmaxBwdParams<T>& params) {
   constexpr int W = kLanes<T>;
+  T *s = params.s, *p_rows = params.p_rows, *ds_rows = params.ds_rows;
+  const T *dp = params.dp, *lse = params.lse, *delta = params.delta;
   const Seen<T, NV> seen(b);
   const T cap = b.softcap, inverse = kCapped ? T(1) / cap : T(0);
   Vec<T> power[NV], d[NV];
@@ -198,7 +147,7 @@ T stick_block(const AttentionBlock<T>& b, T* s, T* log_rest) {
       LogSigmoid<T> l = log_sigmoid<T>(x);
       if constexpr (kMasked) l.rest = seen.select(j, v, l.rest, Vec<T>{});
       if constexpr (kWeights) {
-        Vec<T> w = l.z * vexp<T>(rest[v]);
+        Vec<T> w = l.z * exponential<T>(rest[v]);
         w = rest[v] < kLogTiny<T> ? Vec<T>{} : w;
         if constexpr (kMasked) w = seen.select(j, v, w, Vec<T>{});
         store<T>(s + (j * NV + v) * W, w);
@@ -221,9 +170,11 @@ T stick_block(const AttentionBlock<T>& b, T* s, T* log_rest) {
 // sum of weight times gradient over those; it grows from the first key on, so nothing is subtracted
 // from a total.
 template <class T, int NV, bool kMasked>
-void stick_block_bwd(const AttentionBlock<T>& b, T* s, const T* dp, const T* log_rest, T* slopes,
-                     T* before, T* p_rows, T* ds_rows) {
+void stick_block_bwd(const AttentionBlock<T>& b, const StickBwdParams<T>& params) {
   constexpr int W = kLanes<T>;
+  T *s = params.s, *slopes = params.slopes, *before = params.before;
+  T *p_rows = params.p_rows, *ds_rows = params.ds_rows;
+  const T *dp = params.dp, *log_rest = params.log_rest;
   const Seen<T, NV> seen(b);
   const T cap = b.softcap, inverse = cap > 0 ? T(1) / cap : T(0);
   Vec<T> rest[NV], sum[NV];
@@ -243,7 +194,7 @@ void stick_block_bwd(const AttentionBlock<T>& b, T* s, const T* dp, const T* log
         store<T>(slopes + at, T(1) - t * t);
       }
       LogSigmoid<T> l = log_sigmoid<T>(x);
-      Vec<T> w = l.z * vexp<T>(rest[v]);
+      Vec<T> w = l.z * exponential<T>(rest[v]);
       w = rest[v] < kLogTiny<T> ? Vec<T>{} : w;
       if constexpr (kMasked) {
         w = seen.select(j, v, w, Vec<T>{});
@@ -314,33 +265,12 @@ bool all_finite(const T* x, int64_t n) {
 }
 
 template <class T>
-void multiply_lanes(T* c, int64_t rows, int width, const T* factor) {
+void multiply_columns(T* c, int64_t rows, int width, const T* factor) {
   constexpr int W = kLanes<T>;
   for (int v = 0; v < width; v += W) {
     const Vec<T> f = load<T>(factor + v);
     for (int64_t i = 0; i < rows; ++i) store<T>(c + i * width + v, load<T>(c + i * width + v) * f);
   }
-}
-
-inline Vec<double> vlog(Vec<double> x) {
-  for (int i = 0; i < kLanes<double>; ++i) x[i] = __builtin_log(x[i]);
-  return x;
-}
-
-// x is normal and positive. x = 2^n y with y from sqrt(1/2) to sqrt(2), log(y) = 2 atanh(t),
-// t = (y - 1) / (y + 1): |t| < 0.172, and the sixth term is below half an ulp of t.
-inline Vec<float> vlog(Vec<float> x) {
-  using Int = Simd<float>::Int;
-  constexpr int32_t kRoot = 0x3f3504f3;  // sqrt(1/2)
-  const Int bits = __builtin_bit_cast(Int, x) - kRoot, n = bits >> 23;
-  const Vec<float> y = __builtin_bit_cast(Vec<float>, (bits & 0x007fffff) + kRoot);
-  const Vec<float> t = (y - 1.0f) / (y + 1.0f), t2 = t * t;
-  Vec<float> p = splat<float>(2.0f / 9);
-  p = p * t2 + 2.0f / 7;
-  p = p * t2 + 2.0f / 5;
-  p = p * t2 + 2.0f / 3;
-  p = p * t2 + 2.0f;
-  return __builtin_convertvector(n, Vec<float>) * 0.693147181f + p * t;
 }
 
 template <class T>
@@ -354,12 +284,12 @@ void softmax_end(int64_t n, const T* max, const T* sum, T* lse, T* factor) {
 }
 
 template <class T>
-void row_dots(DType type, const void* a, int64_t lda, const void* b, int64_t ldb, int64_t rows,
-              int64_t n, T* out) {
+void row_dots(const RowDotsParams<T>& p) {
   constexpr int W = kLanes<T>;
-  with_type<T>(type, a, [&]<class S>(const S* pa) {
-    const S* pb = static_cast<const S*>(b);
-    for (int64_t r = 0; r < rows; ++r, pa += lda, pb += ldb) {
+  const int64_t n = p.n;
+  with_type<T>(p.type, p.a, [&]<class S>(const S* pa) {
+    const S* pb = static_cast<const S*>(p.b);
+    for (int64_t r = 0; r < p.rows; ++r, pa += p.lda, pb += p.ldb) {
       Vec<T> s0 = {}, s1 = {};
       int64_t i = 0;
       for (; i + 2 * W <= n; i += 2 * W) {
@@ -372,7 +302,7 @@ void row_dots(DType type, const void* a, int64_t lda, const void* b, int64_t ldb
       }
       T s = horizontal_sum<T>(s0 + s1);
       for (; i < n; ++i) s += to_float(pa[i]) * to_float(pb[i]);
-      out[r] = s;
+      p.out[r] = s;
     }
   });
 }
@@ -386,7 +316,7 @@ inline auto with_block(const AttentionBlock<T>& b, const Fn& fn) {
 }
 
 template <class T>
-AttentionKernels<T> attention_kernels() {
+AttentionKernels<T> attention_steps() {
   AttentionKernels<T> k = {};
   k.log_tiny = kLogTiny<T>;
   k.lowest = kLowest<T>;
@@ -395,12 +325,10 @@ AttentionKernels<T> attention_kernels() {
       return softmax_block<T, NV, kMasked>(b, s, max, sum, factor);
     });
   };
-  k.softmax_bwd = [](const AttentionBlock<T>& b, T* s, const T* dp, const T* lse, const T* delta,
-                     T* p_rows, T* ds_rows) {
+  k.softmax_bwd = [](const AttentionBlock<T>& b, const SoftmaxBwdParams<T>& p) {
     with_block(b, [&]<int NV, bool kMasked>() {
-      b.softcap > 0
-          ? softmax_block_bwd<T, NV, kMasked, true>(b, s, dp, lse, delta, p_rows, ds_rows)
-          : softmax_block_bwd<T, NV, kMasked, false>(b, s, dp, lse, delta, p_rows, ds_rows);
+      b.softcap > 0 ? softmax_block_bwd<T, NV, kMasked, true>(b, p)
+                    : softmax_block_bwd<T, NV, kMasked, false>(b, p);
     });
   };
   k.stick = [](const AttentionBlock<T>& b, T* s, T* log_rest) {
@@ -413,11 +341,8 @@ AttentionKernels<T> attention_kernels() {
       return stick_block<T, NV, kMasked, false>(b, s, log_rest);
     });
   };
-  k.stick_bwd = [](const AttentionBlock<T>& b, T* s, const T* dp, const T* log_rest, T* slopes,
-                   T* before, T* p_rows, T* ds_rows) {
-    with_block(b, [&]<int NV, bool kMasked>() {
-      stick_block_bwd<T, NV, kMasked>(b, s, dp, log_rest, slopes, before, p_rows, ds_rows);
-    });
+  k.stick_bwd = [](const AttentionBlock<T>& b, const StickBwdParams<T>& p) {
+    with_block(b, [&]<int NV, bool kMasked>() { stick_block_bwd<T, NV, kMasked>(b, p); });
   };
   k.seen_sums = [](const AttentionBlock<T>& b, const T* a, int64_t lda, const T* s,
                    int64_t features, T* c) {
@@ -425,7 +350,7 @@ AttentionKernels<T> attention_kernels() {
                         : seen_sums<T, 1>(b, a, lda, s, features, c);
   };
   k.all_finite = &all_finite<T>;
-  k.multiply_lanes = &multiply_lanes<T>;
+  k.multiply_columns = &multiply_columns<T>;
   k.softmax_end = &softmax_end<T>;
   k.row_dots = &row_dots<T>;
   return k;

@@ -92,9 +92,10 @@ inline __attribute__((always_inline)) void narrow_steps(const AttentionBlock<T>&
 }
 
 template <class T, int D, bool kApart>
-void narrow(const AttentionBlock<T>& b, const T* keys, const T* values, const T* q, T* out, T* max,
-            T* sum) {
+void narrow(const AttentionBlock<T>& b, const NarrowParams<T>& p) {
   constexpr int W = kLanes<T>;
+  const T *keys = p.keys, *values = p.values, *q = p.q;
+  T *out = p.out, *max = p.max, *sum = p.sum;
   const Seen<T, 1> seen = narrow_seen(b);
   NarrowTail<T> key_tail, value_tail;
   Vec<T> acc[D];
@@ -156,9 +157,11 @@ void narrow(const AttentionBlock<T>& b, const T* keys, const T* values, const T*
 }
 
 template <class T, int D, bool kApart>
-void narrow_bwd(const AttentionBlock<T>& b, const T* keys, const T* values, const T* q,
-                const T* grad_out, const T* lse, const T* delta, T* grad_q, T* p_rows, T* ds_rows) {
+void narrow_bwd(const AttentionBlock<T>& b, const NarrowBwdParams<T>& params) {
   constexpr int W = kLanes<T>;
+  const T *keys = params.keys, *values = params.values, *q = params.q, *lse = params.lse;
+  const T *grad_out = params.grad_out, *delta = params.delta;
+  T *grad_q = params.grad_q, *p_rows = params.p_rows, *ds_rows = params.ds_rows;
   const Seen<T, 1> seen = narrow_seen(b);
   NarrowTail<T> key_tail, value_tail;
   Vec<T> acc[D];
@@ -208,24 +211,22 @@ void narrow_bwd(const AttentionBlock<T>& b, const T* keys, const T* values, cons
 
 #endif
 
-// Leaves the table as it is where registers are too few.
 template <class T>
-void narrow_kernels([[maybe_unused]] AttentionKernels<T>& k) {
+AttentionKernels<T> attention_table() {
+  AttentionKernels<T> k = attention_steps<T>();
 #if defined(__AVX512F__) && MOE_VEC_BYTES == 64
   k.narrow_size = kNarrowSize;
   k.power_scale = kPowerScale<T>;
-  k.narrow = [](int size, const AttentionBlock<T>& b, const T* keys, const T* values, const T* q,
-                T* out, T* max, T* sum) {
-    auto* run = size <= 8 ? &narrow<T, 8, false> : &narrow<T, 16, false>;
-    if (b.apart) run = size <= 8 ? &narrow<T, 8, true> : &narrow<T, 16, true>;
-    run(b, keys, values, q, out, max, sum);
+  k.narrow = [](const AttentionBlock<T>& b, const NarrowParams<T>& p) {
+    auto* run = p.size <= 8 ? &narrow<T, 8, false> : &narrow<T, 16, false>;
+    if (b.apart) run = p.size <= 8 ? &narrow<T, 8, true> : &narrow<T, 16, true>;
+    run(b, p);
   };
-  k.narrow_bwd = [](int size, const AttentionBlock<T>& b, const T* keys, const T* values,
-                    const T* q, const T* grad_out, const T* lse, const T* delta, T* grad_q,
-                    T* p_rows, T* ds_rows) {
-    auto* run = size <= 8 ? &narrow_bwd<T, 8, false> : &narrow_bwd<T, 16, false>;
-    if (b.apart) run = size <= 8 ? &narrow_bwd<T, 8, true> : &narrow_bwd<T, 16, true>;
-    run(b, keys, values, q, grad_out, lse, delta, grad_q, p_rows, ds_rows);
+  k.narrow_bwd = [](const AttentionBlock<T>& b, const NarrowBwdParams<T>& p) {
+    auto* run = p.size <= 8 ? &narrow_bwd<T, 8, false> : &narrow_bwd<T, 16, false>;
+    if (b.apart) run = p.size <= 8 ? &narrow_bwd<T, 8, true> : &narrow_bwd<T, 16, true>;
+    run(b, p);
   };
 #endif
+  return k;
 }

@@ -52,10 +52,12 @@ inline T* panel_place(T* panels, int64_t rows, int64_t r, int64_t i, int64_t n) 
 }
 
 template <class T>
-void dense_copy(DType type, const void* src, int64_t ld, int64_t rows, int64_t n, T* first,
-                int64_t ld_first, T* second, int64_t ld_second, T* sum) {
+void dense_copy(const DenseCopy<T>& copy) {
   constexpr int W = kLanes<T>;
-  with_type<T>(type, src, [&](const auto* p) {
+  T *first = copy.first, *second = copy.second, *sum = copy.sum;
+  const int64_t ld = copy.ld, ld_first = copy.ld_first, ld_second = copy.ld_second;
+  const int64_t rows = copy.rows, n = copy.n;
+  with_type<T>(copy.type, copy.src, [&](const auto* p) {
     int64_t begin = 0;
     for (; begin + 32 <= n; begin += 32) {
       DenseRun<T> total, run;
@@ -94,9 +96,12 @@ void dense_panels(DType type, const void* src, int64_t ld, int64_t rows, int64_t
 }
 
 template <class T, Activation A, bool kAct>
-void dense_act_loop(int64_t rows, int64_t n, const T* u, int64_t ld_u, T* h, int64_t ld_h) {
+void dense_act_loop(const DenseAct<T>& p) {
   constexpr int W = kLanes<T>;
-  for (int64_t r = 0; r < rows; ++r, u += ld_u, h += ld_h) {
+  const T* u = p.u;
+  T* h = p.h;
+  const int64_t n = p.n;
+  for (int64_t r = 0; r < p.rows; ++r, u += p.ld_u, h += p.ld_h) {
     for (int64_t i = 0; i < n; i += W) {
       const Vec<T> v = load_some<T>(u + i, n - i);
       store<T>(h + i, kAct ? activate<T, A>(v).value : v);
@@ -105,9 +110,11 @@ void dense_act_loop(int64_t rows, int64_t n, const T* u, int64_t ld_u, T* h, int
 }
 
 template <class T, Activation A, bool kAct>
-void dense_act_bwd_loop(int64_t rows, int64_t n, const T* u, int64_t ld_u, const T* d, int64_t ld_d,
-                        const DenseActTargets<T>& to) {
+void dense_act_bwd_loop(const DenseAct<T>& params) {
   constexpr int W = kLanes<T>;
+  const DenseAct<T> to = params;
+  const T *u = to.u, *d = to.d;
+  const int64_t rows = to.rows, n = to.n, ld_u = to.ld_u, ld_d = to.ld_d;
   int64_t begin = 0;
   for (; d != nullptr && begin + 32 <= n; begin += 32) {
     DenseRun<T> total, h, du;
@@ -127,8 +134,8 @@ void dense_act_bwd_loop(int64_t rows, int64_t n, const T* u, int64_t ld_u, const
           store<T>(to.h_panels + (begin + i / 2 * (2 * W)) * rows + r * 2 * W + i % 2 * W, h.v[i]);
         }
       }
-      if (to.rows != nullptr) du.put(to.rows + r * kLda + begin);
-      if (to.columns != nullptr) du.put(to.columns + r * kLdm + begin);
+      if (to.du_rows != nullptr) du.put(to.du_rows + r * kLda + begin);
+      if (to.du_columns != nullptr) du.put(to.du_columns + r * kLdm + begin);
       total.add(du);
     }
     if (to.sum != nullptr) total.add_to(to.sum + begin);
@@ -140,8 +147,8 @@ void dense_act_bwd_loop(int64_t rows, int64_t n, const T* u, int64_t ld_u, const
       if (to.h_panels != nullptr) store<T>(panel_place(to.h_panels, rows, r, i, n), a.value);
       if (d == nullptr) continue;
       const Vec<T> dv = kAct ? load<T>(d + i) * a.slope : load<T>(d + i);
-      if (to.rows != nullptr) store<T>(to.rows + r * kLda + i, dv);
-      if (to.columns != nullptr) store<T>(to.columns + r * kLdm + i, dv);
+      if (to.du_rows != nullptr) store<T>(to.du_rows + r * kLda + i, dv);
+      if (to.du_columns != nullptr) store<T>(to.du_columns + r * kLdm + i, dv);
       if (to.sum != nullptr) store<T>(to.sum + i, load<T>(to.sum + i) + dv);
     }
   }
@@ -162,24 +169,23 @@ void dense_act_bwd_loop(int64_t rows, int64_t n, const T* u, int64_t ld_u, const
   }
 
 template <class T>
-void dense_act(bool has_act, Activation kind, int64_t rows, int64_t n, const T* u, int64_t ld_u,
-               T* h, int64_t ld_h) {
-#define MOE_CALL(A, kAct) dense_act_loop<T, A, kAct>(rows, n, u, ld_u, h, ld_h)
-  if (!has_act) return MOE_CALL(Activation::kRelu, false);
-  MOE_FOR_DENSE_ACTIVATION(kind, MOE_CALL)
+void dense_act(const DenseAct<T>& p) {
+#define MOE_CALL(A, kAct) dense_act_loop<T, A, kAct>(p)
+  if (!p.has_act) return MOE_CALL(Activation::kRelu, false);
+  MOE_FOR_DENSE_ACTIVATION(p.kind, MOE_CALL)
 #undef MOE_CALL
 }
 
 template <class T>
-void dense_act_bwd(bool has_act, Activation kind, int64_t rows, int64_t n, const T* u, int64_t ld_u,
-                   const T* d, int64_t ld_d, const DenseActTargets<T>& to) {
-#define MOE_CALL(A, kAct) dense_act_bwd_loop<T, A, kAct>(rows, n, u, ld_u, d, ld_d, to)
-  if (!has_act) return MOE_CALL(Activation::kRelu, false);
-  MOE_FOR_DENSE_ACTIVATION(kind, MOE_CALL)
+void dense_act_bwd(const DenseAct<T>& p) {
+#define MOE_CALL(A, kAct) dense_act_bwd_loop<T, A, kAct>(p)
+  if (!p.has_act) return MOE_CALL(Activation::kRelu, false);
+  MOE_FOR_DENSE_ACTIVATION(p.kind, MOE_CALL)
 #undef MOE_CALL
 }
 
 template <class T>
-DenseKernels<T> dense_kernels() {
-  return {&dense_copy<T>, &dense_panels<T>, &dense_act<T>, &dense_act_bwd<T>};
+ActivationKernels<T> activation_table() {
+  return {&act_rows<T>,     &act_bwd_rows<T>, &dense_copy<T>,
+          &dense_panels<T>, &dense_act<T>,    &dense_act_bwd<T>};
 }

@@ -115,13 +115,17 @@ void fp8_decode_bf16(const uint8_t* q, uint16_t* dst, int64_t n) {
 }
 #endif
 
-// F weight rows and M tokens, vectors along k, as dot_tile; a block of k is summed by itself, then
-// scaled and added. S: E4m3, or float for codes that are widened already.
+// F weight rows and M tokens, vectors along k, as gemv_tiles; a block of k is summed by itself,
+// then scaled and added. S: E4m3, or float for codes that are widened already.
 template <class S, int F, int M>
-void fp8_dot_tile(int64_t k, const S* w, int64_t ldw, const float* const* w_scale, const float* x,
-                  int64_t ldx, const float* const* x_scale, float* out, int64_t ldo,
-                  int64_t out_step) {
+void fp8_dot_tile(const Fp8DotParams& p, int feature) {
   constexpr int W = kLanes<float>;
+  const S* w = static_cast<const S*>(p.w) + feature * p.ldw;
+  const float* const* w_scale = p.w_scale + feature;
+  const float* const* x_scale = p.x_scale;
+  const float* x = p.x;
+  const int64_t k = p.k, ldw = p.ldw, ldx = p.ldx, ldo = p.ldo, out_step = p.out_step;
+  float* out = p.out + feature * out_step;
   Vec<float> sum[F][M];
 #pragma GCC unroll 4
   for (int f = 0; f < F; ++f) {
@@ -175,39 +179,23 @@ void fp8_dot_tile(int64_t k, const S* w, int64_t ldw, const float* const* w_scal
 constexpr int kFp8DotRows = MOE_VEC_BYTES == 64 ? 4 : 2;
 
 template <class S>
-void fp8_dot_of(int features, int tokens, int64_t k, const S* w, int64_t ldw,
-                const float* const* w_scale, const float* x, int64_t ldx,
-                const float* const* x_scale, float* out, int64_t ldo, int64_t out_step) {
+void fp8_dot(const Fp8DotParams& p) {
   constexpr int F = kFp8DotRows;
   int f = 0;
-  for (; f + F <= features; f += F) {
-    const auto run = tokens == 2 ? &fp8_dot_tile<S, F, 2> : &fp8_dot_tile<S, F, 1>;
-    run(k, w + f * ldw, ldw, w_scale + f, x, ldx, x_scale, out + f * out_step, ldo, out_step);
+  for (; f + F <= p.features; f += F) {
+    p.tokens == 2 ? fp8_dot_tile<S, F, 2>(p, f) : fp8_dot_tile<S, F, 1>(p, f);
   }
-  for (; f < features; ++f) {
-    const auto run = tokens == 2 ? &fp8_dot_tile<S, 1, 2> : &fp8_dot_tile<S, 1, 1>;
-    run(k, w + f * ldw, ldw, w_scale + f, x, ldx, x_scale, out + f * out_step, ldo, out_step);
+  for (; f < p.features; ++f) {
+    p.tokens == 2 ? fp8_dot_tile<S, 1, 2>(p, f) : fp8_dot_tile<S, 1, 1>(p, f);
   }
 }
 
-void fp8_dot(int features, int tokens, int64_t k, const uint8_t* w, int64_t ldw,
-             const float* const* w_scale, const float* x, int64_t ldx, const float* const* x_scale,
-             float* out, int64_t ldo, int64_t out_step) {
-  fp8_dot_of(features, tokens, k, reinterpret_cast<const E4m3*>(w), ldw, w_scale, x, ldx, x_scale,
-             out, ldo, out_step);
-}
-
-void fp8_dot_wide(int features, int tokens, int64_t k, const float* w, int64_t ldw,
-                  const float* const* w_scale, const float* x, int64_t ldx,
-                  const float* const* x_scale, float* out, int64_t ldo, int64_t out_step) {
-  fp8_dot_of(features, tokens, k, w, ldw, w_scale, x, ldx, x_scale, out, ldo, out_step);
-}
-
-// sums[i][j] (+)= block[i][j] * row_scale[i] * col_scale[j]; cols is a multiple of lanes.
-void fp8_promote(int64_t rows, int64_t cols, const float* block, int64_t ld_block,
-                 const float* row_scale, const float* col_scale, float* sums, int64_t ld_sums,
-                 bool accumulate) {
+void fp8_promote(const Fp8PromoteParams& p) {
   constexpr int W = kLanes<float>;
+  const int64_t rows = p.rows, cols = p.cols, ld_block = p.ld_block, ld_sums = p.ld_sums;
+  const float *block = p.block, *row_scale = p.row_scale, *col_scale = p.col_scale;
+  float* sums = p.sums;
+  const bool accumulate = p.accumulate;
   for (int64_t i = 0; i < rows; ++i) {
     const Vec<float> scale = splat<float>(row_scale[i]);
     const float* src = block + i * ld_block;
@@ -220,15 +208,15 @@ void fp8_promote(int64_t rows, int64_t cols, const float* block, int64_t ld_bloc
   }
 }
 
-Fp8Kernels fp8_kernels() {
+Fp8Kernels fp8_table() {
   Fp8Kernels k = {};
   k.quantize = &fp8_quantize;
   k.decode = &fp8_decode;
 #if defined(__AVX512BF16__) && MOE_VEC_BYTES == 64
   k.decode_bf16 = &fp8_decode_bf16;
 #endif
-  k.dot = &fp8_dot;
-  k.dot_wide = &fp8_dot_wide;
+  k.dot = &fp8_dot<E4m3>;
+  k.dot_widened = &fp8_dot<float>;
   k.promote = &fp8_promote;
   return k;
 }

@@ -1,50 +1,15 @@
 // Mixtures of what all experts made of a token. Included by kernels-inl.h, inside its namespace.
-// Rows of experts and mixtures lie `pitch` apart, a multiple of lanes; every n is one too.
-
-template <class T>
-struct InverseFactorials {
-  T of[16] = {};
-  constexpr InverseFactorials() {
-    double f = 1;
-    for (int i = 0; i < 16; ++i) {
-      of[i] = T(1 / f);
-      f *= i + 1;
-    }
-  }
-};
-
-// The sigmoid with vexp's sum by Horner's scheme: 7 operations instead of 14, which count here. As
-// exact. That of activations, vsigmoid, is shorter yet in fp32.
-template <class T>
-inline Vec<T> mix_sigmoid(Vec<T> x) {
-  using Tr = ExpTraits<T>;
-  using Int = typename Simd<T>::Int;
-  using Scalar = typename Tr::Int;
-  Vec<T> y = -x;
-  y = y > Tr::kMax ? splat<T>(Tr::kMax) : y;
-  y = y < Tr::kMin ? splat<T>(Tr::kMin) : y;
-  const Vec<T> shifted = y * T(1.4426950408889634) + Tr::kMagic;
-  const Vec<T> n = shifted - Tr::kMagic;
-  Vec<T> r = y - n * Tr::kLn2Hi;
-  r = r - n * Tr::kLn2Lo;
-  constexpr InverseFactorials<T> kInverse;
-  Vec<T> p = splat<T>(kInverse.of[Tr::kDegree]);
-#pragma GCC unroll 16
-  for (int d = Tr::kDegree - 1; d >= 0; --d) p = p * r + kInverse.of[d];
-  const Int bits = __builtin_bit_cast(Int, shifted) - __builtin_bit_cast(Scalar, T(Tr::kMagic)) +
-                   Scalar(Tr::kBias);
-  return T(1) / (T(1) + p * __builtin_bit_cast(Vec<T>, bits << Tr::kMantissa));
-}
+// Rows of experts and mixtures lie `ld` apart, a multiple of lanes; every n is one too.
 
 template <class T, MixActivation A>
 inline ActPair<T> mix_activate(Vec<T> x) {
   if constexpr (A == MixActivation::kRelu) {
     return activate<T, Activation::kRelu>(x);
   } else if constexpr (A == MixActivation::kSilu) {
-    const Vec<T> s = mix_sigmoid<T>(x);
+    const Vec<T> s = exact_sigmoid<T>(x);
     return {x * s, s * (T(1) + x * (T(1) - s))};
   } else if constexpr (A == MixActivation::kSigmoid) {
-    const Vec<T> s = mix_sigmoid<T>(x);
+    const Vec<T> s = exact_sigmoid<T>(x);
     return {s, s * (T(1) - s)};
   } else {
     return {x, splat<T>(1)};
@@ -87,10 +52,10 @@ void mix_act(MixActivation kind, const MixNormRows<T>& norm, const T* x, int64_t
   }
 }
 
-// c[i*pitch + j] = sum_k a[i*step_i + k*step_k] * b[k*pitch + j] for i < M and NV vectors of j.
+// c[i*ld + j] = sum_k a[i*step_i + k*step_k] * b[k*ld + j] for i < M and NV vectors of j.
 template <class T, int M, int NV>
 inline void mix_tile(int64_t depth, const T* a, int64_t step_i, int64_t step_k, const T* b, T* c,
-                     int64_t pitch) {
+                     int64_t ld) {
   constexpr int W = kLanes<T>;
   Vec<T> acc[M][NV];
 #pragma GCC unroll 8
@@ -101,7 +66,7 @@ inline void mix_tile(int64_t depth, const T* a, int64_t step_i, int64_t step_k, 
   for (int64_t k = 0; k < depth; ++k) {
     Vec<T> bv[NV];
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) bv[v] = load<T>(b + k * pitch + v * W);
+    for (int v = 0; v < NV; ++v) bv[v] = load<T>(b + k * ld + v * W);
 #pragma GCC unroll 8
     for (int i = 0; i < M; ++i) {
       const Vec<T> av = splat<T>(a[i * step_i + k * step_k]);
@@ -112,94 +77,55 @@ inline void mix_tile(int64_t depth, const T* a, int64_t step_i, int64_t step_k, 
 #pragma GCC unroll 8
   for (int i = 0; i < M; ++i) {
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) store<T>(c + i * pitch + v * W, acc[i][v]);
+    for (int v = 0; v < NV; ++v) store<T>(c + i * ld + v * W, acc[i][v]);
   }
 }
 
 template <class T, int M>
 inline void mix_tile_rows(int64_t depth, const T* a, int64_t step_i, int64_t step_k, const T* b,
-                          T* c, int64_t pitch) {
+                          T* c, int64_t ld) {
   constexpr int W = kLanes<T>, NV = M >= 8 ? 1 : M >= 4 ? 2 : 4;
   int64_t j = 0;
-  for (; j + NV * W <= pitch; j += NV * W) {
-    mix_tile<T, M, NV>(depth, a, step_i, step_k, b + j, c + j, pitch);
+  for (; j + NV * W <= ld; j += NV * W) {
+    mix_tile<T, M, NV>(depth, a, step_i, step_k, b + j, c + j, ld);
   }
-  for (; j < pitch; j += W) mix_tile<T, M, 1>(depth, a, step_i, step_k, b + j, c + j, pitch);
+  for (; j < ld; j += W) mix_tile<T, M, 1>(depth, a, step_i, step_k, b + j, c + j, ld);
 }
 
-// The same for any number of rows; pitch is a multiple of lanes.
+// The same for any number of rows; ld is a multiple of lanes.
 template <class T>
-void mix_product(int64_t rows, int64_t depth, const T* a, int64_t step_i, int64_t step_k,
-                 const T* b, T* c, int64_t pitch) {
+void mix_product(const MixProduct<T>& p) {
+  const int64_t rows = p.rows, depth = p.depth, step_i = p.step_i, step_k = p.step_k, ld = p.ld;
+  const T *a = p.a, *b = p.b;
+  T* c = p.c;
   int64_t i = 0;
   for (; i + 8 <= rows; i += 8) {
-    mix_tile_rows<T, 8>(depth, a + i * step_i, step_i, step_k, b, c + i * pitch, pitch);
+    mix_tile_rows<T, 8>(depth, a + i * step_i, step_i, step_k, b, c + i * ld, ld);
   }
   for (; i + 4 <= rows; i += 4) {
-    mix_tile_rows<T, 4>(depth, a + i * step_i, step_i, step_k, b, c + i * pitch, pitch);
+    mix_tile_rows<T, 4>(depth, a + i * step_i, step_i, step_k, b, c + i * ld, ld);
   }
   for (; i < rows; ++i) {
-    mix_tile_rows<T, 1>(depth, a + i * step_i, step_i, step_k, b, c + i * pitch, pitch);
+    mix_tile_rows<T, 1>(depth, a + i * step_i, step_i, step_k, b, c + i * ld, ld);
   }
 }
 
-template <int... I>
-struct Lanes {};
-template <int N, int... I>
-struct CountLanes : CountLanes<N - 1, N - 1, I...> {};
-template <int... I>
-struct CountLanes<0, I...> {
-  using Type = Lanes<I...>;
-};
-
-// Lanes in groups of 2 * width: a group of the result is the two halves of a's group added, then
-// those of b's.
-template <class T, int width, int... I>
-inline Vec<T> mix_fold(Vec<T> a, Vec<T> b, Lanes<I...>) {
-  constexpr int W = sizeof...(I);
-#define MOE_FOLD_LANE \
-  (I / (2 * width) * (2 * width) + I % (2 * width) % width + (I % (2 * width) < width ? 0 : W))
-#if defined(__clang__)
-  return __builtin_shufflevector(a, b, MOE_FOLD_LANE...) +
-         __builtin_shufflevector(a, b, (MOE_FOLD_LANE + width)...);
-#else
-  using Int = typename Simd<T>::Int;
-  return __builtin_shuffle(a, b, Int{MOE_FOLD_LANE...}) +
-         __builtin_shuffle(a, b, Int{(MOE_FOLD_LANE + width)...});
-#endif
-#undef MOE_FOLD_LANE
-}
-
-// One vector whose lane i is the sum of the lanes of s[i]: three instructions a sum.
-template <class T, int width = kLanes<T> / 2>
-inline Vec<T> mix_lane_sums(Vec<T>* s) {
-  if constexpr (width >= 1) {
-#pragma GCC unroll 8
-    for (int i = 0; i < width; ++i) {
-      s[i] = mix_fold<T, width>(s[i], s[i + width], typename CountLanes<kLanes<T>>::Type{});
-    }
-    return mix_lane_sums<T, width / 2>(s);
-  } else {
-    return s[0];
-  }
-}
-
-// out[e] = sum_j g[j] * z[e*pitch + j] for e < N.
+// out[e] = sum_j g[j] * z[e*ld + j] for e < N.
 template <class T, int N>
-inline void mix_dots(const T* g, const T* z, T* out, int64_t pitch) {
+inline void mix_dots(const T* g, const T* z, T* out, int64_t ld) {
   constexpr int W = kLanes<T>;
   Vec<T> acc[W];
 #pragma GCC unroll 16
   for (int e = 0; e < W; ++e) acc[e] = Vec<T>{};
-  for (int64_t j = 0; j < pitch; j += W) {
+  for (int64_t j = 0; j < ld; j += W) {
     const Vec<T> gv = load<T>(g + j);
 #pragma GCC unroll 16
-    for (int e = 0; e < N; ++e) acc[e] += gv * load<T>(z + e * pitch + j);
+    for (int e = 0; e < N; ++e) acc[e] += gv * load<T>(z + e * ld + j);
   }
   if constexpr (N <= 2) {
     for (int e = 0; e < N; ++e) out[e] = horizontal_sum<T>(acc[e]);
   } else {
-    const Vec<T> sums = mix_lane_sums<T>(acc);
+    const Vec<T> sums = sums_of_lanes<T>(acc);
     if constexpr (N == W) {
       store<T>(out, sums);
     } else {
@@ -210,46 +136,48 @@ inline void mix_dots(const T* g, const T* z, T* out, int64_t pitch) {
   }
 }
 
-// out[i*count + e] = sum_j g[i*pitch + j] * z[e*pitch + j] for i < rows, e < count.
+// out[i*count + e] = sum_j g[i*ld + j] * z[e*ld + j] for i < rows, e < count.
 template <class T>
-void mix_weight_grads(int64_t rows, int64_t count, const T* g, const T* z, T* out, int64_t pitch) {
+void mix_weight_grads(int64_t rows, int64_t count, const T* g, const T* z, T* out, int64_t ld) {
   constexpr int W = kLanes<T>;
-  for (int64_t i = 0; i < rows; ++i, g += pitch, out += count) {
+  for (int64_t i = 0; i < rows; ++i, g += ld, out += count) {
     int64_t e = 0;
-    for (; e + W <= count; e += W) mix_dots<T, W>(g, z + e * pitch, out + e, pitch);
+    for (; e + W <= count; e += W) mix_dots<T, W>(g, z + e * ld, out + e, ld);
     if constexpr (W > 8) {
-      for (; e + 8 <= count; e += 8) mix_dots<T, 8>(g, z + e * pitch, out + e, pitch);
+      for (; e + 8 <= count; e += 8) mix_dots<T, 8>(g, z + e * ld, out + e, ld);
     }
     if constexpr (W > 4) {
-      for (; e + 4 <= count; e += 4) mix_dots<T, 4>(g, z + e * pitch, out + e, pitch);
+      for (; e + 4 <= count; e += 4) mix_dots<T, 4>(g, z + e * ld, out + e, ld);
     }
     if constexpr (W > 2) {
-      for (; e + 2 <= count; e += 2) mix_dots<T, 2>(g, z + e * pitch, out + e, pitch);
+      for (; e + 2 <= count; e += 2) mix_dots<T, 2>(g, z + e * ld, out + e, ld);
     }
-    for (; e < count; ++e) mix_dots<T, 1>(g, z + e * pitch, out + e, pitch);
+    for (; e < count; ++e) mix_dots<T, 1>(g, z + e * ld, out + e, ld);
   }
 }
 
 // d becomes d * slope, and with sums: sum += d, sum_x += d * (x - mean).
 template <class T>
-void mix_slope(int64_t n, const T* slope, const MixNormRows<T>& norm, const T* x, T* d, T* sum,
-               T* sum_x) {
+void mix_slope(const MixSlope<T>& p) {
   constexpr int W = kLanes<T>;
+  const T *slope = p.slope, *mean = p.mean, *x = p.x;
+  T *d = p.d, *sum = p.sum, *sum_x = p.sum_x;
+  const int64_t n = p.n;
   for (int64_t i = 0; i < n; i += W) {
     const Vec<T> v = load<T>(d + i) * load<T>(slope + i);
     store<T>(d + i, v);
     if (sum != nullptr) {
       store<T>(sum + i, load<T>(sum + i) + v);
-      store<T>(sum_x + i, load<T>(sum_x + i) + v * (load<T>(x + i) - load<T>(norm.mean + i)));
+      store<T>(sum_x + i, load<T>(sum_x + i) + v * (load<T>(x + i) - load<T>(mean + i)));
     }
   }
 }
 
 // out[i] = scale[i] * (d[i] - at[i] - by[i] * (x[i] - mean[i])), at == nullptr: scale[i] * d[i].
 template <class T>
-void mix_norm_grad(int64_t n, const MixNormRows<T>& norm, const T* at, const T* by, const T* x,
-                   const T* d, T* out) {
+void mix_norm_grad(const MixNormGrad<T>& params) {
   constexpr int W = kLanes<T>;
+  const auto [n, norm, at, by, x, d, out] = params;
   for (int64_t i = 0; i < n; i += W) {
     Vec<T> v = load<T>(d + i);
     if (at != nullptr) {
@@ -282,7 +210,7 @@ void mix_moments(int64_t count, int64_t n, const T* x, T* mean, T* squares) {
 }
 
 template <class T>
-MixKernels<T> mix_kernels() {
+MixKernels<T> mix_table() {
   return {&mix_act<T>,   &mix_product<T>,   &mix_weight_grads<T>,
           &mix_slope<T>, &mix_norm_grad<T>, &mix_moments<T>};
 }

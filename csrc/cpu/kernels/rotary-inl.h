@@ -45,14 +45,14 @@ inline void rotate_row(const T* in, const T* cos, const T* sin, T sign, int64_t 
 }
 
 template <class T>
-void rotate_rows(int64_t rows, const T* in, int64_t ld_in, const T* cos, const T* sin, T sign,
-                 int64_t heads, int64_t half, T* out, int64_t ld_out) {
-  for (int64_t r = 0; r < rows; ++r) {
-    const T *c = cos + r * half, *s = sin + r * half;
-    if (2 * half == kLanes<T>) {
-      rotate_whole<T>(in + r * ld_in, c, s, sign, heads, out + r * ld_out);
+void rotate_rows(const RotateRows<T>& p) {
+  for (int64_t r = 0; r < p.rows; ++r) {
+    const T *cos = p.cos + r * p.half, *sin = p.sin + r * p.half, *in = p.in + r * p.ld_in;
+    T* out = p.out + r * p.ld_out;
+    if (2 * p.half == kLanes<T>) {
+      rotate_whole<T>(in, cos, sin, p.sign, p.heads, out);
     } else {
-      rotate_row<T>(in + r * ld_in, c, s, sign, heads, half, out + r * ld_out);
+      rotate_row<T>(in, cos, sin, p.sign, p.heads, p.half, out);
     }
   }
 }

@@ -1,4 +1,4 @@
-// Rows: loading, storing, packing, transposing, sums. Included by kernels-inl.h, inside its
+// Loads, stores, packing, transposition and sums of rows. Included by kernels-inl.h, inside its
 // namespace.
 
 template <class T>
@@ -16,11 +16,11 @@ void load_row(DType type, const void* src, T* dst, int64_t n, T scale) {
 }
 
 template <class T>
-void load_rows(DType type, const void* src, int64_t ld_src, int64_t rows, int64_t n, T* dst,
-               int64_t ld_dst, T scale) {
+void load_rows(const TypedRows& src, T* dst, int64_t ld_dst, T scale) {
   constexpr int W = kLanes<T>;
-  with_type<T>(type, src, [&](const auto* p) {
-    for (int64_t r = 0; r < rows; ++r, p += ld_src, dst += ld_dst) {
+  const int64_t n = src.n;
+  with_type<T>(src.type, src.data, [&](const auto* p) {
+    for (int64_t r = 0; r < src.count; ++r, p += src.ld, dst += ld_dst) {
       int64_t i = 0;
       for (; i + W <= n; i += W) store<T>(dst + i, load_as(p + i) * scale);
       for (; i < n; ++i) dst[i] = to_float(p[i]) * scale;
@@ -30,14 +30,15 @@ void load_rows(DType type, const void* src, int64_t ld_src, int64_t rows, int64_
 
 // Row by row over all panels, so that each row is read in one contiguous run.
 template <class T>
-void pack_panels(DType type, const void* const* rows, int64_t byte_offset, int64_t num_rows,
-                 int64_t cols, const T* scales, T* dst, int64_t stride) {
+void pack_b(const RowPointers& rows, int64_t byte_offset, const T* scales, T* dst, int64_t stride) {
   constexpr int W = kLanes<T>;
+  const int64_t cols = rows.n;
   const int64_t whole = cols / (2 * W) * (2 * W);
   const int64_t last = (cols - whole + W - 1) / W * W;
-  with_type<T>(type, nullptr, [&]<class S>(const S*) {
-    for (int64_t r = 0; r < num_rows; ++r) {
-      const S* src = reinterpret_cast<const S*>(static_cast<const char*>(rows[r]) + byte_offset);
+  with_type<T>(rows.type, nullptr, [&]<class S>(const S*) {
+    for (int64_t r = 0; r < rows.count; ++r) {
+      const S* src =
+          reinterpret_cast<const S*>(static_cast<const char*>(rows.rows[r]) + byte_offset);
       const Vec<T> scale = splat<T>(scales == nullptr ? T(1) : scales[r]);
       T* out = dst + r * 2 * W;
       for (int64_t j = 0; j < whole; j += 2 * W) {
@@ -69,12 +70,12 @@ void store_row(DType type, const T* src, void* dst, int64_t n) {
 }
 
 template <class T>
-void store_rows(DType type, const T* src, int64_t ld_src, int64_t rows, int64_t n, void* dst,
-                int64_t ld_dst) {
+void store_rows(const T* src, int64_t ld_src, const MutableRows& dst) {
   constexpr int W = kLanes<T>;
-  with_type<T>(type, dst, [&]<class S>(const S* q) {
+  const int64_t n = dst.n;
+  with_type<T>(dst.type, dst.data, [&]<class S>(const S* q) {
     S* p = const_cast<S*>(q);
-    for (int64_t r = 0; r < rows; ++r, p += ld_dst, src += ld_src) {
+    for (int64_t r = 0; r < dst.count; ++r, p += dst.ld, src += ld_src) {
       int64_t i = 0;
       for (; i + W <= n; i += W) store_as(p + i, load<T>(src + i));
       for (; i < n; ++i) store_one(p + i, src[i]);
@@ -105,12 +106,12 @@ void stream_row(DType type, const T* src, void* dst, int64_t n) {
 }
 
 template <class T>
-void gather_rows(DType type, const void* const* rows, int64_t num_rows, int64_t n, const T* scales,
-                 T* dst, int64_t ld) {
+void gather_rows(const RowPointers& rows, const T* scales, T* dst, int64_t ld) {
   constexpr int W = kLanes<T>;
-  with_type<T>(type, nullptr, [&]<class S>(const S*) {
-    for (int64_t r = 0; r < num_rows; ++r, dst += ld) {
-      const S* src = static_cast<const S*>(rows[r]);
+  const int64_t n = rows.n;
+  with_type<T>(rows.type, nullptr, [&]<class S>(const S*) {
+    for (int64_t r = 0; r < rows.count; ++r, dst += ld) {
+      const S* src = static_cast<const S*>(rows.rows[r]);
       const T scale = scales == nullptr ? T(1) : scales[r];
       int64_t i = 0;
       for (; i + 2 * W <= n; i += 2 * W) {
@@ -124,12 +125,12 @@ void gather_rows(DType type, const void* const* rows, int64_t num_rows, int64_t 
 }
 
 template <class T>
-void scatter_rows(DType type, const T* src, int64_t ld, int64_t num_rows, int64_t n,
-                  const T* scales, void* const* rows) {
+void scatter_rows(const T* src, int64_t ld, const T* scales, const MutableRowPointers& rows) {
   constexpr int W = kLanes<T>;
-  with_type<T>(type, nullptr, [&]<class S>(const S*) {
-    for (int64_t r = 0; r < num_rows; ++r, src += ld) {
-      S* dst = static_cast<S*>(rows[r]);
+  const int64_t n = rows.n;
+  with_type<T>(rows.type, nullptr, [&]<class S>(const S*) {
+    for (int64_t r = 0; r < rows.count; ++r, src += ld) {
+      S* dst = static_cast<S*>(rows.rows[r]);
       const T scale = scales == nullptr ? T(1) : scales[r];
       int64_t i = 0;
       for (; i + 2 * W <= n; i += 2 * W) {
@@ -143,12 +144,12 @@ void scatter_rows(DType type, const T* src, int64_t ld, int64_t num_rows, int64_
 }
 
 template <class T>
-void dot_rows(DType type, const void* const* a, const T* b, int64_t ld, int64_t num_rows, int64_t n,
-              T* out) {
+void dot_rows(const RowPointers& a, const T* b, int64_t ld, T* out) {
   constexpr int W = kLanes<T>;
-  with_type<T>(type, nullptr, [&]<class S>(const S*) {
-    for (int64_t r = 0; r < num_rows; ++r, b += ld) {
-      const S* p = static_cast<const S*>(a[r]);
+  const int64_t n = a.n;
+  with_type<T>(a.type, nullptr, [&]<class S>(const S*) {
+    for (int64_t r = 0; r < a.count; ++r, b += ld) {
+      const S* p = static_cast<const S*>(a.rows[r]);
       Vec<T> sum = {};
       int64_t i = 0;
       for (; i + W <= n; i += W) sum += load_as(p + i) * load<T>(b + i);
@@ -160,10 +161,12 @@ void dot_rows(DType type, const void* const* a, const T* b, int64_t ld, int64_t 
 }
 
 template <class T>
-void combine_rows(DType type, const T* rows, int64_t ld, const int32_t* index, const T* weights,
-                  int64_t num_tokens, int64_t top_k, int64_t n, void* out) {
+void combine_rows(const CombineRows<T>& p) {
   constexpr int W = kLanes<T>;
-  with_type<T>(type, out, [&]<class S>(const S* q) {
+  const T *rows = p.rows, *weights = p.weights;
+  const int32_t* index = p.index;
+  const int64_t ld = p.ld, top_k = p.top_k, n = p.n;
+  with_type<T>(p.type, p.out, [&]<class S>(const S* q) {
     S* y = const_cast<S*>(q);
     const auto add = [&]<int NV>(int64_t i) {
       Vec<T> sums[NV] = {};
@@ -177,7 +180,7 @@ void combine_rows(DType type, const T* rows, int64_t ld, const int32_t* index, c
 #pragma GCC unroll 4
       for (int v = 0; v < NV; ++v) store_as(y + i + v * W, sums[v]);
     };
-    for (int64_t t = 0; t < num_tokens; ++t, index += top_k, y += n) {
+    for (int64_t t = 0; t < p.num_tokens; ++t, index += top_k, y += n) {
       int64_t i = 0;
       for (; i + 4 * W <= n; i += 4 * W) add.template operator()<4>(i);
       for (; i + W <= n; i += W) add.template operator()<1>(i);
@@ -277,18 +280,19 @@ void transpose(const T* src, int64_t ld_src, int64_t rows, int64_t cols, T* dst,
 }
 
 template <class T>
-void weighted_sum(DType type, const void* const* rows, const T* weights, int64_t num_rows, T* out,
-                  int64_t n) {
+void weighted_sum(const RowPointers& p, const T* weights, T* out) {
   constexpr int W = kLanes<T>;
-  with_type<T>(type, nullptr, [&]<class S>(const S*) {
+  const void* const* rows = p.rows;
+  const int64_t num_rows = p.count, n = p.n;
+  with_type<T>(p.type, nullptr, [&]<class S>(const S*) {
     int64_t i = 0;
     for (; i + 2 * W <= n; i += 2 * W) {
       Vec<T> s0 = {}, s1 = {};
       for (int64_t r = 0; r < num_rows; ++r) {
-        const S* p = static_cast<const S*>(rows[r]) + i;
+        const S* row = static_cast<const S*>(rows[r]) + i;
         const Vec<T> w = splat<T>(weights == nullptr ? T(1) : weights[r]);
-        s0 += w * load_as(p);
-        s1 += w * load_as(p + W);
+        s0 += w * load_as(row);
+        s1 += w * load_as(row + W);
       }
       store<T>(out + i, s0);
       store<T>(out + i + W, s1);
@@ -336,4 +340,37 @@ void stream_fence() {
 #if defined(__AVX2__)
   _mm_sfence();
 #endif
+}
+
+template <class T>
+void multiply_row(const T* factors, T* row, int64_t n) {
+  constexpr int W = kLanes<T>;
+  int64_t i = 0;
+  for (; i + W <= n; i += W) store<T>(row + i, load<T>(row + i) * load<T>(factors + i));
+  for (; i < n; ++i) row[i] *= factors[i];
+}
+
+template <class T>
+void fill_rows(RowKernels<T>& k) {
+#if !defined(MOE_BASE)
+  k.lanes = kLanes<T>;
+  k.load_row = &load_row<T>;
+  k.load_rows = &load_rows<T>;
+  k.gather_rows = &gather_rows<T>;
+  k.dot_rows = &dot_rows<T>;
+  k.dot_row = &dot_row<T>;
+  k.weighted_sum = &weighted_sum<T>;
+  k.axpy = &axpy<T>;
+  k.multiply_row = &multiply_row<T>;
+  k.rotate_rows = &rotate_rows<T>;
+#endif
+  // What stores bfloat16.
+  k.store_row = &store_row<T>;
+  k.store_rows = &store_rows<T>;
+  k.stream_row = &stream_row<T>;
+  k.stream_fence = &stream_fence;
+  k.scatter_rows = &scatter_rows<T>;
+  k.combine_rows = &combine_rows<T>;
+  k.norm_rows = &norm_rows<T>;
+  k.norm_rows_bwd = &norm_rows_bwd<T>;
 }

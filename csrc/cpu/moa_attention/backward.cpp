@@ -22,9 +22,9 @@ class Backward {
   Backward(const MoaAttentionBwdParams& q)
       : q_(q),
         p_(q.fwd),
-        k_(kernels<T>()),
+        k_(gemm_kernels<T>()),
         tiles_{k_, p_.head_size},
-        narrow_(narrow_size(k_, p_)),
+        narrow_(narrow_size<T>(p_)),
         panel_rows_(narrow_ > 0 ? k_.lanes : 2 * k_.lanes),
         d_(p_.head_size),
         features_(narrow_ > 0 ? narrow_ : d_),
@@ -51,20 +51,20 @@ class Backward {
       both_forms(block, p_.q, static_cast<T>(p_.scale), x.q, x.q_columns);
       both_forms(block, q_.grad_out, T(1), x.grad_out, x.grad_out_columns);
       if (narrow_ > 0) {
-        k_.load_rows(kAccumulate<T>, x.q, 0, 1, block.padded * features_, x.q, 0,
-                     k_.attention.power_scale);
+        rows_.load_rows({kAccumulate<T>, x.q, 0, 1, block.padded * features_}, x.q, 0,
+                        attention_.power_scale);
       }
       // Pairs of a row and a key that it does not see count with zeros, which what is not finite
       // survives: where there is such a number, sums are made of the pairs that see each other.
       const int64_t numbers = block.padded * ld_;
-      x.rows_apart = !k_.attention.all_finite(x.q_columns, numbers) ||
-                     !k_.attention.all_finite(x.grad_out_columns, numbers);
+      x.rows_apart = !attention_.all_finite(x.q_columns, numbers) ||
+                     !attention_.all_finite(x.grad_out_columns, numbers);
       for (const bool again : {false, true}) {
         x.grad_q_again = again;
         std::fill(x.grad_q, x.grad_q + numbers, T(0));
         p_.kind == AttentionKind::kSoftmax ? softmax(block, x, grad_k, grad_v)
                                            : stick(block, x, grad_k, grad_v);
-        if (k_.attention.all_finite(x.grad_q, numbers)) break;
+        if (attention_.all_finite(x.grad_q, numbers)) break;
       }
       store_grad_q(block, x);
     }
@@ -76,11 +76,12 @@ class Backward {
       char* to = static_cast<char*>(which == 0 ? q_.grad_k : q_.grad_v);
       T* sum = partial(b, head, 0, which) + j0 * ld_;
       for (int64_t c = 1; c < chunks_; ++c) {
-        k_.axpy(kAccumulate<T>, partial(b, head, c, which) + j0 * ld_, T(1), sum, (j1 - j0) * ld_);
+        rows_.axpy(kAccumulate<T>, partial(b, head, c, which) + j0 * ld_, T(1), sum,
+                   (j1 - j0) * ld_);
       }
       const int64_t row = (b * p_.num_keys + j0) * p_.num_heads + head;
-      k_.store_rows(p_.type, sum, ld_, j1 - j0, d_, to + row * d_ * dtype_size(p_.type),
-                    p_.num_heads * d_);
+      rows_.store_rows(
+          sum, ld_, {p_.type, to + row * d_ * dtype_size(p_.type), p_.num_heads * d_, j1 - j0, d_});
     }
   }
 
@@ -136,7 +137,7 @@ class Backward {
     T scales[kRows];
     std::fill(scales, scales + block.count, scale);
     const int64_t step = block.padded * 2 * k_.lanes;
-    k_.pack_panels(p_.type, rows, 0, block.count, d_, scales, columns, step);
+    k_.pack_b({p_.type, rows, block.count, d_}, 0, scales, columns, step);
     for (int64_t c0 = 0; c0 < d_; c0 += 2 * k_.lanes) {
       const int64_t width = panel_width(c0), cols = std::min(width, features_ - c0);
       T* from = columns + c0 * block.padded;
@@ -209,7 +210,7 @@ class Backward {
   // that sees one of them.
   void add_rows(const RowBlock<T>& block, const int64_t* seen_keys, const T* rows, const T* columns,
                 int64_t n, T* grad) const {
-    TileHints hints;
+    TileOptions hints;
     for (int64_t c0 = 0; c0 < ld_; c0 += 2 * k_.lanes) {
       const int64_t width = panel_width(c0), nv = width / k_.lanes;
       int64_t panel = 0;
@@ -220,7 +221,7 @@ class Backward {
         if (r0 >= block.padded) break;
         k_.row_a[nv - 1][t.height - 1](block.count - r0, rows + i0 * kLda + r0,
                                        columns + c0 * block.padded + r0 * width,
-                                       grad + i0 * ld_ + c0, ld_, true, hints);
+                                       {grad + i0 * ld_ + c0, ld_, true}, hints);
       }
     }
   }
@@ -228,7 +229,7 @@ class Backward {
   // The same sums of the rows that see a key alone, key by key.
   void add_rows_apart(const RowBlock<T>& block, int64_t j0, const T* rows, const T* columns,
                       int64_t n, T* grad) const {
-    TileHints hints;
+    TileOptions hints;
     int64_t begin = 0, end = 0;  // both ends of a row's keys grow with the row
     for (int64_t i = 0; i < n; ++i) {
       const int64_t key = j0 + i - block.keys.first;
@@ -238,8 +239,8 @@ class Backward {
       for (int64_t c0 = 0; c0 < ld_; c0 += 2 * k_.lanes) {
         const int64_t width = panel_width(c0), nv = width / k_.lanes;
         k_.row_a[nv - 1][0](end - begin, rows + i * kLda + begin,
-                            columns + c0 * block.padded + begin * width, grad + i * ld_ + c0, ld_,
-                            true, hints);
+                            columns + c0 * block.padded + begin * width,
+                            {grad + i * ld_ + c0, ld_, true}, hints);
       }
     }
   }
@@ -261,9 +262,9 @@ class Backward {
     const int64_t first = row_index(p_, block.b, block.head, block.begin);
     const int64_t step = p_.num_heads * d_, size = dtype_size(p_.type);
     for_runs(p_, q_.grad_out, block, [&](const char* rows, int64_t stride, int64_t r, int64_t n) {
-      k_.attention.row_dots(p_.type,
-                            static_cast<const char*>(p_.out) + (first * d_ + r * step) * size, step,
-                            rows, stride, n, d_, x.delta + r);
+      attention_.row_dots({p_.type,
+                           static_cast<const char*>(p_.out) + (first * d_ + r * step) * size, step,
+                           rows, stride, n, d_, x.delta + r});
     });
     const T* state = static_cast<const T*>(p_.state) + first;
     const T* grad_state = static_cast<const T*>(q_.grad_state) + first;
@@ -290,14 +291,14 @@ class Backward {
         if (seen.keys == 0) continue;
         if (narrow_ > 0) {
           clear_before(seen, r0, x);
-          k_.attention.narrow_bwd(narrow_, seen, from.keys, from.values, x.q + r0 * features_,
-                                  x.grad_out + r0 * features_, x.a + r0, x.delta + r0,
-                                  x.grad_q + r0 * ld_, x.p_rows + r0, x.ds_rows + r0);
+          attention_.narrow_bwd(seen, {narrow_, from.keys, from.values, x.q + r0 * features_,
+                                       x.grad_out + r0 * features_, x.a + r0, x.delta + r0,
+                                       x.grad_q + r0 * ld_, x.p_rows + r0, x.ds_rows + r0});
           continue;
         }
         products(i, seen, from, x);
-        k_.attention.softmax_bwd(seen, x.s, x.dp, x.a + r0, x.delta + r0, x.p_rows + r0,
-                                 x.ds_rows + r0);
+        attention_.softmax_bwd(seen,
+                               {x.s, x.dp, x.a + r0, x.delta + r0, x.p_rows + r0, x.ds_rows + r0});
         add_grad_q(i, seen, from, x);
       }
       add_grad_kv(block, seen_keys, j0, n, x, grad_k, grad_v);
@@ -310,7 +311,7 @@ class Backward {
     const int64_t width = 2 * k_.lanes;
     T* log_rest = x.starts;  // [block of keys][kRows]
     std::fill(log_rest, log_rest + block.count, T(0));
-    std::fill(log_rest + block.count, log_rest + block.padded, k_.attention.lowest);
+    std::fill(log_rest + block.count, log_rest + block.padded, attention_.lowest);
     int64_t first = block.keys.last;
     bool left = true;
     for (; left && first > block.keys.first; log_rest += kRows) {
@@ -324,9 +325,9 @@ class Backward {
         left = true;
         if (seen.keys == 0) continue;
         KeyIndex<T> living[kRows];
-        leave_out_empty_sticks(block, i, log_rest + i * width, k_.attention.log_tiny, seen, living);
+        leave_out_empty_sticks(block, i, log_rest + i * width, attention_.log_tiny, seen, living);
         scores(i, seen, keys, x);
-        k_.attention.stick_rest(seen, x.s, log_rest + kRows + i * width);
+        attention_.stick_rest(seen, x.s, log_rest + kRows + i * width);
       }
       first = j0;
     }
@@ -352,10 +353,10 @@ class Backward {
         if (seen.keys == 0) continue;
         const int64_t r0 = i * width;
         KeyIndex<T> living[kRows];
-        leave_out_empty_sticks(block, i, log_rest + r0, k_.attention.log_tiny, seen, living);
+        leave_out_empty_sticks(block, i, log_rest + r0, attention_.log_tiny, seen, living);
         products(i, seen, from, x);
-        k_.attention.stick_bwd(seen, x.s, x.dp, log_rest + r0, x.slopes, x.a + r0, x.p_rows + r0,
-                               x.ds_rows + r0);
+        attention_.stick_bwd(
+            seen, {x.s, x.dp, log_rest + r0, x.slopes, x.a + r0, x.p_rows + r0, x.ds_rows + r0});
         add_grad_q(i, seen, from, x);
       }
       add_grad_kv(block, seen_keys, j0, n, x, grad_k, grad_v);
@@ -366,7 +367,7 @@ class Backward {
   bool broken(const RowBlock<T>& block, int64_t panel, const T* log_rest) const {
     const int64_t r0 = panel * 2 * k_.lanes;
     return std::all_of(log_rest + r0, log_rest + r0 + block.width(panel),
-                       [&](T x) { return x < k_.attention.log_tiny; });
+                       [&](T x) { return x < attention_.log_tiny; });
   }
 
   void store_grad_q(const RowBlock<T>& block, Buffers& x) const {
@@ -375,16 +376,19 @@ class Backward {
       k_.transpose(x.grad_q + r0 * ld_, block.width(i), ld_, block.width(i), x.rows + r0 * ld_,
                    ld_);
     }
-    k_.load_rows(kAccumulate<T>, x.rows, ld_, block.count, d_, x.rows, ld_,
-                 static_cast<T>(p_.scale));
+    rows_.load_rows({kAccumulate<T>, x.rows, ld_, block.count, d_}, x.rows, ld_,
+                    static_cast<T>(p_.scale));
     const int64_t to = row_index(p_, block.b, block.head, block.begin) * d_;
-    k_.store_rows(p_.type, x.rows, ld_, block.count, d_,
-                  static_cast<char*>(q_.grad_q) + to * dtype_size(p_.type), p_.num_heads * d_);
+    rows_.store_rows(x.rows, ld_,
+                     {p_.type, static_cast<char*>(q_.grad_q) + to * dtype_size(p_.type),
+                      p_.num_heads * d_, block.count, d_});
   }
 
   const MoaAttentionBwdParams& q_;
   const MoaAttentionParams& p_;
-  const Kernels<T>& k_;
+  const GemmKernels<T>& k_;
+  const RowKernels<T>& rows_ = row_kernels<T>();
+  const AttentionKernels<T>& attention_ = attention_kernels<T>();
   Products<T> tiles_;
   int narrow_;
   int64_t panel_rows_, d_, features_, ld_, chunks_;
@@ -417,7 +421,7 @@ void backward(const MoaAttentionBwdParams& q, const Parallel& par) {
 
 int64_t moa_attention_workspace(const MoaAttentionParams& p) {
   const bool wide = p.type == DType::kFloat64;
-  const int64_t lanes = wide ? kernels<double>().lanes : kernels<float>().lanes;
+  const int64_t lanes = wide ? gemm_kernels<double>().lanes : gemm_kernels<float>().lanes;
   return p.batch * p.num_heads * attention::num_chunks(p) * 2 * p.num_keys *
          round_up(p.head_size, lanes) * (wide ? 8 : 4);
 }

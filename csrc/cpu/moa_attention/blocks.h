@@ -11,7 +11,8 @@
 #endif
 
 #include "cpu/gemm/small_gemm.h"
-#include "cpu/kernels/kernels.h"
+#include "cpu/kernels/attention.h"
+#include "cpu/kernels/rows.h"
 #include "cpu/runtime/batch_invariant.h"
 #include "cpu/runtime/parallel.h"
 #include "cpu/runtime/workspace.h"
@@ -190,7 +191,7 @@ void leave_out_empty_sticks(const RowBlock<T>& block, int64_t panel, const T* lo
 
 template <class T>
 struct Products {
-  const Kernels<T>& k;
+  const GemmKernels<T>& k;
   int64_t d;
 
   int max_rows(int nv) const { return nv == 1 ? k.mr1 : k.mr2; }
@@ -210,16 +211,16 @@ struct Products {
       return small_gemm_column_major<T>({k, d, width, seen.keys, a, b, c, width, true, a_block});
     }
     for (int64_t c0 = 0; c0 < d; c0 += kLdm, a += a_block) {
-      k.attention.seen_sums(seen, a, kLdm, b, std::min(kLdm, d - c0), c + c0 * width);
+      attention_kernels<T>().seen_sums(seen, a, kLdm, b, std::min(kLdm, d - c0), c + c0 * width);
     }
   }
 };
 
 // Features that the narrow kernels multiply, or 0 where they do not take a call.
 template <class T>
-int narrow_size(const Kernels<T>& k, const MoaAttentionParams& p) {
-  const bool taken =
-      p.kind == AttentionKind::kSoftmax && p.softcap == 0 && p.head_size <= k.attention.narrow_size;
+int narrow_size(const MoaAttentionParams& p) {
+  const bool taken = p.kind == AttentionKind::kSoftmax && p.softcap == 0 &&
+                     p.head_size <= attention_kernels<T>().narrow_size;
   return !taken ? 0 : p.head_size <= 8 ? 8 : 16;
 }
 
@@ -228,8 +229,8 @@ int narrow_size(const Kernels<T>& k, const MoaAttentionParams& p) {
 template <class T>
 class KeyCopy {
  public:
-  KeyCopy(const Kernels<T>& k, const MoaAttentionParams& p, const AttentionOperand& x, int64_t b,
-          int64_t head, int64_t part, int64_t pitch, const KeyRange& kept, T* data)
+  KeyCopy(const GemmKernels<T>& k, const MoaAttentionParams& p, const AttentionOperand& x,
+          int64_t b, int64_t head, int64_t part, int64_t pitch, const KeyRange& kept, T* data)
       : k_(k),
         p_(p),
         x_(x),
@@ -276,12 +277,13 @@ class KeyCopy {
   void load(int64_t j0, int64_t j1, T* to) const {
     const char* rows = at(x_, p_.type, b_, j0, 0, head_);
     for (int64_t c = 0; c < p_.head_size; c += part_, to += part_stride()) {
-      k_.load_rows(p_.type, rows + c * dtype_size(p_.type), x_.stride_token, j1 - j0,
-                   std::min(part_, p_.head_size - c), to, pitch_, T(1));
+      row_kernels<T>().load_rows({p_.type, rows + c * dtype_size(p_.type), x_.stride_token, j1 - j0,
+                                  std::min(part_, p_.head_size - c)},
+                                 to, pitch_, T(1));
     }
   }
 
-  const Kernels<T>& k_;
+  const GemmKernels<T>& k_;
   const MoaAttentionParams& p_;
   const AttentionOperand& x_;
   int64_t b_, head_, part_, pitch_, rows_;
@@ -333,20 +335,20 @@ void for_runs(const MoaAttentionParams& p, const AttentionOperand& x, const RowB
 
 // Rows of q (or of its gradient's like) as [padded][ld], zero where there are none.
 template <class T>
-void load_rows(const Kernels<T>& k, const MoaAttentionParams& p, const AttentionOperand& x,
-               const RowBlock<T>& block, T scale, T* dst, int64_t ld) {
+void load_rows(const MoaAttentionParams& p, const AttentionOperand& x, const RowBlock<T>& block,
+               T scale, T* dst, int64_t ld) {
   const int64_t d = p.head_size;
   if (ld > d) std::fill(dst, dst + block.count * ld, T(0));
   std::fill(dst + block.count * ld, dst + block.padded * ld, T(0));
   for_runs(p, x, block, [&](const char* rows, int64_t stride, int64_t r, int64_t n) {
-    k.load_rows(p.type, rows, stride, n, d, dst + r * ld, ld, scale);
+    row_kernels<T>().load_rows({p.type, rows, stride, n, d}, dst + r * ld, ld, scale);
   });
 }
 
 // [padded][ld] to panels [panel][d][width].
 template <class T>
-void to_panels(const Kernels<T>& k, const RowBlock<T>& block, const T* rows, int64_t ld, int64_t d,
-               T* dst) {
+void to_panels(const GemmKernels<T>& k, const RowBlock<T>& block, const T* rows, int64_t ld,
+               int64_t d, T* dst) {
   for (int64_t i = 0; i < block.panels(); ++i) {
     const int64_t r0 = i * block.panel_rows;
     k.transpose(rows + r0 * ld, ld, block.width(i), d, dst + r0 * d, block.width(i));

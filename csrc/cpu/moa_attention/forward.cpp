@@ -13,9 +13,9 @@ class Forward {
   Forward(const MoaAttentionParams& p, const RowBlocks& blocks)
       : p_(p),
         blocks_(blocks),
-        k_(kernels<T>()),
+        k_(gemm_kernels<T>()),
         tiles_{k_, p.head_size},
-        narrow_(narrow_size(k_, p)),
+        narrow_(narrow_size<T>(p)),
         panel_rows_(narrow_ > 0 ? k_.lanes : 2 * k_.lanes),
         features_(narrow_ > 0 ? narrow_ : p.head_size),
         ld_(round_up<int64_t>(features_, k_.lanes)) {}
@@ -44,10 +44,10 @@ class Forward {
         {k_, p_, p_.k, b, head, kKc, key_pitch, kept, arena.take<T>(keys)},
         {k_, p_, p_.v, b, head, kLdm, value_pitch, kept, arena.take<T>(values)},
     };
-    const T scale = static_cast<T>(p_.scale) * (narrow_ > 0 ? k_.attention.power_scale : T(1));
+    const T scale = static_cast<T>(p_.scale) * (narrow_ > 0 ? attention_.power_scale : T(1));
     for (int64_t i = begin; i < end; ++i) {
       const RowBlock<T> block(p_, k_.lanes, panel_rows_, b, head, blocks_, i);
-      load_rows(k_, p_, p_.q, block, scale, buffers.rows, ld_);
+      load_rows(p_, p_.q, block, scale, buffers.rows, ld_);
       to_panels(k_, block, buffers.rows, ld_, features_, buffers.q);
       // Values that a row does not see get weights of zero, which what is not finite survives: then
       // sums are made again, of each row's own keys.
@@ -55,7 +55,7 @@ class Forward {
         std::fill(buffers.out, buffers.out + block.padded * ld_, T(0));
         p_.kind == AttentionKind::kSoftmax ? softmax(block, buffers, apart)
                                            : stick(block, buffers, apart);
-        if (k_.attention.all_finite(buffers.out, block.padded * ld_)) break;
+        if (attention_.all_finite(buffers.out, block.padded * ld_)) break;
       }
       p_.kind == AttentionKind::kSoftmax ? finish_softmax(block, buffers)
                                          : finish_stick(block, buffers);
@@ -82,7 +82,7 @@ class Forward {
 
   void softmax(const RowBlock<T>& block, Buffers& buffers, bool apart) const {
     T *max = buffers.a, *sum = buffers.b;
-    std::fill(max, max + block.padded, k_.attention.lowest);
+    std::fill(max, max + block.padded, attention_.lowest);
     std::fill(sum, sum + block.padded, T(0));
     for (int64_t j0 = block.keys.first; j0 < block.keys.last; j0 += kKeys) {
       const int64_t n = std::min(kKeys, block.keys.last - j0);
@@ -93,13 +93,13 @@ class Forward {
         if (seen.keys == 0) continue;
         if (narrow_ > 0) {
           seen.apart = apart;
-          k_.attention.narrow(narrow_, seen, keys, values, buffers.q + r0 * features_,
-                              buffers.out + r0 * ld_, max + r0, sum + r0);
+          attention_.narrow(seen, {narrow_, keys, values, buffers.q + r0 * features_,
+                                   buffers.out + r0 * ld_, max + r0, sum + r0});
           continue;
         }
         scores(seen, i, keys, buffers);
-        if (k_.attention.softmax(seen, buffers.s, max + r0, sum + r0, buffers.factor)) {
-          k_.attention.multiply_lanes(buffers.out + r0 * ld_, p_.head_size, seen.width,
+        if (attention_.softmax(seen, buffers.s, max + r0, sum + r0, buffers.factor)) {
+          attention_.multiply_columns(buffers.out + r0 * ld_, p_.head_size, seen.width,
                                       buffers.factor);
         }
         add_values(seen, i, values, buffers, apart);
@@ -110,9 +110,9 @@ class Forward {
   void finish_softmax(const RowBlock<T>& block, Buffers& buffers) const {
     T *max = buffers.a, *sum = buffers.b;
     if (narrow_ > 0) {
-      for (int64_t r = 0; r < block.padded; ++r) max[r] /= k_.attention.power_scale;
+      for (int64_t r = 0; r < block.padded; ++r) max[r] /= attention_.power_scale;
     }
-    k_.attention.softmax_end(block.padded, max, sum, max, buffers.factor);
+    attention_.softmax_end(block.padded, max, sum, max, buffers.factor);
     for (int64_t r = 0; r < block.count; ++r) state(block, r) = max[r];
     finish(block, buffers, buffers.factor);
   }
@@ -120,7 +120,7 @@ class Forward {
   void stick(const RowBlock<T>& block, Buffers& buffers, bool apart) const {
     T* log_rest = buffers.a;
     std::fill(log_rest, log_rest + block.count, T(0));
-    std::fill(log_rest + block.count, log_rest + block.padded, k_.attention.lowest);
+    std::fill(log_rest + block.count, log_rest + block.padded, attention_.lowest);
     bool broken[kRows] = {};
     int64_t left = block.panels();
     int64_t j0;
@@ -134,11 +134,11 @@ class Forward {
         if (seen.keys == 0) continue;
         T* rest = log_rest + i * panel_rows_;
         KeyIndex<T> last[kRows];
-        leave_out_empty_sticks(block, i, rest, k_.attention.log_tiny, seen, last);
+        leave_out_empty_sticks(block, i, rest, attention_.log_tiny, seen, last);
         scores(seen, i, keys, buffers);
-        const T most = k_.attention.stick(seen, buffers.s, rest);
+        const T most = attention_.stick(seen, buffers.s, rest);
         add_values(seen, i, values, buffers, apart);
-        broken[i] = most < k_.attention.log_tiny;
+        broken[i] = most < attention_.log_tiny;
         left -= broken[i];
       }
     }
@@ -147,7 +147,7 @@ class Forward {
   void finish_stick(const RowBlock<T>& block, Buffers& buffers) const {
     const T* log_rest = buffers.a;
     for (int64_t r = 0; r < block.count; ++r) {
-      state(block, r) = log_rest[r] < k_.attention.log_tiny ? T(0) : std::exp(log_rest[r]);
+      state(block, r) = log_rest[r] < attention_.log_tiny ? T(0) : std::exp(log_rest[r]);
     }
     finish(block, buffers, nullptr);
   }
@@ -161,19 +161,21 @@ class Forward {
       const int64_t r0 = i * panel_rows_;
       T* out = buffers.out + r0 * ld_;
       if (scale != nullptr) {
-        k_.attention.multiply_lanes(out, p_.head_size, block.width(i), scale + r0);
+        attention_.multiply_columns(out, p_.head_size, block.width(i), scale + r0);
       }
       k_.transpose(out, block.width(i), ld_, block.width(i), buffers.rows + r0 * ld_, ld_);
     }
     const int64_t to = row_index(p_, block.b, block.head, block.begin) * p_.head_size;
-    k_.store_rows(p_.type, buffers.rows, ld_, block.count, p_.head_size,
-                  static_cast<char*>(p_.out) + to * dtype_size(p_.type),
-                  p_.num_heads * p_.head_size);
+    rows_.store_rows(buffers.rows, ld_,
+                     {p_.type, static_cast<char*>(p_.out) + to * dtype_size(p_.type),
+                      p_.num_heads * p_.head_size, block.count, p_.head_size});
   }
 
   const MoaAttentionParams& p_;
   const RowBlocks& blocks_;
-  const Kernels<T>& k_;
+  const GemmKernels<T>& k_;
+  const RowKernels<T>& rows_ = row_kernels<T>();
+  const AttentionKernels<T>& attention_ = attention_kernels<T>();
   Products<T> tiles_;
   int narrow_;
   int64_t panel_rows_, features_, ld_;

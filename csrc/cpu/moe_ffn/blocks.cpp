@@ -10,6 +10,7 @@
 #include "cpu/gemm/act_rows.h"
 #include "cpu/gemm/blocking.h"
 #include "cpu/gemm/token_blocks.h"
+#include "cpu/kernels/activation.h"
 
 namespace moe_ops::cpu {
 
@@ -49,7 +50,7 @@ void find_rows(const MoeFfnDesc& s, const TokenBlock& b, int64_t e, int64_t r0, 
 template <class T>
 void forward(const MoeFfnParams& p, const Parallel& par) {
   const MoeFfnDesc& s = p.desc;
-  const Kernels<T>& k = kernels<T>();
+  const GemmKernels<T>& k = gemm_kernels<T>();
   const int64_t I = s.intermediate_size, H = s.hidden_size, E = s.routing.num_experts,
                 width = s.width();
   const DType type = p.x.type;
@@ -81,13 +82,14 @@ void forward(const MoeFfnParams& p, const Parallel& par) {
       for (RowTiles tile(count, k.mr2); tile.next();) {
         const int64_t r0 = tile.begin, m = tile.height, row = b.sorted_rows[e] + r0;
         find_rows(s, b, e, r0, m, RowStarts(p.x), tokens.data(), weights.data());
-        k.gather_rows(type, tokens.data(), m, H, on_input ? weights.data() : nullptr, x, kLda);
+        row_kernels<T>().gather_rows({type, tokens.data(), m, H},
+                                     on_input ? weights.data() : nullptr, x, kLda);
         char* saved = static_cast<char*>(p.preact) + row * width * size;
         T* pre = direct ? reinterpret_cast<T*>(saved) : own_pre;
         multiply_tile(k, x, m, H, up.of(e), width, p.b_gate_up.type, vector_of(p.b_gate_up, e),
                       pre);
         if (p.preact != nullptr && !direct) {
-          k.store_rows(type, pre, ld_pre, m, width, saved, width);
+          row_kernels<T>().store_rows(pre, ld_pre, {type, saved, width, m, width});
         }
         const T* gate = pre;
         if (interleaved) {
@@ -96,15 +98,22 @@ void forward(const MoeFfnParams& p, const Parallel& par) {
           }
           gate = halves;
         }
-        k.act_rows({s.act.kind, m, I, T(s.act.alpha), T(s.act.limit), gate, gate + up_at, ld_pre, h,
-                    kLda});
+        activation_kernels<T>().forward({s.act.kind, m, I, T(s.act.alpha), T(s.act.limit), gate,
+                                         gate + up_at, ld_pre, h, kLda});
         multiply_tile(k, h, m, I, down.of(e), H, p.b_down.type, vector_of(p.b_down, e),
                       out + (b.offsets[e] + r0) * ld);
       }
     }
     const T* factors = on_input ? nullptr : static_cast<const T*>(s.topk_weights) + b.first;
-    k.combine_rows(type, out, ld, b.rows, factors, b.end - b.begin, s.routing.top_k, H,
-                   static_cast<char*>(p.y) + b.begin * H * size);
+    row_kernels<T>().combine_rows({.type = type,
+                                   .rows = out,
+                                   .ld = ld,
+                                   .index = b.rows,
+                                   .weights = factors,
+                                   .num_tokens = b.end - b.begin,
+                                   .top_k = s.routing.top_k,
+                                   .n = H,
+                                   .out = static_cast<char*>(p.y) + b.begin * H * size});
   };
   parallel_blocks(s.routing, par, blocks_cost(s, 1), run_block);
 }
@@ -122,7 +131,7 @@ struct BwdScratch {
   T *weights, *dots;                // [kKc]
   const void **gys, **xs, **dpres;  // [kKc] rows of grad_y, x and dpre
 
-  BwdScratch(ScratchScope& scratch, const Kernels<T>& k, int64_t slots, int64_t H, int64_t I,
+  BwdScratch(ScratchScope& scratch, const GemmKernels<T>& k, int64_t slots, int64_t H, int64_t I,
              int64_t width) {
     const int64_t ld = padded(k, std::max(H, width)), ld_u = padded(k, I);
     const int64_t elements = slots * padded(k, H) + kMaxMr * (ld_u + 3 * width) +
@@ -155,7 +164,7 @@ class Backward {
   Backward(const MoeFfnBwdParams& p, const Parallel& par)
       : p_(p),
         s_(p.desc),
-        k_(kernels<T>()),
+        k_(gemm_kernels<T>()),
         par_(par),
         I_(s_.intermediate_size),
         H_(s_.hidden_size),
@@ -220,8 +229,16 @@ class Backward {
     const T* factors = s_.apply_router_weight_on_input
                            ? static_cast<const T*>(s_.topk_weights) + b.first
                            : nullptr;
-    k_.combine_rows(p_.x.type, t.dx, ld, b.rows, factors, b.end - b.begin, s_.routing.top_k, H_,
-                    static_cast<char*>(p_.grad_x) + b.begin * H_ * dtype_size(p_.x.type));
+    row_kernels<T>().combine_rows(
+        {.type = p_.x.type,
+         .rows = t.dx,
+         .ld = ld,
+         .index = b.rows,
+         .weights = factors,
+         .num_tokens = b.end - b.begin,
+         .top_k = s_.routing.top_k,
+         .n = H_,
+         .out = static_cast<char*>(p_.grad_x) + b.begin * H_ * dtype_size(p_.x.type)});
   }
 
   // Rows `row` to row + count of expert e: weight * h, the gradients of the pre-activation, of x by
@@ -236,10 +253,10 @@ class Backward {
       const int64_t r0 = tile.begin, m = tile.height;
       T* dpre = t.dpre + r0 * kLda;
       // Tile by tile: rows are on their way while the tile before is being multiplied.
-      k_.gather_rows(type, t.gys + r0, m, H_, nullptr, t.gy + r0 * kLda, kLda);
+      row_kernels<T>().gather_rows({type, t.gys + r0, m, H_}, nullptr, t.gy + r0 * kLda, kLda);
       if (p_.grad_w_gate_up != nullptr) {
-        k_.gather_rows(type, t.xs + r0, m, H_, on_input ? t.weights + r0 : nullptr,
-                       t.x + r0 * odd_ld(k_, H_), odd_ld(k_, H_));
+        row_kernels<T>().gather_rows({type, t.xs + r0, m, H_}, on_input ? t.weights + r0 : nullptr,
+                                     t.x + r0 * odd_ld(k_, H_), odd_ld(k_, H_));
       }
       // u, unweighted: <h, u> is the gradient of the routing weight.
       multiply_tile<T>(k_, t.gy + r0 * kLda, m, H_, down_.of(e), I_, type, nullptr, t.u);
@@ -248,7 +265,8 @@ class Backward {
       if (grad_weights != nullptr && !on_input) {
         for (int64_t r = 0; r < m; ++r) {
           T g = t.dots[r];
-          if (bias != nullptr) g += k_.dot_row(p_.b_down.type, bias, type, t.gys[r0 + r], H_);
+          if (bias != nullptr)
+            g += row_kernels<T>().dot_row(p_.b_down.type, bias, type, t.gys[r0 + r], H_);
           grad_weights[s_.routing.row_to_slot[row + r0 + r]] = g;
         }
       }
@@ -257,7 +275,7 @@ class Backward {
       }
     }
     if (!weights_from_x_) return;
-    k_.dot_rows(type, t.xs, dx, ld, count, H_, t.dots);
+    row_kernels<T>().dot_rows({type, t.xs, count, H_}, dx, ld, t.dots);
     for (int64_t r = 0; r < count; ++r) grad_weights[s_.routing.row_to_slot[row + r]] = t.dots[r];
   }
 
@@ -268,7 +286,7 @@ class Backward {
     const char* saved = element(p_.preact, type, row * width_);
     const T* gate = reinterpret_cast<const T*>(saved);
     if (type != kAccumulate<T>) {
-      k_.load_rows(type, saved, width_, m, width_, t.pre, width_, T(1));
+      row_kernels<T>().load_rows({type, saved, width_, m, width_}, t.pre, width_, T(1));
       gate = t.pre;
     }
     T* grad = dpre;
@@ -282,9 +300,9 @@ class Backward {
       ld_grad = width_;
     }
     const int64_t up_at = gated ? I_ : 0;
-    k_.act_bwd_rows({s_.act.kind, m, I_, T(s_.act.alpha), T(s_.act.limit), gate, gate + up_at,
-                     width_, t.u, padded(k_, I_), weights, h, odd_ld(k_, I_), grad, grad + up_at,
-                     ld_grad, t.dots});
+    activation_kernels<T>().backward({s_.act.kind, m, I_, T(s_.act.alpha), T(s_.act.limit), gate,
+                                      gate + up_at, width_, t.u, padded(k_, I_), weights, h,
+                                      odd_ld(k_, I_), grad, grad + up_at, ld_grad, t.dots});
     for (int64_t r = 0; interleaved && r < m; ++r) {
       interleave(grad + r * width_, grad + r * width_ + I_, I_, dpre + r * kLda);
     }
@@ -301,18 +319,19 @@ class Backward {
       outer_product(k_, t.dpre, width_, t.x, H_, count, up_sums_.matrix_of(chunk, e), add);
     }
     if (p_.grad_b_down != nullptr) {
-      k_.weighted_sum(type, t.gys, on_input ? nullptr : t.weights, count, t.sum, H_);
-      k_.axpy(kAccumulate<T>, t.sum, T(1), down_sums_.bias_of(chunk, e), H_);
+      row_kernels<T>().weighted_sum({type, t.gys, count, H_}, on_input ? nullptr : t.weights,
+                                    t.sum);
+      row_kernels<T>().axpy(kAccumulate<T>, t.sum, T(1), down_sums_.bias_of(chunk, e), H_);
     }
     if (p_.grad_b_gate_up != nullptr) {
-      k_.weighted_sum(kAccumulate<T>, t.dpres, nullptr, count, t.sum, width_);
-      k_.axpy(kAccumulate<T>, t.sum, T(1), up_sums_.bias_of(chunk, e), width_);
+      row_kernels<T>().weighted_sum({kAccumulate<T>, t.dpres, count, width_}, nullptr, t.sum);
+      row_kernels<T>().axpy(kAccumulate<T>, t.sum, T(1), up_sums_.bias_of(chunk, e), width_);
     }
   }
 
   const MoeFfnBwdParams& p_;
   const MoeFfnDesc& s_;
-  const Kernels<T>& k_;
+  const GemmKernels<T>& k_;
   const Parallel& par_;
   const int64_t I_, H_, E_, width_, chunks_;
   const bool wants_up_, wants_down_, weights_from_x_, need_dx_;

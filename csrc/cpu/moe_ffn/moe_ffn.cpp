@@ -17,6 +17,7 @@
 #include "cpu/gemm/pack.h"
 #include "cpu/gemm/routed_rows.h"
 #include "cpu/gemm/wgrad.h"
+#include "cpu/kernels/activation.h"
 #include "cpu/moe_ffn/blocks.h"
 
 namespace moe_ops::cpu {
@@ -58,7 +59,7 @@ class RangeStages {
   // ready(expert): waits for what the items of an expert read; false: another item failed.
   // keep(range, expert, row, feature, n, values) puts values away.
   template <class T, class Ready, class Keep>
-  void product(size_t i, const Range& range, const GemmDesc<T>& d, const Kernels<T>& k,
+  void product(size_t i, const Range& range, const GemmDesc<T>& d, const GemmKernels<T>& k,
                const Parallel& par, const Ready& ready, const Keep& keep) {
     std::vector<GemmItem> items = gemm_items(d, k, par.num_threads, range.begin, range.end);
     const auto n = static_cast<int64_t>(items.size());
@@ -114,7 +115,7 @@ GemmDesc<T> gemm_desc(const MoeFfnDesc& s, int64_t features, int64_t in_features
 template <class T>
 void forward(const MoeFfnParams& p, const Parallel& par) {
   const MoeFfnDesc& s = p.desc;
-  const Kernels<T>& k = kernels<T>();
+  const GemmKernels<T>& k = gemm_kernels<T>();
   const int64_t I = s.intermediate_size, H = s.hidden_size;
   const int64_t rows = s.routing.num_valid_rows();
   const bool gated = is_gated(s.act.kind);
@@ -137,13 +138,14 @@ void forward(const MoeFfnParams& p, const Parallel& par) {
       T* v = seg == 0 ? v0 : v1;
       const int64_t column = seg * I + f;
       if (p.b_gate_up.data != nullptr) {
-        k.axpy(p.b_gate_up.type,
-               element(p.b_gate_up.data, p.b_gate_up.type, e * p.b_gate_up.stride_e + column), T(1),
-               v, n);
+        row_kernels<T>().axpy(
+            p.b_gate_up.type,
+            element(p.b_gate_up.data, p.b_gate_up.type, e * p.b_gate_up.stride_e + column), T(1), v,
+            n);
       }
       if (p.preact != nullptr) {
-        k.store_row(type, v, static_cast<char*>(p.preact) + (r * width + column) * dtype_size(type),
-                    n);
+        row_kernels<T>().store_row(
+            type, v, static_cast<char*>(p.preact) + (r * width + column) * dtype_size(type), n);
       }
     }
     if (gated && s.act.interleaved) {
@@ -151,11 +153,12 @@ void forward(const MoeFfnParams& p, const Parallel& par) {
       for (int64_t i = 0; i < n; i += 2 * kFeatureBlock) {
         const int64_t m = std::min(2 * kFeatureBlock, n - i) / 2;
         deinterleave(v0 + i, m, buffer, buffer + m);
-        k.act_fwd(s.act.kind, buffer, buffer + m, h + r * I + (f + i) / 2, m, T(s.act.alpha),
-                  T(s.act.limit));
+        activation_kernels<T>().forward({s.act.kind, 1, m, T(s.act.alpha), T(s.act.limit), buffer,
+                                         buffer + m, 0, h + r * I + (f + i) / 2, 0});
       }
     } else {
-      k.act_fwd(s.act.kind, v0, v1, h + r * I + f, n, T(s.act.alpha), T(s.act.limit));
+      activation_kernels<T>().forward(
+          {s.act.kind, 1, n, T(s.act.alpha), T(s.act.limit), v0, v1, 0, h + r * I + f, 0});
     }
   };
 
@@ -168,8 +171,9 @@ void forward(const MoeFfnParams& p, const Parallel& par) {
   const GemmDesc<T> down = gemm_desc<T>(s, H, I, hidden, p.w_down);
   const auto keep = [&](const Range& range, int64_t e, int64_t r, int64_t f, int64_t n, T* v) {
     if (p.b_down.data != nullptr) {
-      k.axpy(p.b_down.type, element(p.b_down.data, p.b_down.type, e * p.b_down.stride_e + f), T(1),
-             v, n);
+      row_kernels<T>().axpy(p.b_down.type,
+                            element(p.b_down.data, p.b_down.type, e * p.b_down.stride_e + f), T(1),
+                            v, n);
     }
     std::memcpy(out + r * range.width() + f - range.begin, v, static_cast<size_t>(n) * sizeof(T));
   };
@@ -200,7 +204,7 @@ struct RowItem {
 template <class T>
 void backward(const MoeFfnBwdParams& p, const Parallel& par) {
   const MoeFfnDesc& s = p.desc;
-  const Kernels<T>& k = kernels<T>();
+  const GemmKernels<T>& k = gemm_kernels<T>();
   const int64_t I = s.intermediate_size, H = s.hidden_size, K = s.routing.top_k;
   const int64_t rows = s.routing.num_valid_rows();
   const bool gated = is_gated(s.act.kind);
@@ -249,7 +253,7 @@ void backward(const MoeFfnBwdParams& p, const Parallel& par) {
       char* dr = dpre + r * width * dpre_size;
       const char* saved = element(p.preact, type, r * width);
       const T* gate = read_direct ? reinterpret_cast<const T*>(saved) : pre;
-      if (!read_direct) k.load_row(type, saved, pre, width, T(1));
+      if (!read_direct) row_kernels<T>().load_row(type, saved, pre, width, T(1));
       if (interleaved) {
         deinterleave(gate, I, halves, halves + I);
         gate = halves;
@@ -257,22 +261,22 @@ void backward(const MoeFfnBwdParams& p, const Parallel& par) {
       T* to = write_direct && !interleaved ? reinterpret_cast<T*>(dr) : grad;
       // Of the unweighted u: <h, u> is the gradient of the routing weight.
       T g;
-      k.act_bwd_rows({s.act.kind, 1, I, T(s.act.alpha), T(s.act.limit), gate,
-                      gate + (gated ? I : 0), width, ur, I, on_input ? nullptr : maps.weight + r,
-                      ur, I, to, to + I, width, &g});
+      activation_kernels<T>().backward(
+          {s.act.kind, 1, I, T(s.act.alpha), T(s.act.limit), gate, gate + (gated ? I : 0), width,
+           ur, I, on_input ? nullptr : maps.weight + r, ur, I, to, to + I, width, &g});
       if (grad_weights != nullptr && !on_input) {
         if (p.b_down.data != nullptr) {
-          g += k.dot_row(p.b_down.type,
-                         element(p.b_down.data, p.b_down.type, it.expert * p.b_down.stride_e), type,
-                         row_of(gy, r), H);
+          g += row_kernels<T>().dot_row(
+              p.b_down.type, element(p.b_down.data, p.b_down.type, it.expert * p.b_down.stride_e),
+              type, row_of(gy, r), H);
         }
         grad_weights[s.routing.row_to_slot[r]] = g;
       }
       if (interleaved) {
         interleave(grad, grad + I, I, pre);
-        k.store_row(dpre_type, pre, dr, width);
+        row_kernels<T>().store_row(dpre_type, pre, dr, width);
       } else if (!write_direct) {
-        k.store_row(dpre_type, grad, dr, width);
+        row_kernels<T>().store_row(dpre_type, grad, dr, width);
       }
     }
   };
@@ -341,7 +345,7 @@ void backward(const MoeFfnBwdParams& p, const Parallel& par) {
     if (out == nullptr || features == 0) return;
     const GroupedSumParams b = routed_sum(s.routing, grad, features, scale, out, type);
     stages.add(sum_items(b), sum_cost(b), [&, b](int64_t i) {
-      if (stages.wait(dpre_left[i / (sum_items(b) / s.routing.num_experts)])) run_sum_item(b, k, i);
+      if (stages.wait(dpre_left[i / (sum_items(b) / s.routing.num_experts)])) run_sum_item<T>(b, i);
     });
   };
   bias_gradient(dpre_rows, width, nullptr, p.grad_b_gate_up);
@@ -357,9 +361,9 @@ void backward(const MoeFfnBwdParams& p, const Parallel& par) {
                       (static_cast<double>(range.width()) / 8.0 + 2) * static_cast<double>(rows),
                       [&, range](int64_t j) {
                         for (int64_t r = row_items[j].begin; r < row_items[j].end; ++r) {
-                          grad_weights[s.routing.row_to_slot[r]] +=
-                              k.dot_row(kAccumulate<T>, dx + r * range.width(), type,
-                                        element(row_of(x, r), type, range.begin), range.width());
+                          grad_weights[s.routing.row_to_slot[r]] += row_kernels<T>().dot_row(
+                              kAccumulate<T>, dx + r * range.width(), type,
+                              element(row_of(x, r), type, range.begin), range.width());
                         }
                       });
     }

@@ -5,7 +5,7 @@
 
 #include <pthread.h>
 
-#include "cpu/kernels/kernels.h"
+#include "cpu/kernels/rows.h"
 #include "cpu/runtime/batch_invariant.h"
 #include "cpu/runtime/buffer_cache.h"
 
@@ -14,8 +14,8 @@ namespace moe_ops::cpu {
 namespace {
 
 void before_fork() {
-  kernels<float>();
-  kernels<double>();
+  row_kernels<float>();
+  row_kernels<double>();
   batch_invariant();
   lock_cache();
 }

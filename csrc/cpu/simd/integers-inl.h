@@ -3,13 +3,6 @@
 
 constexpr int64_t kVec = MOE_VEC_BYTES;
 
-template <class T>
-inline T load_bytes(const void* p) {
-  T v;
-  __builtin_memcpy(&v, p, sizeof(v));
-  return v;
-}
-
 #if defined(__AVX2__) && MOE_VEC_BYTES >= 32
 #if MOE_VEC_BYTES == 64
 typedef __m512i Bytes;

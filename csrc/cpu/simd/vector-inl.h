@@ -1,5 +1,11 @@
 // Vectors, the element types in memory, and the ways between them. Included by kernels-inl.h,
 // inside its namespace.
+//
+// GNU vector types, which GCC and Clang lower to any instruction set, carry nearly all arithmetic
+// as plain operators, and this folder adds the few hundred lines that are missing: half types,
+// reductions, elementary functions. A library as Highway would bring tens of thousands of lines, a
+// build dependency and its own names for operators; its gain, length-agnostic vectors (SVE, RVV)
+// and MSVC, is not needed here, because tiles are sized for the registers of a known target.
 
 template <class T>
 struct Simd;
@@ -14,6 +20,8 @@ struct Simd<float> {
   typedef uint16_t HalfUnaligned
       __attribute__((vector_size(MOE_VEC_BYTES / 2), aligned(1), may_alias));
   typedef uint32_t Uint __attribute__((vector_size(MOE_VEC_BYTES)));
+  using WordOf = uint32_t;
+  using Word = Uint;
 };
 
 template <>
@@ -22,6 +30,8 @@ struct Simd<double> {
   typedef double Vec __attribute__((vector_size(MOE_VEC_BYTES)));
   typedef int64_t Int __attribute__((vector_size(MOE_VEC_BYTES)));
   typedef double Unaligned __attribute__((vector_size(MOE_VEC_BYTES), aligned(1), may_alias));
+  using WordOf = uint64_t;
+  typedef uint64_t Word __attribute__((vector_size(MOE_VEC_BYTES)));
 };
 
 template <class T>
@@ -42,6 +52,18 @@ inline Vec<T> load(const T* p) {
 template <class T>
 inline void store(T* p, Vec<T> v) {
   *reinterpret_cast<typename Simd<T>::Unaligned*>(p) = v;
+}
+
+template <class T>
+inline T load_bytes(const void* p) {
+  T v;
+  __builtin_memcpy(&v, p, sizeof(v));
+  return v;
+}
+
+template <class T>
+inline void store_bytes(void* p, const T& v) {
+  __builtin_memcpy(p, &v, sizeof(v));
 }
 
 // acc + a * b, one of kSums sums of a loop. A compiler makes one instruction of it, rounded once,
@@ -300,30 +322,17 @@ inline auto with_type([[maybe_unused]] DType type, const void* p, const Fn& fn) 
   }
 }
 
-template <class T>
-inline T horizontal_sum(Vec<T> v) {
-#if defined(__AVX512F__) && MOE_VEC_BYTES == 64
-  if constexpr (sizeof(T) == 4) return _mm512_reduce_add_ps(__builtin_bit_cast(__m512, v));
-#endif
-  T s[kLanes<T>];
-  store<T>(s, v);
-  for (int width = kLanes<T> / 2; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) s[i] += s[i + width];
-  }
-  return s[0];
-}
-
-// Asks for the lines of one step.
-inline void fetch(TileHints& hints) {
-  for (int64_t line = hints.lines_per_step; line > 0 && hints.rows > 0; --line) {
-    __builtin_prefetch(hints.base + hints.offset + hints.turn, 0, 2);
-    hints.turn = hints.far - hints.turn;
-    if (hints.turn != 0) continue;
-    hints.offset += 64;
-    if (hints.offset >= hints.bytes) {
-      hints.offset = 0;
-      hints.base += hints.stride;
-      --hints.rows;
+// Prefetches the lines of one step.
+inline void prefetch_step(TilePrefetch& p) {
+  for (int64_t line = p.lines_per_step; line > 0 && p.rows > 0; --line) {
+    __builtin_prefetch(p.base + p.offset + p.turn, 0, 2);
+    p.turn = p.half - p.turn;
+    if (p.turn != 0) continue;
+    p.offset += 64;
+    if (p.offset >= p.bytes) {
+      p.offset = 0;
+      p.base += p.stride;
+      --p.rows;
     }
   }
 }

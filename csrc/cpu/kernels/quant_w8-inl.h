@@ -1,43 +1,43 @@
-// Products of 8-bit weights with tokens as integers of 16 bits. Included by kernels-inl.h, inside
-// its namespace; NOTES.md has the arithmetic.
+// w8a16: products of 8-bit weights with few rows of activations of 16 bits. Included by
+// kernels-inl.h, inside its namespace; NOTES.md has the arithmetic.
 
 // Rows of weights at once. Sums of four end together with AVX-512, and of six rows two would be
 // left over; 16 registers do better with 6 x 2 sums.
-constexpr int kDot8Features = MOE_VEC_BYTES == 64 ? 4 : 6;
+constexpr int kW8Features = MOE_VEC_BYTES == 64 ? 4 : 6;
 // Steps of k from one prefetch to the next.
-constexpr int64_t kFetchSteps8 = 64;
+constexpr int64_t kW8PrefetchSteps = 64;
 
-// A row of tokens, as dot8 reads it. Vectors lie along k, and lane l of 32 bits sees some of every
-// kUnit of its steps: those have one scale, and none is needed before a sum is complete.
+// A row of activations, as w8_dot reads it. Vectors lie along k, and lane l of 32 bits sees some of
+// every kUnit of its steps: those have one scale, and none is needed before a sum is complete.
 //   codes   [units][kUnit] int16
 //   scales  [lanes] float
-struct Row8 {
+struct W8Row {
   static constexpr int64_t kUnit = MOE_VEC_BYTES / 2;
   static constexpr float kMost = 32767;
   // Units that 32 bits hold the sums of: 256 * 2 * 128 * 32767 < 2^31.
   static constexpr int64_t kChunk = 256;
   static constexpr int64_t kLane = kUnit / kLanes<float>;  // steps of a lane in a unit
   int64_t units;
-  explicit Row8(int64_t k) : units((k + kUnit - 1) / kUnit) {}
+  explicit W8Row(int64_t k) : units((k + kUnit - 1) / kUnit) {}
   int64_t scales() const { return units * MOE_VEC_BYTES; }
   int64_t bytes() const { return scales() + MOE_VEC_BYTES; }
 };
 
-int64_t row8_bytes(int64_t k) { return Row8(k).bytes(); }
+int64_t w8_row_bytes(int64_t k) { return W8Row(k).bytes(); }
 
 // The vectors of a unit of fp32 tokens.
-constexpr int kUnitVectors = Row8::kUnit / kLanes<float>;
+constexpr int kUnitVectors = W8Row::kUnit / kLanes<float>;
 
-void row8(int64_t k, const float* x, void* row) {
+void w8_quantize(int64_t k, const float* x, void* row) {
   constexpr int W = kLanes<float>;
-  const Row8 layout(k);
+  const W8Row layout(k);
   auto* codes = static_cast<char*>(row);
   auto* scales = reinterpret_cast<float*>(codes + layout.scales());
   Vec<float> most[kUnitVectors] = {}, probe[kUnitVectors] = {};
   for (int64_t u = 0; u < layout.units; ++u) {
 #pragma GCC unroll 4
     for (int i = 0; i < kUnitVectors; ++i) {
-      const Vec<float> v = load<float>(x + u * Row8::kUnit + i * W), a = magnitude(v);
+      const Vec<float> v = load<float>(x + u * W8Row::kUnit + i * W), a = magnitude(v);
       most[i] = a > most[i] ? a : most[i];
       probe[i] += v * 0.0f;  // NaN where one is not finite
     }
@@ -45,22 +45,22 @@ void row8(int64_t k, const float* x, void* row) {
   Vec<float> inverse[kUnitVectors];
   for (int64_t lane = 0; lane < W; ++lane) {
     float largest = 0, bad = 0;
-    for (int64_t i = lane * Row8::kLane; i < (lane + 1) * Row8::kLane; ++i) {
+    for (int64_t i = lane * W8Row::kLane; i < (lane + 1) * W8Row::kLane; ++i) {
       const float a = most[i / W][i % W];
       largest = a > largest ? a : largest;
       bad += probe[i / W][i % W];
     }
     // So small that the quotient would not be finite: zeros.
     const bool usable = largest >= 1e-30f && bad == 0.0f;
-    for (int64_t i = lane * Row8::kLane; i < (lane + 1) * Row8::kLane; ++i) {
-      inverse[i / W][i % W] = usable ? Row8::kMost / largest : 0.0f;
+    for (int64_t i = lane * W8Row::kLane; i < (lane + 1) * W8Row::kLane; ++i) {
+      inverse[i / W][i % W] = usable ? W8Row::kMost / largest : 0.0f;
     }
-    scales[lane] = usable ? largest / Row8::kMost : bad;
+    scales[lane] = usable ? largest / W8Row::kMost : bad;
   }
   for (int64_t u = 0; u < layout.units; ++u) {
 #pragma GCC unroll 4
     for (int i = 0; i < kUnitVectors; ++i) {
-      Vec<float> v = load<float>(x + u * Row8::kUnit + i * W);
+      Vec<float> v = load<float>(x + u * W8Row::kUnit + i * W);
       v = inverse[i] == 0.0f ? Vec<float>{} : v;  // Not finite, maybe.
       const Int16 code = int16_of(nearest(v, inverse[i]));
       __builtin_memcpy(codes + u * MOE_VEC_BYTES + 2 * i * W, &code, sizeof(code));
@@ -70,7 +70,7 @@ void row8(int64_t k, const float* x, void* row) {
 
 // Sums of F rows of weights and M of tokens, in integers. A step is one unit.
 template <int F, int M>
-struct Dot8 {
+struct W8Dot {
   using Int = Simd<float>::Int;
   Int acc[F][M] = {};
 
@@ -95,10 +95,10 @@ struct Dot8 {
 #else
     for (int f = 0; f < F; ++f) {
       for (int t = 0; t < M; ++t) {
-        int16_t x[Row8::kUnit];
+        int16_t x[W8Row::kUnit];
         __builtin_memcpy(x, codes + t * row_bytes, sizeof(x));
         for (int64_t lane = 0; lane < kLanes<float>; ++lane) {
-          for (int64_t i = lane * Row8::kLane; i < (lane + 1) * Row8::kLane; ++i) {
+          for (int64_t i = lane * W8Row::kLane; i < (lane + 1) * W8Row::kLane; ++i) {
             acc[f][t][lane] += static_cast<int32_t>(w[f * ldw + i]) * x[i];
           }
         }
@@ -110,30 +110,35 @@ struct Dot8 {
 
 // `count` times F rows of weights; each next time begins w_step further.
 template <int F, int M>
-void dot8(int64_t count, int64_t k, const int8_t* w, int64_t w_step, int64_t ldw, const char* rows,
-          int64_t row_bytes, float* out, int64_t ldo, int64_t out_step, const char* ahead,
-          int64_t ahead_pitch, int ahead_rows) {
-  constexpr int64_t kUnit = Row8::kUnit, kFetchUnits = kFetchSteps8 / kUnit;
-  const Row8 layout(k);
+void w8_dot_tile(const QuantDotParams& p) {
+  const auto* w = static_cast<const int8_t*>(p.w);
+  const auto* rows = static_cast<const char*>(p.x);
+  const auto* next = static_cast<const char*>(p.prefetch);
+  const int64_t k = p.k, w_step = p.w_step, ldw = p.ldw, row_bytes = p.x_bytes;
+  const int64_t next_ld = p.prefetch_ld;
+  const int next_rows = p.prefetch_rows;
+  constexpr int64_t kUnit = W8Row::kUnit, kFetchUnits = kW8PrefetchSteps / kUnit;
+  const W8Row layout(k);
   const int64_t whole = k / kUnit;
   const auto as_float = [](const auto& v) { return __builtin_convertvector(v, Vec<float>); };
   const auto products = [=](int64_t i, Vec<float>(&sums)[F][M]) __attribute__((always_inline)) {
     const int8_t* codes = w + i * w_step;
-    const char* line = ahead + i * w_step;
-    const auto units = [&](Dot8<F, M>& dot, int64_t u, int64_t end) __attribute__((always_inline)) {
+    const char* line = next + i * w_step;
+    const auto units = [&](W8Dot<F, M>& dot, int64_t u,
+                           int64_t end) __attribute__((always_inline)) {
       const int64_t whole_end = end < whole ? end : whole;
       const auto step = [&]() __attribute__((always_inline)) {
         dot.step(codes + u * kUnit, ldw, rows + u * MOE_VEC_BYTES, row_bytes);
         ++u;
       };
       while (u + kFetchUnits <= whole_end) {
-        if (ahead_rows == F) {
+        if (next_rows == F) {
 #pragma GCC unroll 8
-          for (int f = 0; f < F; ++f) __builtin_prefetch(line + f * ahead_pitch, 0, 2);
+          for (int f = 0; f < F; ++f) __builtin_prefetch(line + f * next_ld, 0, 2);
         } else {
-          for (int f = 0; f < ahead_rows; ++f) __builtin_prefetch(line + f * ahead_pitch, 0, 2);
+          for (int f = 0; f < next_rows; ++f) __builtin_prefetch(line + f * next_ld, 0, 2);
         }
-        line += kFetchSteps8;
+        line += kW8PrefetchSteps;
 #pragma GCC unroll 4
         for (int64_t j = 0; j < kFetchUnits; ++j) step();
       }
@@ -156,37 +161,31 @@ void dot8(int64_t count, int64_t k, const int8_t* w, int64_t w_step, int64_t ldw
         for (int f = 0; f < F; ++f) sums[f][t] = value(f, t) * s;
       }
     };
-    if (layout.units <= Row8::kChunk) {
-      Dot8<F, M> dot;
+    if (layout.units <= W8Row::kChunk) {
+      W8Dot<F, M> dot;
       units(dot, 0, layout.units);
       scaled([&](int f, int t) __attribute__((always_inline)) { return as_float(dot.acc[f][t]); });
       return;
     }
     Vec<float> total[F][M] = {};
-    for (int64_t u = 0; u < layout.units; u += Row8::kChunk) {
+    for (int64_t u = 0; u < layout.units; u += W8Row::kChunk) {
       const int64_t left = layout.units - u;
-      Dot8<F, M> dot;
-      units(dot, u, u + (left < Row8::kChunk ? left : Row8::kChunk));
+      W8Dot<F, M> dot;
+      units(dot, u, u + (left < W8Row::kChunk ? left : W8Row::kChunk));
       for (int f = 0; f < F; ++f) {
         for (int t = 0; t < M; ++t) total[f][t] += as_float(dot.acc[f][t]);
       }
     }
     scaled([&](int f, int t) { return total[f][t]; });
   };
-  product_sums<float, F, M>(count, out, ldo, out_step, products);
+  product_sums<float, F, M>(p.count, p.out, p.ldo, p.out_step, products);
 }
 
-void quant_dot8(int features, int64_t count, int tokens, int64_t k, const void* w, int64_t w_step,
-                int64_t ldw, const void* rows, int64_t row_bytes, float* out, int64_t ldo,
-                int64_t out_step, const void* ahead, int64_t ahead_pitch, int ahead_rows) {
-  const auto run = [&]<int F, int M>() {
-    dot8<F, M>(count, k, static_cast<const int8_t*>(w), w_step, ldw, static_cast<const char*>(rows),
-               row_bytes, out, ldo, out_step, static_cast<const char*>(ahead), ahead_pitch,
-               ahead_rows);
-  };
-  if (features == kDot8Features) {
-    with_token_count<kDot8Features>(tokens, run);
+void w8_dot(const QuantDotParams& p) {
+  const auto run = [&]<int F, int M>() { w8_dot_tile<F, M>(p); };
+  if (p.features == kW8Features) {
+    with_token_count<kW8Features>(p.tokens, run);
   } else {
-    with_token_count<1>(tokens, run);
+    with_token_count<1>(p.tokens, run);
   }
 }

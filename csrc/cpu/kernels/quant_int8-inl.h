@@ -1,4 +1,4 @@
-// Products of weights of 8 and 4 bits in panels of words with tokens as integers of 8 bits.
+// int8 microkernels: repacked panels of weights of 8 and 4 bits times activations of 8 bits.
 // Included by kernels-inl.h, inside its namespace; NOTES.md has the arithmetic.
 
 #if defined(__AVX2__) && MOE_VEC_BYTES >= 32
@@ -12,16 +12,16 @@ constexpr bool kVnni = true;
 constexpr bool kVnni = false;
 #endif
 
-// What byte_tile reads beside the codes of kQuantBlock tokens.
-struct ByteBlock {
+// What int8_tile reads beside kQuantBlock activations.
+struct Int8Block {
   int32_t offset;
   float scale;
 };
 
-// 32 codes in the order in which byte_tile takes words apart; what sums of their products start
+// 32 codes in the order in which int8_tile takes words apart; what sums of their products start
 // from.
 template <int kBits>
-inline int32_t byte_codes(const float* x, float inverse, int8_t* dst) {
+inline int32_t int8_codes(const float* x, float inverse, int8_t* dst) {
   static_assert(kQuantBlock == 32, "a block is what round_codes takes");
   __m128i low = _mm_setzero_si128(), high = low;
   if constexpr (kBits == 4) {
@@ -52,16 +52,16 @@ inline int32_t byte_codes(const float* x, float inverse, int8_t* dst) {
 }
 
 template <int kBits>
-inline void token_bytes(int64_t n, const float* x, float* dst) {
+inline void quantize_int8_of(int64_t n, const float* x, float* dst) {
   auto* codes = reinterpret_cast<int8_t*>(dst);
-  auto* blocks = reinterpret_cast<ByteBlock*>(codes + kByteDepth);
+  auto* blocks = reinterpret_cast<Int8Block*>(codes + kInt8Depth);
   Vec<float> probe = {};
   for (int64_t i = 0; i < n; i += kQuantBlock) {
     const float most = largest(x + i, kQuantBlock, probe);
     // So small that the quotient would not be finite: zeros.
     const float inverse = most >= 1e-30f ? 127.0f / most : 0.0f;
-    ByteBlock& block = blocks[i / kQuantBlock];
-    block.offset = byte_codes<kBits>(x + i, inverse, codes + i);
+    Int8Block& block = blocks[i / kQuantBlock];
+    block.offset = int8_codes<kBits>(x + i, inverse, codes + i);
     block.scale = most / 127.0f;
   }
   // Every sum reads every scale.
@@ -69,20 +69,20 @@ inline void token_bytes(int64_t n, const float* x, float* dst) {
   if (bad != 0.0f) blocks[0].scale = bad;
 }
 
-void quant_bytes(int bits, int64_t n, const float* x, float* dst) {
-  bits == 8 && kVnni ? token_bytes<8>(n, x, dst) : token_bytes<4>(n, x, dst);
+void quantize_int8(int bits, int64_t n, const float* x, float* dst) {
+  bits == 8 && kVnni ? quantize_int8_of<8>(n, x, dst) : quantize_int8_of<4>(n, x, dst);
 }
 
 // Step `step` of words, as unsigned bytes: with 4 bits the even steps of k, then the odd ones.
 template <int kBits>
-inline Bytes word_bytes(const uint32_t* words, int step) {
+inline Bytes word_uint8(const uint32_t* words, int step) {
   const Bytes word = load_weights(words);
   if constexpr (kBits == 8) return word;
   return bits_and(step == 0 ? word : MOE_INT(srli_epi16)(word, 4), MOE_INT(set1_epi8)(15));
 }
 
 // acc + the products of 4 weights with the 4 codes at `a`.
-inline Bytes add_bytes(Bytes acc, Bytes weights, const float* a) {
+inline Bytes add_int8(Bytes acc, Bytes weights, const float* a) {
 #if defined(__AVX512VNNI__)
   return _mm512_dpbusd_epi32(acc, weights, _mm512_set1_epi32(load_bytes<int32_t>(a)));
 #elif MOE_VEC_BYTES == 64
@@ -98,24 +98,29 @@ inline Bytes add_bytes(Bytes acc, Bytes weights, const float* a) {
 #endif
 }
 
-inline Vec<float> byte_sums(Bytes acc) {
+inline Vec<float> int8_sums(Bytes acc) {
   return as_floats(kVnni ? acc : MOE_INT(madd_epi16)(acc, MOE_INT(set1_epi16)(1)));
 }
 
 // With 32 registers, scaled sums stay in them from block to block, beside those in integers.
 constexpr bool kKeepSums = MOE_VEC_BYTES == 64;
-constexpr int kByteRows = kKeepSums ? 7 : 6;
+constexpr int kInt8Rows = kKeepSums ? 7 : 6;
 
 template <int kBits, int M>
-void byte_tile(int64_t runs, int64_t count, const float* a, const float* a_blocks,
-               const uint32_t* words, const float* scale, float* c, int64_t ldc, bool accumulate,
-               const char* ahead, int ahead_lines) {
+void int8_tile(const QuantTileParams& p) {
   constexpr int W = kLanes<float>, kSteps = 8 / kBits;
+  const float *a = p.a, *scale = p.scale;
+  const uint32_t* words = p.words;
+  float* c = p.out.c;
+  const int64_t runs = p.runs, count = p.count, ldc = p.out.ldc;
+  bool accumulate = p.out.accumulate;
+  const char* next = p.prefetch;
+  const int next_lines = static_cast<int>(p.prefetch_step);
   constexpr int kBlockWords = static_cast<int>(kQuantBlock) * kBits / 32;
   constexpr int kLines = 2 * MOE_VEC_BYTES / 64;  // of a word of all columns
-  const auto* blocks = reinterpret_cast<const ByteBlock*>(a_blocks);
-  const auto block_of = [&](int i) -> const ByteBlock& {
-    return *reinterpret_cast<const ByteBlock*>(reinterpret_cast<const float*>(blocks) + i * kLda);
+  const auto* blocks = reinterpret_cast<const Int8Block*>(p.a_scale);
+  const auto block_of = [&](int i) -> const Int8Block& {
+    return *reinterpret_cast<const Int8Block*>(reinterpret_cast<const float*>(blocks) + i * kLda);
   };
   Vec<float> kept[M][2];
   if constexpr (kKeepSums) {
@@ -135,19 +140,19 @@ void byte_tile(int64_t runs, int64_t count, const float* a, const float* a_block
       for (int k = 0; k < kBlockWords; ++k) {
 #pragma GCC unroll 2
         for (int line = 0; line < kLines; ++line) {
-          if (k * kLines + line >= ahead_lines) continue;
-          __builtin_prefetch(ahead, 0, 2);
-          ahead += 64;
+          if (k * kLines + line >= next_lines) continue;
+          __builtin_prefetch(next, 0, 2);
+          next += 64;
         }
 #pragma GCC unroll 2
         for (int step = 0; step < kSteps; ++step) {
-          asm volatile("" ::: "memory");  // As in panel_tile: load the words anew.
-          const Bytes b0 = word_bytes<kBits>(words, step);
-          const Bytes b1 = word_bytes<kBits>(words + W, step);
+          asm volatile("" ::: "memory");  // As in packed_tile: load the words anew.
+          const Bytes b0 = word_uint8<kBits>(words, step);
+          const Bytes b1 = word_uint8<kBits>(words + W, step);
 #pragma GCC unroll 32
           for (int i = 0; i < M; ++i) {
-            acc[i][0] = add_bytes(acc[i][0], b0, a + i * kLda + step);
-            acc[i][1] = add_bytes(acc[i][1], b1, a + i * kLda + step);
+            acc[i][0] = add_int8(acc[i][0], b0, a + i * kLda + step);
+            acc[i][1] = add_int8(acc[i][1], b1, a + i * kLda + step);
           }
         }
         a += kSteps;
@@ -157,7 +162,7 @@ void byte_tile(int64_t runs, int64_t count, const float* a, const float* a_block
       for (int i = 0; i < M; ++i) {
 #pragma GCC unroll 2
         for (int v = 0; v < 2; ++v) {
-          Vec<float> sum = byte_sums(acc[i][v]) * block_of(i).scale;
+          Vec<float> sum = int8_sums(acc[i][v]) * block_of(i).scale;
           if constexpr (kBits == 8 && kKeepSums) {
             kept[i][v] += sum;
           } else if constexpr (kKeepSums) {
@@ -184,10 +189,10 @@ void byte_tile(int64_t runs, int64_t count, const float* a, const float* a_block
 }
 
 template <int kBits, int M = 1>
-void fill_byte_tiles(QuantKernels::ByteTile* tiles) {
-  if constexpr (M <= kByteRows) {
-    tiles[M - 1] = &byte_tile<kBits, M>;
-    fill_byte_tiles<kBits, M + 1>(tiles);
+void fill_int8_tiles(QuantTile* tiles) {
+  if constexpr (M <= kInt8Rows) {
+    tiles[M - 1] = &int8_tile<kBits, M>;
+    fill_int8_tiles<kBits, M + 1>(tiles);
   }
 }
 #endif

@@ -17,8 +17,8 @@ inline __m512i last_pairs(__m512i even, __m512i odd) {
 }
 
 // Row pair by row pair over all panels, so that each row is read in one run.
-void pack_pairs(const uint16_t* const* rows, int64_t offset, int64_t num_rows, int64_t cols,
-                uint16_t* dst, int64_t stride) {
+void bf16_pack_b(const uint16_t* const* rows, int64_t offset, int64_t num_rows, int64_t cols,
+                 uint16_t* dst, int64_t stride) {
   constexpr int64_t kRowsAhead = 8;
   for (int64_t r = 0; r < num_rows; r += 2) {
     const uint16_t* row0 = rows[r] == nullptr ? nullptr : rows[r] + offset;
@@ -41,7 +41,7 @@ void pack_pairs(const uint16_t* const* rows, int64_t offset, int64_t num_rows, i
   }
 }
 
-void pair_rows(const uint16_t* even, const uint16_t* odd, float* dst, int64_t n) {
+void bf16_interleave(const uint16_t* even, const uint16_t* odd, float* dst, int64_t n) {
   int64_t i = 0;
   for (; i + 16 <= n; i += 16) {
     const __m512i lo =

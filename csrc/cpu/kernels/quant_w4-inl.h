@@ -1,27 +1,27 @@
-// Products of 4-bit weights with few rows of tokens, as integers of 8 bits. Included by
+// w4a8: products of 4-bit weights with few rows of activations of 8 bits. Included by
 // kernels-inl.h, inside its namespace; NOTES.md has the arithmetic.
 
-// How far ahead of itself a product asks for weights, in bytes.
-constexpr int64_t kAhead4 = 4096;
+// Prefetch distance of the weights, in bytes.
+constexpr int64_t kW4Prefetch = 4096;
 
-// A row of tokens, as dot4 reads it. A unit is what a vector of weights covers; 128 bits of it are
-// a block of kQuantBlock steps of k:
+// A row of activations, as w4_dot reads it. A unit is what a vector of weights covers; 128 bits of
+// it are a block of kQuantBlock steps of k:
 //   codes    [units][kSteps] int8: the even k of a unit, then the odd ones, because the low nibbles
 //            of a vector of weights are even k and the high nibbles odd ones
 //   offsets  [units][kVec / 4] int32: minus 8 times the codes of a block, in each lane of it.
 //            Instructions multiply unsigned by signed bytes, so weights come with a bias
 //   scales   [units][kVec / 4]: those of the codes, in each lane of a block
-struct Row4 {
+struct W4Row {
   static constexpr int64_t kSteps = 2 * kVec;
   static constexpr int64_t kWhole = kSteps < kQuantBlock ? kQuantBlock : kSteps;
   int64_t units;  // of whole blocks
-  explicit Row4(int64_t k) : units((k + kWhole - 1) / kWhole * (kWhole / kSteps)) {}
+  explicit W4Row(int64_t k) : units((k + kWhole - 1) / kWhole * (kWhole / kSteps)) {}
   int64_t offsets() const { return units * kSteps; }
   int64_t scales() const { return offsets() + units * kVec; }
   int64_t bytes() const { return scales() + units * kVec; }
 };
 
-int64_t row4_bytes(int64_t k) { return Row4(k).bytes(); }
+int64_t w4_row_bytes(int64_t k) { return W4Row(k).bytes(); }
 
 #if defined(__AVX2__) && MOE_VEC_BYTES >= 32
 struct CodePair {
@@ -88,16 +88,16 @@ inline void code_offsets(const int8_t* codes, int32_t* offsets) {
   }
 }
 
-void row4(int64_t k, const float* x, void* row) {
+void w4_quantize(int64_t k, const float* x, void* row) {
   static_assert(kQuantBlock == 32, "a block is what round_codes takes");
-  const Row4 layout(k);
+  const W4Row layout(k);
   auto* codes = static_cast<int8_t*>(row);
   auto* offsets = reinterpret_cast<int32_t*>(codes + layout.offsets());
   auto* scales = reinterpret_cast<float*>(codes + layout.scales());
-  const int64_t padded = layout.units * Row4::kSteps;
+  const int64_t padded = layout.units * W4Row::kSteps;
   Vec<float> probe = {};
   for (int64_t k0 = 0; k0 < padded; k0 += 32) {
-    int8_t* even = codes + k0 / Row4::kSteps * Row4::kSteps + k0 % Row4::kSteps / 2;
+    int8_t* even = codes + k0 / W4Row::kSteps * W4Row::kSteps + k0 % W4Row::kSteps / 2;
     int8_t* odd = even + kVec;
     float scale = 0;
     if (k0 < k) {
@@ -111,7 +111,7 @@ void row4(int64_t k, const float* x, void* row) {
     for (int64_t i = 0; i < 4; ++i) scales[k0 / 8 + i] = scale;
   }
   for (int64_t u = 0; u < layout.units; ++u) {
-    code_offsets(codes + u * Row4::kSteps, offsets + u * (kVec / 4));
+    code_offsets(codes + u * W4Row::kSteps, offsets + u * (kVec / 4));
   }
   // Every sum reads one of the scales of every block.
   const float bad = horizontal_sum<float>(probe);
@@ -170,7 +170,7 @@ inline Bytes fold_two(Bytes a, Bytes b) {
 
 // A unit of F rows of 4-bit weights, one or four, and M rows of tokens.
 template <int kGroup, int F, int M>
-struct Dot4 {
+struct W4Dot {
   // With VNNI sums of 8 products in 32 bits, at most 8 * 15 * 127, else of 4 in 16 bits.
   Bytes sums[F][M];
 
@@ -216,15 +216,20 @@ struct Dot4 {
   }
 };
 
-// dot4 of four rows and one token of whole units: while the sums of one unit are folded, the next
+// w4_dot of four rows and one token of whole units: while the sums of one unit are folded, the next
 // is multiplied, be it of the next rows. What waits for an operand holds a place in the scheduler,
 // and folding waits for all that went before.
 template <int kGroup>
-void dot4_one(int64_t count, int64_t units, const uint8_t* w, int64_t w_step, int64_t ldw,
-              const float* scale, int64_t scale_step, int64_t ld_scale, const char* codes,
-              const char* offsets, const char* scales, float* out, int64_t out_step) {
+void w4_dot_one(const QuantDotParams& p, const W4Row& layout) {
   constexpr int64_t kSteps = 2 * kVec;
-  Dot4<kGroup, 4, 1> now, next;
+  const int64_t count = p.count, units = layout.units, w_step = p.w_step, ldw = p.ldw;
+  const int64_t scale_step = p.scale_step, ld_scale = p.ld_scale, out_step = p.out_step;
+  const auto* w = static_cast<const uint8_t*>(p.w);
+  const auto* codes = static_cast<const char*>(p.x);
+  const char *offsets = codes + layout.offsets(), *scales = codes + layout.scales();
+  const float* scale = p.scale;
+  float* out = p.out;
+  W4Dot<kGroup, 4, 1> now, next;
   Floats acc[1] = {}, folded[kFolded];
   now.multiply(w, ldw, codes, 0);
   for (int64_t i = 0, u = 0; i < count;) {
@@ -239,7 +244,7 @@ void dot4_one(int64_t count, int64_t units, const uint8_t* w, int64_t w_step, in
     }
     const uint8_t* unit = w + u * kVec;
 #pragma GCC unroll 4
-    for (int f = 0; f < 4; ++f) __builtin_prefetch(unit + f * ldw + kAhead4, 0, 2);
+    for (int f = 0; f < 4; ++f) __builtin_prefetch(unit + f * ldw + kW4Prefetch, 0, 2);
     next.multiply(unit, ldw, codes + u * kSteps, 0);
     now.add_to(acc, factors, ld_scale, offsets + done, scales + done, 0);
     now = next;
@@ -256,31 +261,32 @@ void dot4_one(int64_t count, int64_t units, const uint8_t* w, int64_t w_step, in
 
 // `count` times F rows of weights; each next time begins w_step and scale_step further.
 template <int kGroup, int F, int M>
-void dot4(int64_t count, int64_t k, const uint8_t* w, int64_t w_step, int64_t ldw,
-          const float* scale, int64_t scale_step, int64_t ld_scale, const char* rows,
-          int64_t row_bytes, float* out, int64_t ldo, int64_t out_step) {
+void w4_dot_tile(const QuantDotParams& p) {
   constexpr int64_t kSteps = 2 * kVec;
-  const Row4 layout(k);
-  const int64_t whole = k / kSteps;
-  const char *offsets = rows + layout.offsets(), *scales = rows + layout.scales();
+  const W4Row layout(p.k);
+  const int64_t k = p.k, whole = k / kSteps;
   if constexpr (F == 4 && M == 1) {
-    if (whole == layout.units) {
-      return dot4_one<kGroup>(count, whole, w, w_step, ldw, scale, scale_step, ld_scale, rows,
-                              offsets, scales, out, out_step);
-    }
+    if (whole == layout.units) return w4_dot_one<kGroup>(p, layout);
   }
+  const auto* w = static_cast<const uint8_t*>(p.w);
+  const auto* rows = static_cast<const char*>(p.x);
+  const char *offsets = rows + layout.offsets(), *scales = rows + layout.scales();
+  const float* scale = p.scale;
+  const int64_t w_step = p.w_step, ldw = p.ldw, row_bytes = p.x_bytes;
+  const int64_t scale_step = p.scale_step, ld_scale = p.ld_scale;
   const auto products = [=](int64_t n, Floats(&acc)[M]) __attribute__((always_inline)) {
     const uint8_t* codes = w + n * w_step;
     const float* factors = scale + n * scale_step;
-    Dot4<kGroup, F, M> unit;
+    W4Dot<kGroup, F, M> unit;
 #pragma GCC unroll 4
     for (int t = 0; t < M; ++t) acc[t] = Floats{};
     for (int64_t u = 0; u < whole; ++u) {
 #pragma GCC unroll 4
-      for (int f = 0; f < F; ++f) __builtin_prefetch(codes + f * ldw + u * kVec + kAhead4, 0, 2);
+      for (int f = 0; f < F; ++f)
+        __builtin_prefetch(codes + f * ldw + u * kVec + kW4Prefetch, 0, 2);
       // Of the scales a row in turn: a line of them lasts for F units or more.
-      const int64_t scale_ahead = (u / F * F * kSteps + 2 * kAhead4) / kGroup;
-      __builtin_prefetch(factors + u % F * ld_scale + scale_ahead, 0, 2);
+      const int64_t next_scale = (u / F * F * kSteps + 2 * kW4Prefetch) / kGroup;
+      __builtin_prefetch(factors + u % F * ld_scale + next_scale, 0, 2);
       unit.multiply(codes + u * kVec, ldw, rows + u * kSteps, row_bytes);
       unit.add_to(acc, factors + u * kSteps / kGroup, ld_scale, offsets + u * kVec,
                   scales + u * kVec, row_bytes);
@@ -299,64 +305,57 @@ void dot4(int64_t count, int64_t k, const uint8_t* w, int64_t w_step, int64_t ld
       unit.add_to(acc, tail_scale[0], 4, offsets + whole * kVec, scales + whole * kVec, row_bytes);
     }
   };
-  folded_sums<F, M>(count, out, ldo, out_step, products);
+  folded_sums<F, M>(p.count, p.out, p.ldo, p.out_step, products);
 }
 #else
 // The same sums one weight at a time; compilers find the vectors in it.
 template <int kGroup, int F, int M>
-void dot4(int64_t count, int64_t k, const uint8_t* w, int64_t w_step, int64_t ldw,
-          const float* scale, int64_t scale_step, int64_t ld_scale, const char* rows,
-          int64_t row_bytes, float* out, int64_t ldo, int64_t out_step) {
-  const Row4 layout(k);
-  constexpr int64_t kSteps = Row4::kSteps;
+void w4_dot_tile(const QuantDotParams& p) {
+  const W4Row layout(p.k);
+  constexpr int64_t kSteps = W4Row::kSteps;
   static_assert(kSteps <= 32, "a unit has one scale");
-  for (int64_t n = 0; n < count; ++n, w += w_step, scale += scale_step, ++out) {
+  const auto* w = static_cast<const uint8_t*>(p.w);
+  const float* scale = p.scale;
+  for (int64_t n = 0; n < p.count; ++n, w += p.w_step, scale += p.scale_step) {
     for (int f = 0; f < F; ++f) {
       for (int t = 0; t < M; ++t) {
-        const char* row = rows + t * row_bytes;
+        const char* row = static_cast<const char*>(p.x) + t * p.x_bytes;
         const auto* codes = reinterpret_cast<const int8_t*>(row);
         const auto* offsets = reinterpret_cast<const int32_t*>(row + layout.offsets());
         const auto* scales = reinterpret_cast<const float*>(row + layout.scales());
         float acc = 0;
         for (int64_t u = 0; u < layout.units; ++u) {
-          const uint8_t* p = w + f * ldw + u * kVec;
+          const uint8_t* unit = w + f * p.ldw + u * kVec;
           const int8_t *even = codes + u * kSteps, *odd = even + kVec;
           int32_t sum = offsets[u * kVec / 4];
           for (int64_t i = 0; i < kVec; ++i) {
-            sum += static_cast<int16_t>(p[i] & 15) * even[i] +
-                   static_cast<int16_t>(p[i] >> 4) * odd[i];
+            sum += static_cast<int16_t>(unit[i] & 15) * even[i] +
+                   static_cast<int16_t>(unit[i] >> 4) * odd[i];
           }
           acc += static_cast<float>(sum) * scales[u * kVec / 4] *
-                 scale[f * ld_scale + u * kSteps / kGroup];
+                 scale[f * p.ld_scale + u * kSteps / kGroup];
         }
-        out[t * ldo + f * out_step] = acc;
+        p.out[t * p.ldo + f * p.out_step + n] = acc;
       }
     }
   }
 }
 #endif
 
-void quant_dot4(int64_t group, int features, int64_t count, int tokens, int64_t k, const void* w,
-                int64_t w_step, int64_t ldw, const float* scale, int64_t scale_step,
-                int64_t ld_scale, const void* rows, int64_t row_bytes, float* out, int64_t ldo,
-                int64_t out_step) {
-  const auto run_group = [&]<int kGroup, int F, int M>() {
-    dot4<kGroup, F, M>(count, k, static_cast<const uint8_t*>(w), w_step, ldw, scale, scale_step,
-                       ld_scale, static_cast<const char*>(rows), row_bytes, out, ldo, out_step);
-  };
+void w4_dot(const QuantDotParams& p) {
   const auto run = [&]<int F, int M>() {
-    switch (group) {
+    switch (p.group) {
       case 32:
-        return run_group.template operator()<32, F, M>();
+        return w4_dot_tile<32, F, M>(p);
       case 64:
-        return run_group.template operator()<64, F, M>();
+        return w4_dot_tile<64, F, M>(p);
       default:
-        return run_group.template operator()<128, F, M>();
+        return w4_dot_tile<128, F, M>(p);
     }
   };
-  if (features == kDotFeatures) {
-    with_token_count<kDotFeatures>(tokens, run);
+  if (p.features == kGemvFeatures) {
+    with_token_count<kGemvFeatures>(p.tokens, run);
   } else {
-    with_token_count<1>(tokens, run);
+    with_token_count<1>(p.tokens, run);
   }
 }

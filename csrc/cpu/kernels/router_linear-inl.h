@@ -7,11 +7,13 @@
 // the latency of a multiply-add times two of them a cycle.
 constexpr int kRouterTokens = MOE_VEC_BYTES == 64 ? 4 : 2;
 
-// out[t*ld_out + e] = bias[e] + <row t of x, row e of w> for t < M, e < kRouterExperts.
+// The logits of M tokens and kRouterExperts experts.
 template <class T, int M>
-inline void router_tile(int64_t n, const T* x, int64_t ld_x, const T* w, int64_t ld_w,
-                        const T* bias, T* out, int64_t ld_out) {
+inline void router_tile(const RouterLinear<T>& p, int64_t token, int64_t expert) {
   constexpr int W = kLanes<T>, N = kRouterExperts, kFolds = (M * N + W - 1) / W;
+  const T *x = p.x + token * p.ld_x, *w = p.w + expert * p.ld_w, *bias = p.bias + expert;
+  T* out = p.out + token * p.ld_out + expert;
+  const int64_t n = p.n, ld_x = p.ld_x, ld_w = p.ld_w, ld_out = p.ld_out;
   Vec<T> acc[kFolds * W];
 #pragma GCC unroll 32
   for (int i = 0; i < kFolds * W; ++i) acc[i] = Vec<T>{};
@@ -28,30 +30,21 @@ inline void router_tile(int64_t n, const T* x, int64_t ld_x, const T* w, int64_t
   }
   T sums[kFolds * W];
 #pragma GCC unroll 8
-  for (int f = 0; f < kFolds; ++f) store<T>(sums + f * W, mix_lane_sums<T>(acc + f * W));
+  for (int f = 0; f < kFolds; ++f) store<T>(sums + f * W, sums_of_lanes<T>(acc + f * W));
   for (int t = 0; t < M; ++t) {
     for (int e = 0; e < N; ++e) out[t * ld_out + e] = sums[t * N + e] + bias[e];
   }
 }
 
-template <class T, int M>
-inline void router_tiles(int64_t experts, int64_t n, const T* x, int64_t ld_x, const T* w,
-                         int64_t ld_w, const T* bias, T* out, int64_t ld_out) {
-  for (int64_t e = 0; e < experts; e += kRouterExperts) {
-    router_tile<T, M>(n, x, ld_x, w + e * ld_w, ld_w, bias + e, out + e, ld_out);
-  }
-}
-
 template <class T>
-void router_linear(int64_t tokens, int64_t experts, int64_t n, const T* x, int64_t ld_x, const T* w,
-                   int64_t ld_w, const T* bias, T* out, int64_t ld_out) {
+void router_linear(const RouterLinear<T>& p) {
   constexpr int M = kRouterTokens;
   int64_t t = 0;
-  for (; t + M <= tokens; t += M) {
-    router_tiles<T, M>(experts, n, x + t * ld_x, ld_x, w, ld_w, bias, out + t * ld_out, ld_out);
+  for (; t + M <= p.tokens; t += M) {
+    for (int64_t e = 0; e < p.experts; e += kRouterExperts) router_tile<T, M>(p, t, e);
   }
-  for (; t < tokens; ++t) {
-    router_tiles<T, 1>(experts, n, x + t * ld_x, ld_x, w, ld_w, bias, out + t * ld_out, ld_out);
+  for (; t < p.tokens; ++t) {
+    for (int64_t e = 0; e < p.experts; e += kRouterExperts) router_tile<T, 1>(p, t, e);
   }
 }
 
@@ -122,4 +115,31 @@ void router_linear_bwd(const RouterLinearBwd<T>& p) {
   if (p.grad_x == nullptr) return router_rows_bwd<T, false, true>(p);
   if (p.grad_w == nullptr) return router_rows_bwd<T, true, false>(p);
   router_rows_bwd<T, true, true>(p);
+}
+
+// An exponential is a chain of 55 cycles, of which wide vectors do twice as many at once. Choices
+// are mostly comparisons of short rows, whose masks cost more with AVX-512: there MOE_CHOICE_TARGET
+// names the target that they are taken from.
+template <class T>
+RouterKernels<T> router_table() {
+  RouterKernels<T> k = {};
+#if defined(MOE_CHOICE_TARGET)
+  if constexpr (sizeof(T) == 4) {
+    k = MOE_CHOICE_TARGET::kernels_f32().router;
+  } else {
+    k = MOE_CHOICE_TARGET::kernels_f64().router;
+  }
+#else
+  k.make_keys = &make_keys<T>;
+  k.find_block_max = &find_block_max<T>;
+  k.take_best = &take_best<T>;
+  k.route_soa = &route_soa<T>;
+  k.route_soa_bwd = &route_soa_bwd<T>;
+#endif
+  k.exp_sum = &exp_sum<T>;
+  k.exp = &exp_row<T>;
+  k.sigmoid = &sigmoid_row<T>;
+  k.linear = &router_linear<T>;
+  k.linear_bwd = &router_linear_bwd<T>;
+  return k;
 }

@@ -1,5 +1,5 @@
-// Weights of 8 and 4 bits as panels of words, which tiles take apart. Included by kernels-inl.h,
-// inside its namespace; NOTES.md has the arithmetic.
+// Weights of 8 and 4 bits repacked into panels of 32-bit words, and the tiles that unpack them to
+// fp32 or to int16. Included by kernels-inl.h, inside its namespace; NOTES.md has the arithmetic.
 
 #if defined(__AVX2__) && MOE_VEC_BYTES >= 32
 // kRun bytes of each of as many rows as a vector has lanes of 32 bits: word j of all rows goes to
@@ -74,15 +74,15 @@ inline void words_of_rows(const uint8_t* const* rows, int64_t offset, uint32_t f
 }
 
 // A flip of the upper bit of each weight turns two's complement into q plus a bias, or back.
-void quant_words(int bits, bool flipped, const void* w, int64_t ldw, int64_t features, int64_t k0,
-                 int64_t n, uint32_t* dst) {
+void repack(const RepackParams& p, uint32_t* dst) {
   constexpr int W = kLanes<float>, P = 2 * W;
-  const uint32_t flip = !flipped ? 0 : bits == 4 ? 0x88888888u : 0x80808080u;
-  const int64_t first = k0 * bits / 8, end = ((k0 + n) * bits + 7) / 8;
+  const uint32_t flip = !p.flip ? 0 : p.bits == 4 ? 0x88888888u : 0x80808080u;
+  const int64_t first = p.k0 * p.bits / 8, end = ((p.k0 + p.n) * p.bits + 7) / 8;
   for (int f0 = 0; f0 < P; f0 += W) {
     const uint8_t* rows[W];
     for (int64_t f = f0; f < f0 + W; ++f) {
-      rows[f - f0] = static_cast<const uint8_t*>(w) + (f < features ? f : features - 1) * ldw;
+      rows[f - f0] =
+          static_cast<const uint8_t*>(p.w) + (f < p.features ? f : p.features - 1) * p.ldw;
     }
     uint32_t* out = dst + f0;
     int64_t c = first;
@@ -109,14 +109,14 @@ inline Vec<float> word_weights(const uint32_t* words, int i) {
 
 #if defined(__AVX2__) && MOE_VEC_BYTES >= 32
 // The same of 8 bits as integers of 16: weights i and i + 2.
-inline Bytes word_pairs(const uint32_t* words, int i) {
+inline Bytes word_int16(const uint32_t* words, int i) {
   const Bytes word = load_weights(words);
   return MOE_INT(srai_epi16)(i == 1 ? word : MOE_INT(slli_epi16)(word, 8), 8);
 }
 
-// A block of tokens as integers of 16 bits, in the order of word_pairs. The scale, a vector of
+// A block of tokens as integers of 16 bits, in the order of word_int16. The scale, a vector of
 // float apart from the last code, is that of the block.
-[[maybe_unused]] void quant_pairs(int64_t n, const float* x, float* dst) {
+[[maybe_unused]] void quantize_int16(int64_t n, const float* x, float* dst) {
   constexpr int W = kLanes<float>;
   constexpr float kMost = 32767;
   Int16 order;
@@ -136,7 +136,7 @@ inline Bytes word_pairs(const uint32_t* words, int i) {
 #endif
 
 // Two integers of 16 bits as an element of a.
-struct Codes {
+struct Int16Pair {
   uint32_t bits;
 };
 
@@ -150,31 +150,36 @@ inline Vec<float> add_step(float, Vec<float> acc, const float* a, Vec<float> b) 
   return add_product<float, float>(acc, a, b);
 }
 #if defined(__AVX2__) && MOE_VEC_BYTES >= 32
-inline Bytes sum_of(Codes) { return Bytes{}; }
+inline Bytes sum_of(Int16Pair) { return Bytes{}; }
 inline Vec<float> to_floats(Bytes v) { return as_floats(v); }
 template <int kBits>
-inline Bytes word_step(Codes, const uint32_t* words, int i) {
-  static_assert(kBits == 8, "4 bits meet integers of 8 bits: bytes-inl.h");
-  return word_pairs(words, i);
+inline Bytes word_step(Int16Pair, const uint32_t* words, int i) {
+  static_assert(kBits == 8, "4 bits meet activations of 8 bits: quant_int8-inl.h");
+  return word_int16(words, i);
 }
-inline Bytes add_step(Codes, Bytes acc, const float* a, Bytes b) {
+inline Bytes add_step(Int16Pair, Bytes acc, const float* a, Bytes b) {
   return add_words(acc, MOE_INT(set1_epi32)(load_bytes<int32_t>(a)), b);
 }
 #endif
 
-// panel_tile that takes words apart as it goes. S = float or Codes.
+// packed_tile that unpacks words as it goes. S = float or Int16Pair.
 template <int kBits, class S, int M>
-void word_tile(int64_t runs, int64_t count, const float* a, const float* a_scale,
-               const uint32_t* words, const float* scale, float* c, int64_t ldc, bool accumulate,
-               const char* ahead, int64_t ahead_step) {
+void word_tile(const QuantTileParams& p) {
   constexpr int W = kLanes<float>;
-  constexpr bool kCodes = __is_same(S, Codes);
-  constexpr int kSteps = 32 / kBits / (kCodes ? 2 : 1);  // elements of a for a word
+  const float *a = p.a, *scale = p.scale;
+  [[maybe_unused]] const float* a_scale = p.a_scale;
+  const uint32_t* words = p.words;
+  float* c = p.out.c;
+  const int64_t runs = p.runs, count = p.count, ldc = p.out.ldc, next_step = p.prefetch_step;
+  bool accumulate = p.out.accumulate;
+  const char* next = p.prefetch;
+  constexpr bool kInt16 = __is_same(S, Int16Pair);
+  constexpr int kSteps = 32 / kBits / (kInt16 ? 2 : 1);  // elements of a for a word
   constexpr int kLines = 2 * MOE_VEC_BYTES < 64 ? 1 : 2 * MOE_VEC_BYTES / 64;
   using Sum = __typeof__(sum_of(S{}));
   const auto add = [&](int i, int v, Vec<float> sum) {
     float* out = c + i * ldc + v * W;
-    if constexpr (kCodes) sum *= a_scale[i * kLda];
+    if constexpr (kInt16) sum *= a_scale[i * kLda];
     store<float>(out, accumulate ? load<float>(out) + sum : sum);
   };
   for (int64_t run = 0; run < runs; ++run) {
@@ -184,12 +189,12 @@ void word_tile(int64_t runs, int64_t count, const float* a, const float* a_scale
     for (int64_t k = 0; k < count; ++k) {
 #pragma GCC unroll 2
       for (int line = 0; line < kLines; ++line) {
-        __builtin_prefetch(ahead, 0, 2);
-        ahead += ahead_step;
+        __builtin_prefetch(next, 0, 2);
+        next += next_step;
       }
 #pragma GCC unroll 8
       for (int step = 0; step < kSteps; ++step) {
-        asm volatile("" ::: "memory");  // As in panel_tile: load the words anew.
+        asm volatile("" ::: "memory");  // As in packed_tile: load the words anew.
         const Sum b0 = word_step<kBits>(S{}, words, step);
         const Sum b1 = word_step<kBits>(S{}, words + W, step);
 #pragma GCC unroll 32
@@ -213,52 +218,44 @@ void word_tile(int64_t runs, int64_t count, const float* a, const float* a_scale
 }
 
 // 8 rows are 16 sums, enough for the latency of any level; of 28 some went to the stack.
-constexpr int kCodeRows = MOE_MR2 < 8 ? MOE_MR2 : 8;
+constexpr int kInt16Rows = MOE_MR2 < 8 ? MOE_MR2 : 8;
 
 template <int kBits, class S, int kMost, int M = 1>
-void fill_word_tiles(QuantKernels::Tile* tiles) {
+void fill_word_tiles(QuantTile* tiles) {
   if constexpr (M <= kMost) {
     tiles[M - 1] = &word_tile<kBits, S, M>;
     fill_word_tiles<kBits, S, kMost, M + 1>(tiles);
   }
 }
 
-void multiply_row(const float* factors, float* row, int64_t n) {
-  constexpr int W = kLanes<float>;
-  int64_t i = 0;
-  for (; i + W <= n; i += W) store<float>(row + i, load<float>(row + i) * load<float>(factors + i));
-  for (; i < n; ++i) row[i] *= factors[i];
-}
-
-QuantKernels quant_kernels() {
+QuantKernels quant_table() {
   QuantKernels k = {};
-  k.row8_bytes = &row8_bytes;
-  k.row8 = &row8;
-  k.dot8 = &quant_dot8;
-  k.dot8_features = kDot8Features;
-  k.row4_bytes = &row4_bytes;
-  k.row4 = &row4;
-  k.dot4 = &quant_dot4;
-  k.words = &quant_words;
+  k.w8_row_bytes = &w8_row_bytes;
+  k.w8_quantize = &w8_quantize;
+  k.w8_dot = &w8_dot;
+  k.w8_features = kW8Features;
+  k.w4_row_bytes = &w4_row_bytes;
+  k.w4_quantize = &w4_quantize;
+  k.w4_dot = &w4_dot;
+  k.repack = &repack;
   fill_word_tiles<8, float, MOE_MR2>(k.tile[0]);
   fill_word_tiles<4, float, MOE_MR2>(k.tile[1]);
 #if defined(__AVX2__) && MOE_VEC_BYTES >= 32
-  k.bytes = &quant_bytes;
-  k.byte_rows = kByteRows;
-  fill_byte_tiles<4>(k.byte_tile[1]);
-  k.dot4_rows = MOE_DOT_TOKENS;
+  k.quantize_int8 = &quantize_int8;
+  k.int8_rows = kInt8Rows;
+  fill_int8_tiles<4>(k.int8_tile[1]);
+  k.w4_max_rows = MOE_DOT_TOKENS;
   if constexpr (kVnni) {
-    fill_byte_tiles<8>(k.byte_tile[0]);
-    k.dot8_depth_of_row = 160;
-    k.dot8_rows = 6;
+    fill_int8_tiles<8>(k.int8_tile[0]);
+    k.w8_min_depth_per_row = 160;
+    k.w8_max_rows = 6;
   } else {
-    k.pairs = &quant_pairs;
-    k.code_rows = kCodeRows;
-    fill_word_tiles<8, Codes, kCodeRows>(k.code_tile);
-    k.dot8_depth_of_row = MOE_VEC_BYTES == 64 ? 80 : 240;
-    k.dot8_rows = 24;
+    k.quantize_int16 = &quantize_int16;
+    k.int16_rows = kInt16Rows;
+    fill_word_tiles<8, Int16Pair, kInt16Rows>(k.int16_tile);
+    k.w8_min_depth_per_row = MOE_VEC_BYTES == 64 ? 80 : 240;
+    k.w8_max_rows = 24;
   }
 #endif
-  k.multiply_row = &multiply_row;
   return k;
 }

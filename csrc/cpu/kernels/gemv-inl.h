@@ -1,91 +1,5 @@
-// Products that read weights as they lie, for few rows. Included by kernels-inl.h, inside its
-// namespace.
-
-// Sums of the lanes of four vectors. The order is the same in each of the four places, and that of
-// one product does not depend on its neighbours: first lanes l, l + 1, l + 2, l + 3 with l a
-// multiple of 4 (fold_lanes), then these sums.
-template <class T>
-struct Four {
-  T v[4];
-};
-#if defined(__AVX2__) && MOE_VEC_BYTES >= 32
-constexpr int kFolded = MOE_VEC_BYTES / 16;  // quadruples of floats
-#if MOE_VEC_BYTES == 64
-typedef __m512 Floats;
-typedef __m512d Doubles;
-#else
-typedef __m256 Floats;
-typedef __m256d Doubles;
-#endif
-
-// Lane 4 * q + i: the sum of the lanes of v[i] that are quadruple q.
-inline Floats fold_lanes(const Vec<float> (&v)[4]) {
-  const auto at = [&](int i) { return __builtin_bit_cast(Floats, v[i]); };
-  const auto doubles = [](Floats f) { return __builtin_bit_cast(Doubles, f); };
-  const auto floats = [](Doubles f) { return __builtin_bit_cast(Floats, f); };
-  const Floats low = MOE_INT(unpacklo_ps)(at(0), at(1)) + MOE_INT(unpackhi_ps)(at(0), at(1));
-  const Floats high = MOE_INT(unpacklo_ps)(at(2), at(3)) + MOE_INT(unpackhi_ps)(at(2), at(3));
-  return floats(MOE_INT(unpacklo_pd)(doubles(low), doubles(high))) +
-         floats(MOE_INT(unpackhi_pd)(doubles(low), doubles(high)));
-}
-
-inline Four<float> add_quadruples(Floats folded) {
-#if MOE_VEC_BYTES == 64
-  const __m256 half = _mm512_castps512_ps256(folded) + _mm512_extractf32x8_ps(folded, 1);
-#else
-  const __m256 half = folded;
-#endif
-  Four<float> sums;
-  _mm_storeu_ps(sums.v, _mm256_castps256_ps128(half) + _mm256_extractf128_ps(half, 1));
-  return sums;
-}
-
-#if MOE_VEC_BYTES == 64
-// Lane 4 * i + j to lane 4 * j + i.
-inline Floats transpose_quadruples(Floats v) {
-  return _mm512_permutexvar_ps(
-      _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), v);
-}
-#endif
-
-// The same for kFolded times four vectors at once: out[i * step + j] is the sum of vector i
-// of folded[j]. A sum costs a third of what it does four at a time.
-inline void put_folded(const Floats (&folded)[kFolded], float* out, int64_t step) {
-#if MOE_VEC_BYTES == 64
-  const auto add_halves = [&](int i) {
-    return _mm512_shuffle_f32x4(folded[i], folded[i + 1], 0x44) +
-           _mm512_shuffle_f32x4(folded[i], folded[i + 1], 0xee);
-  };
-  const Floats a = add_halves(0), b = add_halves(2);
-  const Floats rows =
-      transpose_quadruples(_mm512_shuffle_f32x4(a, b, 0x88) + _mm512_shuffle_f32x4(a, b, 0xdd));
-  _mm_storeu_ps(out, _mm512_castps512_ps128(rows));
-  _mm_storeu_ps(out + step, _mm512_extractf32x4_ps(rows, 1));
-  _mm_storeu_ps(out + 2 * step, _mm512_extractf32x4_ps(rows, 2));
-  _mm_storeu_ps(out + 3 * step, _mm512_extractf32x4_ps(rows, 3));
-#else
-  const Floats sums = _mm256_permute2f128_ps(folded[0], folded[1], 0x20) +
-                      _mm256_permute2f128_ps(folded[0], folded[1], 0x31);
-  const __m256i by_vector = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-  const __m256 rows = _mm256_permutevar8x32_ps(sums, by_vector);
-  const __m128 low = _mm256_castps256_ps128(rows), high = _mm256_extractf128_ps(rows, 1);
-  _mm_storel_pi(reinterpret_cast<__m64*>(out), low);
-  _mm_storeh_pi(reinterpret_cast<__m64*>(out + step), low);
-  _mm_storel_pi(reinterpret_cast<__m64*>(out + 2 * step), high);
-  _mm_storeh_pi(reinterpret_cast<__m64*>(out + 3 * step), high);
-#endif
-}
-#endif
-
-template <class T>
-inline Four<T> sums_of_four(const Vec<T> (&v)[4]) {
-#if defined(__AVX2__) && MOE_VEC_BYTES >= 32
-  if constexpr (sizeof(T) == 4) return add_quadruples(fold_lanes(v));
-#endif
-  Four<T> out;
-  for (int i = 0; i < 4; ++i) out.v[i] = horizontal_sum<T>(v[i]);
-  return out;
-}
+// Products of few tokens with weights as they lie: GEMV, the blocked GEMV and outer products.
+// Included by kernels-inl.h, inside its namespace.
 
 // put(f, t, sum of the lanes of sum_of(f, t)) for f < F, t < M.
 template <class T, int F, int M, class Sum, class Put>
@@ -200,9 +114,13 @@ inline Vec<T> load_operand(const S* p) {
 
 // `count` times F weight rows and M tokens, vectors along k: F streams of weights, each read once.
 template <class T, class S, int F, int M>
-void dot_tiles(int64_t count, int64_t k, const S* w, int64_t w_step, int64_t ldw, const T* x,
-               int64_t ldx, T* out, int64_t ldo, int64_t out_step, [[maybe_unused]] int64_t ahead) {
+void gemv_tiles(const GemvParams<T>& p) {
   constexpr int W = kLanes<T>;
+  // By value, because a store through a vector may change what p refers to.
+  const auto* w = static_cast<const S*>(p.w);
+  const T* x = p.x;
+  const int64_t k = p.k, w_step = p.w_step, ldw = p.ldw, ldx = p.ldx;
+  [[maybe_unused]] const int64_t distance = p.prefetch_distance;
   const int64_t whole = k / W * W;
   const auto products = [=](int64_t n, Vec<T>(&acc)[F][M]) __attribute__((always_inline)) {
     const S* rows = w + n * w_step;
@@ -219,7 +137,7 @@ void dot_tiles(int64_t count, int64_t k, const S* w, int64_t w_step, int64_t ldw
       for (int f = 0; f < F; ++f) {
         // With one token the core's window reaches far enough ahead by itself.
         if constexpr (M > 1) {
-          __builtin_prefetch(reinterpret_cast<const char*>(rows + f * ldw + i) + ahead, 0, 2);
+          __builtin_prefetch(reinterpret_cast<const char*>(rows + f * ldw + i) + distance, 0, 2);
         }
         const Vec<T> wv = load_operand<T>(rows + f * ldw + i);
 #pragma GCC unroll 4
@@ -240,51 +158,30 @@ void dot_tiles(int64_t count, int64_t k, const S* w, int64_t w_step, int64_t ldw
       }
     }
   };
-  product_sums<T, F, M>(count, out, ldo, out_step, products);
+  product_sums<T, F, M>(p.count, p.out, p.ldo, p.out_step, products);
 }
 
 template <class T, class S>
-void dot_of(int features, int64_t count, int tokens, int64_t k, const S* w, int64_t w_step,
-            int64_t ldw, const T* x, int64_t ldx, T* out, int64_t ldo, int64_t out_step,
-            int64_t ahead) {
-  const auto run = [&]<int F, int M>() {
-    dot_tiles<T, S, F, M>(count, k, w, w_step, ldw, x, ldx, out, ldo, out_step, ahead);
-  };
-  if (features == kDotFeatures) {
-    with_token_count<kDotFeatures>(tokens, run);
+void gemv_of(const GemvParams<T>& p) {
+  const auto run = [&]<int F, int M>() { gemv_tiles<T, S, F, M>(p); };
+  if (p.features == kGemvFeatures) {
+    with_token_count<kGemvFeatures>(p.tokens, run);
   } else {
-    with_token_count<1>(tokens, run);
+    with_token_count<1>(p.tokens, run);
   }
 }
 
 template <class T>
-void dot(DType w_type, int features, int64_t count, int tokens, int64_t k, const void* w,
-         int64_t w_step, int64_t ldw, const T* x, int64_t ldx, T* out, int64_t ldo,
-         int64_t out_step, int64_t ahead) {
-  with_type<T>(w_type, w, [&](const auto* p) {
-    dot_of(features, count, tokens, k, p, w_step, ldw, x, ldx, out, ldo, out_step, ahead);
-  });
+void gemv(const GemvParams<T>& p) {
+  with_type<T>(p.w_type, p.w, [&]<class S>(const S*) { gemv_of<T, S>(p); });
 }
 
-#if defined(__AVX512BF16__) && MOE_VEC_BYTES == 64
-inline void pair_dot(int features, int64_t count, int tokens, int64_t k, const void* w,
-                     int64_t w_step, int64_t ldw, const float* x, int64_t ldx, float* out,
-                     int64_t ldo, int64_t out_step, int64_t ahead) {
-  dot_of(features, count, tokens, k, static_cast<const Pair*>(w), w_step, ldw, x, ldx, out, ldo,
-         out_step, ahead);
-}
-#endif
-
-// Tokens of a strip: with four weight rows 24 sums, 6 tokens and a vector of weights of 32
-// registers, or 12, 3 and one of 16.
-constexpr int kStripTokens = MOE_VEC_BYTES == 64 ? 6 : MOE_VEC_BYTES == 32 ? 3 : 2;
-// Measured with 64 to 1408 elements (NOTES.md).
-constexpr StripDepths kStripDepths =
-    MOE_VEC_BYTES == 64 ? StripDepths{12, 8, 32} : StripDepths{20, 9, 32};
-
-// Most rows of strips, and bytes of a row of tokens in a block of k (NOTES.md).
-constexpr int64_t kStripMaxRows = MOE_VEC_BYTES == 64 ? 64 : 40;
-constexpr int64_t kStripBlockBytes = MOE_VEC_BYTES == 64 ? 8192 : 3072;
+// Tokens of a tile of the blocked GEMV: with four weight rows 24 sums, 6 tokens and a vector of
+// weights of 32 registers, or 12, 3 and one of 16.
+constexpr int kBlockedTokens = MOE_VEC_BYTES == 64 ? 6 : MOE_VEC_BYTES == 32 ? 3 : 2;
+// Most rows, and bytes of a row of tokens in a block of k (NOTES.md).
+constexpr int64_t kBlockedMaxRows = MOE_VEC_BYTES == 64 ? 64 : 40;
+constexpr int64_t kBlockedBytes = MOE_VEC_BYTES == 64 ? 8192 : 3072;
 
 // add_products in tiles that need every register.
 template <class T, class S, int kSums>
@@ -301,10 +198,15 @@ inline Vec<T> add_in_place(Vec<T> acc, Vec<T> a, Vec<T> b) {
 // D: the type of the weights. Those of a half type are also written to `wide`, of which the other
 // tokens' tiles read them: between multiply-adds widening costs half of what it does alone.
 template <class T, class S, class D, int F, int M>
-void strip_tile(int64_t k, const D* w, int64_t ldw, [[maybe_unused]] T* wide,
-                [[maybe_unused]] int64_t ld_wide, const T* x, int64_t ldx, T* sums, bool accumulate,
-                TileHints& hints) {
+void blocked_gemv_tile(const BlockedGemvParams<T>& p, TilePrefetch& prefetch) {
   constexpr int W = kLanes<T>;
+  const auto* w = static_cast<const D*>(p.w);
+  const T* x = p.x;
+  [[maybe_unused]] T* wide = p.wide;
+  T* sums = p.sums;
+  const int64_t k = p.k, ldw = p.ldw, ldx = p.ldx;
+  [[maybe_unused]] const int64_t ld_wide = p.ld_wide;
+  const bool accumulate = p.accumulate;
   Vec<T> acc[M][F];
 #pragma GCC unroll 6
   for (int t = 0; t < M; ++t) {
@@ -313,7 +215,7 @@ void strip_tile(int64_t k, const D* w, int64_t ldw, [[maybe_unused]] T* wide,
       acc[t][f] = accumulate ? load<T>(sums + (t * F + f) * W) : Vec<T>{};
     }
   }
-  const auto step = [&](const D* p, int64_t ld) {
+  const auto step = [&](const D* row, int64_t ld) {
     Vec<T> xv[M];
 #pragma GCC unroll 6
     for (int t = 0; t < M; ++t) xv[t] = load<T>(x + t * ldx);
@@ -321,9 +223,9 @@ void strip_tile(int64_t k, const D* w, int64_t ldw, [[maybe_unused]] T* wide,
     for (int f = 0; f < F; ++f) {
       Vec<T> wv;
       if constexpr (sizeof(D) == sizeof(T)) {
-        wv = load<T>(p + f * ld);
+        wv = load<T>(row + f * ld);
       } else {
-        wv = load_as(p + f * ld);
+        wv = load_as(row + f * ld);
         store<T>(wide + f * ld_wide, wv);
       }
 #pragma GCC unroll 6
@@ -334,7 +236,7 @@ void strip_tile(int64_t k, const D* w, int64_t ldw, [[maybe_unused]] T* wide,
   };
   int64_t i = 0;
   for (; i + kPrefetchStep * W <= k; i += kPrefetchStep * W) {
-    fetch(hints);
+    prefetch_step(prefetch);
 #pragma GCC unroll 2
     for (int64_t j = 0; j < kPrefetchStep; ++j) step(w + i + j * W, ldw);
   }
@@ -351,50 +253,37 @@ void strip_tile(int64_t k, const D* w, int64_t ldw, [[maybe_unused]] T* wide,
   }
 }
 
-template <class T, class S, class D>
-void strip_of(int features, int tokens, int64_t k, const D* w, int64_t ldw, T* wide,
-              int64_t ld_wide, const T* x, int64_t ldx, T* sums, bool accumulate,
-              TileHints& hints) {
-  const auto run = [&]<int F, int M>() {
-    strip_tile<T, S, D, F, M>(k, w, ldw, wide, ld_wide, x, ldx, sums, accumulate, hints);
-  };
+// D: as above; S: what is multiplied.
+template <class T, class S, class D = T>
+void blocked_gemv(const BlockedGemvParams<T>& p, TilePrefetch& prefetch) {
+  const auto run = [&]<int F, int M>() { blocked_gemv_tile<T, S, D, F, M>(p, prefetch); };
   const auto all = [&]<int F>() {
-    if constexpr (kStripTokens >= 6) {
-      if (tokens == 6) return run.template operator()<F, 6>();
-      if (tokens == 5) return run.template operator()<F, 5>();
-      if (tokens == 4) return run.template operator()<F, 4>();
+    if constexpr (kBlockedTokens >= 6) {
+      if (p.tokens == 6) return run.template operator()<F, 6>();
+      if (p.tokens == 5) return run.template operator()<F, 5>();
+      if (p.tokens == 4) return run.template operator()<F, 4>();
     }
-    if constexpr (kStripTokens >= 3) {
-      if (tokens == 3) return run.template operator()<F, 3>();
+    if constexpr (kBlockedTokens >= 3) {
+      if (p.tokens == 3) return run.template operator()<F, 3>();
     }
-    if (tokens == 2) return run.template operator()<F, 2>();
+    if (p.tokens == 2) return run.template operator()<F, 2>();
     run.template operator()<F, 1>();
   };
-  features == kDotFeatures ? all.template operator()<kDotFeatures>() : all.template operator()<1>();
+  p.features == kGemvFeatures ? all.template operator()<kGemvFeatures>()
+                              : all.template operator()<1>();
 }
 
-template <class T, class S>
-void strip(int features, int tokens, int64_t k, const void* w, int64_t ldw, const T* x, int64_t ldx,
-           T* sums, bool accumulate, TileHints& hints) {
-  strip_of<T, S, T>(features, tokens, k, static_cast<const T*>(w), ldw, nullptr, 0, x, ldx, sums,
-                    accumulate, hints);
-}
-
-inline void strip_widen(DType type, int features, int tokens, int64_t k, const void* w, int64_t ldw,
-                        float* wide, int64_t ld_wide, const float* x, int64_t ldx, float* sums,
-                        bool accumulate, TileHints& hints) {
-  with_type<float>(type, w, [&](const auto* p) {
-    strip_of<float, float>(features, tokens, k, p, ldw, wide, ld_wide, x, ldx, sums, accumulate,
-                           hints);
-  });
+inline void blocked_gemv_widening(const BlockedGemvParams<float>& p, TilePrefetch& prefetch) {
+  with_type<float>(p.w_type, p.w,
+                   [&]<class D>(const D*) { blocked_gemv<float, float, D>(p, prefetch); });
 }
 
 template <class T>
-void strip_sums(int features, int64_t tokens, const T* sums, T* out, int64_t ldo) {
+void reduce_lanes(int features, int64_t tokens, const T* sums, T* out, int64_t ldo) {
   constexpr int W = kLanes<T>;
   for (int64_t t = 0; t < tokens; ++t) {
     const T* s = sums + t * features * W;
-    if (features == kDotFeatures) {
+    if (features == kGemvFeatures) {
       const Vec<T> v[4] = {load<T>(s), load<T>(s + W), load<T>(s + 2 * W), load<T>(s + 3 * W)};
       const Four<T> four = sums_of_four<T>(v);
       __builtin_memcpy(out + t * ldo, four.v, sizeof(four));
@@ -411,22 +300,25 @@ void strip_sums(int features, int64_t tokens, const T* sums, T* out, int64_t ldo
 // R weight rows, dense along the output, and M tokens: the sums pass through registers once in R
 // steps of k, and each weight row is read in one run.
 template <class T, class S, int M, int R>
-void rank_tile(const S* w, int64_t ldw, const T* a, int64_t lda, T* c, int64_t ldc, int64_t n,
-               bool accumulate) {
+void outer_tile(const OuterParams<T>& p, int64_t token, int row, bool accumulate) {
   constexpr int W = kLanes<T>;
+  const S* w = static_cast<const S*>(p.w) + row * p.ldw;
+  const T* a = p.a + token * p.lda + row;
+  T* c = p.c + token * p.ldc;
+  const int64_t ldw = p.ldw, lda = p.lda, ldc = p.ldc, n = p.n;
   Vec<T> av[M][R];
 #pragma GCC unroll 4
   for (int t = 0; t < M; ++t) {
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) av[t][r] = splat<T>(a[t * lda + r]);
   }
-  const auto block = [&](const S* p, int64_t ld, T* out, int64_t ldo) {
+  const auto block = [&](const S* rows, int64_t ld, T* out, int64_t ldo) {
     Vec<T> acc[M];
 #pragma GCC unroll 4
     for (int t = 0; t < M; ++t) acc[t] = accumulate ? load<T>(out + t * ldo) : Vec<T>{};
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
-      const Vec<T> wv = load_as(p + r * ld);
+      const Vec<T> wv = load_as(rows + r * ld);
 #pragma GCC unroll 4
       for (int t = 0; t < M; ++t) acc[t] += av[t][r] * wv;
     }
@@ -454,40 +346,31 @@ void rank_tile(const S* w, int64_t ldw, const T* a, int64_t lda, T* c, int64_t l
 }
 
 template <class T>
-void rank_update(DType w_type, int rows, int64_t tokens, const void* w, int64_t ldw, const T* a,
-                 int64_t lda, T* c, int64_t ldc, int64_t n, bool accumulate) {
-  with_type<T>(w_type, w, [&]<class S>(const S* p) {
-    const auto all = [&]<int R>(const S* q, const T* b, bool add) {
+void outer(const OuterParams<T>& p) {
+  with_type<T>(p.w_type, p.w, [&]<class S>(const S*) {
+    const auto all = [&]<int R>(int row, bool accumulate) {
       int64_t t = 0;
       if constexpr (MOE_DOT_TOKENS >= 4) {
-        for (; t + 4 <= tokens; t += 4) {
-          rank_tile<T, S, 4, R>(q, ldw, b + t * lda, lda, c + t * ldc, ldc, n, add);
-        }
-        if (t + 3 == tokens) {
-          return rank_tile<T, S, 3, R>(q, ldw, b + t * lda, lda, c + t * ldc, ldc, n, add);
-        }
+        for (; t + 4 <= p.tokens; t += 4) outer_tile<T, S, 4, R>(p, t, row, accumulate);
+        if (t + 3 == p.tokens) return outer_tile<T, S, 3, R>(p, t, row, accumulate);
       }
-      for (; t + 2 <= tokens; t += 2) {
-        rank_tile<T, S, 2, R>(q, ldw, b + t * lda, lda, c + t * ldc, ldc, n, add);
-      }
-      if (t < tokens) rank_tile<T, S, 1, R>(q, ldw, b + t * lda, lda, c + t * ldc, ldc, n, add);
+      for (; t + 2 <= p.tokens; t += 2) outer_tile<T, S, 2, R>(p, t, row, accumulate);
+      if (t < p.tokens) outer_tile<T, S, 1, R>(p, t, row, accumulate);
     };
-    if (rows == kRankRows) {
-      all.template operator()<kRankRows>(p, a, accumulate);
-    } else {
-      for (int r = 0; r < rows; ++r) {
-        all.template operator()<1>(p + r * ldw, a + r, accumulate || r > 0);
-      }
-    }
+    if (p.rows == kOuterRows) return all.template operator()<kOuterRows>(0, p.accumulate);
+    for (int r = 0; r < p.rows; ++r) all.template operator()<1>(r, p.accumulate || r > 0);
   });
 }
 
 #if defined(__AVX512BF16__) && MOE_VEC_BYTES == 64
 // The same with pairs: R / 2 of them from R weight rows, which are interleaved on the way.
 template <int M, int R>
-void pair_rank_tile(const uint16_t* w, int64_t ldw, const float* a, int64_t lda, float* c,
-                    int64_t ldc, int64_t n, bool accumulate) {
+void bf16_outer_tile(const OuterParams<float>& p, int64_t token, int row, bool accumulate) {
   constexpr int W = kLanes<float>, kPairs = (R + 1) / 2;
+  const uint16_t* w = static_cast<const uint16_t*>(p.w) + row * p.ldw;
+  const float* a = p.a + token * p.lda + row / 2;
+  float* c = p.c + token * p.ldc;
+  const int64_t ldw = p.ldw, lda = p.lda, ldc = p.ldc, n = p.n;
   Vec<float> av[M][kPairs];
 #pragma GCC unroll 4
   for (int t = 0; t < M; ++t) {
@@ -498,7 +381,7 @@ void pair_rank_tile(const uint16_t* w, int64_t ldw, const float* a, int64_t lda,
       av[t][r] = __builtin_bit_cast(Vec<float>, _mm512_set1_epi32(bits));
     }
   }
-  const auto block = [&](const uint16_t* p, int64_t ld, float* out, int64_t ldo) {
+  const auto block = [&](const uint16_t* rows, int64_t ld, float* out, int64_t ldo) {
     Vec<float> acc[M][2];
 #pragma GCC unroll 4
     for (int t = 0; t < M; ++t) {
@@ -509,9 +392,9 @@ void pair_rank_tile(const uint16_t* w, int64_t ldw, const float* a, int64_t lda,
     }
 #pragma GCC unroll 2
     for (int r = 0; r < kPairs; ++r) {
-      const __m512i even = _mm512_loadu_si512(p + 2 * r * ld);
+      const __m512i even = _mm512_loadu_si512(rows + 2 * r * ld);
       const __m512i odd =
-          2 * r + 1 < R ? _mm512_loadu_si512(p + (2 * r + 1) * ld) : _mm512_setzero_si512();
+          2 * r + 1 < R ? _mm512_loadu_si512(rows + (2 * r + 1) * ld) : _mm512_setzero_si512();
       const __m512i pairs[2] = {first_pairs(even, odd), last_pairs(even, odd)};
 #pragma GCC unroll 4
       for (int t = 0; t < M; ++t) {
@@ -548,23 +431,15 @@ void pair_rank_tile(const uint16_t* w, int64_t ldw, const float* a, int64_t lda,
   }
 }
 
-inline void pair_rank_update(int rows, int64_t tokens, const uint16_t* w, int64_t ldw,
-                             const float* a, int64_t lda, float* c, int64_t ldc, int64_t n,
-                             bool accumulate) {
-  const auto all = [&]<int R>(const uint16_t* q, const float* b, bool add) {
+void bf16_outer(const OuterParams<float>& p) {
+  const auto all = [&]<int R>(int row, bool accumulate) {
     int64_t t = 0;
-    for (; t + 4 <= tokens; t += 4) {
-      pair_rank_tile<4, R>(q, ldw, b + t * lda, lda, c + t * ldc, ldc, n, add);
-    }
-    for (; t < tokens; ++t) {
-      pair_rank_tile<1, R>(q, ldw, b + t * lda, lda, c + t * ldc, ldc, n, add);
-    }
+    for (; t + 4 <= p.tokens; t += 4) bf16_outer_tile<4, R>(p, t, row, accumulate);
+    for (; t < p.tokens; ++t) bf16_outer_tile<1, R>(p, t, row, accumulate);
   };
-  if (rows == kRankRows) return all.template operator()<kRankRows>(w, a, accumulate);
+  if (p.rows == kOuterRows) return all.template operator()<kOuterRows>(0, p.accumulate);
   int r = 0;
-  for (; r + 2 <= rows; r += 2) {
-    all.template operator()<2>(w + r * ldw, a + r / 2, accumulate || r > 0);
-  }
-  if (r < rows) all.template operator()<1>(w + r * ldw, a + r / 2, accumulate || r > 0);
+  for (; r + 2 <= p.rows; r += 2) all.template operator()<2>(r, p.accumulate || r > 0);
+  if (r < p.rows) all.template operator()<1>(r, p.accumulate || r > 0);
 }
 #endif

@@ -1,5 +1,6 @@
-// Register tiles: products of a broadcast block and a panel, of copies (micro) or of weights packed
-// ahead of time (panel_tile, panel_streams). Included by kernels-inl.h, inside its namespace.
+// The microkernels of GEMM: elements of A are broadcast, vectors of B are loaded from memory as it
+// lies or from a panel, just packed (micro) or packed ahead of time (packed_tile, packed_streams).
+// Included by kernels-inl.h, inside its namespace.
 
 // acc + a * b, where a is the same element in every lane; a pair adds both of its products. kSums
 // as of add_one_of.
@@ -31,14 +32,13 @@ inline Vec<T> add_product(Vec<T> acc, const T* a, Vec<T> b) {
 // of b. AVX2: 6 x 2 accumulators + 2 + 1 of 16 registers, and 12 FMAs cover the latency (4) times
 // the ports (2). AVX-512: 14 x 2 + 2 + 1 of 32.
 // kCopy: the vectors of b are also written to `copy`, as whole panels.
-template <class T, class S, int M, int NV, bool kColumnForm, bool kCopy>
-[[gnu::always_inline]] inline void micro_of(int64_t kc, const T* a, const T* b, T* c, int64_t ldc,
-                                            bool accumulate, TileHints& hints,
-                                            [[maybe_unused]] T* copy) {
+template <class T, class S, int M, int NV, bool kColumnMajor, bool kCopy>
+[[gnu::always_inline]] inline void micro_of(int64_t kc, const T* a, const T* b, TileOut<T> out,
+                                            TileOptions& options, [[maybe_unused]] T* copy) {
   constexpr int W = kLanes<T>;
-  constexpr int64_t kStrideI = kColumnForm ? 1 : kLda;
-  const int64_t step_a = kColumnForm ? hints.lda : 1;
-  const int64_t step_b = hints.ldb != TileHints::kWholePanels ? hints.ldb : NV * W;
+  constexpr int64_t kStrideI = kColumnMajor ? 1 : kLda;
+  const int64_t step_a = kColumnMajor ? options.lda : 1;
+  const int64_t step_b = options.ldb != TileOptions::kPacked ? options.ldb : NV * W;
   Vec<T> acc[M][NV];
 #pragma GCC unroll 32
   for (int i = 0; i < M; ++i) {
@@ -66,7 +66,7 @@ template <class T, class S, int M, int NV, bool kColumnForm, bool kCopy>
   // A count of steps that the compiler knows: with an unknown one it kept the sums on the stack.
   int64_t k = 0;
   for (; k + kPrefetchStep <= kc; k += kPrefetchStep) {
-    fetch(hints);
+    prefetch_step(options);
 #pragma GCC unroll 2
     for (int64_t i = 0; i < kPrefetchStep; ++i) step();
   }
@@ -74,43 +74,41 @@ template <class T, class S, int M, int NV, bool kColumnForm, bool kCopy>
 #pragma GCC unroll 32
   for (int i = 0; i < M; ++i) {
 #if defined(__AVX512BF16__) && MOE_VEC_BYTES == 64
-    if constexpr (kColumnForm && NV == 2 && __is_same(S, Pair)) {
-      if (hints.half) {
-        auto* out = reinterpret_cast<__m512i*>(reinterpret_cast<uint16_t*>(c) + i * ldc);
+    if constexpr (kColumnMajor && NV == 2 && __is_same(S, Pair)) {
+      if (options.bf16_out) {
+        auto* to = reinterpret_cast<__m512i*>(reinterpret_cast<uint16_t*>(out.c) + i * out.ldc);
         const __m512i line = narrow_two(acc[i][0], acc[i][1]);
-        hints.stream ? _mm512_stream_si512(out, line) : _mm512_storeu_si512(out, line);
+        options.stream ? _mm512_stream_si512(to, line) : _mm512_storeu_si512(to, line);
         continue;
       }
     }
 #endif
 #pragma GCC unroll 2
     for (int v = 0; v < NV; ++v) {
-      T* out = c + i * ldc + v * W;
+      T* to = out.c + i * out.ldc + v * W;
 #if defined(__AVX2__)
-      if constexpr (kColumnForm && NV * MOE_VEC_BYTES >= 64) {
-        // A row of the tile is whole cache lines: written past the cache, they need not be read
-        // first.
-        if (hints.stream) {
-          stream(out, acc[i][v]);
+      if constexpr (kColumnMajor && NV * MOE_VEC_BYTES >= 64) {
+        // A row of the tile is whole cache lines: non-temporal stores do not read them first.
+        if (options.stream) {
+          stream(to, acc[i][v]);
           continue;
         }
       }
 #endif
-      store<T>(out, accumulate ? load<T>(out) + acc[i][v] : acc[i][v]);
+      store<T>(to, out.accumulate ? load<T>(to) + acc[i][v] : acc[i][v]);
     }
   }
 }
 
-template <class T, class S, int M, int NV, bool kColumnForm>
-void micro(int64_t kc, const T* a, const T* b, T* c, int64_t ldc, bool accumulate,
-           TileHints& hints) {
-  micro_of<T, S, M, NV, kColumnForm, false>(kc, a, b, c, ldc, accumulate, hints, nullptr);
+template <class T, class S, int M, int NV, bool kColumnMajor>
+void micro(int64_t kc, const T* a, const T* b, TileOut<T> out, TileOptions& options) {
+  micro_of<T, S, M, NV, kColumnMajor, false>(kc, a, b, out, options, nullptr);
 }
 
 template <class T, int M, int NV>
-void copying_micro(int64_t kc, const T* a, const T* b, T* c, int64_t ldc, bool accumulate,
-                   TileHints& hints, T* copy) {
-  micro_of<T, T, M, NV, false, true>(kc, a, b, c, ldc, accumulate, hints, copy);
+void copying_micro(int64_t kc, const T* a, const T* b, TileOut<T> out, TileOptions& options,
+                   T* copy) {
+  micro_of<T, T, M, NV, false, true>(kc, a, b, out, options, copy);
 }
 
 // What panel_vector keeps of a pair: the high half of bfloat16, the low one of float16.
@@ -144,25 +142,26 @@ constexpr int kTileLines = MOE_VEC_BYTES == 64 ? 2 : 1;
 // kGroup: steps that share a prefetch. A function of its own, of one loop: with two in one function
 // the compiler keeps sums on the stack.
 template <class T, class S, int M, int kGroup>
-[[gnu::noinline]] void panel_tile_of(int64_t kc, const T* a, const void* panel_data, T* c,
-                                     int64_t ldc, bool accumulate, const char* ahead, int64_t far,
-                                     int64_t ahead_step) {
+[[gnu::noinline]] void packed_tile_of(int64_t kc, const T* a, const void* panel_data,
+                                      TileOut<T> out,
+                                      typename PackedGemmKernels<T>::Prefetch prefetch) {
   constexpr int W = kLanes<T>;
   constexpr int kPair = sizeof(S) == sizeof(T) ? 1 : 2;  // steps of k that lie side by side
-  // One chain of sums an element, as in panel_streams: which of the two takes a panel depends on
+  // One chain of sums an element, as in packed_streams: which of the two takes a panel depends on
   // how items are cut, and so on the number of threads.
   Vec<T> acc[M][2];
 #pragma GCC unroll 32
   for (int i = 0; i < M; ++i) acc[i][0] = acc[i][1] = Vec<T>{};
-  ahead_step *= kGroup;
+  const char* next = prefetch.next;
+  const int64_t next_step = prefetch.step * kGroup;
   const S* panel = static_cast<const S*>(panel_data);
 #if MOE_VEC_BYTES == 64
 #pragma GCC unroll 2
 #endif
   for (int64_t k = 0; k < kc; k += kGroup * kPair) {
 #pragma GCC unroll 2
-    for (int s = 0; s < kTileLines; ++s) __builtin_prefetch(ahead + s * far, 0, 2);
-    ahead += ahead_step;
+    for (int s = 0; s < kTileLines; ++s) __builtin_prefetch(next + s * prefetch.half, 0, 2);
+    next += next_step;
 #pragma GCC unroll 4
     for (int g = 0; g < kGroup; ++g) {
 #pragma GCC unroll 2
@@ -185,26 +184,24 @@ template <class T, class S, int M, int kGroup>
   for (int i = 0; i < M; ++i) {
 #pragma GCC unroll 2
     for (int v = 0; v < 2; ++v) {
-      T* out = c + i * ldc + v * W;
-      store<T>(out, accumulate ? load<T>(out) + acc[i][v] : acc[i][v]);
+      T* to = out.c + i * out.ldc + v * W;
+      store<T>(to, out.accumulate ? load<T>(to) + acc[i][v] : acc[i][v]);
     }
   }
 }
 
-// Where a step is a line of a panel or less and several tiles share what they ask for, a prefetch a
-// step would ask for each line many times: four steps of k share one, if it asks for all that is
-// due.
+// Where a step is a line of a panel or less and several tiles share the prefetches, one a step
+// would fetch each line many times: four steps of k share one, if that covers all that is due.
 template <class T, class S, int M>
-void panel_tile(int64_t kc, const T* a, const void* panel, T* c, int64_t ldc, bool accumulate,
-                const char* ahead, int64_t far, int64_t ahead_step) {
+void packed_tile(int64_t kc, const T* a, const void* panel, TileOut<T> out,
+                 typename PackedGemmKernels<T>::Prefetch prefetch) {
   if constexpr (MOE_VEC_BYTES < 64) {
     constexpr int kSteps = 4, kGroup = sizeof(S) == sizeof(T) ? kSteps : kSteps / 2;
-    if (kc % kSteps == 0 && kGroup * ahead_step <= 64) {
-      return panel_tile_of<T, S, M, kGroup>(kc, a, panel, c, ldc, accumulate, ahead, far,
-                                            ahead_step);
+    if (kc % kSteps == 0 && kGroup * prefetch.step <= 64) {
+      return packed_tile_of<T, S, M, kGroup>(kc, a, panel, out, prefetch);
     }
   }
-  panel_tile_of<T, S, M, 1>(kc, a, panel, c, ldc, accumulate, ahead, far, ahead_step);
+  packed_tile_of<T, S, M, 1>(kc, a, panel, out, prefetch);
 }
 
 template <class T, class S>
@@ -220,26 +217,26 @@ void widen_panel(int64_t kc, const void* panel_data, T* dst) {
   }
 }
 
-// Rows that panel_streams takes. Registers would hold the sums of two panels for 7 with AVX-512,
-// but from 6 on tiles that ask ahead are faster.
+// Rows that packed_streams takes. Registers would hold the sums of two panels for 7 with AVX-512,
+// but from 6 on tiles that prefetch are faster.
 constexpr int kStreamRows = MOE_VEC_BYTES == 64 ? 5 : 3;
 
 // Several panels at once for m rows: the hardware prefetcher follows each, and together they reach
-// the memory bandwidth that one stream does not. Where the prefetcher is late, kAhead asks ahead of
-// it (Kernels::stream_ahead). No more panels than registers hold sums of: 12 vectors with AVX2, 24
-// with AVX-512.
+// the memory bandwidth that one stream does not. Where the prefetcher is late, kPrefetch goes ahead
+// of it. No more panels than registers hold sums of: 12 vectors with AVX2, 24 with AVX-512.
 constexpr int num_panel_streams(int m) {
   const int panels = MOE_MR2 / m;
   return panels >= 4 ? 4 : panels >= 2 ? 2 : 1;
 }
 
-template <class T, class S, int M, bool kAhead>
-void panel_streams(int64_t kc, const T* a, const void* panel_data, int64_t stride, T* const* c,
-                   int64_t ldc, bool accumulate, [[maybe_unused]] int64_t ahead) {
+template <class T, class S, int M, bool kPrefetch>
+void packed_streams(int64_t kc, const T* a, typename PackedGemmKernels<T>::Panels panels,
+                    TileOut<T* const> out) {
   constexpr int W = kLanes<T>, kStreams = num_panel_streams(M);
   constexpr int kPair = sizeof(S) == sizeof(T) ? 1 : 2;  // steps of k that lie side by side
   Vec<T> acc[kStreams][M][2] = {};
-  const char* panel = static_cast<const char*>(panel_data);
+  const char* panel = static_cast<const char*>(panels.first);
+  const int64_t stride = panels.stride;
   // Three rows with AVX2: 12 sums, two vectors, an element of a and the mask are 16 registers, but
   // the compiler kept one or two sums on the stack, where each step waits for the one before. So
   // elements of a are loaded anew for each panel, and the mask is in memory, behind a pointer of
@@ -252,10 +249,10 @@ void panel_streams(int64_t kc, const T* a, const void* panel_data, int64_t strid
 #pragma GCC unroll 4
     for (int s = 0; s < kStreams; ++s) {
       const S* p = reinterpret_cast<const S*>(panel + s * stride);
-      if constexpr (kAhead) {
+      if constexpr (kPrefetch) {
 #pragma GCC unroll 2
         for (int64_t line = 0; line < 2 * MOE_VEC_BYTES; line += 64) {
-          __builtin_prefetch(panel + s * stride + ahead + line, 0, 2);
+          __builtin_prefetch(panel + s * stride + panels.distance + line, 0, 2);
         }
       }
 #pragma GCC unroll 2
@@ -279,9 +276,104 @@ void panel_streams(int64_t kc, const T* a, const void* panel_data, int64_t strid
     for (int i = 0; i < M; ++i) {
 #pragma GCC unroll 2
       for (int v = 0; v < 2; ++v) {
-        T* out = c[s] + i * ldc + v * W;
-        store<T>(out, accumulate ? load<T>(out) + acc[s][i][v] : acc[s][i][v]);
+        T* to = out.c[s] + i * out.ldc + v * W;
+        store<T>(to, out.accumulate ? load<T>(to) + acc[s][i][v] : acc[s][i][v]);
       }
     }
   }
+}
+
+template <class T, class S, int NV, bool kColumnMajor, int kMost, int M = 1>
+void fill_micro(MicroKernel<T>* table) {
+  if constexpr (M <= kMost) {
+    table[M - 1] = &micro<T, S, M, NV, kColumnMajor>;
+    fill_micro<T, S, NV, kColumnMajor, kMost, M + 1>(table);
+  }
+}
+
+template <class T, class S>
+void fill_micro(MicroKernel<T> (*row_a)[kMaxMr], MicroKernel<T> (*col_a)[kMaxMr]) {
+  fill_micro<T, S, 1, false, MOE_MR1>(row_a[0]);
+  fill_micro<T, S, 2, false, MOE_MR2>(row_a[1]);
+  fill_micro<T, S, 1, true, MOE_MR1>(col_a[0]);
+  fill_micro<T, S, 2, true, MOE_MR2>(col_a[1]);
+}
+
+template <class T, int NV, int M = 1>
+void fill_copying_micro(typename GemmTiles<T>::Copying* table) {
+  if constexpr (M <= MOE_MR2) {
+    table[M - 1] = &copying_micro<T, M, NV>;
+    fill_copying_micro<T, NV, M + 1>(table);
+  }
+}
+
+template <class T, class S, int M = 1>
+void fill_packed(typename PackedGemmKernels<T>::Tile* tile,
+                 typename PackedGemmKernels<T>::Streams (*streams)[kMaxStreamRows]) {
+  if constexpr (M <= MOE_MR2) {
+    tile[M - 1] = &packed_tile<T, S, M>;
+    if constexpr (M <= kStreamRows) {
+      streams[false][M - 1] = &packed_streams<T, S, M, false>;
+      streams[true][M - 1] = &packed_streams<T, S, M, true>;
+    }
+    fill_packed<T, S, M + 1>(tile, streams);
+  }
+}
+
+template <class S>
+void fill_packed_half(PackedGemmKernels<float>& k, DType type, int widen_tiles) {
+  const int i = static_cast<int>(type);
+  fill_packed<float, S>(k.tile[i], k.streams[i]);
+  k.widen[i] = &widen_panel<float, S>;
+  k.widen_tiles[i] = widen_tiles;
+}
+
+template <class T>
+void fill_gemm(GemmKernels<T>& k) {
+#if !defined(MOE_BASE)
+  k.lanes = kLanes<T>;
+  k.mr1 = MOE_MR1;
+  k.mr2 = MOE_MR2;
+  k.streams = MOE_VEC_BYTES >= 32;
+  fill_micro<T, T>(k.row_a, k.col_a);
+  fill_copying_micro<T, 1>(k.copying_row_a[0]);
+  fill_copying_micro<T, 2>(k.copying_row_a[1]);
+  k.pack_b = &pack_b<T>;
+  k.transpose = &transpose<T>;
+
+  k.packed.prefetch_lines = kTileLines;
+  k.packed.stream_rows = kStreamRows;
+  for (int m = 1; m <= kStreamRows; ++m) k.packed.num_streams[m - 1] = num_panel_streams(m);
+  const int own = static_cast<int>(kAccumulate<T>);
+  fill_packed<T, T>(k.packed.tile[own], k.packed.streams[own]);
+  if constexpr (sizeof(T) == 4) {
+    fill_packed_half<Bf16>(k.packed, DType::kBFloat16, MOE_VEC_BYTES == 64 ? 0 : 9);
+    fill_packed_half<Fp16>(k.packed, DType::kFloat16, MOE_VEC_BYTES == 64 ? 2 : 3);
+    k.blocked_gemv.run_widening = &blocked_gemv_widening;
+  }
+
+  k.gemv.run = &gemv<T>;
+  k.gemv.max_tokens = MOE_DOT_TOKENS;
+  k.gemv.max_rows = MOE_DOT_MAX_ROWS;
+  k.blocked_gemv.run = &blocked_gemv<T, T>;
+  k.blocked_gemv.reduce = &reduce_lanes<T>;
+  k.blocked_gemv.max_tokens = kBlockedTokens;
+  k.blocked_gemv.max_rows = kBlockedMaxRows;
+  k.blocked_gemv.block_k = kBlockedBytes / static_cast<int64_t>(sizeof(T));
+  k.blocked_gemv.min_depth_per_row = {MOE_VEC_BYTES == 64 ? 12 : 20, MOE_VEC_BYTES == 64 ? 8 : 9,
+                                      32};  // NOTES.md
+  k.outer.run = &outer<T>;
+#endif
+#if defined(__AVX512BF16__) && MOE_VEC_BYTES == 64
+  if constexpr (sizeof(T) == 4) {
+    k.has_bf16 = true;
+    fill_micro<T, Pair>(k.bf16_row_a, k.bf16_col_a);
+    k.bf16_pack_b = &bf16_pack_b;
+    k.bf16_interleave = &bf16_interleave;
+    fill_packed<T, Pair>(k.packed.bf16_tile, k.packed.bf16_streams);
+    k.gemv.run_bf16 = &gemv_of<T, Pair>;
+    k.blocked_gemv.run_bf16 = &blocked_gemv<T, Pair>;
+    k.outer.run_bf16 = &bf16_outer;
+  }
+#endif
 }
