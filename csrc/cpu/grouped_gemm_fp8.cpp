@@ -5,7 +5,6 @@
 namespace moe_ops::cpu {
 
 void grouped_gemm_fp8(const GroupedGemmFp8Params& p, const Parallel& par) {
-  const GemmKernels<float>& k = gemm_kernels<float>();
   Fp8Desc d;
   d.expert_offsets = p.expert_offsets;
   d.num_experts = p.num_experts;
@@ -21,9 +20,9 @@ void grouped_gemm_fp8(const GroupedGemmFp8Params& p, const Parallel& par) {
     char* out = static_cast<char*>(p.out.data) + (r * p.out.stride + f) * dtype_size(p.out.type);
     row_kernels<float>().store_row(p.out.type, values, out, n);
   };
-  const std::vector<Fp8Item> items = fp8_items(d, k, par.num_threads);
-  parallel_items(par, static_cast<int64_t>(items.size()), fp8_cost(d),
-                 [&](int64_t i) { run_fp8_item(d, k, items[i], keep); });
+  const std::vector<GemmItem> items = gemm_items(d, par.num_threads);
+  parallel_items(par, static_cast<int64_t>(items.size()), d.cost(),
+                 [&](int64_t i) { run_item(d, items[i], keep); });
 }
 
 }  // namespace moe_ops::cpu

@@ -40,7 +40,6 @@ void moe_ffn_fp8(const MoeFfnFp8Params& p, const Parallel& par) {
   ScratchScope scratch(ScratchScope::Keep::kUpTo256MiB);
   MoeFfnDesc s = p.desc;
   s.routing = sorted(scratch, s.routing);
-  const GemmKernels<float>& k = gemm_kernels<float>();
   const int64_t T = s.routing.num_tokens, I = s.intermediate_size, H = s.hidden_size;
   const int64_t H_blocks = ceil_div(H, kFp8Block), I_blocks = ceil_div(I, kFp8Block);
   const int64_t rows = s.routing.num_valid_rows();
@@ -93,32 +92,32 @@ void moe_ffn_fp8(const MoeFfnFp8Params& p, const Parallel& par) {
   const UnpermuteParams combine =
       combination(s.routing, out, DType::kFloat32, H,
                   s.apply_router_weight_on_input ? nullptr : s.topk_weights, p.y, p.x.type);
-  const std::vector<Fp8Item> up_items = fp8_items(up, k, par.num_threads);
-  const std::vector<Fp8Item> down_items = fp8_items(down, k, par.num_threads);
+  const std::vector<GemmItem> up_items = gemm_items(up, par.num_threads);
+  const std::vector<GemmItem> down_items = gemm_items(down, par.num_threads);
   const auto num_down = static_cast<int64_t>(down_items.size());
   const double token_cost = static_cast<double>(H) / 4 + 2;
   const int64_t token_chunk = std::max<int64_t>(1, chunk_length(T, token_cost));
   const int64_t sum_chunk = std::max<int64_t>(1, chunk_length(T, unpermute_cost(combine)));
-  Countdown tokens_left, down_left;
+  Latch tokens_left, down_left;
   tokens_left.add(ceil_div(T, token_chunk));
   down_left.add(num_down);
-  std::vector<Countdown> up_left(static_cast<size_t>(s.routing.num_experts));
-  for (const Fp8Item& it : up_items) up_left[it.expert].add();
-  Stages stages;
+  std::vector<Latch> up_left(static_cast<size_t>(s.routing.num_experts));
+  for (const GemmItem& it : up_items) up_left[it.expert].add();
+  TaskGraph stages;
   stages.add(ceil_div(T, token_chunk), token_cost * static_cast<double>(T), [&](int64_t i) {
     for (int64_t t = i * token_chunk; t < std::min(T, (i + 1) * token_chunk); ++t) {
       quantize_fp8_row(p.x.type, row_of(p.x, t), H, x_codes + t * H, x_scale + t * H_blocks);
     }
     tokens_left.done();
   });
-  stages.add(static_cast<int64_t>(up_items.size()), fp8_cost(up), [&](int64_t i) {
+  stages.add(static_cast<int64_t>(up_items.size()), up.cost(), [&](int64_t i) {
     if (!stages.wait(tokens_left)) return;
-    run_fp8_item(up, k, up_items[i], activate);
+    run_item(up, up_items[i], activate);
     up_left[up_items[i].expert].done();
   });
-  stages.add(num_down, fp8_cost(down), [&](int64_t i) {
+  stages.add(num_down, down.cost(), [&](int64_t i) {
     if (!stages.wait(up_left[down_items[i].expert])) return;
-    run_fp8_item(down, k, down_items[i], keep);
+    run_item(down, down_items[i], keep);
     down_left.done();
   });
   stages.add(ceil_div(T, sum_chunk), unpermute_cost(combine) * static_cast<double>(T),

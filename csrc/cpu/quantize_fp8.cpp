@@ -1,7 +1,8 @@
 #include "moe_ops/quantize_fp8.h"
 
-#include "cpu/gemm/plan.h"
+#include "cpu/gemm/desc.h"
 #include "cpu/gemm/quantize_fp8_row.h"
+#include "cpu/runtime/parallel.h"
 
 namespace moe_ops::cpu {
 

@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <map>
 #include <optional>
@@ -13,7 +14,8 @@
 #include <vector>
 
 #include "cpu/gemm/blocking.h"
-#include "cpu/gemm/pack.h"
+#include "cpu/gemm/heuristics.h"
+#include "cpu/gemm/prepack.h"
 #include "cpu/isa/isa.h"
 #include "cpu/isa/limits.h"
 #include "cpu/runtime/batch_invariant.h"
@@ -25,6 +27,20 @@
 
 namespace py = pybind11;
 using namespace moe_ops::cpu;
+
+namespace {
+
+moe_ops::DType dtype_of(const std::string& function, const std::string& dtype) {
+  const std::map<std::string, moe_ops::DType> types{{"float64", moe_ops::DType::kFloat64},
+                                                    {"float32", moe_ops::DType::kFloat32},
+                                                    {"bfloat16", moe_ops::DType::kBFloat16},
+                                                    {"float16", moe_ops::DType::kFloat16}};
+  const auto type = types.find(dtype);
+  if (type != types.end()) return type->second;
+  throw std::invalid_argument(function + ": dtype must be a float type, got " + dtype + ".");
+}
+
+}  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Build facts and the CPU instruction set of moe_ops.";
@@ -71,19 +87,41 @@ PYBIND11_MODULE(_C, m) {
                                                       {"bf16_flops", limits.bf16_flops},
                                                       {"read_bytes", limits.read_bytes}};
   });
+  // How the CPU multiplies the `rows` rows of an expert with a weight of that type and layout
+  // (dense_k, dense_features, packed, int8, int4, fp8): algorithm, operand and size of work items,
+  // at any target and on a processor of Intel's or another.
+  m.def(
+      "cpu_gemm_config",
+      [](const std::string& dtype, const std::string& layout, int64_t rows, int64_t features,
+         int64_t in_features, const std::string& isa, bool intel, bool halves, bool invariant) {
+        constexpr std::array kLayouts = {"dense_k", "dense_features", "packed",
+                                         "int8",    "int4",           "fp8"};
+        const auto at = std::find(kLayouts.begin(), kLayouts.end(), layout);
+        const std::vector<std::string> isas = supported_isas();
+        const auto target = std::find(isas.begin(), isas.end(), isa);
+        if (at == kLayouts.end() || target == isas.end()) {
+          throw std::invalid_argument("cpu_gemm_config: layout and isa must be known here, got " +
+                                      layout + " and " + isa + ".");
+        }
+        GemmShape s;
+        s.b = static_cast<GemmShape::B>(at - kLayouts.begin());
+        s.type = dtype_of("cpu_gemm_config", dtype);
+        s.even = in_features % 2 == 0;
+        s.segments = halves ? 2 : 1;
+        s.features = s.range = features / s.segments;
+        s.in_features = in_features;
+        s.invariant = invariant;
+        return gemm_config(s, moe_ops::accumulate_type(s.type), rows,
+                           static_cast<Isa>(target - isas.begin()), intel);
+      },
+      py::arg("dtype"), py::arg("layout"), py::arg("rows"), py::arg("features"),
+      py::arg("in_features"), py::arg("isa"), py::arg("intel"), py::arg("halves") = false,
+      py::arg("invariant") = false);
   // Bytes of one expert [O, K] as pack_experts lays it out.
   m.def("packed_expert_bytes",
         [](const std::string& dtype, int64_t out_features, int64_t in_features, bool halves) {
-          const std::map<std::string, moe_ops::DType> types{{"float64", moe_ops::DType::kFloat64},
-                                                            {"float32", moe_ops::DType::kFloat32},
-                                                            {"bfloat16", moe_ops::DType::kBFloat16},
-                                                            {"float16", moe_ops::DType::kFloat16}};
-          const auto type = types.find(dtype);
-          if (type == types.end()) {
-            throw std::invalid_argument("packed_expert_bytes: dtype must be a float type, got " +
-                                        dtype + ".");
-          }
-          return packed_expert_bytes(type->second, out_features, in_features, halves ? 2 : 1);
+          return packed_expert_bytes(dtype_of("packed_expert_bytes", dtype), out_features,
+                                     in_features, halves ? 2 : 1);
         });
   // The tile that a stage of moe_ffn gets: n columns of its result, sums of k. Needs no card.
   m.def(

@@ -1,9 +1,21 @@
 // bfloat16 products on AMX: forward, gradient of the tokens, gradient of the weights.
 #pragma once
 
-#include "cpu/gemm/plan.h"
+#include <vector>
+
+#include "cpu/gemm/items.h"
+#include "cpu/gemm/pack_b.h"
+#include "cpu/gemm/prepack.h"
 
 namespace moe_ops::cpu {
+
+// Depth of the blocks of weights that amx_row_major_item packs: 256 x 512 in bfloat16 are 256 KiB
+// of L2, and 256 steps of k amortise loading and storing the sums.
+constexpr int64_t kAmxKc = 256;
+// How far ahead of itself a tile prefetches packed weights.
+constexpr int64_t kAmxPrefetch = 2048;
+// Weight gradients from this size on will not be found in a cache again by whoever reads them.
+constexpr int64_t kStreamBytes = int64_t{8} << 20;
 
 // The rows of an item as bfloat16, `ld` apart, with zeros in columns K to `depth` and in rows m to
 // padded_m.
@@ -19,8 +31,8 @@ inline void load_bf16_rows(const GemmDesc<float>& d, const GemmItem& it, int64_t
 }
 
 template <class Epilogue>
-void amx_panel_item(const GemmDesc<float>& d, const GemmKernels<float>& k, const GemmItem& it,
-                    const Epilogue& fn) {
+void amx_packed_b_item(const GemmDesc<float>& d, const GemmKernels<float>& k, const GemmItem& it,
+                       const Epilogue& fn) {
   const PanelLayout layout =
       panel_layout(d.b.type, d.features * d.segments, d.in_features, d.segments);
   const int64_t P = layout.width, depth = layout.depth;
@@ -41,7 +53,7 @@ void amx_panel_item(const GemmDesc<float>& d, const GemmKernels<float>& k, const
     for (int64_t j = 0; j < padded_n; j += P) {
       for (int s = 0; s < d.segments; ++s, panel += layout.panel_bytes) {
         TileOptions next;
-        next.base = panel + kAmxBytesAhead;
+        next.base = panel + kAmxPrefetch;
         next.rows = 1;
         next.bytes = layout.panel_bytes;
         next.spread(depth / 32, k.prefetch_halves);
@@ -60,8 +72,8 @@ void amx_panel_item(const GemmDesc<float>& d, const GemmKernels<float>& k, const
 }
 
 template <class Epilogue>
-void amx_rows_item(const GemmDesc<float>& d, const GemmKernels<float>& k, const GemmItem& it,
-                   const Epilogue& fn) {
+void amx_pack_tokens_item(const GemmDesc<float>& d, const GemmKernels<float>& k, const GemmItem& it,
+                          const Epilogue& fn) {
   const int64_t K = d.in_features, m = it.row_end - it.row_begin;
   const int64_t padded_m = round_up<int64_t>(m, 16), token_tiles = padded_m / 16;
   // Pairs of k are 32-bit elements, so the transposition of floats puts 16 tokens side by side.
@@ -113,8 +125,8 @@ void amx_rows_item(const GemmDesc<float>& d, const GemmKernels<float>& k, const 
 }
 
 template <class Epilogue>
-void amx_nn_item(const GemmDesc<float>& d, const GemmKernels<float>& k, const GemmItem& it,
-                 const Epilogue& fn) {
+void amx_row_major_item(const GemmDesc<float>& d, const GemmKernels<float>& k, const GemmItem& it,
+                        const Epilogue& fn) {
   const int64_t K = d.in_features, depth = round_up<int64_t>(K, 32);
   const int64_t m = it.row_end - it.row_begin, padded_m = round_up<int64_t>(m, 16);
   const int64_t n = it.feature_end - it.feature_begin, padded_n = round_up<int64_t>(n, 32);
@@ -136,7 +148,7 @@ void amx_nn_item(const GemmDesc<float>& d, const GemmKernels<float>& k, const Ge
     for (int s = 0; s < d.segments; ++s) {
       const int64_t panel_stride = kc * 32 + 2 * kPanelPad;
       k.bf16_pack_b(rows, s * d.features, kc, n, panels, panel_stride);
-      // The tiles fetch the next block of weights, as in nn_item.
+      // The tiles prefetch the next block of weights, as in row_major_item.
       const bool same_k = s + 1 < d.segments;
       const int64_t next_k = same_k ? k0 : k0 + kAmxKc;
       TileOptions next;
@@ -212,7 +224,7 @@ inline void amx_wgrad_item(const GroupedWgradParams& p, const GemmKernels<float>
   const bool large = !p.accumulate && p.out_type == DType::kBFloat16 &&
                      p.num_experts * O * J * size >= kStreamBytes;
   TileOptions none;
-  const int64_t j_block = balanced(J, kAmxNnFeatures, 32);
+  const int64_t j_block = balanced(J, kAmxRowMajorFeatures, 32);
   auto* copies = scratch.take<uint16_t>(Scratch::kPackA, depth * j_block);
   float* widened = scratch.take<float>(Scratch::kRowAsFloat, j_block);
   const int64_t panel_stride = depth * 32 + 2 * kPanelPad, widest = round_up<int64_t>(j_block, 32);

@@ -3,7 +3,8 @@
 #include <limits>
 
 #include "cpu/gemm/fp8.h"
-#include "cpu/gemm/plan.h"
+#include "cpu/gemm/gemm.h"
+#include "cpu/gemm/heuristics.h"
 #include "cpu/gemm/token_blocks.h"
 #include "cpu/gemm/wgrad.h"
 #include "cpu/kernels/router.h"
@@ -77,10 +78,10 @@ std::vector<BlockSize> block_sizes() {
       MOE_SIZE("gemm", "rows", kRowBlock),
       MOE_SIZE("gemm", "rows", kKeptRows),
       MOE_SIZE("gemm", "rows", kPanelRowBlock),
-      MOE_SIZE("gemm", "rows", kNnNarrowRows),
+      MOE_SIZE("gemm", "rows", kRowMajorNarrowRows),
       MOE_SIZE("gemm", "rows", kAmxMinRows),
-      MOE_SIZE("gemm", "rows", kRankMaxRows),
-      MOE_SIZE("gemm", "rows", kStreamAheadRows),
+      MOE_SIZE("gemm", "rows", kOuterMaxRows),
+      MOE_SIZE("gemm", "rows", kStreamPrefetchRows),
       MOE_SIZE("gemm", "rows", kMaxStreamRows),
       MOE_SIZE("gemm", "rows", kMaxMr),
       {"gemm", "rows", "16 kAmxTokenTiles", 16 * kAmxTokenTiles},
@@ -89,10 +90,10 @@ std::vector<BlockSize> block_sizes() {
       MOE_SIZE("gemm", "features", kPanelFeatureBlock),
       MOE_SIZE("gemm", "features", kStreamFeatureBlock),
       MOE_SIZE("gemm", "features", kAmxFeatureBlock),
-      MOE_SIZE("gemm", "features", kPanelFeatures),
-      MOE_SIZE("gemm", "features", kNnFeatures),
-      {"gemm", "features", "kNnFeatures / 2", kNnFeatures / 2},
-      MOE_SIZE("gemm", "features", kAmxNnFeatures),
+      MOE_SIZE("gemm", "features", kPackedFeatures),
+      MOE_SIZE("gemm", "features", kRowMajorFeatures),
+      {"gemm", "features", "kRowMajorFeatures / 2", kRowMajorFeatures / 2},
+      MOE_SIZE("gemm", "features", kAmxRowMajorFeatures),
       MOE_SIZE("gemm", "features", kGemvFeatures),
       {"gemm", "features", "kPageBytes, float32", kPageBytes / kFloat},
       {"gemm", "features", "kPageBytes, float64", kPageBytes / kDouble},
@@ -108,9 +109,11 @@ std::vector<BlockSize> block_sizes() {
        kWholeDepthBytes / (kRowBlock * kLda * kFloat) * kKc},
       {"gemm", "depth", "kWholeDepthBytes, float64",
        kWholeDepthBytes / (kRowBlock * kLda * kDouble) * kKc},
-      {"gemm", "depth", "kDotKeptBytes, float32", kDotKeptBytes / (kGemvFeatures * kFloat)},
-      {"gemm", "depth", "kNnBlockBytes, widest", kNnBlockBytes / (kNnFeatures * kFloat)},
-      {"gemm", "depth", "kNnBlockBytes, narrow", kNnBlockBytes / (kNnFeatures / 2 * kFloat)},
+      {"gemm", "depth", "kKeptWeightBytes, float32", kKeptWeightBytes / (kGemvFeatures * kFloat)},
+      {"gemm", "depth", "kRowMajorBlockBytes, widest",
+       kRowMajorBlockBytes / (kRowMajorFeatures * kFloat)},
+      {"gemm", "depth", "kRowMajorBlockBytes, narrow",
+       kRowMajorBlockBytes / (kRowMajorFeatures / 2 * kFloat)},
       MOE_SIZE("gemm", "weights", kKeptElements),
       {"gemm", "weights", "kMostUnpackedBytes", kMostUnpackedBytes / kFloat},
       // Gradients of weights: rows are summed over, depth is the length of a row of the result.
@@ -126,7 +129,7 @@ std::vector<BlockSize> block_sizes() {
       MOE_SIZE("wgrad", "result_bytes", kStreamBytes),
       // Weights of 8 and 4 bits.
       MOE_SIZE("quant", "rows", kQuantMaxRows),
-      MOE_SIZE("quant", "rows", kMinDot8Rows),
+      MOE_SIZE("quant", "rows", kMinW8Rows),
       MOE_SIZE("quant", "features", kQuantFeatures),
       MOE_SIZE("quant", "features", kQuantNarrowFeatures),
       MOE_SIZE("quant", "features", kQuantPartFeatures),
@@ -134,10 +137,10 @@ std::vector<BlockSize> block_sizes() {
       MOE_SIZE("quant", "depth", kInt8Depth),
       {"quant", "depth", "kKc pairs", 2 * kKc},
       // e4m3.
-      MOE_SIZE("fp8", "rows", kFp8DotRows),
+      MOE_SIZE("fp8", "rows", kFp8GemvRows),
       MOE_SIZE("fp8", "rows", kFp8DotTokens),
       MOE_SIZE("fp8", "rows", kRowBlock),
-      MOE_SIZE("fp8", "features", kFp8DotFeatures),
+      MOE_SIZE("fp8", "features", kFp8GemvFeatures),
       MOE_SIZE("fp8", "features", kPanelFeatureBlock),
       MOE_SIZE("fp8", "features", kFp8Block),
       MOE_SIZE("fp8", "depth", kFp8Block),
@@ -151,7 +154,7 @@ std::vector<BlockSize> block_sizes() {
       MOE_SIZE("slots", "rows", kMinChunkRows),
       MOE_SIZE("slots", "rows", kKc),
       MOE_SIZE("slots", "weights", kMostBlockWeights),
-      {"ffn", "rows", "kRangeBytes", kRangeBytes / (kNnFeatures / 2 * kFloat)},
+      {"ffn", "rows", "kRangeBytes", kRangeBytes / (kRowMajorFeatures / 2 * kFloat)},
       MOE_SIZE("dense", "tokens", kDenseTokens),
       {"dense", "tokens", "kDensePartBlocks", 2 * kDensePartBlocks * kDenseTokens},
       {"dense", "tokens", "kDenseMostParts", kDenseMostParts * kDensePartBlocks * kDenseTokens},

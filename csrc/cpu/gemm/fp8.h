@@ -1,34 +1,22 @@
 // The grouped product of e4m3 operands. Blocks of 128 steps of k are products of the codes, which
 // float32 and bfloat16 hold exactly, in an accumulator of their own; scaled, they are added to the
-// sums. Few rows read weights as they lie (dot); more rows go through the register tiles: weight
-// rows, widened once a block of tokens, are the broadcast side, tokens the vectors.
+// sums. Few rows read weights as they lie; more rows go through the register tiles: weight rows,
+// decoded once a block of tokens, are A, and tokens are packed as B.
 #pragma once
 
 #include <algorithm>
 #include <vector>
 
-#include "cpu/gemm/plan.h"
-#include "cpu/runtime/batch_invariant.h"
+#include "cpu/gemm/items.h"
+#include "cpu/gemm/pack_b.h"
+#include "cpu/kernels/fp8.h"
 #include "moe_ops/grouped_gemm_fp8.h"
 
 namespace moe_ops::cpu {
 
-// Most rows of an expert for which every weight is widened anew for each kFp8DotTokens of them.
-constexpr int64_t kFp8DotRows = 4;
-// Width of such an item, as that of products of integers.
-constexpr int64_t kFp8DotFeatures = 2048;
-
-struct Fp8Desc {
-  const int32_t* expert_offsets;
-  int64_t num_experts;
-  int64_t features;          // per segment
-  int segments = 1;          // segment s starts at row s * features of b
-  int64_t feature_unit = 1;  // cuts between items fall on multiples of this
-  int64_t in_features;
+struct Fp8Desc : GemmProblem {
   Fp8Rows a;
   Fp8Matrices b;
-  // As in GemmDesc.
-  bool invariant = batch_invariant();
 
   int64_t blocks() const { return ceil_div(in_features, kFp8Block); }
   const uint8_t* row(int64_t r) const {
@@ -45,42 +33,23 @@ struct Fp8Desc {
   }
 };
 
-struct Fp8Item {
-  int64_t expert, row_begin, row_end, feature_begin, feature_end;
-};
+inline GemmConfig choose_config(const Fp8Desc& d, int64_t rows) {
+  GemmShape s;
+  s.b = GemmShape::B::kFp8;
+  s.features = s.range = d.features;
+  s.segments = d.segments;
+  s.in_features = d.in_features;
+  s.invariant = d.invariant;
+  return choose_config(s, gemm_kernels<float>(), quant_kernels(), rows);
+}
 
-inline std::vector<Fp8Item> fp8_items(const Fp8Desc& d, const GemmKernels<float>& k,
-                                      int num_threads) {
-  const int64_t E = d.num_experts, total = d.features * d.segments;
-  int64_t active = 0;
-  for (int64_t e = 0; e < E; ++e) active += d.expert_offsets[e + 1] > d.expert_offsets[e];
-  std::vector<Fp8Item> items;
-  if (d.features == 0) return items;
-  for (int64_t e = 0; e < E; ++e) {
-    const int64_t begin = d.expert_offsets[e], end = d.expert_offsets[e + 1];
-    if (begin == end) continue;
-    const bool few = end - begin <= kFp8DotRows;
-    const int64_t row_blocks = ceil_div(end - begin, kRowBlock);
-    const int64_t rows = balanced(end - begin, kRowBlock, k.lanes);
-    int64_t feature_blocks = ceil_div(total, few ? kFp8DotFeatures : kPanelFeatureBlock);
-    if (num_threads > 1) {
-      const int64_t wanted = ceil_div<int64_t>(8 * num_threads, active * row_blocks);
-      feature_blocks = std::max(feature_blocks, std::min(wanted, std::max<int64_t>(1, total / 64)));
-    }
-    const int64_t features =
-        balanced(d.features, std::max<int64_t>(1, ceil_div(d.features, feature_blocks)),
-                 std::max<int64_t>(d.feature_unit, 4));
-    for (int64_t f = 0; f < d.features; f += features) {
-      for (int64_t r = begin; r < end; r += rows) {
-        items.push_back({e, r, std::min(end, r + rows), f, std::min(d.features, f + features)});
-      }
-    }
-  }
-  return items;
+inline std::vector<GemmItem> gemm_items(const Fp8Desc& d, int num_threads) {
+  return gemm_items(d, num_threads, 0, d.features,
+                    [&](int64_t rows) { return choose_config(d, rows); });
 }
 
 // The codes of an item's rows as numbers, `ldx` apart with zeros at their ends, and their scales.
-inline void decode_rows(const Fp8Desc& d, const Fp8Item& it, float* x, int64_t ldx,
+inline void decode_rows(const Fp8Desc& d, const GemmItem& it, float* x, int64_t ldx,
                         const float** x_scale) {
   const int64_t K = d.in_features;
   for (int64_t t = 0; t < it.row_end - it.row_begin; ++t) {
@@ -91,17 +60,17 @@ inline void decode_rows(const Fp8Desc& d, const Fp8Item& it, float* x, int64_t l
 }
 
 template <class Epilogue>
-void fp8_dot_item(const Fp8Desc& d, const GemmKernels<float>& k, const Fp8Item& it,
-                  const Epilogue& fn) {
+void fp8_gemv_item(const Fp8Desc& d, const GemmKernels<float>& k, const GemmItem& it,
+                   const Epilogue& fn) {
   const int64_t m = it.row_end - it.row_begin, n = it.feature_end - it.feature_begin;
   const int64_t K = d.in_features, ldx = round_up<int64_t>(K, k.lanes);
   ScratchScope scratch;
   float* x = scratch.take<float>(Scratch::kTokens, m * ldx);
-  const float* x_scale[kFp8DotRows];
+  const float* x_scale[kFp8GemvRows];
   decode_rows(d, it, x, ldx, x_scale);
   const int64_t ldo = n * d.segments;
   float* out = scratch.take<float>(Scratch::kTile, m * ldo);
-  // Four long streams, as in dot_item.
+  // Four long streams, as in gemv_item.
   const int64_t quarter = n / kGemvFeatures;
   for (int s = 0; s < d.segments; ++s) {
     for (int64_t f = 0; f < quarter + n % kGemvFeatures; ++f) {
@@ -136,8 +105,8 @@ void fp8_dot_item(const Fp8Desc& d, const GemmKernels<float>& k, const Fp8Item& 
 
 // The same sums, to the bit, for more rows: each four rows of weights are widened once.
 template <class Epilogue>
-void fp8_strip_item(const Fp8Desc& d, const GemmKernels<float>& k, const Fp8Item& it,
-                    const Epilogue& fn) {
+void fp8_gemv_blocked_item(const Fp8Desc& d, const GemmKernels<float>& k, const GemmItem& it,
+                           const Epilogue& fn) {
   const int64_t m = it.row_end - it.row_begin, n = it.feature_end - it.feature_begin;
   const int64_t K = d.in_features, ldx = round_up<int64_t>(K, k.lanes) + kPanelPad / 2;
   ScratchScope scratch;
@@ -178,12 +147,12 @@ void fp8_strip_item(const Fp8Desc& d, const GemmKernels<float>& k, const Fp8Item
   }
 }
 
-template <bool kPairs, class Epilogue>
-void fp8_tile_item(const Fp8Desc& d, const GemmKernels<float>& k, const Fp8Item& it,
-                   const Epilogue& fn) {
-  constexpr int64_t kStep = kPairs ? 2 : 1;  // steps of k in an element
+template <class Op, class Epilogue>
+void fp8_pack_tokens_item(const Fp8Desc& d, const GemmKernels<float>& k, const GemmItem& it,
+                          const Epilogue& fn) {
+  constexpr int64_t kStep = Op::kSteps;
   constexpr int64_t kBlock = kFp8Block / kStep;
-  const auto& tiles = kPairs ? k.bf16_row_a : k.row_a;
+  const auto& tiles = Op::row_a(k);
   const int64_t W = k.lanes, K = d.in_features, k_blocks = d.blocks();
   const int64_t m = it.row_end - it.row_begin, n = it.feature_end - it.feature_begin;
   const int64_t total = n * d.segments;
@@ -207,7 +176,7 @@ void fp8_tile_item(const Fp8Desc& d, const GemmKernels<float>& k, const Fp8Item&
   };
   const auto widen = [&](const uint8_t* codes, int64_t b, float* dst) {
     const int64_t count = std::min(kFp8Block, K - b * kFp8Block);
-    if constexpr (kPairs) {
+    if constexpr (Op::kBf16) {
       auto* halves = reinterpret_cast<uint16_t*>(dst);
       fp8_kernels().decode_bf16(codes + b * kFp8Block, halves, count);
       if (count % 2 != 0) halves[count] = 0;
@@ -217,7 +186,7 @@ void fp8_tile_item(const Fp8Desc& d, const GemmKernels<float>& k, const Fp8Item&
   };
   const int64_t mr = padded_m == W ? k.mr1 : k.mr2;
   const int64_t blocks = ceil_div(total, mr);
-  const EvenParts tile_rows(total, blocks);
+  const BalancedPartition tile_rows(total, blocks);
   const auto feature_of = [&](int64_t i) { return i / n * d.features + it.feature_begin + i % n; };
   for (int64_t b0 = 0; b0 < k_blocks; b0 += chunk) {
     const int64_t b1 = std::min(k_blocks, b0 + chunk);
@@ -247,7 +216,7 @@ void fp8_tile_item(const Fp8Desc& d, const GemmKernels<float>& k, const Fp8Item&
           widen(d.weight(it.expert, feature_of(f)), b, a + (f - i0) * kLda);
           weight_scale[f - i0] = d.weight_scale(it.expert, feature_of(f))[b];
         }
-        // The tiles fetch the weights of the next step: the next block of k, or the next rows.
+        // The tiles prefetch the weights of the next step: the next block of k, or the next rows.
         TileOptions next;
         const bool last = b + 1 == b1;
         const int64_t next_i = last ? i1 : i0, next_b = last ? b0 : b + 1;
@@ -284,31 +253,20 @@ void fp8_tile_item(const Fp8Desc& d, const GemmKernels<float>& k, const Fp8Item&
   }
 }
 
-// Epilogue as in stream.h.
 template <class Epilogue>
-void run_fp8_item(const Fp8Desc& d, const GemmKernels<float>& k, const Fp8Item& it,
-                  const Epilogue& fn) {
-  if (d.in_features == 0) {
-    const int64_t n = it.feature_end - it.feature_begin;
-    ScratchScope scratch;
-    float* zeros = scratch.take<float>(Scratch::kTile, 2 * n);
-    for (int64_t r = it.row_begin; r < it.row_end; ++r) {
-      std::fill(zeros, zeros + 2 * n, 0.0f);
-      fn(it.expert, r, it.feature_begin, n, zeros, zeros + n);
-    }
-    return;
+void run_item(const Fp8Desc& d, const GemmItem& it, const Epilogue& fn) {
+  const GemmKernels<float>& k = gemm_kernels<float>();
+  switch (it.config.algorithm) {
+    case Algorithm::kGemv:
+      return fp8_gemv_item(d, k, it, fn);
+    case Algorithm::kGemvBlocked:
+      return fp8_gemv_blocked_item(d, k, it, fn);
+    case Algorithm::kPackTokens:
+      return it.config.operand == Operand::kFp8Bf16 ? fp8_pack_tokens_item<Bf16>(d, k, it, fn)
+                                                    : fp8_pack_tokens_item<Wide>(d, k, it, fn);
+    default:
+      return zero_item<float>(it, fn);
   }
-  const int64_t expert_rows = d.expert_offsets[it.expert + 1] - d.expert_offsets[it.expert];
-  if (expert_rows <= kFp8DotRows) return fp8_dot_item(d, k, it, fn);
-  if (d.invariant) return fp8_strip_item(d, k, it, fn);
-  const bool pairs = k.has_bf16 && expert_rows <= k.bf16_max_rows;
-  pairs ? fp8_tile_item<true>(d, k, it, fn) : fp8_tile_item<false>(d, k, it, fn);
-}
-
-inline double fp8_cost(const Fp8Desc& d) {
-  return static_cast<double>(d.expert_offsets[d.num_experts]) *
-         static_cast<double>(d.features * d.segments) *
-         (static_cast<double>(d.in_features) / 16 + 1);
 }
 
 }  // namespace moe_ops::cpu

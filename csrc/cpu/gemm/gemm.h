@@ -1,106 +1,97 @@
-// The grouped product: the items of plan.h, each on its way through the kernels.
+// The grouped product: its work items, each through its algorithm.
 #pragma once
 
 #include "cpu/gemm/amx.h"
-#include "cpu/gemm/plan.h"
+#include "cpu/gemm/gemv.h"
+#include "cpu/gemm/gemv_blocked.h"
+#include "cpu/gemm/items.h"
+#include "cpu/gemm/outer.h"
+#include "cpu/gemm/pack_b.h"
+#include "cpu/gemm/packed_b.h"
 #include "cpu/gemm/quant.h"
-#include "cpu/gemm/stream.h"
-#include "cpu/gemm/tiles.h"
 
 namespace moe_ops::cpu {
+
+template <class T>
+std::vector<GemmItem> gemm_items(const GemmDesc<T>& d, int num_threads, int64_t first,
+                                 int64_t last) {
+  GemmShape s = shape_of(d);
+  s.range = last - first;
+  return gemm_items(
+      static_cast<const GemmProblem&>(d), num_threads, first, last,
+      [&](int64_t rows) { return choose_config<T>(s, gemm_kernels<T>(), quant_kernels(), rows); });
+}
+
+template <class T>
+std::vector<GemmItem> gemm_items(const GemmDesc<T>& d, int num_threads) {
+  return gemm_items(d, num_threads, 0, d.features);
+}
+
+// Algorithms whose operands are those of the microkernels.
+template <class Op, class T, class Epilogue>
+void run_dense_item(const GemmDesc<T>& d, const GemmKernels<T>& k, const GemmItem& it,
+                    const GemmItem* next, const Epilogue& fn) {
+  switch (it.config.algorithm) {
+    case Algorithm::kGemv:
+      return gemv_item<Op>(d, k, it, fn);
+    case Algorithm::kGemvBlocked:
+      return gemv_blocked_item<Op>(d, k, it, fn);
+    case Algorithm::kOuter:
+      return outer_item<Op>(d, k, it, fn);
+    case Algorithm::kPackBt:
+      return pack_bt_item<Op>(d, k, it, fn);
+    case Algorithm::kRowMajorB:
+      return row_major_item<Op>(d, k, it, next, fn);
+    case Algorithm::kPackedB:
+      return packed_b_item<Op>(d, k, it, fn);
+    default:
+      return zero_item<T>(it, fn);
+  }
+}
+
+template <class Epilogue>
+void run_amx_item(const GemmDesc<float>& d, const GemmKernels<float>& k, const GemmItem& it,
+                  const Epilogue& fn) {
+  switch (it.config.algorithm) {
+    case Algorithm::kPackedB:
+      return amx_packed_b_item(d, k, it, fn);
+    case Algorithm::kRowMajorB:
+      return amx_row_major_item(d, k, it, fn);
+    default:
+      return amx_pack_tokens_item(d, k, it, fn);
+  }
+}
 
 // next: the item that this thread is likely to take after this one, or nullptr.
 template <class T, class Epilogue>
 void run_item(const GemmDesc<T>& d, const GemmKernels<T>& k, const GemmItem& it,
               const GemmItem* next, const Epilogue& fn) {
-  switch (it.path) {
-    case Path::kZero: {
-      const int64_t n = it.feature_end - it.feature_begin;
-      ScratchScope scratch;
-      T* zeros = scratch.take<T>(Scratch::kTile, 2 * n);
-      for (int64_t r = it.row_begin; r < it.row_end; ++r) {
-        std::fill(zeros, zeros + 2 * n, T(0));
-        fn(it.expert, r, it.feature_begin, n, zeros, zeros + n);
-      }
-      return;
+  if constexpr (sizeof(T) == 4) {
+    const bool gemv = it.config.algorithm == Algorithm::kGemv;
+    switch (it.config.operand) {
+      case Operand::kBf16:
+        return run_dense_item<Bf16>(d, k, it, next, fn);
+      case Operand::kAmx:
+        return run_amx_item(d, k, it, fn);
+      case Operand::kInt16:
+        return gemv ? w8_gemv_item(d, k, it, fn) : repack_b_item<Activations::kInt16>(d, k, it, fn);
+      case Operand::kInt8:
+        return gemv ? w4_gemv_item(d, k, it, fn) : repack_b_item<Activations::kInt8>(d, k, it, fn);
+      default:
+        break;
     }
-    case Path::kDot:
-      return dot_item<false>(d, k, it, fn);
-    case Path::kRank:
-      return rank_item<false>(d, k, it, fn);
-    case Path::kPairDot:
-      if constexpr (sizeof(T) == 4) dot_item<true>(d, k, it, fn);
-      return;
-    case Path::kPairRank:
-      if constexpr (sizeof(T) == 4) rank_item<true>(d, k, it, fn);
-      return;
-    case Path::kPack:
-      return pack_item<false>(d, k, it, fn);
-    case Path::kNn:
-      return nn_item<false>(d, k, it, next, fn);
-    case Path::kPanels:
-      return panel_item<false>(d, k, it, fn);
-    case Path::kStrip:
-      return strip_item<false>(d, k, it, fn);
-    case Path::kPairStrip:
-      if constexpr (sizeof(T) == 4) strip_item<true>(d, k, it, fn);
-      return;
-    case Path::kPairPack:
-      if constexpr (sizeof(T) == 4) pack_item<true>(d, k, it, fn);
-      return;
-    case Path::kPairNn:
-      if constexpr (sizeof(T) == 4) nn_item<true>(d, k, it, next, fn);
-      return;
-    case Path::kPairPanels:
-      if constexpr (sizeof(T) == 4) panel_item<true>(d, k, it, fn);
-      return;
-    case Path::kAmxPanels:
-      if constexpr (sizeof(T) == 4) amx_panel_item(d, k, it, fn);
-      return;
-    case Path::kAmxRows:
-      if constexpr (sizeof(T) == 4) amx_rows_item(d, k, it, fn);
-      return;
-    case Path::kAmxNn:
-      if constexpr (sizeof(T) == 4) amx_nn_item(d, k, it, fn);
-      return;
-    case Path::kQuant8:
-      if constexpr (sizeof(T) == 4) quant8_item(d, k, it, fn);
-      return;
-    case Path::kQuant4:
-      if constexpr (sizeof(T) == 4) quant4_item(d, k, it, fn);
-      return;
-    case Path::kQuantPanels:
-      if constexpr (sizeof(T) == 4) quant_panel_item<Activations::kFloat>(d, k, it, fn);
-      return;
-    case Path::kCodePanels:
-      if constexpr (sizeof(T) == 4) quant_panel_item<Activations::kInt16>(d, k, it, fn);
-      return;
-    case Path::kBytePanels:
-      if constexpr (sizeof(T) == 4) quant_panel_item<Activations::kInt8>(d, k, it, fn);
-      return;
+    if (it.config.algorithm == Algorithm::kRepackB) {
+      return repack_b_item<Activations::kFloat>(d, k, it, fn);
+    }
   }
-}
-
-// The item that a thread is likely to take after item i: threads claim them in turns.
-inline const GemmItem* next_item(const std::vector<GemmItem>& items, int64_t i,
-                                 const Parallel& par) {
-  const size_t next = static_cast<size_t>(i) + static_cast<size_t>(std::max(1, par.num_threads));
-  return next < items.size() ? &items[next] : nullptr;
-}
-
-// Elementary operations, in units of about a nanosecond.
-template <class T>
-double gemm_cost(const GemmDesc<T>& d) {
-  return static_cast<double>(d.expert_offsets[d.num_experts]) *
-         static_cast<double>(d.features * d.segments) *
-         (static_cast<double>(d.in_features) / 16 + 1);
+  run_dense_item<Wide>(d, k, it, next, fn);
 }
 
 template <class T, class Epilogue>
 void gemm(const GemmDesc<T>& d, const Parallel& par, const Epilogue& fn) {
   const GemmKernels<T>& k = gemm_kernels<T>();
-  const std::vector<GemmItem> items = gemm_items(d, k, par.num_threads);
-  parallel_items(par, static_cast<int64_t>(items.size()), gemm_cost(d),
+  const std::vector<GemmItem> items = gemm_items(d, par.num_threads);
+  parallel_items(par, static_cast<int64_t>(items.size()), d.cost(),
                  [&](int64_t i) { run_item(d, k, items[i], next_item(items, i, par), fn); });
 }
 

@@ -1,23 +1,30 @@
 // Items of weights of 8 and 4 bits: as integers along k, or as panels made in cache.
 #pragma once
 
-#include "cpu/gemm/plan.h"
+#include "cpu/gemm/gemv.h"
+#include "cpu/gemm/items.h"
 
 namespace moe_ops::cpu {
 
-// Strips of weights, of so many bytes each, that stay in cache while tokens pass: half of an L1,
+// Columns of a segment that panels sum up before they are handed on: of 128 rows a small tile.
+constexpr int64_t kQuantPartFeatures = 128;
+// Prefetch distance of a stream of 8-bit weights in bytes: for one token, and for more, which give
+// memory the time.
+constexpr int64_t kW8Prefetch = 1024, kW8TokensPrefetch = 2048;
+
+// Groups of weights, of so many bytes each, that stay in cache while tokens pass: half of an L1,
 // but no fewer than end their sums together.
-inline int64_t kept_strips(int64_t bytes) {
-  return std::max<int64_t>(4, kDotKeptBytes / std::max<int64_t>(1, bytes) / 4 * 4);
+inline int64_t kept_groups(int64_t bytes) {
+  return std::max<int64_t>(4, kKeptWeightBytes / std::max<int64_t>(1, bytes) / 4 * 4);
 }
 
-// dot_item with 8 bits, for any number of rows: strips of dot8_features rows of weights meet the
-// tokens, dot_tokens at a time. With no more tokens than that, weights are read once, in streams
-// that share the item evenly. With more, a strip is a run in memory; it stays in cache while all
-// tokens pass, and they ask for the next one.
+// GEMV with 8 bits, for any number of rows: groups of w8_features rows of weights meet the
+// tokens, max_tokens at a time. With no more tokens than that, weights are read once, in streams
+// that share the item evenly. With more, a group is a run in memory; it stays in cache while all
+// tokens pass, and they prefetch the next one.
 template <class Epilogue>
-void quant8_item(const GemmDesc<float>& d, const GemmKernels<float>& k, const GemmItem& it,
-                 const Epilogue& fn) {
+void w8_gemv_item(const GemmDesc<float>& d, const GemmKernels<float>& k, const GemmItem& it,
+                  const Epilogue& fn) {
   const int64_t F = quant_kernels().w8_features;
   const QuantFormat& q = d.b.quant;
   const int64_t m = it.row_end - it.row_begin, n = it.feature_end - it.feature_begin;
@@ -28,14 +35,14 @@ void quant8_item(const GemmDesc<float>& d, const GemmKernels<float>& k, const Ge
   char* rows = scratch.take<char>(Scratch::kTokens, m * row_bytes);
   std::fill(x + K, x + padded_k, 0.0f);
   for (int64_t t = 0; t < m; ++t) {
-    load_tokens<false>(d, it.row_begin + t, 0, K, x);
+    Wide::load(d, it.row_begin + t, 0, K, x);
     quant_kernels().w8_quantize(K, x, rows + t * row_bytes);
   }
   const int64_t ldo = n * d.segments;
   float* out = scratch.take<float>(Scratch::kTile, m * ldo);
-  const int64_t ldw = d.b.stride_o, strips = n / F, rest = n % F;
+  const int64_t ldw = d.b.stride_o, groups = n / F, rest = n % F;
   const int64_t passes = ceil_div<int64_t>(m, k.gemv.max_tokens);
-  const EvenParts pass_rows(m, passes);
+  const BalancedPartition pass_rows(m, passes);
   for (int s = 0; s < d.segments; ++s) {
     const int64_t feature = s * d.features + it.feature_begin;
     // `count` times `features` features from `first` on, `step` apart.
@@ -43,10 +50,10 @@ void quant8_item(const GemmDesc<float>& d, const GemmKernels<float>& k, const Ge
                          const char* next) {
       if (count == 0) return;
       const char* w = weights_at(d.b, it.expert, feature + first, 0);
-      const EvenParts ahead(features, passes);
+      const BalancedPartition ahead(features, passes);
       for (int64_t p = 0; p < passes; ++p) {
         const int64_t t = pass_rows.begin(p);
-        // Passes share the rows that they ask for.
+        // Passes share the rows that they prefetch.
         const int64_t ahead0 = ahead.begin(p), ahead1 = ahead.begin(p + 1);
         quant_kernels().w8_dot({.features = static_cast<int>(features),
                                 .count = count,
@@ -67,16 +74,16 @@ void quant8_item(const GemmDesc<float>& d, const GemmKernels<float>& k, const Ge
     };
     if (passes == 1) {
       const char* next = weights_at(d.b, it.expert, feature, 0);
-      next += m == 1 ? kDot8Ahead : kDot8TokensAhead;
-      run(F, strips, 0, strips, next);
-      run(1, rest, strips * F, 1, next + strips * F * ldw);
+      next += m == 1 ? kW8Prefetch : kW8TokensPrefetch;
+      run(F, groups, 0, groups, next);
+      run(1, rest, groups * F, 1, next + groups * F * ldw);
       continue;
     }
-    // Many rows meet several strips at once.
-    const int64_t at_once = d.invariant && m > kQuantMaxRows ? kept_strips(F * K) : 1;
+    // Many rows meet several groups at once.
+    const int64_t at_once = d.invariant && m > kQuantMaxRows ? kept_groups(F * K) : 1;
     for (int64_t first = 0; first < n;) {
-      const bool whole = first < strips * F;
-      const int64_t count = whole ? std::min(at_once, strips - first / F) : 1;
+      const bool whole = first < groups * F;
+      const int64_t count = whole ? std::min(at_once, groups - first / F) : 1;
       const int64_t features = whole ? F : 1, after = first + features * count;
       const int64_t next = after < n ? after : s + 1 < d.segments ? d.features : first;
       run(features, count, first, count, weights_at(d.b, it.expert, feature + next, 0));
@@ -97,10 +104,10 @@ void quant8_item(const GemmDesc<float>& d, const GemmKernels<float>& k, const Ge
   }
 }
 
-// dot_item with 4 bits: every weight is read once.
+// GEMV with 4 bits: every weight is read once.
 template <class Epilogue>
-void quant4_item(const GemmDesc<float>& d, const GemmKernels<float>& k, const GemmItem& it,
-                 const Epilogue& fn) {
+void w4_gemv_item(const GemmDesc<float>& d, const GemmKernels<float>& k, const GemmItem& it,
+                  const Epilogue& fn) {
   const QuantFormat& q = d.b.quant;
   const int64_t m = it.row_end - it.row_begin, n = it.feature_end - it.feature_begin;
   const int64_t K = d.in_features, padded_k = round_up(K, kQuantBlock);
@@ -110,12 +117,12 @@ void quant4_item(const GemmDesc<float>& d, const GemmKernels<float>& k, const Ge
   char* rows = scratch.take<char>(Scratch::kTokens, m * row_bytes);
   std::fill(x + K, x + padded_k, 0.0f);
   for (int64_t t = 0; t < m; ++t) {
-    load_tokens<false>(d, it.row_begin + t, 0, K, x);
+    Wide::load(d, it.row_begin + t, 0, K, x);
     quant_kernels().w4_quantize(K, x, rows + t * row_bytes);
   }
   const int64_t ldo = n * d.segments;
   float* out = scratch.take<float>(Scratch::kTile, m * ldo);
-  // Four long streams, as in dot_item; with more tokens than a pass takes, four rows at a time.
+  // Four long streams, as in gemv_item; with more tokens than a pass takes, four rows at a time.
   const int64_t quarter = n / kGemvFeatures, rest = n % kGemvFeatures;
   const int64_t ldw = d.b.stride_o / 2;
   for (int s = 0; s < d.segments; ++s) {
@@ -144,7 +151,7 @@ void quant4_item(const GemmDesc<float>& d, const GemmKernels<float>& k, const Ge
       }
     };
     int64_t at_once = m <= k.gemv.max_tokens ? quarter : 1;
-    if (d.invariant && m > kQuantMaxRows) at_once = kept_strips(kGemvFeatures * K / 2);
+    if (d.invariant && m > kQuantMaxRows) at_once = kept_groups(kGemvFeatures * K / 2);
     for (int64_t f = 0; f < quarter; f += at_once) {
       run(kGemvFeatures, std::min(at_once, quarter - f), f, quarter);
     }
@@ -155,17 +162,17 @@ void quant4_item(const GemmDesc<float>& d, const GemmKernels<float>& k, const Ge
   }
 }
 
-// panel_item, of tokens in fp32 or as integers of 16 or 8 bits, with panels made where they are
+// packed_b_item, of tokens in fp32 or as integers of 16 or 8 bits, with panels made where they are
 // used: a block of one is written, and read by the tiles of all rows, in cache. Rows of weights
 // that make a panel are one run in memory, and the tiles ask for that of the next panel. But for
 // bytes, a panel's sums lie side by side until it is done: runs of k that share a scale may add to
 // them every 32 steps, and rows a power of two apart would all meet in the same few sets of an L1.
 template <Activations kForm, class Epilogue>
-void quant_panel_item(const GemmDesc<float>& d, const GemmKernels<float>& k, const GemmItem& it,
-                      const Epilogue& fn) {
-  constexpr bool kBytes = kForm == Activations::kInt8, kPairs = kForm == Activations::kInt16;
-  constexpr int64_t kStep = kBytes ? 4 : kPairs ? 2 : 1;  // steps of k in an element of a
-  constexpr int64_t kDepth = kBytes ? kInt8Depth / 4 : kKc;
+void repack_b_item(const GemmDesc<float>& d, const GemmKernels<float>& k, const GemmItem& it,
+                   const Epilogue& fn) {
+  constexpr bool kInt8 = kForm == Activations::kInt8, kInt16 = kForm == Activations::kInt16;
+  constexpr int64_t kStep = kInt8 ? 4 : kInt16 ? 2 : 1;  // steps of k in an element of a
+  constexpr int64_t kDepth = kInt8 ? kInt8Depth / 4 : kKc;
   const QuantFormat& q = d.b.quant;
   const int64_t P = 2 * k.lanes, word = 32 / q.bits;
   const int64_t K = d.in_features, block = kStep * kDepth, k_blocks = ceil_div(K, block);
@@ -180,21 +187,21 @@ void quant_panel_item(const GemmDesc<float>& d, const GemmKernels<float>& k, con
   Arena arena(scratch, Scratch::kPackB, (block / word + groups + m + 16) * P * 4 + 192);
   auto* words = arena.take<uint32_t>((block / word + 8) * P);
   auto* scales = arena.take<float>((groups + 8) * P);
-  auto* sums = kBytes ? nullptr : arena.take<float>(m * P);
+  auto* sums = kInt8 ? nullptr : arena.take<float>(m * P);
   const int64_t padded_k = round_up(K, kQuantBlock);
   float* x = scratch.take<float>(Scratch::kPackA, padded_k);
   std::fill(x + K, x + padded_k, 0.0f);
   for (int64_t t = 0; t < m; ++t) {
-    if constexpr (kBytes || kPairs) load_tokens<false>(d, it.row_begin + t, 0, K, x);
+    if constexpr (kInt8 || kInt16) Wide::load(d, it.row_begin + t, 0, K, x);
     for (int64_t b = 0; b < k_blocks; ++b) {
       float* dst = a + (b * m + t) * kLda;
       const int64_t kc = std::min(block, K - b * block);
-      if constexpr (kBytes) {
+      if constexpr (kInt8) {
         quant_kernels().quantize_int8(q.bits, kc, x + b * block, dst);
-      } else if constexpr (kPairs) {
+      } else if constexpr (kInt16) {
         quant_kernels().quantize_int16(kc, x + b * block, dst);
       } else {
-        load_tokens<false>(d, it.row_begin + t, b * kKc, kc, dst);
+        Wide::load(d, it.row_begin + t, b * kKc, kc, dst);
         // The last word of 8-bit weights may lack some.
         if (b == k_blocks - 1) std::fill(dst + kc, dst + round_up(kc, word), 0.0f);
       }
@@ -202,14 +209,14 @@ void quant_panel_item(const GemmDesc<float>& d, const GemmKernels<float>& k, con
   }
   const bool four = q.bits == 4;
   const auto* tiles = [&] {
-    if constexpr (kBytes) return &quant_kernels().int8_tile[four][0];
-    if constexpr (!kBytes)
-      return kPairs ? &quant_kernels().int16_tile[0] : &quant_kernels().tile[four][0];
+    if constexpr (kInt8) return &quant_kernels().int8_tile[four][0];
+    if constexpr (!kInt8)
+      return kInt16 ? &quant_kernels().int16_tile[0] : &quant_kernels().tile[four][0];
   }();
-  const int64_t blocks = ceil_div<int64_t>(m, kBytes   ? quant_kernels().int8_rows
-                                              : kPairs ? quant_kernels().int16_rows
+  const int64_t blocks = ceil_div<int64_t>(m, kInt8    ? quant_kernels().int8_rows
+                                              : kInt16 ? quant_kernels().int16_rows
                                                        : k.mr2);
-  const EvenParts tile_rows(m, blocks);
+  const BalancedPartition tile_rows(m, blocks);
   const int64_t count = ceil_div(n, P) * d.segments;
   const int64_t ldw = d.b.stride_o * q.bits / 8, ahead_step = std::max<int64_t>(64 / blocks, 1);
   const auto feature = [&](int64_t i) {
@@ -218,8 +225,8 @@ void quant_panel_item(const GemmDesc<float>& d, const GemmKernels<float>& k, con
   for (int64_t i = 0; i < count; ++i) {
     const int64_t column = i / d.segments * P, part_begin = column / part * part;
     float* c = tile + i % d.segments * part + column - part_begin;
-    float* sum = kBytes ? c : sums;
-    const int64_t ld_sum = kBytes ? ldc : P;
+    float* sum = kInt8 ? c : sums;
+    const int64_t ld_sum = kInt8 ? ldc : P;
     const char* w = weights_at(d.b, it.expert, feature(i), 0);
     const char* next = weights_at(d.b, it.expert, feature(std::min(i + 1, count - 1)), 0);
     const int64_t features = std::min(P, n - i / d.segments * P);
@@ -236,7 +243,7 @@ void quant_panel_item(const GemmDesc<float>& d, const GemmKernels<float>& k, con
     for (int64_t b = 0; b < k_blocks; ++b) {
       const int64_t k0 = b * block, k1 = std::min(K, k0 + block);
       // Bytes are multiplied with a bias, which 4-bit weights have in memory.
-      quant_kernels().repack({q.bits, four != kBytes, w, ldw, features, k0, k1 - k0}, words);
+      quant_kernels().repack({q.bits, four != kInt8, w, ldw, features, k0, k1 - k0}, words);
       // Scales of 32 weights are a fifth of what is read. Each block asks for its share of the next
       // panel's.
       const float* next_scale = scales_at(d.b, it.expert, feature(std::min(i + 1, count - 1)));
@@ -259,7 +266,7 @@ void quant_panel_item(const GemmDesc<float>& d, const GemmKernels<float>& k, con
           const uint32_t* panel = words + (begin - k0) / word * P;
           const float* run_scales = scales + begin / group * P;
           const char* ahead = next + begin / word * P * 4;
-          if constexpr (kBytes) {
+          if constexpr (kInt8) {
             const int64_t lines = ceil_div(P * q.bits / 16, blocks);
             ahead += r * ceil_div<int64_t>(runs * steps, q.bits) * lines * 64;
             tiles[r1 - r0 - 1]({runs,
@@ -286,7 +293,7 @@ void quant_panel_item(const GemmDesc<float>& d, const GemmKernels<float>& k, con
         }
       }
     }
-    if constexpr (!kBytes) {
+    if constexpr (!kInt8) {
       for (int64_t t = 0; t < m; ++t) std::memcpy(c + t * ldc, sums + t * P, sizeof(float) * P);
     }
     // The last panel of the last segment of a part.

@@ -12,7 +12,7 @@
 #include <algorithm>
 #include <array>
 
-#include "cpu/gemm/plan.h"
+#include "cpu/gemm/desc.h"
 #include "cpu/gemm/small_gemm.h"
 #include "cpu/runtime/batch_invariant.h"
 #include "cpu/runtime/parallel.h"

@@ -2,7 +2,8 @@
 #pragma once
 
 #include "cpu/gemm/amx.h"
-#include "cpu/gemm/plan.h"
+#include "cpu/gemm/desc.h"
+#include "cpu/gemm/pack_b.h"
 #include "cpu/runtime/huge_pages.h"
 
 namespace moe_ops::cpu {
@@ -14,17 +15,17 @@ constexpr int64_t kAddLowDepth = 8;
 
 // Rows of an expert, on average, up to which an item is several pages of the result.
 constexpr int64_t kFewWgradRows = 32;
-// Row pitch of the copies of `grad`. At 128, the lines that a tile reads, one a step, would meet in
-// an eighth of the sets of an L1.
-constexpr int64_t kGradPitch = kLdm + 16;
+// Leading dimension of the copies of `grad`. At 128, the lines that a tile reads, one a step, would
+// meet in an eighth of the sets of an L1.
+constexpr int64_t kGradLd = kLdm + 16;
 
 // out[e, o, j] = sum over rows r of e: grad[r, o] * a[r, j]. Row blocks are the depth of the tiles;
 // both operands are copied as they lie. One item covers the features [o_begin, o_end) of one
 // expert.
-template <bool kPairs, class T>
+template <class Op, class T>
 void wgrad_item(const GroupedWgradParams& p, const GemmKernels<T>& k, int64_t e, int64_t o_begin,
                 int64_t o_end) {
-  constexpr int64_t kRows = kPairs ? 2 : 1;  // rows of an element
+  constexpr int64_t kRows = Op::kSteps;  // rows of an element
   const int64_t W = k.lanes, O = p.out_features, J = p.in_features;
   const int64_t size = dtype_size(p.out_type);
   const int64_t begin = p.expert_offsets[e], end = p.expert_offsets[e + 1];
@@ -36,16 +37,16 @@ void wgrad_item(const GroupedWgradParams& p, const GemmKernels<T>& k, int64_t e,
   }
   const auto* grad_scale = static_cast<const T*>(p.grad_scale);
   const auto* a_scale = static_cast<const T*>(p.a_scale);
-  const auto& tiles = kPairs ? k.bf16_col_a : k.col_a;
+  const auto& tiles = Op::col_a(k);
   const bool large = !p.accumulate && p.num_experts * O * J * size >= kStreamBytes;
-  const int64_t unit = kPairs ? 2 * W : W;  // width of the narrowest panel
+  const int64_t unit = kRows * W;  // width of the narrowest panel
   const int64_t depth = std::min(ceil_div(end - begin, kRows), kKc);
   // The copies of one block of rows serve all columns and all features of the item.
   const bool one = end - begin <= kRows * kKc;
   // A large result, written once and in whole lines, goes past the cache.
   const int64_t line = kLineBytes / static_cast<int64_t>(sizeof(T));
   // Sums of pairs that are complete in one tile are rounded there.
-  const bool half = kPairs && p.out_type == DType::kBFloat16 && one && !p.accumulate;
+  const bool half = Op::kBf16 && p.out_type == DType::kBFloat16 && one && !p.accumulate;
   const bool by_tiles = p.out_type == kAccumulate<T> || half;  // what they can write themselves
   const bool streamed = large && k.streams && by_tiles && one && J % std::max(unit, line) == 0 &&
                         reinterpret_cast<uintptr_t>(out) % kLineBytes == 0;
@@ -68,22 +69,23 @@ void wgrad_item(const GroupedWgradParams& p, const GemmKernels<T>& k, int64_t e,
   const int64_t j_block = balanced(J, most_j, 2 * W), padded_j = round_up(j_block, unit);
   const int64_t g_blocks = one ? ceil_div(o_end - o_begin, o_block) : 1;
   ScratchScope scratch;
-  T* copies = scratch.take<T>(Scratch::kPackA, g_blocks * depth * kGradPitch);
+  T* copies = scratch.take<T>(Scratch::kPackA, g_blocks * depth * kGradLd);
   T* panels =
       scratch.take<T>(Scratch::kPackB, ceil_div(padded_j, 2 * W) * (2 * W * depth + kPanelPad));
   T* tile = scratch.take<T>(Scratch::kTile, o_block * padded_j);
   const int64_t half_rows = std::max(j_block, kLdm);
-  auto* halves =
-      kPairs ? scratch.take<uint16_t>(Scratch::kTokens, (kRows * depth + 2) * half_rows) : nullptr;
+  auto* halves = Op::kBf16
+                     ? scratch.take<uint16_t>(Scratch::kTokens, (kRows * depth + 2) * half_rows)
+                     : nullptr;
   // A row in fp32 on its way to bfloat16. `tile` holds sums of earlier blocks of rows meanwhile.
-  float* widened = kPairs ? scratch.take<float>(Scratch::kRowAsFloat, half_rows) : nullptr;
+  float* widened = Op::kBf16 ? scratch.take<float>(Scratch::kRowAsFloat, half_rows) : nullptr;
   const void* a_rows[kRows * kKc];
-  TileOptions hints;
-  hints.lda = kGradPitch;
+  TileOptions options;
+  options.lda = kGradLd;
   const auto pack_a = [&](int64_t r0, int64_t rows, int64_t j0, int64_t cols) {
     const int64_t offset = j0 * dtype_size(p.a.type);
     for (int64_t r = 0; r < rows; ++r) a_rows[r] = row_of(p.a, r0 + r);
-    if constexpr (kPairs) {
+    if constexpr (Op::kBf16) {
       for (int64_t r = 0; r < rows; ++r) {
         const char* src = static_cast<const char*>(a_rows[r]) + offset;
         const float scale = a_scale ? a_scale[r0 + r] : 1.0f;
@@ -106,7 +108,7 @@ void wgrad_item(const GroupedWgradParams& p, const GemmKernels<T>& k, int64_t e,
   const auto pack_grad = [&](int64_t r0, int64_t rows, int64_t o0, int64_t n, T* g) {
     const auto row = [&](int64_t r) { return element(row_of(p.grad, r), p.grad.type, o0); };
     const auto scale = [&](int64_t r) { return grad_scale ? grad_scale[r] : T(1); };
-    if constexpr (kPairs) {
+    if constexpr (Op::kBf16) {
       uint16_t* two = halves + kRows * depth * half_rows;
       for (int64_t r = 0; r < rows; r += 2) {
         for (int64_t i = 0; i < 2; ++i) {
@@ -117,11 +119,11 @@ void wgrad_item(const GroupedWgradParams& p, const GemmKernels<T>& k, int64_t e,
             std::fill(dst, dst + n, uint16_t{0});
           }
         }
-        k.bf16_interleave(two, two + half_rows, g + r / 2 * kGradPitch, n);
+        k.bf16_interleave(two, two + half_rows, g + r / 2 * kGradLd, n);
       }
     } else {
       for (int64_t r = 0; r < rows; ++r) {
-        row_kernels<T>().load_row(p.grad.type, row(r0 + r), g + r * kGradPitch, n, scale(r0 + r));
+        row_kernels<T>().load_row(p.grad.type, row(r0 + r), g + r * kGradLd, n, scale(r0 + r));
       }
     }
   };
@@ -133,8 +135,8 @@ void wgrad_item(const GroupedWgradParams& p, const GemmKernels<T>& k, int64_t e,
     for (int64_t o0 = o_begin; o0 < o_end; o0 += o_block) {
       const int64_t n = std::min(o_block, o_end - o0);
       const int64_t blocks = ceil_div<int64_t>(n, height);
-      const EvenParts tile_rows(n, blocks);
-      T* g = copies + (one ? (o0 - o_begin) / o_block * depth * kGradPitch : 0);
+      const BalancedPartition tile_rows(n, blocks);
+      T* g = copies + (one ? (o0 - o_begin) / o_block * depth * kGradLd : 0);
       for (int64_t r0 = begin; r0 < end; r0 += kRows * kKc) {
         const int64_t rows = std::min(kRows * kKc, end - r0), kc = ceil_div(rows, kRows);
         if (o0 == o_begin || !one) pack_a(r0, rows, j0, j1 - j0);
@@ -146,11 +148,11 @@ void wgrad_item(const GroupedWgradParams& p, const GemmKernels<T>& k, int64_t e,
           const int64_t i0 = tile_rows.begin(b), i1 = tile_rows.begin(b + 1);
           T* c = direct ? reinterpret_cast<T*>(out + ((o0 + i0) * J + j) * size)
                         : tile + i0 * ldc + (j - j0);
-          hints.stream = streamed && direct;
-          hints.bf16_out = half && direct;
+          options.stream = streamed && direct;
+          options.bf16_out = half && direct;
           tiles[nv - 1][i1 - i0 - 1](
               kc, g + i0, panels + (j - j0) / (2 * W) * (2 * W * kc + kPanelPad),
-              {c, direct ? J : ldc, r0 > begin || (direct && p.accumulate)}, hints);
+              {c, direct ? J : ldc, r0 > begin || (direct && p.accumulate)}, options);
         };
         if (along_rows) {
           for (int64_t b = 0; b < blocks; ++b) {
@@ -221,9 +223,9 @@ void run_wgrad_item(const GroupedWgradParams& p, const GemmKernels<T>& k, const 
     if (pairs && k.amx.panel != nullptr && expert_rows >= kAmxMinRows) {
       return amx_wgrad_item(p, k, e, begin, end);
     }
-    if (pairs && expert_rows <= k.bf16_max_rows) return wgrad_item<true>(p, k, e, begin, end);
+    if (pairs && expert_rows <= k.bf16_max_rows) return wgrad_item<Bf16>(p, k, e, begin, end);
   }
-  wgrad_item<false>(p, k, e, begin, end);
+  wgrad_item<Wide>(p, k, e, begin, end);
 }
 
 // Sums over the rows of each expert: the gradient of a bias. An item is a block of features.

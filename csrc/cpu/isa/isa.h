@@ -57,6 +57,8 @@ struct Tuning {
   bool rank_one_pass;
 };
 const Tuning& tuning();
+// Of a processor of Intel's or another, whose L2 is below 1.5 MiB or not.
+Tuning tuning_of(bool intel, bool small_l2);
 // nullptr, or the kernel of this level that does not compute what the portable one does.
 MOE_OPS_API const char* failing_kernel(Isa isa);
 

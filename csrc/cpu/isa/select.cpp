@@ -29,8 +29,7 @@ Kernels<T> kernels_of(Isa isa) {
 }
 
 template <class T>
-Kernels<T> tuned(Kernels<T> k) {
-  const Tuning& t = tuning();
+Kernels<T> tuned(Kernels<T> k, const Tuning& t) {
   GemmKernels<T>& g = k.gemm;
   const bool avx2 = g.gemv.max_tokens == 2;
   g.bf16_max_rows = t.pairs_max_rows;
@@ -51,11 +50,18 @@ Kernels<T> tuned(Kernels<T> k) {
 
 template <class T>
 const Kernels<T>& kernels() {
-  static const Kernels<T> k = tuned(kernels_of<T>(active_isa()));
+  static const Kernels<T> k = tuned(kernels_of<T>(active_isa()), tuning());
   return k;
 }
 
 }  // namespace
+
+template <class T>
+Kernels<T> kernels_for(Isa isa, const Tuning& t) {
+  return tuned(kernels_of<T>(isa), t);
+}
+template Kernels<float> kernels_for<float>(Isa, const Tuning&);
+template Kernels<double> kernels_for<double>(Isa, const Tuning&);
 
 const char* failing_kernel(Isa isa) {
   const char* name = failing_kernel(kernels_of<float>(isa), kernels_of<float>(Isa::kPortable));

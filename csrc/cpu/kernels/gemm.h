@@ -122,8 +122,8 @@ struct GemmTiles {
   void (*bf16_interleave)(const uint16_t* even, const uint16_t* odd, T* dst, int64_t n);
 };
 
-// Weights packed ahead of time (gemm/pack.h): a panel holds [kc][2*lanes] elements of T, or pairs
-// of k of a half type, [kc/2][2*lanes][2] with kc even. Tables are indexed by the type of the
+// Weights packed ahead of time (gemm/prepack.h): a panel holds [kc][2*lanes] elements of T, or
+// pairs of k of a half type, [kc/2][2*lanes][2] with kc even. Tables are indexed by the type of the
 // weights.
 template <class T>
 struct PackedGemmKernels {

@@ -27,6 +27,12 @@ struct Kernels {
   Fp8Kernels fp8;
 };
 
+// Those of a target with the numbers of a processor, which need not be of this machine.
+enum class Isa : int;
+struct Tuning;
+template <class T>
+Kernels<T> kernels_for(Isa isa, const Tuning& t);
+
 // Those of each target, in the file of its name. A target that the build lacks is declared only.
 #define MOE_DECLARE(name, enumerator, has) \
   namespace name {                         \

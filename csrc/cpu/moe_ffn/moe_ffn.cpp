@@ -14,7 +14,7 @@
 #include "cpu/gemm/act_rows.h"
 #include "cpu/gemm/blocking.h"
 #include "cpu/gemm/gemm.h"
-#include "cpu/gemm/pack.h"
+#include "cpu/gemm/prepack.h"
 #include "cpu/gemm/routed_rows.h"
 #include "cpu/gemm/wgrad.h"
 #include "cpu/kernels/activation.h"
@@ -52,29 +52,29 @@ UnpermuteParams combine_params(const MoeFfnDesc& s, const Range& range, const T*
 }
 
 // The stages of such a product and of those that read its rows.
-class RangeStages {
+class RangeTasks {
  public:
-  RangeStages(Stages& stages, size_t ranges) : stages_(stages), computed_(ranges), read_(ranges) {}
+  RangeTasks(TaskGraph& stages, size_t ranges)
+      : stages_(stages), computed_(ranges), read_(ranges) {}
 
   // ready(expert): waits for what the items of an expert read; false: another item failed.
   // keep(range, expert, row, feature, n, values) puts values away.
   template <class T, class Ready, class Keep>
   void product(size_t i, const Range& range, const GemmDesc<T>& d, const GemmKernels<T>& k,
                const Parallel& par, const Ready& ready, const Keep& keep) {
-    std::vector<GemmItem> items = gemm_items(d, k, par.num_threads, range.begin, range.end);
+    std::vector<GemmItem> items = gemm_items(d, par.num_threads, range.begin, range.end);
     const auto n = static_cast<int64_t>(items.size());
     const double share = static_cast<double>(range.width()) / static_cast<double>(d.features);
     computed_[i].add(n);
-    stages_.add(n, gemm_cost(d) * share,
-                [=, this, &d, &k, &par, items = std::move(items)](int64_t j) {
-                  if (i > 0 && !stages_.wait(read_[i - 1])) return;
-                  if (!ready(items[j].expert)) return;
-                  run_item(d, k, items[j], next_item(items, j, par),
-                           [&](int64_t e, int64_t r, int64_t f, int64_t count, T* v, T*) {
-                             keep(range, e, r, f, count, v);
-                           });
-                  computed_[i].done();
-                });
+    stages_.add(n, d.cost() * share, [=, this, &d, &k, &par, items = std::move(items)](int64_t j) {
+      if (i > 0 && !stages_.wait(read_[i - 1])) return;
+      if (!ready(items[j].expert)) return;
+      run_item(d, k, items[j], next_item(items, j, par),
+               [&](int64_t e, int64_t r, int64_t f, int64_t count, T* v, T*) {
+                 keep(range, e, r, f, count, v);
+               });
+      computed_[i].done();
+    });
   }
   template <class Fn>
   void reader(size_t i, int64_t n, double cost, const Fn& fn) {
@@ -95,8 +95,8 @@ class RangeStages {
   }
 
  private:
-  Stages& stages_;
-  std::vector<Countdown> computed_, read_;  // items that are not done, by range
+  TaskGraph& stages_;
+  std::vector<Latch> computed_, read_;  // items that are not done, by range
 };
 
 template <class T>
@@ -164,8 +164,8 @@ void forward(const MoeFfnParams& p, const Parallel& par) {
 
   // In training backward takes the same block, and no more of it. In inference whole rows, so that
   // items of packed weights may be as wide.
-  const std::vector<Range> ranges =
-      feature_ranges<T>(s, rows, p.preact != nullptr ? kNnFeatures / 2 : std::max<int64_t>(1, H));
+  const std::vector<Range> ranges = feature_ranges<T>(
+      s, rows, p.preact != nullptr ? kRowMajorFeatures / 2 : std::max<int64_t>(1, H));
   T* out = scratch.take<T>(Scratch::kRows, rows * (ranges.empty() ? 0 : ranges[0].width()));
   const Rows hidden = {h, kAccumulate<T>, I, nullptr};
   const GemmDesc<T> down = gemm_desc<T>(s, H, I, hidden, p.w_down);
@@ -178,15 +178,15 @@ void forward(const MoeFfnParams& p, const Parallel& par) {
     std::memcpy(out + r * range.width() + f - range.begin, v, static_cast<size_t>(n) * sizeof(T));
   };
 
-  const std::vector<GemmItem> up_items = gemm_items(up, k, par.num_threads);
-  std::vector<Countdown> up_left(static_cast<size_t>(s.routing.num_experts));
+  const std::vector<GemmItem> up_items = gemm_items(up, par.num_threads);
+  std::vector<Latch> up_left(static_cast<size_t>(s.routing.num_experts));
   for (const GemmItem& it : up_items) up_left[it.expert].add();
-  Stages stages;
-  stages.add(static_cast<int64_t>(up_items.size()), gemm_cost(up), [&](int64_t i) {
+  TaskGraph stages;
+  stages.add(static_cast<int64_t>(up_items.size()), up.cost(), [&](int64_t i) {
     run_item(up, k, up_items[i], next_item(up_items, i, par), activate);
     up_left[up_items[i].expert].done();
   });
-  RangeStages by_range(stages, ranges.size());
+  RangeTasks by_range(stages, ranges.size());
   const auto ready = [&](int64_t e) { return stages.wait(up_left[e]); };
   for (size_t i = 0; i < ranges.size(); ++i) {
     by_range.product(i, ranges[i], down, k, par, ready, keep);
@@ -227,7 +227,7 @@ void backward(const MoeFfnBwdParams& p, const Parallel& par) {
   // Nobody needs u when the gradient of x by rows is computed, so they share one block.
   const bool need_dx = p.grad_x != nullptr || (on_input && grad_weights != nullptr);
   std::vector<Range> ranges;
-  if (need_dx) ranges = feature_ranges<T>(s, rows, kNnFeatures / 2);
+  if (need_dx) ranges = feature_ranges<T>(s, rows, kRowMajorFeatures / 2);
   T* u =
       scratch.take<T>(Scratch::kRows, rows * std::max(I, ranges.empty() ? 0 : ranges[0].width()));
   const GemmDesc<T> down = gemm_desc<T>(s, I, H, gy, transposed(p.w_down));
@@ -291,12 +291,11 @@ void backward(const MoeFfnBwdParams& p, const Parallel& par) {
     std::memcpy(dx + r * range.width() + f - range.begin, v, static_cast<size_t>(n) * sizeof(T));
   };
 
-  const std::vector<GemmItem> down_items = gemm_items(down, k, par.num_threads);
+  const std::vector<GemmItem> down_items = gemm_items(down, par.num_threads);
   std::vector<RowItem> row_items;
   const double row_cost = static_cast<double>(I) * 4.0 + 2;
   const int64_t row_chunk = std::max<int64_t>(1, chunk_length(rows, row_cost));
-  std::vector<Countdown> u_left(static_cast<size_t>(s.routing.num_experts)),
-      dpre_left(u_left.size());
+  std::vector<Latch> u_left(static_cast<size_t>(s.routing.num_experts)), dpre_left(u_left.size());
   for (int64_t e = 0; e < s.routing.num_experts; ++e) {
     const int64_t end = s.routing.expert_offsets[e + 1];
     for (int64_t r = s.routing.expert_offsets[e]; r < end; r += row_chunk) {
@@ -305,11 +304,11 @@ void backward(const MoeFfnBwdParams& p, const Parallel& par) {
     }
   }
   for (const GemmItem& it : down_items) u_left[it.expert].add();
-  Countdown u_readers;  // items that read u
+  Latch u_readers;  // items that read u
   u_readers.add(static_cast<int64_t>(row_items.size()));
 
-  Stages stages;
-  stages.add(static_cast<int64_t>(down_items.size()), gemm_cost(down), [&](int64_t i) {
+  TaskGraph stages;
+  stages.add(static_cast<int64_t>(down_items.size()), down.cost(), [&](int64_t i) {
     run_item(down, k, down_items[i], next_item(down_items, i, par), keep_u);
     u_left[down_items[i].expert].done();
   });
@@ -350,7 +349,7 @@ void backward(const MoeFfnBwdParams& p, const Parallel& par) {
   };
   bias_gradient(dpre_rows, width, nullptr, p.grad_b_gate_up);
   bias_gradient(gy, H, on_input ? nullptr : maps.weight, p.grad_b_down);
-  RangeStages by_range(stages, ranges.size());
+  RangeTasks by_range(stages, ranges.size());
   // They write where u was: of any expert, since their rows have another length.
   const auto ready = [&](int64_t) { return stages.wait(u_readers); };
   for (size_t i = 0; i < ranges.size(); ++i) {

@@ -2,8 +2,8 @@
 // their number, nor on how they are routed. docs/numerics.md says what is promised, and what it
 // costs.
 //
-// It is one setting of the process. A product reads it once, when it is described (GemmDesc in
-// gemm/plan.h), so that a change while it runs cannot split it.
+// It is one setting of the process. A product reads it once, when it is described (GemmProblem in
+// gemm/desc.h), so that a change while it runs cannot split it.
 #pragma once
 
 #include "cpu/isa/isa.h"

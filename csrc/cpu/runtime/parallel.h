@@ -17,9 +17,9 @@ namespace moe_ops::cpu {
 
 // n in parts of sizes that differ by one at most; part i is [begin(i), begin(i + 1)). Nothing in no
 // parts is fine. Tiles are calls of a few hundred cycles, of which two divisions each would be 3 %.
-struct EvenParts {
+struct BalancedPartition {
   int64_t size, longer;  // the first `longer` parts have one more
-  EvenParts(int64_t n, int64_t parts)
+  BalancedPartition(int64_t n, int64_t parts)
       : size(n / std::max<int64_t>(parts, 1)), longer(n - size * parts) {}
   int64_t begin(int64_t i) const { return i * size + std::min(i, longer); }
 };
@@ -60,7 +60,7 @@ void parallel_items(const Parallel& par, int64_t n, double cost, const Fn& fn) {
 }
 
 // Counts the items of a stage, or of an expert in it, that are not done.
-class Countdown {
+class Latch {
  public:
   void add(int64_t n = 1) { left_.fetch_add(n, std::memory_order_relaxed); }
   void done() { left_.fetch_sub(1, std::memory_order_release); }
@@ -77,9 +77,9 @@ class Countdown {
   std::atomic<int64_t> left_{0};
 };
 
-// Stages of work in one parallel region. Items are numbered stage after stage, so whatever an item
-// waits for was claimed before it, by a thread that is at work on it.
-class Stages {
+// TaskGraph of work in one parallel region. Items are numbered stage after stage, so whatever an
+// item waits for was claimed before it, by a thread that is at work on it.
+class TaskGraph {
  public:
   // fn(item) for each item in [0, n); `cost` is that of all of them.
   template <class Fn>
@@ -90,7 +90,7 @@ class Stages {
     cost_ += cost;
   }
   // For an item, before it reads what others wrote. False: it has to return, another one failed.
-  bool wait(const Countdown& left) const { return left.wait(failed_); }
+  bool wait(const Latch& left) const { return left.wait(failed_); }
 
   void run(const Parallel& par) {
     parallel_items(par, total_, cost_, [this](int64_t i) {

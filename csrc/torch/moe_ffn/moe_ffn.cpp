@@ -1,6 +1,6 @@
 #include "moe_ops/moe_ffn.h"
 
-#include "cpu/gemm/pack.h"
+#include "cpu/gemm/prepack.h"
 #include "torch/moe_ffn/checks.h"
 
 namespace moe_ops::adapter {

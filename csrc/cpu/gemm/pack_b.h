@@ -1,18 +1,27 @@
-// Items that copy blocks of weights, or of weights that lie packed, through the register tiles.
+// GEMM with copies of blocks of weights: B^T transposed into panels, or row-major B.
 #pragma once
 
-#include "cpu/gemm/plan.h"
+#include "cpu/gemm/items.h"
 
 namespace moe_ops::cpu {
 
+// Copies of tokens that stay for a run of blocks of k, of which the weights are then read in one
+// go: longer streams, which the memory delivers twice as fast as pieces of 192.
+constexpr int64_t kWholeDepthBytes = int64_t{512} << 10;
+// Elements of the accumulate type between panels packed for one product: two lines, so that what a
+// row of weights writes into all panels does not meet in one L1 set.
+constexpr int64_t kPanelPad = 32;
+constexpr int64_t kLineBytes = 64;    // of a cache
+constexpr int64_t kPageBytes = 4096;  // and of a way of an L1
+
 // Weights dense along k, packed once for all rows of the item. While the first block of rows meets
-// a panel, its tiles fetch the weights of the next one.
-template <bool kPairs, class T, class Epilogue>
-void pack_item(const GemmDesc<T>& d, const GemmKernels<T>& k, const GemmItem& it,
-               const Epilogue& fn) {
-  const int64_t W = k.lanes, K = kPairs ? d.in_features / 2 : d.in_features;
-  const int64_t size = kPairs ? sizeof(T) : dtype_size(d.b.type);
-  const auto& tiles = kPairs ? k.bf16_row_a : k.row_a;
+// a panel, its tiles prefetch the weights of the next one.
+template <class Op, class T, class Epilogue>
+void pack_bt_item(const GemmDesc<T>& d, const GemmKernels<T>& k, const GemmItem& it,
+                  const Epilogue& fn) {
+  const int64_t W = k.lanes, K = d.in_features / Op::kSteps;
+  const int64_t size = element_bytes<Op>(d);
+  const auto& tiles = Op::row_a(k);
   // Sums of a part are handed on before the next.
   const int64_t part = round_up(kPanelFeatureBlock / d.segments, 2 * W);
   const int64_t item_columns = round_up(it.feature_end - it.feature_begin, W) * d.segments;
@@ -36,7 +45,7 @@ void pack_item(const GemmDesc<T>& d, const GemmKernels<T>& k, const GemmItem& it
   // kc steps from k0 on of features [j, j + width) of segment s, as [kc][width]; from n on, zeros.
   const auto pack = [&](int64_t s, int64_t j, int64_t n, int64_t width, int64_t k0, int64_t kc,
                         T* dst) {
-    if ((kPairs || d.b.type == kAccumulate<T>) && j + width <= n && kc % W == 0) {
+    if (!widens<Op>(d) && j + width <= n && kc % W == 0) {
       k.transpose(reinterpret_cast<const T*>(weight_row(s, j, k0)),
                   row_bytes / static_cast<int64_t>(sizeof(T)), width, kc, dst, width);
       return;
@@ -45,7 +54,7 @@ void pack_item(const GemmDesc<T>& d, const GemmKernels<T>& k, const GemmItem& it
       T* row = rows + i * kLda;
       if (j + i >= n) {
         std::fill(row, row + kc, T(0));
-      } else if constexpr (kPairs) {
+      } else if constexpr (Op::kBf16) {
         std::memcpy(row, weight_row(s, j + i, k0), static_cast<size_t>(kc) * sizeof(T));
       } else {
         row_kernels<T>().load_row(d.b.type, weight_row(s, j + i, k0), row, kc, T(1));
@@ -55,7 +64,7 @@ void pack_item(const GemmDesc<T>& d, const GemmKernels<T>& k, const GemmItem& it
   };
   for (int64_t r0 = it.row_begin; r0 < it.row_end; r0 += most_rows) {
     const int64_t m = std::min(most_rows, it.row_end - r0), blocks = ceil_div<int64_t>(m, k.mr2);
-    const EvenParts tile_rows(m, blocks);
+    const BalancedPartition tile_rows(m, blocks);
     const bool first = r0 == it.row_begin;
     for (int64_t f0 = it.feature_begin; f0 < it.feature_end; f0 += part) {
       const int64_t f1 = std::min(it.feature_end, f0 + part), n = f1 - f0;
@@ -67,7 +76,7 @@ void pack_item(const GemmDesc<T>& d, const GemmKernels<T>& k, const GemmItem& it
         for (int64_t t = 0; t < m && (f0 == it.feature_begin || chunk * depth < K); ++t) {
           T* dst = a + t * kLda;
           for (int64_t k0 = c0; k0 < c1; k0 += depth, dst += m * kLda) {
-            load_tokens<kPairs>(d, r0 + t, k0, std::min(depth, c1 - k0), dst);
+            Op::load(d, r0 + t, k0, std::min(depth, c1 - k0), dst);
           }
         }
         for (int64_t s = 0; s < d.segments; ++s) {
@@ -106,16 +115,15 @@ void pack_item(const GemmDesc<T>& d, const GemmKernels<T>& k, const GemmItem& it
 
 // Blocks of weight rows are copied into panels, unless they meet few rows. Where one is the whole
 // depth, they serve all rows of the item.
-template <bool kPairs, class T, class Epilogue>
-void nn_item(const GemmDesc<T>& d, const GemmKernels<T>& k, const GemmItem& it,
-             const GemmItem* next_item, const Epilogue& fn) {
-  constexpr int64_t kRows = kPairs ? 2 : 1;  // weight rows of an element
+template <class Op, class T, class Epilogue>
+void row_major_item(const GemmDesc<T>& d, const GemmKernels<T>& k, const GemmItem& it,
+                    const GemmItem* next_item, const Epilogue& fn) {
+  constexpr int64_t kRows = Op::kSteps;  // weight rows of an element
   const int64_t W = k.lanes, K = ceil_div(d.in_features, kRows);
   const int64_t n = it.feature_end - it.feature_begin;
-  const int64_t padded_n = round_up(n, kPairs ? 2 * W : W);
+  const int64_t padded_n = round_up(n, kRows * W);
   const int64_t ldc = padded_n * d.segments;
-  const int64_t expert_rows = d.expert_offsets[it.expert + 1] - d.expert_offsets[it.expert];
-  const int64_t depth = nn_depth(d, k, kRows, expert_rows);
+  const int64_t depth = it.config.depth;
   const bool whole = K <= depth;
   const int64_t most_rows =
       whole ? balanced(it.row_end - it.row_begin, kRowBlock, 1) : it.row_end - it.row_begin;
@@ -124,21 +132,21 @@ void nn_item(const GemmDesc<T>& d, const GemmKernels<T>& k, const GemmItem& it,
   const int64_t segment_size = ceil_div(padded_n, 2 * W) * (2 * W * std::min(K, depth) + kPanelPad);
   T* panels = scratch.take<T>(Scratch::kPackB, (whole ? d.segments : 1) * segment_size);
   T* tile = scratch.take<T>(Scratch::kTile, most_rows * ldc);
-  const auto& tiles = kPairs ? k.bf16_row_a : k.row_a;
+  const auto& tiles = Op::row_a(k);
   const void* w_rows[kRows * kKc];
   // Tiles read the weights as they lie. Where more than one will follow, they copy the panel on the
   // way; or one, where the lines of a panel meet in one set of an L1 and are read in halves.
-  const bool direct = !kPairs && d.b.type == kAccumulate<T> && n % W == 0;
+  const bool direct = !Op::kBf16 && d.b.type == kAccumulate<T> && n % W == 0;
   const bool one_set = d.b.stride_k * static_cast<int64_t>(sizeof(T)) % kPageBytes == 0;
   const int64_t crowded = one_set && W * static_cast<int64_t>(sizeof(T)) < kLineBytes ? 1 : 2;
 
   for (int64_t r0 = it.row_begin; r0 < it.row_end; r0 += most_rows) {
     const int64_t m = std::min(most_rows, it.row_end - r0);
     const int64_t blocks = ceil_div<int64_t>(m, k.mr2);
-    const EvenParts tile_rows(m, blocks);
+    const BalancedPartition tile_rows(m, blocks);
     for (int64_t k0 = 0; k0 < K; k0 += depth) {
       const int64_t kc = std::min(depth, K - k0), stride = 2 * W * kc + kPanelPad;
-      for (int64_t t = 0; t < m; ++t) load_tokens<kPairs>(d, r0 + t, k0, kc, a + t * kLda);
+      for (int64_t t = 0; t < m; ++t) Op::load(d, r0 + t, k0, kc, a + t * kLda);
       const auto weight_row = [&](int64_t row) {
         return element(d.b.data, d.b.type,
                        it.expert * d.b.stride_e + row * d.b.stride_k + it.feature_begin);
@@ -151,7 +159,7 @@ void nn_item(const GemmDesc<T>& d, const GemmKernels<T>& k, const GemmItem& it,
         T* segment = panels + (whole ? s * segment_size : 0);
         if (direct || r0 > it.row_begin) {
           // Read as they lie, or packed for the rows before.
-        } else if constexpr (kPairs) {
+        } else if constexpr (Op::kBf16) {
           k.bf16_pack_b(reinterpret_cast<const uint16_t* const*>(w_rows), s * d.features, 2 * kc, n,
                         reinterpret_cast<uint16_t*>(segment), 2 * stride);
         } else {
@@ -165,7 +173,8 @@ void nn_item(const GemmDesc<T>& d, const GemmKernels<T>& k, const GemmItem& it,
         const bool follows = next_k < d.in_features;
         TileOptions next;
         if (follows ? r0 == it.row_begin
-                    : next_item != nullptr && next_item->path == it.path && r0 + m == it.row_end) {
+                    : next_item != nullptr && next_item->config.algorithm == it.config.algorithm &&
+                          next_item->config.operand == it.config.operand && r0 + m == it.row_end) {
           const GemmItem& item = follows ? it : *next_item;
           const int64_t row = follows ? next_k : 0;
           next.base = element(d.b.data, d.b.type,
@@ -189,7 +198,7 @@ void nn_item(const GemmDesc<T>& d, const GemmKernels<T>& k, const GemmItem& it,
             const T* weights =
                 in_place ? reinterpret_cast<const T*>(weight_row(k0)) + s * d.features + j : panel;
             next.ldb = in_place ? d.b.stride_k : TileOptions::kPacked;
-            if constexpr (!kPairs) {
+            if constexpr (!Op::kBf16) {
               if (in_place && again) {
                 k.copying_row_a[nv - 1][index](kc, a + i0 * kLda, weights, {c, ldc, k0 > 0}, next,
                                                panel);
@@ -203,107 +212,6 @@ void nn_item(const GemmDesc<T>& d, const GemmKernels<T>& k, const GemmItem& it,
     }
     for (int64_t t = 0; t < m; ++t) {
       fn(it.expert, r0 + t, it.feature_begin, n, tile + t * ldc, tile + t * ldc + padded_n);
-    }
-  }
-}
-
-template <bool kPairs, class T, class Epilogue>
-void panel_item(const GemmDesc<T>& d, const GemmKernels<T>& k, const GemmItem& it,
-                const Epilogue& fn) {
-  const PanelLayout layout =
-      panel_layout(d.b.type, d.features * d.segments, d.in_features, d.segments);
-  const int64_t P = layout.width;
-  // Bytes of a panel for one element of a, and elements that a tile takes in one step.
-  const int64_t size = P * (kPairs ? static_cast<int64_t>(sizeof(T)) : dtype_size(d.b.type));
-  const int64_t step = size < P * static_cast<int64_t>(sizeof(T)) ? 2 : 1;
-  const int64_t m = it.row_end - it.row_begin;
-  // Tokens are copied once for the item; more rows than streams take meet a part of it at a time.
-  const int64_t part = m <= k.packed.stream_rows ? it.feature_end - it.feature_begin
-                                                 : round_up(kPanelFeatureBlock / d.segments, P);
-  const int64_t K = kPairs ? ceil_div<int64_t>(d.in_features, 2) : d.in_features;
-  // Blocks of equal depth: a short one would pay for its sums in memory with little arithmetic.
-  // One row has no pitch, and no next row that would want the sums' registers: one block, unless
-  // its bits are to be those that it has among others.
-  const int64_t depth = round_up(K, step);
-  const bool one_block = m == 1 && !d.invariant;
-  const int64_t block_k = one_block ? depth : balanced(depth, kPanelDepth, 8);
-  const int64_t k_blocks = ceil_div(depth, block_k);
-  ScratchScope scratch;
-  T* a = scratch.take<T>(Scratch::kTokens, one_block ? depth : k_blocks * m * kPanelLda);
-  T* tile = scratch.take<T>(Scratch::kTile, m * round_up(part, P) * d.segments);
-  for (int64_t t = 0; t < m; ++t) {
-    for (int64_t b = 0; b < k_blocks; ++b) {
-      T* dst = a + (b * m + t) * kPanelLda;
-      const int64_t kc = std::min(block_k, K - b * block_k);
-      load_tokens<kPairs>(d, it.row_begin + t, b * block_k, kc, dst);
-      if (b == k_blocks - 1 && depth > K) dst[kc] = T(0);
-    }
-  }
-  for (int64_t f0 = it.feature_begin; f0 < it.feature_end; f0 += part) {
-    const int64_t n = std::min(part, it.feature_end - f0);
-    const int64_t padded_n = round_up(n, P), ldc = padded_n * d.segments;
-    const char* first = static_cast<const char*>(d.b.panels) + it.expert * layout.expert_bytes() +
-                        f0 / P * d.segments * layout.panel_bytes;
-    const int type = static_cast<int>(d.b.type);
-    const int64_t count = padded_n / P * d.segments;
-    // Where the sums of panel i begin: panels of the segments take turns.
-    const auto sums = [&](int64_t i) {
-      return tile + i % d.segments * padded_n + i / d.segments * P;
-    };
-    int64_t done = 0;
-    if (m <= k.packed.stream_rows) {
-      // A share of the item's panels for each stream, so that streams are long.
-      const int64_t streams = k.packed.num_streams[m - 1], share = count / streams;
-      const bool ahead = m <= kStreamAheadRows &&
-                         d.num_experts * layout.expert_bytes() >= k.packed.stream_min_bytes;
-      const auto run =
-          kPairs ? k.packed.bf16_streams[ahead][m - 1] : k.packed.streams[type][ahead][m - 1];
-      T* c[8];
-      for (; done < share; ++done) {
-        for (int64_t s = 0; s < streams; ++s) c[s] = sums(done + s * share);
-        for (int64_t b = 0; b < k_blocks; ++b) {
-          run(std::min(block_k, depth - b * block_k), a + b * m * kPanelLda,
-              {first + done * layout.panel_bytes + b * block_k * size, share * layout.panel_bytes,
-               k.packed.stream_distance},
-              {c, ldc, b > 0});
-        }
-      }
-      done = share * streams;
-    }
-    const int64_t blocks = ceil_div<int64_t>(m, k.mr2);
-    const EvenParts tile_rows(m, blocks);
-    const bool widen =
-        !kPairs && k.packed.widen_tiles[type] > 0 && blocks >= k.packed.widen_tiles[type];
-    ScratchScope scratch;
-    T* wide = widen ? scratch.take<T>(Scratch::kPackB, block_k * P) : nullptr;
-    const auto* tiles = kPairs ? k.packed.bf16_tile
-                               : k.packed.tile[widen ? static_cast<int>(kAccumulate<T>) : type];
-    const int64_t tile_step = widen ? 1 : step;
-    // Every tile asks for panels ahead of its own: the core's window is too short to compute and to
-    // wait for memory at once. Several tiles on one block share the next block between them; one
-    // alone asks no further ahead than it must, unless for halves of blocks.
-    const int64_t streams = k.prefetch_halves ? k.packed.prefetch_lines : 1;
-    const int64_t ahead_step = std::max<int64_t>(ceil_div(size * tile_step, blocks) / streams, 1);
-    for (; done < count; ++done) {
-      const char* panel = first + done * layout.panel_bytes;
-      for (int64_t b = 0; b < k_blocks; ++b) {
-        const int64_t kc = std::min(block_k, depth - b * block_k);
-        const char* block = panel + b * block_k * size;
-        const bool next_block = blocks > 1 || k.prefetch_halves;
-        const char* ahead = block + (next_block ? std::max(kBytesAhead, kc * size) : kBytesAhead);
-        if (widen) k.packed.widen[type](kc, block, wide);
-        for (int64_t i = 0; i < blocks; ++i) {
-          const int64_t i0 = tile_rows.begin(i), i1 = tile_rows.begin(i + 1);
-          const void* weights = widen ? static_cast<const void*>(wide) : block;
-          tiles[i1 - i0 - 1](kc, a + (b * m + i0) * kPanelLda, weights,
-                             {sums(done) + i0 * ldc, ldc, b > 0},
-                             {ahead + i * ahead_step * (kc / tile_step),
-                              k.prefetch_halves ? kc * size / 2 : kLineBytes, ahead_step});
-        }
-      }
-    }
-    for (int64_t t = 0; t < m; ++t) {
-      fn(it.expert, it.row_begin + t, f0, n, tile + t * ldc, tile + t * ldc + padded_n);
     }
   }
 }

@@ -1,4 +1,4 @@
-#include "cpu/gemm/pack.h"
+#include "cpu/gemm/prepack.h"
 
 #include <algorithm>
 #include <atomic>

@@ -1,0 +1,81 @@
+// GEMV: few rows of an expert. Every weight is read once, as it lies, with vectors along k; four
+// weight rows at once.
+#pragma once
+
+#include "cpu/gemm/items.h"
+
+namespace moe_ops::cpu {
+
+// Prefetch distance in bytes where tokens meet weights once, and the bytes of weights that all
+// passes of tokens meet before the next ones: half of an L1.
+constexpr int64_t kGemvPrefetch = 2048;
+constexpr int64_t kKeptWeightBytes = int64_t{16} << 10;
+
+template <class Op, class T, class Epilogue>
+void gemv_item(const GemmDesc<T>& d, const GemmKernels<T>& k, const GemmItem& it,
+               const Epilogue& fn) {
+  const int64_t m = it.row_end - it.row_begin;
+  const int64_t n = it.feature_end - it.feature_begin;
+  const int64_t K = d.in_features / Op::kSteps;
+  const int64_t ldx = round_up<int64_t>(K, k.lanes);
+  ScratchScope scratch;
+  T* x = scratch.take<T>(Scratch::kTokens, m * ldx);
+  for (int64_t t = 0; t < m; ++t) {
+    Op::load(d, it.row_begin + t, 0, K, x + t * ldx);
+    std::fill(x + t * ldx + K, x + (t + 1) * ldx, T(0));
+  }
+  const int64_t ldo = n * d.segments;
+  T* out = scratch.take<T>(Scratch::kTile, m * ldo);
+  // The four rows of a step lie a quarter of the item apart: four long streams. Four rows next to
+  // each other would be four short ones, and the prefetcher loses the start of each.
+  const int64_t quarter = n / kGemvFeatures;
+  const int64_t row_bytes = d.b.stride_o * dtype_size(d.b.type);
+  const int64_t passes = ceil_div<int64_t>(m, k.gemv.max_tokens);
+  // While a second pass meets rows in L2, memory waits for the first pass of the next ones.
+  const int64_t distance =
+      passes > 1 && d.b.type == kAccumulate<T> ? k.gemv.prefetch_distance : kGemvPrefetch;
+  const BalancedPartition pass_rows(m, passes);
+  for (int s = 0; s < d.segments; ++s) {
+    const char* w =
+        element(d.b.data, d.b.type,
+                it.expert * d.b.stride_e + (s * d.features + it.feature_begin) * d.b.stride_o);
+    // `count` times `features` features from `first` on, `step` apart.
+    const auto run = [&](int features, int64_t count, int64_t first, int64_t step) {
+      if (count == 0) return;
+      for (int64_t p = 0; p < passes; ++p) {
+        const int64_t t = pass_rows.begin(p);
+        const auto tokens = static_cast<int>(pass_rows.begin(p + 1) - t);
+        const char* rows = w + first * row_bytes;
+        T* sums = out + t * ldo + s * n + first;
+        const int64_t ldw = d.b.stride_o / Op::kSteps;
+        (Op::kBf16 ? k.gemv.run_bf16 : k.gemv.run)({.w_type = d.b.type,
+                                                    .features = features,
+                                                    .count = count,
+                                                    .tokens = tokens,
+                                                    .k = K,
+                                                    .w = rows,
+                                                    .w_step = ldw,
+                                                    .ldw = step * ldw,
+                                                    .x = x + t * ldx,
+                                                    .ldx = ldx,
+                                                    .out = sums,
+                                                    .ldo = ldo,
+                                                    .out_step = step,
+                                                    .prefetch_distance = distance});
+      }
+    };
+    // What half of an L1 holds, or four rows, stays in cache for a second pass.
+    const int64_t group_bytes = kGemvFeatures * d.in_features * dtype_size(d.b.type);
+    const int64_t kept = std::max<int64_t>(1, kKeptWeightBytes / group_bytes);
+    const int64_t at_once = passes == 1 ? quarter : kept;
+    for (int64_t f = 0; f < quarter; f += at_once) {
+      run(kGemvFeatures, std::min(at_once, quarter - f), f, quarter);
+    }
+    run(1, n % kGemvFeatures, kGemvFeatures * quarter, 1);
+  }
+  for (int64_t t = 0; t < m; ++t) {
+    fn(it.expert, it.row_begin + t, it.feature_begin, n, out + t * ldo, out + t * ldo + n);
+  }
+}
+
+}  // namespace moe_ops::cpu

@@ -1,0 +1,248 @@
+#include "cpu/gemm/heuristics.h"
+
+#include <algorithm>
+#include <array>
+#include <cstdio>
+#include <limits>
+
+#include "cpu/isa/isa.h"
+#include "cpu/kernels/kernels.h"
+
+namespace moe_ops::cpu {
+
+namespace {
+
+using B = GemmShape::B;
+
+struct Choice {
+  Algorithm algorithm;
+  Operand operand;
+};
+
+// bfloat16 weights are multiplied as such. Tokens are rounded to bfloat16, which loses nothing
+// unless they were scaled before.
+template <class T>
+bool can_multiply_bf16(const GemmShape& s, const GemmKernels<T>& k) {
+  return k.has_bf16 && s.type == DType::kBFloat16 && !s.scaled;
+}
+
+// Where the bits of a row must not depend on how many there are (batch_invariant.h). Of algorithms
+// that a count of rows tells apart here, GEMV and its blocked form add in the same order, and so do
+// the outer product and row-major B, which then have blocks of one depth. bfloat16 is multiplied as
+// such by all rows or by none, and AMX, which adds in an order of its own, by none. Tokens become
+// integers of 16 bits for weights of 8 bits, which costs less accuracy than 8 bits do, and of 8 for
+// weights of 4.
+template <class T>
+Choice choose_invariant(const GemmShape& s, const GemmKernels<T>& k, int64_t rows) {
+  const bool bf16 =
+      can_multiply_bf16(s, k) && k.bf16_max_rows == std::numeric_limits<int64_t>::max();
+  const auto operand = [&](bool pairs) { return pairs ? Operand::kBf16 : Operand::kWide; };
+  switch (s.b) {
+    case B::kBits8:
+      return {Algorithm::kGemv, Operand::kInt16};
+    case B::kBits4:
+      return {Algorithm::kGemv, Operand::kInt8};
+    case B::kFp8:
+      return {rows <= kFp8GemvRows ? Algorithm::kGemv : Algorithm::kGemvBlocked, Operand::kFp8};
+    case B::kPacked:
+      return {Algorithm::kPackedB, operand(bf16)};
+    case B::kDenseFeatures: {
+      const bool few = rows <= (k.outer.one_pass ? k.gemv.max_tokens : kOuterMaxRows);
+      return {few ? Algorithm::kOuter : Algorithm::kRowMajorB, operand(bf16)};
+    }
+    case B::kDenseK:
+      return {rows <= k.gemv.max_rows ? Algorithm::kGemv : Algorithm::kGemvBlocked,
+              operand(bf16 && s.even)};
+  }
+  return {Algorithm::kZero, Operand::kWide};
+}
+
+// Weights of 8 and 4 bits. Tiles multiply integers only where the layer's tokens are of a half
+// type.
+Choice choose_quantised(const GemmShape& s, const QuantKernels& q, int64_t rows) {
+  const bool four = s.b == B::kBits4, half = s.type != DType::kFloat32;
+  const bool int8 = half && q.int8_tile[four][0] != nullptr;
+  const bool int16 = half && !four && q.quantize_int16 != nullptr;
+  int64_t gemv_rows = kQuantMaxRows;
+  if (four && int8) gemv_rows = q.w4_max_rows;
+  if (!four && (int8 || int16)) {
+    gemv_rows =
+        std::clamp<int64_t>(s.in_features / q.w8_min_depth_per_row, kMinW8Rows, q.w8_max_rows);
+  }
+  if (rows <= gemv_rows) return {Algorithm::kGemv, four ? Operand::kInt8 : Operand::kInt16};
+  return {Algorithm::kRepackB, int8 ? Operand::kInt8 : int16 ? Operand::kInt16 : Operand::kWide};
+}
+
+// Weights dense along k.
+template <class T>
+Choice choose_dense_k(const GemmShape& s, const GemmKernels<T>& k, int64_t rows, bool bf16) {
+  const bool half = sizeof(T) == 4 && s.type != DType::kFloat32, pairs = bf16 && s.even;
+  // Every max_tokens rows widen half types again; bfloat16 at full speed beats that.
+  const bool fast_pairs = pairs && k.bf16_max_rows > k.blocked_gemv.max_rows;
+  const int64_t half_rows = fast_pairs ? k.gemv.max_tokens : 2 * k.gemv.max_tokens;
+  // Where GEMV would take two passes; from twice that depth on also where it takes four rows in
+  // one.
+  const int64_t deep = rows > k.gemv.max_tokens ? s.in_features : rows == 4 ? s.in_features / 2 : 0;
+  const bool one_pass =
+      !half && rows <= k.blocked_gemv.max_tokens && deep >= k.blocked_gemv.one_pass_min_depth;
+  if (!one_pass && rows <= (half ? half_rows : k.gemv.max_rows)) {
+    return {Algorithm::kGemv, Operand::kWide};
+  }
+  const auto& depth = k.blocked_gemv.min_depth_per_row;
+  const int64_t blocked_rows = s.in_features / (pairs  ? depth.bf16
+                                                : half ? depth.widened
+                                                       : depth.same);
+  const bool blocked = rows <= std::min(k.blocked_gemv.max_rows, blocked_rows);
+  return {blocked ? Algorithm::kGemvBlocked : Algorithm::kPackBt,
+          pairs ? Operand::kBf16 : Operand::kWide};
+}
+
+template <class T>
+Choice choose(const GemmShape& s, const GemmKernels<T>& k, const QuantKernels& q, int64_t rows) {
+  if (s.in_features == 0) return {Algorithm::kZero, Operand::kWide};
+  if (s.invariant) return choose_invariant(s, k, rows);
+  const bool can = can_multiply_bf16(s, k);
+  const bool amx = can && k.amx.panel != nullptr && rows >= kAmxMinRows;
+  const bool bf16 = can && rows <= k.bf16_max_rows;
+  const Operand operand = amx ? Operand::kAmx : bf16 ? Operand::kBf16 : Operand::kWide;
+  switch (s.b) {
+    case B::kBits8:
+    case B::kBits4:
+      return choose_quantised(s, q, rows);
+    case B::kFp8:
+      if (rows <= kFp8GemvRows) return {Algorithm::kGemv, Operand::kFp8};
+      return {Algorithm::kPackTokens,
+              k.has_bf16 && rows <= k.bf16_max_rows ? Operand::kFp8Bf16 : Operand::kFp8};
+    case B::kPacked:
+      return {Algorithm::kPackedB, operand};
+    case B::kDenseFeatures: {
+      const bool half = sizeof(T) == 4 && s.type != DType::kFloat32;
+      const bool one_pass = k.outer.one_pass && (!half || bf16);
+      if (rows <= (one_pass ? k.gemv.max_tokens : kOuterMaxRows)) {
+        return {Algorithm::kOuter, Operand::kWide};
+      }
+      return {Algorithm::kRowMajorB, operand};
+    }
+    case B::kDenseK:
+      if (amx && s.in_features % 32 == 0) return {Algorithm::kPackTokens, Operand::kAmx};
+      return choose_dense_k(s, k, rows, bf16);
+  }
+  return {Algorithm::kZero, Operand::kWide};
+}
+
+// Width of an item of row-major B, and the depth of its blocks, in elements of `steps` k. By the
+// width that an item has with one thread: blocks are summed by themselves, so bits depend on the
+// depth.
+int64_t row_major_features(const GemmShape& s, int64_t rows) {
+  return s.invariant || rows >= kRowMajorNarrowRows ? kRowMajorFeatures / 2 : kRowMajorFeatures;
+}
+template <class T>
+int64_t row_major_depth(const GemmShape& s, const GemmKernels<T>& k, int64_t steps, int64_t rows) {
+  const int64_t width = steps * k.lanes;
+  const int64_t cuts = ceil_div(s.features * s.segments, row_major_features(s, rows));
+  const int64_t widest = balanced(s.features, ceil_div(s.features, cuts),
+                                  std::max<int64_t>(s.feature_unit, 2 * k.lanes));
+  return std::clamp<int64_t>(
+      kRowMajorBlockBytes / (round_up(widest, width) * static_cast<int64_t>(sizeof(T))), 16, kKc);
+}
+
+constexpr std::array kAlgorithmNames = {"zero",     "gemv",        "gemv_blocked",
+                                        "outer",    "pack_bt",     "row_major_b",
+                                        "packed_b", "pack_tokens", "repack_b"};
+constexpr std::array kOperandNames = {"wide", "bf16", "amx", "int16", "int8", "fp8", "fp8_bf16"};
+
+}  // namespace
+
+template <class T>
+GemmConfig choose_config(const GemmShape& s, const GemmKernels<T>& k, const QuantKernels& q,
+                         int64_t rows) {
+  const auto [algorithm, operand] = choose(s, k, q, rows);
+  GemmConfig c{algorithm, operand, kRowBlock, kFeatureBlock, 1, 2 * k.lanes, 0};
+  const bool amx = operand == Operand::kAmx;
+  const bool fp8 = operand == Operand::kFp8 || operand == Operand::kFp8Bf16;
+  if (amx) {
+    c.rows = algorithm == Algorithm::kPackTokens ? 16 * kAmxTokenTiles : kPanelRowBlock;
+    c.features = algorithm == Algorithm::kRowMajorB ? kAmxRowMajorFeatures : kAmxFeatureBlock;
+    c.row_unit = 16;
+    return c;
+  }
+  if (fp8 || s.b == B::kFp8) {
+    c.features = rows <= kFp8GemvRows ? kFp8GemvFeatures : kPanelFeatureBlock;
+    c.row_unit = k.lanes;
+    c.feature_unit = 4;
+    return c;
+  }
+  switch (algorithm) {
+    case Algorithm::kPackedB:
+      // Few rows are read in streams, of a quarter of an item each: the longer the better. More are
+      // copied once for all parts of an item.
+      c.features = rows <= k.packed.stream_rows ? kStreamFeatureBlock : kPackedFeatures;
+      c.rows = k.packed.max_rows;
+      break;
+    case Algorithm::kRepackB:
+      c.features = operand == Operand::kWide ? kPanelFeatureBlock : kQuantFeatures;
+      c.rows = kPanelRowBlock;
+      break;
+    case Algorithm::kGemv:
+      c.feature_unit = kGemvFeatures;
+      if (operand == Operand::kInt8) {
+        c.features = kQuantFeatures;
+      } else if (operand == Operand::kInt16) {
+        c.feature_unit = 2 * q.w8_features;
+        c.features = rows <= kQuantMaxRows ? kQuantFeatures : kQuantNarrowFeatures;
+        c.rows = kPanelRowBlock;
+        c.row_unit = k.gemv.max_tokens;
+      } else if (rows <= k.gemv.max_tokens) {
+        // Read once, in streams of a quarter of an item each.
+        c.features = kStreamFeatureBlock;
+      }
+      break;
+    case Algorithm::kGemvBlocked:
+      c.features = kStreamFeatureBlock;
+      c.feature_unit = kGemvFeatures;
+      break;
+    case Algorithm::kPackBt:
+      c.features = kStreamFeatureBlock;
+      if (std::min(s.range, c.features) * s.segments * s.in_features <= kKeptElements) {
+        c.rows = kKeptRows;
+      }
+      break;
+    case Algorithm::kOuter:
+    case Algorithm::kRowMajorB: {
+      const int64_t steps = operand == Operand::kBf16 ? 2 : 1,
+                    k_elements = ceil_div(s.in_features, steps);
+      c.features = row_major_features(s, rows);
+      const int64_t depth = row_major_depth(s, k, steps, rows);
+      c.depth = algorithm == Algorithm::kOuter && !s.invariant ? k_elements : depth;
+      if (algorithm == Algorithm::kRowMajorB && k_elements <= depth) c.rows = kKeptRows;
+      break;
+    }
+    case Algorithm::kZero:
+    case Algorithm::kPackTokens:
+      break;
+  }
+  return c;
+}
+
+template GemmConfig choose_config<float>(const GemmShape&, const GemmKernels<float>&,
+                                         const QuantKernels&, int64_t);
+template GemmConfig choose_config<double>(const GemmShape&, const GemmKernels<double>&,
+                                          const QuantKernels&, int64_t);
+
+std::string gemm_config(const GemmShape& s, DType accumulate, int64_t rows, Isa isa, bool intel) {
+  const Tuning tuning = tuning_of(intel, false);
+  const Kernels<float> k = kernels_for<float>(isa, tuning);
+  if (accumulate == DType::kFloat32) return to_string(choose_config(s, k.gemm, k.quant, rows));
+  return to_string(choose_config(s, kernels_for<double>(isa, tuning).gemm, k.quant, rows));
+}
+
+std::string to_string(const GemmConfig& c) {
+  char text[96];
+  std::snprintf(text, sizeof(text), "%s %s, items of %lld x %lld",
+                kAlgorithmNames[static_cast<size_t>(c.algorithm)],
+                kOperandNames[static_cast<size_t>(c.operand)], static_cast<long long>(c.rows),
+                static_cast<long long>(c.features));
+  return text;
+}
+
+}  // namespace moe_ops::cpu

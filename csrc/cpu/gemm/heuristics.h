@@ -1,0 +1,143 @@
+// Which algorithm a product takes, on which operands, and in items of what size: one function from
+// the shape of the product and the numbers of the target to a configuration that can be printed.
+// csrc/cpu/NOTES.md has the table and the arithmetic.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "cpu/gemm/desc.h"
+#include "cpu/isa/isa.h"
+#include "cpu/kernels/gemm.h"
+#include "cpu/kernels/quant.h"
+
+namespace moe_ops::cpu {
+
+// Every algorithm sums over k in increasing order inside one accumulator.
+enum class Algorithm : int {
+  kZero,         // nothing is summed over
+  kGemv,         // few rows; weight rows are read once, vectors lie along k
+  kGemvBlocked,  // the same with the tokens in passes over a block of weights in cache
+  kOuter,        // few rows; weight rows of consecutive k are added up, vectors lie along features
+  kPackBt,       // weights dense along k are transposed into panels, once for all rows of an item
+  kRowMajorB,    // weights dense along features are the vectors, copied block by block
+  kPackedB,      // weights packed ahead of time (prepack.h)
+  kPackTokens,   // weight rows as they lie are A, and tokens are packed as B
+  kRepackB,      // weights of 8 or 4 bits are repacked into panels in cache
+};
+enum class Operand : int {
+  kWide,     // numbers of the accumulate type; half types are widened
+  kBf16,     // pairs of bfloat16 (vdpbf16ps)
+  kAmx,      // bfloat16 in AMX tiles
+  kInt16,    // tokens as integers of 16 bits, for weights of 8 bits
+  kInt8,     // tokens as integers of 8 bits
+  kFp8,      // e4m3 codes, decoded to float32
+  kFp8Bf16,  // e4m3 codes, decoded to pairs of bfloat16
+};
+
+struct GemmConfig {
+  Algorithm algorithm = Algorithm::kZero;
+  Operand operand = Operand::kWide;
+  // Most rows and features (of all segments together) of a work item, and what cuts are multiples
+  // of.
+  int64_t rows = 0, features = 0;
+  int64_t row_unit = 1, feature_unit = 1;
+  int64_t depth = 0;  // elements of k in a block, where blocks are summed by themselves
+
+  bool operator==(const GemmConfig&) const = default;
+};
+// "gemv_blocked bf16, items of 128 x 1024"
+std::string to_string(const GemmConfig& c);
+
+// What the choice depends on.
+struct GemmShape {
+  enum class B : int { kDenseK, kDenseFeatures, kPacked, kBits8, kBits4, kFp8 };
+  B b = B::kDenseK;
+  DType type = DType::kFloat32;  // of the weights; of the layer's tokens where they have few bits
+  bool scaled = false;           // whether a row of tokens has a factor
+  bool even = true;              // whether pairs of k lie side by side in every row of weights
+  int64_t features = 0, segments = 1, feature_unit = 1, in_features = 0;
+  int64_t range = 0;  // of the features of each segment, those that are wanted at once
+  bool invariant = false;
+};
+
+// For an expert with so many rows. T is the accumulate type; kernels are those of the target.
+template <class T>
+GemmConfig choose_config(const GemmShape& s, const GemmKernels<T>& k, const QuantKernels& q,
+                         int64_t rows);
+
+template <class T>
+GemmShape shape_of(const GemmDesc<T>& d) {
+  GemmShape s;
+  if (d.b.quant.bits != 0) {
+    s.b = d.b.quant.bits == 4 ? GemmShape::B::kBits4 : GemmShape::B::kBits8;
+  } else if (d.b.panels != nullptr) {
+    s.b = GemmShape::B::kPacked;
+  } else {
+    s.b = d.b.stride_k == 1 ? GemmShape::B::kDenseK : GemmShape::B::kDenseFeatures;
+  }
+  s.type = d.b.type;
+  s.scaled = d.a_scale != nullptr;
+  s.even = d.in_features % 2 == 0 && d.b.stride_o % 2 == 0;
+  s.features = s.range = d.features;
+  s.segments = d.segments;
+  s.feature_unit = d.feature_unit;
+  s.in_features = d.in_features;
+  s.invariant = d.invariant;
+  return s;
+}
+
+template <class T>
+GemmConfig choose_config(const GemmDesc<T>& d, int64_t rows) {
+  return choose_config<T>(shape_of(d), gemm_kernels<T>(), quant_kernels(), rows);
+}
+
+// The configuration of an expert with `rows` rows, in words, on any target that the build has and
+// any processor; for tests and for who wants to know. accumulate: kFloat32 or kFloat64.
+MOE_OPS_API std::string gemm_config(const GemmShape& s, DType accumulate, int64_t rows, Isa isa,
+                                    bool intel);
+
+// Sizes of work items.
+//
+// Rows. Of an item that copies weights: a 192-deep block of 128 rows is 96 KiB of L2. Where one
+// copy of weights serves one block of rows after the other, more, as long as the copy has at most
+// kKeptElements: what leaves an L2 is written to L3 and read again, which costs more than another
+// copy. Items on packed weights copy tokens only; 128 rows of 2048 features are 1 MiB of fp32.
+constexpr int64_t kRowBlock = 128;
+constexpr int64_t kKeptRows = 1024;
+constexpr int64_t kKeptElements = int64_t{256} << 10;
+constexpr int64_t kPanelRowBlock = 128;
+// Features (of all segments together). 252 is a multiple of every tile height. Panels come whole at
+// every target. What is read in streams gets longer ones from wider items; AMX and packed weights
+// rearrange tokens first, which more features share.
+constexpr int64_t kFeatureBlock = 252;
+constexpr int64_t kPanelFeatureBlock = 256;
+constexpr int64_t kStreamFeatureBlock = 1024;
+constexpr int64_t kAmxFeatureBlock = 2048;
+constexpr int64_t kPackedFeatures = 4096;
+// Row-major B: rows of 4 KiB are streams for the memory, rows of 1 KiB are not, and blocks of 256
+// KiB leave room for the sums in an L2. From kRowMajorNarrowRows rows on an item is half as wide:
+// the sums of 128 rows are then 256 KiB, and a block is 128 steps deep instead of 64.
+constexpr int64_t kRowMajorFeatures = 1024;
+constexpr int64_t kRowMajorBlockBytes = int64_t{256} << 10;
+constexpr int64_t kRowMajorNarrowRows = 32;
+constexpr int64_t kAmxRowMajorFeatures = 512;  // runs of 1 KiB
+// Most rows of an expert for which weights dense along features are not copied. Each row passes its
+// sums through registers once in four steps of k.
+constexpr int64_t kOuterMaxRows = 8;
+// Fewest rows that AMX takes. Below, reading the weights is all that counts, and the other kernels
+// keep the tokens in fp32.
+constexpr int64_t kAmxMinRows = 3;
+// Weights of 8 and 4 bits: most rows of a GEMV where tiles have no integers; the width of its
+// items, whose tokens are made integers first and whose streams are a quarter of that or less; with
+// more rows narrower, for the sums. kMinW8Rows: that the GEMV of 8 bits takes whatever the depth.
+constexpr int64_t kQuantMaxRows = 8;
+constexpr int64_t kQuantFeatures = 2048;
+constexpr int64_t kQuantNarrowFeatures = 1024;
+constexpr int64_t kMinW8Rows = 3;
+// e4m3: most rows for which every weight is decoded anew for each kFp8DotTokens of them, and the
+// width of such an item.
+constexpr int64_t kFp8GemvRows = 4;
+constexpr int64_t kFp8GemvFeatures = 2048;
+
+}  // namespace moe_ops::cpu
