@@ -114,17 +114,17 @@ FAMILIES: dict[str, Family] = {
             "ops/test_moe_ffn.py",
         ),
         of(
-            "gemm/stream.h",
+            "gemm/gemv.h",
             (
                 "features lost at the end of a pass",
                 "std::min(at_once, quarter - f)",
                 "std::min(at_once, quarter - f - (quarter - f < at_once))",
             ),
-            ("last columns missed", "n % kDotFeatures", "int64_t{0}"),
+            ("last columns missed", "n % kGemvFeatures", "int64_t{0}"),
             (
                 "pairs: a token from half the place",
-                "load_tokens<kPairs>(d, k, it.row_begin + t, 0, K, x + t * ldx);",
-                "load_tokens<kPairs>(d, k, it.row_begin, 0, K, x + t * ldx);",
+                "Op::load(d, it.row_begin + t, 0, K, x + t * ldx);",
+                "Op::load(d, it.row_begin, 0, K, x + t * ldx);",
             ),
             (
                 "up half reads the gate's weights",
@@ -144,7 +144,7 @@ FAMILIES: dict[str, Family] = {
             "ops/test_moe_ffn.py",
         ),
         of(
-            "gemm/stream.h",
+            "gemm/gemv_blocked.h",
             ("blocks of k not added up, widened", "b > 0", "false", 0),
             ("blocks of k not added up", "b > 0", "false", 1),
             ("last columns missed", "n % F", "int64_t{0}"),
@@ -173,18 +173,18 @@ FAMILIES: dict[str, Family] = {
             "test_fuzz_layouts.py",
         ),
         of(
-            "gemm/stream.h",
+            "gemm/outer.h",
             ("steps of k not added up", "row > first_row", "false"),
             (
                 "last steps of k lost",
-                "std::min<int64_t>(kRankRows, end - row)",
-                "std::min<int64_t>(kRankRows, end - row) - "
+                "std::min<int64_t>(kOuterRows, end - row)",
+                "std::min<int64_t>(kOuterRows, end - row) - "
                 "(row > 0 && end - row > 1 && end - row < kRankRows)",
             ),
             ("always the first weights", "first + row * d.b.stride_k", "first"),
             (
                 "blocks of k not added up",
-                "if (b > 0) k.axpy(kAccumulate<T>, block, T(1), tile, m * ldc);",
+                "if (b > 0) row_kernels<T>().axpy(kAccumulate<T>, block, T(1), tile, m * ldc);",
                 "",
             ),
             (
@@ -204,7 +204,7 @@ FAMILIES: dict[str, Family] = {
             "test_fuzz_layouts.py",
         ),
         of(
-            "gemm/tiles.h",
+            "gemm/pack_b.h",
             ("blocks of k not added up", "k0 > 0", "false", 0),
             (
                 "up half reads the gate's weights",
@@ -251,7 +251,7 @@ FAMILIES: dict[str, Family] = {
             "test_fuzz_layouts.py",
         ),
         of(
-            "gemm/tiles.h",
+            "gemm/pack_b.h",
             ("blocks of k not added up", "k0 > 0", "false", -1),
             ("blocks of k not added up where panels are copied", "k0 > 0", "false", -2),
             ("the first block of weight rows for all", "kRows * k0 + kk", "kk"),
@@ -281,7 +281,7 @@ FAMILIES: dict[str, Family] = {
             "test_fuzz_layouts.py",
         ),
         of(
-            "gemm/tiles.h",
+            "gemm/packed_b.h",
             ("last pair of an odd k not cleared", "b == k_blocks - 1 && depth > K", "false"),
             (
                 "last step of k lost in the last block",
@@ -318,7 +318,7 @@ FAMILIES: dict[str, Family] = {
             ),
         )
         + of(
-            "gemm/pack.cpp",
+            "gemm/prepack.cpp",
             ("a packed k in the wrong half of a pair", "k % pair", "(pair - 1 - k % pair)"),
             (
                 "last step of k not packed",
@@ -343,7 +343,7 @@ FAMILIES: dict[str, Family] = {
             "ops/test_moe_ffn_quantized.py",
         ),
         of(
-            "gemm/plan.h",
+            "gemm/desc.h",
             ("pairs: end of an odd k not cleared", "if (n < 2 * kc) halves[n] = 0;", ""),
             (
                 "pairs: a step lost at a block",
@@ -359,6 +359,15 @@ FAMILIES: dict[str, Family] = {
                 "type == DType::kBFloat16",
             ),
             (
+                "scales of the first expert for all",
+                "m.quant.scale + e * m.quant.scale_stride_e + o * m.quant.scale_stride_o",
+                "m.quant.scale + o * m.quant.scale_stride_o",
+            ),
+            ("gathered rows read as they lie", "rows.index != nullptr ? rows.index[r] : r", "r"),
+        )
+        + of(
+            "gemm/items.h",
+            (
                 "a column lost between two items",
                 "std::min(last, f + features)",
                 "std::min(last, f + features) - (f + features < last)",
@@ -368,12 +377,6 @@ FAMILIES: dict[str, Family] = {
                 "std::min(end, r + rows)",
                 "std::min(end, r + rows) - (r + rows < end)",
             ),
-            (
-                "scales of the first expert for all",
-                "m.quant.scale + e * m.quant.scale_stride_e + o * m.quant.scale_stride_o",
-                "m.quant.scale + o * m.quant.scale_stride_o",
-            ),
-            ("gathered rows read as they lie", "rows.index != nullptr ? rows.index[r] : r", "r"),
         ),
     ),
     "tiles": Family(
@@ -489,7 +492,7 @@ FAMILIES: dict[str, Family] = {
             ),
             (
                 "sums from the tile not added to what is there",
-                "if (p.accumulate) k.axpy(p.out_type, dst, T(1), row, j1 - from);",
+                "if (p.accumulate) row_kernels<T>().axpy(p.out_type, dst, T(1), row, j1 - from);",
                 "",
             ),
             (
@@ -505,14 +508,14 @@ FAMILIES: dict[str, Family] = {
             ("gradient of the last block of rows for all columns", "j0 == 0 || !one", "j0 == 0"),
             (
                 "pairs: rows pass through the tile of sums",
-                "load_bf16_row(k, p.a.type, src, cols, scale, widened, copy);",
+                "load_bf16_row(p.a.type, src, cols, scale, widened, copy);",
                 "load_bf16_row(k, p.a.type, src, cols, scale, reinterpret_cast<float*>(tile), "
                 "copy);",
             ),
             (
                 "sums that are complete in a tile rounded there although others follow",
-                "kPairs && p.out_type == DType::kBFloat16 && one && !p.accumulate",
-                "kPairs && p.out_type == DType::kBFloat16 && !p.accumulate",
+                "Op::kBf16 && p.out_type == DType::kBFloat16 && one && !p.accumulate",
+                "Op::kBf16 && p.out_type == DType::kBFloat16 && !p.accumulate",
             ),
             (
                 "a column lost between two blocks",
@@ -540,7 +543,7 @@ FAMILIES: dict[str, Family] = {
                 "scales_at(d.b, it.expert, s * d.features + it.feature_begin)",
                 "scales_at(d.b, it.expert, it.feature_begin)",
             ),
-            ("dot8: scales forgotten", "k.quant.multiply_row(scale, sums, n);", ""),
+            ("dot8: scales forgotten", "row_kernels<float>().multiply_row(scale, sums, n);", ""),
             ("dot8: end of the tokens not cleared", "std::fill(x + K, x + padded_k, 0.0f);", "", 0),
             (
                 "panels: end of the tokens not cleared",
@@ -574,7 +577,7 @@ FAMILIES: dict[str, Family] = {
                 "scales + begin / group * P",
                 "scales",
             ),
-            ("panels: weights without their bias", "four != kBytes", "!(four != kBytes)"),
+            ("panels: weights without their bias", "four != kInt8", "!(four != kBytes)"),
             (
                 "panels: columns of a part lost",
                 "std::min(part, n - part_begin)",
@@ -652,7 +655,7 @@ FAMILIES: dict[str, Family] = {
                 "i / n * d.features + it.feature_begin + i % n",
                 "it.feature_begin + i % n",
             ),
-            ("dot: last columns missed", "quarter + n % kDotFeatures", "quarter"),
+            ("dot: last columns missed", "quarter + n % kGemvFeatures", "quarter"),
             (
                 "dot: second token of a pass lost",
                 "std::min<int64_t>(kFp8DotTokens, m - t)",
@@ -680,11 +683,6 @@ FAMILIES: dict[str, Family] = {
                 "panels + (b - b0) * padded_m * kBlock + t0 * kc",
                 "panels + t0 * kc",
             ),
-            (
-                "a row lost between two items",
-                "std::min(end, r + rows)",
-                "std::min(end, r + rows) - (r + rows < end)",
-            ),
         )
         + of(
             "kernels/fp8-inl.h",
@@ -703,8 +701,8 @@ FAMILIES: dict[str, Family] = {
                 "r * I_blocks + (first + i) / kFp8Block",
                 "r * I_blocks",
             ),
-            ("bias of the down projection forgotten", "add_bias(k, p.b_down, e, f, n, v);", ""),
-            ("routing weight of another slot", "slot_weights[s.row_to_slot[r]]", "slot_weights[r]"),
+            ("bias of the down projection forgotten", "add_bias(p.b_down, e, f, n, v);", ""),
+            ("routing weight of another slot", "maps.weight[r]", "maps.weight[r / 2]"),
         ),
     ),
     "ffn stages": Family(
@@ -728,17 +726,17 @@ FAMILIES: dict[str, Family] = {
             ("bias of the first expert for all", "e * p.b_down.stride_e + f", "f"),
             (
                 "routing weights on the input forgotten",
-                "if (s.apply_router_weight_on_input) up.a_scale = routing.weight;",
+                "if (s.apply_router_weight_on_input) up.a_scale = maps.weight;",
                 "",
             ),
             (
                 "backward: weight of the first row for all",
-                "on_input ? nullptr : routing.weight + r",
-                "on_input ? nullptr : routing.weight",
+                "on_input ? nullptr : maps.weight + r",
+                "on_input ? nullptr : maps.weight",
             ),
             (
                 "weight gradient without the routing weights on the input",
-                "on_input ? routing.weight : nullptr",
+                "on_input ? maps.weight : nullptr",
                 "static_cast<T*>(nullptr)",
             ),
             (
@@ -774,13 +772,16 @@ FAMILIES: dict[str, Family] = {
             ),
             (
                 "gradients of skipped slots not cleared",
-                "std::fill(grad_weights, grad_weights + s.num_tokens * K, T(0));",
+                "std::fill(grad_weights, grad_weights + s.routing.num_tokens * K, T(0));",
                 "",
             ),
+        )
+        + of(
+            "gemm/routed_rows.h",
             (
                 "tokens of slots counted from one",
-                "slot / s.top_k",
-                "std::min<int64_t>((slot + 1) / s.top_k, s.num_tokens - 1)",
+                "r.row_to_slot[row] / top_k",
+                "std::min<int32_t>((r.row_to_slot[row] + 1) / top_k, r.num_tokens - 1)",
             ),
         ),
     ),
@@ -827,8 +828,8 @@ FAMILIES: dict[str, Family] = {
             ),
             (
                 "routing weights of the expert's first rows",
-                "s.row_to_slot + b.rows[e] + r0",
-                "s.row_to_slot + b.rows[e]",
+                "b.slots + b.offsets[e] + r0",
+                "b.slots + b.offsets[e]",
             ),
             (
                 "tokens of the expert's first rows",
@@ -837,18 +838,19 @@ FAMILIES: dict[str, Family] = {
             ),
             (
                 "gradient of the routing weight in the first rows' place",
-                "grad_weights[s_.row_to_slot[row + r0 + r]] = g;",
-                "grad_weights[s_.row_to_slot[row + r]] = g;",
+                "grad_weights[s_.routing.row_to_slot[row + r0 + r]] = g;",
+                "grad_weights[s_.routing.row_to_slot[row + r]] = g;",
             ),
             (
                 "bias gradients of the last part only",
-                "k_.axpy(kAccumulate<T>, t.sum, T(1), down_sums_.bias_of(chunk, e), H_);",
+                "row_kernels<T>().axpy(kAccumulate<T>, t.sum, T(1), down_sums_.bias_of(chunk, e), H_);",
                 "k_.load_row(kAccumulate<T>, t.sum, down_sums_.bias_of(chunk, e), H_, T(1));",
             ),
             (
                 "routing weights of the first block for all",
                 "static_cast<const T*>(s.topk_weights) + b.first",
                 "static_cast<const T*>(s.topk_weights)",
+                1,
             ),
             (
                 "gradients of skipped slots not cleared",
@@ -870,7 +872,7 @@ FAMILIES: dict[str, Family] = {
             "test_moe_ffn_blocks.py",
         ),
         of(
-            "gemm/slot_blocks.h",
+            "gemm/token_blocks.h",
             ("parts of an expert's rows not added up", "accumulate || part > 0", "accumulate"),
             (
                 "scales of the first tile for all",
@@ -891,7 +893,7 @@ FAMILIES: dict[str, Family] = {
             ("only the first chunk starts anew", "t == begin", "t == 0"),
             (
                 "gradients not added to the buffer",
-                "k_.axpy(w.type, out + i * cols_ * size, T(1), sum + i * n, cols_);",
+                "row_kernels<T>().axpy(w.type, out + i * cols_ * size, T(1), sum + i * n, cols_);",
                 "",
             ),
             (
@@ -900,8 +902,6 @@ FAMILIES: dict[str, Family] = {
                 "e * (matrix() + bias())",
                 0,
             ),
-            ("panels of the first columns for all", "panels + j * depth", "panels"),
-            ("tiles of one vector where a row ends in two", "n - j > W ? 1 : 0", "0", 1),
         )
         + of(
             "moe_linear_map.cpp",
@@ -911,11 +911,11 @@ FAMILIES: dict[str, Family] = {
                 "size));",
                 "",
             ),
-            ("bias of the first expert for all", "e * p.bias.stride_e", "0 * p.bias.stride_e"),
+            ("bias of the first expert for all", "vector_of(p.bias, e)", "vector_of(p.bias, 0)"),
             (
                 "bias gradient of the last row only",
-                "k.axpy(type, grads[i], T(1), chunks.bias_of(chunk, e), O);",
-                "k.load_row(type, grads[i], chunks.bias_of(chunk, e), O, T(1));",
+                "row_kernels<T>().axpy(type, grads[i], T(1), chunks.bias_of(chunk, e), O);",
+                "row_kernels<T>().load_row(type, grads[i], chunks.bias_of(chunk, e), O, T(1));",
             ),
         )
         + of(
@@ -932,19 +932,19 @@ FAMILIES: dict[str, Family] = {
             ),
             (
                 "bias gradient without weights",
-                "k.axpy(type, grads[i], weights[i], chunks.bias_of(chunk, e), H);",
+                "row_kernels<T>().axpy(type, grads[i], weights[i], chunks.bias_of(chunk, e), H);",
                 "k.axpy(type, grads[i], T(1), chunks.bias_of(chunk, e), H);",
             ),
             (
                 "sorted: weight of the expert's first row for all",
-                "k.load_row(kAccumulate<T>, u + r * D, grad, D, weights[r]);",
+                "k.load_row(kAccumulate<T>, u + r * D, grad, D, maps.weight[r]);",
                 "k.load_row(kAccumulate<T>, u + r * D, grad, D, weights[begin]);",
             ),
             (
                 "sorted: gradient of the routing weight without the bias",
-                "p.bias.data != nullptr",
+                "bias != nullptr",
                 "false",
-                0,
+                1,
             ),
         ),
     ),
@@ -952,21 +952,25 @@ FAMILIES: dict[str, Family] = {
         ("dense_ffn",),
         ("ops/test_dense_ffn.py",),
         of(
-            "dense_ffn.cpp",
-            ("blocks of k not added up", "accumulate || kb > 0", "accumulate"),
-            ("panels of the first block of k for all", "a_blocks.begin(kb) * width", "0 * width"),
-            ("up bias forgotten", "if (p.b_up != nullptr) set_ones(x, m, H);", ""),
-            ("down bias forgotten", "if (p.b_down != nullptr) set_ones(h, m, I);", ""),
+            "gemm/small_gemm.h",
+            ("blocks of k not added up", "g.accumulate || k0 > 0", "g.accumulate"),
             (
-                "columns of the first 128 for all",
-                "m0 / kLdm * kDenseTokens * kLdm",
-                "0 * kDenseTokens * kLdm",
+                "panels of the first block of k for all",
+                "b + j * depth + k0 * width",
+                "b + j * depth",
             ),
+            ("panels of the first columns for all", "b + j * depth + k0 * width", "b + k0 * width"),
+            ("columns of the first 128 for all", "g.a_block", "0", 1),
             (
                 "sums of the first 128 columns for all",
-                "c + (m0 + i0) * ldc + j",
-                "c + i0 * ldc + j",
+                "g.c + (m0 + t.begin) * g.ldc + j",
+                "g.c + t.begin * g.ldc + j",
             ),
+        )
+        + of(
+            "dense_ffn.cpp",
+            ("up bias forgotten", "if (p.b_up != nullptr) set_ones(x, m, H);", ""),
+            ("down bias forgotten", "if (p.b_down != nullptr) set_ones(h, m, I);", ""),
             (
                 "last block of a part lost",
                 "blocks * (part + 1) / parts",
@@ -987,7 +991,7 @@ FAMILIES: dict[str, Family] = {
             ),
             (
                 "parts of the tokens not added up",
-                "k.axpy(kAccumulate<T>, from + part * E * sums.expert(), T(1), row, cols);",
+                "row_kernels<T>().axpy(kAccumulate<T>, from + part * E * sums.expert(), T(1), row, cols);",
                 "",
             ),
             (
@@ -1095,8 +1099,7 @@ FAMILIES: dict[str, Family] = {
                 "out.all_last < out.keys",
             ),
             ("keys of a panel's last rows lost", "last[r1 - 1] - at", "last[r0] - at"),
-            ("blocks of features not added up", "d0 > 0", "false"),
-            ("sums of the first 128 features for all", "c + c0 * width", "c", 1),
+            ("sums of the first 128 features for all", "c + c0 * width", "c"),
             (
                 "a feature lost at a part",
                 "std::min(part_, p_.head_size - c)",
@@ -1355,7 +1358,7 @@ FAMILIES: dict[str, Family] = {
             ),
             (
                 "permute: the token before",
-                "p.row_to_token[r]",
+                "p.row_to_slot[r] / top_k",
                 "std::max<int64_t>(p.row_to_token[r] - 1, 0)",
             ),
         )

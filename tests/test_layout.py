@@ -33,7 +33,7 @@ EXCEPTIONS = {
 }
 # Files of a layer that belong to no single op.
 SHARED = {
-    "csrc/include/moe_ops": {"activation", "common", "router_bwd"},
+    "csrc/include/moe_ops": {"activation", "common", "router_bwd", "routing"},
     "csrc/cpu": {"gemm", "isa", "kernels", "router_bwd", "runtime"},
     "csrc/torch": {"device", "library", "router", "tensor_utils"},
 }
@@ -186,38 +186,35 @@ def test_isa_files_include_no_inline_functions(name):
 
 # --- R6: a size at which a kernel changes what it does is in the table of blocking.cpp
 
-AHEAD = "how far ahead a kernel asks for memory: no result depends on it"
+PREFETCH = "a prefetch distance: no result depends on it"
 FOLLOWS = "follows from constants that are in the table"
-LAYOUT = "a pitch or a marker: where numbers lie, not which kernel takes them"
+LAYOUT = "a leading dimension or a marker: where numbers lie, not which kernel takes them"
 MEMORY = "about pages and buffers of whole tensors"
-FUNCTION = "of a polynomial or of a number format"
 NO_BOUNDARY = {
-    "kAmxBytesAhead": AHEAD,
-    "kBytesAhead": AHEAD,
-    "kDot8Ahead": AHEAD,
-    "kDot8TokensAhead": AHEAD,
-    "kDotAhead": AHEAD,
+    "kAmxPrefetch": PREFETCH,
+    "kPanelPrefetch": PREFETCH,
+    "kW8Prefetch": PREFETCH,
+    "kW8TokensPrefetch": PREFETCH,
+    "kGemvPrefetch": PREFETCH,
     "kBlock": FOLLOWS,
-    "kHalves": FOLLOWS,
     "kDepth": FOLLOWS,
     "kPanelLda": FOLLOWS,
     "kRowForm": FOLLOWS,
     "kStep": FOLLOWS,
+    "kSteps": FOLLOWS,
     "kCount": FOLLOWS,
-    "kGradPitch": LAYOUT,
+    "kGradLd": LAYOUT,
     "kLine": LAYOUT,
     "kPanelPad": LAYOUT,
-    "kWholePanels": LAYOUT,
+    "kPacked": LAYOUT,
     "kAlignment": MEMORY,
     "kHugeFrom": MEMORY,
     "kHugePage": MEMORY,
     "kLargeBuffer": MEMORY,
     "kMadvCollapse": MEMORY,
     "kPart": MEMORY,
-    "kBias": FUNCTION,
-    "kDegree": FUNCTION,
-    "kMantissa": FUNCTION,
     "kMatchSamples": "how many weights of packed copies are compared with the truth",
+    "kUnderWay": "how many of those comparisons overlap",
     "kNumIsas": "of the instruction sets",
     "kRequestPermission": "of the operating system",
     "kTileData": "of the operating system",
