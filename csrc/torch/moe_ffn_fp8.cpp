@@ -1,9 +1,8 @@
 #include "moe_ops/moe_ffn_fp8.h"
 
-#include "torch/activation.h"
 #include "torch/device.h"
 #include "torch/fp8.h"
-#include "torch/tensor_utils.h"
+#include "torch/moe_ffn/checks.h"
 
 namespace moe_ops::adapter {
 
@@ -11,57 +10,22 @@ namespace {
 
 constexpr const char* kOp = "moe_ffn_fp8";
 
-struct Sizes {
-  DType type;
-  ActivationParams act;
-  int64_t T, H, I, E, K, width;
-};
-
-void check_bias(const Op& op, const char* name, const OptTensor& bias, const Tensor& x, int64_t E,
-                int64_t features, const char* shape) {
-  if (!bias.has_value()) return;
-  check_same_dtype(op, name, *bias, "x", x);
-  check_dim(op, name, *bias, 2, shape);
-  check_size(op, name, *bias, 0, E, "E");
-  check_size(op, name, *bias, 1, features, "the number of features");
-}
-
 Sizes check(const Op& op, const Tensor& x, const Tensor& w_gate_up, const Tensor& w_gate_up_scale,
             const Tensor& w_down, const Tensor& w_down_scale, const Tensor& topk_weights,
             const Tensor& topk_ids, const OptTensor& b_gate_up, const OptTensor& b_down,
             const std::string& activation, bool interleaved, double alpha, double limit) {
-  Sizes s;
-  s.act = check_activation(op, activation, interleaved, alpha, limit, false);
-  const bool gated = is_gated(s.act.kind);
+  const ActivationParams act = check_activation(op, activation, interleaved, alpha, limit, false);
   check_index(op, "topk_ids", topk_ids);
   check_dim(op, "topk_ids", topk_ids, 2, "[T, K]");
-  s.type = check_float_to_fp8(op, "x", x);
-  check_dim(op, "x", x, 2, "[T, H]");
-  s.T = x.size(0);
-  s.H = x.size(1);
-  s.K = topk_ids.size(1);
-  check_fp8_weights(op, "w_gate_up", "w_gate_up_scale", w_gate_up, w_gate_up_scale,
-                    gated ? "[E, 2I, H]" : "[E, I, H]");
-  s.E = w_gate_up.size(0);
-  s.width = w_gate_up.size(1);
-  MOE_CHECK(s.E >= 1, op, ": w_gate_up must hold at least one expert, got shape ",
-            shape_string(w_gate_up), ".");
-  check_size(op, "w_gate_up", w_gate_up, 2, s.H, "H");
-  MOE_CHECK(!gated || s.width % 2 == 0, op,
-            ": w_gate_up must have an even number 2I of features, got shape ",
-            shape_string(w_gate_up), ".");
-  s.I = gated ? s.width / 2 : s.width;
-  check_fp8_weights(op, "w_down", "w_down_scale", w_down, w_down_scale, "[E, H, I]");
-  check_size(op, "w_down", w_down, 0, s.E, "E");
-  check_size(op, "w_down", w_down, 1, s.H, "H");
-  check_size(op, "w_down", w_down, 2, s.I, "I");
-  check_float(op, "topk_weights", topk_weights);
-  check_dim(op, "topk_weights", topk_weights, 2, "[T, K]");
-  check_size(op, "topk_weights", topk_weights, 0, s.T, "T");
-  check_size(op, "topk_weights", topk_weights, 1, s.K, "K");
+  const DType type = check_float_to_fp8(op, "x", x);
+  const Sizes s = check_ffn(op, type, x, w_gate_up, w_down, topk_weights, topk_ids.size(1), act,
+                            [&](const char* name, const Tensor& w, const char* shape) {
+                              const bool up = &w == &w_gate_up;
+                              check_fp8_weights(op, name, up ? "w_gate_up_scale" : "w_down_scale",
+                                                w, up ? w_gate_up_scale : w_down_scale, shape);
+                            });
   check_size(op, "topk_ids", topk_ids, 0, s.T, "T");
-  check_bias(op, "b_gate_up", b_gate_up, x, s.E, s.width, gated ? "[E, 2I]" : "[E, I]");
-  check_bias(op, "b_down", b_down, x, s.E, s.H, "[E, H]");
+  check_biases(op, b_gate_up, b_down, x, s);
   return s;
 }
 
@@ -81,7 +45,7 @@ Tensor moe_ffn_fp8(const Tensor& x, const Tensor& w_gate_up, const Tensor& w_gat
   const Bias down_bias = bias_of(b_down, s.type);
   Tensor y = empty_cpu(kOp, {s.T, s.H}, x.scalar_type());
   MoeFfnFp8Params p;
-  p.desc = {slots.routing, weights.const_data_ptr(), s.H, s.I, s.act, apply_router_weight_on_input};
+  p.desc = desc_of(s, slots.routing, weights, apply_router_weight_on_input);
   p.x = rows_of(src, s.type);
   p.w_gate_up = up.matrices;
   p.w_down = down.matrices;
@@ -116,7 +80,7 @@ static Tensor moe_ffn_fp8_cuda(const Tensor& x, const Tensor& w_gate_up,
   const Bias down_bias = bias_of(b_down, s.type);
   Tensor y = device_empty(x, {s.T, s.H}, x.scalar_type());
   MoeFfnFp8Params p;
-  p.desc = {slots.routing, weights.const_data_ptr(), s.H, s.I, s.act, apply_router_weight_on_input};
+  p.desc = desc_of(s, slots.routing, weights, apply_router_weight_on_input);
   p.x = rows_of(src, s.type);
   p.w_gate_up = up.matrices;
   p.w_down = down.matrices;

@@ -1,7 +1,6 @@
 #include "moe_ops/moe_ffn_quantized.h"
 
-#include "torch/activation.h"
-#include "torch/tensor_utils.h"
+#include "torch/moe_ffn/checks.h"
 
 namespace moe_ops::adapter {
 
@@ -54,15 +53,6 @@ Quantized quantized_of(const char* name, const char* scale_name, const Tensor& w
   return out;
 }
 
-void check_bias(const char* name, const OptTensor& bias, const Tensor& x, int64_t E,
-                int64_t features, const char* shape) {
-  if (!bias.has_value()) return;
-  check_same_dtype(kOp, name, *bias, "x", x);
-  check_dim(kOp, name, *bias, 2, shape);
-  check_size(kOp, name, *bias, 0, E, "E");
-  check_size(kOp, name, *bias, 1, features, "the number of features");
-}
-
 Tensor moe_ffn_quantized(const Tensor& x, const Tensor& w_gate_up, const Tensor& w_gate_up_scale,
                          const Tensor& w_down, const Tensor& w_down_scale,
                          const Tensor& topk_weights, const Tensor& topk_ids,
@@ -104,8 +94,8 @@ Tensor moe_ffn_quantized(const Tensor& x, const Tensor& w_gate_up, const Tensor&
     check_dim(kOp, "x_scale", *x_scale, 1, "[H]");
     check_size(kOp, "x_scale", *x_scale, 0, H, "H");
   }
-  check_bias("b_gate_up", b_gate_up, x, E, width, gated ? "[E, 2I]" : "[E, I]");
-  check_bias("b_down", b_down, x, E, H, "[E, H]");
+  check_bias(kOp, "b_gate_up", b_gate_up, x, E, width, gated ? "[E, 2I]" : "[E, I]");
+  check_bias(kOp, "b_down", b_down, x, E, H, "[E, H]");
 
   const SlotIds slots = slot_ids(kOp, topk_ids, E);
   const Tensor src = with_dense_rows(x);

@@ -1,4 +1,4 @@
-// Checks that moe_ffn's CPU and CUDA adapters share.
+// Checks that the adapters of moe_ffn share, on the CPU and on CUDA, of all kinds of weights.
 #pragma once
 
 #include "moe_ops/moe_ffn.h"
@@ -19,27 +19,29 @@ inline MoeFfnDesc desc_of(const Sizes& s, const Routing& routing, const Tensor& 
   return {routing, weights.const_data_ptr(), s.H, s.I, s.act, apply_router_weight_on_input};
 }
 
-inline Sizes check_ffn(const Op& op, const Tensor& x, const Tensor& w_gate_up, const Tensor& w_down,
-                       const Tensor& topk_weights, int64_t top_k, const ActivationParams& act) {
+// check_weight(name, w, shape) is what a kind of weights asks of one, its dimensions among that.
+template <class CheckWeight>
+Sizes check_ffn(const Op& op, DType type, const Tensor& x, const Tensor& w_gate_up,
+                const Tensor& w_down, const Tensor& topk_weights, int64_t top_k,
+                const ActivationParams& act, const CheckWeight& check_weight) {
+  const bool gated = is_gated(act.kind);
   Sizes s;
   s.act = act;
-  s.type = check_float(op, "x", x);
+  s.type = type;
   check_dim(op, "x", x, 2, "[T, H]");
   s.T = x.size(0);
   s.H = x.size(1);
-  check_same_dtype(op, "w_gate_up", w_gate_up, "x", x);
-  check_dim(op, "w_gate_up", w_gate_up, 3, is_gated(act.kind) ? "[E, 2I, H]" : "[E, I, H]");
+  check_weight("w_gate_up", w_gate_up, gated ? "[E, 2I, H]" : "[E, I, H]");
   s.E = w_gate_up.size(0);
   s.width = w_gate_up.size(1);
   MOE_CHECK(s.E >= 1, op, ": w_gate_up must hold at least one expert, got shape ",
             shape_string(w_gate_up), ".");
   check_size(op, "w_gate_up", w_gate_up, 2, s.H, "H");
-  MOE_CHECK(!is_gated(act.kind) || s.width % 2 == 0, op,
+  MOE_CHECK(!gated || s.width % 2 == 0, op,
             ": w_gate_up must have an even number 2I of features, got shape ",
             shape_string(w_gate_up), ".");
-  s.I = is_gated(act.kind) ? s.width / 2 : s.width;
-  check_same_dtype(op, "w_down", w_down, "x", x);
-  check_dim(op, "w_down", w_down, 3, "[E, H, I]");
+  s.I = gated ? s.width / 2 : s.width;
+  check_weight("w_down", w_down, "[E, H, I]");
   check_size(op, "w_down", w_down, 0, s.E, "E");
   check_size(op, "w_down", w_down, 1, s.H, "H");
   check_size(op, "w_down", w_down, 2, s.I, "I");
@@ -51,6 +53,16 @@ inline Sizes check_ffn(const Op& op, const Tensor& x, const Tensor& w_gate_up, c
   return s;
 }
 
+inline Sizes check_ffn(const Op& op, const Tensor& x, const Tensor& w_gate_up, const Tensor& w_down,
+                       const Tensor& topk_weights, int64_t top_k, const ActivationParams& act) {
+  const DType type = check_float(op, "x", x);
+  return check_ffn(op, type, x, w_gate_up, w_down, topk_weights, top_k, act,
+                   [&](const char* name, const Tensor& w, const char* shape) {
+                     check_same_dtype(op, name, w, "x", x);
+                     check_dim(op, name, w, 3, shape);
+                   });
+}
+
 inline void check_bias(const Op& op, const char* name, const OptTensor& bias, const Tensor& x,
                        int64_t E, int64_t features, const char* shape) {
   if (!bias.has_value()) return;
@@ -58,6 +70,13 @@ inline void check_bias(const Op& op, const char* name, const OptTensor& bias, co
   check_dim(op, name, *bias, 2, shape);
   check_size(op, name, *bias, 0, E, "E");
   check_size(op, name, *bias, 1, features, "the number of features");
+}
+
+inline void check_biases(const Op& op, const OptTensor& b_gate_up, const OptTensor& b_down,
+                         const Tensor& x, const Sizes& s) {
+  check_bias(op, "b_gate_up", b_gate_up, x, s.E, s.width,
+             is_gated(s.act.kind) ? "[E, 2I]" : "[E, I]");
+  check_bias(op, "b_down", b_down, x, s.E, s.H, "[E, H]");
 }
 
 inline Sizes check_fwd(const Op& op, const Tensor& x, const Tensor& w_gate_up, const Tensor& w_down,
@@ -68,9 +87,7 @@ inline Sizes check_fwd(const Op& op, const Tensor& x, const Tensor& w_gate_up, c
   check_dim(op, "topk_ids", topk_ids, 2, "[T, K]");
   const Sizes s = check_ffn(op, x, w_gate_up, w_down, topk_weights, topk_ids.size(1), act);
   check_size(op, "topk_ids", topk_ids, 0, s.T, "T");
-  check_bias(op, "b_gate_up", b_gate_up, x, s.E, s.width,
-             is_gated(act.kind) ? "[E, 2I]" : "[E, I]");
-  check_bias(op, "b_down", b_down, x, s.E, s.H, "[E, H]");
+  check_biases(op, b_gate_up, b_down, x, s);
   return s;
 }
 
