@@ -19,7 +19,7 @@ constexpr int64_t kFloat = sizeof(float), kDouble = sizeof(double);
 // An entry that is one constant.
 #define MOE_SIZE(family, axis, constant) {family, axis, #constant, constant}
 
-// Those of the table of a level's kernels, which are the same for both accumulate types or follow
+// Those of a target's table of kernels, which are the same for both accumulate types or follow
 // from the number of lanes.
 template <class T>
 void add_level(std::vector<BlockSize>& sizes) {
@@ -33,20 +33,21 @@ void add_level(std::vector<BlockSize>& sizes) {
           {"gemm", "depth", "lanes", W},
           {"gemm", "rows", "mr1", k.mr1},
           {"gemm", "rows", "mr2", k.mr2},
-          {"gemm", "rows", "dot_tokens", k.gemv.max_tokens},
-          {"gemm", "rows", "2 dot_tokens", 2 * k.gemv.max_tokens},
-          {"gemm", "rows", "dot_max_rows", k.gemv.max_rows},
-          {"gemm", "rows", "strip_tokens", k.blocked_gemv.max_tokens},
-          {"gemm", "rows", "strip_max_rows", k.blocked_gemv.max_rows},
-          {"gemm", "rows", "panel_rows", k.packed.max_rows},
-          {"gemm", "rows", "stream_rows", k.packed.stream_rows},
-          {"gemm", "rows", "pairs_max_rows", k.bf16_max_rows},
-          {"gemm", "depth", "strip_block", k.blocked_gemv.block_k},
-          {"gemm", "depth", "strip_one_pass_depth", k.blocked_gemv.one_pass_min_depth},
-          {"gemm", "depth_a_row", "strip_depth_of_row.same", k.blocked_gemv.min_depth_per_row.same},
-          {"gemm", "depth_a_row", "strip_depth_of_row.widened",
+          {"gemm", "rows", "gemv.max_tokens", k.gemv.max_tokens},
+          {"gemm", "rows", "2 gemv.max_tokens", 2 * k.gemv.max_tokens},
+          {"gemm", "rows", "gemv.max_rows", k.gemv.max_rows},
+          {"gemm", "rows", "blocked_gemv.max_tokens", k.blocked_gemv.max_tokens},
+          {"gemm", "rows", "blocked_gemv.max_rows", k.blocked_gemv.max_rows},
+          {"gemm", "rows", "packed.max_rows", k.packed.max_rows},
+          {"gemm", "rows", "packed.stream_rows", k.packed.stream_rows},
+          {"gemm", "rows", "bf16_max_rows", k.bf16_max_rows},
+          {"gemm", "depth", "blocked_gemv.block_k", k.blocked_gemv.block_k},
+          {"gemm", "depth", "blocked_gemv.one_pass_min_depth", k.blocked_gemv.one_pass_min_depth},
+          {"gemm", "depth_a_row", "blocked_gemv.min_depth_per_row.same",
+           k.blocked_gemv.min_depth_per_row.same},
+          {"gemm", "depth_a_row", "blocked_gemv.min_depth_per_row.widened",
            k.blocked_gemv.min_depth_per_row.widened},
-          {"gemm", "depth_a_row", "strip_depth_of_row.pairs",
+          {"gemm", "depth_a_row", "blocked_gemv.min_depth_per_row.bf16",
            k.blocked_gemv.min_depth_per_row.bf16},
           {"wgrad", "features", "mr2", k.mr2},
           {"wgrad", "depth", "2 lanes", 2 * W},
@@ -195,12 +196,12 @@ std::vector<BlockSize> block_sizes() {
   const QuantKernels& q = quant_kernels();
   sizes.insert(sizes.end(),
                {
-                   {"quant", "rows", "dot_tokens", k.gemv.max_tokens},
+                   {"quant", "rows", "gemv.max_tokens", k.gemv.max_tokens},
                    {"quant", "rows", "mr2", k.mr2},
-                   {"quant", "rows", "dot8_rows", q.w8_max_rows},
-                   {"quant", "rows", "dot4_rows", q.w4_max_rows},
-                   {"quant", "rows", "code_rows", q.int16_rows},
-                   {"quant", "rows", "byte_rows", q.int8_rows},
+                   {"quant", "rows", "w8_max_rows", q.w8_max_rows},
+                   {"quant", "rows", "w4_max_rows", q.w4_max_rows},
+                   {"quant", "rows", "int16_rows", q.int16_rows},
+                   {"quant", "rows", "int8_rows", q.int8_rows},
                    {"quant", "depth_a_row", "dot8_depth_of_row", q.w8_min_depth_per_row},
                    {"quant", "features", "dot8_features", q.w8_features},
                    {"quant", "features", "2 lanes", 2 * k.lanes},
@@ -210,7 +211,7 @@ std::vector<BlockSize> block_sizes() {
                    {"fp8", "rows", "2 lanes", 2 * k.lanes},
                    {"fp8", "features", "mr2", k.mr2},
                });
-  // "No limit", and what a level lacks, are no sizes.
+  // "No limit", and what a target lacks, are no sizes.
   std::erase_if(sizes,
                 [](const BlockSize& s) { return s.value <= 0 || s.value > (int64_t{1} << 30); });
   return sizes;

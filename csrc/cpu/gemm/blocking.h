@@ -33,7 +33,7 @@ constexpr int64_t kRouterLinearRows = 64;
 constexpr int64_t kChoiceColumns = 4;
 
 // Backward of the routers in lanes looks for each slot at each expert: up to so many pairs that is
-// less than the way by rows.
+// less than a pass by rows.
 constexpr int64_t kFewRouterPairs = 32;
 
 // add_rms_norm: sums over rows are split into parts of so many, by sizes alone, and the parts added
@@ -64,8 +64,8 @@ constexpr int64_t kAttentionReduceKeys = 256;
 // pack_experts: a block of k, so that the lines it touches stay in cache while features take turns.
 constexpr int64_t kPackDepth = 64;
 
-// One entry: in `family` of kernels, results are made another way from `value` on (or beyond it) of
-// what `axis` counts. Families and axes are those that tests/sweep knows.
+// One entry: in `family` of kernels, results are computed differently from `value` on (or beyond
+// it) of what `axis` counts. Families and axes are those that tests/sweep knows.
 struct BlockSize {
   const char *family, *axis, *name;
   int64_t value;

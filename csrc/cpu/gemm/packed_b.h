@@ -28,8 +28,8 @@ void packed_b_item(const GemmDesc<T>& d, const GemmKernels<T>& k, const GemmItem
                                                  : round_up(kPanelFeatureBlock / d.segments, P);
   const int64_t K = ceil_div(d.in_features, Op::kSteps);
   // Blocks of equal depth: a short one would pay for its sums in memory with little arithmetic.
-  // One row has no pitch, and no next row that would want the sums' registers: one block, unless
-  // its bits are to be those that it has among others.
+  // One row has no leading dimension, and no next row that would want the sums' registers: one
+  // block, unless its bits are to be those that it has among others.
   const int64_t depth = round_up(K, step);
   const bool one_block = m == 1 && !d.invariant;
   const int64_t block_k = one_block ? depth : balanced(depth, kPanelDepth, 8);
@@ -85,9 +85,9 @@ void packed_b_item(const GemmDesc<T>& d, const GemmKernels<T>& k, const GemmItem
     const auto* tiles = Op::kBf16 ? k.packed.bf16_tile
                                   : k.packed.tile[widen ? static_cast<int>(kAccumulate<T>) : type];
     const int64_t tile_step = widen ? 1 : step;
-    // Every tile asks for panels ahead of its own: the core's window is too short to compute and to
-    // wait for memory at once. Several tiles on one block share the next block between them; one
-    // alone asks no further ahead than it must, unless for halves of blocks.
+    // Every tile prefetches panels ahead of its own: the core's window is too short to compute and
+    // to wait for memory at once. Several tiles on one block share the next block between them; one
+    // alone goes no further ahead than it must, unless for halves of blocks.
     const int64_t streams = k.prefetch_halves ? k.packed.prefetch_lines : 1;
     const int64_t ahead_step = std::max<int64_t>(ceil_div(size * tile_step, blocks) / streams, 1);
     for (; done < count; ++done) {

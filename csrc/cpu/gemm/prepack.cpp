@@ -110,7 +110,7 @@ bool all_equal(const char* const* a, const char* const* b) {
   return same;
 }
 
-// Chooses elements of expert e and asks for their cache lines.
+// Chooses elements of expert e and prefetches their cache lines.
 PanelSamples sample_panels(const PackedWeight& p, int64_t e) {
   const ExpertMatrices& w = *p.w;
   const int64_t out_features = p.out_features, in_features = p.in_features;
@@ -178,19 +178,19 @@ void drop_stale_panels(const Routing& routing, std::span<const PackedWeight> wei
   constexpr int64_t kUnderWay = 4;
   PanelSamples samples[kUnderWay];
   bool fresh[2] = {true, true};
-  int64_t asked = 0;
+  int64_t taken = 0;
   const auto compare = [&](const PanelSamples& s) {
     if (s.owner != nullptr && !samples_match(s)) fresh[s.owner - weights.data()] = false;
   };
   for (const PackedWeight& w : weights) {
     for (int64_t e = 0; e < routing.num_experts; ++e) {
       if (routing.expert_offsets[e] == routing.expert_offsets[e + 1]) continue;
-      PanelSamples& slot = samples[asked++ % kUnderWay];
+      PanelSamples& slot = samples[taken++ % kUnderWay];
       compare(slot);
       slot = sample_panels(w, e);
     }
   }
-  for (int64_t i = 0; i < std::min(asked, kUnderWay); ++i) compare(samples[i]);
+  for (int64_t i = 0; i < std::min(taken, kUnderWay); ++i) compare(samples[i]);
   for (size_t i = 0; i < weights.size(); ++i) {
     if (!fresh[i]) weights[i].w->panels = nullptr;
   }

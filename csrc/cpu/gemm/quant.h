@@ -164,7 +164,7 @@ void w4_gemv_item(const GemmDesc<float>& d, const GemmKernels<float>& k, const G
 
 // packed_b_item, of tokens in fp32 or as integers of 16 or 8 bits, with panels made where they are
 // used: a block of one is written, and read by the tiles of all rows, in cache. Rows of weights
-// that make a panel are one run in memory, and the tiles ask for that of the next panel. But for
+// that make a panel are one run in memory, and the tiles prefetch that of the next panel. But for
 // bytes, a panel's sums lie side by side until it is done: runs of k that share a scale may add to
 // them every 32 steps, and rows a power of two apart would all meet in the same few sets of an L1.
 template <Activations kForm, class Epilogue>
@@ -244,8 +244,8 @@ void repack_b_item(const GemmDesc<float>& d, const GemmKernels<float>& k, const 
       const int64_t k0 = b * block, k1 = std::min(K, k0 + block);
       // Bytes are multiplied with a bias, which 4-bit weights have in memory.
       quant_kernels().repack({q.bits, four != kInt8, w, ldw, features, k0, k1 - k0}, words);
-      // Scales of 32 weights are a fifth of what is read. Each block asks for its share of the next
-      // panel's.
+      // Scales of 32 weights are a fifth of what is read. Each block prefetches its share of the
+      // next panel's.
       const float* next_scale = scales_at(d.b, it.expert, feature(std::min(i + 1, count - 1)));
       for (int64_t f = P * b / k_blocks; q.bits == 4 && f < P * (b + 1) / k_blocks; ++f) {
         for (int64_t g = 0; g < groups; g += 16) {

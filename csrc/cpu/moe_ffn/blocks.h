@@ -5,7 +5,7 @@
 
 namespace moe_ops::cpu {
 
-// Whether the functions below take a call, and are the faster way. By sizes, types and what
+// Whether the functions below take a call, and are faster. By sizes, types and what
 // operands there are; never by routing, unless maps of a backward are not those of a sort.
 bool takes_blocks(const MoeFfnParams& p);
 bool takes_blocks(const MoeFfnBwdParams& p);
