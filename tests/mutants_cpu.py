@@ -855,8 +855,8 @@ FAMILIES: dict[str, Family] = {
             ),
             (
                 "gradients of skipped slots not cleared",
-                "if (grad_weights != nullptr) std::fill_n(grad_weights, s_.num_tokens * "
-                "s_.top_k, T(0));",
+                "if (grad_weights != nullptr) std::fill_n(grad_weights, "
+                "s_.routing.num_slots(), T(0));",
                 "",
             ),
         ),
