@@ -34,6 +34,7 @@ RUNTIMES = ("libstdc++", "libm", "libgcc_s", "libc", "ld-linux", "libpthread", "
 EXPORTS = {
     "moe_ops::cpu::batch_invariant",
     "moe_ops::cpu::block_sizes",
+    "moe_ops::cpu::gemm_config",
     "moe_ops::cpu::set_batch_invariant",
     "moe_ops::cpu::cache_limit",
     "moe_ops::cpu::cached_bytes",
