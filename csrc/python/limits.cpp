@@ -1,4 +1,4 @@
-#include "cpu/isa/limits.h"
+#include "python/limits.h"
 
 #include <algorithm>
 #include <array>
@@ -10,8 +10,10 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
-#include "cpu/runtime/huge_pages.h"
 #include "moe_ops/common.h"
 
 namespace moe_ops::cpu {
@@ -25,8 +27,9 @@ volatile uint64_t int_sink;
 // Read at run time: of a constant the compiler would see that the chain that starts at 1 stays
 // there, and would drop it.
 volatile float decay = 0.999f;
-// Of a loop that asks for lines, in bytes.
+// Prefetch distance, in bytes.
 constexpr size_t kReadAhead = 1024;
+constexpr size_t kHugePage = size_t{2} << 20;
 
 // kChains independent sums: at least latency x units, 4 x 2, and few enough to stay in registers.
 #define MOE_FMA_LOOP(name, target, vec_bytes, chains)                                          \
@@ -43,7 +46,7 @@ constexpr size_t kReadAhead = 1024;
   }
 
 // Four streams, a line of each in turn: one stream alone leaves a fifth of the bandwidth unused.
-// `ahead`: how far ahead lines are asked for, which helps some processors and hinders others.
+// `ahead`: prefetch distance, which helps some processors and hinders others.
 #define MOE_READ_LOOP(name, target, vec_bytes)                                 \
   template <size_t ahead>                                                      \
   target uint64_t name(const char* data, size_t bytes) {                       \
@@ -161,7 +164,9 @@ std::vector<double> read_rates(std::array<ReadLoop, 2> loops, size_t bytes, doub
   bytes = round_up<size_t>(bytes, 256);  // four streams of whole lines
   char* data = static_cast<char*>(std::aligned_alloc(kHugePage, mapped));
   if (data == nullptr) return {};
-  advise_huge_pages(data, mapped);
+#if defined(__linux__)
+  madvise(data, mapped, MADV_HUGEPAGE);
+#endif
   std::memset(data, 1, bytes);
   std::array<std::vector<double>, 2> rates;
   const auto begin = Clock::now();
