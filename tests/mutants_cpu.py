@@ -120,11 +120,11 @@ FAMILIES: dict[str, Family] = {
                 "std::min(at_once, quarter - f)",
                 "std::min(at_once, quarter - f - (quarter - f < at_once))",
             ),
-            ("last columns missed", "n % kDotFeatures", "int64_t{0}"),
+            ("last columns missed", "n % kGemvFeatures", "int64_t{0}"),
             (
                 "pairs: a token from half the place",
-                "load_tokens<kPairs>(d, k, it.row_begin + t, 0, K, x + t * ldx);",
-                "load_tokens<kPairs>(d, k, it.row_begin, 0, K, x + t * ldx);",
+                "load_tokens<kPairs>(d, it.row_begin + t, 0, K, x + t * ldx);",
+                "load_tokens<kPairs>(d, it.row_begin, 0, K, x + t * ldx);",
             ),
             (
                 "up half reads the gate's weights",
@@ -177,14 +177,14 @@ FAMILIES: dict[str, Family] = {
             ("steps of k not added up", "row > first_row", "false"),
             (
                 "last steps of k lost",
-                "std::min<int64_t>(kRankRows, end - row)",
-                "std::min<int64_t>(kRankRows, end - row) - "
-                "(row > 0 && end - row > 1 && end - row < kRankRows)",
+                "std::min<int64_t>(kOuterRows, end - row)",
+                "std::min<int64_t>(kOuterRows, end - row) - "
+                "(row > 0 && end - row > 1 && end - row < kOuterRows)",
             ),
             ("always the first weights", "first + row * d.b.stride_k", "first"),
             (
                 "blocks of k not added up",
-                "if (b > 0) k.axpy(kAccumulate<T>, block, T(1), tile, m * ldc);",
+                "if (b > 0) row_kernels<T>().axpy(kAccumulate<T>, block, T(1), tile, m * ldc);",
                 "",
             ),
             (
@@ -489,7 +489,7 @@ FAMILIES: dict[str, Family] = {
             ),
             (
                 "sums from the tile not added to what is there",
-                "if (p.accumulate) k.axpy(p.out_type, dst, T(1), row, j1 - from);",
+                "if (p.accumulate) row_kernels<T>().axpy(p.out_type, dst, T(1), row, j1 - from);",
                 "",
             ),
             (
@@ -505,9 +505,8 @@ FAMILIES: dict[str, Family] = {
             ("gradient of the last block of rows for all columns", "j0 == 0 || !one", "j0 == 0"),
             (
                 "pairs: rows pass through the tile of sums",
-                "load_bf16_row(k, p.a.type, src, cols, scale, widened, copy);",
-                "load_bf16_row(k, p.a.type, src, cols, scale, reinterpret_cast<float*>(tile), "
-                "copy);",
+                "load_bf16_row(p.a.type, src, cols, scale, widened, copy);",
+                "load_bf16_row(p.a.type, src, cols, scale, reinterpret_cast<float*>(tile), copy);",
             ),
             (
                 "sums that are complete in a tile rounded there although others follow",
@@ -540,7 +539,7 @@ FAMILIES: dict[str, Family] = {
                 "scales_at(d.b, it.expert, s * d.features + it.feature_begin)",
                 "scales_at(d.b, it.expert, it.feature_begin)",
             ),
-            ("dot8: scales forgotten", "k.quant.multiply_row(scale, sums, n);", ""),
+            ("dot8: scales forgotten", "row_kernels<float>().multiply_row(scale, sums, n);", ""),
             ("dot8: end of the tokens not cleared", "std::fill(x + K, x + padded_k, 0.0f);", "", 0),
             (
                 "panels: end of the tokens not cleared",
@@ -592,8 +591,8 @@ FAMILIES: dict[str, Family] = {
             "kernels/quant_int8-inl.h",
             (
                 "byte_tile: scale of the first token for all",
-                "byte_sums(acc[i][v]) * block_of(i).scale",
-                "byte_sums(acc[i][v]) * block_of(0).scale",
+                "int8_sums(acc[i][v]) * block_of(i).scale",
+                "int8_sums(acc[i][v]) * block_of(0).scale",
             ),
         )
         + of(
@@ -652,7 +651,7 @@ FAMILIES: dict[str, Family] = {
                 "i / n * d.features + it.feature_begin + i % n",
                 "it.feature_begin + i % n",
             ),
-            ("dot: last columns missed", "quarter + n % kDotFeatures", "quarter"),
+            ("dot: last columns missed", "quarter + n % kGemvFeatures", "quarter"),
             (
                 "dot: second token of a pass lost",
                 "std::min<int64_t>(kFp8DotTokens, m - t)",
@@ -703,7 +702,7 @@ FAMILIES: dict[str, Family] = {
                 "r * I_blocks + (first + i) / kFp8Block",
                 "r * I_blocks",
             ),
-            ("bias of the down projection forgotten", "add_bias(k, p.b_down, e, f, n, v);", ""),
+            ("bias of the down projection forgotten", "add_bias(p.b_down, e, f, n, v);", ""),
             ("routing weight of another slot", "slot_weights[s.row_to_slot[r]]", "slot_weights[r]"),
         ),
     ),
@@ -842,7 +841,7 @@ FAMILIES: dict[str, Family] = {
             ),
             (
                 "bias gradients of the last part only",
-                "k_.axpy(kAccumulate<T>, t.sum, T(1), down_sums_.bias_of(chunk, e), H_);",
+                "row_kernels<T>().axpy(kAccumulate<T>, t.sum, T(1), down_sums_.bias_of(chunk, e), H_);",
                 "k_.load_row(kAccumulate<T>, t.sum, down_sums_.bias_of(chunk, e), H_, T(1));",
             ),
             (
@@ -891,7 +890,7 @@ FAMILIES: dict[str, Family] = {
             ("only the first chunk starts anew", "t == begin", "t == 0"),
             (
                 "gradients not added to the buffer",
-                "k_.axpy(w.type, out + i * cols_ * size, T(1), sum + i * n, cols_);",
+                "row_kernels<T>().axpy(w.type, out + i * cols_ * size, T(1), sum + i * n, cols_);",
                 "",
             ),
             (
@@ -914,7 +913,7 @@ FAMILIES: dict[str, Family] = {
             ("bias of the first expert for all", "e * p.bias.stride_e", "0 * p.bias.stride_e"),
             (
                 "bias gradient of the last row only",
-                "k.axpy(type, grads[i], T(1), chunks.bias_of(chunk, e), O);",
+                "row_kernels<T>().axpy(type, grads[i], T(1), chunks.bias_of(chunk, e), O);",
                 "k.load_row(type, grads[i], chunks.bias_of(chunk, e), O, T(1));",
             ),
         )
@@ -932,8 +931,8 @@ FAMILIES: dict[str, Family] = {
             ),
             (
                 "bias gradient without weights",
-                "k.axpy(type, grads[i], weights[i], chunks.bias_of(chunk, e), H);",
-                "k.axpy(type, grads[i], T(1), chunks.bias_of(chunk, e), H);",
+                "row_kernels<T>().axpy(type, grads[i], weights[i], chunks.bias_of(chunk, e), H);",
+                "row_kernels<T>().axpy(type, grads[i], T(1), chunks.bias_of(chunk, e), H);",
             ),
             (
                 "sorted: weight of the expert's first row for all",
@@ -987,7 +986,7 @@ FAMILIES: dict[str, Family] = {
             ),
             (
                 "parts of the tokens not added up",
-                "k.axpy(kAccumulate<T>, from + part * E * sums.expert(), T(1), row, cols);",
+                "row_kernels<T>().axpy(kAccumulate<T>, from + part * E * sums.expert(), T(1), row, cols);",
                 "",
             ),
             (
@@ -1002,7 +1001,7 @@ FAMILIES: dict[str, Family] = {
             ("copy: sums of whole runs lost", "if (sum != nullptr) total.add_to(sum + begin);", ""),
             (
                 "act: rows of gradients lost in the tail",
-                "if (to.rows != nullptr) store<T>(to.rows + r * kLda + i, dv);",
+                "if (to.du_rows != nullptr) store<T>(to.du_rows + r * kLda + i, dv);",
                 "",
             ),
         ),
@@ -1060,13 +1059,13 @@ FAMILIES: dict[str, Family] = {
             "kernels/mix-inl.h",
             (
                 "product: last vectors of a row missed",
-                "for (; j < pitch; j += W) mix_tile<T, M, 1>(depth, a, step_i, step_k, b + j, c "
-                "+ j, pitch);",
+                "for (; j < ld; j += W) mix_tile<T, M, 1>(depth, a, step_i, step_k, b + j, c "
+                "+ j, ld);",
                 "",
             ),
             (
                 "weights' gradients of the last experts missed",
-                "for (; e < count; ++e) mix_dots<T, 1>(g, z + e * pitch, out + e, pitch);",
+                "for (; e < count; ++e) mix_dots<T, 1>(g, z + e * ld, out + e, ld);",
                 "",
             ),
             (
@@ -1112,9 +1111,8 @@ FAMILIES: dict[str, Family] = {
             "moa_attention/forward.cpp",
             (
                 "sums not rescaled when the maximum rises",
-                "k_.attention.softmax(seen, buffers.s, max + r0, sum + r0, buffers.factor)",
-                "k_.attention.softmax(seen, buffers.s, max + r0, sum + r0, buffers.factor) && "
-                "false",
+                "attention_.softmax(seen, buffers.s, max + r0, sum + r0, buffers.factor)",
+                "attention_.softmax(seen, buffers.s, max + r0, sum + r0, buffers.factor) && false",
             ),
             (
                 "last key of the last block lost",
@@ -1128,7 +1126,7 @@ FAMILIES: dict[str, Family] = {
                 "std::fill(buffers.out, buffers.out + block.padded * ld_, T(0));",
                 "",
             ),
-            ("stick: walks on after a panel is done with", "most < k_.attention.log_tiny", "true"),
+            ("stick: walks on after a panel is done with", "most < attention_.log_tiny", "true"),
         ),
     ),
     "attention backward": Family(
@@ -1182,7 +1180,11 @@ FAMILIES: dict[str, Family] = {
         + of(
             "kernels/attention-inl.h",
             ("softcap: slope of another power", "slope = T(1) - t * t;", "slope = T(1) - t;"),
-            ("softmax: factor of one", "vexp<T>(old[v] - most)", "vexp<T>(old[v] - old[v])"),
+            (
+                "softmax: factor of one",
+                "exponential<T>(old[v] - most)",
+                "exponential<T>(old[v] - old[v])",
+            ),
             ("stick: sums of keys before forgotten", "sum[v] += g;", ""),
             (
                 "stick: the key's own share forgotten",
@@ -1231,12 +1233,12 @@ FAMILIES: dict[str, Family] = {
             ),
         )
         + of(
-            "router_soa-inl.h",
+            "kernels/router_soa-inl.h",
             ("ties go to the larger id", "keys[e] > most", "keys[e] >= most"),
             (
                 "softmax over one expert less",
-                "sum += exp_nonpositive<T, S>(plane<Vec>(p.x, e, i) - most);",
-                "if (e + 1 < experts) sum += exp_nonpositive<T, S>(plane<Vec>(p.x, e, i) - most);",
+                "sum += exponential<T, true>(tokens_of<Vec<T>>(p.x, e, i) - most);",
+                "if (e + 1 < experts) sum += exponential<T, true>(tokens_of<Vec<T>>(p.x, e, i) - most);",
             ),
             (
                 "not renormalised by the last slot",
@@ -1250,15 +1252,15 @@ FAMILIES: dict[str, Family] = {
             ),
         )
         + of(
-            "kernels/router_row.cpp",
+            "kernels/router_choice-inl.h",
             (
                 "maxima past the last block not cleared",
-                "for (int64_t b = blocks; b % L != 0; ++b) block_max[b] = kNoKey<T>;",
+                "for (int64_t b = blocks; b % W != 0; ++b) block_max[b] = kNoKey<T>;",
                 "",
             ),
             (
                 "a tie goes to a later vector",
-                "best.lane == L && best.index + 1 < vectors",
+                "best.lane == W && best.index + 1 < vectors",
                 "best.index + 1 < vectors",
             ),
         )
@@ -1474,7 +1476,7 @@ def write_sources() -> Path:
             faults.append(f"{file}: {error}")
     if faults:
         raise SystemExit("\n".join(faults))
-    texts["isa/limits.cpp"] = (source / "csrc/cpu/isa/limits.cpp").read_text() + SETTER
+    texts["isa/tuning.cpp"] = (source / "csrc/cpu/isa/tuning.cpp").read_text() + SETTER
     for file, text in texts.items():
         (source / "csrc/cpu" / file).write_text(text)
     return source

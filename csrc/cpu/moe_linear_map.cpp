@@ -85,15 +85,8 @@ void run_bwd(const MoeLinearMapBwdParams& p, const Parallel& par) {
       }
     }
     if (p.grad_x == nullptr) return;
-    row_kernels<T>().combine_rows({.type = type,
-                                   .rows = c,
-                                   .ld = ld,
-                                   .index = b.rows,
-                                   .weights = nullptr,
-                                   .num_tokens = end - begin,
-                                   .top_k = s.top_k,
-                                   .n = H,
-                                   .out = static_cast<char*>(p.grad_x) + begin * H * size});
+    row_kernels<T>().combine_rows({type, c, ld, b.rows, nullptr, end - begin, s.top_k, H,
+                                   static_cast<char*>(p.grad_x) + begin * H * size});
   };
   run_chunks(s.num_tokens, par, slot_product_cost(s, 2), run_block);
   if (sums) chunks.add_up(grad_w, p.grad_bias, type, par);

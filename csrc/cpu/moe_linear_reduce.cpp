@@ -68,15 +68,9 @@ void run_blocks(const MoeLinearReduceParams& p, const Parallel& par) {
               p.bias.data == nullptr ? nullptr : element(p.bias.data, type, e * p.bias.stride_e),
               c + r * ld);
         }
-        row_kernels<T>().combine_rows({.type = type,
-                                       .rows = c,
-                                       .ld = ld,
-                                       .index = b.rows,
-                                       .weights = static_cast<const T*>(p.topk_weights) + b.first,
-                                       .num_tokens = b.end - b.begin,
-                                       .top_k = s.top_k,
-                                       .n = H,
-                                       .out = static_cast<char*>(p.y) + b.begin * H * size});
+        row_kernels<T>().combine_rows(
+            {type, c, ld, b.rows, static_cast<const T*>(p.topk_weights) + b.first, b.end - b.begin,
+             s.top_k, H, static_cast<char*>(p.y) + b.begin * H * size});
       });
 }
 

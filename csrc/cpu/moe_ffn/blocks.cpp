@@ -146,15 +146,8 @@ void forward(const MoeFfnParams& p, const Parallel& par) {
       }
     }
     const T* factors = on_input ? nullptr : static_cast<const T*>(s.topk_weights) + b.first;
-    row_kernels<T>().combine_rows({.type = type,
-                                   .rows = out,
-                                   .ld = ld,
-                                   .index = b.index,
-                                   .weights = factors,
-                                   .num_tokens = b.end - b.begin,
-                                   .top_k = s.top_k,
-                                   .n = H,
-                                   .out = static_cast<char*>(p.y) + b.begin * H * size});
+    row_kernels<T>().combine_rows({type, out, ld, b.index, factors, b.end - b.begin, s.top_k, H,
+                                   static_cast<char*>(p.y) + b.begin * H * size});
   };
   parallel_items(par, ceil_div(s.num_tokens, kBlockTokens), blocks_cost(s, 1), run_block);
 }

@@ -96,13 +96,6 @@ struct Four {
 };
 #if defined(__AVX2__) && MOE_VEC_BYTES >= 32
 constexpr int kFolded = MOE_VEC_BYTES / 16;  // quadruples of floats
-#if MOE_VEC_BYTES == 64
-typedef __m512 Floats;
-typedef __m512d Doubles;
-#else
-typedef __m256 Floats;
-typedef __m256d Doubles;
-#endif
 
 // Lane 4 * q + i: the sum of the lanes of v[i] that are quadruple q.
 inline Floats fold_lanes(const Vec<float> (&v)[4]) {
