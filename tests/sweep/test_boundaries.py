@@ -15,7 +15,7 @@ import pytest
 
 from moe_ops import _C
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 from tests.sweep import __main__ as runner  # noqa: E402

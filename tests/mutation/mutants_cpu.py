@@ -1,14 +1,14 @@
 """Breaks the CPU kernels in one place at a time and asks whether the tests notice.
 
-    python tests/mutants_cpu.py                 # make mutants: all of them
-    python tests/mutants_cpu.py wgrad "dense: a lost block"
-    python tests/mutants_cpu.py --list
+    python tests/mutation/mutants_cpu.py                 # make mutants: all of them
+    python tests/mutation/mutants_cpu.py wgrad "dense: a lost block"
+    python tests/mutation/mutants_cpu.py --list
 
 Prints {mutant: what noticed it, or null} as JSON, a line for each on the way. All mutants are
 compiled once, into a copy of csrc/ under build/mutants: where the text of a mutant stands there is
 a choice between the right and the wrong text, and a number says which mutant is alive. Each runs in
 a process forked from one that has everything imported, because some of them crash. What is asked,
-in this order: the cases of tests/test_boundaries.py, at one instruction set after the other; the
+in this order: the cases of tests/sweep/test_boundaries.py, at one instruction set after the other; the
 tests of the ops; the long sweep (make fuzz).
 
 A mutant that no result can show is none: what is left out of a sum of zeros, what is computed for
@@ -30,7 +30,7 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 WORK = ROOT / "build" / "mutants"
 ISAS = ("avx512_bf16", "avx2", "portable", "avx512")
 CHILD_SECONDS = 90
@@ -110,7 +110,7 @@ FAMILIES: dict[str, Family] = {
         ),
         (
             "ops/test_grouped_gemm.py",
-            "test_fuzz_layouts.py",
+            "contract/test_fuzz_layouts.py",
             "ops/test_moe_ffn.py",
         ),
         of(
@@ -140,7 +140,7 @@ FAMILIES: dict[str, Family] = {
         ),
         (
             "ops/test_grouped_gemm.py",
-            "test_fuzz_layouts.py",
+            "contract/test_fuzz_layouts.py",
             "ops/test_moe_ffn.py",
         ),
         of(
@@ -170,7 +170,7 @@ FAMILIES: dict[str, Family] = {
         ),
         (
             "ops/test_grouped_gemm.py",
-            "test_fuzz_layouts.py",
+            "contract/test_fuzz_layouts.py",
         ),
         of(
             "gemm/stream.h",
@@ -201,7 +201,7 @@ FAMILIES: dict[str, Family] = {
         ),
         (
             "ops/test_grouped_gemm.py",
-            "test_fuzz_layouts.py",
+            "contract/test_fuzz_layouts.py",
         ),
         of(
             "gemm/tiles.h",
@@ -248,7 +248,7 @@ FAMILIES: dict[str, Family] = {
         ),
         (
             "ops/test_grouped_gemm.py",
-            "test_fuzz_layouts.py",
+            "contract/test_fuzz_layouts.py",
         ),
         of(
             "gemm/tiles.h",
@@ -278,7 +278,7 @@ FAMILIES: dict[str, Family] = {
         ("moe_ffn_packed",),
         (
             "ops/test_moe_ffn_packed.py",
-            "test_fuzz_layouts.py",
+            "contract/test_fuzz_layouts.py",
         ),
         of(
             "gemm/tiles.h",
@@ -338,7 +338,7 @@ FAMILIES: dict[str, Family] = {
         ),
         (
             "ops/test_grouped_gemm.py",
-            "test_fuzz_layouts.py",
+            "contract/test_fuzz_layouts.py",
             "ops/test_moe_ffn.py",
             "ops/test_moe_ffn_quantized.py",
         ),
@@ -386,7 +386,7 @@ FAMILIES: dict[str, Family] = {
         ),
         (
             "ops/test_grouped_gemm.py",
-            "test_fuzz_layouts.py",
+            "contract/test_fuzz_layouts.py",
             "ops/test_dense_ffn.py",
         ),
         of(
@@ -459,7 +459,7 @@ FAMILIES: dict[str, Family] = {
         ),
         (
             "ops/test_grouped_gemm.py",
-            "test_fuzz_layouts.py",
+            "contract/test_fuzz_layouts.py",
             "ops/test_moe_ffn.py",
             "ops/test_moe_linear_reduce.py",
         ),
@@ -531,7 +531,7 @@ FAMILIES: dict[str, Family] = {
         ("moe_ffn_quantized",),
         (
             "ops/test_moe_ffn_quantized.py",
-            "test_isa.py",
+            "cpu/test_isa.py",
         ),
         of(
             "gemm/quant.h",
@@ -788,7 +788,7 @@ FAMILIES: dict[str, Family] = {
         ("moe_ffn",),
         (
             "ops/test_moe_ffn.py",
-            "test_moe_ffn_blocks.py",
+            "cpu/test_moe_ffn_blocks.py",
         ),
         of(
             "moe_ffn/blocks.cpp",
@@ -867,7 +867,7 @@ FAMILIES: dict[str, Family] = {
         (
             "ops/test_moe_linear_map.py",
             "ops/test_moe_linear_reduce.py",
-            "test_moe_ffn_blocks.py",
+            "cpu/test_moe_ffn_blocks.py",
         ),
         of(
             "slot_blocks.h",
@@ -1568,7 +1568,7 @@ def ask_tests(isa: str, number: int, tests: tuple[str, ...]) -> str:
     )
     env = environment(isa)
     env["PYTHONPATH"] = os.pathsep.join((env["PYTHONPATH"], str(plugin)))
-    env |= {"MOE_MUTANT": str(number), "MOE_TESTS": str(ROOT / "tests")}
+    env |= {"MOE_MUTANT": str(number), "MOE_TESTS": str(Path(__file__).parent)}
     for test in tests:
         command = [
             sys.executable,

@@ -25,8 +25,8 @@ pytestmark = pytest.mark.skipif(
 PACKAGE = Path(moe_ops.__file__).parent
 LIBRARY = PACKAGE / "libmoe_ops.so"
 MODULE = Path(moe_ops._C.__file__)
-ROOT = Path(__file__).parents[1]
-STABLE_SYMBOLS = Path(__file__).parent / "data" / "torch_2_10_stable_symbols.txt"
+ROOT = Path(__file__).parents[2]
+STABLE_SYMBOLS = Path(__file__).with_name("torch_2_10_stable_symbols.txt")
 
 # The C and C++ runtimes; before glibc 2.34 threads and dl were files of their own.
 RUNTIMES = ("libstdc++", "libm", "libgcc_s", "libc", "ld-linux", "libpthread", "libdl", "librt")

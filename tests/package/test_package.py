@@ -16,7 +16,7 @@ import pytest
 import moe_ops
 from moe_ops._requirements import TRANSFORMERS_FLOOR
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PACKAGE = Path(moe_ops.__file__).parent
 DISTRIBUTION = "torch-moe-ops"
 

@@ -104,7 +104,7 @@ if HAS_TRANSFORMERS:
 
 @pytest.fixture(scope="module")
 def said() -> dict[str, str]:
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     package = Path(moe_ops.__file__).parents[1]
     path = os.pathsep.join([str(package), str(root)])
     result = subprocess.run(

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from .every_op import OPS
+from ..contract.every_op import OPS
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 COMPILER = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
 
 pytestmark = [
