@@ -11,7 +11,7 @@ import torch
 import moe_ops
 from moe_ops import quant
 from moe_ops.layers import Experts, MoE, RoutingStats
-from moe_ops.zoo import multitask
+from moe_ops.zoo.home import layers as multitask
 
 
 @contextlib.contextmanager

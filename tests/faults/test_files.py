@@ -24,7 +24,7 @@ from safetensors import safe_open
 import moe_ops
 from moe_ops import _files, zoo
 from moe_ops.demo.checkpoint import Checkpointer, CheckpointError
-from moe_ops.zoo import t2mir_training
+from moe_ops.zoo.t2mir import training as t2mir_training
 
 from .failing_files import failing, leftovers
 

@@ -8,11 +8,13 @@ Prints {mutant: what noticed it, or null} as JSON, a line for each on the way. A
 compiled once, into a copy of csrc/ under build/mutants: where the text of a mutant stands there is
 a choice between the right and the wrong text, and a number says which mutant is alive. Each runs in
 a process forked from one that has everything imported, because some of them crash. What is asked,
-in this order: the cases of tests/sweep/test_boundaries.py, at one instruction set after the other; the
-tests of the ops; the long sweep (make fuzz).
+in this order: the cases of tests/sweep/test_boundaries.py, at one instruction set after the other;
+the tests of the ops; the long sweep (make fuzz).
 
 A mutant that no result can show is none: what is left out of a sum of zeros, what is computed for
 rows that pad, what only costs time. Nor is a race, which shows by chance (make test-tsan).
+
+The file is long because it is a table, of some 270 mutants, with its runner at the end.
 """
 
 from __future__ import annotations

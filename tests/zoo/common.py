@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from moe_ops.zoo.language_model import CausalLM
+from moe_ops.zoo.lm.model import CausalLM
 
 
 def sharpen(model: CausalLM, std: float = 0.3) -> CausalLM:

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from moe_ops.zoo import cross_entropy
-from moe_ops.zoo.cross_entropy import head_cross_entropy
+from moe_ops.zoo.lm import cross_entropy
+from moe_ops.zoo.lm.cross_entropy import head_cross_entropy
 
 
 @pytest.fixture(autouse=True)

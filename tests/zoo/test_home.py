@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from moe_ops.zoo.home import MODELS, HoMEConfig, MultiTask, build, multitask_loss
-from moe_ops.zoo.multitask import FeatureGate, Features, Gates
-from moe_ops.zoo.recommend import Rows, auc, evaluate, fit, gauc, predict
+from moe_ops.zoo.home.layers import FeatureGate, Features, Gates
+from moe_ops.zoo.home.training import Rows, auc, evaluate, fit, gauc, predict
 
 ROOT = Path(__file__).parents[2]
 T = 13

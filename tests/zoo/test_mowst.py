@@ -9,15 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_ops.zoo.graphs import (
-    BACKBONES,
-    GNN,
-    Edges,
-    Graph,
-    Work,
-    neighbour_sum,
-    two_populations,
-)
 from moe_ops.zoo.mowst import (
     CONFIDENCES,
     Mowst,
@@ -29,7 +20,16 @@ from moe_ops.zoo.mowst import (
     mixed_log_probs,
     mowst_loss,
 )
-from moe_ops.zoo.mowst_training import fit
+from moe_ops.zoo.mowst.graphs import (
+    BACKBONES,
+    GNN,
+    Edges,
+    Graph,
+    Work,
+    neighbour_sum,
+    two_populations,
+)
+from moe_ops.zoo.mowst.training import fit
 
 N, CLASSES = 40, 4
 has_geometric = importlib.util.find_spec("torch_geometric") is not None
@@ -291,7 +291,7 @@ def test_fit_lowers_the_validation_loss(joint, warm_up):
 
 
 def test_a_turn_leaves_the_other_part_alone(monkeypatch):
-    import moe_ops.zoo.mowst_training as training
+    import moe_ops.zoo.mowst.training as training
 
     model, inner = make(joint=False, confidence="free"), training._train
     graph, _ = two_populations(300, generator=torch.Generator().manual_seed(2))

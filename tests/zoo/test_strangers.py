@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from moe_ops import zoo
-from moe_ops.zoo.language_model import CausalLM
+from moe_ops.zoo.lm.model import CausalLM
 
 from .mutations import mutate
 
@@ -264,7 +264,7 @@ def test_fp8_scales_must_fit(tmp_path):
 
 
 def test_checkpoint_that_is_replaced_while_it_is_read(jetmoe, monkeypatch):
-    from moe_ops.zoo import checkpoint
+    from moe_ops.zoo.lm import checkpoint
 
     opened = checkpoint.Reader.__init__
 

@@ -11,21 +11,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_ops.zoo.t2mir import T2MIR, T2MIRConfig, action_loss
-from moe_ops.zoo.t2mir_envs import (
+from moe_ops.zoo.t2mir.envs import (
     DarkRoom,
     GymnasiumEnvs,
     PointRobot,
     collect,
     to_gymnasium,
 )
-from moe_ops.zoo.t2mir_routers import (
+from moe_ops.zoo.t2mir.routers import (
     MomentumContrast,
     NoisyTopKRouter,
     TaskRouter,
     load_probability,
     squared_cv,
 )
-from moe_ops.zoo.t2mir_training import fit, play, sample_ad, sample_dpt
+from moe_ops.zoo.t2mir.training import fit, play, sample_ad, sample_dpt
 
 B, S, E = 4, 9, 6
 TINY = T2MIRConfig.tiny()

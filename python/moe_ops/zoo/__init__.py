@@ -6,9 +6,9 @@
     model = zoo.create("jetmoe", preset="tiny")      # a model of a named size
     model = zoo.create("jetmoe", preset="tiny", num_experts=4)
 
-Each system is one module, ``moe_ops.zoo.<name>``, with a frozen dataclass of sizes (its presets are
-class methods, ``JetMoEConfig.jetmoe_8b()``) and the model, a plain `torch.nn.Module`. Nothing is
-imported before it is asked for.
+Each system is a module or a package, ``moe_ops.zoo.<name>``, with a frozen dataclass of sizes (its
+presets are class methods, ``JetMoEConfig.jetmoe_8b()``) and the model, a plain `torch.nn.Module`.
+``moe_ops.zoo.lm`` is what the language models share. Nothing is imported before it is asked for.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ import importlib
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
+
+from . import _moved as _moved
 
 __all__ = ["System", "create", "get", "register", "systems"]
 

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from moe_ops._fields import Fields, overridden
 from moe_ops.layers import Experts, Router, SharedExperts
 
-from .blocks import LatentAttention, Rope, Yarn, publish_rope, published_rope
-from .checkpoint import Entry, bank_entries, dense_entries
-from .embedding import TokenEmbedding
-from .language_model import CausalLM, Step
+from .lm.attention import LatentAttention, Rope, Yarn, publish_rope, published_rope
+from .lm.checkpoint import Entry, bank_entries, dense_entries
+from .lm.embedding import TokenEmbedding
+from .lm.model import CausalLM, Step
 
 # What the published config calls the residuals: (inner, outer).
 RESIDUALS = {"inner": (True, False), "outer": (False, True), "none": (False, False)}

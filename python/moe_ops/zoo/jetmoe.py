@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from moe_ops._fields import Fields, overridden
 from moe_ops.layers import AttentionExperts, Experts, MoE, ResidualNorm, Router
 
-from .blocks import Rope, published_rope
-from .checkpoint import Entry
-from .embedding import TokenEmbedding
-from .language_model import CausalLM, Step
+from .lm.attention import Rope, published_rope
+from .lm.checkpoint import Entry
+from .lm.embedding import TokenEmbedding
+from .lm.model import CausalLM, Step
 
 # The published code gives its block norms no eps from the config; the last norm has it.
 BLOCK_NORM_EPS = 1e-6

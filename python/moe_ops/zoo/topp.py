@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from moe_ops._fields import Fields, overridden
 from moe_ops.layers import Experts, MoE, Router, SharedExperts
 
-from .blocks import Attention, Rope, published_rope
-from .checkpoint import Entry, bank_entries, dense_entries
-from .embedding import TokenEmbedding
-from .language_model import CausalLM, Step
-from .lm_losses import Routed
+from .lm.attention import Attention, Rope, published_rope
+from .lm.checkpoint import Entry, bank_entries, dense_entries
+from .lm.embedding import TokenEmbedding
+from .lm.losses import Routed
+from .lm.model import CausalLM, Step
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ._progress import bar
-from .home import MultiTask, multitask_loss
+from .._progress import bar
+from .model import MultiTask, multitask_loss
 
 
 @dataclass

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ._progress import bar
+from .._progress import bar
 
 
 class VectorEnv(Protocol):

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from moe_ops.layers import Experts
 
-from .t2mir_routers import ROUTING, MomentumContrast, NoisyTopKRouter, TaskRouter
+from .routers import ROUTING, MomentumContrast, NoisyTopKRouter, TaskRouter
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._progress import bar
+from .._progress import bar
 from .graphs import Edges, Graph
-from .mowst import Mowst, MowstOutput, mowst_loss
+from .model import Mowst, MowstOutput, mowst_loss
 
 WARM_UPS = ("none", "weak", "strong", "both")
 

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from moe_ops import _files
 
-from ._progress import bar
-from .t2mir import T2MIR, action_loss
-from .t2mir_envs import Histories, VectorEnv
+from .._progress import bar
+from .envs import Histories, VectorEnv
+from .model import T2MIR, action_loss
 
 
 class Batch(NamedTuple):

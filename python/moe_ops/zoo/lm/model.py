@@ -22,10 +22,10 @@ from moe_ops.layers.router import RouterOutput
 from moe_ops.packing import available_memory
 
 from . import checkpoint
-from .blocks import Rope, Rotation
+from .attention import Rope, Rotation
 from .checkpoint import Entry, LoadReport
 from .cross_entropy import head_cross_entropy
-from .lm_losses import OF_LAYERS, AuxLoss, Routed, sum_over_layers
+from .losses import OF_LAYERS, AuxLoss, Routed, sum_over_layers
 
 # Entry of config.json for fields of ours that have no published name.
 OWN_FIELDS = "moe_ops"

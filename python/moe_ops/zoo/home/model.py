@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .multitask import FeatureGate, Features, GatedLayer, Towers, Trace, ownership, spread
+from .layers import FeatureGate, Features, GatedLayer, Towers, Trace, ownership, spread
 
 SHARED = "shared"
 

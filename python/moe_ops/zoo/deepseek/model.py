@@ -28,11 +28,11 @@ from moe_ops.layers import (
     update_expert_bias,
 )
 
-from .blocks import Attention, LatentAttention, Rope, Yarn, publish_rope, published_rope
-from .checkpoint import Entry, bank_entries, dense_entries
-from .embedding import TokenEmbedding
-from .language_model import CausalLM, Step
-from .lm_losses import AuxLoss, Routed
+from ..lm.attention import Attention, LatentAttention, Rope, Yarn, publish_rope, published_rope
+from ..lm.checkpoint import Entry, bank_entries, dense_entries
+from ..lm.embedding import TokenEmbedding
+from ..lm.losses import AuxLoss, Routed
+from ..lm.model import CausalLM, Step
 
 MODEL_TYPES = ("deepseek", "deepseek_v2", "deepseek_v3")
 

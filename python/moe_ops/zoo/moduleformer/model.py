@@ -20,9 +20,9 @@ from torch.utils.hooks import RemovableHandle
 from moe_ops._fields import Fields, overridden
 from moe_ops.layers import AttentionExperts, Experts, GateRouter, MoE, count_tokens_per_expert
 
-from .checkpoint import Entry
-from .embedding import TokenEmbedding
-from .language_model import CausalLM, Step
+from ..lm.checkpoint import Entry
+from ..lm.embedding import TokenEmbedding
+from ..lm.model import CausalLM, Step
 
 # Ours -> what the published config calls the gate.
 GATE_TYPES = {"mlp": "mlp", "linear": "linear", "cosine": "gmm"}

@@ -1,0 +1,8 @@
+"""ModuleFormer: sparse attention and feed-forward modules that can be added and taken away.
+
+Shen et al. 2023, ModuleFormer: Modularity Emerges from Mixture-of-Experts, arXiv 2306.04640.
+"""
+
+from .model import GATE_TYPES, FrozenRows, ModuleFormer, ModuleFormerBlock, ModuleFormerConfig
+
+__all__ = ["GATE_TYPES", "FrozenRows", "ModuleFormer", "ModuleFormerBlock", "ModuleFormerConfig"]
