@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import Any
 
 MOVED = {
-    "blocks": ("lm.attention",),
+    "blocks": ("lm.attention", "lm.config"),
     "checkpoint": ("lm.checkpoint",),
     "cross_entropy": ("lm.cross_entropy",),
     "embedding": ("lm.embedding",),

@@ -1,171 +1,18 @@
-"""What the language models of the zoo share besides experts: positions, attention, its caches.
+"""Attention of the zoo's language models: grouped heads, and latent keys and values.
 
 Letters: B batch, S tokens of a sequence, S_kv keys, H hidden size, n heads, d head size.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-from typing import Any, NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_ops._fields import Fields
 from moe_ops.layers import KVCache
+from moe_ops.layers.rotary import Rope, Rotation
 
-from .checkpoint import Entry
-
-
-@dataclass(frozen=True)
-class Yarn:
-    """How RoPE was stretched to a longer context (YaRN, Peng et al. 2023, arXiv 2309.00071).
-
-    Attributes:
-        factor: new context over old.
-        original_context: tokens of the old context.
-        beta_fast, beta_slow: turns within the old context above which a frequency is kept, and
-            below which it is divided by `factor`; between them the two are blended.
-        mscale, mscale_all_dim: `magnitude` of the first over that of the second multiplies cos and
-            sin; that of the second, squared, the softmax scale (DeepSeek-V2). Both 0: the one of 1
-            multiplies cos and sin.
-    """
-
-    factor: float
-    original_context: int
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    mscale: float = 0.0
-    mscale_all_dim: float = 0.0
-
-    def magnitude(self, mscale: float) -> float:
-        return 1.0 if self.factor <= 1 else 0.1 * mscale * math.log(self.factor) + 1.0
-
-    def rotation_scale(self) -> float:
-        if self.mscale and self.mscale_all_dim:
-            return self.magnitude(self.mscale) / self.magnitude(self.mscale_all_dim)
-        return self.magnitude(1.0)
-
-    def softmax_factor(self) -> float:
-        return self.magnitude(self.mscale_all_dim) ** 2 if self.mscale_all_dim else 1.0
-
-
-class Rotation(NamedTuple):
-    """cos and sin of the angles of S positions, each [S, d / 2] fp32."""
-
-    cos: Tensor
-    sin: Tensor
-
-
-@dataclass(frozen=True)
-class Rope:
-    """Rotary position embeddings of d features (Su et al. 2021, arXiv 2104.09864).
-
-    Attributes:
-        size: d, even: features that are rotated.
-        theta: base of the frequencies theta ** (-2 i / d).
-        interleaved: which features form a pair: (2 i, 2 i + 1), as DeepSeek-V2 and V3 do, instead
-            of (i, i + d / 2).
-        yarn: stretching, or None.
-    """
-
-    size: int
-    theta: float = 10_000.0
-    interleaved: bool = False
-    yarn: Yarn | None = None
-
-    def frequencies(self, device: torch.device | None = None) -> Tensor:
-        """[d / 2] fp32, radians a position."""
-        steps = torch.arange(0, self.size, 2, dtype=torch.float32, device=device) / self.size
-        plain = 1.0 / self.theta**steps
-        if self.yarn is None:
-            return plain
-
-        def feature_with(turns: float) -> float:
-            # Feature whose wave makes this number of turns within the old context.
-            yarn = self.yarn
-            assert yarn is not None
-            span = yarn.original_context / (turns * 2 * math.pi)
-            return self.size * math.log(span) / (2 * math.log(self.theta))
-
-        low = max(math.floor(feature_with(self.yarn.beta_fast)), 0)
-        high = min(math.ceil(feature_with(self.yarn.beta_slow)), self.size - 1)
-        index = torch.arange(self.size // 2, dtype=torch.float32, device=device)
-        # Where both ends meet the ramp is a step; the width only keeps 0 / 0 away.
-        stretched = ((index - low) / max(high - low, 0.001)).clamp(0, 1)
-        return plain * (1 - stretched) + plain / self.yarn.factor * stretched
-
-    def rotation(self, start: int, length: int, device: torch.device | None = None) -> Rotation:
-        """Of the positions start .. start + length - 1."""
-        positions = torch.arange(start, start + length, dtype=torch.float32, device=device)
-        angles = positions[:, None] * self.frequencies(device)
-        scale = 1.0 if self.yarn is None else self.yarn.rotation_scale()
-        return Rotation(angles.cos() * scale, angles.sin() * scale)
-
-    def rotate(self, t: Tensor, rotation: Rotation) -> Tensor:
-        """t [B, S, n, d] rotated. With `interleaved` the first features of all pairs come out
-        before the second ones, in queries as in keys, which no product of the two notices."""
-        cos, sin = (f[:, None].to(t.dtype) for f in rotation)
-        if self.interleaved:
-            a, b = t[..., 0::2], t[..., 1::2]
-        else:
-            a, b = t.chunk(2, dim=-1)
-        return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
-
-
-def published_rope(config: Fields) -> tuple[float, Yarn | None]:
-    """theta and stretching from a published config.json, which has them in `rope_parameters`, or in
-    `rope_theta` and `rope_scaling`.
-
-    Raises:
-        ValueError: a stretching other than YaRN.
-    """
-    older, newer = config.section("rope_scaling"), config.section("rope_parameters")
-    read = Fields({**older.values, **newer.values}, config.reader, "rope_scaling")
-    theta = config.number("rope_theta", default=10_000.0, above=1)
-    theta = read.number("rope_theta", default=theta, above=1)
-    kind = read.choice("rope_type", "type", of=("default", "yarn"), default="default")
-    if kind == "default":
-        return theta, None
-    old = read.size("original_max_position_embeddings")
-    if "factor" in read:
-        factor = read.number("factor", above=0)
-    else:
-        factor = config.size("max_position_embeddings") / old
-    yarn = Yarn(
-        factor=factor,
-        original_context=old,
-        beta_fast=read.number("beta_fast", default=32.0, above=0),
-        beta_slow=read.number("beta_slow", default=1.0, above=0),
-        mscale=read.number("mscale", default=0.0, least=0),
-        mscale_all_dim=read.number("mscale_all_dim", default=0.0, least=0),
-    )
-    return theta, yarn
-
-
-def publish_rope(theta: float, yarn: Yarn | None) -> dict[str, Any]:
-    """The entries of config.json that `published_rope` reads, old and new style."""
-    if yarn is None:
-        return {
-            "rope_theta": theta,
-            "rope_scaling": None,
-            "rope_parameters": {"rope_type": "default", "rope_theta": theta},
-        }
-    fields = {
-        "factor": yarn.factor,
-        "original_max_position_embeddings": yarn.original_context,
-        "beta_fast": yarn.beta_fast,
-        "beta_slow": yarn.beta_slow,
-        "mscale": yarn.mscale,
-        "mscale_all_dim": yarn.mscale_all_dim,
-    }
-    return {
-        "rope_theta": theta,
-        "rope_scaling": {"type": "yarn", **fields},
-        "rope_parameters": {"rope_type": "yarn", "rope_theta": theta, **fields},
-    }
+from .checkpoint import Entry, renamed
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
@@ -240,8 +87,8 @@ class Attention(nn.Module):
 
     def entries(self, ours: str, theirs: str) -> list[Entry]:
         """Keys of a Llama-like checkpoint, given both prefixes."""
-        names = ("q_proj", "k_proj", "v_proj", "o_proj")
-        return [Entry(f"{ours}.{n}.weight", (f"{theirs}.{n}.weight",)) for n in names]
+        names = [f"{n}_proj.weight" for n in "qkvo"]
+        return renamed(ours, theirs, dict(zip(names, names, strict=True)))
 
 
 class LatentAttention(nn.Module):
@@ -353,8 +200,5 @@ class LatentAttention(nn.Module):
             "kv_b_proj": "kv_b_proj",
             "o_proj": "o_proj",
         }
-        return [
-            Entry(f"{ours}.{mine}.weight", (f"{theirs}.{other}.weight",))
-            for mine, other in names.items()
-            if getattr(self, mine) is not None
-        ]
+        there = {n: o for n, o in names.items() if getattr(self, n) is not None}
+        return renamed(ours, theirs, {f"{n}.weight": f"{o}.weight" for n, o in there.items()})

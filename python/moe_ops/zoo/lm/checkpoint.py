@@ -96,6 +96,12 @@ class Entry:
         return [part for expert in tensor for part in expert.chunk(self.parts)]
 
 
+def renamed(ours: str, theirs: str, names: Mapping[str, str]) -> list[Entry]:
+    """Of a module whose tensors have one key each, from its name, theirs, and a table: names within
+    it -> keys within theirs."""
+    return [Entry(f"{ours}.{name}", (f"{theirs}.{key}",)) for name, key in names.items()]
+
+
 def dense_entries(ours: str, theirs: str) -> list[Entry]:
     """Of a `SharedExperts` published as gate_proj, up_proj and down_proj."""
     gate_up = (f"{theirs}.gate_proj.weight", f"{theirs}.up_proj.weight")

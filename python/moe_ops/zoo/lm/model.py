@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
@@ -18,13 +18,15 @@ from torch import Tensor, nn
 from moe_ops import _files
 from moe_ops._fields import check_names
 from moe_ops.layers import KVCache, Router
-from moe_ops.layers.router import RouterOutput
+from moe_ops.layers.rotary import Rope
 from moe_ops.packing import available_memory
 
 from . import checkpoint
-from .attention import Rope, Rotation
+from .blocks import Step
 from .checkpoint import Entry, LoadReport
+from .config import LMConfig
 from .cross_entropy import head_cross_entropy
+from .embedding import TokenEmbedding
 from .losses import OF_LAYERS, AuxLoss, Routed, sum_over_layers
 
 # Entry of config.json for fields of ours that have no published name.
@@ -63,52 +65,59 @@ class LMLoss(NamedTuple):
     routing: list[Routed]
 
 
-class Step:
-    """What blocks need besides hidden states: positions, caches, a list for what routers say."""
-
-    def __init__(
-        self, rotation: Rotation | None, caches: Sequence[KVCache] | None, record: bool
-    ) -> None:
-        self.rotation = rotation
-        self.caches = caches
-        self.routing: list[Routed] | None = [] if record else None
-
-    def cache(self, layer: int) -> KVCache | None:
-        return None if self.caches is None else self.caches[layer]
-
-    def record(self, layer: str, router: Router, output: Any) -> None:
-        """Notes a MoEOutput, AttentionExpertsOutput or RouterOutput."""
-        if self.routing is not None:
-            routing = RouterOutput(output.router_logits, output.topk_weights, output.topk_ids)
-            self.routing.append(Routed(layer, router, routing))
-
-
 Model = TypeVar("Model", bound="CausalLM")
 
 
 class CausalLM(nn.Module):
     """A decoder: embedding, blocks, a norm, and the logits of the next token.
 
-    A subclass builds `embed_tokens`, `layers`, `norm` and `lm_head` (None when the embedding is
-    used again), sets `rope` (None without positions), and says in `entries` how its tensors are
-    called in published checkpoints. A block takes (x, step, index) and returns x.
-
-    `config` must have `vocab_size` and two methods: `aux_coefficients()`, name of an auxiliary
-    loss -> its coefficient, and `to_published()`, the contents of config.json; its class has
-    `from_published(dict)`.
+    A subclass calls `assemble` with its blocks, each of which takes (x, step, index) and returns x,
+    and says in `block_entries` how the tensors of a block are called in published checkpoints.
     """
 
     # Keys of published checkpoints that are of no use here, as regular expressions.
     ignored_keys: tuple[str, ...] = (r"rotary_emb\.inv_freq",)
-    config_class: ClassVar[type]
+    config_class: ClassVar[type[LMConfig]]
 
-    config: Any
+    config: Any  # Of `config_class`.
     embed_tokens: nn.Embedding
     layers: Any  # ModuleList of the subclass's blocks.
     norm: nn.Module
     lm_head: nn.Linear | None
     rope: Rope | None
     load_report: LoadReport | None = None
+
+    def assemble(
+        self, config: Any, blocks: Iterable[nn.Module], norm: nn.Module, rope: Rope | None
+    ) -> None:
+        """Makes the trunk, with fresh weights.
+
+        Args:
+            config: with `vocab_size`, `hidden_size`, and `tie_embeddings` where the embedding can
+                also be the output's weight.
+            blocks: made one after the other, after the embedding.
+            norm: the last one.
+            rope: None without positions.
+        """
+        self.config = config
+        self.rope = rope
+        self.embed_tokens = TokenEmbedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(blocks)
+        self.norm = norm
+        self.lm_head = None
+        if not getattr(config, "tie_embeddings", False):
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Weights N(0, init_std), norms 1, biases 0."""
+        for name, parameter in self.named_parameters():
+            if parameter.dim() > 1:
+                nn.init.normal_(parameter, std=self.config.init_std)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            else:
+                nn.init.ones_(parameter)
 
     def forward(
         self,
@@ -288,6 +297,16 @@ class CausalLM(nn.Module):
 
     def entries(self) -> list[Entry]:
         """Each tensor of the model with its keys in published checkpoints."""
+        entries = [Entry("embed_tokens.weight", ("model.embed_tokens.weight",))]
+        for i, block in enumerate(self.layers):
+            entries += self.block_entries(block, f"layers.{i}", f"model.layers.{i}")
+        entries.append(Entry("norm.weight", ("model.norm.weight",)))
+        if self.lm_head is not None:
+            entries.append(Entry("lm_head.weight", ("lm_head.weight",)))
+        return entries
+
+    def block_entries(self, block: Any, ours: str, theirs: str) -> list[Entry]:
+        """Those of a block, given its name here and there."""
         raise NotImplementedError
 
     @classmethod
@@ -361,9 +380,7 @@ class CausalLM(nn.Module):
         if not isinstance(own, dict):
             raise ValueError(f"{OWN_FIELDS} must be an object, got {_files.shown(own)}.")
         check_names(cls.config_class, own, OWN_FIELDS)
-        return cls.config_class.from_published(  # type: ignore[attr-defined]
-            published, **{**own, **overrides}
-        )
+        return cls.config_class.from_published(published, **{**own, **overrides})
 
     @classmethod
     def _without_memory(cls: type[Model], config: Any, folder: Path) -> tuple[Model, list[Entry]]:

@@ -3,6 +3,7 @@
 Shen et al. 2023, ModuleFormer: Modularity Emerges from Mixture-of-Experts, arXiv 2306.04640.
 """
 
-from .model import GATE_TYPES, FrozenRows, ModuleFormer, ModuleFormerBlock, ModuleFormerConfig
+from .config import GATE_TYPES, ModuleFormerConfig
+from .model import FrozenRows, ModuleFormer, ModuleFormerBlock
 
 __all__ = ["GATE_TYPES", "FrozenRows", "ModuleFormer", "ModuleFormerBlock", "ModuleFormerConfig"]

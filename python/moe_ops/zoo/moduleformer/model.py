@@ -1,193 +1,28 @@
-"""ModuleFormer: sparse attention and feed-forward modules that can be added and taken away.
+"""The blocks and the model of ModuleFormer, whose experts can be added and taken away.
 
-Shen et al. 2023, ModuleFormer: Modularity Emerges from Mixture-of-Experts, arXiv 2306.04640.
-
-Letters: B sequences, S tokens, T = B * S, H hidden size, I intermediate size, E experts, K experts
-a token, n heads of an attention expert, d head size.
+Letters: B sequences, S tokens, H hidden size, E experts, K experts a token.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from moe_ops._fields import Fields, overridden
 from moe_ops.layers import AttentionExperts, Experts, GateRouter, MoE, count_tokens_per_expert
 
+from ..lm.blocks import Step
 from ..lm.checkpoint import Entry
-from ..lm.embedding import TokenEmbedding
-from ..lm.model import CausalLM, Step
+from ..lm.model import CausalLM
+from .checkpoint import entries
+from .config import ModuleFormerConfig
 
-# Ours -> what the published config calls the gate.
-GATE_TYPES = {"mlp": "mlp", "linear": "linear", "cosine": "gmm"}
 _KINDS = ("attention", "mlp")  # Of experts, as a block's attributes.
-
-
-@dataclass(frozen=True)
-class ModuleFormerConfig:
-    """Sizes and options of a ModuleFormer.
-
-    Attributes:
-        vocab_size: V.
-        hidden_size: H.
-        num_layers: blocks.
-        num_heads, attention_size: n and n * d, of one attention expert.
-        intermediate_size: I, of one feed-forward expert.
-        num_attention_experts, num_mlp_experts: E of both kinds.
-        top_k_attention, top_k_mlp: K of both kinds.
-        gate, gate_size, gate_dropout, sample_top_k: see `moe_ops.layers.GateRouter`.
-        mutual_information_coefficient, concentration_coefficient: of the losses, summed over both
-            kinds of experts of all blocks. The first is for pre-training; the second for
-            fine-tuning to a domain, where it gathers the load on few experts.
-        context: tokens it was trained on; nothing is limited by it.
-        init_std: of embedding and linear maps; experts are uniform in +-1/inputs.
-        experts_of_layers: (attention, mlp) experts of every block where they differ from the
-            numbers above, as they do after pruning.
-    """
-
-    PRESETS: ClassVar[tuple[str, ...]] = ("tiny", "molm_350m_4b", "molm_700m_4b", "molm_700m_8b")
-
-    vocab_size: int = 50_295
-    hidden_size: int = 1024
-    num_layers: int = 24
-    num_heads: int = 8
-    attention_size: int = 512
-    intermediate_size: int = 2048
-    num_attention_experts: int = 16
-    num_mlp_experts: int = 32
-    top_k_attention: int = 2
-    top_k_mlp: int = 2
-    gate: str = "mlp"
-    gate_size: int = 256
-    gate_dropout: float = 0.0
-    sample_top_k: int = 0
-    mutual_information_coefficient: float = 0.0
-    concentration_coefficient: float = 0.0
-    context: int = 512
-    init_std: float = 0.02
-    experts_of_layers: tuple[tuple[int, int], ...] | None = None
-
-    @classmethod
-    def molm_350m_4b(cls) -> ModuleFormerConfig:
-        """MoLM-350M-4B: 4 billion parameters, 350 million a token."""
-        return cls()
-
-    @classmethod
-    def molm_700m_4b(cls) -> ModuleFormerConfig:
-        """MoLM-700M-4B: the same with twice the experts a token."""
-        return cls(top_k_attention=4, top_k_mlp=4)
-
-    @classmethod
-    def molm_700m_8b(cls) -> ModuleFormerConfig:
-        """MoLM-700M-8B: twice the blocks."""
-        return cls(num_layers=48)
-
-    @classmethod
-    def tiny(cls) -> ModuleFormerConfig:
-        """Bytes, two blocks, four and eight experts: trains on a CPU."""
-        return cls(
-            vocab_size=256,
-            hidden_size=64,
-            num_layers=2,
-            num_heads=2,
-            attention_size=32,
-            intermediate_size=64,
-            num_attention_experts=4,
-            num_mlp_experts=8,
-            gate_size=32,
-            mutual_information_coefficient=0.01,
-            context=128,
-        )
-
-    def aux_coefficients(self) -> dict[str, float]:
-        """The losses that are in use."""
-        coefficients = {
-            "mutual_information": self.mutual_information_coefficient,
-            "concentration": self.concentration_coefficient,
-        }
-        return {name: value for name, value in coefficients.items() if value}
-
-    def experts_of(self, layer: int) -> tuple[int, int]:
-        """Attention and feed-forward experts of a block."""
-        if self.experts_of_layers is None:
-            return self.num_attention_experts, self.num_mlp_experts
-        attention, mlp = self.experts_of_layers[layer]
-        return attention, mlp
-
-    @classmethod
-    def from_published(cls, published: Mapping[str, Any], **overrides: Any) -> ModuleFormerConfig:
-        """From the config.json of the published code."""
-        read = Fields(published, cls.__name__)
-        read.must_be("activation_function", "gelu_new")
-        read.must_be("tie_word_embeddings", False)
-        gates = {theirs: ours for ours, theirs in GATE_TYPES.items()}
-        gate = read.choice("gate_type", of=gates, default="mlp")
-        config = cls(
-            vocab_size=read.size("vocab_size"),
-            hidden_size=read.size("n_embd"),
-            num_layers=read.size("n_layer"),
-            num_heads=read.size("n_head"),
-            attention_size=read.size("att_hidden"),
-            intermediate_size=read.size("ffd_hidden"),
-            num_attention_experts=read.size("n_att_experts"),
-            num_mlp_experts=read.size("n_mlp_experts"),
-            top_k_attention=read.size("k_att"),
-            top_k_mlp=read.size("k_mlp"),
-            gate=gates[gate],
-            gate_size=read.size("gating_size", default=cls.gate_size),
-            gate_dropout=read.number("moe_pdrop", default=0.0, least=0),
-            sample_top_k=read.size("sample_topk", default=0, least=0),
-            mutual_information_coefficient=read.number("aux_loss_weight", default=0.0),
-            context=read.size("block_size", default=cls.context),
-            init_std=read.number("initializer_range", default=cls.init_std, least=0),
-        )
-        layers = overrides.get("experts_of_layers")
-        if isinstance(layers, list):  # JSON has lists.
-            overrides["experts_of_layers"] = tuple(
-                tuple(pair) if isinstance(pair, list) else pair for pair in layers
-            )
-        config = overridden(config, overrides)
-        layers = config.experts_of_layers
-        if layers is not None and len(layers) != config.num_layers:
-            raise ValueError(
-                f"{cls.__name__}: experts_of_layers must have a pair for each of "
-                f"{config.num_layers} layers, got {len(layers)}."
-            )
-        return config
-
-    def to_published(self) -> dict[str, Any]:
-        """config.json with the names of the published code."""
-        return {
-            "architectures": ["ModuleFormerForCausalLM"],
-            "model_type": "moduleformer",
-            "vocab_size": self.vocab_size,
-            "n_embd": self.hidden_size,
-            "n_layer": self.num_layers,
-            "n_head": self.num_heads,
-            "att_hidden": self.attention_size,
-            "ffd_hidden": self.intermediate_size,
-            "n_att_experts": self.num_attention_experts,
-            "n_mlp_experts": self.num_mlp_experts,
-            "k_att": self.top_k_attention,
-            "k_mlp": self.top_k_mlp,
-            "gate_type": GATE_TYPES[self.gate],
-            "gating_size": self.gate_size,
-            "moe_pdrop": self.gate_dropout,
-            "sample_topk": self.sample_top_k,
-            "aux_loss_type": "mi",
-            "aux_loss_weight": self.mutual_information_coefficient,
-            "block_size": self.context,
-            "history_length": self.context,
-            "initializer_range": self.init_std,
-            "activation_function": "gelu_new",
-            "tie_word_embeddings": False,
-        }
 
 
 class ModuleFormerBlock(nn.Module):
@@ -224,19 +59,14 @@ class ModuleFormerBlock(nn.Module):
         )
 
     def forward(self, x: Tensor, step: Step, index: int) -> Tensor:
-        record = step.routing is not None
-        attended = self.attention(
-            self.attention_norm(x), cache=step.cache(index), return_routing=record
+        attended = step.through(
+            f"layers.{index}.attention",
+            self.attention,
+            self.attention_norm(x),
+            cache=step.cache(index),
         )
-        if record:
-            step.record(f"layers.{index}.attention", self.attention.router, attended)
-            attended = attended.y
         x = x + attended
-        mixed = self.mlp(self.mlp_norm(x), return_routing=record)
-        if record:
-            step.record(f"layers.{index}.mlp", self.mlp.router, mixed)
-            mixed = mixed.y
-        return x + mixed
+        return x + step.through(f"layers.{index}.mlp", self.mlp, self.mlp_norm(x))
 
 
 class FrozenRows:
@@ -289,16 +119,13 @@ class ModuleFormer(CausalLM):
                 "ModuleFormer: one head of the hidden size has no key and value projections in the "
                 f"published code and is not supported, got attention_size {config.attention_size}."
             )
-        self.config = config
-        self.rope = None
-        self.embed_tokens = TokenEmbedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(
-            ModuleFormerBlock(config, config.experts_of(i)) for i in range(config.num_layers)
-        )
-        self.norm = nn.LayerNorm(config.hidden_size)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.frozen_rows: dict[str, FrozenRows] = {}
-        self.reset_parameters()
+        self.assemble(
+            config,
+            (ModuleFormerBlock(config, config.experts_of(i)) for i in range(config.num_layers)),
+            nn.LayerNorm(config.hidden_size),
+            rope=None,
+        )
 
     def reset_parameters(self) -> None:
         """Experts uniform in +-1/inputs; rows of cosine gates N(0, 1); other weights N(0,
@@ -470,53 +297,5 @@ class ModuleFormer(CausalLM):
             experts_of_layers=None if set(found) == {(attention, mlp)} else found,
         )
 
-    # ---------------------------------------------------------------------------- checkpoints
-
-    def _gate_entries(self, ours: str, theirs: str) -> list[Entry]:
-        names = {
-            "linear": {"weight": "w_gate.0.weight"},
-            "mlp": {
-                "stem.weight": "w_gate.0.weight",
-                "stem.bias": "w_gate.0.bias",
-                "weight": "w_gate.3.weight",
-            },
-            "cosine": {
-                "stem.weight": "w_gate.weight",
-                "weight": "expert_centroids",
-                "temperature": "temperature",
-            },
-        }[self.config.gate]
-        return [
-            Entry(f"{ours}.router.{mine}", (f"{theirs}.gate.{name}",))
-            for mine, name in names.items()
-        ]
-
     def entries(self) -> list[Entry]:
-        entries = [Entry("embed_tokens.weight", ("transformer.wte.weight",))]
-
-        def norm(ours: str, theirs: str) -> list[Entry]:
-            return [Entry(f"{ours}.{n}", (f"{theirs}.{n}",)) for n in ("weight", "bias")]
-
-        for i in range(self.config.num_layers):
-            ours, theirs = f"layers.{i}", f"transformer.h.{i}"
-            q, mlp = f"{theirs}.attn.q_proj", f"{theirs}.mlpf"
-            entries += norm(f"{ours}.attention_norm", f"{theirs}.ln_1")
-            entries += self._gate_entries(f"{ours}.attention", q)
-            for n in ("weight", "bias"):
-                keys = tuple(f"{theirs}.attn.{p}_proj.{n}" for p in "kv")
-                entries.append(Entry(f"{ours}.attention.kv_proj.{n}", keys, "rows"))
-            entries += norm(f"{ours}.mlp_norm", f"{theirs}.ln_2")
-            entries += self._gate_entries(f"{ours}.mlp", mlp)
-            # Their experts are [E, inputs, outputs].
-            for mine, key in (
-                ("attention.w_query", f"{q}.experts.weight"),
-                ("attention.w_output", f"{q}.output_experts.weight"),
-                ("mlp.experts.w_gate_up", f"{mlp}.experts.weight"),
-                ("mlp.experts.w_down", f"{mlp}.output_experts.weight"),
-            ):
-                entries.append(Entry(f"{ours}.{mine}", (key,), "transposed"))
-        return [
-            *entries,
-            *norm("norm", "transformer.ln_f"),
-            Entry("lm_head.weight", ("lm_head.weight",)),
-        ]
+        return entries(self.config)
