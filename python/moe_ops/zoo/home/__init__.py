@@ -25,7 +25,7 @@ from .model import (
     multitask_loss,
     task_owners,
 )
-from .training import History, Rows, Scores, auc, evaluate, fit, gauc, predict
+from .training import Rows, evaluate, fit, predict
 
 __all__ = [
     "CGC",
@@ -33,19 +33,15 @@ __all__ = [
     "PLE",
     "SHARED",
     "AdaMMoE",
-    "History",
     "HoME",
     "HoMEConfig",
     "MMoE",
     "MultiTask",
     "Rows",
-    "Scores",
     "SharedBottom",
-    "auc",
     "build",
     "evaluate",
     "fit",
-    "gauc",
     "multitask_loss",
     "predict",
     "task_owners",

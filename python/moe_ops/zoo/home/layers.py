@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moe_ops._fields import check_choice
 from moe_ops.layers import ExpertNorm, Experts, mix_outputs
 from moe_ops.layers.dense import grouped_linear, low_rank_maps, segments
 
@@ -154,8 +155,7 @@ class Gates(nn.Module):
             raise ValueError(
                 f"Gates: mask must be [M, E] of bool, got shape {list(mask.shape)} of {mask.dtype}."
             )
-        if lone not in ("sigmoid", "one"):
-            raise ValueError(f'Gates: lone must be "sigmoid" or "one", got "{lone}".')
+        check_choice("Gates", "lone", lone, ("sigmoid", "one"))
         self.lone = lone
         few = mask.sum(1) < 2
         self.has_lone, self.all_lone = bool(few.any()), bool(few.all())

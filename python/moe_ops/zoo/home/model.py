@@ -1,17 +1,6 @@
-"""HoME and the multi-task recommenders it is compared with.
-
-    config = HoMEConfig(cardinalities=(1000, 50), num_dense=4,
-                        categories=(("like", "love"), ("finish", "skip")))
-    model = build(config)                       # HoME; model="mmoe", "ple", ... for the others
-    logits = model(categorical, dense)          # [T, K], one column a task
-
-Six models on the parts of `moe_ops.zoo.multitask`; they differ in which expert reads what and which
-task may use which expert. `moe_ops.zoo.recommend` trains and judges them.
+"""Six multi-task models; they differ in which expert reads what and which task may use it.
 
 Letters: T rows, V width of a row's features, K tasks, C categories, E experts, O expert output.
-
-Sources: Wang et al. 2024 (HoME, arXiv 2408.05430); Ma et al. 2018 (MMoE, KDD); Tang et al. 2020
-(CGC and PLE, RecSys); Li et al. 2023 (adaptive fusion of a task's own experts, arXiv 2304.04959).
 """
 
 from __future__ import annotations
@@ -22,6 +11,8 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from moe_ops._fields import check_choice
 
 from .layers import FeatureGate, Features, GatedLayer, Towers, Trace, ownership, spread
 
@@ -76,15 +67,8 @@ class HoMEConfig:
                 "HoMEConfig: categories must be tuples of at least one task, each task once, got "
                 f"{self.categories}."
             )
-        if self.model not in MODELS:
-            raise ValueError(
-                f"HoMEConfig: model must be one of {', '.join(MODELS)}, got {self.model!r}."
-            )
-        if self.feature_gate not in ("both", "first", "none"):
-            raise ValueError(
-                f'HoMEConfig: feature_gate must be "both", "first" or "none", got '
-                f"{self.feature_gate!r}."
-            )
+        check_choice("HoMEConfig", "model", self.model, MODELS)
+        check_choice("HoMEConfig", "feature_gate", self.feature_gate, ("both", "first", "none"))
         needs_own = self.model in ("cgc", "ple", "adammoe", "home")
         if self.num_task < needs_own:
             raise ValueError(

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from moe_ops._fields import check_choice
+
 from .._progress import bar
 from .model import MultiTask, multitask_loss
 
@@ -213,8 +215,7 @@ def fit(
         ValueError: bad arguments, values outside a feature's range, a score that does not exist,
             or a loss that is not finite.
     """
-    if monitor not in ("auc", "gauc", "loss"):
-        raise ValueError(f'fit: monitor must be "auc", "gauc" or "loss", got "{monitor}".')
+    check_choice("fit", "monitor", monitor, ("auc", "gauc", "loss"))
     if patience < 1 or epochs < 1 or batch_size < 2:
         raise ValueError(
             "fit: patience and epochs must be at least 1 and batch_size at least 2, got "

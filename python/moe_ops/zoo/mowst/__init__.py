@@ -7,7 +7,7 @@
 Source: Zeng et al. 2024 (Mixture of Weak & Strong Experts on Graphs, ICLR, arXiv 2311.05185).
 """
 
-from .graphs import BACKBONES, GNN, MLP, Edges, Graph, Work, neighbour_sum, two_populations
+from .graphs import Graph, two_populations
 from .model import (
     CONFIDENCES,
     FixedConfidence,
@@ -23,30 +23,23 @@ from .model import (
     mixed_log_probs,
     mowst_loss,
 )
-from .training import MowstHistory, fit
+from .training import fit
 
 __all__ = [
-    "BACKBONES",
     "CONFIDENCES",
-    "GNN",
-    "MLP",
-    "Edges",
     "FixedConfidence",
     "FreeConfidence",
     "Graph",
     "MonotoneConfidence",
     "Mowst",
     "MowstConfig",
-    "MowstHistory",
     "MowstOutput",
     "Prediction",
-    "Work",
     "dispersion",
     "expected_accuracy",
     "fit",
     "make_confidence",
     "mixed_log_probs",
     "mowst_loss",
-    "neighbour_sum",
     "two_populations",
 ]

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moe_ops._fields import check_choice
+
 BACKBONES = ("gcn", "sage", "gat", "gin")
 
 
@@ -167,10 +169,7 @@ class GNN(nn.Module):
         heads: int = 1,
     ) -> None:
         super().__init__()
-        if backbone not in BACKBONES:
-            raise ValueError(
-                f"GNN: backbone must be one of {', '.join(BACKBONES)}, got {backbone!r}."
-            )
+        check_choice("GNN", "backbone", backbone, BACKBONES)
         if backbone == "gat" and hidden_size % heads:
             raise ValueError(f"GNN: heads must divide {hidden_size}, got {heads}.")
         _geometric()

@@ -1,15 +1,9 @@
-"""Mowst: a weak and a strong expert on a graph, mixed by the weak one's confidence.
-
-    model = Mowst(MowstConfig(in_size=16, num_classes=4, backbone="gcn"))
-    fit(model, graph)                               # moe_ops.zoo.mowst_training
-    prediction = model.predict(graph.x, graph.edge_index)
+"""The two experts of Mowst, the confidence that mixes them, and the loss.
 
 The weak expert is an MLP on a node's own features, the strong one a graph network. The confidence C
 is a function of how far the weak expert's prediction is from uniform.
 
 Letters: N nodes, n classes, p the weak and q the strong expert's probabilities.
-
-Source: Zeng et al. 2024 (Mixture of Weak & Strong Experts on Graphs, ICLR, arXiv 2311.05185).
 """
 
 from __future__ import annotations
@@ -21,6 +15,8 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from moe_ops._fields import check_choice
 
 from .graphs import GNN, MLP, Edges, Work
 
@@ -64,11 +60,7 @@ class MowstConfig:
                 "MowstConfig: num_classes must be at least 2 and num_layers at least 1, got "
                 f"{self.num_classes} and {self.num_layers}."
             )
-        if self.confidence not in CONFIDENCES:
-            raise ValueError(
-                f"MowstConfig: confidence must be one of {', '.join(CONFIDENCES)}, got "
-                f"{self.confidence!r}."
-            )
+        check_choice("MowstConfig", "confidence", self.confidence, CONFIDENCES)
 
     @classmethod
     def tiny(cls) -> MowstConfig:
@@ -227,8 +219,7 @@ class Mowst(nn.Module):
         Runs in `eval()`; the mode of the model is put back.
         """
         mode = mode or ("mixed" if self.config.joint else "stochastic")
-        if mode not in ("mixed", "stochastic"):
-            raise ValueError(f'Mowst: mode must be "mixed" or "stochastic", got "{mode}".')
+        check_choice("Mowst", "mode", mode, ("mixed", "stochastic"))
         before = self.training
         self.eval()
         try:

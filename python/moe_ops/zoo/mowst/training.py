@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moe_ops._fields import check_choice
+
 from .._progress import bar
 from .graphs import Edges, Graph
 from .model import Mowst, MowstOutput, mowst_loss
@@ -67,8 +69,7 @@ def fit(
     Raises:
         ValueError: an unknown warm-up, no training or validation node, a loss that is not finite.
     """
-    if warm_up not in WARM_UPS:
-        raise ValueError(f"fit: warm_up must be one of {', '.join(WARM_UPS)}, got {warm_up!r}.")
+    check_choice("fit", "warm_up", warm_up, WARM_UPS)
     for name in ("train", "valid"):
         if not bool(getattr(graph, name).any()):
             raise ValueError(f"fit: graph must have {name} nodes, got none.")

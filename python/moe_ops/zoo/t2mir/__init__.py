@@ -9,30 +9,20 @@ Source: Wu et al. 2025 (arXiv 2506.05426); Laskin et al. 2022 (AD, arXiv 2210.14
 2023 (DPT, arXiv 2306.14892).
 """
 
-from .envs import DarkRoom, GymnasiumEnvs, Histories, PointRobot, VectorEnv, collect, to_gymnasium
+from .envs import DarkRoom, PointRobot, collect
 from .model import T2MIR, Attention, ExpertLayer, T2MIRConfig, T2MIROutput, action_loss
-from .routers import ROUTING, MomentumContrast, NoisyTopKRouter, TaskRouter
-from .training import T2MIRHistory, fit, play
+from .training import fit, play
 
 __all__ = [
-    "ROUTING",
     "T2MIR",
     "Attention",
     "DarkRoom",
     "ExpertLayer",
-    "GymnasiumEnvs",
-    "Histories",
-    "MomentumContrast",
-    "NoisyTopKRouter",
     "PointRobot",
     "T2MIRConfig",
-    "T2MIRHistory",
     "T2MIROutput",
-    "TaskRouter",
-    "VectorEnv",
     "action_loss",
     "collect",
     "fit",
     "play",
-    "to_gymnasium",
 ]

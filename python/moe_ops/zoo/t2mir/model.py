@@ -1,16 +1,9 @@
-"""T2MIR: in-context reinforcement learning with token-wise and task-wise experts.
-
-    model = T2MIR(T2MIRConfig(variant="ad", state_size=2, action_size=2))
-    output = model(states, actions, rewards)      # output.actions [B, S, A]
+"""The transformer of T2MIR.
 
 A causal transformer over state, action and reward tokens; its last layer's feed-forward network is
-a mixture of experts routed by token beside one routed by task. `moe_ops.zoo.t2mir_training` trains
-it and plays it, `moe_ops.zoo.t2mir_envs` has environments and data.
+a mixture of experts routed by token beside one routed by task.
 
 Letters: B sequences, S steps of context, L tokens, H width, A action size.
-
-Source: Wu et al. 2025 (arXiv 2506.05426); Laskin et al. 2022 (AD, arXiv 2210.14215); Lee et al.
-2023 (DPT, arXiv 2306.14892).
 """
 
 from __future__ import annotations
@@ -22,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moe_ops._fields import check_choice
 from moe_ops.layers import Experts
 
 from .routers import ROUTING, MomentumContrast, NoisyTopKRouter, TaskRouter
@@ -74,11 +68,7 @@ class T2MIRConfig:
             ("moe", ("both", "token", "task", "none")),
             ("routing", ROUTING),
         ):
-            if getattr(self, name) not in known:
-                raise ValueError(
-                    f"T2MIRConfig: {name} must be one of {', '.join(known)}, got "
-                    f"{getattr(self, name)!r}."
-                )
+            check_choice("T2MIRConfig", name, getattr(self, name), known)
         if self.hidden_size % (2 * self.num_heads):
             raise ValueError(
                 f"T2MIRConfig: hidden_size must be a multiple of {2 * self.num_heads}, got "

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moe_ops._fields import check_choice
+
 ROUTING = ("causal", "token", "sequence")
 
 
@@ -121,10 +123,7 @@ class TaskRouter(nn.Module):
     ) -> None:
         super().__init__()
         check_top_k("TaskRouter", top_k, num_experts)
-        if routing not in ROUTING:
-            raise ValueError(
-                f"TaskRouter: routing must be one of {', '.join(ROUTING)}, got {routing!r}."
-            )
+        check_choice("TaskRouter", "routing", routing, ROUTING)
         self.num_experts, self.top_k = num_experts, top_k
         self.routing = routing
         self.softmax_representation = softmax_representation
