@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 
 from moe_ops import zoo
 from moe_ops.layers import RoutingStats
+from moe_ops.layers.rotary import Rope, Yarn
 from moe_ops.quant import dequantize_fp8_blocks, quantize_fp8_blocks
 from moe_ops.zoo.deepseek import DeepSeek, DeepSeekConfig
-from moe_ops.layers.rotary import Rope, Yarn
 
 from . import common
 from .common import change_file, published_tensors, sharpen, tokens_of
