@@ -15,8 +15,8 @@ from moe_ops.layers.rotary import Rope, Yarn
 from moe_ops.quant import dequantize_fp8_blocks, quantize_fp8_blocks
 from moe_ops.zoo.deepseek import DeepSeek, DeepSeekConfig
 
-from . import common
-from .common import change_file, published_tensors, sharpen, tokens_of
+from ..lm import common
+from ..lm.common import change_file, published_tensors, sharpen, tokens_of
 
 SMALL = {
     "vocab_size": 64, "hidden_size": 32, "dense_intermediate_size": 24, "intermediate_size": 20,

@@ -14,7 +14,7 @@ from moe_ops.zoo.home import MODELS, HoMEConfig, MultiTask, build, multitask_los
 from moe_ops.zoo.home.layers import FeatureGate, Features, Gates
 from moe_ops.zoo.home.training import Rows, auc, evaluate, fit, gauc, predict
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 T = 13
 CONFIG = HoMEConfig(
     cardinalities=(5, 3),

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from moe_ops import zoo
 from moe_ops.zoo.moduleformer import ModuleFormer, ModuleFormerConfig
 
-from . import common
-from .common import change_file, published_tensors, sharpen, tokens_of
+from ..lm import common
+from ..lm.common import change_file, published_tensors, sharpen, tokens_of
 
 SMALL = {
     "vocab_size": 64, "hidden_size": 32, "attention_size": 24, "num_heads": 3,
