@@ -1,48 +1,17 @@
+"""HoME and the models that it is compared with against their equations; who sees whom."""
+
 from __future__ import annotations
 
-import copy
-import dataclasses
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
-from moe_ops.zoo.home import MODELS, HoMEConfig, MultiTask, build, multitask_loss
-from moe_ops.zoo.home.layers import FeatureGate, Features, Gates
-from moe_ops.zoo.home.training import Rows, auc, evaluate, fit, gauc, predict
+from moe_ops.zoo.home import MODELS, HoMEConfig, MultiTask, multitask_loss
+from moe_ops.zoo.home.layers import Features
+from moe_ops.zoo.home.training import Rows, fit
 
-ROOT = Path(__file__).parents[3]
-T = 13
-CONFIG = HoMEConfig(
-    cardinalities=(5, 3),
-    num_dense=4,
-    categories=(("a", "b"), ("c",), ("d", "e")),
-    embedding_size=3,
-    expert_hidden=6,
-    expert_size=5,
-    tower_hidden=4,
-    num_shared=2,
-    num_category=2,
-    num_task=1,
-)
-
-
-def make(model: str, **changes) -> MultiTask:
-    module = build(dataclasses.replace(CONFIG, model=model, **changes)).double()
-    for p in module.parameters():
-        nn.init.normal_(p, std=0.4)
-    return module
-
-
-def batch(rows: int = T) -> tuple[torch.Tensor, torch.Tensor]:
-    categorical = torch.stack([torch.randint(c, (rows,)) for c in CONFIG.cardinalities], dim=1)
-    return categorical, torch.randn(rows, CONFIG.num_dense, dtype=torch.float64)
-
-
-# ------------------------------------------------------------ the equations, written by hand
+from .common import T, batch, feature_gate, gate, make
 
 
 def expert(layer, e: int, x: torch.Tensor) -> torch.Tensor:
@@ -54,27 +23,6 @@ def expert(layer, e: int, x: torch.Tensor) -> torch.Tensor:
     mean, var = y.mean(0), y.var(0, correction=0)
     z = (y - mean) / (var + 1e-5).sqrt() * layer.norm.weight[e] + layer.norm.bias[e]
     return z / (1 + (-z).exp())
-
-
-def gate(gates: Gates, m: int, x: torch.Tensor, allowed: list[int], outputs) -> torch.Tensor:
-    """The mixture of the allowed experts by gate m."""
-    logits = x @ gates.linear.weight[m].T + gates.linear.bias[m]
-    if len(allowed) == 1 and gates.lone == "sigmoid":
-        weights = logits[:, allowed].sigmoid()
-    else:
-        weights = logits[:, allowed].exp()
-        weights = weights / weights.sum(-1, keepdim=True)
-    return sum(weights[:, [i]] * outputs[e] for i, e in enumerate(allowed))
-
-
-def feature_gate(module: FeatureGate, g: int, v: torch.Tensor) -> torch.Tensor:
-    share = (v @ module.select.weight[g].T + module.select.bias[g]).softmax(-1)
-    total = 0
-    for l in range(module.num_lora):
-        b = module.down.weight[g, l * module.rank : (l + 1) * module.rank].T  # [V, d]
-        a = module.up.weight[g * module.num_lora + l].T  # [d, V]
-        total = total + share[:, [l]] * 2 / (1 + (-(v @ b @ a)).exp())
-    return v * total
 
 
 def tower(model: MultiTask, k: int, x: torch.Tensor) -> torch.Tensor:
@@ -193,9 +141,6 @@ def test_shared_bottom_is_one_expert():
     assert not any("gates" in name for name, _ in model.named_parameters())
 
 
-# --------------------------------------------------------------------------- masks and gates
-
-
 def touched(parameter: torch.Tensor) -> list[int]:
     """Experts that a gradient reached."""
     grad = parameter.grad
@@ -237,72 +182,6 @@ def test_ple_and_cgc_tasks_are_apart():
     assert touched(model.stack[0].experts.w_down) == [2, 3, 10, 11]
 
 
-def test_gates_of_one_and_of_no_expert():
-    mask = torch.tensor([[True, True, False], [False, True, False], [False, False, False]])
-    x = torch.randn(T, 4, dtype=torch.float64, requires_grad=True)
-    for lone in ("sigmoid", "one"):
-        gates = Gates(mask, 4, lone=lone).double()
-        nn.init.normal_(gates.linear.weight)
-        weights = gates(x)
-        logits = torch.einsum("th,moh->tmo", x, gates.linear.weight)
-        torch.testing.assert_close(weights[:, 0, :2], logits[:, 0, :2].softmax(-1))
-        expected = logits[:, 1, 1].sigmoid() if lone == "sigmoid" else torch.ones_like(x[:, 0])
-        torch.testing.assert_close(weights[:, 1, 1], expected)
-        assert not weights[~mask.expand(T, -1, -1)].any()
-        grads = torch.autograd.grad(weights.square().sum(), [x, *gates.parameters()])
-        assert all(g.isfinite().all() for g in grads)
-        assert not grads[1][~mask].any()
-    all_lone = Gates(mask[1:2], 4)
-    assert all_lone(x.float()).shape == (T, 1, 3)
-
-
-def test_feature_gates_start_as_the_identity():
-    gate = FeatureGate(3, 8, 2)
-    v = torch.randn(T, 8)
-    torch.testing.assert_close(gate(v), v[:, None].expand(-1, 3, -1))
-    y = gate(v)
-    y.square().sum().backward()
-    assert gate.up.weight.grad.abs().min() > 0  # so training leaves the identity
-
-
-@pytest.mark.parametrize("num_lora", [1, 2, 3, 4])
-@pytest.mark.parametrize("own", [False, True])
-def test_feature_gates_of_any_rank(own, num_lora):
-    """Up to two pairs a gate are one product, more are two."""
-    module = FeatureGate(3, 7, num_lora).double()
-    for p in module.parameters():
-        nn.init.normal_(p, std=0.5)
-    v = torch.randn(T, 3, 7, dtype=torch.float64) if own else torch.randn(T, 7).double()
-    read = [v[:, g] if own else v for g in range(3)]
-    expected = torch.stack([feature_gate(module, g, read[g]) for g in range(3)], dim=1)
-    torch.testing.assert_close(module(v), expected)
-
-
-@pytest.mark.parametrize("norm", [False, True])
-def test_a_trace_changes_nothing(norm):
-    model = make("home", expert_norm=norm)
-    categorical, dense = batch()
-    twin = copy.deepcopy(model)
-    torch.testing.assert_close(model(categorical, dense), twin(categorical, dense, []))
-    for name, buffer in model.named_buffers():
-        torch.testing.assert_close(buffer, twin.get_buffer(name))
-
-
-def test_expert_norm_cures_dead_outputs():
-    categorical, dense = batch(400)
-    health = {}
-    for norm in (False, True):
-        model = make("home", expert_norm=norm)
-        trace = []
-        model(categorical, dense, trace)
-        assert [t.outputs.shape[1:] for t in trace] == [(8, 5), (13, 5)]
-        assert trace[1].gate_entropy().shape == (5,)
-        health[norm] = trace[1]
-    assert health[False].zero_fraction().max() > 0.2
-    assert health[True].zero_fraction().max() == 0
-    assert health[True].scale_ratio() < health[False].scale_ratio()
-
-
 @pytest.mark.parametrize("name", MODELS)
 def test_every_model_has_finite_gradients_everywhere(name):
     model = make(name)
@@ -315,138 +194,6 @@ def test_every_model_has_finite_gradients_everywhere(name):
         assert p.grad is not None and p.grad.isfinite().all(), parameter_name
     assert model.eval()(categorical[:1], dense[:1]).shape == (1, 5)
     assert model(categorical[:0], dense[:0]).shape == (0, 5)
-
-
-# ----------------------------------------------------------------------- loss, metrics, training
-
-
-def test_loss_is_the_sum_of_means_over_known_labels():
-    logits = torch.randn(T, 2, dtype=torch.float64)
-    labels = torch.randint(2, (T, 2)).double()
-    labels[:4, 1] = math.nan
-    p = logits.sigmoid()
-    each = -(labels * p.log() + (1 - labels) * (1 - p).log())
-    expected = each[:, 0].mean() + each[4:, 1].mean()
-    torch.testing.assert_close(multitask_loss(logits, labels), expected)
-    nothing = multitask_loss(logits, torch.full_like(labels, math.nan))
-    assert nothing == 0
-
-
-def slow_auc(scores, labels) -> float:
-    pairs = [
-        (float(p > n) + 0.5 * float(p == n))
-        for p, y in zip(scores.tolist(), labels.tolist(), strict=True)
-        if y == 1
-        for n, y2 in zip(scores.tolist(), labels.tolist(), strict=True)
-        if y2 == 0
-    ]
-    return sum(pairs) / len(pairs) if pairs else math.nan
-
-
-def test_auc_and_gauc_count_pairs():
-    scores = torch.randint(6, (90,)).double()  # many ties
-    labels = (torch.rand(90) < 0.3).double()
-    users = torch.randint(12, (90,)) * 1000
-    users[:5] = 7
-    labels[:5] = 1  # a user with one class
-    assert auc(scores, labels) == pytest.approx(slow_auc(scores, labels), abs=1e-12)
-    total = weight = 0
-    for user in users.unique().tolist():
-        of_user = users == user
-        area = slow_auc(scores[of_user], labels[of_user])
-        if not math.isnan(area):
-            total, weight = total + area * int(of_user.sum()), weight + int(of_user.sum())
-    assert gauc(scores, labels, users) == pytest.approx(total / weight, abs=1e-12)
-    assert gauc(scores + 100 * users, labels, users) == pytest.approx(total / weight, abs=1e-12)
-    labels[10] = math.nan
-    keep = ~labels.isnan()
-    assert auc(scores, labels) == pytest.approx(slow_auc(scores[keep], labels[keep]), abs=1e-12)
-    assert math.isnan(auc(scores, torch.ones(90)))
-    assert math.isnan(gauc(scores, torch.ones(90), users))
-    assert math.isnan(auc(scores[:0], labels[:0]))
-
-
-def table(rows: int = 1500) -> Rows:
-    """Labels that features explain: a linear model of each task."""
-    categorical, dense = batch(rows)
-    dense = dense.float()
-    effect = torch.tensor([[2.0, -1.0], [0.0, 1.5], [-2.0, 0.0], [1.0, 1.0], [0.5, -2.0]])
-    logits = effect[categorical[:, 0]] @ torch.randn(2, 5) + dense @ torch.randn(4, 5)
-    labels = (torch.rand(rows, 5) < logits.sigmoid()).float()
-    return Rows(categorical, dense, labels, torch.randint(60, (rows,)))
-
-
-def split(rows: Rows, at: int) -> tuple[Rows, Rows]:
-    parts = [(rows.categorical, rows.dense, rows.labels, rows.users)]
-    first = Rows(*(t[:at] for t in parts[0]))
-    return first, Rows(*(t[at:] for t in parts[0]))
-
-
-def test_fit_learns_and_keeps_the_best_epoch():
-    train, valid = split(table(), 1001)
-    model = build(dataclasses.replace(CONFIG, num_lora=2))
-    before = evaluate(model, valid)
-    history = fit(
-        model, train, valid, epochs=8, batch_size=250, lr=2e-2, patience=2, progress=False
-    )
-    after = evaluate(model, valid)
-    assert after.mean_auc > 0.75 > before.mean_auc
-    best = max(history.valid, key=lambda s: s.mean_auc)
-    assert history.valid[history.best_epoch] is best
-    assert after == best
-    assert history.train_loss[-1] < history.train_loss[0]
-    assert len(history.valid) - 1 - history.best_epoch <= 2
-    assert after.gauc.keys() == {"a", "b", "c", "d", "e"}
-
-
-def test_fit_stops_early_and_restores():
-    train, valid = split(table(300), 200)
-    model = build(dataclasses.replace(CONFIG, model="mmoe"))
-    history = fit(model, train, valid, epochs=50, lr=0.3, patience=1, progress=False)
-    assert len(history.valid) < 50
-    assert evaluate(model, valid) == history.valid[history.best_epoch]
-    assert model.training
-
-
-def test_fit_is_deterministic():
-    train, valid = split(table(300), 200)
-    results = []
-    for _ in range(2):
-        torch.manual_seed(5)
-        model = build(dataclasses.replace(CONFIG, model="ple"))
-        fit(model, train, valid, epochs=2, batch_size=64, seed=3, progress=False)
-        results.append(predict(model, valid))
-    assert torch.equal(*results)
-
-
-def test_a_saved_model_predicts_the_same():
-    model = make("home")
-    model(*batch())
-    twin = build(model.config).double()
-    twin.load_state_dict(copy.deepcopy(model.state_dict()))
-    categorical, dense = batch()
-    torch.testing.assert_close(twin.eval()(categorical, dense), model.eval()(categorical, dense))
-
-
-def test_the_experiment_compares_equals():
-    if not (ROOT / "bench" / "claims").is_dir():
-        pytest.skip("No source tree here.")
-    if str(ROOT) not in sys.path:
-        sys.path.insert(0, str(ROOT))
-    from bench.claims import home as experiment
-    from bench.claims.home_data import generated
-
-    table = generated(3, 4000)
-    rates = torch.cat([table.train.labels, table.test.labels]).mean(0)
-    torch.testing.assert_close(rates, torch.tensor([0.5, 0.2, 0.05, 0.02]), atol=0.03, rtol=0)
-    assert len(table.train) == 2400 and len(table.valid) == len(table.test) == 800
-    arms = experiment.arms(table)
-    single = {*experiment.WITHOUT, experiment.FIXED}  # of one model, to see what a part of it does
-    compared = {name: config for name, config in arms.items() if name not in single}
-    assert len(compared) == 6 and len(arms) == 6 + len(single)
-    sizes = [experiment.parameters(build(config)) for config in compared.values()]
-    assert max(sizes) < 1.05 * min(sizes)
-    assert [config.expert_norm for config in compared.values()] == [False, True] * 3
 
 
 def test_bad_configs_and_calls(bad_input):
