@@ -227,16 +227,7 @@ class CoEBlock(nn.Module):
         super().__init__()
         hidden = config.hidden_size
         self.attention_norm = nn.RMSNorm(hidden, eps=config.norm_eps)
-        self.attention = LatentAttention(
-            hidden,
-            config.num_heads,
-            q_rank=config.q_rank,
-            kv_rank=config.kv_rank,
-            nope_size=config.nope_size,
-            rope_size=config.rope_size,
-            v_size=config.v_size,
-            rope=rope,
-        )
+        self.attention = LatentAttention.of(config, rope)
         self.mlp_norm = nn.RMSNorm(hidden, eps=config.norm_eps)
         routers = [
             Router(

@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from moe_ops.layers.rotary import Rope, Yarn
 from moe_ops.zoo.deepseek import DeepSeek, DeepSeekConfig
 
 from ..lm import common
@@ -105,18 +104,6 @@ def test_gradients_flow(model):
 @pytest.mark.parametrize("variant", ["v2", "v3"])
 def test_compile(variant):
     common.check_compiles(build(variant))
-
-
-def test_yarn_keeps_fast_frequencies_and_stretches_slow_ones():
-    plain, stretched = Rope(64), Rope(64, yarn=Yarn(40.0, 4096, mscale=1.0, mscale_all_dim=1.0))
-    ratio = plain.frequencies() / stretched.frequencies()
-    assert ratio[0] == 1 and ratio[-1] == pytest.approx(40.0, rel=1e-5)
-    assert bool((ratio.diff() >= -1e-4).all())
-    # Turns within 4096 tokens: 32 and more are kept, 1 and fewer are stretched.
-    turns = 4096 * plain.frequencies() / (2 * math.pi)
-    assert bool((ratio[turns > 40] == 1).all()) and bool((ratio[turns < 0.8] > 39.9).all())
-    assert stretched.yarn.softmax_factor() == pytest.approx((0.1 * math.log(40) + 1) ** 2)
-    assert stretched.yarn.rotation_scale() == 1.0
 
 
 @pytest.mark.parametrize(

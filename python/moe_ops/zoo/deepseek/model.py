@@ -36,16 +36,7 @@ class DeepSeekBlock(Block):
         hidden = config.hidden_size
         attention: Attention | LatentAttention
         if config.latent:
-            attention = LatentAttention(
-                hidden,
-                config.num_heads,
-                q_rank=config.q_rank,
-                kv_rank=config.kv_rank,
-                nope_size=config.nope_size,
-                rope_size=config.rope_size,
-                v_size=config.v_size,
-                rope=rope,
-            )
+            attention = LatentAttention.of(config, rope)
         else:
             attention = Attention(hidden, config.num_heads, config.head_size, rope)
         mlp: MoE | SharedExperts

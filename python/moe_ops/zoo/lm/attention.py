@@ -5,6 +5,8 @@ Letters: B batch, S tokens of a sequence, S_kv keys, H hidden size, n heads, d h
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -151,6 +153,13 @@ class LatentAttention(nn.Module):
         self.kv_a_norm = nn.RMSNorm(kv_rank, eps=eps)
         self.kv_b_proj = nn.Linear(kv_rank, num_heads * (nope_size + v_size), bias=False)
         self.o_proj = nn.Linear(num_heads * v_size, hidden_size, bias=False)
+
+    @classmethod
+    def of(cls, config: Any, rope: Rope) -> LatentAttention:
+        """From the fields of a config that are called like the arguments."""
+        names = ("q_rank", "kv_rank", "nope_size", "rope_size", "v_size")
+        sizes = {name: getattr(config, name) for name in names}
+        return cls(config.hidden_size, config.num_heads, rope=rope, **sizes)
 
     def forward(self, x: Tensor, rotation: Rotation, cache: KVCache | None = None) -> Tensor:
         """x [B, S, H] to [B, S, H]; c and k_r of x are appended to the cache."""
