@@ -48,7 +48,8 @@ def test_the_op_rotates_alike():
 def test_positions_of_any_shape_and_type():
     rope = Rope(8, yarn=Yarn(4.0, 64))
     whole = rope.rotation(0, 12)
-    at = rope.at(torch.tensor([[3, 0], [11, 3]]))
+    positions = torch.tensor([[3, 0], [11, 3]])
+    at = rope.at(positions)
     assert at.cos.shape == (2, 2, 4) and at.cos.dtype == torch.float32
-    assert torch.equal(at.cos, whole.cos[[[3, 0], [11, 3]]])
-    assert torch.equal(at.sin, whole.sin[[[3, 0], [11, 3]]])
+    assert torch.equal(at.cos, whole.cos[positions])
+    assert torch.equal(at.sin, whole.sin[positions])
