@@ -104,6 +104,28 @@ class TopPConfig(LMConfig):
         }
 
 
+class TopPBlock(Block):
+    """A block with experts, or with a dense network."""
+
+    def __init__(self, config: TopPConfig, rope: Rope, *, dense: bool) -> None:
+        hidden = config.hidden_size
+        attention = Attention(hidden, config.num_heads, rope.size, rope)
+        mlp: MoE | SharedExperts
+        if dense:
+            mlp = SharedExperts(hidden, config.intermediate_size)
+        else:
+            router = Router(
+                hidden,
+                config.num_experts,
+                config.expected_experts,
+                kind="topp",
+                top_p=config.top_p,
+                max_k=config.max_experts,
+            )
+            mlp = MoE(router, Experts(config.num_experts, hidden, config.intermediate_size))
+        super().__init__(hidden, config.norm_eps, attention, mlp)
+
+
 class TopP(CausalLM):
     """The language model; see `CausalLM` for what it can do."""
 
@@ -120,7 +142,10 @@ class TopP(CausalLM):
         rope = Rope(config.hidden_size // config.num_heads, config.rope_theta)
         self.assemble(
             config,
-            (_block(config, rope, i) for i in range(config.num_layers)),
+            (
+                TopPBlock(config, rope, dense=bool(i % config.expert_frequency))
+                for i in range(config.num_layers)
+            ),
             nn.RMSNorm(config.hidden_size, eps=config.norm_eps),
             rope,
         )
@@ -135,24 +160,6 @@ class TopP(CausalLM):
             Entry(f"{ours}.mlp.router.weight", (f"{theirs}.mlp.router.weight",)),
             *bank_entries(f"{ours}.mlp.experts", f"{theirs}.mlp.experts", self.config.num_experts),
         ]
-
-
-def _block(config: TopPConfig, rope: Rope, index: int) -> Block:
-    hidden = config.hidden_size
-    attention = Attention(hidden, config.num_heads, rope.size, rope)
-    if index % config.expert_frequency:
-        dense = SharedExperts(hidden, config.intermediate_size)
-        return Block(hidden, config.norm_eps, attention, dense)
-    router = Router(
-        hidden,
-        config.num_experts,
-        config.expected_experts,
-        kind="topp",
-        top_p=config.top_p,
-        max_k=config.max_experts,
-    )
-    bank = Experts(config.num_experts, hidden, config.intermediate_size)
-    return Block(hidden, config.norm_eps, attention, MoE(router, bank))
 
 
 def experts_per_token(routing: Sequence[Routed]) -> dict[str, Tensor]:
