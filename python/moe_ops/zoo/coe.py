@@ -21,7 +21,7 @@ from moe_ops.layers.rotary import Rope, Yarn
 
 from .lm.attention import LatentAttention
 from .lm.blocks import Step, attention_entries
-from .lm.checkpoint import Entry, bank_entries, dense_entries
+from .lm.checkpoint import Entry, expert_entries, dense_entries
 from .lm.config import LATENT_KEYS, LLAMA_KEYS, LMConfig, flag, number, size
 from .lm.model import CausalLM
 
@@ -169,7 +169,7 @@ class ChainOfExperts(nn.Module):
 
     Args:
         routers: one for each iteration, or one for all.
-        experts: the bank.
+        experts: those of all iterations.
         shared_experts: a module that every token passes in each iteration, or None.
         num_iterations: C >= 1.
         inner_residual: add x_(t-1).
@@ -291,8 +291,8 @@ class CoE(CausalLM):
         config, idle = self.config, 0
         used = min(config.num_experts, config.top_k * config.num_iterations)
         for block in self.layers:
-            bank = sum(p.numel() for p in block.mlp.experts.parameters())
-            idle += bank * (config.num_experts - used) // config.num_experts
+            total = sum(p.numel() for p in block.mlp.experts.parameters())
+            idle += total * (config.num_experts - used) // config.num_experts
         return idle
 
     def block_entries(self, block: Any, ours: str, theirs: str) -> list[Entry]:
@@ -302,7 +302,7 @@ class CoE(CausalLM):
             entries.append(
                 Entry(f"{ours}.mlp.routers.{t}.weight", (f"{theirs}.mlp.{gate}.weight",))
             )
-        entries += bank_entries(
+        entries += expert_entries(
             f"{ours}.mlp.experts", f"{theirs}.mlp.experts", self.config.num_experts
         )
         if block.mlp.shared_experts is not None:

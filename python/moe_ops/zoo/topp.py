@@ -21,7 +21,7 @@ from moe_ops.layers.rotary import Rope
 
 from .lm.attention import Attention
 from .lm.blocks import Block, attention_entries
-from .lm.checkpoint import Entry, bank_entries, dense_entries
+from .lm.checkpoint import Entry, expert_entries, dense_entries
 from .lm.config import LLAMA_KEYS, OWN, LMConfig, number, size
 from .lm.losses import Routed
 from .lm.model import CausalLM
@@ -158,7 +158,9 @@ class TopP(CausalLM):
         return [
             *entries,
             Entry(f"{ours}.mlp.router.weight", (f"{theirs}.mlp.router.weight",)),
-            *bank_entries(f"{ours}.mlp.experts", f"{theirs}.mlp.experts", self.config.num_experts),
+            *expert_entries(
+                f"{ours}.mlp.experts", f"{theirs}.mlp.experts", self.config.num_experts
+            ),
         ]
 
 

@@ -8,7 +8,7 @@ from moe_ops._fields import Fields
 from moe_ops.layers import SharedExperts
 
 from ..lm.blocks import attention_entries
-from ..lm.checkpoint import Entry, bank_entries, dense_entries
+from ..lm.checkpoint import Entry, expert_entries, dense_entries
 from ..lm.config import LATENT_KEYS, LLAMA_KEYS, flag, number, size
 
 MODEL_TYPES = ("deepseek", "deepseek_v2", "deepseek_v3")
@@ -105,7 +105,7 @@ def block_entries(block: Any, config: Any, ours: str, theirs: str) -> list[Entry
     if config.expert_bias:
         key = f"{theirs}.mlp.gate.e_score_correction_bias"
         entries.append(Entry(f"{ours}.mlp.router.expert_bias", (key,)))
-    entries += bank_entries(f"{ours}.mlp.experts", f"{theirs}.mlp.experts", config.num_experts)
+    entries += expert_entries(f"{ours}.mlp.experts", f"{theirs}.mlp.experts", config.num_experts)
     if block.mlp.shared_experts is not None:
         entries += dense_entries(f"{ours}.mlp.shared_experts", f"{theirs}.mlp.shared_experts")
     return entries

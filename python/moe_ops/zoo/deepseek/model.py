@@ -65,8 +65,8 @@ def _experts(config: DeepSeekConfig) -> MoE:
     shared = None
     if config.num_shared_experts:
         shared = SharedExperts(hidden, config.num_shared_experts * config.intermediate_size)
-    bank = Experts(config.num_experts, hidden, config.intermediate_size)
-    return MoE(router, bank, shared)
+    experts = Experts(config.num_experts, hidden, config.intermediate_size)
+    return MoE(router, experts, shared)
 
 
 class DeepSeek(CausalLM):

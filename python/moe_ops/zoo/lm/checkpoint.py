@@ -111,7 +111,7 @@ def dense_entries(ours: str, theirs: str) -> list[Entry]:
     ]
 
 
-def bank_entries(ours: str, theirs: str, num_experts: int) -> list[Entry]:
+def expert_entries(ours: str, theirs: str, num_experts: int) -> list[Entry]:
     """Of an `Experts` published expert by expert as gate_proj, up_proj and down_proj."""
     gate_up = [
         f"{theirs}.{e}.{name}_proj.weight" for e in range(num_experts) for name in ("gate", "up")

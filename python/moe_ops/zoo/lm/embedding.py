@@ -12,9 +12,8 @@ from torch import Tensor, nn
 class TokenEmbedding(nn.Embedding):
     """nn.Embedding, [...] int64 in [0, V) to [..., H].
 
-    In code compiled for a CPU its gradient is the kernel of eager code: what the compiler makes of
-    it adds numbers one by one, as atomic operations if there are threads (2048 tokens of 64
-    features, two threads: 750 us instead of 110).
+    In code compiled for a CPU its gradient is the kernel of eager code, because the compiler's own
+    one adds numbers one by one, with atomic operations if there are several threads.
     """
 
     def forward(self, input: Tensor) -> Tensor:

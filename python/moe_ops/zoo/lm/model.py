@@ -438,8 +438,8 @@ class CausalLM(nn.Module):
             if not isinstance(router, Router):
                 continue
             share = 1 - router.top_k / router.num_experts
-            bank = getattr(module, "experts", module)
-            own = bank.parameters() if bank is not module else module.parameters(recurse=False)
+            experts = getattr(module, "experts", module)
+            own = experts.parameters(recurse=experts is not module)
             idle += sum(round(p.numel() * share) for p in own if p.dim() == 3)
         return idle
 
