@@ -21,7 +21,7 @@ from moe_ops.layers.rotary import Rope, Yarn
 
 from .lm.attention import LatentAttention
 from .lm.blocks import Step, attention_entries
-from .lm.checkpoint import Entry, expert_entries, dense_entries
+from .lm.checkpoint import Entry, dense_entries, expert_entries
 from .lm.config import LATENT_KEYS, LLAMA_KEYS, LMConfig, flag, number, size
 from .lm.model import CausalLM
 

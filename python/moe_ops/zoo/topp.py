@@ -21,7 +21,7 @@ from moe_ops.layers.rotary import Rope
 
 from .lm.attention import Attention
 from .lm.blocks import Block, attention_entries
-from .lm.checkpoint import Entry, expert_entries, dense_entries
+from .lm.checkpoint import Entry, dense_entries, expert_entries
 from .lm.config import LLAMA_KEYS, OWN, LMConfig, number, size
 from .lm.losses import Routed
 from .lm.model import CausalLM

@@ -8,7 +8,7 @@ from moe_ops._fields import Fields
 from moe_ops.layers import SharedExperts
 
 from ..lm.blocks import attention_entries
-from ..lm.checkpoint import Entry, expert_entries, dense_entries
+from ..lm.checkpoint import Entry, dense_entries, expert_entries
 from ..lm.config import LATENT_KEYS, LLAMA_KEYS, flag, number, size
 
 MODEL_TYPES = ("deepseek", "deepseek_v2", "deepseek_v3")
