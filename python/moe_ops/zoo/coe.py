@@ -33,12 +33,10 @@ RESIDUALS = {"inner": (True, False), "outer": (False, True), "none": (False, Fal
 class CoEConfig(LMConfig):
     """Sizes and options of a Chain-of-Experts.
 
-    Attributes:
-        vocab_size: V.
-        hidden_size: H.
+    Attributes, beside those of `LMConfig`:
         num_layers: blocks, all with experts.
         num_heads, q_rank, kv_rank, nope_size, rope_size, v_size: of the latent attention.
-        rope_theta, yarn: see `blocks.Rope`.
+        rope_theta, yarn: see `moe_ops.layers.rotary.Rope`.
         intermediate_size: I, of one expert.
         num_experts, top_k: E routed experts, K of them in each iteration.
         num_shared_experts: experts that every token passes in each iteration.
@@ -50,9 +48,7 @@ class CoEConfig(LMConfig):
             which goes on from the *normalised* state.
         renormalize, routed_scaling_factor: see `moe_ops.layers.Router`.
         sequence_balance_coefficient: of the loss, summed over layers and iterations.
-        context: tokens it was trained on; nothing is limited by it.
         norm_eps: of all norms but those inside the attention (1e-6).
-        init_std: of all weights.
     """
 
     PRESETS: ClassVar[tuple[str, ...]] = ("tiny", "tiny_published", "c2k4", "c1k8")
@@ -81,9 +77,6 @@ class CoEConfig(LMConfig):
         "tie_word_embeddings": False,
     }
 
-    vocab_size: int = 256
-    hidden_size: int = 64
-    num_layers: int = 2
     num_heads: int = 4
     q_rank: int | None = None
     kv_rank: int = 32
@@ -103,9 +96,7 @@ class CoEConfig(LMConfig):
     renormalize: bool = False
     routed_scaling_factor: float = 1.0
     sequence_balance_coefficient: float = 1e-3
-    context: int = 128
     norm_eps: float = 1e-6
-    init_std: float = 0.02
 
     @classmethod
     def tiny(cls) -> CoEConfig:

@@ -30,15 +30,11 @@ BLOCK_NORM_EPS = 1e-6
 class JetMoEConfig(LMConfig):
     """Sizes of a JetMoE.
 
-    Attributes:
-        vocab_size: V.
-        hidden_size: H.
-        num_layers: blocks.
+    Attributes, beside those of `LMConfig`:
         num_kv_heads, head_size: n and d; a token has K * n query heads.
         intermediate_size: I.
         num_experts, top_k: E and K, of the attention and of the feed-forward experts.
         rope_theta: base of the rotary embeddings.
-        context: tokens it was trained on; nothing is limited by it.
         norm_eps: of the last norm; those of the blocks have 1e-6.
         tie_embeddings: the embedding is also the output's weight.
         init_std: of all weights; biases start at 0.

@@ -31,9 +31,7 @@ from .lm.model import CausalLM
 class TopPConfig(LMConfig):
     """Sizes and options of a model with dynamic routing.
 
-    Attributes:
-        vocab_size: V.
-        hidden_size: H.
+    Attributes, beside those of `LMConfig`:
         num_layers: blocks; those whose number `expert_frequency` divides have experts (the first
             one, number 0, always), the others a dense network of the same width I.
         expert_frequency: see there.
@@ -44,9 +42,7 @@ class TopPConfig(LMConfig):
         max_experts: most experts of a token; None is E.
         expected_experts: what parameters a token uses are counted with.
         rope_theta: base of the rotary embeddings.
-        context: tokens it was trained on; nothing is limited by it.
         norm_eps: of all norms.
-        init_std: of all weights.
         load_balancing_coefficient, entropy_coefficient: of the losses, summed over layers. Without
             the second, training spreads the routing of every token over many experts.
     """
@@ -63,9 +59,6 @@ class TopPConfig(LMConfig):
     }
     FIXED: ClassVar = {"hidden_act": "silu", "tie_word_embeddings": False}
 
-    vocab_size: int = 256
-    hidden_size: int = 64
-    num_layers: int = 2
     expert_frequency: int = 1
     num_heads: int = 4
     intermediate_size: int = 64
@@ -74,9 +67,7 @@ class TopPConfig(LMConfig):
     max_experts: int | None = None
     expected_experts: int = 2
     rope_theta: float = 10_000.0
-    context: int = 128
     norm_eps: float = 1e-6
-    init_std: float = 0.02
     load_balancing_coefficient: float = 1e-2
     entropy_coefficient: float = 1e-4
 

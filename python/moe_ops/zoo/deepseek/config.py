@@ -19,16 +19,14 @@ from .checkpoint import FIXED, KEYS, generation, read_generation, write_generati
 class DeepSeekConfig(LMConfig):
     """Sizes and options of a DeepSeekMoE, of any of its three generations.
 
-    Attributes:
-        vocab_size: V.
-        hidden_size: H.
+    Attributes, beside those of `LMConfig`:
         num_layers: blocks; the first `num_dense_layers` have a dense network of width
             `dense_intermediate_size` instead of experts.
         num_heads: attention heads.
         latent: attention with latent keys and values (V2, V3) of the sizes `q_rank` (None: no
             bottleneck of the queries), `kv_rank`, `nope_size`, `rope_size` and `v_size`; False:
             plain attention (V1) with heads of `head_size`.
-        rope_theta, rope_interleaved, yarn: see `blocks.Rope`.
+        rope_theta, rope_interleaved, yarn: see `moe_ops.layers.rotary.Rope`.
         intermediate_size: I, of one expert.
         num_experts, top_k: E routed experts, K of them a token.
         num_shared_experts: experts that every token passes.
@@ -40,10 +38,8 @@ class DeepSeekConfig(LMConfig):
         expert_balance_coefficient, device_balance_coefficient, sequence_balance_coefficient: of the
             losses, each summed over layers.
         num_devices: groups of the device loss.
-        context: tokens it was trained on; nothing is limited by it.
         norm_eps: of all norms but those inside latent attention (1e-6).
         tie_embeddings: the embedding is also the output's weight.
-        init_std: of all weights.
     """
 
     PRESETS: ClassVar[tuple[str, ...]] = (
@@ -58,9 +54,6 @@ class DeepSeekConfig(LMConfig):
     KEYS: ClassVar = KEYS
     FIXED: ClassVar = FIXED
 
-    vocab_size: int = 256
-    hidden_size: int = 64
-    num_layers: int = 2
     num_dense_layers: int = 1
     dense_intermediate_size: int = 128
     num_heads: int = 4
@@ -90,10 +83,8 @@ class DeepSeekConfig(LMConfig):
     device_balance_coefficient: float = 0.0
     sequence_balance_coefficient: float = 0.0
     num_devices: int = 1
-    context: int = 128
     norm_eps: float = 1e-6
     tie_embeddings: bool = False
-    init_std: float = 0.02
 
     @classmethod
     def tiny(cls) -> DeepSeekConfig:

@@ -6,7 +6,7 @@ Letters: T rows, V width of a row's features, K tasks, C categories, E experts, 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -141,29 +141,13 @@ class MultiTask(nn.Module):
         return self.towers(self.represent(self.features(categorical, dense), trace))
 
     def layer(
-        self,
-        in_size: int,
-        input_ids: list[int],
-        mask: Tensor,
-        gate_size: int,
-        *,
-        self_mask: Tensor | None = None,
-        self_gate_size: int | None = None,
-        lone: str = "one",
+        self, in_size: int, input_ids: list[int], mask: Tensor, gate_size: int, **options: Any
     ) -> GatedLayer:
+        """Experts and gates of the config's sizes; `options` are the others of `GatedLayer`."""
         config = self.config
-        return GatedLayer(
-            in_size,
-            config.expert_hidden,
-            config.expert_size,
-            input_ids,
-            mask,
-            gate_size,
-            norm=config.expert_norm,
-            self_mask=self_mask,
-            self_gate_size=self_gate_size,
-            lone=lone,
-        )
+        sizes = (in_size, config.expert_hidden, config.expert_size)
+        options = {"norm": config.expert_norm, "lone": "one", **options}
+        return GatedLayer(*sizes, input_ids, mask, gate_size, **options)
 
 
 class SharedBottom(MultiTask):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from moe_ops._fields import Fields, overridden
@@ -61,10 +62,16 @@ LATENT_KEYS = {
 Config = TypeVar("Config", bound="LMConfig")
 
 
+@dataclass(frozen=True)
 class LMConfig:
-    """The base of a frozen dataclass with the sizes and options of a language model.
+    """Sizes and options of a language model: what all of them have, and the reading and writing.
 
     Attributes:
+        vocab_size: V.
+        hidden_size: H.
+        num_layers: blocks.
+        context: tokens it was trained on; nothing is limited by it.
+        init_std: of the weights.
         KEYS: field -> its place in config.json. `rope_theta` and `yarn` are not in it: a config
             that has them reads and writes them as `published_rope` and `publish_rope` do.
         FIXED: entries of config.json of which one value alone is supported.
@@ -73,6 +80,12 @@ class LMConfig:
     PRESETS: ClassVar[tuple[str, ...]]
     KEYS: ClassVar[Mapping[str, Key]]
     FIXED: ClassVar[Mapping[str, Any]] = {}
+
+    vocab_size: int = 256
+    hidden_size: int = 64
+    num_layers: int = 2
+    context: int = field(default=128, kw_only=True)
+    init_std: float = field(default=0.02, kw_only=True)
 
     def aux_coefficients(self) -> dict[str, float]:
         """Name of an auxiliary loss -> its coefficient."""

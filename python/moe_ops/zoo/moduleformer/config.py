@@ -22,10 +22,7 @@ GATE_TYPES = {"mlp": "mlp", "linear": "linear", "cosine": "gmm"}
 class ModuleFormerConfig(LMConfig):
     """Sizes and options of a ModuleFormer.
 
-    Attributes:
-        vocab_size: V.
-        hidden_size: H.
-        num_layers: blocks.
+    Attributes, beside those of `LMConfig`:
         num_heads, attention_size: n and n * d, of one attention expert.
         intermediate_size: I, of one feed-forward expert.
         num_attention_experts, num_mlp_experts: E of both kinds.
@@ -34,7 +31,6 @@ class ModuleFormerConfig(LMConfig):
         mutual_information_coefficient, concentration_coefficient: of the losses, summed over both
             kinds of experts of all blocks. The first is for pre-training; the second for
             fine-tuning to a domain, where it gathers the load on few experts.
-        context: tokens it was trained on; nothing is limited by it.
         init_std: of embedding and linear maps; experts are uniform in +-1/inputs.
         experts_of_layers: (attention, mlp) experts of every block where they differ from the
             numbers above, as they do after pruning.

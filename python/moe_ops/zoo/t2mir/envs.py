@@ -93,13 +93,14 @@ class PointRobot:
 
     def take(self, tasks: Tensor) -> PointRobot:
         """Environments of some of the tasks, by number."""
-        settings: dict[str, Any] = {"horizon": self.horizon, "step_size": self.step_size}
-        return PointRobot(self.goals[tasks], self.angles[tasks], **settings)
+        return self._like(self.goals[tasks], self.angles[tasks])
 
     def to(self, device: torch.device | str) -> PointRobot:
         """The same tasks on another device."""
-        settings: dict[str, Any] = {"horizon": self.horizon, "step_size": self.step_size}
-        return PointRobot(self.goals.to(device), self.angles.to(device), **settings)
+        return self._like(self.goals.to(device), self.angles.to(device))
+
+    def _like(self, goals: Tensor, angles: Tensor) -> PointRobot:
+        return PointRobot(goals, angles, horizon=self.horizon, step_size=self.step_size)
 
     def reset(self) -> Tensor:
         self.state = torch.zeros_like(self.goals)
