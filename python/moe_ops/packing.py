@@ -31,6 +31,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from moe_ops import _C
+from moe_ops._private_torch import len_torch_dispatch_stack
 from moe_ops._sharded import check_whole, name_of
 from moe_ops.memory import is_plain, settle
 from moe_ops.numerics import is_batch_invariant
@@ -445,7 +446,7 @@ def _key(weights: BankWeights) -> tuple[Any, ...] | None:
 
 def _is_traced() -> bool:
     """Whether the call is recorded or interpreted by something: a copy would become a constant."""
-    return torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0
+    return torch.jit.is_tracing() or len_torch_dispatch_stack() > 0
 
 
 def _autocast_casts(w: Tensor) -> bool:

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _disable_current_modes
 from transformers import activations as hf_activations
 
+from moe_ops._private_torch import disable_modes
 from moe_ops.ops import grouped_gemm, permute, sort_slots, unpermute
 from moe_ops.ops.gated_act import GATED_ACTIVATIONS
 from moe_ops.packing import BankWeights, expert_ffn
@@ -252,7 +252,7 @@ def gate_kind(apply_gate: Callable[..., Tensor]) -> str:
     if apply_gate not in _GATE_KINDS:
         # from_pretrained builds models with "meta" as the default device: what the function makes
         # of its own must not go there either.
-        with _disable_current_modes(), torch.device("cpu"), torch.no_grad():
+        with disable_modes(), torch.device("cpu"), torch.no_grad():
             _GATE_KINDS[apply_gate] = _probe_gate(apply_gate)
     return _GATE_KINDS[apply_gate]
 

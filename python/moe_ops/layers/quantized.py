@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from moe_ops import memory, packing
 from moe_ops.ops import moe_ffn_quantized
-from moe_ops.ops._register import in_transform
+from moe_ops.ops._autograd import in_transform
 from moe_ops.quant.convert import quantize_experts
 from moe_ops.quant.formats import (
     check_divides,

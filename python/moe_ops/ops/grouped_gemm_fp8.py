@@ -5,21 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moe_ops.ops._register import (
-    caller,
+from moe_ops.ops._autocast import register_autocast_keep
+from moe_ops.ops._autograd import direct_call, register_no_gradient
+from moe_ops.ops._checks import (
     check,
     check_dim,
     check_index,
     check_same_device,
     check_size,
     dtype_name,
-    register_autocast_keep,
-    register_fake,
-    register_no_gradient,
 )
+from moe_ops.ops._library import register_fake
 from moe_ops.ops.quantize_fp8 import FP8, check_float_to_fp8, fp8_blocks
 
-_grouped_gemm_fp8 = caller("grouped_gemm_fp8")
+_grouped_gemm_fp8 = direct_call("grouped_gemm_fp8")
 
 _OP = "grouped_gemm_fp8"
 
