@@ -143,9 +143,8 @@ from moe_ops.ops import _autograd
 
 assert not private.is_plain_eager()
 ids = torch.randint(3, (6, 2))
-args = [torch.randn(6, 8), torch.randn(3, 8, 8), torch.randn(3, 8, 4), torch.rand(6, 2)]
-for t in args:
-    t.requires_grad_()
+shapes = (6, 8), (3, 8, 8), (3, 8, 4), (6, 2)
+args = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
 for name in ("moe_ffn", "moe_linear_map"):
     given = (*args, ids) if name == "moe_ffn" else (*args[:2], ids)
     op, expected = getattr(moe_ops, name), getattr(reference, name)
@@ -160,7 +159,7 @@ for name in ("moe_ffn", "moe_linear_map"):
     with torch.inference_mode():
         torch.testing.assert_close(op(*given), want)
     with torch.autocast("cpu", torch.bfloat16):
-        assert op(*given).dtype == torch.bfloat16
+        assert op(*(t.float() for t in leaves), ids).dtype == torch.bfloat16
 print("done")
 """
 

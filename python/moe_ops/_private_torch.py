@@ -104,6 +104,7 @@ def any_tangent(values: Iterable[Any]) -> bool:
     )
 
 
+enable_single_level_autograd_function: Callable[[], AbstractContextManager[Any]]
 try:
     from torch._functorch.utils import enable_single_level_autograd_function
 except ImportError:  # torch.func then refuses the ops in its own words.
