@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import moe_ops
-from moe_ops import packing
+from moe_ops.expert_weights import packing
 from moe_ops.layers import Experts, MoE
 from moe_ops.testing import DTYPES, assert_identical, short
 
@@ -622,7 +622,11 @@ def test_environment(environment, settings, warning):
     rest = {k: v for k, v in os.environ.items() if not k.startswith("MOE_OPS_PREPACK")}
     path = os.pathsep.join(p for p in sys.path if p)
     run = subprocess.run(
-        [sys.executable, "-c", "from moe_ops import packing; print(tuple(packing._settings))"],
+        [
+            sys.executable,
+            "-c",
+            "from moe_ops.expert_weights import packing; print(tuple(packing._settings))",
+        ],
         env=rest | environment | {"PYTHONPATH": path},
         capture_output=True,
         text=True,

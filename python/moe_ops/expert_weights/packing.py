@@ -7,9 +7,11 @@ switched Hugging Face blocks make such copies by themselves and never read one o
   compared at every call, so in-place updates, `load_state_dict`, `.to()` and new parameters end it.
 - A call that wants gradients of the weights ends it, and so does a step of an optimizer that holds
   them: fused optimizers change weights without counting a version.
-- What no counter sees (`.data`, NumPy views) is looked for by `moe_ffn_packed`, which compares 20
-  elements of every weight of each expert it uses, others at every call. Only here may a change of a
-  few elements go unseen for a while; `unpack` after such a write, or call `train()`, is certain.
+- A write through `.data` or a NumPy view leaves storage and version as they were. Nothing exact
+  finds it for less than reading all weights, which is what a copy saves. So `moe_ffn_packed`
+  compares some elements of each expert it uses, others at every call; what that finds, and what it
+  may miss for a while, is said in its docstring. `unpack` after such a write, or `train()`, is
+  certain.
 
 Copies are kept beside the modules, keyed weakly by them: parameters, state dict, pickles and deep
 copies know nothing of them, and they die with their module.
@@ -21,8 +23,6 @@ import os
 import threading
 import warnings
 import weakref
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -33,11 +33,13 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from moe_ops import _C
 from moe_ops._private_torch import len_torch_dispatch_stack
 from moe_ops._sharded import check_whole, name_of
-from moe_ops.memory import is_plain, settle
+from moe_ops.memory import available_memory, is_plain, move_to_huge_pages
 from moe_ops.numerics import is_batch_invariant
 from moe_ops.ops import moe_ffn, moe_ffn_packed, pack_experts
 from moe_ops.ops.gated_act import GATED_ACTIVATIONS
 from moe_ops.ops.moe_ffn_packed import packed_bytes_of
+
+from .registry import hooks, is_quantized
 
 POLICIES = ("auto", "off", "always")
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -53,8 +55,8 @@ MIN_BYTES = 1 << 20
 MEMORY_SHARE = 4
 
 
-class BankWeights(NamedTuple):
-    """What a bank packs: [E, 2I, H] or [E, I, H], [E, H, I], and whether the former has halves."""
+class _Weights(NamedTuple):
+    """What is packed: [E, 2I, H] or [E, I, H], [E, H, I], and whether the former has halves."""
 
     w_gate_up: Tensor
     w_down: Tensor
@@ -81,9 +83,9 @@ class _State:
         self.copies: _Copies | None = None
         self.reserved = 0  # Bytes of copies that are there or being made.
         self.packing = False
-        self.forget()
+        self.invalidate()
 
-    def forget(self) -> None:
+    def invalidate(self) -> None:
         """Drops copies and count. An assignment each: safe beside a reader."""
         self.copies = None
         if not self.packing:
@@ -93,9 +95,9 @@ class _State:
         self.slots = 0
         self.calls = 0
 
-    def begin(self, key: tuple[Any, ...], weights: BankWeights) -> None:
+    def begin(self, key: tuple[Any, ...], weights: _Weights) -> None:
         """Starts counting for weights with this key."""
-        self.forget()
+        self.invalidate()
         # A weak reference keeps a storage's address from being given to another one.
         self.storages = tuple(StorageWeakRef(w.untyped_storage()) for w in weights[:2])
         self.key = key
@@ -103,7 +105,6 @@ class _State:
 
 _banks: weakref.WeakKeyDictionary[nn.Module, _State] = weakref.WeakKeyDictionary()
 _lock = threading.Lock()  # Of _banks and of reservations.
-_finders: list[Callable[[nn.Module], BankWeights | None]] = []
 
 
 # ------------------------------------------------------------------------------ what users call
@@ -174,7 +175,7 @@ def prepack(model: nn.Module) -> int:
     """
     found = ((name, m, _weights_of(m)) for name, m in model.named_modules())
     banks = [(name, m, weights) for name, m, weights in found if weights is not None]
-    quantized = sum(getattr(m, "quantized_bank", False) for m in model.modules())
+    quantized = sum(map(is_quantized, model.modules()))
     if quantized:
         warnings.warn(
             f"prepack: skipped {quantized} bank{'s' if quantized > 1 else ''} of quantised "
@@ -197,7 +198,7 @@ def unpack(model: nn.Module) -> int:
     """Drops the packed copies of `model`; returns their bytes. Banks may pack themselves again."""
     freed = packed_bytes(model)
     for module in model.modules():
-        forget(module)
+        invalidate(module)
     return freed
 
 
@@ -251,11 +252,11 @@ def expert_ffn(
     }
     copies = None
     if not torch.compiler.is_compiling():
-        halves = activation in GATED_ACTIVATIONS and not interleaved
+        halves = _has_halves(activation, interleaved)
         others = (x, topk_weights, b_gate_up, b_down)
-        copies = _copies_for(bank, BankWeights(w_gate_up, w_down, halves), others, topk_ids)
+        copies = _copies_for(bank, _Weights(w_gate_up, w_down, halves), others, topk_ids)
         if copies is None and not _is_traced():
-            settle(bank, w_gate_up, w_down)
+            move_to_huge_pages(bank, w_gate_up, w_down)
     if copies is None:
         return moe_ffn(x, w_gate_up, w_down, topk_weights, topk_ids, **kwargs)
     stale = _C.stale_panels()
@@ -263,36 +264,31 @@ def expert_ffn(
         x, w_gate_up, w_down, copies.gate_up, copies.down, topk_weights, topk_ids, **kwargs
     )
     if _C.stale_panels() != stale:  # Perhaps of another bank, called at the same time: no harm.
-        forget(bank)
+        invalidate(bank)
     return y
 
 
-def register_finder(finder: Callable[[nn.Module], BankWeights | None]) -> None:
-    """Tells `prepack` how to find banks of another kind; `finder` gives None for other modules."""
-    _finders.append(finder)
-
-
-def forget(bank: nn.Module) -> None:
-    """Drops the copies of one bank."""
-    state = _banks.get(bank)
+def invalidate(module: nn.Module) -> None:
+    """Drops the copies of one module."""
+    state = _banks.get(module)
     if state is not None:
-        state.forget()
+        state.invalidate()
 
 
-def forget_if_changed(bank: nn.Module) -> None:
-    """Drops the copies of one bank if its weights are not those that were packed."""
-    state = _banks.get(bank)
+def invalidate_if_changed(module: nn.Module) -> None:
+    """Drops the copies of one module if its weights are not those that were packed."""
+    state = _banks.get(module)
     if state is not None and state.copies is not None:
-        weights = _weights_of(bank)
+        weights = _weights_of(module)
         if weights is None or not _plain(weights) or _key(weights) != state.key:
-            state.forget()
+            state.invalidate()
 
 
 # ---------------------------------------------------------------------------------- inside
 
 
 def _copies_for(
-    bank: nn.Module, weights: BankWeights, others: tuple[Tensor | None, ...], topk_ids: Tensor
+    bank: nn.Module, weights: _Weights, others: tuple[Tensor | None, ...], topk_ids: Tensor
 ) -> _Copies | None:
     state = _banks.get(bank)
     settings = _settings
@@ -301,7 +297,7 @@ def _copies_for(
     if torch.is_grad_enabled():
         if weights.w_gate_up.requires_grad or weights.w_down.requires_grad:
             if state is not None:
-                state.forget()
+                state.invalidate()
             return None
         if any(t is not None and t.requires_grad for t in others):
             return None
@@ -310,7 +306,7 @@ def _copies_for(
     key = _key(weights) if _plain(weights) else None
     if key is None:
         if state is not None:
-            state.forget()
+            state.invalidate()
         return None
     if state is not None and (copies := state.copies) is not None and copies.key == key:
         # Products round otherwise with packed weights. Copies that a bank made by itself, after
@@ -320,7 +316,7 @@ def _copies_for(
         return None
     if settings.policy == "off" or bank.training:
         if state is not None and state.key != key:
-            state.forget()
+            state.invalidate()
         return None
     if state is None:
         state = _state_of(bank)
@@ -338,7 +334,7 @@ def _copies_for(
     return _pack(state, key, weights, asked_for=False)
 
 
-def _is_due(state: _State, weights: BankWeights, settings: _Settings) -> bool:
+def _is_due(state: _State, weights: _Weights, settings: _Settings) -> bool:
     if settings.policy == "always":
         return True
     return (
@@ -351,7 +347,7 @@ def _is_due(state: _State, weights: BankWeights, settings: _Settings) -> bool:
 
 
 def _pack(
-    state: _State, key: tuple[Any, ...], weights: BankWeights, *, asked_for: bool
+    state: _State, key: tuple[Any, ...], weights: _Weights, *, asked_for: bool
 ) -> _Copies | None:
     """Packs without a lock held: others go on with the weights meanwhile."""
     copies = None
@@ -372,13 +368,13 @@ def _pack(
             # The weights may have changed, and the bank been told to forget, in the meantime.
             if copies is None or state.key != key or _key(weights) != key:
                 copies = None
-                state.forget()
+                state.invalidate()
             else:
                 state.copies = copies
     return copies
 
 
-def _pack_now(bank: nn.Module, weights: BankWeights) -> None:
+def _pack_now(bank: nn.Module, weights: _Weights) -> None:
     state, key = _state_of(bank), _key(weights)
     assert key is not None
     with state.lock:
@@ -395,13 +391,13 @@ def _pack_now(bank: nn.Module, weights: BankWeights) -> None:
         )
 
 
-def _needed(weights: BankWeights) -> int:
+def _needed(weights: _Weights) -> int:
     return packed_bytes_of(weights.w_gate_up, weights.halves) + packed_bytes_of(
         weights.w_down, False
     )
 
 
-def _reserve(state: _State, weights: BankWeights, settings: _Settings) -> bool:
+def _reserve(state: _State, weights: _Weights, settings: _Settings) -> bool:
     needed = _needed(weights)
     with _lock:
         others = sum(s.reserved for s in list(_banks.values()))
@@ -415,7 +411,7 @@ def _reserve(state: _State, weights: BankWeights, settings: _Settings) -> bool:
         return True
 
 
-def _plain(weights: BankWeights) -> bool:
+def _plain(weights: _Weights) -> bool:
     """Dense CPU tensors of a type that moe_ffn takes."""
     return (
         all(is_plain(w) and w.dim() == 3 for w in weights[:2])
@@ -424,7 +420,7 @@ def _plain(weights: BankWeights) -> bool:
     )
 
 
-def _key(weights: BankWeights) -> tuple[Any, ...] | None:
+def _key(weights: _Weights) -> tuple[Any, ...] | None:
     """What tells these weights from others and from themselves after a change."""
     if weights.w_gate_up.is_inference() or weights.w_down.is_inference():
         return None  # They do not count their versions.
@@ -457,7 +453,7 @@ def _autocast_casts(w: Tensor) -> bool:
     )
 
 
-def _check_can_pack(prefix: str, bank: nn.Module, weights: BankWeights) -> None:
+def _check_can_pack(prefix: str, bank: nn.Module, weights: _Weights) -> None:
     for name, w in zip(weights._fields, weights[:2], strict=False):
         what = name_of(bank, w, prefix) or name
         check_whole("prepack", what, w, "copies need whole weights, run it without")
@@ -475,8 +471,28 @@ def _check_can_pack(prefix: str, bank: nn.Module, weights: BankWeights) -> None:
         )
 
 
-def _weights_of(module: nn.Module) -> BankWeights | None:
-    return next((w for finder in _finders if (w := finder(module)) is not None), None)
+def _weights_of(module: nn.Module) -> _Weights | None:
+    """What `expert_ffn` is given by a call of `module`; None for a module that does not call it."""
+    for hook in hooks():
+        if not hook.reads_packed(module):
+            continue
+        try:
+            weights = hook.weights(module)
+        except ValueError:  # What moe_ffn cannot run.
+            continue
+        if weights is None or len(weights.gate_up) > 1:
+            continue
+        (w_gate_up,), w_down = weights.gate_up, weights.down
+        if w_gate_up.dtype == w_down.dtype:
+            activation, interleaved = (
+                weights.activation.get(n) for n in ("activation", "interleaved")
+            )
+            return _Weights(w_gate_up, w_down, _has_halves(activation, interleaved))
+    return None
+
+
+def _has_halves(activation: str, interleaved: bool) -> bool:
+    return activation in GATED_ACTIVATIONS and not interleaved
 
 
 def _state_of(bank: nn.Module) -> _State:
@@ -519,7 +535,7 @@ def _after_step(optimizer: Optimizer, *_: Any) -> None:
     }
     for state in states:
         if any(s.cdata in stepped for s in state.storages):
-            state.forget()
+            state.invalidate()
 
 
 def _apply(settings: _Settings) -> None:
@@ -528,38 +544,11 @@ def _apply(settings: _Settings) -> None:
     if settings.policy == "off":
         for state in _states():
             if state.copies is not None and not state.copies.asked_for:
-                state.forget()
+                state.invalidate()
 
 
 def _budget(copies: int) -> int:
     return (available_memory() + copies) // MEMORY_SHARE
-
-
-def available_memory() -> int:
-    """Bytes that this process can still take without swapping; 0 where the system does not say."""
-    available = _first_number("/proc/meminfo", "MemAvailable:") * 1024
-    for limit, used, statistics in (
-        ("memory.max", "memory.current", "memory.stat"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
-    ):
-        group = Path("/sys/fs/cgroup")  # Of a container, as seen from inside.
-        most = _first_number(group / limit)
-        if most:
-            # Files in the page cache count as used, but go when memory is asked for.
-            files = _first_number(group / statistics, "inactive_file")
-            left = most - _first_number(group / used) + files
-            available = min(available, max(left, 0))
-    return available
-
-
-def _first_number(path: str | Path, line_start: str = "") -> int:
-    try:
-        for line in Path(path).read_text().splitlines():
-            if line.startswith(line_start):
-                return int(line.removeprefix(line_start).split()[0])
-    except (OSError, ValueError):  # No such file, or "max".
-        pass
-    return 0
 
 
 def _settings_from_environment() -> _Settings:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_ops import packing
+from moe_ops.expert_weights import packing
 from moe_ops.ops import gated_act, moe_linear_map, moe_linear_reduce
 
 from .bank import BankOperations
@@ -215,13 +215,13 @@ class Experts(BankOperations):
     def train(self, mode: bool = True) -> Experts:
         """As `nn.Module.train`. Training drops the packed copies."""
         if mode:
-            packing.forget(self)
+            packing.invalidate(self)
         return super().train(mode)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Experts:
         # .to() and its kin, which leave nobody to call this bank with the old weights.
         super()._apply(fn, recurse)
-        packing.forget_if_changed(self)
+        packing.invalidate_if_changed(self)
         return self
 
     def _new(self, num_experts: int, **config: Any) -> Experts:
@@ -237,16 +237,6 @@ class Experts(BankOperations):
             f"bias={self.b_down is not None}, interleaved={self.interleaved}"
             + (f", packed={packed / 2**20:.1f} MiB" if packed else "")
         )
-
-
-def _bank_weights(module: nn.Module) -> packing.BankWeights | None:
-    if not isinstance(module, Experts) or module.output_size != module.hidden_size:
-        return None
-    halves = module.gated and not module.interleaved
-    return packing.BankWeights(module.w_gate_up, module.w_down, halves)
-
-
-packing.register_finder(_bank_weights)
 
 
 class SharedExperts(nn.Module):
