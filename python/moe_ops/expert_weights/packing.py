@@ -484,10 +484,9 @@ def _weights_of(module: nn.Module) -> _Weights | None:
             continue
         (w_gate_up,), w_down = weights.gate_up, weights.down
         if w_gate_up.dtype == w_down.dtype:
-            activation, interleaved = (
-                weights.activation.get(n) for n in ("activation", "interleaved")
-            )
-            return _Weights(w_gate_up, w_down, _has_halves(activation, interleaved))
+            between = weights.activation
+            halves = _has_halves(between["activation"], between.get("interleaved", False))
+            return _Weights(w_gate_up, w_down, halves)
     return None
 
 
