@@ -413,10 +413,13 @@ def _reserve(state: _State, weights: _Weights, settings: _Settings) -> bool:
 
 def _plain(weights: _Weights) -> bool:
     """Dense CPU tensors of a type that moe_ffn takes."""
+    w_gate_up, w_down, _ = weights
     return (
-        all(is_plain(w) and w.dim() == 3 for w in weights[:2])
-        and weights.w_gate_up.dtype == weights.w_down.dtype
-        and weights.w_down.dtype in _FLOATS
+        is_plain(w_gate_up)
+        and is_plain(w_down)
+        and w_gate_up.dim() == w_down.dim() == 3
+        and w_gate_up.dtype == w_down.dtype
+        and w_down.dtype in _FLOATS
     )
 
 
@@ -424,19 +427,17 @@ def _key(weights: _Weights) -> tuple[Any, ...] | None:
     """What tells these weights from others and from themselves after a change."""
     if weights.w_gate_up.is_inference() or weights.w_down.is_inference():
         return None  # They do not count their versions.
+    return weights.halves, _identity(weights.w_gate_up), _identity(weights.w_down)
+
+
+def _identity(w: Tensor) -> tuple[Any, ...]:
     return (
-        weights.halves,
-        *(
-            (
-                w.untyped_storage()._cdata,
-                w.data_ptr(),
-                w._version,
-                w.dtype,
-                w.shape,
-                w.stride(),
-            )
-            for w in weights[:2]
-        ),
+        w.untyped_storage()._cdata,
+        w.data_ptr(),
+        w._version,
+        w.dtype,
+        w.shape,
+        w.stride(),
     )
 
 
