@@ -39,7 +39,7 @@ from moe_ops.ops import moe_ffn, moe_ffn_packed, pack_experts
 from moe_ops.ops.gated_act import GATED_ACTIVATIONS
 from moe_ops.ops.moe_ffn_packed import packed_bytes_of
 
-from .registry import hooks, is_quantized
+from .registry import hooks
 
 POLICIES = ("auto", "off", "always")
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -55,7 +55,7 @@ MIN_BYTES = 1 << 20
 MEMORY_SHARE = 4
 
 
-class _Weights(NamedTuple):
+class Packable(NamedTuple):
     """What is packed: [E, 2I, H] or [E, I, H], [E, H, I], and whether the former has halves."""
 
     w_gate_up: Tensor
@@ -63,7 +63,7 @@ class _Weights(NamedTuple):
     halves: bool
 
 
-class _Settings(NamedTuple):
+class Settings(NamedTuple):
     policy: str
     max_bytes: int | None
 
@@ -72,7 +72,7 @@ class _Copies(NamedTuple):
     key: tuple[Any, ...]
     gate_up: Tensor
     down: Tensor
-    asked_for: bool
+    asked_for: bool  # By `prepack`.
 
 
 class _State:
@@ -95,7 +95,12 @@ class _State:
         self.slots = 0
         self.calls = 0
 
-    def begin(self, key: tuple[Any, ...], weights: _Weights) -> None:
+    @property
+    def num_bytes(self) -> int:
+        copies = self.copies
+        return 0 if copies is None else copies.gate_up.numel() + copies.down.numel()
+
+    def begin(self, key: tuple[Any, ...], weights: Packable) -> None:
         """Starts counting for weights with this key."""
         self.invalidate()
         # A weak reference keeps a storage's address from being given to another one.
@@ -105,120 +110,6 @@ class _State:
 
 _banks: weakref.WeakKeyDictionary[nn.Module, _State] = weakref.WeakKeyDictionary()
 _lock = threading.Lock()  # Of _banks and of reservations.
-
-
-# ------------------------------------------------------------------------------ what users call
-
-
-class prepacking:
-    """Sets when banks of experts pack their weights by themselves, for the whole process.
-
-    A bank can pack itself in `eval()`, in calls that want no gradient, on the CPU. Banks that were
-    packed by `prepack` keep their copies under every policy.
-
-    Args:
-        policy: "auto", a bank whose weights take 1 MiB or more packs itself once they have served
-            64 slots an expert unchanged, if the copy fits into the budget; never while
-            `torch.use_deterministic_algorithms` is on, since results change by rounding at the call
-            that packs. "off", none does, and copies that banks made by themselves go. "always",
-            each does at its first such call, without a budget unless `max_bytes` is given. None
-            leaves the policy as it is.
-        max_bytes: budget of all copies together; None is a quarter of the memory that would be
-            available without them, at the moment of packing.
-
-    As a context manager it puts the old settings back at the end. At the start they come from
-    ``MOE_OPS_PREPACK`` (a policy, "auto" if not set) and ``MOE_OPS_PREPACK_MB`` (a budget in MiB).
-
-    Raises:
-        ValueError: an unknown policy or a negative budget.
-    """
-
-    def __init__(self, policy: str | None = None, *, max_bytes: int | None = None) -> None:
-        global _settings
-        policy = _settings.policy if policy is None else policy
-        if policy not in POLICIES:
-            raise ValueError(
-                f"prepacking: policy must be one of {', '.join(POLICIES)}, got {policy!r}."
-            )
-        if max_bytes is not None and max_bytes < 0:
-            raise ValueError(f"prepacking: max_bytes must be at least 0, got {max_bytes}.")
-        self._before = _settings
-        _apply(_Settings(policy, max_bytes))
-
-    def __enter__(self) -> prepacking:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        _apply(self._before)
-
-
-def prepack(model: nn.Module) -> int:
-    """Packs the expert weights of `model` now, whatever the policy and the budget.
-
-    The copies take about the memory of the weights once more. They are used in calls that want no
-    gradient, and go when the weights change, at `train()`, or with :func:`unpack`.
-
-    Args:
-        model: a module that holds `moe_ops.layers.Experts`, or blocks of transformers that run on
-            moe_ops.
-
-    Banks with quantised experts are skipped with a warning: their kernels read the weights as they
-    lie.
-
-    Returns:
-        Bytes of the copies of `model`.
-
-    Raises:
-        ValueError: no such bank, or weights that cannot be packed: not on the CPU, of a tensor
-            subclass (sharded ones are), or made in inference mode (such tensors do not count their
-            versions).
-    """
-    found = ((name, m, _weights_of(m)) for name, m in model.named_modules())
-    banks = [(name, m, weights) for name, m, weights in found if weights is not None]
-    quantized = sum(map(is_quantized, model.modules()))
-    if quantized:
-        warnings.warn(
-            f"prepack: skipped {quantized} bank{'s' if quantized > 1 else ''} of quantised "
-            "experts, which need no packed copy.",
-            stacklevel=2,
-        )
-    elif not banks:
-        raise ValueError(
-            f"prepack: model must hold a bank of experts that runs on moe_ops, got "
-            f"{type(model).__name__} without one."
-        )
-    for name, module, weights in banks:
-        _check_can_pack(name, module, weights)
-    for _, module, weights in banks:
-        _pack_now(module, weights)
-    return packed_bytes(model)
-
-
-def unpack(model: nn.Module) -> int:
-    """Drops the packed copies of `model`; returns their bytes. Banks may pack themselves again."""
-    freed = packed_bytes(model)
-    for module in model.modules():
-        invalidate(module)
-    return freed
-
-
-def packed_bytes(model: nn.Module | None = None) -> int:
-    """Bytes of the packed copies of `model`'s banks; of all banks alive without one."""
-    if model is None:
-        return sum(_size(state) for state in _states())
-    found = (_banks.get(module) for module in model.modules())
-    return sum(_size(state) for state in found if state is not None)
-
-
-def prepack_settings() -> tuple[str, int]:
-    """The policy, and the budget in bytes at this moment."""
-    policy, max_bytes = _settings
-    if max_bytes is None:
-        max_bytes = _budget(packed_bytes())
-    return policy, max_bytes
-
-
-# ------------------------------------------------------------------------- what banks call
 
 
 def expert_ffn(
@@ -254,7 +145,7 @@ def expert_ffn(
     if not torch.compiler.is_compiling():
         halves = _has_halves(activation, interleaved)
         others = (x, topk_weights, b_gate_up, b_down)
-        copies = _copies_for(bank, _Weights(w_gate_up, w_down, halves), others, topk_ids)
+        copies = _copies_for(bank, Packable(w_gate_up, w_down, halves), others, topk_ids)
         if copies is None and not _is_traced():
             move_to_huge_pages(bank, w_gate_up, w_down)
     if copies is None:
@@ -279,7 +170,7 @@ def invalidate_if_changed(module: nn.Module) -> None:
     """Drops the copies of one module if its weights are not those that were packed."""
     state = _banks.get(module)
     if state is not None and state.copies is not None:
-        weights = _weights_of(module)
+        weights = packable_weights(module)
         if weights is None or not _plain(weights) or _key(weights) != state.key:
             state.invalidate()
 
@@ -288,7 +179,7 @@ def invalidate_if_changed(module: nn.Module) -> None:
 
 
 def _copies_for(
-    bank: nn.Module, weights: _Weights, others: tuple[Tensor | None, ...], topk_ids: Tensor
+    bank: nn.Module, weights: Packable, others: tuple[Tensor | None, ...], topk_ids: Tensor
 ) -> _Copies | None:
     state = _banks.get(bank)
     settings = _settings
@@ -334,7 +225,7 @@ def _copies_for(
     return _pack(state, key, weights, asked_for=False)
 
 
-def _is_due(state: _State, weights: _Weights, settings: _Settings) -> bool:
+def _is_due(state: _State, weights: Packable, settings: Settings) -> bool:
     if settings.policy == "always":
         return True
     return (
@@ -347,7 +238,7 @@ def _is_due(state: _State, weights: _Weights, settings: _Settings) -> bool:
 
 
 def _pack(
-    state: _State, key: tuple[Any, ...], weights: _Weights, *, asked_for: bool
+    state: _State, key: tuple[Any, ...], weights: Packable, *, asked_for: bool
 ) -> _Copies | None:
     """Packs without a lock held: others go on with the weights meanwhile."""
     copies = None
@@ -374,7 +265,7 @@ def _pack(
     return copies
 
 
-def _pack_now(bank: nn.Module, weights: _Weights) -> None:
+def pack_now(bank: nn.Module, weights: Packable) -> None:
     state, key = _state_of(bank), _key(weights)
     assert key is not None
     with state.lock:
@@ -391,19 +282,19 @@ def _pack_now(bank: nn.Module, weights: _Weights) -> None:
         )
 
 
-def _needed(weights: _Weights) -> int:
+def _needed(weights: Packable) -> int:
     return packed_bytes_of(weights.w_gate_up, weights.halves) + packed_bytes_of(
         weights.w_down, False
     )
 
 
-def _reserve(state: _State, weights: _Weights, settings: _Settings) -> bool:
+def _reserve(state: _State, weights: Packable, settings: Settings) -> bool:
     needed = _needed(weights)
     with _lock:
         others = sum(s.reserved for s in list(_banks.values()))
         limit = settings.max_bytes
         if limit is None and settings.policy != "always":
-            limit = _budget(others)
+            limit = budget(others)
         if limit is not None and others + needed > limit:
             state.slots = 0  # Asked again after as much use.
             return False
@@ -411,7 +302,7 @@ def _reserve(state: _State, weights: _Weights, settings: _Settings) -> bool:
         return True
 
 
-def _plain(weights: _Weights) -> bool:
+def _plain(weights: Packable) -> bool:
     """Dense CPU tensors of a type that moe_ffn takes."""
     w_gate_up, w_down, _ = weights
     return (
@@ -423,7 +314,7 @@ def _plain(weights: _Weights) -> bool:
     )
 
 
-def _key(weights: _Weights) -> tuple[Any, ...] | None:
+def _key(weights: Packable) -> tuple[Any, ...] | None:
     """What tells these weights from others and from themselves after a change."""
     if weights.w_gate_up.is_inference() or weights.w_down.is_inference():
         return None  # They do not count their versions.
@@ -454,7 +345,7 @@ def _autocast_casts(w: Tensor) -> bool:
     )
 
 
-def _check_can_pack(prefix: str, bank: nn.Module, weights: _Weights) -> None:
+def check_can_pack(prefix: str, bank: nn.Module, weights: Packable) -> None:
     for name, w in zip(weights._fields, weights[:2], strict=False):
         what = name_of(bank, w, prefix) or name
         check_whole("prepack", what, w, "copies need whole weights, run it without")
@@ -472,7 +363,7 @@ def _check_can_pack(prefix: str, bank: nn.Module, weights: _Weights) -> None:
         )
 
 
-def _weights_of(module: nn.Module) -> _Weights | None:
+def packable_weights(module: nn.Module) -> Packable | None:
     """What `expert_ffn` is given by a call of `module`; None for a module that does not call it."""
     for hook in hooks():
         if not hook.reads_packed(module):
@@ -487,7 +378,7 @@ def _weights_of(module: nn.Module) -> _Weights | None:
         if w_gate_up.dtype == w_down.dtype:
             between = weights.activation
             halves = _has_halves(between["activation"], between.get("interleaved", False))
-            return _Weights(w_gate_up, w_down, halves)
+            return Packable(w_gate_up, w_down, halves)
     return None
 
 
@@ -504,14 +395,12 @@ def _state_of(bank: nn.Module) -> _State:
         return state
 
 
-def _states() -> list[_State]:
+def states(model: nn.Module | None = None) -> list[_State]:
+    """Of the modules of `model`; of all that are alive without one."""
     with _lock:
-        return list(_banks.values())
-
-
-def _size(state: _State) -> int:
-    copies = state.copies
-    return 0 if copies is None else copies.gate_up.numel() + copies.down.numel()
+        if model is None:
+            return list(_banks.values())
+        return [_banks[module] for module in model.modules() if module in _banks]
 
 
 _optimizer_hook: Any = None
@@ -524,8 +413,8 @@ def _watch_optimizers() -> None:
 
 
 def _after_step(optimizer: Optimizer, *_: Any) -> None:
-    states = [s for s in _states() if s.storages]
-    if not states:
+    watched = [s for s in states() if s.storages]
+    if not watched:
         return
     stepped = {
         p.untyped_storage()._cdata
@@ -533,25 +422,31 @@ def _after_step(optimizer: Optimizer, *_: Any) -> None:
         for p in group["params"]
         if type(p) in (Tensor, nn.Parameter)
     }
-    for state in states:
+    for state in watched:
         if any(s.cdata in stepped for s in state.storages):
             state.invalidate()
 
 
-def _apply(settings: _Settings) -> None:
+def current_settings() -> Settings:
+    return _settings
+
+
+def apply_settings(settings: Settings) -> None:
+    """Sets the policy of the process; with "off", copies go that nobody asked for."""
     global _settings
     _settings = settings
     if settings.policy == "off":
-        for state in _states():
+        for state in states():
             if state.copies is not None and not state.copies.asked_for:
                 state.invalidate()
 
 
-def _budget(copies: int) -> int:
+def budget(copies: int) -> int:
+    """The bytes that copies may take where nobody has set a number and there are so many."""
     return (available_memory() + copies) // MEMORY_SHARE
 
 
-def _settings_from_environment() -> _Settings:
+def _settings_from_environment() -> Settings:
     policy = os.environ.get("MOE_OPS_PREPACK") or "auto"
     if policy not in POLICIES:
         warnings.warn(
@@ -561,13 +456,13 @@ def _settings_from_environment() -> _Settings:
         policy = "auto"
     megabytes = os.environ.get("MOE_OPS_PREPACK_MB")
     if not megabytes:
-        return _Settings(policy, None)
+        return Settings(policy, None)
     if not megabytes.isdecimal():
         warnings.warn(
             f"MOE_OPS_PREPACK_MB={megabytes} is not a whole number of MiB; ignored.", stacklevel=2
         )
-        return _Settings(policy, None)
-    return _Settings(policy, int(megabytes) << 20)
+        return Settings(policy, None)
+    return Settings(policy, int(megabytes) << 20)
 
 
 _settings = _settings_from_environment()

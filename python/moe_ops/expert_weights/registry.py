@@ -12,7 +12,12 @@ from .view import ExpertInputs, ExpertWeights
 
 
 class ExpertsHook:
-    """Knows a kind of module that holds float expert weights."""
+    """Knows a kind of module that holds float expert weights.
+
+    quantized: class of the layer that can take the place of these, as `QuantizedExperts`.
+    """
+
+    quantized: Any = None
 
     def weights(self, module: nn.Module) -> ExpertWeights | None:
         """The weights of `module`; None for a module of another kind.
@@ -32,8 +37,8 @@ class ExpertsHook:
         raise NotImplementedError
 
     def new_quantized(self, module: nn.Module, weights: ExpertWeights, **config: Any) -> Any:
-        """The quantised experts that can take the place of `weights`, their buffers not filled."""
-        raise NotImplementedError
+        """The layer that can take the place of `weights`, its buffers not filled."""
+        return self.quantized.for_weights(weights, **config)
 
     def install(self, root: nn.Module, module: nn.Module, experts: Any) -> nn.Module:
         """Puts `experts` where `module` has its weights; returns the root, which may be new."""

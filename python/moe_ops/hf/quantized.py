@@ -73,6 +73,8 @@ class QuantizedLlama4TextMoe(Llama4TextMoe):
 class _InterfaceExperts(ExpertsHook):
     """Experts on transformers' experts interface."""
 
+    quantized = QuantizedHfExperts
+
     def weights(self, module: nn.Module) -> ExpertWeights | None:
         interface = interface_of(module)
         if interface is None:
@@ -97,11 +99,6 @@ class _InterfaceExperts(ExpertsHook):
         x = x.reshape(-1, x.shape[-1])
         return ExpertInputs(x, given["top_k_weights"], given["top_k_index"])
 
-    def new_quantized(
-        self, module: nn.Module, weights: ExpertWeights, **config: Any
-    ) -> QuantizedExperts:
-        return QuantizedHfExperts.for_weights(weights, **config)
-
 
 class _DbrxExperts(_InterfaceExperts):
     """DbrxExperts, which keep gate and up apart and w_down transposed."""
@@ -122,6 +119,8 @@ class _DbrxExperts(_InterfaceExperts):
 class _JetMoeBlock(ExpertsHook):
     """JetMoE's feed-forward block; its attention experts are no bank of networks."""
 
+    quantized = QuantizedExperts
+
     def weights(self, module: nn.Module) -> ExpertWeights | None:
         if not isinstance(module, JetMoeMoE) or isinstance(module, QuantizedJetMoeMoE):
             return None
@@ -136,11 +135,6 @@ class _JetMoeBlock(ExpertsHook):
         router: Any = module.router  # Of either class: they differ in what they return.
         topk_logits, topk_ids = router.layer(x).float().topk(router.top_k, dim=1)
         return ExpertInputs(x, topk_logits.softmax(dim=1).type_as(x), topk_ids)
-
-    def new_quantized(
-        self, module: nn.Module, weights: ExpertWeights, **config: Any
-    ) -> QuantizedExperts:
-        return QuantizedExperts.for_weights(weights, **config)
 
     def install(self, root: nn.Module, module: nn.Module, experts: QuantizedExperts) -> nn.Module:
         del module.input_linear, module.output_linear

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_ops.expert_weights import packing
+from moe_ops import packing
+from moe_ops.expert_weights.packing import expert_ffn, invalidate, invalidate_if_changed
 from moe_ops.ops import gated_act, moe_linear_map, moe_linear_reduce
 
 from .bank import BankOperations
@@ -134,7 +135,7 @@ class Experts(BankOperations):
         """
         if self.output_size != self.hidden_size:
             return self._two_products(x, topk_weights, topk_ids, apply_router_weight_on_input)
-        return packing.expert_ffn(
+        return expert_ffn(
             self,
             x,
             self.w_gate_up,
@@ -215,13 +216,13 @@ class Experts(BankOperations):
     def train(self, mode: bool = True) -> Experts:
         """As `nn.Module.train`. Training drops the packed copies."""
         if mode:
-            packing.invalidate(self)
+            invalidate(self)
         return super().train(mode)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Experts:
         # .to() and its kin, which leave nobody to call this bank with the old weights.
         super()._apply(fn, recurse)
-        packing.invalidate_if_changed(self)
+        invalidate_if_changed(self)
         return self
 
     def _new(self, num_experts: int, **config: Any) -> Experts:

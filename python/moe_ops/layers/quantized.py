@@ -12,12 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_ops import memory
+from moe_ops import memory, packing
 from moe_ops.expert_weights import (
     ExpertInputs,
     ExpertsHook,
     ExpertWeights,
-    packing,
     register_hook,
 )
 from moe_ops.ops import moe_ffn_quantized
@@ -458,6 +457,8 @@ class _WithoutBackward(torch.autograd.Function):
 class _ExpertsHook(ExpertsHook):
     """`Experts`, whose output must have the size of the input."""
 
+    quantized = QuantizedExperts
+
     def weights(self, module: nn.Module) -> ExpertWeights | None:
         if not self.reads_packed(module):
             return None
@@ -479,11 +480,6 @@ class _ExpertsHook(ExpertsHook):
     ) -> ExpertInputs:
         names = ("x", "topk_weights", "topk_ids")
         return ExpertInputs(**{**dict(zip(names, args, strict=False)), **kwargs})
-
-    def new_quantized(
-        self, module: nn.Module, weights: ExpertWeights, **config: Any
-    ) -> QuantizedExperts:
-        return QuantizedExperts.for_weights(weights, **config)
 
 
 register_hook(_ExpertsHook())

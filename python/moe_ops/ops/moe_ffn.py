@@ -106,22 +106,9 @@ def moe_ffn(
         inputs = (x, w_gate_up, w_down, topk_weights, topk_ids, b_gate_up, b_down)
         return _AccumulatingFfn.apply(*inputs, main_grads, arguments)
     options = options_of(
-        b_gate_up,
-        b_down,
-        activation,
-        interleaved,
-        apply_router_weight_on_input,
-        alpha,
-        limit,
+        b_gate_up, b_down, activation, interleaved, apply_router_weight_on_input, alpha, limit
     )
-    return _moe_ffn(
-        x,
-        w_gate_up,
-        w_down,
-        topk_weights,
-        topk_ids,
-        *options,
-    )
+    return _moe_ffn(x, w_gate_up, w_down, topk_weights, topk_ids, *options)
 
 
 def options_of(
@@ -295,17 +282,7 @@ def _fake_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     op = "moe_ffn_bwd"
     check_call(
-        op,
-        x,
-        w_gate_up,
-        w_down,
-        topk_weights,
-        slot_to_row,
-        None,
-        b_down,
-        activation,
-        alpha,
-        limit,
+        op, x, w_gate_up, w_down, topk_weights, slot_to_row, None, b_down, activation, alpha, limit
     )
     check_same_dtype(op, "grad_y", grad_y, "x", x)
     check_same_dtype(op, "preact", preact, "x", x)
@@ -331,15 +308,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     ctx.mark_non_differentiable(preact, expert_offsets, row_to_slot, slot_to_row)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(
-        x,
-        w_gate_up,
-        w_down,
-        topk_weights,
-        preact,
-        expert_offsets,
-        row_to_slot,
-        slot_to_row,
-        b_down,
+        x, w_gate_up, w_down, topk_weights, preact, expert_offsets, row_to_slot, slot_to_row, b_down
     )
     ctx.arguments = arguments
 

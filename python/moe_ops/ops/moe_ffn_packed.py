@@ -84,23 +84,10 @@ def moe_ffn_packed(
             pack and call in the same autocast state.
     """
     options = options_of(
-        b_gate_up,
-        b_down,
-        activation,
-        interleaved,
-        apply_router_weight_on_input,
-        alpha,
-        limit,
+        b_gate_up, b_down, activation, interleaved, apply_router_weight_on_input, alpha, limit
     )
     return _moe_ffn_packed(
-        x,
-        w_gate_up,
-        w_down,
-        packed_gate_up,
-        packed_down,
-        topk_weights,
-        topk_ids,
-        *options,
+        x, w_gate_up, w_down, packed_gate_up, packed_down, topk_weights, topk_ids, *options
     )
 
 

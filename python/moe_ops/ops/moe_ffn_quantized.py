@@ -102,13 +102,7 @@ def moe_ffn_quantized(
         the activation-aware scale: Lin et al. 2023, arXiv 2306.00978.
     """
     options = options_of(
-        b_gate_up,
-        b_down,
-        activation,
-        interleaved,
-        apply_router_weight_on_input,
-        alpha,
-        limit,
+        b_gate_up, b_down, activation, interleaved, apply_router_weight_on_input, alpha, limit
     )
     return _moe_ffn_quantized(
         x,
@@ -175,10 +169,7 @@ def _(
     check_index(_OP, "topk_ids", topk_ids)
     check_dim(_OP, "topk_ids", topk_ids, 2, "[T, K]")
     check_float(_OP, "x", x)
-    check(
-        x.dtype != torch.float64,
-        f"{_OP}: x must be float32, bfloat16 or float16, got float64.",
-    )
+    check(x.dtype != torch.float64, f"{_OP}: x must be float32, bfloat16 or float16, got float64.")
     check_dim(_OP, "x", x, 2, "[T, H]")
     tokens, hidden = x.shape
     up_depth = _check_weight("w_gate_up", w_gate_up, w_gate_up_scale)
