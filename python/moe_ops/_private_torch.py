@@ -36,10 +36,7 @@ def entry_of(packet: Any) -> Callable[..., Any]:
 def redispatch_of(op: str) -> Callable[..., Any]:
     """(keys, *arguments) -> the op, called by the dispatcher at the first of these keys."""
     overload = getattr(torch.ops.moe_ops, op).default
-    handle = getattr(overload, "_handle", None)
-    redispatch: Callable[..., Any] = (
-        overload.redispatch if handle is None else handle.redispatch_boxed
-    )
+    redispatch: Callable[..., Any] = overload._handle.redispatch_boxed
     return redispatch
 
 

@@ -12,7 +12,7 @@ from moe_ops._private_torch import arguments_of, without_autocast
 from moe_ops.ops._library import library
 
 
-def register_autocast(op: str, cast: Sequence[str], dtype: torch.dtype | None = None) -> None:
+def register_autocast(op: str, cast: Sequence[str] = (), dtype: torch.dtype | None = None) -> None:
     """Under autocast, casts the named tensor arguments and leaves the others as they are.
 
     ``torch.library.register_autocast`` casts every floating tensor, so it would round fp32 routing
@@ -20,7 +20,7 @@ def register_autocast(op: str, cast: Sequence[str], dtype: torch.dtype | None = 
 
     Args:
         op: name of the op, without the namespace.
-        cast: names of the arguments to cast.
+        cast: names of the arguments to cast; none for data movement and elementwise ops.
         dtype: target; the autocast type of the device when None.
     """
     overload = getattr(torch.ops.moe_ops, op).default
@@ -53,8 +53,3 @@ def register_autocast(op: str, cast: Sequence[str], dtype: torch.dtype | None = 
                 return overload(*new_args, **new_kwargs)
 
         library.impl(op, kernel, f"Autocast{device_type.upper()}")
-
-
-def register_autocast_keep(op: str) -> None:
-    """Under autocast, keeps every dtype as it is (pure data movement and elementwise ops)."""
-    register_autocast(op, [])

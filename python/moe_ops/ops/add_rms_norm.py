@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_ops.ops._autocast import register_autocast_keep
+from moe_ops.ops._autocast import register_autocast
 from moe_ops.ops._autograd import (
     direct_call,
     needs_input_grad,
@@ -179,6 +179,6 @@ def _backward(
 
 register_autograd("add_rms_norm", _backward, _setup)
 register_no_double_backward("add_rms_norm_bwd")
-register_autocast_keep("add_rms_norm")
+register_autocast("add_rms_norm")
 for _op in ("add_rms_norm", "add_rms_norm_bwd"):
     register_cpu_only(_op, "call moe_ops.add_rms_norm, which is torch's operations there")

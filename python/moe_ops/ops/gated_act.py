@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_ops.ops._autocast import register_autocast_keep
+from moe_ops.ops._autocast import register_autocast
 from moe_ops.ops._autograd import direct_call, register_autograd, register_no_double_backward
 from moe_ops.ops._checks import check, check_float, check_same_device, check_same_dtype
 from moe_ops.ops._library import register_fake
@@ -119,4 +119,4 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 register_autograd("gated_act", _backward, _setup)
 register_no_double_backward("gated_act_bwd")
-register_autocast_keep("gated_act")
+register_autocast("gated_act")

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_ops.ops._autocast import register_autocast, register_autocast_keep
+from moe_ops.ops._autocast import register_autocast
 from moe_ops.ops._autograd import direct_call, needs_input_grad, register_autograd
 from moe_ops.ops._checks import (
     check,
@@ -193,4 +193,4 @@ register_autograd("grouped_gemm_wgrad", _backward_wgrad, _setup_wgrad)
 register_autograd("grouped_sum", _backward_sum, _setup_sum)
 register_autocast("grouped_gemm", ["a", "b", "bias"])
 register_autocast("grouped_gemm_wgrad", ["grad", "a"])
-register_autocast_keep("grouped_sum")
+register_autocast("grouped_sum")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moe_ops.ops._autocast import register_autocast_keep
+from moe_ops.ops._autocast import register_autocast
 from moe_ops.ops._autograd import direct_call, register_no_gradient
 from moe_ops.ops._checks import (
     check,
@@ -146,4 +146,4 @@ def _(
 
 register_no_gradient(_OP, "dequantise the operands and call grouped_gemm")
 # The type of the result is an argument, and those of the operands are what the op is about.
-register_autocast_keep(_OP)
+register_autocast(_OP)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_ops.ops._autocast import register_autocast_keep
+from moe_ops.ops._autocast import register_autocast
 from moe_ops.ops._autograd import direct_call, register_autograd
 from moe_ops.ops._checks import check, check_dim, check_float, check_index, check_same_device
 from moe_ops.ops._library import register_fake
@@ -83,4 +83,4 @@ def _backward_bwd(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 register_autograd("permute", _backward, _setup)
 register_autograd("permute_bwd", _backward_bwd, _setup_bwd)
-register_autocast_keep("permute")
+register_autocast("permute")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moe_ops.ops._autocast import register_autocast_keep
+from moe_ops.ops._autocast import register_autocast
 from moe_ops.ops._autograd import direct_call, register_no_gradient
 from moe_ops.ops._checks import check, check_dim, dtype_name
 from moe_ops.ops._library import register_fake
@@ -67,4 +67,4 @@ def _(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 register_no_gradient(_OP, "on x.detach()")
-register_autocast_keep(_OP)
+register_autocast(_OP)

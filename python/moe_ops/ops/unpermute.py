@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_ops.ops._autocast import register_autocast_keep
+from moe_ops.ops._autocast import register_autocast
 from moe_ops.ops._autograd import direct_call, register_autograd
 from moe_ops.ops._checks import (
     accumulate_dtype,
@@ -145,4 +145,4 @@ def _backward_bwd(ctx: Any, gg_rows: Tensor | None, gg_weights: Tensor | None) -
 
 register_autograd("unpermute", _backward, _setup)
 register_autograd("unpermute_bwd", _backward_bwd, _setup_bwd)
-register_autocast_keep("unpermute")
+register_autocast("unpermute")
