@@ -29,6 +29,7 @@ REPLACEABLE = {
     "torch._C._dispatch_tls_is_dispatch_key_excluded",
     "torch._C._dispatch_tls_is_dispatch_key_included",
     "torch._C._is_any_autocast_enabled",
+    "torch._C._is_tracing",
     "torch._C._len_torch_dispatch_stack",
     "torch._functorch.utils.enable_single_level_autograd_function",
     "torch.autograd.forward_ad._current_level",

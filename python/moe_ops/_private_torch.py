@@ -60,6 +60,7 @@ try:
         _dispatch_tls_is_dispatch_key_excluded,
         _dispatch_tls_is_dispatch_key_included,
         _is_any_autocast_enabled,
+        _is_tracing,
     )
 
     _PRE_DISPATCH = torch._C.DispatchKey.PreDispatch
@@ -73,14 +74,15 @@ try:
         return forward_ad._current_level >= 0
 
     def is_plain_eager() -> bool:
-        """Whether the dispatcher would go straight to the autograd rule: no autocast, functorch or
-        mode, no tangents, and not below autograd already. A read of all its keys would take longer
-        than these."""
+        """Whether the dispatcher would go straight to the autograd rule: no autocast, functorch,
+        tracer or mode, no tangents, and not below autograd already. A read of all its keys would
+        take longer than these."""
         return not (
             forward_ad._current_level >= 0
             or _is_any_autocast_enabled()
             or are_functorch_transforms_active()
             or len_torch_dispatch_stack()
+            or _is_tracing()
             or _dispatch_tls_is_dispatch_key_included(_PRE_DISPATCH)
             or _dispatch_tls_is_dispatch_key_excluded(_AUTOGRAD)
         )
