@@ -8,7 +8,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import moe_ops
-from moe_ops.ops import _register
+from moe_ops.ops import _autograd
 
 OP = torch.ops.moe_ops.moe_linear_map
 
@@ -16,13 +16,13 @@ OP = torch.ops.moe_ops.moe_linear_map
 @pytest.fixture
 def rule_calls(monkeypatch):
     """One entry for each time that the rule of moe_linear_map is applied directly."""
-    calls, rule = [], _register._autograd_rules[OP]
+    calls, rule = [], _autograd._direct_rules[OP]
 
     def counted(*args):
         calls.append(args)
         return rule(*args)
 
-    monkeypatch.setitem(_register._autograd_rules, OP, counted)
+    monkeypatch.setitem(_autograd._direct_rules, OP, counted)
     return calls
 
 
@@ -101,8 +101,31 @@ def test_below_autograd_there_is_no_graph(rule_calls):
 def test_arguments_left_out_have_their_defaults(rule_calls):
     """`bias` is not passed here, and backward asks for it."""
     x, w, ids = operands(requires_grad=True)
-    rule = _register._autograd_rules[OP]
+    rule = _autograd._direct_rules[OP]
     y = rule(x, w, ids)
     want = moe_ops.reference.moe_linear_map(x.detach(), w, ids)
     torch.testing.assert_close(y.detach(), want)
     assert torch.autograd.grad(y.sum(), x)[0].shape == x.shape
+
+
+@pytest.mark.parametrize("op", ["moe_ffn", "dense_ffn"])
+def test_ops_with_a_form_for_training_take_the_same_way(op, monkeypatch):
+    """Their rule runs another op, which also returns what backward needs, and shows one output."""
+    packet = getattr(torch.ops.moe_ops, op)
+    calls, rule = [], _autograd._direct_rules[packet]
+    monkeypatch.setitem(
+        _autograd._direct_rules, packet, lambda *args: (calls.append(args), rule(*args))[1]
+    )
+    if op == "moe_ffn":
+        ids = torch.randint(3, (6, 2))
+        args = torch.randn(6, 5), torch.randn(3, 8, 5), torch.randn(3, 5, 4), torch.rand(6, 2), ids
+    else:
+        ids = torch.tensor([0, 1, 0])
+        args = torch.randn(6, 2, 5), torch.randn(3, 4, 5), torch.randn(3, 7, 4), ids
+    args[0].requires_grad_()
+    y = getattr(moe_ops, op)(*args)
+    assert len(calls) == 1 and isinstance(y, torch.Tensor)
+    through_dispatcher = packet(*args)
+    assert len(calls) == 1 and torch.equal(y, through_dispatcher)
+    grads = [torch.autograd.grad(out.sum(), args[0])[0] for out in (y, through_dispatcher)]
+    assert torch.equal(*grads)

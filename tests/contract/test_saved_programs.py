@@ -87,6 +87,18 @@ def test_traced_and_saved():
     assert torch.equal(program(*call), forward(*call))
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_traced_with_weights_that_require_gradients():
+    """As modules have them: a trace holds ops, and no call of Python."""
+    call = tuple(t.requires_grad_() for t in operands())
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.trace(Module(), call, check_trace=False), file)
+    file.seek(0)
+    program = torch.jit.load(file)
+    assert "moe_ops.moe_ffn(" in program.code
+    assert torch.equal(program(*call), forward(*call))
+
+
 def test_exported_and_saved():
     call = operands()
     file = io.BytesIO()

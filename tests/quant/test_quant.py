@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import moe_ops
 from moe_ops import quant
 from moe_ops.layers import Experts, MoE, QuantizedExperts
-from moe_ops.quant.bank import BankInputs, FloatBank
+from moe_ops.quant import ExpertInputs, ExpertWeights
 
 H, I, E, K = 64, 96, 6, 2
 
@@ -142,9 +142,9 @@ def bank_and_inputs(outliers: float, tokens: int = 96):
     """A bank whose inputs have a few channels `outliers` times as large as the others."""
     x = torch.randn(tokens, H)
     x[:, :4] *= outliers
-    inputs = BankInputs(x, torch.rand(tokens, K), torch.randint(0, E, (tokens, K)))
+    inputs = ExpertInputs(x, torch.rand(tokens, K), torch.randint(0, E, (tokens, K)))
     w_gate_up = torch.randn(E, 2 * I, H) / H**0.5
-    return FloatBank((w_gate_up,), torch.randn(E, H, I) / I**0.5), inputs
+    return ExpertWeights((w_gate_up,), torch.randn(E, H, I) / I**0.5), inputs
 
 
 def test_scales_help_where_channels_differ():
@@ -180,7 +180,7 @@ def test_inputs_that_say_nothing():
     for useless in (
         inputs._replace(topk_ids=torch.full_like(inputs.topk_ids, -1)),
         inputs._replace(x=torch.zeros_like(inputs.x)),
-        BankInputs(inputs.x[:0], inputs.topk_weights[:0], inputs.topk_ids[:0]),
+        ExpertInputs(inputs.x[:0], inputs.topk_weights[:0], inputs.topk_ids[:0]),
     ):
         choice = quant.find_x_scale(bank, useless, "int4", 32)
         assert torch.equal(choice.x_scale, torch.ones(H)) and choice.errors == []
@@ -485,3 +485,18 @@ def test_report_needs_outputs_and_the_same_model():
         quant.quality_report(model, without)
     with pytest.raises(ValueError, match=r"must be of this model, got a bank 'first.experts'"):
         quant.quality_report(torch.nn.Linear(2, 2), good)
+
+
+# --- old names
+
+
+def test_old_names_work_and_warn():
+    from moe_ops.quant import bank
+
+    with pytest.warns(DeprecationWarning, match="moe_ops.quant.ExpertWeights now"):
+        assert bank.FloatBank is ExpertWeights
+    with pytest.warns(DeprecationWarning, match="moe_ops.quant.ExpertInputs now"):
+        assert bank.BankInputs is ExpertInputs
+    experts = moe_ops.layers.QuantizedExperts(2, 32, 32, group_size=32)
+    with pytest.warns(DeprecationWarning, match="move_to_huge_pages now"):
+        experts.settle()

@@ -19,7 +19,7 @@ from moe_ops import _files
 from moe_ops._fields import check_names
 from moe_ops.layers import KVCache, Router
 from moe_ops.layers.rotary import Rope
-from moe_ops.packing import available_memory
+from moe_ops.memory import available_memory
 
 from . import checkpoint
 from .blocks import Step
