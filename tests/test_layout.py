@@ -141,7 +141,7 @@ MAY_INCLUDE = {
     "cpu": ("cpu/", "moe_ops/"),
     "cuda": ("cuda/", "moe_ops/"),
     "torch": ("torch/", "cpu/", "cuda/", "moe_ops/"),
-    "python": ("cpu/", "cuda/", "moe_ops/"),
+    "python": ("python/", "cpu/", "cuda/", "moe_ops/"),
 }
 TORCH = ("<torch/", "<ATen/", "<c10/", "<caffe2/", '"ATen/', '"c10/')
 
@@ -205,7 +205,10 @@ NO_BOUNDARY = {
     "kCount": FOLLOWS,
     "kGradLd": LAYOUT,
     "kLine": LAYOUT,
+    "kNoLimit": LAYOUT,
+    "kPacked": LAYOUT,
     "kPanelPad": LAYOUT,
+    "kNoLimit": LAYOUT,
     "kPacked": LAYOUT,
     "kAlignment": MEMORY,
     "kHugeFrom": MEMORY,
@@ -219,16 +222,15 @@ NO_BOUNDARY = {
     "kRequestPermission": "of the operating system",
     "kTileData": "of the operating system",
 }
-# Self-tests and measurements call kernels and are none. Those in kernels/ are widths of a level's
-# vectors and registers; the table has the ones that choose a kernel as fields of Kernels.
-NOT_KERNELS = {"self_test.cpp", "limits.cpp"}
+# Constants of -inl.h files are widths of a target's vectors and registers; the table of block sizes has
+# the ones that choose a kernel as fields of the kernel tables. Self-tests call kernels and are none.
 
 
 def integer_constants() -> dict[str, str]:
     """Every integer constant of csrc/cpu and the file that it is in."""
     found = {}
     for path in sources("cpu"):
-        if path.name in NOT_KERNELS or path.name.endswith("-inl.h"):
+        if path.name.endswith(("self_test.cpp", "-inl.h")):
             continue
         declarations = re.findall(
             r"\bconstexpr\s+(?:int64_t|int32_t|int|size_t)\s+(k\w+\s*=[^;]*);", path.read_text()

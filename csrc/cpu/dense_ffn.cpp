@@ -168,14 +168,8 @@ void run(const DenseFfnParams& p, const Parallel& par) {
         }
       }
       for (int64_t c = 0; c < I; c += kKc) {
-        activation_kernels<T>().dense_forward({.has_act = s.has_act,
-                                               .kind = s.act,
-                                               .rows = m,
-                                               .n = std::min(kKc, I - c),
-                                               .u = u + c,
-                                               .ld_u = ldu,
-                                               .h = row_place(h, c),
-                                               .ld_h = kLda});
+        activation_kernels<T>().dense_forward(
+            {s.has_act, s.act, m, std::min(kKc, I - c), u + c, ldu, row_place(h, c), kLda});
       }
       if (p.b_down != nullptr) set_ones(h, m, I);
       if (keep_y) {

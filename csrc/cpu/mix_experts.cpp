@@ -81,14 +81,7 @@ const T* through_factor(const MixExpertsBwdParams& p, const Padded<T>& rows, int
   mix_kernels<T>().slope(
       {mixed, rows.load(p.factor, at, M, f_rows), nullptr, nullptr, scaled, nullptr, nullptr});
   if (p.grad_factor == nullptr) return scaled;
-  mix_kernels<T>().product({.rows = M,
-                            .depth = E,
-                            .a = w,
-                            .step_i = E,
-                            .step_k = 1,
-                            .b = z,
-                            .c = mixture,
-                            .ld = rows.pitch});
+  mix_kernels<T>().product({M, E, w, E, 1, z, mixture, rows.pitch});
   mix_kernels<T>().slope({mixed, g, nullptr, nullptr, mixture, nullptr, nullptr});
   if (t % p.repeats == 0) std::fill(sum, sum + mixed, T(0));
   k.axpy(kAccumulate<T>, mixture, T(1), sum, mixed);
@@ -202,14 +195,7 @@ void run(const MixExpertsParams& p, const Parallel& par) {
       const T* w = load_weights(k, p, t, w_row);
       T* y = rows.target(p.y, t * M, y_rows);
       mix_kernels<T>().act(p.act, norm.rows, x, n, z, nullptr);
-      mix_kernels<T>().product({.rows = M,
-                                .depth = E,
-                                .a = w,
-                                .step_i = E,
-                                .step_k = 1,
-                                .b = z,
-                                .c = y,
-                                .ld = rows.pitch});
+      mix_kernels<T>().product({M, E, w, E, 1, z, y, rows.pitch});
       if (p.factor != nullptr) {
         mix_kernels<T>().slope({mixed, rows.load(p.factor, t / p.repeats * M, M, f_rows), nullptr,
                                 nullptr, y, nullptr, nullptr});
@@ -261,27 +247,13 @@ void run_bwd(const MixExpertsBwdParams& p, const Parallel& par) {
         }
         if (p.norm.batch) {
           T* d = kept.target(p.grad_normed, t * E, d_rows);
-          mix_kernels<T>().product({.rows = E,
-                                    .depth = M,
-                                    .a = w,
-                                    .step_i = 1,
-                                    .step_k = E,
-                                    .b = g,
-                                    .c = d,
-                                    .ld = rows.pitch});
+          mix_kernels<T>().product({E, M, w, 1, E, g, d, rows.pitch});
           mix_kernels<T>().slope({n, slope, norm.rows.mean, x, d, block, block + n});
           kept.store(d, p.grad_normed, t * E, E);
           continue;
         }
         T* d = rows.target(p.grad_outputs, t * E, d_rows);
-        mix_kernels<T>().product({.rows = E,
-                                  .depth = M,
-                                  .a = w,
-                                  .step_i = 1,
-                                  .step_k = E,
-                                  .b = g,
-                                  .c = d,
-                                  .ld = rows.pitch});
+        mix_kernels<T>().product({E, M, w, 1, E, g, d, rows.pitch});
         mix_kernels<T>().slope(
             {n, slope, norm.rows.mean, x, d, normed ? block : nullptr, block + n});
         if (normed) mix_kernels<T>().norm_grad({n, norm.rows, nullptr, nullptr, x, d, d});

@@ -33,28 +33,11 @@ void run(const RotaryParams& p, const Parallel& par) {
           const T *cos = static_cast<const T*>(p.cos) + angle,
                   *sin = static_cast<const T*>(p.sin) + angle;
           if (direct) {
-            k.rotate_rows({.rows = rows,
-                           .in = reinterpret_cast<const T*>(in),
-                           .ld_in = p.stride_token,
-                           .cos = cos,
-                           .sin = sin,
-                           .sign = sign,
-                           .heads = p.heads,
-                           .half = p.half,
-                           .out = reinterpret_cast<T*>(out),
-                           .ld_out = n});
+            k.rotate_rows({rows, reinterpret_cast<const T*>(in), p.stride_token, cos, sin, sign,
+                           p.heads, p.half, reinterpret_cast<T*>(out), n});
           } else {
             k.load_rows({p.type, in, p.stride_token, rows, n}, buffer, n, T(1));
-            k.rotate_rows({.rows = rows,
-                           .in = buffer,
-                           .ld_in = n,
-                           .cos = cos,
-                           .sin = sin,
-                           .sign = sign,
-                           .heads = p.heads,
-                           .half = p.half,
-                           .out = buffer,
-                           .ld_out = n});
+            k.rotate_rows({rows, buffer, n, cos, sin, sign, p.heads, p.half, buffer, n});
             k.store_rows(buffer, n, {p.type, out, n, rows, n});
           }
           i += rows;

@@ -87,16 +87,7 @@ void run(const RouterLinearParams& p, const Parallel& par) {
                                       : whole_rows(k, p.type, from, p.x_stride, m, H, x_buffer, n);
       char* const to = at(p.logits, p.logits_type, t * E);
       T* const out = out_in_place ? reinterpret_cast<T*>(to) : sums;
-      router_kernels<T>().linear({.tokens = m,
-                                  .experts = experts,
-                                  .n = n,
-                                  .x = x.data,
-                                  .ld_x = x.ld,
-                                  .w = w.data,
-                                  .ld_w = w.ld,
-                                  .bias = bias,
-                                  .out = out,
-                                  .ld_out = experts});
+      router_kernels<T>().linear({m, experts, n, x.data, x.ld, w.data, w.ld, bias, out, experts});
       if (!out_in_place) k.store_rows(out, experts, {p.logits_type, to, E, m, E});
     }
   });

@@ -140,26 +140,25 @@ void route(const TopkRouterParams& p, const Parallel& par) {
   const T scale = static_cast<T>(p.routed_scaling_factor);
   const T inf = std::numeric_limits<T>::infinity();
 
-  const int64_t pitch = padded + kRowUnit;
+  const int64_t ld = padded + kRowUnit;
   // As many as an L2 holds with their scores and keys.
-  const int64_t at_once = std::clamp<int64_t>((int64_t{64} << 10) / pitch / 4, 1, kRouterRows);
-  const int64_t bytes = (at_once * 2 * pitch + padded + 2 * padded_k) * sizeof(T) +
-                        at_once * 2 * pitch * sizeof(Key) + 7 * 64 +
-                        GroupLimit<T>::scratch_bytes(p);
+  const int64_t at_once = std::clamp<int64_t>((int64_t{64} << 10) / ld / 4, 1, kRouterRows);
+  const int64_t bytes = (at_once * 2 * ld + padded + 2 * padded_k) * sizeof(T) +
+                        at_once * 2 * ld * sizeof(Key) + 7 * 64 + GroupLimit<T>::scratch_bytes(p);
   const double cost = 4.0 * static_cast<double>(E) + 40.0 * static_cast<double>(K) + 50.0;
   parallel_range(par, p.num_tokens, cost, [&](int64_t begin, int64_t end) {
     ScratchScope scratch;
     Arena arena(scratch, Scratch::kRows, bytes);
-    T* const xs = arena.take<T>(at_once * pitch);
-    T* const scores = arena.take<T>(at_once * pitch);
+    T* const xs = arena.take<T>(at_once * ld);
+    T* const scores = arena.take<T>(at_once * ld);
     T* const biased = arena.take<T>(padded);
-    Key* const all_keys = arena.take<Key>(at_once * pitch);
-    Key* const block_max = arena.take<Key>(at_once * pitch);
+    Key* const all_keys = arena.take<Key>(at_once * ld);
+    Key* const block_max = arena.take<Key>(at_once * ld);
     T* const chosen = arena.take<T>(padded_k);
     T* const chosen_score = arena.take<T>(padded_k);
     GroupLimit<T> group_limit(p, arena);
     for (int64_t r = 0; r < at_once; ++r) {
-      std::fill(xs + r * pitch + E, xs + r * pitch + padded, -inf);
+      std::fill(xs + r * ld + E, xs + r * ld + padded, -inf);
     }
     std::fill(biased + E, biased + padded, -inf);
     std::fill(chosen + K, chosen + padded_k, -inf);
@@ -171,12 +170,12 @@ void route(const TopkRouterParams& p, const Parallel& par) {
           {p.type,
            static_cast<const char*>(p.router_logits) + t0 * p.logits_stride * dtype_size(p.type),
            p.logits_stride, rows, E},
-          xs, pitch, T(1));
+          xs, ld, T(1));
       std::fill_n(sums, rows, T(1));
-      if (all_scores && softmax) row.exp_sum(xs, scores, rows, pitch, padded, sums);
+      if (all_scores && softmax) row.exp_sum(xs, scores, rows, ld, padded, sums);
       for (int64_t r = 0; r < rows; ++r) {
-        T *const x = xs + r * pitch, *const score = scores + r * pitch;
-        Key* const keys = all_keys + r * pitch;
+        T *const x = xs + r * ld, *const score = scores + r * ld;
+        Key* const keys = all_keys + r * ld;
         if (all_scores && !softmax) row.sigmoid(x, score, padded);
 
         const T* ranked = x;
@@ -190,12 +189,12 @@ void route(const TopkRouterParams& p, const Parallel& par) {
         row.make_keys(ranked, keys, padded);
         std::fill(keys + E, keys + padded, kNoKey<T>);
         if (grouped) group_limit.apply(row, keys);
-        row.find_block_max(keys, block_max + r * pitch, padded);
+        row.find_block_max(keys, block_max + r * ld, padded);
       }
-      row.take_best({all_keys, block_max, rows, pitch, padded, K, p.topk_ids + t0 * K});
+      row.take_best({all_keys, block_max, rows, ld, padded, K, p.topk_ids + t0 * K});
 
       for (int64_t r = 0; r < rows; ++r) {
-        const T *const x = xs + r * pitch, *const score = scores + r * pitch;
+        const T *const x = xs + r * ld, *const score = scores + r * ld;
         T* const weights = static_cast<T*>(p.topk_weights) + (t0 + r) * K;
         const int32_t* const ids = p.topk_ids + (t0 + r) * K;
         if (all_scores) {

@@ -20,15 +20,15 @@ void route(const ToppRouterParams& p, const Parallel& par) {
   const RouterKernels<T>& row = router_kernels<T>();
   const RowKernels<T>& kernel = row_kernels<T>();
   const int64_t E = p.num_experts, K = p.max_k;
-  const int64_t padded = round_up(E, kRowUnit), pitch = padded + kRowUnit;
+  const int64_t padded = round_up(E, kRowUnit), ld = padded + kRowUnit;
   const T top_p = static_cast<T>(p.top_p), scale = static_cast<T>(p.routed_scaling_factor);
   const double cost = 4.0 * static_cast<double>(E) + 40.0 * static_cast<double>(K) + 50.0;
   parallel_range(par, p.num_tokens, cost, [&](int64_t begin, int64_t end) {
     ScratchScope scratch;
-    T* const x = scratch.take<T>(Scratch::kRows, 2 * pitch);
-    T* const exps = x + pitch;
-    Key* const keys = scratch.take<Key>(Scratch::kIndex, 2 * pitch);
-    Key* const block_max = keys + pitch;
+    T* const x = scratch.take<T>(Scratch::kRows, 2 * ld);
+    T* const exps = x + ld;
+    Key* const keys = scratch.take<Key>(Scratch::kIndex, 2 * ld);
+    Key* const block_max = keys + ld;
     std::fill(x + E, x + padded, -std::numeric_limits<T>::infinity());
 
     for (int64_t t = begin; t < end; ++t) {
@@ -47,7 +47,7 @@ void route(const ToppRouterParams& p, const Parallel& par) {
       // Summed in fp64, so that rounding does not ask for one more of many small probabilities.
       double gathered = 0;
       while (n < K && (n < p.min_k || !(static_cast<T>(gathered) >= top_p))) {
-        row.take_best({keys, block_max, 1, pitch, padded, 1, ids + n});
+        row.take_best({keys, block_max, 1, ld, padded, 1, ids + n});
         weights[n] = exps[ids[n]] / sum;
         gathered += static_cast<double>(weights[n]);
         ++n;

@@ -17,13 +17,13 @@
 #include "cpu/gemm/heuristics.h"
 #include "cpu/gemm/prepack.h"
 #include "cpu/isa/isa.h"
-#include "cpu/isa/limits.h"
 #include "cpu/runtime/batch_invariant.h"
 #include "cpu/runtime/buffer_cache.h"
 #include "cpu/runtime/huge_pages.h"
 #include "cpu/runtime/workspace.h"
 #include "cuda/moe_ffn/choose.h"
 #include "cuda/row_blocks.h"
+#include "python/limits.h"
 
 namespace py = pybind11;
 using namespace moe_ops::cpu;
@@ -55,7 +55,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_isa", [] { return std::string(isa_name(active_isa())); });
   m.def("detected_isa", [] { return std::string(isa_name(detected_isa())); });
   m.def("supported_isas", &supported_isas);
-  // (family, axis, name, value) of each size at which the kernels of the level in use change what
+  // (family, axis, name, value) of each size at which the kernels of the target in use change what
   // they do.
   m.def("block_sizes", [] {
     std::vector<std::tuple<std::string, std::string, std::string, int64_t>> sizes;
@@ -65,17 +65,18 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa_warning", &isa_warning);
   m.def("batch_invariant", &batch_invariant);
   m.def("set_batch_invariant", &set_batch_invariant, py::arg("on"));
-  // None, or the kernel of a supported level that fails its self-test.
-  m.def("failing_kernel", [](const std::string& level) -> std::optional<std::string> {
-    const std::vector<std::string> levels = supported_isas();
-    for (size_t i = 0; i < levels.size(); ++i) {
-      if (levels[i] != level) continue;
+  // None, or the kernel of a supported target that fails its self-test.
+  m.def("failing_kernel", [](const std::string& target) -> std::optional<std::string> {
+    const std::vector<std::string> targets = supported_isas();
+    for (size_t i = 0; i < targets.size(); ++i) {
+      if (targets[i] != target) continue;
       const char* name = failing_kernel(static_cast<Isa>(i));
       return name == nullptr ? std::nullopt : std::optional<std::string>(name);
     }
-    throw std::invalid_argument("failing_kernel: level must be supported here, got " + level + ".");
+    throw std::invalid_argument("failing_kernel: target must be supported here, got " + target +
+                                ".");
   });
-  // Rates of every pass, of the level in use; other Python threads may measure at the same time.
+  // Rates of every pass, of the target in use; other Python threads may measure at the same time.
   m.def("measure_limits", [](size_t bytes, double seconds) {
     const Isa isa = active_isa();
     Limits limits;

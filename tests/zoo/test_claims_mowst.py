@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from moe_ops.zoo.graphs import Graph
 from moe_ops.zoo.mowst import Mowst, MowstOutput
+from moe_ops.zoo.mowst.graphs import Graph
 
 ROOT = Path(__file__).parents[2]
 if not (ROOT / "bench" / "claims").is_dir():

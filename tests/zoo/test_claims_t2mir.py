@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from moe_ops.zoo.t2mir import T2MIR
-from moe_ops.zoo.t2mir_envs import PointRobot
+from moe_ops.zoo.t2mir.envs import PointRobot
 
 ROOT = Path(__file__).parents[2]
 if not (ROOT / "bench" / "claims").is_dir():

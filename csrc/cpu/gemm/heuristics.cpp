@@ -6,6 +6,7 @@
 #include <limits>
 
 #include "cpu/isa/isa.h"
+#include "cpu/isa/tuning.h"
 #include "cpu/kernels/kernels.h"
 
 namespace moe_ops::cpu {
@@ -230,7 +231,7 @@ template GemmConfig choose_config<double>(const GemmShape&, const GemmKernels<do
                                           const QuantKernels&, int64_t);
 
 std::string gemm_config(const GemmShape& s, DType accumulate, int64_t rows, Isa isa, bool intel) {
-  const Tuning tuning = tuning_of(intel, false);
+  const Tuning& tuning = tuning_of(intel);
   const Kernels<float> k = kernels_for<float>(isa, tuning);
   if (accumulate == DType::kFloat32) return to_string(choose_config(s, k.gemm, k.quant, rows));
   return to_string(choose_config(s, kernels_for<double>(isa, tuning).gemm, k.quant, rows));

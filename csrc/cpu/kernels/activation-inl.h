@@ -192,40 +192,19 @@ void act_bwd_rows_loop(const ActRowsBwd<T>& p) {
   }
 }
 
-#define MOE_FOR_ACTIVATION(kind, CALL)     \
-  switch (kind) {                          \
-    case Activation::kSwiglu:              \
-      return CALL(Activation::kSwiglu);    \
-    case Activation::kGeglu:               \
-      return CALL(Activation::kGeglu);     \
-    case Activation::kGegluTanh:           \
-      return CALL(Activation::kGegluTanh); \
-    case Activation::kReglu:               \
-      return CALL(Activation::kReglu);     \
-    case Activation::kSwigluOai:           \
-      return CALL(Activation::kSwigluOai); \
-    case Activation::kSilu:                \
-      return CALL(Activation::kSilu);      \
-    case Activation::kGelu:                \
-      return CALL(Activation::kGelu);      \
-    case Activation::kGeluTanh:            \
-      return CALL(Activation::kGeluTanh);  \
-    case Activation::kRelu:                \
-      return CALL(Activation::kRelu);      \
-    case Activation::kRelu2:               \
-      return CALL(Activation::kRelu2);     \
-  }
+template <class Fn>
+inline void with_activation(Activation kind, const Fn& fn) {
+  using enum Activation;
+  with_value<kSwiglu, kGeglu, kGegluTanh, kReglu, kSwigluOai, kSilu, kGelu, kGeluTanh, kRelu,
+             kRelu2>(kind, fn);
+}
 
 template <class T>
 void act_rows(const ActRows<T>& p) {
-#define MOE_CALL(A) act_rows_loop<T, A>(p)
-  MOE_FOR_ACTIVATION(p.kind, MOE_CALL)
-#undef MOE_CALL
+  with_activation(p.kind, [&]<Activation A>() { act_rows_loop<T, A>(p); });
 }
 
 template <class T>
 void act_bwd_rows(const ActRowsBwd<T>& p) {
-#define MOE_CALL(A) act_bwd_rows_loop<T, A>(p)
-  MOE_FOR_ACTIVATION(p.kind, MOE_CALL)
-#undef MOE_CALL
+  with_activation(p.kind, [&]<Activation A>() { act_bwd_rows_loop<T, A>(p); });
 }

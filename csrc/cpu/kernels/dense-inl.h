@@ -154,34 +154,24 @@ void dense_act_bwd_loop(const DenseAct<T>& params) {
   }
 }
 
-#define MOE_FOR_DENSE_ACTIVATION(kind, CALL)    \
-  switch (kind) {                               \
-    case Activation::kSilu:                     \
-      return CALL(Activation::kSilu, true);     \
-    case Activation::kGelu:                     \
-      return CALL(Activation::kGelu, true);     \
-    case Activation::kGeluTanh:                 \
-      return CALL(Activation::kGeluTanh, true); \
-    case Activation::kRelu2:                    \
-      return CALL(Activation::kRelu2, true);    \
-    default:                                    \
-      return CALL(Activation::kRelu, true);     \
-  }
+template <class Fn>
+inline void with_dense_activation(bool has_act, Activation kind, const Fn& fn) {
+  using enum Activation;
+  if (!has_act) return fn.template operator()<kRelu, false>();
+  with_value<kSilu, kGelu, kGeluTanh, kRelu, kRelu2>(
+      kind, [&]<Activation A>() { fn.template operator()<A, true>(); });
+}
 
 template <class T>
 void dense_act(const DenseAct<T>& p) {
-#define MOE_CALL(A, kAct) dense_act_loop<T, A, kAct>(p)
-  if (!p.has_act) return MOE_CALL(Activation::kRelu, false);
-  MOE_FOR_DENSE_ACTIVATION(p.kind, MOE_CALL)
-#undef MOE_CALL
+  with_dense_activation(p.has_act, p.kind,
+                        [&]<Activation A, bool kAct>() { dense_act_loop<T, A, kAct>(p); });
 }
 
 template <class T>
 void dense_act_bwd(const DenseAct<T>& p) {
-#define MOE_CALL(A, kAct) dense_act_bwd_loop<T, A, kAct>(p)
-  if (!p.has_act) return MOE_CALL(Activation::kRelu, false);
-  MOE_FOR_DENSE_ACTIVATION(p.kind, MOE_CALL)
-#undef MOE_CALL
+  with_dense_activation(p.has_act, p.kind,
+                        [&]<Activation A, bool kAct>() { dense_act_bwd_loop<T, A, kAct>(p); });
 }
 
 template <class T>

@@ -31,25 +31,14 @@ void mix_act_loop(const MixNormRows<T>& norm, const T* x, int64_t n, T* z, T* sl
   }
 }
 
-template <class T, MixActivation A>
-void mix_act_of(const MixNormRows<T>& norm, const T* x, int64_t n, T* z, T* slope) {
-  norm.mean != nullptr ? mix_act_loop<T, A, true>(norm, x, n, z, slope)
-                       : mix_act_loop<T, A, false>(norm, x, n, z, slope);
-}
-
 template <class T>
 void mix_act(MixActivation kind, const MixNormRows<T>& norm, const T* x, int64_t n, T* z,
              T* slope) {
-  switch (kind) {
-    case MixActivation::kNone:
-      return mix_act_of<T, MixActivation::kNone>(norm, x, n, z, slope);
-    case MixActivation::kRelu:
-      return mix_act_of<T, MixActivation::kRelu>(norm, x, n, z, slope);
-    case MixActivation::kSilu:
-      return mix_act_of<T, MixActivation::kSilu>(norm, x, n, z, slope);
-    case MixActivation::kSigmoid:
-      return mix_act_of<T, MixActivation::kSigmoid>(norm, x, n, z, slope);
-  }
+  using enum MixActivation;
+  with_value<kNone, kRelu, kSilu, kSigmoid>(kind, [&]<MixActivation A>() {
+    norm.mean != nullptr ? mix_act_loop<T, A, true>(norm, x, n, z, slope)
+                         : mix_act_loop<T, A, false>(norm, x, n, z, slope);
+  });
 }
 
 // c[i*ld + j] = sum_k a[i*step_i + k*step_k] * b[k*ld + j] for i < M and NV vectors of j.

@@ -109,6 +109,7 @@ inline __attribute__((always_inline)) void route_soa_bwd_of(const RouteSoa<T>& p
     for (int64_t k = 0; k < top_k; ++k) {
       const Int absent = tokens_of<Int>(p.ids, k, i) < 0;
       const Vec<T> value = score[k];
+      slope[k] = none;
       if (p.softmax) {
         score[k] = absent ? none : exponential<T, true>(value - most);
         if (!over_all) sum += score[k];

@@ -70,7 +70,7 @@ void store_row(DType type, const T* src, void* dst, int64_t n) {
 }
 
 template <class T>
-void store_rows(const T* src, int64_t ld_src, const MutableRows& dst) {
+void store_rows(const T* src, int64_t ld_src, const MutableTypedRows& dst) {
   constexpr int W = kLanes<T>;
   const int64_t n = dst.n;
   with_type<T>(dst.type, dst.data, [&]<class S>(const S* q) {

@@ -21,7 +21,7 @@ struct TypedRowsOf {
   int64_t ld, count, n;
 };
 using TypedRows = TypedRowsOf<const void>;
-using MutableRows = TypedRowsOf<void>;
+using MutableTypedRows = TypedRowsOf<void>;
 
 // `count` rows of n elements that lie anywhere.
 template <class P>
@@ -90,7 +90,7 @@ struct RowKernels {
   void (*load_row)(DType type, const void* src, T* dst, int64_t n, T scale);
   void (*load_rows)(const TypedRows& src, T* dst, int64_t ld_dst, T scale);
   void (*store_row)(DType type, const T* src, void* dst, int64_t n);
-  void (*store_rows)(const T* src, int64_t ld_src, const MutableRows& dst);
+  void (*store_rows)(const T* src, int64_t ld_src, const MutableTypedRows& dst);
   // store_row with non-temporal stores where the target has them and dst and n are whole cache
   // lines; stream_fence orders them.
   void (*stream_row)(DType type, const T* src, void* dst, int64_t n);

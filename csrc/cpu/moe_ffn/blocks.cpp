@@ -188,8 +188,7 @@ class Backward {
 
   void run() {
     T* grad_weights = static_cast<T*>(p_.grad_topk_weights);
-    if (grad_weights != nullptr)
-      std::fill_n(grad_weights, s_.routing.num_slots(), T(0));
+    if (grad_weights != nullptr) std::fill_n(grad_weights, s_.routing.num_slots(), T(0));
     run_chunks(s_.routing, par_, blocks_cost(s_, 2),
                [&](int64_t chunk, const TokenBlock& b, bool first) { run_block(chunk, b, first); });
     if (wants_down_) down_sums_.add_up(down_grads_, p_.grad_b_down, p_.x.type, par_);

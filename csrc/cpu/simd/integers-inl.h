@@ -6,7 +6,6 @@ constexpr int64_t kVec = MOE_VEC_BYTES;
 #if defined(__AVX2__) && MOE_VEC_BYTES >= 32
 #if MOE_VEC_BYTES == 64
 typedef __m512i Bytes;
-#define MOE_INT(name) _mm512_##name
 inline Bytes load_weights(const void* p) { return _mm512_loadu_si512(p); }
 inline Bytes bits_and(Bytes a, Bytes b) { return _mm512_and_si512(a, b); }
 inline Vec<float> as_floats(Bytes v) {
@@ -14,7 +13,6 @@ inline Vec<float> as_floats(Bytes v) {
 }
 #else
 typedef __m256i Bytes;
-#define MOE_INT(name) _mm256_##name
 inline Bytes load_weights(const void* p) {
   return _mm256_loadu_si256(static_cast<const __m256i*>(p));
 }

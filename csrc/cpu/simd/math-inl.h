@@ -35,24 +35,18 @@ constexpr T inverse_factorial(int n) {
 // The larger and the smaller one; NaN if x is. The compiler makes two operations of the
 // conditional.
 inline Vec<float> at_least(Vec<float> x, float least) {
-#if defined(__AVX512F__) && MOE_VEC_BYTES == 64
-  return __builtin_bit_cast(Vec<float>,
-                            _mm512_max_ps(_mm512_set1_ps(least), __builtin_bit_cast(__m512, x)));
-#elif defined(__AVX2__) && MOE_VEC_BYTES == 32
-  return __builtin_bit_cast(Vec<float>,
-                            _mm256_max_ps(_mm256_set1_ps(least), __builtin_bit_cast(__m256, x)));
+#if defined(__AVX2__) && MOE_VEC_BYTES >= 32
+  return __builtin_bit_cast(
+      Vec<float>, MOE_INT(max_ps)(MOE_INT(set1_ps)(least), __builtin_bit_cast(Floats, x)));
 #else
   return x < least ? splat<float>(least) : x;
 #endif
 }
 
 inline Vec<float> at_most(Vec<float> x, float most) {
-#if defined(__AVX512F__) && MOE_VEC_BYTES == 64
+#if defined(__AVX2__) && MOE_VEC_BYTES >= 32
   return __builtin_bit_cast(Vec<float>,
-                            _mm512_min_ps(_mm512_set1_ps(most), __builtin_bit_cast(__m512, x)));
-#elif defined(__AVX2__) && MOE_VEC_BYTES == 32
-  return __builtin_bit_cast(Vec<float>,
-                            _mm256_min_ps(_mm256_set1_ps(most), __builtin_bit_cast(__m256, x)));
+                            MOE_INT(min_ps)(MOE_INT(set1_ps)(most), __builtin_bit_cast(Floats, x)));
 #else
   return x > most ? splat<float>(most) : x;
 #endif

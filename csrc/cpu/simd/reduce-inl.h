@@ -54,49 +54,32 @@ inline Vec<T> sums_of_lanes(Vec<T>* s) {
   }
 }
 
-// fn of all lanes, in every lane: lanes l and l + L/2 first, so a sum has the bits of
-// horizontal_sum.
-template <class T, int width, class V, class Fn, int... I>
-inline V fold_lanes_of(V v, const Fn& fn, LaneList<I...> list) {
-  if constexpr (width == 0) {
-    return v;
+// The largest lane, in every lane.
+template <class T, class V, int width = kLanes<T> / 2>
+inline V max_of_lanes(V v) {
+  if constexpr (width > 0) {
+    typename Simd<T>::Int order;
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes<T>; ++i) order[i] = i ^ width;
+    const V other = shuffle(v, order);
+    return max_of_lanes<T, V, width / 2>(v > other ? v : other);
   } else {
-    v = fn(v, shuffle(v, typename Simd<T>::Int{(I ^ width)...}));
-    return fold_lanes_of<T, width / 2>(v, fn, list);
+    return v;
   }
-}
-
-// The largest lane of integers as wide as T, in every lane.
-template <class T>
-inline typename Simd<T>::Int max_of_lanes(typename Simd<T>::Int v) {
-  const auto larger = [](auto a, auto b) { return a > b ? a : b; };
-  return fold_lanes_of<T, kLanes<T> / 2>(v, larger, typename CountLanes<kLanes<T>>::Type{});
-}
-template <class T>
-inline Vec<T> max_of_lanes(Vec<T> v) {
-  const auto larger = [](auto a, auto b) { return a > b ? a : b; };
-  return fold_lanes_of<T, kLanes<T> / 2>(v, larger, typename CountLanes<kLanes<T>>::Type{});
 }
 
 // The lowest lane that is set in a comparison; kLanes when none is.
 template <class T>
 inline int first_lane(typename Simd<T>::Int comparison) {
-#if defined(__AVX2__) && MOE_VEC_BYTES == 32
-  unsigned bits;
-  if constexpr (sizeof(T) == 4) {
-    bits = static_cast<unsigned>(_mm256_movemask_ps(__builtin_bit_cast(__m256, comparison)));
-  } else {
-    bits = static_cast<unsigned>(_mm256_movemask_pd(__builtin_bit_cast(__m256d, comparison)));
-  }
-  return __builtin_ctz(bits | 1u << kLanes<T>);
-#elif defined(__SSE2__) && MOE_VEC_BYTES == 16
-  unsigned bits;
-  if constexpr (sizeof(T) == 4) {
-    bits = static_cast<unsigned>(_mm_movemask_ps(__builtin_bit_cast(__m128, comparison)));
-  } else {
-    bits = static_cast<unsigned>(_mm_movemask_pd(__builtin_bit_cast(__m128d, comparison)));
-  }
-  return __builtin_ctz(bits | 1u << kLanes<T>);
+#if defined(__SSE2__) && MOE_VEC_BYTES <= 32
+#if MOE_VEC_BYTES == 32
+  const int ints = _mm256_movemask_ps(__builtin_bit_cast(__m256, comparison));
+  const int longs = _mm256_movemask_pd(__builtin_bit_cast(__m256d, comparison));
+#else
+  const int ints = _mm_movemask_ps(__builtin_bit_cast(__m128, comparison));
+  const int longs = _mm_movemask_pd(__builtin_bit_cast(__m128d, comparison));
+#endif
+  return __builtin_ctz(static_cast<unsigned>(sizeof(T) == 4 ? ints : longs) | 1u << kLanes<T>);
 #else
   int lane = kLanes<T>;
   for (int l = kLanes<T> - 1; l >= 0; --l) lane = comparison[l] != 0 ? l : lane;
@@ -113,13 +96,6 @@ struct Four {
 };
 #if defined(__AVX2__) && MOE_VEC_BYTES >= 32
 constexpr int kFolded = MOE_VEC_BYTES / 16;  // quadruples of floats
-#if MOE_VEC_BYTES == 64
-typedef __m512 Floats;
-typedef __m512d Doubles;
-#else
-typedef __m256 Floats;
-typedef __m256d Doubles;
-#endif
 
 // Lane 4 * q + i: the sum of the lanes of v[i] that are quadruple q.
 inline Floats fold_lanes(const Vec<float> (&v)[4]) {

@@ -7,6 +7,17 @@
 // build dependency and its own names for operators; its gain, length-agnostic vectors (SVE, RVV)
 // and MSVC, is not needed here, because tiles are sized for the registers of a known target.
 
+// Intrinsics of the width of a vector.
+#if MOE_VEC_BYTES == 64
+#define MOE_INT(name) _mm512_##name
+typedef __m512 Floats;
+typedef __m512d Doubles;
+#elif MOE_VEC_BYTES == 32
+#define MOE_INT(name) _mm256_##name
+typedef __m256 Floats;
+typedef __m256d Doubles;
+#endif
+
 template <class T>
 struct Simd;
 
@@ -71,28 +82,15 @@ inline void store_bytes(void* p, const T& v) {
 // A row would then have other bits alone than it has among others.
 template <class T, int kSums>
 inline Vec<T> add_one_of(Vec<T> acc, Vec<T> a, Vec<T> b) {
-#if defined(__AVX512F__) && MOE_VEC_BYTES == 64
+#if defined(__AVX2__) && MOE_VEC_BYTES >= 32
   if constexpr (kSums == 1) {
+    const auto cast = []<class To>(To, Vec<T> v) { return __builtin_bit_cast(To, v); };
     if constexpr (sizeof(T) == 4) {
-      return __builtin_bit_cast(
-          Vec<T>, _mm512_fmadd_ps(__builtin_bit_cast(__m512, a), __builtin_bit_cast(__m512, b),
-                                  __builtin_bit_cast(__m512, acc)));
+      const Floats f{};
+      return __builtin_bit_cast(Vec<T>, MOE_INT(fmadd_ps)(cast(f, a), cast(f, b), cast(f, acc)));
     } else {
-      return __builtin_bit_cast(
-          Vec<T>, _mm512_fmadd_pd(__builtin_bit_cast(__m512d, a), __builtin_bit_cast(__m512d, b),
-                                  __builtin_bit_cast(__m512d, acc)));
-    }
-  }
-#elif defined(__AVX2__) && MOE_VEC_BYTES == 32
-  if constexpr (kSums == 1) {
-    if constexpr (sizeof(T) == 4) {
-      return __builtin_bit_cast(
-          Vec<T>, _mm256_fmadd_ps(__builtin_bit_cast(__m256, a), __builtin_bit_cast(__m256, b),
-                                  __builtin_bit_cast(__m256, acc)));
-    } else {
-      return __builtin_bit_cast(
-          Vec<T>, _mm256_fmadd_pd(__builtin_bit_cast(__m256d, a), __builtin_bit_cast(__m256d, b),
-                                  __builtin_bit_cast(__m256d, acc)));
+      const Doubles d{};
+      return __builtin_bit_cast(Vec<T>, MOE_INT(fmadd_pd)(cast(d, a), cast(d, b), cast(d, acc)));
     }
   }
 #endif
@@ -303,6 +301,12 @@ inline void store_one(float* p, float v) { *p = v; }
 inline void store_one(double* p, double v) { *p = v; }
 inline void store_one(Bf16* p, float v) { *p = to_bf16(v); }
 inline void store_one(Fp16* p, float v) { *p = to_fp16(v); }
+
+// fn.template operator()<value>() for the one of `values` that v is.
+template <auto... values, class V, class Fn>
+inline void with_value(V v, const Fn& fn) {
+  (void)((v == values && (fn.template operator()<values>(), true)) || ...);
+}
 
 // Calls fn(pointer of the right element type).
 template <class T, class Fn>
