@@ -218,7 +218,6 @@ NO_BOUNDARY = {
     "kPart": MEMORY,
     "kMatchSamples": "how many weights of packed copies are compared with the truth",
     "kUnderWay": "how many of those comparisons overlap",
-    "kNumIsas": "of the instruction sets",
     "kRequestPermission": "of the operating system",
     "kTileData": "of the operating system",
 }
