@@ -8,7 +8,6 @@ from __future__ import annotations
 from .attention import AttentionExperts, AttentionExpertsOutput, KVCache
 from .dense import ExpertNorm, mix_outputs
 from .experts import Experts, SharedExperts
-from .gates import GateRouter
 from .losses import (
     concentration_loss,
     device_balance_loss,
@@ -22,14 +21,24 @@ from .losses import (
 from .moe import MoE, MoEOutput
 from .norm import ResidualNorm
 from .quantized import QuantizedExperts
-from .replay import RoutingChoice, RoutingRecord, record_routing, replay_routing
-from .router import Router, RouterOutput
-from .sparsemixer import sparsemixer
+from .record import RoutingChoice, RoutingRecord, record_routing, replay_routing
+from .router import (
+    ExpertChoiceRouter,
+    GateRouter,
+    Router,
+    RouterOutput,
+    SparseMixerRouter,
+    TopKRouter,
+    TopPRouter,
+    sparsemixer,
+)
+from .routing import Routing
 from .stats import RoutingStats, count_tokens_per_expert
 
 __all__ = [
     "AttentionExperts",
     "AttentionExpertsOutput",
+    "ExpertChoiceRouter",
     "ExpertNorm",
     "Experts",
     "GateRouter",
@@ -40,10 +49,14 @@ __all__ = [
     "ResidualNorm",
     "Router",
     "RouterOutput",
+    "Routing",
     "RoutingChoice",
     "RoutingRecord",
     "RoutingStats",
     "SharedExperts",
+    "SparseMixerRouter",
+    "TopKRouter",
+    "TopPRouter",
     "concentration_loss",
     "count_tokens_per_expert",
     "device_balance_loss",

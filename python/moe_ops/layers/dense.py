@@ -7,7 +7,7 @@ mixtures.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +22,21 @@ from moe_ops.ops.mix_experts import mix_experts
 
 from .invariant import plain_activation, uses_ops
 
-if TYPE_CHECKING:
-    from .experts import Experts
+
+class ExpertBank(Protocol):
+    """What `expert_outputs` reads of a bank of experts."""
+
+    num_experts: int
+    hidden_size: int
+    activation: str
+    gated: bool
+    interleaved: bool
+    alpha: float
+    limit: float
+    w_gate_up: nn.Parameter
+    w_down: nn.Parameter
+    b_gate_up: nn.Parameter | None
+    b_down: nn.Parameter | None
 
 
 class Segment(NamedTuple):
@@ -53,7 +66,7 @@ def segments(input_ids: Sequence[int]) -> tuple[Segment, ...]:
     return tuple(found)
 
 
-def expert_outputs(bank: Experts, x: Tensor, input_ids: Sequence[int] | None) -> Tensor:
+def expert_outputs(bank: ExpertBank, x: Tensor, input_ids: Sequence[int] | None) -> Tensor:
     """`Experts.outputs`: [T, E, O]."""
     name = "Experts.outputs"
     num_experts = bank.num_experts

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from moe_ops.ops import topk_router
 
-from .invariant import apply_linear, linear, plain_activation
-from .router import Router
+from ..invariant import apply_linear, linear, plain_activation
+from .topk import TopKRouter
 
 GATES = ("linear", "mlp", "cosine")
 
 
-class GateRouter(Router):
+class GateRouter(TopKRouter):
     """A router with another gate than `Router`'s linear map, and with random choices in training.
 
     Gates, for a token x:
@@ -79,12 +79,14 @@ class GateRouter(Router):
             raise ValueError(
                 f"GateRouter: sample_top_k must be in [0, top_k = {top_k}], got {sample_top_k}."
             )
-        super().__init__(hidden_size, num_experts, top_k, **router_options)
-        if self.kind != "topk" or self.score_func != "softmax":
+        kind = router_options.get("kind", "topk")
+        score_func = router_options.get("score_func", "softmax")
+        if (kind, score_func) != ("topk", "softmax"):
             raise ValueError(
                 "GateRouter: kind and score_func must be 'topk' and 'softmax', got "
-                f"{self.kind!r} and {self.score_func!r}."
+                f"{kind!r} and {score_func!r}."
             )
+        super().__init__(hidden_size, num_experts, top_k, **router_options)
         self.gate = gate
         self.gate_size = gate_size
         self.gate_dropout = gate_dropout
@@ -102,7 +104,7 @@ class GateRouter(Router):
     def reset_parameters(self) -> None:
         """Draws the initial values described above."""
         super().reset_parameters()
-        # Router's constructor comes here before there is a stem.
+        # The constructor of Router comes here before there is a stem.
         stem, temperature = getattr(self, "stem", None), getattr(self, "temperature", None)
         if stem is not None:
             stem.reset_parameters()
@@ -147,19 +149,14 @@ class GateRouter(Router):
             ids = torch.cat([ids, drawn.to(ids.dtype)], dim=1)
         return self.weights_at(router_logits, ids, expert_mask=expert_mask), ids
 
-    def _blank(self, num_experts: int, **config: Any) -> GateRouter:
-        result = GateRouter(
-            self.hidden_size,
-            num_experts,
-            gate=self.gate,
-            gate_size=self.gate_size,
-            gate_dropout=self.gate_dropout,
-            sample_top_k=min(self.sample_top_k, config["top_k"]),
-            bias=self.bias is not None,
-            expert_bias=self.expert_bias is not None,
-            device="meta",
-            **config,
-        )
+    @property
+    def draws_random_numbers(self) -> bool:  # type: ignore[override]
+        return self.sample_top_k > 0
+
+    def with_rows(self, num_experts: int, top_k: int, **changes: Any) -> Any:
+        changes["sample_top_k"] = min(self.sample_top_k, top_k)
+        result: Any = super().with_rows(num_experts, top_k, **changes)
+        # What belongs to no expert.
         result.stem = copy.deepcopy(self.stem)
         result.temperature = copy.deepcopy(self.temperature)
         return result

@@ -1,0 +1,168 @@
+"""Operations on layers that have a router and experts. See the methods of `MoE` and
+`AttentionExperts`.
+
+Letters: E experts, D width of the heads of an expert.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from .rows import as_ids, take_rows, whole_rows
+
+
+class MoELayer(Protocol):
+    """What these functions read of a `MoE`, and how they make another."""
+
+    router: Any
+    experts: Any
+    shared_experts: nn.Module | None
+    shared_expert_gate: nn.Module | None
+
+    def rebuild(self, router: Any, experts: Any, shared: dict[str, nn.Module | None]) -> Any: ...
+
+
+M = TypeVar("M", bound=MoELayer)
+
+
+def select(moe: M, ids: Sequence[int] | Tensor, changes: dict[str, Any]) -> M:
+    """`MoE.select`."""
+    return _rebuild(moe, moe.router.select(ids, **changes), moe.experts.select(ids))
+
+
+def append(
+    moe: M, other: int | M, init: str, router_init: str | None, changes: dict[str, Any]
+) -> M:
+    """`MoE.append`."""
+    if not isinstance(other, int):
+        router = moe.router.append(other.router, **changes)
+        return _rebuild(moe, router, moe.experts.append(other.experts))
+    experts = moe.experts.append(other, init=init)
+    router_init = router_init or _router_init(init)
+    return _rebuild(moe, moe.router.append(other, init=router_init, **changes), experts)
+
+
+def split(moe: M, ids: Sequence[int] | Tensor | None, factor: int, mode: str, noise: float) -> M:
+    """`MoE.split`."""
+    router = moe.router.split(ids, factor, mode=mode)
+    return _rebuild(moe, router, moe.experts.split(ids, factor, mode=mode, noise=noise))
+
+
+def merge(
+    moe: M,
+    groups: Sequence[Sequence[int]],
+    weights: Tensor | Sequence[float] | None,
+    mode: str,
+    neuron_order: Tensor | None,
+    changes: dict[str, Any],
+) -> M:
+    """`MoE.merge`."""
+    router = moe.router.merge(groups, weights, mode=mode, **changes)
+    experts = moe.experts.merge(groups, weights, mode=mode, neuron_order=neuron_order)
+    return _rebuild(moe, router, experts)
+
+
+def _router_init(init: str) -> str:
+    """Rows of a router that go with new experts; a router has no output that could be zero."""
+    return "random" if init == "zero_output" else init
+
+
+def _rebuild(moe: M, router: Any, experts: Any) -> M:
+    shared = {name: copy.deepcopy(getattr(moe, name)) for name in _SHARED}
+    result: M = moe.rebuild(router, experts, shared)
+    return result
+
+
+_SHARED = ("shared_experts", "shared_expert_gate")
+
+
+class AttentionLayer(Protocol):
+    """What these functions read of an `AttentionExperts`, and how they make another."""
+
+    router: Any
+    expert_kv: bool
+    training: bool
+    w_query: nn.Parameter
+    w_output: nn.Parameter
+    kv_proj: nn.Linear
+    bias: nn.Parameter | None
+
+    def blank(self, router: Any, **changes: Any) -> Any: ...
+    def named_parameters(self) -> Any: ...
+
+
+A = TypeVar("A", bound=AttentionLayer)
+
+
+def select_attention(layer: A, ids: Sequence[int] | Tensor, changes: dict[str, Any]) -> A:
+    """`AttentionExperts.select`."""
+    index = as_ids("AttentionExperts.select", ids, layer.router.num_experts)
+    rows = {name: take_rows(p, index) for name, p in _row_tensors(layer).items()}
+    return _rebuild_attention(layer, layer.router.select(ids, **changes), rows)
+
+
+def append_attention(
+    layer: A, num: int, init: str, router_init: str | None, changes: dict[str, Any]
+) -> A:
+    """`AttentionExperts.append`."""
+    if init not in ("random", "zero_output", "copy", "mean"):
+        raise ValueError(
+            "AttentionExperts.append: init must be 'random', 'zero_output', 'copy' or 'mean', "
+            f"got {init!r}."
+        )
+    router = layer.router.append(num, init=router_init or _router_init(init), **changes)
+    experts, rows = layer.router.num_experts, {}
+    for name, p in _row_tensors(layer).items():
+        if init == "copy":
+            new = take_rows(p, [i % experts for i in range(num)])
+        elif init == "mean":
+            new = p.mean(0, keepdim=True).expand(num, *p.shape[1:])
+        elif name == "kv_bias" or (name == "w_output" and init == "zero_output"):
+            new = p.new_zeros(num, *p.shape[1:])
+        else:
+            bound = p.shape[-1] ** -0.5
+            new = p.new_empty(num, *p.shape[1:]).uniform_(-bound, bound)
+        rows[name] = torch.cat([p, new])
+    return _rebuild_attention(layer, router, rows)
+
+
+def _row_tensors(layer: AttentionLayer) -> dict[str, Tensor]:
+    """Tensors of the experts, [E, ...]; keys and values are among them with `expert_kv`."""
+    weights = {"w_query": layer.w_query, "w_output": layer.w_output}
+    tensors = whole_rows("AttentionExperts", weights)
+    if layer.expert_kv:
+        experts = layer.router.num_experts
+        for name, p in (("kv_weight", layer.kv_proj.weight), ("kv_bias", layer.kv_proj.bias)):
+            if p is not None:  # [2 E D, ...]: keys of all experts, then values.
+                tensors[name] = p.detach().view(2, experts, -1, *p.shape[1:]).transpose(0, 1)
+    return tensors
+
+
+def _rebuild_attention(layer: A, router: Any, rows: dict[str, Tensor]) -> A:
+    # On the meta device initialisation draws no random numbers.
+    result = layer.blank(router, device="meta")
+    tensors: dict[str, Tensor | None] = {
+        "kv_proj.weight": layer.kv_proj.weight,
+        "kv_proj.bias": layer.kv_proj.bias,
+        "bias": layer.bias,
+    }
+    for name, rowwise in rows.items():
+        if name.startswith("kv_"):
+            flat = rowwise.transpose(0, 1).flatten(0, 2)
+            tensors[name.replace("kv_", "kv_proj.")] = flat
+        else:
+            tensors[name] = rowwise
+    for name, old in layer.named_parameters():
+        tensor = tensors.get(name)
+        if tensor is None:
+            continue  # The router's.
+        module = result.get_submodule(name.rpartition(".")[0])
+        new = tensor.detach().to(old).clone(memory_format=torch.contiguous_format)
+        parameter = nn.Parameter(new, requires_grad=old.requires_grad)
+        setattr(module, name.rpartition(".")[2], parameter)
+    return result.train(layer.training)
