@@ -342,12 +342,12 @@ MODULES = {
     "QuantizedExperts": lambda: layers.Experts(E, 64, 64),
     "ResidualNorm": lambda: layers.ResidualNorm(H, dtype=torch.float64),
     "Router": lambda: layers.Router(H, E, K, dtype=torch.float64, logits_dtype=None),
-    "Router, sparsemixer": lambda: layers.Router(
+    "SparseMixerRouter": lambda: layers.Router(
         H, E, K, kind="sparsemixer", dtype=torch.float64, logits_dtype=None
     ),
-    "Router, top-p": lambda: layers.Router(
-        H, E, K, kind="topp", dtype=torch.float64, logits_dtype=None
-    ),
+    "TopPRouter": lambda: layers.TopPRouter(H, E, K, dtype=torch.float64, logits_dtype=None),
+    "TopKRouter": lambda: layers.TopKRouter(H, E, K, renormalize=True, dtype=torch.float64),
+    "ExpertChoiceRouter": lambda: layers.ExpertChoiceRouter(H, E, K, dtype=torch.float64),
     "SharedExperts": lambda: layers.SharedExperts(H, 3, dtype=torch.float64),
 }
 LOSSES = {
@@ -367,6 +367,7 @@ WITHOUT_GRADIENTS = {
     "KVCache",
     "MoEOutput",
     "RouterOutput",
+    "Routing",
     "RoutingChoice",
     "RoutingRecord",
     "RoutingStats",

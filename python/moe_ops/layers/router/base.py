@@ -9,7 +9,6 @@ Letters: T tokens, H hidden size, E experts, K experts a token.
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
@@ -22,6 +21,7 @@ from ..routing import Routing, drop_masked, mask_logits, valid_ids
 from ..stats import count_tokens_per_expert
 from ..surgery import router_rows as surgery
 from .linear import router_logits
+from .options import check, options_of
 from .presets import PRESETS
 
 
@@ -165,7 +165,7 @@ class Router(nn.Module):
         check(kind in (None, self.kind), f"kind must be {self.kind!r} or left out, got {kind!r}")
         known: dict[str, Any] = {}
         for router in Router._kinds.values():
-            known = {**_options(router), **known}
+            known = {**options_of(router), **known}
         for name, value in others.items():
             if name not in known:
                 raise TypeError(f"{type(self).__name__}: there is no argument {name!r}.")
@@ -174,7 +174,7 @@ class Router(nn.Module):
             # The options of top-k routing say how scores become weights, and a call that sets one
             # wants other weights. The others are numbers of a way of choosing that is not used.
             check(
-                name not in _options(Router._kinds["topk"]),
+                name not in options_of(Router._kinds["topk"]),
                 f"{name} must keep its default with kind={self.kind!r}, got {value!r}",
             )
             warnings.warn(
@@ -432,7 +432,7 @@ class Router(nn.Module):
         """The keyword arguments that make a router like this one: all but device and dtype."""
         made = {
             name: getattr(self, name)
-            for name in _options(type(self))
+            for name in options_of(type(self))
             if name not in ("kind", "bias", "expert_bias", "device", "dtype")
         }
         made["bias"] = self.bias is not None
@@ -488,27 +488,3 @@ class Router(nn.Module):
         if self.expert_bias is not None:
             words.append("expert_bias")
         return ", ".join(words)
-
-
-def check(ok: bool, message: str) -> None:
-    """Raises ValueError with the message unless `ok`."""
-    if not ok:
-        raise ValueError(f"Router: {message}.")
-
-
-def check_score_func(score_func: str) -> None:
-    check(
-        score_func in ("softmax", "sigmoid"),
-        f"score_func must be 'softmax' or 'sigmoid', got {score_func!r}",
-    )
-
-
-def _options(router: type[Router]) -> dict[str, Any]:
-    """Keyword arguments of the constructors of a class and its bases, with their defaults."""
-    found: dict[str, Any] = {}
-    for base in router.__mro__:
-        if issubclass(base, Router) and "__init__" in vars(base):
-            for parameter in inspect.signature(base.__init__).parameters.values():
-                if parameter.kind is parameter.KEYWORD_ONLY:
-                    found.setdefault(parameter.name, parameter.default)
-    return found

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from moe_ops.ops import expert_choice_router
 
-from .base import Router, check, check_score_func
+from .base import Router
+from .options import check, check_score_func
 
 
 class ExpertChoiceRouter(Router, kind="expert_choice"):

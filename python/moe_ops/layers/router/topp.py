@@ -11,7 +11,8 @@ from torch import Tensor
 
 from moe_ops.ops import topp_router
 
-from .base import Router, check
+from .base import Router
+from .options import check
 
 
 class TopPRouter(Router, kind="topp"):
