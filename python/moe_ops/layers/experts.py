@@ -9,12 +9,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_ops import packing
 from moe_ops.ops import gated_act, moe_linear_map, moe_linear_reduce
+from moe_ops.ops.dense_ffn import dense_ffn
 
-from .dense import expert_outputs, mix_outputs
+from .dense import fits_dense_ffn, grouped_linear, mix_outputs, segments
 from .invariant import linear, plain_activation
 from .surgery import experts as surgery
 
@@ -159,17 +161,7 @@ class Experts(nn.Module):
             num_slots = topk_ids.shape[1]
             x = (x[:, None] * topk_weights[..., None].to(x.dtype)).flatten(0, 1)
             topk_ids, weights = topk_ids.reshape(-1, 1), torch.ones_like(topk_weights).view(-1, 1)
-        h = moe_linear_map(x, self.w_gate_up, topk_ids, bias=self.b_gate_up)
-        if self.gated:
-            h = gated_act(
-                h,
-                self.activation,
-                interleaved=self.interleaved,
-                alpha=self.alpha,
-                limit=self.limit,
-            )
-        else:
-            h = plain_activation(h, self.activation)
+        h = self._activate(moe_linear_map(x, self.w_gate_up, topk_ids, bias=self.b_gate_up))
         y = moe_linear_reduce(h, self.w_down, weights, topk_ids, bias=self.b_down)
         return y.unflatten(0, (-1, num_slots)).sum(1) if on_input else y
 
@@ -190,7 +182,61 @@ class Experts(nn.Module):
 
         Second derivatives are not supported.
         """
-        return expert_outputs(self, x, input_ids)
+        x, ids = self._inputs(x, input_ids)
+        if not self.gated and fits_dense_ffn(x, self.w_gate_up, self.w_down):
+            return dense_ffn(
+                x,
+                self.w_gate_up,
+                self.w_down,
+                torch.tensor(ids, dtype=torch.int32, device=x.device),
+                b_up=self.b_gate_up,
+                b_down=self.b_down,
+                activation=self.activation,
+            )
+        h = self._activate(grouped_linear(x, self.w_gate_up, self.b_gate_up, segments(ids)))
+        return grouped_linear(h, self.w_down, self.b_down)
+
+    def _inputs(self, x: Tensor, input_ids: Sequence[int] | None) -> tuple[Tensor, list[int]]:
+        """The inputs of `outputs` as [T, G, H], and which one each expert reads."""
+        name, e, h = "Experts.outputs", self.num_experts, self.hidden_size
+        if x.dim() not in (2, 3) or x.shape[-1] != h:
+            raise ValueError(
+                f"{name}: x must be [T, {h}] or [T, G, {h}], got shape {list(x.shape)}."
+            )
+        if x.dim() == 2:
+            if input_ids is not None:
+                raise ValueError(
+                    f"{name}: input_ids must come with x [T, G, H], got shape {list(x.shape)}."
+                )
+            return x[:, None], [0] * e
+        num_inputs = x.shape[1]
+        if input_ids is None:
+            size, rest = divmod(e, max(num_inputs, 1))
+            if rest or not size:
+                raise ValueError(
+                    f"{name}: x must have a number of inputs that divides {e} experts (or come "
+                    f"with input_ids), got shape {list(x.shape)}."
+                )
+            return x, [i // size for i in range(e)]
+        ids = [int(i) for i in input_ids]
+        if len(ids) != e or min(ids) < 0 or max(ids) >= num_inputs:
+            raise ValueError(
+                f"{name}: input_ids must be {e} numbers in [0, {num_inputs}), got {ids}."
+            )
+        return x, ids
+
+    def _activate(self, h: Tensor) -> Tensor:
+        if self.gated:
+            return gated_act(
+                h,
+                self.activation,
+                interleaved=self.interleaved,
+                alpha=self.alpha,
+                limit=self.limit,
+            )
+        if self.activation == "relu":
+            return F.relu(h, inplace=True)
+        return plain_activation(h, self.activation)
 
     def mix(self, x: Tensor, weights: Tensor, input_ids: Sequence[int] | None = None) -> Tensor:
         """y[t, m] = sum_e weights[t, m, e] * expert e of its input: M mixtures of all experts.

@@ -349,14 +349,3 @@ class MoE(nn.Module):
             changes: top_k, num_groups, num_topk_groups of the new router.
         """
         return surgery.merge(self, groups, weights, mode, neuron_order, changes)
-
-    def rebuild(self, router: Router, experts: Experts, shared: dict[str, nn.Module | None]) -> MoE:
-        """A layer with the options of this one, of other modules."""
-        result = MoE(
-            router,
-            experts,
-            **shared,
-            aux_losses=self.aux_losses,
-            freeze_routing_in_recompute=self.freeze_routing_in_recompute,
-        )
-        return result.train(self.training)

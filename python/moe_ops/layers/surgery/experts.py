@@ -1,12 +1,13 @@
-"""Operations on a bank of experts. See the methods of `Experts`.
+"""Operations on a bank of `Experts`. Its methods document them.
 
+Banks call these functions, so their class cannot be imported here.
 Letters: H hidden size, I intermediate size, E experts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,31 +24,13 @@ from .rows import (
 )
 
 
-class ExpertBank(Protocol):
-    """What these functions read of a bank, and how they make another."""
-
-    num_experts: int
-    intermediate_size: int
-    gated: bool
-    interleaved: bool
-    training: bool
-    w_down: nn.Parameter
-
-    def config(self) -> dict[str, Any]: ...
-    def blank(self, num_experts: int, **changes: Any) -> Any: ...
-    def named_parameters(self, *, recurse: bool) -> Any: ...
-
-
-B = TypeVar("B", bound=ExpertBank)
-
-
-def select(bank: B, ids: Sequence[int] | Tensor) -> B:
+def select(bank: Any, ids: Sequence[int] | Tensor) -> Any:
     """`Experts.select`."""
     index = as_ids("Experts.select", ids, bank.num_experts)
     return _rebuild(bank, {name: take_rows(p, index) for name, p in _row_tensors(bank).items()})
 
 
-def append(bank: B, other: int | B, init: str) -> B:
+def append(bank: Any, other: int | Any, init: str) -> Any:
     """`Experts.append`."""
     old = _row_tensors(bank)
     if not isinstance(other, int):
@@ -63,12 +46,12 @@ def append(bank: B, other: int | B, init: str) -> B:
 
 
 def split(
-    bank: B,
+    bank: Any,
     ids: Sequence[int] | Tensor | None,
     factor: int,
     mode: str,
     noise: float,
-) -> B:
+) -> Any:
     """`Experts.split`."""
     index = as_ids("Experts.split", ids, bank.num_experts)
     check_split("Experts.split", factor, mode)
@@ -116,12 +99,12 @@ def split(
 
 
 def merge(
-    bank: B,
+    bank: Any,
     groups: Sequence[Sequence[int]],
     weights: Tensor | Sequence[float] | None,
     mode: str,
     neuron_order: Tensor | None,
-) -> B:
+) -> Any:
     """`Experts.merge`."""
     members = as_groups("Experts.merge", groups, bank.num_experts, mode)
     tensors = _row_tensors(bank)
@@ -146,9 +129,7 @@ def merge(
     return _rebuild(bank, merged)
 
 
-def _reorder(
-    bank: ExpertBank, tensors: dict[str, Tensor], neuron_order: Tensor
-) -> dict[str, Tensor]:
+def _reorder(bank: Any, tensors: dict[str, Tensor], neuron_order: Tensor) -> dict[str, Tensor]:
     shape = (bank.num_experts, bank.intermediate_size)
     every = torch.arange(bank.intermediate_size, device="cpu").expand(shape)
     if neuron_order.shape != shape or not torch.equal(
@@ -168,7 +149,7 @@ def _reorder(
     return result
 
 
-def _neurons_first(bank: ExpertBank, name: str, p: Tensor) -> Tensor:
+def _neurons_first(bank: Any, name: str, p: Tensor) -> Tensor:
     """A view or copy [E, I, ...] of a parameter, everything of one hidden neuron together."""
     if name == "w_down":
         return p.transpose(1, 2)  # [E, I, H]
@@ -180,7 +161,7 @@ def _neurons_first(bank: ExpertBank, name: str, p: Tensor) -> Tensor:
     return p.reshape(rows, 2, -1, *rest).transpose(1, 2)
 
 
-def _neurons_back(bank: ExpertBank, name: str, p: Tensor) -> Tensor:
+def _neurons_back(bank: Any, name: str, p: Tensor) -> Tensor:
     """The inverse of `_neurons_first`, for any number of experts and neurons."""
     if name == "w_down":
         return p.transpose(1, 2)
@@ -191,11 +172,11 @@ def _neurons_back(bank: ExpertBank, name: str, p: Tensor) -> Tensor:
     return p.reshape(p.shape[0], -1, *p.shape[3:])
 
 
-def _row_tensors(bank: ExpertBank) -> dict[str, Tensor]:
+def _row_tensors(bank: Any) -> dict[str, Tensor]:
     return whole_rows("Experts", dict(bank.named_parameters(recurse=False)))
 
 
-def _fresh_rows(bank: ExpertBank, num: int, init: str) -> dict[str, Tensor]:
+def _fresh_rows(bank: Any, num: int, init: str) -> dict[str, Tensor]:
     if num < 1:
         raise ValueError(f"Experts.append: the number of experts must be >= 1, got {num}.")
     old = _row_tensors(bank)
@@ -215,7 +196,7 @@ def _fresh_rows(bank: ExpertBank, num: int, init: str) -> dict[str, Tensor]:
     return new
 
 
-def _rebuild(bank: B, tensors: dict[str, Tensor]) -> B:
+def _rebuild(bank: Any, tensors: dict[str, Tensor]) -> Any:
     """A bank like this one with other experts; sizes are taken from the tensors."""
     num_experts, _, intermediate_size = tensors["w_down"].shape
     # On the meta device initialisation draws no random numbers.

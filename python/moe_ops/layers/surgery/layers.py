@@ -1,6 +1,6 @@
-"""Operations on layers that have a router and experts. See the methods of `MoE` and
-`AttentionExperts`.
+"""Operations on a `MoE` and on `AttentionExperts`. Their methods document them.
 
+Layers call these functions, so their classes cannot be imported here.
 Letters: E experts, D width of the heads of an expert.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,28 +16,14 @@ from torch import Tensor, nn
 from .rows import as_ids, take_rows, whole_rows
 
 
-class MoELayer(Protocol):
-    """What these functions read of a `MoE`, and how they make another."""
-
-    router: Any
-    experts: Any
-    shared_experts: nn.Module | None
-    shared_expert_gate: nn.Module | None
-
-    def rebuild(self, router: Any, experts: Any, shared: dict[str, nn.Module | None]) -> Any: ...
-
-
-M = TypeVar("M", bound=MoELayer)
-
-
-def select(moe: M, ids: Sequence[int] | Tensor, changes: dict[str, Any]) -> M:
+def select(moe: Any, ids: Sequence[int] | Tensor, changes: dict[str, Any]) -> Any:
     """`MoE.select`."""
     return _rebuild(moe, moe.router.select(ids, **changes), moe.experts.select(ids))
 
 
 def append(
-    moe: M, other: int | M, init: str, router_init: str | None, changes: dict[str, Any]
-) -> M:
+    moe: Any, other: int | Any, init: str, router_init: str | None, changes: dict[str, Any]
+) -> Any:
     """`MoE.append`."""
     if not isinstance(other, int):
         router = moe.router.append(other.router, **changes)
@@ -47,20 +33,22 @@ def append(
     return _rebuild(moe, moe.router.append(other, init=router_init, **changes), experts)
 
 
-def split(moe: M, ids: Sequence[int] | Tensor | None, factor: int, mode: str, noise: float) -> M:
+def split(
+    moe: Any, ids: Sequence[int] | Tensor | None, factor: int, mode: str, noise: float
+) -> Any:
     """`MoE.split`."""
     router = moe.router.split(ids, factor, mode=mode)
     return _rebuild(moe, router, moe.experts.split(ids, factor, mode=mode, noise=noise))
 
 
 def merge(
-    moe: M,
+    moe: Any,
     groups: Sequence[Sequence[int]],
     weights: Tensor | Sequence[float] | None,
     mode: str,
     neuron_order: Tensor | None,
     changes: dict[str, Any],
-) -> M:
+) -> Any:
     """`MoE.merge`."""
     router = moe.router.merge(groups, weights, mode=mode, **changes)
     experts = moe.experts.merge(groups, weights, mode=mode, neuron_order=neuron_order)
@@ -72,34 +60,19 @@ def _router_init(init: str) -> str:
     return "random" if init == "zero_output" else init
 
 
-def _rebuild(moe: M, router: Any, experts: Any) -> M:
-    shared = {name: copy.deepcopy(getattr(moe, name)) for name in _SHARED}
-    result: M = moe.rebuild(router, experts, shared)
-    return result
+def _rebuild(moe: Any, router: Any, experts: Any) -> Any:
+    result = type(moe)(
+        router,
+        experts,
+        copy.deepcopy(moe.shared_experts),
+        copy.deepcopy(moe.shared_expert_gate),
+        aux_losses=moe.aux_losses,
+        freeze_routing_in_recompute=moe.freeze_routing_in_recompute,
+    )
+    return result.train(moe.training)
 
 
-_SHARED = ("shared_experts", "shared_expert_gate")
-
-
-class AttentionLayer(Protocol):
-    """What these functions read of an `AttentionExperts`, and how they make another."""
-
-    router: Any
-    expert_kv: bool
-    training: bool
-    w_query: nn.Parameter
-    w_output: nn.Parameter
-    kv_proj: nn.Linear
-    bias: nn.Parameter | None
-
-    def blank(self, router: Any, **changes: Any) -> Any: ...
-    def named_parameters(self) -> Any: ...
-
-
-A = TypeVar("A", bound=AttentionLayer)
-
-
-def select_attention(layer: A, ids: Sequence[int] | Tensor, changes: dict[str, Any]) -> A:
+def select_attention(layer: Any, ids: Sequence[int] | Tensor, changes: dict[str, Any]) -> Any:
     """`AttentionExperts.select`."""
     index = as_ids("AttentionExperts.select", ids, layer.router.num_experts)
     rows = {name: take_rows(p, index) for name, p in _row_tensors(layer).items()}
@@ -107,8 +80,8 @@ def select_attention(layer: A, ids: Sequence[int] | Tensor, changes: dict[str, A
 
 
 def append_attention(
-    layer: A, num: int, init: str, router_init: str | None, changes: dict[str, Any]
-) -> A:
+    layer: Any, num: int, init: str, router_init: str | None, changes: dict[str, Any]
+) -> Any:
     """`AttentionExperts.append`."""
     if init not in ("random", "zero_output", "copy", "mean"):
         raise ValueError(
@@ -131,7 +104,7 @@ def append_attention(
     return _rebuild_attention(layer, router, rows)
 
 
-def _row_tensors(layer: AttentionLayer) -> dict[str, Tensor]:
+def _row_tensors(layer: Any) -> dict[str, Tensor]:
     """Tensors of the experts, [E, ...]; keys and values are among them with `expert_kv`."""
     weights = {"w_query": layer.w_query, "w_output": layer.w_output}
     tensors = whole_rows("AttentionExperts", weights)
@@ -143,7 +116,7 @@ def _row_tensors(layer: AttentionLayer) -> dict[str, Tensor]:
     return tensors
 
 
-def _rebuild_attention(layer: A, router: Any, rows: dict[str, Tensor]) -> A:
+def _rebuild_attention(layer: Any, router: Any, rows: dict[str, Tensor]) -> Any:
     # On the meta device initialisation draws no random numbers.
     result = layer.blank(router, device="meta")
     tensors: dict[str, Tensor | None] = {

@@ -1,12 +1,12 @@
-"""Operations on the rows of a router, one for each expert. See the methods of `Router`.
+"""Operations on the rows of a `Router`, one for each expert. Its methods document them.
 
-Letters: E experts.
+Routers call these functions, so their class cannot be imported here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,41 +23,13 @@ from .rows import (
 )
 
 
-class RouterLike(Protocol):
-    """What these functions read of a router, and how they make another."""
-
-    num_experts: int
-    hidden_size: int
-    top_k: int
-    kind: str
-    score_func: str
-    topk_first: bool
-    renormalize: bool
-    renormalize_p: float
-    routed_scaling_factor: float
-    num_groups: int
-    num_topk_groups: int
-    group_score: str
-    splits_into_slices: ClassVar[bool]
-    training: bool
-    weight: nn.Parameter
-    bias: nn.Parameter | None
-    expert_bias: Tensor | None
-    tokens_per_expert: Tensor | None
-
-    def with_rows(self, num_experts: int, top_k: int, **changes: Any) -> Any: ...
-
-
-R = TypeVar("R", bound=RouterLike)
-
-
 def select(
-    router: R,
+    router: Any,
     ids: Sequence[int] | Tensor,
     top_k: int | None,
     num_groups: int | None,
     num_topk_groups: int | None,
-) -> R:
+) -> Any:
     """`Router.select`."""
     index = as_ids("Router.select", ids, router.num_experts)
     rows = {name: take_rows(t, index) for name, t in _row_tensors(router).items()}
@@ -65,13 +37,13 @@ def select(
 
 
 def append(
-    router: R,
-    other: int | R,
+    router: Any,
+    other: int | Any,
     init: str,
     top_k: int | None,
     num_groups: int | None,
     num_topk_groups: int | None,
-) -> R:
+) -> Any:
     """`Router.append`."""
     if router.num_groups > 1 and num_groups is None:
         raise ValueError(
@@ -92,7 +64,7 @@ def append(
     return _rebuild(router, rows, top_k, num_groups=num_groups, num_topk_groups=num_topk_groups)
 
 
-def split(router: R, ids: Sequence[int] | Tensor | None, factor: int, mode: str) -> R:
+def split(router: Any, ids: Sequence[int] | Tensor | None, factor: int, mode: str) -> Any:
     """`Router.split`."""
     index = as_ids("Router.split", ids, router.num_experts)
     check_split("Router.split", factor, mode)
@@ -123,14 +95,14 @@ def split(router: R, ids: Sequence[int] | Tensor | None, factor: int, mode: str)
 
 
 def merge(
-    router: R,
+    router: Any,
     groups: Sequence[Sequence[int]],
     weights: Tensor | Sequence[float] | None,
     mode: str,
     top_k: int | None,
     num_groups: int | None,
     num_topk_groups: int | None,
-) -> R:
+) -> Any:
     """`Router.merge`."""
     members = as_groups("Router.merge", groups, router.num_experts, mode)
     matrix = merge_matrix("Router.merge", members, weights, router.num_experts)
@@ -149,7 +121,7 @@ def merge(
     return _rebuild(router, rows, top_k, **changes)
 
 
-def _slice_gain(router: RouterLike, factor: int) -> float:
+def _slice_gain(router: Any, factor: int) -> float:
     """By how much weights shrink when each chosen expert becomes `factor` equal ones."""
     if router.renormalize:
         return factor ** (1.0 / router.renormalize_p)
@@ -157,7 +129,7 @@ def _slice_gain(router: RouterLike, factor: int) -> float:
     return 1.0 if router.score_func == "sigmoid" else float(factor)
 
 
-def _scale_bias(router: RouterLike, rows: dict[str, Tensor], factor: float) -> dict[str, Tensor]:
+def _scale_bias(router: Any, rows: dict[str, Tensor], factor: float) -> dict[str, Tensor]:
     """The bias follows softmax scores, which shrink with the number of experts."""
     if "expert_bias" in rows and router.score_func == "softmax" and not router.topk_first:
         rows["expert_bias"] = rows["expert_bias"] * factor
@@ -165,7 +137,7 @@ def _scale_bias(router: RouterLike, rows: dict[str, Tensor], factor: float) -> d
 
 
 def _groups(
-    router: RouterLike, index: list[int], num_groups: int | None, num_topk_groups: int | None
+    router: Any, index: list[int], num_groups: int | None, num_topk_groups: int | None
 ) -> dict[str, Any]:
     """Groups of a router of the old experts `index`, which must be equal runs of old groups."""
     if router.num_groups == 1 or num_groups is not None:
@@ -182,12 +154,12 @@ def _groups(
     return {"num_groups": len(starts), "num_topk_groups": num_topk_groups}
 
 
-def _row_tensors(router: RouterLike) -> dict[str, Tensor]:
+def _row_tensors(router: Any) -> dict[str, Tensor]:
     tensors = {"weight": router.weight, "bias": router.bias, "expert_bias": router.expert_bias}
     return whole_rows("Router", {name: t for name, t in tensors.items() if t is not None})
 
 
-def _fresh_rows(router: RouterLike, num: int, init: str) -> dict[str, Tensor]:
+def _fresh_rows(router: Any, num: int, init: str) -> dict[str, Tensor]:
     if num < 1:
         raise ValueError(f"Router.append: the number of experts must be >= 1, got {num}.")
     old = _row_tensors(router)
@@ -205,7 +177,7 @@ def _fresh_rows(router: RouterLike, num: int, init: str) -> dict[str, Tensor]:
     return new
 
 
-def _rebuild(router: R, rows: dict[str, Tensor], top_k: int | None = None, **changes: Any) -> R:
+def _rebuild(router: Any, rows: dict[str, Tensor], top_k: int | None = None, **changes: Any) -> Any:
     """A router like this one with other rows; changes that are None are none."""
     changes = {name: value for name, value in changes.items() if value is not None}
     if "num_groups" in changes or router.num_groups > 1:
