@@ -409,7 +409,7 @@ def test_bad_calls(call, word):
         ({"top_k": 0}, "top_k"),
         ({"top_k": E + 1}, "top_k"),
         ({"num_experts": 0}, "num_experts"),
-        ({"kind": "hash"}, "kind"),
+        ({"kind": "other"}, "kind"),
         ({"score_func": "relu"}, "score_func"),
         ({"num_groups": 3}, "num_groups"),
         ({"num_groups": 4, "num_topk_groups": 5}, "num_topk_groups"),

@@ -163,13 +163,12 @@ class Router(nn.Module):
         """Looks at arguments that this class does not have: those of other kinds are no error as
         long as they change nothing."""
         check(kind in (None, self.kind), f"kind must be {self.kind!r} or left out, got {kind!r}")
-        known: dict[str, Any] = {}
-        for router in Router._kinds.values():
-            known = {**options_of(router), **known}
+        kinds = [options_of(router) for router in Router._kinds.values()]
         for name, value in others.items():
-            if name not in known:
+            defaults = [options[name] for options in kinds if name in options]
+            if not defaults:
                 raise TypeError(f"{type(self).__name__}: there is no argument {name!r}.")
-            if value == known[name]:
+            if not isinstance(value, Tensor) and value in defaults:
                 continue
             # The options of top-k routing say how scores become weights, and a call that sets one
             # wants other weights. The others are numbers of a way of choosing that is not used.
