@@ -5,6 +5,7 @@ Letters: T tokens, H hidden size, I intermediate size, E experts, K experts a to
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -349,3 +350,15 @@ class MoE(nn.Module):
             changes: top_k, num_groups, num_topk_groups of the new router.
         """
         return surgery.merge(self, groups, weights, mode, neuron_order, changes)
+
+    def rebuild(self, router: Router, experts: Experts) -> MoE:
+        """A layer like this one with another router and other experts, and copies of the rest."""
+        result = MoE(
+            router,
+            experts,
+            copy.deepcopy(self.shared_experts),
+            copy.deepcopy(self.shared_expert_gate),
+            aux_losses=self.aux_losses,
+            freeze_routing_in_recompute=self.freeze_routing_in_recompute,
+        )
+        return result.train(self.training)

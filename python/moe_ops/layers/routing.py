@@ -22,7 +22,7 @@ class Routing(NamedTuple):
     K is the router's `top_k`; `max_k` with kind="topp" and E with kind="expert_choice".
     """
 
-    router_logits: Any  # Tensor or None. What comes from a router has them: no need to ask.
+    router_logits: Any  # Tensor or None; whoever called a router need not ask which.
     topk_weights: Tensor
     topk_ids: Tensor
 

@@ -35,6 +35,9 @@ class Router(nn.Module):
     - "topp" (`TopPRouter`): the smallest set of experts whose probabilities reach `top_p`.
     - "expert_choice" (`ExpertChoiceRouter`): each expert takes its best tokens.
     - "sparsemixer" (`SparseMixerRouter`): experts are sampled in training.
+    - "relu" (`ReLURouter`): all experts of a positive logit.
+    - "hash" (`HashRouter`): experts by token id.
+    - "capacity" (`CapacityRouter`): as "topk", dropping what is over an expert's capacity.
 
     Parameters and buffers:
         weight: [E, H]. bias: [E], with `bias=True`.

@@ -6,7 +6,6 @@ Letters: E experts, D width of the heads of an expert.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,7 +17,7 @@ from .rows import as_ids, take_rows, whole_rows
 
 def select(moe: Any, ids: Sequence[int] | Tensor, changes: dict[str, Any]) -> Any:
     """`MoE.select`."""
-    return _rebuild(moe, moe.router.select(ids, **changes), moe.experts.select(ids))
+    return moe.rebuild(moe.router.select(ids, **changes), moe.experts.select(ids))
 
 
 def append(
@@ -27,10 +26,10 @@ def append(
     """`MoE.append`."""
     if not isinstance(other, int):
         router = moe.router.append(other.router, **changes)
-        return _rebuild(moe, router, moe.experts.append(other.experts))
+        return moe.rebuild(router, moe.experts.append(other.experts))
     experts = moe.experts.append(other, init=init)
     router_init = router_init or _router_init(init)
-    return _rebuild(moe, moe.router.append(other, init=router_init, **changes), experts)
+    return moe.rebuild(moe.router.append(other, init=router_init, **changes), experts)
 
 
 def split(
@@ -38,7 +37,7 @@ def split(
 ) -> Any:
     """`MoE.split`."""
     router = moe.router.split(ids, factor, mode=mode)
-    return _rebuild(moe, router, moe.experts.split(ids, factor, mode=mode, noise=noise))
+    return moe.rebuild(router, moe.experts.split(ids, factor, mode=mode, noise=noise))
 
 
 def merge(
@@ -52,24 +51,12 @@ def merge(
     """`MoE.merge`."""
     router = moe.router.merge(groups, weights, mode=mode, **changes)
     experts = moe.experts.merge(groups, weights, mode=mode, neuron_order=neuron_order)
-    return _rebuild(moe, router, experts)
+    return moe.rebuild(router, experts)
 
 
 def _router_init(init: str) -> str:
     """Rows of a router that go with new experts; a router has no output that could be zero."""
     return "random" if init == "zero_output" else init
-
-
-def _rebuild(moe: Any, router: Any, experts: Any) -> Any:
-    result = type(moe)(
-        router,
-        experts,
-        copy.deepcopy(moe.shared_experts),
-        copy.deepcopy(moe.shared_expert_gate),
-        aux_losses=moe.aux_losses,
-        freeze_routing_in_recompute=moe.freeze_routing_in_recompute,
-    )
-    return result.train(moe.training)
 
 
 def select_attention(layer: Any, ids: Sequence[int] | Tensor, changes: dict[str, Any]) -> Any:
