@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import moe_ops
 from moe_ops.layers import Experts, MoE, Router, ZeroComputationExperts
 
 T, H, I, K = 14, 6, 5, 3
@@ -113,6 +114,16 @@ def test_half_types(dtype):
     assert y.dtype == dtype
     expected = loop(exact, x.double(), weights.double(), ids)
     assert (y.double() - expected).norm() <= 2 * torch.finfo(dtype).eps * expected.norm()
+
+
+@pytest.mark.cpu_only
+def test_batch_invariant_mode():
+    bank = make("all", torch.float32)
+    x, weights, ids = torch.randn(T, H), torch.rand(T, K), torch.randint(bank.num_experts, (T, K))
+    with moe_ops.batch_invariant(), torch.no_grad():
+        together = bank(x, weights, ids)
+        alone = [bank(x[t : t + 1], weights[t : t + 1], ids[t : t + 1]) for t in range(T)]
+    assert torch.equal(together, torch.cat(alone))
 
 
 def test_errors():

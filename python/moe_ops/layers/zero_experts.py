@@ -121,7 +121,7 @@ class ZeroComputationExperts(nn.Module):
             a, b = gate.unflatten(1, (-1, 2)).to(share.dtype).softmax(-1).unbind(-1)
             share = share[:, self.num_identity :]
             scale = scale + (share * a).sum(1, keepdim=True)
-            constants = (share * b) @ self.constant.to(share.dtype)
+            constants = linear(share * b, self.constant.to(share.dtype).t())
         return (y + scale * x + constants).to(y.dtype)
 
     def tokens_per_kind(self, topk_ids: Tensor) -> dict[str, Tensor]:
