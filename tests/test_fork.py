@@ -30,8 +30,9 @@ def run_python(code: str, *arguments: str) -> str:
 
 # Two threads take and give back large outputs, so that at any moment one of them is likely to hold
 # a lock of the allocator, while a third one forks. A child that inherits a lock which nobody will
-# release waits for ever: it is given a minute, in which it needs milliseconds. What torch itself
-# initialises at its first calls has no such protection, so the main thread makes them before.
+# release waits for ever: it is given a minute, in which it needs milliseconds. What torch
+# and Python initialise at their first calls has no such protection, so the main thread makes those
+# before, with an output that is small enough to stay out of the cache.
 FORKS = """
     import os, signal, sys, threading
     import torch, moe_ops
@@ -73,11 +74,10 @@ FORKS = """
             t.join()
         return hung, wrong
 
-    is_right(torch.ones(2, 3, 4), 1)
-    inputs(2)
-    torch.empty(3).numel()
+    grad, rows, offsets = inputs(2)
+    is_right(moe_ops.grouped_gemm_wgrad(grad[:, :8], rows, offsets), 2)
 """
-# Of each process only one child is forked, while the threads make the library's first calls.
+# Of each process only one child is forked, while the threads make their first large outputs.
 FIRST_CALLS = (
     FORKS
     + """
@@ -101,7 +101,7 @@ def test_fork_while_other_threads_compute(children: int):
 
 
 @pytest.mark.parametrize("processes", [40, pytest.param(1500, marks=pytest.mark.full)])
-def test_fork_while_other_threads_make_their_first_call(processes: int):
+def test_fork_while_other_threads_make_their_first_outputs(processes: int):
     assert run_python(FIRST_CALLS, str(processes)).split() == ["0"]
 
 
