@@ -208,8 +208,6 @@ NO_BOUNDARY = {
     "kNoLimit": LAYOUT,
     "kPacked": LAYOUT,
     "kPanelPad": LAYOUT,
-    "kNoLimit": LAYOUT,
-    "kPacked": LAYOUT,
     "kAlignment": MEMORY,
     "kHugeFrom": MEMORY,
     "kHugePage": MEMORY,
@@ -221,8 +219,9 @@ NO_BOUNDARY = {
     "kRequestPermission": "of the operating system",
     "kTileData": "of the operating system",
 }
-# Constants of -inl.h files are widths of a target's vectors and registers; the table of block sizes has
-# the ones that choose a kernel as fields of the kernel tables. Self-tests call kernels and are none.
+# Constants of -inl.h files are widths of a target's vectors and registers; the table of block sizes
+# has the ones that choose a kernel as fields of the kernel tables. Self-tests call kernels and are
+# none.
 
 
 def integer_constants() -> dict[str, str]:

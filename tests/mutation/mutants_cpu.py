@@ -1245,7 +1245,8 @@ FAMILIES: dict[str, Family] = {
             (
                 "softmax over one expert less",
                 "sum += exponential<T, true>(tokens_of<Vec<T>>(p.x, e, i) - most);",
-                "if (e + 1 < experts) sum += exponential<T, true>(tokens_of<Vec<T>>(p.x, e, i) - most);",
+                "if (e + 1 < experts) sum += exponential<T, true>(tokens_of<Vec<T>>(p.x, e, i) - "
+                "most);",
             ),
             (
                 "not renormalised by the last slot",
