@@ -9,14 +9,17 @@
 
 namespace moe_ops::cpu {
 
-// Cuts m rows into as few tiles as can be, of heights that are equal or differ by one. Two
-// divisions of 32 bits: a tile of a short product is a few hundred cycles.
+// Cuts m rows into as few tiles as can be, of heights that are equal or differ by one. A tile of a
+// short product is a few hundred cycles, so divisions are of 32 bits, and none where one tile will
+// do.
 struct RowTiles {
   uint32_t begin = 0, height = 0;
 
-  RowTiles(int64_t m, int max_rows) : rows_(static_cast<uint32_t>(m)) {
-    const uint32_t most = static_cast<uint32_t>(max_rows), tiles = (rows_ + most - 1) / most;
-    if (tiles > 0) least_ = rows_ / tiles;
+  RowTiles(int64_t m, int max_rows) : rows_(static_cast<uint32_t>(m)), least_(rows_) {
+    const uint32_t most = static_cast<uint32_t>(max_rows);
+    if (rows_ <= most) return;
+    const uint32_t tiles = (rows_ + most - 1) / most;
+    least_ = rows_ / tiles;
     higher_ = rows_ - least_ * tiles;
   }
   bool next() {
@@ -27,13 +30,14 @@ struct RowTiles {
   }
 
  private:
-  uint32_t rows_, least_ = 0, higher_;
+  uint32_t rows_, least_, higher_ = 0;
 };
 
-// Columns rounded up to whole vectors: the width of B's panels and of rows of C.
+// Columns rounded up to whole vectors, whose lanes are a power of two: the width of B's panels and
+// of rows of C.
 template <class T>
 int64_t padded(const GemmKernels<T>& k, int64_t n) {
-  return round_up<int64_t>(n, k.lanes);
+  return (n + k.lanes - 1) & -int64_t{k.lanes};
 }
 
 // C [m, n] (+)= A [m, depth] B [depth, n]. B lies in panels of 2 * lanes columns, each [depth][2 *
@@ -71,7 +75,7 @@ void small_gemm_row_major(const SmallGemm<T>& g) {
   do {  // Once for a depth of 0, of which the sums are zero.
     for (int64_t j = 0; j < n; j += 2 * W) {
       const int64_t width = std::min(2 * W, n - j);
-      const auto* tiles = g.k.row_a[width / W - 1];
+      const auto* tiles = g.k.row_a[width > W];
       for (RowTiles t(g.m, width > W ? g.k.mr2 : g.k.mr1); t.next();) {
         tiles[t.height - 1](std::min(kKc, g.depth - k0), a + t.begin * kLda, g.panel(j, k0, width),
                             {g.c + t.begin * g.ldc + j, g.ldc, g.accumulate || k0 > 0}, options);
@@ -93,7 +97,7 @@ void small_gemm_column_major(const SmallGemm<T>& g) {
   for (int64_t m0 = 0; m0 < g.m; m0 += kLdm, a += g.a_block) {
     for (int64_t j = 0; j < n; j += 2 * W) {
       const int64_t width = std::min(2 * W, n - j);
-      const auto* tiles = g.k.col_a[width / W - 1];
+      const auto* tiles = g.k.col_a[width > W];
       for (RowTiles t(std::min(kLdm, g.m - m0), width > W ? g.k.mr2 : g.k.mr1); t.next();) {
         tiles[t.height - 1](g.depth, a + t.begin, g.panel(j, 0, width),
                             {g.c + (m0 + t.begin) * g.ldc + j, g.ldc, g.accumulate}, options);

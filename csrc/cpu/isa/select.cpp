@@ -116,6 +116,9 @@ template Kernels<float> kernels_for<float>(Isa, const Tuning&);
 template Kernels<double> kernels_for<double>(Isa, const Tuning&);
 
 const char* failing_kernel(Isa isa) {
+  const char* tile = failing_tile(kernels_of<float>(isa));
+  if (tile == nullptr) tile = failing_tile(kernels_of<double>(isa));
+  if (tile != nullptr) return tile;
   for (const DType type : {DType::kFloat32, DType::kBFloat16, DType::kFloat16, DType::kFloat64}) {
     const std::vector<SelfTest::Result> right = results_of(Isa::kPortable, type);
     const std::vector<SelfTest::Result> found = results_of(isa, type);

@@ -10,6 +10,17 @@
 
 namespace moe_ops::cpu {
 
+template <class T>
+struct Kernels;
+
+// The microkernels of every height against their definition (kernels/tiles_self_test.cpp): nullptr,
+// or the name of one that is wrong.
+template <class T>
+const char* failing_tile(const Kernels<T>& k);
+
+// A number of 64ths below 1, which every type holds exactly, in memory.
+void encode(DType type, double v, char* dst);
+
 // The results of small calls of all ops on drawn numbers, with the kernels that this thread uses
 // (select.cpp): sizes are such that every kernel has its turn. Operands are of `type`.
 class SelfTest {

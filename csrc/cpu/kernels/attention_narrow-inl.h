@@ -1,4 +1,4 @@
-// Softmax attention of narrow heads, for levels with 32 registers: one vector of rows, whose sums
+// Softmax attention of narrow heads, for targets with 32 registers: one vector of rows, whose sums
 // over keys stay in registers, and kNarrowKeys keys at a time, whose scores never leave them
 // either. Included by kernels-inl.h, inside its namespace.
 

@@ -217,7 +217,7 @@ void word_tile(const QuantTileParams& p) {
   }
 }
 
-// 8 rows are 16 sums, enough for the latency of any level; of 28 some went to the stack.
+// 8 rows are 16 sums, enough for the latency of any target; of 28 some went to the stack.
 constexpr int kInt16Rows = MOE_MR2 < 8 ? MOE_MR2 : 8;
 
 template <int kBits, class S, int kMost, int M = 1>
