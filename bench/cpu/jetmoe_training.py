@@ -1,13 +1,13 @@
 """Training JetMoE's tiny preset on the CPU beside transformers' JetMoeForCausalLM.
 
-    python -m bench.bench_jetmoe_training [--sizes 4x128 8x256 2x512] [--dtypes float32 bfloat16]
+    python -m bench.cpu.jetmoe_training [--sizes 4x128 8x256 2x512] [--dtypes float32 bfloat16]
         [--threads 1 2] [--rounds 15] [--parts] [--compile] [--cpp-wrapper]
 
 A step: forward, loss, backward, AdamW (fused for all) and zero_grad. All models start from the same
 weights and see the same tokens; transformers runs with both of its attentions that need no other
 library ("eager", "sdpa"), and has one form of JetMoE's experts, a loop. "cross-entropy": that alone
 is minimised. "with losses": what each adds to it by itself, transformers load balancing, moe_ops
-load balancing and the z-loss. Contenders take turns in one process; numbers are medians, in ms, of
+load balancing and the z-loss. Baselines run interleaved in one process; numbers are medians, in ms, of
 CPU time with one thread and of wall time otherwise. Ratios are to moe_ops in the same form.
 
 --compile: also all of them under torch.compile, as a user writes it: `torch.compile` of a function
@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import moe_ops
-from bench.turns import take_turns
+from bench.harness.medians import median_ms
 from moe_ops import zoo
 from moe_ops.zoo.language_model import CausalLM
 
@@ -137,7 +137,7 @@ def bench(batch: int, length: int, dtype: torch.dtype, options: argparse.Namespa
             steps["rest"] = make_step(
                 list(rest.parameters()), lambda rest=rest: rest.loss(inputs, targets)
             )
-        ms = take_turns(steps, options.rounds, warm=20 if options.compile else 3, clock=clock)
+        ms = median_ms(steps, options.rounds, warm=20 if options.compile else 3, clock=clock)
         peers = [name for name in ms if name.startswith(ATTENTIONS)]
         best = min(peers, key=ms.__getitem__)
         what = "with losses" if losses else "cross-entropy"

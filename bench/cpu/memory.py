@@ -1,6 +1,6 @@
 """Peak memory of a training step beyond weights and gradients.
 
-Each contender runs in a process of its own: the kernel keeps the largest resident size of a process
+Each baseline runs in a process of its own: the kernel keeps the largest resident size of a process
 (VmHWM), which writing to /proc/self/clear_refs sets back. After one step has warmed everything up,
 a second step is measured; what it had at most above weights and gradients is the result. Workspaces
 and caches that a library keeps between steps count as its own.
@@ -8,6 +8,7 @@ and caches that a library keeps between steps count as its own.
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import os
@@ -19,21 +20,27 @@ from typing import Any
 
 import torch
 
+from bench.harness.files import ROOT
 from moe_ops import _C
 from moe_ops.bench.shapes import DTYPES, SHAPES, Bank, Shape, make_bank, make_tokens
-from moe_ops.bench.training import OURS, STEPS, steps
+from moe_ops.bench import training
+from moe_ops.bench.training import OURS, steps
 from moe_ops.memory import use_huge_pages
 
-CONTENDERS = ("moe_ops", "moe_ops main_grads", "HF grouped_mm", "HF grouped_mm kept .grad")
+BASELINES = ("moe_ops", "moe_ops main_grads", "HF grouped_mm", "HF grouped_mm kept .grad")
+STEPS = {
+    **training.STEPS,
+    "HF grouped_mm kept .grad": functools.partial(training.hugging_face, keep=True),
+}
 
 
 def measure_memory(shape: str, dtype: str, num_tokens: int) -> dict[str, Any]:
-    """MiB of each contender, from a child process each; `skipped` says why one has none."""
+    """MiB of each baseline, from a child process each; `skipped` says why one has none."""
     result: dict[str, Any] = {"shape": shape, "weights": dtype, "T": num_tokens}
     result |= {"mib": {}, "skipped": {}}
-    for name in CONTENDERS:
-        command = [sys.executable, "-m", "moe_ops.bench.memory", shape, dtype, str(num_tokens)]
-        child = subprocess.run([*command, name], capture_output=True, text=True, check=False)
+    for name in BASELINES:
+        command = [sys.executable, "-m", "bench.cpu.memory", shape, dtype, str(num_tokens)]
+        child = subprocess.run([*command, name], cwd=ROOT, capture_output=True, text=True, check=False)
         if child.returncode == 0:
             result["mib"][name] = json.loads(child.stdout)["beyond_bytes"] / 2**20
         else:
@@ -87,7 +94,7 @@ def _status(key: str) -> int:
 
 
 if __name__ == "__main__":
-    shape_name, dtype_name, count, contender = sys.argv[1:]
+    shape_name, dtype_name, count, baseline = sys.argv[1:]
     if not os.path.exists("/proc/self/clear_refs"):
         sys.exit("the system has no /proc/self/clear_refs")
-    print(json.dumps(beyond(shape_name, dtype_name, int(count), contender)))
+    print(json.dumps(beyond(shape_name, dtype_name, int(count), baseline)))

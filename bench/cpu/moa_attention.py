@@ -1,11 +1,11 @@
 """Attention experts on the CPU beside what torch and transformers offer.
 
-    python -m bench.bench_moa_attention [op] [block] [memory] [--tokens 512] [--dtype float32]
+    python -m bench.cpu.moa_attention [op] [block] [memory] [--tokens 512] [--dtype float32]
 
 op: moa_attention beside scaled_dot_product_attention with repeated heads, stick-breaking beside the
 same formula in torch. block: JetMoE's decoder layer (H 512, 8 experts, 2 a token, 8 heads of 64)
 in transformers beside the same layer on moe_ops. memory: the most that a forward and backward of
-stick-breaking holds at once beyond its operands, by length. Contenders take turns in one process;
+stick-breaking holds at once beyond its operands, by length. Baselines run interleaved in one process;
 numbers are medians, in ms.
 """
 
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import moe_ops
-from bench.turns import take_turns
+from bench.harness.medians import median_ms
 
 BATCH, SLOTS, HEADS, HEAD_SIZE = 1, 2, 8, 64
 
@@ -85,7 +85,7 @@ def bench_op(tokens: int, dtype: torch.dtype, rounds: int) -> None:
                 label: (lambda fn=fn, run=run: run(fn))
                 for label, fn in (("moe_ops", ours), ("torch", theirs))
             }
-            ms = take_turns(turns, rounds, warm=1)
+            ms = median_ms(turns, rounds, warm=1)
             report(f"{name}, S {tokens}, {what}", ms["moe_ops"], ms["torch"])
 
 
@@ -98,7 +98,7 @@ def bench_decode(keys: int, dtype: torch.dtype, rounds: int) -> None:
         return F.scaled_dot_product_attention(q.flatten(2, 3).transpose(1, 2), k_all, v_all)
 
     with torch.no_grad():
-        ms = take_turns(
+        ms = median_ms(
             {"moe_ops": lambda: softmax_ours(q, k, v), "torch": theirs}, 5 * rounds, warm=1
         )
     report(f"softmax, one token against {keys} keys", ms["moe_ops"], ms["torch"])
@@ -151,7 +151,7 @@ def bench_block(tokens: int, dtype: torch.dtype, rounds: int) -> None:
                 label: (lambda m=m, run=run: run(m))
                 for label, m in (("moe_ops", ours), ("transformers", theirs))
             }
-            ms = take_turns(turns, rounds, warm=1)
+            ms = median_ms(turns, rounds, warm=1)
             name = f"JetMoE {what} ({implementation}), S {tokens}, forward + backward"
             report(name, ms["moe_ops"], ms["transformers"])
 

@@ -1,11 +1,11 @@
 """Multi-task layers beside the same networks with experts in a Python list.
 
-    python -m bench.bench_multitask [mmoe] [ple] [home] [--batch 4096] [--input 160] [--hidden 64]
+    python -m bench.cpu.multitask [mmoe] [ple] [home] [--batch 4096] [--input 160] [--hidden 64]
         [--size 32] [--rounds 15]
 
 Eight tasks in two categories, 16 experts in the last level. The time of one training step's
 forward and backward of everything between the features and the logits: gradients of inputs and
-parameters. Contenders take turns in one process with the same weights; their outputs are compared
+parameters. Baselines run interleaved in one process with the same weights; their outputs are compared
 first. Numbers are medians, in ms: processor time with one thread, wall time with more.
 """
 
@@ -18,7 +18,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from bench.turns import take_turns
+from bench.harness.medians import median_ms
 from moe_ops.zoo.home import HoMEConfig, MultiTask, build
 from moe_ops.zoo.multitask import FeatureGate, GatedLayer, Gates
 
@@ -233,7 +233,7 @@ def main() -> None:
             raise SystemExit(f"{kind}: outputs differ by {error:.2e} of their norm.")
         grad = torch.randn_like(y)
         runs = {"moe_ops": step(ours, v, grad), "list": step(listed, v, grad)}
-        ms = take_turns(runs, args.rounds, warm=2, clock=clock)
+        ms = median_ms(runs, args.rounds, warm=2, clock=clock)
         print(
             f"{kind:5s} moe_ops {ms['moe_ops']:7.1f}  list {ms['list']:7.1f}  "
             f"{ms['list'] / ms['moe_ops']:.2f} times  (outputs differ by {error:.1e})"

@@ -1,6 +1,6 @@
-"""Measures the tables of docs/numerics.md and writes them there: ``python -m bench.numerics``.
+"""Measures the tables of docs/numerics.md and writes them there: ``python -m bench.cpu.numerics``.
 
-``python -m bench.numerics costs`` measures one of the three anew (equality, errors, costs). The
+``python -m bench.cpu.numerics costs`` measures one of the three anew (equality, errors, costs). The
 text around the tables is written by hand.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import functools
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -26,6 +25,7 @@ import moe_ops
 from moe_ops import _C, reference
 from moe_ops._files import write_text
 from moe_ops.bench.machine import describe_machine, load, now
+from moe_ops.bench.timing import Samples, interleave, speedup
 from moe_ops.quant import quantize_fp8_blocks
 from moe_ops.testing import Routing, dequantized, ffn_operands, quantized, short, widened
 
@@ -268,7 +268,7 @@ def at_level(isa: str, invariant: bool) -> dict[tuple[str, str], list[Tensor]]:
     environment = {**os.environ, "MOE_OPS_CPU_ISA": isa}
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder) / "outputs.pt")
-        code = f"from bench.numerics import outputs; outputs({path!r}, {invariant})"
+        code = f"from bench.cpu.numerics import outputs; outputs({path!r}, {invariant})"
         environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
         subprocess.run([sys.executable, "-c", code], env=environment, check=True)
         found: dict[tuple[str, str], list[Tensor]] = torch.load(path)
@@ -335,9 +335,11 @@ def errors() -> list[str]:
     return lines
 
 
-def in_turns(a: Callable[[], None], b: Callable[[], None], budget_s: float) -> tuple[float, float]:
-    """Seconds of a, and the median over rounds of how many times longer b takes. In seconds of the
-    processor, which other processes do not count into; a round of short calls has many."""
+def compare(off: Callable[[], None], on: Callable[[], None], budget_s: float) -> tuple[float, float]:
+    """Seconds of `off`, and the median over rounds of how many times longer `on` takes. In seconds
+    of the processor, which other processes do not count into; a round of short calls has many."""
+    jobs = {"off": off, "on": on}
+    samples = {name: Samples() for name in jobs}
 
     def seconds(job: Callable[[], None], repeats: int) -> float:
         start = time.process_time()
@@ -345,17 +347,15 @@ def in_turns(a: Callable[[], None], b: Callable[[], None], budget_s: float) -> t
             job()
         return (time.process_time() - start) / repeats
 
-    b()
-    seconds(a, 1)
-    repeats = max(1, min(200, round(5e-3 / max(1e-6, seconds(a, 1)))))
-    times, ratios = [], []
+    def sample(name: str, number: int) -> None:
+        samples[name].seconds[number] = seconds(jobs[name], repeats)
+
+    on()
+    seconds(off, 1)
+    repeats = max(1, min(200, round(5e-3 / max(1e-6, seconds(off, 1)))))
     end = time.perf_counter() + budget_s
-    while len(ratios) < 7 or time.perf_counter() < end:
-        first, second = (a, b) if len(ratios) % 2 == 0 else (b, a)
-        one, two = seconds(first, repeats), seconds(second, repeats)
-        times.append(one if first is a else two)
-        ratios.append(two / one if first is a else one / two)
-    return statistics.median(times), statistics.median(ratios)
+    interleave(list(jobs), sample, lambda number: number < 7 or time.perf_counter() < end)
+    return samples["off"].median, speedup(samples, "off", "on")
 
 
 def costs(budget_s: float) -> list[str]:
@@ -376,7 +376,7 @@ def costs(budget_s: float) -> list[str]:
                             case.run(rows)
 
                     jobs = [functools.partial(run, on, slice(0, size)) for on in (False, True)]
-                    off, ratio = in_turns(jobs[0], jobs[1], budget_s)
+                    off, ratio = compare(jobs[0], jobs[1], budget_s)
                     cells.append(f"{ratio:.2f} ({off * 1e3:.3g})")
                 lines.append(
                     f"| 16 of {hidden} x {intermediate} | {form} | {short(dtype)} | "
@@ -390,7 +390,7 @@ def costs(budget_s: float) -> list[str]:
 
 
 def replace_table(text: str, name: str, lines: list[str]) -> str:
-    start, end = f"<!-- {name}: made by python -m bench.numerics -->\n", f"<!-- end of {name} -->"
+    start, end = f"<!-- {name}: made by python -m bench.cpu.numerics -->\n", f"<!-- end of {name} -->"
     head, rest = text.split(start)
     return head + start + "\n" + "\n".join(lines) + "\n\n" + end + rest.split(end, 1)[1]
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import moe_ops
-from moe_ops.bench.timing import alternate, speedup
+from moe_ops.bench.timing import measure, speedup
 
 NUM_EXPERTS, TOP_K, HIDDEN = 128, 8, 2048
 Jobs = dict[str, Callable[[], Any]]
@@ -90,7 +90,7 @@ def measure_part(part: str, num_tokens: int, *, budget_s: float) -> dict[str, An
     """Microseconds of each form; `speedup` of moe_ops over each other."""
     jobs = PARTS[part](num_tokens)
     with torch.no_grad():
-        samples = alternate(jobs, budget_s=budget_s)
+        samples = measure(jobs, budget_s=budget_s)
     return {
         "part": part,
         "T": num_tokens,

@@ -1,7 +1,4 @@
-"""What moe_ops has set itself to reach, and whether a run shows it.
-
-A goal is a number that every cell of a group must reach; its verdict names the cell that is worst.
-"""
+"""What moe_ops has set itself to reach on CPUs."""
 
 from __future__ import annotations
 
@@ -10,27 +7,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from bench.harness.targets import Verdict, judge
+
 HF = "HF grouped_mm"
 Cell = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """`worst` of the cells and `where` it is, both for people; None if nothing was measured.
-
-    `at_limit`: what that cell's ratio would be if ours ran at its limit; None where ours is faster
-    than that, its weights in a cache. `out_of_reach`: the goal is not met, and in no cell that
-    misses it would running at the limit be enough.
-    """
-
-    goal: str
-    must: str
-    worst: str | None
-    where: str
-    met: bool
-    missing: tuple[str, ...] = ()
-    at_limit: str | None = None
-    out_of_reach: bool = False
 
 
 @dataclass(frozen=True)
@@ -71,7 +51,7 @@ _INT4_ONE = _Group("quantized", "int4 forward, T 1", _cells("int4", 1, 1))
 _INT_MANY = _Group("quantized", "int8, int4 forward, T 64 and more", lambda c: bool(c["T"] >= 64))
 
 # Group, metric, least value.
-_GOALS: tuple[tuple[_Group, str, float], ...] = (
+_TARGETS: tuple[tuple[_Group, str, float], ...] = (
     (_FP32_FEW, "best peer", 1.0),
     (_FP32_FEW, HF, 1.4),
     (_FP32_FEW, "limit", 0.90),
@@ -106,8 +86,8 @@ _GOALS: tuple[tuple[_Group, str, float], ...] = (
 
 
 def verdicts(result: Mapping[str, Any]) -> list[Verdict]:
-    """Of every goal, in the order of the list above."""
-    found = [_of_group(result, *goal) for goal in _GOALS]
+    """Of every target, in the order of the list above."""
+    found = [_of_group(result, *target) for target in _TARGETS]
     found += _of_parts(result.get("parts", ()))
     found.append(_of_scaling(result.get("scaling", ())))
     found.append(_of_memory(result.get("memory", ())))
@@ -117,18 +97,18 @@ def verdicts(result: Mapping[str, Any]) -> list[Verdict]:
 
 def metric(cell: Cell, what: str) -> float | None:
     """How many times faster ours is than `what`, or its share of the limit."""
-    contenders, ours = cell["contenders"], cell["ours"]
+    found, ours = cell["contenders"], cell["ours"]
     if ours is None:
         return None
     if what == "limit":
-        return float(contenders[ours]["of_limit"])
+        return float(found[ours]["of_limit"])
     if what == "best peer":
-        names = [n for n in contenders if not n.startswith("moe_ops") and n != "bf16 moe_ops"]
+        names = [n for n in found if not n.startswith("moe_ops") and n != "bf16 moe_ops"]
     elif what == "best ggml":
-        names = [n for n in contenders if n.startswith("ggml")]
+        names = [n for n in found if n.startswith("ggml")]
     else:
         names = [what]
-    ratios = [contenders[n]["ours_faster"] for n in names if "ours_faster" in contenders.get(n, {})]
+    ratios = [found[n]["ours_faster"] for n in names if "ours_faster" in found.get(n, {})]
     return min(ratios) if ratios else None
 
 
@@ -143,8 +123,8 @@ def _of_group(result: Mapping[str, Any], group: _Group, what: str, least: float)
             at_limit[where] = value / share if 0.0 < share <= 1.0 else math.inf
     show: Callable[[float], str] = "{:.0%}".format if what == "limit" else "{:.2f}x".format
     must = f"{show(least)} of the limit" if what == "limit" else f"{show(least)} {what}"
-    verdict = _verdict(group.label, must, values, least, show)
-    # Both numbers of a goal of integers beside bfloat16 are ours: there is no fixed time to beat.
+    verdict = judge(group.label, must, values, least, show)
+    # Both numbers of a target of integers beside bfloat16 are ours: there is no fixed time to beat.
     if what in ("limit", "bf16 moe_ops") or verdict.worst is None:
         return verdict
     short = [at_limit[where] for value, where in values if value < least]
@@ -156,30 +136,13 @@ def _of_group(result: Mapping[str, Any], group: _Group, what: str, least: float)
     )
 
 
-def _verdict(
-    goal: str,
-    must: str,
-    values: list[tuple[float, str]],
-    bound: float,
-    show: Callable[[float], str],
-    *,
-    most: bool = False,
-) -> Verdict:
-    if not values:
-        return Verdict(goal, must, None, "", False)
-    worst, where = (max if most else min)(values)
-    missing = [v for v in sorted(values) if (v[0] > bound if most else v[0] < bound)]
-    names = tuple(f"{where} {show(value)}" for value, where in missing)
-    return Verdict(goal, must, show(worst), where, not missing, names)
-
-
 def _of_parts(cells: Iterable[Cell]) -> list[Verdict]:
     """Against the fastest of the torch forms."""
     cells = list(cells)
     found = []
     for part, least in (("router", 2.0), ("sort", 10.0), ("combine", 10.0)):
         values = [(min(c["speedup"].values()), f"T={c['T']}") for c in cells if c["part"] == part]
-        found.append(_verdict(part, f"{least:.0f}x torch", values, least, "{:.2f}x".format))
+        found.append(judge(part, f"{least:.0f}x torch", values, least, "{:.2f}x".format))
     return found
 
 
@@ -187,7 +150,7 @@ def _of_scaling(cells: Iterable[Cell]) -> Verdict:
     values = [
         (c["speedup"], f"{c['mode']} {c['weights']} T={c['T']}") for c in cells if c["T"] >= 512
     ]
-    return _verdict("two threads, T 512", "1.70x one thread", values, 1.7, "{:.2f}x".format)
+    return judge("two threads, T 512", "1.70x one thread", values, 1.7, "{:.2f}x".format)
 
 
 def _of_memory(cells: Iterable[Cell]) -> Verdict:
@@ -197,7 +160,7 @@ def _of_memory(cells: Iterable[Cell]) -> Verdict:
         if "moe_ops" in c["mib"] and c["mib"].get(HF, 0) > 0
     ]
     must = "at most 0.60x HF grouped_mm"
-    return _verdict("memory of a training step", must, values, 0.6, "{:.2f}x".format, most=True)
+    return judge("memory of a training step", must, values, 0.6, "{:.2f}x".format, most=True)
 
 
 def _of_errors(result: Mapping[str, Any], weights: str, bound: float) -> Verdict:
@@ -207,4 +170,4 @@ def _of_errors(result: Mapping[str, Any], weights: str, bound: float) -> Verdict
         if cell["weights"] == weights and "error" in ours:
             values.append((ours["error"], f"{cell['shape']} T={cell['T']}"))
     must = f"at most {bound:.1e}"
-    return _verdict(f"{weights} error", must, values, bound, "{:.1e}".format, most=True)
+    return judge(f"{weights} error", must, values, bound, "{:.1e}".format, most=True)

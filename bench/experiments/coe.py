@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 from moe_ops.zoo.coe import CoE, CoEConfig
 
+from . import command
 from .compare import against, over_steps
 from .picture import Picture
 from .report import Claim, Report
@@ -102,3 +103,7 @@ def run(
         ),
     ]
     return report
+
+
+if __name__ == "__main__":
+    command.main("coe", run)

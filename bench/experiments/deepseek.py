@@ -16,6 +16,7 @@ import torch
 from moe_ops.layers import Router, RouterOutput
 from moe_ops.zoo.deepseek import DeepSeek, DeepSeekConfig
 
+from . import command
 from .compare import against, over_steps, series
 from .picture import Picture
 from .report import Claim, Report
@@ -211,3 +212,7 @@ def loss_without_shared_expert(
             layer.shared_experts = module
             layer.router.top_k -= 1
     return changed.loss
+
+
+if __name__ == "__main__":
+    command.main("deepseek", run)

@@ -1,6 +1,6 @@
 """HoME beside MMoE and PLE: are experts healthy, and does it help?
 
-    moe-ops claims home --seeds 3
+    python -m bench.experiments.home --seeds 3
 
 On generated rows, whose structure is known, and on MovieLens 100k where recbole is installed. Each
 model with ReLU experts and with normalised Swish experts (a star), so that structure is compared
@@ -20,10 +20,10 @@ from typing import NamedTuple
 
 import torch
 
-from bench.claims import matching
-from bench.claims.home_data import Table, generated, movielens
-from bench.claims.picture import Picture
-from bench.claims.report import Claim, Report, gaps
+from bench.experiments import command, matching
+from bench.experiments.home_data import Table, generated, movielens
+from bench.experiments.picture import Picture
+from bench.experiments.report import Claim, Report, gaps
 from moe_ops.zoo.home import HoMEConfig, MultiTask, build
 from moe_ops.zoo.multitask import GatedLayer, Trace
 from moe_ops.zoo.recommend import evaluate, fit
@@ -284,3 +284,7 @@ def claims(report: Report, tables: Sequence[str]) -> list[Claim]:
     statement = f"{GENERATED}: MMoE* is ahead of {FIXED} in test AUC"
     found.append(Claim(statement, between(GENERATED, "MMoE*", FIXED, 0), "AUC", below=False))
     return found
+
+
+if __name__ == "__main__":
+    command.main("home", run)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bench.claims import movielens as files
+from bench.experiments import movielens as files
 from moe_ops.zoo.recommend import Rows
 
 

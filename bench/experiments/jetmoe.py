@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 
 from moe_ops.zoo.jetmoe import JetMoE, JetMoEConfig
 
+from . import command
 from .compare import against, over_steps
 from .picture import Picture
 from .report import Claim, Report
@@ -140,3 +141,7 @@ def run(
 
 def _z(trained: Trained) -> float:
     return trained.z
+
+
+if __name__ == "__main__":
+    command.main("jetmoe", run)

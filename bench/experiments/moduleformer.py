@@ -10,6 +10,7 @@ import torch
 
 from moe_ops.zoo.moduleformer import ModuleFormer, ModuleFormerConfig
 
+from . import command
 from .compare import Series, series
 from .picture import Picture
 from .report import Claim, Report
@@ -252,3 +253,7 @@ def allowed_share(cuts: Sequence[tuple[float, float]]) -> float:
 def _mean(values: Iterable[float]) -> float:
     found = list(values)
     return sum(found) / len(found)
+
+
+if __name__ == "__main__":
+    command.main("moduleformer", run)

@@ -1,6 +1,6 @@
 """Mowst beside its experts alone: does each take the nodes it can do, and what does that save?
 
-    moe-ops claims mowst --seeds 3
+    python -m bench.experiments.mowst --seeds 3
 
 Three graphs. `two_populations` (drawn anew by seed) needs both experts: an MLP can do its feature
 nodes, a GCN its structure nodes. Digits linked to their nearest ones, where features suffice, and
@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.claims import matching
-from bench.claims.mowst_data import digits, films
-from bench.claims.picture import Picture
-from bench.claims.report import Claim, Report, means
+from bench.experiments import command, matching
+from bench.experiments.mowst_data import digits, films
+from bench.experiments.picture import Picture
+from bench.experiments.report import Claim, Report, means
 from moe_ops.zoo.graphs import Graph, two_populations
 from moe_ops.zoo.mowst import Mowst, MowstConfig, MowstOutput, expected_accuracy
 from moe_ops.zoo.mowst_training import fit
@@ -423,3 +423,7 @@ def pictures(results: Mapping[str, list[Found]]) -> list[Picture]:
         ),
         Picture("accuracy", "Accuracy by arm and graph", "", "test accuracy", "bars", scores),
     ]
+
+
+if __name__ == "__main__":
+    command.main("mowst", run)

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bench.claims import movielens as files
+from bench.experiments import movielens as files
 from moe_ops.zoo.graphs import Graph
 
 # Genres merged to seven classes. A film of several has the class that comes first here, so that

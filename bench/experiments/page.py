@@ -1,6 +1,6 @@
-"""The pages' part that a claims run makes: ``python -m bench.claims.page [system ...]``.
+"""The part of a page that an experiment makes: ``python -m bench.experiments.page [system ...]``.
 
-bench/claims/results/<system>.json holds the runs. Their tables stand in docs/zoo/<system>.md
+bench/experiments/results/<system>.json holds the runs. Their tables stand in docs/zoo/<system>.md
 between two marks, their pictures beside it.
 """
 
@@ -16,9 +16,9 @@ from moe_ops._files import make_folder, write_text
 from .report import Report
 
 ROOT = Path(__file__).resolve().parents[2]
-RESULTS = ROOT / "bench" / "claims" / "results"
+RESULTS = ROOT / "bench" / "experiments" / "results"
 PAGES = ROOT / "docs" / "zoo"
-BEGIN, END = "<!-- claims -->", "<!-- /claims -->"
+BEGIN, END = "<!-- experiment -->", "<!-- /experiment -->"
 
 
 def save(report: Report, results: Path = RESULTS, pages: Path = PAGES) -> list[Path]:
@@ -38,7 +38,7 @@ def check(system: str, pages: Path = PAGES) -> list[str]:
     page = pages / f"{system}.md"
     lines = page.read_text("utf-8").splitlines() if page.is_file() else []
     if lines.count(BEGIN) != 1 or lines.count(END) != 1:
-        raise ValueError(f"claims: {page} must have one line {BEGIN} and one {END}.")
+        raise ValueError(f"{page} must have one line {BEGIN} and one {END}.")
     return lines
 
 

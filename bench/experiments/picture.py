@@ -1,4 +1,4 @@
-"""Pictures of a claims run: data first, so that they can be drawn again without the run."""
+"""Pictures of an experiment: data first, so that they can be drawn again without the run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a claims run reports: numbers of each arm and seed, and verdicts computed from them."""
+"""What an experiment reports: numbers of each arm and seed, and verdicts computed from them."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Claim:
 
 @dataclass
 class Report:
-    """A claims run.
+    """A run of an experiment.
 
     Attributes:
         system: its name in the zoo.

@@ -1,12 +1,12 @@
 """T2MIR on PointRobot with hidden rotations: does its router know the task, and does that help?
 
-    moe-ops claims t2mir --seeds 3
+    python -m bench.experiments.t2mir --seeds 3
 
 Goals on a circle and actions turned by one of four hidden angles; training, validation and test
 tasks are apart, drawn anew by seed. Beside a dense transformer of as many active parameters: the
 experts without the contrastive loss and with two weights of it. The router is read by its nearest
 neighbours among contexts of validation tasks, and so are routers that were never trained, on the
-same features: what those tell is no merit of the router. `bench.claims.t2mir_long` is the same at
+same features: what those tell is no merit of the router. `bench.experiments.t2mir_long` is the same at
 the authors' size.
 """
 
@@ -24,8 +24,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.claims.picture import Picture
-from bench.claims.report import Claim, Report, gaps, means
+from bench.experiments import command
+from bench.experiments.picture import Picture
+from bench.experiments.report import Claim, Report, gaps, means
 from moe_ops._files import write_text
 from moe_ops.layers import Experts
 from moe_ops.zoo.t2mir import T2MIR, T2MIRConfig, action_loss
@@ -486,3 +487,7 @@ def pictures(results: Mapping[str, Sequence[Result]]) -> list[Picture]:
         lines[arm] = means(range(1, len(episodes) + 1), episodes)
     found.append(Picture("return", "Return in unseen tasks", "episode", "return", "lines", lines))
     return found
+
+
+if __name__ == "__main__":
+    command.main("t2mir", run)

@@ -1,12 +1,12 @@
-"""The experiment of `bench.claims.t2mir` at the authors' size, for a GPU.
+"""The experiment of `bench.experiments.t2mir` at the authors' size, for a GPU.
 
-    python -m bench.claims.t2mir_long --device cuda --folder runs/t2mir
+    python -m bench.experiments.t2mir_long --device cuda --folder runs/t2mir
 
 Sizes and rates are those of the paper's PointRobot ("ad": 100000 steps, width 128, three layers,
 four episodes of 20 steps) or of its DPT variant ("dpt"), with thousands of tasks instead of 45.
 A run that is cut goes on from its checkpoints when it is started again with the same arguments;
 arms that are done are not repeated. The folder holds checkpoints, one JSON for each arm and seed,
-and report.json, which is of the form of bench/claims/results. The authors' sizes have not been run
+and report.json, which is of the form of bench/experiments/results. The authors' sizes have not been run
 so far: no GPU was at hand.
 """
 
@@ -21,8 +21,8 @@ from pathlib import Path
 
 import torch
 
-from bench.claims import t2mir
-from bench.claims.report import Report
+from bench.experiments import t2mir
+from bench.experiments.report import Report
 from moe_ops._files import make_folder, write_text
 from moe_ops.zoo.t2mir import T2MIRConfig
 
@@ -48,7 +48,7 @@ SCALES = {
         model=dataclasses.replace(LONG.model, variant="dpt", num_layers=4),
         balance=0.01,
     ),
-    # The other variant at the sizes of bench.claims.t2mir, with twice the steps, for a CPU.
+    # The other variant at the sizes of bench.experiments.t2mir, with twice the steps, for a CPU.
     "small-ad": dataclasses.replace(
         t2mir.SMALL,
         model=dataclasses.replace(t2mir.SMALL.model, variant="ad"),

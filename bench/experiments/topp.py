@@ -13,6 +13,7 @@ from moe_ops.zoo.deepseek import DeepSeek, DeepSeekConfig
 from moe_ops.zoo.language_model import CausalLM, LMLoss
 from moe_ops.zoo.topp import TopP, TopPConfig, experts_per_token
 
+from . import command
 from .compare import over_steps, series
 from .picture import Picture
 from .report import Claim, Report
@@ -163,3 +164,7 @@ def rank_correlation(a: Tensor, b: Tensor) -> float:
         return (last - (counts - 1) / 2)[inverse]
 
     return torch.corrcoef(torch.stack([ranks(a), ranks(b)]))[0, 1].item()
+
+
+if __name__ == "__main__":
+    command.main("topp", run)

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_ops.bench.contenders import Bind, Call, Contender, quantize_int4, quantize_int8
+from moe_ops.bench.baselines import Baseline, Bind, Call, quantize
 from moe_ops.bench.shapes import Bank, Tokens
 
 _GROUP = 128
 
 
-class OnnxRuntime(Contender):
+class OnnxRuntime(Baseline):
     package = "onnxruntime"
     follows_isa = False
 
@@ -82,10 +82,10 @@ def _session(bank: Bank, weight_format: str) -> Any:
             attributes["block_size"] = _GROUP
         for name, w in (("fc1", gate_up), ("fc2", bank.w_down)):
             if bits == 8:
-                q, scales = quantize_int8(w)
+                q, scales = quantize(w, "int8", _GROUP)
                 q = (q.int() + 128).to(torch.uint8)
             else:
-                q, scales = quantize_int4(w, _GROUP)
+                q, scales = quantize(w, "int4", _GROUP)
             values[name], values[f"{name}_scales"] = q, scales
         inputs = ["x", "logits", "fc1", "fc1_scales", "", "fc2", "fc2_scales"]
     # The weights stay outside of the model, which a protobuf limits to 2 GB.

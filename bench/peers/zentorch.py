@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 
-from moe_ops.bench.contenders import Bind, Call, Contender
+from moe_ops.bench.baselines import Bind, Call, Baseline
 from moe_ops.bench.shapes import Bank, Tokens
 
 
-class Zentorch(Contender):
+class Zentorch(Baseline):
     name = "zentorch"
     package = "zentorch"
     follows_isa = False

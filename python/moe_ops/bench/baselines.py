@@ -1,8 +1,7 @@
 """Ways to run the experts of a layer forward: moe_ops, transformers, plain torch.
 
-Other libraries are added by `run` from wherever they are; see `Contender`. Formats are those of the
-weights: fp32, bf16, int8, int4. A contender prepares its own copy of a bank once, binds it to a
-batch of tokens, and the call that comes out is what is timed.
+Formats are those of the weights: fp32, bf16, int8, int4. A baseline prepares its own copy of the
+weights once, binds it to a batch of tokens, and the call that comes out is what is timed.
 """
 
 from __future__ import annotations
@@ -19,12 +18,13 @@ from torch import Tensor
 import moe_ops
 from moe_ops import memory
 from moe_ops.bench.shapes import INT4_GROUP, Bank, Tokens
+from moe_ops.quant import formats
 
 Call = Callable[[], Tensor]
 Bind = Callable[[Tokens], Call]
 
 
-class Contender:
+class Baseline:
     """One way to run the layer.
 
     `name` is what reports print, `formats` the weight formats it has, `package` the distribution
@@ -50,7 +50,7 @@ class Contender:
 
 
 def tolerance(weight_format: str) -> float:
-    """Largest relative error against fp64, beyond which a contender is refused.
+    """Largest relative error against fp64, beyond which a baseline is refused.
 
     fp32: a sum of some thousand terms rounds to 1e-6 to 4e-6, and an approximated exponential may
     add as much. bf16: eight roundings of an intermediate. Integers: uniform errors of half a step,
@@ -69,7 +69,7 @@ def tolerance(weight_format: str) -> float:
 # --------------------------------------------------------------------------------- moe_ops
 
 
-class MoeOps(Contender):
+class MoeOps(Baseline):
     """moe_ffn on the weights as they are, but in huge pages, where layers keep them."""
 
     name = "moe_ops"
@@ -113,49 +113,25 @@ class MoeOpsQuantized(MoeOps):
     name = "moe_ops quantized"
     formats = ("int8", "int4")
 
-    def missing(self) -> str | None:
-        return (
-            None if hasattr(moe_ops, "moe_ffn_quantized") else "no moe_ffn_quantized in this build"
-        )
-
     def prepare(self, bank: Bank, weight_format: str) -> Bind:
-        quantize = quantize_int8 if weight_format == "int8" else quantize_int4
-        weights = (*quantize(bank.w_gate_up), *quantize(bank.w_down))
+        weights = (
+            *quantize(bank.w_gate_up, weight_format, INT4_GROUP),
+            *quantize(bank.w_down, weight_format, INT4_GROUP),
+        )
         memory.use_huge_pages(*weights)
-        op: Any = getattr(moe_ops, "moe_ffn_quantized")  # noqa: B009  Absent in older builds.
 
         def bind(tokens: Tokens) -> Call:
-            return lambda: op(tokens.x, *weights, tokens.topk_weights, tokens.topk_ids)
+            routing = (tokens.topk_weights, tokens.topk_ids)
+            return lambda: moe_ops.moe_ffn_quantized(tokens.x, *weights, *routing)
 
         return bind
 
 
-def quantize_int8(w: Tensor) -> tuple[Tensor, Tensor]:
-    """[E, O, K] to int8 with a scale [E, O], round to nearest."""
-    q = torch.empty(w.shape, dtype=torch.int8)
-    scales = torch.empty(w.shape[:2])
-    for expert in range(w.shape[0]):
-        values = w[expert].float()
-        scales[expert] = values.abs().amax(-1).clamp_min(1e-12) / 127
-        q[expert] = (values / scales[expert, :, None]).round().to(torch.int8)
-    return q, scales
-
-
-def quantize_int4(w: Tensor, group: int = INT4_GROUP) -> tuple[Tensor, Tensor]:
-    """[E, O, K] to uint8 [E, O, K/2] (even k in the low nibble, q + 8) with scales [E, O, K/group].
-
-    The largest value of a group is mapped to -8, so that all sixteen steps are used.
-    """
-    q = torch.empty(*w.shape[:2], w.shape[2] // 2, dtype=torch.uint8)
-    scales = torch.empty(*w.shape[:2], w.shape[2] // group)
-    for expert in range(w.shape[0]):
-        values = w[expert].float().unflatten(-1, (-1, group))
-        largest = values.gather(-1, values.abs().argmax(-1, keepdim=True))
-        scale = torch.where(largest == 0, 1.0, largest / -8)
-        codes = ((values / scale).round().clamp(-8, 7) + 8).to(torch.uint8).flatten(-2)
-        q[expert] = codes[:, 0::2] | codes[:, 1::2] << 4
-        scales[expert] = scale[..., 0]
-    return q, scales
+def quantize(w: Tensor, weight_format: str, group: int) -> tuple[Tensor, Tensor]:
+    """`moe_ops.quant.quantize` of [E, O, K] expert by expert, since each is widened to fp32."""
+    groups = group if weight_format == "int4" else None
+    experts = [formats.quantize(expert, weight_format, groups) for expert in w]
+    return torch.stack([q for q, _ in experts]), torch.stack([scale for _, scale in experts])
 
 
 # ----------------------------------------------------------------------------- transformers
@@ -181,7 +157,7 @@ def hf_experts(bank: Bank, implementation: str) -> Any:
     return experts
 
 
-class HuggingFace(Contender):
+class HuggingFace(Baseline):
     """The experts of transformers' Qwen3-MoE with one of its own implementations."""
 
     package = "transformers"
@@ -241,7 +217,7 @@ def widened_loop(
     return y.to(x.dtype)
 
 
-class Loop(Contender):
+class Loop(Baseline):
     """One of the loops over experts above."""
 
     def __init__(self, name: str, function: Callable[..., Tensor], *formats: str) -> None:
@@ -259,7 +235,7 @@ class Loop(Contender):
 OURS = ("moe_ops", "moe_ops packed", "moe_ops quantized")
 
 
-def builtin_contenders() -> list[Contender]:
+def builtin_baselines() -> list[Baseline]:
     return [
         MoeOps(),
         MoeOpsPacked(),

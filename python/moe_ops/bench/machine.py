@@ -6,7 +6,6 @@ import datetime
 import os
 import platform
 import re
-import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,9 +13,8 @@ from typing import Any
 
 import torch
 
-import moe_ops
 from moe_ops import _C
-from moe_ops.bench.contenders import Contender
+from moe_ops.bench.baselines import Baseline
 
 # What holds torch, oneDNN and MKL to the instruction set of MOE_OPS_CPU_ISA.
 ISA_ENVIRONMENTS = {
@@ -40,14 +38,11 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
-def describe_software(contenders: Iterable[Contender]) -> dict[str, str]:
+def describe_software(baselines: Iterable[Baseline]) -> dict[str, str]:
     versions = {"python": platform.python_version(), "torch": torch.__version__}
-    for contender in contenders:
-        if contender.missing() is None and contender.package != "torch":
-            versions[contender.package] = contender.version()
-    commit = _commit()
-    if commit:
-        versions["commit"] = commit
+    for baseline in baselines:
+        if baseline.missing() is None and baseline.package != "torch":
+            versions[baseline.package] = baseline.version()
     return versions
 
 
@@ -101,15 +96,3 @@ def _memory_bytes() -> int:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):
         return 0
-
-
-def _commit() -> str:
-    root = Path(moe_ops.__file__).parents[2]
-    if not (root / "csrc").is_dir():
-        return ""
-    git = ["git", "-C", str(root), "describe", "--always", "--dirty"]
-    try:
-        done = subprocess.run(git, capture_output=True, text=True, check=False)
-    except OSError:
-        return ""
-    return done.stdout.strip()

@@ -4,83 +4,76 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from moe_ops._arguments import MAX_THREADS, MAX_TOKENS, seconds, whole
-from moe_ops._files import describe, read_json, write_text
+from moe_ops._files import describe, write_text
 from moe_ops.bench import machine, report
-from moe_ops.bench.contenders import Contender
-from moe_ops.bench.run import join, run
-from moe_ops.bench.session import MODES, Plan
+from moe_ops.bench.measure import Plan, run
 from moe_ops.bench.shapes import SHAPES
 
 # About a minute: a small and a medium layer.
 QUICK = Plan(
-    modes=("forward", "training", "parts"),
+    modes=("forward", "training"),
     shapes=("d", "e"),
     tokens=(1, 16, 256),
     training_shapes=("e",),
     training_tokens=(16, 256),
-    part_tokens=(1, 512),
-    thp=False,
     budget_s=0.8,
     limit_s=0.3,
 )
-# What a user with patience sees: about ten minutes.
-FULL = Plan(modes=("forward", "quantized", "training", "parts", "memory"), shapes=("a32", "d"))
-# The run behind docs/performance.md.
-ALL = Plan()
+# About ten minutes.
+FULL = Plan()
+# Fields of a plan that are names of shapes, and those that are numbers of tokens.
+_SHAPES = ("shapes", "quantized_shapes", "training_shapes", "memory_shapes")
+_TOKENS = ("tokens", "training_tokens", "part_tokens")
 
 
-def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="moe_ops.bench", description=__doc__)
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--quick", action="store_true", help="small layers, about a minute")
-    which.add_argument("--all", action="store_true", help="everything, some 20 minutes")
-    parser.add_argument("--modes", nargs="+", choices=MODES)
+def make_parser(prog: str, description: str | None, modes: Sequence[str]) -> Any:
+    """The options that choose what is measured and where the result goes."""
+    parser = argparse.ArgumentParser(prog=prog, description=description)
+    parser.add_argument("--quick", action="store_true", help="small layers, about a minute")
+    parser.add_argument("--modes", nargs="+", choices=modes)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, help="for all modes")
     parser.add_argument(
         "--tokens", nargs="+", type=whole(1, MAX_TOKENS), help="numbers of tokens, for all modes"
     )
     parser.add_argument("--weights", nargs="+", choices=("fp32", "bf16"))
     parser.add_argument(
-        "--threads", type=whole(1, MAX_THREADS), help="of every contender; 1 if not given"
+        "--threads", type=whole(1, MAX_THREADS), help="of every baseline; 1 if not given"
     )
     parser.add_argument("--isa", choices=machine.ISA_ENVIRONMENTS, help="hold everything to it")
-    parser.add_argument("--contenders", nargs="+", help="ours and these only, by name")
+    parser.add_argument("--baselines", nargs="+", help="ours and these only, by name")
     parser.add_argument("--budget", type=seconds, help="seconds a cell")
     parser.add_argument("--json", type=Path, metavar="FILE", help="the result; -: print only it")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the report there")
-    parser.add_argument(
-        "--render", nargs="+", type=Path, metavar="JSON", help="measure nothing: report these files"
-    )
-    parser.add_argument(
-        "--join", nargs="+", type=Path, metavar="JSON", help="measure nothing: make one of these"
-    )
-    return parser.parse_args(arguments)
+    return parser
 
 
-def plan_of(arguments: argparse.Namespace) -> Plan:
-    plan = QUICK if arguments.quick else ALL if arguments.all else FULL
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parsed: argparse.Namespace = make_parser("moe_ops.bench", __doc__, FULL.modes).parse_args(
+        arguments
+    )
+    return parsed
+
+
+def plan_of(arguments: argparse.Namespace, plan: Any) -> Any:
+    """`plan` with what the arguments change."""
     changes: dict[str, Any] = {}
+    for fields, values in ((_SHAPES, arguments.shapes), (_TOKENS, arguments.tokens)):
+        if values:
+            changes |= {field: tuple(values) for field in fields if hasattr(plan, field)}
     if arguments.modes:
         changes["modes"] = tuple(arguments.modes)
-    if arguments.shapes:
-        for key in ("shapes", "quantized_shapes", "training_shapes", "memory_shapes"):
-            changes[key] = tuple(arguments.shapes)
-    if arguments.tokens:
-        for key in ("tokens", "training_tokens", "part_tokens"):
-            changes[key] = tuple(arguments.tokens)
     if arguments.weights:
         changes["formats"] = tuple(arguments.weights)
-    if arguments.contenders:
-        changes["only"] = tuple(arguments.contenders)
+    if arguments.baselines:
+        changes["only"] = tuple(arguments.baselines)
     if arguments.threads:
         changes["threads"] = arguments.threads
     if arguments.budget:
@@ -88,81 +81,63 @@ def plan_of(arguments: argparse.Namespace) -> Plan:
     return replace(plan, **changes)
 
 
-def main(arguments: Sequence[str] | None = None, *, contenders: Sequence[Contender] = ()) -> None:
-    """Measures with the built-in contenders and these, prints the report, writes files.
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measures, prints the report, writes files; errors as `in_one_sentence` says."""
+    options = parse(arguments)
+    with in_one_sentence("moe_ops.bench"):
+        hold_to_isa(options)
+        finish(options, run(plan_of(options, QUICK if options.quick else FULL), log=progress()))
 
-    A file that cannot be read or written ends the process with one sentence and status 1, Ctrl-C
-    with status 130.
-    """
+
+@contextlib.contextmanager
+def in_one_sentence(name: str) -> Iterator[None]:
+    """A file that cannot be read or written ends the process with one sentence and status 1,
+    Ctrl-C with status 130."""
     try:
-        _main(parse(arguments), contenders)
+        yield
     except BrokenPipeError:
         raise
     except OSError as error:
-        sys.exit(f"moe_ops.bench: {describe(error)}")
+        sys.exit(f"{name}: {describe(error)}")
     except ValueError as error:
-        sys.exit(f"moe_ops.bench: {error}")
+        sys.exit(f"{name}: {error}")
     except KeyboardInterrupt:
-        print("moe_ops.bench: stopped", file=sys.stderr)
+        print(f"{name}: stopped", file=sys.stderr)
         sys.exit(130)
 
 
-def _main(options: argparse.Namespace, contenders: Sequence[Contender]) -> None:
-    if options.render:
-        with _of_this_benchmark(options.render):
-            texts = [report.render(read_json(path)) for path in options.render]
-        _write(options.markdown, "\n".join(texts))
-        return
-    if options.join:
-        with _of_this_benchmark(options.join):
-            joined = join([read_json(path) for path in options.join])
-        _finish(options, joined)
-        return
-    if options.isa and not machine.held_to_isa(options.isa):
-        machine.restart_with_isa(options.isa)
+def progress() -> Callable[[str], None]:
+    """Prints lines to stderr with the seconds since now."""
     started = time.perf_counter()
 
     def log(line: str) -> None:
         print(f"[{time.perf_counter() - started:5.0f} s] {line}", file=sys.stderr, flush=True)
 
-    result = run(plan_of(options), contenders=contenders, log=log)
-    _finish(options, result)
+    return log
 
 
-@contextlib.contextmanager
-def _of_this_benchmark(paths: Sequence[Path]) -> Iterator[None]:
-    try:
-        yield
-    except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
-        raise ValueError(
-            f"{', '.join(map(str, paths))} must be results of this benchmark, got something else "
-            f"({type(error).__name__}: {error})"
-        ) from error
+def hold_to_isa(options: argparse.Namespace) -> None:
+    """Starts the command again where ``--isa`` asks for an environment that is not there."""
+    if options.isa and not machine.held_to_isa(options.isa):
+        machine.restart_with_isa(options.isa)
 
 
-def _finish(options: argparse.Namespace, result: dict[str, Any]) -> None:
+def finish(
+    options: argparse.Namespace,
+    result: dict[str, Any],
+    render: Callable[[dict[str, Any]], str] = report.render,
+) -> None:
+    """Writes the result and its report where the options say."""
     if str(options.json) == "-":
-        print(dumps(result), end="")
+        print(report.dumps(result), end="")
         return
     if options.json:
-        write_text(options.json, dumps(result))
-    _write(options.markdown, report.render(result))
+        write_text(options.json, report.dumps(result))
+    write_report(options, render(result))
 
 
-def dumps(result: dict[str, Any]) -> str:
-    """JSON with one cell a line, so that two runs can be compared line by line."""
-    lines = []
-    for key, value in result.items():
-        if isinstance(value, list) and value:
-            cells = ",\n  ".join(json.dumps(cell, separators=(",", ":")) for cell in value)
-            lines.append(f'"{key}": [\n  {cells}\n]')
-        else:
-            lines.append(f'"{key}": {json.dumps(value)}')
-    return "{\n" + ",\n".join(lines) + "\n}\n"
-
-
-def _write(path: Path | None, text: str) -> None:
-    if path is None:
+def write_report(options: argparse.Namespace, text: str) -> None:
+    if options.markdown is None:
         print(text)
     else:
-        write_text(path, text)
+        write_text(options.markdown, text)

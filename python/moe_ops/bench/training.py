@@ -8,10 +8,7 @@ gradients in ``.grad``, which is cleared before every step; into kept gradients 
 from __future__ import annotations
 
 import functools
-import gc
 import importlib.util
-import os
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -20,28 +17,19 @@ from torch import Tensor
 
 import moe_ops
 from moe_ops import memory
-from moe_ops.bench.contenders import hf_experts, loop_over_experts, tolerance
-from moe_ops.bench.session import (
-    TOO_SLOW_S,
-    Session,
-    make_cell,
-    pace_of,
-    relative_error,
-    take_turns,
-    tell,
-)
-from moe_ops.bench.shapes import DTYPES, SHAPES, Bank, Tokens, make_bank, make_tokens, take
+from moe_ops.bench.baselines import hf_experts, loop_over_experts
+from moe_ops.bench.shapes import Bank, Tokens
 
 Step = Callable[[], dict[str, Tensor]]
 OURS = "moe_ops"
 
 
 def steps(bank: Bank, tokens: Tokens, grad_y: Tensor) -> dict[str, Step]:
-    """The contenders. Each step returns the gradients of x, of w_gate_up and of w_down."""
+    """The baselines. Each step returns the gradients of x, of w_gate_up and of w_down."""
     absent, own = skipped(), bank.in_huge_pages
     return {
-        name: STEPS[name](own if name.startswith(OURS) else bank, tokens, grad_y)
-        for name in TIMED
+        name: make(own if name.startswith(OURS) else bank, tokens, grad_y)
+        for name, make in STEPS.items()
         if name not in absent
     }
 
@@ -112,7 +100,9 @@ def _fresh(function: Callable[..., Tensor], bank: Bank, tokens: Tokens, grad_y: 
     return step
 
 
-def _hugging_face(bank: Bank, tokens: Tokens, grad_y: Tensor, keep: bool = False) -> Step:
+def hugging_face(bank: Bank, tokens: Tokens, grad_y: Tensor, keep: bool = False) -> Step:
+    """transformers; `keep`: gradients of the weights stay and are added to, as with
+    ``zero_grad(set_to_none=False)``, or from the second of several batches on."""
     experts: Any = hf_experts(bank, "grouped_mm")
     x, _, _, topk_weights = _leaves(bank, tokens)
     leaves = (x, topk_weights) if keep else (x, topk_weights, *experts.parameters())
@@ -135,62 +125,6 @@ def _grads(x: Tensor, w_gate_up: Tensor, w_down: Tensor) -> dict[str, Tensor]:
 STEPS: dict[str, Callable[[Bank, Tokens, Tensor], Step]] = {
     OURS: functools.partial(_fresh, moe_ops.moe_ffn),
     "moe_ops main_grads": _kept,
-    "HF grouped_mm": _hugging_face,
-    # As with zero_grad(set_to_none=False), or from the second of several batches on.
-    "HF grouped_mm kept .grad": functools.partial(_hugging_face, keep=True),
+    "HF grouped_mm": hugging_face,
     "per-expert mm": functools.partial(_fresh, loop_over_experts),
 }
-TIMED = (OURS, "moe_ops main_grads", "HF grouped_mm", "per-expert mm")
-
-
-def run_training(session: Session) -> list[dict[str, Any]]:
-    plan = session.plan
-    cells = []
-    for shape in plan.training_shapes:
-        for weight_format in plan.formats:
-            bank = make_bank(SHAPES[shape], DTYPES[weight_format])
-            cells += _training_cells(session, bank, weight_format)
-            del bank
-            gc.collect()
-    return cells
-
-
-def _training_cells(session: Session, bank: Bank, weight_format: str) -> list[dict[str, Any]]:
-    plan, shape = session.plan, bank.shape
-    batch = make_tokens(shape, bank.dtype, max(plan.training_tokens))
-    cells, pace = [], dict[str, float]()
-    for T in plan.training_tokens:
-        tokens = take(batch, T)
-        grad_y = torch.randn(tokens.x.shape, generator=torch.Generator().manual_seed(2))
-        grad_y = grad_y.to(bank.dtype)
-        contenders = steps(bank, tokens, grad_y)
-        left_out, jobs, errors, first = skipped(), {}, {}, {}
-        exact = exact_grad_x(bank, tokens, grad_y)
-        weight_grads: dict[str, Tensor] = {}
-        for name, step in contenders.items():
-            if pace.get(name, 0.0) * T > TOO_SLOW_S:
-                left_out[name] = f"would take about {pace[name] * T:.0f} s a step"
-                continue
-            started = time.perf_counter()
-            gradients = step()
-            first[name] = time.perf_counter() - started
-            error = relative_error(gradients["x"], exact)
-            # dW has no cheap truth in fp64: all contenders must agree with the first, ours.
-            for key in ("w_gate_up", "w_down"):
-                sampled = gradients[key][:, ::61].float()
-                error = max(error, relative_error(sampled, weight_grads.setdefault(key, sampled)))
-            if not error <= 2 * tolerance(weight_format):
-                left_out[name] = f"wrong: relative error {error:.1e}"
-                continue
-            jobs[name], errors[name] = step, error
-        samples = take_turns(session, jobs, first)
-        pace = pace_of(samples, T)
-        cell = make_cell("training", bank, weight_format, tokens, samples, left_out, plan.threads)
-        cell["thp"] = os.environ.get("THP_MEM_ALLOC_ENABLE") == "1"
-        for name, error in errors.items():
-            cell["contenders"][name]["error"] = error
-        cells.append(cell)
-        tell(session, cell)
-        del contenders, jobs, weight_grads
-        gc.collect()
-    return cells

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import time
 from pathlib import Path
 from typing import Annotated
 
@@ -221,36 +220,18 @@ def zoo_list(
         print_listing(_console())
 
 
-@app.command()
+@app.command(
+    hidden=True,
+    deprecated=True,
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
+)
 @arguments.command
-def claims(
-    system: Annotated[str, typer.Argument(help="A system of `moe-ops zoo list`.")],
-    seeds: Annotated[int, arguments.seeds("Number of paired seeds: 0, 1, ...")] = 3,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    save: Annotated[
-        bool,
-        typer.Option("--save", help="Write numbers, tables and pictures into the source tree."),
-    ] = False,
-) -> None:
-    """Run the small experiment of a system of the zoo, and say what it shows.
+def claims(system: Annotated[str, typer.Argument(help="A system of `moe-ops zoo list`.")]) -> None:
+    """Moved to the source tree: python -m bench.experiments.NAME."""
+    from moe_ops import zoo
 
-    Needs the source tree: the experiments are in bench/claims.
-    """
-    from moe_ops.cli.zoo import check_page, find_claims, save_claims
-
-    console = _console(quiet=as_json)
-    experiment = find_claims(system)
-    if save:
-        check_page(system)
-    started = time.perf_counter()
-    report = experiment.run(
-        seeds=range(seeds), log=lambda line: console.print(line, markup=False, soft_wrap=True)
+    name = zoo.get(system).name
+    raise arguments.fail(
+        f"claims: the experiment of {name} is run in the source tree by "
+        f"python -m bench.experiments.{name}; docs/zoo/{name}.md has what it showed"
     )
-    report.setting["Took"] = f"{time.perf_counter() - started:.0f} s"
-    if save:
-        for path in save_claims(report):
-            console.print(f"wrote {path}", markup=False, soft_wrap=True)
-    if as_json:
-        typer.echo(json.dumps(report.to_dict(), indent=2))
-    else:
-        console.print(report.markdown(), markup=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""Runs a plan, and what needs no file of its own: threads, parts, memory, the second process."""
+"""The plan of the whole benchmark on a CPU, and the modes that only it has."""
 
 from __future__ import annotations
 
@@ -8,85 +8,65 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from functools import reduce
 from typing import Any
 
 import torch
 
-from moe_ops import _C
-from moe_ops.bench import machine, parts, training
-from moe_ops.bench.contenders import Contender, MoeOpsPacked, builtin_contenders
-from moe_ops.bench.forward import run_forward, run_quantized
-from moe_ops.bench.limits import Limits, measure_limits
-from moe_ops.bench.memory import measure_memory
-from moe_ops.bench.session import MODES, Plan, Session
+from bench.cpu import parts
+from bench.cpu.memory import measure_memory
+from bench.harness.files import ROOT, commit
+from moe_ops.bench import measure, training
+from moe_ops.bench.baselines import Baseline, MoeOpsPacked
+from moe_ops.bench.limits import Limits
+from moe_ops.bench.measure import Cells, Session, add_floors, rounded
 from moe_ops.bench.shapes import DTYPES, SHAPES, make_bank, make_tokens
-from moe_ops.bench.timing import alternate, speedup
+from moe_ops.bench.timing import speedup
+from moe_ops.bench.timing import measure as time_jobs
 
-FORMAT = 1
+MODES = ("forward", "quantized", "training", "scaling", "parts", "memory")
 THP = {"THP_MEM_ALLOC_ENABLE": "1"}
+
+
+@dataclass(frozen=True)
+class Plan(measure.Plan):
+    """Everything. `thp`: also train in a process whose large tensors get huge pages."""
+
+    modes: tuple[str, ...] = MODES
+    shapes: tuple[str, ...] = ("a32", "b", "c", "d")
+    part_tokens: tuple[int, ...] = (1, 64, 512, 2048)
+    memory_shapes: tuple[str, ...] = ("a32",)
+    thp: bool = True
 
 
 def run(
     plan: Plan,
     *,
-    contenders: Sequence[Contender] = (),
+    baselines: Sequence[Baseline] = (),
     log: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Measures everything in the plan; the result is what ``--json`` writes. Times are in ms.
-
-    Args:
-        plan: what to measure.
-        contenders: peers beside the built-in ones.
-        log: called with a line of progress now and then.
-    """
-    torch.set_num_threads(plan.threads)
-    everyone = [*builtin_contenders(), *contenders]
-    if plan.only:
-        everyone = [c for c in everyone if c.name in plan.only or c.name.startswith("moe_ops")]
-    started, load_before = time.perf_counter(), machine.load()
-    reasons = {c.name: why for c in everyone if (why := _absence(c)) is not None}
-    present = [c for c in everyone if c.name not in reasons]
-    log(f"limits of {plan.threads} thread(s), {_C.cpu_isa()}")
-    limits = measure_limits(plan.threads, seconds=plan.limit_s)
-    session = Session(plan, present, log)
-    result: dict[str, Any] = {
-        "format": FORMAT,
-        "date": machine.now(),
-        "machine": machine.describe_machine(),
-        "versions": machine.describe_software(present),
-        "isa": _C.cpu_isa(),
-        "threads": plan.threads,
-        "load": {"before": load_before},
-        "absent": reasons,
-    }
-    runners: dict[str, Callable[[Session], list[dict[str, Any]]]] = {
-        "forward": run_forward,
-        "quantized": run_quantized,
+    """As `moe_ops.bench.measure.run`, with every mode."""
+    modes = {
+        **measure.MODES,
         "training": run_training_twice,
         "scaling": run_scaling,
         "parts": run_parts,
         "memory": run_memory,
     }
-    for mode in plan.modes:
-        result[mode] = runners[mode](session)
-        gc.collect()
-    # Again at the end: on a machine with company the better of the two is nearer to the truth.
-    limits = limits.best(measure_limits(plan.threads, seconds=plan.limit_s))
-    result["limits"] = limits.to_dict()
-    result["load"]["after"] = machine.load()
-    result["seconds"] = round(time.perf_counter() - started)
-    _add_floors(result, limits)
-    return rounded(result)
+    result = measure.run(plan, baselines=baselines, modes=modes, log=log)
+    if at := commit():
+        result["versions"]["commit"] = at
+    return result
 
 
-def run_training_twice(session: Session) -> list[dict[str, Any]]:
+def run_training_twice(session: Session) -> Cells:
     """The second time, of the first shape, in a process whose large tensors get huge pages."""
     plan = session.plan
-    cells = training.run_training(session)
+    cells = measure.run_training(session)
+    for cell in cells:
+        cell["thp"] = os.environ.get("THP_MEM_ALLOC_ENABLE") == "1"
     if plan.thp and sys.platform == "linux":
         child = replace(
             plan, modes=("training",), thp=False, training_shapes=plan.training_shapes[:1]
@@ -96,8 +76,8 @@ def run_training_twice(session: Session) -> list[dict[str, Any]]:
     return cells
 
 
-def run_scaling(session: Session) -> list[dict[str, Any]]:
-    """Our own forward and training step with one and with two threads, in turns."""
+def run_scaling(session: Session) -> Cells:
+    """Our own forward and training step with one and with two threads, interleaved."""
     plan, cells = session.plan, []
     counts = (1, 2)
     if (os.cpu_count() or 1) < max(counts):
@@ -112,7 +92,7 @@ def run_scaling(session: Session) -> list[dict[str, Any]]:
             step = training.steps(bank, tokens, grad_y)[training.OURS]
             for mode, job in (("forward", forward), ("training", step)):
                 jobs = {str(n): _with_threads(n, job, mode) for n in counts}
-                samples = alternate(jobs, budget_s=plan.budget_s)
+                samples = time_jobs(jobs, budget_s=plan.budget_s)
                 cell: dict[str, Any] = {"mode": mode, "shape": bank.shape.name}
                 cell |= {"weights": weight_format, "T": T}
                 cell["ms"] = {n: sample.median * 1e3 for n, sample in samples.items()}
@@ -135,7 +115,7 @@ def _with_threads(count: int, job: Callable[[], object], mode: str) -> Callable[
     return call
 
 
-def run_parts(session: Session) -> list[dict[str, Any]]:
+def run_parts(session: Session) -> Cells:
     results = []
     for part in parts.PARTS:
         for T in session.plan.part_tokens:
@@ -145,7 +125,7 @@ def run_parts(session: Session) -> list[dict[str, Any]]:
     return results
 
 
-def run_memory(session: Session) -> list[dict[str, Any]]:
+def run_memory(session: Session) -> Cells:
     results = []
     for shape in session.plan.memory_shapes:
         for weight_format in session.plan.formats:
@@ -157,16 +137,17 @@ def run_memory(session: Session) -> list[dict[str, Any]]:
 
 
 def run_child(plan: Plan, environment: Mapping[str, str]) -> dict[str, Any]:
-    """The plan in a process of its own with more environment; built-in contenders only."""
+    """The plan in a process of its own with more environment; built-in baselines only."""
     code = (
-        "import sys, json; from moe_ops.bench.run import Plan, run; plan = json.load(sys.stdin); "
+        "import sys, json; from bench.cpu.run import Plan, run; plan = json.load(sys.stdin); "
         "plan = {k: tuple(v) if isinstance(v, list) else v for k, v in plan.items()}; "
         "json.dump(run(Plan(**plan)), sys.stdout)"
     )
     child = subprocess.run(
         [sys.executable, "-c", code],
-        input=json.dumps(plan.__dict__),
+        input=json.dumps(asdict(plan)),
         env={**os.environ, **environment},
+        cwd=ROOT,
         capture_output=True,
         text=True,
         check=False,
@@ -174,9 +155,6 @@ def run_child(plan: Plan, environment: Mapping[str, str]) -> dict[str, Any]:
     if child.returncode != 0:
         raise RuntimeError(f"The child process failed:\n{child.stderr}")
     return dict(json.loads(child.stdout))
-
-
-# --------------------------------------------------------------------------------- helpers
 
 
 def join(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -208,35 +186,8 @@ def join(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     joined = {k: v for k, v in joined.items() if k not in MODES or v}
     limits = reduce(Limits.best, [Limits.from_dict(result["limits"]) for result in results])
     joined["limits"] = limits.to_dict()
-    _add_floors(joined, limits)
+    add_floors(joined, limits)
     return dict(rounded(joined))
-
-
-def rounded(value: Any) -> Any:
-    """Floats to four significant digits, all the way down."""
-    if isinstance(value, float):
-        return float(f"{value:.4g}")
-    if isinstance(value, dict):
-        return {k: rounded(v) for k, v in value.items()}
-    return [rounded(v) for v in value] if isinstance(value, list) else value
-
-
-def _absence(contender: Contender) -> str | None:
-    why = contender.missing()
-    if why is None and not contender.follows_isa and _C.cpu_isa() != _C.detected_isa():
-        return f"cannot be held to {_C.cpu_isa()}"
-    return why
-
-
-def _add_floors(result: dict[str, Any], limits: Limits) -> None:
-    for mode in ("forward", "quantized", "training"):
-        for cell in result.get(mode, ()):
-            # Of the three passes over weights that training counts, one writes gradients.
-            working_set = cell["bytes"] * (2 / 3 if mode == "training" else 1)
-            floor = limits.floor_s(cell["flops"], cell["bytes"], cell["weights"], working_set) * 1e3
-            cell["floor_ms"] = floor
-            for contender in cell["contenders"].values():
-                contender["of_limit"] = floor / contender["ms"]
 
 
 def _ratios(speedups: Mapping[str, float]) -> str:

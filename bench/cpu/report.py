@@ -1,0 +1,77 @@
+"""Markdown of everything that a run on a CPU measured, with the targets: what bench/results keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from bench.cpu.targets import verdicts
+from moe_ops.bench.report import head, join_sections, not_measured, number, sections, table
+
+HOW = """\
+Everything runs in one process, interleaved, on one thread; times are medians without the samples in
+which a thread waited for a core. From commit 60a6e53 on, a job of less than 20 ms runs once untimed
+before its sample, so that it finds its own data in the caches. The weights of moe_ops lie in huge
+pages, where its layers keep them (before commit 81c9e05 only packed ones). Every output is compared
+with fp64 first. The targets are what this project has set itself; where one is not met, the table
+says so. *At the limit*: what the worst cell's ratio would be if ours ran at the limit of the
+machine; *out of reach*: not even that would meet the target in any cell that misses it, because the
+other library is too close to the limit."""
+_PARTS = """\
+128 experts, 8 a token, H 2048, fp32; microseconds of our op, then of the lines that transformers
+runs, and how many times faster ours is."""
+_MEMORY = """\
+MiB at the peak of a step beyond weights and their gradients, in a process of its own (VmHWM above
+the size before the weights were made; workspaces and caches count). *main_grads* and *kept .grad*
+have gradients at hand before the step, which transformers then adds fresh ones to."""
+
+
+def render(result: Mapping[str, Any]) -> str:
+    """The whole report of one run, headings from the second level on."""
+    parts = [*head(result), HOW, "### Targets", _targets(result), *sections(result)]
+    if result.get("scaling"):
+        parts += ["### Two threads", _scaling(result["scaling"])]
+    if result.get("parts"):
+        parts += ["### Router, sorting, weighted sum", _PARTS, _parts(result["parts"])]
+    if result.get("memory"):
+        parts += ["### Memory of a training step", _MEMORY, _memory(result["memory"])]
+    return join_sections([*parts, *not_measured(result)])
+
+
+def _targets(result: Mapping[str, Any]) -> str:
+    rows = []
+    for verdict in verdicts(result):
+        met = "yes" if verdict.met else "out of reach" if verdict.out_of_reach else "no"
+        worst = "–" if verdict.worst is None else f"{verdict.worst} ({verdict.where})"
+        row = [verdict.target, verdict.must, worst, verdict.at_limit or "–"]
+        rows.append([*row, met if verdict.worst else "not measured"])
+    return table(["target", "must", "worst", "at the limit", "met"], rows, right_from=5)
+
+
+def _scaling(cells: Iterable[Mapping[str, Any]]) -> str:
+    rows = []
+    for cell in cells:
+        row = [cell["mode"], cell["shape"], cell["weights"], str(cell["T"])]
+        row += [number(cell["ms"]["1"]), number(cell["ms"]["2"])]
+        rows.append([*row, f"{cell['speedup']:.2f}x" + ("~" if cell["noisy"] else "")])
+    header = ["mode", "shape", "weights", "T", "1 thread ms", "2 threads ms", "faster"]
+    return table(header, rows, right_from=3)
+
+
+def _parts(cells: Sequence[Mapping[str, Any]]) -> str:
+    rows = []
+    for cell in cells:
+        forms = [f"{n}: {number(cell['us'][n])} ({r:.2f}x)" for n, r in cell["speedup"].items()]
+        ours = number(cell["us"]["moe_ops"]) + ("~" if cell["noisy"] else "")
+        rows.append([cell["part"], str(cell["T"]), ours, *forms, *[""] * (2 - len(forms))])
+    return table(["part", "T", "moe_ops us", "torch us", "torch us"], rows)
+
+
+def _memory(cells: Iterable[Mapping[str, Any]]) -> str:
+    cells = list(cells)
+    names = list(dict.fromkeys(name for cell in cells for name in cell["mib"]))
+    rows = []
+    for cell in cells:
+        row = [cell["shape"], cell["weights"], str(cell["T"])]
+        rows.append([*row, *[number(cell["mib"][n]) if n in cell["mib"] else "–" for n in names]])
+    return table(["shape", "weights", "T", *names], rows, right_from=2)
