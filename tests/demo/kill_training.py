@@ -1,4 +1,4 @@
-"""Kills a training run again and again: ``python tests/kill_training.py FOLDER KILLS SEED``.
+"""Kills a training run again and again: ``python tests/demo/kill_training.py FOLDER KILLS SEED``.
 
 A child trains a tiny model of the demo and tells each step through a pipe once it is saved. It is
 killed at a random moment, and the next child goes on. Checked after each kill: the checkpoint is

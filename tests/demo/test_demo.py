@@ -24,8 +24,9 @@ from moe_ops import viz
 from moe_ops.cli.app import app
 from moe_ops.demo import data, train
 from moe_ops.demo.checkpoint import Checkpointer, CheckpointError
-from moe_ops.demo.model import ByteLM, ModelConfig
+from moe_ops.demo.model import ModelConfig, make_model
 from moe_ops.demo.train import TrainConfig, max_violation
+from moe_ops.zoo.deepseek import DeepSeek
 
 runner = CliRunner()
 
@@ -114,13 +115,13 @@ def test_learning_rate_schedule():
 
 def test_model_is_causal():
     torch.manual_seed(0)
-    model = ByteLM(ModelConfig(num_layers=2, hidden_size=32, num_heads=2, context=16))
+    model = make_model(ModelConfig(num_layers=2, hidden_size=32, num_heads=2, context=16))
     tokens = torch.randint(0, 256, (1, 16))
-    logits, routings = model(tokens)
-    assert logits.shape == (1, 16, 256) and len(routings) == 2
+    logits, routing = model(tokens, return_routing=True)
+    assert logits.shape == (1, 16, 256) and len(routing) == 2
     changed = tokens.clone()
     changed[0, 10] = (changed[0, 10] + 1) % 256
-    other, _ = model(changed)
+    other = model(changed)
     torch.testing.assert_close(logits[0, :10], other[0, :10], rtol=1e-5, atol=1e-5)
     assert not torch.allclose(logits[0, 10:], other[0, 10:])
 
@@ -144,8 +145,11 @@ def test_run_learns_and_leaves_its_files(text, tmp_path):
     for name in ("loss.png", "expert_load.png", "token_experts.png"):
         assert (out / name).stat().st_size > 5000
         assert name in output
-    weights = load_file(out / "model.safetensors")
-    assert all(torch.isfinite(w).all() for w in weights.values())
+    model = DeepSeek.from_pretrained(out / "model")
+    assert model.config.num_experts == 4 and model.config.tie_embeddings
+    saved = Checkpointer(out).load().tensors
+    for name, weight in model.named_parameters():
+        assert torch.equal(weight, saved[f"model.{name}"]) and torch.isfinite(weight).all(), name
     # A finished run may be replaced without a word.
     demo("--data", text, "--out", out, "--steps", 3)
     assert json.loads((out / "summary.json").read_text())["training"]["steps"] == 3
@@ -182,8 +186,8 @@ def test_killed_and_resumed_run_ends_with_the_same_bits(text, tmp_path):
     output = demo("--out", out, "--resume")
     assert f"Continuing after step {stopped.metadata['step']} of {steps}" in output
 
-    whole = (tmp_path / "whole" / "model.safetensors").read_bytes()
-    assert (out / "model.safetensors").read_bytes() == whole
+    whole = (tmp_path / "whole" / "model" / "model.safetensors").read_bytes()
+    assert (out / "model" / "model.safetensors").read_bytes() == whole
     one, two = Checkpointer(tmp_path / "whole").load(), Checkpointer(out).load()
     assert one.metadata == two.metadata
     assert one.tensors.keys() == two.tensors.keys()
@@ -325,7 +329,7 @@ def test_checkpoint_is_a_safetensors_file(tmp_path):
         assert checkpointer.load().metadata["step"] == step
     checkpointer.save(tensors, {"step": 4})
     loaded = load_file(tmp_path / "checkpoint.safetensors")
-    assert loaded.keys() == {*tensors, "~sha256"}
+    assert loaded.keys() == tensors.keys()
     for name, tensor in tensors.items():
         assert loaded[name].dtype == tensor.dtype and torch.equal(loaded[name], tensor)
     checkpointer.path.unlink()
@@ -357,6 +361,28 @@ def test_foreign_file_is_refused(tmp_path):
     save_file({"a": torch.zeros(2)}, tmp_path / "checkpoint.safetensors")
     with pytest.raises(CheckpointError, match="do not match its checksum"):
         Checkpointer(tmp_path).load()
+
+
+def test_checkpoint_of_an_earlier_version_gets_one_sentence(tmp_path):
+    from safetensors.torch import save_file
+
+    about = json.dumps({"format": "moe_ops.demo/2", "run": {"step": 7}})
+    tensors = {"a": torch.zeros(2), "~sha256": torch.zeros(32, dtype=torch.uint8)}
+    save_file(tensors, tmp_path / "checkpoint.safetensors", {"moe_ops.demo": about})
+    output = demo("--out", tmp_path, "--resume", expect=1)
+    assert output.splitlines()[-1] == (
+        f"error: demo: no usable checkpoint in {tmp_path}: checkpoint.safetensors must be a "
+        "checkpoint of this version of moe_ops (moe_ops.demo/3), got 'moe_ops.demo/2'; run with "
+        "--overwrite to start again"
+    )
+
+
+def test_state_that_does_not_fit_its_sizes_gets_one_sentence(unfinished):
+    checkpoint = Checkpointer(unfinished).load()
+    checkpoint.metadata["config"]["model"]["hidden_size"] = 64
+    Checkpointer(unfinished).save(checkpoint.tensors, checkpoint.metadata)
+    output = demo("--out", unfinished, "--resume", expect=1)
+    assert "does not fit together" in output and "--overwrite" in output
 
 
 # --- pictures

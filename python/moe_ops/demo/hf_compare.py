@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from moe_ops._requirements import TRANSFORMERS_FLOOR, transformers_is_too_old
-from moe_ops.bench.timing import alternate
+from moe_ops.bench.timing import measure
 
 IMPLEMENTATIONS = ("eager", "grouped_mm", "moe_ops")
 
@@ -109,7 +109,7 @@ def _compare(
 
     times = {}
     for key, job in (("forward", inference), ("forward_backward", both)):
-        samples = alternate({i: timed(job, i) for i in IMPLEMENTATIONS}, budget_s=budget_s)
+        samples = measure({i: timed(job, i) for i in IMPLEMENTATIONS}, budget_s=budget_s)
         seconds = {i: sample.median for i, sample in samples.items()}
         # Of the medians, which stand beside it.
         speedup = {i: s / seconds["moe_ops"] for i, s in seconds.items() if i != "moe_ops"}

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from moe_ops.demo import data
-from moe_ops.demo.model import VOCABULARY, ByteLM
+from moe_ops.demo.model import VOCABULARY
+from moe_ops.zoo.language_model import CausalLM
 
 _NUM_WINDOWS = 64
 
@@ -40,7 +41,7 @@ class RoutingSample:
 
 
 @torch.no_grad()
-def inspect_routing(model: ByteLM, heldout: torch.Tensor) -> RoutingSample:
+def inspect_routing(model: CausalLM, heldout: torch.Tensor) -> RoutingSample:
     """Route held-out text through the model."""
     config = model.config
     model.eval()
@@ -48,12 +49,12 @@ def inspect_routing(model: ByteLM, heldout: torch.Tensor) -> RoutingSample:
     inputs, _ = data.heldout_windows(heldout, count=_NUM_WINDOWS, context=config.context)
     for block in inputs.split(8):
         flat = block.flatten().numpy()
-        for layer, routing in enumerate(model(block)[1]):
-            first = routing.topk_ids.reshape(flat.size, -1)[:, 0].numpy()
+        for layer, called in enumerate(model(block, return_routing=True).routing):
+            first = called.routing.topk_ids[:, 0].numpy()
             np.add.at(counts[layer], (flat, first), 1)
     text = _lively_window(heldout, config.context)
-    routings = model(text[None].long())[1]
-    ids = torch.stack([r.topk_ids.reshape(text.numel(), -1) for r in routings])
+    routing = model(text[None].long(), return_routing=True).routing
+    ids = torch.stack([called.routing.topk_ids for called in routing])
     model.train()
     return RoutingSample(
         text=text.numpy().tobytes(),

@@ -26,7 +26,7 @@ from moe_ops.demo import data
 from moe_ops.demo.checkpoint import Checkpoint, Checkpointer, CheckpointError
 from moe_ops.demo.model import ModelConfig
 from moe_ops.demo.routing import RoutingSample, inspect_routing
-from moe_ops.demo.train import TrainConfig, Trainer, check_state, environment, max_violation
+from moe_ops.demo.train import TrainConfig, Trainer, config_of, environment, max_violation
 
 _SMOKE = TrainConfig(
     steps=12,
@@ -100,7 +100,7 @@ def _run(options: DemoOptions, console: Console, started: float) -> dict[str, An
         _print_resumed(console, checkpoint, trainer)
     _print_model(console, trainer)
     overhead = _train(trainer, checkpointer, data_path, console, entropies)
-    trainer.save_model(options.out / "model.safetensors")
+    trainer.model.save_pretrained(options.out / "model")
     heldout = trainer.evaluate(8 if options.smoke else _FINAL_WINDOWS)
     console.print(
         f"Held-out files, final: [bold]{heldout:.3f} bits/byte[/]; unigram entropy "
@@ -115,8 +115,14 @@ def _run(options: DemoOptions, console: Console, started: float) -> dict[str, An
     _heading(console, "A sample")
     prompt = b"import os\n\n\ndef " if data_path is None else sample.text[:32]
     num_bytes = 40 if options.smoke else 320
-    generated = trainer.model.generate(prompt, num_bytes, seed=config.seed)
-    shown = generated.decode("utf-8", errors="replace")
+    generated = trainer.model.generate(
+        torch.tensor([list(prompt)]),
+        num_bytes,
+        temperature=0.8,
+        top_p=0.95,
+        generator=torch.Generator().manual_seed(config.seed),
+    )
+    shown = bytes(generated[0].tolist()).decode("utf-8", errors="replace")
     console.print(Text(shown[: len(prompt)], style="bold"), Text(shown[len(prompt) :]), sep="")
 
     _heading(console, "Hugging Face models")
@@ -150,7 +156,7 @@ def _run(options: DemoOptions, console: Console, started: float) -> dict[str, An
     path = options.out / "summary.json"
     _files.write_json(path, summary)
     _heading(console, "Done")
-    _print_summary(console, summary, [*files, options.out / "model.safetensors", path])
+    _print_summary(console, summary, [*files, options.out / "model", path])
     return summary
 
 
@@ -165,32 +171,30 @@ def _load_checkpoint(
         return None
     if options.resume:
         checkpoint = checkpointer.load()
-        check_state(checkpoint)
+        saved = config_of(checkpoint)
         if checkpoint.note:
             console.print(f"[yellow]{escape(checkpoint.note)}[/]", soft_wrap=True)
-        saved = checkpoint.metadata["config"]
         if options.minutes is not None:
             raise ValueError(
                 "demo: --minutes cannot change a run that has started: it is set for "
-                f"{saved['steps']} steps"
+                f"{saved.steps} steps"
             )
         for name in ("steps", "seed", "threads"):
             wanted = getattr(options, name)
-            if wanted is not None and wanted != saved[name]:
+            if wanted is not None and wanted != getattr(saved, name):
                 raise ValueError(
-                    f"demo: --{name} must be {saved[name]} as in the run that --resume continues, "
+                    f"demo: --{name} must be {getattr(saved, name)} as in the run that --resume continues, "
                     f"got {wanted}"
                 )
         return checkpoint
     if checkpointer.exists():
         try:
             checkpoint = checkpointer.load()
-            check_state(checkpoint)
-            metadata = checkpoint.metadata
+            step, steps = checkpoint.metadata["step"], config_of(checkpoint).steps
+            where = f"at step {step}" if step < steps else ""
         except CheckpointError:
-            metadata = None
-        if metadata is None or metadata["step"] < metadata["config"]["steps"]:
-            where = f"at step {metadata['step']}" if metadata else "that cannot be read"
+            where = "that cannot be read"
+        if where:
             raise CheckpointError(
                 f"demo: {options.out} holds an unfinished run {where}; "
                 "continue it with --resume, throw it away with --overwrite, or choose another --out"

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
-import torch.nn.functional as F
 
 from moe_ops import _files
 from moe_ops._arguments import MAX_STEPS, MAX_THREADS, MAX_TOKENS
 from moe_ops._fields import check_names, check_types
 from moe_ops.demo import data
 from moe_ops.demo.checkpoint import Checkpoint, CheckpointError
-from moe_ops.demo.model import ByteLM, ModelConfig
+from moe_ops.demo.model import ModelConfig, make_model
 from moe_ops.layers import count_tokens_per_expert
 
 _NATS_TO_BITS = 1.0 / math.log(2.0)
@@ -105,7 +103,7 @@ class Trainer:
         self.step = 0
         torch.set_num_threads(config.threads)
         torch.manual_seed(config.seed)
-        self.model = ByteLM(config.model)
+        self.model = make_model(config.model)
         matrices = [p for p in self.model.parameters() if p.ndim >= 2]
         vectors = [p for p in self.model.parameters() if p.ndim < 2]
         self.optimizer = torch.optim.AdamW(
@@ -142,30 +140,28 @@ class Trainer:
             batch_size=config.batch_size,
             context=config.model.context,
         )
-        logits, routings = self.model(inputs)
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-        auxiliary = torch.stack(
-            [
-                config.load_balancing_coef * routing.aux_losses["load_balancing"]
-                + config.z_loss_coef * routing.aux_losses["router_z"]
-                for routing in routings
-            ]
-        ).sum()
+        coefficients = {
+            "load_balancing": config.load_balancing_coef,
+            "router_z": config.z_loss_coef,
+        }
+        out = self.model.loss(inputs, targets, coefficients=coefficients)
         self.optimizer.zero_grad(set_to_none=True)
-        (loss + auxiliary).backward()
+        out.loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = config.learning_rate_at(self.step)
         self.optimizer.step()
         seconds = time.perf_counter() - started
 
-        bits = loss.item() * _NATS_TO_BITS
+        bits = out.cross_entropy.item() * _NATS_TO_BITS
         if not math.isfinite(bits):
             raise FloatingPointError(
                 f"demo: the loss of step {self.step + 1} must be finite, got {bits}"
             )
         num_experts = config.model.num_experts
-        load = torch.stack([count_tokens_per_expert(r.topk_ids, num_experts) for r in routings])
+        load = torch.stack(
+            [count_tokens_per_expert(r.routing.topk_ids, num_experts) for r in out.routing]
+        )
         self.loss_history[self.step] = bits
         self.load_history[self.step] = load
         self.seconds_history[self.step] = seconds
@@ -194,8 +190,7 @@ class Trainer:
         for x, y in zip(
             inputs.split(self.config.batch_size), targets.split(self.config.batch_size), strict=True
         ):
-            logits, _ = self.model(x)
-            total += F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="sum").item()
+            total += self.model.loss(x, y, coefficients={}).cross_entropy.item() * y.numel()
         self.model.train()
         return total / targets.numel() * _NATS_TO_BITS
 
@@ -225,36 +220,30 @@ class Trainer:
     def restore(cls, checkpoint: Checkpoint, corpus: data.Corpus) -> Trainer:
         """The run that `checkpoint` holds.
 
-        Errors: CheckpointError when it was made from another text, or its tensors do not fit its
-        configuration.
+        Raises:
+            CheckpointError: it was made from another text, or its parts do not fit together.
         """
-        metadata = checkpoint.metadata
+        metadata, tensors = checkpoint.metadata, checkpoint.tensors
+        config = config_of(checkpoint)
         if metadata["corpus_sha256"] != corpus.sha256:
             raise CheckpointError(
                 f"demo: --resume must see the text that {checkpoint.path} was trained on, got "
                 f"another one from {corpus.source}; give the same --data, or --overwrite"
             )
-        trainer = cls(check_state(checkpoint), corpus)
-        tensors = checkpoint.tensors
-        with torch.no_grad():
+        trainer = cls(config, corpus)
+        with torch.no_grad(), _fitting(checkpoint):
             for name, parameter in trainer.model.named_parameters():
                 parameter.copy_(tensors[f"model.{name}"])
                 trainer.optimizer.state[parameter] = {
                     key: tensors[f"optimizer.{name}.{key}"].clone() for key in _OPTIMIZER_STATE
                 }
-        trainer.loss_history = tensors["history.loss"].clone()
-        trainer.heldout_history = tensors["history.heldout"].clone()
-        trainer.load_history = tensors["history.tokens_per_expert"].clone()
-        trainer.seconds_history = tensors["history.seconds"].clone()
-        torch.set_rng_state(tensors["rng.torch"])
+            trainer.loss_history.copy_(tensors["history.loss"])
+            trainer.heldout_history.copy_(tensors["history.heldout"])
+            trainer.load_history.copy_(tensors["history.tokens_per_expert"])
+            trainer.seconds_history.copy_(tensors["history.seconds"])
+            torch.set_rng_state(tensors["rng.torch"])
         trainer.step = metadata["step"]
         return trainer
-
-    def save_model(self, path: Path) -> None:
-        """The weights alone, with the configuration in the header."""
-        weights = {name: p.detach().contiguous() for name, p in self.model.named_parameters()}
-        header = {"config": json.dumps(asdict(self.config.model), sort_keys=True)}
-        _files.write_file(path, safetensors.torch.save(weights, header))
 
     def heldout_by_step(self) -> dict[int, float]:
         return {
@@ -264,66 +253,24 @@ class Trainer:
         }
 
 
-def check_state(checkpoint: Checkpoint) -> TrainConfig:
-    """The configuration in a checkpoint, once everything in it is known to fit together.
+def config_of(checkpoint: Checkpoint) -> TrainConfig:
+    """The configuration in a checkpoint. CheckpointError if there is none that can be."""
+    with _fitting(checkpoint):
+        config = TrainConfig.from_dict(checkpoint.metadata["config"])
+        if not 1 <= checkpoint.metadata["step"] <= config.steps:
+            raise ValueError(f"step must be from 1 to {config.steps}")
+    return config
 
-    Nothing is allocated that the file does not hold.
 
-    Errors: CheckpointError with what does not fit.
-    """
-    metadata, tensors = checkpoint.metadata, checkpoint.tensors
+@contextlib.contextmanager
+def _fitting(checkpoint: Checkpoint) -> Iterator[None]:
     try:
-        for name, kind in (
-            ("config", dict), ("environment", dict), ("corpus_sha256", str), ("step", int),
-        ):  # fmt: skip
-            if not isinstance(metadata.get(name), kind):
-                got = _files.shown(metadata.get(name))
-                raise ValueError(f"{name} must be of type {kind.__name__}, got {got}.")
-        config = TrainConfig.from_dict(metadata["config"])
-        if not 1 <= metadata["step"] <= config.steps:
-            raise ValueError(f"step must be from 1 to {config.steps}, got {metadata['step']}.")
-        path = metadata.get("data")
-        if path is not None and not isinstance(path, str):
-            raise ValueError(f"data must be a path, got {_files.shown(path)}.")
-        model = config.model
-        if max(model.num_layers, model.num_experts, model.hidden_size) > max(
-            len(tensors), *(size for tensor in tensors.values() for size in tensor.shape)
-        ):
-            raise ValueError("config must have the sizes of the tensors, got larger ones.")
-        for name, (shape, dtype) in _expected(config).items():
-            tensor = tensors.get(name)
-            if tensor is None or (tensor.shape, tensor.dtype) != (shape, dtype):
-                got = "none" if tensor is None else f"{list(tensor.shape)} of {tensor.dtype}"
-                raise ValueError(f"{name} must be {list(shape)} of {dtype}, got {got}.")
-    except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
+        yield
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"demo: {checkpoint.path} does not fit together ({str(error).splitlines()[0]}); "
             "run with --overwrite to start again"
         ) from error
-    return config
-
-
-def _expected(config: TrainConfig) -> dict[str, tuple[torch.Size, torch.dtype]]:
-    """Shape and type of every tensor of `Trainer.state`."""
-    model, steps = config.model, (config.steps,)
-    expected = {
-        "rng.torch": (torch.get_rng_state().shape, torch.uint8),
-        "history.loss": (torch.Size(steps), torch.float32),
-        "history.heldout": (torch.Size(steps), torch.float64),
-        "history.tokens_per_expert": (
-            torch.Size((*steps, model.num_layers, model.num_experts)),
-            torch.int32,
-        ),
-        "history.seconds": (torch.Size(steps), torch.float32),
-    }
-    with torch.device("meta"):
-        parameters = list(ByteLM(model).named_parameters())
-    for name, parameter in parameters:
-        expected[f"model.{name}"] = (parameter.shape, parameter.dtype)
-        for key in _OPTIMIZER_STATE:
-            shape = torch.Size() if key == "step" else parameter.shape
-            expected[f"optimizer.{name}.{key}"] = (shape, parameter.dtype)
-    return expected
 
 
 def max_violation(load: torch.Tensor) -> torch.Tensor:
