@@ -475,7 +475,7 @@ def test_report_of_a_language_model():
     # 8 of 32 bits, and a scale of 4 bytes for each 32 or 64 numbers.
     assert 0.25 < report.bytes_after / report.bytes_before < 0.32
     text = str(report)
-    assert "blocks.1.moe.experts" in text and "perplexity" in text and "int8" in text
+    assert "layers.1.mlp.experts" in text and "perplexity" in text and "int8" in text
     assert json.loads(json.dumps(report.to_dict()))["banks"][0]["format"] == "int8"
 
 

@@ -7,8 +7,8 @@ A step: forward, loss, backward, AdamW (fused for all) and zero_grad. All models
 weights and see the same tokens; transformers runs with both of its attentions that need no other
 library ("eager", "sdpa"), and has one form of JetMoE's experts, a loop. "cross-entropy": that alone
 is minimised. "with losses": what each adds to it by itself, transformers load balancing, moe_ops
-load balancing and the z-loss. Baselines run interleaved in one process; numbers are medians, in ms, of
-CPU time with one thread and of wall time otherwise. Ratios are to moe_ops in the same form.
+load balancing and the z-loss. Everything runs interleaved in one process; numbers are medians, ms
+of CPU time with one thread and of wall time otherwise. Ratios are to moe_ops in the same form.
 
 --compile: also all of them under torch.compile, as a user writes it: `torch.compile` of a function
 that returns the loss, `fullgraph=True` for ours. transformers' experts read their sizes on the host

@@ -44,9 +44,7 @@ def plan_of(options: argparse.Namespace) -> Plan:
     return plan
 
 
-def main(
-    arguments: Sequence[str] | None = None, *, baselines: Sequence[Baseline] = PEERS
-) -> None:
+def main(arguments: Sequence[str] | None = None, *, baselines: Sequence[Baseline] = PEERS) -> None:
     """Measures, prints the report, writes files; errors as `moe_ops.bench.main.in_one_sentence`."""
     options = parse(arguments)
     with users.in_one_sentence("bench.cpu"):

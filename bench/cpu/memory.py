@@ -22,8 +22,8 @@ import torch
 
 from bench.harness.files import ROOT
 from moe_ops import _C
-from moe_ops.bench.shapes import DTYPES, SHAPES, Bank, Shape, make_bank, make_tokens
 from moe_ops.bench import training
+from moe_ops.bench.shapes import DTYPES, SHAPES, Bank, Shape, make_bank, make_tokens
 from moe_ops.bench.training import OURS, steps
 from moe_ops.memory import use_huge_pages
 
@@ -40,7 +40,9 @@ def measure_memory(shape: str, dtype: str, num_tokens: int) -> dict[str, Any]:
     result |= {"mib": {}, "skipped": {}}
     for name in BASELINES:
         command = [sys.executable, "-m", "bench.cpu.memory", shape, dtype, str(num_tokens)]
-        child = subprocess.run([*command, name], cwd=ROOT, capture_output=True, text=True, check=False)
+        child = subprocess.run(
+            [*command, name], cwd=ROOT, capture_output=True, text=True, check=False
+        )
         if child.returncode == 0:
             result["mib"][name] = json.loads(child.stdout)["beyond_bytes"] / 2**20
         else:

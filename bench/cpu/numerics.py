@@ -335,7 +335,9 @@ def errors() -> list[str]:
     return lines
 
 
-def compare(off: Callable[[], None], on: Callable[[], None], budget_s: float) -> tuple[float, float]:
+def compare(
+    off: Callable[[], None], on: Callable[[], None], budget_s: float
+) -> tuple[float, float]:
     """Seconds of `off`, and the median over rounds of how many times longer `on` takes. In seconds
     of the processor, which other processes do not count into; a round of short calls has many."""
     jobs = {"off": off, "on": on}
@@ -390,7 +392,10 @@ def costs(budget_s: float) -> list[str]:
 
 
 def replace_table(text: str, name: str, lines: list[str]) -> str:
-    start, end = f"<!-- {name}: made by python -m bench.cpu.numerics -->\n", f"<!-- end of {name} -->"
+    start, end = (
+        f"<!-- {name}: made by python -m bench.cpu.numerics -->\n",
+        f"<!-- end of {name} -->",
+    )
     head, rest = text.split(start)
     return head + start + "\n" + "\n".join(lines) + "\n\n" + end + rest.split(end, 1)[1]
 

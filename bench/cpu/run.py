@@ -23,8 +23,8 @@ from moe_ops.bench.baselines import Baseline, MoeOpsPacked
 from moe_ops.bench.limits import Limits
 from moe_ops.bench.measure import Cells, Session, add_floors, rounded
 from moe_ops.bench.shapes import DTYPES, SHAPES, make_bank, make_tokens
-from moe_ops.bench.timing import speedup
 from moe_ops.bench.timing import measure as time_jobs
+from moe_ops.bench.timing import speedup
 
 MODES = ("forward", "quantized", "training", "scaling", "parts", "memory")
 THP = {"THP_MEM_ALLOC_ENABLE": "1"}

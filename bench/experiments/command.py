@@ -15,9 +15,7 @@ from . import page
 from .report import Report
 
 
-def main(
-    system: str, run: Callable[..., Report], arguments: Sequence[str] | None = None
-) -> Report:
+def main(system: str, run: Callable[..., Report], arguments: Sequence[str] | None = None) -> Report:
     """Runs the experiment of a system and prints what it shows.
 
     A page that the result cannot be written to ends the process before the run, with one sentence.

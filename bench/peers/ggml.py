@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_ops.bench.baselines import Bind, Call, Baseline
+from moe_ops.bench.baselines import Baseline, Bind, Call
 from moe_ops.bench.shapes import Bank, Tokens
 
 _F32, _F16, _Q4_0, _Q8_0, _I32, _BF16 = 0, 1, 2, 8, 26, 30

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from moe_ops.bench.baselines import Bind, Call, Baseline
+from moe_ops.bench.baselines import Baseline, Bind, Call
 from moe_ops.bench.shapes import Bank, Tokens
 
 

@@ -8,26 +8,18 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from bench.gpu import card, cases, main, planner, run, small, steps
+from bench.gpu.cases import Case
+from bench.gpu.clock import CudaClock, HostClock
+from bench.gpu.layer import Layer, Weights
+from bench.gpu.limits import Limits
+from bench.gpu.work import Work, work_of
 
-ROOT = Path(__file__).parents[1]
-if not (ROOT / "bench" / "gpu").is_dir():
-    pytest.skip("No source tree here.", allow_module_level=True)
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
-
-from bench.gpu import card, cases, main, planner, run, small, steps  # noqa: E402
-from bench.gpu.cases import Case  # noqa: E402
-from bench.gpu.clock import CudaClock, HostClock, in_turns  # noqa: E402
-from bench.gpu.layer import Layer, Weights  # noqa: E402
-from bench.gpu.limits import Limits  # noqa: E402
-from bench.gpu.work import Work, work_of  # noqa: E402
-
-from moe_ops.bench.shapes import Shape, flops  # noqa: E402
+from moe_ops.bench.shapes import Shape, flops
 
 CPU = torch.device("cpu")
 TINY = cases.TINY["tiny"]
@@ -270,7 +262,7 @@ def test_costs_follow_the_limits():
     v3 = cases.MODELS["deepseek-v3"]
     small_case, large = a_case("forward", v3, 1), a_case("forward", v3, 32768)
     little, much = run.costs_of([small_case, large], limits, 1e-4)
-    # 23.1 TFLOP at 600 T/s is 38.5 ms; twice that for each of five contenders, and a flush.
+    # 23.1 TFLOP at 600 T/s is 38.5 ms; twice that for each of five baselines, and a flush.
     assert much.round_s == pytest.approx(5 * (2 * 0.0385 + 1e-4), rel=0.01)
     # 705 MB at 3 TB/s.
     assert little.round_s == pytest.approx(5 * (2 * 0.000235 + 1e-4), rel=0.01)
@@ -288,11 +280,6 @@ def test_everything_fits_into_ten_minutes_on_a_hopper():
 
 
 # ------------------------------------------------------------------------------- clock
-
-
-def test_order_turns():
-    assert ["".join(in_turns(list("abc"), i)) for i in range(4)] == ["abc", "bca", "cab", "abc"]
-    assert in_turns([], 2) == []
 
 
 def test_host_clock():

@@ -1,4 +1,4 @@
-"""The benchmark for cards on the CPU: contenders, a walk through all of it, the report."""
+"""The benchmark for cards on the CPU: baselines, a walk through all of it, the report."""
 
 from __future__ import annotations
 
@@ -7,28 +7,21 @@ import json
 import subprocess
 import sys
 from dataclasses import dataclass, replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from bench.gpu import block, cases, clock, main, planner, report, run
+from bench.gpu.cases import Case
+from bench.gpu.clock import HostClock
+from bench.gpu.layer import Layer, Weights
+from bench.gpu.limits import Limits
+from bench.gpu.peers import PEERS, Peer
+from bench.gpu.problem import relative
+from bench.harness import dump
+from bench.harness.files import RESULTS, ROOT
 
-ROOT = Path(__file__).parents[1]
-if not (ROOT / "bench" / "gpu").is_dir():
-    pytest.skip("No source tree here.", allow_module_level=True)
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
-
-from bench import page  # noqa: E402
-from bench.gpu import block, cases, clock, main, planner, report, run  # noqa: E402
-from bench.gpu.cases import Case  # noqa: E402
-from bench.gpu.clock import HostClock  # noqa: E402
-from bench.gpu.layer import Layer, Weights  # noqa: E402
-from bench.gpu.limits import Limits  # noqa: E402
-from bench.gpu.peers import PEERS, Peer  # noqa: E402
-from bench.gpu.problem import relative  # noqa: E402
-
-from moe_ops import doctor, reference  # noqa: E402
+from moe_ops import doctor, reference
 
 CPU = torch.device("cpu")
 TINY = cases.TINY["tiny"]
@@ -62,7 +55,7 @@ def a_case(part="forward", shape=TINY, T=16, routing="balanced"):
     return Case(part, shape, T, routing)
 
 
-# ---------------------------------------------------------------------------- contenders
+# ---------------------------------------------------------------------------- baselines
 
 
 @pytest.fixture
@@ -77,7 +70,7 @@ def session():
 
 
 @pytest.mark.parametrize("part", cases.PARTS)
-def test_contenders_agree_with_the_truth(part, layer, session):
+def test_baselines_agree_with_the_truth(part, layer, session):
     op = run.op_of(part)
     if not doctor.has_kernel(op, "cpu"):
         pytest.skip(f"This build has no {op}.")
@@ -170,7 +163,7 @@ def test_first_calls_have_a_share(layer, session):
     assert cell["contenders"][block.GROUPED]["rounds"] >= planner.MIN_ROUNDS
 
 
-def test_slow_contenders_are_not_repeated():
+def test_slow_baselines_are_not_repeated():
     def took(seconds):
         return run.Prepared(lambda: None, seconds)
 
@@ -311,7 +304,7 @@ def test_tables_say_who_is_faster(walked):
         assert header[:6] == ["model", "T", "routing", "floor", "moe_ops", "of limit"]
         assert rows and all(len(row) == len(header) for row in rows)
     text = report.markdown(result)
-    for title in ("Goals", "Expert block, forward", "grouped_gemm_wgrad", "sort_slots"):
+    for title in ("Targets", "Expert block, forward", "grouped_gemm_wgrad", "sort_slots"):
         assert f"### {title}" in text
     for peer in PEERS:
         assert f"{peer.name}: " in text
@@ -333,15 +326,15 @@ def test_render_prints_a_file(walked, tmp_path, capsys):
 
 
 def cell(part, T=32768, routing="balanced", us=100.0, flops=1.0, **ours_faster):
-    contenders = {"moe_ops": {"us": us, "rounds": 5, "error": 0.0, "of_limit": 0.5}}
+    baselines = {"moe_ops": {"us": us, "rounds": 5, "error": 0.0, "of_limit": 0.5}}
     for name, ratio in ours_faster.items():
-        contenders[name.replace("_", " ")] = {"us": ratio * us, "ours_faster": ratio}
+        baselines[name.replace("_", " ")] = {"us": ratio * us, "ours_faster": ratio}
     return {"part": part, "shape": "m", "T": T, "routing": routing, "flops": flops} | {
-        "contenders": contenders
+        "contenders": baselines
     }
 
 
-def test_goals():
+def test_targets():
     products = [
         # 100 us at 600 TFLOP/s are 60 GFLOP: 48 G is 0.8, 30 G is 0.5.
         cell("grouped_gemm", flops=48e9) | {"shape": "fast"},
@@ -364,16 +357,13 @@ def test_goals():
     assert decode.worst is None and sonic.worst is None
 
 
-def test_page_of_cards(walked, monkeypatch, tmp_path):
-    monkeypatch.setattr(page, "BASELINES", tmp_path)
-    assert page.cuda_page() == ""
+def test_dump_of_a_card(walked, tmp_path):
     (tmp_path / "a-card.json").write_text(json.dumps(walked[1]))
-    assert "### Expert block, forward" in page.cuda_page()
-    assert "Expert block" not in page.page()
+    assert "### Expert block, forward" in dump.dump(tmp_path / "a-card.json")
 
 
-def test_baselines_of_cards_are_whole():
-    for path in sorted((ROOT / "bench" / "baselines").glob("*.json")):
+def test_recorded_results_of_cards_are_whole():
+    for path in sorted(RESULTS.glob("*.json")):
         result = json.loads(path.read_text())
         if result.get("kind") == "gpu":
             check_schema(result)

@@ -32,7 +32,7 @@ def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_help_lists_the_commands():
     result = runner.invoke(app, ["--help"])
     assert result.exit_code == 0
-    for command in ("doctor", "demo", "bench", "quantize", "zoo", "claims"):
+    for command in ("doctor", "demo", "bench", "quantize", "zoo"):
         assert command in result.output
 
 
@@ -115,7 +115,6 @@ DEMO = ("demo", "--smoke", "--no-hf")
         ("bench", "--threads", "100000000"),
         ("quantize", "a", "b", "--tokens", str(10**23)),
         ("quantize", "a", "b", "--context", str(10**23)),
-        ("claims", "jetmoe", "--seeds", str(10**23)),
     ],
     ids=" ".join,
 )
@@ -169,24 +168,6 @@ def test_names_are_printed_as_they_are():
     assert code == 1 and "got '[/x]'" in output
 
 
-def test_results_that_cannot_be_rendered(tmp_path):
-    from moe_ops.bench.main import main as benchmark
-
-    (tmp_path / "a.json").write_text('{"a": 1}')
-    (tmp_path / "b.json").write_text("[1]")
-    for name, words in (
-        ("a.json", "must be results of this benchmark"),
-        ("b.json", "must hold a JSON object"),
-        ("c.json", "No such file"),
-    ):
-        for option in ("--render", "--join"):
-            with pytest.raises(SystemExit) as caught:
-                benchmark([option, str(tmp_path / name)])
-            message = str(caught.value.code)
-            assert message.startswith("moe_ops.bench: ") and words in message
-            assert "\n" not in message
-
-
 def test_full_standard_output():
     if not Path("/dev/full").exists():
         pytest.skip("this system has no /dev/full")
@@ -206,10 +187,9 @@ def test_full_standard_output():
     [
         ("moe_ops.doctor.examine", ("doctor",)),
         ("moe_ops.demo.run.run_demo", ("demo",)),
-        ("moe_ops.bench.main._main", ("bench",)),
+        ("moe_ops.bench.main.run", ("bench",)),
         ("moe_ops.cli.quantize.run", ("quantize", "a", "b")),
         ("moe_ops.cli.zoo.print_listing", ("zoo", "list")),
-        ("moe_ops.cli.zoo.find_claims", ("claims", "jetmoe")),
     ],
 )
 def test_interrupted_commands(monkeypatch, function, arguments):

@@ -306,9 +306,7 @@ class _Cell:
     def measured(self, session: Session) -> dict[str, Any]:
         """Times the baselines; the cell of the result."""
         first = {name: self.first[name] for name in self.jobs}
-        samples = measure(
-            self.jobs, budget_s=session.plan.budget_s, slow_s=SLOW_S, first_s=first
-        )
+        samples = measure(self.jobs, budget_s=session.plan.budget_s, slow_s=SLOW_S, first_s=first)
         T, medians = self.tokens.count, {name: s.median for name, s in samples.items()}
         self.pace = {name: s / T for name, s in medians.items() if s > STEADY_S}
         cell = self._to_dict(samples, session.plan.threads)

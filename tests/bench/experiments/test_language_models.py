@@ -3,28 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from bench.experiments import coe, deepseek, jetmoe, moduleformer, page, topp
+from bench.experiments.picture import Picture
+from bench.experiments.report import Claim, Report
+from bench.experiments.text import Domain, heldout_batches, load_domains, train_batches
+from bench.experiments.training import Recipe, evaluate, train
 
 from moe_ops.layers import Router
 from moe_ops.zoo.deepseek import DeepSeek
 from moe_ops.zoo.jetmoe import JetMoE, JetMoEConfig
 from moe_ops.zoo.topp import TopP
-
-ROOT = Path(__file__).parents[2]
-if not (ROOT / "bench" / "claims").is_dir():
-    pytest.skip("No source tree here.", allow_module_level=True)
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
-
-from bench.claims import coe, deepseek, jetmoe, moduleformer, page, topp  # noqa: E402
-from bench.claims.picture import Picture  # noqa: E402
-from bench.claims.report import Claim, Report  # noqa: E402
-from bench.claims.text import Domain, heldout_batches, load_domains, train_batches  # noqa: E402
-from bench.claims.training import Recipe, evaluate, train  # noqa: E402
 
 RECIPE = Recipe(steps=3, batch=4, length=16, heldout_batches=2)
 
@@ -76,7 +67,7 @@ def test_pictures_refuse_what_cannot_be_drawn():
 
 
 def test_saved_runs_have_pages_that_say_the_same(tmp_path):
-    """What the pages show is what bench/claims/results holds."""
+    """What the pages show is what bench/experiments/results holds."""
     for path in sorted(page.RESULTS.glob("*.json")):
         report = page.load(path.stem)
         assert report.system == path.stem

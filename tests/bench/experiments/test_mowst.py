@@ -4,22 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from bench.experiments import mowst, mowst_data
 
 from moe_ops.zoo.graphs import Graph
 from moe_ops.zoo.mowst import Mowst, MowstOutput
-
-ROOT = Path(__file__).parents[2]
-if not (ROOT / "bench" / "claims").is_dir():
-    pytest.skip("No source tree here.", allow_module_level=True)
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
-
-from bench.claims import mowst, mowst_data  # noqa: E402
 
 has_geometric = importlib.util.find_spec("torch_geometric") is not None
 geometric = pytest.mark.skipif(not has_geometric, reason="PyTorch Geometric is not installed")

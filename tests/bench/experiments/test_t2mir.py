@@ -5,24 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from bench.experiments import t2mir, t2mir_long
+from bench.experiments.report import Report
 from torch import nn
 
 from moe_ops.zoo.t2mir import T2MIR
 from moe_ops.zoo.t2mir_envs import PointRobot
-
-ROOT = Path(__file__).parents[2]
-if not (ROOT / "bench" / "claims").is_dir():
-    pytest.skip("No source tree here.", allow_module_level=True)
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
-
-from bench.claims import t2mir, t2mir_long  # noqa: E402
-from bench.claims.report import Report  # noqa: E402
 
 SMOKE = t2mir_long.SCALES["smoke"]
 
