@@ -5,8 +5,8 @@
 op: moa_attention beside scaled_dot_product_attention with repeated heads, stick-breaking beside the
 same formula in torch. block: JetMoE's decoder layer (H 512, 8 experts, 2 a token, 8 heads of 64)
 in transformers beside the same layer on moe_ops. memory: the most that a forward and backward of
-stick-breaking holds at once beyond its operands, by length. Baselines run interleaved in one process;
-numbers are medians, in ms.
+stick-breaking holds at once beyond its operands, by length. Everything runs interleaved in one
+process; numbers are medians, in ms.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
 
 Eight tasks in two categories, 16 experts in the last level. The time of one training step's
 forward and backward of everything between the features and the logits: gradients of inputs and
-parameters. Baselines run interleaved in one process with the same weights; their outputs are compared
+parameters. Everything runs interleaved in one process with the same weights; outputs are compared
 first. Numbers are medians, in ms: processor time with one thread, wall time with more.
 """
 

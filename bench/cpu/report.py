@@ -1,4 +1,4 @@
-"""Markdown of everything that a run on a CPU measured, with the targets: what bench/results keeps."""
+"""Markdown of everything that a run on a CPU measured, with the targets."""
 
 from __future__ import annotations
 

@@ -6,8 +6,8 @@ Sizes and rates are those of the paper's PointRobot ("ad": 100000 steps, width 1
 four episodes of 20 steps) or of its DPT variant ("dpt"), with thousands of tasks instead of 45.
 A run that is cut goes on from its checkpoints when it is started again with the same arguments;
 arms that are done are not repeated. The folder holds checkpoints, one JSON for each arm and seed,
-and report.json, which is of the form of bench/experiments/results. The authors' sizes have not been run
-so far: no GPU was at hand.
+and report.json, which is of the form of bench/experiments/results. The authors' sizes have not
+been run so far: no GPU was at hand.
 """
 
 from __future__ import annotations

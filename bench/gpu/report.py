@@ -23,8 +23,8 @@ TITLES = {
     **{part: part for part in cases.MOVES},
 }
 HOW = """\
-Microseconds, medians of interleaved rounds; inputs are not in the L2 cache; CUDA graphs, except where
-an asterisk says that the baseline could not be captured (its time has Python's launches in it).
+Microseconds, medians of interleaved rounds; inputs are not in the L2 cache; CUDA graphs, unless an
+asterisk says that the baseline could not be captured (its time has Python's launches in it).
 The floor is the larger of operations at the measured cuBLAS rate and bytes at the measured copy
 rate, each counted once; "of limit" is the floor over our time; "x" is how many times longer a
 baseline takes than ours. Every result was compared with fp64 first."""

@@ -1,4 +1,4 @@
-"""The benchmark of the source tree on a CPU: targets, modes, joined runs, peers, recorded results."""
+"""The benchmark of the source tree on a CPU: modes, targets, peers, recorded results."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def tiny_shape(monkeypatch):
 def test_memory_of_a_step(monkeypatch):
     if not Path("/proc/self/clear_refs").exists():
         pytest.skip("no /proc/self/clear_refs here")
-    monkeypatch.setattr(memory, "CONTENDERS", ("moe_ops", "no such baseline"))
+    monkeypatch.setattr(memory, "BASELINES", ("moe_ops", "no such baseline"))
     root = str(Path(moe_ops.__file__).parents[1])
     monkeypatch.setenv("PYTHONPATH", root)
     result = memory.measure_memory("d", "fp32", 512)

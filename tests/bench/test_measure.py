@@ -307,7 +307,8 @@ def test_isa_restarts_the_command(monkeypatch):
     """The kernels, torch and oneDNN read these when they are loaded, so a new process is needed."""
     monkeypatch.setenv("PYTHONPATH", str(Path(moe_ops.__file__).parents[1]))
     monkeypatch.delenv("MOE_OPS_CPU_ISA", raising=False)
-    command = "--quick --modes forward --shapes d --weights fp32 --tokens 1 --budget 0.01 --isa avx2 --json -".split()
+    command = "--quick --modes forward --shapes d --weights fp32 --tokens 1 --budget 0.01"
+    command = f"{command} --isa avx2 --json -".split()
     child = subprocess.run(
         [sys.executable, "-m", "moe_ops.bench", *command], capture_output=True, text=True
     )

@@ -181,9 +181,10 @@ def _load_checkpoint(
             )
         for name in ("steps", "seed", "threads"):
             wanted = getattr(options, name)
-            if wanted is not None and wanted != getattr(saved, name):
+            there = getattr(saved, name)
+            if wanted is not None and wanted != there:
                 raise ValueError(
-                    f"demo: --{name} must be {getattr(saved, name)} as in the run that --resume continues, "
+                    f"demo: --{name} must be {there} as in the run that --resume continues, "
                     f"got {wanted}"
                 )
         return checkpoint
