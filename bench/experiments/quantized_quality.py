@@ -1,7 +1,7 @@
 """What int8 and int4 experts cost in quality: the demo's language model, and one random bank.
 
     moe-ops demo --no-hf --out moe_demo        # trains the model that is judged, in minutes
-    python bench/quality_quantized.py moe_demo
+    python -m bench.experiments.quantized_quality moe_demo
 
 Scales are found on the training files, errors and bits a byte are measured on the held-out files.
 """
@@ -15,15 +15,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 
 import moe_ops
 from moe_ops import quant
 from moe_ops.demo import data
 from moe_ops.demo.checkpoint import Checkpointer
-from moe_ops.demo.model import ByteLM
-from moe_ops.demo.train import TrainConfig
 from moe_ops.layers import Experts
+from moe_ops.zoo.deepseek import DeepSeek
 
 FORMATS = (("int8", None), ("int4", 32), ("int4", 64), ("int4", 128))
 _HELDOUT = 65_536
@@ -45,14 +43,9 @@ def main() -> None:
 
 
 def demo_model(folder: Path) -> Iterator[str]:
-    checkpoint = Checkpointer(folder).load()
-    config = TrainConfig.from_dict(checkpoint.metadata["config"]).model
-    source = checkpoint.metadata["data"]
-    corpus = data.load_corpus(source)
-    model = ByteLM(config)
-    model.load_state_dict(load_file(folder / "model.safetensors"))
-    model.eval()
-    size = config.context
+    corpus = data.load_corpus(Checkpointer(folder).load().metadata["data"])
+    model = DeepSeek.from_pretrained(folder / "model")
+    size = model.config.context
     starts = torch.linspace(0, corpus.train.numel() - size, 16).long().tolist()
     calibration = [corpus.train[s : s + size].long()[None] for s in starts]
     text = corpus.heldout[:_HELDOUT].long()
