@@ -82,8 +82,8 @@ def _warm_up_torch() -> None:
     """Loads what the first product and the first backward pass load, and keeps nothing else."""
     tiny = Shape("tiny", 64, 64, 2, 1)
     bank, tokens = make_bank(tiny, torch.float32), make_tokens(tiny, torch.float32, 4)
-    for step in steps(bank, tokens, torch.randn(tokens.x.shape)).values():
-        step()
+    for make in steps(bank, tokens, torch.randn(tokens.x.shape)).values():
+        make()()
     _C.release_cached()
 
 

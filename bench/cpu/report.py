@@ -6,7 +6,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from bench.cpu.targets import verdicts
-from moe_ops.bench.report import head, join_sections, not_measured, number, sections, table
+from moe_ops.bench.report import (
+    head,
+    join_sections,
+    milliseconds,
+    not_measured,
+    number,
+    sections,
+    table,
+)
 
 HOW = """\
 Everything runs in one process, interleaved, on one thread; times are medians without the samples in
@@ -28,7 +36,11 @@ have gradients at hand before the step, which transformers then adds fresh ones 
 
 def render(result: Mapping[str, Any]) -> str:
     """The whole report of one run, headings from the second level on."""
-    parts = [*head(result), HOW, "### Targets", _targets(result), *sections(result)]
+
+    def more(mode: str) -> str:
+        return _all_times(result[mode])
+
+    parts = [*head(result), HOW, "### Targets", _targets(result), *sections(result, more)]
     if result.get("scaling"):
         parts += ["### Two threads", _scaling(result["scaling"])]
     if result.get("parts"):
@@ -75,3 +87,38 @@ def _memory(cells: Iterable[Mapping[str, Any]]) -> str:
         row = [cell["shape"], cell["weights"], str(cell["T"])]
         rows.append([*row, *[number(cell["mib"][n]) if n in cell["mib"] else "–" for n in names]])
     return table(["shape", "weights", "T", *names], rows, right_from=2)
+
+
+def _all_times(cells: Sequence[Mapping[str, Any]]) -> str:
+    """One table a format: ms of every baseline, and its error at the first number of tokens."""
+    tables = []
+    for weights in dict.fromkeys(cell["weights"] for cell in cells):
+        chosen = [cell for cell in cells if cell["weights"] == weights]
+        names = list(dict.fromkeys(n for cell in chosen for n in cell["contenders"]))
+        keys = [(cell["shape"], cell["T"]) for cell in chosen]
+        header = [f"{weights}, ms", *[f"{shape} T={T}" for shape, T in keys], "largest error"]
+        floors = ["*floor*", *[number(cell["floor_ms"]) for cell in chosen], ""]
+        rows = [floors]
+        for name in names:
+            row = [name, *[milliseconds(cell["contenders"], name) for cell in chosen]]
+            errors = [
+                c["error"] for x in chosen if (c := x["contenders"].get(name)) and "error" in c
+            ]
+            rows.append([*row, f"{max(errors):.1e}" if errors else ""])
+        tables.append(_split(header, rows))
+    return "\n\n".join(tables)
+
+
+def _split(header: Sequence[str], rows: Sequence[Sequence[str]], columns: int = 10) -> str:
+    """Several tables where one would be too wide; the first and the last column are in each."""
+    inner = len(header) - 2
+    tables = []
+    for start in range(0, inner, columns):
+        end = min(inner, start + columns)
+
+        def part(line: Sequence[str], start: int = start, end: int = end) -> list[str]:
+            return [line[0], *line[1 + start : 1 + end], line[-1]]
+
+        kept = [r for r in map(part, rows) if any(c not in ("", "–") for c in r[1:-1])]
+        tables.append(table(part(header), kept))
+    return "\n\n".join(tables)

@@ -45,6 +45,7 @@ def run(
     plan: Plan,
     *,
     baselines: Sequence[Baseline] = (),
+    only: Sequence[str] | None = None,
     log: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """As `moe_ops.bench.measure.run`, with every mode."""
@@ -55,7 +56,7 @@ def run(
         "parts": run_parts,
         "memory": run_memory,
     }
-    result = measure.run(plan, baselines=baselines, modes=modes, log=log)
+    result = measure.run(plan, baselines=baselines, only=only, modes=modes, log=log)
     if at := commit():
         result["versions"]["commit"] = at
     return result
@@ -89,7 +90,7 @@ def run_scaling(session: Session) -> Cells:
             tokens = make_tokens(bank.shape, bank.dtype, T)
             grad_y = torch.randn(tokens.x.shape).to(bank.dtype)
             forward = MoeOpsPacked().prepare(bank, weight_format)(tokens)
-            step = training.steps(bank, tokens, grad_y)[training.OURS]
+            step = training.steps(bank, tokens, grad_y)[training.OURS]()
             for mode, job in (("forward", forward), ("training", step)):
                 jobs = {str(n): _with_threads(n, job, mode) for n in counts}
                 samples = time_jobs(jobs, budget_s=plan.budget_s)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench.gpu import steps
-from bench.harness.files import RESULTS
+from bench.harness.files import RESULTS, dumps
 
 if TYPE_CHECKING:
     from bench.gpu.run import Options
@@ -196,7 +196,6 @@ def _measure(
     from bench.gpu.report import print_result
     from bench.gpu.run import measure
     from moe_ops._files import write_text
-    from moe_ops.bench.report import dumps
 
     def write(result: dict[str, Any]) -> None:
         path = options.json

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench" / "results"
@@ -16,3 +18,15 @@ def commit() -> str:
         return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     except OSError:
         return ""
+
+
+def dumps(result: dict[str, Any]) -> str:
+    """JSON with one cell a line, so that two runs can be compared line by line."""
+    lines = []
+    for key, value in result.items():
+        if isinstance(value, list) and value:
+            cells = ",\n  ".join(json.dumps(cell, separators=(",", ":")) for cell in value)
+            lines.append(f'"{key}": [\n  {cells}\n]')
+        else:
+            lines.append(f'"{key}": {json.dumps(value)}')
+    return "{\n" + ",\n".join(lines) + "\n}\n"

@@ -11,7 +11,7 @@ import torch
 from bench.cpu import main, memory, parts, report, targets
 from bench.cpu.run import Plan, join, run
 from bench.harness import dump
-from bench.harness.files import RESULTS
+from bench.harness.files import RESULTS, dumps
 from bench.peers import PEERS
 
 import moe_ops
@@ -62,6 +62,7 @@ def result():
 
 def test_every_part_is_measured(result):
     assert {cell["part"] for cell in result["parts"]} == set(parts.PARTS)
+    assert json.loads(dumps(result)) == result
     assert {cell["thp"] for cell in result["training"]} == {False}
     assert {cell["mode"] for cell in result["scaling"]} <= {"forward", "training"}
 
@@ -146,6 +147,9 @@ def test_options_change_the_plan():
     plan = main.plan_of(options)
     assert plan.shapes == plan.training_shapes == plan.memory_shapes == ("d",)
     assert plan.tokens == plan.training_tokens == plan.part_tokens == (8,)
+    options = main.parse(["--weights", "bf16", "--threads", "2", "--modes", "parts"])
+    plan = main.plan_of(options)
+    assert plan.formats == ("bf16",) and plan.threads == 2 and plan.modes == ("parts",)
     assert main.plan_of(main.parse(["--all"])) == Plan()
     assert main.plan_of(main.parse(["--quick"])) == main.QUICK
 
@@ -157,6 +161,20 @@ def test_files_and_rendering_again(tmp_path, monkeypatch):
     main.main(["--render", str(files[0]), "--markdown", str(files[2])])
     assert files[1].read_text() == files[2].read_text()
     assert "| router" in files[1].read_text()
+
+
+def test_ranges(capsys):
+    for arguments, word in (
+        (["--threads", "100000000"], "from 1 to"),
+        (["--threads", "x"], "from 1 to"),
+        (["--tokens", "0"], "from 1 to"),
+        (["--budget", "inf"], "above 0"),
+        (["--budget", "nan"], "above 0"),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            main.parse(arguments)
+        assert caught.value.code == 2
+        assert word in capsys.readouterr().err
 
 
 def test_results_that_cannot_be_rendered(tmp_path):

@@ -55,15 +55,13 @@ def load() -> list[float]:
     return [round(value, 2) for value in os.getloadavg()[:2]] if hasattr(os, "getloadavg") else []
 
 
-def held_to_isa(isa: str) -> bool:
-    """Whether this process was started in the environment that holds everything to `isa`."""
-    return all(os.environ.get(k) == v for k, v in ISA_ENVIRONMENTS[isa].items())
-
-
-def restart_with_isa(isa: str) -> None:
-    """Executes this command again in that environment; does not return."""
-    os.environ.update(ISA_ENVIRONMENTS[isa])
-    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+def hold_to_isa(isa: str | None) -> None:
+    """Executes this command again in the environment that holds everything to `isa`, unless this
+    process was started in it."""
+    wanted = ISA_ENVIRONMENTS[isa] if isa else {}
+    if any(os.environ.get(k) != v for k, v in wanted.items()):
+        os.environ.update(wanted)
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def _cpu_name() -> str:

@@ -7,6 +7,7 @@ source tree adds modes and baselines of its own; a result has the same form ther
 
 from __future__ import annotations
 
+import functools
 import gc
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from moe_ops import _C
 from moe_ops.bench import machine, training
-from moe_ops.bench.baselines import OURS, Baseline, MoeOpsPacked, builtin_baselines, tolerance
+from moe_ops.bench.baselines import OURS, Baseline, Bind, MoeOpsPacked, builtin_baselines, tolerance
 from moe_ops.bench.limits import Limits, measure_limits
 from moe_ops.bench.shapes import (
     DTYPES,
@@ -31,14 +32,11 @@ from moe_ops.bench.shapes import (
     make_tokens,
     take,
 )
-from moe_ops.bench.timing import Samples, measure, speedup
+from moe_ops.bench.timing import measure, speedup
 
 FORMAT = 1
-# A baseline that would need longer for a call is left out.
-TOO_SLOW_S = 60.0
-# How long it would need is foretold from the number of tokens before, if that took so long.
-STEADY_S = 1.0
-# One that needs longer than this is called twice: to be checked, and to be timed.
+# A baseline that needs longer is called twice, to be checked and to be timed, and is left out where
+# there are more tokens.
 SLOW_S = 6.0
 
 
@@ -56,7 +54,18 @@ class Plan:
     threads: int = 1
     budget_s: float = 5.0
     limit_s: float = 0.5
-    only: tuple[str, ...] = ()
+
+
+# About a minute: a small and a medium layer. The defaults take about ten.
+QUICK = Plan(
+    modes=("forward", "training"),
+    shapes=("d", "e"),
+    tokens=(1, 16, 256),
+    training_shapes=("e",),
+    training_tokens=(16, 256),
+    budget_s=0.8,
+    limit_s=0.3,
+)
 
 
 @dataclass
@@ -75,6 +84,7 @@ def run(
     plan: Any,
     *,
     baselines: Sequence[Baseline] = (),
+    only: Sequence[str] | None = None,
     modes: Mapping[str, Callable[[Session], Cells]] | None = None,
     log: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
@@ -83,13 +93,14 @@ def run(
     Args:
         plan: a `Plan`, or what the functions of `modes` take for one.
         baselines: other libraries beside the built-in ones.
+        only: names of baselines; None for all. moe_ops is always among them.
         modes: name of a mode -> what measures its cells; `MODES` if None.
         log: called with a line of progress now and then.
     """
     torch.set_num_threads(plan.threads)
     everyone = [*builtin_baselines(), *baselines]
-    if plan.only:
-        everyone = [c for c in everyone if c.name in plan.only or c.name.startswith("moe_ops")]
+    if only:
+        everyone = [c for c in everyone if c.name in only or c.name.startswith("moe_ops")]
     started, load_before = time.perf_counter(), machine.load()
     reasons = {c.name: why for c in everyone if (why := _absence(c)) is not None}
     present = [c for c in everyone if c.name not in reasons]
@@ -200,148 +211,114 @@ class _Bfloat16(MoeOpsPacked):
 def _forward_cells(
     session: Session, bank: Bank, weight_format: str, more: Sequence[Baseline] = ()
 ) -> Cells:
-    plan, shape = session.plan, bank.shape
-    batch = make_tokens(shape, bank.dtype, max(plan.tokens))
-    rows = {T: checked_rows(T) for T in plan.tokens}
-    needed = torch.tensor(sorted({row for each in rows.values() for row in each}))
+    plan, bound = session.plan, tolerance(weight_format)
+    batch = make_tokens(bank.shape, bank.dtype, max(plan.tokens))
+    rows = {T: torch.tensor(checked_rows(T)) for T in plan.tokens}
+    needed = torch.cat(list(rows.values())).unique()
     exact = exact_output(bank, batch, needed)
     skipped: dict[str, str] = {}
-    bound: dict[str, Any] = {}
-    chosen = [b for b in session.baselines if weight_format in b.formats]
-    for baseline in (*chosen, *more):
+    binds: dict[str, Bind] = {}
+    for baseline in (*(b for b in session.baselines if weight_format in b.formats), *more):
         try:
-            bound[baseline.name] = baseline.prepare(bank, weight_format)
+            binds[baseline.name] = baseline.prepare(bank, weight_format)
         except Exception as problem:
             skipped[baseline.name] = in_a_sentence(problem)
-    cells = []
-    pace: dict[str, float] = {}
+    cells, slow = [], set[str]()
     for T in plan.tokens:
-        tokens = take(batch, T)
-        truth = exact[torch.searchsorted(needed, torch.tensor(rows[T]))]
-        cell = _Cell("forward", bank, weight_format, tokens, pace, skipped)
+        tokens, truth = take(batch, T), exact[torch.searchsorted(needed, rows[T])]
+
+        def error_of(y: Tensor, chosen: Tensor = rows[T], truth: Tensor = truth) -> float:
+            return relative_error(y[chosen], truth)
+
+        jobs = {name: functools.partial(bind, tokens) for name, bind in binds.items()}
+        layer = ("forward", bank, weight_format, tokens)
         with torch.no_grad():
-            for name, bind in bound.items():
-                if cell.too_slow(name):
-                    continue
-                try:
-                    job = bind(tokens)
-                    y = cell.first_call(name, job)
-                    error = relative_error(y[torch.tensor(rows[T])], truth)
-                except Exception as problem:
-                    cell.skipped[name] = in_a_sentence(problem)
-                    continue
-                cell.add(name, job, error, tolerance(weight_format))
-            cells.append(cell.measured(session))
-        pace = cell.pace
+            cells.append(_cell(session, layer, jobs, error_of, bound, dict(skipped), slow))
     return cells
 
 
 def _training_cells(session: Session, bank: Bank, weight_format: str) -> Cells:
-    plan, shape = session.plan, bank.shape
-    batch = make_tokens(shape, bank.dtype, max(plan.training_tokens))
-    cells, pace = [], dict[str, float]()
+    plan, bound = session.plan, 2 * tolerance(weight_format)
+    batch = make_tokens(bank.shape, bank.dtype, max(plan.training_tokens))
+    cells, slow = [], set[str]()
     for T in plan.training_tokens:
         tokens = take(batch, T)
         grad_y = torch.randn(tokens.x.shape, generator=torch.Generator().manual_seed(2))
         grad_y = grad_y.to(bank.dtype)
-        cell = _Cell("training", bank, weight_format, tokens, pace, training.skipped())
-        exact = training.exact_grad_x(bank, tokens, grad_y)
-        weight_grads: dict[str, Tensor] = {}
-        for name, step in training.steps(bank, tokens, grad_y).items():
-            if cell.too_slow(name):
-                continue
-            gradients = cell.first_call(name, step)
-            error = relative_error(gradients["x"], exact)
-            # dW has no cheap truth in fp64: all baselines must agree with the first, ours.
-            for key in ("w_gate_up", "w_down"):
-                sampled = gradients[key][:, ::61].float()
-                error = max(error, relative_error(sampled, weight_grads.setdefault(key, sampled)))
-            cell.add(name, step, error, 2 * tolerance(weight_format))
-        cells.append(cell.measured(session))
-        pace = cell.pace
-        del cell, weight_grads
+        # dW has no cheap truth in fp64: all baselines must agree with the first, ours.
+        truth = {"x": training.exact_grad_x(bank, tokens, grad_y)}
+
+        def error_of(gradients: dict[str, Tensor], truth: dict[str, Tensor] = truth) -> float:
+            found = {"x": gradients["x"]}
+            found |= {key: gradients[key][:, ::61].float() for key in ("w_gate_up", "w_down")}
+            return max(relative_error(g, truth.setdefault(key, g)) for key, g in found.items())
+
+        jobs = training.steps(bank, tokens, grad_y)
+        layer = ("training", bank, weight_format, tokens)
+        cells.append(_cell(session, layer, jobs, error_of, bound, training.skipped(), slow))
+        del jobs, truth
         gc.collect()
     return cells
 
 
-class _Cell:
-    """One line of a report while it is being measured."""
-
-    def __init__(
-        self,
-        mode: str,
-        bank: Bank,
-        weight_format: str,
-        tokens: Tokens,
-        pace: Mapping[str, float],
-        skipped: Mapping[str, str],
-    ) -> None:
-        self.mode, self.bank, self.weight_format, self.tokens = mode, bank, weight_format, tokens
-        self.pace, self.skipped = dict(pace), dict(skipped)
-        self.jobs: dict[str, Callable[[], Any]] = {}
-        self.errors: dict[str, float] = {}
-        self.first: dict[str, float] = {}
-
-    def too_slow(self, name: str) -> bool:
-        """Whether the pace at fewer tokens says that a call would take too long."""
-        seconds = self.pace.get(name, 0.0) * self.tokens.count
-        if seconds <= TOO_SLOW_S:
-            return False
-        self.skipped[name] = f"would take about {seconds:.0f} s a call"
-        return True
-
-    def first_call(self, name: str, job: Callable[[], Any]) -> Any:
-        started = time.perf_counter()
-        result = job()
-        self.first[name] = time.perf_counter() - started
-        return result
-
-    def add(self, name: str, job: Callable[[], Any], error: float, bound: float) -> None:
-        """Takes a baseline in, unless its result is wrong."""
-        if error <= bound:
-            self.jobs[name], self.errors[name] = job, error
+def _cell(
+    session: Session,
+    layer: tuple[str, Bank, str, Tokens],
+    makes: Mapping[str, Callable[[], Callable[[], Any]]],
+    error_of: Callable[[Any], float],
+    bound: float,
+    skipped: dict[str, str],
+    slow: set[str],
+) -> dict[str, Any]:
+    """Checks and times what `makes` makes. `slow` gets those that are not to run on more tokens."""
+    mode, bank, weight_format, tokens = layer
+    jobs: dict[str, Callable[[], Any]] = {}
+    errors, first = dict[str, float](), dict[str, float]()
+    for name, make in makes.items():
+        if name in slow:
+            skipped[name] = f"took more than {SLOW_S:g} s a call with fewer tokens"
+            continue
+        try:
+            job = make()
+            started = time.perf_counter()
+            result = job()
+            first[name] = time.perf_counter() - started
+            errors[name] = error_of(result)
+        except Exception as problem:
+            skipped[name] = in_a_sentence(problem)
+            continue
+        if errors[name] <= bound:
+            jobs[name] = job
         else:
-            self.skipped[name] = f"wrong: relative error {error:.1e}"
-
-    def measured(self, session: Session) -> dict[str, Any]:
-        """Times the baselines; the cell of the result."""
-        first = {name: self.first[name] for name in self.jobs}
-        samples = measure(self.jobs, budget_s=session.plan.budget_s, slow_s=SLOW_S, first_s=first)
-        T, medians = self.tokens.count, {name: s.median for name, s in samples.items()}
-        self.pace = {name: s / T for name, s in medians.items() if s > STEADY_S}
-        cell = self._to_dict(samples, session.plan.threads)
-        where = f"{self.mode} {self.bank.shape.name} {self.weight_format} T={T}"
-        times = ", ".join(f"{name} {c['ms']:.3g}" for name, c in cell["contenders"].items())
-        session.log(f"{where}: {times} ms")
-        for name, why in self.skipped.items():
-            session.log(f"  {name}: {why}")
-        return cell
-
-    def _to_dict(self, samples: Mapping[str, Samples], threads: int) -> dict[str, Any]:
-        ours = next((name for name in reversed(OURS) if name in samples), None)
-        found: dict[str, Any] = {}
-        for name, sample in samples.items():
-            found[name] = sample.to_dict()
-            if ours is not None and name != ours:
-                found[name]["ours_faster"] = speedup(samples, ours, name)
-            found[name]["error"] = self.errors[name]
-        is_training = self.mode == "training"
+            skipped[name] = f"wrong: relative error {errors[name]:.1e}"
+    samples = measure(jobs, budget_s=session.plan.budget_s, slow_s=SLOW_S, first_s=first)
+    slow |= {name for name, sample in samples.items() if sample.median > SLOW_S}
+    ours = next((name for name in reversed(OURS) if name in samples), None)
+    found: dict[str, Any] = {}
+    for name, sample in samples.items():
+        found[name] = sample.to_dict()
+        if ours is not None and name != ours:
+            found[name]["ours_faster"] = speedup(samples, ours, name)
+        found[name]["error"] = errors[name]
+    times = ", ".join(f"{name} {c['ms']:.3g}" for name, c in found.items())
+    session.log(f"{mode} {bank.shape.name} {weight_format} T={tokens.count}: {times} ms")
+    for name, why in skipped.items():
+        session.log(f"  {name}: {why}")
+    return {
+        "mode": mode,
+        "shape": bank.shape.name,
+        "weights": weight_format,
+        "T": tokens.count,
+        "threads": session.plan.threads,
+        "experts_used": tokens.experts_used,
+        "flops": flops(bank.shape, tokens.count, training=mode == "training"),
         # A step reads the weights twice and writes gradients of their size once.
-        passes = 3 if is_training else 1
-        return {
-            "mode": self.mode,
-            "shape": self.bank.shape.name,
-            "weights": self.weight_format,
-            "T": self.tokens.count,
-            "threads": threads,
-            "experts_used": self.tokens.experts_used,
-            "flops": flops(self.bank.shape, self.tokens.count, training=is_training),
-            "bytes": self.tokens.weight_bytes(self.bank.shape, self.weight_format) * passes,
-            "ours": ours,
-            # Recorded results call the baselines so, ours among them.
-            "contenders": found,
-            "skipped": self.skipped,
-        }
+        "bytes": tokens.weight_bytes(bank.shape, weight_format) * (3 if mode == "training" else 1),
+        "ours": ours,
+        # Recorded results call the baselines so, ours among them.
+        "contenders": found,
+        "skipped": skipped,
+    }
 
 
 # --------------------------------------------------------------------------------- helpers

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from moe_ops.bench.baselines import OURS
 from moe_ops.bench.shapes import SHAPES
 
+More = Callable[[str], str]
 HF = "HF grouped_mm"
 _QUANTIZED_REFERENCE = "bf16 moe_ops"
 
@@ -22,16 +22,16 @@ def join_sections(parts: Iterable[str]) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def sections(result: Mapping[str, Any]) -> list[str]:
-    """Headings, explanations and tables of the modes that were measured."""
+def sections(result: Mapping[str, Any], more: More = lambda mode: "") -> list[str]:
+    """Headings, explanations and tables of the modes that were measured; `more` adds to each."""
     parts: list[str] = []
-    if result.get("forward"):
-        parts += ["### Forward", _FORWARD, _summary(result["forward"])]
-        parts += [_all_times(result["forward"])]
-    if result.get("quantized"):
-        parts += ["### int8 and int4 weights, forward", _QUANTIZED, _all_times(result["quantized"])]
-    if result.get("training"):
-        parts += ["### Forward and backward", _TRAINING, _training(result["training"])]
+    if cells := result.get("forward"):
+        parts += ["### Forward", _FORWARD, _summary(cells, HF), more("forward")]
+    if cells := result.get("quantized"):
+        parts += ["### int8 and int4 weights, forward", _QUANTIZED]
+        parts += [_summary(cells, _QUANTIZED_REFERENCE), more("quantized")]
+    if cells := result.get("training"):
+        parts += ["### Forward and backward", _TRAINING, _training(cells)]
     return parts
 
 
@@ -106,7 +106,7 @@ def head(result: Mapping[str, Any]) -> list[str]:
     return [f"## {machine['cpu']}, {result['isa']}", facts]
 
 
-def _summary(cells: Iterable[Mapping[str, Any]]) -> str:
+def _summary(cells: Iterable[Mapping[str, Any]], other: str) -> str:
     rows = []
     for cell in cells:
         contenders, ours = cell["contenders"], cell["ours"]
@@ -114,12 +114,16 @@ def _summary(cells: Iterable[Mapping[str, Any]]) -> str:
             continue
         best = best_peer(cell)
         row = [cell["shape"], cell["weights"], str(cell["T"]), number(cell["floor_ms"])]
-        row += [_ms(contenders, ours), f"{contenders[ours]['of_limit']:.0%}"]
-        row += [f"{best} {_ms(contenders, best)}", _ratio(contenders, best)] if best else ["–", "–"]
-        row += [_ratio(contenders, HF), _error(contenders[ours])]
+        row += [milliseconds(contenders, ours), f"{contenders[ours]['of_limit']:.0%}"]
+        row += (
+            [f"{best} {milliseconds(contenders, best)}", _ratio(contenders, best)]
+            if best
+            else ["–", "–"]
+        )
+        row += [_ratio(contenders, other), _error(contenders[ours])]
         rows.append(row)
     header = ["shape", "weights", "T", "floor ms", "ours ms", "of limit", "best peer ms"]
-    header += ["ours vs best", "vs HF grouped_mm", "error"]
+    header += ["ours vs best", f"vs {other}", "error"]
     return table(header, rows, right_from=2)
 
 
@@ -133,41 +137,6 @@ def is_ours(name: str) -> bool:
     return name in OURS or name.startswith("moe_ops") or name == _QUANTIZED_REFERENCE
 
 
-def _all_times(cells: Sequence[Mapping[str, Any]]) -> str:
-    """One table a format: ms of every baseline, and its error at the first number of tokens."""
-    tables = []
-    for weights in dict.fromkeys(cell["weights"] for cell in cells):
-        chosen = [cell for cell in cells if cell["weights"] == weights]
-        names = list(dict.fromkeys(n for cell in chosen for n in cell["contenders"]))
-        keys = [(cell["shape"], cell["T"]) for cell in chosen]
-        header = [f"{weights}, ms", *[f"{shape} T={T}" for shape, T in keys], "largest error"]
-        floors = ["*floor*", *[number(cell["floor_ms"]) for cell in chosen], ""]
-        rows = [floors]
-        for name in names:
-            row = [name, *[_ms(cell["contenders"], name) for cell in chosen]]
-            errors = [
-                c["error"] for x in chosen if (c := x["contenders"].get(name)) and "error" in c
-            ]
-            rows.append([*row, f"{max(errors):.1e}" if errors else ""])
-        tables.append(_split(header, rows))
-    return "\n\n".join(tables)
-
-
-def _split(header: Sequence[str], rows: Sequence[Sequence[str]], columns: int = 10) -> str:
-    """Several tables where one would be too wide; the first and the last column are in each."""
-    inner = len(header) - 2
-    tables = []
-    for start in range(0, inner, columns):
-        end = min(inner, start + columns)
-
-        def part(line: Sequence[str], start: int = start, end: int = end) -> list[str]:
-            return [line[0], *line[1 + start : 1 + end], line[-1]]
-
-        kept = [r for r in map(part, rows) if any(c not in ("", "–") for c in r[1:-1])]
-        tables.append(table(part(header), kept))
-    return "\n\n".join(tables)
-
-
 def _training(cells: Iterable[Mapping[str, Any]]) -> str:
     cells = list(cells)
     names = list(dict.fromkeys(n for cell in cells for n in cell["contenders"]))
@@ -178,10 +147,10 @@ def _training(cells: Iterable[Mapping[str, Any]]) -> str:
         if "moe_ops" not in contenders:
             continue
         row = [cell["shape"], cell["weights"] + (" THP" if cell.get("thp") else ""), str(cell["T"])]
-        row += [number(cell["floor_ms"]), _ms(contenders, "moe_ops")]
+        row += [number(cell["floor_ms"]), milliseconds(contenders, "moe_ops")]
         row += [f"{contenders['moe_ops']['of_limit']:.0%}"]
         for name in others:
-            row += [_ms(contenders, name), _ratio(contenders, name)]
+            row += [milliseconds(contenders, name), _ratio(contenders, name)]
         rows.append([*row, _error(contenders["moe_ops"])])
     header = ["shape", "weights", "T", "floor ms", "ours ms", "of limit"]
     for name in others:
@@ -204,19 +173,7 @@ def not_measured(result: Mapping[str, Any]) -> list[str]:
     return ["### Not measured", "\n".join(lines)] if lines else []
 
 
-def dumps(result: dict[str, Any]) -> str:
-    """JSON with one cell a line, so that two runs can be compared line by line."""
-    lines = []
-    for key, value in result.items():
-        if isinstance(value, list) and value:
-            cells = ",\n  ".join(json.dumps(cell, separators=(",", ":")) for cell in value)
-            lines.append(f'"{key}": [\n  {cells}\n]')
-        else:
-            lines.append(f'"{key}": {json.dumps(value)}')
-    return "{\n" + ",\n".join(lines) + "\n}\n"
-
-
-def _ms(contenders: Mapping[str, Any], name: str) -> str:
+def milliseconds(contenders: Mapping[str, Any], name: str) -> str:
     found = contenders.get(name)
     return "–" if found is None else number(found["ms"]) + ("~" if found.get("noisy") else "")
 

@@ -24,11 +24,11 @@ Step = Callable[[], dict[str, Tensor]]
 OURS = "moe_ops"
 
 
-def steps(bank: Bank, tokens: Tokens, grad_y: Tensor) -> dict[str, Step]:
-    """The baselines. Each step returns the gradients of x, of w_gate_up and of w_down."""
+def steps(bank: Bank, tokens: Tokens, grad_y: Tensor) -> dict[str, Callable[[], Step]]:
+    """What makes each baseline's step, which returns the gradients of x, w_gate_up and w_down."""
     absent, own = skipped(), bank.in_huge_pages
     return {
-        name: make(own if name.startswith(OURS) else bank, tokens, grad_y)
+        name: functools.partial(make, own if name.startswith(OURS) else bank, tokens, grad_y)
         for name, make in STEPS.items()
         if name not in absent
     }

@@ -132,23 +132,18 @@ def bench(
         str | None, typer.Option(help="Hold everything to this instruction set: avx2.")
     ] = None,
 ) -> None:
-    """Time moe_ops against transformers, plain torch and the limits of this machine.
+    """Time moe_ops against transformers, plain torch and the limits of this machine."""
+    from dataclasses import replace
 
-    More options, such as shapes and numbers of tokens: python -m moe_ops.bench --help.
-    """
-    from moe_ops.bench.machine import ISA_ENVIRONMENTS
-    from moe_ops.bench.main import main as benchmark
+    from moe_ops.bench import machine, measure, report
 
-    if isa is not None and isa not in ISA_ENVIRONMENTS:
-        known = " or ".join(ISA_ENVIRONMENTS)
-        error = f"error: bench: --isa must be {known}, got {isa}."
-        _console().print(error, style="bold red", soft_wrap=True, markup=False)
-        raise typer.Exit(1)
-    arguments = ["--quick"] if quick else []
-    arguments += ["--json", "-"] if as_json else []
-    arguments += ["--threads", str(threads)] if threads else []
-    arguments += ["--isa", isa] if isa else []
-    benchmark(arguments)
+    if isa is not None and isa not in machine.ISA_ENVIRONMENTS:
+        known = " or ".join(machine.ISA_ENVIRONMENTS)
+        raise arguments.fail(f"bench: --isa must be {known}, got {isa}.")
+    machine.hold_to_isa(isa)
+    plan = replace(measure.QUICK if quick else measure.Plan(), threads=threads or 1)
+    result = measure.run(plan, log=lambda line: typer.echo(line, err=True))
+    typer.echo(json.dumps(result) if as_json else report.render(result))
 
 
 @app.command()
