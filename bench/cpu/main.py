@@ -28,7 +28,9 @@ from moe_ops.bench.shapes import SHAPES
 
 QUICK = Plan(**{**measure.QUICK.__dict__, "part_tokens": (1, 512), "thp": False})
 QUICK = replace(QUICK, modes=("forward", "training", "parts"))
-FULL = Plan(modes=(*measure.Plan.modes, "parts", "memory"), shapes=measure.Plan.shapes)
+FULL = Plan(
+    modes=("forward", "quantized", "training", "parts", "memory"), shapes=measure.Plan.shapes
+)
 # The runs in bench/results.
 ALL = Plan()
 # Fields of a plan that are names of shapes, and those that are numbers of tokens.

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 import moe_ops
+from bench.harness.machine import describe_machine, load, now
 from moe_ops import _C, reference
 from moe_ops._files import write_text
-from moe_ops.bench.machine import describe_machine, load, now
 from moe_ops.bench.timing import Samples, interleave, speedup
 from moe_ops.quant import quantize_fp8_blocks
 from moe_ops.testing import Routing, dequantized, ffn_operands, quantized, short, widened

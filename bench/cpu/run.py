@@ -6,6 +6,7 @@ import copy
 import gc
 import json
 import os
+import platform
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +18,9 @@ import torch
 
 from bench.cpu import parts
 from bench.cpu.memory import measure_memory
+from bench.cpu.quantized import MoeOpsQuantized, run_quantized
 from bench.harness.files import ROOT, commit
+from bench.harness.machine import describe_machine, load, now
 from moe_ops.bench import measure, training
 from moe_ops.bench.baselines import Baseline, MoeOpsPacked
 from moe_ops.bench.limits import Limits
@@ -36,6 +39,7 @@ class Plan(measure.Plan):
 
     modes: tuple[str, ...] = MODES
     shapes: tuple[str, ...] = ("a32", "b", "c", "d")
+    quantized_shapes: tuple[str, ...] = ("a32", "d")
     part_tokens: tuple[int, ...] = (1, 64, 512, 2048)
     memory_shapes: tuple[str, ...] = ("a32",)
     thp: bool = True
@@ -51,12 +55,18 @@ def run(
     """As `moe_ops.bench.measure.run`, with every mode."""
     modes = {
         **measure.MODES,
+        "quantized": run_quantized,
         "training": run_training_twice,
         "scaling": run_scaling,
         "parts": run_parts,
         "memory": run_memory,
     }
-    result = measure.run(plan, baselines=baselines, only=only, modes=modes, log=log)
+    everyone = [MoeOpsQuantized(), *baselines]
+    before, date = load(), now()
+    result = measure.run(plan, baselines=everyone, only=only, modes=modes, log=log)
+    result |= {"date": date, "machine": describe_machine()}
+    result["load"] = {"before": before, "after": load()}
+    result["versions"]["python"] = platform.python_version()
     if at := commit():
         result["versions"]["commit"] = at
     return result

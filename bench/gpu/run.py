@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -22,8 +23,8 @@ from bench.gpu.peers import PEERS
 from bench.gpu.problem import Problem
 from bench.gpu.work import work_of
 from bench.harness.files import commit
+from bench.harness.machine import now
 from moe_ops import _C, doctor
-from moe_ops.bench import machine
 from moe_ops.bench.measure import in_a_sentence, rounded
 from moe_ops.bench.shapes import Shape
 from moe_ops.bench.timing import Samples, speedup
@@ -118,7 +119,7 @@ def measure(
         "format": FORMAT,
         "complete": False,
         "dry_run": options.tiny,
-        "date": machine.now(),
+        "date": now(),
         "card": card.describe_card(clock.device),
         "versions": versions(),
         "limits": limits.to_dict(),
@@ -170,7 +171,7 @@ def add_floors(result: dict[str, Any], limits: Limits) -> None:
 
 
 def versions() -> dict[str, str]:
-    found = machine.describe_software([])
+    found = {"python": platform.python_version(), "torch": torch.__version__}
     if at := commit():
         found["commit"] = at
     found["moe_ops"] = moe_ops.__version__

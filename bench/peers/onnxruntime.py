@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_ops.bench.baselines import Baseline, Bind, Call, quantize
+from bench.cpu.quantized import quantize
+from moe_ops.bench.baselines import Baseline, Bind, Call
 from moe_ops.bench.shapes import Bank, Tokens
 
 _GROUP = 128

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from bench.cpu import main, memory, parts, report, targets
+from bench.cpu.quantized import MoeOpsQuantized
 from bench.cpu.run import Plan, join, run
 from bench.harness import dump
 from bench.harness.files import RESULTS, dumps
@@ -21,8 +22,10 @@ from moe_ops.bench.shapes import SHAPES, Shape, exact_output, make_bank, make_to
 
 TINY = Shape("tiny", H=64, I=96, E=5, K=2, like="a toy")
 PLAN = Plan(
-    modes=("forward", "training", "scaling", "parts"),
+    modes=("forward", "quantized", "training", "scaling", "parts"),
     shapes=("tiny",),
+    quantized_shapes=("tiny",),
+    formats=("fp32",),
     training_shapes=("tiny",),
     tokens=(1, 16),
     training_tokens=(16,),
@@ -63,13 +66,23 @@ def result():
 def test_every_part_is_measured(result):
     assert {cell["part"] for cell in result["parts"]} == set(parts.PARTS)
     assert json.loads(dumps(result)) == result
+    assert {"cpu", "cores", "caches", "memory_gib", "system"} <= result["machine"].keys()
+    assert {"python", "torch", "torch-moe-ops"} <= result["versions"].keys()
+    assert {cell["weights"] for cell in result["quantized"]} == {"int8", "int4"}
     assert {cell["thp"] for cell in result["training"]} == {False}
     assert {cell["mode"] for cell in result["scaling"]} <= {"forward", "training"}
 
 
 def test_report_shows_every_cell(result):
     text = report.render(result)
-    for title in ("Targets", "Forward", "Forward and backward", "Two threads", "Router"):
+    for title in (
+        "Targets",
+        "Forward",
+        "Forward, all times",
+        "Forward and backward",
+        "Two threads",
+        "Router",
+    ):
         assert f"### {title}" in text
     forward_rows = [line for line in text.splitlines() if line.startswith("| tiny ")]
     assert len(forward_rows) >= 4 + 2
@@ -94,6 +107,14 @@ def test_runs_of_parts_join_to_the_whole(result):
         assert after["floor_ms"] < before["floor_ms"]
     with pytest.raises(ValueError, match="isa must be the same"):
         join([half, {**other, "isa": "another"}])
+
+
+@pytest.mark.parametrize("weight_format", ["int8", "int4"])
+def test_quantised_baseline_computes_the_layer(weight_format):
+    bank, tokens = make_bank(TINY, torch.bfloat16), make_tokens(TINY, torch.bfloat16, 33)
+    y = MoeOpsQuantized().prepare(bank, weight_format)(tokens)()
+    error = relative_error(y, exact_output(bank, tokens, torch.arange(33)))
+    assert error <= baselines.tolerance(weight_format)
 
 
 # --- targets

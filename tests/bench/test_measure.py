@@ -34,7 +34,6 @@ TINY = Shape("tiny", H=64, I=96, E=5, K=2, like="a toy")
 HAS_TRANSFORMERS = importlib.util.find_spec("transformers") is not None
 PLAN = Plan(
     shapes=("tiny",),
-    quantized_shapes=("tiny",),
     training_shapes=("tiny",),
     tokens=(1, 16),
     training_tokens=(16,),
@@ -132,14 +131,6 @@ def test_builtin_baselines_compute_the_layer(weight_format):
             assert error <= baselines.tolerance(weight_format), baseline.name
 
 
-@pytest.mark.parametrize("weight_format", ["int8", "int4"])
-def test_quantised_baseline_computes_the_layer(weight_format):
-    bank, tokens = make_bank(TINY, torch.bfloat16), make_tokens(TINY, torch.bfloat16, 33)
-    y = baselines.MoeOpsQuantized().prepare(bank, weight_format)(tokens)()
-    error = relative_error(y, exact_output(bank, tokens, torch.arange(33)))
-    assert error <= baselines.tolerance(weight_format)
-
-
 def test_take_is_the_start_of_the_batch():
     tokens = make_tokens(TINY, torch.float32, 20)
     few = take(tokens, 3)
@@ -180,10 +171,9 @@ def result():
 
 def test_result_has_the_documented_fields(result):
     assert result["format"] == FORMAT
-    assert {"cpu", "cores", "caches", "memory_gib", "system"} <= result["machine"].keys()
-    assert {"python", "torch", "torch-moe-ops"} <= result["versions"].keys()
+    assert {"cpu", "detected_isa"} <= result["machine"].keys()
+    assert {"torch", "torch-moe-ops"} <= result["versions"].keys()
     assert result["isa"] == result["limits"]["isa"] == _C.cpu_isa()
-    assert result["forward"] and result["quantized"] and result["training"]
     assert len(result["forward"]) == 4  # Two formats, two numbers of tokens.
     for mode in ("forward", "training"):
         for cell in result[mode]:
@@ -206,10 +196,10 @@ def test_numbers_are_rounded(result):
 
 def test_report_shows_every_cell(result):
     text = report.render(result)
-    for title in ("Forward", "int8 and int4 weights, forward", "Forward and backward"):
+    for title in ("Forward", "Forward and backward"):
         assert f"### {title}" in text
     forward_rows = [line for line in text.splitlines() if line.startswith("| tiny ")]
-    assert len(forward_rows) >= 4 + 2
+    assert len(forward_rows) == 4 + 2
     # Every line of a table has as many cells as its head.
     for block in text.split("\n\n"):
         if block.startswith("|"):

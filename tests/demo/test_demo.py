@@ -82,12 +82,12 @@ def test_entropies_by_hand():
         return data.Corpus(data._to_tensor(train), data._to_tensor(heldout), "test", 1, 1, "")
 
     result = data.entropies(corpus(b"aabb" * 5000, b"abba"))
-    assert result.unigram == pytest.approx(1.0, abs=1e-3)
+    assert result["unigram"] == pytest.approx(1.0, abs=1e-3)
     # In the training text a and b follow each other and themselves equally often.
-    assert result.bigram == pytest.approx(1.0, abs=1e-2)
+    assert result["bigram"] == pytest.approx(1.0, abs=1e-2)
     result = data.entropies(corpus(b"ab" * 5000, b"abab"))
-    assert result.unigram == pytest.approx(1.0, abs=1e-3)
-    assert result.bigram == pytest.approx(0.0, abs=1e-2)
+    assert result["unigram"] == pytest.approx(1.0, abs=1e-3)
+    assert result["bigram"] == pytest.approx(0.0, abs=1e-2)
 
 
 def test_batches_are_a_function_of_seed_and_step():

@@ -6,6 +6,7 @@ weights once, binds it to a batch of tokens, and the call that comes out is what
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import importlib.util
 from collections.abc import Callable
@@ -16,9 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import moe_ops
-from moe_ops import memory
-from moe_ops.bench.shapes import INT4_GROUP, Bank, Tokens
-from moe_ops.quant import formats
+from moe_ops.bench.shapes import Bank, Tokens
 
 Call = Callable[[], Tensor]
 Bind = Callable[[Tokens], Call]
@@ -107,33 +106,6 @@ class MoeOpsPacked(MoeOps):
         return bind
 
 
-class MoeOpsQuantized(MoeOps):
-    """moe_ffn_quantized: one scale a row for int8, one per INT4_GROUP weights for int4."""
-
-    name = "moe_ops quantized"
-    formats = ("int8", "int4")
-
-    def prepare(self, bank: Bank, weight_format: str) -> Bind:
-        weights = (
-            *quantize(bank.w_gate_up, weight_format, INT4_GROUP),
-            *quantize(bank.w_down, weight_format, INT4_GROUP),
-        )
-        memory.use_huge_pages(*weights)
-
-        def bind(tokens: Tokens) -> Call:
-            routing = (tokens.topk_weights, tokens.topk_ids)
-            return lambda: moe_ops.moe_ffn_quantized(tokens.x, *weights, *routing)
-
-        return bind
-
-
-def quantize(w: Tensor, weight_format: str, group: int) -> tuple[Tensor, Tensor]:
-    """`moe_ops.quant.quantize` of [E, O, K] expert by expert, since each is widened to fp32."""
-    groups = group if weight_format == "int4" else None
-    experts = [formats.quantize(expert, weight_format, groups) for expert in w]
-    return torch.stack([q for q, _ in experts]), torch.stack([scale for _, scale in experts])
-
-
 # ----------------------------------------------------------------------------- transformers
 
 
@@ -184,36 +156,29 @@ class HuggingFace(Baseline):
 
 
 def loop_over_experts(
-    x: Tensor, w_gate_up: Tensor, w_down: Tensor, topk_weights: Tensor, topk_ids: Tensor
+    x: Tensor,
+    w_gate_up: Tensor,
+    w_down: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    widen: bool = False,
 ) -> Tensor:
     """The usual PyTorch loop: gather an expert's tokens, two products, add back.
 
     The weights are unbound once: indexing them in the loop, as is often seen, makes the backward
-    pass add a gradient of the size of all experts for every single one.
+    pass add a gradient of the size of all experts for every single one. `widen` makes fp32 of each
+    expert's weights first, where bf16 products are slow.
     """
-    y = torch.zeros_like(x)
+    dtype = torch.float32 if widen else x.dtype
+    y, wide = torch.zeros_like(x, dtype=dtype), x.to(dtype)
     weights = zip(w_gate_up.unbind(), w_down.unbind(), strict=True)
     for expert, (gate_up, down) in enumerate(weights):
         token, slot = torch.where(topk_ids == expert)
         if token.numel() == 0:
             continue
-        gate, up = F.linear(x[token], gate_up).chunk(2, dim=-1)
-        out = F.linear(F.silu(gate) * up, down)
-        y.index_add_(0, token, (out * topk_weights[token, slot, None]).to(y.dtype))
-    return y
-
-
-def widened_loop(
-    x: Tensor, w_gate_up: Tensor, w_down: Tensor, topk_weights: Tensor, topk_ids: Tensor
-) -> Tensor:
-    """The loop with each expert's weights widened to fp32 first, where bf16 products are slow."""
-    y = torch.zeros_like(x, dtype=torch.float32)
-    wide = x.float()
-    for expert in topk_ids.unique().tolist():
-        token, slot = torch.where(topk_ids == expert)
-        gate, up = F.linear(wide[token], w_gate_up[expert].float()).chunk(2, dim=-1)
-        out = F.linear(F.silu(gate) * up, w_down[expert].float())
-        y.index_add_(0, token, out * topk_weights[token, slot, None])
+        gate, up = F.linear(wide[token], gate_up.to(dtype)).chunk(2, dim=-1)
+        out = F.linear(F.silu(gate) * up, down.to(dtype))
+        y.index_add_(0, token, (out * topk_weights[token, slot, None]).to(dtype))
     return y.to(x.dtype)
 
 
@@ -239,9 +204,8 @@ def builtin_baselines() -> list[Baseline]:
     return [
         MoeOps(),
         MoeOpsPacked(),
-        MoeOpsQuantized(),
         HuggingFace("grouped_mm"),
         HuggingFace("eager"),
         Loop("per-expert mm", loop_over_experts, "fp32", "bf16"),
-        Loop("widened mm", widened_loop, "bf16"),
+        Loop("widened mm", functools.partial(loop_over_experts, widen=True), "bf16"),
     ]

@@ -1,4 +1,4 @@
-"""Measures a plan: the experts of layers forward, with integer weights, and in training.
+"""Measures a plan: the experts of layers, forward and in training.
 
 Every baseline is checked against fp64 at every number of tokens before it is timed; one that is
 wrong, fails or would take too long is reported as skipped with the reason. The benchmark of the
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from moe_ops import _C
 from moe_ops.bench import machine, training
-from moe_ops.bench.baselines import OURS, Baseline, Bind, MoeOpsPacked, builtin_baselines, tolerance
+from moe_ops.bench.baselines import OURS, Baseline, Bind, builtin_baselines, tolerance
 from moe_ops.bench.limits import Limits, measure_limits
 from moe_ops.bench.shapes import (
     DTYPES,
@@ -44,11 +44,10 @@ SLOW_S = 6.0
 class Plan:
     """What to measure. Shapes by name, formats of the weights, numbers of tokens."""
 
-    modes: tuple[str, ...] = ("forward", "quantized", "training")
+    modes: tuple[str, ...] = ("forward", "training")
     shapes: tuple[str, ...] = ("a32", "d")
     formats: tuple[str, ...] = ("fp32", "bf16")
     tokens: tuple[int, ...] = (1, 4, 16, 64, 512)
-    quantized_shapes: tuple[str, ...] = ("a32", "d")
     training_shapes: tuple[str, ...] = ("a32", "c", "d")
     training_tokens: tuple[int, ...] = (16, 64, 512)
     threads: int = 1
@@ -101,7 +100,7 @@ def run(
     everyone = [*builtin_baselines(), *baselines]
     if only:
         everyone = [c for c in everyone if c.name in only or c.name.startswith("moe_ops")]
-    started, load_before = time.perf_counter(), machine.load()
+    started = time.perf_counter()
     reasons = {c.name: why for c in everyone if (why := _absence(c)) is not None}
     present = [c for c in everyone if c.name not in reasons]
     log(f"limits of {plan.threads} thread(s), {_C.cpu_isa()}")
@@ -109,12 +108,10 @@ def run(
     session = Session(plan, present, log)
     result: dict[str, Any] = {
         "format": FORMAT,
-        "date": machine.now(),
-        "machine": machine.describe_machine(),
-        "versions": machine.describe_software(present),
+        "machine": {"cpu": machine.cpu_name(), "detected_isa": _C.detected_isa()},
+        "versions": {"torch": torch.__version__} | {c.package: c.version() for c in present},
         "isa": _C.cpu_isa(),
         "threads": plan.threads,
-        "load": {"before": load_before},
         "absent": reasons,
     }
     for mode in plan.modes:
@@ -123,7 +120,6 @@ def run(
     # Again at the end: on a machine with company the better of the two is nearer to the truth.
     limits = limits.best(measure_limits(plan.threads, seconds=plan.limit_s))
     result["limits"] = limits.to_dict()
-    result["load"]["after"] = machine.load()
     result["seconds"] = round(time.perf_counter() - started)
     add_floors(result, limits)
     return dict(rounded(result))
@@ -165,21 +161,9 @@ def run_forward(session: Session) -> Cells:
     for shape in session.plan.shapes:
         for weight_format in session.plan.formats:
             bank = make_bank(SHAPES[shape], DTYPES[weight_format])
-            cells += _forward_cells(session, bank, weight_format)
+            cells += forward_cells(session, bank, weight_format)
             del bank
             gc.collect()
-    return cells
-
-
-def run_quantized(session: Session) -> Cells:
-    """int8 and int4 baselines on weights that were bf16, beside our own bf16 (`bf16 moe_ops`)."""
-    cells = []
-    for shape in session.plan.quantized_shapes:
-        bank = make_bank(SHAPES[shape], torch.bfloat16)
-        for weight_format in ("int8", "int4"):
-            cells += _forward_cells(session, bank, weight_format, [_Bfloat16()])
-        del bank
-        gc.collect()
     return cells
 
 
@@ -196,21 +180,14 @@ def run_training(session: Session) -> Cells:
 
 MODES: Mapping[str, Callable[[Session], Cells]] = {
     "forward": run_forward,
-    "quantized": run_quantized,
     "training": run_training,
 }
 
 
-class _Bfloat16(MoeOpsPacked):
-    """Our bf16 among quantised baselines."""
-
-    name = "bf16 moe_ops"
-    formats = ()
-
-
-def _forward_cells(
+def forward_cells(
     session: Session, bank: Bank, weight_format: str, more: Sequence[Baseline] = ()
 ) -> Cells:
+    """The baselines of this format, and `more`, at each number of tokens."""
     plan, bound = session.plan, tolerance(weight_format)
     batch = make_tokens(bank.shape, bank.dtype, max(plan.tokens))
     rows = {T: torch.tensor(checked_rows(T)) for T in plan.tokens}

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from moe_ops.bench.baselines import OURS
 from moe_ops.bench.shapes import SHAPES
 
-More = Callable[[str], str]
 HF = "HF grouped_mm"
-_QUANTIZED_REFERENCE = "bf16 moe_ops"
 
 
 def render(result: Mapping[str, Any]) -> str:
@@ -22,16 +20,13 @@ def join_sections(parts: Iterable[str]) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def sections(result: Mapping[str, Any], more: More = lambda mode: "") -> list[str]:
-    """Headings, explanations and tables of the modes that were measured; `more` adds to each."""
+def sections(result: Mapping[str, Any]) -> list[str]:
+    """Headings, explanations and tables of the modes that were measured."""
     parts: list[str] = []
-    if cells := result.get("forward"):
-        parts += ["### Forward", _FORWARD, _summary(cells, HF), more("forward")]
-    if cells := result.get("quantized"):
-        parts += ["### int8 and int4 weights, forward", _QUANTIZED]
-        parts += [_summary(cells, _QUANTIZED_REFERENCE), more("quantized")]
-    if cells := result.get("training"):
-        parts += ["### Forward and backward", _TRAINING, _training(cells)]
+    if result.get("forward"):
+        parts += ["### Forward", _FORWARD, summary(result["forward"], HF)]
+    if result.get("training"):
+        parts += ["### Forward and backward", _TRAINING, _training(result["training"])]
     return parts
 
 
@@ -42,9 +37,6 @@ of that size can be read again and again, from a cache or from memory. (Files wi
 caches: from memory; a share above 100 % means that the weights were in a cache.) *Ours* reads
 packed weights, as layers do in inference; *best peer* is the fastest of all others. `~`: fewer than
 three samples did not have to wait for a core."""
-_QUANTIZED = """\
-Weights were bf16; int8 has a scale a row, int4 one for 32 weights (ONNX Runtime: 128). Errors are
-relative to the unquantised layer in fp64."""
 _TRAINING = """\
 Gradients of x, routing weights and both weights. Fresh gradients are left in `.grad`, which is
 cleared before each step; *main_grads*: ours adds those of the weights to kept buffers instead. The
@@ -77,36 +69,25 @@ def number(value: float) -> str:
 
 def head(result: Mapping[str, Any]) -> list[str]:
     """Heading and circumstances of a run."""
-    machine, limits = result["machine"], result["limits"]
+    limits = result["limits"]
     rates = ("fp32_flops", "bf16_flops", "read_bytes")
-    giga = {key: f"{limits[key] / 1e9:.1f}" for key in rates}
-    cached = "".join(
-        f", {int(size) >> 20} MiB again and again {rate / 1e9:.0f}"
-        for size, rate in limits.get("cached_bytes", {}).items()
-        if int(size) in (1 << 20, 3 << 20, 12 << 20)
-    )
+    fp32, bf16, memory = (f"{limits[key] / 1e9:.1f}" for key in rates)
     versions = ", ".join(f"{k} {v}" for k, v in result["versions"].items())
-    load = " / ".join(str(v) for v in result["load"]["before"][:1] + result["load"]["after"][:1])
-    used = {
-        c["shape"] for mode in ("forward", "quantized", "training") for c in result.get(mode, ())
-    }
-    shapes = "; ".join(f"{name}: {SHAPES[name]} ({SHAPES[name].like})" for name in sorted(used))
-    facts = "\n".join(
-        [
-            f"- Date {result['date']}, {result['seconds']} s; load before / after {load}.",
-            f"- {machine['cores']} cores, {machine['caches']}, {machine['memory_gib']} GiB, "
-            f"{machine['system']}; instruction set {result['isa']} "
-            f"of {machine['detected_isa']}; {result['threads']} thread(s) unless said.",
-            f"- {versions}.",
-            f"- Limits, measured in the same run: fp32 {giga['fp32_flops']} GFLOP/s, "
-            f"bf16 {giga['bf16_flops']} GFLOP/s, memory {giga['read_bytes']} GB/s{cached}.",
-            f"- Shapes: {shapes}.",
-        ]
-    )
-    return [f"## {machine['cpu']}, {result['isa']}", facts]
+    used = {c["shape"] for mode in ("forward", "training") for c in result.get(mode, ())}
+    facts = [
+        f"{result['threads']} thread(s) unless said; {versions}",
+        f"Limits, measured in the same run: fp32 {fp32} GFLOP/s, bf16 {bf16} GFLOP/s, memory "
+        f"{memory} GB/s",
+        "; ".join(f"{name}: {SHAPES[name]} ({SHAPES[name].like})" for name in sorted(used)),
+    ]
+    return [
+        f"## {result['machine']['cpu']}, {result['isa']}",
+        "\n".join(f"- {fact}." for fact in facts),
+    ]
 
 
-def _summary(cells: Iterable[Mapping[str, Any]], other: str) -> str:
+def summary(cells: Iterable[Mapping[str, Any]], other: str) -> str:
+    """Ours beside the floor, the fastest of all others, and one of them."""
     rows = []
     for cell in cells:
         contenders, ours = cell["contenders"], cell["ours"]
@@ -134,7 +115,7 @@ def best_peer(cell: Mapping[str, Any]) -> str | None:
 
 
 def is_ours(name: str) -> bool:
-    return name in OURS or name.startswith("moe_ops") or name == _QUANTIZED_REFERENCE
+    return name in OURS or name.startswith("moe_ops") or name == "bf16 moe_ops"
 
 
 def _training(cells: Iterable[Mapping[str, Any]]) -> str:
