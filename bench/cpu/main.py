@@ -18,9 +18,10 @@ from typing import Any
 
 from bench.cpu.report import render
 from bench.cpu.run import MODES, Plan, join, run
+from bench.harness.arguments import seconds, whole
 from bench.harness.files import dumps
 from bench.peers import PEERS
-from moe_ops._arguments import MAX_THREADS, MAX_TOKENS, seconds, whole
+from moe_ops._arguments import MAX_THREADS, MAX_TOKENS
 from moe_ops._files import describe, read_json, write_text
 from moe_ops.bench import machine, measure
 from moe_ops.bench.baselines import Baseline

@@ -8,7 +8,6 @@ and caches that a library keeps between steps count as its own.
 
 from __future__ import annotations
 
-import functools
 import gc
 import json
 import os
@@ -20,18 +19,14 @@ from typing import Any
 
 import torch
 
+from bench.cpu.kept import MEASURED
 from bench.harness.files import ROOT
 from moe_ops import _C
-from moe_ops.bench import training
+from moe_ops.bench.baselines import skipped_steps
 from moe_ops.bench.shapes import DTYPES, SHAPES, Bank, Shape, make_bank, make_tokens
-from moe_ops.bench.training import OURS, steps
 from moe_ops.memory import use_huge_pages
 
 BASELINES = ("moe_ops", "moe_ops main_grads", "HF grouped_mm", "HF grouped_mm kept .grad")
-STEPS = {
-    **training.STEPS,
-    "HF grouped_mm kept .grad": functools.partial(training.hugging_face, keep=True),
-}
 
 
 def measure_memory(shape: str, dtype: str, num_tokens: int) -> dict[str, Any]:
@@ -63,11 +58,11 @@ def beyond(shape: str, dtype: str, num_tokens: int, name: str) -> dict[str, int]
         torch.full((sizes.E, 2 * sizes.I, sizes.H), 0.01, dtype=DTYPES[dtype]),
         torch.full((sizes.E, sizes.H, sizes.I), 0.01, dtype=DTYPES[dtype]),
     )
-    if name.startswith(OURS):
+    if name.startswith("moe_ops"):
         use_huge_pages(bank.w_gate_up, bank.w_down)
     tokens = make_tokens(SHAPES[shape], DTYPES[dtype], num_tokens)
     grad_y = torch.randn(tokens.x.shape).to(bank.dtype)
-    step = STEPS[name](bank, tokens, grad_y)
+    step = MEASURED[name](bank, tokens, grad_y)
     step()
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")
@@ -82,8 +77,9 @@ def _warm_up_torch() -> None:
     """Loads what the first product and the first backward pass load, and keeps nothing else."""
     tiny = Shape("tiny", 64, 64, 2, 1)
     bank, tokens = make_bank(tiny, torch.float32), make_tokens(tiny, torch.float32, 4)
-    for make in steps(bank, tokens, torch.randn(tokens.x.shape)).values():
-        make()()
+    for name, make in MEASURED.items():
+        if name not in skipped_steps():
+            make(bank, tokens, torch.randn(tokens.x.shape))()
     _C.release_cached()
 
 

@@ -25,7 +25,10 @@ pages, where its layers keep them (before commit 81c9e05 only packed ones). Ever
 with fp64 first. The targets are what this project has set itself; where one is not met, the table
 says so. *At the limit*: what the worst cell's ratio would be if ours ran at the limit of the
 machine; *out of reach*: not even that would meet the target in any cell that misses it, because the
-other library is too close to the limit."""
+other library is too close to the limit. *main_grads*: ours adds the gradients of the weights to
+kept buffers instead of leaving fresh ones. *THP* rows: the whole process with
+THP_MEM_ALLOC_ENABLE=1, with which torch asks for huge pages. Files without rates of caches take the
+rate of memory; a share above 100 % then means that the weights were in a cache."""
 _QUANTIZED = """\
 Weights were bf16; int8 has a scale a row, int4 one for 32 weights (ONNX Runtime: 128). Errors are
 relative to the unquantised layer in fp64."""

@@ -17,14 +17,15 @@ from typing import Any
 import torch
 
 from bench.cpu import parts
+from bench.cpu.kept import TIMED
 from bench.cpu.memory import measure_memory
 from bench.cpu.quantized import MoeOpsQuantized, run_quantized
-from bench.harness.files import ROOT, commit
+from bench.harness.files import ROOT, commit, rounded
 from bench.harness.machine import describe_machine, load, now
-from moe_ops.bench import measure, training
-from moe_ops.bench.baselines import Baseline, MoeOpsPacked
+from moe_ops.bench import measure
+from moe_ops.bench.baselines import STEPS, Baseline, MoeOpsPacked, builtin_baselines
 from moe_ops.bench.limits import Limits
-from moe_ops.bench.measure import Cells, Session, add_floors, rounded
+from moe_ops.bench.measure import Cells, Session, add_floors
 from moe_ops.bench.shapes import DTYPES, SHAPES, make_bank, make_tokens
 from moe_ops.bench.timing import measure as time_jobs
 from moe_ops.bench.timing import speedup
@@ -61,21 +62,23 @@ def run(
         "parts": run_parts,
         "memory": run_memory,
     }
-    everyone = [MoeOpsQuantized(), *baselines]
+    everyone = [*builtin_baselines(), MoeOpsQuantized(), *baselines]
+    if only:
+        everyone = [b for b in everyone if b.name in only or b.name.startswith("moe_ops")]
     before, date = load(), now()
-    result = measure.run(plan, baselines=everyone, only=only, modes=modes, log=log)
+    result = measure.run(plan, baselines=everyone, modes=modes, log=log)
     result |= {"date": date, "machine": describe_machine()}
     result["load"] = {"before": before, "after": load()}
     result["versions"]["python"] = platform.python_version()
     if at := commit():
         result["versions"]["commit"] = at
-    return result
+    return dict(rounded(result))
 
 
 def run_training_twice(session: Session) -> Cells:
     """The second time, of the first shape, in a process whose large tensors get huge pages."""
     plan = session.plan
-    cells = measure.run_training(session)
+    cells = measure.run_training(session, TIMED)
     for cell in cells:
         cell["thp"] = os.environ.get("THP_MEM_ALLOC_ENABLE") == "1"
     if plan.thp and sys.platform == "linux":
@@ -100,7 +103,7 @@ def run_scaling(session: Session) -> Cells:
             tokens = make_tokens(bank.shape, bank.dtype, T)
             grad_y = torch.randn(tokens.x.shape).to(bank.dtype)
             forward = MoeOpsPacked().prepare(bank, weight_format)(tokens)
-            step = training.steps(bank, tokens, grad_y)[training.OURS]()
+            step = STEPS["moe_ops"](bank.in_huge_pages, tokens, grad_y)
             for mode, job in (("forward", forward), ("training", step)):
                 jobs = {str(n): _with_threads(n, job, mode) for n in counts}
                 samples = time_jobs(jobs, budget_s=plan.budget_s)
@@ -195,10 +198,17 @@ def join(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         for mode in MODES:
             joined[mode] = [*joined.get(mode, ()), *copy.deepcopy(result.get(mode, []))]
     joined = {k: v for k, v in joined.items() if k not in MODES or v}
-    limits = reduce(Limits.best, [Limits.from_dict(result["limits"]) for result in results])
+    limits = reduce(Limits.best, [limits_of(result) for result in results])
     joined["limits"] = limits.to_dict()
     add_floors(joined, limits)
     return dict(rounded(joined))
+
+
+def limits_of(result: Mapping[str, Any]) -> Limits:
+    """Those of a result, also after JSON, whose keys are strings."""
+    saved = result["limits"]
+    cached = {int(size): rate for size, rate in saved.get("cached_bytes", {}).items()}
+    return Limits(**{**saved, "cached_bytes": cached})
 
 
 def _ratios(speedups: Mapping[str, float]) -> str:

@@ -18,9 +18,8 @@ from bench.gpu.cases import Case
 from bench.gpu.layer import Layer
 from bench.gpu.peers import PEERS
 from bench.gpu.problem import Problem, relative, sampled, worst
-from moe_ops.bench.baselines import tolerance
+from moe_ops.bench.baselines import exact_grad_x, tolerance
 from moe_ops.bench.shapes import Tokens, exact_output
-from moe_ops.bench.training import exact_grad_x
 
 Block = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 OURS = "moe_ops"

@@ -22,10 +22,10 @@ from bench.gpu.ops import op_problem
 from bench.gpu.peers import PEERS
 from bench.gpu.problem import Problem
 from bench.gpu.work import work_of
-from bench.harness.files import commit
+from bench.harness.files import commit, rounded
 from bench.harness.machine import now
 from moe_ops import _C, doctor
-from moe_ops.bench.measure import in_a_sentence, rounded
+from moe_ops.bench.measure import in_a_sentence
 from moe_ops.bench.shapes import Shape
 from moe_ops.bench.timing import Samples, speedup
 

@@ -30,3 +30,12 @@ def dumps(result: dict[str, Any]) -> str:
         else:
             lines.append(f'"{key}": {json.dumps(value)}')
     return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def rounded(value: Any) -> Any:
+    """Floats to four significant digits, all the way down."""
+    if isinstance(value, float):
+        return float(f"{value:.4g}")
+    if isinstance(value, dict):
+        return {k: rounded(v) for k, v in value.items()}
+    return [rounded(v) for v in value] if isinstance(value, list) else value

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import platform
-from pathlib import Path
+import re
 from typing import Any
 
 from moe_ops import _C
@@ -14,7 +14,7 @@ from moe_ops.bench.machine import cpu_name
 
 def describe_machine() -> dict[str, Any]:
     return {
-        "cpu": cpu_name(),
+        "cpu": f"{cpu_name()}{_family()}",
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
         "caches": _caches(),
         "memory_gib": round(_memory_bytes() / 2**30, 1),
@@ -30,6 +30,19 @@ def now() -> str:
 def load() -> list[float]:
     """Runnable processes, averages of 1 and 5 minutes; ours is one of them."""
     return [round(value, 2) for value in os.getloadavg()[:2]] if hasattr(os, "getloadavg") else []
+
+
+def _family() -> str:
+    """(family 25, model 17), where the system tells them."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return ""
+    numbers = []
+    for name, key in (("family", "cpu family"), ("model", "model")):
+        if number := re.search(rf"^{key}\s*: (\d+)$", text, re.MULTILINE):
+            numbers.append(f"{name} {number.group(1)}")
+    return f" ({', '.join(numbers)})" if numbers else ""
 
 
 def _caches() -> str:

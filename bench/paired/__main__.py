@@ -19,8 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bench.harness.arguments import whole
 from bench.paired import cells
-from moe_ops._arguments import whole
 from moe_ops._files import write_json
 from moe_ops.bench.machine import ISA_ENVIRONMENTS
 from moe_ops.bench.report import table

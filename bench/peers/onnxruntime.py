@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from bench.cpu.quantized import quantize
+from moe_ops import _C
 from moe_ops.bench.baselines import Baseline, Bind, Call
 from moe_ops.bench.shapes import Bank, Tokens
 
@@ -23,7 +24,6 @@ _GROUP = 128
 
 class OnnxRuntime(Baseline):
     package = "onnxruntime"
-    follows_isa = False
 
     def __init__(self, weight_format: str) -> None:
         self.formats = (weight_format,)
@@ -35,6 +35,8 @@ class OnnxRuntime(Baseline):
         for package in ("onnxruntime", "onnx"):
             if importlib.util.find_spec(package) is None:
                 return f"{package} is not installed"
+        if _C.cpu_isa() != _C.detected_isa():
+            return f"cannot be held to {_C.cpu_isa()}"
         return None
 
     def prepare(self, bank: Bank, weight_format: str) -> Bind:

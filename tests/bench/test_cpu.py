@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from bench.cpu import main, memory, parts, report, targets
+from bench.cpu import kept, main, memory, parts, report, targets
 from bench.cpu.quantized import MoeOpsQuantized
-from bench.cpu.run import Plan, join, run
+from bench.cpu.run import Plan, join, limits_of, run
 from bench.harness import dump
-from bench.harness.files import RESULTS, dumps
+from bench.harness.files import RESULTS, dumps, rounded
 from bench.peers import PEERS
 
 import moe_ops
@@ -71,6 +71,27 @@ def test_every_part_is_measured(result):
     assert {cell["weights"] for cell in result["quantized"]} == {"int8", "int4"}
     assert {cell["thp"] for cell in result["training"]} == {False}
     assert {cell["mode"] for cell in result["scaling"]} <= {"forward", "training"}
+
+
+def test_numbers_are_rounded(result):
+    assert rounded({"a": [1.23456789]}) == {"a": [1.235]}
+    rate = result["limits"]["read_bytes"]
+    assert rate == float(f"{rate:.4g}")
+    assert limits_of(json.loads(json.dumps(result))).to_dict() == result["limits"]
+
+
+def test_kept_gradients_agree_with_fresh_ones():
+    bank, tokens = make_bank(TINY, torch.float32), make_tokens(TINY, torch.float32, 20)
+    grad_y = torch.randn(20, TINY.H)
+    fresh = kept.TIMED["moe_ops"](bank, tokens, grad_y)()
+    for name, make in kept.MEASURED.items():
+        if (
+            name not in baselines.skipped_steps()
+            and "HF grouped_mm" not in baselines.skipped_steps()
+        ):
+            found = make(bank, tokens, grad_y)()
+            for key, value in fresh.items():
+                assert relative_error(found[key], value) <= 1e-5, (name, key)
 
 
 def test_report_shows_every_cell(result):

@@ -1,4 +1,4 @@
-"""Ways to run the experts of a layer forward: moe_ops, transformers, plain torch.
+"""Ways to run the experts of a layer, forward and in training: moe_ops, transformers, plain torch.
 
 Formats are those of the weights: fp32, bf16, int8, int4. A baseline prepares its own copy of the
 weights once, binds it to a batch of tokens, and the call that comes out is what is timed.
@@ -7,7 +7,6 @@ weights once, binds it to a batch of tokens, and the call that comes out is what
 from __future__ import annotations
 
 import functools
-import importlib.metadata
 import importlib.util
 from collections.abc import Callable
 from typing import Any
@@ -33,8 +32,6 @@ class Baseline:
     name: str
     formats: tuple[str, ...] = ("fp32", "bf16")
     package: str = "torch"
-    # Whether the environment of `--isa` holds it to that instruction set.
-    follows_isa: bool = True
 
     def missing(self) -> str | None:
         """Why it cannot run here, in a few words; None if it can."""
@@ -43,9 +40,6 @@ class Baseline:
     def prepare(self, bank: Bank, weight_format: str) -> Bind:
         """Converts the weights. The returned function binds tokens; its result is timed."""
         raise NotImplementedError
-
-    def version(self) -> str:
-        return importlib.metadata.version(self.package)
 
 
 def tolerance(weight_format: str) -> float:
@@ -82,9 +76,6 @@ class MoeOps(Baseline):
             return lambda: moe_ops.moe_ffn(*arguments, tokens.topk_weights, tokens.topk_ids)
 
         return bind
-
-    def version(self) -> str:
-        return moe_ops.__version__
 
 
 class MoeOpsPacked(MoeOps):
@@ -209,3 +200,82 @@ def builtin_baselines() -> list[Baseline]:
         Loop("per-expert mm", loop_over_experts, "fp32", "bf16"),
         Loop("widened mm", functools.partial(loop_over_experts, widen=True), "bf16"),
     ]
+
+
+# --------------------------------------------------------------------------------- training
+#
+# Gradients of x, of the routing weights and of both weights are asked for and left fresh in .grad,
+# which is cleared before every step.
+
+Step = Callable[[], dict[str, Tensor]]
+
+
+def skipped_steps() -> dict[str, str]:
+    if importlib.util.find_spec("transformers"):
+        return {}
+    return {"HF grouped_mm": "transformers is not installed"}
+
+
+def exact_grad_x(bank: Bank, tokens: Tokens, grad_y: Tensor) -> Tensor:
+    """Gradient of x in fp64, from the derivatives written out, expert by expert."""
+    x, weights, ids = tokens.x.double(), tokens.topk_weights.double(), tokens.topk_ids
+    grad_x = torch.zeros_like(x)
+    for expert in ids.unique().tolist():
+        token, slot = torch.where(ids == expert)
+        w_gate_up, w_down = bank.w_gate_up[expert].double(), bank.w_down[expert].double()
+        gate, up = (x[token] @ w_gate_up.T).chunk(2, dim=-1)
+        grad_h = (grad_y[token].double() * weights[token, slot, None]) @ w_down
+        s = torch.sigmoid(gate)
+        grad_gate = grad_h * up * s * (1 + gate * (1 - s))
+        grad_x.index_add_(0, token, torch.cat([grad_gate, grad_h * gate * s], -1) @ w_gate_up)
+    return grad_x
+
+
+def leaves_of(bank: Bank, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x, w_gate_up, w_down and topk_weights, which want gradients."""
+    x, topk_weights = tokens.x.clone(), tokens.topk_weights.to(bank.dtype)
+    return (
+        x.requires_grad_(),
+        bank.w_gate_up.detach().requires_grad_(),
+        bank.w_down.detach().requires_grad_(),
+        topk_weights.requires_grad_(),
+    )
+
+
+def _fresh(function: Callable[..., Tensor], bank: Bank, tokens: Tokens, grad_y: Tensor) -> Step:
+    x, w_gate_up, w_down, topk_weights = leaves = leaves_of(bank, tokens)
+
+    def step() -> dict[str, Tensor]:
+        for leaf in leaves:
+            leaf.grad = None
+        function(x, w_gate_up, w_down, topk_weights, tokens.topk_ids).backward(grad_y)
+        return grads_of(x, w_gate_up, w_down)
+
+    return step
+
+
+def _hugging_face(bank: Bank, tokens: Tokens, grad_y: Tensor) -> Step:
+    experts: Any = hf_experts(bank, "grouped_mm")
+    x, _, _, topk_weights = leaves_of(bank, tokens)
+    leaves, ids = (x, topk_weights, *experts.parameters()), tokens.topk_ids.long()
+
+    def step() -> dict[str, Tensor]:
+        for leaf in leaves:
+            leaf.grad = None
+        experts(x, ids, topk_weights).backward(grad_y)
+        return grads_of(x, experts.gate_up_proj, experts.down_proj)
+
+    return step
+
+
+def grads_of(x: Tensor, w_gate_up: Tensor, w_down: Tensor) -> dict[str, Tensor]:
+    assert x.grad is not None and w_gate_up.grad is not None and w_down.grad is not None
+    return {"x": x.grad, "w_gate_up": w_gate_up.grad, "w_down": w_down.grad}
+
+
+# Each makes a step, which returns the gradients of x, w_gate_up and w_down.
+STEPS: dict[str, Callable[[Bank, Tokens, Tensor], Step]] = {
+    "moe_ops": functools.partial(_fresh, moe_ops.moe_ffn),
+    "HF grouped_mm": _hugging_face,
+    "per-expert mm": functools.partial(_fresh, loop_over_experts),
+}

@@ -29,17 +29,10 @@ def hold_to_isa(isa: str | None) -> None:
 
 
 def cpu_name() -> str:
-    """Its name and, where the system tells them, family and model."""
+    """What the processor calls itself."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
         return platform.processor()
     name = re.search(r"^model name\s*: (.+)$", text, re.MULTILINE)
-    numbers = [
-        re.search(rf"^{key}\s*: (\d+)$", text, re.MULTILINE) for key in ("cpu family", "model")
-    ]
-    where = [
-        f"{key} {n.group(1)}" for key, n in zip(("family", "model"), numbers, strict=True) if n
-    ]
-    described = name.group(1).strip() if name else platform.processor()
-    return f"{described} ({', '.join(where)})" if where else described
+    return name.group(1).strip() if name else platform.processor()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import importlib.metadata
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,9 +18,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import moe_ops
 from moe_ops import _C
-from moe_ops.bench import machine, training
-from moe_ops.bench.baselines import OURS, Baseline, Bind, builtin_baselines, tolerance
+from moe_ops.bench import machine
+from moe_ops.bench.baselines import (
+    OURS,
+    STEPS,
+    Baseline,
+    Bind,
+    Step,
+    builtin_baselines,
+    exact_grad_x,
+    skipped_steps,
+    tolerance,
+)
 from moe_ops.bench.limits import Limits, measure_limits
 from moe_ops.bench.shapes import (
     DTYPES,
@@ -77,13 +89,13 @@ class Session:
 
 
 Cells = list[dict[str, Any]]
+Steps = Mapping[str, Callable[[Bank, Tokens, Tensor], Step]]
 
 
 def run(
     plan: Any,
     *,
-    baselines: Sequence[Baseline] = (),
-    only: Sequence[str] | None = None,
+    baselines: Sequence[Baseline] | None = None,
     modes: Mapping[str, Callable[[Session], Cells]] | None = None,
     log: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
@@ -91,17 +103,14 @@ def run(
 
     Args:
         plan: a `Plan`, or what the functions of `modes` take for one.
-        baselines: other libraries beside the built-in ones.
-        only: names of baselines; None for all. moe_ops is always among them.
+        baselines: what is compared; the built-in ones if None.
         modes: name of a mode -> what measures its cells; `MODES` if None.
         log: called with a line of progress now and then.
     """
     torch.set_num_threads(plan.threads)
-    everyone = [*builtin_baselines(), *baselines]
-    if only:
-        everyone = [c for c in everyone if c.name in only or c.name.startswith("moe_ops")]
+    everyone = builtin_baselines() if baselines is None else baselines
     started = time.perf_counter()
-    reasons = {c.name: why for c in everyone if (why := _absence(c)) is not None}
+    reasons = {c.name: why for c in everyone if (why := c.missing()) is not None}
     present = [c for c in everyone if c.name not in reasons]
     log(f"limits of {plan.threads} thread(s), {_C.cpu_isa()}")
     limits = measure_limits(plan.threads, seconds=plan.limit_s)
@@ -109,7 +118,7 @@ def run(
     result: dict[str, Any] = {
         "format": FORMAT,
         "machine": {"cpu": machine.cpu_name(), "detected_isa": _C.detected_isa()},
-        "versions": {"torch": torch.__version__} | {c.package: c.version() for c in present},
+        "versions": versions(present),
         "isa": _C.cpu_isa(),
         "threads": plan.threads,
         "absent": reasons,
@@ -122,7 +131,7 @@ def run(
     result["limits"] = limits.to_dict()
     result["seconds"] = round(time.perf_counter() - started)
     add_floors(result, limits)
-    return dict(rounded(result))
+    return result
 
 
 def add_floors(result: dict[str, Any], limits: Limits) -> None:
@@ -135,22 +144,6 @@ def add_floors(result: dict[str, Any], limits: Limits) -> None:
             cell["floor_ms"] = floor
             for found in cell["contenders"].values():
                 found["of_limit"] = floor / found["ms"]
-
-
-def rounded(value: Any) -> Any:
-    """Floats to four significant digits, all the way down."""
-    if isinstance(value, float):
-        return float(f"{value:.4g}")
-    if isinstance(value, dict):
-        return {k: rounded(v) for k, v in value.items()}
-    return [rounded(v) for v in value] if isinstance(value, list) else value
-
-
-def _absence(baseline: Baseline) -> str | None:
-    why = baseline.missing()
-    if why is None and not baseline.follows_isa and _C.cpu_isa() != _C.detected_isa():
-        return f"cannot be held to {_C.cpu_isa()}"
-    return why
 
 
 # ---------------------------------------------------------------------------------- modes
@@ -167,12 +160,12 @@ def run_forward(session: Session) -> Cells:
     return cells
 
 
-def run_training(session: Session) -> Cells:
+def run_training(session: Session, steps: Steps = STEPS) -> Cells:
     cells = []
     for shape in session.plan.training_shapes:
         for weight_format in session.plan.formats:
             bank = make_bank(SHAPES[shape], DTYPES[weight_format])
-            cells += _training_cells(session, bank, weight_format)
+            cells += _training_cells(session, bank, weight_format, steps)
             del bank
             gc.collect()
     return cells
@@ -214,7 +207,7 @@ def forward_cells(
     return cells
 
 
-def _training_cells(session: Session, bank: Bank, weight_format: str) -> Cells:
+def _training_cells(session: Session, bank: Bank, weight_format: str, steps: Steps) -> Cells:
     plan, bound = session.plan, 2 * tolerance(weight_format)
     batch = make_tokens(bank.shape, bank.dtype, max(plan.training_tokens))
     cells, slow = [], set[str]()
@@ -223,16 +216,23 @@ def _training_cells(session: Session, bank: Bank, weight_format: str) -> Cells:
         grad_y = torch.randn(tokens.x.shape, generator=torch.Generator().manual_seed(2))
         grad_y = grad_y.to(bank.dtype)
         # dW has no cheap truth in fp64: all baselines must agree with the first, ours.
-        truth = {"x": training.exact_grad_x(bank, tokens, grad_y)}
+        truth = {"x": exact_grad_x(bank, tokens, grad_y)}
 
         def error_of(gradients: dict[str, Tensor], truth: dict[str, Tensor] = truth) -> float:
             found = {"x": gradients["x"]}
             found |= {key: gradients[key][:, ::61].float() for key in ("w_gate_up", "w_down")}
             return max(relative_error(g, truth.setdefault(key, g)) for key, g in found.items())
 
-        jobs = training.steps(bank, tokens, grad_y)
+        skipped, own = skipped_steps(), bank.in_huge_pages
+        jobs = {
+            name: functools.partial(
+                make, own if name.startswith("moe_ops") else bank, tokens, grad_y
+            )
+            for name, make in steps.items()
+            if name not in skipped
+        }
         layer = ("training", bank, weight_format, tokens)
-        cells.append(_cell(session, layer, jobs, error_of, bound, training.skipped(), slow))
+        cells.append(_cell(session, layer, jobs, error_of, bound, skipped, slow))
         del jobs, truth
         gc.collect()
     return cells
@@ -299,6 +299,13 @@ def _cell(
 
 
 # --------------------------------------------------------------------------------- helpers
+
+
+def versions(baselines: Sequence[Baseline]) -> dict[str, str]:
+    """Of torch, of this package and of what the baselines come from."""
+    packages = {b.package for b in baselines} - {"torch", "torch-moe-ops"}
+    found = {"torch": torch.__version__, "torch-moe-ops": moe_ops.__version__}
+    return found | {package: importlib.metadata.version(package) for package in sorted(packages)}
 
 
 def checked_rows(num_tokens: int) -> list[int]:

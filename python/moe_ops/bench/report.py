@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from moe_ops.bench.baselines import OURS
 from moe_ops.bench.shapes import SHAPES
 
 HF = "HF grouped_mm"
@@ -33,15 +32,12 @@ def sections(result: Mapping[str, Any]) -> list[str]:
 _FORWARD = """\
 The experts of one layer for T tokens, routing given. *Floor* is the time that the limits above
 allow: the larger of operations at peak and bytes of the experts used at the rate at which a buffer
-of that size can be read again and again, from a cache or from memory. (Files without rates of
-caches: from memory; a share above 100 % means that the weights were in a cache.) *Ours* reads
-packed weights, as layers do in inference; *best peer* is the fastest of all others. `~`: fewer than
-three samples did not have to wait for a core."""
+of that size can be read again and again, from a cache or from memory. *Ours* reads packed weights,
+as layers do in inference; *best peer* is the fastest of all others. `~`: fewer than three samples
+did not have to wait for a core."""
 _TRAINING = """\
-Gradients of x, routing weights and both weights. Fresh gradients are left in `.grad`, which is
-cleared before each step; *main_grads*: ours adds those of the weights to kept buffers instead. The
-floor counts reading the weights twice and writing their gradients once. *THP* rows: the whole
-process with THP_MEM_ALLOC_ENABLE=1, with which torch asks for huge pages."""
+Gradients of x, routing weights and both weights. The floor counts reading the weights twice and
+writing their gradients once."""
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], right_from: int = 1) -> str:
@@ -110,12 +106,9 @@ def summary(cells: Iterable[Mapping[str, Any]], other: str) -> str:
 
 def best_peer(cell: Mapping[str, Any]) -> str | None:
     """The fastest baseline that is not ours."""
-    others = {n: c["ms"] for n, c in cell["contenders"].items() if not is_ours(n)}
+    found = cell["contenders"].items()
+    others = {n: c["ms"] for n, c in found if not n.startswith(("moe_ops", "bf16 moe_ops"))}
     return min(others, key=others.__getitem__) if others else None
-
-
-def is_ours(name: str) -> bool:
-    return name in OURS or name.startswith("moe_ops") or name == "bf16 moe_ops"
 
 
 def _training(cells: Iterable[Mapping[str, Any]]) -> str:
