@@ -6,6 +6,7 @@ import datetime
 import os
 import platform
 import re
+from pathlib import Path
 from typing import Any
 
 from moe_ops import _C
