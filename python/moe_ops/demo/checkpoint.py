@@ -29,6 +29,10 @@ _NAME = "checkpoint.safetensors"
 _PREVIOUS_NAME = "checkpoint.previous.safetensors"
 # The only key of the header's metadata: safetensors writes several in an order of chance.
 _METADATA = "moe_ops.demo"
+_UNREADABLE = (
+    *(SafetensorError, UnicodeDecodeError, json.JSONDecodeError, RecursionError),
+    *(LookupError, TypeError, AttributeError, OverflowError),
+)
 
 
 class CheckpointError(RuntimeError):
@@ -150,9 +154,7 @@ def _read(path: Path) -> Checkpoint:
             )
         tensors, run = safetensors.torch.load(data), about["run"]
         whole = _digest(tensors, run) == about["sha256"]
-    except (SafetensorError, LookupError, TypeError, AttributeError, RecursionError, OverflowError):
-        whole = False
-    except (UnicodeDecodeError, json.JSONDecodeError):
+    except _UNREADABLE:
         whole = False
     if not whole:
         raise ValueError("is damaged: its contents do not match its checksum")

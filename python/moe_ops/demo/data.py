@@ -31,16 +31,6 @@ class Corpus:
     num_heldout_files: int
     sha256: str
 
-    def summary(self) -> dict[str, object]:
-        return {
-            "source": self.source,
-            "train_bytes": self.train.numel(),
-            "heldout_bytes": self.heldout.numel(),
-            "train_files": self.num_train_files,
-            "heldout_files": self.num_heldout_files,
-            "sha256": self.sha256,
-        }
-
 
 def load_corpus(path: Path | str | None = None, *, heldout_fraction: float = 0.1) -> Corpus:
     """Read the corpus.

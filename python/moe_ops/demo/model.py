@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from moe_ops import zoo
-
-if TYPE_CHECKING:
-    from moe_ops.zoo.deepseek import DeepSeek
+from moe_ops.zoo.deepseek import DeepSeek
 
 VOCABULARY = 256
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 
 from moe_ops.demo import data
 from moe_ops.demo.model import VOCABULARY, ModelConfig
-from moe_ops.zoo.language_model import CausalLM
+from moe_ops.zoo.deepseek import DeepSeek
 
 _NUM_WINDOWS = 64
 
@@ -32,16 +31,9 @@ class RoutingSample:
     max_information: float
     favourites: list[list[str]]
 
-    def summary(self) -> dict[str, Any]:
-        return {
-            "information_bits_by_layer": self.information,
-            "max_information_bits": self.max_information,
-            "favourite_bytes": self.favourites,
-        }
-
 
 @torch.no_grad()
-def inspect_routing(model: CausalLM, config: ModelConfig, heldout: torch.Tensor) -> RoutingSample:
+def inspect_routing(model: DeepSeek, config: ModelConfig, heldout: torch.Tensor) -> RoutingSample:
     """Route held-out text through the model."""
     model.eval()
     counts = np.zeros((config.num_layers, VOCABULARY, config.num_experts))

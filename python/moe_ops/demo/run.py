@@ -132,9 +132,12 @@ def _run(options: DemoOptions, console: Console, started: float) -> dict[str, An
     seconds, steps = trainer.history["seconds"][: trainer.step], trainer.step
     lately = trainer.history["tokens_per_expert"][steps - max(1, steps // 10) : steps]
     summary = {
-        "corpus": corpus.summary(),
+        "corpus": {
+            name: f"{len(value)} bytes" if isinstance(value, torch.Tensor) else value
+            for name, value in vars(corpus).items()
+        },
         "entropy_bits_per_byte": entropies,
-        "config": config.to_dict(),
+        "config": dataclasses.asdict(config),
         "parameters": trainer.model.num_parameters(),
         "environment": environment(),
         "training": {
@@ -148,7 +151,8 @@ def _run(options: DemoOptions, console: Console, started: float) -> dict[str, An
             "max_violation_by_layer": max_violation(lately.sum(0)).tolist(),
         },
         "heldout_bits_per_byte": heldout,
-        "routing": sample.summary(),
+        "information_bits_by_layer": sample.information,
+        "favourite_bytes": sample.favourites,
         "sample": shown,
         "hugging_face": hf_results,
         "seconds": time.perf_counter() - started,

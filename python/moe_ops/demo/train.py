@@ -12,8 +12,7 @@ from typing import Any
 import torch
 
 import moe_ops
-from moe_ops import _C, _files
-from moe_ops._fields import check_names, check_types
+from moe_ops import _C
 from moe_ops.demo import data
 from moe_ops.demo.checkpoint import Checkpoint, CheckpointError
 from moe_ops.demo.model import ModelConfig, make_model
@@ -41,25 +40,6 @@ class TrainConfig:
     seed: int = 0
     threads: int = 1
     model: ModelConfig = field(default_factory=ModelConfig)
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
-        """The inverse of `to_dict`.
-
-        Raises:
-            ValueError: other fields, or values of other types.
-        """
-        model = values.get("model")
-        if not isinstance(model, dict):
-            raise ValueError(f"TrainConfig: model must be an object, got {_files.shown(model)}.")
-        check_names(cls, values, "TrainConfig")
-        check_names(ModelConfig, model, "ModelConfig")
-        config = cls(**{**values, "model": ModelConfig(**model)})
-        check_types(config, "TrainConfig")
-        return config
 
     def learning_rate_at(self, step: int) -> float:
         """Linear warm-up, then a cosine to the final rate; a pure function of the step."""
@@ -194,8 +174,7 @@ class Trainer:
                 tensors[f"optimizer.{name}.{key}"] = value
         metadata = {
             "step": self.step,
-            "data_position": self.step * self.tokens_per_step,
-            "config": self.config.to_dict(),
+            "config": asdict(self.config),
             "corpus_sha256": self.corpus.sha256,
             "environment": environment(),
         }
@@ -239,7 +218,8 @@ class Trainer:
 def config_of(checkpoint: Checkpoint) -> TrainConfig:
     """The configuration in a checkpoint. CheckpointError if there is none that can be."""
     with _fitting(checkpoint):
-        config = TrainConfig.from_dict(checkpoint.metadata["config"])
+        values = checkpoint.metadata["config"]
+        config = TrainConfig(**{**values, "model": ModelConfig(**values["model"])})
         if not 1 <= checkpoint.metadata["step"] <= config.steps:
             raise ValueError(f"step must be from 1 to {config.steps}")
     return config
