@@ -318,7 +318,7 @@ FAMILIES: dict[str, Family] = {
             ),
         )
         + of(
-            "pack.cpp",
+            "gemm/pack.cpp",
             ("a packed k in the wrong half of a pair", "k % pair", "(pair - 1 - k % pair)"),
             (
                 "last step of k not packed",
@@ -870,7 +870,7 @@ FAMILIES: dict[str, Family] = {
             "test_moe_ffn_blocks.py",
         ),
         of(
-            "slot_blocks.h",
+            "gemm/slot_blocks.h",
             ("parts of an expert's rows not added up", "accumulate || part > 0", "accumulate"),
             (
                 "scales of the first tile for all",
@@ -1250,7 +1250,7 @@ FAMILIES: dict[str, Family] = {
             ),
         )
         + of(
-            "router_row.cpp",
+            "kernels/router_row.cpp",
             (
                 "maxima past the last block not cleared",
                 "for (int64_t b = blocks; b % L != 0; ++b) block_max[b] = kNoKey<T>;",
@@ -1428,7 +1428,7 @@ FAMILIES: dict[str, Family] = {
             ("rotary: whole heads with the angles of the other half", "sign * sin[i]", "sin[i]", 0),
         )
         + of(
-            "kernels/functions-inl.h",
+            "simd/functions-inl.h",
             ("act: tail missed", "for (int64_t j = i; j < n; ++j) h[j] = out[j - i];", ""),
             ("act: up not limited", "u = u > limit ? splat<T>(limit) : u;", ""),
         )
@@ -1437,7 +1437,7 @@ FAMILIES: dict[str, Family] = {
             ("act: interleaved gradients as halves", "weave ? row : grad", "grad"),
         )
         + of(
-            "quantize_fp8_row.h",
+            "gemm/quantize_fp8_row.h",
             (
                 "quantise: last of a block missed",
                 "std::min(kFp8Block, n - i)",
@@ -1474,7 +1474,7 @@ def write_sources() -> Path:
             faults.append(f"{file}: {error}")
     if faults:
         raise SystemExit("\n".join(faults))
-    texts["limits.cpp"] = (source / "csrc/cpu/limits.cpp").read_text() + SETTER
+    texts["isa/limits.cpp"] = (source / "csrc/cpu/isa/limits.cpp").read_text() + SETTER
     for file, text in texts.items():
         (source / "csrc/cpu" / file).write_text(text)
     return source

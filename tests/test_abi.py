@@ -50,7 +50,7 @@ EXPORTS = {
     "moe_ops::cpu::supported_isas",
     "moe_ops::cpu::use_huge_pages",
 }
-ISA_FILES = ("kernels_avx2", "kernels_avx512", "kernels_avx512_bf16", "kernels_amx")
+ISA_FILES = ("target_avx2", "target_avx512", "target_avx512_bf16", "target_amx")
 
 
 def run_tool(name: str, *arguments: str | Path) -> list[str]:
@@ -149,7 +149,7 @@ def compiled_objects() -> list[Path]:
     """The objects of the kernels in this tree's newest build without a sanitizer."""
     found = [
         path
-        for path in ROOT.glob("build/**/kernels_portable.cpp.o")
+        for path in ROOT.glob("build/**/target_portable.cpp.o")
         if not {"asan", "tsan"} & set(path.relative_to(ROOT).parts)
     ]
     found.sort(key=lambda path: path.stat().st_mtime)
@@ -164,7 +164,7 @@ def test_isa_files_share_no_symbol():
         stem = path.name.removesuffix(".cpp.o")
         if stem not in ISA_FILES:
             continue
-        namespace = f"moe_ops::cpu::{stem.removeprefix('kernels_')}::"
+        namespace = f"moe_ops::cpu::{stem.removeprefix('target_')}::"
         for kind, name in symbols(path):
             assert kind not in "WVu", f"{path.name} leaks {name}"
             assert kind not in "TDBR" or name.startswith(namespace), f"{path.name} defines {name}"

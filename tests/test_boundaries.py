@@ -52,9 +52,9 @@ def test_every_size_brings_cases():
         entry for op in cases.OPS.values() for dim in op.dims.values() for entry in dim.entries
     }
     missing = {(f, a) for f, a, _, _ in table if a not in TOGETHER} - asked
-    assert not missing, f"csrc/cpu/blocking.cpp has {missing}, which no op of tests/sweep has"
+    assert not missing, f"csrc/cpu/gemm/blocking.cpp has {missing}, which no op of tests/sweep has"
     unknown = asked - {(f, a) for f, a, _, _ in table}
-    assert not unknown, f"tests/sweep asks for {unknown}, which csrc/cpu/blocking.cpp lacks"
+    assert not unknown, f"tests/sweep asks for {unknown}, which csrc/cpu/gemm/blocking.cpp lacks"
 
 
 def test_sizes_lie_on_both_sides():

@@ -34,25 +34,7 @@ EXCEPTIONS = {
 # Files of a layer that belong to no single op.
 SHARED = {
     "csrc/include/moe_ops": {"activation", "common", "router_bwd"},
-    "csrc/cpu": {
-        "batch_invariant",
-        "blocking",
-        "buffer_cache",
-        "fork",
-        "cpu_isa",
-        "huge_pages",
-        "kernels_amx",
-        "kernels_avx2",
-        "kernels_avx512",
-        "kernels_avx512_bf16",
-        "kernels_portable",
-        "limits",
-        "pack",
-        "router_bwd",
-        "router_row",
-        "self_test",
-        "workspace",
-    },
+    "csrc/cpu": {"gemm", "isa", "kernels", "router_bwd", "runtime"},
     "csrc/torch": {"device", "library", "router", "tensor_utils"},
 }
 # Schemas that live in another op's files.
@@ -75,10 +57,10 @@ TOOLS = {
 }
 
 ISA_FILES = (
-    "kernels_amx.cpp",
-    "kernels_avx2.cpp",
-    "kernels_avx512.cpp",
-    "kernels_avx512_bf16.cpp",
+    "target_amx.cpp",
+    "target_avx2.cpp",
+    "target_avx512.cpp",
+    "target_avx512_bf16.cpp",
 )
 # Headers without inline functions of external linkage: macros, typedefs, intrinsics.
 ISA_HEADERS = {"stdint.h", "cstdint", "cstddef", "immintrin.h", "arm_neon.h"}
@@ -187,7 +169,7 @@ def test_includes_point_one_way(path):
 @pytest.mark.parametrize("name", ISA_FILES)
 def test_isa_files_include_no_inline_functions(name):
     """An inline function compiled with AVX may be the copy that the linker keeps for everyone."""
-    todo, seen, system = [CSRC / "cpu" / name], set(), set()
+    todo, seen, system = [CSRC / "cpu" / "isa" / name], set(), set()
     while todo:
         path = todo.pop()
         if path in seen:
@@ -261,9 +243,9 @@ def integer_constants() -> dict[str, str]:
 
 
 def test_every_block_size_is_in_the_table():
-    """csrc/cpu/blocking.cpp is what tests/sweep knows of sizes: a constant that is missing there
-    is one that nothing tests both sides of."""
-    table = (CSRC / "cpu" / "blocking.cpp").read_text()
+    """csrc/cpu/gemm/blocking.cpp is what tests/sweep knows of sizes: a constant that is missing
+    there is one that nothing tests both sides of."""
+    table = (CSRC / "cpu" / "gemm" / "blocking.cpp").read_text()
     constants = integer_constants()
     missing = [
         f"{name} ({file})"
@@ -271,7 +253,8 @@ def test_every_block_size_is_in_the_table():
         if name not in NO_BOUNDARY and not re.search(rf"\b{name}\b", table)
     ]
     assert not missing, (
-        f"{', '.join(missing)}: add an entry to csrc/cpu/blocking.cpp, or a reason to NO_BOUNDARY"
+        f"{', '.join(missing)}: add an entry to csrc/cpu/gemm/blocking.cpp, or a reason to "
+        "NO_BOUNDARY"
     )
     gone = sorted(set(NO_BOUNDARY) - set(constants))
     assert not gone, f"drop {gone} from NO_BOUNDARY"

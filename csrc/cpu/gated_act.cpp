@@ -1,8 +1,8 @@
 #include "moe_ops/gated_act.h"
 
-#include "cpu/act_rows.h"
-#include "cpu/parallel.h"
-#include "cpu/workspace.h"
+#include "cpu/gemm/act_rows.h"
+#include "cpu/runtime/parallel.h"
+#include "cpu/runtime/workspace.h"
 
 namespace moe_ops::cpu {
 

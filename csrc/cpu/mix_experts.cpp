@@ -5,10 +5,10 @@
 #include <algorithm>
 #include <cmath>
 
-#include "cpu/blocking.h"
-#include "cpu/kernels.h"
-#include "cpu/parallel.h"
-#include "cpu/workspace.h"
+#include "cpu/gemm/blocking.h"
+#include "cpu/kernels/kernels.h"
+#include "cpu/runtime/parallel.h"
+#include "cpu/runtime/workspace.h"
 
 namespace moe_ops::cpu {
 

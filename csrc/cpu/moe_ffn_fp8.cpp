@@ -6,9 +6,9 @@
 #include <cstring>
 #include <vector>
 
-#include "cpu/act_rows.h"
+#include "cpu/gemm/act_rows.h"
 #include "cpu/gemm/fp8.h"
-#include "cpu/quantize_fp8_row.h"
+#include "cpu/gemm/quantize_fp8_row.h"
 #include "moe_ops/unpermute.h"
 
 namespace moe_ops::cpu {

@@ -2,7 +2,7 @@
 
 #include <cstring>
 
-#include "cpu/slot_blocks.h"
+#include "cpu/gemm/slot_blocks.h"
 
 namespace moe_ops::cpu {
 

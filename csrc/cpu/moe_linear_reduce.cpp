@@ -3,7 +3,7 @@
 #include <cstring>
 
 #include "cpu/gemm/gemm.h"
-#include "cpu/slot_blocks.h"
+#include "cpu/gemm/slot_blocks.h"
 
 namespace moe_ops::cpu {
 

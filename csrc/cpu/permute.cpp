@@ -2,7 +2,7 @@
 
 #include <cstring>
 
-#include "cpu/parallel.h"
+#include "cpu/runtime/parallel.h"
 
 namespace moe_ops::cpu {
 

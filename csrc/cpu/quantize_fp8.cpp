@@ -1,7 +1,7 @@
 #include "moe_ops/quantize_fp8.h"
 
 #include "cpu/gemm/plan.h"
-#include "cpu/quantize_fp8_row.h"
+#include "cpu/gemm/quantize_fp8_row.h"
 
 namespace moe_ops::cpu {
 

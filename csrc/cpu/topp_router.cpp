@@ -5,10 +5,10 @@
 #include <algorithm>
 #include <limits>
 
-#include "cpu/kernels.h"
-#include "cpu/parallel.h"
-#include "cpu/router_row.h"
-#include "cpu/workspace.h"
+#include "cpu/kernels/kernels.h"
+#include "cpu/kernels/router_row.h"
+#include "cpu/runtime/parallel.h"
+#include "cpu/runtime/workspace.h"
 
 namespace moe_ops::cpu {
 

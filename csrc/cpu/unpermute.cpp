@@ -4,9 +4,9 @@
 #include <cstring>
 #include <vector>
 
-#include "cpu/kernels.h"
-#include "cpu/parallel.h"
-#include "cpu/workspace.h"
+#include "cpu/kernels/kernels.h"
+#include "cpu/runtime/parallel.h"
+#include "cpu/runtime/workspace.h"
 
 namespace moe_ops::cpu {
 

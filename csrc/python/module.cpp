@@ -12,14 +12,14 @@
 #include <tuple>
 #include <vector>
 
-#include "cpu/batch_invariant.h"
-#include "cpu/blocking.h"
-#include "cpu/buffer_cache.h"
-#include "cpu/cpu_isa.h"
-#include "cpu/huge_pages.h"
-#include "cpu/limits.h"
-#include "cpu/pack.h"
-#include "cpu/workspace.h"
+#include "cpu/gemm/blocking.h"
+#include "cpu/gemm/pack.h"
+#include "cpu/isa/isa.h"
+#include "cpu/isa/limits.h"
+#include "cpu/runtime/batch_invariant.h"
+#include "cpu/runtime/buffer_cache.h"
+#include "cpu/runtime/huge_pages.h"
+#include "cpu/runtime/workspace.h"
 #include "cuda/moe_ffn/choose.h"
 #include "cuda/row_blocks.h"
 

@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "cpu/buffer_cache.h"
+#include "cpu/runtime/buffer_cache.h"
 
 // STABLE_ABI_WORKAROUND: from_blob with a deleter is in the stable ABI from torch 2.11 on, one
 // version above our floor. As a weak symbol it is null in 2.10, where large tensors then come from

@@ -7,8 +7,8 @@
 #include <algorithm>
 #include <vector>
 
-#include "cpu/batch_invariant.h"
 #include "cpu/gemm/plan.h"
+#include "cpu/runtime/batch_invariant.h"
 #include "moe_ops/grouped_gemm_fp8.h"
 
 namespace moe_ops::cpu {

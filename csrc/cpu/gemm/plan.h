@@ -30,11 +30,11 @@
 #include <limits>
 #include <vector>
 
-#include "cpu/batch_invariant.h"
-#include "cpu/kernels.h"
-#include "cpu/pack.h"
-#include "cpu/parallel.h"
-#include "cpu/workspace.h"
+#include "cpu/gemm/pack.h"
+#include "cpu/kernels/kernels.h"
+#include "cpu/runtime/batch_invariant.h"
+#include "cpu/runtime/parallel.h"
+#include "cpu/runtime/workspace.h"
 #include "moe_ops/grouped_gemm.h"
 
 namespace moe_ops::cpu {
@@ -239,7 +239,7 @@ Path path_of(const GemmDesc<T>& d, const Kernels<T>& k, int64_t expert_rows) {
   }
   if (amx && d.in_features % 32 == 0) return Path::kAmxRows;
   const bool two = multiply_pairs && d.in_features % 2 == 0 && d.b.stride_o % 2 == 0;
-  // Every dot_tokens rows widen half types again; pairs at full speed (cpu_isa.h) beat that.
+  // Every dot_tokens rows widen half types again; pairs at full speed (isa.h) beat that.
   const bool fast_pairs = two && k.pairs_max_rows > k.strip_max_rows;
   const int64_t half_rows = fast_pairs ? k.dot_tokens : 2 * k.dot_tokens;
   // Where dot would take two passes; from twice that depth on also where it takes four rows in one.

@@ -3,7 +3,7 @@
 
 #include "cpu/gemm/amx.h"
 #include "cpu/gemm/plan.h"
-#include "cpu/huge_pages.h"
+#include "cpu/runtime/huge_pages.h"
 
 namespace moe_ops::cpu {
 

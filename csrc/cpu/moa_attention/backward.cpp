@@ -1,7 +1,7 @@
 #include <cmath>
 #include <vector>
 
-#include "cpu/blocking.h"
+#include "cpu/gemm/blocking.h"
 #include "cpu/moa_attention/blocks.h"
 
 namespace moe_ops::cpu {

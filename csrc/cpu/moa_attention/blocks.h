@@ -10,10 +10,10 @@
 #include <xmmintrin.h>
 #endif
 
-#include "cpu/batch_invariant.h"
-#include "cpu/kernels.h"
-#include "cpu/parallel.h"
-#include "cpu/workspace.h"
+#include "cpu/kernels/kernels.h"
+#include "cpu/runtime/batch_invariant.h"
+#include "cpu/runtime/parallel.h"
+#include "cpu/runtime/workspace.h"
 #include "moe_ops/moa_attention.h"
 
 namespace moe_ops::cpu::attention {

@@ -7,9 +7,9 @@
 // expert left in cache for the gradients of weights, which are summed over chunks.
 #include "cpu/moe_ffn/blocks.h"
 
-#include "cpu/act_rows.h"
-#include "cpu/blocking.h"
-#include "cpu/slot_blocks.h"
+#include "cpu/gemm/act_rows.h"
+#include "cpu/gemm/blocking.h"
+#include "cpu/gemm/slot_blocks.h"
 
 namespace moe_ops::cpu {
 

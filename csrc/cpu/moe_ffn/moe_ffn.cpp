@@ -11,8 +11,8 @@
 
 #include <vector>
 
-#include "cpu/act_rows.h"
-#include "cpu/blocking.h"
+#include "cpu/gemm/act_rows.h"
+#include "cpu/gemm/blocking.h"
 #include "cpu/gemm/gemm.h"
 #include "cpu/gemm/wgrad.h"
 #include "cpu/moe_ffn/blocks.h"

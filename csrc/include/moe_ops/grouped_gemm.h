@@ -39,8 +39,8 @@ struct ExpertMatrices {
   const void* data = nullptr;
   DType type = DType::kFloat32;
   int64_t stride_e = 0, stride_o = 0, stride_k = 0;  // elements; stride_o or stride_k is 1
-  // A copy of the matrices in the order of the kernels (cpu/pack.h), or nullptr. Used by products
-  // that sum over k; `data` stays valid beside it.
+  // A copy of the matrices in the order of the kernels (cpu/gemm/pack.h), or nullptr. Used by
+  // products that sum over k; `data` stays valid beside it.
   const void* panels = nullptr;
   // With bits: rows are dense along k, strides count such weights, and type is that of the tokens
   // of the layer, whose precision products may count on.

@@ -2,8 +2,8 @@
 
 #include <optional>
 
-#include "cpu/batch_invariant.h"
-#include "cpu/pack.h"
+#include "cpu/gemm/pack.h"
+#include "cpu/runtime/batch_invariant.h"
 #include "torch/moe_ffn/checks.h"
 
 namespace moe_ops::adapter {

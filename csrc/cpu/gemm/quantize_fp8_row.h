@@ -1,0 +1,28 @@
+// One row to codes of e4m3 and scales. Shared by quantize_fp8 and moe_ffn_fp8.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "cpu/kernels/kernels.h"
+
+namespace moe_ops::cpu {
+
+// n numbers of any type but float64 -> q [n], scale [ceil(n / 128)].
+inline void quantize_fp8_row(const Kernels<float>& k, DType type, const void* x, int64_t n,
+                             uint8_t* q, float* scale) {
+  const char* src = static_cast<const char*>(x);
+  float wide[kFp8Block];
+  for (int64_t i = 0; i < n; i += kFp8Block) {
+    const int64_t count = std::min(kFp8Block, n - i);
+    const float* values = wide;
+    if (type == DType::kFloat32) {
+      values = reinterpret_cast<const float*>(src) + i;
+    } else {
+      k.load_row(type, src + i * dtype_size(type), wide, count, 1.0f);
+    }
+    scale[i / kFp8Block] = k.fp8.quantize(values, count, q + i);
+  }
+}
+
+}  // namespace moe_ops::cpu

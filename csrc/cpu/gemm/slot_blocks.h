@@ -1,0 +1,377 @@
+// Products of narrow experts, a block of tokens at a time.
+//
+// A row of 32 or 64 numbers is a few vectors: sorting all slots, writing the products of all of
+// them and reading them again for the sum over a token's slots, and calling a function a row cost
+// more than multiplying. A block's tokens, its slots by expert and their products stay in L1 and
+// L2; the matrices of all experts are panels there, made once a call.
+//
+// Gradients of weights are summed over a chunk of blocks; chunks are cut by sizes alone and added
+// in order, so that bits do not depend on threads.
+#pragma once
+
+#include <algorithm>
+#include <array>
+
+#include "cpu/gemm/plan.h"
+#include "cpu/kernels/kernels.h"
+#include "cpu/runtime/batch_invariant.h"
+#include "cpu/runtime/parallel.h"
+#include "cpu/runtime/workspace.h"
+#include "moe_ops/moe_linear_map.h"
+
+namespace moe_ops::cpu {
+
+// 256 slots at K = 2: of 4 experts 64 rows each, 5 tiles; products of 64 columns take 64 KiB.
+constexpr int64_t kBlockTokens = 128;
+constexpr int64_t kChunkTokens = 256;
+constexpr int64_t kMostChunks = 16;
+// Widest row: one step over k of every tile, whichever side it is on.
+constexpr int64_t kMostWidth = kLdm;
+// So many rows of an expert in a block that tiles are full and making panels costs little.
+constexpr int64_t kMinBlockRows = 16;
+// Most weights of all experts: they stay in an L2.
+constexpr int64_t kMostBlockWeights = int64_t{1} << 17;
+
+// What decides whether an operation goes by blocks: sizes alone. That of the tokens counts only
+// where their bits may depend on it.
+struct BlockedSizes {
+  int64_t num_tokens, top_k, num_experts;
+  int64_t narrowest, widest;  // of all rows
+  int64_t weights;            // of an expert
+  DType type;
+};
+
+inline bool takes_blocks(const BlockedSizes& s) {
+  if (s.narrowest == 0 || s.widest > kMostWidth) return false;
+  if (s.num_experts * s.weights > kMostBlockWeights) return false;
+  const int64_t slots = std::min(s.num_tokens, kBlockTokens) * s.top_k;
+  if (slots < kMinBlockRows * s.num_experts && !batch_invariant()) return false;
+  // AMX multiplies bfloat16 faster than anything else does.
+  return s.type != DType::kBFloat16 || kernels<float>().amx_panel == nullptr;
+}
+
+inline int64_t chunk_tokens(int64_t num_tokens) {
+  return std::max(kChunkTokens, round_up(ceil_div(num_tokens, kMostChunks), kBlockTokens));
+}
+
+inline int64_t num_chunks(int64_t num_tokens) {
+  return ceil_div(num_tokens, chunk_tokens(num_tokens));
+}
+
+// About nanoseconds of `products` products of every slot.
+inline double slot_product_cost(const SlotProduct& s, int products) {
+  return static_cast<double>(s.num_tokens * s.top_k) *
+         (static_cast<double>(products * s.rows * s.cols) / 32 + 16);
+}
+
+// The slots of tokens [begin, end), by expert and in their order, in scratch of the caller's.
+struct SlotBlock {
+  int64_t begin, end, first;  // tokens; first = begin * K
+  const int32_t* offsets;     // [E+1]
+  const int32_t* slots;       // [offsets[E]], counted from `first`
+  const int32_t* tokens;      // [offsets[E]], theirs
+  const int32_t* rows;        // [(end - begin) * K], its place in slots or -1
+};
+
+inline SlotBlock slot_block(ScratchScope& scratch, const SlotProduct& s, int64_t begin,
+                            int64_t end) {
+  const int64_t E = s.num_experts, n = (end - begin) * s.top_k, first = begin * s.top_k;
+  const int32_t* ids = s.ids + first;
+  int32_t* offsets = scratch.take<int32_t>(Scratch::kIndex, E + 2 + 3 * n);
+  int32_t *slots = offsets + E + 2, *rows = slots + n, *tokens = rows + n;
+  // offsets[e + 2] counts, then offsets[e + 1] is the next place of e.
+  std::fill(offsets, offsets + E + 2, 0);
+  for (int64_t i = 0; i < n; ++i) {
+    if (ids[i] >= 0) ++offsets[ids[i] + 2];
+  }
+  for (int64_t e = 0; e < E; ++e) offsets[e + 2] += offsets[e + 1];
+  for (int64_t t = begin, i = 0; t < end; ++t) {
+    for (int64_t last = i + s.top_k; i < last; ++i) {
+      rows[i] = -1;
+      if (ids[i] < 0) continue;
+      const int32_t row = offsets[ids[i] + 1]++;
+      rows[i] = row;
+      slots[row] = static_cast<int32_t>(i);
+      tokens[row] = static_cast<int32_t>(t);
+    }
+  }
+  return {begin, end, first, offsets, slots, tokens, rows};
+}
+
+// Where rows begin. A copy in a loop that writes pointers: read through a reference, base and step
+// would be loaded anew for each.
+struct RowStarts {
+  const char* base;
+  int64_t step;
+  const int32_t* index;
+  explicit RowStarts(const Rows& rows)
+      : base(static_cast<const char*>(rows.data)),
+        step(rows.stride * dtype_size(rows.type)),
+        index(rows.index) {}
+  RowStarts(const void* data, int64_t bytes)
+      : base(static_cast<const char*>(data)), step(bytes), index(nullptr) {}
+  const void* operator[](int64_t r) const {
+    return base + (index != nullptr ? index[r] : r) * step;
+  }
+};
+
+// Columns of one panel after the other, so that tiles of two vectors cover a row.
+template <class T>
+int64_t padded(const Kernels<T>& k, int64_t n) {
+  return round_up<int64_t>(n, k.lanes);
+}
+
+// The matrices as panels [depth][2 or 1 vectors of outputs], of one expert after the other:
+// transposed, those of W x, else those of W^T x. In a block of scratch, or in other memory of the
+// caller's, elements() of it. With expert_offsets, those of experts without rows are not made.
+template <class T>
+class PanelBank {
+ public:
+  static int64_t elements(const Kernels<T>& k, int64_t num_experts, int64_t outputs,
+                          int64_t depth) {
+    return num_experts * padded(k, outputs) * depth;
+  }
+  ScratchScope scratch;
+
+  PanelBank(ScratchScope& scratch, const Kernels<T>& k, const ExpertMatrices& w,
+            int64_t num_experts, int64_t outputs, int64_t depth)
+      : PanelBank(k, w, num_experts, outputs, depth,
+                  scratch.take<T>(Scratch::kTokens, elements(k, num_experts, outputs, depth))) {}
+
+  PanelBank(const Kernels<T>& k, const ExpertMatrices& w, int64_t num_experts, int64_t outputs,
+            int64_t depth, T* panels, const int64_t* expert_offsets = nullptr)
+      : size_(padded(k, outputs) * depth), panels_(panels) {
+    const int64_t W = k.lanes, n = padded(k, outputs);
+    ScratchScope packing;
+    T* rows = packing.take<T>(Scratch::kRows, n * padded(k, depth));
+    std::array<const void*, kMostWidth> at;
+    for (int64_t e = 0; e < num_experts; ++e) {
+      if (expert_offsets != nullptr && expert_offsets[e] == expert_offsets[e + 1]) continue;
+      const char* base = element(w.data, w.type, e * w.stride_e);
+      T* out = panels_ + e * size_;
+      if (w.stride_k == 1 && w.type == kAccumulate<T> && outputs % W == 0 && depth % W == 0) {
+        const T* from = reinterpret_cast<const T*>(base);
+        for (int64_t j = 0; j < n; j += 2 * W) {
+          const int64_t width = std::min(2 * W, n - j);
+          k.transpose(from + j * w.stride_o, w.stride_o, width, depth, out + j * depth, width);
+        }
+      } else if (w.stride_k == 1) {  // Dense along the depth.
+        const int64_t ld = padded(k, depth);
+        std::fill(rows + outputs * ld, rows + n * ld, T(0));
+        k.load_rows(w.type, base, w.stride_o, outputs, depth, rows, ld, T(1));
+        for (int64_t j = 0; j < n; j += 2 * W) {
+          const int64_t width = std::min(2 * W, n - j);
+          k.transpose(rows + j * ld, ld, width, depth, out + j * depth, width);
+        }
+      } else {
+        for (int64_t d = 0; d < depth; ++d) at[d] = element(base, w.type, d * w.stride_k);
+        k.pack_panels(w.type, at.data(), 0, depth, outputs, nullptr, out, 2 * W * depth);
+      }
+    }
+  }
+
+  const T* of(int64_t expert) const { return panels_ + expert * size_; }
+
+ private:
+  int64_t size_;
+  T* panels_;
+};
+
+// c[r] = (bias +) the product of row r of a with the panels, for m rows of a tile, kLda apart; c
+// has rows of padded(outputs).
+template <class T>
+void multiply_tile(const Kernels<T>& k, const T* a, int64_t m, int64_t depth, const T* panels,
+                   int64_t outputs, DType bias_type, const void* bias, T* c) {
+  const int64_t W = k.lanes, n = padded(k, outputs);
+  TileHints none;
+  if (bias != nullptr) {
+    for (int64_t r = 0; r < m; ++r) {
+      k.load_row(bias_type, bias, c + r * n, outputs, T(1));
+      std::fill(c + r * n + outputs, c + (r + 1) * n, T(0));
+    }
+  }
+  for (int64_t j = 0; j < n; j += 2 * W) {
+    k.row_a[n - j > W ? 1 : 0][m - 1](depth, a, panels + j * depth, c + j, n, bias != nullptr,
+                                      none);
+  }
+}
+
+// The same for rows anywhere, any number of them.
+template <class T>
+void multiply_slots(const Kernels<T>& k, DType type, const void* const* rows, int64_t count,
+                    int64_t depth, const T* panels, int64_t outputs, const void* bias, T* c) {
+  ScratchScope scratch;
+  T* a = scratch.take<T>(Scratch::kPackA, kMaxMr * kLda);
+  const int64_t tiles = ceil_div<int64_t>(count, k.mr2), n = padded(k, outputs);
+  const EvenParts tile_rows(count, tiles);
+  for (int64_t i = 0; i < tiles; ++i) {
+    const int64_t r0 = tile_rows.begin(i), m = tile_rows.begin(i + 1) - r0;
+    k.gather_rows(type, rows + r0, m, depth, nullptr, a, kLda);
+    multiply_tile(k, a, m, depth, panels, outputs, type, bias, c + r0 * n);
+  }
+}
+
+// Pitch of rows that are the vector side of outer_tiles: an odd number of cache lines, so that the
+// lines of one column are not in the same few sets of an L1.
+template <class T>
+int64_t odd_pitch(const Kernels<T>& k, int64_t n) {
+  constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(T));
+  return (ceil_div(padded(k, n), kLine) | 1) * kLine;
+}
+
+// c[i][j] (+)= the sum over r of grad[r][i] * x[r][j], rows of c padded(width of x), for at most
+// kKc rows r: of grad kLda apart, of x odd_pitch of its width.
+template <class T>
+void outer_tiles(const Kernels<T>& k, const T* grad, int64_t grad_width, const T* x,
+                 int64_t x_width, int64_t rows, T* c, bool accumulate) {
+  const int64_t W = k.lanes, n = padded(k, x_width);
+  const int64_t tiles = ceil_div<int64_t>(grad_width, k.mr2);
+  const EvenParts tile_rows(grad_width, tiles);
+  TileHints hints;
+  hints.lda = kLda;
+  hints.ldb = odd_pitch(k, x_width);
+  for (int64_t j = 0; j < n; j += 2 * W) {
+    const auto& column = k.col_a[n - j > W ? 1 : 0];
+    for (int64_t i = 0; i < tiles; ++i) {
+      const int64_t i0 = tile_rows.begin(i), i1 = tile_rows.begin(i + 1);
+      column[i1 - i0 - 1](rows, grad + i0, x + j, c + i0 * n + j, n, accumulate, hints);
+    }
+  }
+}
+
+// Both products of gradients of one expert's slots, of `grad_width` numbers each, whose rows are
+// copied once for the two. For the gradient of the matrix, c (+)= that of outer_tiles with x scaled
+// by scales (nullptr: ones); for those of the rows, dx = the product with panels. c or dx may be
+// nullptr.
+template <class T>
+void multiply_gradients(const Kernels<T>& k, DType type, const void* const* grad,
+                        int64_t grad_width, const void* const* x, int64_t x_width, const T* scales,
+                        int64_t count, T* c, bool accumulate, const T* panels, T* dx) {
+  const int64_t ldx = odd_pitch(k, x_width);
+  ScratchScope scratch;
+  T* g = scratch.take<T>(Scratch::kPackA, kKc * kLda);
+  T* rows = scratch.take<T>(Scratch::kPackB, kKc * ldx);
+  const int64_t parts = ceil_div(count, kKc);
+  for (int64_t part = 0; part < parts; ++part) {
+    const int64_t r0 = count * part / parts, m = count * (part + 1) / parts - r0;
+    const int64_t tiles = ceil_div<int64_t>(m, k.mr2);
+    const EvenParts tile_rows(m, tiles);
+    for (int64_t i = 0; i < tiles; ++i) {
+      const int64_t t0 = tile_rows.begin(i), tm = tile_rows.begin(i + 1) - t0, r = r0 + t0;
+      k.gather_rows(type, grad + r, tm, grad_width, nullptr, g + t0 * kLda, kLda);
+      if (c != nullptr) {
+        k.gather_rows(type, x + r, tm, x_width, scales == nullptr ? nullptr : scales + r,
+                      rows + t0 * ldx, ldx);
+      }
+      if (dx == nullptr) continue;
+      multiply_tile<T>(k, g + t0 * kLda, tm, grad_width, panels, x_width, type, nullptr,
+                       dx + r * padded(k, x_width));
+    }
+    if (c == nullptr) continue;
+    outer_tiles(k, g, grad_width, rows, x_width, m, c, accumulate || part > 0);
+  }
+}
+
+// run(chunk, begin, end, first): the blocks of each chunk in order, `first` for its first one.
+template <class Fn>
+void run_chunks(int64_t num_tokens, const Parallel& par, double cost, const Fn& run) {
+  const int64_t length = chunk_tokens(num_tokens);
+  parallel_items(par, num_chunks(num_tokens), cost, [&](int64_t chunk) {
+    const int64_t begin = chunk * length, end = std::min(num_tokens, begin + length);
+    for (int64_t t = begin; t < end; t += kBlockTokens) {
+      run(chunk, t, std::min(end, t + kBlockTokens), t == begin);
+    }
+  });
+}
+
+// Gradients of matrices [E, rows, cols], contiguous.
+struct MatrixGrads {
+  void* data = nullptr;  // nullptr: not wanted
+  DType type = DType::kFloat32;
+  // [E+1] if they are added to what is there, except to that of experts without rows.
+  const int64_t* offsets_to_add = nullptr;
+};
+
+// Sums of chunks: [chunks][E], a matrix with padded columns and a bias each. In a block of
+// scratch that a PanelBank packs with, which comes first; or in other memory of the caller's,
+// elements() of it.
+template <class T>
+class ChunkSums {
+ public:
+  static int64_t elements(const Kernels<T>& k, int64_t chunks, int64_t num_experts, int64_t rows,
+                          int64_t cols) {
+    return chunks * num_experts * (rows * padded(k, cols) + padded(k, rows));
+  }
+  ScratchScope scratch;
+
+  ChunkSums(ScratchScope& scratch, const SlotProduct& s, const Kernels<T>& k, bool wanted,
+            const MatrixGrads& to)
+      : ChunkSums(k, num_chunks(s.num_tokens), s.num_experts, s.rows, s.cols,
+                  scratch.take<T>(Scratch::kRows, wanted ? elements(k, num_chunks(s.num_tokens),
+                                                                    s.num_experts, s.rows, s.cols)
+                                                         : 0),
+                  to) {}
+
+  ChunkSums(const Kernels<T>& k, int64_t chunks, int64_t num_experts, int64_t rows, int64_t cols,
+            T* data, const MatrixGrads& to = {})
+      : k_(k), chunks_(chunks), experts_(num_experts), rows_(rows), cols_(cols), data_(data) {
+    // The first chunk's matrices are where their sums will be, if they look the same there.
+    if (to.type == kAccumulate<T> && to.offsets_to_add == nullptr && padded(k, cols) == cols) {
+      first_ = static_cast<T*>(to.data);
+    }
+  }
+
+  int64_t matrix() const { return rows_ * padded(k_, cols_); }
+  int64_t bias() const { return padded(k_, rows_); }
+  T* matrix_of(int64_t chunk, int64_t e) const {
+    if (chunk == 0 && first_ != nullptr) return first_ + e * matrix();
+    return data_ + (chunk * experts_ + e) * (matrix() + bias());
+  }
+  T* bias_of(int64_t chunk, int64_t e) const {
+    return data_ + (chunk * experts_ + e) * (matrix() + bias()) + matrix();
+  }
+
+  // Before the first block of a chunk, of which expert e has `count` rows. A matrix is written by
+  // its first product.
+  void begin(int64_t chunk, int64_t e, int64_t count) const {
+    if (count == 0) std::fill_n(matrix_of(chunk, e), matrix(), T(0));
+    std::fill_n(bias_of(chunk, e), bias(), T(0));
+  }
+
+  // Into matrices and [E, rows], where they are wanted.
+  void add_up(const MatrixGrads& w, void* grad_bias, DType bias_type, const Parallel& par) const {
+    const int64_t n = padded(k_, cols_);
+    const auto run = [&](int64_t e) {
+      std::array<const void*, kMostChunks> parts;
+      ScratchScope scratch;
+      T* sum = scratch.take<T>(Scratch::kTile, std::max(matrix(), bias()));
+      const bool left_alone =
+          w.offsets_to_add != nullptr && w.offsets_to_add[e] == w.offsets_to_add[e + 1];
+      const bool there = chunks_ == 1 && first_ != nullptr;
+      if (w.data != nullptr && !left_alone && !there) {
+        const int64_t size = dtype_size(w.type);
+        char* out = static_cast<char*>(w.data) + e * rows_ * cols_ * size;
+        for (int64_t c = 0; c < chunks_; ++c) parts[c] = matrix_of(c, e);
+        k_.weighted_sum(kAccumulate<T>, parts.data(), nullptr, chunks_, sum, matrix());
+        for (int64_t i = 0; w.offsets_to_add != nullptr && i < rows_; ++i) {
+          k_.axpy(w.type, out + i * cols_ * size, T(1), sum + i * n, cols_);
+        }
+        k_.store_rows(w.type, sum, n, rows_, cols_, out, cols_);
+      }
+      if (grad_bias == nullptr) return;
+      for (int64_t c = 0; c < chunks_; ++c) parts[c] = bias_of(c, e);
+      k_.weighted_sum(kAccumulate<T>, parts.data(), nullptr, chunks_, sum, rows_);
+      k_.store_row(bias_type, sum,
+                   static_cast<char*>(grad_bias) + e * rows_ * dtype_size(bias_type), rows_);
+    };
+    parallel_items(par, experts_, static_cast<double>(chunks_ * experts_ * matrix()) / 8, run);
+  }
+
+ private:
+  const Kernels<T>& k_;
+  int64_t chunks_, experts_, rows_, cols_;
+  T* data_;
+  T* first_ = nullptr;
+};
+
+}  // namespace moe_ops::cpu

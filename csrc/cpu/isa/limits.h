@@ -1,0 +1,24 @@
+// What one core of this machine can do at most: the rates that a benchmark compares kernels with.
+#pragma once
+
+#include <cstddef>
+#include <vector>
+
+#include "cpu/isa/isa.h"
+
+namespace moe_ops::cpu {
+
+// One rate a pass, measured on the calling thread. Other load only lowers a rate, so the largest
+// pass is the limit of a core that works alone.
+struct Limits {
+  std::vector<double> fp32_flops;  // multiply-adds in registers, two operations each
+  std::vector<double> bf16_flops;  // the same with bfloat16 pairs, where the level multiplies them
+  std::vector<double> read_bytes;  // sequential reads of a buffer in four streams
+};
+
+// Of the level `isa`, which this machine must support. `bytes`: size of the buffer, which is read
+// again and again: several times the last cache for the rate of memory. `seconds`: time for each of
+// the three.
+MOE_OPS_API Limits measure_limits(Isa isa, size_t bytes, double seconds);
+
+}  // namespace moe_ops::cpu

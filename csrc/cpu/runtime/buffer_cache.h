@@ -1,0 +1,38 @@
+// Memory of large outputs, kept for the next call when a tensor is freed.
+//
+// A training step frees the weight gradients of a layer and asks for the same amount again. From
+// the system it gets zeroed pages, and zeroing them takes as long as a third of the layer's
+// backward. Kept blocks are marked MADV_FREE: the system may take their pages back at any time when
+// it is short of memory, so keeping them costs nobody anything but address space.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "cpu/isa/isa.h"
+
+namespace moe_ops::cpu {
+
+// Outputs from this size on go through the cache.
+constexpr size_t kLargeBuffer = size_t{8} << 20;
+
+// A block of at least `bytes`, aligned to 2 MiB, contents undefined; nullptr when the cache is off
+// (MOE_OPS_CACHE_MB=0, or a system without madvise) or no memory is left, not even after all kept
+// blocks were returned.
+void* acquire_buffer(size_t bytes);
+// Gives a block of acquire_buffer back. Any thread may call it, also while the process ends.
+void release_buffer(void* block);
+
+// Bytes of kept blocks that no tensor uses.
+MOE_OPS_API size_t cached_bytes();
+// The most that is kept: MOE_OPS_CACHE_MB, or else a quarter of the machine's memory, or nothing
+// while the address space of the process is limited (RLIMIT_AS).
+MOE_OPS_API size_t cache_limit();
+// Returns all kept blocks to the system.
+MOE_OPS_API void release_cached();
+
+// Around a fork: no other thread is inside the cache meanwhile, so the child's copy is whole.
+void lock_cache();
+void unlock_cache();
+
+}  // namespace moe_ops::cpu

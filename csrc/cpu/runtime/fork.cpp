@@ -1,0 +1,30 @@
+// What fork(2) must find: it copies the memory of all threads but only the one that calls it. A
+// lock that another thread holds, or a static variable that it is about to initialise, would stay
+// so in the child for ever.
+#if defined(__linux__)
+
+#include <pthread.h>
+
+#include "cpu/kernels/kernels.h"
+#include "cpu/runtime/batch_invariant.h"
+#include "cpu/runtime/buffer_cache.h"
+
+namespace moe_ops::cpu {
+
+namespace {
+
+void before_fork() {
+  kernels<float>();
+  kernels<double>();
+  batch_invariant();
+  lock_cache();
+}
+
+// When the library is loaded, so that no call can be under way.
+[[maybe_unused]] const int registered = pthread_atfork(before_fork, unlock_cache, unlock_cache);
+
+}  // namespace
+
+}  // namespace moe_ops::cpu
+
+#endif
