@@ -33,6 +33,12 @@ def load() -> list[float]:
     return [round(value, 2) for value in os.getloadavg()[:2]] if hasattr(os, "getloadavg") else []
 
 
+def beyond_isa() -> str | None:
+    """Why a library cannot run whose instruction set no environment lowers; None if it can."""
+    held = _C.cpu_isa() != _C.detected_isa()
+    return f"cannot be held to {_C.cpu_isa()}" if held else None
+
+
 def _family() -> str:
     """(family 25, model 17), where the system tells them."""
     try:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bench.cpu.quantized import quantize
-from moe_ops import _C
+from bench.harness.machine import beyond_isa
 from moe_ops.bench.baselines import Baseline, Bind, Call
 from moe_ops.bench.shapes import Bank, Tokens
 
@@ -35,9 +35,7 @@ class OnnxRuntime(Baseline):
         for package in ("onnxruntime", "onnx"):
             if importlib.util.find_spec(package) is None:
                 return f"{package} is not installed"
-        if _C.cpu_isa() != _C.detected_isa():
-            return f"cannot be held to {_C.cpu_isa()}"
-        return None
+        return beyond_isa()
 
     def prepare(self, bank: Bank, weight_format: str) -> Bind:
         session = _session(bank, weight_format)

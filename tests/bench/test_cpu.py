@@ -11,11 +11,12 @@ import torch
 from bench.cpu import kept, main, memory, parts, report, targets
 from bench.cpu.quantized import MoeOpsQuantized
 from bench.cpu.run import Plan, join, limits_of, run
-from bench.harness import dump
+from bench.harness import dump, machine
 from bench.harness.files import RESULTS, dumps, rounded
 from bench.peers import PEERS
 
 import moe_ops
+from moe_ops import _C
 from moe_ops.bench import baselines
 from moe_ops.bench.measure import FORMAT, relative_error
 from moe_ops.bench.shapes import SHAPES, Shape, exact_output, make_bank, make_tokens
@@ -245,6 +246,15 @@ def test_peers_say_why_they_are_absent():
         why = peer.missing()
         assert why is None or peer.package.split("-")[0] in why or "torch" in why
         assert set(peer.formats) <= {"fp32", "bf16", "int8", "int4"}
+
+
+def test_libraries_that_cannot_be_held_to_an_instruction_set_say_so(monkeypatch):
+    class Lowered:
+        cpu_isa, detected_isa = (lambda: "avx2"), (lambda: "avx512")
+
+    assert machine.beyond_isa() is None or _C.cpu_isa() != _C.detected_isa()
+    monkeypatch.setattr(machine, "_C", Lowered)
+    assert machine.beyond_isa() == "cannot be held to avx2"
 
 
 def test_installed_peers_compute_the_layer():
