@@ -83,7 +83,7 @@ QUICK = Plan(
 class Session:
     """One run: its plan, its baselines, and where progress is told."""
 
-    plan: Any
+    plan: Plan
     baselines: list[Baseline]
     log: Callable[[str], None]
 
@@ -93,7 +93,7 @@ Steps = Mapping[str, Callable[[Bank, Tokens, Tensor], Step]]
 
 
 def run(
-    plan: Any,
+    plan: Plan,
     *,
     baselines: Sequence[Baseline] | None = None,
     modes: Mapping[str, Callable[[Session], Cells]] | None = None,
@@ -102,7 +102,7 @@ def run(
     """Measures everything in the plan; the result is what ``--json`` writes. Times are in ms.
 
     Args:
-        plan: a `Plan`, or what the functions of `modes` take for one.
+        plan: what to measure; the functions of `modes` may want more of it.
         baselines: what is compared; the built-in ones if None.
         modes: name of a mode -> what measures its cells; `MODES` if None.
         log: called with a line of progress now and then.
