@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import gc
 import importlib.metadata
+import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -150,31 +151,32 @@ def add_floors(result: dict[str, Any], limits: Limits) -> None:
 
 
 def run_forward(session: Session) -> Cells:
-    cells = []
-    for shape in session.plan.shapes:
-        for weight_format in session.plan.formats:
-            bank = make_bank(SHAPES[shape], DTYPES[weight_format])
-            cells += forward_cells(session, bank, weight_format)
-            del bank
-            gc.collect()
-    return cells
+    def cells_of(bank: Bank, weight_format: str) -> Cells:
+        return forward_cells(session, bank, weight_format)
+
+    return _of_layers(session.plan.shapes, session.plan.formats, cells_of)
 
 
 def run_training(session: Session, steps: Steps = STEPS) -> Cells:
+    def cells_of(bank: Bank, weight_format: str) -> Cells:
+        return _training_cells(session, bank, weight_format, steps)
+
+    return _of_layers(session.plan.training_shapes, session.plan.formats, cells_of)
+
+
+def _of_layers(
+    shapes: Sequence[str], formats: Sequence[str], cells_of: Callable[[Bank, str], Cells]
+) -> Cells:
     cells = []
-    for shape in session.plan.training_shapes:
-        for weight_format in session.plan.formats:
-            bank = make_bank(SHAPES[shape], DTYPES[weight_format])
-            cells += _training_cells(session, bank, weight_format, steps)
-            del bank
-            gc.collect()
+    for shape, weight_format in itertools.product(shapes, formats):
+        # The weights of one layer go before those of the next are made.
+        cells += cells_of(make_bank(SHAPES[shape], DTYPES[weight_format]), weight_format)
+        gc.collect()
     return cells
 
 
-MODES: Mapping[str, Callable[[Session], Cells]] = {
-    "forward": run_forward,
-    "training": run_training,
-}
+MODES: Mapping[str, Callable[[Session], Cells]]
+MODES = {"forward": run_forward, "training": run_training}
 
 
 def forward_cells(

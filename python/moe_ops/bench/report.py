@@ -92,11 +92,8 @@ def summary(cells: Iterable[Mapping[str, Any]], other: str) -> str:
         best = best_peer(cell)
         row = [cell["shape"], cell["weights"], str(cell["T"]), number(cell["floor_ms"])]
         row += [milliseconds(contenders, ours), f"{contenders[ours]['of_limit']:.0%}"]
-        row += (
-            [f"{best} {milliseconds(contenders, best)}", _ratio(contenders, best)]
-            if best
-            else ["–", "–"]
-        )
+        row += [f"{best} {milliseconds(contenders, best)}" if best else "–"]
+        row += [_ratio(contenders, best or "")]
         row += [_ratio(contenders, other), _error(contenders[ours])]
         rows.append(row)
     header = ["shape", "weights", "T", "floor ms", "ours ms", "of limit", "best peer ms"]

@@ -11,9 +11,7 @@ import numpy as np
 import torch
 
 # The standard library's own tests are larger than the library and much more repetitive.
-_SKIPPED = {
-    *("test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", ".git"),
-}
+_SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 _MAX_BYTES = 128 * 2**20
 # Added to every count, so that a byte or a pair that the training text lacks costs about
 # log2(count / 0.01) bits instead of infinitely many.

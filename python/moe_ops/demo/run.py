@@ -105,9 +105,8 @@ def _run(options: DemoOptions, console: Console, started: float) -> dict[str, An
     overhead = _train(trainer, checkpointer, data_path, console, entropies)
     trainer.model.save_pretrained(options.out / "model")
     heldout = trainer.evaluate(8 if options.smoke else _FINAL_WINDOWS)
-    console.print(
-        f"Held-out files, final: [bold]{heldout:.3f} bits/byte[/]; {_shown(entropies, 'entropy ')}."
-    )
+    final = f"Held-out files, final: [bold]{heldout:.3f} bits/byte[/]"
+    console.print(f"{final}; {_shown(entropies, 'entropy ')}.")
 
     _heading(console, "What the experts do")
     sample = inspect_routing(trainer.model, config.model, corpus.heldout)
