@@ -94,7 +94,7 @@ fuzz: build
 	@$(VENV)/bin/python -m tests.sweep --minutes $(MINUTES) --seed $(SEED)
 
 mutants: build
-	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/python tests/mutants_cpu.py >build/mutants.json
+	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/python tests/mutation/mutants_cpu.py >build/mutants.json
 
 # The CUDA kernels, linked with the shared runtime that a simulator stands in for
 # (docs/cuda-without-a-gpu.md); a package of its own, so that the installed one stays what it is.
@@ -120,7 +120,7 @@ endif
 CLANG ?= clang++
 ASAN := build/asan
 TSAN := build/tsan
-ASAN_TESTS ?= tests/ops tests/test_misaligned.py tests/test_fuzz_layouts.py tests/test_fuzz_bad_calls.py
+ASAN_TESTS ?= tests/ops $(addprefix tests/contract/test_,misaligned.py fuzz_layouts.py fuzz_bad_calls.py)
 checked_build = PATH="$(CURDIR)/$(VENV)/bin:$$PATH" CXX=$(3) cmake -S . -B $(1) -G Ninja -DCMAKE_BUILD_TYPE=Release \
 	  -DMOE_OPS_CUDA=off -DMOE_OPS_SANITIZE=$(2) -DPython_EXECUTABLE=$(CURDIR)/$(VENV)/bin/python \
 	  -Dpybind11_DIR=$$($(VENV)/bin/python -m pybind11 --cmakedir) >$(1).log && \

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 
 import pytest
 import torch
@@ -29,6 +30,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     for marker in MARKERS:
         config.addinivalue_line("markers", marker)
+    # A shell starts background jobs with SIGINT ignored, and processes inherit that: tests of
+    # interrupted runs would wait for nothing.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     backend = config.getoption("--backend")
     if backend == "sim":
         try:

@@ -38,7 +38,7 @@ from torch import Tensor, nn
 import moe_ops
 from bench.harness.medians import median_ms
 from moe_ops import zoo
-from moe_ops.zoo.language_model import CausalLM
+from moe_ops.zoo.lm.model import CausalLM
 
 ATTENTIONS = ("eager", "sdpa")
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from bench.harness.medians import median_ms
 from moe_ops.zoo.home import HoMEConfig, MultiTask, build
-from moe_ops.zoo.multitask import FeatureGate, GatedLayer, Gates
+from moe_ops.zoo.home.layers import FeatureGate, GatedLayer, Gates
 
 TASKS = (("a", "b", "c", "d"), ("e", "f", "g", "h"))
 EXPERTS = {

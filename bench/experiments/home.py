@@ -25,8 +25,8 @@ from bench.experiments.home_data import Table, generated, movielens
 from bench.experiments.picture import Picture
 from bench.experiments.report import Claim, Report, gaps
 from moe_ops.zoo.home import HoMEConfig, MultiTask, build
-from moe_ops.zoo.multitask import GatedLayer, Trace
-from moe_ops.zoo.recommend import evaluate, fit
+from moe_ops.zoo.home.layers import GatedLayer, Trace
+from moe_ops.zoo.home.training import evaluate, fit
 
 LR = 2e-3
 EXPERTS = {

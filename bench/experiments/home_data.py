@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bench.experiments import movielens as files
-from moe_ops.zoo.recommend import Rows
+from moe_ops.zoo.home.training import Rows
 
 
 class Table(NamedTuple):

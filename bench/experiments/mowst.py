@@ -24,9 +24,9 @@ from bench.experiments import command, matching
 from bench.experiments.mowst_data import digits, films
 from bench.experiments.picture import Picture
 from bench.experiments.report import Claim, Report, means
-from moe_ops.zoo.graphs import Graph, two_populations
 from moe_ops.zoo.mowst import Mowst, MowstConfig, MowstOutput, expected_accuracy
-from moe_ops.zoo.mowst_training import fit
+from moe_ops.zoo.mowst.graphs import Graph, two_populations
+from moe_ops.zoo.mowst.training import fit
 
 NODES, SIGNAL, WEAK_SIGNAL = 6000, 2.5, 0.7
 EPOCHS, PATIENCE, ROUNDS, ROUND_PATIENCE, LR = 300, 30, 3, 1, 1e-2

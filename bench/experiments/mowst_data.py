@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bench.experiments import movielens as files
-from moe_ops.zoo.graphs import Graph
+from moe_ops.zoo.mowst.graphs import Graph
 
 # Genres merged to seven classes. A film of several has the class that comes first here, so that
 # the particular goes before drama and comedy, which most films are as well.

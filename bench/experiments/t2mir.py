@@ -30,9 +30,9 @@ from bench.experiments.report import Claim, Report, gaps, means
 from moe_ops._files import write_text
 from moe_ops.layers import Experts
 from moe_ops.zoo.t2mir import T2MIR, T2MIRConfig, action_loss
-from moe_ops.zoo.t2mir_envs import Histories, PointRobot, collect
-from moe_ops.zoo.t2mir_routers import TaskRouter
-from moe_ops.zoo.t2mir_training import (
+from moe_ops.zoo.t2mir.envs import Histories, PointRobot, collect
+from moe_ops.zoo.t2mir.routers import TaskRouter
+from moe_ops.zoo.t2mir.training import (
     Batch,
     fit,
     play,

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_ops.zoo.deepseek import DeepSeek, DeepSeekConfig
-from moe_ops.zoo.language_model import CausalLM, LMLoss
+from moe_ops.zoo.lm.model import CausalLM, LMLoss
 from moe_ops.zoo.topp import TopP, TopPConfig, experts_per_token
 
 from . import command

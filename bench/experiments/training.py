@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from moe_ops.layers import RoutingStats
-from moe_ops.zoo.language_model import CausalLM, LMLoss
+from moe_ops.zoo.lm.model import CausalLM, LMLoss
 
 from .text import Domain, heldout_batches, train_batches
 

@@ -1,4 +1,4 @@
-"""Values that come from strangers' files, checked before anything is made of them."""
+"""Values from strangers' files and of configs, checked before anything is made of them."""
 
 from __future__ import annotations
 
@@ -111,6 +111,13 @@ def check_names(kind: type, names: typing.Iterable[str], reader: str) -> None:
             f"{reader}: fields must be among {', '.join(sorted(known))}, got "
             f"{', '.join(map(shown, unknown))}."
         )
+
+
+def check_choice(reader: str, name: str, value: Any, of: typing.Iterable[str]) -> None:
+    """ValueError where an argument or a field is none of some words."""
+    words = tuple(of)
+    if value not in words:
+        raise ValueError(f"{reader}: {name} must be one of {', '.join(words)}, got {value!r}.")
 
 
 def check_types(values: Any, reader: str) -> None:

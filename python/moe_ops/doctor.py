@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 
 import moe_ops
-from moe_ops import _threads, ops, packing, reference
+from moe_ops import _private_torch, _threads, ops, packing, reference
 from moe_ops._requirements import TRANSFORMERS_FLOOR, transformers_is_too_old
-from moe_ops.ops._register import accumulate_dtype, cpu_only_ops
+from moe_ops.ops._checks import accumulate_dtype
+from moe_ops.ops._library import cpu_only_ops
 from moe_ops.quant import quantize_fp8_blocks
 
 _DISTRIBUTION = "torch-moe-ops"
@@ -134,11 +135,7 @@ def has_kernel(op: str, device: str) -> bool:
     """Whether this build registers a kernel of the op for cpu or cuda."""
     if not hasattr(torch.ops.moe_ops, op) or (device != "cpu" and op in cpu_only_ops):
         return False
-    return bool(
-        torch._C._dispatch_has_kernel_for_dispatch_key(
-            f"moe_ops::{op}", torch.device(device).type.upper()
-        )
-    )
+    return _private_torch.has_kernel(f"moe_ops::{op}", torch.device(device).type)
 
 
 # --- findings
@@ -721,11 +718,8 @@ def _cuda_build() -> str:
 
 def _driver_version() -> tuple[int, int] | None:
     """The newest CUDA that the driver supports."""
-    ask = getattr(torch._C, "_cuda_getDriverVersion", None)  # only in a torch with CUDA
-    if ask is None:
-        return None
-    version = int(ask())
-    return version // 1000, version % 1000 // 10
+    version = _private_torch.cuda_driver_version()
+    return None if version is None else (version // 1000, version % 1000 // 10)
 
 
 def _usable_cores() -> int:

@@ -20,6 +20,7 @@ from __future__ import annotations
 import os
 import warnings
 import weakref
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -94,8 +95,8 @@ def use_huge_pages(*owners: Tensor | nn.Module) -> int:
     return sum(_C.use_huge_pages(address, size) for address, size in sizes.items())
 
 
-def settle(bank: nn.Module, *weights: Tensor) -> None:
-    """use_huge_pages by itself: once for each memory that the weights of a bank have had."""
+def move_to_huge_pages(module: nn.Module, *weights: Tensor) -> None:
+    """use_huge_pages by itself: once for each memory that the weights of a module have had."""
     large = any(w.nbytes >= _HUGE_FROM for w in weights)
     if not (_by_themselves and large and all(is_plain(w) for w in weights)):
         return
@@ -103,9 +104,36 @@ def settle(bank: nn.Module, *weights: Tensor) -> None:
         addresses = tuple(w.data_ptr() for w in weights)
     except RuntimeError:  # Wrapped by a transformation of torch.func.
         return
-    if _seen.get(bank) != addresses:
-        _seen[bank] = addresses
+    if _seen.get(module) != addresses:
+        _seen[module] = addresses
         use_huge_pages(*(w for w in weights if not w.is_shared()))
+
+
+def available_memory() -> int:
+    """Bytes that this process can still take without swapping; 0 where the system does not say."""
+    available = _first_number("/proc/meminfo", "MemAvailable:") * 1024
+    for limit, used, statistics in (
+        ("memory.max", "memory.current", "memory.stat"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
+    ):
+        group = Path("/sys/fs/cgroup")  # Of a container, as seen from inside.
+        most = _first_number(group / limit)
+        if most:
+            # Files in the page cache count as used, but go when memory is asked for.
+            files = _first_number(group / statistics, "inactive_file")
+            left = most - _first_number(group / used) + files
+            available = min(available, max(left, 0))
+    return available
+
+
+def _first_number(path: str | Path, line_start: str = "") -> int:
+    try:
+        for line in Path(path).read_text().splitlines():
+            if line.startswith(line_start):
+                return int(line.removeprefix(line_start).split()[0])
+    except (OSError, ValueError):  # No such file, or "max".
+        pass
+    return 0
 
 
 def is_plain(tensor: Tensor) -> bool:

@@ -1,111 +1,37 @@
-"""Packed copies of expert weights for inference: who has one, when it is made, when it goes.
+"""Packed copies of expert weights for inference, as users make and drop them.
 
-The kernels read weights faster from a copy in their own order (`moe_ops.pack_experts`). Layers and
-switched Hugging Face blocks make such copies by themselves and never read one of other weights:
-
-- A copy belongs to the storage, version, shape, strides and dtype that its weights had. These are
-  compared at every call, so in-place updates, `load_state_dict`, `.to()` and new parameters end it.
-- A call that wants gradients of the weights ends it, and so does a step of an optimizer that holds
-  them: fused optimizers change weights without counting a version.
-- What no counter sees (`.data`, NumPy views) is looked for by `moe_ffn_packed`, which compares 20
-  elements of every weight of each expert it uses, others at every call. Only here may a change of a
-  few elements go unseen for a while; `unpack` after such a write, or call `train()`, is certain.
-
-Copies are kept beside the modules, keyed weakly by them: parameters, state dict, pickles and deep
-copies know nothing of them, and they die with their module.
+:mod:`moe_ops.expert_weights.packing` says when a copy is used and when it goes.
 """
 
 from __future__ import annotations
 
-import os
-import threading
 import warnings
-import weakref
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+from torch import nn
 
-from moe_ops import _C
-from moe_ops._sharded import check_whole, name_of
-from moe_ops.memory import is_plain, settle
-from moe_ops.numerics import is_batch_invariant
-from moe_ops.ops import moe_ffn, moe_ffn_packed, pack_experts
-from moe_ops.ops.gated_act import GATED_ACTIVATIONS
-from moe_ops.ops.moe_ffn_packed import packed_bytes_of
+from moe_ops.expert_weights import is_quantized
+from moe_ops.expert_weights.packing import (
+    POLICIES,
+    Settings,
+    apply_settings,
+    budget,
+    check_can_pack,
+    current_settings,
+    invalidate,
+    pack_now,
+    packable_weights,
+    states,
+)
+from moe_ops.memory import available_memory
 
-POLICIES = ("auto", "off", "always")
-_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-# A bank packs itself once its unchanged weights have served so many slots an expert. Packing an
-# expert takes as long as some 75 of its slots save (2048 x 1024, AVX-512, memory at hand), and
-# several times that where the system has to find the memory first. So a bank that stops right
-# after packing has lost no more than a few times what it could have won, and one that goes on wins.
-SLOTS_PER_EXPERT = 64
-# Below, weights stay in a cache, and a copy would cost more attention than it saves.
-MIN_BYTES = 1 << 20
-# Of the memory that would be available without any copy.
-MEMORY_SHARE = 4
-
-
-class BankWeights(NamedTuple):
-    """What a bank packs: [E, 2I, H] or [E, I, H], [E, H, I], and whether the former has halves."""
-
-    w_gate_up: Tensor
-    w_down: Tensor
-    halves: bool
-
-
-class _Settings(NamedTuple):
-    policy: str
-    max_bytes: int | None
-
-
-class _Copies(NamedTuple):
-    key: tuple[Any, ...]
-    gate_up: Tensor
-    down: Tensor
-    asked_for: bool
-
-
-class _State:
-    """Of one bank. `copies` is replaced as a whole, so readers need no lock."""
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.copies: _Copies | None = None
-        self.reserved = 0  # Bytes of copies that are there or being made.
-        self.packing = False
-        self.forget()
-
-    def forget(self) -> None:
-        """Drops copies and count. An assignment each: safe beside a reader."""
-        self.copies = None
-        if not self.packing:
-            self.reserved = 0
-        self.key: tuple[Any, ...] | None = None
-        self.storages: tuple[StorageWeakRef, ...] = ()
-        self.slots = 0
-        self.calls = 0
-
-    def begin(self, key: tuple[Any, ...], weights: BankWeights) -> None:
-        """Starts counting for weights with this key."""
-        self.forget()
-        # A weak reference keeps a storage's address from being given to another one.
-        self.storages = tuple(StorageWeakRef(w.untyped_storage()) for w in weights[:2])
-        self.key = key
-
-
-_banks: weakref.WeakKeyDictionary[nn.Module, _State] = weakref.WeakKeyDictionary()
-_lock = threading.Lock()  # Of _banks and of reservations.
-_finders: list[Callable[[nn.Module], BankWeights | None]] = []
-
-
-# ------------------------------------------------------------------------------ what users call
+__all__ = [
+    "available_memory",
+    "packed_bytes",
+    "prepack",
+    "prepack_settings",
+    "prepacking",
+    "unpack",
+]
 
 
 class prepacking:
@@ -132,22 +58,22 @@ class prepacking:
     """
 
     def __init__(self, policy: str | None = None, *, max_bytes: int | None = None) -> None:
-        global _settings
-        policy = _settings.policy if policy is None else policy
+        before = current_settings()
+        policy = before.policy if policy is None else policy
         if policy not in POLICIES:
             raise ValueError(
                 f"prepacking: policy must be one of {', '.join(POLICIES)}, got {policy!r}."
             )
         if max_bytes is not None and max_bytes < 0:
             raise ValueError(f"prepacking: max_bytes must be at least 0, got {max_bytes}.")
-        self._before = _settings
-        _apply(_Settings(policy, max_bytes))
+        self._before = before
+        apply_settings(Settings(policy, max_bytes))
 
     def __enter__(self) -> prepacking:
         return self
 
     def __exit__(self, *_: object) -> None:
-        _apply(self._before)
+        apply_settings(self._before)
 
 
 def prepack(model: nn.Module) -> int:
@@ -171,9 +97,9 @@ def prepack(model: nn.Module) -> int:
             subclass (sharded ones are), or made in inference mode (such tensors do not count their
             versions).
     """
-    found = ((name, m, _weights_of(m)) for name, m in model.named_modules())
+    found = ((name, m, packable_weights(m)) for name, m in model.named_modules())
     banks = [(name, m, weights) for name, m, weights in found if weights is not None]
-    quantized = sum(getattr(m, "quantized_bank", False) for m in model.modules())
+    quantized = sum(map(is_quantized, model.modules()))
     if quantized:
         warnings.warn(
             f"prepack: skipped {quantized} bank{'s' if quantized > 1 else ''} of quantised "
@@ -186,9 +112,9 @@ def prepack(model: nn.Module) -> int:
             f"{type(model).__name__} without one."
         )
     for name, module, weights in banks:
-        _check_can_pack(name, module, weights)
+        check_can_pack(name, module, weights)
     for _, module, weights in banks:
-        _pack_now(module, weights)
+        pack_now(module, weights)
     return packed_bytes(model)
 
 
@@ -196,388 +122,18 @@ def unpack(model: nn.Module) -> int:
     """Drops the packed copies of `model`; returns their bytes. Banks may pack themselves again."""
     freed = packed_bytes(model)
     for module in model.modules():
-        forget(module)
+        invalidate(module)
     return freed
 
 
 def packed_bytes(model: nn.Module | None = None) -> int:
     """Bytes of the packed copies of `model`'s banks; of all banks alive without one."""
-    if model is None:
-        return sum(_size(state) for state in _states())
-    found = (_banks.get(module) for module in model.modules())
-    return sum(_size(state) for state in found if state is not None)
+    return sum(state.num_bytes for state in states(model))
 
 
 def prepack_settings() -> tuple[str, int]:
     """The policy, and the budget in bytes at this moment."""
-    policy, max_bytes = _settings
+    policy, max_bytes = current_settings()
     if max_bytes is None:
-        max_bytes = _budget(packed_bytes())
+        max_bytes = budget(packed_bytes())
     return policy, max_bytes
-
-
-# ------------------------------------------------------------------------- what banks call
-
-
-def expert_ffn(
-    bank: nn.Module,
-    x: Tensor,
-    w_gate_up: Tensor,
-    w_down: Tensor,
-    topk_weights: Tensor,
-    topk_ids: Tensor,
-    *,
-    b_gate_up: Tensor | None = None,
-    b_down: Tensor | None = None,
-    activation: str = "swiglu",
-    interleaved: bool = False,
-    apply_router_weight_on_input: bool = False,
-    alpha: float = 1.702,
-    limit: float = 7.0,
-) -> Tensor:
-    """moe_ffn with the weights of `bank`, from packed copies where it has them or makes them now.
-
-    Compiled and exported graphs hold moe_ffn: they outlive a check made while they are traced.
-    """
-    kwargs: dict[str, Any] = {
-        "b_gate_up": b_gate_up,
-        "b_down": b_down,
-        "activation": activation,
-        "interleaved": interleaved,
-        "apply_router_weight_on_input": apply_router_weight_on_input,
-        "alpha": alpha,
-        "limit": limit,
-    }
-    copies = None
-    if not torch.compiler.is_compiling():
-        halves = activation in GATED_ACTIVATIONS and not interleaved
-        others = (x, topk_weights, b_gate_up, b_down)
-        copies = _copies_for(bank, BankWeights(w_gate_up, w_down, halves), others, topk_ids)
-        if copies is None and not _is_traced():
-            settle(bank, w_gate_up, w_down)
-    if copies is None:
-        return moe_ffn(x, w_gate_up, w_down, topk_weights, topk_ids, **kwargs)
-    stale = _C.stale_panels()
-    y = moe_ffn_packed(
-        x, w_gate_up, w_down, copies.gate_up, copies.down, topk_weights, topk_ids, **kwargs
-    )
-    if _C.stale_panels() != stale:  # Perhaps of another bank, called at the same time: no harm.
-        forget(bank)
-    return y
-
-
-def register_finder(finder: Callable[[nn.Module], BankWeights | None]) -> None:
-    """Tells `prepack` how to find banks of another kind; `finder` gives None for other modules."""
-    _finders.append(finder)
-
-
-def forget(bank: nn.Module) -> None:
-    """Drops the copies of one bank."""
-    state = _banks.get(bank)
-    if state is not None:
-        state.forget()
-
-
-def forget_if_changed(bank: nn.Module) -> None:
-    """Drops the copies of one bank if its weights are not those that were packed."""
-    state = _banks.get(bank)
-    if state is not None and state.copies is not None:
-        weights = _weights_of(bank)
-        if weights is None or not _plain(weights) or _key(weights) != state.key:
-            state.forget()
-
-
-# ---------------------------------------------------------------------------------- inside
-
-
-def _copies_for(
-    bank: nn.Module, weights: BankWeights, others: tuple[Tensor | None, ...], topk_ids: Tensor
-) -> _Copies | None:
-    state = _banks.get(bank)
-    settings = _settings
-    if state is None and (settings.policy == "off" or bank.training):
-        return None
-    if torch.is_grad_enabled():
-        if weights.w_gate_up.requires_grad or weights.w_down.requires_grad:
-            if state is not None:
-                state.forget()
-            return None
-        if any(t is not None and t.requires_grad for t in others):
-            return None
-    if _is_traced() or _autocast_casts(weights.w_down):
-        return None
-    key = _key(weights) if _plain(weights) else None
-    if key is None:
-        if state is not None:
-            state.forget()
-        return None
-    if state is not None and (copies := state.copies) is not None and copies.key == key:
-        # Products round otherwise with packed weights. Copies that a bank made by itself, after
-        # some use, would let a token's bits depend on what was called before.
-        if copies.asked_for or settings.policy == "always" or not is_batch_invariant():
-            return copies
-        return None
-    if settings.policy == "off" or bank.training:
-        if state is not None and state.key != key:
-            state.forget()
-        return None
-    if state is None:
-        state = _state_of(bank)
-    with state.lock:
-        if state.packing:
-            return None
-        if state.key != key:
-            state.begin(key, weights)
-        due = _is_due(state, weights, settings)
-        state.slots += topk_ids.numel()
-        state.calls += 1
-        if not due or not _reserve(state, weights, settings):
-            return None
-        state.packing = True
-    return _pack(state, key, weights, asked_for=False)
-
-
-def _is_due(state: _State, weights: BankWeights, settings: _Settings) -> bool:
-    if settings.policy == "always":
-        return True
-    return (
-        state.calls >= 2
-        and state.slots >= SLOTS_PER_EXPERT * weights.w_down.shape[0]
-        and sum(w.numel() * w.element_size() for w in weights[:2]) >= MIN_BYTES
-        and not torch.are_deterministic_algorithms_enabled()
-        and not is_batch_invariant()
-    )
-
-
-def _pack(
-    state: _State, key: tuple[Any, ...], weights: BankWeights, *, asked_for: bool
-) -> _Copies | None:
-    """Packs without a lock held: others go on with the weights meanwhile."""
-    copies = None
-    try:
-        with torch.no_grad(), torch.autocast("cpu", enabled=False):
-            copies = _Copies(
-                key,
-                pack_experts(weights.w_gate_up, halves=weights.halves),
-                pack_experts(weights.w_down),
-                asked_for,
-            )
-    except (MemoryError, RuntimeError):  # No memory. An automatic copy is a convenience.
-        if asked_for:
-            raise
-    finally:
-        with state.lock:
-            state.packing = False
-            # The weights may have changed, and the bank been told to forget, in the meantime.
-            if copies is None or state.key != key or _key(weights) != key:
-                copies = None
-                state.forget()
-            else:
-                state.copies = copies
-    return copies
-
-
-def _pack_now(bank: nn.Module, weights: BankWeights) -> None:
-    state, key = _state_of(bank), _key(weights)
-    assert key is not None
-    with state.lock:
-        copies = state.copies
-        if copies is not None and copies.key == key:
-            state.copies = copies._replace(asked_for=True)
-            return
-        state.begin(key, weights)
-        state.reserved = _needed(weights)
-        state.packing = True
-    if _pack(state, key, weights, asked_for=True) is None:
-        raise RuntimeError(
-            f"prepack: the weights of {type(bank).__name__} must not change while they are packed."
-        )
-
-
-def _needed(weights: BankWeights) -> int:
-    return packed_bytes_of(weights.w_gate_up, weights.halves) + packed_bytes_of(
-        weights.w_down, False
-    )
-
-
-def _reserve(state: _State, weights: BankWeights, settings: _Settings) -> bool:
-    needed = _needed(weights)
-    with _lock:
-        others = sum(s.reserved for s in list(_banks.values()))
-        limit = settings.max_bytes
-        if limit is None and settings.policy != "always":
-            limit = _budget(others)
-        if limit is not None and others + needed > limit:
-            state.slots = 0  # Asked again after as much use.
-            return False
-        state.reserved = needed
-        return True
-
-
-def _plain(weights: BankWeights) -> bool:
-    """Dense CPU tensors of a type that moe_ffn takes."""
-    return (
-        all(is_plain(w) and w.dim() == 3 for w in weights[:2])
-        and weights.w_gate_up.dtype == weights.w_down.dtype
-        and weights.w_down.dtype in _FLOATS
-    )
-
-
-def _key(weights: BankWeights) -> tuple[Any, ...] | None:
-    """What tells these weights from others and from themselves after a change."""
-    if weights.w_gate_up.is_inference() or weights.w_down.is_inference():
-        return None  # They do not count their versions.
-    return (
-        weights.halves,
-        *(
-            (
-                w.untyped_storage()._cdata,
-                w.data_ptr(),
-                w._version,
-                w.dtype,
-                w.shape,
-                w.stride(),
-            )
-            for w in weights[:2]
-        ),
-    )
-
-
-def _is_traced() -> bool:
-    """Whether the call is recorded or interpreted by something: a copy would become a constant."""
-    return torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0
-
-
-def _autocast_casts(w: Tensor) -> bool:
-    return (
-        torch.is_autocast_enabled("cpu")
-        and w.dtype != torch.float64
-        and w.dtype != torch.get_autocast_dtype("cpu")
-    )
-
-
-def _check_can_pack(prefix: str, bank: nn.Module, weights: BankWeights) -> None:
-    for name, w in zip(weights._fields, weights[:2], strict=False):
-        what = name_of(bank, w, prefix) or name
-        check_whole("prepack", what, w, "copies need whole weights, run it without")
-        if w.is_inference():
-            raise ValueError(
-                f"prepack: {name} must be made outside inference mode, whose tensors do not count "
-                "their versions, got an inference tensor."
-            )
-    if not _plain(weights):
-        what = ", ".join(f"{type(w).__name__} {w.dtype} on {w.device}" for w in weights[:2])
-        where = f" of {prefix}" if prefix else ""
-        raise ValueError(
-            f"prepack: expert weights{where} must be plain tensors of one float type on the CPU, "
-            f"got {what}."
-        )
-
-
-def _weights_of(module: nn.Module) -> BankWeights | None:
-    return next((w for finder in _finders if (w := finder(module)) is not None), None)
-
-
-def _state_of(bank: nn.Module) -> _State:
-    with _lock:
-        state = _banks.get(bank)
-        if state is None:
-            _watch_optimizers()
-            state = _banks[bank] = _State()
-        return state
-
-
-def _states() -> list[_State]:
-    with _lock:
-        return list(_banks.values())
-
-
-def _size(state: _State) -> int:
-    copies = state.copies
-    return 0 if copies is None else copies.gate_up.numel() + copies.down.numel()
-
-
-_optimizer_hook: Any = None
-
-
-def _watch_optimizers() -> None:
-    global _optimizer_hook
-    if _optimizer_hook is None:
-        _optimizer_hook = register_optimizer_step_post_hook(_after_step)
-
-
-def _after_step(optimizer: Optimizer, *_: Any) -> None:
-    states = [s for s in _states() if s.storages]
-    if not states:
-        return
-    stepped = {
-        p.untyped_storage()._cdata
-        for group in optimizer.param_groups
-        for p in group["params"]
-        if type(p) in (Tensor, nn.Parameter)
-    }
-    for state in states:
-        if any(s.cdata in stepped for s in state.storages):
-            state.forget()
-
-
-def _apply(settings: _Settings) -> None:
-    global _settings
-    _settings = settings
-    if settings.policy == "off":
-        for state in _states():
-            if state.copies is not None and not state.copies.asked_for:
-                state.forget()
-
-
-def _budget(copies: int) -> int:
-    return (available_memory() + copies) // MEMORY_SHARE
-
-
-def available_memory() -> int:
-    """Bytes that this process can still take without swapping; 0 where the system does not say."""
-    available = _first_number("/proc/meminfo", "MemAvailable:") * 1024
-    for limit, used, statistics in (
-        ("memory.max", "memory.current", "memory.stat"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
-    ):
-        group = Path("/sys/fs/cgroup")  # Of a container, as seen from inside.
-        most = _first_number(group / limit)
-        if most:
-            # Files in the page cache count as used, but go when memory is asked for.
-            files = _first_number(group / statistics, "inactive_file")
-            left = most - _first_number(group / used) + files
-            available = min(available, max(left, 0))
-    return available
-
-
-def _first_number(path: str | Path, line_start: str = "") -> int:
-    try:
-        for line in Path(path).read_text().splitlines():
-            if line.startswith(line_start):
-                return int(line.removeprefix(line_start).split()[0])
-    except (OSError, ValueError):  # No such file, or "max".
-        pass
-    return 0
-
-
-def _settings_from_environment() -> _Settings:
-    policy = os.environ.get("MOE_OPS_PREPACK") or "auto"
-    if policy not in POLICIES:
-        warnings.warn(
-            f"MOE_OPS_PREPACK={policy} is not one of {', '.join(POLICIES)}; using auto.",
-            stacklevel=2,
-        )
-        policy = "auto"
-    megabytes = os.environ.get("MOE_OPS_PREPACK_MB")
-    if not megabytes:
-        return _Settings(policy, None)
-    if not megabytes.isdecimal():
-        warnings.warn(
-            f"MOE_OPS_PREPACK_MB={megabytes} is not a whole number of MiB; ignored.", stacklevel=2
-        )
-        return _Settings(policy, None)
-    return _Settings(policy, int(megabytes) << 20)
-
-
-_settings = _settings_from_environment()

@@ -17,9 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_ops._private_torch import has_kernel, registered_ops
+from moe_ops.ops._library import cpu_only_ops
+
 from . import _C, reference
 from .numerics import is_batch_invariant
-from .ops._register import cpu_only_ops
 from .ops.gated_act import GATED_ACTIVATIONS as GATED_ACTIVATIONS
 from .ops.gated_act import PLAIN_ACTIVATIONS as PLAIN_ACTIVATIONS
 from .reference._common import acc_dtype as acc_dtype
@@ -53,16 +55,8 @@ def use_simulator() -> None:
             "use_simulator: this build has no CUDA kernels for a simulator: build with "
             "MOE_OPS_CUDA=on and MOE_OPS_CUDART=shared (make test-sim does)."
         )
-    names = [
-        schema.name.removeprefix("moe_ops_sim::")
-        for schema in torch._C._jit_get_all_schemas()
-        if schema.name.startswith("moe_ops_sim::")
-    ]
-    kernels = {
-        name
-        for name in names
-        if torch._C._dispatch_has_kernel_for_dispatch_key(f"moe_ops_sim::{name}", "CPU")
-    }
+    names = registered_ops("moe_ops_sim")
+    kernels = {name for name in names if has_kernel(f"moe_ops_sim::{name}", "cpu")}
     missing = sorted(set(names) - kernels - set(cpu_only_ops))
     if missing:
         raise RuntimeError(f"use_simulator: no CUDA kernel for {', '.join(missing)}.")

@@ -23,7 +23,7 @@ import moe_ops
 from moe_ops import layers
 from moe_ops.testing import assert_identical
 
-from ..every_op import OPS, backward_of, forward_of, operands_of
+from ..contract.every_op import OPS, backward_of, forward_of, operands_of
 
 Fn = Callable[[], list[torch.Tensor]]
 

@@ -17,7 +17,7 @@ import moe_ops
 from moe_ops import memory
 from moe_ops.testing import assert_identical
 
-from ..every_op import OPS, backward_of, forward_of, operands_of
+from ..contract.every_op import OPS, backward_of, forward_of, operands_of
 
 CALLERS = 3
 

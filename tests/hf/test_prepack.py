@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import moe_ops.hf
-from moe_ops import packing
+from moe_ops.expert_weights import packing
 
 from .models import CONFIGS, MODEL_TYPES, NUM_FFNS, VOCAB, build
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import moe_ops
-from moe_ops import packing
+from moe_ops.expert_weights import packing
 from moe_ops.layers import Experts, MoE
 from moe_ops.testing import DTYPES, assert_identical, short
 
@@ -563,13 +563,13 @@ def test_auto_keeps_to_a_quarter_of_the_memory(small, monkeypatch):
     for available, packs in ((4 * size - 4, False), (4 * size, True)):
         monkeypatch.setattr(packing, "available_memory", lambda available=available: available)
         with moe_ops.prepacking("auto"):
-            assert packing.prepack_settings() == ("auto", available // 4)
+            assert moe_ops.packing.prepack_settings() == ("auto", available // 4)
             slots(bank, tokens=200, times=4)
             assert is_packed(bank) == packs
 
 
 def test_available_memory():
-    available = packing.available_memory()
+    available = moe_ops.memory.available_memory()
     if sys.platform == "linux":
         assert 0 < available <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
@@ -592,12 +592,12 @@ def test_no_memory_is_no_error(monkeypatch):
 
 def test_settings():
     with moe_ops.prepacking("always", max_bytes=7):
-        assert packing.prepack_settings() == ("always", 7)
+        assert moe_ops.packing.prepack_settings() == ("always", 7)
         with moe_ops.prepacking(max_bytes=9):
-            assert packing.prepack_settings() == ("always", 9)
-        assert packing.prepack_settings() == ("always", 7)
+            assert moe_ops.packing.prepack_settings() == ("always", 9)
+        assert moe_ops.packing.prepack_settings() == ("always", 7)
         moe_ops.prepacking("off")
-        assert packing.prepack_settings()[0] == "off"
+        assert moe_ops.packing.prepack_settings()[0] == "off"
     with pytest.raises(ValueError, match="policy must be one of auto, off, always, got 'on'"):
         moe_ops.prepacking("on")
     with pytest.raises(ValueError, match="max_bytes must be at least 0, got -1"):
@@ -622,7 +622,11 @@ def test_environment(environment, settings, warning):
     rest = {k: v for k, v in os.environ.items() if not k.startswith("MOE_OPS_PREPACK")}
     path = os.pathsep.join(p for p in sys.path if p)
     run = subprocess.run(
-        [sys.executable, "-c", "from moe_ops import packing; print(tuple(packing._settings))"],
+        [
+            sys.executable,
+            "-c",
+            "from moe_ops.expert_weights import packing; print(tuple(packing._settings))",
+        ],
         env=rest | environment | {"PYTHONPATH": path},
         capture_output=True,
         text=True,

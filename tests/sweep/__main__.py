@@ -2,7 +2,7 @@
 
     python -m tests.sweep --isa avx2 "op=grouped_gemm dtype=bf16 rows=129 k=193 n=8"
     python -m tests.sweep --minutes 10 --seed 1          # make fuzz
-    python -m tests.sweep --short --isa avx512           # what tests/test_boundaries.py runs
+    python -m tests.sweep --short --isa avx512           # what tests/sweep/test_boundaries.py runs
 
 Without a case, every instruction set of the machine takes turns in a process of its own; what is
 done is kept in a folder (--state), and a later run goes on from there. A process that dies is told

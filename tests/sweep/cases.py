@@ -3,6 +3,8 @@
 Every op has dimensions and options. A dimension has the sizes around each entry of the kernels'
 table (``_C.block_sizes()``) that concerns it. The sweep puts one dimension (or two, for the
 products) on such a size and leaves the others small; random cases draw all of them.
+
+The file is long because it is a table of all ops.
 """
 
 from __future__ import annotations

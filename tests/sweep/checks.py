@@ -1,4 +1,7 @@
-"""Runs a case: makes the operands, calls the op, and compares with the fp64 reference."""
+"""Runs a case: makes the operands, calls the op, and compares with the fp64 reference.
+
+The file is long because it has a function for each op.
+"""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ import importlib.util
 import pytest
 
 # Checkpoints of the zoo need safetensors; without it there is nothing to collect.
-collect_ignore_glob = [] if importlib.util.find_spec("safetensors") else ["test_*.py"]
+collect_ignore_glob = [] if importlib.util.find_spec("safetensors") else ["*test_*.py"]
 
 
 @pytest.fixture(autouse=True)

@@ -11,8 +11,8 @@ from moe_ops import zoo
 from moe_ops.layers import Experts, Router, sequence_balance_loss
 from moe_ops.zoo.coe import ChainOfExperts, CoE, CoEConfig
 
-from . import common
-from .common import published_tensors, sharpen, tokens_of
+from .lm import common
+from .lm.common import published_tensors, sharpen, tokens_of
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 20, "num_experts": 7}
 VARIANTS = {

@@ -11,8 +11,8 @@ from moe_ops import zoo
 from moe_ops.layers import KVCache
 from moe_ops.zoo.jetmoe import JetMoE, JetMoEConfig
 
-from . import common
-from .common import change_file, sharpen, tokens_of
+from .lm import common
+from .lm.common import change_file, sharpen, tokens_of
 
 SMALL = {
     "vocab_size": 64, "hidden_size": 32, "num_kv_heads": 3, "head_size": 8, "intermediate_size": 24,

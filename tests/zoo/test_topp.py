@@ -13,8 +13,8 @@ from moe_ops import zoo
 from moe_ops.layers import MoE, Router
 from moe_ops.zoo.topp import TopP, TopPConfig, TopPController, experts_per_token
 
-from . import common
-from .common import published_tensors, sharpen, tokens_of
+from .lm import common
+from .lm.common import published_tensors, sharpen, tokens_of
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 24, "num_experts": 6}
 

@@ -32,13 +32,16 @@ if transformers_is_too_old(transformers.__version__):
 
 from transformers.integrations.moe import ExpertsInterface
 
+from moe_ops.expert_weights import register_hook
 from moe_ops.hf import attention
 from moe_ops.hf.experts import experts_forward
+from moe_ops.hf.hook import TransformersHook
 from moe_ops.hf.quantizer import ExpertsQuantizationConfig
 from moe_ops.hf.switch import disable, enable, expect_calls, status
 
 ExpertsInterface.register("moe_ops", experts_forward)
 attention.register()
+register_hook(TransformersHook())
 
 __all__ = [
     "ExpertsQuantizationConfig",

@@ -11,12 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _disable_current_modes
 from transformers import activations as hf_activations
 
+from moe_ops._private_torch import disable_modes
+from moe_ops.expert_weights.packing import expert_ffn
 from moe_ops.ops import grouped_gemm, permute, sort_slots, unpermute
-from moe_ops.ops.gated_act import GATED_ACTIVATIONS
-from moe_ops.packing import BankWeights, expert_ffn
 from moe_ops.reference import gated_act as gated_act_reference
 
 
@@ -77,29 +76,6 @@ def bank_bias(experts: Any) -> tuple[Tensor | None, Tensor | None]:
         return None, None
     up_name = "gate_up_proj" if getattr(experts, "has_gate", True) else "up_proj"
     return getattr(experts, f"{up_name}_bias"), experts.down_proj_bias
-
-
-def bank_weights(experts: Any) -> BankWeights | None:
-    """What moe_ffn reads as the weights of this module; None where the steps run one by one."""
-    fused = fused_activation(experts)
-    if fused is None or getattr(experts, "has_post_expert_norm", False):
-        return None
-    return _bank_weights(*bank_views(experts), fused)
-
-
-def gated_bank_weights(
-    w_gate_up: Tensor, w_down: Tensor, act_fn: Callable[[Tensor], Tensor]
-) -> BankWeights | None:
-    """The same for the operands of `run_gated`."""
-    fused = fused_gate(act_fn)
-    return None if fused is None else _bank_weights(w_gate_up, w_down, fused)
-
-
-def _bank_weights(w_up: Tensor, w_down: Tensor, fused: dict[str, Any]) -> BankWeights | None:
-    if w_up.dtype != w_down.dtype:
-        return None
-    halves = fused["activation"] in GATED_ACTIVATIONS and not fused.get("interleaved", False)
-    return BankWeights(w_up, w_down, halves)
 
 
 def run_gated(
@@ -252,7 +228,7 @@ def gate_kind(apply_gate: Callable[..., Tensor]) -> str:
     if apply_gate not in _GATE_KINDS:
         # from_pretrained builds models with "meta" as the default device: what the function makes
         # of its own must not go there either.
-        with _disable_current_modes(), torch.device("cpu"), torch.no_grad():
+        with disable_modes(), torch.device("cpu"), torch.no_grad():
             _GATE_KINDS[apply_gate] = _probe_gate(apply_gate)
     return _GATE_KINDS[apply_gate]
 

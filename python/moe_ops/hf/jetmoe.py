@@ -8,8 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 from transformers.models.jetmoe.modeling_jetmoe import JetMoeMoE, JetMoeTopKGating
 
-from moe_ops.hf.experts import gated_bank_weights, run_gated
-from moe_ops.packing import BankWeights
+from moe_ops.hf.experts import run_gated
 
 
 class MoeOpsJetMoeTopKGating(JetMoeTopKGating):
@@ -36,10 +35,6 @@ class MoeOpsJetMoeMoE(JetMoeMoE):
         w_gate_up, w_down = self.input_linear.weight, self.output_linear.weight
         y = run_gated(self, x, w_gate_up, w_down, topk_weights, topk_ids, self.activation)
         return y.view(layer_input.shape) + self.bias
-
-    def bank_weights(self) -> BankWeights | None:
-        weights = self.input_linear.weight, self.output_linear.weight
-        return gated_bank_weights(*weights, self.activation)
 
 
 Block = MoeOpsJetMoeMoE

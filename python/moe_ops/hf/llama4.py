@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from transformers.models.llama4.modeling_llama4 import Llama4TextMoe
 
-from moe_ops.hf.experts import gated_bank_weights, run_gated
-from moe_ops.packing import BankWeights
+from moe_ops.hf.experts import run_gated
 
 
 class MoeOpsLlama4TextMoe(Llama4TextMoe):
@@ -28,7 +27,8 @@ class MoeOpsLlama4TextMoe(Llama4TextMoe):
         y = run_gated(
             self,
             x,
-            *self._weights(),
+            self.experts.gate_up_proj.transpose(1, 2),  # Stored [E, H, 2I] and [E, I, H].
+            self.experts.down_proj.transpose(1, 2),
             router_scores.gather(1, topk_ids),
             topk_ids,
             self.experts.act_fn,
@@ -36,13 +36,6 @@ class MoeOpsLlama4TextMoe(Llama4TextMoe):
         )
         out = self.shared_expert(x)
         return out + y.to(out.dtype), router_logits
-
-    def _weights(self) -> tuple[Tensor, Tensor]:
-        # Stored [E, H, 2I] and [E, I, H].
-        return self.experts.gate_up_proj.transpose(1, 2), self.experts.down_proj.transpose(1, 2)
-
-    def bank_weights(self) -> BankWeights | None:
-        return gated_bank_weights(*self._weights(), self.experts.act_fn)
 
 
 Block = MoeOpsLlama4TextMoe

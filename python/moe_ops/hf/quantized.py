@@ -14,12 +14,11 @@ from transformers.models.jetmoe.modeling_jetmoe import JetMoeMoE
 from transformers.models.llama4.modeling_llama4 import Llama4TextMoe
 
 from moe_ops._sharded import is_sharded
+from moe_ops.expert_weights import ExpertInputs, ExpertsHook, ExpertWeights
 from moe_ops.hf.experts import bank_bias, bank_views, fused_activation, fused_gate
 from moe_ops.hf.jetmoe import MoeOpsJetMoeTopKGating
 from moe_ops.hf.switch import interface_of
 from moe_ops.layers import QuantizedExperts
-from moe_ops.quant.bank import BankInputs, FloatBank, register_adapter, replace_module
-from moe_ops.quant.experts import new_quantized
 
 _UNKNOWN = "must have an activation that moe_ffn knows to be quantised, got {}."
 
@@ -71,10 +70,12 @@ class QuantizedLlama4TextMoe(Llama4TextMoe):
         return self.shared_expert(x) + y, router_logits
 
 
-class _InterfaceAdapter:
+class _InterfaceExperts(ExpertsHook):
     """Experts on transformers' experts interface."""
 
-    def bank(self, module: nn.Module) -> FloatBank | None:
+    quantized = QuantizedHfExperts
+
+    def weights(self, module: nn.Module) -> ExpertWeights | None:
         interface = interface_of(module)
         if interface is None:
             return None
@@ -87,60 +88,53 @@ class _InterfaceAdapter:
             raise ValueError(_UNKNOWN.format(f"that of {type(module).__name__}"))
         w_up, w_down = bank_views(module)
         b_up, b_down = bank_bias(module)
-        return FloatBank((w_up,), w_down, b_up, b_down, activation)
+        return ExpertWeights((w_up,), w_down, b_up, b_down, activation)
 
     def inputs(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> BankInputs:
+    ) -> ExpertInputs:
         names = ("hidden_states", "top_k_index", "top_k_weights")
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         x = given["hidden_states"]
         x = x.reshape(-1, x.shape[-1])
-        return BankInputs(x, given["top_k_weights"], given["top_k_index"])
-
-    def new(self, bank: FloatBank, **config: Any) -> QuantizedExperts:
-        return new_quantized(QuantizedHfExperts, bank, **config)
-
-    def install(self, root: nn.Module, module: nn.Module, experts: QuantizedExperts) -> nn.Module:
-        return replace_module(root, module, experts)
+        return ExpertInputs(x, given["top_k_weights"], given["top_k_index"])
 
 
-class _DbrxAdapter(_InterfaceAdapter):
+class _DbrxExperts(_InterfaceExperts):
     """DbrxExperts, which keep gate and up apart and w_down transposed."""
 
-    def bank(self, module: nn.Module) -> FloatBank | None:
+    def weights(self, module: nn.Module) -> ExpertWeights | None:
         if not isinstance(module, DbrxExperts):
             return None
         shape = (module.num_experts, module.ffn_hidden_size, module.hidden_size)
         mlp = module.mlp
         if is_sharded(mlp.w1):  # These may have no such views; they are refused by name.
-            return FloatBank((mlp.w1, mlp.v1), mlp.w2)
+            return ExpertWeights((mlp.w1, mlp.v1), mlp.w2)
         gate_up = (mlp.w1.view(shape), mlp.v1.view(shape))
-        return FloatBank(
+        return ExpertWeights(
             gate_up, mlp.w2.view(shape).transpose(1, 2), None, None, _gate(mlp.activation_fn)
         )
 
 
-class _JetMoeAdapter:
+class _JetMoeBlock(ExpertsHook):
     """JetMoE's feed-forward block; its attention experts are no bank of networks."""
 
-    def bank(self, module: nn.Module) -> FloatBank | None:
+    quantized = QuantizedExperts
+
+    def weights(self, module: nn.Module) -> ExpertWeights | None:
         if not isinstance(module, JetMoeMoE) or isinstance(module, QuantizedJetMoeMoE):
             return None
         weights = (module.input_linear.weight,), module.output_linear.weight
-        return FloatBank(*weights, None, None, _gate(module.activation))
+        return ExpertWeights(*weights, None, None, _gate(module.activation))
 
     def inputs(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> BankInputs:
+    ) -> ExpertInputs:
         (x,) = (*args, *kwargs.values())
         x = x.reshape(-1, x.shape[-1])
         router: Any = module.router  # Of either class: they differ in what they return.
         topk_logits, topk_ids = router.layer(x).float().topk(router.top_k, dim=1)
-        return BankInputs(x, topk_logits.softmax(dim=1).type_as(x), topk_ids)
-
-    def new(self, bank: FloatBank, **config: Any) -> QuantizedExperts:
-        return new_quantized(QuantizedExperts, bank, **config)
+        return ExpertInputs(x, topk_logits.softmax(dim=1).type_as(x), topk_ids)
 
     def install(self, root: nn.Module, module: nn.Module, experts: QuantizedExperts) -> nn.Module:
         del module.input_linear, module.output_linear
@@ -150,26 +144,26 @@ class _JetMoeAdapter:
         return root
 
 
-class _Llama4Adapter(_JetMoeAdapter):
+class _Llama4Block(_JetMoeBlock):
     """Llama 4's block."""
 
-    def bank(self, module: nn.Module) -> FloatBank | None:
+    def weights(self, module: nn.Module) -> ExpertWeights | None:
         if not isinstance(module, Llama4TextMoe) or isinstance(module, QuantizedLlama4TextMoe):
             return None
         experts = module.experts
         w_gate_up, w_down = experts.gate_up_proj, experts.down_proj
         views = (w_gate_up.transpose(1, 2),), w_down.transpose(1, 2)
-        return FloatBank(*views, None, None, _gate(experts.act_fn))
+        return ExpertWeights(*views, None, None, _gate(experts.act_fn))
 
     def inputs(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> BankInputs:
+    ) -> ExpertInputs:
         (x,) = (*args, *kwargs.values())
         x = x.reshape(-1, x.shape[-1])
         router: Any = module.router
         scores, logits = router(x)
         topk_ids = torch.topk(logits, router.top_k, dim=1).indices
-        return BankInputs(x, scores.gather(1, topk_ids), topk_ids, True)
+        return ExpertInputs(x, scores.gather(1, topk_ids), topk_ids, True)
 
     def install(self, root: nn.Module, module: nn.Module, experts: QuantizedExperts) -> nn.Module:
         module.experts = experts
@@ -184,5 +178,9 @@ def _gate(act_fn: Any) -> dict[str, Any]:
     return activation
 
 
-for _adapter in (_DbrxAdapter(), _JetMoeAdapter(), _Llama4Adapter(), _InterfaceAdapter()):
-    register_adapter(_adapter)
+KINDS: tuple[ExpertsHook, ...] = (
+    _DbrxExperts(),
+    _JetMoeBlock(),
+    _Llama4Block(),
+    _InterfaceExperts(),
+)

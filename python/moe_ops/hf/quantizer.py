@@ -90,13 +90,14 @@ class ExpertsQuantizer(HfQuantizer):
         count = 0
         for found in find_banks(model, tuple(config.skip)):
             check_sizes(found.name, found.bank, config.group_size)
-            experts = found.adapter.new(
+            experts = found.hook.new_quantized(
+                found.module,
                 found.bank,
                 format=config.format,
                 group_size=config.group_size,
                 x_scale=config.x_scale,
             )
-            found.adapter.install(model, found.module, experts)
+            found.hook.install(model, found.module, experts)
             count += 1
         if not count:
             raise ValueError(
@@ -123,7 +124,7 @@ class ExpertsQuantizer(HfQuantizer):
                         raise ValueError(
                             f"from_pretrained: the checkpoint must hold {name}.{key}, got none."
                         )
-                module.settle()
+                module.move_to_huge_pages()
         _claim_experts(model)
         return model
 

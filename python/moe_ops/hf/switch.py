@@ -11,8 +11,7 @@ from typing import Any
 from torch import nn
 from transformers.integrations.moe import ExpertsInterface
 
-from moe_ops.hf.experts import bank_weights
-from moe_ops.packing import BankWeights, forget, register_finder
+from moe_ops.expert_weights.packing import invalidate
 
 # Blocks that transformers keeps outside its experts interface, and the module with their subclass.
 _BLOCKS = {
@@ -103,7 +102,7 @@ def disable(model: nn.Module) -> dict[str, str]:
     """
     report = {}
     for name, module in model.named_modules():
-        forget(module)
+        invalidate(module)
         if _is_switched(module):
             for submodule in module.modules():
                 submodule.__class__ = getattr(type(submodule), "replaces", type(submodule))
@@ -175,18 +174,6 @@ def expect_calls(model: nn.Module) -> Iterator[dict[str, int]]:
             f"moe_ops.hf.expect_calls: none of the {len(calls)} blocks of {type(model).__name__} "
             "on moe_ops was called; something else replaced the forward around them."
         )
-
-
-def _bank_weights(module: nn.Module) -> BankWeights | None:
-    if status_of(module) != "moe_ops":
-        return None
-    if _is_switched(module):  # DBRX's blocks have no weights of moe_ffn.
-        find = getattr(module, "bank_weights", None)
-        return None if find is None else find()
-    return bank_weights(module)
-
-
-register_finder(_bank_weights)
 
 
 def is_quantized(module: nn.Module) -> bool:

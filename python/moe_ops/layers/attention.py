@@ -18,7 +18,7 @@ from moe_ops.ops.moa_attention import KINDS
 from .bank import as_ids, take_rows, whole_rows
 from .invariant import apply_linear
 from .moe import AUX_LOSSES
-from .rotary import rotation
+from .rotary import Rope
 from .router import Router, RouterOutput, drop_masked
 
 
@@ -265,7 +265,7 @@ class AttentionExperts(nn.Module):
             if angles is None:
                 if positions is None:
                     positions = _positions(length, cache, cu_seqlens, x.device)
-                angles = rotation(positions, size, self.rope_theta)
+                angles = Rope(size, self.rope_theta).at(positions)
             q, k = rotary(q, *angles), rotary(k, *angles)
         if cache is not None:
             k, v = cache.update(k, v)

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from moe_ops.ops._register import accumulate_dtype, in_transform
+from moe_ops.ops._autograd import in_transform
+from moe_ops.ops._checks import accumulate_dtype
 from moe_ops.ops.dense_ffn import dense_ffn
 from moe_ops.ops.gated_act import gated_act
 from moe_ops.ops.grouped_gemm import grouped_gemm

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_ops import packing
+from moe_ops.expert_weights.packing import expert_ffn, invalidate, invalidate_if_changed
 from moe_ops.ops import gated_act, moe_linear_map, moe_linear_reduce
 
 from .bank import BankOperations
@@ -134,7 +135,7 @@ class Experts(BankOperations):
         """
         if self.output_size != self.hidden_size:
             return self._two_products(x, topk_weights, topk_ids, apply_router_weight_on_input)
-        return packing.expert_ffn(
+        return expert_ffn(
             self,
             x,
             self.w_gate_up,
@@ -215,13 +216,13 @@ class Experts(BankOperations):
     def train(self, mode: bool = True) -> Experts:
         """As `nn.Module.train`. Training drops the packed copies."""
         if mode:
-            packing.forget(self)
+            invalidate(self)
         return super().train(mode)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Experts:
         # .to() and its kin, which leave nobody to call this bank with the old weights.
         super()._apply(fn, recurse)
-        packing.forget_if_changed(self)
+        invalidate_if_changed(self)
         return self
 
     def _new(self, num_experts: int, **config: Any) -> Experts:
@@ -237,16 +238,6 @@ class Experts(BankOperations):
             f"bias={self.b_down is not None}, interleaved={self.interleaved}"
             + (f", packed={packed / 2**20:.1f} MiB" if packed else "")
         )
-
-
-def _bank_weights(module: nn.Module) -> packing.BankWeights | None:
-    if not isinstance(module, Experts) or module.output_size != module.hidden_size:
-        return None
-    halves = module.gated and not module.interleaved
-    return packing.BankWeights(module.w_gate_up, module.w_down, halves)
-
-
-packing.register_finder(_bank_weights)
 
 
 class SharedExperts(nn.Module):

@@ -5,6 +5,7 @@ Letters: T tokens, H hidden size, I intermediate size, E experts, K experts a to
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,9 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from moe_ops import memory, packing
+from moe_ops.expert_weights import (
+    ExpertInputs,
+    ExpertsHook,
+    ExpertWeights,
+    register_hook,
+)
 from moe_ops.ops import moe_ffn_quantized
-from moe_ops.ops._register import in_transform
-from moe_ops.quant.convert import quantize_experts
+from moe_ops.ops._autograd import in_transform
+from moe_ops.quant.convert import check_sizes, quantize_experts
 from moe_ops.quant.formats import (
     check_divides,
     check_format,
@@ -158,6 +165,29 @@ class QuantizedExperts(nn.Module):
         assert isinstance(result, QuantizedExperts)
         return result
 
+    @classmethod
+    def for_weights(
+        cls, weights: ExpertWeights, *, format: str, group_size: int | None, x_scale: bool
+    ) -> QuantizedExperts:
+        """A layer that can take the place of `weights`, its buffers not filled.
+
+        Raises:
+            ValueError: sizes that the groups do not divide.
+        """
+        check_sizes("", weights, group_size)
+        return cls(
+            weights.num_experts,
+            weights.hidden_size,
+            weights.intermediate_size,
+            format=format,
+            group_size=group_size,
+            x_scale=x_scale,
+            bias=weights.b_down is not None,
+            device=weights.down.device,
+            dtype=None if weights.b_down is None else weights.b_down.dtype,
+            **weights.activation,
+        )
+
     def forward(
         self,
         x: Tensor,
@@ -257,7 +287,7 @@ class QuantizedExperts(nn.Module):
         for name, buffer in self.named_buffers(recurse=False):
             setattr(result, name, buffer.clone() if name == "x_scale" else buffer[rows])
         result.scale_exponent = self.scale_exponent
-        result.settle()
+        result.move_to_huge_pages()
         return result.train(self.training)
 
     def append(self, *_: Any, **__: Any) -> QuantizedExperts:
@@ -308,9 +338,19 @@ class QuantizedExperts(nn.Module):
         """ "int8", or "int4" with its group size: "int4 g64"."""
         return "int8" if self.group_size is None else f"int4 g{self.group_size}"
 
-    def settle(self) -> None:
+    def move_to_huge_pages(self) -> None:
         """Moves weights and scales to huge pages, see `moe_ops.memory`; after they were filled."""
-        memory.settle(self, self.w_gate_up, self.w_gate_up_scale, self.w_down, self.w_down_scale)
+        weights = self.w_gate_up, self.w_gate_up_scale, self.w_down, self.w_down_scale
+        memory.move_to_huge_pages(self, *weights)
+
+    def settle(self) -> None:
+        """The old name of `move_to_huge_pages`."""
+        warnings.warn(
+            "QuantizedExperts.settle is QuantizedExperts.move_to_huge_pages now.",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        self.move_to_huge_pages()
 
     def check(self, name: str = "QuantizedExperts") -> None:
         """Raises ValueError where a buffer does not have the type and shape of the format."""
@@ -341,7 +381,7 @@ class QuantizedExperts(nn.Module):
                 on_meta = "meta" in (old.device.type, new.device.type)
                 same = torch.empty_like(old, device=new.device) if on_meta else old.to(new.device)
                 self._buffers[name] = same
-        self.settle()
+        self.move_to_huge_pages()
         return self
 
     def _load_from_state_dict(
@@ -374,7 +414,7 @@ class QuantizedExperts(nn.Module):
             unexpected_keys,
             error_msgs,
         )
-        self.settle()
+        self.move_to_huge_pages()
 
 
 def _mismatch(name: str, got: Tensor | None, wanted: Tensor) -> str | None:
@@ -412,3 +452,34 @@ class _WithoutBackward(torch.autograd.Function):
             "(a layer's dequantize() gives them, a model of transformers loads its float "
             "checkpoint) or call these under torch.no_grad()."
         )
+
+
+class _ExpertsHook(ExpertsHook):
+    """`Experts`, whose output must have the size of the input."""
+
+    quantized = QuantizedExperts
+
+    def weights(self, module: nn.Module) -> ExpertWeights | None:
+        if not self.reads_packed(module):
+            return None
+        experts: Any = module
+        names = ("activation", "interleaved", "alpha", "limit")
+        return ExpertWeights(
+            (experts.w_gate_up,),
+            experts.w_down,
+            experts.b_gate_up,
+            experts.b_down,
+            {name: getattr(experts, name) for name in names},
+        )
+
+    def reads_packed(self, module: nn.Module) -> bool:
+        return isinstance(module, Experts) and module.output_size == module.hidden_size
+
+    def inputs(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> ExpertInputs:
+        names = ("x", "topk_weights", "topk_ids")
+        return ExpertInputs(**{**dict(zip(names, args, strict=False)), **kwargs})
+
+
+register_hook(_ExpertsHook())

@@ -25,6 +25,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from moe_ops._private_torch import current_graph_task_id
+
 if TYPE_CHECKING:
     from .moe import MoE
 
@@ -36,7 +38,7 @@ _MAX_OUTSTANDING = 256
 def in_backward() -> bool:
     """Whether this code runs inside a backward pass, as recomputed forwards do. False while
     compiling: a compiled graph is traced once and decides on recomputation by itself."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+    return not torch.compiler.is_compiling() and current_graph_task_id() != -1
 
 
 @dataclass

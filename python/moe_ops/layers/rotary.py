@@ -1,14 +1,112 @@
-"""The angles of rotary position embeddings (Su et al. 2021, arXiv 2104.09864)."""
+"""Rotary position embeddings: frequencies, angles of positions, rotation of features."""
 
 from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
-def rotation(positions: Tensor, size: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos and sin [..., size / 2] fp32 of the angles of positions [...]; size is even."""
-    half = size // 2
-    steps = torch.arange(half, dtype=torch.float32, device=positions.device) / half
-    angles = positions[..., None].float() * theta**-steps
-    return angles.cos(), angles.sin()
+@dataclass(frozen=True)
+class Yarn:
+    """How RoPE was stretched to a longer context (YaRN, Peng et al. 2023, arXiv 2309.00071).
+
+    Attributes:
+        factor: new context over old.
+        original_context: tokens of the old context.
+        beta_fast, beta_slow: turns within the old context above which a frequency is kept, and
+            below which it is divided by `factor`; between them the two are blended.
+        mscale, mscale_all_dim: `magnitude` of the first over that of the second multiplies cos and
+            sin; that of the second, squared, the softmax scale (DeepSeek-V2). Both 0: the one of 1
+            multiplies cos and sin.
+    """
+
+    factor: float
+    original_context: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float = 0.0
+    mscale_all_dim: float = 0.0
+
+    def magnitude(self, mscale: float) -> float:
+        return 1.0 if self.factor <= 1 else 0.1 * mscale * math.log(self.factor) + 1.0
+
+    def rotation_scale(self) -> float:
+        if self.mscale and self.mscale_all_dim:
+            return self.magnitude(self.mscale) / self.magnitude(self.mscale_all_dim)
+        return self.magnitude(1.0)
+
+    def softmax_factor(self) -> float:
+        return self.magnitude(self.mscale_all_dim) ** 2 if self.mscale_all_dim else 1.0
+
+
+class Rotation(NamedTuple):
+    """cos and sin of the angles of positions [...], each [..., d / 2] fp32."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary position embeddings of d features (Su et al. 2021, arXiv 2104.09864).
+
+    Attributes:
+        size: d, even: features that are rotated.
+        theta: base of the frequencies theta ** (-2 i / d).
+        interleaved: which features form a pair: (2 i, 2 i + 1), as DeepSeek-V2 and V3 do, instead
+            of (i, i + d / 2).
+        yarn: stretching, or None.
+    """
+
+    size: int
+    theta: float = 10_000.0
+    interleaved: bool = False
+    yarn: Yarn | None = None
+
+    def frequencies(self, device: torch.device | None = None) -> Tensor:
+        """[d / 2] fp32, radians a position."""
+        steps = torch.arange(0, self.size, 2, dtype=torch.float32, device=device) / self.size
+        plain = 1.0 / self.theta**steps
+        if self.yarn is None:
+            return plain
+
+        def feature_with(turns: float) -> float:
+            # Feature whose wave makes this number of turns within the old context.
+            yarn = self.yarn
+            assert yarn is not None
+            span = yarn.original_context / (turns * 2 * math.pi)
+            return self.size * math.log(span) / (2 * math.log(self.theta))
+
+        low = max(math.floor(feature_with(self.yarn.beta_fast)), 0)
+        high = min(math.ceil(feature_with(self.yarn.beta_slow)), self.size - 1)
+        index = torch.arange(self.size // 2, dtype=torch.float32, device=device)
+        # Where both ends meet the ramp is a step; the width only keeps 0 / 0 away.
+        stretched = ((index - low) / max(high - low, 0.001)).clamp(0, 1)
+        return plain * (1 - stretched) + plain / self.yarn.factor * stretched
+
+    def at(self, positions: Tensor) -> Rotation:
+        """Of positions [...], in any type."""
+        angles = positions[..., None].float() * self.frequencies(positions.device)
+        if self.yarn is None:
+            return Rotation(angles.cos(), angles.sin())
+        scale = self.yarn.rotation_scale()
+        return Rotation(angles.cos() * scale, angles.sin() * scale)
+
+    def rotation(self, start: int, length: int, device: torch.device | None = None) -> Rotation:
+        """Of the positions start .. start + length - 1."""
+        return self.at(torch.arange(start, start + length, dtype=torch.float32, device=device))
+
+    def rotate(self, t: Tensor, rotation: Rotation) -> Tensor:
+        """t [B, S, n, d] rotated, in its own type as the published models do (`moe_ops.rotary`
+        computes in fp32). With `interleaved` the first features of all pairs come out before the
+        second ones, in queries as in keys, which no product of the two notices."""
+        cos, sin = (f[:, None].to(t.dtype) for f in rotation)
+        if self.interleaved:
+            a, b = t[..., 0::2], t[..., 1::2]
+        else:
+            a, b = t.chunk(2, dim=-1)
+        return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)

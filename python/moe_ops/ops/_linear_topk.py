@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_ops.ops._register import caller, in_plain_training
+from moe_ops._private_torch import AutoDispatchBelowAutograd
+from moe_ops.ops._autograd import direct_call, in_plain_training
 from moe_ops.ops.router_linear import router_linear
 
-_router_linear_bwd = caller("router_linear_bwd")
-_topk_router = caller("topk_router")
-_topk_router_bwd = caller("topk_router_bwd")
+_router_linear_bwd = direct_call("router_linear_bwd")
+_topk_router = direct_call("topk_router")
+_topk_router_bwd = direct_call("topk_router_bwd")
 
 
 class _LinearTopk(torch.autograd.Function):
@@ -29,7 +30,7 @@ class _LinearTopk(torch.autograd.Function):
         *options: Any,
     ) -> tuple[Tensor, Tensor, Tensor]:
         ops = torch.ops.moe_ops
-        with torch._C._AutoDispatchBelowAutograd():
+        with AutoDispatchBelowAutograd():
             logits = ops.router_linear(x, weight, bias, logits_dtype)
             weights, ids = ops.topk_router(logits, *options)
         ctx.mark_non_differentiable(ids)

@@ -7,26 +7,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_ops.ops._register import (
+from moe_ops.ops._autocast import register_autocast
+from moe_ops.ops._autograd import (
+    direct_call,
+    needs_input_grad,
+    register_autograd,
+    register_no_double_backward,
+)
+from moe_ops.ops._checks import (
     accumulate_dtype,
-    caller,
     check,
     check_dim,
     check_float,
     check_same_device,
     check_same_dtype,
     check_size,
-    needs_input_grad,
-    register_autocast_keep,
-    register_autograd,
-    register_cpu_only,
-    register_fake,
-    register_no_double_backward,
 )
+from moe_ops.ops._library import register_cpu_only, register_fake
 from moe_ops.reference.add_rms_norm import add_rms_norm as _formula
 
-_add_rms_norm = caller("add_rms_norm")
-_add_rms_norm_bwd = caller("add_rms_norm_bwd")
+_add_rms_norm = direct_call("add_rms_norm")
+_add_rms_norm_bwd = direct_call("add_rms_norm_bwd")
 
 
 def add_rms_norm(
@@ -177,7 +178,7 @@ def _backward(
 
 
 register_autograd("add_rms_norm", _backward, _setup)
-register_no_double_backward("add_rms_norm_bwd", "add_rms_norm")
-register_autocast_keep("add_rms_norm")
+register_no_double_backward("add_rms_norm_bwd")
+register_autocast("add_rms_norm")
 for _op in ("add_rms_norm", "add_rms_norm_bwd"):
     register_cpu_only(_op, "call moe_ops.add_rms_norm, which is torch's operations there")

@@ -7,9 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_ops.ops._register import (
+from moe_ops.ops._autocast import register_autocast
+from moe_ops.ops._autograd import (
+    direct_call,
+    needs_input_grad,
+    register_autograd,
+    register_no_double_backward,
+)
+from moe_ops.ops._checks import (
     accumulate_dtype,
-    caller,
     check,
     check_dim,
     check_float,
@@ -18,17 +24,11 @@ from moe_ops.ops._register import (
     check_same_dtype,
     check_size,
     dtype_name,
-    needs_input_grad,
-    register_autocast,
-    register_autograd,
-    register_cpu_only,
-    register_fake,
-    register_no_double_backward,
-    register_training_form,
 )
+from moe_ops.ops._library import register_cpu_only, register_fake
 from moe_ops.ops.gated_act import PLAIN_ACTIVATIONS
 
-_dense_ffn = caller("dense_ffn")
+_dense_ffn = direct_call("dense_ffn")
 
 _OP = "dense_ffn"
 DENSE_ACTIVATIONS = ("none", *PLAIN_ACTIVATIONS)
@@ -204,7 +204,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
     ctx.activation = activation
 
 
-def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if grad is None:
         return (None,) * 7
     x, w_up, w_down, input_ids, preact = ctx.saved_tensors
@@ -219,9 +219,9 @@ def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Any, ...
     return gx, g_up, g_down, None, gb_up, gb_down, None
 
 
+register_autograd("dense_ffn", _backward, _setup, forward="dense_ffn_fwd")
 register_autograd("dense_ffn_fwd", _backward, _setup)
-register_training_form("dense_ffn", "dense_ffn_fwd")
-register_no_double_backward("dense_ffn_bwd", "dense_ffn")
+register_no_double_backward("dense_ffn_bwd")
 register_autocast("dense_ffn", ["x", "w_up", "w_down", "b_up", "b_down"])
 for _name in ("dense_ffn", "dense_ffn_fwd", "dense_ffn_bwd"):
     register_cpu_only(_name, "layers.Experts.outputs takes batched products there")

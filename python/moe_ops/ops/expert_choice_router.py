@@ -7,15 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_ops.ops._register import (
-    caller,
-    check,
-    check_same_device,
-    register_autocast,
-    register_autograd,
-    register_fake,
-    register_no_double_backward,
-)
+from moe_ops.ops._autocast import register_autocast
+from moe_ops.ops._autograd import direct_call, register_autograd, register_no_double_backward
+from moe_ops.ops._checks import check, check_same_device
+from moe_ops.ops._library import register_fake
 from moe_ops.ops.topk_router import (
     check_router_logits,
     check_scaling_factor,
@@ -24,7 +19,7 @@ from moe_ops.ops.topk_router import (
     fake_router_outputs,
 )
 
-_expert_choice_router = caller("expert_choice_router")
+_expert_choice_router = direct_call("expert_choice_router")
 
 
 def expert_choice_router(
@@ -115,5 +110,5 @@ def _backward(ctx: Any, grad_weights: Tensor, _: Tensor | None) -> tuple[Any, ..
 
 
 register_autograd("expert_choice_router", _backward, _setup)
-register_no_double_backward("expert_choice_router_bwd", "expert_choice_router")
+register_no_double_backward("expert_choice_router_bwd")
 register_autocast("expert_choice_router", ["router_logits"], torch.float32)

@@ -8,19 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_ops.ops._register import (
-    caller,
-    check,
-    check_float,
-    check_same_device,
-    check_same_dtype,
-    register_autocast_keep,
-    register_autograd,
-    register_fake,
-    register_no_double_backward,
-)
+from moe_ops.ops._autocast import register_autocast
+from moe_ops.ops._autograd import direct_call, register_autograd, register_no_double_backward
+from moe_ops.ops._checks import check, check_float, check_same_device, check_same_dtype
+from moe_ops.ops._library import register_fake
 
-_gated_act = caller("gated_act")
+_gated_act = direct_call("gated_act")
 
 GATED_ACTIVATIONS = ("swiglu", "geglu", "geglu_tanh", "reglu", "swiglu_oai")
 PLAIN_ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
@@ -125,5 +118,5 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 register_autograd("gated_act", _backward, _setup)
-register_no_double_backward("gated_act_bwd", "gated_act")
-register_autocast_keep("gated_act")
+register_no_double_backward("gated_act_bwd")
+register_autocast("gated_act")

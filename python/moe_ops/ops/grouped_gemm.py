@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_ops.ops._register import (
-    caller,
+from moe_ops.ops._autocast import register_autocast
+from moe_ops.ops._autograd import direct_call, needs_input_grad, register_autograd
+from moe_ops.ops._checks import (
     check,
     check_dim,
     check_float,
@@ -16,16 +17,12 @@ from moe_ops.ops._register import (
     check_same_device,
     check_same_dtype,
     check_size,
-    needs_input_grad,
-    register_autocast,
-    register_autocast_keep,
-    register_autograd,
-    register_fake,
 )
+from moe_ops.ops._library import register_fake
 
-_grouped_gemm = caller("grouped_gemm")
-_grouped_gemm_wgrad = caller("grouped_gemm_wgrad")
-_grouped_sum = caller("grouped_sum")
+_grouped_gemm = direct_call("grouped_gemm")
+_grouped_gemm_wgrad = direct_call("grouped_gemm_wgrad")
+_grouped_sum = direct_call("grouped_sum")
 
 
 def grouped_gemm(
@@ -196,4 +193,4 @@ register_autograd("grouped_gemm_wgrad", _backward_wgrad, _setup_wgrad)
 register_autograd("grouped_sum", _backward_sum, _setup_sum)
 register_autocast("grouped_gemm", ["a", "b", "bias"])
 register_autocast("grouped_gemm_wgrad", ["grad", "a"])
-register_autocast_keep("grouped_sum")
+register_autocast("grouped_sum")

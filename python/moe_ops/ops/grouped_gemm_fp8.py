@@ -5,21 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moe_ops.ops._register import (
-    caller,
+from moe_ops.ops._autocast import register_autocast
+from moe_ops.ops._autograd import direct_call, register_no_gradient
+from moe_ops.ops._checks import (
     check,
     check_dim,
     check_index,
     check_same_device,
     check_size,
     dtype_name,
-    register_autocast_keep,
-    register_fake,
-    register_no_gradient,
 )
+from moe_ops.ops._library import register_fake
 from moe_ops.ops.quantize_fp8 import FP8, check_float_to_fp8, fp8_blocks
 
-_grouped_gemm_fp8 = caller("grouped_gemm_fp8")
+_grouped_gemm_fp8 = direct_call("grouped_gemm_fp8")
 
 _OP = "grouped_gemm_fp8"
 
@@ -147,4 +146,4 @@ def _(
 
 register_no_gradient(_OP, "dequantise the operands and call grouped_gemm")
 # The type of the result is an argument, and those of the operands are what the op is about.
-register_autocast_keep(_OP)
+register_autocast(_OP)

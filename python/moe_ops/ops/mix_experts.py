@@ -7,9 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_ops.ops._register import (
+from moe_ops.ops._autocast import register_autocast
+from moe_ops.ops._autograd import (
+    direct_call,
+    needs_input_grad,
+    register_autograd,
+    register_no_double_backward,
+)
+from moe_ops.ops._checks import (
     accumulate_dtype,
-    caller,
     check,
     check_dim,
     check_float,
@@ -17,15 +23,10 @@ from moe_ops.ops._register import (
     check_same_dtype,
     check_size,
     dtype_name,
-    needs_input_grad,
-    register_autocast,
-    register_autograd,
-    register_cpu_only,
-    register_fake,
-    register_no_double_backward,
 )
+from moe_ops.ops._library import register_cpu_only, register_fake
 
-_mix_experts = caller("mix_experts")
+_mix_experts = direct_call("mix_experts")
 
 _OP = "mix_experts"
 MIX_ACTIVATIONS = ("none", "relu", "silu", "sigmoid")
@@ -261,7 +262,7 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Any, ..
 
 
 register_autograd("mix_experts", _backward, _setup)
-register_no_double_backward("mix_experts_bwd", "mix_experts")
+register_no_double_backward("mix_experts_bwd")
 register_autocast("mix_experts", ["outputs", "weights", "factor"])
 for _name in ("mix_experts", "mix_experts_bwd"):
     register_cpu_only(_name, "layers.GatedLayer's parts compute it from torch's ops there")

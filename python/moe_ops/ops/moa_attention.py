@@ -7,9 +7,15 @@ from typing import Any
 
 from torch import Tensor
 
-from moe_ops.ops._register import (
+from moe_ops.ops._autocast import register_autocast
+from moe_ops.ops._autograd import (
+    direct_call,
+    needs_input_grad,
+    register_autograd,
+    register_no_double_backward,
+)
+from moe_ops.ops._checks import (
     accumulate_dtype,
-    caller,
     check,
     check_dim,
     check_float,
@@ -17,15 +23,11 @@ from moe_ops.ops._register import (
     check_same_device,
     check_same_dtype,
     check_size,
-    needs_input_grad,
-    register_autocast,
-    register_autograd,
-    register_fake,
-    register_no_double_backward,
 )
+from moe_ops.ops._library import register_fake
 
-_moa_attention = caller("moa_attention")
-_moa_attention_bwd = caller("moa_attention_bwd")
+_moa_attention = direct_call("moa_attention")
+_moa_attention_bwd = direct_call("moa_attention_bwd")
 
 KINDS = ("softmax", "stick_breaking")
 MAX_HEAD_SIZE = 256
@@ -227,5 +229,5 @@ def _backward(ctx: Any, grad_out: Tensor, grad_state: Tensor) -> tuple[Any, ...]
 
 
 register_autograd("moa_attention", _backward, _setup)
-register_no_double_backward("moa_attention_bwd", "moa_attention")
+register_no_double_backward("moa_attention_bwd")
 register_autocast("moa_attention", ["q", "k", "v"])

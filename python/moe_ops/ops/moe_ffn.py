@@ -7,9 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_ops.ops._register import (
+from moe_ops._private_torch import are_functorch_transforms_active
+from moe_ops.ops._autocast import register_autocast
+from moe_ops.ops._autograd import (
+    direct_call,
+    needs_input_grad,
+    refuse_tangents,
+    register_autograd,
+    register_no_double_backward,
+    register_not_differentiable,
+)
+from moe_ops.ops._checks import (
     accumulate_dtype,
-    caller,
     check,
     check_dim,
     check_float,
@@ -17,20 +26,12 @@ from moe_ops.ops._register import (
     check_same_device,
     check_same_dtype,
     check_size,
-    needs_input_grad,
-    options_of,
-    refuse_tangents,
-    register_autocast,
-    register_autograd,
-    register_fake,
-    register_no_double_backward,
-    register_not_differentiable,
-    register_training_form,
 )
+from moe_ops.ops._library import register_fake
 from moe_ops.ops.gated_act import GATED_ACTIVATIONS, check_activation
 
-_moe_ffn = caller("moe_ffn")
-_moe_ffn_bwd = caller("moe_ffn_bwd")
+_moe_ffn = direct_call("moe_ffn")
+_moe_ffn_bwd = direct_call("moe_ffn_bwd")
 
 
 def moe_ffn(
@@ -97,7 +98,7 @@ def moe_ffn(
         and torch.is_grad_enabled()
         and any(g is not None for g in main_grads)
     ):
-        if torch._C._are_functorch_transforms_active():
+        if are_functorch_transforms_active():
             raise NotImplementedError(
                 "moe_ffn: main_grads cannot be used under torch.func's transforms; pass None."
             )
@@ -105,22 +106,33 @@ def moe_ffn(
         inputs = (x, w_gate_up, w_down, topk_weights, topk_ids, b_gate_up, b_down)
         return _AccumulatingFfn.apply(*inputs, main_grads, arguments)
     options = options_of(
-        b_gate_up,
-        b_down,
-        activation,
-        interleaved,
-        apply_router_weight_on_input,
-        alpha,
-        limit,
+        b_gate_up, b_down, activation, interleaved, apply_router_weight_on_input, alpha, limit
     )
-    return _moe_ffn(
-        x,
-        w_gate_up,
-        w_down,
-        topk_weights,
-        topk_ids,
-        *options,
-    )
+    return _moe_ffn(x, w_gate_up, w_down, topk_weights, topk_ids, *options)
+
+
+def options_of(
+    b_gate_up: Tensor | None,
+    b_down: Tensor | None,
+    activation: str,
+    interleaved: bool,
+    apply_router_weight_on_input: bool,
+    alpha: float,
+    limit: float,
+) -> tuple[Any, ...]:
+    """The last arguments of moe_ffn and its kin, for a call: none where all are at their defaults.
+    The dispatcher takes half a microsecond to read the seven."""
+    if (
+        activation == "swiglu"
+        and b_gate_up is None
+        and b_down is None
+        and interleaved is False
+        and apply_router_weight_on_input is False
+        and alpha == 1.702
+        and limit == 7.0
+    ):
+        return ()
+    return b_gate_up, b_down, activation, interleaved, apply_router_weight_on_input, alpha, limit
 
 
 def check_routing(op: str, topk_weights: Tensor, topk_ids: Tensor, num_tokens: int) -> None:
@@ -270,17 +282,7 @@ def _fake_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     op = "moe_ffn_bwd"
     check_call(
-        op,
-        x,
-        w_gate_up,
-        w_down,
-        topk_weights,
-        slot_to_row,
-        None,
-        b_down,
-        activation,
-        alpha,
-        limit,
+        op, x, w_gate_up, w_down, topk_weights, slot_to_row, None, b_down, activation, alpha, limit
     )
     check_same_dtype(op, "grad_y", grad_y, "x", x)
     check_same_dtype(op, "preact", preact, "x", x)
@@ -306,15 +308,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     ctx.mark_non_differentiable(preact, expert_offsets, row_to_slot, slot_to_row)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(
-        x,
-        w_gate_up,
-        w_down,
-        topk_weights,
-        preact,
-        expert_offsets,
-        row_to_slot,
-        slot_to_row,
-        b_down,
+        x, w_gate_up, w_down, topk_weights, preact, expert_offsets, row_to_slot, slot_to_row, b_down
     )
     ctx.arguments = arguments
 
@@ -390,8 +384,8 @@ class _AccumulatingFfn(torch.autograd.Function):
         return gx, gw_gate_up, gw_down, gw, None, gb_gate_up, gb_down, None, None
 
 
+register_autograd("moe_ffn", _backward, _setup, forward="moe_ffn_fwd")
 register_autograd("moe_ffn_fwd", _backward, _setup)
-register_training_form("moe_ffn", "moe_ffn_fwd")
-register_no_double_backward("moe_ffn_bwd", "moe_ffn")
-register_not_differentiable("moe_ffn_bwd_accumulate", "moe_ffn")
+register_no_double_backward("moe_ffn_bwd")
+register_not_differentiable("moe_ffn_bwd_accumulate")
 register_autocast("moe_ffn", ["x", "w_gate_up", "w_down", "b_gate_up", "b_down"])

@@ -4,23 +4,16 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from moe_ops.ops._register import (
-    caller,
-    check,
-    check_dim,
-    check_index,
-    check_same_device,
-    check_size,
-    register_autocast,
-    register_fake,
-    register_no_gradient,
-)
+from moe_ops.ops._autocast import register_autocast
+from moe_ops.ops._autograd import direct_call, register_no_gradient
+from moe_ops.ops._checks import check, check_dim, check_index, check_same_device, check_size
+from moe_ops.ops._library import register_fake
 from moe_ops.ops.gated_act import GATED_ACTIVATIONS, check_activation
 from moe_ops.ops.grouped_gemm_fp8 import check_fp8_weights
 from moe_ops.ops.moe_ffn import check_bias, check_routing
 from moe_ops.ops.quantize_fp8 import check_float_to_fp8
 
-_moe_ffn_fp8 = caller("moe_ffn_fp8")
+_moe_ffn_fp8 = direct_call("moe_ffn_fp8")
 
 _OP = "moe_ffn_fp8"
 

@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from moe_ops import _C
-from moe_ops.ops._register import (
-    caller,
-    check,
-    check_dim,
-    check_float,
-    check_same_device,
-    dtype_name,
-    options_of,
-    register_autocast,
-    register_cpu_only,
-    register_fake,
-    register_training_form,
-)
+from moe_ops.ops._autocast import register_autocast
+from moe_ops.ops._autograd import direct_call, register_gradient_of
+from moe_ops.ops._checks import check, check_dim, check_float, check_same_device, dtype_name
+from moe_ops.ops._library import register_cpu_only, register_fake
 from moe_ops.ops.gated_act import GATED_ACTIVATIONS
-from moe_ops.ops.moe_ffn import check_call
+from moe_ops.ops.moe_ffn import check_call, options_of
 
-_moe_ffn_packed = caller("moe_ffn_packed")
+_moe_ffn_packed = direct_call("moe_ffn_packed")
 
 
 def pack_experts(w: Tensor, *, halves: bool = False) -> Tensor:
@@ -91,24 +84,16 @@ def moe_ffn_packed(
             pack and call in the same autocast state.
     """
     options = options_of(
-        b_gate_up,
-        b_down,
-        activation,
-        interleaved,
-        apply_router_weight_on_input,
-        alpha,
-        limit,
+        b_gate_up, b_down, activation, interleaved, apply_router_weight_on_input, alpha, limit
     )
     return _moe_ffn_packed(
-        x,
-        w_gate_up,
-        w_down,
-        packed_gate_up,
-        packed_down,
-        topk_weights,
-        topk_ids,
-        *options,
+        x, w_gate_up, w_down, packed_gate_up, packed_down, topk_weights, topk_ids, *options
     )
+
+
+def _without_copies(*args: Any) -> Tensor:
+    x, w_gate_up, w_down, _packed_gate_up, _packed_down, *rest = args
+    return torch.ops.moe_ops.moe_ffn(x, w_gate_up, w_down, *rest)
 
 
 def packed_bytes_of(w: Tensor, halves: bool) -> int:
@@ -176,7 +161,7 @@ def _(
     return x.new_empty(tuple(x.shape))
 
 
-register_training_form("moe_ffn_packed", "moe_ffn_fwd", ("packed_gate_up", "packed_down"))
+register_gradient_of("moe_ffn_packed", _without_copies)
 register_cpu_only("moe_ffn_packed", "call moe_ffn, whose CUDA kernels read weights as they are")
 register_cpu_only("pack_experts", "moe_ffn's CUDA kernels read weights as they are")
 register_autocast("moe_ffn_packed", ["x", "w_gate_up", "w_down", "b_gate_up", "b_down"])

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moe_ops.ops._register import (
-    caller,
+from moe_ops.ops._autocast import register_autocast
+from moe_ops.ops._autograd import direct_call, register_no_gradient
+from moe_ops.ops._checks import (
     check,
     check_dim,
     check_float,
@@ -14,16 +15,12 @@ from moe_ops.ops._register import (
     check_same_device,
     check_size,
     dtype_name,
-    options_of,
-    register_autocast,
-    register_cpu_only,
-    register_fake,
-    register_no_gradient,
 )
+from moe_ops.ops._library import register_cpu_only, register_fake
 from moe_ops.ops.gated_act import GATED_ACTIVATIONS, check_activation
-from moe_ops.ops.moe_ffn import check_bias, check_routing
+from moe_ops.ops.moe_ffn import check_bias, check_routing, options_of
 
-_moe_ffn_quantized = caller("moe_ffn_quantized")
+_moe_ffn_quantized = direct_call("moe_ffn_quantized")
 
 _OP = "moe_ffn_quantized"
 _GROUPS = (32, 64, 128)
@@ -105,13 +102,7 @@ def moe_ffn_quantized(
         the activation-aware scale: Lin et al. 2023, arXiv 2306.00978.
     """
     options = options_of(
-        b_gate_up,
-        b_down,
-        activation,
-        interleaved,
-        apply_router_weight_on_input,
-        alpha,
-        limit,
+        b_gate_up, b_down, activation, interleaved, apply_router_weight_on_input, alpha, limit
     )
     return _moe_ffn_quantized(
         x,
@@ -178,10 +169,7 @@ def _(
     check_index(_OP, "topk_ids", topk_ids)
     check_dim(_OP, "topk_ids", topk_ids, 2, "[T, K]")
     check_float(_OP, "x", x)
-    check(
-        x.dtype != torch.float64,
-        f"{_OP}: x must be float32, bfloat16 or float16, got float64.",
-    )
+    check(x.dtype != torch.float64, f"{_OP}: x must be float32, bfloat16 or float16, got float64.")
     check_dim(_OP, "x", x, 2, "[T, H]")
     tokens, hidden = x.shape
     up_depth = _check_weight("w_gate_up", w_gate_up, w_gate_up_scale)

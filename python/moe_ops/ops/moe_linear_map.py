@@ -6,23 +6,25 @@ from typing import Any
 
 from torch import Tensor
 
-from moe_ops.ops._register import (
-    caller,
+from moe_ops.ops._autocast import register_autocast
+from moe_ops.ops._autograd import (
+    direct_call,
+    needs_input_grad,
+    register_autograd,
+    register_no_double_backward,
+)
+from moe_ops.ops._checks import (
     check_dim,
     check_float,
     check_index,
     check_same_device,
     check_same_dtype,
     check_size,
-    needs_input_grad,
-    register_autocast,
-    register_autograd,
-    register_fake,
-    register_no_double_backward,
 )
+from moe_ops.ops._library import register_fake
 
-_moe_linear_map = caller("moe_linear_map")
-_moe_linear_map_bwd = caller("moe_linear_map_bwd")
+_moe_linear_map = direct_call("moe_linear_map")
+_moe_linear_map_bwd = direct_call("moe_linear_map_bwd")
 
 
 def moe_linear_map(x: Tensor, w: Tensor, topk_ids: Tensor, *, bias: Tensor | None = None) -> Tensor:
@@ -108,5 +110,5 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 register_autograd("moe_linear_map", _backward, _setup)
-register_no_double_backward("moe_linear_map_bwd", "moe_linear_map")
+register_no_double_backward("moe_linear_map_bwd")
 register_autocast("moe_linear_map", ["x", "w", "bias"])

@@ -6,24 +6,26 @@ from typing import Any
 
 from torch import Tensor
 
-from moe_ops.ops._register import (
+from moe_ops.ops._autocast import register_autocast
+from moe_ops.ops._autograd import (
+    direct_call,
+    needs_input_grad,
+    register_autograd,
+    register_no_double_backward,
+)
+from moe_ops.ops._checks import (
     accumulate_dtype,
-    caller,
     check_dim,
     check_float,
     check_index,
     check_same_device,
     check_same_dtype,
     check_size,
-    needs_input_grad,
-    register_autocast,
-    register_autograd,
-    register_fake,
-    register_no_double_backward,
 )
+from moe_ops.ops._library import register_fake
 
-_moe_linear_reduce = caller("moe_linear_reduce")
-_moe_linear_reduce_bwd = caller("moe_linear_reduce_bwd")
+_moe_linear_reduce = direct_call("moe_linear_reduce")
+_moe_linear_reduce_bwd = direct_call("moe_linear_reduce_bwd")
 
 
 def moe_linear_reduce(
@@ -146,5 +148,5 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 register_autograd("moe_linear_reduce", _backward, _setup)
-register_no_double_backward("moe_linear_reduce_bwd", "moe_linear_reduce")
+register_no_double_backward("moe_linear_reduce_bwd")
 register_autocast("moe_linear_reduce", ["h", "w", "bias"])

@@ -7,19 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_ops.ops._register import (
-    caller,
-    check,
-    check_dim,
-    check_float,
-    check_index,
-    check_same_device,
-    register_autocast_keep,
-    register_autograd,
-    register_fake,
-)
+from moe_ops.ops._autocast import register_autocast
+from moe_ops.ops._autograd import direct_call, register_autograd
+from moe_ops.ops._checks import check, check_dim, check_float, check_index, check_same_device
+from moe_ops.ops._library import register_fake
 
-_permute = caller("permute")
+_permute = direct_call("permute")
 
 
 def permute(x: Tensor, expert_offsets: Tensor, row_to_slot: Tensor) -> Tensor:
@@ -90,4 +83,4 @@ def _backward_bwd(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 register_autograd("permute", _backward, _setup)
 register_autograd("permute_bwd", _backward_bwd, _setup_bwd)
-register_autocast_keep("permute")
+register_autocast("permute")

@@ -5,17 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moe_ops.ops._register import (
-    caller,
-    check,
-    check_dim,
-    dtype_name,
-    register_autocast_keep,
-    register_fake,
-    register_no_gradient,
-)
+from moe_ops.ops._autocast import register_autocast
+from moe_ops.ops._autograd import direct_call, register_no_gradient
+from moe_ops.ops._checks import check, check_dim, dtype_name
+from moe_ops.ops._library import register_fake
 
-_quantize_fp8 = caller("quantize_fp8")
+_quantize_fp8 = direct_call("quantize_fp8")
 
 _OP = "quantize_fp8"
 FP8 = torch.float8_e4m3fn
@@ -72,4 +67,4 @@ def _(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 register_no_gradient(_OP, "on x.detach()")
-register_autocast_keep(_OP)
+register_autocast(_OP)

@@ -6,20 +6,13 @@ from typing import Any
 
 from torch import Tensor
 
-from moe_ops.ops._register import (
-    caller,
-    check,
-    check_float,
-    check_same_device,
-    check_size,
-    register_autocast_keep,
-    register_autograd,
-    register_cpu_only,
-    register_fake,
-)
+from moe_ops.ops._autocast import register_autocast
+from moe_ops.ops._autograd import direct_call, register_autograd
+from moe_ops.ops._checks import check, check_float, check_same_device, check_size
+from moe_ops.ops._library import register_cpu_only, register_fake
 from moe_ops.reference.rotary import rotary as _formula
 
-_rotary = caller("rotary")
+_rotary = direct_call("rotary")
 
 
 def rotary(t: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool = False) -> Tensor:
@@ -93,5 +86,5 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 register_autograd("rotary", _backward, _setup)
-register_autocast_keep("rotary")
+register_autocast("rotary")
 register_cpu_only("rotary", "call moe_ops.rotary, which is torch's operations there")

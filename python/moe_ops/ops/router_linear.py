@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_ops.ops._register import (
+from moe_ops.ops._autocast import register_autocast
+from moe_ops.ops._autograd import direct_call, needs_input_grad, register_autograd
+from moe_ops.ops._checks import (
     accumulate_dtype,
-    caller,
     check,
     check_dim,
     check_float,
@@ -18,15 +19,11 @@ from moe_ops.ops._register import (
     check_same_dtype,
     check_size,
     dtype_name,
-    needs_input_grad,
-    register_autocast,
-    register_autograd,
-    register_cpu_only,
-    register_fake,
 )
+from moe_ops.ops._library import register_cpu_only, register_fake
 
-_router_linear = caller("router_linear")
-_router_linear_bwd = caller("router_linear_bwd")
+_router_linear = direct_call("router_linear")
+_router_linear_bwd = direct_call("router_linear_bwd")
 
 
 def router_linear(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moe_ops.ops._register import check, check_dim, check_index, register_fake
+from moe_ops.ops._checks import check, check_dim, check_index
+from moe_ops.ops._library import register_fake
 
 
 def sort_slots(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:

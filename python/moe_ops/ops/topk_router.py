@@ -8,23 +8,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_ops.ops._register import (
+from moe_ops.ops._autocast import register_autocast
+from moe_ops.ops._autograd import direct_call, register_autograd, register_no_double_backward
+from moe_ops.ops._checks import (
     accumulate_dtype,
-    caller,
     check,
     check_dim,
     check_float,
     check_index,
     check_same_device,
     check_size,
-    register_autocast,
-    register_autograd,
-    register_fake,
-    register_no_double_backward,
 )
+from moe_ops.ops._library import register_fake
 
-_topk_router = caller("topk_router")
-_topk_router_bwd = caller("topk_router_bwd")
+_topk_router = direct_call("topk_router")
+_topk_router_bwd = direct_call("topk_router_bwd")
 
 
 def topk_router(
@@ -233,5 +231,5 @@ def _backward(ctx: Any, grad_weights: Tensor, _: Tensor | None) -> tuple[Any, ..
 
 
 register_autograd("topk_router", _backward, _setup)
-register_no_double_backward("topk_router_bwd", "topk_router")
+register_no_double_backward("topk_router_bwd")
 register_autocast("topk_router", ["router_logits"], torch.float32)

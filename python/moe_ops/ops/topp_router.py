@@ -7,15 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_ops.ops._register import (
-    caller,
-    check,
-    check_same_device,
-    register_autocast,
-    register_autograd,
-    register_fake,
-    register_no_double_backward,
-)
+from moe_ops.ops._autocast import register_autocast
+from moe_ops.ops._autograd import direct_call, register_autograd, register_no_double_backward
+from moe_ops.ops._checks import check, check_same_device
+from moe_ops.ops._library import register_fake
 from moe_ops.ops.topk_router import (
     check_router_logits,
     check_scaling_factor,
@@ -23,7 +18,7 @@ from moe_ops.ops.topk_router import (
     fake_router_outputs,
 )
 
-_topp_router = caller("topp_router")
+_topp_router = direct_call("topp_router")
 
 
 def topp_router(
@@ -129,5 +124,5 @@ def _backward(ctx: Any, grad_weights: Tensor, _: Tensor | None) -> tuple[Any, ..
 
 
 register_autograd("topp_router", _backward, _setup)
-register_no_double_backward("topp_router_bwd", "topp_router")
+register_no_double_backward("topp_router_bwd")
 register_autocast("topp_router", ["router_logits"], torch.float32)

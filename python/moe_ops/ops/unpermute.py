@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_ops.ops._register import (
+from moe_ops.ops._autocast import register_autocast
+from moe_ops.ops._autograd import direct_call, register_autograd
+from moe_ops.ops._checks import (
     accumulate_dtype,
-    caller,
     check,
     check_dim,
     check_float,
@@ -17,12 +18,10 @@ from moe_ops.ops._register import (
     check_same_device,
     check_same_dtype,
     check_size,
-    register_autocast_keep,
-    register_autograd,
-    register_fake,
 )
+from moe_ops.ops._library import register_fake
 
-_unpermute = caller("unpermute")
+_unpermute = direct_call("unpermute")
 
 
 def unpermute(
@@ -146,4 +145,4 @@ def _backward_bwd(ctx: Any, gg_rows: Tensor | None, gg_weights: Tensor | None) -
 
 register_autograd("unpermute", _backward, _setup)
 register_autograd("unpermute_bwd", _backward_bwd, _setup_bwd)
-register_autocast_keep("unpermute")
+register_autocast("unpermute")

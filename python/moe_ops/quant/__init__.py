@@ -6,6 +6,8 @@ Letters in all files: T tokens, H hidden size, I intermediate size, E experts, K
 
 from __future__ import annotations
 
+from moe_ops.expert_weights import ExpertInputs, ExpertWeights
+
 from .baseline import BankRecord, Baseline, perplexity, record_baseline
 from .convert import quantize_experts
 from .formats import dequantize, quantize
@@ -17,6 +19,8 @@ __all__ = [
     "BankQuality",
     "BankRecord",
     "Baseline",
+    "ExpertInputs",
+    "ExpertWeights",
     "QualityReport",
     "ScaleChoice",
     "dequantize",

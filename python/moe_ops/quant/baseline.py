@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .bank import Adapter, BankInputs, check_whole_bank, find_banks, take_tokens
+from moe_ops.expert_weights import ExpertInputs, ExpertsHook
+
+from .bank import check_whole_bank, find_banks
 
 MAX_TOKENS = 512
 
@@ -20,7 +22,7 @@ MAX_TOKENS = 512
 class BankRecord:
     """One bank: inputs it saw, its output y [T, H] fp32 (None when not asked for), its size."""
 
-    inputs: BankInputs
+    inputs: ExpertInputs
     y: Tensor | None
     num_bytes: int
 
@@ -68,23 +70,22 @@ def record_baseline(
         ValueError: no bank of float experts, a bank that saw no token, or, with `outputs`, weights
             that are sharded over processes.
     """
-    adapters: dict[str, Adapter] = {}
-    chunks: dict[str, list[BankInputs]] = {}
+    chunks: dict[str, list[ExpertInputs]] = {}
     handles = []
     batches = [] if callable(inputs) else list(inputs)
     quota = max_tokens  # What a bank may have kept by the end of the present batch.
 
-    def keep(name: str, adapter: Adapter) -> Callable[..., None]:
+    def keep(name: str, experts: ExpertsHook) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             kept = chunks[name]
             room = quota - sum(c.x.shape[0] for c in kept)
             if room <= 0:
                 return
-            call = adapter.inputs(module, args, kwargs)
+            call = experts.inputs(module, args, kwargs)
             count = call.x.shape[0]
             if count:
                 index = torch.arange(min(room, count), device=call.x.device)
-                some = take_tokens(call, index * count // min(room, count))
+                some = call.take(index * count // min(room, count))
                 kept.append(some._replace(x=some.x.clone()))
 
         return hook
@@ -92,12 +93,11 @@ def record_baseline(
     for found in find_banks(model, unsupported="skip"):
         if outputs:
             check_whole_bank("record_baseline", found.name, found.module, found.bank)
-        adapters[found.name] = found.adapter
         chunks[found.name] = []
-        hook = keep(found.name, found.adapter)
+        hook = keep(found.name, found.hook)
         handles.append(found.module.register_forward_pre_hook(hook, with_kwargs=True))
         del found
-    if not adapters:
+    if not chunks:
         raise ValueError(
             f"record_baseline: model must hold a bank of float experts, got "
             f"{type(model).__name__} without one."
@@ -128,7 +128,7 @@ def record_baseline(
             raise ValueError(
                 f"record_baseline: inputs must reach every bank, got no token for {found.name!r}."
             )
-        together = BankInputs(
+        together = ExpertInputs(
             torch.cat([c.x for c in kept]),
             torch.cat([c.topk_weights for c in kept]),
             torch.cat([c.topk_ids for c in kept]),

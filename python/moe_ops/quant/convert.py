@@ -9,14 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from .bank import (
-    FloatBank,
-    check_finite,
-    check_weights,
-    find_banks,
-    idle_patterns,
-    is_pretrained,
-)
+from moe_ops.expert_weights import ExpertWeights, hooks_for
+
+from .bank import check_finite, check_weights, find_banks, idle_patterns
 from .baseline import Baseline, record_baseline
 from .formats import check_divides, check_format, quantize
 from .scales import GRID, find_x_scale
@@ -67,13 +62,9 @@ def quantize_experts(
     """
     groups = check_format("quantize_experts", format, group_size) or None
     patterns = (skip,) if isinstance(skip, str) else tuple(skip)
-    method = getattr(model, "quantization_method", None)
-    if is_pretrained(model) and method is not None:
-        # A checkpoint has room for one method and one format.
-        raise ValueError(
-            f"quantize_experts: model must be a float model, got one quantised by "
-            f"{getattr(method, 'value', method)}."
-        )
+    known = hooks_for(model)
+    for hook in known:
+        hook.check_root(model)
     for pattern in idle_patterns(model, patterns):
         warnings.warn(
             f"quantize_experts: skip must match the name of a bank, got {pattern!r}, which matches "
@@ -104,8 +95,12 @@ def quantize_experts(
         if progress is not None:
             progress(found.name, done, len(names))
         check_finite("quantize_experts", found.name, found.module, found.bank)
-        experts = found.adapter.new(
-            found.bank, format=format, group_size=groups, x_scale=baseline is not None
+        experts = found.hook.new_quantized(
+            found.module,
+            found.bank,
+            format=format,
+            group_size=groups,
+            x_scale=baseline is not None,
         )
         x_scale = exponent = None
         if baseline is not None:
@@ -115,17 +110,15 @@ def quantize_experts(
         fill(experts, found.bank, x_scale)
         experts.scale_exponent = exponent
         experts.train(found.module.training)
-        model = found.adapter.install(model, found.module, experts)
+        model = found.hook.install(model, found.module, experts)
         del found
-    if is_pretrained(model):
-        from moe_ops.hf.quantizer import mark_quantized
-
-        mark_quantized(model, format, groups, baseline is not None, patterns)
+    for hook in known:
+        hook.mark_quantized(model, format, groups, baseline is not None, patterns)
     return model
 
 
 @torch.no_grad()
-def fill(experts: Any, bank: FloatBank, x_scale: torch.Tensor | None = None) -> None:
+def fill(experts: Any, bank: ExpertWeights, x_scale: torch.Tensor | None = None) -> None:
     """Rounds the weights of `bank` into the buffers of `experts`, an expert at a time."""
     groups = experts.group_size
     if x_scale is not None:
@@ -142,10 +135,10 @@ def fill(experts: Any, bank: FloatBank, x_scale: torch.Tensor | None = None) -> 
         bias = getattr(bank, name)
         if bias is not None:
             getattr(experts, name).copy_(bias)
-    experts.settle()
+    experts.move_to_huge_pages()
 
 
-def check_sizes(name: str, bank: FloatBank, group_size: int | None) -> None:
+def check_sizes(name: str, bank: ExpertWeights, group_size: int | None) -> None:
     if group_size is None:
         return
     for what, size in (("w_gate_up", bank.hidden_size), ("w_down", bank.intermediate_size)):

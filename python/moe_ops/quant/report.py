@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from moe_ops.expert_weights import is_quantized
+
 from .baseline import Baseline, perplexity
 
 
@@ -125,14 +127,12 @@ def quality_report(model: nn.Module, baseline: Baseline) -> QualityReport:
 
 def quantized_experts_of(model: nn.Module, name: str) -> Any:
     """The quantised bank that took the place of the float one called `name`, or None."""
-    from moe_ops.layers import QuantizedExperts
-
     try:
         module: Any = model.get_submodule(name)
     except AttributeError:
         raise ValueError(
             f"quality_report: baseline must be of this model, got a bank {name!r}."
         ) from None
-    if not isinstance(module, QuantizedExperts):  # A block that keeps its bank as a part.
+    if not is_quantized(module):  # A block that keeps its bank as a part.
         module = getattr(module, "experts", None)
-    return module if isinstance(module, QuantizedExperts) else None
+    return module if is_quantized(module) else None

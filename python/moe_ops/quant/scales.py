@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from .bank import BankInputs, FloatBank, take_tokens, tokens_of
+from moe_ops.expert_weights import ExpertInputs, ExpertWeights
+
 from .formats import dequantize, quantize
 
 GRID = 10
@@ -28,8 +29,8 @@ class ScaleChoice(NamedTuple):
 
 
 def find_x_scale(
-    bank: FloatBank,
-    inputs: BankInputs,
+    bank: ExpertWeights,
+    inputs: ExpertInputs,
     format: str,
     group_size: int | None,
     *,
@@ -60,8 +61,8 @@ def find_x_scale(
         s = size**exponent
         scales.append((s.max() * s.min()).sqrt() / s)  # 1 / s, normalised as AWQ does.
     errors = [0.0] * len(candidates)
-    for expert, tokens in tokens_of(inputs, bank.num_experts):
-        here = take_tokens(inputs, tokens)
+    for expert, tokens in inputs.tokens_by_expert(bank.num_experts):
+        here = inputs.take(tokens)
         weight = bank.gate_up_of(expert)
         exact = bank.run_expert(expert, here, weight)
         for i, x_scale in enumerate(scales):

@@ -6,9 +6,9 @@
     model = zoo.create("jetmoe", preset="tiny")      # a model of a named size
     model = zoo.create("jetmoe", preset="tiny", num_experts=4)
 
-Each system is one module, ``moe_ops.zoo.<name>``, with a frozen dataclass of sizes (its presets are
-class methods, ``JetMoEConfig.jetmoe_8b()``) and the model, a plain `torch.nn.Module`. Nothing is
-imported before it is asked for.
+Each system is a module or a package, ``moe_ops.zoo.<name>``, with a frozen dataclass of sizes (its
+presets are class methods, ``JetMoEConfig.jetmoe_8b()``) and the model, a plain `torch.nn.Module`.
+``moe_ops.zoo.lm`` is what the language models share. Nothing is imported before it is asked for.
 """
 
 from __future__ import annotations
@@ -18,6 +18,10 @@ import importlib
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
+
+from moe_ops._fields import check_choice, check_names
+
+from . import _moved as _moved
 
 __all__ = ["System", "create", "get", "register", "systems"]
 
@@ -67,20 +71,9 @@ class System:
             ValueError: an unknown preset or field.
         """
         config_class = getattr(self.load(), self.config)
-        if preset not in config_class.PRESETS:
-            raise ValueError(
-                f"moe_ops.zoo: preset of {self.name} must be one of "
-                f"{', '.join(config_class.PRESETS)}, got {preset!r}."
-            )
-        config = getattr(config_class, preset)()
-        known = {field.name for field in dataclasses.fields(config)}
-        unknown = sorted(set(overrides) - known)
-        if unknown:
-            raise ValueError(
-                f"moe_ops.zoo: {config_class.__name__} must be given fields among "
-                f"{', '.join(sorted(known))}, got {', '.join(unknown)}."
-            )
-        return dataclasses.replace(config, **overrides)
+        check_choice("moe_ops.zoo", f"preset of {self.name}", preset, config_class.PRESETS)
+        check_names(config_class, overrides, f"moe_ops.zoo: {config_class.__name__}")
+        return dataclasses.replace(getattr(config_class, preset)(), **overrides)
 
     def create(self, preset: str = "tiny", **overrides: Any) -> Any:
         """The model of `make_config`, with fresh weights."""
@@ -113,9 +106,7 @@ def get(name: str) -> System:
     Raises:
         ValueError: there is none of this name.
     """
-    if name not in _SYSTEMS:
-        known = ", ".join(_SYSTEMS) or "nothing yet"
-        raise ValueError(f"moe_ops.zoo: name must be one of {known}, got {name!r}.")
+    check_choice("moe_ops.zoo", "name", name, _SYSTEMS)
     return _SYSTEMS[name]
 
 
@@ -133,82 +124,24 @@ def create(name: str, preset: str = "tiny", **overrides: Any) -> Any:
     return get(name).create(preset, **overrides)
 
 
-# One line a system; modules are imported by `System.load` alone.
-register(
-    System(
-        "jetmoe",
-        "moe_ops.zoo.jetmoe",
-        "JetMoEConfig",
-        "JetMoE",
-        "Language model with sparse attention and sparse feed-forward experts.",
-        needs="zoo",
-    )
-)
-register(
-    System(
-        "deepseek",
-        "moe_ops.zoo.deepseek",
-        "DeepSeekConfig",
-        "DeepSeek",
-        "DeepSeekMoE V1 to V3: small experts, shared experts, balance by losses or a bias.",
-        needs="zoo",
-    )
-)
-register(
-    System(
-        "moduleformer",
-        "moe_ops.zoo.moduleformer",
-        "ModuleFormerConfig",
-        "ModuleFormer",
-        "ModuleFormer: modules that can be inserted and pruned, stick-breaking attention.",
-        needs="zoo",
-    )
-)
-register(
-    System(
-        "coe",
-        "moe_ops.zoo.coe",
-        "CoEConfig",
-        "CoE",
-        "Chain-of-Experts: the same experts several times in a row, each time routed anew.",
-        needs="zoo",
-    )
-)
-register(
-    System(
-        "topp",
-        "moe_ops.zoo.topp",
-        "TopPConfig",
-        "TopP",
-        "Dynamic top-p routing: harder tokens use more experts.",
-        needs="zoo",
-    )
-)
-register(
-    System(
-        "home",
-        "moe_ops.zoo.home",
-        "HoMEConfig",
-        "build",
-        "Multi-task recommenders: HoME, PLE, CGC, MMoE, AdaMMoE and a shared bottom.",
-    )
-)
-register(
-    System(
-        "mowst",
-        "moe_ops.zoo.mowst",
-        "MowstConfig",
-        "Mowst",
-        "Mowst: a weak and a strong expert on a graph, mixed by the weak one's confidence.",
-        needs="graphs",
-    )
-)
-register(
-    System(
-        "t2mir",
-        "moe_ops.zoo.t2mir",
-        "T2MIRConfig",
-        "T2MIR",
-        "In-context reinforcement learning with experts routed by token and by task.",
-    )
-)
+# Name, config, model, extra and summary; a system is imported by `System.load` alone.
+_OURS = (
+    ("jetmoe", "JetMoEConfig", "JetMoE", "zoo",
+     "Language model with sparse attention and sparse feed-forward experts."),
+    ("deepseek", "DeepSeekConfig", "DeepSeek", "zoo",
+     "DeepSeekMoE V1 to V3: small experts, shared experts, balance by losses or a bias."),
+    ("moduleformer", "ModuleFormerConfig", "ModuleFormer", "zoo",
+     "ModuleFormer: modules that can be inserted and pruned, stick-breaking attention."),
+    ("coe", "CoEConfig", "CoE", "zoo",
+     "Chain-of-Experts: the same experts several times in a row, each time routed anew."),
+    ("topp", "TopPConfig", "TopP", "zoo",
+     "Dynamic top-p routing: harder tokens use more experts."),
+    ("home", "HoMEConfig", "build", "",
+     "Multi-task recommenders: HoME, PLE, CGC, MMoE, AdaMMoE and a shared bottom."),
+    ("mowst", "MowstConfig", "Mowst", "graphs",
+     "Mowst: a weak and a strong expert on a graph, mixed by the weak one's confidence."),
+    ("t2mir", "T2MIRConfig", "T2MIR", "",
+     "In-context reinforcement learning with experts routed by token and by task."),
+)  # fmt: skip
+for _name, _config, _model, _needs, _summary in _OURS:
+    register(System(_name, f"moe_ops.zoo.{_name}", _config, _model, _summary, _needs))

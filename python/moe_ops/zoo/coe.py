@@ -9,35 +9,34 @@ iteration, C iterations.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from moe_ops._fields import Fields, overridden
+from moe_ops._fields import Fields
 from moe_ops.layers import Experts, Router, SharedExperts
+from moe_ops.layers.rotary import Rope, Yarn
 
-from .blocks import LatentAttention, Rope, Yarn, publish_rope, published_rope
-from .checkpoint import Entry, bank_entries, dense_entries
-from .embedding import TokenEmbedding
-from .language_model import CausalLM, Step
+from .lm.attention import LatentAttention
+from .lm.blocks import Step, attention_entries
+from .lm.checkpoint import Entry, dense_entries, expert_entries
+from .lm.config import LATENT_KEYS, LLAMA_KEYS, LMConfig, flag, number, size
+from .lm.model import CausalLM
 
 # What the published config calls the residuals: (inner, outer).
 RESIDUALS = {"inner": (True, False), "outer": (False, True), "none": (False, False)}
 
 
 @dataclass(frozen=True)
-class CoEConfig:
+class CoEConfig(LMConfig):
     """Sizes and options of a Chain-of-Experts.
 
-    Attributes:
-        vocab_size: V.
-        hidden_size: H.
+    Attributes, beside those of `LMConfig`:
         num_layers: blocks, all with experts.
         num_heads, q_rank, kv_rank, nope_size, rope_size, v_size: of the latent attention.
-        rope_theta, yarn: see `blocks.Rope`.
+        rope_theta, yarn: see `moe_ops.layers.rotary.Rope`.
         intermediate_size: I, of one expert.
         num_experts, top_k: E routed experts, K of them in each iteration.
         num_shared_experts: experts that every token passes in each iteration.
@@ -49,16 +48,35 @@ class CoEConfig:
             which goes on from the *normalised* state.
         renormalize, routed_scaling_factor: see `moe_ops.layers.Router`.
         sequence_balance_coefficient: of the loss, summed over layers and iterations.
-        context: tokens it was trained on; nothing is limited by it.
         norm_eps: of all norms but those inside the attention (1e-6).
-        init_std: of all weights.
     """
 
     PRESETS: ClassVar[tuple[str, ...]] = ("tiny", "tiny_published", "c2k4", "c1k8")
+    KEYS: ClassVar = {
+        **LLAMA_KEYS,
+        **LATENT_KEYS,
+        "num_heads": size("num_attention_heads"),
+        "intermediate_size": size("moe_intermediate_size"),
+        "num_experts": size("n_routed_experts"),
+        "top_k": size("num_experts_per_tok"),
+        "num_shared_experts": size("n_shared_experts", default=0, least=0),
+        "num_iterations": size("inner_iter", default=1),
+        "own_gates": flag("use_igate", default=True),
+        "renormalize": flag("norm_topk_prob", default=False),
+        "routed_scaling_factor": number("routed_scaling_factor", default=1.0),
+        "sequence_balance_coefficient": number("aux_loss_alpha", default=0.0),
+    }
+    FIXED: ClassVar = {
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "first_k_dense_replace": 0,
+        "moe_layer_freq": 1,
+        "topk_method": "greedy",
+        "scoring_func": "softmax",
+        "seq_aux": True,
+        "tie_word_embeddings": False,
+    }
 
-    vocab_size: int = 256
-    hidden_size: int = 64
-    num_layers: int = 2
     num_heads: int = 4
     q_rank: int | None = None
     kv_rank: int = 32
@@ -78,9 +96,7 @@ class CoEConfig:
     renormalize: bool = False
     routed_scaling_factor: float = 1.0
     sequence_balance_coefficient: float = 1e-3
-    context: int = 128
     norm_eps: float = 1e-6
-    init_std: float = 0.02
 
     @classmethod
     def tiny(cls) -> CoEConfig:
@@ -121,86 +137,19 @@ class CoEConfig:
         return {"sequence_balance": self.sequence_balance_coefficient}
 
     @classmethod
-    def from_published(cls, published: Mapping[str, Any], **overrides: Any) -> CoEConfig:
-        """From the config.json of the published code."""
-        read = Fields(published, cls.__name__)
-        for name, wanted in (
-            ("hidden_act", "silu"), ("attention_bias", False), ("first_k_dense_replace", 0),
-            ("moe_layer_freq", 1), ("topk_method", "greedy"), ("scoring_func", "softmax"),
-            ("seq_aux", True), ("tie_word_embeddings", False),
-        ):  # fmt: skip
-            read.must_be(name, wanted)
-        residual = read.choice("residual", of=RESIDUALS, default="inner")
-        theta, yarn = published_rope(read)
-        inner, outer = RESIDUALS[residual]
-        config = cls(
-            vocab_size=read.size("vocab_size"),
-            hidden_size=read.size("hidden_size"),
-            num_layers=read.size("num_hidden_layers"),
-            num_heads=read.size("num_attention_heads"),
-            q_rank=read.size("q_lora_rank", default=None),
-            kv_rank=read.size("kv_lora_rank"),
-            nope_size=read.size("qk_nope_head_dim"),
-            rope_size=read.size("qk_rope_head_dim"),
-            v_size=read.size("v_head_dim"),
-            rope_theta=theta,
-            yarn=yarn,
-            intermediate_size=read.size("moe_intermediate_size"),
-            num_experts=read.size("n_routed_experts"),
-            top_k=read.size("num_experts_per_tok"),
-            num_shared_experts=read.size("n_shared_experts", default=0, least=0),
-            num_iterations=read.size("inner_iter", default=1),
-            own_gates=read.flag("use_igate", default=True),
-            inner_residual=inner,
-            outer_residual=outer,
-            renormalize=read.flag("norm_topk_prob", default=False),
-            routed_scaling_factor=read.number("routed_scaling_factor", default=1.0),
-            sequence_balance_coefficient=read.number("aux_loss_alpha", default=0.0),
-            context=read.size("max_position_embeddings", default=cls.context),
-            norm_eps=read.number("rms_norm_eps", default=cls.norm_eps, least=0),
-            init_std=read.number("initializer_range", default=cls.init_std, least=0),
-        )
-        return overridden(config, overrides)
+    def read_more(cls, published: Fields) -> dict[str, Any]:
+        residual = published.choice("residual", of=RESIDUALS, default="inner")
+        return dict(zip(("inner_residual", "outer_residual"), RESIDUALS[residual], strict=True))
 
-    def to_published(self) -> dict[str, Any]:
-        """config.json with the names of the published code, which has no name for both residuals
-        at once."""
+    def write_more(self) -> dict[str, Any]:
+        # The published code has no name for both residuals at once.
         residuals = (self.inner_residual, self.outer_residual and not self.inner_residual)
         return {
             "architectures": ["CoeForCausalLM"],
             "model_type": "coe_deepseekv2",
-            "vocab_size": self.vocab_size,
-            "hidden_size": self.hidden_size,
-            "num_hidden_layers": self.num_layers,
-            "first_k_dense_replace": 0,
-            "moe_layer_freq": 1,
-            "num_attention_heads": self.num_heads,
             "num_key_value_heads": self.num_heads,
-            "q_lora_rank": self.q_rank,
-            "kv_lora_rank": self.kv_rank,
-            "qk_nope_head_dim": self.nope_size,
-            "qk_rope_head_dim": self.rope_size,
-            "v_head_dim": self.v_size,
-            "moe_intermediate_size": self.intermediate_size,
-            "n_routed_experts": self.num_experts,
-            "num_experts_per_tok": self.top_k,
             "n_shared_experts": self.num_shared_experts or None,
-            "inner_iter": self.num_iterations,
-            "use_igate": self.own_gates,
             "residual": next(n for n, pair in RESIDUALS.items() if pair == residuals),
-            "topk_method": "greedy",
-            "scoring_func": "softmax",
-            "norm_topk_prob": self.renormalize,
-            "routed_scaling_factor": self.routed_scaling_factor,
-            "seq_aux": True,
-            "aux_loss_alpha": self.sequence_balance_coefficient,
-            "max_position_embeddings": self.context,
-            "rms_norm_eps": self.norm_eps,
-            "tie_word_embeddings": False,
-            "initializer_range": self.init_std,
-            "hidden_act": "silu",
-            "attention_bias": False,
-            **publish_rope(self.rope_theta, self.yarn),
         }
 
 
@@ -211,7 +160,7 @@ class ChainOfExperts(nn.Module):
 
     Args:
         routers: one for each iteration, or one for all.
-        experts: the bank.
+        experts: those of all iterations.
         shared_experts: a module that every token passes in each iteration, or None.
         num_iterations: C >= 1.
         inner_residual: add x_(t-1).
@@ -269,16 +218,7 @@ class CoEBlock(nn.Module):
         super().__init__()
         hidden = config.hidden_size
         self.attention_norm = nn.RMSNorm(hidden, eps=config.norm_eps)
-        self.attention = LatentAttention(
-            hidden,
-            config.num_heads,
-            q_rank=config.q_rank,
-            kv_rank=config.kv_rank,
-            nope_size=config.nope_size,
-            rope_size=config.rope_size,
-            v_size=config.v_size,
-            rope=rope,
-        )
+        self.attention = LatentAttention.of(config, rope)
         self.mlp_norm = nn.RMSNorm(hidden, eps=config.norm_eps)
         routers = [
             Router(
@@ -318,13 +258,13 @@ class CoE(CausalLM):
 
     def __init__(self, config: CoEConfig) -> None:
         super().__init__()
-        self.config = config
-        self.rope = Rope(config.rope_size, config.rope_theta, True, config.yarn)
-        self.embed_tokens = TokenEmbedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(CoEBlock(config, self.rope) for _ in range(config.num_layers))
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.reset_parameters()
+        rope = Rope(config.rope_size, config.rope_theta, True, config.yarn)
+        self.assemble(
+            config,
+            (CoEBlock(config, rope) for _ in range(config.num_layers)),
+            nn.RMSNorm(config.hidden_size, eps=config.norm_eps),
+            rope,
+        )
 
     def reset_parameters(self) -> None:
         """Weights N(0, init_std); those of routers uniform in +-1/sqrt(H) as published; norms 1."""
@@ -342,33 +282,20 @@ class CoE(CausalLM):
         config, idle = self.config, 0
         used = min(config.num_experts, config.top_k * config.num_iterations)
         for block in self.layers:
-            bank = sum(p.numel() for p in block.mlp.experts.parameters())
-            idle += bank * (config.num_experts - used) // config.num_experts
+            total = sum(p.numel() for p in block.mlp.experts.parameters())
+            idle += total * (config.num_experts - used) // config.num_experts
         return idle
 
-    def entries(self) -> list[Entry]:
-        config = self.config
-        entries = [Entry("embed_tokens.weight", ("model.embed_tokens.weight",))]
-        for i, block in enumerate(self.layers):
-            ours, theirs = f"layers.{i}", f"model.layers.{i}"
-            entries += [
-                Entry(f"{ours}.attention_norm.weight", (f"{theirs}.input_layernorm.weight",)),
-                *block.attention.entries(f"{ours}.attention", f"{theirs}.self_attn"),
-                Entry(f"{ours}.mlp_norm.weight", (f"{theirs}.post_attention_layernorm.weight",)),
-            ]
-            for t in range(len(block.mlp.routers)):
-                gate = f"gate.{t}" if config.own_gates else "gate"
-                key = f"{theirs}.mlp.{gate}.weight"
-                entries.append(Entry(f"{ours}.mlp.routers.{t}.weight", (key,)))
-            entries += bank_entries(
-                f"{ours}.mlp.experts", f"{theirs}.mlp.experts", config.num_experts
+    def block_entries(self, block: Any, ours: str, theirs: str) -> list[Entry]:
+        entries = attention_entries(block, ours, theirs)
+        for t in range(len(block.mlp.routers)):
+            gate = f"gate.{t}" if self.config.own_gates else "gate"
+            entries.append(
+                Entry(f"{ours}.mlp.routers.{t}.weight", (f"{theirs}.mlp.{gate}.weight",))
             )
-            if block.mlp.shared_experts is not None:
-                entries += dense_entries(
-                    f"{ours}.mlp.shared_experts", f"{theirs}.mlp.shared_experts"
-                )
-        return [
-            *entries,
-            Entry("norm.weight", ("model.norm.weight",)),
-            Entry("lm_head.weight", ("lm_head.weight",)),
-        ]
+        entries += expert_entries(
+            f"{ours}.mlp.experts", f"{theirs}.mlp.experts", self.config.num_experts
+        )
+        if block.mlp.shared_experts is not None:
+            entries += dense_entries(f"{ours}.mlp.shared_experts", f"{theirs}.mlp.shared_experts")
+        return entries

@@ -8,38 +8,33 @@ n key-value heads, d head size.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from moe_ops._fields import Fields, overridden
 from moe_ops.layers import AttentionExperts, Experts, MoE, ResidualNorm, Router
+from moe_ops.layers.rotary import Rope
 
-from .blocks import Rope, published_rope
-from .checkpoint import Entry
-from .embedding import TokenEmbedding
-from .language_model import CausalLM, Step
+from .lm.blocks import Step
+from .lm.checkpoint import Entry, renamed
+from .lm.config import LLAMA_KEYS, OWN, LMConfig, flag, number, size
+from .lm.model import CausalLM
 
 # The published code gives its block norms no eps from the config; the last norm has it.
 BLOCK_NORM_EPS = 1e-6
 
 
 @dataclass(frozen=True)
-class JetMoEConfig:
+class JetMoEConfig(LMConfig):
     """Sizes of a JetMoE.
 
-    Attributes:
-        vocab_size: V.
-        hidden_size: H.
-        num_layers: blocks.
+    Attributes, beside those of `LMConfig`:
         num_kv_heads, head_size: n and d; a token has K * n query heads.
         intermediate_size: I.
         num_experts, top_k: E and K, of the attention and of the feed-forward experts.
         rope_theta: base of the rotary embeddings.
-        context: tokens it was trained on; nothing is limited by it.
         norm_eps: of the last norm; those of the blocks have 1e-6.
         tie_embeddings: the embedding is also the output's weight.
         init_std: of all weights; biases start at 0.
@@ -48,6 +43,19 @@ class JetMoEConfig:
     """
 
     PRESETS: ClassVar[tuple[str, ...]] = ("tiny", "jetmoe_8b")
+    # Of transformers, and of the code released with the checkpoint, which has other names for I, E
+    # and K.
+    KEYS: ClassVar = {
+        **LLAMA_KEYS,
+        "num_kv_heads": size("num_key_value_heads"),
+        "head_size": size("kv_channels"),
+        "intermediate_size": size("intermediate_size", "ffn_hidden_size"),
+        "num_experts": size("num_local_experts", "moe_num_experts"),
+        "top_k": size("num_experts_per_tok", "moe_top_k"),
+        "tie_embeddings": flag("tie_word_embeddings", default=True),
+        "load_balancing_coefficient": number("aux_loss_coef", default=OWN),
+    }
+    FIXED: ClassVar = {"activation_function": "silu"}
 
     vocab_size: int = 32_000
     hidden_size: int = 2048
@@ -91,58 +99,11 @@ class JetMoEConfig:
             "router_z": self.router_z_coefficient,
         }
 
-    @classmethod
-    def from_published(cls, published: Mapping[str, Any], **overrides: Any) -> JetMoEConfig:
-        """From config.json: of transformers, or of the code released with the checkpoint, which has
-        other names for I, E and K."""
-
-        read = Fields(published, cls.__name__)
-        read.must_be("activation_function", "silu")
-        theta, yarn = published_rope(read)
-        if yarn is not None:
-            raise ValueError("JetMoEConfig: rope_scaling must be none, got yarn.")
-        config = cls(
-            vocab_size=read.size("vocab_size"),
-            hidden_size=read.size("hidden_size"),
-            num_layers=read.size("num_hidden_layers"),
-            num_kv_heads=read.size("num_key_value_heads"),
-            head_size=read.size("kv_channels"),
-            intermediate_size=read.size("intermediate_size", "ffn_hidden_size"),
-            num_experts=read.size("num_local_experts", "moe_num_experts"),
-            top_k=read.size("num_experts_per_tok", "moe_top_k"),
-            rope_theta=theta,
-            context=read.size("max_position_embeddings", default=cls.context),
-            norm_eps=read.number("rms_norm_eps", default=cls.norm_eps, least=0),
-            tie_embeddings=read.flag("tie_word_embeddings", default=True),
-            init_std=read.number("initializer_range", default=cls.init_std, least=0),
-            load_balancing_coefficient=read.number(
-                "aux_loss_coef", default=cls.load_balancing_coefficient
-            ),
-        )
-        return overridden(config, overrides)
-
-    def to_published(self) -> dict[str, Any]:
-        """config.json as transformers writes it."""
+    def write_more(self) -> dict[str, Any]:
         return {
             "architectures": ["JetMoeForCausalLM"],
             "model_type": "jetmoe",
-            "vocab_size": self.vocab_size,
-            "hidden_size": self.hidden_size,
-            "num_hidden_layers": self.num_layers,
-            "num_key_value_heads": self.num_kv_heads,
             "num_attention_heads": self.num_kv_heads * self.top_k,
-            "kv_channels": self.head_size,
-            "intermediate_size": self.intermediate_size,
-            "num_local_experts": self.num_experts,
-            "num_experts_per_tok": self.top_k,
-            "rope_theta": self.rope_theta,
-            "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta},
-            "max_position_embeddings": self.context,
-            "rms_norm_eps": self.norm_eps,
-            "tie_word_embeddings": self.tie_embeddings,
-            "initializer_range": self.init_std,
-            "aux_loss_coef": self.load_balancing_coefficient,
-            "activation_function": "silu",
         }
 
 
@@ -174,24 +135,17 @@ class JetMoEBlock(nn.Module):
         self, x: Tensor, delta: Tensor | None, bias: Tensor | None, step: Step, index: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         """From x + delta + bias, what came in, to the same three of what goes out."""
-        record = step.routing is not None
         y, x = self.attention_norm(x, delta, bias)
-        attended = self.attention(
+        attended = step.through(
+            f"layers.{index}.attention",
+            self.attention,
             y,
             cache=step.cache(index),
             angles=step.rotation,
             add_bias=False,
-            return_routing=record,
         )
-        if record:
-            step.record(f"layers.{index}.attention", self.attention.router, attended)
-            attended = attended.y
         y, x = self.mlp_norm(x, attended, self.attention.bias)
-        mixed = self.mlp(y, return_routing=record)
-        if record:
-            step.record(f"layers.{index}.mlp", self.mlp.router, mixed)
-            mixed = mixed.y
-        return x, mixed, self.mlp_bias
+        return x, step.through(f"layers.{index}.mlp", self.mlp, y), self.mlp_bias
 
 
 class JetMoE(CausalLM):
@@ -205,19 +159,16 @@ class JetMoE(CausalLM):
 
     def __init__(self, config: JetMoEConfig) -> None:
         super().__init__()
-        self.config = config
-        # The attention experts rotate by themselves; angles are the same in all blocks.
-        self.rope = Rope(config.head_size, config.rope_theta)
-        self.embed_tokens = TokenEmbedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(JetMoEBlock(config) for _ in range(config.num_layers))
-        self.norm = ResidualNorm(config.hidden_size, eps=config.norm_eps)
-        self.lm_head = None
         if config.tie_embeddings:
             # Also stored by some writers; the embedding is what counts.
             self.ignored_keys = (*self.ignored_keys, r"lm_head\.weight")
-        else:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.reset_parameters()
+        self.assemble(
+            config,
+            (JetMoEBlock(config) for _ in range(config.num_layers)),
+            ResidualNorm(config.hidden_size, eps=config.norm_eps),
+            # The attention experts rotate by themselves; angles are the same in all blocks.
+            Rope(config.head_size, config.rope_theta),
+        )
 
     def trunk(self, x: Tensor, step: Step, last: int | None) -> Tensor:
         delta = bias = None
@@ -227,18 +178,7 @@ class JetMoE(CausalLM):
             x, delta = x[:, -last:], None if delta is None else delta[:, -last:]
         return self.norm(x, delta, bias)[0]
 
-    def reset_parameters(self) -> None:
-        """Weights N(0, init_std), norms 1, biases 0."""
-        for name, parameter in self.named_parameters():
-            if parameter.dim() > 1:
-                nn.init.normal_(parameter, std=self.config.init_std)
-            elif name.endswith("bias"):
-                nn.init.zeros_(parameter)
-            else:
-                nn.init.ones_(parameter)
-
-    def entries(self) -> list[Entry]:
-        entries = [Entry("embed_tokens.weight", ("model.embed_tokens.weight",))]
+    def block_entries(self, block: Any, ours: str, theirs: str) -> list[Entry]:
         names = {
             "attention_norm.weight": "input_layernorm.weight",
             "attention.router.weight": "self_attention.experts.router.layer.weight",
@@ -252,12 +192,4 @@ class JetMoE(CausalLM):
             "mlp.experts.w_down": "mlp.output_linear.weight",
             "mlp_bias": "mlp.bias",
         }
-        for i in range(self.config.num_layers):
-            entries += [
-                Entry(f"layers.{i}.{ours}", (f"model.layers.{i}.{theirs}",))
-                for ours, theirs in names.items()
-            ]
-        entries.append(Entry("norm.weight", ("model.norm.weight",)))
-        if self.lm_head is not None:
-            entries.append(Entry("lm_head.weight", ("lm_head.weight",)))
-        return entries
+        return renamed(ours, theirs, names)

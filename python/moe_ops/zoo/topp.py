@@ -7,7 +7,7 @@ Letters: B sequences, S tokens, T = B * S, H hidden size, I intermediate size, E
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -15,23 +15,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from moe_ops._fields import Fields, overridden
+from moe_ops._fields import Fields
 from moe_ops.layers import Experts, MoE, Router, SharedExperts
+from moe_ops.layers.rotary import Rope
 
-from .blocks import Attention, Rope, published_rope
-from .checkpoint import Entry, bank_entries, dense_entries
-from .embedding import TokenEmbedding
-from .language_model import CausalLM, Step
-from .lm_losses import Routed
+from .lm.attention import Attention
+from .lm.blocks import Block, attention_entries
+from .lm.checkpoint import Entry, dense_entries, expert_entries
+from .lm.config import LLAMA_KEYS, OWN, LMConfig, number, size
+from .lm.losses import Routed
+from .lm.model import CausalLM
 
 
 @dataclass(frozen=True)
-class TopPConfig:
+class TopPConfig(LMConfig):
     """Sizes and options of a model with dynamic routing.
 
-    Attributes:
-        vocab_size: V.
-        hidden_size: H.
+    Attributes, beside those of `LMConfig`:
         num_layers: blocks; those whose number `expert_frequency` divides have experts (the first
             one, number 0, always), the others a dense network of the same width I.
         expert_frequency: see there.
@@ -42,18 +42,23 @@ class TopPConfig:
         max_experts: most experts of a token; None is E.
         expected_experts: what parameters a token uses are counted with.
         rope_theta: base of the rotary embeddings.
-        context: tokens it was trained on; nothing is limited by it.
         norm_eps: of all norms.
-        init_std: of all weights.
         load_balancing_coefficient, entropy_coefficient: of the losses, summed over layers. Without
             the second, training spreads the routing of every token over many experts.
     """
 
     PRESETS: ClassVar[tuple[str, ...]] = ("tiny",)
+    KEYS: ClassVar = {
+        **LLAMA_KEYS,
+        "expert_frequency": size("expert_frequency", default=2),
+        "num_heads": size("num_attention_heads"),
+        "intermediate_size": size("intermediate_size"),
+        "num_experts": size("num_experts"),
+        "top_p": number("top_p_threshold", default=OWN),
+        "expected_experts": size("experts_topk", default=OWN),
+    }
+    FIXED: ClassVar = {"hidden_act": "silu", "tie_word_embeddings": False}
 
-    vocab_size: int = 256
-    hidden_size: int = 64
-    num_layers: int = 2
     expert_frequency: int = 1
     num_heads: int = 4
     intermediate_size: int = 64
@@ -62,9 +67,7 @@ class TopPConfig:
     max_experts: int | None = None
     expected_experts: int = 2
     rope_theta: float = 10_000.0
-    context: int = 128
     norm_eps: float = 1e-6
-    init_std: float = 0.02
     load_balancing_coefficient: float = 1e-2
     entropy_coefficient: float = 1e-4
 
@@ -80,91 +83,38 @@ class TopPConfig:
         }
 
     @classmethod
-    def from_published(cls, published: Mapping[str, Any], **overrides: Any) -> TopPConfig:
-        """From the config.json of the published code."""
-        read = Fields(published, cls.__name__)
-        heads = read.size("num_attention_heads")
-        for name, wanted in (
-            ("hidden_act", "silu"), ("num_key_value_heads", heads), ("tie_word_embeddings", False),
-        ):  # fmt: skip
-            read.must_be(name, wanted)
-        theta, yarn = published_rope(read)
-        if yarn is not None:
-            raise ValueError("TopPConfig: rope_scaling must be none, got yarn.")
-        config = cls(
-            vocab_size=read.size("vocab_size"),
-            hidden_size=read.size("hidden_size"),
-            num_layers=read.size("num_hidden_layers"),
-            expert_frequency=read.size("expert_frequency", default=2),
-            num_heads=heads,
-            intermediate_size=read.size("intermediate_size"),
-            num_experts=read.size("num_experts"),
-            top_p=read.number("top_p_threshold", default=cls.top_p),
-            expected_experts=read.size("experts_topk", default=cls.expected_experts),
-            rope_theta=theta,
-            context=read.size("max_position_embeddings", default=cls.context),
-            norm_eps=read.number("rms_norm_eps", default=cls.norm_eps, least=0),
-            init_std=read.number("initializer_range", default=cls.init_std, least=0),
-        )
-        return overridden(config, overrides)
+    def read_more(cls, published: Fields) -> dict[str, Any]:
+        published.must_be("num_key_value_heads", published.size("num_attention_heads"))
+        return {}
 
-    def to_published(self) -> dict[str, Any]:
-        """config.json with the names of the published code."""
+    def write_more(self) -> dict[str, Any]:
         return {
             "architectures": ["MoEForCausalLM"],
             "model_type": "llama",
-            "vocab_size": self.vocab_size,
-            "hidden_size": self.hidden_size,
-            "num_hidden_layers": self.num_layers,
-            "expert_frequency": self.expert_frequency,
-            "num_attention_heads": self.num_heads,
             "num_key_value_heads": self.num_heads,
-            "intermediate_size": self.intermediate_size,
-            "num_experts": self.num_experts,
-            "top_p_threshold": self.top_p,
-            "experts_topk": self.expected_experts,
-            "rope_theta": self.rope_theta,
-            "rope_scaling": None,
-            "max_position_embeddings": self.context,
-            "rms_norm_eps": self.norm_eps,
-            "tie_word_embeddings": False,
-            "initializer_range": self.init_std,
-            "hidden_act": "silu",
         }
 
 
-class TopPBlock(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); mlp is a MoE or a dense network."""
+class TopPBlock(Block):
+    """A block with experts, or with a dense network."""
 
     def __init__(self, config: TopPConfig, rope: Rope, *, dense: bool) -> None:
-        super().__init__()
         hidden = config.hidden_size
-        self.attention_norm = nn.RMSNorm(hidden, eps=config.norm_eps)
-        self.attention = Attention(hidden, config.num_heads, rope.size, rope)
-        self.mlp_norm = nn.RMSNorm(hidden, eps=config.norm_eps)
-        self.mlp: MoE | SharedExperts
+        attention = Attention(hidden, config.num_heads, rope.size, rope)
+        mlp: MoE | SharedExperts
         if dense:
-            self.mlp = SharedExperts(hidden, config.intermediate_size)
-            return
-        router = Router(
-            hidden,
-            config.num_experts,
-            config.expected_experts,
-            kind="topp",
-            top_p=config.top_p,
-            max_k=config.max_experts,
-        )
-        bank = Experts(config.num_experts, hidden, config.intermediate_size)
-        self.mlp = MoE(router, bank)
-
-    def forward(self, x: Tensor, step: Step, index: int) -> Tensor:
-        assert step.rotation is not None
-        x = x + self.attention(self.attention_norm(x), step.rotation, step.cache(index))
-        if isinstance(self.mlp, SharedExperts) or step.routing is None:
-            return x + self.mlp(self.mlp_norm(x))
-        mixed = self.mlp(self.mlp_norm(x), return_routing=True)
-        step.record(f"layers.{index}.mlp", self.mlp.router, mixed)
-        return x + mixed.y
+            mlp = SharedExperts(hidden, config.intermediate_size)
+        else:
+            router = Router(
+                hidden,
+                config.num_experts,
+                config.expected_experts,
+                kind="topp",
+                top_p=config.top_p,
+                max_k=config.max_experts,
+            )
+            mlp = MoE(router, Experts(config.num_experts, hidden, config.intermediate_size))
+        super().__init__(hidden, config.norm_eps, attention, mlp)
 
 
 class TopP(CausalLM):
@@ -180,45 +130,28 @@ class TopP(CausalLM):
                 f"TopP: num_heads must divide hidden_size = {config.hidden_size}, got "
                 f"{config.num_heads}."
             )
-        self.config = config
-        self.rope = Rope(config.hidden_size // config.num_heads, config.rope_theta)
-        self.embed_tokens = TokenEmbedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(
-            TopPBlock(config, self.rope, dense=bool(i % config.expert_frequency))
-            for i in range(config.num_layers)
+        rope = Rope(config.hidden_size // config.num_heads, config.rope_theta)
+        self.assemble(
+            config,
+            (
+                TopPBlock(config, rope, dense=bool(i % config.expert_frequency))
+                for i in range(config.num_layers)
+            ),
+            nn.RMSNorm(config.hidden_size, eps=config.norm_eps),
+            rope,
         )
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.reset_parameters()
 
-    def reset_parameters(self) -> None:
-        """Weights N(0, init_std), norms 1."""
-        for parameter in self.parameters():
-            if parameter.dim() > 1:
-                nn.init.normal_(parameter, std=self.config.init_std)
-            else:
-                nn.init.ones_(parameter)
-
-    def entries(self) -> list[Entry]:
-        entries = [Entry("embed_tokens.weight", ("model.embed_tokens.weight",))]
-        for i, block in enumerate(self.layers):
-            ours, theirs = f"layers.{i}", f"model.layers.{i}"
-            entries += [
-                Entry(f"{ours}.attention_norm.weight", (f"{theirs}.input_norm.weight",)),
-                *block.attention.entries(f"{ours}.attention", f"{theirs}.self_attn"),
-                Entry(f"{ours}.mlp_norm.weight", (f"{theirs}.post_attention_norm.weight",)),
-            ]
-            if isinstance(block.mlp, SharedExperts):
-                entries += dense_entries(f"{ours}.mlp", f"{theirs}.mlp.mlp")
-                continue
-            entries.append(Entry(f"{ours}.mlp.router.weight", (f"{theirs}.mlp.router.weight",)))
-            entries += bank_entries(
-                f"{ours}.mlp.experts", f"{theirs}.mlp.experts", self.config.num_experts
-            )
+    def block_entries(self, block: Any, ours: str, theirs: str) -> list[Entry]:
+        norms = ("input_norm", "post_attention_norm")
+        entries = attention_entries(block, ours, theirs, norms=norms)
+        if isinstance(block.mlp, SharedExperts):
+            return entries + dense_entries(f"{ours}.mlp", f"{theirs}.mlp.mlp")
         return [
             *entries,
-            Entry("norm.weight", ("model.norm.weight",)),
-            Entry("lm_head.weight", ("lm_head.weight",)),
+            Entry(f"{ours}.mlp.router.weight", (f"{theirs}.mlp.router.weight",)),
+            *expert_entries(
+                f"{ours}.mlp.experts", f"{theirs}.mlp.experts", self.config.num_experts
+            ),
         ]
 
 

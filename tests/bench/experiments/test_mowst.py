@@ -9,8 +9,8 @@ import pytest
 import torch
 from bench.experiments import mowst, mowst_data
 
-from moe_ops.zoo.graphs import Graph
 from moe_ops.zoo.mowst import Mowst, MowstOutput
+from moe_ops.zoo.mowst.graphs import Graph
 
 has_geometric = importlib.util.find_spec("torch_geometric") is not None
 geometric = pytest.mark.skipif(not has_geometric, reason="PyTorch Geometric is not installed")

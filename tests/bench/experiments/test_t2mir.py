@@ -13,7 +13,7 @@ from bench.experiments.report import Report
 from torch import nn
 
 from moe_ops.zoo.t2mir import T2MIR
-from moe_ops.zoo.t2mir_envs import PointRobot
+from moe_ops.zoo.t2mir.envs import PointRobot
 
 SMOKE = t2mir_long.SCALES["smoke"]
 

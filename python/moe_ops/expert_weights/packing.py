@@ -1,0 +1,468 @@
+"""Packed copies of expert weights for inference: who has one, when it is made, when it goes.
+
+The kernels read weights faster from a copy in their own order (`moe_ops.pack_experts`). Layers and
+switched Hugging Face blocks make such copies by themselves and never read one of other weights:
+
+- A copy belongs to the storage, version, shape, strides and dtype that its weights had. These are
+  compared at every call, so in-place updates, `load_state_dict`, `.to()` and new parameters end it.
+- A call that wants gradients of the weights ends it, and so does a step of an optimizer that holds
+  them: fused optimizers change weights without counting a version.
+- A write through `.data` or a NumPy view leaves storage and version as they were. Nothing exact
+  finds it for less than reading all weights, which is what a copy saves. So `moe_ffn_packed`
+  compares some elements of each expert it uses, others at every call; what that finds, and what it
+  may miss for a while, is said in its docstring. `unpack` after such a write, or `train()`, is
+  certain.
+
+Copies are kept beside the modules, keyed weakly by them: parameters, state dict, pickles and deep
+copies know nothing of them, and they die with their module.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import warnings
+import weakref
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+
+from moe_ops import _C
+from moe_ops._private_torch import len_torch_dispatch_stack
+from moe_ops._sharded import check_whole, name_of
+from moe_ops.memory import available_memory, is_plain, move_to_huge_pages
+from moe_ops.numerics import is_batch_invariant
+from moe_ops.ops import moe_ffn, moe_ffn_packed, pack_experts
+from moe_ops.ops.gated_act import GATED_ACTIVATIONS
+from moe_ops.ops.moe_ffn_packed import packed_bytes_of
+
+from .registry import hooks
+
+POLICIES = ("auto", "off", "always")
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+# A bank packs itself once its unchanged weights have served so many slots an expert. Packing an
+# expert takes as long as some 75 of its slots save (2048 x 1024, AVX-512, memory at hand), and
+# several times that where the system has to find the memory first. So a bank that stops right
+# after packing has lost no more than a few times what it could have won, and one that goes on wins.
+SLOTS_PER_EXPERT = 64
+# Below, weights stay in a cache, and a copy would cost more attention than it saves.
+MIN_BYTES = 1 << 20
+# Of the memory that would be available without any copy.
+MEMORY_SHARE = 4
+
+
+class Packable(NamedTuple):
+    """What is packed: [E, 2I, H] or [E, I, H], [E, H, I], and whether the former has halves."""
+
+    w_gate_up: Tensor
+    w_down: Tensor
+    halves: bool
+
+
+class Settings(NamedTuple):
+    policy: str
+    max_bytes: int | None
+
+
+class _Copies(NamedTuple):
+    key: tuple[Any, ...]
+    gate_up: Tensor
+    down: Tensor
+    asked_for: bool  # By `prepack`.
+
+
+class _State:
+    """Of one bank. `copies` is replaced as a whole, so readers need no lock."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.copies: _Copies | None = None
+        self.reserved = 0  # Bytes of copies that are there or being made.
+        self.packing = False
+        self.invalidate()
+
+    def invalidate(self) -> None:
+        """Drops copies and count. An assignment each: safe beside a reader."""
+        self.copies = None
+        if not self.packing:
+            self.reserved = 0
+        self.key: tuple[Any, ...] | None = None
+        self.storages: tuple[StorageWeakRef, ...] = ()
+        self.slots = 0
+        self.calls = 0
+
+    @property
+    def num_bytes(self) -> int:
+        copies = self.copies
+        return 0 if copies is None else copies.gate_up.numel() + copies.down.numel()
+
+    def begin(self, key: tuple[Any, ...], weights: Packable) -> None:
+        """Starts counting for weights with this key."""
+        self.invalidate()
+        # A weak reference keeps a storage's address from being given to another one.
+        self.storages = tuple(StorageWeakRef(w.untyped_storage()) for w in weights[:2])
+        self.key = key
+
+
+_banks: weakref.WeakKeyDictionary[nn.Module, _State] = weakref.WeakKeyDictionary()
+_lock = threading.Lock()  # Of _banks and of reservations.
+
+
+def expert_ffn(
+    bank: nn.Module,
+    x: Tensor,
+    w_gate_up: Tensor,
+    w_down: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    *,
+    b_gate_up: Tensor | None = None,
+    b_down: Tensor | None = None,
+    activation: str = "swiglu",
+    interleaved: bool = False,
+    apply_router_weight_on_input: bool = False,
+    alpha: float = 1.702,
+    limit: float = 7.0,
+) -> Tensor:
+    """moe_ffn with the weights of `bank`, from packed copies where it has them or makes them now.
+
+    Compiled and exported graphs hold moe_ffn: they outlive a check made while they are traced.
+    """
+    kwargs: dict[str, Any] = {
+        "b_gate_up": b_gate_up,
+        "b_down": b_down,
+        "activation": activation,
+        "interleaved": interleaved,
+        "apply_router_weight_on_input": apply_router_weight_on_input,
+        "alpha": alpha,
+        "limit": limit,
+    }
+    copies = None
+    if not torch.compiler.is_compiling():
+        halves = _has_halves(activation, interleaved)
+        others = (x, topk_weights, b_gate_up, b_down)
+        copies = _copies_for(bank, Packable(w_gate_up, w_down, halves), others, topk_ids)
+        if copies is None and not _is_traced():
+            move_to_huge_pages(bank, w_gate_up, w_down)
+    if copies is None:
+        return moe_ffn(x, w_gate_up, w_down, topk_weights, topk_ids, **kwargs)
+    stale = _C.stale_panels()
+    y = moe_ffn_packed(
+        x, w_gate_up, w_down, copies.gate_up, copies.down, topk_weights, topk_ids, **kwargs
+    )
+    if _C.stale_panels() != stale:  # Perhaps of another bank, called at the same time: no harm.
+        invalidate(bank)
+    return y
+
+
+def invalidate(module: nn.Module) -> None:
+    """Drops the copies of one module."""
+    state = _banks.get(module)
+    if state is not None:
+        state.invalidate()
+
+
+def invalidate_if_changed(module: nn.Module) -> None:
+    """Drops the copies of one module if its weights are not those that were packed."""
+    state = _banks.get(module)
+    if state is not None and state.copies is not None:
+        weights = packable_weights(module)
+        if weights is None or not _plain(weights) or _key(weights) != state.key:
+            state.invalidate()
+
+
+# ---------------------------------------------------------------------------------- inside
+
+
+def _copies_for(
+    bank: nn.Module, weights: Packable, others: tuple[Tensor | None, ...], topk_ids: Tensor
+) -> _Copies | None:
+    state = _banks.get(bank)
+    settings = _settings
+    if state is None and (settings.policy == "off" or bank.training):
+        return None
+    if torch.is_grad_enabled():
+        if weights.w_gate_up.requires_grad or weights.w_down.requires_grad:
+            if state is not None:
+                state.invalidate()
+            return None
+        if any(t is not None and t.requires_grad for t in others):
+            return None
+    if _is_traced() or _autocast_casts(weights.w_down):
+        return None
+    key = _key(weights) if _plain(weights) else None
+    if key is None:
+        if state is not None:
+            state.invalidate()
+        return None
+    if state is not None and (copies := state.copies) is not None and copies.key == key:
+        # Products round otherwise with packed weights. Copies that a bank made by itself, after
+        # some use, would let a token's bits depend on what was called before.
+        if copies.asked_for or settings.policy == "always" or not is_batch_invariant():
+            return copies
+        return None
+    if settings.policy == "off" or bank.training:
+        if state is not None and state.key != key:
+            state.invalidate()
+        return None
+    if state is None:
+        state = _state_of(bank)
+    with state.lock:
+        if state.packing:
+            return None
+        if state.key != key:
+            state.begin(key, weights)
+        due = _is_due(state, weights, settings)
+        state.slots += topk_ids.numel()
+        state.calls += 1
+        if not due or not _reserve(state, weights, settings):
+            return None
+        state.packing = True
+    return _pack(state, key, weights, asked_for=False)
+
+
+def _is_due(state: _State, weights: Packable, settings: Settings) -> bool:
+    if settings.policy == "always":
+        return True
+    return (
+        state.calls >= 2
+        and state.slots >= SLOTS_PER_EXPERT * weights.w_down.shape[0]
+        and sum(w.numel() * w.element_size() for w in weights[:2]) >= MIN_BYTES
+        and not torch.are_deterministic_algorithms_enabled()
+        and not is_batch_invariant()
+    )
+
+
+def _pack(
+    state: _State, key: tuple[Any, ...], weights: Packable, *, asked_for: bool
+) -> _Copies | None:
+    """Packs without a lock held: others go on with the weights meanwhile."""
+    copies = None
+    try:
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            copies = _Copies(
+                key,
+                pack_experts(weights.w_gate_up, halves=weights.halves),
+                pack_experts(weights.w_down),
+                asked_for,
+            )
+    except (MemoryError, RuntimeError):  # No memory. An automatic copy is a convenience.
+        if asked_for:
+            raise
+    finally:
+        with state.lock:
+            state.packing = False
+            # The weights may have changed, and the bank been told to forget, in the meantime.
+            if copies is None or state.key != key or _key(weights) != key:
+                copies = None
+                state.invalidate()
+            else:
+                state.copies = copies
+    return copies
+
+
+def pack_now(bank: nn.Module, weights: Packable) -> None:
+    state, key = _state_of(bank), _key(weights)
+    assert key is not None
+    with state.lock:
+        copies = state.copies
+        if copies is not None and copies.key == key:
+            state.copies = copies._replace(asked_for=True)
+            return
+        state.begin(key, weights)
+        state.reserved = _needed(weights)
+        state.packing = True
+    if _pack(state, key, weights, asked_for=True) is None:
+        raise RuntimeError(
+            f"prepack: the weights of {type(bank).__name__} must not change while they are packed."
+        )
+
+
+def _needed(weights: Packable) -> int:
+    return packed_bytes_of(weights.w_gate_up, weights.halves) + packed_bytes_of(
+        weights.w_down, False
+    )
+
+
+def _reserve(state: _State, weights: Packable, settings: Settings) -> bool:
+    needed = _needed(weights)
+    with _lock:
+        others = sum(s.reserved for s in list(_banks.values()))
+        limit = settings.max_bytes
+        if limit is None and settings.policy != "always":
+            limit = budget(others)
+        if limit is not None and others + needed > limit:
+            state.slots = 0  # Asked again after as much use.
+            return False
+        state.reserved = needed
+        return True
+
+
+def _plain(weights: Packable) -> bool:
+    """Dense CPU tensors of a type that moe_ffn takes."""
+    w_gate_up, w_down, _ = weights
+    return (
+        is_plain(w_gate_up)
+        and is_plain(w_down)
+        and w_gate_up.dim() == w_down.dim() == 3
+        and w_gate_up.dtype == w_down.dtype
+        and w_down.dtype in _FLOATS
+    )
+
+
+def _key(weights: Packable) -> tuple[Any, ...] | None:
+    """What tells these weights from others and from themselves after a change."""
+    if weights.w_gate_up.is_inference() or weights.w_down.is_inference():
+        return None  # They do not count their versions.
+    return weights.halves, _identity(weights.w_gate_up), _identity(weights.w_down)
+
+
+def _identity(w: Tensor) -> tuple[Any, ...]:
+    return (
+        w.untyped_storage()._cdata,
+        w.data_ptr(),
+        w._version,
+        w.dtype,
+        w.shape,
+        w.stride(),
+    )
+
+
+def _is_traced() -> bool:
+    """Whether the call is recorded or interpreted by something: a copy would become a constant."""
+    return torch.jit.is_tracing() or len_torch_dispatch_stack() > 0
+
+
+def _autocast_casts(w: Tensor) -> bool:
+    return (
+        torch.is_autocast_enabled("cpu")
+        and w.dtype != torch.float64
+        and w.dtype != torch.get_autocast_dtype("cpu")
+    )
+
+
+def check_can_pack(prefix: str, bank: nn.Module, weights: Packable) -> None:
+    for name, w in zip(weights._fields, weights[:2], strict=False):
+        what = name_of(bank, w, prefix) or name
+        check_whole("prepack", what, w, "copies need whole weights, run it without")
+        if w.is_inference():
+            raise ValueError(
+                f"prepack: {name} must be made outside inference mode, whose tensors do not count "
+                "their versions, got an inference tensor."
+            )
+    if not _plain(weights):
+        what = ", ".join(f"{type(w).__name__} {w.dtype} on {w.device}" for w in weights[:2])
+        where = f" of {prefix}" if prefix else ""
+        raise ValueError(
+            f"prepack: expert weights{where} must be plain tensors of one float type on the CPU, "
+            f"got {what}."
+        )
+
+
+def packable_weights(module: nn.Module) -> Packable | None:
+    """What `expert_ffn` is given by a call of `module`; None for a module that does not call it."""
+    for hook in hooks():
+        if not hook.reads_packed(module):
+            continue
+        try:
+            weights = hook.weights(module)
+        except ValueError:  # What moe_ffn cannot run.
+            continue
+        if weights is None or len(weights.gate_up) > 1:
+            continue
+        (w_gate_up,), w_down = weights.gate_up, weights.down
+        if w_gate_up.dtype == w_down.dtype:
+            between = weights.activation
+            halves = _has_halves(between["activation"], between.get("interleaved", False))
+            return Packable(w_gate_up, w_down, halves)
+    return None
+
+
+def _has_halves(activation: str, interleaved: bool) -> bool:
+    return activation in GATED_ACTIVATIONS and not interleaved
+
+
+def _state_of(bank: nn.Module) -> _State:
+    with _lock:
+        state = _banks.get(bank)
+        if state is None:
+            _watch_optimizers()
+            state = _banks[bank] = _State()
+        return state
+
+
+def states(model: nn.Module | None = None) -> list[_State]:
+    """Of the modules of `model`; of all that are alive without one."""
+    with _lock:
+        if model is None:
+            return list(_banks.values())
+        return [_banks[module] for module in model.modules() if module in _banks]
+
+
+_optimizer_hook: Any = None
+
+
+def _watch_optimizers() -> None:
+    global _optimizer_hook
+    if _optimizer_hook is None:
+        _optimizer_hook = register_optimizer_step_post_hook(_after_step)
+
+
+def _after_step(optimizer: Optimizer, *_: Any) -> None:
+    watched = [s for s in states() if s.storages]
+    if not watched:
+        return
+    stepped = {
+        p.untyped_storage()._cdata
+        for group in optimizer.param_groups
+        for p in group["params"]
+        if type(p) in (Tensor, nn.Parameter)
+    }
+    for state in watched:
+        if any(s.cdata in stepped for s in state.storages):
+            state.invalidate()
+
+
+def current_settings() -> Settings:
+    return _settings
+
+
+def apply_settings(settings: Settings) -> None:
+    """Sets the policy of the process; with "off", copies go that nobody asked for."""
+    global _settings
+    _settings = settings
+    if settings.policy == "off":
+        for state in states():
+            if state.copies is not None and not state.copies.asked_for:
+                state.invalidate()
+
+
+def budget(copies: int) -> int:
+    """The bytes that copies may take where nobody has set a number and there are so many."""
+    return (available_memory() + copies) // MEMORY_SHARE
+
+
+def _settings_from_environment() -> Settings:
+    policy = os.environ.get("MOE_OPS_PREPACK") or "auto"
+    if policy not in POLICIES:
+        warnings.warn(
+            f"MOE_OPS_PREPACK={policy} is not one of {', '.join(POLICIES)}; using auto.",
+            stacklevel=2,
+        )
+        policy = "auto"
+    megabytes = os.environ.get("MOE_OPS_PREPACK_MB")
+    if not megabytes:
+        return Settings(policy, None)
+    if not megabytes.isdecimal():
+        warnings.warn(
+            f"MOE_OPS_PREPACK_MB={megabytes} is not a whole number of MiB; ignored.", stacklevel=2
+        )
+        return Settings(policy, None)
+    return Settings(policy, int(megabytes) << 20)
+
+
+_settings = _settings_from_environment()

@@ -1,0 +1,101 @@
+"""The kinds of modules that hold expert weights. Each kind registers one hook."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from .view import ExpertInputs, ExpertWeights
+
+
+class ExpertsHook:
+    """Knows a kind of module that holds float expert weights.
+
+    quantized: class of the layer that can take the place of these, as `QuantizedExperts`.
+    """
+
+    quantized: Any = None
+
+    def weights(self, module: nn.Module) -> ExpertWeights | None:
+        """The weights of `module`; None for a module of another kind.
+
+        Raises ValueError, with the reason, for one of this kind whose experts moe_ffn cannot run.
+        """
+        raise NotImplementedError
+
+    def reads_packed(self, module: nn.Module) -> bool:
+        """Whether a call of `module` passes its weights to `packing.expert_ffn`."""
+        raise NotImplementedError
+
+    def inputs(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> ExpertInputs:
+        """What a call of `module` with these arguments gives its experts."""
+        raise NotImplementedError
+
+    def new_quantized(self, module: nn.Module, weights: ExpertWeights, **config: Any) -> Any:
+        """The layer that can take the place of `weights`, its buffers not filled."""
+        return self.quantized.for_weights(weights, **config)
+
+    def install(self, root: nn.Module, module: nn.Module, experts: Any) -> nn.Module:
+        """Puts `experts` where `module` has its weights; returns the root, which may be new."""
+        return replace_module(root, module, experts)
+
+    def check_root(self, root: nn.Module) -> None:
+        """Raises ValueError for a model that must not be quantised, before anything is done."""
+
+    def mark_quantized(
+        self,
+        root: nn.Module,
+        format: str,
+        group_size: int | None,
+        x_scale: bool,
+        skip: Sequence[str],
+    ) -> None:
+        """Tells a model what its experts have become."""
+
+
+_hooks: list[ExpertsHook] = []
+# Top-level package of a module's class -> what registers the hook of its modules.
+_INTEGRATIONS = {"transformers": "moe_ops.hf"}
+
+
+def register_hook(hook: ExpertsHook) -> None:
+    _hooks.append(hook)
+
+
+def hooks() -> Sequence[ExpertsHook]:
+    """In the order in which they are asked: the first one that knows a module has it."""
+    return _hooks
+
+
+def hooks_for(root: nn.Module) -> Sequence[ExpertsHook]:
+    """The same once the integrations are imported that the modules of `root` need.
+
+    Raises:
+        ImportError: an integration does not work with the version of its package.
+    """
+    classes = {cls for module in root.modules() for cls in type(module).__mro__}
+    packages = {cls.__module__.partition(".")[0] for cls in classes}
+    for package in packages & _INTEGRATIONS.keys():
+        importlib.import_module(_INTEGRATIONS[package])
+    return _hooks
+
+
+def is_quantized(module: Any) -> bool:
+    """Whether this is a layer of quantised experts."""
+    return getattr(module, "quantized_bank", False)
+
+
+def replace_module(root: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
+    """Puts `new` wherever `old` is in `root`: layers may share experts. Returns the root."""
+    if root is old:
+        return new
+    for parent in list(root.modules()):
+        for name, child in parent._modules.items():
+            if child is old:
+                parent._modules[name] = new
+    return root

@@ -1,0 +1,68 @@
+"""What packing and quantisation need to know of transformers' MoE blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from moe_ops.expert_weights import ExpertInputs, ExpertsHook, ExpertWeights
+from moe_ops.hf.quantizer import mark_quantized
+from moe_ops.hf.switch import status_of
+
+
+class TransformersHook(ExpertsHook):
+    """All blocks that :mod:`moe_ops.hf` supports, switched to moe_ops or not."""
+
+    def weights(self, module: nn.Module) -> ExpertWeights | None:
+        for kind in _kinds():
+            if (weights := kind.weights(module)) is not None:
+                return weights
+        return None
+
+    def reads_packed(self, module: nn.Module) -> bool:
+        return status_of(module) == "moe_ops"
+
+    def inputs(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> ExpertInputs:
+        return _kind_of(module).inputs(module, args, kwargs)
+
+    def new_quantized(self, module: nn.Module, weights: ExpertWeights, **config: Any) -> Any:
+        return _kind_of(module).new_quantized(module, weights, **config)
+
+    def install(self, root: nn.Module, module: nn.Module, experts: Any) -> nn.Module:
+        return _kind_of(module).install(root, module, experts)
+
+    def check_root(self, root: nn.Module) -> None:
+        method = getattr(root, "quantization_method", None)
+        if isinstance(root, PreTrainedModel) and method is not None:
+            # A checkpoint has room for one method and one format.
+            raise ValueError(
+                "quantize_experts: model must be a float model, got one quantised by "
+                f"{getattr(method, 'value', method)}."
+            )
+
+    def mark_quantized(
+        self,
+        root: nn.Module,
+        format: str,
+        group_size: int | None,
+        x_scale: bool,
+        skip: Sequence[str],
+    ) -> None:
+        if isinstance(root, PreTrainedModel):
+            mark_quantized(root, format, group_size, x_scale, skip)
+
+
+def _kinds() -> Sequence[ExpertsHook]:
+    # It imports the models whose blocks it subclasses, which most processes have no use for.
+    from moe_ops.hf.quantized import KINDS
+
+    return KINDS
+
+
+def _kind_of(module: nn.Module) -> ExpertsHook:
+    return next(kind for kind in _kinds() if kind.weights(module) is not None)

@@ -1,0 +1,320 @@
+"""How an op is called, and its rule of autograd: gradients, or the sentence that refuses them.
+
+torch's stable ABI has no autograd in C++, so the rules live beside the public functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.compiler import is_compiling
+from torch.overrides import has_torch_function
+
+from moe_ops._private_torch import (
+    AutoDispatchBelowAutograd,
+    after_autograd_keyset,
+    allow_forward_gradients,
+    any_requires_grad,
+    any_tangent,
+    are_functorch_transforms_active,
+    arguments_of,
+    enable_single_level_autograd_function,
+    entry_of,
+    in_forward_mode,
+    is_plain_eager,
+    redispatch_of,
+)
+from moe_ops.ops._library import library
+
+# Bound here, since looking names up takes time after the weights of a call have filled the cache.
+_is_grad_enabled = torch.is_grad_enabled
+_is_inference_mode_enabled = torch.is_inference_mode_enabled
+
+# Op -> what applies its autograd rule, without the way there through the dispatcher.
+_direct_rules: dict[Any, Callable[..., Any]] = {}
+
+
+def in_transform() -> bool:
+    """Whether eager code runs under torch.func's transforms or in forward mode, which must see
+    every operation."""
+    return not is_compiling() and (in_forward_mode() or are_functorch_transforms_active())
+
+
+def in_plain_training(*args: Any) -> bool:
+    """Whether a gradient is wanted, in eager code where the dispatcher would go straight to the
+    autograd rule."""
+    return bool(
+        not is_compiling()
+        and _is_grad_enabled()
+        and not _is_inference_mode_enabled()
+        and is_plain_eager()
+        and not has_torch_function(args)
+        and any_requires_grad(*args)
+    )
+
+
+def direct_call(name: str) -> Callable[..., Any]:
+    """A function that calls an op.
+
+    Where no gradient can be wanted, it passes by the autograd rule, which is Python and takes as
+    long as routing a token. Inference mode passes by it anyway; code that is being compiled must
+    not ask for it.
+
+    In plain eager code that wants gradients, the autograd rule is applied here: the dispatcher
+    would come back to Python for it, through torch.library, and a training step of a small layer is
+    made of such calls.
+
+    What a call needs is bound beforehand: weights that do not fit L2 push Python's own objects out
+    of it, and then each name that is looked up is a miss.
+
+    Args:
+        name: of the op, without the namespace.
+    """
+    op = getattr(torch.ops.moe_ops, name)
+    run = entry_of(op)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if is_compiling():
+            return op(*args, **kwargs)
+        if _is_inference_mode_enabled():
+            return run(*args, **kwargs)
+        if _is_grad_enabled():
+            if kwargs or not is_plain_eager() or has_torch_function(args):
+                return run(*args, **kwargs)
+            if any_requires_grad(*args):
+                return _direct_rules.get(op, run)(*args)
+        elif in_forward_mode():
+            return run(*args, **kwargs)
+        with AutoDispatchBelowAutograd():
+            return run(*args, **kwargs)
+
+    return call
+
+
+def needs_input_grad(ctx: Any, count: int) -> tuple[bool, ...]:
+    """``ctx.needs_input_grad`` for all ``count`` arguments.
+
+    The dispatcher drops trailing arguments that equal their defaults, and with them their entries.
+    """
+    needs = tuple(ctx.needs_input_grad)[:count]
+    return needs + (False,) * (count - len(needs))
+
+
+class _Signature:
+    """How an op is called with all its arguments in a row, keyword-only ones last."""
+
+    def __init__(self, op: str) -> None:
+        arguments = arguments_of(op)
+        self.names = tuple(a.name for a in arguments)
+        self.num_positional = sum(not a.kwarg_only for a in arguments)
+        self.keywords = self.names[self.num_positional :]
+        self.defaults = tuple(a.default_value for a in arguments)
+
+    def complete(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+        """All arguments in a row. The dispatcher drops trailing ones that equal their defaults."""
+        given = (*args, *self.defaults[len(args) : self.num_positional])
+        if not self.keywords:
+            return given
+        last = zip(self.keywords, self.defaults[self.num_positional :], strict=True)
+        return *given, *(kwargs.get(name, default) for name, default in last)
+
+    def split(self, args: tuple[Any, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if not self.keywords:
+            return args, {}
+        last = args[self.num_positional :]
+        return args[: self.num_positional], dict(zip(self.keywords, last, strict=True))
+
+
+def register_autograd(
+    op: str,
+    backward: Callable[..., Any],
+    setup: Callable[[Any, tuple[Any, ...], Any], None],
+    *,
+    forward: str | None = None,
+) -> None:
+    """``torch.library.register_autograd`` that also knows torch.func and refuses forward mode.
+
+    torch's own reads the schema anew on every call to fill in defaults, and makes an object for the
+    dispatch keys; a training step of a small layer is made of such calls. It drops tangents without
+    a word and fails under torch.func. And it can save inputs and outputs of the op only.
+
+    Args:
+        op: name of the op, without the namespace.
+        backward: (ctx, *gradients of the outputs) -> gradients of all arguments, in the order of
+            the schema, keyword-only ones last.
+        setup: (ctx, all arguments, output), saves what backward needs.
+        forward: an op with the same arguments that runs in the place of `op` where a gradient is
+            wanted. Its first output is that of `op`; `setup` gets all of them, to save what no
+            caller of `op` wants to see.
+    """
+    signature = _Signature(op)
+    packet, defaults = getattr(torch.ops.moe_ops, op), signature.defaults
+    training = forward or op
+    run, redispatch = entry_of(getattr(torch.ops.moe_ops, training)), redispatch_of(training)
+    jvp = refuse_tangents(op)
+
+    def run_forward(ctx: Any, *args_and_keys: Any) -> Any:
+        args, keyset = args_and_keys[:-1], args_and_keys[-1]
+        positional, keywords = signature.split(args)
+        with AutoDispatchBelowAutograd():
+            with _lower_levels():
+                output = redispatch(keyset & after_autograd_keyset, *positional, **keywords)
+            setup(ctx, (*args, *defaults[len(args) :]), output)
+        return output if forward is None else output[0]
+
+    # The keys come last, so that `needs_input_grad` of the others keeps its places; they have no
+    # gradient. Gradients of arguments that were left out are None, which autograd cuts off.
+    def all_gradients(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        return *backward(ctx, *grads), None
+
+    function: Any = type(
+        f"{op}_autograd",
+        (torch.autograd.Function,),
+        {
+            "forward": staticmethod(run_forward),
+            "backward": staticmethod(all_gradients),
+            "jvp": staticmethod(jvp),
+        },
+    )
+
+    def run_plain_forward(ctx: Any, *args: Any) -> Any:
+        with AutoDispatchBelowAutograd():
+            output = run(*args)
+            setup(ctx, (*args, *defaults[len(args) :]), output)
+        return output if forward is None else output[0]
+
+    plain: Any = type(
+        f"{op}_autograd",
+        (torch.autograd.Function,),
+        {"forward": staticmethod(run_plain_forward), "backward": staticmethod(backward)},
+    )
+    if not signature.keywords:
+        # Function.apply itself only looks for functorch, which `call` has done.
+        _direct_rules[packet] = super(torch.autograd.Function, plain).apply
+
+    def differentiate(keyset: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        # torch finds the tangents and calls jvp where there are any.
+        row = signature.complete(args, kwargs) if signature.keywords else args
+        return _apply(function, *row, keyset)
+
+    _register_rule(op, differentiate)
+
+
+def _register_rule(
+    op: str, differentiate: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
+) -> None:
+    """Calls `differentiate` (keys, positional arguments, keyword-only arguments) in the place of
+    the op where a gradient or a tangent is wanted."""
+    redispatch = redispatch_of(op)
+
+    def kernel(keyset: Any, *args: Any, **kwargs: Any) -> Any:
+        if (_is_grad_enabled() and any_requires_grad(*args)) or any_tangent(args):
+            return differentiate(keyset, args, kwargs)
+        with AutoDispatchBelowAutograd():
+            return redispatch(keyset & after_autograd_keyset, *args, **kwargs)
+
+    library.impl(op, kernel, "Autograd", with_keyset=True)
+
+
+def _lower_levels() -> AbstractContextManager[Any]:
+    """Where a rule goes on to the outer transforms of torch.func, which may differentiate too: for
+    its forward, a Function turns differentiation off at all levels."""
+    if not are_functorch_transforms_active():
+        return nullcontext()
+    stack = ExitStack()
+    stack.enter_context(torch.enable_grad())
+    stack.enter_context(allow_forward_gradients())
+    return stack
+
+
+def _apply(function: Any, *args: Any) -> Any:
+    """``function.apply`` for the autograd rule of an op.
+
+    Under torch.func's transforms, the dispatcher comes here once for each level that
+    differentiates, with tensors of that level, and what the function calls goes on to the next one,
+    as with torch's own operations. torch wants to be told that a function is made for one level.
+    """
+    if not are_functorch_transforms_active():
+        return function.apply(*args)
+    with enable_single_level_autograd_function():
+        return super(torch.autograd.Function, function).apply(*args)
+
+
+# --- ops without a gradient
+
+
+def _public(op: str) -> str:
+    """The op that users call and that has a reference."""
+    for suffix in ("_bwd_accumulate", "_bwd", "_fwd"):
+        op = op.removesuffix(suffix)
+    return op
+
+
+def refuse_tangents(op: str, advice: str | None = None) -> Callable[..., Any]:
+    """The ``jvp`` of an autograd Function that has none."""
+    name = _public(op)
+    if advice is None:
+        advice = f"moe_ops.reference.{name} can be differentiated in forward mode"
+
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise NotImplementedError(f"{name}: forward-mode AD is not implemented; {advice}.")
+
+    return jvp
+
+
+def _no_second_derivative(op: str) -> NotImplementedError:
+    name = _public(op)
+    return NotImplementedError(
+        f"{name}: the second derivative is not implemented; {op} cannot be differentiated. "
+        f"moe_ops.reference.{name} can."
+    )
+
+
+def register_no_double_backward(op: str) -> None:
+    """Makes a derivative of the backward `op` an error instead of a missing gradient."""
+
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise _no_second_derivative(op)
+
+    register_autograd(op, backward, lambda ctx, inputs, output: None)
+
+
+def register_not_differentiable(op: str) -> None:
+    """The same for one that writes into its arguments, which register_autograd does not take."""
+
+    def refuse(keyset: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        raise _no_second_derivative(op)
+
+    _register_rule(op, refuse)
+
+
+def register_no_gradient(op: str, advice: str) -> None:
+    """For an op of inference: an error where a gradient is wanted, in the forward pass already."""
+    names = _Signature(op).names
+    jvp = refuse_tangents(op, f"call it on tensors without tangents, or {advice}")
+
+    def refuse(keyset: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if any_tangent(args):
+            jvp(None)
+        tensors = {n: v for n, v in zip(names, args, strict=False) if isinstance(v, Tensor)}
+        wanted = ", ".join(n for n, v in tensors.items() if v.requires_grad)
+        raise NotImplementedError(
+            f"{op}: it has no gradient, and {wanted} requires one; call it under torch.no_grad(), "
+            f"or {advice}."
+        )
+
+    _register_rule(op, refuse)
+
+
+def register_gradient_of(op: str, function: Callable[..., Any]) -> None:
+    """Calls `function` with all arguments in the place of the op where a gradient is wanted."""
+    signature = _Signature(op)
+
+    def differentiate(keyset: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return function(*signature.complete(args, kwargs))
+
+    _register_rule(op, differentiate)

@@ -1,0 +1,136 @@
+"""The blocks and the model of DeepSeekMoE, of all three generations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from moe_ops.layers import (
+    Experts,
+    MoE,
+    Router,
+    SharedExperts,
+    device_balance_loss,
+    update_expert_bias,
+)
+from moe_ops.layers.rotary import Rope
+
+from ..lm.attention import Attention, LatentAttention
+from ..lm.blocks import Block
+from ..lm.checkpoint import Entry
+from ..lm.losses import AuxLoss, Routed
+from ..lm.model import CausalLM
+from .checkpoint import block_entries
+from .config import DeepSeekConfig
+
+
+class DeepSeekBlock(Block):
+    """A block with experts, or with a dense network."""
+
+    def __init__(self, config: DeepSeekConfig, rope: Rope, *, dense: bool) -> None:
+        hidden = config.hidden_size
+        attention: Attention | LatentAttention
+        if config.latent:
+            attention = LatentAttention.of(config, rope)
+        else:
+            attention = Attention(hidden, config.num_heads, config.head_size, rope)
+        mlp: MoE | SharedExperts
+        if dense:
+            mlp = SharedExperts(hidden, config.dense_intermediate_size)
+        else:
+            mlp = _experts(config)
+        super().__init__(hidden, config.norm_eps, attention, mlp)
+
+
+def _experts(config: DeepSeekConfig) -> MoE:
+    hidden = config.hidden_size
+    router = Router(
+        hidden,
+        config.num_experts,
+        config.top_k,
+        score_func=config.score_func,
+        renormalize=config.renormalize,
+        routed_scaling_factor=config.routed_scaling_factor,
+        expert_bias=config.expert_bias,
+        num_groups=config.num_groups,
+        num_topk_groups=config.num_topk_groups,
+        group_score=config.group_score,
+        logits_dtype=torch.float32,
+    )
+    shared = None
+    if config.num_shared_experts:
+        shared = SharedExperts(hidden, config.num_shared_experts * config.intermediate_size)
+    experts = Experts(config.num_experts, hidden, config.intermediate_size)
+    return MoE(router, experts, shared)
+
+
+class DeepSeek(CausalLM):
+    """The language model of all three generations; see `CausalLM` for what it can do.
+
+    Equals transformers' DeepseekV2ForCausalLM and DeepseekV3ForCausalLM with the same weights.
+    """
+
+    config_class = DeepSeekConfig
+    config: DeepSeekConfig
+
+    def __init__(self, config: DeepSeekConfig) -> None:
+        super().__init__()
+        # Prediction heads for later tokens are further layers of V3's checkpoints.
+        first = config.num_layers
+        later = "|".join(str(index) for index in range(first, first + 8))
+        self.ignored_keys = (*self.ignored_keys, rf"model\.layers\.(?:{later})\..*")
+        self.bias_update_rate = config.bias_update_rate
+        rope = Rope(
+            config.rope_size if config.latent else config.head_size,
+            config.rope_theta,
+            config.rope_interleaved,
+            config.yarn,
+        )
+        self.assemble(
+            config,
+            (DeepSeekBlock(config, rope, dense=i < config.num_dense_layers) for i in range(first)),
+            nn.RMSNorm(config.hidden_size, eps=config.norm_eps),
+            rope,
+        )
+
+    def auxiliary_losses(self) -> Mapping[str, AuxLoss]:
+        def device_balance(routed: Routed, batch: int, mask: Tensor | None) -> Tensor:
+            return device_balance_loss(
+                routed.routing.router_logits,
+                routed.routing.topk_ids,
+                self.config.num_devices,
+                score_func=routed.router.score_func,
+                token_mask=mask,
+            )
+
+        return {**super().auxiliary_losses(), "device_balance": device_balance}
+
+    def balance_after(self, optimizer: Optimizer, *, group: Any = None) -> RemovableHandle:
+        """Moves every router's expert_bias after each step of the optimizer from now on.
+
+        The routers count the slots of all training forwards since the last step, that is over
+        gradient accumulation; the counts are summed over the ranks of `group` when
+        torch.distributed is in use. The size of a step is `self.bias_update_rate`, which may be
+        changed at any time (V3 sets it to 0 for the end of training).
+
+        Returns:
+            A handle whose `remove()` ends it.
+
+        Raises:
+            ValueError: the config has no expert_bias.
+        """
+        if not self.config.expert_bias:
+            raise ValueError("DeepSeek.balance_after: config must have expert_bias, got False.")
+
+        def hook(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+            update_expert_bias(self, rate=self.bias_update_rate, group=group)
+
+        return optimizer.register_step_post_hook(hook)
+
+    def block_entries(self, block: Any, ours: str, theirs: str) -> list[Entry]:
+        return block_entries(block, self.config, ours, theirs)

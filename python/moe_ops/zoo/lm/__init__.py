@@ -1,0 +1,1 @@
+"""What the language models of the zoo share: attention, the trunk, its loss, checkpoints."""

@@ -1,0 +1,91 @@
+"""Blocks of the zoo's language models, and what they need besides hidden states.
+
+Letters: B sequences, S tokens of each, H hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from moe_ops.layers import KVCache, MoE, Router, SharedExperts
+from moe_ops.layers.rotary import Rotation
+from moe_ops.layers.router import RouterOutput
+
+from .attention import Attention, LatentAttention
+from .checkpoint import Entry
+from .losses import Routed
+
+LLAMA_NORMS = ("input_layernorm", "post_attention_layernorm")
+
+
+class Step:
+    """What blocks need besides hidden states: positions, caches, a list for what routers say."""
+
+    def __init__(
+        self, rotation: Rotation | None, caches: Sequence[KVCache] | None, record: bool
+    ) -> None:
+        self.rotation = rotation
+        self.caches = caches
+        self.routing: list[Routed] | None = [] if record else None
+
+    def cache(self, layer: int) -> KVCache | None:
+        return None if self.caches is None else self.caches[layer]
+
+    def record(self, layer: str, router: Router, output: Any) -> None:
+        """Notes a MoEOutput, AttentionExpertsOutput or RouterOutput."""
+        if self.routing is not None:
+            routing = RouterOutput(output.router_logits, output.topk_weights, output.topk_ids)
+            self.routing.append(Routed(layer, router, routing))
+
+    def through(self, layer: str, module: Any, x: Tensor, **options: Any) -> Tensor:
+        """What a MoE or AttentionExperts makes of x; its routing is noted, if it is wanted."""
+        if self.routing is None:
+            return module(x, **options)
+        output = module(x, return_routing=True, **options)
+        self.record(layer, module.router, output)
+        return output.y
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)), with RMS norms; [B, S, H] to [B, S, H].
+
+    Args:
+        hidden_size, eps: H, and of the norms.
+        attention: with positions.
+        mlp: experts, or a dense network.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        eps: float,
+        attention: Attention | LatentAttention,
+        mlp: MoE | SharedExperts,
+    ) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(hidden_size, eps=eps)
+        self.attention = attention
+        self.mlp_norm = nn.RMSNorm(hidden_size, eps=eps)
+        self.mlp = mlp
+
+    def forward(self, x: Tensor, step: Step, index: int) -> Tensor:
+        assert step.rotation is not None
+        x = x + self.attention(self.attention_norm(x), step.rotation, step.cache(index))
+        y = self.mlp_norm(x)
+        if isinstance(self.mlp, SharedExperts):
+            return x + self.mlp(y)
+        return x + step.through(f"layers.{index}.mlp", self.mlp, y)
+
+
+def attention_entries(
+    block: Any, ours: str, theirs: str, *, norms: tuple[str, str] = LLAMA_NORMS
+) -> list[Entry]:
+    """Of the attention and the two norms of a block like Llama's, given its name here and there."""
+    return [
+        Entry(f"{ours}.attention_norm.weight", (f"{theirs}.{norms[0]}.weight",)),
+        *block.attention.entries(f"{ours}.attention", f"{theirs}.self_attn"),
+        Entry(f"{ours}.mlp_norm.weight", (f"{theirs}.{norms[1]}.weight",)),
+    ]

@@ -1,0 +1,338 @@
+"""Graphs, graph networks on PyTorch Geometric's convolutions, and what a prediction has to compute.
+
+Letters: N nodes, L layers, F features of a node.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moe_ops._fields import check_choice
+
+BACKBONES = ("gcn", "sage", "gat", "gin")
+
+
+@dataclass
+class Graph:
+    """A graph whose nodes have features and classes.
+
+    Attributes:
+        x: [N, F] floats. edge_index: [2, edges], from row 0 to row 1. y: [N] classes.
+        train, valid, test: [N] bool.
+    """
+
+    x: Tensor
+    edge_index: Tensor
+    y: Tensor
+    train: Tensor
+    valid: Tensor
+    test: Tensor
+
+    def __post_init__(self) -> None:
+        num_nodes = self.x.shape[0]
+        for name in ("y", "train", "valid", "test"):
+            t = getattr(self, name)
+            if t.shape != (num_nodes,):
+                raise ValueError(f"Graph: {name} must be [{num_nodes}], got shape {list(t.shape)}.")
+        edges = self.edge_index
+        if edges.dim() != 2 or edges.shape[0] != 2:
+            raise ValueError(
+                f"Graph: edge_index must be [2, edges], got shape {list(edges.shape)}."
+            )
+        if edges.numel() and (int(edges.min()) < 0 or int(edges.max()) >= num_nodes):
+            raise ValueError(
+                f"Graph: edge_index must be in [0, {num_nodes}), got {int(edges.min())} to "
+                f"{int(edges.max())}."
+            )
+
+
+class MLP(nn.Module):
+    """L linear maps with batch normalisation, ReLU and dropout between them: [N, F] to logits."""
+
+    def __init__(
+        self, in_size: int, hidden_size: int, out_size: int, num_layers: int, dropout: float
+    ) -> None:
+        super().__init__()
+        sizes = [in_size] + [hidden_size] * (num_layers - 1) + [out_size]
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
+        self.norms = nn.ModuleList(nn.BatchNorm1d(hidden_size) for _ in range(num_layers - 1))
+        self.dropout = dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer, norm in zip(self.layers, self.norms, strict=False):
+            x = F.dropout(F.relu(norm(layer(x))), self.dropout, self.training)
+        return self.layers[-1](x)
+
+
+@dataclass
+class Edges:
+    """Edges as a backbone wants them, made once a graph by `GNN.prepare`.
+
+    With weights, edges are in order of their targets, as `neighbour_sum` needs them.
+    """
+
+    index: Tensor
+    weight: Tensor | None
+    _turned: Edges | None = None
+
+    def into(self, targets: Tensor) -> Edges:
+        """The edges that end in a node of the mask `targets` [N]."""
+        keep = targets[self.index[1]]
+        return Edges(self.index[:, keep], None if self.weight is None else self.weight[keep])
+
+    def turned(self) -> Edges:
+        """The edges with weights in the other direction; found once."""
+        if self._turned is None:
+            assert self.weight is not None
+            order = self.index[0].argsort(stable=True)
+            self._turned = Edges(self.index.flip(0)[:, order], self.weight[order])
+        return self._turned
+
+
+def neighbour_sum(x: Tensor, edges: Edges) -> Tensor:
+    """[N, F]: at each node the sum of weight x[source] over the edges that end in it.
+
+    One pass over the edges, without a row for each of them, forward and backward.
+    """
+    return _NeighbourSum.apply(x, edges)
+
+
+class _NeighbourSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, edges: Edges) -> Tensor:
+        ctx.edges = edges
+        return _bags(x, edges)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _bags(grad, ctx.edges.turned()), None
+
+
+def _bags(x: Tensor, edges: Edges) -> Tensor:
+    assert edges.weight is not None
+    source, target = edges.index
+    count = target.bincount(minlength=x.shape[0])
+    weight = edges.weight.to(x.dtype)
+    return F.embedding_bag(
+        source, x.contiguous(), count.cumsum(0) - count, mode="sum", per_sample_weights=weight
+    )
+
+
+@dataclass
+class Work:
+    """What a forward computed: rows that entered a layer and edges it read, summed over layers.
+
+    layers: rows and edges of each layer.
+    """
+
+    rows: int
+    edges: int
+    all_rows: int
+    all_edges: int
+    layers: list[tuple[int, int]] = field(default_factory=list)
+
+    @property
+    def saved(self) -> float:
+        """Share of rows and edges together that were not computed; 0 where there are none."""
+        every = self.all_rows + self.all_edges
+        return 1 - (self.rows + self.edges) / every if every else 0.0
+
+
+class GNN(nn.Module):
+    """Graph convolutions, and between them batch normalisation, ReLU (ELU for "gat") and dropout.
+
+    Args:
+        backbone: "gcn", "sage", "gat" or "gin", convolutions of PyTorch Geometric.
+        in_size, hidden_size, out_size, num_layers, dropout: as of `MLP`.
+        heads: of "gat"; hidden layers split their width among them.
+
+    Raises:
+        ImportError: PyTorch Geometric is not installed.
+        ValueError: an unknown backbone, or heads that do not divide hidden_size.
+    """
+
+    def __init__(
+        self,
+        backbone: str,
+        in_size: int,
+        hidden_size: int,
+        out_size: int,
+        num_layers: int,
+        dropout: float,
+        heads: int = 1,
+    ) -> None:
+        super().__init__()
+        check_choice("GNN", "backbone", backbone, BACKBONES)
+        if backbone == "gat" and hidden_size % heads:
+            raise ValueError(f"GNN: heads must divide {hidden_size}, got {heads}.")
+        _geometric()
+        self.backbone = backbone
+        self.dropout = dropout
+        self.sizes = sizes = [in_size] + [hidden_size] * (num_layers - 1) + [out_size]
+        self.convs = nn.ModuleList(
+            self._conv(a, b, heads, last=i == num_layers - 1)
+            for i, (a, b) in enumerate(pairwise(sizes))
+        )
+        self.norms = nn.ModuleList(nn.BatchNorm1d(hidden_size) for _ in range(num_layers - 1))
+
+    def _conv(self, a: int, b: int, heads: int, *, last: bool) -> nn.Module:
+        convs = _geometric().nn
+        if self.backbone == "gcn":
+            # Weights come from `prepare`: degrees are those of the whole graph, also in a part.
+            return convs.GCNConv(a, b, normalize=False)
+        if self.backbone == "sage":
+            return convs.SAGEConv(a, b)
+        if self.backbone == "gat":
+            size = b if last else b // heads
+            return convs.GATConv(a, size, heads=heads, concat=not last)
+        inner = nn.Sequential(nn.Linear(a, b), nn.BatchNorm1d(b), nn.ReLU(), nn.Linear(b, b))
+        return convs.GINConv(inner)
+
+    def prepare(self, edge_index: Tensor, num_nodes: int) -> Edges:
+        """The edges of a graph for this backbone.
+
+        For "gcn" with self loops and weights, for "sage" with the weights of a mean.
+        """
+        if self.backbone not in ("gcn", "sage"):
+            return Edges(edge_index, None)
+        dtype = next(self.parameters()).dtype
+        if self.backbone == "sage":
+            edge_index = edge_index[:, edge_index[1].argsort(stable=True)]
+            count = edge_index[1].bincount(minlength=num_nodes).to(dtype)
+            return Edges(edge_index, 1 / count[edge_index[1]])
+        norm = _geometric().nn.conv.gcn_conv.gcn_norm
+        index, weight = norm(edge_index, None, num_nodes, False, True, dtype=dtype)
+        order = index[1].argsort(stable=True)
+        return Edges(index[:, order], weight[order])
+
+    def forward(self, x: Tensor, edges: Edges) -> Tensor:
+        """[N, F] to logits [N, classes]."""
+        for i in range(len(self.convs)):
+            x = self._layer(i, x, edges)
+        return x
+
+    def at(self, nodes: Tensor, x: Tensor, edges: Edges) -> tuple[Tensor, Work]:
+        """Logits of the nodes of the mask `nodes` [N] only: the same numbers for less work.
+
+        Layer l is computed on the nodes from which a path of at most L - l edges leads to one asked
+        for. Only in `eval()`: batch normalisation in training reads all nodes.
+
+        Returns:
+            logits [nodes.sum(), classes] in order of the nodes, and the work done.
+        """
+        if self.training:
+            raise ValueError("GNN.at: the network must be in eval(), got train().")
+        depth, num_nodes = len(self.convs), x.shape[0]
+        needed = [nodes]
+        for _ in range(depth):
+            wanted = needed[-1].clone()
+            wanted[edges.into(needed[-1]).index[0]] = True
+            needed.append(wanted)
+        needed.reverse()  # needed[l]: what must be known after l layers.
+        work = Work(0, 0, depth * num_nodes, depth * edges.index.shape[1])
+        number = torch.full((num_nodes,), -1, dtype=torch.long, device=x.device)
+        x = x[needed[0]]
+        for i in range(depth):
+            here, after = needed[i], needed[i + 1]
+            number[here] = torch.arange(x.shape[0], device=x.device)
+            part = edges.into(after)
+            work.rows += x.shape[0]
+            work.edges += part.index.shape[1]
+            work.layers.append((x.shape[0], part.index.shape[1]))
+            if x.shape[0]:
+                x = self._layer(i, x, Edges(number[part.index], part.weight))
+            else:
+                x = x.new_empty(0, self.sizes[i + 1])
+            x = x[after[here]]
+        return x, work
+
+    def _layer(self, i: int, x: Tensor, edges: Edges) -> Tensor:
+        conv: Any = self.convs[i]
+        # The convolution's own equations, with a sum that makes no row for each edge.
+        if self.backbone == "gcn":
+            x = neighbour_sum(conv.lin(x), edges) + conv.bias
+        elif self.backbone == "sage":
+            x = conv.lin_l(neighbour_sum(x, edges)) + conv.lin_r(x)
+        else:
+            x = conv(x, edges.index)
+        if i + 1 == len(self.convs):
+            return x
+        x = self.norms[i](x)
+        x = F.elu(x) if self.backbone == "gat" else F.relu(x)
+        return F.dropout(x, self.dropout, self.training)
+
+
+def _geometric() -> Any:
+    try:
+        import torch_geometric
+        import torch_geometric.nn
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            "moe_ops.zoo: graph networks need PyTorch Geometric, which is not installed: "
+            "pip install torch-moe-ops[graphs]"
+        ) from error
+    return torch_geometric
+
+
+def two_populations(
+    num_nodes: int = 6000,
+    num_classes: int = 4,
+    num_features: int = 16,
+    *,
+    degree: int = 6,
+    signal: float = 2.0,
+    weak_signal: float = 0.5,
+    generator: torch.Generator | None = None,
+) -> tuple[Graph, Tensor]:
+    """A graph that no single expert can do: half the nodes are told by features, half by structure.
+
+    Feature nodes have features around their class's centre (`signal` deviations from the origin)
+    and neighbours of any class. Structure nodes have little of it (`weak_signal`) and neighbours of
+    their own class, but for one. The two halves are not linked, for otherwise structure nodes could
+    read their class off feature nodes. Edges go both ways. 40 % of the nodes train, 20 % validate,
+    40 % test.
+
+    Returns:
+        the graph, and [N] bool, True for feature nodes.
+    """
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(shape, generator=generator)
+
+    y = torch.randint(num_classes, (num_nodes,), generator=generator)
+    featured = torch.arange(num_nodes) < num_nodes // 2
+    centres = F.normalize(torch.randn(num_classes, num_features, generator=generator), dim=1)
+    scale = torch.where(featured, signal, weak_signal)[:, None]
+    x = scale * centres[y] + torch.randn(num_nodes, num_features, generator=generator)
+
+    sources, targets = [], []
+    for half in (featured, ~featured):
+        nodes = half.nonzero()[:, 0]
+        source = nodes.repeat_interleave(degree)
+        target = nodes[(uniform(source.shape[0]) * len(nodes)).long()]
+        if not bool(half[0]):
+            # All but the last of a structure node's edges end in its own class.
+            pools = [nodes[y[nodes] == c] for c in range(num_classes)]
+            draw = uniform(source.shape[0])
+            same = torch.empty_like(target)
+            for c, pool in enumerate(pools):
+                mine = y[source] == c
+                same[mine] = pool[(draw[mine] * len(pool)).long()]
+            own = torch.arange(source.shape[0]) % degree < degree - 1
+            target = torch.where(own, same, target)
+        sources.append(source)
+        targets.append(target)
+    source, target = torch.cat(sources), torch.cat(targets)
+    keep = source != target
+    both = torch.cat([torch.stack([source, target]), torch.stack([target, source])], dim=1)
+    edge_index = both[:, keep.repeat(2)].unique(dim=1)
+    draw = uniform(num_nodes)
+    graph = Graph(x, edge_index, y, draw < 0.4, (draw >= 0.4) & (draw < 0.6), draw >= 0.6)
+    return graph, featured

@@ -1,0 +1,286 @@
+"""The two experts of Mowst, the confidence that mixes them, and the loss.
+
+The weak expert is an MLP on a node's own features, the strong one a graph network. The confidence C
+is a function of how far the weak expert's prediction is from uniform.
+
+Letters: N nodes, n classes, p the weak and q the strong expert's probabilities.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moe_ops._fields import check_choice
+
+from .graphs import GNN, MLP, Edges, Work
+
+CONFIDENCES = ("variance", "entropy", "monotone", "free")
+
+
+@dataclass(frozen=True)
+class MowstConfig:
+    """Sizes and choices.
+
+    Attributes:
+        in_size, num_classes: features of a node and classes.
+        backbone: of the strong expert: "gcn", "sage", "gat" or "gin".
+        hidden_size, num_layers, dropout, heads: of both experts (heads: "gat" only).
+        joint: Mowst* (one loss on the mixed prediction) instead of Mowst (the mixed loss).
+        confidence: "variance" or "entropy": C is that dispersion. "monotone": learned, never
+            falling in either dispersion, 0 for a uniform prediction and 1 for a certain one.
+            "free": a learned network with a sigmoid, without these guarantees.
+        gate_hidden, gate_dropout: of the learned kinds (dropout: "free" only).
+        detach_dispersion: no gradient reaches the weak expert through C.
+    """
+
+    in_size: int = 16
+    num_classes: int = 4
+    backbone: str = "gcn"
+    hidden_size: int = 64
+    num_layers: int = 2
+    dropout: float = 0.5
+    heads: int = 1
+    joint: bool = True
+    confidence: str = "monotone"
+    gate_hidden: int = 16
+    gate_dropout: float = 0.0
+    detach_dispersion: bool = False
+
+    PRESETS: ClassVar[tuple[str, ...]] = ("tiny", "flickr", "arxiv")
+
+    def __post_init__(self) -> None:
+        if self.num_classes < 2 or self.num_layers < 1:
+            raise ValueError(
+                "MowstConfig: num_classes must be at least 2 and num_layers at least 1, got "
+                f"{self.num_classes} and {self.num_layers}."
+            )
+        check_choice("MowstConfig", "confidence", self.confidence, CONFIDENCES)
+
+    @classmethod
+    def tiny(cls) -> MowstConfig:
+        """For tests and tries."""
+        return cls(hidden_size=16, dropout=0.0)
+
+    @classmethod
+    def flickr(cls) -> MowstConfig:
+        """The paper's GCN for Flickr: 500 features, 7 classes, 3 layers of 256."""
+        return cls(in_size=500, num_classes=7, hidden_size=256, num_layers=3, joint=False)
+
+    @classmethod
+    def arxiv(cls) -> MowstConfig:
+        """The paper's GCN for ogbn-arxiv: 128 features, 40 classes, 3 layers of 256."""
+        return cls(in_size=128, num_classes=40, hidden_size=256, num_layers=3)
+
+
+def dispersion(logits: Tensor) -> Tensor:
+    """[N, n] logits to [N, 2]: how far softmax(logits) is from uniform, by two measures in [0, 1].
+
+    The first is the variance of the probabilities over that of a one-hot vector, (n - 1) / n^2;
+    the second is 1 - entropy / log n. Both are 0 for a uniform and 1 for a one-hot prediction.
+    """
+    num_classes = logits.shape[-1]
+    log_p = logits.log_softmax(-1)
+    p = log_p.exp()
+    variance = p.var(-1, correction=0) * (num_classes**2 / (num_classes - 1))
+    # Where p rounds to 0, log_p is finite and the product is 0.
+    entropy = -(p * log_p).sum(-1) / math.log(num_classes)
+    return torch.stack([variance, 1 - entropy], dim=-1)
+
+
+class FixedConfidence(nn.Module):
+    """C is one of the dispersions; nothing is learned."""
+
+    def __init__(self, column: int) -> None:
+        super().__init__()
+        self.column = column
+
+    def forward(self, d: Tensor) -> Tensor:
+        return d[:, self.column]
+
+
+class MonotoneConfidence(nn.Module):
+    """C = (f(d) - f(0)) / (f(1) - f(0)), with f a network that never falls in either dispersion.
+
+    f sums sigmoid units with positive weights, so it never falls; the quotient makes C(0) = 0 and
+    C(1) = 1 whatever the weights. Starts near the mean of the two dispersions.
+    """
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        # softplus(0.54) is 1: units of slope about 1 with thresholds over the range of d.
+        self.slope = nn.Parameter(torch.full((hidden_size, 2), 0.54))
+        self.threshold = nn.Parameter(torch.linspace(-2, 0, hidden_size))
+        self.height = nn.Parameter(torch.zeros(hidden_size))
+
+    def _rise(self, d: Tensor) -> Tensor:
+        units = torch.sigmoid(d @ F.softplus(self.slope).T + self.threshold)
+        return units @ self.height.softmax(0)
+
+    def forward(self, d: Tensor) -> Tensor:
+        low, high = self._rise(torch.stack([torch.zeros_like(d[0]), torch.ones_like(d[0])]))
+        span = (high - low).clamp(min=torch.finfo(d.dtype).eps)
+        return ((self._rise(d) - low) / span).clamp(0, 1)
+
+
+class FreeConfidence(nn.Module):
+    """A two-layer network with batch normalisation and a sigmoid, as in the authors' code."""
+
+    def __init__(self, hidden_size: int, dropout: float) -> None:
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Linear(2, hidden_size),
+            nn.BatchNorm1d(hidden_size),
+            nn.ReLU(),
+            nn.Dropout(dropout),
+            nn.Linear(hidden_size, 1),
+        )
+
+    def forward(self, d: Tensor) -> Tensor:
+        return self.net(d)[:, 0].sigmoid()
+
+
+class MowstOutput(NamedTuple):
+    """weak_logits, strong_logits [N, n]; confidence [N] in [0, 1]."""
+
+    weak_logits: Tensor
+    strong_logits: Tensor
+    confidence: Tensor
+
+    def log_probs(self) -> Tensor:
+        """log(C p + (1 - C) q): [N, n]."""
+        return mixed_log_probs(*self)
+
+
+class Prediction(NamedTuple):
+    """What `Mowst.predict` found.
+
+    probs: [N, n]. confidence: [N]. used_strong: [N] bool, nodes whose strong expert was computed.
+    work: what the strong expert computed, and what it would have for all nodes.
+    """
+
+    probs: Tensor
+    confidence: Tensor
+    used_strong: Tensor
+    work: Work
+
+
+class Mowst(nn.Module):
+    """The two experts and the confidence. `strong` may be any module with `GNN`'s interface."""
+
+    def __init__(self, config: MowstConfig, strong: nn.Module | None = None) -> None:
+        super().__init__()
+        self.config = config
+        sizes = (config.in_size, config.hidden_size, config.num_classes, config.num_layers)
+        self.weak = MLP(*sizes, config.dropout)
+        if strong is None:
+            strong = GNN(config.backbone, *sizes, config.dropout, config.heads)
+        # Any, for mypy knows of a module's attributes only that they are tensors or modules.
+        self.strong: Any = strong
+        self.gate = make_confidence(config)
+
+    def confidence(self, weak_logits: Tensor) -> Tensor:
+        """C [N] of the weak expert's logits [N, n]."""
+        if self.config.detach_dispersion:
+            weak_logits = weak_logits.detach()
+        return self.gate(dispersion(weak_logits))
+
+    def forward(self, x: Tensor, edges: Edges) -> MowstOutput:
+        """Both experts on all nodes; `edges` is `model.strong.prepare(edge_index, N)`."""
+        weak = self.weak(x)
+        return MowstOutput(weak, self.strong(x, edges), self.confidence(weak))
+
+    @torch.no_grad()
+    def predict(
+        self,
+        x: Tensor,
+        edge_index: Tensor,
+        *,
+        mode: str | None = None,
+        threshold: float = 1.0,
+        generator: torch.Generator | None = None,
+    ) -> Prediction:
+        """Predicts all nodes; the strong expert is computed only where it is needed.
+
+        Args:
+            x, edge_index: the graph.
+            mode: "mixed": C p + (1 - C) q. "stochastic": p with probability C, else q, so a share
+                of about C of the nodes costs nothing. None: "mixed" for Mowst*, "stochastic" for
+                Mowst, as they are trained.
+            threshold: of "mixed": nodes with C >= threshold get p alone. A probability is then off
+                by at most 1 - threshold.
+            generator: of the draws of "stochastic".
+
+        Runs in `eval()`; the mode of the model is put back.
+        """
+        mode = mode or ("mixed" if self.config.joint else "stochastic")
+        check_choice("Mowst", "mode", mode, ("mixed", "stochastic"))
+        before = self.training
+        self.eval()
+        try:
+            weak = self.weak(x)
+            confidence = self.confidence(weak)
+            if mode == "mixed":
+                needed = confidence < threshold
+            else:
+                draw = torch.rand(confidence.shape, generator=generator, dtype=confidence.dtype)
+                needed = draw.to(confidence.device) >= confidence
+            edges = self.strong.prepare(edge_index, x.shape[0])
+            strong, work = self.strong.at(needed, x, edges)
+        finally:
+            self.train(before)
+        probs = weak.softmax(-1)
+        strong = strong.softmax(-1)
+        if mode == "mixed":
+            share = confidence[needed, None]
+            probs[needed] = share * probs[needed] + (1 - share) * strong
+        else:
+            probs[needed] = strong
+        return Prediction(probs, confidence, needed, work)
+
+
+def make_confidence(config: MowstConfig) -> nn.Module:
+    if config.confidence == "monotone":
+        return MonotoneConfidence(config.gate_hidden)
+    if config.confidence == "free":
+        return FreeConfidence(config.gate_hidden, config.gate_dropout)
+    return FixedConfidence(("variance", "entropy").index(config.confidence))
+
+
+def mixed_log_probs(weak_logits: Tensor, strong_logits: Tensor, confidence: Tensor) -> Tensor:
+    """log(C p + (1 - C) q) [N, n], finite for C = 0 and C = 1, as are its gradients."""
+    tiny = torch.finfo(confidence.dtype).tiny
+    log_c = confidence.clamp(min=tiny).log()[:, None]
+    log_rest = (1 - confidence).clamp(min=tiny).log()[:, None]
+    return torch.logaddexp(
+        log_c + weak_logits.log_softmax(-1), log_rest + strong_logits.log_softmax(-1)
+    )
+
+
+def mowst_loss(output: MowstOutput, labels: Tensor, *, joint: bool) -> Tensor:
+    """The loss of some nodes, a scalar.
+
+    Mowst: mean of C L(p, y) + (1 - C) L(q, y). Mowst* (joint): mean of L(C p + (1 - C) q, y), which
+    is never larger, L being convex.
+    """
+    if joint:
+        return F.nll_loss(output.log_probs(), labels)
+    weak = F.cross_entropy(output.weak_logits, labels, reduction="none")
+    strong = F.cross_entropy(output.strong_logits, labels, reduction="none")
+    c = output.confidence
+    return (c * weak + (1 - c) * strong).mean()
+
+
+def expected_accuracy(output: MowstOutput, labels: Tensor, *, mode: str) -> Tensor:
+    """Accuracy of "mixed", or of "stochastic" averaged over all draws (no draw is made)."""
+    if mode == "mixed":
+        return (output.log_probs().argmax(-1) == labels).double().mean()
+    weak = (output.weak_logits.argmax(-1) == labels).double()
+    strong = (output.strong_logits.argmax(-1) == labels).double()
+    c = output.confidence.double()
+    return (c * weak + (1 - c) * strong).mean()

@@ -1,0 +1,302 @@
+"""The transformer of T2MIR.
+
+A causal transformer over state, action and reward tokens; its last layer's feed-forward network is
+a mixture of experts routed by token beside one routed by task.
+
+Letters: B sequences, S steps of context, L tokens, H width, A action size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moe_ops._fields import check_choice
+from moe_ops.layers import Experts
+
+from .routers import ROUTING, MomentumContrast, NoisyTopKRouter, TaskRouter
+
+
+@dataclass(frozen=True)
+class T2MIRConfig:
+    """Sizes and choices.
+
+    Attributes:
+        variant: "ad": the context is a history of episodes and each step's action is predicted from
+            its state. "dpt": a query state comes first, then a prompt of steps; every prediction is
+            of the query's best action.
+        state_size: width of a state. num_actions: number of discrete actions, 0 for continuous ones
+            of width action_size in [-1, 1].
+        hidden_size, num_layers, num_heads, dropout: of the transformer.
+        max_steps: longest context.
+        moe: in the last layer: "both" (each half the width), "token", "task", or "none" (dense).
+        token_experts, token_top_k, task_experts, task_top_k: E and K of the two.
+        expert_hidden: width of an expert; 0 is 2 * hidden_size.
+        routing: "causal", "token" or "sequence", see `TaskRouter`.
+        softmax_representation: see `TaskRouter`.
+        tau: of the slow router.
+    """
+
+    variant: str = "ad"
+    state_size: int = 2
+    action_size: int = 2
+    num_actions: int = 0
+    hidden_size: int = 64
+    num_layers: int = 3
+    num_heads: int = 4
+    dropout: float = 0.05
+    max_steps: int = 80
+    moe: str = "both"
+    token_experts: int = 6
+    token_top_k: int = 2
+    task_experts: int = 8
+    task_top_k: int = 2
+    expert_hidden: int = 0
+    routing: str = "causal"
+    softmax_representation: bool = False
+    tau: float = 0.005
+
+    PRESETS: ClassVar[tuple[str, ...]] = ("tiny", "point_robot", "dark_room")
+
+    def __post_init__(self) -> None:
+        for name, known in (
+            ("variant", ("ad", "dpt")),
+            ("moe", ("both", "token", "task", "none")),
+            ("routing", ROUTING),
+        ):
+            check_choice("T2MIRConfig", name, getattr(self, name), known)
+        if self.hidden_size % (2 * self.num_heads):
+            raise ValueError(
+                f"T2MIRConfig: hidden_size must be a multiple of {2 * self.num_heads}, got "
+                f"{self.hidden_size}."
+            )
+
+    @property
+    def output_size(self) -> int:
+        """Width of a prediction: logits of discrete actions, or the action."""
+        return self.num_actions or self.action_size
+
+    @classmethod
+    def tiny(cls) -> T2MIRConfig:
+        """For tests and tries."""
+        return cls(hidden_size=32, num_layers=2, num_heads=2, dropout=0.0, max_steps=24)
+
+    @classmethod
+    def point_robot(cls) -> T2MIRConfig:
+        """The authors' sizes for continuous control: four episodes of 20 steps, width 128."""
+        return cls(hidden_size=128, num_heads=8)
+
+    @classmethod
+    def dark_room(cls) -> T2MIRConfig:
+        """The authors' sizes for DarkRoom with DPT: a prompt of 100 steps, width 64."""
+        return cls(
+            variant="dpt", num_actions=5, num_layers=4, num_heads=8, max_steps=100, dropout=0.05
+        )
+
+
+class T2MIROutput(NamedTuple):
+    """What T2MIR returns.
+
+    actions: [B, P, A] with P = S ("ad") or 1 + S ("dpt": at the query, then at each state); logits
+        of discrete actions, or actions in [-1, 1].
+    representation: [B, E] of the task router, or None without one.
+    balance_loss: of the token router; 0 without one and outside training.
+    contrastive_loss: 0 unless asked for.
+    """
+
+    actions: Tensor
+    representation: Tensor | None
+    balance_loss: Tensor
+    contrastive_loss: Tensor
+
+
+class Attention(nn.Module):
+    """Causal attention with heads of one size; normalised after (NormFormer) as well as before."""
+
+    def __init__(self, hidden_size: int, num_heads: int, dropout: float) -> None:
+        super().__init__()
+        self.num_heads, self.dropout = num_heads, dropout
+        self.norm = nn.LayerNorm(hidden_size)
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.out = nn.Linear(hidden_size, hidden_size)
+        self.after = nn.LayerNorm(hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        qkv = self.qkv(self.norm(x)).unflatten(-1, (3, self.num_heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        p = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True)
+        return F.dropout(self.after(self.out(y.transpose(1, 2).flatten(2))), p)
+
+
+class ExpertLayer(nn.Module):
+    """The last layer's feed-forward part: token-wise and task-wise experts side by side."""
+
+    def __init__(self, config: T2MIRConfig) -> None:
+        super().__init__()
+        size = config.hidden_size
+        both = config.moe == "both"
+        hidden = config.expert_hidden or 2 * size
+        kind: dict[str, Any] = {
+            "output_size": size // 2 if both else size,
+            "activation": "gelu",
+            "bias": True,
+        }
+        self.norm = nn.LayerNorm(size)
+        self.dropout = config.dropout
+        self.token_router = self.token_experts = None
+        self.task_router = self.task_experts = self.contrast = None
+        if config.moe in ("both", "token"):
+            self.token_router = NoisyTopKRouter(size, config.token_experts, config.token_top_k)
+            self.token_experts = Experts(config.token_experts, size, hidden, **kind)
+        if config.moe in ("both", "task"):
+            self.task_router = TaskRouter(
+                size,
+                config.task_experts,
+                config.task_top_k,
+                routing=config.routing,
+                softmax_representation=config.softmax_representation,
+            )
+            self.task_experts = Experts(config.task_experts, size, hidden, **kind)
+            self.contrast = MomentumContrast(self.task_router, config.tau)
+
+    def forward(self, x: Tensor, contrastive: bool) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        h = self.norm(x)
+        flat = h.flatten(0, 1)
+        balance = contrast = x.new_zeros(())
+        parts, representation = [], None
+        if self.token_router is not None and self.token_experts is not None:
+            weights, ids, balance = self.token_router(flat)
+            parts.append(self.token_experts(flat, weights, ids))
+        if self.task_router is not None and self.task_experts is not None:
+            weights, ids, representation = self.task_router(h)
+            parts.append(self.task_experts(flat, weights, ids))
+            if contrastive and self.contrast is not None:
+                contrast = self.contrast(representation, self.contrast.keys(h))
+        y = torch.cat(parts, dim=-1).view_as(x)
+        return F.dropout(y, self.dropout, self.training), representation, balance, contrast
+
+
+class T2MIR(nn.Module):
+    """The model, either variant."""
+
+    def __init__(self, config: T2MIRConfig) -> None:
+        super().__init__()
+        self.config = config
+        size = config.hidden_size
+        self.embed_state = nn.Linear(config.state_size, size)
+        self.embed_action = nn.Linear(config.output_size, size)
+        self.embed_reward = nn.Linear(1, size)
+        self.embed_kind = nn.Parameter(torch.zeros(3, size))
+        # One more than the steps: the query of "dpt".
+        self.embed_step = nn.Embedding(config.max_steps + 1, size)
+        nn.init.normal_(self.embed_step.weight, std=0.02)
+        self.attention = nn.ModuleList(
+            Attention(size, config.num_heads, config.dropout) for _ in range(config.num_layers)
+        )
+        dense = config.num_layers - (config.moe != "none")
+        widths = [4 * size] * dense
+        if config.moe == "none":
+            widths[-1] = 6 * size  # About what the experts a token uses amount to.
+        self.dense = nn.ModuleList(
+            nn.Sequential(
+                nn.LayerNorm(size),
+                nn.Linear(size, width),
+                nn.GELU(),
+                nn.Linear(width, size),
+                nn.Dropout(config.dropout),
+            )
+            for width in widths
+        )
+        self.experts = ExpertLayer(config) if config.moe != "none" else None
+        self.norm = nn.LayerNorm(size)
+        self.head = nn.Linear(size, config.output_size)
+
+    def forward(
+        self,
+        states: Tensor,
+        actions: Tensor,
+        rewards: Tensor,
+        query: Tensor | None = None,
+        *,
+        contrastive: bool = False,
+    ) -> T2MIROutput:
+        """Predicts actions.
+
+        Args:
+            states: [B, S, state_size]; S may be 0 with "dpt".
+            actions: [B, S] int (discrete) or [B, S, A]. With "ad" the last step's may be anything:
+                a prediction sees the steps before its own, and its own state.
+            rewards: [B, S].
+            query: [B, state_size], with "dpt" and only then.
+            contrastive: compute the contrastive loss: rows i and i + B / 2 are of one task.
+
+        Raises:
+            ValueError: shapes that do not fit, a context longer than max_steps.
+        """
+        config = self.config
+        x, positions = self._tokens(states, actions, rewards, query)
+        representation, balance, contrast = None, x.new_zeros(()), x.new_zeros(())
+        for i, attention in enumerate(self.attention):
+            x = x + attention(x)
+            if i < len(self.dense):
+                x = x + self.dense[i](x)
+            elif self.experts is not None:
+                y, representation, balance, contrast = self.experts(x, contrastive)
+                x = x + y
+        y = self.head(self.norm(x[:, positions]))
+        return T2MIROutput(y if config.num_actions else y.tanh(), representation, balance, contrast)
+
+    def _tokens(
+        self, states: Tensor, actions: Tensor, rewards: Tensor, query: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Tokens [B, L, H] and which of them predict."""
+        config = self.config
+        batch, steps = states.shape[:2]
+        wanted = (batch, steps) if config.num_actions else (batch, steps, config.action_size)
+        if tuple(actions.shape) != wanted or rewards.shape != (batch, steps):
+            raise ValueError(
+                f"T2MIR: actions and rewards must be {list(wanted)} and {[batch, steps]}, got "
+                f"shapes {list(actions.shape)} and {list(rewards.shape)}."
+            )
+        if steps > config.max_steps:
+            raise ValueError(
+                f"T2MIR: states must have at most {config.max_steps} steps, got {steps}."
+            )
+        if (query is not None) != (config.variant == "dpt"):
+            raise ValueError(
+                f'T2MIR: query must come with variant "dpt" and only then, got '
+                f"{'one' if query is not None else 'none'} with {config.variant!r}."
+            )
+        if config.num_actions:
+            actions = F.one_hot(actions.long(), config.num_actions).to(states.dtype)
+        kinds = (
+            self.embed_state(states),
+            self.embed_action(actions),
+            self.embed_reward(rewards[..., None]),
+        )
+        x = torch.stack(kinds, dim=2) + self.embed_kind + self.embed_step.weight[:steps, None]
+        x = x.flatten(1, 2)
+        positions = torch.arange(steps, device=x.device) * 3
+        if query is not None:
+            first = self.embed_state(query) + self.embed_kind[0] + self.embed_step.weight[-1]
+            x = torch.cat([first[:, None], x], dim=1)
+            positions = torch.cat([positions.new_zeros(1), positions + 1])
+        return x, positions
+
+    def update_target(self) -> None:
+        """Moves the slow router; call it after each optimiser step."""
+        if self.experts is not None and self.experts.contrast is not None:
+            assert self.experts.task_router is not None
+            self.experts.contrast.update(self.experts.task_router)
+
+
+def action_loss(predicted: Tensor, target: Tensor, num_actions: int) -> Tensor:
+    """Imitation: cross-entropy of [..., A] logits, or mean squared error of actions."""
+    if num_actions:
+        return F.cross_entropy(predicted.flatten(0, -2), target.long().flatten())
+    return F.mse_loss(predicted, target)

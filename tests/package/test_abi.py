@@ -1,0 +1,186 @@
+"""What the native library asks of other libraries and what it shows them.
+
+One binary must load in every torch from 2.10 on, CPU or CUDA, so it may need nothing but the
+stable C interface of libtorch_cpu and the C and C++ runtimes.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from functools import lru_cache
+from pathlib import Path
+
+import pytest
+
+import moe_ops
+
+pytestmark = pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="the symbol rules are written for ELF"
+)
+
+PACKAGE = Path(moe_ops.__file__).parent
+LIBRARY = PACKAGE / "libmoe_ops.so"
+MODULE = Path(moe_ops._C.__file__)
+ROOT = Path(__file__).parents[2]
+STABLE_SYMBOLS = Path(__file__).with_name("torch_2_10_stable_symbols.txt")
+
+# The C and C++ runtimes; before glibc 2.34 threads and dl were files of their own.
+RUNTIMES = ("libstdc++", "libm", "libgcc_s", "libc", "ld-linux", "libpthread", "libdl", "librt")
+# What moe_ops._C calls.
+EXPORTS = {
+    "moe_ops::cpu::batch_invariant",
+    "moe_ops::cpu::block_sizes",
+    "moe_ops::cpu::set_batch_invariant",
+    "moe_ops::cpu::cache_limit",
+    "moe_ops::cpu::cached_bytes",
+    "moe_ops::cpu::release_cached",
+    "moe_ops::cpu::active_isa",
+    "moe_ops::cpu::detected_isa",
+    "moe_ops::cpu::failing_kernel",
+    "moe_ops::cpu::isa_name",
+    "moe_ops::cpu::isa_warning",
+    "moe_ops::cpu::measure_limits",
+    "moe_ops::cpu::packed_expert_bytes",
+    "moe_ops::cpu::poison_scratch",
+    "moe_ops::cpu::stale_panels",
+    "moe_ops::cpu::supported_isas",
+    "moe_ops::cpu::use_huge_pages",
+}
+ISA_FILES = ("target_avx2", "target_avx512", "target_avx512_bf16", "target_amx")
+
+
+def run_tool(name: str, *arguments: str | Path) -> list[str]:
+    if shutil.which(name) is None:
+        pytest.skip(f"{name} is not installed: install binutils to check the binary.")
+    command = [name, *map(str, arguments)]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+
+
+@lru_cache
+def symbols(path: Path, *options: str) -> list[tuple[str, str]]:
+    """(type letter, demangled name without arguments and version) of each symbol."""
+    found = []
+    for line in run_tool("nm", "--demangle", *options, path):
+        parsed = re.match(r"^(?:[0-9a-f]+)?\s+([a-zA-Z])\s+(.*)$", line)
+        if parsed:
+            found.append((parsed[1], parsed[2].partition("@")[0]))
+    assert found, f"nm {' '.join(options)} {path} lists nothing"
+    return found
+
+
+def test_no_unstable_torch_symbol_is_needed():
+    unstable = re.compile(r"(?<![\w:])(?:c10|at|caffe2|torch)::")
+    names = [name for _, name in symbols(LIBRARY, "--dynamic", "--undefined-only")]
+    assert not [name for name in names if unstable.search(name)]
+    mangled = run_tool("nm", "--dynamic", "--undefined-only", LIBRARY)
+    assert not [line for line in mangled if re.search(r"\b_Z\w*?(?:N|NK)(?:3c10|2at)\d", line)]
+
+
+def test_torch_symbols_are_those_of_the_oldest_torch():
+    """A weak symbol may be missing where the library is loaded, and the code says what then."""
+    stable = set(STABLE_SYMBOLS.read_text().split())
+    needed = {
+        name
+        for kind, name in symbols(LIBRARY, "--dynamic", "--undefined-only")
+        if kind == "U" and re.match(r"(?:aoti_)?torch_", name)
+    }
+    assert needed, "the library calls nothing of torch"
+    assert needed <= stable, f"not in torch 2.10: {sorted(needed - stable)}"
+
+
+def test_symbol_list_is_sorted():
+    lines = STABLE_SYMBOLS.read_text().splitlines()
+    assert lines == sorted(set(lines))
+
+
+def needed_libraries(path: Path) -> set[str]:
+    lines = run_tool("objdump", "-p", path)
+    return {line.split()[1].partition(".so")[0] for line in lines if "NEEDED" in line}
+
+
+def test_library_needs_torch_cpu_and_the_runtimes_only():
+    """No libc10 (not stable), no libgomp (a second pool beside torch's), no CUDA library."""
+    needed = {re.sub(r"^ld-linux.*", "ld-linux", name) for name in needed_libraries(LIBRARY)}
+    assert "libtorch_cpu" in needed
+    assert needed - {"libtorch_cpu"} <= set(RUNTIMES)
+
+
+def test_module_needs_the_library_and_the_runtimes_only():
+    needed = {re.sub(r"^ld-linux.*", "ld-linux", name) for name in needed_libraries(MODULE)}
+    assert "libmoe_ops" in needed
+    assert needed - {"libmoe_ops"} <= set(RUNTIMES)
+
+
+def test_library_exports_nothing_else():
+    """Weak data of std templates cannot be hidden: the type is not ours."""
+    exported = symbols(LIBRARY, "--dynamic", "--defined-only")
+    ours = {re.split(r"[(\[]", name)[0] for kind, name in exported if kind in "TDBR"}
+    assert ours == EXPORTS
+    weak = [name for kind, name in exported if kind not in "TDBR"]
+    std = re.compile(r"^(?:(?:typeinfo(?: name)?|vtable|guard variable) for )?std::")
+    assert not [name for name in weak if not std.match(name)]
+
+
+@pytest.mark.parametrize("path", [LIBRARY, MODULE], ids=lambda path: path.name)
+def test_no_path_of_the_build_machine(path):
+    data = path.read_bytes()
+    places = {str(ROOT), sys.prefix, sys.base_prefix, str(Path.home()), str(PACKAGE)}
+    found = [place for place in places if len(place) > 4 and place.encode() in data]
+    absolute = rb"(?<![\w:/.<-])/[A-Za-z0-9_.+-]+(?:/[A-Za-z0-9_.+-]+)+"
+    known = (b"/proc/", b"/sys/", b"/dev/")
+    # Whole strings only: in megabytes of instructions a few bytes may look like a short path.
+    for string in re.findall(rb"[\t\n -~]{8,}(?=\0)", data):
+        found += [m.decode() for m in re.findall(absolute, string) if not m.startswith(known)]
+    assert not found
+
+
+def test_no_search_path_but_its_own_folder():
+    for path in (LIBRARY, MODULE):
+        for line in run_tool("objdump", "-p", path):
+            if "RPATH" in line or "RUNPATH" in line:
+                assert line.split()[1] == "$ORIGIN", f"{path.name}: {line.strip()}"
+
+
+def compiled_objects() -> list[Path]:
+    """The objects of the kernels in this tree's newest build without a sanitizer."""
+    found = [
+        path
+        for path in ROOT.glob("build/**/target_portable.cpp.o")
+        if not {"asan", "tsan"} & set(path.relative_to(ROOT).parts)
+    ]
+    found.sort(key=lambda path: path.stat().st_mtime)
+    if not found:
+        pytest.skip("No build tree here: `make build` leaves the objects that this looks at.")
+    return sorted(found[-1].parent.glob("*.cpp.o"))
+
+
+def test_isa_files_share_no_symbol():
+    """The linker keeps one copy of a weak symbol. Were it the AVX-512 one, other machines crash."""
+    for path in compiled_objects():
+        stem = path.name.removesuffix(".cpp.o")
+        if stem not in ISA_FILES:
+            continue
+        namespace = f"moe_ops::cpu::{stem.removeprefix('target_')}::"
+        for kind, name in symbols(path):
+            assert kind not in "WVu", f"{path.name} leaks {name}"
+            assert kind not in "TDBR" or name.startswith(namespace), f"{path.name} defines {name}"
+
+
+def test_other_code_uses_the_baseline_instructions_only():
+    """Functions compiled for one instruction set live in a namespace of its name."""
+    flags = os.environ.get("CXXFLAGS", "")
+    if "-m" in flags:
+        pytest.skip(f"CXXFLAGS={flags} sets instruction sets for every file.")
+    for path in compiled_objects():
+        if path.name.removesuffix(".cpp.o") in ISA_FILES:
+            continue
+        function = ""
+        for line in run_tool("objdump", "-d", "--demangle", "--no-show-raw-insn", path):
+            if label := re.match(r"^[0-9a-f]+ <(.*)>:$", line):
+                function = label[1]
+            elif re.search(r"%[yz]mm\d", line) and not re.search(r"::(?:avx\w*|amx)::", function):
+                pytest.fail(f"{path.name}: {function} has {line.strip()}")

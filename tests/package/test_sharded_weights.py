@@ -1,0 +1,130 @@
+"""What reads whole weights refuses sharded ones in one sentence that names the parameter.
+
+The mesh of one process is set up in a process of its own; it takes all cases, and a test each reads
+what happened to one.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import moe_ops
+
+pytestmark = pytest.mark.cpu_only
+
+CODE = """
+import json, sys
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
+
+import moe_ops
+from moe_ops import quant
+from moe_ops.layers import AttentionExperts, MoE, Router
+from moe_ops.memory import use_huge_pages
+
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+mesh = init_device_mesh("cpu", (1,))
+said = {}
+
+def record(case, call):
+    try:
+        call()
+        said[case] = "no error"
+    except Exception as error:
+        said[case] = f"{type(error).__name__}: {error}"
+
+def shard(modules):
+    for owner in modules:
+        for name, p in list(owner.named_parameters(recurse=False)):
+            sharded = distribute_tensor(p.detach(), mesh, [Shard(0)])
+            owner.register_parameter(name, torch.nn.Parameter(sharded))
+
+model = torch.nn.Sequential(MoE.build(32, 32, 4, 2)).eval()
+fully_shard(model[0], mesh=mesh)
+experts, router = model[0].experts, model[0].router
+record("quantize_experts", lambda: moe_ops.quantize_experts(model, "int8"))
+record("prepack", lambda: moe_ops.prepack(model))
+record("use_huge_pages", lambda: use_huge_pages(model))
+record("use_huge_pages of a tensor", lambda: use_huge_pages(experts.w_down))
+record("record_baseline", lambda: quant.record_baseline(model, [torch.randn(3, 32)]))
+record("select", lambda: experts.select([0, 1]))
+record("append", lambda: experts.append(1))
+record("split", lambda: experts.split([0]))
+record("merge", lambda: experts.merge([[0, 1], [2, 3]]))
+record("router", lambda: router.select([0, 1]))
+attention = AttentionExperts(Router(32, 4, 2), 1, 8)
+shard([attention])
+record("attention", lambda: attention.select([0, 1]))
+if "hf" in sys.argv:
+    from tests.hf.models import build
+    import moe_ops.hf
+
+    for name in ("mixtral", "dbrx", "jetmoe", "llama4_text"):
+        model = build(name)
+        shard(model.modules())
+        moe_ops.hf.enable(model)
+        record(f"quantize_experts {name}", lambda: moe_ops.quantize_experts(model, "int8"))
+        if name != "dbrx":
+            record(f"prepack {name}", lambda: moe_ops.prepack(model))
+print(json.dumps(said))
+dist.destroy_process_group()
+"""
+
+FIRST = {
+    "mixtral": "model.layers.0.mlp.experts.gate_up_proj",
+    "dbrx": "transformer.blocks.0.ffn.experts.mlp.w1",
+    "jetmoe": "model.layers.0.mlp.input_linear.weight",
+    "llama4_text": "model.layers.1.feed_forward.experts.gate_up_proj",
+}
+CASES = {
+    "quantize_experts": "quantize_experts: 0.experts.w_gate_up",
+    "prepack": "prepack: 0.experts.w_gate_up",
+    "use_huge_pages": "use_huge_pages: 0.router.weight",
+    "use_huge_pages of a tensor": "use_huge_pages: the tensor",
+    "record_baseline": "record_baseline: 0.experts.w_gate_up",
+    **dict.fromkeys(("select", "append", "split", "merge"), "Experts: w_gate_up"),
+    "router": "Router: weight",
+    "attention": "AttentionExperts: w_query",
+}
+HAS_TRANSFORMERS = importlib.util.find_spec("transformers") is not None
+if HAS_TRANSFORMERS:
+    CASES |= {f"quantize_experts {m}": f"quantize_experts: {name}" for m, name in FIRST.items()}
+    CASES |= {f"prepack {m}": f"prepack: {name}" for m, name in FIRST.items() if m != "dbrx"}
+
+
+@pytest.fixture(scope="module")
+def said() -> dict[str, str]:
+    root = Path(__file__).parents[2]
+    package = Path(moe_ops.__file__).parents[1]
+    path = os.pathsep.join([str(package), str(root)])
+    result = subprocess.run(
+        [sys.executable, "-c", CODE, *(["hf"] if HAS_TRANSFORMERS else [])],
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_sharded_weights_are_refused_by_name(said, case):
+    start = f"ValueError: {CASES[case]} must be a plain tensor, got a DTensor (Shard(dim=0) on a "
+    assert said[case].startswith(start), said[case]
+    assert said[case].endswith(".") and said[case].count("\n") == 0
+
+
+def test_every_case_ran(said):
+    assert said.keys() == CASES.keys()

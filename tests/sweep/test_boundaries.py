@@ -1,0 +1,114 @@
+"""Every op on both sides of the sizes at which its kernels change what they do: the short part of
+tests/sweep. `make fuzz` runs the rest."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+from moe_ops import _C
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+
+from tests.sweep import __main__ as runner  # noqa: E402
+from tests.sweep import cases  # noqa: E402
+from tests.sweep.cases import Case  # noqa: E402
+
+ISAS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
+# Entries about several dimensions together (cases._special).
+TOGETHER = {"depth_a_row", "weights", "result_bytes"}
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_short_sweep(isa):
+    if isa not in _C.supported_isas():
+        pytest.skip(f"this machine runs {', '.join(_C.supported_isas())}, not {isa}")
+    # The subprocess imports the package that this process imported, wherever pytest found it.
+    path = os.pathsep.join([*(p for p in sys.path if p), str(ROOT)])
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.sweep", "--short", "--isa", isa],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
+    (count,) = re.findall(rf"^{isa}: (\d+) cases$", run.stdout, re.M)
+    assert int(count) > 500
+
+
+def test_every_size_brings_cases():
+    """An entry of the table that no op asks for would be a constant that nobody tests."""
+    table = _C.block_sizes()
+    asked = {
+        entry for op in cases.OPS.values() for dim in op.dims.values() for entry in dim.entries
+    }
+    missing = {(f, a) for f, a, _, _ in table if a not in TOGETHER} - asked
+    assert not missing, f"csrc/cpu/gemm/blocking.cpp has {missing}, which no op of tests/sweep has"
+    unknown = asked - {(f, a) for f, a, _, _ in table}
+    assert not unknown, f"tests/sweep asks for {unknown}, which csrc/cpu/gemm/blocking.cpp lacks"
+
+
+def test_sizes_lie_on_both_sides():
+    table = [("gemm", "rows", "kRowBlock", 128)]
+    rows = cases.sizes_of(cases.OPS["grouped_gemm"].dims["rows"], table)
+    assert rows == [127, 128, 129, 255, 256, 257]
+
+
+def test_text_of_a_case_makes_it_again():
+    for case in cases.short(_C.block_sizes())[::40]:
+        assert Case.of(str(case)).values == case.values
+    with pytest.raises(ValueError, match="name=value"):
+        Case.of("op=moe_ffn rows")
+
+
+def test_sweep_is_the_same_every_time():
+    table = _C.block_sizes()
+    first = [str(case) for case in cases.sweep(table, ["topp_router"])]
+    assert first == [str(case) for case in cases.sweep(table, ["topp_router"])]
+    assert len(set(first)) == len(first)
+
+
+def test_smallest_failing_case():
+    def fault(case):
+        return "wrong" if case["rows"] > 100 and case["layout"] == "nn" else ""
+
+    case = Case.of(
+        "op=grouped_gemm dtype=bf16 rows=390 k=193 n=8 layout=nn bias=1 experts=4 grad_view=offset"
+    )
+    smallest, _ = runner.shrink(case, "wrong", fault)
+    assert str(smallest) == (
+        "op=grouped_gemm dtype=bf16 rows=101 k=1 n=1 layout=nn bias=0 experts=1 "
+        "grad_view=contiguous"
+    )
+
+
+def test_a_crash_is_told_and_passed_over(monkeypatch, tmp_path):
+    """The process dies at its second case: the next one starts with the third."""
+
+    def spawn(isa, *arguments):
+        log = Path(arguments[arguments.index("--log") + 1])
+        lines = [
+            {"at": 7, "case": "op=sort_slots dtype=fp32 tokens=1"},
+            {"at": 7, "fault": ""},
+            {"at": 8, "case": "op=sort_slots dtype=fp32 tokens=2"},
+        ]
+        log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return types.SimpleNamespace(returncode=-11, stderr="")
+
+    monkeypatch.setattr(runner, "spawn", spawn)
+    state = runner.State(tmp_path, 3, [])
+    args = types.SimpleNamespace(seed=3, ops=[])
+    runner.run_slice("avx2", state, 1.0, args)
+    again = runner.State(tmp_path, 3, []).of("avx2")
+    assert again["next"] == 9 and again["cases"] == {"sort_slots fp32": 2}
+    (failure,) = again["failed"]
+    assert failure["case"] == "op=sort_slots dtype=fp32 tokens=2" and "-11" in failure["fault"]

@@ -1,0 +1,167 @@
+"""Imports inside the package point one way: between its parts, and between any two files.
+
+Imports of all kinds count: those at the top of a file, those inside functions, and those for type
+checkers only. One that is deferred into a function to hide a circle is still a circle.
+"""
+
+from __future__ import annotations
+
+import ast
+from functools import lru_cache
+from pathlib import Path
+
+import pytest
+
+import moe_ops
+
+PACKAGE = Path(moe_ops.__file__).parent
+
+FRONT = "moe_ops"  # The names that `import moe_ops` gives, in __init__.py.
+BASE = "base"  # Files at the top of the package that are no part of their own.
+
+# The parts of the package from the lowest on: a part may import from those of earlier lines.
+ORDER = (
+    (BASE, "reference"),
+    ("ops",),
+    ("numerics",),
+    ("memory",),
+    ("expert_weights",),
+    ("packing",),
+    ("quant",),
+    ("layers",),
+    (FRONT,),
+    ("hf", "parallel", "lora"),
+    ("testing", "viz", "doctor"),
+    ("zoo",),
+    ("bench",),
+    ("demo",),
+    ("cli",),
+)
+LEVEL = {part: level for level, parts in enumerate(ORDER) for part in parts}
+
+# Imports that still point the wrong way or close a circle, from file to file: drop a line when its
+# import is gone. Circles are sought among the others.
+EXCEPTIONS: set[tuple[str, str]] = {
+    ("moe_ops._load", "moe_ops"),
+    ("moe_ops.layers.bank", "moe_ops.layers.experts"),
+    ("moe_ops.layers.dense", "moe_ops.layers.experts"),
+    ("moe_ops.layers.replay", "moe_ops.layers.moe"),
+    ("moe_ops.demo.__main__", "moe_ops.cli"),
+    ("moe_ops.demo.run", "moe_ops.cli.tables"),
+}
+
+
+@lru_cache
+def modules() -> dict[str, Path]:
+    """All modules by their dotted names; a folder goes by its own name."""
+    found = {}
+    for path in PACKAGE.rglob("*.py"):
+        parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imports_of(name: str) -> set[str]:
+    """Modules of the package that a module imports anywhere in its text."""
+    path = modules()[name]
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) - node.level + 1]
+            base = ".".join((above if node.level else []) + [node.module] * bool(node.module))
+            names = {f"{base}.{alias.name}" for alias in node.names}
+            # `from package import name` reads a module of that name, or what the package has.
+            found |= {n if n in modules() or n == f"{FRONT}._C" else base for n in names}
+    # The C++ module is imported from the front, and imports nothing itself.
+    return {n for n in found - {f"{FRONT}._C"} if n in modules() and n != name}
+
+
+@lru_cache
+def graph() -> dict[str, set[str]]:
+    return {name: imports_of(name) for name in modules()}
+
+
+def part_of(name: str) -> str:
+    parts = name.split(".")
+    if len(parts) == 1:
+        return FRONT
+    return parts[1] if parts[1] in LEVEL else BASE
+
+
+def circles() -> list[set[str]]:
+    """Strongly connected components of more than one module, by Tarjan's algorithm."""
+    index: dict[str, int] = {}
+    low: dict[str, int] = {}
+    stack: list[str] = []
+    found = []
+
+    def visit(name: str) -> None:
+        index[name] = low[name] = len(index)
+        stack.append(name)
+        for other in sorted(graph()[name]):
+            if (name, other) in EXCEPTIONS:
+                continue
+            if other not in index:
+                visit(other)
+                low[name] = min(low[name], low[other])
+            elif other in stack:
+                low[name] = min(low[name], index[other])
+        if low[name] == index[name]:
+            start = stack.index(name)
+            if len(stack) - start > 1:
+                found.append(set(stack[start:]))
+            del stack[start:]
+
+    for name in sorted(graph()):
+        if name not in index:
+            visit(name)
+    return found
+
+
+def wrong_way() -> set[tuple[str, str]]:
+    return {
+        (name, other)
+        for name, others in graph().items()
+        for other in others
+        if part_of(name) != part_of(other) and LEVEL[part_of(other)] >= LEVEL[part_of(name)]
+    }
+
+
+def test_every_part_has_its_place():
+    folders = {p.parent.name for p in PACKAGE.glob("*/__init__.py")}
+    assert folders <= set(LEVEL), f"give {sorted(folders - set(LEVEL))} a place in ORDER"
+
+
+def test_imports_point_one_way():
+    wrong = sorted(f"{name} imports {other}" for name, other in wrong_way() - EXCEPTIONS)
+    assert not wrong, "; ".join(wrong)
+    gone = sorted(edge for edge in EXCEPTIONS if edge[1] not in graph().get(edge[0], ()))
+    assert not gone, f"drop {gone} from EXCEPTIONS"
+
+
+def test_there_are_no_circles():
+    found = circles()
+    assert not found, f"these import each other: {[sorted(circle) for circle in found]}"
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("import moe_ops.layers.moe", {"moe_ops.layers.moe"}),
+        ("from . import moe", {"moe_ops.layers.moe"}),
+        ("from .moe import MoE", {"moe_ops.layers.moe"}),
+        ("from ..ops import topk_router", {"moe_ops.ops.topk_router"}),
+        ("from moe_ops.numerics import is_batch_invariant", {"moe_ops.numerics"}),
+        ("def f():\n    from .moe import MoE", {"moe_ops.layers.moe"}),
+        ("if TYPE_CHECKING:\n    from .moe import MoE", {"moe_ops.layers.moe"}),
+        ("import torch\nfrom torch import nn", set()),
+    ],
+)
+def test_what_counts_as_an_import(text, wanted, tmp_path, monkeypatch):
+    path = tmp_path / "probe.py"
+    path.write_text(text)
+    monkeypatch.setitem(modules(), "moe_ops.layers.probe", path)
+    assert imports_of("moe_ops.layers.probe") == wanted
