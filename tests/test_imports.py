@@ -46,8 +46,8 @@ EXCEPTIONS: set[tuple[str, str]] = {
     ("moe_ops.layers.bank", "moe_ops.layers.experts"),
     ("moe_ops.layers.dense", "moe_ops.layers.experts"),
     ("moe_ops.layers.replay", "moe_ops.layers.moe"),
+    ("moe_ops.bench.__main__", "moe_ops.cli"),
     ("moe_ops.demo.__main__", "moe_ops.cli"),
-    ("moe_ops.demo.run", "moe_ops.cli.tables"),
 }
 
 

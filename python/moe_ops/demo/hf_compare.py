@@ -5,16 +5,19 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.table import Table
 from torch import Tensor
 
 from moe_ops._requirements import TRANSFORMERS_FLOOR, transformers_is_too_old
 from moe_ops.bench.timing import measure
 
 IMPLEMENTATIONS = ("eager", "grouped_mm", "moe_ops")
+_PASSES = (("forward", "forward"), ("forward_backward", "forward + backward"))
 
 
 def missing() -> str | None:
@@ -146,3 +149,51 @@ def _mixtral(smoke: bool) -> Any:
         "num_experts_per_tok": 2,
     }
     return MixtralForCausalLM(MixtralConfig(**sizes))
+
+
+def print_comparison(console: Console, results: list[dict[str, Any]]) -> None:
+    """Agreement and times of the Hugging Face models."""
+    errors = Table(
+        title="Distance to the same model in fp64 (relative, Frobenius norm)", title_justify="left"
+    )
+    for column in ("model", "experts", "logits", "gradients", "max |Δ logits|", "max |Δ gradient|"):
+        errors.add_column(column, justify="left" if column in ("model", "experts") else "right")
+    errors.add_column("fp32 bound", justify="right")
+    errors.add_column("")
+    for result in results:
+        verdict = "[green]pass[/]" if result["passed"] else "[red]FAIL[/]"
+        first = [result["model"], *[""] * (len(result["errors"]) - 1)]
+        last = [("", "")] * (len(first) - 1) + [(_error(result["bound"]), verdict)]
+        rows = zip(first, result["errors"].items(), last, strict=True)
+        for model, (implementation, error), end in rows:
+            numbers = [_error(value) for value in error.values()]
+            errors.add_row(model, implementation, *numbers, *end, end_section=end[0] != "")
+    console.print(errors)
+    console.print("[dim]max |Δ| is the largest difference to eager in fp32.[/]")
+    times = Table(title="Whole model, medians in ms; × = their ratio, times faster with moe_ops")
+    times.title_justify = "left"
+    for column in ("model", "pass", "moe_ops", "eager", "×", "grouped_mm", "×"):
+        times.add_column(column, justify="left" if column in ("model", "pass") else "right")
+    for result in results:
+        for index, (key, label) in enumerate(_PASSES):
+            times.add_row(
+                result["model"] if index == 0 else f"[dim]{result['shape']}[/]",
+                label,
+                *_times(result[key], "moe_ops", ("eager", "grouped_mm")),
+                end_section=index == 1,
+            )
+    console.print(times)
+
+
+def _times(measured: Mapping[str, Any], ours: str, others: tuple[str, ...]) -> list[str]:
+    cells = [f"{measured['seconds'][ours] * 1e3:.2f}"]
+    for other in others:
+        ratio = measured["speedup"][other]
+        style = "green" if ratio >= 1.05 else "red" if ratio < 0.95 else "default"
+        cells.append(f"{measured['seconds'][other] * 1e3:.2f}")
+        cells.append(f"[{style}]{ratio:.2f}[/]")
+    return cells
+
+
+def _error(value: float) -> str:
+    return "0" if value == 0 else f"{value:.1e}"

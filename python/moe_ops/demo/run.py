@@ -328,7 +328,6 @@ def _compare_hugging_face(options: DemoOptions, console: Console) -> list[dict[s
     if not options.hf:
         console.print("Left out (--no-hf).")
         return None
-    from moe_ops.cli.tables import print_hf_comparison
     from moe_ops.demo import hf_compare
 
     if (missing := hf_compare.missing()) is not None:
@@ -339,7 +338,7 @@ def _compare_hugging_face(options: DemoOptions, console: Console) -> list[dict[s
         budget_s=0.1 if options.smoke else 4.0,
         log=lambda name: console.print(f"  {name} …", style="dim"),
     )
-    print_hf_comparison(console, results)
+    hf_compare.print_comparison(console, results)
     return results
 
 
