@@ -163,10 +163,10 @@ def print_comparison(console: Console, results: list[dict[str, Any]]) -> None:
     for result in results:
         verdict = "[green]pass[/]" if result["passed"] else "[red]FAIL[/]"
         first = [result["model"], *[""] * (len(result["errors"]) - 1)]
-        last = [("", "")] * (len(first) - 1) + [(_error(result["bound"]), verdict)]
+        last = [("", "")] * (len(first) - 1) + [(f"{result['bound']:.2g}", verdict)]
         rows = zip(first, result["errors"].items(), last, strict=True)
         for model, (implementation, error), end in rows:
-            numbers = [_error(value) for value in error.values()]
+            numbers = [f"{value:.2g}" for value in error.values()]
             errors.add_row(model, implementation, *numbers, *end, end_section=end[0] != "")
     console.print(errors)
     console.print("[dim]max |Δ| is the largest difference to eager in fp32.[/]")
@@ -193,7 +193,3 @@ def _times(measured: Mapping[str, Any], ours: str, others: tuple[str, ...]) -> l
         cells.append(f"{measured['seconds'][other] * 1e3:.2f}")
         cells.append(f"[{style}]{ratio:.2f}[/]")
     return cells
-
-
-def _error(value: float) -> str:
-    return "0" if value == 0 else f"{value:.1e}"
