@@ -5,8 +5,52 @@ Letters: T tokens, E experts, K picks.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from .base import Router
+
+
+class SparseMixerRouter(Router, kind="sparsemixer"):
+    """K picks one after another, sampled in training; see `sparsemixer`.
+
+    Args:
+        sparsemixer_eps: half the relative distance from the largest logit within which experts
+            compete.
+        hidden_size, num_experts, top_k, options: as of `Router`.
+    """
+
+    draws_random_numbers = True
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        top_k: int,
+        *,
+        sparsemixer_eps: float = 0.01,
+        **options: Any,
+    ) -> None:
+        super().__init__(hidden_size, num_experts, top_k, **options)
+        self.sparsemixer_eps = sparsemixer_eps
+
+    def choose_experts(
+        self, router_logits: Tensor, expert_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        return sparsemixer(
+            router_logits, self.top_k, eps=self.sparsemixer_eps, training=self.training
+        )
+
+    def weights_of(self, router_logits: Tensor, topk_ids: Tensor) -> Tensor:
+        return sparsemixer(
+            router_logits,
+            topk_ids.shape[1],
+            eps=self.sparsemixer_eps,
+            training=self.training,
+            topk_ids=topk_ids,
+        )[0]
 
 
 def sparsemixer(
