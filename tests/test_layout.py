@@ -367,7 +367,7 @@ def test_no_generated_or_binary_files():
         data = path.read_bytes()
         assert b"\0" not in data, f"{path} is not text"
         # A measurement of a card has a line for each of some 1300 cases.
-        most = 1_000_000 if path.parent.name == "baselines" else 300_000
+        most = 1_000_000 if path.parent.name == "results" else 300_000
         assert len(data) <= most, f"{path} has {len(data)} bytes"
 
 
