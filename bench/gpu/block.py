@@ -18,9 +18,8 @@ from bench.gpu.cases import Case
 from bench.gpu.layer import Layer
 from bench.gpu.peers import PEERS
 from bench.gpu.problem import Problem, relative, sampled, worst
-from moe_ops.bench.contenders import tolerance
+from moe_ops.bench.baselines import exact_grad_x, tolerance
 from moe_ops.bench.shapes import Tokens, exact_output
-from moe_ops.bench.training import exact_grad_x
 
 Block = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 OURS = "moe_ops"
@@ -166,7 +165,7 @@ def _output_check(layer: Layer) -> Callable[[Any], float]:
 
 def _gradient_check(layer: Layer) -> Callable[[Any], float]:
     """dx of some tokens in fp64, which depends on these alone; the others against the first
-    contender, ours, which has passed it."""
+    baseline, ours, which has passed it."""
     tokens, rows = layer.tokens, sampled(layer.tokens.count, layer.device)
     some = Tokens(tokens.x[rows], tokens.topk_weights[rows], tokens.topk_ids[rows])
     truth = exact_grad_x(layer.bank, some, layer.grad_y[rows])

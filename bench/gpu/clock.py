@@ -1,4 +1,4 @@
-"""Samples of contenders in turns: on a card with events, elsewhere with the host's clock.
+"""Interleaved samples of baselines: on a card with events, elsewhere with the host's clock.
 
 On a card a job is captured into a CUDA graph if it can be, so that the time is the device's and not
 Python's; one that cannot be is launched as it is, and says so. Jobs so long that launches are
@@ -7,7 +7,7 @@ hidden behind kernels are not captured: a graph would keep memory of its own for
 Before every sample a buffer of several times the L2 cache is read: nothing of the job's operands is
 left in it, and, the buffer being clean, nothing has to be written back while the job runs. The
 flush also gives the host the time to enqueue what follows, so that events measure the device. Every
-round runs each job once, in an order that turns.
+round runs each job once, in an order that rotates.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from typing import Any, Protocol
 
 import torch
 
-from moe_ops.bench.session import in_a_sentence
-from moe_ops.bench.timing import Samples
+from moe_ops.bench.measure import in_a_sentence
+from moe_ops.bench.timing import Samples, interleave
 
 Job = Callable[[], object]
 
@@ -44,15 +44,10 @@ class Clock(Protocol):
         """Warms the job up, captures it, and times it once."""
 
     def rounds(self, jobs: Mapping[str, Prepared], count: int) -> dict[str, Samples]:
-        """So many samples of each job, in turns."""
+        """So many samples of each job, interleaved."""
 
     def release(self) -> None:
         """Forgets prepared jobs and their memory."""
-
-
-def in_turns(names: list[str], round_number: int) -> list[str]:
-    shift = round_number % max(1, len(names))
-    return names[shift:] + names[:shift]
 
 
 class HostClock:
@@ -67,9 +62,11 @@ class HostClock:
 
     def rounds(self, jobs: Mapping[str, Prepared], count: int) -> dict[str, Samples]:
         samples = {name: Samples() for name in jobs}
-        for number in range(count):
-            for name in in_turns(list(jobs), number):
-                samples[name].seconds[number] = self._timed(jobs[name].call)
+
+        def sample(name: str, number: int) -> None:
+            samples[name].seconds[number] = self._timed(jobs[name].call)
+
+        interleave(list(jobs), sample, lambda number: number < count)
         return samples
 
     def release(self) -> None:
@@ -120,17 +117,16 @@ class CudaClock:
 
     def rounds(self, jobs: Mapping[str, Prepared], count: int) -> dict[str, Samples]:
         events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {n: [] for n in jobs}
-        for number in range(count):
-            for name in in_turns(list(jobs), number):
-                pair = (
-                    torch.cuda.Event(enable_timing=True),
-                    torch.cuda.Event(enable_timing=True),
-                )
-                self._flush()
-                pair[0].record()
-                jobs[name].call()
-                pair[1].record()
-                events[name].append(pair)
+
+        def sample(name: str, number: int) -> None:
+            pair = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            self._flush()
+            pair[0].record()
+            jobs[name].call()
+            pair[1].record()
+            events[name].append(pair)
+
+        interleave(list(jobs), sample, lambda number: number < count)
         torch.cuda.synchronize(self.device)
         return {
             name: Samples({i: a.elapsed_time(b) * 1e-3 for i, (a, b) in enumerate(pairs)})

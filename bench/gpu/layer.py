@@ -62,7 +62,7 @@ class Layer:
         ids = make_ids(case.shape, case.T, case.routing, self.device)
         weights = torch.rand(ids.shape, generator=self._generator, device=self.device)
         weights = weights / weights.sum(1, keepdim=True)
-        # Some contenders take them in halves: all get what halves can hold.
+        # Some baselines take them in halves: all get what halves can hold.
         return Tokens(self.normal(case.T, case.shape.H), weights.to(DTYPE).float(), ids)
 
     @cached_property

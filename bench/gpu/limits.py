@@ -38,7 +38,7 @@ class Limits:
 
 
 def measure_limits(clock: Clock, *, tiny: bool = False, fp8: bool = False) -> Limits:
-    """Medians of 15 rounds in turns."""
+    """Medians of 15 interleaved rounds."""
     n, size = (256, 1 << 20) if tiny else (8192, 1 << 30)
     seconds = _measure(clock, n, size, fp8)
     clock.release()

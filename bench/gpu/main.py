@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench.gpu import steps
+from bench.harness.files import RESULTS, dumps
 
 if TYPE_CHECKING:
     from bench.gpu.run import Options
 
-BASELINES = steps.ROOT / "bench" / "baselines"
 _WALK = "`python -m bench.gpu --device cpu --dry-run --quick` walks through it without one"
 # Kept back for printing and writing.
 _RESERVE_S = 10.0
@@ -45,7 +45,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         help="tiny layers, steps are only told; with --device cpu it needs no card",
     )
     parser.add_argument(
-        "--json", type=Path, help="the result; bench/baselines/<card>.json if not given"
+        "--json", type=Path, help="the result; bench/results/<card>.json if not given"
     )
     parser.add_argument(
         "--render", type=Path, metavar="JSON", help="print a result, measure nothing"
@@ -196,12 +196,11 @@ def _measure(
     from bench.gpu.report import print_result
     from bench.gpu.run import measure
     from moe_ops._files import write_text
-    from moe_ops.bench.main import dumps
 
     def write(result: dict[str, Any]) -> None:
         path = options.json
         if path is None and not options.dry_run:
-            path = BASELINES / f"{slug(result['card']['name'])}.json"
+            path = RESULTS / f"{slug(result['card']['name'])}.json"
         if path is not None:
             write_text(path, dumps({**result, "steps": outcomes}))
 

@@ -1,7 +1,7 @@
 """Divides the time of a run over its cases.
 
 Every case costs a setup (inputs, first calls, checking, capturing) and a number of rounds, in each
-of which every contender runs once; the first case of a layer also makes its weights. Cases are
+of which every baseline runs once; the first case of a layer also makes its weights. Cases are
 taken by rank while their setup and MIN_ROUNDS fit; what is left of the time is shared out as more
 rounds, up to MAX_ROUNDS. The plan is made anew before every case, with costs corrected by what the
 cases so far have really taken, so that a slow machine drops the least important cases, not the
@@ -21,13 +21,13 @@ MAX_ROUNDS = 25
 # Long kernels vary less: so many rounds are enough where one takes longer than this.
 LONG_ROUNDS, LONG_S = 3, 0.1
 
-# A contender is taken to need so many times the floor, and this long at least.
+# A baseline is taken to need so many times the floor, and this long at least.
 _SLOWER = 2.0
 _LEAST_S = 20e-6
-# Calls of a contender before it is timed: checked, warmed up twice, captured, tried.
+# Calls of a baseline before it is timed: checked, warmed up twice, captured, tried.
 _FIRST_CALLS = 5
-# Host work a contender and case: building inputs, capturing a graph.
-_CONTENDER_S = 0.02
+# Host work a baseline and case: building inputs, capturing a graph.
+_BASELINE_S = 0.02
 # Making weights and inputs, in bytes a second.
 _FILL = 100e9
 
@@ -60,11 +60,11 @@ class Rates:
         return max(work.flops / self.flops, work.bytes / self.bytes)
 
 
-def cost_of(work: Work, contenders: int, bank_bytes: float, rates: Rates) -> Cost:
+def cost_of(work: Work, baselines: int, bank_bytes: float, rates: Rates) -> Cost:
     once = max(_SLOWER * rates.floor_s(work), _LEAST_S)
     return Cost(
-        setup_s=contenders * (_FIRST_CALLS * once + _CONTENDER_S),
-        round_s=contenders * (once + rates.flush_s),
+        setup_s=baselines * (_FIRST_CALLS * once + _BASELINE_S),
+        round_s=baselines * (once + rates.flush_s),
         open_s=bank_bytes / _FILL,
     )
 

@@ -1,4 +1,4 @@
-"""Tables and goals of a result: with rich in a terminal, as markdown for a page."""
+"""Tables and targets of a result: with rich in a terminal, as markdown for a page."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from bench.gpu import cases
 from bench.gpu.block import BATCHED, GROUPED, OURS, UNFUSED
-from moe_ops.bench.goals import Verdict
+from bench.harness.targets import Verdict, judge
 from moe_ops.bench.report import number
 from moe_ops.bench.report import table as markdown_table
 
@@ -23,11 +23,11 @@ TITLES = {
     **{part: part for part in cases.MOVES},
 }
 HOW = """\
-Microseconds, medians of rounds in turns; inputs are not in the L2 cache; CUDA graphs, except where
-an asterisk says that the contender could not be captured (its time has Python's launches in it).
+Microseconds, medians of interleaved rounds; inputs are not in the L2 cache; CUDA graphs, unless an
+asterisk says that the baseline could not be captured (its time has Python's launches in it).
 The floor is the larger of operations at the measured cuBLAS rate and bytes at the measured copy
 rate, each counted once; "of limit" is the floor over our time; "x" is how many times longer a
-contender takes than ours. Every result was compared with fp64 first."""
+baseline takes than ours. Every result was compared with fp64 first."""
 
 Cell = Mapping[str, Any]
 Table = tuple[str, list[str], list[list[str]]]
@@ -47,12 +47,12 @@ def tables(result: Mapping[str, Any]) -> Iterator[Table]:
 
 
 def _row(cell: Cell, names: Sequence[str]) -> list[str]:
-    contenders = cell["contenders"]
-    ours = contenders.get(OURS)
+    baselines = cell["contenders"]
+    ours = baselines.get(OURS)
     row = [cell["shape"], str(cell["T"]), cell["routing"], number(cell["floor_us"])]
     row += [_time(ours), f"{ours['of_limit']:.0%}" if ours else "–"]
     for name in names:
-        found = contenders.get(name)
+        found = baselines.get(name)
         ratio = f"{found['ours_faster']:.2f}" if found and "ours_faster" in found else "–"
         row += [_time(found), ratio]
     return row
@@ -64,7 +64,7 @@ def _time(found: Mapping[str, Any] | None) -> str:
     return number(found["us"]) + ("*" if "eager" in found else "")
 
 
-# --------------------------------------------------------------------------------- goals
+# --------------------------------------------------------------------------------- targets
 
 
 def verdicts(result: Mapping[str, Any]) -> list[Verdict]:
@@ -75,11 +75,11 @@ def verdicts(result: Mapping[str, Any]) -> list[Verdict]:
     large = [c for c in products if c["T"] >= 32768 and c["routing"] == "balanced"]
     rate = result["limits"]["bf16_flops"]
     return [
-        _verdict("products", f"1.00x {GROUPED}", _ratios(products, GROUPED), 1.0),
-        _verdict("products, T 32768, balanced", "0.75 of cuBLAS", _shares(large, rate), 0.75),
-        _verdict("block forward", f"1.30x {UNFUSED}", _ratios(forward, UNFUSED), 1.3),
-        _verdict("block forward, T 1 to 64", f"1.00x {BATCHED}", _ratios(forward, BATCHED), 1.0),
-        _verdict(
+        _judge("products", f"1.00x {GROUPED}", _ratios(products, GROUPED), 1.0),
+        _judge("products, T 32768, balanced", "0.75 of cuBLAS", _shares(large, rate), 0.75),
+        _judge("block forward", f"1.30x {UNFUSED}", _ratios(forward, UNFUSED), 1.3),
+        _judge("block forward, T 1 to 64", f"1.00x {BATCHED}", _ratios(forward, BATCHED), 1.0),
+        _judge(
             "block forward and backward",
             "0.90x SonicMoE",
             _ratios([c for c in cells if c["part"] == "training"], "SonicMoE"),
@@ -108,26 +108,22 @@ def _where(cell: Cell) -> str:
     return f"{cell['part']} {cell['shape']} T={cell['T']} {cell['routing']}"
 
 
-def _verdict(goal: str, must: str, values: list[tuple[float, str]], least: float) -> Verdict:
-    if not values:
-        return Verdict(goal, must, None, "", False)
-    worst, where = min(values)
-    missing = tuple(f"{w} {v:.2f}" for v, w in sorted(values) if v < least)
-    return Verdict(goal, must, f"{worst:.2f}", where, not missing, missing)
+def _judge(target: str, must: str, values: list[tuple[float, str]], least: float) -> Verdict:
+    return judge(target, must, values, least, "{:.2f}".format)
 
 
-def _goal_rows(result: Mapping[str, Any]) -> list[list[str]]:
+def _target_rows(result: Mapping[str, Any]) -> list[list[str]]:
     rows = []
     for v in verdicts(result):
         worst = "–" if v.worst is None else f"{v.worst} ({v.where})"
         met = (
             "not measured" if v.worst is None else "yes" if v.met else f"no, {len(v.missing)} short"
         )
-        rows.append([v.goal, v.must, worst, met])
+        rows.append([v.target, v.must, worst, met])
     return rows
 
 
-_GOALS = ["goal", "must", "worst", "met"]
+_TARGETS = ["target", "must", "worst", "met"]
 
 
 # ------------------------------------------------------------------------------ printing
@@ -174,7 +170,7 @@ def missing(result: Mapping[str, Any]) -> list[str]:
 
 
 def print_result(result: Mapping[str, Any]) -> None:
-    """Tables, what is missing, goals; with rich where it is installed."""
+    """Tables, what is missing, targets; with rich where it is installed."""
     try:
         from rich.console import Console
         from rich.table import Table as RichTable
@@ -184,9 +180,9 @@ def print_result(result: Mapping[str, Any]) -> None:
     console = Console()
     if not console.is_terminal:  # Wide enough for a log: a row is a line.
         console = Console(width=240)
-    for title, header, rows in [*tables(result), ("Goals", _GOALS, _goal_rows(result))]:
+    for title, header, rows in [*tables(result), ("Targets", _TARGETS, _target_rows(result))]:
         shown = RichTable(title=title, title_justify="left")
-        words = 3 if title != "Goals" else len(header)
+        words = 3 if title != "Targets" else len(header)
         for i, name in enumerate(header):
             shown.add_column(name, justify="left" if i < words and name != "T" else "right")
         for row in rows:
@@ -200,7 +196,7 @@ def print_result(result: Mapping[str, Any]) -> None:
 def markdown(result: Mapping[str, Any]) -> str:
     """The same for a page, headings from the second level on."""
     parts = [f"## {result['card']['name']}", "\n".join(f"- {line}." for line in facts(result)[1:])]
-    parts += ["### Goals", markdown_table(_GOALS, _goal_rows(result), right_from=4)]
+    parts += ["### Targets", markdown_table(_TARGETS, _target_rows(result), right_from=4)]
     for title, header, rows in tables(result):
         parts += [f"### {title}", markdown_table(header, rows, right_from=3)]
     if lines := missing(result):

@@ -1,7 +1,8 @@
-"""Measures cases until the time is up: checks every contender, times them in turns."""
+"""Measures cases until the time is up: checks every baseline, times them, interleaved."""
 
 from __future__ import annotations
 
+import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -21,10 +22,10 @@ from bench.gpu.ops import op_problem
 from bench.gpu.peers import PEERS
 from bench.gpu.problem import Problem
 from bench.gpu.work import work_of
+from bench.harness.files import commit, rounded
+from bench.harness.machine import now
 from moe_ops import _C, doctor
-from moe_ops.bench import machine
-from moe_ops.bench.run import rounded
-from moe_ops.bench.session import in_a_sentence
+from moe_ops.bench.measure import in_a_sentence
 from moe_ops.bench.shapes import Shape
 from moe_ops.bench.timing import Samples, speedup
 
@@ -36,10 +37,10 @@ _OP_OF = {
     "grouped_gemm_down": "grouped_gemm",
     "forward_fp8": "moe_ffn_fp8",
 }
-# A contender's first calls (compiling, tuning) may take this share of the time, all cases together.
+# A baseline's first calls (compiling, tuning) may take this share of the time, all cases together.
 _FIRST_CALLS_SHARE = 0.08
-# Contenders of a case, for estimates: ours, unfused, torch and its loop; an op has one or two less.
-_CONTENDERS = {"forward": 5, "training": 4}
+# Baselines of a case, for estimates: ours, unfused, torch and its loop; an op has one or two less.
+_BASELINES = {"forward": 5, "training": 4}
 # One that takes so many times longer than ours is not repeated if its rounds do not fit.
 _SLOW = 10.0
 
@@ -118,7 +119,7 @@ def measure(
         "format": FORMAT,
         "complete": False,
         "dry_run": options.tiny,
-        "date": machine.now(),
+        "date": now(),
         "card": card.describe_card(clock.device),
         "versions": versions(),
         "limits": limits.to_dict(),
@@ -154,23 +155,25 @@ def costs_of(wanted: Sequence[Case], limits: Limits, flush_s: float) -> list[pla
         rates = planner.Rates(limits.flops(case.dtype), limits.copy_bytes, flush_s)
         work = work_of(case, min(case.shape.E, case.num_slots))
         bank = 2.0 * 3 * case.shape.E * case.shape.H * case.shape.I
-        found.append(planner.cost_of(work, _CONTENDERS.get(case.part, 3), bank, rates))
+        found.append(planner.cost_of(work, _BASELINES.get(case.part, 3), bank, rates))
     return found
 
 
 def add_floors(result: dict[str, Any], limits: Limits) -> None:
-    """The time that the limits allow each case, and every contender's share of it."""
+    """The time that the limits allow each case, and every baseline's share of it."""
     for cell in result["cells"]:
         seconds = max(
             cell["flops"] / limits.flops(cell["dtype"]), cell["bytes"] / limits.copy_bytes
         )
         cell["floor_us"] = seconds * 1e6
-        for contender in cell["contenders"].values():
-            contender["of_limit"] = cell["floor_us"] / contender["us"]
+        for baseline in cell["contenders"].values():
+            baseline["of_limit"] = cell["floor_us"] / baseline["us"]
 
 
 def versions() -> dict[str, str]:
-    found = machine.describe_software([])
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    if at := commit():
+        found["commit"] = at
     found["moe_ops"] = moe_ops.__version__
     found["kernels"] = dict(_C.build_info())["cuda"]
     if torch.version.cuda:
@@ -225,7 +228,7 @@ def measure_case(
     granted_s: float,
     least_rounds: int = planner.MIN_ROUNDS,
 ) -> dict[str, Any]:
-    """One cell: every contender checked, then rounds for about `granted_s` seconds."""
+    """One cell: every baseline checked, then rounds for about `granted_s` seconds."""
     problem = problem_of(session, case, layer)
     session.absent |= problem.absent
     prepared, errors, skipped = _prepare(session, problem)
@@ -281,7 +284,7 @@ def _prepare(
 
 
 def _slow_ones(prepared: dict[str, Prepared], granted_s: float, least_rounds: int) -> list[str]:
-    """Contenders whose rounds would take more than the case was granted, far behind the first."""
+    """Baselines whose rounds would take more than the case was granted, far behind the first."""
     if not prepared:
         return []
     first = next(iter(prepared.values())).once_s
@@ -301,7 +304,7 @@ def _cell(
     skipped: dict[str, str],
 ) -> dict[str, Any]:
     work = work_of(case, used)
-    contenders: dict[str, Any] = {}
+    baselines: dict[str, Any] = {}
     # In the order of the problem; slow ones were timed apart.
     for name in prepared:
         sample = samples[name]
@@ -311,7 +314,7 @@ def _cell(
             found["eager"] = prepared[name].note
         if name != OURS and OURS in samples:
             found["ours_faster"] = speedup(samples, OURS, name)
-        contenders[name] = found
+        baselines[name] = found
     return {
         "part": case.part,
         "shape": case.shape.name,
@@ -321,7 +324,7 @@ def _cell(
         "used": used,
         "flops": work.flops,
         "bytes": work.bytes,
-        "contenders": contenders,
+        "contenders": baselines,
         "skipped": skipped,
     }
 

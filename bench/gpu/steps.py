@@ -18,7 +18,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+from bench.harness.files import ROOT
+
 LOGS = ROOT / "build" / "gpu"
 VENV_PYTHON = ROOT / ".venv" / "bin" / "python"
 # An exit status that no Python program of ours has.

@@ -1,4 +1,4 @@
-"""Other libraries' expert layers, as contenders. Nothing is imported before it is asked for."""
+"""Other libraries' expert layers, as baselines. Nothing is imported before it is asked for."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from bench.peers.ggml import GGML
 from bench.peers.onnxruntime import OnnxRuntime
 from bench.peers.vllm_cpu import VllmCpu
 from bench.peers.zentorch import Zentorch
-from moe_ops.bench.contenders import Contender
+from moe_ops.bench.baselines import Baseline
 
-PEERS: list[Contender] = [
+PEERS: list[Baseline] = [
     VllmCpu(),
     Zentorch(),
     *(GGML(weight_format, kind, repacked) for weight_format, kind, repacked in GGML.KINDS),

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_ops.bench.contenders import Bind, Call, Contender
+from moe_ops.bench.baselines import Baseline, Bind, Call
 from moe_ops.bench.shapes import Bank, Tokens
 
 _F32, _F16, _Q4_0, _Q8_0, _I32, _BF16 = 0, 1, 2, 8, 26, 30
@@ -86,7 +86,7 @@ def _functions() -> dict[str, Any]:
     return found
 
 
-class GGML(Contender):
+class GGML(Baseline):
     """`repacked`: weights in the order that ggml's kernels for eight rows at once read."""
 
     KINDS = (

@@ -14,15 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_ops.bench.contenders import Bind, Call, Contender, quantize_int4, quantize_int8
+from bench.cpu.quantized import quantize
+from bench.harness.machine import beyond_isa
+from moe_ops.bench.baselines import Baseline, Bind, Call
 from moe_ops.bench.shapes import Bank, Tokens
 
 _GROUP = 128
 
 
-class OnnxRuntime(Contender):
+class OnnxRuntime(Baseline):
     package = "onnxruntime"
-    follows_isa = False
 
     def __init__(self, weight_format: str) -> None:
         self.formats = (weight_format,)
@@ -34,7 +35,7 @@ class OnnxRuntime(Contender):
         for package in ("onnxruntime", "onnx"):
             if importlib.util.find_spec(package) is None:
                 return f"{package} is not installed"
-        return None
+        return beyond_isa()
 
     def prepare(self, bank: Bank, weight_format: str) -> Bind:
         session = _session(bank, weight_format)
@@ -82,10 +83,10 @@ def _session(bank: Bank, weight_format: str) -> Any:
             attributes["block_size"] = _GROUP
         for name, w in (("fc1", gate_up), ("fc2", bank.w_down)):
             if bits == 8:
-                q, scales = quantize_int8(w)
+                q, scales = quantize(w, "int8", _GROUP)
                 q = (q.int() + 128).to(torch.uint8)
             else:
-                q, scales = quantize_int4(w, _GROUP)
+                q, scales = quantize(w, "int4", _GROUP)
             values[name], values[f"{name}_scales"] = q, scales
         inputs = ["x", "logits", "fc1", "fc1_scales", "", "fc2", "fc2_scales"]
     # The weights stay outside of the model, which a protobuf limits to 2 GB.

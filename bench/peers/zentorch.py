@@ -7,27 +7,28 @@ Only its library is loaded: importing the package would also replace functions o
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 from pathlib import Path
 
 import torch
 
-from moe_ops.bench.contenders import Bind, Call, Contender
+from bench.harness.machine import beyond_isa
+from moe_ops.bench.baselines import Baseline, Bind, Call
 from moe_ops.bench.shapes import Bank, Tokens
 
 
-class Zentorch(Contender):
+class Zentorch(Baseline):
     name = "zentorch"
     package = "zentorch"
-    follows_isa = False
 
     def missing(self) -> str | None:
         if importlib.util.find_spec("zentorch") is None:
             return "zentorch is not installed"
-        theirs, here = self.version().split(".")[:2], torch.__version__.split(".")[:2]
-        if theirs != here:
-            return f"zentorch {self.version()} is for another torch than {torch.__version__}"
-        return None
+        version = importlib.metadata.version("zentorch")
+        if version.split(".")[:2] != torch.__version__.split(".")[:2]:
+            return f"zentorch {version} is for another torch than {torch.__version__}"
+        return beyond_isa()
 
     def prepare(self, bank: Bank, weight_format: str) -> Bind:
         spec = importlib.util.find_spec("zentorch")

@@ -15,7 +15,7 @@ _sleep_in_commands()
 
 from moe_ops._load import load as _load  # noqa: E402
 
-_load()
+_load(__version__)
 
 from moe_ops.numerics import (  # noqa: E402
     batch_invariant,

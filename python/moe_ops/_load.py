@@ -36,8 +36,11 @@ def _torch_version() -> tuple[int, int]:
     return int(major), int("".join(c for c in minor if c.isdigit()))
 
 
-def load() -> None:
+def load(version: str) -> None:
     """Imports ``moe_ops._C``, whose library registers ``torch.ops.moe_ops``.
+
+    Args:
+        version: of the Python files, which the library must have too.
 
     Raises:
         ImportError: torch is older than 2.10, the library is missing, or it does not fit.
@@ -59,11 +62,9 @@ def load() -> None:
             f"the native library of moe_ops does not load with torch {torch.__version__}: {error}. "
             "Reinstall it for this Python: pip install --force-reinstall --no-deps torch-moe-ops"
         ) from error
-    from moe_ops import __version__
-
-    if _C.version() != __version__:
+    if _C.version() != version:
         raise ImportError(
-            f"moe_ops is {__version__} but its native library is {_C.version()}: two installs are "
+            f"moe_ops is {version} but its native library is {_C.version()}: two installs are "
             "mixed; pip uninstall torch-moe-ops until none is left, then install it again."
         )
     if _C.isa_warning():

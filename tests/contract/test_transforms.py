@@ -342,21 +342,38 @@ MODULES = {
     "QuantizedExperts": lambda: layers.Experts(E, 64, 64),
     "ResidualNorm": lambda: layers.ResidualNorm(H, dtype=torch.float64),
     "Router": lambda: layers.Router(H, E, K, dtype=torch.float64, logits_dtype=None),
-    "Router, sparsemixer": lambda: layers.Router(
+    "SparseMixerRouter": lambda: layers.Router(
         H, E, K, kind="sparsemixer", dtype=torch.float64, logits_dtype=None
     ),
-    "Router, top-p": lambda: layers.Router(
-        H, E, K, kind="topp", dtype=torch.float64, logits_dtype=None
+    "TopPRouter": lambda: layers.TopPRouter(H, E, K, dtype=torch.float64, logits_dtype=None),
+    "TopKRouter": lambda: layers.TopKRouter(H, E, K, renormalize=True, dtype=torch.float64),
+    "ExpertChoiceRouter": lambda: layers.ExpertChoiceRouter(H, E, K, dtype=torch.float64),
+    "Capacity, CapacityRouter": lambda: layers.CapacityRouter(H, E, K, dtype=torch.float64),
+    "CapacityRouter": lambda: layers.CapacityRouter(
+        H, E, K, eval_capacity_factor=0.5, dtype=torch.float64
+    ),
+    "ReLURouter": lambda: layers.ReLURouter(H, E, K, bias=True, dtype=torch.float64),
+    "ZeroComputationExperts": lambda: layers.MoE(
+        layers.Router(H, E + 3, K, dtype=torch.float64),
+        layers.ZeroComputationExperts(
+            layers.Experts(E, H, 3, dtype=torch.float64),
+            num_zero=1,
+            num_identity=1,
+            num_constant=1,
+            dtype=torch.float64,
+        ),
     ),
     "SharedExperts": lambda: layers.SharedExperts(H, 3, dtype=torch.float64),
 }
 LOSSES = {
     "concentration_loss": lambda x: layers.concentration_loss(x),
+    "drop_over_capacity": lambda x: layers.drop_over_capacity(x[:, :K], ids(), E, 2)[0],
     "device_balance_loss": lambda x: layers.device_balance_loss(x, ids(), 2),
     "load_balancing_loss": lambda x: layers.load_balancing_loss(x, ids()),
     "mix_outputs": lambda x: layers.mix_outputs(x.view(T, 1, H), torch.ones(T, 1, 1).to(x)),
     "mutual_information_loss": lambda x: layers.mutual_information_loss(x),
     "router_entropy_loss": lambda x: layers.router_entropy_loss(x),
+    "relu_router_loss": lambda x: layers.relu_router_loss(x, 2),
     "router_z_loss": lambda x: layers.router_z_loss(x),
     "sequence_balance_loss": lambda x: layers.sequence_balance_loss(x, ids(), num_sequences=1),
     "sparsemixer": lambda x: layers.sparsemixer(x)[0],
@@ -364,13 +381,17 @@ LOSSES = {
 # Records, and what nothing flows through.
 WITHOUT_GRADIENTS = {
     "AttentionExpertsOutput",
+    "HashRouter",  # Gets ids from its caller; its weights are in tests/layers.
     "KVCache",
+    "L1Coefficient",
     "MoEOutput",
     "RouterOutput",
+    "Routing",
     "RoutingChoice",
     "RoutingRecord",
     "RoutingStats",
     "count_tokens_per_expert",
+    "hash_table",
     "record_routing",
     "replay_routing",
     "update_expert_bias",

@@ -385,7 +385,7 @@ def test_second_run_in_a_folder_gets_a_sentence(tmp_path):
 
 @pytest.mark.parametrize("kills", [12, pytest.param(200, marks=pytest.mark.full)])
 def test_killed_training_loses_no_step(tmp_path, seed, kills):
-    script = (Path(__file__).parents[1] / "kill_training.py").read_text()
+    script = (Path(__file__).parents[1] / "demo" / "kill_training.py").read_text()
     result = run_python(script, tmp_path, kills, seed)
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith(f"{kills} kills"), result.stdout

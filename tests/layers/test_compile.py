@@ -29,6 +29,8 @@ CONFIGS = {
     "phimoe": {"router": "phimoe"},
     "topp": {"kind": "topp"},
     "expert_choice": {"kind": "expert_choice"},
+    "relu": {"kind": "relu", "max_k": 3, "router_bias": True},
+    "capacity": {"kind": "capacity", "capacity_factor": 0.5, "drop_by": "weight"},
 }
 
 

@@ -13,7 +13,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import moe_ops
-from moe_ops import quant
+from moe_ops import quant, zoo
 from moe_ops.layers import Experts, MoE, QuantizedExperts
 from moe_ops.quant import ExpertInputs, ExpertWeights
 
@@ -435,19 +435,25 @@ def test_perplexity_bad_input(tokens, kwargs, message):
 
 
 def language_model():
-    from moe_ops.demo.model import ByteLM, ModelConfig
-
-    config = ModelConfig(
-        num_layers=2, hidden_size=32, num_heads=2, num_experts=4, intermediate_size=64, context=32
-    )
-    return ByteLM(config).eval()
+    return zoo.create(
+        "deepseek",
+        "tiny_v1",
+        hidden_size=32,
+        head_size=16,
+        num_heads=2,
+        num_dense_layers=0,
+        num_experts=4,
+        top_k=2,
+        num_shared_experts=0,
+        intermediate_size=64,
+    ).eval()
 
 
 def test_report_of_a_language_model():
     model = language_model()
     with torch.no_grad():
-        for block in model.blocks:
-            block.moe.experts.w_down.normal_()
+        for layer in model.layers:
+            layer.mlp.experts.w_down.normal_()
     tokens = torch.randint(0, 256, (200,))
     batches = [tokens[None, :32], tokens[None, 32:64]]
     baseline = quant.record_baseline(model, batches, tokens=tokens, context=32)
@@ -462,14 +468,14 @@ def test_report_of_a_language_model():
     assert report.perplexity_before == before
     assert report.perplexity_after != before
     assert report.perplexity_after == pytest.approx(before, rel=0.2)
-    assert [b.name for b in report.banks] == [f"blocks.{i}.moe.experts" for i in (0, 1)]
+    assert [b.name for b in report.banks] == [f"layers.{i}.mlp.experts" for i in (0, 1)]
     assert all(0 < b.error < 0.05 for b in report.banks)
     assert all(a.error < b.error for a, b in zip(report.banks, reports["int4"].banks, strict=True))
     assert report.bytes_before == 2 * 4 * (4 * 3 * 32 * 64)
     # 8 of 32 bits, and a scale of 4 bytes for each 32 or 64 numbers.
     assert 0.25 < report.bytes_after / report.bytes_before < 0.32
     text = str(report)
-    assert "blocks.1.moe.experts" in text and "perplexity" in text and "int8" in text
+    assert "layers.1.mlp.experts" in text and "perplexity" in text and "int8" in text
     assert json.loads(json.dumps(report.to_dict()))["banks"][0]["format"] == "int8"
 
 

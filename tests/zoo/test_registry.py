@@ -1,4 +1,4 @@
-"""The registry of the zoo, its commands, and the arithmetic of claims reports."""
+"""The registry of the zoo, its commands, and the arithmetic of reports of experiments."""
 
 from __future__ import annotations
 
@@ -8,23 +8,16 @@ import math
 import sys
 import types
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
 import pytest
+from bench.experiments import command
+from bench.experiments.report import Claim, Report
 from typer.testing import CliRunner
 
 from moe_ops import zoo
 from moe_ops.cli.app import app
 from moe_ops.zoo import _moved
-
-ROOT = Path(__file__).parents[2]
-if not (ROOT / "bench" / "claims").is_dir():
-    pytest.skip("No source tree here.", allow_module_level=True)
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
-
-from bench.claims.report import Claim, Report  # noqa: E402
 
 runner = CliRunner()
 
@@ -141,31 +134,31 @@ def test_earlier_module_names(name, now, some):
         getattr(earlier, "nothing")  # noqa: B009
 
 
-def test_claims_command(toy, monkeypatch, tmp_path):
+def test_claims_command_says_where_the_experiments_are(toy):
     result = runner.invoke(app, ["claims", "other"])
     assert result.exit_code == 1 and "name must be one of toy" in result.output
-    folder = tmp_path / "bench" / "claims"
-    folder.mkdir(parents=True)
-    (folder / "__init__.py").touch()
-    monkeypatch.chdir(tmp_path)
-    result = runner.invoke(app, ["claims", "toy"])
-    assert result.exit_code == 1 and "must have toy.py" in result.output
+    result = runner.invoke(app, ["claims", "toy", "--seeds", "4", "--save"])
+    assert result.exit_code == 1
+    assert "python -m bench.experiments.toy" in " ".join(result.output.split())
 
-    (folder / "toy.py").touch()
-    experiment = types.ModuleType("bench.claims.toy")
 
+def test_command_of_an_experiment(capsys, monkeypatch, tmp_path):
     def run(seeds, log):
         log("running")
         claim = Claim("b is lower", [-1.0 - 0.1 * seed for seed in seeds], "nat")
         return Report("toy", {"Data": "none"}, ["loss"], {"a": [[s] for s in seeds]}, [claim])
 
-    experiment.run = run
-    monkeypatch.setitem(sys.modules, "bench.claims.toy", experiment)
-    result = runner.invoke(app, ["claims", "toy", "--seeds", "4"])
-    assert result.exit_code == 0, result.output
-    assert "running" in result.output and "| shown |" in result.output
-    report = json.loads(runner.invoke(app, ["claims", "toy", "--json"]).output)
+    command.main("toy", run, ["--seeds", "4"])
+    output = capsys.readouterr().out
+    assert "running" in output and "| shown |" in output
+    command.main("toy", run, ["--json"])
+    report = json.loads(capsys.readouterr().out)
     assert report["claims"][0]["differences"] == [-1.0, -1.1, -1.2]
+    with pytest.raises(SystemExit, match=r"experiments\.toy: .*toy\.md must have one line"):
+        command.main("toy", run, ["--save"])
+    with pytest.raises(SystemExit) as caught:
+        command.main("toy", run, ["--seeds", str(10**23)])
+    assert caught.value.code == 2
 
 
 def test_verdicts_are_computed():

@@ -1,8 +1,6 @@
-"""Measures moe_ops against other ways to run the same layer, and against the machine's limits.
+"""Measures moe_ops against transformers, plain torch and the machine's limits: ``moe-ops bench``.
 
-``moe-ops bench`` runs it on what is installed; ``python -m bench.run`` in the source tree adds the
-libraries of ``bench/peers`` and makes ``docs/performance.md``.
-
-`timing` takes turns and medians, `limits` says what the machine can do, `shapes` holds the layers,
-`contenders`, `training`, `parts` and `memory` say what is run, `run` runs it, `report` prints it.
+`timing` interleaves and takes medians, `limits` says what the machine can do, `shapes` holds the
+layers, `baselines` and `training` say what is run, `measure` runs it, `report` prints it. The
+source tree has more, in ``bench/``, which imports from here.
 """

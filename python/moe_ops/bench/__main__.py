@@ -1,3 +1,8 @@
-from moe_ops.bench.main import main
+from __future__ import annotations
 
-main()
+import sys
+
+from moe_ops.cli import main
+
+if __name__ == "__main__":
+    main(["bench", *sys.argv[1:]])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -69,12 +68,6 @@ class Limits:
                 for size in sorted(sizes)
             },
         )
-
-    @classmethod
-    def from_dict(cls, saved: Mapping[str, Any]) -> Limits:
-        """The inverse of `to_dict`, also after JSON, whose keys are strings."""
-        cached = {int(size): rate for size, rate in saved.get("cached_bytes", {}).items()}
-        return cls(**{**saved, "cached_bytes": cached})
 
     def to_dict(self) -> dict[str, Any]:
         sizes = {str(size): rate for size, rate in self.cached_bytes.items()}

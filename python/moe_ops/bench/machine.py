@@ -1,22 +1,12 @@
-"""What a report says about where and when it was made."""
+"""The processor, and the environment that holds every library to an instruction set."""
 
 from __future__ import annotations
 
-import datetime
 import os
 import platform
 import re
-import subprocess
 import sys
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
-
-import torch
-
-import moe_ops
-from moe_ops import _C
-from moe_ops.bench.contenders import Contender
 
 # What holds torch, oneDNN and MKL to the instruction set of MOE_OPS_CPU_ISA.
 ISA_ENVIRONMENTS = {
@@ -29,87 +19,20 @@ ISA_ENVIRONMENTS = {
 }
 
 
-def describe_machine() -> dict[str, Any]:
-    return {
-        "cpu": _cpu_name(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
-        "caches": _caches(),
-        "memory_gib": round(_memory_bytes() / 2**30, 1),
-        "system": f"{platform.system()} {platform.release()}",
-        "detected_isa": _C.detected_isa(),
-    }
+def hold_to_isa(isa: str | None) -> None:
+    """Executes this command again in the environment that holds everything to `isa`, unless this
+    process was started in it."""
+    wanted = ISA_ENVIRONMENTS[isa] if isa else {}
+    if any(os.environ.get(k) != v for k, v in wanted.items()):
+        os.environ.update(wanted)
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
-def describe_software(contenders: Iterable[Contender]) -> dict[str, str]:
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    for contender in contenders:
-        if contender.missing() is None and contender.package != "torch":
-            versions[contender.package] = contender.version()
-    commit = _commit()
-    if commit:
-        versions["commit"] = commit
-    return versions
-
-
-def now() -> str:
-    return datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
-
-
-def load() -> list[float]:
-    """Runnable processes, averages of 1 and 5 minutes; ours is one of them."""
-    return [round(value, 2) for value in os.getloadavg()[:2]] if hasattr(os, "getloadavg") else []
-
-
-def held_to_isa(isa: str) -> bool:
-    """Whether this process was started in the environment that holds everything to `isa`."""
-    return all(os.environ.get(k) == v for k, v in ISA_ENVIRONMENTS[isa].items())
-
-
-def restart_with_isa(isa: str) -> None:
-    """Executes this command again in that environment; does not return."""
-    os.environ.update(ISA_ENVIRONMENTS[isa])
-    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
-
-
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """What the processor calls itself."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
         return platform.processor()
     name = re.search(r"^model name\s*: (.+)$", text, re.MULTILINE)
-    numbers = [
-        re.search(rf"^{key}\s*: (\d+)$", text, re.MULTILINE) for key in ("cpu family", "model")
-    ]
-    where = [
-        f"{key} {n.group(1)}" for key, n in zip(("family", "model"), numbers, strict=True) if n
-    ]
-    described = name.group(1).strip() if name else platform.processor()
-    return f"{described} ({', '.join(where)})" if where else described
-
-
-def _caches() -> str:
-    found = []
-    for index in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
-        level, kind, size = ((index / f).read_text().strip() for f in ("level", "type", "size"))
-        if kind != "Instruction":
-            found.append(f"L{level} {size}")
-    return ", ".join(found)
-
-
-def _memory_bytes() -> int:
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
-        return 0
-
-
-def _commit() -> str:
-    root = Path(moe_ops.__file__).parents[2]
-    if not (root / "csrc").is_dir():
-        return ""
-    git = ["git", "-C", str(root), "describe", "--always", "--dirty"]
-    try:
-        done = subprocess.run(git, capture_output=True, text=True, check=False)
-    except OSError:
-        return ""
-    return done.stdout.strip()
+    return name.group(1).strip() if name else platform.processor()

@@ -1,66 +1,43 @@
-"""Markdown of what `run` measured. Tables are padded, so that a terminal shows them too."""
+"""Markdown of a result. Tables are padded, so that a terminal shows them too."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from moe_ops.bench.contenders import OURS
-from moe_ops.bench.goals import verdicts
 from moe_ops.bench.shapes import SHAPES
 
 HF = "HF grouped_mm"
-_QUANTIZED_REFERENCE = "bf16 moe_ops"
 
 
-def render(result: Mapping[str, Any], *, goals: bool = True) -> str:
+def render(result: Mapping[str, Any]) -> str:
     """The whole report of one run, headings from the second level on."""
-    isa = result["isa"]
-    parts = [f"## {result['machine']['cpu']}, {isa}", _facts(result)]
-    if goals:
-        parts += ["### Goals", _goals(result)]
+    return join_sections([*head(result), *sections(result), *not_measured(result)])
+
+
+def join_sections(parts: Iterable[str]) -> str:
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def sections(result: Mapping[str, Any]) -> list[str]:
+    """Headings, explanations and tables of the modes that were measured."""
+    parts: list[str] = []
     if result.get("forward"):
-        parts += ["### Forward", _FORWARD, _summary(result["forward"])]
-        parts += [_all_times(result["forward"])]
-    if result.get("quantized"):
-        parts += ["### int8 and int4 weights, forward", _QUANTIZED, _all_times(result["quantized"])]
+        parts += ["### Forward", _FORWARD, summary(result["forward"], HF)]
     if result.get("training"):
         parts += ["### Forward and backward", _TRAINING, _training(result["training"])]
-    if result.get("scaling"):
-        parts += ["### Two threads", _scaling(result["scaling"])]
-    if result.get("parts"):
-        parts += ["### Router, sorting, weighted sum", _PARTS, _parts(result["parts"])]
-    if result.get("memory"):
-        parts += ["### Memory of a training step", _MEMORY, _memory(result["memory"])]
-    skipped = _skipped(result)
-    if skipped:
-        parts += ["### Not measured", skipped]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    return parts
 
 
 _FORWARD = """\
 The experts of one layer for T tokens, routing given. *Floor* is the time that the limits above
 allow: the larger of operations at peak and bytes of the experts used at the rate at which a buffer
-of that size can be read again and again, from a cache or from memory. (Files without rates of
-caches: from memory; a share above 100 % means that the weights were in a cache.) *Ours* reads
-packed weights, as layers do in inference; *best peer* is the fastest of all others. The weights of
-moe_ops lie in huge pages, where its layers keep them (before commit 81c9e05 only packed ones). `~`:
-fewer than three samples did not have to wait for a core."""
-_QUANTIZED = """\
-Weights were bf16; int8 has a scale a row, int4 one for 32 weights (ONNX Runtime: 128). Errors are
-relative to the unquantised layer in fp64."""
+of that size can be read again and again, from a cache or from memory. *Ours* reads packed weights,
+as layers do in inference; *best peer* is the fastest of all others. `~`: fewer than three samples
+did not have to wait for a core."""
 _TRAINING = """\
-Gradients of x, routing weights and both weights. Fresh gradients are left in `.grad`, which is
-cleared before each step; *main_grads*: ours adds those of the weights to kept buffers instead. The
-floor counts reading the weights twice and writing their gradients once. *THP* rows: the whole
-process with THP_MEM_ALLOC_ENABLE=1, with which torch asks for huge pages."""
-_PARTS = """\
-128 experts, 8 a token, H 2048, fp32; microseconds of our op, then of the lines that transformers
-runs, and how many times faster ours is."""
-_MEMORY = """\
-MiB at the peak of a step beyond weights and their gradients, in a process of its own (VmHWM above
-the size before the weights were made; workspaces and caches count). *main_grads* and *kept .grad*
-have gradients at hand before the step, which transformers then adds fresh ones to."""
+Gradients of x, routing weights and both weights. The floor counts reading the weights twice and
+writing their gradients once."""
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], right_from: int = 1) -> str:
@@ -86,46 +63,27 @@ def number(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def _facts(result: Mapping[str, Any]) -> str:
-    machine, limits = result["machine"], result["limits"]
+def head(result: Mapping[str, Any]) -> list[str]:
+    """Heading and circumstances of a run."""
+    limits = result["limits"]
     rates = ("fp32_flops", "bf16_flops", "read_bytes")
-    giga = {key: f"{limits[key] / 1e9:.1f}" for key in rates}
-    cached = "".join(
-        f", {int(size) >> 20} MiB again and again {rate / 1e9:.0f}"
-        for size, rate in limits.get("cached_bytes", {}).items()
-        if int(size) in (1 << 20, 3 << 20, 12 << 20)
-    )
+    fp32, bf16, memory = (f"{limits[key] / 1e9:.1f}" for key in rates)
     versions = ", ".join(f"{k} {v}" for k, v in result["versions"].items())
-    load = " / ".join(str(v) for v in result["load"]["before"][:1] + result["load"]["after"][:1])
-    used = {
-        c["shape"] for mode in ("forward", "quantized", "training") for c in result.get(mode, ())
-    }
-    shapes = "; ".join(f"{name}: {SHAPES[name]} ({SHAPES[name].like})" for name in sorted(used))
-    return "\n".join(
-        [
-            f"- Date {result['date']}, {result['seconds']} s; load before / after {load}.",
-            f"- {machine['cores']} cores, {machine['caches']}, {machine['memory_gib']} GiB, "
-            f"{machine['system']}; instruction set {result['isa']} "
-            f"of {machine['detected_isa']}; {result['threads']} thread(s) unless said.",
-            f"- {versions}.",
-            f"- Limits, measured in the same run: fp32 {giga['fp32_flops']} GFLOP/s, "
-            f"bf16 {giga['bf16_flops']} GFLOP/s, memory {giga['read_bytes']} GB/s{cached}.",
-            f"- Shapes: {shapes}.",
-        ]
-    )
+    used = {c["shape"] for mode in ("forward", "training") for c in result.get(mode, ())}
+    facts = [
+        f"{result['threads']} thread(s) unless said; {versions}",
+        f"Limits, measured in the same run: fp32 {fp32} GFLOP/s, bf16 {bf16} GFLOP/s, memory "
+        f"{memory} GB/s",
+        "; ".join(f"{name}: {SHAPES[name]} ({SHAPES[name].like})" for name in sorted(used)),
+    ]
+    return [
+        f"## {result['machine']['cpu']}, {result['isa']}",
+        "\n".join(f"- {fact}." for fact in facts),
+    ]
 
 
-def _goals(result: Mapping[str, Any]) -> str:
-    rows = []
-    for verdict in verdicts(result):
-        met = "yes" if verdict.met else "out of reach" if verdict.out_of_reach else "no"
-        worst = "–" if verdict.worst is None else f"{verdict.worst} ({verdict.where})"
-        row = [verdict.goal, verdict.must, worst, verdict.at_limit or "–"]
-        rows.append([*row, met if verdict.worst else "not measured"])
-    return table(["goal", "must", "worst", "at the limit", "met"], rows, right_from=5)
-
-
-def _summary(cells: Iterable[Mapping[str, Any]]) -> str:
+def summary(cells: Iterable[Mapping[str, Any]], other: str) -> str:
+    """Ours beside the floor, the fastest of all others, and one of them."""
     rows = []
     for cell in cells:
         contenders, ours = cell["contenders"], cell["ours"]
@@ -133,58 +91,21 @@ def _summary(cells: Iterable[Mapping[str, Any]]) -> str:
             continue
         best = best_peer(cell)
         row = [cell["shape"], cell["weights"], str(cell["T"]), number(cell["floor_ms"])]
-        row += [_ms(contenders, ours), f"{contenders[ours]['of_limit']:.0%}"]
-        row += [f"{best} {_ms(contenders, best)}", _ratio(contenders, best)] if best else ["–", "–"]
-        row += [_ratio(contenders, HF), _error(contenders[ours])]
+        row += [milliseconds(contenders, ours), f"{contenders[ours]['of_limit']:.0%}"]
+        row += [f"{best} {milliseconds(contenders, best)}" if best else "–"]
+        row += [_ratio(contenders, best or "")]
+        row += [_ratio(contenders, other), _error(contenders[ours])]
         rows.append(row)
     header = ["shape", "weights", "T", "floor ms", "ours ms", "of limit", "best peer ms"]
-    header += ["ours vs best", "vs HF grouped_mm", "error"]
+    header += ["ours vs best", f"vs {other}", "error"]
     return table(header, rows, right_from=2)
 
 
 def best_peer(cell: Mapping[str, Any]) -> str | None:
-    """The fastest contender that is not ours."""
-    others = {n: c["ms"] for n, c in cell["contenders"].items() if not is_ours(n)}
+    """The fastest baseline that is not ours."""
+    found = cell["contenders"].items()
+    others = {n: c["ms"] for n, c in found if not n.startswith(("moe_ops", "bf16 moe_ops"))}
     return min(others, key=others.__getitem__) if others else None
-
-
-def is_ours(name: str) -> bool:
-    return name in OURS or name.startswith("moe_ops") or name == _QUANTIZED_REFERENCE
-
-
-def _all_times(cells: Sequence[Mapping[str, Any]]) -> str:
-    """One table a format: ms of every contender, and its error at the first number of tokens."""
-    tables = []
-    for weights in dict.fromkeys(cell["weights"] for cell in cells):
-        chosen = [cell for cell in cells if cell["weights"] == weights]
-        names = list(dict.fromkeys(n for cell in chosen for n in cell["contenders"]))
-        keys = [(cell["shape"], cell["T"]) for cell in chosen]
-        header = [f"{weights}, ms", *[f"{shape} T={T}" for shape, T in keys], "largest error"]
-        floors = ["*floor*", *[number(cell["floor_ms"]) for cell in chosen], ""]
-        rows = [floors]
-        for name in names:
-            row = [name, *[_ms(cell["contenders"], name) for cell in chosen]]
-            errors = [
-                c["error"] for x in chosen if (c := x["contenders"].get(name)) and "error" in c
-            ]
-            rows.append([*row, f"{max(errors):.1e}" if errors else ""])
-        tables.append(_split(header, rows))
-    return "\n\n".join(tables)
-
-
-def _split(header: Sequence[str], rows: Sequence[Sequence[str]], columns: int = 10) -> str:
-    """Several tables where one would be too wide; the first and the last column are in each."""
-    inner = len(header) - 2
-    tables = []
-    for start in range(0, inner, columns):
-        end = min(inner, start + columns)
-
-        def part(line: Sequence[str], start: int = start, end: int = end) -> list[str]:
-            return [line[0], *line[1 + start : 1 + end], line[-1]]
-
-        kept = [r for r in map(part, rows) if any(c not in ("", "–") for c in r[1:-1])]
-        tables.append(table(part(header), kept))
-    return "\n\n".join(tables)
 
 
 def _training(cells: Iterable[Mapping[str, Any]]) -> str:
@@ -197,10 +118,10 @@ def _training(cells: Iterable[Mapping[str, Any]]) -> str:
         if "moe_ops" not in contenders:
             continue
         row = [cell["shape"], cell["weights"] + (" THP" if cell.get("thp") else ""), str(cell["T"])]
-        row += [number(cell["floor_ms"]), _ms(contenders, "moe_ops")]
+        row += [number(cell["floor_ms"]), milliseconds(contenders, "moe_ops")]
         row += [f"{contenders['moe_ops']['of_limit']:.0%}"]
         for name in others:
-            row += [_ms(contenders, name), _ratio(contenders, name)]
+            row += [milliseconds(contenders, name), _ratio(contenders, name)]
         rows.append([*row, _error(contenders["moe_ops"])])
     header = ["shape", "weights", "T", "floor ms", "ours ms", "of limit"]
     for name in others:
@@ -208,36 +129,8 @@ def _training(cells: Iterable[Mapping[str, Any]]) -> str:
     return table([*header, "error"], rows, right_from=2)
 
 
-def _scaling(cells: Iterable[Mapping[str, Any]]) -> str:
-    rows = []
-    for cell in cells:
-        row = [cell["mode"], cell["shape"], cell["weights"], str(cell["T"])]
-        row += [number(cell["ms"]["1"]), number(cell["ms"]["2"])]
-        rows.append([*row, f"{cell['speedup']:.2f}x" + ("~" if cell["noisy"] else "")])
-    header = ["mode", "shape", "weights", "T", "1 thread ms", "2 threads ms", "faster"]
-    return table(header, rows, right_from=3)
-
-
-def _parts(cells: Sequence[Mapping[str, Any]]) -> str:
-    rows = []
-    for cell in cells:
-        forms = [f"{n}: {number(cell['us'][n])} ({r:.2f}x)" for n, r in cell["speedup"].items()]
-        ours = number(cell["us"]["moe_ops"]) + ("~" if cell["noisy"] else "")
-        rows.append([cell["part"], str(cell["T"]), ours, *forms, *[""] * (2 - len(forms))])
-    return table(["part", "T", "moe_ops us", "torch us", "torch us"], rows)
-
-
-def _memory(cells: Iterable[Mapping[str, Any]]) -> str:
-    cells = list(cells)
-    names = list(dict.fromkeys(name for cell in cells for name in cell["mib"]))
-    rows = []
-    for cell in cells:
-        row = [cell["shape"], cell["weights"], str(cell["T"])]
-        rows.append([*row, *[number(cell["mib"][n]) if n in cell["mib"] else "–" for n in names]])
-    return table(["shape", "weights", "T", *names], rows, right_from=2)
-
-
-def _skipped(result: Mapping[str, Any]) -> str:
+def not_measured(result: Mapping[str, Any]) -> list[str]:
+    """What is not in the tables, and why."""
     lines = [f"- {name}: {why}." for name, why in result["absent"].items()]
     reasons: dict[tuple[str, str], list[str]] = {}
     for mode in ("forward", "quantized", "training"):
@@ -248,10 +141,10 @@ def _skipped(result: Mapping[str, Any]) -> str:
     for (name, why), cells in reasons.items():
         shown = ", ".join(cells[:4]) + (f" and {len(cells) - 4} more" if len(cells) > 4 else "")
         lines.append(f"- {name}: {why} ({shown}).")
-    return "\n".join(lines)
+    return ["### Not measured", "\n".join(lines)] if lines else []
 
 
-def _ms(contenders: Mapping[str, Any], name: str) -> str:
+def milliseconds(contenders: Mapping[str, Any], name: str) -> str:
     found = contenders.get(name)
     return "–" if found is None else number(found["ms"]) + ("~" if found.get("noisy") else "")
 

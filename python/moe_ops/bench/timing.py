@@ -1,17 +1,18 @@
-"""Contenders in turns: a change of the machine's speed meets all of them.
+"""Interleaved measurements: a change of the machine's speed meets everything that is compared.
 
-Every round runs each job once, in an order that turns from round to round. A short job runs once
-untimed before its sample: the limits it is compared with are those of warm caches, and in turns it
-would find there what the job before it left. A sample in which a thread of ours waited for a core
-that another process held is repeated once and, if that one waited too, left out. Times are medians,
-ratios the medians of the ratios of a round.
+Every round takes one sample of each job, in an order that rotates from round to round; `interleave`
+is that loop, for whatever a sample is. `measure` times functions on the CPU with it. A short job
+runs once untimed before its sample: the limits it is compared with are those of warm caches, and
+interleaved it would find there what the job before it left. A sample in which a thread of this
+process waited for a core that another process held is repeated once and, if that one waited too,
+left out. Times are medians, ratios the medians of the ratios of a round.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,19 @@ class Samples:
         return result
 
 
-def alternate(
+def interleave(
+    names: Sequence[str], sample: Callable[[str, int], object], more: Callable[[int], bool]
+) -> None:
+    """Calls ``sample(name, round)`` once a round for each name, as long as ``more(round)``."""
+    number = 0
+    while more(number):
+        shift = number % max(1, len(names))
+        for name in (*names[shift:], *names[:shift]):
+            sample(name, number)
+        number += 1
+
+
+def measure(
     jobs: Mapping[str, Callable[[], object]],
     *,
     budget_s: float,
@@ -64,7 +77,7 @@ def alternate(
     slow_s: float = 6.0,
     first_s: Mapping[str, float] | None = None,
 ) -> dict[str, Samples]:
-    """Runs the jobs in turns until the budget is spent.
+    """Times the jobs, interleaved, until the budget is spent.
 
     Args:
         jobs: what to run, by name.
@@ -95,18 +108,19 @@ def alternate(
             short.add(name)
         if second > budget_s / 6:
             slow.add(name)
-    names = list(counts)
     end = time.perf_counter() + budget_s
-    for round_number in range(max_rounds):
-        if round_number >= min_rounds and time.perf_counter() > end:
-            break
-        shift = round_number % max(1, len(names))
-        for name in names[shift:] + names[:shift]:
-            if name in slow and round_number >= min_rounds:
-                continue
-            if name in short:
-                jobs[name]()
-            _take(samples[name], round_number, jobs[name], counts[name])
+
+    def more(number: int) -> bool:
+        return number < max_rounds and (number < min_rounds or time.perf_counter() <= end)
+
+    def sample(name: str, number: int) -> None:
+        if name in slow and number >= min_rounds:
+            return
+        if name in short:
+            jobs[name]()
+        _take(samples[name], number, jobs[name], counts[name])
+
+    interleave(list(counts), sample, more)
     return samples
 
 

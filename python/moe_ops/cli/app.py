@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import time
 from pathlib import Path
 from typing import Annotated
 
@@ -133,23 +132,18 @@ def bench(
         str | None, typer.Option(help="Hold everything to this instruction set: avx2.")
     ] = None,
 ) -> None:
-    """Time moe_ops against transformers, plain torch and the limits of this machine.
+    """Time moe_ops against transformers, plain torch and the limits of this machine."""
+    from dataclasses import replace
 
-    More options, such as shapes and numbers of tokens: python -m moe_ops.bench --help.
-    """
-    from moe_ops.bench.machine import ISA_ENVIRONMENTS
-    from moe_ops.bench.main import main as benchmark
+    from moe_ops.bench import machine, measure, report
 
-    if isa is not None and isa not in ISA_ENVIRONMENTS:
-        known = " or ".join(ISA_ENVIRONMENTS)
-        error = f"error: bench: --isa must be {known}, got {isa}."
-        _console().print(error, style="bold red", soft_wrap=True, markup=False)
-        raise typer.Exit(1)
-    arguments = ["--quick"] if quick else []
-    arguments += ["--json", "-"] if as_json else []
-    arguments += ["--threads", str(threads)] if threads else []
-    arguments += ["--isa", isa] if isa else []
-    benchmark(arguments)
+    if isa is not None and isa not in machine.ISA_ENVIRONMENTS:
+        known = " or ".join(machine.ISA_ENVIRONMENTS)
+        raise arguments.fail(f"bench: --isa must be {known}, got {isa}.")
+    machine.hold_to_isa(isa)
+    plan = replace(measure.QUICK if quick else measure.Plan(), threads=threads or 1)
+    result = measure.run(plan, log=lambda line: typer.echo(line, err=True))
+    typer.echo(json.dumps(result) if as_json else report.render(result))
 
 
 @app.command()
@@ -221,36 +215,18 @@ def zoo_list(
         print_listing(_console())
 
 
-@app.command()
+@app.command(
+    hidden=True,
+    deprecated=True,
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
+)
 @arguments.command
-def claims(
-    system: Annotated[str, typer.Argument(help="A system of `moe-ops zoo list`.")],
-    seeds: Annotated[int, arguments.seeds("Number of paired seeds: 0, 1, ...")] = 3,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    save: Annotated[
-        bool,
-        typer.Option("--save", help="Write numbers, tables and pictures into the source tree."),
-    ] = False,
-) -> None:
-    """Run the small experiment of a system of the zoo, and say what it shows.
+def claims(system: Annotated[str, typer.Argument(help="A system of `moe-ops zoo list`.")]) -> None:
+    """Moved to the source tree: python -m bench.experiments.NAME."""
+    from moe_ops import zoo
 
-    Needs the source tree: the experiments are in bench/claims.
-    """
-    from moe_ops.cli.zoo import check_page, find_claims, save_claims
-
-    console = _console(quiet=as_json)
-    experiment = find_claims(system)
-    if save:
-        check_page(system)
-    started = time.perf_counter()
-    report = experiment.run(
-        seeds=range(seeds), log=lambda line: console.print(line, markup=False, soft_wrap=True)
+    name = zoo.get(system).name
+    raise arguments.fail(
+        f"claims: the experiment of {name} is run in the source tree by "
+        f"python -m bench.experiments.{name}; docs/zoo/{name}.md has what it showed"
     )
-    report.setting["Took"] = f"{time.perf_counter() - started:.0f} s"
-    if save:
-        for path in save_claims(report):
-            console.print(f"wrote {path}", markup=False, soft_wrap=True)
-    if as_json:
-        typer.echo(json.dumps(report.to_dict(), indent=2))
-    else:
-        console.print(report.markdown(), markup=False, soft_wrap=True)

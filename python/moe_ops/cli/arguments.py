@@ -43,10 +43,6 @@ def seed(help: str) -> Any:
     return typer.Option(min=0, max=ranges.MAX_SEED, help=help)
 
 
-def seeds(help: str) -> Any:
-    return typer.Option(min=1, max=ranges.MAX_SEEDS, help=help)
-
-
 def tokens(help: str, least: int) -> Any:
     return typer.Option(min=least, max=ranges.MAX_TOKENS, help=help)
 

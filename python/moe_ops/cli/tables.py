@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
@@ -13,7 +12,6 @@ if TYPE_CHECKING:
     from moe_ops.doctor import Report
 
 _MARKS = {"ok": "[green]✓[/]", "info": "[blue]·[/]", "warning": "[yellow]![/]", "fail": "[red]✗[/]"}
-_PASSES = (("forward", "forward"), ("forward_backward", "forward + backward"))
 
 
 def print_report(console: Console, report: Report) -> None:
@@ -55,57 +53,6 @@ def print_report(console: Console, report: Report) -> None:
             text = f"{escape(test.op)}: {escape(test.message)}"
             console.print(f"{_MARKS['fail']} {text}", soft_wrap=True)
     console.print(f"[bold]{escape(report.conclusion)}[/]", soft_wrap=True)
-
-
-def print_hf_comparison(console: Console, results: list[dict[str, Any]]) -> None:
-    """Agreement and times of the Hugging Face models."""
-    errors = Table(
-        title="Distance to the same model in fp64 (relative, Frobenius norm)", title_justify="left"
-    )
-    for column in ("model", "experts", "logits", "gradients", "max |Δ logits|", "max |Δ gradient|"):
-        errors.add_column(column, justify="left" if column in ("model", "experts") else "right")
-    errors.add_column("fp32 bound", justify="right")
-    errors.add_column("")
-    for result in results:
-        for index, (implementation, error) in enumerate(result["errors"].items()):
-            last = index == len(result["errors"]) - 1
-            verdict = "[green]pass[/]" if result["passed"] else "[red]FAIL[/]"
-            errors.add_row(
-                result["model"] if index == 0 else "",
-                implementation,
-                _error(error["logits"]),
-                _error(error["gradients"]),
-                _error(error["max_abs_logits_vs_eager"]),
-                _error(error["max_abs_gradient_vs_eager"]),
-                _error(result["bound"]) if last else "",
-                verdict if last else "",
-                end_section=last,
-            )
-    console.print(errors)
-    console.print("[dim]max |Δ| is the largest difference to eager in fp32.[/]")
-    times = Table(title="Whole model, medians in ms; × = their ratio, times faster with moe_ops")
-    times.title_justify = "left"
-    for column in ("model", "pass", "moe_ops", "eager", "×", "grouped_mm", "×"):
-        times.add_column(column, justify="left" if column in ("model", "pass") else "right")
-    for result in results:
-        for index, (key, label) in enumerate(_PASSES):
-            times.add_row(
-                result["model"] if index == 0 else f"[dim]{result['shape']}[/]",
-                label,
-                *_times(result[key], "moe_ops", ("eager", "grouped_mm")),
-                end_section=index == 1,
-            )
-    console.print(times)
-
-
-def _times(measured: Mapping[str, Any], ours: str, others: tuple[str, ...]) -> list[str]:
-    cells = [f"{measured['seconds'][ours] * 1e3:.2f}"]
-    for other in others:
-        ratio = measured["speedup"][other]
-        style = "green" if ratio >= 1.05 else "red" if ratio < 0.95 else "default"
-        cells.append(f"{measured['seconds'][other] * 1e3:.2f}")
-        cells.append(f"[{style}]{ratio:.2f}[/]")
-    return cells
 
 
 def _error(value: float | None) -> str:

@@ -1,11 +1,7 @@
-"""`moe-ops zoo` and `moe-ops claims`: what the zoo holds, and the experiments of its systems."""
+"""`moe-ops zoo`: what the zoo holds."""
 
 from __future__ import annotations
 
-import importlib
-import sys
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from rich.console import Console
@@ -13,6 +9,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from moe_ops import zoo
+
+EXPERIMENTS = (
+    "What each system claims is put to a small experiment in the source tree: "
+    "python -m bench.experiments.NAME runs it, docs/zoo/NAME.md has what it showed."
+)
 
 
 def listing() -> list[dict[str, Any]]:
@@ -39,36 +40,4 @@ def print_listing(console: Console) -> None:
         shown = f"needs [{entry['needs']}]" if presets is None else ", ".join(presets)
         table.add_row(entry["name"], escape(entry["summary"]), escape(shown))
     console.print(table)
-
-
-def find_claims(system: str) -> ModuleType:
-    """The module bench.claims.<system> of the source tree.
-
-    Raises:
-        ValueError: an unknown system, one without an experiment, or no source tree here.
-    """
-    zoo.get(system)
-    # From the root of a source tree, or wherever this file lies in one.
-    roots = [Path.cwd(), *Path(__file__).resolve().parents[2:4]]
-    trees = [root for root in roots if (root / "bench" / "claims" / "__init__.py").is_file()]
-    if not trees:
-        raise ValueError(
-            f"claims: must be run in the source tree, which has bench/claims, got {Path.cwd()}."
-        )
-    root = trees[0]
-    if not (root / "bench" / "claims" / f"{system}.py").is_file():
-        raise ValueError(f"claims: bench/claims must have {system}.py, got no such file yet.")
-    if str(root) not in sys.path:
-        sys.path.insert(0, str(root))
-    return importlib.import_module(f"bench.claims.{system}")
-
-
-def check_page(system: str) -> None:
-    """Before the run: ValueError where `save_claims` could not write."""
-    importlib.import_module("bench.claims.page").check(system)
-
-
-def save_claims(report: Any) -> list[Path]:
-    """Writes a run into the tree that `find_claims` found: bench/claims/page.py says where."""
-    paths: list[Path] = importlib.import_module("bench.claims.page").save(report)
-    return paths
+    console.print(EXPERIMENTS, markup=False, soft_wrap=True)

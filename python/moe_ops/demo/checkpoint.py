@@ -1,9 +1,9 @@
 """Checkpoints that survive a kill and a power cut at any moment: one safetensors file of each.
 
 A save writes a new file, flushes it to the disk and renames it over the checkpoint (see
-`moe_ops._files`); the one before is kept under a second name. The last 32 bytes of a file, those of
-a tensor called "~sha256", are the SHA-256 of all that is before them, header included: a file in
-which any bit has changed is refused, and `load` takes the one before.
+`moe_ops._files`); the one before is kept under a second name. The header has the SHA-256 of
+everything that the file says: a file in which any bit has changed is refused, and `load` takes the
+one before.
 
 A save costs more than a step of a small model, so `due` spreads them: they take a twentieth of the
 time, which makes them about a second apart in the demo.
@@ -11,6 +11,7 @@ time, which makes them about a second apart in the demo.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from dataclasses import dataclass
@@ -23,13 +24,15 @@ from safetensors import SafetensorError
 
 from moe_ops import _files
 
-FORMAT = "moe_ops.demo/2"
-DIGEST = "~sha256"
+FORMAT = "moe_ops.demo/3"
 _NAME = "checkpoint.safetensors"
 _PREVIOUS_NAME = "checkpoint.previous.safetensors"
 # The only key of the header's metadata: safetensors writes several in an order of chance.
 _METADATA = "moe_ops.demo"
-_DURABLE_NAME = "checkpoint.durable.safetensors"  # Of earlier versions.
+_UNREADABLE = (
+    *(SafetensorError, UnicodeDecodeError, json.JSONDecodeError, RecursionError),
+    *(LookupError, TypeError, AttributeError, OverflowError),
+)
 
 
 class CheckpointError(RuntimeError):
@@ -63,12 +66,9 @@ class Checkpointer:
         return self.path.exists() or self.previous_path.exists()
 
     def remove(self) -> None:
-        for name in (_NAME, _PREVIOUS_NAME, _DURABLE_NAME):
-            path = self.folder / name
-            try:
+        for path in (self.path, self.previous_path):
+            with _files.sentence(path):
                 path.unlink(missing_ok=True)
-            except OSError as error:
-                raise _files.WriteError(path, error) from error
 
     @property
     def due(self) -> bool:
@@ -82,9 +82,11 @@ class Checkpointer:
             OSError: it could not be written; the checkpoint of before is still there.
         """
         started = time.monotonic()
-        body, digest = _files.sealed(_serialized(tensors, metadata))
+        tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+        about = {"format": FORMAT, "run": metadata, "sha256": _digest(tensors, metadata)}
+        content = safetensors.torch.save(tensors, {_METADATA: json.dumps(about, sort_keys=True)})
         with _files.Replacement(self.folder) as files:
-            files.add(_NAME, body, digest)
+            files.add(_NAME, content)
             if not self._damaged:
                 files.keep(_NAME, _PREVIOUS_NAME)
         self._damaged = False
@@ -94,7 +96,8 @@ class Checkpointer:
     def load(self) -> Checkpoint:
         """The newest checkpoint that is whole.
 
-        Errors: CheckpointError when there is none, with a sentence that says what to do.
+        Raises:
+            CheckpointError: there is none, with a sentence that says what to do.
         """
         problems = []
         for path in (self.path, self.previous_path):
@@ -127,47 +130,32 @@ class Checkpointer:
         )
 
 
-def _serialized(tensors: dict[str, torch.Tensor], metadata: dict[str, Any]) -> memoryview:
-    """A safetensors file without its last bytes, those of the digest."""
-    if DIGEST in tensors:
-        raise ValueError(f"save: tensors must not have the name {DIGEST}, got one that has")
-    values = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    values[DIGEST] = torch.zeros(_files.DIGEST_BYTES, dtype=torch.uint8)
-    header = {_METADATA: json.dumps({"format": FORMAT, "run": metadata}, sort_keys=True)}
-    data = memoryview(safetensors.torch.save(values, header))
-    layout, start = _header(data)
-    if start + layout[DIGEST]["data_offsets"][1] != len(data):
-        # safetensors puts wide types first, then goes by name.
-        raise ValueError("save: tensors must be wider than a bool and named in ASCII letters")
-    return data[: -_files.DIGEST_BYTES]
-
-
-def _header(data: memoryview) -> tuple[dict[str, Any], int]:
-    """The JSON in front of a safetensors file, and where its tensors begin."""
-    start = 8 + int.from_bytes(data[:8], "little")
-    header: dict[str, Any] = json.loads(bytes(data[8:start]))
-    return header, start
+def _digest(tensors: dict[str, torch.Tensor], metadata: dict[str, Any]) -> str:
+    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _read(path: Path) -> Checkpoint:
+    """The checkpoint in a file. ValueError, to stand behind the file's name, if it is damaged."""
     if path.exists() and not path.is_file():
         raise ValueError("must be a file, got something else")
     data = path.read_bytes()  # One file as it was, whatever takes its name meanwhile.
-    if _files.unsealed(data) is None:
-        raise ValueError(
-            "is damaged (its contents do not match its checksum) or was written by an earlier "
-            "version of moe_ops"
-        )
     try:
-        header, _ = _header(memoryview(data))
-        found = json.loads(header["__metadata__"][_METADATA])
-        if found["format"] != FORMAT:
-            raise ValueError(f"must have the format {FORMAT}, got {_files.shown(found['format'])}")
-        tensors = safetensors.torch.load(data)
-        step, run = found["run"]["step"], found["run"]
-    except (SafetensorError, LookupError, TypeError) as error:
-        raise ValueError(f"is not a checkpoint of the demo ({error})") from error
-    if not isinstance(step, int):
-        raise ValueError(f"must have a whole number of steps, got {_files.shown(step)}")
-    del tensors[DIGEST]
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        about = json.loads(header["__metadata__"][_METADATA])
+        if about["format"] != FORMAT:
+            raise ValueError(
+                f"must be a checkpoint of this version of moe_ops ({FORMAT}), "
+                f"got {_files.shown(about['format'])}"
+            )
+        tensors, run = safetensors.torch.load(data), about["run"]
+        whole = _digest(tensors, run) == about["sha256"]
+    except _UNREADABLE:
+        whole = False
+    if not whole:
+        raise ValueError("is damaged: its contents do not match its checksum")
     return Checkpoint(tensors=tensors, metadata=run, path=path)

@@ -11,14 +11,7 @@ import numpy as np
 import torch
 
 # The standard library's own tests are larger than the library and much more repetitive.
-_SKIPPED_FOLDERS = {
-    "test",
-    "tests",
-    "idle_test",
-    "site-packages",
-    "dist-packages",
-    "__pycache__",
-}
+_SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 _MAX_BYTES = 128 * 2**20
 # Added to every count, so that a byte or a pair that the training text lacks costs about
 # log2(count / 0.01) bits instead of infinitely many.
@@ -36,29 +29,6 @@ class Corpus:
     num_heldout_files: int
     sha256: str
 
-    def summary(self) -> dict[str, object]:
-        return {
-            "source": self.source,
-            "train_bytes": self.train.numel(),
-            "heldout_bytes": self.heldout.numel(),
-            "train_files": self.num_train_files,
-            "heldout_files": self.num_heldout_files,
-            "sha256": self.sha256,
-        }
-
-
-@dataclass(frozen=True)
-class Entropies:
-    """Cross-entropy of the held-out bytes, bits per byte, under counts of the training bytes.
-
-    unigram: ``-mean log2 p(b)`` with ``p(b) = (count(b) + 0.01) / (n + 2.56)``.
-    bigram: ``-mean log2 p(b | a)``, ``a`` the byte before, with
-    ``p(b | a) = (count(ab) + 0.01) / (count(a) + 2.56)``.
-    """
-
-    unigram: float
-    bigram: float
-
 
 def load_corpus(path: Path | str | None = None, *, heldout_fraction: float = 0.1) -> Corpus:
     """Read the corpus.
@@ -68,23 +38,19 @@ def load_corpus(path: Path | str | None = None, *, heldout_fraction: float = 0.1
     tail is held out. Files are held out in the order of a hash of their relative path until
     `heldout_fraction` of the bytes is reached: the split depends on nothing but the files.
 
-    Errors: ValueError when there is no text or too little of it, FileNotFoundError for a missing
-    path.
+    Raises:
+        ValueError: there is no text.
+        FileNotFoundError: there is no such path.
     """
-    if path is None:
-        root = Path(sysconfig.get_path("stdlib"))
-        files = _read_folder(root, pattern="*.py", skip=_SKIPPED_FOLDERS)
-        source = f"Python standard library source, {root}"
+    root = Path(sysconfig.get_path("stdlib") if path is None else path)
+    if root.is_dir():
+        skipped = _SKIPPED if path is None else {"__pycache__", ".git"}
+        files = _read_folder(root, pattern="*.py" if path is None else "*", skipped=skipped)
+    elif root.is_file():
+        with open(root, "rb") as file:
+            files = {root.name: file.read(_MAX_BYTES)}
     else:
-        root = Path(path)
-        if not root.is_file() and not root.is_dir():
-            raise FileNotFoundError(f"demo: --data must be a file or a folder, got {root}")
-        if root.is_dir():
-            files = _read_folder(root, pattern="*", skip={"__pycache__", ".git"})
-        else:
-            with open(root, "rb") as file:
-                files = {root.name: file.read(_MAX_BYTES)}
-        source = str(root)
+        raise FileNotFoundError(f"demo: --data must be a file or a folder, got {root}")
     if not files:
         raise ValueError(f"demo: --data must hold text files, got none in {root}")
 
@@ -93,39 +59,40 @@ def load_corpus(path: Path | str | None = None, *, heldout_fraction: float = 0.1
         cut = len(text) - int(len(text) * heldout_fraction)
         train, heldout, num_files, num_heldout = text[:cut], text[cut:], 1, 1
     else:
-        heldout_names = _choose_heldout(files, heldout_fraction)
-        train = b"".join(files[name] for name in sorted(files) if name not in heldout_names)
-        heldout = b"".join(files[name] for name in sorted(heldout_names))
-        num_files, num_heldout = len(files) - len(heldout_names), len(heldout_names)
-    digest = hashlib.sha256(len(train).to_bytes(8, "little") + train + heldout).hexdigest()
+        chosen = _choose_heldout(files, heldout_fraction)
+        train = b"".join(files[name] for name in sorted(files.keys() - chosen))
+        heldout = b"".join(files[name] for name in sorted(chosen))
+        num_files, num_heldout = len(files) - len(chosen), len(chosen)
     return Corpus(
         train=_to_tensor(train),
         heldout=_to_tensor(heldout),
-        source=source,
+        source=f"Python standard library source, {root}" if path is None else str(root),
         num_train_files=num_files,
         num_heldout_files=num_heldout,
-        sha256=digest,
+        sha256=hashlib.sha256(len(train).to_bytes(8, "little") + train + heldout).hexdigest(),
     )
 
 
-def entropies(corpus: Corpus) -> Entropies:
-    """The yardsticks: what a byte costs without context and with one byte of it."""
-    train = corpus.train.numpy()
-    heldout = corpus.heldout.numpy()
+def entropies(corpus: Corpus) -> dict[str, float]:
+    """Cross-entropy of the held-out bytes, bits a byte, under counts of the training bytes.
+
+    unigram: ``-mean log2 p(b)`` with ``p(b) = (count(b) + 0.01) / (n + 2.56)``.
+    bigram: ``-mean log2 p(b | a)``, ``a`` the byte before, with
+    ``p(b | a) = (count(ab) + 0.01) / (count(a) + 2.56)``.
+    """
+    train, heldout = corpus.train.numpy(), corpus.heldout.numpy()
     unigram = np.bincount(train, minlength=256) + _SMOOTHING
-    log_unigram = np.log2(unigram / unigram.sum())
 
     def pairs(text: np.ndarray) -> np.ndarray:
         index = text[:-1].astype(np.int64) * 256 + text[1:]
         return np.bincount(index, minlength=256 * 256).reshape(256, 256)
 
-    bigram = pairs(train) + _SMOOTHING
+    bigram, seen = pairs(train) + _SMOOTHING, pairs(heldout)
     log_bigram = np.log2(bigram / bigram.sum(axis=1, keepdims=True))
-    heldout_pairs = pairs(heldout)
-    return Entropies(
-        unigram=float(-log_unigram[heldout].mean()),
-        bigram=float(-(heldout_pairs * log_bigram).sum() / heldout_pairs.sum()),
-    )
+    return {
+        "unigram": float(-np.log2(unigram / unigram.sum())[heldout].mean()),
+        "bigram": float(-(seen * log_bigram).sum() / seen.sum()),
+    }
 
 
 def training_batch(
@@ -138,7 +105,7 @@ def training_batch(
     """
     rng = np.random.Generator(np.random.Philox(key=[seed, step]))
     starts = torch.from_numpy(rng.integers(0, text.numel() - context, size=batch_size))
-    return windows(text, starts, context)
+    return _windows(text, starts, context)
 
 
 def heldout_windows(
@@ -147,15 +114,7 @@ def heldout_windows(
     """`count` windows evenly spread over the held-out text (fewer when it is short)."""
     count = max(1, min(count, (text.numel() - 1) // context))
     starts = torch.linspace(0, text.numel() - context - 1, count, dtype=torch.float64).long()
-    return windows(text, starts, context)
-
-
-def windows(
-    text: torch.Tensor, starts: torch.Tensor, context: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    index = starts[:, None] + torch.arange(context + 1)
-    block = text[index].long()
-    return block[:, :-1].contiguous(), block[:, 1:].contiguous()
+    return _windows(text, starts, context)
 
 
 def check_size(corpus: Corpus, context: int) -> None:
@@ -168,25 +127,32 @@ def check_size(corpus: Corpus, context: int) -> None:
             )
 
 
-def _read_folder(root: Path, *, pattern: str, skip: set[str]) -> dict[str, bytes]:
+def _windows(
+    text: torch.Tensor, starts: torch.Tensor, context: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    block = text[starts[:, None] + torch.arange(context + 1)].long()
+    return block[:, :-1].contiguous(), block[:, 1:].contiguous()
+
+
+def _read_folder(root: Path, *, pattern: str, skipped: set[str]) -> dict[str, bytes]:
+    """The text files below a folder, up to a limit; those that cannot be read are left out."""
     files: dict[str, bytes] = {}
-    total = 0
+    left = _MAX_BYTES
     for file in sorted(root.rglob(pattern)):
         relative = file.relative_to(root)
-        if skip.intersection(relative.parts) or not file.is_file():
+        if skipped.intersection(relative.parts) or not file.is_file():
             continue
         try:
             with open(file, "rb") as opened:
-                start = opened.read(4096)
-                if not start or b"\0" in start:
-                    continue
-                text = start + opened.read(_MAX_BYTES - total)
+                text = opened.read(left + 1)
         except OSError:
             continue
-        if total + len(text) > _MAX_BYTES:
+        if not text or b"\0" in text[:4096]:
+            continue
+        if len(text) > left:
             break
         files[relative.as_posix()] = text
-        total += len(text)
+        left -= len(text)
     return files
 
 
@@ -199,10 +165,9 @@ def _choose_heldout(files: dict[str, bytes], fraction: float) -> set[str]:
         if size >= wanted:
             break
         # One huge file must not swallow the training text.
-        if chosen and size + len(files[name]) > 2 * wanted:
-            continue
-        chosen.add(name)
-        size += len(files[name])
+        if not chosen or size + len(files[name]) <= 2 * wanted:
+            chosen.add(name)
+            size += len(files[name])
     return chosen
 
 

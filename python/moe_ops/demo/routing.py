@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 
 from moe_ops.demo import data
-from moe_ops.demo.model import VOCABULARY, ByteLM
+from moe_ops.demo.model import VOCABULARY, ModelConfig
+from moe_ops.zoo.deepseek import DeepSeek
 
 _NUM_WINDOWS = 64
 
@@ -31,33 +31,24 @@ class RoutingSample:
     max_information: float
     favourites: list[list[str]]
 
-    def summary(self) -> dict[str, Any]:
-        return {
-            "information_bits_by_layer": self.information,
-            "max_information_bits": self.max_information,
-            "favourite_bytes": self.favourites,
-        }
-
 
 @torch.no_grad()
-def inspect_routing(model: ByteLM, heldout: torch.Tensor) -> RoutingSample:
+def inspect_routing(model: DeepSeek, config: ModelConfig, heldout: torch.Tensor) -> RoutingSample:
     """Route held-out text through the model."""
-    config = model.config
     model.eval()
     counts = np.zeros((config.num_layers, VOCABULARY, config.num_experts))
-    inputs, _ = data.heldout_windows(heldout, count=_NUM_WINDOWS, context=config.context)
-    for block in inputs.split(8):
+    windows, _ = data.heldout_windows(heldout, count=_NUM_WINDOWS, context=config.context)
+    for block in windows.split(8):
         flat = block.flatten().numpy()
-        for layer, routing in enumerate(model(block)[1]):
-            first = routing.topk_ids.reshape(flat.size, -1)[:, 0].numpy()
-            np.add.at(counts[layer], (flat, first), 1)
-    text = _lively_window(heldout, config.context)
-    routings = model(text[None].long())[1]
-    ids = torch.stack([r.topk_ids.reshape(text.numel(), -1) for r in routings])
+        for layer, called in enumerate(model(block, return_routing=True).routing):
+            np.add.at(counts[layer], (flat, called.routing.topk_ids[:, 0].numpy()), 1)
+    # A picture of the window with the most different bytes is worth most.
+    text = max(windows, key=lambda window: window.unique().numel())
+    routing = model(text[None], return_routing=True).routing
     model.train()
     return RoutingSample(
-        text=text.numpy().tobytes(),
-        topk_ids=ids,
+        text=bytes(text.tolist()),
+        topk_ids=torch.stack([called.routing.topk_ids for called in routing]),
         information=[_mutual_information(table) for table in counts],
         max_information=math.log2(config.num_experts),
         favourites=[_favourites(table) for table in counts],
@@ -73,36 +64,14 @@ def _mutual_information(table: np.ndarray) -> float:
 
 def _favourites(table: np.ndarray, count: int = 6) -> list[str]:
     """For every expert the bytes with the largest excess over independence."""
-    total = table.sum()
-    excess = table - table.sum(1, keepdims=True) * table.sum(0, keepdims=True) / total
+    excess = table - table.sum(1, keepdims=True) * table.sum(0, keepdims=True) / table.sum()
     result = []
-    for expert in range(table.shape[1]):
-        order = np.argsort(-excess[:, expert], kind="stable")[:count]
-        result.append("".join(_name(int(b)) for b in order if excess[b, expert] > 0))
+    for column in excess.T:
+        order = np.argsort(-column, kind="stable")[:count]
+        result.append("".join(_name(int(b)) for b in order if column[b] > 0))
     return result
 
 
 def _name(byte: int) -> str:
-    if byte == 0x20:
-        return "␣"
-    if byte == 0x0A:
-        return "⏎"
-    return chr(byte) if 0x20 < byte < 0x7F else "·"
-
-
-def _lively_window(text: torch.Tensor, length: int) -> torch.Tensor:
-    """A window that starts a line and has many different bytes, for a picture worth looking at."""
-    length = min(length, text.numel())
-    values = text.numpy()
-    best, best_score = 0, -1
-    for start in np.linspace(0, text.numel() - length, 64).astype(int):
-        line_starts = np.flatnonzero(values[start : start + length] == 0x0A)
-        begin = int(start) + (int(line_starts[0]) + 1 if line_starts.size else 0)
-        begin = min(begin, text.numel() - length)
-        window = values[begin : begin + length]
-        if (window > 0x7E).any():
-            continue
-        score = np.unique(window).size
-        if score > best_score:
-            best, best_score = begin, score
-    return text[best : best + length]
+    shown = {0x20: "␣", 0x0A: "⏎"}
+    return shown.get(byte, chr(byte) if 0x20 < byte < 0x7F else "·")

@@ -26,7 +26,7 @@ from moe_ops.demo import data
 from moe_ops.demo.checkpoint import Checkpoint, Checkpointer, CheckpointError
 from moe_ops.demo.model import ModelConfig
 from moe_ops.demo.routing import RoutingSample, inspect_routing
-from moe_ops.demo.train import TrainConfig, Trainer, check_state, environment, max_violation
+from moe_ops.demo.train import TrainConfig, Trainer, config_of, environment, max_violation
 
 _SMOKE = TrainConfig(
     steps=12,
@@ -60,9 +60,12 @@ class DemoOptions:
 def run_demo(options: DemoOptions, console: Console) -> dict[str, Any]:
     """Run the demo; returns what it writes to ``summary.json``.
 
-    Errors: ValueError for options that contradict each other or the checkpoint, CheckpointError
-    for a checkpoint that is missing or damaged, OSError for what cannot be read or written; all
-    with a sentence. KeyboardInterrupt, once, comes after a checkpoint of the step that it met.
+    KeyboardInterrupt, once, comes after a checkpoint of the step that it met.
+
+    Raises:
+        ValueError: options that contradict each other or the checkpoint, with a sentence.
+        CheckpointError: a checkpoint that is missing or damaged, with a sentence.
+        OSError: what cannot be read or written, with a sentence.
     """
     if options.resume and options.overwrite:
         raise ValueError("demo: --resume and --overwrite exclude each other")
@@ -100,49 +103,55 @@ def _run(options: DemoOptions, console: Console, started: float) -> dict[str, An
         _print_resumed(console, checkpoint, trainer)
     _print_model(console, trainer)
     overhead = _train(trainer, checkpointer, data_path, console, entropies)
-    trainer.save_model(options.out / "model.safetensors")
+    trainer.model.save_pretrained(options.out / "model")
     heldout = trainer.evaluate(8 if options.smoke else _FINAL_WINDOWS)
-    console.print(
-        f"Held-out files, final: [bold]{heldout:.3f} bits/byte[/]; unigram entropy "
-        f"{entropies.unigram:.3f}, bigram entropy {entropies.bigram:.3f}."
-    )
+    final = f"Held-out files, final: [bold]{heldout:.3f} bits/byte[/]"
+    console.print(f"{final}; {_shown(entropies, 'entropy ')}.")
 
     _heading(console, "What the experts do")
-    sample = inspect_routing(trainer.model, corpus.heldout)
-    _print_routing(console, sample, config.model)
+    sample = inspect_routing(trainer.model, config.model, corpus.heldout)
+    _print_routing(console, sample)
     files = _draw(options.out, trainer, entropies, sample, heldout, console)
 
     _heading(console, "A sample")
     prompt = b"import os\n\n\ndef " if data_path is None else sample.text[:32]
-    num_bytes = 40 if options.smoke else 320
-    generated = trainer.model.generate(prompt, num_bytes, seed=config.seed)
-    shown = generated.decode("utf-8", errors="replace")
+    generated = trainer.model.generate(
+        torch.tensor([list(prompt)]),
+        40 if options.smoke else 320,
+        temperature=0.8,
+        top_p=0.95,
+        generator=torch.Generator().manual_seed(config.seed),
+    )
+    shown = bytes(generated[0].tolist()).decode("utf-8", errors="replace")
     console.print(Text(shown[: len(prompt)], style="bold"), Text(shown[len(prompt) :]), sep="")
 
     _heading(console, "Hugging Face models")
     hf_results = _compare_hugging_face(options, console)
 
-    seconds = trainer.seconds_history[: trainer.step]
+    seconds, steps = trainer.history["seconds"][: trainer.step], trainer.step
+    lately = trainer.history["tokens_per_expert"][steps - max(1, steps // 10) : steps]
     summary = {
-        "corpus": corpus.summary(),
-        "entropy_bits_per_byte": dataclasses.asdict(entropies),
-        "config": config.to_dict(),
+        "corpus": {
+            name: f"{len(value)} bytes" if isinstance(value, torch.Tensor) else value
+            for name, value in vars(corpus).items()
+        },
+        "entropy_bits_per_byte": entropies,
+        "config": dataclasses.asdict(config),
         "parameters": trainer.model.num_parameters(),
         "environment": environment(),
         "training": {
-            "steps": trainer.step,
-            "tokens": trainer.step * trainer.tokens_per_step,
+            "steps": steps,
+            "tokens": steps * trainer.tokens_per_step,
             "seconds": float(seconds.sum()),
             "tokens_per_second": trainer.tokens_per_step / float(seconds.median()),
             "checkpoint_share_of_time": overhead,
-            "final_bits_per_byte": float(trainer.loss_history[trainer.step - 1]),
+            "final_bits_per_byte": float(trainer.history["loss"][steps - 1]),
             "heldout_by_step": {str(k): v for k, v in trainer.heldout_by_step().items()},
-            "max_violation_by_layer": max_violation(
-                trainer.load_history[-max(1, trainer.step // 10) :].sum(0)
-            ).tolist(),
+            "max_violation_by_layer": max_violation(lately.sum(0)).tolist(),
         },
         "heldout_bits_per_byte": heldout,
-        "routing": sample.summary(),
+        "information_bits_by_layer": sample.information,
+        "favourite_bytes": sample.favourites,
         "sample": shown,
         "hugging_face": hf_results,
         "seconds": time.perf_counter() - started,
@@ -150,7 +159,7 @@ def _run(options: DemoOptions, console: Console, started: float) -> dict[str, An
     path = options.out / "summary.json"
     _files.write_json(path, summary)
     _heading(console, "Done")
-    _print_summary(console, summary, [*files, options.out / "model.safetensors", path])
+    _print_summary(console, summary, [*files, options.out / "model", path])
     return summary
 
 
@@ -160,42 +169,37 @@ def _run(options: DemoOptions, console: Console, started: float) -> dict[str, An
 def _load_checkpoint(
     options: DemoOptions, checkpointer: Checkpointer, console: Console
 ) -> Checkpoint | None:
-    if options.overwrite:
-        checkpointer.remove()
-        return None
     if options.resume:
         checkpoint = checkpointer.load()
-        check_state(checkpoint)
+        saved = config_of(checkpoint)
         if checkpoint.note:
             console.print(f"[yellow]{escape(checkpoint.note)}[/]", soft_wrap=True)
-        saved = checkpoint.metadata["config"]
         if options.minutes is not None:
             raise ValueError(
                 "demo: --minutes cannot change a run that has started: it is set for "
-                f"{saved['steps']} steps"
+                f"{saved.steps} steps"
             )
         for name in ("steps", "seed", "threads"):
-            wanted = getattr(options, name)
-            if wanted is not None and wanted != saved[name]:
+            wanted, there = getattr(options, name), getattr(saved, name)
+            if wanted is not None and wanted != there:
                 raise ValueError(
-                    f"demo: --{name} must be {saved[name]} as in the run that --resume continues, "
+                    f"demo: --{name} must be {there} as in the run that --resume continues, "
                     f"got {wanted}"
                 )
         return checkpoint
-    if checkpointer.exists():
+    if checkpointer.exists() and not options.overwrite:
         try:
             checkpoint = checkpointer.load()
-            check_state(checkpoint)
-            metadata = checkpoint.metadata
+            step, steps = checkpoint.metadata["step"], config_of(checkpoint).steps
+            where = f"at step {step}" if step < steps else ""
         except CheckpointError:
-            metadata = None
-        if metadata is None or metadata["step"] < metadata["config"]["steps"]:
-            where = f"at step {metadata['step']}" if metadata else "that cannot be read"
+            where = "that cannot be read"
+        if where:
             raise CheckpointError(
                 f"demo: {options.out} holds an unfinished run {where}; "
                 "continue it with --resume, throw it away with --overwrite, or choose another --out"
             )
-        checkpointer.remove()
+    checkpointer.remove()
     return None
 
 
@@ -205,8 +209,6 @@ def _choose_config(options: DemoOptions, corpus: data.Corpus, console: Console) 
         seed=options.seed or 0,
         threads=options.threads or torch.get_num_threads(),
     )
-    if options.steps is not None:
-        config = dataclasses.replace(config, steps=options.steps)
     if options.minutes is not None:
         probe = Trainer(dataclasses.replace(config, steps=_CALIBRATION_STEPS + 1), corpus)
         seconds = [probe.train_step().seconds for _ in range(_CALIBRATION_STEPS)]
@@ -214,8 +216,8 @@ def _choose_config(options: DemoOptions, corpus: data.Corpus, console: Console) 
         per_step = statistics.median(seconds[1:]) * 1.1
         steps = min(max(10, round(60 * options.minutes / per_step)), MAX_STEPS)
         console.print(f"{steps} steps will take about {options.minutes:g} minutes here.")
-        config = dataclasses.replace(config, steps=steps)
-    return config
+        return dataclasses.replace(config, steps=steps)
+    return dataclasses.replace(config, steps=options.steps or config.steps)
 
 
 # --- training
@@ -226,7 +228,7 @@ def _train(
     checkpointer: Checkpointer,
     data_path: Path | None,
     console: Console,
-    entropies: data.Entropies,
+    entropies: dict[str, float],
 ) -> float:
     """Train to the end with a checkpoint whenever one is due; the checkpoints' share of the time.
 
@@ -238,26 +240,15 @@ def _train(
     progress = Progress(
         BarColumn(bar_width=24),
         TextColumn("{task.completed}/{task.total}"),
-        TextColumn("{task.fields[loss]:.3f} bits/byte"),
-        TextColumn("held-out {task.fields[heldout]}"),
-        TextColumn("{task.fields[speed]:,.0f} tokens/s"),
-        TextColumn("MaxVio {task.fields[violation]:.2f}"),
+        TextColumn("{task.description}"),
         TimeRemainingColumn(),
         console=console,
     )
     recent: list[float] = []
-    saving = 0.0
+    heldout, saving = "–", 0.0
     started = time.perf_counter()
     with _stop_after_step() as stop, progress:
-        task = progress.add_task(
-            "train",
-            total=trainer.config.steps,
-            completed=trainer.step,
-            loss=0.0,
-            heldout="–",
-            speed=0.0,
-            violation=0.0,
-        )
+        task = progress.add_task("", total=trainer.config.steps, completed=trainer.step)
         while not trainer.finished:
             result = trainer.train_step()
             if trainer.finished or stop.is_set() or checkpointer.due:
@@ -270,26 +261,21 @@ def _train(
                 raise KeyboardInterrupt
             recent = [*recent[-19:], result.seconds]
             speed = trainer.tokens_per_step / statistics.median(recent)
-            progress.update(
-                task,
-                completed=result.step,
-                loss=result.bits_per_byte,
-                speed=speed,
-                violation=result.max_violation,
-            )
-            if result.heldout_bits_per_byte is not None:
-                heldout = result.heldout_bits_per_byte
-                progress.update(task, heldout=f"{heldout:.3f}")
-                beaten = [
-                    name for name, value in dataclasses.asdict(entropies).items() if heldout < value
-                ]
+            if (value := result.heldout_bits_per_byte) is not None:
+                heldout = f"{value:.3f}"
+                beaten = " and ".join(name for name in entropies if value < entropies[name])
                 progress.console.print(
                     f"step {result.step:>5}  training {result.bits_per_byte:.3f}  "
-                    f"held-out {heldout:.3f} bits/byte  {speed:,.0f} tokens/s  "
+                    f"held-out {heldout} bits/byte  {speed:,.0f} tokens/s  "
                     f"MaxVio {result.max_violation:.2f}"
-                    + (f"  [green]below {' and '.join(beaten)} entropy[/]" if beaten else ""),
+                    + (f"  [green]below {beaten} entropy[/]" if beaten else ""),
                     style="dim",
                 )
+            told = (
+                f"{result.bits_per_byte:.3f} bits/byte held-out {heldout} {speed:,.0f} tokens/s "
+                f"MaxVio {result.max_violation:.2f}"
+            )
+            progress.update(task, completed=result.step, description=told)
     return saving / (time.perf_counter() - started)
 
 
@@ -299,7 +285,7 @@ def _train(
 def _draw(
     out: Path,
     trainer: Trainer,
-    entropies: data.Entropies,
+    entropies: dict[str, float],
     sample: RoutingSample,
     heldout: float,
     console: Console,
@@ -311,20 +297,19 @@ def _draw(
     except viz.MissingMatplotlibError as error:
         console.print(f"[yellow]No pictures: {escape(str(error))}[/]", soft_wrap=True)
         return []
-    steps = trainer.step
+    steps, model = trainer.step, trainer.config.model
     files = [out / "loss.png", out / "expert_load.png", out / "token_experts.png"]
-    model = trainer.config.model
     viz.plot_loss(
-        trainer.loss_history[:steps].tolist(),
+        trainer.history["loss"][:steps].tolist(),
         # The last point is the final measurement, on more of the text than those on the way.
         trainer.heldout_by_step() | {steps: heldout},
-        baselines={"unigram entropy": entropies.unigram, "bigram entropy": entropies.bigram},
+        baselines={f"{name} entropy": value for name, value in entropies.items()},
         title=f"Byte-level language model, {model.num_layers} layers, "
         f"{model.num_experts} experts, {model.top_k} a token",
         path=files[0],
     )
     viz.plot_expert_load(
-        trainer.load_history[:steps],
+        trainer.history["tokens_per_expert"][:steps],
         title=f"Expert load over training ({trainer.tokens_per_step * model.top_k:,} slots a step)",
         path=files[1],
     )
@@ -348,14 +333,12 @@ def _compare_hugging_face(options: DemoOptions, console: Console) -> list[dict[s
     if (missing := hf_compare.missing()) is not None:
         console.print(f"Left out: {missing}.", markup=False, soft_wrap=True)
         return None
-    from moe_ops.cli.tables import print_hf_comparison
-
     results = hf_compare.compare(
         smoke=options.smoke,
         budget_s=0.1 if options.smoke else 4.0,
         log=lambda name: console.print(f"  {name} …", style="dim"),
     )
-    print_hf_comparison(console, results)
+    hf_compare.print_comparison(console, results)
     return results
 
 
@@ -367,16 +350,19 @@ def _heading(console: Console, text: str) -> None:
     console.rule(f"[bold]{text}", align="left", style="dim")
 
 
-def _print_corpus(console: Console, corpus: data.Corpus, entropies: data.Entropies) -> None:
+def _shown(entropies: dict[str, float], word: str = "") -> str:
+    return ", ".join(f"{name} {word}{value:.3f}" for name, value in entropies.items())
+
+
+def _print_corpus(console: Console, corpus: data.Corpus, entropies: dict[str, float]) -> None:
     console.print(escape(corpus.source), soft_wrap=True)
     console.print(
         f"{corpus.train.numel() / 1e6:.2f} MB to train on ({corpus.num_train_files} files), "
         f"{corpus.heldout.numel() / 1e6:.2f} MB held out ({corpus.num_heldout_files} files)."
     )
     console.print(
-        "Cross-entropy of the held-out bytes under counts of the training bytes (plus 0.01 each): "
-        f"unigram [bold]{entropies.unigram:.3f}[/], bigram, given the byte before, "
-        f"[bold]{entropies.bigram:.3f}[/] bits/byte."
+        "Cross-entropy of the held-out bytes under counts of the training bytes (plus 0.01 each), "
+        f"bigram given the byte before: [bold]{_shown(entropies)}[/] bits/byte."
     )
 
 
@@ -384,8 +370,8 @@ def _print_model(console: Console, trainer: Trainer) -> None:
     config, parameters = trainer.config, trainer.model.num_parameters()
     model = config.model
     console.print(
-        f"{model.num_layers} layers of width {model.hidden_size}, {model.num_experts} experts of "
-        f"width {model.intermediate_size}, {model.top_k} a token: "
+        f"DeepSeekMoE of the zoo, {model.num_layers} layers of width {model.hidden_size}, "
+        f"{model.num_experts} experts of width {model.intermediate_size}, {model.top_k} a token: "
         f"{parameters['total'] / 1e6:.2f} M parameters, {parameters['active'] / 1e6:.2f} M active. "
         f"{config.steps} steps of {config.batch_size}×{model.context} bytes, "
         f"seed {config.seed}, {config.threads} threads, fp32. A checkpoint about every second: "
@@ -405,14 +391,13 @@ def _print_resumed(console: Console, checkpoint: Checkpoint, trainer: Trainer) -
         )
 
 
-def _print_routing(console: Console, sample: RoutingSample, model: ModelConfig) -> None:
+def _print_routing(console: Console, sample: RoutingSample) -> None:
     table = Table(title="First choices on held-out text", title_justify="left")
     table.add_column("layer", justify="right")
     table.add_column("what the expert says about the byte")
     table.add_column("bytes each expert takes most beyond their share", overflow="fold")
-    for layer, (information, favourites) in enumerate(
-        zip(sample.information, sample.favourites, strict=True)
-    ):
+    layers = zip(sample.information, sample.favourites, strict=True)
+    for layer, (information, favourites) in enumerate(layers):
         table.add_row(
             str(layer),
             f"{information:.2f} of {sample.max_information:.2f} bits",
@@ -424,11 +409,9 @@ def _print_routing(console: Console, sample: RoutingSample, model: ModelConfig) 
 
 def _print_summary(console: Console, summary: dict[str, Any], files: list[Path]) -> None:
     table = Table(show_header=False, box=None, pad_edge=False)
-    training, entropy = summary["training"], summary["entropy_bits_per_byte"]
+    training = summary["training"]
     table.add_row("held-out", f"[bold]{summary['heldout_bits_per_byte']:.3f} bits/byte[/]")
-    table.add_row(
-        "to beat", f"unigram {entropy['unigram']:.3f}, bigram {entropy['bigram']:.3f} bits/byte"
-    )
+    table.add_row("to beat", f"{_shown(summary['entropy_bits_per_byte'])} bits/byte")
     table.add_row(
         "training",
         f"{training['steps']} steps, {training['tokens'] / 1e6:.2f} M bytes in "
@@ -448,6 +431,9 @@ def _print_summary(console: Console, summary: dict[str, Any], files: list[Path])
     table.add_row("time", f"{summary['seconds']:.0f} s in all")
     table.add_row("files", escape("  ".join(str(file) for file in files)))
     console.print(table)
+
+
+# --- a folder of its own, and Ctrl-C
 
 
 @contextlib.contextmanager

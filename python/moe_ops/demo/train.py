@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
-import torch.nn.functional as F
 
-from moe_ops import _files
-from moe_ops._arguments import MAX_STEPS, MAX_THREADS, MAX_TOKENS
-from moe_ops._fields import check_names, check_types
+import moe_ops
+from moe_ops import _C
 from moe_ops.demo import data
 from moe_ops.demo.checkpoint import Checkpoint, CheckpointError
-from moe_ops.demo.model import ByteLM, ModelConfig
+from moe_ops.demo.model import ModelConfig, make_model
 from moe_ops.layers import count_tokens_per_expert
 
 _NATS_TO_BITS = 1.0 / math.log(2.0)
@@ -43,36 +40,6 @@ class TrainConfig:
     seed: int = 0
     threads: int = 1
     model: ModelConfig = field(default_factory=ModelConfig)
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
-        """The inverse of `to_dict`.
-
-        Raises:
-            ValueError: other fields, values of other types, or sizes that cannot be.
-        """
-        model = values.get("model")
-        if not isinstance(model, dict):
-            raise ValueError(f"TrainConfig: model must be an object, got {_files.shown(model)}.")
-        check_names(cls, values, "TrainConfig")
-        check_names(ModelConfig, model, "ModelConfig")
-        config = cls(**{**values, "model": ModelConfig(**model)})
-        check_types(config, "TrainConfig")
-        for name, value, most in (
-            ("steps", config.steps, MAX_STEPS),
-            ("threads", config.threads, MAX_THREADS),
-            ("batch_size", config.batch_size, MAX_TOKENS // max(config.model.context, 1)),
-            ("eval_every", config.eval_every, MAX_STEPS),
-            ("eval_windows", config.eval_windows, MAX_TOKENS),
-            ("num_heads", config.model.num_heads, config.model.hidden_size),
-            ("top_k", config.model.top_k, config.model.num_experts),
-        ):
-            if not 1 <= value <= most:
-                raise ValueError(f"TrainConfig: {name} must be from 1 to {most}, got {value}.")
-        return config
 
     def learning_rate_at(self, step: int) -> float:
         """Linear warm-up, then a cosine to the final rate; a pure function of the step."""
@@ -105,7 +72,7 @@ class Trainer:
         self.step = 0
         torch.set_num_threads(config.threads)
         torch.manual_seed(config.seed)
-        self.model = ByteLM(config.model)
+        self.model = make_model(config.model)
         matrices = [p for p in self.model.parameters() if p.ndim >= 2]
         vectors = [p for p in self.model.parameters() if p.ndim < 2]
         self.optimizer = torch.optim.AdamW(
@@ -117,11 +84,14 @@ class Trainer:
             betas=(0.9, 0.95),
             fused=True,
         )
-        shape = (config.steps, config.model.num_layers, config.model.num_experts)
-        self.loss_history = torch.full((config.steps,), math.nan)
-        self.heldout_history = torch.full((config.steps,), math.nan, dtype=torch.float64)
-        self.load_history = torch.zeros(shape, dtype=torch.int32)
-        self.seconds_history = torch.zeros(config.steps)
+        experts = (config.model.num_layers, config.model.num_experts)
+        # Of every step. Bits a byte in training and, where it was measured, on held-out text.
+        self.history = {
+            "loss": torch.full((config.steps,), math.nan),
+            "heldout": torch.full((config.steps,), math.nan, dtype=torch.float64),
+            "tokens_per_expert": torch.zeros((config.steps, *experts), dtype=torch.int32),
+            "seconds": torch.zeros(config.steps),
+        }
 
     @property
     def finished(self) -> bool:
@@ -142,38 +112,36 @@ class Trainer:
             batch_size=config.batch_size,
             context=config.model.context,
         )
-        logits, routings = self.model(inputs)
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-        auxiliary = torch.stack(
-            [
-                config.load_balancing_coef * routing.aux_losses["load_balancing"]
-                + config.z_loss_coef * routing.aux_losses["router_z"]
-                for routing in routings
-            ]
-        ).sum()
+        coefficients = {
+            "load_balancing": config.load_balancing_coef,
+            "router_z": config.z_loss_coef,
+        }
+        out = self.model.loss(inputs, targets, coefficients=coefficients)
         self.optimizer.zero_grad(set_to_none=True)
-        (loss + auxiliary).backward()
+        out.loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = config.learning_rate_at(self.step)
         self.optimizer.step()
         seconds = time.perf_counter() - started
 
-        bits = loss.item() * _NATS_TO_BITS
+        bits = out.cross_entropy.item() * _NATS_TO_BITS
         if not math.isfinite(bits):
             raise FloatingPointError(
                 f"demo: the loss of step {self.step + 1} must be finite, got {bits}"
             )
         num_experts = config.model.num_experts
-        load = torch.stack([count_tokens_per_expert(r.topk_ids, num_experts) for r in routings])
-        self.loss_history[self.step] = bits
-        self.load_history[self.step] = load
-        self.seconds_history[self.step] = seconds
+        load = torch.stack(
+            [count_tokens_per_expert(r.routing.topk_ids, num_experts) for r in out.routing]
+        )
+        self.history["loss"][self.step] = bits
+        self.history["tokens_per_expert"][self.step] = load
+        self.history["seconds"][self.step] = seconds
         self.step += 1
         heldout = None
         if self.step % config.eval_every == 0 or self.finished:
             heldout = self.evaluate(config.eval_windows)
-            self.heldout_history[self.step - 1] = heldout
+            self.history["heldout"][self.step - 1] = heldout
         return StepResult(
             step=self.step,
             bits_per_byte=bits,
@@ -189,33 +157,24 @@ class Trainer:
         inputs, targets = data.heldout_windows(
             self.corpus.heldout, count=num_windows, context=context
         )
-        total = 0.0
+        total, size = 0.0, self.config.batch_size
         self.model.eval()
-        for x, y in zip(
-            inputs.split(self.config.batch_size), targets.split(self.config.batch_size), strict=True
-        ):
-            logits, _ = self.model(x)
-            total += F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="sum").item()
+        for x, y in zip(inputs.split(size), targets.split(size), strict=True):
+            total += self.model.loss(x, y, coefficients={}).cross_entropy.item() * y.numel()
         self.model.train()
         return total / targets.numel() * _NATS_TO_BITS
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """Tensors and metadata from which `restore` continues bit for bit."""
-        tensors = {
-            "rng.torch": torch.get_rng_state(),
-            "history.loss": self.loss_history,
-            "history.heldout": self.heldout_history,
-            "history.tokens_per_expert": self.load_history,
-            "history.seconds": self.seconds_history,
-        }
+        tensors = {"rng.torch": torch.get_rng_state()}
+        tensors |= {f"history.{name}": values for name, values in self.history.items()}
         for name, parameter in self.model.named_parameters():
             tensors[f"model.{name}"] = parameter.detach()
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 tensors[f"optimizer.{name}.{key}"] = value
         metadata = {
             "step": self.step,
-            "data_position": self.step * self.tokens_per_step,
-            "config": self.config.to_dict(),
+            "config": asdict(self.config),
             "corpus_sha256": self.corpus.sha256,
             "environment": environment(),
         }
@@ -225,105 +184,56 @@ class Trainer:
     def restore(cls, checkpoint: Checkpoint, corpus: data.Corpus) -> Trainer:
         """The run that `checkpoint` holds.
 
-        Errors: CheckpointError when it was made from another text, or its tensors do not fit its
-        configuration.
+        Raises:
+            CheckpointError: it was made from another text, or its parts do not fit together.
         """
-        metadata = checkpoint.metadata
+        metadata, tensors = checkpoint.metadata, checkpoint.tensors
+        config = config_of(checkpoint)
         if metadata["corpus_sha256"] != corpus.sha256:
             raise CheckpointError(
                 f"demo: --resume must see the text that {checkpoint.path} was trained on, got "
                 f"another one from {corpus.source}; give the same --data, or --overwrite"
             )
-        trainer = cls(check_state(checkpoint), corpus)
-        tensors = checkpoint.tensors
-        with torch.no_grad():
+        trainer = cls(config, corpus)
+        with torch.no_grad(), _fitting(checkpoint):
             for name, parameter in trainer.model.named_parameters():
                 parameter.copy_(tensors[f"model.{name}"])
                 trainer.optimizer.state[parameter] = {
                     key: tensors[f"optimizer.{name}.{key}"].clone() for key in _OPTIMIZER_STATE
                 }
-        trainer.loss_history = tensors["history.loss"].clone()
-        trainer.heldout_history = tensors["history.heldout"].clone()
-        trainer.load_history = tensors["history.tokens_per_expert"].clone()
-        trainer.seconds_history = tensors["history.seconds"].clone()
-        torch.set_rng_state(tensors["rng.torch"])
+            for name, values in trainer.history.items():
+                values.copy_(tensors[f"history.{name}"])
+            torch.set_rng_state(tensors["rng.torch"])
         trainer.step = metadata["step"]
         return trainer
-
-    def save_model(self, path: Path) -> None:
-        """The weights alone, with the configuration in the header."""
-        weights = {name: p.detach().contiguous() for name, p in self.model.named_parameters()}
-        header = {"config": json.dumps(asdict(self.config.model), sort_keys=True)}
-        _files.write_file(path, safetensors.torch.save(weights, header))
 
     def heldout_by_step(self) -> dict[int, float]:
         return {
             index + 1: value
-            for index, value in enumerate(self.heldout_history[: self.step].tolist())
+            for index, value in enumerate(self.history["heldout"][: self.step].tolist())
             if not math.isnan(value)
         }
 
 
-def check_state(checkpoint: Checkpoint) -> TrainConfig:
-    """The configuration in a checkpoint, once everything in it is known to fit together.
+def config_of(checkpoint: Checkpoint) -> TrainConfig:
+    """The configuration in a checkpoint. CheckpointError if there is none that can be."""
+    with _fitting(checkpoint):
+        values = checkpoint.metadata["config"]
+        config = TrainConfig(**{**values, "model": ModelConfig(**values["model"])})
+        if not 1 <= checkpoint.metadata["step"] <= config.steps:
+            raise ValueError(f"step must be from 1 to {config.steps}")
+    return config
 
-    Nothing is allocated that the file does not hold.
 
-    Errors: CheckpointError with what does not fit.
-    """
-    metadata, tensors = checkpoint.metadata, checkpoint.tensors
+@contextlib.contextmanager
+def _fitting(checkpoint: Checkpoint) -> Iterator[None]:
     try:
-        for name, kind in (
-            ("config", dict), ("environment", dict), ("corpus_sha256", str), ("step", int),
-        ):  # fmt: skip
-            if not isinstance(metadata.get(name), kind):
-                got = _files.shown(metadata.get(name))
-                raise ValueError(f"{name} must be of type {kind.__name__}, got {got}.")
-        config = TrainConfig.from_dict(metadata["config"])
-        if not 1 <= metadata["step"] <= config.steps:
-            raise ValueError(f"step must be from 1 to {config.steps}, got {metadata['step']}.")
-        path = metadata.get("data")
-        if path is not None and not isinstance(path, str):
-            raise ValueError(f"data must be a path, got {_files.shown(path)}.")
-        model = config.model
-        if max(model.num_layers, model.num_experts, model.hidden_size) > max(
-            len(tensors), *(size for tensor in tensors.values() for size in tensor.shape)
-        ):
-            raise ValueError("config must have the sizes of the tensors, got larger ones.")
-        for name, (shape, dtype) in _expected(config).items():
-            tensor = tensors.get(name)
-            if tensor is None or (tensor.shape, tensor.dtype) != (shape, dtype):
-                got = "none" if tensor is None else f"{list(tensor.shape)} of {tensor.dtype}"
-                raise ValueError(f"{name} must be {list(shape)} of {dtype}, got {got}.")
-    except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
+        yield
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"demo: {checkpoint.path} does not fit together ({str(error).splitlines()[0]}); "
             "run with --overwrite to start again"
         ) from error
-    return config
-
-
-def _expected(config: TrainConfig) -> dict[str, tuple[torch.Size, torch.dtype]]:
-    """Shape and type of every tensor of `Trainer.state`."""
-    model, steps = config.model, (config.steps,)
-    expected = {
-        "rng.torch": (torch.get_rng_state().shape, torch.uint8),
-        "history.loss": (torch.Size(steps), torch.float32),
-        "history.heldout": (torch.Size(steps), torch.float64),
-        "history.tokens_per_expert": (
-            torch.Size((*steps, model.num_layers, model.num_experts)),
-            torch.int32,
-        ),
-        "history.seconds": (torch.Size(steps), torch.float32),
-    }
-    with torch.device("meta"):
-        parameters = list(ByteLM(model).named_parameters())
-    for name, parameter in parameters:
-        expected[f"model.{name}"] = (parameter.shape, parameter.dtype)
-        for key in _OPTIMIZER_STATE:
-            shape = torch.Size() if key == "step" else parameter.shape
-            expected[f"optimizer.{name}.{key}"] = (shape, parameter.dtype)
-    return expected
 
 
 def max_violation(load: torch.Tensor) -> torch.Tensor:
@@ -334,14 +244,9 @@ def max_violation(load: torch.Tensor) -> torch.Tensor:
 
 def environment() -> dict[str, str]:
     """What may change the last bits of a result; compared on resume."""
-    import moe_ops
-
-    facts = {"torch": torch.__version__, "moe_ops": moe_ops.__version__}
-    try:
-        from moe_ops import _C
-
-        facts["cpu_isa"] = _C.cpu_isa()
-    except ImportError:
-        pass
-    facts["torch_cpu_capability"] = torch.backends.cpu.get_cpu_capability()
-    return facts
+    return {
+        "torch": torch.__version__,
+        "moe_ops": moe_ops.__version__,
+        "cpu_isa": _C.cpu_isa(),
+        "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
+    }

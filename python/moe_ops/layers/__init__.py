@@ -8,7 +8,6 @@ from __future__ import annotations
 from .attention import AttentionExperts, AttentionExpertsOutput, KVCache
 from .dense import ExpertNorm, mix_outputs
 from .experts import Experts, SharedExperts
-from .gates import GateRouter
 from .losses import (
     concentration_loss,
     device_balance_loss,
@@ -22,35 +21,67 @@ from .losses import (
 from .moe import MoE, MoEOutput
 from .norm import ResidualNorm
 from .quantized import QuantizedExperts
-from .replay import RoutingChoice, RoutingRecord, record_routing, replay_routing
-from .router import Router, RouterOutput
-from .sparsemixer import sparsemixer
+from .record import RoutingChoice, RoutingRecord, record_routing, replay_routing
+from .router import (
+    Capacity,
+    CapacityRouter,
+    ExpertChoiceRouter,
+    GateRouter,
+    HashRouter,
+    L1Coefficient,
+    ReLURouter,
+    Router,
+    RouterOutput,
+    SparseMixerRouter,
+    TopKRouter,
+    TopPRouter,
+    drop_over_capacity,
+    hash_table,
+    relu_router_loss,
+    sparsemixer,
+)
+from .routing import Routing
 from .stats import RoutingStats, count_tokens_per_expert
+from .zero_experts import ZeroComputationExperts
 
 __all__ = [
     "AttentionExperts",
     "AttentionExpertsOutput",
+    "Capacity",
+    "CapacityRouter",
+    "ExpertChoiceRouter",
     "ExpertNorm",
     "Experts",
     "GateRouter",
+    "HashRouter",
     "KVCache",
+    "L1Coefficient",
     "MoE",
     "MoEOutput",
     "QuantizedExperts",
+    "ReLURouter",
     "ResidualNorm",
     "Router",
     "RouterOutput",
+    "Routing",
     "RoutingChoice",
     "RoutingRecord",
     "RoutingStats",
     "SharedExperts",
+    "SparseMixerRouter",
+    "TopKRouter",
+    "TopPRouter",
+    "ZeroComputationExperts",
     "concentration_loss",
     "count_tokens_per_expert",
     "device_balance_loss",
+    "drop_over_capacity",
+    "hash_table",
     "load_balancing_loss",
     "mix_outputs",
     "mutual_information_loss",
     "record_routing",
+    "relu_router_loss",
     "replay_routing",
     "router_entropy_loss",
     "router_z_loss",

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from moe_ops.ops import moa_attention, moe_linear_map, moe_linear_reduce, rotary
 from moe_ops.ops.moa_attention import KINDS
 
-from .bank import as_ids, take_rows, whole_rows
 from .invariant import apply_linear
-from .moe import AUX_LOSSES
+from .losses import aux_losses_of, check_aux_losses
 from .rotary import Rope
-from .router import Router, RouterOutput, drop_masked
+from .router import Router
+from .routing import Routing, check_given, drop_masked, given_routing, valid_ids
+from .surgery import layers as surgery
 
 
 class KVCache:
@@ -88,6 +89,10 @@ class AttentionExpertsOutput(NamedTuple):
     topk_ids: Tensor
     aux_losses: dict[str, Tensor]
     remainder: Tensor | None
+
+    @property
+    def routing(self) -> Routing:
+        return Routing(self.router_logits, self.topk_weights, self.topk_ids)
 
 
 class AttentionExperts(nn.Module):
@@ -163,12 +168,7 @@ class AttentionExperts(nn.Module):
             raise ValueError(
                 "AttentionExperts: router must weight outputs, got apply_router_weight_on_input."
             )
-        unknown = [name for name in aux_losses if name not in AUX_LOSSES]
-        if unknown:
-            raise ValueError(
-                f"AttentionExperts: aux_losses must be among {', '.join(AUX_LOSSES)}, got "
-                f"{', '.join(unknown)}."
-            )
+        check_aux_losses("AttentionExperts", aux_losses)
         self.router = router
         self.num_kv_heads = num_kv_heads
         self.head_size = head_size
@@ -243,21 +243,17 @@ class AttentionExperts(nn.Module):
             raise ValueError(
                 f"AttentionExperts: x must be [B, S, {hidden}], got shape {list(x.shape)}."
             )
-        if topk_weights is not None and topk_ids is None:
-            raise ValueError(
-                "AttentionExperts: topk_weights must come with topk_ids, got it alone."
-            )
         if cache is not None and cu_seqlens is not None:
             raise ValueError("AttentionExperts: cache must be None with cu_seqlens, got one.")
         batch, length, _ = x.shape
         heads, size, experts = self.num_kv_heads, self.head_size, self.router.num_experts
         flat = x.reshape(-1, hidden)
-        topk_ids = _flatten("topk_ids", topk_ids, len(flat))
-        topk_weights = _flatten("topk_weights", topk_weights, len(flat))
-        logits, weights, ids = self._route(flat, topk_ids, topk_weights, expert_mask)
-        slot_weights, slot_ids = weights, ids
+        name = "AttentionExperts"
+        topk_ids, topk_weights = check_given(name, topk_ids, topk_weights, len(flat))
+        routing = self._route(flat, topk_ids, topk_weights, expert_mask)
+        _, slot_weights, slot_ids = routing
         if self.expert_kv:  # Slot e is expert e, so that queries meet their own keys.
-            slot_weights, slot_ids = _by_expert(weights, ids, experts)
+            slot_weights, slot_ids = _by_expert(slot_weights, slot_ids, experts)
         q = moe_linear_map(flat, self.w_query, slot_ids).view(batch, length, -1, heads, size)
         kv = apply_linear(self.kv_proj, flat).view(batch, length, 2, -1, size)
         k, v = kv.unbind(2)
@@ -293,13 +289,8 @@ class AttentionExperts(nn.Module):
             y = y + self.bias.to(y.dtype)
         if not return_routing:
             return y
-        aux = {}
-        if logits is not None:
-            routing = RouterOutput(logits, weights, ids)
-            aux = {
-                name: AUX_LOSSES[name](self.router, routing, token_mask) for name in self.aux_losses
-            }
-        return AttentionExpertsOutput(y, logits, weights, ids, aux, remainder)
+        aux = aux_losses_of(self.aux_losses, self.router, routing, token_mask)
+        return AttentionExpertsOutput(y, *routing, aux, remainder)
 
     def _route(
         self,
@@ -307,15 +298,9 @@ class AttentionExperts(nn.Module):
         topk_ids: Tensor | None,
         topk_weights: Tensor | None,
         expert_mask: Tensor | None,
-    ) -> tuple[Tensor | None, Tensor, Tensor]:
+    ) -> Routing:
         if topk_ids is not None and topk_weights is not None:
-            if topk_weights.shape != topk_ids.shape:
-                raise ValueError(
-                    f"AttentionExperts: topk_weights must have the shape {list(topk_ids.shape)} of "
-                    f"topk_ids, got {list(topk_weights.shape)}."
-                )
-            ids = drop_masked(topk_ids, expert_mask)
-            return None, topk_weights.masked_fill(ids < 0, 0.0), ids
+            return given_routing(topk_ids, topk_weights, expert_mask)
         if not self.soft_routing:
             return self.router(flat, topk_ids=topk_ids, expert_mask=expert_mask)
         logits = self.router.logits(flat)
@@ -327,11 +312,10 @@ class AttentionExperts(nn.Module):
             ids = torch.arange(logits.shape[1], dtype=torch.int32, device=logits.device)
             topk_ids = ids.expand(logits.shape)
         ids = drop_masked(topk_ids, expert_mask)
-        valid = (ids >= 0) & (ids < logits.shape[1])
-        weights = weights.gather(1, torch.where(valid, ids, 0).long()).masked_fill(~valid, 0.0)
-        return logits, weights, ids
+        valid, index = valid_ids(ids, logits.shape[1])
+        return Routing(logits, weights.gather(1, index).masked_fill(~valid, 0.0), ids)
 
-    # ------------------------------------------------------------------------- bank operations
+    # ------------------------------------------------------------------- operations on the experts
 
     def select(self, ids: Sequence[int] | Tensor, **changes: Any) -> AttentionExperts:
         """A new layer of the experts `ids`, in that order, with the same keys and values.
@@ -345,9 +329,7 @@ class AttentionExperts(nn.Module):
         Raises:
             ValueError: ids out of range, or fewer experts than the router's top_k.
         """
-        index = as_ids("AttentionExperts.select", ids, self.router.num_experts)
-        rows = {name: take_rows(p, index) for name, p in self._row_tensors().items()}
-        return self._rebuild(self.router.select(ids, **changes), rows)
+        return surgery.select_attention(self, ids, changes)
 
     def append(
         self, num: int, *, init: str = "random", router_init: str | None = None, **changes: Any
@@ -366,72 +348,21 @@ class AttentionExperts(nn.Module):
         Raises:
             ValueError: an unknown `init`, or a number below 1.
         """
-        if init not in ("random", "zero_output", "copy", "mean"):
-            raise ValueError(
-                "AttentionExperts.append: init must be 'random', 'zero_output', 'copy' or 'mean', "
-                f"got {init!r}."
-            )
-        if router_init is None:
-            router_init = "random" if init == "zero_output" else init
-        router = self.router.append(num, init=router_init, **changes)
-        experts, rows = self.router.num_experts, {}
-        for name, p in self._row_tensors().items():
-            if init == "copy":
-                new = take_rows(p, [i % experts for i in range(num)])
-            elif init == "mean":
-                new = p.mean(0, keepdim=True).expand(num, *p.shape[1:])
-            elif name == "kv_bias" or (name == "w_output" and init == "zero_output"):
-                new = p.new_zeros(num, *p.shape[1:])
-            else:
-                bound = p.shape[-1] ** -0.5
-                new = p.new_empty(num, *p.shape[1:]).uniform_(-bound, bound)
-            rows[name] = torch.cat([p, new])
-        return self._rebuild(router, rows)
+        return surgery.append_attention(self, num, init, router_init, changes)
 
-    def _row_tensors(self) -> dict[str, Tensor]:
-        """Tensors of the experts, [E, ...]; keys and values are among them with `expert_kv`."""
-        weights = {"w_query": self.w_query, "w_output": self.w_output}
-        tensors = whole_rows("AttentionExperts", weights)
-        if self.expert_kv:
-            experts = self.router.num_experts
-            for name, p in (("kv_weight", self.kv_proj.weight), ("kv_bias", self.kv_proj.bias)):
-                if p is not None:  # [2 E D, ...]: keys of all experts, then values.
-                    tensors[name] = p.detach().view(2, experts, -1, *p.shape[1:]).transpose(0, 1)
-        return tensors
-
-    def _rebuild(self, router: Router, rows: dict[str, Tensor]) -> AttentionExperts:
+    def config(self) -> dict[str, Any]:
+        """The keyword arguments that make a layer like this one: all but device and dtype."""
         names = ("kind", "causal", "scale", "window", "softcap", "rope_theta", "soft_routing")
-        result = AttentionExperts(
-            router,
-            self.num_kv_heads,
-            self.head_size,
-            **{name: getattr(self, name) for name in names},
-            expert_kv=self.expert_kv,
-            bias=self.bias is not None,
-            kv_bias=self.kv_proj.bias is not None,
-            aux_losses=self.aux_losses,
-            device="meta",  # Where initialisation draws no random numbers.
-        )
-        tensors: dict[str, Tensor | None] = {
-            "kv_proj.weight": self.kv_proj.weight,
-            "kv_proj.bias": self.kv_proj.bias,
-            "bias": self.bias,
+        return {
+            **{name: getattr(self, name) for name in (*names, "expert_kv", "aux_losses")},
+            "bias": self.bias is not None,
+            "kv_bias": self.kv_proj.bias is not None,
         }
-        for name, rowwise in rows.items():
-            if name.startswith("kv_"):
-                flat = rowwise.transpose(0, 1).flatten(0, 2)
-                tensors[name.replace("kv_", "kv_proj.")] = flat
-            else:
-                tensors[name] = rowwise
-        for name, old in self.named_parameters():
-            tensor = tensors.get(name)
-            if tensor is None:
-                continue  # The router's.
-            module = result.get_submodule(name.rpartition(".")[0])
-            new = tensor.detach().to(old).clone(memory_format=torch.contiguous_format)
-            parameter = nn.Parameter(new, requires_grad=old.requires_grad)
-            setattr(module, name.rpartition(".")[2], parameter)
-        return result.train(self.training)
+
+    def blank(self, router: Router, **changes: Any) -> AttentionExperts:
+        """A fresh layer like this one with another router."""
+        config = {**self.config(), **changes}
+        return AttentionExperts(router, self.num_kv_heads, self.head_size, **config)
 
     def extra_repr(self) -> str:
         words = [
@@ -448,8 +379,7 @@ class AttentionExperts(nn.Module):
 
 def _by_expert(weights: Tensor, ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     """The same routing with E slots a token: slot e holds e or -1, a repeated expert its sum."""
-    valid = (ids >= 0) & (ids < num_experts)
-    index = torch.where(valid, ids, 0).long()
+    valid, index = valid_ids(ids, num_experts)
     zeros = weights.new_zeros(len(ids), num_experts)
     summed = zeros.scatter_add(1, index, weights.masked_fill(~valid, 0.0))
     chosen = torch.zeros_like(zeros, dtype=torch.int32).scatter_add(1, index, valid.int()) > 0
@@ -467,14 +397,3 @@ def _positions(
         starts = cu_seqlens.to(positions)
         return positions - starts[torch.bucketize(positions, starts[1:], right=True)]
     return positions
-
-
-def _flatten(name: str, t: Tensor | None, num_tokens: int) -> Tensor | None:
-    if t is None:
-        return None
-    if t.dim() < 2 or t.shape[:-1].numel() != num_tokens:
-        raise ValueError(
-            f"AttentionExperts: {name} must be [..., K] with the {num_tokens} tokens of x, got "
-            f"shape {list(t.shape)}."
-        )
-    return t.reshape(num_tokens, t.shape[-1])

@@ -7,7 +7,7 @@ mixtures.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,14 +17,10 @@ from torch.autograd.function import once_differentiable
 from moe_ops.ops._autograd import in_transform
 from moe_ops.ops._checks import accumulate_dtype
 from moe_ops.ops.dense_ffn import dense_ffn
-from moe_ops.ops.gated_act import gated_act
 from moe_ops.ops.grouped_gemm import grouped_gemm
 from moe_ops.ops.mix_experts import mix_experts
 
-from .invariant import plain_activation, uses_ops
-
-if TYPE_CHECKING:
-    from .experts import Experts
+from .invariant import uses_ops
 
 
 class Segment(NamedTuple):
@@ -54,67 +50,11 @@ def segments(input_ids: Sequence[int]) -> tuple[Segment, ...]:
     return tuple(found)
 
 
-def expert_outputs(bank: Experts, x: Tensor, input_ids: Sequence[int] | None) -> Tensor:
-    """`Experts.outputs`: [T, E, O]."""
-    name = "Experts.outputs"
-    num_experts = bank.num_experts
-    if x.dim() not in (2, 3) or x.shape[-1] != bank.hidden_size:
-        raise ValueError(
-            f"{name}: x must be [T, {bank.hidden_size}] or [T, G, {bank.hidden_size}], got shape "
-            f"{list(x.shape)}."
-        )
-    if x.dim() == 2:
-        if input_ids is not None:
-            raise ValueError(
-                f"{name}: input_ids must come with x [T, G, H], got shape {list(x.shape)}."
-            )
-        x, ids = x[:, None], [0] * num_experts
-    elif input_ids is None:
-        size, rest = divmod(num_experts, max(x.shape[1], 1))
-        if rest or not size:
-            raise ValueError(
-                f"{name}: x must have a number of inputs that divides {num_experts} experts (or "
-                f"come with input_ids), got shape {list(x.shape)}."
-            )
-        ids = [e // size for e in range(num_experts)]
-    else:
-        ids = [int(i) for i in input_ids]
-        if len(ids) != num_experts or min(ids) < 0 or max(ids) >= x.shape[1]:
-            raise ValueError(
-                f"{name}: input_ids must be {num_experts} numbers in [0, {x.shape[1]}), got {ids}."
-            )
-    if not bank.gated and _fits(x, bank.w_gate_up, bank.w_down):
-        input_of = torch.tensor(ids, dtype=torch.int32, device=x.device)
-        return dense_ffn(
-            x,
-            bank.w_gate_up,
-            bank.w_down,
-            input_of,
-            b_up=bank.b_gate_up,
-            b_down=bank.b_down,
-            activation=bank.activation,
-        )
-    h = grouped_linear(x, bank.w_gate_up, bank.b_gate_up, segments(ids))
-    if bank.gated:
-        h = gated_act(
-            h,
-            bank.activation,
-            interleaved=bank.interleaved,
-            alpha=bank.alpha,
-            limit=bank.limit,
-        )
-    elif bank.activation == "relu":
-        h = F.relu(h, inplace=True)
-    else:
-        h = plain_activation(h, bank.activation)
-    return grouped_linear(h, bank.w_down, bank.b_down, segments(range(num_experts)))
-
-
 # Elements of the weights of a bank, beyond which dense_ffn would wait for them at every block.
 DENSE_FFN_WEIGHTS = 1 << 22
 
 
-def _fits(x: Tensor, w_up: Tensor, w_down: Tensor) -> bool:
+def fits_dense_ffn(x: Tensor, w_up: Tensor, w_down: Tensor) -> bool:
     """Whether dense_ffn takes these operands and is the faster way."""
     small = w_up.numel() + w_down.numel() <= DENSE_FFN_WEIGHTS
     return x.device.type == "cpu" and small
@@ -122,7 +62,7 @@ def _fits(x: Tensor, w_up: Tensor, w_down: Tensor) -> bool:
 
 def low_rank_maps(x: Tensor, down: Tensor, up: Tensor, input_ids: Sequence[int]) -> Tensor:
     """y[:, e] = x[:, input_ids[e]] down[e]^T up[e]^T: x [T, G, H], down [E, R, H], up [E, O, R]."""
-    if _fits(x, down, up):
+    if fits_dense_ffn(x, down, up):
         ids = torch.tensor(input_ids, dtype=torch.int32, device=x.device)
         return dense_ffn(x, down, up, ids, activation="none")
     low = grouped_linear(x, down, None, segments(input_ids))

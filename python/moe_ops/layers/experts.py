@@ -9,21 +9,23 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_ops import packing
 from moe_ops.expert_weights.packing import expert_ffn, invalidate, invalidate_if_changed
 from moe_ops.ops import gated_act, moe_linear_map, moe_linear_reduce
+from moe_ops.ops.dense_ffn import dense_ffn
 
-from .bank import BankOperations
-from .dense import expert_outputs, mix_outputs
+from .dense import fits_dense_ffn, grouped_linear, mix_outputs, segments
 from .invariant import linear, plain_activation
+from .surgery import experts as surgery
 
 GATED_ACTIVATIONS = ("swiglu", "geglu", "geglu_tanh", "reglu", "swiglu_oai")
 PLAIN_ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
 
 
-class Experts(BankOperations):
+class Experts(nn.Module):
     """E feed-forward networks of one shape. Stateless: call it as often as you like.
 
     Parameters:
@@ -160,17 +162,7 @@ class Experts(BankOperations):
             num_slots = topk_ids.shape[1]
             x = (x[:, None] * topk_weights[..., None].to(x.dtype)).flatten(0, 1)
             topk_ids, weights = topk_ids.reshape(-1, 1), torch.ones_like(topk_weights).view(-1, 1)
-        h = moe_linear_map(x, self.w_gate_up, topk_ids, bias=self.b_gate_up)
-        if self.gated:
-            h = gated_act(
-                h,
-                self.activation,
-                interleaved=self.interleaved,
-                alpha=self.alpha,
-                limit=self.limit,
-            )
-        else:
-            h = plain_activation(h, self.activation)
+        h = self._activate(moe_linear_map(x, self.w_gate_up, topk_ids, bias=self.b_gate_up))
         y = moe_linear_reduce(h, self.w_down, weights, topk_ids, bias=self.b_down)
         return y.unflatten(0, (-1, num_slots)).sum(1) if on_input else y
 
@@ -191,7 +183,61 @@ class Experts(BankOperations):
 
         Second derivatives are not supported.
         """
-        return expert_outputs(self, x, input_ids)
+        x, ids = self._inputs(x, input_ids)
+        if not self.gated and fits_dense_ffn(x, self.w_gate_up, self.w_down):
+            return dense_ffn(
+                x,
+                self.w_gate_up,
+                self.w_down,
+                torch.tensor(ids, dtype=torch.int32, device=x.device),
+                b_up=self.b_gate_up,
+                b_down=self.b_down,
+                activation=self.activation,
+            )
+        h = self._activate(grouped_linear(x, self.w_gate_up, self.b_gate_up, segments(ids)))
+        return grouped_linear(h, self.w_down, self.b_down)
+
+    def _inputs(self, x: Tensor, input_ids: Sequence[int] | None) -> tuple[Tensor, list[int]]:
+        """The inputs of `outputs` as [T, G, H], and which one each expert reads."""
+        name, e, h = "Experts.outputs", self.num_experts, self.hidden_size
+        if x.dim() not in (2, 3) or x.shape[-1] != h:
+            raise ValueError(
+                f"{name}: x must be [T, {h}] or [T, G, {h}], got shape {list(x.shape)}."
+            )
+        if x.dim() == 2:
+            if input_ids is not None:
+                raise ValueError(
+                    f"{name}: input_ids must come with x [T, G, H], got shape {list(x.shape)}."
+                )
+            return x[:, None], [0] * e
+        num_inputs = x.shape[1]
+        if input_ids is None:
+            size, rest = divmod(e, max(num_inputs, 1))
+            if rest or not size:
+                raise ValueError(
+                    f"{name}: x must have a number of inputs that divides {e} experts (or come "
+                    f"with input_ids), got shape {list(x.shape)}."
+                )
+            return x, [i // size for i in range(e)]
+        ids = [int(i) for i in input_ids]
+        if len(ids) != e or min(ids) < 0 or max(ids) >= num_inputs:
+            raise ValueError(
+                f"{name}: input_ids must be {e} numbers in [0, {num_inputs}), got {ids}."
+            )
+        return x, ids
+
+    def _activate(self, h: Tensor) -> Tensor:
+        if self.gated:
+            return gated_act(
+                h,
+                self.activation,
+                interleaved=self.interleaved,
+                alpha=self.alpha,
+                limit=self.limit,
+            )
+        if self.activation == "relu":
+            return F.relu(h, inplace=True)
+        return plain_activation(h, self.activation)
 
     def mix(self, x: Tensor, weights: Tensor, input_ids: Sequence[int] | None = None) -> Tensor:
         """y[t, m] = sum_e weights[t, m, e] * expert e of its input: M mixtures of all experts.
@@ -225,8 +271,102 @@ class Experts(BankOperations):
         invalidate_if_changed(self)
         return self
 
-    def _new(self, num_experts: int, **config: Any) -> Experts:
-        return Experts(num_experts, bias=self.b_down is not None, **config)
+    def config(self) -> dict[str, Any]:
+        """The arguments that make a bank like this one: all but num_experts, device and dtype."""
+        names = ("hidden_size", "intermediate_size", "output_size", "activation", "interleaved")
+        config = {name: getattr(self, name) for name in (*names, "alpha", "limit")}
+        return {**config, "bias": self.b_down is not None}
+
+    def blank(self, num_experts: int, **changes: Any) -> Experts:
+        """A fresh bank like this one; `changes` are arguments of the class."""
+        return Experts(num_experts, **{**self.config(), **changes})
+
+    # ------------------------------------------------------------------- operations on the experts
+
+    def select(self, ids: Sequence[int] | Tensor) -> Experts:
+        """A new bank of the experts `ids`, in that order (repeats allowed).
+
+        Raises:
+            ValueError: no id, or one outside [0, E).
+        """
+        return surgery.select(self, ids)
+
+    def append(self, other: int | Experts, *, init: str = "random") -> Experts:
+        """A new bank with experts added at the end.
+
+        Args:
+            other: the number of experts to add (at least 1), or a bank whose experts to add; its
+                sizes and activation must be the same.
+            init: of a number of experts: "random" (as in a fresh bank), "zero_output" (random, with
+                w_down and b_down 0: they contribute nothing until trained), "copy" (experts 0, 1,
+                ... again), "mean" (the mean of all experts).
+
+        Raises:
+            ValueError: an unknown `init`, a number below 1, or banks that do not fit together.
+        """
+        return surgery.append(self, other, init)
+
+    def split(
+        self,
+        ids: Sequence[int] | Tensor | None = None,
+        factor: int = 2,
+        *,
+        mode: str = "slice",
+        noise: float = 0.0,
+    ) -> Experts:
+        """A new bank in which each expert of `ids` becomes `factor` experts, in its place.
+
+        mode="slice": each takes a run of I / factor hidden neurons and 1 / factor of b_down, so
+        that the slices of an expert add up to it. When all experts are split, the new bank's
+        intermediate size is I / factor (fine-grained experts); when only some are, it stays I and
+        the slices are filled up with zeros. mode="copy": each is the expert itself; with `noise`,
+        every weight of the copies is multiplied by 1 + noise * (a normal number).
+
+        Args:
+            ids: experts to split, without repeats; None is all.
+            factor: number of parts, at least 1.
+            mode: "slice" or "copy".
+            noise: of mode="copy".
+
+        Raises:
+            ValueError: bad ids, factor or mode, noise with slices, or a factor that does not
+                divide I.
+
+        Source: Dai et al. 2024 (fine-grained experts, arXiv 2401.06066); Zhao et al. 2024
+        (FactorLLM, arXiv 2408.11855).
+        """
+        return surgery.split(self, ids, factor, mode, noise)
+
+    def merge(
+        self,
+        groups: Sequence[Sequence[int]],
+        weights: Tensor | Sequence[float] | None = None,
+        *,
+        mode: str = "mean",
+        neuron_order: Tensor | None = None,
+    ) -> Experts:
+        """A new bank with one expert for each group of old ones; experts in no group are dropped.
+
+        mode="mean": the weighted mean of their parameters. Hidden neurons have no natural order, so
+        experts that were trained apart should be aligned first: `neuron_order` reorders the neurons
+        of each before the mean (which by itself changes no expert's function).
+        mode="concat": their neurons side by side, b_down added up: an expert that computes the sum
+        of its members, with intermediate size I * (group size). It undoes `split` by slices.
+
+        Args:
+            groups: lists of ids, each id at most once over all lists, none empty.
+            weights: [E] weights of the mean, at least 0, made to sum to 1 in each group; None is
+                equal weights. Only with mode="mean".
+            mode: "mean" or "concat" (groups of one size).
+            neuron_order: [E, I] integers, each row a permutation of 0..I-1: neuron j of expert e
+                is taken from its neuron neuron_order[e, j].
+
+        Raises:
+            ValueError: bad groups, weights, mode or neuron_order.
+
+        Source of the alignment before merging: Sarkar et al. 2024 (UNCURL, arXiv 2409.01483).
+        """
+        return surgery.merge(self, groups, weights, mode, neuron_order)
 
     def extra_repr(self) -> str:
         packed = packing.packed_bytes(self)

@@ -14,7 +14,7 @@ a coefficient.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .router import Router
+from .routing import Routing
 from .stats import count_tokens_per_expert
 
 
@@ -353,6 +354,42 @@ def _step_expert_bias(bias: Tensor, counts: Tensor, rate: float, group: Any) -> 
         dist.all_reduce(counts, group=group)
     # sum - E * load has the sign of mean - load and is exact in integers.
     bias.add_((counts.sum() - counts.numel() * counts).sign().to(bias), alpha=rate)
+
+
+# What the argument `aux_losses` of layers may name; each takes the routing and a token mask.
+AUX_LOSSES: dict[str, Callable[[Router, Routing, Tensor | None], Tensor]] = {
+    "load_balancing": lambda router, r, mask: load_balancing_loss(
+        r.router_logits, r.topk_ids, score_func=router.score_func, token_mask=mask
+    ),
+    "router_z": lambda router, r, mask: router_z_loss(r.router_logits, token_mask=mask),
+    "entropy": lambda router, r, mask: router_entropy_loss(
+        r.router_logits, score_func=router.score_func, token_mask=mask
+    ),
+    "mutual_information": lambda router, r, mask: mutual_information_loss(
+        r.router_logits, score_func=router.score_func, token_mask=mask
+    ),
+    "concentration": lambda router, r, mask: concentration_loss(
+        r.router_logits, score_func=router.score_func, token_mask=mask
+    ),
+}
+
+
+def check_aux_losses(layer: str, names: Sequence[str]) -> None:
+    """Raises ValueError unless `AUX_LOSSES` has all the names."""
+    unknown = [name for name in names if name not in AUX_LOSSES]
+    if unknown:
+        raise ValueError(
+            f"{layer}: aux_losses must be among {', '.join(AUX_LOSSES)}, got {', '.join(unknown)}."
+        )
+
+
+def aux_losses_of(
+    names: Sequence[str], router: Router, routing: Routing, token_mask: Tensor | None
+) -> dict[str, Tensor]:
+    """The losses of these names; none where the routing has no logits."""
+    if routing.router_logits is None:
+        return {}
+    return {name: AUX_LOSSES[name](router, routing, token_mask) for name in names}
 
 
 def _flatten(

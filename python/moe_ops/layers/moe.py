@@ -6,34 +6,19 @@ Letters: T tokens, H hidden size, I intermediate size, E experts, K experts a to
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from . import losses
 from .experts import Experts, SharedExperts
 from .invariant import apply_linear, sigmoid
-from .replay import LoggedCall, RoutingLog
-from .router import Router, RouterOutput, drop_masked
-
-# What `aux_losses` may name; each takes the routing and a token mask.
-AUX_LOSSES: dict[str, Callable[[Router, RouterOutput, Tensor | None], Tensor]] = {
-    "load_balancing": lambda router, r, mask: losses.load_balancing_loss(
-        r.router_logits, r.topk_ids, score_func=router.score_func, token_mask=mask
-    ),
-    "router_z": lambda router, r, mask: losses.router_z_loss(r.router_logits, token_mask=mask),
-    "entropy": lambda router, r, mask: losses.router_entropy_loss(
-        r.router_logits, score_func=router.score_func, token_mask=mask
-    ),
-    "mutual_information": lambda router, r, mask: losses.mutual_information_loss(
-        r.router_logits, score_func=router.score_func, token_mask=mask
-    ),
-    "concentration": lambda router, r, mask: losses.concentration_loss(
-        r.router_logits, score_func=router.score_func, token_mask=mask
-    ),
-}
+from .losses import aux_losses_of, check_aux_losses
+from .recompute import LoggedCall, RoutingLog
+from .router import Router
+from .routing import Routing, check_given, drop_masked, given_routing
+from .surgery import layers as surgery
 
 
 class MoEOutput(NamedTuple):
@@ -52,6 +37,10 @@ class MoEOutput(NamedTuple):
     topk_ids: Tensor
     aux_losses: dict[str, Tensor]
 
+    @property
+    def routing(self) -> Routing:
+        return Routing(self.router_logits, self.topk_weights, self.topk_ids)
+
 
 class MoE(nn.Module):
     """y = sum_k weight_k * expert_k(x) + shared(x).
@@ -66,7 +55,7 @@ class MoE(nn.Module):
             "entropy", "mutual_information", "concentration" (see `moe_ops.layers.losses`).
         freeze_routing_in_recompute: under torch.utils.checkpoint, recomputation repeats the choice
             of the first pass even where logits come out slightly different (see
-            `moe_ops.layers.replay`, which also says how it draws one random number a call). Not
+            `moe_ops.layers.recompute`, which also says how it draws one random number a call). Not
             needed when everything before the router is bitwise repeatable. Ignored in compiled
             code.
 
@@ -103,11 +92,7 @@ class MoE(nn.Module):
             raise ValueError(
                 "MoE: shared_expert_gate must come with shared_experts, got it without."
             )
-        unknown = [name for name in aux_losses if name not in AUX_LOSSES]
-        if unknown:
-            raise ValueError(
-                f"MoE: aux_losses must be among {', '.join(AUX_LOSSES)}, got {', '.join(unknown)}."
-            )
+        check_aux_losses("MoE", aux_losses)
         self.router = router
         self.experts = experts
         self.shared_experts = shared_experts
@@ -223,24 +208,13 @@ class MoE(nn.Module):
         hidden_size = self.experts.hidden_size
         if x.shape[-1] != hidden_size:
             raise ValueError(f"MoE: x must be [..., {hidden_size}], got shape {list(x.shape)}.")
-        if topk_weights is not None and topk_ids is None:
-            raise ValueError("MoE: topk_weights must come with topk_ids, got it alone.")
         flat = x.reshape(-1, hidden_size)
-        num_tokens = flat.shape[0]
-        topk_ids = _flatten("topk_ids", topk_ids, num_tokens)
-        topk_weights = _flatten("topk_weights", topk_weights, num_tokens)
-        if topk_ids is not None and topk_weights is not None:
-            if topk_weights.shape != topk_ids.shape:
-                raise ValueError(
-                    f"MoE: topk_weights must have the shape {list(topk_ids.shape)} of topk_ids, "
-                    f"got {list(topk_weights.shape)}."
-                )
-
-        logits, weights, ids = self._route(flat, topk_ids, topk_weights, expert_mask)
+        topk_ids, topk_weights = check_given("MoE", topk_ids, topk_weights, flat.shape[0])
+        routing = self._route(flat, topk_ids, topk_weights, expert_mask)
         y = self.experts(
             flat,
-            weights,
-            ids,
+            routing.topk_weights,
+            routing.topk_ids,
             apply_router_weight_on_input=self.router.apply_router_weight_on_input,
         )
         if self.shared_experts is not None:
@@ -251,13 +225,8 @@ class MoE(nn.Module):
         y = y.view(x.shape)
         if not return_routing:
             return y
-        aux = {}
-        if logits is not None:
-            routing = RouterOutput(logits, weights, ids)
-            aux = {
-                name: AUX_LOSSES[name](self.router, routing, token_mask) for name in self.aux_losses
-            }
-        return MoEOutput(y, logits, weights, ids, aux)
+        aux = aux_losses_of(self.aux_losses, self.router, routing, token_mask)
+        return MoEOutput(y, *routing, aux)
 
     def _route(
         self,
@@ -265,36 +234,30 @@ class MoE(nn.Module):
         topk_ids: Tensor | None,
         topk_weights: Tensor | None,
         expert_mask: Tensor | None,
-    ) -> tuple[Tensor | None, Tensor, Tensor]:
+    ) -> Routing:
         # Compiled graphs are traced once, and decide on recomputation by themselves.
         log = None if torch.compiler.is_compiling() else self.routing_log
-        key = call = None
         if log is not None and not log.applies(self.training):
             log = None
-        if log is not None:
-            key, call = log.begin(self.training)
+        key, call = (None, None) if log is None else log.begin(self.training)
         if topk_ids is not None and topk_weights is not None:
-            logits = None
-            ids, weights = drop_masked(topk_ids, expert_mask), topk_weights
-            if expert_mask is not None:
-                weights = weights.masked_fill(ids < 0, 0.0)
+            routing = given_routing(topk_ids, topk_weights, expert_mask)
         elif topk_ids is not None or call is None:
-            logits, weights, ids = self.router(flat, topk_ids=topk_ids, expert_mask=expert_mask)
+            routing = self.router(flat, topk_ids=topk_ids, expert_mask=expert_mask)
         else:
-            logits, weights, ids = self._repeat_or_choose(flat, call, expert_mask)
+            routing = self._repeat_or_choose(flat, call, expert_mask)
         if log is not None and call is not None:
-            log.finish(key, call, weights, ids, self.training)
-        return logits, weights, ids
+            log.finish(key, call, routing, self.training)
+        return routing
 
     def _repeat_or_choose(
         self, flat: Tensor, call: LoggedCall, expert_mask: Tensor | None
-    ) -> RouterOutput:
+    ) -> Routing:
         """Routing in two steps, ids and then their weights, so that a forward which repeats ids
         saves the same tensors for backward as the one that chose them: checkpointing checks it."""
         router = self.router
         logits = router.logits(flat)
-        if call.choice is None or router.kind == "sparsemixer":
-            # SparseMixer draws random numbers: also a forward that repeats ids must draw them.
+        if call.choice is None or router.draws_random_numbers:
             ids = router.choose(logits, expert_mask=expert_mask)
         if call.choice is None:
             router.count(ids)
@@ -307,11 +270,9 @@ class MoE(nn.Module):
                 )
             ids = drop_masked(ids, expert_mask)
         if not call.use_weights:
-            return RouterOutput(
-                logits, router.weights_at(logits, ids, expert_mask=expert_mask), ids
-            )
+            return Routing(logits, router.weights_at(logits, ids, expert_mask=expert_mask), ids)
         assert call.choice is not None
-        return RouterOutput(logits, call.choice.topk_weights.masked_fill(ids < 0, 0.0), ids)
+        return Routing(logits, call.choice.topk_weights.masked_fill(ids < 0, 0.0), ids)
 
     def prepack(self) -> int:
         """Packs the experts' weights now, see `moe_ops.prepack`; returns the copies' bytes."""
@@ -321,7 +282,7 @@ class MoE(nn.Module):
         """Drops the experts' packed copies, if there are any; returns their bytes."""
         return self.experts.unpack()
 
-    # ------------------------------------------------------------------------- bank operations
+    # ------------------------------------------------------------------- operations on the experts
 
     def select(self, ids: Sequence[int] | Tensor, **changes: Any) -> MoE:
         """A new layer of the experts `ids`: `Experts.select` and `Router.select` together.
@@ -332,10 +293,10 @@ class MoE(nn.Module):
             ids: experts to keep, in the order wanted.
             changes: top_k, num_groups, num_topk_groups of the new router.
 
-        All bank operations copy the shared experts and their gate, so that the new layer shares no
+        All such operations copy the shared experts and their gate, so that the new layer shares no
         parameter with this one.
         """
-        return self._rebuild(self.router.select(ids, **changes), self.experts.select(ids))
+        return surgery.select(self, ids, changes)
 
     def append(
         self,
@@ -355,14 +316,7 @@ class MoE(nn.Module):
                 that is no choice for rows.
             changes: top_k, num_groups, num_topk_groups of the new router.
         """
-        if isinstance(other, MoE):
-            return self._rebuild(
-                self.router.append(other.router, **changes), self.experts.append(other.experts)
-            )
-        experts = self.experts.append(other, init=init)
-        if router_init is None:
-            router_init = "random" if init == "zero_output" else init
-        return self._rebuild(self.router.append(other, init=router_init, **changes), experts)
+        return surgery.append(self, other, init, router_init, changes)
 
     def split(
         self,
@@ -377,10 +331,7 @@ class MoE(nn.Module):
         mode="slice" over all experts computes the same function with E * factor experts of
         intermediate size I / factor, K * factor of them a token.
         """
-        return self._rebuild(
-            self.router.split(ids, factor, mode=mode),
-            self.experts.split(ids, factor, mode=mode, noise=noise),
-        )
+        return surgery.split(self, ids, factor, mode, noise)
 
     def merge(
         self,
@@ -398,12 +349,10 @@ class MoE(nn.Module):
         Args:
             changes: top_k, num_groups, num_topk_groups of the new router.
         """
-        return self._rebuild(
-            self.router.merge(groups, weights, mode=mode, **changes),
-            self.experts.merge(groups, weights, mode=mode, neuron_order=neuron_order),
-        )
+        return surgery.merge(self, groups, weights, mode, neuron_order, changes)
 
-    def _rebuild(self, router: Router, experts: Experts) -> MoE:
+    def rebuild(self, router: Router, experts: Experts) -> MoE:
+        """A layer like this one with another router and other experts, and copies of the rest."""
         result = MoE(
             router,
             experts,
@@ -413,14 +362,3 @@ class MoE(nn.Module):
             freeze_routing_in_recompute=self.freeze_routing_in_recompute,
         )
         return result.train(self.training)
-
-
-def _flatten(name: str, t: Tensor | None, num_tokens: int) -> Tensor | None:
-    if t is None:
-        return None
-    if t.dim() < 2 or t.shape[:-1].numel() != num_tokens:
-        raise ValueError(
-            f"MoE: {name} must be [..., K] with the {num_tokens} tokens of x, got shape "
-            f"{list(t.shape)}."
-        )
-    return t.reshape(num_tokens, t.shape[-1])

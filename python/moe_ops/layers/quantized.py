@@ -30,8 +30,8 @@ from moe_ops.quant.formats import (
     storage_dtype,
 )
 
-from .bank import as_ids
 from .experts import Experts, check_activation
+from .surgery.rows import as_ids
 
 _FROZEN = ("w_gate_up", "w_gate_up_scale", "w_down", "w_down_scale", "x_scale")
 

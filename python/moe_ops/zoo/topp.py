@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from moe_ops._fields import Fields
-from moe_ops.layers import Experts, MoE, Router, SharedExperts
+from moe_ops.layers import Experts, MoE, Router, SharedExperts, TopPRouter
 from moe_ops.layers.rotary import Rope
 
 from .lm.attention import Attention
@@ -190,7 +190,7 @@ class TopPController:
         lowest: float = 0.05,
         highest: float = 1.0,
     ) -> None:
-        self.routers = [m for m in model.modules() if isinstance(m, Router) and m.kind == "topp"]
+        self.routers = [m for m in model.modules() if isinstance(m, TopPRouter)]
         if not self.routers:
             raise ValueError(
                 f'TopPController: model must hold a Router of kind="topp", got a '

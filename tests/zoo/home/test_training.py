@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,8 +13,6 @@ from moe_ops.zoo.home import build, multitask_loss
 from moe_ops.zoo.home.training import Rows, auc, evaluate, fit, gauc, predict
 
 from .common import CONFIG, T, batch, make
-
-ROOT = Path(__file__).parents[3]
 
 
 def test_loss_is_the_sum_of_means_over_known_labels():
@@ -128,12 +124,8 @@ def test_a_saved_model_predicts_the_same():
 
 
 def test_the_experiment_compares_equals():
-    if not (ROOT / "bench" / "claims").is_dir():
-        pytest.skip("No source tree here.")
-    if str(ROOT) not in sys.path:
-        sys.path.insert(0, str(ROOT))
-    from bench.claims import home as experiment
-    from bench.claims.home_data import generated
+    from bench.experiments import home as experiment
+    from bench.experiments.home_data import generated
 
     table = generated(3, 4000)
     rates = torch.cat([table.train.labels, table.test.labels]).mean(0)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moe_ops.layers import Router, sequence_balance_loss
 from moe_ops.layers.layer_losses import TOTAL_LOSSES
-from moe_ops.layers.moe import AUX_LOSSES
+from moe_ops.layers.losses import AUX_LOSSES
 from moe_ops.layers.router import RouterOutput
 
 

@@ -1,0 +1,3 @@
+from bench.cpu.main import main
+
+main()

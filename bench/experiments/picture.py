@@ -1,0 +1,115 @@
+"""Pictures of an experiment: data first, so that they can be drawn again without the run."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from moe_ops._files import write_text
+
+KINDS = ("lines", "points", "bars", "heatmap")
+# Okabe and Ito's colours, told apart by everybody; the yellow is too pale for lines.
+_COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#999999", "#222222")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One pair of axes.
+
+    Attributes:
+        name: of the file, behind the system's.
+        title: what is seen, in a sentence.
+        xlabel, ylabel: the axes, with units.
+        kind: "lines", "points", "bars" or "heatmap".
+        series: label -> {"x": [...], "y": [...]} and, for lines and bars, "error": one standard
+            error for each y. x of bars are names, the same for all series. A heatmap has one
+            series, {"x": names of columns, "y": names of rows, "z": rows of numbers}.
+    """
+
+    name: str
+    title: str
+    xlabel: str
+    ylabel: str
+    kind: str
+    series: Mapping[str, Mapping[str, Any]]
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"Picture: kind must be one of {', '.join(KINDS)}, got {self.kind!r}.")
+        if not self.series:
+            raise ValueError(f"Picture: {self.name} must have a series, got none.")
+        for label, data in self.series.items():
+            rows = data["z"] if self.kind == "heatmap" else data["x"]
+            if len(rows) != len(data["y"]):
+                raise ValueError(
+                    f"Picture: {self.name}, {label!r}: x (of a heatmap z) and y must be equally "
+                    f"long, got {len(rows)} and {len(data['y'])}."
+                )
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def draw(self, path: Path) -> None:
+        """Writes an SVG whose bytes depend on the data and on matplotlib alone."""
+        from moe_ops.viz import import_matplotlib
+
+        import_matplotlib()
+        import matplotlib
+        from matplotlib.figure import Figure
+
+        with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": self.name}):
+            figure = Figure(figsize=(7.2, 3.8), layout="constrained", facecolor="white")
+            axes = figure.add_subplot()
+            for side in ("top", "right"):
+                axes.spines[side].set_visible(False)
+            getattr(self, f"_{self.kind}")(figure, axes)
+            axes.set_title(self.title, loc="left", fontsize=10)
+            axes.set_xlabel(self.xlabel)
+            axes.set_ylabel(self.ylabel)
+            if self.kind != "heatmap" and len(self.series) > 1:
+                axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+            drawn = io.StringIO()
+            figure.savefig(drawn, format="svg", metadata={"Date": None})
+        # Its lines end in spaces.
+        lines = drawn.getvalue().splitlines()
+        write_text(path, "\n".join(line.rstrip() for line in lines) + "\n")
+
+    def _lines(self, figure: Any, axes: Any) -> None:
+        for i, (label, data) in enumerate(self.series.items()):
+            color = _COLORS[i % len(_COLORS)]
+            mark = "o" if len(data["x"]) <= 20 else None
+            axes.plot(data["x"], data["y"], color=color, label=label, marker=mark, markersize=4)
+            if "error" in data:
+                low = [y - e for y, e in zip(data["y"], data["error"], strict=True)]
+                high = [y + e for y, e in zip(data["y"], data["error"], strict=True)]
+                axes.fill_between(data["x"], low, high, color=color, alpha=0.2, linewidth=0)
+
+    def _points(self, figure: Any, axes: Any) -> None:
+        for i, (label, data) in enumerate(self.series.items()):
+            axes.scatter(data["x"], data["y"], s=10, color=_COLORS[i % len(_COLORS)], label=label)
+
+    def _bars(self, figure: Any, axes: Any) -> None:
+        names = list(next(iter(self.series.values()))["x"])
+        width = 0.8 / len(self.series)
+        for i, (label, data) in enumerate(self.series.items()):
+            offset = (i - (len(self.series) - 1) / 2) * width
+            places = [n + offset for n in range(len(names))]
+            color = _COLORS[i % len(_COLORS)]
+            axes.bar(places, data["y"], width * 0.95, color=color, label=label)
+            if "error" in data:
+                axes.errorbar(places, data["y"], data["error"], fmt="none", ecolor="#222222")
+        long = max(len(str(n)) for n in names) * len(names) > 70
+        axes.set_xticks(range(len(names)), names, rotation=25 if long else 0, fontsize=8)
+        if long:
+            for tick in axes.get_xticklabels():
+                tick.set_horizontalalignment("right")
+
+    def _heatmap(self, figure: Any, axes: Any) -> None:
+        (data,) = self.series.values()
+        image = axes.imshow(data["z"], cmap="cividis", aspect="auto")
+        axes.set_xticks(range(len(data["x"])), data["x"], fontsize=8)
+        axes.set_yticks(range(len(data["y"])), data["y"], fontsize=8)
+        figure.colorbar(image, ax=axes)

@@ -1,0 +1,106 @@
+"""What int8 and int4 experts cost in quality: the demo's language model, and one random bank.
+
+    moe-ops demo --no-hf --out moe_demo        # trains the model that is judged, in minutes
+    python -m bench.experiments.quantized_quality moe_demo
+
+Scales are found on the training files, errors and bits a byte are measured on the held-out files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+import moe_ops
+from moe_ops import quant
+from moe_ops.demo import data
+from moe_ops.demo.checkpoint import Checkpointer
+from moe_ops.layers import Experts
+from moe_ops.zoo.deepseek import DeepSeek
+
+FORMATS = (("int8", None), ("int4", 32), ("int4", 64), ("int4", 128))
+_HELDOUT = 65_536
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("demo", type=Path, help="folder that moe-ops demo has written")
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    print("| weights | scales | bank error | bits/byte | perplexity | change | memory |")
+    print("|---|---|---|---|---|---|---|")
+    for line in demo_model(arguments.demo):
+        print(line, flush=True)
+    print("\nA random bank, 16 experts, H 1024, I 512:")
+    for line in random_bank():
+        print(line, flush=True)
+
+
+def demo_model(folder: Path) -> Iterator[str]:
+    corpus = data.load_corpus(Checkpointer(folder).load().metadata["data"])
+    model = DeepSeek.from_pretrained(folder / "model")
+    size = model.config.context
+    starts = torch.linspace(0, corpus.train.numel() - size, 16).long().tolist()
+    calibration = [corpus.train[s : s + size].long()[None] for s in starts]
+    text = corpus.heldout[:_HELDOUT].long()
+    judged = [piece[None] for piece in text.split(size)[::16]]
+    baseline = quant.record_baseline(model, judged, max_tokens=1024, tokens=text, context=size)
+    before = baseline.perplexity
+    assert before is not None
+    yield f"| fp32 | | | {math.log2(before):.4f} | {before:.4f} | | 100 % |"
+    for format, group_size in FORMATS:
+        for scales in (False, True):
+            copied = moe_ops.quantize_experts(
+                copy.deepcopy(model),
+                format,
+                group_size=group_size,
+                calibration=calibration if scales else None,
+            )
+            report = quant.quality_report(copied, baseline)
+            errors = [b.error for b in report.banks]
+            after = report.perplexity_after
+            assert after is not None
+            yield (
+                f"| {report.banks[0].format} | {'yes' if scales else 'no'} "
+                f"| {100 * min(errors):.2f} to {100 * max(errors):.2f} % | {math.log2(after):.4f} "
+                f"| {after:.4f} | {100 * (after / before - 1):+.2f} % "
+                f"| {100 * report.bytes_after / report.bytes_before:.1f} % |"
+            )
+
+
+def random_bank() -> Iterator[str]:
+    """Uniform weights, inputs N(0, 1); once with every 32nd channel 20 times as large."""
+    torch.manual_seed(0)
+    experts = Experts(16, 1024, 512).eval()
+    for outliers in (1.0, 20.0):
+        size = torch.ones(1024)
+        size[::32] = outliers
+
+        def batch(size: torch.Tensor = size) -> tuple[torch.Tensor, ...]:
+            weights, ids = torch.randn(256, 16).softmax(-1).topk(4)
+            return torch.randn(256, 1024) * size, weights, ids
+
+        judged, calibration = [batch()], [batch()]
+        baseline = quant.record_baseline(experts, judged)
+        for format, group_size in FORMATS:
+            errors = []
+            for scales in (None, calibration):
+                quantized = moe_ops.quantize_experts(
+                    experts, format, group_size=group_size, calibration=scales
+                )
+                errors.append(quant.quality_report(quantized, baseline).banks[0].error)
+            name = quantized.format_name
+            yield (
+                f"  channels x{outliers:g}, {name}: error {100 * errors[0]:.2f} %, "
+                f"with scales {100 * errors[1]:.2f} %"
+            )
+
+
+if __name__ == "__main__":
+    main()

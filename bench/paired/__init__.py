@@ -1,0 +1,1 @@
+"""The paired benchmark of two builds: what one of them does slower than the other."""

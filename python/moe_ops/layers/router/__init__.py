@@ -1,0 +1,38 @@
+"""Routers: a file for each way of choosing experts.
+
+Importing this package registers the kinds that `Router(..., kind=...)` knows.
+"""
+
+from __future__ import annotations
+
+from ..routing import Routing
+from .base import Router
+from .capacity import Capacity, CapacityRouter, drop_over_capacity
+from .expert_choice import ExpertChoiceRouter
+from .gate import GateRouter
+from .hash import HashRouter, hash_table
+from .relu import L1Coefficient, ReLURouter, relu_router_loss
+from .sparsemixer import SparseMixerRouter, sparsemixer
+from .topk import TopKRouter
+from .topp import TopPRouter
+
+RouterOutput = Routing  # Its name until there was one type for the routing of a call.
+
+__all__ = [
+    "Capacity",
+    "CapacityRouter",
+    "ExpertChoiceRouter",
+    "GateRouter",
+    "HashRouter",
+    "L1Coefficient",
+    "ReLURouter",
+    "Router",
+    "RouterOutput",
+    "SparseMixerRouter",
+    "TopKRouter",
+    "TopPRouter",
+    "drop_over_capacity",
+    "hash_table",
+    "relu_router_loss",
+    "sparsemixer",
+]

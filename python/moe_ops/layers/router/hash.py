@@ -1,0 +1,166 @@
+"""Hash routing: a table says which experts a token of the vocabulary goes to.
+
+Letters: V size of the vocabulary, T tokens, E experts, K experts a token.
+"""
+
+from __future__ import annotations
+
+import heapq
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..routing import valid_ids
+from .base import Router
+from .options import check
+
+SCORE_FUNCS = ("softmax", "sigmoid", "sqrtsoftplus", "uniform")
+
+
+class HashRouter(Router, kind="hash"):
+    """Experts come from a table by token id, and only their weights from the router's logits.
+
+    The router sees hidden states and not token ids, so the caller looks the experts up and gives
+    them to the layer:
+
+        layer(x, topk_ids=layer.router.lookup(token_ids))
+
+    Called without `topk_ids`, it raises ValueError. The choice is balanced as far as the table is,
+    and the same for a token wherever it stands.
+
+    Buffers: table [V, K] int32, in the state dict.
+
+    Args:
+        table: [V, K] integers in [0, E), see `hash_table`; None with `vocab_size`.
+        vocab_size: V; a random table is drawn then.
+        score_func: of the weights: "softmax" over E, "sigmoid", "sqrtsoftplus", which is
+            sqrt(log(1 + exp(logit))), or "uniform": 1 / K, whatever the logits. The linear map then
+            has no use and requires no gradient.
+        renormalize: divide the K weights by their sum.
+        routed_scaling_factor: multiplies the weights at the end.
+        hidden_size, num_experts, top_k, options: as of `Router`.
+
+    `select`, `append`, `split` and `merge` raise NotImplementedError: a table of other experts is
+    the caller's to make.
+
+    Source: Roller et al. 2021 (Hash Layers, arXiv 2106.04426): one expert of weight 1, which is
+    "uniform" with K = 1. DeepSeek-V4 has hash layers with scored weights ("sqrtsoftplus").
+    """
+
+    table: Tensor
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        top_k: int,
+        *,
+        table: Tensor | None = None,
+        vocab_size: int | None = None,
+        score_func: str = "uniform",
+        renormalize: bool = False,
+        routed_scaling_factor: float = 1.0,
+        **options: Any,
+    ) -> None:
+        super().__init__(hidden_size, num_experts, top_k, **options)
+        check(
+            score_func in SCORE_FUNCS,
+            f"score_func must be one of {', '.join(SCORE_FUNCS)}, got {score_func!r}",
+        )
+        check(
+            (table is None) != (vocab_size is None),
+            f"table or vocab_size must be given with kind='hash', got "
+            f"{'neither' if table is None else 'both'}",
+        )
+        if table is None:
+            assert vocab_size is not None
+            table = hash_table(vocab_size, num_experts, top_k)
+        check(
+            table.dim() == 2 and table.shape[1] == top_k,
+            f"table must be [V, {top_k}], got shape {list(table.shape)}",
+        )
+        check(
+            not table.numel() or (int(table.min()) >= 0 and int(table.max()) < num_experts),
+            f"table must hold ids in [0, {num_experts}), got others",
+        )
+        self.score_func = score_func
+        self.renormalize = renormalize
+        self.routed_scaling_factor = routed_scaling_factor
+        self.register_buffer("table", table.to(self.weight.device, torch.int32))
+        if score_func == "uniform":
+            for parameter in self.parameters():
+                parameter.requires_grad_(False)
+
+    def lookup(self, token_ids: Tensor) -> Tensor:
+        """topk_ids [..., K] int32 of token ids [...], each in [0, V)."""
+        return self.table[token_ids.long()]
+
+    def choose_experts(
+        self, router_logits: Tensor, expert_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        raise ValueError("HashRouter: topk_ids must be given, see HashRouter.lookup, got None.")
+
+    def weights_of(self, router_logits: Tensor, topk_ids: Tensor) -> Tensor:
+        if self.score_func in ("softmax", "sigmoid"):
+            return super().weights_of(router_logits, topk_ids)
+        valid, ids = valid_ids(topk_ids, self.num_experts)
+        if self.score_func == "uniform":
+            weights = torch.full_like(ids, 1 / ids.shape[1], dtype=router_logits.dtype)
+        else:
+            weights = torch.nn.functional.softplus(router_logits.gather(1, ids)).sqrt()
+        weights = weights.masked_fill(~valid, 0.0)
+        if self.renormalize:
+            weights = self._normalize(weights)
+        return weights * self.routed_scaling_factor
+
+    def with_rows(self, num_experts: int, top_k: int, **changes: Any) -> Router:
+        raise NotImplementedError(
+            "HashRouter: the table belongs to its experts; make a router with a table of the new "
+            "ones."
+        )
+
+
+def hash_table(
+    vocab_size: int,
+    num_experts: int,
+    top_k: int = 1,
+    *,
+    counts: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """A table for `HashRouter`: K different experts for each of V tokens.
+
+    Args:
+        vocab_size, num_experts, top_k: V, E and K, with K <= E.
+        counts: [V] how often each token occurs. With them the table is balanced: tokens are taken
+            from the most frequent on, and each goes to the experts that have the least load yet
+            (the smaller id where they tie). None draws the experts of a token at random.
+        generator: of the random numbers, on the CPU.
+
+    Returns:
+        table: [V, K] int32 on the CPU.
+
+    Raises:
+        ValueError: K outside [1, E], or counts of another shape.
+
+    Source: Roller et al. 2021 (arXiv 2106.04426), random and balanced assignment.
+    """
+    if not 1 <= top_k <= num_experts:
+        raise ValueError(f"hash_table: top_k must be in [1, {num_experts}], got {top_k}.")
+    if counts is None:
+        drawn = torch.rand(vocab_size, num_experts, generator=generator, device="cpu")
+        return drawn.topk(top_k, dim=1).indices.to(torch.int32)
+    if counts.shape != (vocab_size,):
+        raise ValueError(
+            f"hash_table: counts must be [{vocab_size}], got shape {list(counts.shape)}."
+        )
+    frequencies = counts.tolist()
+    table: list[list[int]] = [[]] * vocab_size
+    loads = [(0, expert) for expert in range(num_experts)]  # A heap, the least load first.
+    for token in counts.argsort(descending=True, stable=True).tolist():
+        least = [heapq.heappop(loads) for _ in range(top_k)]
+        table[token] = [expert for _, expert in least]
+        for load, expert in least:
+            heapq.heappush(loads, (load + frequencies[token], expert))
+    return torch.tensor(table, dtype=torch.int32, device="cpu").view(vocab_size, top_k)

@@ -1,0 +1,32 @@
+"""Arguments of routers: checks, and which ones a class has."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import nn
+
+
+def check(ok: bool, message: str) -> None:
+    """Raises ValueError with the message unless `ok`."""
+    if not ok:
+        raise ValueError(f"Router: {message}.")
+
+
+def check_score_func(score_func: str) -> None:
+    check(
+        score_func in ("softmax", "sigmoid"),
+        f"score_func must be 'softmax' or 'sigmoid', got {score_func!r}",
+    )
+
+
+def options_of(router: type[nn.Module]) -> dict[str, Any]:
+    """Keyword arguments of the constructors of a class and its bases, with their defaults."""
+    found: dict[str, Any] = {}
+    for base in router.__mro__:
+        if issubclass(base, nn.Module) and base is not nn.Module and "__init__" in vars(base):
+            for parameter in inspect.signature(base.__init__).parameters.values():
+                if parameter.kind is parameter.KEYWORD_ONLY:
+                    found.setdefault(parameter.name, parameter.default)
+    return found

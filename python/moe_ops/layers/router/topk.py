@@ -1,0 +1,167 @@
+"""The K experts of the best scores.
+
+Letters: T tokens, E experts, K experts a token.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_ops.ops import topk_router
+from moe_ops.ops._linear_topk import linear_topk_router
+
+from ..routing import Routing
+from .base import Router
+from .linear import router_linear_operands, use_router_linear
+from .options import check, check_score_func
+
+
+class TopKRouter(Router, kind="topk"):
+    """A token goes to the K experts of its best scores, see `moe_ops.topk_router`.
+
+    Args:
+        score_func: "softmax" over E or "sigmoid".
+        topk_first: choose by logits and apply softmax to the K chosen only (sigmoid is unaffected,
+            except that an expert_bias is then added to logits).
+        renormalize: divide the K weights by their sum (p-norm with `renormalize_p`).
+        renormalize_p: p >= 1 of the norm that `renormalize` divides by; 1 is the sum. DBRX has it.
+        routed_scaling_factor: multiplies the weights at the end.
+        expert_bias: keep the buffer expert_bias [E], fp32, starting at 0; added to the scores for
+            the choice only, never to the weights. It stays fp32 through `.to(dtype)`, `.half()` and
+            the like. Loads of training forwards are counted, for `update_expert_bias`, in the
+            attribute `tokens_per_expert` ([E] int64).
+        num_groups, num_topk_groups: E is cut into `num_groups` groups of consecutive experts and
+            only experts of the best `num_topk_groups` can be chosen.
+        group_score: "max", or "top2_sum" (sum of the best two).
+        hidden_size, num_experts, top_k, options: as of `Router`.
+    """
+
+    splits_into_slices = True
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        top_k: int,
+        *,
+        score_func: str = "softmax",
+        topk_first: bool = False,
+        renormalize: bool = False,
+        renormalize_p: float = 1.0,
+        routed_scaling_factor: float = 1.0,
+        expert_bias: bool = False,
+        num_groups: int = 1,
+        num_topk_groups: int = 1,
+        group_score: str = "max",
+        **options: Any,
+    ) -> None:
+        super().__init__(hidden_size, num_experts, top_k, **options)
+        self.score_func = score_func
+        self.topk_first = topk_first
+        self.renormalize = renormalize
+        self.renormalize_p = renormalize_p
+        self.routed_scaling_factor = routed_scaling_factor
+        self.num_groups = num_groups
+        self.num_topk_groups = num_topk_groups
+        self.group_score = group_score
+        self._check_options()
+        if expert_bias:
+            self.keep_expert_bias()
+
+    def _check_options(self) -> None:
+        e, groups, topk_groups = self.num_experts, self.num_groups, self.num_topk_groups
+        check_score_func(self.score_func)
+        check(self.renormalize_p >= 1, f"renormalize_p must be >= 1, got {self.renormalize_p}")
+        check(
+            self.group_score in ("max", "top2_sum"),
+            f"group_score must be 'max' or 'top2_sum', got {self.group_score!r}",
+        )
+        check(
+            groups >= 1 and e % groups == 0,
+            f"num_groups must divide num_experts = {e}, got {groups}",
+        )
+        check(
+            1 <= topk_groups <= groups,
+            f"num_topk_groups must be in [1, num_groups = {groups}], got {topk_groups}",
+        )
+        check(
+            self.group_score == "max" or groups == 1 or e >= 2 * groups,
+            f"group_score='top2_sum' needs at least 2 experts in a group, got {e} experts in "
+            f"{groups} groups",
+        )
+        allowed = topk_groups * (e // groups)
+        check(
+            self.top_k <= allowed,
+            f"top_k must be at most the {allowed} experts of {topk_groups} groups, got "
+            f"{self.top_k}",
+        )
+
+    def choose_experts(
+        self, router_logits: Tensor, expert_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        # The op divides by the sum; another norm is a step of its own.
+        own_norm = self.renormalize and self.renormalize_p != 1
+        weights, ids = topk_router(
+            router_logits,
+            self.top_k,
+            score_func=self.score_func,
+            topk_first=self.topk_first,
+            renormalize=self.renormalize and not own_norm,
+            routed_scaling_factor=1.0 if own_norm else self.routed_scaling_factor,
+            expert_bias=self._choice_bias(expert_mask),
+            num_groups=self.num_groups,
+            num_topk_groups=self.num_topk_groups,
+            group_score=self.group_score,
+        )
+        if own_norm:
+            weights = self._normalize(weights) * self.routed_scaling_factor
+        return weights, ids
+
+    def _choice_bias(self, expert_mask: Tensor | None) -> Tensor | None:
+        """The bias of the choice; a mask goes into it, lest masked experts win by their bias."""
+        bias = self.expert_bias
+        if expert_mask is None:
+            return bias
+        if bias is None:
+            # Logits rank the experts alone, unless groups are scored by a sum of scores.
+            if self.num_groups == 1 or self.group_score == "max":
+                return None
+            bias = torch.zeros(self.num_experts, dtype=torch.float32, device=expert_mask.device)
+        return bias.masked_fill(~expert_mask, torch.finfo(torch.float32).min)
+
+    def _route_tokens(self, x: Tensor, expert_mask: Tensor | None) -> Routing:
+        if not self._can_fuse_linear_topk(x, expert_mask):
+            return super()._route_tokens(x, expert_mask)
+        operands = router_linear_operands(
+            self._jittered(x), self.weight, self.bias, self.logits_dtype
+        )
+        return Routing(
+            *linear_topk_router(
+                *operands,
+                self.logits_dtype,
+                self.top_k,
+                self.score_func,
+                self.topk_first,
+                self.renormalize,
+                self.routed_scaling_factor,
+                self.expert_bias,
+                self.num_groups,
+                self.num_topk_groups,
+                self.group_score,
+            )
+        )
+
+    def _can_fuse_linear_topk(self, x: Tensor, expert_mask: Tensor | None) -> bool:
+        """Whether the linear map and the choice can be one node of autograd."""
+        cls = type(self)
+        return (
+            expert_mask is None
+            and not (self.renormalize and self.renormalize_p != 1)
+            and cls.logits is Router.logits
+            and cls.route is Router.route
+            and cls.choose_experts is TopKRouter.choose_experts
+            and use_router_linear(x, self.weight, self.logits_dtype)
+        )

@@ -1,0 +1,102 @@
+"""The routing of a call: which experts the tokens go to, and with which weights.
+
+Letters: T tokens, E experts, K experts a token.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Routing(NamedTuple):
+    """How T tokens are routed. Routers return it, layers carry it, records keep it.
+
+    router_logits: [T, E] as computed, before any bias or mask; differentiable. None where no router
+        was run (ids and weights were given) and in a record.
+    topk_weights: [T, K] fp32 (fp64 for fp64 logits); differentiable.
+    topk_ids: [T, K] int32; -1 marks a slot without an expert, whose weight is 0.
+
+    K is the router's `top_k`; `max_k` with kind="topp" and E with kind="expert_choice".
+    """
+
+    router_logits: Any  # Tensor or None; whoever called a router need not ask which.
+    topk_weights: Tensor
+    topk_ids: Tensor
+
+
+def check_given(
+    name: str, topk_ids: Tensor | None, topk_weights: Tensor | None, num_tokens: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """The ids and weights that a caller gives to a layer, as [T, K] each.
+
+    Args:
+        name: of the layer, for errors.
+        topk_ids, topk_weights: [..., K] of T = `num_tokens` tokens, or None.
+
+    Raises:
+        ValueError: weights without ids, or shapes that do not match.
+    """
+    if topk_weights is not None and topk_ids is None:
+        raise ValueError(f"{name}: topk_weights must come with topk_ids, got it alone.")
+    topk_ids = _flatten(name, "topk_ids", topk_ids, num_tokens)
+    topk_weights = _flatten(name, "topk_weights", topk_weights, num_tokens)
+    if topk_ids is not None and topk_weights is not None and topk_weights.shape != topk_ids.shape:
+        raise ValueError(
+            f"{name}: topk_weights must have the shape {list(topk_ids.shape)} of topk_ids, got "
+            f"{list(topk_weights.shape)}."
+        )
+    return topk_ids, topk_weights
+
+
+def _flatten(name: str, what: str, t: Tensor | None, num_tokens: int) -> Tensor | None:
+    if t is None:
+        return None
+    if t.dim() < 2 or t.shape[:-1].numel() != num_tokens:
+        raise ValueError(
+            f"{name}: {what} must be [..., K] with the {num_tokens} tokens of x, got shape "
+            f"{list(t.shape)}."
+        )
+    return t.reshape(num_tokens, t.shape[-1])
+
+
+def given_routing(topk_ids: Tensor, topk_weights: Tensor, expert_mask: Tensor | None) -> Routing:
+    """The routing that a caller asks for: without logits, masked experts dropped."""
+    ids = drop_masked(topk_ids, expert_mask)
+    if expert_mask is not None:
+        topk_weights = topk_weights.masked_fill(ids < 0, 0.0)
+    return Routing(None, topk_weights, ids)
+
+
+def drop_masked(topk_ids: Tensor, expert_mask: Tensor | None) -> Tensor:
+    """The ids, with -1 for experts that the mask [E] does not allow and for ids outside [0, E)."""
+    if expert_mask is None:
+        return topk_ids
+    num_experts = expert_mask.shape[0]
+    valid = (topk_ids >= 0) & (topk_ids < num_experts)
+    allowed = expert_mask[torch.where(valid, topk_ids, 0).long()]
+    return topk_ids.masked_fill(~(valid & allowed), -1)
+
+
+def mask_logits(router_logits: Tensor, expert_mask: Tensor | None) -> Tensor:
+    """Logits [T, E] as if the experts that the mask [E] does not allow did not exist."""
+    if expert_mask is None:
+        return router_logits
+    num_experts = router_logits.shape[-1]
+    if expert_mask.dtype != torch.bool or expert_mask.shape != (num_experts,):
+        raise ValueError(
+            f"Router: expert_mask must be bool [{num_experts}], got "
+            f"{str(expert_mask.dtype).removeprefix('torch.')} of shape {list(expert_mask.shape)}."
+        )
+    # The lowest finite number, not -inf: with every expert masked, softmax and its gradient stay
+    # finite, and the weights are zeroed afterwards.
+    return router_logits.masked_fill(~expert_mask, torch.finfo(router_logits.dtype).min)
+
+
+def valid_ids(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """Which slots hold an expert, as bool, and ids to index with: int64, 0 in the other slots."""
+    ids = topk_ids.long()
+    valid = (ids >= 0) & (ids < num_experts)
+    return valid, torch.where(valid, ids, 0)

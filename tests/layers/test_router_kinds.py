@@ -1,0 +1,151 @@
+"""Each way of routing is a class of its own: how `Router` finds it, and what a new one needs."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import pickle
+import warnings
+
+import pytest
+import torch
+from torch import Tensor
+
+from moe_ops.layers import (
+    ExpertChoiceRouter,
+    GateRouter,
+    MoE,
+    Router,
+    RouterOutput,
+    Routing,
+    RoutingChoice,
+    SparseMixerRouter,
+    TopKRouter,
+    TopPRouter,
+)
+
+T, H, I, E, K = 13, 6, 5, 8, 2
+KINDS = {
+    "topk": TopKRouter,
+    "topp": TopPRouter,
+    "expert_choice": ExpertChoiceRouter,
+    "sparsemixer": SparseMixerRouter,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kinds_are_classes(kind):
+    router = Router(H, E, K, kind=kind)
+    assert type(router) is KINDS[kind] and isinstance(router, Router) and router.kind == kind
+    assert type(KINDS[kind](H, E, K, bias=True)) is KINDS[kind]
+    for twin in (copy.deepcopy(router), pickle.loads(pickle.dumps(router)), router.select([3, 1])):
+        assert type(twin) is KINDS[kind]
+    with pytest.raises(ValueError, match=r"kind must be .*, got 'other'"):
+        KINDS[kind](H, E, K, kind="other")
+
+
+def test_defaults_of_other_kinds_may_be_given():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        router = Router(H, E, K, kind="topp", top_p=0.5, score_func="softmax", num_groups=1)
+        Router(hidden_size=H, num_experts=E, top_k=K, capacity_factor=1.0, max_k=None)
+    assert router.top_p == 0.5
+
+
+def test_arguments_of_other_kinds():
+    with pytest.warns(DeprecationWarning, match="top_p has no effect with kind='topk'"):
+        Router(H, E, K, top_p=0.5)
+    with pytest.raises(ValueError, match=r"topk_first must keep its default .*, got True"):
+        Router(H, E, K, kind="topp", topk_first=True)
+    with pytest.raises(TypeError, match="there is no argument 'top_q'"):
+        Router(H, E, K, top_q=0.5)
+
+
+def test_states_of_the_time_of_one_class():
+    """A pickle of then makes an empty Router and gives it a state that names the kind."""
+    for kind, cls in KINDS.items():
+        made = Router(H, E, K, kind=kind)
+        old = Router.__new__(Router)
+        old.__setstate__({**made.__getstate__(), "kind": kind, "num_groups": 1, "max_k": None})
+        assert type(old) is cls and old.kind == kind and "kind" not in vars(old)
+        x = torch.randn(T, H)
+        for a, b in zip(old.eval()(x), made.eval()(x), strict=True):
+            assert torch.equal(a, b)
+    made = GateRouter(H, E, K, gate_size=3)
+    old = GateRouter.__new__(GateRouter)
+    old.__setstate__({**made.__getstate__(), "kind": "topk"})
+    assert type(old) is GateRouter
+
+
+@pytest.mark.parametrize("name", ["gates", "replay"])
+def test_old_modules_still_import(name):
+    with pytest.warns(DeprecationWarning, match="import from moe_ops.layers"):
+        importlib.reload(importlib.import_module(f"moe_ops.layers.{name}"))
+
+
+def test_one_type_of_routing():
+    assert RouterOutput is Routing
+    out = MoE.build(H, I, E, K)(torch.randn(T, H), return_routing=True)
+    assert out.routing == Routing(out.router_logits, out.topk_weights, out.topk_ids)
+    with pytest.warns(DeprecationWarning, match="Routing"):
+        choice = RoutingChoice(out.topk_ids, topk_weights=out.topk_weights)
+    assert type(choice) is Routing and choice.topk_ids is out.topk_ids
+
+
+# ------------------------------------------------------------------------------- a new router
+
+
+class Threshold(Router):
+    """At most K experts, of a probability over a threshold."""
+
+    def __init__(self, *sizes: int, threshold: float = 0.1, **options) -> None:
+        super().__init__(*sizes, **options)
+        self.threshold = threshold
+
+    def choose_experts(self, router_logits: Tensor, expert_mask: Tensor | None):
+        weights, ids = router_logits.softmax(-1).topk(self.top_k)
+        low = weights < self.threshold
+        return weights.masked_fill(low, 0.0), ids.int().masked_fill(low, -1)
+
+
+def test_a_router_is_one_method():
+    moe = MoE.build(H, I, E, K, dtype=torch.float64, freeze_routing_in_recompute=True)
+    moe.router = Threshold(H, E, K, threshold=0.14, dtype=torch.float64)
+    x = torch.randn(T, H, dtype=torch.float64)
+    out = moe(x, return_routing=True)
+    assert (out.topk_ids < 0).any() and (out.topk_ids >= 0).any()
+    weights = moe.router.weights_at(out.router_logits, out.topk_ids)
+    torch.testing.assert_close(weights, out.topk_weights)
+    given = moe(x, topk_ids=out.topk_ids)
+    torch.testing.assert_close(given, out.y)
+    again = torch.utils.checkpoint.checkpoint(moe, x, use_reentrant=False)
+    again.sum().backward()
+    assert moe.router.weight.grad.isfinite().all()
+
+    mask = torch.tensor([True] * 4 + [False] * 4)
+    few = moe.select([0, 1, 2, 3])
+    assert type(few.router) is Threshold and few.router.threshold == 0.14
+    torch.testing.assert_close(few(x), moe(x, expert_mask=mask))
+    assert type(moe.append(2).router) is Threshold
+    with pytest.raises(ValueError, match="kind='topk'"):
+        moe.split(factor=2)
+
+
+def test_a_router_may_have_a_kind():
+    class Named(Threshold, kind="threshold"):
+        pass
+
+    try:
+        assert type(Router(H, E, K, kind="threshold", threshold=0.2)) is Named
+        moe = MoE.build(H, I, E, K, kind="threshold")
+        assert "kind='threshold'" in repr(moe.router)
+    finally:
+        del Router._kinds["threshold"]
+
+
+def test_a_router_without_its_method():
+    class Empty(Router):
+        pass
+
+    with pytest.raises(NotImplementedError, match="Empty must override choose_experts"):
+        Empty(H, E, K)(torch.randn(T, H))
