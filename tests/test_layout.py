@@ -190,7 +190,6 @@ AHEAD = "how far ahead a kernel asks for memory: no result depends on it"
 FOLLOWS = "follows from constants that are in the table"
 LAYOUT = "a pitch or a marker: where numbers lie, not which kernel takes them"
 MEMORY = "about pages and buffers of whole tensors"
-FUNCTION = "of a polynomial or of a number format"
 NO_BOUNDARY = {
     "kAmxBytesAhead": AHEAD,
     "kBytesAhead": AHEAD,
@@ -214,15 +213,13 @@ NO_BOUNDARY = {
     "kLargeBuffer": MEMORY,
     "kMadvCollapse": MEMORY,
     "kPart": MEMORY,
-    "kBias": FUNCTION,
-    "kDegree": FUNCTION,
-    "kMantissa": FUNCTION,
+    "kNoLimit": "a marker",
     "kMatchSamples": "how many weights of packed copies are compared with the truth",
     "kRequestPermission": "of the operating system",
     "kTileData": "of the operating system",
 }
-# Constants of -inl.h files are widths of a target's vectors and registers; the table of block sizes has
-# the ones that choose a kernel as fields of the kernel tables. Self-tests call kernels and are none.
+# Constants of -inl.h files are widths of a target's vectors and registers; the table of block sizes
+# has the ones that choose a kernel as fields of the kernel tables. Self-tests call kernels.
 
 
 def integer_constants() -> dict[str, str]:

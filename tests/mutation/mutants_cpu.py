@@ -843,7 +843,8 @@ FAMILIES: dict[str, Family] = {
             ),
             (
                 "bias gradients of the last part only",
-                "row_kernels<T>().axpy(kAccumulate<T>, t.sum, T(1), down_sums_.bias_of(chunk, e), H_);",
+                "row_kernels<T>().axpy(kAccumulate<T>, t.sum, T(1), "
+                "down_sums_.bias_of(chunk, e), H_);",
                 "k_.load_row(kAccumulate<T>, t.sum, down_sums_.bias_of(chunk, e), H_, T(1));",
             ),
             (
@@ -988,7 +989,8 @@ FAMILIES: dict[str, Family] = {
             ),
             (
                 "parts of the tokens not added up",
-                "row_kernels<T>().axpy(kAccumulate<T>, from + part * E * sums.expert(), T(1), row, cols);",
+                "row_kernels<T>().axpy(kAccumulate<T>, from + part * E * "
+                "sums.expert(), T(1), row, cols);",
                 "",
             ),
             (
@@ -1240,7 +1242,8 @@ FAMILIES: dict[str, Family] = {
             (
                 "softmax over one expert less",
                 "sum += exponential<T, true>(tokens_of<Vec<T>>(p.x, e, i) - most);",
-                "if (e + 1 < experts) sum += exponential<T, true>(tokens_of<Vec<T>>(p.x, e, i) - most);",
+                "if (e + 1 < experts) sum += exponential<T, "
+                "true>(tokens_of<Vec<T>>(p.x, e, i) - most);",
             ),
             (
                 "not renormalised by the last slot",
