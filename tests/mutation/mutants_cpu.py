@@ -413,7 +413,7 @@ FAMILIES: dict[str, Family] = {
             (
                 "pack_panels: panels of the last columns one row off",
                 "dst + whole / (2 * W) * stride + r * last",
-                "dst + whole / (2 * W) * stride + (r + 1) * last - last * (r + 1 == num_rows)",
+                "dst + whole / (2 * W) * stride + (r + 1) * last - last * (r + 1 == rows.count)",
             ),
             ("store_row: tail missed", "for (; i < n; ++i) store_one(p + i, src[i]);", "", 0),
             ("store_rows: tail missed", "for (; i < n; ++i) store_one(p + i, src[i]);", "", 1),
@@ -845,7 +845,8 @@ FAMILIES: dict[str, Family] = {
                 "bias gradients of the last part only",
                 "row_kernels<T>().axpy(kAccumulate<T>, t.sum, T(1), "
                 "down_sums_.bias_of(chunk, e), H_);",
-                "k_.load_row(kAccumulate<T>, t.sum, down_sums_.bias_of(chunk, e), H_, T(1));",
+                "row_kernels<T>().load_row(kAccumulate<T>, t.sum, "
+                "down_sums_.bias_of(chunk, e), H_, T(1));",
             ),
             (
                 "routing weights of the first block for all",
@@ -917,7 +918,7 @@ FAMILIES: dict[str, Family] = {
             (
                 "bias gradient of the last row only",
                 "row_kernels<T>().axpy(type, grads[i], T(1), chunks.bias_of(chunk, e), O);",
-                "k.load_row(type, grads[i], chunks.bias_of(chunk, e), O, T(1));",
+                "row_kernels<T>().load_row(type, grads[i], chunks.bias_of(chunk, e), O, T(1));",
             ),
         )
         + of(
