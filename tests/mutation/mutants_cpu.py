@@ -416,7 +416,7 @@ FAMILIES: dict[str, Family] = {
             (
                 "pack_panels: panels of the last columns one row off",
                 "dst + whole / (2 * W) * stride + r * last",
-                "dst + whole / (2 * W) * stride + (r + 1) * last - last * (r + 1 == num_rows)",
+                "dst + whole / (2 * W) * stride + (r + 1) * last - last * (r + 1 == rows.count)",
             ),
             ("store_row: tail missed", "for (; i < n; ++i) store_one(p + i, src[i]);", "", 0),
             ("store_rows: tail missed", "for (; i < n; ++i) store_one(p + i, src[i]);", "", 1),

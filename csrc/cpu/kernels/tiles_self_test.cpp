@@ -1,5 +1,5 @@
-// The microkernels of every height against their definition: which of them an op takes depends on
-// its sizes, so the calls of isa/self_test.cpp do not reach all.
+// The microkernels of every height against their definition, and kernels for rare operands: which
+// of them an op takes depends on its sizes, so the calls of isa/self_test.cpp do not reach all.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -28,6 +28,7 @@ class TileTest {
   const char* failed() {
     dense(k_.row_a, k_.col_a, kDepth, 1);
     packed_tiles(kAccumulate<T>);
+    rare();
     if constexpr (sizeof(T) == 4) {
       packed_tiles(DType::kBFloat16);
       packed_tiles(DType::kFloat16);
@@ -147,6 +148,31 @@ class TileTest {
     }
     dense(k_.bf16_row_a, k_.bf16_col_a, kDepth / 2, 2);
     packed(k_.packed.bf16_tile, k_.packed.bf16_streams, DType::kBFloat16, 2, kDepth / 2);
+    // Few tokens: weights dense along k, and along features.
+    constexpr int64_t kN = 37;
+    std::vector<char> along_k(2 * kGemvFeatures * kDepth), along_n(2 * 2 * kOuterRows * kN);
+    for (int64_t i = 0; i < kGemvFeatures * kDepth; ++i) {
+      encode(DType::kBFloat16, w(i % kDepth, i / kDepth), &along_k[2 * i]);
+    }
+    for (int64_t i = 0; i < kOuterRows * kN; ++i) {
+      encode(DType::kBFloat16, w(i / kN, i % kN), &along_n[2 * i]);
+    }
+    for (int m = 1; m <= k_.gemv.max_tokens; ++m) {
+      check("GEMV of bfloat16", m, kGemvFeatures, w, [&](T* c) {
+        k_.gemv.run_bf16({DType::kBFloat16, kGemvFeatures, 1, m, kDepth / 2, along_k.data(), 0,
+                          kDepth / 2, rows_.data(), kLda, c, kGemvFeatures, 1, 0});
+      });
+    }
+    for (int rows = 1; rows <= kOuterRows; ++rows) {
+      const auto weight = [=](int64_t k, int64_t j) { return k < rows ? w(k, j) : T(0); };
+      check(
+          "outer product of bfloat16", 7, kN, weight,
+          [&](T* c) {
+            k_.outer.run_bf16({DType::kBFloat16, rows, 7, along_n.data(), kN, rows_.data(), kLda, c,
+                               kN, kN, false});
+          },
+          kOuterRows);
+    }
     const std::vector<T> b = panel(P_, DType::kBFloat16, 2);
     for (int m = 1; m <= k_.mr2; ++m) {
       check(
@@ -163,6 +189,48 @@ class TileTest {
           },
           kDepth, 1.0 / 256);
     }
+  }
+
+  // Stores past the cache, attention with numbers that are not finite and sticks of many blocks.
+  void rare() {
+    alignas(64) T line[2][64] = {};
+    all_.rows.stream_row(kAccumulate<T>, rows_.data(), line[0], 64);
+    all_.rows.stream_fence();
+    bool right = std::equal(line[0], line[0] + 64, rows_.data());
+    const AttentionKernels<T>& t = all_.attention;
+    const int width = k_.lanes;
+    right &= t.all_finite(cols_.data(), kLdm);
+    std::vector<KeyIndex<T>> first(width, 1), last(width, 5);
+    AttentionBlock<T> block = {6, width, true, 0, first.data(), last.data()};
+    std::vector<T> s(cols_.begin(), cols_.begin() + 6 * width), again = s;
+    check(
+        "attention seen_sums", 3, width,
+        [&](int64_t k, int64_t j) { return k >= 1 && k < 5 ? s[k * width + j] : T(0); },
+        [&](T* c) {
+          std::fill_n(c, 3 * width, T(0));
+          t.seen_sums(block, cols_.data(), kLdm, s.data(), 3, c);
+        },
+        6);
+    std::vector<T> rest(width), same(width);
+    right &=
+        t.stick(block, s.data(), rest.data()) == t.stick_rest(block, again.data(), same.data());
+    again[3] = T(INFINITY);
+    right &= rest == same && !t.all_finite(again.data(), 6 * width);
+    if constexpr (sizeof(T) == 4) {
+      uint8_t codes[kDepth];
+      float widened[64] = {}, sums[2] = {};
+      const float one = 1, *scale = &one;
+      all_.fp8.quantize(packed_.data(), kDepth, codes);
+      all_.fp8.decode(codes, widened, kDepth);
+      Fp8DotParams p = {1,    1,      kDepth, codes, kDepth, &scale, rows_.data(),
+                        kLda, &scale, sums,   1,     1};
+      all_.fp8.dot(p);
+      p.w = widened;
+      p.out = sums + 1;
+      all_.fp8.dot_widened(p);
+      right &= sums[0] == sums[1] && sums[0] != 0;
+    }
+    if (!right && failed_ == nullptr) failed_ = "rare operands";
   }
 
   // Weights q of 8 or 4 bits, of which 32 share a scale of 1 / 16, 1 / 8.
