@@ -184,8 +184,9 @@ void multiply_tile(const GemmKernels<T>& k, const T* a, int64_t m, int64_t depth
   const int64_t W = k.lanes, n = padded(k, outputs);
   TileOptions none;
   if (bias != nullptr) {
+    const RowKernels<T>& row_k = row_kernels<T>();
     for (int64_t r = 0; r < m; ++r) {
-      row_kernels<T>().load_row(bias_type, bias, c + r * n, outputs, T(1));
+      row_k.load_row(bias_type, bias, c + r * n, outputs, T(1));
       std::fill(c + r * n + outputs, c + (r + 1) * n, T(0));
     }
   }

@@ -89,6 +89,8 @@ template <class T>
 void forward(const MoeFfnParams& p, const Parallel& par) {
   const MoeFfnShape& s = p.shape;
   const GemmKernels<T>& k = gemm_kernels<T>();
+  const RowKernels<T>& row_k = row_kernels<T>();
+  const ActivationKernels<T>& act_k = activation_kernels<T>();
   const int64_t I = s.intermediate_size, H = s.hidden_size, E = s.num_experts, width = width_of(s);
   const DType type = p.x.type;
   const int64_t size = dtype_size(type), ld_pre = padded(k, width), ld = padded(k, H);
@@ -124,13 +126,13 @@ void forward(const MoeFfnParams& p, const Parallel& par) {
         const int64_t r0 = tile_rows.begin(i), m = tile_rows.begin(i + 1) - r0;
         const int64_t row = b.rows[e] + r0;
         find_rows(s, b, e, r0, m, RowStarts(p.x), tokens.data(), weights.data());
-        row_kernels<T>().gather_rows({type, tokens.data(), m, H},
-                                     on_input ? weights.data() : nullptr, x, kLda);
+        row_k.gather_rows({type, tokens.data(), m, H}, on_input ? weights.data() : nullptr, x,
+                          kLda);
         char* saved = static_cast<char*>(p.preact) + row * width * size;
         T* pre = direct ? reinterpret_cast<T*>(saved) : own_pre;
         multiply_tile(k, x, m, H, up.of(e), width, p.b_gate_up.type, bias_of(p.b_gate_up, e), pre);
         if (p.preact != nullptr && !direct) {
-          row_kernels<T>().store_rows(pre, ld_pre, {type, saved, width, m, width});
+          row_k.store_rows(pre, ld_pre, {type, saved, width, m, width});
         }
         const T* gate = pre;
         if (interleaved) {
@@ -139,15 +141,15 @@ void forward(const MoeFfnParams& p, const Parallel& par) {
           }
           gate = halves;
         }
-        activation_kernels<T>().forward({s.act.kind, m, I, T(s.act.alpha), T(s.act.limit), gate,
-                                         gate + up_at, ld_pre, h, kLda});
+        act_k.forward({s.act.kind, m, I, T(s.act.alpha), T(s.act.limit), gate, gate + up_at, ld_pre,
+                       h, kLda});
         multiply_tile(k, h, m, I, down.of(e), H, p.b_down.type, bias_of(p.b_down, e),
                       out + (b.offsets[e] + r0) * ld);
       }
     }
     const T* factors = on_input ? nullptr : static_cast<const T*>(s.topk_weights) + b.first;
-    row_kernels<T>().combine_rows({type, out, ld, b.index, factors, b.end - b.begin, s.top_k, H,
-                                   static_cast<char*>(p.y) + b.begin * H * size});
+    row_k.combine_rows({type, out, ld, b.index, factors, b.end - b.begin, s.top_k, H,
+                        static_cast<char*>(p.y) + b.begin * H * size});
   };
   parallel_items(par, ceil_div(s.num_tokens, kBlockTokens), blocks_cost(s, 1), run_block);
 }
@@ -263,7 +265,7 @@ class Backward {
     const T* factors = s_.apply_router_weight_on_input
                            ? static_cast<const T*>(s_.topk_weights) + b.first
                            : nullptr;
-    row_kernels<T>().combine_rows(
+    row_k_.combine_rows(
         {.type = p_.x.type,
          .rows = t.dx,
          .ld = ld,
@@ -289,10 +291,10 @@ class Backward {
       const int64_t r0 = tile_rows.begin(i), m = tile_rows.begin(i + 1) - r0;
       T* dpre = t.dpre + r0 * kLda;
       // Tile by tile: rows are on their way while the tile before is being multiplied.
-      row_kernels<T>().gather_rows({type, t.gys + r0, m, H_}, nullptr, t.gy + r0 * kLda, kLda);
+      row_k_.gather_rows({type, t.gys + r0, m, H_}, nullptr, t.gy + r0 * kLda, kLda);
       if (p_.grad_w_gate_up != nullptr) {
-        row_kernels<T>().gather_rows({type, t.xs + r0, m, H_}, on_input ? t.weights + r0 : nullptr,
-                                     t.x + r0 * odd_pitch(k_, H_), odd_pitch(k_, H_));
+        row_k_.gather_rows({type, t.xs + r0, m, H_}, on_input ? t.weights + r0 : nullptr,
+                           t.x + r0 * odd_pitch(k_, H_), odd_pitch(k_, H_));
       }
       // u, unweighted: <h, u> is the gradient of the routing weight.
       multiply_tile<T>(k_, t.gy + r0 * kLda, m, H_, down_.of(e), I_, type, nullptr, t.u);
@@ -301,8 +303,7 @@ class Backward {
       if (grad_weights != nullptr && !on_input) {
         for (int64_t r = 0; r < m; ++r) {
           T g = t.dots[r];
-          if (bias != nullptr)
-            g += row_kernels<T>().dot_row(p_.b_down.type, bias, type, t.gys[r0 + r], H_);
+          if (bias != nullptr) g += row_k_.dot_row(p_.b_down.type, bias, type, t.gys[r0 + r], H_);
           grad_weights[s_.row_to_slot[row + r0 + r]] = g;
         }
       }
@@ -311,7 +312,7 @@ class Backward {
       }
     }
     if (!weights_from_x_) return;
-    row_kernels<T>().dot_rows({type, t.xs, count, H_}, dx, ld, t.dots);
+    row_k_.dot_rows({type, t.xs, count, H_}, dx, ld, t.dots);
     for (int64_t r = 0; r < count; ++r) grad_weights[s_.row_to_slot[row + r]] = t.dots[r];
   }
 
@@ -322,7 +323,7 @@ class Backward {
     const char* saved = element(p_.preact, type, row * width_);
     const T* gate = reinterpret_cast<const T*>(saved);
     if (type != kAccumulate<T>) {
-      row_kernels<T>().load_rows({type, saved, width_, m, width_}, t.pre, width_, T(1));
+      row_k_.load_rows({type, saved, width_, m, width_}, t.pre, width_, T(1));
       gate = t.pre;
     }
     T* grad = dpre;
@@ -336,9 +337,9 @@ class Backward {
       ld_grad = width_;
     }
     const int64_t up_at = gated ? I_ : 0;
-    activation_kernels<T>().backward({s_.act.kind, m, I_, T(s_.act.alpha), T(s_.act.limit), gate,
-                                      gate + up_at, width_, t.u, padded(k_, I_), weights, h,
-                                      odd_pitch(k_, I_), grad, grad + up_at, ld_grad, t.dots});
+    act_k_.backward({s_.act.kind, m, I_, T(s_.act.alpha), T(s_.act.limit), gate, gate + up_at,
+                     width_, t.u, padded(k_, I_), weights, h, odd_pitch(k_, I_), grad, grad + up_at,
+                     ld_grad, t.dots});
     for (int64_t r = 0; interleaved && r < m; ++r) {
       interleave(grad + r * width_, grad + r * width_ + I_, I_, dpre + r * kLda);
     }
@@ -355,19 +356,20 @@ class Backward {
       outer_tiles(k_, t.dpre, width_, t.x, H_, count, up_sums_.matrix_of(chunk, e), add);
     }
     if (p_.grad_b_down != nullptr) {
-      row_kernels<T>().weighted_sum({type, t.gys, count, H_}, on_input ? nullptr : t.weights,
-                                    t.sum);
-      row_kernels<T>().axpy(kAccumulate<T>, t.sum, T(1), down_sums_.bias_of(chunk, e), H_);
+      row_k_.weighted_sum({type, t.gys, count, H_}, on_input ? nullptr : t.weights, t.sum);
+      row_k_.axpy(kAccumulate<T>, t.sum, T(1), down_sums_.bias_of(chunk, e), H_);
     }
     if (p_.grad_b_gate_up != nullptr) {
-      row_kernels<T>().weighted_sum({kAccumulate<T>, t.dpres, count, width_}, nullptr, t.sum);
-      row_kernels<T>().axpy(kAccumulate<T>, t.sum, T(1), up_sums_.bias_of(chunk, e), width_);
+      row_k_.weighted_sum({kAccumulate<T>, t.dpres, count, width_}, nullptr, t.sum);
+      row_k_.axpy(kAccumulate<T>, t.sum, T(1), up_sums_.bias_of(chunk, e), width_);
     }
   }
 
   const MoeFfnBwdParams& p_;
   const MoeFfnShape& s_;
   const GemmKernels<T>& k_;
+  const RowKernels<T>& row_k_ = row_kernels<T>();
+  const ActivationKernels<T>& act_k_ = activation_kernels<T>();
   const Parallel& par_;
   const int64_t I_, H_, E_, width_, chunks_;
   const bool wants_up_, wants_down_, weights_from_x_, need_dx_;
