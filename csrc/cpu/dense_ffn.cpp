@@ -117,6 +117,8 @@ template <class T>
 void run(const DenseFfnParams& p, const Parallel& par) {
   const DenseFfnSizes& s = p.size;
   const GemmKernels<T>& k = gemm_kernels<T>();
+  const RowKernels<T>& row_k = row_kernels<T>();
+  const ActivationKernels<T>& act_k = activation_kernels<T>();
   const int64_t W = k.lanes, size = dtype_size(s.type);
   const int64_t E = s.num_experts, G = s.num_inputs, H = s.hidden_size, I = s.intermediate_size,
                 O = s.out_size;
@@ -164,11 +166,11 @@ void run(const DenseFfnParams& p, const Parallel& par) {
       multiply(k, m, x, up, w_up + e * up.elements(), u, ldu, false);
       if (saved != nullptr && !keep_u) {
         for (int64_t t = 0; t < m; ++t) {
-          row_kernels<T>().store_row(kAccumulate<T>, u + t * ldu, saved + t * I, I);
+          row_k.store_row(kAccumulate<T>, u + t * ldu, saved + t * I, I);
         }
       }
       for (int64_t c = 0; c < I; c += kKc) {
-        activation_kernels<T>().dense_forward(
+        act_k.dense_forward(
             {s.has_act, s.act, m, std::min(kKc, I - c), u + c, ldu, row_place(h, c), kLda});
       }
       if (p.b_down != nullptr) set_ones(h, m, I);
@@ -179,8 +181,8 @@ void run(const DenseFfnParams& p, const Parallel& par) {
       }
       multiply(k, m, h, down, w_down + e * down.elements(), y, ldy, false);
       for (int64_t t = 0; t < m; ++t) {
-        row_kernels<T>().store_row(s.type, y + t * ldy,
-                                   static_cast<char*>(p.y) + ((t0 + t) * E + e) * O * size, O);
+        row_k.store_row(s.type, y + t * ldy,
+                        static_cast<char*>(p.y) + ((t0 + t) * E + e) * O * size, O);
       }
     }
   });
@@ -196,6 +198,8 @@ template <class T>
 void run_bwd(const DenseFfnBwdParams& p, const Parallel& par) {
   const DenseFfnSizes& s = p.size;
   const GemmKernels<T>& k = gemm_kernels<T>();
+  const RowKernels<T>& row_k = row_kernels<T>();
+  const ActivationKernels<T>& act_k = activation_kernels<T>();
   const int64_t W = k.lanes, size = dtype_size(s.type);
   const int64_t E = s.num_experts, G = s.num_inputs, H = s.hidden_size, I = s.intermediate_size,
                 O = s.out_size;
@@ -219,12 +223,11 @@ void run_bwd(const DenseFfnBwdParams& p, const Parallel& par) {
   parallel_range(par, E, static_cast<double>(up.elements() + down.elements()),
                  [&](int64_t begin, int64_t end) {
                    for (int64_t e = begin; e < end; ++e) {
-                     activation_kernels<T>().dense_panels(
-                         s.type, static_cast<const char*>(p.w_down) + e * O * I * size, I, O, I,
-                         w_down + e * down.elements());
-                     activation_kernels<T>().dense_panels(
-                         s.type, static_cast<const char*>(p.w_up) + e * I * H * size, H, I, H,
-                         w_up + e * up.elements());
+                     act_k.dense_panels(s.type,
+                                        static_cast<const char*>(p.w_down) + e * O * I * size, I, O,
+                                        I, w_down + e * down.elements());
+                     act_k.dense_panels(s.type, static_cast<const char*>(p.w_up) + e * I * H * size,
+                                        H, I, H, w_up + e * up.elements());
                    }
                  });
   std::vector<char> read(static_cast<size_t>(G), 0);
@@ -253,9 +256,8 @@ void run_bwd(const DenseFfnBwdParams& p, const Parallel& par) {
       const auto store_dx = [&] {
         if (loaded < 0 || p.grad_x == nullptr || keep_dx) return;
         for (int64_t t = 0; t < m; ++t) {
-          row_kernels<T>().store_row(
-              s.type, dx_block + t * ldh,
-              static_cast<char*>(p.grad_x) + ((t0 + t) * G + loaded) * H * size, H);
+          row_k.store_row(s.type, dx_block + t * ldh,
+                          static_cast<char*>(p.grad_x) + ((t0 + t) * G + loaded) * H * size, H);
         }
       };
       for (int64_t n = 0; n < E; ++n) {
@@ -265,8 +267,8 @@ void run_bwd(const DenseFfnBwdParams& p, const Parallel& par) {
           store_dx();
           loaded = g;
           if (need_up) {
-            activation_kernels<T>().dense_panels(
-                s.type, static_cast<const char*>(p.x) + (t0 * G + g) * H * size, G * H, m, H, x);
+            act_k.dense_panels(s.type, static_cast<const char*>(p.x) + (t0 * G + g) * H * size,
+                               G * H, m, H, x);
           }
         }
         T* sum_up = total + e * sums.expert();
@@ -275,10 +277,10 @@ void run_bwd(const DenseFfnBwdParams& p, const Parallel& par) {
         T* sum_b_down = sum_b_up + sums.b_up;
         const char* dy = static_cast<const char*>(p.grad_y) + (t0 * E + e) * O * size;
         for_column_runs(O, [&](int64_t c, int64_t cols) {
-          activation_kernels<T>().dense_copy({s.type, dy + c * size, E * O, m, cols,
-                                              need_hidden ? row_place(dy_rows, c) : nullptr, kLda,
-                                              need_down ? column_place(dy_columns, c) : nullptr,
-                                              kLdm, sums.b_down ? sum_b_down + c : nullptr});
+          act_k.dense_copy({s.type, dy + c * size, E * O, m, cols,
+                            need_hidden ? row_place(dy_rows, c) : nullptr, kLda,
+                            need_down ? column_place(dy_columns, c) : nullptr, kLdm,
+                            sums.b_down ? sum_b_down + c : nullptr});
         });
         const T* u = static_cast<const T*>(p.preact) + (e * s.num_tokens + t0) * I;
         if (need_hidden) {
@@ -294,7 +296,7 @@ void run_bwd(const DenseFfnBwdParams& p, const Parallel& par) {
           if (p.grad_x != nullptr) act.du_rows = row_place(du_rows, c);
           if (need_up) act.du_columns = column_place(du_columns, c);
           if (sums.b_up) act.sum = sum_b_up + c;
-          activation_kernels<T>().dense_backward(act);
+          act_k.dense_backward(act);
         });
         if (need_down) add_product(k, O, dy_columns, hidden, h, sum_down, ldi);
         if (need_up) add_product(k, I, du_columns, x_panels, x, sum_up, ldh);
@@ -322,13 +324,12 @@ void run_bwd(const DenseFfnBwdParams& p, const Parallel& par) {
           for (int64_t e = begin; e < end; ++e) {
             for (int64_t r = 0; r < rows; ++r) {
               const T* from = totals + e * sums.expert() + offset + r * ld;
-              row_kernels<T>().load_row(kAccumulate<T>, from, row, cols, T(1));
+              row_k.load_row(kAccumulate<T>, from, row, cols, T(1));
               for (int64_t part = 1; part < parts; ++part) {
-                row_kernels<T>().axpy(kAccumulate<T>, from + part * E * sums.expert(), T(1), row,
-                                      cols);
+                row_k.axpy(kAccumulate<T>, from + part * E * sums.expert(), T(1), row, cols);
               }
-              row_kernels<T>().store_row(
-                  s.type, row, static_cast<char*>(out) + (e * rows + r) * cols * size, cols);
+              row_k.store_row(s.type, row, static_cast<char*>(out) + (e * rows + r) * cols * size,
+                              cols);
             }
           }
         });

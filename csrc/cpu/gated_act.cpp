@@ -13,6 +13,7 @@ namespace {
 template <class T>
 void run(const GatedActParams& p, const Parallel& par) {
   const RowKernels<T>& k = row_kernels<T>();
+  const ActivationKernels<T>& act = activation_kernels<T>();
   const int64_t I = p.intermediate_size, size = dtype_size(p.type);
   const int64_t width = is_gated(p.act.kind) ? 2 * I : I;
   parallel_range(par, p.num_rows, I * 2.0 + 2, [&](int64_t begin, int64_t end) {
@@ -23,8 +24,7 @@ void run(const GatedActParams& p, const Parallel& par) {
     for (int64_t r = begin; r < end; ++r) {
       k.load_row(p.type, static_cast<const char*>(p.gate_up) + r * width * size, row, width, T(1));
       const GateUp<T> gu = split_row(p.act, row, I, buffer);
-      activation_kernels<T>().forward(
-          {p.act.kind, 1, I, T(p.act.alpha), T(p.act.limit), gu.gate, gu.up, 0, h, 0});
+      act.forward({p.act.kind, 1, I, T(p.act.alpha), T(p.act.limit), gu.gate, gu.up, 0, h, 0});
       k.store_row(p.type, h, static_cast<char*>(p.h) + r * I * size, I);
     }
   });
@@ -33,6 +33,7 @@ void run(const GatedActParams& p, const Parallel& par) {
 template <class T>
 void run_bwd(const GatedActBwdParams& p, const Parallel& par) {
   const RowKernels<T>& k = row_kernels<T>();
+  const ActivationKernels<T>& act = activation_kernels<T>();
   const int64_t I = p.intermediate_size, size = dtype_size(p.type);
   const int64_t width = is_gated(p.act.kind) ? 2 * I : I;
   parallel_range(par, p.num_rows, I * 3.0 + 2, [&](int64_t begin, int64_t end) {
@@ -45,9 +46,8 @@ void run_bwd(const GatedActBwdParams& p, const Parallel& par) {
       k.load_row(p.type, static_cast<const char*>(p.gate_up) + r * width * size, row, width, T(1));
       k.load_row(p.type, static_cast<const char*>(p.grad_h) + r * I * size, dh, I, T(1));
       const GateUp<T> gu = split_row(p.act, row, I, buffer);
-      activation_kernels<T>().backward({p.act.kind, 1, I, T(p.act.alpha), T(p.act.limit), gu.gate,
-                                        gu.up, 0, dh, 0, nullptr, nullptr, 0, grad, grad + I, 0,
-                                        nullptr});
+      act.backward({p.act.kind, 1, I, T(p.act.alpha), T(p.act.limit), gu.gate, gu.up, 0, dh, 0,
+                    nullptr, nullptr, 0, grad, grad + I, 0, nullptr});
       const bool weave = is_gated(p.act.kind) && p.act.interleaved;
       if (weave) interleave(grad, grad + I, I, row);
       k.store_row(p.type, weave ? row : grad, static_cast<char*>(p.grad_gate_up) + r * width * size,

@@ -73,16 +73,17 @@ struct Padded {
 template <class T>
 const T* through_factor(const MixExpertsBwdParams& p, const Padded<T>& rows, int64_t t, const T* w,
                         const T* z, const T* g, T* buffer) {
+  const MixKernels<T>& mix = mix_kernels<T>();
   const RowKernels<T>& k = rows.k;
   const int64_t E = p.num_experts, M = p.num_mixtures, mixed = M * rows.pitch;
   T *scaled = buffer, *f_rows = scaled + mixed, *mixture = f_rows + mixed, *sum = mixture + mixed;
   const int64_t at = t / p.repeats * M;
   k.load_row(kAccumulate<T>, g, scaled, mixed, T(1));
-  mix_kernels<T>().slope(
+  mix.slope(
       {mixed, rows.load(p.factor, at, M, f_rows), nullptr, nullptr, scaled, nullptr, nullptr});
   if (p.grad_factor == nullptr) return scaled;
-  mix_kernels<T>().product({M, E, w, E, 1, z, mixture, rows.pitch});
-  mix_kernels<T>().slope({mixed, g, nullptr, nullptr, mixture, nullptr, nullptr});
+  mix.product({M, E, w, E, 1, z, mixture, rows.pitch});
+  mix.slope({mixed, g, nullptr, nullptr, mixture, nullptr, nullptr});
   if (t % p.repeats == 0) std::fill(sum, sum + mixed, T(0));
   k.axpy(kAccumulate<T>, mixture, T(1), sum, mixed);
   if (t % p.repeats == p.repeats - 1) {
@@ -132,6 +133,7 @@ struct NormRows {
 // digits where a mean is large beside its deviation.
 template <class T>
 void batch_statistics(const MixExpertsParams& p, const Padded<T>& layout, const Parallel& par) {
+  const MixKernels<T>& mix = mix_kernels<T>();
   const int64_t E = p.num_experts, O = p.size, n = E * layout.pitch, parts = parts_of(p);
   const int64_t blocks = ceil_div(p.num_tokens, kMixTokens);
   ScratchScope scratch;
@@ -157,8 +159,7 @@ void batch_statistics(const MixExpertsParams& p, const Padded<T>& layout, const 
     const int64_t begin = first_of(part), end = first_of(part + 1);
     for (int64_t t = begin; t < end; t += kMixTokens) {
       const int64_t count = std::min(kMixTokens, end - t);
-      mix_kernels<T>().moments(count, n, layout.load(p.outputs, t * E, count * E, buffer), block,
-                               block + n);
+      mix.moments(count, n, layout.load(p.outputs, t * E, count * E, buffer), block, block + n);
       join(mean, squares, t - begin, block, block + n, count);
     }
   });
@@ -178,6 +179,7 @@ void batch_statistics(const MixExpertsParams& p, const Padded<T>& layout, const 
 
 template <class T>
 void run(const MixExpertsParams& p, const Parallel& par) {
+  const MixKernels<T>& mix = mix_kernels<T>();
   const RowKernels<T>& k = row_kernels<T>();
   const int64_t E = p.num_experts, M = p.num_mixtures;
   const Padded<T> rows(k, p.type, p.size);
@@ -194,11 +196,11 @@ void run(const MixExpertsParams& p, const Parallel& par) {
       const T* x = rows.load(p.outputs, t * E, E, x_rows);
       const T* w = load_weights(k, p, t, w_row);
       T* y = rows.target(p.y, t * M, y_rows);
-      mix_kernels<T>().act(p.act, norm.rows, x, n, z, nullptr);
-      mix_kernels<T>().product({M, E, w, E, 1, z, y, rows.pitch});
+      mix.act(p.act, norm.rows, x, n, z, nullptr);
+      mix.product({M, E, w, E, 1, z, y, rows.pitch});
       if (p.factor != nullptr) {
-        mix_kernels<T>().slope({mixed, rows.load(p.factor, t / p.repeats * M, M, f_rows), nullptr,
-                                nullptr, y, nullptr, nullptr});
+        mix.slope({mixed, rows.load(p.factor, t / p.repeats * M, M, f_rows), nullptr, nullptr, y,
+                   nullptr, nullptr});
       }
       rows.store(y, p.y, t * M, M);
     }
@@ -207,6 +209,7 @@ void run(const MixExpertsParams& p, const Parallel& par) {
 
 template <class T>
 void run_bwd(const MixExpertsBwdParams& p, const Parallel& par) {
+  const MixKernels<T>& mix = mix_kernels<T>();
   const RowKernels<T>& k = row_kernels<T>();
   const int64_t E = p.num_experts, O = p.size, M = p.num_mixtures;
   const Padded<T> rows(k, p.type, O), kept(k, kAccumulate<T>, O);
@@ -235,11 +238,11 @@ void run_bwd(const MixExpertsBwdParams& p, const Parallel& par) {
         const T* x = rows.load(p.outputs, t * E, E, x_rows);
         const T* g = rows.load(p.grad_y, t * M, M, g_rows);
         const T* w = load_weights(k, p, t, w_row);
-        mix_kernels<T>().act(p.act, norm.rows, x, n, z, slope);
+        mix.act(p.act, norm.rows, x, n, z, slope);
         if (p.factor != nullptr) g = through_factor(p, rows, t, w, z, g, f_rows);
         if (p.grad_weights != nullptr) {
           T* dw = p.type == kAccumulate<T> ? static_cast<T*>(p.grad_weights) + t * M * E : dw_row;
-          mix_kernels<T>().weight_grads(M, E, g, z, dw, rows.pitch);
+          mix.weight_grads(M, E, g, z, dw, rows.pitch);
           if (dw == dw_row) {
             k.store_row(p.type, dw,
                         static_cast<char*>(p.grad_weights) + t * M * E * dtype_size(p.type), M * E);
@@ -247,16 +250,15 @@ void run_bwd(const MixExpertsBwdParams& p, const Parallel& par) {
         }
         if (p.norm.batch) {
           T* d = kept.target(p.grad_normed, t * E, d_rows);
-          mix_kernels<T>().product({E, M, w, 1, E, g, d, rows.pitch});
-          mix_kernels<T>().slope({n, slope, norm.rows.mean, x, d, block, block + n});
+          mix.product({E, M, w, 1, E, g, d, rows.pitch});
+          mix.slope({n, slope, norm.rows.mean, x, d, block, block + n});
           kept.store(d, p.grad_normed, t * E, E);
           continue;
         }
         T* d = rows.target(p.grad_outputs, t * E, d_rows);
-        mix_kernels<T>().product({E, M, w, 1, E, g, d, rows.pitch});
-        mix_kernels<T>().slope(
-            {n, slope, norm.rows.mean, x, d, normed ? block : nullptr, block + n});
-        if (normed) mix_kernels<T>().norm_grad({n, norm.rows, nullptr, nullptr, x, d, d});
+        mix.product({E, M, w, 1, E, g, d, rows.pitch});
+        mix.slope({n, slope, norm.rows.mean, x, d, normed ? block : nullptr, block + n});
+        if (normed) mix.norm_grad({n, norm.rows, nullptr, nullptr, x, d, d});
         rows.store(d, p.grad_outputs, t * E, E);
       }
       if (normed) k.axpy(kAccumulate<T>, block, T(1), total, 2 * n);
@@ -287,7 +289,7 @@ void run_bwd(const MixExpertsBwdParams& p, const Parallel& par) {
       const T* x = rows.load(p.outputs, t * E, E, x_rows);
       const T* d = kept.load(p.grad_normed, t * E, E, d_rows);
       T* out = rows.target(p.grad_outputs, t * E, out_rows);
-      mix_kernels<T>().norm_grad({n, norm.rows, at, by, x, d, out});
+      mix.norm_grad({n, norm.rows, at, by, x, d, out});
       rows.store(out, p.grad_outputs, t * E, E);
     }
   });

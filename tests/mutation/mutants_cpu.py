@@ -844,9 +844,8 @@ FAMILIES: dict[str, Family] = {
             ),
             (
                 "bias gradients of the last part only",
-                "row_kernels<T>().axpy(kAccumulate<T>, t.sum, T(1), down_sums_.bias_of(chunk, e), "
-                "H_);",
-                "k_.load_row(kAccumulate<T>, t.sum, down_sums_.bias_of(chunk, e), H_, T(1));",
+                "row_k_.axpy(kAccumulate<T>, t.sum, T(1), down_sums_.bias_of(chunk, e), H_);",
+                "row_k_.load_row(kAccumulate<T>, t.sum, down_sums_.bias_of(chunk, e), H_, T(1));",
             ),
             (
                 "routing weights of the first block for all",
@@ -993,8 +992,7 @@ FAMILIES: dict[str, Family] = {
             ),
             (
                 "parts of the tokens not added up",
-                "row_kernels<T>().axpy(kAccumulate<T>, from + part * E * sums.expert(), T(1), row, "
-                "cols);",
+                "row_k.axpy(kAccumulate<T>, from + part * E * sums.expert(), T(1), row, cols);",
                 "",
             ),
             (

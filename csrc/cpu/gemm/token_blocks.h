@@ -233,9 +233,12 @@ template <class T>
 void multiply_tile(const GemmKernels<T>& k, const T* a, int64_t m, int64_t depth, const T* panels,
                    int64_t outputs, DType bias_type, const void* bias, T* c) {
   const int64_t n = padded(k, outputs);
-  for (int64_t r = 0; bias != nullptr && r < m; ++r) {
-    row_kernels<T>().load_row(bias_type, bias, c + r * n, outputs, T(1));
-    std::fill(c + r * n + outputs, c + (r + 1) * n, T(0));
+  if (bias != nullptr) {
+    const RowKernels<T>& row_k = row_kernels<T>();
+    for (int64_t r = 0; r < m; ++r) {
+      row_k.load_row(bias_type, bias, c + r * n, outputs, T(1));
+      std::fill(c + r * n + outputs, c + (r + 1) * n, T(0));
+    }
   }
   small_gemm_row_major<T>({k, m, outputs, depth, a, panels, c, n, bias != nullptr});
 }

@@ -51,6 +51,8 @@ template <class T>
 void forward(const MoeFfnParams& p, const Parallel& par) {
   const MoeFfnDesc& s = p.desc;
   const GemmKernels<T>& k = gemm_kernels<T>();
+  const RowKernels<T>& row_k = row_kernels<T>();
+  const ActivationKernels<T>& act_k = activation_kernels<T>();
   const int64_t I = s.intermediate_size, H = s.hidden_size, E = s.routing.num_experts,
                 width = s.width();
   const DType type = p.x.type;
@@ -82,14 +84,14 @@ void forward(const MoeFfnParams& p, const Parallel& par) {
       for (RowTiles tile(count, k.mr2); tile.next();) {
         const int64_t r0 = tile.begin, m = tile.height, row = b.sorted_rows[e] + r0;
         find_rows(s, b, e, r0, m, RowStarts(p.x), tokens.data(), weights.data());
-        row_kernels<T>().gather_rows({type, tokens.data(), m, H},
-                                     on_input ? weights.data() : nullptr, x, kLda);
+        row_k.gather_rows({type, tokens.data(), m, H}, on_input ? weights.data() : nullptr, x,
+                          kLda);
         char* saved = static_cast<char*>(p.preact) + row * width * size;
         T* pre = direct ? reinterpret_cast<T*>(saved) : own_pre;
         multiply_tile(k, x, m, H, up.of(e), width, p.b_gate_up.type, vector_of(p.b_gate_up, e),
                       pre);
         if (p.preact != nullptr && !direct) {
-          row_kernels<T>().store_rows(pre, ld_pre, {type, saved, width, m, width});
+          row_k.store_rows(pre, ld_pre, {type, saved, width, m, width});
         }
         const T* gate = pre;
         if (interleaved) {
@@ -98,22 +100,22 @@ void forward(const MoeFfnParams& p, const Parallel& par) {
           }
           gate = halves;
         }
-        activation_kernels<T>().forward({s.act.kind, m, I, T(s.act.alpha), T(s.act.limit), gate,
-                                         gate + up_at, ld_pre, h, kLda});
+        act_k.forward({s.act.kind, m, I, T(s.act.alpha), T(s.act.limit), gate, gate + up_at, ld_pre,
+                       h, kLda});
         multiply_tile(k, h, m, I, down.of(e), H, p.b_down.type, vector_of(p.b_down, e),
                       out + (b.offsets[e] + r0) * ld);
       }
     }
     const T* factors = on_input ? nullptr : static_cast<const T*>(s.topk_weights) + b.first;
-    row_kernels<T>().combine_rows({.type = type,
-                                   .rows = out,
-                                   .ld = ld,
-                                   .index = b.rows,
-                                   .weights = factors,
-                                   .num_tokens = b.end - b.begin,
-                                   .top_k = s.routing.top_k,
-                                   .n = H,
-                                   .out = static_cast<char*>(p.y) + b.begin * H * size});
+    row_k.combine_rows({.type = type,
+                        .rows = out,
+                        .ld = ld,
+                        .index = b.rows,
+                        .weights = factors,
+                        .num_tokens = b.end - b.begin,
+                        .top_k = s.routing.top_k,
+                        .n = H,
+                        .out = static_cast<char*>(p.y) + b.begin * H * size});
   };
   parallel_blocks(s.routing, par, blocks_cost(s, 1), run_block);
 }
@@ -228,7 +230,7 @@ class Backward {
     const T* factors = s_.apply_router_weight_on_input
                            ? static_cast<const T*>(s_.topk_weights) + b.first
                            : nullptr;
-    row_kernels<T>().combine_rows(
+    row_k_.combine_rows(
         {.type = p_.x.type,
          .rows = t.dx,
          .ld = ld,
@@ -252,10 +254,10 @@ class Backward {
       const int64_t r0 = tile.begin, m = tile.height;
       T* dpre = t.dpre + r0 * kLda;
       // Tile by tile: rows are on their way while the tile before is being multiplied.
-      row_kernels<T>().gather_rows({type, t.gys + r0, m, H_}, nullptr, t.gy + r0 * kLda, kLda);
+      row_k_.gather_rows({type, t.gys + r0, m, H_}, nullptr, t.gy + r0 * kLda, kLda);
       if (p_.grad_w_gate_up != nullptr) {
-        row_kernels<T>().gather_rows({type, t.xs + r0, m, H_}, on_input ? t.weights + r0 : nullptr,
-                                     t.x + r0 * odd_ld(k_, H_), odd_ld(k_, H_));
+        row_k_.gather_rows({type, t.xs + r0, m, H_}, on_input ? t.weights + r0 : nullptr,
+                           t.x + r0 * odd_ld(k_, H_), odd_ld(k_, H_));
       }
       // u, unweighted: <h, u> is the gradient of the routing weight.
       multiply_tile<T>(k_, t.gy + r0 * kLda, m, H_, down_.of(e), I_, type, nullptr, t.u);
@@ -264,8 +266,7 @@ class Backward {
       if (grad_weights != nullptr && !on_input) {
         for (int64_t r = 0; r < m; ++r) {
           T g = t.dots[r];
-          if (bias != nullptr)
-            g += row_kernels<T>().dot_row(p_.b_down.type, bias, type, t.gys[r0 + r], H_);
+          if (bias != nullptr) g += row_k_.dot_row(p_.b_down.type, bias, type, t.gys[r0 + r], H_);
           grad_weights[s_.routing.row_to_slot[row + r0 + r]] = g;
         }
       }
@@ -274,7 +275,7 @@ class Backward {
       }
     }
     if (!weights_from_x_) return;
-    row_kernels<T>().dot_rows({type, t.xs, count, H_}, dx, ld, t.dots);
+    row_k_.dot_rows({type, t.xs, count, H_}, dx, ld, t.dots);
     for (int64_t r = 0; r < count; ++r) grad_weights[s_.routing.row_to_slot[row + r]] = t.dots[r];
   }
 
@@ -285,7 +286,7 @@ class Backward {
     const char* saved = element(p_.preact, type, row * width_);
     const T* gate = reinterpret_cast<const T*>(saved);
     if (type != kAccumulate<T>) {
-      row_kernels<T>().load_rows({type, saved, width_, m, width_}, t.pre, width_, T(1));
+      row_k_.load_rows({type, saved, width_, m, width_}, t.pre, width_, T(1));
       gate = t.pre;
     }
     T* grad = dpre;
@@ -299,9 +300,9 @@ class Backward {
       ld_grad = width_;
     }
     const int64_t up_at = gated ? I_ : 0;
-    activation_kernels<T>().backward({s_.act.kind, m, I_, T(s_.act.alpha), T(s_.act.limit), gate,
-                                      gate + up_at, width_, t.u, padded(k_, I_), weights, h,
-                                      odd_ld(k_, I_), grad, grad + up_at, ld_grad, t.dots});
+    act_k_.backward({s_.act.kind, m, I_, T(s_.act.alpha), T(s_.act.limit), gate, gate + up_at,
+                     width_, t.u, padded(k_, I_), weights, h, odd_ld(k_, I_), grad, grad + up_at,
+                     ld_grad, t.dots});
     for (int64_t r = 0; interleaved && r < m; ++r) {
       interleave(grad + r * width_, grad + r * width_ + I_, I_, dpre + r * kLda);
     }
@@ -318,19 +319,20 @@ class Backward {
       outer_product(k_, t.dpre, width_, t.x, H_, count, up_sums_.matrix_of(chunk, e), add);
     }
     if (p_.grad_b_down != nullptr) {
-      row_kernels<T>().weighted_sum({type, t.gys, count, H_}, on_input ? nullptr : t.weights,
-                                    t.sum);
-      row_kernels<T>().axpy(kAccumulate<T>, t.sum, T(1), down_sums_.bias_of(chunk, e), H_);
+      row_k_.weighted_sum({type, t.gys, count, H_}, on_input ? nullptr : t.weights, t.sum);
+      row_k_.axpy(kAccumulate<T>, t.sum, T(1), down_sums_.bias_of(chunk, e), H_);
     }
     if (p_.grad_b_gate_up != nullptr) {
-      row_kernels<T>().weighted_sum({kAccumulate<T>, t.dpres, count, width_}, nullptr, t.sum);
-      row_kernels<T>().axpy(kAccumulate<T>, t.sum, T(1), up_sums_.bias_of(chunk, e), width_);
+      row_k_.weighted_sum({kAccumulate<T>, t.dpres, count, width_}, nullptr, t.sum);
+      row_k_.axpy(kAccumulate<T>, t.sum, T(1), up_sums_.bias_of(chunk, e), width_);
     }
   }
 
   const MoeFfnBwdParams& p_;
   const MoeFfnDesc& s_;
   const GemmKernels<T>& k_;
+  const RowKernels<T>& row_k_ = row_kernels<T>();
+  const ActivationKernels<T>& act_k_ = activation_kernels<T>();
   const Parallel& par_;
   const int64_t I_, H_, E_, width_, chunks_;
   const bool wants_up_, wants_down_, weights_from_x_, need_dx_;

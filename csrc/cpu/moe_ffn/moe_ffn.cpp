@@ -116,6 +116,8 @@ template <class T>
 void forward(const MoeFfnParams& p, const Parallel& par) {
   const MoeFfnDesc& s = p.desc;
   const GemmKernels<T>& k = gemm_kernels<T>();
+  const RowKernels<T>& row_k = row_kernels<T>();
+  const ActivationKernels<T>& act_k = activation_kernels<T>();
   const int64_t I = s.intermediate_size, H = s.hidden_size;
   const int64_t rows = s.routing.num_valid_rows();
   const bool gated = is_gated(s.act.kind);
@@ -138,14 +140,13 @@ void forward(const MoeFfnParams& p, const Parallel& par) {
       T* v = seg == 0 ? v0 : v1;
       const int64_t column = seg * I + f;
       if (p.b_gate_up.data != nullptr) {
-        row_kernels<T>().axpy(
-            p.b_gate_up.type,
-            element(p.b_gate_up.data, p.b_gate_up.type, e * p.b_gate_up.stride_e + column), T(1), v,
-            n);
+        row_k.axpy(p.b_gate_up.type,
+                   element(p.b_gate_up.data, p.b_gate_up.type, e * p.b_gate_up.stride_e + column),
+                   T(1), v, n);
       }
       if (p.preact != nullptr) {
-        row_kernels<T>().store_row(
-            type, v, static_cast<char*>(p.preact) + (r * width + column) * dtype_size(type), n);
+        row_k.store_row(type, v,
+                        static_cast<char*>(p.preact) + (r * width + column) * dtype_size(type), n);
       }
     }
     if (gated && s.act.interleaved) {
@@ -153,11 +154,11 @@ void forward(const MoeFfnParams& p, const Parallel& par) {
       for (int64_t i = 0; i < n; i += 2 * kFeatureBlock) {
         const int64_t m = std::min(2 * kFeatureBlock, n - i) / 2;
         deinterleave(v0 + i, m, buffer, buffer + m);
-        activation_kernels<T>().forward({s.act.kind, 1, m, T(s.act.alpha), T(s.act.limit), buffer,
-                                         buffer + m, 0, h + r * I + (f + i) / 2, 0});
+        act_k.forward({s.act.kind, 1, m, T(s.act.alpha), T(s.act.limit), buffer, buffer + m, 0,
+                       h + r * I + (f + i) / 2, 0});
       }
     } else {
-      activation_kernels<T>().forward(
+      act_k.forward(
           {s.act.kind, 1, n, T(s.act.alpha), T(s.act.limit), v0, v1, 0, h + r * I + f, 0});
     }
   };
@@ -171,9 +172,8 @@ void forward(const MoeFfnParams& p, const Parallel& par) {
   const GemmDesc<T> down = gemm_desc<T>(s, H, I, hidden, p.w_down);
   const auto keep = [&](const Range& range, int64_t e, int64_t r, int64_t f, int64_t n, T* v) {
     if (p.b_down.data != nullptr) {
-      row_kernels<T>().axpy(p.b_down.type,
-                            element(p.b_down.data, p.b_down.type, e * p.b_down.stride_e + f), T(1),
-                            v, n);
+      row_k.axpy(p.b_down.type, element(p.b_down.data, p.b_down.type, e * p.b_down.stride_e + f),
+                 T(1), v, n);
     }
     std::memcpy(out + r * range.width() + f - range.begin, v, static_cast<size_t>(n) * sizeof(T));
   };
@@ -205,6 +205,8 @@ template <class T>
 void backward(const MoeFfnBwdParams& p, const Parallel& par) {
   const MoeFfnDesc& s = p.desc;
   const GemmKernels<T>& k = gemm_kernels<T>();
+  const RowKernels<T>& row_k = row_kernels<T>();
+  const ActivationKernels<T>& act_k = activation_kernels<T>();
   const int64_t I = s.intermediate_size, H = s.hidden_size, K = s.routing.top_k;
   const int64_t rows = s.routing.num_valid_rows();
   const bool gated = is_gated(s.act.kind);
@@ -253,7 +255,7 @@ void backward(const MoeFfnBwdParams& p, const Parallel& par) {
       char* dr = dpre + r * width * dpre_size;
       const char* saved = element(p.preact, type, r * width);
       const T* gate = read_direct ? reinterpret_cast<const T*>(saved) : pre;
-      if (!read_direct) row_kernels<T>().load_row(type, saved, pre, width, T(1));
+      if (!read_direct) row_k.load_row(type, saved, pre, width, T(1));
       if (interleaved) {
         deinterleave(gate, I, halves, halves + I);
         gate = halves;
@@ -261,22 +263,22 @@ void backward(const MoeFfnBwdParams& p, const Parallel& par) {
       T* to = write_direct && !interleaved ? reinterpret_cast<T*>(dr) : grad;
       // Of the unweighted u: <h, u> is the gradient of the routing weight.
       T g;
-      activation_kernels<T>().backward(
-          {s.act.kind, 1, I, T(s.act.alpha), T(s.act.limit), gate, gate + (gated ? I : 0), width,
-           ur, I, on_input ? nullptr : maps.weight + r, ur, I, to, to + I, width, &g});
+      act_k.backward({s.act.kind, 1, I, T(s.act.alpha), T(s.act.limit), gate,
+                      gate + (gated ? I : 0), width, ur, I, on_input ? nullptr : maps.weight + r,
+                      ur, I, to, to + I, width, &g});
       if (grad_weights != nullptr && !on_input) {
         if (p.b_down.data != nullptr) {
-          g += row_kernels<T>().dot_row(
-              p.b_down.type, element(p.b_down.data, p.b_down.type, it.expert * p.b_down.stride_e),
-              type, row_of(gy, r), H);
+          g += row_k.dot_row(p.b_down.type,
+                             element(p.b_down.data, p.b_down.type, it.expert * p.b_down.stride_e),
+                             type, row_of(gy, r), H);
         }
         grad_weights[s.routing.row_to_slot[r]] = g;
       }
       if (interleaved) {
         interleave(grad, grad + I, I, pre);
-        row_kernels<T>().store_row(dpre_type, pre, dr, width);
+        row_k.store_row(dpre_type, pre, dr, width);
       } else if (!write_direct) {
-        row_kernels<T>().store_row(dpre_type, grad, dr, width);
+        row_k.store_row(dpre_type, grad, dr, width);
       }
     }
   };
@@ -360,7 +362,7 @@ void backward(const MoeFfnBwdParams& p, const Parallel& par) {
                       (static_cast<double>(range.width()) / 8.0 + 2) * static_cast<double>(rows),
                       [&, range](int64_t j) {
                         for (int64_t r = row_items[j].begin; r < row_items[j].end; ++r) {
-                          grad_weights[s.routing.row_to_slot[r]] += row_kernels<T>().dot_row(
+                          grad_weights[s.routing.row_to_slot[r]] += row_k.dot_row(
                               kAccumulate<T>, dx + r * range.width(), type,
                               element(row_of(x, r), type, range.begin), range.width());
                         }
