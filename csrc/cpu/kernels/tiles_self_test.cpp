@@ -44,20 +44,36 @@ class TileTest {
   static T a(int64_t i, int64_t k) { return number(3 * i + 7 * k + i * k); }
   static T w(int64_t k, int64_t j) { return number(1000 + 5 * j + 11 * k + j * k); }
 
-  // run(c) writes [m][n]: the sums over k of a(i, k) * weight(k, j).
-  template <class Weight, class Run>
-  void check(const char* name, int m, int64_t n, const Weight& weight, const Run& run,
-             int64_t depth = kDepth, double relative = sizeof(T) == 8 ? 1e-13 : 1e-5) {
-    std::vector<T> c(static_cast<size_t>(m * n), T(NAN));
-    run(c.data());
-    for (int64_t i = 0; i < m * n; ++i) {
-      double sum = 0, most = 1;
+  // [rows][n]: the sums over k of a(i, k) * weight(k, j), and of their absolute values and 1. The
+  // first rows are those of lower tiles.
+  struct Sums {
+    int64_t n;
+    std::vector<double> sum, most;
+  };
+  template <class Weight>
+  static Sums sums_of(int64_t rows, int64_t n, const Weight& weight, int64_t depth = kDepth) {
+    Sums out = {n, std::vector<double>(static_cast<size_t>(rows * n)),
+                std::vector<double>(static_cast<size_t>(rows * n), 1)};
+    for (int64_t i = 0; i < rows * n; ++i) {
       for (int64_t k = 0; k < depth; ++k) {
         const double product = static_cast<double>(a(i / n, k)) * weight(k, i % n);
-        sum += product;
-        most += std::abs(product);
+        out.sum[i] += product;
+        out.most[i] += std::abs(product);
       }
-      if (!(std::abs(c[i] - sum) <= relative * most) && failed_ == nullptr) failed_ = name;
+    }
+    return out;
+  }
+
+  // run(c) writes the first m rows of the sums.
+  template <class Run>
+  void check(const char* name, int m, const Sums& want, const Run& run,
+             double relative = sizeof(T) == 8 ? 1e-13 : 1e-5) {
+    std::vector<T> c(static_cast<size_t>(m * want.n), T(NAN));
+    run(c.data());
+    for (int64_t i = 0; i < m * want.n; ++i) {
+      if (!(std::abs(c[i] - want.sum[i]) <= relative * want.most[i]) && failed_ == nullptr) {
+        failed_ = name;
+      }
     }
   }
 
@@ -69,15 +85,17 @@ class TileTest {
       const std::vector<T> b = panel(width, pair == 2 ? DType::kBFloat16 : kAccumulate<T>, pair);
       std::vector<T> copy(b.size());
       TileOptions o;
-      for (int m = 1; m <= (nv == 1 ? k_.mr1 : k_.mr2); ++m) {
-        check("tile, row-major A", m, width, w, [&](T* c) {
+      const int most = nv == 1 ? k_.mr1 : k_.mr2;
+      const Sums want = sums_of(most, width, w);
+      for (int m = 1; m <= most; ++m) {
+        check("tile, row-major A", m, want, [&](T* c) {
           row_a[nv - 1][m - 1](depth, rows_.data(), b.data(), {c, width, false}, o);
         });
-        check("tile, column-major A", m, width, w, [&](T* c) {
+        check("tile, column-major A", m, want, [&](T* c) {
           col_a[nv - 1][m - 1](depth, cols_.data(), b.data(), {c, width, false}, o);
         });
         if (pair == 2 || m > k_.mr2) continue;
-        check("copying tile", m, width, w, [&](T* c) {
+        check("copying tile", m, want, [&](T* c) {
           k_.copying_row_a[nv - 1][m - 1](depth, rows_.data(), b.data(), {c, width, false}, o,
                                           copy.data());
         });
@@ -116,17 +134,19 @@ class TileTest {
       panels.insert(panels.end(), one.begin(), one.end());
     }
     const auto bytes = static_cast<int64_t>(panels.size() * sizeof(T) / 4);
+    const Sums want = sums_of(k_.mr2, P_, w);
     for (int m = 1; m <= k_.mr2; ++m) {
       for (const int64_t step : {64, 4}) {  // a prefetch a step, and one for several
-        check("packed tile", m, P_, w, [&](T* c) {
+        check("packed tile", m, want, [&](T* c) {
           tile[m - 1](depth, packed_.data(), panels.data(), {c, P_, false},
                       {reinterpret_cast<const char*>(panels.data()), 0, step});
         });
       }
       if (m > k_.packed.stream_rows) continue;
       const int64_t n = k_.packed.num_streams[m - 1] * P_;
+      const Sums streamed = sums_of(m, n, w);
       for (const bool prefetch : {false, true}) {
-        check("packed streams", m, n, w, [&](T* c) {
+        check("packed streams", m, streamed, [&](T* c) {
           T* sums[4] = {c, c + P_, c + 2 * P_, c + 3 * P_};
           streams[prefetch][m - 1](depth, packed_.data(), {panels.data(), bytes, 0},
                                    {sums, n, false});
@@ -157,26 +177,25 @@ class TileTest {
     for (int64_t i = 0; i < kOuterRows * kN; ++i) {
       encode(DType::kBFloat16, w(i / kN, i % kN), &along_n[2 * i]);
     }
+    const Sums tokens = sums_of(k_.gemv.max_tokens, kGemvFeatures, w);
     for (int m = 1; m <= k_.gemv.max_tokens; ++m) {
-      check("GEMV of bfloat16", m, kGemvFeatures, w, [&](T* c) {
+      check("GEMV of bfloat16", m, tokens, [&](T* c) {
         k_.gemv.run_bf16({DType::kBFloat16, kGemvFeatures, 1, m, kDepth / 2, along_k.data(), 0,
                           kDepth / 2, rows_.data(), kLda, c, kGemvFeatures, 1, 0});
       });
     }
     for (int rows = 1; rows <= kOuterRows; ++rows) {
       const auto weight = [=](int64_t k, int64_t j) { return k < rows ? w(k, j) : T(0); };
-      check(
-          "outer product of bfloat16", 7, kN, weight,
-          [&](T* c) {
-            k_.outer.run_bf16({DType::kBFloat16, rows, 7, along_n.data(), kN, rows_.data(), kLda, c,
-                               kN, kN, false});
-          },
-          kOuterRows);
+      check("outer product of bfloat16", 7, sums_of(7, kN, weight, kOuterRows), [&](T* c) {
+        k_.outer.run_bf16(
+            {DType::kBFloat16, rows, 7, along_n.data(), kN, rows_.data(), kLda, c, kN, kN, false});
+      });
     }
     const std::vector<T> b = panel(P_, DType::kBFloat16, 2);
+    const Sums want = sums_of(k_.mr2, P_, w);
     for (int m = 1; m <= k_.mr2; ++m) {
       check(
-          "tile to bfloat16", m, P_, w,
+          "tile to bfloat16", m, want,
           [&](T* c) {
             alignas(64) uint16_t halves[kMaxMr * 32];
             TileOptions o;
@@ -187,7 +206,7 @@ class TileTest {
             all_.rows.stream_fence();
             all_.rows.load_row(DType::kBFloat16, halves, c, m * P_, T(1));
           },
-          kDepth, 1.0 / 256);
+          1.0 / 256);
     }
   }
 
@@ -203,14 +222,13 @@ class TileTest {
     std::vector<KeyIndex<T>> first(width, 1), last(width, 5);
     AttentionBlock<T> block = {6, width, true, 0, first.data(), last.data()};
     std::vector<T> s(cols_.begin(), cols_.begin() + 6 * width), again = s;
-    check(
-        "attention seen_sums", 3, width,
-        [&](int64_t k, int64_t j) { return k >= 1 && k < 5 ? s[k * width + j] : T(0); },
-        [&](T* c) {
-          std::fill_n(c, 3 * width, T(0));
-          t.seen_sums(block, cols_.data(), kLdm, s.data(), 3, c);
-        },
-        6);
+    const auto seen = [&](int64_t k, int64_t j) {
+      return k >= 1 && k < 5 ? s[k * width + j] : T(0);
+    };
+    check("attention seen_sums", 3, sums_of(3, width, seen, 6), [&](T* c) {
+      std::fill_n(c, 3 * width, T(0));
+      t.seen_sums(block, cols_.data(), kLdm, s.data(), 3, c);
+    });
     std::vector<T> rest(width), same(width);
     right &=
         t.stick(block, s.data(), rest.data()) == t.stick_rest(block, again.data(), same.data());
@@ -251,6 +269,7 @@ class TileTest {
       scales.push_back(j % 2 ? 1 / 8.0f : 1 / 16.0f);
     }
     std::vector<uint32_t> words(static_cast<size_t>(8 * P_));  // 32 bytes of each row
+    const Sums want = sums_of(kMaxMr, P_, weight, kK);
     for (const Activations form : {Activations::kFloat, Activations::kInt16, Activations::kInt8}) {
       const bool int16 = form == Activations::kInt16, int8 = form == Activations::kInt8;
       const QuantTile* tiles = int8    ? q.int8_tile[bits == 4]
@@ -270,7 +289,7 @@ class TileTest {
       const int most = int8 ? q.int8_rows : int16 ? q.int16_rows : k_.mr2;
       for (int m = 1; m <= most; ++m) {
         check(
-            "quantised tile", m, P_, weight,
+            "quantised tile", m, want,
             [&](float* c) {
               const float* scale = rows.data() + (int8 ? kInt8Depth / 4 : kKc);
               tiles[m - 1]({1,
@@ -283,7 +302,6 @@ class TileTest {
                             nullptr,
                             0});
             },
-            kK,
             int8    ? 5e-3
             : int16 ? 3e-5
                     : 1e-5);
