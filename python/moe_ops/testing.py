@@ -646,6 +646,36 @@ def dequantized(call: Kwargs) -> Kwargs:
     return call
 
 
+FFN_FLOATS = ("x", "w_gate_up", "w_down", "topk_weights", "b_gate_up", "b_down")
+
+
+def differentiable(call: Kwargs) -> list[str]:
+    """The operands of a moe_ffn call that have gradients."""
+    return [name for name in FFN_FLOATS if call.get(name) is not None]
+
+
+def check_moe_ffn(
+    call: Kwargs, wrt: Sequence[str] | None = None, *, grad_view: str = "contiguous"
+) -> None:
+    """moe_ffn against its reference, with gradients by all operands unless `wrt` names some. Half
+    types may round the pre-activation, the activation and an expert's output, and in backward the
+    gradients of the three: that is what `steps` allows."""
+    from .ops import moe_ffn
+
+    sizes = (*call["x"].shape, call["w_down"].shape[-1], call["topk_ids"].numel(), 1)
+    check_against_reference(
+        moe_ffn,
+        reference.moe_ffn,
+        call,
+        differentiable(call) if wrt is None else wrt,
+        magnitude=moe_ffn_magnitude,
+        sum_length=max(sizes),
+        steps=2,
+        grad_steps=5,
+        grad_view=grad_view,
+    )
+
+
 def moe_ffn_quantized_magnitude(**call: Any) -> Tensor:
     """moe_ffn_magnitude of the weights that codes and scales stand for."""
     return moe_ffn_magnitude(**absolute(dequantized(call)))

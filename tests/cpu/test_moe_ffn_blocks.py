@@ -10,43 +10,23 @@ import pytest
 import torch
 
 import moe_ops
-from moe_ops import reference
 from moe_ops.testing import (
     DTYPES,
+    FFN_FLOATS,
     GATED_ACTIVATIONS,
     PLAIN_ACTIVATIONS,
     Routing,
     as_strided_copy,
     assert_identical,
-    check_against_reference,
+    check_moe_ffn,
+    differentiable,
     ffn_operands,
-    moe_ffn_magnitude,
     short,
 )
 
 pytestmark = pytest.mark.cpu_only
 
-FLOATS = ("x", "w_gate_up", "w_down", "topk_weights", "b_gate_up", "b_down")
 TWO_BLOCKS = Routing(150, 4, 2, "dropped")
-
-
-def differentiable(call):
-    return [name for name in FLOATS if call.get(name) is not None]
-
-
-def check(call, wrt=None, **kwargs):
-    sizes = (*call["x"].shape, call["w_down"].shape[-1], call["topk_ids"].numel())
-    check_against_reference(
-        moe_ops.moe_ffn,
-        reference.moe_ffn,
-        call,
-        differentiable(call) if wrt is None else wrt,
-        magnitude=moe_ffn_magnitude,
-        sum_length=max(sizes),
-        steps=2,
-        grad_steps=5,
-        **kwargs,
-    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
@@ -70,7 +50,7 @@ def check(call, wrt=None, **kwargs):
 )
 def test_sizes(hidden_size, intermediate_size, activation, dtype):
     call = ffn_operands(TWO_BLOCKS, hidden_size, intermediate_size, dtype, activation=activation)
-    check(call)
+    check_moe_ffn(call)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
@@ -78,12 +58,12 @@ def test_sizes(hidden_size, intermediate_size, activation, dtype):
 def test_tokens(tokens, dtype):
     """A chunk is two blocks, and three from 4097 tokens on; 31 tokens have too few slots, and 95
     for backward."""
-    check(ffn_operands(Routing(tokens, 4, 2, "dropped"), 9, 12, dtype, bias=True))
+    check_moe_ffn(ffn_operands(Routing(tokens, 4, 2, "dropped"), 9, 12, dtype, bias=True))
 
 
 @pytest.mark.parametrize("num_experts", [10, 11])
 def test_as_many_weights_as_stay_in_cache(num_experts):
-    check(ffn_operands(Routing(280, num_experts, 2), 64, 64, torch.float32))
+    check_moe_ffn(ffn_operands(Routing(280, num_experts, 2), 64, 64, torch.float32))
 
 
 @pytest.mark.parametrize("on_input", [False, True], ids=["output", "input"])
@@ -104,14 +84,14 @@ def test_as_many_weights_as_stay_in_cache(num_experts):
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
 def test_routings(dtype, routing, on_input):
     call = ffn_operands(routing, 18, 21, dtype, bias=True)
-    check({**call, "apply_router_weight_on_input": on_input})
+    check_moe_ffn({**call, "apply_router_weight_on_input": on_input})
 
 
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
 @pytest.mark.parametrize("activation", [*GATED_ACTIVATIONS, *PLAIN_ACTIVATIONS])
 def test_activations(activation, dtype, bias):
-    check(ffn_operands(TWO_BLOCKS, 17, 19, dtype, activation=activation, bias=bias))
+    check_moe_ffn(ffn_operands(TWO_BLOCKS, 17, 19, dtype, activation=activation, bias=bias))
 
 
 @pytest.mark.parametrize("on_input", [False, True], ids=["output", "input"])
@@ -121,30 +101,30 @@ def test_interleaved(dtype, bias, on_input):
     call = ffn_operands(TWO_BLOCKS, 15, 22, dtype, activation="swiglu_oai", bias=bias)
     call |= {"interleaved": True, "apply_router_weight_on_input": on_input}
     # Gradients jump at the limit, and half types may move a value across it.
-    check(call if dtype.itemsize == 2 else {**call, "alpha": 1.3, "limit": 0.8})
+    check_moe_ffn(call if dtype.itemsize == 2 else {**call, "alpha": 1.3, "limit": 0.8})
 
 
-@pytest.mark.parametrize("wanted", FLOATS)
+@pytest.mark.parametrize("wanted", FFN_FLOATS)
 @pytest.mark.parametrize("on_input", [False, True], ids=["output", "input"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=short)
 def test_one_gradient_at_a_time(dtype, on_input, wanted):
     call = ffn_operands(TWO_BLOCKS, 9, 12, dtype, bias=True)
-    check({**call, "apply_router_weight_on_input": on_input}, [wanted])
+    check_moe_ffn({**call, "apply_router_weight_on_input": on_input}, [wanted])
 
 
 @pytest.mark.parametrize("one_bias", ["b_gate_up", "b_down"])
 def test_one_bias(one_bias):
     call = ffn_operands(TWO_BLOCKS, 15, 22, torch.float32, bias=True)
     del call[one_bias]
-    check(call)
+    check_moe_ffn(call)
 
 
 @pytest.mark.parametrize("view", ["transposed", "offset", "step2", "expanded", "step2_last"])
-@pytest.mark.parametrize("name", FLOATS)
+@pytest.mark.parametrize("name", FFN_FLOATS)
 def test_views(name, view):
     call = ffn_operands(TWO_BLOCKS, 11, 14, torch.float32, bias=True)
     call[name] = as_strided_copy(call[name], view)
-    check(call, grad_view=view)
+    check_moe_ffn(call, grad_view=view)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
@@ -152,7 +132,7 @@ def test_weights_stored_transposed(dtype):
     call = ffn_operands(TWO_BLOCKS, 17, 20, dtype, activation="swiglu_oai", bias=True)
     for name in ("w_gate_up", "w_down"):
         call[name] = as_strided_copy(call[name], "transposed")
-    check({**call, "interleaved": True})
+    check_moe_ffn({**call, "interleaved": True})
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)

@@ -13,15 +13,14 @@ import pytest
 import torch
 
 import moe_ops
-from moe_ops import reference
 from moe_ops.testing import (
+    FFN_FLOATS,
     GATED_ACTIVATIONS,
     PLAIN_ACTIVATIONS,
     Routing,
     assert_identical,
-    check_against_reference,
+    check_moe_ffn,
     ffn_operands,
-    moe_ffn_magnitude,
     short,
 )
 
@@ -33,7 +32,6 @@ LAYOUTS = {
     "plain": ("relu2", False),
 }
 HALF = (torch.bfloat16, torch.float16)
-FLOATS = ("x", "w_gate_up", "w_down", "topk_weights", "b_gate_up", "b_down")
 ROUTINGS = (
     Routing(300, 3, 2, "skewed"),
     Routing(200, 5, 2, "dropped"),
@@ -57,26 +55,6 @@ def operands(routing, hidden_size, intermediate_size, dtype, layout="halves", **
     return {**call, "interleaved": interleaved}
 
 
-def differentiable(call):
-    return [name for name in FLOATS if call.get(name) is not None]
-
-
-def check(call, wrt=None):
-    """Rounded on the way: the pre-activation (read again in backward), h, an expert's output, and
-    in backward the gradients of these."""
-    sizes = (*call["x"].shape, call["w_down"].shape[-1], call["topk_ids"].numel(), 1)
-    check_against_reference(
-        moe_ops.moe_ffn,
-        reference.moe_ffn,
-        call,
-        differentiable(call) if wrt is None else wrt,
-        magnitude=moe_ffn_magnitude,
-        sum_length=max(sizes),
-        steps=2,
-        grad_steps=5,
-    )
-
-
 @pytest.fixture
 def force(monkeypatch):
     def set_tile(tile):
@@ -96,7 +74,9 @@ SIZES = ((72, 136), (64, 128), (8, 8), (520, 136))
 @tiles
 def test_sizes(simulator, force, tile, hidden_size, intermediate_size, layout, dtype):
     force(tile)
-    check(operands(Routing(150, 3, 2, "dropped"), hidden_size, intermediate_size, dtype, layout))
+    check_moe_ffn(
+        operands(Routing(150, 3, 2, "dropped"), hidden_size, intermediate_size, dtype, layout)
+    )
     assert simulator.warnings() == ""
 
 
@@ -104,7 +84,7 @@ def test_sizes(simulator, force, tile, hidden_size, intermediate_size, layout, d
 @tiles
 def test_routings(simulator, force, tile, routing):
     force(tile)
-    check(operands(routing, 72, 136, torch.bfloat16, bias=True))
+    check_moe_ffn(operands(routing, 72, 136, torch.bfloat16, bias=True))
 
 
 @tiles
@@ -112,7 +92,7 @@ def test_more_experts_than_a_warp_scans_at_once(simulator, force, tile):
     force(tile)
     call = operands(Routing(9, 270, 2), 16, 8, torch.bfloat16)
     call["topk_ids"][0] = torch.tensor([269, 130])
-    check(call)
+    check_moe_ffn(call)
 
 
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
@@ -126,7 +106,7 @@ def test_activations(simulator, force, activation, interleaved, bias, dtype):
     call = ffn_operands(
         Routing(40, 3, 2, "dropped"), 72, 40, dtype, activation=activation, bias=bias
     )
-    check({**call, "interleaved": interleaved})
+    check_moe_ffn({**call, "interleaved": interleaved})
 
 
 @half
@@ -135,14 +115,14 @@ def test_activations(simulator, force, activation, interleaved, bias, dtype):
 def test_weight_on_input(simulator, force, tile, layout, dtype):
     force(tile)
     call = operands(Routing(140, 3, 2, "dropped"), 72, 136, dtype, layout, bias=True)
-    check({**call, "apply_router_weight_on_input": True})
+    check_moe_ffn({**call, "apply_router_weight_on_input": True})
 
 
-@pytest.mark.parametrize("wanted", FLOATS)
+@pytest.mark.parametrize("wanted", FFN_FLOATS)
 @pytest.mark.parametrize("on_input", [False, True], ids=["output", "input"])
 def test_one_gradient_at_a_time(simulator, on_input, wanted):
     call = operands(Routing(40, 3, 2, "dropped"), 72, 136, torch.bfloat16, bias=True)
-    check({**call, "apply_router_weight_on_input": on_input}, [wanted])
+    check_moe_ffn({**call, "apply_router_weight_on_input": on_input}, [wanted])
 
 
 @pytest.mark.parametrize("on_input", [False, True], ids=["output", "input"])
@@ -173,13 +153,13 @@ def test_main_grads(simulator, main_dtype, on_input):
 def test_few_tokens(simulator, num_tokens, layout, dtype):
     """Inference of at most 64 tokens has kernels of its own."""
     call = operands(Routing(num_tokens, 3, 2, "dropped"), 328, 136, dtype, layout, bias=True)
-    check(call, [])
-    check({**call, "apply_router_weight_on_input": True}, [])
+    check_moe_ffn(call, [])
+    check_moe_ffn({**call, "apply_router_weight_on_input": True}, [])
     # One expert takes more rows than a tile holds.
     routing = Routing(num_tokens, 140, 2, "repeated")
     call |= operands(routing, 72, 72, dtype, layout)
     call["topk_ids"] = torch.full_like(call["topk_ids"], 135)
-    check({**call, "b_gate_up": None, "b_down": None}, [])
+    check_moe_ffn({**call, "b_gate_up": None, "b_down": None}, [])
 
 
 @half
@@ -268,8 +248,10 @@ def test_strides_and_alignment(simulator, name, view):
         "odd_rows": lambda: torch.nn.functional.pad(t, (0, 1))[..., : t.size(-1)],
         "odd_start": lambda: torch.cat([t.new_zeros(1), t.reshape(-1)])[1:].view(t.shape),
     }[view]()
-    check(call)
-    check({k: v[:9] if k in ("x", "topk_ids", "topk_weights") else v for k, v in call.items()}, [])
+    check_moe_ffn(call)
+    check_moe_ffn(
+        {k: v[:9] if k in ("x", "topk_ids", "topk_weights") else v for k, v in call.items()}, []
+    )
 
 
 @pytest.mark.parametrize("num_tokens", [40, 90])

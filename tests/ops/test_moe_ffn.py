@@ -11,6 +11,7 @@ from moe_ops import reference
 from moe_ops.testing import (
     DTYPES,
     EMPTY_ROUTINGS,
+    FFN_FLOATS,
     GATED_ACTIVATIONS,
     PLAIN_ACTIVATIONS,
     ROUTINGS,
@@ -18,9 +19,9 @@ from moe_ops.testing import (
     Routing,
     as_strided_copy,
     assert_identical,
-    check_against_reference,
+    check_moe_ffn,
+    differentiable,
     ffn_operands,
-    moe_ffn_magnitude,
     short,
 )
 
@@ -42,47 +43,25 @@ SIZES = (
     (257, 19),
 )
 SMALL = Routing(11, 4, 2, "dropped")
-FLOATS = ("x", "w_gate_up", "w_down", "topk_weights", "b_gate_up", "b_down")
-
-
-def differentiable(call):
-    return [name for name in FLOATS if call.get(name) is not None]
-
-
-def check(call, wrt=None, **kwargs):
-    """Half types may round the pre-activation, the activation and an expert's output, and in
-    backward the gradients of the three: that is what `steps` allows."""
-    sizes = (*call["x"].shape, call["w_down"].shape[-1], call["topk_ids"].numel(), 1)
-    check_against_reference(
-        moe_ops.moe_ffn,
-        reference.moe_ffn,
-        call,
-        differentiable(call) if wrt is None else wrt,
-        magnitude=moe_ffn_magnitude,
-        sum_length=max(sizes),
-        steps=2,
-        grad_steps=5,
-        **kwargs,
-    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
 @pytest.mark.parametrize(("hidden_size", "intermediate_size"), SIZES)
 def test_sizes(hidden_size, intermediate_size, dtype):
-    check(ffn_operands(SMALL, hidden_size, intermediate_size, dtype))
+    check_moe_ffn(ffn_operands(SMALL, hidden_size, intermediate_size, dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
 @pytest.mark.parametrize("routing", ROUTINGS + EMPTY_ROUTINGS, ids=str)
 def test_routings(routing, dtype):
-    check(ffn_operands(routing, 9, 12, dtype, bias=True))
+    check_moe_ffn(ffn_operands(routing, 9, 12, dtype, bias=True))
 
 
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
 @pytest.mark.parametrize("activation", [*GATED_ACTIVATIONS, *PLAIN_ACTIVATIONS])
 def test_activations(activation, dtype, bias):
-    check(ffn_operands(SMALL, 17, 19, dtype, activation=activation, bias=bias))
+    check_moe_ffn(ffn_operands(SMALL, 17, 19, dtype, activation=activation, bias=bias))
 
 
 @pytest.mark.parametrize("on_input", [False, True], ids=["output", "input"])
@@ -91,7 +70,7 @@ def test_activations(activation, dtype, bias):
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
 def test_options(dtype, bias, interleaved, on_input):
     call = ffn_operands(SMALL, 15, 22, dtype, activation="swiglu_oai", bias=bias)
-    check({**call, "interleaved": interleaved, "apply_router_weight_on_input": on_input})
+    check_moe_ffn({**call, "interleaved": interleaved, "apply_router_weight_on_input": on_input})
 
 
 @pytest.mark.parametrize(
@@ -100,7 +79,7 @@ def test_options(dtype, bias, interleaved, on_input):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=short)
 def test_weight_on_input_routings(dtype, routing):
     call = ffn_operands(routing, 15, 22, dtype, bias=True)
-    check({**call, "apply_router_weight_on_input": True})
+    check_moe_ffn({**call, "apply_router_weight_on_input": True})
 
 
 # Weight gradients sum an expert's rows in blocks of 192 or, of bfloat16 pairs, 384.
@@ -111,19 +90,19 @@ def test_weight_on_input_routings(dtype, routing):
 )
 def test_weight_on_input_rows_in_more_than_one_block(hidden_size, intermediate_size, rows, dtype):
     call = ffn_operands(Routing(rows, 1, 1), hidden_size, intermediate_size, dtype)
-    check({**call, "apply_router_weight_on_input": True})
+    check_moe_ffn({**call, "apply_router_weight_on_input": True})
 
 
 @pytest.mark.parametrize("activation", [*GATED_ACTIVATIONS, *PLAIN_ACTIVATIONS])
 def test_weight_on_input_activations(activation):
     call = ffn_operands(SMALL, 10, 9, torch.float64, activation=activation, bias=True)
-    check({**call, "apply_router_weight_on_input": True})
+    check_moe_ffn({**call, "apply_router_weight_on_input": True})
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
 @pytest.mark.parametrize(("hidden_size", "intermediate_size"), [(0, 5), (5, 0), (0, 0)])
 def test_empty_sizes(hidden_size, intermediate_size, dtype):
-    check(ffn_operands(SMALL, hidden_size, intermediate_size, dtype, bias=True))
+    check_moe_ffn(ffn_operands(SMALL, hidden_size, intermediate_size, dtype, bias=True))
 
 
 @pytest.mark.parametrize("on_input", [False, True], ids=["output", "input"])
@@ -136,7 +115,7 @@ def test_empty_sizes(hidden_size, intermediate_size, dtype):
 def test_more_than_one_block_in_every_direction(activation, interleaved, dtype, on_input):
     routing = Routing(160, 2, 2, "skewed")
     call = ffn_operands(routing, 270, 300, dtype, activation=activation, bias=True)
-    check({**call, "interleaved": interleaved, "apply_router_weight_on_input": on_input})
+    check_moe_ffn({**call, "interleaved": interleaved, "apply_router_weight_on_input": on_input})
 
 
 @pytest.mark.slow_on_simulator
@@ -145,7 +124,7 @@ def test_more_than_one_block_in_every_direction(activation, interleaved, dtype, 
 def test_rows_of_several_ranges_of_features(dtype, on_input):
     """2 MiB hold 1024 features of 512 rows in fp32: here the last range is narrower and odd."""
     call = ffn_operands(Routing(300, 3, 2, "dropped"), 2061, 44, dtype, bias=True)
-    check({**call, "apply_router_weight_on_input": on_input})
+    check_moe_ffn({**call, "apply_router_weight_on_input": on_input})
 
 
 @pytest.mark.slow_on_simulator
@@ -164,14 +143,14 @@ def test_experts_of_every_number_of_rows(hidden_size, intermediate_size, dtype, 
     call["topk_ids"] = call["topk_ids"][:, None]
     for name in ("w_gate_up", "w_down"):
         call[name] = as_strided_copy(call[name], view)
-    check(call)
+    check_moe_ffn(call)
 
 
 @pytest.mark.parametrize("alpha", [1.0, 2.5])
 @pytest.mark.parametrize("limit", [0.5, 3.0])
 def test_oai_parameters(limit, alpha):
     call = ffn_operands(SMALL, 15, 22, torch.float64, activation="swiglu_oai", bias=True)
-    check({**call, "alpha": alpha, "limit": limit, "interleaved": True})
+    check_moe_ffn({**call, "alpha": alpha, "limit": limit, "interleaved": True})
 
 
 @pytest.mark.parametrize("one_bias", ["b_gate_up", "b_down"])
@@ -179,7 +158,7 @@ def test_oai_parameters(limit, alpha):
 def test_one_bias(dtype, one_bias):
     call = ffn_operands(SMALL, 15, 22, dtype, bias=True)
     del call[{"b_gate_up": "b_down", "b_down": "b_gate_up"}[one_bias]]
-    check(call)
+    check_moe_ffn(call)
 
 
 @pytest.mark.parametrize("weights_dtype", DTYPES, ids=short)
@@ -191,13 +170,13 @@ def test_weights_of_any_dtype(dtype, weights_dtype):
     if weights_dtype == torch.float64:
         # Computed in fp32, so its fp64 gradient cannot meet the bound of an fp64 op.
         wrt.remove("topk_weights")
-    check(call, wrt)
+    check_moe_ffn(call, wrt)
 
 
-@pytest.mark.parametrize("wanted", FLOATS)
+@pytest.mark.parametrize("wanted", FFN_FLOATS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=short)
 def test_one_gradient_at_a_time(dtype, wanted):
-    check(ffn_operands(SMALL, 9, 12, dtype, bias=True), [wanted])
+    check_moe_ffn(ffn_operands(SMALL, 9, 12, dtype, bias=True), [wanted])
 
 
 @pytest.mark.parametrize("on_input", [False, True], ids=["output", "input"])
@@ -210,7 +189,7 @@ def test_small_float16_gradients(sizes, activation, on_input):
     2^-14."""
     call = ffn_operands(Routing(40, 3, 2, "dropped"), *sizes, torch.float16, activation=activation)
     call["apply_router_weight_on_input"] = on_input
-    wide = {k: v.double() if k in FLOATS else v for k, v in call.items()}
+    wide = {k: v.double() if k in FFN_FLOATS else v for k, v in call.items()}
     grad_y = (2.0**-18 * torch.randn(call["x"].shape)).half()
     x = call["x"].clone().requires_grad_()
     (grad,) = torch.autograd.grad(moe_ops.moe_ffn(**{**call, "x": x}), x, grad_y)
@@ -257,19 +236,19 @@ def test_inference_and_training_agree(dtype):
 
 
 @pytest.mark.parametrize("view", [*VIEWS, "step2_last"])
-@pytest.mark.parametrize("name", FLOATS)
+@pytest.mark.parametrize("name", FFN_FLOATS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=short)
 def test_views(dtype, name, view):
     call = ffn_operands(SMALL, 11, 14, dtype, bias=True)
     call[name] = as_strided_copy(call[name], view)
-    check(call, grad_view=view)
+    check_moe_ffn(call, grad_view=view)
 
 
 @pytest.mark.parametrize("view", ["transposed", "step2", "step2_last", "offset", "expanded"])
 def test_id_views(view):
     call = ffn_operands(SMALL, 11, 14, torch.float32)
     call["topk_ids"] = as_strided_copy(call["topk_ids"], view)
-    check(call)
+    check_moe_ffn(call)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
@@ -278,7 +257,7 @@ def test_weights_stored_transposed(dtype):
     call = ffn_operands(SMALL, 17, 20, dtype, activation="swiglu_oai", bias=True)
     for name in ("w_gate_up", "w_down"):
         call[name] = as_strided_copy(call[name], "transposed")
-    check({**call, "interleaved": True})
+    check_moe_ffn({**call, "interleaved": True})
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
@@ -670,7 +649,7 @@ def test_bad_input(training, change, name, got, bad_input):
         moe_ops.moe_ffn(**{**call, **change})
 
 
-@pytest.mark.parametrize("name", [*FLOATS, "topk_ids"])
+@pytest.mark.parametrize("name", [*FFN_FLOATS, "topk_ids"])
 def test_tensor_on_another_device(name, bad_input):
     call = ffn_operands(Routing(6, 4, 2), 5, 7, torch.float32, bias=True)
     call[name] = call[name].to("meta")

@@ -28,6 +28,7 @@ from moe_ops.testing import (
     assert_identical,
     check_grouped_gemm_fp8,
     check_moe_ffn_fp8,
+    differentiable,
     eps,
     gated_act_magnitude,
     moe_ffn_in_integers,
@@ -334,8 +335,6 @@ def moe_linear_reduce(case: Case) -> None:
 
 # ------------------------------------------------------------------------------------ whole blocks
 
-FFN_WRT = ("x", "w_gate_up", "w_down", "topk_weights", "b_gate_up", "b_down")
-
 
 def moe_ffn(case: Case) -> None:
     call = ffn_call(case)
@@ -349,7 +348,7 @@ def moe_ffn(case: Case) -> None:
         moe_ops.moe_ffn,
         reference.moe_ffn,
         call,
-        [name for name in FFN_WRT if name in call],
+        differentiable(call),
         magnitude=moe_ffn_magnitude,
         lengths={"": max(h, 2 * i) + 1, "w_gate_up": slots, "w_down": slots, "topk_weights": h * i},
         steps=2,
