@@ -221,7 +221,15 @@ def _cpu() -> list[Finding]:
     supported = ", ".join(_C.supported_isas())
     text = f"using {active}, detected {detected}, supported here: {supported}"
     forced = os.environ.get("MOE_OPS_CPU_ISA")
-    if _C.isa_warning():
+    failing = _C.failing_kernel(active)
+    if failing is not None:
+        finding = Finding(
+            "cpu",
+            "fail",
+            f"{text}; the {active} kernels fail their self-test ({failing})",
+            _REINSTALL,
+        )
+    elif _C.isa_warning():
         finding = Finding("cpu", "warning", f"{text}; {_C.isa_warning()}", "Unset MOE_OPS_CPU_ISA.")
     elif active != detected:
         finding = Finding(

@@ -294,6 +294,35 @@ def test_isa(isa):
     assert run.stdout.split() == ["done"]
 
 
+BROKEN_KERNELS = """
+import sys
+import torch
+from moe_ops import _C
+
+isa = sys.argv[1]
+assert _C.failing_kernel(isa) is None
+entries = _C.kernel_entries(isa)
+assert len(entries) > 200
+print([entry for entry in entries if _C.failing_kernel(isa, entry) is None])
+"""
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_the_self_test_calls_every_kernel(isa):
+    """What is tested at import notices each entry of a target's tables that does nothing."""
+    if isa not in _C.supported_isas():
+        pytest.skip(f"this machine runs {', '.join(_C.supported_isas())}, not {isa}")
+    if isa == "portable":
+        pytest.skip("the others are compared with it")
+    path = os.pathsep.join(path for path in sys.path if path)
+    run = subprocess.run(
+        [sys.executable, "-c", BROKEN_KERNELS, isa], env={**os.environ, "PYTHONPATH": path},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-4000:]
+    assert run.stdout.strip() == "[]", "entries that no call reaches (word of Tables)"
+
+
 def test_the_best_isa_is_used_unless_told_otherwise():
     if os.environ.get("MOE_OPS_CPU_ISA"):
         pytest.skip("MOE_OPS_CPU_ISA is set")

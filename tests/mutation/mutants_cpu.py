@@ -146,7 +146,7 @@ FAMILIES: dict[str, Family] = {
             "ops/test_moe_ffn.py",
         ),
         of(
-            "gemm/gemv_blocked.h",
+            "gemm/gemv.h",
             ("blocks of k not added up, widened", "b > 0", "false", 0),
             ("blocks of k not added up", "b > 0", "false", 1),
             ("last columns missed", "n % F", "int64_t{0}"),
@@ -368,7 +368,7 @@ FAMILIES: dict[str, Family] = {
             ("gathered rows read as they lie", "rows.index != nullptr ? rows.index[r] : r", "r"),
         )
         + of(
-            "gemm/items.h",
+            "gemm/heuristics.h",
             (
                 "a column lost between two items",
                 "std::min(last, f + features)",

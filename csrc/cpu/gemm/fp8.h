@@ -7,7 +7,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "cpu/gemm/items.h"
+#include "cpu/gemm/heuristics.h"
 #include "cpu/gemm/pack_b.h"
 #include "cpu/kernels/fp8.h"
 #include "moe_ops/grouped_gemm_fp8.h"

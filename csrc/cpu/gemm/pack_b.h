@@ -1,7 +1,7 @@
 // GEMM with copies of blocks of weights: B^T transposed into panels, or row-major B.
 #pragma once
 
-#include "cpu/gemm/items.h"
+#include "cpu/gemm/heuristics.h"
 
 namespace moe_ops::cpu {
 

@@ -1,7 +1,7 @@
 // GEMM on weights that were packed ahead of time (prepack.h): no copying of weights.
 #pragma once
 
-#include "cpu/gemm/items.h"
+#include "cpu/gemm/heuristics.h"
 #include "cpu/gemm/prepack.h"
 
 namespace moe_ops::cpu {
@@ -9,9 +9,6 @@ namespace moe_ops::cpu {
 // How far ahead of itself a tile prefetches panels at least, from memory into L2: at 40 GB/s, 8 KiB
 // are twice the latency of a DRAM.
 constexpr int64_t kPanelPrefetch = 8192;
-// Most rows of an expert for which streams of panels prefetch. With more, sums in two panels at
-// once leave the hardware prefetcher time.
-constexpr int64_t kStreamPrefetchRows = 3;
 
 template <class Op, class T, class Epilogue>
 void packed_b_item(const GemmDesc<T>& d, const GemmKernels<T>& k, const GemmItem& it,

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cpu/gemm/gemv.h"
-#include "cpu/gemm/items.h"
+#include "cpu/gemm/heuristics.h"
 
 namespace moe_ops::cpu {
 

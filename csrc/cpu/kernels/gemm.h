@@ -30,6 +30,9 @@ constexpr int64_t kGemvFeatures = 4;
 constexpr int kOuterRows = 4;
 // Most rows of C for which several packed panels are read at once.
 constexpr int kMaxStreamRows = 5;
+// And for which they prefetch: with more, sums in two panels at once leave the hardware prefetcher
+// time.
+constexpr int kStreamPrefetchRows = 3;
 // Of an AMX core's 8 tiles, 6 hold sums of tokens; the others hold one operand each.
 constexpr int kAmxTokenTiles = 6;
 
@@ -144,7 +147,8 @@ struct PackedGemmKernels {
   void (*widen[4])(int64_t kc, const void* panel, T* dst);
   int widen_tiles[4];
   // The same for m <= stream_rows rows and num_streams[m - 1] panels at once, `stride` bytes apart:
-  // sums of panel s go to out.c[s]. Index: [prefetches `distance` bytes ahead][m - 1].
+  // sums of panel s go to out.c[s]. Index: [prefetches `distance` bytes ahead][m - 1]; null where m
+  // > kStreamPrefetchRows would prefetch.
   struct Panels {
     const void* first;
     int64_t stride, distance;

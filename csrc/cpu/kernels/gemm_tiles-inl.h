@@ -314,6 +314,8 @@ void fill_packed(typename PackedGemmKernels<T>::Tile* tile,
     tile[M - 1] = &packed_tile<T, S, M>;
     if constexpr (M <= kStreamRows) {
       streams[false][M - 1] = &packed_streams<T, S, M, false>;
+    }
+    if constexpr (M <= kStreamRows && M <= kStreamPrefetchRows) {
       streams[true][M - 1] = &packed_streams<T, S, M, true>;
     }
     fill_packed<T, S, M + 1>(tile, streams);

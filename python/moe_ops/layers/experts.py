@@ -18,7 +18,7 @@ from moe_ops.ops import gated_act, moe_linear_map, moe_linear_reduce
 from moe_ops.ops.dense_ffn import dense_ffn
 
 from .dense import fits_dense_ffn, grouped_linear, mix_outputs, segments
-from .invariant import linear, plain_activation
+from .functional import linear, plain_activation
 from .surgery import experts as surgery
 
 GATED_ACTIVATIONS = ("swiglu", "geglu", "geglu_tanh", "reglu", "swiglu_oai")

@@ -16,11 +16,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..functional import router_logits
 from ..recompute import in_backward
 from ..routing import Routing, drop_masked, mask_logits, valid_ids
 from ..stats import count_tokens_per_expert
 from ..surgery import router_rows as surgery
-from .linear import router_logits
 from .options import check, options_of
 from .presets import PRESETS
 

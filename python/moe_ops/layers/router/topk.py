@@ -13,9 +13,9 @@ from torch import Tensor
 from moe_ops.ops import topk_router
 from moe_ops.ops._linear_topk import linear_topk_router
 
+from ..functional import router_linear_operands, use_router_linear
 from ..routing import Routing
 from .base import Router
-from .linear import router_linear_operands, use_router_linear
 from .options import check, check_score_func
 
 
