@@ -27,9 +27,10 @@ from sm90_mutants import (
     sub,
     wait_before,
 )
+from tests.helpers.ffn import ffn_operands
 
 import moe_ops
-from moe_ops.testing import Routing, ffn_operands, use_simulator
+from moe_ops.testing import Routing, use_simulator
 
 BOX = r"(cp\.async\.bulk\.tensor\.3d[^;]*?\{%r\d+, )(%r\d+)(, %r\d+\}[^;]*;)"
 COPY = r"cp\.async\.cg\.shared\.global[^;]*;"

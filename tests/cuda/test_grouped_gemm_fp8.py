@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.helpers.fp8 import check_grouped_gemm_fp8, fp8_gemm_operands
 
 import moe_ops
-from moe_ops.testing import assert_identical, check_grouped_gemm_fp8, fp8_gemm_operands, short
+from moe_ops.testing import assert_identical, short
 
 TILES = ("2x128x128", "128x128", "64x128")
 KERNELS = (*TILES, "generic")
@@ -185,8 +186,9 @@ def test_mutants_are_noticed(simulator):
     """Waits, fences, arrivals, counts, coordinates and scales of the compiled kernels, broken one
     at a time (fp8_mutants.py)."""
     script = Path(__file__).with_name("fp8_mutants.py")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     done = subprocess.run(
-        [sys.executable, str(script)], capture_output=True, text=True, env=dict(os.environ)
+        [sys.executable, str(script)], capture_output=True, text=True, env=environment
     )
     assert done.returncode == 0, done.stderr
     noticed = json.loads(done.stdout)

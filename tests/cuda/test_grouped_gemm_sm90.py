@@ -12,17 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.helpers.ffn import ffn_operands
 
 import moe_ops
 from moe_ops import reference
-from moe_ops.testing import (
-    Routing,
-    assert_close_by_norm,
-    check_against_reference,
-    eps,
-    ffn_operands,
-    short,
-)
+from moe_ops.testing import Routing, assert_close_by_norm, check_against_reference, eps, short
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.helpers.ffn import ffn_operands
 
 import moe_ops
-from moe_ops.testing import Routing, ffn_operands, short
+from moe_ops.testing import Routing, short
 
 ROUTING = Routing(21, 5, 2, "dropped")
 

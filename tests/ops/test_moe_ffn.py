@@ -5,23 +5,19 @@ import concurrent.futures
 import pytest
 import torch
 import torch.utils.checkpoint
+from tests.helpers.ffn import FFN_FLOATS, check_moe_ffn, differentiable, ffn_operands
 
 import moe_ops
 from moe_ops import reference
+from moe_ops.ops.gated_act import GATED_ACTIVATIONS, PLAIN_ACTIVATIONS
 from moe_ops.testing import (
     DTYPES,
     EMPTY_ROUTINGS,
-    FFN_FLOATS,
-    GATED_ACTIVATIONS,
-    PLAIN_ACTIVATIONS,
     ROUTINGS,
     VIEWS,
     Routing,
     as_strided_copy,
     assert_identical,
-    check_moe_ffn,
-    differentiable,
-    ffn_operands,
     short,
 )
 

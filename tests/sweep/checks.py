@@ -13,29 +13,25 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from tests.helpers.ffn import differentiable, gated_act_magnitude, moe_ffn_magnitude
+from tests.helpers.fp8 import check_grouped_gemm_fp8, check_moe_ffn_fp8
+from tests.helpers.logits import random_logits
+from tests.helpers.quantized import moe_ffn_in_integers, quantized
 from torch import Tensor
 
 import moe_ops
 from moe_ops import _C, reference
 from moe_ops.numerics import batch_invariant
+from moe_ops.ops.gated_act import GATED_ACTIVATIONS
 from moe_ops.quant import quantize_fp8_blocks
 from moe_ops.testing import (
-    GATED_ACTIVATIONS,
     absolute,
     acc_dtype,
     as_strided_copy,
     assert_close_by_norm,
     assert_identical,
-    check_grouped_gemm_fp8,
-    check_moe_ffn_fp8,
-    differentiable,
     eps,
-    gated_act_magnitude,
-    moe_ffn_in_integers,
-    moe_ffn_magnitude,
     poisoned,
-    quantized,
-    random_logits,
     run_with_grads,
     widened,
 )
@@ -449,7 +445,7 @@ def moe_ffn_fp8(case: Case) -> None:
 
 
 def grouped_gemm_fp8(case: Case) -> None:
-    from moe_ops.testing import fp8_gemm_operands
+    from tests.helpers.fp8 import fp8_gemm_operands
 
     dtype = DTYPES[case["dtype"]]
     bias = dtype if case.get("bias", 0) else None
