@@ -13,11 +13,10 @@ from moe_ops.ops._autograd import direct_call, register_autograd, register_no_do
 from moe_ops.ops._checks import (
     accumulate_dtype,
     check,
-    check_dim,
+    check_choice,
     check_float,
     check_index,
     check_same_device,
-    check_size,
 )
 from moe_ops.ops._library import register_fake
 
@@ -101,8 +100,7 @@ def topk_router(
 
 
 def check_router_logits(op: str, router_logits: Tensor) -> None:
-    check_float(op, "router_logits", router_logits)
-    check_dim(op, "router_logits", router_logits, 2, "[T, E]")
+    check_float(op, "router_logits", router_logits, "[T, E]")
     check(
         router_logits.shape[1] >= 1,
         f"{op}: router_logits must be [T, E] with at least one expert, "
@@ -111,10 +109,7 @@ def check_router_logits(op: str, router_logits: Tensor) -> None:
 
 
 def check_score_func(op: str, score_func: str) -> None:
-    check(
-        score_func in ("softmax", "sigmoid"),
-        f"{op}: score_func must be one of softmax, sigmoid, got '{score_func}'.",
-    )
+    check_choice(op, "score_func", score_func, ("softmax", "sigmoid"))
 
 
 def check_scaling_factor(op: str, factor: float) -> None:
@@ -137,13 +132,9 @@ def fake_router_gradient(
     routed_scaling_factor: float,
 ) -> Tensor:
     check_router_logits(op, router_logits)
-    check_index(op, "topk_ids", topk_ids)
-    check_dim(op, "topk_ids", topk_ids, 2, "[T, K]")
-    check_size(op, "topk_ids", topk_ids, 0, router_logits.shape[0], "T")
-    check_float(op, "grad_weights", grad_weights)
-    check_dim(op, "grad_weights", grad_weights, 2, "[T, K]")
-    check_size(op, "grad_weights", grad_weights, 0, topk_ids.shape[0], "T")
-    check_size(op, "grad_weights", grad_weights, 1, topk_ids.shape[1], "K")
+    check_index(op, "topk_ids", topk_ids, "[T, K]", T=router_logits.shape[0])
+    num_tokens, top_k = topk_ids.shape
+    check_float(op, "grad_weights", grad_weights, "[T, K]", T=num_tokens, K=top_k)
     check_scaling_factor(op, routed_scaling_factor)
     check_same_device(op, router_logits=router_logits, topk_ids=topk_ids, grad_weights=grad_weights)
     return router_logits.new_empty(tuple(router_logits.shape))
@@ -170,10 +161,7 @@ def _(
     )
     check_score_func(op, score_func)
     check_scaling_factor(op, routed_scaling_factor)
-    check(
-        group_score in ("max", "top2_sum"),
-        f"{op}: group_score must be one of max, top2_sum, got '{group_score}'.",
-    )
+    check_choice(op, "group_score", group_score, ("max", "top2_sum"))
     check(
         num_groups >= 1 and num_experts % num_groups == 0,
         f"{op}: num_groups must divide the {num_experts} experts, got {num_groups}.",
@@ -194,10 +182,7 @@ def _(
         f"{op}: top_k must be at most {num_topk_groups * group_size}, "
         f"the experts in {num_topk_groups} of the groups, got {top_k}.",
     )
-    if expert_bias is not None:
-        check_float(op, "expert_bias", expert_bias)
-        check_dim(op, "expert_bias", expert_bias, 1, "[E]")
-        check_size(op, "expert_bias", expert_bias, 0, num_experts, "E")
+    check_float(op, "expert_bias", expert_bias, "[E]", E=num_experts)
     check_same_device(op, router_logits=router_logits, expert_bias=expert_bias)
     return fake_router_outputs(router_logits, top_k)
 
