@@ -105,6 +105,11 @@ def check_choice(op: str, name: str, value: str, choices: Sequence[str]) -> None
     check(value in choices, f"{op}: {name} must be one of {', '.join(choices)}, got '{value}'.")
 
 
+def check_positive(name: str, **sizes: int) -> None:
+    for what, size in sizes.items():
+        check(size >= 1, f"{name}: {what} must be at least 1, got {size}.")
+
+
 def check_same_device(op: str, **tensors: Tensor | None) -> None:
     """A fake implementation must refuse what the real one cannot run."""
     first_name, first = next((n, t) for n, t in tensors.items() if t is not None)

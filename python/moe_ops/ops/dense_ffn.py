@@ -17,11 +17,11 @@ from moe_ops.ops._autograd import (
 )
 from moe_ops.ops._checks import (
     accumulate_dtype,
-    check,
     check_choice,
     check_float,
     check_index,
     check_like,
+    check_positive,
     check_same_device,
     check_size,
     check_tensor,
@@ -87,7 +87,7 @@ def _check(
     check_float(op, "x", x, "[T, G, H]")
     check_like(op, "w_up", w_up, "x", x, "[E, I, H]")
     num_experts, width, _ = w_up.shape
-    check(num_experts >= 1, f"{op}: num_experts must be at least 1, got {num_experts}.")
+    check_positive(op, num_experts=num_experts)
     check_size(op, "w_up", w_up, 2, x.shape[2], "H")
     check_like(op, "w_down", w_down, "x", x, "[E, O, I]", E=num_experts, I=width)
     check_index(op, "input_ids", input_ids, "[E]", E=num_experts)

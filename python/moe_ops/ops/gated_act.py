@@ -73,14 +73,7 @@ def check_activation(
 
 
 @register_fake("gated_act")
-def _(
-    gate_up: Tensor,
-    activation: str = "swiglu",
-    *,
-    interleaved: bool = False,
-    alpha: float = 1.702,
-    limit: float = 7.0,
-) -> Tensor:
+def _(gate_up: Tensor, activation: str, interleaved: bool, alpha: float, limit: float) -> Tensor:
     op = "gated_act"
     check_float(op, "gate_up", gate_up)
     check_activation(op, activation, alpha, limit, True)

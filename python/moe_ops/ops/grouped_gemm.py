@@ -92,7 +92,7 @@ def grouped_sum(rows: Tensor, expert_offsets: Tensor) -> Tensor:
 
 
 @register_fake("grouped_gemm")
-def _(a: Tensor, b: Tensor, expert_offsets: Tensor, bias: Tensor | None = None) -> Tensor:
+def _(a: Tensor, b: Tensor, expert_offsets: Tensor, bias: Tensor | None) -> Tensor:
     op = "grouped_gemm"
     check_float(op, "a", a, "[N, K]")
     check_like(op, "b", b, "a", a, "[E, O, K]", K=a.shape[1])

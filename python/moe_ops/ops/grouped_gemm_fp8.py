@@ -91,7 +91,7 @@ def _(
     b_scale: Tensor,
     expert_offsets: Tensor,
     out_dtype: torch.dtype,
-    bias: Tensor | None = None,
+    bias: Tensor | None,
 ) -> Tensor:
     check_tensor(_OP, "a", a, (FP8,), "[N, K]")
     check_tensor(_OP, "a_scale", a_scale, (torch.float32,), "[N, ceil(K / 128)]", N=a.shape[0])

@@ -22,6 +22,7 @@ from moe_ops.ops._checks import (
     check_dtype,
     check_float,
     check_like,
+    check_positive,
     check_same_device,
     check_shape,
     dtype_name,
@@ -99,7 +100,7 @@ def _check(
 ) -> None:
     check_float(op, "outputs", outputs, "[T, E, O]")
     tokens, experts, features = outputs.shape
-    check(experts >= 1, f"{op}: num_experts must be at least 1, got {experts}.")
+    check_positive(op, num_experts=experts)
     check_like(op, "weights", weights, "outputs", outputs, "[T, M, E]", T=tokens, E=experts)
     check_choice(op, "activation", activation, MIX_ACTIVATIONS)
     if factor is not None:

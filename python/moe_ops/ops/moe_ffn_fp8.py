@@ -95,13 +95,13 @@ def _(
     w_down_scale: Tensor,
     topk_weights: Tensor,
     topk_ids: Tensor,
-    b_gate_up: Tensor | None = None,
-    b_down: Tensor | None = None,
-    activation: str = "swiglu",
-    interleaved: bool = False,
-    apply_router_weight_on_input: bool = False,
-    alpha: float = 1.702,
-    limit: float = 7.0,
+    b_gate_up: Tensor | None,
+    b_down: Tensor | None,
+    activation: str,
+    interleaved: bool,
+    apply_router_weight_on_input: bool,
+    alpha: float,
+    limit: float,
 ) -> Tensor:
     check_activation(_OP, activation, alpha, limit, False)
     check_index(_OP, "topk_ids", topk_ids, "[T, K]")

@@ -104,7 +104,7 @@ def packed_bytes_of(w: Tensor, halves: bool) -> int:
 
 
 @register_fake("pack_experts")
-def _(w: Tensor, halves: bool = False) -> Tensor:
+def _(w: Tensor, halves: bool) -> Tensor:
     op = "pack_experts"
     check_float(op, "w", w, "[E, O, K]")
     check(

@@ -69,7 +69,7 @@ def _check(op: str, t: Tensor, cos: Tensor, sin: Tensor) -> None:
 
 
 @register_fake("rotary")
-def _(t: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> Tensor:
+def _(t: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
     _check("rotary", t, cos, sin)
     return t.new_empty(tuple(t.shape))
 

@@ -12,10 +12,10 @@ from moe_ops.ops._autocast import register_autocast
 from moe_ops.ops._autograd import direct_call, needs_input_grad, only_needed, register_autograd
 from moe_ops.ops._checks import (
     accumulate_dtype,
-    check,
     check_dtype,
     check_float,
     check_like,
+    check_positive,
     check_same_device,
     check_shape,
     new_if,
@@ -64,7 +64,7 @@ def _check(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     check_float(op, "x", x, "[T, H]")
     check_like(op, "weight", weight, "x", x, "[E, H]", H=x.shape[1])
     num_experts = weight.shape[0]
-    check(num_experts >= 1, f"{op}: num_experts must be at least 1, got {num_experts}.")
+    check_positive(op, num_experts=num_experts)
     check_like(op, "bias", bias, "x", x, "[E]", E=num_experts)
     check_same_device(op, x=x, weight=weight, bias=bias)
 
@@ -75,12 +75,7 @@ def _check_logits_dtype(op: str, name: str, dtype: torch.dtype, x: Tensor) -> No
 
 
 @register_fake("router_linear")
-def _(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    logits_dtype: torch.dtype | None = None,
-) -> Tensor:
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, logits_dtype: torch.dtype | None) -> Tensor:
     _check("router_linear", x, weight, bias)
     dtype = logits_dtype or x.dtype
     _check_logits_dtype("router_linear", "logits_dtype", dtype, x)
@@ -89,12 +84,7 @@ def _(
 
 @register_fake("router_linear_bwd")
 def _(
-    grad_logits: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    need_x: bool,
-    need_weight: bool,
-    need_bias: bool,
+    grad_logits: Tensor, x: Tensor, weight: Tensor, need_x: bool, need_weight: bool, need_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     op = "router_linear_bwd"
     _check(op, x, weight, None)

@@ -21,7 +21,6 @@ from moe_ops.ops._checks import (
 from moe_ops.ops._library import register_fake
 
 _topk_router = direct_call("topk_router")
-_topk_router_bwd = direct_call("topk_router_bwd")
 
 
 def topk_router(
@@ -144,14 +143,14 @@ def fake_router_gradient(
 def _(
     router_logits: Tensor,
     top_k: int,
-    score_func: str = "softmax",
-    topk_first: bool = False,
-    renormalize: bool = False,
-    routed_scaling_factor: float = 1.0,
-    expert_bias: Tensor | None = None,
-    num_groups: int = 1,
-    num_topk_groups: int = 1,
-    group_score: str = "max",
+    score_func: str,
+    topk_first: bool,
+    renormalize: bool,
+    routed_scaling_factor: float,
+    expert_bias: Tensor | None,
+    num_groups: int,
+    num_topk_groups: int,
+    group_score: str,
 ) -> tuple[Tensor, Tensor]:
     op = "topk_router"
     check_router_logits(op, router_logits)
@@ -202,19 +201,21 @@ def _(
     return fake_router_gradient(op, grad_weights, router_logits, topk_ids, routed_scaling_factor)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    router_logits, _, score_func, topk_first, renormalize, routed_scaling_factor, *_ = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(router_logits, output[1])
-    ctx.arguments = (score_func, topk_first, renormalize, routed_scaling_factor)
+def register_router(op: str, used: slice) -> None:
+    """The rules of a router whose backward takes the logits, the ids and these of its arguments."""
+    bwd = direct_call(f"{op}_bwd")
+
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(inputs[0], output[1])
+        ctx.arguments, ctx.num_others = inputs[used], len(inputs) - 1
+
+    def backward(ctx: Any, grad_weights: Tensor, _: Tensor | None) -> tuple[Any, ...]:
+        return bwd(grad_weights, *ctx.saved_tensors, *ctx.arguments), *(None,) * ctx.num_others
+
+    register_autograd(op, backward, setup)
+    register_no_double_backward(f"{op}_bwd")
+    register_autocast(op, ["router_logits"], torch.float32)
 
 
-def _backward(ctx: Any, grad_weights: Tensor, _: Tensor | None) -> tuple[Any, ...]:
-    router_logits, topk_ids = ctx.saved_tensors
-    grad_logits = _topk_router_bwd(grad_weights, router_logits, topk_ids, *ctx.arguments)
-    return grad_logits, *(None,) * 9
-
-
-register_autograd("topk_router", _backward, _setup)
-register_no_double_backward("topk_router_bwd")
-register_autocast("topk_router", ["router_logits"], torch.float32)
+register_router("topk_router", slice(2, 6))
