@@ -124,9 +124,7 @@ def expert_ffn(
     b_down: Tensor | None = None,
     activation: str = "swiglu",
     interleaved: bool = False,
-    apply_router_weight_on_input: bool = False,
-    alpha: float = 1.702,
-    limit: float = 7.0,
+    **rest: Any,
 ) -> Tensor:
     """moe_ffn with the weights of `bank`, from packed copies where it has them or makes them now.
 
@@ -137,9 +135,7 @@ def expert_ffn(
         "b_down": b_down,
         "activation": activation,
         "interleaved": interleaved,
-        "apply_router_weight_on_input": apply_router_weight_on_input,
-        "alpha": alpha,
-        "limit": limit,
+        **rest,
     }
     copies = None
     if not torch.compiler.is_compiling():
