@@ -1,4 +1,4 @@
-"""Shared by the tests and the benchmarks: cases, generators, odd views, poisoned memory, bounds.
+"""Comparing an op with its reference: odd views of tensors, poisoned memory, bounds of rounding.
 
 Bounds come from the operands: an op is compared with its fp64 reference, and the allowed error of
 each element is a small multiple of eps times the same computation on absolute values. No absolute
@@ -8,8 +8,6 @@ tolerance is ever chosen by hand.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -17,52 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_ops._private_torch import has_kernel, registered_ops
-from moe_ops.ops._library import cpu_only_ops
-
-from . import _C, reference
+from . import _C
 from .reference._common import acc_dtype as acc_dtype
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 ID_DTYPES = (torch.int32, torch.int64)
 VIEWS = ("contiguous", "transposed", "offset", "step2", "expanded")
-
-# Ids that no number of experts makes valid. The last three become small valid ids when an int64 is
-# cut down to 32 bits.
-OUT_OF_RANGE_IDS = (-1, -2, -(2**31), 2**31 - 1)
-OUT_OF_RANGE_IDS_64 = (2**32, 2**32 + 1, -(2**32) + 1)
-
-
-_simulator: torch.library.Library | None = None
-
-
-def use_simulator() -> None:
-    """From now on, ``torch.ops.moe_ops`` runs the CUDA kernels on CPU tensors, on the simulator
-    that stands in for the CUDA runtime. Autograd, fake and autocast rules stay what they are.
-
-    Raises:
-        RuntimeError: this build is not one with MOE_OPS_CUDART=shared, or lacks a kernel.
-    """
-    global _simulator
-    if _simulator is not None:
-        return
-    if "shared" not in _C.build_info()["cuda"]:
-        raise RuntimeError(
-            "use_simulator: this build has no CUDA kernels for a simulator: build with "
-            "MOE_OPS_CUDA=on and MOE_OPS_CUDART=shared (make test-sim does)."
-        )
-    names = registered_ops("moe_ops_sim")
-    kernels = {name for name in names if has_kernel(f"moe_ops_sim::{name}", "cpu")}
-    missing = sorted(set(names) - kernels - set(cpu_only_ops))
-    if missing:
-        raise RuntimeError(f"use_simulator: no CUDA kernel for {', '.join(missing)}.")
-    library = torch.library.Library("moe_ops", "IMPL")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*overrid", category=UserWarning)
-        for name in sorted(kernels):
-            overload = getattr(torch.ops.moe_ops_sim, name).default
-            library.impl(name, overload, "CPU", allow_override=True)
-    _simulator = library
 
 
 def short(dtype: torch.dtype) -> str:
@@ -76,89 +34,6 @@ def short(dtype: torch.dtype) -> str:
 def seed_from(node_id: str) -> int:
     """A seed from the test's own name, so that a test run alone sees what it saw in the crowd."""
     return zlib.crc32(node_id.encode())
-
-
-# ---------------------------------------------------------------------------------------- routing
-
-
-@dataclasses.dataclass(frozen=True)
-class Routing:
-    """How slots fall on experts.
-
-    kind: uniform, skewed (Zipf), one_expert, half_empty (odd experts get nothing), last_only (all
-    but the last expert empty), dropped (about a third of the slots are -1), out_of_range (about a
-    third hold assorted invalid ids), all_dropped, repeated (a token may name an expert twice).
-    """
-
-    num_tokens: int
-    num_experts: int
-    top_k: int
-    kind: str = "uniform"
-    id_dtype: torch.dtype = torch.int32
-
-    def __str__(self) -> str:
-        return (
-            f"T{self.num_tokens}E{self.num_experts}K{self.top_k}-{self.kind}-{short(self.id_dtype)}"
-        )
-
-    @property
-    def num_slots(self) -> int:
-        return self.num_tokens * self.top_k
-
-    def ids(self) -> Tensor:
-        """topk_ids [T, K] drawn from the global generator."""
-        t, e, k = self.num_tokens, self.num_experts, self.top_k
-        if self.kind in ("one_expert", "last_only", "all_dropped"):
-            value = {"one_expert": e // 2, "last_only": e - 1, "all_dropped": -1}[self.kind]
-            return torch.full((t, k), value, dtype=self.id_dtype)
-        if self.kind == "repeated" or k > e:
-            return torch.randint(e, (t, k)).to(self.id_dtype)
-        popularity = torch.zeros(e)
-        if self.kind == "skewed":
-            popularity = -2.0 * torch.arange(1, e + 1).log()
-        elif self.kind == "half_empty":
-            popularity[1::2] = -1e4
-        # Gumbel top-k: k distinct experts a token, drawn by popularity.
-        gumbel = -torch.empty(t, e).exponential_().log()
-        ids = (popularity + gumbel).argsort(1, descending=True)[:, :k].to(torch.int64)
-        if self.kind == "half_empty" and e > 1:
-            ids = torch.where(ids % 2 == 1, -1, ids)
-        if self.kind in ("dropped", "out_of_range"):
-            invalid = torch.tensor([-1])
-            if self.kind == "out_of_range":
-                wide = OUT_OF_RANGE_IDS_64 if self.id_dtype == torch.int64 else ()
-                invalid = torch.tensor([*OUT_OF_RANGE_IDS, e, e + 1, *wide])
-            drop = torch.rand(t, k) < 1 / 3
-            ids = torch.where(drop, invalid[torch.randint(len(invalid), (t, k))], ids)
-        return ids.to(self.id_dtype)
-
-    def sorted(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(expert_offsets, row_to_slot, slot_to_row) of fresh ids, by the reference."""
-        return reference.sort_slots(self.ids(), self.num_experts)
-
-
-# Few enough to multiply by dtypes, varied enough that each edge of the contract appears.
-ROUTINGS = (
-    Routing(1, 1, 1),
-    Routing(1, 4, 2, "uniform", torch.int64),
-    Routing(7, 1, 1, "dropped"),
-    Routing(17, 3, 3, "uniform", torch.int64),
-    Routing(33, 8, 2, "skewed"),
-    Routing(31, 8, 2, "half_empty", torch.int64),
-    Routing(29, 5, 2, "out_of_range"),
-    Routing(29, 5, 2, "out_of_range", torch.int64),
-    Routing(65, 6, 1, "last_only"),
-    Routing(9, 4, 2, "one_expert", torch.int64),
-    Routing(13, 4, 3, "all_dropped"),
-    Routing(40, 16, 4, "dropped", torch.int64),
-    Routing(23, 4, 6, "repeated"),
-    Routing(5, 64, 3, "uniform"),
-)
-EMPTY_ROUTINGS = (
-    Routing(0, 4, 2),
-    Routing(0, 1, 1, "uniform", torch.int64),
-    Routing(3, 4, 0),
-)
 
 
 # ------------------------------------------------------------------------------------------ views

@@ -20,8 +20,9 @@ import moe_ops
 from moe_ops import _C, reference
 from moe_ops.ops.gated_act import GATED_ACTIVATIONS, PLAIN_ACTIVATIONS
 from moe_ops.testing import (
-    DTYPES, Routing, acc_dtype, as_strided_copy, assert_identical, check_against_reference, eps,
+    DTYPES, acc_dtype, as_strided_copy, assert_identical, check_against_reference, eps,
 )
+from tests.helpers.routing import Routing
 from tests.helpers.ffn import (
     activation_magnitude, ffn_operands, gated_act_magnitude, moe_ffn_magnitude,
 )

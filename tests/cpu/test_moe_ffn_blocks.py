@@ -9,10 +9,11 @@ from __future__ import annotations
 import pytest
 import torch
 from tests.helpers.ffn import FFN_FLOATS, check_moe_ffn, differentiable, ffn_operands
+from tests.helpers.routing import Routing
 
 import moe_ops
 from moe_ops.ops.gated_act import GATED_ACTIVATIONS, PLAIN_ACTIVATIONS
-from moe_ops.testing import DTYPES, Routing, as_strided_copy, assert_identical, short
+from moe_ops.testing import DTYPES, as_strided_copy, assert_identical, short
 
 pytestmark = pytest.mark.cpu_only
 

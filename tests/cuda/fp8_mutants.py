@@ -28,9 +28,9 @@ from sm90_mutants import (
     wait_before,
 )
 from tests.helpers.fp8 import fp8_gemm_operands
+from tests.helpers.simulator import use_simulator
 
 import moe_ops
-from moe_ops.testing import use_simulator
 
 LOAD_SCALE = r"(ld\.global\.nc\.f32 %f\d+, \[%rd\d+)\]"
 LIMITS = {"sms": 2, "livelock_insts": 3_000_000, "max_insts": 20_000_000, "race": 1}

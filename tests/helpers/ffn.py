@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from tests.helpers.routing import Routing
 from torch import Tensor
 
 from moe_ops import ops, reference
 from moe_ops.ops.gated_act import GATED_ACTIVATIONS, PLAIN_ACTIVATIONS
-from moe_ops.testing import Kwargs, Routing, acc_dtype, check_against_reference
+from moe_ops.testing import Kwargs, acc_dtype, check_against_reference
 
 
 def activation_magnitude(preact: Tensor, activation: str, interleaved: bool = False) -> Tensor:

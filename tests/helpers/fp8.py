@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from tests.helpers.ffn import activation_magnitude, ffn_operands
+from tests.helpers.routing import Routing
 from torch import Tensor
 
 from moe_ops import ops, reference
@@ -15,7 +16,6 @@ from moe_ops.quant import quantize_fp8_blocks
 from moe_ops.reference.gated_act import plain_act
 from moe_ops.testing import (
     Kwargs,
-    Routing,
     absolute,
     assert_close_by_norm,
     assert_same_places,

@@ -6,13 +6,14 @@ from typing import Any
 
 import torch
 from tests.helpers.ffn import ffn_operands, moe_ffn_magnitude
+from tests.helpers.routing import Routing
 from torch import Tensor
 
 from moe_ops import _C, is_batch_invariant, reference
 from moe_ops.ops.gated_act import GATED_ACTIVATIONS
 from moe_ops.reference.gated_act import plain_act
 from moe_ops.reference.moe_ffn_quantized import _dequantized
-from moe_ops.testing import Kwargs, Routing, absolute, widened
+from moe_ops.testing import Kwargs, absolute, widened
 
 # Most tokens of an expert whose products are of integers whatever their dtype (moe_ffn_quantized).
 INTEGER_ROWS = 8

@@ -6,20 +6,12 @@ import pytest
 import torch
 import torch.utils.checkpoint
 from tests.helpers.ffn import FFN_FLOATS, check_moe_ffn, differentiable, ffn_operands
+from tests.helpers.routing import EMPTY_ROUTINGS, ROUTINGS, Routing
 
 import moe_ops
 from moe_ops import reference
 from moe_ops.ops.gated_act import GATED_ACTIVATIONS, PLAIN_ACTIVATIONS
-from moe_ops.testing import (
-    DTYPES,
-    EMPTY_ROUTINGS,
-    ROUTINGS,
-    VIEWS,
-    Routing,
-    as_strided_copy,
-    assert_identical,
-    short,
-)
+from moe_ops.testing import DTYPES, VIEWS, as_strided_copy, assert_identical, short
 
 # (H, I)
 SIZES = (

@@ -14,15 +14,13 @@ from tests.helpers.quantized import (
     rounds_to_bytes,
     slots_of_experts,
 )
+from tests.helpers.routing import EMPTY_ROUTINGS, ROUTINGS, Routing
 
 import moe_ops
 from moe_ops import _C, reference
 from moe_ops.numerics import is_batch_invariant
 from moe_ops.ops.gated_act import GATED_ACTIVATIONS, PLAIN_ACTIVATIONS
 from moe_ops.testing import (
-    EMPTY_ROUTINGS,
-    ROUTINGS,
-    Routing,
     as_strided_copy,
     assert_identical,
     check_against_reference,

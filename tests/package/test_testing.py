@@ -6,13 +6,11 @@ import pytest
 import torch
 from tests.helpers.ffn import moe_ffn_magnitude
 from tests.helpers.logits import decided_logits
+from tests.helpers.routing import EMPTY_ROUTINGS, ROUTINGS, Routing
 
 from moe_ops.testing import (
     DTYPES,
-    EMPTY_ROUTINGS,
-    ROUTINGS,
     VIEWS,
-    Routing,
     acc_dtype,
     as_strided_copy,
     assert_close_by_norm,
