@@ -1,4 +1,7 @@
-"""grouped_gemm and its two companions, grouped_gemm_wgrad and grouped_sum."""
+"""grouped_gemm and its two companions, grouped_gemm_wgrad and grouped_sum.
+
+The file is long because one file has the tests of an op and its companions (test_layout.py).
+"""
 
 from __future__ import annotations
 

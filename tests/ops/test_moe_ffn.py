@@ -1,3 +1,7 @@
+"""moe_ffn. The file is long because the op has many options, layouts and rules, and an op has one
+file of tests (test_layout.py).
+"""
+
 from __future__ import annotations
 
 import concurrent.futures
