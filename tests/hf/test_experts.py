@@ -430,32 +430,30 @@ def test_weights_of_two_dtypes():
     assert (y - expected).norm() <= 4 * torch.finfo(torch.bfloat16).eps * expected.norm()
 
 
-def test_layout_views_share_memory(monkeypatch):
-    experts = make_experts(is_transposed=True, has_bias=True)
-    seen = {}
+@pytest.fixture
+def seen(monkeypatch):
+    """What the last call of moe_ffn was given, by name."""
+    arguments = {}
     original = moe_ops.expert_weights.packing.moe_ffn
 
     def spy(x, w_gate_up, w_down, *args, **kwargs):
-        seen.update(up=w_gate_up, down=w_down)
+        arguments.update(kwargs, up=w_gate_up, down=w_down)
         return original(x, w_gate_up, w_down, *args, **kwargs)
 
     monkeypatch.setattr(moe_ops.expert_weights.packing, "moe_ffn", spy)
+    return arguments
+
+
+def test_layout_views_share_memory(seen):
+    experts = make_experts(is_transposed=True, has_bias=True)
     run(experts, "moe_ops", *operands())
     assert seen["up"].shape == (E, 2 * I, H) and seen["down"].shape == (E, H, I)
     assert seen["up"].data_ptr() == experts.gate_up_proj.data_ptr()
     assert seen["down"].data_ptr() == experts.down_proj.data_ptr()
 
 
-def test_gpt_oss_attributes_reach_the_op(monkeypatch):
+def test_gpt_oss_attributes_reach_the_op(seen):
     experts = draw(GptOssExperts(config(_experts_implementation="moe_ops")))
-    seen = {}
-    original = moe_ops.expert_weights.packing.moe_ffn
-
-    def spy(*args, **kwargs):
-        seen.update(kwargs)
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(moe_ops.expert_weights.packing, "moe_ffn", spy)
     run(experts, "moe_ops", *operands())
     names = ("activation", "interleaved", "alpha", "limit")
     assert [seen[name] for name in names] == ["swiglu_oai", True, 1.3, 0.7]
