@@ -56,9 +56,9 @@ def self_test(device: str = "cpu") -> list[SelfTest]:
     """Every op that has a kernel for the device against the reference on the CPU, forward and
     backward, in fp32; moe_ffn also in bf16, on CUDA the products too."""
     here = [case for case in cases() if device == "cpu" or has_kernel(case.op, device)]
-    halves = ("moe_ffn",) if device == "cpu" else ("moe_ffn", "grouped_gemm", "grouped_gemm_wgrad")
+    in_bf16 = ("moe_ffn",) if device == "cpu" else ("moe_ffn", "grouped_gemm", "grouped_gemm_wgrad")
     return [_run_case(case, device, torch.float32) for case in here] + [
-        _run_case(case, device, torch.bfloat16) for case in here if case.op in halves
+        _run_case(case, device, torch.bfloat16) for case in here if case.op in in_bf16
     ]
 
 

@@ -1,4 +1,4 @@
-"""What this machine can do at most, measured beside the contenders, and the time that follows."""
+"""What this machine can do at most, measured beside the baselines, and the time that follows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from moe_ops import _C
 # Several times the last cache of a server core complex.
 _BUFFER_BYTES = 512 << 20
 # Weights of a small layer stay in a cache from call to call. Larger ones do not: what takes some
-# milliseconds is called once or twice a round, and then other contenders' weights pass.
+# milliseconds is called once or twice a round, and other baselines' weights pass in between.
 _CACHED_BYTES = tuple(n << 19 for n in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32))
 
 
@@ -20,9 +20,9 @@ _CACHED_BYTES = tuple(n << 19 for n in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32))
 class Limits:
     """Rates of `threads` cores together, of the instruction set `isa` that moe_ops uses.
 
-    `bf16_flops` is the rate of the instruction that multiplies bfloat16 pairs where the level has
-    one, else `fp32_flops`: halves are then widened. `read_bytes` is a sequential read of a buffer
-    in memory, four streams a thread, with lines asked for ahead or not, whichever is faster.
+    `bf16_flops` is the rate of the instruction that multiplies bfloat16 pairs where the target has
+    one, else `fp32_flops`: bfloat16 is then widened. `read_bytes` is a sequential read of a buffer
+    in memory, four streams a thread, with or without prefetch, whichever is faster.
     `cached_bytes` has the same for buffers, by their size, that may stay in a cache.
     """
 

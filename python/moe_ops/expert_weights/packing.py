@@ -56,7 +56,8 @@ MEMORY_SHARE = 4
 
 
 class Packable(NamedTuple):
-    """What is packed: [E, 2I, H] or [E, I, H], [E, H, I], and whether the former has halves."""
+    """What is packed: [E, 2I, H] or [E, I, H], [E, H, I], and whether the former
+    is a concatenated gate and up."""
 
     w_gate_up: Tensor
     w_down: Tensor
@@ -252,7 +253,7 @@ def _pack(
     finally:
         with state.lock:
             state.packing = False
-            # The weights may have changed, and the bank been told to forget, in the meantime.
+            # The weights may have changed, or the copies been invalidated, in the meantime.
             if copies is None or state.key != key or _key(weights) != key:
                 copies = None
                 state.invalidate()
