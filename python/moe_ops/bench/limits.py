@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from moe_ops import _C
@@ -56,18 +56,12 @@ class Limits:
 
     def best(self, other: Limits) -> Limits:
         """The larger of each rate: on a machine with company it is nearer to the truth."""
-        sizes = {**self.cached_bytes, **other.cached_bytes}
-        return Limits(
-            self.isa,
-            self.threads,
-            max(self.fp32_flops, other.fp32_flops),
-            max(self.bf16_flops, other.bf16_flops),
-            max(self.read_bytes, other.read_bytes),
-            {
-                size: max(limits.cached_bytes.get(size, 0.0) for limits in (self, other))
-                for size in sorted(sizes)
-            },
-        )
+        names = ("fp32_flops", "bf16_flops", "read_bytes")
+        rates = {name: max(getattr(self, name), getattr(other, name)) for name in names}
+        ours, theirs = self.cached_bytes, other.cached_bytes
+        sizes = sorted({*ours, *theirs})
+        cached = {size: max(ours.get(size, 0.0), theirs.get(size, 0.0)) for size in sizes}
+        return replace(self, **rates, cached_bytes=cached)
 
     def to_dict(self) -> dict[str, Any]:
         sizes = {str(size): rate for size, rate in self.cached_bytes.items()}

@@ -23,6 +23,9 @@ from .dense import fits_dense_ffn, grouped_linear, mix_outputs, segments
 from .invariant import linear, plain_activation
 from .surgery import experts as surgery
 
+# Attributes of a bank that are arguments of moe_ffn.
+ACTIVATION_OPTIONS = ("activation", "interleaved", "alpha", "limit")
+
 
 class Experts(nn.Module):
     """E feed-forward networks of one shape. Stateless: call it as often as you like.
@@ -266,8 +269,8 @@ class Experts(nn.Module):
 
     def config(self) -> dict[str, Any]:
         """The arguments that make a bank like this one: all but num_experts, device and dtype."""
-        names = ("hidden_size", "intermediate_size", "output_size", "activation", "interleaved")
-        config = {name: getattr(self, name) for name in (*names, "alpha", "limit")}
+        names = ("hidden_size", "intermediate_size", "output_size", *ACTIVATION_OPTIONS)
+        config = {name: getattr(self, name) for name in names}
         return {**config, "bias": self.b_down is not None}
 
     def blank(self, num_experts: int, **changes: Any) -> Experts:

@@ -31,7 +31,7 @@ from moe_ops.quant.formats import (
     storage_dtype,
 )
 
-from .experts import Experts, check_activation
+from .experts import ACTIVATION_OPTIONS, Experts, check_activation
 from .surgery.rows import as_ids
 
 _FROZEN = ("w_gate_up", "w_gate_up_scale", "w_down", "w_down_scale", "x_scale")
@@ -231,11 +231,8 @@ class QuantizedExperts(nn.Module):
             x_scale=self.x_scale,
             b_gate_up=None if self.b_gate_up is None else self.b_gate_up.to(x.dtype),
             b_down=None if self.b_down is None else self.b_down.to(x.dtype),
-            activation=self.activation,
-            interleaved=self.interleaved,
             apply_router_weight_on_input=on_input,
-            alpha=self.alpha,
-            limit=self.limit,
+            **_activation_of(self),
         )
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Experts:
@@ -248,12 +245,9 @@ class QuantizedExperts(nn.Module):
             self.num_experts,
             self.hidden_size,
             self.intermediate_size,
-            activation=self.activation,
             bias=self.b_down is not None,
-            interleaved=self.interleaved,
-            alpha=self.alpha,
-            limit=self.limit,
             device="meta",
+            **_activation_of(self),
         )
         target = torch.get_default_dtype() if dtype is None else dtype
         where: dict[str, Any] = {"dtype": target, "device": self.w_down.device}
@@ -314,12 +308,9 @@ class QuantizedExperts(nn.Module):
 
     def config(self) -> dict[str, Any]:
         """The arguments of the class besides num_experts, device and dtype."""
-        names = ("hidden_size", "intermediate_size", "format", "group_size", "activation")
+        names = ("hidden_size", "intermediate_size", "format", "group_size", *ACTIVATION_OPTIONS)
         return {
             **{name: getattr(self, name) for name in names},
-            "interleaved": self.interleaved,
-            "alpha": self.alpha,
-            "limit": self.limit,
             "x_scale": self.x_scale is not None,
             "bias": self.b_down is not None,
         }
@@ -397,6 +388,10 @@ class QuantizedExperts(nn.Module):
         self.move_to_huge_pages()
 
 
+def _activation_of(bank: Any) -> dict[str, Any]:
+    return {name: getattr(bank, name) for name in ACTIVATION_OPTIONS}
+
+
 def _mismatch(name: str, got: Tensor | None, wanted: Tensor) -> str | None:
     frozen = name.rpartition(".")[2] in _FROZEN
     if got is not None and got.shape == wanted.shape:
@@ -439,14 +434,8 @@ class _ExpertsHook(ExpertsHook):
         if not self.reads_packed(module):
             return None
         experts: Any = module
-        names = ("activation", "interleaved", "alpha", "limit")
-        return ExpertWeights(
-            (experts.w_gate_up,),
-            experts.w_down,
-            experts.b_gate_up,
-            experts.b_down,
-            {name: getattr(experts, name) for name in names},
-        )
+        biases = experts.b_gate_up, experts.b_down
+        return ExpertWeights((experts.w_gate_up,), experts.w_down, *biases, _activation_of(experts))
 
     def reads_packed(self, module: nn.Module) -> bool:
         return isinstance(module, Experts) and module.output_size == module.hidden_size

@@ -144,25 +144,11 @@ def _(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @register_fake("mix_experts_bwd")
-def _(
-    grad_y: Tensor,
-    outputs: Tensor,
-    weights: Tensor,
-    factor: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    mean: Tensor | None,
-    var: Tensor | None,
-    activation: str,
-    eps: float,
-    batch: bool,
-    need_weights: bool,
-    need_factor: bool,
-    need_norm_weight: bool,
-    need_norm_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _(grad_y: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     op = "mix_experts_bwd"
-    _check(op, outputs, weights, factor, norm_weight, norm_bias, mean, var, activation, eps)
+    *call, _batch, need_weights, need_factor, need_norm_weight, need_norm_bias = args
+    _check(op, *call)
+    outputs, weights, factor, norm_weight, _, mean, *_ = call
     check(
         norm_weight is None or mean is not None,
         f"{op}: mean must come with norm_weight, got None.",

@@ -235,34 +235,14 @@ def _(*args: Any) -> tuple[Tensor, ...]:
 
 
 @register_fake("moe_ffn_bwd")
-def _fake_bwd(
-    grad_y: Tensor,
-    x: Tensor,
-    w_gate_up: Tensor,
-    w_down: Tensor,
-    topk_weights: Tensor,
-    preact: Tensor,
-    expert_offsets: Tensor,
-    row_to_slot: Tensor,
-    slot_to_row: Tensor,
-    b_down: Tensor | None,
-    activation: str,
-    interleaved: bool,
-    apply_router_weight_on_input: bool,
-    alpha: float,
-    limit: float,
-    need_x: bool,
-    need_w_gate_up: bool,
-    need_w_down: bool,
-    need_topk_weights: bool,
-    need_b_gate_up: bool,
-    need_b_down: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _fake_bwd(grad_y: Tensor, *args: Any) -> tuple[Tensor, ...]:
     op = "moe_ffn_bwd"
-    layer = (x, w_gate_up, w_down, topk_weights, slot_to_row, None, b_down)
-    check_call(op, *layer, activation, interleaved, apply_router_weight_on_input, alpha, limit)
+    x, w_gate_up, w_down, topk_weights, preact, _, _, slot_to_row, b_down, *rest = args
+    options, needs = rest[:5], rest[5:]
+    check_call(op, x, w_gate_up, w_down, topk_weights, slot_to_row, None, b_down, *options)
     for name, t in (("grad_y", grad_y), ("preact", preact)):
         check_dtype(op, name, t.dtype, (x.dtype,), " like x")
+    need_x, need_w_gate_up, need_w_down, need_topk_weights, need_b_gate_up, need_b_down = needs
     return (
         new_if(need_x, x),
         new_if(need_w_gate_up, w_gate_up),

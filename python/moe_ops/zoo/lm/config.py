@@ -171,22 +171,10 @@ def published_rope(config: Fields) -> tuple[float, Yarn | None]:
 
 def publish_rope(theta: float, yarn: Yarn | None) -> dict[str, Any]:
     """The entries of config.json that `published_rope` reads, old and new style."""
-    if yarn is None:
-        return {
-            "rope_theta": theta,
-            "rope_scaling": None,
-            "rope_parameters": {"rope_type": "default", "rope_theta": theta},
-        }
-    fields = {
-        "factor": yarn.factor,
-        "original_max_position_embeddings": yarn.original_context,
-        "beta_fast": yarn.beta_fast,
-        "beta_slow": yarn.beta_slow,
-        "mscale": yarn.mscale,
-        "mscale_all_dim": yarn.mscale_all_dim,
-    }
-    return {
-        "rope_theta": theta,
-        "rope_scaling": {"type": "yarn", **fields},
-        "rope_parameters": {"rope_type": "yarn", "rope_theta": theta, **fields},
-    }
+    kind, fields, scaling = "default", {}, None
+    if yarn is not None:
+        kind, fields = "yarn", dataclasses.asdict(yarn)
+        fields["original_max_position_embeddings"] = fields.pop("original_context")
+        scaling = {"type": kind, **fields}
+    parameters = {"rope_type": kind, "rope_theta": theta, **fields}
+    return {"rope_theta": theta, "rope_scaling": scaling, "rope_parameters": parameters}
