@@ -112,8 +112,8 @@ def cases() -> list[Case]:
         Case("grouped_sum", lambda m, *t: m.grouped_sum(*t), (rows, offsets)),
         Case("moe_ffn", lambda m, *t: m.moe_ffn(*t[:5], b_gate_up=t[5], b_down=t[6]), layer),
         Case("moe_ffn_packed", _packed_ffn, layer, False),
-        # Experts with many tokens, whose weights are widened, and such with few, whose products are
-        # of integers: tokens then have 8 bits.
+        # The weights of experts with many tokens are widened. Those of experts with few tokens are
+        # multiplied as integers, for which tokens are rounded to 8 bits.
         Case("moe_ffn_quantized", _quantized_ffn, _with_int8(layer), False),
         Case(
             "moe_ffn_quantized",

@@ -23,7 +23,7 @@ _SAMPLE_S = 0.01
 _MAX_REPEATS = 200
 # A job that takes longer reads more than a cache holds, or computes longer than reading it takes.
 _SHORT_S = 0.02
-# Of a sample's time; below, waiting is lost in the noise.
+# A share of a sample's time. Waiting that takes less is lost in the noise.
 _WAIT_SHARE = 0.02
 
 

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 from moe_ops._fields import Fields, overridden
 from moe_ops.layers.rotary import Yarn
 
-# As a default: that of the config's field.
+# Given as a default, it stands for the default of the config's field.
 OWN: Any = object()
 
 
@@ -50,7 +50,7 @@ LLAMA_KEYS = {
     "norm_eps": number("rms_norm_eps", default=OWN, least=0),
     "init_std": number("initializer_range", default=OWN, least=0),
 }
-# Of `LatentAttention`.
+# The sizes of `LatentAttention`.
 LATENT_KEYS = {
     "q_rank": size("q_lora_rank", default=None),
     "kv_rank": size("kv_lora_rank"),
