@@ -12,7 +12,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <deque>
 #include <utility>
 #include <vector>
 
@@ -305,7 +304,7 @@ class Calls {
   DType type_, sums_ = accumulate_type(type_);
   int64_t seed_ = 0;
   const char* op_ = nullptr;
-  std::deque<std::vector<char>> operands_;
+  std::vector<std::vector<char>> operands_;
 };
 
 template <class T>
