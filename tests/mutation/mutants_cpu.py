@@ -578,7 +578,7 @@ FAMILIES: dict[str, Family] = {
                 "scales + begin / group * P",
                 "scales",
             ),
-            ("panels: weights without their bias", "four != kInt8", "!(four != kBytes)"),
+            ("panels: weights without their bias", "four != kInt8", "!(four != kInt8)"),
             (
                 "panels: columns of a part lost",
                 "std::min(part, n - part_begin)",
@@ -1364,7 +1364,7 @@ FAMILIES: dict[str, Family] = {
             (
                 "permute: the token before",
                 "p.row_to_slot[r] / top_k",
-                "std::max<int64_t>(p.row_to_token[r] - 1, 0)",
+                "std::max<int64_t>(p.row_to_slot[r] / top_k - 1, 0)",
             ),
         )
         + of(
