@@ -20,6 +20,16 @@ from moe_ops.testing import (
     short,
 )
 
+from ..op_case import OpCase
+
+OP_CASES = {
+    "expert_choice_router": OpCase(
+        lambda s: {"router_logits": s.float(s.t, s.e), "capacity": s.k},
+        free_dims={"router_logits": {0, 1}},
+        bad_arguments={"capacity": (-1, -(2**62)), "score_func": ("", "exp")},
+        too_many_bytes=lambda: moe_ops.expert_choice_router(torch.ones(4).expand(2**60, 4), 4),
+    )
+}
 # (T, E, capacity)
 SIZES = (
     (0, 4, 2),

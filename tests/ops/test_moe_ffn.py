@@ -25,6 +25,22 @@ from moe_ops.testing import (
     short,
 )
 
+from ..op_case import OpCase, map_of, ones
+
+OP_CASES = {
+    "moe_ffn": OpCase(
+        lambda s: s.ffn(),
+        bad_arguments={"activation": ("", "swish", "SWIGLU")},
+        mixed_floats=("topk_weights",),
+        too_many_bytes=lambda: moe_ops.moe_ffn(
+            torch.empty(2**20, 0, requires_grad=True),
+            torch.empty(1, 2**43, 0),
+            torch.empty(1, 0, 2**42),
+            ones(2**20, 1),
+            map_of(2**20, 1),
+        ),
+    )
+}
 # (H, I)
 SIZES = (
     (1, 1),

@@ -22,6 +22,27 @@ from moe_ops.testing import (
     short,
 )
 
+from ..op_case import OpCase
+
+
+def two_blocks(s):
+    h, i = 128 + s.h, 128 + s.i
+    call = {"x": s.narrow(s.t, h)}
+    for name, out, depth in (("w_gate_up", 2 * i, h), ("w_down", h, i)):
+        call[name] = torch.randn(s.e, out, depth).to(torch.float8_e4m3fn)
+        call[f"{name}_scale"] = torch.rand(s.e, -(-out // 128), -(-depth // 128))
+        call["b" + name[1:]] = call["x"].new_ones(s.e, out)
+    return {**call, "topk_weights": s.weights(), "topk_ids": s.ids()}
+
+
+OP_CASES = {
+    "moe_ffn_fp8": OpCase(
+        two_blocks,
+        bad_arguments={"activation": ("", "swish", "SWIGLU", "swiglu\0")},
+        mixed_floats=("topk_weights",),
+        kind="quantised",
+    )
+}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=short)
 # Every expert few tokens; every expert many.

@@ -19,6 +19,19 @@ from moe_ops.testing import (
     short,
 )
 
+from ..op_case import OpCase
+
+OP_CASES = {
+    "permute": OpCase(
+        lambda s: {
+            "x": s.float(s.t, s.h),
+            "expert_offsets": s.offsets(),
+            "row_to_slot": s.order(),
+        },
+        free_dims={"x": {1}, "expert_offsets": {0}},
+        twice=True,
+    )
+}
 HIDDEN_SIZES = (1, 3, 7, 8, 17, 31, 33, 65, 97, 129, 257)
 DROPPED = Routing(29, 5, 2, "out_of_range")
 

@@ -15,6 +15,19 @@ from moe_ops.testing import (
     short,
 )
 
+from ..op_case import OpCase
+
+OP_CASES = {
+    "router_linear": OpCase(
+        lambda s: {"x": s.float(s.t, s.h), "weight": s.float(s.e, s.h), "bias": s.float(s.e)},
+        free_dims={"x": {0}},
+        bad_arguments={"logits_dtype": (torch.int32, torch.bool, torch.float8_e4m3fn)},
+        mixed_floats=(),
+        by_token=("x",),
+        twice=True,
+        too_many_bytes=lambda: moe_ops.router_linear(torch.empty(2**40, 0), torch.empty(2**22, 0)),
+    )
+}
 HALVES = [torch.bfloat16, torch.float16]
 BIAS = pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
 

@@ -16,6 +16,16 @@ from moe_ops.testing import (
     short,
 )
 
+from ..op_case import OpCase
+
+OP_CASES = {
+    "sort_slots": OpCase(
+        lambda s: {"topk_ids": s.ids(), "num_experts": s.e},
+        free_dims={"topk_ids": {0, 1}},
+        bad_arguments={"num_experts": (-1, -(2**40), -(2**63))},
+        kind="integer",
+    )
+}
 LARGER = (
     Routing(1000, 7, 3, "dropped"),
     Routing(257, 129, 5, "out_of_range", torch.int64),

@@ -23,6 +23,22 @@ from moe_ops.testing import (
     short,
 )
 
+from ..op_case import OpCase
+
+OP_CASES = {
+    "topk_router": OpCase(
+        lambda s: {"router_logits": s.float(s.t, s.e), "top_k": s.k, "expert_bias": None},
+        free_dims={"router_logits": {0, 1}},
+        bad_arguments={
+            "top_k": (0, -1, 99, 2**31, 2**62, -(2**62)),
+            "score_func": ("", "Softmax", "tanh"),
+            "num_groups": (0, -1, 97, 2**40),
+            "num_topk_groups": (0, -3, 2, 2**40),
+        },
+        by_token=("router_logits",),
+        too_many_bytes=lambda: moe_ops.topk_router(torch.ones(4).expand(2**60, 4), 4),
+    )
+}
 # (T, E, K)
 SIZES = (
     (0, 4, 2),
