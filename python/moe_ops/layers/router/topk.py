@@ -23,7 +23,7 @@ class TopKRouter(Router, kind="topk"):
     """A token goes to the K experts of its best scores, see `moe_ops.topk_router`.
 
     Args:
-        score_func: "softmax" over E, "sigmoid" or "sqrtsoftplus".
+        score_func: as of `moe_ops.topk_router`, "softmax" or another name.
         topk_first: choose by logits and apply softmax to the K chosen only (other scores are
             unaffected, except that an expert_bias is then added to logits).
         renormalize: divide the K weights by their sum (p-norm with `renormalize_p`).
