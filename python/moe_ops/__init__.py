@@ -17,13 +17,13 @@ from moe_ops._load import load as _load  # noqa: E402
 
 _load(__version__)
 
-from moe_ops import ops  # noqa: E402
 from moe_ops.numerics import (  # noqa: E402
     batch_invariant,
     is_batch_invariant,
     set_batch_invariant,
 )
 from moe_ops.ops import *  # noqa: E402, F403
+from moe_ops.ops import __all__ as _ops  # noqa: E402
 from moe_ops.packing import packed_bytes, prepack, prepacking, unpack  # noqa: E402
 from moe_ops.quant import quantize_experts  # noqa: E402
 
@@ -38,4 +38,4 @@ __all__ = [
     "set_batch_invariant",
     "unpack",
 ]
-__all__ += ops.__all__
+__all__ += _ops

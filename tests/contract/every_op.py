@@ -11,11 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from tests.helpers.op_case import FLOATS, OpCase, Sizes
 from torch import Tensor
 
 import moe_ops
-
-from ..op_case import FLOATS, OpCase, Sizes
 
 CASES: dict[str, OpCase] = {}
 for path in sorted((Path(__file__).parents[1] / "ops").glob("test_*.py")):

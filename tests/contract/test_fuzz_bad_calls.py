@@ -10,10 +10,10 @@ import zlib
 
 import pytest
 import torch
+from tests.helpers.op_case import FLOATS, Sizes
 
 import moe_ops
 
-from ..op_case import FLOATS, Sizes
 from .every_op import CASES, OPS
 
 NUM_CHUNKS = 100

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.helpers.op_case import map_of, ones
 
 import moe_ops
 
-from ..op_case import map_of, ones
 from .every_op import CASES
 
 pytestmark = pytest.mark.cpu_only

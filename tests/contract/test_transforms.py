@@ -12,6 +12,7 @@ import zlib
 
 import pytest
 import torch
+from tests.helpers.op_case import Sizes
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import functional_call, functionalize, grad, hessian, jacrev, jvp, vjp, vmap
@@ -19,7 +20,6 @@ from torch.func import functional_call, functionalize, grad, hessian, jacrev, jv
 import moe_ops
 from moe_ops import layers
 
-from ..op_case import Sizes
 from .every_op import CASES, OPS
 
 pytestmark = [

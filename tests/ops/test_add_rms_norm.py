@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.helpers.op_case import OpCase
 
 import moe_ops
 from moe_ops import reference
@@ -13,8 +14,6 @@ from moe_ops.testing import (
     check_against_reference,
     short,
 )
-
-from ..op_case import OpCase
 
 OP_CASES = {
     "add_rms_norm": OpCase(

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.helpers.ffn import activation_magnitude
+from tests.helpers.op_case import OpCase, map_of
 
 import moe_ops
 from moe_ops import reference
@@ -9,14 +11,11 @@ from moe_ops.ops.dense_ffn import DENSE_ACTIVATIONS
 from moe_ops.testing import (
     DTYPES,
     VIEWS,
-    activation_magnitude,
     as_strided_copy,
     assert_identical,
     check_against_reference,
     short,
 )
-
-from ..op_case import OpCase, map_of
 
 OP_CASES = {
     "dense_ffn": OpCase(

@@ -2,21 +2,20 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.helpers.ffn import gated_act_magnitude
+from tests.helpers.op_case import OpCase
 
 import moe_ops
 from moe_ops import reference
+from moe_ops.ops.gated_act import GATED_ACTIVATIONS
 from moe_ops.testing import (
     DTYPES,
-    GATED_ACTIVATIONS,
     VIEWS,
     as_strided_copy,
     assert_identical,
     check_against_reference,
-    gated_act_magnitude,
     short,
 )
-
-from ..op_case import OpCase
 
 OP_CASES = {
     "gated_act": OpCase(

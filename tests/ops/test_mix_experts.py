@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.helpers.op_case import OpCase
 from torch import nn
 
 import moe_ops
@@ -15,8 +16,6 @@ from moe_ops.testing import (
     check_against_reference,
     short,
 )
-
-from ..op_case import OpCase
 
 
 def normalised_call(s):

@@ -1,3 +1,7 @@
+"""moa_attention. The file is long because the op has two kinds of weights, whose bounds are derived
+here for every gradient, and an op has one file of tests (test_layout.py).
+"""
+
 from __future__ import annotations
 
 import itertools
@@ -9,6 +13,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.helpers.op_case import OpCase, ones
 
 import moe_ops
 from moe_ops import _C, reference
@@ -23,8 +28,6 @@ from moe_ops.testing import (
     poisoned,
     short,
 )
-
-from ..op_case import OpCase, ones
 
 OP_CASES = {
     "moa_attention": OpCase(

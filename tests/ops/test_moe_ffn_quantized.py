@@ -4,33 +4,31 @@ import concurrent.futures
 
 import pytest
 import torch
+from tests.helpers.op_case import OpCase
+from tests.helpers.quantized import (
+    INTEGER_ROWS,
+    dequantized,
+    moe_ffn_in_integers,
+    moe_ffn_quantized_magnitude,
+    quantized,
+    quantized_operands,
+    rounds_to_bytes,
+    slots_of_experts,
+)
+from tests.helpers.routing import EMPTY_ROUTINGS, ROUTINGS, Routing
 
 import moe_ops
 from moe_ops import _C, reference
 from moe_ops.numerics import is_batch_invariant
+from moe_ops.ops.gated_act import GATED_ACTIVATIONS, PLAIN_ACTIVATIONS
 from moe_ops.testing import (
-    EMPTY_ROUTINGS,
-    GATED_ACTIVATIONS,
-    INTEGER_ROWS,
-    PLAIN_ACTIVATIONS,
-    ROUTINGS,
-    Routing,
     as_strided_copy,
     assert_identical,
     check_against_reference,
-    dequantized,
     eps,
-    moe_ffn_in_integers,
-    moe_ffn_quantized_magnitude,
     poisoned,
-    quantized,
-    quantized_operands,
-    rounds_to_bytes,
     short,
-    slots_of_experts,
 )
-
-from ..op_case import OpCase
 
 
 def quantised_call(s):

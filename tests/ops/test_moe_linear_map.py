@@ -2,22 +2,19 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.helpers.op_case import OpCase, map_of
+from tests.helpers.routing import EMPTY_ROUTINGS, ROUTINGS, Routing
 
 import moe_ops
 from moe_ops import reference
 from moe_ops.testing import (
     DTYPES,
-    EMPTY_ROUTINGS,
-    ROUTINGS,
     VIEWS,
-    Routing,
     as_strided_copy,
     assert_identical,
     check_against_reference,
     short,
 )
-
-from ..op_case import OpCase, map_of
 
 OP_CASES = {
     "moe_linear_map": OpCase(

@@ -2,23 +2,20 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.helpers.op_case import OpCase, map_of, ones
+from tests.helpers.routing import EMPTY_ROUTINGS, ROUTINGS, Routing
 
 import moe_ops
 from moe_ops import reference
 from moe_ops.testing import (
     DTYPES,
-    EMPTY_ROUTINGS,
-    ROUTINGS,
     VIEWS,
-    Routing,
     acc_dtype,
     as_strided_copy,
     assert_identical,
     check_against_reference,
     short,
 )
-
-from ..op_case import OpCase, map_of, ones
 
 OP_CASES = {
     "moe_linear_reduce": OpCase(

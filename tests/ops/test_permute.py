@@ -2,24 +2,21 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.helpers.op_case import OpCase
+from tests.helpers.routing import EMPTY_ROUTINGS, ROUTINGS, Routing
 
 import moe_ops
 from moe_ops import reference
 from moe_ops.testing import (
     DTYPES,
-    EMPTY_ROUTINGS,
     ID_DTYPES,
-    ROUTINGS,
     VIEWS,
-    Routing,
     as_strided_copy,
     assert_identical,
     check_against_reference,
     poisoned,
     short,
 )
-
-from ..op_case import OpCase
 
 OP_CASES = {
     "permute": OpCase(

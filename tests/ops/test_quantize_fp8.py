@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.helpers.op_case import OpCase
 
 import moe_ops
 from moe_ops import reference
 from moe_ops.quant import dequantize_fp8_blocks, fuse_fp8_gate_up, quantize_fp8_blocks
 from moe_ops.reference.quantize_fp8 import dequantize_rows
 from moe_ops.testing import VIEWS, as_strided_copy, assert_identical, poisoned, short
-
-from ..op_case import OpCase
 
 OP_CASES = {
     "quantize_fp8": OpCase(

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.helpers.op_case import OpCase
 
 import moe_ops
 from moe_ops import reference
@@ -14,8 +15,6 @@ from moe_ops.testing import (
     check_against_reference,
     short,
 )
-
-from ..op_case import OpCase
 
 OP_CASES = {
     "router_linear": OpCase(

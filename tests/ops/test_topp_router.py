@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.helpers.logits import decided_logits, logit_spread, random_logits
+from tests.helpers.op_case import OpCase
 
 import moe_ops
 from moe_ops import reference
@@ -12,14 +14,9 @@ from moe_ops.testing import (
     as_strided_copy,
     assert_close_by_norm,
     assert_identical,
-    decided_logits,
-    logit_spread,
     poisoned,
-    random_logits,
     short,
 )
-
-from ..op_case import OpCase
 
 OP_CASES = {
     "topp_router": OpCase(
