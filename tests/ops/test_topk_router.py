@@ -1,3 +1,8 @@
+"""topk_router.
+
+The file is long because keys, scores, groups and ties each have cases of their own.
+"""
+
 from __future__ import annotations
 
 import math
