@@ -18,6 +18,7 @@ import sys
 import torch
 import moe_ops
 from moe_ops import _C, reference
+from moe_ops.reference._scores import SCORE_FUNCS
 from moe_ops.ops.gated_act import GATED_ACTIVATIONS, PLAIN_ACTIVATIONS
 from moe_ops.testing import (
     DTYPES, acc_dtype, as_strided_copy, assert_identical, check_against_reference, eps,
@@ -112,7 +113,9 @@ for dtype in DTYPES:
             sum_length=rows, steps=2, grad_steps=5,
         )
     for experts, k in ((4, 2), (8, 2), (7, 3), (16, 2), (16, 4), (40, 4)):
-        for options in ({}, {"topk_first": True}, {"score_func": "sigmoid", "renormalize": True}):
+        for options in (
+            {}, {"topk_first": True}, *({"score_func": f, "renormalize": True} for f in SCORE_FUNCS)
+        ):
             logits = torch.randn(75, experts).to(dtype)
             runs = []
             for fn, wide in ((moe_ops.topk_router, False), (reference.topk_router, True)):

@@ -268,9 +268,9 @@ class Calls {
           {draw(sums_, T * E), sums_, x, w, type_, H, T, H, E, out(T * H), out(E * H), out(E)},
           kAlone);
       op_ = "topk_router";
-      for (int flags = 0; flags < 8; ++flags) {
-        const ScoreFunc score = flags & 1 ? ScoreFunc::kSoftmax : ScoreFunc::kSigmoid;
-        const bool first = flags & 2, renormalize = flags & 4;
+      for (int call = 0; call < 4 * kScoreFuncs; ++call) {
+        const auto score = static_cast<ScoreFunc>(call / 4);
+        const bool first = call & 1, renormalize = call & 2;
         int32_t* ids = out_ids(T * K);
         topk_router({logits, type_, E, T, E, K, score, first, renormalize, 1.5, nullptr, 1, 1,
                      GroupScore::kMax, out(sums_, T * K), ids},
