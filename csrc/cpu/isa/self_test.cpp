@@ -25,6 +25,7 @@
 #include "moe_ops/moa_attention.h"
 #include "moe_ops/moe_linear_reduce.h"
 #include "moe_ops/rotary.h"
+#include "moe_ops/router_bwd.h"
 #include "moe_ops/router_linear.h"
 #include "moe_ops/topk_router.h"
 #include "moe_ops/unpermute.h"
