@@ -934,18 +934,18 @@ FAMILIES: dict[str, Family] = {
             (
                 "bias gradient without weights",
                 "row_kernels<T>().axpy(type, grads[i], weights[i], chunks.bias_of(chunk, e), H);",
-                "k.axpy(type, grads[i], T(1), chunks.bias_of(chunk, e), H);",
+                "row_kernels<T>().axpy(type, grads[i], T(1), chunks.bias_of(chunk, e), H);",
             ),
             (
                 "sorted: weight of the expert's first row for all",
                 "k.load_row(kAccumulate<T>, u + r * D, grad, D, maps.weight[r]);",
-                "k.load_row(kAccumulate<T>, u + r * D, grad, D, weights[begin]);",
+                "k.load_row(kAccumulate<T>, u + r * D, grad, D, maps.weight[begin]);",
             ),
             (
                 "sorted: gradient of the routing weight without the bias",
                 "bias != nullptr",
                 "false",
-                1,
+                3,
             ),
         ),
     ),
