@@ -195,8 +195,8 @@ struct BlockedGemvParams {
   int64_t ldx;
   T* sums;
   bool accumulate;
-  T* wide = nullptr;  // run_widening: [features][ld_wide], receives the weights as T
-  int64_t ld_wide = 0;
+  T* wide;  // run_widening: [features][ld_wide], receives the weights as T
+  int64_t ld_wide;
 };
 template <class T>
 struct BlockedGemvKernels {
