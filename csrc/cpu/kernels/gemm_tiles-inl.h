@@ -139,12 +139,9 @@ inline Vec<T> panel_vector(const S* p, int v, [[maybe_unused]] int half,
 // A step of k is so many lines of a panel.
 constexpr int kTileLines = MOE_VEC_BYTES == 64 ? 2 : 1;
 
-// kGroup: steps that share a prefetch. A function of its own, of one loop: with two in one function
-// the compiler keeps sums on the stack.
-template <class T, class S, int M, int kGroup>
-[[gnu::noinline]] void packed_tile_of(int64_t kc, const T* a, const void* panel_data,
-                                      TileOut<T> out,
-                                      typename PackedGemmKernels<T>::Prefetch prefetch) {
+template <class T, class S, int M>
+void packed_tile(int64_t kc, const T* a, const void* panel_data, TileOut<T> out,
+                 typename PackedGemmKernels<T>::Prefetch prefetch) {
   constexpr int W = kLanes<T>;
   constexpr int kPair = sizeof(S) == sizeof(T) ? 1 : 2;  // steps of k that lie side by side
   // One chain of sums an element, as in packed_streams: which of the two takes a panel depends on
@@ -153,32 +150,29 @@ template <class T, class S, int M, int kGroup>
 #pragma GCC unroll 32
   for (int i = 0; i < M; ++i) acc[i][0] = acc[i][1] = Vec<T>{};
   const char* next = prefetch.next;
-  const int64_t next_step = prefetch.step * kGroup;
+  const int64_t next_step = prefetch.step;
   const S* panel = static_cast<const S*>(panel_data);
 #if MOE_VEC_BYTES == 64
 #pragma GCC unroll 2
 #endif
-  for (int64_t k = 0; k < kc; k += kGroup * kPair) {
+  for (int64_t k = 0; k < kc; k += kPair) {
 #pragma GCC unroll 2
     for (int s = 0; s < kTileLines; ++s) __builtin_prefetch(next + s * prefetch.half, 0, 2);
     next += next_step;
-#pragma GCC unroll 4
-    for (int g = 0; g < kGroup; ++g) {
 #pragma GCC unroll 2
-      for (int half = 0; half < kPair; ++half) {
-        // Load the pairs anew for each half and broadcast no earlier: 16 registers hold the sums of
-        // an AVX2 tile, two vectors, an element of a and the mask, and not one more.
-        if constexpr (kPair == 2) asm volatile("" ::: "memory");
-        const Vec<T> b0 = panel_vector<T>(panel, 0, half), b1 = panel_vector<T>(panel, 1, half);
+    for (int half = 0; half < kPair; ++half) {
+      // Load the pairs anew for each half and broadcast no earlier: 16 registers hold the sums of
+      // an AVX2 tile, two vectors, an element of a and the mask, and not one more.
+      if constexpr (kPair == 2) asm volatile("" ::: "memory");
+      const Vec<T> b0 = panel_vector<T>(panel, 0, half), b1 = panel_vector<T>(panel, 1, half);
 #pragma GCC unroll 32
-        for (int i = 0; i < M; ++i) {
-          acc[i][0] = add_product<T, S>(acc[i][0], a + i * kPanelLda + half, b0);
-          acc[i][1] = add_product<T, S>(acc[i][1], a + i * kPanelLda + half, b1);
-        }
+      for (int i = 0; i < M; ++i) {
+        acc[i][0] = add_product<T, S>(acc[i][0], a + i * kPanelLda + half, b0);
+        acc[i][1] = add_product<T, S>(acc[i][1], a + i * kPanelLda + half, b1);
       }
-      a += kPair;
-      panel += 2 * W * kPair;
     }
+    a += kPair;
+    panel += 2 * W * kPair;
   }
 #pragma GCC unroll 32
   for (int i = 0; i < M; ++i) {
@@ -188,20 +182,6 @@ template <class T, class S, int M, int kGroup>
       store<T>(to, out.accumulate ? load<T>(to) + acc[i][v] : acc[i][v]);
     }
   }
-}
-
-// Where a step is a line of a panel or less and several tiles share the prefetches, one a step
-// would fetch each line many times: four steps of k share one, if that covers all that is due.
-template <class T, class S, int M>
-void packed_tile(int64_t kc, const T* a, const void* panel, TileOut<T> out,
-                 typename PackedGemmKernels<T>::Prefetch prefetch) {
-  if constexpr (MOE_VEC_BYTES < 64) {
-    constexpr int kSteps = 4, kGroup = sizeof(S) == sizeof(T) ? kSteps : kSteps / 2;
-    if (kc % kSteps == 0 && kGroup * prefetch.step <= 64) {
-      return packed_tile_of<T, S, M, kGroup>(kc, a, panel, out, prefetch);
-    }
-  }
-  packed_tile_of<T, S, M, 1>(kc, a, panel, out, prefetch);
 }
 
 template <class T, class S>
