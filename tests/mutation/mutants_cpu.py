@@ -231,7 +231,6 @@ FAMILIES: dict[str, Family] = {
                 "last row of the last block lost",
                 "std::min(most_rows, it.row_end - r0)",
                 "std::min(most_rows, it.row_end - r0) - (r0 > it.row_begin)",
-                0,
             ),
             (
                 "tokens of the first part for all",
@@ -271,12 +270,15 @@ FAMILIES: dict[str, Family] = {
                 "s * d.features * dtype_size(d.b.type)",
                 "0 * dtype_size(d.b.type)",
             ),
-            ("panels of one segment for both", "whole ? s * segment_size : 0", "int64_t{0}"),
             (
-                "last row lost",
-                "std::min(most_rows, it.row_end - r0)",
-                "std::min(most_rows, it.row_end - r0) - (r0 > it.row_begin)",
-                1,
+                "panels of the first columns for all",
+                "direct ? 0 : j / (2 * W) * stride",
+                "int64_t{0} * stride",
+            ),
+            (
+                "tokens of the first block of k for all",
+                "Op::load(d, it.row_begin + t, k0, kc, a + t * kLda);",
+                "Op::load(d, it.row_begin + t, 0, kc, a + t * kLda);",
             ),
         ),
     ),
