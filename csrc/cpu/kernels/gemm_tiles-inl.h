@@ -353,7 +353,7 @@ void fill_gemm(GemmKernels<T>& k) {
     fill_packed<T, Pair>(k.packed.bf16_tile, k.packed.bf16_streams);
     k.gemv.run_bf16 = &gemv_of<T, Pair>;
     k.blocked_gemv.run_bf16 = &blocked_gemv<T, Pair>;
-    k.outer.run_bf16 = &bf16_outer;
+    k.outer.run_bf16 = &outer_of<T, Pair>;
   }
 #endif
 }
