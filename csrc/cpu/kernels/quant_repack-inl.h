@@ -1,76 +1,20 @@
 // Weights of 8 and 4 bits repacked into panels of 32-bit words, and the tiles that unpack them to
 // fp32 or to int16. Included by kernels-inl.h, inside its namespace; NOTES.md has the arithmetic.
 
-#if defined(__AVX2__) && MOE_VEC_BYTES >= 32
+// Bytes of a row that are transposed at once.
+constexpr int64_t kRun = MOE_VEC_BYTES;
+
 // kRun bytes of each of as many rows as a vector has lanes of 32 bits: word j of all rows goes to
 // dst[j * 2 * lanes].
-#if MOE_VEC_BYTES == 64
-constexpr int64_t kRun = 32;
-inline void transpose_words(const uint8_t* const* rows, int64_t offset, Bytes flip, uint32_t* dst) {
-  constexpr int W = 16;
-  const auto half = [&](int i) { return load_bytes<__m256i_u>(rows[i] + offset); };
-  Bytes v[8];
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i) {  // Of each half, lanes 0 and 1: words 0 to 3 and 4 to 7 of a row.
-    v[i] = _mm512_inserti64x4(_mm512_castsi256_si512(half(i)), half(8 + i), 1) ^ flip;
-  }
-  Bytes two[8];  // words of two rows
-#pragma GCC unroll 4
-  for (int i = 0; i < 8; i += 2) {
-    two[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
-    two[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
-  }
-  const __m512i first = {0, 1, 8, 9, 4, 5, 12, 13}, second = {2, 3, 10, 11, 6, 7, 14, 15};
-#pragma GCC unroll 4
-  for (int j = 0; j < 4; ++j) {
-    const int i = j / 2;
-    const Bytes a = j % 2 == 0 ? _mm512_unpacklo_epi64(two[i], two[2 + i])
-                               : _mm512_unpackhi_epi64(two[i], two[2 + i]);
-    const Bytes b = j % 2 == 0 ? _mm512_unpacklo_epi64(two[4 + i], two[6 + i])
-                               : _mm512_unpackhi_epi64(two[4 + i], two[6 + i]);
-    _mm512_storeu_si512(dst + j * 2 * W, _mm512_permutex2var_epi64(a, first, b));
-    _mm512_storeu_si512(dst + (4 + j) * 2 * W, _mm512_permutex2var_epi64(a, second, b));
-  }
-}
-#else
-constexpr int64_t kRun = 16;
-inline void transpose_words(const uint8_t* const* rows, int64_t offset, Bytes flip, uint32_t* dst) {
-  constexpr int W = 8;
-  const auto at = [&](int i) { return load_bytes<__m128i_u>(rows[i] + offset); };
-  Bytes v[4];
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {  // lane l: row 4 * l + i
-    v[i] = _mm256_inserti128_si256(_mm256_castsi128_si256(at(i)), at(4 + i), 1) ^ flip;
-  }
-  const Bytes low01 = _mm256_unpacklo_epi32(v[0], v[1]);
-  const Bytes high01 = _mm256_unpackhi_epi32(v[0], v[1]);
-  const Bytes low23 = _mm256_unpacklo_epi32(v[2], v[3]);
-  const Bytes high23 = _mm256_unpackhi_epi32(v[2], v[3]);
-  const Bytes words[4] = {_mm256_unpacklo_epi64(low01, low23), _mm256_unpackhi_epi64(low01, low23),
-                          _mm256_unpacklo_epi64(high01, high23),
-                          _mm256_unpackhi_epi64(high01, high23)};
-#pragma GCC unroll 4
-  for (int j = 0; j < 4; ++j) __builtin_memcpy(dst + j * 2 * W, &words[j], sizeof(Bytes));
-}
-#endif
-#else
-constexpr int64_t kRun = 16;
-#endif
-
-// kRun bytes of each row.
 inline void words_of_rows(const uint8_t* const* rows, int64_t offset, uint32_t flip,
                           uint32_t* dst) {
-#if defined(__AVX2__) && MOE_VEC_BYTES >= 32
-  typedef uint32_t Words __attribute__((vector_size(MOE_VEC_BYTES)));
-  transpose_words(rows, offset, __builtin_bit_cast(Bytes, Words{} + flip), dst);
-#else
   constexpr int W = kLanes<float>;
+  float block[W * W];  // their bits
+#pragma GCC unroll 16
   for (int f = 0; f < W; ++f) {
-    for (int j = 0; j < kRun / 4; ++j) {
-      dst[j * 2 * W + f] = load_bytes<uint32_t>(rows[f] + offset + 4 * j) ^ flip;
-    }
+    store_bytes(block + f * W, load_bytes<Simd<float>::Uint>(rows[f] + offset) ^ flip);
   }
-#endif
+  transpose_block<float>(block, W, reinterpret_cast<float*>(dst), 2 * W);
 }
 
 // A flip of the upper bit of each weight turns two's complement into q plus a bias, or back.
