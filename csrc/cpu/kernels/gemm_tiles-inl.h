@@ -184,15 +184,14 @@ void packed_tile(int64_t kc, const T* a, const void* panel_data, TileOut<T> out,
   }
 }
 
-template <class T, class S>
-void widen_panel(int64_t kc, const void* panel_data, T* dst) {
-  constexpr int W = kLanes<T>;
-  const auto* panel = static_cast<const S*>(panel_data);
+void widen_fp16_panel(int64_t kc, const void* panel_data, float* dst) {
+  constexpr int W = kLanes<float>;
+  const auto* panel = static_cast<const Fp16*>(panel_data);
   for (int64_t k = 0; k < kc; k += 2, panel += 4 * W) {
 #pragma GCC unroll 2
     for (int half = 0; half < 2; ++half, dst += 2 * W) {
-      store<T>(dst, panel_vector<T>(panel, 0, half));
-      store<T>(dst + W, panel_vector<T>(panel, 1, half));
+      store<float>(dst, panel_vector<float>(panel, 0, half));
+      store<float>(dst + W, panel_vector<float>(panel, 1, half));
     }
   }
 }
@@ -300,14 +299,6 @@ void fill_packed(typename PackedGemmKernels<T>::Tile* tile,
   }
 }
 
-template <class S>
-void fill_packed_half(PackedGemmKernels<float>& k, DType type, int widen_tiles) {
-  const int i = static_cast<int>(type);
-  fill_packed<float, S>(k.tile[i], k.streams[i]);
-  k.widen[i] = &widen_panel<float, S>;
-  k.widen_tiles[i] = widen_tiles;
-}
-
 template <class T>
 void fill_gemm(GemmKernels<T>& k) {
 #if !defined(MOE_BASE)
@@ -327,8 +318,11 @@ void fill_gemm(GemmKernels<T>& k) {
   const int own = static_cast<int>(kAccumulate<T>);
   fill_packed<T, T>(k.packed.tile[own], k.packed.streams[own]);
   if constexpr (sizeof(T) == 4) {
-    fill_packed_half<Bf16>(k.packed, DType::kBFloat16, MOE_VEC_BYTES == 64 ? 0 : 9);
-    fill_packed_half<Fp16>(k.packed, DType::kFloat16, MOE_VEC_BYTES == 64 ? 2 : 3);
+    const int bf16 = static_cast<int>(DType::kBFloat16), fp16 = static_cast<int>(DType::kFloat16);
+    fill_packed<float, Bf16>(k.packed.tile[bf16], k.packed.streams[bf16]);
+    fill_packed<float, Fp16>(k.packed.tile[fp16], k.packed.streams[fp16]);
+    k.packed.widen_fp16 = &widen_fp16_panel;
+    k.packed.widen_tiles = MOE_VEC_BYTES == 64 ? 2 : 3;
     k.blocked_gemv.run_widening = &blocked_gemv_widening;
   }
 
