@@ -184,7 +184,7 @@ void packed_tile(int64_t kc, const T* a, const void* panel_data, TileOut<T> out,
   }
 }
 
-void widen_fp16_panel(int64_t kc, const void* panel_data, float* dst) {
+[[maybe_unused]] void widen_fp16_panel(int64_t kc, const void* panel_data, float* dst) {
   constexpr int W = kLanes<float>;
   const auto* panel = static_cast<const Fp16*>(panel_data);
   for (int64_t k = 0; k < kc; k += 2, panel += 4 * W) {
