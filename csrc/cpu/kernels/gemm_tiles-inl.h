@@ -262,41 +262,26 @@ void packed_streams(int64_t kc, const T* a, typename PackedGemmKernels<T>::Panel
   }
 }
 
-template <class T, class S, int NV, bool kColumnMajor, int kMost, int M = 1>
-void fill_micro(MicroKernel<T>* table) {
-  if constexpr (M <= kMost) {
-    table[M - 1] = &micro<T, S, M, NV, kColumnMajor>;
-    fill_micro<T, S, NV, kColumnMajor, kMost, M + 1>(table);
-  }
+template <class T, class S>
+void fill_micro(MicroKernel<T> (*row_a)[kMaxMr], MicroKernel<T> (*col_a)[kMaxMr]) {
+  for_each_count<MOE_MR1>([&]<int M>() {
+    row_a[0][M - 1] = &micro<T, S, M, 1, false>;
+    col_a[0][M - 1] = &micro<T, S, M, 1, true>;
+  });
+  for_each_count<MOE_MR2>([&]<int M>() {
+    row_a[1][M - 1] = &micro<T, S, M, 2, false>;
+    col_a[1][M - 1] = &micro<T, S, M, 2, true>;
+  });
 }
 
 template <class T, class S>
-void fill_micro(MicroKernel<T> (*row_a)[kMaxMr], MicroKernel<T> (*col_a)[kMaxMr]) {
-  fill_micro<T, S, 1, false, MOE_MR1>(row_a[0]);
-  fill_micro<T, S, 2, false, MOE_MR2>(row_a[1]);
-  fill_micro<T, S, 1, true, MOE_MR1>(col_a[0]);
-  fill_micro<T, S, 2, true, MOE_MR2>(col_a[1]);
-}
-
-template <class T, int NV, int M = 1>
-void fill_copying_micro(typename GemmTiles<T>::Copying* table) {
-  if constexpr (M <= MOE_MR2) {
-    table[M - 1] = &copying_micro<T, M, NV>;
-    fill_copying_micro<T, NV, M + 1>(table);
-  }
-}
-
-template <class T, class S, int M = 1>
 void fill_packed(typename PackedGemmKernels<T>::Tile* tile,
                  typename PackedGemmKernels<T>::Streams (*streams)[kMaxStreamRows]) {
-  if constexpr (M <= MOE_MR2) {
-    tile[M - 1] = &packed_tile<T, S, M>;
-    if constexpr (M <= kStreamRows) {
-      streams[false][M - 1] = &packed_streams<T, S, M, false>;
-      streams[true][M - 1] = &packed_streams<T, S, M, true>;
-    }
-    fill_packed<T, S, M + 1>(tile, streams);
-  }
+  for_each_count<MOE_MR2>([&]<int M>() { tile[M - 1] = &packed_tile<T, S, M>; });
+  for_each_count<kStreamRows>([&]<int M>() {
+    streams[false][M - 1] = &packed_streams<T, S, M, false>;
+    streams[true][M - 1] = &packed_streams<T, S, M, true>;
+  });
 }
 
 template <class T>
@@ -307,8 +292,10 @@ void fill_gemm(GemmKernels<T>& k) {
   k.mr2 = MOE_MR2;
   k.streams = MOE_VEC_BYTES >= 32;
   fill_micro<T, T>(k.row_a, k.col_a);
-  fill_copying_micro<T, 1>(k.copying_row_a[0]);
-  fill_copying_micro<T, 2>(k.copying_row_a[1]);
+  for_each_count<MOE_MR2>([&]<int M>() {
+    k.copying_row_a[0][M - 1] = &copying_micro<T, M, 1>;
+    k.copying_row_a[1][M - 1] = &copying_micro<T, M, 2>;
+  });
   k.pack_b = &pack_b<T>;
   k.transpose = &transpose<T>;
 

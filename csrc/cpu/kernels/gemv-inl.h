@@ -19,15 +19,12 @@ inline void lane_sums(const Sum& sum_of, const Put& put) {
   }
 }
 
-// fn<F, M>() for the M that `tokens` is.
-template <int F, class Fn>
-inline void with_token_count(int tokens, const Fn& fn) {
-  if constexpr (MOE_DOT_TOKENS >= 4) {
-    if (tokens == 4) return fn.template operator()<F, 4>();
-    if (tokens == 3) return fn.template operator()<F, 3>();
-  }
-  if (tokens == 2) return fn.template operator()<F, 2>();
-  fn.template operator()<F, 1>();
+// fn<F, M>() for the F, kMost or 1, and the M that `features` and `tokens` are.
+template <int kMost, class Fn>
+inline void with_counts(int features, int tokens, const Fn& fn) {
+  with_count<MOE_DOT_TOKENS>(tokens, [&]<int M>() {
+    with_value<kMost, 1>(features, [&]<int F>() { fn.template operator()<F, M>(); });
+  });
 }
 
 #if defined(__AVX2__) && MOE_VEC_BYTES >= 32
@@ -154,12 +151,8 @@ void gemv_tiles(const GemvParams<T>& p) {
 
 template <class T, class S>
 void gemv_of(const GemvParams<T>& p) {
-  const auto run = [&]<int F, int M>() { gemv_tiles<T, S, F, M>(p); };
-  if (p.features == kGemvFeatures) {
-    with_token_count<kGemvFeatures>(p.tokens, run);
-  } else {
-    with_token_count<1>(p.tokens, run);
-  }
+  with_counts<kGemvFeatures>(p.features, p.tokens,
+                             [&]<int F, int M>() { gemv_tiles<T, S, F, M>(p); });
 }
 
 template <class T>
@@ -247,21 +240,10 @@ void blocked_gemv_tile(const BlockedGemvParams<T>& p, TilePrefetch& prefetch) {
 // D: as above; S: what is multiplied.
 template <class T, class S, class D = T>
 void blocked_gemv(const BlockedGemvParams<T>& p, TilePrefetch& prefetch) {
-  const auto run = [&]<int F, int M>() { blocked_gemv_tile<T, S, D, F, M>(p, prefetch); };
-  const auto all = [&]<int F>() {
-    if constexpr (kBlockedTokens >= 6) {
-      if (p.tokens == 6) return run.template operator()<F, 6>();
-      if (p.tokens == 5) return run.template operator()<F, 5>();
-      if (p.tokens == 4) return run.template operator()<F, 4>();
-    }
-    if constexpr (kBlockedTokens >= 3) {
-      if (p.tokens == 3) return run.template operator()<F, 3>();
-    }
-    if (p.tokens == 2) return run.template operator()<F, 2>();
-    run.template operator()<F, 1>();
-  };
-  p.features == kGemvFeatures ? all.template operator()<kGemvFeatures>()
-                              : all.template operator()<1>();
+  with_count<kBlockedTokens>(p.tokens, [&]<int M>() {
+    with_value<int{kGemvFeatures}, 1>(
+        p.features, [&]<int F>() { blocked_gemv_tile<T, S, D, F, M>(p, prefetch); });
+  });
 }
 
 inline void blocked_gemv_widening(const BlockedGemvParams<float>& p, TilePrefetch& prefetch) {
@@ -393,13 +375,11 @@ void outer_tile(const OuterParams<T>& p, int64_t token, int row, bool accumulate
 template <class T, class S>
 void outer_of(const OuterParams<T>& p) {
   const auto all = [&]<int R>(int row, bool accumulate) {
-    int64_t t = 0;
-    if constexpr (MOE_DOT_TOKENS >= 4) {
-      for (; t + 4 <= p.tokens; t += 4) outer_tile<T, S, 4, R>(p, t, row, accumulate);
-      if (t + 3 == p.tokens) return outer_tile<T, S, 3, R>(p, t, row, accumulate);
+    for (int64_t t = 0; t < p.tokens; t += MOE_DOT_TOKENS) {
+      const int64_t left = p.tokens - t;
+      with_count<MOE_DOT_TOKENS>(static_cast<int>(left < MOE_DOT_TOKENS ? left : MOE_DOT_TOKENS),
+                                 [&]<int M>() { outer_tile<T, S, M, R>(p, t, row, accumulate); });
     }
-    for (; t + 2 <= p.tokens; t += 2) outer_tile<T, S, 2, R>(p, t, row, accumulate);
-    if (t < p.tokens) outer_tile<T, S, 1, R>(p, t, row, accumulate);
   };
   if (p.rows == kOuterRows) return all.template operator()<kOuterRows>(0, p.accumulate);
   constexpr int kRows = __is_same(S, Pair) ? 2 : 1;

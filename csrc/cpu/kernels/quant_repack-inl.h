@@ -164,14 +164,6 @@ void word_tile(const QuantTileParams& p) {
 // 8 rows are 16 sums, enough for the latency of any target; of 28 some went to the stack.
 constexpr int kInt16Rows = MOE_MR2 < 8 ? MOE_MR2 : 8;
 
-template <int kBits, class S, int kMost, int M = 1>
-void fill_word_tiles(QuantTile* tiles) {
-  if constexpr (M <= kMost) {
-    tiles[M - 1] = &word_tile<kBits, S, M>;
-    fill_word_tiles<kBits, S, kMost, M + 1>(tiles);
-  }
-}
-
 QuantKernels quant_table() {
   QuantKernels k = {};
   k.w8_row_bytes = &w8_row_bytes;
@@ -182,21 +174,23 @@ QuantKernels quant_table() {
   k.w4_quantize = &w4_quantize;
   k.w4_dot = &w4_dot;
   k.repack = &repack;
-  fill_word_tiles<8, float, MOE_MR2>(k.tile[0]);
-  fill_word_tiles<4, float, MOE_MR2>(k.tile[1]);
+  for_each_count<MOE_MR2>([&]<int M>() {
+    k.tile[0][M - 1] = &word_tile<8, float, M>;
+    k.tile[1][M - 1] = &word_tile<4, float, M>;
+  });
 #if defined(__AVX2__) && MOE_VEC_BYTES >= 32
   k.quantize_int8 = &quantize_int8;
   k.int8_rows = kInt8Rows;
-  fill_int8_tiles<4>(k.int8_tile[1]);
+  for_each_count<kInt8Rows>([&]<int M>() { k.int8_tile[1][M - 1] = &int8_tile<4, M>; });
   k.w4_max_rows = MOE_DOT_TOKENS;
   if constexpr (kVnni) {
-    fill_int8_tiles<8>(k.int8_tile[0]);
+    for_each_count<kInt8Rows>([&]<int M>() { k.int8_tile[0][M - 1] = &int8_tile<8, M>; });
     k.w8_min_depth_per_row = 160;
     k.w8_max_rows = 6;
   } else {
     k.quantize_int16 = &quantize_int16;
     k.int16_rows = kInt16Rows;
-    fill_word_tiles<8, Int16Pair, kInt16Rows>(k.int16_tile);
+    for_each_count<kInt16Rows>([&]<int M>() { k.int16_tile[M - 1] = &word_tile<8, Int16Pair, M>; });
     k.w8_min_depth_per_row = MOE_VEC_BYTES == 64 ? 80 : 240;
     k.w8_max_rows = 24;
   }
