@@ -34,14 +34,26 @@ inline void with_counts(int features, int tokens, const Fn& fn) {
 template <int F, int M, class Products>
 inline __attribute__((always_inline)) void folded_sums(int64_t count, float* out, int64_t ldo,
                                                        int64_t out_step, const Products& products) {
-  for (int64_t i = 0; i < count; ++i) {
-    Floats folded[M];
-    products(i, folded);
+  for (int64_t i = 0; i < count; i += kFolded) {
+    const int64_t times = count - i < kFolded ? count - i : kFolded;
+    Floats folded[M][kFolded];
+#pragma GCC unroll 1
+    for (int64_t j = 0; j < times; ++j) {
+      Floats now[M];
+      products(i + j, now);
 #pragma GCC unroll 4
+      for (int t = 0; t < M; ++t) folded[t][j] = now[t];
+    }
     for (int t = 0; t < M; ++t) {
-      const Four<float> four = add_quadruples(folded[t]);
-#pragma GCC unroll 4
-      for (int f = 0; f < F; ++f) out[t * ldo + f * out_step + i] = four.v[f];
+      float* first = out + t * ldo + i;
+      if (F == 4 && times == kFolded) {
+        put_folded(folded[t], first, out_step);
+        continue;
+      }
+      for (int64_t j = 0; j < times; ++j) {
+        const Four<float> four = add_quadruples(folded[t][j]);
+        for (int f = 0; f < F; ++f) first[f * out_step + j] = four.v[f];
+      }
     }
   }
 }

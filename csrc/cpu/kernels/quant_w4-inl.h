@@ -230,7 +230,7 @@ void w4_dot_one(const QuantDotParams& p, const W4Row& layout) {
   const float* scale = p.scale;
   float* out = p.out;
   W4Dot<kGroup, 4, 1> now, next;
-  Floats acc[1] = {};
+  Floats acc[1] = {}, folded[kFolded];
   now.multiply(w, ldw, codes, 0);
   for (int64_t i = 0, u = 0; i < count;) {
     const float* factors = scale + u * kSteps / kGroup;
@@ -249,10 +249,13 @@ void w4_dot_one(const QuantDotParams& p, const W4Row& layout) {
     now.add_to(acc, factors, ld_scale, offsets + done, scales + done, 0);
     now = next;
     if (!last) continue;
-    const Four<float> four = add_quadruples(acc[0]);
-    for (int f = 0; f < 4; ++f) out[f * out_step + i] = four.v[f];
+    folded[i % kFolded] = acc[0];
     acc[0] = Floats{};
-    ++i;
+    if (++i % kFolded == 0) put_folded(folded, out + i - kFolded, out_step);
+  }
+  for (int64_t i = count / kFolded * kFolded; i < count; ++i) {
+    const Four<float> four = add_quadruples(folded[i % kFolded]);
+    for (int f = 0; f < 4; ++f) out[f * out_step + i] = four.v[f];
   }
 }
 

@@ -95,6 +95,8 @@ struct Four {
   T v[4];
 };
 #if defined(__AVX2__) && MOE_VEC_BYTES >= 32
+constexpr int kFolded = MOE_VEC_BYTES / 16;  // quadruples of floats
+
 // Lane 4 * q + i: the sum of the lanes of v[i] that are quadruple q.
 inline Floats fold_lanes(const Vec<float> (&v)[4]) {
   const auto at = [&](int i) { return __builtin_bit_cast(Floats, v[i]); };
@@ -125,6 +127,33 @@ inline Floats transpose_quadruples(Floats v) {
 }
 #endif
 
+// The same for kFolded times four vectors at once: out[i * step + j] is the sum of vector i
+// of folded[j]. A sum costs a third of what it does four at a time.
+inline void put_folded(const Floats (&folded)[kFolded], float* out, int64_t step) {
+#if MOE_VEC_BYTES == 64
+  const auto add_halves = [&](int i) {
+    return _mm512_shuffle_f32x4(folded[i], folded[i + 1], 0x44) +
+           _mm512_shuffle_f32x4(folded[i], folded[i + 1], 0xee);
+  };
+  const Floats a = add_halves(0), b = add_halves(2);
+  const Floats rows =
+      transpose_quadruples(_mm512_shuffle_f32x4(a, b, 0x88) + _mm512_shuffle_f32x4(a, b, 0xdd));
+  _mm_storeu_ps(out, _mm512_castps512_ps128(rows));
+  _mm_storeu_ps(out + step, _mm512_extractf32x4_ps(rows, 1));
+  _mm_storeu_ps(out + 2 * step, _mm512_extractf32x4_ps(rows, 2));
+  _mm_storeu_ps(out + 3 * step, _mm512_extractf32x4_ps(rows, 3));
+#else
+  const Floats sums = _mm256_permute2f128_ps(folded[0], folded[1], 0x20) +
+                      _mm256_permute2f128_ps(folded[0], folded[1], 0x31);
+  const __m256i by_vector = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  const __m256 rows = _mm256_permutevar8x32_ps(sums, by_vector);
+  const __m128 low = _mm256_castps256_ps128(rows), high = _mm256_extractf128_ps(rows, 1);
+  _mm_storel_pi(reinterpret_cast<__m64*>(out), low);
+  _mm_storeh_pi(reinterpret_cast<__m64*>(out + step), low);
+  _mm_storel_pi(reinterpret_cast<__m64*>(out + 2 * step), high);
+  _mm_storeh_pi(reinterpret_cast<__m64*>(out + 3 * step), high);
+#endif
+}
 #endif
 
 template <class T>
