@@ -8,13 +8,11 @@ constexpr int64_t kRun = MOE_VEC_BYTES;
 // dst[j * 2 * lanes].
 inline void words_of_rows(const uint8_t* const* rows, int64_t offset, uint32_t flip,
                           uint32_t* dst) {
-  constexpr int W = kLanes<float>;
-  float block[W * W];  // their bits
-#pragma GCC unroll 16
-  for (int f = 0; f < W; ++f) {
-    store_bytes(block + f * W, load_bytes<Simd<float>::Uint>(rows[f] + offset) ^ flip);
-  }
-  transpose_block<float>(block, W, reinterpret_cast<float*>(dst), 2 * W);
+  using Words = Simd<float>::Uint;
+  const auto row = [&](int f) {
+    return __builtin_bit_cast(Vec<float>, load_bytes<Words>(rows[f] + offset) ^ flip);
+  };
+  transpose_block<float>(row, reinterpret_cast<float*>(dst), 2 * kLanes<float>);
 }
 
 // A flip of the upper bit of each weight turns two's complement into q plus a bias, or back.
