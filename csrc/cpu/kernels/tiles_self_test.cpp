@@ -181,7 +181,7 @@ class TileTest {
     for (int m = 1; m <= k_.gemv.max_tokens; ++m) {
       check("GEMV of bfloat16", m, tokens, [&](T* c) {
         k_.gemv.run_bf16({DType::kBFloat16, kGemvFeatures, 1, m, kDepth / 2, along_k.data(), 0,
-                          kDepth / 2, rows_.data(), kLda, c, kGemvFeatures, 1});
+                          kDepth / 2, rows_.data(), kLda, c, kGemvFeatures, 1, 0});
       });
     }
     for (int rows = 1; rows <= kOuterRows; ++rows) {
