@@ -6,7 +6,9 @@
 
 namespace moe_ops::cpu {
 
-// Bytes of weights that all passes of tokens meet before the next ones: half of an L1.
+// Prefetch distance in bytes where tokens meet weights once, and the bytes of weights that all
+// passes of tokens meet before the next ones: half of an L1.
+constexpr int64_t kGemvPrefetch = 2048;
 constexpr int64_t kKeptWeightBytes = int64_t{16} << 10;
 
 template <class Op, class T, class Epilogue>
@@ -29,6 +31,9 @@ void gemv_item(const GemmDesc<T>& d, const GemmKernels<T>& k, const GemmItem& it
   const int64_t quarter = n / kGemvFeatures;
   const int64_t row_bytes = d.b.stride_o * dtype_size(d.b.type);
   const int64_t passes = ceil_div<int64_t>(m, k.gemv.max_tokens);
+  // While a second pass meets rows in L2, memory waits for the first pass of the next ones.
+  const int64_t distance =
+      passes > 1 && d.b.type == kAccumulate<T> ? k.gemv.prefetch_distance : kGemvPrefetch;
   const BalancedPartition pass_rows(m, passes);
   for (int s = 0; s < d.segments; ++s) {
     const char* w =
@@ -55,7 +60,8 @@ void gemv_item(const GemmDesc<T>& d, const GemmKernels<T>& k, const GemmItem& it
                                                     .ldx = ldx,
                                                     .out = sums,
                                                     .ldo = ldo,
-                                                    .out_step = step});
+                                                    .out_step = step,
+                                                    .prefetch_distance = distance});
       }
     };
     // What half of an L1 holds, or four rows, stays in cache for a second pass.

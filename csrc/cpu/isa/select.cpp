@@ -41,6 +41,7 @@ Kernels<T> tuned(Kernels<T> k, const Tuning& t = tuning()) {
       avx2 && !t.avx2_prefetches_streams ? Tuning::kNoLimit : t.stream_min_bytes;
   g.packed.stream_rows = std::min(g.packed.stream_rows, t.stream_rows);
   g.packed.max_rows = t.packed_max_rows;
+  g.gemv.prefetch_distance = t.gemv_distance;
   if (avx2) g.gemv.max_rows = std::min(g.gemv.max_rows, t.avx2_gemv_max_rows);
   g.outer.one_pass = t.outer_one_pass;
   g.blocked_gemv.one_pass_min_depth = t.blocked_one_pass_min_depth;

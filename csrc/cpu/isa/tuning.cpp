@@ -22,6 +22,7 @@ constexpr Tuning kIntel = {
     .stream_rows = 3,
     // 128 rows of 2048 features are 1 MiB of fp32, half of its L2.
     .packed_max_rows = 128,
+    .gemv_distance = 2048,
     .avx2_gemv_max_rows = 8,
     .blocked_max_rows = 28,
     // 512 steps of six tokens and four weight rows are 20 KiB of an L1 of 48.
@@ -41,6 +42,8 @@ constexpr Tuning kZen4 = {
     .prefetch_halves = false,
     .stream_rows = 5,
     .packed_max_rows = 128,
+    // A second pass hits the L2, and memory waits for the first pass of the next weight rows.
+    .gemv_distance = 8192,
     .avx2_gemv_max_rows = 4,
     .blocked_max_rows = Tuning::kNoLimit,
     .blocked_k = Tuning::kNoLimit,

@@ -20,6 +20,8 @@ struct Tuning {
   int stream_rows;
   // Rows of a work item of packed weights: their sums and a panel fit an L2.
   int64_t packed_max_rows;
+  // Prefetch distance of a GEMV whose weights several passes of tokens read, in bytes.
+  int64_t gemv_distance;
   // Most rows of an expert for a GEMV in passes of two tokens.
   int avx2_gemv_max_rows;
   // Most rows of an expert for a blocked GEMV, most steps of k of its blocks, and the depth from

@@ -173,13 +173,15 @@ struct GemvParams {
   int64_t ldx;
   T* out;
   int64_t ldo, out_step;
+  int64_t prefetch_distance;  // bytes; used with several tokens
 };
 template <class T>
 struct GemvKernels {
   void (*run)(const GemvParams<T>& p);
   void (*run_bf16)(const GemvParams<T>& p);
   int max_tokens;
-  int max_rows;  // rows of an expert up to which this beats the tiles
+  int max_rows;               // rows of an expert up to which this beats the tiles
+  int64_t prefetch_distance;  // for weights of type T that several passes read (isa/tuning.h)
 };
 
 // A blocked GEMV: the weights of a block of k stay in L1 while the tokens pass, max_tokens at a

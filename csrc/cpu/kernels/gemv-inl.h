@@ -109,9 +109,6 @@ inline Vec<T> load_operand(const S* p) {
   }
 }
 
-// Prefetch distance of a GEMV of several tokens, in bytes.
-constexpr int64_t kGemvPrefetch = 2048;
-
 // `count` times F weight rows and M tokens, vectors along k: F streams of weights, each read once.
 template <class T, class S, int F, int M>
 void gemv_tiles(const GemvParams<T>& p) {
@@ -120,6 +117,7 @@ void gemv_tiles(const GemvParams<T>& p) {
   const auto* w = static_cast<const S*>(p.w);
   const T* x = p.x;
   const int64_t k = p.k, w_step = p.w_step, ldw = p.ldw, ldx = p.ldx;
+  [[maybe_unused]] const int64_t distance = p.prefetch_distance;
   const int64_t whole = k / W * W;
   const auto products = [=](int64_t n, Vec<T>(&acc)[F][M]) __attribute__((always_inline)) {
     const S* rows = w + n * w_step;
@@ -136,8 +134,7 @@ void gemv_tiles(const GemvParams<T>& p) {
       for (int f = 0; f < F; ++f) {
         // With one token the core's window reaches far enough ahead by itself.
         if constexpr (M > 1) {
-          __builtin_prefetch(reinterpret_cast<const char*>(rows + f * ldw + i) + kGemvPrefetch, 0,
-                             2);
+          __builtin_prefetch(reinterpret_cast<const char*>(rows + f * ldw + i) + distance, 0, 2);
         }
         const Vec<T> wv = load_operand<T>(rows + f * ldw + i);
 #pragma GCC unroll 4
