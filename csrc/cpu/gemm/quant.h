@@ -184,9 +184,9 @@ void repack_b_item(const GemmDesc<float>& d, const GemmKernels<float>& k, const 
   ScratchScope scratch;
   float* a = scratch.take<float>(Scratch::kTokens, k_blocks * m * kLda);
   float* tile = scratch.take<float>(Scratch::kTile, m * ldc);
-  Arena arena(scratch, Scratch::kPackB, (block / word + groups + m + 32) * P * 4 + 192);
-  auto* words = arena.take<uint32_t>((block / word + 16) * P);
-  auto* scales = arena.take<float>((groups + 16) * P);
+  Arena arena(scratch, Scratch::kPackB, (block / word + groups + m + 16) * P * 4 + 192);
+  auto* words = arena.take<uint32_t>((block / word + 8) * P);
+  auto* scales = arena.take<float>((groups + 8) * P);
   auto* sums = kInt8 ? nullptr : arena.take<float>(m * P);
   const int64_t padded_k = round_up(K, kQuantBlock);
   float* x = scratch.take<float>(Scratch::kPackA, padded_k);

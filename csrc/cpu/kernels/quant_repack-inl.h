@@ -1,11 +1,40 @@
 // Weights of 8 and 4 bits repacked into panels of 32-bit words, and the tiles that unpack them to
 // fp32 or to int16. Included by kernels-inl.h, inside its namespace; NOTES.md has the arithmetic.
 
-// Bytes of a row that are transposed at once.
-constexpr int64_t kRun = MOE_VEC_BYTES;
-
 // kRun bytes of each of as many rows as a vector has lanes of 32 bits: word j of all rows goes to
 // dst[j * 2 * lanes].
+#if MOE_VEC_BYTES == 64
+constexpr int64_t kRun = 32;  // Half a vector: two rows fill one as they are loaded.
+inline void words_of_rows(const uint8_t* const* rows, int64_t offset, uint32_t flip,
+                          uint32_t* dst) {
+  constexpr int W = 16;
+  const Bytes flips = _mm512_set1_epi32(static_cast<int32_t>(flip));
+  const auto half = [&](int i) { return load_bytes<__m256i_u>(rows[i] + offset); };
+  Bytes v[8];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {  // Of each half, lanes 0 and 1: words 0 to 3 and 4 to 7 of a row.
+    v[i] = _mm512_inserti64x4(_mm512_castsi256_si512(half(i)), half(8 + i), 1) ^ flips;
+  }
+  Bytes two[8];  // words of two rows
+#pragma GCC unroll 4
+  for (int i = 0; i < 8; i += 2) {
+    two[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
+    two[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
+  }
+  const __m512i first = {0, 1, 8, 9, 4, 5, 12, 13}, second = {2, 3, 10, 11, 6, 7, 14, 15};
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    const int i = j / 2;
+    const Bytes a = j % 2 == 0 ? _mm512_unpacklo_epi64(two[i], two[2 + i])
+                               : _mm512_unpackhi_epi64(two[i], two[2 + i]);
+    const Bytes b = j % 2 == 0 ? _mm512_unpacklo_epi64(two[4 + i], two[6 + i])
+                               : _mm512_unpackhi_epi64(two[4 + i], two[6 + i]);
+    _mm512_storeu_si512(dst + j * 2 * W, _mm512_permutex2var_epi64(a, first, b));
+    _mm512_storeu_si512(dst + (4 + j) * 2 * W, _mm512_permutex2var_epi64(a, second, b));
+  }
+}
+#else
+constexpr int64_t kRun = MOE_VEC_BYTES;
 inline void words_of_rows(const uint8_t* const* rows, int64_t offset, uint32_t flip,
                           uint32_t* dst) {
   using Words = Simd<float>::Uint;
@@ -14,6 +43,7 @@ inline void words_of_rows(const uint8_t* const* rows, int64_t offset, uint32_t f
   };
   transpose_block<float>(row, reinterpret_cast<float*>(dst), 2 * kLanes<float>);
 }
+#endif
 
 // A flip of the upper bit of each weight turns two's complement into q plus a bias, or back.
 void repack(const RepackParams& p, uint32_t* dst) {

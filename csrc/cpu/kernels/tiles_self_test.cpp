@@ -268,7 +268,7 @@ class TileTest {
       }
       scales.push_back(j % 2 ? 1 / 8.0f : 1 / 16.0f);
     }
-    std::vector<uint32_t> words(static_cast<size_t>(16 * P_));  // 64 bytes of each row
+    std::vector<uint32_t> words(static_cast<size_t>(8 * P_));  // 32 bytes of each row
     const Sums want = sums_of(kMaxMr, P_, weight, kK);
     for (const Activations form : {Activations::kFloat, Activations::kInt16, Activations::kInt8}) {
       const bool int16 = form == Activations::kInt16, int8 = form == Activations::kInt8;
