@@ -1267,6 +1267,19 @@ FAMILIES: dict[str, Family] = {
             ),
         )
         + of(
+            "kernels/router_score-inl.h",
+            (
+                "sqrtsoftplus of a positive logit is its root",
+                "root = vsqrt(x > 0 ? x + u * q : q);",
+                "root = vsqrt(x > 0 ? x : q);",
+            ),
+            (
+                "slope of sqrtsoftplus without that of the sigmoid",
+                "return factor * T(0.5) / ((T(1) + u) * root);",
+                "return factor * T(0.5) / root;",
+            ),
+        )
+        + of(
             "kernels/router_choice-inl.h",
             (
                 "maxima past the last block not cleared",

@@ -15,6 +15,7 @@
 #include "moe_ops/moa_attention.h"
 #include "moe_ops/moe_linear_reduce.h"
 #include "moe_ops/rotary.h"
+#include "moe_ops/router_bwd.h"
 #include "moe_ops/router_linear.h"
 #include "moe_ops/topk_router.h"
 #include "moe_ops/topp_router.h"
@@ -282,9 +283,6 @@ void SelfTest::attention() {
 
 void SelfTest::routers() {
   constexpr int64_t T = 21, H = 37;
-  const auto score = [](int flags) {
-    return flags & 1 ? ScoreFunc::kSoftmax : ScoreFunc::kSigmoid;
-  };
   // Few experts, with and without code of their own, and rows with and without maxima of blocks.
   for (const auto& [E, K] :
        {std::pair<int64_t, int64_t>{4, 2}, {8, 2}, {6, 3}, {30, 4}, {150, 9}}) {
@@ -295,14 +293,15 @@ void SelfTest::routers() {
         {draw(sums_, T * E), sums_, x, w, type_, H, T, H, E, out("router_linear_bwd", T * H),
          out("router_linear_bwd", E * H), out("router_linear_bwd", E)},
         kAlone);
-    for (int flags = 0; flags < 8; ++flags) {
+    for (int call = 0; call < 4 * kScoreFuncs; ++call) {
       int32_t* ids = out_ids("topk_router", T * K);
-      const bool first = flags & 2, renormalize = flags & 4;
-      topk_router({logits, type_, E, T, E, K, score(flags), first, renormalize, 1.5, nullptr, 1, 1,
+      const auto score = static_cast<ScoreFunc>(call / 4);
+      const bool first = call & 1, renormalize = call & 2;
+      topk_router({logits, type_, E, T, E, K, score, first, renormalize, 1.5, nullptr, 1, 1,
                    GroupScore::kMax, out("topk_router", sums_, T * K), ids},
                   kAlone);
-      router_bwd({draw(sums_, T * K), logits, type_, E, ids, T, E, K, score(flags), first,
-                  renormalize, 1.5, out("router_bwd", T * E)},
+      router_bwd({draw(sums_, T * K), logits, type_, E, ids, T, E, K, score, first, renormalize,
+                  1.5, out("router_bwd", T * E)},
                  kAlone);
     }
     topp_router({logits, type_, E, T, E, 0.6, 1, K, true, 1.5, out("topp_router", sums_, T * K),
