@@ -140,33 +140,22 @@ void gemv_blocked_item(const GemmDesc<T>& d, const GemmKernels<T>& k, const Gemm
           const int tokens = static_cast<int>(t1 - t0);
           const T* rows = x + (b * m + t0) * ldx;
           T* part = sums + t0 * features * W;
-          if (widen && p == 0) {
-            k.blocked_gemv.run_widening({.w_type = d.b.type,
-                                         .features = features,
-                                         .tokens = tokens,
-                                         .k = kc,
-                                         .w = weights,
-                                         .ldw = ldw,
-                                         .x = rows,
-                                         .ldx = ldx,
-                                         .sums = part,
-                                         .accumulate = b > 0,
-                                         .wide = wide,
-                                         .ld_wide = ldx},
-                                        next);
-          } else {
-            run({.w_type = d.b.type,
-                 .features = features,
-                 .tokens = tokens,
-                 .k = kc,
-                 .w = widen ? static_cast<const void*>(wide) : weights,
-                 .ldw = widen ? ldx : ldw,
-                 .x = rows,
-                 .ldx = ldx,
-                 .sums = part,
-                 .accumulate = b > 0},
-                next);
-          }
+          // The call with the first tokens reads weights of a half type and leaves them widened.
+          const bool widening = widen && p == 0, widened = widen && p > 0;
+          (widening ? k.blocked_gemv.run_widening : run)(
+              {.w_type = d.b.type,
+               .features = features,
+               .tokens = tokens,
+               .k = kc,
+               .w = widened ? static_cast<const void*>(wide) : weights,
+               .ldw = widened ? ldx : ldw,
+               .x = rows,
+               .ldx = ldx,
+               .sums = part,
+               .accumulate = b > 0,
+               .wide = wide,
+               .ld_wide = ldx},
+              next);
         }
       }
       k.blocked_gemv.reduce(features, m, sums, out + s * n + first, ldo);

@@ -215,7 +215,6 @@ GemmConfig choose_config(const GemmShape& s, const GemmKernels<T>& k, const Quan
       c.features = row_major_features(s, rows);
       const int64_t depth = row_major_depth(s, k, steps, rows);
       c.depth = algorithm == Algorithm::kOuter && !s.invariant ? k_elements : depth;
-      if (algorithm == Algorithm::kRowMajorB && k_elements <= depth) c.rows = kKeptRows;
       break;
     }
     case Algorithm::kZero:

@@ -133,8 +133,8 @@ class Products {
     }
     k_.packed.stream_rows = 0;
     run("packed tile", Algorithm::kPackedB, b, k_.mr2);
-    k_.packed.widen_tiles[type] = tuned.widen[type] != nullptr;
-    run("widened panel", Algorithm::kPackedB, b, 1);
+    k_.packed.widen_tiles = 1;
+    if (type_ == DType::kFloat16) run("widened panel", Algorithm::kPackedB, b, 1);
     k_.packed = tuned;
   }
 

@@ -142,10 +142,10 @@ struct PackedGemmKernels {
   Tile tile[4][kMaxMr], bf16_tile[kMaxMr];
   int prefetch_lines;
   int64_t max_rows;  // of a work item (isa/tuning.h)
-  // One block of a half type, kc even, as one of T, [kc][2*lanes]; T = float. From widen_tiles
-  // tiles on that is faster than each tile widening for itself; 0: never.
-  void (*widen[4])(int64_t kc, const void* panel, T* dst);
-  int widen_tiles[4];
+  // One block of float16, kc even, as one of T, [kc][2*lanes]; T = float. From widen_tiles tiles on
+  // that is faster than each tile widening for itself.
+  void (*widen_fp16)(int64_t kc, const void* panel, T* dst);
+  int widen_tiles;
   // The same for m <= stream_rows rows and num_streams[m - 1] panels at once, `stride` bytes apart:
   // sums of panel s go to out.c[s]. Index: [prefetches `distance` bytes ahead][m - 1]; null where m
   // > kStreamPrefetchRows would prefetch.
@@ -201,8 +201,8 @@ struct BlockedGemvParams {
   int64_t ldx;
   T* sums;
   bool accumulate;
-  T* wide = nullptr;  // run_widening: [features][ld_wide], receives the weights as T
-  int64_t ld_wide = 0;
+  T* wide;  // run_widening: [features][ld_wide], receives the weights as T
+  int64_t ld_wide;
 };
 template <class T>
 struct BlockedGemvKernels {
