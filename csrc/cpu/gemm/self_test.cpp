@@ -100,7 +100,6 @@ class Products {
 
   template <class Op>
   void algorithms() {
-    const int type = static_cast<int>(type_);
     const std::vector<char> a = matrix(type_, kRows, kDepth, a_at);
     const std::vector<char> w = matrix(type_, kFeatures, kDepth, w_at);
     const std::vector<char> columns = w_columns(1);
