@@ -82,8 +82,9 @@ class Calls {
     return results.back().data.data();
   }
   int32_t* out_ids(int64_t n) { return static_cast<int32_t*>(out(DType::kFloat32, n, true)); }
+  // n bytes from a whole line on, and zeros as far as a vector that begins in them reaches.
   void* bytes(int64_t n) {
-    char* p = operands_.emplace_back(n + 64).data();
+    char* p = operands_.emplace_back(n + 128).data();
     return p + (64 - reinterpret_cast<uintptr_t>(p) % 64);
   }
   int32_t* draw_ids(int64_t n, int32_t most) {
