@@ -330,13 +330,10 @@ Status launch(const MoaAttentionParams& p, Stream stream) {
   MOE_TRY(encode_tensor_map(&params.q, q));
   MOE_TRY(encode_tensor_map(&params.k, k));
   MOE_TRY(encode_tensor_map(&params.v, v));
-  auto* kernel = moa_attention_sm90_kernel<Config>;
-  MOE_CUDA_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    Config::kSharedBytes));
   const int64_t blocks = row_tiles * p.batch * p.num_heads;
   if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
-  kernel<<<static_cast<unsigned>(blocks), Config::kThreads, Config::kSharedBytes, stream>>>(params);
-  return launched();
+  const Launch at{static_cast<unsigned>(blocks), Config::kThreads, stream, Config::kSharedBytes};
+  return launch_kernel<moa_attention_sm90_kernel<Config>>(at, params);
 }
 
 template <DType type, AttentionKind kKind>
