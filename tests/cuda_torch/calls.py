@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
+from tests.contract.every_op import OPS, operands_of, tensors_in
 from torch import Tensor
 
 import moe_ops
 from moe_ops.doctor import has_kernel
-from tests.contract.every_op import OPS, operands_of, tensors_in
 
 # Larger sizes meet the kernels on TMA and wgmma, which need multiples of 8, in bf16.
 DTYPES = (torch.bfloat16, torch.float32)
@@ -57,9 +57,7 @@ class Step:
             return outputs
         if self._grads is None:
             self._grads = [torch.ones_like(t) for t in through]
-        found = torch.autograd.grad(
-            through, list(leaves.values()), self._grads, allow_unused=True
-        )
+        found = torch.autograd.grad(through, list(leaves.values()), self._grads, allow_unused=True)
         return [*(t.detach() for t in outputs), *(t for t in found if t is not None)]
 
 

@@ -6,12 +6,12 @@ import copy
 
 import pytest
 import torch
+from tests.conftest import REFUSE_CUDA
+from tests.contract.every_op import operands_of
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import moe_ops
 from moe_ops.layers import Experts, MoE, Router
-from tests.conftest import REFUSE_CUDA
-from tests.contract.every_op import operands_of
 
 from .calls import CASES, IDS, Step, call_of
 
