@@ -3,8 +3,8 @@
     python -m tests.cuda_torch.mutants BUILD PACKAGE -- COMMAND
 
 BUILD is the folder that CMake built the library in, PACKAGE the folder of the package that the
-tests import, COMMAND what runs tests/cuda_torch (arguments are added). Each mutant is built, tested and
-taken back. Ends with 1 if one of them was not noticed.
+tests import, COMMAND what runs tests/cuda_torch (arguments are added). Each mutant is built,
+tested and taken back. Ends with 1 if one of them was not noticed.
 """
 
 from __future__ import annotations

@@ -331,9 +331,8 @@ Status launch(const MoaAttentionParams& p, Stream stream) {
   MOE_TRY(encode_tensor_map(&params.k, k));
   MOE_TRY(encode_tensor_map(&params.v, v));
   const int64_t blocks = row_tiles * p.batch * p.num_heads;
-  if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
-  const Launch at{static_cast<unsigned>(blocks), Config::kThreads, stream, Config::kSharedBytes};
-  return launch_kernel<moa_attention_sm90_kernel<Config>>(at, params);
+  return launch_items<moa_attention_sm90_kernel<Config>>(params, blocks, Config::kThreads,
+                                                         Config::kSharedBytes, stream);
 }
 
 template <DType type, AttentionKind kKind>
