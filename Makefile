@@ -23,7 +23,7 @@ CUDA_BUILD_TOOLS := "nvidia-cutlass>=4.2,<4.3"
 CUDA_TOOLS := $(CUDA_BUILD_TOOLS) nvidia-cuda-cuobjdump
 # Beside the dependencies of the tests a CUDA build of torch, which the ordinary index has.
 CUDA_TORCH_TOOLS := "torch==2.11.*" numpy pytest pytest-xdist expecttest "transformers>=5.7" "safetensors>=0.4" \
-  typer rich matplotlib tqdm torch-geometric gymnasium
+  accelerate typer rich matplotlib tqdm torch-geometric gymnasium
 LINT_TOOLS := ruff==0.17.6 mypy==2.4.1 clang-format==23.1.5
 
 # MOE_OPS_CUDA=on|off|auto, as in CMakeLists.txt: the CUDA kernels are part of the install or not.
