@@ -81,7 +81,8 @@ def test_every_block_runs_the_ops(model_type):
     if model_type == "jetmoe":
         names = ("moe_ffn", "moe_linear_map", "moa_attention", "moe_linear_reduce")
         expected = dict.fromkeys(names, blocks // 2)
-        expected["rotary"] = blocks  # Of queries and of keys.
+        if torch.get_default_device().type == "cpu":  # On CUDA it is torch's operations.
+            expected["rotary"] = blocks  # Of queries and of keys.
     assert count.calls == expected
 
 
