@@ -8,6 +8,7 @@
 #include <cstdlib>
 #include <memory>
 #include <mutex>
+#include <string_view>
 
 #include "cuda/device_info.h"
 #include "cuda/runtime.h"
@@ -122,6 +123,9 @@ std::string name_of(const void* kernel) {
   const std::unique_ptr<char, void (*)(void*)> demangled(
       abi::__cxa_demangle(mangled, nullptr, nullptr, &failed), std::free);
   std::string name = failed == 0 ? demangled.get() : mangled;
+  constexpr std::string_view kUnnamed = "(anonymous namespace)::";
+  if (const size_t at = name.find(kUnnamed); at != std::string::npos)
+    name.erase(at, kUnnamed.size());
   name = name.substr(0, name.find_first_of("<("));
   return name.substr(name.find_last_of(": ") + 1);
 }
