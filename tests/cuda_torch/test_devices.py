@@ -31,7 +31,8 @@ def test_graph_on_the_second_device():
     want = step(call)
     with torch.cuda.device(1):
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # torch would keep the stream that it makes, and capture on this device from then on.
+        with torch.cuda.graph(graph, stream=torch.cuda.Stream(1)):
             got = step(call)
     graph.replay()
     torch.cuda.synchronize(1)
