@@ -40,7 +40,7 @@ MUTANTS = (
         "the stream of device 0 is taken",
         "source.current(t.get_device_index(), &stream)",
         "source.current(0, &stream)",
-        ("test_devices.py", "-k", "test_second_device and topk_router"),
+        ("test_devices.py", "-k", "test_stream_of_the_tensors_device"),
     ),
 )
 

@@ -25,6 +25,17 @@ def test_second_device(op, dtype):
     assert_same_bits(got, Step(op)(call_of(op, dtype, 4, "cuda:0")))
 
 
+@pytest.mark.parametrize("op", ["topk_router", "moe_ffn"])
+def test_stream_of_the_tensors_device(op):
+    """Each device has a current stream; a launch on that of another device is an error."""
+    call = call_of(op, torch.float32, 4, "cuda:1")
+    want = Step(op)(call)
+    with torch.cuda.stream(torch.cuda.Stream(0)):
+        got = Step(op)(call)
+    torch.cuda.synchronize(1)
+    assert_same_bits(got, want)
+
+
 def test_graph_on_the_second_device():
     call = call_of("moe_ffn", torch.bfloat16, 4, "cuda:1")
     step = Step("moe_ffn")
