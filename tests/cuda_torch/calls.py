@@ -7,7 +7,7 @@ from tests.contract.every_op import OPS, operands_of, tensors_in
 from torch import Tensor
 
 import moe_ops
-from moe_ops.doctor import has_kernel
+from moe_ops.self_test import has_kernel
 
 # Larger sizes meet the kernels on TMA and wgmma, which need multiples of 8, in bf16.
 DTYPES = (torch.bfloat16, torch.float32)

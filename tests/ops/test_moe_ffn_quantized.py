@@ -4,32 +4,53 @@ import concurrent.futures
 
 import pytest
 import torch
+from tests.helpers.op_case import OpCase
+from tests.helpers.quantized import (
+    INTEGER_ROWS,
+    dequantized,
+    moe_ffn_in_integers,
+    moe_ffn_quantized_magnitude,
+    quantized,
+    quantized_operands,
+    rounds_to_bytes,
+    slots_of_experts,
+)
+from tests.helpers.routing import EMPTY_ROUTINGS, ROUTINGS, Routing
 
 import moe_ops
 from moe_ops import _C, reference
 from moe_ops.numerics import is_batch_invariant
+from moe_ops.ops.gated_act import GATED_ACTIVATIONS, PLAIN_ACTIVATIONS
 from moe_ops.testing import (
-    EMPTY_ROUTINGS,
-    GATED_ACTIVATIONS,
-    INTEGER_ROWS,
-    PLAIN_ACTIVATIONS,
-    ROUTINGS,
-    Routing,
     as_strided_copy,
     assert_identical,
     check_against_reference,
-    dequantized,
     eps,
-    moe_ffn_in_integers,
-    moe_ffn_quantized_magnitude,
     poisoned,
-    quantized,
-    quantized_operands,
-    rounds_to_bytes,
     short,
-    slots_of_experts,
 )
 
+
+def quantised_call(s):
+    call = s.ffn()
+    if s.dtype == torch.float64:
+        for name in ("x", "b_gate_up", "b_down"):
+            call[name] = call[name].float()
+    for name in ("w_gate_up", "w_down"):
+        call[f"{name}_scale"] = torch.rand(call[name].shape[:2])
+        call[name] = torch.randint(-127, 128, call[name].shape).to(torch.int8)
+    call["x_scale"] = torch.rand(s.h)
+    return call
+
+
+OP_CASES = {
+    "moe_ffn_quantized": OpCase(
+        quantised_call,
+        bad_arguments={"activation": ("", "swish", "SWIGLU", "swiglu\0")},
+        mixed_floats=("topk_weights",),
+        kind="quantised",
+    )
+}
 pytestmark = pytest.mark.cpu_only
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

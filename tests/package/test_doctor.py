@@ -7,37 +7,13 @@ import torch
 from typer.testing import CliRunner
 
 import moe_ops
-from moe_ops import _C, doctor, ops
+from moe_ops import _C, doctor, ops, self_test
 from moe_ops.cli.app import app
 
 runner = CliRunner()
 
-OPS = {
-    "add_rms_norm",
-    "topk_router",
-    "topp_router",
-    "expert_choice_router",
-    "sort_slots",
-    "permute",
-    "unpermute",
-    "gated_act",
-    "grouped_gemm",
-    "grouped_gemm_fp8",
-    "grouped_gemm_wgrad",
-    "grouped_sum",
-    "moe_ffn",
-    "moe_ffn_fp8",
-    "moe_ffn_packed",
-    "moe_ffn_quantized",
-    "dense_ffn",
-    "mix_experts",
-    "moe_linear_map",
-    "moe_linear_reduce",
-    "quantize_fp8",
-    "rotary",
-    "router_linear",
-    "moa_attention",
-}
+# pack_experts makes operands of moe_ffn_packed and has no values of its own.
+OPS = set(ops.__all__) - {"pack_experts"}
 INFERENCE_ONLY = (
     "sort_slots",
     "moe_ffn_packed",
@@ -104,13 +80,13 @@ def test_an_op_that_raises_fails_with_its_message(monkeypatch):
 
 
 def test_name_clash_warns(monkeypatch, tmp_path):
-    (finding,) = doctor._name_clash()
+    finding = doctor._name_clash()
     assert finding.level == "ok"
     info = tmp_path / "moe_ops-9.9.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: moe-ops\nVersion: 9.9\n")
     monkeypatch.syspath_prepend(tmp_path)
-    (finding,) = doctor._name_clash()
+    finding = doctor._name_clash()
     assert finding.level == "warning"
     assert "9.9" in finding.text
     assert "pip uninstall moe-ops" in finding.advice
@@ -232,7 +208,7 @@ def test_kernels_without_code_for_the_card(card):
     card.set(capability=(8, 0))
     assert [f.level for f in doctor._cuda_kernels()] == ["ok", "info"]
     card.answer("cuda_kernels", [(permute[0], nothing, 0, 0, 0, 0), product])
-    findings = doctor._cuda_kernels()
+    findings = list(doctor._cuda_kernels())
     assert [f.level for f in findings] == ["ok", "fail"]
     assert nothing in findings[1].text and findings[1].advice
 
@@ -250,7 +226,7 @@ def test_kernels_without_code_for_the_card(card):
 )
 def test_gpu_that_does_not_fit(card, facts, level, words):
     card.set(**facts)
-    finding = doctor._cuda()[0]
+    finding = next(doctor._cuda())
     assert finding.level == level and words in finding.text
     if level in ("warning", "fail"):
         assert finding.advice
@@ -287,9 +263,11 @@ def test_ops_without_a_cuda_kernel_are_left_out(monkeypatch):
     def run(case, device, dtype):
         asked.append((case.op, device, dtype))
 
-    monkeypatch.setattr(doctor, "_run_case", run)
+    monkeypatch.setattr(self_test, "_run_case", run)
     monkeypatch.setattr(
-        doctor, "has_kernel", lambda op, device: device == "cuda" and op in ("permute", "moe_ffn")
+        self_test,
+        "has_kernel",
+        lambda op, device: device == "cuda" and op in ("permute", "moe_ffn"),
     )
     doctor.self_test("cuda")
     assert asked == [
@@ -306,11 +284,19 @@ def test_has_kernel_reads_the_registry():
     assert not doctor.has_kernel("no_such_op", "cpu")
 
 
+def test_a_failing_kernel_is_told(monkeypatch):
+    from moe_ops import _C
+
+    monkeypatch.setattr(_C, "failing_kernel", lambda target: "packed tile")
+    finding = next(doctor._cpu())
+    assert finding.level == "fail" and "self-test (packed tile)" in finding.text
+
+
 def test_lowered_isa_warns(monkeypatch):
     from moe_ops import _C
 
     monkeypatch.setattr(_C, "cpu_isa", lambda: "portable")
     monkeypatch.setattr(_C, "detected_isa", lambda: "avx2")
     monkeypatch.setenv("MOE_OPS_CPU_ISA", "portable")
-    finding = doctor._cpu()[0]
+    finding = next(doctor._cpu())
     assert finding.level == "warning" and "MOE_OPS_CPU_ISA" in finding.advice

@@ -27,7 +27,7 @@ def total_load_balancing_loss(
     Args:
         router_logits: of each layer [T, E].
         topk_ids: of each layer [T, K]; ids outside [0, E) do not count.
-        score_func: "softmax" or "sigmoid" (sigmoids divided by their sum).
+        score_func: of the router; scores that are no softmax are divided by their sum.
         token_mask: bool, one element a token, True where the token counts.
     """
     logits, mask = _stack(router_logits, token_mask)
@@ -71,7 +71,7 @@ def _stack(
     return logits.masked_fill(~mask[:, None], 0.0), mask
 
 
-# By the names of `AUX_LOSSES`; the others are summed layer by layer.
+# The keys are names of `AUX_LOSSES`; losses that are missing here are summed layer by layer.
 TOTAL_LOSSES: dict[str, Callable[..., Tensor]] = {
     "load_balancing": total_load_balancing_loss,
     "router_z": total_router_z_loss,

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from moe_ops._private_torch import arguments_of
+
 # Keeps the registrations alive for the life of the process.
 library = torch.library.Library("moe_ops", "FRAGMENT")
 # Ops whose only CUDA kernel is a sentence.
@@ -24,6 +26,41 @@ def register_cpu_only(name: str, instead: str) -> None:
     library.impl(name, refuse, "CUDA")
 
 
+class Signature:
+    """How an op is called with all its arguments in a row, keyword-only ones last."""
+
+    def __init__(self, op: str) -> None:
+        arguments = arguments_of(op)
+        self.names = tuple(a.name for a in arguments)
+        self.num_positional = sum(not a.kwarg_only for a in arguments)
+        self.keywords = self.names[self.num_positional :]
+        self.defaults = tuple(a.default_value for a in arguments)
+
+    def complete(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+        """All arguments in a row. The dispatcher drops trailing ones that equal their defaults."""
+        given = (*args, *self.defaults[len(args) : self.num_positional])
+        if not self.keywords:
+            return given
+        last = zip(self.keywords, self.defaults[self.num_positional :], strict=True)
+        return *given, *(kwargs.get(name, default) for name, default in last)
+
+    def split(self, args: tuple[Any, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if not self.keywords:
+            return args, {}
+        last = args[self.num_positional :]
+        return args[: self.num_positional], dict(zip(self.keywords, last, strict=True))
+
+
 def register_fake(op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorates the function that checks a call and gives outputs without values."""
-    return torch.library.register_fake(f"moe_ops::{op}")
+    """Decorates the function that checks a call and gives outputs without values. It gets all
+    arguments in the order of the schema, whatever a caller leaves to its default."""
+    signature = Signature(op)
+
+    def register(fake: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            return fake(*signature.complete(args, kwargs))
+
+        torch.library.register_fake(f"moe_ops::{op}", run)
+        return fake
+
+    return register

@@ -18,10 +18,13 @@ from moe_ops.ops._checks import (
     accumulate_dtype,
     check,
     check_dim,
+    check_dtype,
     check_float,
+    check_like,
     check_same_device,
-    check_same_dtype,
     check_size,
+    new_if,
+    new_like,
 )
 from moe_ops.ops._library import register_cpu_only, register_fake
 from moe_ops.reference.add_rms_norm import add_rms_norm as _formula
@@ -78,18 +81,16 @@ def _check(
     check_float(op, "x", x)
     check(x.dim() >= 1, f"{op}: x must be [..., H], got shape {list(x.shape)}.")
     for name, t in (("weight", weight), ("bias", bias)):
-        if t is not None:
-            check_same_dtype(op, name, t, "x", x)
-            check_dim(op, name, t, 1, "[H]")
-            check_size(op, name, t, 0, x.shape[-1], "H")
-    if residual is not None:
-        _check_like(op, "residual", residual, "x", x)
+        check_like(op, name, t, "x", x, "[H]", H=x.shape[-1])
+    _check_same_shape(op, "residual", residual, "x", x)
     check(eps >= 0, f"{op}: eps must be at least 0, got {eps}.")
     check_same_device(op, x=x, weight=weight, residual=residual, bias=bias)
 
 
-def _check_like(op: str, name: str, t: Tensor, like_name: str, like: Tensor) -> None:
-    check_same_dtype(op, name, t, like_name, like)
+def _check_same_shape(op: str, name: str, t: Tensor | None, like_name: str, like: Tensor) -> None:
+    if t is None:
+        return
+    check_dtype(op, name, t.dtype, (like.dtype,), f" like {like_name}")
     check_dim(op, name, t, like.dim(), "[..., H]")
     for d in range(like.dim()):
         check_size(op, name, t, d, like.shape[d], f"{like_name}'s size")
@@ -100,20 +101,12 @@ def _rows(x: Tensor) -> Any:
 
 
 @register_fake("add_rms_norm")
-def _(
-    x: Tensor,
-    weight: Tensor,
-    residual: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-6,
-) -> tuple[Tensor, Tensor, Tensor]:
-    _check("add_rms_norm", x, weight, residual, bias, eps)
+def _(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    _check("add_rms_norm", *args)
+    x, _, residual, bias, _ = args
     adds = residual is not None or bias is not None
-    return (
-        x.new_empty(tuple(x.shape)),
-        x.new_empty(tuple(x.shape) if adds else (0,)),
-        x.new_empty((_rows(x),), dtype=accumulate_dtype(x.dtype)),
-    )
+    rstd = x.new_empty((_rows(x),), dtype=accumulate_dtype(x.dtype))
+    return new_like(x), new_if(adds, x), rstd
 
 
 @register_fake("add_rms_norm_bwd")
@@ -130,14 +123,10 @@ def _(
     op = "add_rms_norm_bwd"
     _check(op, sum, weight, None, None, 0.0)
     for name, t in (("grad_y", grad_y), ("grad_sum", grad_sum)):
-        if t is not None:
-            _check_like(op, name, t, "sum", sum)
+        _check_same_shape(op, name, t, "sum", sum)
     check_same_device(op, sum=sum, grad_y=grad_y, grad_sum=grad_sum, rstd=rstd)
-    return (
-        sum.new_empty(tuple(sum.shape) if need_x else (0,)),
-        sum.new_empty((sum.shape[-1] if need_weight else 0,)),
-        sum.new_empty((sum.shape[-1] if need_bias else 0,)),
-    )
+    size = sum.shape[-1:]
+    return new_if(need_x, sum), new_if(need_weight, sum, size), new_if(need_bias, sum, size)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:

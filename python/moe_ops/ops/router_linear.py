@@ -9,16 +9,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_ops.ops._autocast import register_autocast
-from moe_ops.ops._autograd import direct_call, needs_input_grad, register_autograd
+from moe_ops.ops._autograd import direct_call, needs_input_grad, only_needed, register_autograd
 from moe_ops.ops._checks import (
     accumulate_dtype,
-    check,
-    check_dim,
+    check_dtype,
     check_float,
+    check_like,
+    check_positive,
     check_same_device,
-    check_same_dtype,
-    check_size,
-    dtype_name,
+    check_shape,
+    new_if,
 )
 from moe_ops.ops._library import register_cpu_only, register_fake
 
@@ -61,33 +61,21 @@ def router_linear(
 
 
 def _check(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    check_float(op, "x", x)
-    check_dim(op, "x", x, 2, "[T, H]")
-    check_same_dtype(op, "weight", weight, "x", x)
-    check_dim(op, "weight", weight, 2, "[E, H]")
-    check_size(op, "weight", weight, 1, x.shape[1], "H")
+    check_float(op, "x", x, "[T, H]")
+    check_like(op, "weight", weight, "x", x, "[E, H]", H=x.shape[1])
     num_experts = weight.shape[0]
-    check(num_experts >= 1, f"{op}: num_experts must be at least 1, got {num_experts}.")
-    if bias is not None:
-        check_same_dtype(op, "bias", bias, "x", x)
-        check_dim(op, "bias", bias, 1, "[E]")
-        check_size(op, "bias", bias, 0, num_experts, "E")
+    check_positive(op, num_experts=num_experts)
+    check_like(op, "bias", bias, "x", x, "[E]", E=num_experts)
     check_same_device(op, x=x, weight=weight, bias=bias)
 
 
 def _check_logits_dtype(op: str, name: str, dtype: torch.dtype, x: Tensor) -> None:
     wanted = dict.fromkeys((x.dtype, accumulate_dtype(x.dtype)))
-    names = " or ".join(dtype_name(d) for d in wanted)
-    check(dtype in wanted, f"{op}: {name} must be {names}, got {dtype_name(dtype)}.")
+    check_dtype(op, name, dtype, tuple(wanted))
 
 
 @register_fake("router_linear")
-def _(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    logits_dtype: torch.dtype | None = None,
-) -> Tensor:
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, logits_dtype: torch.dtype | None) -> Tensor:
     _check("router_linear", x, weight, bias)
     dtype = logits_dtype or x.dtype
     _check_logits_dtype("router_linear", "logits_dtype", dtype, x)
@@ -96,25 +84,15 @@ def _(
 
 @register_fake("router_linear_bwd")
 def _(
-    grad_logits: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    need_x: bool,
-    need_weight: bool,
-    need_bias: bool,
+    grad_logits: Tensor, x: Tensor, weight: Tensor, need_x: bool, need_weight: bool, need_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     op = "router_linear_bwd"
     _check(op, x, weight, None)
     _check_logits_dtype(op, "grad_logits", grad_logits.dtype, x)
-    check_dim(op, "grad_logits", grad_logits, 2, "[T, E]")
-    check_size(op, "grad_logits", grad_logits, 0, x.shape[0], "T")
-    check_size(op, "grad_logits", grad_logits, 1, weight.shape[0], "E")
+    shape = "[T, E]"
+    check_shape(op, "grad_logits", grad_logits, shape, T=x.shape[0], E=weight.shape[0])
     check_same_device(op, x=x, grad_logits=grad_logits)
-    return (
-        x.new_empty(tuple(x.shape) if need_x else (0,)),
-        x.new_empty(tuple(weight.shape) if need_weight else (0,)),
-        x.new_empty((weight.shape[0] if need_bias else 0,)),
-    )
+    return new_if(need_x, x), new_if(need_weight, weight), new_if(need_bias, x, weight.shape[:1])
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -125,7 +103,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x, weight = ctx.saved_tensors
     needs = needs_input_grad(ctx, 3)
     grads = _router_linear_bwd(grad, x, weight, *needs)
-    return *(g if need else None for g, need in zip(grads, needs, strict=True)), None
+    return *only_needed(grads, needs), None
 
 
 def _setup_bwd(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
