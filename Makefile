@@ -14,10 +14,16 @@ MINUTES ?= 10
 SEED ?= 0
 
 VENV := .venv
+CUDA_TORCH := .venv-cuda
+# Where the simulator's sources are, a Makefile and python/torch_cuda.py among them.
+MOE_OPS_PTXSIM_SOURCE ?= ../shared/tools/ptxsim
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 BUILD_TOOLS := "scikit-build-core>=0.10" "pybind11>=2.13" "cmake>=3.26" ninja
 CUDA_BUILD_TOOLS := "nvidia-cutlass>=4.2,<4.3"
 CUDA_TOOLS := $(CUDA_BUILD_TOOLS) nvidia-cuda-cuobjdump
+# Beside the dependencies of the tests a CUDA build of torch, which the ordinary index has.
+CUDA_TORCH_TOOLS := "torch==2.11.*" numpy pytest pytest-xdist expecttest "transformers>=5.7" "safetensors>=0.4" \
+  accelerate typer rich matplotlib tqdm torch-geometric gymnasium
 LINT_TOOLS := ruff==0.17.6 mypy==2.4.1 clang-format==23.1.5
 
 # MOE_OPS_CUDA=on|off|auto, as in CMakeLists.txt: the CUDA kernels are part of the install or not.
@@ -32,13 +38,14 @@ SOURCES := CMakeLists.txt pyproject.toml \
   $(shell find csrc python -type f -not -name '*.so' -not -name '*.pyc' -not -name '*.md')
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test test-sim test-asan test-tsan fuzz mutants lint format wheel clean distclean
+.PHONY: help build demo test test-sim test-cuda-torch test-cuda-torch-smoke test-asan test-tsan fuzz mutants lint format wheel clean distclean
 .DELETE_ON_ERROR:
 
 help:
 	@echo 'make demo       train a small mixture-of-experts model, draw its routing, compare with eager'
 	@echo 'make test       run the whole test suite on the installed package'
 	@echo 'make test-sim   compile the CUDA kernels and run their tests on a simulator, without a GPU'
+	@echo 'make test-cuda-torch   the ops, layers and models on CUDA tensors of a torch with CUDA, on a simulator'
 	@echo 'make test-asan  run op tests and fuzz tests with AddressSanitizer and UBSan (needs Clang)'
 	@echo 'make test-tsan  call every op from several threads under ThreadSanitizer'
 	@echo 'make fuzz       call every op on both sides of every block size, then at random, for MINUTES'
@@ -99,10 +106,10 @@ mutants: build
 # The CUDA kernels, linked with the shared runtime that a simulator stands in for
 # (docs/cuda-without-a-gpu.md); a package of its own, so that the installed one stays what it is.
 SIM := build/sim
-test-sim: build
-ifndef MOE_OPS_PTXSIM
-	@echo 'make test-sim needs MOE_OPS_PTXSIM, the folder of a simulator that is called libcudart.so.13: nothing was run.'
-else
+NO_SIMULATOR = needs MOE_OPS_PTXSIM, the folder of a simulator that is called libcudart.so.13: nothing was run.
+
+.PHONY: $(SIM)
+$(SIM): build
 	@echo 'Compiling the CUDA kernels (about 10 minutes on two cores, the first time).'
 	@$(PIP) install -q $(CUDA_TOOLS)
 	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" cmake -S . -B build/cuda -G Ninja -DCMAKE_BUILD_TYPE=Release \
@@ -111,10 +118,38 @@ else
 	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" ninja -C build/cuda --quiet
 	@rm -rf $(SIM) && mkdir -p $(SIM) && cp -r python/moe_ops $(SIM)/
 	@cp build/cuda/libmoe_ops.so build/cuda/_C*.so $(SIM)/moe_ops/
+
+ifndef MOE_OPS_PTXSIM
+test-sim test-cuda-torch test-cuda-torch-smoke:
+	@echo 'make $@ $(NO_SIMULATOR)'
+else
+test-sim: $(SIM)
 	@echo 'Running the op tests on the simulator.'
 	@LD_LIBRARY_PATH="$(MOE_OPS_PTXSIM):$$LD_LIBRARY_PATH" PYTHONPATH=$(SIM) \
 	  $(VENV)/bin/python -m pytest -n $(PYTEST_WORKERS) --backend sim tests/ops tests/cuda $(PYTEST_ARGS)
+
+# The same library in a CUDA build of torch, on CUDA tensors: dispatch, streams, devices, graphs and
+# threads are torch's own. Its environment is made once and kept by make clean.
+CUDA_TORCH_TESTS ?= tests/ops tests/layers tests/zoo tests/hf tests/cuda_torch
+RUN_CUDA_TORCH = LD_LIBRARY_PATH="$(MOE_OPS_PTXSIM):$$LD_LIBRARY_PATH" LD_PRELOAD=$(MOE_OPS_PTXSIM)/libcudart.so.13 \
+  PTXSIM_DEVICES=2 PYTHONPATH=$(SIM):$(MOE_OPS_PTXSIM_SOURCE)/python OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive \
+  $(CUDA_TORCH)/bin/python -m pytest -n $(PYTEST_WORKERS) -p tests.cuda_torch.simulated --backend cuda
+test-cuda-torch: $(CUDA_TORCH)/.tools $(SIM)
+	@echo 'Running the tests on CUDA tensors, on the simulator.'
+	@$(RUN_CUDA_TORCH) $(CUDA_TORCH_TESTS) $(PYTEST_ARGS)
+
+# A part of it that takes a minute or two.
+CUDA_TORCH_SMOKE := moe_ffn-bfloat16 or topk_router-float32 or moa_attention-bfloat16 or first_backward or autocast or compiled
+test-cuda-torch-smoke: $(CUDA_TORCH)/.tools $(SIM)
+	@echo 'Running some tests on CUDA tensors, on the simulator.'
+	@$(RUN_CUDA_TORCH) tests/cuda_torch -k '$(CUDA_TORCH_SMOKE)'
 endif
+
+$(CUDA_TORCH)/.tools:
+	@echo 'Creating ./$(CUDA_TORCH) with a CUDA build of torch (3 GB).'
+	@$(PYTHON) -m venv $(CUDA_TORCH)
+	@$(CUDA_TORCH)/bin/python -m pip --disable-pip-version-check install -q $(CUDA_TORCH_TOOLS)
+	@touch $@
 
 # Builds that check themselves, each a package of its own: $(call checked_build,FOLDER,SANITIZER,COMPILER)
 CLANG ?= clang++
@@ -180,4 +215,4 @@ clean:
 	find python tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(CUDA_TORCH)

@@ -5,12 +5,15 @@
 
 #include "moe_ops/common.h"
 
-// Leaves the launcher with the error of a runtime call.
+// Leaves the launcher with the error of a runtime call, which the runtime does not keep: it would
+// be taken for one of the next call.
 #define MOE_CUDA_TRY(call)                                         \
   do {                                                             \
     const cudaError_t moe_cuda_error = (call);                     \
-    if (moe_cuda_error != cudaSuccess)                             \
+    if (moe_cuda_error != cudaSuccess) {                           \
+      cudaGetLastError();                                          \
       return static_cast<::moe_ops::cuda::Status>(moe_cuda_error); \
+    }                                                              \
   } while (false)
 
 // The same for a launcher called by another.
@@ -19,10 +22,3 @@
     const ::moe_ops::cuda::Status moe_status = (call); \
     if (moe_status != 0) return moe_status;            \
   } while (false)
-
-namespace moe_ops::cuda {
-
-// The result of the launch just made.
-inline Status launched() { return static_cast<Status>(cudaGetLastError()); }
-
-}  // namespace moe_ops::cuda

@@ -9,7 +9,7 @@
 // Atomics only count.
 #include <algorithm>
 
-#include "cuda/check.h"
+#include "cuda/launch.h"
 #include "cuda/router_row.cuh"
 #include "cuda/runtime.h"
 #include "moe_ops/expert_choice_router.h"
@@ -167,32 +167,22 @@ Status find_thresholds(const ExpertChoiceRouterParams& p, Threshold* thresholds,
   const int64_t bytes = p.num_tokens * static_cast<int64_t>(sizeof(Key<T>));
   const bool keep = bytes + kOwnBytes <= device_info().max_shared_bytes;
   const size_t shared = keep ? static_cast<size_t>(bytes) : 0;
-  if (shared > 40 * 1024) {
-    MOE_CUDA_TRY(cudaFuncSetAttribute(threshold_kernel<T>,
-                                      cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                      static_cast<int>(shared)));
-  }
   const auto threads =
       static_cast<unsigned>(round_up<int64_t>(std::min<int64_t>(p.num_tokens, kMaxThreads), kWarp));
-  threshold_kernel<T>
-      <<<static_cast<unsigned>(p.num_experts), threads, shared, stream>>>(p, thresholds, keep);
-  return launched();
+  const Launch at{static_cast<unsigned>(p.num_experts), threads, stream, shared};
+  return launch_kernel<threshold_kernel<T>>(at, p, thresholds, keep);
 }
 
 template <class T>
 Status route(const ExpertChoiceRouterParams& p, Threshold* thresholds, Stream stream) {
   const auto blocks = static_cast<unsigned>(ceil_div<int64_t>(p.num_tokens, kRouterWarps));
   constexpr unsigned kBlock = kRouterWarps * kWarp;
-  MOE_CUDA_TRY(static_cast<cudaError_t>(
+  MOE_TRY(
       with_row<T>(p.num_experts, p.num_experts <= register_experts(p.type), [&]<class Row>(Row*) {
-        score_kernel<Row><<<blocks, kBlock, 0, stream>>>(p);
-        return launched();
-      })));
-  if (thresholds != nullptr) {
-    MOE_CUDA_TRY(static_cast<cudaError_t>(find_thresholds<T>(p, thresholds, stream)));
-  }
-  slot_kernel<T><<<blocks, kBlock, 0, stream>>>(p, thresholds);
-  return launched();
+        return launch_kernel<score_kernel<Row>>({blocks, kBlock, stream}, p);
+      }));
+  if (thresholds != nullptr) MOE_TRY(find_thresholds<T>(p, thresholds, stream));
+  return launch_kernel<slot_kernel<T>>({blocks, kBlock, stream}, p, thresholds);
 }
 
 bool limited(const ExpertChoiceRouterParams& p) { return p.capacity < p.num_tokens; }

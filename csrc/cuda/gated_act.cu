@@ -1,8 +1,8 @@
 // Elementwise: a warp takes a stretch of a row of h.
 #include "cuda/activation.cuh"
-#include "cuda/check.h"
 #include "cuda/dispatch.h"
 #include "cuda/gate_up.cuh"
+#include "cuda/launch.h"
 #include "cuda/rows.cuh"
 #include "moe_ops/gated_act.h"
 
@@ -73,9 +73,10 @@ Status gated_act(const GatedActParams& p, Stream stream) {
       constexpr int V = kVector<S>;
       const bool fits = aligned<S>(p.intermediate_size, p.gate_up, p.h, p.h);
       const RowGrid g = row_grid(p.num_rows, p.intermediate_size / (fits ? V : 1), kStretch);
-      const auto kernel = fits ? gated_act_kernel<A, S, V> : gated_act_kernel<A, S, 1>;
-      kernel<<<g.grid, g.block, 0, stream>>>(p, act_limits<Accumulate<S>>(p.act));
-      return launched();
+      const Launch at{g.grid, g.block, stream};
+      const auto limits = act_limits<Accumulate<S>>(p.act);
+      return fits ? launch_kernel<gated_act_kernel<A, S, V>>(at, p, limits)
+                  : launch_kernel<gated_act_kernel<A, S, 1>>(at, p, limits);
     });
   });
 }
@@ -89,9 +90,10 @@ Status gated_act_bwd(const GatedActBwdParams& p, Stream stream) {
       constexpr int V = kVector<S>;
       const bool fits = aligned<S>(p.intermediate_size, p.gate_up, p.grad_h, p.grad_gate_up);
       const RowGrid g = row_grid(p.num_rows, p.intermediate_size / (fits ? V : 1), kStretch);
-      const auto kernel = fits ? gated_act_bwd_kernel<A, S, V> : gated_act_bwd_kernel<A, S, 1>;
-      kernel<<<g.grid, g.block, 0, stream>>>(p, act_limits<Accumulate<S>>(p.act));
-      return launched();
+      const Launch at{g.grid, g.block, stream};
+      const auto limits = act_limits<Accumulate<S>>(p.act);
+      return fits ? launch_kernel<gated_act_bwd_kernel<A, S, V>>(at, p, limits)
+                  : launch_kernel<gated_act_bwd_kernel<A, S, 1>>(at, p, limits);
     });
   });
 }

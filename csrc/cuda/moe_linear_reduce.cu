@@ -1,7 +1,7 @@
 // moe_linear_reduce as a sequence of launches: a product by slot, and the weighted sum of a token's
 // rows. Its backward is a product by token; the last step, slot_gradients, is a warp a row.
-#include "cuda/check.h"
 #include "cuda/dispatch.h"
+#include "cuda/launch.h"
 #include "cuda/routed_rows.h"
 #include "cuda/row_experts.cuh"
 #include "cuda/rows.cuh"
@@ -71,9 +71,9 @@ Status slot_gradients(const SlotGradientsParams& p, Stream stream) {
                          rows_aligned(p.h.data, p.h.stride * size, 16) &&
                          rows_aligned(p.grad_h, 0, 16);
     const RowGrid g = row_grid(num_rows, 1, 1);
-    const auto kernel = aligned ? slot_gradients_kernel<S, V> : slot_gradients_kernel<S, 1>;
-    kernel<<<g.grid, g.block, 0, stream>>>(p);
-    return launched();
+    const Launch at{g.grid, g.block, stream};
+    return aligned ? launch_kernel<slot_gradients_kernel<S, V>>(at, p)
+                   : launch_kernel<slot_gradients_kernel<S, 1>>(at, p);
   });
 }
 

@@ -1,6 +1,6 @@
 // permute copies bytes: a warp brings a stretch of a row, four accesses a lane at once. Its
 // gradient is unpermute without weights, with the inverse of the map at hand.
-#include "cuda/check.h"
+#include "cuda/launch.h"
 #include "cuda/rows.cuh"
 #include "moe_ops/permute.h"
 #include "moe_ops/unpermute.h"
@@ -51,8 +51,7 @@ __global__ void permute_kernel(const Args a) {
 template <int Bytes>
 Status launch(const Args& a, Stream stream) {
   const RowGrid g = row_grid(a.num_rows, a.row_bytes / Bytes, kStretch);
-  permute_kernel<Bytes><<<g.grid, g.block, 0, stream>>>(a);
-  return launched();
+  return launch_kernel<permute_kernel<Bytes>>({g.grid, g.block, stream}, a);
 }
 
 }  // namespace

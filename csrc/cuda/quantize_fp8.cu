@@ -1,8 +1,8 @@
 // A warp makes kStretch blocks of 128 columns of a row into codes, four columns a lane, all loaded
 // before the first is needed.
-#include "cuda/check.h"
 #include "cuda/dispatch.h"
 #include "cuda/fp8.cuh"
+#include "cuda/launch.h"
 #include "cuda/rows.cuh"
 #include "moe_ops/quantize_fp8.h"
 
@@ -58,9 +58,9 @@ Status quantize_fp8(const QuantizeFp8Params& p, Stream stream) {
     } else {
       const bool aligned = p.row_length % 4 == 0 && rows_aligned(p.q, 0, 4) &&
                            rows_aligned(p.x.data, p.x.stride * sizeof(S), 4 * sizeof(S));
-      const auto kernel = aligned ? quantize_fp8_kernel<S, true> : quantize_fp8_kernel<S, false>;
-      kernel<<<g.grid, g.block, 0, stream>>>(p);
-      return launched();
+      const Launch at{g.grid, g.block, stream};
+      return aligned ? launch_kernel<quantize_fp8_kernel<S, true>>(at, p)
+                     : launch_kernel<quantize_fp8_kernel<S, false>>(at, p);
     }
   });
 }

@@ -3,7 +3,7 @@
 // order; then the row of grad_logits is written once. For more experts than registers hold, the row
 // is written as it is for experts that were not chosen, and the first slot of an expert writes its
 // element again, for all slots that name it.
-#include "cuda/check.h"
+#include "cuda/launch.h"
 #include "cuda/router_row.cuh"
 #include "cuda/rows.cuh"
 #include "moe_ops/router_bwd.h"
@@ -184,8 +184,7 @@ Status route_bwd(const RouterBwdParams& p, Stream stream) {
   return with_row<T>(
       p.num_experts, p.num_experts <= register_experts(p.type), [&]<class Row>(Row*) {
         const auto blocks = static_cast<unsigned>(ceil_div<int64_t>(p.num_tokens, kRouterWarps));
-        router_bwd_kernel<Row><<<blocks, kRouterWarps * kWarp, 0, stream>>>(p);
-        return launched();
+        return launch_kernel<router_bwd_kernel<Row>>({blocks, kRouterWarps * kWarp, stream}, p);
       });
 }
 

@@ -3,10 +3,19 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
 
 #include "moe_ops/common.h"
 
+// What moe_ops._C calls.
+#define MOE_OPS_CUDA_API __attribute__((visibility("default")))
+
 namespace moe_ops::cuda {
+
+// Devices that are told apart; facts about one past them are asked for at each call.
+constexpr int kMaxDevices = 64;
 
 // Facts about the current device, asked once a device.
 struct DeviceInfo {
@@ -16,7 +25,48 @@ struct DeviceInfo {
 };
 const DeviceInfo& device_info();
 
-const char* error_string(Status status);
+// SMs that persistent kernels of the current device may take: all but the margin, which is left to
+// kernels of others that run at the same time, of a collective for example. Tiles of a block that
+// has to wait for such an SM would run after all the others.
+int usable_sms();
+
+// 0, unless the environment variable MOE_OPS_SM_MARGIN is a number, or set_sm_margin was called.
+// One setting of the process.
+MOE_OPS_CUDA_API int sm_margin();
+MOE_OPS_CUDA_API void set_sm_margin(int sms);
+
+MOE_OPS_CUDA_API const char* error_string(Status status);
+
+// Makes a device current in the calling thread, and its context bound to the thread: a thread that
+// has not used CUDA yet has none. Forgets an error that another caller of the runtime left behind.
+MOE_OPS_CUDA_API Status bind_device(int device);
+
+// Where the current stream of torch is found: a function of libtorch_cuda.so, which a torch with
+// CUDA has loaded.
+struct StreamSource {
+  // Writes torch's current stream on a device; 0: success. Null if there is none.
+  int (*current)(int32_t device, void** stream);
+  const char* library;  // the file that it is in; null if torch has loaded no such library
+};
+MOE_OPS_CUDA_API const StreamSource& stream_source();
+
+// Notes a kernel of the library; called while the library is loaded.
+bool add_kernel(const void* kernel);
+
+// Loads every kernel on the current device, the first time that it is called there: CUDA would load
+// each at its first launch, which may be inside of a capture.
+void load_kernels();
+
+// A kernel on the current device, which loads it.
+struct KernelInfo {
+  std::string name;  // without namespace and template arguments
+  Status status;     // 0: it can run
+  int compiled_for;  // compute capability that its machine code was made for, 10 * major + minor
+  int from_ptx;      // that of the PTX it was made of
+  int registers;     // of a thread
+  int64_t spilled_bytes;  // of a thread, in local memory
+};
+MOE_OPS_CUDA_API std::vector<KernelInfo> kernel_infos();
 
 // Version of the runtime this was compiled with, 13000 for 13.0.
 int runtime_version();

@@ -6,7 +6,7 @@
 //              its part 32 slots at a time, and a slot's rank among its equals is the number of
 //              lower lanes with the same bucket
 // Atomics only count, so nothing depends on the order of blocks or warps.
-#include "cuda/check.h"
+#include "cuda/launch.h"
 #include "cuda/reduce.cuh"
 #include "moe_ops/sort_slots.h"
 
@@ -180,11 +180,9 @@ Status launch(const Args& a, const Plan& plan, Stream stream) {
   const unsigned block = plan.warps * kWarp;
   const size_t table = InShared ? plan.buckets * sizeof(int32_t) : 0;
   if (plan.blocks > 1) {
-    count_kernel<Id, InShared><<<grid, block, table, stream>>>(a);
-    MOE_CUDA_TRY(cudaGetLastError());
+    MOE_TRY((launch_kernel<count_kernel<Id, InShared>>({grid, block, stream, table}, a)));
   }
-  place_kernel<Id, InShared><<<grid, block, table * plan.warps, stream>>>(a);
-  return launched();
+  return launch_kernel<place_kernel<Id, InShared>>({grid, block, stream, table * plan.warps}, a);
 }
 
 }  // namespace

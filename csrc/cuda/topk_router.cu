@@ -5,7 +5,7 @@
 //   4. weights of the chosen, a slot a lane
 // For E <= 1024 (256 in fp64) and K <= 64 nothing but the row, and the K logits once more, is read.
 // Larger ones take keys in a workspace, and K sweeps over a lane's part of them.
-#include "cuda/check.h"
+#include "cuda/launch.h"
 #include "cuda/router_row.cuh"
 #include "moe_ops/topk_router.h"
 
@@ -158,8 +158,8 @@ template <class T>
 Status route(const TopkRouterParams& p, void* workspace, Stream stream) {
   return with_row<T>(p.num_experts, in_registers(p), [&]<class Row>(Row*) {
     const auto blocks = static_cast<unsigned>(router_blocks(p.num_tokens, Row::kInRegisters));
-    topk_router_kernel<Row><<<blocks, kRouterWarps * kWarp, 0, stream>>>(p, workspace);
-    return launched();
+    return launch_kernel<topk_router_kernel<Row>>({blocks, kRouterWarps * kWarp, stream}, p,
+                                                  workspace);
   });
 }
 

@@ -1,7 +1,7 @@
 // A warp a token; experts are taken out one at a time, best first, until they gather top_p of the
 // probability. Slot k is lane k % 32's; a full batch of 32 goes to the outputs, from where the same
 // lane takes it again if the weights are to be renormalised.
-#include "cuda/check.h"
+#include "cuda/launch.h"
 #include "cuda/router_row.cuh"
 #include "moe_ops/topp_router.h"
 
@@ -65,8 +65,8 @@ Status route(const ToppRouterParams& p, void* workspace, Stream stream) {
   return with_row<T>(
       p.num_experts, p.num_experts <= register_experts(p.type), [&]<class Row>(Row*) {
         const auto blocks = static_cast<unsigned>(router_blocks(p.num_tokens, Row::kInRegisters));
-        topp_router_kernel<Row><<<blocks, kRouterWarps * kWarp, 0, stream>>>(p, workspace);
-        return launched();
+        return launch_kernel<topp_router_kernel<Row>>({blocks, kRouterWarps * kWarp, stream}, p,
+                                                      workspace);
       });
 }
 

@@ -6,8 +6,8 @@
 // token's slots are neighbours, and all but the first find it in L1 or L2. A launch before it finds
 // the first and the last slot of each row: the first one's warp writes the row, those between them
 // are looked for, and a row without any is written by the warp of its number.
-#include "cuda/check.h"
 #include "cuda/dispatch.h"
+#include "cuda/launch.h"
 #include "cuda/rows.cuh"
 #include "moe_ops/unpermute.h"
 
@@ -131,12 +131,9 @@ Status launch(const UnpermuteParams& p, Stream stream) {
                        rows_aligned(p.rows, p.row_stride * int64_t{sizeof(S)}, 16) &&
                        rows_aligned(p.y, p.hidden_size * int64_t{sizeof(D)}, V * sizeof(D));
   const RowGrid g = row_grid(p.num_tokens, p.hidden_size / (aligned ? V : 1), kSumStretch);
-  if (aligned) {
-    unpermute_kernel<S, D, V><<<g.grid, g.block, 0, stream>>>(p);
-  } else {
-    unpermute_kernel<S, D, 1><<<g.grid, g.block, 0, stream>>>(p);
-  }
-  return launched();
+  const Launch at{g.grid, g.block, stream};
+  return aligned ? launch_kernel<unpermute_kernel<S, D, V>>(at, p)
+                 : launch_kernel<unpermute_kernel<S, D, 1>>(at, p);
 }
 
 // --- backward
@@ -237,8 +234,7 @@ Status name_targets(const IndexMap& map, int64_t n, int32_t* named, Stream strea
   constexpr int kThreads = 256;
   MOE_CUDA_TRY(cudaMemsetAsync(named, 0, 2 * n * sizeof(int32_t), stream));
   const auto blocks = static_cast<unsigned>(ceil_div<int64_t>(n, kThreads));
-  name_targets_kernel<<<blocks, kThreads, 0, stream>>>(map, n, named);
-  return launched();
+  return launch_kernel<name_targets_kernel>({blocks, kThreads, stream}, map, n, named);
 }
 
 Status unpermute(const UnpermuteParams& p, Stream stream) {
@@ -265,9 +261,9 @@ Status unpermute_bwd(const UnpermuteBwdParams& p, Stream stream) {
                          rows_aligned(p.grad_y, p.grad_y_stride * size, 16) &&
                          rows_aligned(p.grad_rows, p.hidden_size * size, 16);
     const RowGrid g = row_grid(n, 1, 1);
-    const auto kernel = aligned ? unpermute_bwd_kernel<S, V> : unpermute_bwd_kernel<S, 1>;
-    kernel<<<g.grid, g.block, 0, stream>>>(p);
-    return launched();
+    const Launch at{g.grid, g.block, stream};
+    return aligned ? launch_kernel<unpermute_bwd_kernel<S, V>>(at, p)
+                   : launch_kernel<unpermute_bwd_kernel<S, 1>>(at, p);
   });
 }
 

@@ -23,6 +23,7 @@
 #include "cpu/runtime/workspace.h"
 #include "cuda/moe_ffn/choose.h"
 #include "cuda/row_blocks.h"
+#include "cuda/runtime.h"
 #include "python/limits.h"
 
 namespace py = pybind11;
@@ -172,6 +173,34 @@ PYBIND11_MODULE(_C, m) {
     const moe_ops::cuda::RowBlocks b = moe_ops::cuda::row_blocks(rows, accesses, stretch);
     return std::array<unsigned, 3>{b.x, b.y, b.z};
   });
+#ifdef MOE_OPS_WITH_CUDA
+  m.def("set_sm_margin", &moe_ops::cuda::set_sm_margin, py::arg("sms"));
+  m.def("sm_margin", &moe_ops::cuda::sm_margin);
+  // The library that torch's current stream is asked of, and whether it answers; None: torch has
+  // loaded no such library.
+  m.def("stream_source", []() -> std::optional<std::pair<std::string, bool>> {
+    const moe_ops::cuda::StreamSource& source = moe_ops::cuda::stream_source();
+    if (source.library == nullptr) return std::nullopt;
+    return std::pair(std::string(source.library), source.current != nullptr);
+  });
+  // None, or why a device cannot be made current. A thread has no context before that.
+  m.def("bind_device", [](int device) -> std::optional<std::string> {
+    const moe_ops::cuda::Status status = moe_ops::cuda::bind_device(device);
+    if (status == 0) return std::nullopt;
+    return moe_ops::cuda::error_string(status);
+  });
+  // (name, error or None, compute capability of the machine code, of the PTX, registers, bytes that
+  // a thread spills) of every kernel on the current device.
+  m.def("cuda_kernels", [] {
+    std::vector<std::tuple<std::string, std::optional<std::string>, int, int, int, int64_t>> all;
+    for (const moe_ops::cuda::KernelInfo& k : moe_ops::cuda::kernel_infos()) {
+      std::optional<std::string> error;
+      if (k.status != 0) error = moe_ops::cuda::error_string(k.status);
+      all.emplace_back(k.name, error, k.compiled_for, k.from_ptx, k.registers, k.spilled_bytes);
+    }
+    return all;
+  });
+#endif
   m.def("poison_scratch", &poison_scratch, py::arg("bytes"));
   m.def("stale_panels", &stale_panels);
   m.def("cached_bytes", &cached_bytes);

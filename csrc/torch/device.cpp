@@ -2,19 +2,11 @@
 
 #ifdef MOE_OPS_WITH_CUDA
 
-#include <torch/csrc/stable/accelerator.h>
-
 #include <algorithm>
 #include <stdexcept>
 
 #include "cuda/device_info.h"
 #include "cuda/runtime.h"
-
-// STABLE_ABI_WORKAROUND: the stream of the stable ABI has a native handle from torch 2.13 on, above
-// our floor. This function lives in libtorch_cuda; weak, so that the same library loads in a CPU
-// torch.
-extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream)
-    __attribute__((weak));
 
 namespace moe_ops::adapter {
 
@@ -95,12 +87,20 @@ Tensor fresh(Tensor t) {
 
 OnCuda::Scope::Scope(const Tensor& first) {
   // The first tensor may be the one that lies elsewhere; the adapter's checks say so then.
-  if (first.is_cuda()) {
-    guard = new torch::stable::accelerator::DeviceGuard(first.get_device_index());
+  if (!first.is_cuda()) return;
+  // Restores the device when it goes; it may leave a thread without a context as it is.
+  guard = std::make_unique<torch::stable::accelerator::DeviceGuard>(first.get_device_index());
+  const cuda::Status status = cuda::bind_device(first.get_device_index());
+  if (status != 0) {
+    throw std::runtime_error("moe_ops: CUDA device " + std::to_string(first.get_device_index()) +
+                             " cannot be made current: " + cuda::error_string(status) + ".");
   }
+#ifndef MOE_OPS_SIMULATED  // the simulator takes seconds for it, and loads nothing late
+  cuda::load_kernels();
+#endif
 }
 
-OnCuda::Scope::~Scope() { delete static_cast<torch::stable::accelerator::DeviceGuard*>(guard); }
+OnCuda::Scope::~Scope() = default;
 
 Tensor device_empty(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes,
                     ScalarType dtype) {
@@ -114,10 +114,20 @@ Tensor device_empty(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef
   return fresh(t);
 }
 
+// STABLE_ABI_WORKAROUND: the stream of the stable ABI has a native handle from torch 2.13 on, above
+// our floor.
 cuda::Stream current_stream(const Tensor& t) {
   if (!t.is_cuda()) return nullptr;
+  const cuda::StreamSource& source = cuda::stream_source();
+  if (source.current == nullptr) {
+    throw std::runtime_error(
+        "moe_ops: torch's current CUDA stream must be in libtorch_cuda.so, got " +
+        std::string(source.library == nullptr ? "a torch that has loaded no such library"
+                                              : "one without that function (torch before 2.10)") +
+        "; run moe-ops doctor.");
+  }
   void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
+  TORCH_ERROR_CODE_CHECK(source.current(t.get_device_index(), &stream));
   return static_cast<cuda::Stream>(stream);
 }
 

@@ -2,7 +2,10 @@
 // adapter never reads device memory and never waits for the device.
 #pragma once
 
+#include <torch/csrc/stable/accelerator.h>
+
 #include <initializer_list>
+#include <memory>
 #include <type_traits>
 
 #include "moe_ops/common.h"
@@ -66,7 +69,7 @@ inline cuda::MutableDeviceRows mutable_device_rows(Tensor& t, DType type,
   return {t.mutable_data_ptr(), type, row_stride(t), index, 1, t.size(0)};
 }
 
-// Where an adapter runs. OnCuda makes the tensors' device current.
+// Where an adapter runs. OnCuda makes the tensors' device current and binds its context.
 struct OnCuda {
   struct Scope {
     explicit Scope(const Tensor& first);
@@ -75,7 +78,7 @@ struct OnCuda {
     Scope& operator=(const Scope&) = delete;
     void add(const Tensor&) {}
     void enter() {}
-    void* guard = nullptr;
+    std::unique_ptr<torch::stable::accelerator::DeviceGuard> guard;
   };
   static constexpr bool kSimulated = false;
 };

@@ -268,9 +268,79 @@ def _cuda() -> Iterator[Finding]:
     if capability != _HOPPER:
         text += "; matrix products run on the kernels for any card, the fast ones need 9.0"
     yield Finding("cuda", "ok" if capability == _HOPPER else "info", text)
+    yield _cuda_stream()
+    yield _cuda_device()
+    yield from _cuda_kernels()
     cpu_only = [op for op in dict.fromkeys(c.op for c in cases()) if not has_kernel(op, "cuda")]
     if cpu_only:
         yield Finding("cuda ops", "info", f"without a CUDA kernel: {', '.join(cpu_only)}")
+
+
+def _cuda_stream() -> Finding:
+    """Where the kernels get torch's current stream."""
+    found = _C.stream_source()
+    if found is not None and found[1]:
+        text = f"the current one of torch, asked of {found[0]}"
+        margin = _C.sm_margin()
+        if margin:
+            text += f"; kernels that stay on an SM leave {_count(margin, 'SM')} to others"
+        return Finding("cuda stream", "ok", text)
+    text = "torch has loaded no libtorch_cuda.so" if found is None else f"{found[0]} has none"
+    return Finding(
+        "cuda stream",
+        "fail",
+        f"the current one of torch is not to be found: {text}",
+        "Install a torch with CUDA, 2.10 or newer.",
+    )
+
+
+def _cuda_device() -> Finding:
+    """Whether the runtime of the kernels shares torch's devices."""
+    device, count = torch.cuda.current_device(), torch.cuda.device_count()
+    error = _C.bind_device(device)
+    if error is None:
+        text = f"{device} of {count} is current and its context bound; ops do so for that of x"
+        return Finding("cuda device", "ok", text)
+    return Finding(
+        "cuda device",
+        "fail",
+        f"{device} of {count} cannot be made current: {error}",
+        "Update the driver, or build moe_ops with the CUDA toolkit 12.8 or 12.9.",
+    )
+
+
+def _cuda_kernels() -> Iterator[Finding]:
+    """Which code each family of kernels has on this card; loads all of them."""
+    families: dict[str, list[tuple[str | None, int, int, int]]] = {}
+    for name, error, compiled_for, from_ptx, _, spilled in _C.cuda_kernels():
+        family = name.removesuffix("_kernel")
+        families.setdefault(family, []).append((error, compiled_for, from_ptx, spilled))
+    groups: dict[str, list[str]] = {}
+    missing: dict[str, str] = {}
+    for family, kernels in sorted(families.items()):
+        errors = [error for error, *_ in kernels if error is not None]
+        if errors:
+            missing[family] = errors[0]
+            continue
+        _, compiled_for, from_ptx, _ = kernels[0]
+        code = f"code for {compiled_for / 10:.1f} from PTX of {from_ptx / 10:.1f}"
+        spills = sum(spilled > 0 for *_, spilled in kernels)
+        note = f" ({len(kernels)}{f', {spills} spill' if spills else ''})"
+        groups.setdefault(code, []).append(family + note)
+    for code, names in groups.items():
+        yield Finding("cuda kernels", "ok", f"{code}: {', '.join(names)}")
+    # The products on TMA and wgmma have code for one card only, and others do without.
+    hopper = [family for family in missing if "sm90" in family]
+    others = {family: error for family, error in missing.items() if family not in hopper}
+    if hopper:
+        text = f"not for this card: {', '.join(hopper)}"
+        level = "fail" if torch.cuda.get_device_capability() == _HOPPER else "info"
+        advice = _REINSTALL if level == "fail" else None
+        yield Finding("cuda kernels", level, text, advice)
+    if others:
+        text = "; ".join(f"{family}: {error}" for family, error in others.items())
+        advice = f"This build has no code for this card. {_REINSTALL}"
+        yield Finding("cuda kernels", "fail", text, advice)
 
 
 def _name_clash() -> Finding:

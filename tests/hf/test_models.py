@@ -81,7 +81,8 @@ def test_every_block_runs_the_ops(model_type):
     if model_type == "jetmoe":
         names = ("moe_ffn", "moe_linear_map", "moa_attention", "moe_linear_reduce")
         expected = dict.fromkeys(names, blocks // 2)
-        expected["rotary"] = blocks  # Of queries and of keys.
+        if torch.get_default_device().type == "cpu":  # On CUDA it is torch's operations.
+            expected["rotary"] = blocks  # Of queries and of keys.
     assert count.calls == expected
 
 
@@ -368,7 +369,7 @@ def test_autocast_block_is_as_close_as_eager(model_type):
     model = build(model_type)
     block = model.get_submodule(BLOCK_NAMES[model_type])
     x = torch.randn(2, 13, 32)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+    with torch.no_grad(), torch.autocast(torch.get_default_device().type, torch.bfloat16):
         expected = first(block(x.clone()))
         moe_ops.hf.enable(model)
         actual = first(block(x.clone()))
@@ -384,7 +385,7 @@ def test_autocast_runs_where_eager_cannot():
     x = torch.randn(2, 13, 32)
     with torch.no_grad():
         expected = block(x)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(torch.get_default_device().type, torch.bfloat16):
             actual = block(x)
     # The choice of experts may differ for a token whose logits are close: the bound is not tight.
     assert actual.dtype == torch.float32

@@ -122,7 +122,7 @@ def test_half_precision_takes_the_other_way(how):
     if how == "bfloat16":
         y = bank.bfloat16().mix(x.bfloat16(), weights.bfloat16(), [0, 0, 1, 2, 2, 0])
     else:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(torch.get_default_device().type, dtype=torch.bfloat16):
             y = bank.mix(x, weights, [0, 0, 1, 2, 2, 0])
     assert y.dtype == torch.bfloat16
     # Three products round operands to 2^-8 of their size.
@@ -294,7 +294,7 @@ def test_norm_mix_in_bfloat16():
     norm = ExpertNorm(E, O)
     x, weights = torch.randn(T, E, O), torch.rand(T, 2, E)
     exact = norm.mix(x, weights)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, dtype=torch.bfloat16):
         y = norm.mix(x, weights)
     assert y.dtype == torch.bfloat16
     assert (y.float() - exact).norm() < 4 * 2**-8 * exact.norm()

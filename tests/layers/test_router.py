@@ -155,7 +155,7 @@ def test_expert_bias_stays_fp32(convert, name):
 def test_meta_construction():
     router = Router(H, E, K, expert_bias=True, device="meta", dtype=torch.bfloat16)
     assert router.expert_bias.is_meta
-    router = router.to_empty(device="cpu")
+    router = router.to_empty(device=torch.get_default_device())
     assert router.expert_bias.dtype == torch.float32 and not router.expert_bias.is_meta
     assert not router.tokens_per_expert.is_meta and (router.tokens_per_expert == 0).all()
     router.reset_parameters()
@@ -169,7 +169,7 @@ def test_logits_dtype(autocast):
     wide = Router(H, E, K, dtype=torch.bfloat16, logits_dtype=torch.float32)
     wide.load_state_dict(plain.state_dict())
     exact = x.float() @ plain.weight.float().T
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16, enabled=autocast):
         assert plain.logits(x).dtype == torch.bfloat16
         assert wide.logits(x).dtype == torch.float32
         torch.testing.assert_close(wide.logits(x), exact)

@@ -363,7 +363,7 @@ def test_main_grads_under_autocast_are_fp32():
     call = ffn_operands(SMALL, 16, 8, torch.float32)
     leaves = {n: call[n].clone().requires_grad_() for n in ("x", "w_gate_up", "w_down")}
     main = (torch.zeros_like(call["w_gate_up"]), torch.zeros_like(call["w_down"]))
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         y = moe_ops.moe_ffn(**{**call, **leaves}, main_grads=main)
         expected = moe_ops.moe_ffn(**{**call, **leaves})
     assert y.dtype == torch.bfloat16
@@ -478,7 +478,7 @@ def test_autocast_casts_like_a_linear(dtype):
     call = ffn_operands(SMALL, 9, 12, dtype, bias=True)
     cast = ("x", "w_gate_up", "w_down", "b_gate_up", "b_down")
     half = {k: v.bfloat16() if k in cast else v for k, v in call.items()}
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         y = moe_ops.moe_ffn(**call)
     assert_identical(y, moe_ops.moe_ffn(**half))
 
@@ -486,7 +486,7 @@ def test_autocast_casts_like_a_linear(dtype):
 def test_autocast_gradients_keep_the_parameters_dtype():
     call = ffn_operands(SMALL, 9, 12, torch.float32, bias=True)
     leaves = [call[name].requires_grad_() for name in differentiable(call)]
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         y = moe_ops.moe_ffn(**call)
     assert y.dtype == torch.bfloat16
     assert all(g.dtype == torch.float32 for g in torch.autograd.grad(y.sum(), leaves))

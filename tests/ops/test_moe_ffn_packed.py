@@ -307,7 +307,7 @@ def test_autocast():
     """Packed and called in the same state; the weights' own type would not fit."""
     call = ffn_operands(SMALL, 9, 12, torch.float32)
     wide = with_copies(call)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         packed = with_copies(call)
         y = moe_ops.moe_ffn_packed(**packed)
         with pytest.raises(ValueError, match="packed_gate_up must be what pack_experts makes"):

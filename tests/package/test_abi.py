@@ -51,6 +51,15 @@ EXPORTS = {
     "moe_ops::cpu::supported_isas",
     "moe_ops::cpu::use_huge_pages",
 }
+if moe_ops._C.build_info()["cuda"] != "off":
+    EXPORTS |= {
+        "moe_ops::cuda::bind_device",
+        "moe_ops::cuda::error_string",
+        "moe_ops::cuda::kernel_infos",
+        "moe_ops::cuda::set_sm_margin",
+        "moe_ops::cuda::sm_margin",
+        "moe_ops::cuda::stream_source",
+    }
 ISA_FILES = ("target_avx2", "target_avx512", "target_avx512_bf16", "target_amx")
 
 

@@ -7,7 +7,7 @@ import torch
 from typer.testing import CliRunner
 
 import moe_ops
-from moe_ops import doctor, ops, self_test
+from moe_ops import _C, doctor, ops, self_test
 from moe_ops.cli.app import app
 
 runner = CliRunner()
@@ -118,14 +118,34 @@ def test_packed_weights(policy, max_bytes, level, text):
 
 
 class Card:
-    """What torch says about a GPU that is not there."""
+    """What torch and the library say about a GPU that is not there."""
+
+    # Name, error, compute capability of the code and of its PTX, registers, spilled bytes.
+    KERNELS = [
+        ("permute_kernel", None, 90, 80, 24, 0),
+        ("permute_kernel", None, 90, 80, 27, 16),
+        ("sm90_grouped_gemm_kernel", None, 90, 90, 168, 0),
+    ]
 
     def __init__(self, monkeypatch):
         self._patch = monkeypatch
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "H100")
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
         monkeypatch.setattr(torch.version, "cuda", "13.0")
+        # A build for the CPU has none of these.
+        for name, answer in {
+            "stream_source": ("/torch/lib/libtorch_cuda.so", True),
+            "sm_margin": 0,
+            "bind_device": None,
+            "cuda_kernels": self.KERNELS,
+        }.items():
+            self.answer(name, answer)
         self.set()
+
+    def answer(self, name, value):
+        self._patch.setattr(_C, name, lambda *args: value, raising=False)
 
     def set(self, capability=(9, 0), build="13.0 (static runtime)", driver=(13, 0)):
         self._patch.setattr(torch.cuda, "get_device_capability", lambda: capability)
@@ -145,11 +165,52 @@ def test_gpu_without_kernels_warns(card):
 
 
 def test_gpu_with_kernels(card):
-    finding, *rest = doctor._cuda()
+    finding, stream, device, generic, hopper, *rest = doctor._cuda()
     assert finding.level == "ok"
     assert "capability 9.0" in finding.text and "CUDA 13.0 (static runtime)" in finding.text
+    assert stream.name == "cuda stream" and stream.level == "ok"
+    assert "/torch/lib/libtorch_cuda.so" in stream.text
+    assert device.name == "cuda device" and device.level == "ok"
+    assert device.text.startswith("0 of 2")
+    assert generic.name == hopper.name == "cuda kernels" and generic.level == hopper.level == "ok"
+    assert generic.text == "code for 9.0 from PTX of 8.0: permute (2, 1 spill)"
+    assert hopper.text == "code for 9.0 from PTX of 9.0: sm90_grouped_gemm (1)"
     for other in rest:
         assert other.name == "cuda ops" and other.level == "info"
+
+
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [(None, "no libtorch_cuda.so"), (("/torch/lib/libtorch_cuda.so", False), "has none")],
+)
+def test_a_torch_without_the_current_stream_fails(card, found, words):
+    card.answer("stream_source", found)
+    finding = doctor._cuda_stream()
+    assert finding.level == "fail" and words in finding.text and finding.advice
+
+
+def test_a_margin_is_told(card):
+    card.answer("sm_margin", 8)
+    assert "leave 8 SMs to others" in doctor._cuda_stream().text
+
+
+def test_a_device_that_cannot_be_used_fails(card):
+    card.answer("bind_device", "CUDA driver version is insufficient for CUDA runtime version")
+    finding = doctor._cuda_device()
+    assert finding.level == "fail" and "driver version" in finding.text and finding.advice
+
+
+def test_kernels_without_code_for_the_card(card):
+    nothing = "no kernel image is available for execution on the device"
+    permute, _, product = card.KERNELS
+    card.answer("cuda_kernels", [permute, (product[0], nothing, 0, 0, 0, 0)])
+    assert [f.level for f in doctor._cuda_kernels()] == ["ok", "fail"]
+    card.set(capability=(8, 0))
+    assert [f.level for f in doctor._cuda_kernels()] == ["ok", "info"]
+    card.answer("cuda_kernels", [(permute[0], nothing, 0, 0, 0, 0), product])
+    findings = list(doctor._cuda_kernels())
+    assert [f.level for f in findings] == ["ok", "fail"]
+    assert nothing in findings[1].text and findings[1].advice
 
 
 @pytest.mark.parametrize(

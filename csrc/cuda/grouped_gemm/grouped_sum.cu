@@ -5,8 +5,8 @@
 // of 32 rows at a time and hand them around. Nothing depends on the grid, so neither do the bits.
 #include <limits>
 
-#include "cuda/check.h"
 #include "cuda/dispatch.h"
+#include "cuda/launch.h"
 #include "cuda/reduce.cuh"
 #include "cuda/row_experts.cuh"
 #include "cuda/vec.cuh"
@@ -86,8 +86,8 @@ Status launch(const GroupedSumParams& p, Stream stream) {
   const int64_t columns = ceil_div<int64_t>(p.features, kWarp * V);
   if (p.num_experts * columns > std::numeric_limits<int32_t>::max()) return cudaErrorInvalidValue;
   const auto grid = static_cast<unsigned>(p.num_experts * columns);
-  grouped_sum_kernel<S, Out, V><<<grid, kWarp * kSlices, 0, stream>>>(p, static_cast<int>(columns));
-  return launched();
+  return launch_kernel<grouped_sum_kernel<S, Out, V>>({grid, kWarp * kSlices, stream}, p,
+                                                      static_cast<int>(columns));
 }
 
 template <class S, class Out>

@@ -137,7 +137,7 @@ Status grouped_gemm(const GroupedGemmParams& p, Stream stream) {
   d.num_experts = p.num_experts;
   d.n = p.out_features;
   d.k = p.in_features;
-  d.num_sms = device_info().num_sms;
+  d.num_sms = usable_sms();
   const TileShape shape = shape_of(d);
   return p.b.type == DType::kBFloat16 ? select<DType::kBFloat16>(d.product, shape, p, stream)
                                       : select<DType::kFloat16>(d.product, shape, p, stream);
@@ -154,7 +154,7 @@ Status grouped_gemm_wgrad(const GroupedWgradParams& p, Stream stream) {
   d.num_experts = p.num_experts;
   d.m = p.out_features;
   d.n = p.in_features;
-  d.num_sms = device_info().num_sms;
+  d.num_sms = usable_sms();
   const TileShape shape = shape_of(d);
   return p.a.type == DType::kBFloat16 ? select<DType::kBFloat16>(d.product, shape, p, stream)
                                       : select<DType::kFloat16>(d.product, shape, p, stream);

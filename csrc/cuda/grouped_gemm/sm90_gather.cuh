@@ -32,6 +32,9 @@ constexpr int kCopyLines = kWarpgroup / kPieces;  // lines that the producer cop
 // The place of a thread's piece within a line is the same for all of its lines.
 static_assert(kCopyLines % 8 == 0);
 
+// Waits for the thread's own copies, without which it must not exit.
+__device__ __forceinline__ void finish_copies() { cutlass::arch::cp_async_wait<0>(); }
+
 // Ragged M: a thread's rows stay the same over the sum. Thread 0 also loads B.
 template <class Config, class Params>
 __device__ inline void produce_gather(const Params& p, typename Traits<Config>::SharedStorage& smem,
@@ -80,6 +83,7 @@ __device__ inline void produce_gather(const Params& p, typename Traits<Config>::
       cutlass::arch::cpasync_barrier_arrive_noinc(full);
     }
   }
+  finish_copies();
   if (T::kCluster > 1 && threadIdx.x == 0) {
     for (int i = 0; i < T::kStages; ++i, ++write) smem.empty[write.index()].wait(write.phase());
   }
@@ -166,6 +170,7 @@ __device__ inline void produce_gather_lines(const Params& p,
       if constexpr (T::kGatherB) b.look_up(next, end);
     }
   }
+  finish_copies();
   if (T::kCluster > 1 && threadIdx.x == 0) {
     for (int i = 0; i < T::kStages; ++i, ++write) smem.empty[write.index()].wait(write.phase());
   }

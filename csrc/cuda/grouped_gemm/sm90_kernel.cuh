@@ -16,10 +16,10 @@
 
 #include <algorithm>
 
-#include "cuda/check.h"
 #include "cuda/grouped_gemm/sm90_epilogue.cuh"
 #include "cuda/grouped_gemm/sm90_gather.cuh"
 #include "cuda/grouped_gemm/sm90_mainloop.cuh"
+#include "cuda/launch.h"
 #include "cuda/runtime.h"
 #include "moe_ops/common.h"
 
@@ -119,9 +119,9 @@ struct Boxes {
   static constexpr int kB[3] = {T::kSpan, T::kLinesB, 1};
 };
 
-// Blocks: at most one an SM, and no more than there can be tiles.
+// Blocks: at most one for each of num_sms, and no more than there can be tiles.
 template <class Config>
-int grid_blocks(const Problem& p, int num_sms) {
+unsigned grid_blocks(const Problem& p, int num_sms) {
   using T = Traits<Config>;
   constexpr int64_t kClusterM = T::kM * T::kCluster;
   constexpr int64_t kColumns = Config::kSplitB ? T::kN / 2 : T::kN;
@@ -131,30 +131,16 @@ int grid_blocks(const Problem& p, int num_sms) {
                          ? p.num_experts * ceil_div<int64_t>(p.m, kClusterM)
                          : p.rows / kClusterM + std::min<int64_t>(p.num_experts + 1, p.rows);
   const int64_t clusters = std::max<int64_t>(1, num_sms / T::kCluster);
-  return static_cast<int>(std::min(clusters, mt * nt)) * T::kCluster;
+  return static_cast<unsigned>(std::min(clusters, mt * nt)) * T::kCluster;
 }
 
 template <class Config, class Epilogue>
 Status launch(const KernelParams<Config, Epilogue>& params, Stream stream) {
   using T = Traits<Config>;
-  const int blocks = grid_blocks<Config>(params.problem, device_info().num_sms);
+  const unsigned blocks = grid_blocks<Config>(params.problem, usable_sms());
   if (blocks == 0) return cudaSuccess;
-  auto* kernel = sm90_grouped_gemm_kernel<Config, Epilogue>;
-  MOE_CUDA_TRY(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, T::kSharedBytes));
-  cudaLaunchConfig_t config{};
-  config.gridDim = blocks;
-  config.blockDim = T::kThreads;
-  config.dynamicSmemBytes = T::kSharedBytes;
-  config.stream = stream;
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = T::kCluster;
-  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-  config.attrs = &attribute;
-  config.numAttrs = T::kCluster > 1 ? 1 : 0;
-  MOE_CUDA_TRY(cudaLaunchKernelEx(&config, kernel, params));
-  return launched();
+  const Launch at{blocks, T::kThreads, stream, T::kSharedBytes, T::kCluster};
+  return launch_kernel<sm90_grouped_gemm_kernel<Config, Epilogue>>(at, params);
 }
 
 }  // namespace moe_ops::cuda::sm90

@@ -195,13 +195,10 @@ Status run_scaled_wgrad(const GroupedWgradParams& p, Stream stream) {
   params.gather_b = gather_rows(p.a);
   params.epilogue = {p.out, p.out_type == DType::kFloat32, p.accumulate};
   params.scale = {static_cast<const float*>(scale.data), scale.index, scale.limit};
-  const int blocks = grid_blocks<Config>(params.problem, device_info().num_sms);
+  const unsigned blocks = grid_blocks<Config>(params.problem, usable_sms());
   if (blocks == 0) return cudaSuccess;
-  auto* kernel = sm90_scaled_wgrad_kernel<Config>;
-  MOE_CUDA_TRY(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, T::kSharedBytes));
-  kernel<<<blocks, T::kThreads, T::kSharedBytes, stream>>>(params);
-  return launched();
+  const Launch at{blocks, T::kThreads, stream, T::kSharedBytes};
+  return launch_kernel<sm90_scaled_wgrad_kernel<Config>>(at, params);
 }
 
 }  // namespace moe_ops::cuda::sm90

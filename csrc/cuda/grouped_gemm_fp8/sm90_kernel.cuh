@@ -292,24 +292,12 @@ inline StoreFp8::Params epilogue_of(const GroupedGemmFp8Params& p) {
   return out;
 }
 
-template <class T, class Params>
-Status launch_blocks(void (*kernel)(Params), const Params& params, int blocks, Stream stream) {
+template <class Config, auto kernel, class Params>
+Status launch_on(const Params& params, Stream stream) {
+  using T = Traits<Config>;
+  const unsigned blocks = grid_blocks<Config>(params.problem, usable_sms());
   if (blocks == 0) return cudaSuccess;
-  MOE_CUDA_TRY(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, T::kSharedBytes));
-  cudaLaunchConfig_t config{};
-  config.gridDim = blocks;
-  config.blockDim = T::kThreads;
-  config.dynamicSmemBytes = T::kSharedBytes;
-  config.stream = stream;
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = T::kCluster;
-  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-  config.attrs = &attribute;
-  config.numAttrs = T::kCluster > 1 ? 1 : 0;
-  MOE_CUDA_TRY(cudaLaunchKernelEx(&config, kernel, params));
-  return launched();
+  return launch_kernel<kernel>({blocks, T::kThreads, stream, T::kSharedBytes, T::kCluster}, params);
 }
 
 template <TileShape shape, bool kGather>
@@ -327,9 +315,7 @@ Status run(const GroupedGemmFp8Params& p, Stream stream) {
   params.gather = gather_of(p);
   params.scales = scales_of(p);
   params.epilogue = epilogue_of(p);
-  return launch_blocks<Traits<Config>>(sm90_grouped_gemm_fp8_kernel<Config>, params,
-                                       grid_blocks<Config>(params.problem, device_info().num_sms),
-                                       stream);
+  return launch_on<Config, sm90_grouped_gemm_fp8_kernel<Config>>(params, stream);
 }
 
 }  // namespace moe_ops::cuda::sm90::fp8

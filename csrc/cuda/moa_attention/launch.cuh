@@ -3,8 +3,7 @@
 
 #include <type_traits>
 
-#include "cuda/check.h"
-#include "cuda/grouped_gemm/launch.cuh"
+#include "cuda/launch.h"
 #include "cuda/moa_attention/config.h"
 #include "cuda/runtime.h"
 #include "cuda/vec.cuh"
@@ -39,10 +38,9 @@ Status launch_items(const Params& params, int64_t items, int threads, int64_t sh
   if (items > INT32_MAX || shared_bytes > device_info().max_shared_bytes) {
     return cudaErrorInvalidConfiguration;
   }
-  MOE_CUDA_TRY(generic::allow_shared_bytes<kernel>(device_info().max_shared_bytes));
-  kernel<<<static_cast<unsigned>(items), static_cast<unsigned>(threads),
-           static_cast<size_t>(shared_bytes), stream>>>(params);
-  return launched();
+  const Launch at{static_cast<unsigned>(items), static_cast<unsigned>(threads), stream,
+                  static_cast<size_t>(shared_bytes)};
+  return launch_kernel<kernel>(at, params);
 }
 
 }  // namespace moe_ops::cuda::attention

@@ -1,8 +1,8 @@
 // Backward by TMA and wgmma: grad_q from blocks of 128 rows that walk the keys, grad_k and grad_v
 // from blocks of 64 keys that walk the rows. Scores have rows for rows in both, so that softmax and
 // broken sticks are the same text; what stick-breaking needs of a tile's neighbours was written by
-// the kernels before (backward_kernel.cuh). The file is long because the two kernels are made of the
-// same parts.
+// the kernels before (backward_kernel.cuh). The file is long because the two kernels are made of
+// the same parts.
 #pragma once
 
 #include <cutlass/arch/barrier.h>
@@ -538,18 +538,12 @@ Status launch_band(const BackwardLaunch& launch, Stream stream) {
   MOE_TRY(encode(params.grad_out, rows_of_queries(p, b.grad_out).desc));
   MOE_TRY(encode(params.k, rows_of_keys(p, p.k).desc));
   MOE_TRY(encode(params.v, rows_of_keys(p, p.v).desc));
-  const auto start = [&](auto* kernel, int64_t blocks, int bytes) -> Status {
-    if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
-    MOE_CUDA_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-    kernel<<<static_cast<unsigned>(blocks), Config::kThreads, bytes, stream>>>(params);
-    return launched();
-  };
   const int64_t heads = p.batch * p.num_heads;
-  MOE_TRY(start(&moa_attention_sm90_grad_q_kernel<Config>, row_tiles * heads,
-                static_cast<int>(sizeof(typename Config::SharedQ))));
-  return start(&moa_attention_sm90_grad_kv_kernel<Config>,
-               ceil_div<int64_t>(p.num_keys, Config::kKeys) * heads,
-               static_cast<int>(sizeof(typename Config::SharedKv)));
+  const int64_t key_blocks = ceil_div<int64_t>(p.num_keys, Config::kKeys) * heads;
+  MOE_TRY((launch_items<moa_attention_sm90_grad_q_kernel<Config>>(
+      params, row_tiles * heads, Config::kThreads, sizeof(typename Config::SharedQ), stream)));
+  return launch_items<moa_attention_sm90_grad_kv_kernel<Config>>(
+      params, key_blocks, Config::kThreads, sizeof(typename Config::SharedKv), stream);
 }
 
 // d = 128 with stick-breaking would not fit into registers (sm90.cu).

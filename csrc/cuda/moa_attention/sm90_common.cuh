@@ -13,9 +13,9 @@
 #include <cute/arch/copy_sm90_tma.hpp>
 #include <cute/tensor.hpp>
 
-#include "cuda/check.h"
 #include "cuda/grouped_gemm/tensor_map_4d.h"
 #include "cuda/moa_attention/config.h"
+#include "cuda/moa_attention/launch.cuh"
 #include "cuda/moa_attention/not_finite.cuh"
 #include "cuda/moa_attention/problem.cuh"
 #include "cuda/moa_attention/scores.cuh"

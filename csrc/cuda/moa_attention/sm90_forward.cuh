@@ -330,13 +330,9 @@ Status launch(const MoaAttentionParams& p, Stream stream) {
   MOE_TRY(encode_tensor_map(&params.q, q));
   MOE_TRY(encode_tensor_map(&params.k, k));
   MOE_TRY(encode_tensor_map(&params.v, v));
-  auto* kernel = moa_attention_sm90_kernel<Config>;
-  MOE_CUDA_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    Config::kSharedBytes));
   const int64_t blocks = row_tiles * p.batch * p.num_heads;
-  if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
-  kernel<<<static_cast<unsigned>(blocks), Config::kThreads, Config::kSharedBytes, stream>>>(params);
-  return launched();
+  return launch_items<moa_attention_sm90_kernel<Config>>(params, blocks, Config::kThreads,
+                                                         Config::kSharedBytes, stream);
 }
 
 template <DType type, AttentionKind kKind>

@@ -1,8 +1,8 @@
 // A warp a row: one pass over the pre-activation and u, everything else on the way.
 #include "cuda/activation.cuh"
-#include "cuda/check.h"
 #include "cuda/dispatch.h"
 #include "cuda/gate_up.cuh"
+#include "cuda/launch.h"
 #include "cuda/moe_ffn/act_bwd.h"
 #include "cuda/row_experts.cuh"
 #include "cuda/rows.cuh"
@@ -74,9 +74,10 @@ Status ffn_act_bwd(const FfnActBwdParams& p, Stream stream) {
                            rows_aligned(p.u, 0, 16) && rows_aligned(p.grad_preact, 0, 16) &&
                            rows_aligned(p.weighted_h, 0, 16);
       const RowGrid g = row_grid(p.num_rows, 1, 1);
-      const auto kernel = aligned ? ffn_act_bwd_kernel<A, S, V> : ffn_act_bwd_kernel<A, S, 1>;
-      kernel<<<g.grid, g.block, 0, stream>>>(p, act_limits<Accumulate<S>>(p.act));
-      return launched();
+      const Launch at{g.grid, g.block, stream};
+      const auto limits = act_limits<Accumulate<S>>(p.act);
+      return aligned ? launch_kernel<ffn_act_bwd_kernel<A, S, V>>(at, p, limits)
+                     : launch_kernel<ffn_act_bwd_kernel<A, S, 1>>(at, p, limits);
     });
   });
 }

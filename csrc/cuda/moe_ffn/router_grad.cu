@@ -1,6 +1,6 @@
 // A warp a row: the column tiles' shares of <h, u>, and the bias' share.
-#include "cuda/check.h"
 #include "cuda/dispatch.h"
+#include "cuda/launch.h"
 #include "cuda/moe_ffn/stages.h"
 #include "cuda/row_experts.cuh"
 #include "cuda/rows.cuh"
@@ -33,10 +33,9 @@ __global__ void ffn_router_grad_kernel(const FfnRouterGradParams p) {
 Status ffn_router_grad(const FfnRouterGradParams& p, Stream stream) {
   if (p.num_rows == 0) return 0;
   const RowGrid g = row_grid(p.num_rows, 1, 1);
-  const auto kernel = p.grad_y.type == DType::kBFloat16 ? ffn_router_grad_kernel<bf16>
-                                                        : ffn_router_grad_kernel<fp16>;
-  kernel<<<g.grid, g.block, 0, stream>>>(p);
-  return launched();
+  const Launch at{g.grid, g.block, stream};
+  return p.grad_y.type == DType::kBFloat16 ? launch_kernel<ffn_router_grad_kernel<bf16>>(at, p)
+                                           : launch_kernel<ffn_router_grad_kernel<fp16>>(at, p);
 }
 
 }  // namespace moe_ops::cuda

@@ -126,6 +126,7 @@ __device__ inline void produce_few(const FewParams& p, typename Traits<Config>::
       cutlass::arch::cpasync_barrier_arrive_noinc(full);
     }
   }
+  finish_copies();
 }
 
 // Feature `feature` of rows `row` and row + 1. Lanes whose features are neighbours exchange, so
@@ -274,11 +275,8 @@ Status run_few(const FewProduct& f, Stream stream) {
   params.scale = {static_cast<const float*>(f.scale.data), f.scale.index, f.scale.limit};
   const int64_t blocks =
       std::min(f.num_experts, f.num_rows) * ceil_div<int64_t>(f.out_features, params.tile_features);
-  auto* kernel = sm90_few_rows_kernel<Config>;
-  MOE_CUDA_TRY(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, T::kSharedBytes));
-  kernel<<<static_cast<unsigned>(blocks), T::kThreads, T::kSharedBytes, stream>>>(params);
-  return launched();
+  const Launch at{static_cast<unsigned>(blocks), T::kThreads, stream, T::kSharedBytes};
+  return launch_kernel<sm90_few_rows_kernel<Config>>(at, params);
 }
 
 }  // namespace moe_ops::cuda::sm90

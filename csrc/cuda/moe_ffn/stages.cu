@@ -72,7 +72,7 @@ GemmDesc gemm_desc(const Params& p, Product product, int64_t n) {
   d.num_experts = p.num_experts;
   d.n = n;
   d.k = p.hidden_size;
-  d.num_sms = device_info().num_sms;
+  d.num_sms = usable_sms();
   return d;
 }
 

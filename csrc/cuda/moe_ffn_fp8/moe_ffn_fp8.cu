@@ -3,10 +3,10 @@
 // e4m3; (4) down projection, by rows; (5) weighted sum of a token's rows. On sm_90a, SwiGLU at many
 // rows makes (2) and (3) one launch (gate_up.h).
 #include "cuda/activation.cuh"
-#include "cuda/check.h"
 #include "cuda/dispatch.h"
 #include "cuda/fp8.cuh"
 #include "cuda/gate_up.cuh"
+#include "cuda/launch.h"
 #include "cuda/moe_ffn_fp8/gate_up.h"
 #include "cuda/routed_rows.h"
 #include "cuda/rows.cuh"
@@ -68,10 +68,10 @@ Status act_fp8(const ActParams& p, const ActivationParams& act, Stream stream) {
       row_grid(p.num_rows, ceil_div(p.intermediate_size, kFp8Block) * kWarp, kStretch);
   return with_activation(act.kind, [&](auto kind) {
     constexpr Activation A = kind;
-    const auto kernel =
-        p.intermediate_size % 4 == 0 ? act_fp8_kernel<A, true> : act_fp8_kernel<A, false>;
-    kernel<<<g.grid, g.block, 0, stream>>>(p, act_limits<float>(act));
-    return launched();
+    const Launch at{g.grid, g.block, stream};
+    const auto limits = act_limits<float>(act);
+    return p.intermediate_size % 4 == 0 ? launch_kernel<act_fp8_kernel<A, true>>(at, p, limits)
+                                        : launch_kernel<act_fp8_kernel<A, false>>(at, p, limits);
   });
 }
 

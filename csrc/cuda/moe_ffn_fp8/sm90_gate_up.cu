@@ -250,7 +250,6 @@ bool supports(const GateUpParams& p) {
 }
 
 Status gate_up_swiglu(const GateUpParams& p, Stream stream) {
-  using T = Traits<GateUpConfig>;
   const GroupedGemmFp8Params& g = p.product;
   GateUpKernelParams params{};
   TensorMapDesc b = operand_b(g);
@@ -264,8 +263,7 @@ Status gate_up_swiglu(const GateUpParams& p, Stream stream) {
   params.epilogue = epilogue_of(g);
   params.q = p.q;
   params.scale = p.scale;
-  return launch_blocks<T>(sm90_gate_up_swiglu_kernel, params,
-                          grid_blocks<GateUpConfig>(params.problem, device_info().num_sms), stream);
+  return launch_on<GateUpConfig, sm90_gate_up_swiglu_kernel>(params, stream);
 }
 
 }  // namespace moe_ops::cuda::sm90::fp8

@@ -304,9 +304,9 @@ class ExpertNorm(nn.Module):
         Returns:
             [T, M, O].
         """
+        _check_mixture("ExpertNorm.mix", outputs, weights)
         if outputs.device.type != "cpu":
             return mix_outputs(self(outputs), weights, activation=activation)
-        _check_mixture("ExpertNorm.mix", outputs, weights)
         self._start(outputs)
         acc = accumulate_dtype(outputs.dtype)
         y, mean, var = mix_experts(

@@ -20,7 +20,8 @@ def register_cpu_only(name: str, instead: str) -> None:
     cpu_only_ops.append(name)
 
     def refuse(*args: Any, **kwargs: Any) -> None:
-        raise NotImplementedError(f"{name}: it runs on the CPU only, got CUDA tensors; {instead}.")
+        op = name.removesuffix("_fwd")
+        raise NotImplementedError(f"{op}: it runs on the CPU only, got CUDA tensors; {instead}.")
 
     library.impl(name, refuse, "CUDA")
 

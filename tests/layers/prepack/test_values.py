@@ -144,14 +144,14 @@ def test_weights_elsewhere_say_so():
 def test_autocast_goes_its_own_way(counted):
     bank, call = make(), operands()
     bank.prepack()
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+    with torch.no_grad(), torch.autocast(torch.get_default_device().type, torch.bfloat16):
         y = bank(*call)
     assert y.dtype == torch.bfloat16
     assert counted["moe_ffn_packed"] == 0
     assert is_packed(bank)
     half, call = make(torch.bfloat16), operands()
     half.prepack()
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+    with torch.no_grad(), torch.autocast(torch.get_default_device().type, torch.bfloat16):
         half(*call)  # x is cast, the weights need not be
     assert counted["moe_ffn_packed"] == 1
 

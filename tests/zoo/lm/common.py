@@ -96,7 +96,7 @@ def check_compiles(model: CausalLM) -> None:
 
 def check_round_trip(model: CausalLM, folder: Path, *, a_key: str) -> None:
     """Saved in one file and in shards, read back with the same logits; `a_key` is in the file."""
-    tokens = tokens_of(model)
+    tokens, device = tokens_of(model), torch.get_default_device()
     model.eval()
     model.save_pretrained(folder / "one")
     assert a_key in load_file(folder / "one" / "model.safetensors")
@@ -104,7 +104,7 @@ def check_round_trip(model: CausalLM, folder: Path, *, a_key: str) -> None:
     model.save_pretrained(folder / "many", max_shard_bytes=size // 3)
     assert len(list((folder / "many").glob("model-*.safetensors"))) >= 3
     for name in ("one", "many"):
-        again = type(model).from_pretrained(folder / name)
+        again = type(model).from_pretrained(folder / name, device=device)
         assert again.config == model.config and not again.training
         assert again.load_report.missing == [] and again.load_report.unexpected == []
         assert again.load_report.loaded == len(model.entries())
@@ -112,7 +112,7 @@ def check_round_trip(model: CausalLM, folder: Path, *, a_key: str) -> None:
         for key, value in model.state_dict().items():
             assert torch.equal(value, again.state_dict()[key]), key
         assert torch.equal(again(tokens), model(tokens))
-    half = type(model).from_pretrained(folder / "one", dtype=torch.bfloat16)
+    half = type(model).from_pretrained(folder / "one", dtype=torch.bfloat16, device=device)
     assert half.embed_tokens.weight.dtype == torch.bfloat16
     assert half(tokens).dtype == torch.bfloat16
 
@@ -144,7 +144,9 @@ def compare_with_hf(model: CausalLM, hf: torch.nn.Module, folder: Path) -> None:
     models agree to the precision of fp32 and not further.
     """
     hf.save_pretrained(folder / "theirs")
-    ours = type(model).from_pretrained(folder / "theirs", dtype=torch.float64)
+    ours = type(model).from_pretrained(
+        folder / "theirs", dtype=torch.float64, device=torch.get_default_device()
+    )
     assert ours.load_report.missing == [] and ours.load_report.unexpected == []
     hf = hf.double().eval()
     hf.set_experts_implementation("eager")
@@ -171,7 +173,11 @@ def compare_with_hf(model: CausalLM, hf: torch.nn.Module, folder: Path) -> None:
         scale = float(theirs[key].abs().max())
         assert scale > 0, key
         torch.testing.assert_close(
-            value, theirs[key], rtol=1e-4, atol=1e-4 * scale, msg=lambda m, key=key: f"{key}: {m}"
+            value.cpu(),
+            theirs[key],
+            rtol=1e-4,
+            atol=1e-4 * scale,
+            msg=lambda m, key=key: f"{key}: {m}",
         )
 
     ours.save_pretrained(folder / "ours")
