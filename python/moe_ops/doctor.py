@@ -23,7 +23,6 @@ import moe_ops
 from moe_ops import _private_torch, _threads, ops, packing, reference
 from moe_ops._requirements import TRANSFORMERS_FLOOR, transformers_is_too_old
 from moe_ops.ops._checks import accumulate_dtype
-from moe_ops.ops._library import cpu_only_ops
 from moe_ops.quant import quantize_fp8_blocks
 
 _DISTRIBUTION = "torch-moe-ops"
@@ -133,7 +132,7 @@ def self_test(device: str = "cpu") -> list[SelfTest]:
 
 def has_kernel(op: str, device: str) -> bool:
     """Whether this build registers a kernel of the op for cpu or cuda."""
-    if not hasattr(torch.ops.moe_ops, op) or (device != "cpu" and op in cpu_only_ops):
+    if not hasattr(torch.ops.moe_ops, op):
         return False
     return _private_torch.has_kernel(f"moe_ops::{op}", torch.device(device).type)
 

@@ -9,18 +9,24 @@ import torch
 
 # Keeps the registrations alive for the life of the process.
 library = torch.library.Library("moe_ops", "FRAGMENT")
-# Ops whose only CUDA kernel is a sentence.
-cpu_only_ops: list[str] = []
+# Ops whose CUDA kernel is made of torch's operations, and that kernel.
+cuda_formulas: dict[str, Callable[..., Any]] = {}
 
 
-def register_cpu_only(name: str, instead: str) -> None:
-    """An op without a CUDA kernel says so, and what to do instead."""
-    cpu_only_ops.append(name)
+def register_cuda_formula(op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorates the CUDA kernel of an op that is best made of torch's operations there.
 
-    def refuse(*args: Any, **kwargs: Any) -> None:
-        raise NotImplementedError(f"{name}: it runs on the CPU only, got CUDA tensors; {instead}.")
+    Those are dense products, which cuBLAS multiplies, and formulas that a compiler fuses. The
+    function gets the arguments of the schema, without trailing ones that equal their defaults, and
+    runs below autograd: the op's own rule differentiates it.
+    """
 
-    library.impl(name, refuse, "CUDA")
+    def register(kernel: Callable[..., Any]) -> Callable[..., Any]:
+        cuda_formulas[op] = kernel
+        library.impl(op, kernel, "CUDA")
+        return kernel
+
+    return register
 
 
 def register_fake(op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

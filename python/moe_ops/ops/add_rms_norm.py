@@ -23,7 +23,7 @@ from moe_ops.ops._checks import (
     check_same_dtype,
     check_size,
 )
-from moe_ops.ops._library import register_cpu_only, register_fake
+from moe_ops.ops._library import register_cuda_formula, register_fake
 from moe_ops.reference.add_rms_norm import add_rms_norm as _formula
 
 _add_rms_norm = direct_call("add_rms_norm")
@@ -116,6 +116,61 @@ def _(
     )
 
 
+@register_cuda_formula("add_rms_norm")
+def _cuda_formula(
+    x: Tensor,
+    weight: Tensor,
+    residual: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check("add_rms_norm", x, weight, residual, bias, eps)
+    acc = accumulate_dtype(x.dtype)
+    adds = residual is not None or bias is not None
+    y, total = _formula(x, weight, residual, bias=bias, eps=eps)
+    rstd = torch.rsqrt(total.to(acc).square().mean(-1) + eps).reshape(-1)[: _rows(x)]
+    return y.contiguous(), total.contiguous() if adds else x.new_empty(0), rstd
+
+
+def _check_bwd(
+    grad_y: Tensor, grad_sum: Tensor | None, sum: Tensor, weight: Tensor, rstd: Tensor
+) -> None:
+    op = "add_rms_norm_bwd"
+    _check(op, sum, weight, None, None, 0.0)
+    for name, t in (("grad_y", grad_y), ("grad_sum", grad_sum)):
+        if t is not None:
+            _check_like(op, name, t, "sum", sum)
+    check_same_device(op, sum=sum, grad_y=grad_y, grad_sum=grad_sum, rstd=rstd)
+
+
+@register_cuda_formula("add_rms_norm_bwd")
+def _cuda_bwd_formula(
+    grad_y: Tensor,
+    grad_sum: Tensor | None,
+    sum: Tensor,
+    weight: Tensor,
+    rstd: Tensor,
+    need_x: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check_bwd(grad_y, grad_sum, sum, weight, rstd)
+    size = sum.shape[-1]
+    acc = accumulate_dtype(sum.dtype)
+    g, s = (t.to(acc).reshape(_rows(sum), size) for t in (grad_y, sum))
+    normed = s * rstd[:, None]
+    # y = normed w, and normed turns with s: its own direction drops out.
+    u = g * weight.to(acc)
+    grad = (u - normed * (u * normed).mean(-1, keepdim=True)) * rstd[:, None]
+    if grad_sum is not None:
+        grad = grad + grad_sum.to(acc).reshape(grad.shape)
+    return (
+        grad.to(sum.dtype).view(sum.shape) if need_x else sum.new_empty(0),
+        (g * normed).sum(0).to(sum.dtype) if need_weight else sum.new_empty(0),
+        grad.sum(0).to(sum.dtype) if need_bias else sum.new_empty(0),
+    )
+
+
 @register_fake("add_rms_norm_bwd")
 def _(
     grad_y: Tensor,
@@ -127,12 +182,7 @@ def _(
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    op = "add_rms_norm_bwd"
-    _check(op, sum, weight, None, None, 0.0)
-    for name, t in (("grad_y", grad_y), ("grad_sum", grad_sum)):
-        if t is not None:
-            _check_like(op, name, t, "sum", sum)
-    check_same_device(op, sum=sum, grad_y=grad_y, grad_sum=grad_sum, rstd=rstd)
+    _check_bwd(grad_y, grad_sum, sum, weight, rstd)
     return (
         sum.new_empty(tuple(sum.shape) if need_x else (0,)),
         sum.new_empty((sum.shape[-1] if need_weight else 0,)),
@@ -180,5 +230,3 @@ def _backward(
 register_autograd("add_rms_norm", _backward, _setup)
 register_no_double_backward("add_rms_norm_bwd")
 register_autocast("add_rms_norm")
-for _op in ("add_rms_norm", "add_rms_norm_bwd"):
-    register_cpu_only(_op, "call moe_ops.add_rms_norm, which is torch's operations there")

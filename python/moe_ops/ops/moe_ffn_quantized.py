@@ -16,7 +16,7 @@ from moe_ops.ops._checks import (
     check_size,
     dtype_name,
 )
-from moe_ops.ops._library import register_cpu_only, register_fake
+from moe_ops.ops._library import register_fake
 from moe_ops.ops.gated_act import GATED_ACTIVATIONS, check_activation
 from moe_ops.ops.moe_ffn import check_bias, check_routing, options_of
 
@@ -220,5 +220,4 @@ def _(
 
 
 register_no_gradient(_OP, f"moe_ops.reference.{_OP}, which can be differentiated")
-register_cpu_only(_OP, "dequantise the weights and call moe_ffn")
 register_autocast(_OP, ["x", "b_gate_up", "b_down"])

@@ -9,7 +9,7 @@ from torch import Tensor
 from moe_ops.ops._autocast import register_autocast
 from moe_ops.ops._autograd import direct_call, register_autograd
 from moe_ops.ops._checks import check, check_float, check_same_device, check_size
-from moe_ops.ops._library import register_cpu_only, register_fake
+from moe_ops.ops._library import register_cuda_formula, register_fake
 from moe_ops.reference.rotary import rotary as _formula
 
 _rotary = direct_call("rotary")
@@ -40,9 +40,14 @@ def rotary(t: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool = False) -> Ten
         Su et al. 2021, RoFormer, arXiv 2104.09864.
     """
     if t.is_cuda:
-        _check("rotary", t, cos, sin)
-        return _formula(t, cos, sin, inverse=inverse)
+        return _cuda_formula(t, cos, sin, inverse)
     return _rotary(t, cos, sin, inverse)
+
+
+@register_cuda_formula("rotary")
+def _cuda_formula(t: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> Tensor:
+    _check("rotary", t, cos, sin)
+    return _formula(t, cos, sin, inverse=inverse)
 
 
 def _check(op: str, t: Tensor, cos: Tensor, sin: Tensor) -> None:
@@ -87,4 +92,3 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 register_autograd("rotary", _backward, _setup)
 register_autocast("rotary")
-register_cpu_only("rotary", "call moe_ops.rotary, which is torch's operations there")

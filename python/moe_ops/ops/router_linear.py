@@ -20,7 +20,7 @@ from moe_ops.ops._checks import (
     check_size,
     dtype_name,
 )
-from moe_ops.ops._library import register_cpu_only, register_fake
+from moe_ops.ops._library import register_cuda_formula, register_fake
 
 _router_linear = direct_call("router_linear")
 _router_linear_bwd = direct_call("router_linear_bwd")
@@ -53,11 +53,21 @@ def router_linear(
         ValueError: wrong dtype, rank or size.
     """
     if x.is_cuda:
-        _check("router_linear", x, weight, bias)
-        _check_logits_dtype("router_linear", "logits_dtype", logits_dtype or x.dtype, x)
-        dtype = logits_dtype or x.dtype
-        return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+        return _formula(x, weight, bias, logits_dtype)
     return _router_linear(x, weight, bias, logits_dtype)
+
+
+@register_cuda_formula("router_linear")
+def _formula(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    logits_dtype: torch.dtype | None = None,
+) -> Tensor:
+    _check("router_linear", x, weight, bias)
+    dtype = logits_dtype or x.dtype
+    _check_logits_dtype("router_linear", "logits_dtype", dtype, x)
+    return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
 
 
 def _check(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -79,6 +89,16 @@ def _check_logits_dtype(op: str, name: str, dtype: torch.dtype, x: Tensor) -> No
     wanted = dict.fromkeys((x.dtype, accumulate_dtype(x.dtype)))
     names = " or ".join(dtype_name(d) for d in wanted)
     check(dtype in wanted, f"{op}: {name} must be {names}, got {dtype_name(dtype)}.")
+
+
+def _check_bwd(grad_logits: Tensor, x: Tensor, weight: Tensor) -> None:
+    op = "router_linear_bwd"
+    _check(op, x, weight, None)
+    _check_logits_dtype(op, "grad_logits", grad_logits.dtype, x)
+    check_dim(op, "grad_logits", grad_logits, 2, "[T, E]")
+    check_size(op, "grad_logits", grad_logits, 0, x.shape[0], "T")
+    check_size(op, "grad_logits", grad_logits, 1, weight.shape[0], "E")
+    check_same_device(op, x=x, grad_logits=grad_logits)
 
 
 @register_fake("router_linear")
@@ -103,17 +123,30 @@ def _(
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    op = "router_linear_bwd"
-    _check(op, x, weight, None)
-    _check_logits_dtype(op, "grad_logits", grad_logits.dtype, x)
-    check_dim(op, "grad_logits", grad_logits, 2, "[T, E]")
-    check_size(op, "grad_logits", grad_logits, 0, x.shape[0], "T")
-    check_size(op, "grad_logits", grad_logits, 1, weight.shape[0], "E")
-    check_same_device(op, x=x, grad_logits=grad_logits)
+    _check_bwd(grad_logits, x, weight)
     return (
         x.new_empty(tuple(x.shape) if need_x else (0,)),
         x.new_empty(tuple(weight.shape) if need_weight else (0,)),
         x.new_empty((weight.shape[0] if need_bias else 0,)),
+    )
+
+
+@register_cuda_formula("router_linear_bwd")
+def _bwd_formula(
+    grad_logits: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    need_x: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check_bwd(grad_logits, x, weight)
+    g = grad_logits
+    none = x.new_empty(0)
+    return (
+        (g @ weight.to(g.dtype)).to(x.dtype) if need_x else none,
+        (g.T @ x.to(g.dtype)).to(x.dtype) if need_weight else none.clone(),
+        g.sum(0, dtype=accumulate_dtype(x.dtype)).to(x.dtype) if need_bias else none.clone(),
     )
 
 
@@ -162,5 +195,3 @@ def _backward_bwd(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
 register_autograd("router_linear", _backward, _setup)
 register_autograd("router_linear_bwd", _backward_bwd, _setup_bwd)
 register_autocast("router_linear", ["x", "weight", "bias"])
-for _op in ("router_linear", "router_linear_bwd"):
-    register_cpu_only(_op, "call moe_ops.router_linear, which is F.linear there")
