@@ -683,6 +683,22 @@ def moe_ffn_quantized_magnitude(**call: Any) -> Tensor:
     return moe_ffn_magnitude(**absolute(dequantized(call)))
 
 
+def check_moe_ffn_quantized(call: Kwargs) -> None:
+    """moe_ffn_quantized on CUDA, where tokens stay as they are, against its reference. Half types
+    may round x times x_scale, the activation and an expert's output: that is what `steps` allows."""
+    from .ops import moe_ffn_quantized
+
+    depth = call["w_down"].shape[-1] * (2 if call["w_down"].dtype == torch.uint8 else 1)
+    check_against_reference(
+        moe_ffn_quantized,
+        reference.moe_ffn_quantized,
+        call,
+        magnitude=moe_ffn_quantized_magnitude,
+        sum_length=max(1, *call["x"].shape, depth, call["topk_ids"].numel()),
+        steps=2 if call.get("x_scale") is None else 3,
+    )
+
+
 def integer_tokens(rows: Tensor) -> Tensor:
     """Each row [N, D] as moe_ffn_quantized rounds it to 8 bits: 255 values in every 32 of its
     columns."""

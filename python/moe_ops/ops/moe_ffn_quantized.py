@@ -71,6 +71,11 @@ def moe_ffn_quantized(
     So x in float32 is the more accurate way. Sums of integers are exact, others run in fp32 in a
     fixed order: the same bits every run, whatever the number of threads.
 
+    On CUDA rows are not rounded to integers: numbers of x's type meet the weights, products are
+    summed in fp32, and the scales multiply these sums (float32 x with 4 bits and more than 64
+    tokens: the weights, in fp32). What is rounded to x's type is x times `x_scale`, the activated
+    features and an expert's output, as by :func:`moe_ffn`.
+
     Args:
         x: [T, H] tokens; float32, bfloat16 or float16, any strides.
         w_gate_up: [E, 2I, H] int8 or [E, 2I, H/2] uint8, gate half first; I instead of 2I for
@@ -95,7 +100,7 @@ def moe_ffn_quantized(
 
     Raises:
         ValueError: wrong dtype, rank, size or activation.
-        NotImplementedError: where a gradient is wanted, and on CUDA tensors.
+        NotImplementedError: where a gradient is wanted.
 
     Source:
         Integer products on blocks of rounded activations: Gerganov et al., ggml (q8_0, q4_0);
