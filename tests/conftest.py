@@ -5,8 +5,9 @@ import signal
 
 import pytest
 import torch
+from tests.helpers.simulator import use_simulator
 
-from moe_ops.testing import seed_from, use_simulator
+from moe_ops.testing import seed_from
 
 MARKERS = (
     "full: part of the long sweep, run only with --full",

@@ -371,6 +371,16 @@ def test_no_generated_or_binary_files():
         assert len(data) <= most, f"{path} has {len(data)} bytes"
 
 
+def test_long_sources_say_why():
+    """A source file above 500 lines gives the reason near its top: "long because"."""
+    for path in tracked_files():
+        if path.suffix not in (".py", ".h", ".cpp", ".cu", ".cuh"):
+            continue
+        lines = path.read_text(encoding="utf-8").splitlines()
+        top = " ".join(" ".join(lines[:30]).replace("//", " ").split())
+        assert len(lines) <= 500 or "long because" in top, f"{path} has {len(lines)} lines"
+
+
 def test_text_files_are_tidy():
     for path in tracked_files():
         text = path.read_text(encoding="utf-8")

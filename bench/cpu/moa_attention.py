@@ -81,11 +81,11 @@ def bench_op(tokens: int, dtype: torch.dtype, rounds: int) -> None:
             return torch.autograd.grad(fn(*leaves), leaves, grad)
 
         for what, run in (("forward", forward), ("forward + backward", step)):
-            turns = {
+            jobs = {
                 label: (lambda fn=fn, run=run: run(fn))
                 for label, fn in (("moe_ops", ours), ("torch", theirs))
             }
-            ms = median_ms(turns, rounds, warm=1)
+            ms = median_ms(jobs, rounds, warm=1)
             report(f"{name}, S {tokens}, {what}", ms["moe_ops"], ms["torch"])
 
 
@@ -147,11 +147,11 @@ def bench_block(tokens: int, dtype: torch.dtype, rounds: int) -> None:
             attention(x.requires_grad_(), mask, position_embeddings=places)[0].backward(grad)
 
         for what, run in (("layer", step), ("its attention experts", attention_step)):
-            turns = {
+            jobs = {
                 label: (lambda m=m, run=run: run(m))
                 for label, m in (("moe_ops", ours), ("transformers", theirs))
             }
-            ms = median_ms(turns, rounds, warm=1)
+            ms = median_ms(jobs, rounds, warm=1)
             name = f"JetMoE {what} ({implementation}), S {tokens}, forward + backward"
             report(name, ms["moe_ops"], ms["transformers"])
 

@@ -19,6 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tests.helpers.ffn import ffn_operands
+from tests.helpers.quantized import dequantized, quantized
+from tests.helpers.routing import Routing
 from torch import Tensor
 
 import moe_ops
@@ -27,7 +30,7 @@ from moe_ops import _C, reference
 from moe_ops._files import write_text
 from moe_ops.bench.timing import Samples, interleave, speedup
 from moe_ops.quant import quantize_fp8_blocks
-from moe_ops.testing import Routing, dequantized, ffn_operands, quantized, short, widened
+from moe_ops.testing import short, widened
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "numerics.md"

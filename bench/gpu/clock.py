@@ -47,7 +47,7 @@ class Clock(Protocol):
         """So many samples of each job, interleaved."""
 
     def release(self) -> None:
-        """Forgets prepared jobs and their memory."""
+        """Drops prepared jobs and their memory."""
 
 
 class HostClock:

@@ -50,7 +50,7 @@ class Layer:
         return self.weights.bank
 
     def normal(self, *size: int) -> Tensor:
-        """In halves, a part at a time: no fp32 copy of a large tensor."""
+        """In a 16-bit type, a part at a time: no fp32 copy of a large tensor."""
         out = torch.empty(size, dtype=DTYPE, device=self.device)
         for part in out.split(4096):
             part.copy_(torch.randn(part.shape, generator=self._generator, device=self.device))

@@ -24,7 +24,7 @@ from typing import Any
 
 try:
     import fcntl
-except ImportError:  # Not a POSIX system; leftovers of killed processes then stay.
+except ImportError:  # This is no POSIX system; leftovers of killed processes stay.
     fcntl = None  # type: ignore[assignment]
 
 # Far above any config.json or index, far below what would fill a machine's memory.

@@ -45,7 +45,7 @@ def _any_requires_grad(*args: Any) -> bool:
 
 
 any_requires_grad: Callable[..., bool] = getattr(torch._C, "_any_requires_grad", _any_requires_grad)
-# Without an answer, there may be a transform of torch.func, or a mode.
+# A torch that cannot tell is taken to have a transform of torch.func, or a mode, active.
 are_functorch_transforms_active: Callable[[], bool] = getattr(
     torch._C, "_are_functorch_transforms_active", lambda: True
 )
@@ -110,7 +110,7 @@ except ImportError:  # torch.func then refuses the ops in its own words.
     enable_single_level_autograd_function = nullcontext
 
 
-# In its absence, modes see what is asked of real tensors.
+# Where torch lacks it, modes see what is asked of real tensors.
 disable_modes: Callable[[], AbstractContextManager[Any]] = getattr(
     torch.utils._python_dispatch, "_disable_current_modes", nullcontext
 )

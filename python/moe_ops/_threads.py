@@ -17,7 +17,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import PurePath
 
-# Turns of the loop in which a thread waits before it sleeps.
+# Iterations of the loop in which a thread waits before it sleeps.
 SPIN_COUNT = 1000
 # Whether the policy of this process was chosen here.
 set_here = False

@@ -116,7 +116,7 @@ def available_memory() -> int:
         ("memory.max", "memory.current", "memory.stat"),
         ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
     ):
-        group = Path("/sys/fs/cgroup")  # Of a container, as seen from inside.
+        group = Path("/sys/fs/cgroup")  # The group of a container, as seen from inside.
         most = _first_number(group / limit)
         if most:
             # Files in the page cache count as used, but go when memory is asked for.

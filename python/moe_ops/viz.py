@@ -30,18 +30,11 @@ __all__ = [
 
 # Okabe and Ito's palette, which stays distinct under the common forms of colour blindness; black is
 # replaced by grey, since the colours lie behind text.
-_PALETTE = (
-    "#56B4E9",
-    "#E69F00",
-    "#009E73",
-    "#F0E442",
-    "#0072B2",
-    "#D55E00",
-    "#CC79A7",
-    "#999999",
-)
+_PALETTE = ("#56B4E9", "#E69F00", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#999999")
 _INK = "#222222"
 _GRID = "#DDDDDD"
+# Places of notes at the right edge: x in parts of the axes, y in the data.
+_AT_EDGE: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "color": _INK}
 
 
 class MissingMatplotlibError(ImportError):
@@ -87,27 +80,12 @@ def plot_loss(
             label="held-out files",
         )
         last_step, last_loss = points[-1]
-        axes.annotate(
-            f"{last_loss:.2f}",
-            (last_step, last_loss),
-            xytext=(6, 0),
-            textcoords="offset points",
-            color=_PALETTE[5],
-            va="center",
-            fontweight="bold",
-        )
+        style = {"color": _PALETTE[5], "va": "center", "fontweight": "bold"}
+        _annotate(axes, f"{last_loss:.2f}", (last_step, last_loss), (6, 0), **style)
     for index, (label, value) in enumerate((baselines or {}).items()):
         axes.axhline(value, color=_INK, linewidth=1.2, linestyle=("--", ":", "-.")[index % 3])
-        axes.annotate(
-            f"{label} {value:.2f}",
-            (1.0, value),
-            xycoords=("axes fraction", "data"),
-            xytext=(-4, 3),
-            textcoords="offset points",
-            ha="right",
-            color=_INK,
-            fontsize=9,
-        )
+        text = f"{label} {value:.2f}"
+        _annotate(axes, text, (1.0, value), (-4, 3), **_AT_EDGE, ha="right", fontsize=9)
     finite = values[np.isfinite(values)]
     bottom = min([*finite, *(heldout or {}).values(), *(baselines or {}).values()], default=0.0)
     top = max([*finite[:1], *(baselines or {}).values()], default=1.0)
@@ -186,16 +164,8 @@ def plot_expert_load(
         axes.tick_params(length=2)
         if num_experts <= 32:
             for expert in range(num_experts):
-                axes.annotate(
-                    f"{tail[layer, expert]:.1%}",
-                    (1.0, expert),
-                    xycoords=("axes fraction", "data"),
-                    xytext=(4, 0),
-                    textcoords="offset points",
-                    va="center",
-                    fontsize=7,
-                    color=_INK,
-                )
+                share_text, style = f"{tail[layer, expert]:.1%}", {"va": "center", "fontsize": 7}
+                _annotate(axes, share_text, (1.0, expert), (4, 0), **_AT_EDGE, **style)
     grid[-1].set_xlabel("step")
     bar = figure.colorbar(image, ax=list(grid), pad=0.015, aspect=40, fraction=0.03)
     bar.set_label("load / mean load (1 = balanced, 0 = idle)")
@@ -337,6 +307,13 @@ def _finish(figure: Figure, path: str | Path | None) -> Figure:
         figure.savefig(content, format=path.suffix[1:], dpi=150)
         _files.write_file(path, content.getbuffer())
     return figure
+
+
+def _annotate(
+    axes: Any, text: str, at: tuple[float, float], offset: tuple[float, float], **style: Any
+) -> None:
+    """Text that is `offset` points away from a place."""
+    axes.annotate(text, at, xytext=offset, textcoords="offset points", **style)
 
 
 def _despine(axes: Any) -> None:

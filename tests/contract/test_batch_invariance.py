@@ -19,6 +19,9 @@ from typing import Any
 
 import pytest
 import torch
+from tests.helpers.ffn import gated_act_magnitude, moe_ffn_magnitude
+from tests.helpers.fp8 import check_grouped_gemm_fp8, check_moe_ffn_fp8
+from tests.helpers.quantized import moe_ffn_in_integers, quantized
 from torch import Tensor
 
 import moe_ops
@@ -32,20 +35,14 @@ from moe_ops.layers import (
     QuantizedExperts,
     Router,
 )
+from moe_ops.ops.gated_act import GATED_ACTIVATIONS
 from moe_ops.quant import quantize_fp8_blocks
 from moe_ops.testing import (
     DTYPES,
-    GATED_ACTIVATIONS,
     acc_dtype,
     assert_identical,
     check_against_reference,
-    check_grouped_gemm_fp8,
-    check_moe_ffn_fp8,
     eps,
-    gated_act_magnitude,
-    moe_ffn_in_integers,
-    moe_ffn_magnitude,
-    quantized,
     seed_from,
     short,
 )

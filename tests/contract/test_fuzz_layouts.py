@@ -11,19 +11,13 @@ import zlib
 
 import pytest
 import torch
+from tests.helpers.ffn import ffn_operands, moe_ffn_magnitude
+from tests.helpers.routing import Routing
 from torch import Tensor
 
 import moe_ops
 from moe_ops import reference
-from moe_ops.testing import (
-    DTYPES,
-    Routing,
-    acc_dtype,
-    check_against_reference,
-    ffn_operands,
-    moe_ffn_magnitude,
-    short,
-)
+from moe_ops.testing import DTYPES, acc_dtype, check_against_reference, short
 
 NUM_CHUNKS = 30
 CALLS_A_CHUNK = 8

@@ -10,10 +10,12 @@ import sys
 
 import pytest
 import torch
+from tests.helpers.ffn import ffn_operands
+from tests.helpers.routing import Routing
 
 import moe_ops
 from moe_ops import _C
-from moe_ops.testing import DTYPES, Routing, assert_identical, ffn_operands, short
+from moe_ops.testing import DTYPES, assert_identical, short
 
 pytestmark = pytest.mark.cpu_only
 

@@ -18,12 +18,19 @@ import sys
 import torch
 import moe_ops
 from moe_ops import _C, reference
+from moe_ops.ops.gated_act import GATED_ACTIVATIONS, PLAIN_ACTIVATIONS
 from moe_ops.testing import (
-    DTYPES, Routing, acc_dtype, activation_magnitude, as_strided_copy, assert_identical,
-    check_against_reference,
-    check_grouped_gemm_fp8, check_moe_ffn_fp8, eps, ffn_operands, fp8_gemm_operands, fp8_operands,
-    gated_act_magnitude, moe_ffn_in_integers, moe_ffn_magnitude, moe_ffn_quantized_magnitude,
-    quantized_operands, rounds_to_bytes, GATED_ACTIVATIONS, PLAIN_ACTIVATIONS,
+    DTYPES, acc_dtype, as_strided_copy, assert_identical, check_against_reference, eps,
+)
+from tests.helpers.routing import Routing
+from tests.helpers.ffn import (
+    activation_magnitude, ffn_operands, gated_act_magnitude, moe_ffn_magnitude,
+)
+from tests.helpers.fp8 import (
+    check_grouped_gemm_fp8, check_moe_ffn_fp8, fp8_gemm_operands, fp8_operands,
+)
+from tests.helpers.quantized import (
+    moe_ffn_in_integers, moe_ffn_quantized_magnitude, quantized_operands, rounds_to_bytes,
 )
 
 def dense_ffn_magnitude(x, w_up, w_down, input_ids, b_up, b_down, activation):

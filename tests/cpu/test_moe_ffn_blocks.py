@@ -1,4 +1,4 @@
-"""moe_ffn of narrow experts, which the CPU runs in blocks of 128 tokens (cpu/moe_ffn/blocks.cpp).
+"""moe_ffn of small experts, which the CPU runs in blocks of 128 tokens (cpu/moe_ffn/blocks.cpp).
 
 Rows of at most 128 numbers, at most 2^17 weights, 16 slots an expert in a block, and for backward
 48 in a chunk of two: sizes on both sides of each border, and what the operation can be asked for
@@ -8,21 +8,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.helpers.ffn import FFN_FLOATS, check_moe_ffn, differentiable, ffn_operands
+from tests.helpers.routing import Routing
 
 import moe_ops
-from moe_ops.testing import (
-    DTYPES,
-    FFN_FLOATS,
-    GATED_ACTIVATIONS,
-    PLAIN_ACTIVATIONS,
-    Routing,
-    as_strided_copy,
-    assert_identical,
-    check_moe_ffn,
-    differentiable,
-    ffn_operands,
-    short,
-)
+from moe_ops.ops.gated_act import GATED_ACTIVATIONS, PLAIN_ACTIVATIONS
+from moe_ops.testing import DTYPES, as_strided_copy, assert_identical, short
 
 pytestmark = pytest.mark.cpu_only
 

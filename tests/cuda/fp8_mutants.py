@@ -27,9 +27,10 @@ from sm90_mutants import (
     sub,
     wait_before,
 )
+from tests.helpers.fp8 import fp8_gemm_operands
+from tests.helpers.simulator import use_simulator
 
 import moe_ops
-from moe_ops.testing import fp8_gemm_operands, use_simulator
 
 LOAD_SCALE = r"(ld\.global\.nc\.f32 %f\d+, \[%rd\d+)\]"
 LIMITS = {"sms": 2, "livelock_insts": 3_000_000, "max_insts": 20_000_000, "race": 1}

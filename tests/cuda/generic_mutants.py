@@ -12,8 +12,7 @@ from pathlib import Path
 
 import torch
 from sm90_mutants import Mutation, Simulator, how_noticed, in_child, in_kernel, run, sub
-
-from moe_ops.testing import use_simulator
+from tests.helpers.simulator import use_simulator
 
 COPY = r"(cp\.async\.cg\.shared\.global \[%r\d+\], \[%rd\d+\], 16, )%r\d+;"
 WAIT = r"cp\.async\.wait_group \d;"

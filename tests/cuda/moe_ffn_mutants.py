@@ -27,9 +27,11 @@ from sm90_mutants import (
     sub,
     wait_before,
 )
+from tests.helpers.ffn import ffn_operands
+from tests.helpers.routing import Routing
+from tests.helpers.simulator import use_simulator
 
 import moe_ops
-from moe_ops.testing import Routing, ffn_operands, use_simulator
 
 BOX = r"(cp\.async\.bulk\.tensor\.3d[^;]*?\{%r\d+, )(%r\d+)(, %r\d+\}[^;]*;)"
 COPY = r"cp\.async\.cg\.shared\.global[^;]*;"

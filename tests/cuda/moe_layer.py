@@ -6,9 +6,9 @@ from __future__ import annotations
 import sys
 
 import torch
+from tests.helpers.simulator import use_simulator
 
 from moe_ops.layers import MoE
-from moe_ops.testing import use_simulator
 
 
 def run(build, state, x, grad):

@@ -22,8 +22,8 @@ from sm90_mutants import (
     sub,
     wait_before,
 )
-
-from moe_ops.testing import Routing, use_simulator
+from tests.helpers.routing import Routing
+from tests.helpers.simulator import use_simulator
 
 # The barrier after the fence is not among them: for the simulator a product of a warpgroup begins
 # when all four warps have issued it, and each has written its lines by then.

@@ -14,9 +14,10 @@ from pathlib import Path
 
 import torch
 from sm90_mutants import Mutation, Simulator, in_child, in_kernel, sub
+from tests.helpers.routing import Routing
+from tests.helpers.simulator import use_simulator
 
 import moe_ops
-from moe_ops.testing import Routing, use_simulator
 
 SEEDS = (1, 2, 3, 4)
 

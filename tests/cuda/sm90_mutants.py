@@ -18,9 +18,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from tests.helpers.simulator import use_simulator
 
 import moe_ops
-from moe_ops.testing import use_simulator
 
 SCHEDULES = [(seed, delay) for delay in (40, 1, 400, 20000) for seed in (1, 2)]
 TRY_WAIT = r"mbarrier\.try_wait\.parity\.shared::cta\.b64 P1, \[%r\d+\], %r\d+, %r\d+;"

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from tests.helpers.simulator import noticed_mutants
 
 import moe_ops
 from moe_ops import reference
@@ -162,11 +157,6 @@ def test_bytes_of_grouped_sum(simulator, features, stretch):
 def test_mutants_are_noticed(simulator):
     """Copies, waits, barriers, fragments and stores of the compiled kernels, broken one at a time
     (generic_mutants.py)."""
-    script = Path(__file__).with_name("generic_mutants.py")
-    done = subprocess.run(
-        [sys.executable, str(script)], capture_output=True, text=True, env=dict(os.environ)
-    )
-    assert done.returncode == 0, done.stderr
-    noticed = json.loads(done.stdout)
+    noticed = noticed_mutants("generic_mutants")
     assert len(noticed) >= 10
     assert [name for name, how in noticed.items() if how is None] == []

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from tests.helpers.fp8 import check_grouped_gemm_fp8, fp8_gemm_operands
+from tests.helpers.simulator import noticed_mutants
 
 import moe_ops
-from moe_ops.testing import assert_identical, check_grouped_gemm_fp8, fp8_gemm_operands, short
+from moe_ops.testing import assert_identical, short
 
 TILES = ("2x128x128", "128x128", "64x128")
 KERNELS = (*TILES, "generic")
@@ -184,11 +180,6 @@ def test_choice_of_the_tile(simulator, monkeypatch, counts, chosen):
 def test_mutants_are_noticed(simulator):
     """Waits, fences, arrivals, counts, coordinates and scales of the compiled kernels, broken one
     at a time (fp8_mutants.py)."""
-    script = Path(__file__).with_name("fp8_mutants.py")
-    done = subprocess.run(
-        [sys.executable, str(script)], capture_output=True, text=True, env=dict(os.environ)
-    )
-    assert done.returncode == 0, done.stderr
-    noticed = json.loads(done.stdout)
+    noticed = noticed_mutants("fp8_mutants")
     assert len(noticed) >= 10
     assert [name for name, how in noticed.items() if how is None] == []

@@ -3,26 +3,17 @@
 from __future__ import annotations
 
 import itertools
-import json
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
+from tests.helpers.ffn import ffn_operands
+from tests.helpers.routing import Routing
+from tests.helpers.simulator import noticed_mutants
 
 import moe_ops
 from moe_ops import reference
-from moe_ops.testing import (
-    Routing,
-    assert_close_by_norm,
-    check_against_reference,
-    eps,
-    ffn_operands,
-    short,
-)
+from moe_ops.testing import assert_close_by_norm, check_against_reference, eps, short
 
 
 @dataclass(frozen=True)
@@ -284,11 +275,6 @@ def test_weight_gradients_with_one_side_gathered_are_added(simulator, main_dtype
 def test_mutants_are_noticed(simulator):
     """Waits, fences, arrivals, counts, coordinates and descriptors of the compiled kernels, broken
     one at a time (sm90_mutants.py)."""
-    script = Path(__file__).with_name("sm90_mutants.py")
-    done = subprocess.run(
-        [sys.executable, str(script)], capture_output=True, text=True, env=dict(os.environ)
-    )
-    assert done.returncode == 0, done.stderr
-    noticed = json.loads(done.stdout)
+    noticed = noticed_mutants("sm90_mutants")
     assert len(noticed) >= 10
     assert [name for name, how in noticed.items() if how is None] == []

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from tests.helpers.simulator import run_script
 
 from moe_ops.layers import MoE
 from moe_ops.testing import eps, short
@@ -34,8 +31,7 @@ def test_moe_layer_equals_the_cpu_backend(tmp_path, dtype, router):
     results = {}
     for backend in ("cpu", "sim"):
         result = tmp_path / f"{backend}.pt"
-        script = Path(__file__).with_name("moe_layer.py")
-        subprocess.run([sys.executable, script, backend, tmp_path / "call.pt", result], check=True)
+        run_script("moe_layer", backend, str(tmp_path / "call.pt"), str(result))
         results[backend] = torch.load(result)
     want, got = results["cpu"], results["sim"]
 

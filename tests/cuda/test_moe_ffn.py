@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.helpers.ffn import ffn_operands
+from tests.helpers.routing import Routing
 
 import moe_ops
-from moe_ops.testing import Routing, ffn_operands, short
+from moe_ops.testing import short
 
 ROUTING = Routing(21, 5, 2, "dropped")
 

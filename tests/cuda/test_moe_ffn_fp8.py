@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.helpers.fp8 import check_moe_ffn_fp8, fp8_operands
+from tests.helpers.routing import Routing
 
 import moe_ops
-from moe_ops.testing import Routing, assert_identical, check_moe_ffn_fp8, fp8_operands, short
+from moe_ops.testing import assert_identical, short
 
 TILES = ("2x128x128", "128x128", "64x128")
 kernels = pytest.mark.parametrize("tile", (*TILES, "generic"))

@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-
-import moe_ops
-from moe_ops.testing import (
-    Routing,
-    assert_identical,
+from tests.helpers.quantized import (
     check_moe_ffn_quantized,
     quantized_operands,
-    short,
     slots_of_experts,
 )
+from tests.helpers.routing import Routing
+
+import moe_ops
+from moe_ops.testing import assert_identical, short
 
 FORMATS = ((8, 0), (4, 32), (4, 64), (4, 128))
 formats = pytest.mark.parametrize(

@@ -3,26 +3,15 @@ test_moe_ffn_sm90_bytes.py."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from tests.helpers.ffn import FFN_FLOATS, check_moe_ffn, ffn_operands
+from tests.helpers.routing import Routing
+from tests.helpers.simulator import noticed_mutants
 
 import moe_ops
-from moe_ops.testing import (
-    FFN_FLOATS,
-    GATED_ACTIVATIONS,
-    PLAIN_ACTIVATIONS,
-    Routing,
-    assert_identical,
-    check_moe_ffn,
-    ffn_operands,
-    short,
-)
+from moe_ops.ops.gated_act import GATED_ACTIVATIONS, PLAIN_ACTIVATIONS
+from moe_ops.testing import assert_identical, short
 
 # csrc/cuda/moe_ffn/config.h: rows of a tile, columns of w_gate_up, row tiles that share weights.
 UP_TILES = {"low": (64, 256, 1), "high": (128, 256, 1), "pair": (128, 256, 2)}
@@ -269,11 +258,6 @@ def test_nan_stays_in_its_token_and_its_expert(simulator, num_tokens):
 
 def test_mutants_are_noticed(simulator):
     """The compiled kernels broken in one place at a time (moe_ffn_mutants.py)."""
-    script = Path(__file__).with_name("moe_ffn_mutants.py")
-    done = subprocess.run(
-        [sys.executable, str(script)], capture_output=True, text=True, env=dict(os.environ)
-    )
-    assert done.returncode == 0, done.stderr
-    noticed = json.loads(done.stdout)
+    noticed = noticed_mutants("moe_ffn_mutants")
     assert len(noticed) >= 10
     assert [name for name, how in noticed.items() if how is None] == []

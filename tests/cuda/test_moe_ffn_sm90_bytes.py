@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.helpers.ffn import ffn_operands
+from tests.helpers.routing import Routing
 
 import moe_ops
 from moe_ops import reference
-from moe_ops.testing import Routing, ffn_operands
 
 SMS = 3  # a few tiles a block
 # csrc/cuda/moe_ffn/config.h: rows and columns of a tile, row tiles that share weights.

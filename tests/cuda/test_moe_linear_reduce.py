@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from tests.helpers.routing import Routing
+from tests.helpers.simulator import noticed_mutants
 
 import moe_ops
 from moe_ops import reference
-from moe_ops.testing import Routing, assert_identical, check_against_reference, short
+from moe_ops.testing import assert_identical, check_against_reference, short
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -88,11 +84,6 @@ def test_nan_of_an_expert_stays_with_it(simulator):
 def test_mutants_are_noticed(simulator):
     """Waits, the fence, stores and factors of the compiled kernel, broken one at a time
     (moe_linear_reduce_mutants.py)."""
-    script = Path(__file__).with_name("moe_linear_reduce_mutants.py")
-    done = subprocess.run(
-        [sys.executable, str(script)], capture_output=True, text=True, env=dict(os.environ)
-    )
-    assert done.returncode == 0, done.stderr
-    noticed = json.loads(done.stdout)
+    noticed = noticed_mutants("moe_linear_reduce_mutants")
     assert len(noticed) >= 5
     assert [name for name, how in noticed.items() if how is None] == []

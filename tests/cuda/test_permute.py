@@ -2,9 +2,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.helpers.routing import Routing
 
 import moe_ops
-from moe_ops.testing import DTYPES, Routing, assert_identical, short
+from moe_ops.testing import DTYPES, assert_identical, short
 
 ROUTING = Routing(29, 5, 3, "out_of_range")
 

@@ -2,10 +2,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.helpers.routing import Routing
 
 import moe_ops
 from moe_ops import reference
-from moe_ops.testing import Routing, assert_identical, short
+from moe_ops.testing import assert_identical, short
 
 ROUTINGS = (
     Routing(300, 6, 8, "dropped"),  # one launch, slots in most warps

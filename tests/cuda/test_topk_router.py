@@ -2,16 +2,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.helpers.logits import logit_spread
 
 import moe_ops
 from moe_ops import reference
-from moe_ops.testing import (
-    DTYPES,
-    assert_close_by_norm,
-    assert_identical,
-    logit_spread,
-    short,
-)
+from moe_ops.testing import DTYPES, assert_close_by_norm, assert_identical, short
 
 BIAS = torch.linspace(-1, 1, 256).roll(77)
 DEEPSEEK = {

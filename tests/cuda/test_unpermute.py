@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.helpers.routing import Routing
 
 import moe_ops
-from moe_ops.testing import Routing
 
 ROUTING = Routing(23, 5, 3, "out_of_range")
 

@@ -139,6 +139,11 @@ def assert_same(actual, expected, bound=40 * EPS):
         assert (ours - theirs).norm() <= bound * theirs.norm(), name
 
 
+def assert_like_eager(experts):
+    call = operands()
+    assert_same(run(experts, "moe_ops", *call), run(experts, "eager", *call))
+
+
 FLAGS = {
     "plain": {},
     "bias": {"has_bias": True},
@@ -184,18 +189,14 @@ GATED = {
 def test_gated_activations(act):
     experts = make_experts(act)
     assert (fused_activation(experts) or {}).get("activation") == GATED[act]
-    x, ids, weights = operands()
-    expected = run(experts, "eager", x, ids, weights)
-    assert_same(run(experts, "moe_ops", x, ids, weights), expected)
+    assert_like_eager(experts)
 
 
 @pytest.mark.parametrize("act", ["silu", "gelu", "gelu_new", "relu", "relu2", "relu6"])
 def test_plain_activations(act):
     experts = make_experts(act, has_gate=False)
     assert (fused_activation(experts) is None) == (act == "relu6")
-    x, ids, weights = operands()
-    expected = run(experts, "eager", x, ids, weights)
-    assert_same(run(experts, "moe_ops", x, ids, weights), expected)
+    assert_like_eager(experts)
 
 
 def test_torch_gelu_modules_are_known():
@@ -203,12 +204,9 @@ def test_torch_gelu_modules_are_known():
     assert activation_name(nn.GELU(approximate="tanh")) == "gelu_tanh"
 
 
-def test_subclass_of_a_known_activation_is_unknown():
-    assert activation_name(type("Scaled", (nn.SiLU,), {})()) is None
-
-
-def test_function_as_activation_is_unknown():
-    assert activation_name(torch.nn.functional.silu) is None
+@pytest.mark.parametrize("act", [type("Scaled", (nn.SiLU,), {})(), torch.nn.functional.silu])
+def test_subclasses_and_functions_are_unknown(act):
+    assert activation_name(act) is None
 
 
 def gate_clamped(self, gate_up):
@@ -253,17 +251,13 @@ def test_gates_are_known_by_what_they_compute(case):
 def test_an_unknown_gate_is_used_as_it_is(gate):
     experts = make_experts(gate=gate)
     assert fused_activation(experts) is None
-    x, ids, weights = operands()
-    expected = run(experts, "eager", x, ids, weights)
-    assert_same(run(experts, "moe_ops", x, ids, weights), expected)
+    assert_like_eager(experts)
 
 
 def test_a_gate_replaced_on_the_module_is_used():
     experts = make_experts()
     experts._apply_gate = types.MethodType(gate_swapped, experts)
-    x, ids, weights = operands()
-    expected = run(experts, "eager", x, ids, weights)
-    assert_same(run(experts, "moe_ops", x, ids, weights), expected)
+    assert_like_eager(experts)
 
 
 def test_gates_are_probed_under_a_fake_mode():
@@ -436,32 +430,30 @@ def test_weights_of_two_dtypes():
     assert (y - expected).norm() <= 4 * torch.finfo(torch.bfloat16).eps * expected.norm()
 
 
-def test_layout_views_share_memory(monkeypatch):
-    experts = make_experts(is_transposed=True, has_bias=True)
-    seen = {}
+@pytest.fixture
+def seen(monkeypatch):
+    """What the last call of moe_ffn was given, by name."""
+    arguments = {}
     original = moe_ops.expert_weights.packing.moe_ffn
 
     def spy(x, w_gate_up, w_down, *args, **kwargs):
-        seen.update(up=w_gate_up, down=w_down)
+        arguments.update(kwargs, up=w_gate_up, down=w_down)
         return original(x, w_gate_up, w_down, *args, **kwargs)
 
     monkeypatch.setattr(moe_ops.expert_weights.packing, "moe_ffn", spy)
+    return arguments
+
+
+def test_layout_views_share_memory(seen):
+    experts = make_experts(is_transposed=True, has_bias=True)
     run(experts, "moe_ops", *operands())
     assert seen["up"].shape == (E, 2 * I, H) and seen["down"].shape == (E, H, I)
     assert seen["up"].data_ptr() == experts.gate_up_proj.data_ptr()
     assert seen["down"].data_ptr() == experts.down_proj.data_ptr()
 
 
-def test_gpt_oss_attributes_reach_the_op(monkeypatch):
+def test_gpt_oss_attributes_reach_the_op(seen):
     experts = draw(GptOssExperts(config(_experts_implementation="moe_ops")))
-    seen = {}
-    original = moe_ops.expert_weights.packing.moe_ffn
-
-    def spy(*args, **kwargs):
-        seen.update(kwargs)
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(moe_ops.expert_weights.packing, "moe_ffn", spy)
     run(experts, "moe_ops", *operands())
     names = ("activation", "interleaved", "alpha", "limit")
     assert [seen[name] for name in names] == ["swiglu_oai", True, 1.3, 0.7]

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.helpers.ffn import activation_magnitude
 
 import moe_ops
 from moe_ops import reference
@@ -9,7 +10,6 @@ from moe_ops.ops.dense_ffn import DENSE_ACTIVATIONS
 from moe_ops.testing import (
     DTYPES,
     VIEWS,
-    activation_magnitude,
     as_strided_copy,
     assert_identical,
     check_against_reference,

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.helpers.logits import decided_logits, logit_spread, random_logits
 
 import moe_ops
 from moe_ops import reference
@@ -12,10 +13,7 @@ from moe_ops.testing import (
     as_strided_copy,
     assert_close_by_norm,
     assert_identical,
-    decided_logits,
-    logit_spread,
     poisoned,
-    random_logits,
     short,
 )
 

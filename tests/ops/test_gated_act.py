@@ -2,17 +2,17 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.helpers.ffn import gated_act_magnitude
 
 import moe_ops
 from moe_ops import reference
+from moe_ops.ops.gated_act import GATED_ACTIVATIONS
 from moe_ops.testing import (
     DTYPES,
-    GATED_ACTIVATIONS,
     VIEWS,
     as_strided_copy,
     assert_identical,
     check_against_reference,
-    gated_act_magnitude,
     short,
 )
 

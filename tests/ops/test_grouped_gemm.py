@@ -1,16 +1,18 @@
-"""grouped_gemm and its two companions, grouped_gemm_wgrad and grouped_sum."""
+"""grouped_gemm and its two companions, grouped_gemm_wgrad and grouped_sum.
+
+The file is long because one file has the tests of an op and its companions (test_layout.py).
+"""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from tests.helpers.routing import EMPTY_ROUTINGS, ROUTINGS
 
 import moe_ops
 from moe_ops import reference
 from moe_ops.testing import (
     DTYPES,
-    EMPTY_ROUTINGS,
-    ROUTINGS,
     VIEWS,
     as_strided_copy,
     assert_identical,

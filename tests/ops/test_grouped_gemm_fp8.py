@@ -7,20 +7,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.helpers.fp8 import check_grouped_gemm_fp8 as check
+from tests.helpers.fp8 import fp8_gemm_operands
+from tests.helpers.routing import EMPTY_ROUTINGS, ROUTINGS
 
 import moe_ops
 from moe_ops import reference
 from moe_ops.quant import quantize_fp8_blocks
-from moe_ops.testing import (
-    EMPTY_ROUTINGS,
-    ROUTINGS,
-    as_strided_copy,
-    assert_identical,
-    eps,
-    fp8_gemm_operands,
-    short,
-)
-from moe_ops.testing import check_grouped_gemm_fp8 as check
+from moe_ops.testing import as_strided_copy, assert_identical, eps, short
 
 OUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 out_dtypes = pytest.mark.parametrize("dtype", OUT_DTYPES, ids=short)

@@ -1,3 +1,7 @@
+"""moa_attention. The file is long because the op has two kinds of weights, whose bounds are derived
+here for every gradient, and an op has one file of tests (test_layout.py).
+"""
+
 from __future__ import annotations
 
 import itertools

@@ -1,3 +1,7 @@
+"""moe_ffn. The file is long because the op has many options, layouts and rules, and an op has one
+file of tests (test_layout.py).
+"""
+
 from __future__ import annotations
 
 import concurrent.futures
@@ -5,25 +9,13 @@ import concurrent.futures
 import pytest
 import torch
 import torch.utils.checkpoint
+from tests.helpers.ffn import FFN_FLOATS, check_moe_ffn, differentiable, ffn_operands
+from tests.helpers.routing import EMPTY_ROUTINGS, ROUTINGS, Routing
 
 import moe_ops
 from moe_ops import reference
-from moe_ops.testing import (
-    DTYPES,
-    EMPTY_ROUTINGS,
-    FFN_FLOATS,
-    GATED_ACTIVATIONS,
-    PLAIN_ACTIVATIONS,
-    ROUTINGS,
-    VIEWS,
-    Routing,
-    as_strided_copy,
-    assert_identical,
-    check_moe_ffn,
-    differentiable,
-    ffn_operands,
-    short,
-)
+from moe_ops.ops.gated_act import GATED_ACTIVATIONS, PLAIN_ACTIVATIONS
+from moe_ops.testing import DTYPES, VIEWS, as_strided_copy, assert_identical, short
 
 # (H, I)
 SIZES = (

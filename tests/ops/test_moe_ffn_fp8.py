@@ -4,23 +4,14 @@ import concurrent.futures
 
 import pytest
 import torch
+from tests.helpers.fp8 import check_moe_ffn_fp8, fp8_operands
+from tests.helpers.routing import EMPTY_ROUTINGS, ROUTINGS, Routing
 
 import moe_ops
 from moe_ops import reference
+from moe_ops.ops.gated_act import GATED_ACTIVATIONS, PLAIN_ACTIVATIONS
 from moe_ops.quant import dequantize_fp8_blocks
-from moe_ops.testing import (
-    EMPTY_ROUTINGS,
-    GATED_ACTIVATIONS,
-    PLAIN_ACTIVATIONS,
-    ROUTINGS,
-    Routing,
-    as_strided_copy,
-    assert_identical,
-    check_moe_ffn_fp8,
-    eps,
-    fp8_operands,
-    short,
-)
+from moe_ops.testing import as_strided_copy, assert_identical, eps, short
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=short)

@@ -4,22 +4,18 @@ import concurrent.futures
 
 import pytest
 import torch
+from tests.helpers.ffn import ffn_operands, moe_ffn_magnitude
+from tests.helpers.routing import EMPTY_ROUTINGS, ROUTINGS, Routing
 
 import moe_ops
 from moe_ops import _C, reference
+from moe_ops.ops.gated_act import GATED_ACTIVATIONS, PLAIN_ACTIVATIONS
 from moe_ops.testing import (
     DTYPES,
-    EMPTY_ROUTINGS,
-    GATED_ACTIVATIONS,
-    PLAIN_ACTIVATIONS,
-    ROUTINGS,
     VIEWS,
-    Routing,
     as_strided_copy,
     assert_identical,
     check_against_reference,
-    ffn_operands,
-    moe_ffn_magnitude,
     short,
 )
 

@@ -4,31 +4,30 @@ import concurrent.futures
 
 import pytest
 import torch
+from tests.helpers.quantized import (
+    INTEGER_ROWS,
+    check_moe_ffn_quantized,
+    dequantized,
+    moe_ffn_in_integers,
+    moe_ffn_quantized_magnitude,
+    quantized,
+    quantized_operands,
+    rounds_to_bytes,
+    slots_of_experts,
+)
+from tests.helpers.routing import EMPTY_ROUTINGS, ROUTINGS, Routing
 
 import moe_ops
 from moe_ops import _C, reference
 from moe_ops.numerics import is_batch_invariant
+from moe_ops.ops.gated_act import GATED_ACTIVATIONS, PLAIN_ACTIVATIONS
 from moe_ops.testing import (
-    EMPTY_ROUTINGS,
-    GATED_ACTIVATIONS,
-    INTEGER_ROWS,
-    PLAIN_ACTIVATIONS,
-    ROUTINGS,
-    Routing,
     as_strided_copy,
     assert_identical,
     check_against_reference,
-    check_moe_ffn_quantized,
-    dequantized,
     eps,
-    moe_ffn_in_integers,
-    moe_ffn_quantized_magnitude,
     poisoned,
-    quantized,
-    quantized_operands,
-    rounds_to_bytes,
     short,
-    slots_of_experts,
 )
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -177,9 +176,7 @@ def test_formats_may_differ():
     call = quantized_operands(FEW, 128, 96, torch.float32, 8)
     four = quantized_operands(FEW, 128, 96, torch.float32, 4, 32)
     check({**call, "w_down": four["w_down"], "w_down_scale": four["w_down_scale"]})
-    check(
-        {**call, "w_gate_up": four["w_gate_up"], "w_gate_up_scale": four["w_gate_up_scale"]}
-    )
+    check({**call, "w_gate_up": four["w_gate_up"], "w_gate_up_scale": four["w_gate_up_scale"]})
 
 
 @pytest.mark.parametrize("bits", [8, 4])

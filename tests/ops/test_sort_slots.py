@@ -2,19 +2,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.helpers.routing import EMPTY_ROUTINGS, ROUTINGS, Routing
 
 import moe_ops
 from moe_ops import reference
-from moe_ops.testing import (
-    EMPTY_ROUTINGS,
-    ID_DTYPES,
-    ROUTINGS,
-    Routing,
-    as_strided_copy,
-    assert_identical,
-    poisoned,
-    short,
-)
+from moe_ops.testing import ID_DTYPES, as_strided_copy, assert_identical, poisoned, short
 
 LARGER = (
     Routing(1000, 7, 3, "dropped"),

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.helpers.logits import decided_logits, logit_spread, random_logits
 
 import moe_ops
 from moe_ops import reference
@@ -12,10 +13,7 @@ from moe_ops.testing import (
     as_strided_copy,
     assert_close_by_norm,
     assert_identical,
-    decided_logits,
-    logit_spread,
     poisoned,
-    random_logits,
     short,
 )
 
@@ -441,6 +439,9 @@ def test_a_token_does_not_depend_on_its_batch(e):
     assert_identical(ids, torch.cat([i for _, i in alone]), "topk_ids")
 
 
+GOOD = (torch.zeros(3, 8), 2)
+
+
 @pytest.mark.parametrize(
     ("logits", "top_k", "options", "name", "got"),
     [
@@ -453,37 +454,18 @@ def test_a_token_does_not_depend_on_its_batch(e):
         (torch.zeros(3, 8), 9, {}, "top_k", "9"),
         (torch.zeros(3, 8), -1, {}, "top_k", "-1"),
         (torch.zeros(3, 8), 2**40, {}, "top_k", str(2**40)),
-        (torch.zeros(3, 8), 2, {"score_func": "tanh"}, "score_func", "tanh"),
-        (torch.zeros(3, 8), 2, {"expert_bias": torch.zeros(7)}, "expert_bias", "[7]"),
-        (torch.zeros(3, 8), 2, {"expert_bias": torch.zeros(1, 8)}, "expert_bias", "[1, 8]"),
-        (
-            torch.zeros(3, 8),
-            2,
-            {"expert_bias": torch.zeros(8, dtype=torch.int32)},
-            "expert_bias",
-            "int32",
-        ),
-        (torch.zeros(3, 8), 2, {"num_groups": 3}, "num_groups", "3"),
-        (torch.zeros(3, 8), 2, {"num_groups": 0}, "num_groups", "0"),
-        (torch.zeros(3, 8), 2, {"num_groups": -2}, "num_groups", "-2"),
-        (
-            torch.zeros(3, 8),
-            2,
-            {"num_groups": 4, "num_topk_groups": 5},
-            "num_topk_groups",
-            "5",
-        ),
-        (
-            torch.zeros(3, 8),
-            2,
-            {"num_groups": 4, "num_topk_groups": 0},
-            "num_topk_groups",
-            "0",
-        ),
+        (*GOOD, {"score_func": "tanh"}, "score_func", "tanh"),
+        (*GOOD, {"expert_bias": torch.zeros(7)}, "expert_bias", "[7]"),
+        (*GOOD, {"expert_bias": torch.zeros(1, 8)}, "expert_bias", "[1, 8]"),
+        (*GOOD, {"expert_bias": torch.zeros(8, dtype=torch.int32)}, "expert_bias", "int32"),
+        (*GOOD, {"num_groups": 3}, "num_groups", "3"),
+        (*GOOD, {"num_groups": 0}, "num_groups", "0"),
+        (*GOOD, {"num_groups": -2}, "num_groups", "-2"),
+        (*GOOD, {"num_groups": 4, "num_topk_groups": 5}, "num_topk_groups", "5"),
+        (*GOOD, {"num_groups": 4, "num_topk_groups": 0}, "num_topk_groups", "0"),
         (torch.zeros(3, 8), 3, {"num_groups": 4, "num_topk_groups": 1}, "", ""),
         (
-            torch.zeros(3, 8),
-            2,
+            *GOOD,
             {"num_groups": 4, "num_topk_groups": 2, "group_score": "sum"},
             "group_score",
             "sum",

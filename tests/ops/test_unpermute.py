@@ -2,16 +2,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.helpers.routing import EMPTY_ROUTINGS, ROUTINGS, Routing
 
 import moe_ops
 from moe_ops import reference
 from moe_ops.testing import (
     DTYPES,
-    EMPTY_ROUTINGS,
     ID_DTYPES,
-    ROUTINGS,
     VIEWS,
-    Routing,
     acc_dtype,
     as_strided_copy,
     assert_identical,

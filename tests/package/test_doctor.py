@@ -7,7 +7,7 @@ import torch
 from typer.testing import CliRunner
 
 import moe_ops
-from moe_ops import doctor, ops
+from moe_ops import doctor, ops, self_test
 from moe_ops.cli.app import app
 
 runner = CliRunner()
@@ -104,13 +104,13 @@ def test_an_op_that_raises_fails_with_its_message(monkeypatch):
 
 
 def test_name_clash_warns(monkeypatch, tmp_path):
-    (finding,) = doctor._name_clash()
+    finding = doctor._name_clash()
     assert finding.level == "ok"
     info = tmp_path / "moe_ops-9.9.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: moe-ops\nVersion: 9.9\n")
     monkeypatch.syspath_prepend(tmp_path)
-    (finding,) = doctor._name_clash()
+    finding = doctor._name_clash()
     assert finding.level == "warning"
     assert "9.9" in finding.text
     assert "pip uninstall moe-ops" in finding.advice
@@ -189,7 +189,7 @@ def test_gpu_with_kernels(card):
 )
 def test_gpu_that_does_not_fit(card, facts, level, words):
     card.set(**facts)
-    finding = doctor._cuda()[0]
+    finding = next(doctor._cuda())
     assert finding.level == level and words in finding.text
     if level in ("warning", "fail"):
         assert finding.advice
@@ -226,9 +226,11 @@ def test_ops_without_a_cuda_kernel_are_left_out(monkeypatch):
     def run(case, device, dtype):
         asked.append((case.op, device, dtype))
 
-    monkeypatch.setattr(doctor, "_run_case", run)
+    monkeypatch.setattr(self_test, "_run_case", run)
     monkeypatch.setattr(
-        doctor, "has_kernel", lambda op, device: device == "cuda" and op in ("permute", "moe_ffn")
+        self_test,
+        "has_kernel",
+        lambda op, device: device == "cuda" and op in ("permute", "moe_ffn"),
     )
     doctor.self_test("cuda")
     assert asked == [
@@ -251,5 +253,5 @@ def test_lowered_isa_warns(monkeypatch):
     monkeypatch.setattr(_C, "cpu_isa", lambda: "portable")
     monkeypatch.setattr(_C, "detected_isa", lambda: "avx2")
     monkeypatch.setenv("MOE_OPS_CPU_ISA", "portable")
-    finding = doctor._cpu()[0]
+    finding = next(doctor._cpu())
     assert finding.level == "warning" and "MOE_OPS_CPU_ISA" in finding.advice

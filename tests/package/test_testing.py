@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.helpers.ffn import moe_ffn_magnitude
+from tests.helpers.logits import decided_logits
+from tests.helpers.routing import EMPTY_ROUTINGS, ROUTINGS, Routing
 
 from moe_ops.testing import (
     DTYPES,
-    EMPTY_ROUTINGS,
-    ROUTINGS,
     VIEWS,
-    Routing,
     acc_dtype,
     as_strided_copy,
     assert_close_by_norm,
     assert_identical,
-    decided_logits,
     eps,
-    moe_ffn_magnitude,
     poisoned,
     seed_from,
     short,
@@ -138,8 +136,10 @@ def test_seed_depends_on_the_name_alone():
 
 
 def test_magnitude_bounds_the_ffn():
+    from tests.helpers.ffn import ffn_operands
+
     from moe_ops import reference
-    from moe_ops.testing import absolute, ffn_operands, widened
+    from moe_ops.testing import absolute, widened
 
     call = ffn_operands(Routing(20, 4, 2, "dropped"), 9, 12, torch.float32, bias=True)
     value = reference.moe_ffn(**widened(call))

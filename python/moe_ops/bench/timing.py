@@ -23,7 +23,7 @@ _SAMPLE_S = 0.01
 _MAX_REPEATS = 200
 # A job that takes longer reads more than a cache holds, or computes longer than reading it takes.
 _SHORT_S = 0.02
-# Of a sample's time; below, waiting is lost in the noise.
+# A share of a sample's time. Waiting that takes less is lost in the noise.
 _WAIT_SHARE = 0.02
 
 
@@ -98,8 +98,8 @@ def measure(
         first = _timed(job, 1) if known is None else known
         # The first call may have loaded, allocated and faulted pages in. That is nothing in half a
         # second or more, which are worth saving, unless they decide whether the job is slow.
-        settled = known is not None and 0.5 < first <= slow_s
-        second = first if settled else min(first, _timed(job, 1))
+        is_steady = known is not None and 0.5 < first <= slow_s
+        second = first if is_steady else min(first, _timed(job, 1))
         if second > slow_s:
             samples[name].seconds[0] = second
             continue

@@ -76,7 +76,7 @@ def command(function: Callable[P, T]) -> Callable[P, T]:
             Console(stderr=True, highlight=False).print("Stopped.")
             raise typer.Exit(INTERRUPTED) from None
         except BrokenPipeError:
-            raise  # Of `moe-ops ... | head`; click ends quietly.
+            raise  # The reader of a pipe has gone, as in `moe-ops ... | head`; click ends quietly.
         except OSError as error:
             raise fail(describe(error)) from None
         except (ValueError, ArithmeticError, ImportError) as error:

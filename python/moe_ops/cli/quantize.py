@@ -24,7 +24,7 @@ from moe_ops.quant.bank import find_banks, idle_patterns
 REPORT_NAME = "moe_ops_quantization.json"
 # What save_pretrained writes itself, or what a quantised checkpoint must not hold.
 _NOT_COPIED = ("config.json", "generation_config.json", REPORT_NAME)
-# Of a text: far more than calibration and perplexity read.
+# The most that is read of a text, far more than calibration and perplexity need.
 _MAX_CHARACTERS = 2**28
 _COPIED_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".md", ".py")
 

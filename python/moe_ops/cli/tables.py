@@ -28,13 +28,11 @@ def print_report(console: Console, report: Report) -> None:
             title=f"Self-test on {device}: relative error against moe_ops.reference",
             title_justify="left",
         )
-        table.add_column("op", no_wrap=True)
-        table.add_column("dtype", no_wrap=True)
+        for name in ("op", "dtype"):
+            table.add_column(name, no_wrap=True)
         table.add_column("result")
-        table.add_column("forward", justify="right")
-        table.add_column("backward", justify="right")
-        table.add_column("allowed", justify="right")
-        table.add_column("ms", justify="right")
+        for name in ("forward", "backward", "allowed", "ms"):
+            table.add_column(name, justify="right")
         for test in report.self_tests:
             if test.device != device:
                 continue

@@ -92,7 +92,7 @@ def _compare(model: Any, *, smoke: bool, budget_s: float) -> dict[str, Any]:
     for key, job in (("forward", forward), ("forward_backward", both)):
         jobs = {name: functools.partial(job, name) for name in IMPLEMENTATIONS}
         seconds = {name: s.median for name, s in measure(jobs, budget_s=budget_s).items()}
-        # Of the medians, which stand beside it.
+        # The ratio of the medians, which are printed beside it.
         speedup = {i: s / seconds["moe_ops"] for i, s in seconds.items() if i != "moe_ops"}
         times[key] = {"seconds": seconds, "speedup": speedup}
     return {
@@ -100,7 +100,7 @@ def _compare(model: Any, *, smoke: bool, budget_s: float) -> dict[str, Any]:
         f"H{config.hidden_size} I{width} E{config.num_local_experts} K{config.num_experts_per_tok}",
         "errors": errors,
         "bound": bound,
-        # Not so for a NaN, which is in no range.
+        # A NaN is in no range, so it does not pass.
         "passed": all(errors["moe_ops"][key] <= bound for key in ("logits", "gradients")),
         **times,
     }

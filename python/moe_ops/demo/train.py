@@ -19,7 +19,7 @@ from moe_ops.demo.model import ModelConfig, make_model
 from moe_ops.layers import count_tokens_per_expert
 
 _NATS_TO_BITS = 1.0 / math.log(2.0)
-_OPTIMIZER_STATE = ("step", "exp_avg", "exp_avg_sq")  # Of AdamW.
+_OPTIMIZER_STATE = ("step", "exp_avg", "exp_avg_sq")  # What AdamW keeps.
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Trainer:
             fused=True,
         )
         experts = (config.model.num_layers, config.model.num_experts)
-        # Of every step. Bits a byte in training and, where it was measured, on held-out text.
+        # One entry a step: bits a byte in training and, where it was measured, on held-out text.
         self.history = {
             "loss": torch.full((config.steps,), math.nan),
             "heldout": torch.full((config.steps,), math.nan, dtype=torch.float64),

@@ -49,14 +49,15 @@ _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # several times that where the system has to find the memory first. So a bank that stops right
 # after packing has lost no more than a few times what it could have won, and one that goes on wins.
 SLOTS_PER_EXPERT = 64
-# Below, weights stay in a cache, and a copy would cost more attention than it saves.
+# Smaller weights stay in a cache, and a copy would not pay.
 MIN_BYTES = 1 << 20
-# Of the memory that would be available without any copy.
+# Copies may take this fraction, 1 / 4, of the memory that would be available without any.
 MEMORY_SHARE = 4
 
 
 class Packable(NamedTuple):
-    """What is packed: [E, 2I, H] or [E, I, H], [E, H, I], and whether the former has halves."""
+    """What is packed: [E, 2I, H] or [E, I, H], [E, H, I], and whether the former
+    is a concatenated gate and up."""
 
     w_gate_up: Tensor
     w_down: Tensor
@@ -72,7 +73,7 @@ class _Copies(NamedTuple):
     key: tuple[Any, ...]
     gate_up: Tensor
     down: Tensor
-    asked_for: bool  # By `prepack`.
+    asked_for: bool  # Whether `prepack` made them.
 
 
 class _State:
@@ -109,7 +110,7 @@ class _State:
 
 
 _banks: weakref.WeakKeyDictionary[nn.Module, _State] = weakref.WeakKeyDictionary()
-_lock = threading.Lock()  # Of _banks and of reservations.
+_lock = threading.Lock()  # Guards _banks and reservations.
 
 
 def expert_ffn(
@@ -124,9 +125,7 @@ def expert_ffn(
     b_down: Tensor | None = None,
     activation: str = "swiglu",
     interleaved: bool = False,
-    apply_router_weight_on_input: bool = False,
-    alpha: float = 1.702,
-    limit: float = 7.0,
+    **rest: Any,
 ) -> Tensor:
     """moe_ffn with the weights of `bank`, from packed copies where it has them or makes them now.
 
@@ -137,9 +136,7 @@ def expert_ffn(
         "b_down": b_down,
         "activation": activation,
         "interleaved": interleaved,
-        "apply_router_weight_on_input": apply_router_weight_on_input,
-        "alpha": alpha,
-        "limit": limit,
+        **rest,
     }
     copies = None
     if not torch.compiler.is_compiling():
@@ -154,7 +151,7 @@ def expert_ffn(
     y = moe_ffn_packed(
         x, w_gate_up, w_down, copies.gate_up, copies.down, topk_weights, topk_ids, **kwargs
     )
-    if _C.stale_panels() != stale:  # Perhaps of another bank, called at the same time: no harm.
+    if _C.stale_panels() != stale:  # It may be another bank that is called meanwhile: no harm.
         invalidate(bank)
     return y
 
@@ -256,7 +253,7 @@ def _pack(
     finally:
         with state.lock:
             state.packing = False
-            # The weights may have changed, and the bank been told to forget, in the meantime.
+            # The weights may have changed, or the copies been invalidated, in the meantime.
             if copies is None or state.key != key or _key(weights) != key:
                 copies = None
                 state.invalidate()

@@ -13,8 +13,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
-# What models hand to attention and torch's attention cannot do; transformers' function for it
-# passes over the former without a word.
+# Arguments of models that torch's attention cannot take; transformers' function for it ignores
+# attention sinks without a word.
 _BEYOND_TORCH = {"s_aux": "attention sinks", "softcap": "a softcap"}
 
 

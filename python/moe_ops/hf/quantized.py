@@ -132,7 +132,7 @@ class _JetMoeBlock(ExpertsHook):
     ) -> ExpertInputs:
         (x,) = (*args, *kwargs.values())
         x = x.reshape(-1, x.shape[-1])
-        router: Any = module.router  # Of either class: they differ in what they return.
+        router: Any = module.router  # It is of either class; they differ in what they return.
         topk_logits, topk_ids = router.layer(x).float().topk(router.top_k, dim=1)
         return ExpertInputs(x, topk_logits.softmax(dim=1).type_as(x), topk_ids)
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_ops.ops import moa_attention, moe_linear_map, moe_linear_reduce, rotary
+from moe_ops.ops._checks import check_positive
 from moe_ops.ops.moa_attention import KINDS
 
 from .invariant import apply_linear
@@ -151,10 +152,7 @@ class AttentionExperts(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if num_kv_heads < 1:
-            raise ValueError(
-                f"AttentionExperts: num_kv_heads must be at least 1, got {num_kv_heads}."
-            )
+        check_positive("AttentionExperts", num_kv_heads=num_kv_heads)
         if not 1 <= head_size <= 256 or (rope_theta is not None and head_size % 2):
             even = " and even with rope_theta" if rope_theta is not None else ""
             raise ValueError(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from moe_ops.ops._autograd import in_transform
-from moe_ops.ops._checks import accumulate_dtype
+from moe_ops.ops._checks import accumulate_dtype, check_positive
 from moe_ops.ops.dense_ffn import dense_ffn
 from moe_ops.ops.grouped_gemm import grouped_gemm
 from moe_ops.ops.mix_experts import mix_experts
@@ -268,9 +268,7 @@ class ExpertNorm(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        for what, value in (("num_experts", num_experts), ("size", size)):
-            if value < 1:
-                raise ValueError(f"ExpertNorm: {what} must be at least 1, got {value}.")
+        check_positive("ExpertNorm", num_experts=num_experts, size=size)
         self.num_experts, self.size, self.eps, self.momentum = num_experts, size, eps, momentum
         shape = (num_experts, size)
         self.weight = nn.Parameter(torch.ones(shape, device=device, dtype=dtype))

@@ -15,14 +15,16 @@ from torch import Tensor, nn
 from moe_ops import packing
 from moe_ops.expert_weights.packing import expert_ffn, invalidate, invalidate_if_changed
 from moe_ops.ops import gated_act, moe_linear_map, moe_linear_reduce
+from moe_ops.ops._checks import check_positive
 from moe_ops.ops.dense_ffn import dense_ffn
+from moe_ops.ops.gated_act import GATED_ACTIVATIONS, PLAIN_ACTIVATIONS
 
 from .dense import fits_dense_ffn, grouped_linear, mix_outputs, segments
 from .invariant import linear, plain_activation
 from .surgery import experts as surgery
 
-GATED_ACTIVATIONS = ("swiglu", "geglu", "geglu_tanh", "reglu", "swiglu_oai")
-PLAIN_ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
+# Attributes of a bank that are arguments of moe_ffn.
+ACTIVATION_OPTIONS = ("activation", "interleaved", "alpha", "limit")
 
 
 class Experts(nn.Module):
@@ -77,14 +79,8 @@ class Experts(nn.Module):
     ) -> None:
         super().__init__()
         output_size = hidden_size if output_size is None else output_size
-        for name, value in (
-            ("num_experts", num_experts),
-            ("hidden_size", hidden_size),
-            ("intermediate_size", intermediate_size),
-            ("output_size", output_size),
-        ):
-            if value < 1:
-                raise ValueError(f"Experts: {name} must be at least 1, got {value}.")
+        sizes = {"hidden_size": hidden_size, "intermediate_size": intermediate_size}
+        check_positive("Experts", num_experts=num_experts, **sizes, output_size=output_size)
         gated = check_activation("Experts", activation, interleaved)
         self.num_experts = num_experts
         self.hidden_size = hidden_size
@@ -273,8 +269,8 @@ class Experts(nn.Module):
 
     def config(self) -> dict[str, Any]:
         """The arguments that make a bank like this one: all but num_experts, device and dtype."""
-        names = ("hidden_size", "intermediate_size", "output_size", "activation", "interleaved")
-        config = {name: getattr(self, name) for name in (*names, "alpha", "limit")}
+        names = ("hidden_size", "intermediate_size", "output_size", *ACTIVATION_OPTIONS)
+        config = {name: getattr(self, name) for name in names}
         return {**config, "bias": self.b_down is not None}
 
     def blank(self, num_experts: int, **changes: Any) -> Experts:
@@ -410,12 +406,8 @@ class SharedExperts(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (
-            ("hidden_size", hidden_size),
-            ("intermediate_size", intermediate_size),
-        ):
-            if value < 1:
-                raise ValueError(f"SharedExperts: {name} must be at least 1, got {value}.")
+        sizes = {"hidden_size": hidden_size, "intermediate_size": intermediate_size}
+        check_positive("SharedExperts", **sizes)
         self.gated = check_activation("SharedExperts", activation, False)
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size

@@ -71,7 +71,7 @@ def _stack(
     return logits.masked_fill(~mask[:, None], 0.0), mask
 
 
-# By the names of `AUX_LOSSES`; the others are summed layer by layer.
+# The keys are names of `AUX_LOSSES`; losses that are missing here are summed layer by layer.
 TOTAL_LOSSES: dict[str, Callable[..., Tensor]] = {
     "load_balancing": total_load_balancing_loss,
     "router_z": total_router_z_loss,

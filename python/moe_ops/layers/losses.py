@@ -356,21 +356,24 @@ def _step_expert_bias(bias: Tensor, counts: Tensor, rate: float, group: Any) -> 
     bias.add_((counts.sum() - counts.numel() * counts).sign().to(bias), alpha=rate)
 
 
+AuxLoss = Callable[[Router, Routing, Tensor | None], Tensor]
+
+
+def _of_logits(loss: Callable[..., Tensor]) -> AuxLoss:
+    return lambda router, r, mask: loss(
+        r.router_logits, score_func=router.score_func, token_mask=mask
+    )
+
+
 # What the argument `aux_losses` of layers may name; each takes the routing and a token mask.
-AUX_LOSSES: dict[str, Callable[[Router, Routing, Tensor | None], Tensor]] = {
+AUX_LOSSES: dict[str, AuxLoss] = {
     "load_balancing": lambda router, r, mask: load_balancing_loss(
         r.router_logits, r.topk_ids, score_func=router.score_func, token_mask=mask
     ),
     "router_z": lambda router, r, mask: router_z_loss(r.router_logits, token_mask=mask),
-    "entropy": lambda router, r, mask: router_entropy_loss(
-        r.router_logits, score_func=router.score_func, token_mask=mask
-    ),
-    "mutual_information": lambda router, r, mask: mutual_information_loss(
-        r.router_logits, score_func=router.score_func, token_mask=mask
-    ),
-    "concentration": lambda router, r, mask: concentration_loss(
-        r.router_logits, score_func=router.score_func, token_mask=mask
-    ),
+    "entropy": _of_logits(router_entropy_loss),
+    "mutual_information": _of_logits(mutual_information_loss),
+    "concentration": _of_logits(concentration_loss),
 }
 
 

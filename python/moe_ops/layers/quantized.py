@@ -6,7 +6,7 @@ Letters: T tokens, H hidden size, I intermediate size, E experts, K experts a to
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from moe_ops.expert_weights import (
 )
 from moe_ops.ops import moe_ffn_quantized
 from moe_ops.ops._autograd import in_transform
+from moe_ops.ops._checks import check_positive, dtype_name
 from moe_ops.quant.convert import check_sizes, quantize_experts
 from moe_ops.quant.formats import (
     check_divides,
@@ -30,7 +31,7 @@ from moe_ops.quant.formats import (
     storage_dtype,
 )
 
-from .experts import Experts, check_activation
+from .experts import ACTIVATION_OPTIONS, Experts, check_activation
 from .surgery.rows import as_ids
 
 _FROZEN = ("w_gate_up", "w_gate_up_scale", "w_down", "w_down_scale", "x_scale")
@@ -93,13 +94,8 @@ class QuantizedExperts(nn.Module):
     ) -> None:
         super().__init__()
         name = type(self).__name__
-        for what, value in (
-            ("num_experts", num_experts),
-            ("hidden_size", hidden_size),
-            ("intermediate_size", intermediate_size),
-        ):
-            if value < 1:
-                raise ValueError(f"{name}: {what} must be at least 1, got {value}.")
+        sizes = {"hidden_size": hidden_size, "intermediate_size": intermediate_size}
+        check_positive(name, num_experts=num_experts, **sizes)
         groups = check_format(name, format, group_size)
         if groups:
             check_divides(name, "w_gate_up", hidden_size, groups)
@@ -235,11 +231,8 @@ class QuantizedExperts(nn.Module):
             x_scale=self.x_scale,
             b_gate_up=None if self.b_gate_up is None else self.b_gate_up.to(x.dtype),
             b_down=None if self.b_down is None else self.b_down.to(x.dtype),
-            activation=self.activation,
-            interleaved=self.interleaved,
             apply_router_weight_on_input=on_input,
-            alpha=self.alpha,
-            limit=self.limit,
+            **_activation_of(self),
         )
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Experts:
@@ -252,12 +245,9 @@ class QuantizedExperts(nn.Module):
             self.num_experts,
             self.hidden_size,
             self.intermediate_size,
-            activation=self.activation,
             bias=self.b_down is not None,
-            interleaved=self.interleaved,
-            alpha=self.alpha,
-            limit=self.limit,
             device="meta",
+            **_activation_of(self),
         )
         target = torch.get_default_dtype() if dtype is None else dtype
         where: dict[str, Any] = {"dtype": target, "device": self.w_down.device}
@@ -318,12 +308,9 @@ class QuantizedExperts(nn.Module):
 
     def config(self) -> dict[str, Any]:
         """The arguments of the class besides num_experts, device and dtype."""
-        names = ("hidden_size", "intermediate_size", "format", "group_size", "activation")
+        names = ("hidden_size", "intermediate_size", "format", "group_size", *ACTIVATION_OPTIONS)
         return {
             **{name: getattr(self, name) for name in names},
-            "interleaved": self.interleaved,
-            "alpha": self.alpha,
-            "limit": self.limit,
             "x_scale": self.x_scale is not None,
             "bias": self.b_down is not None,
         }
@@ -384,16 +371,7 @@ class QuantizedExperts(nn.Module):
         self.move_to_huge_pages()
         return self
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: Mapping[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
         # torch checks shapes only: copying would round float weights to integers without a word.
         problems = []
         for name, buffer in self.named_buffers(recurse=False):
@@ -403,18 +381,15 @@ class QuantizedExperts(nn.Module):
                 if problem:
                     problems.append(f"{type(self).__name__}: {problem}")
         if problems:
-            error_msgs.extend(problems)
+            error_messages = others[-1]
+            error_messages.extend(problems)
             return
-        super()._load_from_state_dict(
-            state_dict,  # type: ignore[arg-type]
-            prefix,
-            local_metadata,
-            strict,
-            missing_keys,
-            unexpected_keys,
-            error_msgs,
-        )
+        super()._load_from_state_dict(state_dict, prefix, *others)
         self.move_to_huge_pages()
+
+
+def _activation_of(bank: Any) -> dict[str, Any]:
+    return {name: getattr(bank, name) for name in ACTIVATION_OPTIONS}
 
 
 def _mismatch(name: str, got: Tensor | None, wanted: Tensor) -> str | None:
@@ -422,13 +397,9 @@ def _mismatch(name: str, got: Tensor | None, wanted: Tensor) -> str | None:
     if got is not None and got.shape == wanted.shape:
         if got.dtype == wanted.dtype or (not frozen and got.is_floating_point()):
             return None
-    kind = _name(wanted.dtype) if frozen else "floating point"
-    what = "none" if got is None else f"{_name(got.dtype)} of shape {list(got.shape)}"
+    kind = dtype_name(wanted.dtype) if frozen else "floating point"
+    what = "none" if got is None else f"{dtype_name(got.dtype)} of shape {list(got.shape)}"
     return f"{name} must be {kind} of shape {list(wanted.shape)}, got {what}."
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 class _WithoutBackward(torch.autograd.Function):
@@ -463,14 +434,8 @@ class _ExpertsHook(ExpertsHook):
         if not self.reads_packed(module):
             return None
         experts: Any = module
-        names = ("activation", "interleaved", "alpha", "limit")
-        return ExpertWeights(
-            (experts.w_gate_up,),
-            experts.w_down,
-            experts.b_gate_up,
-            experts.b_down,
-            {name: getattr(experts, name) for name in names},
-        )
+        biases = experts.b_gate_up, experts.b_down
+        return ExpertWeights((experts.w_gate_up,), experts.w_down, *biases, _activation_of(experts))
 
     def reads_packed(self, module: nn.Module) -> bool:
         return isinstance(module, Experts) and module.output_size == module.hidden_size

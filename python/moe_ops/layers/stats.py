@@ -121,7 +121,7 @@ class RoutingStats:
         return self
 
     def reset(self) -> None:
-        """Forgets all layers."""
+        """Removes what was recorded of all layers."""
         self._counts.clear()
 
     @property

@@ -5,7 +5,7 @@ torch's stable ABI has no autograd in C++, so the rules live beside the public f
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
@@ -21,14 +21,13 @@ from moe_ops._private_torch import (
     any_requires_grad,
     any_tangent,
     are_functorch_transforms_active,
-    arguments_of,
     enable_single_level_autograd_function,
     entry_of,
     in_forward_mode,
     is_plain_eager,
     redispatch_of,
 )
-from moe_ops.ops._library import library
+from moe_ops.ops._library import Signature, library
 
 # Bound here, since looking names up takes time after the weights of a call have filled the cache.
 _is_grad_enabled = torch.is_grad_enabled
@@ -104,29 +103,14 @@ def needs_input_grad(ctx: Any, count: int) -> tuple[bool, ...]:
     return needs + (False,) * (count - len(needs))
 
 
-class _Signature:
-    """How an op is called with all its arguments in a row, keyword-only ones last."""
+def save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    """The `setup` of an op whose backward needs its arguments, which are all tensors."""
+    ctx.save_for_backward(*inputs)
 
-    def __init__(self, op: str) -> None:
-        arguments = arguments_of(op)
-        self.names = tuple(a.name for a in arguments)
-        self.num_positional = sum(not a.kwarg_only for a in arguments)
-        self.keywords = self.names[self.num_positional :]
-        self.defaults = tuple(a.default_value for a in arguments)
 
-    def complete(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-        """All arguments in a row. The dispatcher drops trailing ones that equal their defaults."""
-        given = (*args, *self.defaults[len(args) : self.num_positional])
-        if not self.keywords:
-            return given
-        last = zip(self.keywords, self.defaults[self.num_positional :], strict=True)
-        return *given, *(kwargs.get(name, default) for name, default in last)
-
-    def split(self, args: tuple[Any, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if not self.keywords:
-            return args, {}
-        last = args[self.num_positional :]
-        return args[: self.num_positional], dict(zip(self.keywords, last, strict=True))
+def only_needed(grads: Iterable[Tensor], needs: Iterable[bool]) -> Iterator[Tensor | None]:
+    """The gradients, and None for those that nobody wants."""
+    return (g if need else None for g, need in zip(grads, needs, strict=True))
 
 
 def register_autograd(
@@ -151,7 +135,7 @@ def register_autograd(
             wanted. Its first output is that of `op`; `setup` gets all of them, to save what no
             caller of `op` wants to see.
     """
-    signature = _Signature(op)
+    signature = Signature(op)
     packet, defaults = getattr(torch.ops.moe_ops, op), signature.defaults
     training = forward or op
     run, redispatch = entry_of(getattr(torch.ops.moe_ops, training)), redispatch_of(training)
@@ -294,7 +278,7 @@ def register_not_differentiable(op: str) -> None:
 
 def register_no_gradient(op: str, advice: str) -> None:
     """For an op of inference: an error where a gradient is wanted, in the forward pass already."""
-    names = _Signature(op).names
+    names = Signature(op).names
     jvp = refuse_tangents(op, f"call it on tensors without tangents, or {advice}")
 
     def refuse(keyset: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -312,7 +296,7 @@ def register_no_gradient(op: str, advice: str) -> None:
 
 def register_gradient_of(op: str, function: Callable[..., Any]) -> None:
     """Calls `function` with all arguments in the place of the op where a gradient is wanted."""
-    signature = _Signature(op)
+    signature = Signature(op)
 
     def differentiate(keyset: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return function(*signature.complete(args, kwargs))

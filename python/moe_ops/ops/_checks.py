@@ -1,11 +1,19 @@
-"""What a fake implementation asks of its arguments, in the words of the kernels' own checks."""
+"""What a fake implementation asks of its arguments, in the words of the kernels' own checks.
+
+A shape is written as in the docstrings: `check_float(op, "x", x, "[T, H]", H=64)` wants two
+dimensions and 64 in the second.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+NARROW_FLOATS = FLOATS[1:]
 _INTS = (torch.int32, torch.int64)
 
 
@@ -18,18 +26,55 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def check_float(op: str, name: str, t: Tensor) -> None:
-    check(
-        t.dtype in _FLOATS,
-        f"{op}: {name} must be float64, float32, bfloat16 or float16, got {dtype_name(t.dtype)}.",
-    )
+def check_dtype(
+    op: str, name: str, dtype: torch.dtype, wanted: Sequence[torch.dtype], why: str = ""
+) -> None:
+    if dtype in wanted:
+        return
+    *names, last = (dtype_name(d) for d in wanted)
+    listed = f"{', '.join(names)} or {last}" if names else last
+    raise ValueError(f"{op}: {name} must be {listed}{why}, got {dtype_name(dtype)}.")
 
 
-def check_index(op: str, name: str, t: Tensor) -> None:
-    check(
-        t.dtype in _INTS,
-        f"{op}: {name} must be int32 or int64, got {dtype_name(t.dtype)}.",
-    )
+def check_float(op: str, name: str, t: Tensor | None, shape: str = "", **sizes: Any) -> None:
+    check_tensor(op, name, t, FLOATS, shape, **sizes)
+
+
+def check_index(op: str, name: str, t: Tensor | None, shape: str, **sizes: Any) -> None:
+    check_tensor(op, name, t, _INTS, shape, **sizes)
+
+
+def check_tensor(
+    op: str,
+    name: str,
+    t: Tensor | None,
+    dtypes: Sequence[torch.dtype],
+    shape: str = "",
+    **sizes: Any,
+) -> None:
+    """One of the types, and the shape if one is given. None is an argument that was left out."""
+    if t is None:
+        return
+    check_dtype(op, name, t.dtype, dtypes)
+    if shape:
+        check_shape(op, name, t, shape, **sizes)
+
+
+def check_like(
+    op: str, name: str, t: Tensor | None, like_name: str, like: Tensor, shape: str, **sizes: Any
+) -> None:
+    """`check_tensor` of the type that another argument has."""
+    if t is None:
+        return
+    check_dtype(op, name, t.dtype, (like.dtype,), f" like {like_name}")
+    check_shape(op, name, t, shape, **sizes)
+
+
+def check_shape(op: str, name: str, t: Tensor, shape: str, **sizes: Any) -> None:
+    letters = shape.strip("[]").split(", ")
+    check_dim(op, name, t, len(letters), shape)
+    for letter, size in sizes.items():
+        check_size(op, name, t, letters.index(letter), size, letter)
 
 
 def check_dim(op: str, name: str, t: Tensor, dim: int, shape: str) -> None:
@@ -46,12 +91,23 @@ def check_size(op: str, name: str, t: Tensor, d: int, n: int, what: str) -> None
     )
 
 
-def check_same_dtype(op: str, name: str, t: Tensor, like_name: str, like: Tensor) -> None:
+def check_offsets(op: str, expert_offsets: Tensor) -> None:
+    """[E+1] of at least one expert."""
+    check_index(op, "expert_offsets", expert_offsets, "[E+1]")
     check(
-        t.dtype == like.dtype,
-        f"{op}: {name} must be {dtype_name(like.dtype)} like {like_name}, "
-        f"got {dtype_name(t.dtype)}.",
+        expert_offsets.shape[0] >= 2,
+        f"{op}: expert_offsets must be [E+1] with at least one expert, "
+        f"got shape {list(expert_offsets.shape)}.",
     )
+
+
+def check_choice(op: str, name: str, value: str, choices: Sequence[str]) -> None:
+    check(value in choices, f"{op}: {name} must be one of {', '.join(choices)}, got '{value}'.")
+
+
+def check_positive(name: str, **sizes: int) -> None:
+    for what, size in sizes.items():
+        check(size >= 1, f"{name}: {what} must be at least 1, got {size}.")
 
 
 def check_same_device(op: str, **tensors: Tensor | None) -> None:
@@ -67,3 +123,12 @@ def check_same_device(op: str, **tensors: Tensor | None) -> None:
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def new_if(
+    needed: bool, like: Tensor, shape: Sequence[int] | None = None, dtype: torch.dtype | None = None
+) -> Tensor:
+    """What an op returns for a gradient: [0] where it is not needed. The shape is that of `like`
+    unless given."""
+    size = tuple(like.shape if shape is None else shape)
+    return like.new_empty(size if needed else (0,), dtype=dtype)

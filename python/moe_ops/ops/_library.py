@@ -7,28 +7,73 @@ from typing import Any
 
 import torch
 
+from moe_ops._private_torch import arguments_of
+
 # Keeps the registrations alive for the life of the process.
 library = torch.library.Library("moe_ops", "FRAGMENT")
-# Ops whose CUDA kernel is made of torch's operations, and that kernel.
+# Op -> its CUDA kernel, where that is made of torch's operations.
 cuda_formulas: dict[str, Callable[..., Any]] = {}
+_fakes: dict[str, Callable[..., Any]] = {}
 
 
-def register_cuda_formula(op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorates the CUDA kernel of an op that is best made of torch's operations there.
+class Signature:
+    """How an op is called with all its arguments in a row, keyword-only ones last."""
 
-    Those are dense products, which cuBLAS multiplies, and formulas that a compiler fuses. The
-    function gets the arguments of the schema, without trailing ones that equal their defaults, and
-    runs below autograd: the op's own rule differentiates it.
-    """
+    def __init__(self, op: str) -> None:
+        arguments = arguments_of(op)
+        self.names = tuple(a.name for a in arguments)
+        self.num_positional = sum(not a.kwarg_only for a in arguments)
+        self.keywords = self.names[self.num_positional :]
+        self.defaults = tuple(a.default_value for a in arguments)
 
-    def register(kernel: Callable[..., Any]) -> Callable[..., Any]:
-        cuda_formulas[op] = kernel
-        library.impl(op, kernel, "CUDA")
-        return kernel
+    def complete(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+        """All arguments in a row. The dispatcher drops trailing ones that equal their defaults."""
+        given = (*args, *self.defaults[len(args) : self.num_positional])
+        if not self.keywords:
+            return given
+        last = zip(self.keywords, self.defaults[self.num_positional :], strict=True)
+        return *given, *(kwargs.get(name, default) for name, default in last)
+
+    def split(self, args: tuple[Any, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if not self.keywords:
+            return args, {}
+        last = args[self.num_positional :]
+        return args[: self.num_positional], dict(zip(self.keywords, last, strict=True))
+
+
+def register_fake(op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorates the function that checks a call and gives outputs without values. It gets all
+    arguments in the order of the schema, whatever a caller leaves to its default."""
+    signature = Signature(op)
+
+    def register(fake: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            return fake(*signature.complete(args, kwargs))
+
+        torch.library.register_fake(f"moe_ops::{op}", run)
+        _fakes[op] = fake
+        return fake
 
     return register
 
 
-def register_fake(op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorates the function that checks a call and gives outputs without values."""
-    return torch.library.register_fake(f"moe_ops::{op}")
+def register_cuda_formula(op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorates the CUDA kernel of an op that is best made of torch's operations there: of dense
+    products, which cuBLAS multiplies, and of formulas that a compiler fuses.
+
+    It gets all arguments in the order of the schema, after the op's fake has checked them, and runs
+    below autograd: the op's own rule differentiates it.
+    """
+    signature, check = Signature(op), _fakes[op]
+
+    def register(formula: Callable[..., Any]) -> Callable[..., Any]:
+        def kernel(*args: Any, **kwargs: Any) -> Any:
+            row = signature.complete(args, kwargs)
+            check(*row)
+            return formula(*row)
+
+        cuda_formulas[op] = kernel
+        library.impl(op, kernel, "CUDA")
+        return formula
+
+    return register

@@ -18,10 +18,12 @@ from moe_ops.ops._checks import (
     accumulate_dtype,
     check,
     check_dim,
+    check_dtype,
     check_float,
+    check_like,
     check_same_device,
-    check_same_dtype,
     check_size,
+    new_if,
 )
 from moe_ops.ops._library import register_cuda_formula, register_fake
 from moe_ops.reference.add_rms_norm import add_rms_norm as _formula
@@ -78,18 +80,16 @@ def _check(
     check_float(op, "x", x)
     check(x.dim() >= 1, f"{op}: x must be [..., H], got shape {list(x.shape)}.")
     for name, t in (("weight", weight), ("bias", bias)):
-        if t is not None:
-            check_same_dtype(op, name, t, "x", x)
-            check_dim(op, name, t, 1, "[H]")
-            check_size(op, name, t, 0, x.shape[-1], "H")
-    if residual is not None:
-        _check_like(op, "residual", residual, "x", x)
+        check_like(op, name, t, "x", x, "[H]", H=x.shape[-1])
+    _check_same_shape(op, "residual", residual, "x", x)
     check(eps >= 0, f"{op}: eps must be at least 0, got {eps}.")
     check_same_device(op, x=x, weight=weight, residual=residual, bias=bias)
 
 
-def _check_like(op: str, name: str, t: Tensor, like_name: str, like: Tensor) -> None:
-    check_same_dtype(op, name, t, like_name, like)
+def _check_same_shape(op: str, name: str, t: Tensor | None, like_name: str, like: Tensor) -> None:
+    if t is None:
+        return
+    check_dtype(op, name, t.dtype, (like.dtype,), f" like {like_name}")
     check_dim(op, name, t, like.dim(), "[..., H]")
     for d in range(like.dim()):
         check_size(op, name, t, d, like.shape[d], f"{like_name}'s size")
@@ -100,75 +100,12 @@ def _rows(x: Tensor) -> Any:
 
 
 @register_fake("add_rms_norm")
-def _(
-    x: Tensor,
-    weight: Tensor,
-    residual: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-6,
-) -> tuple[Tensor, Tensor, Tensor]:
-    _check("add_rms_norm", x, weight, residual, bias, eps)
+def _(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    _check("add_rms_norm", *args)
+    x, _, residual, bias, _ = args
     adds = residual is not None or bias is not None
-    return (
-        x.new_empty(tuple(x.shape)),
-        x.new_empty(tuple(x.shape) if adds else (0,)),
-        x.new_empty((_rows(x),), dtype=accumulate_dtype(x.dtype)),
-    )
-
-
-@register_cuda_formula("add_rms_norm")
-def _cuda_formula(
-    x: Tensor,
-    weight: Tensor,
-    residual: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-6,
-) -> tuple[Tensor, Tensor, Tensor]:
-    _check("add_rms_norm", x, weight, residual, bias, eps)
-    acc = accumulate_dtype(x.dtype)
-    adds = residual is not None or bias is not None
-    y, total = _formula(x, weight, residual, bias=bias, eps=eps)
-    rstd = torch.rsqrt(total.to(acc).square().mean(-1) + eps).reshape(-1)[: _rows(x)]
-    return y.contiguous(), total.contiguous() if adds else x.new_empty(0), rstd
-
-
-def _check_bwd(
-    grad_y: Tensor, grad_sum: Tensor | None, sum: Tensor, weight: Tensor, rstd: Tensor
-) -> None:
-    op = "add_rms_norm_bwd"
-    _check(op, sum, weight, None, None, 0.0)
-    for name, t in (("grad_y", grad_y), ("grad_sum", grad_sum)):
-        if t is not None:
-            _check_like(op, name, t, "sum", sum)
-    check_same_device(op, sum=sum, grad_y=grad_y, grad_sum=grad_sum, rstd=rstd)
-
-
-@register_cuda_formula("add_rms_norm_bwd")
-def _cuda_bwd_formula(
-    grad_y: Tensor,
-    grad_sum: Tensor | None,
-    sum: Tensor,
-    weight: Tensor,
-    rstd: Tensor,
-    need_x: bool,
-    need_weight: bool,
-    need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    _check_bwd(grad_y, grad_sum, sum, weight, rstd)
-    size = sum.shape[-1]
-    acc = accumulate_dtype(sum.dtype)
-    g, s = (t.to(acc).reshape(_rows(sum), size) for t in (grad_y, sum))
-    normed = s * rstd[:, None]
-    # y = normed w, and normed turns with s: its own direction drops out.
-    u = g * weight.to(acc)
-    grad = (u - normed * (u * normed).mean(-1, keepdim=True)) * rstd[:, None]
-    if grad_sum is not None:
-        grad = grad + grad_sum.to(acc).reshape(grad.shape)
-    return (
-        grad.to(sum.dtype).view(sum.shape) if need_x else sum.new_empty(0),
-        (g * normed).sum(0).to(sum.dtype) if need_weight else sum.new_empty(0),
-        grad.sum(0).to(sum.dtype) if need_bias else sum.new_empty(0),
-    )
+    rstd = x.new_empty((_rows(x),), dtype=accumulate_dtype(x.dtype))
+    return new_if(True, x), new_if(adds, x), rstd
 
 
 @register_fake("add_rms_norm_bwd")
@@ -182,12 +119,13 @@ def _(
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check_bwd(grad_y, grad_sum, sum, weight, rstd)
-    return (
-        sum.new_empty(tuple(sum.shape) if need_x else (0,)),
-        sum.new_empty((sum.shape[-1] if need_weight else 0,)),
-        sum.new_empty((sum.shape[-1] if need_bias else 0,)),
-    )
+    op = "add_rms_norm_bwd"
+    _check(op, sum, weight, None, None, 0.0)
+    for name, t in (("grad_y", grad_y), ("grad_sum", grad_sum)):
+        _check_same_shape(op, name, t, "sum", sum)
+    check_same_device(op, sum=sum, grad_y=grad_y, grad_sum=grad_sum, rstd=rstd)
+    size = sum.shape[-1:]
+    return new_if(need_x, sum), new_if(need_weight, sum, size), new_if(need_bias, sum, size)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -230,3 +168,41 @@ def _backward(
 register_autograd("add_rms_norm", _backward, _setup)
 register_no_double_backward("add_rms_norm_bwd")
 register_autocast("add_rms_norm")
+
+
+@register_cuda_formula("add_rms_norm")
+def _(
+    x: Tensor, weight: Tensor, residual: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    acc = accumulate_dtype(x.dtype)
+    adds = residual is not None or bias is not None
+    y, total = _formula(x, weight, residual, bias=bias, eps=eps)
+    rstd = torch.rsqrt(total.to(acc).square().mean(-1) + eps).reshape(-1)[: _rows(x)]
+    return y.contiguous(), total.contiguous() if adds else new_if(False, x), rstd
+
+
+@register_cuda_formula("add_rms_norm_bwd")
+def _(
+    grad_y: Tensor,
+    grad_sum: Tensor | None,
+    sum: Tensor,
+    weight: Tensor,
+    rstd: Tensor,
+    need_x: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    size = sum.shape[-1]
+    acc = accumulate_dtype(sum.dtype)
+    g, s = (t.to(acc).reshape(_rows(sum), size) for t in (grad_y, sum))
+    normed = s * rstd[:, None]
+    # y = normed w, and normed turns with s: its own direction drops out.
+    u = g * weight.to(acc)
+    grad = (u - normed * (u * normed).mean(-1, keepdim=True)) * rstd[:, None]
+    if grad_sum is not None:
+        grad = grad + grad_sum.to(acc).reshape(grad.shape)
+    return (
+        grad.to(sum.dtype).view(sum.shape) if need_x else new_if(False, sum),
+        (g * normed).sum(0).to(sum.dtype) if need_weight else new_if(False, sum),
+        grad.sum(0).to(sum.dtype) if need_bias else new_if(False, sum),
+    )

@@ -11,19 +11,21 @@ from moe_ops.ops._autocast import register_autocast
 from moe_ops.ops._autograd import (
     direct_call,
     needs_input_grad,
+    only_needed,
     register_autograd,
     register_no_double_backward,
 )
 from moe_ops.ops._checks import (
     accumulate_dtype,
-    check,
-    check_dim,
+    check_choice,
     check_float,
     check_index,
+    check_like,
+    check_positive,
     check_same_device,
-    check_same_dtype,
     check_size,
-    dtype_name,
+    check_tensor,
+    new_if,
 )
 from moe_ops.ops._library import register_cuda_formula, register_fake
 from moe_ops.ops.gated_act import PLAIN_ACTIVATIONS
@@ -31,7 +33,6 @@ from moe_ops.reference.gated_act import plain_act
 
 _dense_ffn = direct_call("dense_ffn")
 
-_OP = "dense_ffn"
 DENSE_ACTIVATIONS = ("none", *PLAIN_ACTIVATIONS)
 
 
@@ -78,28 +79,6 @@ def dense_ffn(
 
 
 def _check(
-    op: str, x: Tensor, w_up: Tensor, w_down: Tensor, input_ids: Tensor, activation: str
-) -> None:
-    check_float(op, "x", x)
-    check_dim(op, "x", x, 3, "[T, G, H]")
-    check_same_dtype(op, "w_up", w_up, "x", x)
-    check_dim(op, "w_up", w_up, 3, "[E, I, H]")
-    check(w_up.shape[0] >= 1, f"{op}: num_experts must be at least 1, got {w_up.shape[0]}.")
-    check_size(op, "w_up", w_up, 2, x.shape[2], "H")
-    check_same_dtype(op, "w_down", w_down, "x", x)
-    check_dim(op, "w_down", w_down, 3, "[E, O, I]")
-    check_size(op, "w_down", w_down, 0, w_up.shape[0], "E")
-    check_size(op, "w_down", w_down, 2, w_up.shape[1], "I")
-    check_index(op, "input_ids", input_ids)
-    check_dim(op, "input_ids", input_ids, 1, "[E]")
-    check_size(op, "input_ids", input_ids, 0, w_up.shape[0], "E")
-    check(
-        activation in DENSE_ACTIVATIONS,
-        f"{op}: activation must be one of {', '.join(DENSE_ACTIVATIONS)}, got '{activation}'.",
-    )
-
-
-def _check_forward(
     op: str,
     x: Tensor,
     w_up: Tensor,
@@ -109,77 +88,37 @@ def _check_forward(
     b_down: Tensor | None,
     activation: str,
 ) -> None:
-    _check(op, x, w_up, w_down, input_ids, activation)
+    check_float(op, "x", x, "[T, G, H]")
+    check_like(op, "w_up", w_up, "x", x, "[E, I, H]")
+    num_experts, width, _ = w_up.shape
+    check_positive(op, num_experts=num_experts)
+    check_size(op, "w_up", w_up, 2, x.shape[2], "H")
+    check_like(op, "w_down", w_down, "x", x, "[E, O, I]", E=num_experts, I=width)
+    check_index(op, "input_ids", input_ids, "[E]", E=num_experts)
+    check_choice(op, "activation", activation, DENSE_ACTIVATIONS)
     biases = (("b_up", b_up, w_up, "[E, I]"), ("b_down", b_down, w_down, "[E, O]"))
     for name, bias, w, shape in biases:
         if bias is not None:
-            check_same_dtype(op, name, bias, "x", x)
-            check_dim(op, name, bias, 2, shape)
-            check_size(op, name, bias, 0, w.shape[0], "E")
+            check_like(op, name, bias, "x", x, shape, E=num_experts)
             check_size(op, name, bias, 1, w.shape[1], "its expert's features")
     check_same_device(
         op, x=x, w_up=w_up, w_down=w_down, input_ids=input_ids, b_up=b_up, b_down=b_down
     )
 
 
-@register_fake("dense_ffn")
-def _(
-    x: Tensor,
-    w_up: Tensor,
-    w_down: Tensor,
-    input_ids: Tensor,
-    b_up: Tensor | None = None,
-    b_down: Tensor | None = None,
-    activation: str = "relu",
-) -> Tensor:
-    _check_forward(_OP, x, w_up, w_down, input_ids, b_up, b_down, activation)
-    return x.new_empty((x.shape[0], *w_down.shape[:2]))
-
-
 @register_fake("dense_ffn_fwd")
-def _(
-    x: Tensor,
-    w_up: Tensor,
-    w_down: Tensor,
-    input_ids: Tensor,
-    b_up: Tensor | None = None,
-    b_down: Tensor | None = None,
-    activation: str = "relu",
-) -> tuple[Tensor, Tensor]:
-    _check_forward(_OP, x, w_up, w_down, input_ids, b_up, b_down, activation)
-    preact = x.new_empty(
-        (w_up.shape[0], x.shape[0], w_up.shape[1]), dtype=accumulate_dtype(x.dtype)
-    )
-    return x.new_empty((x.shape[0], *w_down.shape[:2])), preact
+def _fake_fwd(*args: Any) -> tuple[Tensor, Tensor]:
+    _check("dense_ffn", *args)
+    x, w_up, w_down, *_ = args
+    num_tokens, (num_experts, width, _) = x.shape[0], w_up.shape
+    y = x.new_empty((num_tokens, num_experts, w_down.shape[1]))
+    shape = (num_experts, num_tokens, width)
+    return y, x.new_empty(shape, dtype=accumulate_dtype(x.dtype))
 
 
-def _check_backward(
-    grad_y: Tensor,
-    x: Tensor,
-    w_up: Tensor,
-    w_down: Tensor,
-    input_ids: Tensor,
-    preact: Tensor,
-    activation: str,
-) -> None:
-    op = "dense_ffn_bwd"
-    _check(op, x, w_up, w_down, input_ids, activation)
-    check_same_dtype(op, "grad_y", grad_y, "x", x)
-    check_dim(op, "grad_y", grad_y, 3, "[T, E, O]")
-    for d, n, what in ((0, x.shape[0], "T"), (1, w_up.shape[0], "E"), (2, w_down.shape[1], "O")):
-        check_size(op, "grad_y", grad_y, d, n, what)
-    acc = accumulate_dtype(x.dtype)
-    check_float(op, "preact", preact)
-    check(
-        preact.dtype == acc,
-        f"{op}: preact must be {dtype_name(acc)}, got {dtype_name(preact.dtype)}.",
-    )
-    check_dim(op, "preact", preact, 3, "[E, T, I]")
-    for d, n, what in ((0, w_up.shape[0], "E"), (1, x.shape[0], "T"), (2, w_up.shape[1], "I")):
-        check_size(op, "preact", preact, d, n, what)
-    check_same_device(
-        op, x=x, w_up=w_up, w_down=w_down, input_ids=input_ids, grad_y=grad_y, preact=preact
-    )
+@register_fake("dense_ffn")
+def _(*args: Any) -> Tensor:
+    return _fake_fwd(*args)[0]
 
 
 @register_fake("dense_ffn_bwd")
@@ -197,18 +136,49 @@ def _(
     need_b_up: bool,
     need_b_down: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    _check_backward(grad_y, x, w_up, w_down, input_ids, preact, activation)
-
-    def made(wanted: bool, shape: tuple[int, ...]) -> Tensor:
-        return x.new_empty(shape if wanted else (0,))
-
+    op = "dense_ffn_bwd"
+    _check(op, x, w_up, w_down, input_ids, None, None, activation)
+    num_tokens, num_experts = x.shape[0], w_up.shape[0]
+    sizes = {"T": num_tokens, "E": num_experts, "O": w_down.shape[1]}
+    check_like(op, "grad_y", grad_y, "x", x, "[T, E, O]", **sizes)
+    sizes = {"E": num_experts, "T": num_tokens, "I": w_up.shape[1]}
+    check_tensor(op, "preact", preact, (accumulate_dtype(x.dtype),), "[E, T, I]", **sizes)
+    check_same_device(op, x=x, grad_y=grad_y, preact=preact)
     return (
-        made(need_x, tuple(x.shape)),
-        made(need_w_up, tuple(w_up.shape)),
-        made(need_w_down, tuple(w_down.shape)),
-        made(need_b_up, tuple(w_up.shape[:2])),
-        made(need_b_down, tuple(w_down.shape[:2])),
+        new_if(need_x, x),
+        new_if(need_w_up, w_up),
+        new_if(need_w_down, w_down),
+        new_if(need_b_up, w_up, w_up.shape[:2]),
+        new_if(need_b_down, w_down, w_down.shape[:2]),
     )
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, w_up, w_down, input_ids, _b_up, _b_down, activation = inputs
+    _, preact = output
+    ctx.mark_non_differentiable(preact)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, w_up, w_down, input_ids, preact)
+    ctx.activation = activation
+
+
+def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    if grad is None:
+        return (None,) * 7
+    x, w_up, w_down, input_ids, preact = ctx.saved_tensors
+    need_x, need_up, need_down, _ids, need_b_up, need_b_down, _name = needs_input_grad(ctx, 7)
+    needs = (need_x, need_up, need_down, need_b_up, need_b_down)
+    grads = torch.ops.moe_ops.dense_ffn_bwd(
+        grad, x, w_up, w_down, input_ids, preact, ctx.activation, *needs
+    )
+    gx, g_up, g_down, gb_up, gb_down = only_needed(grads, needs)
+    return gx, g_up, g_down, None, gb_up, gb_down, None
+
+
+register_autograd("dense_ffn", _backward, _setup, forward="dense_ffn_fwd")
+register_autograd("dense_ffn_fwd", _backward, _setup)
+register_no_double_backward("dense_ffn_bwd")
+register_autocast("dense_ffn", ["x", "w_up", "w_down", "b_up", "b_down"])
 
 
 # --- CUDA: experts first, [E, T, ...], as batched products want it
@@ -252,11 +222,10 @@ def _cuda_forward(
     w_up: Tensor,
     w_down: Tensor,
     input_ids: Tensor,
-    b_up: Tensor | None = None,
-    b_down: Tensor | None = None,
-    activation: str = "relu",
+    b_up: Tensor | None,
+    b_down: Tensor | None,
+    activation: str,
 ) -> tuple[Tensor, Tensor]:
-    _check_forward(_OP, x, w_up, w_down, input_ids, b_up, b_down, activation)
     preact = _products(_inputs(x, input_ids)[0], w_up, b_up).to(accumulate_dtype(x.dtype))
     y = _products(_act(preact, activation, x.dtype), w_down, b_down)
     return y.transpose(0, 1).contiguous(), preact
@@ -282,11 +251,10 @@ def _(
     need_b_up: bool,
     need_b_down: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    _check_backward(grad_y, x, w_up, w_down, input_ids, preact, activation)
     dtype, acc = x.dtype, accumulate_dtype(x.dtype)
     inputs, ids = _inputs(x, input_ids)
     grad = grad_y.transpose(0, 1)
-    grads = [x.new_empty(0) for _ in range(5)]
+    grads = [new_if(False, x) for _ in range(5)]
     if need_w_down:
         grads[2] = torch.bmm(grad.transpose(1, 2), _act(preact, activation, dtype))
     if need_b_down:
@@ -304,33 +272,3 @@ def _(
             by_input.index_put_((ids,), torch.bmm(narrow, w_up).to(acc), accumulate=True)
             grads[0] = by_input.to(dtype).transpose(0, 1).contiguous()
     return grads[0], grads[1], grads[2], grads[3], grads[4]
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, w_up, w_down, input_ids, _b_up, _b_down, activation = inputs
-    _, preact = output
-    ctx.mark_non_differentiable(preact)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, w_up, w_down, input_ids, preact)
-    ctx.activation = activation
-
-
-def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    if grad is None:
-        return (None,) * 7
-    x, w_up, w_down, input_ids, preact = ctx.saved_tensors
-    need_x, need_up, need_down, _ids, need_b_up, need_b_down, _name = needs_input_grad(ctx, 7)
-    needs = (need_x, need_up, need_down, need_b_up, need_b_down)
-    grads = torch.ops.moe_ops.dense_ffn_bwd(
-        grad, x, w_up, w_down, input_ids, preact, ctx.activation, *needs
-    )
-    gx, g_up, g_down, gb_up, gb_down = (
-        g if need else None for g, need in zip(grads, needs, strict=True)
-    )
-    return gx, g_up, g_down, None, gb_up, gb_down, None
-
-
-register_autograd("dense_ffn", _backward, _setup, forward="dense_ffn_fwd")
-register_autograd("dense_ffn_fwd", _backward, _setup)
-register_no_double_backward("dense_ffn_bwd")
-register_autocast("dense_ffn", ["x", "w_up", "w_down", "b_up", "b_down"])

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from torch import Tensor
 
-from moe_ops.ops._autocast import register_autocast
-from moe_ops.ops._autograd import direct_call, register_autograd, register_no_double_backward
+from moe_ops.ops._autograd import direct_call
 from moe_ops.ops._checks import check, check_same_device
 from moe_ops.ops._library import register_fake
 from moe_ops.ops.topk_router import (
@@ -17,6 +13,7 @@ from moe_ops.ops.topk_router import (
     check_score_func,
     fake_router_gradient,
     fake_router_outputs,
+    register_router,
 )
 
 _expert_choice_router = direct_call("expert_choice_router")
@@ -67,11 +64,7 @@ def expert_choice_router(
 
 @register_fake("expert_choice_router")
 def _(
-    router_logits: Tensor,
-    capacity: int,
-    *,
-    score_func: str = "softmax",
-    routed_scaling_factor: float = 1.0,
+    router_logits: Tensor, capacity: int, score_func: str, routed_scaling_factor: float
 ) -> tuple[Tensor, Tensor]:
     op = "expert_choice_router"
     check_router_logits(op, router_logits)
@@ -95,20 +88,4 @@ def _(
     return fake_router_gradient(op, grad_weights, router_logits, topk_ids, routed_scaling_factor)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    router_logits, _capacity, *ctx.arguments = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(router_logits, output[1])
-
-
-def _backward(ctx: Any, grad_weights: Tensor, _: Tensor | None) -> tuple[Any, ...]:
-    router_logits, topk_ids = ctx.saved_tensors
-    grad_logits = torch.ops.moe_ops.expert_choice_router_bwd(
-        grad_weights, router_logits, topk_ids, *ctx.arguments
-    )
-    return grad_logits, *(None,) * 3
-
-
-register_autograd("expert_choice_router", _backward, _setup)
-register_no_double_backward("expert_choice_router_bwd")
-register_autocast("expert_choice_router", ["router_logits"], torch.float32)
+register_router("expert_choice_router", slice(2, None))

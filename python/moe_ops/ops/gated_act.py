@@ -10,7 +10,14 @@ from torch import Tensor
 
 from moe_ops.ops._autocast import register_autocast
 from moe_ops.ops._autograd import direct_call, register_autograd, register_no_double_backward
-from moe_ops.ops._checks import check, check_float, check_same_device, check_same_dtype
+from moe_ops.ops._checks import (
+    check,
+    check_choice,
+    check_dtype,
+    check_float,
+    check_same_device,
+    new_if,
+)
 from moe_ops.ops._library import register_fake
 
 _gated_act = direct_call("gated_act")
@@ -53,36 +60,20 @@ def gated_act(
     Source:
         Shazeer 2020, GLU Variants Improve Transformer, arXiv 2002.05202.
     """
-    return _gated_act(
-        gate_up,
-        activation,
-        interleaved=interleaved,
-        alpha=alpha,
-        limit=limit,
-    )
+    return _gated_act(gate_up, activation, interleaved=interleaved, alpha=alpha, limit=limit)
 
 
 def check_activation(
     op: str, activation: str, alpha: float, limit: float, gated_only: bool
 ) -> None:
     names = GATED_ACTIVATIONS if gated_only else GATED_ACTIVATIONS + PLAIN_ACTIVATIONS
-    check(
-        activation in names,
-        f"{op}: activation must be one of {', '.join(names)}, got '{activation}'.",
-    )
+    check_choice(op, "activation", activation, names)
     check(math.isfinite(alpha), f"{op}: alpha must be finite, got {alpha}.")
     check(limit > 0, f"{op}: limit must be positive, got {limit}.")
 
 
 @register_fake("gated_act")
-def _(
-    gate_up: Tensor,
-    activation: str = "swiglu",
-    *,
-    interleaved: bool = False,
-    alpha: float = 1.702,
-    limit: float = 7.0,
-) -> Tensor:
+def _(gate_up: Tensor, activation: str, interleaved: bool, alpha: float, limit: float) -> Tensor:
     op = "gated_act"
     check_float(op, "gate_up", gate_up)
     check_activation(op, activation, alpha, limit, True)
@@ -101,10 +92,10 @@ def _(
 ) -> Tensor:
     op = "gated_act_bwd"
     check_float(op, "gate_up", gate_up)
-    check_same_dtype(op, "grad_h", grad_h, "gate_up", gate_up)
+    check_dtype(op, "grad_h", grad_h.dtype, (gate_up.dtype,), " like gate_up")
     check_activation(op, activation, alpha, limit, True)
     check_same_device(op, gate_up=gate_up, grad_h=grad_h)
-    return gate_up.new_empty(tuple(gate_up.shape))
+    return new_if(True, gate_up)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -8,14 +8,17 @@ import torch
 from torch import Tensor
 
 from moe_ops.ops._autocast import register_autocast
-from moe_ops.ops._autograd import direct_call, needs_input_grad, register_autograd
+from moe_ops.ops._autograd import (
+    direct_call,
+    needs_input_grad,
+    register_autograd,
+    save_inputs,
+)
 from moe_ops.ops._checks import (
-    check,
-    check_dim,
     check_float,
-    check_index,
+    check_like,
+    check_offsets,
     check_same_device,
-    check_same_dtype,
     check_size,
 )
 from moe_ops.ops._library import register_fake
@@ -88,53 +91,34 @@ def grouped_sum(rows: Tensor, expert_offsets: Tensor) -> Tensor:
     return _grouped_sum(rows, expert_offsets)
 
 
-def _check_offsets(op: str, expert_offsets: Tensor, **others: Tensor | None) -> None:
-    check_index(op, "expert_offsets", expert_offsets)
-    check_dim(op, "expert_offsets", expert_offsets, 1, "[E+1]")
-    check(
-        expert_offsets.shape[0] >= 2,
-        f"{op}: expert_offsets must be [E+1] with at least one expert, "
-        f"got shape {list(expert_offsets.shape)}.",
-    )
-    check_same_device(op, **others, expert_offsets=expert_offsets)
-
-
 @register_fake("grouped_gemm")
-def _(a: Tensor, b: Tensor, expert_offsets: Tensor, bias: Tensor | None = None) -> Tensor:
+def _(a: Tensor, b: Tensor, expert_offsets: Tensor, bias: Tensor | None) -> Tensor:
     op = "grouped_gemm"
-    check_float(op, "a", a)
-    check_dim(op, "a", a, 2, "[N, K]")
-    check_same_dtype(op, "b", b, "a", a)
-    check_dim(op, "b", b, 3, "[E, O, K]")
-    check_size(op, "b", b, 2, a.shape[1], "K")
-    _check_offsets(op, expert_offsets, a=a, b=b, bias=bias)
+    check_float(op, "a", a, "[N, K]")
+    check_like(op, "b", b, "a", a, "[E, O, K]", K=a.shape[1])
+    check_offsets(op, expert_offsets)
+    check_same_device(op, a=a, b=b, bias=bias, expert_offsets=expert_offsets)
     check_size(op, "expert_offsets", expert_offsets, 0, b.shape[0] + 1, "E+1")
-    if bias is not None:
-        check_same_dtype(op, "bias", bias, "a", a)
-        check_dim(op, "bias", bias, 2, "[E, O]")
-        check_size(op, "bias", bias, 0, b.shape[0], "E")
-        check_size(op, "bias", bias, 1, b.shape[1], "O")
+    check_like(op, "bias", bias, "a", a, "[E, O]", E=b.shape[0], O=b.shape[1])
     return a.new_empty((a.shape[0], b.shape[1]))
 
 
 @register_fake("grouped_gemm_wgrad")
 def _(grad: Tensor, a: Tensor, expert_offsets: Tensor) -> Tensor:
     op = "grouped_gemm_wgrad"
-    check_float(op, "grad", grad)
-    check_dim(op, "grad", grad, 2, "[N, O]")
-    check_same_dtype(op, "a", a, "grad", grad)
-    check_dim(op, "a", a, 2, "[N, K]")
-    check_size(op, "a", a, 0, grad.shape[0], "N")
-    _check_offsets(op, expert_offsets, grad=grad, a=a)
+    check_float(op, "grad", grad, "[N, O]")
+    check_like(op, "a", a, "grad", grad, "[N, K]", N=grad.shape[0])
+    check_offsets(op, expert_offsets)
+    check_same_device(op, grad=grad, a=a, expert_offsets=expert_offsets)
     return grad.new_empty((expert_offsets.shape[0] - 1, grad.shape[1], a.shape[1]))
 
 
 @register_fake("grouped_sum")
 def _(rows: Tensor, expert_offsets: Tensor) -> Tensor:
     op = "grouped_sum"
-    check_float(op, "rows", rows)
-    check_dim(op, "rows", rows, 2, "[N, O]")
-    _check_offsets(op, expert_offsets, rows=rows)
+    check_float(op, "rows", rows, "[N, O]")
+    check_offsets(op, expert_offsets)
+    check_same_device(op, rows=rows, expert_offsets=expert_offsets)
     return rows.new_empty((expert_offsets.shape[0] - 1, rows.shape[1]))
 
 
@@ -156,10 +140,6 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     if need_bias:
         grad_bias = ops.grouped_sum(grad, expert_offsets)
     return grad_a, grad_b, None, grad_bias
-
-
-def _setup_wgrad(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
 
 
 def _backward_wgrad(ctx: Any, g: Tensor) -> tuple[Any, ...]:
@@ -189,7 +169,7 @@ def _backward_sum(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 register_autograd("grouped_gemm", _backward, _setup)
-register_autograd("grouped_gemm_wgrad", _backward_wgrad, _setup_wgrad)
+register_autograd("grouped_gemm_wgrad", _backward_wgrad, save_inputs)
 register_autograd("grouped_sum", _backward_sum, _setup_sum)
 register_autocast("grouped_gemm", ["a", "b", "bias"])
 register_autocast("grouped_gemm_wgrad", ["grad", "a"])

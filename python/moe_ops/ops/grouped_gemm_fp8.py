@@ -8,15 +8,16 @@ from torch import Tensor
 from moe_ops.ops._autocast import register_autocast
 from moe_ops.ops._autograd import direct_call, register_no_gradient
 from moe_ops.ops._checks import (
-    check,
+    NARROW_FLOATS,
     check_dim,
-    check_index,
+    check_dtype,
+    check_offsets,
     check_same_device,
     check_size,
-    dtype_name,
+    check_tensor,
 )
 from moe_ops.ops._library import register_fake
-from moe_ops.ops.quantize_fp8 import FP8, check_float_to_fp8, fp8_blocks
+from moe_ops.ops.quantize_fp8 import FP8, fp8_blocks
 
 _grouped_gemm_fp8 = direct_call("grouped_gemm_fp8")
 
@@ -68,33 +69,18 @@ def grouped_gemm_fp8(
     Source:
         DeepSeek-AI 2024, arXiv 2412.19437, section 3.3.2.
     """
-    return _grouped_gemm_fp8(
-        a,
-        a_scale,
-        b,
-        b_scale,
-        expert_offsets,
-        out_dtype,
-        bias,
-    )
+    return _grouped_gemm_fp8(a, a_scale, b, b_scale, expert_offsets, out_dtype, bias)
 
 
-def check_fp8(op: str, name: str, t: Tensor) -> None:
-    check(t.dtype == FP8, f"{op}: {name} must be float8_e4m3fn, got {dtype_name(t.dtype)}.")
-
-
-def check_fp8_scale(op: str, name: str, t: Tensor) -> None:
-    check(t.dtype == torch.float32, f"{op}: {name} must be float32, got {dtype_name(t.dtype)}.")
-
-
-def check_fp8_weights(op: str, name: str, w: Tensor, scale_name: str, scale: Tensor) -> None:
-    check_fp8(op, name, w)
-    check_dim(op, name, w, 3, "[E, O, K]")
-    check_fp8_scale(op, scale_name, scale)
+def check_fp8_weights(op: str, name: str, w: Tensor, scale: Tensor) -> None:
+    check_tensor(op, name, w, (FP8,), "[E, O, K]")
+    num_experts, features, depth = w.shape
+    scale_name = f"{name}_scale"
+    check_tensor(op, scale_name, scale, (torch.float32,))
     check_dim(op, scale_name, scale, 3, "one scale for 128 x 128 of each expert")
-    check_size(op, scale_name, scale, 0, w.shape[0], "E")
-    check_size(op, scale_name, scale, 1, fp8_blocks(w.shape[1]), "the blocks of 128 features")
-    check_size(op, scale_name, scale, 2, fp8_blocks(w.shape[2]), "the blocks of 128 inputs")
+    check_size(op, scale_name, scale, 0, num_experts, "E")
+    check_size(op, scale_name, scale, 1, fp8_blocks(features), "the blocks of 128 features")
+    check_size(op, scale_name, scale, 2, fp8_blocks(depth), "the blocks of 128 inputs")
 
 
 @register_fake(_OP)
@@ -105,32 +91,16 @@ def _(
     b_scale: Tensor,
     expert_offsets: Tensor,
     out_dtype: torch.dtype,
-    bias: Tensor | None = None,
+    bias: Tensor | None,
 ) -> Tensor:
-    check_fp8(_OP, "a", a)
-    check_dim(_OP, "a", a, 2, "[N, K]")
-    check_fp8_scale(_OP, "a_scale", a_scale)
-    check_dim(_OP, "a_scale", a_scale, 2, "[N, ceil(K / 128)]")
-    check_size(_OP, "a_scale", a_scale, 0, a.shape[0], "N")
+    check_tensor(_OP, "a", a, (FP8,), "[N, K]")
+    check_tensor(_OP, "a_scale", a_scale, (torch.float32,), "[N, ceil(K / 128)]", N=a.shape[0])
     check_size(_OP, "a_scale", a_scale, 1, fp8_blocks(a.shape[1]), "the blocks of 128 inputs")
-    check_fp8_weights(_OP, "b", b, "b_scale", b_scale)
+    check_fp8_weights(_OP, "b", b, b_scale)
     check_size(_OP, "b", b, 2, a.shape[1], "K")
-    if bias is not None:
-        check_float_to_fp8(_OP, "bias", bias)
-        check_dim(_OP, "bias", bias, 2, "[E, O]")
-        check_size(_OP, "bias", bias, 0, b.shape[0], "E")
-        check_size(_OP, "bias", bias, 1, b.shape[1], "O")
-    check(
-        out_dtype in (torch.float32, torch.bfloat16, torch.float16),
-        f"{_OP}: out_dtype must be float32, bfloat16 or float16, got {dtype_name(out_dtype)}.",
-    )
-    check_index(_OP, "expert_offsets", expert_offsets)
-    check_dim(_OP, "expert_offsets", expert_offsets, 1, "[E+1]")
-    check(
-        expert_offsets.shape[0] >= 2,
-        f"{_OP}: expert_offsets must be [E+1] with at least one expert, "
-        f"got shape {list(expert_offsets.shape)}.",
-    )
+    check_tensor(_OP, "bias", bias, NARROW_FLOATS, "[E, O]", E=b.shape[0], O=b.shape[1])
+    check_dtype(_OP, "out_dtype", out_dtype, NARROW_FLOATS)
+    check_offsets(_OP, expert_offsets)
     check_size(_OP, "expert_offsets", expert_offsets, 0, b.shape[0] + 1, "E+1")
     check_same_device(
         _OP,

@@ -12,25 +12,28 @@ from moe_ops.ops._autocast import register_autocast
 from moe_ops.ops._autograd import (
     direct_call,
     needs_input_grad,
+    only_needed,
     register_autograd,
     register_no_double_backward,
 )
 from moe_ops.ops._checks import (
     accumulate_dtype,
     check,
-    check_dim,
+    check_choice,
+    check_dtype,
     check_float,
+    check_like,
+    check_positive,
     check_same_device,
-    check_same_dtype,
-    check_size,
+    check_shape,
     dtype_name,
+    new_if,
 )
 from moe_ops.ops._library import register_cuda_formula, register_fake
 from moe_ops.reference.mix_experts import mix_experts as _formula
 
 _mix_experts = direct_call("mix_experts")
 
-_OP = "mix_experts"
 MIX_ACTIVATIONS = ("none", "relu", "silu", "sigmoid")
 
 
@@ -82,17 +85,8 @@ def mix_experts(
         Ma et al. 2018, Multi-gate Mixture-of-Experts, KDD; Wang et al. 2024, HoME, arXiv
         2408.05430.
     """
-    return _mix_experts(
-        outputs,
-        weights,
-        factor,
-        norm_weight,
-        norm_bias,
-        mean,
-        var,
-        activation,
-        eps,
-    )
+    norm = (norm_weight, norm_bias, mean, var)
+    return _mix_experts(outputs, weights, factor, *norm, activation, eps)
 
 
 def _check(
@@ -107,23 +101,15 @@ def _check(
     activation: str,
     eps: float,
 ) -> None:
-    check_float(op, "outputs", outputs)
-    check_dim(op, "outputs", outputs, 3, "[T, E, O]")
-    check(outputs.shape[1] >= 1, f"{op}: num_experts must be at least 1, got {outputs.shape[1]}.")
-    check_same_dtype(op, "weights", weights, "outputs", outputs)
-    check_dim(op, "weights", weights, 3, "[T, M, E]")
-    check_size(op, "weights", weights, 0, outputs.shape[0], "T")
-    check_size(op, "weights", weights, 2, outputs.shape[1], "E")
-    check(
-        activation in MIX_ACTIVATIONS,
-        f"{op}: activation must be one of {', '.join(MIX_ACTIVATIONS)}, got '{activation}'.",
-    )
+    check_float(op, "outputs", outputs, "[T, E, O]")
+    tokens, experts, features = outputs.shape
+    check_positive(op, num_experts=experts)
+    check_like(op, "weights", weights, "outputs", outputs, "[T, M, E]", T=tokens, E=experts)
+    check_choice(op, "activation", activation, MIX_ACTIVATIONS)
     if factor is not None:
-        check_same_dtype(op, "factor", factor, "outputs", outputs)
-        check_dim(op, "factor", factor, 3, "[T / r, M, O]")
-        check_size(op, "factor", factor, 1, weights.shape[1], "M")
-        check_size(op, "factor", factor, 2, outputs.shape[2], "O")
-        tokens, given = outputs.shape[0], factor.shape[0]
+        sizes = {"M": weights.shape[1], "O": features}
+        check_like(op, "factor", factor, "outputs", outputs, "[T / r, M, O]", **sizes)
+        given = factor.shape[0]
         check(
             given == 0 if tokens == 0 else given > 0 and tokens % given == 0,
             f"{op}: factor must have a number of rows that divides T = {tokens}, got shape "
@@ -142,127 +128,83 @@ def _check(
         f"{op}: norm_weight must come with mean, got None.",
     )
     check(eps >= 0, f"{op}: eps must be at least 0, got {eps}.")
-    acc = accumulate_dtype(outputs.dtype)
+    acc, why = accumulate_dtype(outputs.dtype), f" for outputs of {dtype_name(outputs.dtype)}"
     for name, t in named.items():
-        if t is None:
-            continue
-        check(
-            t.dtype == acc,
-            f"{op}: {name} must be {dtype_name(acc)} for outputs of {dtype_name(outputs.dtype)}, "
-            f"got {dtype_name(t.dtype)}.",
-        )
-        check_dim(op, name, t, 2, "[E, O]")
-        check_size(op, name, t, 0, outputs.shape[1], "E")
-        check_size(op, name, t, 1, outputs.shape[2], "O")
+        if t is not None:
+            check_dtype(op, name, t.dtype, (acc,), why)
+            check_shape(op, name, t, "[E, O]", E=experts, O=features)
     check_same_device(op, outputs=outputs, weights=weights, **named)
 
 
 @register_fake("mix_experts")
-def _(
-    outputs: Tensor,
-    weights: Tensor,
-    factor: Tensor | None = None,
-    norm_weight: Tensor | None = None,
-    norm_bias: Tensor | None = None,
-    mean: Tensor | None = None,
-    var: Tensor | None = None,
-    activation: str = "none",
-    eps: float = 1e-5,
-) -> tuple[Tensor, Tensor, Tensor]:
-    _check(_OP, outputs, weights, factor, norm_weight, norm_bias, mean, var, activation, eps)
+def _(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    _check("mix_experts", *args)
+    outputs, weights, _, norm_weight, _, mean, *_ = args
     y = outputs.new_empty((outputs.shape[0], weights.shape[1], outputs.shape[2]))
     batch = norm_weight is not None and mean is None
-    shape = tuple(outputs.shape[1:]) if batch else (0,)
-    acc = accumulate_dtype(outputs.dtype)
-    return y, outputs.new_empty(shape, dtype=acc), outputs.new_empty(shape, dtype=acc)
+    norm = (outputs.shape[1:], accumulate_dtype(outputs.dtype))
+    return y, new_if(batch, outputs, *norm), new_if(batch, outputs, *norm)
 
 
-def _check_backward(
-    grad_y: Tensor,
-    outputs: Tensor,
-    weights: Tensor,
-    factor: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    mean: Tensor | None,
-    var: Tensor | None,
-    activation: str,
-    eps: float,
-) -> None:
+@register_fake("mix_experts_bwd")
+def _(grad_y: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     op = "mix_experts_bwd"
-    _check(op, outputs, weights, factor, norm_weight, norm_bias, mean, var, activation, eps)
+    *call, _batch, need_weights, need_factor, need_norm_weight, need_norm_bias = args
+    _check(op, *call)
+    outputs, weights, factor, norm_weight, _, mean, *_ = call
     check(
         norm_weight is None or mean is not None,
         f"{op}: mean must come with norm_weight, got None.",
     )
-    check_same_dtype(op, "grad_y", grad_y, "outputs", outputs)
-    check_dim(op, "grad_y", grad_y, 3, "[T, M, O]")
-    sizes = ((outputs.shape[0], "T"), (weights.shape[1], "M"), (outputs.shape[2], "O"))
-    for d, (n, what) in enumerate(sizes):
-        check_size(op, "grad_y", grad_y, d, n, what)
+    sizes = {"T": outputs.shape[0], "M": weights.shape[1], "O": outputs.shape[2]}
+    check_like(op, "grad_y", grad_y, "outputs", outputs, "[T, M, O]", **sizes)
     check_same_device(op, outputs=outputs, grad_y=grad_y)
-
-
-@register_fake("mix_experts_bwd")
-def _(
-    grad_y: Tensor,
-    outputs: Tensor,
-    weights: Tensor,
-    factor: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    mean: Tensor | None,
-    var: Tensor | None,
-    activation: str,
-    eps: float,
-    batch: bool,
-    need_weights: bool,
-    need_factor: bool,
-    need_norm_weight: bool,
-    need_norm_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    _check_backward(
-        grad_y, outputs, weights, factor, norm_weight, norm_bias, mean, var, activation, eps
-    )
-    normed = norm_weight is not None
-
-    def made(wanted: bool, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        return outputs.new_empty(shape if wanted else (0,), dtype=dtype)
-
-    acc, features = accumulate_dtype(outputs.dtype), tuple(outputs.shape[1:])
+    normed, norm = norm_weight is not None, (outputs.shape[1:], accumulate_dtype(outputs.dtype))
     return (
-        outputs.new_empty(tuple(outputs.shape)),
-        made(need_weights, tuple(weights.shape), outputs.dtype),
-        outputs.new_empty(tuple(factor.shape) if factor is not None and need_factor else (0,)),
-        made(need_norm_weight and normed, features, acc),
-        made(need_norm_bias and normed, features, acc),
+        new_if(True, outputs),
+        new_if(need_weights, weights),
+        outputs.new_empty((0,)) if factor is None else new_if(need_factor, factor),
+        new_if(need_norm_weight and normed, outputs, *norm),
+        new_if(need_norm_bias and normed, outputs, *norm),
     )
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    outputs, weights, factor, norm_weight, norm_bias, mean, var, activation, eps = inputs
+    _, batch_mean, batch_var = output
+    ctx.mark_non_differentiable(batch_mean, batch_var)
+    ctx.set_materialize_grads(False)
+    ctx.batch = norm_weight is not None and mean is None
+    if ctx.batch:
+        mean, var = batch_mean, batch_var
+    ctx.save_for_backward(outputs, weights, factor, norm_weight, norm_bias, mean, var)
+    ctx.activation, ctx.eps = activation, eps
+
+
+def _backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
+    if grad is None:
+        return (None,) * 9
+    needs = needs_input_grad(ctx, 5)
+    grads = torch.ops.moe_ops.mix_experts_bwd(
+        grad, *ctx.saved_tensors, ctx.activation, ctx.eps, ctx.batch, *needs[1:]
+    )
+    return *only_needed(grads, needs), None, None, None, None
+
+
+register_autograd("mix_experts", _backward, _setup)
+register_no_double_backward("mix_experts_bwd")
+register_autocast("mix_experts", ["outputs", "weights", "factor"])
+
+
+# --- CUDA
 
 
 @register_cuda_formula("mix_experts")
 def _(
-    outputs: Tensor,
-    weights: Tensor,
-    factor: Tensor | None = None,
-    norm_weight: Tensor | None = None,
-    norm_bias: Tensor | None = None,
-    mean: Tensor | None = None,
-    var: Tensor | None = None,
-    activation: str = "none",
-    eps: float = 1e-5,
+    outputs: Tensor, weights: Tensor, factor: Tensor | None, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check(_OP, outputs, weights, factor, norm_weight, norm_bias, mean, var, activation, eps)
-    return _formula(
-        outputs,
-        weights,
-        factor=factor,
-        norm_weight=norm_weight,
-        norm_bias=norm_bias,
-        mean=mean,
-        var=var,
-        activation=activation,
-        eps=eps,
-    )
+    names = ("norm_weight", "norm_bias", "mean", "var", "activation", "eps")
+    return _formula(outputs, weights, factor=factor, **dict(zip(names, options, strict=True)))
 
 
 def _act_and_slope(n: Tensor, activation: str) -> tuple[Tensor, Tensor]:
@@ -294,9 +236,6 @@ def _(
     need_norm_weight: bool,
     need_norm_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    _check_backward(
-        grad_y, outputs, weights, factor, norm_weight, norm_bias, mean, var, activation, eps
-    )
     dtype, acc = outputs.dtype, accumulate_dtype(outputs.dtype)
     g, w, n = (t.to(acc) for t in (grad_y, weights, outputs))
     rstd = normed = None
@@ -305,8 +244,8 @@ def _(
         normed = (n - mean) * rstd
         n = normed * norm_weight + norm_bias
     act, slope = _act_and_slope(n, activation)
-    none = [outputs.new_empty(0), *(outputs.new_empty(0, dtype=acc) for _ in range(2))]
-    grad_factor, grad_norm_weight, grad_norm_bias = none
+    grad_weights, grad_factor = (new_if(False, outputs) for _ in range(2))
+    grad_norm_weight, grad_norm_bias = (new_if(False, outputs, dtype=acc) for _ in range(2))
     if factor is not None and len(factor) > 0:
         shared = (len(factor), -1, *factor.shape[1:])
         if need_factor:
@@ -314,7 +253,6 @@ def _(
         g = (g.reshape(shared) * factor.to(acc)[:, None]).reshape(g.shape)
     elif factor is not None and need_factor:
         grad_factor = torch.zeros_like(factor)
-    grad_weights = outputs.new_empty(0)
     if need_weights:
         grad_weights = torch.bmm(g, act.transpose(1, 2)).to(dtype)
     grad = torch.bmm(w.transpose(1, 2), g) * slope
@@ -328,50 +266,3 @@ def _(
             grad = grad - grad.mean(0) - normed * (grad * normed).mean(0)
         grad = grad * norm_weight * rstd
     return grad.to(dtype), grad_weights, grad_factor, grad_norm_weight, grad_norm_bias
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    outputs, weights, factor, norm_weight, norm_bias, mean, var, activation, eps = inputs
-    _, batch_mean, batch_var = output
-    ctx.mark_non_differentiable(batch_mean, batch_var)
-    ctx.set_materialize_grads(False)
-    ctx.batch = norm_weight is not None and mean is None
-    if ctx.batch:
-        mean, var = batch_mean, batch_var
-    ctx.save_for_backward(outputs, weights, factor, norm_weight, norm_bias, mean, var)
-    ctx.activation, ctx.eps = activation, eps
-
-
-def _backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
-    if grad is None:
-        return (None,) * 9
-    need_outputs, need_weights, need_factor, need_scale, need_shift, *_rest = needs_input_grad(
-        ctx, 9
-    )
-    g_outputs, g_weights, g_factor, g_scale, g_shift = torch.ops.moe_ops.mix_experts_bwd(
-        grad,
-        *ctx.saved_tensors,
-        ctx.activation,
-        ctx.eps,
-        ctx.batch,
-        need_weights,
-        need_factor,
-        need_scale,
-        need_shift,
-    )
-    return (
-        g_outputs if need_outputs else None,
-        g_weights if need_weights else None,
-        g_factor if need_factor else None,
-        g_scale if need_scale else None,
-        g_shift if need_shift else None,
-        None,
-        None,
-        None,
-        None,
-    )
-
-
-register_autograd("mix_experts", _backward, _setup)
-register_no_double_backward("mix_experts_bwd")
-register_autocast("mix_experts", ["outputs", "weights", "factor"])

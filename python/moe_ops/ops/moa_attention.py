@@ -11,6 +11,7 @@ from moe_ops.ops._autocast import register_autocast
 from moe_ops.ops._autograd import (
     direct_call,
     needs_input_grad,
+    only_needed,
     register_autograd,
     register_no_double_backward,
 )
@@ -18,10 +19,11 @@ from moe_ops.ops._checks import (
     accumulate_dtype,
     check,
     check_dim,
+    check_dtype,
     check_float,
     check_index,
+    check_like,
     check_same_device,
-    check_same_dtype,
     check_size,
 )
 from moe_ops.ops._library import register_fake
@@ -125,14 +127,10 @@ def _check(
     softcap: float,
     cu_seqlens: Tensor | None,
 ) -> None:
-    check_float(op, "q", q)
-    check_dim(op, "q", q, 5, "[B, S, K, n, d]")
+    check_float(op, "q", q, "[B, S, K, n, d]")
     for name, t in (("k", k), ("v", v)):
-        check_same_dtype(op, name, t, "q", q)
-        check_dim(op, name, t, 4, "[B, S_kv, n, d]")
-        check_size(op, name, t, 0, q.shape[0], "B")
-        check_size(op, name, t, 2, q.shape[3], "n")
-        check_size(op, name, t, 3, q.shape[4], "d")
+        sizes = {"B": q.shape[0], "n": q.shape[3], "d": q.shape[4]}
+        check_like(op, name, t, "q", q, "[B, S_kv, n, d]", **sizes)
     check_size(op, "v", v, 1, k.shape[1], "S_kv")
     check(kind in KINDS, f'{op}: kind must be "softmax" or "stick_breaking", got "{kind}".')
     check(
@@ -147,8 +145,7 @@ def _check(
     check(window >= 0, f"{op}: window must be at least 1, got {window}.")
     check_same_device(op, q=q, k=k, v=v, cu_seqlens=cu_seqlens)
     if cu_seqlens is not None:
-        check_index(op, "cu_seqlens", cu_seqlens)
-        check_dim(op, "cu_seqlens", cu_seqlens, 1, "[num_sequences + 1]")
+        check_index(op, "cu_seqlens", cu_seqlens, "[num_sequences + 1]")
         check(
             q.shape[0] == 1,
             f"{op}: q must be [1, S, K, n, d] with cu_seqlens, got shape {list(q.shape)}.",
@@ -167,40 +164,18 @@ def _check(
 
 
 @register_fake("moa_attention")
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    kind: str,
-    causal: bool,
-    scale: float,
-    window: int,
-    softcap: float,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    _check("moa_attention", q, k, v, kind, causal, scale, window, softcap, cu_seqlens)
+def _(*args: Any) -> tuple[Tensor, Tensor]:
+    _check("moa_attention", *args)
+    q = args[0]
     return q.new_empty(q.shape), q.new_empty(q.shape[:4], dtype=accumulate_dtype(q.dtype))
 
 
 @register_fake("moa_attention_bwd")
-def _(
-    grad_out: Tensor,
-    grad_state: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    state: Tensor,
-    kind: str,
-    causal: bool,
-    scale: float,
-    window: int,
-    softcap: float,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(grad_out: Tensor, _: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     op = "moa_attention_bwd"
-    _check(op, q, k, v, kind, causal, scale, window, softcap, cu_seqlens)
-    check_same_dtype(op, "grad_out", grad_out, "q", q)
+    q, k, v, _out, _state, *rest = args
+    _check(op, q, k, v, *rest)
+    check_dtype(op, "grad_out", grad_out.dtype, (q.dtype,), " like q")
     check_same_device(op, q=q, grad_out=grad_out)
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
@@ -212,20 +187,9 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 
 
 def _backward(ctx: Any, grad_out: Tensor, grad_state: Tensor) -> tuple[Any, ...]:
-    q, k, v, out, state, cu_seqlens = ctx.saved_tensors
-    grads = _moa_attention_bwd(
-        grad_out,
-        grad_state,
-        q,
-        k,
-        v,
-        out,
-        state,
-        *ctx.arguments,
-        cu_seqlens,
-    )
-    needs = needs_input_grad(ctx, 3)
-    return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *[None] * 6)
+    *saved, cu_seqlens = ctx.saved_tensors
+    grads = _moa_attention_bwd(grad_out, grad_state, *saved, *ctx.arguments, cu_seqlens)
+    return *only_needed(grads, needs_input_grad(ctx, 3)), *[None] * 6
 
 
 register_autograd("moa_attention", _backward, _setup)

@@ -12,6 +12,7 @@ from moe_ops.ops._autocast import register_autocast
 from moe_ops.ops._autograd import (
     direct_call,
     needs_input_grad,
+    only_needed,
     refuse_tangents,
     register_autograd,
     register_no_double_backward,
@@ -20,12 +21,13 @@ from moe_ops.ops._autograd import (
 from moe_ops.ops._checks import (
     accumulate_dtype,
     check,
-    check_dim,
+    check_dtype,
     check_float,
     check_index,
+    check_like,
     check_same_device,
-    check_same_dtype,
     check_size,
+    new_if,
 )
 from moe_ops.ops._library import register_fake
 from moe_ops.ops.gated_act import GATED_ACTIVATIONS, check_activation
@@ -137,22 +139,30 @@ def options_of(
 
 def check_routing(op: str, topk_weights: Tensor, topk_ids: Tensor, num_tokens: int) -> None:
     """What is left to check once topk_ids is known to be [T, K]."""
-    check_float(op, "topk_weights", topk_weights)
-    check_dim(op, "topk_weights", topk_weights, 2, "[T, K]")
-    check_size(op, "topk_weights", topk_weights, 0, num_tokens, "T")
-    check_size(op, "topk_weights", topk_weights, 1, topk_ids.shape[1], "K")
+    sizes = {"T": num_tokens, "K": topk_ids.shape[1]}
+    check_float(op, "topk_weights", topk_weights, "[T, K]", **sizes)
     check_size(op, "topk_ids", topk_ids, 0, num_tokens, "T")
 
 
 def check_bias(
     op: str, name: str, bias: Tensor | None, x: Tensor, num_experts: int, features: int
 ) -> None:
-    if bias is None:
-        return
-    check_same_dtype(op, name, bias, "x", x)
-    check_dim(op, name, bias, 2, "[E, features]")
-    check_size(op, name, bias, 0, num_experts, "E")
-    check_size(op, name, bias, 1, features, "the number of features")
+    if bias is not None:
+        check_like(op, name, bias, "x", x, "[E, features]", E=num_experts)
+        check_size(op, name, bias, 1, features, "the number of features")
+
+
+def check_width(op: str, w_gate_up: Tensor, activation: str) -> int:
+    """The intermediate size I of the rows of w_gate_up."""
+    width = w_gate_up.shape[1]
+    if activation not in GATED_ACTIVATIONS:
+        return width
+    check(
+        width % 2 == 0,
+        f"{op}: w_gate_up must have an even number 2I of features, "
+        f"got shape {list(w_gate_up.shape)}.",
+    )
+    return width // 2
 
 
 def check_call(
@@ -165,32 +175,24 @@ def check_call(
     b_gate_up: Tensor | None,
     b_down: Tensor | None,
     activation: str,
+    interleaved: bool,
+    apply_router_weight_on_input: bool,
     alpha: float,
     limit: float,
 ) -> None:
     check_activation(op, activation, alpha, limit, False)
     gated = activation in GATED_ACTIVATIONS
-    check_index(op, "topk_ids", topk_ids)
-    check_dim(op, "topk_ids", topk_ids, 2, "[T, K]")
-    check_float(op, "x", x)
-    check_dim(op, "x", x, 2, "[T, H]")
-    check_same_dtype(op, "w_gate_up", w_gate_up, "x", x)
-    check_dim(op, "w_gate_up", w_gate_up, 3, "[E, 2I, H]" if gated else "[E, I, H]")
+    check_index(op, "topk_ids", topk_ids, "[T, K]")
+    check_float(op, "x", x, "[T, H]")
+    num_tokens, hidden = x.shape
+    shape = "[E, 2I, H]" if gated else "[E, I, H]"
+    check_like(op, "w_gate_up", w_gate_up, "x", x, shape, H=hidden)
     num_experts, width, _ = w_gate_up.shape
-    check_size(op, "w_gate_up", w_gate_up, 2, x.shape[1], "H")
-    check(
-        not gated or width % 2 == 0,
-        f"{op}: w_gate_up must have an even number 2I of features, "
-        f"got shape {list(w_gate_up.shape)}.",
-    )
-    check_same_dtype(op, "w_down", w_down, "x", x)
-    check_dim(op, "w_down", w_down, 3, "[E, H, I]")
-    check_size(op, "w_down", w_down, 0, num_experts, "E")
-    check_size(op, "w_down", w_down, 1, x.shape[1], "H")
-    check_size(op, "w_down", w_down, 2, width // 2 if gated else width, "I")
-    check_routing(op, topk_weights, topk_ids, x.shape[0])
+    sizes = {"E": num_experts, "H": hidden, "I": check_width(op, w_gate_up, activation)}
+    check_like(op, "w_down", w_down, "x", x, "[E, H, I]", **sizes)
+    check_routing(op, topk_weights, topk_ids, num_tokens)
     check_bias(op, "b_gate_up", b_gate_up, x, num_experts, width)
-    check_bias(op, "b_down", b_down, x, num_experts, x.shape[1])
+    check_bias(op, "b_down", b_down, x, num_experts, hidden)
     check_same_device(
         op,
         x=x,
@@ -204,37 +206,13 @@ def check_call(
 
 
 @register_fake("moe_ffn_fwd")
-def _fake_fwd(
-    x: Tensor,
-    w_gate_up: Tensor,
-    w_down: Tensor,
-    topk_weights: Tensor,
-    topk_ids: Tensor,
-    b_gate_up: Tensor | None = None,
-    b_down: Tensor | None = None,
-    activation: str = "swiglu",
-    interleaved: bool = False,
-    apply_router_weight_on_input: bool = False,
-    alpha: float = 1.702,
-    limit: float = 7.0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    check_call(
-        "moe_ffn",
-        x,
-        w_gate_up,
-        w_down,
-        topk_weights,
-        topk_ids,
-        b_gate_up,
-        b_down,
-        activation,
-        alpha,
-        limit,
-    )
+def _fake_fwd(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    check_call("moe_ffn", *args)
+    x, w_gate_up, _, _, topk_ids, *_ = args
     num_experts, width, _ = w_gate_up.shape
     num_slots = topk_ids.shape[0] * topk_ids.shape[1]
     return (
-        x.new_empty(tuple(x.shape)),
+        new_if(True, x),
         x.new_empty((num_slots, width)),
         x.new_empty((num_experts + 1,), dtype=torch.int32),
         x.new_empty((num_slots,), dtype=torch.int32),
@@ -243,8 +221,8 @@ def _fake_fwd(
 
 
 @register_fake("moe_ffn")
-def _(*args: Any, **kwargs: Any) -> Tensor:
-    return _fake_fwd(*args, **kwargs)[0]
+def _(*args: Any) -> Tensor:
+    return _fake_fwd(*args)[0]
 
 
 @register_fake("moe_ffn_bwd_accumulate")
@@ -257,48 +235,21 @@ def _(*args: Any) -> tuple[Tensor, ...]:
 
 
 @register_fake("moe_ffn_bwd")
-def _fake_bwd(
-    grad_y: Tensor,
-    x: Tensor,
-    w_gate_up: Tensor,
-    w_down: Tensor,
-    topk_weights: Tensor,
-    preact: Tensor,
-    expert_offsets: Tensor,
-    row_to_slot: Tensor,
-    slot_to_row: Tensor,
-    b_down: Tensor | None,
-    activation: str,
-    interleaved: bool,
-    apply_router_weight_on_input: bool,
-    alpha: float,
-    limit: float,
-    need_x: bool,
-    need_w_gate_up: bool,
-    need_w_down: bool,
-    need_topk_weights: bool,
-    need_b_gate_up: bool,
-    need_b_down: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _fake_bwd(grad_y: Tensor, *args: Any) -> tuple[Tensor, ...]:
     op = "moe_ffn_bwd"
-    check_call(
-        op, x, w_gate_up, w_down, topk_weights, slot_to_row, None, b_down, activation, alpha, limit
-    )
-    check_same_dtype(op, "grad_y", grad_y, "x", x)
-    check_same_dtype(op, "preact", preact, "x", x)
-    num_experts, width, hidden_size = w_gate_up.shape
-    accumulate = accumulate_dtype(x.dtype)
-
-    def wanted(need: bool, shape: tuple[int, ...], dtype: torch.dtype = x.dtype) -> Tensor:
-        return x.new_empty(shape if need else (0,), dtype=dtype)
-
+    x, w_gate_up, w_down, topk_weights, preact, _, _, slot_to_row, b_down, *rest = args
+    options, needs = rest[:5], rest[5:]
+    check_call(op, x, w_gate_up, w_down, topk_weights, slot_to_row, None, b_down, *options)
+    for name, t in (("grad_y", grad_y), ("preact", preact)):
+        check_dtype(op, name, t.dtype, (x.dtype,), " like x")
+    need_x, need_w_gate_up, need_w_down, need_topk_weights, need_b_gate_up, need_b_down = needs
     return (
-        wanted(need_x, tuple(x.shape)),
-        wanted(need_w_gate_up, (num_experts, width, hidden_size)),
-        wanted(need_w_down, tuple(w_down.shape)),
-        wanted(need_topk_weights, tuple(slot_to_row.shape), accumulate),
-        wanted(need_b_gate_up, (num_experts, width)),
-        wanted(need_b_down, (num_experts, hidden_size)),
+        new_if(need_x, x),
+        new_if(need_w_gate_up, w_gate_up),
+        new_if(need_w_down, w_down),
+        new_if(need_topk_weights, x, slot_to_row.shape, accumulate_dtype(x.dtype)),
+        new_if(need_b_gate_up, x, w_gate_up.shape[:2]),
+        new_if(need_b_down, x, w_down.shape[:2]),
     )
 
 
@@ -322,9 +273,7 @@ def _backward(ctx: Any, grad_y: Tensor | None, *_: Any) -> tuple[Any, ...]:
     # x, w_gate_up, w_down, topk_weights, b_gate_up, b_down; topk_ids (4) has no gradient.
     wanted = [needs[0], needs[1], needs[2], needs[3], needs[5], needs[6]]
     grads = _moe_ffn_bwd(grad_y, *saved, *ctx.arguments, *wanted)
-    gx, gw_gate_up, gw_down, gw, gb_gate_up, gb_down = (
-        g if need else None for g, need in zip(grads, wanted, strict=True)
-    )
+    gx, gw_gate_up, gw_down, gw, gb_gate_up, gb_down = only_needed(grads, wanted)
     if gw is not None:
         gw = gw.to(topk_weights.dtype)
     rest = (None,) * len(ctx.arguments)
@@ -376,9 +325,7 @@ class _AccumulatingFfn(torch.autograd.Function):
         # A weight whose gradient went into its buffer has none to return.
         given = [need and g is None for g, need in zip(main, wanted[1:3], strict=True)]
         returned = [wanted[0], *given, *wanted[3:]]
-        gx, gw_gate_up, gw_down, gw, gb_gate_up, gb_down = (
-            g if keep else None for g, keep in zip(grads, returned, strict=True)
-        )
+        gx, gw_gate_up, gw_down, gw, gb_gate_up, gb_down = only_needed(grads, returned)
         if gw is not None:
             gw = gw.to(saved[3].dtype)
         return gx, gw_gate_up, gw_down, gw, None, gb_gate_up, gb_down, None, None

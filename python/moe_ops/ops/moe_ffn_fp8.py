@@ -6,12 +6,19 @@ from torch import Tensor
 
 from moe_ops.ops._autocast import register_autocast
 from moe_ops.ops._autograd import direct_call, register_no_gradient
-from moe_ops.ops._checks import check, check_dim, check_index, check_same_device, check_size
+from moe_ops.ops._checks import (
+    NARROW_FLOATS,
+    check,
+    check_index,
+    check_same_device,
+    check_shape,
+    check_tensor,
+    new_if,
+)
 from moe_ops.ops._library import register_fake
-from moe_ops.ops.gated_act import GATED_ACTIVATIONS, check_activation
+from moe_ops.ops.gated_act import check_activation
 from moe_ops.ops.grouped_gemm_fp8 import check_fp8_weights
-from moe_ops.ops.moe_ffn import check_bias, check_routing
-from moe_ops.ops.quantize_fp8 import check_float_to_fp8
+from moe_ops.ops.moe_ffn import check_bias, check_routing, check_width, options_of
 
 _moe_ffn_fp8 = direct_call("moe_ffn_fp8")
 
@@ -72,22 +79,11 @@ def moe_ffn_fp8(
     Source:
         DeepSeek-AI 2024, arXiv 2412.19437, section 3.3.
     """
-    return _moe_ffn_fp8(
-        x,
-        w_gate_up,
-        w_gate_up_scale,
-        w_down,
-        w_down_scale,
-        topk_weights,
-        topk_ids,
-        b_gate_up,
-        b_down,
-        activation,
-        interleaved,
-        apply_router_weight_on_input,
-        alpha,
-        limit,
+    options = options_of(
+        b_gate_up, b_down, activation, interleaved, apply_router_weight_on_input, alpha, limit
     )
+    weights = (w_gate_up, w_gate_up_scale, w_down, w_down_scale)
+    return _moe_ffn_fp8(x, *weights, topk_weights, topk_ids, *options)
 
 
 @register_fake(_OP)
@@ -99,38 +95,29 @@ def _(
     w_down_scale: Tensor,
     topk_weights: Tensor,
     topk_ids: Tensor,
-    b_gate_up: Tensor | None = None,
-    b_down: Tensor | None = None,
-    activation: str = "swiglu",
-    interleaved: bool = False,
-    apply_router_weight_on_input: bool = False,
-    alpha: float = 1.702,
-    limit: float = 7.0,
+    b_gate_up: Tensor | None,
+    b_down: Tensor | None,
+    activation: str,
+    interleaved: bool,
+    apply_router_weight_on_input: bool,
+    alpha: float,
+    limit: float,
 ) -> Tensor:
     check_activation(_OP, activation, alpha, limit, False)
-    gated = activation in GATED_ACTIVATIONS
-    check_index(_OP, "topk_ids", topk_ids)
-    check_dim(_OP, "topk_ids", topk_ids, 2, "[T, K]")
-    check_float_to_fp8(_OP, "x", x)
-    check_dim(_OP, "x", x, 2, "[T, H]")
+    check_index(_OP, "topk_ids", topk_ids, "[T, K]")
+    check_tensor(_OP, "x", x, NARROW_FLOATS, "[T, H]")
     tokens, hidden = x.shape
-    check_fp8_weights(_OP, "w_gate_up", w_gate_up, "w_gate_up_scale", w_gate_up_scale)
+    check_fp8_weights(_OP, "w_gate_up", w_gate_up, w_gate_up_scale)
     num_experts, width, _ = w_gate_up.shape
     check(
         num_experts >= 1,
         f"{_OP}: w_gate_up must hold at least one expert, got shape {list(w_gate_up.shape)}.",
     )
-    check_size(_OP, "w_gate_up", w_gate_up, 2, hidden, "H")
-    check(
-        not gated or width % 2 == 0,
-        f"{_OP}: w_gate_up must have an even number 2I of features, "
-        f"got shape {list(w_gate_up.shape)}.",
-    )
-    intermediate = width // 2 if gated else width
-    check_fp8_weights(_OP, "w_down", w_down, "w_down_scale", w_down_scale)
-    check_size(_OP, "w_down", w_down, 0, num_experts, "E")
-    check_size(_OP, "w_down", w_down, 1, hidden, "H")
-    check_size(_OP, "w_down", w_down, 2, intermediate, "I")
+    check_shape(_OP, "w_gate_up", w_gate_up, "[E, O, H]", H=hidden)
+    intermediate = check_width(_OP, w_gate_up, activation)
+    check_fp8_weights(_OP, "w_down", w_down, w_down_scale)
+    sizes = {"E": num_experts, "H": hidden, "I": intermediate}
+    check_shape(_OP, "w_down", w_down, "[E, H, I]", **sizes)
     check_routing(_OP, topk_weights, topk_ids, tokens)
     check_bias(_OP, "b_gate_up", b_gate_up, x, num_experts, width)
     check_bias(_OP, "b_down", b_down, x, num_experts, hidden)
@@ -146,7 +133,7 @@ def _(
         b_gate_up=b_gate_up,
         b_down=b_down,
     )
-    return x.new_empty(tuple(x.shape))
+    return new_if(True, x)
 
 
 register_no_gradient(_OP, "dequantise the weights and call moe_ffn")

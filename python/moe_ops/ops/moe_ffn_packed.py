@@ -10,7 +10,7 @@ from torch import Tensor
 from moe_ops import _C
 from moe_ops.ops._autocast import register_autocast
 from moe_ops.ops._autograd import direct_call, register_gradient_of
-from moe_ops.ops._checks import check, check_dim, check_float, check_same_device, dtype_name
+from moe_ops.ops._checks import check, check_float, check_same_device, dtype_name, new_if
 from moe_ops.ops._library import register_cuda_formula, register_fake
 from moe_ops.ops.gated_act import GATED_ACTIVATIONS
 from moe_ops.ops.moe_ffn import check_call, options_of
@@ -110,12 +110,9 @@ def _panel_bytes(w: Tensor, halves: bool) -> int:
 
 
 @register_fake("pack_experts")
-@register_cuda_formula("pack_experts")
-def _(w: Tensor, halves: bool = False) -> Tensor:
-    """The checks, and a copy that nobody reads."""
+def _unread_copy(w: Tensor, halves: bool) -> Tensor:
     op = "pack_experts"
-    check_float(op, "w", w)
-    check_dim(op, "w", w, 3, "[E, O, K]")
+    check_float(op, "w", w, "[E, O, K]")
     check(
         not halves or w.shape[1] % 2 == 0,
         f"{op}: w must have an even number of features to have halves, got shape {list(w.shape)}.",
@@ -123,36 +120,12 @@ def _(w: Tensor, halves: bool = False) -> Tensor:
     return w.new_empty((packed_bytes_of(w, halves),), dtype=torch.uint8)
 
 
-def _check(
-    x: Tensor,
-    w_gate_up: Tensor,
-    w_down: Tensor,
-    packed_gate_up: Tensor,
-    packed_down: Tensor,
-    topk_weights: Tensor,
-    topk_ids: Tensor,
-    b_gate_up: Tensor | None = None,
-    b_down: Tensor | None = None,
-    activation: str = "swiglu",
-    interleaved: bool = False,
-    apply_router_weight_on_input: bool = False,
-    alpha: float = 1.702,
-    limit: float = 7.0,
-) -> None:
+@register_fake("moe_ffn_packed")
+def _(*args: Any) -> Tensor:
     op = "moe_ffn_packed"
-    check_call(
-        op,
-        x,
-        w_gate_up,
-        w_down,
-        topk_weights,
-        topk_ids,
-        b_gate_up,
-        b_down,
-        activation,
-        alpha,
-        limit,
-    )
+    x, w_gate_up, w_down, packed_gate_up, packed_down, *rest = args
+    check_call(op, x, w_gate_up, w_down, *rest)
+    _weights, _ids, _b_gate_up, _b_down, activation, interleaved, *_ = rest
     halves = activation in GATED_ACTIVATIONS and not interleaved
     for name, packed, w, has_halves in (
         ("packed_gate_up", packed_gate_up, w_gate_up, halves),
@@ -166,20 +139,11 @@ def _check(
             f"[{size}], got {dtype_name(packed.dtype)} of shape {list(packed.shape)}.",
         )
     check_same_device(op, x=x, packed_gate_up=packed_gate_up, packed_down=packed_down)
-
-
-@register_fake("moe_ffn_packed")
-def _(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    _check(x, *args, **kwargs)
-    return x.new_empty(tuple(x.shape))
-
-
-@register_cuda_formula("moe_ffn_packed")
-def _cuda_formula(*args: Any) -> Tensor:
-    _check(*args)
-    return _without_copies(*args)
+    return new_if(True, x)
 
 
 register_gradient_of("moe_ffn_packed", _without_copies)
+register_cuda_formula("moe_ffn_packed")(_without_copies)
+register_cuda_formula("pack_experts")(_unread_copy)
 register_autocast("moe_ffn_packed", ["x", "w_gate_up", "w_down", "b_gate_up", "b_down"])
 register_autocast("pack_experts", ["w"])

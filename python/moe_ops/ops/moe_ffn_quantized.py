@@ -8,17 +8,19 @@ from torch import Tensor
 from moe_ops.ops._autocast import register_autocast
 from moe_ops.ops._autograd import direct_call, register_no_gradient
 from moe_ops.ops._checks import (
+    NARROW_FLOATS,
     check,
     check_dim,
-    check_float,
     check_index,
     check_same_device,
     check_size,
+    check_tensor,
     dtype_name,
+    new_if,
 )
 from moe_ops.ops._library import register_fake
-from moe_ops.ops.gated_act import GATED_ACTIVATIONS, check_activation
-from moe_ops.ops.moe_ffn import check_bias, check_routing, options_of
+from moe_ops.ops.gated_act import check_activation
+from moe_ops.ops.moe_ffn import check_bias, check_routing, check_width, options_of
 
 _moe_ffn_quantized = direct_call("moe_ffn_quantized")
 
@@ -109,17 +111,8 @@ def moe_ffn_quantized(
     options = options_of(
         b_gate_up, b_down, activation, interleaved, apply_router_weight_on_input, alpha, limit
     )
-    return _moe_ffn_quantized(
-        x,
-        w_gate_up,
-        w_gate_up_scale,
-        w_down,
-        w_down_scale,
-        topk_weights,
-        topk_ids,
-        x_scale,
-        *options,
-    )
+    weights = (w_gate_up, w_gate_up_scale, w_down, w_down_scale)
+    return _moe_ffn_quantized(x, *weights, topk_weights, topk_ids, x_scale, *options)
 
 
 def _check_weight(name: str, w: Tensor, scale: Tensor) -> int:
@@ -132,10 +125,7 @@ def _check_weight(name: str, w: Tensor, scale: Tensor) -> int:
     four = w.dtype == torch.uint8
     check_dim(_OP, name, w, 3, "[E, O, D/2]" if four else "[E, O, D]")
     scale_name = f"{name}_scale"
-    check(
-        scale.dtype == torch.float32,
-        f"{_OP}: {scale_name} must be float32, got {dtype_name(scale.dtype)}.",
-    )
+    check_tensor(_OP, scale_name, scale, (torch.float32,))
     shape = "[E, O, D/G] beside 4-bit weights" if four else "[E, O] beside int8 weights"
     check_dim(_OP, scale_name, scale, 3 if four else 2, shape)
     check_size(_OP, scale_name, scale, 0, w.shape[0], "E")
@@ -160,22 +150,18 @@ def _(
     w_down_scale: Tensor,
     topk_weights: Tensor,
     topk_ids: Tensor,
-    x_scale: Tensor | None = None,
-    b_gate_up: Tensor | None = None,
-    b_down: Tensor | None = None,
-    activation: str = "swiglu",
-    interleaved: bool = False,
-    apply_router_weight_on_input: bool = False,
-    alpha: float = 1.702,
-    limit: float = 7.0,
+    x_scale: Tensor | None,
+    b_gate_up: Tensor | None,
+    b_down: Tensor | None,
+    activation: str,
+    interleaved: bool,
+    apply_router_weight_on_input: bool,
+    alpha: float,
+    limit: float,
 ) -> Tensor:
     check_activation(_OP, activation, alpha, limit, False)
-    gated = activation in GATED_ACTIVATIONS
-    check_index(_OP, "topk_ids", topk_ids)
-    check_dim(_OP, "topk_ids", topk_ids, 2, "[T, K]")
-    check_float(_OP, "x", x)
-    check(x.dtype != torch.float64, f"{_OP}: x must be float32, bfloat16 or float16, got float64.")
-    check_dim(_OP, "x", x, 2, "[T, H]")
+    check_index(_OP, "topk_ids", topk_ids, "[T, K]")
+    check_tensor(_OP, "x", x, NARROW_FLOATS, "[T, H]")
     tokens, hidden = x.shape
     up_depth = _check_weight("w_gate_up", w_gate_up, w_gate_up_scale)
     num_experts, width, _ = w_gate_up.shape
@@ -184,12 +170,7 @@ def _(
         f"{_OP}: w_gate_up must have rows of H = {hidden} weights, got {up_depth} "
         f"(shape {list(w_gate_up.shape)}).",
     )
-    check(
-        not gated or width % 2 == 0,
-        f"{_OP}: w_gate_up must have an even number 2I of features, "
-        f"got shape {list(w_gate_up.shape)}.",
-    )
-    intermediate = width // 2 if gated else width
+    intermediate = check_width(_OP, w_gate_up, activation)
     down_depth = _check_weight("w_down", w_down, w_down_scale)
     check_size(_OP, "w_down", w_down, 0, num_experts, "E")
     check_size(_OP, "w_down", w_down, 1, hidden, "H")
@@ -199,13 +180,7 @@ def _(
         f"(shape {list(w_down.shape)}).",
     )
     check_routing(_OP, topk_weights, topk_ids, tokens)
-    if x_scale is not None:
-        check(
-            x_scale.dtype == torch.float32,
-            f"{_OP}: x_scale must be float32, got {dtype_name(x_scale.dtype)}.",
-        )
-        check_dim(_OP, "x_scale", x_scale, 1, "[H]")
-        check_size(_OP, "x_scale", x_scale, 0, hidden, "H")
+    check_tensor(_OP, "x_scale", x_scale, (torch.float32,), "[H]", H=hidden)
     check_bias(_OP, "b_gate_up", b_gate_up, x, num_experts, width)
     check_bias(_OP, "b_down", b_down, x, num_experts, hidden)
     check_same_device(
@@ -221,7 +196,7 @@ def _(
         b_gate_up=b_gate_up,
         b_down=b_down,
     )
-    return x.new_empty(tuple(x.shape))
+    return new_if(True, x)
 
 
 register_no_gradient(_OP, f"moe_ops.reference.{_OP}, which can be differentiated")

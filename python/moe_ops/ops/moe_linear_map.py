@@ -10,17 +10,11 @@ from moe_ops.ops._autocast import register_autocast
 from moe_ops.ops._autograd import (
     direct_call,
     needs_input_grad,
+    only_needed,
     register_autograd,
     register_no_double_backward,
 )
-from moe_ops.ops._checks import (
-    check_dim,
-    check_float,
-    check_index,
-    check_same_device,
-    check_same_dtype,
-    check_size,
-)
+from moe_ops.ops._checks import check_float, check_index, check_like, check_same_device, new_if
 from moe_ops.ops._library import register_fake
 
 _moe_linear_map = direct_call("moe_linear_map")
@@ -54,25 +48,17 @@ def moe_linear_map(x: Tensor, w: Tensor, topk_ids: Tensor, *, bias: Tensor | Non
 
 
 def _check(op: str, x: Tensor, w: Tensor, topk_ids: Tensor, bias: Tensor | None = None) -> None:
-    check_float(op, "x", x)
-    check_dim(op, "x", x, 2, "[T, H]")
-    check_same_dtype(op, "w", w, "x", x)
-    check_dim(op, "w", w, 3, "[E, O, H]")
-    check_size(op, "w", w, 2, x.shape[1], "H")
-    check_index(op, "topk_ids", topk_ids)
-    check_dim(op, "topk_ids", topk_ids, 2, "[T, K]")
-    check_size(op, "topk_ids", topk_ids, 0, x.shape[0], "T")
-    if bias is not None:
-        check_same_dtype(op, "bias", bias, "x", x)
-        check_dim(op, "bias", bias, 2, "[E, O]")
-        check_size(op, "bias", bias, 0, w.shape[0], "E")
-        check_size(op, "bias", bias, 1, w.shape[1], "O")
+    check_float(op, "x", x, "[T, H]")
+    check_like(op, "w", w, "x", x, "[E, O, H]", H=x.shape[1])
+    check_index(op, "topk_ids", topk_ids, "[T, K]", T=x.shape[0])
+    check_like(op, "bias", bias, "x", x, "[E, O]", E=w.shape[0], O=w.shape[1])
     check_same_device(op, x=x, w=w, topk_ids=topk_ids, bias=bias)
 
 
 @register_fake("moe_linear_map")
-def _(x: Tensor, w: Tensor, topk_ids: Tensor, bias: Tensor | None = None) -> Tensor:
-    _check("moe_linear_map", x, w, topk_ids, bias)
+def _(*args: Any) -> Tensor:
+    _check("moe_linear_map", *args)
+    x, w, topk_ids, _ = args
     return x.new_empty((x.shape[0], topk_ids.shape[1], w.shape[1]))
 
 
@@ -88,13 +74,9 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor]:
     op = "moe_linear_map_bwd"
     _check(op, x, w, topk_ids)
-    check_same_dtype(op, "grad_h", grad_h, "x", x)
+    check_like(op, "grad_h", grad_h, "x", x, "[T, K, O]")
     check_same_device(op, x=x, grad_h=grad_h)
-    return (
-        x.new_empty(tuple(x.shape) if need_x else (0,)),
-        x.new_empty(tuple(w.shape) if need_w else (0,)),
-        x.new_empty(tuple(w.shape[:2]) if need_bias else (0,)),
-    )
+    return new_if(need_x, x), new_if(need_w, w), new_if(need_bias, w, w.shape[:2])
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -105,8 +87,9 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x, w, topk_ids = ctx.saved_tensors
     need_x, need_w, _, need_bias = needs_input_grad(ctx, 4)
-    gx, gw, gb = _moe_linear_map_bwd(grad, x, w, topk_ids, need_x, need_w, need_bias)
-    return gx if need_x else None, gw if need_w else None, None, gb if need_bias else None
+    needs = (need_x, need_w, need_bias)
+    gx, gw, gb = only_needed(_moe_linear_map_bwd(grad, x, w, topk_ids, *needs), needs)
+    return gx, gw, None, gb
 
 
 register_autograd("moe_linear_map", _backward, _setup)

@@ -10,17 +10,18 @@ from moe_ops.ops._autocast import register_autocast
 from moe_ops.ops._autograd import (
     direct_call,
     needs_input_grad,
+    only_needed,
     register_autograd,
     register_no_double_backward,
+    save_inputs,
 )
 from moe_ops.ops._checks import (
     accumulate_dtype,
-    check_dim,
     check_float,
     check_index,
+    check_like,
     check_same_device,
-    check_same_dtype,
-    check_size,
+    new_if,
 )
 from moe_ops.ops._library import register_fake
 
@@ -65,88 +66,47 @@ def _check(
     topk_ids: Tensor,
     bias: Tensor | None,
 ) -> None:
-    check_float(op, "h", h)
-    check_dim(op, "h", h, 3, "[T, K, D]")
-    check_same_dtype(op, "w", w, "h", h)
-    check_dim(op, "w", w, 3, "[E, H, D]")
-    check_size(op, "w", w, 2, h.shape[2], "D")
-    check_float(op, "topk_weights", topk_weights)
-    check_index(op, "topk_ids", topk_ids)
-    for name, t in (("topk_weights", topk_weights), ("topk_ids", topk_ids)):
-        check_dim(op, name, t, 2, "[T, K]")
-        check_size(op, name, t, 0, h.shape[0], "T")
-        check_size(op, name, t, 1, h.shape[1], "K")
-    if bias is not None:
-        check_same_dtype(op, "bias", bias, "h", h)
-        check_dim(op, "bias", bias, 2, "[E, H]")
-        check_size(op, "bias", bias, 0, w.shape[0], "E")
-        check_size(op, "bias", bias, 1, w.shape[1], "H")
+    check_float(op, "h", h, "[T, K, D]")
+    num_tokens, top_k, size = h.shape
+    check_like(op, "w", w, "h", h, "[E, H, D]", D=size)
+    check_float(op, "topk_weights", topk_weights, "[T, K]", T=num_tokens, K=top_k)
+    check_index(op, "topk_ids", topk_ids, "[T, K]", T=num_tokens, K=top_k)
+    check_like(op, "bias", bias, "h", h, "[E, H]", E=w.shape[0], H=w.shape[1])
     check_same_device(op, h=h, w=w, topk_weights=topk_weights, topk_ids=topk_ids, bias=bias)
 
 
 @register_fake("moe_linear_reduce")
-def _(
-    h: Tensor, w: Tensor, topk_weights: Tensor, topk_ids: Tensor, bias: Tensor | None = None
-) -> Tensor:
-    _check("moe_linear_reduce", h, w, topk_weights, topk_ids, bias)
+def _(*args: Any) -> Tensor:
+    _check("moe_linear_reduce", *args)
+    h, w, *_ = args
     return h.new_empty((h.shape[0], w.shape[1]))
 
 
 @register_fake("moe_linear_reduce_bwd")
-def _(
-    grad_y: Tensor,
-    h: Tensor,
-    w: Tensor,
-    topk_weights: Tensor,
-    topk_ids: Tensor,
-    bias: Tensor | None,
-    need_h: bool,
-    need_w: bool,
-    need_topk_weights: bool,
-    need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(grad_y: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     op = "moe_linear_reduce_bwd"
-    _check(op, h, w, topk_weights, topk_ids, bias)
-    check_same_dtype(op, "grad_y", grad_y, "h", h)
+    *call, need_h, need_w, need_topk_weights, need_bias = args
+    _check(op, *call)
+    h, w, _, topk_ids, _ = call
+    check_like(op, "grad_y", grad_y, "h", h, "[T, H]")
     check_same_device(op, h=h, grad_y=grad_y)
     return (
-        h.new_empty(tuple(h.shape) if need_h else (0,)),
-        h.new_empty(tuple(w.shape) if need_w else (0,)),
-        h.new_empty(
-            tuple(topk_ids.shape) if need_topk_weights else (0,), dtype=accumulate_dtype(h.dtype)
-        ),
-        h.new_empty(tuple(w.shape[:2]) if need_bias else (0,)),
+        new_if(need_h, h),
+        new_if(need_w, w),
+        new_if(need_topk_weights, h, topk_ids.shape, accumulate_dtype(h.dtype)),
+        new_if(need_bias, w, w.shape[:2]),
     )
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    h, w, topk_weights, topk_ids, bias = ctx.saved_tensors
+    topk_weights = ctx.saved_tensors[2]
     need_h, need_w, need_weights, _, need_bias = needs_input_grad(ctx, 5)
-    gh, gw, g_weights, gb = _moe_linear_reduce_bwd(
-        grad,
-        h,
-        w,
-        topk_weights,
-        topk_ids,
-        bias,
-        need_h,
-        need_w,
-        need_weights,
-        need_bias,
-    )
-    return (
-        gh if need_h else None,
-        gw if need_w else None,
-        g_weights.to(topk_weights.dtype) if need_weights else None,
-        None,
-        gb if need_bias else None,
-    )
+    needs = (need_h, need_w, need_weights, need_bias)
+    grads = _moe_linear_reduce_bwd(grad, *ctx.saved_tensors, *needs)
+    gh, gw, g_weights, gb = only_needed(grads, needs)
+    return gh, gw, None if g_weights is None else g_weights.to(topk_weights.dtype), None, gb
 
 
-register_autograd("moe_linear_reduce", _backward, _setup)
+register_autograd("moe_linear_reduce", _backward, save_inputs)
 register_no_double_backward("moe_linear_reduce_bwd")
 register_autocast("moe_linear_reduce", ["h", "w", "bias"])

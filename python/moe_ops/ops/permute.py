@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moe_ops.ops._autocast import register_autocast
 from moe_ops.ops._autograd import direct_call, register_autograd
-from moe_ops.ops._checks import check, check_dim, check_float, check_index, check_same_device
+from moe_ops.ops._checks import check, check_float, check_index, check_same_device
 from moe_ops.ops._library import register_fake
 
 _permute = direct_call("permute")
@@ -37,12 +37,9 @@ def permute(x: Tensor, expert_offsets: Tensor, row_to_slot: Tensor) -> Tensor:
 
 
 def _check(op: str, name: str, x: Tensor, expert_offsets: Tensor, row_to_slot: Tensor) -> None:
-    check_float(op, name, x)
-    check_dim(op, name, x, 2, "[T, H]" if name == "x" else "[N, H]")
-    check_index(op, "expert_offsets", expert_offsets)
-    check_dim(op, "expert_offsets", expert_offsets, 1, "[E+1]")
-    check_index(op, "row_to_slot", row_to_slot)
-    check_dim(op, "row_to_slot", row_to_slot, 1, "[N]")
+    check_float(op, name, x, "[T, H]" if name == "x" else "[N, H]")
+    check_index(op, "expert_offsets", expert_offsets, "[E+1]")
+    check_index(op, "row_to_slot", row_to_slot, "[N]")
     check_same_device(op, **{name: x}, expert_offsets=expert_offsets, row_to_slot=row_to_slot)
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from moe_ops.ops._autocast import register_autocast
 from moe_ops.ops._autograd import direct_call, register_no_gradient
-from moe_ops.ops._checks import check, check_dim, dtype_name
+from moe_ops.ops._checks import NARROW_FLOATS, check_tensor
 from moe_ops.ops._library import register_fake
 
 _quantize_fp8 = direct_call("quantize_fp8")
@@ -51,17 +51,9 @@ def fp8_blocks(n: int) -> int:
     return (n + FP8_BLOCK - 1) // FP8_BLOCK
 
 
-def check_float_to_fp8(op: str, name: str, t: Tensor) -> None:
-    check(
-        t.dtype in (torch.float32, torch.bfloat16, torch.float16),
-        f"{op}: {name} must be float32, bfloat16 or float16, got {dtype_name(t.dtype)}.",
-    )
-
-
 @register_fake(_OP)
 def _(x: Tensor) -> tuple[Tensor, Tensor]:
-    check_float_to_fp8(_OP, "x", x)
-    check_dim(_OP, "x", x, 2, "[N, D]")
+    check_tensor(_OP, "x", x, NARROW_FLOATS, "[N, D]")
     scale = x.new_empty((x.shape[0], fp8_blocks(x.shape[1])), dtype=torch.float32)
     return x.new_empty(tuple(x.shape), dtype=FP8), scale
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from moe_ops.ops._autocast import register_autocast
 from moe_ops.ops._autograd import direct_call, register_autograd
-from moe_ops.ops._checks import check, check_float, check_same_device, check_size
+from moe_ops.ops._checks import check, check_float, check_same_device, check_shape
 from moe_ops.ops._library import register_cuda_formula, register_fake
 from moe_ops.reference.rotary import rotary as _formula
 
@@ -40,14 +40,9 @@ def rotary(t: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool = False) -> Ten
         Su et al. 2021, RoFormer, arXiv 2104.09864.
     """
     if t.is_cuda:
-        return _cuda_formula(t, cos, sin, inverse)
+        _check("rotary", t, cos, sin)
+        return _formula(t, cos, sin, inverse=inverse)
     return _rotary(t, cos, sin, inverse)
-
-
-@register_cuda_formula("rotary")
-def _cuda_formula(t: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> Tensor:
-    _check("rotary", t, cos, sin)
-    return _formula(t, cos, sin, inverse=inverse)
 
 
 def _check(op: str, t: Tensor, cos: Tensor, sin: Tensor) -> None:
@@ -62,10 +57,10 @@ def _check(op: str, t: Tensor, cos: Tensor, sin: Tensor) -> None:
             f.dim() in (2, 3),
             f"{op}: {name} must be [S, d / 2] or [B, S, d / 2], got shape {list(f.shape)}.",
         )
+        sizes = {"S": t.shape[1], "d / 2": t.shape[-1] // 2}
         if f.dim() == 3:
-            check_size(op, name, f, 0, t.shape[0], "B")
-        check_size(op, name, f, f.dim() - 2, t.shape[1], "S")
-        check_size(op, name, f, f.dim() - 1, t.shape[-1] // 2, "d / 2")
+            sizes = {"B": t.shape[0], **sizes}
+        check_shape(op, name, f, f"[{', '.join(('B', 'S', 'd / 2')[-f.dim() :])}]", **sizes)
     check(
         sin.dim() == cos.dim(),
         f"{op}: sin must be like cos ({cos.dim()} dimensions), got shape {list(sin.shape)}.",
@@ -74,7 +69,7 @@ def _check(op: str, t: Tensor, cos: Tensor, sin: Tensor) -> None:
 
 
 @register_fake("rotary")
-def _(t: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> Tensor:
+def _(t: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
     _check("rotary", t, cos, sin)
     return t.new_empty(tuple(t.shape))
 
@@ -92,3 +87,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 register_autograd("rotary", _backward, _setup)
 register_autocast("rotary")
+
+
+@register_cuda_formula("rotary")
+def _(t: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
+    return _formula(t, cos, sin, inverse=inverse)

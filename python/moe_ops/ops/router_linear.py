@@ -9,16 +9,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_ops.ops._autocast import register_autocast
-from moe_ops.ops._autograd import direct_call, needs_input_grad, register_autograd
+from moe_ops.ops._autograd import direct_call, needs_input_grad, only_needed, register_autograd
 from moe_ops.ops._checks import (
     accumulate_dtype,
-    check,
-    check_dim,
+    check_dtype,
     check_float,
+    check_like,
+    check_positive,
     check_same_device,
-    check_same_dtype,
-    check_size,
-    dtype_name,
+    check_shape,
+    new_if,
 )
 from moe_ops.ops._library import register_cuda_formula, register_fake
 
@@ -53,61 +53,28 @@ def router_linear(
         ValueError: wrong dtype, rank or size.
     """
     if x.is_cuda:
+        _check("router_linear", x, weight, bias)
+        _check_logits_dtype("router_linear", "logits_dtype", logits_dtype or x.dtype, x)
         return _formula(x, weight, bias, logits_dtype)
     return _router_linear(x, weight, bias, logits_dtype)
 
 
-@register_cuda_formula("router_linear")
-def _formula(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    logits_dtype: torch.dtype | None = None,
-) -> Tensor:
-    _check("router_linear", x, weight, bias)
-    dtype = logits_dtype or x.dtype
-    _check_logits_dtype("router_linear", "logits_dtype", dtype, x)
-    return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
-
-
 def _check(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    check_float(op, "x", x)
-    check_dim(op, "x", x, 2, "[T, H]")
-    check_same_dtype(op, "weight", weight, "x", x)
-    check_dim(op, "weight", weight, 2, "[E, H]")
-    check_size(op, "weight", weight, 1, x.shape[1], "H")
+    check_float(op, "x", x, "[T, H]")
+    check_like(op, "weight", weight, "x", x, "[E, H]", H=x.shape[1])
     num_experts = weight.shape[0]
-    check(num_experts >= 1, f"{op}: num_experts must be at least 1, got {num_experts}.")
-    if bias is not None:
-        check_same_dtype(op, "bias", bias, "x", x)
-        check_dim(op, "bias", bias, 1, "[E]")
-        check_size(op, "bias", bias, 0, num_experts, "E")
+    check_positive(op, num_experts=num_experts)
+    check_like(op, "bias", bias, "x", x, "[E]", E=num_experts)
     check_same_device(op, x=x, weight=weight, bias=bias)
 
 
 def _check_logits_dtype(op: str, name: str, dtype: torch.dtype, x: Tensor) -> None:
     wanted = dict.fromkeys((x.dtype, accumulate_dtype(x.dtype)))
-    names = " or ".join(dtype_name(d) for d in wanted)
-    check(dtype in wanted, f"{op}: {name} must be {names}, got {dtype_name(dtype)}.")
-
-
-def _check_bwd(grad_logits: Tensor, x: Tensor, weight: Tensor) -> None:
-    op = "router_linear_bwd"
-    _check(op, x, weight, None)
-    _check_logits_dtype(op, "grad_logits", grad_logits.dtype, x)
-    check_dim(op, "grad_logits", grad_logits, 2, "[T, E]")
-    check_size(op, "grad_logits", grad_logits, 0, x.shape[0], "T")
-    check_size(op, "grad_logits", grad_logits, 1, weight.shape[0], "E")
-    check_same_device(op, x=x, grad_logits=grad_logits)
+    check_dtype(op, name, dtype, tuple(wanted))
 
 
 @register_fake("router_linear")
-def _(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    logits_dtype: torch.dtype | None = None,
-) -> Tensor:
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, logits_dtype: torch.dtype | None) -> Tensor:
     _check("router_linear", x, weight, bias)
     dtype = logits_dtype or x.dtype
     _check_logits_dtype("router_linear", "logits_dtype", dtype, x)
@@ -116,38 +83,15 @@ def _(
 
 @register_fake("router_linear_bwd")
 def _(
-    grad_logits: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    need_x: bool,
-    need_weight: bool,
-    need_bias: bool,
+    grad_logits: Tensor, x: Tensor, weight: Tensor, need_x: bool, need_weight: bool, need_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check_bwd(grad_logits, x, weight)
-    return (
-        x.new_empty(tuple(x.shape) if need_x else (0,)),
-        x.new_empty(tuple(weight.shape) if need_weight else (0,)),
-        x.new_empty((weight.shape[0] if need_bias else 0,)),
-    )
-
-
-@register_cuda_formula("router_linear_bwd")
-def _bwd_formula(
-    grad_logits: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    need_x: bool,
-    need_weight: bool,
-    need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    _check_bwd(grad_logits, x, weight)
-    g = grad_logits
-    none = x.new_empty(0)
-    return (
-        (g @ weight.to(g.dtype)).to(x.dtype) if need_x else none,
-        (g.T @ x.to(g.dtype)).to(x.dtype) if need_weight else none.clone(),
-        g.sum(0, dtype=accumulate_dtype(x.dtype)).to(x.dtype) if need_bias else none.clone(),
-    )
+    op = "router_linear_bwd"
+    _check(op, x, weight, None)
+    _check_logits_dtype(op, "grad_logits", grad_logits.dtype, x)
+    shape = "[T, E]"
+    check_shape(op, "grad_logits", grad_logits, shape, T=x.shape[0], E=weight.shape[0])
+    check_same_device(op, x=x, grad_logits=grad_logits)
+    return new_if(need_x, x), new_if(need_weight, weight), new_if(need_bias, x, weight.shape[:1])
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -158,7 +102,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x, weight = ctx.saved_tensors
     needs = needs_input_grad(ctx, 3)
     grads = _router_linear_bwd(grad, x, weight, *needs)
-    return *(g if need else None for g, need in zip(grads, needs, strict=True)), None
+    return *only_needed(grads, needs), None
 
 
 def _setup_bwd(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -195,3 +139,23 @@ def _backward_bwd(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
 register_autograd("router_linear", _backward, _setup)
 register_autograd("router_linear_bwd", _backward_bwd, _setup_bwd)
 register_autocast("router_linear", ["x", "weight", "bias"])
+
+
+@register_cuda_formula("router_linear")
+def _formula(
+    x: Tensor, weight: Tensor, bias: Tensor | None, logits_dtype: torch.dtype | None
+) -> Tensor:
+    dtype = logits_dtype or x.dtype
+    return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+
+
+@register_cuda_formula("router_linear_bwd")
+def _(
+    grad_logits: Tensor, x: Tensor, weight: Tensor, need_x: bool, need_weight: bool, need_bias: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    g, acc = grad_logits, accumulate_dtype(x.dtype)
+    return (
+        (g @ weight.to(g.dtype)).to(x.dtype) if need_x else new_if(False, x),
+        (g.T @ x.to(g.dtype)).to(x.dtype) if need_weight else new_if(False, x),
+        g.sum(0, dtype=acc).to(x.dtype) if need_bias else new_if(False, x),
+    )

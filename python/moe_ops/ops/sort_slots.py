@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moe_ops.ops._checks import check, check_dim, check_index
+from moe_ops.ops._checks import check, check_index
 from moe_ops.ops._library import register_fake
 
 
@@ -34,8 +34,7 @@ def sort_slots(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tens
 @register_fake("sort_slots")
 def _(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     op = "sort_slots"
-    check_index(op, "topk_ids", topk_ids)
-    check_dim(op, "topk_ids", topk_ids, 2, "[T, K]")
+    check_index(op, "topk_ids", topk_ids, "[T, K]")
     check(num_experts >= 1, f"{op}: num_experts must be at least 1, got {num_experts}.")
     return (
         topk_ids.new_empty((num_experts + 1,), dtype=torch.int32),

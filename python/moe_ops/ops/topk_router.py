@@ -13,16 +13,14 @@ from moe_ops.ops._autograd import direct_call, register_autograd, register_no_do
 from moe_ops.ops._checks import (
     accumulate_dtype,
     check,
-    check_dim,
+    check_choice,
     check_float,
     check_index,
     check_same_device,
-    check_size,
 )
 from moe_ops.ops._library import register_fake
 
 _topk_router = direct_call("topk_router")
-_topk_router_bwd = direct_call("topk_router_bwd")
 
 
 def topk_router(
@@ -101,8 +99,7 @@ def topk_router(
 
 
 def check_router_logits(op: str, router_logits: Tensor) -> None:
-    check_float(op, "router_logits", router_logits)
-    check_dim(op, "router_logits", router_logits, 2, "[T, E]")
+    check_float(op, "router_logits", router_logits, "[T, E]")
     check(
         router_logits.shape[1] >= 1,
         f"{op}: router_logits must be [T, E] with at least one expert, "
@@ -111,10 +108,7 @@ def check_router_logits(op: str, router_logits: Tensor) -> None:
 
 
 def check_score_func(op: str, score_func: str) -> None:
-    check(
-        score_func in ("softmax", "sigmoid"),
-        f"{op}: score_func must be one of softmax, sigmoid, got '{score_func}'.",
-    )
+    check_choice(op, "score_func", score_func, ("softmax", "sigmoid"))
 
 
 def check_scaling_factor(op: str, factor: float) -> None:
@@ -137,13 +131,9 @@ def fake_router_gradient(
     routed_scaling_factor: float,
 ) -> Tensor:
     check_router_logits(op, router_logits)
-    check_index(op, "topk_ids", topk_ids)
-    check_dim(op, "topk_ids", topk_ids, 2, "[T, K]")
-    check_size(op, "topk_ids", topk_ids, 0, router_logits.shape[0], "T")
-    check_float(op, "grad_weights", grad_weights)
-    check_dim(op, "grad_weights", grad_weights, 2, "[T, K]")
-    check_size(op, "grad_weights", grad_weights, 0, topk_ids.shape[0], "T")
-    check_size(op, "grad_weights", grad_weights, 1, topk_ids.shape[1], "K")
+    check_index(op, "topk_ids", topk_ids, "[T, K]", T=router_logits.shape[0])
+    num_tokens, top_k = topk_ids.shape
+    check_float(op, "grad_weights", grad_weights, "[T, K]", T=num_tokens, K=top_k)
     check_scaling_factor(op, routed_scaling_factor)
     check_same_device(op, router_logits=router_logits, topk_ids=topk_ids, grad_weights=grad_weights)
     return router_logits.new_empty(tuple(router_logits.shape))
@@ -153,14 +143,14 @@ def fake_router_gradient(
 def _(
     router_logits: Tensor,
     top_k: int,
-    score_func: str = "softmax",
-    topk_first: bool = False,
-    renormalize: bool = False,
-    routed_scaling_factor: float = 1.0,
-    expert_bias: Tensor | None = None,
-    num_groups: int = 1,
-    num_topk_groups: int = 1,
-    group_score: str = "max",
+    score_func: str,
+    topk_first: bool,
+    renormalize: bool,
+    routed_scaling_factor: float,
+    expert_bias: Tensor | None,
+    num_groups: int,
+    num_topk_groups: int,
+    group_score: str,
 ) -> tuple[Tensor, Tensor]:
     op = "topk_router"
     check_router_logits(op, router_logits)
@@ -170,10 +160,7 @@ def _(
     )
     check_score_func(op, score_func)
     check_scaling_factor(op, routed_scaling_factor)
-    check(
-        group_score in ("max", "top2_sum"),
-        f"{op}: group_score must be one of max, top2_sum, got '{group_score}'.",
-    )
+    check_choice(op, "group_score", group_score, ("max", "top2_sum"))
     check(
         num_groups >= 1 and num_experts % num_groups == 0,
         f"{op}: num_groups must divide the {num_experts} experts, got {num_groups}.",
@@ -194,10 +181,7 @@ def _(
         f"{op}: top_k must be at most {num_topk_groups * group_size}, "
         f"the experts in {num_topk_groups} of the groups, got {top_k}.",
     )
-    if expert_bias is not None:
-        check_float(op, "expert_bias", expert_bias)
-        check_dim(op, "expert_bias", expert_bias, 1, "[E]")
-        check_size(op, "expert_bias", expert_bias, 0, num_experts, "E")
+    check_float(op, "expert_bias", expert_bias, "[E]", E=num_experts)
     check_same_device(op, router_logits=router_logits, expert_bias=expert_bias)
     return fake_router_outputs(router_logits, top_k)
 
@@ -217,19 +201,21 @@ def _(
     return fake_router_gradient(op, grad_weights, router_logits, topk_ids, routed_scaling_factor)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    router_logits, _, score_func, topk_first, renormalize, routed_scaling_factor, *_ = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(router_logits, output[1])
-    ctx.arguments = (score_func, topk_first, renormalize, routed_scaling_factor)
+def register_router(op: str, used: slice) -> None:
+    """The rules of a router whose backward takes the logits, the ids and these of its arguments."""
+    bwd = direct_call(f"{op}_bwd")
+
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(inputs[0], output[1])
+        ctx.arguments, ctx.num_others = inputs[used], len(inputs) - 1
+
+    def backward(ctx: Any, grad_weights: Tensor, _: Tensor | None) -> tuple[Any, ...]:
+        return bwd(grad_weights, *ctx.saved_tensors, *ctx.arguments), *(None,) * ctx.num_others
+
+    register_autograd(op, backward, setup)
+    register_no_double_backward(f"{op}_bwd")
+    register_autocast(op, ["router_logits"], torch.float32)
 
 
-def _backward(ctx: Any, grad_weights: Tensor, _: Tensor | None) -> tuple[Any, ...]:
-    router_logits, topk_ids = ctx.saved_tensors
-    grad_logits = _topk_router_bwd(grad_weights, router_logits, topk_ids, *ctx.arguments)
-    return grad_logits, *(None,) * 9
-
-
-register_autograd("topk_router", _backward, _setup)
-register_no_double_backward("topk_router_bwd")
-register_autocast("topk_router", ["router_logits"], torch.float32)
+register_router("topk_router", slice(2, 6))

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from torch import Tensor
 
-from moe_ops.ops._autocast import register_autocast
-from moe_ops.ops._autograd import direct_call, register_autograd, register_no_double_backward
+from moe_ops.ops._autograd import direct_call
 from moe_ops.ops._checks import check, check_same_device
 from moe_ops.ops._library import register_fake
 from moe_ops.ops.topk_router import (
@@ -16,6 +12,7 @@ from moe_ops.ops.topk_router import (
     check_scaling_factor,
     fake_router_gradient,
     fake_router_outputs,
+    register_router,
 )
 
 _topp_router = direct_call("topp_router")
@@ -78,10 +75,9 @@ def _(
     router_logits: Tensor,
     top_p: float,
     max_k: int,
-    *,
-    min_k: int = 1,
-    renormalize: bool = False,
-    routed_scaling_factor: float = 1.0,
+    min_k: int,
+    renormalize: bool,
+    routed_scaling_factor: float,
 ) -> tuple[Tensor, Tensor]:
     op = "topp_router"
     check_router_logits(op, router_logits)
@@ -109,20 +105,4 @@ def _(
     )
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    router_logits, _top_p, _max_k, _min_k, *ctx.arguments = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(router_logits, output[1])
-
-
-def _backward(ctx: Any, grad_weights: Tensor, _: Tensor | None) -> tuple[Any, ...]:
-    router_logits, topk_ids = ctx.saved_tensors
-    grad_logits = torch.ops.moe_ops.topp_router_bwd(
-        grad_weights, router_logits, topk_ids, *ctx.arguments
-    )
-    return grad_logits, *(None,) * 5
-
-
-register_autograd("topp_router", _backward, _setup)
-register_no_double_backward("topp_router_bwd")
-register_autocast("topp_router", ["router_logits"], torch.float32)
+register_router("topp_router", slice(4, None))

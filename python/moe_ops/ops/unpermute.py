@@ -8,16 +8,15 @@ import torch
 from torch import Tensor
 
 from moe_ops.ops._autocast import register_autocast
-from moe_ops.ops._autograd import direct_call, register_autograd
+from moe_ops.ops._autograd import direct_call, register_autograd, save_inputs
 from moe_ops.ops._checks import (
     accumulate_dtype,
     check,
-    check_dim,
     check_float,
     check_index,
+    check_like,
     check_same_device,
-    check_same_dtype,
-    check_size,
+    new_if,
 )
 from moe_ops.ops._library import register_fake
 
@@ -56,22 +55,16 @@ def _check(
     slot_to_row: Tensor,
     topk_weights: Tensor | None,
 ) -> None:
-    check_float(op, "rows", rows)
-    check_dim(op, "rows", rows, 2, "[N, H]")
-    check_index(op, "expert_offsets", expert_offsets)
-    check_dim(op, "expert_offsets", expert_offsets, 1, "[E+1]")
-    check_index(op, "slot_to_row", slot_to_row)
-    check_dim(op, "slot_to_row", slot_to_row, 2, "[T, K]")
+    check_float(op, "rows", rows, "[N, H]")
+    check_index(op, "expert_offsets", expert_offsets, "[E+1]")
+    check_index(op, "slot_to_row", slot_to_row, "[T, K]")
     check(
         slot_to_row.numel() == rows.shape[0],
         f"{op}: slot_to_row must be [T, K] with T*K = {rows.shape[0]} like the rows, "
         f"got shape {list(slot_to_row.shape)}.",
     )
-    if topk_weights is not None:
-        check_float(op, "topk_weights", topk_weights)
-        check_dim(op, "topk_weights", topk_weights, 2, "[T, K]")
-        check_size(op, "topk_weights", topk_weights, 0, slot_to_row.shape[0], "T")
-        check_size(op, "topk_weights", topk_weights, 1, slot_to_row.shape[1], "K")
+    num_tokens, top_k = slot_to_row.shape
+    check_float(op, "topk_weights", topk_weights, "[T, K]", T=num_tokens, K=top_k)
     check_same_device(
         op,
         rows=rows,
@@ -82,35 +75,21 @@ def _check(
 
 
 @register_fake("unpermute")
-def _(
-    rows: Tensor, expert_offsets: Tensor, slot_to_row: Tensor, topk_weights: Tensor | None = None
-) -> Tensor:
-    _check("unpermute", rows, expert_offsets, slot_to_row, topk_weights)
+def _(*args: Any) -> Tensor:
+    _check("unpermute", *args)
+    rows, _, slot_to_row, _ = args
     return rows.new_empty((slot_to_row.shape[0], rows.shape[1]))
 
 
 @register_fake("unpermute_bwd")
-def _(
-    grad_y: Tensor,
-    rows: Tensor,
-    expert_offsets: Tensor,
-    slot_to_row: Tensor,
-    topk_weights: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def _(grad_y: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     op = "unpermute_bwd"
-    _check(op, rows, expert_offsets, slot_to_row, topk_weights)
-    check_same_dtype(op, "grad_y", grad_y, "rows", rows)
-    check_dim(op, "grad_y", grad_y, 2, "[T, H]")
+    _check(op, *args)
+    rows, _, slot_to_row, topk_weights = args
+    check_like(op, "grad_y", grad_y, "rows", rows, "[T, H]")
     check_same_device(op, rows=rows, grad_y=grad_y)
-    shape = tuple(slot_to_row.shape) if topk_weights is not None else (0,)
-    return (
-        rows.new_empty(tuple(rows.shape)),
-        rows.new_empty(shape, dtype=accumulate_dtype(rows.dtype)),
-    )
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+    weighted, acc = topk_weights is not None, accumulate_dtype(rows.dtype)
+    return new_if(True, rows), new_if(weighted, rows, slot_to_row.shape, acc)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -119,10 +98,6 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         grad, rows, expert_offsets, slot_to_row, weights
     )
     return grad_rows, None, None, None if weights is None else grad_weights.to(weights.dtype)
-
-
-def _setup_bwd(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*inputs)
 
 
 def _backward_bwd(ctx: Any, gg_rows: Tensor | None, gg_weights: Tensor | None) -> tuple[Any, ...]:
@@ -143,6 +118,6 @@ def _backward_bwd(ctx: Any, gg_rows: Tensor | None, gg_weights: Tensor | None) -
     return d_grad_y, d_rows, None, None, d_weights
 
 
-register_autograd("unpermute", _backward, _setup)
-register_autograd("unpermute_bwd", _backward_bwd, _setup_bwd)
+register_autograd("unpermute", _backward, save_inputs)
+register_autograd("unpermute_bwd", _backward_bwd, save_inputs)
 register_autocast("unpermute")

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moe_ops.ops._checks import dtype_name
+
 FORMATS = ("int8", "int4")
 GROUP_SIZES = (32, 64, 128)
 # Divides the sizes of all published models that moe_ops.hf is tested with; 4.5 bits a weight.
@@ -38,7 +40,7 @@ def quantize(w: Tensor, format: str, group_size: int | None = None) -> tuple[Ten
     group_size = check_format("quantize", format, group_size)
     if not w.is_floating_point() or w.dim() < 2:
         raise ValueError(
-            f"quantize: w must be a float tensor [..., O, D], got {_name(w.dtype)} of shape "
+            f"quantize: w must be a float tensor [..., O, D], got {dtype_name(w.dtype)} of shape "
             f"{list(w.shape)}."
         )
     if format == "int4":
@@ -119,7 +121,7 @@ def check_pair(name: str, what: str, q: Tensor, scale: Tensor) -> None:
     if q.dtype not in (torch.int8, torch.uint8) or q.dim() < 2:
         raise ValueError(
             f"{name}: {what} must be int8 [..., O, D] or uint8 [..., O, D/2], got "
-            f"{_name(q.dtype)} of shape {list(q.shape)}."
+            f"{dtype_name(q.dtype)} of shape {list(q.shape)}."
         )
     if q.dtype == torch.int8:
         fits = scale.shape == q.shape[:-1]
@@ -132,8 +134,8 @@ def check_pair(name: str, what: str, q: Tensor, scale: Tensor) -> None:
         wanted = f"{[*q.shape[:-1]]} and one of {size} / 32, 64 or 128"
     if not fits or scale.dtype != torch.float32:
         raise ValueError(
-            f"{name}: the scale of {what} must be float32 {wanted}, got {_name(scale.dtype)} of "
-            f"shape {list(scale.shape)}."
+            f"{name}: the scale of {what} must be float32 {wanted}, got "
+            f"{dtype_name(scale.dtype)} of shape {list(scale.shape)}."
         )
 
 
@@ -147,7 +149,3 @@ def _checked(largest: Tensor) -> Tensor:
 def _divide(numbers: Tensor, scale: Tensor) -> Tensor:
     """Rounded quotients. Where the scale is 0, or has underflowed to it, so are they."""
     return numbers.div(torch.where(scale == 0, 1.0, scale)[..., None]).round_()
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moe_ops.ops._checks import dtype_name
+
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
 BLOCK = 128
@@ -43,8 +45,8 @@ def quantize_fp8_blocks(w: Tensor) -> tuple[Tensor, Tensor]:
     """
     if not w.is_floating_point() or w.dim() < 2:
         raise ValueError(
-            f"quantize_fp8_blocks: w must be a float tensor [..., O, D], got {_name(w.dtype)} of "
-            f"shape {list(w.shape)}."
+            f"quantize_fp8_blocks: w must be a float tensor [..., O, D], got "
+            f"{dtype_name(w.dtype)} of shape {list(w.shape)}."
         )
     blocks = _blocks(w.detach().float())  # [..., O/128, 128, D/128, 128]
     amax = blocks.abs().amax((-3, -1))
@@ -104,14 +106,14 @@ def check_fp8_pair(name: str, what: str, q: Tensor, scale: Tensor) -> None:
     """Raises ValueError where `scale` is not the scale of a weight stored in `q`."""
     if q.dtype != FP8 or q.dim() < 2:
         raise ValueError(
-            f"{name}: {what} must be float8_e4m3fn [..., O, D], got {_name(q.dtype)} of shape "
+            f"{name}: {what} must be float8_e4m3fn [..., O, D], got {dtype_name(q.dtype)} of shape "
             f"{list(q.shape)}."
         )
     wanted = [*q.shape[:-2], -(-q.shape[-2] // BLOCK), -(-q.shape[-1] // BLOCK)]
     if list(scale.shape) != wanted or scale.dtype != torch.float32:
         raise ValueError(
-            f"{name}: the scale of {what} must be float32 {wanted}, got {_name(scale.dtype)} of "
-            f"shape {list(scale.shape)}."
+            f"{name}: the scale of {what} must be float32 {wanted}, got "
+            f"{dtype_name(scale.dtype)} of shape {list(scale.shape)}."
         )
 
 
@@ -120,7 +122,3 @@ def _blocks(w: Tensor) -> Tensor:
     padded = F.pad(w, (0, -columns % BLOCK, 0, -rows % BLOCK))
     size = (padded.shape[-2] // BLOCK, BLOCK, padded.shape[-1] // BLOCK, BLOCK)
     return padded.reshape(*w.shape[:-2], *size)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -43,8 +43,8 @@ class JetMoEConfig(LMConfig):
     """
 
     PRESETS: ClassVar[tuple[str, ...]] = ("tiny", "jetmoe_8b")
-    # Of transformers, and of the code released with the checkpoint, which has other names for I, E
-    # and K.
+    # The names of transformers, then of the code released with the checkpoint: it calls I, E
+    # and K otherwise.
     KEYS: ClassVar = {
         **LLAMA_KEYS,
         "num_kv_heads": size("num_key_value_heads"),
@@ -160,7 +160,7 @@ class JetMoE(CausalLM):
     def __init__(self, config: JetMoEConfig) -> None:
         super().__init__()
         if config.tie_embeddings:
-            # Also stored by some writers; the embedding is what counts.
+            # Some writers store it as well; the embedding is what counts.
             self.ignored_keys = (*self.ignored_keys, r"lm_head\.weight")
         self.assemble(
             config,

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
-import torch.nn.functional as F
 
 from moe_ops.zoo.deepseek import DeepSeek, DeepSeekConfig
 
 from ..lm import common
 from ..lm.common import published_tensors, tokens_of
+from ..lm.llama import attention, rms_norm, swiglu
 from .common import VARIANTS, build, config_of
 
 
@@ -32,51 +30,26 @@ def test_equals_transformers(variant, tmp_path):
     common.compare_with_hf(DeepSeek(config), hf, tmp_path)
 
 
-def rms(x, weight):
-    return weight * x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
-
-
-def swiglu(w, prefix, x):
-    gate, up = (w[f"{prefix}.{n}_proj.weight"] for n in ("gate", "up"))
-    return (F.silu(x @ gate.T) * (x @ up.T)) @ w[f"{prefix}.down_proj.weight"].T
-
-
 def v1_from_published_tensors(w, config, tokens):
     """The equations of arXiv 2401.06066 token by token, on the tensors of a checkpoint."""
-    heads, size = config.num_heads, config.head_size
     x = w["model.embed_tokens.weight"][tokens]
-    length = len(tokens)
-    angle = torch.arange(length)[:, None] * 10_000.0 ** (-torch.arange(0, size, 2) / size)
-    cos, sin = angle.double().cos(), angle.double().sin()
-
-    def turn(t):
-        a, b = t[..., : size // 2], t[..., size // 2 :]
-        return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
-
     for i in range(config.num_layers):
         p = f"model.layers.{i}"
-        u = rms(x, w[f"{p}.input_layernorm.weight"])
-        q, k, v = (u @ w[f"{p}.self_attn.{n}_proj.weight"].T for n in "qkv")
-        out = []
-        for h in range(heads):
-            part = slice(h * size, (h + 1) * size)
-            logits = turn(q[:, part]) @ turn(k[:, part]).T / math.sqrt(size)
-            hidden = torch.ones(length, length).triu(1).bool()
-            out.append(logits.masked_fill(hidden, -math.inf).softmax(-1) @ v[:, part])
-        x = x + torch.cat(out, -1) @ w[f"{p}.self_attn.o_proj.weight"].T
-        u = rms(x, w[f"{p}.post_attention_layernorm.weight"])
+        u = rms_norm(x, w[f"{p}.input_layernorm.weight"])
+        x = x + attention(w, f"{p}.self_attn", u, config.num_heads)
+        u = rms_norm(x, w[f"{p}.post_attention_layernorm.weight"])
         if i < config.num_dense_layers:
             x = x + swiglu(w, f"{p}.mlp", u)
             continue
         rows = []
-        for t in range(length):
+        for t in range(len(tokens)):
             s = (u[t] @ w[f"{p}.mlp.gate.weight"].T).softmax(-1)
             y = swiglu(w, f"{p}.mlp.shared_experts", u[t])
             for e in s.argsort(descending=True)[: config.top_k].tolist():
                 y = y + s[e] * swiglu(w, f"{p}.mlp.experts.{e}", u[t])
             rows.append(y)
         x = x + torch.stack(rows)
-    return rms(x, w["model.norm.weight"]) @ w["lm_head.weight"].T
+    return rms_norm(x, w["model.norm.weight"]) @ w["lm_head.weight"].T
 
 
 def test_v1_equals_its_equations():

@@ -43,7 +43,7 @@ def use_router_linear(x: Tensor, weight: Tensor, logits_dtype: torch.dtype | Non
         and not torch.compiler.is_compiling()
         and x.device.type == weight.device.type == "cpu"
         and x.dim() == 2
-        # Below that, F.linear is done before Python has called the op.
+        # A smaller F.linear is done before Python has called the op.
         and x.numel() >= 2**15
         and logits_dtype in (None, torch.float32, weight.dtype)
         and not torch.is_autocast_enabled("cpu")

@@ -18,6 +18,7 @@ from .rows import (
     check_split,
     merge_matrix,
     mix_rows,
+    repeated_rows,
     split_rows,
     take_rows,
     whole_rows,
@@ -179,12 +180,9 @@ def _row_tensors(bank: Any) -> dict[str, Tensor]:
 def _fresh_rows(bank: Any, num: int, init: str) -> dict[str, Tensor]:
     if num < 1:
         raise ValueError(f"Experts.append: the number of experts must be >= 1, got {num}.")
-    old = _row_tensors(bank)
-    if init == "copy":
-        rows = [i % bank.num_experts for i in range(num)]
-        return {name: take_rows(p, rows) for name, p in old.items()}
-    if init == "mean":
-        return {name: p.mean(0, keepdim=True).expand(num, *p.shape[1:]) for name, p in old.items()}
+    repeated = repeated_rows(_row_tensors(bank), num, init)
+    if repeated is not None:
+        return repeated
     if init not in ("random", "zero_output"):
         raise ValueError(
             f"Experts.append: init must be 'random', 'zero_output', 'copy' or 'mean', got {init!r}."

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .rows import as_ids, take_rows, whole_rows
+from .rows import as_ids, repeated_rows, take_rows, whole_rows
 
 
 def select(moe: Any, ids: Sequence[int] | Tensor, changes: dict[str, Any]) -> Any:
@@ -76,12 +76,11 @@ def append_attention(
             f"got {init!r}."
         )
     router = layer.router.append(num, init=router_init or _router_init(init), **changes)
-    experts, rows = layer.router.num_experts, {}
-    for name, p in _row_tensors(layer).items():
-        if init == "copy":
-            new = take_rows(p, [i % experts for i in range(num)])
-        elif init == "mean":
-            new = p.mean(0, keepdim=True).expand(num, *p.shape[1:])
+    old, rows = _row_tensors(layer), {}
+    repeated = repeated_rows(old, num, init)
+    for name, p in old.items():
+        if repeated is not None:
+            new = repeated[name]
         elif name == "kv_bias" or (name == "w_output" and init == "zero_output"):
             new = p.new_zeros(num, *p.shape[1:])
         else:

@@ -17,6 +17,7 @@ from .rows import (
     check_split,
     merge_matrix,
     mix_rows,
+    repeated_rows,
     split_rows,
     take_rows,
     whole_rows,
@@ -162,13 +163,10 @@ def _row_tensors(router: Any) -> dict[str, Tensor]:
 def _fresh_rows(router: Any, num: int, init: str) -> dict[str, Tensor]:
     if num < 1:
         raise ValueError(f"Router.append: the number of experts must be >= 1, got {num}.")
-    old = _row_tensors(router)
-    if init == "copy":
-        rows = [i % router.num_experts for i in range(num)]
-        return {name: take_rows(t, rows) for name, t in old.items()}
-    if init not in ("random", "mean"):
+    # A random row keeps the mean of the old rows' expert_bias.
+    new = repeated_rows(_row_tensors(router), num, "mean" if init == "random" else init)
+    if new is None:
         raise ValueError(f"Router.append: init must be 'random', 'copy' or 'mean', got {init!r}.")
-    new = {name: t.mean(0, keepdim=True).expand(num, *t.shape[1:]) for name, t in old.items()}
     if init == "random":
         bound = router.weight.shape[1] ** -0.5
         new["weight"] = torch.empty_like(new["weight"].contiguous()).uniform_(-bound, bound)

@@ -87,5 +87,15 @@ def mix_rows(matrix: Tensor, p: Tensor) -> Tensor:
     return mixed.view(-1, *p.shape[1:]).to(p.dtype)
 
 
+def repeated_rows(tensors: Mapping[str, Tensor], num: int, init: str) -> dict[str, Tensor] | None:
+    """`num` rows made of the old ones: "copy" takes them in turn, "mean" takes their mean. None
+    for another way."""
+    if init == "copy":
+        return {n: take_rows(t, [i % t.shape[0] for i in range(num)]) for n, t in tensors.items()}
+    if init == "mean":
+        return {n: t.mean(0, keepdim=True).expand(num, *t.shape[1:]) for n, t in tensors.items()}
+    return None
+
+
 def take_rows(p: Tensor, rows: list[int]) -> Tensor:
     return p.index_select(0, torch.tensor(rows, device=p.device))

@@ -241,7 +241,7 @@ class FeatureGate(nn.Module):
         """Twice the softmax over pairs, [T, G, L]."""
         if self.num_lora != 2:
             return 2 * self.select(v, input_ids).softmax(-1)
-        # Of two numbers, it is the sigmoid of their difference, and that is a map of its own.
+        # The softmax of two numbers is the sigmoid of their difference, again a linear map.
         assert self.select.bias is not None
         weight = self.select.weight[:, :1] - self.select.weight[:, 1:]
         bias = self.select.bias[:, :1] - self.select.bias[:, 1:]

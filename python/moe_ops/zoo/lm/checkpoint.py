@@ -39,7 +39,8 @@ _FP8_BLOCK = 128
 _FP8 = "F8_E4M3"
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _SHOWN = 8
-# Of sizes that no tensor of an incomplete checkpoint confirms: any vocabulary.
+# The largest size that is believed where no tensor of an incomplete checkpoint confirms it. Every
+# vocabulary is smaller.
 _MAX_UNSEEN = 2**18
 
 

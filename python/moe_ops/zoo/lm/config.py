@@ -10,7 +10,7 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 from moe_ops._fields import Fields, overridden
 from moe_ops.layers.rotary import Yarn
 
-# As a default: that of the config's field.
+# Given as a default, it stands for the default of the config's field.
 OWN: Any = object()
 
 
@@ -50,7 +50,7 @@ LLAMA_KEYS = {
     "norm_eps": number("rms_norm_eps", default=OWN, least=0),
     "init_std": number("initializer_range", default=OWN, least=0),
 }
-# Of `LatentAttention`.
+# The sizes of `LatentAttention`.
 LATENT_KEYS = {
     "q_rank": size("q_lora_rank", default=None),
     "kv_rank": size("kv_lora_rank"),
@@ -171,22 +171,10 @@ def published_rope(config: Fields) -> tuple[float, Yarn | None]:
 
 def publish_rope(theta: float, yarn: Yarn | None) -> dict[str, Any]:
     """The entries of config.json that `published_rope` reads, old and new style."""
-    if yarn is None:
-        return {
-            "rope_theta": theta,
-            "rope_scaling": None,
-            "rope_parameters": {"rope_type": "default", "rope_theta": theta},
-        }
-    fields = {
-        "factor": yarn.factor,
-        "original_max_position_embeddings": yarn.original_context,
-        "beta_fast": yarn.beta_fast,
-        "beta_slow": yarn.beta_slow,
-        "mscale": yarn.mscale,
-        "mscale_all_dim": yarn.mscale_all_dim,
-    }
-    return {
-        "rope_theta": theta,
-        "rope_scaling": {"type": "yarn", **fields},
-        "rope_parameters": {"rope_type": "yarn", "rope_theta": theta, **fields},
-    }
+    kind, fields, scaling = "default", {}, None
+    if yarn is not None:
+        kind, fields = "yarn", dataclasses.asdict(yarn)
+        fields["original_max_position_embeddings"] = fields.pop("original_context")
+        scaling = {"type": kind, **fields}
+    parameters = {"rope_type": kind, "rope_theta": theta, **fields}
+    return {"rope_theta": theta, "rope_scaling": scaling, "rope_parameters": parameters}

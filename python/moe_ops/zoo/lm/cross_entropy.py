@@ -15,7 +15,7 @@ from torch import Tensor
 IGNORED = -100
 # Logits of a chunk. 2^17 in fp32 are 512 KiB of an L2; a GPU wants enough rows to fill it.
 CHUNK_LOGITS = {"cpu": 1 << 17, "cuda": 1 << 25}
-# Tokens of a chunk at least: with fewer, reading the weight of a large vocabulary for each chunk
+# The fewest tokens of a chunk. With fewer, reading the weight of a large vocabulary for each chunk
 # would cost more than its products.
 MIN_CHUNK = 256
 

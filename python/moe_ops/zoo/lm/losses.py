@@ -26,7 +26,7 @@ class Routed(NamedTuple):
     routing: RouterOutput
 
 
-# Of one `Routed`, the number of sequences and a token mask.
+# Each takes one `Routed`, the number of sequences and a token mask.
 AuxLoss = Callable[[Routed, int, "Tensor | None"], Tensor]
 
 

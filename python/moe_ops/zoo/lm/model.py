@@ -79,7 +79,7 @@ class CausalLM(nn.Module):
     ignored_keys: tuple[str, ...] = (r"rotary_emb\.inv_freq",)
     config_class: ClassVar[type[LMConfig]]
 
-    config: Any  # Of `config_class`.
+    config: Any  # An instance of `config_class`.
     embed_tokens: nn.Embedding
     layers: Any  # ModuleList of the subclass's blocks.
     norm: nn.Module

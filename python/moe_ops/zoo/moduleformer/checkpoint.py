@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..lm.checkpoint import Entry, renamed
 from .config import ModuleFormerConfig
 
-# Of a router, by the kind of its gate.
+# Keys of a router's tensors, by the kind of its gate.
 _GATES = {
     "linear": {"weight": "w_gate.0.weight"},
     "mlp": {

@@ -22,7 +22,7 @@ from ..lm.model import CausalLM
 from .checkpoint import entries
 from .config import ModuleFormerConfig
 
-_KINDS = ("attention", "mlp")  # Of experts, as a block's attributes.
+_KINDS = ("attention", "mlp")  # The attributes of a block that hold experts.
 
 
 class ModuleFormerBlock(nn.Module):

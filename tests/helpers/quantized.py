@@ -1,0 +1,163 @@
+"""moe_ffn_quantized in fp64: its weights, and the integers that it makes of tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from tests.helpers.ffn import ffn_operands, moe_ffn_magnitude
+from tests.helpers.routing import Routing
+from torch import Tensor
+
+from moe_ops import _C, is_batch_invariant, ops, reference
+from moe_ops.ops.gated_act import GATED_ACTIVATIONS
+from moe_ops.reference.gated_act import plain_act
+from moe_ops.reference.moe_ffn_quantized import _dequantized
+from moe_ops.testing import Kwargs, absolute, check_against_reference, widened
+
+# Most tokens of an expert whose products are of integers whatever their dtype (moe_ffn_quantized).
+INTEGER_ROWS = 8
+
+
+def token_bits(weight: Tensor, dtype: torch.dtype, counts: Tensor) -> Tensor:
+    """Of the integers that moe_ffn_quantized makes of the tokens of experts with `counts` of them:
+    8, 16, or 0 where they stay as they are. x has this dtype, `weight` is one of the codes."""
+    level, four = _C.cpu_isa(), weight.dtype == torch.uint8
+    bits = torch.full_like(counts, 8 if four else 16)
+    if is_batch_invariant():
+        return bits
+    if dtype == torch.float32 or level == "portable":
+        bits[counts > INTEGER_ROWS] = 0
+    elif not four and level in ("avx512_bf16", "amx"):  # those with VNNI
+        bits[counts > min(max(weight.shape[2] // 160, 3), 6)] = 8
+    return bits
+
+
+def slots_of_experts(call: Kwargs) -> Tensor:
+    """How many slots of an ffn call each expert has."""
+    ids, experts = call["topk_ids"].flatten().long(), call["w_down"].shape[0]
+    return torch.bincount(ids[(ids >= 0) & (ids < experts)], minlength=experts)
+
+
+def rounds_to_bytes(call: Kwargs) -> bool:
+    """Whether moe_ffn_quantized makes integers of 8 bits of any token (token_bits)."""
+    rows = slots_of_experts(call)
+    rows, dtype = rows[rows > 0], call["x"].dtype
+    return any(
+        bool(token_bits(call[name], dtype, rows).eq(8).any()) for name in ("w_gate_up", "w_down")
+    )
+
+
+def quantized(w: Tensor, bits: int, group: int = 32) -> tuple[Tensor, Tensor]:
+    """Codes and scales of w [E, O, D] as moe_ffn_quantized takes them, rounded to nearest."""
+    w = w.float()
+    if bits == 8:
+        scale = w.abs().amax(2) / 127 if w.shape[2] else w.new_zeros(w.shape[:2])
+        codes = (w / scale.clamp_min(1e-30)[:, :, None]).round().clamp(-127, 127)
+        return codes.to(torch.int8), scale
+    experts, features, depth = w.shape
+    groups = w.reshape(experts, features, depth // group, group)
+    scale = groups.abs().amax(3) / 7 if depth else w.new_zeros(experts, features, 0)
+    codes = (groups / scale.clamp_min(1e-30)[..., None]).round().clamp(-8, 7) + 8
+    pairs = codes.to(torch.uint8).view(experts, features, depth // 2, 2)
+    return pairs[..., 0] | pairs[..., 1] << 4, scale
+
+
+def quantized_operands(
+    routing: Routing,
+    hidden_size: int,
+    intermediate_size: int,
+    dtype: torch.dtype,
+    bits: int,
+    group: int = 32,
+    *,
+    x_scale: bool = False,
+    **options: Any,
+) -> Kwargs:
+    """ffn_operands with quantised weights."""
+    call = ffn_operands(routing, hidden_size, intermediate_size, dtype, **options)
+    for name in ("w_gate_up", "w_down"):
+        call[name], call[f"{name}_scale"] = quantized(call[name], bits, group)
+    if x_scale:
+        call["x_scale"] = torch.rand(hidden_size) + 0.5
+    return call
+
+
+def dequantized(call: Kwargs) -> Kwargs:
+    """The moe_ffn call in fp64 that a moe_ffn_quantized call stands for."""
+    call = widened(call)
+    for name in ("w_gate_up", "w_down"):
+        call[name] = _dequantized(call[name], call.pop(f"{name}_scale"))
+    factors = call.pop("x_scale", None)
+    if factors is not None:
+        call["x"] = call["x"] * factors
+    return call
+
+
+def moe_ffn_quantized_magnitude(**call: Any) -> Tensor:
+    """moe_ffn_magnitude of the weights that codes and scales stand for."""
+    return moe_ffn_magnitude(**absolute(dequantized(call)))
+
+
+def check_moe_ffn_quantized(call: Kwargs) -> None:
+    """moe_ffn_quantized on CUDA, where tokens stay as they are, against its reference. Half types
+    may round x times x_scale, the activation and an expert's output: that is what `steps` allows."""
+    depth = call["w_down"].shape[-1] * (2 if call["w_down"].dtype == torch.uint8 else 1)
+    check_against_reference(
+        ops.moe_ffn_quantized,
+        reference.moe_ffn_quantized,
+        call,
+        magnitude=moe_ffn_quantized_magnitude,
+        sum_length=max(1, *call["x"].shape, depth, call["topk_ids"].numel()),
+        steps=2 if call.get("x_scale") is None else 3,
+    )
+
+
+def integer_tokens(rows: Tensor) -> Tensor:
+    """Each row [N, D] as moe_ffn_quantized rounds it to 8 bits: 255 values in every 32 of its
+    columns."""
+    depth = rows.shape[1]
+    padded = torch.nn.functional.pad(rows.float(), (0, -depth % 32))
+    blocks = padded.unflatten(1, ((depth + 31) // 32, 32))
+    if blocks.numel() == 0:
+        return rows
+    most = blocks.abs().amax(2, keepdim=True)
+    # In fp64 the product is exact, as it is in the fused multiply-add that rounds it to an integer.
+    # Where there is none, a product just beside half an integer may be rounded to that first.
+    inverse = torch.full_like(most, 127) / most  # 127 / most would round twice.
+    codes = (blocks.double() * inverse).round().nan_to_num(0)
+    return (codes * (most / 127)).flatten(1)[:, :depth]
+
+
+def moe_ffn_in_integers(call: Kwargs) -> Tensor:
+    """moe_ffn_quantized in fp64 with tokens rounded to 8 bits where it does that. Those that become
+    16 bits are not rounded here: that is at most 1.5e-5 of the largest of a row."""
+    exact = dequantized(call)
+    on_input = exact.get("apply_router_weight_on_input", False)
+    activation, interleaved = exact["activation"], exact.get("interleaved", False)
+    offsets, row_to_slot, slot_to_row = reference.sort_slots(
+        exact["topk_ids"], exact["w_gate_up"].shape[0]
+    )
+    rows = reference.permute(exact["x"], offsets, row_to_slot)
+    if on_input:
+        rows = rows * exact["topk_weights"].reshape(-1)[row_to_slot.long()][:, None]
+    counts = offsets.diff().long()
+
+    def rounded(rows: Tensor, weight: Tensor) -> Tensor:
+        bytes_of = token_bits(weight, call["x"].dtype, counts) == 8
+        bytes_of = bytes_of.repeat_interleave(counts)[:, None]
+        used = rows[: len(bytes_of)]
+        return torch.cat([torch.where(bytes_of, integer_tokens(used), used), rows[len(used) :]])
+
+    rows = rounded(rows, call["w_gate_up"])
+    preact = reference.grouped_gemm(rows, exact["w_gate_up"], offsets, bias=exact.get("b_gate_up"))
+    if activation in GATED_ACTIVATIONS:
+        options = {k: exact[k] for k in ("alpha", "limit") if k in exact}
+        h = reference.gated_act(preact, activation, interleaved=interleaved, **options)
+    else:
+        h = plain_act(preact, activation)
+    h = rounded(h, call["w_down"])
+    out = reference.grouped_gemm(h, exact["w_down"], offsets, bias=exact.get("b_down"))
+    return reference.unpermute(
+        out, offsets, slot_to_row, None if on_input else exact["topk_weights"]
+    )

@@ -1,0 +1,275 @@
+"""Banks that pack themselves: when, within which budget, and beside other threads."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from tests.layers.prepack.banks import assert_right, is_packed, make, operands, plain
+from tests.layers.prepack.changes import in_place
+from torch import Tensor
+
+import moe_ops
+from moe_ops.expert_weights import packing
+from moe_ops.layers import Experts
+from moe_ops.testing import assert_identical
+
+
+def slots(bank: Experts, tokens: int, times: int = 1) -> None:
+    call = operands(bank.w_down.dtype, tokens)
+    with torch.no_grad():
+        for _ in range(times):
+            bank(*call)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setattr(packing, "MIN_BYTES", 0)
+
+
+def test_auto_packs_after_enough_use(small, counted):
+    with moe_ops.prepacking("auto"):
+        bank = make()
+        slots(bank, tokens=16, times=8)  # 64 slots an expert
+        assert not is_packed(bank)
+        assert_right(bank)
+        assert is_packed(bank)
+    assert counted["moe_ffn_packed"] == 1
+    assert not is_packed(bank)  # "off" again: copies that banks made by themselves go.
+
+
+def test_auto_wants_two_calls(small):
+    with moe_ops.prepacking("auto"):
+        bank = make()
+        slots(bank, tokens=1000)
+        slots(bank, tokens=1)
+        assert not is_packed(bank)
+        slots(bank, tokens=1)
+        assert is_packed(bank)
+
+
+def test_auto_counts_unchanged_weights_only(small):
+    with moe_ops.prepacking("auto"):
+        bank = make()
+        for _ in range(5):
+            slots(bank, tokens=100, times=2)
+            in_place(bank)
+        assert not is_packed(bank)
+
+
+def test_auto_leaves_small_banks_alone():
+    with moe_ops.prepacking("auto"):
+        bank = make()
+        slots(bank, tokens=100, times=5)
+        assert not is_packed(bank)
+
+
+@pytest.mark.parametrize("case", ["training", "grad", "deterministic", "off"])
+def test_auto_does_not_pack(case, small):
+    with moe_ops.prepacking("off" if case == "off" else "auto"):
+        bank, call = make(), operands(tokens=200)
+        bank.train(case == "training")
+        if case == "deterministic":
+            torch.use_deterministic_algorithms(True)
+        try:
+            with torch.set_grad_enabled(case == "grad"):
+                for _ in range(5):
+                    bank(*call)
+        finally:
+            torch.use_deterministic_algorithms(False)
+        assert not is_packed(bank)
+
+
+def test_inference_mode_packs(small):
+    with moe_ops.prepacking("auto"):
+        bank, call = make(), operands(tokens=200)
+        with torch.inference_mode():
+            for _ in range(4):
+                bank(*call)
+        assert is_packed(bank)
+        in_place(bank)
+        with torch.inference_mode():
+            assert_identical(bank(*call), plain(bank, *call))
+
+
+def test_weights_made_in_inference_mode_are_never_packed():
+    """They count no versions, so nothing would tell when their copy is old."""
+    with torch.inference_mode():
+        bank = make()
+    with moe_ops.prepacking("always"), torch.inference_mode():
+        call = operands()
+        for _ in range(3):
+            assert_identical(bank(*call), plain(bank, *call))
+    assert not is_packed(bank)
+    with pytest.raises(ValueError, match=r"prepack: w_gate_up must be made outside inference mode"):
+        bank.prepack()
+
+
+def test_budget_counts_all_copies():
+    first, second, third = make(), make(), make()
+    size = first.prepack()
+    with moe_ops.prepacking("always", max_bytes=2 * size):
+        assert_right(second)
+        assert_right(third)
+        assert [is_packed(b) for b in (first, second, third)] == [True, True, False]
+        first.unpack()
+        with moe_ops.prepacking("always", max_bytes=2 * size + 1):
+            assert_right(third)
+        assert is_packed(third)
+    first.prepack()
+    assert moe_ops.packed_bytes() == size
+    assert third.prepack() == size  # Asked for: no budget holds it back.
+
+
+def test_auto_keeps_to_a_quarter_of_the_memory(small, monkeypatch):
+    bank = make()
+    size = bank.prepack()
+    bank.unpack()
+    for available, packs in ((4 * size - 4, False), (4 * size, True)):
+        monkeypatch.setattr(packing, "available_memory", lambda available=available: available)
+        with moe_ops.prepacking("auto"):
+            assert moe_ops.packing.prepack_settings() == ("auto", available // 4)
+            slots(bank, tokens=200, times=4)
+            assert is_packed(bank) == packs
+
+
+def test_available_memory():
+    available = moe_ops.memory.available_memory()
+    if sys.platform == "linux":
+        assert 0 < available <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def test_no_memory_is_no_error(monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("not enough memory")
+
+    bank = make()
+    monkeypatch.setattr(packing, "pack_experts", fail)
+    with moe_ops.prepacking("always"):
+        assert_right(bank)
+    with pytest.raises(RuntimeError, match="not enough memory"):
+        bank.prepack()
+    assert not is_packed(bank)
+    monkeypatch.undo()
+    bank.prepack()
+    assert_right(bank)
+
+
+def test_settings():
+    with moe_ops.prepacking("always", max_bytes=7):
+        assert moe_ops.packing.prepack_settings() == ("always", 7)
+        with moe_ops.prepacking(max_bytes=9):
+            assert moe_ops.packing.prepack_settings() == ("always", 9)
+        assert moe_ops.packing.prepack_settings() == ("always", 7)
+        moe_ops.prepacking("off")
+        assert moe_ops.packing.prepack_settings()[0] == "off"
+    with pytest.raises(ValueError, match="policy must be one of auto, off, always, got 'on'"):
+        moe_ops.prepacking("on")
+    with pytest.raises(ValueError, match="max_bytes must be at least 0, got -1"):
+        moe_ops.prepacking(max_bytes=-1)
+
+
+@pytest.mark.parametrize(
+    ("environment", "settings", "warning"),
+    [
+        ({}, "('auto', None)", ""),
+        ({"MOE_OPS_PREPACK": "off"}, "('off', None)", ""),
+        (
+            {"MOE_OPS_PREPACK": "always", "MOE_OPS_PREPACK_MB": "3"},
+            f"('always', {3 << 20})",
+            "",
+        ),
+        ({"MOE_OPS_PREPACK": "yes"}, "('auto', None)", "MOE_OPS_PREPACK=yes is not one of"),
+        ({"MOE_OPS_PREPACK_MB": "1e3"}, "('auto', None)", "MOE_OPS_PREPACK_MB=1e3 is not a whole"),
+    ],
+)
+def test_environment(environment, settings, warning):
+    rest = {k: v for k, v in os.environ.items() if not k.startswith("MOE_OPS_PREPACK")}
+    path = os.pathsep.join(p for p in sys.path if p)
+    run = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "from moe_ops.expert_weights import packing; print(tuple(packing._settings))",
+        ],
+        env=rest | environment | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip() == settings
+    assert warning in run.stderr
+    assert bool(warning) == ("Warning" in run.stderr)
+
+
+def test_many_threads_and_a_bank_that_packs(small):
+    """Whatever the moment, a call gives the packed or the unpacked result, nothing between."""
+    with moe_ops.prepacking("auto"):
+        bank, call = make(), operands(tokens=40)
+        unpacked = plain(bank, *call)
+        halves = bank.gated and not bank.interleaved
+        packed = moe_ops.moe_ffn_packed(
+            call[0],
+            bank.w_gate_up.detach(),
+            bank.w_down.detach(),
+            moe_ops.pack_experts(bank.w_gate_up, halves=halves),
+            moe_ops.pack_experts(bank.w_down),
+            *call[1:],
+        )
+
+        def one(i: int) -> Tensor:
+            with torch.no_grad():
+                if i % 25 == 0:
+                    bank.unpack()
+                return bank(*call)
+
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            results = list(pool.map(one, range(200)))
+        for y in results:
+            assert torch.equal(y, packed) or torch.equal(y, unpacked)
+
+
+def test_weights_that_change_while_they_are_packed(monkeypatch):
+    bank, call = make(), operands()
+    pack = packing.pack_experts
+
+    def slow(w, **kwargs):
+        packed = pack(w, **kwargs)
+        in_place(bank)
+        return packed
+
+    monkeypatch.setattr(packing, "pack_experts", slow)
+    with moe_ops.prepacking("always"):
+        with torch.no_grad():
+            got = bank(*call)
+        assert_identical(got, plain(bank, *call))
+        assert not is_packed(bank)
+    with pytest.raises(RuntimeError, match="must not change while they are packed"):
+        bank.prepack()
+    assert not is_packed(bank)
+
+
+def test_other_threads_do_not_wait_for_packing(monkeypatch):
+    bank, call = make(), operands()
+    pack, results = packing.pack_experts, []
+
+    def slow(w, **kwargs):
+        with concurrent.futures.ThreadPoolExecutor(1) as pool, contextlib.suppress(TimeoutError):
+            results.append(pool.submit(inference).result(timeout=30))
+        return pack(w, **kwargs)
+
+    def inference() -> Tensor:
+        with torch.no_grad():
+            return bank(*call)
+
+    monkeypatch.setattr(packing, "pack_experts", slow)
+    with moe_ops.prepacking("always"):
+        inference()
+    assert len(results) == 2
+    for y in results:
+        assert_identical(y, plain(bank, *call))
