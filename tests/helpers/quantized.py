@@ -101,7 +101,7 @@ def moe_ffn_quantized_magnitude(**call: Any) -> Tensor:
 
 def check_moe_ffn_quantized(call: Kwargs) -> None:
     """moe_ffn_quantized on CUDA, where tokens stay as they are, against its reference. Half types
-    may round x times x_scale, the activation and an expert's output: that is what `steps` allows."""
+    may round x times x_scale, the activation and an expert's output, which `steps` allows."""
     depth = call["w_down"].shape[-1] * (2 if call["w_down"].dtype == torch.uint8 else 1)
     check_against_reference(
         ops.moe_ffn_quantized,
