@@ -133,31 +133,30 @@ def around(call):
 @formats
 def test_few_tokens_read_each_code_once(simulator, bits_group, experts, tokens):
     bits, group = bits_group
-    h, i = 384, 128 + 32 * (group < 64)
-    if group == 128:
-        i = 256
+    h, i = 384, 256 if group == 128 else 128 if group == 64 else 160
     call = quantized_operands(Routing(tokens, experts, 1), h, i, torch.bfloat16, bits, group)
     counted = simulator.counted(
         lambda: moe_ops.moe_ffn_quantized(**call), "ld_bytes", "st_bytes", "tma_ld_bytes"
     )
-    rows = [r for r in slots_of_experts(call).tolist() if r > 0]
+    slots = slots_of_experts(call).tolist()
+    rows = [r for r in slots if r > 0]
     assert max(rows) <= (8 if tokens <= 8 else 32), "else an expert is read again"
-    warps = 8 if tokens <= 8 else 4
+    warps, row_tiles = (8, 1) if tokens <= 8 else (4, 4)
     loads, stores = around(call)
-    # (features of a block, lines of w, depth, whether rows are looked up)
-    for features, lines, depth, gathered in ((16, 2 * i, h, True), (32, h, i, False)):
-        tiles = -(-lines // 32)
-        assert tiles == -(-(lines // 2 if features == 16 else lines) // features)
-        chunks = -(-experts // 128)
+    # Lines of w are read 32 a block, whatever they are.
+    for lines, depth, gathered in ((2 * i, h, True), (h, i, False)):
+        tiles = lines // 32
         loads += len(rows) * lines * line_bytes(depth, bits)  # each code once
         loads += sum(scale_bytes(lines, depth, bits, r) for r in rows)
-        loads += sum(rows) * depth * 2 * tiles  # x, once a block
+        # x, once a block, 8 rows at a time; 8 bits take steps of 64 codes.
+        read = depth if bits == 4 else -(-depth // 64) * 64
+        loads += sum(-(-r // 8) * 8 for r in rows) * read * 2 * tiles
         if gathered:
-            loads += sum(rows) * tiles * warps * 4 * 4
-        # Finding the expert: up to 128 at a time, five offsets a lane.
-        found = [e for e, r in enumerate(slots_of_experts(call).tolist()) if r > 0]
-        looked = sum(e // 128 + 1 for e in found) + (min(experts, tokens) - len(found)) * chunks
-        loads += looked * tiles * warps * 640 + len(found) * tiles * warps * 256
+            loads += len(rows) * tiles * warps * row_tiles * 32 * 4
+        # Finding the expert: up to 128 at a time, five offsets a lane, and where its rows are.
+        looked = sum(e // 128 + 1 for e, r in enumerate(slots) if r > 0)
+        looked += (min(experts, tokens) - len(rows)) * -(-experts // 128)
+        loads += tiles * warps * (looked * 640 + len(rows) * 256)
     assert counted["st_bytes"] == stores
     assert counted["ld_bytes"] == loads
     assert counted["tma_ld_bytes"] == 0

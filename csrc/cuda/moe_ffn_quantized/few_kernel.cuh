@@ -26,11 +26,11 @@ namespace moe_ops::cuda::quantized {
 
 constexpr int kStepBytes = 64;  // of a line
 
-// Row tiles of 8 that a block takes at once: 1 or 4. The sums of 4 want 168 registers, so these
-// blocks are smaller.
+// Row tiles of 8 that a block takes at once: 1 or 4. The sums of 4 want up to 200 registers, so
+// these blocks are smaller.
 template <int kRowTiles>
 struct FewConfig {
-  static constexpr int kWarps = kRowTiles == 1 ? 8 : 4, kBlocksPerSm = kRowTiles == 1 ? 2 : 3;
+  static constexpr int kWarps = kRowTiles == 1 ? 8 : 4, kBlocksPerSm = 2;
   static constexpr int kThreads = kWarps * kWarp;
 };
 
@@ -58,10 +58,6 @@ struct Operand {
       r[3] = __byte_perm(v.y, v.w, 0x7632);
     }
   }
-  __device__ __forceinline__ void clear() {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) r[i] = 0;
-  }
 };
 
 template <int kBits>
@@ -76,10 +72,6 @@ struct Operand<float, kBits> {
       first[i] = __float_as_uint(value) & 0xffffe000u;
       asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(rest[i]) : "f"(value - __uint_as_float(first[i])));
     }
-  }
-  __device__ __forceinline__ void clear() {
-#pragma unroll
-    for (int i = 0; i < 8; ++i) first[i] = rest[i] = 0;
   }
 };
 
@@ -159,125 +151,99 @@ __device__ __forceinline__ void transpose_quad(uint32_t (&w)[4]) {
   }
 }
 
-// The four lines of a lane, g and g + 8 of both tiles: the first one, and the distances to the
-// second tile and to the second half, which are the same for all lanes.
+// The four lines of a lane, g and g + 8 of both tiles, at the bytes of the step: 16 of each.
 struct FewLines {
-  const uint8_t* codes;
-  const float* scale;
-  int64_t tile_bytes, half_bytes;
-  int64_t tile_scales, half_scales;
-  bool there[2][2];
+  const uint8_t* codes[2][2];
+  int scales[2][2];  // of the line's first group, from the expert's first on
 };
 
-// 16 bytes of each line and, with 4 bits, the scale of the lane's own 32 codes.
-template <int kBits>
+// 16 bytes of each line and, with groups, the scale of the lane's own 32 codes.
+template <int kGroup>
 struct FewStep {
   uint32_t words[2][2][4];
   float scale[2][2];
 
-  // byte: of this lane in its lines. line_bytes: of a whole line.
+  // The lane's bytes lie `ahead` from those of `lines`, at `byte` of a line of line_bytes.
   template <bool kAligned>
-  __device__ __forceinline__ void load(const FewLines& lines, int byte, int line_bytes, int group) {
+  __device__ __forceinline__ void load(const FewLines& lines, const float* scales, int ahead,
+                                       int byte, int line_bytes) {
 #pragma unroll
-    for (int tile = 0; tile < 2; ++tile) {
+    for (int i = 0; i < 4; ++i) {
+      uint4 v = make_uint4(0, 0, 0, 0);
+      float& factor = scale[i / 2][i % 2];
+      factor = 0;
+      const uint8_t* const from = lines.codes[i / 2][i % 2] + ahead;
+      if (byte < line_bytes) {
+        if constexpr (kAligned) {
+          // Nobody reads these weights again before the next call.
+          v = __ldcs(reinterpret_cast<const uint4*>(from));
+        } else {
+          union {
+            uint8_t bytes[16];
+            uint4 all;
+          } u;
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        uint4 v = make_uint4(0, 0, 0, 0);
-        scale[tile][half] = 0;
-        if (lines.there[tile][half] && byte < line_bytes) {
-          const uint8_t* const line =
-              lines.codes + tile * lines.tile_bytes + half * lines.half_bytes;
-          if constexpr (kAligned) {
-            // Nobody reads these weights again before the next call.
-            v = __ldcs(reinterpret_cast<const uint4*>(line + byte));
-          } else {
-            union {
-              uint8_t bytes[16];
-              uint4 all;
-            } u;
-#pragma unroll
-            for (int i = 0; i < 16; ++i)
-              u.bytes[i] = byte + i < line_bytes ? line[byte + i] : uint8_t{0};
-            v = u.all;
-          }
-          if constexpr (kBits == 4) {
-            scale[tile][half] =
-                lines.scale[tile * lines.tile_scales + half * lines.half_scales + 2 * byte / group];
-          }
+          for (int n = 0; n < 16; ++n) u.bytes[n] = byte + n < line_bytes ? from[n] : uint8_t{0};
+          v = u.all;
         }
-        uint32_t (&w)[4] = words[tile][half];
-        w[0] = v.x, w[1] = v.y, w[2] = v.z, w[3] = v.w;
+        if constexpr (kGroup != 0) factor = scales[lines.scales[i / 2][i % 2] + 2 * byte / kGroup];
       }
+      uint32_t (&w)[4] = words[i / 2][i % 2];
+      w[0] = v.x, w[1] = v.y, w[2] = v.z, w[3] = v.w;
     }
   }
 };
 
-template <class S, int kBits, bool kAligned, int kRowTiles>
+// The sums of up to kRows rows. Lanes without a row, which make sums that nobody reads, have the
+// first one.
+template <class S, int kGroup, int kRowTiles>
 struct FewRows {
+  static constexpr int kBits = kGroup == 0 ? 8 : 4;
   static constexpr int kRows = 8 * kRowTiles;
-  static constexpr int kLaneCodes = 128 / kBits;
   float sum[2][kRowTiles][4];
-  int row[kRowTiles];  // of a, for this lane: row g of each tile, or -1
-  int count;           // of rows, kRows at most
+  const S* row[kRowTiles];  // row g of each tile
+  int count;                // of rows, kRows at most
 
   __device__ __forceinline__ void start(const DeviceRows& a, int begin, int end) {
     count = min(end - begin, kRows);
 #pragma unroll
     for (int j = 0; j < kRowTiles; ++j) {
       const int r = 8 * j + static_cast<int>(threadIdx.x) % kWarp / 4;
-      row[j] = r < count ? source_row(a, begin + r) : -1;
+      const int source = max(source_row(a, begin + (r < count ? r : 0)), 0);
+      row[j] = static_cast<const S*>(a.data) + source * a.stride;
 #pragma unroll
       for (int i = 0; i < 4; ++i) sum[0][j][i] = sum[1][j][i] = 0;
     }
   }
 
-  // Eight codes of each line: words `first` and `second` of the step (4 bits: `first` alone), with
-  // eight numbers from k on.
-  __device__ __forceinline__ void eight(const DeviceRows& a, const FewStep<kBits>& step, int first,
-                                        int second, int k, bool inside) {
+  // Adds eight codes of each line, words `first` and `second` of the step (4 bits: `first` alone),
+  // times eight numbers from k on.
+  __device__ __forceinline__ void eight(const FewStep<kGroup>& step, int first, int second, int k,
+                                        float (&to)[2][kRowTiles][4]) const {
     Codes<S> codes[2];
-    float scale[2][2];
 #pragma unroll
     for (int tile = 0; tile < 2; ++tile) {
       const auto& w = step.words[tile];
       const uint32_t low[2] = {w[0][first], w[0][second]}, high[2] = {w[1][first], w[1][second]};
       codes[tile].template expand<kBits>(low, high);
-      if constexpr (kBits == 4) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half)
-          scale[tile][half] = __shfl_sync(kAllLanes, step.scale[tile][half], first, 4);
-      }
     }
 #pragma unroll
     for (int j = 0; j < kRowTiles; ++j) {
-      if (8 * j >= count) break;
+      if (j > 0 && 8 * j >= count) break;
       Operand<S, kBits> x;
-      if (row[j] >= 0 && inside) {
-        x.load(static_cast<const S*>(a.data) + row[j] * a.stride + k);
-      } else {
-        x.clear();
-      }
+      x.load(row[j] + k);
 #pragma unroll
-      for (int tile = 0; tile < 2; ++tile) {
-        if constexpr (kBits == 8) {
-          codes[tile].multiply(sum[tile][j], x);
-        } else {
-          float part[4] = {0, 0, 0, 0};
-          codes[tile].multiply(part, x);
-#pragma unroll
-          for (int i = 0; i < 4; ++i)
-            sum[tile][j][i] = fmaf(part[i], scale[tile][i / 2], sum[tile][j][i]);
-        }
-      }
+      for (int tile = 0; tile < 2; ++tile) codes[tile].multiply(to[tile][j], x);
     }
   }
 
   // byte: as loaded.
-  __device__ __forceinline__ void add(const DeviceRows& a, FewStep<kBits>& step, int byte,
-                                      int line_bytes) {
-    if constexpr (kBits == 8) {
+  __device__ __forceinline__ void add(FewStep<kGroup>& step, int byte, int line_bytes) {
+    if constexpr (kGroup == 0) {
+      // Codes past the end are zeros.
+      const int k = byte < line_bytes ? byte : 0;
 #pragma unroll
-      for (int i = 0; i < 2; ++i) eight(a, step, 2 * i, 2 * i + 1, byte + 8 * i, byte < line_bytes);
+      for (int i = 0; i < 2; ++i) eight(step, 2 * i, 2 * i + 1, k + 8 * i, sum);
     } else {
 #pragma unroll
       for (int tile = 0; tile < 2; ++tile) {
@@ -285,9 +251,31 @@ struct FewRows {
         transpose_quad(step.words[tile][1]);
       }
       const int lane = static_cast<int>(threadIdx.x) % 4, start = byte - 16 * lane;
+      float part[2][kRowTiles][4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i)
-        eight(a, step, i, i, 2 * (start + 16 * i) + 8 * lane, start + 16 * i < line_bytes);
+      for (int i = 0; i < 4; ++i) {
+        if (start + 16 * i >= line_bytes) break;
+        if (32 * i % kGroup == 0) {
+#pragma unroll
+          for (int n = 0; n < 8 * kRowTiles; ++n) (&part[0][0][0])[n] = 0;
+        }
+        eight(step, i, i, 2 * start + 32 * i + 8 * lane, part);
+        if (32 * (i + 1) % kGroup != 0) continue;
+#pragma unroll
+        for (int tile = 0; tile < 2; ++tile) {
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            float scale = step.scale[tile][half];
+            if (kGroup < 128) scale = __shfl_sync(kAllLanes, scale, i, 4);
+#pragma unroll
+            for (int j = 0; j < kRowTiles; ++j) {
+#pragma unroll
+              for (int n = 2 * half; n < 2 * half + 2; ++n)
+                sum[tile][j][n] = fmaf(part[tile][j][n], scale, sum[tile][j][n]);
+            }
+          }
+        }
+      }
     }
   }
 };
@@ -298,7 +286,7 @@ __device__ __forceinline__ int64_t line_of(const QuantStage& s, int64_t f0, int 
   return s.act.interleaved ? 2 * (f0 + i) + tile : f0 + i + tile * s.features;
 }
 
-template <class S, int kBits, int kRowTiles>
+template <class S, int kGroup, int kRowTiles>
 __device__ void few_finish(const FewLaunch& p, const float (*partial)[2][kRowTiles][4][kWarp],
                            int expert, int64_t f0, int row0, int count) {
   using Config = FewConfig<kRowTiles>;
@@ -318,7 +306,7 @@ __device__ void few_finish(const FewLaunch& p, const float (*partial)[2][kRowTil
       for (int w = 0; w < Config::kWarps; ++w) sum += partial[w][tile][j / 8][reg][lane];
       const int64_t line = line_of(s, f0, tile, i);
       const QuantFormat& format = s.w.format;
-      if constexpr (kBits == 8)
+      if constexpr (kGroup == 0)
         sum *= format.scale[expert * format.scale_stride_e + line * format.scale_stride_o];
       const float bias =
           s.bias.data == nullptr
@@ -346,11 +334,12 @@ __device__ void few_finish(const FewLaunch& p, const float (*partial)[2][kRowTil
   }
 }
 
-template <class S, int kBits, bool kAligned, int kRowTiles>
+// kGroup: codes of 4 bits that share a scale; 0: codes of 8 bits, of which a line has one.
+template <class S, int kGroup, bool kAligned, int kRowTiles>
 __global__ void __launch_bounds__(FewConfig<kRowTiles>::kThreads,
                                   FewConfig<kRowTiles>::kBlocksPerSm)
     quantized_few_kernel(const __grid_constant__ FewLaunch p) {
-  using Rows = FewRows<S, kBits, kAligned, kRowTiles>;
+  using Rows = FewRows<S, kGroup, kRowTiles>;
   constexpr int kWarps = FewConfig<kRowTiles>::kWarps;
   __shared__ float partial[kWarps][2][kRowTiles][4][kWarp];
   const QuantStage& s = p.s;
@@ -365,47 +354,48 @@ __global__ void __launch_bounds__(FewConfig<kRowTiles>::kThreads,
       static_cast<int64_t>(static_cast<int>(blockIdx.x) - ordinal * p.tiles) * p.tile_lines;
 
   const QuantFormat& format = s.w.format;
-  const int64_t line = line_of(s, f0, 0, lane / 4);
-  const int64_t to_tile = line_of(s, 0, 1, 0), to_half = line_of(s, 0, 0, 8);
-  FewLines lines;
-  lines.codes = static_cast<const uint8_t*>(s.w.data) + expert * s.w.stride_e + line * s.w.stride_o;
-  lines.scale = format.scale + expert * format.scale_stride_e + line * format.scale_stride_o;
-  lines.tile_bytes = to_tile * s.w.stride_o;
-  lines.half_bytes = to_half * s.w.stride_o;
-  lines.tile_scales = to_tile * format.scale_stride_o;
-  lines.half_scales = to_half * format.scale_stride_o;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    lines.there[i / 2][i % 2] =
-        f0 + lane / 4 + 8 * (i % 2) + (s.gated ? 0 : 16 * (i / 2)) < s.features;
-  }
-  const int line_bytes = static_cast<int>(s.depth * kBits / 8);
-  const auto group = static_cast<int>(format.group);
+  const float* const scales = format.scale + expert * format.scale_stride_e;
+  const int line_bytes = static_cast<int>(s.depth * Rows::kBits / 8);
   constexpr int kStride = kWarps * kStepBytes;
   const int first = warp * kStepBytes + lane % 4 * 16;
+  const int end = line_bytes + lane % 4 * 16;  // all lanes leave together
 #pragma unroll 1
   for (int row0 = range.begin; row0 < range.end; row0 += Rows::kRows) {
+    FewLines lines;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      // Past the last feature that one again: nobody reads its sums.
+      const int64_t last = s.features - 1 - f0 - (s.gated ? 0 : 16 * (i / 2));
+      const int64_t in_tile = lane / 4 + 8 * (i % 2);
+      const int64_t line = last < 0 ? line_of(s, 0, 0, 0)
+                                    : line_of(s, f0, i / 2, static_cast<int>(min(in_tile, last)));
+      lines.codes[i / 2][i % 2] = static_cast<const uint8_t*>(s.w.data) + expert * s.w.stride_e +
+                                  line * s.w.stride_o + first;
+      lines.scales[i / 2][i % 2] = static_cast<int>(line * format.scale_stride_o);
+    }
     Rows rows;
     rows.start(s.a, row0, range.end);
-    const int end = line_bytes + lane % 4 * 16;  // all lanes leave together
     if constexpr (kAligned) {
-      // One step is under way while another is multiplied. The last of a warp may lie past the end.
-      FewStep<kBits> even, odd;
-      even.template load<kAligned>(lines, first, line_bytes, group);
-      odd.template load<kAligned>(lines, first + kStride, line_bytes, group);
+      // One step is under way while another is multiplied.
+      FewStep<kGroup> even, odd;
+      even.template load<true>(lines, scales, 0, first, line_bytes);
+      odd.template load<true>(lines, scales, kStride, first + kStride, line_bytes);
 #pragma unroll 1
       for (int byte = first; byte < end; byte += 2 * kStride) {
-        rows.add(s.a, even, byte, line_bytes);
-        even.template load<kAligned>(lines, byte + 2 * kStride, line_bytes, group);
-        rows.add(s.a, odd, byte + kStride, line_bytes);
-        odd.template load<kAligned>(lines, byte + 3 * kStride, line_bytes, group);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) lines.codes[i / 2][i % 2] += 2 * kStride;
+        rows.add(even, byte, line_bytes);
+        even.template load<true>(lines, scales, 0, byte + 2 * kStride, line_bytes);
+        if (byte + kStride >= end) break;
+        rows.add(odd, byte + kStride, line_bytes);
+        odd.template load<true>(lines, scales, kStride, byte + 3 * kStride, line_bytes);
       }
     } else {
 #pragma unroll 1
       for (int byte = first; byte < end; byte += kStride) {
-        FewStep<kBits> step;
-        step.template load<kAligned>(lines, byte, line_bytes, group);
-        rows.add(s.a, step, byte, line_bytes);
+        FewStep<kGroup> step;
+        step.template load<false>(lines, scales, byte - first, byte, line_bytes);
+        rows.add(step, byte, line_bytes);
       }
     }
 #pragma unroll
@@ -417,19 +407,19 @@ __global__ void __launch_bounds__(FewConfig<kRowTiles>::kThreads,
       }
     }
     __syncthreads();
-    few_finish<S, kBits, kRowTiles>(p, partial, expert, f0, row0, rows.count);
+    few_finish<S, kGroup, kRowTiles>(p, partial, expert, f0, row0, rows.count);
     __syncthreads();  // The next rows' sums come to the same place.
   }
 }
 
-template <class S, int kBits, bool kAligned, int kRowTiles>
+template <class S, int kGroup, bool kAligned, int kRowTiles>
 Status launch_few(const FewLaunch& launch, unsigned blocks, Stream stream) {
-  quantized_few_kernel<S, kBits, kAligned, kRowTiles>
+  quantized_few_kernel<S, kGroup, kAligned, kRowTiles>
       <<<blocks, FewConfig<kRowTiles>::kThreads, 0, stream>>>(launch);
   return launched();
 }
 
-template <class S, int kBits>
+template <class S, int kGroup>
 Status run_few(const QuantStage& s, Stream stream) {
   FewLaunch launch;
   launch.s = s;
@@ -437,19 +427,28 @@ Status run_few(const QuantStage& s, Stream stream) {
   launch.tile_lines = s.gated ? 16 : 32;
   launch.tiles = static_cast<int>(ceil_div<int64_t>(s.features, launch.tile_lines));
   const int64_t blocks = std::min(s.num_experts, s.num_rows) * launch.tiles;
-  if (blocks > INT32_MAX) return cudaErrorInvalidValue;
+  const int64_t scales = s.features * (s.gated ? 2 : 1) * s.w.format.scale_stride_o;
+  if (blocks > INT32_MAX || scales > INT32_MAX) return cudaErrorInvalidValue;
   const auto n = static_cast<unsigned>(blocks);
   // Codes that lie anywhere take 16 accesses, and come with 8 rows at a time only.
   const bool aligned = generic::aligned_to(s.w.data, 16) && s.w.stride_e % 16 == 0 &&
                        s.w.stride_o % 16 == 0 && s.depth % 16 == 0;
-  if (!aligned) return launch_few<S, kBits, false, 1>(launch, n, stream);
-  return s.num_tokens <= 8 ? launch_few<S, kBits, true, 1>(launch, n, stream)
-                           : launch_few<S, kBits, true, 4>(launch, n, stream);
+  if (!aligned) return launch_few<S, kGroup, false, 1>(launch, n, stream);
+  return s.num_tokens <= 8 ? launch_few<S, kGroup, true, 1>(launch, n, stream)
+                           : launch_few<S, kGroup, true, 4>(launch, n, stream);
 }
 
 template <class S>
 Status run_few(const QuantStage& s, Stream stream) {
-  return s.w.format.bits == 8 ? run_few<S, 8>(s, stream) : run_few<S, 4>(s, stream);
+  if (s.w.format.bits == 8) return run_few<S, 0>(s, stream);
+  switch (s.w.format.group) {
+    case 32:
+      return run_few<S, 32>(s, stream);
+    case 64:
+      return run_few<S, 64>(s, stream);
+    default:
+      return run_few<S, 128>(s, stream);
+  }
 }
 
 }  // namespace moe_ops::cuda::quantized

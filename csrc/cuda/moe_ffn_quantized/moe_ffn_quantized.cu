@@ -89,7 +89,7 @@ bool takes_few(const QuantStage& s) {
   const char* const forced = std::getenv("MOE_OPS_QUANT_KERNEL");
   if (forced != nullptr && std::string_view(forced) == "few") return true;
   if (forced != nullptr && std::string_view(forced) == "tiles") return false;
-  return s.num_tokens <= kQuantFewTokens;
+  return s.num_tokens <= kQuantFewTokens || s.num_rows <= kQuantFewRows * s.num_experts;
 }
 
 Status run(const QuantStage& s, Stream stream) {

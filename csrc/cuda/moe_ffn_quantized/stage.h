@@ -32,8 +32,9 @@ struct QuantStage {
   int64_t out_stride = 0;
 };
 
-// Tokens up to which weights are read straight into registers (few.cuh).
-constexpr int64_t kQuantFewTokens = 64;
+// Up to so many tokens, or rows an expert on the average, weights are read straight into registers
+// (few_kernel.cuh).
+constexpr int64_t kQuantFewTokens = 64, kQuantFewRows = 16;
 
 namespace quantized {
 Status few_bf16(const QuantStage& s, Stream stream);

@@ -60,7 +60,7 @@ struct GroupProduct : generic::WarpTile<Config> {
       float acc[kMTiles][kNTiles][4];
 #pragma unroll
       for (int i = 0; i < kMTiles * kNTiles * 4; ++i) (&acc[0][0][0])[i] = 0;
-#pragma unroll
+#pragma unroll 2  // all at once would take more registers than there are
       for (int in = 0; in < kSpan / 16; ++in) {
         const int step = span * (kSpan / 16) + in;
         uint32_t fa[kMTiles][4], fb[kNTiles / 2][4];
@@ -111,8 +111,12 @@ struct CodeTile {
   static_assert(Config::kTileK % kEach == 0 && kScales <= Config::kThreads);
   static constexpr bool kEven = kAll % Config::kThreads == 0;
 
+  // Of this thread: lines of w, from its piece on, and their scales; nullptr: there is none.
+  const uint8_t* lines[kPasses];
+  const float* line_scales[kPasses];  // float32 with 4 bits
+  const float* column_scale;
   uint4 codes[kPasses];
-  float factor[kPasses];  // float32 with 4 bits: of the piece
+  float factor[kPasses];  // of the piece, where there are line_scales
   float scale;            // of this thread's column and 32 of k
 
   static __device__ int line(int pass) {
@@ -120,22 +124,39 @@ struct CodeTile {
   }
   static __device__ int piece() { return static_cast<int>(threadIdx.x) % kPieces; }
 
-  __device__ __forceinline__ void load(const TileLaunch& launch, int expert, int n0, int k0) {
+  // The tile of columns from n0 on.
+  __device__ __forceinline__ void start(const TileLaunch& launch, int expert, int n0) {
     const QuantStage& s = launch.s;
-    const QuantFormat& format = s.w.format;
     const auto* const w = static_cast<const uint8_t*>(s.w.data) + expert * s.w.stride_e;
-    const float* const scales = format.scale + expert * format.scale_stride_e;
-    const int line_bytes = static_cast<int>(s.depth * kBits / 8);
-    const int k = k0 + piece() * kEach, byte = k * kBits / 8;
+    const float* const scales = s.w.format.scale + expert * s.w.format.scale_stride_e;
+#pragma unroll
+    for (int pass = 0; pass < kPasses; ++pass) {
+      const int n = n0 + line(pass);
+      const bool there = (kEven || line(pass) < Config::kTileN) && n < launch.columns;
+      const int64_t at = line_of_column(s, n);
+      lines[pass] = there ? w + at * s.w.stride_o + piece() * 16 : nullptr;
+      if constexpr (kWide && kBits == 4)
+        line_scales[pass] = scales + at * s.w.format.scale_stride_o;
+    }
+    if constexpr (kScales > 0) {
+      const int t = static_cast<int>(threadIdx.x), n = n0 + t % Config::kTileN;
+      column_scale = t < kScales && n < launch.columns
+                         ? scales + line_of_column(s, n) * s.w.format.scale_stride_o
+                         : nullptr;
+    }
+  }
+
+  __device__ __forceinline__ void load(const TileLaunch& launch, int k0) {
+    const QuantStage& s = launch.s;
+    const int group = static_cast<int>(s.w.format.group);
+    const int line_bytes = static_cast<int>(s.depth * kBits / 8), begin = k0 * kBits / 8;
+    const int left = line_bytes - begin - piece() * 16;
 #pragma unroll
     for (int pass = 0; pass < kPasses; ++pass) {
       codes[pass] = make_uint4(0, 0, 0, 0);
       factor[pass] = 0;
-      const int n = n0 + line(pass);
-      if ((!kEven && line(pass) >= Config::kTileN) || n >= launch.columns || byte >= line_bytes)
-        continue;
-      const int64_t at = line_of_column(s, n);
-      const uint8_t* const from = w + at * s.w.stride_o + byte;
+      if (lines[pass] == nullptr || left <= 0) continue;
+      const uint8_t* const from = lines[pass] + begin;
       if (launch.aligned) {
         codes[pass] = *reinterpret_cast<const uint4*>(from);
       } else {
@@ -144,20 +165,15 @@ struct CodeTile {
           uint4 all;
         } u;
 #pragma unroll
-        for (int i = 0; i < 16; ++i) u.bytes[i] = byte + i < line_bytes ? from[i] : uint8_t{0};
+        for (int i = 0; i < 16; ++i) u.bytes[i] = i < left ? from[i] : uint8_t{0};
         codes[pass] = u.all;
       }
       if constexpr (kWide && kBits == 4)
-        factor[pass] = scales[at * format.scale_stride_o + k / static_cast<int>(format.group)];
+        factor[pass] = line_scales[pass][(k0 + piece() * kEach) / group];
     }
     if constexpr (kScales > 0) {
-      const int t = static_cast<int>(threadIdx.x);
-      const int n = n0 + t % Config::kTileN, group_k = k0 + t / Config::kTileN * 32;
-      scale = 0;
-      if (t < kScales && n < launch.columns && group_k < s.depth) {
-        scale = scales[line_of_column(s, n) * format.scale_stride_o +
-                       group_k / static_cast<int>(format.group)];
-      }
+      const int k = k0 + static_cast<int>(threadIdx.x) / Config::kTileN * 32;
+      scale = column_scale != nullptr && k < s.depth ? column_scale[k / group] : 0.0f;
     }
   }
 
@@ -309,14 +325,15 @@ __global__ void __launch_bounds__(Config::kThreads, kBlocksPerSm)
 
     sums.clear();
     Codes codes;
-    codes.load(launch, work.expert, n0, 0);
+    codes.start(launch, work.expert, n0);
+    codes.load(launch, 0);
 #pragma unroll
     for (int step = 0; step < kStages - 1; ++step) {
       if (step < steps) load_a(step);
       generic::commit_copies();
     }
     codes.store(b_stages, scale_stages);
-    if (1 < steps) codes.load(launch, work.expert, n0, Config::kTileK);
+    if (1 < steps) codes.load(launch, Config::kTileK);
 #pragma unroll 1
     for (int step = 0; step < steps; ++step) {
       // Own copies and codes of this step are in place; after the barrier everybody's are, and
@@ -328,7 +345,7 @@ __global__ void __launch_bounds__(Config::kThreads, kBlocksPerSm)
       const int now = step % 2, next = 1 - now;
       if (step + 1 < steps) {
         codes.store(b_stages + next * TileB::kSize, scale_stages + next * Codes::kScales);
-        if (step + 2 < steps) codes.load(launch, work.expert, n0, (step + 2) * Config::kTileK);
+        if (step + 2 < steps) codes.load(launch, (step + 2) * Config::kTileK);
       }
       const S* const a = a_stages + step % kStages * TileA::kSize;
       const S* const b = b_stages + now * TileB::kSize;
