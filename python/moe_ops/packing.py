@@ -112,7 +112,10 @@ def prepack(model: nn.Module) -> int:
             f"prepack: model must hold a bank of experts that runs on moe_ops, got "
             f"{type(model).__name__} without one."
         )
-    banks = [(n, m, w) for n, m, w in banks if not (w.w_gate_up.is_cuda and w.w_down.is_cuda)]
+    on_cuda = {m for _, m, w in banks if w.w_gate_up.is_cuda and w.w_down.is_cuda}
+    for module in on_cuda:
+        invalidate(module)  # Copies of the weights before they moved.
+    banks = [found for found in banks if found[1] not in on_cuda]
     for name, module, weights in banks:
         check_can_pack(name, module, weights)
     for _, module, weights in banks:
