@@ -33,7 +33,7 @@ EXCEPTIONS = {
 }
 # Files of a layer that belong to no single op.
 SHARED = {
-    "csrc/include/moe_ops": {"activation", "common", "router_bwd", "routing"},
+    "csrc/include/moe_ops": {"activation", "common", "router_bwd", "routing", "score_func"},
     "csrc/cpu": {"gemm", "isa", "kernels", "router_bwd", "runtime"},
     "csrc/torch": {"device", "library", "router", "tensor_utils"},
 }

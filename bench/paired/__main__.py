@@ -1,9 +1,10 @@
 """Compares two builds of moe_ops: ``python -m bench.paired BASE_PYTHONPATH NEW_PYTHONPATH``.
 
 Each build is a folder for PYTHONPATH that holds the package moe_ops with its libraries. Every round
-runs all cells in a process of either build, first of the one and then of the other, in the order
-that `interleave` gives. A process has one thread, and its time is that thread's on a core, so that
-other work on the machine counts little. A cell is flagged where the median over rounds of the ratio
+runs all cells of either build, first of the one and then of the other, in the order that
+`interleave` gives, each cell in a process that no other cell has left its traces in. A process has
+one thread, and its time is that thread's on a core, so that other work on the machine counts
+little. A cell is flagged where the median over rounds of the ratio
 new to base and the ratio of the best times are both further from one than the tolerance. The status
 is 1 if a cell is slower.
 """
@@ -77,7 +78,7 @@ def compare(
 
 
 def run_cells(build: Path, words: list[str], environment: dict[str, str]) -> dict[str, Any]:
-    """Nanoseconds of each cell, or why it cannot run, in a process of its own.
+    """Nanoseconds of each cell, or why it cannot run.
 
     Raises:
         ValueError: the process failed, or moe_ops was found elsewhere.

@@ -3,6 +3,10 @@
 It prints JSON: where moe_ops was imported from, and nanoseconds of each cell. Only names are used
 that are public in every build, and nothing of the benchmarks is imported: a build may be older than
 they are.
+
+Every cell runs in a process forked from one that has everything imported and has run nothing but
+the making of weights. In one process for all, a cell finds the heap, scratch and huge pages as the
+cells before it left them, which no two builds do alike: small ones then differ by several percent.
 """
 
 from __future__ import annotations
@@ -10,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -215,16 +220,34 @@ def chosen(words: list[str]) -> list[str]:
     return [name for name in all_cells() if not words or any(word in name for word in words)]
 
 
+def measure(name: str) -> float | str:
+    """Nanoseconds of a cell, or why it cannot run; in a process of its own."""
+    prepare = all_cells()[name]
+    assert isinstance(prepare, functools.partial)
+    read, write = os.pipe()
+    if prepare.func in (forward, packed, training, quantized):
+        experts(*prepare.args[:2])  # Shared: their values would otherwise be drawn for each cell.
+    child = os.fork()
+    if child == 0:
+        result: float | str
+        try:
+            torch.manual_seed(0)
+            with contextlib.nullcontext() if "training" in name else torch.no_grad():
+                result = nanoseconds(prepare())
+        except Exception as problem:  # A build may lack what a cell calls.
+            result = f"{type(problem).__name__}: {problem}".splitlines()[0]
+        os.write(write, json.dumps(result).encode())
+        os._exit(0)
+    os.close(write)
+    with os.fdopen(read) as pipe:
+        text = pipe.read()
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return json.loads(text) if text else f"ended with {status}"
+
+
 def main(words: list[str]) -> None:
     torch.set_num_threads(1)
-    found: dict[str, float | str] = {}
-    for name in chosen(words):
-        torch.manual_seed(0)
-        try:
-            with contextlib.nullcontext() if "training" in name else torch.no_grad():
-                found[name] = nanoseconds(all_cells()[name]())
-        except Exception as problem:  # A build may lack what a cell calls.
-            found[name] = f"{type(problem).__name__}: {problem}".splitlines()[0]
+    found = {name: measure(name) for name in chosen(words)}
     json.dump({"moe_ops": moe_ops.__file__, "cells": found}, sys.stdout)
 
 

@@ -18,7 +18,7 @@ namespace {
 //   plain:        w_k = c s_k                       ds_k = c g_k
 //   renormalised: w_k = c s_k / R, R = sum s + eps  ds_k = c (g_k - A) / R, A = sum g_j s_j / R
 // and then the gradient of the score function:
-//   softmax: dx_i = s_i (ds_i - D), D = sum s_j ds_j;   sigmoid: dx_i = s_i (1 - s_i) ds_i
+//   softmax: dx_i = s_i (ds_i - D), D = sum s_j ds_j;   of one logit: dx_i = s'(x_i) ds_i
 // Renormalised, D = c A (1 - sum s / R) = c A eps / R: zero in exact arithmetic without eps, so it
 // is taken from R - sum s, which is zero unless eps is felt.
 template <class T>
@@ -66,7 +66,7 @@ void route_bwd(const RouterBwdParams& p, const Parallel& par) {
   const RowKernels<T>& kernel = row_kernels<T>();
   const int64_t E = p.num_experts, K = p.top_k;
   const int64_t padded = round_up(E, kRowUnit), padded_k = round_up<int64_t>(K, 8);
-  const bool softmax = p.score_func == ScoreFunc::kSoftmax;
+  const bool softmax = is_softmax(p.score_func);
   const bool over_all = softmax && !p.topk_first;
   const T scale = static_cast<T>(p.routed_scaling_factor);
   const T inf = std::numeric_limits<T>::infinity();
@@ -122,16 +122,15 @@ void route_bwd(const RouterBwdParams& p, const Parallel& par) {
       }
       const int64_t slots = round_up(m * padded_k, kRowUnit);
       std::fill(chosen + m * padded_k, chosen + slots, T(0));
-      if (!over_all) (softmax ? row.exp : row.sigmoid)(chosen, scores, slots);
       if (!softmax) {
-        // s(-x) is 1 - s(x) without the cancellation.
-        for (int64_t i = 0; i < slots; ++i) chosen[i] = -chosen[i];
-        row.sigmoid(chosen, slopes, slots);
+        row.slope_row(p.score_func, chosen, scores, slopes, slots);
+      } else if (!over_all) {
+        row.exp(chosen, scores, slots);
       }
       for (int64_t t = 0; t < m; ++t) {
         T* const own = x + t * padded;
         T* const score = scores + t * padded_k;
-        T* const slope = slopes + t * padded_k;
+        const T* const slope = slopes + t * padded_k;
         T* const grad = grads + t * padded_k;
         const int32_t* const ids = all_ids + t * padded_k;
         const int64_t n = count[t];
@@ -144,8 +143,6 @@ void route_bwd(const RouterBwdParams& p, const Parallel& par) {
           sum = T(0);
           for (int64_t k = 0; k < n; ++k) sum += score[k];
           for (int64_t k = 0; k < n; ++k) score[k] /= sum;
-        } else {
-          for (int64_t k = 0; k < n; ++k) slope[k] *= score[k];
         }
 
         T mean = T(0);  // D

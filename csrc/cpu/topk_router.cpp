@@ -1,5 +1,5 @@
 // One pass a token, all in a few kilobytes of scratch that stay in L1:
-//   1. logits to fp32; scores (softmax or sigmoid) where selection or weights need them
+//   1. logits to fp32; scores where selection or weights need them
 //   2. selection keys as integers, groups that lose the competition struck out
 //   3. K times: best block by its maximum, best lane in it, strike it out
 //   4. weights of the chosen
@@ -128,10 +128,10 @@ void route(const TopkRouterParams& p, const Parallel& par) {
   const RowKernels<T>& kernel = row_kernels<T>();
   const int64_t E = p.num_experts, K = p.top_k;
   const int64_t padded = round_up(E, kRowUnit), padded_k = round_up(K, kRowUnit);
-  const bool softmax = p.score_func == ScoreFunc::kSoftmax;
+  const bool softmax = is_softmax(p.score_func);
   const bool grouped = p.num_groups > 1;
   const T* bias = static_cast<const T*>(p.expert_bias);
-  // Both score functions are monotone, so without a bias or a sum of scores the logits themselves
+  // All score functions are monotone, so without a bias or a sum of scores the logits themselves
   // rank the experts, and do so without the ties that rounding makes of nearby scores.
   const bool score_keys =
       !p.topk_first && (bias != nullptr || (grouped && p.group_score == GroupScore::kTop2Sum));
@@ -176,7 +176,7 @@ void route(const TopkRouterParams& p, const Parallel& par) {
       for (int64_t r = 0; r < rows; ++r) {
         T *const x = xs + r * ld, *const score = scores + r * ld;
         Key* const keys = all_keys + r * ld;
-        if (all_scores && !softmax) row.sigmoid(x, score, padded);
+        if (all_scores && !softmax) row.score_row(p.score_func, x, score, padded);
 
         const T* ranked = x;
         if (score_keys || bias != nullptr) {

@@ -34,9 +34,9 @@ __global__ void score_kernel(const ExpertChoiceRouterParams p) {
   Row row;
   row.load(row_source(p.router_logits, p.type, p.logits_stride, t, p.num_experts), nullptr);
   Softmax<T> softmax{T(0), T(1)};
-  const bool sigmoid = p.score_func == ScoreFunc::kSigmoid;
-  if (!sigmoid) softmax = softmax_of(row);
-  const auto score = [&](T x) { return sigmoid ? sigmoid_score(x) : softmax(x); };
+  const bool over_all = is_softmax(p.score_func);
+  if (over_all) softmax = softmax_of(row);
+  const auto score = [&](T x) { return over_all ? softmax(x) : score_of(p.score_func, x); };
   T* const out = static_cast<T*>(p.topk_weights) + t * p.num_experts;
   if constexpr (Row::kInRegisters) {
 #pragma unroll

@@ -131,7 +131,7 @@ __global__ void router_bwd_kernel(const RouterBwdParams p) {
   using T = typename Row::Value;
   const int64_t t = router_warp();
   if (t >= p.num_tokens) return;
-  const bool softmax = p.score_func == ScoreFunc::kSoftmax;
+  const bool softmax = is_softmax(p.score_func);
   const bool over_all = softmax && !p.topk_first;
   const T scale = static_cast<T>(p.routed_scaling_factor);
   const RowSource source = row_source(p.router_logits, p.type, p.logits_stride, t, p.num_experts);
@@ -151,7 +151,9 @@ __global__ void router_bwd_kernel(const RouterBwdParams p) {
       scores.sum = slots.sum([&](const Slot<T>& s) { return scores.exponential(s.x); });
     }
   }
-  const auto score = [&](const Slot<T>& s) { return softmax ? scores(s.x) : sigmoid_score(s.x); };
+  const auto score = [&](const Slot<T>& s) {
+    return softmax ? scores(s.x) : score_of(p.score_func, s.x);
+  };
 
   T r = T(1), mean_grad = T(0), mean = T(0);  // R, A and D of the derivation
   if (p.renormalize) {
@@ -166,8 +168,7 @@ __global__ void router_bwd_kernel(const RouterBwdParams p) {
   const auto term = [&](const Slot<T>& s) {
     const T grad = p.renormalize ? scale * (s.grad - mean_grad) / r : s.grad * scale;
     if (everywhere) return grad;
-    // s(-x) is 1 - s(x) without the cancellation.
-    return softmax ? score(s) * (grad - mean) : score(s) * sigmoid_score(-s.x) * grad;
+    return softmax ? score(s) * (grad - mean) : slope_of(p.score_func, s.x) * grad;
   };
   const T inverse = T(1) / scores.sum;
   const auto value = [&](T x, T grad) {

@@ -1,4 +1,4 @@
-// What ranks experts: keys, scores, and the logits they come from.
+// What ranks experts: keys, and the logits they come from.
 #pragma once
 
 #include "cuda/vec.cuh"
@@ -38,17 +38,6 @@ __device__ __forceinline__ T value_of(Key<T> key) {
   T x;
   memcpy(&x, &bits, sizeof(T));
   return x;
-}
-
-// --- scores. Division is exact: a rounding that differs from the CPU's could choose differently.
-
-__device__ __forceinline__ float exp_of(float x) { return expf(x); }
-__device__ __forceinline__ double exp_of(double x) { return exp(x); }
-
-template <class T>
-__device__ __forceinline__ T sigmoid_score(T x) {
-  const T z = exp_of(x > T(0) ? -x : x);
-  return (x > T(0) ? T(1) : z) / (T(1) + z);
 }
 
 // --- logits

@@ -8,6 +8,7 @@
 
 #include "cuda/reduce.cuh"
 #include "cuda/router_keys.cuh"
+#include "cuda/router_score.cuh"
 
 namespace moe_ops::cuda {
 

@@ -76,10 +76,10 @@ __global__ void topk_router_kernel(const TopkRouterParams p, void* workspace) {
   using T = typename Row::Value;
   using Slots = std::conditional_t<Row::kInRegisters, RegisterSlots<T>, MemorySlots<T>>;
   const int lane = static_cast<int>(threadIdx.x % kWarp);
-  const bool softmax = p.score_func == ScoreFunc::kSoftmax;
+  const bool softmax = is_softmax(p.score_func);
   const bool grouped = p.num_groups > 1;
   const T* const bias = static_cast<const T*>(p.expert_bias);
-  // Both score functions are monotone, so without a bias or a sum of scores the logits themselves
+  // All score functions are monotone, so without a bias or a sum of scores the logits themselves
   // rank the experts, and do so without the ties that rounding makes of nearby scores.
   const bool score_keys =
       !p.topk_first && (bias != nullptr || (grouped && p.group_score == GroupScore::kTop2Sum));
@@ -96,7 +96,7 @@ __global__ void topk_router_kernel(const TopkRouterParams p, void* workspace) {
     if (over_all) all = softmax_of(row);
     row.make_keys(bias, [&](T x) {
       if (!score_keys) return x;
-      return softmax ? all(x) : sigmoid_score(x);
+      return softmax ? all(x) : score_of(p.score_func, x);
     });
     if (grouped) {
       row.limit_groups({static_cast<int32_t>(p.num_groups), static_cast<int32_t>(p.num_topk_groups),
@@ -119,7 +119,8 @@ __global__ void topk_router_kernel(const TopkRouterParams p, void* workspace) {
     }
 
     if (!softmax) {
-      slots.update(lane, p.top_k, [&](int32_t id, T) { return sigmoid_score(source.at<T>(id)); });
+      slots.update(lane, p.top_k,
+                   [&](int32_t id, T) { return score_of(p.score_func, source.at<T>(id)); });
     } else if (over_all) {
       slots.update(lane, p.top_k, [&](int32_t id, T) { return all(source.at<T>(id)); });
     } else {

@@ -40,6 +40,13 @@ moe_ops::DType dtype_of(const std::string& function, const std::string& dtype) {
   throw std::invalid_argument(function + ": dtype must be a float type, got " + dtype + ".");
 }
 
+Isa supported(const std::string& function, const std::string& target) {
+  const std::vector<std::string> targets = supported_isas();
+  const auto at = std::find(targets.begin(), targets.end(), target);
+  if (at != targets.end()) return static_cast<Isa>(at - targets.begin());
+  throw std::invalid_argument(function + ": target must be supported here, got " + target + ".");
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -65,16 +72,17 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa_warning", &isa_warning);
   m.def("batch_invariant", &batch_invariant);
   m.def("set_batch_invariant", &set_batch_invariant, py::arg("on"));
-  // None, or the kernel of a supported target that fails its self-test.
-  m.def("failing_kernel", [](const std::string& target) -> std::optional<std::string> {
-    const std::vector<std::string> targets = supported_isas();
-    for (size_t i = 0; i < targets.size(); ++i) {
-      if (targets[i] != target) continue;
-      const char* name = failing_kernel(static_cast<Isa>(i));
-      return name == nullptr ? std::nullopt : std::optional<std::string>(name);
-    }
-    throw std::invalid_argument("failing_kernel: target must be supported here, got " + target +
-                                ".");
+  // None, or the kernel of a supported target that fails its self-test; with entry `broken` of its
+  // tables, one of kernel_entries(target), replaced by a function that does nothing.
+  m.def(
+      "failing_kernel",
+      [](const std::string& target, int64_t broken) -> std::optional<std::string> {
+        const char* name = failing_kernel(supported("failing_kernel", target), broken);
+        return name == nullptr ? std::nullopt : std::optional<std::string>(name);
+      },
+      py::arg("target"), py::arg("broken") = -1);
+  m.def("kernel_entries", [](const std::string& target) {
+    return kernel_entries(supported("kernel_entries", target));
   });
   // Rates of every pass, of the target in use; other Python threads may measure at the same time.
   m.def("measure_limits", [](size_t bytes, double seconds) {

@@ -17,10 +17,12 @@ DType check_router_logits(const Op& op, const Tensor& router_logits) {
 }
 
 ScoreFunc check_score_func(const Op& op, const std::string& name) {
-  if (name == "softmax") return ScoreFunc::kSoftmax;
-  MOE_CHECK(name == "sigmoid", op, ": score_func must be one of softmax, sigmoid, got '", name,
-            "'.");
-  return ScoreFunc::kSigmoid;
+  std::string names;
+  for (int i = 0; i < kScoreFuncs; ++i) {
+    if (name == kScoreFuncNames[i]) return static_cast<ScoreFunc>(i);
+    names += (i == 0 ? "" : ", ") + std::string(kScoreFuncNames[i]);
+  }
+  fail(op, ": score_func must be one of ", names, ", got '", name, "'.");
 }
 
 void check_scaling_factor(const Op& op, double factor) {

@@ -157,7 +157,11 @@ def _cpu() -> Iterator[Finding]:
     supported = ", ".join(_C.supported_isas())
     text = f"using {active}, detected {detected}, supported here: {supported}"
     forced = os.environ.get("MOE_OPS_CPU_ISA")
-    if _C.isa_warning():
+    failing = _C.failing_kernel(active)
+    if failing is not None:
+        text += f"; the {active} kernels fail their self-test ({failing})"
+        yield Finding("cpu", "fail", text, _REINSTALL)
+    elif _C.isa_warning():
         yield Finding("cpu", "warning", f"{text}; {_C.isa_warning()}", "Unset MOE_OPS_CPU_ISA.")
     elif active != detected:
         text += f" (MOE_OPS_CPU_ISA={forced})"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import os
 import sys
 from pathlib import Path
 
@@ -65,6 +67,23 @@ def test_two_processes_of_one_build(monkeypatch, tmp_path, capsys):
     ]
     assert "| gated_act" in shown.out and "| model training deepseek" in shown.out
     assert path.read_text().count("base") == 2
+
+
+def test_a_cell_leaves_no_traces(monkeypatch):
+    traces: list[int] = []
+
+    def job() -> None:
+        traces.append(1)
+
+    def broken() -> None:
+        raise AttributeError("no such op")
+
+    make = {"a job": lambda: job, "broken": broken, "killed": lambda: lambda: os._exit(3)}
+    made = {name: functools.partial(what) for name, what in make.items()}
+    monkeypatch.setattr(cells, "all_cells", lambda: made)
+    assert float(cells.measure("a job")) > 0 and not traces
+    assert cells.measure("broken") == "AttributeError: no such op"
+    assert cells.measure("killed") == "ended with 3"
 
 
 def test_what_cannot_be_compared_gets_one_sentence(monkeypatch, tmp_path):

@@ -1,8 +1,9 @@
 """The batch-invariant mode: a token's output has the same bits alone, among 6 others and among 512,
 wherever it stands, however the others are routed, with one thread and with two.
 
-Every registered op that maps tokens to tokens has cases in CASES; a new one fails
-test_every_op_is_covered until it has, or is named in NOT_BY_TOKEN with the reason. The file is long
+Every registered op that maps tokens to tokens has cases in CASES, at least that of its test file
+(`by_token` in OP_CASES); a new one fails test_every_op_is_covered until it has, or is named in
+NOT_BY_TOKEN with the reason. The file is long
 because it is a table of all ops.
 """
 
@@ -46,6 +47,8 @@ from moe_ops.testing import (
     seed_from,
     short,
 )
+
+from . import every_op
 
 pytestmark = pytest.mark.cpu_only
 
@@ -568,6 +571,22 @@ def rotary_case(dtype: torch.dtype) -> Case:
 add("rotary", "heads", rotary_case)
 
 
+# --- the calls that tests of all ops have of one
+
+
+def every_op_case(dtype: torch.dtype, op: str) -> Case:
+    sizes = every_op.LargerSizes(dtype)
+    sizes.t = NUM_TOKENS
+    fixed = every_op.CASES[op].call(sizes)
+    tokens = {name: fixed.pop(name) for name in every_op.CASES[op].by_token}
+    return Case(getattr(moe_ops, op), tokens, fixed)
+
+
+for name in every_op.OPS:
+    if every_op.CASES[name].by_token:
+        add(name, "every-op", every_op_case, op=name)
+
+
 # -------------------------------------------------------------------------------------------- tests
 
 
@@ -719,9 +738,9 @@ def test_isa(isa):
     environment = {
         **os.environ,
         "MOE_OPS_CPU_ISA": isa,
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)]),
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, sys.path)]),
     }
-    code = "import test_batch_invariance as t; t.run_all()"
+    code = "from tests.contract.test_batch_invariance import run_all; run_all()"
     run = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True
     )

@@ -26,6 +26,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import moe_ops
 
+from .every_op import CASES, OPS, Sizes
+
 pytestmark = [
     pytest.mark.cpu_only,
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/statm"),
@@ -131,13 +133,11 @@ def refused() -> None:
 
 
 def report(calls: int, steps: int, most: float) -> None:
-    from test_fuzz_bad_calls import OPS, Sizes, good_call
-
     torch.manual_seed(0)
     torch.set_num_threads(1)
     sizes = Sizes(random.Random(0))
     sizes.dtype = torch.float32
-    cases = {op: good_call(op, sizes) for op in OPS}
+    cases = {op: CASES[op].call(sizes) for op in OPS}
     with Record() as record:
         for op, call in cases.items():
             getattr(moe_ops, op)(**call)
@@ -163,7 +163,8 @@ def report(calls: int, steps: int, most: float) -> None:
 def grown(request) -> dict:
     amounts = FULL if request.config.getoption("--full") else SHORT
     run = subprocess.run(
-        [sys.executable, __file__, *map(str, amounts)],
+        [sys.executable, "-m", "tests.contract.test_leaks", *map(str, amounts)],
+        cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
         timeout=3000,

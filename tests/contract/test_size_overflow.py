@@ -9,82 +9,26 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from tests.helpers.op_case import map_of, ones
 
 import moe_ops
+
+from .every_op import CASES
 
 pytestmark = pytest.mark.cpu_only
 
 SLOTS = 2**31
 
 
-def ones(*shape, dtype=torch.float32):
-    return torch.ones((), dtype=dtype).expand(shape)
-
-
-def zeros(*shape, dtype=torch.float32):
-    return torch.zeros((), dtype=dtype).expand(shape)
-
-
-def map_of(*shape):
-    return zeros(*shape, dtype=torch.int32)
-
-
-def fp8(*shape):
-    return torch.empty(*shape).to(torch.float8_e4m3fn)
-
-
 def offsets(rows):
     return torch.tensor([0, rows])
 
 
-# Op -> a call whose result takes 2^63 bytes or more.
-TOO_MANY_BYTES = {
-    # Bytes modulo 2^64 look like a size that the buffer cache serves.
-    "grouped_gemm": lambda: moe_ops.grouped_gemm(
-        torch.ones(2**20, 1), ones(1, 2**42 + 4, 1), offsets(2**20)
-    ),
-    "grouped_gemm_wgrad": lambda: moe_ops.grouped_gemm_wgrad(
-        torch.empty(0, 2**31), torch.empty(0, 2**32), offsets(0)
-    ),
-    "grouped_sum": lambda: moe_ops.grouped_sum(torch.empty(0, 2**62), offsets(0)),
-    "grouped_gemm_fp8": lambda: moe_ops.grouped_gemm_fp8(
-        fp8(2**31, 0), torch.ones(2**31, 0), fp8(1, 2**32, 0), torch.ones(1, 2**25, 0), offsets(0)
-    ),
-    "moe_ffn": lambda: moe_ops.moe_ffn(
-        torch.empty(2**20, 0, requires_grad=True),
-        torch.empty(1, 2**43, 0),
-        torch.empty(1, 0, 2**42),
-        ones(2**20, 1),
-        map_of(2**20, 1),
-    ),
-    "moe_linear_map": lambda: moe_ops.moe_linear_map(
-        torch.empty(2**20, 0), torch.empty(1, 2**42, 0), map_of(2**20, 1)
-    ),
-    "moe_linear_reduce": lambda: moe_ops.moe_linear_reduce(
-        torch.empty(2**20, 1, 0), torch.empty(1, 2**42, 0), ones(2**20, 1), map_of(2**20, 1)
-    ),
-    "dense_ffn": lambda: moe_ops.dense_ffn(
-        torch.empty(2**20, 1, 0), torch.empty(1, 0, 0), torch.empty(1, 2**42, 0), map_of(1)
-    ),
-    "topk_router": lambda: moe_ops.topk_router(torch.ones(4).expand(2**60, 4), 4),
-    "topp_router": lambda: moe_ops.topp_router(torch.ones(4).expand(2**60, 4), 0.5, 4),
-    "expert_choice_router": lambda: moe_ops.expert_choice_router(torch.ones(4).expand(2**60, 4), 4),
-    "router_linear": lambda: moe_ops.router_linear(torch.empty(2**40, 0), torch.empty(2**22, 0)),
-    "rotary": lambda: moe_ops.rotary(
-        torch.ones(2, dtype=torch.float64).expand(2**60, 1, 2),
-        ones(1, 1, dtype=torch.float64),
-        ones(1, 1, dtype=torch.float64),
-    ),
-    "moa_attention": lambda: moe_ops.moa_attention(
-        ones(2**20, 2**20, 1, 2**20, 1, dtype=torch.float64),
-        *[ones(2**20, 2**20, 2**20, 1, dtype=torch.float64)] * 2,
-        kind="softmax",
-    ),
-    "pack_experts": lambda: moe_ops.pack_experts(ones(1, 2**61, 1)),
-}
+TOO_MANY_BYTES = {op: case.too_many_bytes for op, case in CASES.items() if case.too_many_bytes}
 TOO_MANY_SLOTS = {
     "sort_slots": lambda: moe_ops.sort_slots(map_of(SLOTS, 1), 4),
     "permute": lambda: moe_ops.permute(ones(SLOTS, 1), offsets(SLOTS), map_of(SLOTS)),
@@ -126,7 +70,13 @@ def report():
 
 @pytest.fixture(scope="module")
 def said():
-    run = subprocess.run([sys.executable, __file__], capture_output=True, text=True, timeout=300)
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.contract.test_size_overflow"],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     lines = [json.loads(line) for line in run.stdout.splitlines()]
     return {(kind, op): what for kind, op, what in lines}
 

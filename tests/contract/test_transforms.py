@@ -12,6 +12,7 @@ import zlib
 
 import pytest
 import torch
+from tests.helpers.op_case import Sizes
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import functional_call, functionalize, grad, hessian, jacrev, jvp, vjp, vmap
@@ -19,7 +20,7 @@ from torch.func import functional_call, functionalize, grad, hessian, jacrev, jv
 import moe_ops
 from moe_ops import layers
 
-from .test_fuzz_bad_calls import OPS, Sizes, good_call
+from .every_op import CASES, OPS
 
 pytestmark = [
     pytest.mark.cpu_only,
@@ -27,27 +28,17 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning"),
 ]
 
-# Computed in lower types whatever their operands have.
-QUANTISED = ("grouped_gemm_fp8", "moe_ffn_fp8", "moe_ffn_quantized", "quantize_fp8")
-INTEGERS = ("sort_slots", "pack_experts")
-DIFFERENTIABLE = [op for op in OPS if op not in (*QUANTISED, *INTEGERS)]
-# The others raise at the second derivative.
-TWICE = (
-    "grouped_gemm",
-    "grouped_gemm_wgrad",
-    "grouped_sum",
-    "permute",
-    "rotary",
-    "router_linear",
-    "unpermute",
+DIFFERENTIABLE, QUANTISED, INTEGERS = (
+    [op for op in OPS if CASES[op].kind == kind] for kind in ("float", "quantised", "integer")
 )
 
 
 def call_of(op: str) -> dict:
     sizes = Sizes(random.Random(zlib.crc32(op.encode())))
-    sizes.dtype = torch.float32 if op in QUANTISED else torch.float64
-    call = good_call(op, sizes)
-    if op not in QUANTISED:
+    quantised = CASES[op].kind == "quantised"
+    sizes.dtype = torch.float32 if quantised else torch.float64
+    call = CASES[op].call(sizes)
+    if not quantised:
         call = {n: double(v) if isinstance(v, Tensor) else v for n, v in call.items()}
     return call
 
@@ -180,7 +171,7 @@ def test_second_derivative(op):
     case = Case(op)
     leaf = case.primals[0].clone().requires_grad_()
     rest = case.primals[1:]
-    if op not in TWICE:
+    if not CASES[op].twice:
         with refused(op, "the second derivative is not implemented"):
             grad(lambda t: grad(case.scalar)(t, *rest).square().sum())(leaf.detach())
         with refused(op, "(forward-mode AD|the second derivative) is not implemented"):

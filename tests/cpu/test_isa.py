@@ -18,6 +18,7 @@ import sys
 import torch
 import moe_ops
 from moe_ops import _C, reference
+from moe_ops.reference._scores import SCORE_FUNCS
 from moe_ops.ops.gated_act import GATED_ACTIVATIONS, PLAIN_ACTIVATIONS
 from moe_ops.testing import (
     DTYPES, acc_dtype, as_strided_copy, assert_identical, check_against_reference, eps,
@@ -112,7 +113,9 @@ for dtype in DTYPES:
             sum_length=rows, steps=2, grad_steps=5,
         )
     for experts, k in ((4, 2), (8, 2), (7, 3), (16, 2), (16, 4), (40, 4)):
-        for options in ({}, {"topk_first": True}, {"score_func": "sigmoid", "renormalize": True}):
+        for options in (
+            {}, {"topk_first": True}, *({"score_func": f, "renormalize": True} for f in SCORE_FUNCS)
+        ):
             logits = torch.randn(75, experts).to(dtype)
             runs = []
             for fn, wide in ((moe_ops.topk_router, False), (reference.topk_router, True)):
@@ -299,6 +302,35 @@ def test_isa(isa):
     )
     assert run.returncode == 0, run.stderr[-4000:]
     assert run.stdout.split() == ["done"]
+
+
+BROKEN_KERNELS = """
+import sys
+import torch
+from moe_ops import _C
+
+isa = sys.argv[1]
+assert _C.failing_kernel(isa) is None
+entries = _C.kernel_entries(isa)
+assert len(entries) > 200
+print([entry for entry in entries if _C.failing_kernel(isa, entry) is None])
+"""
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_the_self_test_calls_every_kernel(isa):
+    """What is tested at import notices each entry of a target's tables that does nothing."""
+    if isa not in _C.supported_isas():
+        pytest.skip(f"this machine runs {', '.join(_C.supported_isas())}, not {isa}")
+    if isa == "portable":
+        pytest.skip("the others are compared with it")
+    path = os.pathsep.join(path for path in sys.path if path)
+    run = subprocess.run(
+        [sys.executable, "-c", BROKEN_KERNELS, isa], env={**os.environ, "PYTHONPATH": path},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-4000:]
+    assert run.stdout.strip() == "[]", "entries that no call reaches (word of Tables)"
 
 
 def test_the_best_isa_is_used_unless_told_otherwise():

@@ -6,6 +6,7 @@ from tests.helpers.logits import logit_spread
 
 import moe_ops
 from moe_ops import reference
+from moe_ops.reference._scores import SCORE_FUNCS
 from moe_ops.testing import DTYPES, assert_close_by_norm, assert_identical, short
 
 BIAS = torch.linspace(-1, 1, 256).roll(77)
@@ -62,7 +63,7 @@ def check(logits, k, options):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=short)
-@pytest.mark.parametrize("score_func", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("score_func", SCORE_FUNCS)
 @pytest.mark.parametrize("topk_first", [False, True], ids=["score-first", "topk-first"])
 @pytest.mark.parametrize(
     ("e", "k"), [(1024, 64), (1025, 3), (1500, 65), (300, 8), (257, 65), (96, 96)]
@@ -107,7 +108,7 @@ def test_more_tokens_than_warps_with_a_workspace():
 @pytest.mark.parametrize("id_dtype", [torch.int32, torch.int64], ids=short)
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
 @pytest.mark.parametrize(
-    ("score_func", "topk_first"), [("softmax", False), ("softmax", True), ("sigmoid", False)]
+    ("score_func", "topk_first"), [*((name, False) for name in SCORE_FUNCS), ("softmax", True)]
 )
 @pytest.mark.parametrize(("e", "k"), [(5, 4), (200, 40), (1030, 70)])
 def test_gradient_of_any_ids(e, k, score_func, topk_first, dtype, id_dtype):
@@ -123,13 +124,11 @@ def test_gradient_of_any_ids(e, k, score_func, topk_first, dtype, id_dtype):
     wide = logits.double().requires_grad_()
     used = (ids >= 0) & (ids < e)
     index = torch.where(used, ids, 0).long()
-    if score_func == "sigmoid":
-        scores = wide.sigmoid().gather(1, index)
-    elif topk_first:
+    if topk_first:
         scores = torch.where(used, wide.gather(1, index), -torch.inf)
         scores = torch.where(used, scores.softmax(1).nan_to_num(), 0)
     else:
-        scores = wide.softmax(1).gather(1, index)
+        scores = SCORE_FUNCS[score_func](wide).gather(1, index)
     scores = torch.where(used, scores, 0)
     weights = 1.5 * scores / (scores.sum(1, keepdim=True) + 1e-20)
     (want,) = torch.autograd.grad(weights, wide, grad.double())

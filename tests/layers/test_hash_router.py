@@ -6,9 +6,9 @@ import copy
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from moe_ops.layers import HashRouter, MoE, Router, hash_table
+from moe_ops.reference._scores import SCORE_FUNCS
 
 T, H, I, E, K, V = 12, 6, 5, 8, 2, 30
 
@@ -22,17 +22,13 @@ def layer(score_func: str, **options) -> MoE:
 
 
 def score(logits: torch.Tensor, score_func: str, ids: torch.Tensor) -> torch.Tensor:
-    scores = {
-        "softmax": lambda: logits.softmax(-1),
-        "sigmoid": logits.sigmoid,
-        "sqrtsoftplus": lambda: F.softplus(logits).sqrt(),
-        "uniform": lambda: torch.full_like(logits, 1 / K),
-    }
-    return scores[score_func]().gather(1, ids.long())
+    if score_func == "uniform":
+        return torch.full_like(ids, 1 / K, dtype=logits.dtype)
+    return SCORE_FUNCS[score_func](logits).gather(1, ids.long())
 
 
 @pytest.mark.parametrize("renormalize", [False, True])
-@pytest.mark.parametrize("score_func", ["softmax", "sigmoid", "sqrtsoftplus", "uniform"])
+@pytest.mark.parametrize("score_func", [*SCORE_FUNCS, "uniform"])
 def test_layer_is_a_loop_over_tokens(score_func, renormalize):
     moe = layer(score_func, renormalize=renormalize, routed_scaling_factor=1.5)
     tokens = torch.randint(V, (3, 4))

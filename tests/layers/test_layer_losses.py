@@ -5,11 +5,12 @@ import torch
 
 from moe_ops.layers import load_balancing_loss, router_z_loss
 from moe_ops.layers.layer_losses import total_load_balancing_loss, total_router_z_loss
+from moe_ops.reference._scores import SCORE_FUNCS
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("masked", [None, "some", "all"])
-@pytest.mark.parametrize("score_func", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("score_func", SCORE_FUNCS)
 def test_equal_the_sum_over_layers(score_func, masked, dtype):
     """Values and gradients, also where masked tokens hold NaN."""
     logits = torch.randn(3, 13, 5).to(dtype)

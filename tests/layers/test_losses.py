@@ -18,6 +18,7 @@ from moe_ops.layers import (
     sequence_balance_loss,
     update_expert_bias,
 )
+from moe_ops.reference._scores import SCORE_FUNCS
 
 E = 8
 PLAIN_LOSSES = (router_z_loss, router_entropy_loss, mutual_information_loss, concentration_loss)
@@ -26,7 +27,7 @@ PLAIN_LOSSES = (router_z_loss, router_entropy_loss, mutual_information_loss, con
 def probabilities(logits: Tensor, score_func: str = "softmax") -> Tensor:
     if score_func == "softmax":
         return logits.double().softmax(-1)
-    scores = logits.double().sigmoid()
+    scores = SCORE_FUNCS[score_func](logits.double())
     return scores / scores.sum(-1, keepdim=True)
 
 
@@ -39,7 +40,7 @@ def cyclic_ids(num_tokens: int, top_k: int, num_experts: int = E) -> Tensor:
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 4, 8])
-@pytest.mark.parametrize("score_func", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("score_func", SCORE_FUNCS)
 def test_load_balancing_is_one_at_balance_whatever_k(top_k, score_func):
     loss = load_balancing_loss(
         torch.zeros(2 * E, E), cyclic_ids(2 * E, top_k), score_func=score_func
@@ -52,7 +53,7 @@ def test_load_balancing_is_e_at_collapse():
     assert load_balancing_loss(one_hot_logits(ids), ids[:, None]).item() == pytest.approx(E)
 
 
-@pytest.mark.parametrize("score_func", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("score_func", SCORE_FUNCS)
 @pytest.mark.parametrize("masked", [False, True])
 def test_load_balancing_formula(score_func, masked):
     logits = torch.randn(19, E)
@@ -117,7 +118,7 @@ def test_z_loss_formula(dtype):
     assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
 
 
-@pytest.mark.parametrize("score_func", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("score_func", SCORE_FUNCS)
 def test_entropies_formula(score_func):
     logits = torch.randn(11, E)
     p = probabilities(logits, score_func)

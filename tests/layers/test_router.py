@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from moe_ops.layers import Router, sparsemixer
+from moe_ops.reference._scores import SCORE_FUNCS
 
 T, H, E, K = 13, 6, 8, 2
 
@@ -15,7 +16,7 @@ ROUTERS = {
     "softmax": {},
     "softmax-renormalize": {"renormalize": True, "routed_scaling_factor": 1.5},
     "softmax-p2": {"renormalize": True, "renormalize_p": 2.0, "routed_scaling_factor": 1.5},
-    "sigmoid": {"score_func": "sigmoid"},
+    **{name: {"score_func": name} for name in SCORE_FUNCS if name != "softmax"},
     "sigmoid-bias-groups": {
         "score_func": "sigmoid",
         "renormalize": True,

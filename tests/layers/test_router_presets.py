@@ -94,6 +94,7 @@ PLAIN = [
         {"n_routed_experts": E, "n_group": 1, "topk_group": 1, "norm_topk_prob": False},
         {"num_groups": 1, "num_topk_groups": 1, "renormalize": False},
     ),
+    ("deepseek_v4", "DeepseekV4TopKRouter", "DeepseekV4Config", {"n_routed_experts": E}, {}),
     ("glm4_moe", "Glm4MoeTopkRouter", "Glm4MoeConfig", {"n_routed_experts": E}, {}),
     (
         "glm4_moe",
@@ -109,7 +110,7 @@ PLAIN = [
 CASES = [
     pytest.param(*case, bias, id=f"{case[0]}-{i}-bias{bias}")
     for i, case in enumerate(PLAIN)
-    for bias in ((-1.0, 0.2) if case[0] in ("deepseek_v3", "glm4_moe") else (0.0,))
+    for bias in ((-1.0, 0.2) if case[0] in ("deepseek_v3", "deepseek_v4", "glm4_moe") else (0.0,))
 ]
 
 

@@ -146,9 +146,13 @@ FAMILIES: dict[str, Family] = {
             "ops/test_moe_ffn.py",
         ),
         of(
-            "gemm/gemv_blocked.h",
-            ("blocks of k not added up, widened", "b > 0", "false", 0),
-            ("blocks of k not added up", "b > 0", "false", 1),
+            "gemm/gemv.h",
+            ("blocks of k not added up", "b > 0", "false"),
+            (
+                "half types read where they were widened",
+                "widened ? static_cast<const void*>(wide) : weights",
+                "static_cast<const void*>(weights)",
+            ),
             ("last columns missed", "n % F", "int64_t{0}"),
             (
                 "end of a row of tokens not cleared",
@@ -227,7 +231,6 @@ FAMILIES: dict[str, Family] = {
                 "last row of the last block lost",
                 "std::min(most_rows, it.row_end - r0)",
                 "std::min(most_rows, it.row_end - r0) - (r0 > it.row_begin)",
-                0,
             ),
             (
                 "tokens of the first part for all",
@@ -267,12 +270,15 @@ FAMILIES: dict[str, Family] = {
                 "s * d.features * dtype_size(d.b.type)",
                 "0 * dtype_size(d.b.type)",
             ),
-            ("panels of one segment for both", "whole ? s * segment_size : 0", "int64_t{0}"),
             (
-                "last row lost",
-                "std::min(most_rows, it.row_end - r0)",
-                "std::min(most_rows, it.row_end - r0) - (r0 > it.row_begin)",
-                1,
+                "panels of the first columns for all",
+                "direct ? 0 : j / (2 * W) * stride",
+                "int64_t{0} * stride",
+            ),
+            (
+                "tokens of the first block of k for all",
+                "Op::load(d, it.row_begin + t, k0, kc, a + t * kLda);",
+                "Op::load(d, it.row_begin + t, 0, kc, a + t * kLda);",
             ),
         ),
     ),
@@ -368,7 +374,7 @@ FAMILIES: dict[str, Family] = {
             ("gathered rows read as they lie", "rows.index != nullptr ? rows.index[r] : r", "r"),
         )
         + of(
-            "gemm/items.h",
+            "gemm/heuristics.h",
             (
                 "a column lost between two items",
                 "std::min(last, f + features)",
@@ -578,14 +584,18 @@ FAMILIES: dict[str, Family] = {
                 "scales + begin / group * P",
                 "scales",
             ),
-            ("panels: weights without their bias", "four != kInt8", "!(four != kBytes)"),
+            ("panels: weights without their bias", "four != kInt8", "!(four != kInt8)"),
             (
                 "panels: columns of a part lost",
                 "std::min(part, n - part_begin)",
                 "std::min(part, n - part_begin) - (part_begin > 0)",
             ),
-            ("panels: runs of k not added up", "begin > 0", "false", 1),
-            ("panels of bytes: runs of k not added up", "begin > 0", "false", 0),
+            ("panels: runs of k not added up", "begin > 0", "false"),
+            (
+                "panels: words of the first run for all",
+                "words + (begin - k0) / word * P",
+                "words",
+            ),
             (
                 "panels: the last word of tokens not cleared",
                 "if (b == k_blocks - 1) std::fill(dst + kc, dst + round_up(kc, word), 0.0f);",
@@ -656,21 +666,20 @@ FAMILIES: dict[str, Family] = {
                 "i / n * d.features + it.feature_begin + i % n",
                 "it.feature_begin + i % n",
             ),
-            ("dot: last columns missed", "quarter + n % kGemvFeatures", "quarter"),
+            ("dot: last columns missed", "groups + n % F", "groups"),
             (
                 "dot: second token of a pass lost",
                 "std::min<int64_t>(kFp8DotTokens, m - t)",
                 "int64_t{1}",
-                0,
             ),
             (
-                "strip: scale of the first feature for all",
-                "w_scale[i] = d.weight_scale(it.expert, feature);",
-                "w_scale[i] = d.weight_scale(it.expert, feature - i);",
+                "strip: weights of the first feature for all",
+                "d.weight(it.expert, feature + f)",
+                "d.weight(it.expert, feature)",
             ),
             (
                 "dot: scale of the first feature for all",
-                "d.weight_scale(it.expert, feature + i * step)",
+                "d.weight_scale(it.expert, feature + f * step)",
                 "d.weight_scale(it.expert, feature)",
             ),
             (
@@ -934,18 +943,18 @@ FAMILIES: dict[str, Family] = {
             (
                 "bias gradient without weights",
                 "row_kernels<T>().axpy(type, grads[i], weights[i], chunks.bias_of(chunk, e), H);",
-                "k.axpy(type, grads[i], T(1), chunks.bias_of(chunk, e), H);",
+                "row_kernels<T>().axpy(type, grads[i], T(1), chunks.bias_of(chunk, e), H);",
             ),
             (
                 "sorted: weight of the expert's first row for all",
                 "k.load_row(kAccumulate<T>, u + r * D, grad, D, maps.weight[r]);",
-                "k.load_row(kAccumulate<T>, u + r * D, grad, D, weights[begin]);",
+                "k.load_row(kAccumulate<T>, u + r * D, grad, D, maps.weight[begin]);",
             ),
             (
                 "sorted: gradient of the routing weight without the bias",
                 "bias != nullptr",
                 "false",
-                1,
+                3,
             ),
         ),
     ),
@@ -1258,6 +1267,19 @@ FAMILIES: dict[str, Family] = {
             ),
         )
         + of(
+            "kernels/router_score-inl.h",
+            (
+                "sqrtsoftplus of a positive logit is its root",
+                "root = vsqrt(x > 0 ? x + u * q : q);",
+                "root = vsqrt(x > 0 ? x : q);",
+            ),
+            (
+                "slope of sqrtsoftplus without that of the sigmoid",
+                "return factor * T(0.5) / ((T(1) + u) * root);",
+                "return factor * T(0.5) / root;",
+            ),
+        )
+        + of(
             "kernels/router_choice-inl.h",
             (
                 "maxima past the last block not cleared",
@@ -1364,7 +1386,7 @@ FAMILIES: dict[str, Family] = {
             (
                 "permute: the token before",
                 "p.row_to_slot[r] / top_k",
-                "std::max<int64_t>(p.row_to_token[r] - 1, 0)",
+                "std::max<int64_t>(p.row_to_slot[r] / top_k - 1, 0)",
             ),
         )
         + of(

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.helpers.op_case import OpCase
 
 import moe_ops
 from moe_ops import reference
@@ -14,6 +15,19 @@ from moe_ops.testing import (
     short,
 )
 
+OP_CASES = {
+    "add_rms_norm": OpCase(
+        lambda s: {
+            "x": s.float(s.t, s.h),
+            "weight": s.float(s.h),
+            "residual": s.float(s.t, s.h),
+            "bias": s.float(s.h),
+        },
+        bad_arguments={"eps": (-1e-6, float("nan"))},
+        mixed_floats=(),
+        by_token=("x", "residual"),
+    )
+}
 ADDENDS = pytest.mark.parametrize(
     "addends", [(), ("residual",), ("bias",), ("residual", "bias")], ids="+".join
 )

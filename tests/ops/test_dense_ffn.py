@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tests.helpers.ffn import activation_magnitude
+from tests.helpers.op_case import OpCase, map_of
 
 import moe_ops
 from moe_ops import reference
@@ -16,6 +17,25 @@ from moe_ops.testing import (
     short,
 )
 
+OP_CASES = {
+    "dense_ffn": OpCase(
+        lambda s: {
+            "x": s.float(s.t, s.k, s.h),
+            "w_up": s.float(s.e, s.i, s.h),
+            "w_down": s.float(s.e, s.o, s.i),
+            "input_ids": torch.randint(s.k, (s.e,)),
+            "b_up": s.float(s.e, s.i),
+            "b_down": s.float(s.e, s.o),
+            "activation": "silu",
+        },
+        free_dims={"x": {0, 1}},
+        bad_arguments={"activation": ("", "swiglu", "ReLU", "relu\0")},
+        mixed_floats=(),
+        too_many_bytes=lambda: moe_ops.dense_ffn(
+            torch.empty(2**20, 1, 0), torch.empty(1, 0, 0), torch.empty(1, 2**42, 0), map_of(1)
+        ),
+    )
+}
 # (H, I, O)
 SIZES = (
     (1, 1, 1),

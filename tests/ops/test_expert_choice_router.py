@@ -3,9 +3,11 @@ from __future__ import annotations
 import pytest
 import torch
 from tests.helpers.logits import decided_logits, logit_spread, random_logits
+from tests.helpers.op_case import OpCase
 
 import moe_ops
 from moe_ops import reference
+from moe_ops.reference._scores import SCORE_FUNCS
 from moe_ops.testing import (
     DTYPES,
     VIEWS,
@@ -17,6 +19,14 @@ from moe_ops.testing import (
     short,
 )
 
+OP_CASES = {
+    "expert_choice_router": OpCase(
+        lambda s: {"router_logits": s.float(s.t, s.e), "capacity": s.k},
+        free_dims={"router_logits": {0, 1}},
+        bad_arguments={"capacity": (-1, -(2**62)), "score_func": ("", "exp")},
+        too_many_bytes=lambda: moe_ops.expert_choice_router(torch.ones(4).expand(2**60, 4), 4),
+    )
+}
 # (T, E, capacity)
 SIZES = (
     (0, 4, 2),
@@ -33,7 +43,7 @@ SIZES = (
     (6, 129, 2),
     (257, 3, 128),
 )
-score_funcs = pytest.mark.parametrize("score_func", ["softmax", "sigmoid"])
+score_funcs = pytest.mark.parametrize("score_func", SCORE_FUNCS)
 
 
 def decided(t, e, capacity, dtype, score_func="softmax", kind="normal"):
@@ -92,10 +102,10 @@ def test_each_expert_takes_its_capacity(capacity, score_func):
     """The contract itself: every expert is exactly full, and its tokens are its best ones."""
     logits = torch.randn(40, 6)
     _, ids = moe_ops.expert_choice_router(logits, capacity, score_func=score_func)
-    scores = logits.softmax(1) if score_func == "softmax" else logits.sigmoid()
+    scores = SCORE_FUNCS[score_func](logits)
     taken = torch.zeros(40, 7, dtype=torch.bool).scatter(1, ids.long() % 7, ids >= 0)[:, :6]
     assert taken.sum(0).tolist() == [capacity] * 6
-    worst = torch.where(taken, scores, 2).amin(0)
+    worst = torch.where(taken, scores, torch.inf).amin(0)
     best_left = torch.where(taken, -1, scores).amax(0)
     assert bool((worst >= best_left - 1e-6).all())
     padded = torch.where(ids < 0, 99, ids)

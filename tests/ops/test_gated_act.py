@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tests.helpers.ffn import gated_act_magnitude
+from tests.helpers.op_case import OpCase
 
 import moe_ops
 from moe_ops import reference
@@ -16,6 +17,14 @@ from moe_ops.testing import (
     short,
 )
 
+OP_CASES = {
+    "gated_act": OpCase(
+        lambda s: {"gate_up": s.float(s.t, 2 * s.i), "activation": "swiglu"},
+        free_dims={"gate_up": {0}},
+        bad_arguments={"activation": ("", "silu", "gelu", "SWIGLU", "swiglu\0")},
+        by_token=("gate_up",),
+    )
+}
 SIZES = (1, 3, 7, 8, 15, 17, 31, 33, 65, 97, 129, 257)
 LAYOUTS = pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "interleaved"])
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.helpers.op_case import OpCase, ones
 from tests.helpers.routing import EMPTY_ROUTINGS, ROUTINGS
 
 import moe_ops
@@ -20,6 +21,42 @@ from moe_ops.testing import (
     short,
 )
 
+OP_CASES = {
+    "grouped_gemm": OpCase(
+        lambda s: {
+            "a": s.float(s.n, s.h),
+            "b": s.float(s.e, s.o, s.h),
+            "expert_offsets": s.offsets(),
+            "bias": s.float(s.e, s.o),
+        },
+        free_dims={"a": {0}},
+        mixed_floats=(),
+        twice=True,
+        # Bytes modulo 2^64 look like a size that the buffer cache serves.
+        too_many_bytes=lambda: moe_ops.grouped_gemm(
+            torch.ones(2**20, 1), ones(1, 2**42 + 4, 1), torch.tensor([0, 2**20])
+        ),
+    ),
+    "grouped_gemm_wgrad": OpCase(
+        lambda s: {
+            "grad": s.float(s.n, s.o),
+            "a": s.float(s.n, s.h),
+            "expert_offsets": s.offsets(),
+        },
+        free_dims={"grad": {1}, "a": {1}, "expert_offsets": {0}},
+        mixed_floats=(),
+        twice=True,
+        too_many_bytes=lambda: moe_ops.grouped_gemm_wgrad(
+            torch.empty(0, 2**31), torch.empty(0, 2**32), torch.tensor([0, 0])
+        ),
+    ),
+    "grouped_sum": OpCase(
+        lambda s: {"rows": s.float(s.n, s.o), "expert_offsets": s.offsets()},
+        free_dims={"rows": {0, 1}, "expert_offsets": {0}},
+        twice=True,
+        too_many_bytes=lambda: moe_ops.grouped_sum(torch.empty(0, 2**62), torch.tensor([0, 0])),
+    ),
+}
 # (K, O): around the tile sizes of every instruction set, and far from them.
 SIZES = (
     (1, 1),

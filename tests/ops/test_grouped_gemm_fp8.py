@@ -9,6 +9,7 @@ import pytest
 import torch
 from tests.helpers.fp8 import check_grouped_gemm_fp8 as check
 from tests.helpers.fp8 import fp8_gemm_operands
+from tests.helpers.op_case import OpCase
 from tests.helpers.routing import EMPTY_ROUTINGS, ROUTINGS
 
 import moe_ops
@@ -16,6 +17,39 @@ from moe_ops import reference
 from moe_ops.quant import quantize_fp8_blocks
 from moe_ops.testing import as_strided_copy, assert_identical, eps, short
 
+
+def two_blocks(s):
+    """Two blocks of 128 in every direction that has scales."""
+    k, o = 128 + s.h, 128 + s.o
+    return {
+        "a": torch.randn(s.n, k).to(torch.float8_e4m3fn),
+        "a_scale": torch.rand(s.n, 2),
+        "b": torch.randn(s.e, o, k).to(torch.float8_e4m3fn),
+        "b_scale": torch.rand(s.e, 2, 2),
+        "expert_offsets": s.offsets(),
+        "bias": s.narrow(s.e, o),
+    }
+
+
+def empty_fp8(*shape):
+    return torch.empty(*shape).to(torch.float8_e4m3fn)
+
+
+OP_CASES = {
+    "grouped_gemm_fp8": OpCase(
+        two_blocks,
+        bad_arguments={"out_dtype": (torch.float64, torch.int32, torch.float8_e4m3fn)},
+        mixed_floats=("bias",),
+        kind="quantised",
+        too_many_bytes=lambda: moe_ops.grouped_gemm_fp8(
+            empty_fp8(2**31, 0),
+            torch.ones(2**31, 0),
+            empty_fp8(1, 2**32, 0),
+            torch.ones(1, 2**25, 0),
+            torch.tensor([0, 0]),
+        ),
+    )
+}
 OUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 out_dtypes = pytest.mark.parametrize("dtype", OUT_DTYPES, ids=short)
 # (K, O): around vectors, tiles and blocks of 128, and far from them.

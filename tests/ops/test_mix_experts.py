@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.helpers.op_case import OpCase
 from torch import nn
 
 import moe_ops
@@ -16,6 +17,37 @@ from moe_ops.testing import (
     short,
 )
 
+
+def normalised_call(s):
+    acc = torch.float64 if s.dtype == torch.float64 else torch.float32
+    features = {
+        name: torch.rand(s.e, s.o, dtype=acc)
+        for name in ("norm_weight", "norm_bias", "mean", "var")
+    }
+    return {
+        "outputs": s.float(s.t, s.e, s.o),
+        "weights": s.float(s.t, s.k, s.e),
+        "factor": s.float(s.t, s.k, s.o),
+        **features,
+        "activation": "silu",
+    }
+
+
+OP_CASES = {
+    "mix_experts": OpCase(
+        normalised_call,
+        free_dims={"factor": {0}},
+        bad_arguments={
+            "activation": ("", "swish", "ReLU", "relu\0"),
+            "eps": (-1.0, float("nan")),
+            "norm_weight": (None,),
+            "norm_bias": (None,),
+            "mean": (None,),
+            "var": (None,),
+        },
+        mixed_floats=(),
+    )
+}
 FLOATS = ("outputs", "weights", "factor", "norm_weight", "norm_bias")
 NORMS = ("plain", "given", "batch")
 

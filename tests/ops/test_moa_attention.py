@@ -13,6 +13,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.helpers.op_case import OpCase, ones
 
 import moe_ops
 from moe_ops import _C, reference
@@ -28,6 +29,30 @@ from moe_ops.testing import (
     short,
 )
 
+OP_CASES = {
+    "moa_attention": OpCase(
+        lambda s: {
+            "q": s.float(2, s.t, s.k, s.e, s.h),
+            "k": s.float(2, s.t, s.e, s.h),
+            "v": s.float(2, s.t, s.e, s.h),
+            "kind": "stick_breaking",
+        },
+        free_dims={"q": {1, 2}},
+        bad_arguments={
+            "kind": ("", "Softmax", "softmax\0"),
+            "window": (0, -1, -(2**62)),
+            "softcap": (0.0, -2.0, float("nan"), float("inf")),
+            "scale": (float("nan"), float("inf")),
+            "cu_seqlens": (torch.tensor([0, 1]), torch.tensor([0.0])),
+        },
+        mixed_floats=(),
+        too_many_bytes=lambda: moe_ops.moa_attention(
+            ones(2**20, 2**20, 1, 2**20, 1, dtype=torch.float64),
+            *[ones(2**20, 2**20, 2**20, 1, dtype=torch.float64)] * 2,
+            kind="softmax",
+        ),
+    )
+}
 KINDS = ("softmax", "stick_breaking")
 NAMES = ("q", "k", "v")
 TINY = 2.0**-125

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.utils.checkpoint
 from tests.helpers.ffn import FFN_FLOATS, check_moe_ffn, differentiable, ffn_operands
+from tests.helpers.op_case import OpCase, map_of, ones
 from tests.helpers.routing import EMPTY_ROUTINGS, ROUTINGS, Routing
 
 import moe_ops
@@ -17,6 +18,20 @@ from moe_ops import reference
 from moe_ops.ops.gated_act import GATED_ACTIVATIONS, PLAIN_ACTIVATIONS
 from moe_ops.testing import DTYPES, VIEWS, as_strided_copy, assert_identical, short
 
+OP_CASES = {
+    "moe_ffn": OpCase(
+        lambda s: s.ffn(),
+        bad_arguments={"activation": ("", "swish", "SWIGLU")},
+        mixed_floats=("topk_weights",),
+        too_many_bytes=lambda: moe_ops.moe_ffn(
+            torch.empty(2**20, 0, requires_grad=True),
+            torch.empty(1, 2**43, 0),
+            torch.empty(1, 0, 2**42),
+            ones(2**20, 1),
+            map_of(2**20, 1),
+        ),
+    )
+}
 # (H, I)
 SIZES = (
     (1, 1),

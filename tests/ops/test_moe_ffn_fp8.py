@@ -5,6 +5,7 @@ import concurrent.futures
 import pytest
 import torch
 from tests.helpers.fp8 import check_moe_ffn_fp8, fp8_operands
+from tests.helpers.op_case import OpCase
 from tests.helpers.routing import EMPTY_ROUTINGS, ROUTINGS, Routing
 
 import moe_ops
@@ -13,6 +14,25 @@ from moe_ops.ops.gated_act import GATED_ACTIVATIONS, PLAIN_ACTIVATIONS
 from moe_ops.quant import dequantize_fp8_blocks
 from moe_ops.testing import as_strided_copy, assert_identical, eps, short
 
+
+def two_blocks(s):
+    h, i = 128 + s.h, 128 + s.i
+    call = {"x": s.narrow(s.t, h)}
+    for name, out, depth in (("w_gate_up", 2 * i, h), ("w_down", h, i)):
+        call[name] = torch.randn(s.e, out, depth).to(torch.float8_e4m3fn)
+        call[f"{name}_scale"] = torch.rand(s.e, -(-out // 128), -(-depth // 128))
+        call["b" + name[1:]] = call["x"].new_ones(s.e, out)
+    return {**call, "topk_weights": s.weights(), "topk_ids": s.ids()}
+
+
+OP_CASES = {
+    "moe_ffn_fp8": OpCase(
+        two_blocks,
+        bad_arguments={"activation": ("", "swish", "SWIGLU", "swiglu\0")},
+        mixed_floats=("topk_weights",),
+        kind="quantised",
+    )
+}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=short)
 # Every expert few tokens; every expert many.

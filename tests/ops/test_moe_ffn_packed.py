@@ -5,6 +5,7 @@ import concurrent.futures
 import pytest
 import torch
 from tests.helpers.ffn import ffn_operands, moe_ffn_magnitude
+from tests.helpers.op_case import OpCase, ones
 from tests.helpers.routing import EMPTY_ROUTINGS, ROUTINGS, Routing
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -20,6 +21,27 @@ from moe_ops.testing import (
     short,
 )
 
+
+def packed_call(s):
+    call = s.ffn()
+    call["packed_gate_up"] = moe_ops.pack_experts(call["w_gate_up"], halves=True)
+    call["packed_down"] = moe_ops.pack_experts(call["w_down"])
+    return call
+
+
+OP_CASES = {
+    "moe_ffn_packed": OpCase(
+        packed_call,
+        bad_arguments={"activation": ("", "swish", "SWIGLU", "swiglu\0")},
+        mixed_floats=("topk_weights",),
+    ),
+    "pack_experts": OpCase(
+        lambda s: {"w": s.float(s.e, 2 * s.o, s.h), "halves": True},
+        free_dims={"w": {0, 2}},
+        kind="integer",
+        too_many_bytes=lambda: moe_ops.pack_experts(ones(1, 2**61, 1)),
+    ),
+}
 pytestmark = pytest.mark.cpu_only
 
 # (H, I): below, at and above the panel widths of every instruction set.

@@ -4,6 +4,7 @@ import concurrent.futures
 
 import pytest
 import torch
+from tests.helpers.op_case import OpCase
 from tests.helpers.quantized import (
     INTEGER_ROWS,
     check_moe_ffn_quantized,
@@ -29,6 +30,28 @@ from moe_ops.testing import (
     poisoned,
     short,
 )
+
+
+def quantised_call(s):
+    call = s.ffn()
+    if s.dtype == torch.float64:
+        for name in ("x", "b_gate_up", "b_down"):
+            call[name] = call[name].float()
+    for name in ("w_gate_up", "w_down"):
+        call[f"{name}_scale"] = torch.rand(call[name].shape[:2])
+        call[name] = torch.randint(-127, 128, call[name].shape).to(torch.int8)
+    call["x_scale"] = torch.rand(s.h)
+    return call
+
+
+OP_CASES = {
+    "moe_ffn_quantized": OpCase(
+        quantised_call,
+        bad_arguments={"activation": ("", "swish", "SWIGLU", "swiglu\0")},
+        mixed_floats=("topk_weights",),
+        kind="quantised",
+    )
+}
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # 8 bits, and 4 bits with each size of a group.

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.helpers.op_case import OpCase, map_of
 from tests.helpers.routing import EMPTY_ROUTINGS, ROUTINGS, Routing
 
 import moe_ops
@@ -15,6 +16,21 @@ from moe_ops.testing import (
     short,
 )
 
+OP_CASES = {
+    "moe_linear_map": OpCase(
+        lambda s: {
+            "x": s.float(s.t, s.h),
+            "w": s.float(s.e, s.o, s.h),
+            "topk_ids": s.ids(),
+            "bias": s.float(s.e, s.o),
+        },
+        free_dims={"topk_ids": {1}},
+        mixed_floats=(),
+        too_many_bytes=lambda: moe_ops.moe_linear_map(
+            torch.empty(2**20, 0), torch.empty(1, 2**42, 0), map_of(2**20, 1)
+        ),
+    )
+}
 # (H, O)
 SIZES = (
     (1, 1),

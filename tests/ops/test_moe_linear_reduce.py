@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.helpers.op_case import OpCase, map_of, ones
 from tests.helpers.routing import EMPTY_ROUTINGS, ROUTINGS, Routing
 
 import moe_ops
@@ -16,6 +17,21 @@ from moe_ops.testing import (
     short,
 )
 
+OP_CASES = {
+    "moe_linear_reduce": OpCase(
+        lambda s: {
+            "h": s.float(s.t, s.k, s.i),
+            "w": s.float(s.e, s.h, s.i),
+            "topk_weights": s.weights(),
+            "topk_ids": s.ids(),
+            "bias": s.float(s.e, s.h),
+        },
+        mixed_floats=("topk_weights",),
+        too_many_bytes=lambda: moe_ops.moe_linear_reduce(
+            torch.empty(2**20, 1, 0), torch.empty(1, 2**42, 0), ones(2**20, 1), map_of(2**20, 1)
+        ),
+    )
+}
 # (D, H)
 SIZES = (
     (1, 1),

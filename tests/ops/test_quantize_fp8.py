@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.helpers.op_case import OpCase
 
 import moe_ops
 from moe_ops import reference
@@ -11,6 +12,11 @@ from moe_ops.quant import dequantize_fp8_blocks, fuse_fp8_gate_up, quantize_fp8_
 from moe_ops.reference.quantize_fp8 import dequantize_rows
 from moe_ops.testing import VIEWS, as_strided_copy, assert_identical, poisoned, short
 
+OP_CASES = {
+    "quantize_fp8": OpCase(
+        lambda s: {"x": s.narrow(s.t, s.h)}, free_dims={"x": {0, 1}}, kind="quantised"
+    )
+}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=short)
 # Around vectors of every instruction set and around blocks.

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.helpers.op_case import OpCase, ones
 
 import moe_ops
 from moe_ops import reference
@@ -13,6 +14,22 @@ from moe_ops.testing import (
     check_against_reference,
     short,
 )
+
+OP_CASES = {
+    "rotary": OpCase(
+        lambda s: {
+            "t": s.float(s.o, s.t, s.e, 2 * s.h),
+            "cos": s.float(s.t, s.h),
+            "sin": s.float(s.t, s.h),
+        },
+        free_dims={"t": {0, 2}},
+        twice=True,
+        too_many_bytes=lambda: moe_ops.rotary(
+            torch.ones(2, dtype=torch.float64).expand(2**60, 1, 2),
+            *[ones(1, 1, dtype=torch.float64)] * 2,
+        ),
+    )
+}
 
 
 def operands(*shape, dtype=torch.float32, batched=False, **options):

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.helpers.op_case import OpCase
 
 import moe_ops
 from moe_ops import reference
@@ -15,6 +16,17 @@ from moe_ops.testing import (
     short,
 )
 
+OP_CASES = {
+    "router_linear": OpCase(
+        lambda s: {"x": s.float(s.t, s.h), "weight": s.float(s.e, s.h), "bias": s.float(s.e)},
+        free_dims={"x": {0}},
+        bad_arguments={"logits_dtype": (torch.int32, torch.bool, torch.float8_e4m3fn)},
+        mixed_floats=(),
+        by_token=("x",),
+        twice=True,
+        too_many_bytes=lambda: moe_ops.router_linear(torch.empty(2**40, 0), torch.empty(2**22, 0)),
+    )
+}
 HALVES = [torch.bfloat16, torch.float16]
 BIAS = pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
 

@@ -2,12 +2,21 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.helpers.op_case import OpCase
 from tests.helpers.routing import EMPTY_ROUTINGS, ROUTINGS, Routing
 
 import moe_ops
 from moe_ops import reference
 from moe_ops.testing import ID_DTYPES, as_strided_copy, assert_identical, poisoned, short
 
+OP_CASES = {
+    "sort_slots": OpCase(
+        lambda s: {"topk_ids": s.ids(), "num_experts": s.e},
+        free_dims={"topk_ids": {0, 1}},
+        bad_arguments={"num_experts": (-1, -(2**40), -(2**63))},
+        kind="integer",
+    )
+}
 LARGER = (
     Routing(1000, 7, 3, "dropped"),
     Routing(257, 129, 5, "out_of_range", torch.int64),

@@ -1,11 +1,21 @@
+"""topk_router.
+
+The file is long because keys, scores, groups and ties each have cases of their own.
+"""
+
 from __future__ import annotations
+
+import math
+from decimal import Decimal, localcontext
 
 import pytest
 import torch
 from tests.helpers.logits import decided_logits, logit_spread, random_logits
+from tests.helpers.op_case import OpCase
 
 import moe_ops
 from moe_ops import reference
+from moe_ops.reference._scores import SCORE_FUNCS
 from moe_ops.testing import (
     DTYPES,
     VIEWS,
@@ -17,6 +27,20 @@ from moe_ops.testing import (
     short,
 )
 
+OP_CASES = {
+    "topk_router": OpCase(
+        lambda s: {"router_logits": s.float(s.t, s.e), "top_k": s.k, "expert_bias": None},
+        free_dims={"router_logits": {0, 1}},
+        bad_arguments={
+            "top_k": (0, -1, 99, 2**31, 2**62, -(2**62)),
+            "score_func": ("", "Softmax", "tanh"),
+            "num_groups": (0, -1, 97, 2**40),
+            "num_topk_groups": (0, -3, 2, 2**40),
+        },
+        by_token=("router_logits",),
+        too_many_bytes=lambda: moe_ops.topk_router(torch.ones(4).expand(2**60, 4), 4),
+    )
+}
 # (T, E, K)
 SIZES = (
     (0, 4, 2),
@@ -48,22 +72,22 @@ OPTIONS = {
     "softmax": {},
     "softmax-renormalize": {"renormalize": True},
     "softmax-scaled": {"routed_scaling_factor": 2.5},
-    "sigmoid": {"score_func": "sigmoid"},
-    "sigmoid-renormalize": {
-        "score_func": "sigmoid",
-        "renormalize": True,
-        "routed_scaling_factor": 0.5,
-    },
     "topk-first": {"topk_first": True},
     "topk-first-renormalize": {"topk_first": True, "renormalize": True},
-    "topk-first-sigmoid": {"topk_first": True, "score_func": "sigmoid"},
-    "topk-first-sigmoid-renormalize": {
-        "topk_first": True,
-        "score_func": "sigmoid",
-        "renormalize": True,
-        "routed_scaling_factor": 3.0,
-    },
 }
+for score in [name for name in SCORE_FUNCS if name != "softmax"]:
+    options = {"score_func": score}
+    renormalize = {**options, "renormalize": True}
+    OPTIONS |= {
+        score: options,
+        f"{score}-renormalize": {**renormalize, "routed_scaling_factor": 0.5},
+        f"topk-first-{score}": {**options, "topk_first": True},
+        f"topk-first-{score}-renormalize": {
+            **renormalize,
+            "topk_first": True,
+            "routed_scaling_factor": 3.0,
+        },
+    }
 option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 DEEPSEEK_V3 = {
     "score_func": "sigmoid",
@@ -119,7 +143,7 @@ def check(logits, k, options):
     assert_close_by_norm(
         grad_logits, expected_grad, magnitude, sum_length=e, what="gradient of router_logits"
     )
-    if options.get("topk_first") or options.get("score_func") == "sigmoid":
+    if options.get("topk_first") or options.get("score_func", "softmax") != "softmax":
         chosen = torch.zeros(logits.shape, dtype=torch.bool).scatter(1, ids.long(), True)
         assert bool((grad_logits[~chosen] == 0).all()), "an expert not chosen has a gradient"
 
@@ -172,7 +196,7 @@ def test_expert_bias_views(view):
 
 @pytest.mark.parametrize("with_bias", [False, True], ids=["unbiased", "biased"])
 @pytest.mark.parametrize("group_score", ["max", "top2_sum"])
-@pytest.mark.parametrize("score_func", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("score_func", SCORE_FUNCS)
 @pytest.mark.parametrize("topk_first", [False, True], ids=["score-first", "topk-first"])
 @pytest.mark.parametrize(
     ("e", "k", "groups", "kept"),
@@ -309,7 +333,7 @@ def test_nan_logits_in_groups_leave_valid_distinct_ids(group_score):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
-@pytest.mark.parametrize("score_func", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("score_func", SCORE_FUNCS)
 def test_masked_experts(score_func, dtype):
     """A logit of -inf is the usual mask: weight zero, chosen only when nothing else is left."""
     logits = decided(4, 6, 3, dtype, {})
@@ -320,6 +344,69 @@ def test_masked_experts(score_func, dtype):
     assert_identical(ids, expected_ids, "topk_ids")
     assert_close_by_norm(weights, expected, expected.abs() * logit_spread(logits), sum_length=6)
     assert weights[1, 1:].tolist() == [0, 0]
+
+
+def exact_sqrtsoftplus(x):
+    """The score and its slope, from the formula with 60 digits."""
+    with localcontext() as context:
+        context.prec = 60
+        x = Decimal(x)
+        e = (-abs(x)).exp() if abs(x) < 10**6 else Decimal(0)
+        # log(1 + e) has no digits left where e is below 1e-60: there it is e.
+        log = (1 + e).ln() if e > Decimal("1e-20") else e * (1 - e / 2)
+        score = (max(x, 0) + log).sqrt()
+        return score, (1 if x > 0 else e) / (1 + e) / (2 * score)
+
+
+@pytest.mark.parametrize("kernel", ["lanes", "rows", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=short)
+def test_sqrtsoftplus_of_any_logit(dtype, kernel):
+    """To a few ulps from where exp(logit / 2) is a normal number up to the largest logit."""
+    limits = torch.finfo(dtype)
+    least = 2 * math.log(limits.tiny) + 5
+    logits = [least, -104.0, -88.0, -41.0, -40.0, -39.0, -17.0, -5.0, -1.0, -0.5, -1e-3, -1e-9, 0.0]
+    logits += [-x for x in logits if x > -100] + [1e10, limits.max]
+    logits = torch.tensor(logits, dtype=dtype)[:, None]
+    if kernel == "rows":
+        logits = torch.cat([logits, logits.expand(-1, 16) - 1 - logits.abs()], 1)
+    logits.requires_grad_()
+    route = reference.topk_router if kernel == "reference" else moe_ops.topk_router
+    weights, _ = route(logits, 1, score_func="sqrtsoftplus")
+    (slopes,) = torch.autograd.grad(weights.sum(), logits)
+    for x, score, slope in zip(*(t[:, 0].tolist() for t in (logits, weights, slopes)), strict=True):
+        for got, want in zip((score, slope), exact_sqrtsoftplus(x), strict=True):
+            # Plain torch in fp32 rounds more often.
+            steps = 8 if kernel != "reference" else 16
+            assert abs(Decimal(got) - want) <= steps * Decimal(limits.eps) * want, x
+
+
+@pytest.mark.parametrize("renormalize", [False, True], ids=["plain", "renormalize"])
+@pytest.mark.parametrize("e", [5, 20])
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+def test_sqrtsoftplus_that_is_zero(dtype, e, renormalize):
+    """Score and gradient are zero, and no NaN, where the score is too small for a number."""
+    logits = torch.full((2, e), -3000.0, dtype=dtype)
+    logits[1] = -torch.inf
+    logits.requires_grad_()
+    options = {"score_func": "sqrtsoftplus", "renormalize": renormalize}
+    for route in (moe_ops.topk_router, reference.topk_router):
+        weights, ids = route(logits, 3, **options)
+        assert ids.tolist() == [[0, 1, 2]] * 2
+        assert not weights.any()
+        (grad,) = torch.autograd.grad(weights.sum(), logits)
+        assert not grad.any()
+
+
+@pytest.mark.parametrize("e", [5, 20])
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+def test_sqrtsoftplus_of_infinity(dtype, e):
+    logits = torch.zeros(1, e, dtype=dtype)
+    logits[0, 2] = torch.inf
+    logits.requires_grad_()
+    weights, _ = moe_ops.topk_router(logits, 2, score_func="sqrtsoftplus")
+    assert weights[0, 0] == torch.inf
+    (grad,) = torch.autograd.grad(weights.sum(), logits)
+    assert grad[0, 2] == 0 and bool(grad.isfinite().all())
 
 
 @pytest.mark.parametrize("view", [*VIEWS, "step2_last"])
@@ -345,7 +432,7 @@ def test_ids_carry_no_gradient():
     assert not ids.requires_grad
 
 
-@pytest.mark.parametrize("score_func", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("score_func", SCORE_FUNCS)
 def test_expert_bias_gets_no_gradient(score_func):
     logits = torch.randn(3, 4, requires_grad=True)
     bias = torch.randn(4, requires_grad=True)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tests.helpers.logits import decided_logits, logit_spread, random_logits
+from tests.helpers.op_case import OpCase
 
 import moe_ops
 from moe_ops import reference
@@ -17,6 +18,19 @@ from moe_ops.testing import (
     short,
 )
 
+OP_CASES = {
+    "topp_router": OpCase(
+        lambda s: {"router_logits": s.float(s.t, s.e), "top_p": 0.5, "max_k": s.k},
+        free_dims={"router_logits": {0, 1}},
+        bad_arguments={
+            "top_p": (0.0, -0.5, 1.0001, float("nan"), float("inf"), -float("inf")),
+            "max_k": (0, -1, 99, 2**62),
+            "min_k": (-1, 99, 2**62),
+        },
+        by_token=("router_logits",),
+        too_many_bytes=lambda: moe_ops.topp_router(torch.ones(4).expand(2**60, 4), 0.5, 4),
+    )
+}
 # (T, E)
 SIZES = (
     (0, 4),

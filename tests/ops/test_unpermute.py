@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.helpers.op_case import OpCase
 from tests.helpers.routing import EMPTY_ROUTINGS, ROUTINGS, Routing
 
 import moe_ops
@@ -17,6 +18,18 @@ from moe_ops.testing import (
     short,
 )
 
+OP_CASES = {
+    "unpermute": OpCase(
+        lambda s: {
+            "rows": s.float(s.n, s.h),
+            "expert_offsets": s.offsets(),
+            "slot_to_row": s.order().view(s.t, s.k),
+            "topk_weights": s.weights(),
+        },
+        free_dims={"rows": {1}, "expert_offsets": {0}},
+        twice=True,
+    )
+}
 HIDDEN_SIZES = (1, 3, 7, 8, 17, 31, 33, 65, 97, 129, 257)
 DROPPED = Routing(29, 5, 2, "out_of_range")
 WEIGHTED = ["rows", "topk_weights"]

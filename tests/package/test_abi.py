@@ -42,6 +42,7 @@ EXPORTS = {
     "moe_ops::cpu::active_isa",
     "moe_ops::cpu::detected_isa",
     "moe_ops::cpu::failing_kernel",
+    "moe_ops::cpu::kernel_entries",
     "moe_ops::cpu::isa_name",
     "moe_ops::cpu::isa_warning",
     "moe_ops::cpu::packed_expert_bytes",

@@ -12,32 +12,8 @@ from moe_ops.cli.app import app
 
 runner = CliRunner()
 
-OPS = {
-    "add_rms_norm",
-    "topk_router",
-    "topp_router",
-    "expert_choice_router",
-    "sort_slots",
-    "permute",
-    "unpermute",
-    "gated_act",
-    "grouped_gemm",
-    "grouped_gemm_fp8",
-    "grouped_gemm_wgrad",
-    "grouped_sum",
-    "moe_ffn",
-    "moe_ffn_fp8",
-    "moe_ffn_packed",
-    "moe_ffn_quantized",
-    "dense_ffn",
-    "mix_experts",
-    "moe_linear_map",
-    "moe_linear_reduce",
-    "quantize_fp8",
-    "rotary",
-    "router_linear",
-    "moa_attention",
-}
+# pack_experts makes operands of moe_ffn_packed and has no values of its own.
+OPS = set(ops.__all__) - {"pack_experts"}
 INFERENCE_ONLY = (
     "sort_slots",
     "moe_ffn_packed",
@@ -248,6 +224,14 @@ def test_has_kernel_reads_the_registry():
         assert doctor.has_kernel(op, "cuda")
     assert doctor.has_kernel("moe_ffn_quantized", "cuda") == (_C.build_info()["cuda"] != "off")
     assert not doctor.has_kernel("no_such_op", "cpu")
+
+
+def test_a_failing_kernel_is_told(monkeypatch):
+    from moe_ops import _C
+
+    monkeypatch.setattr(_C, "failing_kernel", lambda target: "packed tile")
+    finding = next(doctor._cpu())
+    assert finding.level == "fail" and "self-test (packed tile)" in finding.text
 
 
 def test_lowered_isa_warns(monkeypatch):

@@ -16,6 +16,8 @@ import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from moe_ops.reference._scores import SCORE_FUNCS
+
 Value = int | str
 SizeTable = Sequence[tuple[str, str, str, int]]
 
@@ -345,7 +347,7 @@ OPS: dict[str, Op] = {
             "k": Dim((("router", "pairs"),), (1, 2, 4, 6), 32),
         },
         {
-            "score": ("softmax", "sigmoid"),
+            "score": tuple(SCORE_FUNCS),
             "renormalize": (0, 1),
             "topk_first": (0, 1),
             "scaled": (0, 1),
@@ -372,7 +374,7 @@ OPS: dict[str, Op] = {
             "experts": Dim((("router", "experts"),), (1, 4, 5, 8, 33), 140),
             "k": Dim((), (1, 2, 4, 6, 64, 200), 200),
         },
-        {"score": ("softmax", "sigmoid"), "logits": ("normal", "skewed")},
+        {"score": tuple(SCORE_FUNCS), "logits": ("normal", "skewed")},
         draws=4,
     ),
     "sort_slots": Op(

@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -49,12 +48,7 @@ DTYPES = {
 @functools.lru_cache
 def tests_of(op: str) -> ModuleType:
     """tests/ops/test_<op>.py, for the bounds that it has."""
-    path = Path(__file__).parents[1] / "ops" / f"test_{op}.py"
-    spec = importlib.util.spec_from_file_location(f"sweep_test_{op}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module(f"tests.ops.test_{op}")
 
 
 # ------------------------------------------------------------------------------------- comparing

@@ -3,7 +3,7 @@
 
 #include <vector>
 
-#include "cpu/gemm/items.h"
+#include "cpu/gemm/heuristics.h"
 #include "cpu/gemm/pack_b.h"
 #include "cpu/gemm/prepack.h"
 

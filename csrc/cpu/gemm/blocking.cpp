@@ -40,6 +40,7 @@ void add_level(std::vector<BlockSize>& sizes) {
           {"gemm", "rows", "blocked_gemv.max_rows", k.blocked_gemv.max_rows},
           {"gemm", "rows", "packed.max_rows", k.packed.max_rows},
           {"gemm", "rows", "packed.stream_rows", k.packed.stream_rows},
+          {"gemm", "rows", "packed.widen_tiles", (k.packed.widen_tiles - 1) * k.mr2},
           {"gemm", "rows", "bf16_max_rows", k.bf16_max_rows},
           {"gemm", "depth", "blocked_gemv.block_k", k.blocked_gemv.block_k},
           {"gemm", "depth", "blocked_gemv.one_pass_min_depth", k.blocked_gemv.one_pass_min_depth},
@@ -66,9 +67,6 @@ void add_level(std::vector<BlockSize>& sizes) {
           {"rows", "hidden", "2 lanes", 2 * W},
           {"rows", "hidden", "4 lanes", 4 * W},
       });
-  for (const int tiles : k.packed.widen_tiles) {
-    if (tiles > 0) sizes.push_back({"gemm", "rows", "widen_tiles", (tiles - 1) * k.mr2});
-  }
 }
 
 }  // namespace

@@ -7,7 +7,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "cpu/gemm/items.h"
+#include "cpu/gemm/heuristics.h"
 #include "cpu/gemm/pack_b.h"
 #include "cpu/kernels/fp8.h"
 #include "moe_ops/grouped_gemm_fp8.h"
@@ -48,97 +48,52 @@ inline std::vector<GemmItem> gemm_items(const Fp8Desc& d, int num_threads) {
                     [&](int64_t rows) { return choose_config(d, rows); });
 }
 
-// The codes of an item's rows as numbers, `ldx` apart with zeros at their ends, and their scales.
-inline void decode_rows(const Fp8Desc& d, const GemmItem& it, float* x, int64_t ldx,
-                        const float** x_scale) {
-  const int64_t K = d.in_features;
-  for (int64_t t = 0; t < it.row_end - it.row_begin; ++t) {
-    fp8_kernels().decode(d.row(it.row_begin + t), x + t * ldx, K);
-    std::fill(x + t * ldx + K, x + (t + 1) * ldx, 0.0f);
-    x_scale[t] = d.row_scale(it.row_begin + t);
-  }
-}
-
+// GEMV reads codes as they lie, in four long streams as gemv_item does; its blocked form, for more
+// rows, decodes four rows of weights once. Both have the same sums, to the bit.
 template <class Epilogue>
 void fp8_gemv_item(const Fp8Desc& d, const GemmKernels<float>& k, const GemmItem& it,
                    const Epilogue& fn) {
-  const int64_t m = it.row_end - it.row_begin, n = it.feature_end - it.feature_begin;
-  const int64_t K = d.in_features, ldx = round_up<int64_t>(K, k.lanes);
-  ScratchScope scratch;
-  float* x = scratch.take<float>(Scratch::kTokens, m * ldx);
-  const float* x_scale[kFp8GemvRows];
-  decode_rows(d, it, x, ldx, x_scale);
-  const int64_t ldo = n * d.segments;
-  float* out = scratch.take<float>(Scratch::kTile, m * ldo);
-  // Four long streams, as in gemv_item.
-  const int64_t quarter = n / kGemvFeatures;
-  for (int s = 0; s < d.segments; ++s) {
-    for (int64_t f = 0; f < quarter + n % kGemvFeatures; ++f) {
-      const bool four = f < quarter;
-      const int64_t first = four ? f : f - quarter + quarter * kGemvFeatures;
-      const int64_t step = four ? quarter : 1;
-      const int64_t feature = s * d.features + it.feature_begin + first;
-      const float* w_scale[kGemvFeatures];
-      for (int64_t i = 0; i < (four ? kGemvFeatures : 1); ++i) {
-        w_scale[i] = d.weight_scale(it.expert, feature + i * step);
-      }
-      for (int64_t t = 0; t < m; t += kFp8DotTokens) {
-        fp8_kernels().dot({.features = four ? static_cast<int>(kGemvFeatures) : 1,
-                           .tokens = static_cast<int>(std::min<int64_t>(kFp8DotTokens, m - t)),
-                           .k = K,
-                           .w = d.weight(it.expert, feature),
-                           .ldw = step * d.b.stride_o,
-                           .w_scale = w_scale,
-                           .x = x + t * ldx,
-                           .ldx = ldx,
-                           .x_scale = x_scale + t,
-                           .out = out + t * ldo + s * n + first,
-                           .ldo = ldo,
-                           .out_step = step});
-      }
-    }
-  }
-  for (int64_t t = 0; t < m; ++t) {
-    fn(it.expert, it.row_begin + t, it.feature_begin, n, out + t * ldo, out + t * ldo + n);
-  }
-}
-
-// The same sums, to the bit, for more rows: each four rows of weights are widened once.
-template <class Epilogue>
-void fp8_gemv_blocked_item(const Fp8Desc& d, const GemmKernels<float>& k, const GemmItem& it,
-                           const Epilogue& fn) {
+  constexpr int64_t F = kGemvFeatures;
+  const bool blocked = it.config.algorithm == Algorithm::kGemvBlocked;
   const int64_t m = it.row_end - it.row_begin, n = it.feature_end - it.feature_begin;
   const int64_t K = d.in_features, ldx = round_up<int64_t>(K, k.lanes) + kPanelPad / 2;
   ScratchScope scratch;
   float* x = scratch.take<float>(Scratch::kTokens, m * ldx);
-  float* w = scratch.take<float>(Scratch::kPackB, kGemvFeatures * ldx);
+  float* decoded = scratch.take<float>(Scratch::kPackB, blocked ? F * ldx : 0);
   const float* x_scale[kRowBlock];
-  decode_rows(d, it, x, ldx, x_scale);
-  const int64_t ldo = n * d.segments;
+  for (int64_t t = 0; t < m; ++t) {
+    fp8_kernels().decode(d.row(it.row_begin + t), x + t * ldx, K);
+    std::fill(x + t * ldx + K, x + (t + 1) * ldx, 0.0f);
+    x_scale[t] = d.row_scale(it.row_begin + t);
+  }
+  const int64_t ldo = n * d.segments, groups = n / F;
   float* out = scratch.take<float>(Scratch::kTile, m * ldo);
   for (int s = 0; s < d.segments; ++s) {
-    for (int64_t f = 0; f < n; f += kGemvFeatures) {
-      const int64_t features = std::min<int64_t>(kGemvFeatures, n - f);
-      const float* w_scale[kGemvFeatures];
-      for (int64_t i = 0; i < features; ++i) {
-        const int64_t feature = s * d.features + it.feature_begin + f + i;
-        fp8_kernels().decode(d.weight(it.expert, feature), w + i * ldx, K);
-        w_scale[i] = d.weight_scale(it.expert, feature);
+    for (int64_t i = 0; i < groups + n % F; ++i) {
+      const int64_t features = i < groups ? F : 1;
+      const int64_t first = i >= groups ? groups * F + i - groups : blocked ? i * F : i;
+      const int64_t step = i < groups && !blocked ? groups : 1;
+      const int64_t feature = s * d.features + it.feature_begin + first;
+      const float* w_scale[F];
+      for (int64_t f = 0; f < features; ++f) {
+        w_scale[f] = d.weight_scale(it.expert, feature + f * step);
+        if (blocked) fp8_kernels().decode(d.weight(it.expert, feature + f), decoded + f * ldx, K);
       }
       for (int64_t t = 0; t < m; t += kFp8DotTokens) {
-        fp8_kernels().dot_widened(
-            {.features = static_cast<int>(features),
-             .tokens = static_cast<int>(std::min<int64_t>(kFp8DotTokens, m - t)),
-             .k = K,
-             .w = w,
-             .ldw = ldx,
-             .w_scale = w_scale,
-             .x = x + t * ldx,
-             .ldx = ldx,
-             .x_scale = x_scale + t,
-             .out = out + t * ldo + s * n + f,
-             .ldo = ldo,
-             .out_step = 1});
+        const Fp8DotParams p = {
+            .features = static_cast<int>(features),
+            .tokens = static_cast<int>(std::min<int64_t>(kFp8DotTokens, m - t)),
+            .k = K,
+            .w = blocked ? static_cast<const void*>(decoded) : d.weight(it.expert, feature),
+            .ldw = blocked ? ldx : step * d.b.stride_o,
+            .w_scale = w_scale,
+            .x = x + t * ldx,
+            .ldx = ldx,
+            .x_scale = x_scale + t,
+            .out = out + t * ldo + s * n + first,
+            .ldo = ldo,
+            .out_step = step};
+        blocked ? fp8_kernels().dot_widened(p) : fp8_kernels().dot(p);
       }
     }
   }
@@ -258,9 +213,8 @@ void run_item(const Fp8Desc& d, const GemmItem& it, const Epilogue& fn) {
   const GemmKernels<float>& k = gemm_kernels<float>();
   switch (it.config.algorithm) {
     case Algorithm::kGemv:
-      return fp8_gemv_item(d, k, it, fn);
     case Algorithm::kGemvBlocked:
-      return fp8_gemv_blocked_item(d, k, it, fn);
+      return fp8_gemv_item(d, k, it, fn);
     case Algorithm::kPackTokens:
       return it.config.operand == Operand::kFp8Bf16 ? fp8_pack_tokens_item<Bf16>(d, k, it, fn)
                                                     : fp8_pack_tokens_item<Wide>(d, k, it, fn);

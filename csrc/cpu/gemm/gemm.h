@@ -3,8 +3,7 @@
 
 #include "cpu/gemm/amx.h"
 #include "cpu/gemm/gemv.h"
-#include "cpu/gemm/gemv_blocked.h"
-#include "cpu/gemm/items.h"
+#include "cpu/gemm/heuristics.h"
 #include "cpu/gemm/outer.h"
 #include "cpu/gemm/pack_b.h"
 #include "cpu/gemm/packed_b.h"

@@ -215,7 +215,6 @@ GemmConfig choose_config(const GemmShape& s, const GemmKernels<T>& k, const Quan
       c.features = row_major_features(s, rows);
       const int64_t depth = row_major_depth(s, k, steps, rows);
       c.depth = algorithm == Algorithm::kOuter && !s.invariant ? k_elements : depth;
-      if (algorithm == Algorithm::kRowMajorB && k_elements <= depth) c.rows = kKeptRows;
       break;
     }
     case Algorithm::kZero:
@@ -231,10 +230,9 @@ template GemmConfig choose_config<double>(const GemmShape&, const GemmKernels<do
                                           const QuantKernels&, int64_t);
 
 std::string gemm_config(const GemmShape& s, DType accumulate, int64_t rows, Isa isa, bool intel) {
-  const Tuning& tuning = tuning_of(intel);
-  const Kernels<float> k = kernels_for<float>(isa, tuning);
-  if (accumulate == DType::kFloat32) return to_string(choose_config(s, k.gemm, k.quant, rows));
-  return to_string(choose_config(s, kernels_for<double>(isa, tuning).gemm, k.quant, rows));
+  const auto [f32, f64] = tables_for(isa, tuning_of(intel));
+  if (accumulate == DType::kFloat32) return to_string(choose_config(s, f32.gemm, f32.quant, rows));
+  return to_string(choose_config(s, f64.gemm, f32.quant, rows));
 }
 
 std::string to_string(const GemmConfig& c) {

@@ -2,7 +2,7 @@
 // time are added to the sums, with vectors along the features; nothing is copied.
 #pragma once
 
-#include "cpu/gemm/items.h"
+#include "cpu/gemm/heuristics.h"
 
 namespace moe_ops::cpu {
 

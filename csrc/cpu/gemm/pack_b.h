@@ -1,7 +1,7 @@
 // GEMM with copies of blocks of weights: B^T transposed into panels, or row-major B.
 #pragma once
 
-#include "cpu/gemm/items.h"
+#include "cpu/gemm/heuristics.h"
 
 namespace moe_ops::cpu {
 
@@ -113,25 +113,21 @@ void pack_bt_item(const GemmDesc<T>& d, const GemmKernels<T>& k, const GemmItem&
   }
 }
 
-// Blocks of weight rows are copied into panels, unless they meet few rows. Where one is the whole
-// depth, they serve all rows of the item.
+// Blocks of weight rows are copied into panels, unless they meet few rows.
 template <class Op, class T, class Epilogue>
 void row_major_item(const GemmDesc<T>& d, const GemmKernels<T>& k, const GemmItem& it,
                     const GemmItem* next_item, const Epilogue& fn) {
   constexpr int64_t kRows = Op::kSteps;  // weight rows of an element
   const int64_t W = k.lanes, K = ceil_div(d.in_features, kRows);
-  const int64_t n = it.feature_end - it.feature_begin;
+  const int64_t m = it.row_end - it.row_begin, n = it.feature_end - it.feature_begin;
   const int64_t padded_n = round_up(n, kRows * W);
   const int64_t ldc = padded_n * d.segments;
   const int64_t depth = it.config.depth;
-  const bool whole = K <= depth;
-  const int64_t most_rows =
-      whole ? balanced(it.row_end - it.row_begin, kRowBlock, 1) : it.row_end - it.row_begin;
   ScratchScope scratch;
   T* a = scratch.take<T>(Scratch::kPackA, kRowBlock * kLda);
-  const int64_t segment_size = ceil_div(padded_n, 2 * W) * (2 * W * std::min(K, depth) + kPanelPad);
-  T* panels = scratch.take<T>(Scratch::kPackB, (whole ? d.segments : 1) * segment_size);
-  T* tile = scratch.take<T>(Scratch::kTile, most_rows * ldc);
+  T* panels = scratch.take<T>(Scratch::kPackB,
+                              ceil_div(padded_n, 2 * W) * (2 * W * std::min(K, depth) + kPanelPad));
+  T* tile = scratch.take<T>(Scratch::kTile, m * ldc);
   const auto& tiles = Op::row_a(k);
   const void* w_rows[kRows * kKc];
   // Tiles read the weights as they lie. Where more than one will follow, they copy the panel on the
@@ -140,79 +136,73 @@ void row_major_item(const GemmDesc<T>& d, const GemmKernels<T>& k, const GemmIte
   const bool one_set = d.b.stride_k * static_cast<int64_t>(sizeof(T)) % kPageBytes == 0;
   const int64_t crowded = one_set && W * static_cast<int64_t>(sizeof(T)) < kLineBytes ? 1 : 2;
 
-  for (int64_t r0 = it.row_begin; r0 < it.row_end; r0 += most_rows) {
-    const int64_t m = std::min(most_rows, it.row_end - r0);
-    const int64_t blocks = ceil_div<int64_t>(m, k.mr2);
-    const BalancedPartition tile_rows(m, blocks);
-    for (int64_t k0 = 0; k0 < K; k0 += depth) {
-      const int64_t kc = std::min(depth, K - k0), stride = 2 * W * kc + kPanelPad;
-      for (int64_t t = 0; t < m; ++t) Op::load(d, r0 + t, k0, kc, a + t * kLda);
-      const auto weight_row = [&](int64_t row) {
-        return element(d.b.data, d.b.type,
-                       it.expert * d.b.stride_e + row * d.b.stride_k + it.feature_begin);
-      };
-      for (int64_t kk = 0; !direct && kk < kRows * kc; ++kk) {
-        const int64_t row = kRows * k0 + kk;
-        w_rows[kk] = row < d.in_features ? weight_row(row) : nullptr;
+  const int64_t blocks = ceil_div<int64_t>(m, k.mr2);
+  const BalancedPartition tile_rows(m, blocks);
+  for (int64_t k0 = 0; k0 < K; k0 += depth) {
+    const int64_t kc = std::min(depth, K - k0), stride = 2 * W * kc + kPanelPad;
+    for (int64_t t = 0; t < m; ++t) Op::load(d, it.row_begin + t, k0, kc, a + t * kLda);
+    const auto weight_row = [&](int64_t row) {
+      return element(d.b.data, d.b.type,
+                     it.expert * d.b.stride_e + row * d.b.stride_k + it.feature_begin);
+    };
+    for (int64_t kk = 0; !direct && kk < kRows * kc; ++kk) {
+      const int64_t row = kRows * k0 + kk;
+      w_rows[kk] = row < d.in_features ? weight_row(row) : nullptr;
+    }
+    for (int s = 0; s < d.segments; ++s) {
+      if (direct) {
+        // Read as they lie.
+      } else if constexpr (Op::kBf16) {
+        k.bf16_pack_b(reinterpret_cast<const uint16_t* const*>(w_rows), s * d.features, 2 * kc, n,
+                      reinterpret_cast<uint16_t*>(panels), 2 * stride);
+      } else {
+        k.pack_b({d.b.type, w_rows, kc, n}, s * d.features * dtype_size(d.b.type), nullptr, panels,
+                 stride);
       }
-      for (int s = 0; s < d.segments; ++s) {
-        T* segment = panels + (whole ? s * segment_size : 0);
-        if (direct || r0 > it.row_begin) {
-          // Read as they lie, or packed for the rows before.
-        } else if constexpr (Op::kBf16) {
-          k.bf16_pack_b(reinterpret_cast<const uint16_t* const*>(w_rows), s * d.features, 2 * kc, n,
-                        reinterpret_cast<uint16_t*>(segment), 2 * stride);
-        } else {
-          k.pack_b({d.b.type, w_rows, kc, n}, s * d.features * dtype_size(d.b.type), nullptr,
-                   segment, stride);
-        }
-        // These tiles fetch the weights of the next block: the other segment, the next k, or the
-        // first block of the next item.
-        const bool same_k = s + 1 < d.segments;
-        const int64_t next_k = kRows * (same_k ? k0 : k0 + depth);
-        const bool follows = next_k < d.in_features;
-        TileOptions next;
-        if (follows ? r0 == it.row_begin
-                    : next_item != nullptr && next_item->config.algorithm == it.config.algorithm &&
-                          next_item->config.operand == it.config.operand && r0 + m == it.row_end) {
-          const GemmItem& item = follows ? it : *next_item;
-          const int64_t row = follows ? next_k : 0;
-          next.base = element(d.b.data, d.b.type,
-                              item.expert * d.b.stride_e + row * d.b.stride_k + item.feature_begin +
-                                  (same_k ? (s + 1) * d.features : 0));
-          next.stride = d.b.stride_k * dtype_size(d.b.type);
-          next.rows = std::min(kRows * depth, d.in_features - row);
-          next.bytes = (item.feature_end - item.feature_begin) * dtype_size(d.b.type);
-          next.spread(kc / kPrefetchStep * blocks * ceil_div(padded_n, 2 * W), k.prefetch_halves);
-        }
-        const bool as_they_lie = direct && r0 == it.row_begin;
-        const bool again = blocks > crowded || r0 + m < it.row_end;
-        for (int64_t j = 0; j < padded_n; j += 2 * W) {
-          const int nv = padded_n - j > W ? 2 : 1;
-          // One panel after the other in the same place, unless other rows will come for them.
-          T* panel = segment + (direct && !whole ? 0 : j / (2 * W) * stride);
-          for (int64_t b = 0; b < blocks; ++b) {
-            const int64_t i0 = tile_rows.begin(b), i1 = tile_rows.begin(b + 1), index = i1 - i0 - 1;
-            T* c = tile + i0 * ldc + s * padded_n + j;
-            const bool in_place = as_they_lie && (b == 0 || !again);
-            const T* weights =
-                in_place ? reinterpret_cast<const T*>(weight_row(k0)) + s * d.features + j : panel;
-            next.ldb = in_place ? d.b.stride_k : TileOptions::kPacked;
-            if constexpr (!Op::kBf16) {
-              if (in_place && again) {
-                k.copying_row_a[nv - 1][index](kc, a + i0 * kLda, weights, {c, ldc, k0 > 0}, next,
-                                               panel);
-                continue;
-              }
+      // These tiles fetch the weights of the next block: the other segment, the next k, or the
+      // first block of the next item.
+      const bool same_k = s + 1 < d.segments;
+      const int64_t next_k = kRows * (same_k ? k0 : k0 + depth);
+      const bool follows = next_k < d.in_features;
+      TileOptions next;
+      if (follows || (next_item != nullptr && next_item->config.algorithm == it.config.algorithm &&
+                      next_item->config.operand == it.config.operand)) {
+        const GemmItem& item = follows ? it : *next_item;
+        const int64_t row = follows ? next_k : 0;
+        next.base = element(d.b.data, d.b.type,
+                            item.expert * d.b.stride_e + row * d.b.stride_k + item.feature_begin +
+                                (same_k ? (s + 1) * d.features : 0));
+        next.stride = d.b.stride_k * dtype_size(d.b.type);
+        next.rows = std::min(kRows * depth, d.in_features - row);
+        next.bytes = (item.feature_end - item.feature_begin) * dtype_size(d.b.type);
+        next.spread(kc / kPrefetchStep * blocks * ceil_div(padded_n, 2 * W), k.prefetch_halves);
+      }
+      const bool again = blocks > crowded;
+      for (int64_t j = 0; j < padded_n; j += 2 * W) {
+        const int nv = padded_n - j > W ? 2 : 1;
+        // Copies are made one after the other in the same place.
+        T* panel = panels + (direct ? 0 : j / (2 * W) * stride);
+        for (int64_t b = 0; b < blocks; ++b) {
+          const int64_t i0 = tile_rows.begin(b), i1 = tile_rows.begin(b + 1), index = i1 - i0 - 1;
+          T* c = tile + i0 * ldc + s * padded_n + j;
+          const bool in_place = direct && (b == 0 || !again);
+          const T* weights =
+              in_place ? reinterpret_cast<const T*>(weight_row(k0)) + s * d.features + j : panel;
+          next.ldb = in_place ? d.b.stride_k : TileOptions::kPacked;
+          if constexpr (!Op::kBf16) {
+            if (in_place && again) {
+              k.copying_row_a[nv - 1][index](kc, a + i0 * kLda, weights, {c, ldc, k0 > 0}, next,
+                                             panel);
+              continue;
             }
-            tiles[nv - 1][index](kc, a + i0 * kLda, weights, {c, ldc, k0 > 0}, next);
           }
+          tiles[nv - 1][index](kc, a + i0 * kLda, weights, {c, ldc, k0 > 0}, next);
         }
       }
     }
-    for (int64_t t = 0; t < m; ++t) {
-      fn(it.expert, r0 + t, it.feature_begin, n, tile + t * ldc, tile + t * ldc + padded_n);
-    }
+  }
+  for (int64_t t = 0; t < m; ++t) {
+    fn(it.expert, it.row_begin + t, it.feature_begin, n, tile + t * ldc, tile + t * ldc + padded_n);
   }
 }
 

@@ -1,7 +1,7 @@
 // GEMM on weights that were packed ahead of time (prepack.h): no copying of weights.
 #pragma once
 
-#include "cpu/gemm/items.h"
+#include "cpu/gemm/heuristics.h"
 #include "cpu/gemm/prepack.h"
 
 namespace moe_ops::cpu {
@@ -9,9 +9,6 @@ namespace moe_ops::cpu {
 // How far ahead of itself a tile prefetches panels at least, from memory into L2: at 40 GB/s, 8 KiB
 // are twice the latency of a DRAM.
 constexpr int64_t kPanelPrefetch = 8192;
-// Most rows of an expert for which streams of panels prefetch. With more, sums in two panels at
-// once leave the hardware prefetcher time.
-constexpr int64_t kStreamPrefetchRows = 3;
 
 template <class Op, class T, class Epilogue>
 void packed_b_item(const GemmDesc<T>& d, const GemmKernels<T>& k, const GemmItem& it,
@@ -78,8 +75,7 @@ void packed_b_item(const GemmDesc<T>& d, const GemmKernels<T>& k, const GemmItem
     }
     const int64_t blocks = ceil_div<int64_t>(m, k.mr2);
     const BalancedPartition tile_rows(m, blocks);
-    const bool widen =
-        !Op::kBf16 && k.packed.widen_tiles[type] > 0 && blocks >= k.packed.widen_tiles[type];
+    const bool widen = d.b.type == DType::kFloat16 && blocks >= k.packed.widen_tiles;
     ScratchScope scratch;
     T* wide = widen ? scratch.take<T>(Scratch::kPackB, block_k * P) : nullptr;
     const auto* tiles = Op::kBf16 ? k.packed.bf16_tile
@@ -98,7 +94,7 @@ void packed_b_item(const GemmDesc<T>& d, const GemmKernels<T>& k, const GemmItem
         const bool next_block = blocks > 1 || k.prefetch_halves;
         const char* ahead =
             block + (next_block ? std::max(kPanelPrefetch, kc * size) : kPanelPrefetch);
-        if (widen) k.packed.widen[type](kc, block, wide);
+        if (widen) k.packed.widen_fp16(kc, block, wide);
         for (int64_t i = 0; i < blocks; ++i) {
           const int64_t i0 = tile_rows.begin(i), i1 = tile_rows.begin(i + 1);
           const void* weights = widen ? static_cast<const void*>(wide) : block;

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cpu/gemm/gemv.h"
-#include "cpu/gemm/items.h"
+#include "cpu/gemm/heuristics.h"
 
 namespace moe_ops::cpu {
 
@@ -266,30 +266,22 @@ void repack_b_item(const GemmDesc<float>& d, const GemmKernels<float>& k, const 
           const uint32_t* panel = words + (begin - k0) / word * P;
           const float* run_scales = scales + begin / group * P;
           const char* ahead = next + begin / word * P * 4;
+          int64_t prefetch_step = ahead_step;
           if constexpr (kInt8) {
-            const int64_t lines = ceil_div(P * q.bits / 16, blocks);
-            ahead += r * ceil_div<int64_t>(runs * steps, q.bits) * lines * 64;
-            tiles[r1 - r0 - 1]({runs,
-                                steps,
-                                codes,
-                                rows + kDepth,
-                                panel,
-                                run_scales,
-                                {sum + r0 * ld_sum, ld_sum, begin > 0},
-                                ahead,
-                                lines});
+            prefetch_step = ceil_div(P * q.bits / 16, blocks);
+            ahead += r * ceil_div<int64_t>(runs * steps, q.bits) * prefetch_step * 64;
           } else {
             ahead += r * runs * steps * P / 16 * ahead_step;
-            tiles[r1 - r0 - 1]({runs,
-                                steps,
-                                codes,
-                                rows + kDepth,
-                                panel,
-                                run_scales,
-                                {sum + r0 * ld_sum, ld_sum, begin > 0},
-                                ahead,
-                                ahead_step});
           }
+          tiles[r1 - r0 - 1]({runs,
+                              steps,
+                              codes,
+                              rows + kDepth,
+                              panel,
+                              run_scales,
+                              {sum + r0 * ld_sum, ld_sum, begin > 0},
+                              ahead,
+                              prefetch_step});
         }
       }
     }

@@ -51,62 +51,27 @@ RowMaps<T> row_maps(ScratchScope& scratch, const Routing& r, const void* topk_we
 inline GroupedGemmParams routed_product(const Routing& r, const Rows& a, const ExpertMatrices& b,
                                         const ExpertVectors& bias, int64_t out_features,
                                         int64_t in_features, const moe_ops::MutableRows& out) {
-  GroupedGemmParams p;
-  p.expert_offsets = r.expert_offsets;
-  p.num_experts = r.num_experts;
-  p.out_features = out_features;
-  p.in_features = in_features;
-  p.a = a;
-  p.b = b;
-  p.bias = bias;
-  p.out = out;
-  return p;
+  return {r.expert_offsets, r.num_experts, out_features, in_features, a, nullptr, b, bias, out};
 }
 
 inline GroupedWgradParams routed_wgrad(const Routing& r, const Rows& grad, int64_t out_features,
                                        const Rows& a, int64_t in_features, void* out,
                                        DType out_type) {
-  GroupedWgradParams p;
-  p.expert_offsets = r.expert_offsets;
-  p.num_experts = r.num_experts;
-  p.out_features = out_features;
-  p.in_features = in_features;
-  p.grad = grad;
-  p.a = a;
-  p.out = out;
-  p.out_type = out_type;
-  return p;
+  return {r.expert_offsets, r.num_experts, out_features, in_features, grad, nullptr, a,
+          nullptr,          out,           out_type};
 }
 
 inline GroupedSumParams routed_sum(const Routing& r, const Rows& rows, int64_t features,
                                    const void* scale, void* out, DType out_type) {
-  GroupedSumParams p;
-  p.expert_offsets = r.expert_offsets;
-  p.num_experts = r.num_experts;
-  p.features = features;
-  p.rows = rows;
-  p.scale = scale;
-  p.out = out;
-  p.out_type = out_type;
-  return p;
+  return {r.expert_offsets, r.num_experts, features, rows, scale, out, out_type};
 }
 
 // y [T, features]: the sum of each token's rows, which are contiguous, by topk_weights unless
 // nullptr.
 inline UnpermuteParams combination(const Routing& r, const void* rows, DType type, int64_t features,
                                    const void* topk_weights, void* y, DType y_type) {
-  UnpermuteParams p;
-  p.rows = rows;
-  p.type = type;
-  p.row_stride = p.hidden_size = features;
-  p.num_tokens = r.num_tokens;
-  p.top_k = r.top_k;
-  p.num_valid_rows = r.num_valid_rows();
-  p.slot_to_row = r.slot_to_row;
-  p.topk_weights = topk_weights;
-  p.y = y;
-  p.y_type = y_type;
-  return p;
+  return {rows,          type,    features,     features, r.num_tokens, r.top_k, r.num_valid_rows(),
+          r.slot_to_row, nullptr, topk_weights, y,        y_type};
 }
 
 // Slots without an expert, `bytes` each, have no row that writes them.

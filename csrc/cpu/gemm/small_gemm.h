@@ -70,14 +70,6 @@ inline void small_gemm_row_major(const SmallGemm<T>& g) {
   const int64_t W = g.k.lanes, n = padded(g.k, g.n);
   TileOptions options;
   options.ldb = g.ldb;
-  if (g.m > 0 && g.m <= g.k.mr2 && g.depth <= kKc &&
-      g.ldb == TileOptions::kPacked) {  // one tile of rows
-    for (int64_t j = 0; j < n; j += 2 * W) {
-      g.k.row_a[n - j > W][g.m - 1](g.depth, g.a, g.b + j * g.depth, {g.c + j, g.ldc, g.accumulate},
-                                    options);
-    }
-    return;
-  }
   const T* a = g.a;
   int64_t k0 = 0;
   do {  // Once for a depth of 0, of which the sums are zero.

@@ -34,6 +34,9 @@ MOE_OPS_API std::vector<std::string> supported_isas();
 // that failed its self-test.
 MOE_OPS_API std::string isa_warning();
 // nullptr, or the kernel of this target that does not compute what the portable one does.
-MOE_OPS_API const char* failing_kernel(Isa isa);
+// For tests, entry number `broken` of its tables does nothing.
+MOE_OPS_API const char* failing_kernel(Isa isa, int64_t broken = -1);
+// The numbers of the entries that are functions without which numbers would be wrong.
+MOE_OPS_API std::vector<int64_t> kernel_entries(Isa isa);
 
 }  // namespace moe_ops::cpu

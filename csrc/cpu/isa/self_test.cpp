@@ -1,23 +1,33 @@
+// Whether the kernels of a target compute what they must. A target that fails here, because of a
+// compiler, an emulator or a processor with a fault, is not used: a build from source must not give
+// wrong numbers in silence. It runs at every import, so it takes a few milliseconds, and calls
+// every entry of the tables that an op can reach: tests/cpu/test_isa.py breaks one after the other
+// and asks whether it is noticed.
+//
+// Most kernels are those of products. Their operands are numbers of which every sum is exact: one
+// plain loop says what each algorithm has to give, to the last bit. All others run in small calls
+// of ops, which are made a second time with the portable kernels.
 #include "cpu/isa/self_test.h"
 
 #include <algorithm>
 #include <cmath>
-#include <numeric>
+#include <cstring>
+#include <utility>
+#include <vector>
 
 #include "cpu/gemm/prepack.h"
-#include "cpu/kernels/rows.h"
 #include "moe_ops/add_rms_norm.h"
 #include "moe_ops/dense_ffn.h"
-#include "moe_ops/expert_choice_router.h"
 #include "moe_ops/gated_act.h"
+#include "moe_ops/grouped_gemm.h"
 #include "moe_ops/grouped_gemm_fp8.h"
 #include "moe_ops/mix_experts.h"
 #include "moe_ops/moa_attention.h"
 #include "moe_ops/moe_linear_reduce.h"
 #include "moe_ops/rotary.h"
+#include "moe_ops/router_bwd.h"
 #include "moe_ops/router_linear.h"
 #include "moe_ops/topk_router.h"
-#include "moe_ops/topp_router.h"
 #include "moe_ops/unpermute.h"
 
 namespace moe_ops::cpu {
@@ -26,327 +36,348 @@ namespace {
 
 constexpr Parallel kAlone;
 
-}  // namespace
+// Numbers to draw operands from.
+constexpr int64_t kPool = 16384;
+const std::vector<char>& pool(DType type) {
+  static const std::vector<char> pools[] = {
+      matrix(DType::kFloat64, 1, kPool, [](int64_t, int64_t i) { return number(i); }),
+      matrix(DType::kFloat32, 1, kPool, [](int64_t, int64_t i) { return number(i); }),
+      matrix(DType::kBFloat16, 1, kPool, [](int64_t, int64_t i) { return number(i); }),
+      matrix(DType::kFloat16, 1, kPool, [](int64_t, int64_t i) { return number(i); })};
+  return pools[static_cast<int>(type)];
+}
 
-void encode(DType type, double v, char* dst) {
-  const auto single = static_cast<float>(v);
-  if (type == DType::kFloat64) {
-    std::memcpy(dst, &v, 8);
-  } else if (type == DType::kFloat32) {
-    std::memcpy(dst, &single, 4);
-  } else {
-    uint32_t bits;
-    std::memcpy(&bits, &single, 4);
-    uint32_t half = bits >> 16;
-    if (type == DType::kFloat16 && v != 0) {
-      half = (bits >> 16 & 0x8000u) | ((bits & 0x7fffffffu) - (112u << 23)) >> 13;
-    }
-    std::memcpy(dst, &half, 2);
+// Small calls of ops with operands of `type`, and what came out.
+class Calls {
+ public:
+  struct Result {
+    const char* op;
+    DType type;
+    bool exact;
+    std::vector<char> data;
+  };
+
+  explicit Calls(DType type) : type_(type) {
+    products();
+    rows();
+    if (type == DType::kFloat16) return;  // differs from bfloat16 by its conversions alone
+    if (type != DType::kFloat64) fp8();
+    attention();
+    activations();
+    mixtures();
+    routers();
+    small_experts();
   }
-}
+  std::vector<Result> results;
 
-const void* SelfTest::draw(int64_t n) { return draw(type_, n); }
-
-const void* SelfTest::draw(DType type, int64_t n) {
-  std::vector<char>& v = operands_.emplace_back(n * dtype_size(type) + 64);
-  for (int64_t i = 0; i < n; ++i) {
-    state_ = state_ * 1664525u + 1013904223u;
-    encode(type, (static_cast<int32_t>(state_ >> 25) - 64) / 64.0, &v[i * dtype_size(type)]);
+ private:
+  const void* draw(int64_t n) { return draw(type_, n); }
+  const void* draw(DType type, int64_t n) {
+    seed_ = (seed_ + 1009) % (kPool - n);
+    return pool(type).data() + seed_ * dtype_size(type);
   }
-  return v.data();
-}
-
-const int32_t* SelfTest::draw_ids(int64_t n, int32_t most) {
-  auto* ids = static_cast<int32_t*>(bytes(n * 4));
-  for (int64_t i = 0; i < n; ++i)
-    ids[i] = static_cast<int32_t>((i * 7 + i / most) % (most + 1)) - 1;
-  return ids;
-}
-
-void* SelfTest::bytes(int64_t n) {
-  char* p = operands_.emplace_back(n + 128).data();
-  return p + (64 - reinterpret_cast<uintptr_t>(p) % 64);
-}
-
-void* SelfTest::out(const char* name, int64_t n) { return out(name, type_, n); }
-
-void* SelfTest::out(const char* name, DType type, int64_t n) {
-  const double tolerance = type == DType::kFloat64   ? 1e-11
-                           : type == DType::kFloat32 ? 1e-4
-                                                     : 1.0 / 128;
-  results_.push_back({name, type, tolerance, std::vector<char>(n * dtype_size(type))});
-  return results_.back().data.data();
-}
-
-int32_t* SelfTest::out_ids(const char* name, int64_t n) {
-  results_.push_back({name, DType::kFloat32, -1, std::vector<char>(n * 4)});
-  return reinterpret_cast<int32_t*>(results_.back().data.data());
-}
-
-// Norms, rotations, sums of rows, and rounding to the type.
-void SelfTest::rows() {
-  constexpr int64_t N = 3, H = 69, T = 5, K = 2;
-  const void *x = draw(N * H), *more = draw(N * H), *weight = draw(H), *bias = draw(H);
-  void *sum = out("add_rms_norm", N * H), *rstd = out("add_rms_norm", sums_, N);
-  add_rms_norm({x, more, weight, bias, type_, N, H, 1e-6, out("add_rms_norm", N * H), sum, rstd},
-               kAlone);
-  add_rms_norm_bwd(
-      {more, x, sum, weight, rstd, type_, N, H, bytes(add_rms_norm_workspace(N, H, type_)),
-       out("add_rms_norm_bwd", N * H), out("add_rms_norm_bwd", H), out("add_rms_norm_bwd", H)},
-      kAlone);
-  for (const int64_t half : {2, 4, 8, 19}) {
-    rotary({draw(2 * T * 3 * 2 * half), type_, T * 3 * 2 * half, 3 * 2 * half, 2, T, 3, half,
-            draw(sums_, T * half), draw(sums_, T * half), 0, true,
-            out("rotary", 2 * T * 3 * 2 * half)},
-           kAlone);
+  void* out(int64_t n) { return out(type_, n); }
+  void* out(DType type, int64_t n, bool exact = false) {
+    results.push_back({op_, type, exact, std::vector<char>(n * dtype_size(type))});
+    return results.back().data.data();
   }
-  const int32_t* map = draw_ids(T * K, N - 1);
-  int32_t* rows_of = static_cast<int32_t*>(bytes(T * K * 4));
-  for (int64_t i = 0; i < T * K; ++i) rows_of[i] = std::max(map[i], 0);
-  const void *weights = draw(sums_, T * K), *grad = draw(T * H);
-  unpermute({x, type_, H, H, T, K, N, rows_of, nullptr, weights, out("unpermute", T * H), type_},
-            kAlone);
-  unpermute_bwd({grad, x, type_, H, H, H, T, K, N, N, rows_of, weights, out("unpermute_bwd", N * H),
-                 out("unpermute_bwd", sums_, T * K)},
-                kAlone);
-}
+  int32_t* out_ids(int64_t n) { return static_cast<int32_t*>(out(DType::kFloat32, n, true)); }
+  void* bytes(int64_t n) {
+    char* p = operands_.emplace_back(n + 64).data();
+    return p + (64 - reinterpret_cast<uintptr_t>(p) % 64);
+  }
+  int32_t* draw_ids(int64_t n, int32_t most) {
+    auto* ids = static_cast<int32_t*>(bytes(n * 4));
+    for (int64_t i = 0; i < n; ++i) ids[i] = static_cast<int32_t>((i * 7 + i / most) % most);
+    return ids;
+  }
 
-// Experts with 1, 2, 3, ... rows go through every kernel of products.
-void SelfTest::products() {
-  constexpr int64_t E = 15;
-  std::vector<int32_t> offsets(E + 1);
-  for (int64_t e = 0; e < E; ++e) offsets[e + 1] = offsets[e] + (e < E - 1 ? e + 1 : 25);
-  const int64_t N = offsets[E];
-  // What is scaled is rounded where bfloat16 is multiplied as such.
-  const void* scale = type_ == DType::kBFloat16 ? nullptr : draw(sums_, N);
-  // Whole vectors and panels, and parts of them; weights dense along k, along features, packed.
-  for (const auto& [O, K] : {std::pair<int64_t, int64_t>{96, 160}, {70, 86}}) {
+  // What only ops choose: AMX, and weight gradients.
+  void products() {
+    constexpr int64_t E = 3, N = 40, O = 35, K = 96;
+    static constexpr int32_t kOffsets[E + 1] = {0, 1, 6, N};
+    op_ = "grouped_gemm";
     GroupedGemmParams p;
-    p.expert_offsets = offsets.data();
+    p.expert_offsets = kOffsets;
     p.num_experts = E;
     p.out_features = O;
     p.in_features = K;
     p.a = {draw(N * K), type_, K};
-    p.bias = {draw(E * O), type_, O};
-    p.b = {draw(E * O * K), type_, O * K, K, 1};
-    for (int layout = 0; layout < 3; ++layout) {
-      p.b.stride_o = layout == 1 ? 1 : K;
-      p.b.stride_k = layout == 1 ? O : 1;
-      if (layout == 2) {
-        void* panels = bytes(E * packed_expert_bytes(type_, O, K, 1));
-        pack_panels(p.b, E, O, K, 1, panels, kAlone);
-        p.b.panels = panels;
-      }
-      p.out = {out("grouped_gemm", sums_, N * O), sums_, O};
+    const void* w = draw(E * O * K);
+    void* panels = bytes(E * packed_expert_bytes(type_, O, K, 1));
+    pack_panels({w, type_, O * K, K, 1}, E, O, K, 1, panels, kAlone);
+    for (const ExpertMatrices& b : {ExpertMatrices{w, type_, O * K, K, 1},
+                                    {w, type_, O * K, 1, O},
+                                    {w, type_, O * K, K, 1, panels}}) {
+      p.b = b;
+      p.out = {out(N * O), type_, O};
       grouped_gemm(p, kAlone);
     }
     GroupedWgradParams g;
-    g.expert_offsets = offsets.data();
+    g.expert_offsets = kOffsets;
     g.num_experts = E;
     g.out_features = O;
     g.in_features = K;
     g.grad = {draw(N * O), type_, O};
-    g.grad_scale = scale;
     g.a = p.a;
-    g.out_type = O == 96 ? type_ : sums_;
-    g.out = out("grouped_gemm_wgrad", g.out_type, E * O * K);
+    g.out_type = type_;
+    g.out = out(E * O * K);
     grouped_gemm_wgrad(g, kAlone);
-    grouped_sum({offsets.data(), E, O, g.grad, scale, out("grouped_sum", sums_, E * O), sums_},
-                kAlone);
-  }
-}
-
-void SelfTest::quantised_products() {
-  constexpr int64_t E = 8, K = 192, O = 70;
-  std::vector<int32_t> offsets(E + 1);
-  for (int64_t e = 0; e < E; ++e) offsets[e + 1] = offsets[e] + (e < 7 ? e + 1 : 13);
-  const int64_t N = offsets[E];
-  // Activations of 8 bits are exact: each block of 32 has a 127 / 64 among its 64ths.
-  std::vector<char>& x = (draw(DType::kFloat32, N * K), operands_.back());
-  for (int64_t i = 0; i < N * K; i += 32) encode(DType::kFloat32, 127 / 64.0, &x[i * 4]);
-  std::vector<char> halves(x.size());
-  row_kernels<float>().store_row(type_, reinterpret_cast<float*>(x.data()), halves.data(), N * K);
-  std::vector<uint8_t> w(E * O * K);
-  for (size_t i = 0; i < w.size(); ++i) w[i] = static_cast<uint8_t>((i * 37 + i / 251) % 255 + 129);
-  const auto* scales = static_cast<const float*>(draw(DType::kFloat32, E * O * K / 32));
-  GroupedGemmParams p;
-  p.expert_offsets = offsets.data();
-  p.num_experts = E;
-  p.out_features = O;
-  p.in_features = K;
-  p.a = {halves.data(), type_, K};
-  for (const int64_t group : {0, 32, 64}) {
-    const int64_t groups = group == 0 ? 1 : K / group;
-    p.b = {w.data(),
-           type_,
-           O * K,
-           K,
-           1,
-           nullptr,
-           {group == 0 ? 8 : 4, group, scales, O * groups, groups}};
-    p.out = {
-        out(group == 0 ? "grouped_gemm of int8" : "grouped_gemm of int4", DType::kFloat32, N * O),
-        DType::kFloat32, O};
-    grouped_gemm(p, kAlone);
   }
 
-  constexpr int64_t kBlocks = 2;
-  auto* codes = reinterpret_cast<uint8_t*>(out_ids("quantize_fp8", N * K / 4));
-  auto* code_scales = static_cast<float*>(out("quantize_fp8", DType::kFloat32, N * kBlocks));
-  quantize_fp8({p.a, N, K, codes, code_scales}, kAlone);
-  for (uint8_t& code : w) code = (code & 0x7f) == kFp8Nan ? code - 1 : code;
-  GroupedGemmFp8Params f;
-  f.expert_offsets = offsets.data();
-  f.num_experts = E;
-  f.out_features = O;
-  f.in_features = K;
-  f.a = {codes, K, code_scales, kBlocks};
-  f.b = {w.data(), O * K, K, scales, kBlocks, kBlocks};
-  f.out = {out("grouped_gemm_fp8", DType::kFloat32, N * O), DType::kFloat32, O};
-  grouped_gemm_fp8(f, kAlone);
-}
-
-void SelfTest::activations() {
-  constexpr int64_t N = 3, I = 69;
-  for (int kind = 0; kind <= static_cast<int>(Activation::kRelu2); ++kind) {
-    const auto act = static_cast<Activation>(kind);
-    const int64_t width = is_gated(act) ? 2 * I : I;
-    const void* u = draw(N * width);
-    gated_act({u, type_, N, I, {act}, out("gated_act", N * I)}, kAlone);
-    gated_act_bwd({draw(N * I), u, type_, N, I, {act}, out("gated_act_bwd", N * width)}, kAlone);
-    if (is_gated(act)) continue;
-    constexpr int64_t T = 37, H = 33, O = 20, E = 2;
-    static constexpr int32_t kOrder[E] = {0, 1}, kInput[E] = {0, 0};
-    const DenseFfnSizes s = {
-        type_, T, 1, H, E, I, O, kind != static_cast<int>(Activation::kRelu), act, kOrder, kInput};
-    const void *x = draw(T * H), *up = draw(E * I * H), *down = draw(E * O * I);
-    void* preact = out("dense_ffn", sums_, E * T * I);
-    dense_ffn({s, x, up, down, draw(E * I), draw(E * O), out("dense_ffn", T * E * O), preact},
-              kAlone);
-    dense_ffn_bwd({s, draw(T * E * O), x, up, down, preact, out("dense_ffn_bwd", T * H),
-                   out("dense_ffn_bwd", E * I * H), out("dense_ffn_bwd", E * O * I),
-                   out("dense_ffn_bwd", E * I), out("dense_ffn_bwd", E * O)},
-                  kAlone);
-  }
-}
-
-void SelfTest::mixtures() {
-  constexpr int64_t T = 6, E = 13, O = 37, M = 5;
-  for (int act = 0; act <= static_cast<int>(MixActivation::kSigmoid); ++act) {
-    const void *outputs = draw(T * E * O), *weights = draw(T * M * E), *factor = draw(T * M * O);
-    MixNorm norm = {nullptr, nullptr, nullptr, nullptr, 1e-5, false};
-    if (act > 0) {
-      norm = {draw(sums_, E * O),
-              draw(sums_, E * O),
-              out("mix_experts", sums_, E * O),
-              out("mix_experts", sums_, E * O),
-              1e-5,
-              true};
+  // Norms, rotations, sums of rows.
+  void rows() {
+    constexpr int64_t N = 3, H = 69, T = 5, K = 2;
+    const void *x = draw(N * H), *more = draw(N * H), *weight = draw(H), *bias = draw(H);
+    op_ = "add_rms_norm";
+    void *sum = out(N * H), *rstd = out(sums_, N);
+    add_rms_norm({x, more, weight, bias, type_, N, H, 1e-6, out(N * H), sum, rstd}, kAlone);
+    add_rms_norm_bwd({more, x, sum, weight, rstd, type_, N, H,
+                      bytes(add_rms_norm_workspace(N, H, type_)), out(N * H), out(H), out(H)},
+                     kAlone);
+    op_ = "rotary";
+    for (const int64_t half : {2, 4, 8, 19}) {
+      rotary({draw(T * 3 * 2 * half), type_, T * 3 * 2 * half, 3 * 2 * half, 1, T, 3, half,
+              draw(sums_, T * half), draw(sums_, T * half), 0, true, out(T * 3 * 2 * half)},
+             kAlone);
     }
-    mix_experts({type_, MixActivation(act), T, E, O, M, outputs, weights, factor, 1, norm,
-                 out("mix_experts", T * M * O)},
-                kAlone);
-    mix_experts_bwd({type_, MixActivation(act), T, E, O, M, draw(T * M * O), outputs, weights,
-                     factor, 1, norm, out("mix_experts_bwd", T * E * O), bytes(T * E * O * 8),
-                     out("mix_experts_bwd", T * M * E), out("mix_experts_bwd", T * M * O),
-                     act > 0 ? out("mix_experts_bwd", sums_, E * O) : nullptr,
-                     act > 0 ? out("mix_experts_bwd", sums_, E * O) : nullptr},
-                    kAlone);
+    op_ = "unpermute";
+    const int32_t* rows_of = draw_ids(T * K, N);
+    const void *weights = draw(sums_, T * K), *grad = draw(T * H);
+    unpermute({x, type_, H, H, T, K, N, rows_of, nullptr, weights, out(T * H), type_}, kAlone);
+    unpermute_bwd(
+        {grad, x, type_, H, H, H, T, K, N, N, rows_of, weights, out(N * H), out(sums_, T * K)},
+        kAlone);
   }
-}
 
-// Softmax and stick-breaking, narrow heads and others; a number that is not finite has its own way.
-void SelfTest::attention() {
-  constexpr int64_t S = 41, K = 2;
-  for (const int64_t d : {6, 16, 20}) {
-    for (const double softcap : {0.0, 3.0}) {
-      for (const AttentionKind kind : {AttentionKind::kSoftmax, AttentionKind::kStickBreaking}) {
-        const auto operand = [&](int64_t slots) {
-          return AttentionOperand{draw(S * slots * d), S * slots * d, slots * d, d, d};
-        };
-        MoaAttentionParams p = {
-            type_,  kind,       1,          S,          K,    1,   d,
-            S,      operand(K), operand(1), operand(1), true, 0.5, d == 16 ? 7 : 0,
-            softcap};
-        p.out = out("moa_attention", S * K * d);
-        p.state = out("moa_attention", sums_, S * K);
-        moa_attention(p, kAlone);
-        moa_attention_bwd({p, operand(K), draw(sums_, S * K), bytes(moa_attention_workspace(p)),
-                           out("moa_attention_bwd", S * K * d), out("moa_attention_bwd", S * d),
-                           out("moa_attention_bwd", S * d)},
-                          kAlone);
+  // Softmax and stick-breaking, narrow heads and others; a number that is not finite has its own
+  // way, as have sticks of several blocks of keys.
+  void attention() {
+    using enum AttentionKind;
+    attend(kSoftmax, 6, 21, 0);
+    attend(kSoftmax, 16, 21, 0);
+    attend(kSoftmax, 20, 21, 3);
+    attend(kStickBreaking, 6, 70, 0);
+    attend(kStickBreaking, 20, 21, 3);
+    attend(kSoftmax, 20, 21, 0, true);
+  }
+  void attend(AttentionKind kind, int64_t d, int64_t keys, double softcap, bool infinite = false) {
+    constexpr int64_t S = 9, K = 2;
+    op_ = "moa_attention";
+    const auto operand = [&](int64_t tokens, int64_t slots) {
+      return AttentionOperand{draw(tokens * slots * d), 0, slots * d, d, d};
+    };
+    MoaAttentionParams p = {type_,           kind,   1, S, K, 1, d, keys, {}, {}, {}, true, 0.5,
+                            d == 16 ? 7 : 0, softcap};
+    p.q = operand(S, K);
+    p.k = operand(keys, 1);
+    p.v = operand(keys, 1);
+    p.out = out(S * K * d);
+    p.state = out(sums_, S * K);
+    if (infinite) {  // the last value, which the last token alone sees
+      std::vector<char>& v = operands_.emplace_back(matrix(
+          type_, keys, d, [&](int64_t j, int64_t) { return j + 1 < keys ? number(j) : INFINITY; }));
+      p.v.data = v.data();
+    }
+    moa_attention(p, kAlone);
+    if (infinite) return;
+    moa_attention_bwd({p, operand(S, K), draw(sums_, S * K), bytes(moa_attention_workspace(p)),
+                       out(S * K * d), out(keys * d), out(keys * d)},
+                      kAlone);
+  }
+
+  // Experts with 1, 2, 3, ... rows of a whole block of k and of a part.
+  void fp8() {
+    constexpr int64_t E = 6, K = 200, O = 35, kBlocks = 2;
+    op_ = "grouped_gemm_fp8";
+    static constexpr int32_t kOffsets[E + 1] = {0, 1, 3, 6, 10, 15, 21};
+    constexpr int64_t N = kOffsets[E];
+    auto* codes = reinterpret_cast<uint8_t*>(out_ids(N * K / 4));
+    auto* code_scales = static_cast<float*>(out(DType::kFloat32, N * kBlocks));
+    quantize_fp8({{draw(N * K), type_, K}, N, K, codes, code_scales}, kAlone);
+    auto* w = static_cast<uint8_t*>(bytes(E * O * K));
+    for (int64_t i = 0; i < E * O * K; ++i) w[i] = static_cast<uint8_t>(i % 127 + i % 2 * 128);
+    const auto* scales = static_cast<const float*>(draw(DType::kFloat32, E * kBlocks));
+    GroupedGemmFp8Params p;
+    p.expert_offsets = kOffsets;
+    p.num_experts = E;
+    p.out_features = O;
+    p.in_features = K;
+    p.a = {codes, K, code_scales, kBlocks};
+    p.b = {w, O * K, K, scales, kBlocks, kBlocks};
+    p.out = {out(DType::kFloat32, N * O), DType::kFloat32, O};
+    grouped_gemm_fp8(p, kAlone);
+    // For rows whose bits must not depend on their number.
+    auto *wide = static_cast<float*>(bytes(K * 4)), *row = static_cast<float*>(bytes(K * 4));
+    fp8_kernels().decode(w, wide, K);
+    fp8_kernels().decode(codes, row, K);
+    fp8_kernels().dot_widened({1, 1, K, wide, K, &scales, row, K, &scales,
+                               static_cast<float*>(out(DType::kFloat32, 1)), 1, 1});
+  }
+
+  void activations() {
+    constexpr int64_t N = 3, I = 37;
+    for (int kind = 0; kind <= static_cast<int>(Activation::kRelu2); ++kind) {
+      const auto act = static_cast<Activation>(kind);
+      const int64_t width = is_gated(act) ? 2 * I : I;
+      const void* u = draw(N * width);
+      op_ = "gated_act";
+      gated_act({u, type_, N, I, {act}, out(N * I)}, kAlone);
+      gated_act_bwd({draw(N * I), u, type_, N, I, {act}, out(N * width)}, kAlone);
+      if (is_gated(act)) continue;
+      op_ = "dense_ffn";
+      constexpr int64_t T = 17, H = 33, O = 20, E = 2;
+      static constexpr int32_t kOrder[E] = {0, 1}, kInput[E] = {0, 0};
+      const DenseFfnSizes s = {type_, T,      1,     H, E, I, O, act != Activation::kRelu,
+                               act,   kOrder, kInput};
+      const void *x = draw(T * H), *up = draw(E * I * H), *down = draw(E * O * I);
+      void* preact = out(sums_, E * T * I);
+      dense_ffn({s, x, up, down, draw(E * I), draw(E * O), out(T * E * O), preact}, kAlone);
+      dense_ffn_bwd({s, draw(T * E * O), x, up, down, preact, out(T * H), out(E * I * H),
+                     out(E * O * I), out(E * I), out(E * O)},
+                    kAlone);
+    }
+  }
+
+  void mixtures() {
+    constexpr int64_t T = 4, E = 9, O = 37, M = 5;
+    op_ = "mix_experts";
+    for (int act = 0; act <= static_cast<int>(MixActivation::kSigmoid); ++act) {
+      const void *outputs = draw(T * E * O), *weights = draw(T * M * E), *factor = draw(T * M * O);
+      const auto sums = [&] { return act > 0 ? out(sums_, E * O) : nullptr; };
+      MixNorm norm = {nullptr, nullptr, nullptr, nullptr, 1e-5, false};
+      if (act > 0) norm = {draw(sums_, E * O), draw(sums_, E * O), sums(), sums(), 1e-5, true};
+      mix_experts({type_, MixActivation(act), T, E, O, M, outputs, weights, factor, 1, norm,
+                   out(T * M * O)},
+                  kAlone);
+      mix_experts_bwd({type_, MixActivation(act), T, E, O, M, draw(T * M * O), outputs, weights,
+                       factor, 1, norm, out(T * E * O), bytes(T * E * O * 8), out(T * M * E),
+                       out(T * M * O), sums(), sums()},
+                      kAlone);
+    }
+  }
+
+  // Few experts, with and without code of their own, and rows with and without maxima of blocks.
+  void routers() {
+    constexpr int64_t T = 9, H = 37;
+    for (const auto& [E, K] :
+         {std::pair<int64_t, int64_t>{4, 2}, {8, 2}, {6, 3}, {30, 4}, {100, 5}}) {
+      const void *x = draw(T * H), *w = draw(E * H), *logits = draw(T * E);
+      op_ = "router_linear";
+      router_linear({x, w, draw(E), type_, H, T, H, E, out(sums_, T * E), sums_}, kAlone);
+      router_linear_bwd(
+          {draw(sums_, T * E), sums_, x, w, type_, H, T, H, E, out(T * H), out(E * H), out(E)},
+          kAlone);
+      op_ = "topk_router";
+      for (int call = 0; call < 4 * kScoreFuncs; ++call) {
+        const auto score = static_cast<ScoreFunc>(call / 4);
+        const bool first = call & 1, renormalize = call & 2;
+        int32_t* ids = out_ids(T * K);
+        topk_router({logits, type_, E, T, E, K, score, first, renormalize, 1.5, nullptr, 1, 1,
+                     GroupScore::kMax, out(sums_, T * K), ids},
+                    kAlone);
+        router_bwd({draw(sums_, T * K), logits, type_, E, ids, T, E, K, score, first, renormalize,
+                    1.5, out(T * E)},
+                   kAlone);
       }
     }
   }
-}
 
-void SelfTest::routers() {
-  constexpr int64_t T = 21, H = 37;
-  const auto score = [](int flags) {
-    return flags & 1 ? ScoreFunc::kSoftmax : ScoreFunc::kSigmoid;
-  };
-  // Few experts, with and without code of their own, and rows with and without maxima of blocks.
-  for (const auto& [E, K] :
-       {std::pair<int64_t, int64_t>{4, 2}, {8, 2}, {6, 3}, {30, 4}, {150, 9}}) {
-    const void *x = draw(T * H), *w = draw(E * H), *logits = draw(T * E);
-    router_linear({x, w, draw(E), type_, H, T, H, E, out("router_linear", sums_, T * E), sums_},
-                  kAlone);
-    router_linear_bwd(
-        {draw(sums_, T * E), sums_, x, w, type_, H, T, H, E, out("router_linear_bwd", T * H),
-         out("router_linear_bwd", E * H), out("router_linear_bwd", E)},
-        kAlone);
-    for (int flags = 0; flags < 8; ++flags) {
-      int32_t* ids = out_ids("topk_router", T * K);
-      const bool first = flags & 2, renormalize = flags & 4;
-      topk_router({logits, type_, E, T, E, K, score(flags), first, renormalize, 1.5, nullptr, 1, 1,
-                   GroupScore::kMax, out("topk_router", sums_, T * K), ids},
-                  kAlone);
-      router_bwd({draw(sums_, T * K), logits, type_, E, ids, T, E, K, score(flags), first,
-                  renormalize, 1.5, out("router_bwd", T * E)},
-                 kAlone);
-    }
-    topp_router({logits, type_, E, T, E, 0.6, 1, K, true, 1.5, out("topp_router", sums_, T * K),
-                 out_ids("topp_router", T * K)},
-                kAlone);
-    // By the sigmoid, whose order no rounding changes.
-    expert_choice_router(
-        {logits, type_, E, T, E, 3, ScoreFunc::kSigmoid, 1.5,
-         out("expert_choice_router", sums_, T * E), out_ids("expert_choice_router", T * E)},
-        kAlone);
+  // Experts so small that a block of tokens goes through all of them.
+  void small_experts() {
+    constexpr int64_t T = 40, K = 2, E = 3, R = 24, C = 33;
+    op_ = "moe_linear_reduce";
+    Routing r;
+    r.num_tokens = T;
+    r.top_k = K;
+    r.num_experts = E;
+    r.topk_ids = {draw_ids(T * K, E), false};
+    const Rows y = {draw(T * R), type_, R};
+    const ExpertMatrices w = {draw(E * R * C), type_, R * C, C, 1};
+    const ExpertVectors bias = {draw(E * R), type_, R};
+    const void *h = draw(T * K * C), *weights = draw(sums_, T * K);
+    moe_linear_reduce({r, weights, R, C, h, w, bias, out(T * R)}, kAlone);
+    moe_linear_reduce_bwd({r, weights, R, C, y, h, w, bias, out(T * K * C), out(E * R * C),
+                           out(sums_, T * K), out(E * R)},
+                          kAlone);
   }
+
+  DType type_, sums_ = accumulate_type(type_);
+  int64_t seed_ = 0;
+  const char* op_ = nullptr;
+  std::vector<std::vector<char>> operands_;
+};
+
+template <class T>
+bool close(const Calls::Result& found, const Calls::Result& right) {
+  if (right.exact || found.data == right.data) return found.data == right.data;
+  const bool half = dtype_size(right.type) == 2;
+  const T tolerance = static_cast<T>(half                            ? 1.0 / 128
+                                     : right.type == DType::kFloat32 ? 1e-4
+                                                                     : 1e-11);
+  const int64_t n = static_cast<int64_t>(right.data.size()) / dtype_size(right.type);
+  std::vector<T> x(2 * n);
+  T* y = x.data() + n;
+  portable_tables().of<T>().rows.load_row(right.type, found.data.data(), x.data(), n, T(1));
+  portable_tables().of<T>().rows.load_row(right.type, right.data.data(), y, n, T(1));
+  T most = 1;
+  for (int64_t i = 0; i < n; ++i) most = std::isinf(y[i]) ? most : std::max(most, std::abs(y[i]));
+  for (int64_t i = 0; i < n; ++i) {
+    const bool near = std::abs(x[i] - y[i]) <= tolerance * most;
+    if (!near && x[i] != y[i] && !(std::isnan(x[i]) && std::isnan(y[i]))) return false;
+  }
+  return true;
 }
 
-// Experts so small that a block of tokens goes through all of them.
-void SelfTest::small_experts() {
-  constexpr int64_t T = 150, K = 2, E = 4, R = 24, C = 33;
-  Routing r;
-  r.num_tokens = T;
-  r.top_k = K;
-  r.num_experts = E;
-  r.topk_ids = {draw_ids(T * K, E), false};
-  const Rows y = {draw(T * R), type_, R};
-  const ExpertMatrices w = {draw(E * R * C), type_, R * C, C, 1};
-  const ExpertVectors bias = {draw(E * R), type_, R};
-  const void *h = draw(T * K * C), *weights = draw(sums_, T * K);
-  moe_linear_reduce({r, weights, R, C, h, w, bias, out("moe_linear_reduce", T * R)}, kAlone);
-  moe_linear_reduce_bwd(
-      {r, weights, R, C, y, h, w, bias, out("moe_linear_reduce_bwd", T * K * C),
-       out("moe_linear_reduce_bwd", E * R * C), out("moe_linear_reduce_bwd", sums_, T * K),
-       out("moe_linear_reduce_bwd", E * R)},
-      kAlone);
+// What a broken entry of a table calls.
+int64_t do_nothing() { return 0; }
+
+intptr_t* words(Tables& tables) { return reinterpret_cast<intptr_t*>(&tables); }
+
+// The kernel of a type that does not compute what it must, or nullptr.
+template <class T>
+const char* failing(const Tables& tables, DType type, bool poison) {
+  use_tables(&tables);
+  const char* name = failing_product(tables.of<T>(), type, poison);
+  const std::vector<Calls::Result> found = Calls(type).results;
+  use_tables(&portable_tables());
+  const std::vector<Calls::Result> right = Calls(type).results;
+  use_tables(nullptr);
+  for (size_t i = 0; name == nullptr && i < right.size(); ++i) {
+    if (!close<T>(found[i], right[i])) name = right[i].op;
+  }
+  return name;
 }
 
-const std::vector<SelfTest::Result>& SelfTest::run() {
-  rows();
-  products();
-  if (type_ != DType::kFloat64) quantised_products();
-  if (type_ == DType::kFloat16) return results_;  // differs from bfloat16 by its conversions alone
-  activations();
-  mixtures();
-  attention();
-  routers();
-  small_experts();
-  return results_;
+}  // namespace
+
+const char* failing_kernel(Isa isa, int64_t broken) {
+  Tables tables = tables_for(isa, tuning());
+  if (broken >= 0) words(tables)[broken] = reinterpret_cast<intptr_t>(&do_nothing);
+  const char* name = failing<double>(tables, DType::kFloat64, broken >= 0);
+  for (const DType type : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
+    if (name == nullptr) name = failing<float>(tables, type, broken >= 0);
+  }
+  return name;
+}
+
+std::vector<int64_t> kernel_entries(Isa isa) {
+  Tables tables = tables_for(isa, tuning());
+  // Not those whose absence gives no wrong number: the order of stores, sums that are made again
+  // because a number might not be finite, the setting up of AMX (without it, tiles are illegal
+  // instructions). multiply_row has no caller with float64.
+  tables.f32.rows.stream_fence = tables.f64.rows.stream_fence = nullptr;
+  tables.f32.attention.all_finite = nullptr;
+  tables.f64.attention.all_finite = nullptr;
+  tables.f32.gemm.amx.begin = tables.f32.gemm.amx.end = nullptr;
+  tables.f64.rows.multiply_row = nullptr;
+  std::vector<int64_t> entries;
+  for (int64_t i = 0; i < static_cast<int64_t>(sizeof(Tables) / sizeof(intptr_t)); ++i) {
+    // A function lies near others of the library; numbers do not.
+    const intptr_t distance = words(tables)[i] - reinterpret_cast<intptr_t>(&do_nothing);
+    if (std::abs(distance) < int64_t{1} << 26) entries.push_back(i);
+  }
+  return entries;
 }
 
 }  // namespace moe_ops::cpu

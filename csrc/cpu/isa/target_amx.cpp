@@ -110,20 +110,8 @@ void amx_rows_tiles(const AmxRowsParams& p, float* c, int64_t ldc) {
 }
 
 void amx_rows(const AmxRowsParams& p, float* c, int64_t ldc) {
-  switch (p.token_tiles) {
-    case 1:
-      return amx_rows_tiles<1>(p, c, ldc);
-    case 2:
-      return amx_rows_tiles<2>(p, c, ldc);
-    case 3:
-      return amx_rows_tiles<3>(p, c, ldc);
-    case 4:
-      return amx_rows_tiles<4>(p, c, ldc);
-    case 5:
-      return amx_rows_tiles<5>(p, c, ldc);
-    default:
-      return amx_rows_tiles<6>(p, c, ldc);
-  }
+  with_count<kAmxTokenTiles>(p.token_tiles,
+                             [&]<int kTiles>() { amx_rows_tiles<kTiles>(p, c, ldc); });
 }
 
 }  // namespace

@@ -30,6 +30,9 @@ constexpr int64_t kGemvFeatures = 4;
 constexpr int kOuterRows = 4;
 // Most rows of C for which several packed panels are read at once.
 constexpr int kMaxStreamRows = 5;
+// And for which they prefetch: with more, sums in two panels at once leave the hardware prefetcher
+// time.
+constexpr int kStreamPrefetchRows = 3;
 // Of an AMX core's 8 tiles, 6 hold sums of tokens; the others hold one operand each.
 constexpr int kAmxTokenTiles = 6;
 
@@ -139,12 +142,13 @@ struct PackedGemmKernels {
   Tile tile[4][kMaxMr], bf16_tile[kMaxMr];
   int prefetch_lines;
   int64_t max_rows;  // of a work item (isa/tuning.h)
-  // One block of a half type, kc even, as one of T, [kc][2*lanes]; T = float. From widen_tiles
-  // tiles on that is faster than each tile widening for itself; 0: never.
-  void (*widen[4])(int64_t kc, const void* panel, T* dst);
-  int widen_tiles[4];
+  // One block of float16, kc even, as one of T, [kc][2*lanes]; T = float. From widen_tiles tiles on
+  // that is faster than each tile widening for itself.
+  void (*widen_fp16)(int64_t kc, const void* panel, T* dst);
+  int widen_tiles;
   // The same for m <= stream_rows rows and num_streams[m - 1] panels at once, `stride` bytes apart:
-  // sums of panel s go to out.c[s]. Index: [prefetches `distance` bytes ahead][m - 1].
+  // sums of panel s go to out.c[s]. Index: [prefetches `distance` bytes ahead][m - 1]; null where m
+  // > kStreamPrefetchRows would prefetch.
   struct Panels {
     const void* first;
     int64_t stride, distance;
@@ -197,8 +201,8 @@ struct BlockedGemvParams {
   int64_t ldx;
   T* sums;
   bool accumulate;
-  T* wide = nullptr;  // run_widening: [features][ld_wide], receives the weights as T
-  int64_t ld_wide = 0;
+  T* wide;  // run_widening: [features][ld_wide], receives the weights as T
+  int64_t ld_wide;
 };
 template <class T>
 struct BlockedGemvKernels {

@@ -139,12 +139,9 @@ inline Vec<T> panel_vector(const S* p, int v, [[maybe_unused]] int half,
 // A step of k is so many lines of a panel.
 constexpr int kTileLines = MOE_VEC_BYTES == 64 ? 2 : 1;
 
-// kGroup: steps that share a prefetch. A function of its own, of one loop: with two in one function
-// the compiler keeps sums on the stack.
-template <class T, class S, int M, int kGroup>
-[[gnu::noinline]] void packed_tile_of(int64_t kc, const T* a, const void* panel_data,
-                                      TileOut<T> out,
-                                      typename PackedGemmKernels<T>::Prefetch prefetch) {
+template <class T, class S, int M>
+void packed_tile(int64_t kc, const T* a, const void* panel_data, TileOut<T> out,
+                 typename PackedGemmKernels<T>::Prefetch prefetch) {
   constexpr int W = kLanes<T>;
   constexpr int kPair = sizeof(S) == sizeof(T) ? 1 : 2;  // steps of k that lie side by side
   // One chain of sums an element, as in packed_streams: which of the two takes a panel depends on
@@ -153,32 +150,29 @@ template <class T, class S, int M, int kGroup>
 #pragma GCC unroll 32
   for (int i = 0; i < M; ++i) acc[i][0] = acc[i][1] = Vec<T>{};
   const char* next = prefetch.next;
-  const int64_t next_step = prefetch.step * kGroup;
+  const int64_t next_step = prefetch.step;
   const S* panel = static_cast<const S*>(panel_data);
 #if MOE_VEC_BYTES == 64
 #pragma GCC unroll 2
 #endif
-  for (int64_t k = 0; k < kc; k += kGroup * kPair) {
+  for (int64_t k = 0; k < kc; k += kPair) {
 #pragma GCC unroll 2
     for (int s = 0; s < kTileLines; ++s) __builtin_prefetch(next + s * prefetch.half, 0, 2);
     next += next_step;
-#pragma GCC unroll 4
-    for (int g = 0; g < kGroup; ++g) {
 #pragma GCC unroll 2
-      for (int half = 0; half < kPair; ++half) {
-        // Load the pairs anew for each half and broadcast no earlier: 16 registers hold the sums of
-        // an AVX2 tile, two vectors, an element of a and the mask, and not one more.
-        if constexpr (kPair == 2) asm volatile("" ::: "memory");
-        const Vec<T> b0 = panel_vector<T>(panel, 0, half), b1 = panel_vector<T>(panel, 1, half);
+    for (int half = 0; half < kPair; ++half) {
+      // Load the pairs anew for each half and broadcast no earlier: 16 registers hold the sums of
+      // an AVX2 tile, two vectors, an element of a and the mask, and not one more.
+      if constexpr (kPair == 2) asm volatile("" ::: "memory");
+      const Vec<T> b0 = panel_vector<T>(panel, 0, half), b1 = panel_vector<T>(panel, 1, half);
 #pragma GCC unroll 32
-        for (int i = 0; i < M; ++i) {
-          acc[i][0] = add_product<T, S>(acc[i][0], a + i * kPanelLda + half, b0);
-          acc[i][1] = add_product<T, S>(acc[i][1], a + i * kPanelLda + half, b1);
-        }
+      for (int i = 0; i < M; ++i) {
+        acc[i][0] = add_product<T, S>(acc[i][0], a + i * kPanelLda + half, b0);
+        acc[i][1] = add_product<T, S>(acc[i][1], a + i * kPanelLda + half, b1);
       }
-      a += kPair;
-      panel += 2 * W * kPair;
     }
+    a += kPair;
+    panel += 2 * W * kPair;
   }
 #pragma GCC unroll 32
   for (int i = 0; i < M; ++i) {
@@ -190,29 +184,14 @@ template <class T, class S, int M, int kGroup>
   }
 }
 
-// Where a step is a line of a panel or less and several tiles share the prefetches, one a step
-// would fetch each line many times: four steps of k share one, if that covers all that is due.
-template <class T, class S, int M>
-void packed_tile(int64_t kc, const T* a, const void* panel, TileOut<T> out,
-                 typename PackedGemmKernels<T>::Prefetch prefetch) {
-  if constexpr (MOE_VEC_BYTES < 64) {
-    constexpr int kSteps = 4, kGroup = sizeof(S) == sizeof(T) ? kSteps : kSteps / 2;
-    if (kc % kSteps == 0 && kGroup * prefetch.step <= 64) {
-      return packed_tile_of<T, S, M, kGroup>(kc, a, panel, out, prefetch);
-    }
-  }
-  packed_tile_of<T, S, M, 1>(kc, a, panel, out, prefetch);
-}
-
-template <class T, class S>
-void widen_panel(int64_t kc, const void* panel_data, T* dst) {
-  constexpr int W = kLanes<T>;
-  const auto* panel = static_cast<const S*>(panel_data);
+[[maybe_unused]] void widen_fp16_panel(int64_t kc, const void* panel_data, float* dst) {
+  constexpr int W = kLanes<float>;
+  const auto* panel = static_cast<const Fp16*>(panel_data);
   for (int64_t k = 0; k < kc; k += 2, panel += 4 * W) {
 #pragma GCC unroll 2
     for (int half = 0; half < 2; ++half, dst += 2 * W) {
-      store<T>(dst, panel_vector<T>(panel, 0, half));
-      store<T>(dst + W, panel_vector<T>(panel, 1, half));
+      store<float>(dst, panel_vector<float>(panel, 0, half));
+      store<float>(dst + W, panel_vector<float>(panel, 1, half));
     }
   }
 }
@@ -283,49 +262,26 @@ void packed_streams(int64_t kc, const T* a, typename PackedGemmKernels<T>::Panel
   }
 }
 
-template <class T, class S, int NV, bool kColumnMajor, int kMost, int M = 1>
-void fill_micro(MicroKernel<T>* table) {
-  if constexpr (M <= kMost) {
-    table[M - 1] = &micro<T, S, M, NV, kColumnMajor>;
-    fill_micro<T, S, NV, kColumnMajor, kMost, M + 1>(table);
-  }
+template <class T, class S>
+void fill_micro(MicroKernel<T> (*row_a)[kMaxMr], MicroKernel<T> (*col_a)[kMaxMr]) {
+  for_each_count<MOE_MR1>([&]<int M>() {
+    row_a[0][M - 1] = &micro<T, S, M, 1, false>;
+    col_a[0][M - 1] = &micro<T, S, M, 1, true>;
+  });
+  for_each_count<MOE_MR2>([&]<int M>() {
+    row_a[1][M - 1] = &micro<T, S, M, 2, false>;
+    col_a[1][M - 1] = &micro<T, S, M, 2, true>;
+  });
 }
 
 template <class T, class S>
-void fill_micro(MicroKernel<T> (*row_a)[kMaxMr], MicroKernel<T> (*col_a)[kMaxMr]) {
-  fill_micro<T, S, 1, false, MOE_MR1>(row_a[0]);
-  fill_micro<T, S, 2, false, MOE_MR2>(row_a[1]);
-  fill_micro<T, S, 1, true, MOE_MR1>(col_a[0]);
-  fill_micro<T, S, 2, true, MOE_MR2>(col_a[1]);
-}
-
-template <class T, int NV, int M = 1>
-void fill_copying_micro(typename GemmTiles<T>::Copying* table) {
-  if constexpr (M <= MOE_MR2) {
-    table[M - 1] = &copying_micro<T, M, NV>;
-    fill_copying_micro<T, NV, M + 1>(table);
-  }
-}
-
-template <class T, class S, int M = 1>
 void fill_packed(typename PackedGemmKernels<T>::Tile* tile,
                  typename PackedGemmKernels<T>::Streams (*streams)[kMaxStreamRows]) {
-  if constexpr (M <= MOE_MR2) {
-    tile[M - 1] = &packed_tile<T, S, M>;
-    if constexpr (M <= kStreamRows) {
-      streams[false][M - 1] = &packed_streams<T, S, M, false>;
-      streams[true][M - 1] = &packed_streams<T, S, M, true>;
-    }
-    fill_packed<T, S, M + 1>(tile, streams);
-  }
-}
-
-template <class S>
-void fill_packed_half(PackedGemmKernels<float>& k, DType type, int widen_tiles) {
-  const int i = static_cast<int>(type);
-  fill_packed<float, S>(k.tile[i], k.streams[i]);
-  k.widen[i] = &widen_panel<float, S>;
-  k.widen_tiles[i] = widen_tiles;
+  for_each_count<MOE_MR2>([&]<int M>() { tile[M - 1] = &packed_tile<T, S, M>; });
+  for_each_count<kStreamRows>(
+      [&]<int M>() { streams[false][M - 1] = &packed_streams<T, S, M, false>; });
+  for_each_count<kStreamPrefetchRows>(
+      [&]<int M>() { streams[true][M - 1] = &packed_streams<T, S, M, true>; });
 }
 
 template <class T>
@@ -336,8 +292,10 @@ void fill_gemm(GemmKernels<T>& k) {
   k.mr2 = MOE_MR2;
   k.streams = MOE_VEC_BYTES >= 32;
   fill_micro<T, T>(k.row_a, k.col_a);
-  fill_copying_micro<T, 1>(k.copying_row_a[0]);
-  fill_copying_micro<T, 2>(k.copying_row_a[1]);
+  for_each_count<MOE_MR2>([&]<int M>() {
+    k.copying_row_a[0][M - 1] = &copying_micro<T, M, 1>;
+    k.copying_row_a[1][M - 1] = &copying_micro<T, M, 2>;
+  });
   k.pack_b = &pack_b<T>;
   k.transpose = &transpose<T>;
 
@@ -347,8 +305,11 @@ void fill_gemm(GemmKernels<T>& k) {
   const int own = static_cast<int>(kAccumulate<T>);
   fill_packed<T, T>(k.packed.tile[own], k.packed.streams[own]);
   if constexpr (sizeof(T) == 4) {
-    fill_packed_half<Bf16>(k.packed, DType::kBFloat16, MOE_VEC_BYTES == 64 ? 0 : 9);
-    fill_packed_half<Fp16>(k.packed, DType::kFloat16, MOE_VEC_BYTES == 64 ? 2 : 3);
+    const int bf16 = static_cast<int>(DType::kBFloat16), fp16 = static_cast<int>(DType::kFloat16);
+    fill_packed<float, Bf16>(k.packed.tile[bf16], k.packed.streams[bf16]);
+    fill_packed<float, Fp16>(k.packed.tile[fp16], k.packed.streams[fp16]);
+    k.packed.widen_fp16 = &widen_fp16_panel;
+    k.packed.widen_tiles = MOE_VEC_BYTES == 64 ? 2 : 3;
     k.blocked_gemv.run_widening = &blocked_gemv_widening;
   }
 
@@ -373,7 +334,7 @@ void fill_gemm(GemmKernels<T>& k) {
     fill_packed<T, Pair>(k.packed.bf16_tile, k.packed.bf16_streams);
     k.gemv.run_bf16 = &gemv_of<T, Pair>;
     k.blocked_gemv.run_bf16 = &blocked_gemv<T, Pair>;
-    k.outer.run_bf16 = &bf16_outer;
+    k.outer.run_bf16 = &outer_of<T, Pair>;
   }
 #endif
 }

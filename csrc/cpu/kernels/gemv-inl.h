@@ -19,15 +19,12 @@ inline void lane_sums(const Sum& sum_of, const Put& put) {
   }
 }
 
-// fn<F, M>() for the M that `tokens` is.
-template <int F, class Fn>
-inline void with_token_count(int tokens, const Fn& fn) {
-  if constexpr (MOE_DOT_TOKENS >= 4) {
-    if (tokens == 4) return fn.template operator()<F, 4>();
-    if (tokens == 3) return fn.template operator()<F, 3>();
-  }
-  if (tokens == 2) return fn.template operator()<F, 2>();
-  fn.template operator()<F, 1>();
+// fn<F, M>() for the F, kMost or 1, and the M that `features` and `tokens` are.
+template <int kMost, class Fn>
+inline void with_counts(int features, int tokens, const Fn& fn) {
+  with_count<MOE_DOT_TOKENS>(tokens, [&]<int M>() {
+    with_value<kMost, 1>(features, [&]<int F>() { fn.template operator()<F, M>(); });
+  });
 }
 
 #if defined(__AVX2__) && MOE_VEC_BYTES >= 32
@@ -163,12 +160,8 @@ void gemv_tiles(const GemvParams<T>& p) {
 
 template <class T, class S>
 void gemv_of(const GemvParams<T>& p) {
-  const auto run = [&]<int F, int M>() { gemv_tiles<T, S, F, M>(p); };
-  if (p.features == kGemvFeatures) {
-    with_token_count<kGemvFeatures>(p.tokens, run);
-  } else {
-    with_token_count<1>(p.tokens, run);
-  }
+  with_counts<kGemvFeatures>(p.features, p.tokens,
+                             [&]<int F, int M>() { gemv_tiles<T, S, F, M>(p); });
 }
 
 template <class T>
@@ -256,21 +249,10 @@ void blocked_gemv_tile(const BlockedGemvParams<T>& p, TilePrefetch& prefetch) {
 // D: as above; S: what is multiplied.
 template <class T, class S, class D = T>
 void blocked_gemv(const BlockedGemvParams<T>& p, TilePrefetch& prefetch) {
-  const auto run = [&]<int F, int M>() { blocked_gemv_tile<T, S, D, F, M>(p, prefetch); };
-  const auto all = [&]<int F>() {
-    if constexpr (kBlockedTokens >= 6) {
-      if (p.tokens == 6) return run.template operator()<F, 6>();
-      if (p.tokens == 5) return run.template operator()<F, 5>();
-      if (p.tokens == 4) return run.template operator()<F, 4>();
-    }
-    if constexpr (kBlockedTokens >= 3) {
-      if (p.tokens == 3) return run.template operator()<F, 3>();
-    }
-    if (p.tokens == 2) return run.template operator()<F, 2>();
-    run.template operator()<F, 1>();
-  };
-  p.features == kGemvFeatures ? all.template operator()<kGemvFeatures>()
-                              : all.template operator()<1>();
+  with_count<kBlockedTokens>(p.tokens, [&]<int M>() {
+    with_value<int{kGemvFeatures}, 1>(
+        p.features, [&]<int F>() { blocked_gemv_tile<T, S, D, F, M>(p, prefetch); });
+  });
 }
 
 inline void blocked_gemv_widening(const BlockedGemvParams<float>& p, TilePrefetch& prefetch) {
@@ -297,149 +279,125 @@ void reduce_lanes(int features, int64_t tokens, const T* sums, T* out, int64_t l
   }
 }
 
+// The weights of an operand in memory: those of pairs lie in two rows.
+template <class S>
+struct WeightOf {
+  using Type = S;
+};
+template <>
+struct WeightOf<Pair> {
+  using Type = Bf16;
+};
+
+// Step r of R weight rows as operands, two vectors of pairs, interleaved on the way; what the last
+// pair lacks is zero.
+template <class T, class S, int R, int NV>
+inline void load_rows_of_operand(const typename WeightOf<S>::Type* rows, int64_t ld, int r,
+                                 Vec<T> (&out)[NV]) {
+  if constexpr (NV == 1) {
+    out[0] = load_as(rows + r * ld);
+  } else {
+#if defined(__AVX512BF16__) && MOE_VEC_BYTES == 64
+    const __m512i even = _mm512_loadu_si512(rows + 2 * r * ld);
+    const __m512i odd =
+        2 * r + 1 < R ? _mm512_loadu_si512(rows + (2 * r + 1) * ld) : _mm512_setzero_si512();
+    out[0] = __builtin_bit_cast(Vec<T>, first_pairs(even, odd));
+    out[1] = __builtin_bit_cast(Vec<T>, last_pairs(even, odd));
+#endif
+  }
+}
+
 // R weight rows, dense along the output, and M tokens: the sums pass through registers once in R
 // steps of k, and each weight row is read in one run.
 template <class T, class S, int M, int R>
 void outer_tile(const OuterParams<T>& p, int64_t token, int row, bool accumulate) {
-  constexpr int W = kLanes<T>;
-  const S* w = static_cast<const S*>(p.w) + row * p.ldw;
-  const T* a = p.a + token * p.lda + row;
+  using Weight = typename WeightOf<S>::Type;
+  constexpr bool kPairs = __is_same(S, Pair);
+  constexpr int W = kLanes<T>, NV = kPairs ? 2 : 1, kSteps = kPairs ? (R + 1) / 2 : R;
+  const Weight* w = static_cast<const Weight*>(p.w) + row * p.ldw;
+  const T* a = p.a + token * p.lda + row / NV;
   T* c = p.c + token * p.ldc;
   const int64_t ldw = p.ldw, lda = p.lda, ldc = p.ldc, n = p.n;
-  Vec<T> av[M][R];
+  Vec<T> av[M][kSteps];
 #pragma GCC unroll 4
   for (int t = 0; t < M; ++t) {
 #pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) av[t][r] = splat<T>(a[t * lda + r]);
-  }
-  const auto block = [&](const S* rows, int64_t ld, T* out, int64_t ldo) {
-    Vec<T> acc[M];
-#pragma GCC unroll 4
-    for (int t = 0; t < M; ++t) acc[t] = accumulate ? load<T>(out + t * ldo) : Vec<T>{};
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      const Vec<T> wv = load_as(rows + r * ld);
-#pragma GCC unroll 4
-      for (int t = 0; t < M; ++t) acc[t] += av[t][r] * wv;
-    }
-#pragma GCC unroll 4
-    for (int t = 0; t < M; ++t) store<T>(out + t * ldo, acc[t]);
-  };
-  int64_t j = 0;
-  for (; j + W <= n; j += W) {
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) __builtin_prefetch(w + (r + R) * ldw + j, 0, 2);
-    block(w + j, ldw, c + j, ldc);
-  }
-  if (j < n) {
-    S tail[R][W] = {};
-    T out[M][W] = {};
-    for (int64_t i = j; i < n; ++i) {
-      for (int r = 0; r < R; ++r) tail[r][i - j] = w[r * ldw + i];
-      for (int t = 0; t < M && accumulate; ++t) out[t][i - j] = c[t * ldc + i];
-    }
-    block(tail[0], W, out[0], W);
-    for (int64_t i = j; i < n; ++i) {
-      for (int t = 0; t < M; ++t) c[t * ldc + i] = out[t][i - j];
-    }
-  }
-}
-
-template <class T>
-void outer(const OuterParams<T>& p) {
-  with_type<T>(p.w_type, p.w, [&]<class S>(const S*) {
-    const auto all = [&]<int R>(int row, bool accumulate) {
-      int64_t t = 0;
-      if constexpr (MOE_DOT_TOKENS >= 4) {
-        for (; t + 4 <= p.tokens; t += 4) outer_tile<T, S, 4, R>(p, t, row, accumulate);
-        if (t + 3 == p.tokens) return outer_tile<T, S, 3, R>(p, t, row, accumulate);
+    for (int r = 0; r < kSteps; ++r) {
+      if constexpr (kPairs) {
+        // Arithmetic on the bits as a float might change them.
+        const auto bits = load_bytes<uint32_t>(a + t * lda + r);
+        av[t][r] = __builtin_bit_cast(Vec<T>, Simd<float>::Uint{} + bits);
+      } else {
+        av[t][r] = splat<T>(a[t * lda + r]);
       }
-      for (; t + 2 <= p.tokens; t += 2) outer_tile<T, S, 2, R>(p, t, row, accumulate);
-      if (t < p.tokens) outer_tile<T, S, 1, R>(p, t, row, accumulate);
-    };
-    if (p.rows == kOuterRows) return all.template operator()<kOuterRows>(0, p.accumulate);
-    for (int r = 0; r < p.rows; ++r) all.template operator()<1>(r, p.accumulate || r > 0);
-  });
-}
-
-#if defined(__AVX512BF16__) && MOE_VEC_BYTES == 64
-// The same with pairs: R / 2 of them from R weight rows, which are interleaved on the way.
-template <int M, int R>
-void bf16_outer_tile(const OuterParams<float>& p, int64_t token, int row, bool accumulate) {
-  constexpr int W = kLanes<float>, kPairs = (R + 1) / 2;
-  const uint16_t* w = static_cast<const uint16_t*>(p.w) + row * p.ldw;
-  const float* a = p.a + token * p.lda + row / 2;
-  float* c = p.c + token * p.ldc;
-  const int64_t ldw = p.ldw, lda = p.lda, ldc = p.ldc, n = p.n;
-  Vec<float> av[M][kPairs];
-#pragma GCC unroll 4
-  for (int t = 0; t < M; ++t) {
-#pragma GCC unroll 2
-    for (int r = 0; r < kPairs; ++r) {
-      int32_t bits;  // Arithmetic on them as a float might change them.
-      __builtin_memcpy(&bits, a + t * lda + r, sizeof(bits));
-      av[t][r] = __builtin_bit_cast(Vec<float>, _mm512_set1_epi32(bits));
     }
   }
-  const auto block = [&](const uint16_t* rows, int64_t ld, float* out, int64_t ldo) {
-    Vec<float> acc[M][2];
+  const auto block = [&](const Weight* rows, int64_t ld, T* out, int64_t ldo) {
+    Vec<T> acc[M][NV];
 #pragma GCC unroll 4
     for (int t = 0; t < M; ++t) {
 #pragma GCC unroll 2
-      for (int v = 0; v < 2; ++v) {
-        acc[t][v] = accumulate ? load<float>(out + t * ldo + v * W) : Vec<float>{};
+      for (int v = 0; v < NV; ++v) {
+        acc[t][v] = accumulate ? load<T>(out + t * ldo + v * W) : Vec<T>{};
       }
     }
-#pragma GCC unroll 2
-    for (int r = 0; r < kPairs; ++r) {
-      const __m512i even = _mm512_loadu_si512(rows + 2 * r * ld);
-      const __m512i odd =
-          2 * r + 1 < R ? _mm512_loadu_si512(rows + (2 * r + 1) * ld) : _mm512_setzero_si512();
-      const __m512i pairs[2] = {first_pairs(even, odd), last_pairs(even, odd)};
+#pragma GCC unroll 4
+    for (int r = 0; r < kSteps; ++r) {
+      Vec<T> wv[NV];
+      load_rows_of_operand<T, S, R>(rows, ld, r, wv);
 #pragma GCC unroll 4
       for (int t = 0; t < M; ++t) {
 #pragma GCC unroll 2
-        for (int v = 0; v < 2; ++v) {
-          acc[t][v] = add_products<float, Pair, 2>(acc[t][v], av[t][r],
-                                                   __builtin_bit_cast(Vec<float>, pairs[v]));
+        for (int v = 0; v < NV; ++v) {
+          acc[t][v] = add_products<T, S, 2>(acc[t][v], av[t][r], wv[v]);
         }
       }
     }
 #pragma GCC unroll 4
     for (int t = 0; t < M; ++t) {
 #pragma GCC unroll 2
-      for (int v = 0; v < 2; ++v) store<float>(out + t * ldo + v * W, acc[t][v]);
+      for (int v = 0; v < NV; ++v) store<T>(out + t * ldo + v * W, acc[t][v]);
     }
   };
   int64_t j = 0;
-  for (; j + 2 * W <= n; j += 2 * W) {
+  for (; j + NV * W <= n; j += NV * W) {
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) __builtin_prefetch(w + (r + R) * ldw + j, 0, 2);
     block(w + j, ldw, c + j, ldc);
   }
   if (j < n) {
-    uint16_t tail[R][2 * W] = {};
-    float out[M][2 * W] = {};
-    for (int r = 0; r < R; ++r) __builtin_memcpy(tail[r], w + r * ldw + j, (n - j) * 2);
-    for (int t = 0; t < M && accumulate; ++t) {
-      __builtin_memcpy(out[t], c + t * ldc + j, (n - j) * sizeof(float));
+    Weight tail[R][NV * W] = {};
+    T out[M][NV * W] = {};
+    for (int r = 0; r < R; ++r) {
+      for (int64_t i = j; i < n; ++i) tail[r][i - j] = w[r * ldw + i];
     }
-    block(tail[0], 2 * W, out[0], 2 * W);
+    for (int t = 0; t < M && accumulate; ++t) {
+      for (int64_t i = j; i < n; ++i) out[t][i - j] = c[t * ldc + i];
+    }
+    block(tail[0], NV * W, out[0], NV * W);
     for (int t = 0; t < M; ++t) {
-      __builtin_memcpy(c + t * ldc + j, out[t], (n - j) * sizeof(float));
+      for (int64_t i = j; i < n; ++i) c[t * ldc + i] = out[t][i - j];
     }
   }
 }
 
-void bf16_outer(const OuterParams<float>& p) {
+template <class T, class S>
+void outer_of(const OuterParams<T>& p) {
   const auto all = [&]<int R>(int row, bool accumulate) {
-    int64_t t = 0;
-    for (; t + 4 <= p.tokens; t += 4) bf16_outer_tile<4, R>(p, t, row, accumulate);
-    for (; t < p.tokens; ++t) bf16_outer_tile<1, R>(p, t, row, accumulate);
+    for (int64_t t = 0; t < p.tokens; t += MOE_DOT_TOKENS) {
+      const int64_t left = p.tokens - t;
+      with_count<MOE_DOT_TOKENS>(static_cast<int>(left < MOE_DOT_TOKENS ? left : MOE_DOT_TOKENS),
+                                 [&]<int M>() { outer_tile<T, S, M, R>(p, t, row, accumulate); });
+    }
   };
   if (p.rows == kOuterRows) return all.template operator()<kOuterRows>(0, p.accumulate);
+  constexpr int kRows = __is_same(S, Pair) ? 2 : 1;
   int r = 0;
-  for (; r + 2 <= p.rows; r += 2) all.template operator()<2>(r, p.accumulate || r > 0);
+  for (; r + kRows <= p.rows; r += kRows) all.template operator()<kRows>(r, p.accumulate || r > 0);
   if (r < p.rows) all.template operator()<1>(r, p.accumulate || r > 0);
 }
-#endif
+
+template <class T>
+void outer(const OuterParams<T>& p) {
+  with_type<T>(p.w_type, p.w, [&]<class S>(const S*) { outer_of<T, S>(p); });
+}

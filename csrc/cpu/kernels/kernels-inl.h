@@ -36,6 +36,7 @@ namespace {
 #include "cpu/kernels/attention-inl.h"
 #include "cpu/kernels/attention_narrow-inl.h"
 #include "cpu/kernels/mix-inl.h"
+#include "cpu/kernels/router_score-inl.h"
 #include "cpu/kernels/router_choice-inl.h"
 #include "cpu/kernels/router_soa-inl.h"
 #include "cpu/kernels/router_linear-inl.h"

@@ -27,11 +27,26 @@ struct Kernels {
   Fp8Kernels fp8;
 };
 
+struct Tables {
+  Kernels<float> f32;
+  Kernels<double> f64;
+
+  template <class T>
+  const Kernels<T>& of() const {
+    if constexpr (sizeof(T) == 4) {
+      return f32;
+    } else {
+      return f64;
+    }
+  }
+};
+
 // Those of a target with the numbers of a processor, which need not be of this machine.
 enum class Isa : int;
 struct Tuning;
-template <class T>
-Kernels<T> kernels_for(Isa isa, const Tuning& t);
+Tables tables_for(Isa isa, const Tuning& t);
+// Whose kernels the calls of this thread use, until it is called with nullptr. For the self-test.
+void use_tables(const Tables* tables);
 
 // Those of each target, in the file of its name. A target that the build lacks is declared only.
 #define MOE_DECLARE(name, enumerator, has) \

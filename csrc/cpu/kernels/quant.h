@@ -41,8 +41,8 @@ struct QuantDotParams {
 
 // Weights k0 to k0 + n of `features` rows, ldw bytes apart, as a panel of 32-bit words,
 // [words][2*lanes]: word i has weights 32 / bits * i and on of a feature, the upper bit of each
-// flipped or not. k0 is a multiple of 32. Words past n are zero or not written, columns past the
-// last feature are anything.
+// flipped or not. k0 is a multiple of 32. dst has room for whole runs of 32 bytes of a row; words
+// past n are zero or not written, columns past the last feature are anything.
 struct RepackParams {
   int bits;
   bool flip;

@@ -187,12 +187,4 @@ void int8_tile(const QuantTileParams& p) {
     }
   }
 }
-
-template <int kBits, int M = 1>
-void fill_int8_tiles(QuantTile* tiles) {
-  if constexpr (M <= kInt8Rows) {
-    tiles[M - 1] = &int8_tile<kBits, M>;
-    fill_int8_tiles<kBits, M + 1>(tiles);
-  }
-}
 #endif

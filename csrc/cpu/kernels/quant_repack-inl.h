@@ -1,18 +1,19 @@
 // Weights of 8 and 4 bits repacked into panels of 32-bit words, and the tiles that unpack them to
 // fp32 or to int16. Included by kernels-inl.h, inside its namespace; NOTES.md has the arithmetic.
 
-#if defined(__AVX2__) && MOE_VEC_BYTES >= 32
 // kRun bytes of each of as many rows as a vector has lanes of 32 bits: word j of all rows goes to
 // dst[j * 2 * lanes].
 #if MOE_VEC_BYTES == 64
-constexpr int64_t kRun = 32;
-inline void transpose_words(const uint8_t* const* rows, int64_t offset, Bytes flip, uint32_t* dst) {
+constexpr int64_t kRun = 32;  // Half a vector: two rows fill one as they are loaded.
+inline void words_of_rows(const uint8_t* const* rows, int64_t offset, uint32_t flip,
+                          uint32_t* dst) {
   constexpr int W = 16;
+  const Bytes flips = _mm512_set1_epi32(static_cast<int32_t>(flip));
   const auto half = [&](int i) { return load_bytes<__m256i_u>(rows[i] + offset); };
   Bytes v[8];
 #pragma GCC unroll 8
   for (int i = 0; i < 8; ++i) {  // Of each half, lanes 0 and 1: words 0 to 3 and 4 to 7 of a row.
-    v[i] = _mm512_inserti64x4(_mm512_castsi256_si512(half(i)), half(8 + i), 1) ^ flip;
+    v[i] = _mm512_inserti64x4(_mm512_castsi256_si512(half(i)), half(8 + i), 1) ^ flips;
   }
   Bytes two[8];  // words of two rows
 #pragma GCC unroll 4
@@ -33,45 +34,16 @@ inline void transpose_words(const uint8_t* const* rows, int64_t offset, Bytes fl
   }
 }
 #else
-constexpr int64_t kRun = 16;
-inline void transpose_words(const uint8_t* const* rows, int64_t offset, Bytes flip, uint32_t* dst) {
-  constexpr int W = 8;
-  const auto at = [&](int i) { return load_bytes<__m128i_u>(rows[i] + offset); };
-  Bytes v[4];
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {  // lane l: row 4 * l + i
-    v[i] = _mm256_inserti128_si256(_mm256_castsi128_si256(at(i)), at(4 + i), 1) ^ flip;
-  }
-  const Bytes low01 = _mm256_unpacklo_epi32(v[0], v[1]);
-  const Bytes high01 = _mm256_unpackhi_epi32(v[0], v[1]);
-  const Bytes low23 = _mm256_unpacklo_epi32(v[2], v[3]);
-  const Bytes high23 = _mm256_unpackhi_epi32(v[2], v[3]);
-  const Bytes words[4] = {_mm256_unpacklo_epi64(low01, low23), _mm256_unpackhi_epi64(low01, low23),
-                          _mm256_unpacklo_epi64(high01, high23),
-                          _mm256_unpackhi_epi64(high01, high23)};
-#pragma GCC unroll 4
-  for (int j = 0; j < 4; ++j) __builtin_memcpy(dst + j * 2 * W, &words[j], sizeof(Bytes));
-}
-#endif
-#else
-constexpr int64_t kRun = 16;
-#endif
-
-// kRun bytes of each row.
+constexpr int64_t kRun = MOE_VEC_BYTES;
 inline void words_of_rows(const uint8_t* const* rows, int64_t offset, uint32_t flip,
                           uint32_t* dst) {
-#if defined(__AVX2__) && MOE_VEC_BYTES >= 32
-  typedef uint32_t Words __attribute__((vector_size(MOE_VEC_BYTES)));
-  transpose_words(rows, offset, __builtin_bit_cast(Bytes, Words{} + flip), dst);
-#else
-  constexpr int W = kLanes<float>;
-  for (int f = 0; f < W; ++f) {
-    for (int j = 0; j < kRun / 4; ++j) {
-      dst[j * 2 * W + f] = load_bytes<uint32_t>(rows[f] + offset + 4 * j) ^ flip;
-    }
-  }
-#endif
+  using Words = Simd<float>::Uint;
+  const auto row = [&](int f) {
+    return __builtin_bit_cast(Vec<float>, load_bytes<Words>(rows[f] + offset) ^ flip);
+  };
+  transpose_block<float>(row, reinterpret_cast<float*>(dst), 2 * kLanes<float>);
 }
+#endif
 
 // A flip of the upper bit of each weight turns two's complement into q plus a bias, or back.
 void repack(const RepackParams& p, uint32_t* dst) {
@@ -220,14 +192,6 @@ void word_tile(const QuantTileParams& p) {
 // 8 rows are 16 sums, enough for the latency of any target; of 28 some went to the stack.
 constexpr int kInt16Rows = MOE_MR2 < 8 ? MOE_MR2 : 8;
 
-template <int kBits, class S, int kMost, int M = 1>
-void fill_word_tiles(QuantTile* tiles) {
-  if constexpr (M <= kMost) {
-    tiles[M - 1] = &word_tile<kBits, S, M>;
-    fill_word_tiles<kBits, S, kMost, M + 1>(tiles);
-  }
-}
-
 QuantKernels quant_table() {
   QuantKernels k = {};
   k.w8_row_bytes = &w8_row_bytes;
@@ -238,21 +202,23 @@ QuantKernels quant_table() {
   k.w4_quantize = &w4_quantize;
   k.w4_dot = &w4_dot;
   k.repack = &repack;
-  fill_word_tiles<8, float, MOE_MR2>(k.tile[0]);
-  fill_word_tiles<4, float, MOE_MR2>(k.tile[1]);
+  for_each_count<MOE_MR2>([&]<int M>() {
+    k.tile[0][M - 1] = &word_tile<8, float, M>;
+    k.tile[1][M - 1] = &word_tile<4, float, M>;
+  });
 #if defined(__AVX2__) && MOE_VEC_BYTES >= 32
   k.quantize_int8 = &quantize_int8;
   k.int8_rows = kInt8Rows;
-  fill_int8_tiles<4>(k.int8_tile[1]);
+  for_each_count<kInt8Rows>([&]<int M>() { k.int8_tile[1][M - 1] = &int8_tile<4, M>; });
   k.w4_max_rows = MOE_DOT_TOKENS;
   if constexpr (kVnni) {
-    fill_int8_tiles<8>(k.int8_tile[0]);
+    for_each_count<kInt8Rows>([&]<int M>() { k.int8_tile[0][M - 1] = &int8_tile<8, M>; });
     k.w8_min_depth_per_row = 160;
     k.w8_max_rows = 6;
   } else {
     k.quantize_int16 = &quantize_int16;
     k.int16_rows = kInt16Rows;
-    fill_word_tiles<8, Int16Pair, kInt16Rows>(k.int16_tile);
+    for_each_count<kInt16Rows>([&]<int M>() { k.int16_tile[M - 1] = &word_tile<8, Int16Pair, M>; });
     k.w8_min_depth_per_row = MOE_VEC_BYTES == 64 ? 80 : 240;
     k.w8_max_rows = 24;
   }

@@ -343,19 +343,7 @@ void w4_dot_tile(const QuantDotParams& p) {
 #endif
 
 void w4_dot(const QuantDotParams& p) {
-  const auto run = [&]<int F, int M>() {
-    switch (p.group) {
-      case 32:
-        return w4_dot_tile<32, F, M>(p);
-      case 64:
-        return w4_dot_tile<64, F, M>(p);
-      default:
-        return w4_dot_tile<128, F, M>(p);
-    }
-  };
-  if (p.features == kGemvFeatures) {
-    with_token_count<kGemvFeatures>(p.tokens, run);
-  } else {
-    with_token_count<1>(p.tokens, run);
-  }
+  with_counts<kGemvFeatures>(p.features, p.tokens, [&]<int F, int M>() {
+    with_value<32, 64, 128>(p.group, [&]<int kGroup>() { w4_dot_tile<kGroup, F, M>(p); });
+  });
 }

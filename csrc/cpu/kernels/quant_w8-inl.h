@@ -182,10 +182,5 @@ void w8_dot_tile(const QuantDotParams& p) {
 }
 
 void w8_dot(const QuantDotParams& p) {
-  const auto run = [&]<int F, int M>() { w8_dot_tile<F, M>(p); };
-  if (p.features == kW8Features) {
-    with_token_count<kW8Features>(p.tokens, run);
-  } else {
-    with_token_count<1>(p.tokens, run);
-  }
+  with_counts<kW8Features>(p.features, p.tokens, [&]<int F, int M>() { w8_dot_tile<F, M>(p); });
 }

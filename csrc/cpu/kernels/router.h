@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "moe_ops/score_func.h"
+
 namespace moe_ops::cpu {
 
 // A row of logits of the others has a whole number of kRowUnit elements and starts on a 64-byte
@@ -48,7 +50,8 @@ template <class T>
 struct RouteSoa {
   int64_t tokens;  // up to the end of their last vector, arrays are read and written
   int64_t experts, top_k;
-  bool softmax, topk_first, renormalize;
+  ScoreFunc score_func;
+  bool topk_first, renormalize;
   T scale;
   const T* x;         // [experts], logits
   RouterKey<T>* ids;  // [top_k]; backward reads them, -1 is no expert
@@ -94,7 +97,9 @@ struct RouterKernels {
   // e[i] = exp(x[i] - max x) and the sum of e, of rows `ld` apart.
   void (*exp_sum)(const T* x, T* e, int64_t rows, int64_t ld, int64_t n, T* sums);
   void (*exp)(const T* x, T* e, int64_t n);  // of x[i] <= 0 or NaN
-  void (*sigmoid)(const T* x, T* s, int64_t n);
+  // Scores that are no softmax, and for `slope_row` their derivatives in the logit.
+  void (*score_row)(ScoreFunc f, const T* x, T* s, int64_t n);
+  void (*slope_row)(ScoreFunc f, const T* x, T* s, T* slope, int64_t n);
   void (*make_keys)(const T* x, RouterKey<T>* keys, int64_t n);
   // The best key of each block of a vector's width. block_max has room for n + kRowUnit keys.
   void (*find_block_max)(const RouterKey<T>* keys, RouterKey<T>* block_max, int64_t n);

@@ -1,9 +1,5 @@
-// One row of router logits: scores of all experts, keys that order them, and the choice of the
-// best. Included by kernels-inl.h, inside its namespace.
-
-// Functions start with a cache line: where 16 bytes decided, 32 experts took 1.3 times as long for
-// the same instructions.
-#define MOE_ALIGNED __attribute__((aligned(64)))
+// One row of router logits: exponentials, keys that order the experts, and the choice of the best.
+// Included by kernels-inl.h, inside its namespace.
 
 template <class T>
 MOE_ALIGNED void exp_sum(const T* x, T* e, int64_t rows, int64_t ld, int64_t n, T* sums) {
@@ -32,18 +28,6 @@ MOE_ALIGNED void exp_sum(const T* x, T* e, int64_t rows, int64_t ld, int64_t n, 
 template <class T>
 MOE_ALIGNED void exp_row(const T* x, T* e, int64_t n) {
   for (int64_t i = 0; i < n; i += kLanes<T>) store<T>(e + i, exponential<T, true>(load<T>(x + i)));
-}
-
-// To an ulp or two, subnormal results among them.
-template <class T>
-inline Vec<T> router_sigmoid(Vec<T> v) {
-  const Vec<T> z = exponential<T, true>(v > 0 ? -v : v);
-  return (v > 0 ? splat<T>(1) : z) / (T(1) + z);
-}
-
-template <class T>
-MOE_ALIGNED void sigmoid_row(const T* x, T* s, int64_t n) {
-  for (int64_t i = 0; i < n; i += kLanes<T>) store<T>(s + i, router_sigmoid<T>(load<T>(x + i)));
 }
 
 template <class T>

@@ -138,7 +138,8 @@ RouterKernels<T> router_table() {
 #endif
   k.exp_sum = &exp_sum<T>;
   k.exp = &exp_row<T>;
-  k.sigmoid = &sigmoid_row<T>;
+  k.score_row = &score_row<T>;
+  k.slope_row = &slope_row<T>;
   k.linear = &router_linear<T>;
   k.linear_bwd = &router_linear_bwd<T>;
   return k;

@@ -6,7 +6,7 @@
 
 #include "cpu/kernels/router.h"
 #include "cpu/kernels/rows.h"
-#include "moe_ops/router_bwd.h"
+#include "moe_ops/score_func.h"
 
 namespace moe_ops::cpu {
 
@@ -18,15 +18,15 @@ T exp_sum_of(const RouterKernels<T>& k, const T* x, T* e, int64_t n) {
   return sum;
 }
 
-// out[i] = softmax or sigmoid of x[i] for i < n; x and e have `padded` elements.
+// out[i] = score of x[i] for i < n; x and e have `padded` elements.
 template <class T>
 void scores_of(const RouterKernels<T>& k, ScoreFunc f, const T* x, T* e, int64_t padded, int64_t n,
                T* out) {
-  if (f == ScoreFunc::kSoftmax) {
+  if (is_softmax(f)) {
     const T sum = exp_sum_of(k, x, e, padded);
     for (int64_t i = 0; i < n; ++i) out[i] = e[i] / sum;
   } else {
-    k.sigmoid(x, e, padded);
+    k.score_row(f, x, e, padded);
     std::copy_n(e, n, out);
   }
 }
@@ -75,7 +75,7 @@ RouteSoa<T> soa_of(const Params& p) {
   RouteSoa<T> soa = {};
   soa.experts = p.num_experts;
   soa.top_k = p.top_k;
-  soa.softmax = p.score_func == ScoreFunc::kSoftmax;
+  soa.score_func = p.score_func;
   soa.topk_first = p.topk_first;
   soa.renormalize = p.renormalize;
   soa.scale = static_cast<T>(p.routed_scaling_factor);

@@ -39,7 +39,8 @@ inline void choose_soa(const RouteSoa<T>& p, int64_t i, Vec<T>* chosen) {
 template <class T, int E, int K>
 inline __attribute__((always_inline)) void route_soa_of(const RouteSoa<T>& p) {
   const int64_t experts = E > 0 ? E : p.experts, top_k = K > 0 ? K : p.top_k;
-  const bool over_all = p.softmax && !p.topk_first && experts != top_k;
+  const bool softmax = is_softmax(p.score_func);
+  const bool over_all = softmax && !p.topk_first && experts != top_k;
   for (int64_t i = 0; i < p.tokens; i += kLanes<T>) {
     Vec<T> w[kSoaExperts];
     w[0] = Vec<T>{};
@@ -52,14 +53,14 @@ inline __attribute__((always_inline)) void route_soa_of(const RouteSoa<T>& p) {
       }
     }
     for (int64_t k = 0; k < top_k; ++k) {
-      if (p.softmax) {
+      if (softmax) {
         w[k] = exponential<T, true>(w[k] - most);
         if (!over_all) sum += w[k];
       } else {
-        w[k] = router_sigmoid<T>(w[k]);
+        w[k] = score_of<T>(p.score_func, w[k]);
       }
     }
-    if (p.softmax) {
+    if (softmax) {
       for (int64_t k = 0; k < top_k; ++k) w[k] /= sum;
     }
     if (p.renormalize) {
@@ -78,7 +79,8 @@ inline __attribute__((always_inline)) void route_soa_bwd_of(const RouteSoa<T>& p
   const int64_t experts = E > 0 ? E : p.experts, top_k = K > 0 ? K : p.top_k;
   using Int = typename Simd<T>::Int;
   using Key = RouterKey<T>;
-  const bool over_all = p.softmax && !p.topk_first;
+  const bool softmax = is_softmax(p.score_func);
+  const bool over_all = softmax && !p.topk_first;
   const Vec<T> none = {};
   for (int64_t i = 0; i < p.tokens; i += kLanes<T>) {
     // Slots without an expert have score and gradient 0.
@@ -110,16 +112,16 @@ inline __attribute__((always_inline)) void route_soa_bwd_of(const RouteSoa<T>& p
       const Int absent = tokens_of<Int>(p.ids, k, i) < 0;
       const Vec<T> value = score[k];
       slope[k] = none;
-      if (p.softmax) {
+      if (softmax) {
         score[k] = absent ? none : exponential<T, true>(value - most);
         if (!over_all) sum += score[k];
       } else {
-        // s(-x) is 1 - s(x) without the cancellation.
-        score[k] = absent ? none : router_sigmoid<T>(value);
-        slope[k] = score[k] * router_sigmoid<T>(-value);
+        const ScoreAndSlope<T> both = score_and_slope<T>(p.score_func, value);
+        score[k] = absent ? none : both.score;
+        slope[k] = absent ? none : both.slope;
       }
     }
-    if (p.softmax) {
+    if (softmax) {
       for (int64_t k = 0; k < top_k; ++k) {
         score[k] = tokens_of<Int>(p.ids, k, i) < 0 ? none : score[k] / sum;
       }
@@ -148,7 +150,7 @@ inline __attribute__((always_inline)) void route_soa_bwd_of(const RouteSoa<T>& p
       for (int64_t k = 0; k < top_k; ++k) {
         const Int here = tokens_of<Int>(p.ids, k, i) == splat_key<T>(static_cast<Key>(e));
         of_slots += here ? grad[k] : none;
-        out += here ? (p.softmax ? score[k] * (grad[k] - mean) : slope[k] * grad[k]) : none;
+        out += here ? (softmax ? score[k] * (grad[k] - mean) : slope[k] * grad[k]) : none;
       }
       if (over_all) {
         out = mean != T(0) ? exps[e] * inverse * (of_slots - mean) : out;

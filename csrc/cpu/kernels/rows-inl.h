@@ -197,9 +197,9 @@ void combine_rows(const CombineRows<T>& p) {
   });
 }
 
-// One lanes x lanes block in registers.
-template <class T>
-inline void transpose_block(const T* src, int64_t ld_src, T* dst, int64_t ld_dst) {
+// One lanes x lanes block in registers; row(i) is row i of it, a vector.
+template <class T, class Row>
+inline void transpose_block(const Row& row, T* dst, int64_t ld_dst) {
   constexpr int W = kLanes<T>;
 #if defined(__AVX512F__) && MOE_VEC_BYTES == 64
   if constexpr (sizeof(T) == 4) {
@@ -210,7 +210,7 @@ inline void transpose_block(const T* src, int64_t ld_src, T* dst, int64_t ld_dst
     constexpr Index hi = {8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
     Vec<T> v[16], t[16];
 #pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i) v[i] = load<T>(src + i * ld_src);
+    for (int i = 0; i < 16; ++i) v[i] = row(i);
 #pragma GCC unroll 2
     for (int round = 0; round < 2; ++round) {
 #pragma GCC unroll 8
@@ -232,9 +232,7 @@ inline void transpose_block(const T* src, int64_t ld_src, T* dst, int64_t ld_dst
   if constexpr (sizeof(T) == 4) {
     __m256 r[8], t[8];
 #pragma GCC unroll 8
-    for (int i = 0; i < 8; ++i) {
-      r[i] = _mm256_loadu_ps(reinterpret_cast<const float*>(src) + i * ld_src);
-    }
+    for (int i = 0; i < 8; ++i) r[i] = __builtin_bit_cast(__m256, row(i));
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
       t[2 * i] = _mm256_unpacklo_ps(r[2 * i], r[2 * i + 1]);
@@ -256,8 +254,9 @@ inline void transpose_block(const T* src, int64_t ld_src, T* dst, int64_t ld_dst
     return;
   }
 #endif
-  for (int c = 0; c < W; ++c) {
-    for (int r = 0; r < W; ++r) dst[c * ld_dst + r] = src[r * ld_src + c];
+  for (int r = 0; r < W; ++r) {
+    const Vec<T> v = row(r);
+    for (int c = 0; c < W; ++c) dst[c * ld_dst + r] = v[c];
   }
 }
 
@@ -266,12 +265,11 @@ void transpose(const T* src, int64_t ld_src, int64_t rows, int64_t cols, T* dst,
   constexpr int W = kLanes<T>;
   for (int64_t r = 0; r < rows; r += W) {
     int64_t c = 0;
-    for (; c + W <= cols; c += W) {
-      transpose_block<T>(src + r * ld_src + c, ld_src, dst + c * ld_dst + r, ld_dst);
-    }
+    const auto row = [&](int i) { return load<T>(src + (r + i) * ld_src + c); };
+    for (; c + W <= cols; c += W) transpose_block<T>(row, dst + c * ld_dst + r, ld_dst);
     if (c < cols) {
       T block[W * W];
-      transpose_block<T>(src + r * ld_src + c, ld_src, block, W);
+      transpose_block<T>(row, block, W);
       for (int64_t i = 0; i < cols - c; ++i) {
         store<T>(dst + (c + i) * ld_dst + r, load<T>(block + i * W));
       }

@@ -173,6 +173,24 @@ inline Vec<float> vsigmoid(Vec<float> x) {
   return s;
 }
 
+#if defined(MOE_INT)
+inline Vec<float> vsqrt(Vec<float> x) {
+  return __builtin_bit_cast(Vec<float>, MOE_INT(sqrt_ps)(__builtin_bit_cast(Floats, x)));
+}
+inline Vec<double> vsqrt(Vec<double> x) {
+  return __builtin_bit_cast(Vec<double>, MOE_INT(sqrt_pd)(__builtin_bit_cast(Doubles, x)));
+}
+#else
+inline Vec<float> vsqrt(Vec<float> x) {
+  for (int i = 0; i < kLanes<float>; ++i) x[i] = __builtin_sqrtf(x[i]);
+  return x;
+}
+inline Vec<double> vsqrt(Vec<double> x) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = __builtin_sqrt(x[i]);
+  return x;
+}
+#endif
+
 // The standard normal distribution function, Phi(x) = erfc(-x / sqrt 2) / 2.
 inline Vec<double> vnormal_cdf(Vec<double> x) {
   Vec<double> y;
@@ -216,18 +234,24 @@ struct LogSigmoid {
   Vec<T> z, rest;  // sigmoid(x) and log(1 - sigmoid(x))
 };
 
-// With u = e^-|x|: sigmoid(|x|) = 1 / (1 + u), log(1 + u) = 2 atanh(s), s = u / (2 + u) <= 1/3,
-// whose series ends below half an ulp. One division serves both.
+// atanh(s) / s of s^2 <= 1/9, where the series ends below half an ulp.
 template <class T>
-inline LogSigmoid<T> log_sigmoid(Vec<T> x) {
+inline Vec<T> atanh_ratio(Vec<T> s2) {
   constexpr int kTerms = sizeof(T) == 8 ? 16 : 7;
-  const Vec<T> u = exponential<T>(x < T(0) ? x : -x);
-  const Vec<T> r = T(1) / ((T(1) + u) * (T(2) + u));
-  const Vec<T> larger = r * (T(2) + u);
-  const Vec<T> s = u * r * (T(1) + u), s2 = s * s;
   Vec<T> p = splat<T>(T(1.0 / (2 * kTerms + 1)));
 #pragma GCC unroll 16
   for (int i = kTerms - 1; i >= 0; --i) p = p * s2 + T(1.0 / (2 * i + 1));
+  return p;
+}
+
+// With u = e^-|x|: sigmoid(|x|) = 1 / (1 + u), log(1 + u) = 2 atanh(s), s = u / (2 + u) <= 1/3.
+// One division serves both.
+template <class T>
+inline LogSigmoid<T> log_sigmoid(Vec<T> x) {
+  const Vec<T> u = exponential<T>(x < T(0) ? x : -x);
+  const Vec<T> r = T(1) / ((T(1) + u) * (T(2) + u));
+  const Vec<T> larger = r * (T(2) + u);
+  const Vec<T> s = u * r * (T(1) + u), p = atanh_ratio<T>(s * s);
   const Vec<T> positive = x > T(0) ? x : Vec<T>{};
   return {x >= T(0) ? larger : u * larger, -(positive + T(2) * s * p)};
 }

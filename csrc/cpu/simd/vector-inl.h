@@ -308,6 +308,22 @@ inline void with_value(V v, const Fn& fn) {
   (void)((v == values && (fn.template operator()<values>(), true)) || ...);
 }
 
+// fn.template operator()<count>(), for a count from 1 to kMost.
+template <int kMost, class Fn>
+inline void with_count(int count, const Fn& fn) {
+  if constexpr (kMost > 1) {
+    if (count < kMost) return with_count<kMost - 1>(count, fn);
+  }
+  fn.template operator()<kMost>();
+}
+
+// fn.template operator()<count>() for all counts from 1 to kMost.
+template <int kMost, class Fn>
+inline void for_each_count(const Fn& fn) {
+  if constexpr (kMost > 1) for_each_count<kMost - 1>(fn);
+  fn.template operator()<kMost>();
+}
+
 // Calls fn(pointer of the right element type).
 template <class T, class Fn>
 inline auto with_type([[maybe_unused]] DType type, const void* p, const Fn& fn) {

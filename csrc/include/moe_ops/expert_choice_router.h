@@ -5,7 +5,7 @@
 #include <cstdint>
 
 #include "moe_ops/common.h"
-#include "moe_ops/router_bwd.h"
+#include "moe_ops/score_func.h"
 
 namespace moe_ops {
 

@@ -4,10 +4,9 @@
 #include <cstdint>
 
 #include "moe_ops/common.h"
+#include "moe_ops/score_func.h"
 
 namespace moe_ops {
-
-enum class ScoreFunc : int { kSoftmax, kSigmoid };
 
 // The gradient of every router: given the ids, none of them looks at the selection again.
 struct RouterBwdParams {

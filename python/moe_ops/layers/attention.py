@@ -16,7 +16,7 @@ from moe_ops.ops import moa_attention, moe_linear_map, moe_linear_reduce, rotary
 from moe_ops.ops._checks import check_positive
 from moe_ops.ops.moa_attention import KINDS
 
-from .invariant import apply_linear
+from .functional import apply_linear
 from .losses import aux_losses_of, check_aux_losses
 from .rotary import Rope
 from .router import Router

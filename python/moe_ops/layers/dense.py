@@ -20,7 +20,7 @@ from moe_ops.ops.dense_ffn import dense_ffn
 from moe_ops.ops.grouped_gemm import grouped_gemm
 from moe_ops.ops.mix_experts import mix_experts
 
-from .invariant import uses_ops
+from .functional import uses_ops
 
 
 class Segment(NamedTuple):

@@ -20,7 +20,7 @@ from moe_ops.ops.dense_ffn import dense_ffn
 from moe_ops.ops.gated_act import GATED_ACTIVATIONS, PLAIN_ACTIVATIONS
 
 from .dense import fits_dense_ffn, grouped_linear, mix_outputs, segments
-from .invariant import linear, plain_activation
+from .functional import linear, plain_activation
 from .surgery import experts as surgery
 
 # Attributes of a bank that are arguments of moe_ffn.

@@ -27,7 +27,7 @@ def total_load_balancing_loss(
     Args:
         router_logits: of each layer [T, E].
         topk_ids: of each layer [T, K]; ids outside [0, E) do not count.
-        score_func: "softmax" or "sigmoid" (sigmoids divided by their sum).
+        score_func: of the router; scores that are no softmax are divided by their sum.
         token_mask: bool, one element a token, True where the token counts.
     """
     logits, mask = _stack(router_logits, token_mask)

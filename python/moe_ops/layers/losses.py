@@ -1,7 +1,7 @@
 """Auxiliary losses of routing, as plain functions: the caller scales them and adds them up.
 
 Letters: T tokens, E experts, K experts a token. p[t, e] are the routing probabilities of a token:
-softmax of its logits, or, with score_func="sigmoid", sigmoids divided by their sum. P[e] is the
+softmax of its logits, or, with another `score_func`, scores divided by their sum. P[e] is the
 mean of p[t, e] over tokens, and f[e] the share of the chosen slots that fall on expert e.
 
 Common to all: `router_logits` is [..., E] of any float type and is one layer's (stack nothing: a
@@ -20,6 +20,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from moe_ops.reference._scores import SCORE_FUNCS, router_scores
 
 from .router import Router
 from .routing import Routing
@@ -46,7 +48,7 @@ def load_balancing_loss(
         topk_ids: [..., K] the choice that was made; ids outside [0, E) are not counted.
         tokens_per_expert: [E] counts to use instead of those of `topk_ids`, for instance summed
             over data-parallel ranks (the balance is then that of the global batch).
-        score_func: "softmax" or "sigmoid" (sigmoids divided by their sum).
+        score_func: of the router; scores that are no softmax are divided by their sum.
         token_mask: bool, one element a token, True where the token counts.
         top_k: K of `hf_compat`; unused otherwise.
         hf_compat: reproduce transformers' `load_balancing_loss_func`: the choice is taken as the
@@ -131,7 +133,7 @@ def router_entropy_loss(
 
     Args:
         router_logits: [..., E].
-        score_func: "softmax" or "sigmoid" (sigmoids divided by their sum).
+        score_func: of the router; scores that are no softmax are divided by their sum.
         token_mask: bool, one element a token, True where the token counts.
 
     Returns:
@@ -154,7 +156,7 @@ def mutual_information_loss(
 
     Args:
         router_logits: [..., E].
-        score_func: "softmax" or "sigmoid" (sigmoids divided by their sum).
+        score_func: of the router; scores that are no softmax are divided by their sum.
         token_mask: bool, one element a token, True where the token counts.
 
     Returns:
@@ -177,7 +179,7 @@ def concentration_loss(
 
     Args:
         router_logits: [..., E].
-        score_func: "softmax" or "sigmoid" (sigmoids divided by their sum).
+        score_func: of the router; scores that are no softmax are divided by their sum.
         token_mask: bool, one element a token, True where the token counts.
 
     Returns:
@@ -206,7 +208,8 @@ def sequence_balance_loss(
         router_logits: [B, S, E], or [B*S, E] together with `num_sequences`.
         topk_ids: [B, S, K] or [B*S, K], the choice that was made; ids outside [0, E) do not count.
         num_sequences: B; may be left out when `router_logits` has three dimensions.
-        score_func: "sigmoid" (divided by their sum: DeepSeek-V3) or "softmax" (DeepSeek-V2).
+        score_func: "softmax" (DeepSeek-V2), or another one of the router, whose scores are divided
+            by their sum ("sigmoid": DeepSeek-V3).
         token_mask: bool, one element a token, True where the token counts.
 
     Returns:
@@ -269,7 +272,7 @@ def device_balance_loss(
         router_logits: [..., E].
         topk_ids: [..., K], the choice that was made; ids outside [0, E) do not count.
         num_groups: number of groups; must divide E.
-        score_func: "softmax" or "sigmoid" (sigmoids divided by their sum).
+        score_func: of the router; scores that are no softmax are divided by their sum.
         token_mask: bool, one element a token, True where the token counts.
 
     Returns:
@@ -419,12 +422,11 @@ def _flatten(
 
 
 def _probabilities(logits: Tensor, score_func: str) -> Tensor:
-    if score_func == "softmax":
-        return logits.softmax(-1)
-    if score_func == "sigmoid":
-        scores = logits.sigmoid()
-        return scores / (scores.sum(-1, keepdim=True) + 1e-20)
-    raise ValueError(f"losses: score_func must be 'softmax' or 'sigmoid', got {score_func!r}.")
+    if score_func not in SCORE_FUNCS:
+        names = ", ".join(SCORE_FUNCS)
+        raise ValueError(f"losses: score_func must be one of {names}, got {score_func!r}.")
+    scores = router_scores(logits, score_func)
+    return scores if score_func == "softmax" else scores / (scores.sum(-1, keepdim=True) + 1e-20)
 
 
 def _token_entropy(logits: Tensor, score_func: str) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .experts import Experts, SharedExperts
-from .invariant import apply_linear, sigmoid
+from .functional import apply_linear, sigmoid
 from .losses import aux_losses_of, check_aux_losses
 from .recompute import LoggedCall, RoutingLog
 from .router import Router

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .invariant import linear
+from .functional import linear
 from .routing import valid_ids
 from .stats import count_tokens_per_expert
 

@@ -132,3 +132,8 @@ def new_if(
     unless given."""
     size = tuple(like.shape if shape is None else shape)
     return like.new_empty(size if needed else (0,), dtype=dtype)
+
+
+def new_like(t: Tensor) -> Tensor:
+    """Of the shape and type of `t`, and dense whatever its strides are."""
+    return t.new_empty(tuple(t.shape))

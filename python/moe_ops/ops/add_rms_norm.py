@@ -24,6 +24,7 @@ from moe_ops.ops._checks import (
     check_same_device,
     check_size,
     new_if,
+    new_like,
 )
 from moe_ops.ops._library import register_cuda_formula, register_fake
 from moe_ops.reference.add_rms_norm import add_rms_norm as _formula
@@ -105,7 +106,7 @@ def _(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     x, _, residual, bias, _ = args
     adds = residual is not None or bias is not None
     rstd = x.new_empty((_rows(x),), dtype=accumulate_dtype(x.dtype))
-    return new_if(True, x), new_if(adds, x), rstd
+    return new_like(x), new_if(adds, x), rstd
 
 
 @register_fake("add_rms_norm_bwd")

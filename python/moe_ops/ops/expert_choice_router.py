@@ -28,7 +28,7 @@ def expert_choice_router(
 ) -> tuple[Tensor, Tensor]:
     """Lets each expert choose the ``capacity`` tokens with the best scores.
 
-    The score is softmax over the experts of a token, or sigmoid. Each expert takes its ``capacity``
+    The score is that of `topk_router`. Each expert takes its ``capacity``
     best tokens, ties to the smaller token, NaN last; a capacity of T or more takes all. The load is
     balanced by construction, but a token's experts depend on the other tokens of the batch, later
     ones included, and a token may get none.
@@ -38,7 +38,7 @@ def expert_choice_router(
             autocast they are cast to float32. The gradient has their dtype.
         capacity: tokens an expert takes, at least 1. Zhou et al. use T * c / E, with c the mean
             number of experts a token.
-        score_func: ``"softmax"`` or ``"sigmoid"``.
+        score_func: as of `topk_router`.
         routed_scaling_factor: multiplies the weights; finite.
 
     Returns:

@@ -16,7 +16,7 @@ from moe_ops.ops._checks import (
     check_dtype,
     check_float,
     check_same_device,
-    new_if,
+    new_like,
 )
 from moe_ops.ops._library import register_fake
 
@@ -95,7 +95,7 @@ def _(
     check_dtype(op, "grad_h", grad_h.dtype, (gate_up.dtype,), " like gate_up")
     check_activation(op, activation, alpha, limit, True)
     check_same_device(op, gate_up=gate_up, grad_h=grad_h)
-    return new_if(True, gate_up)
+    return new_like(gate_up)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

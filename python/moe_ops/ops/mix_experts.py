@@ -28,6 +28,7 @@ from moe_ops.ops._checks import (
     check_shape,
     dtype_name,
     new_if,
+    new_like,
 )
 from moe_ops.ops._library import register_cuda_formula, register_fake
 from moe_ops.reference.mix_experts import mix_experts as _formula
@@ -161,7 +162,7 @@ def _(grad_y: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tenso
     check_same_device(op, outputs=outputs, grad_y=grad_y)
     normed, norm = norm_weight is not None, (outputs.shape[1:], accumulate_dtype(outputs.dtype))
     return (
-        new_if(True, outputs),
+        new_like(outputs),
         new_if(need_weights, weights),
         outputs.new_empty((0,)) if factor is None else new_if(need_factor, factor),
         new_if(need_norm_weight and normed, outputs, *norm),

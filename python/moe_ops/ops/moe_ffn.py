@@ -28,6 +28,7 @@ from moe_ops.ops._checks import (
     check_same_device,
     check_size,
     new_if,
+    new_like,
 )
 from moe_ops.ops._library import register_fake
 from moe_ops.ops.gated_act import GATED_ACTIVATIONS, check_activation
@@ -212,7 +213,7 @@ def _fake_fwd(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     num_experts, width, _ = w_gate_up.shape
     num_slots = topk_ids.shape[0] * topk_ids.shape[1]
     return (
-        new_if(True, x),
+        new_like(x),
         x.new_empty((num_slots, width)),
         x.new_empty((num_experts + 1,), dtype=torch.int32),
         x.new_empty((num_slots,), dtype=torch.int32),

@@ -13,7 +13,7 @@ from moe_ops.ops._checks import (
     check_same_device,
     check_shape,
     check_tensor,
-    new_if,
+    new_like,
 )
 from moe_ops.ops._library import register_fake
 from moe_ops.ops.gated_act import check_activation
@@ -133,7 +133,7 @@ def _(
         b_gate_up=b_gate_up,
         b_down=b_down,
     )
-    return new_if(True, x)
+    return new_like(x)
 
 
 register_no_gradient(_OP, "dequantise the weights and call moe_ffn")

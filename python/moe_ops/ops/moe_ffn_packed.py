@@ -10,7 +10,7 @@ from torch import Tensor
 from moe_ops import _C
 from moe_ops.ops._autocast import register_autocast
 from moe_ops.ops._autograd import direct_call, register_gradient_of
-from moe_ops.ops._checks import check, check_float, check_same_device, dtype_name, new_if
+from moe_ops.ops._checks import check, check_float, check_same_device, dtype_name, new_like
 from moe_ops.ops._library import register_cuda_formula, register_fake
 from moe_ops.ops.gated_act import GATED_ACTIVATIONS
 from moe_ops.ops.moe_ffn import check_call, options_of
@@ -139,7 +139,7 @@ def _(*args: Any) -> Tensor:
             f"[{size}], got {dtype_name(packed.dtype)} of shape {list(packed.shape)}.",
         )
     check_same_device(op, x=x, packed_gate_up=packed_gate_up, packed_down=packed_down)
-    return new_if(True, x)
+    return new_like(x)
 
 
 register_gradient_of("moe_ffn_packed", _without_copies)

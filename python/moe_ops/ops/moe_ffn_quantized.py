@@ -16,7 +16,7 @@ from moe_ops.ops._checks import (
     check_size,
     check_tensor,
     dtype_name,
-    new_if,
+    new_like,
 )
 from moe_ops.ops._library import register_fake
 from moe_ops.ops.gated_act import check_activation
@@ -196,7 +196,7 @@ def _(
         b_gate_up=b_gate_up,
         b_down=b_down,
     )
-    return new_if(True, x)
+    return new_like(x)
 
 
 register_no_gradient(_OP, f"moe_ops.reference.{_OP}, which can be differentiated")

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from moe_ops.ops._autocast import register_autocast
 from moe_ops.ops._autograd import direct_call, register_autograd
-from moe_ops.ops._checks import check, check_float, check_same_device, check_shape
+from moe_ops.ops._checks import check, check_float, check_same_device, check_shape, new_like
 from moe_ops.ops._library import register_cuda_formula, register_fake
 from moe_ops.reference.rotary import rotary as _formula
 
@@ -58,9 +58,10 @@ def _check(op: str, t: Tensor, cos: Tensor, sin: Tensor) -> None:
             f"{op}: {name} must be [S, d / 2] or [B, S, d / 2], got shape {list(f.shape)}.",
         )
         sizes = {"S": t.shape[1], "d / 2": t.shape[-1] // 2}
-        if f.dim() == 3:
-            sizes = {"B": t.shape[0], **sizes}
-        check_shape(op, name, f, f"[{', '.join(('B', 'S', 'd / 2')[-f.dim() :])}]", **sizes)
+        if f.dim() == 2:
+            check_shape(op, name, f, "[S, d / 2]", **sizes)
+        else:
+            check_shape(op, name, f, "[B, S, d / 2]", B=t.shape[0], **sizes)
     check(
         sin.dim() == cos.dim(),
         f"{op}: sin must be like cos ({cos.dim()} dimensions), got shape {list(sin.shape)}.",
@@ -71,7 +72,7 @@ def _check(op: str, t: Tensor, cos: Tensor, sin: Tensor) -> None:
 @register_fake("rotary")
 def _(t: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
     _check("rotary", t, cos, sin)
-    return t.new_empty(tuple(t.shape))
+    return new_like(t)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

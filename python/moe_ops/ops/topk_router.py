@@ -19,6 +19,7 @@ from moe_ops.ops._checks import (
     check_same_device,
 )
 from moe_ops.ops._library import register_fake
+from moe_ops.reference._scores import SCORE_FUNCS
 
 _topk_router = direct_call("topk_router")
 
@@ -39,9 +40,14 @@ def topk_router(
     """Chooses ``top_k`` experts a token and the weights of their outputs.
 
     Selection: the K largest keys of each row, largest first, ties to the smaller id. The key is the
-    logit plus ``expert_bias`` when ``topk_first``, otherwise the score plus ``expert_bias``, where
-    the score is softmax over E or sigmoid. Without a bias and without sums of scores the logits
-    are compared themselves: both score functions are monotone, and rounding cannot tie two logits.
+    logit plus ``expert_bias`` when ``topk_first``, otherwise the score plus ``expert_bias``.
+    Without a bias and without sums of scores the logits are compared themselves: all score
+    functions are monotone, and rounding cannot tie two logits.
+
+    Scores: ``"softmax"`` over E; ``"sigmoid"``; ``"sqrtsoftplus"``, which is
+    sqrt(log(1 + exp(logit))). The last one has no upper bound. For negative logits it falls as
+    exp(logit / 2), and where that is no number any more (logits below -208 in fp32) score and
+    gradient are 0.
 
     Groups: E/num_groups consecutive experts form a group, whose key is the largest key in it
     (``"max"``) or the sum of the two largest (``"top2_sum"``). Experts outside the best
@@ -59,7 +65,7 @@ def topk_router(
         router_logits: [T, E], E >= 1; float64, float32, bfloat16 or float16, any strides. Under
             autocast they are cast to float32. The gradient has their dtype.
         top_k: K, from 1 to E (to the number of experts in ``num_topk_groups`` groups).
-        score_func: ``"softmax"`` or ``"sigmoid"``.
+        score_func: ``"softmax"``, ``"sigmoid"`` or ``"sqrtsoftplus"``.
         topk_first: choose on logits and score only the chosen (gpt-oss, Granite), rather than
             score all and choose.
         renormalize: makes the weights of a token sum to ``routed_scaling_factor``.
@@ -82,7 +88,7 @@ def topk_router(
         Shazeer et al. 2017, Outrageously Large Neural Networks, arXiv 1701.06538 (top-k gating).
         DeepSeek-V2, arXiv 2405.04434 (device-limited groups); Wang et al. 2024, Auxiliary-Loss-Free
         Load Balancing, arXiv 2408.15664 (selection bias); DeepSeek-V3, arXiv 2412.19437 (sigmoid
-        scores, groups by the sum of two).
+        scores, groups by the sum of two). DeepSeek-V4 (scores by "sqrtsoftplus").
     """
     return _topk_router(
         router_logits,
@@ -108,7 +114,7 @@ def check_router_logits(op: str, router_logits: Tensor) -> None:
 
 
 def check_score_func(op: str, score_func: str) -> None:
-    check_choice(op, "score_func", score_func, ("softmax", "sigmoid"))
+    check_choice(op, "score_func", score_func, tuple(SCORE_FUNCS))
 
 
 def check_scaling_factor(op: str, factor: float) -> None:

@@ -17,6 +17,7 @@ from moe_ops.ops._checks import (
     check_like,
     check_same_device,
     new_if,
+    new_like,
 )
 from moe_ops.ops._library import register_fake
 
@@ -89,7 +90,7 @@ def _(grad_y: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     check_like(op, "grad_y", grad_y, "rows", rows, "[T, H]")
     check_same_device(op, rows=rows, grad_y=grad_y)
     weighted, acc = topk_weights is not None, accumulate_dtype(rows.dtype)
-    return new_if(True, rows), new_if(weighted, rows, slot_to_row.shape, acc)
+    return new_like(rows), new_if(weighted, rows, slot_to_row.shape, acc)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:

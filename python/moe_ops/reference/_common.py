@@ -19,12 +19,3 @@ def order_descending(key: Tensor, excluded: Tensor | None = None, dim: int = -1)
         dim=dim, descending=True, stable=True
     )
     return by_key.gather(dim, rank.gather(dim, by_key).argsort(dim=dim, stable=True))
-
-
-def router_scores(router_logits: Tensor, score_func: str) -> Tensor:
-    logits = router_logits.to(acc_dtype(router_logits.dtype))
-    if score_func == "softmax":
-        return logits.softmax(-1)
-    if score_func == "sigmoid":
-        return logits.sigmoid()
-    raise ValueError(f"score_func must be 'softmax' or 'sigmoid', got {score_func!r}")

@@ -3,7 +3,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._common import order_descending, router_scores
+from ._common import order_descending
+from ._scores import router_scores
 
 
 def expert_choice_router(

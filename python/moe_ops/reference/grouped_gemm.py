@@ -7,6 +7,8 @@ from torch import Tensor
 
 from ._common import acc_dtype
 
+__all__ = ["grouped_gemm", "grouped_gemm_wgrad", "grouped_sum"]
+
 
 def grouped_gemm(
     a: Tensor, b: Tensor, expert_offsets: Tensor, *, bias: Tensor | None = None

@@ -5,6 +5,8 @@ from torch import Tensor
 
 from .moe_ffn import moe_ffn
 
+__all__ = ["moe_ffn_packed", "pack_experts"]
+
 
 def pack_experts(w: Tensor, *, halves: bool = False) -> Tensor:
     """The bytes of w. The op has them in an order of its own, which nothing may depend on."""

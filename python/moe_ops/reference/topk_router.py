@@ -3,7 +3,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._common import acc_dtype, order_descending, router_scores
+from ._common import acc_dtype, order_descending
+from ._scores import router_scores
 
 
 def topk_router(
@@ -23,7 +24,7 @@ def topk_router(
     logits = router_logits.to(acc_dtype(router_logits.dtype))
     scores = router_scores(router_logits, score_func)
 
-    # Softmax and sigmoid are monotone, so without a bias or a sum of scores the logits themselves
+    # All scores are monotone, so without a bias or a sum of scores the logits themselves
     # rank the experts, and do so without the ties that rounding makes of nearby scores.
     needs_scores = expert_bias is not None or (num_groups > 1 and group_score == "top2_sum")
     key = logits if topk_first or not needs_scores else scores

@@ -16,11 +16,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from moe_ops.reference._scores import router_scores
+
+from ..functional import router_logits
 from ..recompute import in_backward
 from ..routing import Routing, drop_masked, mask_logits, valid_ids
 from ..stats import count_tokens_per_expert
 from ..surgery import router_rows as surgery
-from .linear import router_logits
 from .options import check, options_of
 from .presets import PRESETS
 
@@ -143,8 +145,8 @@ class Router(nn.Module):
         """A router that behaves as the named model's does.
 
         Args:
-            model: mixtral, qwen2_moe, qwen3_moe, olmoe, deepseek_v2, deepseek_v3, glm4_moe,
-                granitemoe, gpt_oss, phimoe, jetmoe, dbrx or llama4 (the `model_type` of
+            model: mixtral, qwen2_moe, qwen3_moe, olmoe, deepseek_v2, deepseek_v3, deepseek_v4,
+                glm4_moe, granitemoe, gpt_oss, phimoe, jetmoe, dbrx or llama4 (the `model_type` of
                 transformers).
             hidden_size, num_experts, top_k: sizes.
             overrides: any argument of Router; wins over the preset.
@@ -232,8 +234,8 @@ class Router(nn.Module):
             topk_ids: [T, K']; ids outside [0, E) must get weight 0 and not count otherwise.
         """
         valid, ids = valid_ids(topk_ids, self.num_experts)
-        if self.score_func == "sigmoid":
-            weights = router_logits.gather(1, ids).sigmoid()
+        if self.score_func != "softmax":
+            weights = router_scores(router_logits.gather(1, ids), self.score_func)
         elif self.topk_first:
             chosen = router_logits.gather(1, ids)
             weights = chosen.masked_fill(~valid, torch.finfo(chosen.dtype).min).softmax(-1)

@@ -23,7 +23,7 @@ class ExpertChoiceRouter(Router, kind="expert_choice"):
 
     Args:
         capacity_factor: greater than 0.
-        score_func: "softmax" over E or "sigmoid".
+        score_func: as of `TopKRouter`.
         routed_scaling_factor: multiplies the weights at the end.
         hidden_size, num_experts, top_k, options: as of `Router`; top_k is the mean number of
             experts a token.

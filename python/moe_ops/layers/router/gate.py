@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from moe_ops.ops import topk_router
 
-from ..invariant import apply_linear, linear, plain_activation
+from ..functional import apply_linear, linear, plain_activation
 from .topk import TopKRouter
 
 GATES = ("linear", "mlp", "cosine")

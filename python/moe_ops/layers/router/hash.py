@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_ops.reference._scores import SCORE_FUNCS
+
 from ..routing import valid_ids
 from .base import Router
 from .options import check
 
-SCORE_FUNCS = ("softmax", "sigmoid", "sqrtsoftplus", "uniform")
+SCORES = (*SCORE_FUNCS, "uniform")
 
 
 class HashRouter(Router, kind="hash"):
@@ -34,9 +36,8 @@ class HashRouter(Router, kind="hash"):
     Args:
         table: [V, K] integers in [0, E), see `hash_table`; None with `vocab_size`.
         vocab_size: V; a random table is drawn then.
-        score_func: of the weights: "softmax" over E, "sigmoid", "sqrtsoftplus", which is
-            sqrt(log(1 + exp(logit))), or "uniform": 1 / K, whatever the logits. The linear map then
-            has no use and requires no gradient.
+        score_func: of the weights: one of `TopKRouter`'s or "uniform": 1 / K, whatever the logits.
+            The linear map then has no use and requires no gradient.
         renormalize: divide the K weights by their sum.
         routed_scaling_factor: multiplies the weights at the end.
         hidden_size, num_experts, top_k, options: as of `Router`.
@@ -65,8 +66,8 @@ class HashRouter(Router, kind="hash"):
     ) -> None:
         super().__init__(hidden_size, num_experts, top_k, **options)
         check(
-            score_func in SCORE_FUNCS,
-            f"score_func must be one of {', '.join(SCORE_FUNCS)}, got {score_func!r}",
+            score_func in SCORES,
+            f"score_func must be one of {', '.join(SCORES)}, got {score_func!r}",
         )
         check(
             (table is None) != (vocab_size is None),
@@ -102,13 +103,10 @@ class HashRouter(Router, kind="hash"):
         raise ValueError("HashRouter: topk_ids must be given, see HashRouter.lookup, got None.")
 
     def weights_of(self, router_logits: Tensor, topk_ids: Tensor) -> Tensor:
-        if self.score_func in ("softmax", "sigmoid"):
+        if self.score_func != "uniform":
             return super().weights_of(router_logits, topk_ids)
         valid, ids = valid_ids(topk_ids, self.num_experts)
-        if self.score_func == "uniform":
-            weights = torch.full_like(ids, 1 / ids.shape[1], dtype=router_logits.dtype)
-        else:
-            weights = torch.nn.functional.softplus(router_logits.gather(1, ids)).sqrt()
+        weights = torch.full_like(ids, 1 / ids.shape[1], dtype=router_logits.dtype)
         weights = weights.masked_fill(~valid, 0.0)
         if self.renormalize:
             weights = self._normalize(weights)

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from moe_ops.reference._scores import SCORE_FUNCS
+
 
 def check(ok: bool, message: str) -> None:
     """Raises ValueError with the message unless `ok`."""
@@ -16,8 +18,8 @@ def check(ok: bool, message: str) -> None:
 
 def check_score_func(score_func: str) -> None:
     check(
-        score_func in ("softmax", "sigmoid"),
-        f"score_func must be 'softmax' or 'sigmoid', got {score_func!r}",
+        score_func in SCORE_FUNCS,
+        f"score_func must be one of {', '.join(SCORE_FUNCS)}, got {score_func!r}",
     )
 
 

@@ -26,6 +26,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         "group_score": "top2_sum",
         "logits_dtype": torch.float32,
     },
+    "deepseek_v4": {
+        "score_func": "sqrtsoftplus",
+        "renormalize": True,
+        "routed_scaling_factor": 1.5,
+        "expert_bias": True,
+    },
     "glm4_moe": {
         "score_func": "sigmoid",
         "renormalize": True,

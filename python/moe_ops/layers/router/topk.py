@@ -13,9 +13,9 @@ from torch import Tensor
 from moe_ops.ops import topk_router
 from moe_ops.ops._linear_topk import linear_topk_router
 
+from ..functional import router_linear_operands, use_router_linear
 from ..routing import Routing
 from .base import Router
-from .linear import router_linear_operands, use_router_linear
 from .options import check, check_score_func
 
 
@@ -23,9 +23,9 @@ class TopKRouter(Router, kind="topk"):
     """A token goes to the K experts of its best scores, see `moe_ops.topk_router`.
 
     Args:
-        score_func: "softmax" over E or "sigmoid".
-        topk_first: choose by logits and apply softmax to the K chosen only (sigmoid is unaffected,
-            except that an expert_bias is then added to logits).
+        score_func: as of `moe_ops.topk_router`, "softmax" or another name.
+        topk_first: choose by logits and apply softmax to the K chosen only (other scores are
+            unaffected, except that an expert_bias is then added to logits).
         renormalize: divide the K weights by their sum (p-norm with `renormalize_p`).
         renormalize_p: p >= 1 of the norm that `renormalize` divides by; 1 is the sum. DBRX has it.
         routed_scaling_factor: multiplies the weights at the end.

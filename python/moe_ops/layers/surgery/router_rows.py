@@ -126,8 +126,8 @@ def _slice_gain(router: Any, factor: int) -> float:
     """By how much weights shrink when each chosen expert becomes `factor` equal ones."""
     if router.renormalize:
         return factor ** (1.0 / router.renormalize_p)
-    # A sigmoid does not see the other experts; a softmax shares its mass among the slices.
-    return 1.0 if router.score_func == "sigmoid" else float(factor)
+    # Other scores do not see the other experts; a softmax shares its mass among the slices.
+    return float(factor) if router.score_func == "softmax" else 1.0
 
 
 def _scale_bias(router: Any, rows: dict[str, Tensor], factor: float) -> dict[str, Tensor]:
