@@ -13,6 +13,7 @@ from tests.helpers.quantized import (
     slots_of_experts,
 )
 from tests.helpers.routing import Routing
+from tests.helpers.simulator import noticed_mutants
 
 import moe_ops
 from moe_ops.testing import assert_identical, short
@@ -103,6 +104,13 @@ def test_a_row_keeps_its_bits_beside_others(bits_group):
     whole = moe_ops.moe_ffn_quantized(**call)
     rows = {name: call[name][:3] for name in ("x", "topk_weights", "topk_ids")}
     assert_identical(moe_ops.moe_ffn_quantized(**{**call, **rows}), whole[:3])
+
+
+def test_mutants_are_noticed(simulator):
+    """Exchanges, barriers, products and stores of the compiled kernels (quantized_mutants.py)."""
+    noticed = noticed_mutants("quantized_mutants")
+    assert len(noticed) >= 10
+    assert [name for name, how in noticed.items() if how is None] == []
 
 
 # --- bytes

@@ -74,9 +74,9 @@ def moe_ffn_quantized(
     fixed order: the same bits every run, whatever the number of threads.
 
     On CUDA rows are not rounded to integers: numbers of x's type meet the weights, products are
-    summed in fp32, and the scales multiply these sums (float32 x with 4 bits and more than 64
-    tokens: the weights, in fp32). What is rounded to x's type is x times `x_scale`, the activated
-    features and an expert's output, as by :func:`moe_ffn`.
+    summed in fp32, and the scales multiply these sums (float32 x with 4 bits in large calls: the
+    weights, in fp32). What is rounded to x's type is x times `x_scale`, the activated features and
+    an expert's output, as by :func:`moe_ffn`.
 
     Args:
         x: [T, H] tokens; float32, bfloat16 or float16, any strides.
