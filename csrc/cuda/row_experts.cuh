@@ -41,6 +41,43 @@ __device__ inline RowRange expert_rows(const int32_t* offsets, int e, int num_ro
   return {begin, min(max(offsets[e + 1], begin), num_rows)};
 }
 
+// The number `ordinal` of the experts that have rows, or -1. All lanes of a warp ask together.
+__device__ inline int expert_with_rows(const int32_t* offsets, int num_experts, int num_rows,
+                                       int ordinal) {
+  constexpr int kEach = 4;  // experts of a lane
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  for (int base = 0; base < num_experts; base += kEach * kWarp) {
+    const int first = base + kEach * lane;
+    const auto offset = [&](int expert, int low) {
+      return min(max(__ldg(offsets + min(expert, num_experts)), low), num_rows);
+    };
+    int begin = offset(first, 0);
+    unsigned has = 0;
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      const int end = offset(first + i + 1, begin);
+      has |= static_cast<unsigned>(end > begin) << i;
+      begin = end;
+    }
+    int before = __popc(has);
+#pragma unroll
+    for (int d = 1; d < kWarp; d *= 2) {
+      const int other = __shfl_up_sync(kAllLanes, before, d);
+      if (lane >= d) before += other;
+    }
+    const int total = __shfl_sync(kAllLanes, before, kWarp - 1);
+    if (ordinal < total) {
+      const int where = __ffs(static_cast<int>(__ballot_sync(kAllLanes, ordinal < before))) - 1;
+      unsigned left = __shfl_sync(kAllLanes, has, where);
+      int skip = ordinal - __shfl_sync(kAllLanes, before - __popc(has), where);
+      for (; skip > 0; --skip) left &= left - 1;
+      return base + kEach * where + __ffs(static_cast<int>(left)) - 1;
+    }
+    ordinal -= total;
+  }
+  return -1;
+}
+
 // The expert of row r < offsets[E].
 __device__ inline int64_t expert_of_row(const int32_t* offsets, int64_t num_experts, int64_t r) {
   int64_t low = 0, high = num_experts - 1;  // the first e with r < offsets[e + 1]

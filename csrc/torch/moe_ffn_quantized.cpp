@@ -1,5 +1,6 @@
 #include "moe_ops/moe_ffn_quantized.h"
 
+#include "torch/device.h"
 #include "torch/moe_ffn/checks.h"
 
 namespace moe_ops::adapter {
@@ -15,23 +16,23 @@ struct Quantized {
   int64_t experts, features, depth;
 };
 
-Quantized quantized_of(const char* name, const char* scale_name, const Tensor& w,
+Quantized quantized_of(const Op& op, const char* name, const char* scale_name, const Tensor& w,
                        const Tensor& scale) {
-  check_device(kOp, name, w);
-  check_device(kOp, scale_name, scale);
+  check_device(op, name, w);
+  check_device(op, scale_name, scale);
   const ScalarType type = w.scalar_type();
-  MOE_CHECK(type == ScalarType::Char || type == ScalarType::Byte, kOp, ": ", name,
+  MOE_CHECK(type == ScalarType::Char || type == ScalarType::Byte, op, ": ", name,
             " must be int8, or uint8 with two 4-bit weights a byte, got ", dtype_name(type), ".");
-  check_dim(kOp, name, w, 3, type == ScalarType::Char ? "[E, O, D]" : "[E, O, D/2]");
-  MOE_CHECK(scale.scalar_type() == ScalarType::Float, kOp, ": ", scale_name,
+  check_dim(op, name, w, 3, type == ScalarType::Char ? "[E, O, D]" : "[E, O, D/2]");
+  MOE_CHECK(scale.scalar_type() == ScalarType::Float, op, ": ", scale_name,
             " must be float32, got ", dtype_name(scale.scalar_type()), ".");
   const bool four = type == ScalarType::Byte;
-  check_dim(kOp, scale_name, scale, four ? 3 : 2,
+  check_dim(op, scale_name, scale, four ? 3 : 2,
             four ? "[E, O, D/G] beside 4-bit weights" : "[E, O] beside int8 weights");
   Quantized out{with_dense_rows(w), dense(scale), {},
                 w.size(0),          w.size(1),    w.size(2) * (four ? 2 : 1)};
-  check_size(kOp, scale_name, scale, 0, out.experts, "E");
-  check_size(kOp, scale_name, scale, 1, out.features, "the number of features");
+  check_size(op, scale_name, scale, 0, out.experts, "E");
+  check_size(op, scale_name, scale, 1, out.features, "the number of features");
   QuantFormat& format = out.matrices.format;
   format.bits = four ? 4 : 8;
   format.group = out.depth;
@@ -40,8 +41,8 @@ Quantized quantized_of(const char* name, const char* scale_name, const Tensor& w
     groups = scale.size(2);
     format.group = groups == 0 ? 0 : out.depth / groups;
     const bool known = format.group == 32 || format.group == 64 || format.group == 128;
-    MOE_CHECK(groups * format.group == out.depth && (known || out.depth == 0), kOp, ": ",
-              scale_name, " must have a scale for each group of 32, 64 or 128 of the ", out.depth,
+    MOE_CHECK(groups * format.group == out.depth && (known || out.depth == 0), op, ": ", scale_name,
+              " must have a scale for each group of 32, 64 or 128 of the ", out.depth,
               " weights of a row, got shape ", shape_string(scale), ".");
   }
   format.scale = static_cast<const float*>(out.scale.const_data_ptr());
@@ -53,67 +54,104 @@ Quantized quantized_of(const char* name, const char* scale_name, const Tensor& w
   return out;
 }
 
+// What one call has after all checks.
+struct Call {
+  Sizes sizes;
+  Quantized up, down;
+};
+
+Call check(const Op& op, const Tensor& x, const Tensor& w_gate_up, const Tensor& w_gate_up_scale,
+           const Tensor& w_down, const Tensor& w_down_scale, const Tensor& topk_weights,
+           const Tensor& topk_ids, const OptTensor& x_scale, const OptTensor& b_gate_up,
+           const OptTensor& b_down, const std::string& activation, bool interleaved, double alpha,
+           double limit) {
+  Call call;
+  Sizes& s = call.sizes;
+  s.act = check_activation(op, activation, interleaved, alpha, limit, false);
+  const bool gated = is_gated(s.act.kind);
+  check_index(op, "topk_ids", topk_ids);
+  check_dim(op, "topk_ids", topk_ids, 2, "[T, K]");
+  s.type = check_float(op, "x", x);
+  MOE_CHECK(s.type != DType::kFloat64, op,
+            ": x must be float32, bfloat16 or float16, got float64.");
+  check_dim(op, "x", x, 2, "[T, H]");
+  s.T = x.size(0);
+  s.H = x.size(1);
+  s.K = topk_ids.size(1);
+  call.up = quantized_of(op, "w_gate_up", "w_gate_up_scale", w_gate_up, w_gate_up_scale);
+  s.E = call.up.experts;
+  s.width = call.up.features;
+  MOE_CHECK(s.E >= 1, op, ": w_gate_up must hold at least one expert, got shape ",
+            shape_string(w_gate_up), ".");
+  MOE_CHECK(call.up.depth == s.H, op, ": w_gate_up must have rows of H = ", s.H, " weights, got ",
+            call.up.depth, " (shape ", shape_string(w_gate_up), ").");
+  MOE_CHECK(!gated || s.width % 2 == 0, op,
+            ": w_gate_up must have an even number 2I of features, got shape ",
+            shape_string(w_gate_up), ".");
+  s.I = gated ? s.width / 2 : s.width;
+  call.down = quantized_of(op, "w_down", "w_down_scale", w_down, w_down_scale);
+  check_size(op, "w_down", w_down, 0, s.E, "E");
+  check_size(op, "w_down", w_down, 1, s.H, "H");
+  MOE_CHECK(call.down.depth == s.I, op, ": w_down must have rows of I = ", s.I, " weights, got ",
+            call.down.depth, " (shape ", shape_string(w_down), ").");
+  check_float(op, "topk_weights", topk_weights);
+  check_dim(op, "topk_weights", topk_weights, 2, "[T, K]");
+  check_size(op, "topk_weights", topk_weights, 0, s.T, "T");
+  check_size(op, "topk_weights", topk_weights, 1, s.K, "K");
+  check_size(op, "topk_ids", topk_ids, 0, s.T, "T");
+  if (x_scale.has_value()) {
+    check_device(op, "x_scale", *x_scale);
+    MOE_CHECK(x_scale->scalar_type() == ScalarType::Float, op, ": x_scale must be float32, got ",
+              dtype_name(x_scale->scalar_type()), ".");
+    check_dim(op, "x_scale", *x_scale, 1, "[H]");
+    check_size(op, "x_scale", *x_scale, 0, s.H, "H");
+  }
+  check_biases(op, b_gate_up, b_down, x, s);
+  return call;
+}
+
+// The operands of a call, and the copies that some of them need.
+struct Operands {
+  Tensor src, weights;
+  OptTensor factors;
+  Bias up_bias, down_bias;
+  MoeFfnQuantizedParams params;
+
+  Operands(const Call& call, const Routing& routing, const Tensor& x, const Tensor& topk_weights,
+           const OptTensor& x_scale, const OptTensor& b_gate_up, const OptTensor& b_down,
+           bool on_input, Tensor& y)
+      : src(with_dense_rows(x)),
+        weights(contiguous_as(topk_weights, ScalarType::Float)),
+        factors(contiguous_as(x_scale, ScalarType::Float)),
+        up_bias(bias_of(b_gate_up, call.sizes.type)),
+        down_bias(bias_of(b_down, call.sizes.type)) {
+    params.desc = desc_of(call.sizes, routing, weights, on_input);
+    params.x = rows_of(src, call.sizes.type);
+    params.x_scale =
+        factors.has_value() ? static_cast<const float*>(factors->const_data_ptr()) : nullptr;
+    params.w_gate_up = call.up.matrices;
+    params.w_down = call.down.matrices;
+    params.b_gate_up = up_bias.vectors;
+    params.b_down = down_bias.vectors;
+    params.y = y.mutable_data_ptr();
+  }
+};
+
 Tensor moe_ffn_quantized(const Tensor& x, const Tensor& w_gate_up, const Tensor& w_gate_up_scale,
                          const Tensor& w_down, const Tensor& w_down_scale,
                          const Tensor& topk_weights, const Tensor& topk_ids,
                          const OptTensor& x_scale, const OptTensor& b_gate_up,
                          const OptTensor& b_down, std::string activation, bool interleaved,
                          bool apply_router_weight_on_input, double alpha, double limit) {
-  const ActivationParams act = check_activation(kOp, activation, interleaved, alpha, limit, false);
-  const bool gated = is_gated(act.kind);
-  check_index(kOp, "topk_ids", topk_ids);
-  check_dim(kOp, "topk_ids", topk_ids, 2, "[T, K]");
-  const DType type = check_float(kOp, "x", x);
-  MOE_CHECK(type != DType::kFloat64, kOp, ": x must be float32, bfloat16 or float16, got float64.");
-  check_dim(kOp, "x", x, 2, "[T, H]");
-  const int64_t T = x.size(0), H = x.size(1);
-  const Quantized up = quantized_of("w_gate_up", "w_gate_up_scale", w_gate_up, w_gate_up_scale);
-  const int64_t E = up.experts, width = up.features;
-  MOE_CHECK(E >= 1, kOp, ": w_gate_up must hold at least one expert, got shape ",
-            shape_string(w_gate_up), ".");
-  MOE_CHECK(up.depth == H, kOp, ": w_gate_up must have rows of H = ", H, " weights, got ", up.depth,
-            " (shape ", shape_string(w_gate_up), ").");
-  MOE_CHECK(!gated || width % 2 == 0, kOp,
-            ": w_gate_up must have an even number 2I of features, got shape ",
-            shape_string(w_gate_up), ".");
-  const int64_t I = gated ? width / 2 : width;
-  const Quantized down = quantized_of("w_down", "w_down_scale", w_down, w_down_scale);
-  check_size(kOp, "w_down", w_down, 0, E, "E");
-  check_size(kOp, "w_down", w_down, 1, H, "H");
-  MOE_CHECK(down.depth == I, kOp, ": w_down must have rows of I = ", I, " weights, got ",
-            down.depth, " (shape ", shape_string(w_down), ").");
-  check_float(kOp, "topk_weights", topk_weights);
-  check_dim(kOp, "topk_weights", topk_weights, 2, "[T, K]");
-  check_size(kOp, "topk_weights", topk_weights, 0, T, "T");
-  check_size(kOp, "topk_weights", topk_weights, 1, topk_ids.size(1), "K");
-  check_size(kOp, "topk_ids", topk_ids, 0, T, "T");
-  if (x_scale.has_value()) {
-    check_device(kOp, "x_scale", *x_scale);
-    MOE_CHECK(x_scale->scalar_type() == ScalarType::Float, kOp, ": x_scale must be float32, got ",
-              dtype_name(x_scale->scalar_type()), ".");
-    check_dim(kOp, "x_scale", *x_scale, 1, "[H]");
-    check_size(kOp, "x_scale", *x_scale, 0, H, "H");
-  }
-  check_bias(kOp, "b_gate_up", b_gate_up, x, E, width, gated ? "[E, 2I]" : "[E, I]");
-  check_bias(kOp, "b_down", b_down, x, E, H, "[E, H]");
-
-  const SlotIds slots = slot_ids(kOp, topk_ids, E);
-  const Tensor src = with_dense_rows(x);
-  const Tensor weights = contiguous_as(topk_weights, ScalarType::Float);
-  const OptTensor factors = contiguous_as(x_scale, ScalarType::Float);
-  const Bias up_bias = bias_of(b_gate_up, type);
-  const Bias down_bias = bias_of(b_down, type);
-  Tensor y = empty_cpu(kOp, {T, H}, x.scalar_type());
-  MoeFfnQuantizedParams p;
-  p.desc = {slots.routing, weights.const_data_ptr(), H, I, act, apply_router_weight_on_input};
-  p.x = rows_of(src, type);
-  p.x_scale = factors.has_value() ? static_cast<const float*>(factors->const_data_ptr()) : nullptr;
-  p.w_gate_up = up.matrices;
-  p.w_down = down.matrices;
-  p.b_gate_up = up_bias.vectors;
-  p.b_down = down_bias.vectors;
-  p.y = y.mutable_data_ptr();
-  cpu::moe_ffn_quantized(p, torch_parallel());
+  const Call call =
+      check(kOp, x, w_gate_up, w_gate_up_scale, w_down, w_down_scale, topk_weights, topk_ids,
+            x_scale, b_gate_up, b_down, activation, interleaved, alpha, limit);
+  const Sizes& s = call.sizes;
+  const SlotIds slots = slot_ids(kOp, topk_ids, s.E);
+  Tensor y = empty_cpu(kOp, {s.T, s.H}, x.scalar_type());
+  const Operands operands(call, slots.routing, x, topk_weights, x_scale, b_gate_up, b_down,
+                          apply_router_weight_on_input, y);
+  cpu::moe_ffn_quantized(operands.params, torch_parallel());
   return y;
 }
 
@@ -122,5 +160,35 @@ Tensor moe_ffn_quantized(const Tensor& x, const Tensor& w_gate_up, const Tensor&
 STABLE_TORCH_LIBRARY_IMPL(moe_ops, CPU, m) {
   m.impl("moe_ffn_quantized", MOE_BOX(moe_ffn_quantized));
 }
+
+#ifdef MOE_OPS_WITH_CUDA
+
+static Tensor moe_ffn_quantized_cuda(const Tensor& x, const Tensor& w_gate_up,
+                                     const Tensor& w_gate_up_scale, const Tensor& w_down,
+                                     const Tensor& w_down_scale, const Tensor& topk_weights,
+                                     const Tensor& topk_ids, const OptTensor& x_scale,
+                                     const OptTensor& b_gate_up, const OptTensor& b_down,
+                                     std::string activation, bool interleaved,
+                                     bool apply_router_weight_on_input, double alpha,
+                                     double limit) {
+  const Op op(kOp, x);
+  const Call call =
+      check(op, x, w_gate_up, w_gate_up_scale, w_down, w_down_scale, topk_weights, topk_ids,
+            x_scale, b_gate_up, b_down, activation, interleaved, alpha, limit);
+  const Sizes& s = call.sizes;
+  const SortedSlots slots = device_sorted_slots(op, topk_ids, s.E);
+  Tensor y = device_empty(x, {s.T, s.H}, x.scalar_type());
+  Operands operands(call, slots.routing, x, topk_weights, x_scale, b_gate_up, b_down,
+                    apply_router_weight_on_input, y);
+  MoeFfnQuantizedParams& p = operands.params;
+  Tensor workspace = device_empty(x, {cuda::moe_ffn_quantized_workspace(p)}, ScalarType::Byte);
+  p.workspace = workspace.mutable_data_ptr();
+  check_status(op, cuda::moe_ffn_quantized(p, current_stream(x)));
+  return y;
+}
+
+MOE_CUDA_LIBRARY(m) { m.impl("moe_ffn_quantized", MOE_CUDA_BOX(moe_ffn_quantized_cuda)); }
+
+#endif  // MOE_OPS_WITH_CUDA
 
 }  // namespace moe_ops::adapter

@@ -87,13 +87,14 @@ def prepack(model: nn.Module) -> int:
             moe_ops.
 
     Banks with quantised experts are skipped with a warning: their kernels read the weights as they
-    lie.
+    lie. So do all CUDA kernels: banks on CUDA are passed over. A model that moves there leaves its
+    copies behind.
 
     Returns:
-        Bytes of the copies of `model`.
+        Bytes of the copies of `model`; 0 on CUDA.
 
     Raises:
-        ValueError: no such bank, or weights that cannot be packed: not on the CPU, of a tensor
+        ValueError: no such bank, or weights that cannot be packed: on another device, of a tensor
             subclass (sharded ones are), or made in inference mode (such tensors do not count their
             versions).
     """
@@ -111,6 +112,10 @@ def prepack(model: nn.Module) -> int:
             f"prepack: model must hold a bank of experts that runs on moe_ops, got "
             f"{type(model).__name__} without one."
         )
+    on_cuda = {m for _, m, w in banks if w.w_gate_up.is_cuda and w.w_down.is_cuda}
+    for module in on_cuda:
+        invalidate(module)  # Copies of the weights before they moved.
+    banks = [found for found in banks if found[1] not in on_cuda]
     for name, module, weights in banks:
         check_can_pack(name, module, weights)
     for _, module, weights in banks:

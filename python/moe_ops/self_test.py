@@ -12,7 +12,6 @@ from torch import Tensor
 
 from moe_ops import _private_torch, ops, reference
 from moe_ops.ops._checks import accumulate_dtype
-from moe_ops.ops._library import cpu_only_ops
 from moe_ops.quant import quantize_fp8_blocks
 
 # Relative error (Frobenius norm) against the reference in fp64. Both are several times what
@@ -64,7 +63,7 @@ def self_test(device: str = "cpu") -> list[SelfTest]:
 
 def has_kernel(op: str, device: str) -> bool:
     """Whether this build registers a kernel of the op for cpu or cuda."""
-    if not hasattr(torch.ops.moe_ops, op) or (device != "cpu" and op in cpu_only_ops):
+    if not hasattr(torch.ops.moe_ops, op):
         return False
     return _private_torch.has_kernel(f"moe_ops::{op}", torch.device(device).type)
 

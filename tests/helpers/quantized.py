@@ -9,11 +9,11 @@ from tests.helpers.ffn import ffn_operands, moe_ffn_magnitude
 from tests.helpers.routing import Routing
 from torch import Tensor
 
-from moe_ops import _C, is_batch_invariant, reference
+from moe_ops import _C, is_batch_invariant, ops, reference
 from moe_ops.ops.gated_act import GATED_ACTIVATIONS
 from moe_ops.reference.gated_act import plain_act
 from moe_ops.reference.moe_ffn_quantized import _dequantized
-from moe_ops.testing import Kwargs, absolute, widened
+from moe_ops.testing import Kwargs, absolute, check_against_reference, widened
 
 # Most tokens of an expert whose products are of integers whatever their dtype (moe_ffn_quantized).
 INTEGER_ROWS = 8
@@ -97,6 +97,20 @@ def dequantized(call: Kwargs) -> Kwargs:
 def moe_ffn_quantized_magnitude(**call: Any) -> Tensor:
     """moe_ffn_magnitude of the weights that codes and scales stand for."""
     return moe_ffn_magnitude(**absolute(dequantized(call)))
+
+
+def check_moe_ffn_quantized(call: Kwargs) -> None:
+    """moe_ffn_quantized on CUDA, where tokens stay as they are, against its reference. Half types
+    may round x times x_scale, the activation and an expert's output, which `steps` allows."""
+    depth = call["w_down"].shape[-1] * (2 if call["w_down"].dtype == torch.uint8 else 1)
+    check_against_reference(
+        ops.moe_ffn_quantized,
+        reference.moe_ffn_quantized,
+        call,
+        magnitude=moe_ffn_quantized_magnitude,
+        sum_length=max(1, *call["x"].shape, depth, call["topk_ids"].numel()),
+        steps=2 if call.get("x_scale") is None else 3,
+    )
 
 
 def integer_tokens(rows: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 
 from moe_ops import _C
 from moe_ops._private_torch import has_kernel, registered_ops
-from moe_ops.ops._library import cpu_only_ops
+from moe_ops.ops._library import cuda_formulas
 
 _simulator: torch.library.Library | None = None
 
@@ -35,7 +35,7 @@ def use_simulator() -> None:
         )
     names = registered_ops("moe_ops_sim")
     kernels = {name for name in names if has_kernel(f"moe_ops_sim::{name}", "cpu")}
-    missing = sorted(set(names) - kernels - set(cpu_only_ops))
+    missing = sorted(set(names) - kernels - set(cuda_formulas))
     if missing:
         raise RuntimeError(f"use_simulator: no CUDA kernel for {', '.join(missing)}.")
     library = torch.library.Library("moe_ops", "IMPL")
@@ -44,6 +44,8 @@ def use_simulator() -> None:
         for name in sorted(kernels):
             overload = getattr(torch.ops.moe_ops_sim, name).default
             library.impl(name, overload, "CPU", allow_override=True)
+        for name, formula in cuda_formulas.items():
+            library.impl(name, formula, "CPU", allow_override=True)
     _simulator = library
 
 

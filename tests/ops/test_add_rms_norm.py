@@ -201,7 +201,6 @@ def test_double_backward_says_so():
         torch.autograd.grad(grad.sum(), call["x"])
 
 
-@pytest.mark.cpu_only
 @ADDENDS
 @pytest.mark.parametrize("shape", [(6,), (4, 6), (0, 6), (2, 3, 6)], ids=str)
 @pytest.mark.parametrize("requires_grad", [False, True], ids=["plain", "grad"])

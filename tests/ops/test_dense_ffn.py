@@ -75,6 +75,17 @@ def magnitude(x, w_up, w_down, input_ids, *, b_up=None, b_down=None, activation=
     return y if b_down is None else y + b_down
 
 
+ROUNDINGS: dict[str, int] = {}
+
+
+@pytest.fixture(autouse=True)
+def products_of_torch(backend, monkeypatch):
+    """On CUDA, half types round the pre-activation and the activation, and in backward the
+    gradients of the two."""
+    if backend != "cpu":
+        monkeypatch.setitem(globals(), "ROUNDINGS", {"steps": 2, "grad_steps": 4})
+
+
 def check(call, wrt=None, **kwargs):
     wrt = [name for name in FLOATS if name in call] if wrt is None else wrt
     sizes = (*call["x"].shape, *call["w_up"].shape, call["w_down"].shape[1])
@@ -85,6 +96,7 @@ def check(call, wrt=None, **kwargs):
         wrt,
         magnitude=magnitude,
         sum_length=max(1, *sizes),
+        **ROUNDINGS,
         **kwargs,
     )
 

@@ -7,6 +7,7 @@ import torch
 from tests.helpers.ffn import ffn_operands, moe_ffn_magnitude
 from tests.helpers.op_case import OpCase, ones
 from tests.helpers.routing import EMPTY_ROUTINGS, ROUTINGS, Routing
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import moe_ops
 from moe_ops import _C, reference
@@ -427,10 +428,21 @@ def test_copies_on_another_device(bad_input):
             moe_ops.moe_ffn_packed(**{**call, name: call[name].to("meta")})
 
 
-def test_cuda_is_refused_in_words():
+def test_copies_on_cuda():
+    """Empty ones, and those that were made on the CPU: what the rule for tracing says of them."""
     call = with_copies(ffn_operands(SMALL, 16, 8, torch.float32))
-    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
-    with pytest.raises(NotImplementedError, match=r"moe_ffn_packed: it runs on the CPU only"):
-        torch.ops.moe_ops.moe_ffn_packed.default.redispatch(keys, **call)
-    with pytest.raises(NotImplementedError, match=r"pack_experts: it runs on the CPU only"):
-        torch.ops.moe_ops.pack_experts.default.redispatch(keys, call["w_down"])
+    with FakeTensorMode(allow_non_fake_inputs=True):  # There need not be a GPU.
+        moved = {
+            k: torch.empty(v.shape, dtype=v.dtype, device="cuda") if torch.is_tensor(v) else v
+            for k, v in call.items()
+        }
+        assert moe_ops.pack_experts(moved["w_down"]).shape == (0,)
+        empty = with_copies({k: v for k, v in moved.items() if not k.startswith("packed")})
+        for copies in (moved, empty):
+            y = moe_ops.moe_ffn_packed(**copies)
+            assert y.is_cuda and y.shape == call["x"].shape
+        with pytest.raises(
+            ValueError, match=r"packed_down must be what pack_experts makes .* \[0\]"
+        ):
+            other = torch.empty(1, dtype=torch.uint8, device="cuda")
+            moe_ops.moe_ffn_packed(**{**empty, "packed_down": other})

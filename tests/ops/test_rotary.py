@@ -134,7 +134,6 @@ def test_gradcheck(inverse):
     assert torch.autograd.gradgradcheck(lambda t: moe_ops.rotary(t, **call), t)
 
 
-@pytest.mark.cpu_only
 @pytest.mark.parametrize("shape", [(2, 5, 8), (2, 3, 2, 6), (0, 3, 2, 4)], ids=str)
 @pytest.mark.parametrize("requires_grad", [False, True], ids=["plain", "grad"])
 def test_opcheck(requires_grad, shape):

@@ -179,7 +179,6 @@ def test_second_derivative_of_one(name):
         torch.testing.assert_close(got, want)
 
 
-@pytest.mark.cpu_only
 @BIAS
 @pytest.mark.parametrize("sizes", [(4, 6, 3), (0, 6, 3), (5, 16, 4)], ids=str)
 @pytest.mark.parametrize("requires_grad", [False, True], ids=["plain", "grad"])
@@ -188,7 +187,6 @@ def test_opcheck(requires_grad, sizes, bias):
     torch.library.opcheck(torch.ops.moe_ops.router_linear.default, tuple(args))
 
 
-@pytest.mark.cpu_only
 @pytest.mark.parametrize("needs", [(True, True, True), (False, True, False), (True, False, False)])
 @pytest.mark.parametrize("logits_dtype", [torch.bfloat16, torch.float32], ids=short)
 def test_opcheck_half(logits_dtype, needs):

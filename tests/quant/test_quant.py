@@ -234,16 +234,19 @@ def test_what_cannot_be_replaced(build, kwargs, message):
     assert list(model.state_dict()) == before
 
 
-def on_a_gpu(weight):
+def on_another_device(weight):
     with FakeTensorMode():  # There need not be one.
-        return torch.empty(weight.shape, device="cuda")
+        return torch.empty(weight.shape, device="xpu")
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda w: w.to("meta"), r"must hold numbers, got a meta tensor; load all weights"),
-        (on_a_gpu, r"must be on the CPU, where quantised experts run, got cuda:0; call model.cpu"),
+        (
+            on_another_device,
+            r"must be on the CPU or on CUDA, where .* run, got xpu:0; call model.cpu",
+        ),
         (lambda w: w.to(torch.float8_e4m3fn), r"must be float64, .* got float8_e4m3fn"),
         (lambda w: w.new_empty(0), r"must be \[E, H, I\], got shape \[0\]"),
     ],

@@ -11,6 +11,7 @@
 #include "cuda/grouped_gemm/sm90_launch.cuh"
 #include "cuda/moe_ffn/fused_act.cuh"
 #include "cuda/moe_ffn/sm90_stages.h"
+#include "cuda/row_experts.cuh"
 
 namespace moe_ops::cuda::sm90 {
 
@@ -40,39 +41,6 @@ struct FewParams {
   int bias_step, bias_up;  // bias of column f: bias[bias_step f], of its up bias_up further on
   ScaleRows scale;         // before the bias
 };
-
-// The number `ordinal` of the experts that have rows, or -1.
-__device__ inline int expert_with_rows(const Problem& p, int ordinal) {
-  constexpr int kEach = 4;  // experts of a lane
-  const int lane = threadIdx.x % kWarp;
-  for (int base = 0; base < p.num_experts; base += kEach * kWarp) {
-    const int first = base + kEach * lane;
-    int begin = clamp_offset(p, min(first, p.num_experts), 0);
-    unsigned has = 0;
-#pragma unroll
-    for (int i = 0; i < kEach; ++i) {
-      const int end = clamp_offset(p, min(first + i + 1, p.num_experts), begin);
-      has |= static_cast<unsigned>(end > begin) << i;
-      begin = end;
-    }
-    int before = __popc(has);
-#pragma unroll
-    for (int d = 1; d < kWarp; d *= 2) {
-      const int other = __shfl_up_sync(~0u, before, d);
-      if (lane >= d) before += other;
-    }
-    const int total = __shfl_sync(~0u, before, kWarp - 1);
-    if (ordinal < total) {
-      const int where = __ffs(__ballot_sync(~0u, ordinal < before)) - 1;
-      unsigned left = __shfl_sync(~0u, has, where);
-      int skip = ordinal - __shfl_sync(~0u, before - __popc(has), where);
-      for (; skip > 0; --skip) left &= left - 1;
-      return base + kEach * where + __ffs(left) - 1;
-    }
-    ordinal -= total;
-  }
-  return -1;
-}
 
 // Rows of the tile's expert, taken kN at a time.
 struct FewTile {
@@ -219,7 +187,8 @@ __global__ void __launch_bounds__(Traits<Config>::kThreads, 2)
   const int column_tiles = (p.problem.n + p.tile_features - 1) / p.tile_features;
   const int ordinal = static_cast<int>(blockIdx.x) / column_tiles;
   FewTile tile;
-  tile.expert = expert_with_rows(p.problem, ordinal);
+  tile.expert =
+      expert_with_rows(p.problem.expert_offsets, p.problem.num_experts, p.problem.rows, ordinal);
   tile.feature = (static_cast<int>(blockIdx.x) - ordinal * column_tiles) * p.tile_features;
   __syncthreads();
   if (tile.expert < 0) return;

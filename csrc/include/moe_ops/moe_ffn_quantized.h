@@ -16,7 +16,7 @@ struct QuantizedMatrices {
 };
 
 struct MoeFfnQuantizedParams {
-  MoeFfnDesc desc;              // topk_weights in fp32; the routing may be without maps
+  MoeFfnDesc desc;              // topk_weights in fp32; on the CPU, the routing may be without maps
   Rows x;                       // [T, H], no index; not float64
   const float* x_scale;         // [H], or nullptr: ones
   QuantizedMatrices w_gate_up;  // [E, P, H]
@@ -24,10 +24,18 @@ struct MoeFfnQuantizedParams {
   ExpertVectors b_gate_up;      // [E, P] or none
   ExpertVectors b_down;         // [E, H] or none
   void* y;                      // [T, H] contiguous, out, x's type
+  void* workspace = nullptr;    // CUDA: moe_ffn_quantized_workspace bytes, aligned to 256
 };
 
 namespace cpu {
 void moe_ffn_quantized(const MoeFfnQuantizedParams& p, const Parallel& par);
 }  // namespace cpu
+
+// On CUDA, codes are widened exactly and multiply tokens as they are. x times x_scale, the
+// activated features and an expert's output are rounded to x's type; sums are in fp32.
+namespace cuda {
+int64_t moe_ffn_quantized_workspace(const MoeFfnQuantizedParams& p);
+Status moe_ffn_quantized(const MoeFfnQuantizedParams& p, Stream stream);
+}  // namespace cuda
 
 }  // namespace moe_ops

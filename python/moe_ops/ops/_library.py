@@ -11,19 +11,9 @@ from moe_ops._private_torch import arguments_of
 
 # Keeps the registrations alive for the life of the process.
 library = torch.library.Library("moe_ops", "FRAGMENT")
-# Ops whose only CUDA kernel is a sentence.
-cpu_only_ops: list[str] = []
-
-
-def register_cpu_only(name: str, instead: str) -> None:
-    """An op without a CUDA kernel says so, and what to do instead."""
-    cpu_only_ops.append(name)
-
-    def refuse(*args: Any, **kwargs: Any) -> None:
-        op = name.removesuffix("_fwd")
-        raise NotImplementedError(f"{op}: it runs on the CPU only, got CUDA tensors; {instead}.")
-
-    library.impl(name, refuse, "CUDA")
+# Op -> its CUDA kernel, where that is made of torch's operations.
+cuda_formulas: dict[str, Callable[..., Any]] = {}
+_fakes: dict[str, Callable[..., Any]] = {}
 
 
 class Signature:
@@ -61,6 +51,29 @@ def register_fake(op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]
             return fake(*signature.complete(args, kwargs))
 
         torch.library.register_fake(f"moe_ops::{op}", run)
+        _fakes[op] = fake
         return fake
+
+    return register
+
+
+def register_cuda_formula(op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorates the CUDA kernel of an op that is best made of torch's operations there: of dense
+    products, which cuBLAS multiplies, and of formulas that a compiler fuses.
+
+    It gets all arguments in the order of the schema, after the op's fake has checked them, and runs
+    below autograd: the op's own rule differentiates it.
+    """
+    signature, check = Signature(op), _fakes[op]
+
+    def register(formula: Callable[..., Any]) -> Callable[..., Any]:
+        def kernel(*args: Any, **kwargs: Any) -> Any:
+            row = signature.complete(args, kwargs)
+            check(*row)
+            return formula(*row)
+
+        cuda_formulas[op] = kernel
+        library.impl(op, kernel, "CUDA")
+        return formula
 
     return register

@@ -26,7 +26,7 @@ from moe_ops.ops._checks import (
     new_if,
     new_like,
 )
-from moe_ops.ops._library import register_cpu_only, register_fake
+from moe_ops.ops._library import register_cuda_formula, register_fake
 from moe_ops.reference.add_rms_norm import add_rms_norm as _formula
 
 _add_rms_norm = direct_call("add_rms_norm")
@@ -169,5 +169,41 @@ def _backward(
 register_autograd("add_rms_norm", _backward, _setup)
 register_no_double_backward("add_rms_norm_bwd")
 register_autocast("add_rms_norm")
-for _op in ("add_rms_norm", "add_rms_norm_bwd"):
-    register_cpu_only(_op, "call moe_ops.add_rms_norm, which is torch's operations there")
+
+
+@register_cuda_formula("add_rms_norm")
+def _(
+    x: Tensor, weight: Tensor, residual: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    acc = accumulate_dtype(x.dtype)
+    adds = residual is not None or bias is not None
+    y, total = _formula(x, weight, residual, bias=bias, eps=eps)
+    rstd = torch.rsqrt(total.to(acc).square().mean(-1) + eps).reshape(-1)[: _rows(x)]
+    return y.contiguous(), total.contiguous() if adds else new_if(False, x), rstd
+
+
+@register_cuda_formula("add_rms_norm_bwd")
+def _(
+    grad_y: Tensor,
+    grad_sum: Tensor | None,
+    sum: Tensor,
+    weight: Tensor,
+    rstd: Tensor,
+    need_x: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    size = sum.shape[-1]
+    acc = accumulate_dtype(sum.dtype)
+    g, s = (t.to(acc).reshape(_rows(sum), size) for t in (grad_y, sum))
+    normed = s * rstd[:, None]
+    # y = normed w, and normed turns with s: its own direction drops out.
+    u = g * weight.to(acc)
+    grad = (u - normed * (u * normed).mean(-1, keepdim=True)) * rstd[:, None]
+    if grad_sum is not None:
+        grad = grad + grad_sum.to(acc).reshape(grad.shape)
+    return (
+        grad.to(sum.dtype).view(sum.shape) if need_x else new_if(False, sum),
+        (g * normed).sum(0).to(sum.dtype) if need_weight else new_if(False, sum),
+        grad.sum(0).to(sum.dtype) if need_bias else new_if(False, sum),
+    )

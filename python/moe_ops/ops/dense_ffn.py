@@ -27,8 +27,9 @@ from moe_ops.ops._checks import (
     check_tensor,
     new_if,
 )
-from moe_ops.ops._library import register_cpu_only, register_fake
+from moe_ops.ops._library import register_cuda_formula, register_fake
 from moe_ops.ops.gated_act import PLAIN_ACTIVATIONS
+from moe_ops.reference.gated_act import plain_act
 
 _dense_ffn = direct_call("dense_ffn")
 
@@ -50,23 +51,26 @@ def dense_ffn(
     ``y[t, e] = w_down[e] @ act(w_up[e] @ x[t, input_ids[e]] + b_up[e]) + b_down[e]``. The dense
     experts of multi-task models and their towers; with ``activation="none"`` low-rank maps. A block
     of tokens stays in cache from the first product to the last; the weights are read once a block,
-    so they should be small beside the tokens.
+    so they should be small beside the tokens. On CUDA tensors it is two batched products of
+    cuBLAS.
 
     Args:
         x: [T, G, H], G inputs a token; float64, float32, bfloat16 or float16, any strides.
         w_up: [E, I, H] in x's dtype, any strides.
         w_down: [E, O, I] in x's dtype, any strides.
-        input_ids: [E], int32 or int64 in [0, G): which input each expert reads.
+        input_ids: [E], int32 or int64 in [0, G): which input each expert reads. On CUDA, where
+            values cannot raise, one outside counts as the nearest inside.
         b_up: [E, I] in x's dtype, or None.
         b_down: [E, O] in x's dtype, or None.
         activation: "none", "relu", "relu2", "silu", "gelu" or "gelu_tanh".
 
     Returns:
-        [T, E, O] in x's dtype; sums and what lies between the products in fp32 (fp64 for fp64).
+        [T, E, O] in x's dtype; sums and what lies between the products in fp32 (fp64 for fp64). On
+        CUDA, what lies between the products is rounded to x's dtype.
 
     Raises:
         ValueError: wrong dtype, rank, size or activation, an input that does not exist.
-        NotImplementedError: on a second derivative, or for CUDA tensors.
+        NotImplementedError: on a second derivative.
 
     Source:
         Ma et al. 2018, Multi-gate Mixture-of-Experts, KDD.
@@ -175,5 +179,96 @@ register_autograd("dense_ffn", _backward, _setup, forward="dense_ffn_fwd")
 register_autograd("dense_ffn_fwd", _backward, _setup)
 register_no_double_backward("dense_ffn_bwd")
 register_autocast("dense_ffn", ["x", "w_up", "w_down", "b_up", "b_down"])
-for _name in ("dense_ffn", "dense_ffn_fwd", "dense_ffn_bwd"):
-    register_cpu_only(_name, "layers.Experts.outputs takes batched products there")
+
+
+# --- CUDA: experts first, [E, T, ...], as batched products want it
+
+
+def _inputs(x: Tensor, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """What each expert reads [E, T, H], and the number of its input."""
+    ids = input_ids.long().clamp(0, max(x.shape[1] - 1, 0))
+    return x.transpose(0, 1).index_select(0, ids), ids
+
+
+def _products(a: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+    """[E, T, D] and [E, O, D] to [E, T, O]."""
+    if bias is None:
+        return torch.bmm(a, w.transpose(1, 2))
+    return torch.baddbmm(bias[:, None], a, w.transpose(1, 2))
+
+
+def _act(preact: Tensor, activation: str, dtype: torch.dtype) -> Tensor:
+    h = preact if activation == "none" else plain_act(preact, activation)
+    return h.to(dtype)
+
+
+def _act_grad(grad: Tensor, preact: Tensor, activation: str) -> Tensor:
+    if activation == "silu":
+        return torch.ops.aten.silu_backward(grad, preact)
+    if activation == "gelu":
+        return torch.ops.aten.gelu_backward(grad, preact)
+    if activation == "gelu_tanh":
+        return torch.ops.aten.gelu_backward(grad, preact, approximate="tanh")
+    if activation == "relu":
+        return torch.where(preact > 0, grad, 0)
+    if activation == "relu2":
+        return grad * 2 * preact.clamp(min=0)
+    return grad
+
+
+@register_cuda_formula("dense_ffn_fwd")
+def _cuda_forward(
+    x: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    input_ids: Tensor,
+    b_up: Tensor | None,
+    b_down: Tensor | None,
+    activation: str,
+) -> tuple[Tensor, Tensor]:
+    preact = _products(_inputs(x, input_ids)[0], w_up, b_up).to(accumulate_dtype(x.dtype))
+    y = _products(_act(preact, activation, x.dtype), w_down, b_down)
+    return y.transpose(0, 1).contiguous(), preact
+
+
+@register_cuda_formula("dense_ffn")
+def _(*args: Any) -> Tensor:
+    return _cuda_forward(*args)[0]
+
+
+@register_cuda_formula("dense_ffn_bwd")
+def _(
+    grad_y: Tensor,
+    x: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    input_ids: Tensor,
+    preact: Tensor,
+    activation: str,
+    need_x: bool,
+    need_w_up: bool,
+    need_w_down: bool,
+    need_b_up: bool,
+    need_b_down: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dtype, acc = x.dtype, accumulate_dtype(x.dtype)
+    inputs, ids = _inputs(x, input_ids)
+    grad = grad_y.transpose(0, 1)
+    grads = [new_if(False, x) for _ in range(5)]
+    if need_w_down:
+        grads[2] = torch.bmm(grad.transpose(1, 2), _act(preact, activation, dtype))
+    if need_b_down:
+        grads[4] = grad.sum(1, dtype=acc).to(dtype)
+    if need_x or need_w_up or need_b_up:
+        u = _act_grad(torch.bmm(grad, w_down).to(acc), preact, activation)
+        narrow = u.to(dtype)
+        if need_w_up:
+            grads[1] = torch.bmm(narrow.transpose(1, 2), inputs)
+        if need_b_up:
+            grads[3] = u.sum(1).to(dtype)
+        if need_x:
+            # Experts of one input are added up in their order, which index_add does not promise.
+            by_input = torch.zeros((x.shape[1], x.shape[0], x.shape[2]), dtype=acc, device=x.device)
+            by_input.index_put_((ids,), torch.bmm(narrow, w_up).to(acc), accumulate=True)
+            grads[0] = by_input.to(dtype).transpose(0, 1).contiguous()
+    return grads[0], grads[1], grads[2], grads[3], grads[4]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from moe_ops.ops._autocast import register_autocast
@@ -29,7 +30,8 @@ from moe_ops.ops._checks import (
     new_if,
     new_like,
 )
-from moe_ops.ops._library import register_cpu_only, register_fake
+from moe_ops.ops._library import register_cuda_formula, register_fake
+from moe_ops.reference.mix_experts import mix_experts as _formula
 
 _mix_experts = direct_call("mix_experts")
 
@@ -53,7 +55,8 @@ def mix_experts(
     n is `outputs`, or with norm_weight and norm_bias their batch normalisation, ``(outputs - mean)
     / sqrt(var + eps) * norm_weight + norm_bias``, every feature of every expert by itself: with the
     statistics of these tokens, through which gradients flow, or with those given. What lies between
-    outputs and mixtures is never in memory; backward computes it again.
+    outputs and mixtures is never in memory; backward computes it again. On CUDA tensors it is this
+    formula in torch's operations.
 
     Args:
         outputs: [T, E, O], as `dense_ffn` makes them; float64, float32, bfloat16 or float16, any
@@ -77,7 +80,7 @@ def mix_experts(
     Raises:
         ValueError: wrong dtype, rank, size, activation or eps, one tensor of a pair without the
             other, rows of factor whose number does not divide T, or statistics without norm_weight.
-        NotImplementedError: on a second derivative, or for CUDA tensors.
+        NotImplementedError: on a second derivative.
 
     Source:
         Ma et al. 2018, Multi-gate Mixture-of-Experts, KDD; Wang et al. 2024, HoME, arXiv
@@ -192,5 +195,75 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Any, ..
 register_autograd("mix_experts", _backward, _setup)
 register_no_double_backward("mix_experts_bwd")
 register_autocast("mix_experts", ["outputs", "weights", "factor"])
-for _name in ("mix_experts", "mix_experts_bwd"):
-    register_cpu_only(_name, "layers.GatedLayer's parts compute it from torch's ops there")
+
+
+# --- CUDA
+
+
+@register_cuda_formula("mix_experts")
+def _(
+    outputs: Tensor, weights: Tensor, factor: Tensor | None, *options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    names = ("norm_weight", "norm_bias", "mean", "var", "activation", "eps")
+    return _formula(outputs, weights, factor=factor, **dict(zip(names, options, strict=True)))
+
+
+def _act_and_slope(n: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    if activation == "relu":
+        return F.relu(n), (n > 0).to(n.dtype)
+    s = torch.sigmoid(n)
+    if activation == "sigmoid":
+        return s, s * (1 - s)
+    if activation == "silu":
+        return n * s, s * (1 + n * (1 - s))
+    return n, torch.ones_like(n)
+
+
+@register_cuda_formula("mix_experts_bwd")
+def _(
+    grad_y: Tensor,
+    outputs: Tensor,
+    weights: Tensor,
+    factor: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    activation: str,
+    eps: float,
+    batch: bool,
+    need_weights: bool,
+    need_factor: bool,
+    need_norm_weight: bool,
+    need_norm_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dtype, acc = outputs.dtype, accumulate_dtype(outputs.dtype)
+    g, w, n = (t.to(acc) for t in (grad_y, weights, outputs))
+    rstd = normed = None
+    if norm_weight is not None and norm_bias is not None and mean is not None and var is not None:
+        rstd = torch.rsqrt(var + eps)
+        normed = (n - mean) * rstd
+        n = normed * norm_weight + norm_bias
+    act, slope = _act_and_slope(n, activation)
+    grad_weights, grad_factor = (new_if(False, outputs) for _ in range(2))
+    grad_norm_weight, grad_norm_bias = (new_if(False, outputs, dtype=acc) for _ in range(2))
+    if factor is not None and len(factor) > 0:
+        shared = (len(factor), -1, *factor.shape[1:])
+        if need_factor:
+            grad_factor = (g * torch.bmm(w, act)).reshape(shared).sum(1).to(dtype)
+        g = (g.reshape(shared) * factor.to(acc)[:, None]).reshape(g.shape)
+    elif factor is not None and need_factor:
+        grad_factor = torch.zeros_like(factor)
+    if need_weights:
+        grad_weights = torch.bmm(g, act.transpose(1, 2)).to(dtype)
+    grad = torch.bmm(w.transpose(1, 2), g) * slope
+    if normed is not None and rstd is not None and norm_weight is not None:
+        if need_norm_weight:
+            grad_norm_weight = (grad * normed).sum(0)
+        if need_norm_bias:
+            grad_norm_bias = grad.sum(0)
+        if batch and len(grad) > 0:
+            # The mean of the tokens, and their direction, move with each of them.
+            grad = grad - grad.mean(0) - normed * (grad * normed).mean(0)
+        grad = grad * norm_weight * rstd
+    return grad.to(dtype), grad_weights, grad_factor, grad_norm_weight, grad_norm_bias

@@ -11,7 +11,7 @@ from moe_ops import _C
 from moe_ops.ops._autocast import register_autocast
 from moe_ops.ops._autograd import direct_call, register_gradient_of
 from moe_ops.ops._checks import check, check_float, check_same_device, dtype_name, new_like
-from moe_ops.ops._library import register_cpu_only, register_fake
+from moe_ops.ops._library import register_cuda_formula, register_fake
 from moe_ops.ops.gated_act import GATED_ACTIVATIONS
 from moe_ops.ops.moe_ffn import check_call, options_of
 
@@ -23,6 +23,7 @@ def pack_experts(w: Tensor, *, halves: bool = False) -> Tensor:
 
     The layout depends on the processor and on the release, so a copy is for this process: do not
     save it. :meth:`moe_ops.layers.Experts.prepack` keeps copies and throws them away in time.
+    CUDA kernels read weights as they are: there a copy is empty.
 
     Args:
         w: [E, O, K]; float64, float32, bfloat16 or float16, any strides.
@@ -31,7 +32,7 @@ def pack_experts(w: Tensor, *, halves: bool = False) -> Tensor:
 
     Returns:
         uint8, one dimension: about as many bytes as w has (O, or each of its halves, is rounded up
-        to full vectors; K too for half types). It has no gradient.
+        to full vectors; K too for half types); none for CUDA weights. It has no gradient.
 
     Raises:
         ValueError: wrong dtype or rank, or halves of an odd O.
@@ -63,8 +64,8 @@ def moe_ffn_packed(
     for every expert that has tokens, 20 elements of each weight (others at every call) are compared
     with the copy, and where one differs that weight is read instead of its copy. This finds a
     weight that was replaced, trained or loaded; it may miss a write to a few elements, so whoever
-    keeps copies must pack again after such a write. Where a gradient is wanted, moe_ffn runs and
-    the copies are ignored.
+    keeps copies must pack again after such a write. Where a gradient is wanted, and on CUDA
+    tensors, moe_ffn runs and the copies are ignored.
 
     Args:
         x, w_gate_up, w_down: [T, H], [E, 2I, H] ([E, I, H]) and [E, H, I], as for :func:`moe_ffn`.
@@ -80,8 +81,8 @@ def moe_ffn_packed(
 
     Raises:
         ValueError: what :func:`moe_ffn` refuses, or a copy of another size than pack_experts makes
-            of its weight. Under autocast, weights are cast as by moe_ffn, and by pack_experts too:
-            pack and call in the same autocast state.
+            of its weight (on CUDA, copies made on the CPU will do). Under autocast, weights are
+            cast as by moe_ffn, and by pack_experts too: pack and call in the same autocast state.
     """
     options = options_of(
         b_gate_up, b_down, activation, interleaved, apply_router_weight_on_input, alpha, limit
@@ -98,13 +99,18 @@ def _without_copies(*args: Any) -> Tensor:
 
 def packed_bytes_of(w: Tensor, halves: bool) -> int:
     """The size of ``pack_experts(w, halves=halves)``."""
+    return 0 if w.is_cuda else _panel_bytes(w, halves)
+
+
+def _panel_bytes(w: Tensor, halves: bool) -> int:
+    """The size of a copy for the CPU."""
     num_experts, out_features, in_features = (int(n) for n in w.shape)
     name = dtype_name(w.dtype)
     return num_experts * _C.packed_expert_bytes(name, out_features, in_features, halves)
 
 
 @register_fake("pack_experts")
-def _(w: Tensor, halves: bool) -> Tensor:
+def _unread_copy(w: Tensor, halves: bool) -> Tensor:
     op = "pack_experts"
     check_float(op, "w", w, "[E, O, K]")
     check(
@@ -126,8 +132,9 @@ def _(*args: Any) -> Tensor:
         ("packed_down", packed_down, w_down, False),
     ):
         size = packed_bytes_of(w, has_halves)
+        sizes = (size, _panel_bytes(w, has_halves)) if w.is_cuda else (size,)
         check(
-            packed.dtype == torch.uint8 and packed.dim() == 1 and packed.shape[0] == size,
+            packed.dtype == torch.uint8 and packed.dim() == 1 and packed.shape[0] in sizes,
             f"{op}: {name} must be what pack_experts makes of this weight on this machine, uint8 "
             f"[{size}], got {dtype_name(packed.dtype)} of shape {list(packed.shape)}.",
         )
@@ -136,7 +143,7 @@ def _(*args: Any) -> Tensor:
 
 
 register_gradient_of("moe_ffn_packed", _without_copies)
-register_cpu_only("moe_ffn_packed", "call moe_ffn, whose CUDA kernels read weights as they are")
-register_cpu_only("pack_experts", "moe_ffn's CUDA kernels read weights as they are")
+register_cuda_formula("moe_ffn_packed")(_without_copies)
+register_cuda_formula("pack_experts")(_unread_copy)
 register_autocast("moe_ffn_packed", ["x", "w_gate_up", "w_down", "b_gate_up", "b_down"])
 register_autocast("pack_experts", ["w"])

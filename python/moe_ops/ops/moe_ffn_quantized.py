@@ -18,7 +18,7 @@ from moe_ops.ops._checks import (
     dtype_name,
     new_like,
 )
-from moe_ops.ops._library import register_cpu_only, register_fake
+from moe_ops.ops._library import register_fake
 from moe_ops.ops.gated_act import check_activation
 from moe_ops.ops.moe_ffn import check_bias, check_routing, check_width, options_of
 
@@ -73,6 +73,11 @@ def moe_ffn_quantized(
     So x in float32 is the more accurate way. Sums of integers are exact, others run in fp32 in a
     fixed order: the same bits every run, whatever the number of threads.
 
+    On CUDA rows are not rounded to integers: numbers of x's type meet the weights, products are
+    summed in fp32, and the scales multiply these sums (float32 x with 4 bits in large calls: the
+    weights, in fp32). What is rounded to x's type is x times `x_scale`, the activated features and
+    an expert's output, as by :func:`moe_ffn`.
+
     Args:
         x: [T, H] tokens; float32, bfloat16 or float16, any strides.
         w_gate_up: [E, 2I, H] int8 or [E, 2I, H/2] uint8, gate half first; I instead of 2I for
@@ -97,7 +102,7 @@ def moe_ffn_quantized(
 
     Raises:
         ValueError: wrong dtype, rank, size or activation.
-        NotImplementedError: where a gradient is wanted, and on CUDA tensors.
+        NotImplementedError: where a gradient is wanted.
 
     Source:
         Integer products on blocks of rounded activations: Gerganov et al., ggml (q8_0, q4_0);
@@ -195,5 +200,4 @@ def _(
 
 
 register_no_gradient(_OP, f"moe_ops.reference.{_OP}, which can be differentiated")
-register_cpu_only(_OP, "dequantise the weights and call moe_ffn")
 register_autocast(_OP, ["x", "b_gate_up", "b_down"])

@@ -9,7 +9,7 @@ from torch import Tensor
 from moe_ops.ops._autocast import register_autocast
 from moe_ops.ops._autograd import direct_call, register_autograd
 from moe_ops.ops._checks import check, check_float, check_same_device, check_shape, new_like
-from moe_ops.ops._library import register_cpu_only, register_fake
+from moe_ops.ops._library import register_cuda_formula, register_fake
 from moe_ops.reference.rotary import rotary as _formula
 
 _rotary = direct_call("rotary")
@@ -88,4 +88,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 register_autograd("rotary", _backward, _setup)
 register_autocast("rotary")
-register_cpu_only("rotary", "call moe_ops.rotary, which is torch's operations there")
+
+
+@register_cuda_formula("rotary")
+def _(t: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
+    return _formula(t, cos, sin, inverse=inverse)

@@ -20,7 +20,7 @@ from moe_ops.ops._checks import (
     check_shape,
     new_if,
 )
-from moe_ops.ops._library import register_cpu_only, register_fake
+from moe_ops.ops._library import register_cuda_formula, register_fake
 
 _router_linear = direct_call("router_linear")
 _router_linear_bwd = direct_call("router_linear_bwd")
@@ -55,8 +55,7 @@ def router_linear(
     if x.is_cuda:
         _check("router_linear", x, weight, bias)
         _check_logits_dtype("router_linear", "logits_dtype", logits_dtype or x.dtype, x)
-        dtype = logits_dtype or x.dtype
-        return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+        return _formula(x, weight, bias, logits_dtype)
     return _router_linear(x, weight, bias, logits_dtype)
 
 
@@ -140,5 +139,23 @@ def _backward_bwd(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
 register_autograd("router_linear", _backward, _setup)
 register_autograd("router_linear_bwd", _backward_bwd, _setup_bwd)
 register_autocast("router_linear", ["x", "weight", "bias"])
-for _op in ("router_linear", "router_linear_bwd"):
-    register_cpu_only(_op, "call moe_ops.router_linear, which is F.linear there")
+
+
+@register_cuda_formula("router_linear")
+def _formula(
+    x: Tensor, weight: Tensor, bias: Tensor | None, logits_dtype: torch.dtype | None
+) -> Tensor:
+    dtype = logits_dtype or x.dtype
+    return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+
+
+@register_cuda_formula("router_linear_bwd")
+def _(
+    grad_logits: Tensor, x: Tensor, weight: Tensor, need_x: bool, need_weight: bool, need_bias: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    g, acc = grad_logits, accumulate_dtype(x.dtype)
+    return (
+        (g @ weight.to(g.dtype)).to(x.dtype) if need_x else new_if(False, x),
+        (g.T @ x.to(g.dtype)).to(x.dtype) if need_weight else new_if(False, x),
+        g.sum(0, dtype=acc).to(x.dtype) if need_bias else new_if(False, x),
+    )

@@ -90,10 +90,10 @@ def check_weights(op: str, name: str, module: nn.Module, bank: ExpertWeights) ->
                 f"{op}: {what} must hold numbers, got a meta tensor; load all weights into memory "
                 "first, without offloading any."
             )
-        if w.device.type != "cpu":
+        if w.device.type not in ("cpu", "cuda"):
             raise ValueError(
-                f"{op}: {what} must be on the CPU, where quantised experts run, got {w.device}; "
-                "call model.cpu() first."
+                f"{op}: {what} must be on the CPU or on CUDA, where quantised experts run, got "
+                f"{w.device}; call model.cpu() first."
             )
         if w.dtype not in _FLOATS:
             raise ValueError(

@@ -55,8 +55,8 @@ def quantize_experts(
     Raises:
         ValueError: no float bank, an unknown format, sizes that the groups do not divide, an
             activation that moe_ffn does not know, weights that are sharded over processes, on
-            another device than the CPU or on none, of a type that moe_ffn does not take, or not
-            finite. The model is unchanged, unless only its numbers were at fault: then banks
+            another device than the CPU and CUDA or on none, of a type that moe_ffn does not take,
+            or not finite. The model is unchanged, unless only its numbers were at fault: then banks
             before that one are done.
         ImportError: a model of a transformers that is too old for moe_ops.hf.
     """

@@ -22,7 +22,7 @@ def mix_experts(
     """y[t, m] = sum_e weights[t, m, e] act(normalised outputs[t, e])."""
     acc = acc_dtype(outputs.dtype)
     n = outputs.to(acc)
-    batch_mean = batch_var = n.new_empty(0)
+    batch_mean, batch_var = n.new_empty(0), n.new_empty(0)
     if norm_weight is not None and norm_bias is not None:
         if mean is None or var is None:
             mean = n.sum(0) / max(len(n), 1)

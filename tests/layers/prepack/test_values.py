@@ -227,3 +227,16 @@ def test_functional_call_with_other_weights():
         twin.load_state_dict(other)
         assert_identical(got, plain(twin, *call))
     assert_right(bank)
+
+
+def test_banks_on_cuda_are_passed_over():
+    """Their kernels read the weights as they are: a model that works on the CPU works there."""
+    bank, other = make(), make()
+    bank.prepack()
+    for name, weight in list(bank.named_parameters()):
+        with FakeTensorMode():  # There need not be a GPU.
+            moved = torch.empty(weight.shape, device="cuda")
+        setattr(bank, name, nn.Parameter(moved, requires_grad=False))
+    model = nn.ModuleList([bank, other])
+    assert moe_ops.prepack(bank) == 0
+    assert moe_ops.prepack(model) == moe_ops.packed_bytes(other) > 0

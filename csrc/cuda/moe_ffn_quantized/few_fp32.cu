@@ -1,0 +1,7 @@
+#include "cuda/moe_ffn_quantized/few_kernel.cuh"
+
+namespace moe_ops::cuda::quantized {
+
+Status few_fp32(const QuantStage& s, Stream stream) { return run_few<float>(s, stream); }
+
+}  // namespace moe_ops::cuda::quantized
