@@ -16,9 +16,6 @@ MARKERS = (
     "slow_on_simulator: not run with --backend sim",
 )
 
-# Ops that raise NotImplementedError on CUDA tensors.
-REFUSE_CUDA = ("dense_ffn", "mix_experts", "moe_ffn_packed", "moe_ffn_quantized")
-
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="also run the cases marked `full`")
@@ -56,11 +53,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         left_out.add("cpu_only")
     if config.getoption("--backend") == "sim":
         left_out.add("slow_on_simulator")
-    if config.getoption("--backend") == "cuda":
-        for item in items:
-            op = item.path.stem.removeprefix("test_")
-            if item.path.parent.name == "ops" and op in REFUSE_CUDA:
-                item.add_marker(pytest.mark.skip(reason=f"{op} runs on the CPU only."))
     config.hook.pytest_deselected(items=[i for i in items if left_out & set(i.keywords)])
     items[:] = [i for i in items if not left_out & set(i.keywords)]
 

@@ -6,11 +6,11 @@ import copy
 
 import pytest
 import torch
-from tests.conftest import REFUSE_CUDA
 from tests.contract.every_op import operands_of
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import moe_ops
+from moe_ops import reference
 from moe_ops.layers import Experts, MoE, Router
 
 from .calls import CASES, IDS, Step, call_of
@@ -96,10 +96,56 @@ def test_tensor_of_the_host(op, name):
         getattr(moe_ops, op)(**call)
 
 
-@pytest.mark.parametrize("op", [*REFUSE_CUDA, "pack_experts"])
-def test_ops_for_the_cpu_say_so(op):
+@pytest.mark.parametrize(
+    "op",
+    [
+        "dense_ffn",
+        "mix_experts",
+        "moe_ffn_packed",
+        "moe_ffn_quantized",
+        "router_linear",
+        "rotary",
+        "add_rms_norm",
+    ],
+)
+def test_ops_are_their_references(op):
+    """Those that are torch's operations on CUDA, or round otherwise than on the CPU."""
     with torch.device("cpu"):
         call = operands_of(op, torch.float32)
+        want = getattr(reference, op)(**call)
     call = {n: v.cuda() if isinstance(v, torch.Tensor) else v for n, v in call.items()}
-    with pytest.raises(NotImplementedError, match=rf"^{op}: it runs on the CPU only, got CUDA"):
-        getattr(moe_ops, op)(**call)
+    got = getattr(moe_ops, op)(**call)
+    pairs = zip(got, want, strict=True) if isinstance(got, tuple) else [(got, want)]
+    for a, b in pairs:
+        assert a.is_cuda
+        torch.testing.assert_close(a.cpu(), b, rtol=1e-4, atol=1e-4)
+
+
+def test_a_prepacked_bank_moves():
+    layer, x = layer_and_input()
+    layer.eval()
+    with torch.no_grad():
+        want = output_of(layer(x))
+        assert moe_ops.prepack(layer) > 0
+        layer.cuda()
+        assert moe_ops.packed_bytes(layer) == 0
+        torch.testing.assert_close(output_of(layer(x.cuda())).cpu(), want, rtol=1e-4, atol=1e-5)
+        assert moe_ops.prepack(layer) == 0
+        torch.testing.assert_close(output_of(layer(x.cuda())).cpu(), want, rtol=1e-4, atol=1e-5)
+    assert moe_ops.pack_experts(layer.experts.w_down).shape == (0,)
+
+
+@pytest.mark.parametrize(("format", "group"), [("int8", None), ("int4", 32)])
+def test_quantised_experts(format, group):
+    """Quantised on CUDA, or on the CPU and moved: the same bank, and no integers of its tokens."""
+    layer, x = layer_and_input()
+    with torch.device("cpu"):
+        layer.experts = Experts(4, 32, 64)
+    moved, layer = copy.deepcopy(layer).eval(), layer.eval().cuda()
+    moe_ops.quantize_experts(layer, format, group_size=group)
+    moe_ops.quantize_experts(moved, format, group_size=group)
+    with torch.no_grad():
+        y = output_of(layer(x.cuda()))
+        assert torch.equal(output_of(moved.cuda()(x.cuda())), y)
+        layer.experts = layer.experts.dequantize()
+        torch.testing.assert_close(output_of(layer(x.cuda())), y, rtol=1e-4, atol=1e-5)

@@ -15,7 +15,6 @@
 
 #include <cute/arch/mma_sm80.hpp>
 
-#include "cuda/check.h"
 #include "cuda/grouped_gemm/launch.cuh"
 #include "cuda/moe_ffn/fused_act.cuh"
 #include "cuda/moe_ffn_quantized/codes.cuh"
@@ -414,9 +413,8 @@ __global__ void __launch_bounds__(FewConfig<kRowTiles>::kThreads,
 
 template <class S, int kGroup, bool kAligned, int kRowTiles>
 Status launch_few(const FewLaunch& launch, unsigned blocks, Stream stream) {
-  quantized_few_kernel<S, kGroup, kAligned, kRowTiles>
-      <<<blocks, FewConfig<kRowTiles>::kThreads, 0, stream>>>(launch);
-  return launched();
+  const Launch at{blocks, FewConfig<kRowTiles>::kThreads, stream};
+  return launch_kernel<quantized_few_kernel<S, kGroup, kAligned, kRowTiles>>(at, launch);
 }
 
 template <class S, int kGroup>

@@ -3,8 +3,8 @@
 #include <cstdlib>
 #include <string_view>
 
-#include "cuda/check.h"
 #include "cuda/dispatch.h"
+#include "cuda/launch.h"
 #include "cuda/moe_ffn_quantized/stage.h"
 #include "cuda/routed_rows.h"
 #include "cuda/rows.cuh"
@@ -44,8 +44,7 @@ Status copy_rows(const CopyParams& p, Stream stream) {
   const auto launch = [&](auto type) {
     using S = typename decltype(type)::type;
     const RowGrid g = row_grid(p.num_rows, p.stride, 4);
-    copy_rows_kernel<S><<<g.grid, g.block, 0, stream>>>(p);
-    return launched();
+    return launch_kernel<copy_rows_kernel<S>>({g.grid, g.block, stream}, p);
   };
   switch (p.x.type) {
     case DType::kBFloat16:
