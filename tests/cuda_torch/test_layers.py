@@ -118,7 +118,7 @@ def test_ops_are_their_references(op):
     pairs = zip(got, want, strict=True) if isinstance(got, tuple) else [(got, want)]
     for a, b in pairs:
         assert a.is_cuda
-        torch.testing.assert_close(a.cpu(), b, rtol=1e-4, atol=1e-4)
+        assert (a.cpu() - b).norm() <= 1e-5 * b.norm()
 
 
 def test_a_prepacked_bank_moves():
