@@ -84,7 +84,7 @@ def attention_problem(case: Case, layer: Layer) -> Problem:
 
 def linear_problem(case: Case, layer: Layer) -> Problem:
     reduces = case.part.startswith("moe_linear_reduce")
-    T, K, H, I = case.T, case.shape.K, case.shape.H, case.shape.I
+    T, K, I = case.T, case.shape.K, case.shape.I
     tokens, ids = layer.tokens, layer.tokens.topk_ids
     rows = sampled(T, layer.device)
     if reduces:

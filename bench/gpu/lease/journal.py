@@ -54,10 +54,8 @@ class Journal:
 
     def outcome(self, step: str) -> Record | None:
         """The last one of the step."""
-        last = None
-        for last in self.records("outcome", step):
-            pass
-        return last
+        outcomes = list(self.records("outcome", step))
+        return outcomes[-1] if outcomes else None
 
     def passed(self, step: str) -> bool:
         outcome = self.outcome(step)

@@ -6,7 +6,7 @@ import importlib.util
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from bench.gpu import steps
@@ -28,7 +28,7 @@ class Lease:
     with the sources of other libraries."""
 
     out: Path
-    sources: Sources = Sources()
+    sources: Sources = field(default_factory=Sources)
     dry: bool = False
     peers: Path | None = None
 
@@ -139,7 +139,7 @@ def test_command(lease: Lease, name: str) -> tuple[list[str], list[str]]:
     has = {
         p: importlib.util.find_spec(p) is not None for p in ("expecttest", "xdist", "torch_cuda")
     }
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "--backend", "cuda"]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--backend", "cuda"]
     command += ["--tb=short", "-rf", *test_files(name)]
     left_out = []
     selected = []
