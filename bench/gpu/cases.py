@@ -113,13 +113,10 @@ class Case:
 
     @property
     def rank(self) -> int:
-        rank = (
-            0
-            if self.part in (*BLOCK, *LEASE_PARTS)
-            else 1
-            if self.part in (*PRODUCTS, *FP8[:2])
-            else 2
-        )
+        if self.part in (*BLOCK, *LEASE_PARTS):
+            rank = 0
+        else:
+            rank = 1 if self.part in (*PRODUCTS, *FP8[:2]) else 2
         rank += 0 if self.T in OP_TOKENS else 1
         return rank + (0 if self.routing == "balanced" else 1)
 

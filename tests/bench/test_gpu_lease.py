@@ -304,6 +304,15 @@ def test_a_build_that_fails_tells_the_first_error(tmp_path, monkeypatch):
     assert outcome["text"].startswith("configure: nvcc: fatal error: no such file (")
 
 
+def test_a_package_that_does_not_load_is_refused(lease, monkeypatch):
+    (lease.sources.package / "moe_ops" / "__init__.py").write_text("raise ImportError('no symbol')")
+    outcome = build.build(lease.sources, 30.0)
+    assert outcome["status"] == "failed"
+    assert outcome["text"].endswith("does not load: ImportError: no symbol")
+    (lease.sources.package / "moe_ops" / "__init__.py").write_text("")
+    assert build.build(lease.sources, 30.0)["status"] == "passed"
+
+
 # ------------------------------------------------------------------------------ result
 
 
@@ -328,7 +337,9 @@ def test_result_of_a_journal(lease):
     assert not found["complete"] and found["trees"] == ["abc"]
     assert found["steps"] == {"block": {"status": "passed", "seconds": 3.0, "text": "1 case"}}
     assert json.loads(json.dumps(found)) == found
-    assert "| block | passed" in result.outcomes(journal)
+    said = main.outcomes(journal).splitlines()
+    assert any(line.split()[:4] == ["block", "passed", "3", "s"] for line in said)
+    assert "machine         –" in said
 
 
 def test_tables_of_tiles_and_decoding():

@@ -64,9 +64,11 @@ def fingerprint() -> str:
 def build(sources: Sources, limit_s: float) -> Outcome:
     """The outcome of the step."""
     if sources.package is not None:
-        if is_built(sources):
-            return _outcome("passed", 0.0, f"uses the package in {sources.package}")
-        return _outcome("failed", 0.0, f"{sources.package} holds no built moe_ops")
+        if not is_built(sources):
+            return _outcome("failed", 0.0, f"{sources.package} holds no built moe_ops")
+        if refusal := _refusal(sources.package, limit_s):
+            return _outcome("failed", 0.0, f"{sources.package} does not load: {refusal}")
+        return _outcome("passed", 0.0, f"uses the package in {sources.package}")
     environment = {"PYTHONPATH": _python_path(sources)}
     seconds = 0.0
     for name, command in (("configure", configure(sources)), ("build", compile_(sources))):
@@ -79,6 +81,9 @@ def build(sources: Sources, limit_s: float) -> Outcome:
             wrong = [line for line in lines if "rror" in line] or lines or ["?"]
             return _outcome("failed", seconds, f"{name}: {wrong[0].strip()} ({log})")
     _assemble(sources)
+    if refusal := _refusal(PACKAGE, limit_s - seconds):
+        (PACKAGE / "stamp").unlink()
+        return _outcome("failed", seconds, f"what was built does not load: {refusal}")
     what = f"{sources.library} and its Python module" if sources.library else "the whole tree"
     return _outcome("passed", seconds, f"built {what}")
 
@@ -108,6 +113,17 @@ def _assemble(sources: Sources) -> None:
     for path in built:
         shutil.copy(path, PACKAGE / "moe_ops")
     (PACKAGE / "stamp").write_text(fingerprint())
+
+
+def _refusal(package: Path, limit_s: float) -> str:
+    """Why this Python cannot import the package; "" if it can. A library of other sources lacks
+    what the Python module asks for."""
+    path = os.pathsep.join([str(package.resolve()), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-c", "import moe_ops"]
+    status, _, log = steps.run_logged("import", command, max(5.0, limit_s), {"PYTHONPATH": path})
+    if status == 0:
+        return ""
+    return (log.read_text(errors="replace").strip().splitlines() or ["no answer"])[-1]
 
 
 def _stamp() -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 from bench.gpu import steps
 from bench.gpu.lease import build
 from bench.gpu.lease.build import Sources
+from bench.gpu.lease.journal import Journal
 from bench.gpu.lease.plan import Lease, Step, child, steps_of_a_lease
 from bench.gpu.steps import Outcome
 from bench.harness.files import ROOT
@@ -67,7 +68,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if build.is_built(sources):
         child("result")(lease, max(reserve, 60.0), "result")
         print(steps.log_of("lease-result").read_text(errors="replace"))
+    print(outcomes(lease.journal))
     return 0 if good else 1
+
+
+def outcomes(journal: Journal) -> str:
+    """A line a step: what became of it."""
+    lines = []
+    for step in steps_of_a_lease():
+        outcome = journal.outcome(step.name)
+        if outcome is None:
+            lines.append(f"{step.name:<16}–")
+        else:
+            seconds = f"{outcome['seconds']:.0f} s"
+            lines.append(
+                f"{step.name:<16}{outcome['status']:<11}{seconds:>6}  {outcome['text'][:160]}"
+            )
+    return "\n".join(lines)
 
 
 def enter(lease: Lease) -> None:

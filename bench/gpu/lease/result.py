@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from bench.gpu import report
+from bench.gpu import cases, report
 from bench.gpu.card import slug
 from bench.gpu.lease import decode, tiles
 from bench.gpu.lease.child import Task
@@ -21,7 +21,7 @@ def run(task: Task) -> tuple[int, str]:
     """Writes CARD.json and CARD.md to the folder, and to bench/results if it was no walk."""
     result = assemble(task.journal, dry=task.dry)
     if result is None:
-        return 0, outcomes(task.journal)
+        return 0, "nothing has been measured"
     name = slug(result["card"]["name"])
     text = f"{report.HOW}\n\n{report.markdown(result)}\n{more_tables(result)}"
     write_text(task.out / f"{name}.json", dumps(result))
@@ -31,15 +31,7 @@ def run(task: Task) -> tuple[int, str]:
         write_text(RESULTS / f"{name}.json", dumps(result))
     report.print_result(result)
     print(more_tables(result))
-    return 0, outcomes(task.journal)
-
-
-def outcomes(journal: Journal) -> str:
-    rows = [
-        [name, o["status"], f"{o['seconds']:.0f}", o["text"][:160]]
-        for name, o in _outcomes(journal).items()
-    ]
-    return markdown_table(["step", "status", "s", "found"], rows, right_from=4)
+    return 0, f"{task.out / name}.json and .md are written"
 
 
 def more_tables(result: dict[str, Any]) -> str:
@@ -48,7 +40,25 @@ def more_tables(result: dict[str, Any]) -> str:
         if result[key]:
             title, header, rows = make(result[key])
             parts += [f"### {title}", markdown_table(header, rows, right_from=3)]
+    if rows := _peaks(result["cells"]):
+        header = ["part", "model", "T", "routing", "dtype", "MiB at the peak of a call"]
+        parts += ["### Memory", markdown_table(header, rows, right_from=6)]
     return "\n\n".join(parts) + "\n"
+
+
+def _peaks(cells: list[Record]) -> list[list[str]]:
+    """What a call of each baseline needs beside its operands, where that was measured."""
+    rows = []
+    for cell in cells:
+        peaks = [
+            f"{name} {found['peak_mib']:.4g}"
+            for name, found in cell["contenders"].items()
+            if "peak_mib" in found
+        ]
+        if peaks and cell["part"] in (*cases.BLOCK, *cases.STORED, *cases.ATTENTION):
+            words = [cell["part"], cell["shape"], str(cell["T"]), cell["routing"], cell["dtype"]]
+            rows.append([*words, ", ".join(peaks)])
+    return rows
 
 
 def assemble(journal: Journal, *, dry: bool) -> dict[str, Any] | None:
