@@ -350,4 +350,4 @@ def test_tables_of_tiles_and_decoding():
     ways = {"moe_ops": {"step_us": 5.0, "tokens_per_s": 7.0, "eager": "no graph"}}
     record = {"batch": 1, "ways": ways, "skipped": {"eager": "wrong"}}
     rows = decode.table([record])[2]
-    assert rows == [["1", "moe_ops", "5*", "7"], ["1", "eager", "–", "wrong"]]
+    assert rows == [["1", "moe_ops", "5*", "7"], ["1", "eager", "–", "– (wrong)"]]

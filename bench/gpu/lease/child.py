@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -71,4 +72,10 @@ def _small(task: Task) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    if "torch_cuda" in sys.modules:
+        # The simulator's kernels of torch are Python, in threads of autograd too; one that still
+        # waits for the interpreter while it ends would abort the process.
+        sys.stdout.flush()
+        os._exit(status)
+    sys.exit(status)

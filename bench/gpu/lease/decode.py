@@ -166,7 +166,7 @@ def table(records: list[dict]) -> tuple[str, list[str], list[list[str]]]:
                 )
                 rows.append([str(r["batch"]), way, step, f"{own['tokens_per_s']:.4g}"])
             elif way in r["skipped"]:
-                rows.append([str(r["batch"]), way, "–", r["skipped"][way]])
+                rows.append([str(r["batch"]), way, "–", f"– ({r['skipped'][way]})"])
     return (
         "Decoding with a model of transformers",
         ["batch", "experts", "step us", "tokens/s"],
