@@ -17,7 +17,7 @@ import moe_ops
 from bench.gpu.cases import Case
 from bench.gpu.layer import Layer
 from bench.gpu.peers import PEERS
-from bench.gpu.problem import Problem, relative, sampled, worst
+from bench.gpu.problem import Problem, gradient_check, relative, sampled
 from moe_ops.bench.baselines import exact_grad_x, tolerance
 from moe_ops.bench.shapes import Tokens, exact_output
 
@@ -164,19 +164,8 @@ def _output_check(layer: Layer) -> Callable[[Any], float]:
 
 
 def _gradient_check(layer: Layer) -> Callable[[Any], float]:
-    """dx of some tokens in fp64, which depends on these alone; the others against the first
-    baseline, ours, which has passed it."""
+    """dx of some tokens in fp64, which depends on these alone."""
     tokens, rows = layer.tokens, sampled(layer.tokens.count, layer.device)
     some = Tokens(tokens.x[rows], tokens.topk_weights[rows], tokens.topk_ids[rows])
     truth = exact_grad_x(layer.bank, some, layer.grad_y[rows])
-    first: list[Tensor] = []
-
-    def check(gradients: tuple[Tensor, ...]) -> float:
-        dx, *others = gradients
-        samples = [t[:, ::61].float() if t.dim() == 3 else t.float() for t in others]
-        if not first:
-            first.extend(samples)
-        pairs = zip(samples, first, strict=True)
-        return worst([relative(dx[rows], truth), *(relative(a, b) for a, b in pairs)])
-
-    return check
+    return gradient_check(lambda dx: relative(dx[rows], truth))

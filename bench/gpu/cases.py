@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,11 +35,14 @@ TINY: dict[str, Shape] = {
     shape.name: shape
     for shape in (Shape("tiny", 64, 48, 8, 2, "a toy"), Shape("odd", 40, 24, 5, 3, "a toy"))
 }
+# Of a size that the integer formats and the kernels on tensor cores have.
+SMALL = Shape("small", 128, 64, 8, 2, "a toy")
 
 # Of the block; of the ops alone every other one.
 TOKENS = (1, 8, 64, 512, 4096, 32768)
 OP_TOKENS = (1, 64, 4096, 32768)
-ROUTINGS = ("balanced", "skewed")
+USUAL_ROUTINGS = ("balanced", "skewed")
+ROUTINGS = (*USUAL_ROUTINGS, "random")
 
 # The whole block, and each op alone. The products alone are those of the up projection;
 # grouped_gemm_down has its own sizes, with K = I.
@@ -48,11 +52,43 @@ MOVES = ("topk_router", "sort_slots", "permute", "unpermute", "gated_act")
 FP8 = ("forward_fp8", "grouped_gemm_fp8", "quantize_fp8")
 PARTS = (*BLOCK, *PRODUCTS, *MOVES, *FP8)
 
+# What a lease (bench.gpu.lease) measures beside these. QUANTIZED: experts of 8 and 4 bits. STORED:
+# the block on weights as gpt-oss stores them. MOVES_TRAINING: with backward. LINEAR and ATTENTION:
+# the products and the attention of mixtures of attention heads.
+QUANTIZED = ("forward_int8", "forward_int4")
+STORED = ("forward_stored", "training_stored")
+MOVES_TRAINING = tuple(f"{part}_training" for part in MOVES if part != "sort_slots")
+_LINEAR = ("moe_linear_map", "moe_linear_reduce")
+LINEAR = (*_LINEAR, *(f"{part}_training" for part in _LINEAR))
+ATTENTION = ("attention_64", "attention_128", "attention_64_training", "attention_128_training")
+LEASE_PARTS = (*QUANTIZED, *STORED, *MOVES_TRAINING, *LINEAR, *ATTENTION)
+
+# Types of weights, in the order of running. Parts that are of one type alone have it in their name.
+DTYPES = ("bf16", "fp16", "fp8", "int8", "int4")
+USUAL_DTYPES = ("bf16", "fp8")
+_OWN_DTYPE = {
+    **dict.fromkeys(FP8, "fp8"),
+    **{part: part.rpartition("_")[2] for part in QUANTIZED},
+}
+
 # Of these the time depends on how tokens fall on experts.
-_MINDS_ROUTING = (*BLOCK, *PRODUCTS, "sort_slots", "forward_fp8", "grouped_gemm_fp8")
+_MINDS_ROUTING = (
+    *(*BLOCK, *PRODUCTS, "sort_slots", "forward_fp8", "grouped_gemm_fp8"),
+    *(*QUANTIZED, *STORED, *LINEAR),
+)
 # Of these, numbers of tokens that are for decoding only make no sense.
-_TRAINING = ("training", "grouped_gemm_wgrad")
 _TRAINING_TOKENS = 64
+_LONGEST_SEQUENCE = 4096
+
+
+def _trains(part: str) -> bool:
+    return "training" in part or part == "grouped_gemm_wgrad"
+
+
+def dtypes_of(part: str, dtypes: Sequence[str]) -> tuple[str, ...]:
+    """In which types of weights a part is measured."""
+    own = _OWN_DTYPE.get(part)
+    return (own,) if own else tuple(d for d in dtypes if d in ("bf16", "fp16"))
 
 
 @dataclass(frozen=True)
@@ -77,7 +113,10 @@ class Case:
 
     @property
     def rank(self) -> int:
-        rank = 0 if self.part in BLOCK else 1 if self.part in (*PRODUCTS, *FP8[:2]) else 2
+        if self.part in (*BLOCK, *LEASE_PARTS):
+            rank = 0
+        else:
+            rank = 1 if self.part in (*PRODUCTS, *FP8[:2]) else 2
         rank += 0 if self.T in OP_TOKENS else 1
         return rank + (0 if self.routing == "balanced" else 1)
 
@@ -89,23 +128,40 @@ def all_cases(
     parts: Sequence[str] = PARTS,
     shapes: Sequence[Shape] = tuple(MODELS.values()),
     tokens: Sequence[int] | None = None,
-    routings: Sequence[str] = ROUTINGS,
+    routings: Sequence[str] = USUAL_ROUTINGS,
+    dtypes: Sequence[str] = USUAL_DTYPES,
 ) -> list[Case]:
     """Every case that makes sense, in the order of running: by layer and type of the weights, then
     by tokens, routing and part."""
     return [
         Case(part, shape, T, routing, dtype)
         for shape in shapes
-        for dtype, own in (("bf16", set(PARTS) - set(FP8)), ("fp8", set(FP8)))
+        for dtype in DTYPES
         for T in tokens or TOKENS
         for routing in routings
         for part in parts
-        if part in own
+        if dtype in dtypes_of(part, dtypes)
         and (tokens is not None or part in BLOCK or T in OP_TOKENS)
         # A single token reaches K experts whatever the routing.
         and (routing == "balanced" or (part in _MINDS_ROUTING and T > 1))
-        and (part not in _TRAINING or T >= min(_TRAINING_TOKENS, max(tokens or TOKENS)))
+        and (not _trains(part) or T >= min(_TRAINING_TOKENS, max(tokens or TOKENS)))
     ]
+
+
+class AttentionSize(NamedTuple):
+    """B sequences of S tokens, K slots, n heads of d."""
+
+    B: int
+    S: int
+    K: int
+    n: int
+    d: int
+
+
+def attention_size(case: Case) -> AttentionSize:
+    d = int(case.part.split("_")[1])
+    S = min(case.T, _LONGEST_SEQUENCE)
+    return AttentionSize(max(1, case.T // S), S, case.shape.K, max(1, case.shape.H // d), d)
 
 
 def make_ids(
@@ -115,6 +171,7 @@ def make_ids(
 
     balanced: every expert has floor or ceil of T K / E slots, in random order of tokens.
     skewed: experts are drawn in proportion to 1 / (1 + rank) (Zipf).
+    random: experts are drawn with equal chances, as by an untrained router.
     """
     generator = torch.Generator(device).manual_seed(num_tokens)
     E, K = shape.E, shape.K
@@ -123,8 +180,10 @@ def make_ids(
         ids = torch.arange(num_tokens * K, device=device).remainder(E).view(num_tokens, K)
         ids = ids[torch.randperm(num_tokens, generator=generator, device=device)]
         ids = torch.randperm(E, generator=generator, device=device)[ids]
-    elif routing == "skewed":
+    elif routing in ("skewed", "random"):
         popularity = -torch.arange(1, E + 1, device=device, dtype=torch.float32).log()
+        if routing == "random":
+            popularity.zero_()
         uniform = torch.rand(num_tokens, E, generator=generator, device=device)
         gumbel = -(-uniform.clamp(1e-30, 1 - 1e-7).log()).log()
         ids = (popularity + gumbel).topk(K, dim=1).indices

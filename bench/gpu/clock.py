@@ -29,11 +29,13 @@ Job = Callable[[], object]
 
 @dataclass
 class Prepared:
-    """A job as it is timed. `note` says why it is launched from Python and not as a graph."""
+    """A job as it is timed. `note` says why it is launched from Python and not as a graph,
+    `peak_bytes` what a call needs beside what was there before it; None where that is not known."""
 
     call: Job
     once_s: float
     note: str = ""
+    peak_bytes: int | None = None
 
 
 class Clock(Protocol):
@@ -104,16 +106,19 @@ class CudaClock:
         self.flush_s = self._timed(self._flush)
 
     def prepare(self, job: Job) -> Prepared:
+        torch.cuda.reset_peak_memory_stats(self.device)
+        before = torch.cuda.memory_allocated(self.device)
         job()
+        peak = torch.cuda.max_memory_allocated(self.device) - before
         once_s = self._timed(job)
         if once_s > self._LONG_S:
-            return Prepared(job, once_s)
+            return Prepared(job, once_s, peak_bytes=peak)
         self._warm_up(job)
         self._make_room()
         call, note = self._capture(job)
         call = call or job
         call()
-        return Prepared(call, self._timed(call), note)
+        return Prepared(call, self._timed(call), note, peak)
 
     def rounds(self, jobs: Mapping[str, Prepared], count: int) -> dict[str, Samples]:
         events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {n: [] for n in jobs}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
 
 import torch
@@ -11,30 +12,74 @@ from bench.gpu.cases import Case, make_ids
 from moe_ops import reference
 from moe_ops.bench.shapes import Bank, Shape, Tokens, make_bank
 
-DTYPE = torch.bfloat16
-
 
 class Weights:
-    """The bank of a layer, and its copies in fp8; made when asked for."""
+    """The bank of a layer, and its copies in other formats; made when asked for. `dtype` is that
+    of the weights: those in 8 and 4 bits are copies of bf16 ones."""
 
-    def __init__(self, shape: Shape, device: torch.device) -> None:
+    def __init__(self, shape: Shape, device: torch.device, dtype: str = "bf16") -> None:
         self._shape, self._device = shape, device
+        self.type = torch.float16 if dtype == "fp16" else torch.bfloat16
 
     @cached_property
     def bank(self) -> Bank:
-        return make_bank(self._shape, DTYPE, device=self._device)
+        return make_bank(self._shape, self.type, device=self._device)
 
     @cached_property
     def fp8(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """w_gate_up, its scales, w_down, its scales, as moe_ffn_fp8 takes them."""
-        return (*_quantized(self.bank.w_gate_up), *_quantized(self.bank.w_down))
+        from moe_ops.quant import quantize_fp8_blocks
+
+        bank = self.bank
+        return (
+            *_quantized(bank.w_gate_up, quantize_fp8_blocks),
+            *_quantized(bank.w_down, quantize_fp8_blocks),
+        )
+
+    @cached_property
+    def int8(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """w_gate_up, its scales, w_down, its scales, as moe_ffn_quantized takes them."""
+        return self._integers("int8")
+
+    @cached_property
+    def int4(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Likewise, with a scale for 64 weights."""
+        return self._integers("int4")
+
+    def _integers(self, format: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        from moe_ops.quant.formats import quantize
+
+        bank = self.bank
+        return (
+            *_quantized(bank.w_gate_up, lambda w: quantize(w, format)),
+            *_quantized(bank.w_down, lambda w: quantize(w, format)),
+        )
+
+    @cached_property
+    def stored(self) -> dict[str, Tensor]:
+        """The bank as gpt-oss stores it: gate_up_proj [E, H, 2I] with gate and up in turn, its bias
+        [E, 2I], down_proj [E, I, H], its bias [E, H]."""
+        bank, shape = self.bank, self._shape
+        gate, up = bank.w_gate_up.chunk(2, dim=1)
+        generator = torch.Generator(self._device).manual_seed(2)
+
+        def bias(size: int) -> Tensor:
+            values = torch.randn(shape.E, size, generator=generator, device=self._device)
+            return values.to(self.type)
+
+        return {
+            "gate_up_proj": torch.stack([gate, up], 2).flatten(1, 2).transpose(1, 2).contiguous(),
+            "gate_up_proj_bias": bias(2 * shape.I),
+            "down_proj": bank.w_down.transpose(1, 2).contiguous(),
+            "down_proj_bias": bias(shape.H),
+        }
 
 
-def _quantized(w: Tensor) -> tuple[Tensor, Tensor]:
+def _quantized(
+    w: Tensor, quantize: Callable[[Tensor], tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor]:
     """An expert at a time: no fp32 copy of a bank."""
-    from moe_ops.quant import quantize_fp8_blocks
-
-    parts = [quantize_fp8_blocks(expert) for expert in w]
+    parts = [quantize(expert) for expert in w]
     return torch.stack([q for q, _ in parts]), torch.stack([scale for _, scale in parts])
 
 
@@ -51,7 +96,7 @@ class Layer:
 
     def normal(self, *size: int) -> Tensor:
         """In a 16-bit type, a part at a time: no fp32 copy of a large tensor."""
-        out = torch.empty(size, dtype=DTYPE, device=self.device)
+        out = torch.empty(size, dtype=self.weights.type, device=self.device)
         for part in out.split(4096):
             part.copy_(torch.randn(part.shape, generator=self._generator, device=self.device))
         return out
@@ -63,7 +108,8 @@ class Layer:
         weights = torch.rand(ids.shape, generator=self._generator, device=self.device)
         weights = weights / weights.sum(1, keepdim=True)
         # Some baselines take them in halves: all get what halves can hold.
-        return Tokens(self.normal(case.T, case.shape.H), weights.to(DTYPE).float(), ids)
+        x = self.normal(case.T, case.shape.H)
+        return Tokens(x, weights.to(torch.bfloat16).float(), ids)
 
     @cached_property
     def grad_y(self) -> Tensor:

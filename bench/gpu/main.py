@@ -37,7 +37,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--parts", nargs="+", help="forward, training, or ops")
     parser.add_argument("--models", nargs="+", help="names, see bench/gpu/cases.py")
     parser.add_argument("--tokens", nargs="+", type=int)
-    parser.add_argument("--routings", nargs="+", choices=("balanced", "skewed"))
+    parser.add_argument("--routings", nargs="+", choices=("balanced", "skewed", "random"))
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument(
         "--dry-run",
@@ -173,7 +173,7 @@ def chosen(options: argparse.Namespace, seconds: float) -> Options:
     models = options.models or (_QUICK_MODELS if options.quick and not tiny else tuple(known))
     for kind, names, allowed in (
         ("--models", models, known),
-        ("--parts", options.parts or (), cases.PARTS),
+        ("--parts", options.parts or (), (*cases.PARTS, *cases.LEASE_PARTS)),
     ):
         for name in names:
             if name not in allowed:
@@ -184,7 +184,7 @@ def chosen(options: argparse.Namespace, seconds: float) -> Options:
         parts=tuple(options.parts or cases.PARTS),
         shapes=tuple(known[name] for name in models),
         tokens=None if tokens is None else tuple(tokens),
-        routings=tuple(options.routings or cases.ROUTINGS),
+        routings=tuple(options.routings or cases.USUAL_ROUTINGS),
         tiny=tiny,
     )
 

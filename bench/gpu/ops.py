@@ -22,6 +22,26 @@ from moe_ops import reference
 # A result that is rounded once, and one computed of factors rounded before.
 _ONCE, _TWICE = 2.0**-8, 2.0**-7
 
+SOFTMAX_TOPK, INDEX_SELECT = "softmax, topk", "index_select"
+GATHER_SUM, SILU_MUL = "gather, weigh, sum", "silu, mul"
+
+
+def softmax_topk(logits: Tensor, K: int) -> tuple[Tensor, Tensor]:
+    values, ids = torch.softmax(logits, -1).topk(K, -1)
+    return values / values.sum(-1, keepdim=True), ids
+
+
+def gather_sum(rows: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
+    """slots [T, K] are the rows of a token."""
+    T, K = slots.shape
+    gathered = rows[slots.reshape(-1)].view(T, K, -1)
+    return (gathered * weights[:, :, None].to(rows.dtype)).sum(1)
+
+
+def silu_mul(pre: Tensor) -> Tensor:
+    gate, up = pre.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
 
 def op_problem(case: Case, layer: Layer) -> Problem:
     return _PROBLEMS[case.part](case, layer)
@@ -31,10 +51,6 @@ def _topk_router(case: Case, layer: Layer) -> Problem:
     logits, K = layer.logits, case.shape.K
     rows = sampled(case.T, layer.device)
 
-    def softmax_topk() -> tuple[Tensor, Tensor]:
-        values, ids = torch.softmax(logits, -1).topk(K, -1)
-        return values / values.sum(-1, keepdim=True), ids
-
     weights, ids = reference.topk_router(logits[rows].double(), K, renormalize=True)
 
     def check(result: tuple[Tensor, Tensor]) -> float:
@@ -43,7 +59,7 @@ def _topk_router(case: Case, layer: Layer) -> Problem:
         return relative(result[0][rows], weights)
 
     ours = lambda: moe_ops.topk_router(logits, K, renormalize=True)  # noqa: E731
-    return Problem({OURS: ours, "softmax, topk": softmax_topk}, check, 1e-5)
+    return Problem({OURS: ours, SOFTMAX_TOPK: lambda: softmax_topk(logits, K)}, check, 1e-5)
 
 
 def _sort_slots(case: Case, layer: Layer) -> Problem:
@@ -73,7 +89,7 @@ def _permute(case: Case, layer: Layer) -> Problem:
     return Problem(
         {
             OURS: lambda: moe_ops.permute(x, offsets, row_to_slot),
-            "index_select": lambda: x.index_select(0, tokens),
+            INDEX_SELECT: lambda: x.index_select(0, tokens),
         },
         lambda y: relative(y[rows], truth),
         0.0,
@@ -83,18 +99,13 @@ def _permute(case: Case, layer: Layer) -> Problem:
 def _unpermute(case: Case, layer: Layer) -> Problem:
     rows_h, (offsets, _, slot_to_row) = layer.rows_h, layer.sorted
     weights = layer.tokens.topk_weights
-    slots = slot_to_row.long().reshape(-1)
-    T, K, H = case.T, case.shape.K, case.shape.H
-
-    def gather_sum() -> Tensor:
-        return (rows_h[slots].view(T, K, H) * weights[:, :, None].to(rows_h.dtype)).sum(1)
-
-    tokens = sampled(T, layer.device)
+    slots = slot_to_row.long()
+    tokens = sampled(case.T, layer.device)
     mine = rows_h[slot_to_row[tokens].long()].double()
     truth = (mine * weights[tokens][:, :, None].double()).sum(1)
     ours = lambda: moe_ops.unpermute(rows_h, offsets, slot_to_row, weights)  # noqa: E731
     return Problem(
-        {OURS: ours, "gather, weigh, sum": gather_sum},
+        {OURS: ours, GATHER_SUM: lambda: gather_sum(rows_h, slots, weights)},
         lambda y: relative(y[tokens], truth),
         2 * _TWICE,
     )
@@ -103,15 +114,9 @@ def _unpermute(case: Case, layer: Layer) -> Problem:
 def _gated_act(case: Case, layer: Layer) -> Problem:
     pre = layer.rows_2i
     rows = sampled(case.num_slots, layer.device)
-
-    def silu_mul() -> Tensor:
-        gate, up = pre.chunk(2, dim=-1)
-        return F.silu(gate) * up
-
-    gate, up = pre[rows].double().chunk(2, dim=-1)
-    truth = F.silu(gate) * up
+    truth = silu_mul(pre[rows].double())
     return Problem(
-        {OURS: lambda: moe_ops.gated_act(pre, "swiglu"), "silu, mul": silu_mul},
+        {OURS: lambda: moe_ops.gated_act(pre, "swiglu"), SILU_MUL: lambda: silu_mul(pre)},
         lambda y: relative(y[rows], truth),
         _TWICE,
     )

@@ -20,7 +20,17 @@ TITLES = {
     "forward_fp8": "Expert block in fp8, forward",
     "grouped_gemm_fp8": "grouped_gemm_fp8, up projection",
     "quantize_fp8": "quantize_fp8",
-    **{part: part for part in cases.MOVES},
+    **{part: part for part in (*cases.MOVES, *cases.LINEAR)},
+    "forward_int8": "Expert block in int8, forward",
+    "forward_int4": "Expert block in int4, forward",
+    "forward_stored": "Expert block as gpt-oss stores it, forward",
+    "training_stored": "Expert block as gpt-oss stores it, forward and backward",
+    **{p: f"{p.removesuffix('_training')}, with backward" for p in cases.MOVES_TRAINING},
+    **{p: f"{p.removesuffix('_training')}, with backward" for p in cases.LINEAR[2:]},
+    "attention_64": "moa_attention, heads of 64, forward",
+    "attention_128": "moa_attention, heads of 128, forward",
+    "attention_64_training": "moa_attention, heads of 64, forward and backward",
+    "attention_128_training": "moa_attention, heads of 128, forward and backward",
 }
 HOW = """\
 Microseconds, medians of interleaved rounds; inputs are not in the L2 cache; CUDA graphs, unless an
@@ -35,15 +45,20 @@ Table = tuple[str, list[str], list[list[str]]]
 
 def tables(result: Mapping[str, Any]) -> Iterator[Table]:
     """(title, header, rows) of each part; the first three columns are words."""
-    for part in cases.PARTS:
-        cells = [c for c in result["cells"] if c["part"] == part]
+    kinds = ((part, dtype) for part in TITLES for dtype in cases.DTYPES)
+    for part, dtype in kinds:
+        cells = [c for c in result["cells"] if (c["part"], c["dtype"]) == (part, dtype)]
         if not cells:
             continue
         names = list(dict.fromkeys(n for c in cells for n in c["contenders"] if n != OURS))
         header = ["model", "T", "routing", "floor", "moe_ops", "of limit"]
         for name in names:
             header += [name, "x"]
-        yield TITLES[part], header, [_row(cell, names) for cell in cells]
+        yield (
+            TITLES[part] + (" in fp16" if dtype == "fp16" else ""),
+            header,
+            [_row(cell, names) for cell in cells],
+        )
 
 
 def _row(cell: Cell, names: Sequence[str]) -> list[str]:

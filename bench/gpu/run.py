@@ -12,10 +12,13 @@ import torch
 
 import moe_ops
 from bench.gpu import card, cases, planner
+from bench.gpu.attention import attention_problem, linear_problem
 from bench.gpu.block import OURS, block_problem
 from bench.gpu.cases import Case
 from bench.gpu.clock import Clock, CudaClock, HostClock, Prepared
+from bench.gpu.formats import format_problem
 from bench.gpu.fp8 import fp8_problem
+from bench.gpu.gradients import gradient_problem
 from bench.gpu.layer import Layer, Weights
 from bench.gpu.limits import Limits, measure_limits
 from bench.gpu.ops import op_problem
@@ -36,6 +39,9 @@ _OP_OF = {
     "training": "moe_ffn",
     "grouped_gemm_down": "grouped_gemm",
     "forward_fp8": "moe_ffn_fp8",
+    **dict.fromkeys(cases.QUANTIZED, "moe_ffn_quantized"),
+    **dict.fromkeys(cases.STORED, "moe_ffn"),
+    **dict.fromkeys(cases.ATTENTION, "moa_attention"),
 }
 # A baseline's first calls (compiling, tuning) may take this share of the time, all cases together.
 _FIRST_CALLS_SHARE = 0.08
@@ -54,8 +60,11 @@ class Options:
     parts: tuple[str, ...] = cases.PARTS
     shapes: tuple[Shape, ...] = tuple(cases.MODELS.values())
     tokens: tuple[int, ...] | None = None
-    routings: tuple[str, ...] = cases.ROUTINGS
+    routings: tuple[str, ...] = cases.USUAL_ROUTINGS
+    dtypes: tuple[str, ...] = cases.USUAL_DTYPES
     tiny: bool = False
+    # Cases that an earlier run has measured, by their text.
+    done: frozenset[str] = frozenset()
 
 
 @dataclass
@@ -84,6 +93,7 @@ def measure(
     device: str = "cuda",
     log: Callable[[str], None] = lambda _: None,
     save: Callable[[dict[str, Any]], None] = lambda _: None,
+    on_cell: Callable[[Case, dict[str, Any]], None] = lambda case, cell: None,
 ) -> dict[str, Any]:
     """The result that is written as JSON. `save` gets it after every layer, incomplete.
 
@@ -92,6 +102,7 @@ def measure(
         device: cuda, or cpu for a walk with the CPU kernels and the host's clock.
         log: called with a line of progress.
         save: called with what there is so far.
+        on_cell: called with each case and its cell, as soon as it is measured.
     """
     started = time.perf_counter()
     clock: Clock = CudaClock() if device == "cuda" else HostClock()
@@ -107,7 +118,10 @@ def measure(
         if not doctor.has_kernel(op_of(part), device)
     }
     parts = [part for part in options.parts if part not in session.absent]
-    wanted = cases.all_cases(parts, options.shapes, options.tokens, options.routings)
+    wanted = cases.all_cases(
+        parts, options.shapes, options.tokens, options.routings, options.dtypes
+    )
+    wanted = [case for case in wanted if str(case) not in options.done]
     pacer = planner.Pacer(
         wanted,
         costs_of(wanted, limits, clock.flush_s),
@@ -129,7 +143,7 @@ def measure(
     }
     watch = card.Watch(clock.device)
     try:
-        _measure_all(session, pacer, result, save)
+        _measure_all(session, pacer, result, save, on_cell)
     finally:
         result["clocks"] = watch.stop()
     if "aborted" not in result:
@@ -145,7 +159,7 @@ def measure(
 
 def op_of(part: str) -> str:
     """The op that a part measures."""
-    return _OP_OF.get(part, part)
+    return _OP_OF.get(part, part.removesuffix("_training"))
 
 
 def costs_of(wanted: Sequence[Case], limits: Limits, flush_s: float) -> list[planner.Cost]:
@@ -189,6 +203,7 @@ def _measure_all(
     pacer: planner.Pacer,
     result: dict[str, Any],
     save: Callable[[dict[str, Any]], None],
+    on_cell: Callable[[Case, dict[str, Any]], None],
 ) -> None:
     weights: Weights | None = None
     layer: Layer | None = None
@@ -201,7 +216,7 @@ def _measure_all(
                 add_floors(result, session.limits)
                 save(dict(rounded({**result, "left_out": [str(c) for c in pacer.left_out]})))
             group = case.group
-            weights = Weights(case.shape, session.clock.device)
+            weights = Weights(case.shape, session.clock.device, case.dtype)
         if layer is None or (layer.case.T, layer.case.routing) != (case.T, case.routing):
             layer = Layer(case, weights, session.clock.device)
         cost = costs_of([case], session.limits, session.clock.flush_s)[0]
@@ -213,6 +228,7 @@ def _measure_all(
             session.log(f"{case}: {cell['skipped'][OURS]}")
             layer = None
         result["cells"].append(cell)
+        on_cell(case, cell)
         session.clock.release()
         broken = _broken(session.clock.device)
         if broken:
@@ -251,6 +267,14 @@ def measure_case(
 def problem_of(session: Session, case: Case, layer: Layer) -> Problem:
     if case.part in cases.BLOCK:
         return block_problem(case, layer, session.compiled)
+    for parts, make in (
+        ((*cases.QUANTIZED, *cases.STORED), format_problem),
+        (cases.MOVES_TRAINING, gradient_problem),
+        (cases.LINEAR, linear_problem),
+        (cases.ATTENTION, attention_problem),
+    ):
+        if case.part in parts:
+            return make(case, layer)
     return (fp8_problem if case.part in cases.FP8 else op_problem)(case, layer)
 
 
@@ -310,6 +334,8 @@ def _cell(
         sample = samples[name]
         found: dict[str, Any] = {"us": sample.median * 1e6, "rounds": len(sample.used)}
         found["error"] = errors[name]
+        if (peak := prepared[name].peak_bytes) is not None:
+            found["peak_mib"] = peak / 2**20
         if prepared[name].note:  # No graph.
             found["eager"] = prepared[name].note
         if name != OURS and OURS in samples:

@@ -99,12 +99,16 @@ def sanitize(tool: str, limit_s: float) -> Outcome:
     return _outcome("passed" if status == 0 and summaries else "failed", seconds, said)
 
 
+def log_of(name: str) -> Path:
+    return LOGS / f"{name}.log"
+
+
 def run_logged(
     name: str, command: Sequence[str], limit_s: float, environment: Mapping[str, str] = {}
 ) -> tuple[int | None, float, Path]:
     """(exit status, or None when the limit stopped it; seconds; log)."""
     LOGS.mkdir(parents=True, exist_ok=True)
-    log = LOGS / f"{name}.log"
+    log = log_of(name)
     started = time.perf_counter()
     with log.open("wb") as out:
         process = subprocess.Popen(

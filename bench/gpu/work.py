@@ -10,14 +10,16 @@ written and read. Gathered copies of x are not counted: they can be avoided.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from bench.gpu.cases import Case
+from bench.gpu import cases
+from bench.gpu.cases import AttentionSize, Case, attention_size
 
 _B = 2
 _WORD = 4
 # Of fp8 weights there is an fp32 scale a block of 128 by 128, of activations one a 128 of a row.
 _BLOCK = 128
+_INT4_GROUP = 64
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,29 @@ def work_of(case: Case, used: int) -> Work:
     if part == "grouped_gemm_fp8":
         scales = _WORD * (used * up / _BLOCK**2 + N * H / _BLOCK)
         return Work(product * up, used * up + N * H + _B * 2 * N * I + scales)
+    if part in cases.QUANTIZED:
+        bits = 8 if case.dtype == "int8" else 4
+        scales = used * ((2 * I + H) if bits == 8 else (up + down) / _INT4_GROUP)
+        weights_bytes = used * (up + down) * bits / 8 + _WORD * scales
+        return Work(product * (up + down), weights_bytes + _B * (2 * T * H + 2 * N * I) + 8 * N)
+    if part in cases.STORED:
+        own = work_of(replace(case, part=part.removesuffix("_stored")), used)
+        read, written = used * (2 * I + H), E * (2 * I + H)  # biases
+        biases = read if part == "forward_stored" else 2 * read + written
+        return Work(own.flops, own.bytes + _B * biases)
+    if part in cases.LINEAR:
+        # A matrix [I, H] an expert; the slots [N, I] are one side, the tokens [T, H] the other.
+        training = part.endswith("training")
+        reduces = part.startswith("moe_linear_reduce")
+        once = _B * (used * down + T * H + N * I) + _WORD * N * (2 if reduces else 1)
+        backward = _B * (used * down + E * down + 2 * T * H + 2 * N * I) if training else 0
+        if reduces and training:
+            backward += 2 * _WORD * N - _B * T * H  # the gradient by x is that by slots
+        return Work(product * down * (3 if training else 1), once + backward)
+    if part in cases.ATTENTION:
+        return _attention_work(attention_size(case), part.endswith("training"))
+    if part in cases.MOVES_TRAINING:
+        return Work(0.0, _moves_training_bytes(case))
     moved = {
         "topk_router": _WORD * T * E + 2 * _WORD * N,  # fp32 logits; weights and ids
         "sort_slots": _WORD * (N + (E + 1) + 2 * N),  # ids; offsets and both maps
@@ -62,6 +87,31 @@ def work_of(case: Case, used: int) -> Work:
         "quantize_fp8": _B * T * H + T * H + _WORD * T * H / _BLOCK,
     }
     return Work(0.0, moved[part])
+
+
+def _attention_work(size: AttentionSize, training: bool) -> Work:
+    """Causal: half of two products of S by S by d a head forward, of five backward."""
+    B, S, K, n, d = size
+    square = 2.0 * B * K * n * S * S * d / 2
+    queries, keys = B * S * K * n * d, B * S * n * d
+    forward = _B * (2 * queries + 2 * keys)
+    # Reads q, k, v, the result and its gradient, writes three gradients.
+    backward = _B * (4 * queries + 4 * keys)
+    return Work((7 if training else 2) * square, forward + (backward if training else 0))
+
+
+def _moves_training_bytes(case: Case) -> float:
+    """Forward and backward of an op that moves rows: what both read and write."""
+    H, I, E = case.shape.H, case.shape.I, case.shape.E
+    T, N = case.T, case.num_slots
+    return {
+        # Logits twice and their gradient; weights, ids, the gradient of the weights, ids again.
+        "topk_router_training": _WORD * (3 * T * E + 4 * N),
+        "permute_training": 2 * (_B * (T * H + N * H) + _WORD * N),
+        # Rows twice and their gradient, y and its gradient; weights, ids, both again, a gradient.
+        "unpermute_training": _B * (3 * N * H + 2 * T * H) + 5 * _WORD * N,
+        "gated_act_training": _B * (3 * N * I + 5 * N * I),
+    }[case.part]
 
 
 def _training_bytes(case: Case, used: int) -> float:

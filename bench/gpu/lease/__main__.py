@@ -1,0 +1,5 @@
+import sys
+
+from bench.gpu.lease.main import main
+
+sys.exit(main())

@@ -1,0 +1,74 @@
+"""The process of a step: ``python -m bench.gpu.lease.child PROGRAM STEP``.
+
+Ends with status 0, 1 if something is wrong, 3 if the time was too short for everything; its last
+line says what was found.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from bench.gpu.lease.journal import Journal
+
+UNFINISHED = 3
+PROGRAMS = ("machine", "smoke", "tiles", "measure", "decode", "small", "result")
+
+
+@dataclass(frozen=True)
+class Task:
+    """A step as its process sees it."""
+
+    step: str
+    journal: Journal
+    out: Path
+    seconds: float
+    dry: bool
+
+    @property
+    def device(self) -> str:
+        """cuda; a walk without a card runs on the CPU."""
+        return "cpu" if self.dry and not torch.cuda.is_available() else "cuda"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu.lease.child")
+    parser.add_argument("program", choices=PROGRAMS)
+    parser.add_argument("step")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seconds", type=float, required=True)
+    parser.add_argument("--dry", action="store_true")
+    given = parser.parse_args(arguments)
+    if given.dry and importlib.util.find_spec("torch_cuda"):
+        # A simulator: torch's own kernels run on the CPU.
+        importlib.import_module("tests.cuda_torch.simulated")
+    task = Task(given.step, Journal(given.out), given.out, given.seconds, given.dry)
+    if task.device == "cuda" and not torch.cuda.is_available():
+        print(f"torch {torch.__version__} sees no CUDA device.")
+        return 1
+    if given.program == "small":
+        return _small(task)
+    program = importlib.import_module(f"bench.gpu.lease.{given.program}")
+    status, text = program.run(task)
+    print(text)
+    return int(status)
+
+
+def _small(task: Task) -> int:
+    """What compute-sanitizer looks at."""
+    from bench.gpu import small
+
+    wrong = small.run(task.device)
+    print("; ".join(wrong) or "every op agrees with its reference")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
