@@ -125,7 +125,7 @@ struct Scoped<Backend, fn> {
   static void add(typename Backend::Scope&, const T&) {}
 };
 
-#define MOE_CUDA_BOX(fn) MOE_BOX((::moe_ops::adapter::Scoped<Backend, &fn>::call))
+#define MOE_CUDA_BOX(fn) MOE_BOX_AS(#fn, (::moe_ops::adapter::Scoped<Backend, &fn>::call))
 
 #ifdef MOE_OPS_SIMULATED
 #define MOE_SIMULATED_LIBRARY \

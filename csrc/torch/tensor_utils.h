@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstring>
 #include <exception>
@@ -66,7 +67,17 @@ struct BoxedArg<Tensor> {
   }
   BoxedArg(const BoxedArg&) = delete;
   BoxedArg& operator=(const BoxedArg&) = delete;
+  // torch hands None on as a tensor that is not defined.
+  bool missing() const {
+    bool defined = false;
+    aoti_torch_is_defined(handle, &defined);
+    return !defined;
+  }
   Tensor take() { return Tensor(std::exchange(handle, nullptr)); }
+};
+
+struct MissingTensor {
+  int argument;  // counted from 1
 };
 
 template <>
@@ -92,20 +103,44 @@ struct Boxable<fn> {
   }
 
  private:
-  static R with(BoxedArg<std::remove_cvref_t<Args>>&&... args) { return fn(args.take()...); }
+  static R with(BoxedArg<std::remove_cvref_t<Args>>&&... args) {
+    int argument = 0;
+    (require(++argument, args), ...);
+    return fn(args.take()...);
+  }
+  template <class T>
+  static void require(int argument, const BoxedArg<T>& arg) {
+    if constexpr (std::is_same_v<T, Tensor>) {
+      if (arg.missing()) [[unlikely]]
+        throw MissingTensor{argument};
+    }
+  }
 };
 
-// What the standard library says of memory that it did not get becomes a sentence.
-template <void (*boxed)(StableIValue*, uint64_t, uint64_t)>
-void with_memory_sentence(StableIValue* stack, uint64_t num_args, uint64_t num_outputs) {
+// The name of a registered function, as an argument of a template.
+template <size_t N>
+struct FunctionName {
+  char text[N];
+  consteval FunctionName(const char (&name)[N]) { std::copy_n(name, N, text); }
+};
+
+// What the standard library says of memory that it did not get, and None in place of a tensor,
+// become sentences.
+template <FunctionName name, void (*boxed)(StableIValue*, uint64_t, uint64_t)>
+void with_sentences(StableIValue* stack, uint64_t num_args, uint64_t num_outputs) {
   try {
     boxed(stack, num_args, num_outputs);
   } catch (const std::bad_alloc&) {
     throw OutOfMemory();
+  } catch (const MissingTensor& missing) {
+    std::string op = name.text;
+    if (op.ends_with("_cuda")) op.resize(op.size() - 5);
+    fail(op, ": argument ", missing.argument, " must be a tensor, got None.");
   }
 }
-#define MOE_BOX(fn) \
-  (&::moe_ops::adapter::with_memory_sentence<TORCH_BOX((&::moe_ops::adapter::Boxable<&fn>::call))>)
+#define MOE_BOX_AS(name, fn) \
+  (&::moe_ops::adapter::with_sentences<name, TORCH_BOX((&::moe_ops::adapter::Boxable<&fn>::call))>)
+#define MOE_BOX(fn) MOE_BOX_AS(#fn, fn)
 
 // An uninitialised CPU tensor; large ones come from the buffer cache (tensor_utils.cpp). Expanded
 // operands take no memory, so a call can ask for a result of any size: one whose bytes do not fit

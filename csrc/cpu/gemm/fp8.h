@@ -53,6 +53,7 @@ inline std::vector<GemmItem> gemm_items(const Fp8Desc& d, int num_threads) {
 template <class Epilogue>
 void fp8_gemv_item(const Fp8Desc& d, const GemmKernels<float>& k, const GemmItem& it,
                    const Epilogue& fn) {
+  const Fp8Kernels& kernels = fp8_kernels();
   constexpr int64_t F = kGemvFeatures;
   const bool blocked = it.config.algorithm == Algorithm::kGemvBlocked;
   const int64_t m = it.row_end - it.row_begin, n = it.feature_end - it.feature_begin;
@@ -62,7 +63,7 @@ void fp8_gemv_item(const Fp8Desc& d, const GemmKernels<float>& k, const GemmItem
   float* decoded = scratch.take<float>(Scratch::kPackB, blocked ? F * ldx : 0);
   const float* x_scale[kRowBlock];
   for (int64_t t = 0; t < m; ++t) {
-    fp8_kernels().decode(d.row(it.row_begin + t), x + t * ldx, K);
+    kernels.decode(d.row(it.row_begin + t), x + t * ldx, K);
     std::fill(x + t * ldx + K, x + (t + 1) * ldx, 0.0f);
     x_scale[t] = d.row_scale(it.row_begin + t);
   }
@@ -77,7 +78,7 @@ void fp8_gemv_item(const Fp8Desc& d, const GemmKernels<float>& k, const GemmItem
       const float* w_scale[F];
       for (int64_t f = 0; f < features; ++f) {
         w_scale[f] = d.weight_scale(it.expert, feature + f * step);
-        if (blocked) fp8_kernels().decode(d.weight(it.expert, feature + f), decoded + f * ldx, K);
+        if (blocked) kernels.decode(d.weight(it.expert, feature + f), decoded + f * ldx, K);
       }
       for (int64_t t = 0; t < m; t += kFp8DotTokens) {
         const Fp8DotParams p = {
@@ -93,7 +94,7 @@ void fp8_gemv_item(const Fp8Desc& d, const GemmKernels<float>& k, const GemmItem
             .out = out + t * ldo + s * n + first,
             .ldo = ldo,
             .out_step = step};
-        blocked ? fp8_kernels().dot_widened(p) : fp8_kernels().dot(p);
+        blocked ? kernels.dot_widened(p) : kernels.dot(p);
       }
     }
   }
@@ -105,6 +106,7 @@ void fp8_gemv_item(const Fp8Desc& d, const GemmKernels<float>& k, const GemmItem
 template <class Op, class Epilogue>
 void fp8_pack_tokens_item(const Fp8Desc& d, const GemmKernels<float>& k, const GemmItem& it,
                           const Epilogue& fn) {
+  const Fp8Kernels& kernels = fp8_kernels();
   constexpr int64_t kStep = Op::kSteps;
   constexpr int64_t kBlock = kFp8Block / kStep;
   const auto& tiles = Op::row_a(k);
@@ -133,10 +135,10 @@ void fp8_pack_tokens_item(const Fp8Desc& d, const GemmKernels<float>& k, const G
     const int64_t count = std::min(kFp8Block, K - b * kFp8Block);
     if constexpr (Op::kBf16) {
       auto* halves = reinterpret_cast<uint16_t*>(dst);
-      fp8_kernels().decode_bf16(codes + b * kFp8Block, halves, count);
+      kernels.decode_bf16(codes + b * kFp8Block, halves, count);
       if (count % 2 != 0) halves[count] = 0;
     } else {
-      fp8_kernels().decode(codes + b * kFp8Block, dst, count);
+      kernels.decode(codes + b * kFp8Block, dst, count);
     }
   };
   const int64_t mr = padded_m == W ? k.mr1 : k.mr2;
@@ -188,15 +190,15 @@ void fp8_pack_tokens_item(const Fp8Desc& d, const GemmKernels<float>& k, const G
           const int64_t width = std::min(2 * W, padded_m - t0);
           tiles[width / W - 1][i1 - i0 - 1](kc, a, panels + (b - b0) * padded_m * kBlock + t0 * kc,
                                             {partial, width, false}, next);
-          fp8_kernels().promote({.rows = i1 - i0,
-                                 .cols = width,
-                                 .block = partial,
-                                 .ld_block = width,
-                                 .row_scale = weight_scale,
-                                 .col_scale = token_scale + (b - b0) * padded_m + t0,
-                                 .sums = sums + i0 * padded_m + t0,
-                                 .ld_sums = padded_m,
-                                 .accumulate = b > 0});
+          kernels.promote({.rows = i1 - i0,
+                           .cols = width,
+                           .block = partial,
+                           .ld_block = width,
+                           .row_scale = weight_scale,
+                           .col_scale = token_scale + (b - b0) * padded_m + t0,
+                           .sums = sums + i0 * padded_m + t0,
+                           .ld_sums = padded_m,
+                           .accumulate = b > 0});
         }
       }
     }

@@ -25,18 +25,19 @@ inline int64_t kept_groups(int64_t bytes) {
 template <class Epilogue>
 void w8_gemv_item(const GemmDesc<float>& d, const GemmKernels<float>& k, const GemmItem& it,
                   const Epilogue& fn) {
-  const int64_t F = quant_kernels().w8_features;
+  const QuantKernels& kernels = quant_kernels();
+  const int64_t F = kernels.w8_features;
   const QuantFormat& q = d.b.quant;
   const int64_t m = it.row_end - it.row_begin, n = it.feature_end - it.feature_begin;
   const int64_t K = d.in_features, padded_k = round_up<int64_t>(K, 64);
-  const int64_t row_bytes = round_up<int64_t>(quant_kernels().w8_row_bytes(K), 64) + 64;
+  const int64_t row_bytes = round_up<int64_t>(kernels.w8_row_bytes(K), 64) + 64;
   ScratchScope scratch;
   float* x = scratch.take<float>(Scratch::kPackA, padded_k);
   char* rows = scratch.take<char>(Scratch::kTokens, m * row_bytes);
   std::fill(x + K, x + padded_k, 0.0f);
   for (int64_t t = 0; t < m; ++t) {
     Wide::load(d, it.row_begin + t, 0, K, x);
-    quant_kernels().w8_quantize(K, x, rows + t * row_bytes);
+    kernels.w8_quantize(K, x, rows + t * row_bytes);
   }
   const int64_t ldo = n * d.segments;
   float* out = scratch.take<float>(Scratch::kTile, m * ldo);
@@ -55,21 +56,21 @@ void w8_gemv_item(const GemmDesc<float>& d, const GemmKernels<float>& k, const G
         const int64_t t = pass_rows.begin(p);
         // Passes share the rows that they prefetch.
         const int64_t ahead0 = ahead.begin(p), ahead1 = ahead.begin(p + 1);
-        quant_kernels().w8_dot({.features = static_cast<int>(features),
-                                .count = count,
-                                .tokens = static_cast<int>(pass_rows.begin(p + 1) - t),
-                                .k = K,
-                                .w = w,
-                                .w_step = ldw,
-                                .ldw = step * ldw,
-                                .x = rows + t * row_bytes,
-                                .x_bytes = row_bytes,
-                                .out = out + t * ldo + s * n + first,
-                                .ldo = ldo,
-                                .out_step = step,
-                                .prefetch = next + ahead0 * step * ldw,
-                                .prefetch_ld = step * ldw,
-                                .prefetch_rows = static_cast<int>(ahead1 - ahead0)});
+        kernels.w8_dot({.features = static_cast<int>(features),
+                        .count = count,
+                        .tokens = static_cast<int>(pass_rows.begin(p + 1) - t),
+                        .k = K,
+                        .w = w,
+                        .w_step = ldw,
+                        .ldw = step * ldw,
+                        .x = rows + t * row_bytes,
+                        .x_bytes = row_bytes,
+                        .out = out + t * ldo + s * n + first,
+                        .ldo = ldo,
+                        .out_step = step,
+                        .prefetch = next + ahead0 * step * ldw,
+                        .prefetch_ld = step * ldw,
+                        .prefetch_rows = static_cast<int>(ahead1 - ahead0)});
       }
     };
     if (passes == 1) {
@@ -108,17 +109,18 @@ void w8_gemv_item(const GemmDesc<float>& d, const GemmKernels<float>& k, const G
 template <class Epilogue>
 void w4_gemv_item(const GemmDesc<float>& d, const GemmKernels<float>& k, const GemmItem& it,
                   const Epilogue& fn) {
+  const QuantKernels& kernels = quant_kernels();
   const QuantFormat& q = d.b.quant;
   const int64_t m = it.row_end - it.row_begin, n = it.feature_end - it.feature_begin;
   const int64_t K = d.in_features, padded_k = round_up(K, kQuantBlock);
-  const int64_t row_bytes = round_up<int64_t>(quant_kernels().w4_row_bytes(K), 64);
+  const int64_t row_bytes = round_up<int64_t>(kernels.w4_row_bytes(K), 64);
   ScratchScope scratch;
   float* x = scratch.take<float>(Scratch::kPackA, padded_k);
   char* rows = scratch.take<char>(Scratch::kTokens, m * row_bytes);
   std::fill(x + K, x + padded_k, 0.0f);
   for (int64_t t = 0; t < m; ++t) {
     Wide::load(d, it.row_begin + t, 0, K, x);
-    quant_kernels().w4_quantize(K, x, rows + t * row_bytes);
+    kernels.w4_quantize(K, x, rows + t * row_bytes);
   }
   const int64_t ldo = n * d.segments;
   float* out = scratch.take<float>(Scratch::kTile, m * ldo);
@@ -132,22 +134,22 @@ void w4_gemv_item(const GemmDesc<float>& d, const GemmKernels<float>& k, const G
       const int64_t feature = s * d.features + it.feature_begin + first;
       for (int64_t t = 0; t < m; t += k.gemv.max_tokens) {
         const int tokens = static_cast<int>(std::min<int64_t>(k.gemv.max_tokens, m - t));
-        quant_kernels().w4_dot({.features = features,
-                                .count = count,
-                                .tokens = tokens,
-                                .k = K,
-                                .w = weights_at(d.b, it.expert, feature, 0),
-                                .w_step = ldw,
-                                .ldw = step * ldw,
-                                .x = rows + t * row_bytes,
-                                .x_bytes = row_bytes,
-                                .out = out + t * ldo + s * n + first,
-                                .ldo = ldo,
-                                .out_step = step,
-                                .group = q.group,
-                                .scale = scales_at(d.b, it.expert, feature),
-                                .scale_step = q.scale_stride_o,
-                                .ld_scale = step * q.scale_stride_o});
+        kernels.w4_dot({.features = features,
+                        .count = count,
+                        .tokens = tokens,
+                        .k = K,
+                        .w = weights_at(d.b, it.expert, feature, 0),
+                        .w_step = ldw,
+                        .ldw = step * ldw,
+                        .x = rows + t * row_bytes,
+                        .x_bytes = row_bytes,
+                        .out = out + t * ldo + s * n + first,
+                        .ldo = ldo,
+                        .out_step = step,
+                        .group = q.group,
+                        .scale = scales_at(d.b, it.expert, feature),
+                        .scale_step = q.scale_stride_o,
+                        .ld_scale = step * q.scale_stride_o});
       }
     };
     int64_t at_once = m <= k.gemv.max_tokens ? quarter : 1;
@@ -170,6 +172,7 @@ void w4_gemv_item(const GemmDesc<float>& d, const GemmKernels<float>& k, const G
 template <Activations kForm, class Epilogue>
 void repack_b_item(const GemmDesc<float>& d, const GemmKernels<float>& k, const GemmItem& it,
                    const Epilogue& fn) {
+  const QuantKernels& kernels = quant_kernels();
   constexpr bool kInt8 = kForm == Activations::kInt8, kInt16 = kForm == Activations::kInt16;
   constexpr int64_t kStep = kInt8 ? 4 : kInt16 ? 2 : 1;  // steps of k in an element of a
   constexpr int64_t kDepth = kInt8 ? kInt8Depth / 4 : kKc;
@@ -197,9 +200,9 @@ void repack_b_item(const GemmDesc<float>& d, const GemmKernels<float>& k, const 
       float* dst = a + (b * m + t) * kLda;
       const int64_t kc = std::min(block, K - b * block);
       if constexpr (kInt8) {
-        quant_kernels().quantize_int8(q.bits, kc, x + b * block, dst);
+        kernels.quantize_int8(q.bits, kc, x + b * block, dst);
       } else if constexpr (kInt16) {
-        quant_kernels().quantize_int16(kc, x + b * block, dst);
+        kernels.quantize_int16(kc, x + b * block, dst);
       } else {
         Wide::load(d, it.row_begin + t, b * kKc, kc, dst);
         // The last word of 8-bit weights may lack some.
@@ -209,12 +212,11 @@ void repack_b_item(const GemmDesc<float>& d, const GemmKernels<float>& k, const 
   }
   const bool four = q.bits == 4;
   const auto* tiles = [&] {
-    if constexpr (kInt8) return &quant_kernels().int8_tile[four][0];
-    if constexpr (!kInt8)
-      return kInt16 ? &quant_kernels().int16_tile[0] : &quant_kernels().tile[four][0];
+    if constexpr (kInt8) return &kernels.int8_tile[four][0];
+    if constexpr (!kInt8) return kInt16 ? &kernels.int16_tile[0] : &kernels.tile[four][0];
   }();
-  const int64_t blocks = ceil_div<int64_t>(m, kInt8    ? quant_kernels().int8_rows
-                                              : kInt16 ? quant_kernels().int16_rows
+  const int64_t blocks = ceil_div<int64_t>(m, kInt8    ? kernels.int8_rows
+                                              : kInt16 ? kernels.int16_rows
                                                        : k.mr2);
   const BalancedPartition tile_rows(m, blocks);
   const int64_t count = ceil_div(n, P) * d.segments;
@@ -237,13 +239,13 @@ void repack_b_item(const GemmDesc<float>& d, const GemmKernels<float>& k, const 
         for (int64_t g = 0; g < groups; ++g) scales[g * P + f] = scale[f * q.scale_stride_o + g];
       }
     } else {
-      quant_kernels().repack({8, false, scale, 4 * q.scale_stride_o, features, 0, 4 * groups},
-                             reinterpret_cast<uint32_t*>(scales));
+      kernels.repack({8, false, scale, 4 * q.scale_stride_o, features, 0, 4 * groups},
+                     reinterpret_cast<uint32_t*>(scales));
     }
     for (int64_t b = 0; b < k_blocks; ++b) {
       const int64_t k0 = b * block, k1 = std::min(K, k0 + block);
       // Bytes are multiplied with a bias, which 4-bit weights have in memory.
-      quant_kernels().repack({q.bits, four != kInt8, w, ldw, features, k0, k1 - k0}, words);
+      kernels.repack({q.bits, four != kInt8, w, ldw, features, k0, k1 - k0}, words);
       // Scales of 32 weights are a fifth of what is read. Each block prefetches its share of the
       // next panel's.
       const float* next_scale = scales_at(d.b, it.expert, feature(std::min(i + 1, count - 1)));

@@ -232,7 +232,10 @@ class QuantizedExperts(nn.Module):
             b_gate_up=None if self.b_gate_up is None else self.b_gate_up.to(x.dtype),
             b_down=None if self.b_down is None else self.b_down.to(x.dtype),
             apply_router_weight_on_input=on_input,
-            **_activation_of(self),
+            activation=self.activation,
+            interleaved=self.interleaved,
+            alpha=self.alpha,
+            limit=self.limit,
         )
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Experts:
