@@ -54,11 +54,8 @@ def tables(result: Mapping[str, Any]) -> Iterator[Table]:
         header = ["model", "T", "routing", "floor", "moe_ops", "of limit"]
         for name in names:
             header += [name, "x"]
-        yield (
-            TITLES[part] + (" in fp16" if dtype == "fp16" else ""),
-            header,
-            [_row(cell, names) for cell in cells],
-        )
+        title = TITLES[part] + (" in fp16" if dtype == "fp16" else "")
+        yield title, header, [_row(cell, names) for cell in cells]
 
 
 def _row(cell: Cell, names: Sequence[str]) -> list[str]:

@@ -159,16 +159,10 @@ def table(records: list[dict]) -> tuple[str, list[str], list[list[str]]]:
         for way in WAYS:
             if way in r["ways"]:
                 own = r["ways"][way]
-                step = (
-                    f"{own['step_us']:.4g}{'*' if 'eager' in own else ''}"
-                    if "step_us" in own
-                    else "–"
-                )
+                step = f"{own['step_us']:.4g}" if "step_us" in own else "–"
+                step += "*" if "eager" in own else ""
                 rows.append([str(r["batch"]), way, step, f"{own['tokens_per_s']:.4g}"])
             elif way in r["skipped"]:
                 rows.append([str(r["batch"]), way, "–", f"– ({r['skipped'][way]})"])
-    return (
-        "Decoding with a model of transformers",
-        ["batch", "experts", "step us", "tokens/s"],
-        rows,
-    )
+    header = ["batch", "experts", "step us", "tokens/s"]
+    return "Decoding with a model of transformers", header, rows

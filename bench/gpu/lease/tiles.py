@@ -147,12 +147,8 @@ def table(records: list[dict]) -> tuple[str, list[str], list[list[str]]]:
         us = r["us"]
         lost = us[CHOSEN] / min(us.values()) - 1 if CHOSEN in us else float("nan")
         rate = r["flops"] / min(us.values(), default=float("inf")) * 1e-6
-        row = [
-            r["product"],
-            r["model"],
-            str(r["T"]),
-            *(f"{us[n]:.4g}" if n in us else "–" for n in names),
-        ]
+        times = [f"{us[name]:.4g}" if name in us else "–" for name in names]
+        row = [r["product"], r["model"], str(r["T"]), *times]
         rows.append([*row, f"{rate:.0f}", f"{lost:.1%}"])
     header = ["product", "model", "T", *names, "TFLOP/s of the best", "lost by the choice"]
     return "Tiles, microseconds", header, rows
