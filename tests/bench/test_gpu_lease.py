@@ -304,6 +304,20 @@ def test_a_build_that_fails_tells_the_first_error(tmp_path, monkeypatch):
     assert outcome["text"].startswith("configure: nvcc: fatal error: no such file (")
 
 
+def test_a_package_of_another_source_or_setting_is_built_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "PACKAGE", tmp_path)
+    (tmp_path / "moe_ops").mkdir()
+    for name in ("_C.so", "libmoe_ops.so"):
+        (tmp_path / "moe_ops" / name).touch()
+    made = Sources(defines=("MOE_OPS_CUDART=shared",))
+    assert not build.is_built(made)
+    (tmp_path / "stamp").write_text(build._stamp_of(made))
+    assert build.is_built(made)
+    assert not build.is_built(Sources()) and not build.is_built(Sources(library=tmp_path / "l.so"))
+    monkeypatch.setattr(build, "fingerprint", lambda: "another")
+    assert not build.is_built(made)
+
+
 def test_a_package_that_does_not_load_is_refused(lease, monkeypatch):
     (lease.sources.package / "moe_ops" / "__init__.py").write_text("raise ImportError('no symbol')")
     outcome = build.build(lease.sources, 30.0)

@@ -45,10 +45,10 @@ def package_of(sources: Sources) -> Path:
 
 
 def is_built(sources: Sources) -> bool:
-    """Whether both libraries are there, made of the source as it is now."""
+    """Whether both libraries are there, made of the source as it is now and in the same way."""
     folder = package_of(sources) / "moe_ops"
     there = any(folder.glob("_C*.so")) and (folder / "libmoe_ops.so").exists()
-    return there and (sources.package is not None or _stamp() == fingerprint())
+    return there and (sources.package is not None or _stamp() == _stamp_of(sources))
 
 
 def fingerprint() -> str:
@@ -112,7 +112,7 @@ def _assemble(sources: Sources) -> None:
     shutil.copytree(ROOT / "python" / "moe_ops", PACKAGE / "moe_ops", ignore=ignore)
     for path in built:
         shutil.copy(path, PACKAGE / "moe_ops")
-    (PACKAGE / "stamp").write_text(fingerprint())
+    (PACKAGE / "stamp").write_text(_stamp_of(sources))
 
 
 def _refusal(package: Path, limit_s: float) -> str:
@@ -124,6 +124,12 @@ def _refusal(package: Path, limit_s: float) -> str:
     if status == 0:
         return ""
     return (log.read_text(errors="replace").strip().splitlines() or ["no answer"])[-1]
+
+
+def _stamp_of(sources: Sources) -> str:
+    """What a package is made of: one of another library or other settings is another one."""
+    library = "" if sources.library is None else str(sources.library.resolve())
+    return " ".join([fingerprint(), library, *sources.defines])
 
 
 def _stamp() -> str:
