@@ -256,6 +256,8 @@ def test_new_torch(version):
 
 def test_stub_describes_the_module():
     stub = (PACKAGE / "_C.pyi").read_text()
+    if moe_ops._C.build_info()["cuda"] == "off":
+        stub = stub[: stub.index("# In a build with CUDA kernels only.")]
     declared = set(re.findall(r"^def (\w+)", stub, re.MULTILINE))
     public = {n for n in dir(moe_ops._C) if not n.startswith("_")}
     assert declared == {n for n in public if callable(getattr(moe_ops._C, n))}
