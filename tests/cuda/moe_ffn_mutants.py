@@ -18,10 +18,12 @@ from sm90_mutants import (
     LOAD_B,
     PASS,
     SCHEDULES,
+    STORE,
     TRY_WAIT,
     Mutation,
     Simulator,
     added,
+    boxes_read,
     in_child,
     in_kernel,
     sub,
@@ -33,7 +35,7 @@ from tests.helpers.simulator import use_simulator
 
 import moe_ops
 
-BOX = r"(cp\.async\.bulk\.tensor\.3d[^;]*?\{%r\d+, )(%r\d+)(, %r\d+\}[^;]*;)"
+BOX = r"(cp\.async\.bulk\.tensor\.3d\.shared[^;]*?\{%r\d+, )(%r\d+)(, %r\d+\}[^;]*;)"
 COPY = r"cp\.async\.cg\.shared\.global[^;]*;"
 ARRIVE = r"cp\.async\.mbarrier\.arrive\.noinc(\.shared::cta\.b64) (\[%r\d+\]);"
 MULTICAST = r"(cp\.async\.bulk\.tensor\.3d[^;]*?)\.multicast::cluster([^;]*?), %rs\d+(, %rd\d+;)"
@@ -75,7 +77,13 @@ MUTANTS: dict[str, tuple[str, str, Mutation]] = {
     ),
     "up: full wait dropped": ("up", "high", wait_before(r"wgmma\.fence")),
     "up: expected bytes 32 short": ("up", "high", sub(EXPECT, added(r"\2", -32) + r"\1q; }")),
-    "up: pairs of a quad do not exchange": ("up", "high", no_exchange(2)),
+    "up: box of h filled while it is read": ("up", "high", sub(boxes_read(1), "")),
+    "up: h of the next expert's rows stored": (
+        "up",
+        "low",
+        sub(STORE, added(r"\4", -1) + r"\1\2\3q\5\6\7 }"),
+    ),
+    "up, interleaved: lanes do not exchange columns of h": ("up_joint", "high", no_exchange(1)),
     "up: half of w_gate_up 8 rows further": (
         "up",
         "low",
@@ -127,7 +135,8 @@ def name_parts(kernel: str, tile: str) -> tuple[str, ...]:
     if kernel == "few":
         return ("sm90_few_rows_kernel", "Li32E")  # up to 32 tokens
     tiles = f"FfnTileE{('low', 'high', 'pair').index(tile)}E"
-    return (tiles, "GateUpE0E") if kernel == "up" else (tiles,)
+    layouts = {"up": ("GateUpE0E",), "up_joint": ("GateUpE1E",)}
+    return (tiles, *layouts.get(kernel, ()))
 
 
 class Case:
@@ -139,6 +148,7 @@ class Case:
         # Sums longer than the ring; with two SMs at least three tiles a block.
         routing = Routing(9 if kernel == "few" else 120, 3, 2, "dropped")
         self.call = ffn_operands(routing, 520, 136, torch.bfloat16, bias=True)
+        self.call["interleaved"] = kernel == "up_joint"
         self.grad = torch.randn_like(self.call["x"])
         self.arguments: tuple[object, ...] = ()
 

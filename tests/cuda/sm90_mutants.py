@@ -78,7 +78,14 @@ def added(register: str, amount: int) -> str:
 EXPECT = r"(mbarrier\.arrive\.expect_tx\.shared::cta\.b64 _, \[%r\d+\], )(%r\d+);"
 INIT = r"(mbarrier\.init\.shared::cta\.b64 \[%r\d+\], )(%r\d+);"
 LOAD_A = r"(cp\.async\.bulk\.tensor\.2d[^;]*?\{)(%r\d+)(, %r\d+\}[^;]*;)"
-LOAD_B = r"(cp\.async\.bulk\.tensor\.3d[^;]*?\{%r\d+, %r\d+, )(%r\d+)(\}[^;]*;)"
+LOAD_B = r"(cp\.async\.bulk\.tensor\.3d\.shared[^;]*?\{%r\d+, %r\d+, )(%r\d+)(\}[^;]*;)"
+STORE = r"(cp\.async\.bulk\.tensor\.3d\.global[^;]*?\{)(%r\d+)(, )(%r\d+)(, )(%r\d+)(\}[^;]*;)"
+FENCE = r"fence\.proxy\.async\.shared::cta;"
+
+
+def boxes_read(count: int) -> str:
+    """PTX pattern: the wait until no more than so many boxes are still to be read."""
+    return rf"cp\.async\.bulk\.wait_group\.read {count};"
 
 # name: (product, tile, mutation). The order of barrier waits in a ping-pong kernel is turn, full,
 # empty; in a cooperative one full, empty.
@@ -127,6 +134,26 @@ MUTANTS: dict[str, tuple[str, str, Mutation]] = {
             r"(cp\.async\.bulk\.tensor\.3d[^;]*?)\.multicast::cluster([^;]*?), %rs\d+(, %rd\d+;)",
             r"\1\2\3",
         ),
+    ),
+    "box read before its writes are in order": ("nt", "128x256", sub(FENCE, "")),
+    "box filled while it is read": ("nt", "128x256", sub(boxes_read(1), "")),
+    "boxes of the last tile filled while they are read": ("nt", "128x256", sub(boxes_read(0), "")),
+    "block ends before its boxes are read": ("nt", "128x256", sub(boxes_read(0), "", -1)),
+    "rows of the next expert stored": (
+        "nt",
+        "128x256",
+        sub(STORE, added(r"\4", -1) + r"\1\2\3q\5\6\7 }"),
+    ),
+    "box 8 columns further": ("nn", "128x256", sub(STORE, added(r"\2", 8) + r"\1q\3\4\5\6\7 }")),
+    "stmatrix: rows not swizzled": (
+        "nt",
+        "128x256",
+        sub(r"xor\.b32 (%r\d+), (%r\d+), 32;", r"mov.b32 \1, \2;"),
+    ),
+    "wgrad: box of the row before": (
+        "tn",
+        "128x256",
+        sub(STORE, added(r"\6", -1) + r"\1\2\3\4\5q\7 }"),
     ),
     "wgrad: rows of the next expert kept": (
         "tn",

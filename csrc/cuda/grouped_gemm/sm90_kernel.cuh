@@ -46,6 +46,8 @@ __global__ void __launch_bounds__(Traits<Config>::kThreads, 1)
   using T = Traits<Config>;
   extern __shared__ __align__(1024) unsigned char shared_bytes[];
   auto& smem = *reinterpret_cast<typename T::SharedStorage*>(shared_bytes);
+  // Registers of each consumer for the producer: where it gathers, and they store through boxes.
+  constexpr int kMoved = T::kGather && Config::kStoreBoxes ? 8 : 0;
 
   const int group = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / kWarpgroup, 0);
   const int cluster_rank = T::kCluster == 1 ? 0 : static_cast<int>(cute::block_rank_in_cluster());
@@ -63,7 +65,8 @@ __global__ void __launch_bounds__(Traits<Config>::kThreads, 1)
   }
 
   if (group == 0) {
-    if constexpr (T::kConsumers > 1) cutlass::arch::warpgroup_reg_dealloc<kProducerRegisters>();
+    if constexpr (T::kConsumers > 1)
+      cutlass::arch::warpgroup_reg_dealloc<kProducerRegisters + 2 * kMoved>();
     if constexpr (T::kGather && Config::kRaggedK) {
       produce_gather_lines<Config>(p, smem, first, step, cluster_rank);
     } else if constexpr (T::kGather) {
@@ -74,7 +77,8 @@ __global__ void __launch_bounds__(Traits<Config>::kThreads, 1)
     return;
   }
 
-  if constexpr (T::kConsumers > 1) cutlass::arch::warpgroup_reg_alloc<kConsumerRegisters>();
+  if constexpr (T::kConsumers > 1)
+    cutlass::arch::warpgroup_reg_alloc<kConsumerRegisters - kMoved>();
   const int player = group - 1;
   const int thread = static_cast<int>(threadIdx.x) - kWarpgroup * (T::kPingpong ? group : 1);
   PipelineState<Config> read;
@@ -99,14 +103,17 @@ __global__ void __launch_bounds__(Traits<Config>::kThreads, 1)
     auto pass_turn = [&] {
       if (T::kPingpong && threadIdx.x % kWarp == 0) smem.turn[1 - player].arrive();
     };
+    if (index == first) begin_later<Config>(smem, tile, player);
     if (tile.k_tiles > 0) {
       multiply<Config>(smem, tile, read, acc, thread, T::kPingpong ? player : 0, pass_turn);
     } else {
       cute::clear(acc);
       pass_turn();
     }
-    Epilogue::template store<Config>(p.epilogue, p.problem, tile, acc, thread);
+    Epilogue::template store<Config>(p.epilogue, p.problem, tile, acc, thread,
+                                     warp_boxes<Config>(smem));
   }
+  if constexpr (Config::kStoreBoxes) StoreBoxes::finish();
 }
 
 // ---- Host ----
