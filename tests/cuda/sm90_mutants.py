@@ -137,7 +137,11 @@ MUTANTS: dict[str, tuple[str, str, Mutation]] = {
     ),
     "box read before its writes are in order": ("nt", "128x256", sub(FENCE, "")),
     "box filled while it is read": ("nt", "128x256", sub(boxes_read(1), "")),
-    "boxes of the last tile filled while they are read": ("nt", "128x256", sub(boxes_read(0), "")),
+    "boxes of the last tile filled while they are read": (
+        "nt",
+        "128x256",
+        sub(boxes_read(0), "", 0),
+    ),
     "block ends before its boxes are read": ("nt", "128x256", sub(boxes_read(0), "", -1)),
     "rows of the next expert stored": (
         "nt",

@@ -154,7 +154,7 @@ def test_preactivation(simulator, monkeypatch, tile, layout):
     """Training also stores the pre-activation, in boxes: of halves each half, rows of no expert as
     zeros."""
     monkeypatch.setenv("MOE_OPS_FFN_TILE", tile)
-    case = Case(layout, 136, 264)
+    case = Case(layout, 136, 264, apply_router_weight_on_input=False)
     counted = simulator.counted(lambda: saved_for_backward(case), *COUNTERS)
     groups = (*case.counts, case.num_slots - case.rows)
     preact = [case.I, case.I] if layout == "halves" else [case.P]

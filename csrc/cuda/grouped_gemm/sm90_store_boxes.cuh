@@ -22,8 +22,6 @@ enum class Halves { kPairs, kApart };
 
 class StoreBoxes {
  public:
-  static constexpr int kWarpBytes = 2 * kStoreBoxBytes;
-
   // `boxes`: the warp's own, at a multiple of 1024 bytes. Stores rows `row` to `row` + 15 of the
   // tensor, as far as they are below `end`.
   __device__ StoreBoxes(unsigned char* boxes, int row, int end)

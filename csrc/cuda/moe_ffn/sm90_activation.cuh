@@ -136,8 +136,8 @@ struct ActivateRows {
         up[c] = acc(make_coord(1, i, j + c), m, 0);
       }
     }
-    const float2 h = fused_forward_pair<family>(act, gate, up);
-    return pack<typename Config::Element>(h.x, h.y);
+    return pack<typename Config::Element>(fused_forward<family, true>(act, gate[0], up[0]),
+                                          fused_forward<family, true>(act, gate[1], up[1]));
   }
 };
 
