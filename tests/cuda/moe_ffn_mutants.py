@@ -77,7 +77,7 @@ MUTANTS: dict[str, tuple[str, str, Mutation]] = {
     ),
     "up: full wait dropped": ("up", "high", wait_before(r"wgmma\.fence")),
     "up: expected bytes 32 short": ("up", "high", sub(EXPECT, added(r"\2", -32) + r"\1q; }")),
-    "up: box of h filled while it is read": ("up", "high", sub(boxes_read(1), "")),
+    "up: boxes of h not awaited": ("up", "high", sub(boxes_read(0), "")),
     "up: h of the next expert's rows stored": (
         "up",
         "low",

@@ -87,6 +87,7 @@ def boxes_read(count: int) -> str:
     """PTX pattern: the wait until no more than so many boxes are still to be read."""
     return rf"cp\.async\.bulk\.wait_group\.read {count};"
 
+
 # name: (product, tile, mutation). The order of barrier waits in a ping-pong kernel is turn, full,
 # empty; in a cooperative one full, empty.
 MUTANTS: dict[str, tuple[str, str, Mutation]] = {
