@@ -36,22 +36,11 @@ bool usable(const Params& p, const DeviceRows& rows) {
   const DType type = p.w.type;
   return device_info().capability == 90 && forced_tile() != "composed" &&
          (type == DType::kBFloat16 || type == DType::kFloat16) && rows.type == type &&
-         aligned(rows.data) && rows.stride % 8 == 0 && p.w.quant.bits == 0 && p.w.stride_k == 1 &&
-         p.hidden_size >= 8 && p.intermediate_size >= 8 && p.hidden_size % 8 == 0 &&
-         p.intermediate_size % 8 == 0 && p.num_experts >= 1 && p.num_rows >= 1 && rows.limit >= 1 &&
-         p.num_experts <= kMost && p.num_rows <= kMost && rows.limit <= kMost &&
-         p.hidden_size <= kMost && 2 * p.intermediate_size <= kMost &&
-         tensor_map_possible(sm90::ffn_weights(p));
-}
-
-// Weights [E, rows, cols] every second row of which, from row `first` on, is read.
-TensorMapDesc every_second(const ExpertMatrices& w, int64_t num_experts, int64_t rows, int64_t cols,
-                           int64_t first) {
-  ExpertMatrices half = w;
-  half.data = static_cast<const char*>(w.data) + first * w.stride_o * dtype_size(w.type);
-  half.stride_o = 2 * w.stride_o;
-  half.stride_e = num_experts > 1 ? w.stride_e : rows * w.stride_o;
-  return sm90::ffn_matrices(half, num_experts, rows / 2, cols);
+         aligned(rows.data) && rows.stride % 8 == 0 && p.w.quant.bits == 0 && p.hidden_size >= 8 &&
+         p.intermediate_size >= 8 && p.hidden_size % 8 == 0 && p.intermediate_size % 8 == 0 &&
+         p.num_experts >= 1 && p.num_rows >= 1 && rows.limit >= 1 && p.num_experts <= kMost &&
+         p.num_rows <= kMost && rows.limit <= kMost && p.hidden_size <= kMost &&
+         2 * p.intermediate_size <= kMost && tensor_map_possible(sm90::ffn_weights(p));
 }
 
 template <DType type>
@@ -123,20 +112,14 @@ sm90::FewProduct sm90::few_product(const FfnUpParams& p) {
   f.scale = p.x_scale;
   f.bias = p.bias;
   f.out = p.h;
-  if (!f.gated) {
-    f.block[0] = f.block[1] = ffn_weights(p);
-  } else if (p.act.interleaved) {
-    for (int i = 0; i < 2; ++i)
-      f.block[i] = every_second(p.w, p.num_experts, 2 * p.intermediate_size, p.hidden_size, i);
-  } else {
-    // Halves of the rows, so that a tile past the last column reads zeros and not the other half.
-    ExpertMatrices half = p.w;
-    if (p.num_experts == 1) half.stride_e = 2 * p.intermediate_size * p.w.stride_o;
-    for (int i = 0; i < 2; ++i) {
-      f.block[i] = ffn_matrices(half, p.num_experts, p.intermediate_size, p.hidden_size);
-      half.data = static_cast<const char*>(half.data) +
-                  p.intermediate_size * p.w.stride_o * dtype_size(p.w.type);
-    }
+  f.along_k = dense_along_k(p.w);
+  f.block[0] = f.block[1] = ffn_weights(p);
+  if (f.gated && !p.act.interleaved) {
+    // Halves of the features, so that a tile past the last one reads zeros and not the other half.
+    f.block[0].size[f.along_k ? 1 : 0] = p.intermediate_size;
+    f.block[1] = f.block[0];
+    f.block[1].data = static_cast<const char*>(p.w.data) +
+                      p.intermediate_size * p.w.stride_o * dtype_size(p.w.type);
   }
   return f;
 }
@@ -151,7 +134,8 @@ sm90::FewProduct sm90::few_product(const FfnDownParams& p) {
   f.rows = p.h;
   f.bias = p.bias;
   f.out = p.out;
-  f.block[0] = f.block[1] = ffn_matrices(p.w, p.num_experts, p.hidden_size, p.intermediate_size);
+  f.along_k = dense_along_k(p.w);
+  f.block[0] = f.block[1] = ffn_weights(p);
   return f;
 }
 

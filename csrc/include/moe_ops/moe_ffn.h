@@ -54,6 +54,8 @@ struct MoeFfnBwdParams {
   void* grad_w_down;     // [E, H, I] of type grad_w_down_type
   DType grad_w_gate_up_type, grad_w_down_type;
   bool accumulate_w_gate_up, accumulate_w_down;  // add to what is there
+  // CUDA: the gradient is [E, H, P], that of w_down [E, I, H].
+  bool transpose_grad_w_gate_up = false, transpose_grad_w_down = false;
   void* grad_b_gate_up;                          // [E, P]
   void* grad_b_down;                             // [E, H]
   void* grad_topk_weights;                       // [T, K] in the accumulate type

@@ -96,8 +96,16 @@ FfnGradients run_bwd(const Op& op, const Tensor& grad_y, const Tensor& x, const 
   p.b_down = down_bias.vectors;
   p.preact = pre.const_data_ptr();
   Tensor grad_x = wanted(need_x, {s.T, s.H}, type, p.grad_x);
-  Tensor grad_w_gate_up = wanted(need_w_gate_up, {s.E, s.width, s.H}, type, p.grad_w_gate_up);
-  Tensor grad_w_down = wanted(need_w_down, {s.E, s.H, s.I}, type, p.grad_w_down);
+  // Gradients of weights lie as the weights do: autograd would copy others.
+  const auto wanted_like = [&](bool need, const Tensor& w, void*& out, bool& transpose) {
+    transpose = need && is_transposed(w);
+    if (!transpose) return wanted(need, {w.size(0), w.size(1), w.size(2)}, type, out);
+    const Tensor grad = wanted(true, {w.size(0), w.size(2), w.size(1)}, type, out);
+    return torch::stable::transpose(grad, 1, 2);
+  };
+  Tensor grad_w_gate_up =
+      wanted_like(need_w_gate_up, w_gate_up, p.grad_w_gate_up, p.transpose_grad_w_gate_up);
+  Tensor grad_w_down = wanted_like(need_w_down, w_down, p.grad_w_down, p.transpose_grad_w_down);
   Tensor grad_topk_weights = wanted(need_topk_weights, {s.T, s.K}, acc, p.grad_topk_weights);
   Tensor grad_b_gate_up = wanted(need_b_gate_up, {s.E, s.width}, type, p.grad_b_gate_up);
   Tensor grad_b_down = wanted(need_b_down, {s.E, s.H}, type, p.grad_b_down);
@@ -106,11 +114,13 @@ FfnGradients run_bwd(const Op& op, const Tensor& grad_y, const Tensor& x, const 
   p.accumulate_w_down = main_w_down.has_value();
   if (main_w_gate_up.has_value()) {
     p.grad_w_gate_up_type =
-        check_main_grad(op, "main_grad of w_gate_up", *main_w_gate_up, x, w_gate_up);
+        check_main_grad(op, "main_grad of w_gate_up", *main_w_gate_up, x, w_gate_up, true);
+    p.transpose_grad_w_gate_up = is_transposed(*main_w_gate_up);
     p.grad_w_gate_up = main_w_gate_up->mutable_data_ptr();
   }
   if (main_w_down.has_value()) {
-    p.grad_w_down_type = check_main_grad(op, "main_grad of w_down", *main_w_down, x, w_down);
+    p.grad_w_down_type = check_main_grad(op, "main_grad of w_down", *main_w_down, x, w_down, true);
+    p.transpose_grad_w_down = is_transposed(*main_w_down);
     p.grad_w_down = main_w_down->mutable_data_ptr();
   }
   Tensor workspace = device_empty(x, {cuda::moe_ffn_bwd_workspace(p)}, ScalarType::Byte);

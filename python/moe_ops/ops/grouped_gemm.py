@@ -20,6 +20,7 @@ from moe_ops.ops._checks import (
     check_offsets,
     check_same_device,
     check_size,
+    is_stored_transposed,
 )
 from moe_ops.ops._library import register_fake
 
@@ -136,7 +137,10 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     if need_a:
         grad_a = ops.grouped_gemm(grad, b.transpose(1, 2), expert_offsets)
     if need_b:
-        grad_b = ops.grouped_gemm_wgrad(grad, a, expert_offsets)
+        if is_stored_transposed(b):
+            grad_b = ops.grouped_gemm_wgrad(a, grad, expert_offsets).mT
+        else:
+            grad_b = ops.grouped_gemm_wgrad(grad, a, expert_offsets)
     if need_bias:
         grad_bias = ops.grouped_sum(grad, expert_offsets)
     return grad_a, grad_b, None, grad_bias
