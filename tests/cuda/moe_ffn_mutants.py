@@ -27,13 +27,18 @@ from sm90_mutants import (
     sub,
     wait_before,
 )
-from tests.helpers.ffn import ffn_operands
+from tests.helpers.ffn import ffn_operands, stored
 from tests.helpers.routing import Routing
 from tests.helpers.simulator import use_simulator
 
 import moe_ops
 
 BOX = r"(cp\.async\.bulk\.tensor\.3d[^;]*?\{%r\d+, )(%r\d+)(, %r\d+\}[^;]*;)"
+DENSE_SIDE = r"(cp\.async\.bulk\.tensor\.3d[^;]*?\{)(%r\d+)(, %r\d+, %r\d+\}[^;]*;)"
+# The last two say how A and B lie: a kernel has one loop for each way that its weights may lie.
+ALONG_K = r"(wgmma\.mma_async[^;]*?, 1, 1), 0, 0;"
+A_ALONG_M = r"(wgmma\.mma_async[^;]*?, 1, 1), 1, 0;"
+B_ALONG_N = r"(wgmma\.mma_async[^;]*?, 1, 1), 0, 1;"
 COPY = r"cp\.async\.cg\.shared\.global[^;]*;"
 ARRIVE = r"cp\.async\.mbarrier\.arrive\.noinc(\.shared::cta\.b64) (\[%r\d+\]);"
 MULTICAST = r"(cp\.async\.bulk\.tensor\.3d[^;]*?)\.multicast::cluster([^;]*?), %rs\d+(, %rd\d+;)"
@@ -41,11 +46,17 @@ MULTICAST = r"(cp\.async\.bulk\.tensor\.3d[^;]*?)\.multicast::cluster([^;]*?), %
 SWIZZLE = r"xor\.b32\s+(%r\d+), (?!\1)(%r\d+), (%r\d+);"
 
 
-def no_exchange(distance: int, value: str = r"\2", followed_by: str = "") -> Mutation:
-    """Lanes so far apart do not exchange: each keeps its own value, or gets another one."""
+def no_exchange(
+    distance: int | tuple[int, int], value: str = r"\2", followed_by: str = ""
+) -> Mutation:
+    """Lanes so far apart (the kernel may choose between two distances) do not exchange: each keeps
+    its own value, or gets another one."""
 
     def mutate(ptx: str) -> str:
-        lanes = set(re.findall(rf"mov\.u32\s+(%r\d+), {distance};", ptx))
+        made = rf"mov\.u32\s+(%r\d+), {distance};"
+        if isinstance(distance, tuple):
+            made = rf"selp\.b32\s+(%r\d+), {distance[0]}, {distance[1]}, %p\d+;"
+        lanes = set(re.findall(made, ptx))
         shuffle = r"shfl\.sync\.bfly\.b32\s+(%r\d+)\|%p\d+, (%r\d+), (%r\d+), %r\d+, %r\d+;"
         found = [m for m in re.finditer(shuffle + followed_by, ptx) if m[3] in lanes]
         if not found:
@@ -59,7 +70,8 @@ def no_exchange(distance: int, value: str = r"\2", followed_by: str = "") -> Mut
 
 
 # name: (kernel, tile, mutation). Waits of a ping-pong kernel are turn, full, empty in the order of
-# the text; of the others full, empty.
+# the text; of the others full, empty. "stored" kernels are the same with weights as gpt-oss and
+# Llama 4 store them, which take the other loop.
 MUTANTS: dict[str, tuple[str, str, Mutation]] = {
     "up: gathered rows announced before they are there": (
         "up",
@@ -73,7 +85,7 @@ MUTANTS: dict[str, tuple[str, str, Mutation]] = {
         # The last eight divisions are those of a thread's rows.
         sub(r"div\.s32\s+(%r\d+), (%r\d+), (%r\d+);", r"mov.b32 \1, \2;", -8),
     ),
-    "up: full wait dropped": ("up", "high", wait_before(r"wgmma\.fence")),
+    "up: full wait dropped": ("up", "high", wait_before(ALONG_K)),
     "up: expected bytes 32 short": ("up", "high", sub(EXPECT, added(r"\2", -32) + r"\1q; }")),
     "up: pairs of a quad do not exchange": ("up", "high", no_exchange(2)),
     "up: half of w_gate_up 8 rows further": (
@@ -106,7 +118,33 @@ MUTANTS: dict[str, tuple[str, str, Mutation]] = {
         no_exchange(2, "0", r"\s+mov\.b32\s+%f\d+, %r\d+;\s+add\.f32"),
     ),
     "down_bwd: neighbours of a quad do not exchange": ("down_bwd", "high", no_exchange(1)),
-    "few: lanes do not exchange": ("few", "", no_exchange(4)),
+    "up, stored: multiplied as if along K": ("up stored", "high", sub(B_ALONG_N, r"\1, 0, 0;")),
+    "up, stored: full wait dropped": ("up stored", "low", wait_before(B_ALONG_N)),
+    "up, stored: a box of w_gate_up 8 features further": (
+        "up stored",
+        "high",
+        sub(DENSE_SIDE, added(r"\2", 8) + r"\1q\3 }", -1),
+    ),
+    "up, stored: half of w_gate_up not multicast": (
+        "up stored",
+        "pair",
+        sub(MULTICAST, r"\1\2\3"),
+    ),
+    "down_bwd, stored: multiplied as if along N": (
+        "down_bwd stored",
+        "high",
+        sub(ALONG_K, r"\1, 0, 1;"),
+    ),
+    "down_bwd, stored: full wait dropped": ("down_bwd stored", "high", wait_before(ALONG_K)),
+    "few: lanes do not exchange": ("few", "", no_exchange((4, 8))),
+    "few, stored: multiplied as if along k": ("few stored", "", sub(A_ALONG_M, r"\1, 0, 0;")),
+    "few, stored: second block of weights 8 features further": (
+        "few stored",
+        "",
+        sub(DENSE_SIDE, added(r"\2", 8) + r"\1q\3 }", 1),
+    ),
+    "few, stored: gate and up do not meet": ("few stored", "", no_exchange(4)),
+    "few, stored: neighbours do not exchange": ("few stored", "", no_exchange((4, 8))),
     "few: second block of weights 8 rows further": (
         "few",
         "",
@@ -124,10 +162,10 @@ MUTANTS: dict[str, tuple[str, str, Mutation]] = {
 def name_parts(kernel: str, tile: str) -> tuple[str, ...]:
     """Of the kernel's name: its template arguments, as csrc/cuda/moe_ffn numbers them. A module
     holds all kernels of a stage."""
-    if kernel == "few":
+    if kernel.startswith("few"):
         return ("sm90_few_rows_kernel", "Li32E")  # up to 32 tokens
     tiles = f"FfnTileE{('low', 'high', 'pair').index(tile)}E"
-    return (tiles, "GateUpE0E") if kernel == "up" else (tiles,)
+    return (tiles, "GateUpE0E") if kernel.startswith("up") else (tiles,)
 
 
 class Case:
@@ -137,15 +175,22 @@ class Case:
         torch.manual_seed(5)
         self.kernel = kernel
         # Sums longer than the ring; with two SMs at least three tiles a block.
-        routing = Routing(9 if kernel == "few" else 120, 3, 2, "dropped")
-        self.call = ffn_operands(routing, 520, 136, torch.bfloat16, bias=True)
+        few = kernel.startswith("few")
+        routing = Routing(9 if few else 120, 3, 2, "dropped")
+        activation = "swiglu_oai" if kernel == "few stored" else "swiglu"
+        self.call = ffn_operands(
+            routing, 520, 136, torch.bfloat16, activation=activation, bias=True
+        )
+        self.call["interleaved"] = kernel == "few stored"
+        if kernel.endswith("stored"):
+            self.call = stored(self.call)
         self.grad = torch.randn_like(self.call["x"])
         self.arguments: tuple[object, ...] = ()
 
     def prepare(self) -> None:
         call = self.call
         experts = call["w_down"].shape[0]
-        if self.kernel != "down_bwd":
+        if not self.kernel.startswith("down_bwd"):
             moe_ops.sort_slots(call["topk_ids"], experts)
             return
         names = ("x", "w_gate_up", "w_down", "topk_weights")
@@ -159,7 +204,7 @@ class Case:
 
     def run(self) -> torch.Tensor:
         """Everything that comes out, as bytes."""
-        if self.kernel == "down_bwd":
+        if self.kernel.startswith("down_bwd"):
             out = torch.ops.moe_ops.moe_ffn_bwd(self.grad, *self.arguments)
         else:
             out = (moe_ops.moe_ffn(**self.call),)
@@ -196,7 +241,7 @@ def main(only: list[str]) -> None:
                 continue
             os.environ["MOE_OPS_FFN_TILE"] = tile
             if (kernel, tile) not in kernels:
-                prefix = f"{folder}/{kernel}_{tile}"
+                prefix = f"{folder}/{kernel}_{tile}".replace(" ", "_")
                 case = Case(kernel)
 
                 def dump(case=case, prefix=prefix) -> str:
