@@ -71,7 +71,8 @@ def no_exchange(
 
 # name: (kernel, tile, mutation). Waits of a ping-pong kernel are turn, full, empty in the order of
 # the text; of the others full, empty. "stored" kernels are the same with weights as gpt-oss and
-# Llama 4 store them, which take the other loop.
+# Llama 4 store them, along their features: the loop and the boxes of an up kernel for these come
+# first.
 MUTANTS: dict[str, tuple[str, str, Mutation]] = {
     "up: gathered rows announced before they are there": (
         "up",
@@ -91,7 +92,7 @@ MUTANTS: dict[str, tuple[str, str, Mutation]] = {
     "up: half of w_gate_up 8 rows further": (
         "up",
         "low",
-        sub(BOX, added(r"\2", 8) + r"\1q\3 }", 1),
+        sub(BOX, added(r"\2", 8) + r"\1q\3 }", -1),
     ),
     "up: turn wait dropped": ("up", "low", sub(TRY_WAIT, PASS, 0)),
     "up: products not awaited at the end": (
@@ -103,7 +104,7 @@ MUTANTS: dict[str, tuple[str, str, Mutation]] = {
     "up: remote release dropped": (
         "up",
         "pair",
-        sub(r"mbarrier\.arrive\.shared::cluster\.b64\s+_, \[remAddr32\];", "", 0),
+        sub(r"mbarrier\.arrive\.shared::cluster\.b64\s+_, \[remAddr32\];", "", -2),
     ),
     "down_bwd: an eighth of grad_y not copied": ("down_bwd", "high", sub(COPY, "", 0)),
     "down_bwd: turn wait dropped": ("down_bwd", "high", sub(TRY_WAIT, PASS, 0)),
@@ -123,7 +124,7 @@ MUTANTS: dict[str, tuple[str, str, Mutation]] = {
     "up, stored: a box of w_gate_up 8 features further": (
         "up stored",
         "high",
-        sub(DENSE_SIDE, added(r"\2", 8) + r"\1q\3 }", -1),
+        sub(DENSE_SIDE, added(r"\2", 8) + r"\1q\3 }", 1),
     ),
     "up, stored: half of w_gate_up not multicast": (
         "up stored",
