@@ -13,6 +13,7 @@ from tests.helpers.routing import Routing
 from tests.hf.models import BLOCK_NAMES, build
 
 import moe_ops
+import moe_ops.hf
 
 
 @pytest.fixture

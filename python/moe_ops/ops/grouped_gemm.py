@@ -127,6 +127,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     a, b, expert_offsets, _ = inputs
     need_a, need_b, _, _ = needs_input_grad(ctx, 4)
     ctx.save_for_backward(a if need_b else None, b if need_a else None, expert_offsets)
+    ctx.is_b_transposed = is_stored_transposed(b)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -137,7 +138,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     if need_a:
         grad_a = ops.grouped_gemm(grad, b.transpose(1, 2), expert_offsets)
     if need_b:
-        if is_stored_transposed(b):
+        if ctx.is_b_transposed:
             grad_b = ops.grouped_gemm_wgrad(a, grad, expert_offsets).mT
         else:
             grad_b = ops.grouped_gemm_wgrad(grad, a, expert_offsets)
