@@ -5,10 +5,8 @@
 // To make a kernel: a config (sm90_config.cuh), an epilogue (sm90_epilogue.cuh), two tensor maps
 // (tensor_map.h; operand_map_a/b below choose the boxes), launch<Config, Epilogue>(). Contract of
 // the parts:
-// - B is one tensor [E, N, K] (kMajorB = kK: dense along K; kMN: along N; kEither: as b_along_n
-//   says). A is [rows, K], by TMA
-// or
-//   gathered; with kRaggedK A is [rows, M] and B is [rows, N].
+// - B is one tensor [E, N, K] (kMajorB = kK: dense along K; kMN: along N; kEither: b_along_n says
+//   which). A is [rows, K], by TMA or gathered; with kRaggedK A is [rows, M] and B is [rows, N].
 // - TMA reads rows past the end of a group: they belong to another expert and stay in rows of the
 //   tile that are not stored. With kRaggedK they would enter the sum and are cleared.
 // - The rows past the last expert are tiles of expert E with k_tiles = 0: acc is zero.

@@ -104,8 +104,8 @@ __device__ inline void load_b(const CUtensorMap* map, uint64_t* full,
 #pragma unroll
     for (int i = 0; i < kBoxes; ++i) {
       const int box = cluster_rank * kBoxes + i;
-      const int col = Config::kSplitB ? box / kHalf * split_offset + box % kHalf * T::kSpan
-                                      : box * T::kSpan;
+      const int col =
+          Config::kSplitB ? box / kHalf * split_offset + box % kHalf * T::kSpan : box * T::kSpan;
       copy(box * T::kK, tile.col0 + col, k);
     }
   }

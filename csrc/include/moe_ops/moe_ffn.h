@@ -56,10 +56,10 @@ struct MoeFfnBwdParams {
   bool accumulate_w_gate_up, accumulate_w_down;  // add to what is there
   // CUDA: the gradient is [E, H, P], that of w_down [E, I, H].
   bool transpose_grad_w_gate_up = false, transpose_grad_w_down = false;
-  void* grad_b_gate_up;                          // [E, P]
-  void* grad_b_down;                             // [E, H]
-  void* grad_topk_weights;                       // [T, K] in the accumulate type
-  void* workspace = nullptr;                     // CUDA: moe_ffn_bwd_workspace bytes, as above
+  void* grad_b_gate_up;       // [E, P]
+  void* grad_b_down;          // [E, H]
+  void* grad_topk_weights;    // [T, K] in the accumulate type
+  void* workspace = nullptr;  // CUDA: moe_ffn_bwd_workspace bytes, as above
 };
 
 namespace cpu {
