@@ -23,7 +23,7 @@ LAYOUTS = {
     "plain": ("relu2", False),
 }
 # Weights as models store them: views of tensors that are dense along the output features.
-STORED = {"both": ("w_gate_up", "w_down"), "down": ("w_down",), "up": ("w_gate_up",)}
+STORED = {"both": ("w_gate_up", "w_down"), "down": ("w_down",)}
 HALF = (torch.bfloat16, torch.float16)
 ROUTINGS = (
     Routing(300, 3, 2, "skewed"),
@@ -81,7 +81,6 @@ def test_sizes(simulator, force, tile, hidden_size, intermediate_size, layout, d
         ("both", 64, 128, torch.float16),
         ("both", 520, 200, torch.bfloat16),
         ("down", 8, 8, torch.bfloat16),
-        ("up", 72, 136, torch.bfloat16),
     ],
 )
 @layouts

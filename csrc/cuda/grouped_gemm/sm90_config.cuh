@@ -91,6 +91,7 @@ struct Traits {
   static_assert(!kGatherA || (Config::kMajorA == Major::kMN) == Config::kRaggedK,
                 "gathered rows are dense along K, or along M if they are what is summed");
   static_assert(!kGatherB || (Config::kRaggedK && kCluster == 1));
+  static_assert(!Config::kSplitB || kN % (2 * kSpan) == 0, "halves of B are whole boxes");
   static_assert(Config::kMajorA != Major::kEither);
 
   // The element of shared memory that holds (row, k) of a stage: lines of 128 bytes along the
