@@ -39,9 +39,11 @@ SHARED = {
 }
 # Schemas that live in another op's files.
 FAMILY = {
+    "grouped_gemm_fp8_wgrad": "grouped_gemm_fp8",
     "grouped_gemm_wgrad": "grouped_gemm",
     "grouped_sum": "grouped_gemm",
     "pack_experts": "moe_ffn_packed",
+    "quantize_fp8_columns": "quantize_fp8",
 }
 # Public names that are no ops.
 TOOLS = {

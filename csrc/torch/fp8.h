@@ -48,10 +48,13 @@ inline void check_fp8_weights(const Op& op, const char* name, const char* scale_
   check_size(op, scale_name, scale, 2, fp8_blocks(w.size(2)), "the blocks of 128 inputs");
 }
 
-// A copy where weights are not dense along k.
-inline Fp8Weights fp8_weights(const Tensor& w, const Tensor& scale) {
-  Fp8Weights out{with_dense_rows(w), with_dense_rows(scale), {}};
+// A copy where weights are not dense along k; with `turned`, those dense along features are not
+// copied either.
+inline Fp8Weights fp8_weights(const Tensor& w, const Tensor& scale, bool turned = false) {
+  const bool in_place = turned && w.size(1) > 1 && w.size(2) > 1 && w.stride(1) == 1;
+  Fp8Weights out{in_place ? aligned(w) : with_dense_rows(w), with_dense_rows(scale), {}};
   Fp8Matrices& m = out.matrices;
+  m.stride_k = in_place ? w.stride(2) : 1;
   m.data = static_cast<const uint8_t*>(out.tensor.const_data_ptr());
   m.stride_e = out.tensor.stride(0);
   m.stride_o = out.tensor.stride(1);
@@ -59,6 +62,22 @@ inline Fp8Weights fp8_weights(const Tensor& w, const Tensor& scale) {
   m.scale_stride_e = out.scale_tensor.stride(0);
   m.scale_stride_o = out.scale_tensor.stride(1);
   return out;
+}
+
+// Columns of codes and the scales of their groups.
+inline void check_fp8_columns(const Op& op, const char* name, const char* scale_name,
+                              const Tensor& q, const Tensor& scale, const char* shape) {
+  check_fp8(op, name, q);
+  check_dim(op, name, q, 2, shape);
+  check_fp8_scale(op, scale_name, scale);
+  check_dim(op, scale_name, scale, 2, "[G, features]");
+  check_size(op, scale_name, scale, 1, q.size(0), "the features");
+  check_size(op, name, q, 1, kFp8Block * scale.size(0), "128 columns a group");
+}
+
+inline Fp8Columns fp8_columns(const Tensor& q, const Tensor& scale) {
+  return {static_cast<const uint8_t*>(q.const_data_ptr()), row_stride(q),
+          static_cast<const float*>(scale.const_data_ptr()), row_stride(scale)};
 }
 
 }  // namespace moe_ops::adapter

@@ -1,4 +1,5 @@
-"""grouped_gemm_fp8: the ragged-M product of float8_e4m3fn operands with 128-block scales."""
+"""grouped_gemm_fp8: the ragged-M product of float8_e4m3fn operands with 128-block scales, and its
+weight gradient."""
 
 from __future__ import annotations
 
@@ -9,19 +10,23 @@ from moe_ops.ops._autocast import register_autocast
 from moe_ops.ops._autograd import direct_call, register_no_gradient
 from moe_ops.ops._checks import (
     NARROW_FLOATS,
+    check,
     check_dim,
     check_dtype,
     check_offsets,
     check_same_device,
+    check_shape,
     check_size,
     check_tensor,
 )
 from moe_ops.ops._library import register_fake
-from moe_ops.ops.quantize_fp8 import FP8, fp8_blocks
+from moe_ops.ops.quantize_fp8 import FP8, FP8_BLOCK, fp8_blocks
 
 _grouped_gemm_fp8 = direct_call("grouped_gemm_fp8")
+_grouped_gemm_fp8_wgrad = direct_call("grouped_gemm_fp8_wgrad")
 
 _OP = "grouped_gemm_fp8"
+_WGRAD_OP = "grouped_gemm_fp8_wgrad"
 
 
 def grouped_gemm_fp8(
@@ -47,13 +52,15 @@ def grouped_gemm_fp8(
     and added to a second one. On the CPU and in the kernels for any card the products are exact;
     the tensor cores of sm_90 sum e4m3 products with fewer bits than fp32 inside an instruction,
     which the second accumulator keeps from growing with K. In a fixed order: the same bits every
-    run. For inference.
+    run. The gradient of a is this op too, of rows of the result's gradient and
+    ``b.transpose(1, 2)``, ``b_scale.transpose(1, 2)``; that of b is
+    :func:`grouped_gemm_fp8_wgrad`. Not differentiable itself; :func:`moe_ops.layers.fp8_ffn` is.
 
     Args:
         a: [N, K] float8_e4m3fn rows sorted by expert; any strides. K need not be a multiple of 128.
         a_scale: [N, ceil(K / 128)] float32.
-        b: [E, O, K] float8_e4m3fn, out-features before in-features. Any strides; dense along K is
-            what kernels read in place.
+        b: [E, O, K] float8_e4m3fn, out-features before in-features. Any strides. Dense along K is
+            what kernels read in place; those of the CPU also read dense along O in place.
         b_scale: [E, ceil(O / 128), ceil(K / 128)] float32.
         expert_offsets: [E+1], int32 or int64, from 0, never falling, at most N.
         bias: [E, O] float32, bfloat16 or float16, or None.
@@ -70,6 +77,54 @@ def grouped_gemm_fp8(
         DeepSeek-AI 2024, arXiv 2412.19437, section 3.3.2.
     """
     return _grouped_gemm_fp8(a, a_scale, b, b_scale, expert_offsets, out_dtype, bias)
+
+
+def grouped_gemm_fp8_wgrad(
+    grad: Tensor,
+    grad_scale: Tensor,
+    a: Tensor,
+    a_scale: Tensor,
+    expert_offsets: Tensor,
+    *,
+    out_dtype: torch.dtype = torch.float32,
+    main_grad: Tensor | None = None,
+) -> Tensor:
+    """The weight gradient of a product of float8_e4m3fn operands (ragged K).
+
+    Both operands are what :func:`quantize_fp8_columns` made of the rows of experts:
+
+    ``out[e, o, k] = sum over the groups g of expert e of
+    grad_scale[g, o] * a_scale[g, k] * (sum over the columns c of g of grad[o, c] * a[k, c])``
+
+    with the columns of group g from 128 g on. Sums run in fp32 and in order, those of a group in an
+    accumulator of their own, as in :func:`grouped_gemm_fp8`: the same bits every run. An expert
+    without rows gets zeros.
+
+    Args:
+        grad: [O, 128 G] float8_e4m3fn, the gradient of the product's result.
+        grad_scale: [G, O] float32.
+        a: [K, 128 G] float8_e4m3fn, the product's rows. Neither O nor K need be a multiple of 128.
+        a_scale: [G, K] float32.
+        expert_offsets: [E+1], int32 or int64, as for quantize_fp8_columns.
+        out_dtype: float32, bfloat16 or float16.
+        main_grad: [E, O, K] contiguous, of out_dtype: a buffer to which the gradient is added, in
+            fp32; experts without rows are left alone. None: a new tensor is made.
+
+    Returns:
+        [E, O, K] of out_dtype; main_grad where that is given.
+
+    Raises:
+        ValueError: wrong dtype, rank or size; offsets that fall or do not fit G groups (on the
+            CPU).
+        NotImplementedError: where a gradient is wanted.
+
+    Source:
+        DeepSeek-AI 2024, arXiv 2412.19437, section 3.3.
+    """
+    out: Tensor = _grouped_gemm_fp8_wgrad(
+        grad, grad_scale, a, a_scale, expert_offsets, out_dtype, main_grad
+    )
+    return out if main_grad is None else main_grad
 
 
 def check_fp8_weights(op: str, name: str, w: Tensor, scale: Tensor) -> None:
@@ -114,6 +169,58 @@ def _(
     return a.new_empty((a.shape[0], b.shape[1]), dtype=out_dtype)
 
 
-register_no_gradient(_OP, "dequantise the operands and call grouped_gemm")
-# The type of the result is an argument, and those of the operands are what the op is about.
+@register_fake(_WGRAD_OP)
+def _(
+    grad: Tensor,
+    grad_scale: Tensor,
+    a: Tensor,
+    a_scale: Tensor,
+    expert_offsets: Tensor,
+    out_dtype: torch.dtype,
+    main_grad: Tensor | None,
+) -> Tensor:
+    op = _WGRAD_OP
+    for name, q, scale, shape in (
+        ("grad", grad, grad_scale, "[O, 128 G]"),
+        ("a", a, a_scale, "[K, 128 G]"),
+    ):
+        check_tensor(op, name, q, (FP8,), shape)
+        check_tensor(op, f"{name}_scale", scale, (torch.float32,), "[G, features]")
+        check_size(op, f"{name}_scale", scale, 1, q.shape[0], "the features")
+        check_size(op, name, q, 1, FP8_BLOCK * scale.shape[0], "128 columns a group")
+    check_size(op, "a_scale", a_scale, 0, grad_scale.shape[0], "G")
+    check_dtype(op, "out_dtype", out_dtype, NARROW_FLOATS)
+    check_offsets(op, expert_offsets)
+    num_experts = expert_offsets.shape[0] - 1
+    check(
+        a_scale.shape[0] >= num_experts,
+        f"{op}: a_scale must have at least one group for each of the {num_experts} experts, got "
+        f"{a_scale.shape[0]}.",
+    )
+    sizes = {"E": num_experts, "O": grad.shape[0], "K": a.shape[0]}
+    if main_grad is not None:
+        check_dtype(op, "main_grad", main_grad.dtype, (out_dtype,), " like out_dtype")
+        check_shape(op, "main_grad", main_grad, "[E, O, K]", **sizes)
+        check(
+            main_grad.is_contiguous(),
+            f"{op}: main_grad must be contiguous, got shape {list(main_grad.shape)} with other "
+            "strides.",
+        )
+    check_same_device(
+        op,
+        grad=grad,
+        grad_scale=grad_scale,
+        a=a,
+        a_scale=a_scale,
+        expert_offsets=expert_offsets,
+        main_grad=main_grad,
+    )
+    shape_of_result = (0,) if main_grad is not None else tuple(sizes.values())
+    return grad.new_empty(shape_of_result, dtype=out_dtype)
+
+
+register_no_gradient(_OP, "use moe_ops.layers.fp8_ffn, or dequantise and call grouped_gemm")
+register_no_gradient(_WGRAD_OP, "dequantise the operands and call grouped_gemm_wgrad")
+# The type of the result is an argument, and those of the operands are what the ops are about.
 register_autocast(_OP)
+register_autocast(_WGRAD_OP)
