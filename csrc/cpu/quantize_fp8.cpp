@@ -18,9 +18,9 @@ void quantize_fp8(const QuantizeFp8Params& p, const Parallel& par) {
   });
 }
 
-// A group's columns become rows of 128 in cache, 64 at a time, and are quantised as such.
+// A group's columns become rows of 128 in cache, some at a time, and are quantised as such.
 void quantize_fp8_columns(const QuantizeFp8ColumnsParams& p, const Parallel& par) {
-  constexpr int64_t kColumns = 64, kLd = kFp8Block + 16;
+  constexpr int64_t kLine = kFp8Block + 16;
   const int64_t D = p.row_length, G = fp8_groups(p.num_rows, p.num_experts), C = G * kFp8Block;
   struct Group {
     int64_t begin = 0, count = 0;
@@ -34,13 +34,14 @@ void quantize_fp8_columns(const QuantizeFp8ColumnsParams& p, const Parallel& par
     }
   }
   const GemmKernels<float>& k = gemm_kernels<float>();
-  const int64_t blocks = ceil_div(D, kColumns);
-  parallel_range(par, G * blocks, kFp8Block * kColumns / 2.0, [&](int64_t first, int64_t last) {
+  const int64_t blocks = ceil_div(D, kFp8Columns);
+  parallel_range(par, G * blocks, kFp8Block * kFp8Columns / 2.0, [&](int64_t first, int64_t last) {
     ScratchScope scratch;
-    float* rows = scratch.take<float>(Scratch::kTokens, kFp8Block * kColumns);
-    float* columns = scratch.take<float>(Scratch::kTile, kColumns * kLd);
+    float* rows = scratch.take<float>(Scratch::kTokens, kFp8Block * kFp8Columns);
+    float* columns = scratch.take<float>(Scratch::kTile, kFp8Columns * kLine);
     for (int64_t i = first; i < last; ++i) {
-      const int64_t g = i / blocks, d = i % blocks * kColumns, width = std::min(kColumns, D - d);
+      const int64_t g = i / blocks, d = i % blocks * kFp8Columns,
+                    width = std::min(kFp8Columns, D - d);
       const auto [begin, count] = groups[static_cast<size_t>(g)];
       for (int64_t r = 0; r < count; ++r) {
         int64_t source = begin + r;
@@ -52,15 +53,15 @@ void quantize_fp8_columns(const QuantizeFp8ColumnsParams& p, const Parallel& par
         }
         const char* x =
             static_cast<const char*>(p.x.data) + (source * p.x.stride + d) * dtype_size(p.x.type);
-        row_kernels<float>().load_row(p.x.type, x, rows + r * kColumns, width, factor);
-        std::fill(rows + r * kColumns + width, rows + (r + 1) * kColumns, 0.0f);
+        row_kernels<float>().load_row(p.x.type, x, rows + r * kFp8Columns, width, factor);
+        std::fill(rows + r * kFp8Columns + width, rows + (r + 1) * kFp8Columns, 0.0f);
       }
       const int64_t padded = round_up<int64_t>(count, k.lanes);
-      std::fill(rows + count * kColumns, rows + padded * kColumns, 0.0f);
-      k.transpose(rows, kColumns, padded, width, columns, kLd);
+      std::fill(rows + count * kFp8Columns, rows + padded * kFp8Columns, 0.0f);
+      k.transpose(rows, kFp8Columns, padded, width, columns, kLine);
       for (int64_t c = 0; c < width; ++c) {
         uint8_t* q = p.q + (d + c) * C + g * kFp8Block;
-        p.scale[g * D + d + c] = fp8_kernels().quantize(columns + c * kLd, count, q);
+        p.scale[g * D + d + c] = fp8_kernels().quantize(columns + c * kLine, count, q);
         std::memset(q + count, 0, static_cast<size_t>(kFp8Block - count));
       }
     }

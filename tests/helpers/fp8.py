@@ -265,20 +265,22 @@ def fp8_ffn_steps(call: Kwargs, grad_y: Tensor) -> tuple[Tensor, Kwargs]:
             bias = call["b_down"].double()[expert.clamp(max=num_experts - 1)]
             here = torch.arange(len(slot)) < end
             dots = dots + torch.where(here, (bias * grad_y[token].double()).sum(1), 0)
-        grad_h = grad_h * weight
     wide = preact.double().requires_grad_()
     (grad_preact,) = torch.autograd.grad(act(wide), wide, grad_h.to(dtype).double())
     grad_preact = grad_preact.to(dtype)
+    # The routing weights multiply scales, or what is rounded in columns.
     rows_x = x[token].float() * (weight.float() if on_input else 1)
-    grads["w_gate_up"] = weight_gradient(grad_preact, rows_x)
-    grad_rows = product(*reference.quantize_fp8(grad_preact), up, turned=True).double()
+    rows_preact = grad_preact.float() * (1 if on_input else weight.float())
+    grads["w_gate_up"] = weight_gradient(rows_preact, rows_x)
+    q, scale = reference.quantize_fp8(grad_preact)
+    grad_rows = product(q, scale if on_input else scale * weight, up, turned=True).double()
     if on_input:
         dots = (x[token].double() * grad_rows).sum(1)
-        grad_rows = grad_rows * weight
+        grad_rows = (grad_rows * weight).to(dtype).double()
     grads["x"] = torch.zeros(x.shape, dtype=torch.float64).index_add(0, token, grad_rows)
     grads["topk_weights"] = dots[slot_to_row.long()]
     if "b_gate_up" in call:
-        grads["b_gate_up"] = reference.grouped_sum(grad_preact.double(), offsets)
+        grads["b_gate_up"] = reference.grouped_sum(rows_preact.double(), offsets)
     if "b_down" in call:
         grads["b_down"] = reference.grouped_sum(rows_y, offsets)
     return y, grads

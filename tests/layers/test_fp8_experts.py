@@ -129,7 +129,9 @@ def test_inference_is_moe_ffn_fp8():
     want = moe_ops.moe_ffn_fp8(call["x"], *weights, *routing, **biases)
     assert_identical(fp8_ffn(**call), want)
     y, _ = differentiated(fp8_ffn, call)
-    assert relative(y, want) <= 1e-2  # Training rounds the pre-activation to bfloat16.
+    # Training rounds pre-activation and activation to bfloat16: a number moves by up to 2^-9, and
+    # one in 16 therefore to another of the codes, which are 2^-4 apart: 2^-4 / sqrt(16) together.
+    assert relative(y, want) <= 2e-2
 
 
 @pytest.mark.parametrize("shape", [(0, 2), (5, 0)], ids=str)
@@ -172,7 +174,8 @@ def test_main_grads(main):
     y.backward(torch.randn_like(y))
     assert leaves["w_gate_up"].grad is None and leaves["w_down"].grad is None
     for name, buffer in zip(("w_gate_up", "w_down"), buffers, strict=True):
-        torch.testing.assert_close(buffer, want[name] + 1)
+        step = 2 * eps(main)  # of the sum, and of the gradient alone
+        torch.testing.assert_close(buffer.double(), want[name].double() + 1, rtol=step, atol=step)
     assert_identical(leaves["x"].grad, want["x"])
 
 
@@ -337,7 +340,8 @@ def test_precision_goes_along():
     assert "precision='fp8'" in repr(experts)
     assert experts.select([1, 2]).precision == "fp8"
     assert copy.deepcopy(experts).precision == "fp8"
-    assert experts.prepack() == 0 or not moe_ops.packed_bytes(experts)
+    with pytest.raises(ValueError, match="prepack"):
+        experts.prepack()
     quantised = QuantizedExperts.from_experts(experts, "int8")
     assert quantised.dequantize().precision is None
     assert MoE.build(40, 24, 4, 2, precision="fp8").experts.precision == "fp8"
@@ -373,7 +377,7 @@ def test_a_layer_learns():
             loss = (student(x) - target).square().mean()
             loss.backward()
             optimizer.step()
-        losses[precision] = float(loss)
+        losses[precision] = loss.item()
     start = float(target.square().mean())
     assert losses[None] < 0.5 * start
     assert losses["fp8"] < 1.1 * losses[None]

@@ -11,6 +11,7 @@
 // a, those of its columns. They come from L1 while the products run. Two blocks of a cluster, row
 // tiles of one expert, share every tile of a.
 #include "cuda/grouped_gemm/sm90_kernel.cuh"
+#include "cuda/grouped_gemm/tensor_map.h"
 #include "cuda/grouped_gemm_fp8/sm90.h"
 #include "cuda/grouped_gemm_fp8/wgrad.h"
 

@@ -58,7 +58,7 @@ struct GroupedGemmFp8WgradParams {
   bool accumulate = false;                  // add to out; experts without rows are left alone
 
   // The most rows that fit the groups.
-  int64_t max_rows() const { return kFp8Block * (num_groups - num_experts) + kFp8Block - 1; }
+  constexpr int64_t max_rows() const { return kFp8Block * (num_groups - num_experts) + kFp8Block - 1; }
 };
 
 namespace cpu {

@@ -27,7 +27,6 @@ from moe_ops.ops import (
     sort_slots,
     unpermute,
 )
-from moe_ops.ops._autograd import refuse_tangents
 from moe_ops.ops._checks import (
     NARROW_FLOATS,
     check_index,
@@ -183,8 +182,6 @@ def _check(
 
 
 class _Fp8Ffn(torch.autograd.Function):
-    jvp = staticmethod(refuse_tangents("fp8_ffn", "moe_ops.reference.moe_ffn has one"))
-
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
         x, w_gate_up, w_down, topk_weights, b_gate_up, b_down, topk_ids, *rest = args
@@ -220,48 +217,46 @@ class _Fp8Ffn(torch.autograd.Function):
         needs = ctx.needs_input_grad
         need_x, need_up, need_down, need_weights, need_b_up, need_b_down = needs[:6]
         rows = _Rows(topk_ids, topk_weights, row_to_slot)
-        of_slots = (row_to_slot, topk_weights)
         grad_x = grad_up = grad_down = grad_weights = grad_b_up = grad_b_down = None
 
-        # Rows of grad_y, without the routing weights: tokens are rounded once for all of them.
+        # The rows of grad_y go in as tokens, which are rounded once for all of their experts. The
+        # routing weights enter last, in the scales of grad_preact: no pass over memory multiplies.
         h = _activate(preact, options)
         grad_h = grouped_gemm_fp8(
             *rows.gather(*quantize_fp8(grad_y)), *down_t, offsets, out_dtype=x.dtype
         )
         if need_down:
-            columns = (row_to_slot,) if options.on_input else of_slots
+            columns = (row_to_slot,) if options.on_input else (row_to_slot, topk_weights)
             grad = quantize_fp8_columns(grad_y, offsets, *columns)
             operands = (*grad, *quantize_fp8_columns(h, offsets))
             grad_down = _weight_gradient(operands, offsets, ctx.dtypes[1], main_down)
         if need_b_down:
-            grad_rows = permute(grad_y, offsets, row_to_slot).float()
-            if not options.on_input:
-                grad_rows = grad_rows * rows.weights
-            grad_b_down = grouped_sum(grad_rows, offsets).to(x.dtype)
-        if not options.on_input:
-            if need_weights:
-                dots = (h.float() * grad_h.float()).sum(1)
-                grad_weights = dots[slot_to_row.long()]
-                if b_down is not None:
-                    grad_weights = grad_weights + _bias_dots(grad_y, b_down, topk_ids)
-            grad_h = (grad_h * rows.weights).to(x.dtype)
+            grad_rows = permute(grad_y, offsets, row_to_slot)
+            grad_b_down = grouped_sum(rows.weigh(grad_rows, options), offsets)
+        if need_weights and not options.on_input:
+            grad_weights = _dots(h, grad_h)[slot_to_row.long()]
+            if b_down is not None:
+                grad_weights = grad_weights + _bias_dots(grad_y, b_down, topk_ids)
         need_rows = need_x or (need_weights and options.on_input)
         if need_rows or need_up or need_b_up:
             grad_preact = _activate_bwd(grad_h, preact, options)
         if need_b_up:
-            grad_b_up = grouped_sum(grad_preact, offsets)
+            grad_b_up = grouped_sum(rows.weigh(grad_preact, options), offsets)
         if need_up:
-            columns = of_slots if options.on_input else (row_to_slot,)
-            grad = quantize_fp8_columns(grad_preact, offsets)
-            operands = (*grad, *quantize_fp8_columns(x, offsets, *columns))
-            grad_up = _weight_gradient(operands, offsets, ctx.dtypes[0], main_up)
-        if need_rows:
-            grad_rows = grouped_gemm_fp8(
-                *quantize_fp8(grad_preact), *up_t, offsets, out_dtype=x.dtype
-            )
             if options.on_input:
-                dots = (x[rows.token].float() * grad_rows.float()).sum(1)
-                grad_weights = dots[slot_to_row.long()]
+                grad = quantize_fp8_columns(grad_preact, offsets)
+                of_x = quantize_fp8_columns(x, offsets, row_to_slot, topk_weights)
+            else:
+                grad = quantize_fp8_columns(grad_preact, offsets, *rows.as_slots())
+                of_x = quantize_fp8_columns(x, offsets, row_to_slot)
+            grad_up = _weight_gradient((*grad, *of_x), offsets, ctx.dtypes[0], main_up)
+        if need_rows:
+            q, scale = quantize_fp8(grad_preact)
+            if not options.on_input:
+                scale = scale * rows.weights
+            grad_rows = grouped_gemm_fp8(q, scale, *up_t, offsets, out_dtype=x.dtype)
+            if options.on_input:
+                grad_weights = _dots(x[rows.token], grad_rows)[slot_to_row.long()]
                 grad_rows = (grad_rows * rows.weights).to(x.dtype)
             grad_x = torch.ops.moe_ops.permute_bwd(grad_rows, offsets, row_to_slot, x.shape[0])
         if grad_weights is not None:
@@ -271,11 +266,7 @@ class _Fp8Ffn(torch.autograd.Function):
 
 
 class _Rows:
-    """Where the rows of experts come from.
-
-    token: [N] int64, the token of each row.
-    weights: [N, 1] fp32, its routing weight; 0 of rows without an expert.
-    """
+    """Where the rows of experts come from: `token` [N] int64."""
 
     def __init__(self, topk_ids: Tensor, topk_weights: Tensor, row_to_slot: Tensor) -> None:
         slot = row_to_slot.long()
@@ -288,7 +279,22 @@ class _Rows:
 
     @property
     def weights(self) -> Tensor:
+        """The routing weight of each row, [N, 1] fp32."""
         return self._weights.float().reshape(-1)[self._slot, None]
+
+    def as_slots(self) -> tuple[Tensor, Tensor]:
+        """The weights of rows that are there already, for quantize_fp8_columns."""
+        return torch.arange(self._slot.shape[0], device=self._slot.device), self.weights
+
+    def weigh(self, t: Tensor, options: _Options) -> Tensor:
+        return t if options.on_input else (t * self.weights).to(t.dtype)
+
+
+def _dots(a: Tensor, b: Tensor) -> Tensor:
+    """<a[r], b[r]> in fp32; the products of float16 could overflow."""
+    if a.dtype == torch.float16:
+        a, b = a.float(), b.float()
+    return (a * b).sum(1, dtype=torch.float32)
 
 
 def _weight_gradient(
