@@ -12,6 +12,7 @@ void grouped_gemm_fp8(const GroupedGemmFp8Params& p, const Parallel& par) {
   d.in_features = p.in_features;
   d.a = p.a;
   d.b = p.b;
+  d.b_stride_k = p.b_stride_k;
   const auto keep = [&](int64_t e, int64_t r, int64_t f, int64_t n, float* values, float*) {
     if (p.bias.data != nullptr) {
       row_kernels<float>().axpy(

@@ -48,13 +48,10 @@ inline void check_fp8_weights(const Op& op, const char* name, const char* scale_
   check_size(op, scale_name, scale, 2, fp8_blocks(w.size(2)), "the blocks of 128 inputs");
 }
 
-// A copy where weights are not dense along k; with `turned`, those dense along features are not
-// copied either.
-inline Fp8Weights fp8_weights(const Tensor& w, const Tensor& scale, bool turned = false) {
-  const bool in_place = turned && w.size(1) > 1 && w.size(2) > 1 && w.stride(1) == 1;
-  Fp8Weights out{in_place ? aligned(w) : with_dense_rows(w), with_dense_rows(scale), {}};
+// A copy where weights are not dense along k.
+inline Fp8Weights fp8_weights(const Tensor& w, const Tensor& scale) {
+  Fp8Weights out{with_dense_rows(w), with_dense_rows(scale), {}};
   Fp8Matrices& m = out.matrices;
-  m.stride_k = in_place ? w.stride(2) : 1;
   m.data = static_cast<const uint8_t*>(out.tensor.const_data_ptr());
   m.stride_e = out.tensor.stride(0);
   m.stride_o = out.tensor.stride(1);

@@ -83,10 +83,13 @@ static void define_schemas(torch::stable::detail::StableLibrary& m) {
       "grouped_gemm_fp8(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, Tensor expert_offsets, "
       "ScalarType out_dtype, Tensor? bias=None) -> Tensor");
   // Its weight gradient from columns: grad [O,128 G], a [K,128 G], scales [G,O] and [G,K] ->
-  // [E,O,K]; or added to main_grad, and the result has shape [0].
+  // [E,O,K]; or added to main_grad, with a result of shape [0].
   m.def(
       "grouped_gemm_fp8_wgrad(Tensor grad, Tensor grad_scale, Tensor a, Tensor a_scale, "
-      "Tensor expert_offsets, ScalarType out_dtype, Tensor(a!)? main_grad=None) -> Tensor");
+      "Tensor expert_offsets, ScalarType out_dtype) -> Tensor");
+  m.def(
+      "grouped_gemm_fp8_wgrad_accumulate(Tensor grad, Tensor grad_scale, Tensor a, "
+      "Tensor a_scale, Tensor expert_offsets, Tensor(a!) main_grad) -> Tensor");
   // rows [N,O] -> [E,O]: the sum over an expert's rows
   m.def("grouped_sum(Tensor rows, Tensor expert_offsets) -> Tensor");
 

@@ -218,7 +218,7 @@ def test_wgrad_values(simulator, tile, shape, dtype):
     assert (counted["wgmma"] > 0) == (tile != "generic" and shape != "none"), "another kernel ran"
     main = torch.randn(len(counts), o, k).to(dtype)
     want = main.float() + moe_ops.grouped_gemm_fp8_wgrad(**call)
-    moe_ops.grouped_gemm_fp8_wgrad(**call, out_dtype=dtype, main_grad=main)
+    moe_ops.grouped_gemm_fp8_wgrad(**call, main_grad=main)
     assert_identical(main, want.to(dtype))
     assert simulator.warnings() == ""
 

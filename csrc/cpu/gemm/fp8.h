@@ -18,6 +18,7 @@ namespace moe_ops::cpu {
 struct Fp8Desc : GemmProblem {
   Fp8Rows a;
   Fp8Matrices b;
+  int64_t b_stride_k = 1;
 
   int64_t blocks() const { return ceil_div(in_features, kFp8Block); }
   const uint8_t* row(int64_t r) const {
@@ -31,7 +32,7 @@ struct Fp8Desc : GemmProblem {
     return b.data + e * b.stride_e + o * b.stride_o;
   }
   // Between rows of codes: features, or steps of k where they are turned.
-  int64_t weight_stride() const { return turned() ? b.stride_k : b.stride_o; }
+  int64_t weight_stride() const { return turned() ? b_stride_k : b.stride_o; }
   const float* weight_scale(int64_t e, int64_t o) const {
     return b.scale + e * b.scale_stride_e + o / kFp8Block * b.scale_stride_o;
   }
@@ -39,7 +40,7 @@ struct Fp8Desc : GemmProblem {
     return weight_scale(e, o)[block];
   }
   // Whether weights are dense along features, as those of a layer are in the gradient of its input.
-  bool turned() const { return b.stride_k != 1; }
+  bool turned() const { return b_stride_k != 1; }
 };
 
 // The weight gradient of expert e: rows of the product are features of grad, features those of a.

@@ -10,14 +10,13 @@
 
 namespace moe_ops {
 
-// One matrix [O, K] of e4m3 codes an expert, with scales [E, ceil(O / 128), ceil(K / 128)]. Dense
-// along k; cpu::grouped_gemm_fp8 also takes those that are dense along O.
+// One matrix [O, K] of e4m3 codes an expert, dense along k, with scales
+// [E, ceil(O / 128), ceil(K / 128)].
 struct Fp8Matrices {
   const uint8_t* data = nullptr;
   int64_t stride_e = 0, stride_o = 0;
   const float* scale = nullptr;
   int64_t scale_stride_e = 0, scale_stride_o = 0;  // dense along k
-  int64_t stride_k = 1;
 };
 
 // out[r, o] = bias[e, o] + sum over blocks kb of a_scale[r, kb] * b_scale[e, o / 128, kb] *
@@ -29,6 +28,7 @@ struct GroupedGemmFp8Params {
   int64_t in_features = 0;                  // K
   Fp8Rows a;                                // [rows, K]
   Fp8Matrices b;                            // [E, O, K]
+  int64_t b_stride_k = 1;                   // else b is dense along O
   ExpertVectors bias;                       // [E, O], or none
   MutableRows out;                          // [rows, O]; float32, bfloat16 or float16
 };
@@ -58,7 +58,9 @@ struct GroupedGemmFp8WgradParams {
   bool accumulate = false;                  // add to out; experts without rows are left alone
 
   // The most rows that fit the groups.
-  constexpr int64_t max_rows() const { return kFp8Block * (num_groups - num_experts) + kFp8Block - 1; }
+  constexpr int64_t max_rows() const {
+    return kFp8Block * (num_groups - num_experts) + kFp8Block - 1;
+  }
 };
 
 namespace cpu {

@@ -302,7 +302,7 @@ def _weight_gradient(
 ) -> Tensor | None:
     if main is None:
         return grouped_gemm_fp8_wgrad(*operands, offsets, out_dtype=dtype)
-    grouped_gemm_fp8_wgrad(*operands, offsets, out_dtype=main.dtype, main_grad=main)
+    grouped_gemm_fp8_wgrad(*operands, offsets, main_grad=main)
     return None
 
 

@@ -15,7 +15,6 @@ from moe_ops.ops._checks import (
     check_dtype,
     check_offsets,
     check_same_device,
-    check_shape,
     check_size,
     check_tensor,
 )
@@ -24,9 +23,11 @@ from moe_ops.ops.quantize_fp8 import FP8, FP8_BLOCK, fp8_blocks
 
 _grouped_gemm_fp8 = direct_call("grouped_gemm_fp8")
 _grouped_gemm_fp8_wgrad = direct_call("grouped_gemm_fp8_wgrad")
+_accumulate = direct_call("grouped_gemm_fp8_wgrad_accumulate")
 
 _OP = "grouped_gemm_fp8"
 _WGRAD_OP = "grouped_gemm_fp8_wgrad"
+_ACCUMULATE_OP = "grouped_gemm_fp8_wgrad_accumulate"
 
 
 def grouped_gemm_fp8(
@@ -107,8 +108,9 @@ def grouped_gemm_fp8_wgrad(
         a_scale: [G, K] float32.
         expert_offsets: [E+1], int32 or int64, as for quantize_fp8_columns.
         out_dtype: float32, bfloat16 or float16.
-        main_grad: [E, O, K] contiguous, of out_dtype: a buffer to which the gradient is added, in
-            fp32; experts without rows are left alone. None: a new tensor is made.
+        main_grad: [E, O, K] contiguous, of one of these types: a buffer to which the gradient is
+            added, in fp32, whatever out_dtype is; experts without rows are left alone. None: a new
+            tensor is made.
 
     Returns:
         [E, O, K] of out_dtype; main_grad where that is given.
@@ -121,10 +123,12 @@ def grouped_gemm_fp8_wgrad(
     Source:
         DeepSeek-AI 2024, arXiv 2412.19437, section 3.3.
     """
-    out: Tensor = _grouped_gemm_fp8_wgrad(
-        grad, grad_scale, a, a_scale, expert_offsets, out_dtype, main_grad
-    )
-    return out if main_grad is None else main_grad
+    operands = (grad, grad_scale, a, a_scale, expert_offsets)
+    if main_grad is not None:
+        _accumulate(*operands, main_grad)
+        return main_grad
+    out: Tensor = _grouped_gemm_fp8_wgrad(*operands, out_dtype)
+    return out
 
 
 def check_fp8_weights(op: str, name: str, w: Tensor, scale: Tensor) -> None:
@@ -169,16 +173,10 @@ def _(
     return a.new_empty((a.shape[0], b.shape[1]), dtype=out_dtype)
 
 
-@register_fake(_WGRAD_OP)
-def _(
-    grad: Tensor,
-    grad_scale: Tensor,
-    a: Tensor,
-    a_scale: Tensor,
-    expert_offsets: Tensor,
-    out_dtype: torch.dtype,
-    main_grad: Tensor | None,
-) -> Tensor:
+def _check_wgrad(
+    grad: Tensor, grad_scale: Tensor, a: Tensor, a_scale: Tensor, expert_offsets: Tensor
+) -> dict[str, int]:
+    """The sizes of the result."""
     op = _WGRAD_OP
     for name, q, scale, shape in (
         ("grad", grad, grad_scale, "[O, 128 G]"),
@@ -189,7 +187,6 @@ def _(
         check_size(op, f"{name}_scale", scale, 1, q.shape[0], "the features")
         check_size(op, name, q, 1, FP8_BLOCK * scale.shape[0], "128 columns a group")
     check_size(op, "a_scale", a_scale, 0, grad_scale.shape[0], "G")
-    check_dtype(op, "out_dtype", out_dtype, NARROW_FLOATS)
     check_offsets(op, expert_offsets)
     num_experts = expert_offsets.shape[0] - 1
     check(
@@ -197,30 +194,48 @@ def _(
         f"{op}: a_scale must have at least one group for each of the {num_experts} experts, got "
         f"{a_scale.shape[0]}.",
     )
-    sizes = {"E": num_experts, "O": grad.shape[0], "K": a.shape[0]}
-    if main_grad is not None:
-        check_dtype(op, "main_grad", main_grad.dtype, (out_dtype,), " like out_dtype")
-        check_shape(op, "main_grad", main_grad, "[E, O, K]", **sizes)
-        check(
-            main_grad.is_contiguous(),
-            f"{op}: main_grad must be contiguous, got shape {list(main_grad.shape)} with other "
-            "strides.",
-        )
-    check_same_device(
-        op,
-        grad=grad,
-        grad_scale=grad_scale,
-        a=a,
-        a_scale=a_scale,
-        expert_offsets=expert_offsets,
-        main_grad=main_grad,
+    operands = {"grad_scale": grad_scale, "a": a, "a_scale": a_scale}
+    check_same_device(op, grad=grad, **operands, expert_offsets=expert_offsets)
+    return {"E": num_experts, "O": grad.shape[0], "K": a.shape[0]}
+
+
+@register_fake(_WGRAD_OP)
+def _(
+    grad: Tensor,
+    grad_scale: Tensor,
+    a: Tensor,
+    a_scale: Tensor,
+    expert_offsets: Tensor,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    sizes = _check_wgrad(grad, grad_scale, a, a_scale, expert_offsets)
+    check_dtype(_WGRAD_OP, "out_dtype", out_dtype, NARROW_FLOATS)
+    return grad.new_empty(tuple(sizes.values()), dtype=out_dtype)
+
+
+@register_fake(_ACCUMULATE_OP)
+def _(
+    grad: Tensor,
+    grad_scale: Tensor,
+    a: Tensor,
+    a_scale: Tensor,
+    expert_offsets: Tensor,
+    main_grad: Tensor,
+) -> Tensor:
+    sizes = _check_wgrad(grad, grad_scale, a, a_scale, expert_offsets)
+    check_tensor(_WGRAD_OP, "main_grad", main_grad, NARROW_FLOATS, "[E, O, K]", **sizes)
+    check(
+        main_grad.is_contiguous(),
+        f"{_WGRAD_OP}: main_grad must be contiguous, got shape {list(main_grad.shape)} with other "
+        "strides.",
     )
-    shape_of_result = (0,) if main_grad is not None else tuple(sizes.values())
-    return grad.new_empty(shape_of_result, dtype=out_dtype)
+    check_same_device(_WGRAD_OP, grad=grad, main_grad=main_grad)
+    return main_grad.new_empty((0,))
 
 
 register_no_gradient(_OP, "use moe_ops.layers.fp8_ffn, or dequantise and call grouped_gemm")
 register_no_gradient(_WGRAD_OP, "dequantise the operands and call grouped_gemm_wgrad")
+register_no_gradient(_ACCUMULATE_OP, "dequantise the operands and call grouped_gemm_wgrad")
 # The type of the result is an argument, and those of the operands are what the ops are about.
 register_autocast(_OP)
 register_autocast(_WGRAD_OP)
