@@ -53,8 +53,8 @@ def train(config: TrainConfig, corpus: data.Corpus, precision: str) -> tuple[flo
     for module in trainer.model.modules():
         if isinstance(module, Experts):
             module.precision = "fp8" if precision == "fp8" else None
-    with autocast(precision):
-        while not trainer.finished:
+    while not trainer.finished:
+        with autocast(precision):  # A new one each time: it keeps casts of weights until it ends.
             result = trainer.train_step()
     assert result.heldout_bits_per_byte is not None
     return result.heldout_bits_per_byte, float(trainer.history["loss"][-50:].mean())

@@ -38,7 +38,7 @@ LIMITS = {"sms": 2, "livelock_insts": 3_000_000, "max_insts": 20_000_000, "race"
 # As the enum of csrc/cuda/grouped_gemm_fp8/sm90.h numbers them.
 TILES = ("2x128x128", "128x128", "64x128")
 WGRAD = "wgrad"  # the kernel of grouped_gemm_fp8_wgrad, which has one tile
-LOAD_SCALES = r"(ld\.global\.nc\.v2\.f32 \{%f\d+, %f\d+\}, \[%rd\d+)(\+\d+)?\]"
+LOAD_SCALES = r"(ld\.global\.nc\.v2\.f32 \{%f\d+,%f\d+\}, \[%rd\d+)(\+\d+)?\]"
 
 # name: (tile, mutation). The order of barrier waits is as in the kernels of grouped_gemm.
 MUTANTS: dict[str, tuple[str, Mutation]] = {

@@ -282,7 +282,7 @@ def test_codes_go_with_every_change_of_the_weight():
         w.mul_(torch.rand(2, 24, 16))
     changed("in place")
     w.grad = torch.randn_like(w)
-    for fused in (False, True):
+    for fused in (False, True)[: 2 if w.device.type == "cpu" else 1]:
         torch.optim.AdamW([w], lr=0.1, fused=fused).step()
         changed("optimizer step")
     w.data = torch.randn(2, 24, 16)

@@ -85,6 +85,8 @@ __device__ inline void multiply_groups(T::SharedStorage& smem, const WgradKernel
   constexpr int kOctets = T::kN / 8;
   const int row = tile.row0 + output_row<WgradConfig>(thread, 0),
             col = tile.col0 + 2 * (thread % 4);
+  // Asking for each pair of columns would take three instructions a pair and stage.
+  const bool whole = tile.col0 + T::kN <= p.problem.n;
   const int first = tile.k0 / static_cast<int>(kFp8Block);
   const float* grad_scale = p.grad_scale + first * p.grad_scale_stride + row;
   const float* a_scale = p.a_scale + first * p.a_scale_stride + col;
@@ -108,11 +110,15 @@ __device__ inline void multiply_groups(T::SharedStorage& smem, const WgradKernel
 #pragma unroll
     for (int i = 0; i < 2; ++i)
       of_row[i] = row + 8 * i < p.problem.m ? __ldg(grad_scale + 8 * i) : 0.f;
+    const auto scales = [&](int j) { return reinterpret_cast<const float2*>(a_scale + 8 * j); };
+    if (whole) {
 #pragma unroll
-    for (int j = 0; j < kOctets; ++j) {
-      of_column[j] = col + 8 * j < p.problem.n
-                         ? __ldg(reinterpret_cast<const float2*>(a_scale + 8 * j))
-                         : make_float2(0.f, 0.f);
+      for (int j = 0; j < kOctets; ++j) of_column[j] = __ldg(scales(j));
+    } else {
+#pragma unroll
+      for (int j = 0; j < kOctets; ++j) {
+        of_column[j] = col + 8 * j < p.problem.n ? __ldg(scales(j)) : make_float2(0.f, 0.f);
+      }
     }
     grad_scale += p.grad_scale_stride;
     a_scale += p.a_scale_stride;

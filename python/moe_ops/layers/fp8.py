@@ -196,8 +196,9 @@ class _Fp8Ffn(torch.autograd.Function):
             q, scale, up.q, up.scale, offsets, bias=b_gate_up, out_dtype=x.dtype
         )
         h = _activate(preact, options)
+        q, scale = quantize_fp8(h)
         out = grouped_gemm_fp8(
-            *quantize_fp8(h), down.q, down.scale, offsets, bias=b_down, out_dtype=x.dtype
+            q, scale, down.q, down.scale, offsets, bias=b_down, out_dtype=x.dtype
         )
         y = unpermute(out, offsets, slot_to_row, None if options.on_input else topk_weights)
         maps = (offsets, row_to_slot, slot_to_row)
@@ -211,8 +212,7 @@ class _Fp8Ffn(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
         x, topk_weights, topk_ids, preact, b_down, *rest = ctx.saved_tensors
-        offsets, row_to_slot, slot_to_row, *transposed = rest
-        up_t, down_t = transposed[:2], transposed[2:]
+        offsets, row_to_slot, slot_to_row, up_t, up_scale_t, down_t, down_scale_t = rest
         options, (main_up, main_down) = ctx.options, ctx.main_grads
         needs = ctx.needs_input_grad
         need_x, need_up, need_down, need_weights, need_b_up, need_b_down = needs[:6]
@@ -222,9 +222,8 @@ class _Fp8Ffn(torch.autograd.Function):
         # The rows of grad_y go in as tokens, which are rounded once for all of their experts. The
         # routing weights enter last, in the scales of grad_preact: no pass over memory multiplies.
         h = _activate(preact, options)
-        grad_h = grouped_gemm_fp8(
-            *rows.gather(*quantize_fp8(grad_y)), *down_t, offsets, out_dtype=x.dtype
-        )
+        q, scale = rows.gather(*quantize_fp8(grad_y))
+        grad_h = grouped_gemm_fp8(q, scale, down_t, down_scale_t, offsets, out_dtype=x.dtype)
         if need_down:
             columns = (row_to_slot,) if options.on_input else (row_to_slot, topk_weights)
             grad = quantize_fp8_columns(grad_y, offsets, *columns)
@@ -254,7 +253,7 @@ class _Fp8Ffn(torch.autograd.Function):
             q, scale = quantize_fp8(grad_preact)
             if not options.on_input:
                 scale = scale * rows.weights
-            grad_rows = grouped_gemm_fp8(q, scale, *up_t, offsets, out_dtype=x.dtype)
+            grad_rows = grouped_gemm_fp8(q, scale, up_t, up_scale_t, offsets, out_dtype=x.dtype)
             if options.on_input:
                 grad_weights = _dots(x[rows.token], grad_rows)[slot_to_row.long()]
                 grad_rows = (grad_rows * rows.weights).to(x.dtype)
@@ -300,9 +299,10 @@ def _dots(a: Tensor, b: Tensor) -> Tensor:
 def _weight_gradient(
     operands: tuple[Tensor, ...], offsets: Tensor, dtype: torch.dtype, main: Tensor | None
 ) -> Tensor | None:
+    grad, grad_scale, a, a_scale = operands
     if main is None:
-        return grouped_gemm_fp8_wgrad(*operands, offsets, out_dtype=dtype)
-    grouped_gemm_fp8_wgrad(*operands, offsets, main_grad=main)
+        return grouped_gemm_fp8_wgrad(grad, grad_scale, a, a_scale, offsets, out_dtype=dtype)
+    grouped_gemm_fp8_wgrad(grad, grad_scale, a, a_scale, offsets, main_grad=main)
     return None
 
 
