@@ -39,9 +39,11 @@ SHARED = {
 }
 # Schemas that live in another op's files.
 FAMILY = {
+    "grouped_gemm_fp8_wgrad": "grouped_gemm_fp8",
     "grouped_gemm_wgrad": "grouped_gemm",
     "grouped_sum": "grouped_gemm",
     "pack_experts": "moe_ffn_packed",
+    "quantize_fp8_columns": "quantize_fp8",
 }
 # Public names that are no ops.
 TOOLS = {
@@ -67,7 +69,7 @@ ISA_HEADERS = {"stdint.h", "cstdint", "cstddef", "immintrin.h", "arm_neon.h"}
 
 
 # What follows the name of an op in the name of a schema that only its own rules call.
-INNER = r"_(?:fwd|bwd|bwd_accumulate)$"
+INNER = r"_(?:fwd|bwd|bwd_accumulate|accumulate)$"
 
 
 @lru_cache
