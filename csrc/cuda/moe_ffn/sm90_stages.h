@@ -40,6 +40,7 @@ struct FewProduct {
   ActivationParams act;
   DeviceRows rows;
   RowScale scale;
+  FewSort sort;
   TensorMapDesc block[2];  // gate and up, or twice the weights
   ExpertVectors bias;
   void* out = nullptr;  // [N, out_features]
