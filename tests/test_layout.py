@@ -33,7 +33,15 @@ EXCEPTIONS = {
 }
 # Files of a layer that belong to no single op.
 SHARED = {
-    "csrc/include/moe_ops": {"activation", "common", "router_bwd", "routing", "score_func"},
+    "csrc/include/moe_ops": {
+        "activation",
+        "api",
+        "batch_invariant",
+        "common",
+        "router_bwd",
+        "routing",
+        "score_func",
+    },
     "csrc/cpu": {"gemm", "isa", "kernels", "router_bwd", "runtime"},
     "csrc/torch": {"device", "library", "router", "tensor_utils"},
 }
@@ -134,10 +142,11 @@ def sources(*folders: str) -> list[Path]:
     return sorted(p for p in found if p.suffix in (".h", ".cpp", ".cu", ".cuh"))
 
 
-ALL_SOURCES = sources("include", "cpu", "cuda", "torch", "python")
+ALL_SOURCES = sources("include", "runtime", "cpu", "cuda", "torch", "python")
 # Which of our folders a folder may include from, itself among them.
 MAY_INCLUDE = {
     "include": ("moe_ops/",),
+    "runtime": ("moe_ops/",),
     "cpu": ("cpu/", "moe_ops/"),
     "cuda": ("cuda/", "moe_ops/"),
     "torch": ("torch/", "cpu/", "cuda/", "moe_ops/"),

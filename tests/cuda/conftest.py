@@ -12,7 +12,14 @@ import torch
 
 # Seeds times delays of asynchronous copies and products, in turns of a warp.
 SCHEDULES = tuple((seed, delay) for seed in (1, 2, 3, 4, 5) for delay in (1, 40, 400, 20000))
-DEFAULTS = {"seed": 1, "async_delay": 40, "race": 0, "check_uninit": 0, "sms": 16}
+DEFAULTS = {
+    "seed": 1,
+    "async_delay": 40,
+    "race": 0,
+    "check_uninit": 0,
+    "sms": 16,
+    "verbose": 0,
+}
 
 
 class Simulator:

@@ -35,6 +35,7 @@ import moe_ops
 
 BOX = r"(cp\.async\.bulk\.tensor\.3d[^;]*?\{%r\d+, )(%r\d+)(, %r\d+\}[^;]*;)"
 COPY = r"cp\.async\.cg\.shared\.global[^;]*;"
+BARRIER = r"bar\.sync\s+0;"
 ARRIVE = r"cp\.async\.mbarrier\.arrive\.noinc(\.shared::cta\.b64) (\[%r\d+\]);"
 MULTICAST = r"(cp\.async\.bulk\.tensor\.3d[^;]*?)\.multicast::cluster([^;]*?), %rs\d+(, %rd\d+;)"
 # Two registers, unlike the change of a phase.
@@ -113,6 +114,14 @@ MUTANTS: dict[str, tuple[str, str, Mutation]] = {
         sub(BOX, added(r"\2", 8) + r"\1q\3 }", 1),
     ),
     "few: empty wait dropped": ("few", "", wait_before(r"mbarrier\.arrive\.expect_tx")),
+    "few: experts are counted before their counts are zero": ("few", "", sub(BARRIER, "", 0)),
+    "few: an expert is looked for before all are counted": ("few", "", sub(BARRIER, "", 1)),
+    "few: slots are read before they are listed": ("few", "", sub(BARRIER, "", 2)),
+    "few: a slot's place counts the slot itself": (
+        "few",
+        "",
+        sub(r"popc\.b32\s+(%r\d+), (%r\d+);(\s+add)", r"popc.b32 \1, \2; add.s32 \1, \1, 1;\3", 0),
+    ),
     "few: first block of weights of the next expert": (
         "few",
         "",
