@@ -175,6 +175,28 @@ def test_includes_point_one_way(path):
             pytest.fail(f"{what}: threads come through the Parallel argument")
 
 
+# --- a kernel that may begin early waits before it touches memory (csrc/cuda/overlap.cuh)
+
+KERNEL = re.compile(r"__global__[^;{]*?(\w+_kernel)\(.*?\) \{\n(.*?)\n\}", re.DOTALL)
+EARLY = re.compile(r"overlaps = true;(.*?)\n\}\n", re.DOTALL)  # to the end of the launcher
+WAIT = "  await_previous_kernel();\n"
+
+
+def test_kernels_that_begin_early_wait_first():
+    """Neither a card nor the simulator would show it every time: by the text, with all threads."""
+    early, wait = set(), set()
+    for path in sources("cuda"):
+        text = path.read_text()
+        for launcher in EARLY.findall(text):
+            early |= set(re.findall(r"launch_kernel<(\w+)", launcher))
+        for name, body in KERNEL.findall(text):
+            before, found, _ = f"\n{body}".partition(f"\n{WAIT}")
+            if found and not re.search(r"\breturn\b|\b__ldg\b|_offsets\b", before):
+                wait.add(name)
+    assert len(early) >= 7
+    assert early <= wait, f"{sorted(early - wait)} may begin early and do not wait first"
+
+
 @pytest.mark.parametrize("name", ISA_FILES)
 def test_isa_files_include_no_inline_functions(name):
     """An inline function compiled with AVX may be the copy that the linker keeps for everyone."""
