@@ -116,7 +116,7 @@ MUTANTS: dict[str, tuple[str, str, Mutation]] = {
     "few: empty wait dropped": ("few", "", wait_before(r"mbarrier\.arrive\.expect_tx")),
     "few: experts are counted before their counts are zero": ("few", "", sub(BARRIER, "", 0)),
     "few: an expert is looked for before all are counted": ("few", "", sub(BARRIER, "", 1)),
-    "few: slots are read before they are listed": ("few", "", sub(BARRIER, "", 2)),
+    "few: slots are read before they are listed": ("few", "", sub(BARRIER, "", 3)),
     "few: a slot's place counts the slot itself": (
         "few",
         "",
@@ -146,7 +146,7 @@ class Case:
         torch.manual_seed(5)
         self.kernel = kernel
         # Sums longer than the ring; with two SMs at least three tiles a block.
-        routing = Routing(9 if kernel == "few" else 120, 3, 2, "dropped")
+        routing = Routing(30 if kernel == "few" else 120, 3, 2, "dropped")
         self.call = ffn_operands(routing, 520, 136, torch.bfloat16, bias=True)
         self.grad = torch.randn_like(self.call["x"])
         self.arguments: tuple[object, ...] = ()

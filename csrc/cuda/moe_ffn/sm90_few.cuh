@@ -198,6 +198,8 @@ __global__ void __launch_bounds__(Traits<Config>::kThreads, 2)
   FewTile tile;
   tile.feature = column_tile * p.tile_features;
   __shared__ FewSortShared sorted;
+  // Of an SM's 228 KiB, and 1 KiB a block that the system takes.
+  static_assert(2 * (T::kSharedBytes + round_up<int>(sizeof(sorted), 1024) + 1024) <= 228 * 1024);
   if (p.sort.ids.data != nullptr) {
     const ExpertRows found = sort_few(p.sort, p.problem.num_experts, ordinal, sorted);
     tile.expert = found.expert;
