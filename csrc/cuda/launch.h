@@ -75,11 +75,8 @@ struct Launch {
 
 // MOE_OPS_OVERLAP=off keeps every kernel behind the end of the one before. For measurements.
 inline bool overlap_allowed() {
-  static const bool allowed = [] {
-    const char* const value = std::getenv("MOE_OPS_OVERLAP");
-    return value == nullptr || std::string_view(value) != "off";
-  }();
-  return allowed;
+  const char* const value = std::getenv("MOE_OPS_OVERLAP");
+  return value == nullptr || std::string_view(value) != "off";
 }
 
 template <auto kernel, class... Args>

@@ -258,6 +258,20 @@ def test_attention_of_a_larger_batch(invariant, kernels):
     assert_identical(both(alone)[0], both(whole)[0][1:2])
 
 
+def test_attention_of_operands_that_lie_anywhere(invariant, kernels):
+    """Slots of a token may lie anywhere if there is one token, and not if there are several; keys
+    that do not start on 16 bytes are no keys for TMA."""
+    call = operands(BF16, 1, 20, 2, 2, 64, kind="softmax")
+    expected, names = kernels(lambda: moe_ops.moa_attention(**call))
+    slots_last = call["q"].transpose(2, 3).contiguous().transpose(2, 3)
+    padded = torch.nn.functional.pad(call["k"], (0, 1))[..., :-1]
+    padded_v = torch.nn.functional.pad(call["v"], (0, 1))[..., :-1]
+    for moved in ({"q": slots_last}, {"k": padded}, {"v": padded_v}):
+        got, same = kernels(lambda moved=moved: moe_ops.moa_attention(**{**call, **moved}))
+        assert names == same, moved.keys()
+        assert_identical(both(got)[0], both(expected)[0])
+
+
 def test_attention_splits_its_keys_without_the_mode(kernels):
     call = operands(BF16, 1, 513, 1, 1, 64, kind="softmax")
     call["q"] = call["q"][:, -1:]
