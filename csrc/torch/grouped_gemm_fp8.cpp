@@ -184,7 +184,7 @@ static Tensor grouped_gemm_fp8_cuda(const Tensor& a, const Tensor& a_scale, cons
   const DType out_type = check(op, a, a_scale, b, b_scale, bias, out_dtype);
   const Tensor offsets = device_offsets(op, expert_offsets, a.size(0));
   check_size(op, "expert_offsets", expert_offsets, 0, b.size(0) + 1, "E+1");
-  const Tensor codes = with_dense_rows(a), scales = with_dense_rows(a_scale);
+  const Tensor codes = token_rows(a), scales = with_dense_rows(a_scale);
   const Fp8Weights weights = fp8_weights(b, b_scale);
   const Bias bias_rows = bias_of(bias, bias_type(op, bias));
   Tensor out = device_empty(a, {a.size(0), b.size(1)}, out_dtype);

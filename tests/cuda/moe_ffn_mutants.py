@@ -40,6 +40,7 @@ ALONG_K = r"(wgmma\.mma_async[^;]*?, 1, 1), 0, 0;"
 A_ALONG_M = r"(wgmma\.mma_async[^;]*?, 1, 1), 1, 0;"
 B_ALONG_N = r"(wgmma\.mma_async[^;]*?, 1, 1), 0, 1;"
 COPY = r"cp\.async\.cg\.shared\.global[^;]*;"
+BARRIER = r"bar\.sync\s+0;"
 ARRIVE = r"cp\.async\.mbarrier\.arrive\.noinc(\.shared::cta\.b64) (\[%r\d+\]);"
 MULTICAST = r"(cp\.async\.bulk\.tensor\.3d[^;]*?)\.multicast::cluster([^;]*?), %rs\d+(, %rd\d+;)"
 # Two registers, unlike the change of a phase.
@@ -152,6 +153,14 @@ MUTANTS: dict[str, tuple[str, str, Mutation]] = {
         sub(BOX, added(r"\2", 8) + r"\1q\3 }", 1),
     ),
     "few: empty wait dropped": ("few", "", wait_before(r"mbarrier\.arrive\.expect_tx")),
+    "few: experts are counted before their counts are zero": ("few", "", sub(BARRIER, "", 0)),
+    "few: an expert is looked for before all are counted": ("few", "", sub(BARRIER, "", 1)),
+    "few: slots are read before they are listed": ("few", "", sub(BARRIER, "", 3)),
+    "few: a slot's place counts the slot itself": (
+        "few",
+        "",
+        sub(r"popc\.b32\s+(%r\d+), (%r\d+);(\s+add)", r"popc.b32 \1, \2; add.s32 \1, \1, 1;\3", 0),
+    ),
     "few: first block of weights of the next expert": (
         "few",
         "",
@@ -177,7 +186,7 @@ class Case:
         self.kernel = kernel
         # Sums longer than the ring; with two SMs at least three tiles a block.
         few = kernel.startswith("few")
-        routing = Routing(9 if few else 120, 3, 2, "dropped")
+        routing = Routing(30 if few else 120, 3, 2, "dropped")
         activation = "swiglu_oai" if kernel == "few stored" else "swiglu"
         self.call = ffn_operands(
             routing, 520, 136, torch.bfloat16, activation=activation, bias=True

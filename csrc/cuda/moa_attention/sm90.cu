@@ -18,6 +18,11 @@ bool usable() {
   return device_info().capability == 90 && (s == nullptr || std::string_view(s) != "generic");
 }
 
+// Not in the batch-invariant mode, where few rows are a block of many.
+bool few_rows(const MoaAttentionParams& p) {
+  return !p.batch_invariant && has_few_rows(p.num_tokens * p.num_slots);
+}
+
 bool has_kernel(const MoaAttentionParams& p) {
   return (p.type == DType::kBFloat16 || p.type == DType::kFloat16) &&
          (p.head_size == 64 || p.head_size == 128) && p.softcap == 0;
@@ -26,7 +31,7 @@ bool has_kernel(const MoaAttentionParams& p) {
 }  // namespace
 
 bool supports(const MoaAttentionParams& p) {
-  if (!usable() || !has_kernel(p) || has_few_rows(p.num_tokens * p.num_slots)) return false;
+  if (!usable() || !has_kernel(p) || few_rows(p)) return false;
   if (p.kind == AttentionKind::kSoftmax && !(p.scale > 0)) return false;
   return reinterpret_cast<uintptr_t>(p.out) % 16 == 0 && rows_of_queries(p, p.q).possible &&
          rows_of_keys(p, p.k).possible && rows_of_keys(p, p.v).possible;
@@ -48,8 +53,7 @@ bool supports(const MoaAttentionBwdParams& b) {
 }
 
 int64_t backward_workspace(const MoaAttentionParams& p) {
-  const bool serves =
-      usable() && has_kernel(p) && p.num_keys > 0 && !has_few_rows(p.num_tokens * p.num_slots);
+  const bool serves = usable() && has_kernel(p) && p.num_keys > 0 && !few_rows(p);
   return serves ? Sm90BackwardSpace(p).bytes : 0;
 }
 

@@ -1,12 +1,12 @@
 // The FFN block as a sequence of launches, no permuted copy of x among them: products gather the
 // rows of x and grad_y through row_to_slot.
 //
-// Forward: (1) pre-activation; (2) h = act; (3) down projection, by rows; (4) weighted sum of a
-// token's rows. Backward: (1) u = W_down^T grad_y, unweighted; (2) one pass over pre-activation and
-// u: the gradients of pre-activation and routing weights, and weight * h where u was; (3) gradients
-// of weights and biases; (4) the gradient of x by rows, where weight * h was; (5) summed by token.
-// Where the routing weight scales the input, it enters (3) and (5) instead, and its gradient is
-// <gradient of x by rows, x>.
+// Forward: slots sorted by expert, for few tokens by (1) itself; (1) pre-activation; (2) h = act;
+// (3) down projection, by rows; (4) weighted sum of a token's rows. Backward: (1) u = W_down^T
+// grad_y, unweighted; (2) one pass over pre-activation and u: the gradients of pre-activation and
+// routing weights, and weight * h where u was; (3) gradients of weights and biases; (4) the
+// gradient of x by rows, where weight * h was; (5) summed by token. Where the routing weight scales
+// the input, it enters (3) and (5) instead, and its gradient is <gradient of x by rows, x>.
 //
 // Forward (1) and (2), and backward (1) and (2), are one kernel each where stages.h has one.
 #include <algorithm>
@@ -131,7 +131,14 @@ Status moe_ffn(const MoeFfnParams& p, Stream stream) {
 
   FfnUpParams fused = up_stage(p);
   fused.h = buffers.h;
-  if (supports(fused)) {
+  const bool has_kernel = supports(fused);
+  if (has_kernel && sorts_few(fused)) {
+    fused.sort = {r.topk_ids, static_cast<int>(r.num_slots()), static_cast<int>(r.top_k),
+                  p.sort.expert_offsets, p.sort.slot_to_row};
+  } else {
+    MOE_TRY(sort_slots(p.sort, stream));
+  }
+  if (has_kernel) {
     MOE_TRY(ffn_up(fused, stream));
   } else {
     GroupedGemmParams up =

@@ -10,8 +10,10 @@
 #pragma once
 
 #include "cuda/grouped_gemm/sm90_launch.cuh"
+#include "cuda/moe_ffn/few_sort.cuh"
 #include "cuda/moe_ffn/fused_act.cuh"
 #include "cuda/moe_ffn/sm90_stages.h"
+#include "cuda/overlap.cuh"
 #include "cuda/row_experts.cuh"
 
 namespace moe_ops::cuda::sm90 {
@@ -34,6 +36,7 @@ struct FewParams {
   Problem problem;     // n: features of out
   GatherRows rows;     // index may be nullptr
   int map_features;    // of a map: I of halves, else all
+  FewSort sort;        // if it has ids, the kernel sorts, and `rows` is read through its slots
   int block_step;      // features from the first block to the second in their maps
   int tile_features;   // of out: 64 with a gate, else 128
   bool interleaved;    // gate in even, up in odd features
@@ -51,9 +54,10 @@ struct FewTile {
   int expert, feature, map_feature, begin, end;
 };
 
+// slots: of the tile's rows, if the kernel sorted them.
 template <class Config>
 __device__ inline void produce_few(const FewParams& p, typename Traits<Config>::SharedStorage& smem,
-                                   const FewTile& tile, int k_tiles) {
+                                   const FewTile& tile, int k_tiles, const uint16_t* slots) {
   using T = Traits<Config>;
   using Element = typename Config::Element;
   constexpr int kPiece = 16 / static_cast<int>(sizeof(Element));
@@ -70,7 +74,10 @@ __device__ inline void produce_few(const FewParams& p, typename Traits<Config>::
 #pragma unroll
     for (int i = 0; i < kLines; ++i) {
       const int r = row0 + line + i * kCopyLines;
-      source[i] = r >= tile.end ? -1 : p.rows.index == nullptr ? r : source_row(p.rows, r);
+      source[i] = r >= tile.end                ? -1
+                  : p.sort.ids.data != nullptr ? slots[r - tile.begin] / p.sort.top_k
+                  : p.rows.index == nullptr    ? r
+                                               : source_row(p.rows, r);
     }
 #pragma unroll 1
     for (int kt = 0; kt < k_tiles; ++kt, ++write) {
@@ -212,22 +219,37 @@ __global__ void __launch_bounds__(Traits<Config>::kThreads, 2)
     cute::prefetch_tma_descriptor(&p.map[1]);
     init_barriers<Config>(smem);
   }
+  await_previous_kernel();
   const int column_tiles = (p.problem.n + p.tile_features - 1) / p.tile_features;
   const int ordinal = static_cast<int>(blockIdx.x) / column_tiles;
+  const int column_tile = static_cast<int>(blockIdx.x) - ordinal * column_tiles;
   FewTile tile;
-  tile.expert =
-      expert_with_rows(p.problem.expert_offsets, p.problem.num_experts, p.problem.rows, ordinal);
-  tile.feature = (static_cast<int>(blockIdx.x) - ordinal * column_tiles) * p.tile_features;
+  tile.feature = column_tile * p.tile_features;
   tile.map_feature = p.interleaved ? 2 * tile.feature : tile.feature;
-  __syncthreads();
+  __shared__ FewSortShared sorted;
+  // Of an SM's 228 KiB, and 1 KiB a block that the system takes.
+  static_assert(2 * (T::kSharedBytes + round_up<int>(sizeof(sorted), 1024) + 1024) <= 228 * 1024);
+  if (p.sort.ids.data != nullptr) {
+    const ExpertRows found = sort_few(p.sort, p.problem.num_experts, ordinal, sorted);
+    tile.expert = found.expert;
+    tile.begin = found.begin;
+    tile.end = found.end;
+    // By a warp that has to wait for the first weights anyway.
+    if (column_tile == 0 && threadIdx.x >= T::kThreads - kWarp)
+      write_maps(p.sort, p.problem.num_experts, found, sorted, ordinal == 0);
+  } else {
+    tile.expert =
+        expert_with_rows(p.problem.expert_offsets, p.problem.num_experts, p.problem.rows, ordinal);
+    tile.begin = tile.expert < 0 ? 0 : clamp_offset(p.problem, tile.expert, 0);
+    tile.end = tile.expert < 0 ? 0 : clamp_offset(p.problem, tile.expert + 1, tile.begin);
+    __syncthreads();
+  }
   if (tile.expert < 0) return;
-  tile.begin = clamp_offset(p.problem, tile.expert, 0);
-  tile.end = clamp_offset(p.problem, tile.expert + 1, tile.begin);
   const int k_tiles = (p.problem.k + T::kK - 1) / T::kK;
 
   const int group = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / kWarpgroup, 0);
   if (group == 0) {
-    produce_few<Config>(p, smem, tile, k_tiles);
+    produce_few<Config>(p, smem, tile, k_tiles, sorted.slots);
     return;
   }
   const int thread = static_cast<int>(threadIdx.x) - kWarpgroup;
@@ -268,6 +290,7 @@ Status run_few(const FewProduct& f, Stream stream) {
   params.along_k = f.along_k;
   params.map_features = static_cast<int>(f.block[0].size[f.along_k ? 1 : 0]);
   params.block_step = halves ? 0 : 64;
+  params.sort = f.sort;
   params.tile_features = f.gated ? 64 : 128;
   params.interleaved = f.gated && f.act.interleaved;
   params.activate = f.activate;
@@ -279,7 +302,8 @@ Status run_few(const FewProduct& f, Stream stream) {
   params.scale = {static_cast<const float*>(f.scale.data), f.scale.index, f.scale.limit};
   const int64_t blocks =
       std::min(f.num_experts, f.num_rows) * ceil_div<int64_t>(f.out_features, params.tile_features);
-  const Launch at{static_cast<unsigned>(blocks), T::kThreads, stream, T::kSharedBytes};
+  Launch at{static_cast<unsigned>(blocks), T::kThreads, stream, T::kSharedBytes};
+  at.overlaps = true;
   return launch_kernel<sm90_few_rows_kernel<Config>>(at, params);
 }
 

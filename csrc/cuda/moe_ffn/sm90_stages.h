@@ -47,6 +47,7 @@ struct FewProduct {
   ActivationParams act;
   DeviceRows rows;
   RowScale scale;
+  FewSort sort;
   TensorMapDesc block[2];  // gate and up if they are halves, else twice the weights
   bool along_k = true;     // how these lie
   ExpertVectors bias;

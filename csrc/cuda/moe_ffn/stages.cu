@@ -7,6 +7,7 @@
 #include "cuda/moe_ffn/sm90_stages.h"
 #include "cuda/moe_ffn/stages.h"
 #include "cuda/runtime.h"
+#include "moe_ops/batch_invariant.h"
 
 namespace moe_ops::cuda {
 
@@ -62,12 +63,19 @@ GemmDesc gemm_desc(const Params& p, Product product, int64_t n) {
   d.n = n;
   d.k = p.hidden_size;
   d.num_sms = usable_sms();
+  d.invariant = batch_invariant();
   return d;
+}
+
+// Whether a call of so many tokens may take the kernels for few: not where bits must be those of a
+// larger one.
+bool takes_few(int64_t num_tokens) {
+  return num_tokens <= kFfnFewTokens && forced_tile() == "" && !batch_invariant();
 }
 
 // Few tokens: inference only, as training wants the pre-activation.
 bool few_tokens(const FfnUpParams& p) {
-  return p.x.limit <= kFfnFewTokens && p.preact == nullptr && forced_tile() == "" &&
+  return takes_few(p.x.limit) && p.preact == nullptr &&
          tensor_map_possible(sm90::few_product(p).block[0]);
 }
 
@@ -110,6 +118,7 @@ sm90::FewProduct sm90::few_product(const FfnUpParams& p) {
   f.act = p.act;
   f.rows = p.x;
   f.scale = p.x_scale;
+  f.sort = p.sort;
   f.bias = p.bias;
   f.out = p.h;
   f.along_k = dense_along_k(p.w);
@@ -144,6 +153,11 @@ bool supports(const FfnUpParams& p) {
          (p.bias.data == nullptr || p.bias.type == p.w.type) && aligned(p.h) && aligned(p.preact);
 }
 
+bool sorts_few(const FfnUpParams& p) {
+  return few_tokens(p) && p.x_scale.data == nullptr && p.num_rows <= kFewSortSlots &&
+         p.num_experts <= kFewSortExperts;
+}
+
 Status ffn_up(const FfnUpParams& p, Stream stream) {
   if (few_tokens(p)) return run_few(sm90::few_product(p), p.x.limit, stream);
   const int64_t width = p.intermediate_size * (is_gated(p.act.kind) ? 2 : 1);
@@ -153,7 +167,7 @@ Status ffn_up(const FfnUpParams& p, Stream stream) {
 }
 
 bool supports(const FfnDownParams& p) {
-  return p.num_tokens <= kFfnFewTokens && forced_tile() == "" && usable(p, p.h) &&
+  return takes_few(p.num_tokens) && usable(p, p.h) &&
          (p.bias.data == nullptr || p.bias.type == p.w.type) && aligned(p.out);
 }
 

@@ -11,6 +11,7 @@
 #include "moe_ops/common.h"
 #include "moe_ops/grouped_gemm.h"
 #include "moe_ops/routing.h"
+#include "moe_ops/sort_slots.h"
 
 namespace moe_ops {
 
@@ -38,6 +39,9 @@ struct MoeFfnParams {
   void* preact = nullptr;     // [N, P] contiguous, out, x's type; zeros in rows without an expert;
                               // nullptr: not wanted
   void* workspace = nullptr;  // CUDA: moe_ffn_workspace bytes, aligned to 256
+  // CUDA: makes the routing's maps, which the call does itself where that is faster. Without a
+  // pre-activation, row_to_slot need not be written.
+  SortSlotsParams sort{};
 };
 
 struct MoeFfnBwdParams {

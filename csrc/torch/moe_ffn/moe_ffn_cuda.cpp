@@ -15,9 +15,9 @@ FfnOutputs run_ffn(const Op& op, const Tensor& x, const Tensor& w_gate_up, const
   const ActivationParams act = check_activation(op, activation, interleaved, alpha, limit, false);
   const Sizes s =
       check_fwd(op, x, w_gate_up, w_down, topk_weights, topk_ids, b_gate_up, b_down, act);
-  const SortedSlots slots = device_sorted_slots(op, topk_ids, s.E);
+  const UnsortedSlots slots = device_unsorted_slots(op, topk_ids, s.E);
   const ScalarType type = x.scalar_type();
-  const Tensor src = with_dense_rows(x);
+  const Tensor src = token_rows(x);
   const Weights up = weights_of(w_gate_up, s.type);
   const Weights down = weights_of(w_down, s.type);
   const Bias up_bias = bias_of(b_gate_up, s.type);
@@ -26,7 +26,8 @@ FfnOutputs run_ffn(const Op& op, const Tensor& x, const Tensor& w_gate_up, const
   Tensor y = device_empty(x, {s.T, s.H}, type);
   Tensor preact = device_empty_if(save, x, {s.T * s.K, s.width}, type);
   MoeFfnParams p;
-  p.desc = desc_of(s, slots.routing, weights, on_input);
+  p.desc = desc_of(s, slots.sorted.routing, weights, on_input);
+  p.sort = slots.sort;
   p.x = rows_of(src, s.type);
   p.w_gate_up = up.matrices;
   p.w_down = down.matrices;
@@ -37,7 +38,8 @@ FfnOutputs run_ffn(const Op& op, const Tensor& x, const Tensor& w_gate_up, const
   Tensor workspace = device_empty(x, {cuda::moe_ffn_workspace(p)}, ScalarType::Byte);
   p.workspace = workspace.mutable_data_ptr();
   check_status(op, cuda::moe_ffn(p, current_stream(x)));
-  return {y, preact, slots.expert_offsets, slots.row_to_slot, slots.slot_to_row};
+  const SortedSlots& maps = slots.sorted;
+  return {y, preact, maps.expert_offsets, maps.row_to_slot, maps.slot_to_row};
 }
 
 Tensor moe_ffn_cuda(const Tensor& x, const Tensor& w_gate_up, const Tensor& w_down,
@@ -73,8 +75,8 @@ FfnGradients run_bwd(const Op& op, const Tensor& grad_y, const Tensor& x, const 
   const Tensor offsets = device_offsets(op, expert_offsets, s.T * s.K);
   const Tensor rows = contiguous_as(row_to_slot, ScalarType::Int);
   const Tensor slots = contiguous_as(slot_to_row, ScalarType::Int);
-  const Tensor gy = with_dense_rows(grad_y);
-  const Tensor src = with_dense_rows(x);
+  const Tensor gy = token_rows(grad_y);
+  const Tensor src = token_rows(x);
   const Tensor pre = dense(preact);
   const Tensor weights = contiguous_as(topk_weights, acc);
   const Weights up = weights_of(w_gate_up, s.type);
