@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -76,7 +76,7 @@ class Kernels:
 
 
 BEFORE = Kernels()
-NOW = Kernels()
+NOW = Kernels(real_counts=True, wide_wgrad=True, paired_down_bwd=True, longest_first=True)
 ALL = Kernels(**{field.name: True for field in fields(Kernels)})
 
 
@@ -94,7 +94,7 @@ UP_TILES = {
     "high": Tile(128, 256, 1, False),
     "pair": Tile(128, 256, 2, False),
 }
-DOWN_BWD_TILES = {"low": Tile(64, 128), "high": Tile(128, 128), "pair": Tile(128, 128, 2)}
+DOWN_BWD_TILES = {"low": Tile(64, 128), "high": Tile(128, 128, 2)}
 
 
 def parse_tile(text: str) -> Tile:
@@ -267,9 +267,9 @@ def forward(shape: Shape, counts: Tensor, T: int, kernels: Kernels, train: bool)
 def training(shape: Shape, counts: Tensor, T: int, kernels: Kernels) -> list[Expected]:
     H, I, E = shape.H, shape.I, shape.E
     N = int(counts.sum())
-    down_bwd = ffn_config("down_bwd", N, E, I, H, SMS)
-    if not kernels.paired_down_bwd and down_bwd == "pair":
-        down_bwd = "high"
+    down_bwd = DOWN_BWD_TILES[ffn_config("down_bwd", N, E, I, H, SMS)]
+    if not kernels.paired_down_bwd:
+        down_bwd = replace(down_bwd, cluster=1)
     dgrad = parse_tile(gemm_config("nn", N, E, 0, H, 2 * I, SMS))
     return [
         *forward(shape, counts, T, kernels, True),
@@ -278,7 +278,7 @@ def training(shape: Shape, counts: Tensor, T: int, kernels: Kernels) -> list[Exp
             counts,
             I,
             H,
-            DOWN_BWD_TILES[down_bwd],
+            down_bwd,
             kernels,
             gathered=True,
             instructions=ACTIVATE_BWD,

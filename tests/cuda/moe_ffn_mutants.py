@@ -106,6 +106,43 @@ MUTANTS: dict[str, tuple[str, str, Mutation]] = {
         no_exchange(2, "0", r"\s+mov\.b32\s+%f\d+, %r\d+;\s+add\.f32"),
     ),
     "down_bwd: neighbours of a quad do not exchange": ("down_bwd", "high", no_exchange(1)),
+    "wgrad_down: gathered rows announced before they are there": (
+        "wgrad_down",
+        "128x256",
+        sub(ARRIVE, r"mbarrier.arrive\1 _, \2;"),
+    ),
+    # The last reads and divisions are those of the loop: two stages ahead, and one.
+    "wgrad_down: index of the next row": (
+        "wgrad_down",
+        "128x256",
+        sub(r"(ld\.global\.nc\.s32 %r\d+, \[%rd\d+)\]", r"\1+4]", -1),
+    ),
+    "wgrad_down: an eighth of the rows are slots, not tokens": (
+        "wgrad_down",
+        "128x256",
+        sub(r"div\.s32\s+(%r\d+), (%r\d+), (%r\d+);", r"mov.b32 \1, \2;", -1),
+    ),
+    "wgrad_down: half of the rows not multicast": (
+        "wgrad_down",
+        "128x256",
+        sub(MULTICAST, r"\1\2\3"),
+    ),
+    "wgrad_down: remote release dropped": (
+        "wgrad_down",
+        "128x256",
+        sub(r"mbarrier\.arrive\.shared::cluster\.b64\s+_, \[remAddr32\];", "", 0),
+    ),
+    "wgrad_up: an eighth of x not copied": ("wgrad_up", "128x256", sub(COPY, "", 0)),
+    "wgrad_up: empty wait dropped": (
+        "wgrad_up",
+        "128x256",
+        wait_before(r"mbarrier\.arrive\.expect_tx"),
+    ),
+    "wgrad_up: rows of the next expert kept": (
+        "wgrad_up",
+        "128x256",
+        sub(r"st\.shared\.v4\.u32 \[%r\d+\], [^;]*;", ""),
+    ),
     "few: lanes do not exchange": ("few", "", no_exchange(4)),
     "few: second block of weights 8 rows further": (
         "few",
@@ -126,6 +163,8 @@ def name_parts(kernel: str, tile: str) -> tuple[str, ...]:
     holds all kernels of a stage."""
     if kernel == "few":
         return ("sm90_few_rows_kernel", "Li32E")  # up to 32 tokens
+    if kernel.startswith("wgrad"):  # as csrc/cuda/grouped_gemm/config.h numbers them
+        return (f"ProductE{5 if kernel == 'wgrad_down' else 6}E", "TileShapeE0E")
     tiles = f"FfnTileE{('low', 'high', 'pair').index(tile)}E"
     return (tiles, "GateUpE0E") if kernel == "up" else (tiles,)
 
@@ -138,6 +177,8 @@ class Case:
         self.kernel = kernel
         # Sums longer than the ring; with two SMs at least three tiles a block.
         routing = Routing(9 if kernel == "few" else 120, 3, 2, "dropped")
+        if kernel.startswith("wgrad"):
+            routing = Routing(300, 3, 2, "skewed")
         self.call = ffn_operands(routing, 520, 136, torch.bfloat16, bias=True)
         self.grad = torch.randn_like(self.call["x"])
         self.arguments: tuple[object, ...] = ()
@@ -145,7 +186,7 @@ class Case:
     def prepare(self) -> None:
         call = self.call
         experts = call["w_down"].shape[0]
-        if self.kernel != "down_bwd":
+        if self.kernel in ("up", "few"):
             moe_ops.sort_slots(call["topk_ids"], experts)
             return
         names = ("x", "w_gate_up", "w_down", "topk_weights")
@@ -153,16 +194,22 @@ class Case:
             *(call[n] for n in names), call["topk_ids"], call["b_gate_up"], call["b_down"]
         )
         options = ("swiglu", False, False, 1.702, 7.0)
+        arguments = (*(call[n] for n in names), *saved, call["b_down"], *options)
         # The gradients of w_down, of the routing weights and of b_gate_up.
         wanted = (False, False, True, True, True, False)
-        self.arguments = (*(call[n] for n in names), *saved, call["b_down"], *options, *wanted)
+        if self.kernel != "down_bwd":
+            # The stage before has run, so that the weight gradient is the next module to load.
+            routing_weights = (False, False, False, True, False, False)
+            torch.ops.moe_ops.moe_ffn_bwd(self.grad, *arguments, *routing_weights)
+            wanted = (False, self.kernel == "wgrad_up", self.kernel == "wgrad_down", *[False] * 3)
+        self.arguments = (*arguments, *wanted)
 
     def run(self) -> torch.Tensor:
         """Everything that comes out, as bytes."""
-        if self.kernel == "down_bwd":
-            out = torch.ops.moe_ops.moe_ffn_bwd(self.grad, *self.arguments)
-        else:
+        if self.kernel in ("up", "few"):
             out = (moe_ops.moe_ffn(**self.call),)
+        else:
+            out = torch.ops.moe_ops.moe_ffn_bwd(self.grad, *self.arguments)
         return torch.cat([t.reshape(-1).view(torch.uint8) for t in out])
 
 
@@ -194,7 +241,9 @@ def main(only: list[str]) -> None:
         for name, (kernel, tile, mutate) in MUTANTS.items():
             if only and name not in only:
                 continue
-            os.environ["MOE_OPS_FFN_TILE"] = tile
+            of_product = kernel.startswith("wgrad")
+            os.environ["MOE_OPS_GEMM_TILE"] = tile if of_product else ""
+            os.environ["MOE_OPS_FFN_TILE"] = "" if of_product else tile
             if (kernel, tile) not in kernels:
                 prefix = f"{folder}/{kernel}_{tile}"
                 case = Case(kernel)
