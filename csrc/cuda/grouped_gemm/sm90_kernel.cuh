@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(Traits<Config>::kThreads, 1)
   auto& smem = *reinterpret_cast<typename T::SharedStorage*>(shared_bytes);
 
   const int group = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / kWarpgroup, 0);
-  const int cluster_rank = T::kCluster == 1 ? 0 : static_cast<int>(cute::block_rank_in_cluster());
+  const int cluster_rank = static_cast<int>(blockIdx.x) % T::kCluster;
   const int first = blockIdx.x / T::kCluster, step = gridDim.x / T::kCluster;
 
   if (threadIdx.x == 0) {
