@@ -53,7 +53,7 @@ struct GemmDefaults {
 
 constexpr int kWarpgroup = 128;
 constexpr int kWarp = 32;
-constexpr int kSwizzleBytes = 128;  // every operand tile is stored in lines of 128 swizzled bytes
+constexpr int kSwizzleBytes = 128;    // every operand tile is stored in lines of 128 swizzled bytes
 constexpr int kOrderedExperts = 512;  // ragged K: with more, they are taken as they come
 
 template <class Config>

@@ -39,14 +39,16 @@ class GroupTiles {
 
  public:
   __device__ GroupTiles(int rows, int column_tiles) : nt_(column_tiles) {
-    const int row_tiles = (rows + T::kM - 1) / T::kM;
-    mt_ = row_tiles / T::kCluster;
-    single_ = row_tiles % T::kCluster > 0;
+    // Shifts and masks, as nothing is negative.
+    const unsigned row_tiles = (static_cast<unsigned>(rows) + T::kM - 1) / T::kM;
+    mt_ = static_cast<int>(row_tiles / T::kCluster);
+    single_ = static_cast<int>(row_tiles % T::kCluster);
   }
 
   // Of a cluster.
   __device__ int count() const {
-    return mt_ * nt_ + (single_ ? (nt_ + T::kCluster - 1) / T::kCluster : 0);
+    const unsigned together = (static_cast<unsigned>(nt_) + T::kCluster - 1) / T::kCluster;
+    return mt_ * nt_ + single_ * static_cast<int>(together);
   }
 
   // Fills in rows and columns of a block's part of tile `index`. Rows of the group end at
@@ -68,7 +70,7 @@ class GroupTiles {
 
  private:
   int nt_, mt_;
-  bool single_;
+  int single_;  // a row tile without a partner: 0 or 1, as clusters are of two at most
 };
 
 // Ragged M: the row tiles of an expert are counted from expert_offsets. A lane holds four experts,
