@@ -43,6 +43,8 @@ COPY = r"cp\.async\.cg\.shared\.global[^;]*;"
 BARRIER = r"bar\.sync\s+0;"
 ARRIVE = r"cp\.async\.mbarrier\.arrive\.noinc(\.shared::cta\.b64) (\[%r\d+\]);"
 MULTICAST = r"(cp\.async\.bulk\.tensor\.3d[^;]*?)\.multicast::cluster([^;]*?), %rs\d+(, %rd\d+;)"
+# Of a slot by the slots of a token, one for each row of a thread.
+DIVISION = r"mul\.hi\.u32\s+(%r\d+), (%r\d+), (%r\d+);"
 # Two registers, unlike the change of a phase.
 SWIZZLE = r"xor\.b32\s+(%r\d+), (?!\1)(%r\d+), (%r\d+);"
 
@@ -84,8 +86,7 @@ MUTANTS: dict[str, tuple[str, str, Mutation]] = {
     "up: an eighth of the rows are slots, not tokens": (
         "up",
         "high",
-        # The last eight divisions are those of a thread's rows.
-        sub(r"div\.s32\s+(%r\d+), (%r\d+), (%r\d+);", r"mov.b32 \1, \2;", -8),
+        sub(DIVISION, r"mov.b32 \1, \2;", 0),
     ),
     "up: full wait dropped": ("up", "high", wait_before(ALONG_K)),
     "up: expected bytes 32 short": ("up", "high", sub(EXPECT, added(r"\2", -32) + r"\1q; }")),
@@ -138,6 +139,38 @@ MUTANTS: dict[str, tuple[str, str, Mutation]] = {
         sub(ALONG_K, r"\1, 0, 1;"),
     ),
     "down_bwd, stored: full wait dropped": ("down_bwd stored", "high", wait_before(ALONG_K)),
+    "wgrad_down: gathered rows announced before they are there": (
+        "wgrad_down",
+        "128x256",
+        sub(ARRIVE, r"mbarrier.arrive\1 _, \2;"),
+    ),
+    # The last read is that of the loop, for the stage after.
+    "wgrad_down: index of the next row": (
+        "wgrad_down",
+        "128x256",
+        sub(r"(ld\.global\.nc\.s32 %r\d+, \[%rd\d+)\]", r"\1+4]", -1),
+    ),
+    "wgrad_down: a quarter of the rows are slots, not tokens": (
+        "wgrad_down",
+        "128x256",
+        sub(DIVISION, r"mov.b32 \1, \2;", -1),
+    ),
+    "wgrad_down: half of the rows not multicast": (
+        "wgrad_down",
+        "128x256",
+        sub(MULTICAST, r"\1\2\3"),
+    ),
+    "wgrad_down: remote release dropped": (
+        "wgrad_down",
+        "128x256",
+        sub(r"mbarrier\.arrive\.shared::cluster\.b64\s+_, \[remAddr32\];", "", 0),
+    ),
+    "wgrad_up: an eighth of x not copied": ("wgrad_up", "128x256", sub(COPY, "", 0)),
+    "wgrad_up: empty wait dropped": (
+        "wgrad_up",
+        "128x256",
+        wait_before(r"mbarrier\.arrive\.expect_tx"),
+    ),
     "few: lanes do not exchange": ("few", "", no_exchange((4, 8))),
     "few, stored: multiplied as if along k": ("few stored", "", sub(A_ALONG_M, r"\1, 0, 0;")),
     "few, stored: second block of weights 8 features further": (
@@ -174,6 +207,8 @@ def name_parts(kernel: str, tile: str) -> tuple[str, ...]:
     holds all kernels of a stage."""
     if kernel.startswith("few"):
         return ("sm90_few_rows_kernel", "Li32E")  # up to 32 tokens
+    if kernel.startswith("wgrad"):  # as csrc/cuda/grouped_gemm/config.h numbers them
+        return (f"ProductE{5 if kernel == 'wgrad_down' else 6}E", "TileShapeE0E")
     tiles = f"FfnTileE{('low', 'high', 'pair').index(tile)}E"
     return (tiles, "GateUpE0E") if kernel.startswith("up") else (tiles,)
 
@@ -185,8 +220,12 @@ class Case:
         torch.manual_seed(5)
         self.kernel = kernel
         # Sums longer than the ring; with two SMs at least three tiles a block.
-        few = kernel.startswith("few")
-        routing = Routing(30 if few else 120, 3, 2, "dropped")
+        # An expert of two row tiles, and one of a tile alone.
+        routing = Routing(200, 3, 2, "skewed")
+        if kernel.startswith("few"):
+            routing = Routing(30, 3, 2, "dropped")
+        elif kernel.startswith("wgrad"):
+            routing = Routing(300, 3, 2, "skewed")
         activation = "swiglu_oai" if kernel == "few stored" else "swiglu"
         self.call = ffn_operands(
             routing, 520, 136, torch.bfloat16, activation=activation, bias=True
@@ -200,7 +239,7 @@ class Case:
     def prepare(self) -> None:
         call = self.call
         experts = call["w_down"].shape[0]
-        if not self.kernel.startswith("down_bwd"):
+        if self.kernel.startswith(("up", "few")):
             moe_ops.sort_slots(call["topk_ids"], experts)
             return
         names = ("x", "w_gate_up", "w_down", "topk_weights")
@@ -208,16 +247,23 @@ class Case:
             *(call[n] for n in names), call["topk_ids"], call["b_gate_up"], call["b_down"]
         )
         options = ("swiglu", False, False, 1.702, 7.0)
+        arguments = (*(call[n] for n in names), *saved, call["b_down"], *options)
         # The gradients of w_down, of the routing weights and of b_gate_up.
         wanted = (False, False, True, True, True, False)
-        self.arguments = (*(call[n] for n in names), *saved, call["b_down"], *options, *wanted)
+        if self.kernel != "down_bwd":
+            # The stage before has run, so that the weight gradient is the next module to load.
+            routing_weights = (False, False, False, True, False, False)
+            torch.ops.moe_ops.moe_ffn_bwd(self.grad, *arguments, *routing_weights)
+            up = self.kernel == "wgrad_up"
+            wanted = (False, up, not up, True, False, False)
+        self.arguments = (*arguments, *wanted)
 
     def run(self) -> torch.Tensor:
         """Everything that comes out, as bytes."""
-        if self.kernel.startswith("down_bwd"):
-            out = torch.ops.moe_ops.moe_ffn_bwd(self.grad, *self.arguments)
-        else:
+        if self.kernel.startswith(("up", "few")):
             out = (moe_ops.moe_ffn(**self.call),)
+        else:
+            out = torch.ops.moe_ops.moe_ffn_bwd(self.grad, *self.arguments)
         return torch.cat([t.reshape(-1).view(torch.uint8) for t in out])
 
 
@@ -249,7 +295,9 @@ def main(only: list[str]) -> None:
         for name, (kernel, tile, mutate) in MUTANTS.items():
             if only and name not in only:
                 continue
-            os.environ["MOE_OPS_FFN_TILE"] = tile
+            of_product = kernel.startswith("wgrad")
+            os.environ["MOE_OPS_GEMM_TILE"] = tile if of_product else ""
+            os.environ["MOE_OPS_FFN_TILE"] = "" if of_product else tile
             if (kernel, tile) not in kernels:
                 prefix = f"{folder}/{kernel}_{tile}".replace(" ", "_")
                 case = Case(kernel)

@@ -16,7 +16,7 @@ from moe_ops import reference
 SMS = 3  # a few tiles a block
 # csrc/cuda/moe_ffn/config.h: rows and columns of a tile, row tiles that share weights.
 UP_TILES = {"low": (64, 256, 1), "high": (128, 256, 1), "pair": (128, 256, 2)}
-DOWN_BWD_TILES = {"low": (64, 128, 1), "high": (128, 128, 1)}
+DOWN_BWD_TILES = {"low": (64, 128, 1), "high": (128, 128, 2)}
 ACTIVATIONS = {
     "halves": {"activation": "swiglu", "interleaved": False},
     "interleaved": {"activation": "swiglu_oai", "interleaved": True},
@@ -68,11 +68,21 @@ class Case:
         self.P = self.call["w_gate_up"].shape[1]
 
 
+def cluster_tiles(rows, columns, tile):
+    """Tiles of a cluster for the rows of an expert: (those that share B, those whose blocks have
+    other columns of a row tile without a partner)."""
+    m, _, cluster = tile
+    together, single = divmod(ceil(rows, m), cluster)
+    return together * columns, single * ceil(columns, cluster)
+
+
 def gemm_tma_bytes(counts, n, k, tile, box_m=None):
-    """Of a row tile and a column tile: B once a cluster, A in boxes unless it is gathered."""
-    m, n_tile, cluster = tile
+    """Of a row tile and a column tile: B once a cluster that shares it, A in boxes unless it is
+    gathered."""
+    _, n_tile, cluster = tile
     steps, columns = ceil(k, 64), ceil(n, n_tile)
-    b = sum(ceil(r, m * cluster) for r in counts) * columns * steps * n_tile * 64 * 2
+    tiles = [cluster_tiles(r, columns, tile) for r in counts]
+    b = sum(shared + cluster * own for shared, own in tiles) * steps * n_tile * 64 * 2
     a = 0
     if box_m is not None:
         a = sum(ceil(r, box_m) for r in counts) * box_m * columns * steps * 64 * 2
@@ -92,10 +102,10 @@ def overhead_bytes(case, columns, tile, producer):
     m, _, cluster = tile
     assert case.experts < 4 * WARP, "one scan"
     scan = case.experts + 1 + case.experts // 4
-    row_tiles = [ceil(r, m * cluster) for r in case.counts]
+    of_expert = [sum(cluster_tiles(r, columns, tile)) for r in case.counts]
     most = case.num_slots // (m * cluster) + min(case.experts + 1, case.num_slots)
     clusters = min(max(1, SMS // cluster), most * columns)
-    tiles = sum(t * columns * (e % 4 + 2) for e, t in enumerate(row_tiles))
+    tiles = sum(t * (e % 4 + 2) for e, t in enumerate(of_expert))
     warps, maps = producer
     walked = cluster * warps * (4 * scan * clusters + LANES * tiles)
     return walked + cluster * clusters * maps * TENSOR_MAP

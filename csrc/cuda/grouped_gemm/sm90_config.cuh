@@ -27,7 +27,8 @@ struct GemmDefaults {
   // takes every second tile, so that one stores while the other multiplies.
   static constexpr int kConsumers = 2;
   static constexpr Schedule kSchedule = Schedule::kCooperative;
-  // Blocks of a cluster: row tiles of one expert, side by side, that share every tile of B.
+  // Blocks of a cluster: row tiles of one expert, side by side, that share every tile of B. The
+  // last row tile of an odd number is both blocks', which take other columns of it.
   static constexpr int kCluster = 1;
   // kGather: row r of the operand is row index[r] of the source, copied by the producer's four
   // warps. B only with kRaggedK.
@@ -54,7 +55,8 @@ struct GemmDefaults {
 
 constexpr int kWarpgroup = 128;
 constexpr int kWarp = 32;
-constexpr int kSwizzleBytes = 128;  // every operand tile is stored in lines of 128 swizzled bytes
+constexpr int kSwizzleBytes = 128;    // every operand tile is stored in lines of 128 swizzled bytes
+constexpr int kOrderedExperts = 512;  // ragged K: with more, they are taken as they come
 
 template <class Config>
 struct Traits {
@@ -136,7 +138,8 @@ struct Traits {
     alignas(1024) Element b[kStages * kN * kK];
     alignas(8) cutlass::arch::ClusterTransactionBarrier full[kStages];
     cutlass::arch::ClusterBarrier empty[kStages];
-    cutlass::arch::ClusterBarrier turn[2];  // ping-pong: whose mainloop it is
+    cutlass::arch::ClusterBarrier turn[2];                   // ping-pong: whose mainloop it is
+    uint16_t order[Config::kRaggedK ? kOrderedExperts : 1];  // experts, most rows first
   };
   static constexpr int kSharedBytes = sizeof(SharedStorage);
   static_assert(kSharedBytes <= 227 * 1024);
@@ -149,6 +152,7 @@ struct Tile {
   int col0;           // first column
   int k0, k_size;     // ragged K: first row of the sum and their number; else 0 and K
   int k_tiles;        // stages to consume; 0: the tile is zero
+  bool shares_b;      // the blocks of the cluster work on the same columns
 };
 
 // Sizes that the host knows and the offsets that it does not.

@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(Traits<Config>::kThreads, 1)
   auto& smem = *reinterpret_cast<typename T::SharedStorage*>(shared_bytes);
 
   const int group = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / kWarpgroup, 0);
-  const int cluster_rank = T::kCluster == 1 ? 0 : static_cast<int>(cute::block_rank_in_cluster());
+  const int cluster_rank = static_cast<int>(blockIdx.x) % T::kCluster;
   const int first = blockIdx.x / T::kCluster, step = gridDim.x / T::kCluster;
 
   if (threadIdx.x == 0) {
@@ -56,6 +56,7 @@ __global__ void __launch_bounds__(Traits<Config>::kThreads, 1)
     if constexpr (!T::kGatherB) cute::prefetch_tma_descriptor(&p.map_b);
     init_barriers<Config>(smem);
   }
+  order_experts<Config>(p.problem, smem);
   if constexpr (T::kCluster > 1) {
     cute::cluster_sync();
   } else {
@@ -80,7 +81,7 @@ __global__ void __launch_bounds__(Traits<Config>::kThreads, 1)
   PipelineState<Config> read;
   // A wait for a phase passes at once on a new barrier if the parity is 1: player 0 begins.
   uint32_t turn_phase = player == 0;
-  Scheduler<Config> scheduler(p.problem);
+  Scheduler<Config> scheduler(p.problem, smem);
   Tile tile;
   int count = 0;
   for (int index = first; scheduler.get(index, cluster_rank, tile); index += step, ++count) {

@@ -18,6 +18,7 @@ struct DownBwdConfig : GemmDefaults {
   using Output = Element;
   static constexpr int kTileM = kChoice.m, kTileN = kChoice.n, kTileK = kChoice.k;
   static constexpr Schedule kSchedule = Schedule::kPingpong;
+  static constexpr int kCluster = kChoice.cluster;
   static constexpr Source kSourceA = Source::kGather;
   static constexpr Major kMajorB = Major::kEither;
 };

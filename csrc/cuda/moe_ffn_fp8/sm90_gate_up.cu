@@ -221,7 +221,7 @@ __global__ void __launch_bounds__(Traits<GateUpConfig>::kThreads, 1)
   cutlass::arch::warpgroup_reg_alloc<kFp8ConsumerRegisters>();
   const int thread = static_cast<int>(threadIdx.x) - kWarpgroup;
   PipelineState<GateUpConfig> read;
-  Scheduler<GateUpConfig> scheduler(p.problem);
+  Scheduler<GateUpConfig> scheduler(p.problem, smem);
   Tile tile;
   for (int index = blockIdx.x; scheduler.get(index, 0, tile); index += gridDim.x) {
     const auto shape = cute::Shape<cute::Int<Half::kM>, cute::Int<Half::kN>>{};

@@ -10,6 +10,7 @@ import pytest
 from moe_ops._C import ffn_config, gemm_config
 
 LARGE = "128x256x64 cooperative cluster 2"
+LARGE_ALONE = "128x256x64 cooperative cluster 1"
 MIDDLE = "128x128x64 ping-pong cluster 1"
 FEW_ROWS = "64x128x64 ping-pong cluster 1"
 TINY = "64x64x128 cooperative cluster 1"
@@ -18,6 +19,9 @@ OF_PRODUCT = {
     "nn": {LARGE, MIDDLE, FEW_ROWS, TINY},
     "tn": {LARGE, MIDDLE},
     "gather_nt": {MIDDLE, FEW_ROWS, TINY},
+    "gather_tn": {LARGE, MIDDLE},
+    "tn_gather": {LARGE_ALONE, MIDDLE},
+    "gather_tn_gather": {MIDDLE},
 }
 
 
@@ -42,6 +46,13 @@ OF_PRODUCT = {
         ("nt", 65536, 8, 0, 2048, 128, MIDDLE),
         # Small weight gradients: more tiles than 128x256 would give.
         ("tn", 4096, 8, 256, 256, 0, MIDDLE),
+        # Those of moe_ffn, 32768 tokens: Qwen3-30B-A3B, DeepSeek-V3.
+        ("gather_tn", 262144, 128, 2048, 768, 0, LARGE),
+        ("tn_gather", 262144, 128, 1536, 2048, 0, LARGE_ALONE),
+        ("tn_gather", 262144, 256, 4096, 7168, 0, LARGE_ALONE),
+        # 32 rows an expert: what is written counts, and its end should be hidden.
+        ("gather_tn", 4096, 128, 2048, 768, 0, MIDDLE),
+        ("tn_gather", 4096, 128, 1536, 2048, 0, MIDDLE),
     ],
 )
 def test_known_shapes(product, rows, experts, m, n, k, expected):
