@@ -1,5 +1,6 @@
-"""Breaks the PTX of attention's sm_90a kernels in one place at a time and asks whether the simulator
-notices. Run by test_moa_attention.py; prints {mutant: how it was noticed, or null} as JSON.
+"""Breaks the PTX of attention's sm_90a kernels in one place at a time and asks whether the
+simulator notices. Run by test_moa_attention.py; prints {mutant: how it was noticed, or null} as
+JSON.
 
 A process writes out or replaces the first module that it loads with the variable set: what a
 backward needs besides is loaded before.
@@ -47,10 +48,9 @@ def no_wait(nth: int) -> Mutation:
     return sub(WAIT, PASS, nth)
 
 
-# name: (pass, kind, mutation). Barrier waits of the forward are, in the order of the text: free
-# stage (keys), free rows (two), free stage (keys, values); rows, keys, then values that are searched,
-# keys, values, keys that nobody wants, values. Of the backward: keys, first rows, next rows, free
-# stages.
+# Barrier waits of the forward are, in the order of the text: free stage (first keys), free rows
+# (two), free stage (keys, values); rows, first keys, values that are searched, keys, values, keys
+# that nobody wants, values. Of the backward: keys, first rows, next rows, free stages.
 FORWARD: dict[str, Mutation] = {
     "stage of keys not awaited by the producer": no_wait(3),
     "stage of values not awaited by the producer": no_wait(4),
@@ -188,15 +188,16 @@ def main(only: list[str]) -> None:
             prefix, expected = kernels[direction, kind]
             kernel = {"forward": "moa_attention_sm90_kernel", "backward": "sm90_bwd_kernel"}
             number = {"softmax": 0, "stick_breaking": 1}[kind]
-            changed = Path(folder, "mutant.ptx")
             ptx = Path(prefix + ".0.ptx").read_text()
-            changed.write_text(
-                in_kernel(mutate, kernel[direction], f"AttentionKindE{number}ELi64")(ptx)
-            )
+            changed = Path(folder, "mutant.ptx")
+            mutant = in_kernel(mutate, kernel[direction], f"AttentionKindE{number}ELi64")(ptx)
+            changed.write_text(mutant)
 
-            def notice(direction=direction, kind=kind, call=call, expected=expected) -> str:
+            def notice(
+                direction=direction, kind=kind, call=call, expected=expected, path=str(changed)
+            ) -> str:
                 load_others(direction, kind)
-                os.environ["PTXSIM_OVERRIDE_PTX"] = str(changed)
+                os.environ["PTXSIM_OVERRIDE_PTX"] = path
                 return how_noticed(direction, call, expected)
 
             result[name] = in_child({}, notice) or None
