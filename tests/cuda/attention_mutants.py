@@ -1,5 +1,6 @@
-"""Breaks the PTX of attention's sm_90a kernels in one place at a time and asks whether the simulator
-notices. Run by test_moa_attention.py; prints {mutant: how it was noticed, or null} as JSON.
+"""Breaks the PTX of attention's sm_90a kernels in one place at a time and asks whether the
+simulator notices. Run by test_moa_attention.py; prints {mutant: how it was noticed, or null} as
+JSON.
 
 A process writes out or replaces the first module that it loads with the variable set: what a
 backward needs besides is loaded before.
@@ -18,19 +19,19 @@ from sm90_mutants import (
     EXPECT,
     PASS,
     SCHEDULES,
-    TRY_WAIT,
     Mutation,
     Simulator,
     added,
     in_child,
     in_kernel,
     sub,
-    wait_before,
 )
 from tests.helpers.simulator import use_simulator
 
 import moe_ops
 
+WAIT = r"mbarrier\.try_wait\.parity\.shared::cta\.b64 P1, \[%r\d+\], %r\d+(?:, %r\d+)?;"
+SMS = 6  # three blocks of keys of each head at a time
 BOX = r"(cp\.async\.bulk\.tensor\.4d[^;]*?\{%r\d+, )(%r\d+)(, %r\d+, %r\d+\}[^;]*;)"
 NO_WAIT = sub(r"wgmma\.wait_group\.sync\.aligned 0;", "")
 NOT_ALL = sub(r"wgmma\.wait_group\.sync\.aligned 1;", "wgmma.wait_group.sync.aligned 7;")
@@ -38,100 +39,83 @@ NO_FENCE = sub(r"wgmma\.fence\.sync\.aligned;", "")
 SHORT = sub(EXPECT, added(r"\2", -32) + r"\1q; }")
 FLAG = r"ld\.acquire\.gpu\.global\.s32 (%r\d+), \[[^;]*\];"
 RAISED = r"st\.release\.gpu\.global\.s32 (\[[^;]*\]), (%r\d+);"
-MEET = r"barrier\.cta\.red\.or\.pred"
+MEET = r"barrier\.cta\.red\.or\.pred b, %r\d+, %r\d+, a;"
+PART = r"ld\.global\.cg\.v4\.f32 \{(%f\d+),(%f\d+),(%f\d+),(%f\d+)\}, [^;]*;"
 
-# name: (pass, kind, mutation).
+
+def no_wait(nth: int) -> Mutation:
+    """The nth barrier wait always passes."""
+    return sub(WAIT, PASS, nth)
+
+
+# Barrier waits of the forward are, in the order of the text: free stage (first keys), free rows
+# (two), free stage (keys, values); rows, first keys, values that are searched, keys, values, keys
+# that nobody wants, values. Of the backward: keys, first rows, next rows, free stages.
+FORWARD: dict[str, Mutation] = {
+    "stage of keys not awaited by the producer": no_wait(3),
+    "stage of values not awaited by the producer": no_wait(4),
+    "rows not awaited by the producer": no_wait(1),
+    "rows not awaited": no_wait(5),
+    "first keys not awaited": no_wait(6),
+    "keys not awaited": no_wait(8),
+    "values not awaited": no_wait(9),
+    "scores not awaited": NOT_ALL,
+    "values not added when rows are scaled": NO_WAIT,
+    "wgmma.fence dropped": NO_FENCE,
+    "expected bytes 32 short": SHORT,
+    "turn not passed": sub(r"bar\.arrive [^;]*;", "", 1),
+    "boxes 8 lines further": sub(BOX, added(r"\2", 8) + r"\1q\3 }"),
+}
+FORWARD_STICKS: dict[str, Mutation] = {
+    "number of loaded tiles not announced": sub(
+        r"mbarrier\.arrive\.shared::cta\.b64 _, \[%r\d+\];", "", 0
+    ),
+    "tiles that nobody took not skipped": sub(
+        r"ld\.volatile\.shared\.u32 (%r\d+), [^;]*;", r"mov.b32 \1, 0;", -1
+    ),
+}
+BACKWARD: dict[str, Mutation] = {
+    "keys not awaited": no_wait(0),
+    "first rows not awaited": no_wait(1),
+    "rows not awaited": no_wait(2),
+    "stage not awaited by the producer": no_wait(3),
+    "parts taken before they are there": sub(FLAG, r"mov.b32 \1, 1000;"),
+    "parts never handed on": sub(RAISED, ""),
+    "flag one too high": sub(RAISED, added(r"\2", 1) + r"st.release.gpu.global.s32 \1, q; }"),
+    "parts not added": sub(PART, " ".join(rf"mov.f32 \{i}, 0f00000000;" for i in range(1, 5))),
+    "octets of scores elsewhere": sub(r"xor\.b32 (%r\d+), (%r\d+), 32;", r"mov.b32 \1, \2;", 0),
+    "warpgroups do not meet": sub(MEET, "mov.pred b, a;", -1),
+    "scores without a proxy fence": sub(r"fence\.proxy\.async\.shared::cta;", ""),
+    "rows released under a running product": NOT_ALL,
+    "products not awaited": NO_WAIT,
+    "wgmma.fence dropped": NO_FENCE,
+    "expected bytes 32 short": SHORT,
+    "boxes 8 lines further": sub(BOX, added(r"\2", 8) + r"\1q\3 }"),
+}
+BACKWARD_STICKS: dict[str, Mutation] = {
+    "sums taken before they are there": sub(FLAG, r"mov.b32 \1, 1000;", 0),
+    "sums never handed on": sub(RAISED, "", 0),
+    "sums of the first half not there": sub(MEET, "mov.pred b, a;", 2),
+}
 MUTANTS: dict[str, tuple[str, str, Mutation]] = {
-    "forward: keys not awaited": ("forward", "softmax", wait_before(r"wgmma\.fence")),
-    "forward: stages not awaited by the producer": (
-        "forward",
-        "softmax",
-        wait_before(r"mbarrier\.arrive\.expect_tx"),
-    ),
-    "forward: values not awaited": ("forward", "softmax", sub(TRY_WAIT, PASS, -1)),
-    "forward: scores not awaited": ("forward", "softmax", NOT_ALL),
-    "forward: values not added when rows are scaled": ("forward", "softmax", NO_WAIT),
-    "forward: wgmma.fence dropped": ("forward", "softmax", NO_FENCE),
-    "forward: expected bytes 32 short": ("forward", "softmax", SHORT),
-    "forward: turn not passed": ("forward", "softmax", sub(r"bar\.arrive [^;]*;", "", 1)),
-    "forward: boxes 8 lines further": (
-        "forward",
-        "softmax",
-        sub(BOX, added(r"\2", 8) + r"\1q\3 }"),
-    ),
-    "forward: consumers of sticks do not meet": (
-        "forward",
-        "stick_breaking",
-        sub(r"mbarrier\.arrive\.shared::cta\.b64 _, \[%r\d+\];", "", 0),
-    ),
-    "forward: tiles that nobody took not skipped": (
-        "forward",
-        "stick_breaking",
-        sub(r"ld\.volatile\.shared\.u32 (%r\d+), [^;]*;", r"mov.b32 \1, 0;", -1),
-    ),
-    "backward: parts taken before they are there": (
-        "backward",
-        "softmax",
-        sub(FLAG, r"mov.b32 \1, 1000;"),
-    ),
-    "backward: parts never handed on": ("backward", "softmax", sub(RAISED, "")),
-    "backward: flag one too high": (
-        "backward",
-        "softmax",
-        sub(RAISED, added(r"\2", 1) + r"st.release.gpu.global.s32 \1, q; }"),
-    ),
-    "backward: parts not added": (
-        "backward",
-        "softmax",
-        sub(r"ld\.global\.cg\.v4\.f32 \{(%f\d+), (%f\d+), (%f\d+), (%f\d+)\}, [^;]*;",
-            r"mov.f32 \1, 0f00000000; mov.f32 \2, 0f00000000; mov.f32 \3, 0f00000000; "
-            r"mov.f32 \4, 0f00000000;"),
-    ),  # fmt: skip
-    "backward: one octet of scores elsewhere": (
-        "backward",
-        "softmax",
-        sub(r"xor\.b32\s+(%r\d+), (%r\d+), 32;", r"mov.b32 \1, \2;", 0),
-    ),
-    "backward: warpgroups do not meet": (
-        "backward",
-        "softmax",
-        sub(MEET + r" b, 1, 256, a;|" + MEET + r" b, %r\d+, %r\d+, a;", "mov.pred b, a;", -1),
-    ),
-    "backward: weights not awaited by their warpgroup": (
-        "backward",
-        "softmax",
-        sub(r"bar\.sync %r\d+, 128;|bar\.sync %r\d+, %r\d+;", ""),
-    ),
-    "backward: scores without a proxy fence": (
-        "backward",
-        "softmax",
-        sub(r"fence\.proxy\.async\.shared::cta;", ""),
-    ),
-    "backward: rows released under a running product": ("backward", "softmax", NOT_ALL),
-    "backward: products not awaited": ("backward", "softmax", NO_WAIT),
-    "backward: wgmma.fence dropped": ("backward", "softmax", NO_FENCE),
-    "backward: expected bytes 32 short": ("backward", "softmax", SHORT),
-    "backward: boxes 8 lines further": (
-        "backward",
-        "softmax",
-        sub(BOX, added(r"\2", 8) + r"\1q\3 }"),
-    ),
-    "backward: sums of sticks taken before they are there": (
-        "backward",
-        "stick_breaking",
-        sub(FLAG, r"mov.b32 \1, 1000;", 0),
-    ),
-    "backward: sums of sticks never handed on": ("backward", "stick_breaking", sub(RAISED, "", 0)),
+    f"{direction}, {kind}: {name}": (direction, kind, mutate)
+    for direction, kind, mutations in (
+        ("forward", "softmax", FORWARD),
+        ("forward", "stick_breaking", FORWARD_STICKS),
+        ("backward", "softmax", BACKWARD),
+        ("backward", "stick_breaking", BACKWARD_STICKS),
+    )
+    for name, mutate in mutations.items()
 }
 
 
 def operands(kind: str) -> dict[str, torch.Tensor]:
-    """Several tiles of keys and of rows, and more of them than blocks."""
+    """More tiles of keys than stages, several tiles of rows, and more of them than blocks."""
     torch.manual_seed(5)
     q = torch.randn(1, 150, 2, 2, 64).bfloat16()
-    k, v = (torch.randn(1, 300, 2, 64).bfloat16() for _ in range(2))
-    if kind == "stick_breaking":  # some sticks last
-        q, k = q.abs(), -k.abs() / 4
+    k, v = (torch.randn(1, 530, 2, 64).bfloat16() for _ in range(2))
+    if kind == "stick_breaking":  # the sticks of a head last, those of the other do not
+        q, k[:, :, 0] = q.abs(), -k[:, :, 0].abs() / 4
     return {"q": q, "k": k, "v": v, "kind": kind}
 
 
@@ -162,7 +146,7 @@ def same(a: tuple[torch.Tensor, ...], b: tuple[torch.Tensor, ...]) -> bool:
 
 def how_noticed(direction: str, call: dict, expected: tuple[torch.Tensor, ...]) -> str:
     simulator = Simulator()
-    simulator.set(sms=3, livelock_insts=3_000_000, max_insts=60_000_000, race=1)
+    simulator.set(sms=SMS, livelock_insts=3_000_000, max_insts=100_000_000, race=1)
     for seed, delay in SCHEDULES:
         simulator.set(seed=seed, async_delay=delay)
         try:
@@ -194,7 +178,7 @@ def main(only: list[str]) -> None:
                     load_others(direction, kind)
                     os.environ["PTXSIM_DUMP_PTX"] = prefix
                     simulator = Simulator()
-                    simulator.set(sms=3, race=1)
+                    simulator.set(sms=SMS, race=1)
                     torch.save(run(direction, call), prefix + ".pt")
                     return simulator.warnings()
 
@@ -204,15 +188,16 @@ def main(only: list[str]) -> None:
             prefix, expected = kernels[direction, kind]
             kernel = {"forward": "moa_attention_sm90_kernel", "backward": "sm90_bwd_kernel"}
             number = {"softmax": 0, "stick_breaking": 1}[kind]
-            changed = Path(folder, "mutant.ptx")
             ptx = Path(prefix + ".0.ptx").read_text()
-            changed.write_text(
-                in_kernel(mutate, kernel[direction], f"AttentionKindE{number}ELi64")(ptx)
-            )
+            changed = Path(folder, "mutant.ptx")
+            mutant = in_kernel(mutate, kernel[direction], f"AttentionKindE{number}ELi64")(ptx)
+            changed.write_text(mutant)
 
-            def notice(direction=direction, kind=kind, call=call, expected=expected) -> str:
+            def notice(
+                direction=direction, kind=kind, call=call, expected=expected, path=str(changed)
+            ) -> str:
                 load_others(direction, kind)
-                os.environ["PTXSIM_OVERRIDE_PTX"] = str(changed)
+                os.environ["PTXSIM_OVERRIDE_PTX"] = path
                 return how_noticed(direction, call, expected)
 
             result[name] = in_child({}, notice) or None

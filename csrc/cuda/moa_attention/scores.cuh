@@ -182,22 +182,17 @@ struct QuadScan {
 template <class T>
 __device__ __forceinline__ QuadScan<T> quad_after(T v) {
   const int q = static_cast<int>(threadIdx.x) % 4;
-  T other = __shfl_down_sync(kAllLanes, v, 1, 4);
-  T sum = q < 3 ? v + other : v;
-  other = __shfl_down_sync(kAllLanes, sum, 2, 4);
-  if (q < 2) sum += other;
-  other = __shfl_down_sync(kAllLanes, sum, 1, 4);
-  return {q < 3 ? other : T(0), __shfl_sync(kAllLanes, sum, 0, 4)};
+  const T neighbor = __shfl_xor_sync(kAllLanes, v, 1);
+  const T pair = v + neighbor, others = __shfl_xor_sync(kAllLanes, pair, 2);
+  return {(q % 2 == 0 ? neighbor : T(0)) + (q < 2 ? others : T(0)), pair + others};
 }
+// The same of those before.
 template <class T>
 __device__ __forceinline__ QuadScan<T> quad_before(T v) {
   const int q = static_cast<int>(threadIdx.x) % 4;
-  T other = __shfl_up_sync(kAllLanes, v, 1, 4);
-  T sum = q > 0 ? v + other : v;
-  other = __shfl_up_sync(kAllLanes, sum, 2, 4);
-  if (q > 1) sum += other;
-  other = __shfl_up_sync(kAllLanes, sum, 1, 4);
-  return {q > 0 ? other : T(0), __shfl_sync(kAllLanes, sum, 3, 4)};
+  const T neighbor = __shfl_xor_sync(kAllLanes, v, 1);
+  const T pair = v + neighbor, others = __shfl_xor_sync(kAllLanes, pair, 2);
+  return {(q % 2 == 1 ? neighbor : T(0)) + (q >= 2 ? others : T(0)), pair + others};
 }
 
 // ---- Softmax ----

@@ -210,11 +210,18 @@ __device__ void consume(const BackwardParams& params, typename Config::Shared& s
     if constexpr (!kSoftmax) empty = a[0] < kLogTiny<float> || a[1] < kLogTiny<float>;
     const bool unmasked =
         __all_sync(~0u, !empty && (step.whole || see_all(seen(), 64 * key_tile())));
-    // Read again where it is wanted rather than kept.
-    const auto mask_of_step = [&] {
+    // What rows see is read again where it is wanted rather than kept, and so are the lengths of
+    // sticks where that is rare.
+    const auto mask_of_step = [&](const float (&log_rest)[2]) {
       Mask mask = step.whole ? Mask{{-8, -8}, {64, 64}} : mask_of_rows(seen(), 64 * key_tile());
-      if constexpr (!kSoftmax) mask.leave_out_empty_sticks(a);
+      if constexpr (!kSoftmax) mask.leave_out_empty_sticks(log_rest);
       return mask;
+    };
+    const auto keep_sight = [&] {
+      float log_rest[2], unused[2];
+      load_step<kSoftmax>(launch, at, step, key_tile(), Consumer().line(), log_rest, unused);
+      smem.sight[group].keep(mask_of_step(log_rest), Consumer().line());
+      meet();
     };
     float before[2], total[2];  // stick-breaking: sums over the keys to the left, and over ours
     if constexpr (kSoftmax) {
@@ -224,7 +231,7 @@ __device__ void consume(const BackwardParams& params, typename Config::Shared& s
       if (unmasked) {
         weigh(s, NoMask{}, times, a);
       } else {
-        weigh(s, mask_of_step(), times, a);
+        weigh(s, mask_of_step(a), times, a);
       }
       store_scores<Element>(score_address(weights), s);
       warpgroup_wait<0>();
@@ -235,7 +242,7 @@ __device__ void consume(const BackwardParams& params, typename Config::Shared& s
       warpgroup_fence_operand(products);
       logits.apply(s);
       if (!unmasked) {
-        const Mask mask = mask_of_step();
+        const Mask mask = mask_of_step(a);
         mask_scores(s, mask, kNoShare);
         mask_scores(dp, mask, 0.f);
       }
@@ -252,14 +259,12 @@ __device__ void consume(const BackwardParams& params, typename Config::Shared& s
     bool apart = !step.whole;
     if constexpr (!kSoftmax) apart = meet(apart || empty);
     if (apart && meet(has_not_finite<2 * kTile>(q, Consumer().index, kThreads))) {
-      smem.sight[group].keep(mask_of_step(), Consumer().line());
-      meet();
+      keep_sight();
       set_rows_apart<Config>(smem, q, grad_out, Consumer().index, kThreads);
       meet();
     }
     if (smem.bad.any != 0) {
-      smem.sight[group].keep(mask_of_step(), Consumer().line());
-      meet();
+      keep_sight();
       note_bad_keys<Config>(smem, Consumer().index, kThreads);
       meet();
     }
@@ -276,7 +281,7 @@ __device__ void consume(const BackwardParams& params, typename Config::Shared& s
       if (unmasked) {
         softmax_gradient(s, dp, NoMask{}, b);
       } else {
-        softmax_gradient(s, dp, mask_of_step(), b);
+        softmax_gradient(s, dp, mask_of_step(a), b);
       }
     } else {
       if (group == 1) {
