@@ -237,6 +237,31 @@ def test_few_tokens(simulator, num_tokens, names, layout, dtype):
     check_moe_ffn({**call, "b_gate_up": None, "b_down": None}, [])
 
 
+# On both sides of kFewSortSlots and kFewSortExperts (moe_ffn/stages.h); slots that name no
+# expert, all of one, ids of 64 bits, slots in every warp of a block.
+SORTED_BY_THE_KERNEL = (
+    Routing(64, 20, 16, "dropped"),
+    Routing(9, 1024, 2),
+    Routing(64, 5, 4, "out_of_range", torch.int64),
+    Routing(7, 4, 2, "all_dropped"),
+    Routing(60, 6, 2, "last_only"),
+    Routing(40, 6, 9, "repeated"),
+)
+SORTED_BEFORE = (Routing(64, 20, 17, "dropped"), Routing(9, 1025, 2))
+
+
+@pytest.mark.parametrize("routing", SORTED_BY_THE_KERNEL + SORTED_BEFORE, ids=str)
+def test_who_sorts_the_slots_of_few_tokens(simulator, capfd, routing):
+    call = operands(routing, 16, 8, torch.bfloat16)
+    check_moe_ffn(call, [])
+    capfd.readouterr()
+    with simulator.options(verbose=1):
+        moe_ops.moe_ffn(**call)
+    assert ("place_kernel" in capfd.readouterr().err) == (routing in SORTED_BEFORE)
+    if routing.num_slots < 300:
+        simulator.check_schedules(lambda: moe_ops.moe_ffn(**call))
+
+
 @half
 @layouts
 def test_few_tokens_and_many_give_the_same_bits(simulator, force, layout, dtype):
