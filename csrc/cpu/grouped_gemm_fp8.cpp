@@ -53,10 +53,8 @@ void grouped_gemm_fp8_wgrad(const GroupedGemmFp8WgradParams& p, const Parallel& 
     const Fp8WgradDesc d(p, e);
     if (d.in_features == 0) {
       if (!p.accumulate) zero_item<float>(it, keep);
-    } else if (config.operand == Operand::kFp8Bf16) {
-      fp8_pack_tokens_item<Bf16>(d, k, it, keep);
     } else {
-      fp8_pack_tokens_item<Wide>(d, k, it, keep);
+      fp8_pack_tokens_item<false>(d, k, it, keep);
     }
   });
 }

@@ -84,7 +84,7 @@ MUTANTS: dict[str, tuple[str, Mutation]] = {
         sub(r"(setp\.ne\.b32 p, )(%r\d+|0)(, 0;)", r"\g<1>1\3", 0),
     ),
     "wgrad: scale of grad of the next row": (WGRAD, sub(LOAD_SCALE, r"\1+4]", 0)),
-    "wgrad: scales of a of other columns": (WGRAD, sub(LOAD_SCALES, r"\1+16]", 2)),
+    "wgrad: scales of a of other columns": (WGRAD, sub(LOAD_SCALES, r"\1+16]")),
 }
 
 

@@ -68,7 +68,6 @@ struct Fp8WgradDesc {
   }
   const uint8_t* weight(int64_t, int64_t k) const { return a.data + k * a.stride; }
   int64_t weight_stride() const { return a.stride; }
-  bool turned() const { return false; }
   float weight_scale(int64_t, int64_t k, int64_t block) const {
     return a.scale[block * a.scale_stride + k];
   }
@@ -173,7 +172,7 @@ void fp8_gemv_item(const Fp8Desc& d, const GemmKernels<float>& k, const GemmItem
   }
 }
 
-template <class Op, class Desc, class Epilogue>
+template <class Op, bool kTurned, class Desc, class Epilogue>
 void fp8_pack_tokens_item(const Desc& d, const GemmKernels<float>& k, const GemmItem& it,
                           const Epilogue& fn) {
   const Fp8Kernels& kernels = fp8_kernels();
@@ -187,7 +186,7 @@ void fp8_pack_tokens_item(const Desc& d, const GemmKernels<float>& k, const Gemm
   // Blocks of k that stay packed while weights are read: runs of up to 1 KiB of each weight row.
   const int64_t block_bytes = padded_m * kBlock * static_cast<int64_t>(sizeof(float));
   const int64_t chunk = std::clamp<int64_t>(kWholeDepthBytes / block_bytes, 1, k_blocks);
-  const int64_t ld_codes = chunk * kFp8Block, turned_bytes = d.turned() ? total * ld_codes : 0;
+  const int64_t ld_codes = chunk * kFp8Block, turned_bytes = kTurned ? total * ld_codes : 0;
   ScratchScope scratch;
   Arena arena(
       scratch, Scratch::kPackA,
@@ -220,7 +219,7 @@ void fp8_pack_tokens_item(const Desc& d, const GemmKernels<float>& k, const Gemm
   const auto feature_of = [&](int64_t i) { return i / n * d.features + it.feature_begin + i % n; };
   for (int64_t b0 = 0; b0 < k_blocks; b0 += chunk) {
     const int64_t b1 = std::min(k_blocks, b0 + chunk);
-    if (d.turned()) {
+    if constexpr (kTurned) {
       const int64_t k0 = b0 * kFp8Block, depth_of_chunk = std::min(K - k0, ld_codes);
       for (int s = 0; s < d.segments; ++s) {
         turn_bytes(d.weight(it.expert, s * d.features + it.feature_begin) + k0 * d.weight_stride(),
@@ -228,9 +227,9 @@ void fp8_pack_tokens_item(const Desc& d, const GemmKernels<float>& k, const Gemm
       }
     }
     // The codes of feature i of the item in block b.
-    const auto weight = [&](int64_t i, int64_t b) {
-      return d.turned() ? codes + i * ld_codes + (b - b0) * kFp8Block
-                        : d.weight(it.expert, feature_of(i)) + b * kFp8Block;
+    const auto weight = [&](int64_t i, int64_t b) -> const uint8_t* {
+      if constexpr (kTurned) return codes + i * ld_codes + (b - b0) * kFp8Block;
+      return d.weight(it.expert, feature_of(i)) + b * kFp8Block;
     };
     for (int64_t b = b0; b < b1; ++b) {
       for (int64_t t = 0; t < padded_m; ++t) {
@@ -264,7 +263,7 @@ void fp8_pack_tokens_item(const Desc& d, const GemmKernels<float>& k, const Gemm
         const int64_t next_i = last ? i1 : i0, next_b = last ? b0 : b + 1;
         if (next_i < total) {
           next.base = reinterpret_cast<const char*>(weight(next_i, next_b));
-          next.stride = d.turned() ? ld_codes : d.weight_stride();
+          next.stride = kTurned ? ld_codes : d.weight_stride();
           next.rows = std::min(mr, n - next_i % n);
           next.bytes = std::min(kFp8Block, K - next_b * kFp8Block);
           next.spread(std::max<int64_t>(1, kc / kPrefetchStep) * ceil_div(padded_m, 2 * W),
@@ -294,6 +293,13 @@ void fp8_pack_tokens_item(const Desc& d, const GemmKernels<float>& k, const Gemm
   }
 }
 
+template <bool kTurned, class Desc, class Epilogue>
+void fp8_pack_tokens_item(const Desc& d, const GemmKernels<float>& k, const GemmItem& it,
+                          const Epilogue& fn) {
+  it.config.operand == Operand::kFp8Bf16 ? fp8_pack_tokens_item<Bf16, kTurned>(d, k, it, fn)
+                                         : fp8_pack_tokens_item<Wide, kTurned>(d, k, it, fn);
+}
+
 template <class Epilogue>
 void run_item(const Fp8Desc& d, const GemmItem& it, const Epilogue& fn) {
   const GemmKernels<float>& k = gemm_kernels<float>();
@@ -302,8 +308,8 @@ void run_item(const Fp8Desc& d, const GemmItem& it, const Epilogue& fn) {
     case Algorithm::kGemvBlocked:
       return fp8_gemv_item(d, k, it, fn);
     case Algorithm::kPackTokens:
-      return it.config.operand == Operand::kFp8Bf16 ? fp8_pack_tokens_item<Bf16>(d, k, it, fn)
-                                                    : fp8_pack_tokens_item<Wide>(d, k, it, fn);
+      return d.turned() ? fp8_pack_tokens_item<true>(d, k, it, fn)
+                        : fp8_pack_tokens_item<false>(d, k, it, fn);
     default:
       return zero_item<float>(it, fn);
   }

@@ -43,6 +43,8 @@ struct GemmDefaults {
   // on: columns j and j + kTileN / 2 of the tile lie in the same thread's accumulators.
   static constexpr bool kSplitB = false;
   static constexpr bool kRaggedK = false;
+  // With kRaggedK: the sum runs over the columns of an expert's groups (moe_ops/quantize_fp8.h).
+  static constexpr bool kFp8Groups = false;
   // Rows of a box of A, kMajorA = kK. Only boxes with rows of the group are loaded: with one row of
   // 64, a tile would otherwise read as many bytes of A as of B.
   static constexpr int kBoxM = 64;

@@ -15,38 +15,17 @@
 #include "cuda/grouped_gemm_fp8/sm90.h"
 #include "cuda/grouped_gemm_fp8/wgrad.h"
 
-namespace moe_ops::cuda::sm90 {
+namespace moe_ops::cuda::sm90::fp8 {
 
-namespace fp8 {
 namespace {
-struct ColumnsConfig : GemmDefaults {
+
+struct WgradConfig : GemmDefaults {
   using Element = cutlass::float_e4m3_t;
   static constexpr int kTileM = 128, kTileN = 128, kTileK = 128;
   static constexpr int kCluster = 2;
-  static constexpr bool kRaggedK = true;
+  static constexpr bool kRaggedK = true, kFp8Groups = true;
   static_assert(kTileK == kFp8Block, "a stage is a group");
 };
-struct WgradConfig : ColumnsConfig {};
-}  // namespace
-}  // namespace fp8
-
-// The sums of these tiles run over the columns of an expert's groups, not over its rows.
-template <>
-class ExpertsScheduler<fp8::WgradConfig> : ExpertsScheduler<fp8::ColumnsConfig> {
- public:
-  using ExpertsScheduler<fp8::ColumnsConfig>::ExpertsScheduler;
-
-  __device__ bool get(int index, int cluster_rank, Tile& tile) {
-    if (!ExpertsScheduler<fp8::ColumnsConfig>::get(index, cluster_rank, tile)) return false;
-    tile.k0 = static_cast<int>(fp8_first_group(tile.k0, tile.expert) * kFp8Block);
-    return true;
-  }
-};
-
-namespace fp8 {
-
-namespace {
-
 template <class Type>
 struct WithOutput : WgradConfig {
   using Output = Type;
@@ -241,6 +220,4 @@ Status grouped_gemm_fp8_wgrad(const GroupedGemmFp8WgradParams& p, Stream stream)
   return launch_kernel<sm90_fp8_wgrad_kernel>(at, params);
 }
 
-}  // namespace fp8
-
-}  // namespace moe_ops::cuda::sm90
+}  // namespace moe_ops::cuda::sm90::fp8
