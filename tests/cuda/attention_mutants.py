@@ -31,7 +31,8 @@ from tests.helpers.simulator import use_simulator
 import moe_ops
 
 WAIT = r"mbarrier\.try_wait\.parity\.shared::cta\.b64 P1, \[%r\d+\], %r\d+(?:, %r\d+)?;"
-SMS = 6  # three blocks of keys of each head at a time
+# Three items a block of the forward; three blocks of keys of each head at a time in the backward.
+SMS = {"forward": 2, "backward": 6}
 BOX = r"(cp\.async\.bulk\.tensor\.4d[^;]*?\{%r\d+, )(%r\d+)(, %r\d+, %r\d+\}[^;]*;)"
 NO_WAIT = sub(r"wgmma\.wait_group\.sync\.aligned 0;", "")
 NOT_ALL = sub(r"wgmma\.wait_group\.sync\.aligned 1;", "wgmma.wait_group.sync.aligned 7;")
@@ -146,7 +147,7 @@ def same(a: tuple[torch.Tensor, ...], b: tuple[torch.Tensor, ...]) -> bool:
 
 def how_noticed(direction: str, call: dict, expected: tuple[torch.Tensor, ...]) -> str:
     simulator = Simulator()
-    simulator.set(sms=SMS, livelock_insts=3_000_000, max_insts=100_000_000, race=1)
+    simulator.set(sms=SMS[direction], livelock_insts=3_000_000, max_insts=100_000_000, race=1)
     for seed, delay in SCHEDULES:
         simulator.set(seed=seed, async_delay=delay)
         try:
@@ -178,7 +179,7 @@ def main(only: list[str]) -> None:
                     load_others(direction, kind)
                     os.environ["PTXSIM_DUMP_PTX"] = prefix
                     simulator = Simulator()
-                    simulator.set(sms=SMS, race=1)
+                    simulator.set(sms=SMS[direction], race=1)
                     torch.save(run(direction, call), prefix + ".pt")
                     return simulator.warnings()
 
