@@ -100,8 +100,8 @@ def fp8_ffn(
             None. Eager mode only.
 
     Returns:
-        [T, H] in x's dtype. T = 0 gives [0, H]. A token with an infinity or a NaN gets NaN. Its
-        gradients make those of the weights NaN in the features that they reach, of its experts.
+        [T, H] in x's dtype. T = 0 gives [0, H]. A token with an infinity or a NaN gets NaN, and its
+        experts NaN in those features of their gradients that it reaches; others do not notice.
 
     Under autocast x and the biases are cast, and the weights are not. A write to a weight through
     ``.data`` counts no version: call :func:`forget_fp8_weights` after one.
