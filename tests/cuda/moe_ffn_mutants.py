@@ -1,35 +1,25 @@
-"""Breaks the PTX of moe_ffn's own sm_90a kernels in one place at a time and asks whether the
-simulator notices. Run by test_moe_ffn_sm90.py; prints {mutant: how it was noticed, or null} as
-JSON.
-"""
+"""Breaks the PTX of moe_ffn's own sm_90a kernels (tests/helpers/ptx_mutants.py). Run by
+test_moe_ffn_sm90.py."""
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import sys
-import tempfile
-from pathlib import Path
 
 import torch
-from sm90_mutants import (
+from tests.helpers.ffn import ffn_operands
+from tests.helpers.ptx_mutants import (
     EXPECT,
     LOAD_B,
     PASS,
-    SCHEDULES,
     TRY_WAIT,
+    Case,
     Mutation,
-    Simulator,
     added,
-    in_child,
-    in_kernel,
+    main,
     sub,
     wait_before,
 )
-from tests.helpers.ffn import ffn_operands
 from tests.helpers.routing import Routing
-from tests.helpers.simulator import use_simulator
 
 import moe_ops
 
@@ -130,98 +120,47 @@ def name_parts(kernel: str, tile: str) -> tuple[str, ...]:
     return (tiles, "GateUpE0E") if kernel == "up" else (tiles,)
 
 
-class Case:
-    """Inputs of a kernel. prepare() runs what comes before it, run() it and what follows."""
-
-    def __init__(self, kernel: str) -> None:
-        torch.manual_seed(5)
-        self.kernel = kernel
-        # Sums longer than the ring; with two SMs at least three tiles a block.
-        routing = Routing(9 if kernel == "few" else 120, 3, 2, "dropped")
-        self.call = ffn_operands(routing, 520, 136, torch.bfloat16, bias=True)
-        self.grad = torch.randn_like(self.call["x"])
-        self.arguments: tuple[object, ...] = ()
-
-    def prepare(self) -> None:
-        call = self.call
-        experts = call["w_down"].shape[0]
-        if self.kernel != "down_bwd":
-            moe_ops.sort_slots(call["topk_ids"], experts)
-            return
-        names = ("x", "w_gate_up", "w_down", "topk_weights")
-        _, *saved = torch.ops.moe_ops.moe_ffn_fwd(
-            *(call[n] for n in names), call["topk_ids"], call["b_gate_up"], call["b_down"]
-        )
-        options = ("swiglu", False, False, 1.702, 7.0)
-        # The gradients of w_down, of the routing weights and of b_gate_up.
-        wanted = (False, False, True, True, True, False)
-        self.arguments = (*(call[n] for n in names), *saved, call["b_down"], *options, *wanted)
-
-    def run(self) -> torch.Tensor:
-        """Everything that comes out, as bytes."""
-        if self.kernel == "down_bwd":
-            out = torch.ops.moe_ops.moe_ffn_bwd(self.grad, *self.arguments)
-        else:
-            out = (moe_ops.moe_ffn(**self.call),)
-        return torch.cat([t.reshape(-1).view(torch.uint8) for t in out])
+def make_case(kernel: str, tile: str) -> Case:
+    """Sums longer than the ring; with two SMs at least three tiles a block."""
+    routing = Routing(9 if kernel == "few" else 120, 3, 2, "dropped")
+    call = ffn_operands(routing, 520, 136, torch.bfloat16, bias=True)
+    case = backward_case(call) if kernel == "down_bwd" else forward_case(call)
+    case.kernel = name_parts(kernel, tile)
+    case.env = {"MOE_OPS_FFN_TILE": tile}
+    return case
 
 
-def how_noticed(case: Case, expected: torch.Tensor, env: dict[str, str]) -> str:
-    case.prepare()
-    os.environ.update(env)
-    simulator = Simulator()
-    simulator.set(sms=2, livelock_insts=3_000_000, max_insts=40_000_000, race=1)
-    for seed, delay in SCHEDULES:
-        simulator.set(seed=seed, async_delay=delay)
-        try:
-            out = case.run()
-        except RuntimeError as error:
-            return f"error: {str(error)[:200]}"
-        warnings = simulator.warnings()
-        if warnings:
-            return f"warning: {warnings[:200]}"
-        if not torch.equal(out, expected):
-            return "other bits"
-    return ""
+def forward_case(call: dict[str, torch.Tensor]) -> Case:
+    experts = call["w_down"].shape[0]
+    return Case(
+        run=lambda: moe_ops.moe_ffn(**call),
+        prepare=lambda: moe_ops.sort_slots(call["topk_ids"], experts),
+        kernel=(),
+    )
 
 
-def main(only: list[str]) -> None:
-    torch.set_num_threads(1)  # threads do not survive a fork
-    use_simulator()
-    result: dict[str, str | None] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        kernels: dict[tuple[str, str], tuple[str, Case, torch.Tensor]] = {}
-        for name, (kernel, tile, mutate) in MUTANTS.items():
-            if only and name not in only:
-                continue
-            os.environ["MOE_OPS_FFN_TILE"] = tile
-            if (kernel, tile) not in kernels:
-                prefix = f"{folder}/{kernel}_{tile}"
-                case = Case(kernel)
+def backward_case(call: dict[str, torch.Tensor]) -> Case:
+    """The gradients of w_down, of the routing weights and of b_gate_up; the forward that saves what
+    they need comes before."""
+    grad = torch.randn_like(call["x"])
+    operands = [call[n] for n in ("x", "w_gate_up", "w_down", "topk_weights")]
+    options = ("swiglu", False, False, 1.702, 7.0)
+    wanted = (False, False, True, True, True, False)
+    saved: list[torch.Tensor] = []
 
-                def dump(case=case, prefix=prefix) -> str:
-                    case.prepare()
-                    os.environ["PTXSIM_DUMP_PTX"] = prefix
-                    simulator = Simulator()
-                    simulator.set(sms=2, race=1)
-                    torch.save(case.run(), prefix + ".pt")
-                    return simulator.warnings()
+    def forward() -> None:
+        saved[:] = torch.ops.moe_ops.moe_ffn_fwd(
+            *operands, call["topk_ids"], call["b_gate_up"], call["b_down"]
+        )[1:]
 
-                warned = in_child({}, dump)
-                assert warned == "", warned
-                ptx = Path(prefix + ".0.ptx").read_text()
-                kernels[kernel, tile] = (ptx, case, torch.load(prefix + ".pt"))
-            ptx, case, expected = kernels[kernel, tile]
-            changed = Path(folder, "mutant.ptx")
-            changed.write_text(in_kernel(mutate, *name_parts(kernel, tile))(ptx))
-            env = {"PTXSIM_OVERRIDE_PTX": str(changed)}
-
-            def notice(case=case, expected=expected, env=env) -> str:
-                return how_noticed(case, expected, env)
-
-            result[name] = in_child({}, notice) or None
-    json.dump(result, sys.stdout, indent=1)
+    return Case(
+        run=lambda: torch.ops.moe_ops.moe_ffn_bwd(
+            grad, *operands, *saved, call["b_down"], *options, *wanted
+        ),
+        prepare=forward,
+        kernel=(),
+    )
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(MUTANTS, make_case)
