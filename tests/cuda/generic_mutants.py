@@ -39,9 +39,33 @@ MUTANTS: dict[str, tuple[str, str, str, Mutation]] = {
         "nt",
         "bf16",
         "small",
-        sub(r"(shfl\.sync\.up\.b32 %r\d+\|%p\d+, %r\d+, )%r\d+", r"\g<1>1", 3),
+        sub(r"(shfl\.sync\.up\.b32 %r\d+\|%p\d+, %r\d+, )%r\d+", r"\g<1>1"),
     ),
     "a pair of results not stored": ("nt", "bf16", "large", sub(r"st\.global[^;]*;", "", 0)),
+    "lanes of a quad do not exchange": (
+        "nt",
+        "bf16",
+        "large",
+        sub(r"shfl\.sync\.bfly\.b32 (%r\d+)\|%p\d+, (%r\d+), [^;]*;", r"mov.b32 \1, \2;", 5),
+    ),
+    "the next tile is read before it is found": (
+        "nt",
+        "bf16",
+        "large",
+        sub(r"bar\.sync 0;", "", 0),
+    ),
+    "rows of the step before are copied": (
+        "tn",
+        "bf16",
+        "large",
+        sub(r"st\.shared\.u64[^;]*;", "", -1),
+    ),
+    "rows are copied before they are looked up": (
+        "tn",
+        "bf16",
+        "large",
+        sub(r"bar\.sync 0;", "", 0),
+    ),
     "fp32: a correction left out": ("nt", "fp32", "small", sub(r"mma\.sync[^;]*;", "", 0)),
 }
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -72,8 +96,8 @@ def make_case(product: str, dtype: str, tile: str) -> Case:
         run=lambda: op(**call),
         kernel=(
             "grouped_wgrad_kernel" if product == "tn" else "grouped_gemm_kernel",
-            "Li128ELi128E" if tile == "large" else "Li64ELi64E",
-            "Lb0ELb0E" if product == "tn" else "Lb1ELb1E",
+            "Li128ELi256E" if tile == "large" else "Li64ELi64E",
+            "Lb0EEEv" if product == "tn" else "Lb1ELb1E",  # without factors; B [n][k]
         ),
         env={"MOE_OPS_GEMM_TILE": "generic"},
     )
