@@ -32,3 +32,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if getattr(item, "originalname", None) in NEEDS_TRITON:
             item.add_marker(pytest.mark.skip(reason="Triton needs a card."))
+        if item.get_closest_marker("slow_on_simulator"):
+            item.add_marker(pytest.mark.skip(reason="It takes minutes on a simulator."))
