@@ -57,7 +57,7 @@ PYBIND11_MODULE(_C, m) {
     return std::map<std::string, std::string>{
         {"version", MOE_OPS_VERSION},           {"build_torch", MOE_OPS_BUILD_TORCH},
         {"torch_target", MOE_OPS_TORCH_TARGET}, {"compiler", MOE_OPS_COMPILER},
-        {"cuda", MOE_OPS_CUDA_BUILD},
+        {"cuda", MOE_OPS_CUDA_BUILD},           {"cuda_code", MOE_OPS_CUDA_CODE},
     };
   });
   m.def("cpu_isa", [] { return std::string(isa_name(active_isa())); });

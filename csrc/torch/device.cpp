@@ -90,14 +90,15 @@ OnCuda::Scope::Scope(const Tensor& first) {
   // The first tensor may be the one that lies elsewhere; the adapter's checks say so then.
   if (!first.is_cuda()) return;
   // Restores the device when it goes; it may leave a thread without a context as it is.
-  guard = std::make_unique<torch::stable::accelerator::DeviceGuard>(first.get_device_index());
-  const cuda::Status status = cuda::bind_device(first.get_device_index());
+  const auto device = first.get_device_index();
+  guard = std::make_unique<torch::stable::accelerator::DeviceGuard>(device);
+  const cuda::Status status = cuda::bind_device(device);
   if (status != 0) {
-    throw std::runtime_error("moe_ops: CUDA device " + std::to_string(first.get_device_index()) +
+    throw std::runtime_error("moe_ops: CUDA device " + std::to_string(device) +
                              " cannot be made current: " + cuda::error_string(status) + ".");
   }
 #ifndef MOE_OPS_SIMULATED  // the simulator takes seconds for it, and loads nothing late
-  cuda::load_kernels();
+  cuda::load_kernels(device);
 #endif
 }
 

@@ -1,32 +1,12 @@
-"""Breaks the PTX of attention's sm_90a kernels in one place at a time and asks whether the
-simulator notices. Run by test_moa_attention.py; prints {mutant: how it was noticed, or null} as
-JSON.
-
-A process writes out or replaces the first module that it loads with the variable set: what a
-backward needs besides is loaded before.
-"""
+"""Breaks the PTX of attention's sm_90a kernels (tests/helpers/ptx_mutants.py). Run by
+test_moa_attention.py."""
 
 from __future__ import annotations
 
-import json
-import os
-import sys
-import tempfile
-from pathlib import Path
+from typing import Any
 
 import torch
-from sm90_mutants import (
-    EXPECT,
-    PASS,
-    SCHEDULES,
-    Mutation,
-    Simulator,
-    added,
-    in_child,
-    in_kernel,
-    sub,
-)
-from tests.helpers.simulator import use_simulator
+from tests.helpers.ptx_mutants import EXPECT, PASS, Case, Mutation, added, main, sub
 
 import moe_ops
 
@@ -110,9 +90,8 @@ MUTANTS: dict[str, tuple[str, str, Mutation]] = {
 }
 
 
-def operands(kind: str) -> dict[str, torch.Tensor]:
+def operands(kind: str) -> dict[str, Any]:
     """More tiles of keys than stages, several tiles of rows, and more of them than blocks."""
-    torch.manual_seed(5)
     q = torch.randn(1, 150, 2, 2, 64).bfloat16()
     k, v = (torch.randn(1, 530, 2, 64).bfloat16() for _ in range(2))
     if kind == "stick_breaking":  # the sticks of a head last, those of the other do not
@@ -120,7 +99,7 @@ def operands(kind: str) -> dict[str, torch.Tensor]:
     return {"q": q, "k": k, "v": v, "kind": kind}
 
 
-def run(direction: str, call: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+def run(direction: str, call: dict[str, Any]) -> tuple[torch.Tensor, ...]:
     if direction == "forward":
         out = moe_ops.moa_attention(**call)
         return out if isinstance(out, tuple) else (out,)
@@ -131,79 +110,24 @@ def run(direction: str, call: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ..
     return torch.autograd.grad(outs, list(leaves.values()), grads)
 
 
-def load_others(direction: str, kind: str) -> None:
-    """All modules but that of the kernel."""
-    if direction == "backward":
+def make_case(direction: str, kind: str) -> Case:
+    call = operands(kind)
+
+    def load_others() -> None:
+        """All modules but that of the backward."""
         run("forward", operands(kind))
         few = {n: t[:, :1] if n in "qkv" else t for n, t in operands(kind).items()}
         run("backward", few)
 
-
-def same(a: tuple[torch.Tensor, ...], b: tuple[torch.Tensor, ...]) -> bool:
-    return all(
-        torch.equal(x.view(torch.uint8), y.view(torch.uint8)) for x, y in zip(a, b, strict=True)
+    kernel = {"forward": "moa_attention_sm90_kernel", "backward": "sm90_bwd_kernel"}
+    number = {"softmax": 0, "stick_breaking": 1}[kind]
+    return Case(
+        run=lambda: run(direction, call),
+        prepare=load_others if direction == "backward" else lambda: None,
+        kernel=(kernel[direction], f"AttentionKindE{number}ELi64"),
+        options={"sms": SMS[direction], "max_insts": 100_000_000},
     )
 
 
-def how_noticed(direction: str, call: dict, expected: tuple[torch.Tensor, ...]) -> str:
-    simulator = Simulator()
-    simulator.set(sms=SMS[direction], livelock_insts=3_000_000, max_insts=100_000_000, race=1)
-    for seed, delay in SCHEDULES:
-        simulator.set(seed=seed, async_delay=delay)
-        try:
-            out = run(direction, call)
-        except RuntimeError as error:
-            return f"error: {str(error)[:200]}"
-        warnings = simulator.warnings()
-        if warnings:
-            return f"warning: {warnings[:200]}"
-        if not same(out, expected):
-            return "other bits"
-    return ""
-
-
-def main(only: list[str]) -> None:
-    torch.set_num_threads(1)  # threads do not survive a fork
-    use_simulator()
-    result: dict[str, str | None] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        kernels: dict[tuple[str, str], tuple[str, tuple[torch.Tensor, ...]]] = {}
-        for name, (direction, kind, mutate) in MUTANTS.items():
-            if only and name not in only:
-                continue
-            call = operands(kind)
-            if (direction, kind) not in kernels:
-                prefix = f"{folder}/{direction}_{kind}"
-
-                def dump(direction=direction, kind=kind, call=call, prefix=prefix) -> str:
-                    load_others(direction, kind)
-                    os.environ["PTXSIM_DUMP_PTX"] = prefix
-                    simulator = Simulator()
-                    simulator.set(sms=SMS[direction], race=1)
-                    torch.save(run(direction, call), prefix + ".pt")
-                    return simulator.warnings()
-
-                warned = in_child({}, dump)
-                assert warned == "", warned
-                kernels[direction, kind] = (prefix, torch.load(prefix + ".pt"))
-            prefix, expected = kernels[direction, kind]
-            kernel = {"forward": "moa_attention_sm90_kernel", "backward": "sm90_bwd_kernel"}
-            number = {"softmax": 0, "stick_breaking": 1}[kind]
-            ptx = Path(prefix + ".0.ptx").read_text()
-            changed = Path(folder, "mutant.ptx")
-            mutant = in_kernel(mutate, kernel[direction], f"AttentionKindE{number}ELi64")(ptx)
-            changed.write_text(mutant)
-
-            def notice(
-                direction=direction, kind=kind, call=call, expected=expected, path=str(changed)
-            ) -> str:
-                load_others(direction, kind)
-                os.environ["PTXSIM_OVERRIDE_PTX"] = path
-                return how_noticed(direction, call, expected)
-
-            result[name] = in_child({}, notice) or None
-    json.dump(result, sys.stdout, indent=1)
-
-
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(MUTANTS, make_case)

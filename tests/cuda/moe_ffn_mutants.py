@@ -1,35 +1,25 @@
-"""Breaks the PTX of moe_ffn's own sm_90a kernels in one place at a time and asks whether the
-simulator notices. Run by test_moe_ffn_sm90.py; prints {mutant: how it was noticed, or null} as
-JSON.
-"""
+"""Breaks the PTX of moe_ffn's own sm_90a kernels (tests/helpers/ptx_mutants.py). Run by
+test_moe_ffn_sm90.py."""
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import sys
-import tempfile
-from pathlib import Path
 
 import torch
-from sm90_mutants import (
+from tests.helpers.ffn import ffn_operands, stored
+from tests.helpers.ptx_mutants import (
     EXPECT,
     LOAD_B,
     PASS,
-    SCHEDULES,
     TRY_WAIT,
+    Case,
     Mutation,
-    Simulator,
     added,
-    in_child,
-    in_kernel,
+    main,
     sub,
     wait_before,
 )
-from tests.helpers.ffn import ffn_operands, stored
 from tests.helpers.routing import Routing
-from tests.helpers.simulator import use_simulator
 
 import moe_ops
 
@@ -213,118 +203,67 @@ def name_parts(kernel: str, tile: str) -> tuple[str, ...]:
     return (tiles, "GateUpE0E") if kernel.startswith("up") else (tiles,)
 
 
-class Case:
-    """Inputs of a kernel. prepare() runs what comes before it, run() it and what follows."""
+def make_case(kernel: str, tile: str) -> Case:
+    """Sums longer than the ring; with two SMs at least three tiles a block."""
+    # An expert of two row tiles, and one of a tile alone.
+    routing = Routing(200, 3, 2, "skewed")
+    if kernel.startswith("few"):
+        routing = Routing(30, 3, 2, "dropped")
+    elif kernel.startswith("wgrad"):
+        routing = Routing(300, 3, 2, "skewed")
+    activation = "swiglu_oai" if kernel == "few stored" else "swiglu"
+    call = ffn_operands(routing, 520, 136, torch.bfloat16, activation=activation, bias=True)
+    call["interleaved"] = kernel == "few stored"
+    if kernel.endswith("stored"):
+        call = stored(call)
+    forward = kernel.startswith(("up", "few"))
+    case = forward_case(call) if forward else backward_case(call, kernel)
+    case.kernel = name_parts(kernel, tile)
+    # The weight gradients are kernels of the grouped products.
+    of_product = kernel.startswith("wgrad")
+    case.env = {
+        "MOE_OPS_GEMM_TILE": tile if of_product else "",
+        "MOE_OPS_FFN_TILE": "" if of_product else tile,
+    }
+    return case
 
-    def __init__(self, kernel: str) -> None:
-        torch.manual_seed(5)
-        self.kernel = kernel
-        # Sums longer than the ring; with two SMs at least three tiles a block.
-        # An expert of two row tiles, and one of a tile alone.
-        routing = Routing(200, 3, 2, "skewed")
-        if kernel.startswith("few"):
-            routing = Routing(30, 3, 2, "dropped")
-        elif kernel.startswith("wgrad"):
-            routing = Routing(300, 3, 2, "skewed")
-        activation = "swiglu_oai" if kernel == "few stored" else "swiglu"
-        self.call = ffn_operands(
-            routing, 520, 136, torch.bfloat16, activation=activation, bias=True
-        )
-        self.call["interleaved"] = kernel == "few stored"
-        if kernel.endswith("stored"):
-            self.call = stored(self.call)
-        self.grad = torch.randn_like(self.call["x"])
-        self.arguments: tuple[object, ...] = ()
 
-    def prepare(self) -> None:
-        call = self.call
-        experts = call["w_down"].shape[0]
-        if self.kernel.startswith(("up", "few")):
-            moe_ops.sort_slots(call["topk_ids"], experts)
-            return
-        names = ("x", "w_gate_up", "w_down", "topk_weights")
-        _, *saved = torch.ops.moe_ops.moe_ffn_fwd(
-            *(call[n] for n in names), call["topk_ids"], call["b_gate_up"], call["b_down"]
-        )
-        options = ("swiglu", False, False, 1.702, 7.0)
-        arguments = (*(call[n] for n in names), *saved, call["b_down"], *options)
-        # The gradients of w_down, of the routing weights and of b_gate_up.
-        wanted = (False, False, True, True, True, False)
-        if self.kernel != "down_bwd":
+def forward_case(call: dict[str, torch.Tensor]) -> Case:
+    experts = call["w_down"].shape[0]
+    return Case(
+        run=lambda: moe_ops.moe_ffn(**call),
+        prepare=lambda: moe_ops.sort_slots(call["topk_ids"], experts),
+        kernel=(),
+    )
+
+
+def backward_case(call: dict[str, torch.Tensor], kernel: str) -> Case:
+    """The gradients of w_down, of the routing weights and of b_gate_up, or what a weight gradient
+    takes; the forward that saves what they need comes before."""
+    grad = torch.randn_like(call["x"])
+    operands = [call[n] for n in ("x", "w_gate_up", "w_down", "topk_weights")]
+    options = ("swiglu", False, False, 1.702, 7.0)
+    of_product, of_up = kernel.startswith("wgrad"), kernel == "wgrad_up"
+    wanted = (False, False, True, True, True, False)
+    if of_product:
+        wanted = (False, of_up, not of_up, True, False, False)
+    saved: list[torch.Tensor] = []
+
+    def forward() -> None:
+        saved[:] = torch.ops.moe_ops.moe_ffn_fwd(
+            *operands, call["topk_ids"], call["b_gate_up"], call["b_down"]
+        )[1:]
+        if of_product:
             # The stage before has run, so that the weight gradient is the next module to load.
-            routing_weights = (False, False, False, True, False, False)
-            torch.ops.moe_ops.moe_ffn_bwd(self.grad, *arguments, *routing_weights)
-            up = self.kernel == "wgrad_up"
-            wanted = (False, up, not up, True, False, False)
-        self.arguments = (*arguments, *wanted)
+            backward((False, False, False, True, False, False))
 
-    def run(self) -> torch.Tensor:
-        """Everything that comes out, as bytes."""
-        if self.kernel.startswith(("up", "few")):
-            out = (moe_ops.moe_ffn(**self.call),)
-        else:
-            out = torch.ops.moe_ops.moe_ffn_bwd(self.grad, *self.arguments)
-        return torch.cat([t.reshape(-1).view(torch.uint8) for t in out])
+    def backward(gradients: tuple[bool, ...]) -> tuple[torch.Tensor, ...]:
+        return torch.ops.moe_ops.moe_ffn_bwd(
+            grad, *operands, *saved, call["b_down"], *options, *gradients
+        )
 
-
-def how_noticed(case: Case, expected: torch.Tensor, env: dict[str, str]) -> str:
-    case.prepare()
-    os.environ.update(env)
-    simulator = Simulator()
-    simulator.set(sms=2, livelock_insts=3_000_000, max_insts=40_000_000, race=1)
-    for seed, delay in SCHEDULES:
-        simulator.set(seed=seed, async_delay=delay)
-        try:
-            out = case.run()
-        except RuntimeError as error:
-            return f"error: {str(error)[:200]}"
-        warnings = simulator.warnings()
-        if warnings:
-            return f"warning: {warnings[:200]}"
-        if not torch.equal(out, expected):
-            return "other bits"
-    return ""
-
-
-def main(only: list[str]) -> None:
-    torch.set_num_threads(1)  # threads do not survive a fork
-    use_simulator()
-    result: dict[str, str | None] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        kernels: dict[tuple[str, str], tuple[str, Case, torch.Tensor]] = {}
-        for name, (kernel, tile, mutate) in MUTANTS.items():
-            if only and name not in only:
-                continue
-            of_product = kernel.startswith("wgrad")
-            os.environ["MOE_OPS_GEMM_TILE"] = tile if of_product else ""
-            os.environ["MOE_OPS_FFN_TILE"] = "" if of_product else tile
-            if (kernel, tile) not in kernels:
-                prefix = f"{folder}/{kernel}_{tile}".replace(" ", "_")
-                case = Case(kernel)
-
-                def dump(case=case, prefix=prefix) -> str:
-                    case.prepare()
-                    os.environ["PTXSIM_DUMP_PTX"] = prefix
-                    simulator = Simulator()
-                    simulator.set(sms=2, race=1)
-                    torch.save(case.run(), prefix + ".pt")
-                    return simulator.warnings()
-
-                warned = in_child({}, dump)
-                assert warned == "", warned
-                ptx = Path(prefix + ".0.ptx").read_text()
-                kernels[kernel, tile] = (ptx, case, torch.load(prefix + ".pt"))
-            ptx, case, expected = kernels[kernel, tile]
-            changed = Path(folder, "mutant.ptx")
-            changed.write_text(in_kernel(mutate, *name_parts(kernel, tile))(ptx))
-            env = {"PTXSIM_OVERRIDE_PTX": str(changed)}
-
-            def notice(case=case, expected=expected, env=env) -> str:
-                return how_noticed(case, expected, env)
-
-            result[name] = in_child({}, notice) or None
-    json.dump(result, sys.stdout, indent=1)
+    return Case(run=lambda: backward(wanted), prepare=forward, kernel=())
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(MUTANTS, make_case)

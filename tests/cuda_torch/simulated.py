@@ -41,3 +41,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             op = item.callspec.params["op"]  # type: ignore[attr-defined]
             if op in cuda_formulas and op not in COPIES:
                 item.add_marker(pytest.mark.skip(reason="Made of torch's kernels: a card replays."))
+        if item.get_closest_marker("slow_on_simulator"):
+            item.add_marker(pytest.mark.skip(reason="It takes minutes on a simulator."))

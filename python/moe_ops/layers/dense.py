@@ -82,7 +82,7 @@ def grouped_linear(
         rows = torch.cat([x[:, i] for i in ids])
         offsets = torch.arange(len(ids) + 1, device=x.device) * x.shape[0]
         y = grouped_gemm(rows, w, offsets, bias=bias)
-        return y.unflatten(0, (len(ids), -1)).transpose(0, 1)
+        return y.unflatten(0, (len(ids), x.shape[0])).transpose(0, 1)
     if _own_backward(x, w):
         # Each product writes its columns of the result in place, which autograd's bmm cannot.
         return _GroupedLinear.apply(x, w, bias, tuple(plan))
@@ -211,7 +211,8 @@ def mix_outputs(
     else:
         y = torch.bmm(w, _ACTIVATIONS[activation](outputs))
         if factor is not None:
-            y = (y.unflatten(0, (factor.shape[0], -1)) * factor[:, None]).flatten(0, 1)
+            repeats = y.shape[0] // max(factor.shape[0], 1)
+            y = (y.unflatten(0, (factor.shape[0], repeats)) * factor[:, None]).flatten(0, 1)
     return y[:, 0] if one else y
 
 
