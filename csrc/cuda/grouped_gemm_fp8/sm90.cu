@@ -6,6 +6,7 @@
 #include "cuda/grouped_gemm_fp8/sm90.h"
 #include "cuda/grouped_gemm_fp8/sm90_operands.h"
 #include "cuda/runtime.h"
+#include "moe_ops/batch_invariant.h"
 
 namespace moe_ops::cuda::sm90::fp8 {
 
@@ -30,6 +31,7 @@ TileShape tile_of(const GroupedGemmFp8Params& p) {
   if (forced == "2x128x256") return TileShape::k2x128x256;
   if (forced == "128x256") return TileShape::k128x256;
   if (forced == "64x128") return TileShape::k64x128;
+  if (batch_invariant()) return TileShape::k2x128x256;
   const int64_t rows = p.num_rows / std::min(p.num_experts, p.num_rows);
   return rows >= 256 ? TileShape::k2x128x256 : rows > 64 ? TileShape::k128x256 : TileShape::k64x128;
 }

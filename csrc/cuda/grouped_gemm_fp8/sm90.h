@@ -24,7 +24,7 @@ std::string_view forced_tile();
 // The tile of a product. By the rows that an expert has on average: up to 64, the small tile reads
 // the same weights and multiplies fewer rows that are not there. From 256 on, sharing B saves a
 // third of what a tile reads from L2, more than the rows that fill up a pair of tiles cost
-// (NOTES.md).
+// (NOTES.md). In the batch-invariant mode the tile for many rows.
 TileShape tile_of(const GroupedGemmFp8Params& p);
 
 // One kernel; kGather: rows of A go through an index (instantiations/).
