@@ -20,6 +20,7 @@ struct GemmDesc {
   int64_t n = 0;
   int64_t k = 0;  // weight gradients: unused
   int num_sms = 132;
+  bool invariant = false;  // batch_invariant.h
 };
 
 // Cycles that the whole product takes with a tile, by a model of three parts: tiles come in waves
@@ -59,9 +60,19 @@ inline double estimate_cycles(const GemmDesc& d, const GemmConfig& c) {
   return std::max(tiles, (operands + result) * kElement / (kDramBytes * d.num_sms) + kFill);
 }
 
+// The tile for many rows, whatever there are: what the batch-invariant mode takes, since wgmmas of
+// different shapes may add up in different orders. Few rows wait for DRAM about as long.
+inline GemmConfig invariant_config(const GemmDesc& d) {
+  for (const GemmConfig& c : kGemmConfigs)
+    if (has_kernel(d.product, c.shape) && d.num_sms >= c.cluster) return c;
+  return kGemmConfigs.back();
+}
+
 // The tile that the model finds fastest; on equal terms the smaller one, which wastes less on
 // experts with fewer rows than the mean.
 inline GemmConfig choose_config(const GemmDesc& d) {
+  // A gradient of weights sums over the batch in any case.
+  if (d.invariant && !is_wgrad(d.product)) return invariant_config(d);
   GemmConfig best = kGemmConfigs[1];
   double best_cycles = -1;
   for (auto tile = kGemmConfigs.rbegin(); tile != kGemmConfigs.rend(); ++tile) {

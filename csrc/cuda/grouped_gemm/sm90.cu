@@ -8,6 +8,7 @@
 #include "cuda/grouped_gemm/sm90_operands.h"
 #include "cuda/grouped_gemm/sm90_scaled_wgrad.h"
 #include "cuda/runtime.h"
+#include "moe_ops/batch_invariant.h"
 
 namespace moe_ops::cuda::sm90 {
 
@@ -144,6 +145,7 @@ Status grouped_gemm(const GroupedGemmParams& p, Stream stream) {
   d.n = p.out_features;
   d.k = p.in_features;
   d.num_sms = usable_sms();
+  d.invariant = batch_invariant();
   const TileShape shape = shape_of(d);
   return p.b.type == DType::kBFloat16 ? select<DType::kBFloat16>(d.product, shape, p, stream)
                                       : select<DType::kFloat16>(d.product, shape, p, stream);

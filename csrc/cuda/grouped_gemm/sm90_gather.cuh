@@ -65,8 +65,10 @@ __device__ inline void produce_gather(const Params& p, typename Traits<Config>::
       auto* full = reinterpret_cast<uint64_t*>(&smem.full[s]);
       if (threadIdx.x == 0) {
         smem.full[s].arrive_and_expect_tx(T::kStageBytesB);
-        load_b<Config>(&p.map_b, full, smem.b + s * T::kN * T::kK, tile, kt, p.split_offset,
-                       cluster_rank);
+        with_major_b<Config>(p, [&](auto major) {
+          load_b<Config, major.value>(&p.map_b, full, smem.b + s * T::kN * T::kK, tile, kt,
+                                      p.split_offset, cluster_rank);
+        });
       }
       Element* to = smem.a + s * T::kM * T::kK + place;
 #pragma unroll

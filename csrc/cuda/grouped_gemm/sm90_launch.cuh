@@ -39,7 +39,12 @@ Status encode_maps(Params& params, TensorMapDesc a, TensorMapDesc b) {
     if (const Status s = encode_tensor_map(&params.map_a, a); s != cudaSuccess) return s;
   }
   if constexpr (Config::kSourceB == Source::kTma) {
-    std::copy_n(Boxes<Config>::kB, 3, b.box);
+    if constexpr (Config::kMajorB == Major::kEither) {
+      std::copy_n(params.b_along_n ? Boxes<Config, Major::kMN>::kB : Boxes<Config, Major::kK>::kB,
+                  3, b.box);
+    } else {
+      std::copy_n(Boxes<Config>::kB, 3, b.box);
+    }
     if (const Status s = encode_tensor_map(&params.map_b, b); s != cudaSuccess) return s;
   }
   return cudaSuccess;

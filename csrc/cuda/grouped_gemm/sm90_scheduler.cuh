@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cuda/grouped_gemm/sm90_config.cuh"
+#include "moe_ops/quantize_fp8.h"
 
 namespace moe_ops::cuda::sm90 {
 
@@ -196,8 +197,10 @@ class ExpertsScheduler {
     tile.expert = expert;
     tile.row_end = p_.m;
     tiles.place(index - place * tiles.count(), cluster_rank, 0, T::kN, tile);
-    tile.k0 = clamp_offset(p_, expert, 0);
-    tile.k_size = clamp_offset(p_, expert + 1, tile.k0) - tile.k0;
+    const int begin = clamp_offset(p_, expert, 0);
+    tile.k0 =
+        Config::kFp8Groups ? static_cast<int>(fp8_first_group(begin, expert) * kFp8Block) : begin;
+    tile.k_size = clamp_offset(p_, expert + 1, begin) - begin;
     tile.k_tiles = (tile.k_size + T::kK - 1) / T::kK;
     return true;
   }

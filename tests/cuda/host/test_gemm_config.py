@@ -108,3 +108,21 @@ def test_stages_of_moe_ffn(hidden_size, intermediate_size, rows, up, down_bwd):
 def test_unknown_stage():
     with pytest.raises(ValueError, match=r"stage must be up or down_bwd, got down\."):
         ffn_config("down", 1, 1, 1, 1)
+
+
+@pytest.mark.parametrize("product", ["nt", "nn", "gather_nt", "gather_nn"])
+def test_in_the_batch_invariant_mode_rows_do_not_choose(product):
+    for n, k in ((8, 64), (520, 4096), (2**17, 768)):
+        tiles = {gemm_config(product, r, 64, 0, n, k, invariant=True) for r in SIZES}
+        assert tiles == {MIDDLE if product.startswith("gather") else LARGE}
+        assert gemm_config(product, 1, 64, 0, 520, 4096) not in tiles  # without it they do
+
+
+@pytest.mark.parametrize(("stage", "tile"), [("up", "pair"), ("down_bwd", "high")])
+def test_nor_do_they_choose_the_tile_of_a_stage(stage, tile):
+    assert {ffn_config(stage, r, 64, 1536, 2048, invariant=True) for r in SIZES} == {tile}
+    assert ffn_config(stage, 64, 64, 1536, 2048) != tile
+
+
+def test_gradients_of_weights_sum_over_the_batch_in_any_mode():
+    assert gemm_config("tn", 65536, 8, 28672, 4096, 0, invariant=True) == LARGE
