@@ -24,13 +24,17 @@ _library = torch.library.Library("aten", "IMPL")
 _library.impl("histc", _histogram, "CUDA", allow_override=True)
 
 
-# The compiler's own kernels are Triton's, which loads them with the driver.
-NEEDS_TRITON = ("test_generated_code_calls_the_ops",)
+NEED_A_CARD = {
+    # The compiler's own kernels are Triton's, which loads them with the driver.
+    "test_generated_code_calls_the_ops": "Triton needs a card.",
+    # Calibrates bfloat16 models as transformers loads them.
+    "test_half_precision": "torch's grouped products of bfloat16 on CUDA need a card.",
+}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if getattr(item, "originalname", None) in NEEDS_TRITON:
-            item.add_marker(pytest.mark.skip(reason="Triton needs a card."))
+        if reason := NEED_A_CARD.get(getattr(item, "originalname", "")):
+            item.add_marker(pytest.mark.skip(reason=reason))
         if item.get_closest_marker("slow_on_simulator"):
             item.add_marker(pytest.mark.skip(reason="It takes minutes on a simulator."))
