@@ -7,6 +7,7 @@
 
 #include "cuda/device_info.h"
 #include "cuda/runtime.h"
+#include "moe_ops/batch_invariant.h"
 
 namespace moe_ops::adapter {
 
@@ -113,6 +114,18 @@ Tensor device_empty(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef
   }
 #endif
   return fresh(t);
+}
+
+Tensor token_rows(const Tensor& t) {
+  const Tensor rows = with_dense_rows(t);
+  const int64_t last = rows.dim() - 1, size = static_cast<int64_t>(rows.element_size());
+  if (!batch_invariant() || rows.size(last) * size % 16 != 0) return rows;
+  bool aligned = reinterpret_cast<uintptr_t>(rows.const_data_ptr()) % 16 == 0;
+  for (int64_t d = 0; d < last; ++d) {
+    aligned = aligned && (rows.size(d) <= 1 || rows.stride(d) * size % 16 == 0);
+  }
+  if (aligned) return rows;
+  return copy_of(rows, [](const Tensor& s) { return torch::stable::clone(s); });
 }
 
 // STABLE_ABI_WORKAROUND: the stream of the stable ABI has a native handle from torch 2.13 on, above

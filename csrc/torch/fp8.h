@@ -61,4 +61,20 @@ inline Fp8Weights fp8_weights(const Tensor& w, const Tensor& scale) {
   return out;
 }
 
+// Columns of codes and the scales of their groups.
+inline void check_fp8_columns(const Op& op, const char* name, const char* scale_name,
+                              const Tensor& q, const Tensor& scale, const char* shape) {
+  check_fp8(op, name, q);
+  check_dim(op, name, q, 2, shape);
+  check_fp8_scale(op, scale_name, scale);
+  check_dim(op, scale_name, scale, 2, "[G, features]");
+  check_size(op, scale_name, scale, 1, q.size(0), "the features");
+  check_size(op, name, q, 1, kFp8Block * scale.size(0), "128 columns a group");
+}
+
+inline Fp8Columns fp8_columns(const Tensor& q, const Tensor& scale) {
+  return {static_cast<const uint8_t*>(q.const_data_ptr()), row_stride(q),
+          static_cast<const float*>(scale.const_data_ptr()), row_stride(scale)};
+}
+
 }  // namespace moe_ops::adapter

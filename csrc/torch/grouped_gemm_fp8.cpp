@@ -1,5 +1,6 @@
 #include "moe_ops/grouped_gemm_fp8.h"
 
+#include "moe_ops/batch_invariant.h"
 #include "torch/device.h"
 #include "torch/fp8.h"
 #include "torch/tensor_utils.h"
@@ -9,6 +10,20 @@ namespace moe_ops::adapter {
 namespace {
 
 constexpr const char* kOp = "grouped_gemm_fp8";
+
+DType check_out_dtype(const Op& op, ScalarType out_dtype) {
+  switch (out_dtype) {
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    default:
+      fail(op, ": out_dtype must be float32, bfloat16 or float16, got ", dtype_name(out_dtype),
+           ".");
+  }
+}
 
 // All but the offsets; the type of the result.
 DType check(const Op& op, const Tensor& a, const Tensor& a_scale, const Tensor& b,
@@ -27,17 +42,7 @@ DType check(const Op& op, const Tensor& a, const Tensor& a_scale, const Tensor& 
     check_size(op, "bias", *bias, 0, b.size(0), "E");
     check_size(op, "bias", *bias, 1, b.size(1), "O");
   }
-  switch (out_dtype) {
-    case ScalarType::Float:
-      return DType::kFloat32;
-    case ScalarType::BFloat16:
-      return DType::kBFloat16;
-    case ScalarType::Half:
-      return DType::kFloat16;
-    default:
-      fail(op, ": out_dtype must be float32, bfloat16 or float16, got ", dtype_name(out_dtype),
-           ".");
-  }
+  return check_out_dtype(op, out_dtype);
 }
 
 DType bias_type(const Op& op, const OptTensor& bias) {
@@ -51,7 +56,10 @@ Tensor grouped_gemm_fp8(const Tensor& a, const Tensor& a_scale, const Tensor& b,
   const Tensor offsets = checked_offsets(kOp, expert_offsets, a.size(0));
   check_size(kOp, "expert_offsets", expert_offsets, 0, b.size(0) + 1, "E+1");
   const Tensor codes = with_dense_rows(a), scales = with_dense_rows(a_scale);
-  const Fp8Weights weights = fp8_weights(b, b_scale);
+  // As the weights of a layer lie in the gradient of its input. In the batch-invariant mode all
+  // rows are GEMVs, which read weights along k.
+  const bool turned = b.size(1) > 1 && b.size(2) > 1 && b.stride(1) == 1 && !batch_invariant();
+  const Fp8Weights weights = fp8_weights(turned ? torch::stable::transpose(b, 1, 2) : b, b_scale);
   const Bias bias_rows = bias_of(bias, bias_type(kOp, bias));
   Tensor out = empty_cpu(kOp, {a.size(0), b.size(1)}, out_dtype);
   GroupedGemmFp8Params p;
@@ -62,6 +70,7 @@ Tensor grouped_gemm_fp8(const Tensor& a, const Tensor& a_scale, const Tensor& b,
   p.a = {static_cast<const uint8_t*>(codes.const_data_ptr()), row_stride(codes),
          static_cast<const float*>(scales.const_data_ptr()), row_stride(scales), nullptr};
   p.b = weights.matrices;
+  if (turned) std::swap(p.b.stride_o, p.b_stride_k);
   p.bias = bias_rows.vectors;
   p.out = {out.mutable_data_ptr(), out_type, b.size(1), nullptr};
   cpu::grouped_gemm_fp8(p, torch_parallel());
@@ -69,10 +78,101 @@ Tensor grouped_gemm_fp8(const Tensor& a, const Tensor& a_scale, const Tensor& b,
   return out;
 }
 
+constexpr const char* kWgradOp = "grouped_gemm_fp8_wgrad";
+
+// All but the offsets' values and the type of the result.
+void check_wgrad(const Op& op, const Tensor& grad, const Tensor& grad_scale, const Tensor& a,
+                 const Tensor& a_scale, const Tensor& expert_offsets) {
+  check_fp8_columns(op, "grad", "grad_scale", grad, grad_scale, "[O, 128 G]");
+  check_fp8_columns(op, "a", "a_scale", a, a_scale, "[K, 128 G]");
+  check_size(op, "a_scale", a_scale, 0, grad_scale.size(0), "G");
+  check_dim(op, "expert_offsets", expert_offsets, 1, "[E+1]");
+  const int64_t E = expert_offsets.numel() - 1;
+  MOE_CHECK(E < 1 || a_scale.size(0) >= E, op,
+            ": a_scale must have at least one group for each of the ", E, " experts, got ",
+            a_scale.size(0), ".");
+}
+
+DType check_main_grad(const Op& op, const Tensor& main, int64_t E, int64_t O, int64_t K) {
+  const DType type = check_float_to_fp8(op, "main_grad", main);
+  check_dim(op, "main_grad", main, 3, "[E, O, K]");
+  check_size(op, "main_grad", main, 0, E, "E");
+  check_size(op, "main_grad", main, 1, O, "O");
+  check_size(op, "main_grad", main, 2, K, "K");
+  MOE_CHECK(main.is_contiguous(), op, ": main_grad must be contiguous, got shape ",
+            shape_string(main), " with other strides.");
+  return type;
+}
+
+// grad and a, dense along columns; `out` is main_grad or the result.
+GroupedGemmFp8WgradParams wgrad_params(const Tensor& grad, const Tensor& grad_scale,
+                                       const Tensor& a, const Tensor& a_scale,
+                                       const Tensor& offsets, DType out_type, bool accumulate,
+                                       Tensor& out) {
+  GroupedGemmFp8WgradParams p;
+  p.expert_offsets = int32_data(offsets);
+  p.num_experts = offsets.numel() - 1;
+  p.num_groups = a_scale.size(0);
+  p.out_features = grad.size(0);
+  p.in_features = a.size(0);
+  p.grad = fp8_columns(grad, grad_scale);
+  p.a = fp8_columns(a, a_scale);
+  p.out = out.mutable_data_ptr();
+  p.out_type = out_type;
+  p.accumulate = accumulate;
+  return p;
+}
+
+// E of offsets whose values are checked later.
+int64_t num_experts_of(const Op& op, const Tensor& expert_offsets) {
+  MOE_CHECK(expert_offsets.numel() >= 2, op,
+            ": expert_offsets must be [E+1] with at least one expert, got shape ",
+            shape_string(expert_offsets), ".");
+  return expert_offsets.numel() - 1;
+}
+
+int64_t rows_of_groups(const Tensor& scale, const Tensor& expert_offsets) {
+  return kFp8Block * (scale.size(0) - expert_offsets.numel() + 1) + kFp8Block - 1;
+}
+
+void run_wgrad(const Op& op, const Tensor& grad, const Tensor& grad_scale, const Tensor& a,
+               const Tensor& a_scale, const Tensor& expert_offsets, DType type, bool accumulate,
+               Tensor& out) {
+  const Tensor offsets =
+      checked_offsets(op, expert_offsets, rows_of_groups(a_scale, expert_offsets));
+  const Tensor g = with_dense_rows(grad), gs = with_dense_rows(grad_scale);
+  const Tensor b = with_dense_rows(a), bs = with_dense_rows(a_scale);
+  cpu::grouped_gemm_fp8_wgrad(wgrad_params(g, gs, b, bs, offsets, type, accumulate, out),
+                              torch_parallel());
+}
+
+Tensor grouped_gemm_fp8_wgrad(const Tensor& grad, const Tensor& grad_scale, const Tensor& a,
+                              const Tensor& a_scale, const Tensor& expert_offsets,
+                              ScalarType out_dtype) {
+  check_wgrad(kWgradOp, grad, grad_scale, a, a_scale, expert_offsets);
+  const DType type = check_out_dtype(kWgradOp, out_dtype);
+  Tensor out = empty_cpu(
+      kWgradOp, {num_experts_of(kWgradOp, expert_offsets), grad.size(0), a.size(0)}, out_dtype);
+  run_wgrad(kWgradOp, grad, grad_scale, a, a_scale, expert_offsets, type, false, out);
+  return out;
+}
+
+Tensor grouped_gemm_fp8_wgrad_accumulate(const Tensor& grad, const Tensor& grad_scale,
+                                         const Tensor& a, const Tensor& a_scale,
+                                         const Tensor& expert_offsets, Tensor main_grad) {
+  check_wgrad(kWgradOp, grad, grad_scale, a, a_scale, expert_offsets);
+  const int64_t E = num_experts_of(kWgradOp, expert_offsets);
+  const DType type = check_main_grad(kWgradOp, main_grad, E, grad.size(0), a.size(0));
+  run_wgrad(kWgradOp, grad, grad_scale, a, a_scale, expert_offsets, type, true, main_grad);
+  return empty_cpu(kWgradOp, {0}, main_grad.scalar_type());
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(moe_ops, CPU, m) {
   m.impl("grouped_gemm_fp8", MOE_BOX(grouped_gemm_fp8));
+  m.impl("grouped_gemm_fp8_wgrad", MOE_BOX(grouped_gemm_fp8_wgrad));
+  m.impl("grouped_gemm_fp8_wgrad_accumulate", MOE_BOX(grouped_gemm_fp8_wgrad_accumulate));
 }
 
 #ifdef MOE_OPS_WITH_CUDA
@@ -84,7 +184,7 @@ static Tensor grouped_gemm_fp8_cuda(const Tensor& a, const Tensor& a_scale, cons
   const DType out_type = check(op, a, a_scale, b, b_scale, bias, out_dtype);
   const Tensor offsets = device_offsets(op, expert_offsets, a.size(0));
   check_size(op, "expert_offsets", expert_offsets, 0, b.size(0) + 1, "E+1");
-  const Tensor codes = with_dense_rows(a), scales = with_dense_rows(a_scale);
+  const Tensor codes = token_rows(a), scales = with_dense_rows(a_scale);
   const Fp8Weights weights = fp8_weights(b, b_scale);
   const Bias bias_rows = bias_of(bias, bias_type(op, bias));
   Tensor out = device_empty(a, {a.size(0), b.size(1)}, out_dtype);
@@ -106,7 +206,47 @@ static Tensor grouped_gemm_fp8_cuda(const Tensor& a, const Tensor& a_scale, cons
   return out;
 }
 
-MOE_CUDA_LIBRARY(m) { m.impl("grouped_gemm_fp8", MOE_CUDA_BOX(grouped_gemm_fp8_cuda)); }
+static void run_wgrad_cuda(const Op& op, const Tensor& grad, const Tensor& grad_scale,
+                           const Tensor& a, const Tensor& a_scale, const Tensor& expert_offsets,
+                           DType type, bool accumulate, Tensor& out) {
+  const Tensor offsets =
+      device_offsets(op, expert_offsets, rows_of_groups(a_scale, expert_offsets));
+  const Tensor g = with_dense_rows(grad), gs = with_dense_rows(grad_scale);
+  const Tensor b = with_dense_rows(a), bs = with_dense_rows(a_scale);
+  check_status(
+      op, cuda::grouped_gemm_fp8_wgrad(wgrad_params(g, gs, b, bs, offsets, type, accumulate, out),
+                                       current_stream(grad)));
+}
+
+static Tensor grouped_gemm_fp8_wgrad_cuda(const Tensor& grad, const Tensor& grad_scale,
+                                          const Tensor& a, const Tensor& a_scale,
+                                          const Tensor& expert_offsets, ScalarType out_dtype) {
+  const Op op(kWgradOp, grad);
+  check_wgrad(op, grad, grad_scale, a, a_scale, expert_offsets);
+  const DType type = check_out_dtype(op, out_dtype);
+  Tensor out =
+      device_empty(grad, {num_experts_of(op, expert_offsets), grad.size(0), a.size(0)}, out_dtype);
+  run_wgrad_cuda(op, grad, grad_scale, a, a_scale, expert_offsets, type, false, out);
+  return out;
+}
+
+static Tensor grouped_gemm_fp8_wgrad_accumulate_cuda(const Tensor& grad, const Tensor& grad_scale,
+                                                     const Tensor& a, const Tensor& a_scale,
+                                                     const Tensor& expert_offsets,
+                                                     Tensor main_grad) {
+  const Op op(kWgradOp, grad);
+  check_wgrad(op, grad, grad_scale, a, a_scale, expert_offsets);
+  const int64_t E = num_experts_of(op, expert_offsets);
+  const DType type = check_main_grad(op, main_grad, E, grad.size(0), a.size(0));
+  run_wgrad_cuda(op, grad, grad_scale, a, a_scale, expert_offsets, type, true, main_grad);
+  return device_empty(grad, {0}, main_grad.scalar_type());
+}
+
+MOE_CUDA_LIBRARY(m) {
+  m.impl("grouped_gemm_fp8", MOE_CUDA_BOX(grouped_gemm_fp8_cuda));
+  m.impl("grouped_gemm_fp8_wgrad", MOE_CUDA_BOX(grouped_gemm_fp8_wgrad_cuda));
+  m.impl("grouped_gemm_fp8_wgrad_accumulate", MOE_CUDA_BOX(grouped_gemm_fp8_wgrad_accumulate_cuda));
+}
 
 #endif  // MOE_OPS_WITH_CUDA
 

@@ -71,11 +71,25 @@ static void define_schemas(torch::stable::detail::StableLibrary& m) {
   m.def("grouped_gemm_wgrad(Tensor grad, Tensor a, Tensor expert_offsets) -> Tensor");
   // x [N,D] -> codes [N,D] float8_e4m3fn, scale [N,ceil(D/128)] fp32: x is about q * scale.
   m.def("quantize_fp8(Tensor x) -> (Tensor q, Tensor scale)");
+  // The rows of experts, x [N,D] or those that row_to_slot [N] takes from x [T,D] (times
+  // topk_weights [T,K]) -> codes [D,128 G], scale [G,D], G = N/128 + E: a scale for 128 rows of an
+  // expert, counted from its first one.
+  m.def(
+      "quantize_fp8_columns(Tensor x, Tensor expert_offsets, Tensor? row_to_slot=None, "
+      "Tensor? topk_weights=None) -> (Tensor q, Tensor scale)");
   // grouped_gemm of float8_e4m3fn a [N,K] and b [E,O,K] with fp32 scales: a_scale
   // [N,ceil(K/128)], b_scale [E,ceil(O/128),ceil(K/128)]. Inference only.
   m.def(
       "grouped_gemm_fp8(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, Tensor expert_offsets, "
       "ScalarType out_dtype, Tensor? bias=None) -> Tensor");
+  // Its weight gradient from columns: grad [O,128 G], a [K,128 G], scales [G,O] and [G,K] ->
+  // [E,O,K]; or added to main_grad, with a result of shape [0].
+  m.def(
+      "grouped_gemm_fp8_wgrad(Tensor grad, Tensor grad_scale, Tensor a, Tensor a_scale, "
+      "Tensor expert_offsets, ScalarType out_dtype) -> Tensor");
+  m.def(
+      "grouped_gemm_fp8_wgrad_accumulate(Tensor grad, Tensor grad_scale, Tensor a, "
+      "Tensor a_scale, Tensor expert_offsets, Tensor(a!) main_grad) -> Tensor");
   // rows [N,O] -> [E,O]: the sum over an expert's rows
   m.def("grouped_sum(Tensor rows, Tensor expert_offsets) -> Tensor");
 

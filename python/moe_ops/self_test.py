@@ -122,7 +122,9 @@ def cases() -> list[Case]:
             tolerance=5e-2,
         ),
         Case("quantize_fp8", _quantize_fp8, (x,), False),
+        Case("quantize_fp8_columns", _fp8_columns, (x, offsets, row_to_slot, weights), False),
         Case("grouped_gemm_fp8", _grouped_gemm_fp8, (rows, w_gate_up, offsets), False),
+        Case("grouped_gemm_fp8_wgrad", _fp8_wgrad, (normal(T * K, I), rows, offsets), False),
         # An activated feature in the middle between two codes may become either.
         Case("moe_ffn_fp8", _fp8_ffn, layer, False, tolerance=5e-3),
         Case("moe_linear_map", lambda m, *t: m.moe_linear_map(*t), (x, w_gate_up, ids)),
@@ -165,6 +167,19 @@ def _quantized_ffn(m: Any, *t: Tensor) -> Any:
 def _quantize_fp8(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     q, scale = m.quantize_fp8(x)
     return q.float(), scale
+
+
+def _fp8_columns(m: Any, x: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
+    q, scale = m.quantize_fp8_columns(x, *rest)
+    return q.float(), scale
+
+
+def _fp8_wgrad(m: Any, grad: Tensor, a: Tensor, expert_offsets: Tensor) -> Any:
+    operands = (*m.quantize_fp8_columns(grad, expert_offsets),)
+    operands += (*m.quantize_fp8_columns(a, expert_offsets),)
+    if a.dtype == torch.float64:
+        operands = tuple(t.double() for t in operands)
+    return m.grouped_gemm_fp8_wgrad(*operands, expert_offsets, out_dtype=a.dtype)
 
 
 def _grouped_gemm_fp8(m: Any, a: Tensor, b: Tensor, expert_offsets: Tensor) -> Any:

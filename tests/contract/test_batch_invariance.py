@@ -59,11 +59,14 @@ RARE, COMMON = 5, 6
 # Registered ops of which no output belongs to one token, and why.
 NOT_BY_TOKEN = {
     "expert_choice_router": "experts choose among all tokens of the call",
+    "grouped_gemm_fp8_wgrad": "sums over tokens",
+    "grouped_gemm_fp8_wgrad_accumulate": "sums over tokens",
     "grouped_gemm_wgrad": "sums over tokens",
     "grouped_sum": "sums over tokens",
     "moa_attention": "a token's keys are other tokens: tests/ops/test_moa_attention.py",
     "pack_experts": "has no tokens",
     "permute": "copies rows",
+    "quantize_fp8_columns": "rounds 128 tokens together",
     "sort_slots": "rounds nothing",
 }
 

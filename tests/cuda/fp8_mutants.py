@@ -4,7 +4,7 @@ test_grouped_gemm_fp8.py."""
 from __future__ import annotations
 
 import torch
-from tests.helpers.fp8 import fp8_gemm_operands
+from tests.helpers.fp8 import fp8_gemm_operands, fp8_wgrad_operands
 from tests.helpers.ptx_mutants import (
     EXPECT,
     INIT,
@@ -26,6 +26,8 @@ LOAD_SCALE = r"(ld\.global\.nc\.f32 %f\d+, \[%rd\d+)\]"
 
 # As the enum of csrc/cuda/grouped_gemm_fp8/sm90.h numbers them.
 TILES = ("2x128x128", "128x128", "64x128")
+WGRAD = "wgrad"  # the kernel of grouped_gemm_fp8_wgrad, which has one tile
+LOAD_SCALES = r"(ld\.global\.nc\.v2\.f32 \{%f\d+,%f\d+\}, \[%rd\d+)(\+\d+)?\]"
 
 # name: (tile, mutation). The order of barrier waits is as in the kernels of grouped_gemm.
 MUTANTS: dict[str, tuple[str, Mutation]] = {
@@ -56,16 +58,37 @@ MUTANTS: dict[str, tuple[str, Mutation]] = {
     # The order of loads: of the first block a, a, b, of the others a, a, b.
     "scale of a of the block after": ("128x128", sub(LOAD_SCALE, r"\1+4]", 3)),
     "scale of b of the block after": ("128x128", sub(LOAD_SCALE, r"\1+4]", 5)),
+    "wgrad: full wait dropped": (WGRAD, wait_before(r"wgmma\.fence")),
+    "wgrad: empty wait dropped": (WGRAD, wait_before(r"mbarrier\.arrive\.expect_tx")),
+    "wgrad: products not awaited": (WGRAD, sub(r"wgmma\.wait_group\.sync\.aligned 0;", "")),
+    "wgrad: wgmma.fence dropped": (WGRAD, sub(r"wgmma\.fence\.sync\.aligned;", "")),
+    "wgrad: expected bytes 32 short": (WGRAD, sub(EXPECT, added(r"\2", -32) + r"\1q; }")),
+    "wgrad: empty barrier counts one warp less": (
+        WGRAD,
+        sub(INIT, added(r"\2", -1) + r"\1q; }", 1),
+    ),
+    "wgrad: grad box of the group after": (WGRAD, sub(LOAD_A, added(r"\2", 128) + r"\1q\3 }")),
+    "wgrad: products of a group added to those before": (
+        WGRAD,
+        sub(r"(setp\.ne\.b32 p, )(%r\d+|0)(, 0;)", r"\g<1>1\3", 0),
+    ),
+    "wgrad: scale of grad of the next row": (WGRAD, sub(LOAD_SCALE, r"\1+4]", 0)),
+    "wgrad: scales of a of other columns": (WGRAD, sub(LOAD_SCALES, r"\1+16]")),
 }
 
 
 def make_case(tile: str) -> Case:
-    """Sums longer than the ring, several tiles a block, experts that end inside a tile. Of the
-    kernels in the module, that of the tile whose rows are not gathered."""
-    call = fp8_gemm_operands((130, 3, 0, 300, 70), 1168, 136)
+    """Sums longer than the ring, several tiles a block, experts that end inside a tile or group. Of
+    the kernels in the module, that of the tile whose rows are not gathered."""
+    if tile == WGRAD:
+        call = fp8_wgrad_operands((1100, 3, 0, 300), 264, 136)
+        op, kernel = moe_ops.grouped_gemm_fp8_wgrad, "fp8_wgrad"
+    else:
+        call = fp8_gemm_operands((130, 3, 0, 300, 70), 1168, 136)
+        op, kernel = moe_ops.grouped_gemm_fp8, f"TileShapeE{TILES.index(tile)}ELb0E"
     return Case(
-        run=lambda: moe_ops.grouped_gemm_fp8(**call, out_dtype=torch.float32),
-        kernel=(f"TileShapeE{TILES.index(tile)}ELb0E",),
+        run=lambda: op(**call, out_dtype=torch.float32),
+        kernel=(kernel,),
         env={"MOE_OPS_GEMM_TILE": tile},
     )
 

@@ -21,6 +21,10 @@ from tests.helpers.ptx_mutants import (
 
 import moe_ops
 
+# Of a row tile without a partner: to whom B goes, and which half of it a block leaves out.
+MASK = r"selp\.b16 (%rs\d+), 3, %rs\d+, %p\d+;"
+NOT_LOADED = r"(selp\.b16 %rs\d+, 3, %rs\d+, (%p\d+);.*?)and\.pred (%p\d+), \2, (%p\d+);"
+
 # name: (product, tile, mutation). The order of barrier waits in a ping-pong kernel is turn, full,
 # empty; in a cooperative one full, empty.
 MUTANTS: dict[str, tuple[str, str, Mutation]] = {
@@ -67,6 +71,22 @@ MUTANTS: dict[str, tuple[str, str, Mutation]] = {
         sub(
             r"(cp\.async\.bulk\.tensor\.3d[^;]*?)\.multicast::cluster([^;]*?), %rs\d+(, %rd\d+;)",
             r"\1\2\3",
+        ),
+    ),
+    "lone row tile: B sent to both blocks": ("nt", "128x256", sub(MASK, r"mov.b16 \1, 3;")),
+    "lone row tile: half of B not loaded": (
+        "nn",
+        "128x256",
+        sub(NOT_LOADED, r"\1and.pred \3, \4, \4;"),
+    ),
+    # The order of a cooperative kernel: products, warpgroup without rows, producer.
+    "warpgroup without rows: full wait dropped": ("nt", "128x256", sub(TRY_WAIT, PASS, 1)),
+    "wgrad: experts of even number twice in the order": (
+        "tn",
+        "128x256",
+        sub(
+            r"(st\.shared\.u16 \[[^\]]*\]), (%r\d+);",
+            r"{ .reg .b32 q; and.b32 q, \2, 14; \1, q; }",
         ),
     ),
     "wgrad: rows of the next expert kept": (

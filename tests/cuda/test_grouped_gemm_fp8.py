@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
-from tests.helpers.fp8 import check_grouped_gemm_fp8, fp8_gemm_operands
+from tests.helpers.fp8 import (
+    check_grouped_gemm_fp8,
+    check_grouped_gemm_fp8_wgrad,
+    fp8_gemm_operands,
+    fp8_wgrad_operands,
+)
 from tests.helpers.simulator import noticed_mutants
 
 import moe_ops
@@ -177,9 +184,103 @@ def test_choice_of_the_tile(simulator, monkeypatch, counts, chosen):
     assert [tile for tile in TILES if seen[tile] == seen[""]] == [chosen]
 
 
+# --- the weight gradient
+
+# O and K that end inside a tile, and of nothing but K a multiple of 8.
+WGRAD_SHAPES = {
+    "edges": ((0, 1, 128, 0, 129, 63, 0), 136, 144),
+    "small": ((1, 2, 3), 3, 8),
+    "wide": ((70, 200), 300, 264),
+    "long": ((5, 0, 1100), 40, 72),
+    "none": ((0, 0), 128, 128),
+}
+WGRAD_TILES = ("sm90", "generic")
+wgrad_tiles = pytest.mark.parametrize("tile", WGRAD_TILES)
+
+
+@pytest.mark.parametrize("dtype", OUT_DTYPES, ids=short)
+@pytest.mark.parametrize("shape", WGRAD_SHAPES)
+@wgrad_tiles
+def test_wgrad_values(simulator, tile, shape, dtype):
+    counts, o, k = WGRAD_SHAPES[shape]
+    call = fp8_wgrad_operands(counts, o, k, tail=3)
+    if dtype == torch.float16:
+        call["a_scale"] *= 1e-3
+    # Groups of no expert are NaN: they may not reach a result.
+    offsets = call["expert_offsets"].tolist()
+    used = torch.zeros(len(call["a_scale"]), dtype=torch.bool)
+    for e, (begin, end) in enumerate(itertools.pairwise(offsets)):
+        used[begin // 128 + e :][: -(-(end - begin) // 128)] = True
+    for name in ("grad", "a"):
+        call[name].view(torch.uint8).unflatten(1, (-1, 128))[:, ~used] = 0x7F
+        call[f"{name}_scale"][~used] = torch.nan
+    counted = simulator.counted(lambda: check_grouped_gemm_fp8_wgrad(call, dtype), "wgmma")
+    assert (counted["wgmma"] > 0) == (tile != "generic" and shape != "none"), "another kernel ran"
+    main = torch.randn(len(counts), o, k).to(dtype)
+    want = main.float() + moe_ops.grouped_gemm_fp8_wgrad(**call)
+    moe_ops.grouped_gemm_fp8_wgrad(**call, main_grad=main)
+    assert_identical(main, want.to(dtype))
+    assert simulator.warnings() == ""
+
+
+@wgrad_tiles
+def test_wgrad_schedules(simulator, tile):
+    """A block takes three tiles or more and goes round the ring of stages about twice."""
+    call = fp8_wgrad_operands((700, 0, 3, 900), 264, 136)
+    with simulator.options(sms=4):
+        simulator.check_schedules(lambda: moe_ops.grouped_gemm_fp8_wgrad(**call))
+
+
+def test_wgrad_bytes(simulator):
+    """csrc/cuda/grouped_gemm_fp8/NOTES.md has the formula: grad once a column tile, in boxes of 64
+    features; a once a pair of row tiles; the result once."""
+    counts, o, k = (129, 0, 3, 256), 200, 264
+    call = fp8_wgrad_operands(counts, o, k)
+    counted = simulator.counted(
+        lambda: moe_ops.grouped_gemm_fp8_wgrad(**call, out_dtype=torch.bfloat16),
+        "tma_ld_bytes",
+        "st_bytes",
+        "tma_st_bytes",
+    )
+    steps = sum(-(-m // 128) for m in counts)
+    column_tiles, pairs, boxes = 3, 1, 4
+    grad_bytes = column_tiles * steps * boxes * 64 * 128
+    a_bytes = pairs * column_tiles * steps * 128 * 128
+    assert counted["tma_ld_bytes"] == grad_bytes + a_bytes
+    assert counted["st_bytes"] == len(counts) * o * k * 2
+    assert counted["tma_st_bytes"] == 0
+
+
+def test_wgrad_bits_of_the_generic_kernel(simulator, monkeypatch):
+    """With one product a group there is one order of sums: scales enter in the same."""
+    call = fp8_wgrad_operands((300, 0, 70), 200, 136)
+    keep = torch.zeros(call["a"].shape[1], dtype=torch.bool)
+    keep[::128] = True
+    call["a"] = torch.where(keep, call["a"].float(), 0).to(call["a"].dtype)
+    got = moe_ops.grouped_gemm_fp8_wgrad(**call)
+    monkeypatch.setenv("MOE_OPS_GEMM_TILE", "generic")
+    assert_identical(got, moe_ops.grouped_gemm_fp8_wgrad(**call))
+
+
+@wgrad_tiles
+@pytest.mark.parametrize(
+    "offsets", [[0, 4, 7, 13], [0, 8, 7, 12], [1, 4, 7, 12], [0, -4, 7, 12], [0, 4, 7, 2**31 - 1]]
+)
+def test_wgrad_of_offsets_out_of_order_stays_inside(simulator, tile, offsets):
+    call = fp8_wgrad_operands((4, 3, 5), 16, 24)
+    moe_ops.grouped_gemm_fp8_wgrad(**{**call, "expert_offsets": torch.tensor(offsets).int()})
+
+
+@pytest.mark.parametrize(("o", "k", "takes"), [(7, 24, True), (64, 60, False), (64, 7, False)])
+def test_wgrad_sizes_that_go_to_the_generic_kernel(simulator, o, k, takes):
+    call = fp8_wgrad_operands((5, 0, 70), o, k)
+    counted = simulator.counted(lambda: check_grouped_gemm_fp8_wgrad(call), "wgmma")
+    assert (counted["wgmma"] > 0) == takes
+
+
 def test_mutants_are_noticed(simulator):
     """Waits, fences, arrivals, counts, coordinates and scales of the compiled kernels, broken one
     at a time (fp8_mutants.py)."""
     noticed = noticed_mutants("fp8_mutants")
-    assert len(noticed) >= 10
+    assert len(noticed) >= 20
     assert [name for name, how in noticed.items() if how is None] == []

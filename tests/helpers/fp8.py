@@ -69,6 +69,32 @@ def check_grouped_gemm_fp8(call: Kwargs, out_dtype: torch.dtype = torch.float32)
     return out
 
 
+def fp8_wgrad_operands(
+    counts: Sequence[int], out_features: int, in_features: int, *, tail: int = 0
+) -> Kwargs:
+    """The tensors of a grouped_gemm_fp8_wgrad call whose columns differ in size by up to 1e4."""
+    offsets = torch.tensor([0, *counts]).cumsum(0).int()
+    call: Kwargs = {}
+    for name, features in (("grad", out_features), ("a", in_features)):
+        x = torch.randn(sum(counts) + tail, features) * 10 ** (4 * torch.rand(features) - 2)
+        call[name], scale = reference.quantize_fp8_columns(x, offsets)
+        # Neighbouring groups would otherwise have nearly the same scale.
+        call[f"{name}_scale"] = scale * 2 ** (2 * torch.rand(scale.shape))
+    return {**call, "expert_offsets": offsets}
+
+
+def check_grouped_gemm_fp8_wgrad(call: Kwargs, out_dtype: torch.dtype = torch.float32) -> Tensor:
+    """As check_grouped_gemm_fp8."""
+    expected = reference.grouped_gemm_fp8_wgrad(**widened(call), out_dtype=torch.float64)
+    magnitude = reference.grouped_gemm_fp8_wgrad(**absolute(call), out_dtype=torch.float64)
+    with poisoned(expected.to(out_dtype)):
+        out = ops.grouped_gemm_fp8_wgrad(**call, out_dtype=out_dtype)
+    assert out.dtype == out_dtype
+    longest = max(1, int(call["expert_offsets"].diff().max()))
+    assert_close_by_norm(out, expected, magnitude, sum_length=longest)
+    return out
+
+
 def fp8_operands(
     routing: Routing,
     hidden_size: int,
@@ -183,3 +209,78 @@ def moe_ffn_fp8_bound(call: Kwargs, row_steps: int = 0) -> tuple[Tensor, Tensor]
     expected = reference.moe_ffn_fp8(**wide)
     bound = 1.01 * bound + rounding(ids.shape[1]) * sums + 0.51 * eps(dtype) * expected.abs()
     return expected, bound + 2.0**-24
+
+
+def fp8_ffn_steps(call: Kwargs, grad_y: Tensor) -> tuple[Tensor, Kwargs]:
+    """The output and the gradients of fp8_ffn, step by step as documented, with sums in fp64."""
+    x, topk_weights, ids = call["x"], call["topk_weights"].double(), call["topk_ids"]
+    dtype, num_experts = x.dtype, call["w_gate_up"].shape[0]
+    on_input = call.get("apply_router_weight_on_input", False)
+    interleaved, activation = call.get("interleaved", False), call["activation"]
+    options = {k: call[k] for k in ("alpha", "limit") if k in call}
+    up, down = (quantize_fp8_blocks(call[n]) for n in ("w_gate_up", "w_down"))
+    offsets, row_to_slot, slot_to_row = reference.sort_slots(ids, num_experts)
+    slot, end = row_to_slot.long(), int(offsets[-1])
+    token = slot // max(ids.shape[1], 1)
+    weight = torch.where(torch.arange(len(slot)) < end, topk_weights.flatten()[slot], 0)[:, None]
+
+    def product(q, scale, w, bias=None, turned=False):
+        if turned:
+            w = (w[0].mT, w[1].mT)
+        bias = None if bias is None else bias.double()
+        return reference.grouped_gemm_fp8(
+            q, scale.double(), w[0], w[1].double(), offsets, bias=bias, out_dtype=torch.float64
+        ).to(dtype)
+
+    def of_tokens(t):
+        q, scale = reference.quantize_fp8(t)
+        return q[token], scale[token].double()
+
+    def act(t):
+        if activation in GATED_ACTIVATIONS:
+            return reference.gated_act(t, activation, interleaved=interleaved, **options)
+        return plain_act(t, activation)
+
+    def weight_gradient(grad, rows):
+        (g, gs), (a, a_scale) = (
+            reference.quantize_fp8_columns(t.float(), offsets) for t in (grad, rows)
+        )
+        return reference.grouped_gemm_fp8_wgrad(g, gs.double(), a, a_scale.double(), offsets)
+
+    q, scale = of_tokens(x)
+    preact = product(q, scale * weight if on_input else scale, up, call.get("b_gate_up"))
+    h = act(preact)
+    out = product(*reference.quantize_fp8(h), down, call.get("b_down"))
+    y = reference.unpermute(
+        out.double(), offsets, slot_to_row, None if on_input else topk_weights
+    ).to(dtype)
+
+    grad_h = product(*of_tokens(grad_y), down, turned=True).double()
+    rows_y = grad_y[token].double() * (1 if on_input else weight)
+    grads = {"w_down": weight_gradient(rows_y.float(), h)}
+    dots = (h.double() * grad_h).sum(1)
+    if not on_input:
+        if "b_down" in call:
+            expert = torch.bucketize(torch.arange(len(slot)), offsets[1:], right=True)
+            bias = call["b_down"].double()[expert.clamp(max=num_experts - 1)]
+            here = torch.arange(len(slot)) < end
+            dots = dots + torch.where(here, (bias * grad_y[token].double()).sum(1), 0)
+    wide = preact.double().requires_grad_()
+    (grad_preact,) = torch.autograd.grad(act(wide), wide, grad_h.to(dtype).double())
+    grad_preact = grad_preact.to(dtype)
+    # The routing weights multiply scales, or what is rounded in columns.
+    rows_x = x[token].float() * (weight.float() if on_input else 1)
+    rows_preact = grad_preact.float() * (1 if on_input else weight.float())
+    grads["w_gate_up"] = weight_gradient(rows_preact, rows_x)
+    q, scale = reference.quantize_fp8(grad_preact)
+    grad_rows = product(q, scale if on_input else scale * weight, up, turned=True).double()
+    if on_input:
+        dots = (x[token].double() * grad_rows).sum(1)
+        grad_rows = (grad_rows * weight).to(dtype).double()
+    grads["x"] = torch.zeros(x.shape, dtype=torch.float64).index_add(0, token, grad_rows)
+    grads["topk_weights"] = dots[slot_to_row.long()]
+    if "b_gate_up" in call:
+        grads["b_gate_up"] = reference.grouped_sum(rows_preact.double(), offsets)
+    if "b_down" in call:
+        grads["b_down"] = reference.grouped_sum(rows_y, offsets)
+    return y, grads

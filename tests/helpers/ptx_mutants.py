@@ -99,6 +99,7 @@ class Case:
     # Launches what the call launches from other modules: the next one that is loaded is replaced.
     prepare: Callable[[], object] = lambda: None
     env: dict[str, str] = field(default_factory=dict)
+    options: dict[str, int] = field(default_factory=dict)  # of the simulator, beside main's
 
     def output(self) -> torch.Tensor:
         """Everything that comes out, as bytes."""
@@ -178,7 +179,7 @@ def _begin(case: Case, options: Mapping[str, int], **env: str) -> _Simulator:
     case.prepare()
     os.environ.update(env)
     simulator = _Simulator()
-    simulator.set(**options)
+    simulator.set(**{**options, **case.options})
     return simulator
 
 

@@ -634,8 +634,10 @@ FAMILIES: dict[str, Family] = {
     "fp8": Family(
         (
             "grouped_gemm_fp8",
+            "grouped_gemm_fp8_wgrad",
             "moe_ffn_fp8",
             "quantize_fp8",
+            "quantize_fp8_columns",
         ),
         (
             "ops/test_grouped_gemm_fp8.py",
@@ -652,13 +654,13 @@ FAMILIES: dict[str, Family] = {
             ("blocks of k not added up", "b > 0", "false"),
             (
                 "scale of a token's first block for all",
-                "t < m ? d.row_scale(it.row_begin + t)[b] : 0.0f",
-                "t < m ? d.row_scale(it.row_begin + t)[0] : 0.0f",
+                "t < m ? d.row_scale(it.row_begin + t, b) : 0.0f",
+                "t < m ? d.row_scale(it.row_begin + t, 0) : 0.0f",
             ),
             (
                 "scale of the weights' first block for all",
-                "d.weight_scale(it.expert, feature_of(f))[b]",
-                "d.weight_scale(it.expert, feature_of(f))[0]",
+                "d.weight_scale(it.expert, feature_of(f), b)",
+                "d.weight_scale(it.expert, feature_of(f), 0)",
             ),
             ("pairs: end of an odd k not cleared", "if (count % 2 != 0) halves[count] = 0;", ""),
             (
@@ -692,6 +694,47 @@ FAMILIES: dict[str, Family] = {
                 "codes of the first chunk's panels for all",
                 "panels + (b - b0) * padded_m * kBlock + t0 * kc",
                 "panels + t0 * kc",
+            ),
+            (
+                "turned: codes of the first block of k for all",
+                "codes + i * ld_codes + (b - b0) * kFp8Block",
+                "codes + i * ld_codes",
+            ),
+            (
+                "turned: halves of 8 x 8 bytes not swapped",
+                "for (int i = 0; i < 4; ++i) swap(w[i], w[i + 4], 32, 0x00000000ffffffffu);",
+                "",
+            ),
+            (
+                "wgrad: scales of the first group for all",
+                "grad.scale[block * grad.scale_stride + o]",
+                "grad.scale[o]",
+            ),
+            (
+                "wgrad: groups of another expert",
+                "fp8_first_group(p.expert_offsets[e], e)",
+                "fp8_first_group(p.expert_offsets[e], 0)",
+            ),
+        )
+        + of(
+            "grouped_gemm_fp8.cpp",
+            (
+                "wgrad: stored over what the buffer had",
+                "if (p.accumulate) row_kernels<float>().axpy(p.out_type, out, 1.0f, values, n);",
+                "",
+            ),
+        )
+        + of(
+            "quantize_fp8.cpp",
+            (
+                "columns: what no row fills is left",
+                "std::memset(q + count, 0, static_cast<size_t>(kFp8Block - count));",
+                "",
+            ),
+            (
+                "columns: weight of the row for that of its slot",
+                "factor = p.topk_weights[slot];",
+                "factor = p.topk_weights[begin + r];",
             ),
         )
         + of(

@@ -1,14 +1,22 @@
-"""grouped_gemm_fp8 against the fp64 reference on the same codes: what is left is fp32 rounding.
+"""grouped_gemm_fp8 and grouped_gemm_fp8_wgrad against their fp64 references on the same codes: what
+is left is fp32 rounding.
 
-What rounding operands to e4m3 costs is tested by itself, with a bound made of codes' steps.
+What rounding operands to e4m3 costs is tested by itself, with a bound made of codes' steps. This
+file is long because the two ops share their cases.
 """
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from tests.helpers.fp8 import check_grouped_gemm_fp8 as check
-from tests.helpers.fp8 import fp8_gemm_operands
+from tests.helpers.fp8 import (
+    check_grouped_gemm_fp8_wgrad,
+    fp8_gemm_operands,
+    fp8_wgrad_operands,
+)
 from tests.helpers.op_case import OpCase
 from tests.helpers.routing import EMPTY_ROUTINGS, ROUTINGS
 
@@ -31,6 +39,20 @@ def two_blocks(s):
     }
 
 
+def two_groups(s):
+    """An expert with more than one group."""
+    offsets = s.offsets()
+    offsets[-1] += 150
+    groups = int(offsets[-1]) // 128 + s.e
+    return {
+        "grad": torch.randn(s.o, 128 * groups).to(torch.float8_e4m3fn),
+        "grad_scale": torch.rand(groups, s.o),
+        "a": torch.randn(s.h, 128 * groups).to(torch.float8_e4m3fn),
+        "a_scale": torch.rand(groups, s.h),
+        "expert_offsets": offsets,
+    }
+
+
 def empty_fp8(*shape):
     return torch.empty(*shape).to(torch.float8_e4m3fn)
 
@@ -48,7 +70,12 @@ OP_CASES = {
             torch.ones(1, 2**25, 0),
             torch.tensor([0, 0]),
         ),
-    )
+    ),
+    "grouped_gemm_fp8_wgrad": OpCase(
+        two_groups,
+        bad_arguments={"out_dtype": (torch.float64, torch.int32, torch.float8_e4m3fn)},
+        kind="quantised",
+    ),
 }
 OUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 out_dtypes = pytest.mark.parametrize("dtype", OUT_DTYPES, ids=short)
@@ -415,3 +442,286 @@ def test_sums_of_a_long_row_keep_their_accuracy():
     wide = {k: v.double() if v.is_floating_point() else v for k, v in call.items()}
     expected = reference.grouped_gemm_fp8(**wide, out_dtype=torch.float64)
     assert (out - expected).norm() <= 16 * eps(torch.float32) * expected.norm()
+
+
+# --- the gradient of the input
+
+
+def transposed(call):
+    """The same product from weights that lie as those of a layer do, whose input this is the
+    gradient of."""
+    call = dict(call)
+    call["b"] = call["b"].transpose(1, 2).contiguous().transpose(1, 2)
+    call["b_scale"] = call["b_scale"].transpose(1, 2).contiguous().transpose(1, 2)
+    return call
+
+
+@pytest.mark.parametrize(("k", "o"), [(1, 1), (9, 130), (128, 64), (257, 200), (1300, 520)])
+@pytest.mark.parametrize("counts", [(1, 2, 0, 5), (0, 40), (131, 0, 1)], ids=str)
+def test_weights_dense_along_features(counts, k, o):
+    call = transposed(fp8_gemm_operands(counts, k, o, tail=1, bias=torch.float32))
+    check(call)
+
+
+def test_weights_dense_along_features_in_the_batch_invariant_mode():
+    call = fp8_gemm_operands((1, 0, 40), 300, 200)
+    with moe_ops.batch_invariant():
+        want = moe_ops.grouped_gemm_fp8(**call)
+        assert_identical(moe_ops.grouped_gemm_fp8(**transposed(call)), want)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 40])
+def test_nan_in_weights_dense_along_features(rows):
+    call = fp8_gemm_operands((rows, rows), 300, 260)
+    clean = moe_ops.grouped_gemm_fp8(**transposed(call), out_dtype=torch.float32)
+    call["b"][0, 200, 290] = torch.nan
+    call["b_scale"][1, 2, 0] = torch.nan
+    out = moe_ops.grouped_gemm_fp8(**transposed(call), out_dtype=torch.float32)
+    where = torch.zeros(2 * rows, 260, dtype=torch.bool)
+    where[:rows, 200] = True
+    where[rows:, 256:] = True
+    assert_identical(out.isnan(), where)
+    assert_identical(out[~where], clean[~where])
+
+
+# --- the weight gradient
+
+# (O, K): around vectors, tiles and blocks, and far from them.
+WGRAD_SIZES = (
+    (1, 1),
+    (7, 3),
+    (130, 7),
+    (16, 16),
+    (31, 33),
+    (129, 127),
+    (128, 128),
+    (65, 130),
+    (257, 200),
+    (17, 384),
+    (300, 500),
+)
+WGRAD_COUNTS = ((0,), (1,), (2, 0, 3), (0, 0, 7), (127, 128, 129), (0, 300, 1), (256, 0, 384))
+
+
+@pytest.mark.parametrize(("o", "k"), WGRAD_SIZES)
+def test_wgrad_sizes(o, k):
+    check_grouped_gemm_fp8_wgrad(fp8_wgrad_operands((5, 0, 150, 1), o, k, tail=2))
+
+
+@pytest.mark.parametrize("tail", [0, 3], ids=["full", "tail"])
+@pytest.mark.parametrize("counts", WGRAD_COUNTS, ids=str)
+def test_wgrad_row_counts(counts, tail):
+    check_grouped_gemm_fp8_wgrad(fp8_wgrad_operands(counts, 70, 140, tail=tail))
+
+
+@out_dtypes
+def test_wgrad_types(dtype):
+    call = fp8_wgrad_operands((3, 0, 200), 200, 150, tail=1)
+    call["a_scale"] *= 1e-3  # Away from the largest float16.
+    check_grouped_gemm_fp8_wgrad(call, dtype)
+
+
+@pytest.mark.parametrize(("o", "k"), [(0, 5), (5, 0), (0, 0)])
+def test_wgrad_empty_sizes(o, k):
+    check_grouped_gemm_fp8_wgrad(fp8_wgrad_operands((2, 0, 3), o, k))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("k", range(1, 280, 23))
+@pytest.mark.parametrize("o", range(1, 280, 19))
+def test_wgrad_sweep(o, k):
+    check_grouped_gemm_fp8_wgrad(fp8_wgrad_operands((7, 0, 140), o, k))
+
+
+@pytest.mark.parametrize("view", ["transposed", "offset", "step2", "step2_last"])
+@pytest.mark.parametrize("name", ["grad", "grad_scale", "a", "a_scale"])
+def test_wgrad_views(name, view, backend):
+    call = fp8_wgrad_operands((5, 0, 150), 144, 72, tail=1)
+    want = check_grouped_gemm_fp8_wgrad(call)
+    call[name] = as_strided_copy(call[name], view)
+    got = check_grouped_gemm_fp8_wgrad(call)
+    # On CUDA, what starts on 16 bytes has a kernel of its own, which sums in another order.
+    if backend == "cpu" or view not in ("offset", "step2"):
+        assert_identical(got, want)
+
+
+@out_dtypes
+def test_wgrad_main_grad(dtype):
+    """Added in fp32, rounded once; experts without rows are not touched."""
+    call = fp8_wgrad_operands((5, 0, 150), 70, 72)
+    call["a_scale"] *= 1e-3
+    main = torch.randn(3, 70, 72).to(dtype)
+    want = moe_ops.grouped_gemm_fp8_wgrad(**call) + main.float()
+    want = torch.where(torch.tensor([True, False, True])[:, None, None], want.to(dtype), main)
+    got = main.clone()
+    out = moe_ops.grouped_gemm_fp8_wgrad(**call, main_grad=got)
+    assert out is got
+    assert_identical(got, want)
+
+
+def test_wgrad_each_scale_meets_its_own_group():
+    """Codes of one, scales that are distinct powers of two: sums of them are exact."""
+    counts, o, k = (128, 0, 300), 140, 72
+    offsets = torch.tensor([0, *counts]).cumsum(0)
+    groups = int(offsets[-1]) // 128 + 3
+    ones = torch.zeros(1, 128 * groups)
+    for e, count in enumerate(counts):
+        first = 128 * (int(offsets[e]) // 128 + e)
+        ones[:, first : first + count] = 1
+    call = {
+        "grad": ones.expand(o, -1).to(torch.float8_e4m3fn),
+        "grad_scale": 2.0 ** torch.randint(-4, 4, (groups, o)),
+        "a": ones.expand(k, -1).to(torch.float8_e4m3fn),
+        "a_scale": 2.0 ** torch.randint(-4, 4, (groups, k)),
+        "expert_offsets": offsets,
+    }
+    size = ones[0].view(groups, 128).sum(1)
+    parts = torch.einsum("go,gk,g->gok", call["grad_scale"], call["a_scale"], size)
+    want = torch.zeros(3, o, k)
+    want[0], want[2] = parts[0], parts[3:6].sum(0)
+    assert_identical(moe_ops.grouped_gemm_fp8_wgrad(**call), want)
+
+
+def test_wgrad_nan_stays_where_it_belongs():
+    """A code or a scale NaN spoils its feature of its expert, and no other."""
+    call = fp8_wgrad_operands((130, 140), 140, 72, tail=3)
+    clean = moe_ops.grouped_gemm_fp8_wgrad(**call)
+    call["grad"][3, 129] = torch.nan  # the second group of expert 0
+    call["grad_scale"][2, 130] = torch.nan  # the first of expert 1
+    call["a"][70, 0] = torch.nan
+    call["a_scale"][3, 5] = torch.nan
+    out = moe_ops.grouped_gemm_fp8_wgrad(**call)
+    where = torch.zeros(2, 140, 72, dtype=torch.bool)
+    where[0, 3] = where[1, 130] = True
+    where[0, :, 70] = where[1, :, 5] = True
+    assert_identical(out.isnan(), where)
+    assert_identical(out[~where], clean[~where])
+
+
+def test_wgrad_groups_of_no_expert_are_not_read():
+    call = fp8_wgrad_operands((4, 0, 130), 70, 72)
+    want = moe_ops.grouped_gemm_fp8_wgrad(**call)
+    used = torch.tensor([True, False, True, True])
+    for name in ("grad", "a"):
+        call[name].view(torch.uint8).unflatten(1, (4, 128))[:, ~used] = 0x7F
+        call[f"{name}_scale"][~used] = torch.nan
+    assert_identical(moe_ops.grouped_gemm_fp8_wgrad(**call), want)
+
+
+@pytest.mark.parametrize("counts", [(3, 2), (270, 133)], ids=str)
+def test_wgrad_error_of_rounded_operands(counts):
+    """Against the product of the numbers before rounding: at most the steps of both operands, and
+    as errors have any sign, about 4 % of the norm."""
+    grad, a = torch.randn(sum(counts), 200), torch.randn(sum(counts), 130)
+    offsets = torch.tensor([0, *counts]).cumsum(0)
+    operands, steps = [], []
+    for x in (grad, a):
+        q, scale = moe_ops.quantize_fp8_columns(x, offsets)
+        operands += [q, scale]
+        of_rows = torch.cat(
+            [
+                scale[int(begin) // 128 + e :].repeat_interleave(128, 0)[: int(end - begin)]
+                for e, (begin, end) in enumerate(itertools.pairwise(offsets))
+            ]
+        )
+        steps.append(torch.maximum(x.double().abs() / 16, of_rows.double() / 1024) * (1 + 1e-6))
+    out = moe_ops.grouped_gemm_fp8_wgrad(*operands, offsets)
+    grad, a = grad.double(), a.double()
+    expected = reference.grouped_gemm_wgrad(grad, a, offsets)
+    bound = reference.grouped_gemm_wgrad(steps[0], a.abs() + steps[1], offsets)
+    bound += reference.grouped_gemm_wgrad(grad.abs(), steps[1], offsets)
+    assert bool(((out.double() - expected).abs() <= bound).all())
+    assert (out.double() - expected).norm() <= 0.045 * expected.norm()
+
+
+@pytest.mark.cpu_only
+@out_dtypes
+def test_wgrad_same_bits_for_any_thread_count(dtype, set_threads):
+    call = fp8_wgrad_operands((131, 0, 340, 3), 400, 300)
+    runs = []
+    for threads in (1, 2, 2):
+        set_threads(threads)
+        runs.append(moe_ops.grouped_gemm_fp8_wgrad(**call, out_dtype=dtype))
+    for run in runs[1:]:
+        assert_identical(run, runs[0])
+
+
+def test_wgrad_opcheck():
+    call = fp8_wgrad_operands((2, 0, 3), 20, 13)
+    # test_schema compares arguments before and after by arithmetic that torch does not have for
+    # float8 tensors.
+    tests = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    op = torch.ops.moe_ops.grouped_gemm_fp8_wgrad.default
+    torch.library.opcheck(op, (*call.values(), torch.bfloat16), test_utils=tests)
+
+
+@pytest.mark.parametrize("name", ["grad_scale", "a_scale"])
+def test_wgrad_no_gradient(name):
+    call = fp8_wgrad_operands((2, 0, 3), 20, 13)
+    want = moe_ops.grouped_gemm_fp8_wgrad(**call)
+    call[name].requires_grad_()
+    with pytest.raises(NotImplementedError, match=f"fp8_wgrad: .*{name} requires one"):
+        moe_ops.grouped_gemm_fp8_wgrad(**call)
+    with torch.no_grad():
+        assert_identical(moe_ops.grouped_gemm_fp8_wgrad(**call), want)
+
+
+@pytest.mark.parametrize("with_main", [False, True], ids=["new", "main_grad"])
+def test_wgrad_compile(with_main):
+    call = fp8_wgrad_operands((2, 0, 3), 20, 13)
+    main = torch.randn(2, 3, 20, 13) if with_main else [None, None]
+    main = main[0].expand(2, 3, 20, 13).clone() if with_main else main
+    compiled = torch.compile(moe_ops.grouped_gemm_fp8_wgrad, fullgraph=True, backend="aot_eager")
+    got = compiled(**call, main_grad=main[0])
+    assert_identical(got, moe_ops.grouped_gemm_fp8_wgrad(**call, main_grad=main[1]))
+
+
+def test_wgrad_autocast_changes_nothing():
+    call = fp8_wgrad_operands((2, 0, 3), 20, 13)
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
+        out = moe_ops.grouped_gemm_fp8_wgrad(**call)
+    assert_identical(out, moe_ops.grouped_gemm_fp8_wgrad(**call))
+
+
+@pytest.mark.parametrize(
+    ("change", "name", "got"),
+    [
+        ({"grad": torch.zeros(20, 384)}, "grad", "float32"),
+        ({"grad": torch.zeros(384).to(F8)}, "grad", "[384]"),
+        ({"grad": torch.zeros(20, 383).to(F8)}, "grad", "[20, 383]"),
+        ({"grad_scale": torch.zeros(3, 19)}, "grad_scale", "[3, 19]"),
+        ({"grad_scale": torch.zeros(3, 20).half()}, "grad_scale", "float16"),
+        ({"grad_scale": torch.zeros(20)}, "grad_scale", "[20]"),
+        ({"a": torch.zeros(13, 384).to(torch.float8_e5m2)}, "a", "float8_e5m2"),
+        ({"a": torch.zeros(13, 512).to(F8)}, "a", "[13, 512]"),
+        ({"a": torch.zeros(13, 512).to(F8), "a_scale": torch.zeros(4, 13)}, "a_scale", "[4, 13]"),
+        ({"expert_offsets": torch.zeros(5).int()}, "a_scale", "3"),
+        ({"expert_offsets": torch.zeros(1).int()}, "expert_offsets", "[1]"),
+        ({"expert_offsets": torch.zeros(4)}, "expert_offsets", "float32"),
+        ({"out_dtype": torch.float64}, "out_dtype", "float64"),
+        ({"main_grad": torch.zeros(3, 20, 13).double()}, "main_grad", "float64"),
+        ({"main_grad": torch.zeros(3, 20, 12)}, "main_grad", "[3, 20, 12]"),
+        ({"main_grad": torch.zeros(2, 20, 13)}, "main_grad", "[2, 20, 13]"),
+        ({"main_grad": torch.zeros(20, 13)}, "main_grad", "[20, 13]"),
+        ({"main_grad": torch.zeros(3, 13, 20).mT}, "main_grad", "strides"),
+    ],
+    ids=lambda v: v if isinstance(v, str) else "",
+)
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_wgrad_bad_input(change, name, got, device, bad_input):
+    call = {**fp8_wgrad_operands((2, 0, 3), 20, 13), **change}
+    if device == "meta":
+        call = {k: v.to("meta") if isinstance(v, torch.Tensor) else v for k, v in call.items()}
+    with bad_input("grouped_gemm_fp8_wgrad", name, got):
+        moe_ops.grouped_gemm_fp8_wgrad(**call)
+
+
+@pytest.mark.cpu_only
+@pytest.mark.parametrize(
+    ("offsets", "got"), [((0, 3, 2, 5), "3 then 2"), ((0, 2, 2, 128), "128"), ((1, 2, 2, 5), "1")]
+)
+def test_wgrad_bad_offsets(offsets, got, bad_input):
+    call = fp8_wgrad_operands((2, 0, 3), 20, 13)
+    call["expert_offsets"] = torch.tensor(offsets)
+    with bad_input("grouped_gemm_fp8_wgrad", "expert_offsets", got):
+        moe_ops.grouped_gemm_fp8_wgrad(**call)

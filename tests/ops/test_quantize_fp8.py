@@ -1,4 +1,4 @@
-"""quantize_fp8, and the quantiser of weights beside it."""
+"""quantize_fp8, quantize_fp8_columns, and the quantiser of weights beside them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,17 @@ from moe_ops.testing import VIEWS, as_strided_copy, assert_identical, poisoned, 
 OP_CASES = {
     "quantize_fp8": OpCase(
         lambda s: {"x": s.narrow(s.t, s.h)}, free_dims={"x": {0, 1}}, kind="quantised"
-    )
+    ),
+    "quantize_fp8_columns": OpCase(
+        lambda s: {
+            "x": s.narrow(s.t, s.h),
+            "expert_offsets": s.offsets(),
+            "row_to_slot": s.order(),
+            "topk_weights": s.weights(),
+        },
+        free_dims={"x": {1}},
+        kind="quantised",
+    ),
 }
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=short)
@@ -145,6 +155,118 @@ def test_same_bits_for_any_thread_count(set_threads):
         assert_identical(a.float(), b.float())
 
 
+# --- columns
+
+# Experts that end inside a group, on its edge and just after it; empty ones at every place.
+COUNTS = ((0,), (5,), (0, 128, 0, 1), (129, 0, 127, 256), (3, 0, 2, 300, 0), (0, 0, 70))
+
+
+def offsets_of(counts):
+    return torch.tensor([0, *counts]).cumsum(0).int()
+
+
+def check_columns(x, offsets, *slots):
+    """The same bits as the reference."""
+    want_q, want_scale = reference.quantize_fp8_columns(x, offsets, *slots)
+    with poisoned(want_q, want_scale):
+        q, scale = moe_ops.quantize_fp8_columns(x, offsets, *slots)
+    num_rows = len(x) if not slots else len(slots[0])
+    groups = num_rows // 128 + len(offsets) - 1
+    assert q.dtype == torch.float8_e4m3fn and q.shape == (x.shape[1], 128 * groups)
+    assert scale.shape == (groups, x.shape[1])
+    assert q.is_contiguous() and scale.is_contiguous()
+    assert_identical(q.isnan(), want_q.isnan())
+    nan = want_q.isnan()
+    assert_identical(
+        q.view(torch.uint8).masked_fill(nan, 0), want_q.view(torch.uint8).masked_fill(nan, 0)
+    )
+    assert_identical(scale, want_scale)
+    return q, scale
+
+
+@pytest.mark.parametrize("width", [1, 2, 63, 64, 65, 130, 257])
+@pytest.mark.parametrize("counts", COUNTS, ids=str)
+@dtypes
+def test_columns(dtype, counts, width):
+    x = torch.randn(sum(counts) + 3, width) * 10 ** (6 * torch.rand(1, width) - 3)
+    check_columns(x.to(dtype), offsets_of(counts))
+
+
+@pytest.mark.parametrize("shape", [(0, 7), (0, 0), (300, 0)], ids=str)
+def test_columns_of_empty_tensors(shape):
+    check_columns(torch.randn(shape), offsets_of((shape[0], 0)))
+
+
+@pytest.mark.parametrize("weight_dtype", [None, torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64], ids=short)
+@dtypes
+def test_columns_of_tokens(dtype, index_dtype, weight_dtype):
+    """Rows through row_to_slot are those that permute gathers, times the weights of their slots."""
+    x = torch.randn(150, 70).to(dtype)
+    ids = torch.randint(-1, 4, (150, 2))
+    offsets, row_to_slot, _ = moe_ops.sort_slots(ids, 4)
+    slots = [row_to_slot.to(index_dtype)]
+    if weight_dtype is not None:
+        slots.append(torch.rand(150, 2).to(weight_dtype))
+    q, scale = check_columns(x, offsets, *slots)
+    if weight_dtype is None:
+        want = moe_ops.quantize_fp8_columns(moe_ops.permute(x, offsets, row_to_slot), offsets)
+        assert_identical(q.float(), want[0].float())
+        assert_identical(scale, want[1])
+
+
+def test_columns_go_back_to_rows():
+    """At most 1/16 of a number, or 2^-10 of its scale; each at its documented place."""
+    counts = (130, 0, 3, 256)
+    x = torch.randn(sum(counts), 90) * torch.rand(sum(counts), 90) ** 8
+    offsets = offsets_of(counts)
+    q, scale = moe_ops.quantize_fp8_columns(x, offsets)
+    wide = scale.double().repeat_interleave(128, 0).T
+    for e, (begin, end) in enumerate(zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)):
+        first = 128 * (begin // 128 + e)
+        at = slice(first, first + end - begin)
+        rows = x[begin:end].double().T
+        error = (q[:, at].double() * wide[:, at] - rows).abs()
+        bound = torch.maximum(rows.abs() / 16, wide[:, at] / 1024)
+        assert bool((error <= bound * (1 + 1e-6)).all())
+
+
+@pytest.mark.parametrize("view", [*VIEWS, "step2_last"])
+def test_views_of_columns(view):
+    x = torch.randn(140, 50)
+    check_columns(as_strided_copy(x, view), offsets_of((1, 139)))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_columns_that_are_not_finite(value):
+    """A group of a column is spoilt, and neither its neighbours nor what no row fills."""
+    x = torch.randn(205, 70)
+    offsets = offsets_of((130, 70))
+    clean_q, clean_scale = moe_ops.quantize_fp8_columns(x, offsets)
+    x[129, 65] = value
+    x[200:] = torch.nan  # rows without an expert
+    q, scale = check_columns(x, offsets)
+    hit = torch.zeros(q.shape, dtype=torch.bool)
+    hit[65, 128:130] = True
+    assert_identical(q.isnan(), hit)
+    assert_identical(q.float()[~hit], clean_q.float()[~hit])
+    spoilt = torch.zeros(scale.shape, dtype=torch.bool)
+    spoilt[1, 65] = True
+    assert_identical(scale.isnan(), spoilt)
+    assert_identical(scale[~spoilt], clean_scale[~spoilt])
+
+
+@pytest.mark.cpu_only
+def test_same_columns_for_any_thread_count(set_threads):
+    x, offsets = torch.randn(1000, 500), offsets_of((300, 0, 700))
+    runs = []
+    for threads in (1, 2):
+        set_threads(threads)
+        runs.append(moe_ops.quantize_fp8_columns(x, offsets))
+    for a, b in zip(*runs, strict=True):
+        assert_identical(a.float(), b.float())
+
+
 # --- torch
 
 
@@ -152,6 +274,78 @@ def test_same_bits_for_any_thread_count(set_threads):
 def test_opcheck(dtype):
     x = torch.randn(4, 150).to(dtype)
     torch.library.opcheck(torch.ops.moe_ops.quantize_fp8.default, (x,))
+
+
+@dtypes
+def test_opcheck_of_columns(dtype):
+    x = torch.randn(4, 15).to(dtype)
+    op = torch.ops.moe_ops.quantize_fp8_columns.default
+    torch.library.opcheck(op, (x, offsets_of((1, 2))))
+    torch.library.opcheck(op, (x, offsets_of((3, 4)), torch.randperm(8), torch.rand(4, 2)))
+
+
+def test_columns_have_no_gradient():
+    x, offsets = torch.randn(4, 15, requires_grad=True), offsets_of((1, 2))
+    with pytest.raises(NotImplementedError, match=r"quantize_fp8_columns: .*x requires one"):
+        moe_ops.quantize_fp8_columns(x, offsets)
+    with torch.no_grad():
+        check_columns(x, offsets)
+
+
+def test_compiled_columns():
+    x, offsets = torch.randn(140, 15), offsets_of((1, 132))
+    compiled = torch.compile(moe_ops.quantize_fp8_columns, fullgraph=True, backend="aot_eager")
+    want = moe_ops.quantize_fp8_columns(x, offsets)
+    for a, b in zip(compiled(x, offsets), want, strict=True):
+        assert_identical(a.float(), b.float())
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize(
+    ("change", "name", "got"),
+    [
+        ({"x": torch.zeros(3)}, "x", "[3]"),
+        ({"x": torch.zeros(3, 4, dtype=torch.float64)}, "x", "float64"),
+        ({"expert_offsets": torch.zeros(1).int()}, "expert_offsets", "[1]"),
+        ({"expert_offsets": torch.zeros(3)}, "expert_offsets", "float32"),
+        ({"row_to_slot": torch.zeros(5).int()}, "row_to_slot", "5"),
+        ({"row_to_slot": torch.zeros(6)}, "row_to_slot", "float32"),
+        ({"row_to_slot": torch.zeros(6, 1).int()}, "row_to_slot", "[6, 1]"),
+        ({"topk_weights": torch.zeros(3, 3)}, "topk_weights", "[3, 3]"),
+        ({"topk_weights": torch.zeros(2, 2)}, "topk_weights", "[2, 2]"),
+        ({"topk_weights": torch.zeros(3, 2).int()}, "topk_weights", "int32"),
+        ({"row_to_slot": None}, "topk_weights", "alone"),
+    ],
+    ids=lambda v: v if isinstance(v, str) else "",
+)
+def test_bad_columns(change, name, got, device, bad_input):
+    call = {
+        "x": torch.zeros(3, 4),
+        "expert_offsets": torch.tensor([0, 2, 5]),
+        "row_to_slot": torch.arange(6),
+        "topk_weights": torch.ones(3, 2),
+        **change,
+    }
+    call = {k: None if v is None else v.to(device) for k, v in call.items()}
+    with bad_input("quantize_fp8_columns", name, got):
+        moe_ops.quantize_fp8_columns(**call)
+
+
+@pytest.mark.cpu_only
+@pytest.mark.parametrize(
+    ("name", "values", "got"),
+    [
+        ("expert_offsets", (0, 2, 7), "7"),
+        ("expert_offsets", (0, 3, 2), "3 then 2"),
+        ("row_to_slot", (0, 1, 2, 3, 4, 6), "6"),
+        ("row_to_slot", (0, -1, 2, 3, 4, 5), "-1"),
+    ],
+)
+def test_bad_values_of_columns(name, values, got, bad_input):
+    call = {"expert_offsets": torch.tensor([0, 2, 5]), "row_to_slot": torch.arange(6)}
+    call[name] = torch.tensor(values)
+    with bad_input("quantize_fp8_columns", name, got):
+        moe_ops.quantize_fp8_columns(torch.zeros(3, 4), **call)
 
 
 def test_no_gradient():

@@ -33,10 +33,10 @@ STABLE_SYMBOLS = Path(__file__).with_name("torch_2_10_stable_symbols.txt")
 RUNTIMES = ("libstdc++", "libm", "libgcc_s", "libc", "ld-linux", "libpthread", "libdl", "librt")
 # What moe_ops._C calls.
 EXPORTS = {
-    "moe_ops::cpu::batch_invariant",
+    "moe_ops::batch_invariant",
     "moe_ops::cpu::block_sizes",
     "moe_ops::cpu::gemm_config",
-    "moe_ops::cpu::set_batch_invariant",
+    "moe_ops::set_batch_invariant",
     "moe_ops::cpu::cache_limit",
     "moe_ops::cpu::cached_bytes",
     "moe_ops::cpu::release_cached",

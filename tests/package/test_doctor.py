@@ -19,7 +19,9 @@ INFERENCE_ONLY = (
     "moe_ffn_packed",
     "moe_ffn_quantized",
     "quantize_fp8",
+    "quantize_fp8_columns",
     "grouped_gemm_fp8",
+    "grouped_gemm_fp8_wgrad",
     "moe_ffn_fp8",
 )
 

@@ -260,10 +260,30 @@ OPS: dict[str, Op] = {
             "k": Dim((("fp8", "depth"),), WIDER, 2100),
             "n": Dim((("fp8", "features"),), WIDER, 4200),
         },
-        {"invariant": (0, 0, 0, 1), "bias": (0, 1), "experts": (1, 4)},
+        {"invariant": (0, 0, 0, 1), "bias": (0, 1), "experts": (1, 4), "turned": (0, 0, 1)},
         dtypes=HALVES,
         pairs=(("rows", "k"), ("rows", "n")),
         cost=("rows", "k", "n"),
+    ),
+    "grouped_gemm_fp8_wgrad": Op(
+        {
+            "rows": Dim((("fp8", "depth"),), ROWS, 520),
+            "k": Dim((("fp8", "features"),), WIDER, 2100),
+            "n": Dim((("fp8", "rows"),), WIDER, 2100),
+        },
+        {"experts": (1, 4), "main": (0, 1)},
+        dtypes=HALVES,
+        pairs=(("rows", "k"), ("rows", "n")),
+        cost=("rows", "k", "n"),
+    ),
+    "quantize_fp8_columns": Op(
+        {
+            "rows": Dim((("fp8", "depth"),), ROWS, 520),
+            "h": Dim((("rows", "hidden"),), SMALL, 4200),
+        },
+        {"experts": (1, 4)},
+        dtypes=HALVES,
+        draws=4,
     ),
     "quantize_fp8": Op(
         {

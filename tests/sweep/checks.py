@@ -13,7 +13,12 @@ from typing import Any
 
 import torch
 from tests.helpers.ffn import differentiable, gated_act_magnitude, moe_ffn_magnitude
-from tests.helpers.fp8 import check_grouped_gemm_fp8, check_moe_ffn_fp8
+from tests.helpers.fp8 import (
+    check_grouped_gemm_fp8,
+    check_grouped_gemm_fp8_wgrad,
+    check_moe_ffn_fp8,
+    fp8_wgrad_operands,
+)
 from tests.helpers.logits import random_logits
 from tests.helpers.quantized import moe_ffn_in_integers, quantized
 from torch import Tensor
@@ -453,7 +458,31 @@ def grouped_gemm_fp8(case: Case) -> None:
     dtype = DTYPES[case["dtype"]]
     bias = dtype if case.get("bias", 0) else None
     call = fp8_gemm_operands(counts_of(case), case["k"], case["n"], tail=2, bias=bias)
+    if case.get("turned", 0):  # dense along features
+        call["b"] = call["b"].mT.contiguous().mT
     check_grouped_gemm_fp8(call, dtype)
+
+
+def grouped_gemm_fp8_wgrad(case: Case) -> None:
+    dtype = DTYPES[case["dtype"]]
+    call = fp8_wgrad_operands(counts_of(case), case["n"], case["k"])
+    call["a_scale"] *= 1e-3  # Away from the largest float16.
+    want = check_grouped_gemm_fp8_wgrad(call)
+    if case.get("main", 0):
+        main = torch.randn(want.shape).to(dtype)
+        used = torch.tensor(counts_of(case)) > 0
+        want = torch.where(used[:, None, None], (want + main.float()).to(dtype), main)
+        assert_identical(moe_ops.grouped_gemm_fp8_wgrad(**call, main_grad=main), want)
+
+
+def quantize_fp8_columns(case: Case) -> None:
+    offsets, width = offsets_of(counts_of(case)), case["h"]
+    rows = int(offsets[-1]) + 2
+    x = (torch.randn(rows, width) * torch.rand(rows, width) ** 8).to(DTYPES[case["dtype"]])
+    found = moe_ops.quantize_fp8_columns(x, offsets)
+    expected = reference.quantize_fp8_columns(x, offsets)
+    for got, want, what in zip(found, expected, ("codes", "scales"), strict=True):
+        assert_identical(got.float(), want.float(), what)
 
 
 def quantize_fp8(case: Case) -> None:
@@ -705,6 +734,8 @@ OPS: dict[str, Callable[[Case], None]] = {
         moe_ffn_quantized,
         moe_ffn_fp8,
         grouped_gemm_fp8,
+        grouped_gemm_fp8_wgrad,
+        quantize_fp8_columns,
         quantize_fp8,
         dense_ffn,
         mix_experts,

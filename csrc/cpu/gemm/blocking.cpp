@@ -5,6 +5,7 @@
 #include "cpu/gemm/fp8.h"
 #include "cpu/gemm/gemm.h"
 #include "cpu/gemm/heuristics.h"
+#include "cpu/gemm/quantize_fp8_row.h"
 #include "cpu/gemm/token_blocks.h"
 #include "cpu/gemm/wgrad.h"
 #include "cpu/kernels/router.h"
@@ -187,6 +188,7 @@ std::vector<BlockSize> block_sizes() {
       MOE_SIZE("rows", "tokens", kNormPartRows),
       MOE_SIZE("rows", "hidden", kRotaryWide),
       MOE_SIZE("rows", "hidden", kFp8Block),
+      MOE_SIZE("rows", "hidden", kFp8Columns),
   };
   add_level<float>(sizes);
   add_level<double>(sizes);

@@ -1,95 +1,19 @@
-// Codes go to shared memory as they are, 128 of k a step, which is one block of scales. Fragments
-// of e4m3 are widened in registers to float16, exactly, and multiplied by mma.sync m16n8k16 with
-// fp32 sums; a step's sums are scaled and added to those of the tile.
-//
-// Blocks take tiles in turn, as in grouped_gemm/gemm_kernel.cuh, whose parts serve here too. The
-// k of an operand is permuted: the four codes of a lane, k = 4t to 4t + 3, take the places of
-// k = 2t, 2t + 1, 2t + 8 and 2t + 9, in A and B alike, which leaves the sum what it is.
-#include "cuda/fp8.cuh"
-#include "cuda/grouped_gemm/gemm_kernel.cuh"
+// The product of rows with the matrices of experts for any card. Blocks take tiles in turn, as in
+// grouped_gemm/gemm_kernel.cuh, whose parts serve here too; generic_product.cuh has the arithmetic.
 #include "cuda/grouped_gemm_fp8/generic.h"
+#include "cuda/grouped_gemm_fp8/generic_product.cuh"
 
 namespace moe_ops::cuda::generic {
 
 namespace {
 
-// 8 warps of 32 x 32 sums, twice; three stages of 24 KiB. Two blocks an SM would
-// leave 128 registers a thread, and some would be spilled.
-using Config = TileConfig<uint8_t, 64, 128, 128, 2, 4, 3, true, true>;
-constexpr int kBlocksPerSm = 1;
-static_assert(Config::kTileK == kFp8Block && Config::kTileN == kFp8Block,
-              "a step has one scale of b");
+using Config = Fp8TileConfig;
 
 struct Fp8Launch {
   GroupedGemmFp8Params p;
   int column_tiles;
   bool a_aligned, b_aligned;  // rows start on 16 bytes
   bool out_pairs;             // two neighbours of a row of out can be stored at once
-};
-
-struct Fp8Product : WarpTile<Config> {
-  using Warp = WarpTile<Config>;
-  using Mma = cute::SM80_16x8x16_F32F16F16F32_TN;
-  float sum[kMTiles][kNTiles][4];
-
-  __device__ void clear() {
-#pragma unroll
-    for (int i = 0; i < kMTiles * kNTiles * 4; ++i) (&sum[0][0][0])[i] = 0;
-  }
-
-  // sum += (a b^T of the step) * scale[row]
-  __device__ void multiply(const uint8_t* a, const uint8_t* b, const float (&scale)[kRows]) {
-    float acc[kMTiles][kNTiles][4];
-#pragma unroll
-    for (int i = 0; i < kMTiles * kNTiles * 4; ++i) (&acc[0][0][0])[i] = 0;
-#pragma unroll
-    for (int step = 0; step < Config::kTileK / 32; ++step) {
-      // Of each 32 k: [half of k][rows 0-7, 8-15: first pair, then second].
-      uint32_t fa[kMTiles][2][4];
-#pragma unroll
-      for (int i = 0; i < kMTiles; ++i) {
-        uint32_t r[4];
-        load_a(a, i, step, r);
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const Fp16Pairs wide = fp16_pairs(r[j]);
-          fa[i][j / 2][j % 2] = wide.low;
-          fa[i][j / 2][j % 2 + 2] = wide.high;
-        }
-      }
-#pragma unroll
-      for (int pair = 0; pair < kNTiles / 2; ++pair) {
-        uint32_t r[4];
-        load_b(b, pair, step, r);
-#pragma unroll
-        for (int n = 0; n < 2; ++n) {
-#pragma unroll
-          for (int h = 0; h < 2; ++h) {
-            const Fp16Pairs fb = fp16_pairs(r[2 * n + h]);
-#pragma unroll
-            for (int i = 0; i < kMTiles; ++i) {
-              float (&d)[4] = acc[i][2 * pair + n];
-              Mma::fma(d[0], d[1], d[2], d[3], fa[i][h][0], fa[i][h][1], fa[i][h][2], fa[i][h][3],
-                       fb.low, fb.high, d[0], d[1], d[2], d[3]);
-            }
-          }
-        }
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < kRows; ++i) {
-#pragma unroll
-      for (int j = 0; j < kPairs; ++j) {
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          float& s = sum[i / 2][j][i % 2 * 2 + h];
-          s = fmaf(acc[i / 2][j][i % 2 * 2 + h], scale[i], s);
-        }
-      }
-    }
-  }
-
-  __device__ float value(int i, int j, int h) const { return sum[i / 2][j][i % 2 * 2 + h]; }
 };
 
 __device__ float bias_at(const ExpertVectors& bias, int64_t i) {
@@ -135,7 +59,7 @@ __device__ void store_tile(const Fp8Launch& launch, const TileWork& work, bool t
   }
 }
 
-__global__ void __launch_bounds__(Config::kThreads, kBlocksPerSm)
+__global__ void __launch_bounds__(Config::kThreads, kFp8BlocksPerSm)
     grouped_gemm_fp8_kernel(const __grid_constant__ Fp8Launch launch) {
   using TileA = Config::TileA;
   using TileB = Config::TileB;
@@ -210,7 +134,7 @@ __global__ void __launch_bounds__(Config::kThreads, kBlocksPerSm)
       if (step + kStages - 1 < steps) load(step + kStages - 1);
       commit_copies();
       const uint8_t* stage = stages + step % kStages * kStageSize;
-      sums.multiply(stage, stage + TileA::kSize, scale);
+      sums.multiply(stage, stage + TileA::kSize, [&](int i, int, int) { return scale[i]; });
     }
     __syncthreads();  // The next tile fills the same stages.
 
@@ -242,7 +166,7 @@ Status grouped_gemm_fp8(const GroupedGemmFp8Params& p, Stream stream) {
       launch.column_tiles;
   constexpr int kShared = Config::kStages * (Config::TileA::kSize + Config::TileB::kSize);
   return launch_tiles<grouped_gemm_fp8_kernel>(launch, tiles, Config::kThreads, kShared,
-                                               kBlocksPerSm, stream);
+                                               kFp8BlocksPerSm, stream);
 }
 
 }  // namespace moe_ops::cuda::generic

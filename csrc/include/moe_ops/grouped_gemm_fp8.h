@@ -1,5 +1,5 @@
 // grouped_gemm_fp8: the ragged-M product of float8_e4m3fn operands with a scale for 1 x 128 of a
-// and for 128 x 128 of b.
+// and for 128 x 128 of b; grouped_gemm_fp8_wgrad: its weight gradient (ragged K).
 #pragma once
 
 #include <cstdint>
@@ -28,11 +28,43 @@ struct GroupedGemmFp8Params {
   int64_t in_features = 0;                  // K
   Fp8Rows a;                                // [rows, K]
   Fp8Matrices b;                            // [E, O, K]
+  int64_t b_stride_k = 1;                   // else b is dense along O
   ExpertVectors bias;                       // [E, O], or none
   MutableRows out;                          // [rows, O]; float32, bfloat16 or float16
 };
 
+// Codes of e4m3 that quantize_fp8_columns made: [features, 128 G], dense, with scales [G,
+// features].
+struct Fp8Columns {
+  const uint8_t* data = nullptr;
+  int64_t stride = 0;
+  const float* scale = nullptr;
+  int64_t scale_stride = 0;  // the scales of a group are dense
+};
+
+// out[e, o, k] (+)= sum over the groups g of e of grad_scale[g, o] * a_scale[g, k] *
+//                   (sum over the columns c of g of grad[o, c] * a[k, c]), both sums in fp32 and in
+//                   order.
+struct GroupedGemmFp8WgradParams {
+  const int32_t* expert_offsets = nullptr;  // [E+1]
+  int64_t num_experts = 0;                  // E
+  int64_t num_groups = 0;                   // G
+  int64_t out_features = 0;                 // O
+  int64_t in_features = 0;                  // K
+  Fp8Columns grad;                          // [O, 128 G]
+  Fp8Columns a;                             // [K, 128 G]
+  void* out = nullptr;                      // [E, O, K] contiguous; every element is written
+  DType out_type = DType::kFloat32;         // float32, bfloat16 or float16
+  bool accumulate = false;                  // add to out; experts without rows are left alone
+
+  // The most rows that fit the groups.
+  constexpr int64_t max_rows() const {
+    return kFp8Block * (num_groups - num_experts) + kFp8Block - 1;
+  }
+};
+
 namespace cpu {
+void grouped_gemm_fp8_wgrad(const GroupedGemmFp8WgradParams& p, const Parallel& par);
 void grouped_gemm_fp8(const GroupedGemmFp8Params& p, const Parallel& par);
 }  // namespace cpu
 
@@ -66,6 +98,7 @@ struct GroupedGemmFp8Params {
 };
 
 Status grouped_gemm_fp8(const GroupedGemmFp8Params& p, Stream stream);
+Status grouped_gemm_fp8_wgrad(const GroupedGemmFp8WgradParams& p, Stream stream);
 
 }  // namespace cuda
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from .attention import AttentionExperts, AttentionExpertsOutput, KVCache
 from .dense import ExpertNorm, mix_outputs
 from .experts import Experts, SharedExperts
+from .fp8 import forget_fp8_weights, fp8_ffn
 from .losses import (
     concentration_loss,
     device_balance_loss,
@@ -76,6 +77,8 @@ __all__ = [
     "count_tokens_per_expert",
     "device_balance_loss",
     "drop_over_capacity",
+    "forget_fp8_weights",
+    "fp8_ffn",
     "hash_table",
     "load_balancing_loss",
     "mix_outputs",

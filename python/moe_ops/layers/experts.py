@@ -20,6 +20,7 @@ from moe_ops.ops.dense_ffn import dense_ffn
 from moe_ops.ops.gated_act import GATED_ACTIVATIONS, PLAIN_ACTIVATIONS
 
 from .dense import fits_dense_ffn, grouped_linear, mix_outputs, segments
+from .fp8 import fp8_ffn
 from .functional import linear, plain_activation
 from .surgery import experts as surgery
 
@@ -45,6 +46,9 @@ class Experts(nn.Module):
         bias: biases on both products.
         interleaved: layout of the gate and up rows.
         alpha, limit: of "swiglu_oai".
+        precision: "fp8": the products multiply float8_e4m3fn, forward and backward, with these
+            parameters as master weights (`fp8_ffn`; O must be H). None: in the parameters' dtype.
+            An attribute that may be changed at any time.
         device, dtype: of the parameters.
 
     Initialisation: each expert as `nn.Linear` would, uniform in +-1/sqrt(fan_in) (H for w_gate_up,
@@ -59,8 +63,11 @@ class Experts(nn.Module):
     weights change and at `train()`, and no state dict, pickle or deep copy holds it.
 
     Raises:
-        ValueError: a size below 1, an unknown activation, or `interleaved` without a gate.
+        ValueError: a size below 1, an unknown activation or precision, or `interleaved` without a
+            gate.
     """
+
+    precision: str | None = None
 
     def __init__(
         self,
@@ -74,6 +81,7 @@ class Experts(nn.Module):
         interleaved: bool = False,
         alpha: float = 1.702,
         limit: float = 7.0,
+        precision: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -82,6 +90,13 @@ class Experts(nn.Module):
         sizes = {"hidden_size": hidden_size, "intermediate_size": intermediate_size}
         check_positive("Experts", num_experts=num_experts, **sizes, output_size=output_size)
         gated = check_activation("Experts", activation, interleaved)
+        if precision not in (None, "fp8"):
+            raise ValueError(f"Experts: precision must be None or 'fp8', got {precision!r}.")
+        if precision is not None and output_size != hidden_size:
+            raise ValueError(
+                f"Experts: output_size must be {hidden_size} like hidden_size with precision "
+                f"{precision!r}, got {output_size}."
+            )
         self.num_experts = num_experts
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size
@@ -91,6 +106,7 @@ class Experts(nn.Module):
         self.interleaved = interleaved
         self.alpha = alpha
         self.limit = limit
+        self.precision = precision
 
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
@@ -122,7 +138,8 @@ class Experts(nn.Module):
         """y[t] = sum_k topk_weights[t, k] * expert topk_ids[t, k] of x[t].
 
         Args:
-            x: [T, H], in the dtype of the parameters (any under autocast).
+            x: [T, H], in the dtype of the parameters (any under autocast, and with precision
+                "fp8").
             topk_weights: [T, K] float, used in fp32.
             topk_ids: [T, K] int32 or int64; ids outside [0, E) contribute nothing.
             apply_router_weight_on_input: multiply x[t] by the weight instead (Llama 4).
@@ -133,6 +150,8 @@ class Experts(nn.Module):
         """
         if self.output_size != self.hidden_size:
             return self._two_products(x, topk_weights, topk_ids, apply_router_weight_on_input)
+        if self.precision == "fp8":
+            return self._fp8(x, topk_weights, topk_ids, apply_router_weight_on_input)
         return expert_ffn(
             self,
             x,
@@ -145,6 +164,22 @@ class Experts(nn.Module):
             activation=self.activation,
             interleaved=self.interleaved,
             apply_router_weight_on_input=apply_router_weight_on_input,
+            alpha=self.alpha,
+            limit=self.limit,
+        )
+
+    def _fp8(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, on_input: bool) -> Tensor:
+        return fp8_ffn(
+            x,
+            self.w_gate_up,
+            self.w_down,
+            topk_weights,
+            topk_ids,
+            b_gate_up=None if self.b_gate_up is None else self.b_gate_up.to(x.dtype),
+            b_down=None if self.b_down is None else self.b_down.to(x.dtype),
+            activation=self.activation,
+            interleaved=self.interleaved,
+            apply_router_weight_on_input=on_input,
             alpha=self.alpha,
             limit=self.limit,
         )
@@ -271,7 +306,7 @@ class Experts(nn.Module):
         """The arguments that make a bank like this one: all but num_experts, device and dtype."""
         names = ("hidden_size", "intermediate_size", "output_size", *ACTIVATION_OPTIONS)
         config = {name: getattr(self, name) for name in names}
-        return {**config, "bias": self.b_down is not None}
+        return {**config, "precision": self.precision, "bias": self.b_down is not None}
 
     def blank(self, num_experts: int, **changes: Any) -> Experts:
         """A fresh bank like this one; `changes` are arguments of the class."""
@@ -372,6 +407,7 @@ class Experts(nn.Module):
             + (f"output_size={self.output_size}, " if self.output_size != self.hidden_size else "")
             + f"activation={self.activation!r}, "
             f"bias={self.b_down is not None}, interleaved={self.interleaved}"
+            + (f", precision={self.precision!r}" if self.precision is not None else "")
             + (f", packed={packed / 2**20:.1f} MiB" if packed else "")
         )
 

@@ -118,6 +118,7 @@ class MoE(nn.Module):
         interleaved: bool = False,
         alpha: float = 1.702,
         limit: float = 7.0,
+        precision: str | None = None,
         router_bias: bool | None = None,
         aux_losses: Sequence[str] = (),
         freeze_routing_in_recompute: bool = False,
@@ -133,8 +134,8 @@ class MoE(nn.Module):
             shared_intermediate_size: total width of the shared network, instead of the former.
             shared_expert_gate: gate the shared output by a sigmoid of x (a linear map H -> 1).
             router: name of a model to route like, see `Router.like`.
-            activation, bias, interleaved, alpha, limit: of `Experts`; the shared network has the
-                same activation and no biases.
+            activation, bias, interleaved, alpha, limit, precision: of `Experts`; the shared network
+                has the same activation, no biases and no other precision.
             router_bias: bias of the router's linear map; None leaves it to `router`.
             aux_losses, freeze_routing_in_recompute: as for MoE.
             device, dtype: of all parameters.
@@ -157,6 +158,7 @@ class MoE(nn.Module):
             interleaved=interleaved,
             alpha=alpha,
             limit=limit,
+            precision=precision,
             **where,
         )
         width = shared_intermediate_size or num_shared_experts * intermediate_size

@@ -434,14 +434,18 @@ class _ExpertsHook(ExpertsHook):
     quantized = QuantizedExperts
 
     def weights(self, module: nn.Module) -> ExpertWeights | None:
-        if not self.reads_packed(module):
+        if not isinstance(module, Experts) or module.output_size != module.hidden_size:
             return None
         experts: Any = module
         biases = experts.b_gate_up, experts.b_down
         return ExpertWeights((experts.w_gate_up,), experts.w_down, *biases, _activation_of(experts))
 
     def reads_packed(self, module: nn.Module) -> bool:
-        return isinstance(module, Experts) and module.output_size == module.hidden_size
+        return (
+            isinstance(module, Experts)
+            and module.output_size == module.hidden_size
+            and module.precision is None
+        )
 
     def inputs(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -5,7 +5,7 @@ from moe_ops.ops.dense_ffn import dense_ffn
 from moe_ops.ops.expert_choice_router import expert_choice_router
 from moe_ops.ops.gated_act import gated_act
 from moe_ops.ops.grouped_gemm import grouped_gemm, grouped_gemm_wgrad, grouped_sum
-from moe_ops.ops.grouped_gemm_fp8 import grouped_gemm_fp8
+from moe_ops.ops.grouped_gemm_fp8 import grouped_gemm_fp8, grouped_gemm_fp8_wgrad
 from moe_ops.ops.mix_experts import mix_experts
 from moe_ops.ops.moa_attention import moa_attention
 from moe_ops.ops.moe_ffn import moe_ffn
@@ -15,7 +15,7 @@ from moe_ops.ops.moe_ffn_quantized import moe_ffn_quantized
 from moe_ops.ops.moe_linear_map import moe_linear_map
 from moe_ops.ops.moe_linear_reduce import moe_linear_reduce
 from moe_ops.ops.permute import permute
-from moe_ops.ops.quantize_fp8 import quantize_fp8
+from moe_ops.ops.quantize_fp8 import quantize_fp8, quantize_fp8_columns
 from moe_ops.ops.rotary import rotary
 from moe_ops.ops.router_linear import router_linear
 from moe_ops.ops.sort_slots import sort_slots
@@ -30,6 +30,7 @@ __all__ = [
     "gated_act",
     "grouped_gemm",
     "grouped_gemm_fp8",
+    "grouped_gemm_fp8_wgrad",
     "grouped_gemm_wgrad",
     "grouped_sum",
     "mix_experts",
@@ -43,6 +44,7 @@ __all__ = [
     "pack_experts",
     "permute",
     "quantize_fp8",
+    "quantize_fp8_columns",
     "rotary",
     "router_linear",
     "sort_slots",

@@ -1,4 +1,5 @@
-"""grouped_gemm_fp8: the ragged-M product of float8_e4m3fn operands with 128-block scales."""
+"""grouped_gemm_fp8: the ragged-M product of float8_e4m3fn operands with 128-block scales, and its
+weight gradient."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from moe_ops.ops._autocast import register_autocast
 from moe_ops.ops._autograd import direct_call, register_no_gradient
 from moe_ops.ops._checks import (
     NARROW_FLOATS,
+    check,
     check_dim,
     check_dtype,
     check_offsets,
@@ -17,11 +19,15 @@ from moe_ops.ops._checks import (
     check_tensor,
 )
 from moe_ops.ops._library import register_fake
-from moe_ops.ops.quantize_fp8 import FP8, fp8_blocks
+from moe_ops.ops.quantize_fp8 import FP8, FP8_BLOCK, fp8_blocks
 
 _grouped_gemm_fp8 = direct_call("grouped_gemm_fp8")
+_grouped_gemm_fp8_wgrad = direct_call("grouped_gemm_fp8_wgrad")
+_accumulate = direct_call("grouped_gemm_fp8_wgrad_accumulate")
 
 _OP = "grouped_gemm_fp8"
+_WGRAD_OP = "grouped_gemm_fp8_wgrad"
+_ACCUMULATE_OP = "grouped_gemm_fp8_wgrad_accumulate"
 
 
 def grouped_gemm_fp8(
@@ -47,13 +53,15 @@ def grouped_gemm_fp8(
     and added to a second one. On the CPU and in the kernels for any card the products are exact;
     the tensor cores of sm_90 sum e4m3 products with fewer bits than fp32 inside an instruction,
     which the second accumulator keeps from growing with K. In a fixed order: the same bits every
-    run. For inference.
+    run. The gradient of a is this op too, of rows of the result's gradient and
+    ``b.transpose(1, 2)``, ``b_scale.transpose(1, 2)``; that of b is
+    :func:`grouped_gemm_fp8_wgrad`. Not differentiable itself; :func:`moe_ops.layers.fp8_ffn` is.
 
     Args:
         a: [N, K] float8_e4m3fn rows sorted by expert; any strides. K need not be a multiple of 128.
         a_scale: [N, ceil(K / 128)] float32.
-        b: [E, O, K] float8_e4m3fn, out-features before in-features. Any strides; dense along K is
-            what kernels read in place.
+        b: [E, O, K] float8_e4m3fn, out-features before in-features. Any strides. Dense along K is
+            what kernels read in place; those of the CPU also read dense along O in place.
         b_scale: [E, ceil(O / 128), ceil(K / 128)] float32.
         expert_offsets: [E+1], int32 or int64, from 0, never falling, at most N.
         bias: [E, O] float32, bfloat16 or float16, or None.
@@ -70,6 +78,57 @@ def grouped_gemm_fp8(
         DeepSeek-AI 2024, arXiv 2412.19437, section 3.3.2.
     """
     return _grouped_gemm_fp8(a, a_scale, b, b_scale, expert_offsets, out_dtype, bias)
+
+
+def grouped_gemm_fp8_wgrad(
+    grad: Tensor,
+    grad_scale: Tensor,
+    a: Tensor,
+    a_scale: Tensor,
+    expert_offsets: Tensor,
+    *,
+    out_dtype: torch.dtype = torch.float32,
+    main_grad: Tensor | None = None,
+) -> Tensor:
+    """The weight gradient of a product of float8_e4m3fn operands (ragged K).
+
+    Both operands are what :func:`quantize_fp8_columns` made of the rows of experts:
+
+    ``out[e, o, k] = sum over the groups g of expert e of
+    grad_scale[g, o] * a_scale[g, k] * (sum over the columns c of g of grad[o, c] * a[k, c])``
+
+    with the columns of group g from 128 g on. Sums run in fp32 and in order, those of a group in an
+    accumulator of their own, as in :func:`grouped_gemm_fp8`: the same bits every run. An expert
+    without rows gets zeros.
+
+    Args:
+        grad: [O, 128 G] float8_e4m3fn, the gradient of the product's result.
+        grad_scale: [G, O] float32.
+        a: [K, 128 G] float8_e4m3fn, the product's rows. Neither O nor K need be a multiple of 128.
+        a_scale: [G, K] float32.
+        expert_offsets: [E+1], int32 or int64, as for quantize_fp8_columns.
+        out_dtype: float32, bfloat16 or float16.
+        main_grad: [E, O, K] contiguous, of one of these types: a buffer to which the gradient is
+            added, in fp32, whatever out_dtype is; experts without rows are left alone. None: a new
+            tensor is made.
+
+    Returns:
+        [E, O, K] of out_dtype; main_grad where that is given.
+
+    Raises:
+        ValueError: wrong dtype, rank or size; offsets that fall or do not fit G groups (on the
+            CPU).
+        NotImplementedError: where a gradient is wanted.
+
+    Source:
+        DeepSeek-AI 2024, arXiv 2412.19437, section 3.3.
+    """
+    operands = (grad, grad_scale, a, a_scale, expert_offsets)
+    if main_grad is not None:
+        _accumulate(*operands, main_grad)
+        return main_grad
+    out: Tensor = _grouped_gemm_fp8_wgrad(*operands, out_dtype)
+    return out
 
 
 def check_fp8_weights(op: str, name: str, w: Tensor, scale: Tensor) -> None:
@@ -114,6 +173,69 @@ def _(
     return a.new_empty((a.shape[0], b.shape[1]), dtype=out_dtype)
 
 
-register_no_gradient(_OP, "dequantise the operands and call grouped_gemm")
-# The type of the result is an argument, and those of the operands are what the op is about.
+def _check_wgrad(
+    grad: Tensor, grad_scale: Tensor, a: Tensor, a_scale: Tensor, expert_offsets: Tensor
+) -> dict[str, int]:
+    """The sizes of the result."""
+    op = _WGRAD_OP
+    for name, q, scale, shape in (
+        ("grad", grad, grad_scale, "[O, 128 G]"),
+        ("a", a, a_scale, "[K, 128 G]"),
+    ):
+        check_tensor(op, name, q, (FP8,), shape)
+        check_tensor(op, f"{name}_scale", scale, (torch.float32,), "[G, features]")
+        check_size(op, f"{name}_scale", scale, 1, q.shape[0], "the features")
+        check_size(op, name, q, 1, FP8_BLOCK * scale.shape[0], "128 columns a group")
+    check_size(op, "a_scale", a_scale, 0, grad_scale.shape[0], "G")
+    check_offsets(op, expert_offsets)
+    num_experts = expert_offsets.shape[0] - 1
+    check(
+        a_scale.shape[0] >= num_experts,
+        f"{op}: a_scale must have at least one group for each of the {num_experts} experts, got "
+        f"{a_scale.shape[0]}.",
+    )
+    operands = {"grad_scale": grad_scale, "a": a, "a_scale": a_scale}
+    check_same_device(op, grad=grad, **operands, expert_offsets=expert_offsets)
+    return {"E": num_experts, "O": grad.shape[0], "K": a.shape[0]}
+
+
+@register_fake(_WGRAD_OP)
+def _(
+    grad: Tensor,
+    grad_scale: Tensor,
+    a: Tensor,
+    a_scale: Tensor,
+    expert_offsets: Tensor,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    sizes = _check_wgrad(grad, grad_scale, a, a_scale, expert_offsets)
+    check_dtype(_WGRAD_OP, "out_dtype", out_dtype, NARROW_FLOATS)
+    return grad.new_empty(tuple(sizes.values()), dtype=out_dtype)
+
+
+@register_fake(_ACCUMULATE_OP)
+def _(
+    grad: Tensor,
+    grad_scale: Tensor,
+    a: Tensor,
+    a_scale: Tensor,
+    expert_offsets: Tensor,
+    main_grad: Tensor,
+) -> Tensor:
+    sizes = _check_wgrad(grad, grad_scale, a, a_scale, expert_offsets)
+    check_tensor(_WGRAD_OP, "main_grad", main_grad, NARROW_FLOATS, "[E, O, K]", **sizes)
+    check(
+        main_grad.is_contiguous(),
+        f"{_WGRAD_OP}: main_grad must be contiguous, got shape {list(main_grad.shape)} with other "
+        "strides.",
+    )
+    check_same_device(_WGRAD_OP, grad=grad, main_grad=main_grad)
+    return main_grad.new_empty((0,))
+
+
+register_no_gradient(_OP, "use moe_ops.layers.fp8_ffn, or dequantise and call grouped_gemm")
+register_no_gradient(_WGRAD_OP, "dequantise the operands and call grouped_gemm_wgrad")
+register_no_gradient(_ACCUMULATE_OP, "dequantise the operands and call grouped_gemm_wgrad")
+# The type of the result is an argument, and those of the operands are what the ops are about.
 register_autocast(_OP)
+register_autocast(_WGRAD_OP)

@@ -48,13 +48,35 @@ def quantize_fp8_blocks(w: Tensor) -> tuple[Tensor, Tensor]:
             f"quantize_fp8_blocks: w must be a float tensor [..., O, D], got "
             f"{dtype_name(w.dtype)} of shape {list(w.shape)}."
         )
-    blocks = _blocks(w.detach().float())  # [..., O/128, 128, D/128, 128]
-    amax = blocks.abs().amax((-3, -1))
-    if not bool(torch.isfinite(amax).all()):
+    codes, scale = round_blocks(w.detach())
+    if not bool(torch.isfinite(scale).all()):
         raise ValueError("quantize_fp8_blocks: w must be finite, got infinities or NaNs.")
-    amax.clamp_(min=_MIN_AMAX)
+    return codes, scale
+
+
+# Experts whose numbers are at most so many together are rounded at once; fp32 copies take memory.
+_NUMBERS_AT_ONCE = 1 << 24
+
+
+def round_blocks(w: Tensor) -> tuple[Tensor, Tensor]:
+    """`quantize_fp8_blocks` that never waits for the device: a block with a NaN or an infinity gets
+    the scale NaN and codes NaN."""
+    matrix = w.shape[-2] * w.shape[-1]
+    if w.dim() == 3 and w.numel() > _NUMBERS_AT_ONCE and w.shape[0] > 1:
+        parts = w.split(max(1, _NUMBERS_AT_ONCE // matrix))
+        codes, scales = zip(*(_round_at_once(part) for part in parts), strict=True)
+        joined = torch.cat([c.view(torch.uint8) for c in codes])
+        return joined.view(FP8), torch.cat(scales)
+    return _round_at_once(w)
+
+
+def _round_at_once(w: Tensor) -> tuple[Tensor, Tensor]:
+    blocks = _blocks(w.float())  # [..., O/128, 128, D/128, 128]
+    amax = blocks.abs().amax((-3, -1))
+    finite = amax.isfinite()
+    amax = torch.where(finite, amax.clamp(min=_MIN_AMAX), torch.nan)
     full = torch.full_like(amax, FP8_MAX)
-    codes = blocks.mul_((full / amax)[..., :, None, :, None]).to(FP8)
+    codes = (blocks * (full / amax)[..., :, None, :, None]).to(FP8)
     codes = codes.flatten(-4, -3).flatten(-2)[..., : w.shape[-2], : w.shape[-1]]
     return codes.contiguous(), amax / full
 

@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
 from ._common import acc_dtype
 from .grouped_gemm import grouped_gemm
 from .quantize_fp8 import BLOCK
+
+__all__ = ["grouped_gemm_fp8", "grouped_gemm_fp8_wgrad"]
 
 
 def grouped_gemm_fp8(
@@ -37,3 +41,29 @@ def grouped_gemm_fp8(
     # Scales of rows without an expert may be anything.
     out[end:] = 0
     return out.to(out_dtype)
+
+
+def grouped_gemm_fp8_wgrad(
+    grad: Tensor,
+    grad_scale: Tensor,
+    a: Tensor,
+    a_scale: Tensor,
+    expert_offsets: Tensor,
+    *,
+    out_dtype: torch.dtype = torch.float32,
+    main_grad: Tensor | None = None,
+) -> Tensor:
+    """grad [O, 128 G] times a [K, 128 G], group by group of each expert: products of codes, then
+    scales, then the sum over groups. In the type of the scales; added to main_grad in place."""
+    acc = acc_dtype(a_scale.dtype)
+    spans = list(itertools.pairwise(expert_offsets.tolist()))
+    out = torch.zeros(len(spans), grad.shape[0], a.shape[0], dtype=acc, device=a.device)
+    for expert, (begin, end) in enumerate(spans):
+        first = begin // BLOCK + expert
+        for group in range(first, first + -(-(end - begin) // BLOCK)):
+            c = slice(group * BLOCK, group * BLOCK + BLOCK)
+            part = grad[:, c].to(acc) @ a[:, c].to(acc).T
+            out[expert] += part * grad_scale[group, :, None].to(acc) * a_scale[group].to(acc)
+    if main_grad is None:
+        return out.to(out_dtype)
+    return main_grad.copy_(main_grad.to(acc) + out)

@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
+
+__all__ = ["quantize_fp8", "quantize_fp8_columns"]
 
 BLOCK = 128
 FP8 = torch.float8_e4m3fn
@@ -20,6 +24,39 @@ def quantize_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
     scale = torch.where(amax.isfinite(), size / full, torch.nan)
     codes = torch.where(amax.isfinite()[..., None], blocks * (full / size)[..., None], torch.nan)
     return codes.to(FP8).flatten(1)[:, : x.shape[1]], scale
+
+
+def quantize_fp8_columns(
+    x: Tensor,
+    expert_offsets: Tensor,
+    row_to_slot: Tensor | None = None,
+    topk_weights: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """x [N, D] to codes [D, 128 G] and scales [G, D]: every 128 rows of an expert, transposed."""
+    rows = x.float()
+    if row_to_slot is not None:
+        slot = row_to_slot.long()
+        rows = rows[slot // max(len(slot) // max(len(x), 1), 1)]
+        if topk_weights is not None:
+            rows = rows * topk_weights.float().flatten()[slot, None]
+    offsets = expert_offsets.tolist()
+    groups = len(rows) // BLOCK + len(offsets) - 1
+    columns = rows.new_zeros(x.shape[1], groups * BLOCK)
+    for expert, (begin, end) in enumerate(itertools.pairwise(offsets)):
+        first = BLOCK * (begin // BLOCK + expert)
+        columns[:, first : first + end - begin] = rows[begin:end].T
+    codes, scale = quantize_fp8(columns)
+    return _without_padding(codes, offsets), scale.T.contiguous()
+
+
+def _without_padding(codes: Tensor, offsets: list[int]) -> Tensor:
+    """Zeros where a group has no row: a group with a NaN has codes NaN there as well."""
+    filled = torch.zeros(codes.shape[1], dtype=torch.bool, device=codes.device)
+    for expert, (begin, end) in enumerate(itertools.pairwise(offsets)):
+        first = BLOCK * (begin // BLOCK + expert)
+        filled[first : first + end - begin] = True
+    bits = torch.where(filled, codes.view(torch.uint8), 0)
+    return bits.view(FP8)
 
 
 def dequantize_rows(q: Tensor, scale: Tensor) -> Tensor:
