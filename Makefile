@@ -77,7 +77,7 @@ $(VENV)/.cuda: $(VENV)/.tools
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.tools $(if $(WITH_CUDA),$(VENV)/.cuda) $(SOURCES)
-	@echo 'Compiling and installing moe_ops into ./.venv ($(if $(WITH_CUDA),with CUDA kernels: 10 to 15 minutes,about two minutes) on two cores).'
+	@echo 'Compiling and installing moe_ops into ./.venv ($(if $(WITH_CUDA),with CUDA kernels: 15 to 30 minutes,about two minutes) on two cores).'
 	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PIP) install -q --no-build-isolation ".[test]"
 	@touch $@
 

@@ -11,9 +11,9 @@ from moe_ops.testing import seed_from
 
 MARKERS = (
     "full: part of the long sweep, run only with --full",
-    "cpu_only: about threads, instruction sets or the checking of values, which a device op "
-    "cannot do without waiting; not run with --backend sim or cuda",
-    "slow_on_simulator: not run with --backend sim",
+    "cpu_only: about threads, instruction sets, packed copies or the checking of values, which a "
+    "device op cannot do without waiting; not run with --backend sim or cuda",
+    "slow_on_simulator: not run with --backend sim, nor with make test-cuda-torch",
 )
 
 

@@ -22,8 +22,8 @@ BASE = "base"  # Files at the top of the package that are no part of their own.
 # The parts of the package from the lowest on: a part may import from those of earlier lines.
 ORDER = (
     (BASE, "reference"),
-    ("ops",),
     ("numerics",),
+    ("ops",),
     ("memory",),
     ("expert_weights",),
     ("packing",),

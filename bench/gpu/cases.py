@@ -53,8 +53,8 @@ FP8 = ("forward_fp8", "grouped_gemm_fp8", "quantize_fp8")
 PARTS = (*BLOCK, *PRODUCTS, *MOVES, *FP8)
 
 # What a lease (bench.gpu.lease) measures beside these. QUANTIZED: experts of 8 and 4 bits. STORED:
-# the block on weights as gpt-oss stores them. MOVES_TRAINING: with backward. LINEAR and ATTENTION:
-# the products and the attention of mixtures of attention heads.
+# the block on weights as gpt-oss stores them, and Llama 4 those of its shapes. MOVES_TRAINING: with
+# backward. LINEAR and ATTENTION: the products and the attention of mixtures of attention heads.
 QUANTIZED = ("forward_int8", "forward_int4")
 STORED = ("forward_stored", "training_stored")
 MOVES_TRAINING = tuple(f"{part}_training" for part in MOVES if part != "sort_slots")

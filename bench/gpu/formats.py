@@ -1,15 +1,17 @@
-"""The block on weights in other formats: 8 and 4 bits, and as gpt-oss stores them.
+"""The block on weights in other formats: 8 and 4 bits, and as gpt-oss and Llama 4 store them.
 
-gpt-oss has weights with the output features last, gate and up features in turn, biases, and an
-activation that clamps. Truths are those of the layer in fp64, of some tokens.
+Both have weights with the output features last. gpt-oss has gate and up features in turn, biases,
+and an activation that clamps; Llama 4 multiplies tokens by the routing weight before the experts.
+Truths are those of the layer in fp64, of some tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import moe_ops
@@ -44,6 +46,11 @@ def _integers(case: Case, layer: Layer) -> Problem:
     return Problem(jobs, lambda y: relative(y[rows], truth), tolerance(case.dtype))
 
 
+def _tensors(given: Sequence[Tensor]) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    """w_gate_up, b_gate_up, w_down, b_down of what `Weights.stored` holds."""
+    return tuple(given) if len(given) == 4 else (given[0], None, given[1], None)
+
+
 def clamped(pre: Tensor) -> Tensor:
     """The activation of gpt-oss, gate in even and up in odd features."""
     gate = pre[..., ::2].clamp(max=_LIMIT)
@@ -51,40 +58,40 @@ def clamped(pre: Tensor) -> Tensor:
     return (up + 1) * gate * torch.sigmoid(_ALPHA * gate)
 
 
-def stored_grouped_mm(
-    x: Tensor,
-    w_gate_up: Tensor,
-    b_gate_up: Tensor,
-    w_down: Tensor,
-    b_down: Tensor,
-    weights: Tensor,
-    ids: Tensor,
-) -> Tensor:
+def halves(pre: Tensor) -> Tensor:
+    """The activation of Llama 4."""
+    gate, up = pre.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def stored_grouped_mm(x: Tensor, *rest: Tensor) -> Tensor:
     """What transformers does with weights [E, H, 2I] and [E, I, H]."""
+    *given, weights, ids = rest
+    w_gate_up, b_gate_up, w_down, b_down = _tensors(given)
     T, K = ids.shape
     E = w_gate_up.shape[0]
     experts, order = torch.sort(ids.reshape(-1))
     counts = torch.histc(experts if ids.is_cuda else experts.float(), E, 0, E - 1)
     ends = torch.cumsum(counts, 0, dtype=torch.int32)
-    pre = grouped_mm(x[order // K], w_gate_up, ends) + b_gate_up[experts]
-    out = grouped_mm(clamped(pre), w_down, ends) + b_down[experts]
-    out = out * weights.reshape(-1)[order, None].to(x.dtype)
+    factors = weights.reshape(-1)[order, None].to(x.dtype)
+    if b_gate_up is None or b_down is None:
+        out = grouped_mm(halves(grouped_mm(x[order // K] * factors, w_gate_up, ends)), w_down, ends)
+    else:
+        pre = grouped_mm(x[order // K], w_gate_up, ends) + b_gate_up[experts]
+        out = (grouped_mm(clamped(pre), w_down, ends) + b_down[experts]) * factors
     back = torch.empty_like(order)
     back[order] = torch.arange(order.numel(), device=order.device)
     return out[back].view(T, K, -1).sum(1)
 
 
-def ours_stored(
-    x: Tensor,
-    w_gate_up: Tensor,
-    b_gate_up: Tensor,
-    w_down: Tensor,
-    b_down: Tensor,
-    weights: Tensor,
-    ids: Tensor,
-) -> Tensor:
+def ours_stored(x: Tensor, *rest: Tensor) -> Tensor:
+    *given, weights, ids = rest
+    w_gate_up, b_gate_up, w_down, b_down = _tensors(given)
+    arguments = (x, w_gate_up.transpose(1, 2), w_down.transpose(1, 2), weights, ids)
+    if b_gate_up is None:
+        return moe_ops.moe_ffn(*arguments, apply_router_weight_on_input=True)
     return moe_ops.moe_ffn(
-        *(x, w_gate_up.transpose(1, 2), w_down.transpose(1, 2), weights, ids),
+        *arguments,
         b_gate_up=b_gate_up,
         b_down=b_down,
         activation="swiglu_oai",
@@ -123,7 +130,11 @@ def _exact_stored(x: Tensor, stored: dict[str, Tensor], weights: Tensor, ids: Te
     y = torch.zeros_like(x)
     for expert in ids.unique().tolist():
         token, slot = torch.where(ids == expert)
-        w_gate_up, b_gate_up, w_down, b_down = (t[expert].double() for t in stored.values())
-        out = clamped(x[token] @ w_gate_up + b_gate_up) @ w_down + b_down
-        y = y.index_add(0, token, out * weights[token, slot, None].double())
+        factors = weights[token, slot, None].double()
+        own = [t[expert].double() for t in stored.values()]
+        if len(own) == 2:
+            out = halves(x[token] * factors @ own[0]) @ own[1]
+        else:
+            out = (clamped(x[token] @ own[0] + own[1]) @ own[2] + own[3]) * factors
+        y = y.index_add(0, token, out)
     return y

@@ -57,9 +57,15 @@ class Weights:
 
     @cached_property
     def stored(self) -> dict[str, Tensor]:
-        """The bank as gpt-oss stores it: gate_up_proj [E, H, 2I] with gate and up in turn, its bias
-        [E, 2I], down_proj [E, I, H], its bias [E, H]."""
+        """The bank as the model stores it: gate_up_proj [E, H, 2I] and down_proj [E, I, H]. Llama 4
+        has gate and up in halves; gpt-oss has them in turn, and biases [E, 2I] and [E, H], which
+        follow the weight that they belong to."""
         bank, shape = self.bank, self._shape
+        if shape.name.startswith("llama4"):
+            return {
+                "gate_up_proj": bank.w_gate_up.transpose(1, 2).contiguous(),
+                "down_proj": bank.w_down.transpose(1, 2).contiguous(),
+            }
         gate, up = bank.w_gate_up.chunk(2, dim=1)
         generator = torch.Generator(self._device).manual_seed(2)
 

@@ -155,3 +155,18 @@ def test_counts(log: str) -> dict[str, int]:
 
 def _outcome(status: str, seconds: float, text: str, **more: Any) -> Outcome:
     return {"status": status, "seconds": round(seconds, 1), "text": text, **more}
+
+
+def said(command: list[str]) -> list[str]:
+    """The lines that a tool prints; none if it is not there or does not answer."""
+    folder = "/usr/local/cuda/bin"
+    path = shutil.which(command[0], path=os.pathsep.join([os.environ.get("PATH", ""), folder]))
+    if path is None:
+        return []
+    try:
+        done = subprocess.run(
+            [path, *command[1:]], capture_output=True, text=True, check=False, timeout=20
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return done.stdout.strip().splitlines()

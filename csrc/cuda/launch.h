@@ -6,7 +6,9 @@
 
 #include <array>
 #include <atomic>
+#include <cstdlib>
 #include <mutex>
+#include <string_view>
 
 #include "cuda/check.h"
 #include "cuda/runtime.h"
@@ -35,10 +37,27 @@ class Kernel {
     return 0;
   }
 
+  // Whether the code that the current device runs has griddepcontrol, which is there from
+  // compute_90 on: machine code for a newer card may come from the PTX of an older one.
+  static bool can_overlap() {
+    int device = 0;
+    if (cudaGetDevice(&device) != cudaSuccess || device >= kMaxDevices) return false;
+    std::atomic<signed char>& known = overlaps_[static_cast<size_t>(device)];
+    signed char can = known.load(std::memory_order_relaxed);
+    if (can == 0) {
+      cudaFuncAttributes attributes;
+      const bool found = cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess;
+      can = found && attributes.ptxVersion >= 90 ? 1 : -1;
+      known.store(can, std::memory_order_relaxed);
+    }
+    return can > 0;
+  }
+
   static inline const bool known = add_kernel(reinterpret_cast<const void*>(kernel));
 
  private:
   static inline std::array<std::atomic<size_t>, kMaxDevices> allowed_;
+  static inline std::array<std::atomic<signed char>, kMaxDevices> overlaps_;  // 0: not asked yet
   static inline std::mutex raising_;
 };
 
@@ -48,7 +67,17 @@ struct Launch {
   Stream stream;
   size_t shared_bytes = 0;  // dynamic
   unsigned cluster = 1;     // blocks in x
+  // The kernel may begin before the one ahead of it in the stream has ended (programmatic dependent
+  // launch): it calls await_previous_kernel (overlap.cuh) before it touches memory of the device.
+  // For kernels of a few microseconds, a good part of which is their start.
+  bool overlaps = false;
 };
+
+// MOE_OPS_OVERLAP=off keeps every kernel behind the end of the one before. For measurements.
+inline bool overlap_allowed() {
+  const char* const value = std::getenv("MOE_OPS_OVERLAP");
+  return value == nullptr || std::string_view(value) != "off";
+}
 
 template <auto kernel, class... Args>
 Status launch_kernel(const Launch& at, const Args&... args) {
@@ -59,12 +88,19 @@ Status launch_kernel(const Launch& at, const Args&... args) {
   config.blockDim = at.block;
   config.dynamicSmemBytes = at.shared_bytes;
   config.stream = at.stream;
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = at.cluster;
-  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-  config.attrs = &attribute;
-  config.numAttrs = at.cluster > 1 ? 1 : 0;
+  cudaLaunchAttribute attributes[2] = {};
+  config.attrs = attributes;
+  if (at.cluster > 1) {
+    cudaLaunchAttribute& cluster = attributes[config.numAttrs++];
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim.x = at.cluster;
+    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  }
+  if (at.overlaps && overlap_allowed() && Kernel<kernel>::can_overlap()) {
+    cudaLaunchAttribute& overlap = attributes[config.numAttrs++];
+    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlap.val.programmaticStreamSerializationAllowed = 1;
+  }
   MOE_CUDA_TRY(cudaLaunchKernelEx(&config, kernel, args...));
   return 0;
 }

@@ -7,22 +7,35 @@
 
 namespace moe_ops::cuda {
 
-// Where row r of the permuted order lies in its matrix, or -1. Rows are counted in 32 bits, as
-// offsets and maps are; addresses are not.
+// The entry of row r < end of the permuted order in the map of its rows, or -1. Rows are counted in
+// 32 bits, as offsets and maps are; addresses are not.
+template <class RowsT>
+__device__ int source_index(const RowsT& rows, int r, int end) {
+  return r >= end ? -1 : rows.index == nullptr ? r : rows.index[r];
+}
+
+// Where the row with such an entry lies in its matrix, or -1.
+template <class RowsT>
+__device__ int indexed_source(const RowsT& rows, int entry) {
+  if (rows.index != nullptr && rows.index_divisor != 1 && entry > 0) entry /= rows.index_divisor;
+  return entry >= 0 && entry < rows.limit ? entry : -1;
+}
+
+template <class T>
+__device__ const T* indexed_row(const DeviceRows& rows, int entry) {
+  const int source = indexed_source(rows, entry);
+  return source < 0 ? nullptr : static_cast<const T*>(rows.data) + source * rows.stride;
+}
+
+// Where row r of the permuted order lies in its matrix, or -1.
 template <class RowsT>
 __device__ int source_row(const RowsT& rows, int r) {
-  int source = r;
-  if (rows.index != nullptr) {
-    source = rows.index[r];
-    if (rows.index_divisor != 1 && source > 0) source /= rows.index_divisor;
-  }
-  return source >= 0 && source < rows.limit ? source : -1;
+  return indexed_source(rows, source_index(rows, r, r + 1));
 }
 
 template <class T>
 __device__ const T* row_pointer(const DeviceRows& rows, int r) {
-  const int source = source_row(rows, r);
-  return source < 0 ? nullptr : static_cast<const T*>(rows.data) + source * rows.stride;
+  return indexed_row<T>(rows, source_index(rows, r, r + 1));
 }
 
 template <class Acc>

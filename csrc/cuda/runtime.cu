@@ -149,10 +149,9 @@ std::vector<KernelInfo> kernel_infos() {
   return infos;
 }
 
-void load_kernels() {
+void load_kernels(int device) {
   static std::array<std::once_flag, kMaxDevices> loaded;
-  int device = 0;
-  if (cudaGetDevice(&device) != cudaSuccess || device >= kMaxDevices) return;
+  if (device < 0 || device >= kMaxDevices) return;
   std::call_once(loaded[static_cast<size_t>(device)], [] {
     for (const void* kernel : kernels()) {
       cudaFuncAttributes attributes;

@@ -1,5 +1,6 @@
 // Stable counting sort of slots by expert, in two launches, or in one where one block can hold all
-// slots. Slots are cut into a chunk a block and a part a warp, both in slot order:
+// slots. Slots are cut into a chunk a block and a part a warp, both in slot order; warps beyond the
+// parts, where there are few slots, only look after buckets:
 //   1. count:  how many slots of each bucket a chunk has. Bucket E holds the slots without an
 //   expert
 //   2. place:  the first row of (bucket, chunk, warp) is a sum of counts; a warp then goes through
@@ -7,6 +8,7 @@
 //              lower lanes with the same bucket
 // Atomics only count, so nothing depends on the order of blocks or warps.
 #include "cuda/launch.h"
+#include "cuda/overlap.cuh"
 #include "cuda/reduce.cuh"
 #include "moe_ops/sort_slots.h"
 
@@ -21,18 +23,19 @@ constexpr int64_t kOneBlockSlots = 4096;
 constexpr int64_t kSharedBytes = 47 * 1024;      // of tables; a block has 48 KiB without asking
 constexpr int64_t kMaxTable = int64_t{1} << 22;  // counts of all blocks, where E is huge
 
-// How a sort is cut up. A table has a count for each warp and bucket; it lies in shared memory, or
+// How a sort is cut up. A table has a count for each part and bucket; it lies in shared memory, or
 // for more than 12000 experts in the workspace, after the counts.
 struct Plan {
+  int parts;  // of a block
   int warps;
   bool in_shared;
-  int64_t part;  // slots a warp
+  int64_t part;  // slots of a part
   int64_t blocks;
   int64_t buckets;  // E + 1
 
-  int64_t chunk() const { return part * warps; }
+  int64_t chunk() const { return part * parts; }
   int64_t counts() const { return blocks > 1 ? blocks * buckets : 0; }
-  int64_t tables() const { return in_shared ? 0 : blocks * warps * buckets; }
+  int64_t tables() const { return in_shared ? 0 : blocks * parts * buckets; }
 };
 
 Plan plan_sort(int64_t num_slots, int64_t num_experts) {
@@ -40,12 +43,16 @@ Plan plan_sort(int64_t num_slots, int64_t num_experts) {
   p.buckets = num_experts + 1;
   const auto most = static_cast<int64_t>(kSharedBytes / 4 / p.buckets);
   p.in_shared = most >= 1;
-  p.warps = 1;
-  while (p.warps < kMaxWarps && 2 * p.warps <= most) p.warps *= 2;
+  p.parts = 1;
+  while (p.parts < kMaxWarps && 2 * p.parts <= most && p.parts * kSlotsPerWarp < num_slots)
+    p.parts *= 2;
+  // A bucket a thread, so that the first rows are one sum.
+  p.warps = p.parts;
+  while (p.warps < kMaxWarps && p.warps * kWarp < p.buckets) p.warps *= 2;
   int64_t blocks = kMaxBlocks;
   if (!p.in_shared) blocks = kMaxTable / p.buckets > 1 ? kMaxTable / p.buckets : 1;
   if (num_slots <= kOneBlockSlots) blocks = 1;
-  const int64_t part = ceil_div(num_slots, blocks * p.warps);
+  const int64_t part = ceil_div(num_slots, blocks * p.parts);
   p.part = round_up<int64_t>(part > kSlotsPerWarp ? part : kSlotsPerWarp, kWarp);
   p.blocks = num_slots == 0 ? 1 : ceil_div(num_slots, p.chunk());
   return p;
@@ -55,9 +62,10 @@ struct Args {
   const void* ids;
   int64_t num_slots;
   int32_t num_experts;
+  int parts;
   int64_t part;
   int32_t* counts;  // [blocks, E+1]; nullptr: one block
-  int32_t* tables;  // [blocks, warps, E+1]; nullptr: in shared memory
+  int32_t* tables;  // [blocks, parts, E+1]; nullptr: in shared memory
   int32_t* expert_offsets;
   int32_t* row_to_slot;
   int32_t* slot_to_row;
@@ -74,13 +82,14 @@ __device__ int32_t bucket_of(const Args& a, int64_t slot) {
 template <class Id, bool InShared>
 __global__ void count_kernel(const Args a) {
   extern __shared__ int32_t shared_table[];
+  await_previous_kernel();
   const int buckets = a.num_experts + 1;
   int32_t* const out = a.counts + static_cast<int64_t>(blockIdx.x) * buckets;
   int32_t* const counts = InShared ? shared_table : out;
   for (int b = threadIdx.x; b < buckets; b += blockDim.x) counts[b] = 0;
   __syncthreads();
-  const int64_t begin = blockIdx.x * a.part * (blockDim.x / kWarp);
-  const int64_t end = min(begin + a.part * (blockDim.x / kWarp), a.num_slots);
+  const int64_t begin = blockIdx.x * a.part * a.parts;
+  const int64_t end = min(begin + a.part * a.parts, a.num_slots);
   for (int64_t s = begin + threadIdx.x; s < end; s += blockDim.x) {
     atomicAdd(counts + bucket_of<Id>(a, s), 1);
   }
@@ -105,16 +114,16 @@ __device__ int32_t block_exclusive_sum(int32_t v, int32_t* sums, int32_t& total)
   return before + below;
 }
 
-// Turns the counts of this block's warps into the first row of each (warp, bucket).
+// Turns the counts of this block's parts into the first row of each (part, bucket).
 __device__ void find_first_rows(const Args& a, int32_t* table, int32_t* sums) {
-  const int buckets = a.num_experts + 1, warps = blockDim.x / kWarp;
+  const int buckets = a.num_experts + 1;
   int32_t start = 0;  // of the first bucket of the round
   for (int first = 0; first < buckets; first += blockDim.x) {
     const int b = first + threadIdx.x;
     int32_t before = 0, all = 0;  // slots of bucket b in the chunks before this one, and in all
     if (b < buckets) {
       if (a.counts == nullptr) {
-        for (int w = 0; w < warps; ++w) all += table[w * buckets + b];
+        for (int w = 0; w < a.parts; ++w) all += table[w * buckets + b];
       } else {
 #pragma unroll 8
         for (int c = 0; c < static_cast<int>(gridDim.x); ++c) {
@@ -130,7 +139,7 @@ __device__ void find_first_rows(const Args& a, int32_t* table, int32_t* sums) {
     if (b < buckets) {
       if (blockIdx.x == 0) a.expert_offsets[b] = begin;
       int32_t row = begin + before;
-      for (int w = 0; w < warps; ++w) {
+      for (int w = 0; w < a.parts; ++w) {
         const int32_t n = table[w * buckets + b];
         table[w * buckets + b] = row;
         row += n;
@@ -143,16 +152,17 @@ template <class Id, bool InShared>
 __global__ void place_kernel(const Args a) {
   extern __shared__ int32_t shared_table[];
   __shared__ int32_t sums[kMaxWarps];
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
+  await_previous_kernel();
+  const int lane = threadIdx.x % kWarp, part = threadIdx.x / kWarp;
   const int buckets = a.num_experts + 1;
   int32_t* const table =
-      InShared ? shared_table : a.tables + static_cast<int64_t>(blockIdx.x) * warps * buckets;
-  for (int i = threadIdx.x; i < warps * buckets; i += blockDim.x) table[i] = 0;
+      InShared ? shared_table : a.tables + static_cast<int64_t>(blockIdx.x) * a.parts * buckets;
+  for (int i = threadIdx.x; i < a.parts * buckets; i += blockDim.x) table[i] = 0;
   __syncthreads();
 
-  int32_t* const next = table + warp * buckets;  // the row that the next slot of a bucket takes
-  const int64_t begin = (static_cast<int64_t>(blockIdx.x) * warps + warp) * a.part;
-  const int64_t end = min(begin + a.part, a.num_slots);
+  int32_t* const next = table + part * buckets;  // the row that the next slot of a bucket takes
+  const int64_t begin = (static_cast<int64_t>(blockIdx.x) * a.parts + part) * a.part;
+  const int64_t end = part < a.parts ? min(begin + a.part, a.num_slots) : begin;
   for (int64_t s = begin + lane; s < end; s += kWarp) atomicAdd(next + bucket_of<Id>(a, s), 1);
   __syncthreads();
   find_first_rows(a, table, sums);
@@ -179,10 +189,11 @@ Status launch(const Args& a, const Plan& plan, Stream stream) {
   const auto grid = static_cast<unsigned>(plan.blocks);
   const unsigned block = plan.warps * kWarp;
   const size_t table = InShared ? plan.buckets * sizeof(int32_t) : 0;
-  if (plan.blocks > 1) {
-    MOE_TRY((launch_kernel<count_kernel<Id, InShared>>({grid, block, stream, table}, a)));
-  }
-  return launch_kernel<place_kernel<Id, InShared>>({grid, block, stream, table * plan.warps}, a);
+  Launch at{grid, block, stream, table};
+  at.overlaps = true;
+  if (plan.blocks > 1) MOE_TRY((launch_kernel<count_kernel<Id, InShared>>(at, a)));
+  at.shared_bytes = table * plan.parts;
+  return launch_kernel<place_kernel<Id, InShared>>(at, a);
 }
 
 }  // namespace
@@ -199,6 +210,7 @@ Status sort_slots(const SortSlotsParams& p, Stream stream) {
   a.ids = r.topk_ids.data;
   a.num_slots = r.num_slots();
   a.num_experts = static_cast<int32_t>(r.num_experts);
+  a.parts = plan.parts;
   a.part = plan.part;
   auto* const workspace = static_cast<int32_t*>(p.workspace);
   a.counts = plan.blocks > 1 ? workspace : nullptr;

@@ -6,6 +6,7 @@
 // For E <= 1024 (256 in fp64) and K <= 64 nothing but the row, and the K logits once more, is read.
 // Larger ones take keys in a workspace, and K sweeps over a lane's part of them.
 #include "cuda/launch.h"
+#include "cuda/overlap.cuh"
 #include "cuda/router_row.cuh"
 #include "moe_ops/topk_router.h"
 
@@ -75,6 +76,7 @@ template <class Row>
 __global__ void topk_router_kernel(const TopkRouterParams p, void* workspace) {
   using T = typename Row::Value;
   using Slots = std::conditional_t<Row::kInRegisters, RegisterSlots<T>, MemorySlots<T>>;
+  await_previous_kernel();
   const int lane = static_cast<int>(threadIdx.x % kWarp);
   const bool softmax = is_softmax(p.score_func);
   const bool grouped = p.num_groups > 1;
@@ -158,8 +160,9 @@ template <class T>
 Status route(const TopkRouterParams& p, void* workspace, Stream stream) {
   return with_row<T>(p.num_experts, in_registers(p), [&]<class Row>(Row*) {
     const auto blocks = static_cast<unsigned>(router_blocks(p.num_tokens, Row::kInRegisters));
-    return launch_kernel<topk_router_kernel<Row>>({blocks, kRouterWarps * kWarp, stream}, p,
-                                                  workspace);
+    Launch at{blocks, kRouterWarps * kWarp, stream};
+    at.overlaps = true;
+    return launch_kernel<topk_router_kernel<Row>>(at, p, workspace);
   });
 }
 

@@ -8,6 +8,7 @@
 // are looked for, and a row without any is written by the warp of its number.
 #include "cuda/dispatch.h"
 #include "cuda/launch.h"
+#include "cuda/overlap.cuh"
 #include "cuda/rows.cuh"
 #include "moe_ops/unpermute.h"
 
@@ -63,6 +64,7 @@ __device__ void add_all_rows(const UnpermuteParams& p, int64_t slot, int slots, 
 template <class S, class D, int V>
 __global__ void unpermute_kernel(const UnpermuteParams p) {
   using A = Accumulate<S>;
+  await_previous_kernel();
   const int lane = lane_id();
   const int64_t token = warp_row();
   if (token >= p.num_tokens) return;
@@ -131,7 +133,8 @@ Status launch(const UnpermuteParams& p, Stream stream) {
                        rows_aligned(p.rows, p.row_stride * int64_t{sizeof(S)}, 16) &&
                        rows_aligned(p.y, p.hidden_size * int64_t{sizeof(D)}, V * sizeof(D));
   const RowGrid g = row_grid(p.num_tokens, p.hidden_size / (aligned ? V : 1), kSumStretch);
-  const Launch at{g.grid, g.block, stream};
+  Launch at{g.grid, g.block, stream};
+  at.overlaps = true;
   return aligned ? launch_kernel<unpermute_kernel<S, D, V>>(at, p)
                  : launch_kernel<unpermute_kernel<S, D, 1>>(at, p);
 }

@@ -121,9 +121,10 @@ __device__ __forceinline__ Wide<S, N> load_wide(const S* p) {
   return unpack(load_packed<N>(p));
 }
 
-template <int N, class S>
-__device__ __forceinline__ void store_wide(S* p, const Wide<S, N>& values) {
-  Raw<N * sizeof(S)> raw;
+// Rounds to nearest.
+template <class S, int N>
+__device__ __forceinline__ Packed<S, N> pack(const Wide<S, N>& values) {
+  Packed<S, N> packed;
   if constexpr (sizeof(S) == 2 && N % 2 == 0) {
     uint32_t words[N / 2];
 #pragma unroll
@@ -136,14 +137,19 @@ __device__ __forceinline__ void store_wide(S* p, const Wide<S, N>& values) {
         memcpy(&words[i], &pair, 4);
       }
     }
-    memcpy(&raw, words, sizeof(raw));
+    memcpy(&packed.raw, words, sizeof(packed.raw));
   } else {
     S s[N];
 #pragma unroll
     for (int i = 0; i < N; ++i) s[i] = narrow<S>(values.v[i]);
-    memcpy(&raw, s, sizeof(raw));
+    memcpy(&packed.raw, s, sizeof(packed.raw));
   }
-  *reinterpret_cast<Raw<N * sizeof(S)>*>(p) = raw;
+  return packed;
+}
+
+template <int N, class S>
+__device__ __forceinline__ void store_wide(S* p, const Wide<S, N>& values) {
+  *reinterpret_cast<Raw<N * sizeof(S)>*>(p) = pack(values).raw;
 }
 
 // Whether rows `stride` bytes apart from `p` on all start at a multiple of `bytes`.

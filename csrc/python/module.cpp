@@ -17,13 +17,13 @@
 #include "cpu/gemm/heuristics.h"
 #include "cpu/gemm/prepack.h"
 #include "cpu/isa/isa.h"
-#include "cpu/runtime/batch_invariant.h"
 #include "cpu/runtime/buffer_cache.h"
 #include "cpu/runtime/huge_pages.h"
 #include "cpu/runtime/workspace.h"
 #include "cuda/moe_ffn/choose.h"
 #include "cuda/row_blocks.h"
 #include "cuda/runtime.h"
+#include "moe_ops/batch_invariant.h"
 #include "python/limits.h"
 
 namespace py = pybind11;
@@ -57,7 +57,7 @@ PYBIND11_MODULE(_C, m) {
     return std::map<std::string, std::string>{
         {"version", MOE_OPS_VERSION},           {"build_torch", MOE_OPS_BUILD_TORCH},
         {"torch_target", MOE_OPS_TORCH_TARGET}, {"compiler", MOE_OPS_COMPILER},
-        {"cuda", MOE_OPS_CUDA_BUILD},
+        {"cuda", MOE_OPS_CUDA_BUILD},           {"cuda_code", MOE_OPS_CUDA_CODE},
     };
   });
   m.def("cpu_isa", [] { return std::string(isa_name(active_isa())); });
@@ -71,8 +71,8 @@ PYBIND11_MODULE(_C, m) {
     return sizes;
   });
   m.def("isa_warning", &isa_warning);
-  m.def("batch_invariant", &batch_invariant);
-  m.def("set_batch_invariant", &set_batch_invariant, py::arg("on"));
+  m.def("batch_invariant", &moe_ops::batch_invariant);
+  m.def("set_batch_invariant", &moe_ops::set_batch_invariant, py::arg("on"));
   // None, or the kernel of a supported target that fails its self-test; with entry `broken` of its
   // tables, one of kernel_entries(target), replaced by a function that does nothing.
   m.def(
@@ -137,11 +137,11 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "ffn_config",
       [](const std::string& stage, int64_t rows, int64_t num_experts, int64_t n, int64_t k,
-         int num_sms) {
+         int num_sms, bool invariant) {
         using namespace moe_ops::cuda;
         const auto chosen = [&](Product product, const auto& configs) {
           const FfnTile tile =
-              choose_ffn_tile({product, rows, num_experts, 0, n, k, num_sms}, configs);
+              choose_ffn_tile({product, rows, num_experts, 0, n, k, num_sms, invariant}, configs);
           return std::string(kFfnTileNames[static_cast<int>(tile)]);
         };
         if (stage == "up") return chosen(Product::kGatherNT, kFfnUpConfigs);
@@ -149,17 +149,17 @@ PYBIND11_MODULE(_C, m) {
         throw std::invalid_argument("ffn_config: stage must be up or down_bwd, got " + stage + ".");
       },
       py::arg("stage"), py::arg("rows"), py::arg("num_experts"), py::arg("n"), py::arg("k"),
-      py::arg("num_sms") = 132);
+      py::arg("num_sms") = 132, py::arg("invariant") = false);
   // The tile that a product gets on an sm_90 card with so many SMs, in words; needs no card.
   m.def(
       "gemm_config",
       [](const std::string& product, int64_t rows, int64_t num_experts, int64_t m, int64_t n,
-         int64_t k, int num_sms) {
+         int64_t k, int num_sms, bool invariant) {
         using namespace moe_ops::cuda;
         for (size_t i = 0; i < kProductNames.size(); ++i) {
           if (kProductNames[i] == product)
-            return to_string(
-                choose_config({static_cast<Product>(i), rows, num_experts, m, n, k, num_sms}));
+            return to_string(choose_config(
+                {static_cast<Product>(i), rows, num_experts, m, n, k, num_sms, invariant}));
         }
         throw std::invalid_argument(
             "gemm_config: product must be nt, nn, tn, or one of these with "
@@ -167,7 +167,7 @@ PYBIND11_MODULE(_C, m) {
             product + ".");
       },
       py::arg("product"), py::arg("rows"), py::arg("num_experts"), py::arg("m"), py::arg("n"),
-      py::arg("k"), py::arg("num_sms") = 132);
+      py::arg("k"), py::arg("num_sms") = 132, py::arg("invariant") = false);
   // The grid of a CUDA kernel on whole rows; needs no card.
   m.def("row_blocks", [](int64_t rows, int64_t accesses, int64_t stretch) {
     const moe_ops::cuda::RowBlocks b = moe_ops::cuda::row_blocks(rows, accesses, stretch);

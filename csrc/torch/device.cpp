@@ -7,6 +7,7 @@
 
 #include "cuda/device_info.h"
 #include "cuda/runtime.h"
+#include "moe_ops/batch_invariant.h"
 
 namespace moe_ops::adapter {
 
@@ -89,14 +90,15 @@ OnCuda::Scope::Scope(const Tensor& first) {
   // The first tensor may be the one that lies elsewhere; the adapter's checks say so then.
   if (!first.is_cuda()) return;
   // Restores the device when it goes; it may leave a thread without a context as it is.
-  guard = std::make_unique<torch::stable::accelerator::DeviceGuard>(first.get_device_index());
-  const cuda::Status status = cuda::bind_device(first.get_device_index());
+  const auto device = first.get_device_index();
+  guard = std::make_unique<torch::stable::accelerator::DeviceGuard>(device);
+  const cuda::Status status = cuda::bind_device(device);
   if (status != 0) {
-    throw std::runtime_error("moe_ops: CUDA device " + std::to_string(first.get_device_index()) +
+    throw std::runtime_error("moe_ops: CUDA device " + std::to_string(device) +
                              " cannot be made current: " + cuda::error_string(status) + ".");
   }
 #ifndef MOE_OPS_SIMULATED  // the simulator takes seconds for it, and loads nothing late
-  cuda::load_kernels();
+  cuda::load_kernels(device);
 #endif
 }
 
@@ -112,6 +114,18 @@ Tensor device_empty(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef
   }
 #endif
   return fresh(t);
+}
+
+Tensor token_rows(const Tensor& t) {
+  const Tensor rows = with_dense_rows(t);
+  const int64_t last = rows.dim() - 1, size = static_cast<int64_t>(rows.element_size());
+  if (!batch_invariant() || rows.size(last) * size % 16 != 0) return rows;
+  bool aligned = reinterpret_cast<uintptr_t>(rows.const_data_ptr()) % 16 == 0;
+  for (int64_t d = 0; d < last; ++d) {
+    aligned = aligned && (rows.size(d) <= 1 || rows.stride(d) * size % 16 == 0);
+  }
+  if (aligned) return rows;
+  return copy_of(rows, [](const Tensor& s) { return torch::stable::clone(s); });
 }
 
 // STABLE_ABI_WORKAROUND: the stream of the stable ABI has a native handle from torch 2.13 on, above

@@ -9,6 +9,7 @@
 #include <type_traits>
 
 #include "moe_ops/common.h"
+#include "moe_ops/sort_slots.h"
 #include "torch/tensor_utils.h"
 
 #ifdef MOE_OPS_WITH_CUDA
@@ -31,6 +32,11 @@ inline Tensor device_empty(const Tensor& like, const std::vector<int64_t>& sizes
                       dtype);
 }
 
+// Rows of tokens as launchers take them, the last dimension dense. In the batch-invariant mode rows
+// of whole 16 bytes also start on 16, as those of a new tensor do: a copy where they do not, since
+// where a tensor lies must not choose between TMA and mma.sync.
+Tensor token_rows(const Tensor& t);
+
 cuda::Stream current_stream(const Tensor& t);
 
 // Raises RuntimeError with the op and CUDA's words unless status is success.
@@ -50,6 +56,14 @@ DeviceIndex device_index(const Op& op, const char* name, const Tensor& t);
 
 // sorted_slots on the device of topk_ids (defined in sort_slots.cpp).
 SortedSlots device_sorted_slots(const Op& op, const Tensor& topk_ids, int64_t num_experts);
+
+// The same before it is sorted: the routing has the ids and, from `sort` on, the maps.
+struct UnsortedSlots {
+  SortedSlots sorted;
+  SortSlotsParams sort;
+  Tensor topk_ids, workspace;
+};
+UnsortedSlots device_unsorted_slots(const Op& op, const Tensor& topk_ids, int64_t num_experts);
 
 // An output on the device of `like` that is empty unless it is wanted.
 inline Tensor device_empty_if(bool wanted, const Tensor& like, std::initializer_list<int64_t> sizes,

@@ -118,7 +118,7 @@ Tensor grouped_gemm_cuda(const Tensor& a, const Tensor& b, const Tensor& expert_
   const DType type = check_gemm(op, a, b, bias);
   const Tensor offsets = device_offsets(op, expert_offsets, a.size(0));
   check_size(op, "expert_offsets", expert_offsets, 0, b.size(0) + 1, "E+1");
-  const Tensor src = with_dense_rows(a);
+  const Tensor src = token_rows(a);
   const Weights weights = weights_of(b, type);
   const Bias bias_rows = bias_of(bias, type);
   Tensor out = device_empty(a, {a.size(0), b.size(1)}, a.scalar_type());

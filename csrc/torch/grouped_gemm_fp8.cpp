@@ -1,6 +1,6 @@
 #include "moe_ops/grouped_gemm_fp8.h"
 
-#include "cpu/runtime/batch_invariant.h"
+#include "moe_ops/batch_invariant.h"
 #include "torch/device.h"
 #include "torch/fp8.h"
 #include "torch/tensor_utils.h"
@@ -58,7 +58,7 @@ Tensor grouped_gemm_fp8(const Tensor& a, const Tensor& a_scale, const Tensor& b,
   const Tensor codes = with_dense_rows(a), scales = with_dense_rows(a_scale);
   // As the weights of a layer lie in the gradient of its input. In the batch-invariant mode all
   // rows are GEMVs, which read weights along k.
-  const bool turned = b.size(1) > 1 && b.size(2) > 1 && b.stride(1) == 1 && !cpu::batch_invariant();
+  const bool turned = b.size(1) > 1 && b.size(2) > 1 && b.stride(1) == 1 && !batch_invariant();
   const Fp8Weights weights = fp8_weights(turned ? torch::stable::transpose(b, 1, 2) : b, b_scale);
   const Bias bias_rows = bias_of(bias, bias_type(kOp, bias));
   Tensor out = empty_cpu(kOp, {a.size(0), b.size(1)}, out_dtype);
@@ -184,7 +184,7 @@ static Tensor grouped_gemm_fp8_cuda(const Tensor& a, const Tensor& a_scale, cons
   const DType out_type = check(op, a, a_scale, b, b_scale, bias, out_dtype);
   const Tensor offsets = device_offsets(op, expert_offsets, a.size(0));
   check_size(op, "expert_offsets", expert_offsets, 0, b.size(0) + 1, "E+1");
-  const Tensor codes = with_dense_rows(a), scales = with_dense_rows(a_scale);
+  const Tensor codes = token_rows(a), scales = with_dense_rows(a_scale);
   const Fp8Weights weights = fp8_weights(b, b_scale);
   const Bias bias_rows = bias_of(bias, bias_type(op, bias));
   Tensor out = device_empty(a, {a.size(0), b.size(1)}, out_dtype);

@@ -2,6 +2,7 @@
 
 #include <cmath>
 
+#include "moe_ops/batch_invariant.h"
 #include "torch/device.h"
 #include "torch/tensor_utils.h"
 
@@ -201,8 +202,19 @@ struct DeviceCall {
 void check_device_call(const Op& op, const Tensor& q, const Tensor& k, const Tensor& v,
                        const std::string& kind, bool causal, double scale, int64_t window,
                        double softcap, const OptTensor& cu_seqlens, DeviceCall& call) {
-  check_call(op, q, k, v, kind, causal, scale, window, softcap, cu_seqlens, call.call);
-  static_cast<MoaAttentionParams&>(call.p) = call.call.p;
+  Call& host = call.call;
+  check_call(op, q, k, v, kind, causal, scale, window, softcap, cu_seqlens, host);
+  call.p.batch_invariant = batch_invariant();
+  if (call.p.batch_invariant) {
+    // Slots of one token always lie evenly, those of several only if tokens do too.
+    host.q = dense(host.q);
+    host.k = token_rows(host.k);
+    host.v = token_rows(host.v);
+    host.p.q = operand(host.q);
+    host.p.k = operand(host.k);
+    host.p.v = operand(host.v);
+  }
+  static_cast<MoaAttentionParams&>(call.p) = host.p;
   if (cu_seqlens.has_value()) {
     call.sequences = device_index(op, "cu_seqlens", *cu_seqlens);
     call.p.sequences = {call.sequences->data, call.sequences->is_64};

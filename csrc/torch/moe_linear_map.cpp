@@ -92,7 +92,7 @@ Tensor moe_linear_map_cuda(const Tensor& x, const Tensor& w, const Tensor& topk_
   const DType type = check_map(op, x, w, topk_ids);
   check_bias(op, bias, x, w);
   const SortedSlots slots = device_sorted_slots(op, topk_ids, w.size(0));
-  const Tensor src = with_dense_rows(x);
+  const Tensor src = token_rows(x);
   const Weights weights = weights_of(w, type);
   const Bias bias_rows = bias_of(bias, type);
   Tensor h = device_empty(x, {x.size(0), topk_ids.size(1), w.size(1)}, x.scalar_type());
@@ -110,8 +110,8 @@ Gradients moe_linear_map_bwd_cuda(const Tensor& grad_h, const Tensor& x, const T
   check_grad_h(op, grad_h, x, w, topk_ids);
   const int64_t E = w.size(0), O = w.size(1), H = w.size(2);
   const SortedSlots slots = device_sorted_slots(op, topk_ids, E);
-  const Tensor src = with_dense_rows(x);
-  const Tensor grad = dense(grad_h);
+  const Tensor src = token_rows(x);
+  const Tensor grad = token_rows(dense(grad_h));
   const Weights weights = weights_of(w, type);
   Tensor grad_x = device_empty_if(need_x, x, {x.size(0), H}, x.scalar_type());
   Tensor grad_w = device_empty_if(need_w, x, {E, O, H}, x.scalar_type());

@@ -101,7 +101,7 @@ Tensor moe_linear_reduce_cuda(const Tensor& h, const Tensor& w, const Tensor& to
   const Op op("moe_linear_reduce", h);
   const DType type = check_reduce(op, h, w, topk_weights, topk_ids, bias);
   const SortedSlots slots = device_sorted_slots(op, topk_ids, w.size(0));
-  const Tensor src = dense(h);
+  const Tensor src = token_rows(dense(h));
   const Weights weights = weights_of(w, type);
   const Bias bias_rows = bias_of(bias, type);
   const Tensor slot_weights = contiguous_as(topk_weights, accumulate_type(h.scalar_type()));
@@ -125,8 +125,8 @@ Gradients moe_linear_reduce_bwd_cuda(const Tensor& grad_y, const Tensor& h, cons
   const int64_t T = h.size(0), K = h.size(1), E = w.size(0), H = w.size(1), D = w.size(2);
   const ScalarType dtype = h.scalar_type(), acc = accumulate_type(dtype);
   const SortedSlots slots = device_sorted_slots(op, topk_ids, E);
-  const Tensor gy = with_dense_rows(grad_y);
-  const Tensor src = dense(h);
+  const Tensor gy = token_rows(grad_y);
+  const Tensor src = token_rows(dense(h));
   const Weights weights = weights_of(w, type);
   const Bias bias_rows = bias_of(bias, type);
   const Tensor slot_weights = contiguous_as(topk_weights, acc);

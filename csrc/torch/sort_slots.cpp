@@ -57,19 +57,25 @@ STABLE_TORCH_LIBRARY_IMPL(moe_ops, CPU, m) { m.impl("sort_slots", MOE_BOX(sort_s
 
 #ifdef MOE_OPS_WITH_CUDA
 
-SortedSlots device_sorted_slots(const Op& op, const Tensor& topk_ids, int64_t num_experts) {
+UnsortedSlots device_unsorted_slots(const Op& op, const Tensor& topk_ids, int64_t num_experts) {
   const int64_t n = topk_ids.numel();
   const SlotIds ids = slot_ids(op, topk_ids, num_experts);
-  SortedSlots out{device_empty(topk_ids, {num_experts + 1}, ScalarType::Int),
-                  device_empty(topk_ids, {n}, ScalarType::Int),
-                  device_empty(topk_ids, {topk_ids.size(0), topk_ids.size(1)}, ScalarType::Int),
-                  {}};
+  SortedSlots sorted{device_empty(topk_ids, {num_experts + 1}, ScalarType::Int),
+                     device_empty(topk_ids, {n}, ScalarType::Int),
+                     device_empty(topk_ids, {topk_ids.size(0), topk_ids.size(1)}, ScalarType::Int),
+                     {}};
   Tensor workspace =
       device_empty(topk_ids, {cuda::sort_slots_workspace(n, num_experts)}, ScalarType::Byte);
-  SortSlotsParams p = sort_params(ids, out);
-  p.workspace = workspace.mutable_data_ptr();
-  check_status(op, cuda::sort_slots(p, current_stream(topk_ids)));
-  return out;
+  SortSlotsParams sort = sort_params(ids, sorted);
+  sort.workspace = workspace.mutable_data_ptr();
+  sorted.routing.topk_ids = ids.routing.topk_ids;
+  return {sorted, sort, ids.topk_ids, workspace};
+}
+
+SortedSlots device_sorted_slots(const Op& op, const Tensor& topk_ids, int64_t num_experts) {
+  const UnsortedSlots slots = device_unsorted_slots(op, topk_ids, num_experts);
+  check_status(op, cuda::sort_slots(slots.sort, current_stream(topk_ids)));
+  return slots.sorted;
 }
 
 static std::tuple<Tensor, Tensor, Tensor> sort_slots_cuda(const Tensor& topk_ids,

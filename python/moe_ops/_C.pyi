@@ -29,10 +29,23 @@ def cache_limit() -> int: ...
 def release_cached() -> None: ...
 def use_huge_pages(data: int, bytes: int) -> int: ...
 def ffn_config(
-    stage: str, rows: int, num_experts: int, n: int, k: int, num_sms: int = 132
+    stage: str,
+    rows: int,
+    num_experts: int,
+    n: int,
+    k: int,
+    num_sms: int = 132,
+    invariant: bool = False,
 ) -> str: ...
 def gemm_config(
-    product: str, rows: int, num_experts: int, m: int, n: int, k: int, num_sms: int = 132
+    product: str,
+    rows: int,
+    num_experts: int,
+    m: int,
+    n: int,
+    k: int,
+    num_sms: int = 132,
+    invariant: bool = False,
 ) -> str: ...
 def row_blocks(rows: int, accesses: int, stretch: int) -> list[int]: ...
 

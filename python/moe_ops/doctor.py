@@ -323,7 +323,9 @@ def _cuda_kernels() -> Iterator[Finding]:
             missing[family] = errors[0]
             continue
         _, compiled_for, from_ptx, _ = kernels[0]
-        code = f"code for {compiled_for / 10:.1f} from PTX of {from_ptx / 10:.1f}"
+        code = f"code for {compiled_for / 10:.1f}"
+        if compiled_for != from_ptx:
+            code += f" that the driver made of PTX for {from_ptx / 10:.1f}"
         spills = sum(spilled > 0 for *_, spilled in kernels)
         note = f" ({len(kernels)}{f', {spills} spill' if spills else ''})"
         groups.setdefault(code, []).append(family + note)

@@ -1,10 +1,11 @@
-"""Which bits the CPU kernels promise: whether a token's output may depend on its batch.
+"""Which bits the kernels promise: whether a token's output may depend on its batch.
 
 Every op gives the same bits in every run, with any number of threads. The kernels choose an
 algorithm by the number of rows of each expert, though, and algorithms round differently, so that a
-token's output can differ in its last bits (with quantised experts, by about 1 %) between a call for
-it alone and a call for it among others. With the batch-invariant mode on it does not: a token's
-output then depends on that token, the weights and the instruction set alone.
+token's output can differ in its last bits (with quantised experts on the CPU, by about 1 %) between
+a call for it alone and a call for it among others. With the batch-invariant mode on it does not: a
+token's output then depends on that token, the weights and the instruction set, or on CUDA the card,
+alone.
 
 docs/numerics.md has the guarantees by op, and what the mode costs.
 """
@@ -23,14 +24,14 @@ _mode: bool = _C.batch_invariant()
 
 
 def set_batch_invariant(mode: bool) -> None:
-    """Turns the batch-invariant mode of the CPU kernels on or off.
+    """Turns the batch-invariant mode of the CPU and CUDA kernels on or off.
 
     With it on, the bits of a token's output do not depend on how many other tokens are in the call,
-    on where among them it is, or on how they are routed. Gradients are not covered, and CUDA
-    kernels do not read the setting.
+    on where among them it is, or on how they are routed. Gradients are not covered.
 
     It is one setting of the process, for all threads, which each op reads when it is called: a
-    compiled graph follows the setting at the time it runs. Its value at the start is on if the
+    compiled graph follows the setting at the time it runs, a CUDA graph keeps the kernels that it
+    captured. Its value at the start is on if the
     environment variable ``MOE_OPS_BATCH_INVARIANT`` is ``1``, otherwise off.
 
     Args:

@@ -264,9 +264,11 @@ def test_a_tile_is_forced_whenever_the_call_is_made(monkeypatch):
 # ------------------------------------------------------------------------------- build
 
 
-def test_commands_of_a_build(tmp_path):
+def test_commands_of_a_build(tmp_path, monkeypatch):
     whole = Sources(defines=("MOE_OPS_CUDART=shared",))
     assert build.configure(whole)[-1] == "-DMOE_OPS_CUDART=shared"
+    monkeypatch.setattr(build, "said", lambda command: ["8.9", "9.0"])
+    assert "-DMOE_OPS_CUDA_SASS=89" in build.configure(whole)
     assert "--target" not in build.compile_(whole)
     carried = Sources(library=tmp_path / "libmoe_ops.so")
     assert f"-DMOE_OPS_LIBRARY={tmp_path / 'libmoe_ops.so'}" in build.configure(carried)

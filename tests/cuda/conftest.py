@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import re
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 
 # Seeds times delays of asynchronous copies and products, in turns of a warp.
 SCHEDULES = tuple((seed, delay) for seed in (1, 2, 3, 4, 5) for delay in (1, 40, 400, 20000))
-DEFAULTS = {"seed": 1, "async_delay": 40, "race": 0, "check_uninit": 0, "sms": 16}
+DEFAULTS = {"seed": 1, "async_delay": 40, "race": 0, "check_uninit": 0, "sms": 16, "verbose": 0}
 
 
 class Simulator:
@@ -47,6 +48,14 @@ class Simulator:
         before = {name: self.stat(name) for name in names}
         call()
         return {name: self.stat(name) - before[name] for name in names}
+
+    def launched(self, call: Callable[[], object], capfd: pytest.CaptureFixture[str]) -> list[str]:
+        """The kernels that a call launches, by the first 100 characters of their mangled names."""
+        capfd.readouterr()
+        with self.options(verbose=1):
+            call()
+        lines = capfd.readouterr().err.splitlines()
+        return [line.split()[1] for line in lines if re.match(r"ptxsim: \S+ grid \(", line)]
 
     def warnings(self) -> str:
         """The warnings since the last time (races, missing fences), one a line; clears them."""

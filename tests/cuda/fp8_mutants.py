@@ -1,39 +1,28 @@
-"""Breaks the PTX of the fp8 kernels for sm_90a in one place at a time and asks whether the
-simulator notices, as sm90_mutants.py, whose parts it takes. Run by test_grouped_gemm_fp8.py; prints
-{mutant: how it was noticed, or null} as JSON."""
+"""Breaks the PTX of the fp8 kernels for sm_90a (tests/helpers/ptx_mutants.py). Run by
+test_grouped_gemm_fp8.py."""
 
 from __future__ import annotations
 
-import json
-import os
-import sys
-import tempfile
-from pathlib import Path
-
 import torch
-from sm90_mutants import (
+from tests.helpers.fp8 import fp8_gemm_operands, fp8_wgrad_operands
+from tests.helpers.ptx_mutants import (
     EXPECT,
     INIT,
     LOAD_A,
     LOAD_B,
     PASS,
-    SCHEDULES,
     TRY_WAIT,
+    Case,
     Mutation,
-    Simulator,
     added,
-    in_child,
-    in_kernel,
+    main,
     sub,
     wait_before,
 )
-from tests.helpers.fp8 import fp8_gemm_operands, fp8_wgrad_operands
-from tests.helpers.simulator import use_simulator
 
 import moe_ops
 
 LOAD_SCALE = r"(ld\.global\.nc\.f32 %f\d+, \[%rd\d+)\]"
-LIMITS = {"sms": 2, "livelock_insts": 3_000_000, "max_insts": 20_000_000, "race": 1}
 
 # As the enum of csrc/cuda/grouped_gemm_fp8/sm90.h numbers them.
 TILES = ("2x128x128", "128x128", "64x128")
@@ -88,72 +77,21 @@ MUTANTS: dict[str, tuple[str, Mutation]] = {
 }
 
 
-def operands(tile: str) -> dict[str, torch.Tensor]:
-    """Sums longer than the ring, several tiles a block, experts that end inside a tile or group."""
-    torch.manual_seed(5)
+def make_case(tile: str) -> Case:
+    """Sums longer than the ring, several tiles a block, experts that end inside a tile or group. Of
+    the kernels in the module, that of the tile whose rows are not gathered."""
     if tile == WGRAD:
-        return fp8_wgrad_operands((1100, 3, 0, 300), 264, 136)
-    return fp8_gemm_operands((130, 3, 0, 300, 70), 1168, 136)
-
-
-def run(call: dict[str, torch.Tensor]) -> torch.Tensor:
-    op = moe_ops.grouped_gemm_fp8 if "b" in call else moe_ops.grouped_gemm_fp8_wgrad
-    return op(**call, out_dtype=torch.float32)
-
-
-def how_noticed(call: dict[str, torch.Tensor], expected: torch.Tensor) -> str:
-    simulator = Simulator()
-    simulator.set(**LIMITS)
-    for seed, delay in SCHEDULES:
-        simulator.set(seed=seed, async_delay=delay)
-        try:
-            out = run(call)
-        except RuntimeError as error:
-            return f"error: {str(error)[:200]}"
-        warnings = simulator.warnings()
-        if warnings:
-            return f"warning: {warnings[:200]}"
-        if not torch.equal(out.view(torch.int32), expected.view(torch.int32)):
-            return "other bits"
-    return ""
-
-
-def main(only: list[str]) -> None:
-    torch.set_num_threads(1)  # threads do not survive a fork
-    use_simulator()
-    result: dict[str, str | None] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        kernels: dict[str, tuple[str, torch.Tensor]] = {}
-        for name, (tile, mutate) in MUTANTS.items():
-            if only and name not in only:
-                continue
-            os.environ["MOE_OPS_GEMM_TILE"] = tile
-            call = operands(tile)
-            if tile not in kernels:
-                prefix = f"{folder}/{tile}"
-
-                def dump(prefix=prefix, call=call) -> str:
-                    simulator = Simulator()
-                    simulator.set(sms=2, race=1)
-                    torch.save(run(call), prefix + ".pt")
-                    return simulator.warnings()
-
-                warned = in_child({"PTXSIM_DUMP_PTX": prefix}, dump)
-                assert warned == "", warned
-                ptx = Path(prefix + ".0.ptx").read_text()
-                kernels[tile] = ptx, torch.load(prefix + ".pt")
-            ptx, expected = kernels[tile]
-            changed = Path(folder, "mutant.ptx")
-            # Of the kernels in the module, that of the tile whose rows are not gathered.
-            kernel = "fp8_wgrad" if tile == WGRAD else f"TileShapeE{TILES.index(tile)}ELb0E"
-            changed.write_text(in_kernel(mutate, kernel)(ptx))
-
-            def notice(expected=expected, call=call) -> str:
-                return how_noticed(call, expected)
-
-            result[name] = in_child({"PTXSIM_OVERRIDE_PTX": str(changed)}, notice) or None
-    json.dump(result, sys.stdout, indent=1)
+        call = fp8_wgrad_operands((1100, 3, 0, 300), 264, 136)
+        op, kernel = moe_ops.grouped_gemm_fp8_wgrad, "fp8_wgrad"
+    else:
+        call = fp8_gemm_operands((130, 3, 0, 300, 70), 1168, 136)
+        op, kernel = moe_ops.grouped_gemm_fp8, f"TileShapeE{TILES.index(tile)}ELb0E"
+    return Case(
+        run=lambda: op(**call, out_dtype=torch.float32),
+        kernel=(kernel,),
+        env={"MOE_OPS_GEMM_TILE": tile},
+    )
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(MUTANTS, make_case)

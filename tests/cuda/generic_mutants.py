@@ -1,24 +1,18 @@
-"""Breaks the PTX of the grouped GEMMs for any card in one place at a time and asks whether the
-simulator notices. Run by test_grouped_gemm.py; prints {mutant: how it was noticed, or null} as
-JSON. How mutants run: sm90_mutants.py."""
+"""Breaks the PTX of the grouped GEMMs for any card (tests/helpers/ptx_mutants.py). Run by
+test_grouped_gemm.py."""
 
 from __future__ import annotations
 
-import json
-import os
-import sys
-import tempfile
-from pathlib import Path
-
 import torch
-from sm90_mutants import Mutation, Simulator, how_noticed, in_child, in_kernel, run, sub
-from tests.helpers.simulator import use_simulator
+from tests.helpers.ptx_mutants import Case, Mutation, main, sub
+
+import moe_ops
 
 COPY = r"(cp\.async\.cg\.shared\.global \[%r\d+\], \[%rd\d+\], 16, )%r\d+;"
 WAIT = r"cp\.async\.wait_group \d;"
 
-# name: (product as in sm90_mutants, element type, tile, mutation). Only the kernel of that product
-# and tile is changed.
+# name: (product as in sm90_mutants.py, element type, tile, mutation). Only the kernel of that
+# product and tile is changed.
 MUTANTS: dict[str, tuple[str, str, str, Mutation]] = {
     "copies not awaited": ("nt", "bf16", "small", sub(WAIT, "")),
     "a stage too few awaited": ("nt", "bf16", "large", sub(WAIT, "cp.async.wait_group 3;")),
@@ -45,9 +39,33 @@ MUTANTS: dict[str, tuple[str, str, str, Mutation]] = {
         "nt",
         "bf16",
         "small",
-        sub(r"(shfl\.sync\.up\.b32 %r\d+\|%p\d+, %r\d+, )%r\d+", r"\g<1>1", 3),
+        sub(r"(shfl\.sync\.up\.b32 %r\d+\|%p\d+, %r\d+, )%r\d+", r"\g<1>1"),
     ),
     "a pair of results not stored": ("nt", "bf16", "large", sub(r"st\.global[^;]*;", "", 0)),
+    "lanes of a quad do not exchange": (
+        "nt",
+        "bf16",
+        "large",
+        sub(r"shfl\.sync\.bfly\.b32 (%r\d+)\|%p\d+, (%r\d+), [^;]*;", r"mov.b32 \1, \2;", 5),
+    ),
+    "the next tile is read before it is found": (
+        "nt",
+        "bf16",
+        "large",
+        sub(r"bar\.sync 0;", "", 0),
+    ),
+    "rows of the step before are copied": (
+        "tn",
+        "bf16",
+        "large",
+        sub(r"st\.shared\.u64[^;]*;", "", -1),
+    ),
+    "rows are copied before they are looked up": (
+        "tn",
+        "bf16",
+        "large",
+        sub(r"bar\.sync 0;", "", 0),
+    ),
     "fp32: a correction left out": ("nt", "fp32", "small", sub(r"mma\.sync[^;]*;", "", 0)),
 }
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -57,7 +75,6 @@ COUNTS = {"large": (130, 3, 0, 600, 70), "small": (70, 3, 0, 40, 33)}
 
 def operands(product: str, dtype: torch.dtype, tile: str) -> dict[str, torch.Tensor]:
     """Sums longer than the ring, several tiles a block, experts that end inside a tile."""
-    torch.manual_seed(5)
     counts, n, k = COUNTS[tile], 136, 328
     rows = sum(counts)
     offsets = torch.tensor([0, *counts]).cumsum(0).to(torch.int32)
@@ -72,50 +89,19 @@ def operands(product: str, dtype: torch.dtype, tile: str) -> dict[str, torch.Ten
     return {"a": torch.randn(rows, k).to(dtype), "b": b, "expert_offsets": offsets}
 
 
-def name_parts(product: str, tile: str) -> tuple[str, str, str]:
-    """What the name of a product's kernel has in it."""
-    return (
-        "grouped_wgrad_kernel" if product == "tn" else "grouped_gemm_kernel",
-        "Li128ELi128E" if tile == "large" else "Li64ELi64E",
-        "Lb0ELb0E" if product == "tn" else "Lb1ELb1E",
+def make_case(product: str, dtype: str, tile: str) -> Case:
+    op = moe_ops.grouped_gemm_wgrad if product == "tn" else moe_ops.grouped_gemm
+    call = operands(product, DTYPES[dtype], tile)
+    return Case(
+        run=lambda: op(**call),
+        kernel=(
+            "grouped_wgrad_kernel" if product == "tn" else "grouped_gemm_kernel",
+            "Li128ELi256E" if tile == "large" else "Li64ELi64E",
+            "Lb0EEEv" if product == "tn" else "Lb1ELb1E",  # without factors; B [n][k]
+        ),
+        env={"MOE_OPS_GEMM_TILE": "generic"},
     )
 
 
-def main(only: list[str]) -> None:
-    torch.set_num_threads(1)  # threads do not survive a fork
-    os.environ["MOE_OPS_GEMM_TILE"] = "generic"
-    use_simulator()
-    result: dict[str, str | None] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        kernels: dict[tuple[str, str, str], tuple[str, dict[str, torch.Tensor], torch.Tensor]] = {}
-        for name, (product, dtype, tile, mutate) in MUTANTS.items():
-            if only and name not in only:
-                continue
-            key = product, dtype, tile
-            if key not in kernels:
-                prefix = f"{folder}/{'_'.join(key)}"
-                call = operands(product, DTYPES[dtype], tile)
-
-                def dump(product=product, call=call, prefix=prefix) -> str:
-                    simulator = Simulator()
-                    simulator.set(sms=2, race=1)
-                    torch.save(run(product, call), prefix + ".pt")
-                    return simulator.warnings()
-
-                warned = in_child({"PTXSIM_DUMP_PTX": prefix}, dump)
-                assert warned == "", warned
-                text = Path(prefix + ".0.ptx").read_text()
-                kernels[key] = text, call, torch.load(prefix + ".pt")
-            ptx, call, expected = kernels[key]
-            changed = Path(folder, "mutant.ptx")
-            changed.write_text(in_kernel(mutate, *name_parts(product, tile))(ptx))
-
-            def notice(product=product, call=call, expected=expected) -> str:
-                return how_noticed(product, call, expected)
-
-            result[name] = in_child({"PTXSIM_OVERRIDE_PTX": str(changed)}, notice) or None
-    json.dump(result, sys.stdout, indent=1)
-
-
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(MUTANTS, make_case)

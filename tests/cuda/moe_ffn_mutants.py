@@ -1,51 +1,55 @@
-"""Breaks the PTX of moe_ffn's own sm_90a kernels in one place at a time and asks whether the
-simulator notices. Run by test_moe_ffn_sm90.py; prints {mutant: how it was noticed, or null} as
-JSON.
-"""
+"""Breaks the PTX of moe_ffn's own sm_90a kernels (tests/helpers/ptx_mutants.py). Run by
+test_moe_ffn_sm90.py."""
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import sys
-import tempfile
-from pathlib import Path
 
 import torch
-from sm90_mutants import (
+from tests.helpers.ffn import ffn_operands, stored
+from tests.helpers.ptx_mutants import (
     EXPECT,
     LOAD_B,
     PASS,
-    SCHEDULES,
     TRY_WAIT,
+    Case,
     Mutation,
-    Simulator,
     added,
-    in_child,
-    in_kernel,
+    main,
     sub,
     wait_before,
 )
-from tests.helpers.ffn import ffn_operands
 from tests.helpers.routing import Routing
-from tests.helpers.simulator import use_simulator
 
 import moe_ops
 
 BOX = r"(cp\.async\.bulk\.tensor\.3d[^;]*?\{%r\d+, )(%r\d+)(, %r\d+\}[^;]*;)"
+DENSE_SIDE = r"(cp\.async\.bulk\.tensor\.3d[^;]*?\{)(%r\d+)(, %r\d+, %r\d+\}[^;]*;)"
+# The last two say how A and B lie: a kernel has one loop for each way that its weights may lie.
+ALONG_K = r"(wgmma\.mma_async[^;]*?, 1, 1), 0, 0;"
+A_ALONG_M = r"(wgmma\.mma_async[^;]*?, 1, 1), 1, 0;"
+B_ALONG_N = r"(wgmma\.mma_async[^;]*?, 1, 1), 0, 1;"
 COPY = r"cp\.async\.cg\.shared\.global[^;]*;"
+BARRIER = r"bar\.sync\s+0;"
 ARRIVE = r"cp\.async\.mbarrier\.arrive\.noinc(\.shared::cta\.b64) (\[%r\d+\]);"
 MULTICAST = r"(cp\.async\.bulk\.tensor\.3d[^;]*?)\.multicast::cluster([^;]*?), %rs\d+(, %rd\d+;)"
+# Of a slot by the slots of a token, one for each row of a thread.
+DIVISION = r"mul\.hi\.u32\s+(%r\d+), (%r\d+), (%r\d+);"
 # Two registers, unlike the change of a phase.
 SWIZZLE = r"xor\.b32\s+(%r\d+), (?!\1)(%r\d+), (%r\d+);"
 
 
-def no_exchange(distance: int, value: str = r"\2", followed_by: str = "") -> Mutation:
-    """Lanes so far apart do not exchange: each keeps its own value, or gets another one."""
+def no_exchange(
+    distance: int | tuple[int, int], value: str = r"\2", followed_by: str = ""
+) -> Mutation:
+    """Lanes so far apart (the kernel may choose between two distances) do not exchange: each keeps
+    its own value, or gets another one."""
 
     def mutate(ptx: str) -> str:
-        lanes = set(re.findall(rf"mov\.u32\s+(%r\d+), {distance};", ptx))
+        made = rf"mov\.u32\s+(%r\d+), {distance};"
+        if isinstance(distance, tuple):
+            made = rf"selp\.b32\s+(%r\d+), {distance[0]}, {distance[1]}, %p\d+;"
+        lanes = set(re.findall(made, ptx))
         shuffle = r"shfl\.sync\.bfly\.b32\s+(%r\d+)\|%p\d+, (%r\d+), (%r\d+), %r\d+, %r\d+;"
         found = [m for m in re.finditer(shuffle + followed_by, ptx) if m[3] in lanes]
         if not found:
@@ -59,7 +63,9 @@ def no_exchange(distance: int, value: str = r"\2", followed_by: str = "") -> Mut
 
 
 # name: (kernel, tile, mutation). Waits of a ping-pong kernel are turn, full, empty in the order of
-# the text; of the others full, empty.
+# the text; of the others full, empty. "stored" kernels are the same with weights as gpt-oss and
+# Llama 4 store them, along their features: the loop and the boxes of an up kernel for these come
+# first.
 MUTANTS: dict[str, tuple[str, str, Mutation]] = {
     "up: gathered rows announced before they are there": (
         "up",
@@ -70,16 +76,15 @@ MUTANTS: dict[str, tuple[str, str, Mutation]] = {
     "up: an eighth of the rows are slots, not tokens": (
         "up",
         "high",
-        # The last eight divisions are those of a thread's rows.
-        sub(r"div\.s32\s+(%r\d+), (%r\d+), (%r\d+);", r"mov.b32 \1, \2;", -8),
+        sub(DIVISION, r"mov.b32 \1, \2;", 0),
     ),
-    "up: full wait dropped": ("up", "high", wait_before(r"wgmma\.fence")),
+    "up: full wait dropped": ("up", "high", wait_before(ALONG_K)),
     "up: expected bytes 32 short": ("up", "high", sub(EXPECT, added(r"\2", -32) + r"\1q; }")),
     "up: pairs of a quad do not exchange": ("up", "high", no_exchange(2)),
     "up: half of w_gate_up 8 rows further": (
         "up",
         "low",
-        sub(BOX, added(r"\2", 8) + r"\1q\3 }", 1),
+        sub(BOX, added(r"\2", 8) + r"\1q\3 }", -1),
     ),
     "up: turn wait dropped": ("up", "low", sub(TRY_WAIT, PASS, 0)),
     "up: products not awaited at the end": (
@@ -91,7 +96,7 @@ MUTANTS: dict[str, tuple[str, str, Mutation]] = {
     "up: remote release dropped": (
         "up",
         "pair",
-        sub(r"mbarrier\.arrive\.shared::cluster\.b64\s+_, \[remAddr32\];", "", 0),
+        sub(r"mbarrier\.arrive\.shared::cluster\.b64\s+_, \[remAddr32\];", "", -2),
     ),
     "down_bwd: an eighth of grad_y not copied": ("down_bwd", "high", sub(COPY, "", 0)),
     "down_bwd: turn wait dropped": ("down_bwd", "high", sub(TRY_WAIT, PASS, 0)),
@@ -106,13 +111,79 @@ MUTANTS: dict[str, tuple[str, str, Mutation]] = {
         no_exchange(2, "0", r"\s+mov\.b32\s+%f\d+, %r\d+;\s+add\.f32"),
     ),
     "down_bwd: neighbours of a quad do not exchange": ("down_bwd", "high", no_exchange(1)),
-    "few: lanes do not exchange": ("few", "", no_exchange(4)),
+    "up, stored: multiplied as if along K": ("up stored", "high", sub(B_ALONG_N, r"\1, 0, 0;")),
+    "up, stored: full wait dropped": ("up stored", "low", wait_before(B_ALONG_N)),
+    "up, stored: a box of w_gate_up 8 features further": (
+        "up stored",
+        "high",
+        sub(DENSE_SIDE, added(r"\2", 8) + r"\1q\3 }", 1),
+    ),
+    "up, stored: half of w_gate_up not multicast": (
+        "up stored",
+        "pair",
+        sub(MULTICAST, r"\1\2\3"),
+    ),
+    "down_bwd, stored: multiplied as if along N": (
+        "down_bwd stored",
+        "high",
+        sub(ALONG_K, r"\1, 0, 1;"),
+    ),
+    "down_bwd, stored: full wait dropped": ("down_bwd stored", "high", wait_before(ALONG_K)),
+    "wgrad_down: gathered rows announced before they are there": (
+        "wgrad_down",
+        "128x256",
+        sub(ARRIVE, r"mbarrier.arrive\1 _, \2;"),
+    ),
+    # The last read is that of the loop, for the stage after.
+    "wgrad_down: index of the next row": (
+        "wgrad_down",
+        "128x256",
+        sub(r"(ld\.global\.nc\.s32 %r\d+, \[%rd\d+)\]", r"\1+4]", -1),
+    ),
+    "wgrad_down: a quarter of the rows are slots, not tokens": (
+        "wgrad_down",
+        "128x256",
+        sub(DIVISION, r"mov.b32 \1, \2;", -1),
+    ),
+    "wgrad_down: half of the rows not multicast": (
+        "wgrad_down",
+        "128x256",
+        sub(MULTICAST, r"\1\2\3"),
+    ),
+    "wgrad_down: remote release dropped": (
+        "wgrad_down",
+        "128x256",
+        sub(r"mbarrier\.arrive\.shared::cluster\.b64\s+_, \[remAddr32\];", "", 0),
+    ),
+    "wgrad_up: an eighth of x not copied": ("wgrad_up", "128x256", sub(COPY, "", 0)),
+    "wgrad_up: empty wait dropped": (
+        "wgrad_up",
+        "128x256",
+        wait_before(r"mbarrier\.arrive\.expect_tx"),
+    ),
+    "few: lanes do not exchange": ("few", "", no_exchange((4, 8))),
+    "few, stored: multiplied as if along k": ("few stored", "", sub(A_ALONG_M, r"\1, 0, 0;")),
+    "few, stored: second block of weights 8 features further": (
+        "few stored",
+        "",
+        sub(DENSE_SIDE, added(r"\2", 8) + r"\1q\3 }", 1),
+    ),
+    "few, stored: gate and up do not meet": ("few stored", "", no_exchange(4)),
+    "few, stored: neighbours do not exchange": ("few stored", "", no_exchange((4, 8))),
     "few: second block of weights 8 rows further": (
         "few",
         "",
         sub(BOX, added(r"\2", 8) + r"\1q\3 }", 1),
     ),
     "few: empty wait dropped": ("few", "", wait_before(r"mbarrier\.arrive\.expect_tx")),
+    "few: experts are counted before their counts are zero": ("few", "", sub(BARRIER, "", 0)),
+    "few: an expert is looked for before all are counted": ("few", "", sub(BARRIER, "", 1)),
+    "few: slots are read before they are listed": ("few", "", sub(BARRIER, "", 3)),
+    "few: a slot's place counts the slot itself": (
+        "few",
+        "",
+        sub(r"popc\.b32\s+(%r\d+), (%r\d+);(\s+add)", r"popc.b32 \1, \2; add.s32 \1, \1, 1;\3", 0),
+    ),
     "few: first block of weights of the next expert": (
         "few",
         "",
@@ -124,104 +195,75 @@ MUTANTS: dict[str, tuple[str, str, Mutation]] = {
 def name_parts(kernel: str, tile: str) -> tuple[str, ...]:
     """Of the kernel's name: its template arguments, as csrc/cuda/moe_ffn numbers them. A module
     holds all kernels of a stage."""
-    if kernel == "few":
+    if kernel.startswith("few"):
         return ("sm90_few_rows_kernel", "Li32E")  # up to 32 tokens
+    if kernel.startswith("wgrad"):  # as csrc/cuda/grouped_gemm/config.h numbers them
+        return (f"ProductE{5 if kernel == 'wgrad_down' else 6}E", "TileShapeE0E")
     tiles = f"FfnTileE{('low', 'high', 'pair').index(tile)}E"
-    return (tiles, "GateUpE0E") if kernel == "up" else (tiles,)
+    return (tiles, "GateUpE0E") if kernel.startswith("up") else (tiles,)
 
 
-class Case:
-    """Inputs of a kernel. prepare() runs what comes before it, run() it and what follows."""
+def make_case(kernel: str, tile: str) -> Case:
+    """Sums longer than the ring; with two SMs at least three tiles a block."""
+    # An expert of two row tiles, and one of a tile alone.
+    routing = Routing(200, 3, 2, "skewed")
+    if kernel.startswith("few"):
+        routing = Routing(30, 3, 2, "dropped")
+    elif kernel.startswith("wgrad"):
+        routing = Routing(300, 3, 2, "skewed")
+    activation = "swiglu_oai" if kernel == "few stored" else "swiglu"
+    call = ffn_operands(routing, 520, 136, torch.bfloat16, activation=activation, bias=True)
+    call["interleaved"] = kernel == "few stored"
+    if kernel.endswith("stored"):
+        call = stored(call)
+    forward = kernel.startswith(("up", "few"))
+    case = forward_case(call) if forward else backward_case(call, kernel)
+    case.kernel = name_parts(kernel, tile)
+    # The weight gradients are kernels of the grouped products.
+    of_product = kernel.startswith("wgrad")
+    case.env = {
+        "MOE_OPS_GEMM_TILE": tile if of_product else "",
+        "MOE_OPS_FFN_TILE": "" if of_product else tile,
+    }
+    return case
 
-    def __init__(self, kernel: str) -> None:
-        torch.manual_seed(5)
-        self.kernel = kernel
-        # Sums longer than the ring; with two SMs at least three tiles a block.
-        routing = Routing(9 if kernel == "few" else 120, 3, 2, "dropped")
-        self.call = ffn_operands(routing, 520, 136, torch.bfloat16, bias=True)
-        self.grad = torch.randn_like(self.call["x"])
-        self.arguments: tuple[object, ...] = ()
 
-    def prepare(self) -> None:
-        call = self.call
-        experts = call["w_down"].shape[0]
-        if self.kernel != "down_bwd":
-            moe_ops.sort_slots(call["topk_ids"], experts)
-            return
-        names = ("x", "w_gate_up", "w_down", "topk_weights")
-        _, *saved = torch.ops.moe_ops.moe_ffn_fwd(
-            *(call[n] for n in names), call["topk_ids"], call["b_gate_up"], call["b_down"]
+def forward_case(call: dict[str, torch.Tensor]) -> Case:
+    experts = call["w_down"].shape[0]
+    return Case(
+        run=lambda: moe_ops.moe_ffn(**call),
+        prepare=lambda: moe_ops.sort_slots(call["topk_ids"], experts),
+        kernel=(),
+    )
+
+
+def backward_case(call: dict[str, torch.Tensor], kernel: str) -> Case:
+    """The gradients of w_down, of the routing weights and of b_gate_up, or what a weight gradient
+    takes; the forward that saves what they need comes before."""
+    grad = torch.randn_like(call["x"])
+    operands = [call[n] for n in ("x", "w_gate_up", "w_down", "topk_weights")]
+    options = ("swiglu", False, False, 1.702, 7.0)
+    of_product, of_up = kernel.startswith("wgrad"), kernel == "wgrad_up"
+    wanted = (False, False, True, True, True, False)
+    if of_product:
+        wanted = (False, of_up, not of_up, True, False, False)
+    saved: list[torch.Tensor] = []
+
+    def forward() -> None:
+        saved[:] = torch.ops.moe_ops.moe_ffn_fwd(
+            *operands, call["topk_ids"], call["b_gate_up"], call["b_down"]
+        )[1:]
+        if of_product:
+            # The stage before has run, so that the weight gradient is the next module to load.
+            backward((False, False, False, True, False, False))
+
+    def backward(gradients: tuple[bool, ...]) -> tuple[torch.Tensor, ...]:
+        return torch.ops.moe_ops.moe_ffn_bwd(
+            grad, *operands, *saved, call["b_down"], *options, *gradients
         )
-        options = ("swiglu", False, False, 1.702, 7.0)
-        # The gradients of w_down, of the routing weights and of b_gate_up.
-        wanted = (False, False, True, True, True, False)
-        self.arguments = (*(call[n] for n in names), *saved, call["b_down"], *options, *wanted)
 
-    def run(self) -> torch.Tensor:
-        """Everything that comes out, as bytes."""
-        if self.kernel == "down_bwd":
-            out = torch.ops.moe_ops.moe_ffn_bwd(self.grad, *self.arguments)
-        else:
-            out = (moe_ops.moe_ffn(**self.call),)
-        return torch.cat([t.reshape(-1).view(torch.uint8) for t in out])
-
-
-def how_noticed(case: Case, expected: torch.Tensor, env: dict[str, str]) -> str:
-    case.prepare()
-    os.environ.update(env)
-    simulator = Simulator()
-    simulator.set(sms=2, livelock_insts=3_000_000, max_insts=40_000_000, race=1)
-    for seed, delay in SCHEDULES:
-        simulator.set(seed=seed, async_delay=delay)
-        try:
-            out = case.run()
-        except RuntimeError as error:
-            return f"error: {str(error)[:200]}"
-        warnings = simulator.warnings()
-        if warnings:
-            return f"warning: {warnings[:200]}"
-        if not torch.equal(out, expected):
-            return "other bits"
-    return ""
-
-
-def main(only: list[str]) -> None:
-    torch.set_num_threads(1)  # threads do not survive a fork
-    use_simulator()
-    result: dict[str, str | None] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        kernels: dict[tuple[str, str], tuple[str, Case, torch.Tensor]] = {}
-        for name, (kernel, tile, mutate) in MUTANTS.items():
-            if only and name not in only:
-                continue
-            os.environ["MOE_OPS_FFN_TILE"] = tile
-            if (kernel, tile) not in kernels:
-                prefix = f"{folder}/{kernel}_{tile}"
-                case = Case(kernel)
-
-                def dump(case=case, prefix=prefix) -> str:
-                    case.prepare()
-                    os.environ["PTXSIM_DUMP_PTX"] = prefix
-                    simulator = Simulator()
-                    simulator.set(sms=2, race=1)
-                    torch.save(case.run(), prefix + ".pt")
-                    return simulator.warnings()
-
-                warned = in_child({}, dump)
-                assert warned == "", warned
-                ptx = Path(prefix + ".0.ptx").read_text()
-                kernels[kernel, tile] = (ptx, case, torch.load(prefix + ".pt"))
-            ptx, case, expected = kernels[kernel, tile]
-            changed = Path(folder, "mutant.ptx")
-            changed.write_text(in_kernel(mutate, *name_parts(kernel, tile))(ptx))
-            env = {"PTXSIM_OVERRIDE_PTX": str(changed)}
-
-            def notice(case=case, expected=expected, env=env) -> str:
-                return how_noticed(case, expected, env)
-
-            result[name] = in_child({}, notice) or None
-    json.dump(result, sys.stdout, indent=1)
+    return Case(run=lambda: backward(wanted), prepare=forward, kernel=())
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(MUTANTS, make_case)

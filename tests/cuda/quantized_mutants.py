@@ -1,21 +1,14 @@
-"""Breaks the PTX of the kernels of moe_ffn_quantized in one place at a time and asks whether the
-simulator notices. Run by test_moe_ffn_quantized.py; prints {mutant: how it was noticed, or null} as
-JSON. How mutants run: sm90_mutants.py."""
+"""Breaks the PTX of the kernels of moe_ffn_quantized (tests/helpers/ptx_mutants.py). Run by
+test_moe_ffn_quantized.py."""
 
 from __future__ import annotations
 
-import json
 import os
-import sys
-import tempfile
-from pathlib import Path
 
 import torch
-from moe_linear_reduce_mutants import how_noticed
-from sm90_mutants import Mutation, Simulator, in_child, in_kernel, sub
+from tests.helpers.ptx_mutants import Case, Mutation, main, sub
 from tests.helpers.quantized import quantized_operands
 from tests.helpers.routing import Routing
-from tests.helpers.simulator import use_simulator
 
 import moe_ops
 
@@ -48,73 +41,28 @@ MUTANTS: dict[str, tuple[str, int, Mutation]] = {
 }
 
 
-class Case:
-    """Several passes over the rows of an expert, several steps and tiles a block."""
+def make_case(kernel: str, bits: int) -> Case:
+    """Several passes over the rows of an expert, several steps and tiles a block. The call of the
+    other kernel launches all that is not in the module of this one."""
+    few = kernel == "few"
+    routing = Routing(8 if few else 90, 3, 2, "dropped")
+    call = quantized_operands(routing, 1152, 128, torch.bfloat16, bits, 32)
+    if few:
+        call["topk_ids"][:] = 1
 
-    def __init__(self, kernel: str, bits: int) -> None:
-        torch.manual_seed(5)
-        self.kernel = kernel
-        tokens = 8 if kernel == "few" else 90
-        routing = Routing(tokens, 3, 2, "dropped")
-        self.call = quantized_operands(routing, 1152, 128, torch.bfloat16, bits, 32)
-        if kernel == "few":
-            self.call["topk_ids"][:] = 1
+    def run(which: str) -> torch.Tensor:
+        os.environ["MOE_OPS_QUANT_KERNEL"] = which
+        return moe_ops.moe_ffn_quantized(**call)
 
-    def prepare(self) -> None:
-        """Loads all modules but that of the kernel: the environment names the one that is loaded
-        afterwards."""
-        self._run("tiles" if self.kernel == "few" else "few")
-
-    def run(self) -> torch.Tensor:
-        return self._run(self.kernel)
-
-    def _run(self, kernel: str) -> torch.Tensor:
-        os.environ["MOE_OPS_QUANT_KERNEL"] = kernel
-        return moe_ops.moe_ffn_quantized(**self.call)
-
-
-def name_parts(kernel: str, bits: int) -> tuple[str, ...]:
-    """What the name of the kernel has in it."""
-    if kernel == "few":
-        return "quantized_few_kernel", f"Li{0 if bits == 8 else 32}ELb1ELi1E"
-    return "quantized_tile_kernel", "Li64ELi128ELi64E", f"Li{bits}ELi{0 if bits == 8 else 32}ELi2E"
-
-
-def main(only: list[str]) -> None:
-    torch.set_num_threads(1)  # threads do not survive a fork
-    use_simulator()
-    result: dict[str, str | None] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        modules: dict[tuple[str, int], tuple[Case, str, torch.Tensor]] = {}
-        for name, (kernel, bits, mutate) in MUTANTS.items():
-            if only and name not in only:
-                continue
-            if (kernel, bits) not in modules:
-                case, prefix = Case(kernel, bits), f"{folder}/{kernel}{bits}"
-
-                def dump(case: Case = case, prefix: str = prefix) -> str:
-                    case.prepare()
-                    os.environ["PTXSIM_DUMP_PTX"] = prefix
-                    simulator = Simulator()
-                    simulator.set(sms=2, race=1)
-                    torch.save(case.run(), prefix + ".pt")
-                    return simulator.warnings()
-
-                warned = in_child({}, dump)
-                assert warned == "", warned
-                text = Path(prefix + ".0.ptx").read_text()
-                modules[kernel, bits] = case, text, torch.load(prefix + ".pt")
-            case, ptx, expected = modules[kernel, bits]
-            changed = Path(folder, "mutant.ptx")
-            changed.write_text(in_kernel(mutate, *name_parts(kernel, bits))(ptx))
-            env = {"PTXSIM_OVERRIDE_PTX": str(changed)}
-
-            def notice(case: Case = case, expected: torch.Tensor = expected, env=env) -> str:
-                return how_noticed(case, expected, env)
-
-            result[name] = in_child({}, notice) or None
-    json.dump(result, sys.stdout, indent=1)
+    group = 0 if bits == 8 else 32
+    return Case(
+        run=lambda: run(kernel),
+        kernel=("quantized_few_kernel", f"Li{group}ELb1ELi1E")
+        if few
+        else ("quantized_tile_kernel", "Li64ELi128ELi64E", f"Li{bits}ELi{group}ELi2E"),
+        prepare=lambda: run("tiles" if few else "few"),
+    )
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(MUTANTS, make_case)

@@ -1,27 +1,17 @@
-"""Breaks the PTX of the routing and permutation kernels in one place at a time and asks whether the
-simulator notices. Run by test_simt_mutants.py; prints {mutant: how it was noticed, or null} as
-JSON. How mutants run: sm90_mutants.py.
-
-"""
+"""Breaks the PTX of the routing and permutation kernels (tests/helpers/ptx_mutants.py). Run by
+test_simt_mutants.py."""
 
 from __future__ import annotations
 
-import json
-import sys
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
-from sm90_mutants import Mutation, Simulator, in_child, in_kernel, sub
+from tests.helpers.ptx_mutants import Case, Mutation, main, sub
 from tests.helpers.routing import Routing
-from tests.helpers.simulator import use_simulator
 
 import moe_ops
 
-SEEDS = (1, 2, 3, 4)
-
-Call = Callable[[], object]
+Call = Callable[[], torch.Tensor | tuple[torch.Tensor, ...]]
 
 
 def sort_slots() -> Call:
@@ -231,67 +221,14 @@ MUTANTS: dict[str, tuple[Callable[[], Call], tuple[str, ...], Mutation]] = {
 }
 
 
-def output_bytes(call: Call) -> torch.Tensor:
-    out = call()
-    return torch.cat(
-        [t.reshape(-1).view(torch.uint8) for t in (out if isinstance(out, tuple) else (out,))]
-    )
-
-
-def made(make: Callable[[], Call]) -> Call:
-    torch.manual_seed(5)
-    return make()
-
-
-def how_noticed(call: Call, expected: torch.Tensor) -> str:
-    simulator = Simulator()
-    simulator.set(livelock_insts=3_000_000, max_insts=20_000_000, race=1, check_uninit=1)
-    for seed in SEEDS:
-        simulator.set(seed=seed)
-        try:
-            out = output_bytes(call)
-        except RuntimeError as error:
-            return f"error: {str(error)[:200]}"
-        warnings = simulator.warnings()
-        if warnings:
-            return f"warning: {warnings[:200]}"
-        if not torch.equal(out, expected):
-            return "other bits"
-    return ""
-
-
-def main(only: list[str]) -> None:
-    torch.set_num_threads(1)  # threads do not survive a fork
-    use_simulator()
-    result: dict[str, str | None] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        modules: dict[str, tuple[str, torch.Tensor]] = {}
-        for name, (make, parts, mutate) in MUTANTS.items():
-            if only and name not in only:
-                continue
-            call, op = made(make), make.__name__
-            if op not in modules:
-                prefix = f"{folder}/{op}"
-
-                def dump(call: Call = call, prefix: str = prefix) -> str:
-                    simulator = Simulator()
-                    simulator.set(race=1, check_uninit=1)
-                    torch.save(output_bytes(call), prefix + ".pt")
-                    return simulator.warnings()
-
-                warned = in_child({"PTXSIM_DUMP_PTX": prefix}, dump)
-                assert warned == "", warned
-                modules[op] = Path(prefix + ".0.ptx").read_text(), torch.load(prefix + ".pt")
-            ptx, expected = modules[op]
-            changed = Path(folder, "mutant.ptx")
-            changed.write_text(in_kernel(mutate, *parts)(ptx))
-
-            def notice(call: Call = call, expected: torch.Tensor = expected) -> str:
-                return how_noticed(call, expected)
-
-            result[name] = in_child({"PTXSIM_OVERRIDE_PTX": str(changed)}, notice) or None
-    json.dump(result, sys.stdout, indent=1)
+def make_case(make: Callable[[], Call], parts: tuple[str, ...]) -> Case:
+    return Case(run=make(), kernel=parts)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(
+        MUTANTS,
+        make_case,
+        options={"race": 1, "check_uninit": 1},
+        schedules=[(seed, 40) for seed in (1, 2, 3, 4)],
+    )

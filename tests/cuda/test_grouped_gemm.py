@@ -55,8 +55,8 @@ CASES = {
     "unaligned": ((5, 0, 70), 71, 79, "k"),
     "transposed": ((5, 0, 70), 72, 80, "o"),
     "transposed-unaligned": ((3, 0, 66), 35, 41, "o"),
-    "large": ((130, 0, 140), 104, 136, "k"),
-    "large-transposed": ((130, 0, 140), 104, 136, "o"),
+    "large": ((130, 0, 140), 136, 264, "k"),
+    "large-transposed": ((130, 0, 140), 136, 264, "o"),
 }
 
 
@@ -121,22 +121,27 @@ def test_fp32_infinities_are_those_of_the_product():
 
 
 @pytest.mark.parametrize(
-    ("dtype", "tile", "threads"),
-    [(torch.bfloat16, 64, 128), (torch.float32, 64, 128)],
-    ids=["bf16", "fp32"],
+    ("dtype", "counts", "tile_m", "tile_n", "blocks_per_sm"),
+    [
+        (torch.bfloat16, (70, 0, 5, 64), 64, 64, 3),
+        (torch.bfloat16, (170, 0, 5, 128), 128, 256, 1),
+        (torch.float32, (70, 0, 5, 64), 64, 64, 2),
+    ],
+    ids=["bf16-small", "bf16-large", "fp32"],
 )
-def test_bytes(simulator, dtype, tile, threads):
+def test_bytes(simulator, dtype, counts, tile_m, tile_n, blocks_per_sm):
     """csrc/cuda/grouped_gemm/NOTES.md has the formula."""
-    counts, tail, k, o = (70, 0, 5, 64), 9, 96, 160
+    tail, k, o = 9, 96, 272
     call = operands(counts, k, o, dtype, tail=tail)
     a, b, offsets = call["a"], call["b"], call["expert_offsets"]
     counted = simulator.counted(lambda: moe_ops.grouped_gemm(a, b, offsets), "ld_bytes", "st_bytes")
-    column_tiles = -(-o // tile)
-    row_tiles = sum(-(-c // tile) for c in counts)
-    tiles = (row_tiles + -(-tail // tile)) * column_tiles
-    bound = (-(-len(a) // tile) + min(len(counts) + 1, len(a))) * column_tiles
+    column_tiles = -(-o // tile_n)
+    row_tiles = sum(-(-c // tile_m) for c in counts)
+    tiles = (row_tiles + -(-tail // tile_m)) * column_tiles
+    bound = (-(-len(a) // tile_m) + min(len(counts) + 1, len(a))) * column_tiles
     operand_bytes = (sum(counts) * column_tiles + o * row_tiles) * k * dtype.itemsize
-    searches = (tiles + bound) * threads // 32 * 4 * (2 * len(counts) + 1)
+    blocks = min(bound, 16 * blocks_per_sm)  # of 16 SMs
+    searches = (tiles + blocks) * 4 * (2 * len(counts) + 1)
     assert counted["ld_bytes"] == operand_bytes + searches
     assert counted["st_bytes"] == len(a) * o * dtype.itemsize
 

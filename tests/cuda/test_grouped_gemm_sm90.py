@@ -122,7 +122,7 @@ def test_schedules(simulator, monkeypatch, product, tile):
 @kernels
 def test_bytes(simulator, monkeypatch, product, tile):
     """csrc/cuda/grouped_gemm/NOTES.md has the formula: A once a column tile, in boxes that hold
-    rows of the group; B once a row tile, or once a cluster; the result once."""
+    rows of the group; B once a row tile, or once a pair of them; the result once."""
     monkeypatch.setenv("MOE_OPS_GEMM_TILE", str(tile))
     counts, n, k, tail = (tile.m + 1, 0, 3, 2 * tile.m, 70), tile.n + 8, 136, 3
     call = operands(product, counts, n, k, tail=tail)
@@ -132,12 +132,17 @@ def test_bytes(simulator, monkeypatch, product, tile):
     a_bytes = b_bytes = 0
     for count in counts:
         m, steps = (k, -(-count // tile.k)) if product == "tn" else (count, -(-k // tile.k))
-        column_tiles = -(-n // tile.n)
-        clusters = -(-m // (tile.m * tile.cluster))
-        b_bytes += column_tiles * clusters * steps * tile.n * tile.k * 2
-        boxes = -(-m // tile.box_m)
-        lines = clusters * tile.cluster * tile.m if product == "tn" else boxes * tile.box_m
-        a_bytes += column_tiles * steps * lines * tile.k * 2
+        column_tiles, row_tiles = -(-n // tile.n), -(-m // tile.m)
+        # A row tile without a partner is computed by a cluster's blocks, in other columns of it;
+        # one of them may find no column that is left, and loads the last one's operands again.
+        together, single = divmod(row_tiles, tile.cluster)
+        singles = single * -(-column_tiles // tile.cluster) * tile.cluster
+        b_bytes += (together * column_tiles + singles) * steps * tile.n * tile.k * 2
+        if product == "tn":
+            lines = (together * tile.cluster * column_tiles + singles) * tile.m
+        else:
+            lines = column_tiles * -(-m // tile.box_m) * tile.box_m
+        a_bytes += steps * lines * tile.k * 2
     assert counted["tma_ld_bytes"] == a_bytes + b_bytes
     rows = len(counts) * k if product == "tn" else sum(counts) + tail
     assert counted["st_bytes"] == rows * n * 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.helpers.simulator import noticed_mutants
 
 import moe_ops
 from moe_ops.testing import DTYPES, short
@@ -130,7 +131,6 @@ def test_boxes_of_keys_serve_all_slots(simulator, head_size, kind):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("head_size", WIDE)
 def test_schedules_of_backward_with_wgmma(simulator, head_size, kind):
-    """Gradients of sticks with d = 128 come from the generic kernels."""
     call = operands(torch.bfloat16, head_size=head_size, **WIDE[head_size])
     simulator.check_schedules(lambda: run(call, kind=kind))
 
@@ -149,3 +149,62 @@ def test_schedules_of_what_is_not_finite(simulator, head_size, kind):
     assert bool(results[0][:, 6].isfinite().all())
     assert not bool(results[-1].isfinite().all())
     simulator.check_schedules(lambda: run(call, kind=kind))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("head_size", WIDE)
+def test_schedules_of_long_lists(simulator, head_size, kind):
+    """More tiles of rows and of keys than SMs: blocks of the forward have several, and those of the
+    backward follow each other through the same rows."""
+    call = operands(
+        torch.bfloat16, tokens=150, slots=2, heads=2, keys=300, head_size=head_size, grad=True
+    )
+    if kind == "stick_breaking":  # some sticks last, some do not
+        with torch.no_grad():
+            call["q"].abs_()
+            call["k"].abs_().mul_(-0.25)
+    with simulator.options(sms=3):
+        few = run(call, kind=kind)
+        simulator.check_schedules(lambda: run(call, kind=kind))
+    for a, b in zip(few, run(call, kind=kind), strict=True):
+        assert torch.equal(a, b)
+
+
+def backward(kind, call, **options):
+    """The backward op alone, ready to be called."""
+    arguments = (kind, options.get("causal", True), call["q"].shape[-1] ** -0.5, 0, 0.0, None)
+    operands = [t.detach() for t in call.values()]
+    out, state = torch.ops.moe_ops.moa_attention(*operands, *arguments)
+    grad = torch.randn(out.shape).to(out.dtype)
+    return lambda: torch.ops.moe_ops.moa_attention_bwd(
+        grad, torch.zeros_like(state), *operands, out, state, *arguments
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("head_size", WIDE)
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+def test_backward_is_five_products(simulator, causal, head_size, kind):
+    """A block of 128 keys is loaded once (keys twice), and 64 rows of q and of the gradient once
+    for each block that they see; then five products of 64 x 128 x d."""
+    tokens, slots = 192, 2
+    call = operands(
+        torch.bfloat16, tokens=tokens, slots=slots, head_size=head_size, keys=256, grad=False
+    )
+    call["q"], call["k"] = -call["q"].abs(), call["k"].abs()  # no stick ends
+    steps = 2 * 6  # blocks of keys, tiles of 64 rows
+    if causal:  # token i sees keys to i + 64: tokens 0 to 63 see none of the second block
+        steps -= 2
+    counted = simulator.counted(backward(kind, call, causal=causal), "tma_ld_bytes", "wgmma")
+    assert counted["tma_ld_bytes"] == (2 * 3 * 128 + steps * 2 * 64) * head_size * 2
+    of_a_warpgroup = 2 * head_size // 16 + 2 * 64 // 16 + 128 // 16
+    assert counted["wgmma"] == steps * 2 * 4 * of_a_warpgroup
+
+
+def test_mutants_are_noticed(simulator):
+    """The kernels above with one wait, fence, flag or address broken at a time
+    (attention_mutants.py)."""
+    noticed = noticed_mutants("attention_mutants")
+    assert len(noticed) > 20
+    missed = [name for name, how in noticed.items() if how is None]
+    assert not missed

@@ -97,11 +97,13 @@ def test_maps_that_lead_nowhere_stay_inside(dtype, offsets):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=short)
 def test_forward_stores_no_copy_of_x(simulator, dtype):
     """What is stored: the routing, activation, one output a row, y; the pre-activation too where
-    the activation is a kernel of its own (the fused ones keep it for a backward alone)."""
+    the activation is a kernel of its own (the fused ones keep it for a backward alone), and the
+    slots of rows where the slots are sorted by a kernel of its own."""
     t, e, k, hidden, inner = 40, 4, 2, 96, 48
     call = ffn_operands(Routing(t, e, k), hidden, inner, dtype)
     counted = simulator.counted(lambda: moe_ops.moe_ffn(**call), "st_bytes")
     n, size = t * k, dtype.itemsize
-    preact = 2 * inner if dtype == torch.float32 else 0
-    rows = n * (preact + inner + hidden) * size
-    assert counted["st_bytes"] == 4 * (2 * n + e + 1) + rows + t * hidden * size
+    fused = dtype != torch.float32
+    rows = n * (inner + hidden + (0 if fused else 2 * inner)) * size
+    maps = n if fused else 2 * n
+    assert counted["st_bytes"] == 4 * (maps + e + 1) + rows + t * hidden * size

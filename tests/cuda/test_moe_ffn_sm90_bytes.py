@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.helpers.ffn import ffn_operands
+from tests.helpers.ffn import ffn_operands, stored
 from tests.helpers.routing import Routing
 
 import moe_ops
@@ -16,7 +16,7 @@ from moe_ops import reference
 SMS = 3  # a few tiles a block
 # csrc/cuda/moe_ffn/config.h: rows and columns of a tile, row tiles that share weights.
 UP_TILES = {"low": (64, 256, 1), "high": (128, 256, 1), "pair": (128, 256, 2)}
-DOWN_BWD_TILES = {"low": (64, 128, 1), "high": (128, 128, 1)}
+DOWN_BWD_TILES = {"low": (64, 128, 1), "high": (128, 128, 2)}
 ACTIVATIONS = {
     "halves": {"activation": "swiglu", "interleaved": False},
     "interleaved": {"activation": "swiglu_oai", "interleaved": True},
@@ -28,6 +28,8 @@ LANES = 4 * WARP  # bytes of a load of four that a whole warp makes
 TENSOR_MAP = 128
 
 layouts = pytest.mark.parametrize("layout", ACTIVATIONS)
+# Stored: as gpt-oss and Llama 4 have their weights, dense along the output features.
+storages = pytest.mark.parametrize("names", [(), ("w_gate_up", "w_down")], ids=["", "stored"])
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +47,7 @@ class Case:
     """A call and its sizes. Experts of 0, 1 and 2 row tiles, 17 slots without an expert; more
     experts than a lane of the scheduler holds."""
 
-    def __init__(self, layout, hidden_size, intermediate_size, **kwargs):
+    def __init__(self, layout, hidden_size, intermediate_size, names=(), **kwargs):
         counts = (3, 70, 0, 170, 1, 0, 64)
         ids = torch.tensor([e for e, r in enumerate(counts) for _ in range(r)] + [-1] * 17)
         ids = ids[torch.randperm(len(ids))].to(torch.int32)[:, None]
@@ -59,17 +61,28 @@ class Case:
             activation=options["activation"],
         )
         self.call |= {"topk_ids": ids, "interleaved": options["interleaved"], **kwargs}
+        self.call = stored(self.call, names)
         self.counts, self.num_slots = counts, len(ids)
         self.rows, self.experts = sum(counts), len(counts)
         self.H, self.I = hidden_size, intermediate_size
         self.P = self.call["w_gate_up"].shape[1]
 
 
+def cluster_tiles(rows, columns, tile):
+    """Tiles of a cluster for the rows of an expert: (those that share B, those whose blocks have
+    other columns of a row tile without a partner)."""
+    m, _, cluster = tile
+    together, single = divmod(ceil(rows, m), cluster)
+    return together * columns, single * ceil(columns, cluster)
+
+
 def gemm_tma_bytes(counts, n, k, tile, box_m=None):
-    """Of a row tile and a column tile: B once a cluster, A in boxes unless it is gathered."""
-    m, n_tile, cluster = tile
+    """Of a row tile and a column tile: B once a cluster that shares it, A in boxes unless it is
+    gathered."""
+    _, n_tile, cluster = tile
     steps, columns = ceil(k, 64), ceil(n, n_tile)
-    b = sum(ceil(r, m * cluster) for r in counts) * columns * steps * n_tile * 64 * 2
+    tiles = [cluster_tiles(r, columns, tile) for r in counts]
+    b = sum(shared + cluster * own for shared, own in tiles) * steps * n_tile * 64 * 2
     a = 0
     if box_m is not None:
         a = sum(ceil(r, box_m) for r in counts) * box_m * columns * steps * 64 * 2
@@ -89,10 +102,10 @@ def overhead_bytes(case, columns, tile, producer):
     m, _, cluster = tile
     assert case.experts < 4 * WARP, "one scan"
     scan = case.experts + 1 + case.experts // 4
-    row_tiles = [ceil(r, m * cluster) for r in case.counts]
+    of_expert = [sum(cluster_tiles(r, columns, tile)) for r in case.counts]
     most = case.num_slots // (m * cluster) + min(case.experts + 1, case.num_slots)
     clusters = min(max(1, SMS // cluster), most * columns)
-    tiles = sum(t * columns * (e % 4 + 2) for e, t in enumerate(row_tiles))
+    tiles = sum(t * (e % 4 + 2) for e, t in enumerate(of_expert))
     warps, maps = producer
     walked = cluster * warps * (4 * scan * clusters + LANES * tiles)
     return walked + cluster * clusters * maps * TENSOR_MAP
@@ -115,13 +128,14 @@ def combine_bytes(case, weighted):
     return read + 4 * case.num_slots, 2 * case.H * case.num_slots
 
 
+@storages
 @layouts
 @pytest.mark.parametrize("tile", UP_TILES)
-def test_forward(simulator, monkeypatch, tile, layout):
+def test_forward(simulator, monkeypatch, tile, layout, names):
     """Weights once a row tile, x once a column tile, h and the rows of the result once; no copy of
     x by rows."""
     monkeypatch.setenv("MOE_OPS_FFN_TILE", tile)
-    case = Case(layout, 136, 264)
+    case = Case(layout, 136, 264, names)
     counted = simulator.counted(lambda: moe_ops.moe_ffn(**case.call), *COUNTERS)
     shape, down = UP_TILES[tile], (128, 128, 1)
     # A tile of halves is as many columns of each as a half of it has.
@@ -154,13 +168,14 @@ def saved_for_backward(case):
     return (grad_y, *(call[n] for n in names), *saved, None, *options, 1.702, 7.0)
 
 
+@storages
 @layouts
 @pytest.mark.parametrize("tile", DOWN_BWD_TILES)
-def test_backward_down_projection(simulator, monkeypatch, tile, layout):
+def test_backward_down_projection(simulator, monkeypatch, tile, layout, names):
     """Where only the gradient of the routing weights is wanted, the stage is alone: w_down once a
     row tile, grad_y once a column tile, the pre-activation once."""
     monkeypatch.setenv("MOE_OPS_FFN_TILE", tile)
-    case = Case(layout, 136, 264, apply_router_weight_on_input=False)
+    case = Case(layout, 136, 264, names, apply_router_weight_on_input=False)
     arguments = saved_for_backward(case)
     wanted = (False, False, False, True, False, False)
     counted = simulator.counted(
@@ -184,15 +199,16 @@ def test_backward_down_projection(simulator, monkeypatch, tile, layout):
     }
 
 
+@storages
 @layouts
 @pytest.mark.parametrize("on_input", [False, True], ids=["output", "input"])
 @pytest.mark.parametrize("tile", DOWN_BWD_TILES)
-def test_backward(simulator, monkeypatch, tile, on_input, layout):
+def test_backward(simulator, monkeypatch, tile, on_input, layout, names):
     """All that TMA reads and all that is stored: every gradient once, the gradient of the
     pre-activation (with weights on the input also times the weight), weight * h, and the gradient
     of x by rows."""
     monkeypatch.setenv("MOE_OPS_FFN_TILE", tile)
-    case = Case(layout, 136, 264, apply_router_weight_on_input=on_input)
+    case = Case(layout, 136, 264, names, apply_router_weight_on_input=on_input)
     H, I, P, E = case.H, case.I, case.P, case.experts
     arguments = saved_for_backward(case)
     counted = simulator.counted(
@@ -212,9 +228,11 @@ def test_backward(simulator, monkeypatch, tile, on_input, layout):
     }
 
 
+@storages
 @layouts
-def test_few_tokens(simulator, monkeypatch, layout):
-    """Weights of the experts with rows, once."""
+def test_few_tokens(simulator, monkeypatch, layout, names):
+    """Weights of the experts with rows, once. Nothing is launched to sort: every block of the first
+    product reads all ids."""
     monkeypatch.delenv("MOE_OPS_GEMM_TILE")
     call = ffn_operands(
         Routing(9, 6, 2, "half_empty"),
@@ -224,24 +242,25 @@ def test_few_tokens(simulator, monkeypatch, layout):
         activation=ACTIVATIONS[layout]["activation"],
     )
     call["interleaved"] = ACTIVATIONS[layout]["interleaved"]
+    call = stored(call, names)
     counted = simulator.counted(lambda: moe_ops.moe_ffn(**call), *COUNTERS)
     offsets = reference.sort_slots(call["topk_ids"], 6)[0]
     counts = offsets.diff().tolist()
     rows, active = sum(counts), sum(count > 0 for count in counts)
     assert 0 < active <= 3
     weights = call["w_gate_up"][0].numel() + call["w_down"][0].numel()
-    # A tile is 64 features with a gate, else 128, and each reads its rows and their indices again;
-    # the second product has no index. Six experts and 18 slots: at most six tiles of rows.
+    # A tile is 64 features with a gate, else 128, and each reads its rows again. Six experts and 18
+    # slots: at most six tiles of rows.
     up_tiles, down_tiles = 384 // (128 if layout == "plain" else 64), 256 // 128
-    gathered = rows * (up_tiles * (2 * 256 + 8 * 4) + down_tiles * 2 * 384)
-    # Eight warps of a block look for their expert, five entries a lane; those that have one read
-    # where its rows begin and end, and two tensor maps.
-    tiles = up_tiles + down_tiles
-    overhead = 8 * LANES * (6 * tiles * 5 + active * tiles * 2) + active * tiles * 2 * TENSOR_MAP
+    gathered = rows * (up_tiles * 2 * 256 + down_tiles * 2 * 384)
+    # Eight warps of a block of the second product look for their expert, five entries a lane; those
+    # that have one read where its rows begin and end. Blocks with rows fetch two tensor maps.
+    overhead = 8 * LANES * down_tiles * (6 * 5 + active * 2)
+    overhead += active * (up_tiles + down_tiles) * 2 * TENSOR_MAP
     combine = rows * (2 * 256 + 4) + 4 * 18 + 4 * 9
     assert counted == {
         "tma_ld_bytes": 2 * active * weights,
         "tma_st_bytes": 0,
-        "ld_bytes": 2 * 4 * 18 + gathered + overhead + combine,
-        "st_bytes": 4 * (2 * 18 + 6 + 1) + rows * 2 * (384 + 256) + 2 * 256 * 9,
+        "ld_bytes": 4 * 18 * 6 * up_tiles + gathered + overhead + combine,
+        "st_bytes": 4 * (18 + 6 + 1) + rows * 2 * (384 + 256) + 2 * 256 * 9,
     }

@@ -12,6 +12,8 @@ ROUTINGS = (
     Routing(300, 6, 8, "dropped"),  # one launch, slots in most warps
     Routing(1500, 7, 3, "out_of_range", torch.int64),  # two launches, two blocks
     Routing(700, 2000, 8, "skewed"),  # fewer warps: a table of all would not fit
+    Routing(3, 300, 8, "dropped"),  # one part, warps that only look after buckets
+    Routing(40, 60, 8, "skewed", torch.int64),  # three parts of four
 )
 
 

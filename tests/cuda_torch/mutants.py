@@ -31,8 +31,7 @@ MUTANTS = (
     ),
     (
         "the device is made current and not restored",
-        "  guard = std::make_unique<torch::stable::accelerator::DeviceGuard>"
-        "(first.get_device_index());\n",
+        "  guard = std::make_unique<torch::stable::accelerator::DeviceGuard>(device);\n",
         "",
         ("test_devices.py", "-k", "test_second_device and topk_router"),
     ),

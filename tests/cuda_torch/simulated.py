@@ -7,6 +7,8 @@ import pytest
 import torch
 import torch_cuda  # type: ignore[import-not-found]  # of the simulator
 
+from moe_ops.ops._library import cuda_formulas
+
 torch_cuda.install()
 # Kernels that take lists of tensors have no CPU version; optimisers then go tensor by tensor.
 for _name in ("torch.optim.optimizer", "torch.utils._foreach_utils"):
@@ -24,6 +26,9 @@ _library = torch.library.Library("aten", "IMPL")
 _library.impl("histc", _histogram, "CUDA", allow_override=True)
 
 
+# Kernels of torch run when they are captured, and not at a replay; so do ops that are made of them.
+NEEDS_REPLAY = ("test_replays_on_new_data",)
+COPIES = ("moe_ffn_packed", "pack_experts")  # call an op of the library, or nothing
 # The compiler's own kernels are Triton's, which loads them with the driver.
 NEEDS_TRITON = ("test_generated_code_calls_the_ops",)
 
@@ -32,3 +37,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if getattr(item, "originalname", None) in NEEDS_TRITON:
             item.add_marker(pytest.mark.skip(reason="Triton needs a card."))
+        if getattr(item, "originalname", None) in NEEDS_REPLAY:
+            op = item.callspec.params["op"]  # type: ignore[attr-defined]
+            if op in cuda_formulas and op not in COPIES:
+                item.add_marker(pytest.mark.skip(reason="Made of torch's kernels: a card replays."))
+        if item.get_closest_marker("slow_on_simulator"):
+            item.add_marker(pytest.mark.skip(reason="It takes minutes on a simulator."))

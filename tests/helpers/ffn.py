@@ -102,6 +102,12 @@ def ffn_operands(
     return kwargs
 
 
+def stored(call: Kwargs, names: Sequence[str] = ("w_gate_up", "w_down")) -> Kwargs:
+    """The call with these weights as views of contiguous tensors [E, H, 2I] and [E, I, H]: gpt-oss
+    and Llama 4 store both so, DBRX w_down."""
+    return {**call, **{name: call[name].mT.contiguous().mT for name in names}}
+
+
 FFN_FLOATS = ("x", "w_gate_up", "w_down", "topk_weights", "b_gate_up", "b_down")
 
 

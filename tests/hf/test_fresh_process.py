@@ -22,6 +22,7 @@ from .models import CONFIGS, build, tokens
 
 MODEL_TYPES = ("qwen3_moe", "mixtral", "gpt_oss", "olmoe", "deepseek_v3")
 FORMATS = {"int8": (None, torch.float32), "int4": (32, torch.bfloat16)}
+SIMULATED = "tests.cuda_torch.simulated"
 CASES = [(m, f) for m in MODEL_TYPES for f in FORMATS]
 
 
@@ -32,12 +33,15 @@ def names_of(model_type: str) -> dict[str, str]:
 
 
 LOAD = """
-import json, sys
+import importlib, json, sys
 from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
 folder, options = Path(sys.argv[1]), json.loads(sys.argv[2])
+for name in options["modules"]:
+    importlib.import_module(name)
+torch.set_default_device(options["device"])
 if options["lines"]:
     exec(options["lines"])  # As a user types them, before anything else of moe_ops.
     model(torch.tensor([[1, 2, 3]]))
@@ -99,12 +103,20 @@ def save_logits(model, ids: torch.Tensor, folder: Path) -> None:
 
 
 def load_elsewhere(folder: Path, **changes) -> dict[str, str]:
-    options = {"names": [f"{m}-{f}" for m, f in CASES], "kwargs": {}, "import": True, "lines": ""}
+    options = {
+        "names": [f"{m}-{f}" for m, f in CASES],
+        "kwargs": {},
+        "import": True,
+        "lines": "",
+        "device": str(torch.get_default_device()),
+        # What gives torch's kernels to a CUDA build without a card.
+        "modules": [name for name in (SIMULATED,) if name in sys.modules],
+    }
     result = subprocess.run(
         [sys.executable, "-c", LOAD, str(folder), json.dumps(options | changes)],
         env={
             **os.environ,
-            "PYTHONPATH": str(Path(moe_ops.__file__).parents[1]),
+            "PYTHONPATH": os.pathsep.join([str(Path(moe_ops.__file__).parents[1]), *sys.path]),
             "OMP_NUM_THREADS": "1",
         },
         capture_output=True,
@@ -157,10 +169,16 @@ def test_quantised_while_loading(saved):
 
 
 IN_MEMORY = ("lm_head", *(f"model.{p}" for p in ("embed_tokens", "rotary_emb", "norm", "layers.0")))
-ON_DISK = {
-    "device_map": {**dict.fromkeys(IN_MEMORY, "cpu"), "model.layers.1": "disk"},
-    "offload_buffers": True,  # Quantised weights are buffers.
-}
+
+
+def on_disk(folder: Path) -> dict[str, object]:
+    """What puts the second layer on a disk, and the rest where the tests run."""
+    device = str(torch.get_default_device())
+    return {
+        "device_map": {**dict.fromkeys(IN_MEMORY, device), "model.layers.1": "disk"},
+        "offload_buffers": True,  # Quantised weights are buffers.
+        "offload_folder": str(folder),
+    }
 
 
 @pytest.mark.parametrize("where", ["auto", "disk"])
@@ -168,7 +186,6 @@ def test_device_map(saved, tmp_path, where):
     if importlib.util.find_spec("accelerate") is None:
         pytest.skip("device_map needs accelerate, which is not installed.")
     names = ["qwen3_moe-int4", "gpt_oss-int8"]
-    on_disk = {**ON_DISK, "offload_folder": str(tmp_path)}
-    kwargs = {"device_map": "auto"} if where == "auto" else on_disk
+    kwargs = {"device_map": "auto"} if where == "auto" else on_disk(tmp_path)
     said = load_elsewhere(saved, names=names, kwargs=kwargs)
     assert said == dict.fromkeys(names, "same bits")

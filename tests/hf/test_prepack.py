@@ -57,6 +57,7 @@ def packed_calls(monkeypatch):
     return calls
 
 
+@pytest.mark.cpu_only  # CUDA has no packed copies.
 @pytest.mark.parametrize("model_type", PACKED)
 def test_logits_are_the_same(model_type, ids, packed_calls):
     model = make(model_type)
@@ -102,6 +103,7 @@ def test_training_drops_the_copies(model_type, ids):
     assert moe_ops.packed_bytes(model) == 0
 
 
+@pytest.mark.cpu_only  # CUDA has no packed copies.
 @pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss", "llama4_text", "jetmoe"])
 def test_generate_packs_by_itself(model_type, ids, monkeypatch):
     monkeypatch.setattr(packing, "MIN_BYTES", 0)

@@ -1,24 +1,30 @@
 """Step decode: a whole model of transformers with random weights, its experts done in turn by
-moe_ops and by what transformers has: a step of decoding in a CUDA graph, and `generate`.
+moe_ops and by what transformers has: a step of decoding in a CUDA graph, and `generate`. moe_ops
+also without kernels that start before the last one has ended, and in the batch-invariant mode.
 
 The model has the layers of Qwen3-30B-A3B, a few of them.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+import moe_ops
 from bench.gpu.clock import Clock, CudaClock, HostClock, Prepared
 from bench.gpu.lease.child import UNFINISHED, Task
 from bench.gpu.problem import relative
 from bench.harness.files import rounded
 from moe_ops.bench.measure import in_a_sentence
 
-WAYS = ("moe_ops", "grouped_mm", "batched_mm", "eager")
+SERIAL, INVARIANT = "moe_ops, one by one", "moe_ops, batch-invariant"
+WAYS = ("moe_ops", SERIAL, INVARIANT, "grouped_mm", "batched_mm", "eager")
 _LAYERS, _PROMPT, _NEW = 4, 128, 64
 _BATCHES = (1, 16)
 # Logits after some layers in bf16, which round at other places.
@@ -83,15 +89,15 @@ def _measure(
     skipped: dict[str, str] = {}
     for way in reversed(WAYS):  # eager is what the others are compared with
         try:
-            model.set_experts_implementation(way)
-            logits = model(prompt).logits[:, -1].float()
-            truth = logits if truth is None else truth
-            error = relative(logits, truth)
-            if not error <= _TOLERANCE:
-                skipped[way] = f"wrong: relative error {error:.1e}"
-                continue
-            found[way] = {"error": error, "tokens_per_s": _generated(model, prompt, new, task)}
-            prepared[way] = clock.prepare(_step(model, prompt, way))
+            with _experts(model, way):
+                logits = model(prompt).logits[:, -1].float()
+                truth = logits if truth is None else truth
+                error = relative(logits, truth)
+                if not error <= _TOLERANCE:
+                    skipped[way] = f"wrong: relative error {error:.1e}"
+                    continue
+                found[way] = {"error": error, "tokens_per_s": _generated(model, prompt, new, task)}
+                prepared[way] = clock.prepare(_step(model, prompt, way))
         except Exception as problem:
             skipped[way] = in_a_sentence(problem)
     for way, samples in clock.rounds(prepared, 5).items():
@@ -101,22 +107,34 @@ def _measure(
     return found, skipped
 
 
+@contextlib.contextmanager
+def _experts(model: Any, way: str) -> Iterator[None]:
+    """The model's experts done so; a CUDA graph keeps what it captured."""
+    model.set_experts_implementation(way.partition(",")[0])
+    if way == SERIAL:
+        os.environ["MOE_OPS_OVERLAP"] = "off"
+    try:
+        with moe_ops.batch_invariant(way == INVARIANT):
+            yield
+    finally:
+        os.environ.pop("MOE_OPS_OVERLAP", None)
+
+
 def _step(model: Any, prompt: Tensor, way: str) -> Any:
     """The step after the prompt, again and again: a static cache stays where it is."""
     from transformers import StaticCache
 
     batch, length = prompt.shape
     cache = StaticCache(config=model.config, max_cache_len=length + 8)
-    model.set_experts_implementation(way)
-    model(prompt, past_key_values=cache, use_cache=True)
+    with _experts(model, way):
+        model(prompt, past_key_values=cache, use_cache=True)
     token = prompt[:, -1:].contiguous()
     position = torch.full((batch, 1), length, device=prompt.device)
     mask = torch.zeros(batch, 1, 1, length + 8, dtype=torch.bfloat16, device=prompt.device)
     mask[..., length + 1 :] = torch.finfo(torch.bfloat16).min
 
     def step() -> Tensor:
-        model.set_experts_implementation(way)
-        with torch.no_grad():
+        with _experts(model, way), torch.no_grad():
             out = model(
                 token,
                 attention_mask=mask,

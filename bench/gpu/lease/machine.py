@@ -5,14 +5,13 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-import shutil
-import subprocess
 from typing import Any
 
 import torch
 
 from bench.gpu.card import describe_card
 from bench.gpu.lease.child import Task
+from bench.gpu.steps import said
 
 _PACKAGES = ("triton", "transformers", "pytest", "pytest-xdist", "expecttest", "pybind11")
 _CLOCKS = "clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,clocks.applications.graphics"
@@ -23,35 +22,21 @@ def run(task: Task) -> tuple[int, str]:
     card = describe_card(device)
     facts: dict[str, Any] = {
         "card": card,
-        "clocks": _said(["nvidia-smi", f"--query-gpu={_CLOCKS}", "--format=csv"]),
+        "clocks": said(["nvidia-smi", f"--query-gpu={_CLOCKS}", "--format=csv"]),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
         "system": platform.platform(),
         "cores": os.cpu_count(),
-        "nvcc": _said(["nvcc", "--version"])[-1:],
-        "cmake": _said(["cmake", "--version"])[:1],
-        "compiler": _said(["c++", "--version"])[:1],
-        "compute_sanitizer": _said(["compute-sanitizer", "--version"])[-1:],
+        "nvcc": said(["nvcc", "--version"])[-1:],
+        "cmake": said(["cmake", "--version"])[:1],
+        "compiler": said(["c++", "--version"])[:1],
+        "compute_sanitizer": said(["compute-sanitizer", "--version"])[-1:],
         "packages": {name: _version(name) for name in _PACKAGES},
     }
     task.journal.write("machine", task.step, **facts)
     driver = f", driver {card['driver']}" if "driver" in card else ""
     return 0, f"{card['name']}{driver}, torch {torch.__version__}, {os.cpu_count()} cores"
-
-
-def _said(command: list[str]) -> list[str]:
-    folder = "/usr/local/cuda/bin"
-    path = shutil.which(command[0], path=os.pathsep.join([os.environ.get("PATH", ""), folder]))
-    if path is None:
-        return []
-    try:
-        done = subprocess.run(
-            [path, *command[1:]], capture_output=True, text=True, check=False, timeout=20
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return []
-    return done.stdout.strip().splitlines()
 
 
 def _version(package: str) -> str | None:

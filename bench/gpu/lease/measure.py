@@ -31,7 +31,7 @@ SELECTIONS = {
     "half": Selection(cases.BLOCK, tokens=(64, 4096), routings=("random",), dtypes=("fp16",)),
     "fp8": Selection(("forward_fp8", "grouped_gemm_fp8"), dtypes=("fp8",)),
     "quantized": Selection(cases.QUANTIZED, tokens=(1, 64, 4096), dtypes=("int8", "int4")),
-    "stored": Selection(cases.STORED, models=("gpt-oss-120b",)),
+    "stored": Selection(cases.STORED, models=("gpt-oss-120b", "llama4-scout")),
     "ops": Selection(
         (*cases.MOVES, *cases.MOVES_TRAINING),
         models=("qwen3-30b", "deepseek-v3"),

@@ -7,8 +7,8 @@
 
 #include "cpu/kernels/gemm.h"
 #include "cpu/kernels/rows.h"
-#include "cpu/runtime/batch_invariant.h"
 #include "cpu/runtime/workspace.h"
+#include "moe_ops/batch_invariant.h"
 #include "moe_ops/grouped_gemm.h"
 
 namespace moe_ops::cpu {

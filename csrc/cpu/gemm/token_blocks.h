@@ -14,9 +14,9 @@
 
 #include "cpu/gemm/desc.h"
 #include "cpu/gemm/small_gemm.h"
-#include "cpu/runtime/batch_invariant.h"
 #include "cpu/runtime/parallel.h"
 #include "cpu/runtime/workspace.h"
+#include "moe_ops/batch_invariant.h"
 #include "moe_ops/routing.h"
 
 namespace moe_ops::cpu {

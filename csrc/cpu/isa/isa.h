@@ -7,12 +7,7 @@
 #include <vector>
 
 #include "cpu/isa/targets.h"
-
-#if defined(_WIN32)
-#define MOE_OPS_API __declspec(dllexport)
-#else
-#define MOE_OPS_API __attribute__((visibility("default")))
-#endif
+#include "moe_ops/api.h"
 
 namespace moe_ops::cpu {
 

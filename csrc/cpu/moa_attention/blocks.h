@@ -13,9 +13,9 @@
 #include "cpu/gemm/small_gemm.h"
 #include "cpu/kernels/attention.h"
 #include "cpu/kernels/rows.h"
-#include "cpu/runtime/batch_invariant.h"
 #include "cpu/runtime/parallel.h"
 #include "cpu/runtime/workspace.h"
+#include "moe_ops/batch_invariant.h"
 #include "moe_ops/moa_attention.h"
 
 namespace moe_ops::cpu::attention {

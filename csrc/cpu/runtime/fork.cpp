@@ -6,8 +6,8 @@
 #include <pthread.h>
 
 #include "cpu/kernels/rows.h"
-#include "cpu/runtime/batch_invariant.h"
 #include "cpu/runtime/buffer_cache.h"
+#include "moe_ops/batch_invariant.h"
 
 namespace moe_ops::cpu {
 

@@ -20,6 +20,7 @@ struct GemmDesc {
   int64_t n = 0;
   int64_t k = 0;  // weight gradients: unused
   int num_sms = 132;
+  bool invariant = false;  // batch_invariant.h
 };
 
 // Cycles that the whole product takes with a tile, by a model of three parts: tiles come in waves
@@ -38,14 +39,18 @@ inline double estimate_cycles(const GemmDesc& d, const GemmConfig& c) {
   const int64_t experts = wgrad ? d.num_experts : std::min(d.num_experts, d.rows);
   if (experts == 0) return 0;
   const int64_t rows = ceil_div(d.rows, experts);  // of an expert, if they are balanced
-  const int64_t mt = round_up<int64_t>(ceil_div<int64_t>(wgrad ? d.m : rows, c.m), c.cluster);
+  const int64_t mt = ceil_div<int64_t>(wgrad ? d.m : rows, c.m);
   const int64_t nt = ceil_div<int64_t>(d.n, c.n);
   const double k = static_cast<double>(wgrad ? rows : d.k);
-  const int64_t waves = ceil_div<int64_t>(experts * mt * nt, d.num_sms / c.cluster * c.cluster);
+  // A row tile without a partner is split by columns (sm90_scheduler.cuh).
+  const int64_t of_expert =
+      mt / c.cluster * nt + (mt % c.cluster > 0 ? ceil_div<int64_t>(nt, c.cluster) : 0);
+  const int64_t waves = ceil_div<int64_t>(experts * of_expert, d.num_sms / c.cluster);
   const double mma = c.m * c.n * k / (kMmaPerCycle * c.mma_rate);
   // Boxes of A without rows of the expert are not loaded.
   const int64_t lines = wgrad ? c.m : std::min<int64_t>(c.m, round_up<int64_t>(rows, 16));
-  const double load = (lines + c.n / c.cluster) * k * kElement / kL2Bytes;
+  const int64_t shared_by = std::min<int64_t>(mt, c.cluster);
+  const double load = (lines + c.n / shared_by) * k * kElement / kL2Bytes;
   const double store = c.m * c.n * kElement / kL2Bytes;
   const double ends = c.pingpong ? 0 : kFill + store;
   const double tiles = waves * (std::max(mma, load) + ends) + kFill + store;
@@ -55,16 +60,27 @@ inline double estimate_cycles(const GemmDesc& d, const GemmConfig& c) {
   return std::max(tiles, (operands + result) * kElement / (kDramBytes * d.num_sms) + kFill);
 }
 
+// The tile for many rows, whatever there are: what the batch-invariant mode takes, since wgmmas of
+// different shapes may add up in different orders. Few rows wait for DRAM about as long.
+inline GemmConfig invariant_config(const GemmDesc& d) {
+  for (const GemmConfig& c : kGemmConfigs)
+    if (has_kernel(d.product, c.shape) && d.num_sms >= c.cluster) return c;
+  return kGemmConfigs.back();
+}
+
 // The tile that the model finds fastest; on equal terms the smaller one, which wastes less on
 // experts with fewer rows than the mean.
 inline GemmConfig choose_config(const GemmDesc& d) {
+  // A gradient of weights sums over the batch in any case.
+  if (d.invariant && !is_wgrad(d.product)) return invariant_config(d);
   GemmConfig best = kGemmConfigs[1];
   double best_cycles = -1;
-  for (auto c = kGemmConfigs.rbegin(); c != kGemmConfigs.rend(); ++c) {
-    if (!has_kernel(d.product, c->shape) || d.num_sms < c->cluster) continue;
-    const double cycles = estimate_cycles(d, *c);
+  for (auto tile = kGemmConfigs.rbegin(); tile != kGemmConfigs.rend(); ++tile) {
+    const GemmConfig c = config_of(d.product, tile->shape);
+    if (!has_kernel(d.product, c.shape) || d.num_sms < c.cluster) continue;
+    const double cycles = estimate_cycles(d, c);
     if (best_cycles < 0 || cycles < 0.97 * best_cycles) {
-      best = *c;
+      best = c;
       best_cycles = cycles;
     }
   }

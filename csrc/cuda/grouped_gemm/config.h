@@ -17,6 +17,9 @@ constexpr std::array<std::string_view, 8> kProductNames = {
 
 constexpr bool is_wgrad(Product p) { return p == Product::kTN || p >= Product::kGatherTN; }
 constexpr bool gathers(Product p) { return p >= Product::kGatherNT; }
+constexpr bool gathers_b(Product p) {
+  return p == Product::kTNGather || p == Product::kGatherTNGather;
+}
 
 // Tile of the output. 128x256: two consumer warpgroups share it, two blocks share B. 128x128 and
 // 64x128: ping-pong. 64x64: one consumer, long stages, for few rows an expert.
@@ -44,8 +47,19 @@ constexpr std::string_view name(TileShape s) {
 
 // Has the product a kernel of this shape? (instantiations/)
 constexpr bool has_kernel(Product p, TileShape s) {
-  if (s == TileShape::k128x256) return !gathers(p);
+  if (s == TileShape::k128x256)
+    return !gathers(p) || p == Product::kGatherTN || p == Product::kTNGather;
   return s == TileShape::k128x128 || !is_wgrad(p);
+}
+
+// The tile as the kernel of a product has it: what is gathered cannot be multicast.
+constexpr GemmConfig config_of(Product p, TileShape s) {
+  GemmConfig c = kGemmConfigs[static_cast<int>(s)];
+  if (c.cluster > 1 && gathers_b(p)) {
+    c.cluster = 1;
+    c.mma_rate = 0.75;
+  }
+  return c;
 }
 
 }  // namespace moe_ops::cuda

@@ -91,40 +91,54 @@ struct HalfProduct : WarpTile<Config> {
     for (int i = 0; i < kMTiles * kNTiles * 4; ++i) (&acc[0][0][0])[i] = 0;
   }
 
+  // Operands of 16 of k.
+  static constexpr int kFragments = Config::kTileK / 16;
+  struct Fragments {
+    uint32_t a[kMTiles][4], b[kNTiles / 2][4];
+  };
+
   // scale: one factor for each k of the tile, or nullptr; factor * b is rounded to the element
   // type.
+  __device__ void read(Fragments& f, const S* a, const S* b, int step, const float* scale) const {
+#pragma unroll
+    for (int i = 0; i < kMTiles; ++i) this->load_a(a, i, step, f.a[i]);
+#pragma unroll
+    for (int j = 0; j < kNTiles / 2; ++j) this->load_b(b, j, step, f.b[j]);
+    if (scale != nullptr) {
+      const float* s = scale + 16 * step + 2 * (this->lane % 4);
+#pragma unroll
+      for (int j = 0; j < kNTiles / 2; ++j) {
+#pragma unroll
+        for (int h = 0; h < 4; ++h) {
+          S pair[2];
+          memcpy(pair, &f.b[j][h], 4);
+          pair[0] = narrow<S>(widen(pair[0]) * s[h % 2 * 8]);
+          pair[1] = narrow<S>(widen(pair[1]) * s[h % 2 * 8 + 1]);
+          memcpy(&f.b[j][h], pair, 4);
+        }
+      }
+    }
+  }
+
+  __device__ void add(const Fragments& f) {
+#pragma unroll
+    for (int i = 0; i < kMTiles; ++i) {
+#pragma unroll
+      for (int j = 0; j < kNTiles; ++j) {
+        float (&c)[4] = acc[i][j];
+        const uint32_t* b = &f.b[j / 2][j % 2 * 2];
+        Mma::fma(c[0], c[1], c[2], c[3], f.a[i][0], f.a[i][1], f.a[i][2], f.a[i][3], b[0], b[1],
+                 c[0], c[1], c[2], c[3]);
+      }
+    }
+  }
+
   __device__ void multiply(const S* a, const S* b, const float* scale) {
 #pragma unroll
-    for (int step = 0; step < Config::kTileK / 16; ++step) {
-      uint32_t fa[kMTiles][4], fb[kNTiles / 2][4];
-#pragma unroll
-      for (int i = 0; i < kMTiles; ++i) this->load_a(a, i, step, fa[i]);
-#pragma unroll
-      for (int j = 0; j < kNTiles / 2; ++j) this->load_b(b, j, step, fb[j]);
-      if (scale != nullptr) {
-        const float* s = scale + 16 * step + 2 * (this->lane % 4);
-#pragma unroll
-        for (int j = 0; j < kNTiles / 2; ++j) {
-#pragma unroll
-          for (int h = 0; h < 4; ++h) {
-            S pair[2];
-            memcpy(pair, &fb[j][h], 4);
-            pair[0] = narrow<S>(widen(pair[0]) * s[h % 2 * 8]);
-            pair[1] = narrow<S>(widen(pair[1]) * s[h % 2 * 8 + 1]);
-            memcpy(&fb[j][h], pair, 4);
-          }
-        }
-      }
-#pragma unroll
-      for (int i = 0; i < kMTiles; ++i) {
-#pragma unroll
-        for (int j = 0; j < kNTiles; ++j) {
-          float (&c)[4] = acc[i][j];
-          const uint32_t* f = &fb[j / 2][j % 2 * 2];
-          Mma::fma(c[0], c[1], c[2], c[3], fa[i][0], fa[i][1], fa[i][2], fa[i][3], f[0], f[1], c[0],
-                   c[1], c[2], c[3]);
-        }
-      }
+    for (int step = 0; step < kFragments; ++step) {
+      Fragments f;
+      read(f, a, b, step, scale);
+      add(f);
     }
   }
 

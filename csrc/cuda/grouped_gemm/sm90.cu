@@ -8,6 +8,7 @@
 #include "cuda/grouped_gemm/sm90_operands.h"
 #include "cuda/grouped_gemm/sm90_scaled_wgrad.h"
 #include "cuda/runtime.h"
+#include "moe_ops/batch_invariant.h"
 
 namespace moe_ops::cuda::sm90 {
 
@@ -88,20 +89,26 @@ Status select(Product product, TileShape shape, const GroupedGemmParams& p, Stre
   }
 }
 
+template <DType type, Product product>
+Status select(TileShape shape, const GroupedWgradParams& p, Stream stream) {
+  if constexpr (has_kernel(product, TileShape::k128x256)) {
+    if (shape == TileShape::k128x256)
+      return run_wgrad<type, product, TileShape::k128x256>(p, stream);
+  }
+  return run_wgrad<type, product, TileShape::k128x128>(p, stream);
+}
+
 template <DType type>
 Status select(Product product, TileShape shape, const GroupedWgradParams& p, Stream stream) {
-  constexpr TileShape kOther = TileShape::k128x128;
   switch (product) {
     case Product::kTN:
-      return shape == TileShape::k128x256
-                 ? run_wgrad<type, Product::kTN, TileShape::k128x256>(p, stream)
-                 : run_wgrad<type, Product::kTN, kOther>(p, stream);
+      return select<type, Product::kTN>(shape, p, stream);
     case Product::kGatherTN:
-      return run_wgrad<type, Product::kGatherTN, kOther>(p, stream);
+      return select<type, Product::kGatherTN>(shape, p, stream);
     case Product::kTNGather:
-      return run_wgrad<type, Product::kTNGather, kOther>(p, stream);
+      return select<type, Product::kTNGather>(shape, p, stream);
     case Product::kGatherTNGather:
-      return run_wgrad<type, Product::kGatherTNGather, kOther>(p, stream);
+      return select<type, Product::kGatherTNGather>(shape, p, stream);
     default:
       return cudaErrorInvalidValue;
   }
@@ -138,6 +145,7 @@ Status grouped_gemm(const GroupedGemmParams& p, Stream stream) {
   d.n = p.out_features;
   d.k = p.in_features;
   d.num_sms = usable_sms();
+  d.invariant = batch_invariant();
   const TileShape shape = shape_of(d);
   return p.b.type == DType::kBFloat16 ? select<DType::kBFloat16>(d.product, shape, p, stream)
                                       : select<DType::kFloat16>(d.product, shape, p, stream);

@@ -15,7 +15,7 @@ namespace moe_ops::cuda::sm90 {
 
 enum class Source { kTma, kGather };
 enum class Schedule { kCooperative, kPingpong };
-enum class Major { kK, kMN };
+enum class Major { kK, kMN, kEither };
 
 struct GemmDefaults {
   using Element = cutlass::bfloat16_t;  // of A and B
@@ -27,13 +27,16 @@ struct GemmDefaults {
   // takes every second tile, so that one stores while the other multiplies.
   static constexpr int kConsumers = 2;
   static constexpr Schedule kSchedule = Schedule::kCooperative;
-  // Blocks of a cluster: row tiles of one expert, side by side, that share every tile of B.
+  // Blocks of a cluster: row tiles of one expert, side by side, that share every tile of B. The
+  // last row tile of an odd number is both blocks', which take other columns of it.
   static constexpr int kCluster = 1;
   // kGather: row r of the operand is row index[r] of the source, copied by the producer's four
   // warps. B only with kRaggedK.
   static constexpr Source kSourceA = Source::kTma;
   static constexpr Source kSourceB = Source::kTma;
-  // kMN: the tensor is dense along M (or N), as in dgrad (B) and wgrad (A and B).
+  // kMN: the tensor is dense along M (or N), as in dgrad (B) and wgrad (A and B). kEither, of B
+  // alone: KernelParams says which. The kernel then has two mainloops and one epilogue, which is
+  // most of its code.
   static constexpr Major kMajorA = Major::kK;
   static constexpr Major kMajorB = Major::kK;
   // The N of a tile is two boxes of kTileN / 2 rows of B, the second `split_offset` rows further
@@ -54,7 +57,8 @@ struct GemmDefaults {
 
 constexpr int kWarpgroup = 128;
 constexpr int kWarp = 32;
-constexpr int kSwizzleBytes = 128;  // every operand tile is stored in lines of 128 swizzled bytes
+constexpr int kSwizzleBytes = 128;    // every operand tile is stored in lines of 128 swizzled bytes
+constexpr int kOrderedExperts = 512;  // ragged K: with more, they are taken as they come
 
 template <class Config>
 struct Traits {
@@ -91,7 +95,8 @@ struct Traits {
   static_assert(!kGatherA || (Config::kMajorA == Major::kMN) == Config::kRaggedK,
                 "gathered rows are dense along K, or along M if they are what is summed");
   static_assert(!kGatherB || (Config::kRaggedK && kCluster == 1));
-  static_assert(!(Config::kSplitB && Config::kMajorB == Major::kMN));
+  static_assert(!Config::kSplitB || kN % (2 * kSpan) == 0, "halves of B are whole boxes");
+  static_assert(Config::kMajorA != Major::kEither);
 
   // The element of shared memory that holds (row, k) of a stage: lines of 128 bytes along the
   // dense side, line after line along the other, then the next 128 bytes of the dense side. This
@@ -102,35 +107,41 @@ struct Traits {
   template <Major major>
   using Order = cute::conditional_t<major == Major::kK, cute::Step<cute::_1, cute::_2, cute::_3>,
                                     cute::Step<cute::_2, cute::_1, cute::_3>>;
-  using LayoutA = decltype(cute::tile_to_shape(
-      Atom<Config::kMajorA>{}, cute::Shape<cute::Int<kM>, cute::Int<kK>, cute::Int<kStages>>{},
-      Order<Config::kMajorA>{}));
-  using LayoutB = decltype(cute::tile_to_shape(
-      Atom<Config::kMajorB>{}, cute::Shape<cute::Int<kN>, cute::Int<kK>, cute::Int<kStages>>{},
-      Order<Config::kMajorB>{}));
+  template <Major major, int lines>
+  using Layout = decltype(cute::tile_to_shape(
+      Atom<major>{}, cute::Shape<cute::Int<lines>, cute::Int<kK>, cute::Int<kStages>>{},
+      Order<major>{}));
 
-  static constexpr cute::GMMA::Major kGmmaA =
-      Config::kMajorA == Major::kK ? cute::GMMA::Major::K : cute::GMMA::Major::MN;
-  static constexpr cute::GMMA::Major kGmmaB =
-      Config::kMajorB == Major::kK ? cute::GMMA::Major::K : cute::GMMA::Major::MN;
-  using TiledMma = decltype(cute::make_tiled_mma(
+  template <Major major>
+  static constexpr cute::GMMA::Major kGmma =
+      major == Major::kK ? cute::GMMA::Major::K : cute::GMMA::Major::MN;
+  template <Major a, Major b>
+  using Mma = decltype(cute::make_tiled_mma(
       cute::GMMA::ss_op_selector<
           Element, Element, float,
-          cute::Shape<cute::Int<64 * kTileGroups>, cute::Int<kN>, cute::Int<kK>>, kGmmaA, kGmmaB>(),
+          cute::Shape<cute::Int<64 * kTileGroups>, cute::Int<kN>, cute::Int<kK>>, kGmma<a>,
+          kGmma<b>>(),
       cute::Layout<cute::Shape<cute::Int<kTileGroups>, cute::_1, cute::_1>>{}));
+
+  // As the config has them; the accumulators do not depend on how the operands lie.
+  using LayoutA = Layout<Config::kMajorA, kM>;
+  using LayoutB = Layout<Config::kMajorB, kN>;
+  using TiledMma = Mma<Config::kMajorA, Config::kMajorB>;
   static constexpr int kRowsM = kM / (64 * kTileGroups);  // 64-row blocks of a warpgroup
 
   // Boxes of TMA: kSpan elements of the dense side times lines of the other.
   static constexpr int kLinesA = Config::kMajorA == Major::kK ? Config::kBoxM : kK;
-  static constexpr int kLinesB =
-      Config::kMajorB == Major::kK ? kN / (Config::kSplitB ? 2 : kCluster) : kK;
+  static constexpr int lines_b(Major major) {
+    return major == Major::kK ? kN / (Config::kSplitB ? 2 : kCluster) : kK;
+  }
 
   struct SharedStorage {
     alignas(1024) Element a[kStages * kM * kK];
     alignas(1024) Element b[kStages * kN * kK];
     alignas(8) cutlass::arch::ClusterTransactionBarrier full[kStages];
     cutlass::arch::ClusterBarrier empty[kStages];
-    cutlass::arch::ClusterBarrier turn[2];  // ping-pong: whose mainloop it is
+    cutlass::arch::ClusterBarrier turn[2];                   // ping-pong: whose mainloop it is
+    uint16_t order[Config::kRaggedK ? kOrderedExperts : 1];  // experts, most rows first
   };
   static constexpr int kSharedBytes = sizeof(SharedStorage);
   static_assert(kSharedBytes <= 227 * 1024);
@@ -143,6 +154,7 @@ struct Tile {
   int col0;           // first column
   int k0, k_size;     // ragged K: first row of the sum and their number; else 0 and K
   int k_tiles;        // stages to consume; 0: the tile is zero
+  bool shares_b;      // the blocks of the cluster work on the same columns
 };
 
 // Sizes that the host knows and the offsets that it does not.

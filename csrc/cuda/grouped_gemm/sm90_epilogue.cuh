@@ -15,23 +15,9 @@
 #include <cutlass/numeric_conversion.h>
 
 #include "cuda/grouped_gemm/sm90_config.cuh"
+#include "cuda/quad.cuh"
 
 namespace moe_ops::cuda::sm90 {
-
-// r[b] of lane q becomes r[q] of lane b (within each quad). Its own inverse.
-__device__ inline void quad_transpose(uint32_t (&r)[4]) {
-  const bool odd = threadIdx.x & 1, high = threadIdx.x & 2;
-#pragma unroll
-  for (int p = 0; p < 4; p += 2) {
-    const uint32_t got = __shfl_xor_sync(~0u, odd ? r[p] : r[p + 1], 1);
-    (odd ? r[p] : r[p + 1]) = got;
-  }
-#pragma unroll
-  for (int p = 0; p < 2; ++p) {
-    const uint32_t got = __shfl_xor_sync(~0u, high ? r[p] : r[p + 2], 2);
-    (high ? r[p] : r[p + 2]) = got;
-  }
-}
 
 template <class Element>
 __device__ inline uint32_t pack(float lo, float hi) {

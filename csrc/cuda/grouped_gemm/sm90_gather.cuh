@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cutlass/arch/memory_sm80.h>
+#include <cutlass/fast_math.h>
 
 #include "cuda/grouped_gemm/sm90_mainloop.cuh"
 
@@ -16,15 +17,13 @@ struct GatherRows {
   int64_t stride;  // elements
   int limit;
   const int32_t* index;
-  int divisor;
+  cutlass::FastDivmod divisor;  // at least 1
 };
 
-// Row of the source that row r of the product is, or -1. A negative index divided by the divisor
-// might round to zero.
-__device__ inline int source_row(const GatherRows& g, int r) {
-  const int at = __ldg(g.index + r);
-  const int source = at / g.divisor;
-  return at >= 0 && source < g.limit ? source : -1;
+// Row of the source that an entry of the index means, or -1.
+__device__ inline int source_row(const GatherRows& g, int entry) {
+  const int source = g.divisor.divide(entry);
+  return entry >= 0 && source < g.limit ? source : -1;
 }
 
 constexpr int kPieces = kSwizzleBytes / 16;       // of a line
@@ -47,7 +46,7 @@ __device__ inline void produce_gather(const Params& p, typename Traits<Config>::
   const int piece = threadIdx.x % kPieces;
   const int row = threadIdx.x / kPieces;
   const int place = row * T::kSpan + (piece ^ (row % 8)) * kPiece;
-  Scheduler<Config> scheduler(p.problem);
+  Scheduler<Config> scheduler(p.problem, smem);
   Tile tile;
   for (int index = first; scheduler.get(index, cluster_rank, tile); index += step) {
     // Rows, not pointers to them: there are 40 registers.
@@ -55,7 +54,9 @@ __device__ inline void produce_gather(const Params& p, typename Traits<Config>::
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       const int r = tile.row0 + row + i * kCopyLines;
-      source[i] = r < tile.row_end && tile.k_tiles > 0 ? source_row(p.gather, r) : -1;
+      source[i] = r < tile.row_end && tile.k_tiles > 0
+                      ? source_row(p.gather, __ldg(p.gather.index + r))
+                      : -1;
     }
 #pragma unroll 1
     for (int kt = 0; kt < tile.k_tiles; ++kt, ++write) {
@@ -64,8 +65,10 @@ __device__ inline void produce_gather(const Params& p, typename Traits<Config>::
       auto* full = reinterpret_cast<uint64_t*>(&smem.full[s]);
       if (threadIdx.x == 0) {
         smem.full[s].arrive_and_expect_tx(T::kStageBytesB);
-        load_b<Config>(&p.map_b, full, smem.b + s * T::kN * T::kK, tile, kt, p.split_offset,
-                       cluster_rank);
+        with_major_b<Config>(p, [&](auto major) {
+          load_b<Config, major.value>(&p.map_b, full, smem.b + s * T::kN * T::kK, tile, kt,
+                                      p.split_offset, cluster_rank);
+        });
       }
       Element* to = smem.a + s * T::kM * T::kK + place;
 #pragma unroll
@@ -89,8 +92,8 @@ __device__ inline void produce_gather(const Params& p, typename Traits<Config>::
   }
 }
 
-// Ragged K: a thread's lines are other rows of the product in every stage. Their places in the
-// source are read a stage ahead, behind the copies of the one before.
+// Ragged K: a thread's lines are other rows of the product in every stage. The index of a stage is
+// read while the stage before is copied, and not looked at until its own copies: none waits for it.
 template <class Config>
 struct LineGather {
   using T = Traits<Config>;
@@ -99,34 +102,40 @@ struct LineGather {
   static constexpr int kLines = T::kK / kCopyLines;
 
   const GatherRows& rows;
-  int source[kLines];
+  int entry[kLines];
 
-  // Lines of the stage that begins with row k of the product; `end` is the end of the expert's
+  // The index of the stage that begins with row k of the product; `end` is the end of the expert's
   // rows.
-  __device__ void look_up(int k, int end) {
+  __device__ void read(int k, int end) {
 #pragma unroll
-    for (int i = 0; i < kLines; ++i) {
-      const int r = k + threadIdx.x / kPieces + i * kCopyLines;
-      source[i] = r < end ? source_row(rows, r) : -1;
-    }
+    for (int i = 0; i < kLines; ++i) entry[i] = entry_of_line(i, k, end);
   }
 
-  // Columns from `col` on, `width` of them; the source has `cols`.
+  // Columns from `col` on, `width` of them; the source has `cols`. Reads the index of the stage
+  // that begins with row `next`.
   template <int width>
-  __device__ void copy(Element* smem, int col, int cols) const {
+  __device__ void copy(Element* smem, int col, int cols, int next, int end) {
     const int piece = threadIdx.x % kPieces, line = threadIdx.x / kPieces;
     Element* to = smem + line * T::kSpan + (piece ^ (line % 8)) * kPiece;
 #pragma unroll
     for (int i = 0; i < kLines; ++i) {
-      const auto* from = static_cast<const Element*>(rows.data) + source[i] * rows.stride;
+      const int source = source_row(rows, entry[i]);
+      entry[i] = entry_of_line(i, next, end);
+      const auto* from = static_cast<const Element*>(rows.data) + source * rows.stride;
 #pragma unroll
       for (int span = 0; span < width / T::kSpan; ++span) {
         const int c = col + span * T::kSpan + piece * kPiece;
-        const bool valid = source[i] >= 0 && c < cols;
+        const bool valid = source >= 0 && c < cols;
         cutlass::arch::cp_async_zfill<16, cutlass::arch::CacheOperation::Global>(
             to + (span * T::kK + i * kCopyLines) * T::kSpan, valid ? from + c : rows.data, valid);
       }
     }
+  }
+
+ private:
+  __device__ int entry_of_line(int i, int k, int end) const {
+    const int r = k + threadIdx.x / kPieces + i * kCopyLines;
+    return r < end ? __ldg(rows.index + r) : -1;
   }
 };
 
@@ -137,14 +146,15 @@ __device__ inline void produce_gather_lines(const Params& p,
   using T = Traits<Config>;
   auto write = cutlass::PipelineState<T::kStages>{0, 1, 0};
   LineGather<Config> a{p.gather, {}}, b{p.gather_b, {}};
-  Scheduler<Config> scheduler(p.problem);
+  Scheduler<Config> scheduler(p.problem, smem);
   Tile tile;
   for (int index = first; scheduler.get(index, cluster_rank, tile); index += step) {
     const int end = tile.k0 + tile.k_size;
-    if constexpr (T::kGatherA) a.look_up(tile.k0, end);
-    if constexpr (T::kGatherB) b.look_up(tile.k0, end);
+    if constexpr (T::kGatherA) a.read(tile.k0, end);
+    if constexpr (T::kGatherB) b.read(tile.k0, end);
+    // tile.k0 is the first row of a stage. Counted so, as registers are scarce.
 #pragma unroll 1
-    for (int kt = 0; kt < tile.k_tiles; ++kt, ++write) {
+    for (; tile.k0 < end; tile.k0 += T::kK, ++write) {
       const int s = write.index();
       auto* smem_a = smem.a + s * T::kM * T::kK;
       auto* smem_b = smem.b + s * T::kN * T::kK;
@@ -157,17 +167,20 @@ __device__ inline void produce_gather_lines(const Params& p,
           smem.full[s].arrive();
         } else {
           smem.full[s].arrive_and_expect_tx(kBytes);
-          if constexpr (!T::kGatherA) load_a<Config>(&p.map_a, full, smem_a, tile, kt, 0);
+          if constexpr (!T::kGatherA) load_a<Config>(&p.map_a, full, smem_a, tile, 0, 0);
           if constexpr (!T::kGatherB)
-            load_b<Config>(&p.map_b, full, smem_b, tile, kt, 0, cluster_rank);
+            load_b<Config>(&p.map_b, full, smem_b, tile, 0, 0, cluster_rank);
         }
       }
-      if constexpr (T::kGatherA) a.template copy<T::kM>(smem_a, tile.row0, p.problem.m);
-      if constexpr (T::kGatherB) b.template copy<T::kN>(smem_b, tile.col0, p.problem.n);
+      const int next = tile.k0 + T::kK;
+      if constexpr (T::kGatherA) a.template copy<T::kM>(smem_a, tile.row0, p.problem.m, next, end);
+      if constexpr (T::kGatherB) {
+        // With both gathered a branch, always taken: the compiler moves no code across it, and the
+        // addresses of both at once would not fit the registers.
+        if (!T::kGatherA || tile.col0 < p.problem.n)
+          b.template copy<T::kN>(smem_b, tile.col0, p.problem.n, next, end);
+      }
       cutlass::arch::cpasync_barrier_arrive_noinc(full);
-      const int next = tile.k0 + (kt + 1) * T::kK;
-      if constexpr (T::kGatherA) a.look_up(next, end);
-      if constexpr (T::kGatherB) b.look_up(next, end);
     }
   }
   finish_copies();

@@ -5,9 +5,8 @@
 // To make a kernel: a config (sm90_config.cuh), an epilogue (sm90_epilogue.cuh), two tensor maps
 // (tensor_map.h; operand_map_a/b below choose the boxes), launch<Config, Epilogue>(). Contract of
 // the parts:
-// - B is one tensor [E, N, K] (kMajorB = kK: dense along K; kMN: along N). A is [rows, K], by TMA
-// or
-//   gathered; with kRaggedK A is [rows, M] and B is [rows, N].
+// - B is one tensor [E, N, K] (kMajorB = kK: dense along K; kMN: along N; kEither: b_along_n says
+//   which). A is [rows, K], by TMA or gathered; with kRaggedK A is [rows, M] and B is [rows, N].
 // - TMA reads rows past the end of a group: they belong to another expert and stay in rows of the
 //   tile that are not stored. With kRaggedK they would enter the sum and are cleared.
 // - The rows past the last expert are tiles of expert E with k_tiles = 0: acc is zero.
@@ -31,6 +30,7 @@ struct KernelParams {
   CUtensorMap map_b;
   Problem problem;
   int split_offset;   // kSplitB: rows of B between the two halves
+  bool b_along_n;     // kMajorB = kEither: B is dense along N, else along K
   GatherRows gather;  // of A
   GatherRows gather_b;
   typename Epilogue::Params epilogue;
@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(Traits<Config>::kThreads, 1)
   auto& smem = *reinterpret_cast<typename T::SharedStorage*>(shared_bytes);
 
   const int group = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / kWarpgroup, 0);
-  const int cluster_rank = T::kCluster == 1 ? 0 : static_cast<int>(cute::block_rank_in_cluster());
+  const int cluster_rank = static_cast<int>(blockIdx.x) % T::kCluster;
   const int first = blockIdx.x / T::kCluster, step = gridDim.x / T::kCluster;
 
   if (threadIdx.x == 0) {
@@ -56,6 +56,7 @@ __global__ void __launch_bounds__(Traits<Config>::kThreads, 1)
     if constexpr (!T::kGatherB) cute::prefetch_tma_descriptor(&p.map_b);
     init_barriers<Config>(smem);
   }
+  order_experts<Config>(p.problem, smem);
   if constexpr (T::kCluster > 1) {
     cute::cluster_sync();
   } else {
@@ -80,7 +81,7 @@ __global__ void __launch_bounds__(Traits<Config>::kThreads, 1)
   PipelineState<Config> read;
   // A wait for a phase passes at once on a new barrier if the parity is 1: player 0 begins.
   uint32_t turn_phase = player == 0;
-  Scheduler<Config> scheduler(p.problem);
+  Scheduler<Config> scheduler(p.problem, smem);
   Tile tile;
   int count = 0;
   for (int index = first; scheduler.get(index, cluster_rank, tile); index += step, ++count) {
@@ -100,7 +101,10 @@ __global__ void __launch_bounds__(Traits<Config>::kThreads, 1)
       if (T::kPingpong && threadIdx.x % kWarp == 0) smem.turn[1 - player].arrive();
     };
     if (tile.k_tiles > 0) {
-      multiply<Config>(smem, tile, read, acc, thread, T::kPingpong ? player : 0, pass_turn);
+      with_major_b<Config>(p, [&](auto major) {
+        multiply<Config, Config::kMajorA, major.value>(smem, tile, read, acc, thread,
+                                                       T::kPingpong ? player : 0, pass_turn);
+      });
     } else {
       cute::clear(acc);
       pass_turn();
@@ -112,11 +116,11 @@ __global__ void __launch_bounds__(Traits<Config>::kThreads, 1)
 // ---- Host ----
 
 // Boxes of the operands' tensor maps (tensor_map.h): elements along the dense side, then lines.
-template <class Config>
+template <class Config, Major major_b = Config::kMajorB>
 struct Boxes {
   using T = Traits<Config>;
   static constexpr int kA[2] = {T::kSpan, T::kLinesA};
-  static constexpr int kB[3] = {T::kSpan, T::kLinesB, 1};
+  static constexpr int kB[3] = {T::kSpan, T::lines_b(major_b), 1};
 };
 
 // Blocks: at most one for each of num_sms, and no more than there can be tiles.

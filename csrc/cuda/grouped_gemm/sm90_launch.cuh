@@ -13,7 +13,7 @@ using ElementOf =
 
 template <DType type, Product product, TileShape shape>
 struct ConfigOf : GemmDefaults {
-  static constexpr GemmConfig kChoice = kGemmConfigs[static_cast<int>(shape)];
+  static constexpr GemmConfig kChoice = config_of(product, shape);
   static_assert(kChoice.shape == shape && has_kernel(product, shape));
   using Element = ElementOf<type>;
   using Output = Element;
@@ -26,9 +26,7 @@ struct ConfigOf : GemmDefaults {
   static constexpr bool kRaggedK = is_wgrad(product);
   static constexpr Source kSourceA =
       gathers(product) && product != Product::kTNGather ? Source::kGather : Source::kTma;
-  static constexpr Source kSourceB =
-      product == Product::kTNGather || product == Product::kGatherTNGather ? Source::kGather
-                                                                           : Source::kTma;
+  static constexpr Source kSourceB = gathers_b(product) ? Source::kGather : Source::kTma;
   static constexpr Major kMajorA = kRaggedK ? Major::kMN : Major::kK;
   static constexpr Major kMajorB =
       kRaggedK || product == Product::kNN || product == Product::kGatherNN ? Major::kMN : Major::kK;
@@ -41,7 +39,12 @@ Status encode_maps(Params& params, TensorMapDesc a, TensorMapDesc b) {
     if (const Status s = encode_tensor_map(&params.map_a, a); s != cudaSuccess) return s;
   }
   if constexpr (Config::kSourceB == Source::kTma) {
-    std::copy_n(Boxes<Config>::kB, 3, b.box);
+    if constexpr (Config::kMajorB == Major::kEither) {
+      std::copy_n(params.b_along_n ? Boxes<Config, Major::kMN>::kB : Boxes<Config, Major::kK>::kB,
+                  3, b.box);
+    } else {
+      std::copy_n(Boxes<Config>::kB, 3, b.box);
+    }
     if (const Status s = encode_tensor_map(&params.map_b, b); s != cudaSuccess) return s;
   }
   return cudaSuccess;

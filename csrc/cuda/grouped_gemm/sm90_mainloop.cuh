@@ -40,7 +40,7 @@ __device__ inline int boxes_a(const Tile& tile) {
   return max(0, (rows + T::kLinesA - 1) / T::kLinesA);
 }
 
-// One thread loads A for this block, and half of B for both blocks of a cluster.
+// One thread loads A for this block, and half of B for both blocks of a cluster that share it.
 template <class Config>
 __device__ inline void load_a(const CUtensorMap* map, uint64_t* full,
                               typename Config::Element* smem, const Tile& tile, int k_tile,
@@ -67,7 +67,7 @@ __device__ inline void load_a(const CUtensorMap* map, uint64_t* full,
   }
 }
 
-template <class Config>
+template <class Config, Major major = Config::kMajorB>
 __device__ inline void load_b(const CUtensorMap* map, uint64_t* full,
                               typename Config::Element* smem, const Tile& tile, int k_tile,
                               int split_offset, int cluster_rank) {
@@ -75,34 +75,53 @@ __device__ inline void load_b(const CUtensorMap* map, uint64_t* full,
   constexpr auto kHint = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL);
   const int k = tile.k0 + k_tile * T::kK;
   const int expert = Config::kRaggedK ? 0 : tile.expert;
+  // The blocks that get this block's boxes; which of them it loads.
+  const uint16_t blocks = tile.shares_b ? (1 << T::kCluster) - 1 : 1 << cluster_rank;
+  const auto loads = [&](int box, int boxes) {
+    return T::kCluster == 1 || !tile.shares_b || box / (boxes / T::kCluster) == cluster_rank;
+  };
   auto copy = [&](int line, int c0, int c1) {
     auto* to = smem + line * T::kSpan;
     if constexpr (T::kCluster == 1) {
       cute::SM90_TMA_LOAD_3D::copy(map, full, kHint, to, c0, c1, expert);
     } else {
-      cute::SM90_TMA_LOAD_MULTICAST_3D::copy(map, full, (1 << T::kCluster) - 1, kHint, to, c0, c1,
-                                             expert);
+      cute::SM90_TMA_LOAD_MULTICAST_3D::copy(map, full, blocks, kHint, to, c0, c1, expert);
     }
   };
-  if constexpr (Config::kMajorB == Major::kK) {
-    constexpr int kBoxes = T::kN / T::kLinesB;  // boxes along N
+  static_assert(major != Major::kEither);
+  if constexpr (major == Major::kK) {
+    constexpr int kLines = T::lines_b(Major::kK);
+    constexpr int kBoxes = T::kN / kLines;  // boxes along N
 #pragma unroll
     for (int s = 0; s < T::kK / T::kSpan; ++s) {
 #pragma unroll
-      for (int i = 0; i < kBoxes / T::kCluster; ++i) {
-        const int box = T::kCluster == 1 ? i : cluster_rank;
-        const int col = tile.col0 + box * (Config::kSplitB ? split_offset : T::kLinesB);
-        copy(s * T::kN + box * T::kLinesB, k + s * T::kSpan, col);
+      for (int box = 0; box < kBoxes; ++box) {
+        const int col = tile.col0 + box * (Config::kSplitB ? split_offset : kLines);
+        if (loads(box, kBoxes)) copy(s * T::kN + box * kLines, k + s * T::kSpan, col);
       }
     }
   } else {
-    constexpr int kBoxes = T::kN / T::kSpan / T::kCluster;
-    static_assert(kBoxes >= 1);
+    constexpr int kBoxes = T::kN / T::kSpan;
+    constexpr int kHalf = kBoxes / 2;  // kSplitB: boxes of a half
+    static_assert(kBoxes % T::kCluster == 0);
 #pragma unroll
-    for (int i = 0; i < kBoxes; ++i) {
-      const int box = cluster_rank * kBoxes + i;
-      copy(box * T::kK, tile.col0 + box * T::kSpan, k);
+    for (int box = 0; box < kBoxes; ++box) {
+      const int col =
+          Config::kSplitB ? box / kHalf * split_offset + box % kHalf * T::kSpan : box * T::kSpan;
+      if (loads(box, kBoxes)) copy(box * T::kK, tile.col0 + col, k);
     }
+  }
+}
+
+// Calls fn with the way B lies as a constant; p.b_along_n says it where the config leaves it open.
+template <class Config, class Params, class Fn>
+__device__ __forceinline__ void with_major_b(const Params& p, const Fn& fn) {
+  if constexpr (Config::kMajorB != Major::kEither) {
+    fn(std::integral_constant<Major, Config::kMajorB>{});
+  } else if (p.b_along_n) {
+    fn(std::integral_constant<Major, Major::kMN>{});
+  } else {
+    fn(std::integral_constant<Major, Major::kK>{});
   }
 }
 
@@ -113,7 +132,7 @@ __device__ inline void produce_tma(const Params& p, typename Traits<Config>::Sha
   using T = Traits<Config>;
   auto write = cutlass::PipelineState<T::kStages>{0, 1, 0};
   const bool leader = threadIdx.x % kWarp == 0;
-  Scheduler<Config> scheduler(p.problem);
+  Scheduler<Config> scheduler(p.problem, smem);
   Tile tile;
   for (int index = first; scheduler.get(index, cluster_rank, tile); index += step) {
     if (leader) {
@@ -181,20 +200,38 @@ __device__ inline void clear_rows(typename Traits<Config>::SharedStorage& smem, 
 // acc = sum over the stages of `tile`; `read` moves on by tile.k_tiles (> 0). `thread` counts the
 // threads that share the tile. One product stays in flight while the next stage is awaited.
 // issued() is called when the last product has been started.
-template <class Config, class Accumulators, class Issued>
+template <class Config, Major major_a = Config::kMajorA, Major major_b = Config::kMajorB,
+          class Accumulators, class Issued>
 __device__ inline void multiply(typename Traits<Config>::SharedStorage& smem, const Tile& tile,
                                 PipelineState<Config>& read, Accumulators& acc, int thread,
                                 int barrier, const Issued& issued) {
   using namespace cute;
   using T = Traits<Config>;
-  Tensor sA = make_tensor(make_smem_ptr(smem.a), typename T::LayoutA{});  // (M, K, stage)
-  Tensor sB = make_tensor(make_smem_ptr(smem.b), typename T::LayoutB{});  // (N, K, stage)
-  typename T::TiledMma mma;
+  static_assert(major_b != Major::kEither);
+  using LayoutA = typename T::template Layout<major_a, T::kM>;
+  using LayoutB = typename T::template Layout<major_b, T::kN>;
+  Tensor sA = make_tensor(make_smem_ptr(smem.a), LayoutA{});  // (M, K, stage)
+  Tensor sB = make_tensor(make_smem_ptr(smem.b), LayoutB{});  // (N, K, stage)
+  typename T::template Mma<major_a, major_b> mma;
   // Descriptors are uniform over a warpgroup.
   const int group = __shfl_sync(~0u, thread / kWarpgroup, 0);
   auto slice = mma.get_slice(group * kWarpgroup);
   Tensor tA = slice.make_fragment_A(slice.partition_A(sA));  // (mma, m, k, stage)
   Tensor tB = slice.make_fragment_B(slice.partition_B(sB));  // (mma, n, k, stage)
+
+  // A warpgroup without rows of the group leaves the tensor cores to the other one.
+  if constexpr (!Config::kRaggedK) {
+    if (tile.row0 + 64 * group >= tile.row_end) {
+      clear(acc);
+#pragma unroll 1
+      for (int kt = 0; kt < tile.k_tiles; ++kt, ++read) {
+        smem.full[read.index()].wait(read.phase());
+        release<Config>(smem, read.index());
+      }
+      issued();
+      return;
+    }
+  }
 
   mma.accumulate_ = GMMA::ScaleOut::Zero;
   PipelineState<Config> done = read;

@@ -142,6 +142,7 @@ __global__ void __launch_bounds__(Traits<Config>::kThreads, 1)
 
   const int group = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / kWarpgroup, 0);
   if (threadIdx.x == 0) init_barriers<Config>(smem);
+  order_experts<Config>(p.problem, smem);
   __syncthreads();
   if (group == 0) {
     cutlass::arch::warpgroup_reg_dealloc<kProducerRegisters>();
@@ -155,7 +156,7 @@ __global__ void __launch_bounds__(Traits<Config>::kThreads, 1)
   const int thread = static_cast<int>(threadIdx.x) - kWarpgroup * group;
   PipelineState<Config> read;
   uint32_t turn_phase = player == 0;
-  Scheduler<Config> scheduler(p.problem);
+  Scheduler<Config> scheduler(p.problem, smem);
   Tile tile;
   int count = 0;
   for (int index = blockIdx.x; scheduler.get(index, 0, tile); index += gridDim.x, ++count) {

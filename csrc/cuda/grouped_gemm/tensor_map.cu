@@ -36,7 +36,7 @@ bool possible(const Desc& d, int rank) {
 }
 
 template <class Desc>
-Status encode_map(CUtensorMap* map, const Desc& d, int rank) {
+Status encode_map(CUtensorMap* map, const Desc& d, int rank, CUtensorMapSwizzle swizzle) {
   static const Encode encode = find_encode();
   if (encode == nullptr) return cudaErrorNotSupported;
   cuuint64_t size[4], stride[3];
@@ -53,8 +53,8 @@ Status encode_map(CUtensorMap* map, const Desc& d, int rank) {
   }
   const CUresult result =
       encode(map, d.type, static_cast<cuuint32_t>(rank), const_cast<void*>(d.data), size, stride,
-             box, step, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+             box, step, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
@@ -64,10 +64,11 @@ bool tensor_map_possible(const TensorMapDesc& d) { return possible(d, d.rank); }
 bool tensor_map_possible(const TensorMap4dDesc& d) { return possible(d, 4); }
 
 Status encode_tensor_map(CUtensorMap* map, const TensorMapDesc& d) {
-  return encode_map(map, d, d.rank);
+  return encode_map(map, d, d.rank, CU_TENSOR_MAP_SWIZZLE_128B);
 }
 Status encode_tensor_map(CUtensorMap* map, const TensorMap4dDesc& d) {
-  return encode_map(map, d, 4);
+  return encode_map(map, d, 4,
+                    d.swizzle_bytes == 64 ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_128B);
 }
 
 }  // namespace moe_ops::cuda

@@ -16,6 +16,7 @@ struct TensorMap4dDesc {
   int64_t size[4] = {1, 1, 1, 1};
   int64_t stride[3] = {0, 0, 0};
   int box[4] = {1, 1, 1, 1};
+  int swizzle_bytes = 128;  // or 64: as many as a line of the box has
 };
 
 bool tensor_map_possible(const TensorMap4dDesc& d);

@@ -6,6 +6,7 @@
 #include "cuda/grouped_gemm_fp8/sm90.h"
 #include "cuda/grouped_gemm_fp8/sm90_operands.h"
 #include "cuda/runtime.h"
+#include "moe_ops/batch_invariant.h"
 
 namespace moe_ops::cuda::sm90::fp8 {
 
@@ -15,12 +16,14 @@ bool aligned(const void* p, int64_t bytes) { return reinterpret_cast<uintptr_t>(
 
 // By the rows that an expert has on average. Up to 64, the small tile reads the same weights and
 // multiplies fewer rows that are not there. From 256 on, sharing B saves a quarter of what a tile
-// reads from L2, more than the rows that fill up a pair of tiles cost (NOTES.md).
+// reads from L2, more than the rows that fill up a pair of tiles cost (NOTES.md). In the
+// batch-invariant mode the tile for many rows.
 TileShape shape_of(const GroupedGemmFp8Params& p) {
   const std::string_view forced = forced_tile();
   if (forced == "2x128x128") return TileShape::k2x128x128;
   if (forced == "128x128") return TileShape::k128x128;
   if (forced == "64x128") return TileShape::k64x128;
+  if (batch_invariant()) return TileShape::k2x128x128;
   const int64_t rows = p.num_rows / std::min(p.num_experts, p.num_rows);
   return rows >= 256 ? TileShape::k2x128x128 : rows > 64 ? TileShape::k128x128 : TileShape::k64x128;
 }

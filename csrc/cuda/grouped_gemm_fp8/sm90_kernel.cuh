@@ -225,7 +225,7 @@ __global__ void __launch_bounds__(Traits<Config>::kThreads, 1)
   const int thread = static_cast<int>(threadIdx.x) - kWarpgroup * (T::kPingpong ? group : 1);
   PipelineState<Config> read;
   uint32_t turn_phase = player == 0;  // as in grouped_gemm
-  Scheduler<Config> scheduler(p.problem);
+  Scheduler<Config> scheduler(p.problem, smem);
   Tile tile;
   int count = 0;
   for (int index = first; scheduler.get(index, cluster_rank, tile); index += step, ++count) {

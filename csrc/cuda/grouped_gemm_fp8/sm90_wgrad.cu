@@ -126,13 +126,14 @@ __global__ void __launch_bounds__(T::kThreads, 1)
   auto& smem = *reinterpret_cast<T::SharedStorage*>(shared_bytes);
 
   const int group = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / kWarpgroup, 0);
-  const int cluster_rank = static_cast<int>(cute::block_rank_in_cluster());
+  const int cluster_rank = static_cast<int>(blockIdx.x) % T::kCluster;
   const int first = blockIdx.x / T::kCluster, step = gridDim.x / T::kCluster;
   if (threadIdx.x == 0) {
     cute::prefetch_tma_descriptor(&p.map_a);
     cute::prefetch_tma_descriptor(&p.map_b);
     init_barriers<WgradConfig>(smem);
   }
+  order_experts<WgradConfig>(p.problem, smem);
   cute::cluster_sync();
 
   if (group == 0) {
@@ -144,7 +145,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
   cutlass::arch::warpgroup_reg_alloc<kConsumerRegisters>();
   const int thread = static_cast<int>(threadIdx.x) - kWarpgroup;
   PipelineState<WgradConfig> read;
-  Scheduler<WgradConfig> scheduler(p.problem);
+  Scheduler<WgradConfig> scheduler(p.problem, smem);
   Tile tile;
   for (int index = first; scheduler.get(index, cluster_rank, tile); index += step) {
     auto sum = cute::partition_fragment_C(T::TiledMma{},

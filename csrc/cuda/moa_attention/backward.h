@@ -22,6 +22,17 @@ struct BackwardLaunch {
   void *sum_k, *sum_v;  // [B, S_kv, n, d] sums of bands so far
 };
 
+// How the blocks of the sm_90a kernels that add to the same tile of 64 rows follow each other.
+struct Chain {
+  static constexpr int kWarps = 8;  // that have a part of grad_q each
+  int* next_item;                   // of the blocks
+  int* ranges;                      // [B n][tiles of a band][2] tiles of 64 keys that matter
+  int* parts_done;                  // [B n][tiles of a band][8] blocks that have added
+  int* sums_done;                   // [B n][tiles of a band][4] the same of `sums`, by 16 rows
+  float* sums;                      // stick-breaking: [B n][tiles of a band][64]
+  float* parts;                     // [B n][tiles of a band][8][64 d / 8] sums so far
+};
+
 // What the workspace holds, in order; parts start on 256 bytes.
 struct BackwardSpace {
   int64_t delta = 0, log_rest = 0, before = 0, first_tile = 0, sum_k = 0, sum_v = 0, bytes = 0;
@@ -50,10 +61,32 @@ struct BackwardSpace {
     }
   }
 
- private:
+ protected:
   void take(int64_t& at, int64_t n) {
     at = bytes;
     bytes += round_up<int64_t>(n, 256);
+  }
+};
+
+// The same for the sm_90a kernels.
+struct Sm90BackwardSpace : BackwardSpace {
+  int64_t next_item = 0, ranges = 0, parts_done = 0, sums_done = 0, sums = 0, parts = 0;
+
+  explicit Sm90BackwardSpace(const MoaAttentionParams& p) : BackwardSpace(p) {
+    constexpr int64_t kInt = sizeof(int), kFloat = sizeof(float);
+    const int64_t tiles = p.batch * p.num_heads * band_tiles;
+    take(next_item, kInt);
+    take(ranges, tiles * 2 * kInt);
+    take(parts_done, tiles * Chain::kWarps * kInt);
+    take(sums_done, tiles * 4 * kInt);
+    if (p.kind == AttentionKind::kStickBreaking) take(sums, tiles * 64 * kFloat);
+    take(parts, tiles * 64 * p.head_size * kFloat);
+  }
+  Chain chain(void* workspace) const {
+    const auto part = [&](int64_t at) { return static_cast<char*>(workspace) + at; };
+    return {reinterpret_cast<int*>(part(next_item)),  reinterpret_cast<int*>(part(ranges)),
+            reinterpret_cast<int*>(part(parts_done)), reinterpret_cast<int*>(part(sums_done)),
+            reinterpret_cast<float*>(part(sums)),     reinterpret_cast<float*>(part(parts))};
   }
 };
 

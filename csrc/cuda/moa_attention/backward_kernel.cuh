@@ -302,8 +302,9 @@ __device__ void store_fragment(S* rows, int pitch, const Fragment<T, kTiles>& f)
   }
 }
 
+// Shared memory has room for two blocks at most: for three, ptxas would spill.
 template <class S, AttentionKind kKind, int kTileRows>
-__global__ void __launch_bounds__(2 * kTileRows)
+__global__ void __launch_bounds__(2 * kTileRows, 2)
     moa_attention_grad_kv_kernel(const __grid_constant__ BackwardLaunch launch) {
   using B = Backward<S, kTileRows>;
   using T = typename B::T;

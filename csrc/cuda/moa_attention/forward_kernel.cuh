@@ -253,7 +253,7 @@ __global__ void __launch_bounds__(128)
 
 // Splits of the keys by sizes alone; 1 writes the result itself.
 inline int forward_splits(const MoaAttentionParams& p) {
-  if (!has_few_rows(rows_of(p))) return 1;
+  if (p.batch_invariant || !has_few_rows(rows_of(p))) return 1;
   return static_cast<int>(key_splits(heads_of(p), p.num_keys));
 }
 

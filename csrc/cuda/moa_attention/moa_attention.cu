@@ -46,7 +46,7 @@ Status moa_attention(const MoaAttentionParams& p, Stream stream) {
 }
 
 int64_t moa_attention_bwd_workspace(const MoaAttentionParams& p) {
-  return attention::BackwardSpace(p).bytes;
+  return std::max(attention::BackwardSpace(p).bytes, attention::sm90::backward_workspace(p));
 }
 
 Status moa_attention_bwd(const MoaAttentionBwdParams& b, Stream stream) {

@@ -79,9 +79,11 @@ __device__ inline Range keys_of_row(const MoaAttentionParams& p, int r) {
 
 // Batch and head of item b * n + head.
 struct Head {
-  int64_t batch, head;
+  // Blocks are counted in 32 bits; 64 would be spilled on sm_100.
+  int batch, head;
   __device__ Head(const MoaAttentionParams& p, int64_t item)
-      : batch(item / p.num_heads), head(item % p.num_heads) {}
+      : batch(static_cast<int>(static_cast<uint32_t>(item) / static_cast<uint32_t>(p.num_heads))),
+        head(static_cast<int>(static_cast<uint32_t>(item) % static_cast<uint32_t>(p.num_heads))) {}
 };
 
 // Where row r lies in a contiguous [B, S, K, n, ...], in heads.

@@ -31,7 +31,15 @@ struct Fragment {
   }
 };
 
-__device__ __forceinline__ float exponential(float x) { return __expf(x); }
+constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+
+// What is no normal number becomes zero.
+__device__ __forceinline__ float exp2_of(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ float exponential(float x) { return exp2_of(x * kLog2E); }
 __device__ __forceinline__ double exponential(double x) { return exp(x); }
 __device__ __forceinline__ float quotient(float a, float b) { return __fdividef(a, b); }
 __device__ __forceinline__ double quotient(double a, double b) { return a / b; }
@@ -42,24 +50,29 @@ constexpr T kLowest = sizeof(T) == 8 ? T(-1.7e308) : T(-3.4e38);
 template <class T>
 constexpr T kLogTiny = sizeof(T) == 8 ? T(-708.0) : T(-87.33);
 
+// log(1 + u) for u from 0 to 1. The polynomial times u has the least relative error, 3e-8; ours
+// with rounding has 2e-7. It costs no second special function, whose unit is the bound of
+// stick-breaking, and unlike a logarithm of 1 + u it keeps the digits of small u.
+__device__ __forceinline__ float log_one_plus(float u) {
+  constexpr float kTerms[] = {0.005232692696f, -0.02950523235f, 0.07822594047f,
+                              -0.1366324425f,  0.1910600662f,   -0.2484298199f,
+                              0.3331909776f,   -0.4999949336f,  0.9999999404f};
+  float p = kTerms[0];
+#pragma unroll
+  for (int i = 1; i < 9; ++i) p = fmaf(p, u, kTerms[i]);
+  return p * u;
+}
+__device__ __forceinline__ double log_one_plus(double u) { return log1p(u); }
+
 template <class T>
 struct LogSigmoid {
-  T z, rest;  // sigmoid(x) and log(1 - sigmoid(x))
+  T share, rest;  // log(sigmoid(x)) and log(1 - sigmoid(x))
 };
 
-// With u = e^-|x|: sigmoid(|x|) = 1 / (1 + u) and log(1 + u) = 2 atanh(s), s = u / (2 + u) <= 1/3,
-// whose series ends below half an ulp. One division serves both.
 template <class T>
 __device__ __forceinline__ LogSigmoid<T> log_sigmoid(T x) {
-  constexpr int kTerms = sizeof(T) == 8 ? 16 : 7;
-  const T u = exponential(x < T(0) ? x : -x);
-  const T r = quotient(T(1), (T(1) + u) * (T(2) + u));
-  const T larger = r * (T(2) + u);
-  const T s = u * r * (T(1) + u), s2 = s * s;
-  T p = T(1.0 / (2 * kTerms + 1));
-#pragma unroll
-  for (int i = kTerms - 1; i >= 0; --i) p = p * s2 + T(1.0 / (2 * i + 1));
-  return {x >= T(0) ? larger : u * larger, -((x > T(0) ? x : T(0)) + T(2) * s * p)};
+  const T l = log_one_plus(exponential(x < T(0) ? x : -x));
+  return {(x < T(0) ? x : T(0)) - l, -((x > T(0) ? x : T(0)) + l)};
 }
 
 template <class T>
@@ -169,22 +182,17 @@ struct QuadScan {
 template <class T>
 __device__ __forceinline__ QuadScan<T> quad_after(T v) {
   const int q = static_cast<int>(threadIdx.x) % 4;
-  T other = __shfl_down_sync(kAllLanes, v, 1, 4);
-  T sum = q < 3 ? v + other : v;
-  other = __shfl_down_sync(kAllLanes, sum, 2, 4);
-  if (q < 2) sum += other;
-  other = __shfl_down_sync(kAllLanes, sum, 1, 4);
-  return {q < 3 ? other : T(0), __shfl_sync(kAllLanes, sum, 0, 4)};
+  const T neighbor = __shfl_xor_sync(kAllLanes, v, 1);
+  const T pair = v + neighbor, others = __shfl_xor_sync(kAllLanes, pair, 2);
+  return {(q % 2 == 0 ? neighbor : T(0)) + (q < 2 ? others : T(0)), pair + others};
 }
+// The same of those before.
 template <class T>
 __device__ __forceinline__ QuadScan<T> quad_before(T v) {
   const int q = static_cast<int>(threadIdx.x) % 4;
-  T other = __shfl_up_sync(kAllLanes, v, 1, 4);
-  T sum = q > 0 ? v + other : v;
-  other = __shfl_up_sync(kAllLanes, sum, 2, 4);
-  if (q > 1) sum += other;
-  other = __shfl_up_sync(kAllLanes, sum, 1, 4);
-  return {q > 0 ? other : T(0), __shfl_sync(kAllLanes, sum, 3, 4)};
+  const T neighbor = __shfl_xor_sync(kAllLanes, v, 1);
+  const T pair = v + neighbor, others = __shfl_xor_sync(kAllLanes, pair, 2);
+  return {(q % 2 == 1 ? neighbor : T(0)) + (q >= 2 ? others : T(0)), pair + others};
 }
 
 // ---- Softmax ----
@@ -263,8 +271,8 @@ __device__ void break_sticks(Fragment<T, kTiles>& s, const Mask& mask, T (&log_r
       const QuadScan<T> scan = quad_after(l0.rest + l1.rest);
       if constexpr (kWeights) {
         const T r1 = rest + scan.others, r0 = r1 + l1.rest;
-        x1 = !sees1 || r1 < kLogTiny<T> ? T(0) : l1.z * exponential(r1);
-        x0 = !sees0 || r0 < kLogTiny<T> ? T(0) : l0.z * exponential(r0);
+        x1 = sees1 ? exponential(l1.share + r1) : T(0);
+        x0 = sees0 ? exponential(l0.share + r0) : T(0);
       }
       rest += scan.total;
     }

@@ -12,6 +12,8 @@ namespace moe_ops::cuda::attention::sm90 {
 bool supports(const MoaAttentionParams& p);
 Status forward(const MoaAttentionParams& p, Stream stream);
 bool supports(const MoaAttentionBwdParams& b);
+// Bytes of workspace; 0 if no call of these sizes is served.
+int64_t backward_workspace(const MoaAttentionParams& p);
 Status backward(const MoaAttentionBwdParams& b, Stream stream);
 
 // Rows of an operand as [d, rows, n, B]; rows of q are tokens times slots. Rows of one stride.
@@ -52,9 +54,9 @@ Status softmax_fp16(const MoaAttentionParams& p, Stream stream);
 Status stick_bf16(const MoaAttentionParams& p, Stream stream);
 Status stick_fp16(const MoaAttentionParams& p, Stream stream);
 // The rows of a band.
-Status softmax_bwd_bf16(const BackwardLaunch& launch, Stream stream);
-Status softmax_bwd_fp16(const BackwardLaunch& launch, Stream stream);
-Status stick_bwd_bf16(const BackwardLaunch& launch, Stream stream);
-Status stick_bwd_fp16(const BackwardLaunch& launch, Stream stream);
+Status softmax_bwd_bf16(const BackwardLaunch& launch, const Chain& chain, Stream stream);
+Status softmax_bwd_fp16(const BackwardLaunch& launch, const Chain& chain, Stream stream);
+Status stick_bwd_bf16(const BackwardLaunch& launch, const Chain& chain, Stream stream);
+Status stick_bwd_fp16(const BackwardLaunch& launch, const Chain& chain, Stream stream);
 
 }  // namespace moe_ops::cuda::attention::sm90

@@ -37,11 +37,12 @@ template <class E, int kLines, int kColumns>
 using RowsLayout = decltype(cute::tile_to_shape(
     cute::GMMA::Layout_K_SW128_Atom<E>{}, cute::Shape<cute::Int<kLines>, cute::Int<kColumns>>{},
     cute::Step<cute::_1, cute::_2>{}));
-// The same tile as [kColumns][kLines].
+// The same tile as [kColumns][kLines]; one of 32 columns has the 64-byte swizzle.
 template <class E, int kLines, int kColumns>
 using ColumnsLayout = decltype(cute::tile_to_shape(
-    cute::GMMA::Layout_MN_SW128_Atom<E>{}, cute::Shape<cute::Int<kColumns>, cute::Int<kLines>>{},
-    cute::Step<cute::_2, cute::_1>{}));
+    cute::conditional_t<kColumns == 32, cute::GMMA::Layout_MN_SW64_Atom<E>,
+                        cute::GMMA::Layout_MN_SW128_Atom<E>>{},
+    cute::Shape<cute::Int<kColumns>, cute::Int<kLines>>{}, cute::Step<cute::_2, cute::_1>{}));
 
 template <class E, int kLines, int kColumns>
 __device__ auto as_rows(E* tile) {
@@ -167,12 +168,6 @@ __device__ void store_row(E* row, const Fragment<float, kTiles>& f, int i, float
   }
 }
 
-__device__ inline float exp2_of(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
 // Scores of keys that rows do not see become `value`. Kept apart from what uses the scores: a
 // predicate for each of them would not fit into registers.
 template <int kTiles>
@@ -236,6 +231,42 @@ __device__ inline bool any_consumer(bool value, int threads, int barrier = 1) {
   return out != 0;
 }
 
+// A place in the ring: tile n is stage n % kStages.
+template <int kStages>
+struct Place {
+  int stage = 0;
+  uint32_t phase = 0;
+  __device__ void next() {
+    if (++stage == kStages) {
+      stage = 0;
+      phase ^= 1;
+    }
+  }
+};
+
+// Two warpgroups of consumers start their products in turn, so that one works on its scores while
+// the other's are multiplied. Each takes as many turns as the other.
+template <bool kOn>
+struct Turns {
+  int group;
+  __device__ void begin() const {
+    if (group == 1) pass();
+  }
+  __device__ void wait() const {
+    if constexpr (kOn) cutlass::arch::NamedBarrier::sync(2 * kWarpgroup, kFirst + group);
+  }
+  __device__ void pass() const {
+    if constexpr (kOn) cutlass::arch::NamedBarrier::arrive(2 * kWarpgroup, kFirst + 1 - group);
+  }
+  // Takes what the other one passed last, which would stay with the barrier.
+  __device__ void end() const {
+    if (group == 0) wait();
+  }
+
+ private:
+  static constexpr uint32_t kFirst = 1;  // of the barriers that CUTLASS leaves to kernels
+};
+
 // What `thread` of `threads` finds in kCount elements of shared memory, as fragments.cuh has it.
 template <int kCount, class E>
 __device__ bool has_not_finite(const E* tile, int thread, int threads) {
@@ -261,19 +292,17 @@ __device__ void set_apart(E* tile, int thread, int threads, const Note& note) {
   }
 }
 
-constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
-
 // ---- Tensor maps: rows of d elements, [d, rows, heads, batch] ----
 
-// Box of 64 columns and `lines` rows to shared memory, span by span.
-template <int kLines, int kColumns, class E>
+// Boxes of kBox columns and kLines rows to shared memory, one after the other.
+template <int kLines, int kColumns, int kBox = kSpan, class E>
 __device__ void load_box(const CUtensorMap* map, cutlass::arch::ClusterTransactionBarrier& full,
                          E* tile, int line, Head head) {
   constexpr auto kHint = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL);
 #pragma unroll
-  for (int s = 0; s < kColumns / kSpan; ++s) {
+  for (int s = 0; s < kColumns / kBox; ++s) {
     cute::SM90_TMA_LOAD_4D::copy(map, reinterpret_cast<uint64_t*>(&full), kHint,
-                                 tile + s * kLines * kSpan, s * kSpan, line,
+                                 tile + s * kLines * kBox, s * kBox, line,
                                  static_cast<int>(head.head), static_cast<int>(head.batch));
   }
 }

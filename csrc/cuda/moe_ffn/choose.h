@@ -6,13 +6,14 @@
 
 namespace moe_ops::cuda {
 
-// The tile that the model finds fastest; on equal terms the smaller one.
+// The tile that the model finds fastest; on equal terms the smaller one. In the batch-invariant
+// mode the one for many rows.
 template <size_t n>
 FfnTile choose_ffn_tile(const GemmDesc& d, const std::array<GemmConfig, n>& configs) {
   size_t best = 0;
   for (size_t i = 1; i < n; ++i)
     if (d.num_sms >= configs[i].cluster &&
-        estimate_cycles(d, configs[i]) < 0.97 * estimate_cycles(d, configs[best]))
+        (d.invariant || estimate_cycles(d, configs[i]) < 0.97 * estimate_cycles(d, configs[best])))
       best = i;
   return static_cast<FfnTile>(best);
 }

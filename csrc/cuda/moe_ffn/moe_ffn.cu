@@ -1,12 +1,12 @@
 // The FFN block as a sequence of launches, no permuted copy of x among them: products gather the
 // rows of x and grad_y through row_to_slot.
 //
-// Forward: (1) pre-activation; (2) h = act; (3) down projection, by rows; (4) weighted sum of a
-// token's rows. Backward: (1) u = W_down^T grad_y, unweighted; (2) one pass over pre-activation and
-// u: the gradients of pre-activation and routing weights, and weight * h where u was; (3) gradients
-// of weights and biases; (4) the gradient of x by rows, where weight * h was; (5) summed by token.
-// Where the routing weight scales the input, it enters (3) and (5) instead, and its gradient is
-// <gradient of x by rows, x>.
+// Forward: slots sorted by expert, for few tokens by (1) itself; (1) pre-activation; (2) h = act;
+// (3) down projection, by rows; (4) weighted sum of a token's rows. Backward: (1) u = W_down^T
+// grad_y, unweighted; (2) one pass over pre-activation and u: the gradients of pre-activation and
+// routing weights, and weight * h where u was; (3) gradients of weights and biases; (4) the
+// gradient of x by rows, where weight * h was; (5) summed by token. Where the routing weight scales
+// the input, it enters (3) and (5) instead, and its gradient is <gradient of x by rows, x>.
 //
 // Forward (1) and (2), and backward (1) and (2), are one kernel each where stages.h has one.
 #include <algorithm>
@@ -131,7 +131,14 @@ Status moe_ffn(const MoeFfnParams& p, Stream stream) {
 
   FfnUpParams fused = up_stage(p);
   fused.h = buffers.h;
-  if (supports(fused)) {
+  const bool has_kernel = supports(fused);
+  if (has_kernel && sorts_few(fused)) {
+    fused.sort = {r.topk_ids, static_cast<int>(r.num_slots()), static_cast<int>(r.top_k),
+                  p.sort.expert_offsets, p.sort.slot_to_row};
+  } else {
+    MOE_TRY(sort_slots(p.sort, stream));
+  }
+  if (has_kernel) {
     MOE_TRY(ffn_up(fused, stream));
   } else {
     GroupedGemmParams up =
@@ -246,14 +253,22 @@ Status moe_ffn_bwd(const MoeFfnBwdParams& p, Stream stream) {
     }
   }
 
+  // A transposed gradient is the product of the same operands in the other order.
+  const DeviceRows weighted_h = by_row(r, buffers.rows, type, I);
+  MOE_TRY(p.transpose_grad_w_down
+              ? weight_gradient(r, weighted_h, I, grad_y, H, {}, p.grad_w_down, p.grad_w_down_type,
+                                p.accumulate_w_down, stream)
+              : weight_gradient(r, grad_y, H, weighted_h, I, {}, p.grad_w_down, p.grad_w_down_type,
+                                p.accumulate_w_down, stream));
   const DeviceRows grad_preact = by_row(r, buffers.grad_preact, type, P);
-  MOE_TRY(weight_gradient(r, grad_y, H, by_row(r, buffers.rows, type, I), I, {}, p.grad_w_down,
-                          p.grad_w_down_type, p.accumulate_w_down, stream));
   const bool weighted = buffers.weighted_grad_preact != nullptr;
-  MOE_TRY(weight_gradient(r,
-                          weighted ? by_row(r, buffers.weighted_grad_preact, type, P) : grad_preact,
-                          P, x, H, on_input && !weighted ? routing : RowScale{}, p.grad_w_gate_up,
-                          p.grad_w_gate_up_type, p.accumulate_w_gate_up, stream));
+  const DeviceRows by_x = weighted ? by_row(r, buffers.weighted_grad_preact, type, P) : grad_preact;
+  const RowScale scale = on_input && !weighted ? routing : RowScale{};
+  MOE_TRY(p.transpose_grad_w_gate_up
+              ? weight_gradient(r, x, H, by_x, P, scale, p.grad_w_gate_up, p.grad_w_gate_up_type,
+                                p.accumulate_w_gate_up, stream)
+              : weight_gradient(r, by_x, P, x, H, scale, p.grad_w_gate_up, p.grad_w_gate_up_type,
+                                p.accumulate_w_gate_up, stream));
   MOE_TRY(bias_gradient(r, grad_preact, P, {}, p.grad_b_gate_up, stream));
   MOE_TRY(bias_gradient(r, grad_y, H, on_input ? RowScale{} : routing, p.grad_b_down, stream));
 

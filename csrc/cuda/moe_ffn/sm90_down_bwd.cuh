@@ -1,7 +1,7 @@
 // The backward down projection of moe_ffn for sm_90a: rows of grad_y gathered by the producer,
-// w_down read as it lies (dense along I), the activation's backward in the epilogue. That reads and
-// writes more than the stages of a tile hold, so one warpgroup does it while the other one
-// multiplies.
+// w_down read as it lies (dense along I, or along H), the activation's backward in the epilogue.
+// That reads and writes more than the stages of a tile hold, so one warpgroup does it while the
+// other one multiplies.
 #pragma once
 
 #include "cuda/grouped_gemm/sm90_launch.cuh"
@@ -18,14 +18,16 @@ struct DownBwdConfig : GemmDefaults {
   using Output = Element;
   static constexpr int kTileM = kChoice.m, kTileN = kChoice.n, kTileK = kChoice.k;
   static constexpr Schedule kSchedule = Schedule::kPingpong;
+  static constexpr int kCluster = kChoice.cluster;
   static constexpr Source kSourceA = Source::kGather;
-  static constexpr Major kMajorB = Major::kMN;
+  static constexpr Major kMajorB = Major::kEither;
 };
 
 template <DType type, FfnTile tile>
 Status run_down_bwd(const FfnDownBwdParams& p, Stream stream) {
   using Config = DownBwdConfig<type, tile>;
   KernelParams<Config, ActivationGrad> params{};
+  params.b_along_n = dense_along_k(p.w);  // N is the K of w_down
   if (const Status s = encode_maps<Config>(params, {}, ffn_weights(p)); s != cudaSuccess) return s;
   params.problem.expert_offsets = p.expert_offsets;
   params.problem.num_experts = static_cast<int>(p.num_experts);

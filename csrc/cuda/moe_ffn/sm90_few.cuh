@@ -4,13 +4,16 @@
 //   that a wgmma is no larger than the rows there are.
 // - A block is one tile over the whole sum, two blocks an SM: all are at work at once, and the ones
 //   beyond that share the memory bandwidth, not waves of SMs.
-// - The M of a tile are two blocks of 64 features from two tensor maps. With a gate these are gate
-//   and up of the same columns, however w_gate_up lays them out: both are in one thread.
+// - The M of a tile are two blocks of 64 features from two tensor maps. Of halves they are gate and
+//   up of the same columns, both in one thread; interleaved they are neighbours: lanes exchange.
+// - The weights are dense along k or along their features: a box is 64 x 64 either way.
 #pragma once
 
 #include "cuda/grouped_gemm/sm90_launch.cuh"
+#include "cuda/moe_ffn/few_sort.cuh"
 #include "cuda/moe_ffn/fused_act.cuh"
 #include "cuda/moe_ffn/sm90_stages.h"
+#include "cuda/overlap.cuh"
 #include "cuda/row_experts.cuh"
 
 namespace moe_ops::cuda::sm90 {
@@ -29,27 +32,32 @@ struct FewConfig : GemmDefaults {
 
 struct FewParams {
   CUtensorMap map[2];  // of the two blocks
+  bool along_k;        // how the weights lie
   Problem problem;     // n: features of out
   GatherRows rows;     // index may be nullptr
+  int map_features;    // of a map: I of halves, else all
+  FewSort sort;        // if it has ids, the kernel sorts, and `rows` is read through its slots
   int block_step;      // features from the first block to the second in their maps
-  int tile_features;   // 64 with a gate, else 128
+  int tile_features;   // of out: 64 with a gate, else 128
+  bool interleaved;    // gate in even, up in odd features
   bool activate;
   FusedAct act;
   void* out;         // [rows, n]
   const void* bias;  // [E, features of w], or nullptr
   int64_t bias_stride;
-  int bias_step, bias_up;  // bias of column f: bias[bias_step f], of its up bias_up further on
-  ScaleRows scale;         // before the bias
+  int bias_step;    // from the bias of the first map to that of the second
+  ScaleRows scale;  // before the bias
 };
 
-// Rows of the tile's expert, taken kN at a time.
+// Rows of the tile's expert, taken kN at a time; `feature` of out is `map_feature` of the maps.
 struct FewTile {
-  int expert, feature, begin, end;
+  int expert, feature, map_feature, begin, end;
 };
 
+// slots: of the tile's rows, if the kernel sorted them.
 template <class Config>
 __device__ inline void produce_few(const FewParams& p, typename Traits<Config>::SharedStorage& smem,
-                                   const FewTile& tile, int k_tiles) {
+                                   const FewTile& tile, int k_tiles, const uint16_t* slots) {
   using T = Traits<Config>;
   using Element = typename Config::Element;
   constexpr int kPiece = 16 / static_cast<int>(sizeof(Element));
@@ -66,7 +74,10 @@ __device__ inline void produce_few(const FewParams& p, typename Traits<Config>::
 #pragma unroll
     for (int i = 0; i < kLines; ++i) {
       const int r = row0 + line + i * kCopyLines;
-      source[i] = r >= tile.end ? -1 : p.rows.index == nullptr ? r : source_row(p.rows, r);
+      source[i] = r >= tile.end                ? -1
+                  : p.sort.ids.data != nullptr ? slots[r - tile.begin] / p.sort.top_k
+                  : p.rows.index == nullptr    ? r
+                                               : source_row(p.rows, r);
     }
 #pragma unroll 1
     for (int kt = 0; kt < k_tiles; ++kt, ++write) {
@@ -77,9 +88,11 @@ __device__ inline void produce_few(const FewParams& p, typename Traits<Config>::
         smem.full[s].arrive_and_expect_tx(T::kStageBytesA);
         Element* to = smem.a + s * 2 * kBlock;
 #pragma unroll
-        for (int block = 0; block < 2; ++block)
-          cute::SM90_TMA_LOAD_3D::copy(&p.map[block], full, kHint, to + block * kBlock, kt * T::kK,
-                                       tile.feature + block * p.block_step, tile.expert);
+        for (int block = 0; block < 2; ++block) {
+          const int f = tile.map_feature + block * p.block_step, k = kt * T::kK;
+          cute::SM90_TMA_LOAD_3D::copy(&p.map[block], full, kHint, to + block * kBlock,
+                                       p.along_k ? k : f, p.along_k ? f : k, tile.expert);
+        }
       }
       Element* to = smem.b + s * T::kN * T::kK + place;
       const int k = kt * T::kK + piece * kPiece;
@@ -97,14 +110,17 @@ __device__ inline void produce_few(const FewParams& p, typename Traits<Config>::
   finish_copies();
 }
 
-// Feature `feature` of rows `row` and row + 1. Lanes whose features are neighbours exchange, so
-// that each stores both features of one row.
+// Lanes whose features are neighbours exchange, so that each stores both features of one row. v0
+// and v1 are feature `feature` of rows `row` and row + 1; interleaved, they are features `feature`
+// and feature + 4 of row `row`.
 template <class Element>
 __device__ __forceinline__ void store_few(const FewParams& p, int feature, int row, int end,
                                           float v0, float v1) {
-  const bool odd = threadIdx.x & 4;  // as the feature is
-  const float got = __shfl_xor_sync(~0u, odd ? v0 : v1, 4);
-  const int f = feature - odd, r = row + odd;
+  const int distance = p.interleaved ? 8 : 4;
+  const bool odd = threadIdx.x & distance;  // as the feature is
+  const float got = __shfl_xor_sync(~0u, odd ? v0 : v1, distance);
+  const int f = feature + (!odd ? 0 : p.interleaved ? 3 : -1);
+  const int r = row + (odd && !p.interleaved);
   if (f < p.problem.n && r < end) {
     auto* to = static_cast<Element*>(p.out) + static_cast<int64_t>(r) * p.problem.n + f;
     *reinterpret_cast<uint32_t*>(to) = odd ? pack<Element>(got, v1) : pack<Element>(v0, got);
@@ -112,7 +128,7 @@ __device__ __forceinline__ void store_few(const FewParams& p, int feature, int r
 }
 
 // Rows from row0 on. acc(make_coord(c, i, j), m, 0) is row 8 j + 2 q + c of feature
-// 64 m + 16 warp + lane / 4 + 8 i of the tile.
+// 16 warp + lane / 4 + 8 i of block m.
 template <class Config, class Acc>
 __device__ __forceinline__ void finish_few(const FewParams& p, const FewTile& tile, int row0,
                                            Acc& acc, int thread) {
@@ -120,19 +136,24 @@ __device__ __forceinline__ void finish_few(const FewParams& p, const FewTile& ti
   using Element = typename Config::Element;
   using cute::make_coord;
   const int lane = thread % kWarp, q = lane % 4;
-  const int feature = tile.feature + thread / kWarp * 16 + lane / 4;
+  const int place = thread / kWarp * 16 + lane / 4;  // in a block
   const bool gated = p.tile_features == 64;
+  const bool up_lane = lane & 4;  // interleaved: its features are odd
   const auto* bias = static_cast<const Element*>(p.bias) + tile.expert * p.bias_stride;
   float b[2][2];
 #pragma unroll
   for (int m = 0; m < 2; ++m) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int f = feature + 8 * i + (gated ? 0 : 64 * m);
-      const int at = p.bias_step * f + (gated ? m * p.bias_up : 0);
-      b[m][i] = p.bias != nullptr && f < p.problem.n ? static_cast<float>(bias[at]) : 0.f;
+      const int f = tile.map_feature + place + 8 * i + m * p.block_step;
+      b[m][i] = p.bias != nullptr && f < p.map_features
+                    ? static_cast<float>(bias[f + m * p.bias_step])
+                    : 0.f;
     }
   }
+  // Of out. Interleaved, block m holds 32 columns from 32 m on, a lane half of those that it has.
+  const int feature = tile.feature + (p.interleaved ? place / 16 * 8 + place % 8 / 2 : place);
+  const int step = p.interleaved ? 32 : 8;
   const auto each = [&](const auto& gate_and_up, const auto& one) {
 #pragma unroll
     for (int j = 0; j < T::kN / 8; ++j) {
@@ -142,22 +163,36 @@ __device__ __forceinline__ void finish_few(const FewParams& p, const FewTile& ti
 #pragma unroll
       for (int c = 0; c < 2; ++c)
         if (p.scale.data != nullptr && row + c < tile.end) s[c] = p.scale.at(row + c);
+      // Without a gate, `up` is the second block.
+      float gate[2][2], up[2][2];
+#pragma unroll
+      for (int m = 0; m < 2; ++m) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const float v0 = acc(make_coord(0, i, j), m, 0) * s[0] + b[m][i];
+          const float v1 = acc(make_coord(1, i, j), m, 0) * s[1] + b[m][i];
+          if (p.interleaved) {
+            // Two lanes have gate and up of two rows; each takes one row.
+            const float got = __shfl_xor_sync(~0u, up_lane ? v0 : v1, 4);
+            gate[m][i] = up_lane ? got : v0;
+            up[m][i] = up_lane ? v1 : got;
+          } else {
+            auto& to = m == 0 ? gate : up;
+            to[i][0] = v0;
+            to[i][1] = v1;
+          }
+        }
+      }
+      const int r = row + (p.interleaved && up_lane);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        float v[2][2];
-#pragma unroll
-        for (int m = 0; m < 2; ++m) {
-#pragma unroll
-          for (int c = 0; c < 2; ++c) v[m][c] = acc(make_coord(c, i, j), m, 0) * s[c] + b[m][i];
-        }
+        const int f = feature + step * i;
         if (gated) {
-          store_few<Element>(p, feature + 8 * i, row, tile.end, gate_and_up(v[0][0], v[1][0]),
-                             gate_and_up(v[0][1], v[1][1]));
+          store_few<Element>(p, f, r, tile.end, gate_and_up(gate[i][0], up[i][0]),
+                             gate_and_up(gate[i][1], up[i][1]));
         } else {
-#pragma unroll
-          for (int m = 0; m < 2; ++m)
-            store_few<Element>(p, feature + 64 * m + 8 * i, row, tile.end, one(v[m][0]),
-                               one(v[m][1]));
+          store_few<Element>(p, f, r, tile.end, one(gate[i][0]), one(gate[i][1]));
+          store_few<Element>(p, f + 64, r, tile.end, one(up[i][0]), one(up[i][1]));
         }
       }
     }
@@ -184,21 +219,37 @@ __global__ void __launch_bounds__(Traits<Config>::kThreads, 2)
     cute::prefetch_tma_descriptor(&p.map[1]);
     init_barriers<Config>(smem);
   }
+  await_previous_kernel();
   const int column_tiles = (p.problem.n + p.tile_features - 1) / p.tile_features;
   const int ordinal = static_cast<int>(blockIdx.x) / column_tiles;
+  const int column_tile = static_cast<int>(blockIdx.x) - ordinal * column_tiles;
   FewTile tile;
-  tile.expert =
-      expert_with_rows(p.problem.expert_offsets, p.problem.num_experts, p.problem.rows, ordinal);
-  tile.feature = (static_cast<int>(blockIdx.x) - ordinal * column_tiles) * p.tile_features;
-  __syncthreads();
+  tile.feature = column_tile * p.tile_features;
+  tile.map_feature = p.interleaved ? 2 * tile.feature : tile.feature;
+  __shared__ FewSortShared sorted;
+  // Of an SM's 228 KiB, and 1 KiB a block that the system takes.
+  static_assert(2 * (T::kSharedBytes + round_up<int>(sizeof(sorted), 1024) + 1024) <= 228 * 1024);
+  if (p.sort.ids.data != nullptr) {
+    const ExpertRows found = sort_few(p.sort, p.problem.num_experts, ordinal, sorted);
+    tile.expert = found.expert;
+    tile.begin = found.begin;
+    tile.end = found.end;
+    // By a warp that has to wait for the first weights anyway.
+    if (column_tile == 0 && threadIdx.x >= T::kThreads - kWarp)
+      write_maps(p.sort, p.problem.num_experts, found, sorted, ordinal == 0);
+  } else {
+    tile.expert =
+        expert_with_rows(p.problem.expert_offsets, p.problem.num_experts, p.problem.rows, ordinal);
+    tile.begin = tile.expert < 0 ? 0 : clamp_offset(p.problem, tile.expert, 0);
+    tile.end = tile.expert < 0 ? 0 : clamp_offset(p.problem, tile.expert + 1, tile.begin);
+    __syncthreads();
+  }
   if (tile.expert < 0) return;
-  tile.begin = clamp_offset(p.problem, tile.expert, 0);
-  tile.end = clamp_offset(p.problem, tile.expert + 1, tile.begin);
   const int k_tiles = (p.problem.k + T::kK - 1) / T::kK;
 
   const int group = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / kWarpgroup, 0);
   if (group == 0) {
-    produce_few<Config>(p, smem, tile, k_tiles);
+    produce_few<Config>(p, smem, tile, k_tiles, sorted.slots);
     return;
   }
   const int thread = static_cast<int>(threadIdx.x) - kWarpgroup;
@@ -209,7 +260,11 @@ __global__ void __launch_bounds__(Traits<Config>::kThreads, 2)
   for (int row0 = tile.begin; row0 < tile.end; row0 += T::kN) {
     auto acc = cute::partition_fragment_C(typename T::TiledMma{},
                                           cute::Shape<cute::Int<T::kM>, cute::Int<T::kN>>{});
-    multiply<Config>(smem, sum, read, acc, thread, 0, [] {});
+    if (p.along_k) {
+      multiply<Config, Major::kK>(smem, sum, read, acc, thread, 0, [] {});
+    } else {
+      multiply<Config, Major::kMN>(smem, sum, read, acc, thread, 0, [] {});
+    }
     finish_few<Config>(p, tile, row0, acc, thread);
   }
 }
@@ -221,8 +276,7 @@ Status run_few(const FewProduct& f, Stream stream) {
   FewParams params{};
   for (int block = 0; block < 2; ++block) {
     TensorMapDesc d = f.block[block];
-    d.box[0] = T::kSpan;
-    d.box[1] = 64;
+    d.box[0] = d.box[1] = T::kSpan;
     d.box[2] = 1;
     if (const Status s = encode_tensor_map(&params.map[block], d); s != cudaSuccess) return s;
   }
@@ -232,19 +286,24 @@ Status run_few(const FewProduct& f, Stream stream) {
   params.problem.n = static_cast<int>(f.out_features);
   params.problem.k = static_cast<int>(f.in_features);
   params.rows = gather_rows(f.rows);
-  params.block_step = f.gated ? 0 : 64;
+  const bool halves = f.gated && !f.act.interleaved;
+  params.along_k = f.along_k;
+  params.map_features = static_cast<int>(f.block[0].size[f.along_k ? 1 : 0]);
+  params.block_step = halves ? 0 : 64;
+  params.sort = f.sort;
   params.tile_features = f.gated ? 64 : 128;
+  params.interleaved = f.gated && f.act.interleaved;
   params.activate = f.activate;
   params.act = fused_act(f.act);
   params.out = f.out;
   params.bias = f.bias.data;
   params.bias_stride = f.bias.stride_e;
-  params.bias_step = f.gated && f.act.interleaved ? 2 : 1;
-  params.bias_up = static_cast<int>(f.act.interleaved ? 1 : f.out_features);
+  params.bias_step = halves ? params.map_features : 0;
   params.scale = {static_cast<const float*>(f.scale.data), f.scale.index, f.scale.limit};
   const int64_t blocks =
       std::min(f.num_experts, f.num_rows) * ceil_div<int64_t>(f.out_features, params.tile_features);
-  const Launch at{static_cast<unsigned>(blocks), T::kThreads, stream, T::kSharedBytes};
+  Launch at{static_cast<unsigned>(blocks), T::kThreads, stream, T::kSharedBytes};
+  at.overlaps = true;
   return launch_kernel<sm90_few_rows_kernel<Config>>(at, params);
 }
 

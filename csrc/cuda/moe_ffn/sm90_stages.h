@@ -11,11 +11,18 @@ namespace moe_ops::cuda::sm90 {
 // a gate are served by kJoint.
 enum class GateUp { kHalves, kJoint };
 
-// The weights as TMA reads them.
-inline TensorMapDesc ffn_matrices(const ExpertMatrices& w, int64_t num_experts, int64_t rows,
-                                  int64_t cols) {
-  const int64_t stride_e = num_experts > 1 ? w.stride_e : rows * w.stride_o;
-  return matrices(matrix(w.data, w.type, cols, rows, w.stride_o), num_experts, stride_e);
+// Matrices [E, O, K] lie along K, or along O.
+inline bool dense_along_k(const ExpertMatrices& w) { return w.stride_k == 1; }
+
+// The weights as TMA reads them: the dense side first.
+inline TensorMapDesc ffn_matrices(const ExpertMatrices& w, int64_t num_experts,
+                                  int64_t out_features, int64_t in_features) {
+  const bool along_k = dense_along_k(w);
+  const int64_t lines = along_k ? out_features : in_features;
+  const int64_t stride = along_k ? w.stride_o : w.stride_k;
+  const int64_t stride_e = num_experts > 1 ? w.stride_e : lines * stride;
+  return matrices(matrix(w.data, w.type, along_k ? in_features : out_features, lines, stride),
+                  num_experts, stride_e);
 }
 inline TensorMapDesc ffn_weights(const FfnUpParams& p) {
   const int64_t width = p.intermediate_size * (is_gated(p.act.kind) ? 2 : 1);
@@ -40,7 +47,9 @@ struct FewProduct {
   ActivationParams act;
   DeviceRows rows;
   RowScale scale;
-  TensorMapDesc block[2];  // gate and up, or twice the weights
+  FewSort sort;
+  TensorMapDesc block[2];  // gate and up if they are halves, else twice the weights
+  bool along_k = true;     // how these lie
   ExpertVectors bias;
   void* out = nullptr;  // [N, out_features]
 };

@@ -1,5 +1,5 @@
-// The up projection of moe_ffn for sm_90a: rows of x gathered by the producer, the activation in
-// the epilogue.
+// The up projection of moe_ffn for sm_90a: rows of x gathered by the producer, w_gate_up read as it
+// lies (dense along H, or along its features), the activation in the epilogue.
 #pragma once
 
 #include "cuda/grouped_gemm/sm90_launch.cuh"
@@ -18,6 +18,7 @@ struct UpConfig : GemmDefaults {
       kChoice.pingpong ? Schedule::kPingpong : Schedule::kCooperative;
   static constexpr int kCluster = kChoice.cluster;
   static constexpr Source kSourceA = Source::kGather;
+  static constexpr Major kMajorB = Major::kEither;
   static constexpr bool kSplitB = layout == GateUp::kHalves;
 };
 
@@ -26,6 +27,7 @@ Status run_up(const FfnUpParams& p, Stream stream) {
   using Config = UpConfig<type, layout, tile>;
   const int64_t width = p.intermediate_size * (is_gated(p.act.kind) ? 2 : 1);
   KernelParams<Config, ActivateRows> params{};
+  params.b_along_n = !dense_along_k(p.w);
   if (const Status s = encode_maps<Config>(params, {}, ffn_weights(p)); s != cudaSuccess) return s;
   params.problem.expert_offsets = p.expert_offsets;
   params.problem.num_experts = static_cast<int>(p.num_experts);

@@ -7,6 +7,7 @@
 #include "cuda/moe_ffn/sm90_stages.h"
 #include "cuda/moe_ffn/stages.h"
 #include "cuda/runtime.h"
+#include "moe_ops/batch_invariant.h"
 
 namespace moe_ops::cuda {
 
@@ -36,22 +37,11 @@ bool usable(const Params& p, const DeviceRows& rows) {
   const DType type = p.w.type;
   return device_info().capability == 90 && forced_tile() != "composed" &&
          (type == DType::kBFloat16 || type == DType::kFloat16) && rows.type == type &&
-         aligned(rows.data) && rows.stride % 8 == 0 && p.w.quant.bits == 0 && p.w.stride_k == 1 &&
-         p.hidden_size >= 8 && p.intermediate_size >= 8 && p.hidden_size % 8 == 0 &&
-         p.intermediate_size % 8 == 0 && p.num_experts >= 1 && p.num_rows >= 1 && rows.limit >= 1 &&
-         p.num_experts <= kMost && p.num_rows <= kMost && rows.limit <= kMost &&
-         p.hidden_size <= kMost && 2 * p.intermediate_size <= kMost &&
-         tensor_map_possible(sm90::ffn_weights(p));
-}
-
-// Weights [E, rows, cols] every second row of which, from row `first` on, is read.
-TensorMapDesc every_second(const ExpertMatrices& w, int64_t num_experts, int64_t rows, int64_t cols,
-                           int64_t first) {
-  ExpertMatrices half = w;
-  half.data = static_cast<const char*>(w.data) + first * w.stride_o * dtype_size(w.type);
-  half.stride_o = 2 * w.stride_o;
-  half.stride_e = num_experts > 1 ? w.stride_e : rows * w.stride_o;
-  return sm90::ffn_matrices(half, num_experts, rows / 2, cols);
+         aligned(rows.data) && rows.stride % 8 == 0 && p.w.quant.bits == 0 && p.hidden_size >= 8 &&
+         p.intermediate_size >= 8 && p.hidden_size % 8 == 0 && p.intermediate_size % 8 == 0 &&
+         p.num_experts >= 1 && p.num_rows >= 1 && rows.limit >= 1 && p.num_experts <= kMost &&
+         p.num_rows <= kMost && rows.limit <= kMost && p.hidden_size <= kMost &&
+         2 * p.intermediate_size <= kMost && tensor_map_possible(sm90::ffn_weights(p));
 }
 
 template <DType type>
@@ -73,12 +63,19 @@ GemmDesc gemm_desc(const Params& p, Product product, int64_t n) {
   d.n = n;
   d.k = p.hidden_size;
   d.num_sms = usable_sms();
+  d.invariant = batch_invariant();
   return d;
+}
+
+// Whether a call of so many tokens may take the kernels for few: not where bits must be those of a
+// larger one.
+bool takes_few(int64_t num_tokens) {
+  return num_tokens <= kFfnFewTokens && forced_tile() == "" && !batch_invariant();
 }
 
 // Few tokens: inference only, as training wants the pre-activation.
 bool few_tokens(const FfnUpParams& p) {
-  return p.x.limit <= kFfnFewTokens && p.preact == nullptr && forced_tile() == "" &&
+  return takes_few(p.x.limit) && p.preact == nullptr &&
          tensor_map_possible(sm90::few_product(p).block[0]);
 }
 
@@ -121,22 +118,17 @@ sm90::FewProduct sm90::few_product(const FfnUpParams& p) {
   f.act = p.act;
   f.rows = p.x;
   f.scale = p.x_scale;
+  f.sort = p.sort;
   f.bias = p.bias;
   f.out = p.h;
-  if (!f.gated) {
-    f.block[0] = f.block[1] = ffn_weights(p);
-  } else if (p.act.interleaved) {
-    for (int i = 0; i < 2; ++i)
-      f.block[i] = every_second(p.w, p.num_experts, 2 * p.intermediate_size, p.hidden_size, i);
-  } else {
-    // Halves of the rows, so that a tile past the last column reads zeros and not the other half.
-    ExpertMatrices half = p.w;
-    if (p.num_experts == 1) half.stride_e = 2 * p.intermediate_size * p.w.stride_o;
-    for (int i = 0; i < 2; ++i) {
-      f.block[i] = ffn_matrices(half, p.num_experts, p.intermediate_size, p.hidden_size);
-      half.data = static_cast<const char*>(half.data) +
-                  p.intermediate_size * p.w.stride_o * dtype_size(p.w.type);
-    }
+  f.along_k = dense_along_k(p.w);
+  f.block[0] = f.block[1] = ffn_weights(p);
+  if (f.gated && !p.act.interleaved) {
+    // Halves of the features, so that a tile past the last one reads zeros and not the other half.
+    f.block[0].size[f.along_k ? 1 : 0] = p.intermediate_size;
+    f.block[1] = f.block[0];
+    f.block[1].data = static_cast<const char*>(p.w.data) +
+                      p.intermediate_size * p.w.stride_o * dtype_size(p.w.type);
   }
   return f;
 }
@@ -151,13 +143,19 @@ sm90::FewProduct sm90::few_product(const FfnDownParams& p) {
   f.rows = p.h;
   f.bias = p.bias;
   f.out = p.out;
-  f.block[0] = f.block[1] = ffn_matrices(p.w, p.num_experts, p.hidden_size, p.intermediate_size);
+  f.along_k = dense_along_k(p.w);
+  f.block[0] = f.block[1] = ffn_weights(p);
   return f;
 }
 
 bool supports(const FfnUpParams& p) {
   return usable(p, p.x) && p.x.index != nullptr &&
          (p.bias.data == nullptr || p.bias.type == p.w.type) && aligned(p.h) && aligned(p.preact);
+}
+
+bool sorts_few(const FfnUpParams& p) {
+  return few_tokens(p) && p.x_scale.data == nullptr && p.num_rows <= kFewSortSlots &&
+         p.num_experts <= kFewSortExperts;
 }
 
 Status ffn_up(const FfnUpParams& p, Stream stream) {
@@ -169,7 +167,7 @@ Status ffn_up(const FfnUpParams& p, Stream stream) {
 }
 
 bool supports(const FfnDownParams& p) {
-  return p.num_tokens <= kFfnFewTokens && forced_tile() == "" && usable(p, p.h) &&
+  return takes_few(p.num_tokens) && usable(p, p.h) &&
          (p.bias.data == nullptr || p.bias.type == p.w.type) && aligned(p.out);
 }
 

@@ -9,6 +9,17 @@
 
 namespace moe_ops::cuda {
 
+// What a stage sorts for itself: the maps of sort_slots.h but row_to_slot, which no later stage of
+// inference reads. In slot_to_row, -1 is a slot without an expert.
+struct FewSort {
+  IndexMap ids;  // [T, K]; data is nullptr: rows are sorted
+  int num_slots = 0, top_k = 0;
+  int32_t* expert_offsets = nullptr;  // [E+1], out
+  int32_t* slot_to_row = nullptr;     // [T, K], out
+};
+
+constexpr int kFewSortSlots = 1024, kFewSortExperts = 1024;
+
 // h[r] = act(scale(r) * w[e(r)] x[r] + bias[e(r)])
 struct FfnUpParams {
   const int32_t* expert_offsets = nullptr;  // [E+1]
@@ -23,9 +34,12 @@ struct FfnUpParams {
   ExpertVectors bias;      // [E, P] or none
   void* h = nullptr;       // [N, I] contiguous, out, x's type
   void* preact = nullptr;  // [N, P] contiguous, out, or not wanted; rows past the last become zero
+  FewSort sort;            // only where sorts_few() is true
 };
 
 bool supports(const FfnUpParams& p);
+// Whether a supported stage can sort for itself: few tokens, no scale.
+bool sorts_few(const FfnUpParams& p);
 Status ffn_up(const FfnUpParams& p, Stream stream);
 
 // out[r] = w[e(r)] h[r] + bias[e(r)] for few tokens, no more than kFfnFewTokens: weights are read

@@ -16,6 +16,7 @@
 #include "cuda/fp8.cuh"
 #include "cuda/grouped_gemm_fp8/sm90_kernel.cuh"
 #include "cuda/moe_ffn_fp8/gate_up.h"
+#include "moe_ops/batch_invariant.h"
 
 namespace moe_ops::cuda::sm90::fp8 {
 
@@ -220,7 +221,7 @@ __global__ void __launch_bounds__(Traits<GateUpConfig>::kThreads, 1)
   cutlass::arch::warpgroup_reg_alloc<kFp8ConsumerRegisters>();
   const int thread = static_cast<int>(threadIdx.x) - kWarpgroup;
   PipelineState<GateUpConfig> read;
-  Scheduler<GateUpConfig> scheduler(p.problem);
+  Scheduler<GateUpConfig> scheduler(p.problem, smem);
   Tile tile;
   for (int index = blockIdx.x; scheduler.get(index, 0, tile); index += gridDim.x) {
     const auto shape = cute::Shape<cute::Int<Half::kM>, cute::Int<Half::kN>>{};
@@ -244,7 +245,8 @@ bool supports(const GateUpParams& p) {
   if (device_info().capability != 90 || (!forced.empty() && forced != "128x256")) return false;
   if (g.num_experts < 1 || g.in_features < 16 || g.in_features % 16 != 0) return false;
   if (g.a.index == nullptr || g.zero_tail || g.out_features % (2 * kFp8Block) != 0) return false;
-  if (forced.empty() && g.num_rows / std::min(g.num_experts, g.num_rows) <= 64) return false;
+  const bool many = batch_invariant() || g.num_rows / std::min(g.num_experts, g.num_rows) > 64;
+  if (forced.empty() && !many) return false;
   return reinterpret_cast<uintptr_t>(p.q) % 16 == 0 && tensor_map_possible(operand_a(g)) &&
          tensor_map_possible(operand_b(g));
 }

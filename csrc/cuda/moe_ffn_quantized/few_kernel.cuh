@@ -19,6 +19,7 @@
 #include "cuda/moe_ffn/fused_act.cuh"
 #include "cuda/moe_ffn_quantized/codes.cuh"
 #include "cuda/moe_ffn_quantized/stage.h"
+#include "cuda/overlap.cuh"
 #include "cuda/row_experts.cuh"
 
 namespace moe_ops::cuda::quantized {
@@ -342,6 +343,7 @@ __global__ void __launch_bounds__(FewConfig<kRowTiles>::kThreads,
   constexpr int kWarps = FewConfig<kRowTiles>::kWarps;
   __shared__ float partial[kWarps][2][kRowTiles][4][kWarp];
   const QuantStage& s = p.s;
+  await_previous_kernel();
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
   const int ordinal = static_cast<int>(blockIdx.x) / p.tiles;
@@ -413,7 +415,8 @@ __global__ void __launch_bounds__(FewConfig<kRowTiles>::kThreads,
 
 template <class S, int kGroup, bool kAligned, int kRowTiles>
 Status launch_few(const FewLaunch& launch, unsigned blocks, Stream stream) {
-  const Launch at{blocks, FewConfig<kRowTiles>::kThreads, stream};
+  Launch at{blocks, FewConfig<kRowTiles>::kThreads, stream};
+  at.overlaps = true;
   return launch_kernel<quantized_few_kernel<S, kGroup, kAligned, kRowTiles>>(at, launch);
 }
 

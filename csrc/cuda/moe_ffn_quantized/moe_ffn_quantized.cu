@@ -6,8 +6,10 @@
 #include "cuda/dispatch.h"
 #include "cuda/launch.h"
 #include "cuda/moe_ffn_quantized/stage.h"
+#include "cuda/overlap.cuh"
 #include "cuda/routed_rows.h"
 #include "cuda/rows.cuh"
+#include "moe_ops/batch_invariant.h"
 
 namespace moe_ops::cuda {
 
@@ -24,6 +26,7 @@ struct CopyParams {
 
 template <class S>
 __global__ void copy_rows_kernel(const CopyParams p) {
+  await_previous_kernel();
   const int64_t row = warp_row();
   if (row >= p.num_rows) return;
   const S* const from = static_cast<const S*>(p.x.data) + row * p.x.stride;
@@ -44,7 +47,9 @@ Status copy_rows(const CopyParams& p, Stream stream) {
   const auto launch = [&](auto type) {
     using S = typename decltype(type)::type;
     const RowGrid g = row_grid(p.num_rows, p.stride, 4);
-    return launch_kernel<copy_rows_kernel<S>>({g.grid, g.block, stream}, p);
+    Launch at{g.grid, g.block, stream};
+    at.overlaps = true;
+    return launch_kernel<copy_rows_kernel<S>>(at, p);
   };
   switch (p.x.type) {
     case DType::kBFloat16:
@@ -88,6 +93,7 @@ bool takes_few(const QuantStage& s) {
   const char* const forced = std::getenv("MOE_OPS_QUANT_KERNEL");
   if (forced != nullptr && std::string_view(forced) == "few") return true;
   if (forced != nullptr && std::string_view(forced) == "tiles") return false;
+  if (batch_invariant()) return false;
   return s.num_tokens <= kQuantFewTokens || s.num_rows <= kQuantFewRows * s.num_experts;
 }
 

@@ -62,8 +62,9 @@ namespace cuda {
 // Pointers are the device's. cu_seqlens of the base is not read: kernels take `sequences`
 // [num_sequences + 1] and clamp what leads outside.
 struct MoaAttentionParams : ::moe_ops::MoaAttentionParams {
-  IndexMap sequences;         // data is nullptr without sequences
-  void* workspace = nullptr;  // moa_attention_workspace() or moa_attention_bwd_workspace() bytes
+  IndexMap sequences;            // data is nullptr without sequences
+  void* workspace = nullptr;     // moa_attention_workspace() or moa_attention_bwd_workspace() bytes
+  bool batch_invariant = false;  // as it was when the workspace was asked for
 };
 
 struct MoaAttentionBwdParams {

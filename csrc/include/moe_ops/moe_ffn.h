@@ -11,6 +11,7 @@
 #include "moe_ops/common.h"
 #include "moe_ops/grouped_gemm.h"
 #include "moe_ops/routing.h"
+#include "moe_ops/sort_slots.h"
 
 namespace moe_ops {
 
@@ -38,6 +39,9 @@ struct MoeFfnParams {
   void* preact = nullptr;     // [N, P] contiguous, out, x's type; zeros in rows without an expert;
                               // nullptr: not wanted
   void* workspace = nullptr;  // CUDA: moe_ffn_workspace bytes, aligned to 256
+  // CUDA: makes the routing's maps, which the call does itself where that is faster. Without a
+  // pre-activation, row_to_slot need not be written.
+  SortSlotsParams sort{};
 };
 
 struct MoeFfnBwdParams {
@@ -54,10 +58,12 @@ struct MoeFfnBwdParams {
   void* grad_w_down;     // [E, H, I] of type grad_w_down_type
   DType grad_w_gate_up_type, grad_w_down_type;
   bool accumulate_w_gate_up, accumulate_w_down;  // add to what is there
-  void* grad_b_gate_up;                          // [E, P]
-  void* grad_b_down;                             // [E, H]
-  void* grad_topk_weights;                       // [T, K] in the accumulate type
-  void* workspace = nullptr;                     // CUDA: moe_ffn_bwd_workspace bytes, as above
+  // CUDA: the gradient is [E, H, P], that of w_down [E, I, H].
+  bool transpose_grad_w_gate_up = false, transpose_grad_w_down = false;
+  void* grad_b_gate_up;       // [E, P]
+  void* grad_b_down;          // [E, H]
+  void* grad_topk_weights;    // [T, K] in the accumulate type
+  void* workspace = nullptr;  // CUDA: moe_ffn_bwd_workspace bytes, as above
 };
 
 namespace cpu {

@@ -121,9 +121,14 @@ inline Sizes check_bwd(const Op& op, const Tensor& grad_y, const Tensor& x, cons
   return s;
 }
 
+// As gpt-oss, Llama 4 and DBRX store weights [E, O, K]: contiguous as [E, K, O].
+inline bool is_transposed(const Tensor& w) {
+  return !w.is_contiguous() && torch::stable::transpose(w, 1, 2).is_contiguous();
+}
+
 // A buffer that the gradient of weight w is added to; x has w's type.
 inline DType check_main_grad(const Op& op, const char* name, const Tensor& main, const Tensor& x,
-                             const Tensor& w) {
+                             const Tensor& w, bool may_be_transposed = false) {
   const DType main_type = check_float(op, name, main);
   const ScalarType acc = accumulate_type(x.scalar_type());
   MOE_CHECK(main.scalar_type() == x.scalar_type() || main.scalar_type() == acc, op, ": ", name,
@@ -131,8 +136,9 @@ inline DType check_main_grad(const Op& op, const char* name, const Tensor& main,
             ", got ", dtype_name(main.scalar_type()), ".");
   check_dim(op, name, main, 3, "shaped like the weight");
   for (int64_t d = 0; d < 3; ++d) check_size(op, name, main, d, w.size(d), "the weight's size");
-  MOE_CHECK(main.is_contiguous(), op, ": ", name, " must be contiguous, got shape ",
-            shape_string(main), " with other strides.");
+  MOE_CHECK(main.is_contiguous() || (may_be_transposed && is_transposed(main)), op, ": ", name,
+            " must be contiguous", may_be_transposed ? ", as it is or transposed" : "",
+            ", got shape ", shape_string(main), " with other strides.");
   return main_type;
 }
 

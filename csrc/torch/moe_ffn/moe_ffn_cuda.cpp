@@ -15,9 +15,9 @@ FfnOutputs run_ffn(const Op& op, const Tensor& x, const Tensor& w_gate_up, const
   const ActivationParams act = check_activation(op, activation, interleaved, alpha, limit, false);
   const Sizes s =
       check_fwd(op, x, w_gate_up, w_down, topk_weights, topk_ids, b_gate_up, b_down, act);
-  const SortedSlots slots = device_sorted_slots(op, topk_ids, s.E);
+  const UnsortedSlots slots = device_unsorted_slots(op, topk_ids, s.E);
   const ScalarType type = x.scalar_type();
-  const Tensor src = with_dense_rows(x);
+  const Tensor src = token_rows(x);
   const Weights up = weights_of(w_gate_up, s.type);
   const Weights down = weights_of(w_down, s.type);
   const Bias up_bias = bias_of(b_gate_up, s.type);
@@ -26,7 +26,8 @@ FfnOutputs run_ffn(const Op& op, const Tensor& x, const Tensor& w_gate_up, const
   Tensor y = device_empty(x, {s.T, s.H}, type);
   Tensor preact = device_empty_if(save, x, {s.T * s.K, s.width}, type);
   MoeFfnParams p;
-  p.desc = desc_of(s, slots.routing, weights, on_input);
+  p.desc = desc_of(s, slots.sorted.routing, weights, on_input);
+  p.sort = slots.sort;
   p.x = rows_of(src, s.type);
   p.w_gate_up = up.matrices;
   p.w_down = down.matrices;
@@ -37,7 +38,8 @@ FfnOutputs run_ffn(const Op& op, const Tensor& x, const Tensor& w_gate_up, const
   Tensor workspace = device_empty(x, {cuda::moe_ffn_workspace(p)}, ScalarType::Byte);
   p.workspace = workspace.mutable_data_ptr();
   check_status(op, cuda::moe_ffn(p, current_stream(x)));
-  return {y, preact, slots.expert_offsets, slots.row_to_slot, slots.slot_to_row};
+  const SortedSlots& maps = slots.sorted;
+  return {y, preact, maps.expert_offsets, maps.row_to_slot, maps.slot_to_row};
 }
 
 Tensor moe_ffn_cuda(const Tensor& x, const Tensor& w_gate_up, const Tensor& w_down,
@@ -73,8 +75,8 @@ FfnGradients run_bwd(const Op& op, const Tensor& grad_y, const Tensor& x, const 
   const Tensor offsets = device_offsets(op, expert_offsets, s.T * s.K);
   const Tensor rows = contiguous_as(row_to_slot, ScalarType::Int);
   const Tensor slots = contiguous_as(slot_to_row, ScalarType::Int);
-  const Tensor gy = with_dense_rows(grad_y);
-  const Tensor src = with_dense_rows(x);
+  const Tensor gy = token_rows(grad_y);
+  const Tensor src = token_rows(x);
   const Tensor pre = dense(preact);
   const Tensor weights = contiguous_as(topk_weights, acc);
   const Weights up = weights_of(w_gate_up, s.type);
@@ -96,8 +98,16 @@ FfnGradients run_bwd(const Op& op, const Tensor& grad_y, const Tensor& x, const 
   p.b_down = down_bias.vectors;
   p.preact = pre.const_data_ptr();
   Tensor grad_x = wanted(need_x, {s.T, s.H}, type, p.grad_x);
-  Tensor grad_w_gate_up = wanted(need_w_gate_up, {s.E, s.width, s.H}, type, p.grad_w_gate_up);
-  Tensor grad_w_down = wanted(need_w_down, {s.E, s.H, s.I}, type, p.grad_w_down);
+  // Gradients of weights lie as the weights do: autograd would copy others.
+  const auto wanted_like = [&](bool need, const Tensor& w, void*& out, bool& transpose) {
+    transpose = need && is_transposed(w);
+    if (!transpose) return wanted(need, {w.size(0), w.size(1), w.size(2)}, type, out);
+    const Tensor grad = wanted(true, {w.size(0), w.size(2), w.size(1)}, type, out);
+    return torch::stable::transpose(grad, 1, 2);
+  };
+  Tensor grad_w_gate_up =
+      wanted_like(need_w_gate_up, w_gate_up, p.grad_w_gate_up, p.transpose_grad_w_gate_up);
+  Tensor grad_w_down = wanted_like(need_w_down, w_down, p.grad_w_down, p.transpose_grad_w_down);
   Tensor grad_topk_weights = wanted(need_topk_weights, {s.T, s.K}, acc, p.grad_topk_weights);
   Tensor grad_b_gate_up = wanted(need_b_gate_up, {s.E, s.width}, type, p.grad_b_gate_up);
   Tensor grad_b_down = wanted(need_b_down, {s.E, s.H}, type, p.grad_b_down);
@@ -106,11 +116,13 @@ FfnGradients run_bwd(const Op& op, const Tensor& grad_y, const Tensor& x, const 
   p.accumulate_w_down = main_w_down.has_value();
   if (main_w_gate_up.has_value()) {
     p.grad_w_gate_up_type =
-        check_main_grad(op, "main_grad of w_gate_up", *main_w_gate_up, x, w_gate_up);
+        check_main_grad(op, "main_grad of w_gate_up", *main_w_gate_up, x, w_gate_up, true);
+    p.transpose_grad_w_gate_up = is_transposed(*main_w_gate_up);
     p.grad_w_gate_up = main_w_gate_up->mutable_data_ptr();
   }
   if (main_w_down.has_value()) {
-    p.grad_w_down_type = check_main_grad(op, "main_grad of w_down", *main_w_down, x, w_down);
+    p.grad_w_down_type = check_main_grad(op, "main_grad of w_down", *main_w_down, x, w_down, true);
+    p.transpose_grad_w_down = is_transposed(*main_w_down);
     p.grad_w_down = main_w_down->mutable_data_ptr();
   }
   Tensor workspace = device_empty(x, {cuda::moe_ffn_bwd_workspace(p)}, ScalarType::Byte);

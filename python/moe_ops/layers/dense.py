@@ -20,7 +20,7 @@ from moe_ops.ops.dense_ffn import dense_ffn
 from moe_ops.ops.grouped_gemm import grouped_gemm
 from moe_ops.ops.mix_experts import mix_experts
 
-from .functional import uses_ops
+from .functional import multiplies_by_ops
 
 
 class Segment(NamedTuple):
@@ -77,12 +77,12 @@ def grouped_linear(
     `plan` says which input each expert reads; None: expert e reads input e.
     """
     plan = segments(range(w.shape[0])) if plan is None else plan
-    if uses_ops(x):
+    if multiplies_by_ops(x):
         ids = [s.start + i for s in plan for i in range(s.num) for _ in range(s.size)]
-        rows = x.transpose(0, 1)[ids].flatten(0, 1)
-        offsets = torch.arange(len(ids) + 1) * x.shape[0]
+        rows = torch.cat([x[:, i] for i in ids])
+        offsets = torch.arange(len(ids) + 1, device=x.device) * x.shape[0]
         y = grouped_gemm(rows, w, offsets, bias=bias)
-        return y.unflatten(0, (len(ids), -1)).transpose(0, 1)
+        return y.unflatten(0, (len(ids), x.shape[0])).transpose(0, 1)
     if _own_backward(x, w):
         # Each product writes its columns of the result in place, which autograd's bmm cannot.
         return _GroupedLinear.apply(x, w, bias, tuple(plan))
@@ -206,12 +206,13 @@ def mix_outputs(
     w = weights[:, None] if one else weights
     if factor is not None and one:
         factor = factor[:, None]
-    if outputs.device.type == "cpu":
+    if outputs.device.type == "cpu" or multiplies_by_ops(outputs):
         y = mix_experts(outputs, w, factor=factor, activation=activation)[0]
     else:
         y = torch.bmm(w, _ACTIVATIONS[activation](outputs))
         if factor is not None:
-            y = (y.unflatten(0, (factor.shape[0], -1)) * factor[:, None]).flatten(0, 1)
+            repeats = y.shape[0] // max(factor.shape[0], 1)
+            y = (y.unflatten(0, (factor.shape[0], repeats)) * factor[:, None]).flatten(0, 1)
     return y[:, 0] if one else y
 
 

@@ -1,8 +1,8 @@
 """What layers compute beside experts: torch's functions, or ops in their place.
 
 In the batch-invariant mode these are ops, because torch's products choose by the number of rows,
-and its activations treat the last elements of a thread's share otherwise than the rest. Small
-routers have an op that is faster than torch's product.
+and on the CPU its activations treat the last elements of a thread's share otherwise than the rest.
+Small routers have an op that is faster than torch's product.
 """
 
 from __future__ import annotations
@@ -17,24 +17,30 @@ from moe_ops.ops import gated_act, grouped_gemm, mix_experts, router_linear
 _GATED = {"silu": "swiglu", "gelu": "geglu", "gelu_tanh": "geglu_tanh"}
 
 
-def uses_ops(x: Tensor) -> bool:
-    """Whether ops take the place of torch's functions on x."""
+def multiplies_by_ops(x: Tensor) -> bool:
+    """Whether ops take the place of torch's products on x."""
+    return is_batch_invariant() and x.device.type in ("cpu", "cuda")
+
+
+def _acts_by_ops(x: Tensor) -> bool:
+    """Whether ops take the place of torch's activations on x. On CUDA an element's is the same
+    wherever it stands."""
     return is_batch_invariant() and x.device.type == "cpu"
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear`."""
-    if not uses_ops(x):
+    if not multiplies_by_ops(x):
         return F.linear(x, weight, bias)
     rows = x.reshape(-1, x.shape[-1])
-    offsets = torch.tensor([0, rows.shape[0]], dtype=torch.int64)
+    offsets = torch.arange(2, device=x.device) * rows.shape[0]
     y = grouped_gemm(rows, weight[None], offsets, bias=None if bias is None else bias[None])
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
 def apply_linear(module: nn.Module, x: Tensor) -> Tensor:
     """module(x), where module is an `nn.Linear` or what its owner put in its place."""
-    if uses_ops(x) and type(module) is nn.Linear:
+    if multiplies_by_ops(x) and type(module) is nn.Linear:
         return linear(x, module.weight, module.bias)
     y: Tensor = module(x)
     return y
@@ -45,7 +51,7 @@ def plain_activation(x: Tensor, activation: str) -> Tensor:
     if activation in ("relu", "relu2"):
         h = F.relu(x)
         return h * h if activation == "relu2" else h
-    if uses_ops(x):
+    if _acts_by_ops(x):
         return gated_act(torch.cat([x, torch.ones_like(x)], -1), _GATED[activation])
     if activation == "silu":
         return F.silu(x)
@@ -54,7 +60,7 @@ def plain_activation(x: Tensor, activation: str) -> Tensor:
 
 def sigmoid(x: Tensor) -> Tensor:
     """`torch.sigmoid` of [T, 1]."""
-    if not uses_ops(x):
+    if not _acts_by_ops(x):
         return x.sigmoid()
     return mix_experts(x[:, None], torch.ones_like(x)[:, None], activation="sigmoid")[0][:, 0]
 

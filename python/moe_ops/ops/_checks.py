@@ -134,6 +134,12 @@ def new_if(
     return like.new_empty(size if needed else (0,), dtype=dtype)
 
 
+def is_stored_transposed(w: Tensor) -> bool:
+    """Whether [E, O, K] is a view of a contiguous [E, K, O] on a CUDA device: there the gradient of
+    such a weight, which gpt-oss and Llama 4 have, is made in the same layout."""
+    return w.is_cuda and not w.is_contiguous() and w.mT.is_contiguous()
+
+
 def new_like(t: Tensor) -> Tensor:
     """Of the shape and type of `t`, and dense whatever its strides are."""
     return t.new_empty(tuple(t.shape))

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_ops.numerics import is_batch_invariant
 from moe_ops.ops._autocast import register_autocast
 from moe_ops.ops._autograd import (
     direct_call,
@@ -26,6 +27,7 @@ from moe_ops.ops._checks import (
     new_if,
     new_like,
 )
+from moe_ops.ops._invariant import row_sums
 from moe_ops.ops._library import register_cuda_formula, register_fake
 from moe_ops.reference.add_rms_norm import add_rms_norm as _formula
 
@@ -48,7 +50,8 @@ def add_rms_norm(
     one pass over memory, forward and backward.
 
     On CUDA tensors, and in code that is being compiled, it is this formula in torch's operations,
-    which the compiler fuses with what is around them.
+    which the compiler fuses with what is around them; in the batch-invariant mode a CUDA tensor's
+    squares are summed by a product of this package.
 
     Args:
         x: [..., H], at least one dimension; float64, float32, bfloat16 or float16, any strides.
@@ -68,7 +71,7 @@ def add_rms_norm(
     Source:
         Zhang and Sennrich 2019, Root Mean Square Layer Normalization, arXiv 1910.07467.
     """
-    if x.is_cuda or torch.compiler.is_compiling():
+    if (x.is_cuda and not is_batch_invariant()) or torch.compiler.is_compiling():
         _check("add_rms_norm", x, weight, residual, bias, eps)
         return _formula(x, weight, residual, bias=bias, eps=eps)
     y, total, _ = _add_rms_norm(x, weight, residual, bias, float(eps))
@@ -178,7 +181,12 @@ def _(
     acc = accumulate_dtype(x.dtype)
     adds = residual is not None or bias is not None
     y, total = _formula(x, weight, residual, bias=bias, eps=eps)
-    rstd = torch.rsqrt(total.to(acc).square().mean(-1) + eps).reshape(-1)[: _rows(x)]
+    if is_batch_invariant() and x.numel() > 0:
+        wide = total.to(acc).reshape(-1, x.shape[-1])
+        rstd = torch.rsqrt(row_sums(wide.square()) / x.shape[-1] + eps)
+        y = (wide * rstd[:, None] * weight.to(acc)).to(x.dtype).view(x.shape)
+    else:
+        rstd = torch.rsqrt(total.to(acc).square().mean(-1) + eps).reshape(-1)[: _rows(x)]
     return y.contiguous(), total.contiguous() if adds else new_if(False, x), rstd
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_ops.numerics import is_batch_invariant
 from moe_ops.ops._autocast import register_autocast
 from moe_ops.ops._autograd import (
     direct_call,
@@ -27,6 +28,7 @@ from moe_ops.ops._checks import (
     check_tensor,
     new_if,
 )
+from moe_ops.ops._invariant import batched_products
 from moe_ops.ops._library import register_cuda_formula, register_fake
 from moe_ops.ops.gated_act import PLAIN_ACTIVATIONS
 from moe_ops.reference.gated_act import plain_act
@@ -192,6 +194,8 @@ def _inputs(x: Tensor, input_ids: Tensor) -> tuple[Tensor, Tensor]:
 
 def _products(a: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
     """[E, T, D] and [E, O, D] to [E, T, O]."""
+    if is_batch_invariant():
+        return batched_products(a, w, bias)
     if bias is None:
         return torch.bmm(a, w.transpose(1, 2))
     return torch.baddbmm(bias[:, None], a, w.transpose(1, 2))

@@ -20,6 +20,7 @@ from moe_ops.ops._checks import (
     check_offsets,
     check_same_device,
     check_size,
+    is_stored_transposed,
 )
 from moe_ops.ops._library import register_fake
 
@@ -126,6 +127,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     a, b, expert_offsets, _ = inputs
     need_a, need_b, _, _ = needs_input_grad(ctx, 4)
     ctx.save_for_backward(a if need_b else None, b if need_a else None, expert_offsets)
+    ctx.is_b_transposed = is_stored_transposed(b)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -136,7 +138,10 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     if need_a:
         grad_a = ops.grouped_gemm(grad, b.transpose(1, 2), expert_offsets)
     if need_b:
-        grad_b = ops.grouped_gemm_wgrad(grad, a, expert_offsets)
+        if ctx.is_b_transposed:
+            grad_b = ops.grouped_gemm_wgrad(a, grad, expert_offsets).mT
+        else:
+            grad_b = ops.grouped_gemm_wgrad(grad, a, expert_offsets)
     if need_bias:
         grad_bias = ops.grouped_sum(grad, expert_offsets)
     return grad_a, grad_b, None, grad_bias

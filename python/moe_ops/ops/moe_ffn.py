@@ -27,6 +27,7 @@ from moe_ops.ops._checks import (
     check_like,
     check_same_device,
     check_size,
+    is_stored_transposed,
     new_if,
     new_like,
 )
@@ -82,9 +83,10 @@ def moe_ffn(
             and add their outputs unweighted (Llama 4).
         alpha, limit: of ``"swiglu_oai"``.
         main_grads: buffers to which backward adds the gradients of w_gate_up and w_down, each
-            shaped like its weight, contiguous, in fp32 (fp64) or the weight's dtype, or None. That
-            weight then gets no ``.grad``: no gradient tensor of its size is made, and bfloat16
-            training accumulates in fp32. Eager mode only.
+            shaped like its weight, contiguous (on CUDA also the transposed view of a contiguous
+            [E, H, 2I] or [E, I, H]), in fp32 (fp64) or the weight's dtype, or None. That weight
+            then gets no ``.grad``: no gradient tensor of its size is made, and bfloat16 training
+            accumulates in fp32. Eager mode only.
 
     Returns:
         [T, H] in x's dtype. A token without any expert gets zeros; T = 0 gives [0, H].
@@ -235,6 +237,12 @@ def _(*args: Any) -> tuple[Tensor, ...]:
     return _fake_bwd(*arguments)
 
 
+def _weight_gradient(needed: bool, w: Tensor) -> Tensor:
+    if needed and is_stored_transposed(w):
+        return new_like(w.mT).mT
+    return new_if(needed, w)
+
+
 @register_fake("moe_ffn_bwd")
 def _fake_bwd(grad_y: Tensor, *args: Any) -> tuple[Tensor, ...]:
     op = "moe_ffn_bwd"
@@ -246,8 +254,8 @@ def _fake_bwd(grad_y: Tensor, *args: Any) -> tuple[Tensor, ...]:
     need_x, need_w_gate_up, need_w_down, need_topk_weights, need_b_gate_up, need_b_down = needs
     return (
         new_if(need_x, x),
-        new_if(need_w_gate_up, w_gate_up),
-        new_if(need_w_down, w_down),
+        _weight_gradient(need_w_gate_up, w_gate_up),
+        _weight_gradient(need_w_down, w_down),
         new_if(need_topk_weights, x, slot_to_row.shape, accumulate_dtype(x.dtype)),
         new_if(need_b_gate_up, x, w_gate_up.shape[:2]),
         new_if(need_b_down, x, w_down.shape[:2]),

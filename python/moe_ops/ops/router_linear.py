@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moe_ops.numerics import is_batch_invariant
 from moe_ops.ops._autocast import register_autocast
 from moe_ops.ops._autograd import direct_call, needs_input_grad, only_needed, register_autograd
 from moe_ops.ops._checks import (
@@ -20,6 +21,7 @@ from moe_ops.ops._checks import (
     check_shape,
     new_if,
 )
+from moe_ops.ops._invariant import batched_products
 from moe_ops.ops._library import register_cuda_formula, register_fake
 
 _router_linear = direct_call("router_linear")
@@ -146,7 +148,11 @@ def _formula(
     x: Tensor, weight: Tensor, bias: Tensor | None, logits_dtype: torch.dtype | None
 ) -> Tensor:
     dtype = logits_dtype or x.dtype
-    return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+    x, weight = x.to(dtype), weight.to(dtype)
+    bias = None if bias is None else bias.to(dtype)
+    if is_batch_invariant():
+        return batched_products(x[None], weight[None], None if bias is None else bias[None])[0]
+    return F.linear(x, weight, bias)
 
 
 @register_cuda_formula("router_linear_bwd")

@@ -10,6 +10,7 @@ import pytest
 from moe_ops._C import ffn_config, gemm_config
 
 LARGE = "128x256x64 cooperative cluster 2"
+LARGE_ALONE = "128x256x64 cooperative cluster 1"
 MIDDLE = "128x128x64 ping-pong cluster 1"
 FEW_ROWS = "64x128x64 ping-pong cluster 1"
 TINY = "64x64x128 cooperative cluster 1"
@@ -18,6 +19,9 @@ OF_PRODUCT = {
     "nn": {LARGE, MIDDLE, FEW_ROWS, TINY},
     "tn": {LARGE, MIDDLE},
     "gather_nt": {MIDDLE, FEW_ROWS, TINY},
+    "gather_tn": {LARGE, MIDDLE},
+    "tn_gather": {LARGE_ALONE, MIDDLE},
+    "gather_tn_gather": {MIDDLE},
 }
 
 
@@ -42,6 +46,13 @@ OF_PRODUCT = {
         ("nt", 65536, 8, 0, 2048, 128, MIDDLE),
         # Small weight gradients: more tiles than 128x256 would give.
         ("tn", 4096, 8, 256, 256, 0, MIDDLE),
+        # Those of moe_ffn, 32768 tokens: Qwen3-30B-A3B, DeepSeek-V3.
+        ("gather_tn", 262144, 128, 2048, 768, 0, LARGE),
+        ("tn_gather", 262144, 128, 1536, 2048, 0, LARGE_ALONE),
+        ("tn_gather", 262144, 256, 4096, 7168, 0, LARGE_ALONE),
+        # 32 rows an expert: what is written counts, and its end should be hidden.
+        ("gather_tn", 4096, 128, 2048, 768, 0, MIDDLE),
+        ("tn_gather", 4096, 128, 1536, 2048, 0, MIDDLE),
     ],
 )
 def test_known_shapes(product, rows, experts, m, n, k, expected):
@@ -97,3 +108,21 @@ def test_stages_of_moe_ffn(hidden_size, intermediate_size, rows, up, down_bwd):
 def test_unknown_stage():
     with pytest.raises(ValueError, match=r"stage must be up or down_bwd, got down\."):
         ffn_config("down", 1, 1, 1, 1)
+
+
+@pytest.mark.parametrize("product", ["nt", "nn", "gather_nt", "gather_nn"])
+def test_in_the_batch_invariant_mode_rows_do_not_choose(product):
+    for n, k in ((8, 64), (520, 4096), (2**17, 768)):
+        tiles = {gemm_config(product, r, 64, 0, n, k, invariant=True) for r in SIZES}
+        assert tiles == {MIDDLE if product.startswith("gather") else LARGE}
+        assert gemm_config(product, 1, 64, 0, 520, 4096) not in tiles  # without it they do
+
+
+@pytest.mark.parametrize(("stage", "tile"), [("up", "pair"), ("down_bwd", "high")])
+def test_nor_do_they_choose_the_tile_of_a_stage(stage, tile):
+    assert {ffn_config(stage, r, 64, 1536, 2048, invariant=True) for r in SIZES} == {tile}
+    assert ffn_config(stage, 64, 64, 1536, 2048) != tile
+
+
+def test_gradients_of_weights_sum_over_the_batch_in_any_mode():
+    assert gemm_config("tn", 65536, 8, 28672, 4096, 0, invariant=True) == LARGE

@@ -19,6 +19,9 @@ from moe_ops.expert_weights import packing
 from moe_ops.layers import Experts
 from moe_ops.testing import assert_identical
 
+# CUDA has no packed copies.
+pytestmark = pytest.mark.cpu_only
+
 
 def slots(bank: Experts, tokens: int, times: int = 1) -> None:
     call = operands(bank.w_down.dtype, tokens)

@@ -11,6 +11,9 @@ from torch import nn
 import moe_ops
 from moe_ops.layers import MoE
 
+# CUDA has no packed copies.
+pytestmark = pytest.mark.cpu_only
+
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 @pytest.mark.parametrize("policy", ["off", "always"])

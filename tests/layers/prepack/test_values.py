@@ -18,6 +18,9 @@ import moe_ops
 from moe_ops.layers import Experts, MoE
 from moe_ops.testing import DTYPES, assert_identical, short
 
+# CUDA has no packed copies.
+pytestmark = pytest.mark.cpu_only
+
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
 @pytest.mark.parametrize(

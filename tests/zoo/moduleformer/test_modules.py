@@ -133,7 +133,7 @@ def test_pruning(tmp_path):
 
     model = model.float()
     model.save_pretrained(tmp_path)
-    again = ModuleFormer.from_pretrained(tmp_path)
+    again = ModuleFormer.from_pretrained(tmp_path, device=torch.get_default_device())
     assert again.config == model.config
     assert torch.equal(again(tokens), model(tokens))
     common.check_gradients_flow(again)

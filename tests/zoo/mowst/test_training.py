@@ -81,11 +81,11 @@ def test_the_two_populations_are_what_they_say():
     source, target = graph.edge_index
     assert torch.equal(featured[source], featured[target])  # not linked
     same = (graph.y[source] == graph.y[target]).float()
-    assert same[featured[source]].mean() == pytest.approx(0.25, abs=0.03)
-    assert same[~featured[source]].mean() == pytest.approx(5 / 6 + 0.25 / 6, abs=0.03)
+    assert float(same[featured[source]].mean()) == pytest.approx(0.25, abs=0.03)
+    assert float(same[~featured[source]].mean()) == pytest.approx(5 / 6 + 0.25 / 6, abs=0.03)
     back = torch.stack([target, source]).unique(dim=1)
     assert torch.equal(back, graph.edge_index)
-    assert graph.train.float().mean() == pytest.approx(0.4, abs=0.04)
+    assert float(graph.train.float().mean()) == pytest.approx(0.4, abs=0.04)
     assert not (graph.train & graph.valid).any() and (graph.train | graph.valid | graph.test).all()
 
 

@@ -42,6 +42,7 @@ def test_batches_pair_tasks_and_share_no_episode():
         assert found.any()
 
 
+@pytest.mark.slow_on_simulator
 @pytest.mark.parametrize(("variant", "kind"), [("ad", PointRobot), ("dpt", DarkRoom)])
 def test_fit_learns_and_play_uses_the_context(variant, kind):
     discrete = kind.num_actions

@@ -9,7 +9,11 @@ template Status run_wgrad<DType::kFloat16, Product::kTN, TileShape::k128x256>(
     const GroupedWgradParams&, Stream);
 template Status run_wgrad<DType::kFloat16, Product::kTNGather, TileShape::k128x128>(
     const GroupedWgradParams&, Stream);
+template Status run_wgrad<DType::kFloat16, Product::kTNGather, TileShape::k128x256>(
+    const GroupedWgradParams&, Stream);
 template Status run_wgrad<DType::kFloat16, Product::kGatherTN, TileShape::k128x128>(
+    const GroupedWgradParams&, Stream);
+template Status run_wgrad<DType::kFloat16, Product::kGatherTN, TileShape::k128x256>(
     const GroupedWgradParams&, Stream);
 template Status run_wgrad<DType::kFloat16, Product::kGatherTNGather, TileShape::k128x128>(
     const GroupedWgradParams&, Stream);

@@ -2,12 +2,12 @@
 
 namespace moe_ops::cuda::attention::sm90 {
 
-Status softmax_bwd_bf16(const BackwardLaunch& launch, Stream stream) {
-  return run_band<DType::kBFloat16, AttentionKind::kSoftmax>(launch, stream);
+Status softmax_bwd_bf16(const BackwardLaunch& launch, const Chain& chain, Stream stream) {
+  return run_band<DType::kBFloat16, AttentionKind::kSoftmax>(launch, chain, stream);
 }
 
-Status stick_bwd_bf16(const BackwardLaunch& launch, Stream stream) {
-  return run_band<DType::kBFloat16, AttentionKind::kStickBreaking>(launch, stream);
+Status stick_bwd_bf16(const BackwardLaunch& launch, const Chain& chain, Stream stream) {
+  return run_band<DType::kBFloat16, AttentionKind::kStickBreaking>(launch, chain, stream);
 }
 
 }  // namespace moe_ops::cuda::attention::sm90

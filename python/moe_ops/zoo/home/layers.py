@@ -227,8 +227,8 @@ class FeatureGate(nn.Module):
                 own.
         """
         # A gate of a token is a token.
-        maps = self._maps(v, input_ids).view(-1, self.num_lora, v.shape[-1])
-        share = self._share(v, input_ids).view(-1, self.num_lora)
+        maps = self._maps(v, input_ids).reshape(-1, self.num_lora, v.shape[-1])
+        share = self._share(v, input_ids).reshape(-1, self.num_lora)
         if v.dim() == 3 and input_ids is not None:
             # Inputs that all have as many gates need not be copied for each.
             counts = Counter(input_ids)

@@ -304,13 +304,15 @@ def to_gymnasium(env: VectorEnv) -> Any:
         def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict]:
             super().reset(seed=seed)
             self.steps = 0
-            return env.reset()[0].numpy(), {}
+            states = env.reset()
+            self.device = states.device
+            return states[0].cpu().numpy(), {}
 
         def step(self, action: Any) -> tuple[Any, float, bool, bool, dict]:
             self.steps += 1
-            given = torch.as_tensor(action)[None]
+            given = torch.as_tensor(action, device=self.device)[None]
             state, reward = env.step(given if env.num_actions else given.float())
-            return state[0].numpy(), float(reward[0]), False, self.steps >= env.horizon, {}
+            return state[0].cpu().numpy(), float(reward[0]), False, self.steps >= env.horizon, {}
 
     return Single()
 
@@ -355,7 +357,7 @@ class GymnasiumEnvs:
                 action: Any = int(actions[i])
             else:
                 low, high = self._space.low, self._space.high
-                action = low + (actions[i].clamp(-1, 1).numpy() + 1) / 2 * (high - low)
+                action = low + (actions[i].clamp(-1, 1).cpu().numpy() + 1) / 2 * (high - low)
             state, reward, terminated, truncated, _ = env.step(action)
             states[i], rewards[i] = _tensor(state), float(reward)
             self._ended[i] = terminated or truncated

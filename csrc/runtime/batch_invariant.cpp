@@ -1,10 +1,10 @@
-#include "cpu/runtime/batch_invariant.h"
+#include "moe_ops/batch_invariant.h"
 
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
 
-namespace moe_ops::cpu {
+namespace moe_ops {
 
 namespace {
 
@@ -22,4 +22,4 @@ bool batch_invariant() { return setting().load(std::memory_order_relaxed); }
 
 void set_batch_invariant(bool on) { setting().store(on, std::memory_order_relaxed); }
 
-}  // namespace moe_ops::cpu
+}  // namespace moe_ops

@@ -2,17 +2,18 @@
 // their number, nor on how they are routed. docs/numerics.md says what is promised, and what it
 // costs.
 //
-// It is one setting of the process. A product reads it once, when it is described (GemmProblem in
-// gemm/desc.h), so that a change while it runs cannot split it.
+// It is one setting of the process, which kernels of both backends follow. A product reads it once,
+// when it is described (GemmProblem of the CPU, GemmDesc of CUDA), so that a change while it runs
+// cannot split it.
 #pragma once
 
-#include "cpu/isa/isa.h"
+#include "moe_ops/api.h"
 
-namespace moe_ops::cpu {
+namespace moe_ops {
 
 // Off, unless the environment variable MOE_OPS_BATCH_INVARIANT is 1, or set_batch_invariant was
 // called.
 MOE_OPS_API bool batch_invariant();
 MOE_OPS_API void set_batch_invariant(bool on);
 
-}  // namespace moe_ops::cpu
+}  // namespace moe_ops
