@@ -27,6 +27,7 @@ from moe_ops.ops import (
     sort_slots,
     unpermute,
 )
+from moe_ops.ops._autograd import refuse_tangents
 from moe_ops.ops._checks import (
     NARROW_FLOATS,
     check_index,
@@ -182,6 +183,8 @@ def _check(
 
 
 class _Fp8Ffn(torch.autograd.Function):
+    jvp = staticmethod(refuse_tangents("fp8_ffn", "use moe_ffn under it"))
+
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
         x, w_gate_up, w_down, topk_weights, b_gate_up, b_down, topk_ids, *rest = args
