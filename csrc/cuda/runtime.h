@@ -53,8 +53,8 @@ MOE_OPS_CUDA_API const StreamSource& stream_source();
 // Notes a kernel of the library; called while the library is loaded.
 bool add_kernel(const void* kernel);
 
-// Loads every kernel on the current device, whose number the caller knows, the first time that it is
-// called there: CUDA would load each at its first launch, which may be inside of a capture.
+// Loads every kernel on the current device, whose number the caller knows, the first time that it
+// is called there: CUDA would load each at its first launch, which may be inside of a capture.
 void load_kernels(int device);
 
 // A kernel on the current device, which loads it.

@@ -382,6 +382,7 @@ WITHOUT_GRADIENTS = {
     "RoutingRecord",
     "RoutingStats",
     "count_tokens_per_expert",
+    "forget_fp8_weights",
     "hash_table",
     "record_routing",
     "replay_routing",
@@ -481,6 +482,16 @@ def test_quantized_experts_have_no_gradient():
         grad(lambda t: run("QuantizedExperts", module, t).sum())(input_of("QuantizedExperts"))
 
 
+def test_fp8_experts_have_no_transforms():
+    module = layers.Experts(E, H, 3, precision="fp8")
+    x = torch.randn(T, H)
+    with refused("fp8_ffn", "torch.func's transforms are not implemented"):
+        grad(lambda t: run("Experts", module, t).sum())(x)
+    with forward_ad.dual_level(), refused("fp8_ffn"):
+        run("Experts", module, forward_ad.make_dual(x, x))
+
+
 def test_every_layer_is_here():
     covered = {n.partition(",")[0].partition(".")[0].partition(" ")[0] for n in MODULES}
+    covered.add("fp8_ffn")
     assert covered | set(LOSSES) | WITHOUT_GRADIENTS == set(layers.__all__)

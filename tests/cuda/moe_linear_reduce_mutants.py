@@ -4,14 +4,14 @@ test_moe_linear_reduce.py."""
 from __future__ import annotations
 
 import torch
-from tests.helpers.ptx_mutants import PASS, TRY_WAIT, Case, Mutation, main, sub, wait_before
+from tests.helpers.ptx_mutants import PASS, TRY_WAIT, Case, Mutation, main, sub
 from tests.helpers.routing import Routing
 
 # The barrier after the fence is not among them: for the simulator a product of a warpgroup begins
 # when all four warps have issued it, and each has written its lines by then.
 MUTANTS: dict[str, Mutation] = {
     "turn wait dropped": sub(TRY_WAIT, PASS, 0),
-    "full wait dropped": wait_before(r"ld\.shared\.v4"),
+    "full wait dropped": sub(TRY_WAIT, PASS, 1),
     "scaled lines without a proxy fence": sub(r"fence\.proxy\.async\.shared::cta;", ""),
     "a piece not scaled": sub(r"st\.shared\.v4\.\w+ \[%r\d+\+?\d*\], [^;]*;", "", 3),
     "factor of another row": sub(r"(ld\.global\.nc\.f32 %f\d+, \[%rd\d+)\]", r"\1+4]", -1),

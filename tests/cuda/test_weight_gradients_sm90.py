@@ -72,7 +72,7 @@ def test_an_odd_number_of_columns(simulator, tile):
 @tiles
 def test_schedules(simulator, tile):
     """Three or more tiles a block, a row tile without a partner, sums longer than the ring."""
-    call = operands((450, 0, 3, 65), 264, 136)
+    call = operands((290, 0, 3, 65), 264, 136)
     arguments = saved_for_backward(call)
     with simulator.options(sms=4):
         simulator.check_schedules(lambda: backward(arguments, gate_up=True, down=True))

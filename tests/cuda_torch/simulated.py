@@ -29,15 +29,21 @@ _library.impl("histc", _histogram, "CUDA", allow_override=True)
 # Kernels of torch run when they are captured, and not at a replay; so do ops that are made of them.
 NEEDS_REPLAY = ("test_replays_on_new_data",)
 COPIES = ("moe_ffn_packed", "pack_experts")  # call an op of the library, or nothing
-# The compiler's own kernels are Triton's, which loads them with the driver.
-NEEDS_TRITON = ("test_generated_code_calls_the_ops",)
+GROUPED_MM = "torch's grouped products of bfloat16 on CUDA, which transformers calls, need a card."
+NEED_A_CARD = {
+    # The compiler's own kernels are Triton's, which loads them with the driver.
+    "test_generated_code_calls_the_ops": "Triton needs a card.",
+    "test_half_precision": GROUPED_MM,
+    "test_command": GROUPED_MM,
+}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if getattr(item, "originalname", None) in NEEDS_TRITON:
-            item.add_marker(pytest.mark.skip(reason="Triton needs a card."))
-        if getattr(item, "originalname", None) in NEEDS_REPLAY:
+        name = getattr(item, "originalname", "")
+        if reason := NEED_A_CARD.get(name):
+            item.add_marker(pytest.mark.skip(reason=reason))
+        if name in NEEDS_REPLAY:
             op = item.callspec.params["op"]  # type: ignore[attr-defined]
             if op in cuda_formulas and op not in COPIES:
                 item.add_marker(pytest.mark.skip(reason="Made of torch's kernels: a card replays."))

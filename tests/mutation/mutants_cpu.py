@@ -733,8 +733,8 @@ FAMILIES: dict[str, Family] = {
             ),
             (
                 "columns: weight of the row for that of its slot",
-                "factor = p.topk_weights[slot];",
-                "factor = p.topk_weights[begin + r];",
+                "p.topk_weights[slot]",
+                "p.topk_weights[begin + r]",
             ),
         )
         + of(

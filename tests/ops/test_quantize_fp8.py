@@ -23,7 +23,7 @@ OP_CASES = {
             "row_to_slot": s.order(),
             "topk_weights": s.weights(),
         },
-        free_dims={"x": {1}},
+        free_dims={"x": {1}, "expert_offsets": {0}},
         kind="quantised",
     ),
 }

@@ -63,8 +63,10 @@ inline double estimate_cycles(const GemmDesc& d, const GemmConfig& c) {
 // The tile for many rows, whatever there are: what the batch-invariant mode takes, since wgmmas of
 // different shapes may add up in different orders. Few rows wait for DRAM about as long.
 inline GemmConfig invariant_config(const GemmDesc& d) {
-  for (const GemmConfig& c : kGemmConfigs)
+  for (const GemmConfig& tile : kGemmConfigs) {
+    const GemmConfig c = config_of(d.product, tile.shape);
     if (has_kernel(d.product, c.shape) && d.num_sms >= c.cluster) return c;
+  }
   return kGemmConfigs.back();
 }
 

@@ -81,9 +81,9 @@ __device__ void break_for_gradient(Fragment<float, 8>& s, Fragment<float, 8>& dp
   for (int m = 3; m >= 0; --m) {
     uint32_t w[2][2];
 #pragma unroll
-    for (int h = 1; h >= 0; --h) {
+    for (int i = 0; i < 2; ++i) {
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
+      for (int h = 1; h >= 0; --h) {
         float* x = s.v[2 * m + h] + 2 * i;
         float* g = dp.v[2 * m + h] + 2 * i;
         const LogSigmoid<float> l0 = log_sigmoid(x[0]), l1 = log_sigmoid(x[1]);

@@ -20,6 +20,7 @@
 #include "cuda/moa_attention/problem.cuh"
 #include "cuda/moa_attention/scores.cuh"
 #include "cuda/moa_attention/sm90.h"
+#include "cuda/quad.cuh"
 #include "cuda/runtime.h"
 
 namespace moe_ops::cuda::attention {
@@ -134,21 +135,6 @@ __device__ inline uint32_t pack_two(float lo, float hi) {
   return reinterpret_cast<uint32_t&>(out);
 }
 
-// r[b] of lane q becomes r[q] of lane b within each quad.
-__device__ inline void transpose_quad(uint32_t (&r)[4]) {
-  const bool odd = threadIdx.x & 1, high = threadIdx.x & 2;
-#pragma unroll
-  for (int p = 0; p < 4; p += 2) {
-    const uint32_t got = __shfl_xor_sync(~0u, odd ? r[p] : r[p + 1], 1);
-    (odd ? r[p] : r[p + 1]) = got;
-  }
-#pragma unroll
-  for (int p = 0; p < 2; ++p) {
-    const uint32_t got = __shfl_xor_sync(~0u, high ? r[p] : r[p + 2], 2);
-    (high ? r[p] : r[p + 2]) = got;
-  }
-}
-
 // Row i of a fragment times a factor to `row` [8 kTiles], 16 bytes a thread; nothing without `row`.
 template <class E, int kTiles>
 __device__ void store_row(E* row, const Fragment<float, kTiles>& f, int i, float factor) {
@@ -161,7 +147,7 @@ __device__ void store_row(E* row, const Fragment<float, kTiles>& f, int i, float
       const float* v = f.v[4 * group + o] + 2 * i;
       r[o] = pack_two<E>(v[0] * factor, v[1] * factor);
     }
-    transpose_quad(r);
+    quad_transpose(r);
     if (row != nullptr) {
       *reinterpret_cast<uint4*>(row + 32 * group + 8 * q) = make_uint4(r[0], r[1], r[2], r[3]);
     }

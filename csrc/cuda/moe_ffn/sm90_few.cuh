@@ -77,7 +77,7 @@ __device__ inline void produce_few(const FewParams& p, typename Traits<Config>::
       source[i] = r >= tile.end                ? -1
                   : p.sort.ids.data != nullptr ? slots[r - tile.begin] / p.sort.top_k
                   : p.rows.index == nullptr    ? r
-                                               : source_row(p.rows, r);
+                                               : source_row(p.rows, __ldg(p.rows.index + r));
     }
 #pragma unroll 1
     for (int kt = 0; kt < k_tiles; ++kt, ++write) {
@@ -255,6 +255,7 @@ __global__ void __launch_bounds__(Traits<Config>::kThreads, 2)
   const int thread = static_cast<int>(threadIdx.x) - kWarpgroup;
   PipelineState<Config> read;
   Tile sum{};
+  sum.row_end = T::kM;  // features, all of which are multiplied
   sum.k_tiles = k_tiles;
 #pragma unroll 1
   for (int row0 = tile.begin; row0 < tile.end; row0 += T::kN) {

@@ -20,6 +20,7 @@
 #include "cuda/moe_ffn_quantized/codes.cuh"
 #include "cuda/moe_ffn_quantized/stage.h"
 #include "cuda/overlap.cuh"
+#include "cuda/quad.cuh"
 #include "cuda/row_experts.cuh"
 
 namespace moe_ops::cuda::quantized {
@@ -134,23 +135,6 @@ struct Codes<float> {
   }
 };
 
-// Lane i of the four with the same lane / 4 gives its word j to lane j, as its word i.
-__device__ __forceinline__ void transpose_quad(uint32_t (&w)[4]) {
-  const bool odd = threadIdx.x & 1, upper = threadIdx.x & 2;
-#pragma unroll
-  for (int i = 0; i < 4; i += 2) {
-    const uint32_t got = __shfl_xor_sync(kAllLanes, odd ? w[i] : w[i + 1], 1);
-    w[i] = odd ? got : w[i];
-    w[i + 1] = odd ? w[i + 1] : got;
-  }
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const uint32_t got = __shfl_xor_sync(kAllLanes, upper ? w[i] : w[i + 2], 2);
-    w[i] = upper ? got : w[i];
-    w[i + 2] = upper ? w[i + 2] : got;
-  }
-}
-
 // The four lines of a lane, g and g + 8 of both tiles, at the bytes of the step: 16 of each.
 struct FewLines {
   const uint8_t* codes[2][2];
@@ -247,8 +231,8 @@ struct FewRows {
     } else {
 #pragma unroll
       for (int tile = 0; tile < 2; ++tile) {
-        transpose_quad(step.words[tile][0]);
-        transpose_quad(step.words[tile][1]);
+        quad_transpose(step.words[tile][0]);
+        quad_transpose(step.words[tile][1]);
       }
       const int lane = static_cast<int>(threadIdx.x) % 4, start = byte - 16 * lane;
       float part[2][kRowTiles][4];

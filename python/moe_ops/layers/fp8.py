@@ -27,6 +27,7 @@ from moe_ops.ops import (
     sort_slots,
     unpermute,
 )
+from moe_ops.ops._autograd import refuse_tangents
 from moe_ops.ops._checks import (
     NARROW_FLOATS,
     check_index,
@@ -142,7 +143,8 @@ def fp8_ffn(
         raise NotImplementedError(
             "fp8_ffn: torch.func's transforms are not implemented; use moe_ffn under them."
         )
-    y: Tensor = _Fp8Ffn.apply(*inputs, topk_ids, *up, *down, options, main_grads or (None, None))
+    function = _Fp8Ffn if torch.compiler.is_compiling() else _EagerFp8Ffn
+    y: Tensor = function.apply(*inputs, topk_ids, *up, *down, options, main_grads or (None, None))
     return y
 
 
@@ -262,6 +264,12 @@ class _Fp8Ffn(torch.autograd.Function):
             grad_weights = grad_weights.to(topk_weights.dtype) if need_weights else None
         grads = (grad_x, grad_up, grad_down, grad_weights, grad_b_up, grad_b_down)
         return *grads, *(None,) * (len(needs) - len(grads))
+
+
+class _EagerFp8Ffn(_Fp8Ffn):
+    """The compiler traces no Function that has a jvp, even one that raises."""
+
+    jvp = staticmethod(refuse_tangents("fp8_ffn", "use moe_ffn under it"))
 
 
 class _Rows:
