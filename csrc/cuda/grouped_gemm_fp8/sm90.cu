@@ -12,8 +12,6 @@ namespace moe_ops::cuda::sm90::fp8 {
 
 namespace {
 
-bool aligned(const void* p, int64_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
-
 template <TileShape shape>
 Status run_either(const GroupedGemmFp8Params& p, Stream stream) {
   return p.a.index != nullptr ? run<shape, true>(p, stream) : run<shape, false>(p, stream);
@@ -45,8 +43,8 @@ bool supports(const GroupedGemmFp8Params& p) {
     return false;
   // Rows are stored 16 bytes at a time, fp32 ones 8.
   const bool storable = p.out.type == DType::kFloat32
-                            ? aligned(p.out.data, 8) && p.out.stride % 2 == 0
-                            : aligned(p.out.data, 16) && p.out.stride % 8 == 0;
+                            ? aligned_to(p.out.data, 8) && p.out.stride % 2 == 0
+                            : aligned_to(p.out.data, 16) && p.out.stride % 8 == 0;
   return storable && tensor_map_possible(operand_a(p)) && tensor_map_possible(operand_b(p));
 }
 

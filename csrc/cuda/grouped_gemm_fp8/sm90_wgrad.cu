@@ -188,13 +188,11 @@ TensorMapDesc map_of_a(const GroupedGemmFp8WgradParams& p) {
   return d;
 }
 
-bool aligned(const void* p, int64_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
-
 }  // namespace
 
 bool supports(const GroupedGemmFp8WgradParams& p) {
   return device_info().capability == 90 && forced_tile() != "generic" && p.in_features % 8 == 0 &&
-         aligned(p.out, 16) && aligned(p.a.scale, 8) && p.a.scale_stride % 2 == 0 &&
+         aligned_to(p.out, 16) && aligned_to(p.a.scale, 8) && p.a.scale_stride % 2 == 0 &&
          tensor_map_possible(map_of_grad(p)) && tensor_map_possible(map_of_a(p));
 }
 

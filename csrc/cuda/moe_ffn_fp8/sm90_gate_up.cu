@@ -107,7 +107,7 @@ bool supports(const GateUpParams& p) {
   if (device_info().capability != 90 || forced_tile() == "generic") return false;
   if (g.num_experts < 1 || g.in_features < 16 || g.in_features % 16 != 0) return false;
   if (g.a.index == nullptr || g.zero_tail || g.out_features % (2 * kFp8Block) != 0) return false;
-  return tile_of(g) != TileShape::k64x128 && reinterpret_cast<uintptr_t>(p.q) % 16 == 0 &&
+  return tile_of(g) != TileShape::k64x128 && aligned_to(p.q, 16) &&
          tensor_map_possible(operand_a(g)) && tensor_map_possible(operand_b(g));
 }
 
