@@ -179,7 +179,7 @@ def test_odd_sizes_go_to_the_generic_kernel(simulator, k, o):
 def test_choice_of_the_tile(simulator, monkeypatch, counts, chosen):
     # Three column tiles: of an even number a row tile that has no partner costs a pair of blocks no
     # more than blocks alone.
-    call = fp8_gemm_operands(counts, 256, 264)
+    call = fp8_gemm_operands(counts, 256, 520)
     seen = {}
     for tile in ("", *TILES):
         monkeypatch.setenv("MOE_OPS_GEMM_TILE", tile)
