@@ -8,10 +8,17 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean, stdev
 
 from bench.harness.arguments import whole
+from moe_ops._files import make_folder, write_text
 
 from . import page, queue, registry
+from .inference import power
+from .study import FIRST_SEED, Results, Study
+
+PILOT_SEEDS = range(3)
+assert PILOT_SEEDS.stop <= FIRST_SEED
 
 
 def hours(text: str) -> float:
@@ -45,10 +52,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar=("STUDY", "RUN", "SEED"),
         help="do one run again and say whether it gives the stored numbers",
     )
+    parser.add_argument(
+        "--pilot", metavar="STUDY", help="run seeds 0 to 2, which no test uses, and say the power"
+    )
     options = parser.parse_args(arguments)
     try:
         if options.again:
             return again(*options.again)
+        if options.pilot:
+            return pilot(registry.study(options.pilot), options.folder)
         studies = registry.studies(tuple(options.systems))
         if options.study:
             studies = [registry.study(options.study)]
@@ -67,8 +79,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(f"{left} runs are left: start the same command again")
         for path in page.write():
             print(f"wrote {path}")
-    except ValueError as error:
+    except (ImportError, ValueError) as error:
         sys.exit(f"{parser.prog}: {error}")
+    return 0
+
+
+def pilot(study: Study, folder: Path) -> int:
+    """Runs the seeds of pilots, keeps them beside the checkpoints, and says what they promise."""
+    path = folder / "pilots" / f"{study.name}.json"
+    found = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    for seed in PILOT_SEEDS:
+        for run in study.runs:
+            if str(seed) not in found.setdefault(run, {}):
+                item = queue.Item(study.name, run, seed)
+                found[run][str(seed)] = queue.perform(item, folder / "pilots", float("inf"))
+                make_folder(path.parent)
+                write_text(path, json.dumps(found, indent=1) + "\n")
+                print(f"{item}: {found[run][str(seed)]['rows']}", flush=True)
+    runs = {run: {int(seed): result for seed, result in of.items()} for run, of in found.items()}
+    results = Results(runs, PILOT_SEEDS)
+    for h in study.hypotheses:
+        values = h.of(results)
+        mean, deviation = fmean(values), stdev(values)
+        beyond = h.bound - mean if h.below else mean - h.bound
+        chance = power(beyond, deviation, study.seeds) if deviation > 0 else float(beyond > 0)
+        print(
+            f"{h.statement}: {mean:.3g} with a deviation of {deviation:.2g} a seed; {study.seeds} "
+            f"seeds show it with a chance of {chance:.2f}"
+        )
     return 0
 
 

@@ -241,7 +241,8 @@ EXPERIMENT = Experiment(
     (
         Headline(
             "experts", "Mowst* is ahead of its experts, widened too",
-            "ahead of a GCN on six graphs", "quality", earlier="populations: Mowst* is 5 points ahead of both widened",
+            "ahead of a GCN on six graphs", "quality",
+            earlier="populations: Mowst* is 5 points ahead of both widened",
         ),
         Headline(
             "mean", "and of the mean of the two, with GCN, where neighbours mislead",

@@ -37,7 +37,7 @@ CHECKPOINTS = Path("runs/experiments")
 
 
 class Store:
-    """The results of a study, in a file.
+    """The results of a study, in a file. Its plan is in it too, as it was at the first run.
 
     Raises:
         ValueError: the file's runs were made under another plan than the study has now.
