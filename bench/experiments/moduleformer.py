@@ -53,13 +53,17 @@ def whole(base: ModuleFormerConfig, recipe: Recipe) -> Job:
         def note(arm: str, trained: Trained, **more: float) -> None:
             numbers: dict[str, float | None] = dict.fromkeys(COLUMNS)
             rows[arm] = {**numbers, "loss": trained.loss, **more}
-            run.tell(len(rows) / 6)
 
         losses = {"mutual information": "mutual_information", "balance": "load_balancing"}
         for arm, name in losses.items():
             coefficients = {name: BALANCE}
             trained = train(
-                lambda: ModuleFormer(base), domains, recipe, seed, coefficients=coefficients
+                lambda: ModuleFormer(base),
+                domains,
+                recipe,
+                seed,
+                coefficients=coefficients,
+                run=run.part(name),
             )
             told = layer_information(trained.model, domains, recipe)
             kept["information"][arm] = told
@@ -73,6 +77,7 @@ def whole(base: ModuleFormerConfig, recipe: Recipe) -> Job:
                 tuning,
                 seed,
                 coefficients={"concentration": strength},
+                run=run.part(arm.replace(" ", "-")),
             )
             cuts = pruned(tuned, domains[0], tuning)
             kept["cuts"][arm] = cuts
@@ -84,6 +89,7 @@ def whole(base: ModuleFormerConfig, recipe: Recipe) -> Job:
             recipe,
             seed,
             coefficients={"mutual_information": BALANCE},
+            run=run.part("old"),
         )
         start = Trained(first.model, {})
         evaluate(start, [new], recipe)
@@ -98,6 +104,7 @@ def whole(base: ModuleFormerConfig, recipe: Recipe) -> Job:
                 seed,
                 coefficients={"mutual_information": 0.0},
                 prepare=_hold_frozen,
+                run=run.part(arm.replace(" ", "-")),
             )
             again = Trained(taught.model, {})
             evaluate(again, old, recipe)

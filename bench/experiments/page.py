@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from moe_ops._files import write_text
@@ -72,11 +73,9 @@ def body(found: Experiment, results: Path = RESULTS) -> tuple[str, list[Picture]
             parts.append(f"### {study.size}\n\nNot run so far: `{study.name}` of the queue.")
         else:
             parts.append(f"{report.markdown().rstrip()}\n\nStudy `{study.name}`.")
-    parts += [
-        f"### Run before, {report.setting.get('Seeds', '0, 1, 2').count(',') + 1} seeds\n\n"
-        f"{report.markdown().rstrip()}"
-        for report in before
-    ]
+    for report in before:
+        title = f"### Run before, 3 seeds{': ' * bool(report.title)}{report.title}"
+        parts += [title, replace(report, title="").markdown().rstrip()]
     return "\n\n".join(parts), drawn
 
 

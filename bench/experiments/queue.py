@@ -109,22 +109,18 @@ def perform(
 ) -> dict[str, Any] | None:
     """One run with one thread; its result as JSON gives it back, None if the time was over."""
     torch.set_num_threads(1)
-    began = time.monotonic()
 
-    def tell(share: float) -> None:
-        passed = time.monotonic() - began
-        left = passed / max(share - first, 1e-9) * (1 - share)
+    def tell(share: float, left: float) -> None:
         print(f"  {item}: {share:.0%}, about {left / 60:.1f} min left", flush=True)
 
-    run = Run(item.checkpoint(folder) if folder else None, began + seconds, tell, parent)
-    first = 0.0
+    deadline = time.monotonic() + seconds
+    run = Run(item.checkpoint(folder) if folder else None, deadline, tell, parent)
     try:
         result = registry.study(item.study).runs[item.run](item.seed, run)
     except Paused:
         return None
     found = json.loads(json.dumps({**result, "seconds": round(run.seconds, 1)}, allow_nan=False))
-    if run.checkpoint is not None:
-        run.checkpoint.unlink(missing_ok=True)
+    run.clear()
     return found
 
 

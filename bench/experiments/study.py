@@ -41,20 +41,23 @@ class Run:
     Attributes:
         checkpoint: the file of its state; None: it is kept nowhere.
         deadline: on `time.monotonic`, when it must stop.
-        tell: called with the share done, now and then.
+        tell: called now and then, with the share done and the seconds left.
         parent: the process that waits for the result; the run stops when that one has ended.
         every: seconds between two saves.
+        whole: the run that this one is a part of, see `part`.
     """
 
     checkpoint: Path | None = None
     deadline: float = float("inf")
-    tell: Callable[[float], None] = lambda share: None
+    tell: Callable[[float, float], None] = lambda share, left: None
     parent: int | None = None
     every: float = SECONDS_BETWEEN_SAVES
+    whole: Run | None = None
     spent: float = 0.0
     _began: float = field(default_factory=time.process_time)
     _saved: float = field(default_factory=time.monotonic)
     _told: float = field(default_factory=time.monotonic)
+    _first: tuple[int, float] | None = None
 
     @property
     def seconds(self) -> float:
@@ -67,7 +70,21 @@ class Run:
             return None
         saved = read_state(self.checkpoint)
         self.spent = saved["seconds"]
+        if self.whole is not None:
+            self.whole.spent += self.spent
         return saved["state"]
+
+    def part(self, name: str) -> Run:
+        """One of several trainings of this run; its last state is kept, so that a run that goes on
+        does not repeat it."""
+        path = self.checkpoint.with_suffix(f".{name}.pt") if self.checkpoint else None
+        return Run(path, self.deadline, self.tell, self.parent, self.every, self)
+
+    def clear(self) -> None:
+        """Removes what was saved."""
+        if self.checkpoint is not None:
+            for path in self.checkpoint.parent.glob(f"{self.checkpoint.stem}.*"):
+                path.unlink()
 
     def step(self, done: int, total: int, state: Callable[[], dict[str, Any]]) -> None:
         """Says that `done` of `total` steps are done; `state` gives all that going on needs.
@@ -78,14 +95,16 @@ class Run:
         now = time.monotonic()
         orphan = self.parent is not None and os.getppid() != self.parent
         over = now >= self.deadline or orphan
-        if self.checkpoint is not None and (over or now - self._saved >= self.every):
+        due = now - self._saved >= self.every or (done == total and self.whole is not None)
+        if self.checkpoint is not None and (over or due):
             make_folder(self.checkpoint.parent)
             write_state(self.checkpoint, {"state": state(), "seconds": self.seconds})
             self._saved = now
         if over:
             raise Paused
-        if now - self._told >= SECONDS_BETWEEN_LINES:
-            self.tell(done / total)
+        first, began = self._first = self._first or (done, now)
+        if now - self._told >= SECONDS_BETWEEN_LINES and done > first:
+            self.tell(done / total, (now - began) / (done - first) * (total - done))
             self._told = now
 
 

@@ -93,13 +93,14 @@ def main(arguments: Sequence[str] | None = None) -> Report:
     for arm, seed in store.missing():
         item = Item(study.name, arm, seed)
 
-        def tell(share: float, item: Item = item) -> None:
+        def tell(share: float, left: float, item: Item = item) -> None:
             print(f"[{time.perf_counter() - started:8.0f} s] {item}: {share:.0%}", flush=True)
 
         run = Run(item.checkpoint(args.folder), tell=tell)
         result = study.runs[arm](seed, run)
         store.add(arm, seed, {**result, "seconds": run.seconds})
-        tell(1.0)
+        run.clear()
+        tell(1.0, 0.0)
     report = study.report("t2mir_long", store.data)
     assert report is not None
     print(report.markdown())

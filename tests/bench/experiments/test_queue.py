@@ -9,7 +9,7 @@ import os
 import pytest
 import torch
 from bench.experiments import __main__ as command
-from bench.experiments import jetmoe, page, queue, registry
+from bench.experiments import jetmoe, moduleformer, page, queue, registry
 from bench.experiments.deepseek import BASE as DEEPSEEK
 from bench.experiments.deepseek import POOLED, runs
 from bench.experiments.study import (
@@ -214,6 +214,40 @@ def test_controllers_that_are_killed_have_the_same_bits(tmp_path, monkeypatch):
     whole = held(11, Run())
     assert whole[2] != config.top_p
     assert cut(held, 11, tmp_path / "held.pt", at=7) == whole
+
+
+def test_parts_that_are_done_are_not_repeated(tmp_path, monkeypatch):
+    """ModuleFormer's run is several trainings: killed in the fourth, it goes on in the fourth."""
+    monkeypatch.setattr("bench.experiments.moduleformer.load_domains.__defaults__", (TEXT,))
+    base = dataclasses.replace(
+        moduleformer.BASE, hidden_size=32, num_layers=1, attention_size=16, intermediate_size=16
+    )
+    recipe = dataclasses.replace(RECIPE, steps=4)
+    job = moduleformer.whole(base, recipe)
+    steps = []
+
+    class Counted(Run):
+        def step(self, done, total, state):
+            super().step(done, total, state)
+            steps.append(self.checkpoint.name)
+            if len(steps) == stop:
+                raise Killed
+
+        def part(self, name):
+            made = super().part(name)
+            return Counted(**{f.name: getattr(made, f.name) for f in dataclasses.fields(made)})
+
+    stop = 11  # 4 + 4 + 2, and the first of 2.
+    with pytest.raises(Killed):
+        job(11, Counted(tmp_path / "run.pt"))
+    assert steps[-1] == "run.plainly-tuned.pt" and steps.count("run.balance.pt") == 4
+    steps.clear()
+    run = Counted(tmp_path / "run.pt")
+    assert job(11, run) == job(11, Run())
+    assert steps[0] == "run.plainly-tuned.pt" and len(steps) == 2 + 4 + 2 * 2
+    assert run.spent > 0
+    run.clear()
+    assert not list(tmp_path.iterdir())
 
 
 def test_every_study_is_planned():
