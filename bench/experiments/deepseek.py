@@ -192,7 +192,7 @@ def loss_without_routed_expert(
     generator = torch.Generator().manual_seed(0)
 
     def drop(router: Router, args: object, out: RouterOutput) -> RouterOutput:
-        order = out.topk_weights.argsort(-1, descending=True, stable=True)
+        order = out.topk_weights.argsort(dim=-1, descending=True, stable=True)
         if first:
             which = order[:, :1]
         else:

@@ -247,7 +247,7 @@ def test_a_routed_expert_that_is_taken_away_has_one_in_its_place():
         with deepseek.one_more_expert(model):
             more = router(x)
     assert router.top_k == before.topk_ids.shape[1] == more.topk_ids.shape[1] - 1
-    order = more.topk_weights.argsort(-1, descending=True, stable=True)
+    order = more.topk_weights.argsort(dim=-1, descending=True, stable=True)
     ranked = more.topk_ids.gather(1, order)
     expected = before.topk_ids.gather(1, before.topk_weights.argsort(-1, descending=True))
     assert torch.equal(ranked[:, :-1], expected)
@@ -316,6 +316,7 @@ def test_rank_correlation():
     a = torch.tensor([1.0, 2.0, 2.0, 5.0])  # Ranks 1, 2.5, 2.5, 4.
     assert topp.rank_correlation(a, a.exp()) == pytest.approx(1)
     assert topp.rank_correlation(a, -a) == pytest.approx(-1)
+    assert topp.rank_correlation(a, torch.ones(4)) == 0
     b = torch.tensor([1.0, 3.0, 2.0, 4.0])  # Ranks 1, 3, 2, 4.
     expected = torch.corrcoef(torch.tensor([[1, 2.5, 2.5, 4], [1, 3, 2, 4]]))[0, 1]
     assert topp.rank_correlation(a, b) == pytest.approx(float(expected), rel=1e-6)

@@ -240,7 +240,7 @@ def test_parts_that_are_done_are_not_repeated(tmp_path, monkeypatch):
     stop = 11  # 4 + 4 + 2, and the first of 2.
     with pytest.raises(Killed):
         job(11, Counted(tmp_path / "run.pt"))
-    assert steps[-1] == "run.plainly-tuned.pt" and steps.count("run.balance.pt") == 4
+    assert steps[-1] == "run.plainly-tuned.pt" and steps.count("run.load_balancing.pt") == 4
     steps.clear()
     run = Counted(tmp_path / "run.pt")
     assert job(11, run) == job(11, Run())
