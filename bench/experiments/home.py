@@ -279,5 +279,7 @@ EXPERIMENT = Experiment(
                 "PLE", "HoME* is ahead of PLE*", "not at hand", "quality",
                 earlier="generated: HoME* is ahead of PLE* in test AUC",
             ),
+            Headline("MMoE by", "by 0.002 of AUC or more, MMoE*", "not at hand", "quality"),
+            Headline("PLE by", "by 0.002 of AUC or more, PLE*", "not at hand", "quality"),
         ),
 )  # fmt: skip
