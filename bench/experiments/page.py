@@ -66,7 +66,7 @@ def body(found: Experiment, results: Path = RESULTS) -> tuple[str, list[Picture]
     reports = reports_of(found, results)
     before = earlier(found.system, results)
     parts, drawn = [headlines(found, reports, before)], trends(found, reports)
-    drawn += last_pictures([report for report in reports if report is not None])
+    drawn += last_pictures([*before, *(report for report in reports if report is not None)])
     parts += [f"![{p.title}]({found.system}-{p.name}.svg)" for p in drawn]
     for study, report in zip(found.studies, reports, strict=True):
         if report is None:

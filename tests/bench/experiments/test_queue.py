@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -124,6 +125,31 @@ def test_the_time_is_kept_and_pairs_are_whole_early(registered, tmp_path):
     assert left == 10 and len(lines) <= 2 and len(log) <= 1
     work(study, tmp_path)
     assert [entry[:2] for entry in log[-27::3]][:4] == [("b", 10), ("a", 11), ("b", 11), ("a", 12)]
+
+
+def test_side_by_side(registered, tmp_path, monkeypatch):
+    """Several at a time give what one at a time gives; threads stand for the processes."""
+    study = registered(toy())
+    work(study, tmp_path)
+    alone = json.loads((tmp_path / "results" / "toy.json").read_text())
+
+    class Threads(ThreadPoolExecutor):
+        def __init__(self, jobs, mp_context):
+            super().__init__(jobs)
+
+    monkeypatch.setattr(queue, "ProcessPoolExecutor", Threads)
+    monkeypatch.setattr(os, "getppid", os.getpid)
+    folders = {"folder": tmp_path / "runs", "results": tmp_path / "again"}
+    left = queue.work([study], hours=1e-12, jobs=3, log=lambda line: None, **folders)
+    assert left == 10
+    left = queue.work([study], hours=1.0, jobs=3, log=lambda line: None, **folders)
+    assert left == 0
+    again = json.loads((tmp_path / "again" / "toy.json").read_text())
+    for found in (alone, again):
+        for of_run in found["runs"].values():
+            for result in of_run.values():
+                del result["seconds"]
+    assert {run: dict(sorted(of.items())) for run, of in again["runs"].items()} == alone["runs"]
 
 
 def test_two_queues_in_a_folder_are_refused(tmp_path):
