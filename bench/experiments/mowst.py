@@ -234,9 +234,9 @@ def pictures(results: Results, graph: str) -> list[Picture]:
 EXPERIMENT = Experiment(
     "mowst",
     (
-        graph_study("mowst-films", "films", 12, 0.4, 10, films_planned()),
+        graph_study("mowst-films", "films", 9, 0.4, 10, films_planned()),
         graph_study("mowst-populations", "populations", 36, 0.8, 10, populations_planned()),
-        graph_study("mowst-misleading", "misleading", 12, 0.8, 10, misleading_planned()),
+        graph_study("mowst-misleading", "misleading", 8, 0.8, 10, misleading_planned()),
     ),
     (
         Headline(
