@@ -187,10 +187,11 @@ def _side_by_side(
 
 
 def remaining(stores: Mapping[str, Store], jobs: int) -> str:
+    """How long what is missing takes if every job has a core."""
     minutes = sum(len(s.missing()) * s.minutes() for s in stores.values()) / jobs
     if minutes < 90:
-        return f"about {minutes:.0f} min of processor time left"
-    return f"about {minutes / 60:.1f} h of processor time left"
+        return f"about {minutes:.0f} min left"
+    return f"about {minutes / 60:.1f} h left"
 
 
 @contextlib.contextmanager

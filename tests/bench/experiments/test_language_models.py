@@ -274,7 +274,7 @@ def test_coe_runs():
 
 def test_look_ups_are_learnt_and_resumed(tmp_path):
     task = coe.LookUps(
-        symbols=4, tables=2, hidden_size=32, intermediate_size=16, steps=60, batch=32
+        symbols=4, tables=2, hidden_size=32, intermediate_size=16, steps=24, batch=32
     )
     found = coe.look_up("two layers, one iteration of 4", task)(10, Run())
     assert len(found["looks"]) == task.looks and found["looks"][-1] < found["looks"][0]
@@ -286,7 +286,7 @@ def test_look_ups_are_learnt_and_resumed(tmp_path):
         def step(self, done, total, state):
             self._saved = -1e9
             super().step(done, total, state)
-            if done == 31:
+            if done == 13:
                 raise KeyboardInterrupt
 
     arm = "two of 2, one gate"
