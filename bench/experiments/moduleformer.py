@@ -277,19 +277,22 @@ EXPERIMENT = Experiment(
     (
         Headline(
             "information", "the mutual-information loss makes experts tell the domain",
-            "modules differ by domain", "mechanism",
+            "used, not ablated", "mechanism",
             earlier="experts tell more about the domain with the mutual-information loss",
         ),
         Headline(
-            "pruned", "more experts can go after concentration", "half of them", "cost",
+            "pruned", "more experts can go after concentration",
+            "modules that a task does not need can be pruned", "cost",
             earlier="concentration lets a larger share of experts go at 1 % of loss",
         ),
         Headline(
-            "added", "added experts learn a new domain", "close to full tuning", "quality",
+            "added", "added experts learn a new domain", "new modules learn new knowledge",
+            "quality",
             earlier="added experts learn the new domain",
         ),
         Headline(
-            "forgotten", "and forget less than full tuning", "little or no forgetting", "quality",
+            "forgotten", "and forget less than full tuning",
+            "more robust to forgetting than dense models", "quality",
             earlier="they forget less than tuning everything",
         ),
     ),

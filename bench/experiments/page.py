@@ -104,15 +104,20 @@ def claims_of(headline: Headline, reports: Sequence[Report | None]) -> list[Clai
 
 
 def deciding(
-    headline: Headline, reports: Sequence[Report | None], before: Sequence[Report]
+    headline: Headline,
+    found: Experiment,
+    reports: Sequence[Report | None],
+    before: Sequence[Report],
 ) -> Claim | None:
-    """The claim of the largest study that has enough seeds, else of the one with the most."""
-    found = [c for c in claims_of(headline, reports) if c is not None]
-    found += [c for r in before for c in r.claims if c.statement == headline.earlier]
-    if not found:
-        return None
-    enough = [c for c in found if len(c.differences) >= MIN_SEEDS]
-    return enough[-1] if enough else max(found, key=lambda c: len(c.differences))
+    """The claim of the largest study whose seeds are all done, else of the run before.
+
+    A study of which a part is done decides nothing: who looks again after each seed finds at some
+    time what he looks for.
+    """
+    pairs = zip(found.studies, claims_of(headline, reports), strict=True)
+    whole = [c for s, c in pairs if c is not None and len(c.differences) == s.seeds]
+    old = [c for r in before for c in r.claims if c.statement == headline.earlier]
+    return whole[-1] if whole else old[0] if old else None
 
 
 def headlines(found: Experiment, reports: Sequence[Report | None], before: Sequence[Report]) -> str:
@@ -139,7 +144,7 @@ def headlines(found: Experiment, reports: Sequence[Report | None], before: Seque
             claim = claims[i]
             planned = any(h.key == headline.key for h in found.studies[i].hypotheses)
             cells.append(cell(claim) if claim else "to be run" if planned else "–")
-        decided = deciding(headline, reports, before)
+        decided = deciding(headline, found, reports, before)
         cells.append(f"**{decided.said()}**" if decided else "open")
         cells.append(headline.why or "–")
         lines.append(f"| {' | '.join(cells)} |")
@@ -160,7 +165,7 @@ def cells(found: Experiment, results: Path = RESULTS) -> Iterator[str]:
     for kind in KINDS:
         said = []
         for headline in (h for h in found.headlines if h.kind == kind):
-            decided = deciding(headline, reports, before)
+            decided = deciding(headline, found, reports, before)
             mark = MARKS[decided.verdict()] if decided else "–"
             few = "*" if decided and len(decided.differences) < MIN_SEEDS else ""
             said.append(f"{mark}{few} {headline.statement}")

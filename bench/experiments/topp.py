@@ -270,7 +270,8 @@ EXPERIMENT = Experiment(
     ),
     (
         Headline(
-            "fewer", "fewer experts than top-2", "1.76 a token", "cost",
+            "fewer", "fewer experts than top-2", "less than 90 % of its active parameters",
+            "cost",
             earlier="top-p uses fewer than 2 experts a token",
         ),
         Headline(
@@ -282,7 +283,7 @@ EXPERIMENT = Experiment(
             earlier="harder tokens use more experts (rank correlation)",
         ),
         Headline(
-            "domains", "harder domains use more experts", "most on the hardest task (BBH)",
+            "domains", "harder domains use more experts", "more on tasks of complex reasoning (BBH)",
             "mechanism",
         ),
         Headline(

@@ -338,7 +338,15 @@ def test_the_command(registered, monkeypatch, tmp_path, capsys):
     assert "| [toy](zoo/toy.md) | ● b is lower | – | – |" in (tmp_path / "zoo.md").read_text()
     assert command.main(["--again", "toy", "b", "12"]) == 0
     assert "the stored numbers" in capsys.readouterr().out
+    # A part of a study decides nothing.
     path = results / "toy.json"
+    whole = path.read_text()
+    stored = json.loads(whole)
+    del stored["runs"]["b"]["14"]
+    path.write_text(json.dumps(stored))
+    assert "n 4 | open | it is made so |" in page.body(found, results)[0]
+    assert next(iter(page.cells(found, results))) == "– b is lower"
+    path.write_text(whole)
     path.write_text(path.read_text().replace('"loss": 0.88', '"loss": 0.87'))
     assert command.main(["--again", "toy", "b", "12"]) == 1
     with pytest.raises(SystemExit, match="must have the run and the seed"):
