@@ -257,11 +257,13 @@ EXPERIMENT = Experiment(
             earlier="films: Mowst* is ahead of MLP and GCN",
         ),
         Headline(
-            "sage", "with SAGE as its strong expert, it is ahead of SAGE", "ahead with four graph networks",
-            "quality", earlier="populations: Mowst* with SAGE is ahead of MLP and SAGE",
+            "sage", "with SAGE as its strong expert, it is ahead of SAGE",
+            "ahead with four graph networks", "quality",
+            earlier="populations: Mowst* with SAGE is ahead of MLP and SAGE",
         ),
         Headline(
-            "surer", "C is higher on nodes that features tell", "follows from the loss", "mechanism",
+            "surer", "C is higher on nodes that features tell", "follows from the loss",
+            "mechanism",
             earlier="populations: Mowst* is surer of feature nodes than of structure nodes",
         ),
         Headline(

@@ -64,7 +64,17 @@ class Store:
         self.data["runs"].setdefault(run, {})[str(seed)] = result
         self.data["machine"] = machine()
         make_folder(self.path.parent)
-        write_text(self.path, json.dumps(self.data, indent=1) + "\n")
+        write_text(self.path, self.text())
+
+    def text(self) -> str:
+        """The file: JSON with a line a run."""
+        rest = {key: value for key, value in self.data.items() if key != "runs"}
+        runs = []
+        for run, found in self.data["runs"].items():
+            lines = [f'   "{seed}": {json.dumps(result)}' for seed, result in found.items()]
+            runs.append(f"  {json.dumps(run)}: {{\n" + ",\n".join(lines) + "\n  }")
+        head = json.dumps(rest, indent=1).removesuffix("\n}")
+        return f'{head},\n "runs": {{\n' + ",\n".join(runs) + "\n }\n}\n"
 
     def missing(self) -> list[tuple[str, int]]:
         """Runs to do, seed by seed, so that pairs are whole early."""

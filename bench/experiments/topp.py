@@ -283,8 +283,8 @@ EXPERIMENT = Experiment(
             earlier="harder tokens use more experts (rank correlation)",
         ),
         Headline(
-            "domains", "harder domains use more experts", "more on tasks of complex reasoning (BBH)",
-            "mechanism",
+            "domains", "harder domains use more experts",
+            "more on tasks of complex reasoning (BBH)", "mechanism",
         ),
         Headline(
             "entropy", "the entropy loss lowers the number of experts", "used, not ablated",
