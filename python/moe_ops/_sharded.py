@@ -1,7 +1,8 @@
 """Weights that are spread over processes, and how messages name a weight.
 
-FSDP2, tensor and expert parallelism of torch make DTensors of parameters. What reads or rewrites
-whole weights refuses them: each process has a part.
+FSDP2, tensor and expert parallelism of torch make DTensors of parameters. Of those, banks read the
+experts that a process has itself (`moe_ops.parallel.shard_experts` says which are whose). What
+reads or rewrites whole weights refuses all others: each process has a part.
 """
 
 from __future__ import annotations
@@ -11,11 +12,28 @@ from typing import Any
 
 from torch import Tensor, nn
 
+_PLAIN = (Tensor, nn.Parameter)
+
 
 def is_sharded(tensor: Any) -> bool:
+    if type(tensor) in _PLAIN:
+        return False
     # A process that has not imported DTensor has none.
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
+
+
+def local_part(tensor: Any) -> Any:
+    """What this process has of a DTensor, with gradients; anything else as it is."""
+    return tensor.to_local() if is_sharded(tensor) else tensor
+
+
+def is_expert_parallel(bank: nn.Module) -> bool:
+    """Whether calls of the bank run the experts that this process has, on tokens of all: banks of
+    `moe_ops.parallel.shard_experts`, and those of transformers' expert parallelism."""
+    return getattr(bank, "dispatcher", None) is not None or bool(
+        getattr(bank, "_is_expert_parallel", False)
+    )
 
 
 def check_whole(op: str, name: str, tensor: Any, advice: str) -> None:

@@ -6,6 +6,7 @@ Letters: T tokens, H hidden size, I intermediate size, E experts, K experts a to
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,13 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_ops import packing
+from moe_ops._sharded import check_whole, local_part
 from moe_ops.expert_weights.packing import expert_ffn, invalidate, invalidate_if_changed
 from moe_ops.ops import gated_act, moe_linear_map, moe_linear_reduce
 from moe_ops.ops._checks import check_positive
 from moe_ops.ops.dense_ffn import dense_ffn
 from moe_ops.ops.gated_act import GATED_ACTIVATIONS, PLAIN_ACTIVATIONS
 
-from .dense import fits_dense_ffn, grouped_linear, mix_outputs, segments
+from .dense import expert_inputs, fits_dense_ffn, grouped_linear, mix_outputs, segments
 from .fp8 import fp8_ffn
 from .functional import linear, plain_activation
 from .surgery import experts as surgery
@@ -68,6 +70,9 @@ class Experts(nn.Module):
     """
 
     precision: str | None = None
+    # Of expert parallelism: what brings tokens to the processes of their experts and back. Called
+    # as `forward` is, with the bank first; it runs `forward_local`. See `moe_ops.parallel`.
+    dispatcher: Callable[..., Tensor] | None = None
 
     def __init__(
         self,
@@ -148,35 +153,45 @@ class Experts(nn.Module):
             y: [T, O] in the dtype of x. T = 0 and experts without tokens are fine; the latter get
             zero gradients.
         """
-        if self.output_size != self.hidden_size:
-            return self._two_products(x, topk_weights, topk_ids, apply_router_weight_on_input)
-        if self.precision == "fp8":
-            return self._fp8(x, topk_weights, topk_ids, apply_router_weight_on_input)
-        return expert_ffn(
-            self,
-            x,
-            self.w_gate_up,
-            self.w_down,
-            topk_weights,
-            topk_ids,
-            b_gate_up=self.b_gate_up,
-            b_down=self.b_down,
-            activation=self.activation,
-            interleaved=self.interleaved,
-            apply_router_weight_on_input=apply_router_weight_on_input,
-            alpha=self.alpha,
-            limit=self.limit,
-        )
+        how = {"apply_router_weight_on_input": apply_router_weight_on_input}
+        if self.dispatcher is not None:
+            return self.dispatcher(self, x, topk_weights, topk_ids, **how)
+        self._check_whole()
+        return self.forward_local(x, topk_weights, topk_ids, **how)
 
-    def _fp8(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, on_input: bool) -> Tensor:
-        return fp8_ffn(
+    def forward_local(
+        self,
+        x: Tensor,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        *,
+        apply_router_weight_on_input: bool = False,
+    ) -> Tensor:
+        """`forward` by the experts that this process has of a sharded bank, and by no others.
+
+        Args:
+            topk_ids: [T, K], 0 being the first of these experts; ids outside [0, number of them)
+                contribute nothing, as everywhere.
+        """
+        on_input = apply_router_weight_on_input
+        if self.output_size != self.hidden_size:
+            return self._two_products(x, topk_weights, topk_ids, on_input)
+        w_gate_up, w_down, b_gate_up, b_down = self._local()
+        ffn: Callable[..., Tensor]
+        if self.precision == "fp8":
+            ffn = fp8_ffn
+            b_gate_up = None if b_gate_up is None else b_gate_up.to(x.dtype)
+            b_down = None if b_down is None else b_down.to(x.dtype)
+        else:
+            ffn = partial(expert_ffn, self)
+        return ffn(
             x,
-            self.w_gate_up,
-            self.w_down,
+            w_gate_up,
+            w_down,
             topk_weights,
             topk_ids,
-            b_gate_up=None if self.b_gate_up is None else self.b_gate_up.to(x.dtype),
-            b_down=None if self.b_down is None else self.b_down.to(x.dtype),
+            b_gate_up=b_gate_up,
+            b_down=b_down,
             activation=self.activation,
             interleaved=self.interleaved,
             apply_router_weight_on_input=on_input,
@@ -187,15 +202,27 @@ class Experts(nn.Module):
     def _two_products(
         self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, on_input: bool
     ) -> Tensor:
+        w_gate_up, w_down, b_gate_up, b_down = self._local()
         weights = topk_weights
         if on_input:
             # A slot's input is its token times its weight: each slot becomes a token of its own.
             num_slots = topk_ids.shape[1]
             x = (x[:, None] * topk_weights[..., None].to(x.dtype)).flatten(0, 1)
             topk_ids, weights = topk_ids.reshape(-1, 1), torch.ones_like(topk_weights).view(-1, 1)
-        h = self._activate(moe_linear_map(x, self.w_gate_up, topk_ids, bias=self.b_gate_up))
-        y = moe_linear_reduce(h, self.w_down, weights, topk_ids, bias=self.b_down)
+        h = self._activate(moe_linear_map(x, w_gate_up, topk_ids, bias=b_gate_up))
+        y = moe_linear_reduce(h, w_down, weights, topk_ids, bias=b_down)
         return y.unflatten(0, (-1, num_slots)).sum(1) if on_input else y
+
+    def _local(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """The weights and biases of the experts that this process has."""
+        weights = local_part(self.w_gate_up), local_part(self.w_down)
+        return *weights, local_part(self.b_gate_up), local_part(self.b_down)
+
+    def _check_whole(self) -> None:
+        for name in ("w_gate_up", "w_down"):
+            weight = getattr(self, name)
+            if local_part(weight).shape != weight.shape:
+                check_whole("Experts", name, weight, "moe_ops.parallel.shard_experts shares it out")
 
     def outputs(self, x: Tensor, input_ids: Sequence[int] | None = None) -> Tensor:
         """What every expert makes of every token: no routing, as products over all experts at once.
@@ -214,48 +241,21 @@ class Experts(nn.Module):
 
         Second derivatives are not supported.
         """
-        x, ids = self._inputs(x, input_ids)
-        if not self.gated and fits_dense_ffn(x, self.w_gate_up, self.w_down):
+        x, ids = expert_inputs(x, input_ids, self.num_experts, self.hidden_size)
+        self._check_whole()
+        w_gate_up, w_down, b_gate_up, b_down = self._local()
+        if not self.gated and fits_dense_ffn(x, w_gate_up, w_down):
             return dense_ffn(
                 x,
-                self.w_gate_up,
-                self.w_down,
+                w_gate_up,
+                w_down,
                 torch.tensor(ids, dtype=torch.int32, device=x.device),
-                b_up=self.b_gate_up,
-                b_down=self.b_down,
+                b_up=b_gate_up,
+                b_down=b_down,
                 activation=self.activation,
             )
-        h = self._activate(grouped_linear(x, self.w_gate_up, self.b_gate_up, segments(ids)))
-        return grouped_linear(h, self.w_down, self.b_down)
-
-    def _inputs(self, x: Tensor, input_ids: Sequence[int] | None) -> tuple[Tensor, list[int]]:
-        """The inputs of `outputs` as [T, G, H], and which one each expert reads."""
-        name, e, h = "Experts.outputs", self.num_experts, self.hidden_size
-        if x.dim() not in (2, 3) or x.shape[-1] != h:
-            raise ValueError(
-                f"{name}: x must be [T, {h}] or [T, G, {h}], got shape {list(x.shape)}."
-            )
-        if x.dim() == 2:
-            if input_ids is not None:
-                raise ValueError(
-                    f"{name}: input_ids must come with x [T, G, H], got shape {list(x.shape)}."
-                )
-            return x[:, None], [0] * e
-        num_inputs = x.shape[1]
-        if input_ids is None:
-            size, rest = divmod(e, max(num_inputs, 1))
-            if rest or not size:
-                raise ValueError(
-                    f"{name}: x must have a number of inputs that divides {e} experts (or come "
-                    f"with input_ids), got shape {list(x.shape)}."
-                )
-            return x, [i // size for i in range(e)]
-        ids = [int(i) for i in input_ids]
-        if len(ids) != e or min(ids) < 0 or max(ids) >= num_inputs:
-            raise ValueError(
-                f"{name}: input_ids must be {e} numbers in [0, {num_inputs}), got {ids}."
-            )
-        return x, ids
+        h = self._activate(grouped_linear(x, w_gate_up, b_gate_up, segments(ids)))
+        return grouped_linear(h, w_down, b_down)
 
     def _activate(self, h: Tensor) -> Tensor:
         if self.gated:
