@@ -139,6 +139,7 @@ class Experts(nn.Module):
         topk_ids: Tensor,
         *,
         apply_router_weight_on_input: bool = False,
+        overlap: Callable[[], None] | None = None,
     ) -> Tensor:
         """y[t] = sum_k topk_weights[t, k] * expert topk_ids[t, k] of x[t].
 
@@ -148,15 +149,19 @@ class Experts(nn.Module):
             topk_weights: [T, K] float, used in fp32.
             topk_ids: [T, K] int32 or int64; ids outside [0, E) contribute nothing.
             apply_router_weight_on_input: multiply x[t] by the weight instead (Llama 4).
+            overlap: called once, before y is made: work that needs no expert, for the time that a
+                `dispatcher` has tokens on their way to other processes.
 
         Returns:
             y: [T, O] in the dtype of x. T = 0 and experts without tokens are fine; the latter get
             zero gradients.
         """
-        how = {"apply_router_weight_on_input": apply_router_weight_on_input}
+        how: Any = {"apply_router_weight_on_input": apply_router_weight_on_input}
         if self.dispatcher is not None:
-            return self.dispatcher(self, x, topk_weights, topk_ids, **how)
+            return self.dispatcher(self, x, topk_weights, topk_ids, **how, overlap=overlap)
         self._check_whole()
+        if overlap is not None:
+            overlap()
         return self.forward_local(x, topk_weights, topk_ids, **how)
 
     def forward_local(
@@ -408,6 +413,7 @@ class Experts(nn.Module):
             + f"activation={self.activation!r}, "
             f"bias={self.b_down is not None}, interleaved={self.interleaved}"
             + (f", precision={self.precision!r}" if self.precision is not None else "")
+            + (f", dispatcher={self.dispatcher!r}" if self.dispatcher is not None else "")
             + (f", packed={packed / 2**20:.1f} MiB" if packed else "")
         )
 
