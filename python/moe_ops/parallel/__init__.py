@@ -16,10 +16,9 @@ from .dispatch import (
     Shared,
     Slots,
     Tokens,
-    choose,
-    register_dispatcher,
 )
 from .placement import Move, Placement
+from .registry import choose, register_dispatcher
 
 __all__ = [
     "Bank",
