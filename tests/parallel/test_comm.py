@@ -179,26 +179,23 @@ def mistakes_of_others(rank: int) -> list[str]:
     try:
         even = [1] * 4
         three = rank == 3
-        found = [
+
+        def exchange(x: Tensor, send: list[int] = even) -> Any:
+            return all_to_all_rows(x, even, send, group)
+
+        calls: list[Callable[[], Any]] = [
             # Rank 3 sends 2 rows to rank 0, which expects 1.
-            message_of(lambda: all_to_all_rows(
-                torch.zeros(5 if three else 4, 2), even, [2, 1, 1, 1] if three else even, group
-            )),
+            lambda: exchange(torch.zeros(5 if three else 4, 2), [2, 1, 1, 1] if three else even),
             # Rank 3's splits do not fit its own rows.
-            message_of(lambda: all_to_all_rows(
-                torch.zeros(4, 2), even, [3, 1, 1, 1] if three else even, group
-            )),
+            lambda: exchange(torch.zeros(4, 2), [3, 1, 1, 1] if three else even),
             # Rank 3's rows have another width, or another type.
-            message_of(lambda: all_to_all_rows(torch.zeros(4, 3 if three else 2), even, even, group)),
-            message_of(lambda: all_to_all_rows(
-                torch.zeros(4, 2, dtype=torch.float64 if three else None), even, even, group
-            )),
-            message_of(lambda: exchange_counts(torch.zeros(4, 3 if three else 2), group)),
-            message_of(lambda: comm.begin_all_gather_rows(torch.zeros(3 if three else 2, 2), group)),
-            message_of(
-                lambda: comm.reduce_scatter_rows(torch.zeros(12 if three else 8, 2), group)
-            ),
-        ]  # fmt: skip
+            lambda: exchange(torch.zeros(4, 3 if three else 2)),
+            lambda: exchange(torch.zeros(4, 2, dtype=torch.float64 if three else None)),
+            lambda: exchange_counts(torch.zeros(4, 3 if three else 2), group),
+            lambda: comm.begin_all_gather_rows(torch.zeros(3 if three else 2, 2), group),
+            lambda: comm.reduce_scatter_rows(torch.zeros(12 if three else 8, 2), group),
+        ]
+        found = [message_of(call) for call in calls]
         exchange_everything(rank)
         equal_sizes(rank)
     finally:
