@@ -97,6 +97,9 @@ class Dispatcher:
                 f"{type(self).__name__}: placement must be for the {self.num_ranks} ranks of the "
                 f"group, got one for {placement.num_ranks}."
             )
+        # The rank whose table says where tokens go.
+        self.table_of = self.rank
+        self._table: Tensor | None = None
         self._sizes: Any = WeakTensorKeyDictionary()
 
     def __call__(
@@ -142,8 +145,17 @@ class Dispatcher:
         raise NotImplementedError
 
     def places(self, topk_ids: Tensor) -> Tensor:
-        """[T, K]: the places of the experts for tokens of this rank, -1 for ids of none."""
-        return self.placement.to_physical(topk_ids, self.rank)
+        """[T, K] int32: the places of the experts for tokens of this rank, -1 for ids of none."""
+        rank, table = self.table_of, self._table
+        if table is None or table.device != topk_ids.device:
+            if self.placement.is_contiguous or is_compiling() or topk_ids.is_inference():
+                return self.placement.to_physical(topk_ids, rank)
+            table = torch.tensor(
+                self.placement.table(rank), dtype=torch.int32, device=topk_ids.device
+            )
+            if type(table) is Tensor:  # A mode that traces makes others.
+                self._table = table
+        return self.placement.to_physical(topk_ids, rank, table)
 
     def _sizes_of(self, topk_ids: Tensor, exchange: Callable[[], Any]) -> Any:
         """What `exchange` finds out about a routing together with the other ranks. Recomputation
@@ -196,11 +208,15 @@ class Shared(Dispatcher):
     router included.
     """
 
+    def __init__(self, group: ProcessGroup | DeviceMesh | None, placement: Placement) -> None:
+        super().__init__(group, placement)
+        # The ranks agree on one place for each expert.
+        self.table_of = 0
+
     def dispatch(
         self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, on_input: bool
     ) -> Dispatched:
-        # The ranks agree on one place for each expert.
-        places = self.placement.to_physical(topk_ids, 0)
+        places = self.places(topk_ids)
         x = copy_to_group(x, self.group)
         topk_weights = copy_to_group(topk_weights, self.group)
         return Dispatched(x, topk_weights, places - self.rank * self.placement.per_rank, None)

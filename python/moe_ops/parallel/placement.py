@@ -152,19 +152,25 @@ class Placement:
         places = self.physical[rank * self.per_rank : (rank + 1) * self.per_rank]
         return tuple(expert for expert in places if expert >= 0)
 
-    def to_physical(self, topk_ids: Tensor, rank: int) -> Tensor:
+    def table(self, rank: int) -> tuple[int, ...]:
+        """The place that tokens of `rank` go to for each of the E experts."""
+        return _table(self, rank)
+
+    def to_physical(self, topk_ids: Tensor, rank: int, table: Tensor | None = None) -> Tensor:
         """The places that tokens of `rank` go to.
 
         Args:
             topk_ids: int32 or int64, ids of experts in [0, E); any other means no expert.
+            table: `table(rank)` as an int32 tensor, for callers that keep one on the device.
 
         Returns:
-            Places in [0, P), of the same shape and type; other ids give -1.
+            int32 places in [0, P), of the same shape; other ids give -1.
         """
         valid = (topk_ids >= 0) & (topk_ids < self.num_experts)
         if self.is_contiguous:
-            return topk_ids.masked_fill(~valid, -1)
-        table = torch.tensor(_table(self, rank), dtype=topk_ids.dtype, device=topk_ids.device)
+            return topk_ids.masked_fill(~valid, -1).int()
+        if table is None:
+            table = torch.tensor(self.table(rank), dtype=torch.int32, device=topk_ids.device)
         index = torch.where(valid, topk_ids, 0).long()
         return table[index].masked_fill(~valid, -1)
 
@@ -223,7 +229,6 @@ def _deal(
 
 @lru_cache(maxsize=1024)
 def _table(placement: Placement, rank: int) -> tuple[int, ...]:
-    """The place that each expert has for the tokens of a rank."""
     places: list[list[int]] = [[] for _ in range(placement.num_experts)]
     for place, expert in enumerate(placement.physical):
         if expert >= 0:
