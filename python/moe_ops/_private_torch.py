@@ -148,3 +148,20 @@ def cuda_driver_version() -> int | None:
     """Of the driver, 1000 * major + 10 * minor; None in a torch without CUDA."""
     ask = getattr(torch._C, "_cuda_getDriverVersion", None)
     return None if ask is None else int(ask())
+
+
+def exclude_from_ddp(model: torch.nn.Module, names: Iterable[str]) -> None:
+    """Keeps DistributedDataParallel from parameters and buffers, besides those it is kept from.
+
+    Raises:
+        NotImplementedError: a torch that cannot.
+    """
+    ddp = torch.nn.parallel.DistributedDataParallel
+    ignore = getattr(ddp, "_set_params_and_buffers_to_ignore_for_model", None)
+    if ignore is None:
+        raise NotImplementedError(
+            f"ddp_ignore: torch must be able to exclude parameters from DDP, got torch "
+            f"{torch.__version__}, which cannot; use fully_shard_moe."
+        )
+    before = getattr(model, "_ddp_params_and_buffers_to_ignore", ())
+    ignore(model, [*before, *names])
