@@ -195,6 +195,7 @@ class QuantizedExperts(nn.Module):
         topk_ids: Tensor,
         *,
         apply_router_weight_on_input: bool = False,
+        overlap: Callable[[], object] | None = None,
     ) -> Tensor:
         """y[t] = sum_k topk_weights[t, k] * expert topk_ids[t, k] of x[t], as `Experts`.
 
@@ -203,11 +204,12 @@ class QuantizedExperts(nn.Module):
             topk_weights: [T, K] float, used in fp32.
             topk_ids: [T, K] int32 or int64; ids outside [0, E) contribute nothing.
             apply_router_weight_on_input: multiply x[t] by the weight instead (Llama 4).
+            overlap: as of `Experts.forward`.
 
         Returns:
             y: [T, H] in the dtype of x.
         """
-        return self.run(x, topk_weights, topk_ids, apply_router_weight_on_input)
+        return self.run(x, topk_weights, topk_ids, apply_router_weight_on_input, overlap)
 
     def forward_local(
         self,
@@ -230,11 +232,14 @@ class QuantizedExperts(nn.Module):
         topk_weights: Tensor,
         topk_ids: Tensor,
         apply_router_weight_on_input: bool = False,
+        overlap: Callable[[], object] | None = None,
     ) -> Tensor:
         """`forward`, whatever a subclass makes of that."""
-        how = {"apply_router_weight_on_input": apply_router_weight_on_input}
+        how: dict[str, Any] = {"apply_router_weight_on_input": apply_router_weight_on_input}
         if self.dispatcher is not None:
-            return self.dispatcher(self, x, topk_weights, topk_ids, **how)
+            return self.dispatcher(self, x, topk_weights, topk_ids, overlap=overlap, **how)
+        if overlap is not None:
+            overlap()
         return self.forward_local(x, topk_weights, topk_ids, **how)
 
     def _run(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, on_input: bool) -> Tensor:

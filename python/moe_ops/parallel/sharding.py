@@ -10,6 +10,7 @@ divided like all others: every gradient is the mean over the ranks of data paral
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -77,7 +78,8 @@ def make_meshes(ep: int, tp: int = 1, *, device_type: str | None = None) -> Mesh
     return Meshes(dense["dp"], sparse["ep"], sparse["efsdp"], dense["tp"])
 
 
-class ExpertSharding(NamedTuple):
+@dataclass(frozen=True)
+class ExpertSharding:
     """How a bank was sharded, for making another one like it.
 
     ep_mesh, dispatch, top_k: as of `shard_experts`; top_k is of the router that uses the bank.
@@ -98,13 +100,13 @@ class ExpertSharding(NamedTuple):
         size = bank.num_experts // ranks
         for name, tensor in _tensors_of(bank):
             own = tensor.detach()[rank * size : (rank + 1) * size].clone()
-            self._replace(bank, name, own, tensor.requires_grad)
+            self._put(bank, name, own, tensor.requires_grad)
         self._finish(bank)
 
     def adopt(self, bank: Bank) -> None:
         """Makes of a bank that holds the experts of this rank alone a sharded one of all."""
         for name, tensor in _tensors_of(bank):
-            self._replace(bank, name, tensor.detach(), tensor.requires_grad)
+            self._put(bank, name, tensor.detach(), tensor.requires_grad)
         bank.num_experts *= self.ep_mesh.size()
         self._finish(bank)
 
@@ -114,7 +116,7 @@ class ExpertSharding(NamedTuple):
             return tensor.detach().full_tensor()
         return tensor
 
-    def _replace(self, bank: Bank, name: str, own: Tensor, requires_grad: bool) -> None:
+    def _put(self, bank: Bank, name: str, own: Tensor, requires_grad: bool) -> None:
         sharded = DTensor.from_local(own, self.ep_mesh, [Shard(0)], run_check=False)
         if name in bank._buffers:
             bank._buffers[name] = sharded
