@@ -9,7 +9,7 @@ divided like all others: every gradient is the mean over the ranks of data paral
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -82,12 +82,11 @@ def make_meshes(ep: int, tp: int = 1, *, device_type: str | None = None) -> Mesh
 class ExpertSharding:
     """How a bank was sharded, for making another one like it.
 
-    ep_mesh, dispatch, top_k: as of `shard_experts`; top_k is of the router that uses the bank.
+    ep_mesh: as of `shard_experts`. options: of `choose`.
     """
 
     ep_mesh: DeviceMesh
-    dispatch: Any
-    top_k: int
+    options: Mapping[str, Any]
 
     def shard(self, bank: Bank) -> None:
         """Keeps of a whole bank the experts of this rank."""
@@ -126,10 +125,12 @@ class ExpertSharding:
     def _finish(self, bank: Bank) -> None:
         invalidate(bank)
         bank.sharding = self
-        bank.dispatcher = choose(self.ep_mesh, bank, top_k=self.top_k, dispatch=self.dispatch)
+        bank.dispatcher = choose(self.ep_mesh, bank.num_experts, **self.options)
 
 
-def shard_experts(model: nn.Module, ep_mesh: DeviceMesh, dispatch: Any = "auto") -> nn.Module:
+def shard_experts(
+    model: nn.Module, ep_mesh: DeviceMesh, dispatch: str = "auto", **options: Any
+) -> nn.Module:
     """Shares the experts of every bank out over the ranks of `ep_mesh`, in place.
 
     Rank r of n keeps experts r E / n to (r + 1) E / n - 1 of each `Experts` and `QuantizedExperts`.
@@ -144,7 +145,8 @@ def shard_experts(model: nn.Module, ep_mesh: DeviceMesh, dispatch: Any = "auto")
     Args:
         model: a model, a layer, or a bank.
         ep_mesh: one dimension.
-        dispatch: "auto", or a name or object that `choose` takes.
+        dispatch, options: of `choose`, such as dispatch="shared". Experts are placed in runs, as
+            said above; K is taken from the router of each `MoE`.
 
     Returns:
         `model`.
@@ -175,7 +177,8 @@ def shard_experts(model: nn.Module, ep_mesh: DeviceMesh, dispatch: Any = "auto")
             )
     top_k = {m.experts: m.router.top_k for m in model.modules() if isinstance(m, MoE)}
     for bank in banks.values():
-        ExpertSharding(ep_mesh, dispatch, top_k.get(bank, 1)).shard(bank)
+        how = {"top_k": top_k.get(bank), "dispatch": dispatch, **options}
+        ExpertSharding(ep_mesh, how).shard(bank)
     return model
 
 
