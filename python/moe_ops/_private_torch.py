@@ -137,6 +137,24 @@ def has_kernel(op: str, device_type: str) -> bool:
     return bool(torch._C._dispatch_has_kernel_for_dispatch_key(op, device_type.upper()))
 
 
+# A fact about sizes, for the compiler; an error where it is not so.
+check_size: Callable[[bool], None] = torch._check
+
+
+def collective_ops() -> Any:
+    """The collectives that return before they are done, whose results `wait_tensor` waits for: what
+    torch compiles, traces and lets policies of checkpointing see."""
+    return torch.ops._c10d_functional
+
+
+def collectives_with_gradients() -> Any:
+    """The module of the same collectives for compiled code; slow to import, and useless without
+    torch.distributed."""
+    from torch.distributed import _functional_collectives
+
+    return _functional_collectives
+
+
 def registered_ops(namespace: str) -> list[str]:
     """The names of all ops of a namespace."""
     names = (schema.name for schema in torch._C._jit_get_all_schemas())
