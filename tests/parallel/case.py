@@ -172,7 +172,9 @@ def expected(name: str, case_key: Any, dtype: torch.dtype) -> tuple[Results, Res
     return found[0], found[1]
 
 
-def check_close(case: Case, got: Results, want: Results, bound: Results, dtype: torch.dtype) -> None:
+def check_close(
+    case: Case, got: Results, want: Results, bound: Results, dtype: torch.dtype
+) -> None:
     """Within what moe_ffn itself is allowed (tests/helpers/ffn.py), and one rounding more for each
     partial sum that a rank returns: of a token's output and of the gradient of a token."""
     sizes = (sum(case.tokens), case.hidden_size, case.intermediate_size, case.top_k, 1)

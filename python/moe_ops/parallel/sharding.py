@@ -97,17 +97,16 @@ class ExpertSharding:
                 f"bank, got {bank.num_experts}."
             )
         size = bank.num_experts // ranks
+        self._connect(bank, bank.num_experts)
         for name, tensor in _tensors_of(bank):
             own = tensor.detach()[rank * size : (rank + 1) * size].clone()
             self._put(bank, name, own, tensor.requires_grad)
-        self._finish(bank)
 
     def adopt(self, bank: Bank) -> None:
         """Makes of a bank that holds the experts of this rank alone a sharded one of all."""
+        self._connect(bank, bank.num_experts * self.ep_mesh.size())
         for name, tensor in _tensors_of(bank):
             self._put(bank, name, tensor.detach(), tensor.requires_grad)
-        bank.num_experts *= self.ep_mesh.size()
-        self._finish(bank)
 
     def gather(self, tensor: Tensor) -> Tensor:
         """All rows of a tensor of such a bank, on every rank; anything else as it is."""
@@ -122,10 +121,12 @@ class ExpertSharding:
         else:
             setattr(bank, name, nn.Parameter(sharded, requires_grad=requires_grad))
 
-    def _finish(self, bank: Bank) -> None:
+    def _connect(self, bank: Bank, num_experts: int) -> None:
+        top_k = self.options.get("top_k")
+        options = {**self.options, "top_k": top_k and min(top_k, num_experts)}
+        bank.dispatcher = choose(self.ep_mesh, num_experts, **options)
+        bank.num_experts, bank.sharding = num_experts, self
         invalidate(bank)
-        bank.sharding = self
-        bank.dispatcher = choose(self.ep_mesh, bank.num_experts, **self.options)
 
 
 def shard_experts(
