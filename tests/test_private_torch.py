@@ -18,6 +18,7 @@ NEEDED = {
     "torch._C._jit_get_all_schemas",
     "torch._check",
     "torch.distributed._functional_collectives",
+    "torch.nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model",
     "torch.ops._c10d_functional",
 }
 # What takes the place of these is tested below.
@@ -37,7 +38,6 @@ REPLACEABLE = {
     "torch._functorch.utils.enable_single_level_autograd_function",
     "torch.autograd.forward_ad._current_level",
     "torch.autograd.forward_ad._set_fwd_grad_enabled",
-    "torch.nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model",
     "torch.utils._python_dispatch._disable_current_modes",
 }
 # Of the objects that torch.ops holds.

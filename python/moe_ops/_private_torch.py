@@ -169,17 +169,8 @@ def cuda_driver_version() -> int | None:
 
 
 def exclude_from_ddp(model: torch.nn.Module, names: Iterable[str]) -> None:
-    """Keeps DistributedDataParallel from parameters and buffers, besides those it is kept from.
-
-    Raises:
-        NotImplementedError: a torch that cannot.
-    """
-    ddp = torch.nn.parallel.DistributedDataParallel
-    ignore = getattr(ddp, "_set_params_and_buffers_to_ignore_for_model", None)
-    if ignore is None:
-        raise NotImplementedError(
-            f"ddp_ignore: torch must be able to exclude parameters from DDP, got torch "
-            f"{torch.__version__}, which cannot; use fully_shard_moe."
-        )
+    """Keeps DistributedDataParallel from parameters and buffers, besides those it is kept from."""
     before = getattr(model, "_ddp_params_and_buffers_to_ignore", ())
-    ignore(model, [*before, *names])
+    torch.nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
+        model, [*before, *names]
+    )

@@ -163,7 +163,12 @@ def test_bad_checkpoints(processes, tmp_path, bad_input):
     (tmp_path / "model.safetensors.index.json").write_text(
         json.dumps({"weight_map": {"x.down_proj": "../model.safetensors", "x.gate_up_proj": 3}})
     )
-    with bad_input("load_experts", "x.down_proj", "leads to"):
+    with bad_input("load_experts", "x.gate_up_proj", "not a file name"):
+        load_experts(bank, tmp_path, "x")
+    (tmp_path / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": dict.fromkeys(("x.down_proj", "x.gate_up_proj"), "../x")})
+    )
+    with bad_input("load_experts", "x.gate_up_proj", "leads to"):
         load_experts(bank, tmp_path, "x")
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": 3}')
     with bad_input("load_experts", "weight_map", "3"):
