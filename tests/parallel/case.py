@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -156,10 +155,9 @@ def one_process(call: Kwargs) -> Results:
     return {"y": y, **grads}
 
 
-@functools.lru_cache(maxsize=256)
-def expected(name: str, case_key: Any, dtype: torch.dtype) -> tuple[Results, Results]:
+def expected(call: Kwargs) -> tuple[Results, Results]:
     """In fp64: the results, and what bounds their rounding."""
-    call = case_key().operands(name, dtype)
+    call = dict(call)
     grad = call.pop("grad")
     wrt = [n for n in FFN_FLOATS if n in call]
     found = []
@@ -172,11 +170,12 @@ def expected(name: str, case_key: Any, dtype: torch.dtype) -> tuple[Results, Res
     return found[0], found[1]
 
 
-def check_close(
-    case: Case, got: Results, want: Results, bound: Results, dtype: torch.dtype
-) -> None:
-    """Within what moe_ffn itself is allowed (tests/helpers/ffn.py), and one rounding more for each
-    partial sum that a rank returns: of a token's output and of the gradient of a token."""
+def check_close(case: Case, call: Kwargs, got: Results) -> None:
+    """Within what moe_ffn itself is allowed (tests/helpers/ffn.py), and two roundings more: of each
+    partial sum that a rank returns, and of their sum over ranks, of a token's output and of its
+    gradient."""
+    dtype = call["x"].dtype
+    want, bound = expected(call)
     sizes = (sum(case.tokens), case.hidden_size, case.intermediate_size, case.top_k, 1)
     for name, value in got.items():
         assert_close_by_norm(

@@ -16,11 +16,10 @@ from .dispatch import (
     Shared,
     Slots,
     Tokens,
-    choose,
-    register_dispatcher,
 )
 from .loading import load_experts
 from .placement import Move, Placement
+from .registry import choose, register_dispatcher
 from .sharding import (
     ExpertSharding,
     Meshes,

@@ -26,7 +26,7 @@ from moe_ops._sharded import is_sharded
 from moe_ops.expert_weights.packing import invalidate
 from moe_ops.layers import Experts, MoE, QuantizedExperts
 
-from .dispatch import choose
+from .registry import choose
 
 Bank = Experts | QuantizedExperts
 
