@@ -18,6 +18,7 @@ NEEDED = {
     "torch._C._jit_get_all_schemas",
     "torch._check",
     "torch.distributed._functional_collectives",
+    "torch.nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model",
     "torch.ops._c10d_functional",
 }
 # What takes the place of these is tested below.

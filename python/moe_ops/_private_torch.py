@@ -166,3 +166,11 @@ def cuda_driver_version() -> int | None:
     """Of the driver, 1000 * major + 10 * minor; None in a torch without CUDA."""
     ask = getattr(torch._C, "_cuda_getDriverVersion", None)
     return None if ask is None else int(ask())
+
+
+def exclude_from_ddp(model: torch.nn.Module, names: Iterable[str]) -> None:
+    """Keeps DistributedDataParallel from parameters and buffers, besides those it is kept from."""
+    before = getattr(model, "_ddp_params_and_buffers_to_ignore", ())
+    torch.nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
+        model, [*before, *names]
+    )

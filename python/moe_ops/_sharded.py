@@ -28,12 +28,12 @@ def local_part(tensor: Any) -> Any:
     return tensor.to_local() if is_sharded(tensor) else tensor
 
 
-def is_expert_parallel(bank: nn.Module) -> bool:
-    """Whether calls of the bank run the experts that this process has, on tokens of all: banks of
-    `moe_ops.parallel.shard_experts`, and those of transformers' expert parallelism."""
-    return getattr(bank, "dispatcher", None) is not None or bool(
-        getattr(bank, "_is_expert_parallel", False)
-    )
+def has_own_experts(bank: nn.Module, weight: Any) -> bool:
+    """Whether calls of the bank run the part that this process has of a weight as it lies here:
+    banks of `moe_ops.parallel.shard_experts` and of transformers' expert parallelism. With FSDP2 on
+    top, which adds a dimension to the mesh, they run what is gathered for the call."""
+    parallel = getattr(bank, "dispatcher", None) or getattr(bank, "_is_expert_parallel", False)
+    return bool(parallel) and is_sharded(weight) and weight.device_mesh.ndim == 1
 
 
 def check_whole(op: str, name: str, tensor: Any, advice: str) -> None:

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 TIMEOUT = 60.0  # seconds: of a collective, and of what a rank may take longer than another
-_GRACE = 3.0  # seconds that ranks have to end by themselves once one has failed
+_GRACE = 10.0  # seconds that ranks have to end by themselves once one has failed
 # What the server imports once for all processes, which are forked from it.
 _PRELOAD = ["torch.distributed.fsdp", "torch.distributed.tensor", "torch.distributed.checkpoint"]
 

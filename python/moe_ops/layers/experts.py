@@ -58,7 +58,9 @@ class Experts(nn.Module):
 
     Bank operations (`select`, `append`, `split`, `merge`) return a new bank with its own
     parameters, which keep dtype, device and requires_grad; the old bank is left alone, and so are
-    optimiser states. Routers have the same operations and `MoE` applies both.
+    optimiser states. Routers have the same operations and `MoE` applies both. Of a bank that
+    `moe_ops.parallel.shard_experts` has sharded, all ranks make the new one together, sharded
+    alike; each holds all experts of the bank meanwhile.
 
     In `eval()`, calls without gradients on the CPU may read a packed copy of the weights, which
     `prepack` makes at once and long use makes by itself; see `moe_ops.prepacking`. It goes when the
@@ -73,6 +75,7 @@ class Experts(nn.Module):
     # Of expert parallelism: what brings tokens to the processes of their experts and back. Called
     # as `forward` is, with the bank first; it runs `forward_local`. See `moe_ops.parallel`.
     dispatcher: Callable[..., Tensor] | None = None
+    sharding: Any = None  # How `moe_ops.parallel.shard_experts` shared the experts out.
 
     def __init__(
         self,

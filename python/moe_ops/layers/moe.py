@@ -64,6 +64,7 @@ class MoE(nn.Module):
     """
 
     routing_log: RoutingLog | None
+    loss_group: Any = None  # Process group whose tokens `aux_losses` are of; may be set any time.
 
     def __init__(
         self,
@@ -216,7 +217,7 @@ class MoE(nn.Module):
         y = self._run_experts(flat, routing).view(x.shape)
         if not return_routing:
             return y
-        aux = aux_losses_of(self.aux_losses, self.router, routing, token_mask)
+        aux = aux_losses_of(self.aux_losses, self.router, routing, token_mask, self.loss_group)
         return MoEOutput(y, *routing, aux)
 
     def _run_experts(self, flat: Tensor, routing: Routing) -> Tensor:

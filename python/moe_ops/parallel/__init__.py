@@ -17,15 +17,27 @@ from .dispatch import (
     Slots,
     Tokens,
 )
+from .loading import load_experts
 from .placement import Move, Placement
 from .registry import choose, register_dispatcher
+from .sharding import (
+    ExpertSharding,
+    Meshes,
+    clip_grad_norm_,
+    ddp_ignore,
+    fully_shard_moe,
+    make_meshes,
+    shard_experts,
+)
 
 __all__ = [
     "Bank",
     "Dispatched",
     "Dispatcher",
+    "ExpertSharding",
     "Gather",
     "Local",
+    "Meshes",
     "Move",
     "Padded",
     "Placement",
@@ -34,8 +46,14 @@ __all__ = [
     "Tokens",
     "all_to_all_rows",
     "choose",
+    "clip_grad_norm_",
+    "ddp_ignore",
     "exchange_counts",
+    "fully_shard_moe",
     "is_checking_splits",
+    "load_experts",
+    "make_meshes",
     "register_dispatcher",
     "set_check_splits",
+    "shard_experts",
 ]
