@@ -243,17 +243,20 @@ class QuantizedExperts(nn.Module):
         return self.forward_local(x, topk_weights, topk_ids, **how)
 
     def _run(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, on_input: bool) -> Tensor:
+        # A module finds a buffer by __getattr__, which for seven takes as long as a small layer.
+        b: dict[str, Any] = self._buffers
+        b_gate_up, b_down = b["b_gate_up"], b["b_down"]
         return moe_ffn_quantized(
             x,
-            local_part(self.w_gate_up),
-            local_part(self.w_gate_up_scale),
-            local_part(self.w_down),
-            local_part(self.w_down_scale),
+            local_part(b["w_gate_up"]),
+            local_part(b["w_gate_up_scale"]),
+            local_part(b["w_down"]),
+            local_part(b["w_down_scale"]),
             topk_weights,
             topk_ids,
-            x_scale=self.x_scale,
-            b_gate_up=None if self.b_gate_up is None else local_part(self.b_gate_up).to(x.dtype),
-            b_down=None if self.b_down is None else local_part(self.b_down).to(x.dtype),
+            x_scale=b["x_scale"],
+            b_gate_up=None if b_gate_up is None else local_part(b_gate_up).to(x.dtype),
+            b_down=None if b_down is None else local_part(b_down).to(x.dtype),
             apply_router_weight_on_input=on_input,
             activation=self.activation,
             interleaved=self.interleaved,
