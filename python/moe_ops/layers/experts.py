@@ -6,7 +6,6 @@ Letters: T tokens, H hidden size, I intermediate size, E experts, K experts a to
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -28,6 +27,25 @@ from .surgery import experts as surgery
 
 # Attributes of a bank that are arguments of moe_ffn.
 ACTIVATION_OPTIONS = ("activation", "interleaved", "alpha", "limit")
+
+
+_Weights = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # w_gate_up, w_down, biases
+
+
+def _local(weights: _Weights) -> _Weights:
+    """Of a bank's weights and biases, the experts that this process has."""
+    w_gate_up, w_down, b_gate_up, b_down = weights
+    return local_part(w_gate_up), local_part(w_down), local_part(b_gate_up), local_part(b_down)
+
+
+def _whole(weights: _Weights) -> _Weights:
+    """The same of a bank whose experts are all here; ValueError where some are not."""
+    local = _local(weights)
+    if local[0].shape != weights[0].shape or local[1].shape != weights[1].shape:
+        advice = "moe_ops.parallel.shard_experts shares it out"
+        check_whole("Experts", "w_gate_up", weights[0], advice)
+        check_whole("Experts", "w_down", weights[1], advice)
+    return local
 
 
 class Experts(nn.Module):
@@ -159,13 +177,17 @@ class Experts(nn.Module):
             y: [T, O] in the dtype of x. T = 0 and experts without tokens are fine; the latter get
             zero gradients.
         """
-        how: Any = {"apply_router_weight_on_input": apply_router_weight_on_input}
+        on_input = apply_router_weight_on_input
         if self.dispatcher is not None:
-            return self.dispatcher(self, x, topk_weights, topk_ids, **how, overlap=overlap)
-        self._check_whole()
+            rows = x, topk_weights, topk_ids
+            how: Any = {"apply_router_weight_on_input": on_input, "overlap": overlap}
+            return self.dispatcher(self, *rows, **how)
+        weights = self._weights()
+        if not type(weights[0]) is type(weights[1]) is nn.Parameter:
+            weights = _whole(weights)
         if overlap is not None:
             overlap()
-        return self.forward_local(x, topk_weights, topk_ids, **how)
+        return self._run(weights, x, topk_weights, topk_ids, on_input)
 
     def forward_local(
         self,
@@ -182,17 +204,39 @@ class Experts(nn.Module):
                 contribute nothing, as everywhere.
         """
         on_input = apply_router_weight_on_input
+        return self._run(_local(self._weights()), x, topk_weights, topk_ids, on_input)
+
+    def _weights(self) -> _Weights:
+        # A module finds a parameter by __getattr__, which for four takes a fifth of a small call.
+        p: dict[str, Any] = self._parameters
+        try:
+            return p["w_gate_up"], p["w_down"], p["b_gate_up"], p["b_down"]
+        except KeyError:  # torch.nn.utils.parametrize makes properties of parameters.
+            return self.w_gate_up, self.w_down, self.b_gate_up, self.b_down
+
+    def _run(
+        self, weights: _Weights, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, on_input: bool
+    ) -> Tensor:
         if self.output_size != self.hidden_size:
-            return self._two_products(x, topk_weights, topk_ids, on_input)
-        w_gate_up, w_down, b_gate_up, b_down = self._local()
-        ffn: Callable[..., Tensor]
+            return self._two_products(weights, x, topk_weights, topk_ids, on_input)
+        w_gate_up, w_down, b_gate_up, b_down = weights
         if self.precision == "fp8":
-            ffn = fp8_ffn
-            b_gate_up = None if b_gate_up is None else b_gate_up.to(x.dtype)
-            b_down = None if b_down is None else b_down.to(x.dtype)
-        else:
-            ffn = partial(expert_ffn, self)
-        return ffn(
+            return fp8_ffn(
+                x,
+                w_gate_up,
+                w_down,
+                topk_weights,
+                topk_ids,
+                b_gate_up=None if b_gate_up is None else b_gate_up.to(x.dtype),
+                b_down=None if b_down is None else b_down.to(x.dtype),
+                activation=self.activation,
+                interleaved=self.interleaved,
+                apply_router_weight_on_input=on_input,
+                alpha=self.alpha,
+                limit=self.limit,
+            )
+        return expert_ffn(
+            self,
             x,
             w_gate_up,
             w_down,
@@ -208,9 +252,9 @@ class Experts(nn.Module):
         )
 
     def _two_products(
-        self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, on_input: bool
+        self, bank: _Weights, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, on_input: bool
     ) -> Tensor:
-        w_gate_up, w_down, b_gate_up, b_down = self._local()
+        w_gate_up, w_down, b_gate_up, b_down = bank
         weights = topk_weights
         if on_input:
             # A slot's input is its token times its weight: each slot becomes a token of its own.
@@ -220,17 +264,6 @@ class Experts(nn.Module):
         h = self._activate(moe_linear_map(x, w_gate_up, topk_ids, bias=b_gate_up))
         y = moe_linear_reduce(h, w_down, weights, topk_ids, bias=b_down)
         return y.unflatten(0, (-1, num_slots)).sum(1) if on_input else y
-
-    def _local(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """The weights and biases of the experts that this process has."""
-        weights = local_part(self.w_gate_up), local_part(self.w_down)
-        return *weights, local_part(self.b_gate_up), local_part(self.b_down)
-
-    def _check_whole(self) -> None:
-        for name in ("w_gate_up", "w_down"):
-            weight = getattr(self, name)
-            if local_part(weight).shape != weight.shape:
-                check_whole("Experts", name, weight, "moe_ops.parallel.shard_experts shares it out")
 
     def outputs(self, x: Tensor, input_ids: Sequence[int] | None = None) -> Tensor:
         """What every expert makes of every token: no routing, as products over all experts at once.
@@ -250,8 +283,7 @@ class Experts(nn.Module):
         Second derivatives are not supported.
         """
         x, ids = expert_inputs(x, input_ids, self.num_experts, self.hidden_size)
-        self._check_whole()
-        w_gate_up, w_down, b_gate_up, b_down = self._local()
+        w_gate_up, w_down, b_gate_up, b_down = _whole(self._weights())
         if not self.gated and fits_dense_ffn(x, w_gate_up, w_down):
             return dense_ffn(
                 x,
