@@ -18,14 +18,20 @@ ROOT = Path(__file__).parents[2]
 
 def run(folder, processes, *args):
     """{step: loss} that the example prints."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(processes), str(ROOT / "examples" / "train_ep.py")]
+    command = [sys.executable]
+    alone: dict[str, str] = {}
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+        command += [str(processes)]
+    else:  # What torchrun tells a single process; it takes seconds to start.
+        alone = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    command += [str(ROOT / "examples" / "train_ep.py")]
     package = str(Path(moe_ops.__file__).parents[1])
     text = "the quick brown fox jumps over the lazy dog; " * 100
     (folder / "text.txt").write_text(text)
     result = subprocess.run(
         [*command, "--folder", str(folder / "run"), "--data", str(folder / "text.txt"), *args],
-        env={**os.environ, "PYTHONPATH": package, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": package, "OMP_NUM_THREADS": "1", **alone},
         cwd=folder,
         capture_output=True,
         text=True,
