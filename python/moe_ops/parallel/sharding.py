@@ -146,16 +146,21 @@ def shard_experts(
     Args:
         model: a model, a layer, or a bank.
         ep_mesh: one dimension.
-        dispatch, options: of `choose`, such as dispatch="shared". Experts are placed in runs, as
-            said above; K is taken from the router of each `MoE`.
+        dispatch, options: of `choose`, such as dispatch="shared", but no placement: experts are
+            placed in runs, as said above. K is taken from the router of each `MoE`.
 
     Returns:
         `model`.
 
     Raises:
-        ValueError: a mesh of more dimensions, no bank, one whose experts n does not divide, or one
-            that is sharded already (FSDP2 comes after this). The model is unchanged.
+        ValueError: a mesh of more dimensions, a placement, no bank, one whose experts n does not
+            divide, or one that is sharded already (FSDP2 comes after this). The model is unchanged.
     """
+    if options.get("placement") is not None:
+        raise ValueError(
+            f"shard_experts: placement must be None, as ranks keep experts in runs, got "
+            f"{options['placement']!r}."
+        )
     if ep_mesh.ndim != 1:
         raise ValueError(
             f"shard_experts: ep_mesh must have one dimension, got {tuple(ep_mesh.shape)}."
