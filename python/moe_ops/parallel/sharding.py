@@ -111,7 +111,8 @@ class ExpertSharding:
     def gather(self, tensor: Tensor) -> Tensor:
         """All rows of a tensor of such a bank, on every rank; anything else as it is."""
         if isinstance(tensor, DTensor) and tensor.device_mesh == self.ep_mesh:
-            return tensor.detach().full_tensor()
+            whole: Tensor = tensor.full_tensor()
+            return whole.detach()
         return tensor
 
     def _put(self, bank: Bank, name: str, own: Tensor, requires_grad: bool) -> None:
@@ -181,7 +182,9 @@ def shard_experts(
             raise ValueError(
                 f"shard_experts: {name or 'the model'} must be whole, got a bank that is sharded."
             )
-    top_k = {m.experts: m.router.top_k for m in model.modules() if isinstance(m, MoE)}
+    top_k: dict[nn.Module, int] = {
+        m.experts: m.router.top_k for m in model.modules() if isinstance(m, MoE)
+    }
     for bank in banks.values():
         how = {"top_k": top_k.get(bank), "dispatch": dispatch, **options}
         ExpertSharding(ep_mesh, how).shard(bank)
