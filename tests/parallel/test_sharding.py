@@ -10,7 +10,8 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from moe_ops.layers import Experts
-from moe_ops.parallel.sharding import (
+from moe_ops.parallel import (
+    Placement,
     clip_grad_norm_,
     ddp_ignore,
     fully_shard_moe,
@@ -235,6 +236,7 @@ def layout(rank):
         lambda: shard_experts(torch.nn.Linear(2, 2), meshes.ep),
         lambda: shard_experts(Experts(3, 4, 4), meshes.ep),
         lambda: shard_experts(model, meshes.ep),
+        lambda: shard_experts(Model(1), meshes.ep, placement=Placement.contiguous(EXPERTS, 2)),
         lambda: shard_experts(
             Model(1), torch.distributed.init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
         ),
@@ -273,9 +275,10 @@ def test_each_rank_has_its_experts(processes):
         assert got["meta"] == (EXPERTS // 2, HIDDEN, 8)
         assert [text.split(":")[0] for text in got["said"]] == ["make_meshes"] * 2 + [
             "shard_experts"
-        ] * 4
+        ] * 5
         assert got["said"][0] == "make_meshes: ep must divide the 4 ranks, got 3."
         assert "got Linear without one" in got["said"][2]
         assert "got 3 in the model" in got["said"][3]
         assert "got a bank that is sharded" in got["said"][4]
-        assert "got (2, 2)" in got["said"][5]
+        assert "placement must be None" in got["said"][5]
+        assert "got (2, 2)" in got["said"][6]

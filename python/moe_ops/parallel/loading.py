@@ -138,19 +138,19 @@ class _Files:
 
 
 class _Rows(NamedTuple):
-    """The experts [first, first + count) of E, and what reads them."""
+    """The experts [first, first + num) of E, and what reads them."""
 
     files: _Files
     first: int
-    count: int
-    total: int
+    num: int
+    num_experts: int
 
     def apart(self, prefix: str, names: tuple[str, ...], wanted: Tensor, target: str) -> Tensor:
         """Rows of experts that have tensors of their own, the named parts below each other."""
         rows = torch.empty(wanted.shape, dtype=wanted.dtype)
         size = wanted.shape[1] // len(names)
         shape = [size, *wanted.shape[2:]]
-        for e in range(self.count):
+        for e in range(self.num):
             for part, name in enumerate(names):
                 key = f"{prefix}.{self.first + e}.{name}.weight"
                 tensor = self.files.slice(key)
@@ -161,19 +161,20 @@ class _Rows(NamedTuple):
     def together(self, key: str, wanted: Tensor, target: str, swapped: bool = False) -> Tensor:
         """Rows of a tensor that holds all experts."""
         tensor = self.files.slice(key)
-        shape = [self.total, *wanted.shape[1:]]
+        shape = [self.num_experts, *wanted.shape[1:]]
         if swapped:
             shape[1:] = shape[:0:-1]
         _check_shape(key, tensor.get_shape(), shape, target)
-        rows: Tensor = tensor[self.first : self.first + self.count]
+        rows: Tensor = tensor[self.first : self.first + self.num]
         return rows.transpose(1, 2) if swapped else rows
 
 
 @torch.no_grad()
 def _fill(bank: Experts, name: str, files: _Files, prefix: str) -> None:
     first = 0
-    if is_sharded(bank.w_down):
-        mesh: Any = bank.w_down.device_mesh
+    w_down: Any = bank.w_down
+    if is_sharded(w_down):
+        mesh = w_down.device_mesh
         if bank.sharding is None or mesh.ndim != 1:
             raise ValueError(
                 f"load_experts: {name} must be whole or sharded by shard_experts alone, got "

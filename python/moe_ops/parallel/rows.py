@@ -76,15 +76,14 @@ def routing_of_rows(
         places, ranks: [T, K], as of `ranks_once`. topk_weights: [T, K].
 
     Returns:
-        weights: [S, K], all of the row's token, 0 for slots of other ranks. Differentiable.
-        ids: [S, K], places as the row's rank counts them, -1 for slots of other ranks.
+        weights: [S, K], all of the row's token. Differentiable.
+        ids: [S, K], places as the row's rank counts them. Those of other ranks, and of no place,
+            are outside [0, per_rank).
     """
     slots = rows.row_to_slot if num_rows is None else rows.row_to_slot.narrow(0, 0, num_rows)
     slots = slots.long()
     tokens = slots // max(places.shape[1], 1)
     rank = ranks.reshape(-1).index_select(0, slots).unsqueeze(1)
-    local = places.index_select(0, tokens) - rank * per_rank
-    other = (rank < 0) | (local < 0) | (local >= per_rank)
     # Not by `take`, which is an op that autocast casts for.
     weights = topk_weights.index_select(0, tokens)
-    return weights.masked_fill(other, 0.0), local.masked_fill(other, -1)
+    return weights, places.index_select(0, tokens) - rank * per_rank

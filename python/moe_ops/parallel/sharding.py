@@ -111,7 +111,8 @@ class ExpertSharding:
     def gather(self, tensor: Tensor) -> Tensor:
         """All rows of a tensor of such a bank, on every rank; anything else as it is."""
         if isinstance(tensor, DTensor) and tensor.device_mesh == self.ep_mesh:
-            return tensor.detach().full_tensor()
+            whole: Tensor = tensor.full_tensor()
+            return whole.detach()
         return tensor
 
     def _put(self, bank: Bank, name: str, own: Tensor, requires_grad: bool) -> None:
@@ -146,16 +147,21 @@ def shard_experts(
     Args:
         model: a model, a layer, or a bank.
         ep_mesh: one dimension.
-        dispatch, options: of `choose`, such as dispatch="shared". Experts are placed in runs, as
-            said above; K is taken from the router of each `MoE`.
+        dispatch, options: of `choose`, such as dispatch="shared", but no placement: experts are
+            placed in runs, as said above. K is taken from the router of each `MoE`.
 
     Returns:
         `model`.
 
     Raises:
-        ValueError: a mesh of more dimensions, no bank, one whose experts n does not divide, or one
-            that is sharded already (FSDP2 comes after this). The model is unchanged.
+        ValueError: a mesh of more dimensions, a placement, no bank, one whose experts n does not
+            divide, or one that is sharded already (FSDP2 comes after this). The model is unchanged.
     """
+    if options.get("placement") is not None:
+        raise ValueError(
+            f"shard_experts: placement must be None, as ranks keep experts in runs, got "
+            f"{options['placement']!r}."
+        )
     if ep_mesh.ndim != 1:
         raise ValueError(
             f"shard_experts: ep_mesh must have one dimension, got {tuple(ep_mesh.shape)}."
@@ -176,7 +182,9 @@ def shard_experts(
             raise ValueError(
                 f"shard_experts: {name or 'the model'} must be whole, got a bank that is sharded."
             )
-    top_k = {m.experts: m.router.top_k for m in model.modules() if isinstance(m, MoE)}
+    top_k: dict[nn.Module, int] = {
+        m.experts: m.router.top_k for m in model.modules() if isinstance(m, MoE)
+    }
     for bank in banks.values():
         how = {"top_k": top_k.get(bank), "dispatch": dispatch, **options}
         ExpertSharding(ep_mesh, how).shard(bank)
