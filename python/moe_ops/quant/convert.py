@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from moe_ops._sharded import has_own_experts
 from moe_ops.expert_weights import ExpertWeights, hooks_for
 
-from .bank import check_finite, check_weights, find_banks, idle_patterns
+from .bank import FoundBank, check_finite, check_weights, find_banks, idle_patterns
 from .baseline import Baseline, record_baseline
 from .formats import check_divides, check_format, quantize
 from .scales import GRID, find_x_scale
@@ -36,6 +37,9 @@ def quantize_experts(
 
     The result is for inference: outputs can be computed as before, and asking for a gradient
     through a quantised bank raises an error in backward.
+
+    Of a bank that `moe_ops.parallel.shard_experts` has sharded, each process quantises the experts
+    that it has.
 
     Args:
         model: a model, a layer, or a bank.
@@ -74,9 +78,15 @@ def quantize_experts(
     names = []
     for found in find_banks(model, patterns):
         names.append(found.name)
-        check_weights("quantize_experts", found.name, found.module, found.bank)
-        check_sizes(found.name, found.bank, groups)
-        del found
+        sharding, bank = _own_experts(found)
+        if sharding is not None and calibration is not None:
+            raise ValueError(
+                f"quantize_experts: calibration must be None where experts are shared out over "
+                f"processes, got one for {found.name or 'the bank'}; quantise the whole model."
+            )
+        check_weights("quantize_experts", found.name, found.module, bank)
+        check_sizes(found.name, bank, groups)
+        del found, bank
     if not names:
         raise ValueError(
             f"quantize_experts: model must hold a bank of float experts, got "
@@ -94,10 +104,11 @@ def quantize_experts(
     for done, found in enumerate(find_banks(model, patterns)):
         if progress is not None:
             progress(found.name, done, len(names))
-        check_finite("quantize_experts", found.name, found.module, found.bank)
+        sharding, bank = _own_experts(found)
+        check_finite("quantize_experts", found.name, found.module, bank)
         experts = found.hook.new_quantized(
             found.module,
-            found.bank,
+            bank,
             format=format,
             group_size=groups,
             x_scale=baseline is not None,
@@ -105,16 +116,27 @@ def quantize_experts(
         x_scale = exponent = None
         if baseline is not None:
             record = baseline.banks[found.name]
-            choice = find_x_scale(found.bank, record.inputs, format, groups, grid=grid)
+            choice = find_x_scale(bank, record.inputs, format, groups, grid=grid)
             x_scale, exponent = choice.x_scale, choice.exponent
-        fill(experts, found.bank, x_scale)
+        fill(experts, bank, x_scale)
         experts.scale_exponent = exponent
+        if sharding is not None:
+            sharding.adopt(experts)
         experts.train(found.module.training)
         model = found.hook.install(model, found.module, experts)
-        del found
+        del found, bank
     for hook in known:
         hook.mark_quantized(model, format, groups, baseline is not None, patterns)
     return model
+
+
+def _own_experts(found: FoundBank) -> tuple[Any, ExpertWeights]:
+    """How `moe_ops.parallel.shard_experts` shared a bank out, and the weights that are here; None
+    and all weights of another bank."""
+    sharding = getattr(found.module, "sharding", None)
+    if sharding is None or not has_own_experts(found.module, found.bank.down):
+        return None, found.bank
+    return sharding, found.bank.local()
 
 
 @torch.no_grad()
