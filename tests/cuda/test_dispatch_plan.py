@@ -36,7 +36,7 @@ def test_bytes(simulator):
     counted = simulator.counted(lambda: moe_ops.dispatch_plan(ids, n, 4), "ld_bytes", "st_bytes")
     slots, rows, used = t * k, t * min(k, n), t * 2
     # Ids: of a slot and of those before it, up to the one that has its rank; again for each row.
-    ranks_read = t * i * (1 + 2 + 3 + 4 - 1)
+    ranks_read = t * i * (1 + 2 + 3 + 4)
     sort_read = 2 * 4 * slots
     rows_read = 4 * slots + rows * k * 4 + used * k * (4 + 4 + i)
     assert counted["ld_bytes"] == ranks_read + sort_read + rows_read
