@@ -27,6 +27,7 @@ from torch import Tensor
 
 import moe_ops
 from moe_ops import _C, reference
+from moe_ops.expert_weights import packing
 from moe_ops.layers import (
     AttentionExperts,
     Experts,
@@ -807,7 +808,8 @@ def test_compiled_code_follows_the_setting():
                 torch.testing.assert_close(compiled(x), layer(x))
 
 
-def test_copies_that_a_bank_made_by_itself_are_not_used():
+def test_copies_that_a_bank_made_by_itself_are_not_used(monkeypatch):
+    monkeypatch.setattr(packing, "ROWS_PER_EXPERT", 8)
     moe_ops.set_batch_invariant(False)
     layer = moe(torch.float32, intermediate_size=512)
     x = torch.randn(NUM_TOKENS, 96)

@@ -11,10 +11,10 @@ from torch import nn
 
 from moe_ops.expert_weights import ExpertWeights, hooks_for
 
-from .bank import check_finite, check_weights, find_banks, idle_patterns
+from .bank import FoundBank, check_finite, check_weights, find_banks, idle_patterns
 from .baseline import Baseline, record_baseline
 from .formats import check_divides, check_format, quantize
-from .scales import GRID, find_x_scale
+from .scales import GRID, ScaleChoice, find_x_scale
 
 
 def quantize_experts(
@@ -95,26 +95,36 @@ def quantize_experts(
         if progress is not None:
             progress(found.name, done, len(names))
         check_finite("quantize_experts", found.name, found.module, found.bank)
-        experts = found.hook.new_quantized(
-            found.module,
-            found.bank,
-            format=format,
-            group_size=groups,
-            x_scale=baseline is not None,
-        )
-        x_scale = exponent = None
+        choice = None
         if baseline is not None:
             record = baseline.banks[found.name]
             choice = find_x_scale(found.bank, record.inputs, format, groups, grid=grid)
-            x_scale, exponent = choice.x_scale, choice.exponent
-        fill(experts, found.bank, x_scale)
-        experts.scale_exponent = exponent
-        experts.train(found.module.training)
-        model = found.hook.install(model, found.module, experts)
+        model = replace_bank(model, found, format, groups, choice)
         del found
     for hook in known:
         hook.mark_quantized(model, format, groups, baseline is not None, patterns)
     return model
+
+
+def replace_bank(
+    model: nn.Module,
+    found: FoundBank,
+    format: str,
+    group_size: int | None,
+    choice: ScaleChoice | None = None,
+) -> nn.Module:
+    """Puts the quantised form of one bank where the bank is; returns the model."""
+    experts = found.hook.new_quantized(
+        found.module,
+        found.bank,
+        format=format,
+        group_size=group_size,
+        x_scale=choice is not None,
+    )
+    fill(experts, found.bank, None if choice is None else choice.x_scale)
+    experts.scale_exponent = None if choice is None else choice.exponent
+    experts.train(found.module.training)
+    return found.hook.install(model, found.module, experts)
 
 
 @torch.no_grad()
@@ -135,7 +145,6 @@ def fill(experts: Any, bank: ExpertWeights, x_scale: torch.Tensor | None = None)
         bias = getattr(bank, name)
         if bias is not None:
             getattr(experts, name).copy_(bias)
-    experts.move_to_huge_pages()
 
 
 def check_sizes(name: str, bank: ExpertWeights, group_size: int | None) -> None:
