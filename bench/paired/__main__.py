@@ -1,12 +1,15 @@
 """Compares two builds of moe_ops: ``python -m bench.paired BASE_PYTHONPATH NEW_PYTHONPATH``.
 
-Each build is a folder for PYTHONPATH that holds the package moe_ops with its libraries. Every round
-runs all cells of either build, first of the one and then of the other, in the order that
-`interleave` gives, each cell in a process that no other cell has left its traces in. A process has
-one thread, and its time is that thread's on a core, so that other work on the machine counts
-little. A cell is flagged where the median over rounds of the ratio
-new to base and the ratio of the best times are both further from one than the tolerance. The status
-is 1 if a cell is slower.
+Each build is a folder for PYTHONPATH that holds the package moe_ops with its libraries. Each build
+has a process, a new one each round, which forks for each cell, so that no cell finds traces of
+another. A cell runs in the one build and at once in the other, since the speed of a machine drifts;
+which goes first changes from cell to cell and from round to round. A process has one thread, and
+its time is that thread's on a core, so that other work on the machine counts little. A cell is
+flagged where the median over rounds of the ratio new to base and the ratio of the best times are
+both further from one than the tolerance. The status is 1 if a cell is slower.
+
+Pages of memory lie elsewhere in each process, which alone moves some cells by several percent:
+compare a build with itself to see which, and believe a cell that is flagged in several runs.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +29,7 @@ from bench.paired import cells
 from moe_ops._files import write_json
 from moe_ops.bench.machine import ISA_ENVIRONMENTS
 from moe_ops.bench.report import table
-from moe_ops.bench.timing import Samples, interleave, speedup
+from moe_ops.bench.timing import Samples, speedup
 
 TOLERANCE = 0.03
 THREADS = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
@@ -58,45 +62,77 @@ class Cell:
         return "SLOWER" if low > 1 + TOLERANCE else "faster" if high < 1 - TOLERANCE else ""
 
 
+class Build:
+    """The process of one build: `cells` run as a script. A context, at whose end it ends."""
+
+    def __init__(self, folder: Path, environment: dict[str, str]) -> None:
+        self.folder = folder
+        self._process = subprocess.Popen(
+            [sys.executable, cells.__file__],
+            env={**os.environ, **THREADS, **environment, "PYTHONPATH": str(folder)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def __enter__(self) -> Build:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+    def check(self) -> None:
+        """Raises ValueError: the process failed, or moe_ops was found elsewhere."""
+        found = self._answer()
+        if not Path(found).is_relative_to(self.folder):
+            raise ValueError(f"{self.folder} must hold the package moe_ops, got {found}")
+
+    def measure(self, cell: str) -> float | str:
+        """Nanoseconds of a cell, or why it cannot run.
+
+        Raises:
+            ValueError: the process failed.
+        """
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{cell}\n")
+        self._process.stdin.flush()
+        answer: float | str = self._answer()
+        return answer
+
+    def _answer(self) -> Any:
+        assert self._process.stdout is not None
+        if line := self._process.stdout.readline():
+            return json.loads(line)
+        _, errors = self._process.communicate()
+        last = (errors.strip().splitlines() or ["it ended without a word"])[-1]
+        raise ValueError(f"{self.folder} must hold a build of moe_ops that runs, got: {last}")
+
+
 def compare(
-    builds: dict[str, Path], words: list[str], rounds: int, environment: dict[str, str]
+    folders: dict[str, Path], names: list[str], rounds: int, environment: dict[str, str]
 ) -> dict[str, Cell]:
-    """The cells chosen by `words` (all without any) in the builds "base" and "new"."""
-    found: dict[str, Cell] = {}
-
-    def sample(build: str, number: int) -> None:
-        print(f"round {number + 1} of {rounds}: {build}", file=sys.stderr, flush=True)
-        for name, value in run_cells(builds[build], words, environment).items():
-            cell = found.setdefault(name, Cell())
-            if isinstance(value, str):
-                cell.problem = f"{build}: {value}"
-            else:
-                cell.samples[build].seconds[number] = value * 1e-9
-
-    interleave(list(builds), sample, lambda number: number < rounds)
+    """The cells `names` in the builds "base" and "new"."""
+    found = {name: Cell() for name in names}
+    for number in range(rounds):
+        print(f"round {number + 1} of {rounds}", file=sys.stderr, flush=True)
+        with ExitStack() as stack:
+            builds = {
+                name: stack.enter_context(Build(folder, environment))
+                for name, folder in folders.items()
+            }
+            for build in builds.values():
+                build.check()
+            for place, (name, cell) in enumerate(found.items()):
+                order = list(builds) if (number + place) % 2 == 0 else list(builds)[::-1]
+                for key in order:
+                    value = builds[key].measure(name)
+                    if isinstance(value, str):
+                        cell.problem = f"{key}: {value}"
+                    else:
+                        cell.samples[key].seconds[number] = value * 1e-9
     return found
-
-
-def run_cells(build: Path, words: list[str], environment: dict[str, str]) -> dict[str, Any]:
-    """Nanoseconds of each cell, or why it cannot run.
-
-    Raises:
-        ValueError: the process failed, or moe_ops was found elsewhere.
-    """
-    child = subprocess.run(
-        [sys.executable, cells.__file__, *words],
-        env={**os.environ, **THREADS, **environment, "PYTHONPATH": str(build)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if child.returncode != 0:
-        last = (child.stderr.strip().splitlines() or ["it ended without a word"])[-1]
-        raise ValueError(f"{build} must hold a build of moe_ops that runs, got: {last}")
-    result = json.loads(child.stdout)
-    if not Path(result["moe_ops"]).is_relative_to(build):
-        raise ValueError(f"{build} must hold the package moe_ops, got {result['moe_ops']}")
-    return dict(result["cells"])
 
 
 def main() -> int:
@@ -122,7 +158,7 @@ def main() -> int:
         return 0
     builds = {"base": options.base.resolve(), "new": options.new.resolve()}
     try:
-        found = compare(builds, words, options.rounds, ISA_ENVIRONMENTS.get(options.isa, {}))
+        found = compare(builds, names, options.rounds, ISA_ENVIRONMENTS.get(options.isa, {}))
     except ValueError as error:
         sys.exit(f"bench.paired: {error}")
     print(render(found))

@@ -1,8 +1,8 @@
 """What `bench.paired` times, run as a script by the interpreter of one build.
 
-It prints JSON: where moe_ops was imported from, and nanoseconds of each cell. Only names are used
-that are public in every build, and nothing of the benchmarks is imported: a build may be older than
-they are.
+It prints where moe_ops was imported from, then reads the names of cells and answers each with its
+nanoseconds, a line of JSON each. Only names are used that are public in every build, and nothing of
+the benchmarks is imported: a build may be older than they are.
 
 Every cell runs in a process forked from one that has everything imported and has run nothing but
 the making of weights. In one process for all, a cell finds the heap, scratch and huge pages as the
@@ -245,11 +245,12 @@ def measure(name: str) -> float | str:
     return json.loads(text) if text else f"ended with {status}"
 
 
-def main(words: list[str]) -> None:
+def main() -> None:
     torch.set_num_threads(1)
-    found = {name: measure(name) for name in chosen(words)}
-    json.dump({"moe_ops": moe_ops.__file__, "cells": found}, sys.stdout)
+    print(json.dumps(moe_ops.__file__), flush=True)
+    for line in sys.stdin:
+        print(json.dumps(measure(line.rstrip("\n"))), flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

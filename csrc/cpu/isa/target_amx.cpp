@@ -26,7 +26,7 @@ void amx_end() { _tile_release(); }
 
 // Sums in tiles 0 to 3, tokens in 4 and 5, weights in 6 and 7.
 template <int kRowTiles>
-void amx_panel_tiles(const AmxPanelParams& p, TileOut<float> out, TilePrefetch& prefetch) {
+void amx_panel_tiles(const AmxPanelParams& p, const TileOut<float>& out, TilePrefetch& prefetch) {
   const uint16_t *a = p.a, *panel = p.panel;
   float* c = out.c;
   const int64_t lda = p.lda, ldc = out.ldc;
@@ -68,7 +68,7 @@ void amx_panel_tiles(const AmxPanelParams& p, TileOut<float> out, TilePrefetch& 
   }
 }
 
-void amx_panel(const AmxPanelParams& p, TileOut<float> out, TilePrefetch& prefetch) {
+void amx_panel(const AmxPanelParams& p, const TileOut<float>& out, TilePrefetch& prefetch) {
   p.row_tiles == 2 ? amx_panel_tiles<2>(p, out, prefetch) : amx_panel_tiles<1>(p, out, prefetch);
 }
 

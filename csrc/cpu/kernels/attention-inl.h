@@ -80,6 +80,10 @@ bool softmax_block(const AttentionBlock<T>& b, T* s, T* max, T* sum, T* factor) 
     total[v] = load<T>(sum + v * W) * f;
     power[v] = most * kPowerScale<T>;
   }
+  // Asked before the loop, which needs every register: otherwise the factors are kept until its
+  // end.
+  bool shrank = horizontal_sum<T>(shrinks) != T(0);
+  asm volatile("" : "+r"(shrank));
   for (j = 0; j < b.keys; ++j) {
 #pragma GCC unroll 2
     for (int v = 0; v < NV; ++v) {
@@ -91,7 +95,7 @@ bool softmax_block(const AttentionBlock<T>& b, T* s, T* max, T* sum, T* factor) 
   }
 #pragma GCC unroll 2
   for (int v = 0; v < NV; ++v) store<T>(sum + v * W, total[v]);
-  return horizontal_sum<T>(shrinks) != T(0);
+  return shrank;
 }
 
 template <class T, int NV, bool kMasked, bool kCapped>

@@ -76,7 +76,9 @@ struct TileOptions : TilePrefetch {
   int64_t ldb = kPacked;  // of B, which may be 0
 };
 
-// Where sums go: c[i * ldc + j] = or += sum.
+// Where sums go: c[i * ldc + j] = or += sum. Passed by reference, as all structs of more than 16
+// bytes are: a copy on the stack reads in one piece what was just written in two, which waits for
+// every store before it.
 template <class C>
 struct TileOut {
   C* c;
@@ -88,7 +90,8 @@ struct TileOut {
 // these: [nv - 1][m - 1]. An element of A and B is a pair of bfloat16 in those named bf16; kc then
 // counts pairs.
 template <class T>
-using MicroKernel = void (*)(int64_t kc, const T* a, const T* b, TileOut<T> out, TileOptions& o);
+using MicroKernel = void (*)(int64_t kc, const T* a, const T* b, const TileOut<T>& out,
+                             TileOptions& o);
 
 // Products with B as it lies (through options.ldb) or packed just before, and the packing.
 template <class T>
@@ -100,8 +103,8 @@ struct GemmTiles {
   MicroKernel<T> row_a[2][kMaxMr];  // A(i, k) = a[i * kLda + k]
   MicroKernel<T> col_a[2][kMaxMr];  // A(i, k) = a[k * options.lda + i]
   // row_a that also writes the rows of B side by side to `copy`, [kc][nv*lanes].
-  using Copying = void (*)(int64_t kc, const T* a, const T* b, TileOut<T> out, TileOptions& o,
-                           T* copy);
+  using Copying = void (*)(int64_t kc, const T* a, const T* b, const TileOut<T>& out,
+                           TileOptions& o, T* copy);
   Copying copying_row_a[2][kMaxMr];
   // Panels of 2*lanes columns, `stride` elements apart, of the rows from byte_offset on: element
   // (r, c) of panel p goes to dst[p*stride + r*width + c]. The last panel is lanes or 2*lanes wide
@@ -137,8 +140,8 @@ struct PackedGemmKernels {
     int64_t half, step;
   };
   // C[i][j] (+)= sum_k a[i*kPanelLda + k] * panel(k, j) for i < m, j < 2*lanes. Index: [m - 1].
-  using Tile = void (*)(int64_t kc, const T* a, const void* panel, TileOut<T> out,
-                        Prefetch prefetch);
+  using Tile = void (*)(int64_t kc, const T* a, const void* panel, const TileOut<T>& out,
+                        const Prefetch& prefetch);
   Tile tile[4][kMaxMr], bf16_tile[kMaxMr];
   int prefetch_lines;
   int64_t max_rows;  // of a work item (isa/tuning.h)
@@ -153,7 +156,8 @@ struct PackedGemmKernels {
     const void* first;
     int64_t stride, distance;
   };
-  using Streams = void (*)(int64_t kc, const T* a, Panels panels, TileOut<T* const> out);
+  using Streams = void (*)(int64_t kc, const T* a, const Panels& panels,
+                           const TileOut<T* const>& out);
   Streams streams[4][2][kMaxStreamRows], bf16_streams[2][kMaxStreamRows];
   int stream_rows;
   int num_streams[kMaxStreamRows];
@@ -265,7 +269,7 @@ struct AmxKernels {
   void (*begin)();
   void (*end)();
   // C[i][j] (+)= sum_k a[i*lda + k] * panel(k, j) for i < 16*row_tiles, j < 32.
-  void (*panel)(const AmxPanelParams& p, TileOut<float> out, TilePrefetch& prefetch);
+  void (*panel)(const AmxPanelParams& p, const TileOut<float>& out, TilePrefetch& prefetch);
   // c[f*ldc + t] = sum_k w[f*ldw + k] * x(t, k) for f < 16, t < 16*token_tiles. Tile j of x starts
   // at x + j*ldx and holds pairs of k: [16*k_steps][16][2].
   void (*rows)(const AmxRowsParams& p, float* c, int64_t ldc);

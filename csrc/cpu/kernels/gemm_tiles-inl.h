@@ -33,8 +33,9 @@ inline Vec<T> add_product(Vec<T> acc, const T* a, Vec<T> b) {
 // the ports (2). AVX-512: 14 x 2 + 2 + 1 of 32.
 // kCopy: the vectors of b are also written to `copy`, as whole panels.
 template <class T, class S, int M, int NV, bool kColumnMajor, bool kCopy>
-[[gnu::always_inline]] inline void micro_of(int64_t kc, const T* a, const T* b, TileOut<T> out,
-                                            TileOptions& options, [[maybe_unused]] T* copy) {
+[[gnu::always_inline]] inline void micro_of(int64_t kc, const T* a, const T* b,
+                                            const TileOut<T>& out, TileOptions& options,
+                                            [[maybe_unused]] T* copy) {
   constexpr int W = kLanes<T>;
   constexpr int64_t kStrideI = kColumnMajor ? 1 : kLda;
   const int64_t step_a = kColumnMajor ? options.lda : 1;
@@ -71,12 +72,13 @@ template <class T, class S, int M, int NV, bool kColumnMajor, bool kCopy>
     for (int64_t i = 0; i < kPrefetchStep; ++i) step();
   }
   for (; k < kc; ++k) step();
+  const auto [c, ldc, accumulate] = out;
 #pragma GCC unroll 32
   for (int i = 0; i < M; ++i) {
 #if defined(__AVX512BF16__) && MOE_VEC_BYTES == 64
     if constexpr (kColumnMajor && NV == 2 && __is_same(S, Pair)) {
       if (options.bf16_out) {
-        auto* to = reinterpret_cast<__m512i*>(reinterpret_cast<uint16_t*>(out.c) + i * out.ldc);
+        auto* to = reinterpret_cast<__m512i*>(reinterpret_cast<uint16_t*>(c) + i * ldc);
         const __m512i line = narrow_two(acc[i][0], acc[i][1]);
         options.stream ? _mm512_stream_si512(to, line) : _mm512_storeu_si512(to, line);
         continue;
@@ -85,7 +87,7 @@ template <class T, class S, int M, int NV, bool kColumnMajor, bool kCopy>
 #endif
 #pragma GCC unroll 2
     for (int v = 0; v < NV; ++v) {
-      T* to = out.c + i * out.ldc + v * W;
+      T* to = c + i * ldc + v * W;
 #if defined(__AVX2__)
       if constexpr (kColumnMajor && NV * MOE_VEC_BYTES >= 64) {
         // A row of the tile is whole cache lines: non-temporal stores do not read them first.
@@ -95,18 +97,18 @@ template <class T, class S, int M, int NV, bool kColumnMajor, bool kCopy>
         }
       }
 #endif
-      store<T>(to, out.accumulate ? load<T>(to) + acc[i][v] : acc[i][v]);
+      store<T>(to, accumulate ? load<T>(to) + acc[i][v] : acc[i][v]);
     }
   }
 }
 
 template <class T, class S, int M, int NV, bool kColumnMajor>
-void micro(int64_t kc, const T* a, const T* b, TileOut<T> out, TileOptions& options) {
+void micro(int64_t kc, const T* a, const T* b, const TileOut<T>& out, TileOptions& options) {
   micro_of<T, S, M, NV, kColumnMajor, false>(kc, a, b, out, options, nullptr);
 }
 
 template <class T, int M, int NV>
-void copying_micro(int64_t kc, const T* a, const T* b, TileOut<T> out, TileOptions& options,
+void copying_micro(int64_t kc, const T* a, const T* b, const TileOut<T>& out, TileOptions& options,
                    T* copy) {
   micro_of<T, T, M, NV, false, true>(kc, a, b, out, options, copy);
 }
@@ -140,8 +142,8 @@ inline Vec<T> panel_vector(const S* p, int v, [[maybe_unused]] int half,
 constexpr int kTileLines = MOE_VEC_BYTES == 64 ? 2 : 1;
 
 template <class T, class S, int M>
-void packed_tile(int64_t kc, const T* a, const void* panel_data, TileOut<T> out,
-                 typename PackedGemmKernels<T>::Prefetch prefetch) {
+void packed_tile(int64_t kc, const T* a, const void* panel_data, const TileOut<T>& out,
+                 const typename PackedGemmKernels<T>::Prefetch& prefetch) {
   constexpr int W = kLanes<T>;
   constexpr int kPair = sizeof(S) == sizeof(T) ? 1 : 2;  // steps of k that lie side by side
   // One chain of sums an element, as in packed_streams: which of the two takes a panel depends on
@@ -150,14 +152,14 @@ void packed_tile(int64_t kc, const T* a, const void* panel_data, TileOut<T> out,
 #pragma GCC unroll 32
   for (int i = 0; i < M; ++i) acc[i][0] = acc[i][1] = Vec<T>{};
   const char* next = prefetch.next;
-  const int64_t next_step = prefetch.step;
+  const int64_t next_step = prefetch.step, next_half = prefetch.half;
   const S* panel = static_cast<const S*>(panel_data);
 #if MOE_VEC_BYTES == 64
 #pragma GCC unroll 2
 #endif
   for (int64_t k = 0; k < kc; k += kPair) {
 #pragma GCC unroll 2
-    for (int s = 0; s < kTileLines; ++s) __builtin_prefetch(next + s * prefetch.half, 0, 2);
+    for (int s = 0; s < kTileLines; ++s) __builtin_prefetch(next + s * next_half, 0, 2);
     next += next_step;
 #pragma GCC unroll 2
     for (int half = 0; half < kPair; ++half) {
@@ -174,12 +176,13 @@ void packed_tile(int64_t kc, const T* a, const void* panel_data, TileOut<T> out,
     a += kPair;
     panel += 2 * W * kPair;
   }
+  const auto [c, ldc, accumulate] = out;
 #pragma GCC unroll 32
   for (int i = 0; i < M; ++i) {
 #pragma GCC unroll 2
     for (int v = 0; v < 2; ++v) {
-      T* to = out.c + i * out.ldc + v * W;
-      store<T>(to, out.accumulate ? load<T>(to) + acc[i][v] : acc[i][v]);
+      T* to = c + i * ldc + v * W;
+      store<T>(to, accumulate ? load<T>(to) + acc[i][v] : acc[i][v]);
     }
   }
 }
@@ -209,13 +212,14 @@ constexpr int num_panel_streams(int m) {
 }
 
 template <class T, class S, int M, bool kPrefetch>
-void packed_streams(int64_t kc, const T* a, typename PackedGemmKernels<T>::Panels panels,
-                    TileOut<T* const> out) {
+void packed_streams(int64_t kc, const T* a, const typename PackedGemmKernels<T>::Panels& panels,
+                    const TileOut<T* const>& out) {
   constexpr int W = kLanes<T>, kStreams = num_panel_streams(M);
   constexpr int kPair = sizeof(S) == sizeof(T) ? 1 : 2;  // steps of k that lie side by side
   Vec<T> acc[kStreams][M][2] = {};
   const char* panel = static_cast<const char*>(panels.first);
   const int64_t stride = panels.stride;
+  [[maybe_unused]] const int64_t distance = panels.distance;
   // Three rows with AVX2: 12 sums, two vectors, an element of a and the mask are 16 registers, but
   // the compiler kept one or two sums on the stack, where each step waits for the one before. So
   // elements of a are loaded anew for each panel, and the mask is in memory, behind a pointer of
@@ -231,7 +235,7 @@ void packed_streams(int64_t kc, const T* a, typename PackedGemmKernels<T>::Panel
       if constexpr (kPrefetch) {
 #pragma GCC unroll 2
         for (int64_t line = 0; line < 2 * MOE_VEC_BYTES; line += 64) {
-          __builtin_prefetch(panel + s * stride + panels.distance + line, 0, 2);
+          __builtin_prefetch(panel + s * stride + distance + line, 0, 2);
         }
       }
 #pragma GCC unroll 2
@@ -249,14 +253,15 @@ void packed_streams(int64_t kc, const T* a, typename PackedGemmKernels<T>::Panel
     a += kPair;
     panel += 2 * W * kPair * sizeof(S);
   }
+  const auto [c, ldc, accumulate] = out;
 #pragma GCC unroll 4
   for (int s = 0; s < kStreams; ++s) {
 #pragma GCC unroll 5
     for (int i = 0; i < M; ++i) {
 #pragma GCC unroll 2
       for (int v = 0; v < 2; ++v) {
-        T* to = out.c[s] + i * out.ldc + v * W;
-        store<T>(to, out.accumulate ? load<T>(to) + acc[s][i][v] : acc[s][i][v]);
+        T* to = c[s] + i * ldc + v * W;
+        store<T>(to, accumulate ? load<T>(to) + acc[s][i][v] : acc[s][i][v]);
       }
     }
   }

@@ -220,17 +220,20 @@ class QuantizedExperts(nn.Module):
         return self._run(x, topk_weights, topk_ids, on_input)
 
     def _run(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, on_input: bool) -> Tensor:
+        # A module finds a buffer by __getattr__, which for seven takes as long as a small layer.
+        b: dict[str, Any] = self._buffers
+        b_gate_up, b_down = b["b_gate_up"], b["b_down"]
         return moe_ffn_quantized(
             x,
-            self.w_gate_up,
-            self.w_gate_up_scale,
-            self.w_down,
-            self.w_down_scale,
+            b["w_gate_up"],
+            b["w_gate_up_scale"],
+            b["w_down"],
+            b["w_down_scale"],
             topk_weights,
             topk_ids,
-            x_scale=self.x_scale,
-            b_gate_up=None if self.b_gate_up is None else self.b_gate_up.to(x.dtype),
-            b_down=None if self.b_down is None else self.b_down.to(x.dtype),
+            x_scale=b["x_scale"],
+            b_gate_up=None if b_gate_up is None else b_gate_up.to(x.dtype),
+            b_down=None if b_down is None else b_down.to(x.dtype),
             apply_router_weight_on_input=on_input,
             activation=self.activation,
             interleaved=self.interleaved,
