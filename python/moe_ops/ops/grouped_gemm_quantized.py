@@ -78,5 +78,5 @@ def _formula(
 
 
 register_gradient_of(_OP, _formula)
-register_cuda_formula(_OP)(_formula)
+register_cuda_formula("grouped_gemm_quantized")(_formula)
 register_autocast(_OP, ["a", "bias"])
