@@ -112,6 +112,12 @@ static void define_schemas(torch::stable::detail::StableLibrary& m) {
       "bool need_x, bool need_weight, bool need_bias) "
       "-> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)");
 
+  // grouped_gemm of weights int8 [E,O,K] with scales [E,O], or uint8 [E,O,K/2], two 4-bit ones a
+  // byte, with scales [E,O,K/G]; they have no gradient.
+  m.def(
+      "grouped_gemm_quantized(Tensor a, Tensor b, Tensor b_scale, Tensor expert_offsets, "
+      "Tensor? bias=None) -> Tensor");
+
   // --- whole blocks
   // y[t] = sum_k topk_weights[t,k] * (w_down[e] act(w_gate_up[e] x[t] + b_gate_up[e]) + b_down[e])
   // in out_dtype: x's, or the one it is summed in, as grad_y is then.

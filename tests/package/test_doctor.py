@@ -19,6 +19,7 @@ INFERENCE_ONLY = (
     "dispatch_plan",
     "moe_ffn_packed",
     "moe_ffn_quantized",
+    "grouped_gemm_quantized",
     "quantize_fp8",
     "quantize_fp8_columns",
     "grouped_gemm_fp8",

@@ -124,9 +124,9 @@ class QuantizedExperts(nn.Module):
             ("w_down", hidden_size, intermediate_size),
         ):
             q, scale = shapes(out, size, format, self.group_size)
-            zeros = torch.zeros(num_experts, *q, dtype=storage_dtype(format), **where)
+            zeros = memory.new_zeros(num_experts, *q, dtype=storage_dtype(format), **where)
             self.register_buffer(weight, zeros)
-            scales = torch.zeros(num_experts, *scale, dtype=torch.float32, **where)
+            scales = memory.new_zeros(num_experts, *scale, dtype=torch.float32, **where)
             self.register_buffer(f"{weight}_scale", scales)
         ones = torch.ones(hidden_size, dtype=torch.float32, **where) if x_scale else None
         self.register_buffer("x_scale", ones)
@@ -308,7 +308,6 @@ class QuantizedExperts(nn.Module):
         for name, buffer in self.named_buffers(recurse=False):
             setattr(result, name, buffer.clone() if name == "x_scale" else buffer[rows])
         result.scale_exponent = self.scale_exponent
-        result.move_to_huge_pages()
         return result.train(self.training)
 
     def append(self, *_: Any, **__: Any) -> QuantizedExperts:
@@ -361,9 +360,12 @@ class QuantizedExperts(nn.Module):
         return "int8" if self.group_size is None else f"int4 g{self.group_size}"
 
     def move_to_huge_pages(self) -> None:
-        """Moves weights and scales to huge pages, see `moe_ops.memory`; after they were filled."""
-        weights = self.w_gate_up, self.w_gate_up_scale, self.w_down, self.w_down_scale
-        memory.move_to_huge_pages(self, *weights)
+        """Moves weights and scales to huge pages, see `moe_ops.memory`.
+
+        The buffers of a new layer lie there already; those of a checkpoint that was mapped, or that
+        `load_state_dict(assign=True)` put here, do not, and to move them takes time.
+        """
+        memory.use_huge_pages(self.w_gate_up, self.w_gate_up_scale, self.w_down, self.w_down_scale)
 
     def settle(self) -> None:
         """The old name of `move_to_huge_pages`."""
@@ -403,7 +405,6 @@ class QuantizedExperts(nn.Module):
                 on_meta = "meta" in (old.device.type, new.device.type)
                 same = torch.empty_like(old, device=new.device) if on_meta else old.to(new.device)
                 self._buffers[name] = same
-        self.move_to_huge_pages()
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
@@ -420,7 +421,6 @@ class QuantizedExperts(nn.Module):
             error_messages.extend(problems)
             return
         super()._load_from_state_dict(state_dict, prefix, *others)
-        self.move_to_huge_pages()
 
 
 def _activation_of(bank: Any) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from moe_ops.ops.expert_choice_router import expert_choice_router
 from moe_ops.ops.gated_act import gated_act
 from moe_ops.ops.grouped_gemm import grouped_gemm, grouped_gemm_wgrad, grouped_sum
 from moe_ops.ops.grouped_gemm_fp8 import grouped_gemm_fp8, grouped_gemm_fp8_wgrad
+from moe_ops.ops.grouped_gemm_quantized import grouped_gemm_quantized
 from moe_ops.ops.mix_experts import mix_experts
 from moe_ops.ops.moa_attention import moa_attention
 from moe_ops.ops.moe_ffn import moe_ffn
@@ -33,6 +34,7 @@ __all__ = [
     "grouped_gemm",
     "grouped_gemm_fp8",
     "grouped_gemm_fp8_wgrad",
+    "grouped_gemm_quantized",
     "grouped_gemm_wgrad",
     "grouped_sum",
     "mix_experts",

@@ -15,7 +15,7 @@ from moe_ops.expert_weights import ExpertWeights, hooks_for
 from .bank import FoundBank, check_finite, check_weights, find_banks, idle_patterns
 from .baseline import Baseline, record_baseline
 from .formats import check_divides, check_format, quantize
-from .scales import GRID, find_x_scale
+from .scales import GRID, ScaleChoice, find_x_scale
 
 
 def quantize_experts(
@@ -104,26 +104,13 @@ def quantize_experts(
     for done, found in enumerate(find_banks(model, patterns)):
         if progress is not None:
             progress(found.name, done, len(names))
-        sharding, bank = _own_experts(found)
+        _, bank = _own_experts(found)
         check_finite("quantize_experts", found.name, found.module, bank)
-        experts = found.hook.new_quantized(
-            found.module,
-            bank,
-            format=format,
-            group_size=groups,
-            x_scale=baseline is not None,
-        )
-        x_scale = exponent = None
+        choice = None
         if baseline is not None:
             record = baseline.banks[found.name]
             choice = find_x_scale(bank, record.inputs, format, groups, grid=grid)
-            x_scale, exponent = choice.x_scale, choice.exponent
-        fill(experts, bank, x_scale)
-        experts.scale_exponent = exponent
-        if sharding is not None:
-            sharding.adopt(experts)
-        experts.train(found.module.training)
-        model = found.hook.install(model, found.module, experts)
+        model = replace_bank(model, found, format, groups, choice)
         del found, bank
     for hook in known:
         hook.mark_quantized(model, format, groups, baseline is not None, patterns)
@@ -137,6 +124,30 @@ def _own_experts(found: FoundBank) -> tuple[Any, ExpertWeights]:
     if sharding is None or not has_own_experts(found.module, found.bank.down):
         return None, found.bank
     return sharding, found.bank.local()
+
+
+def replace_bank(
+    model: nn.Module,
+    found: FoundBank,
+    format: str,
+    group_size: int | None,
+    choice: ScaleChoice | None = None,
+) -> nn.Module:
+    """Puts the quantised form of one bank where the bank is; returns the model."""
+    sharding, bank = _own_experts(found)
+    experts = found.hook.new_quantized(
+        found.module,
+        bank,
+        format=format,
+        group_size=group_size,
+        x_scale=choice is not None,
+    )
+    fill(experts, bank, None if choice is None else choice.x_scale)
+    experts.scale_exponent = None if choice is None else choice.exponent
+    if sharding is not None:
+        sharding.adopt(experts)
+    experts.train(found.module.training)
+    return found.hook.install(model, found.module, experts)
 
 
 @torch.no_grad()
@@ -157,7 +168,6 @@ def fill(experts: Any, bank: ExpertWeights, x_scale: torch.Tensor | None = None)
         bias = getattr(bank, name)
         if bias is not None:
             getattr(experts, name).copy_(bias)
-    experts.move_to_huge_pages()
 
 
 def check_sizes(name: str, bank: ExpertWeights, group_size: int | None) -> None:
