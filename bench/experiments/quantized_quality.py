@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,6 +37,11 @@ def main() -> None:
     print("| weights | scales | bank error | bits/byte | perplexity | change | memory |")
     print("|---|---|---|---|---|---|---|")
     for line in demo_model(arguments.demo):
+        print(line, flush=True)
+    print("\nThe same model in transformers, all of it optimised:")
+    print("| weights | bits/byte | perplexity | change | memory |")
+    print("|---|---|---|---|---|")
+    for line in whole_model(arguments.demo):
         print(line, flush=True)
     print("\nA random bank, 16 experts, H 1024, I 512:")
     for line in random_bank():
@@ -72,6 +78,65 @@ def demo_model(folder: Path) -> Iterator[str]:
                 f"| {after:.4f} | {100 * (after / before - 1):+.2f} % "
                 f"| {100 * report.bytes_after / report.bytes_before:.1f} % |"
             )
+
+
+def whole_model(folder: Path) -> Iterator[str]:
+    """Experts, projections and head by `moe_ops.hf.optimize`."""
+    import moe_ops.hf
+
+    corpus = data.load_corpus(Checkpointer(folder).load().metadata["data"])
+    trained = DeepSeek.from_pretrained(folder / "model")
+    text = corpus.heldout[:_HELDOUT].long()
+    before = memory = 0.0
+    for weights, group_size in ((None, None), *FORMATS):
+        model = _in_transformers(folder, trained.config.context)
+        if weights is not None:
+            moe_ops.hf.optimize(model, weights, group_size=group_size)
+        after = quant.perplexity(model, text, context=trained.config.context)
+        size = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+        if weights is None:
+            before, memory = after, size
+        name = "fp32" if weights is None else weights + (f" g{group_size}" if group_size else "")
+        change = f"{100 * (after / before - 1):+.2f} %"
+        yield (
+            f"| {name} | {math.log2(after):.4f} | {after:.4f} | {change} "
+            f"| {100 * size / memory:.1f} % |"
+        )
+
+
+def _in_transformers(folder: Path, context: int) -> torch.nn.Module:
+    """The demo's model is what transformers calls a Mixtral: attention with a key-value head for
+    each query head, experts chosen by softmax and renormalised."""
+    from safetensors.torch import load_file
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    published = json.loads((folder / "model" / "config.json").read_text())
+    shared = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+    shared += ("num_key_value_heads", "head_dim", "rms_norm_eps", "num_experts_per_tok")
+    config = MixtralConfig(
+        **{key: published[key] for key in shared},
+        intermediate_size=published["moe_intermediate_size"],
+        num_local_experts=published["n_routed_experts"],
+        max_position_embeddings=context,
+        rope_parameters=published["rope_parameters"],
+        tie_word_embeddings=published["tie_word_embeddings"],
+    )
+    state = load_file(folder / "model" / "model.safetensors")
+    for layer in range(config.num_hidden_layers):
+        prefix = f"model.layers.{layer}.mlp.experts"
+
+        def stacked(part: str, prefix: str = prefix) -> torch.Tensor:
+            names = (f"{prefix}.{e}.{part}_proj.weight" for e in range(config.num_local_experts))
+            return torch.stack([state.pop(name) for name in names])
+
+        state[f"{prefix}.gate_up_proj"] = torch.cat([stacked("gate"), stacked("up")], dim=1)
+        state[f"{prefix}.down_proj"] = stacked("down")
+    model = MixtralForCausalLM(config)
+    if config.tie_word_embeddings:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    model.load_state_dict(state)
+    model.tie_weights()
+    return model.eval()
 
 
 def random_bank() -> Iterator[str]:

@@ -4,22 +4,6 @@
 
 namespace moe_ops::cpu {
 
-namespace {
-
-ExpertMatrices matrices_of(const QuantizedMatrices& q, DType x_type) {
-  const int64_t a_byte = 8 / q.format.bits;
-  ExpertMatrices m;
-  m.data = q.data;
-  m.type = x_type;
-  m.stride_e = q.stride_e * a_byte;
-  m.stride_o = q.stride_o * a_byte;
-  m.stride_k = 1;
-  m.quant = q.format;
-  return m;
-}
-
-}  // namespace
-
 void moe_ffn_quantized(const MoeFfnQuantizedParams& p, const Parallel& par) {
   MoeFfnParams f;
   f.desc = p.desc;
@@ -30,6 +14,7 @@ void moe_ffn_quantized(const MoeFfnQuantizedParams& p, const Parallel& par) {
   f.b_gate_up = p.b_gate_up;
   f.b_down = p.b_down;
   f.y = p.y;
+  f.y_type = p.x.type;
   moe_ffn(f, par);
 }
 

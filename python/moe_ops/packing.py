@@ -11,8 +11,6 @@ from torch import nn
 
 from moe_ops.expert_weights import is_quantized
 from moe_ops.expert_weights.packing import (
-    POLICIES,
-    Settings,
     apply_settings,
     budget,
     check_can_pack,
@@ -22,6 +20,7 @@ from moe_ops.expert_weights.packing import (
     packable_weights,
     states,
 )
+from moe_ops.expert_weights.policy import POLICIES, Settings
 from moe_ops.memory import available_memory
 
 __all__ = [
@@ -42,11 +41,12 @@ class prepacking:
 
     Args:
         policy: "auto", a bank whose weights take 1 MiB or more packs itself once they have served
-            64 slots an expert unchanged, if the copy fits into the budget; never while
-            `torch.use_deterministic_algorithms` is on, since results change by rounding at the call
-            that packs. "off", none does, and copies that banks made by themselves go. "always",
-            each does at its first such call, without a budget unless `max_bytes` is given. None
-            leaves the policy as it is.
+            so many rows unchanged that it would have paid by then (1024 an expert; of one call at
+            most 16 an expert count), if the copy fits into the budget: 32 MiB a call, one bank at a
+            time. Never while `torch.use_deterministic_algorithms` is on, since results change by
+            rounding at the call that ends it. "off", none does, and copies that banks made by
+            themselves go. "always", each does at its first such call, without a budget unless
+            `max_bytes` is given. None leaves the policy as it is.
         max_bytes: budget of all copies together; None is a quarter of the memory that would be
             available without them, at the moment of packing.
 
@@ -132,7 +132,7 @@ def unpack(model: nn.Module) -> int:
 
 
 def packed_bytes(model: nn.Module | None = None) -> int:
-    """Bytes of the packed copies of `model`'s banks; of all banks alive without one."""
+    """Bytes of the packed copies of `model`'s banks, those begun included; of all without one."""
     return sum(state.num_bytes for state in states(model))
 
 

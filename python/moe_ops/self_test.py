@@ -94,6 +94,7 @@ def cases() -> list[Case]:
         Case("expert_choice_router", lambda m, t: m.expert_choice_router(t, 9), (logits,)),
         Case("router_linear", lambda m, *t: m.router_linear(*t), (x, normal(E, H), normal(E))),
         Case("sort_slots", lambda m, t: m.sort_slots(t, E), (ids,), False),
+        Case("dispatch_plan", lambda m, t: m.dispatch_plan(t, 3, 2), (ids,), False),
         Case("permute", lambda m, *t: m.permute(*t), (x, offsets, row_to_slot)),
         Case("unpermute", lambda m, *t: m.unpermute(*t), (rows, offsets, slot_to_row, weights)),
         Case("gated_act", lambda m, t: m.gated_act(t, "swiglu"), (normal(T, 2 * I),)),
@@ -121,6 +122,7 @@ def cases() -> list[Case]:
             False,
             tolerance=5e-2,
         ),
+        Case("grouped_gemm_quantized", _grouped_gemm_int8, (rows, w_gate_up, offsets), False),
         Case("quantize_fp8", _quantize_fp8, (x,), False),
         Case("quantize_fp8_columns", _fp8_columns, (x, offsets, row_to_slot, weights), False),
         Case("grouped_gemm_fp8", _grouped_gemm_fp8, (rows, w_gate_up, offsets), False),
@@ -151,13 +153,18 @@ def _packed_ffn(m: Any, x: Tensor, up: Tensor, down: Tensor, *rest: Tensor) -> T
     return y
 
 
+def _int8(w: Tensor) -> tuple[Tensor, Tensor]:
+    scale = w.abs().amax(2) / 127
+    return (w / scale[:, :, None]).round().to(torch.int8), scale
+
+
 def _with_int8(layer: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     x, w_gate_up, w_down, *rest = layer
-    pairs = []
-    for w in (w_gate_up, w_down):
-        scale = w.abs().amax(2) / 127
-        pairs += [(w / scale[:, :, None]).round().to(torch.int8), scale]
-    return (x, *pairs, *rest)
+    return (x, *_int8(w_gate_up), *_int8(w_down), *rest)
+
+
+def _grouped_gemm_int8(m: Any, a: Tensor, b: Tensor, expert_offsets: Tensor) -> Any:
+    return m.grouped_gemm_quantized(a, *_int8(b), expert_offsets)
 
 
 def _quantized_ffn(m: Any, *t: Tensor) -> Any:

@@ -22,11 +22,16 @@ import pytest
 import torch
 from tests.helpers.ffn import gated_act_magnitude, moe_ffn_magnitude
 from tests.helpers.fp8 import check_grouped_gemm_fp8, check_moe_ffn_fp8
-from tests.helpers.quantized import moe_ffn_in_integers, quantized
+from tests.helpers.quantized import (
+    check_grouped_gemm_quantized,
+    moe_ffn_in_integers,
+    quantized,
+)
 from torch import Tensor
 
 import moe_ops
 from moe_ops import _C, reference
+from moe_ops.expert_weights import packing
 from moe_ops.layers import (
     AttentionExperts,
     Experts,
@@ -58,6 +63,7 @@ RARE, COMMON = 5, 6
 
 # Registered ops of which no output belongs to one token, and why.
 NOT_BY_TOKEN = {
+    "dispatch_plan": "rounds nothing",
     "expert_choice_router": "experts choose among all tokens of the call",
     "grouped_gemm_fp8_wgrad": "sums over tokens",
     "grouped_gemm_fp8_wgrad_accumulate": "sums over tokens",
@@ -349,6 +355,28 @@ def grouped_gemm_fp8_case(dtype: torch.dtype, k: int, o: int) -> Case:
     return case
 
 
+def grouped_gemm_quantized_case(dtype: torch.dtype, k: int, o: int, bits: int) -> Case:
+    tokens = {"a": torch.randn(NUM_TOKENS, k).to(dtype), "expert": row_experts(4)}
+    b, b_scale = quantized(torch.randn(4, o, k), bits, 32)
+    op = by_expert(moe_ops.grouped_gemm_quantized, 4)
+    order = tokens["expert"].argsort(stable=True)
+    counts = torch.bincount(tokens["expert"], minlength=4)
+    call = {"a": tokens["a"][order], "b": b, "b_scale": b_scale}
+    call["expert_offsets"] = torch.tensor([0, *counts]).cumsum(0).int()
+    fixed: Kwargs = {"b": b, "b_scale": b_scale}
+    return Case(op, tokens, fixed, lambda: check_grouped_gemm_quantized(call))
+
+
+for bits in (8, 4):
+    add(
+        "grouped_gemm_quantized",
+        f"int{bits}",
+        grouped_gemm_quantized_case,
+        NOT_DOUBLE,
+        k=1088,
+        o=72,
+        bits=bits,
+    )
 for label, shape in {
     "whole": (64, 64),
     "odd": (33, 31),
@@ -807,7 +835,8 @@ def test_compiled_code_follows_the_setting():
                 torch.testing.assert_close(compiled(x), layer(x))
 
 
-def test_copies_that_a_bank_made_by_itself_are_not_used():
+def test_copies_that_a_bank_made_by_itself_are_not_used(monkeypatch):
+    monkeypatch.setattr(packing, "ROWS_PER_EXPERT", 8)
     moe_ops.set_batch_invariant(False)
     layer = moe(torch.float32, intermediate_size=512)
     x = torch.randn(NUM_TOKENS, 96)

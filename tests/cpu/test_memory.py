@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import subprocess
@@ -222,68 +223,122 @@ def test_what_has_no_large_memory_is_left_alone():
 
 
 @pytest.fixture
-def moved(monkeypatch: pytest.MonkeyPatch) -> list[set[int]]:
-    """The addresses that banks wanted in huge pages, call by call."""
-    calls: list[set[int]] = []
+def moved(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Address and size of what banks wanted in huge pages, part by part."""
+    parts: list[tuple[int, int]] = []
+
+    def move(address: int, size: int) -> int:
+        parts.append((address, size))
+        return size
+
+    gc.collect()
     monkeypatch.setattr(memory, "_by_themselves", True)
-    monkeypatch.setattr(
-        memory, "use_huge_pages", lambda *tensors: calls.append({t.data_ptr() for t in tensors})
-    )
-    return calls
+    monkeypatch.setattr(memory._C, "use_huge_pages", move)
+    monkeypatch.setattr(memory, "HUGE_PAGES_AFTER_ROWS", 32)
+    return parts
 
 
-def weights_of(bank: torch.nn.Module) -> set[int]:
-    return {bank.w_gate_up.data_ptr(), bank.w_down.data_ptr()}
+def call(bank: torch.nn.Module, tokens: int = 64) -> torch.Tensor:
+    ids = torch.arange(tokens)[:, None] % bank.num_experts
+    return bank(torch.randn(tokens, bank.hidden_size), torch.ones(tokens, 1), ids)
 
 
-def call(bank: torch.nn.Module) -> torch.Tensor:
-    ids = torch.arange(4)[:, None] % bank.num_experts
-    return bank(torch.randn(4, bank.hidden_size), torch.ones(4, 1), ids)
-
-
-def test_banks_move_once(moved: list[set[int]]):
+def test_banks_move_once_they_have_been_read_often(moved: list[tuple[int, int]]):
     bank = layers.Experts(2, 512, 1024)
-    for _ in range(2):
-        call(bank).sum().backward()
-    assert moved == [weights_of(bank)]
+    call(bank).sum().backward()  # 16 rows an expert count.
+    assert moved == []
+    for _ in range(4):
+        call(bank)
+    for w, (address, size) in zip((bank.w_gate_up, bank.w_down), moved, strict=True):
+        assert 0 <= address - w.data_ptr() < 2 * MIB and address % (2 * MIB) == 0
+        assert address + size == w.data_ptr() + w.nbytes
+    moved.clear()
     bank.w_down = torch.nn.Parameter(bank.w_down.detach().clone())
     call(bank)
-    assert moved[1:] == [weights_of(bank)]
+    assert moved == []
+    for _ in range(3):
+        call(bank)
+    assert len(moved) == 2
 
 
-def test_small_shared_and_transformed_banks_do_not_move(moved: list[set[int]]):
-    call(layers.Experts(2, 64, 32))
+def test_a_call_moves_a_part_of_one_bank(
+    moved: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(memory, "BYTES_A_CALL", 2 * MIB)
+    banks = [layers.Experts(2, 512, 1024) for _ in range(3)]
+    for bank in banks:
+        call(bank)
+    counts = []
+    for _ in range(4):
+        for bank in banks:
+            call(bank)
+        counts.append(len(moved))
+    assert counts[-1] >= 3
+    assert all(b - a <= 1 or a == 0 for a, b in zip([0, *counts], counts, strict=False)), counts
+    assert all(size <= 2 * MIB for _, size in moved)
+
+
+def test_small_shared_and_transformed_banks_do_not_move(moved: list[tuple[int, int]]):
     shared = layers.Experts(2, 512, 1024).share_memory()
-    call(shared)
-    assert moved == [set()], "asked for nothing"
+    for bank in (layers.Experts(2, 64, 32), shared):
+        for _ in range(4):
+            call(bank)
     bank = layers.Experts(2, 512, 1024)
-    moved.clear()
     pairs = {name: torch.stack([p.detach()] * 2) for name, p in bank.named_parameters()}
-    arguments = (torch.ones(4, 512), torch.ones(4, 1), torch.zeros(4, 1, dtype=torch.int64))
+    arguments = (torch.ones(64, 512), torch.ones(64, 1), torch.zeros(64, 1, dtype=torch.int64))
     with torch.no_grad():
-        torch.func.vmap(lambda p: torch.func.functional_call(bank, p, arguments))(pairs)
+        for _ in range(4):
+            torch.func.vmap(lambda p: torch.func.functional_call(bank, p, arguments))(pairs)
     assert moved == []
 
 
-def test_quantised_banks_move_when_they_are_filled(moved: list[set[int]]):
+def test_quantised_banks_ask_for_huge_pages_before_they_are_filled(
+    moved: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+):
+    asked: list[tuple[int, int]] = []
+
+    def madvise(address: int, size: int, advice: int) -> bool:
+        asked.append((address, size))
+        return True
+
+    monkeypatch.setattr(memory, "_madvise", madvise)
     bank = layers.Experts(4, 1024, 2048)
     quantized = layers.QuantizedExperts.from_experts(bank, "int8")
-    assert weights_of(quantized) <= moved[-1]
+    for w in (quantized.w_gate_up, quantized.w_down):
+        assert any(
+            0 <= address - w.data_ptr() < 2 * MIB and address + size == w.data_ptr() + w.nbytes
+            for address, size in asked
+        )
     other = layers.QuantizedExperts(4, 1024, 2048, format="int8")
+    asked.clear()
     other.load_state_dict(quantized.state_dict())
-    assert weights_of(other) <= moved[-1]
-    other.load_state_dict(quantized.state_dict(), assign=True)
-    count = len(moved)
-    call(other)
-    assert len(moved) == count, "the memory of the first one"
-    assert weights_of(quantized.select([1, 2])) <= set().union(*moved)
+    for _ in range(4):
+        call(other)
+    assert asked == moved == [], "nothing is moved that has been filled"
+    other.move_to_huge_pages()
+    assert len(moved) == 2
+
+
+def test_pages_of_a_mapped_file_are_released(tmp_path: Path):
+    values = torch.arange(4 * MIB // 4, dtype=torch.int32)
+    path = tmp_path / "weights.safetensors"
+    values.numpy().tofile(path)
+    mapped = torch.from_file(str(path), shared=False, size=values.numel(), dtype=torch.int32)
+    mapped[5] = 7  # A page of its own, that the file does not have.
+    assert int(mapped.sum()) == int(values.sum()) + 2
+    asked = memory.release_file_pages()
+    assert asked >= 4 * MIB if sys.platform == "linux" else asked == 0
+    assert mapped[5] == 7
+    assert int(mapped.sum()) == int(values.sum()) + 2
+    assert memory.release_file_pages("no such file") == 0
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_forked_processes_and_the_environment_can_decline():
     code = (
         "import os, sys, torch; from moe_ops import layers, memory;"
-        "seen = []; memory.use_huge_pages = lambda *t: seen.append(t);"
+        "seen = []; memory._C.use_huge_pages = lambda *t: seen.append(t) or 0;"
+        "memory.HUGE_PAGES_AFTER_ROWS = 1;"
         "bank = layers.Experts(2, 512, 1024);"
         "child = sys.argv[1] == 'fork' and os.fork();"
         "child and sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]));"

@@ -107,7 +107,7 @@ def test_training_drops_the_copies(model_type, ids):
 @pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss", "llama4_text", "jetmoe"])
 def test_generate_packs_by_itself(model_type, ids, monkeypatch):
     monkeypatch.setattr(packing, "MIN_BYTES", 0)
-    monkeypatch.setattr(packing, "SLOTS_PER_EXPERT", 8)
+    monkeypatch.setattr(packing, "ROWS_PER_EXPERT", 8)
     model = make(model_type)
     arguments = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
     want = model.generate(ids, **arguments)

@@ -233,6 +233,23 @@ OPS: dict[str, Op] = {
         pairs=(("rows", "h"), ("rows", "i")),
         cost=("rows", "h", "i"),
     ),
+    "grouped_gemm_quantized": Op(
+        {
+            "rows": Dim((("quant", "rows"), ("gemm", "rows")), ROWS, 1030),
+            "k": Dim((("quant", "depth"),), WIDER, 2100),
+            "n": Dim((("quant", "features"), ("gemm", "features")), WIDER, 4200),
+        },
+        {
+            "invariant": (0, 0, 0, 1),
+            "bits": (8, 4),
+            "group": (32, 64, 128),
+            "bias": (0, 1),
+            "experts": (1, 4),
+        },
+        dtypes=HALVES,
+        pairs=(("rows", "k"), ("rows", "n")),
+        cost=("rows", "k", "n"),
+    ),
     "moe_ffn_fp8": Op(
         {
             "rows": Dim((("fp8", "rows"),), ROWS, 520),
@@ -455,13 +472,18 @@ def sizes_of(dim: Dim, table: SizeTable) -> list[int]:
     return sorted(found)
 
 
+# Sizes that groups of 4-bit weights divide.
+DEPTHS_IN_GROUPS = {"moe_ffn_quantized": ("h", "i"), "grouped_gemm_quantized": ("k",)}
+
+
 def _tidy(values: dict[str, Value], rng: random.Random) -> dict[str, Value]:
     """What some ops ask for of their sizes together."""
-    if values["op"] == "moe_ffn_quantized" and values["bits"] == 4:
+    depths = DEPTHS_IN_GROUPS.get(str(values["op"]), ())
+    if depths and values["bits"] == 4:
         group = int(values["group"])
-        for name in ("h", "i"):
+        for name in depths:
             values[name] = -(-int(values[name]) // group) * group
-    elif values["op"] == "moe_ffn_quantized":
+    elif depths:
         values.pop("group", None)
     if values.get("interleaved") and values.get("act") in ("silu", "gelu", "relu2"):
         values["interleaved"] = 0
@@ -652,7 +674,7 @@ def smaller(case: Case) -> Iterator[Case]:
     for dim, of in op.dims.items():
         size = case[dim]
         steps = [of.least, size // 2, size * 3 // 4, size * 9 // 10, size - 4, size - 1]
-        if case["op"] == "moe_ffn_quantized" and case["bits"] == 4 and dim != "rows":
+        if case.get("bits", 8) == 4 and dim in DEPTHS_IN_GROUPS[case["op"]]:
             group = case["group"]
             steps = [n // group * group for n in (group, size // 2, size - group)]
         for n in sorted(set(steps)):

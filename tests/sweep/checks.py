@@ -20,7 +20,12 @@ from tests.helpers.fp8 import (
     fp8_wgrad_operands,
 )
 from tests.helpers.logits import random_logits
-from tests.helpers.quantized import moe_ffn_in_integers, quantized
+from tests.helpers.quantized import (
+    check_grouped_gemm_quantized,
+    moe_ffn_in_integers,
+    quantized,
+    quantized_gemm_operands,
+)
 from torch import Tensor
 
 import moe_ops
@@ -441,6 +446,15 @@ def moe_ffn_quantized(case: Case) -> None:
         )
 
 
+def grouped_gemm_quantized(case: Case) -> None:
+    counts, dtype = counts_of(case), DTYPES[case["dtype"]]
+    bits, group = case["bits"], case.get("group", 32)
+    call = quantized_gemm_operands(
+        counts, case["k"], case["n"], dtype, bits, group, tail=2, bias=bool(case.get("bias", 0))
+    )
+    check_grouped_gemm_quantized(call)
+
+
 def fp8_weights(call: dict[str, Any]) -> None:
     for name in ("w_gate_up", "w_down"):
         call[name], call[f"{name}_scale"] = quantize_fp8_blocks(call[name])
@@ -732,6 +746,7 @@ OPS: dict[str, Callable[[Case], None]] = {
         moe_ffn,
         moe_ffn_packed,
         moe_ffn_quantized,
+        grouped_gemm_quantized,
         moe_ffn_fp8,
         grouped_gemm_fp8,
         grouped_gemm_fp8_wgrad,

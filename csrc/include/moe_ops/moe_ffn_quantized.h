@@ -15,6 +15,19 @@ struct QuantizedMatrices {
   QuantFormat format;
 };
 
+// The same as an operand of grouped products on the CPU; x_type is that of the tokens.
+inline ExpertMatrices matrices_of(const QuantizedMatrices& q, DType x_type) {
+  const int64_t a_byte = 8 / q.format.bits;
+  ExpertMatrices m;
+  m.data = q.data;
+  m.type = x_type;
+  m.stride_e = q.stride_e * a_byte;
+  m.stride_o = q.stride_o * a_byte;
+  m.stride_k = 1;
+  m.quant = q.format;
+  return m;
+}
+
 struct MoeFfnQuantizedParams {
   MoeFfnDesc desc;              // topk_weights in fp32; on the CPU, the routing may be without maps
   Rows x;                       // [T, H], no index; not float64

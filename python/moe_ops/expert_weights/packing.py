@@ -19,9 +19,7 @@ copies know nothing of them, and they die with their module.
 
 from __future__ import annotations
 
-import os
 import threading
-import warnings
 import weakref
 from typing import Any, NamedTuple
 
@@ -32,27 +30,38 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from moe_ops import _C
 from moe_ops._private_torch import len_torch_dispatch_stack
-from moe_ops._sharded import check_whole, name_of
-from moe_ops.memory import available_memory, is_plain, move_to_huge_pages
+from moe_ops._sharded import check_whole, has_own_experts, local_part, name_of
+from moe_ops.memory import (
+    BYTES_A_CALL,
+    ROWS_THAT_COUNT,
+    advise_huge_pages,
+    available_memory,
+    counted_rows,
+    is_plain,
+    move_when_paid,
+    register_holder,
+    take_turn,
+)
 from moe_ops.numerics import is_batch_invariant
 from moe_ops.ops import moe_ffn, moe_ffn_packed, pack_experts
 from moe_ops.ops.gated_act import GATED_ACTIVATIONS
 from moe_ops.ops.moe_ffn_packed import packed_bytes_of
 
+from .policy import Settings, settings_from_environment
 from .registry import hooks
 
-POLICIES = ("auto", "off", "always")
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
-# A bank packs itself once its unchanged weights have served so many slots an expert. Packing an
-# expert takes as long as some 75 of its slots save (2048 x 1024, AVX-512, memory at hand), and
-# several times that where the system has to find the memory first. So a bank that stops right
-# after packing has lost no more than a few times what it could have won, and one that goes on wins.
-SLOTS_PER_EXPERT = 64
+# A bank packs itself once its unchanged weights have served so many rows an expert, of each call
+# those that count (`memory.counted_rows`). That is when calls would have saved about as much as
+# packing takes where memory is slow to come: a bank that stops right after packing has lost what it
+# could have won, and one that goes on wins.
+ROWS_PER_EXPERT = 64 * ROWS_THAT_COUNT
 # Smaller weights stay in a cache, and a copy would not pay.
 MIN_BYTES = 1 << 20
 # Copies may take this fraction, 1 / 4, of the memory that would be available without any.
 MEMORY_SHARE = 4
+_TEMPORARY_BYTES = 1 << 20
 
 
 class Packable(NamedTuple):
@@ -62,11 +71,6 @@ class Packable(NamedTuple):
     w_gate_up: Tensor
     w_down: Tensor
     halves: bool
-
-
-class Settings(NamedTuple):
-    policy: str
-    max_bytes: int | None
 
 
 class _Copies(NamedTuple):
@@ -82,23 +86,29 @@ class _State:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.copies: _Copies | None = None
+        self.begun: _Copies | None = None  # Their first `packed` experts are there.
+        self.packed = 0
         self.reserved = 0  # Bytes of copies that are there or being made.
         self.packing = False
         self.invalidate()
 
     def invalidate(self) -> None:
         """Drops copies and count. An assignment each: safe beside a reader."""
-        self.copies = None
+        self.copies = self.begun = None
         if not self.packing:
             self.reserved = 0
         self.key: tuple[Any, ...] | None = None
         self.storages: tuple[StorageWeakRef, ...] = ()
-        self.slots = 0
-        self.calls = 0
+        self.rows = 0
+
+    @property
+    def waits(self) -> bool:
+        """Whether the bank may pack itself one day."""
+        return self.rows > 0 and self.copies is None
 
     @property
     def num_bytes(self) -> int:
-        copies = self.copies
+        copies = self.copies or self.begun
         return 0 if copies is None else copies.gate_up.numel() + copies.down.numel()
 
     def begin(self, key: tuple[Any, ...], weights: Packable) -> None:
@@ -144,7 +154,7 @@ def expert_ffn(
         others = (x, topk_weights, b_gate_up, b_down)
         copies = _copies_for(bank, Packable(w_gate_up, w_down, halves), others, topk_ids)
         if copies is None and not _is_traced():
-            move_to_huge_pages(bank, w_gate_up, w_down)
+            move_when_paid(bank, topk_ids.numel(), w_gate_up, w_down)
     if copies is None:
         return moe_ffn(x, w_gate_up, w_down, topk_weights, topk_ids, **kwargs)
     stale = _C.stale_panels()
@@ -214,20 +224,23 @@ def _copies_for(
         if state.key != key:
             state.begin(key, weights)
         due = _is_due(state, weights, settings)
-        state.slots += topk_ids.numel()
-        state.calls += 1
-        if not due or not _reserve(state, weights, settings):
+        state.rows += counted_rows(topk_ids.numel(), weights.w_down.shape[0])
+        if not due:
+            return None
+        at_once = settings.policy == "always"
+        if not (at_once or take_turn(sum(s.waits for s in list(_banks.values())))):
+            return None
+        if state.begun is None and not _reserve(state, weights, settings):
             return None
         state.packing = True
-    return _pack(state, key, weights, asked_for=False)
+    return _pack(state, key, weights, asked_for=False, most=None if at_once else BYTES_A_CALL)
 
 
 def _is_due(state: _State, weights: Packable, settings: Settings) -> bool:
     if settings.policy == "always":
         return True
     return (
-        state.calls >= 2
-        and state.slots >= SLOTS_PER_EXPERT * weights.w_down.shape[0]
+        state.rows >= ROWS_PER_EXPERT * weights.w_down.shape[0]
         and sum(w.numel() * w.element_size() for w in weights[:2]) >= MIN_BYTES
         and not torch.are_deterministic_algorithms_enabled()
         and not is_batch_invariant()
@@ -235,31 +248,68 @@ def _is_due(state: _State, weights: Packable, settings: Settings) -> bool:
 
 
 def _pack(
-    state: _State, key: tuple[Any, ...], weights: Packable, *, asked_for: bool
+    state: _State,
+    key: tuple[Any, ...],
+    weights: Packable,
+    *,
+    asked_for: bool,
+    most: int | None = None,
 ) -> _Copies | None:
-    """Packs without a lock held: others go on with the weights meanwhile."""
-    copies = None
+    """Packs without a lock held: others go on with the weights meanwhile.
+
+    Args:
+        most: bytes to pack in this call. The rest is left to later ones, and None returned.
+    """
+    begun, first = state.begun, state.packed
+    num_experts = weights.w_down.shape[0]
+    end = num_experts
     try:
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
-            copies = _Copies(
-                key,
-                pack_experts(weights.w_gate_up, halves=weights.halves),
-                pack_experts(weights.w_down),
-                asked_for,
-            )
+            if begun is None:
+                first = 0
+                begun = _Copies(
+                    key,
+                    _new_copy(weights.w_gate_up, weights.halves),
+                    _new_copy(weights.w_down, False),
+                    asked_for,
+                )
+            if most is not None:
+                an_expert = max(1, _needed(weights) // num_experts)
+                end = min(num_experts, first + max(1, most // an_expert))
+            _pack_experts(begun.gate_up, weights.w_gate_up, weights.halves, first, end)
+            _pack_experts(begun.down, weights.w_down, False, first, end)
     except (MemoryError, RuntimeError):  # No memory. An automatic copy is a convenience.
+        begun = None
         if asked_for:
             raise
     finally:
+        copies = None
         with state.lock:
             state.packing = False
             # The weights may have changed, or the copies been invalidated, in the meantime.
-            if copies is None or state.key != key or _key(weights) != key:
-                copies = None
+            if begun is None or state.key != key or _key(weights) != key:
                 state.invalidate()
+            elif end < num_experts:
+                state.begun, state.packed = begun, end
             else:
-                state.copies = copies
+                state.copies = copies = begun
+                state.begun = None
     return copies
+
+
+def _new_copy(w: Tensor, halves: bool) -> Tensor:
+    copy = torch.empty(packed_bytes_of(w, halves), dtype=torch.uint8)
+    advise_huge_pages(copy)
+    return copy
+
+
+def _pack_experts(copy: Tensor, w: Tensor, halves: bool, first: int, end: int) -> None:
+    """Writes the experts first .. end - 1 into a copy of all; a few at a time, through a cache."""
+    size = copy.numel() // w.shape[0]
+    step = max(1, _TEMPORARY_BYTES // max(size, 1))
+    for e in range(first, end, step):
+        stop = min(e + step, end)
+        copy[e * size : stop * size] = pack_experts(w[e:stop], halves=halves)
 
 
 def pack_now(bank: nn.Module, weights: Packable) -> None:
@@ -293,7 +343,7 @@ def _reserve(state: _State, weights: Packable, settings: Settings) -> bool:
         if limit is None and settings.policy != "always":
             limit = budget(others)
         if limit is not None and others + needed > limit:
-            state.slots = 0  # Asked again after as much use.
+            state.rows = 0  # Asked again after as much use.
             return False
         state.reserved = needed
         return True
@@ -371,6 +421,8 @@ def packable_weights(module: nn.Module) -> Packable | None:
             continue
         if weights is None or len(weights.gate_up) > 1:
             continue
+        if has_own_experts(module, weights.down):
+            weights = weights.local()
         (w_gate_up,), w_down = weights.gate_up, weights.down
         if w_gate_up.dtype == w_down.dtype:
             between = weights.activation
@@ -413,15 +465,14 @@ def _after_step(optimizer: Optimizer, *_: Any) -> None:
     watched = [s for s in states() if s.storages]
     if not watched:
         return
-    stepped = {
-        p.untyped_storage()._cdata
-        for group in optimizer.param_groups
-        for p in group["params"]
-        if type(p) in (Tensor, nn.Parameter)
-    }
+    params = (p.detach() for group in optimizer.param_groups for p in group["params"])
+    stepped = {p.untyped_storage()._cdata for p in map(local_part, params) if type(p) is Tensor}
     for state in watched:
         if any(s.cdata in stepped for s in state.storages):
             state.invalidate()
+
+
+register_holder("packed weights", lambda: sum(s.num_bytes for s in states()))
 
 
 def current_settings() -> Settings:
@@ -434,7 +485,8 @@ def apply_settings(settings: Settings) -> None:
     _settings = settings
     if settings.policy == "off":
         for state in states():
-            if state.copies is not None and not state.copies.asked_for:
+            copies = state.copies or state.begun
+            if copies is not None and not copies.asked_for:
                 state.invalidate()
 
 
@@ -443,23 +495,4 @@ def budget(copies: int) -> int:
     return (available_memory() + copies) // MEMORY_SHARE
 
 
-def _settings_from_environment() -> Settings:
-    policy = os.environ.get("MOE_OPS_PREPACK") or "auto"
-    if policy not in POLICIES:
-        warnings.warn(
-            f"MOE_OPS_PREPACK={policy} is not one of {', '.join(POLICIES)}; using auto.",
-            stacklevel=2,
-        )
-        policy = "auto"
-    megabytes = os.environ.get("MOE_OPS_PREPACK_MB")
-    if not megabytes:
-        return Settings(policy, None)
-    if not megabytes.isdecimal():
-        warnings.warn(
-            f"MOE_OPS_PREPACK_MB={megabytes} is not a whole number of MiB; ignored.", stacklevel=2
-        )
-        return Settings(policy, None)
-    return Settings(policy, int(megabytes) << 20)
-
-
-_settings = _settings_from_environment()
+_settings = settings_from_environment()

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from moe_ops._files import shown
 from moe_ops.layers import QuantizedExperts
-from moe_ops.quant.bank import find_banks
-from moe_ops.quant.convert import check_sizes, quantize_experts
+from moe_ops.quant.bank import FoundBank, check_finite, find_banks, idle_patterns
+from moe_ops.quant.convert import check_sizes, quantize_experts, replace_bank
 from moe_ops.quant.formats import check_format
 
 METHOD = "moe_ops"
@@ -70,12 +72,63 @@ class ExpertsQuantizationConfig(QuantizationConfigMixin):
         self.skip = [skip] if isinstance(skip, str) else list(skip)
 
 
+class _TakeFloats(ConversionOps):
+    """What transformers calls with each float weight of a bank as soon as it has read it."""
+
+    def __init__(self, quantizer: ExpertsQuantizer) -> None:
+        self.quantizer = quantizer
+
+    def convert(self, input_dict: Any, *_: Any, **context: Any) -> dict[str, Any]:
+        missing = context.get("missing_keys") or set()
+        for name, value in input_dict.items():
+            weight = value[0] if isinstance(value, list) else value
+            self.quantizer.take(context["model"], name, weight)
+            missing.discard(name)
+        return {}  # Nothing is left for transformers to put anywhere.
+
+
 @register_quantizer(METHOD)
 class ExpertsQuantizer(HfQuantizer):
-    """Builds quantised banks before a checkpoint is read, or quantises after it was."""
+    """Builds quantised banks before a checkpoint is read, or quantises while it is.
+
+    Of a float checkpoint, each bank is quantised as soon as its weights have been read, and they
+    go: the float model is never in memory as a whole.
+    """
 
     requires_calibration = False
     quantization_config: ExpertsQuantizationConfig
+
+    def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self._bank_of: dict[str, str] = {}  # Name of a parameter -> that of its bank's module.
+        self._num_quantized = 0
+
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        return param_name in self._bank_of
+
+    def get_quantize_ops(self) -> ConversionOps:
+        return _TakeFloats(self)
+
+    def take(self, model: nn.Module, name: str, weight: torch.Tensor) -> None:
+        """Puts a parameter into its bank, and quantises that if it was the last one."""
+        owner, _, leaf = name.rpartition(".")
+        module = model.get_submodule(owner)
+        wanted = getattr(module, leaf).shape
+        if weight.shape != wanted:
+            raise ValueError(
+                f"from_pretrained: {name} must have shape {list(wanted)}, got {list(weight.shape)}."
+            )
+        setattr(module, leaf, nn.Parameter(weight, requires_grad=False))
+        found = _bank_at(model, self._bank_of[name])
+        if found is None or any(t.is_meta for _, t in found.bank.tensors()):
+            return
+        try:
+            check_finite("from_pretrained", found.name, found.module, found.bank)
+        except ValueError:
+            return  # quantize_experts says it once all has been read.
+        config = self.quantization_config
+        replace_bank(model, found, config.format, config.group_size)
+        self._num_quantized += 1
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         config = self.quantization_config
@@ -86,6 +139,18 @@ class ExpertsQuantizer(HfQuantizer):
                     "checkpoint, got True; moe_ops.quantize_experts(model, calibration=...) makes "
                     "the scales."
                 )
+            for pattern in idle_patterns(model, tuple(config.skip)):
+                warnings.warn(
+                    f"from_pretrained: skip must match the name of a bank, got {pattern!r}, which "
+                    "matches none.",
+                    stacklevel=2,
+                )
+            for found in find_banks(model, tuple(config.skip)):
+                check_sizes(found.name, found.bank, config.group_size)
+                held = [t for _, t in found.bank.tensors()]
+                for key, p in found.module.named_parameters(prefix=found.name):
+                    if any(t is p or t._base is p for t in held):
+                        self._bank_of[key] = found.name
             return model
         count = 0
         for found in find_banks(model, tuple(config.skip)):
@@ -109,8 +174,14 @@ class ExpertsQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         config = self.quantization_config
         if not self.pre_quantized:
-            del model.quantization_method  # Set by transformers ahead of the fact.
-            quantize_experts(model, config.format, group_size=config.group_size, skip=config.skip)
+            rest = next(iter(find_banks(model, tuple(config.skip))), None)
+            if rest is not None or not self._num_quantized:
+                del model.quantization_method  # Set by transformers ahead of the fact.
+                quantize_experts(
+                    model, config.format, group_size=config.group_size, skip=config.skip
+                )
+            else:
+                mark_quantized(model, config.format, config.group_size, False, config.skip)
             self.pre_quantized = True
             return model
         for name, module in model.named_modules():
@@ -124,7 +195,6 @@ class ExpertsQuantizer(HfQuantizer):
                         raise ValueError(
                             f"from_pretrained: the checkpoint must hold {name}.{key}, got none."
                         )
-                module.move_to_huge_pages()
         _claim_experts(model)
         return model
 
@@ -144,6 +214,12 @@ class ExpertsQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def _bank_at(model: nn.Module, name: str) -> FoundBank | None:
+    module = model.get_submodule(name)
+    found = next(iter(find_banks(module)), None)
+    return None if found is None or found.module is not module else found._replace(name=name)
 
 
 def mark_quantized(

@@ -82,7 +82,7 @@ def enable(model: nn.Module) -> dict[str, str]:
     for module, implementation in zip(on_interface, previous, strict=True):
         if implementation != "moe_ops":
             setattr(module, _PREVIOUS, implementation)
-            _set_implementation(module, "moe_ops")
+            set_implementation(module, "moe_ops")
     for module, blocks in by_class:
         module.__class__ = blocks.Block
         for part, part_class in getattr(blocks, "PARTS", {}).items():
@@ -113,7 +113,7 @@ def disable(model: nn.Module) -> dict[str, str]:
                 report[name] = previous
     for name, module in model.named_modules():
         if name in report and report[name] != "forward":
-            _set_implementation(module, report[name])
+            set_implementation(module, report[name])
     return report
 
 
@@ -193,7 +193,7 @@ def _config(module: nn.Module) -> Any:
     return module.config
 
 
-def _set_implementation(module: nn.Module, implementation: str | None) -> None:
+def set_implementation(module: nn.Module, implementation: str | None) -> None:
     # A dict with the empty key leaves sub-configs alone.
     _config(module)._experts_implementation = {"": implementation}
 

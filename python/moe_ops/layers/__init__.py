@@ -9,6 +9,7 @@ from .attention import AttentionExperts, AttentionExpertsOutput, KVCache
 from .dense import ExpertNorm, mix_outputs
 from .experts import Experts, SharedExperts
 from .fp8 import forget_fp8_weights, fp8_ffn
+from .linear import QuantizedLinear
 from .losses import (
     concentration_loss,
     device_balance_loss,
@@ -60,6 +61,7 @@ __all__ = [
     "MoE",
     "MoEOutput",
     "QuantizedExperts",
+    "QuantizedLinear",
     "ReLURouter",
     "ResidualNorm",
     "Router",

@@ -2,10 +2,12 @@
 
 from moe_ops.ops.add_rms_norm import add_rms_norm
 from moe_ops.ops.dense_ffn import dense_ffn
+from moe_ops.ops.dispatch_plan import dispatch_plan
 from moe_ops.ops.expert_choice_router import expert_choice_router
 from moe_ops.ops.gated_act import gated_act
 from moe_ops.ops.grouped_gemm import grouped_gemm, grouped_gemm_wgrad, grouped_sum
 from moe_ops.ops.grouped_gemm_fp8 import grouped_gemm_fp8, grouped_gemm_fp8_wgrad
+from moe_ops.ops.grouped_gemm_quantized import grouped_gemm_quantized
 from moe_ops.ops.mix_experts import mix_experts
 from moe_ops.ops.moa_attention import moa_attention
 from moe_ops.ops.moe_ffn import moe_ffn
@@ -26,11 +28,13 @@ from moe_ops.ops.unpermute import unpermute
 __all__ = [
     "add_rms_norm",
     "dense_ffn",
+    "dispatch_plan",
     "expert_choice_router",
     "gated_act",
     "grouped_gemm",
     "grouped_gemm_fp8",
     "grouped_gemm_fp8_wgrad",
+    "grouped_gemm_quantized",
     "grouped_gemm_wgrad",
     "grouped_sum",
     "mix_experts",

@@ -10,22 +10,20 @@ from moe_ops.ops._autograd import direct_call, register_no_gradient
 from moe_ops.ops._checks import (
     NARROW_FLOATS,
     check,
-    check_dim,
     check_index,
     check_same_device,
     check_size,
     check_tensor,
-    dtype_name,
     new_like,
 )
 from moe_ops.ops._library import register_fake
+from moe_ops.ops._quantized import check_quantized
 from moe_ops.ops.gated_act import check_activation
 from moe_ops.ops.moe_ffn import check_bias, check_routing, check_width, options_of
 
 _moe_ffn_quantized = direct_call("moe_ffn_quantized")
 
 _OP = "moe_ffn_quantized"
-_GROUPS = (32, 64, 128)
 
 
 def moe_ffn_quantized(
@@ -115,32 +113,6 @@ def moe_ffn_quantized(
     return _moe_ffn_quantized(x, *weights, topk_weights, topk_ids, x_scale, *options)
 
 
-def _check_weight(name: str, w: Tensor, scale: Tensor) -> int:
-    """The length D of the rows."""
-    check(
-        w.dtype in (torch.int8, torch.uint8),
-        f"{_OP}: {name} must be int8, or uint8 with two 4-bit weights a byte, "
-        f"got {dtype_name(w.dtype)}.",
-    )
-    four = w.dtype == torch.uint8
-    check_dim(_OP, name, w, 3, "[E, O, D/2]" if four else "[E, O, D]")
-    scale_name = f"{name}_scale"
-    check_tensor(_OP, scale_name, scale, (torch.float32,))
-    shape = "[E, O, D/G] beside 4-bit weights" if four else "[E, O] beside int8 weights"
-    check_dim(_OP, scale_name, scale, 3 if four else 2, shape)
-    check_size(_OP, scale_name, scale, 0, w.shape[0], "E")
-    check_size(_OP, scale_name, scale, 1, w.shape[1], "the number of features")
-    depth = w.shape[2] * (2 if four else 1)
-    if four:
-        groups = scale.shape[2]
-        check(
-            any(groups * group == depth for group in _GROUPS),
-            f"{_OP}: {scale_name} must have a scale for each group of 32, 64 or 128 of the {depth} "
-            f"weights of a row, got shape {list(scale.shape)}.",
-        )
-    return depth
-
-
 @register_fake(_OP)
 def _(
     x: Tensor,
@@ -163,7 +135,7 @@ def _(
     check_index(_OP, "topk_ids", topk_ids, "[T, K]")
     check_tensor(_OP, "x", x, NARROW_FLOATS, "[T, H]")
     tokens, hidden = x.shape
-    up_depth = _check_weight("w_gate_up", w_gate_up, w_gate_up_scale)
+    up_depth = check_quantized(_OP, "w_gate_up", w_gate_up, w_gate_up_scale)
     num_experts, width, _ = w_gate_up.shape
     check(
         up_depth == hidden,
@@ -171,7 +143,7 @@ def _(
         f"(shape {list(w_gate_up.shape)}).",
     )
     intermediate = check_width(_OP, w_gate_up, activation)
-    down_depth = _check_weight("w_down", w_down, w_down_scale)
+    down_depth = check_quantized(_OP, "w_down", w_down, w_down_scale)
     check_size(_OP, "w_down", w_down, 0, num_experts, "E")
     check_size(_OP, "w_down", w_down, 1, hidden, "H")
     check(

@@ -32,8 +32,8 @@ def moe_ffn_quantized(
         tokens = tokens * x_scale.to(acc)
     y = moe_ffn(
         tokens,
-        _dequantized(w_gate_up, w_gate_up_scale.to(acc)),
-        _dequantized(w_down, w_down_scale.to(acc)),
+        dequantized(w_gate_up, w_gate_up_scale.to(acc)),
+        dequantized(w_down, w_down_scale.to(acc)),
         topk_weights,
         topk_ids,
         b_gate_up=None if b_gate_up is None else b_gate_up.to(acc),
@@ -47,7 +47,7 @@ def moe_ffn_quantized(
     return y.to(x.dtype)
 
 
-def _dequantized(w: Tensor, scale: Tensor) -> Tensor:
+def dequantized(w: Tensor, scale: Tensor) -> Tensor:
     """[E, O, D] in the type of `scale`: int8 weights, or two 4-bit ones (plus 8) in a byte."""
     if w.dtype == torch.int8:
         return w.to(scale.dtype) * scale[:, :, None]

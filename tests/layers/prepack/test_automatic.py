@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import gc
 import os
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from tests.layers.prepack.changes import in_place
 from torch import Tensor
 
 import moe_ops
+from moe_ops import memory
 from moe_ops.expert_weights import packing
 from moe_ops.layers import Experts
 from moe_ops.testing import assert_identical
@@ -32,13 +34,15 @@ def slots(bank: Experts, tokens: int, times: int = 1) -> None:
 
 @pytest.fixture
 def small(monkeypatch):
+    gc.collect()  # Banks of earlier tests would take turns with those of this one.
     monkeypatch.setattr(packing, "MIN_BYTES", 0)
+    monkeypatch.setattr(packing, "ROWS_PER_EXPERT", 64)
 
 
 def test_auto_packs_after_enough_use(small, counted):
     with moe_ops.prepacking("auto"):
         bank = make()
-        slots(bank, tokens=16, times=8)  # 64 slots an expert
+        slots(bank, tokens=16, times=8)  # 64 rows an expert
         assert not is_packed(bank)
         assert_right(bank)
         assert is_packed(bank)
@@ -46,14 +50,86 @@ def test_auto_packs_after_enough_use(small, counted):
     assert not is_packed(bank)  # "off" again: copies that banks made by themselves go.
 
 
-def test_auto_wants_two_calls(small):
+def test_the_rows_of_a_call_count_up_to_what_gains():
+    """A call that has many rows an expert reads each weight once."""
+    assert memory.counted_rows(8, 4) == 8
+    assert memory.counted_rows(10**6, 4) == 4 * memory.ROWS_THAT_COUNT
+    # By the default, 64 calls of a prefill, or 8192 tokens to 8 of 64 experts each by itself.
+    assert packing.ROWS_PER_EXPERT == 64 * memory.ROWS_THAT_COUNT == 8192 * 8 / 64
+
+
+def test_one_large_call_is_not_enough(small):
     with moe_ops.prepacking("auto"):
         bank = make()
-        slots(bank, tokens=1000)
-        slots(bank, tokens=1)
+        slots(bank, tokens=1000, times=4)
         assert not is_packed(bank)
         slots(bank, tokens=1)
         assert is_packed(bank)
+
+
+def written(bank: Experts) -> list[int]:
+    """Of each of the two copies, the first experts that differ from zeros."""
+    state = packing._banks[bank]
+    copies = state.copies or state.begun
+    if copies is None:
+        return [0, 0]
+    rows = [c.view(bank.num_experts, -1).any(1) for c in (copies.gate_up, copies.down)]
+    assert all(bool(r[: int(r.sum())].all()) for r in rows), "in order"
+    return [int(r.sum()) for r in rows]
+
+
+def test_a_call_packs_a_part(small, monkeypatch, counted):
+    size = make().prepack()
+    zeros = packing._new_copy
+    monkeypatch.setattr(packing, "_new_copy", lambda *a: zeros(*a).zero_())
+    monkeypatch.setattr(packing, "BYTES_A_CALL", size // 4)
+    with moe_ops.prepacking("auto"):
+        bank = make()
+        slots(bank, tokens=1000, times=4)
+        for experts in (1, 2, 3):
+            assert counted["moe_ffn_packed"] == 0
+            slots(bank, tokens=5)
+            assert written(bank) == [experts] * 2
+            assert moe_ops.packed_bytes(bank) == size, "reserved memory is reported"
+        slots(bank, tokens=5)
+        assert counted["moe_ffn_packed"] == 1
+        assert_right(bank)
+        in_place(bank)
+        assert_right(bank)
+        # Weights that change halfway begin again.
+        slots(bank, tokens=1000, times=4)
+        slots(bank, tokens=5, times=2)
+        assert written(bank) == [2, 2]
+        in_place(bank)
+        slots(bank, tokens=1000, times=4)
+        assert written(bank) == [0, 0]
+        slots(bank, tokens=5)
+        assert written(bank) == [1, 1]
+    assert not is_packed(bank)
+
+
+def test_one_bank_of_many_packs_in_a_pass(small):
+    with moe_ops.prepacking("auto"):
+        banks = [make() for _ in range(3)]
+        for bank in banks * 4:
+            slots(bank, tokens=1000)
+        counts = []
+        for _ in range(4):
+            for bank in banks:
+                slots(bank, tokens=5)
+            counts.append(sum(map(is_packed, banks)))
+        assert all(b - a <= 1 for a, b in zip([0, *counts], counts, strict=False)), counts
+        assert counts[-1] == 3
+
+
+def test_held_bytes_has_the_copies(small):
+    before = memory.held_bytes()["packed weights"]
+    bank = make()
+    size = bank.prepack()
+    assert memory.held_bytes()["packed weights"] == before + size
+    bank.unpack()
+    assert memory.held_bytes()["packed weights"] == before
+    assert memory.held_bytes()["outputs"] == memory.cached_bytes()
 
 
 def test_auto_counts_unchanged_weights_only(small):
@@ -68,7 +144,7 @@ def test_auto_counts_unchanged_weights_only(small):
 def test_auto_leaves_small_banks_alone():
     with moe_ops.prepacking("auto"):
         bank = make()
-        slots(bank, tokens=100, times=5)
+        slots(bank, tokens=100, times=6)
         assert not is_packed(bank)
 
 
@@ -81,7 +157,7 @@ def test_auto_does_not_pack(case, small):
             torch.use_deterministic_algorithms(True)
         try:
             with torch.set_grad_enabled(case == "grad"):
-                for _ in range(5):
+                for _ in range(6):
                     bank(*call)
         finally:
             torch.use_deterministic_algorithms(False)
@@ -92,7 +168,7 @@ def test_inference_mode_packs(small):
     with moe_ops.prepacking("auto"):
         bank, call = make(), operands(tokens=200)
         with torch.inference_mode():
-            for _ in range(4):
+            for _ in range(6):
                 bank(*call)
         assert is_packed(bank)
         in_place(bank)
@@ -137,7 +213,7 @@ def test_auto_keeps_to_a_quarter_of_the_memory(small, monkeypatch):
         monkeypatch.setattr(packing, "available_memory", lambda available=available: available)
         with moe_ops.prepacking("auto"):
             assert moe_ops.packing.prepack_settings() == ("auto", available // 4)
-            slots(bank, tokens=200, times=4)
+            slots(bank, tokens=200, times=6)
             assert is_packed(bank) == packs
 
 

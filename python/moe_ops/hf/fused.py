@@ -1,0 +1,228 @@
+"""Norms and routers of transformers' models on the ops of moe_ops.
+
+A class is judged by what it computes on a few numbers, once for each module that is asked about:
+its name would not show a changed formula. A module of a fused class has the parameters, buffers
+and hooks that it had.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moe_ops._private_torch import disable_modes
+from moe_ops.ops import add_rms_norm, router_linear, topk_router
+
+_TOLERANCE = 1e-5
+_classes: dict[type, type] = {}
+
+
+def fuse(module: nn.Module) -> str | None:
+    """Gives a norm or a router its fused class, in place; what it is, or None for what is neither.
+
+    Modules with a forward of their own (set by accelerate or kernels) are left alone.
+    """
+    if "forward" in module.__dict__:
+        return None
+    for kind, (_, settings_of) in _KINDS.items():
+        settings = settings_of(module)
+        if settings is not None:
+            module.__class__ = _fused_class(kind, type(module))
+            module._moe_ops_fused = settings
+            return kind
+    return None
+
+
+def _fused_class(kind: str, cls: type) -> type:
+    if cls not in _classes:
+        forward = _KINDS[kind][0](cls)
+        attributes = {"forward": forward, "__reduce_ex__": _reduce, "__module__": cls.__module__}
+        _classes[cls] = type(cls.__name__, (cls,), {**attributes, "_moe_ops_kind": kind})
+    return _classes[cls]
+
+
+def _reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
+    """A class made here cannot be found by its name: pickles and copies make it again."""
+    cls = type(self)
+    return _new, (cls._moe_ops_kind, cls.__mro__[1]), self.__dict__
+
+
+def _new(kind: str, cls: type) -> Any:
+    fused: Any = _fused_class(kind, cls)
+    return fused.__new__(fused)
+
+
+# ------------------------------------------------------------------------------------------- norms
+
+
+def _norm_forward(cls: Any) -> Callable[..., Any]:
+    def forward(self: Any, hidden_states: Tensor) -> Tensor:
+        if hidden_states.dtype != self.weight.dtype:
+            return cls.forward(self, hidden_states)
+        return add_rms_norm(hidden_states, self.weight, eps=self._moe_ops_fused)[0]
+
+    return forward
+
+
+def _norm_settings(module: nn.Module) -> float | None:
+    """The epsilon of what is an RMSNorm; None for everything else."""
+    weight = _only_vector(module)
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    if weight is None or not isinstance(eps, float) or isinstance(module, nn.LayerNorm):
+        return None
+    probe = _probe(module)
+    # Rows in which epsilon counts and rows in which it does not.
+    x = torch.sin(torch.arange(4 * weight.numel(), dtype=torch.float32)).view(4, -1)
+    x = x * torch.tensor([[1.0], [1e-3], [30.0], [3e-4]])
+    actual = _call(probe, x)
+    expected = add_rms_norm(x, probe.weight.detach(), eps=eps)[0]
+    return eps if isinstance(actual, Tensor) and _close(actual, expected) else None
+
+
+def _only_vector(module: nn.Module) -> Tensor | None:
+    """The parameter `weight` [H] of a module that has nothing else."""
+    parameters = dict(module.named_parameters())
+    weight = parameters.pop("weight", None)
+    if weight is None or weight.dim() != 1 or parameters or any(True for _ in module.children()):
+        return None
+    return weight
+
+
+# ----------------------------------------------------------------------------------------- routers
+
+
+def _router_forward(cls: Any) -> Callable[..., Any]:
+    def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        choice, wide, logits_wide, weights_wide = self._moe_ops_fused
+        x, weight, bias = hidden_states, self.weight, getattr(self, "bias", None)
+        if args or kwargs or (x.dtype != weight.dtype and not wide):
+            return cls.forward(self, hidden_states, *args, **kwargs)
+        dtype = x.dtype
+        x = x.reshape(-1, x.shape[-1])
+        if wide:
+            x, weight = x.float(), weight.float()
+        logits = router_linear(x, weight, bias)
+        if choice.get("expert_bias"):
+            choice = {**choice, "expert_bias": self.e_score_correction_bias}
+        weights, ids = topk_router(logits, **choice)
+        return (
+            logits.float() if logits_wide else logits,
+            weights if weights_wide else weights.to(dtype),
+            ids,
+        )
+
+    return forward
+
+
+def _router_settings(module: nn.Module) -> tuple[Mapping[str, Any], bool, bool, bool] | None:
+    """The arguments of topk_router, and whether products, logits and weights are in fp32 where
+    tokens are not; None for what chooses otherwise, or is no router."""
+    parameters = dict(module.named_parameters())
+    weight = parameters.pop("weight", None)
+    if weight is None or weight.dim() != 2 or not hasattr(module, "top_k"):
+        return None
+    if parameters.keys() - {"bias"} or isinstance(module, nn.Linear):
+        return None
+    probe = _probe(module)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(8, weight.shape[1], generator=generator)
+    actual = _call(probe, x)
+    if not (isinstance(actual, tuple) and len(actual) == 3):
+        return None
+    logits = router_linear(x, probe.weight.detach(), getattr(probe, "bias", None))
+    for choice in _choices(module):
+        given = dict(choice)
+        if given.get("expert_bias"):
+            given["expert_bias"] = probe.e_score_correction_bias
+        try:
+            weights, ids = topk_router(logits, **given)
+        except ValueError:
+            continue
+        if _same_choice((logits, weights, ids), actual):
+            break
+    else:
+        return None
+    half = _call(probe.to(torch.bfloat16), x.bfloat16())
+    if half is None:
+        return None
+    half_logits, half_weights, _ = half
+    wide = half_logits.dtype == torch.float32
+    # Products of bfloat16 that became float32 afterwards have no more digits than before.
+    products = wide and not torch.equal(half_logits.bfloat16().float(), half_logits)
+    return choice, products, wide, half_weights.dtype == torch.float32
+
+
+def _choices(module: Any) -> list[dict[str, Any]]:
+    base = {"top_k": module.top_k}
+    scaled = {**base, "routed_scaling_factor": float(getattr(module, "routed_scaling_factor", 1.0))}
+    groups: dict[str, Any] = {}
+    if getattr(module, "num_group", None):
+        groups = {"num_groups": module.num_group, "num_topk_groups": module.topk_group}
+    choices: list[dict[str, Any]] = []
+    for renormalize in (False, True):
+        choices.append({**scaled, "renormalize": renormalize})
+        if groups:
+            choices.append({**scaled, **groups, "renormalize": renormalize})
+        if hasattr(module, "e_score_correction_bias"):
+            sigmoid = {"score_func": "sigmoid", "expert_bias": True, "group_score": "top2_sum"}
+            choices.append({**scaled, **groups, **sigmoid, "renormalize": renormalize})
+    return choices
+
+
+def _same_choice(ours: tuple[Tensor, ...], theirs: tuple[Any, ...]) -> bool:
+    """Whether logits are the same, and weights by expert, in whatever order they come."""
+    logits, weights, ids = ours
+    other_logits, other_weights, other_ids = theirs
+    if other_weights.shape != weights.shape or not _close(other_logits, logits):
+        return False
+    mine = torch.zeros_like(logits).scatter(1, ids.long(), weights)
+    other = torch.zeros_like(logits).scatter(1, other_ids.long(), other_weights.float())
+    return _close(other, mine)
+
+
+# ------------------------------------------------------------------------------------------ probes
+
+
+def _probe(module: nn.Module) -> Any:
+    """The module in fp32 on the CPU with numbers of its own, of the same sizes."""
+    probe = copy.copy(module)
+    generator = torch.Generator().manual_seed(1)
+    for kind in ("_parameters", "_buffers"):
+        made = {}
+        for name, t in getattr(module, kind).items():
+            if t is not None:
+                values = 1.0 + 0.5 * torch.randn(t.shape, generator=generator)
+                t = nn.Parameter(values, requires_grad=False) if kind == "_parameters" else values
+            made[name] = t
+        probe.__dict__[kind] = made
+    for hooks in ("_forward_hooks", "_forward_pre_hooks"):
+        probe.__dict__[hooks] = {}
+    return probe
+
+
+def _call(probe: Any, x: Tensor) -> Any:
+    # from_pretrained builds models with "meta" as the default device: what the function makes of
+    # its own must not go there either.
+    with disable_modes(), torch.device("cpu"), torch.no_grad():
+        try:
+            return probe(x)
+        except Exception:  # It wants more than tokens, so it is nothing that is known here.
+            return None
+
+
+def _close(actual: Tensor, expected: Tensor) -> bool:
+    if actual.shape != expected.shape:
+        return False
+    error = (actual.double() - expected.double()).norm()
+    return bool(error <= _TOLERANCE * expected.double().norm())
+
+
+# Kind -> what makes the forward of a fused class, and what tells its modules and their settings.
+_KINDS: dict[str, tuple[Callable[[Any], Callable[..., Any]], Callable[[nn.Module], Any]]] = {
+    "norm": (_norm_forward, _norm_settings),
+    "router": (_router_forward, _router_settings),
+}

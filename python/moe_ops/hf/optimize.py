@@ -1,0 +1,251 @@
+"""A whole model on kernels for inference, and back."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.generation import CompileConfig
+
+from moe_ops.hf.fused import fuse
+from moe_ops.hf.switch import enable, interface_of, set_implementation
+from moe_ops.layers.linear import FewRowsLinear, QuantizedLinear, fitting_group
+from moe_ops.memory import register_holder
+from moe_ops.quant import quantize_experts
+
+FORMATS = (None, "int8", "int4")
+# Parts of names of layers that choose experts: they are small, and an error there turns tokens to
+# other experts.
+_ROUTERS = ("router", "gate", "gating")
+_SMALLEST = 16  # Output features of what is quantised.
+_CONFIG_ATTRIBUTES = ("hf_quantizer", "is_quantized", "quantization_method")
+
+
+class _Module(NamedTuple):
+    """A module as it was."""
+
+    cls: type
+    attributes: dict[str, Any]
+    parameters: dict[str, Any]
+    buffers: dict[str, Any]
+    children: dict[str, nn.Module | None]
+
+
+class _Before(NamedTuple):
+    """A model as it was, and the modules by name that `optimize` left."""
+
+    modules: dict[str, _Module] | None  # None: weights are gone.
+    after: dict[str, weakref.ref[nn.Module]]
+    implementations: dict[str, Any]
+    attributes: dict[str, Any]
+    config: dict[str, Any]
+    generation: dict[str, Any]
+    kept_bytes: int
+
+
+_optimized: weakref.WeakKeyDictionary[nn.Module, _Before] = weakref.WeakKeyDictionary()
+register_holder("original weights", lambda: sum(b.kept_bytes for b in _optimized.values()))
+
+
+def optimize(
+    model: nn.Module,
+    weights: str | None = None,
+    *,
+    group_size: int | None = None,
+    keep_original: bool = False,
+    compile: bool | str = False,
+) -> dict[str, str]:
+    """Puts all of a transformers model on kernels for inference, in place.
+
+    - Experts run on moe_ops (:func:`moe_ops.hf.enable`).
+    - Dense layers (attention projections, shared experts, the head): products of up to 64 rows
+      are read at the speed of memory. With `weights` they are stored in 8 or 4 bits, and so are
+      experts (`moe_ops.quantize_experts`). Routers, embeddings and norms stay float.
+    - RMS norms and routers whose formula is known are one or two ops each.
+    - With `compile`, `generate` uses a static cache and compiles its decoding steps.
+
+    Attention stays what the model has: torch's, unless "eager" was asked for. What is left as it
+    was is not in the report. Parameters, their names and checkpoints stay those of the model; with
+    `weights`, `save_pretrained` writes quantised experts as `quantize_experts` does, and dense
+    layers as floats with the values that are computed with.
+
+    Args:
+        model: a transformers model, or any module that holds MoE blocks of one.
+        weights: None, "int8" (a scale an output feature) or "int4" (a scale for `group_size`
+            inputs).
+        group_size: of int4: 32, 64 or 128; None is 64. Dense layers whose rows it does not divide
+            take the next smaller one, and stay float if none does.
+        keep_original: with `weights`, whether the float weights stay in memory, so that
+            :func:`restore` can bring them back; `moe_ops.memory.held_bytes` counts them.
+        compile: True, or the name of a backend of torch.compile; the setting is in
+            `model.generation_config`. Assisted decoding needs a cache that is not static.
+
+    Returns:
+        Name of each module that changed -> what it is now.
+
+    Raises:
+        ValueError: unknown `weights`, a model that is optimised already or that cannot generate
+            where `compile` is asked for; what `enable` and `quantize_experts` refuse.
+    """
+    if weights not in FORMATS:
+        raise ValueError(f"optimize: weights must be None, 'int8' or 'int4', got {weights!r}.")
+    if group_size is not None and weights != "int4":
+        raise ValueError(f"optimize: group_size belongs to 'int4', got weights={weights!r}.")
+    if model in _optimized:
+        raise ValueError("optimize: model must not be optimised already; call restore first.")
+    if compile and getattr(model, "generation_config", None) is None:
+        raise ValueError(
+            f"optimize: model must be one that generates to compile its steps, got "
+            f"{type(model).__name__}."
+        )
+    keeps = weights is None or keep_original
+    modules = dict(_snapshot(model)) if keeps else None
+    before = _Before(
+        modules=modules,
+        after={},
+        implementations=_implementations(model),
+        attributes={n: model.__dict__[n] for n in _CONFIG_ATTRIBUTES if n in model.__dict__},
+        config=dict(model.config.__dict__) if isinstance(model, PreTrainedModel) else {},
+        generation=_generation(model),
+        kept_bytes=0,
+    )
+    held = {p.data_ptr(): p.nbytes for p in model.parameters()} if keep_original else {}
+
+    report: dict[str, str] = {}
+    if weights is not None:
+        quantize_experts(model, weights, group_size=group_size)
+    report |= enable(model)
+    tied = _tied(model)
+    for name, module in list(model.named_modules()):
+        if type(module) is nn.Linear:
+            report |= _optimize_linear(model, name, module, weights, group_size, tied)
+        elif (kind := fuse(module)) is not None:
+            report[name] = f"fused {kind}"
+    if compile:
+        _compile_steps(model, "inductor" if compile is True else compile)
+    for p in model.parameters():
+        held.pop(p.data_ptr(), None)
+    after = {name: weakref.ref(module) for name, module in model.named_modules() if name}
+    _optimized[model] = before._replace(after=after, kept_bytes=sum(held.values()))
+    return report
+
+
+def restore(model: nn.Module) -> None:
+    """Undoes :func:`optimize`: the modules, parameters and settings that the model had.
+
+    Raises:
+        ValueError: a model that is not optimised, whose float weights were not kept, or whose
+            modules something else has changed since (adapters, for instance: remove them first).
+    """
+    before = _optimized.get(model)
+    if before is None:
+        raise ValueError(f"restore: model must be optimised, got {type(model).__name__}.")
+    if before.modules is None:
+        raise ValueError(
+            "restore: model must have its float weights, which optimize(weights=...) lets go; give "
+            "it keep_original=True, or load the model again."
+        )
+    now = {name: module for name, module in model.named_modules() if name}
+    changed = before.after.keys() ^ now.keys()
+    changed |= {n for n in before.after.keys() & now.keys() if before.after[n]() is not now[n]}
+    if changed:
+        raise ValueError(
+            f"restore: model must have the modules that optimize left, got another "
+            f"{min(changed)!r}; remove adapters and hooks first."
+        )
+    _put_back(model, "", before.modules)
+    for name in _CONFIG_ATTRIBUTES:
+        model.__dict__.pop(name, None)
+    model.__dict__.update(before.attributes)
+    if isinstance(model, PreTrainedModel):
+        model.config.__dict__.clear()
+        model.config.__dict__.update(before.config)
+    for name, implementation in before.implementations.items():
+        set_implementation(model.get_submodule(name), implementation)
+    for name, value in before.generation.items():
+        setattr(model.generation_config, name, value)
+    del _optimized[model]
+
+
+def _optimize_linear(
+    model: nn.Module,
+    name: str,
+    layer: nn.Linear,
+    weights: str | None,
+    group_size: int | None,
+    tied: set[int],
+) -> dict[str, str]:
+    parts = name.split(".")
+    routes = any(p in _ROUTERS or p.endswith("_gate") for p in parts)
+    group = fitting_group(layer.in_features, group_size) if weights == "int4" else None
+    stays = routes or layer.out_features < _SMALLEST or (weights == "int4" and group is None)
+    if weights is None or stays:
+        layer.__class__ = FewRowsLinear
+        return {name: "few rows"}
+    quantized = QuantizedLinear(
+        layer, weights, group_size=group, saved=id(layer.weight) not in tied
+    )
+    parent = model.get_submodule(".".join(parts[:-1]))
+    parent._modules[parts[-1]] = quantized
+    return {name: quantized.format_name}
+
+
+def _tied(model: nn.Module) -> set[int]:
+    """Weights of dense layers that another module has too."""
+    owners: dict[int, int] = {}
+    for module in model.modules():
+        for p in module._parameters.values():
+            if p is not None:
+                owners[id(p)] = owners.get(id(p), 0) + 1
+    return {key for key, count in owners.items() if count > 1}
+
+
+def _compile_steps(model: Any, backend: str) -> None:
+    config = CompileConfig(fullgraph=False, dynamic=False, backend=backend, mode="default")
+    config._compile_all_devices = True  # type: ignore[assignment]
+    model.generation_config.cache_implementation = "static"
+    model.generation_config.compile_config = config
+
+
+def _generation(model: Any) -> dict[str, Any]:
+    config = getattr(model, "generation_config", None)
+    names = ("cache_implementation", "compile_config")
+    return {} if config is None else {name: getattr(config, name, None) for name in names}
+
+
+def _implementations(model: nn.Module) -> dict[str, Any]:
+    named = ((name, m) for name, m in model.named_modules() if interface_of(m) is not None)
+    return {name: getattr(m.config, "_experts_implementation", None) for name, m in named}
+
+
+def _snapshot(model: nn.Module) -> Iterator[tuple[str, _Module]]:
+    for name, m in model.named_modules():
+        private = {key: value for key, value in m.__dict__.items() if key.startswith("_moe_ops")}
+        yield (
+            name,
+            _Module(type(m), private, dict(m._parameters), dict(m._buffers), dict(m._modules)),
+        )
+
+
+def _put_back(module: nn.Module, name: str, modules: dict[str, _Module]) -> None:
+    was = modules.get(name)
+    if was is None:  # Another name of a module that has been put back.
+        return
+    module.__class__ = was.cls
+    for key in [k for k in module.__dict__ if k.startswith("_moe_ops")]:
+        del module.__dict__[key]
+    module.__dict__.update(was.attributes)
+    tables: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        (module._parameters, was.parameters),
+        (module._buffers, was.buffers),
+        (module._modules, was.children),
+    ]
+    for target, source in tables:
+        target.clear()
+        target.update(source)
+    for key, child in was.children.items():
+        if child is not None:
+            _put_back(child, f"{name}.{key}" if name else key, modules)

@@ -1,0 +1,192 @@
+"""Dense layers of inference: products of few rows, and weights of 8 or 4 bits.
+
+Letters: N rows, I input features, O output features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moe_ops import memory
+from moe_ops.ops import grouped_gemm, grouped_gemm_quantized
+from moe_ops.ops._checks import dtype_name
+from moe_ops.quant.formats import GROUP_SIZES, check_format, dequantize, quantize
+
+# Up to so many rows a product of one expert is the faster one on the CPU: torch's libraries read
+# the weights of such products at a third to a half of the speed of memory.
+FEW_ROWS = 64
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear; on the CPU, few rows without a gradient go through grouped_gemm.
+
+    Args:
+        x: [..., I] float.
+        weight: [O, I].
+        bias: [O] or None.
+
+    Returns:
+        [..., O], summed in fp32 (fp64 for fp64).
+    """
+    size = x.shape[-1]
+    num_rows = x.numel() // size if size else 0
+    wanted = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    if (
+        wanted
+        or not 0 < num_rows <= FEW_ROWS
+        or x.dtype != weight.dtype
+        or x.dtype not in _FLOATS
+        or x.device.type != "cpu"
+        or torch.is_autocast_enabled("cpu")
+    ):
+        return F.linear(x, weight, bias)
+    rows = x.reshape(num_rows, size)
+    offsets = one_expert(num_rows, x.device)
+    y = grouped_gemm(rows, weight[None], offsets, bias=None if bias is None else bias[None])
+    return y.view(*x.shape[:-1], -1)
+
+
+_offsets: dict[tuple[int, torch.device], Tensor] = {}
+
+
+def one_expert(num_rows: int, device: torch.device) -> Tensor:
+    """expert_offsets of one expert that has all rows; those of few rows are kept."""
+    if num_rows > FEW_ROWS or torch.compiler.is_compiling():
+        return torch.tensor([0, num_rows], dtype=torch.int32, device=device)
+    key = num_rows, device
+    if key not in _offsets:
+        with torch.inference_mode(False):
+            _offsets[key] = torch.tensor([0, num_rows], dtype=torch.int32, device=device)
+    return _offsets[key]
+
+
+class FewRowsLinear(nn.Linear):
+    """nn.Linear through `linear`: the same parameters, sums in another order."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return linear(input, self.weight, self.bias)
+
+
+class QuantizedLinear(nn.Linear):
+    """nn.Linear whose weight is stored in 8 or 4 bits, for inference.
+
+    The weight is in two buffers; the state dict has it under its own name, dequantised, and loads
+    it from there, so checkpoints are those of nn.Linear. A gradient of the input goes through the
+    dequantised weight, so adapters on top can be trained; the weight itself has none.
+
+    Buffers:
+        q: int8 [O, I], or uint8 [O, I/2] with two numbers of 4 bits a byte.
+        scale: fp32 [O], or [O, I/G]. `moe_ops.quant.quantize` defines both formats.
+
+    Args:
+        layer: what it takes the place of.
+        format: "int8" or "int4".
+        group_size: of int4: 32, 64 or 128, a divisor of I. None is 64, or where that does not
+            divide I, 32.
+        saved: whether the state dict has the weight; not where it is tied to an embedding's.
+
+    Raises:
+        ValueError: an unknown format, groups that do not divide, a weight that is not finite.
+    """
+
+    q: Tensor
+    scale: Tensor
+
+    def __init__(
+        self,
+        layer: nn.Linear,
+        format: str = "int4",
+        *,
+        group_size: int | None = None,
+        saved: bool = True,
+    ) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        if format == "int4" and group_size is None:
+            group_size = 64 if self.in_features % 64 == 0 else 32
+        self.format = format
+        self.group_size = check_format("QuantizedLinear", format, group_size) or None
+        self.weight_dtype = layer.weight.dtype
+        self.saved = saved
+        self.bias = layer.bias
+        self.register_buffer("q", None, persistent=False)
+        self.register_buffer("scale", None, persistent=False)
+        self.fill(layer.weight)
+        self.train(layer.training)
+
+    @torch.no_grad()
+    def fill(self, weight: Tensor) -> None:
+        """Rounds a weight [O, I] into the buffers, some rows at a time."""
+        parts = [quantize(w, self.format, self.group_size) for w in weight.detach().split(1024)]
+        first_q, first_scale = parts[0]
+        shape = (self.out_features, first_q.shape[1])
+        self.q = memory.new_zeros(*shape, dtype=first_q.dtype, device=weight.device)
+        self.scale = first_scale.new_empty(self.out_features, *first_scale.shape[1:])
+        torch.cat([q for q, _ in parts], out=self.q)
+        torch.cat([scale for _, scale in parts], out=self.scale)
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """The weight [O, I] that is computed with, made anew at every look."""
+        return dequantize(self.q, self.scale, self.weight_dtype)
+
+    def forward(self, input: Tensor) -> Tensor:
+        rows = input.reshape(-1, self.in_features)
+        bias = None if self.bias is None else self.bias.to(rows.dtype)[None]
+        offsets = one_expert(rows.shape[0], rows.device)
+        y = grouped_gemm_quantized(rows, self.q[None], self.scale[None], offsets, bias=bias)
+        return y.view(*input.shape[:-1], self.out_features)
+
+    @property
+    def format_name(self) -> str:
+        """ "int8", or "int4" with its group size: "int4 g64"."""
+        return self.format if self.group_size is None else f"int4 g{self.group_size}"
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, format={self.format_name!r}"
+        )
+
+    # ------------------------------------------------------------------------------ module hooks
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
+        before = self.scale
+        super()._apply(fn, recurse)
+        if self.scale.dtype != before.dtype:  # A cast means the weight that is stood for.
+            self.weight_dtype = self.scale.dtype
+            self.scale = before.to(self.scale.device)
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        if self.saved:
+            destination[prefix + "weight"] = self.weight
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
+        weight = state_dict.pop(prefix + "weight", None)
+        super()._load_from_state_dict(state_dict, prefix, *others)
+        *_, strict, missing, _, errors = others
+        shape = [self.out_features, self.in_features]
+        if weight is None:
+            if strict and self.saved:
+                missing.append(prefix + "weight")
+        elif list(weight.shape) != shape or not weight.is_floating_point():
+            errors.append(
+                f"QuantizedLinear: {prefix}weight must be floating point of shape {shape}, got "
+                f"{dtype_name(weight.dtype)} of shape {list(weight.shape)}."
+            )
+        else:
+            self.fill(weight.to(self.q.device))
+
+
+def fitting_group(in_features: int, group_size: int | None) -> int | None:
+    """The largest group of 4-bit weights that divides a row, at most `group_size` (64); or None."""
+    most = 64 if group_size is None else group_size
+    return max((g for g in GROUP_SIZES if g <= most and in_features % g == 0), default=None)

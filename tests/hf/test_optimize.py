@@ -1,0 +1,353 @@
+"""Whole models on kernels for inference: the same tokens, and the way back."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, TextStreamer
+
+import moe_ops.hf
+from moe_ops import memory
+from moe_ops.hf.fused import fuse
+from moe_ops.layers.linear import FewRowsLinear, QuantizedLinear
+
+from .models import MODEL_TYPES, VOCAB, build, tokens
+from .test_quantize import WIDE, logits, make, relative
+
+# The kinds of fused modules in each model; LayerNorms and other choices stay.
+FUSED = {name: {"fused norm", "fused router"} for name in MODEL_TYPES} | {
+    "jetmoe": {"fused norm"},
+    "llama4_text": {"fused norm"},
+    "phimoe": set(),
+    "dbrx": set(),
+}
+GREEDY = {"do_sample": False, "pad_token_id": 0, "max_new_tokens": 12}
+
+
+def padded(batch: int = 3, length: int = 9) -> dict[str, torch.Tensor]:
+    """Prompts of unequal length, padded on the left."""
+    ids = tokens(batch, length)
+    mask = torch.ones_like(ids)
+    for row in range(batch):
+        mask[row, : 2 * row] = 0
+    return {"input_ids": ids * mask, "attention_mask": mask}
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_greedy_tokens_and_the_way_back(model_type):
+    model = build(model_type)
+    batch, ids = padded(), tokens(1, 5)
+    want, one = model.generate(**batch, **GREEDY), model.generate(ids, **GREEDY)
+    exact, state = logits(model, ids), model.state_dict()
+    classes = {name: type(m) for name, m in model.named_modules()}
+    status = moe_ops.hf.status(model)
+
+    report = moe_ops.hf.optimize(model)
+    assert torch.equal(model.generate(**batch, **GREEDY), want)
+    assert torch.equal(model.generate(ids, **GREEDY), one)
+    torch.testing.assert_close(logits(model, ids), exact, rtol=2e-4, atol=2e-4)
+    assert {how for how in report.values() if how.startswith("fused")} == FUSED[model_type]
+    linear = {n for n, m in model.named_modules() if isinstance(m, FewRowsLinear)}
+    assert linear and linear == {n for n, how in report.items() if how == "few rows"}
+    assert "lm_head" in linear
+    with moe_ops.hf.expect_calls(model):
+        logits(model, ids)
+    after = model.state_dict()
+    assert list(after) == list(state)
+    assert all(after[k].data_ptr() == state[k].data_ptr() for k in state), "no weight is held twice"
+
+    moe_ops.hf.restore(model)
+    assert {name: type(m) for name, m in model.named_modules()} == classes
+    assert moe_ops.hf.status(model) == status
+    assert torch.equal(logits(model, ids), exact)
+    assert list(model.state_dict()) == list(state)
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize(("weights", "most"), [("int8", 0.02), ("int4", 0.2)])
+def test_quantised(model_type, weights, most):
+    model, ids = make(model_type), tokens()
+    before = num_bytes(model)
+    calls = recorded_calls(model, ids)
+    group = 32 if weights == "int4" else None
+    report = moe_ops.hf.optimize(model, weights, group_size=group)
+    quantized = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
+    assert "lm_head" in quantized
+    assert quantized.keys() == {n for n, how in report.items() if how in ("int8", "int4 g32")}
+    assert not any("router" in n.split(".") or "gate" in n.split(".") for n in quantized)
+    # Each layer alone, on the inputs that it had: routing cannot flip.
+    with torch.no_grad():
+        for name, layer in quantized.items():
+            x, want = calls[name]
+            assert relative(layer(x), want) < most, name
+    rest = sum(p.nbytes for p in model.parameters())
+    assert num_bytes(model) - rest < (0.32 if weights == "int8" else 0.25) * (before - rest)
+    assert torch.isfinite(logits(model, ids)).all()
+    assert model.generate(**padded(), **GREEDY).shape == (3, 21)
+    with pytest.raises(ValueError, match=r"restore: model must have its float weights"):
+        moe_ops.hf.restore(model)
+
+
+def recorded_calls(model, ids):
+    """Input and output of each dense layer in one pass."""
+    calls = {}
+
+    def record(name):
+        # Llama 4 adds to the output of a layer in place.
+        return lambda module, args, output: calls.update({name: (args[0], output.clone())})
+
+    named = [(n, m) for n, m in model.named_modules() if type(m) is nn.Linear]
+    handles = [m.register_forward_hook(record(n)) for n, m in named]
+    logits(model, ids)
+    for handle in handles:
+        handle.remove()
+    return calls
+
+
+def num_bytes(model: nn.Module) -> int:
+    return sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "jetmoe", "llama4_text", "dbrx", "deepseek_v3"])
+def test_original_weights_come_back_where_they_are_kept(model_type):
+    model, ids = make(model_type), tokens()
+    want, names = logits(model, ids), list(model.state_dict())
+    before, held = num_bytes(model), memory.held_bytes()["original weights"]
+    moe_ops.hf.optimize(model, "int8", keep_original=True)
+    kept = memory.held_bytes()["original weights"] - held
+    left = sum(p.nbytes for p in model.parameters())
+    assert abs(kept - (before - left)) <= 0.02 * before, "reported: all that is not the model's"
+    moe_ops.hf.restore(model)
+    assert torch.equal(logits(model, ids), want)
+    assert list(model.state_dict()) == names
+    assert memory.held_bytes()["original weights"] == held
+    assert not getattr(model, "is_quantized", False)
+    assert not hasattr(model.config, "quantization_config")
+    moe_ops.hf.optimize(model, "int8")
+
+
+@pytest.mark.parametrize("weights", [None, "int8", "int4"])
+def test_saved_and_loaded(tmp_path, weights):
+    model, ids = make("qwen3_moe"), tokens()
+    names = list(model.state_dict())
+    moe_ops.hf.optimize(model, weights, group_size=32 if weights == "int4" else None)
+    want = logits(model, ids)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    if weights is None:
+        assert list(loaded.state_dict()) == names
+    torch.testing.assert_close(logits(loaded, ids), want, rtol=2e-2, atol=2e-2)
+    # Quantising what codes stand for gives the codes again.
+    if weights is not None:
+        for name, layer in model.named_modules():
+            if isinstance(layer, QuantizedLinear):
+                other = loaded.get_submodule(name)
+                assert type(other) is nn.Linear
+                assert torch.equal(other.weight, layer.weight)
+                again = QuantizedLinear(other, layer.format, group_size=layer.group_size)
+                torch.testing.assert_close(again.weight, layer.weight, rtol=1e-5, atol=1e-7)
+
+
+def test_a_tied_head(tmp_path):
+    model, ids = make("mixtral", tie_word_embeddings=True), tokens()
+    model.tie_weights()
+    moe_ops.hf.optimize(model, "int8")
+    assert isinstance(model.lm_head, QuantizedLinear)
+    assert "lm_head.weight" not in model.state_dict()
+    want = logits(model, ids)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    assert relative(logits(loaded, ids), want) < 0.05
+
+
+def test_ways_to_generate(capsys):
+    plain, model = build("qwen3_moe"), build("qwen3_moe")
+    moe_ops.hf.optimize(model)
+    ids = tokens(1, 6)
+
+    class Words:
+        def decode(self, ids, **_):
+            return " ".join(str(int(i)) for i in torch.as_tensor(ids).flatten())
+
+    def both(**options):
+        results = []
+        for m in (plain, model):
+            torch.manual_seed(0)
+            results.append(m.generate(**{**GREEDY, "input_ids": ids, **options}))
+        assert torch.equal(*results), options
+
+    both(num_beams=3)
+    both(do_sample=True, temperature=0.7, top_k=9)
+    both(do_sample=True, top_p=0.8, num_return_sequences=3)
+    both(repetition_penalty=1.3, no_repeat_ngram_size=2, min_new_tokens=3)
+    both(use_cache=False)
+    both(cache_implementation="static")
+    both(**padded(), num_beams=2)
+    both(prompt_lookup_num_tokens=3)
+    both(assistant_model=build("mixtral"), tokenizer=None)
+    printed = []
+    for m in (plain, model):
+        m.generate(ids, **GREEDY, streamer=TextStreamer(Words()))
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1] != ""
+
+
+def test_compiled_steps():
+    """The backend that only traces: what is tested is that generate compiles and agrees."""
+    torch.compiler.reset()
+    plain, model = (build("qwen3_moe", num_hidden_layers=1) for _ in range(2))
+    options = {**GREEDY, "max_new_tokens": 4}
+    want = plain.generate(**padded(), **options)
+    moe_ops.hf.optimize(model, compile="eager")
+    assert torch.equal(model.generate(**padded(), **options), want)
+    assert hasattr(model, "_compiled_call")
+    moe_ops.hf.restore(model)
+    assert model.generation_config.cache_implementation is None
+    assert model.generation_config.compile_config is None
+
+
+class Adapter(nn.Module):
+    """What PEFT puts around a layer."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base = base
+        self.a = nn.Linear(base.in_features, 2, bias=False)
+        self.b = nn.Linear(2, base.out_features, bias=False)
+        nn.init.zeros_(self.b.weight)
+
+    def forward(self, x):
+        return self.base(x) + self.b(self.a(x))
+
+
+@pytest.mark.parametrize("quantize", [False, True])
+def test_adapters_on_top_are_trained(quantize):
+    plain, model = build("mixtral"), build("mixtral")
+    moe_ops.hf.optimize(model)
+    if quantize:
+        for layer in model.model.layers:
+            layer.self_attn.q_proj = QuantizedLinear(layer.self_attn.q_proj, "int8")
+    grads = []
+    for m in (plain, model):
+        torch.manual_seed(0)
+        m.requires_grad_(False)
+        for layer in m.model.layers:
+            layer.self_attn.q_proj = Adapter(layer.self_attn.q_proj)
+        m(tokens(), labels=tokens()).loss.backward()
+        adapters = [layer.self_attn.q_proj for layer in m.model.layers]
+        grads.append(torch.cat([a.b.weight.grad.flatten() for a in adapters]))
+    assert relative(grads[1], grads[0]) < (0.05 if quantize else 1e-4)
+    with pytest.raises(ValueError, match=r"restore: model must have the modules .* adapters"):
+        moe_ops.hf.restore(model)
+
+
+def test_gradients_are_those_of_before():
+    ids = tokens()
+    plain, model = build("deepseek_v3"), build("deepseek_v3")
+    moe_ops.hf.optimize(model)
+    for m in (plain, model):
+        m(ids, labels=ids).loss.backward()
+    theirs = dict(plain.named_parameters())
+    for name, p in model.named_parameters():
+        assert relative(p.grad, theirs[name].grad) < 1e-3, name
+
+
+def test_half_precision():
+    plain, ids = build("qwen2_moe", dtype=torch.bfloat16), tokens()
+    model = build("qwen2_moe", dtype=torch.bfloat16)
+    moe_ops.hf.optimize(model)
+    assert relative(logits(model, ids), logits(plain, ids)) < 0.05
+    assert logits(model, ids).dtype == torch.bfloat16
+
+
+def test_copies_and_pickles():
+    model, ids = build("mixtral"), tokens()
+    moe_ops.hf.optimize(model)
+    want = logits(model, ids)
+    assert torch.equal(logits(copy.deepcopy(model), ids), want)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    assert torch.equal(logits(torch.load(file, weights_only=False), ids), want)
+
+
+def test_other_formulas_are_left_alone():
+    class PlusOne(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.eps = nn.Parameter(torch.zeros(8)), 1e-6
+
+        def forward(self, x):
+            x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
+            return x * (1 + self.weight)
+
+    class NoEps(PlusOne):
+        def forward(self, x):
+            return x * torch.rsqrt(x.square().mean(-1, keepdim=True)) * self.weight
+
+    class Right(PlusOne):
+        def forward(self, x):
+            return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.weight
+
+    assert fuse(PlusOne()) is None
+    assert fuse(NoEps()) is None
+    assert fuse(nn.LayerNorm(8)) is None
+    norm = Right()
+    assert fuse(norm) == "norm"
+    model = build("mixtral")
+    gate = model.model.layers[0].mlp.gate
+    formula = type(gate).forward
+
+    class Halved(type(gate)):
+        def forward(self, x):
+            logits, weights, ids = formula(self, x)
+            return logits, weights / 2, ids
+
+    gate.__class__ = Halved
+    assert fuse(gate) is None
+    assert fuse(model.model.layers[1].mlp.gate) == "router"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"weights": "int2"}, r"weights must be None, 'int8' or 'int4', got 'int2'"),
+        ({"weights": "int8", "group_size": 32}, r"group_size belongs to 'int4'"),
+        ({"weights": "int4", "group_size": 48}, r"group_size must be 32, 64 or 128"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    model = build("mixtral")
+    with pytest.raises(ValueError, match=message):
+        moe_ops.hf.optimize(model, **arguments)
+
+
+def test_out_of_turn():
+    model = build("mixtral")
+    with pytest.raises(ValueError, match=r"restore: model must be optimised, got Mixtral"):
+        moe_ops.hf.restore(model)
+    moe_ops.hf.optimize(model)
+    with pytest.raises(ValueError, match=r"must not be optimised already; call restore first"):
+        moe_ops.hf.optimize(model)
+    with pytest.raises(ValueError, match=r"one that generates to compile its steps, got ModuleL"):
+        moe_ops.hf.optimize(build("mixtral").model.layers, compile=True)
+
+
+def test_one_block():
+    layer = build("mixtral").model.layers[0]
+    report = moe_ops.hf.optimize(layer, "int8")
+    assert report["self_attn.q_proj"] == "int8" and report["mlp.gate"] == "fused router"
+
+
+def test_sizes_that_no_group_divides():
+    model = build("mixtral", **WIDE["mixtral"])
+    model.model.layers[0].self_attn.q_proj = nn.Linear(40, 32)
+    report = moe_ops.hf.optimize(model, "int4", group_size=32)
+    assert report["model.layers.0.self_attn.q_proj"] == "few rows"
+    assert report["model.layers.1.self_attn.q_proj"] == "int4 g32"
+    assert VOCAB == model.lm_head.out_features

@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from tests.helpers.op_case import OpCase
+from tests.helpers.quantized import (
+    check_grouped_gemm_quantized,
+    quantized,
+    quantized_gemm_operands,
+)
+
+import moe_ops
+from moe_ops import reference
+from moe_ops.quant import dequantize
+from moe_ops.testing import as_strided_copy, assert_identical, short
+
+
+def int8_call(s):
+    return {
+        "a": s.narrow(s.n, s.h),
+        "b": torch.randint(-127, 128, (s.e, s.o, s.h)).to(torch.int8),
+        "b_scale": torch.rand(s.e, s.o),
+        "expert_offsets": s.offsets(),
+        "bias": s.narrow(s.e, s.o),
+    }
+
+
+OP_CASES = {
+    "grouped_gemm_quantized": OpCase(
+        int8_call,
+        kind="quantised",
+        too_many_bytes=lambda: moe_ops.grouped_gemm_quantized(
+            torch.empty(2**31, 0),
+            torch.empty(1, 2**31, 0, dtype=torch.int8),
+            torch.ones(1, 1).expand(1, 2**31),
+            torch.tensor([0, 0]),
+        ),
+    )
+}
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FORMATS = ((8, 32), (4, 32), (4, 64), (4, 128))
+NAMES = ("int8", "int4-32", "int4-64", "int4-128")
+formats = pytest.mark.parametrize(("bits", "group"), FORMATS, ids=NAMES)
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=short)
+
+
+@pytest.fixture(autouse=True)
+def one_thread(set_threads):
+    """Unless a test asks for more: the reference is thousands of small products."""
+    set_threads(1)
+
+
+@dtypes
+@formats
+@pytest.mark.parametrize("counts", [(1,), (3, 0, 2), (8,), (40, 0, 9)], ids=str)
+def test_sizes(bits, group, dtype, counts):
+    depths = (1, 33, 64, 193) if bits == 8 else (group, 3 * group)
+    for in_features in depths:
+        for out_features in (1, 33, 130):
+            check_grouped_gemm_quantized(
+                quantized_gemm_operands(
+                    counts, in_features, out_features, dtype, bits, group, tail=2, bias=True
+                )
+            )
+
+
+@dtypes
+@formats
+def test_a_dense_layer(bits, group, dtype):
+    """One expert with many features, as a model's head, of one token and of several."""
+    for rows in (1, 2, 12):
+        check_grouped_gemm_quantized(
+            quantized_gemm_operands((rows,), 256, 2100, dtype, bits, group)
+        )
+
+
+@formats
+def test_the_same_bits_for_any_layout_and_number_of_threads(bits, group, set_threads):
+    call = quantized_gemm_operands((5, 40), 128, 600, torch.bfloat16, bits, group, bias=True)
+    set_threads(1)
+    y = moe_ops.grouped_gemm_quantized(**call)
+    set_threads(2)
+    assert_identical(moe_ops.grouped_gemm_quantized(**call), y)
+    strided = as_strided_copy(call["a"], "step2_last")
+    call |= {"a": strided, "expert_offsets": torch.tensor([0, 5, 45])}
+    assert_identical(moe_ops.grouped_gemm_quantized(**call), y)
+
+
+def test_nothing():
+    call = quantized_gemm_operands((0, 0), 64, 8, torch.float32, 4, 32)
+    assert moe_ops.grouped_gemm_quantized(**call).shape == (0, 8)
+
+
+@formats
+def test_gradients_are_those_of_the_dequantised_weights(bits, group):
+    """Exact where a gradient is wanted, for adapters on top of a quantised model."""
+    call = quantized_gemm_operands((5, 40), 128, 24, torch.float32, bits, group, tail=2, bias=True)
+    grad, results = torch.randn(47, 24), []
+    for op, dtype in (
+        (moe_ops.grouped_gemm_quantized, torch.float32),
+        (reference.grouped_gemm_quantized, torch.float64),
+    ):
+        leaves = {n: call[n].to(dtype).requires_grad_() for n in ("a", "bias")}
+        y = op(**call | leaves)
+        results.append((y, *torch.autograd.grad(y, leaves.values(), grad.to(dtype))))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-5)
+
+
+@formats
+def test_weights_are_what_quant_says(bits, group):
+    w = torch.randn(1, 16, 128)
+    q, scale = quantized(w, bits, group)
+    eye = torch.eye(128)
+    y = moe_ops.grouped_gemm_quantized(eye, q, scale, torch.tensor([0, 128]))
+    torch.testing.assert_close(y.T, dequantize(q, scale)[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"a": torch.randn(5, 64, dtype=torch.float64)}, "a must be float32, bfloat16 or float16"),
+        ({"b": torch.zeros(1, 8, 64)}, "b must be int8, or uint8 with two 4-bit weights a byte"),
+        ({"b": torch.zeros(1, 8, 63, dtype=torch.int8)}, "b must have rows of K = 64 weights"),
+        ({"b_scale": torch.zeros(1, 7)}, "b_scale must have"),
+        ({"b_scale": torch.zeros(1, 8).bfloat16()}, "b_scale must be float32, got bfloat16"),
+        ({"bias": torch.zeros(1, 7)}, "bias must have"),
+        ({"expert_offsets": torch.tensor([0, 6])}, "expert_offsets"),
+    ],
+)
+def test_bad_calls(change, message):
+    call = {
+        "a": torch.randn(5, 64),
+        "b": torch.zeros(1, 8, 64, dtype=torch.int8),
+        "b_scale": torch.ones(1, 8),
+        "expert_offsets": torch.tensor([0, 5]),
+    }
+    with pytest.raises(ValueError, match=f"grouped_gemm_quantized: {message}"):
+        moe_ops.grouped_gemm_quantized(**call | change)
