@@ -219,3 +219,19 @@ def check_grouped_gemm_quantized(call: Kwargs) -> None:
     slack = slack if bool((bits[counts > 0] == 8).any()) else 1e-4
     error, norm = (y.double() - expected).norm(), expected.norm()
     assert error <= (eps(dtype) + slack) * norm + 1e-30, f"{error:.2e} of {norm:.2e}"
+
+
+def check_grouped_gemm_quantized_on_device(call: Kwargs) -> None:
+    """The same on CUDA, where the weights become numbers of a's dtype: each product of a and a
+    weight is off by half an ulp of the weight, the result by half of its own."""
+    exact = {**widened(call), "b": call["b"]}
+    expected = reference.grouped_gemm_quantized(**exact)
+    sizes = {name: exact[name].abs() for name in ("a", "bias") if name in exact}
+    codes = {"b": dequantized_weight(call["b"], call["b_scale"]).double().abs()}
+    offsets = {"expert_offsets": call["expert_offsets"]}
+    magnitude = reference.grouped_gemm(**sizes, **codes, **offsets)
+    with poisoned(expected.to(call["a"].dtype)):
+        y = ops.grouped_gemm_quantized(**call)
+    assert y.dtype == call["a"].dtype and y.shape == expected.shape
+    error = (y.double() - expected).norm()
+    assert error <= 2 * eps(y.dtype) * magnitude.norm() + 1e-30, f"{error:.2e}"
