@@ -94,7 +94,7 @@ demo: build
 
 test: build
 	@echo 'Running the test suite on the installed package.'
-	@OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(VENV)/bin/python -m pytest -n $(PYTEST_WORKERS) $(PYTEST_ARGS)
+	@OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(VENV)/bin/python -m pytest -n $(PYTEST_WORKERS) --dist loadgroup $(PYTEST_ARGS)
 
 # Ends with the smallest form of every call that failed; build/fuzz keeps what is done.
 fuzz: build

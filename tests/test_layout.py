@@ -334,10 +334,10 @@ def dispatch_table(schema: str) -> str:
     return torch._C._dispatch_dump(f"moe_ops::{schema}")
 
 
-# The outputs of sort_slots and pack_experts are integers: nothing to differentiate; the inputs of
-# the former are too: nothing to cast.
-NO_AUTOGRAD = {"sort_slots", "pack_experts"}
-NO_AUTOCAST = {"sort_slots"}
+# The outputs of these ops are integers: nothing to differentiate; the inputs of the first two are
+# too: nothing to cast.
+NO_AUTOGRAD = {"sort_slots", "dispatch_plan", "pack_experts"}
+NO_AUTOCAST = {"sort_slots", "dispatch_plan"}
 
 
 @pytest.mark.parametrize("schema", schemas())

@@ -1,11 +1,7 @@
 """Small experiments that show, or fail to show, what a system of the zoo claims.
 
-One file a system, named as in `moe_ops.zoo`, with
-
-    def run(seeds: Sequence[int], log: Callable[[str], None]) -> Report
-
-``python -m bench.experiments.NAME --seeds 3`` runs it at the root of the source tree; with
-``--save`` the numbers go to bench/experiments/results, tables and pictures to docs/zoo. A run takes
-at most ten minutes on two cores with three seeds. Arms that are compared share seed, data and data
-order, and what is compared is the difference within a seed.
+One module a system, named as in `moe_ops.zoo`, with an `EXPERIMENT` of studies
+(`bench.experiments.study`). ``python -m bench.experiments [SYSTEM ...] --hours 2`` runs what is
+missing of them, at the root of the source tree; docs/zoo.md says how, and what a verdict is.
+`fp8_training` and `quantized_quality` are scripts of their own, about precision.
 """

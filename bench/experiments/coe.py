@@ -7,16 +7,25 @@ are 2 + K expert calls a token where one iteration of K is 1 + K.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from statistics import fmean
+from typing import Any
 
-from moe_ops.zoo.coe import CoE, CoEConfig
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from . import command
-from .compare import against, over_steps
+from moe_ops.layers import Experts, Router, SharedExperts, load_balancing_loss
+from moe_ops.zoo.coe import ChainOfExperts, CoE, CoEConfig
+from moe_ops.zoo.lm.blocks import Step
+
+from .compare import Series, curves_picture, loss_picture, series
 from .picture import Picture
-from .report import Claim, Report
-from .text import load_domains
-from .training import Recipe, Trained, setting, train
+from .study import Experiment, Headline, Hypothesis, Job, Results, Run, Study
+from .text import DOMAINS, load_domains
+from .training import Recipe, job, setting
 
 BASE = CoEConfig(hidden_size=64, num_layers=2, num_heads=4, kv_rank=32, intermediate_size=32)
 RECIPE = Recipe(steps=500, batch=9, rate=3e-3)
@@ -38,72 +47,329 @@ def arms_of(base: CoEConfig) -> dict[str, CoEConfig]:
     }
 
 
-def run(
-    seeds: Sequence[int],
-    log: Callable[[str], None],
-    base: CoEConfig = BASE,
-    recipe: Recipe = RECIPE,
-) -> Report:
-    """The experiment."""
-    domains, arms = load_domains(), arms_of(base)
-    results: dict[str, list[Trained]] = {arm: [] for arm in arms}
-    for seed in seeds:
+def text_study(
+    name: str,
+    size: str,
+    rank: int,
+    minutes: float,
+    arms: Mapping[str, CoEConfig],
+    recipe: Recipe,
+    hypotheses: Sequence[Hypothesis],
+    domains: Sequence[str] = DOMAINS,
+) -> Study:
+    """Language models; the first arm is the baseline."""
+    there = partial(load_domains, domains)
+
+    def made() -> dict[str, str]:
+        found = setting(domains, recipe)
         for arm, config in arms.items():
-            trained = train(lambda config=config: CoE(config), domains, recipe, seed)
-            results[arm].append(trained)
-            log(f"seed {seed}, {arm}: {trained.loss:.4f} nats a byte, {trained.seconds:.0f} s")
-    made = setting(domains, recipe, seeds)
-    for arm, found in results.items():
-        config = arms[arm]
-        calls = config.num_iterations * (config.top_k + config.num_shared_experts)
-        total = found[0].model.num_parameters()["total"]
-        made[arm] = f"{total:,} parameters, {calls} expert calls a token and layer"
-    report = Report("coe", made, ["held-out loss, nats a byte", "MaxVio"])
-    for arm, found in results.items():
-        report.arms[arm] = [(t.loss, t.max_violation) for t in found]
+            calls = config.num_iterations * (config.top_k + config.num_shared_experts)
+            total = CoE(config).num_parameters()["total"]
+            found[arm] = f"{total:,} parameters, {calls} expert calls a token and layer"
+        return found
 
-    def claim(statement: str, a: str, b: str) -> Claim:
-        pairs = zip(results[a], results[b], strict=True)
-        return Claim(statement, [x.loss - y.loss for x, y in pairs], "nats a byte")
-
-    published = "{}, published residual"
-    report.claims = [
-        claim("two iterations of 2 are better than one of 4", "two iterations", "one iteration"),
-        claim(
-            "with the published residual too",
-            published.format("two iterations"),
-            published.format("one iteration"),
-        ),
-        claim("own gates are better than one for both", "two iterations", "two, one gate"),
-        claim(
-            "keeping the stream is better than the published residual",
-            "two iterations",
-            published.format("two iterations"),
-        ),
-    ]
-    report.pictures = [
-        Picture(
-            "loss",
-            "Held-out loss against one iteration of 4, same seed",
-            "",
-            "difference, nats a byte",
-            "bars",
-            against(results, "one iteration"),
-        ),
-        Picture(
-            "training",
-            "Training loss",
-            "step",
-            "nats a byte",
-            "lines",
-            over_steps(
-                {arm: [t.curve for t in found] for arm, found in results.items()},
-                max(1, recipe.steps // 20),
+    def pictures(results: Results) -> list[Picture]:
+        baseline, *rest = arms
+        names = (baseline, *rest)
+        return [
+            loss_picture(results, rest, baseline),
+            curves_picture(
+                results, names, recipe.steps, "training", "Training loss", "nats a byte", "curve"
             ),
-        ),
+        ]
+
+    runs = {
+        arm: job(arm, partial(CoE, config), recipe, domains=there, columns=("loss", "MaxVio"))
+        for arm, config in arms.items()
+    }
+    return Study(name, size, rank, runs, 5, minutes, hypotheses, made, pictures)
+
+
+def gap(
+    statement: str,
+    a: str,
+    b: str,
+    key: str = "",
+    pilot: tuple[float, float, str] | None = None,
+    column: str = "loss",
+    unit: str = "nats a byte",
+) -> Hypothesis:
+    """Arm a is below arm b; pilot: mean, deviation of a seed's, where they are from."""
+    expected, deviation, said = pilot or (None, None, "")
+    return Hypothesis(
+        statement,
+        lambda r: r.gap(a, b, column),
+        unit,
+        key=key,
+        expected=expected,
+        deviation=deviation,
+        pilot=said,
+    )
+
+
+# --- several memorised look-ups in a row
+
+
+@dataclass(frozen=True)
+class LookUps:
+    """A task that is `depth` look-ups deep, for one layer without attention.
+
+    A token is a symbol and the names of `depth` tables in a row; its class is what the last table
+    has for what the table before has, and so on, for the symbol. Tables are permutations, drawn by
+    seed, that only training tells. `std` is that of the embeddings at first, as in the language
+    models; the routers have the options of the published system.
+    """
+
+    symbols: int = 32
+    tables: int = 16
+    depth: int = 2
+    hidden_size: int = 128
+    intermediate_size: int = 128
+    num_experts: int = 16
+    steps: int = 1200
+    batch: int = 256
+    rate: float = 1e-3
+    std: float = 0.02
+    warmup: int = 50
+    balance: float = 0.01
+    looks: int = 6
+
+
+class Chain(nn.Module):
+    """Embeddings of the symbol and of each table's name, layers of experts, a head."""
+
+    def __init__(self, task: LookUps, layers: int, iterations: int, top_k: int, gates: int) -> None:
+        super().__init__()
+        hidden = task.hidden_size
+        self.symbol = nn.Embedding(task.symbols, hidden)
+        self.names = nn.ModuleList(nn.Embedding(task.tables, hidden) for _ in range(task.depth))
+        self.norms = nn.ModuleList(nn.RMSNorm(hidden) for _ in range(layers))
+        self.layers = nn.ModuleList(
+            ChainOfExperts(
+                [Router(hidden, task.num_experts, top_k, renormalize=False) for _ in range(gates)],
+                Experts(task.num_experts, hidden, task.intermediate_size),
+                SharedExperts(hidden, task.intermediate_size),
+                iterations,
+                inner_residual=True,
+            )
+            for _ in range(layers)
+        )
+        self.norm = nn.RMSNorm(hidden)
+        self.head = nn.Linear(hidden, task.symbols, bias=False)
+        for embedding in (self.symbol, *self.names):
+            nn.init.normal_(embedding.weight, std=task.std)
+
+    def forward(self, symbols: Tensor, names: Tensor) -> tuple[Tensor, Tensor]:
+        """symbols [N], names [N, depth] to logits [N, symbols] and the sum of balance losses."""
+        x = self.symbol(symbols) + sum(e(n) for e, n in zip(self.names, names.T, strict=True))
+        step = Step(None, None, True)
+        for i, (norm, layer) in enumerate(zip(self.norms, self.layers, strict=True)):
+            x = x + layer(norm(x), step, str(i))
+        losses = [
+            load_balancing_loss(r.routing.router_logits, r.routing.topk_ids)
+            for r in step.routing or ()
+        ]
+        return self.head(self.norm(x)), torch.stack(losses).sum()
+
+
+# Name -> layers, iterations, experts in each, gates of a layer.
+CHAINS = {
+    "one iteration of 4": (1, 1, 4, 1),
+    "two iterations of 2": (1, 2, 2, 2),
+    "two of 2, one gate": (1, 2, 2, 1),
+    "two layers, one iteration of 4": (2, 1, 4, 1),
+}
+
+
+def look_up(arm: str, task: LookUps) -> Job:
+    """Trains one arm; cross-entropy and accuracy over all symbols and rows of tables."""
+
+    def perform(seed: int, run: Run) -> dict[str, Any]:
+        draw = torch.Generator().manual_seed(seed)
+        shape = (task.depth, task.tables, task.symbols)
+        tables = torch.rand(shape, generator=draw).argsort(-1)
+
+        def target(symbols: Tensor, names: Tensor) -> Tensor:
+            for place in range(task.depth):
+                symbols = tables[place, names[:, place], symbols]
+            return symbols
+
+        ranges = [torch.arange(task.symbols), *[torch.arange(task.tables)] * task.depth]
+        every = torch.cartesian_prod(*ranges)
+        torch.manual_seed(seed)
+        model = Chain(task, *CHAINS[arm])
+        optimizer = torch.optim.AdamW(model.parameters(), lr=task.rate, betas=(0.9, 0.95))
+        found: dict[str, list[float]] = {"loss": [], "accuracy": []}
+        done = 0
+
+        def state() -> dict[str, Any]:
+            return {
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "draw": draw.get_state(),
+                "found": found,
+                "done": done,
+            }
+
+        saved = run.load()
+        if saved is not None:
+            model.load_state_dict(saved["model"])
+            optimizer.load_state_dict(saved["optimizer"])
+            draw.set_state(saved["draw"])
+            found, done = saved["found"], saved["done"]
+        recipe = Recipe(task.steps, rate=task.rate, warmup=task.warmup)
+        while done < task.steps:
+            for group in optimizer.param_groups:
+                group["lr"] = recipe.rate_at(done)
+            rows = every[torch.randint(len(every), (task.batch,), generator=draw)]
+            logits, balance = model(rows[:, 0], rows[:, 1:])
+            loss = F.cross_entropy(logits, target(rows[:, 0], rows[:, 1:]))
+            optimizer.zero_grad()
+            (loss + task.balance * balance).backward()
+            optimizer.step()
+            done += 1
+            if done % (task.steps // task.looks) == 0:
+                with torch.no_grad():
+                    logits, _ = model(every[:, 0], every[:, 1:])
+                right = target(every[:, 0], every[:, 1:])
+                found["loss"].append(F.cross_entropy(logits, right).item())
+                found["accuracy"].append((logits.argmax(-1) == right).double().mean().item())
+            run.step(done, task.steps, state)
+        half = task.looks // 2 - 1
+        row = {
+            "loss, mean of looks": fmean(found["loss"]),
+            "loss": found["loss"][-1],
+            "accuracy, half way": found["accuracy"][half],
+            "accuracy": found["accuracy"][-1],
+        }
+        return {"rows": {arm: row}, "looks": found["loss"]}
+
+    return perform
+
+
+def look_up_study(
+    name: str,
+    size: str,
+    rank: int,
+    minutes: float,
+    task: LookUps,
+    *,
+    key: str = "looked up",
+    pilot: tuple[float, float, str] | None = None,
+) -> Study:
+    """`key`: of the headline that the first hypothesis decides; pilot: of that."""
+    one, two, single, deep = CHAINS
+    early = "loss, mean of looks"
+
+    def made() -> dict[str, str]:
+        found = {
+            "Task": f"{task.depth} look-ups in a row, {task.tables} tables of {task.symbols} "
+            "symbols for each; measured over all rows, which are those of training too",
+            "Training": f"{task.steps} steps of {task.batch} rows, AdamW {task.rate:g} (warm-up "
+            f"{task.warmup}, cosine to a tenth), balance loss {task.balance:g}, embeddings of "
+            f"deviation {task.std:g} at first; {task.looks} looks",
+            "Model": f"width {task.hidden_size}, {task.num_experts} experts of "
+            f"{task.intermediate_size} and a shared one in a layer, no attention",
+        }
+        for arm, sizes in CHAINS.items():
+            count = sum(p.numel() for p in Chain(task, *sizes).parameters())
+            layers, iterations, top_k, _ = sizes
+            calls = layers * iterations * (top_k + 1)
+            found[arm] = f"{count:,} parameters, {calls} expert calls a token"
+        return found
+
+    hypotheses = [
+        gap("two iterations of 2 learn faster than one of 4", two, one, key, pilot, early, "nats"),
+        gap("and end lower", two, one, "", None, "loss", "nats"),
+        gap("own gates learn faster than one for both", two, single, "", None, early, "nats"),
+        gap("two iterations learn faster than a second layer", two, deep, "", None, early, "nats"),
     ]
-    return report
+
+    def pictures(results: Results) -> list[Picture]:
+        looks = [task.steps * (i + 1) // task.looks for i in range(task.looks)]
+        curves: Series = {arm: series(looks, results.every(arm, "looks")) for arm in CHAINS}
+        title = f"{task.depth} look-ups in a row: cross-entropy"
+        return [Picture("look-ups", title, "step", "nats", "lines", curves)]
+
+    runs = {arm: look_up(arm, task) for arm in CHAINS}
+    return Study(name, size, rank, runs, 5, minutes, hypotheses, made, pictures)
 
 
-if __name__ == "__main__":
-    command.main("coe", run)
+ONE, TWO = "one iteration", "two iterations"
+PUBLISHED_ONE, PUBLISHED_TWO = f"{ONE}, published residual", f"{TWO}, published residual"
+# The published comparison in small: 63 experts and a shared one, its residual.
+MATHS = CoEConfig(
+    hidden_size=64, num_layers=2, num_heads=4, kv_rank=32, intermediate_size=16, num_experts=63,
+    outer_residual=False,
+)  # fmt: skip
+WIDE_MATHS = dataclasses.replace(
+    MATHS, hidden_size=128, num_layers=4, kv_rank=64, nope_size=32, rope_size=16, v_size=32,
+    intermediate_size=32,
+)  # fmt: skip
+
+
+def pair_of(base: CoEConfig) -> dict[str, CoEConfig]:
+    return {
+        "C1K8": dataclasses.replace(base, num_iterations=1, top_k=8),
+        "C2K4": dataclasses.replace(base, num_iterations=2, top_k=4),
+    }
+
+
+MATHS_CLAIM = gap("C2K4 is better than C1K8, published residual", "C2K4", "C1K8", "maths")
+EXPERIMENT = Experiment(
+    "coe",
+    (
+        text_study(
+            "coe-500", "0.6 MB", 33, 0.5, arms_of(BASE), RECIPE,
+            [
+                gap(
+                    "two iterations of 2 are better than one of 4", TWO, ONE, "text",
+                    (0.02, 0.042, "seeds 0 to 2 at this size"),
+                ),
+                gap("with the published residual too", PUBLISHED_TWO, PUBLISHED_ONE),
+                gap("own gates are better than one for both", TWO, "two, one gate", "gates"),
+                gap("keeping the stream is better than the published residual", TWO, PUBLISHED_TWO),
+            ],
+        ),
+        look_up_study(
+            "coe-look-ups", "two look-ups", 14, 0.7, LookUps(),
+            pilot=(-0.18, 0.1, "seed 0 (the deviation is a guess)"),
+        ),
+        look_up_study(
+            "coe-look-ups-fast", "two look-ups, rate 3e-3", 18, 0.7, LookUps(rate=3e-3, std=1.0),
+            key="fast", pilot=(-0.07, 0.1, "seed 0 (the deviation is a guess)"),
+        ),
+        look_up_study(
+            "coe-three-look-ups", "three look-ups", 19, 0.9,
+            LookUps(symbols=16, tables=8, depth=3, steps=2400),
+        ),
+        text_study(
+            "coe-maths-2000", "2.3 MB of maths, H 64", 40, 1.7, pair_of(MATHS),
+            dataclasses.replace(RECIPE, steps=2000), [MATHS_CLAIM], ("maths",),
+        ),
+        text_study(
+            "coe-maths-wide", "8 MB of maths, H 128", 60, 15.0, pair_of(WIDE_MATHS),
+            dataclasses.replace(RECIPE, steps=7000), [MATHS_CLAIM], ("maths",),
+        ),
+    ),
+    (
+        Headline(
+            "looked up", "two iterations learn look-ups in a row faster than one",
+            "communication between experts", "mechanism",
+        ),
+        Headline(
+            "fast", "so too at three times the rate", "communication between experts", "mechanism",
+        ),
+        Headline(
+            "text", "C2K2 has lower loss than C1K4", "1.20 to 1.12 on mathematics (C2K4, C1K8)",
+            "quality", earlier="two iterations of 2 are better than one of 4",
+        ),
+        Headline(
+            "maths", "C2K4 has lower loss than C1K8 on mathematics", "1.20 to 1.12", "quality",
+        ),
+        Headline(
+            "gates", "own gates are better than one", "1.12 against 1.24", "mechanism",
+            earlier="own gates are better than one for both",
+        ),
+    ),
+)  # fmt: skip

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from .picture import Picture
 from .report import means
-from .training import Trained
+from .study import Results
 
 Series = dict[str, dict[str, Any]]
 
@@ -16,28 +17,45 @@ def series(x: Sequence[Any], rows: Sequence[Sequence[float]]) -> dict[str, Any]:
     return means(x, list(zip(*rows, strict=True)))
 
 
-def over_steps(arms: Mapping[str, Sequence[Sequence[float]]], every: int) -> Series:
-    """Arm -> one curve a seed, to means of `every` steps each; a rest shorter than that goes."""
+def over_steps(arms: Mapping[str, Sequence[Sequence[float]]], steps: int) -> Series:
+    """Arm -> one thinned curve a seed, of so many steps."""
     found = {}
     for arm, curves in arms.items():
-        count = len(curves[0]) // every
-        blocks = [
-            [sum(c[i * every : (i + 1) * every]) / every for i in range(count)] for c in curves
-        ]
-        found[arm] = series([(i + 0.5) * every for i in range(count)], blocks)
+        count = len(curves[0])
+        x = [(i + 0.5) * steps / count for i in range(count)]
+        found[arm] = series(x, curves)
     return found
 
 
-def against(results: Mapping[str, Sequence[Trained]], baseline: str) -> Series:
-    """Held-out loss minus that of the baseline with the same seed: of each domain and the mean."""
-    names = list(results[baseline][0].heldout)
+def against(results: Results, arms: Sequence[str], baseline: str) -> Series:
+    """Held-out loss minus that of the baseline with the same seed: of each domain and the mean.
+
+    Arms are runs of the same name.
+    """
     found = {}
-    for arm, trained in results.items():
-        if arm == baseline:
-            continue
-        rows = [
-            [a.heldout[n] - b.heldout[n] for n in names] + [a.loss - b.loss]
-            for a, b in zip(trained, results[baseline], strict=True)
-        ]
-        found[arm] = series([*names, "mean"], rows)
+    for arm in arms:
+        pairs = zip(results.every(arm, "heldout"), results.every(baseline, "heldout"), strict=True)
+        rows = [{name: a[name] - b[name] for name in a} for a, b in pairs]
+        names = list(rows[0])
+        values = [[r[n] for n in names] + [sum(r.values()) / len(r)] for r in rows]
+        found[arm] = series([*names, "mean"], values)
     return found
+
+
+def loss_picture(results: Results, arms: Sequence[str], baseline: str) -> Picture:
+    return Picture(
+        "loss",
+        f"Held-out loss against {baseline}, same seed",
+        "",
+        "difference, nats a byte",
+        "bars",
+        against(results, arms, baseline),
+    )
+
+
+def curves_picture(
+    results: Results, arms: Sequence[str], steps: int, name: str, title: str, unit: str, of: str
+) -> Picture:
+    """Of what the runs have under `of`, over the steps of training."""
+    curves = {arm: results.every(arm, of) for arm in arms}
+    return Picture(name, title, "step", unit, "lines", over_steps(curves, steps))

@@ -1,46 +1,42 @@
 """HoME beside MMoE and PLE: are experts healthy, and does it help?
 
-    python -m bench.experiments.home --seeds 3
-
 On generated rows, whose structure is known, and on MovieLens 100k where recbole is installed. Each
 model with ReLU experts and with normalised Swish experts (a star), so that structure is compared
 within one kind of expert. Experts of MMoE and PLE are so wide that these models have as many
 parameters as HoME, whose feature gates are the largest part of it where there are many features.
 Epochs are chosen on validation AUC, and numbers are of the test rows. On the generated rows there
 are also HoME* without one of its parts, and MMoE* whose gates stay as they were drawn: what experts
-and towers reach without learning whom to ask.
+and towers reach without learning whom to ask. `home_stream` has the same models on rows of which
+each is seen once.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 import math
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 
-from bench.experiments import command, matching
+from bench.experiments.home_arms import (
+    EXPERTS,
+    FIXED,
+    LR,
+    MODELS,
+    WITHOUT,
+    parameters,
+    with_parts,
+)
 from bench.experiments.home_data import Table, generated, movielens
+from bench.experiments.home_stream import RARE, SMALL, stream_study
 from bench.experiments.picture import Picture
-from bench.experiments.report import Claim, Report, gaps
+from bench.experiments.report import means
+from bench.experiments.study import Experiment, Headline, Hypothesis, Job, Results, Run, Study
 from moe_ops.zoo.home import HoMEConfig, MultiTask, build
 from moe_ops.zoo.home.layers import GatedLayer, Trace
 from moe_ops.zoo.home.training import evaluate, fit
 
-LR = 2e-3
-EXPERTS = {
-    "MMoE": {"model": "mmoe", "num_shared": 8},
-    "PLE": {"model": "ple", "num_shared": 2, "num_task": 1},
-    "HoME": {"model": "home", "num_shared": 2, "num_category": 1, "num_task": 1},
-}
-# HoME* without one part, and the floor: on the generated rows only.
-WITHOUT = {
-    "HoME* without hierarchy": ("HoME*", {"hierarchy": False}),
-    "HoME* without feature gates": ("HoME*", {"feature_gate": "none"}),
-    "HoME* without self gates": ("HoME*", {"self_gate": False}),
-}
-FIXED = "MMoE* with fixed gates"
 GENERATED, FILMS = "generated", "MovieLens 100k"
 
 
@@ -51,28 +47,6 @@ class Schedule(NamedTuple):
 
 
 SCHEDULES = {GENERATED: Schedule(256, 12, 2), FILMS: Schedule(1024, 6, 1)}
-COLUMNS = (
-    "test AUC", "test GAUC", "AUC after epoch 1", "zeros", "scale ratio", "gate entropy",
-    "parameters", "MFLOP a row",
-)  # fmt: skip
-
-
-def parameters(model: MultiTask) -> int:
-    """Without embeddings and towers, which all models share."""
-    return sum(
-        p.numel()
-        for name, p in model.named_parameters()
-        if not name.startswith(("features", "towers"))
-    )
-
-
-def matched(config: HoMEConfig, target: int) -> HoMEConfig:
-    """The config with the hidden width of experts that comes nearest to `target` parameters."""
-
-    def at(width: int) -> HoMEConfig:
-        return dataclasses.replace(config, expert_hidden=width)
-
-    return at(matching.width(lambda width: parameters(build(at(width))), target))
 
 
 def arms(table: Table) -> dict[str, HoMEConfig]:
@@ -82,17 +56,10 @@ def arms(table: Table) -> dict[str, HoMEConfig]:
         categories=table.categories,
         expert_hidden=32,
     )
-    found: dict[str, HoMEConfig] = {}
-    target = parameters(build(dataclasses.replace(base, **EXPERTS["HoME"])))
-    for name, experts in EXPERTS.items():
-        config = matched(dataclasses.replace(base, **experts), target)
-        found[name] = dataclasses.replace(config, expert_norm=False)
-        found[f"{name}*"] = config
-    if table.name == GENERATED:
-        for name, (whole, change) in WITHOUT.items():
-            found[name] = dataclasses.replace(found[whole], **change)
-        found[FIXED] = found["MMoE*"]
-    return found
+    every = with_parts(base)
+    if table.name != GENERATED:
+        every = {name: every[name] for name in MODELS}
+    return every
 
 
 def flops(model: MultiTask) -> float:
@@ -109,12 +76,8 @@ def flops(model: MultiTask) -> float:
     return 2e-6 * sum(matrices)
 
 
-class Measured(NamedTuple):
-    row: list[float]
-    gates: torch.Tensor  # [M, E]: mean weights of the last level's gates on test rows
-
-
-def measure(config: HoMEConfig, table: Table, seed: int, fixed: bool = False) -> Measured:
+def measure(config: HoMEConfig, table: Table, seed: int, fixed: bool = False) -> dict[str, Any]:
+    """A row, and the mean weights of the last level's gates on test rows."""
     torch.manual_seed(seed)
     model, schedule = build(config), SCHEDULES[table.name]
     layers = [m for m in model.modules() if isinstance(m, GatedLayer)]
@@ -138,10 +101,17 @@ def measure(config: HoMEConfig, table: Table, seed: int, fixed: bool = False) ->
         model.eval()(table.test.categorical, table.test.dense, trace)
     zeros = max(float(level.zero_fraction().max()) for level in trace)
     ratio = max(level.scale_ratio() for level in trace)
-    first = history.valid[0].mean_auc
-    row = [scores.mean_auc, scores.mean_gauc, first, zeros, ratio, evenness(layers, trace)]
-    row += [float(parameters(model)), flops(model)]
-    return Measured(row, trace[-1].weights.mean(0))
+    row = {
+        "test AUC": scores.mean_auc,
+        "test GAUC": scores.mean_gauc,
+        "AUC after epoch 1": history.valid[0].mean_auc,
+        "zeros": zeros,
+        "scale ratio": ratio,
+        "gate entropy": evenness(layers, trace),
+        "parameters": float(parameters(model)),
+        "MFLOP a row": flops(model),
+    }
+    return {"row": row, "gates": trace[-1].weights.mean(0).tolist()}
 
 
 def evenness(layers: Sequence[GatedLayer], trace: Sequence[Trace]) -> float:
@@ -154,72 +124,110 @@ def evenness(layers: Sequence[GatedLayer], trace: Sequence[Trace]) -> float:
     return sum(shares) / len(shares)
 
 
-def run(seeds: Sequence[int], log: Callable[[str], None]) -> Report:
-    """Trains every arm on every table with every seed."""
-    report = Report(
-        "home",
-        {
-            "Data": "generated rows (30000, four tasks in two categories), drawn anew by seed",
-            "Training": f"Adam {LR:g}, the epoch of the best validation AUC; "
-            + "; ".join(
-                f"{name}: batch {s.batch}, at most {s.epochs} epochs, patience {s.patience}"
-                for name, s in SCHEDULES.items()
-            ),
-            "Tried": "generated rows with batch 1024 and 6 epochs first, one seed (AUC of MMoE*, "
-            "PLE*, HoME and HoME* 0.71 to 0.76); nothing else was searched",
+# A table is the same for all arms of a seed.
+@functools.lru_cache(maxsize=1)
+def drawn(seed: int) -> Table:
+    return generated(seed)
+
+
+@functools.cache
+def films() -> Table:
+    table = movielens()
+    if table is None:
+        raise ImportError(f"{FILMS} needs the package recbole: pip install --no-deps recbole")
+    return table
+
+
+def one(name: str, arm: str) -> Job:
+    """A run: one model on one table."""
+
+    def perform(seed: int, run: Run) -> dict[str, Any]:
+        table = drawn(seed) if name == GENERATED else films()
+        found = measure(arms(table)[arm], table, seed, fixed=arm == FIXED)
+        return {"rows": {f"{name}: {arm}": found["row"]}, "gates": found["gates"]}
+
+    return perform
+
+
+def table_study(name: str, table: str, rank: int, minutes: float, names: Sequence[str]) -> Study:
+    """All models on one of the two tables."""
+    schedule = SCHEDULES[table]
+
+    def made() -> dict[str, str]:
+        return {
+            "Data": "generated rows (30000, four tasks in two categories), drawn anew by seed"
+            if table == GENERATED
+            else "MovieLens 100k, seven tasks; each user's last fifth is the test",
+            "Training": f"Adam {LR:g}, batch {schedule.batch}, the epoch of the best validation "
+            f"AUC of at most {schedule.epochs}, patience {schedule.patience}",
             "Parameters": "experts of MMoE and PLE are widened to HoME's number of parameters; "
             "HoME* without a part has fewer",
             "Zeros and scale": "the worst expert's share of outputs that are 0, and the worst "
             "level's largest over smallest deviation of an expert's outputs, on test rows",
             "Gate entropy": "mean over gates, as a share of that of equal weights",
-        },
-        COLUMNS,
+        }
+
+    runs = {arm: one(table, arm) for arm in names}
+    return Study(
+        name,
+        table,
+        rank,
+        runs,
+        5,
+        minutes,
+        hypotheses(table, names),
+        made,
+        functools.partial(pictures, table=table),
     )
-    films = movielens()
-    gates: dict[str, list[torch.Tensor]] = {}
-    if films is None:
-        log("recbole is not installed: MovieLens 100k is left out")
-    for seed in seeds:
-        for table in (generated(seed), films):
-            if table is None:
-                continue
-            for arm, config in arms(table).items():
-                row, weights = measure(config, table, seed, fixed=arm == FIXED)
-                report.arms.setdefault(f"{table.name}: {arm}", []).append(row)
-                if arm == "HoME*":
-                    gates.setdefault(table.name, []).append(weights)
-                log(f"seed {seed}, {table.name}, {arm}: AUC {row[0]:.4f}, GAUC {row[1]:.4f}")
-    tables = [GENERATED] + [FILMS] * (films is not None)
-    report.claims = claims(report, tables)
-    table = films or generated(seeds[0])
-    report.pictures = pictures(report, tables, table, torch.stack(gates[table.name]).mean(0))
-    return report
 
 
-def pictures(
-    report: Report, tables: Sequence[str], table: Table, weights: torch.Tensor
-) -> list[Picture]:
-    names = [f"{name}{star}" for name in EXPERTS for star in ("", "*")]
+def hypotheses(table: str, names: Sequence[str]) -> list[Hypothesis]:
+    def between(
+        statement: str, a: str, b: str, column: str, unit: str, key: str = "", below: bool = False
+    ) -> Hypothesis:
+        def of(r: Results) -> list[float]:
+            return r.gap(f"{table}: {a}", f"{table}: {b}", column)
 
-    def bars(value: Callable[[str, str], list[float]]) -> dict[str, dict[str, list]]:
-        series = {}
-        for t in tables:
-            numbers = [Claim("", value(t, name), "") for name in names]
-            series[t] = {
-                "x": names,
-                "y": [c.mean for c in numbers],
-                "error": [c.standard_error if len(c.differences) > 1 else 0.0 for c in numbers],
-            }
-        return series
+        return Hypothesis(statement, of, unit, below=below, key=key)
 
-    def column(t: str, arm: str, i: int) -> list[float]:
-        return [row[i] or 0.0 for row in report.arms[f"{t}: {arm}"]]
+    found = []
+    for name in EXPERTS:
+        key = "zeros" if name == "HoME" else ""
+        statement = f"{table}: normalised Swish experts of {name} have fewer zeros"
+        found.append(between(statement, f"{name}*", name, "zeros", "share", key, True))
+        key = "scale" if name == "HoME" else ""
+        statement = f"{table}: and outputs of more even scale"
+        found.append(between(statement, f"{name}*", name, "scale ratio", "ratio", key, True))
+        statement = f"{table}: and a better AUC after one epoch"
+        found.append(between(statement, f"{name}*", name, "AUC after epoch 1", "AUC"))
+    pairs = [
+        ("HoME", "PLE", ""),
+        ("HoME*", "PLE*", "PLE"),
+        ("HoME", "MMoE", ""),
+        ("HoME*", "MMoE*", "MMoE"),
+    ]
+    for a, b, key in pairs:
+        statement = f"{table}: {a} is ahead of {b} in test AUC"
+        found.append(between(statement, a, b, "test AUC", "AUC", key))
+    statement = f"{table}: HoME* (the paper's) is ahead of MMoE in test AUC"
+    found.append(between(statement, "HoME*", "MMoE", "test AUC", "AUC"))
+    for name in (n for n in WITHOUT if n in names):
+        statement = f"{table}: HoME* is ahead of {name} in test AUC"
+        found.append(between(statement, "HoME*", name, "test AUC", "AUC"))
+    if FIXED in names:
+        statement = f"{table}: MMoE* is ahead of {FIXED} in test AUC"
+        found.append(between(statement, "MMoE*", FIXED, "test AUC", "AUC"))
+    return found
 
-    def ahead(t: str, arm: str) -> list[float]:
-        pairs = zip(column(t, arm, 0), column(t, "MMoE", 0), strict=True)
-        return [100 * (a - b) for a, b in pairs]
 
-    config = arms(table)["HoME*"]
+def pictures(results: Results, table: str) -> list[Picture]:
+    names = list(MODELS)
+    zeros = [results.of(f"{table}: {name}", "zeros") for name in names]
+    ahead = [
+        [100 * x for x in results.gap(f"{table}: {name}", f"{table}: MMoE", "test AUC")]
+        for name in names
+    ]
+    config = arms(drawn(results.seeds[0]) if table == GENERATED else films())["HoME*"]
     owners = [
         f"category {c + 1}"
         for c in range(len(config.categories))
@@ -227,64 +235,51 @@ def pictures(
     ]
     owners += ["all"] * config.num_shared
     owners += [task for task in config.tasks for _ in range(config.num_task)]
+    weights = torch.tensor(results.every("HoME*", "gates")).mean(0)
     gates = {"x": owners, "y": list(config.tasks), "z": weights.tolist()}
     return [
         Picture(
-            "zeros", "Outputs that are zero; stars: normalised Swish experts", "model",
-            "zeros of the worst expert, share", "bars", bars(lambda t, a: column(t, a, 3)),
+            "zeros", f"{table}: outputs that are zero; stars: normalised Swish experts", "model",
+            "zeros of the worst expert, share", "bars", {"": means(names, zeros)},
         ),
         Picture(
-            "auc", "Test AUC beside MMoE with ReLU experts, same seed", "model",
-            "difference in AUC, points", "bars", bars(ahead),
+            "auc", f"{table}: test AUC beside MMoE with ReLU experts, same seed", "model",
+            "difference in AUC, points", "bars", {"": means(names, ahead)},
         ),
         Picture(
-            "gates", f"HoME* on {table.name}: mean weights of the second level's gates",
+            "gates", f"HoME* on {table}: mean weights of the second level's gates",
             "expert belongs to", "task", "heatmap", {"": gates},
         ),
     ]  # fmt: skip
 
 
-def claims(report: Report, tables: Sequence[str]) -> list[Claim]:
-    def between(table: str, a: str, b: str, i: int) -> list[float]:
-        return gaps(report.arms, f"{table}: {a}", f"{table}: {b}", i)
-
-    found = []
-    for table in tables:
-        for name in EXPERTS:
-            found.append(
-                Claim(
-                    f"{table}: normalised Swish experts of {name} have fewer zeros",
-                    between(table, f"{name}*", name, 3),
-                    "share",
-                )
-            )
-            found.append(
-                Claim(
-                    f"{table}: and outputs of more even scale",
-                    between(table, f"{name}*", name, 4),
-                    "ratio",
-                )
-            )
-            found.append(
-                Claim(
-                    f"{table}: and a better AUC after one epoch",
-                    between(table, f"{name}*", name, 2),
-                    "AUC",
-                    below=False,
-                )
-            )
-        for a, b in (("HoME", "PLE"), ("HoME*", "PLE*"), ("HoME", "MMoE"), ("HoME*", "MMoE*")):
-            statement = f"{table}: {a} is ahead of {b} in test AUC"
-            found.append(Claim(statement, between(table, a, b, 0), "AUC", below=False))
-        statement = f"{table}: HoME* (the paper's) is ahead of MMoE in test AUC"
-        found.append(Claim(statement, between(table, "HoME*", "MMoE", 0), "AUC", below=False))
-    for name in WITHOUT:
-        statement = f"{GENERATED}: HoME* is ahead of {name} in test AUC"
-        found.append(Claim(statement, between(GENERATED, "HoME*", name, 0), "AUC", below=False))
-    statement = f"{GENERATED}: MMoE* is ahead of {FIXED} in test AUC"
-    found.append(Claim(statement, between(GENERATED, "MMoE*", FIXED, 0), "AUC", below=False))
-    return found
-
-
-if __name__ == "__main__":
-    command.main("home", run)
+EXPERIMENT = Experiment(
+        "home",
+        (
+            table_study("home-generated", GENERATED, 37, 0.4, (*MODELS, *WITHOUT, FIXED)),
+            table_study("home-films", FILMS, 38, 0.6, MODELS),
+            stream_study("home-stream", "1 M rows, each once", 17, 0.4, SMALL, pilot=True),
+            stream_study("home-rare", "5 M rows, each once", 55, 4.0, RARE, pilot=False),
+        ),
+        (
+            Headline(
+                "zeros", "normalised Swish experts are never all zeros",
+                "over 90 % zeros of some experts without", "mechanism",
+                earlier="generated: normalised Swish experts of HoME have fewer zeros",
+            ),
+            Headline(
+                "scale", "and have outputs of one scale", "scales differ much without", "mechanism",
+                earlier="generated: and outputs of more even scale",
+            ),
+            Headline(
+                "MMoE", "HoME* is ahead of MMoE*", "not at hand", "quality",
+                earlier="generated: HoME* is ahead of MMoE* in test AUC",
+            ),
+            Headline(
+                "PLE", "HoME* is ahead of PLE*", "not at hand", "quality",
+                earlier="generated: HoME* is ahead of PLE* in test AUC",
+            ),
+            Headline("MMoE by", "by 0.002 of AUC or more, MMoE*", "not at hand", "quality"),
+            Headline("PLE by", "by 0.002 of AUC or more, PLE*", "not at hand", "quality"),
+        ),
+)  # fmt: skip

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Sequence
+from statistics import fmean
+from typing import Any
 
 import torch
 
 from moe_ops.zoo.moduleformer import ModuleFormer, ModuleFormerConfig
 
-from . import command
 from .compare import Series, series
 from .picture import Picture
-from .report import Claim, Report
-from .text import Domain, heldout_batches, load_domains
+from .study import Experiment, Headline, Hypothesis, Job, Results, Run, Study
+from .text import DOMAINS, Domain, heldout_batches, load_domains
 from .training import Recipe, Trained, evaluate, setting, train
 
 BASE = ModuleFormerConfig(
@@ -36,52 +37,51 @@ THRESHOLDS = (0.001, 0.003, 0.01, 0.03, 0.06, 0.1, 0.15, 0.2, 0.3, 0.4)
 LOSS_ALLOWED = 0.01
 
 
-def run(
-    seeds: Sequence[int],
-    log: Callable[[str], None],
-    base: ModuleFormerConfig = BASE,
-    recipe: Recipe = RECIPE,
-) -> Report:
-    """The experiment. The domain that is fine-tuned to is the first; the new one is the last."""
-    domains = load_domains()
-    *old, new = domains
-    tuning = dataclasses.replace(recipe, steps=max(1, recipe.steps // 2))
-    numbers: dict[str, list[list[float | None]]] = {}
-    measured: dict[str, list[float]] = {}
-    told: dict[str, list[dict[str, float]]] = {}
-    cuts: dict[str, list[list[tuple[float, float]]]] = {}
+def whole(base: ModuleFormerConfig, recipe: Recipe) -> Job:
+    """All arms of a seed: what is tuned, pruned or taught begins with what another arm trained.
 
-    def note(arm: str, trained: Trained, **more: float) -> None:
-        row = [trained.loss, more.get("information"), more.get("pruned"), more.get("forgotten")]
-        numbers.setdefault(arm, []).append(row)
-        for name, value in more.items():
-            measured.setdefault(f"{arm} {name}", []).append(value)
-        log(
-            f"{arm}: {trained.loss:.4f} nats a byte, "
-            + str({k: f"{v:.3f}" for k, v in more.items()})
-        )
+    The domain that is tuned to is the first; the new one is the last.
+    """
 
-    for seed in seeds:
+    def perform(seed: int, run: Run) -> dict[str, Any]:
+        domains = load_domains()
+        *old, new = domains
+        tuning = tuning_of(recipe)
+        rows: dict[str, dict[str, float | None]] = {}
+        kept: dict[str, Any] = {"information": {}, "cuts": {}, "change": {}}
+
+        def note(arm: str, trained: Trained, **more: float) -> None:
+            numbers: dict[str, float | None] = dict.fromkeys(COLUMNS)
+            rows[arm] = {**numbers, "loss": trained.loss, **more}
+
         losses = {"mutual information": "mutual_information", "balance": "load_balancing"}
         for arm, name in losses.items():
             coefficients = {name: BALANCE}
             trained = train(
-                lambda: ModuleFormer(base), domains, recipe, seed, coefficients=coefficients
+                lambda: ModuleFormer(base),
+                domains,
+                recipe,
+                seed,
+                coefficients=coefficients,
+                run=run.part(name),
             )
-            told.setdefault(arm, []).append(layer_information(trained.model, domains, recipe))
-            note(arm, trained, information=_mean(told[arm][-1].values()))
+            told = layer_information(trained.model, domains, recipe)
+            kept["information"][arm] = told
+            note(arm, trained, information=fmean(told.values()))
             if arm == "mutual information":
                 pretrained = trained.model
         for arm, strength in (("concentrated", CONCENTRATION), ("plainly tuned", 0.0)):
             tuned = train(
-                lambda pretrained=pretrained: copy.deepcopy(pretrained),
+                lambda: copy.deepcopy(pretrained),
                 domains[:1],
                 tuning,
                 seed,
                 coefficients={"concentration": strength},
+                run=run.part(arm.replace(" ", "-")),
             )
-            cuts.setdefault(arm, []).append(pruned(tuned, domains[0], tuning))
-            note(arm, tuned, pruned=allowed_share(cuts[arm][-1]))
+            cuts = pruned(tuned, domains[0], tuning)
+            kept["cuts"][arm] = cuts
+            note(arm, tuned, pruned=allowed_share(cuts))
 
         first = train(
             lambda: ModuleFormer(base),
@@ -89,122 +89,137 @@ def run(
             recipe,
             seed,
             coefficients={"mutual_information": BALANCE},
+            run=run.part("old"),
         )
-        before = first.loss
+        start = Trained(first.model, {})
+        evaluate(start, [new], recipe)
         for arm in ("added experts", "all parameters"):
             model = copy.deepcopy(first.model)
             if arm == "added experts":
                 model.insert_experts(attention=1, mlp=2)
             taught = train(
-                lambda model=model: model,
+                lambda model=model: model,  # type: ignore[misc]
                 [new],
                 tuning,
                 seed,
                 coefficients={"mutual_information": 0.0},
-                prepare=lambda m, optimizer: m.hold_frozen(optimizer),
+                prepare=_hold_frozen,
+                run=run.part(arm.replace(" ", "-")),
             )
             again = Trained(taught.model, {})
             evaluate(again, old, recipe)
-            start = Trained(first.model, {})
-            evaluate(start, [new], recipe)
-            note(arm, taught, forgotten=again.loss - before, gained=start.loss - taught.loss)
+            changes = {"forgotten": again.loss - first.loss, "gained": start.loss - taught.loss}
+            note(arm, taught, **changes)
+        return {"rows": rows, **kept}
 
-    def difference(a: str, b: str) -> list[float]:
-        return [x - y for x, y in zip(measured[a], measured[b], strict=True)]
+    return perform
 
-    made = setting(domains, recipe, seeds)
-    made["Data"] += f"; tuned to {domains[0].name}; new is {new.name}"
-    made["Training"] += f"; {tuning.steps} steps of tuning"
-    count = ModuleFormer(base).num_parameters()
-    made["Model"] = (
-        f"{count['total']:,} parameters, {count['active']:,} active; balance {BALANCE:g}, "
-        f"concentration {CONCENTRATION:g}"
-    )
-    columns = [
-        "held-out loss, nats a byte",
-        "information, nats",
-        "pruned",
-        "forgotten, nats a byte",
+
+def _hold_frozen(model: ModuleFormer, optimizer: torch.optim.Optimizer) -> None:
+    model.hold_frozen(optimizer)
+
+
+def tuning_of(recipe: Recipe) -> Recipe:
+    return dataclasses.replace(recipe, steps=max(1, recipe.steps // 2))
+
+
+COLUMNS = ("loss", "information", "pruned", "forgotten", "gained")
+SEED = "all arms of a seed"
+
+
+def study(
+    name: str,
+    size: str,
+    rank: int,
+    minutes: float,
+    base: ModuleFormerConfig = BASE,
+    recipe: Recipe = RECIPE,
+) -> Study:
+    def made() -> dict[str, str]:
+        found = setting(DOMAINS, recipe)
+        count = ModuleFormer(base).num_parameters()
+        found["Data"] += f"; tuned to {DOMAINS[0]}; new is {DOMAINS[-1]}"
+        found["Training"] += f"; {tuning_of(recipe).steps} steps of tuning"
+        found["Model"] = (
+            f"{count['total']:,} parameters, {count['active']:,} active; balance {BALANCE:g}, "
+            f"concentration {CONCENTRATION:g}"
+        )
+        found["Columns"] = (
+            "loss: held out, nats a byte; information of expert and domain, nats; pruned: share of "
+            f"the experts that can go at {LOSS_ALLOWED:.0%} of loss; forgotten: loss added on the "
+            "old domains; gained: loss taken off the new one"
+        )
+        return found
+
+    hypotheses = [
+        Hypothesis(
+            "experts tell more about the domain with the mutual-information loss",
+            lambda r: r.gap("mutual information", "balance", "information"),
+            "nats",
+            below=False,
+            key="information",
+            expected=0.0143,
+            deviation=0.0081,
+            pilot="seeds 0 to 2 of 0.6 MB",
+        ),
+        Hypothesis(
+            "concentration lets a larger share of experts go at 1 % of loss",
+            lambda r: r.gap("concentrated", "plainly tuned", "pruned"),
+            "of all",
+            below=False,
+            key="pruned",
+            expected=0.167,
+            deviation=0.042,
+            pilot="seeds 0 to 2 of 0.6 MB",
+        ),
+        Hypothesis(
+            "added experts learn the new domain",
+            lambda r: r.of("added experts", "gained"),
+            "nats a byte",
+            below=False,
+            key="added",
+        ),
+        Hypothesis(
+            "they forget less than tuning everything",
+            lambda r: r.gap("added experts", "all parameters", "forgotten"),
+            "nats a byte",
+            key="forgotten",
+        ),
     ]
-    return Report(
-        "moduleformer",
-        made,
-        columns,
-        dict(numbers),
-        [
-            Claim(
-                "experts tell more about the domain with the mutual-information loss",
-                difference("mutual information information", "balance information"),
-                "nats",
-                below=False,
-            ),
-            Claim(
-                "concentration lets a larger share of experts go at 1 % of loss",
-                difference("concentrated pruned", "plainly tuned pruned"),
-                "of all",
-                below=False,
-            ),
-            Claim(
-                "added experts learn the new domain",
-                measured["added experts gained"],
-                "nats a byte",
-                below=False,
-            ),
-            Claim(
-                "they forget less than tuning everything",
-                difference("added experts forgotten", "all parameters forgotten"),
-                "nats a byte",
-            ),
-        ],
-        pictures(told, cuts, measured),
-    )
+    runs = {SEED: whole(base, recipe)}
+    return Study(name, size, rank, runs, 5, minutes, hypotheses, made, pictures)
 
 
-def pictures(
-    told: Mapping[str, list[dict[str, float]]],
-    cuts: Mapping[str, list[list[tuple[float, float]]]],
-    measured: Mapping[str, list[float]],
-) -> list[Picture]:
+def pictures(results: Results) -> list[Picture]:
     """Information of each layer, loss against experts that went, learning against forgetting."""
-    layers: Series = {
-        arm: series(list(found[0]), [list(f.values()) for f in found])
-        for arm, found in told.items()
-    }
+    told = results.every(SEED, "information")
+    layers: Series = {}
+    for arm in told[0]:
+        found = [of[arm] for of in told]
+        layers[arm] = series(list(found[0]), [list(f.values()) for f in found])
     points: Series = {}
-    for arm, found in cuts.items():
-        shares, rises = zip(*(point for points in found for point in points), strict=True)
-        points[arm] = {"x": list(shares), "y": [100 * rise for rise in rises]}
+    for cuts in results.every(SEED, "cuts"):
+        for arm, of_arm in cuts.items():
+            shares, rises = zip(*of_arm, strict=True)
+            one = points.setdefault(arm, {"x": [], "y": []})
+            one["x"] += shares
+            one["y"] += [100 * rise for rise in rises]
     changes: Series = {}
     for arm in ("added experts", "all parameters"):
-        gained, forgotten = measured[f"{arm} gained"], measured[f"{arm} forgotten"]
-        rows = [[-g, f] for g, f in zip(gained, forgotten, strict=True)]
-        changes[arm] = series(["new domain", "old domains"], rows)
+        pairs = zip(results.of(arm, "gained"), results.of(arm, "forgotten"), strict=True)
+        changes[arm] = series(["new domain", "old domains"], [[-g, f] for g, f in pairs])
+    rise = "rise of the held-out loss, %"
+    after = "Held-out loss after learning the new domain, against before"
     return [
         Picture(
-            "information",
-            "Mutual information of expert and domain",
-            "",
-            "nats",
-            "bars",
-            layers,
+            "information", "Mutual information of expert and domain", "", "nats", "bars", layers
         ),
         Picture(
-            "pruned",
-            "Loss after pruning, of every seed and threshold",
-            "share of experts that went",
-            "rise of the held-out loss, %",
-            "points",
-            points,
+            "pruned", "Loss after pruning, of every seed and threshold",
+            "share of experts that went", rise, "points", points,
         ),
-        Picture(
-            "forgotten",
-            "Held-out loss after learning the new domain, against before",
-            "",
-            "difference, nats a byte",
-            "bars",
-            changes,
-        ),
-    ]
+        Picture("forgotten", after, "", "difference, nats a byte", "bars", changes),
+    ]  # fmt: skip
 
 
 @torch.no_grad()
@@ -250,10 +265,35 @@ def allowed_share(cuts: Sequence[tuple[float, float]]) -> float:
     return max((share for share, rise in cuts if rise <= LOSS_ALLOWED), default=0.0)
 
 
-def _mean(values: Iterable[float]) -> float:
-    found = list(values)
-    return sum(found) / len(found)
-
-
-if __name__ == "__main__":
-    command.main("moduleformer", run)
+EXPERIMENT = Experiment(
+    "moduleformer",
+    (
+        study("moduleformer-500", "0.6 MB", 35, 2.5),
+        study(
+            "moduleformer-2000", "2.3 MB", 45, 10.0,
+            recipe=dataclasses.replace(RECIPE, steps=2000),
+        ),
+    ),
+    (
+        Headline(
+            "information", "the mutual-information loss makes experts tell the domain",
+            "used, not ablated", "mechanism",
+            earlier="experts tell more about the domain with the mutual-information loss",
+        ),
+        Headline(
+            "pruned", "more experts can go after concentration",
+            "modules that a task does not need can be pruned", "cost",
+            earlier="concentration lets a larger share of experts go at 1 % of loss",
+        ),
+        Headline(
+            "added", "added experts learn a new domain", "new modules learn new knowledge",
+            "quality",
+            earlier="added experts learn the new domain",
+        ),
+        Headline(
+            "forgotten", "and forget less than full tuning",
+            "more robust to forgetting than dense models", "quality",
+            earlier="they forget less than tuning everything",
+        ),
+    ),
+)  # fmt: skip

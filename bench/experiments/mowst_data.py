@@ -1,9 +1,8 @@
-"""Graphs of the Mowst experiment: handwritten digits and the films of MovieLens 100k."""
+"""Graphs of the Mowst experiment: one whose neighbours mislead, and films of MovieLens 100k."""
 
 from __future__ import annotations
 
 import functools
-import importlib.util
 import itertools
 import math
 import zlib
@@ -48,21 +47,45 @@ def homophily(graph: Graph) -> float:
     return float((graph.y[source] == graph.y[target]).double().mean())
 
 
-def digits(seed: int, neighbours: int = 8) -> Graph | None:
-    """The 1797 8 x 8 digits of scikit-learn, each linked to its nearest ones by pixels.
+def misleading(
+    num_nodes: int,
+    num_classes: int = 4,
+    num_features: int = 16,
+    *,
+    degree: int = 8,
+    signal: float = 2.5,
+    weak_signal: float = 0.7,
+    share: float = 0.85,
+    generator: torch.Generator | None = None,
+) -> tuple[Graph, Tensor]:
+    """Half the nodes are told by features and misled by their neighbours, half told by neighbours.
 
-    None where scikit-learn is not installed.
+    Each node reads `degree` others, over edges into it alone, so that it can be told nothing of its
+    own class by who reads it. `share` of a structure node's are of its class, of a feature node's
+    of the next one; the rest are any. A graph network is sure of both and wrong about the latter.
+
+    Returns:
+        the graph, and [N] bool, True for feature nodes.
     """
-    if importlib.util.find_spec("sklearn") is None:
-        return None
-    from sklearn.datasets import load_digits
-    from sklearn.neighbors import kneighbors_graph
+    y = torch.randint(num_classes, (num_nodes,), generator=generator)
+    featured = torch.arange(num_nodes) < num_nodes // 2
+    centres = torch.randn(num_classes, num_features, generator=generator)
+    centres = torch.nn.functional.normalize(centres, dim=1)
+    scale = torch.where(featured, signal, weak_signal)[:, None]
+    x = scale * centres[y] + torch.randn(num_nodes, num_features, generator=generator)
 
-    pixels, y = load_digits(return_X_y=True)
-    near = kneighbors_graph(pixels, neighbours).tocoo()
-    pairs = torch.stack([torch.from_numpy(part).long() for part in (near.row, near.col)])
-    x = torch.from_numpy(pixels).float() / 16
-    return Graph(x, both_ways(pairs), torch.from_numpy(y).long(), *split(len(y), seed))
+    target = torch.arange(num_nodes).repeat_interleave(degree)
+    wanted = (y + featured.long())[target] % num_classes
+    draw = torch.rand(len(target), generator=generator)
+    source = torch.randint(num_nodes, (len(target),), generator=generator)
+    told = torch.rand(len(target), generator=generator) < share
+    for c in range(num_classes):
+        pool = (y == c).nonzero()[:, 0]
+        mine = told & (wanted == c)
+        source[mine] = pool[(draw[mine] * len(pool)).long()]
+    pairs = torch.stack([source, target])[:, source != target].unique(dim=1)
+    part = torch.rand(num_nodes, generator=generator)
+    return Graph(x, pairs, y, part < 0.4, (part >= 0.4) & (part < 0.6), part >= 0.6), featured
 
 
 def films(seed: int) -> Graph | None:

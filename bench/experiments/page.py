@@ -1,71 +1,203 @@
-"""The part of a page that an experiment makes: ``python -m bench.experiments.page [system ...]``.
+"""The parts of docs that the experiments make: ``python -m bench.experiments --pages``.
 
-bench/experiments/results/<system>.json holds the runs. Their tables stand in docs/zoo/<system>.md
-between two marks, their pictures beside it.
+The results of all runs lie in bench/experiments/results, a file a study. Of them come, between two
+marks, the tables of docs/zoo/<system>.md and the table of all systems in docs/zoo.md, and the
+pictures beside the pages. results/earlier has reports of runs before the present rules, with three
+seeds; their verdicts are computed by the present ones.
 """
 
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from moe_ops._files import make_folder, write_text
+from moe_ops._files import write_text
 
-from .report import Report
+from . import registry
+from .inference import CONTRADICTED, NOT_SHOWN, SHOWN
+from .picture import Picture
+from .queue import RESULTS
+from .report import MIN_SEEDS, Claim, Report, measured
+from .study import Experiment, Headline
 
 ROOT = Path(__file__).resolve().parents[2]
-RESULTS = ROOT / "bench" / "experiments" / "results"
 PAGES = ROOT / "docs" / "zoo"
+OVERVIEW = ROOT / "docs" / "zoo.md"
 BEGIN, END = "<!-- experiment -->", "<!-- /experiment -->"
+KINDS = ("quality", "mechanism", "cost")
+MARKS = {SHOWN: "●", NOT_SHOWN: "○", CONTRADICTED: "✕"}
 
 
-def save(report: Report, results: Path = RESULTS, pages: Path = PAGES) -> list[Path]:
-    """Writes JSON, tables and pictures of a run; returns the paths."""
-    make_folder(results)
-    path = results / f"{report.system}.json"
-    report.write(path)
-    return [path, *write_page(report, pages)]
-
-
-def check(system: str, pages: Path = PAGES) -> list[str]:
-    """The lines of the system's page.
+def write(results: Path = RESULTS, pages: Path = PAGES, overview: Path = OVERVIEW) -> list[Path]:
+    """Writes every page and picture anew; returns the paths.
 
     Raises:
-        ValueError: no page, or one that lacks the two marks, each on a line of its own.
+        ValueError: a page without the two marks, each on a line of its own.
     """
-    page = pages / f"{system}.md"
-    lines = page.read_text("utf-8").splitlines() if page.is_file() else []
-    if lines.count(BEGIN) != 1 or lines.count(END) != 1:
-        raise ValueError(f"{page} must have one line {BEGIN} and one {END}.")
-    return lines
-
-
-def write_page(report: Report, pages: Path = PAGES) -> list[Path]:
-    """The part between the marks and the pictures; the same errors as `check`."""
-    lines = check(report.system, pages)
-    page = pages / f"{report.system}.md"
-    written, made = [page], [report.markdown().rstrip()]
-    for picture in report.pictures:
-        path = pages / f"{report.system}-{picture.name}.svg"
-        picture.draw(path)
-        written.append(path)
-        made.append(f"![{picture.title}]({path.name})")
-    begin, end = lines.index(BEGIN), lines.index(END)
-    text = [*lines[: begin + 1], "\n\n".join(made), *lines[end:]]
-    write_text(page, "\n".join(text) + "\n")
+    written = []
+    rows = [f"| system | {' | '.join(KINDS)} |", "|---" * (1 + len(KINDS)) + "|"]
+    for system in registry.NAMES:
+        found = registry.experiment(system)
+        made, drawn = body(found, results)
+        for picture in drawn:
+            path = pages / f"{system}-{picture.name}.svg"
+            picture.draw(path)
+            written.append(path)
+        written.append(fill(pages / f"{system}.md", made))
+        rows.append(f"| [{system}](zoo/{system}.md) | {' | '.join(cells(found, results))} |")
+    written.append(fill(overview, "\n".join(rows)))
     return written
 
 
-def load(system: str, results: Path = RESULTS) -> Report:
-    return Report.from_dict(json.loads((results / f"{system}.json").read_text("utf-8")))
+def fill(page: Path, text: str) -> Path:
+    """Puts the text between the page's marks."""
+    lines = page.read_text("utf-8").splitlines() if page.is_file() else []
+    if lines.count(BEGIN) != 1 or lines.count(END) != 1:
+        raise ValueError(f"{page} must have one line {BEGIN} and one {END}.")
+    begin, end = lines.index(BEGIN), lines.index(END)
+    write_text(page, "\n".join([*lines[: begin + 1], text, *lines[end:]]) + "\n")
+    return page
 
 
-def main(systems: Sequence[str]) -> None:
-    for system in systems or sorted(path.stem for path in RESULTS.glob("*.json")):
-        write_page(load(system))
+def body(found: Experiment, results: Path = RESULTS) -> tuple[str, list[Picture]]:
+    """What stands between the marks of a system's page, and its pictures."""
+    reports = reports_of(found, results)
+    before = earlier(found.system, results)
+    parts, drawn = [headlines(found, reports, before)], trends(found, reports)
+    drawn += last_pictures([*before, *(report for report in reports if report is not None)])
+    parts += [f"![{p.title}]({found.system}-{p.name}.svg)" for p in drawn]
+    for study, report in zip(found.studies, reports, strict=True):
+        if report is None:
+            parts.append(f"### {study.size}\n\nNot run so far: `{study.name}` of the queue.")
+        else:
+            parts.append(f"{report.markdown().rstrip()}\n\nStudy `{study.name}`.")
+    for report in before:
+        title = f"### Run before, 3 seeds{': ' * bool(report.title)}{report.title}"
+        parts += [title, replace(report, title="").markdown().rstrip()]
+    return "\n\n".join(parts), drawn
 
 
-if __name__ == "__main__":
-    main(sys.argv[1:])
+def reports_of(found: Experiment, results: Path = RESULTS) -> list[Report | None]:
+    """One a study, None where no seed has been run."""
+    reports: list[Report | None] = []
+    for study in found.studies:
+        path = results / f"{study.name}.json"
+        stored = json.loads(path.read_text("utf-8")) if path.is_file() else None
+        reports.append(study.report(found.system, stored) if stored else None)
+    return reports
+
+
+def earlier(system: str, results: Path = RESULTS) -> list[Report]:
+    """Reports of the runs before the present rules."""
+    paths = sorted((results / "earlier").glob(f"{system}*.json"))
+    return [Report.from_dict(json.loads(path.read_text("utf-8"))) for path in paths]
+
+
+def claims_of(headline: Headline, reports: Sequence[Report | None]) -> list[Claim | None]:
+    """What each study says about it."""
+    return [
+        next((c for c in report.claims if c.key == headline.key), None) if report else None
+        for report in reports
+    ]
+
+
+def deciding(
+    headline: Headline,
+    found: Experiment,
+    reports: Sequence[Report | None],
+    before: Sequence[Report],
+) -> Claim | None:
+    """The claim of the largest study whose seeds are all done, else of the run before.
+
+    A study of which a part is done decides nothing: who looks again after each seed finds at some
+    time what he looks for.
+    """
+    pairs = zip(found.studies, claims_of(headline, reports), strict=True)
+    whole = [c for s, c in pairs if c is not None and len(c.differences) == s.seeds]
+    old = [c for r in before for c in r.claims if c.statement == headline.earlier]
+    return whole[-1] if whole else old[0] if old else None
+
+
+def headlines(found: Experiment, reports: Sequence[Report | None], before: Sequence[Report]) -> str:
+    """The table that a page leads with: claim, published, ours by size, verdict, why."""
+    of_all = {h: claims_of(h, reports) for h in found.headlines}
+    # Only studies that decide a headline have a column.
+    shown = [
+        i
+        for i, study in enumerate(found.studies)
+        if any(h.key in {x.key for x in study.hypotheses} for h in found.headlines)
+    ]
+    names = [found.studies[i].size for i in shown]
+    lines = [
+        f"| claim | published | {'before, 3 seeds | ' * bool(before)}{' | '.join(names)} | verdict "
+        "| why |"
+    ]
+    lines.append("|---" * (4 + len(names) + bool(before)) + "|")
+    for headline, claims in of_all.items():
+        cells = [headline.statement, headline.published]
+        if before:
+            old = [c for r in before for c in r.claims if c.statement == headline.earlier]
+            cells.append(cell(old[0]) if old else "–")
+        for i in shown:
+            claim = claims[i]
+            planned = any(h.key == headline.key for h in found.studies[i].hypotheses)
+            cells.append(cell(claim) if claim else "to be run" if planned else "–")
+        decided = deciding(headline, found, reports, before)
+        cells.append(f"**{decided.said()}**" if decided else "open")
+        cells.append(headline.why or "–")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def cell(claim: Claim) -> str:
+    side = "<" if claim.below else ">"
+    return (
+        f"{MARKS[claim.verdict()]} {measured(claim)}, {side} {claim.bound:g}?, "
+        f"n {len(claim.differences)}"
+    )
+
+
+def cells(found: Experiment, results: Path = RESULTS) -> Iterator[str]:
+    """A row of the table of all systems: its headlines by kind, with their verdicts."""
+    reports, before = reports_of(found, results), earlier(found.system, results)
+    for kind in KINDS:
+        said = []
+        for headline in (h for h in found.headlines if h.kind == kind):
+            decided = deciding(headline, found, reports, before)
+            mark = MARKS[decided.verdict()] if decided else "–"
+            few = "*" if decided and len(decided.differences) < MIN_SEEDS else ""
+            said.append(f"{mark}{few} {headline.statement}")
+        yield "<br>".join(said) or "–"
+
+
+def trends(found: Experiment, reports: Sequence[Report | None]) -> list[Picture]:
+    """For each headline that several sizes have: the mean by size, with its interval."""
+    by_unit: dict[str, dict[str, dict[str, list]]] = {}
+    for headline in found.headlines:
+        pairs = zip(found.studies, claims_of(headline, reports), strict=True)
+        there = [(s.size, c) for s, c in pairs if c is not None and len(c.differences) > 1]
+        if len(there) < 2:
+            continue
+        by_unit.setdefault(there[0][1].unit, {})[headline.statement] = {
+            "x": [size for size, _ in there],
+            "y": [c.mean for _, c in there],
+            "error": [c.interval.high - c.mean for _, c in there],
+        }
+    return [
+        Picture(
+            "trend" if i == 0 else f"trend-{i + 1}",
+            "By size, with 95 % intervals",
+            "",
+            unit or "difference",
+            "lines",
+            series,
+        )
+        for i, (unit, series) in enumerate(by_unit.items())
+    ]
+
+
+def last_pictures(reports: Sequence[Report]) -> list[Picture]:
+    """Each picture of the largest study that has it."""
+    return list({p.name: p for report in reports for p in report.pictures}.values())

@@ -7,14 +7,16 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import stdev
 from typing import Any
 
 from moe_ops._files import write_text
 
+from .inference import Interval, interval, verdict
 from .picture import Picture
 
-# A difference counts when it is further from the bound than this many standard errors.
-STANDARD_ERRORS = 2.0
+# Fewer say something about the spread of seeds only by way of the quantile.
+MIN_SEEDS = 5
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class Claim:
         unit: of the differences.
         bound: what the difference is compared with.
         below: the claim is that the difference is below the bound; False: above.
+        key: of the system's headline that this decides; "" for none.
     """
 
     statement: str
@@ -35,6 +38,7 @@ class Claim:
     unit: str
     bound: float = 0.0
     below: bool = True
+    key: str = ""
 
     @property
     def mean(self) -> float:
@@ -44,19 +48,20 @@ class Claim:
     def standard_error(self) -> float:
         """Of the mean, from the spread over seeds; infinite with fewer than two of them."""
         n = len(self.differences)
-        if n < 2:
-            return math.inf
-        variance = sum((d - self.mean) ** 2 for d in self.differences) / (n - 1)
-        return math.sqrt(variance / n)
+        return stdev(self.differences) / math.sqrt(n) if n > 1 else math.inf
 
     @property
-    def shown(self) -> bool:
-        """Whether mean and bound are more than two standard errors apart, on the claimed side."""
-        distance = self.bound - self.mean if self.below else self.mean - self.bound
-        return distance > STANDARD_ERRORS * self.standard_error
+    def interval(self) -> Interval:
+        return interval(self.differences)
 
     def verdict(self) -> str:
-        return "shown" if self.shown else "not shown at this size"
+        """ "shown", "not shown" or "contradicted"; see `inference.verdict`."""
+        return verdict(self.interval, self.bound, below=self.below)
+
+    def said(self) -> str:
+        """The verdict, with the number of seeds where that is small."""
+        n = len(self.differences)
+        return self.verdict() + (f" ({n} seed{'s' * (n > 1)})" if n < MIN_SEEDS else "")
 
 
 @dataclass
@@ -70,6 +75,8 @@ class Report:
         arms: name of an arm -> one row of numbers a seed; None where an arm has no such number.
         claims: what is concluded.
         pictures: what is to be drawn.
+        title: of this run among those of the system; "" where it is the only one.
+        fixed: what was fixed before the numbers were looked at, a sentence each.
     """
 
     system: str
@@ -78,10 +85,15 @@ class Report:
     arms: dict[str, list[Sequence[float | None]]] = field(default_factory=dict)
     claims: list[Claim] = field(default_factory=list)
     pictures: list[Picture] = field(default_factory=list)
+    title: str = ""
+    fixed: list[str] = field(default_factory=list)
 
     def markdown(self) -> str:
-        """Tables for docs/zoo: mean ± standard error of each arm, then the claims."""
-        lines = [f"- {name}: {value}." for name, value in self.setting.items()]
+        """Tables for docs/zoo: mean ± standard error of each arm, claims with intervals."""
+        lines = [f"### {self.title}", ""] if self.title else []
+        lines += [f"- {name}: {value}." for name, value in self.setting.items()]
+        if self.fixed:
+            lines += ["", "Fixed before the test:", "", *(f"- {line}." for line in self.fixed)]
         lines += [
             "",
             "| arm | " + " | ".join(self.columns) + " |",
@@ -91,13 +103,13 @@ class Report:
         for arm, rows in self.arms.items():
             cells = [_cell([row[i] for row in rows]) for i in range(len(self.columns))]
             lines.append(f"| {arm} | " + " | ".join(cells) + " |")
-        lines += ["", "| claim | measured | bound | verdict |", "|---|---|---|---|"]
+        lines += ["", "| claim | measured, 95 % interval | seeds | bound | verdict |"]
+        lines += ["|---|---|---|---|---|"]
         for claim in self.claims:
             side = "<" if claim.below else ">"
-            measured = f"{_mean_and_error(claim.differences)} {claim.unit}"
-            lines.append(
-                f"| {claim.statement} | {measured} | {side} {claim.bound:g} | {claim.verdict()} |"
-            )
+            cells = [claim.statement, measured(claim), str(len(claim.differences))]
+            cells += [f"{side} {claim.bound:g}", claim.said()]
+            lines.append(f"| {' | '.join(cells)} |")
         return "\n".join(lines) + "\n"
 
     def to_dict(self) -> dict[str, Any]:
@@ -116,11 +128,14 @@ class Report:
                     "standard_error": None if math.isinf(c.standard_error) else c.standard_error,
                     "bound": c.bound,
                     "below": c.below,
+                    "key": c.key,
                     "verdict": c.verdict(),
                 }
                 for c in self.claims
             ],
             "pictures": [picture.to_dict() for picture in self.pictures],
+            "title": self.title,
+            "fixed": list(self.fixed),
         }
 
     def write(self, path: Path) -> None:
@@ -130,14 +145,19 @@ class Report:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Report:
         """What `to_dict` gave."""
-        kept = ("statement", "differences", "unit", "bound", "below")
+        kept = ("statement", "differences", "unit", "bound", "below", "key")
         return cls(
             data["system"],
             dict(data["setting"]),
             data["columns"],
             dict(data["arms"]),
-            [Claim(**{name: claim[name] for name in kept}) for claim in data["claims"]],
+            [
+                Claim(**{name: claim[name] for name in kept if name in claim})
+                for claim in data["claims"]
+            ],
             [Picture(**picture) for picture in data["pictures"]],
+            data.get("title", ""),
+            data.get("fixed", []),
         )
 
 
@@ -163,6 +183,13 @@ def means(x: Sequence[Any], values: Sequence[Sequence[float]]) -> dict[str, list
     found = [Claim("", v, "") for v in values]
     errors = [c.standard_error if len(c.differences) > 1 else 0.0 for c in found]
     return {"x": list(x), "y": [c.mean for c in found], "error": errors}
+
+
+def measured(claim: Claim) -> str:
+    """Mean and interval with the unit."""
+    mean, low, high = claim.interval
+    ends = f" ({low:.3g} to {high:.3g})" if math.isfinite(low) else ""
+    return f"{mean:.3g}{ends} {claim.unit}".rstrip()
 
 
 def _cell(values: Sequence[float | None]) -> str:

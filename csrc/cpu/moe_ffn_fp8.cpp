@@ -47,16 +47,18 @@ void moe_ffn_fp8(const MoeFfnFp8Params& p, const Parallel& par) {
   const auto alpha = static_cast<float>(s.act.alpha), limit = static_cast<float>(s.act.limit);
 
   const RowMaps<float> maps = row_maps<float>(scratch, s.routing, s.topk_weights);
+  const int64_t tokens = p.has_codes ? 0 : T;  // that become codes here
   Arena arena(scratch, Scratch::kHidden,
-              T * H + rows * I + 4 * (T * H_blocks + rows * I_blocks) + 4 * 64);
-  auto* x_codes = arena.take<uint8_t>(T * H);
-  auto* x_scale = arena.take<float>(T * H_blocks);
+              tokens * H + rows * I + 4 * (tokens * H_blocks + rows * I_blocks) + 4 * 64);
+  auto* x_codes = arena.take<uint8_t>(tokens * H);
+  auto* x_scale = arena.take<float>(tokens * H_blocks);
+  Fp8Rows x = p.has_codes ? p.x_codes : Fp8Rows{x_codes, H, x_scale, H_blocks, nullptr};
+  x.index = maps.token;
   auto* h_codes = arena.take<uint8_t>(rows * I);
   auto* h_scale = arena.take<float>(rows * I_blocks);
   float* out = scratch.take<float>(Scratch::kRows, rows * H);
 
-  Fp8Desc up = desc_of(s, gated && !weave ? I : (weave ? 2 * I : I), H,
-                       {x_codes, H, x_scale, H_blocks, maps.token}, p.w_gate_up);
+  Fp8Desc up = desc_of(s, gated && !weave ? I : (weave ? 2 * I : I), H, x, p.w_gate_up);
   up.segments = gated && !weave ? 2 : 1;
   // Whole blocks of h, so that an item has all that a scale is made of.
   up.feature_unit = weave ? 2 * kFp8Block : kFp8Block;
@@ -91,25 +93,26 @@ void moe_ffn_fp8(const MoeFfnFp8Params& p, const Parallel& par) {
 
   const UnpermuteParams combine =
       combination(s.routing, out, DType::kFloat32, H,
-                  s.apply_router_weight_on_input ? nullptr : s.topk_weights, p.y, p.x.type);
+                  s.apply_router_weight_on_input ? nullptr : s.topk_weights, p.y, p.y_type);
   const std::vector<GemmItem> up_items = gemm_items(up, par.num_threads);
   const std::vector<GemmItem> down_items = gemm_items(down, par.num_threads);
   const auto num_down = static_cast<int64_t>(down_items.size());
   const double token_cost = static_cast<double>(H) / 4 + 2;
-  const int64_t token_chunk = std::max<int64_t>(1, chunk_length(T, token_cost));
+  const int64_t token_chunk = std::max<int64_t>(1, chunk_length(tokens, token_cost));
   const int64_t sum_chunk = std::max<int64_t>(1, chunk_length(T, unpermute_cost(combine)));
   Latch tokens_left, down_left;
-  tokens_left.add(ceil_div(T, token_chunk));
+  tokens_left.add(ceil_div(tokens, token_chunk));
   down_left.add(num_down);
   std::vector<Latch> up_left(static_cast<size_t>(s.routing.num_experts));
   for (const GemmItem& it : up_items) up_left[it.expert].add();
   TaskGraph stages;
-  stages.add(ceil_div(T, token_chunk), token_cost * static_cast<double>(T), [&](int64_t i) {
-    for (int64_t t = i * token_chunk; t < std::min(T, (i + 1) * token_chunk); ++t) {
-      quantize_fp8_row(p.x.type, row_of(p.x, t), H, x_codes + t * H, x_scale + t * H_blocks);
-    }
-    tokens_left.done();
-  });
+  stages.add(
+      ceil_div(tokens, token_chunk), token_cost * static_cast<double>(tokens), [&](int64_t i) {
+        for (int64_t t = i * token_chunk; t < std::min(tokens, (i + 1) * token_chunk); ++t) {
+          quantize_fp8_row(p.x.type, row_of(p.x, t), H, x_codes + t * H, x_scale + t * H_blocks);
+        }
+        tokens_left.done();
+      });
   stages.add(static_cast<int64_t>(up_items.size()), up.cost(), [&](int64_t i) {
     if (!stages.wait(tokens_left)) return;
     run_item(up, up_items[i], activate);

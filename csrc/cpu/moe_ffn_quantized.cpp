@@ -14,6 +14,7 @@ void moe_ffn_quantized(const MoeFfnQuantizedParams& p, const Parallel& par) {
   f.b_gate_up = p.b_gate_up;
   f.b_down = p.b_down;
   f.y = p.y;
+  f.y_type = p.x.type;
   moe_ffn(f, par);
 }
 

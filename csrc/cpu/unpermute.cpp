@@ -32,7 +32,7 @@ void run_tokens(const UnpermuteParams& p, int64_t begin, int64_t end) {
       weight.resize(static_cast<size_t>(last - first));
     }
     for (int64_t s = first; s < last; ++s) {
-      if (p.slot_to_row[s] >= p.num_valid_rows) continue;
+      if (p.slot_to_row[s] < 0 || p.slot_to_row[s] >= p.num_valid_rows) continue;
       row[n] = rows + p.slot_to_row[s] * p.row_stride * size;
       weight[n++] = weights != nullptr ? weights[s] : T(1);
     }
@@ -51,6 +51,7 @@ void run_bwd(const UnpermuteBwdParams& p, const Parallel& par) {
   const auto N = static_cast<int32_t>(p.num_tokens * K);
   std::vector<int32_t> first(static_cast<size_t>(p.num_rows), N), next(static_cast<size_t>(N));
   for (int32_t s = N - 1; s >= 0; --s) {
+    if (p.slot_to_row[s] < 0) continue;
     next[s] = first[p.slot_to_row[s]];
     first[p.slot_to_row[s]] = s;
   }
@@ -80,7 +81,7 @@ void run_bwd(const UnpermuteBwdParams& p, const Parallel& par) {
     for (int64_t s = begin; s < end; ++s) {
       const int64_t r = p.slot_to_row[s];
       grad_weights[s] =
-          r >= p.num_valid_rows
+          r < 0 || r >= p.num_valid_rows
               ? T(0)
               : k.dot_row(p.type, static_cast<const char*>(p.rows) + r * p.row_stride * size,
                           p.type, grad_of(s), H);

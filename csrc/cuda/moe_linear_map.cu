@@ -30,7 +30,7 @@ Status moe_linear_map_bwd(const MoeLinearMapBwdParams& p, Stream stream) {
     GroupedGemmParams g = product(r, grad, transposed(p.w), H, O, to_row(r, rows, type, H));
     g.zero_tail = false;  // Nobody reads rows without an expert.
     MOE_TRY(grouped_gemm(g, stream));
-    MOE_TRY(combine(r, rows, type, H, nullptr, p.grad_x, stream));
+    MOE_TRY(combine(r, rows, type, H, nullptr, p.grad_x, type, stream));
   }
   MOE_TRY(weight_gradient(r, grad, O, by_token(r, p.x), H, {}, p.grad_w, type, false, stream));
   return bias_gradient(r, grad, O, {}, p.grad_bias, stream);

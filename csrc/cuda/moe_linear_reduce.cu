@@ -92,7 +92,7 @@ Status moe_linear_reduce(const MoeLinearReduceParams& p, Stream stream) {
   g.bias = p.bias;
   g.zero_tail = false;  // Nobody reads rows without an expert.
   MOE_TRY(grouped_gemm(g, stream));
-  return combine(r, rows, type, H, p.topk_weights, p.y, stream);
+  return combine(r, rows, type, H, p.topk_weights, p.y, type, stream);
 }
 
 int64_t moe_linear_reduce_bwd_workspace(const MoeLinearReduceBwdParams& p) {

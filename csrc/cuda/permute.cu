@@ -62,8 +62,9 @@ Status permute(const PermuteParams& p, Stream stream) {
   a.x = static_cast<const char*>(p.x);
   a.x_stride = p.x_stride * size;
   a.row_bytes = p.hidden_size * size;
-  a.num_rows = a.num_slots = p.num_rows;
-  a.top_k = p.num_tokens == 0 ? 1 : p.num_rows / p.num_tokens;
+  a.num_rows = p.num_rows;
+  a.num_slots = p.num_tokens * p.top_k;
+  a.top_k = p.top_k;
   a.expert_offsets = p.expert_offsets;
   a.num_experts = p.num_experts;
   a.row_to_slot = p.row_to_slot;
@@ -79,14 +80,14 @@ Status permute(const PermuteParams& p, Stream stream) {
 }
 
 Status permute_bwd(const PermuteBwdParams& p, Stream stream) {
-  MOE_TRY(name_targets(p.row_to_slot, p.num_rows, p.named, stream));
+  MOE_TRY(name_targets(p.row_to_slot, p.num_rows, p.num_tokens * p.top_k, p.named, stream));
   UnpermuteParams u;
   u.rows = p.grad_rows;
   u.type = u.y_type = p.type;
   u.row_stride = p.grad_stride;
   u.hidden_size = p.hidden_size;
   u.num_tokens = p.num_tokens;
-  u.top_k = p.num_tokens == 0 ? 1 : p.num_rows / p.num_tokens;
+  u.top_k = p.top_k;
   u.num_rows = p.num_rows;
   u.expert_offsets = p.expert_offsets;
   u.num_experts = p.num_experts;

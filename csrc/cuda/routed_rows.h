@@ -63,12 +63,14 @@ inline GroupedGemmParams product(const Routing& r, const DeviceRows& a, const Ex
   return g;
 }
 
-// y [T, features]: the sum of each token's rows [N, features], by topk_weights unless nullptr.
+// y [T, features] of type y_type: the sum of each token's rows [N, features], by topk_weights
+// unless nullptr.
 inline Status combine(const Routing& r, const void* rows, DType type, int64_t features,
-                      const void* topk_weights, void* y, Stream stream) {
+                      const void* topk_weights, void* y, DType y_type, Stream stream) {
   UnpermuteParams u{};
   u.rows = rows;
-  u.type = u.y_type = type;
+  u.type = type;
+  u.y_type = y_type;
   u.row_stride = u.hidden_size = features;
   u.num_tokens = r.num_tokens;
   u.top_k = r.top_k;

@@ -5,7 +5,10 @@
 // the scalar product for the weight. grad_y is read once a slot, K times in all: the warps of a
 // token's slots are neighbours, and all but the first find it in L1 or L2. A launch before it finds
 // the first and the last slot of each row: the first one's warp writes the row, those between them
-// are looked for, and a row without any is written by the warp of its number.
+// are looked for, and a row without any is written by the warp of its number: there are as many
+// warps as slots, or as rows where these are more.
+#include <algorithm>
+
 #include "cuda/dispatch.h"
 #include "cuda/launch.h"
 #include "cuda/overlap.cuh"
@@ -18,12 +21,12 @@ namespace {
 
 // --- first and last places
 
-__global__ void name_targets_kernel(IndexMap map, int64_t n, int32_t* named) {
+__global__ void name_targets_kernel(IndexMap map, int64_t places, int64_t n, int32_t* named) {
   const int64_t place = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (place >= n) return;
+  if (place >= places) return;
   const int64_t target = index_at(map, place);
   if (target < 0 || target >= n) return;
-  atomicMax(named + target, static_cast<int32_t>(n - place));
+  atomicMax(named + target, static_cast<int32_t>(places - place));
   atomicMax(named + n + target, static_cast<int32_t>(place + 1));
 }
 
@@ -82,7 +85,7 @@ __global__ void unpermute_kernel(const UnpermuteParams p) {
       const int64_t slot = token * p.top_k + batch + lane;
       if (p.named != nullptr) {
         row = p.num_rows - p.named[slot];
-        end = p.named[p.num_rows + slot];
+        end = p.named[p.num_tokens * p.top_k + slot];
       } else {
         row = index_at(p.slot_to_row, slot);
       }
@@ -128,9 +131,9 @@ __global__ void unpermute_kernel(const UnpermuteParams p) {
 
 template <class S, class D>
 Status launch(const UnpermuteParams& p, Stream stream) {
-  constexpr int V = kVector<S>;
+  constexpr int V = kVector<S> < kVector<D> ? kVector<S> : kVector<D>;
   const bool aligned = p.hidden_size % V == 0 &&
-                       rows_aligned(p.rows, p.row_stride * int64_t{sizeof(S)}, 16) &&
+                       rows_aligned(p.rows, p.row_stride * int64_t{sizeof(S)}, V * sizeof(S)) &&
                        rows_aligned(p.y, p.hidden_size * int64_t{sizeof(D)}, V * sizeof(D));
   const RowGrid g = row_grid(p.num_tokens, p.hidden_size / (aligned ? V : 1), kSumStretch);
   Launch at{g.grid, g.block, stream};
@@ -172,19 +175,19 @@ template <class S, int V>
 __global__ void unpermute_bwd_kernel(const UnpermuteBwdParams p) {
   using A = Accumulate<S>;
   const int lane = lane_id();
-  const int64_t slot = warp_row(), n = p.num_rows;
-  if (slot >= n) return;
+  const int64_t slot = warp_row(), n = p.num_rows, slots = p.num_tokens * p.top_k;
+  if (slot >= max(n, slots)) return;
   int64_t row = -1;
   A weight = A(1);
   int32_t end = 0;        // one past the last slot of the row, if this one is its first
   bool tail = false;      // the row has no expert
   bool nameless = false;  // no slot names row number `slot`
   if (lane == 0) {
-    nameless = p.named[slot] == 0;
-    row = index_at(p.slot_to_row, slot);
+    nameless = slot < n && p.named[slot] == 0;
+    if (slot < slots) row = index_at(p.slot_to_row, slot);
     if (row < 0 || row >= n) row = -1;
     tail = row >= valid_rows(p.expert_offsets, p.num_experts, n);
-    if (row >= 0 && n - p.named[row] == slot) end = p.named[n + row];
+    if (row >= 0 && slots - p.named[row] == slot) end = p.named[n + row];
     if (row >= 0 && !tail && p.topk_weights != nullptr) {
       weight = static_cast<const A*>(p.topk_weights)[slot];
     }
@@ -225,19 +228,20 @@ __global__ void unpermute_bwd_kernel(const UnpermuteBwdParams p) {
     }
     if (!tail && end > slot + 1) sum_slots<S, V>(p, row, slot, end, to);
   }
-  if (p.grad_weights == nullptr) return;
+  if (p.grad_weights == nullptr || slot >= slots) return;
   dot = warp_sum(dot);
   if (lane == 0) static_cast<A*>(p.grad_weights)[slot] = dot;
 }
 
 }  // namespace
 
-Status name_targets(const IndexMap& map, int64_t n, int32_t* named, Stream stream) {
+Status name_targets(const IndexMap& map, int64_t places, int64_t n, int32_t* named, Stream stream) {
   if (n == 0) return 0;
   constexpr int kThreads = 256;
   MOE_CUDA_TRY(cudaMemsetAsync(named, 0, 2 * n * sizeof(int32_t), stream));
-  const auto blocks = static_cast<unsigned>(ceil_div<int64_t>(n, kThreads));
-  return launch_kernel<name_targets_kernel>({blocks, kThreads, stream}, map, n, named);
+  if (places == 0) return 0;
+  const auto blocks = static_cast<unsigned>(ceil_div<int64_t>(places, kThreads));
+  return launch_kernel<name_targets_kernel>({blocks, kThreads, stream}, map, places, n, named);
 }
 
 Status unpermute(const UnpermuteParams& p, Stream stream) {
@@ -248,14 +252,18 @@ Status unpermute(const UnpermuteParams& p, Stream stream) {
       return launch<S, S>(p, stream);
     });
   }
-  return p.y_type == DType::kBFloat16 ? launch<float, bf16>(p, stream)
-                                      : launch<float, fp16>(p, stream);
+  if (p.type == DType::kFloat32) {
+    return p.y_type == DType::kBFloat16 ? launch<float, bf16>(p, stream)
+                                        : launch<float, fp16>(p, stream);
+  }
+  return p.type == DType::kBFloat16 ? launch<bf16, float>(p, stream)
+                                    : launch<fp16, float>(p, stream);
 }
 
 Status unpermute_bwd(const UnpermuteBwdParams& p, Stream stream) {
-  const int64_t n = p.num_rows;
-  if (n == 0) return 0;
-  MOE_TRY(name_targets(p.slot_to_row, n, p.named, stream));
+  const int64_t slots = p.num_tokens * p.top_k, warps = std::max(p.num_rows, slots);
+  if (warps == 0) return 0;
+  MOE_TRY(name_targets(p.slot_to_row, slots, p.num_rows, p.named, stream));
   return with_type(p.type, [&](auto tag) {
     using S = typename decltype(tag)::type;
     constexpr int V = kVector<S>;
@@ -263,7 +271,7 @@ Status unpermute_bwd(const UnpermuteBwdParams& p, Stream stream) {
     const bool aligned = p.hidden_size % V == 0 && rows_aligned(p.rows, p.row_stride * size, 16) &&
                          rows_aligned(p.grad_y, p.grad_y_stride * size, 16) &&
                          rows_aligned(p.grad_rows, p.hidden_size * size, 16);
-    const RowGrid g = row_grid(n, 1, 1);
+    const RowGrid g = row_grid(warps, 1, 1);
     const Launch at{g.grid, g.block, stream};
     return aligned ? launch_kernel<unpermute_bwd_kernel<S, V>>(at, p)
                    : launch_kernel<unpermute_bwd_kernel<S, 1>>(at, p);

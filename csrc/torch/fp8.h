@@ -30,6 +30,26 @@ inline void check_fp8_scale(const Op& op, const char* name, const Tensor& t) {
             dtype_name(t.scalar_type()), ".");
 }
 
+// The type of a result that does not follow from an operand's.
+inline DType check_out_dtype(const Op& op, ScalarType out_dtype) {
+  switch (out_dtype) {
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    default:
+      fail(op, ": out_dtype must be float32, bfloat16 or float16, got ", dtype_name(out_dtype),
+           ".");
+  }
+}
+
+// A bias of a type of its own.
+inline DType fp8_bias_type(const Op& op, const char* name, const OptTensor& bias) {
+  return bias.has_value() ? check_float_to_fp8(op, name, *bias) : DType::kFloat32;
+}
+
 // A weight [E, O, K] and its scales; `tensor` and `scale_tensor` keep copies alive where some were
 // made.
 struct Fp8Weights {

@@ -11,20 +11,6 @@ namespace {
 
 constexpr const char* kOp = "grouped_gemm_fp8";
 
-DType check_out_dtype(const Op& op, ScalarType out_dtype) {
-  switch (out_dtype) {
-    case ScalarType::Float:
-      return DType::kFloat32;
-    case ScalarType::BFloat16:
-      return DType::kBFloat16;
-    case ScalarType::Half:
-      return DType::kFloat16;
-    default:
-      fail(op, ": out_dtype must be float32, bfloat16 or float16, got ", dtype_name(out_dtype),
-           ".");
-  }
-}
-
 // All but the offsets; the type of the result.
 DType check(const Op& op, const Tensor& a, const Tensor& a_scale, const Tensor& b,
             const Tensor& b_scale, const OptTensor& bias, ScalarType out_dtype) {
@@ -45,10 +31,6 @@ DType check(const Op& op, const Tensor& a, const Tensor& a_scale, const Tensor& 
   return check_out_dtype(op, out_dtype);
 }
 
-DType bias_type(const Op& op, const OptTensor& bias) {
-  return bias.has_value() ? check_float(op, "bias", *bias) : DType::kFloat32;
-}
-
 Tensor grouped_gemm_fp8(const Tensor& a, const Tensor& a_scale, const Tensor& b,
                         const Tensor& b_scale, const Tensor& expert_offsets, ScalarType out_dtype,
                         const OptTensor& bias) {
@@ -60,7 +42,7 @@ Tensor grouped_gemm_fp8(const Tensor& a, const Tensor& a_scale, const Tensor& b,
   // rows are GEMVs, which read weights along k.
   const bool turned = b.size(1) > 1 && b.size(2) > 1 && b.stride(1) == 1 && !batch_invariant();
   const Fp8Weights weights = fp8_weights(turned ? torch::stable::transpose(b, 1, 2) : b, b_scale);
-  const Bias bias_rows = bias_of(bias, bias_type(kOp, bias));
+  const Bias bias_rows = bias_of(bias, fp8_bias_type(kOp, "bias", bias));
   Tensor out = empty_cpu(kOp, {a.size(0), b.size(1)}, out_dtype);
   GroupedGemmFp8Params p;
   p.expert_offsets = int32_data(offsets);
@@ -186,7 +168,7 @@ static Tensor grouped_gemm_fp8_cuda(const Tensor& a, const Tensor& a_scale, cons
   check_size(op, "expert_offsets", expert_offsets, 0, b.size(0) + 1, "E+1");
   const Tensor codes = token_rows(a), scales = with_dense_rows(a_scale);
   const Fp8Weights weights = fp8_weights(b, b_scale);
-  const Bias bias_rows = bias_of(bias, bias_type(op, bias));
+  const Bias bias_rows = bias_of(bias, fp8_bias_type(op, "bias", bias));
   Tensor out = device_empty(a, {a.size(0), b.size(1)}, out_dtype);
   cuda::GroupedGemmFp8Params p;
   p.expert_offsets = int32_data(offsets);

@@ -44,12 +44,20 @@ static void define_schemas(torch::stable::detail::StableLibrary& m) {
   m.def(
       "sort_slots(Tensor topk_ids, int num_experts) "
       "-> (Tensor expert_offsets, Tensor row_to_slot, Tensor slot_to_row)");
-  // x [T,H] -> rows [N,H]; rows past expert_offsets[E] are zero.
-  m.def("permute(Tensor x, Tensor expert_offsets, Tensor row_to_slot) -> Tensor");
+  // For experts on several ranks: a row for each token and each rank that it goes to, sorted by
+  // rank -> rank_offsets [n+1], row_to_token [R], slot_to_row [T,K], local_ids [R,K], all int32,
+  // R = T * min(K, n); -1 where there is none.
   m.def(
-      "permute_bwd(Tensor grad_rows, Tensor expert_offsets, Tensor row_to_slot, int num_tokens) "
-      "-> Tensor");
-  // rows [N,H] -> y [T,H]: weighted sum over a token's slots, in fp32 and in slot order.
+      "dispatch_plan(Tensor topk_ids, int num_ranks, int experts_per_rank, Tensor? physical=None) "
+      "-> (Tensor rank_offsets, Tensor row_to_token, Tensor slot_to_row, Tensor local_ids)");
+  // x [T,H] -> rows [N,H]; rows past expert_offsets[E] and those whose slot is -1 are zero. top_k
+  // None: N / T.
+  m.def("permute(Tensor x, Tensor expert_offsets, Tensor row_to_slot, int? top_k=None) -> Tensor");
+  m.def(
+      "permute_bwd(Tensor grad_rows, Tensor expert_offsets, Tensor row_to_slot, int num_tokens, "
+      "int? top_k=None) -> Tensor");
+  // rows [N,H], any number -> y [T,H]: weighted sum over a token's slots, in fp32 and in slot
+  // order; slots whose row is -1 add nothing.
   m.def(
       "unpermute(Tensor rows, Tensor expert_offsets, Tensor slot_to_row, "
       "Tensor? topk_weights=None) -> Tensor");
@@ -112,11 +120,12 @@ static void define_schemas(torch::stable::detail::StableLibrary& m) {
 
   // --- whole blocks
   // y[t] = sum_k topk_weights[t,k] * (w_down[e] act(w_gate_up[e] x[t] + b_gate_up[e]) + b_down[e])
+  // in out_dtype: x's, or the one it is summed in, as grad_y is then.
   m.def(
       "moe_ffn(Tensor x, Tensor w_gate_up, Tensor w_down, Tensor topk_weights, Tensor topk_ids, "
       "Tensor? b_gate_up=None, Tensor? b_down=None, str activation=\"swiglu\", "
       "bool interleaved=False, bool apply_router_weight_on_input=False, float alpha=1.702, "
-      "float limit=7.0) -> Tensor");
+      "float limit=7.0, ScalarType? out_dtype=None) -> Tensor");
   // A copy of expert weights [E,O,K] in the order in which this machine's kernels read them, as
   // bytes; halves: the two halves of the features are gate and up.
   m.def("pack_experts(Tensor w, bool halves=False) -> Tensor");
@@ -126,7 +135,8 @@ static void define_schemas(torch::stable::detail::StableLibrary& m) {
       "moe_ffn_packed(Tensor x, Tensor w_gate_up, Tensor w_down, Tensor packed_gate_up, "
       "Tensor packed_down, Tensor topk_weights, Tensor topk_ids, Tensor? b_gate_up=None, "
       "Tensor? b_down=None, str activation=\"swiglu\", bool interleaved=False, "
-      "bool apply_router_weight_on_input=False, float alpha=1.702, float limit=7.0) -> Tensor");
+      "bool apply_router_weight_on_input=False, float alpha=1.702, float limit=7.0, ScalarType? "
+      "out_dtype=None) -> Tensor");
   // moe_ffn of weights int8 [E,O,D] with scales [E,O], or uint8 [E,O,D/2], two 4-bit ones a byte,
   // with scales [E,O,D/G]; x_scale [H]: factors of x. Inference only.
   m.def(
@@ -136,18 +146,21 @@ static void define_schemas(torch::stable::detail::StableLibrary& m) {
       "bool interleaved=False, bool apply_router_weight_on_input=False, float alpha=1.702, "
       "float limit=7.0) -> Tensor");
   // moe_ffn of weights float8_e4m3fn [E,O,D] with scales [E,ceil(O/128),ceil(D/128)]; x and the
-  // activated features become float8_e4m3fn too, with a scale for 128 of a row. Inference only.
+  // activated features become float8_e4m3fn too, with a scale for 128 of a row. x may come as such
+  // codes, with x_scale [T,ceil(H/128)] and an out_dtype. Inference only.
   m.def(
       "moe_ffn_fp8(Tensor x, Tensor w_gate_up, Tensor w_gate_up_scale, Tensor w_down, "
       "Tensor w_down_scale, Tensor topk_weights, Tensor topk_ids, Tensor? b_gate_up=None, "
       "Tensor? b_down=None, str activation=\"swiglu\", bool interleaved=False, "
-      "bool apply_router_weight_on_input=False, float alpha=1.702, float limit=7.0) -> Tensor");
+      "bool apply_router_weight_on_input=False, float alpha=1.702, float limit=7.0, Tensor? "
+      "x_scale=None, ScalarType? out_dtype=None) -> Tensor");
   // moe_ffn for training: also returns the pre-activation [N,2I] and the routing.
   m.def(
       "moe_ffn_fwd(Tensor x, Tensor w_gate_up, Tensor w_down, Tensor topk_weights, "
       "Tensor topk_ids, Tensor? b_gate_up=None, Tensor? b_down=None, "
       "str activation=\"swiglu\", bool interleaved=False, "
-      "bool apply_router_weight_on_input=False, float alpha=1.702, float limit=7.0) "
+      "bool apply_router_weight_on_input=False, float alpha=1.702, float limit=7.0, ScalarType? "
+      "out_dtype=None) "
       "-> (Tensor y, Tensor preact, Tensor expert_offsets, Tensor row_to_slot, Tensor "
       "slot_to_row)");
   // Gradients that are not wanted come back with shape [0].

@@ -21,18 +21,8 @@ Shape check_operands(const Op& op, const Tensor& x, const Tensor& weight) {
   return {type, x.size(0), x.size(1), weight.size(0)};
 }
 
-// Logits, and so their gradient, are in the type of x or in that of the sums.
-DType check_logits_type(const Op& op, const char* name, ScalarType dtype, const Tensor& x,
-                        DType type) {
-  const ScalarType own = x.scalar_type(), sums = accumulate_type(own);
-  MOE_CHECK(dtype == own || dtype == sums, op, ": ", name, " must be ", dtype_name(own),
-            own == sums ? "" : " or ", own == sums ? "" : dtype_name(sums), ", got ",
-            dtype_name(dtype), ".");
-  return dtype == own ? type : moe_ops::accumulate_type(type);
-}
-
 Tensor router_linear(const Tensor& x, const Tensor& weight, const OptTensor& bias,
-                     const std::optional<ScalarType>& logits_dtype) {
+                     const OptType& logits_dtype) {
   constexpr const char* kOp = "router_linear";
   const Shape shape = check_operands(kOp, x, weight);
   if (bias.has_value()) {
@@ -42,7 +32,7 @@ Tensor router_linear(const Tensor& x, const Tensor& weight, const OptTensor& bia
   }
   const ScalarType dtype = logits_dtype.value_or(x.scalar_type());
   RouterLinearParams p;
-  p.logits_type = check_logits_type(kOp, "logits_dtype", dtype, x, shape.type);
+  p.logits_type = check_result_type(kOp, "logits_dtype", dtype, x, shape.type);
   const Tensor rows = with_dense_rows(x), w = dense(weight);
   OptTensor b;
   if (bias.has_value()) b = dense(*bias);
@@ -67,7 +57,7 @@ std::tuple<Tensor, Tensor, Tensor> router_linear_bwd(const Tensor& grad_logits, 
   const Shape shape = check_operands(kOp, x, weight);
   RouterLinearBwdParams p;
   check_float(kOp, "grad_logits", grad_logits);
-  p.grad_type = check_logits_type(kOp, "grad_logits", grad_logits.scalar_type(), x, shape.type);
+  p.grad_type = check_result_type(kOp, "grad_logits", grad_logits.scalar_type(), x, shape.type);
   check_dim(kOp, "grad_logits", grad_logits, 2, "[T, E]");
   check_size(kOp, "grad_logits", grad_logits, 0, shape.num_tokens, "T");
   check_size(kOp, "grad_logits", grad_logits, 1, shape.num_experts, "E");

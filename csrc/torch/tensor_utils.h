@@ -29,6 +29,8 @@
 namespace moe_ops::adapter {
 
 using OptTensor = std::optional<Tensor>;
+using OptInt = std::optional<int64_t>;
+using OptType = std::optional<ScalarType>;
 
 // What MOE_BOX does to TORCH_BOX's conversions of arguments. A kernel that takes float or int would
 // get the low bytes of a double or int64_t: a compile error. A std::string would be allocated in
@@ -175,6 +177,17 @@ inline ScalarType accumulate_type(ScalarType t) {
   return t == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
+// Results, and so their gradients, that are in x's type or in the one that sums run in; x has type
+// `type`.
+inline DType check_result_type(const Op& op, const char* name, ScalarType dtype, const Tensor& x,
+                               DType type) {
+  const ScalarType own = x.scalar_type(), sums = accumulate_type(own);
+  MOE_CHECK(dtype == own || dtype == sums, op, ": ", name, " must be ", dtype_name(own),
+            own == sums ? "" : " or ", own == sums ? "" : dtype_name(sums), ", got ",
+            dtype_name(dtype), ".");
+  return dtype == own ? type : moe_ops::accumulate_type(type);
+}
+
 // A copy of `t` that `make` makes through torch, whose C interface does not say why it failed: for
 // checked operands on the CPU, for want of memory.
 template <class Make>
@@ -275,13 +288,14 @@ inline const int32_t* int32_data(const Tensor& t) {
 }
 
 // A map between slots and rows as contiguous int32, without a copy where it is that; each entry is
-// checked to lie in [0, limit).
-inline Tensor checked_map(const Op& op, const char* name, const Tensor& map, int64_t limit) {
+// checked to lie in [lowest, limit). lowest: 0, or -1 where an entry may lead nowhere.
+inline Tensor checked_map(const Op& op, const char* name, const Tensor& map, int64_t limit,
+                          int64_t lowest = 0) {
   check_index(op, name, map);
   check_num_slots(op, name, map.numel());
   for_each_index(map, [&](int64_t i, int64_t value) {
-    MOE_CHECK(value >= 0 && value < limit, op, ": ", name, " must hold values from 0 to ",
-              limit - 1, ", got ", value, " at position ", i, ".");
+    MOE_CHECK(value >= lowest && value < limit, op, ": ", name, " must hold values from ", lowest,
+              " to ", limit - 1, ", got ", value, " at position ", i, ".");
   });
   return contiguous_as(map, ScalarType::Int);
 }

@@ -15,9 +15,8 @@ DType check_unpermute(const Op& op, const Tensor& rows, const Tensor& slot_to_ro
   check_index(op, "slot_to_row", slot_to_row);
   check_dim(op, "slot_to_row", slot_to_row, 2, "[T, K]");
   check_num_slots(op, "slot_to_row", slot_to_row.numel());
-  MOE_CHECK(slot_to_row.numel() == rows.size(0), op,
-            ": slot_to_row must be [T, K] with T*K = ", rows.size(0), " like the rows, got shape ",
-            shape_string(slot_to_row), ".");
+  MOE_CHECK(rows.size(0) <= std::numeric_limits<int32_t>::max(), op,
+            ": rows must be fewer than 2^31, got ", rows.size(0), ".");
   if (topk_weights.has_value()) {
     check_float(op, "topk_weights", *topk_weights);
     check_dim(op, "topk_weights", *topk_weights, 2, "[T, K]");
@@ -40,7 +39,7 @@ Tensor unpermute(const Tensor& rows, const Tensor& expert_offsets, const Tensor&
   constexpr const char* kOp = "unpermute";
   const DType type = check_unpermute(kOp, rows, slot_to_row, topk_weights);
   const int64_t valid = num_valid_rows(checked_offsets(kOp, expert_offsets, rows.size(0)));
-  const Tensor map = checked_map(kOp, "slot_to_row", slot_to_row, rows.size(0));
+  const Tensor map = checked_map(kOp, "slot_to_row", slot_to_row, rows.size(0), -1);
   const ScalarType acc = accumulate_type(rows.scalar_type());
   const Tensor src = with_dense_rows(rows);
   const OptTensor weights = contiguous_as(topk_weights, acc);
@@ -67,7 +66,7 @@ std::tuple<Tensor, Tensor> unpermute_bwd(const Tensor& grad_y, const Tensor& row
   const DType type = check_unpermute(kOp, rows, slot_to_row, topk_weights);
   const int64_t valid = num_valid_rows(checked_offsets(kOp, expert_offsets, rows.size(0)));
   check_grad_y(kOp, grad_y, rows, slot_to_row);
-  const Tensor map = checked_map(kOp, "slot_to_row", slot_to_row, rows.size(0));
+  const Tensor map = checked_map(kOp, "slot_to_row", slot_to_row, rows.size(0), -1);
   const ScalarType acc = accumulate_type(rows.scalar_type());
   const Tensor gy = with_dense_rows(grad_y);
   const Tensor src = with_dense_rows(rows);

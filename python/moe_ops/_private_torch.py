@@ -137,6 +137,24 @@ def has_kernel(op: str, device_type: str) -> bool:
     return bool(torch._C._dispatch_has_kernel_for_dispatch_key(op, device_type.upper()))
 
 
+# A fact about sizes, for the compiler; an error where it is not so.
+check_size: Callable[[bool], None] = torch._check
+
+
+def collective_ops() -> Any:
+    """The collectives that return before they are done, whose results `wait_tensor` waits for: what
+    torch compiles, traces and lets policies of checkpointing see."""
+    return torch.ops._c10d_functional
+
+
+def collectives_with_gradients() -> Any:
+    """The module of the same collectives for compiled code; slow to import, and useless without
+    torch.distributed."""
+    from torch.distributed import _functional_collectives
+
+    return _functional_collectives
+
+
 def registered_ops(namespace: str) -> list[str]:
     """The names of all ops of a namespace."""
     names = (schema.name for schema in torch._C._jit_get_all_schemas())
@@ -148,3 +166,11 @@ def cuda_driver_version() -> int | None:
     """Of the driver, 1000 * major + 10 * minor; None in a torch without CUDA."""
     ask = getattr(torch._C, "_cuda_getDriverVersion", None)
     return None if ask is None else int(ask())
+
+
+def exclude_from_ddp(model: torch.nn.Module, names: Iterable[str]) -> None:
+    """Keeps DistributedDataParallel from parameters and buffers, besides those it is kept from."""
+    before = getattr(model, "_ddp_params_and_buffers_to_ignore", ())
+    torch.nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
+        model, [*before, *names]
+    )

@@ -1,7 +1,8 @@
 """Weights that are spread over processes, and how messages name a weight.
 
-FSDP2, tensor and expert parallelism of torch make DTensors of parameters. What reads or rewrites
-whole weights refuses them: each process has a part.
+FSDP2, tensor and expert parallelism of torch make DTensors of parameters. Of those, banks read the
+experts that a process has itself (`moe_ops.parallel.shard_experts` says which are whose). What
+reads or rewrites whole weights refuses all others: each process has a part.
 """
 
 from __future__ import annotations
@@ -11,11 +12,28 @@ from typing import Any
 
 from torch import Tensor, nn
 
+_PLAIN = (Tensor, nn.Parameter)
+
 
 def is_sharded(tensor: Any) -> bool:
+    if type(tensor) in _PLAIN:
+        return False
     # A process that has not imported DTensor has none.
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
+
+
+def local_part(tensor: Any) -> Any:
+    """What this process has of a DTensor, with gradients; anything else as it is."""
+    return tensor.to_local() if is_sharded(tensor) else tensor
+
+
+def has_own_experts(bank: nn.Module, weight: Any) -> bool:
+    """Whether calls of the bank run the part that this process has of a weight as it lies here:
+    banks of `moe_ops.parallel.shard_experts` and of transformers' expert parallelism. With FSDP2 on
+    top, which adds a dimension to the mesh, they run what is gathered for the call."""
+    parallel = getattr(bank, "dispatcher", None) or getattr(bank, "_is_expert_parallel", False)
+    return bool(parallel) and is_sharded(weight) and weight.device_mesh.ndim == 1
 
 
 def check_whole(op: str, name: str, tensor: Any, advice: str) -> None:

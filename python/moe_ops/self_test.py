@@ -94,6 +94,7 @@ def cases() -> list[Case]:
         Case("expert_choice_router", lambda m, t: m.expert_choice_router(t, 9), (logits,)),
         Case("router_linear", lambda m, *t: m.router_linear(*t), (x, normal(E, H), normal(E))),
         Case("sort_slots", lambda m, t: m.sort_slots(t, E), (ids,), False),
+        Case("dispatch_plan", lambda m, t: m.dispatch_plan(t, 3, 2), (ids,), False),
         Case("permute", lambda m, *t: m.permute(*t), (x, offsets, row_to_slot)),
         Case("unpermute", lambda m, *t: m.unpermute(*t), (rows, offsets, slot_to_row, weights)),
         Case("gated_act", lambda m, t: m.gated_act(t, "swiglu"), (normal(T, 2 * I),)),

@@ -247,6 +247,7 @@ def check_against_reference(
     steps: int = 0,
     grad_steps: int | None = None,
     grad_view: str = "contiguous",
+    out_dtype: torch.dtype | None = None,
 ) -> None:
     """Output and gradients of `op` against the fp64 reference, in poisoned memory.
 
@@ -254,21 +255,25 @@ def check_against_reference(
     reference itself unless given, which is right for every multilinear op.
     steps, grad_steps: roundings of intermediate results (see assert_close_by_norm) allowed to the
     output and to the gradients, the same unless given.
+    out_dtype: what the op gives, and what its gradient is in; None: that of the first operand.
     """
     magnitude = magnitude or ref
     with torch.no_grad():
         shape = ref(**widened(kwargs))
     lead = next(v for v in kwargs.values() if _is_float(v))
-    grad = as_strided_copy(torch.randn(shape.shape).to(lead.dtype), grad_view)
+    out_dtype = out_dtype or lead.dtype
+    grad = as_strided_copy(torch.randn(shape.shape).to(out_dtype), grad_view)
     wide_grad = grad.double()
 
     expected, expected_grads = run_with_grads(ref, widened(kwargs), wrt, wide_grad)
     bound, bound_grads = run_with_grads(magnitude, absolute(kwargs), wrt, wide_grad.abs())
-    with poisoned(lead, expected.to(lead.dtype)):
+    with poisoned(lead, expected.to(out_dtype)):
         out, grads = run_with_grads(op, kwargs, wrt, grad)
 
-    assert out.dtype == lead.dtype, f"output is {out.dtype}, expected {lead.dtype}"
-    assert_close_by_norm(out, expected, bound, sum_length=sum_length, steps=steps)
+    assert out.dtype == out_dtype, f"output is {out.dtype}, expected {out_dtype}"
+    assert_close_by_norm(
+        out, expected, bound, sum_length=sum_length, steps=steps, step_dtype=lead.dtype
+    )
     for name in wrt:
         assert grads[name].dtype == kwargs[name].dtype, f"gradient of {name}: {grads[name].dtype}"
         assert_close_by_norm(

@@ -22,8 +22,15 @@ CALLS_A_CHUNK = 20
 
 NOT_FLOATS = (torch.int32, torch.int64, torch.bool, torch.uint8, torch.complex64)
 NOT_INDEX = (torch.float32, torch.bfloat16, torch.int16, torch.int8, torch.uint8, torch.bool)
-INDEX_TENSORS = ("input_ids", "topk_ids", "expert_offsets", "row_to_slot", "slot_to_row")
-OUT_OF_RANGE = (-1, -(2**31), 2**31 - 1, 1000)
+INDEX_TENSORS = (
+    "input_ids",
+    "topk_ids",
+    "expert_offsets",
+    "row_to_slot",
+    "slot_to_row",
+    "physical",
+)
+OUT_OF_RANGE = (-2, -(2**31), 2**31 - 1, 1000)
 
 
 def optional(op: str, name: str) -> bool:

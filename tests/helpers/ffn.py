@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -117,20 +118,25 @@ def differentiable(call: Kwargs) -> list[str]:
 
 
 def check_moe_ffn(
-    call: Kwargs, wrt: Sequence[str] | None = None, *, grad_view: str = "contiguous"
+    call: Kwargs,
+    wrt: Sequence[str] | None = None,
+    *,
+    grad_view: str = "contiguous",
+    out_dtype: torch.dtype | None = None,
 ) -> None:
     """moe_ffn against its reference, with gradients by all operands unless `wrt` names some. Half
     types may round the pre-activation, the activation and an expert's output, and in backward the
-    gradients of the three: that is what `steps` allows."""
+    gradients of the three, and that of an output in out_dtype: that is what `steps` allows."""
     sizes = (*call["x"].shape, call["w_down"].shape[-1], call["topk_ids"].numel(), 1)
     check_against_reference(
-        ops.moe_ffn,
+        functools.partial(ops.moe_ffn, out_dtype=out_dtype),
         reference.moe_ffn,
         call,
         differentiable(call) if wrt is None else wrt,
         magnitude=moe_ffn_magnitude,
         sum_length=max(sizes),
         steps=2,
-        grad_steps=5,
+        grad_steps=5 if out_dtype is None else 6,
         grad_view=grad_view,
+        out_dtype=out_dtype,
     )

@@ -232,6 +232,102 @@ def test_small_float16_gradients(sizes, activation, on_input):
     assert bool((grad != 0).any(1)[(call["topk_ids"] >= 0).any(1)].all())
 
 
+# --- the result in the type of the sums
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+def in_sums_dtype(dtype):
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@pytest.mark.parametrize("on_input", [False, True], ids=["output", "input"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+@pytest.mark.parametrize(("hidden_size", "intermediate_size"), [(17, 31), (64, 32), (257, 19)])
+def test_out_dtype(hidden_size, intermediate_size, dtype, on_input):
+    call = ffn_operands(SMALL, hidden_size, intermediate_size, dtype, bias=True)
+    call["apply_router_weight_on_input"] = on_input
+    check_moe_ffn(call, out_dtype=in_sums_dtype(dtype))
+    check_moe_ffn(call, out_dtype=dtype)
+
+
+@pytest.mark.parametrize("routing", ROUTINGS + EMPTY_ROUTINGS, ids=str)
+def test_out_dtype_of_routings(routing):
+    check_moe_ffn(ffn_operands(routing, 9, 12, torch.bfloat16), out_dtype=torch.float32)
+
+
+@pytest.mark.parametrize("on_input", [False, True], ids=["output", "input"])
+@pytest.mark.parametrize("routing", [SMALL, Routing(700, 4, 2, "dropped")], ids=str)
+@pytest.mark.parametrize("dtype", HALF, ids=short)
+def test_the_sum_is_rounded_once(dtype, routing, on_input):
+    """In float32 it is what is rounded without out_dtype, and gradients have the same bits."""
+    call = ffn_operands(routing, 40, 24, dtype, bias=True)
+    call["apply_router_weight_on_input"] = on_input
+    leaves = [call[name].requires_grad_() for name in differentiable(call)]
+    want, wide = moe_ops.moe_ffn(**call), moe_ops.moe_ffn(**call, out_dtype=torch.float32)
+    assert wide.dtype == torch.float32
+    assert not torch.equal(wide, wide.to(dtype).float())
+    assert_identical(wide.to(dtype), want)
+    grad = torch.randn(want.shape).to(dtype)
+    for a, b in zip(
+        torch.autograd.grad(wide, leaves, grad.float()),
+        torch.autograd.grad(want, leaves, grad),
+        strict=True,
+    ):
+        assert_identical(a, b, "gradient")
+    with torch.no_grad():
+        assert_identical(moe_ops.moe_ffn(**call, out_dtype=torch.float32), wide.detach())
+
+
+@pytest.mark.cpu_only
+def test_small_float16_gradients_in_float32():
+    """Not rounded to float16 on the way in, where they would be zero."""
+    call = ffn_operands(SMALL, 9, 12, torch.float16)
+    weights = call["topk_weights"].requires_grad_()
+    y = moe_ops.moe_ffn(**call, out_dtype=torch.float32)
+    grad = 2.0**-30 * torch.randn(y.shape)
+    (got,) = torch.autograd.grad(y, weights, grad)
+    wide = {k: v.double() if k in FFN_FLOATS else v for k, v in call.items()}
+    (want,) = torch.autograd.grad(reference.moe_ffn(**wide), weights, grad.double())
+    torch.testing.assert_close(got, want, rtol=2e-2, atol=2.0**-36)
+
+
+def test_main_grads_and_out_dtype():
+    call = ffn_operands(SMALL, 9, 12, torch.bfloat16)
+    leaves = [call[name].requires_grad_() for name in ("w_gate_up", "w_down")]
+    want = torch.autograd.grad(moe_ops.moe_ffn(**call).sum(), leaves)
+    main = tuple(torch.zeros(t.shape, dtype=t.dtype) for t in leaves)
+    y = moe_ops.moe_ffn(**call, main_grads=main, out_dtype=torch.float32)
+    assert y.dtype == torch.float32
+    y.sum().backward()
+    for a, b in zip(main, want, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_opcheck_and_compile_with_out_dtype():
+    call = ffn_operands(Routing(5, 3, 2, "dropped"), 6, 7, torch.bfloat16)
+    call["x"].requires_grad_()
+    args, keywords = positional(call)
+    keywords["out_dtype"] = torch.float32
+    torch.library.opcheck(torch.ops.moe_ops.moe_ffn.default, args, keywords)
+    compiled = torch.compile(moe_ops.moe_ffn, fullgraph=True, backend="aot_eager")
+    got, want = (f(**call, out_dtype=torch.float32) for f in (compiled, moe_ops.moe_ffn))
+    assert_identical(got, want)
+    grad = torch.randn(want.shape)
+    assert_identical(*(torch.autograd.grad(y, call["x"], grad)[0] for y in (got, want)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=short)
+@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+def test_bad_out_dtype(training, dtype, bad_input):
+    call = ffn_operands(Routing(6, 4, 2), 5, 7, dtype)
+    if training:
+        call["w_down"].requires_grad_()
+    for out_dtype in {torch.float16, torch.float64, torch.int32} - {dtype}:
+        with bad_input("moe_ffn", "out_dtype", str(out_dtype).removeprefix("torch.")):
+            moe_ops.moe_ffn(**call, out_dtype=out_dtype)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
 def test_inference_and_training_agree(dtype):
     call = ffn_operands(SMALL, 33, 31, dtype, bias=True)

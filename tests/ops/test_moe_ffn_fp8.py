@@ -12,7 +12,7 @@ import moe_ops
 from moe_ops import reference
 from moe_ops.ops.gated_act import GATED_ACTIVATIONS, PLAIN_ACTIVATIONS
 from moe_ops.quant import dequantize_fp8_blocks
-from moe_ops.testing import as_strided_copy, assert_identical, eps, short
+from moe_ops.testing import as_strided_copy, assert_identical, eps, poisoned, short
 
 
 def two_blocks(s):
@@ -209,6 +209,148 @@ def test_two_python_threads_at_once():
         got = list(pool.map(lambda i: moe_ops.moe_ffn_fp8(**calls[i % 3]), range(30)))
     for i, y in enumerate(got):
         assert_identical(y, want[i % 3], f"call {i}")
+
+
+# --- tokens that are quantised already, and the type of the result
+
+
+def quantised(call, out_dtype=None):
+    """The call with x as codes and scales."""
+    codes, scale = moe_ops.quantize_fp8(call["x"])
+    out_dtype = out_dtype or call["x"].dtype
+    return {**call, "x": codes, "x_scale": scale, "out_dtype": out_dtype}
+
+
+@routings
+@dtypes
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_codes_give_the_bits_of_their_tokens(size, dtype, routing):
+    call = fp8_operands(routing, *size, dtype, bias=True)
+    want = moe_ops.moe_ffn_fp8(**call)
+    again = quantised(call)
+    with poisoned(want):
+        assert_identical(moe_ops.moe_ffn_fp8(**again), want)
+
+
+@pytest.mark.parametrize("on_input", [False, True], ids=["output", "input"])
+@pytest.mark.parametrize("routing", ROUTINGS + EMPTY_ROUTINGS, ids=str)
+def test_routings_of_codes(routing, on_input):
+    call = fp8_operands(routing, 140, 130, torch.bfloat16)
+    call["apply_router_weight_on_input"] = on_input
+    want = moe_ops.moe_ffn_fp8(**call)
+    with poisoned(want):
+        assert_identical(moe_ops.moe_ffn_fp8(**quantised(call)), want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=short)
+@routings
+def test_codes_against_the_reference(routing, dtype):
+    """Scales that no rounding would give, and biases of another type than the result."""
+    call = quantised(fp8_operands(routing, 200, 130, torch.float32, bias=True), dtype)
+    call["x_scale"] = call["x_scale"] * 2 ** torch.rand(call["x_scale"].shape)
+    call["b_down"] = call["b_down"].half()
+    wide = {k: call[k].double() for k in ("x_scale", "topk_weights", "b_gate_up", "b_down")}
+    want = reference.moe_ffn_fp8(**{**call, **wide, "out_dtype": torch.float64})
+    y = moe_ops.moe_ffn_fp8(**call)
+    assert y.dtype == dtype
+    # Single features may take another code than in fp64.
+    assert (y.double() - want).norm() <= (2 * eps(dtype) + 1e-3) * want.norm()
+
+
+@routings
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=short)
+def test_out_dtype(dtype, routing):
+    """As from the same numbers in float32."""
+    call = fp8_operands(routing, 200, 260, dtype, bias=True)
+    wide = {k: v.float() if v.dtype == dtype else v for k, v in call.items() if k != "activation"}
+    want = moe_ops.moe_ffn_fp8(**wide)
+    for given in (call, quantised(call)):
+        with poisoned(want):
+            y = moe_ops.moe_ffn_fp8(**{**given, "out_dtype": torch.float32})
+        assert_identical(y, want)
+    assert_identical(moe_ops.moe_ffn_fp8(**call, out_dtype=dtype), moe_ops.moe_ffn_fp8(**call))
+
+
+@pytest.mark.parametrize("view", ["transposed", "offset", "step2", "step2_last"])
+@pytest.mark.parametrize("name", ["x", "x_scale"])
+@routings
+def test_views_of_codes(routing, name, view, backend):
+    call = quantised(fp8_operands(routing, 144, 160, torch.float32))
+    want = moe_ops.moe_ffn_fp8(**call)
+    call[name] = as_strided_copy(call[name], view)
+    got = moe_ops.moe_ffn_fp8(**call)
+    if backend == "cpu" or view != "offset" or name != "x":
+        assert_identical(got, want)
+    else:  # Codes that start on 16 bytes have kernels of their own, which sum in another order.
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-2)
+
+
+@routings
+def test_codes_that_are_nan(routing):
+    """A token spoils its own output and no other."""
+    call = fp8_operands(routing, 256, 128, torch.float32)
+    call["topk_ids"][2, 0] = 0
+    want = moe_ops.moe_ffn_fp8(**call)
+    for name, index in (("x", (2, 70)), ("x_scale", (2, 1))):
+        changed = quantised(call)
+        changed[name] = changed[name].clone()
+        changed[name][index] = torch.nan
+        y = moe_ops.moe_ffn_fp8(**changed)
+        assert y[2].isnan().all()
+        others = torch.arange(len(y)) != 2
+        assert_identical(y[others], want[others])
+
+
+def test_opcheck_and_compile_of_codes():
+    call = quantised(fp8_operands(Routing(5, 3, 2, "dropped"), 130, 70, torch.float32))
+    names = ("x", "w_gate_up", "w_gate_up_scale", "w_down", "w_down_scale", "topk_weights")
+    torch.library.opcheck(
+        torch.ops.moe_ops.moe_ffn_fp8.default,
+        (*(call[n] for n in names), call["topk_ids"]),
+        {"x_scale": call["x_scale"], "out_dtype": call["out_dtype"]},
+        test_utils=("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"),
+    )
+    compiled = torch.compile(moe_ops.moe_ffn_fp8, fullgraph=True, backend="aot_eager")
+    assert_identical(compiled(**call), moe_ops.moe_ffn_fp8(**call))
+
+
+def test_autocast_leaves_codes():
+    call = quantised(fp8_operands(FEW, 64, 64, torch.float32))
+    want = moe_ops.moe_ffn_fp8(**call)
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
+        assert_identical(moe_ops.moe_ffn_fp8(**call), want)
+
+
+@pytest.mark.parametrize(
+    ("change", "name", "got"),
+    [
+        ({"x": torch.zeros(6, 64)}, "x", "float32"),
+        ({"x_scale": torch.zeros(6, 1).half()}, "x_scale", "float16"),
+        ({"x_scale": torch.zeros(5, 1)}, "x_scale", "[5, 1]"),
+        ({"x_scale": torch.zeros(6, 2)}, "x_scale", "[6, 2]"),
+        ({"x_scale": torch.zeros(6)}, "x_scale", "[6]"),
+        ({"out_dtype": None}, "out_dtype", "None"),
+        ({"out_dtype": torch.float64}, "out_dtype", "float64"),
+        ({"out_dtype": torch.float8_e4m3fn}, "out_dtype", "float8_e4m3fn"),
+        ({"b_down": torch.zeros(4, 64).double()}, "b_down", "float64"),
+        ({"b_down": torch.zeros(4, 63)}, "b_down", "[4, 63]"),
+    ],
+    ids=lambda v: v if isinstance(v, str) else "",
+)
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_bad_codes(change, name, got, device, bad_input):
+    call = {**quantised(fp8_operands(Routing(6, 4, 2), 64, 64, torch.float32)), **change}
+    if device == "meta":
+        call = {k: v.to("meta") if isinstance(v, torch.Tensor) else v for k, v in call.items()}
+    with bad_input("moe_ffn_fp8", name, got):
+        moe_ops.moe_ffn_fp8(**call)
+
+
+@pytest.mark.parametrize("out_dtype", [torch.float16, torch.float64])
+def test_bad_out_dtype(out_dtype, bad_input):
+    call = fp8_operands(Routing(6, 4, 2), 64, 64, torch.bfloat16)
+    with bad_input("moe_ffn_fp8", "out_dtype", str(out_dtype).removeprefix("torch.")):
+        moe_ops.moe_ffn_fp8(**call, out_dtype=out_dtype)
 
 
 # --- torch

@@ -88,6 +88,19 @@ def check(call, *, copies_are_good=True):
     assert (_C.stale_panels() == stale) == copies_are_good
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=short)
+def test_the_sum_is_rounded_once(dtype):
+    """In float32 it is what is rounded without out_dtype."""
+    call = with_copies(ffn_operands(SMALL, 33, 40, dtype, bias=True))
+    wide = moe_ops.moe_ffn_packed(**call, out_dtype=torch.float32)
+    assert not torch.equal(wide, wide.to(dtype).float())
+    assert_identical(wide.to(dtype), moe_ops.moe_ffn_packed(**call))
+    call["x"].requires_grad_()
+    trained = moe_ops.moe_ffn_packed(**call, out_dtype=torch.float32)
+    assert trained.dtype == torch.float32
+    assert trained.requires_grad
+
+
 def plain(call):
     """moe_ffn of the same operands."""
     return moe_ops.moe_ffn(**{k: v for k, v in call.items() if not k.startswith("packed")})

@@ -26,6 +26,7 @@ OP_CASES = {
             "row_to_slot": s.order(),
         },
         free_dims={"x": {1}, "expert_offsets": {0}},
+        bad_arguments={"top_k": (0, -1, -(2**63), 2**31, 2**63 - 1)},
         twice=True,
     )
 }
@@ -72,6 +73,61 @@ def test_slots_that_several_rows_name_or_none(hidden_size, dtype, id_dtype):
     call["row_to_slot"] = torch.randint(93, (93,)).to(id_dtype)
     assert call["row_to_slot"].unique().numel() < 80
     check_against_reference(moe_ops.permute, reference.permute, call, ["x"], sum_length=12)
+
+
+def fewer_or_more_rows(num_rows, top_k, hidden_size, dtype, num_tokens=23):
+    """About a fifth of the rows have no slot, and the last two no expert."""
+    valid = max(num_rows - 2, 0)
+    row_to_slot = torch.randint(-1, max(num_tokens * top_k, 1), (num_rows,))
+    row_to_slot[torch.rand(num_rows) < 0.2] = -1
+    if num_tokens == 0:
+        row_to_slot[:] = -1
+    return {
+        "x": torch.randn(num_tokens, hidden_size).to(dtype),
+        "expert_offsets": torch.tensor([0, valid // 2, valid], dtype=torch.int32),
+        "row_to_slot": row_to_slot.to(ID_DTYPES[num_rows % 2]),
+        "top_k": top_k,
+    }
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+@pytest.mark.parametrize("top_k", [1, 3])
+@pytest.mark.parametrize("num_rows", [0, 1, 3, 22, 23, 24, 69, 70, 140])
+def test_any_number_of_rows(num_rows, top_k, dtype):
+    call = fewer_or_more_rows(num_rows, top_k, 19, dtype)
+    check_against_reference(moe_ops.permute, reference.permute, call, ["x"], sum_length=40)
+
+
+@pytest.mark.parametrize("num_rows", [0, 5])
+def test_rows_without_tokens(num_rows):
+    call = fewer_or_more_rows(num_rows, 2, 5, torch.float32, num_tokens=0)
+    with poisoned(torch.zeros(num_rows, 5)):
+        assert_identical(moe_ops.permute(**call), torch.zeros(num_rows, 5))
+
+
+def test_gradcheck_of_any_number_of_rows():
+    for num_rows in (7, 80):
+        call = fewer_or_more_rows(num_rows, 2, 2, torch.float64)
+        x = call.pop("x").requires_grad_()
+        assert torch.autograd.gradcheck(lambda t, call=call: moe_ops.permute(t, **call), x)
+        assert torch.autograd.gradgradcheck(lambda t, call=call: moe_ops.permute(t, **call), x)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+def test_nan_gradient_of_a_row_without_a_slot_stays_out(dtype):
+    call = fewer_or_more_rows(30, 3, 9, dtype)
+    x = call["x"].requires_grad_()
+    rows = moe_ops.permute(**call)
+    grad = torch.ones_like(rows)
+    grad[call["row_to_slot"] < 0] = torch.nan
+    assert not torch.autograd.grad(rows, x, grad)[0].isnan().any()
+
+
+@pytest.mark.parametrize("num_rows", [5, 100])
+def test_opcheck_of_any_number_of_rows(num_rows):
+    call = fewer_or_more_rows(num_rows, 3, 7, torch.float32)
+    call["x"].requires_grad_()
+    torch.library.opcheck(torch.ops.moe_ops.permute.default, tuple(call.values()))
 
 
 @pytest.mark.parametrize("slot", [0, 77, 89])
@@ -219,7 +275,7 @@ def test_bad_input(change, words, bad_input):
 
 
 @pytest.mark.cpu_only
-@pytest.mark.parametrize("value", [-1, 12, 2**31 - 1, -(2**31)])
+@pytest.mark.parametrize("value", [-2, 12, 2**31 - 1, -(2**31)])
 def test_slot_out_of_range(value, bad_input):
     """An index is checked before it is followed: nothing outside x is read."""
     call = operands(Routing(6, 4, 2), 2, torch.float32)

@@ -16,6 +16,7 @@ runner = CliRunner()
 OPS = set(ops.__all__) - {"pack_experts"}
 INFERENCE_ONLY = (
     "sort_slots",
+    "dispatch_plan",
     "moe_ffn_packed",
     "moe_ffn_quantized",
     "grouped_gemm_quantized",

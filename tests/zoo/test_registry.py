@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import pytest
-from bench.experiments import command
 from bench.experiments.report import Claim, Report
 from typer.testing import CliRunner
 
@@ -137,40 +136,23 @@ def test_earlier_module_names(name, now, some):
 def test_claims_command_says_where_the_experiments_are(toy):
     result = runner.invoke(app, ["claims", "other"])
     assert result.exit_code == 1 and "name must be one of toy" in result.output
-    result = runner.invoke(app, ["claims", "toy", "--seeds", "4", "--save"])
+    result = runner.invoke(app, ["claims", "toy", "--hours", "2"])
     assert result.exit_code == 1
-    assert "python -m bench.experiments.toy" in " ".join(result.output.split())
-
-
-def test_command_of_an_experiment(capsys, monkeypatch, tmp_path):
-    def run(seeds, log):
-        log("running")
-        claim = Claim("b is lower", [-1.0 - 0.1 * seed for seed in seeds], "nat")
-        return Report("toy", {"Data": "none"}, ["loss"], {"a": [[s] for s in seeds]}, [claim])
-
-    command.main("toy", run, ["--seeds", "4"])
-    output = capsys.readouterr().out
-    assert "running" in output and "| shown |" in output
-    command.main("toy", run, ["--json"])
-    report = json.loads(capsys.readouterr().out)
-    assert report["claims"][0]["differences"] == [-1.0, -1.1, -1.2]
-    with pytest.raises(SystemExit, match=r"experiments\.toy: .*toy\.md must have one line"):
-        command.main("toy", run, ["--save"])
-    with pytest.raises(SystemExit) as caught:
-        command.main("toy", run, ["--seeds", str(10**23)])
-    assert caught.value.code == 2
+    assert "python -m bench.experiments toy --hours 2" in " ".join(result.output.split())
 
 
 def test_verdicts_are_computed():
     claim = Claim("lower", [-0.3, -0.1, -0.2], "nat")
     assert claim.mean == pytest.approx(-0.2)
-    # Sample deviation 0.1 over sqrt(3).
+    # Sample deviation 0.1 over sqrt(3); the quantile of two degrees of freedom is 4.3.
     assert claim.standard_error == pytest.approx(0.1 / math.sqrt(3))
-    assert claim.shown and claim.verdict() == "shown"
-    assert not Claim("higher", [-0.3, -0.1, -0.2], "nat", below=False).shown
-    assert not Claim("lower", [-0.4, 0.2, -0.1], "nat").shown  # 0.1 below, error 0.17
-    assert not Claim("lower", [-5.0], "nat").shown  # one seed shows nothing
-    assert Claim("three times", [3.4, 3.6, 3.5], "x", bound=3.0, below=False).shown
+    assert claim.verdict() == "not shown" and claim.said() == "not shown (3 seeds)"
+    five = [-0.3, -0.1, -0.2, -0.25, -0.15]
+    assert Claim("lower", five, "nat").said() == "shown"
+    assert Claim("higher", five, "nat", below=False).said() == "contradicted"
+    assert Claim("lower", [-5.0], "nat").said() == "not shown (1 seed)"
+    three = [3.4, 3.6, 3.5, 3.45, 3.55]
+    assert Claim("three times", three, "x", bound=3.0, below=False).verdict() == "shown"
 
 
 def test_report_tables():
@@ -180,5 +162,5 @@ def test_report_tables():
     text = report.markdown()
     assert "| arm | loss | MaxVio |" in text
     assert "| dense | 3 ± 1 | 0 ± 0 |" in text
-    assert "| sparse is lower | -1.5 ± 0.5 nat | < 0 | shown |" in text
+    assert "| sparse is lower | -1.5 (-7.85 to 4.85) nat | 2 | < 0 | not shown (2 seeds) |" in text
     json.dumps(report.to_dict())

@@ -107,7 +107,7 @@ void forward(const MoeFfnParams& p, const Parallel& par) {
       }
     }
     const T* factors = on_input ? nullptr : static_cast<const T*>(s.topk_weights) + b.first;
-    row_k.combine_rows({.type = type,
+    row_k.combine_rows({.type = p.y_type,
                         .rows = out,
                         .ld = ld,
                         .index = b.rows,
@@ -115,7 +115,7 @@ void forward(const MoeFfnParams& p, const Parallel& par) {
                         .num_tokens = b.end - b.begin,
                         .top_k = s.routing.top_k,
                         .n = H,
-                        .out = static_cast<char*>(p.y) + b.begin * H * size});
+                        .out = static_cast<char*>(p.y) + b.begin * H * dtype_size(p.y_type)});
   };
   parallel_blocks(s.routing, par, blocks_cost(s, 1), run_block);
 }
@@ -254,7 +254,7 @@ class Backward {
       const int64_t r0 = tile.begin, m = tile.height;
       T* dpre = t.dpre + r0 * kLda;
       // Tile by tile: rows are on their way while the tile before is being multiplied.
-      row_k_.gather_rows({type, t.gys + r0, m, H_}, nullptr, t.gy + r0 * kLda, kLda);
+      row_k_.gather_rows({p_.grad_y.type, t.gys + r0, m, H_}, nullptr, t.gy + r0 * kLda, kLda);
       if (p_.grad_w_gate_up != nullptr) {
         row_k_.gather_rows({type, t.xs + r0, m, H_}, on_input ? t.weights + r0 : nullptr,
                            t.x + r0 * odd_ld(k_, H_), odd_ld(k_, H_));
@@ -266,7 +266,9 @@ class Backward {
       if (grad_weights != nullptr && !on_input) {
         for (int64_t r = 0; r < m; ++r) {
           T g = t.dots[r];
-          if (bias != nullptr) g += row_k_.dot_row(p_.b_down.type, bias, type, t.gys[r0 + r], H_);
+          if (bias != nullptr) {
+            g += row_k_.dot_row(p_.b_down.type, bias, p_.grad_y.type, t.gys[r0 + r], H_);
+          }
           grad_weights[s_.routing.row_to_slot[row + r0 + r]] = g;
         }
       }
@@ -310,7 +312,6 @@ class Backward {
 
   // Adds the products of `count` rows to the sums of a chunk.
   void add_products(int64_t chunk, int64_t e, int64_t count, BwdScratch<T>& t, bool add) const {
-    const DType type = p_.x.type;
     const bool on_input = s_.apply_router_weight_on_input;
     if (p_.grad_w_down != nullptr) {
       outer_product(k_, t.gy, H_, t.hidden, I_, count, down_sums_.matrix_of(chunk, e), add);
@@ -319,7 +320,8 @@ class Backward {
       outer_product(k_, t.dpre, width_, t.x, H_, count, up_sums_.matrix_of(chunk, e), add);
     }
     if (p_.grad_b_down != nullptr) {
-      row_k_.weighted_sum({type, t.gys, count, H_}, on_input ? nullptr : t.weights, t.sum);
+      row_k_.weighted_sum({p_.grad_y.type, t.gys, count, H_}, on_input ? nullptr : t.weights,
+                          t.sum);
       row_k_.axpy(kAccumulate<T>, t.sum, T(1), down_sums_.bias_of(chunk, e), H_);
     }
     if (p_.grad_b_gate_up != nullptr) {

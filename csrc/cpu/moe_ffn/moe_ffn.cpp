@@ -190,8 +190,8 @@ void forward(const MoeFfnParams& p, const Parallel& par) {
   const auto ready = [&](int64_t e) { return stages.wait(up_left[e]); };
   for (size_t i = 0; i < ranges.size(); ++i) {
     by_range.product(i, ranges[i], down, k, par, ready, keep);
-    by_range.combine(i,
-                     combine_params(s, ranges[i], out, !s.apply_router_weight_on_input, p.y, type));
+    by_range.combine(
+        i, combine_params(s, ranges[i], out, !s.apply_router_weight_on_input, p.y, p.y_type));
   }
   stages.run(par);
 }
@@ -270,7 +270,7 @@ void backward(const MoeFfnBwdParams& p, const Parallel& par) {
         if (p.b_down.data != nullptr) {
           g += row_k.dot_row(p.b_down.type,
                              element(p.b_down.data, p.b_down.type, it.expert * p.b_down.stride_e),
-                             type, row_of(gy, r), H);
+                             gy.type, row_of(gy, r), H);
         }
         grad_weights[s.routing.row_to_slot[r]] = g;
       }

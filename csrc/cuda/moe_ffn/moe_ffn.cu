@@ -178,7 +178,8 @@ Status moe_ffn(const MoeFfnParams& p, Stream stream) {
     down.bias = p.b_down;
     MOE_TRY(grouped_gemm(down, stream));
   }
-  return combine(r, buffers.rows, type, H, on_input ? nullptr : s.topk_weights, p.y, stream);
+  return combine(r, buffers.rows, type, H, on_input ? nullptr : s.topk_weights, p.y, p.y_type,
+                 stream);
 }
 
 int64_t moe_ffn_bwd_workspace(const MoeFfnBwdParams& p) {
@@ -286,7 +287,8 @@ Status moe_ffn_bwd(const MoeFfnBwdParams& p, Stream stream) {
     MOE_TRY(slot_gradients(d, stream));
   }
   if (p.grad_x == nullptr) return 0;
-  return combine(r, buffers.rows, type, H, on_input ? s.topk_weights : nullptr, p.grad_x, stream);
+  return combine(r, buffers.rows, type, H, on_input ? s.topk_weights : nullptr, p.grad_x, type,
+                 stream);
 }
 
 }  // namespace moe_ops::cuda

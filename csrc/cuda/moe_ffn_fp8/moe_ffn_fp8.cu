@@ -1,7 +1,7 @@
-// The FFN block of e4m3 weights as a sequence of launches: (1) tokens to e4m3; (2) pre-activation
-// in fp32, with the rows of tokens gathered through row_to_slot; (3) activation, and its result to
-// e4m3; (4) down projection, by rows; (5) weighted sum of a token's rows. On sm_90a, SwiGLU at many
-// rows makes (2) and (3) one launch (gate_up.h).
+// The FFN block of e4m3 weights as a sequence of launches: (1) tokens to e4m3, unless they are; (2)
+// pre-activation in fp32, with the rows of tokens gathered through row_to_slot; (3) activation, and
+// its result to e4m3; (4) down projection, by rows; (5) weighted sum of a token's rows. On sm_90a,
+// SwiGLU at many rows makes (2) and (3) one launch (gate_up.h).
 #include "cuda/activation.cuh"
 #include "cuda/dispatch.h"
 #include "cuda/fp8.cuh"
@@ -81,7 +81,7 @@ struct Buffers {
   float* preact;   // [N, P]
   uint8_t* h;      // [N, I]
   float* h_scale;  // [N, ceil(I / 128)]
-  void* rows;      // [N, H] in x's type, where the pre-activation was
+  void* rows;      // [N, H] in y's type, where the pre-activation was
   int64_t bytes;
 };
 
@@ -89,7 +89,7 @@ Buffers buffers_of(const MoeFfnFp8Params& p) {
   const MoeFfnDesc& d = p.desc;
   const Routing& r = d.routing;
   const int64_t N = r.num_slots(), H = d.hidden_size, I = d.intermediate_size;
-  const int64_t P = d.width(), row = H * dtype_size(p.x.type);
+  const int64_t P = d.width(), row = H * dtype_size(p.y_type);
   auto* const base = static_cast<char*>(p.workspace);
   Buffers b{};
   const auto take = [&](int64_t bytes) {
@@ -97,8 +97,9 @@ Buffers buffers_of(const MoeFfnFp8Params& p) {
     b.bytes += round_up<int64_t>(bytes, 256);
     return part;
   };
-  b.x = reinterpret_cast<uint8_t*>(take(r.num_tokens * H));
-  b.x_scale = reinterpret_cast<float*>(take(r.num_tokens * ceil_div(H, kFp8Block) * 4));
+  const int64_t tokens = p.has_codes ? 0 : r.num_tokens;
+  b.x = reinterpret_cast<uint8_t*>(take(tokens * H));
+  b.x_scale = reinterpret_cast<float*>(take(tokens * ceil_div(H, kFp8Block) * 4));
   b.h = reinterpret_cast<uint8_t*>(take(N * I));
   b.h_scale = reinterpret_cast<float*>(take(N * ceil_div(I, kFp8Block) * 4));
   b.rows = take(N * (row > 4 * P ? row : 4 * P));
@@ -133,18 +134,21 @@ Status moe_ffn_fp8(const MoeFfnFp8Params& p, Stream stream) {
   const int64_t N = r.num_slots(), H = d.hidden_size, I = d.intermediate_size, P = d.width();
   const Buffers b = buffers_of(p);
 
-  QuantizeFp8Params quantize;
-  quantize.x = p.x;
-  quantize.num_rows = r.num_tokens;
-  quantize.row_length = H;
-  quantize.q = b.x;
-  quantize.scale = b.x_scale;
-  MOE_TRY(quantize_fp8(quantize, stream));
+  Fp8Rows x = p.x_codes;
+  if (!p.has_codes) {
+    QuantizeFp8Params quantize;
+    quantize.x = p.x;
+    quantize.num_rows = r.num_tokens;
+    quantize.row_length = H;
+    quantize.q = b.x;
+    quantize.scale = b.x_scale;
+    MOE_TRY(quantize_fp8(quantize, stream));
+    x = {b.x, H, b.x_scale, ceil_div(H, kFp8Block), nullptr};
+  }
 
   GroupedGemmFp8Params up = product(p, P, H, p.w_gate_up, p.b_gate_up, b.preact, DType::kFloat32);
-  up.a = {b.x,           H,
-          b.x_scale,     ceil_div(H, kFp8Block),
-          r.row_to_slot, static_cast<int32_t>(r.top_k),
+  up.a = {x.data,         x.stride,      x.scale,
+          x.scale_stride, r.row_to_slot, static_cast<int32_t>(r.top_k),
           r.num_tokens};
   if (d.apply_router_weight_on_input) up.factor = routing_scale(r, d.topk_weights);
   const sm90::fp8::GateUpParams gate_up{up, b.h, b.h_scale};
@@ -157,12 +161,12 @@ Status moe_ffn_fp8(const MoeFfnFp8Params& p, Stream stream) {
         stream));
   }
 
-  GroupedGemmFp8Params down = product(p, H, I, p.w_down, p.b_down, b.rows, p.x.type);
+  GroupedGemmFp8Params down = product(p, H, I, p.w_down, p.b_down, b.rows, p.y_type);
   down.a = {b.h, I, b.h_scale, ceil_div(I, kFp8Block), nullptr, 1, N};
   MOE_TRY(grouped_gemm_fp8(down, stream));
 
   const void* const weights = d.apply_router_weight_on_input ? nullptr : d.topk_weights;
-  return combine(r, b.rows, p.x.type, H, weights, p.y, stream);
+  return combine(r, b.rows, p.y_type, H, weights, p.y, p.y_type, stream);
 }
 
 }  // namespace moe_ops::cuda

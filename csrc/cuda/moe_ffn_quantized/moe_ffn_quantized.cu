@@ -164,7 +164,7 @@ Status moe_ffn_quantized(const MoeFfnQuantizedParams& p, Stream stream) {
   down.out_stride = H;
   MOE_TRY(run(down, stream));
   return combine(r, buffers.rows, type, H,
-                 d.apply_router_weight_on_input ? nullptr : d.topk_weights, p.y, stream);
+                 d.apply_router_weight_on_input ? nullptr : d.topk_weights, p.y, type, stream);
 }
 
 }  // namespace moe_ops::cuda

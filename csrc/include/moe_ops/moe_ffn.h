@@ -35,7 +35,8 @@ struct MoeFfnParams {
   ExpertMatrices w_down;           // [E, H, I]
   ExpertVectors b_gate_up;         // [E, P] or none
   ExpertVectors b_down;            // [E, H] or none
-  void* y = nullptr;               // [T, H] contiguous, out, x's type
+  void* y = nullptr;               // [T, H] contiguous, out, of type y_type
+  DType y_type = DType::kFloat32;  // x's, or its accumulate type
   void* preact = nullptr;     // [N, P] contiguous, out, x's type; zeros in rows without an expert;
                               // nullptr: not wanted
   void* workspace = nullptr;  // CUDA: moe_ffn_workspace bytes, aligned to 256
@@ -46,7 +47,7 @@ struct MoeFfnParams {
 
 struct MoeFfnBwdParams {
   MoeFfnDesc desc;           // with maps
-  Rows grad_y;               // [T, H], no index
+  Rows grad_y;               // [T, H], no index; on the CPU, x's type or its accumulate type
   Rows x;                    // [T, H], no index
   ExpertMatrices w_gate_up;  // [E, P, H]
   ExpertMatrices w_down;     // [E, H, I]

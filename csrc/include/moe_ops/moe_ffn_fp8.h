@@ -9,18 +9,21 @@
 
 namespace moe_ops {
 
-// x is quantised by token, 1 x 128 at a time, and rows are gathered from there; so are the
-// activated features, by row. A routing weight on the input multiplies the sums of the up product,
-// which is the same as scaling the token's scales.
+// x is quantised by token, 1 x 128 at a time, unless it comes so, and rows are gathered from there;
+// the activated features are quantised by row. A routing weight on the input multiplies the sums of
+// the up product, which is the same as scaling the token's scales.
 struct MoeFfnFp8Params {
-  MoeFfnDesc desc;            // topk_weights in fp32; on the CPU, the routing may be
-                              // without maps
-  Rows x;                     // [T, H], no index; not float64
+  MoeFfnDesc desc;  // topk_weights in fp32; on the CPU, the routing may be
+                    // without maps
+  Rows x;           // [T, H], no index; not float64; not read if has_codes
+  bool has_codes = false;
+  Fp8Rows x_codes;            // x as codes with scales, no index
   Fp8Matrices w_gate_up;      // [E, P, H]
   Fp8Matrices w_down;         // [E, H, I]
   ExpertVectors b_gate_up;    // [E, P] or none
   ExpertVectors b_down;       // [E, H] or none
-  void* y = nullptr;          // [T, H] contiguous, out, x's type
+  void* y = nullptr;          // [T, H] contiguous, out
+  DType y_type;               // float32, bfloat16 or float16
   void* workspace = nullptr;  // CUDA: moe_ffn_fp8_workspace bytes, aligned to 256
 };
 

@@ -13,9 +13,9 @@ struct PermuteParams {
   int64_t x_stride;
   int64_t hidden_size;         // H
   int64_t top_k;               // K
-  int64_t num_rows;            // N = T * K
+  int64_t num_rows;            // N, any number
   int64_t num_valid_rows;      // expert_offsets[E]; rows from here on come out zero
-  const int32_t* row_to_slot;  // [N]
+  const int32_t* row_to_slot;  // [N] of T * K slots; -1: no slot, the row comes out zero
   void* rows;                  // [N, H] contiguous, out
 };
 
@@ -25,8 +25,8 @@ struct PermuteBwdParams {
   const void* grad_rows;  // [N, H] rows grad_stride elements apart
   DType type;
   int64_t grad_stride;
-  int64_t hidden_size, num_tokens, num_rows, num_valid_rows;
-  const int32_t* row_to_slot;  // [N]
+  int64_t hidden_size, num_tokens, top_k, num_rows, num_valid_rows;
+  const int32_t* row_to_slot;  // [N]; -1: no slot, the row adds nothing
   void* grad_x;                // [T, H] contiguous, out
 };
 
@@ -43,10 +43,11 @@ struct PermuteParams {
   int64_t x_stride;
   int64_t hidden_size;            // H
   int64_t num_tokens;             // T
-  int64_t num_rows;               // N = T * K
+  int64_t top_k;                  // K
+  int64_t num_rows;               // N, any number
   const int32_t* expert_offsets;  // [E+1]; rows from the last one on come out zero
   int64_t num_experts;            // E
-  IndexMap row_to_slot;           // [N]; a row whose slot is out of range comes out zero
+  IndexMap row_to_slot;           // [N] of T * K slots; out of range: the row comes out zero
   void* rows;                     // [N, H] contiguous, out
 };
 
@@ -55,11 +56,11 @@ struct PermuteBwdParams {
   const void* grad_rows;  // [N, H] rows grad_stride elements apart
   DType type;
   int64_t grad_stride;
-  int64_t hidden_size, num_tokens, num_rows;
+  int64_t hidden_size, num_tokens, top_k, num_rows;
   const int32_t* expert_offsets;
   int64_t num_experts;
   IndexMap row_to_slot;  // [N]
-  int32_t* named;        // [2, N] scratch
+  int32_t* named;        // [2, T * K] scratch
   void* grad_x;          // [T, H] contiguous, out
 };
 

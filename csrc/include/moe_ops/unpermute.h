@@ -8,14 +8,14 @@
 namespace moe_ops {
 
 struct UnpermuteParams {
-  const void* rows;  // [N, H] rows row_stride elements apart
+  const void* rows;  // [N, H] rows row_stride elements apart, any number of them
   DType type;
   int64_t row_stride;
   int64_t hidden_size;         // H
   int64_t num_tokens;          // T
   int64_t top_k;               // K
   int64_t num_valid_rows;      // expert_offsets[E]; slots whose row is at or past it add nothing
-  const int32_t* slot_to_row;  // [T, K]
+  const int32_t* slot_to_row;  // [T, K]; -1: no row, the slot adds nothing
   // [T+1] or nullptr: token t has the places token_starts[t] to token_starts[t+1] of slot_to_row
   // instead of K, and then there are no topk_weights.
   const int64_t* token_starts = nullptr;
@@ -33,7 +33,7 @@ struct UnpermuteBwdParams {
   DType type;          // of both
   int64_t grad_y_stride, row_stride;
   int64_t hidden_size, num_tokens, top_k, num_rows, num_valid_rows;
-  const int32_t* slot_to_row;  // [T, K]
+  const int32_t* slot_to_row;  // [T, K]; -1: no row
   const void* topk_weights;    // [T, K] in the accumulate type, or nullptr: ones
   void* grad_rows;             // [N, H] contiguous, out
   void* grad_weights;          // [T, K] in the accumulate type, out; nullptr: not wanted
@@ -56,17 +56,17 @@ struct UnpermuteParams {
   int64_t hidden_size;            // H
   int64_t num_tokens;             // T
   int64_t top_k;                  // K
-  int64_t num_rows;               // N
+  int64_t num_rows;               // N, any number
   const int32_t* expert_offsets;  // [E+1]; slots whose row is at or past the last one add nothing
   int64_t num_experts;            // E
-  IndexMap slot_to_row;           // [T, K]; not used with `named`
+  IndexMap slot_to_row;           // [T, K], out of range: no row; not used with `named`
   // Instead of slot_to_row, rows by the map the other way, several or none a slot: row_to_slot [N]
   // and what name_targets made of it. Then there are no topk_weights.
   IndexMap row_to_slot;
   const int32_t* named = nullptr;
   const void* topk_weights;  // [T, K] in the accumulate type, or nullptr: ones
   void* y;                   // [T, H] contiguous, out
-  DType y_type;              // type, or with type its accumulate type
+  DType y_type;              // type; or one of the two is the accumulate type of the other
 };
 
 // As the CPU's.
@@ -75,7 +75,7 @@ struct UnpermuteBwdParams {
   const void* rows;    // [N, H] rows row_stride elements apart; not read without grad_weights
   DType type;          // of both
   int64_t grad_y_stride, row_stride;
-  int64_t hidden_size, num_tokens, top_k, num_rows;  // num_rows = T * K
+  int64_t hidden_size, num_tokens, top_k, num_rows;
   const int32_t* expert_offsets;
   int64_t num_experts;
   IndexMap slot_to_row;      // [T, K]
@@ -85,10 +85,10 @@ struct UnpermuteBwdParams {
   void* grad_weights;        // [T, K] in the accumulate type, out; nullptr: not wanted
 };
 
-// Of a map of n places to n targets: named [2, n] becomes, for target i, n less the first place
-// that holds i and, at n + i, one more than the last; 0 where none does. Values out of range count
-// as none.
-Status name_targets(const IndexMap& map, int64_t n, int32_t* named, Stream stream);
+// Of a map of `places` entries to n targets: named [2, n] becomes, for target i, `places` less the
+// first place that holds i and, at n + i, one more than the last; 0 where none does. Values out of
+// range count as none.
+Status name_targets(const IndexMap& map, int64_t places, int64_t n, int32_t* named, Stream stream);
 
 Status unpermute(const UnpermuteParams& p, Stream stream);
 Status unpermute_bwd(const UnpermuteBwdParams& p, Stream stream);

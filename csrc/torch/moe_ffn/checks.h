@@ -63,20 +63,32 @@ inline Sizes check_ffn(const Op& op, const Tensor& x, const Tensor& w_gate_up, c
                    });
 }
 
-inline void check_bias(const Op& op, const char* name, const OptTensor& bias, const Tensor& x,
-                       int64_t E, int64_t features, const char* shape) {
+// All but the type.
+inline void check_bias_shape(const Op& op, const char* name, const OptTensor& bias, int64_t E,
+                             int64_t features, const char* shape) {
   if (!bias.has_value()) return;
-  check_same_dtype(op, name, *bias, "x", x);
   check_dim(op, name, *bias, 2, shape);
   check_size(op, name, *bias, 0, E, "E");
   check_size(op, name, *bias, 1, features, "the number of features");
 }
 
+inline void check_bias_shapes(const Op& op, const OptTensor& b_gate_up, const OptTensor& b_down,
+                              const Sizes& s) {
+  check_bias_shape(op, "b_gate_up", b_gate_up, s.E, s.width,
+                   is_gated(s.act.kind) ? "[E, 2I]" : "[E, I]");
+  check_bias_shape(op, "b_down", b_down, s.E, s.H, "[E, H]");
+}
+
+inline void check_bias_type(const Op& op, const char* name, const OptTensor& bias,
+                            const Tensor& x) {
+  if (bias.has_value()) check_same_dtype(op, name, *bias, "x", x);
+}
+
 inline void check_biases(const Op& op, const OptTensor& b_gate_up, const OptTensor& b_down,
                          const Tensor& x, const Sizes& s) {
-  check_bias(op, "b_gate_up", b_gate_up, x, s.E, s.width,
-             is_gated(s.act.kind) ? "[E, 2I]" : "[E, I]");
-  check_bias(op, "b_down", b_down, x, s.E, s.H, "[E, H]");
+  check_bias_type(op, "b_gate_up", b_gate_up, x);
+  check_bias_type(op, "b_down", b_down, x);
+  check_bias_shapes(op, b_gate_up, b_down, s);
 }
 
 inline Sizes check_fwd(const Op& op, const Tensor& x, const Tensor& w_gate_up, const Tensor& w_down,
@@ -100,11 +112,13 @@ inline Sizes check_bwd(const Op& op, const Tensor& grad_y, const Tensor& x, cons
   check_index(op, "slot_to_row", slot_to_row);
   check_dim(op, "slot_to_row", slot_to_row, 2, "[T, K]");
   const Sizes s = check_ffn(op, x, w_gate_up, w_down, topk_weights, slot_to_row.size(1), act);
-  check_bias(op, "b_down", b_down, x, s.E, s.H, "[E, H]");
+  check_bias_type(op, "b_down", b_down, x);
+  check_bias_shape(op, "b_down", b_down, s.E, s.H, "[E, H]");
   const int64_t N = s.T * s.K;
   check_size(op, "slot_to_row", slot_to_row, 0, s.T, "T");
   check_num_slots(op, "slot_to_row", N);
-  check_same_dtype(op, "grad_y", grad_y, "x", x);
+  check_float(op, "grad_y", grad_y);
+  check_result_type(op, "grad_y", grad_y.scalar_type(), x, s.type);
   check_dim(op, "grad_y", grad_y, 2, "[T, H]");
   check_size(op, "grad_y", grad_y, 0, s.T, "T");
   check_size(op, "grad_y", grad_y, 1, s.H, "H");

@@ -47,7 +47,9 @@ void set_packed(const Op& op, const char* name, const Tensor& packed, const Tens
 Tensor run_ffn(const Op& op, const Sizes& s, const Routing& routing, const Tensor& x,
                const Tensor& w_gate_up, const Tensor& w_down, const Tensor& topk_weights,
                const OptTensor& b_gate_up, const OptTensor& b_down, bool on_input,
-               Tensor* preact = nullptr, const Packed* packed = nullptr) {
+               const OptType& out_dtype, Tensor* preact = nullptr, const Packed* packed = nullptr) {
+  const ScalarType dtype = out_dtype.value_or(x.scalar_type());
+  const DType y_type = check_result_type(op, "out_dtype", dtype, x, s.type);
   const Weights up = weights_of(w_gate_up, s.type);
   const Weights down = weights_of(w_down, s.type);
   MoeFfnParams p;
@@ -62,13 +64,14 @@ Tensor run_ffn(const Op& op, const Sizes& s, const Routing& routing, const Tenso
   const Bias up_bias = bias_of(b_gate_up, s.type);
   const Bias down_bias = bias_of(b_down, s.type);
   const Tensor weights = contiguous_as(topk_weights, accumulate_type(x.scalar_type()));
-  Tensor y = empty_cpu(op, {s.T, s.H}, x.scalar_type());
+  Tensor y = empty_cpu(op, {s.T, s.H}, dtype);
   if (preact != nullptr) *preact = empty_cpu(op, {s.T * s.K, s.width}, x.scalar_type());
   p.desc = desc_of(s, routing, weights, on_input);
   p.x = rows_of(src, s.type);
   p.b_gate_up = up_bias.vectors;
   p.b_down = down_bias.vectors;
   p.y = y.mutable_data_ptr();
+  p.y_type = y_type;
   p.preact = preact != nullptr ? preact->mutable_data_ptr() : nullptr;
   cpu::moe_ffn(p, torch_parallel());
   return y;
@@ -77,21 +80,24 @@ Tensor run_ffn(const Op& op, const Sizes& s, const Routing& routing, const Tenso
 Tensor infer(const Op& op, const Tensor& x, const Tensor& w_gate_up, const Tensor& w_down,
              const Tensor& topk_weights, const Tensor& topk_ids, const OptTensor& b_gate_up,
              const OptTensor& b_down, const std::string& activation, bool interleaved,
-             bool on_input, double alpha, double limit, const Packed* packed) {
+             bool on_input, double alpha, double limit, const OptType& out_dtype,
+             const Packed* packed) {
   const ActivationParams act = check_activation(op, activation, interleaved, alpha, limit, false);
   const Sizes s =
       check_fwd(op, x, w_gate_up, w_down, topk_weights, topk_ids, b_gate_up, b_down, act);
   const SlotIds slots = slot_ids(op, topk_ids, s.E);
   return run_ffn(op, s, slots.routing, x, w_gate_up, w_down, topk_weights, b_gate_up, b_down,
-                 on_input, nullptr, packed);
+                 on_input, out_dtype, nullptr, packed);
 }
 
 Tensor moe_ffn(const Tensor& x, const Tensor& w_gate_up, const Tensor& w_down,
                const Tensor& topk_weights, const Tensor& topk_ids, const OptTensor& b_gate_up,
                const OptTensor& b_down, std::string activation, bool interleaved,
-               bool apply_router_weight_on_input, double alpha, double limit) {
+               bool apply_router_weight_on_input, double alpha, double limit,
+               const OptType& out_dtype) {
   return infer("moe_ffn", x, w_gate_up, w_down, topk_weights, topk_ids, b_gate_up, b_down,
-               activation, interleaved, apply_router_weight_on_input, alpha, limit, nullptr);
+               activation, interleaved, apply_router_weight_on_input, alpha, limit, out_dtype,
+               nullptr);
 }
 
 Tensor moe_ffn_packed(const Tensor& x, const Tensor& w_gate_up, const Tensor& w_down,
@@ -99,10 +105,11 @@ Tensor moe_ffn_packed(const Tensor& x, const Tensor& w_gate_up, const Tensor& w_
                       const Tensor& topk_weights, const Tensor& topk_ids,
                       const OptTensor& b_gate_up, const OptTensor& b_down, std::string activation,
                       bool interleaved, bool apply_router_weight_on_input, double alpha,
-                      double limit) {
+                      double limit, const OptType& out_dtype) {
   const Packed packed{&packed_gate_up, &packed_down};
   return infer("moe_ffn_packed", x, w_gate_up, w_down, topk_weights, topk_ids, b_gate_up, b_down,
-               activation, interleaved, apply_router_weight_on_input, alpha, limit, &packed);
+               activation, interleaved, apply_router_weight_on_input, alpha, limit, out_dtype,
+               &packed);
 }
 
 Tensor pack_experts(const Tensor& w, bool halves) {
@@ -124,7 +131,7 @@ FfnOutputs moe_ffn_fwd(const Tensor& x, const Tensor& w_gate_up, const Tensor& w
                        const Tensor& topk_weights, const Tensor& topk_ids,
                        const OptTensor& b_gate_up, const OptTensor& b_down, std::string activation,
                        bool interleaved, bool apply_router_weight_on_input, double alpha,
-                       double limit) {
+                       double limit, const OptType& out_dtype) {
   constexpr const char* kOp = "moe_ffn";
   const ActivationParams act = check_activation(kOp, activation, interleaved, alpha, limit, false);
   const Sizes s =
@@ -132,7 +139,7 @@ FfnOutputs moe_ffn_fwd(const Tensor& x, const Tensor& w_gate_up, const Tensor& w
   const SortedSlots slots = sorted_slots(kOp, topk_ids, s.E);
   Tensor preact;
   const Tensor y = run_ffn(kOp, s, slots.routing, x, w_gate_up, w_down, topk_weights, b_gate_up,
-                           b_down, apply_router_weight_on_input, &preact);
+                           b_down, apply_router_weight_on_input, out_dtype, &preact);
   return {y, preact, slots.expert_offsets, slots.row_to_slot, slots.slot_to_row};
 }
 
@@ -154,7 +161,10 @@ FfnGradients run_bwd(const Op& op, const Tensor& grad_y, const Tensor& x, const 
   const Tensor slots = checked_map(op, "slot_to_row", slot_to_row, N);
 
   const ScalarType type = x.scalar_type(), acc = accumulate_type(type);
-  const Tensor gy = with_dense_rows(grad_y);
+  // The products of a bfloat16 block round it anyway; in float16 it might underflow.
+  const bool rounds = type == ScalarType::BFloat16;
+  const Tensor gy = with_dense_rows(
+      rounds && grad_y.scalar_type() != type ? contiguous_as(grad_y, type) : grad_y);
   const Tensor src = with_dense_rows(x);
   const Tensor pre = dense(preact);
   const Tensor weights = contiguous_as(topk_weights, acc);
@@ -169,7 +179,7 @@ FfnGradients run_bwd(const Op& op, const Tensor& grad_y, const Tensor& x, const 
   Tensor grad_b_down = empty_cpu_if(need_b_down, op, {s.E, s.H}, type);
   MoeFfnBwdParams p;
   p.desc = desc_of(s, routing_of(offsets, rows, slots), weights, apply_router_weight_on_input);
-  p.grad_y = rows_of(gy, s.type);
+  p.grad_y = rows_of(gy, check_float(op, "grad_y", gy));
   p.x = rows_of(src, s.type);
   p.w_gate_up = up.matrices;
   p.w_down = down.matrices;

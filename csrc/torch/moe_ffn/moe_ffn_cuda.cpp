@@ -11,19 +11,20 @@ namespace {
 FfnOutputs run_ffn(const Op& op, const Tensor& x, const Tensor& w_gate_up, const Tensor& w_down,
                    const Tensor& topk_weights, const Tensor& topk_ids, const OptTensor& b_gate_up,
                    const OptTensor& b_down, const std::string& activation, bool interleaved,
-                   bool on_input, double alpha, double limit, bool save) {
+                   bool on_input, double alpha, double limit, const OptType& out_dtype, bool save) {
   const ActivationParams act = check_activation(op, activation, interleaved, alpha, limit, false);
   const Sizes s =
       check_fwd(op, x, w_gate_up, w_down, topk_weights, topk_ids, b_gate_up, b_down, act);
+  const ScalarType type = x.scalar_type(), y_dtype = out_dtype.value_or(type);
+  const DType y_type = check_result_type(op, "out_dtype", y_dtype, x, s.type);
   const UnsortedSlots slots = device_unsorted_slots(op, topk_ids, s.E);
-  const ScalarType type = x.scalar_type();
   const Tensor src = token_rows(x);
   const Weights up = weights_of(w_gate_up, s.type);
   const Weights down = weights_of(w_down, s.type);
   const Bias up_bias = bias_of(b_gate_up, s.type);
   const Bias down_bias = bias_of(b_down, s.type);
   const Tensor weights = contiguous_as(topk_weights, accumulate_type(type));
-  Tensor y = device_empty(x, {s.T, s.H}, type);
+  Tensor y = device_empty(x, {s.T, s.H}, y_dtype);
   Tensor preact = device_empty_if(save, x, {s.T * s.K, s.width}, type);
   MoeFfnParams p;
   p.desc = desc_of(s, slots.sorted.routing, weights, on_input);
@@ -34,6 +35,7 @@ FfnOutputs run_ffn(const Op& op, const Tensor& x, const Tensor& w_gate_up, const
   p.b_gate_up = up_bias.vectors;
   p.b_down = down_bias.vectors;
   p.y = y.mutable_data_ptr();
+  p.y_type = y_type;
   p.preact = data_if(save, preact);
   Tensor workspace = device_empty(x, {cuda::moe_ffn_workspace(p)}, ScalarType::Byte);
   p.workspace = workspace.mutable_data_ptr();
@@ -45,19 +47,22 @@ FfnOutputs run_ffn(const Op& op, const Tensor& x, const Tensor& w_gate_up, const
 Tensor moe_ffn_cuda(const Tensor& x, const Tensor& w_gate_up, const Tensor& w_down,
                     const Tensor& topk_weights, const Tensor& topk_ids, const OptTensor& b_gate_up,
                     const OptTensor& b_down, std::string activation, bool interleaved,
-                    bool apply_router_weight_on_input, double alpha, double limit) {
+                    bool apply_router_weight_on_input, double alpha, double limit,
+                    const OptType& out_dtype) {
   return std::get<0>(run_ffn(Op("moe_ffn", x), x, w_gate_up, w_down, topk_weights, topk_ids,
                              b_gate_up, b_down, activation, interleaved,
-                             apply_router_weight_on_input, alpha, limit, false));
+                             apply_router_weight_on_input, alpha, limit, out_dtype, false));
 }
 
 FfnOutputs moe_ffn_fwd_cuda(const Tensor& x, const Tensor& w_gate_up, const Tensor& w_down,
                             const Tensor& topk_weights, const Tensor& topk_ids,
                             const OptTensor& b_gate_up, const OptTensor& b_down,
                             std::string activation, bool interleaved,
-                            bool apply_router_weight_on_input, double alpha, double limit) {
+                            bool apply_router_weight_on_input, double alpha, double limit,
+                            const OptType& out_dtype) {
   return run_ffn(Op("moe_ffn", x), x, w_gate_up, w_down, topk_weights, topk_ids, b_gate_up, b_down,
-                 activation, interleaved, apply_router_weight_on_input, alpha, limit, true);
+                 activation, interleaved, apply_router_weight_on_input, alpha, limit, out_dtype,
+                 true);
 }
 
 FfnGradients run_bwd(const Op& op, const Tensor& grad_y, const Tensor& x, const Tensor& w_gate_up,
@@ -75,7 +80,7 @@ FfnGradients run_bwd(const Op& op, const Tensor& grad_y, const Tensor& x, const 
   const Tensor offsets = device_offsets(op, expert_offsets, s.T * s.K);
   const Tensor rows = contiguous_as(row_to_slot, ScalarType::Int);
   const Tensor slots = contiguous_as(slot_to_row, ScalarType::Int);
-  const Tensor gy = token_rows(grad_y);
+  const Tensor gy = token_rows(grad_y.scalar_type() == type ? grad_y : contiguous_as(grad_y, type));
   const Tensor src = token_rows(x);
   const Tensor pre = dense(preact);
   const Tensor weights = contiguous_as(topk_weights, acc);

@@ -12,7 +12,7 @@ from moe_ops import zoo
 
 EXPERIMENTS = (
     "What each system claims is put to a small experiment in the source tree: "
-    "python -m bench.experiments.NAME runs it, docs/zoo/NAME.md has what it showed."
+    "python -m bench.experiments NAME runs it, docs/zoo/NAME.md has what it showed."
 )
 
 

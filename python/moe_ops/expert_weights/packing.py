@@ -30,7 +30,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from moe_ops import _C
 from moe_ops._private_torch import len_torch_dispatch_stack
-from moe_ops._sharded import check_whole, name_of
+from moe_ops._sharded import check_whole, has_own_experts, local_part, name_of
 from moe_ops.memory import (
     BYTES_A_CALL,
     ROWS_THAT_COUNT,
@@ -421,6 +421,8 @@ def packable_weights(module: nn.Module) -> Packable | None:
             continue
         if weights is None or len(weights.gate_up) > 1:
             continue
+        if has_own_experts(module, weights.down):
+            weights = weights.local()
         (w_gate_up,), w_down = weights.gate_up, weights.down
         if w_gate_up.dtype == w_down.dtype:
             between = weights.activation
@@ -463,12 +465,8 @@ def _after_step(optimizer: Optimizer, *_: Any) -> None:
     watched = [s for s in states() if s.storages]
     if not watched:
         return
-    stepped = {
-        p.untyped_storage()._cdata
-        for group in optimizer.param_groups
-        for p in group["params"]
-        if type(p) in (Tensor, nn.Parameter)
-    }
+    params = (p.detach() for group in optimizer.param_groups for p in group["params"])
+    stepped = {p.untyped_storage()._cdata for p in map(local_part, params) if type(p) is Tensor}
     for state in watched:
         if any(s.cdata in stepped for s in state.storages):
             state.invalidate()

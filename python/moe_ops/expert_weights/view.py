@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from moe_ops._sharded import local_part
 from moe_ops.ops.moe_ffn import moe_ffn
 
 
@@ -54,6 +55,13 @@ class ExpertWeights:
     b_gate_up: Tensor | None = None
     b_down: Tensor | None = None
     activation: Mapping[str, Any] = field(default_factory=lambda: {"activation": "swiglu"})
+
+    def local(self) -> ExpertWeights:
+        """Those that this process has of sharded weights, without gradients."""
+        with torch.no_grad():
+            gate_up, down = tuple(map(local_part, self.gate_up)), local_part(self.down)
+            biases = local_part(self.b_gate_up), local_part(self.b_down)
+        return ExpertWeights(gate_up, down, *biases, self.activation)
 
     @property
     def num_experts(self) -> int:

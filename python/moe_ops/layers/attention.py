@@ -131,6 +131,8 @@ class AttentionExperts(nn.Module):
         ValueError: a size, kind or loss that makes no sense, in one sentence.
     """
 
+    loss_group: Any = None  # Process group whose tokens `aux_losses` are of; may be set any time.
+
     def __init__(
         self,
         router: Router,
@@ -287,7 +289,7 @@ class AttentionExperts(nn.Module):
             y = y + self.bias.to(y.dtype)
         if not return_routing:
             return y
-        aux = aux_losses_of(self.aux_losses, self.router, routing, token_mask)
+        aux = aux_losses_of(self.aux_losses, self.router, routing, token_mask, self.loss_group)
         return AttentionExpertsOutput(y, *routing, aux, remainder)
 
     def _route(

@@ -50,6 +50,34 @@ def segments(input_ids: Sequence[int]) -> tuple[Segment, ...]:
     return tuple(found)
 
 
+def expert_inputs(
+    x: Tensor, input_ids: Sequence[int] | None, num_experts: int, hidden_size: int
+) -> tuple[Tensor, list[int]]:
+    """The inputs of `Experts.outputs` as [T, G, H], and which one each expert reads."""
+    name, e, h = "Experts.outputs", num_experts, hidden_size
+    if x.dim() not in (2, 3) or x.shape[-1] != h:
+        raise ValueError(f"{name}: x must be [T, {h}] or [T, G, {h}], got shape {list(x.shape)}.")
+    if x.dim() == 2:
+        if input_ids is not None:
+            raise ValueError(
+                f"{name}: input_ids must come with x [T, G, H], got shape {list(x.shape)}."
+            )
+        return x[:, None], [0] * e
+    num_inputs = x.shape[1]
+    if input_ids is None:
+        size, rest = divmod(e, max(num_inputs, 1))
+        if rest or not size:
+            raise ValueError(
+                f"{name}: x must have a number of inputs that divides {e} experts (or come "
+                f"with input_ids), got shape {list(x.shape)}."
+            )
+        return x, [i // size for i in range(e)]
+    ids = [int(i) for i in input_ids]
+    if len(ids) != e or min(ids) < 0 or max(ids) >= num_inputs:
+        raise ValueError(f"{name}: input_ids must be {e} numbers in [0, {num_inputs}), got {ids}.")
+    return x, ids
+
+
 # Elements of the weights of a bank, beyond which dense_ffn would wait for them at every block.
 DENSE_FFN_WEIGHTS = 1 << 22
 

@@ -13,19 +13,39 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_ops import packing
+from moe_ops._sharded import check_whole, local_part
 from moe_ops.expert_weights.packing import expert_ffn, invalidate, invalidate_if_changed
 from moe_ops.ops import gated_act, moe_linear_map, moe_linear_reduce
 from moe_ops.ops._checks import check_positive
 from moe_ops.ops.dense_ffn import dense_ffn
 from moe_ops.ops.gated_act import GATED_ACTIVATIONS, PLAIN_ACTIVATIONS
 
-from .dense import fits_dense_ffn, grouped_linear, mix_outputs, segments
+from .dense import expert_inputs, fits_dense_ffn, grouped_linear, mix_outputs, segments
 from .fp8 import fp8_ffn
 from .functional import linear, plain_activation
 from .surgery import experts as surgery
 
 # Attributes of a bank that are arguments of moe_ffn.
 ACTIVATION_OPTIONS = ("activation", "interleaved", "alpha", "limit")
+
+
+_Weights = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # w_gate_up, w_down, biases
+
+
+def _local(weights: _Weights) -> _Weights:
+    """Of a bank's weights and biases, the experts that this process has."""
+    w_gate_up, w_down, b_gate_up, b_down = weights
+    return local_part(w_gate_up), local_part(w_down), local_part(b_gate_up), local_part(b_down)
+
+
+def _whole(weights: _Weights) -> _Weights:
+    """The same of a bank whose experts are all here; ValueError where some are not."""
+    local = _local(weights)
+    if local[0].shape != weights[0].shape or local[1].shape != weights[1].shape:
+        advice = "moe_ops.parallel.shard_experts shares it out"
+        check_whole("Experts", "w_gate_up", weights[0], advice)
+        check_whole("Experts", "w_down", weights[1], advice)
+    return local
 
 
 class Experts(nn.Module):
@@ -56,7 +76,9 @@ class Experts(nn.Module):
 
     Bank operations (`select`, `append`, `split`, `merge`) return a new bank with its own
     parameters, which keep dtype, device and requires_grad; the old bank is left alone, and so are
-    optimiser states. Routers have the same operations and `MoE` applies both.
+    optimiser states. Routers have the same operations and `MoE` applies both. Of a bank that
+    `moe_ops.parallel.shard_experts` has sharded, all ranks make the new one together, sharded
+    alike; each holds all experts of the bank meanwhile.
 
     In `eval()`, calls without gradients on the CPU may read a packed copy of the weights, which
     `prepack` makes at once and long use makes by itself; see `moe_ops.prepacking`. It goes when the
@@ -68,6 +90,10 @@ class Experts(nn.Module):
     """
 
     precision: str | None = None
+    # Of expert parallelism: what brings tokens to the processes of their experts and back. Called
+    # as `forward` is, with the bank first; it runs `forward_local`. See `moe_ops.parallel`.
+    dispatcher: Callable[..., Tensor] | None = None
+    sharding: Any = None  # How `moe_ops.parallel.shard_experts` shared the experts out.
 
     def __init__(
         self,
@@ -134,6 +160,7 @@ class Experts(nn.Module):
         topk_ids: Tensor,
         *,
         apply_router_weight_on_input: bool = False,
+        overlap: Callable[[], None] | None = None,
     ) -> Tensor:
         """y[t] = sum_k topk_weights[t, k] * expert topk_ids[t, k] of x[t].
 
@@ -143,40 +170,80 @@ class Experts(nn.Module):
             topk_weights: [T, K] float, used in fp32.
             topk_ids: [T, K] int32 or int64; ids outside [0, E) contribute nothing.
             apply_router_weight_on_input: multiply x[t] by the weight instead (Llama 4).
+            overlap: called once, before y is made: work that needs no expert, for the time that a
+                `dispatcher` has tokens on their way to other processes.
 
         Returns:
             y: [T, O] in the dtype of x. T = 0 and experts without tokens are fine; the latter get
             zero gradients.
         """
+        on_input = apply_router_weight_on_input
+        if self.dispatcher is not None:
+            rows = x, topk_weights, topk_ids
+            how: Any = {"apply_router_weight_on_input": on_input, "overlap": overlap}
+            return self.dispatcher(self, *rows, **how)
+        weights = self._weights()
+        if not type(weights[0]) is type(weights[1]) is nn.Parameter:
+            weights = _whole(weights)
+        if overlap is not None:
+            overlap()
+        return self._run(weights, x, topk_weights, topk_ids, on_input)
+
+    def forward_local(
+        self,
+        x: Tensor,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        *,
+        apply_router_weight_on_input: bool = False,
+    ) -> Tensor:
+        """`forward` by the experts that this process has of a sharded bank, and by no others.
+
+        Args:
+            topk_ids: [T, K], 0 being the first of these experts; ids outside [0, number of them)
+                contribute nothing, as everywhere.
+        """
+        on_input = apply_router_weight_on_input
+        return self._run(_local(self._weights()), x, topk_weights, topk_ids, on_input)
+
+    def _weights(self) -> _Weights:
+        # A module finds a parameter by __getattr__, which for four takes a fifth of a small call.
+        p: dict[str, Any] = self._parameters
+        try:
+            return p["w_gate_up"], p["w_down"], p["b_gate_up"], p["b_down"]
+        except KeyError:  # torch.nn.utils.parametrize makes properties of parameters.
+            return self.w_gate_up, self.w_down, self.b_gate_up, self.b_down
+
+    def _run(
+        self, weights: _Weights, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, on_input: bool
+    ) -> Tensor:
         if self.output_size != self.hidden_size:
-            return self._two_products(x, topk_weights, topk_ids, apply_router_weight_on_input)
+            return self._two_products(weights, x, topk_weights, topk_ids, on_input)
+        w_gate_up, w_down, b_gate_up, b_down = weights
         if self.precision == "fp8":
-            return self._fp8(x, topk_weights, topk_ids, apply_router_weight_on_input)
+            return fp8_ffn(
+                x,
+                w_gate_up,
+                w_down,
+                topk_weights,
+                topk_ids,
+                b_gate_up=None if b_gate_up is None else b_gate_up.to(x.dtype),
+                b_down=None if b_down is None else b_down.to(x.dtype),
+                activation=self.activation,
+                interleaved=self.interleaved,
+                apply_router_weight_on_input=on_input,
+                alpha=self.alpha,
+                limit=self.limit,
+            )
         return expert_ffn(
             self,
             x,
-            self.w_gate_up,
-            self.w_down,
+            w_gate_up,
+            w_down,
             topk_weights,
             topk_ids,
-            b_gate_up=self.b_gate_up,
-            b_down=self.b_down,
-            activation=self.activation,
-            interleaved=self.interleaved,
-            apply_router_weight_on_input=apply_router_weight_on_input,
-            alpha=self.alpha,
-            limit=self.limit,
-        )
-
-    def _fp8(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, on_input: bool) -> Tensor:
-        return fp8_ffn(
-            x,
-            self.w_gate_up,
-            self.w_down,
-            topk_weights,
-            topk_ids,
-            b_gate_up=None if self.b_gate_up is None else self.b_gate_up.to(x.dtype),
-            b_down=None if self.b_down is None else self.b_down.to(x.dtype),
+            b_gate_up=b_gate_up,
+            b_down=b_down,
             activation=self.activation,
             interleaved=self.interleaved,
             apply_router_weight_on_input=on_input,
@@ -185,16 +252,17 @@ class Experts(nn.Module):
         )
 
     def _two_products(
-        self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, on_input: bool
+        self, bank: _Weights, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, on_input: bool
     ) -> Tensor:
+        w_gate_up, w_down, b_gate_up, b_down = bank
         weights = topk_weights
         if on_input:
             # A slot's input is its token times its weight: each slot becomes a token of its own.
             num_slots = topk_ids.shape[1]
             x = (x[:, None] * topk_weights[..., None].to(x.dtype)).flatten(0, 1)
             topk_ids, weights = topk_ids.reshape(-1, 1), torch.ones_like(topk_weights).view(-1, 1)
-        h = self._activate(moe_linear_map(x, self.w_gate_up, topk_ids, bias=self.b_gate_up))
-        y = moe_linear_reduce(h, self.w_down, weights, topk_ids, bias=self.b_down)
+        h = self._activate(moe_linear_map(x, w_gate_up, topk_ids, bias=b_gate_up))
+        y = moe_linear_reduce(h, w_down, weights, topk_ids, bias=b_down)
         return y.unflatten(0, (-1, num_slots)).sum(1) if on_input else y
 
     def outputs(self, x: Tensor, input_ids: Sequence[int] | None = None) -> Tensor:
@@ -214,48 +282,20 @@ class Experts(nn.Module):
 
         Second derivatives are not supported.
         """
-        x, ids = self._inputs(x, input_ids)
-        if not self.gated and fits_dense_ffn(x, self.w_gate_up, self.w_down):
+        x, ids = expert_inputs(x, input_ids, self.num_experts, self.hidden_size)
+        w_gate_up, w_down, b_gate_up, b_down = _whole(self._weights())
+        if not self.gated and fits_dense_ffn(x, w_gate_up, w_down):
             return dense_ffn(
                 x,
-                self.w_gate_up,
-                self.w_down,
+                w_gate_up,
+                w_down,
                 torch.tensor(ids, dtype=torch.int32, device=x.device),
-                b_up=self.b_gate_up,
-                b_down=self.b_down,
+                b_up=b_gate_up,
+                b_down=b_down,
                 activation=self.activation,
             )
-        h = self._activate(grouped_linear(x, self.w_gate_up, self.b_gate_up, segments(ids)))
-        return grouped_linear(h, self.w_down, self.b_down)
-
-    def _inputs(self, x: Tensor, input_ids: Sequence[int] | None) -> tuple[Tensor, list[int]]:
-        """The inputs of `outputs` as [T, G, H], and which one each expert reads."""
-        name, e, h = "Experts.outputs", self.num_experts, self.hidden_size
-        if x.dim() not in (2, 3) or x.shape[-1] != h:
-            raise ValueError(
-                f"{name}: x must be [T, {h}] or [T, G, {h}], got shape {list(x.shape)}."
-            )
-        if x.dim() == 2:
-            if input_ids is not None:
-                raise ValueError(
-                    f"{name}: input_ids must come with x [T, G, H], got shape {list(x.shape)}."
-                )
-            return x[:, None], [0] * e
-        num_inputs = x.shape[1]
-        if input_ids is None:
-            size, rest = divmod(e, max(num_inputs, 1))
-            if rest or not size:
-                raise ValueError(
-                    f"{name}: x must have a number of inputs that divides {e} experts (or come "
-                    f"with input_ids), got shape {list(x.shape)}."
-                )
-            return x, [i // size for i in range(e)]
-        ids = [int(i) for i in input_ids]
-        if len(ids) != e or min(ids) < 0 or max(ids) >= num_inputs:
-            raise ValueError(
-                f"{name}: input_ids must be {e} numbers in [0, {num_inputs}), got {ids}."
-            )
-        return x, ids
+        h = self._activate(grouped_linear(x, w_gate_up, b_gate_up, segments(ids)))
+        return grouped_linear(h, w_down, b_down)
 
     def _activate(self, h: Tensor) -> Tensor:
         if self.gated:
@@ -408,6 +448,7 @@ class Experts(nn.Module):
             + f"activation={self.activation!r}, "
             f"bias={self.b_down is not None}, interleaved={self.interleaved}"
             + (f", precision={self.precision!r}" if self.precision is not None else "")
+            + (f", dispatcher={self.dispatcher!r}" if self.dispatcher is not None else "")
             + (f", packed={packed / 2**20:.1f} MiB" if packed else "")
         )
 

@@ -8,11 +8,12 @@ Letters: L layers, T tokens, E experts, K experts a token.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .losses import _mean, _probabilities, _share
+from .losses import _mean, _mean_and_counts, _probabilities, _share
 
 
 def total_load_balancing_loss(
@@ -21,6 +22,7 @@ def total_load_balancing_loss(
     *,
     score_func: str = "softmax",
     token_mask: Tensor | None = None,
+    group: Any = None,
 ) -> Tensor:
     """The sum of `load_balancing_loss` over layers.
 
@@ -29,6 +31,7 @@ def total_load_balancing_loss(
         topk_ids: of each layer [T, K]; ids outside [0, E) do not count.
         score_func: of the router; scores that are no softmax are divided by their sum.
         token_mask: bool, one element a token, True where the token counts.
+        group: ranks whose tokens are balanced together, by one all-reduce for all layers.
     """
     logits, mask = _stack(router_logits, token_mask)
     num_layers, _, num_experts = logits.shape
@@ -41,8 +44,10 @@ def total_load_balancing_loss(
     bins = torch.where(valid, ids + first[:, None, None], num_layers * num_experts).flatten()
     counts = torch.zeros(num_layers * num_experts + 1, dtype=torch.int64, device=ids.device)
     counts = counts.scatter_add(0, bins, torch.ones_like(bins))[:-1]
-    f = _share(counts.view(num_layers, num_experts), logits.dtype)
-    mean_probs = _mean(_probabilities(logits, score_func), mask, dim=1)
+    probs = _probabilities(logits, score_func)
+    counts = counts.view(num_layers, num_experts)
+    mean_probs, counts = _mean_and_counts(probs, mask, counts, dim=1, group=group)
+    f = _share(counts, logits.dtype)
     return num_experts * (f * mean_probs).sum()
 
 
@@ -52,11 +57,12 @@ def total_router_z_loss(
     *,
     score_func: str = "softmax",
     token_mask: Tensor | None = None,
+    group: Any = None,
 ) -> Tensor:
     """The sum of `router_z_loss` over layers, of router_logits [T, E] each; the choice and the
     score function do not matter."""
     logits, mask = _stack(router_logits, token_mask)
-    return _mean(logits.logsumexp(-1).square(), mask, dim=1).sum()
+    return _mean(logits.logsumexp(-1).square(), mask, dim=1, group=group).sum()
 
 
 def _stack(

@@ -10,6 +10,12 @@ mean over layers is the caller's, since pooling layers hides collapse); arithmet
 with one element a token, True where the token counts, and what masked tokens hold (NaN included) is
 never used. Without a token to count, losses are 0. Each returns a scalar and none scales itself by
 a coefficient.
+
+With `group`, a process group (`torch.distributed.group.WORLD` is all ranks), f and the means are
+over the tokens of all its ranks, which may have different numbers of them: the loss is that of the
+whole batch, the same on every rank, and so are its gradients once they are averaged over the ranks,
+as DDP and FSDP2 do. A loss sends one all-reduce of about 2 E numbers (mutual_information_loss two).
+Without it, each rank balances its own tokens.
 """
 
 from __future__ import annotations
@@ -18,11 +24,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from moe_ops.reference._scores import SCORE_FUNCS, router_scores
 
+from .expert_bias import update_expert_bias as update_expert_bias
+from .ranks import mean_over_ranks
 from .router import Router
 from .routing import Routing
 from .stats import count_tokens_per_expert
@@ -37,6 +44,7 @@ def load_balancing_loss(
     token_mask: Tensor | None = None,
     top_k: int | None = None,
     hf_compat: bool = False,
+    group: Any = None,
 ) -> Tensor:
     """Switch-style balance loss of one layer: L = E * sum_e f[e] * P[e].
 
@@ -46,8 +54,8 @@ def load_balancing_loss(
     Args:
         router_logits: [..., E] of one layer (with `hf_compat`, also a sequence of such).
         topk_ids: [..., K] the choice that was made; ids outside [0, E) are not counted.
-        tokens_per_expert: [E] counts to use instead of those of `topk_ids`, for instance summed
-            over data-parallel ranks (the balance is then that of the global batch).
+        tokens_per_expert: [E] counts to use instead of those of `topk_ids`, as they are: of a
+            whole batch, say, where that has been summed over micro-batches and ranks.
         score_func: of the router; scores that are no softmax are divided by their sum.
         token_mask: bool, one element a token, True where the token counts.
         top_k: K of `hf_compat`; unused otherwise.
@@ -68,6 +76,8 @@ def load_balancing_loss(
     by K as in Dai et al. 2024 (DeepSeekMoE, arXiv 2401.06066), eq. 12-14.
     """
     if hf_compat:
+        if group is not None:
+            raise ValueError("load_balancing_loss: group must be None with hf_compat, got a group.")
         return _load_balancing_loss_hf(router_logits, top_k, token_mask)
     if not isinstance(router_logits, Tensor):
         raise ValueError(
@@ -82,9 +92,11 @@ def load_balancing_loss(
     logits, mask = _flatten("load_balancing_loss", router_logits, token_mask)
     if tokens_per_expert is not None:
         counts = _given_counts("load_balancing_loss", tokens_per_expert, logits)
+        mean_probs = _mean(_probabilities(logits, score_func), mask, group=group)
     else:
         counts = _counts("load_balancing_loss", topk_ids, logits, mask)
-    mean_probs = _mean(_probabilities(logits, score_func), mask)
+        probs = _probabilities(logits, score_func)
+        mean_probs, counts = _mean_and_counts(probs, mask, counts, group=group)
     return logits.shape[1] * (_share(counts, logits.dtype) * mean_probs).sum()
 
 
@@ -107,12 +119,15 @@ def _load_balancing_loss_hf(
     return layers[0].shape[-1] * (counts / rows * (probs / rows)).sum()
 
 
-def router_z_loss(router_logits: Tensor, *, token_mask: Tensor | None = None) -> Tensor:
+def router_z_loss(
+    router_logits: Tensor, *, token_mask: Tensor | None = None, group: Any = None
+) -> Tensor:
     """Keeps logits small: L = mean over tokens of logsumexp(logits)^2, at least 0.
 
     Args:
         router_logits: [..., E].
         token_mask: bool, one element a token, True where the token counts.
+        group: ranks whose tokens the loss is of.
 
     Returns:
         The loss, a scalar.
@@ -120,11 +135,15 @@ def router_z_loss(router_logits: Tensor, *, token_mask: Tensor | None = None) ->
     Source: Zoph et al. 2022 (ST-MoE, arXiv 2202.08906).
     """
     logits, mask = _flatten("router_z_loss", router_logits, token_mask)
-    return _mean(logits.logsumexp(-1).square(), mask)
+    return _mean(logits.logsumexp(-1).square(), mask, group=group)
 
 
 def router_entropy_loss(
-    router_logits: Tensor, *, score_func: str = "softmax", token_mask: Tensor | None = None
+    router_logits: Tensor,
+    *,
+    score_func: str = "softmax",
+    token_mask: Tensor | None = None,
+    group: Any = None,
 ) -> Tensor:
     """Mean entropy of the routing of a token: L = -mean_t sum_e p[t, e] log p[t, e].
 
@@ -135,6 +154,7 @@ def router_entropy_loss(
         router_logits: [..., E].
         score_func: of the router; scores that are no softmax are divided by their sum.
         token_mask: bool, one element a token, True where the token counts.
+        group: ranks whose tokens the loss is of.
 
     Returns:
         The loss, a scalar, in nats.
@@ -142,11 +162,15 @@ def router_entropy_loss(
     Source: Huang et al. 2024 (dynamic routing by top-p, arXiv 2403.07652), the "dynamic loss".
     """
     logits, mask = _flatten("router_entropy_loss", router_logits, token_mask)
-    return _mean(_token_entropy(logits, score_func), mask)
+    return _mean(_token_entropy(logits, score_func), mask, group=group)
 
 
 def mutual_information_loss(
-    router_logits: Tensor, *, score_func: str = "softmax", token_mask: Tensor | None = None
+    router_logits: Tensor,
+    *,
+    score_func: str = "softmax",
+    token_mask: Tensor | None = None,
+    group: Any = None,
 ) -> Tensor:
     """Minus the mutual information of token and expert: L = H(e | t) - H(e).
 
@@ -158,6 +182,7 @@ def mutual_information_loss(
         router_logits: [..., E].
         score_func: of the router; scores that are no softmax are divided by their sum.
         token_mask: bool, one element a token, True where the token counts.
+        group: ranks whose tokens the loss is of.
 
     Returns:
         The loss, a scalar, in nats.
@@ -165,12 +190,16 @@ def mutual_information_loss(
     Source: Shen et al. 2023 (ModuleFormer, arXiv 2306.04640).
     """
     logits, mask = _flatten("mutual_information_loss", router_logits, token_mask)
-    marginal = _entropy(_mean(_probabilities(logits, score_func), mask))
-    return _mean(_token_entropy(logits, score_func), mask) - marginal
+    marginal = _entropy(_mean(_probabilities(logits, score_func), mask, group=group))
+    return _mean(_token_entropy(logits, score_func), mask, group=group) - marginal
 
 
 def concentration_loss(
-    router_logits: Tensor, *, score_func: str = "softmax", token_mask: Tensor | None = None
+    router_logits: Tensor,
+    *,
+    score_func: str = "softmax",
+    token_mask: Tensor | None = None,
+    group: Any = None,
 ) -> Tensor:
     """Entropy of the mean routing: L = H(e) = -sum_e P[e] log P[e].
 
@@ -181,6 +210,7 @@ def concentration_loss(
         router_logits: [..., E].
         score_func: of the router; scores that are no softmax are divided by their sum.
         token_mask: bool, one element a token, True where the token counts.
+        group: ranks whose tokens the loss is of.
 
     Returns:
         The loss, a scalar, in nats.
@@ -188,7 +218,7 @@ def concentration_loss(
     Source: Shen et al. 2023 (ModuleFormer, arXiv 2306.04640), load concentration.
     """
     logits, mask = _flatten("concentration_loss", router_logits, token_mask)
-    return _entropy(_mean(_probabilities(logits, score_func), mask))
+    return _entropy(_mean(_probabilities(logits, score_func), mask, group=group))
 
 
 def sequence_balance_loss(
@@ -261,6 +291,7 @@ def device_balance_loss(
     *,
     score_func: str = "softmax",
     token_mask: Tensor | None = None,
+    group: Any = None,
 ) -> Tensor:
     """Balance between groups of experts (one group a device): L = sum_d f'[d] * P'[d].
 
@@ -274,6 +305,7 @@ def device_balance_loss(
         num_groups: number of groups; must divide E.
         score_func: of the router; scores that are no softmax are divided by their sum.
         token_mask: bool, one element a token, True where the token counts.
+        group: ranks whose tokens the loss is of.
 
     Returns:
         The loss, a scalar.
@@ -290,90 +322,32 @@ def device_balance_loss(
         raise ValueError(
             f"{name}: num_groups must divide the {num_experts} experts, got {num_groups}."
         )
-    f = _share(_counts(name, topk_ids, logits, mask), logits.dtype)
-    mean_probs = _mean(_probabilities(logits, score_func), mask)
+    counts = _counts(name, topk_ids, logits, mask)
+    probs = _probabilities(logits, score_func)
+    mean_probs, counts = _mean_and_counts(probs, mask, counts, group=group)
+    f = _share(counts, logits.dtype)
     group_f = num_experts * f.view(num_groups, -1).mean(1)
     return (group_f * mean_probs.view(num_groups, -1).sum(1)).sum()
 
 
-@torch.no_grad()
-def update_expert_bias(
-    target: nn.Module | Tensor,
-    tokens_per_expert: Tensor | None = None,
-    *,
-    rate: float = 1e-3,
-    group: Any = None,
-) -> None:
-    """Balance without a loss: expert_bias[e] += rate * sign(mean load - load of e), in place.
-
-    Call it once an optimiser step, after `optimizer.step()`. A module is searched for `Router`s
-    with an `expert_bias`; each has counted the slots of its training forwards since the last call
-    (so over gradient accumulation, and without counting recomputation twice), and starts again from
-    zero. Counts are summed over the ranks of `group` first when torch.distributed is initialised,
-    so that every rank makes the same step. A layer that saw no slot keeps its bias.
-
-    Args:
-        target: a module, or the bias itself, [E] float, then with `tokens_per_expert`.
-        tokens_per_expert: [E] counts since the last update; only with a bias.
-        rate: size of the step. 1e-3 for long runs (DeepSeek-V3); short runs need about 1e-2.
-        group: process group to sum over; None is the default group.
-
-    Raises:
-        ValueError: a module that holds no router with expert_bias, a tensor without counts, a
-            module with counts, or counts of another shape than the bias.
-
-    Source: Wang et al. 2024 (auxiliary-loss-free load balancing, arXiv 2408.15664).
-    """
-    if isinstance(target, Tensor):
-        if tokens_per_expert is None or tokens_per_expert.shape != target.shape:
-            got = None if tokens_per_expert is None else list(tokens_per_expert.shape)
-            raise ValueError(
-                f"update_expert_bias: tokens_per_expert must have the bias's shape "
-                f"{list(target.shape)}, got {got}."
-            )
-        _step_expert_bias(target, tokens_per_expert.clone(), rate, group)
-        return
-    if tokens_per_expert is not None:
-        raise ValueError(
-            "update_expert_bias: tokens_per_expert goes with a bias tensor (routers count "
-            f"themselves), got it with a {type(target).__name__}."
-        )
-    found = False
-    for router in target.modules():
-        if isinstance(router, Router) and router.expert_bias is not None:
-            assert router.tokens_per_expert is not None
-            _step_expert_bias(router.expert_bias, router.tokens_per_expert, rate, group)
-            router.tokens_per_expert.zero_()
-            found = True
-    if not found:
-        raise ValueError(
-            "update_expert_bias: target must hold a Router with expert_bias=True, got a "
-            f"{type(target).__name__} without one."
-        )
-
-
-def _step_expert_bias(bias: Tensor, counts: Tensor, rate: float, group: Any) -> None:
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(counts, group=group)
-    # sum - E * load has the sign of mean - load and is exact in integers.
-    bias.add_((counts.sum() - counts.numel() * counts).sign().to(bias), alpha=rate)
-
-
-AuxLoss = Callable[[Router, Routing, Tensor | None], Tensor]
+AuxLoss = Callable[..., Tensor]
 
 
 def _of_logits(loss: Callable[..., Tensor]) -> AuxLoss:
-    return lambda router, r, mask: loss(
-        r.router_logits, score_func=router.score_func, token_mask=mask
+    return lambda router, r, mask, group=None: loss(
+        r.router_logits, score_func=router.score_func, token_mask=mask, group=group
     )
 
 
-# What the argument `aux_losses` of layers may name; each takes the routing and a token mask.
+# What the argument `aux_losses` of layers may name; each takes the router, its routing, a token
+# mask and a process group.
 AUX_LOSSES: dict[str, AuxLoss] = {
-    "load_balancing": lambda router, r, mask: load_balancing_loss(
-        r.router_logits, r.topk_ids, score_func=router.score_func, token_mask=mask
+    "load_balancing": lambda router, r, mask, group=None: load_balancing_loss(
+        r.router_logits, r.topk_ids, score_func=router.score_func, token_mask=mask, group=group
     ),
-    "router_z": lambda router, r, mask: router_z_loss(r.router_logits, token_mask=mask),
+    "router_z": lambda router, r, mask, group=None: router_z_loss(
+        r.router_logits, token_mask=mask, group=group
+    ),
     "entropy": _of_logits(router_entropy_loss),
     "mutual_information": _of_logits(mutual_information_loss),
     "concentration": _of_logits(concentration_loss),
@@ -390,12 +364,16 @@ def check_aux_losses(layer: str, names: Sequence[str]) -> None:
 
 
 def aux_losses_of(
-    names: Sequence[str], router: Router, routing: Routing, token_mask: Tensor | None
+    names: Sequence[str],
+    router: Router,
+    routing: Routing,
+    token_mask: Tensor | None,
+    group: Any = None,
 ) -> dict[str, Tensor]:
     """The losses of these names; none where the routing has no logits."""
     if routing.router_logits is None:
         return {}
-    return {name: AUX_LOSSES[name](router, routing, token_mask) for name in names}
+    return {name: AUX_LOSSES[name](router, routing, token_mask, group) for name in names}
 
 
 def _flatten(
@@ -442,12 +420,24 @@ def _entropy(p: Tensor) -> Tensor:
     return -(p * p.clamp(min=torch.finfo(p.dtype).tiny).log()).sum(-1)
 
 
-def _mean(values: Tensor, mask: Tensor | None, dim: int = 0) -> Tensor:
-    """Mean over dimension `dim` of the rows that count; 0 when there are none."""
-    if mask is None:
-        return values.sum(dim) / max(values.shape[dim], 1)
-    rows = mask.view(-1, *[1] * (values.dim() - 1 - dim))
-    return values.masked_fill(~rows, 0.0).sum(dim) / mask.sum().clamp(min=1)
+def _mean(values: Tensor, mask: Tensor | None, dim: int = 0, *, group: Any = None) -> Tensor:
+    """Mean over dimension `dim` of the rows that count, of all ranks of a group where there is one;
+    0 when there are none."""
+    return _mean_and_counts(values, mask, None, dim, group=group)[0]
+
+
+def _mean_and_counts(
+    values: Tensor, mask: Tensor | None, counts: Any, dim: int = 0, *, group: Any = None
+) -> tuple[Tensor, Any]:
+    """`_mean`, and counts summed over the ranks."""
+    num: Any = values.shape[dim]
+    if mask is not None:
+        values = values.masked_fill(~mask.view(-1, *[1] * (values.dim() - 1 - dim)), 0.0)
+        num = mask.sum()
+    total = values.sum(dim)
+    if group is not None:
+        return mean_over_ranks(total, num, group, counts)
+    return total / (max(num, 1) if mask is None else num.clamp(min=1)), counts
 
 
 def _check_ids(name: str, topk_ids: Tensor | None, num_tokens: int) -> Tensor:

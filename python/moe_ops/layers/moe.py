@@ -64,6 +64,7 @@ class MoE(nn.Module):
     """
 
     routing_log: RoutingLog | None
+    loss_group: Any = None  # Process group whose tokens `aux_losses` are of; may be set any time.
 
     def __init__(
         self,
@@ -213,22 +214,36 @@ class MoE(nn.Module):
         flat = x.reshape(-1, hidden_size)
         topk_ids, topk_weights = check_given("MoE", topk_ids, topk_weights, flat.shape[0])
         routing = self._route(flat, topk_ids, topk_weights, expert_mask)
-        y = self.experts(
-            flat,
-            routing.topk_weights,
-            routing.topk_ids,
-            apply_router_weight_on_input=self.router.apply_router_weight_on_input,
-        )
-        if self.shared_experts is not None:
-            shared = self.shared_experts(flat)
-            if self.shared_expert_gate is not None:
-                shared = sigmoid(apply_linear(self.shared_expert_gate, flat)) * shared
-            y = y + shared
-        y = y.view(x.shape)
+        y = self._run_experts(flat, routing).view(x.shape)
         if not return_routing:
             return y
-        aux = aux_losses_of(self.aux_losses, self.router, routing, token_mask)
+        aux = aux_losses_of(self.aux_losses, self.router, routing, token_mask, self.loss_group)
         return MoEOutput(y, *routing, aux)
+
+    def _run_experts(self, flat: Tensor, routing: Routing) -> Tensor:
+        """What the experts and the shared experts make of the tokens [T, H]. Shared experts run
+        while a dispatcher has tokens on their way, and after the others where there is none."""
+        _, weights, ids = routing
+        on_input = self.router.apply_router_weight_on_input
+        if self.shared_experts is None or getattr(self.experts, "dispatcher", None) is None:
+            y: Tensor = self.experts(flat, weights, ids, apply_router_weight_on_input=on_input)
+            return y if self.shared_experts is None else y + self._run_shared(flat)
+        shared: list[Tensor] = []
+        y = self.experts(
+            flat,
+            weights,
+            ids,
+            apply_router_weight_on_input=on_input,
+            overlap=lambda: shared.append(self._run_shared(flat)),
+        )
+        return y + shared[0]
+
+    def _run_shared(self, flat: Tensor) -> Tensor:
+        assert self.shared_experts is not None
+        shared: Tensor = self.shared_experts(flat)
+        if self.shared_expert_gate is None:
+            return shared
+        return sigmoid(apply_linear(self.shared_expert_gate, flat)) * shared
 
     def _route(
         self,

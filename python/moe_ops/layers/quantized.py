@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_ops import memory, packing
+from moe_ops._sharded import check_whole, local_part
 from moe_ops.expert_weights import (
     ExpertInputs,
     ExpertsHook,
@@ -66,6 +67,9 @@ class QuantizedExperts(nn.Module):
     """
 
     quantized_bank = True
+    # Of expert parallelism, as in `Experts`.
+    dispatcher: Callable[..., Tensor] | None = None
+    sharding: Any = None
 
     w_gate_up: Tensor
     w_gate_up_scale: Tensor
@@ -191,6 +195,7 @@ class QuantizedExperts(nn.Module):
         topk_ids: Tensor,
         *,
         apply_router_weight_on_input: bool = False,
+        overlap: Callable[[], object] | None = None,
     ) -> Tensor:
         """y[t] = sum_k topk_weights[t, k] * expert topk_ids[t, k] of x[t], as `Experts`.
 
@@ -199,11 +204,27 @@ class QuantizedExperts(nn.Module):
             topk_weights: [T, K] float, used in fp32.
             topk_ids: [T, K] int32 or int64; ids outside [0, E) contribute nothing.
             apply_router_weight_on_input: multiply x[t] by the weight instead (Llama 4).
+            overlap: as of `Experts.forward`.
 
         Returns:
             y: [T, H] in the dtype of x.
         """
-        return self.run(x, topk_weights, topk_ids, apply_router_weight_on_input)
+        return self.run(x, topk_weights, topk_ids, apply_router_weight_on_input, overlap)
+
+    def forward_local(
+        self,
+        x: Tensor,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        *,
+        apply_router_weight_on_input: bool = False,
+    ) -> Tensor:
+        """`forward` by the experts that this process has, as `Experts.forward_local`."""
+        on_input = apply_router_weight_on_input
+        wanted = torch.is_grad_enabled() and (x.requires_grad or topk_weights.requires_grad)
+        if wanted and not in_transform():
+            return _WithoutBackward.apply(x, topk_weights, topk_ids, self, on_input)
+        return self._run(x, topk_weights, topk_ids, on_input)
 
     def run(
         self,
@@ -211,13 +232,15 @@ class QuantizedExperts(nn.Module):
         topk_weights: Tensor,
         topk_ids: Tensor,
         apply_router_weight_on_input: bool = False,
+        overlap: Callable[[], object] | None = None,
     ) -> Tensor:
         """`forward`, whatever a subclass makes of that."""
-        on_input = apply_router_weight_on_input
-        wanted = torch.is_grad_enabled() and (x.requires_grad or topk_weights.requires_grad)
-        if wanted and not in_transform():
-            return _WithoutBackward.apply(x, topk_weights, topk_ids, self, on_input)
-        return self._run(x, topk_weights, topk_ids, on_input)
+        how: dict[str, Any] = {"apply_router_weight_on_input": apply_router_weight_on_input}
+        if self.dispatcher is not None:
+            return self.dispatcher(self, x, topk_weights, topk_ids, overlap=overlap, **how)
+        if overlap is not None:
+            overlap()
+        return self.forward_local(x, topk_weights, topk_ids, **how)
 
     def _run(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, on_input: bool) -> Tensor:
         # A module finds a buffer by __getattr__, which for seven takes as long as a small layer.
@@ -225,15 +248,15 @@ class QuantizedExperts(nn.Module):
         b_gate_up, b_down = b["b_gate_up"], b["b_down"]
         return moe_ffn_quantized(
             x,
-            b["w_gate_up"],
-            b["w_gate_up_scale"],
-            b["w_down"],
-            b["w_down_scale"],
+            local_part(b["w_gate_up"]),
+            local_part(b["w_gate_up_scale"]),
+            local_part(b["w_down"]),
+            local_part(b["w_down_scale"]),
             topk_weights,
             topk_ids,
             x_scale=b["x_scale"],
-            b_gate_up=None if b_gate_up is None else b_gate_up.to(x.dtype),
-            b_down=None if b_down is None else b_down.to(x.dtype),
+            b_gate_up=None if b_gate_up is None else local_part(b_gate_up).to(x.dtype),
+            b_down=None if b_down is None else local_part(b_down).to(x.dtype),
             apply_router_weight_on_input=on_input,
             activation=self.activation,
             interleaved=self.interleaved,
@@ -247,6 +270,7 @@ class QuantizedExperts(nn.Module):
         Args:
             dtype: of its parameters; None is torch's default dtype.
         """
+        self._check_whole("dequantize")
         result = Experts(
             self.num_experts,
             self.hidden_size,
@@ -277,6 +301,7 @@ class QuantizedExperts(nn.Module):
         Raises:
             ValueError: no id, or one outside [0, E).
         """
+        self._check_whole("select")
         index = as_ids("QuantizedExperts.select", ids, self.num_experts)
         rows = torch.tensor(index, device=self.w_down.device)
         result = type(self)(len(index), device="meta", **self.config())
@@ -296,6 +321,10 @@ class QuantizedExperts(nn.Module):
     def merge(self, *_: Any, **__: Any) -> QuantizedExperts:
         """See `append`."""
         raise self._only_float("merge")
+
+    def _check_whole(self, operation: str) -> None:
+        name = f"QuantizedExperts.{operation}"
+        check_whole(name, "w_gate_up", self.w_gate_up, f"{operation} before sharding the model")
 
     def _only_float(self, operation: str) -> NotImplementedError:
         return NotImplementedError(

@@ -107,7 +107,9 @@ class RoutingLog:
         if in_backward():
             return
         topk_weights = routing.topk_weights
-        call.choice = Routing(None, topk_weights.detach(), routing.topk_ids.detach())
+        # The very tensor of ids, which a recomputation passes on again: what a dispatcher of
+        # `moe_ops.parallel` has learnt about it holds for both.
+        call.choice = Routing(None, topk_weights.detach(), routing.topk_ids)
         if self.record is not None:
             self.record.append(call.choice)
         twin = self._calls.get(key)

@@ -9,8 +9,9 @@ from collections.abc import Hashable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
+
+from .ranks import sum_counts
 
 
 def count_tokens_per_expert(
@@ -110,14 +111,13 @@ class RoutingStats:
         return self
 
     def all_reduce(self, group: Any = None) -> RoutingStats:
-        """Sums the counts over the ranks of `group`; nothing happens without torch.distributed.
+        """Sums the counts over the ranks of `group` (None: all), in one all-reduce for all layers;
+        nothing happens without torch.distributed.
 
         Every rank must have seen the same layers in the same order. Call it once before reading:
         a second call would sum the sums. Returns self.
         """
-        if dist.is_available() and dist.is_initialized():
-            for counts in self._counts.values():
-                dist.all_reduce(counts, group=group)
+        sum_counts(self._counts.values(), group)
         return self
 
     def reset(self) -> None:
@@ -139,6 +139,24 @@ class RoutingStats:
     def max_violation(self, layer: Hashable = 0) -> float:
         """MaxVio of a layer: load of the busiest expert over the mean load, minus 1."""
         return self._measure(layer)["max_violation"]
+
+    def max_rank_violation(self, num_ranks: int, layer: Hashable = 0) -> float:
+        """MaxVio of the ranks of expert parallelism, each with E / n consecutive experts: how long
+        the others wait for the busiest. Experts may be uneven where ranks are not, and only ranks
+        take time.
+
+        Raises:
+            ValueError: `num_ranks` does not divide E.
+        """
+        counts = self._counts[layer]
+        if num_ranks < 1 or counts.shape[0] % num_ranks:
+            raise ValueError(
+                f"RoutingStats: num_ranks must divide the {counts.shape[0]} experts of layer "
+                f"{layer!r}, got {num_ranks}."
+            )
+        load = counts.view(num_ranks, -1).sum(1).double()
+        total = float(load.sum())
+        return float(load.max()) * num_ranks / total - 1 if total else 0.0
 
     def load_cv(self, layer: Hashable = 0) -> float:
         """Coefficient of variation of the load of a layer."""

@@ -2,6 +2,7 @@
 
 from moe_ops.ops.add_rms_norm import add_rms_norm
 from moe_ops.ops.dense_ffn import dense_ffn
+from moe_ops.ops.dispatch_plan import dispatch_plan
 from moe_ops.ops.expert_choice_router import expert_choice_router
 from moe_ops.ops.gated_act import gated_act
 from moe_ops.ops.grouped_gemm import grouped_gemm, grouped_gemm_wgrad, grouped_sum
@@ -27,6 +28,7 @@ from moe_ops.ops.unpermute import unpermute
 __all__ = [
     "add_rms_norm",
     "dense_ffn",
+    "dispatch_plan",
     "expert_choice_router",
     "gated_act",
     "grouped_gemm",

@@ -16,7 +16,7 @@ def register_autocast(op: str, cast: Sequence[str] = (), dtype: torch.dtype | No
     """Under autocast, casts the named tensor arguments and leaves the others as they are.
 
     ``torch.library.register_autocast`` casts every floating tensor, so it would round fp32 routing
-    weights to the autocast type. fp64 tensors are left alone, as torch does.
+    weights to the autocast type. fp64 tensors are left alone, as torch does, and so are codes.
 
     Args:
         op: name of the op, without the namespace.
@@ -42,6 +42,7 @@ def register_autocast(op: str, cast: Sequence[str] = (), dtype: torch.dtype | No
                     and isinstance(value, Tensor)
                     and value.is_floating_point()
                     and value.dtype != torch.float64
+                    and value.itemsize > 1  # No float8: those are codes.
                     and value.device.type == _device
                 ):
                     return value.to(target)

@@ -125,6 +125,12 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def check_result_dtype(op: str, name: str, dtype: torch.dtype, x: Tensor) -> None:
+    """A result, and so its gradient, is in x's dtype or in the one that sums run in."""
+    wanted = dict.fromkeys((x.dtype, accumulate_dtype(x.dtype)))
+    check_dtype(op, name, dtype, tuple(wanted))
+
+
 def new_if(
     needed: bool, like: Tensor, shape: Sequence[int] | None = None, dtype: torch.dtype | None = None
 ) -> Tensor:
@@ -140,6 +146,6 @@ def is_stored_transposed(w: Tensor) -> bool:
     return w.is_cuda and not w.is_contiguous() and w.mT.is_contiguous()
 
 
-def new_like(t: Tensor) -> Tensor:
-    """Of the shape and type of `t`, and dense whatever its strides are."""
-    return t.new_empty(tuple(t.shape))
+def new_like(t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Of the shape of `t` and its type unless given, and dense whatever its strides are."""
+    return t.new_empty(tuple(t.shape), dtype=dtype)

@@ -25,6 +25,7 @@ from moe_ops.ops._checks import (
     check_float,
     check_index,
     check_like,
+    check_result_dtype,
     check_same_device,
     check_size,
     is_stored_transposed,
@@ -53,6 +54,7 @@ def moe_ffn(
     alpha: float = 1.702,
     limit: float = 7.0,
     main_grads: tuple[Tensor | None, Tensor | None] | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Routes each token through its experts' FFNs and sums the results.
 
@@ -87,9 +89,12 @@ def moe_ffn(
             [E, H, 2I] or [E, I, H]), in fp32 (fp64) or the weight's dtype, or None. That weight
             then gets no ``.grad``: no gradient tensor of its size is made, and bfloat16 training
             accumulates in fp32. Eager mode only.
+        out_dtype: of the result, and so of its gradient: x's dtype (None), or float32 for bfloat16
+            and float16 x: the sum over a token's experts as it is, to be added to that of other
+            experts. Backward rounds the gradient to x's dtype (on the CPU, in bfloat16 only).
 
     Returns:
-        [T, H] in x's dtype. A token without any expert gets zeros; T = 0 gives [0, H].
+        [T, H] in out_dtype. A token without any expert gets zeros; T = 0 gives [0, H].
 
     Raises:
         ValueError: wrong dtype, rank, size or activation (of main_grads: in backward).
@@ -109,10 +114,12 @@ def moe_ffn(
             )
         arguments = (activation, interleaved, apply_router_weight_on_input, alpha, limit)
         inputs = (x, w_gate_up, w_down, topk_weights, topk_ids, b_gate_up, b_down)
-        return _AccumulatingFfn.apply(*inputs, main_grads, arguments)
+        return _AccumulatingFfn.apply(*inputs, main_grads, arguments, out_dtype)
     options = options_of(
         b_gate_up, b_down, activation, interleaved, apply_router_weight_on_input, alpha, limit
     )
+    if out_dtype is not None:
+        options = with_out_dtype(options, out_dtype)
     return _moe_ffn(x, w_gate_up, w_down, topk_weights, topk_ids, *options)
 
 
@@ -138,6 +145,14 @@ def options_of(
     ):
         return ()
     return b_gate_up, b_down, activation, interleaved, apply_router_weight_on_input, alpha, limit
+
+
+def with_out_dtype(options: tuple[Any, ...], out_dtype: torch.dtype) -> tuple[Any, ...]:
+    """The arguments of `options_of` and the one after them."""
+    return *(options or DEFAULT_OPTIONS), out_dtype
+
+
+DEFAULT_OPTIONS = (None, None, "swiglu", False, False, 1.702, 7.0)
 
 
 def check_routing(op: str, topk_weights: Tensor, topk_ids: Tensor, num_tokens: int) -> None:
@@ -210,12 +225,15 @@ def check_call(
 
 @register_fake("moe_ffn_fwd")
 def _fake_fwd(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    check_call("moe_ffn", *args)
+    *call, out_dtype = args
+    check_call("moe_ffn", *call)
     x, w_gate_up, _, _, topk_ids, *_ = args
+    if out_dtype is not None:
+        check_result_dtype("moe_ffn", "out_dtype", out_dtype, x)
     num_experts, width, _ = w_gate_up.shape
     num_slots = topk_ids.shape[0] * topk_ids.shape[1]
     return (
-        new_like(x),
+        new_like(x, out_dtype),
         x.new_empty((num_slots, width)),
         x.new_empty((num_experts + 1,), dtype=torch.int32),
         x.new_empty((num_slots,), dtype=torch.int32),
@@ -249,8 +267,8 @@ def _fake_bwd(grad_y: Tensor, *args: Any) -> tuple[Tensor, ...]:
     x, w_gate_up, w_down, topk_weights, preact, _, _, slot_to_row, b_down, *rest = args
     options, needs = rest[:5], rest[5:]
     check_call(op, x, w_gate_up, w_down, topk_weights, slot_to_row, None, b_down, *options)
-    for name, t in (("grad_y", grad_y), ("preact", preact)):
-        check_dtype(op, name, t.dtype, (x.dtype,), " like x")
+    check_result_dtype(op, "grad_y", grad_y.dtype, x)
+    check_dtype(op, "preact", preact.dtype, (x.dtype,), " like x")
     need_x, need_w_gate_up, need_w_down, need_topk_weights, need_b_gate_up, need_b_down = needs
     return (
         new_if(need_x, x),
@@ -263,7 +281,7 @@ def _fake_bwd(grad_y: Tensor, *args: Any) -> tuple[Tensor, ...]:
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, w_gate_up, w_down, topk_weights, _, _, b_down, *arguments = inputs
+    x, w_gate_up, w_down, topk_weights, _, _, b_down, *arguments, _out_dtype = inputs
     _, preact, expert_offsets, row_to_slot, slot_to_row = output
     ctx.mark_non_differentiable(preact, expert_offsets, row_to_slot, slot_to_row)
     ctx.set_materialize_grads(False)
@@ -274,7 +292,8 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 
 def _backward(ctx: Any, grad_y: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    needs = needs_input_grad(ctx, 7 + len(ctx.arguments))
+    rest = (None,) * (len(ctx.arguments) + 1)  # What is no tensor, out_dtype among that.
+    needs = needs_input_grad(ctx, 7 + len(rest))
     if grad_y is None:
         return (None,) * len(needs)
     saved = ctx.saved_tensors
@@ -285,7 +304,6 @@ def _backward(ctx: Any, grad_y: Tensor | None, *_: Any) -> tuple[Any, ...]:
     gx, gw_gate_up, gw_down, gw, gb_gate_up, gb_down = only_needed(grads, wanted)
     if gw is not None:
         gw = gw.to(topk_weights.dtype)
-    rest = (None,) * len(ctx.arguments)
     return gx, gw_gate_up, gw_down, gw, None, gb_gate_up, gb_down, *rest
 
 
@@ -306,6 +324,7 @@ class _AccumulatingFfn(torch.autograd.Function):
         b_down: Tensor | None,
         main_grads: tuple[Tensor | None, Tensor | None],
         arguments: tuple[Any, ...],
+        out_dtype: torch.dtype | None,
     ) -> Tensor:
         device = x.device.type
         if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
@@ -315,7 +334,7 @@ class _AccumulatingFfn(torch.autograd.Function):
             b_gate_up = None if b_gate_up is None else b_gate_up.to(target)
             b_down = None if b_down is None else b_down.to(target)
         inputs = (x, w_gate_up, w_down, topk_weights, topk_ids, b_gate_up, b_down)
-        y, *saved = torch.ops.moe_ops.moe_ffn_fwd(*inputs, *arguments)
+        y, *saved = torch.ops.moe_ops.moe_ffn_fwd(*inputs, *arguments, out_dtype)
         ctx.save_for_backward(x, w_gate_up, w_down, topk_weights, *saved, b_down)
         ctx.main_grads = main_grads
         ctx.arguments = arguments
@@ -337,7 +356,7 @@ class _AccumulatingFfn(torch.autograd.Function):
         gx, gw_gate_up, gw_down, gw, gb_gate_up, gb_down = only_needed(grads, returned)
         if gw is not None:
             gw = gw.to(saved[3].dtype)
-        return gx, gw_gate_up, gw_down, gw, None, gb_gate_up, gb_down, None, None
+        return gx, gw_gate_up, gw_down, gw, None, gb_gate_up, gb_down, None, None, None
 
 
 register_autograd("moe_ffn", _backward, _setup, forward="moe_ffn_fwd")

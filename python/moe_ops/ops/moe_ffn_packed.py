@@ -10,10 +10,17 @@ from torch import Tensor
 from moe_ops import _C
 from moe_ops.ops._autocast import register_autocast
 from moe_ops.ops._autograd import direct_call, register_gradient_of
-from moe_ops.ops._checks import check, check_float, check_same_device, dtype_name, new_like
+from moe_ops.ops._checks import (
+    check,
+    check_float,
+    check_result_dtype,
+    check_same_device,
+    dtype_name,
+    new_like,
+)
 from moe_ops.ops._library import register_cuda_formula, register_fake
 from moe_ops.ops.gated_act import GATED_ACTIVATIONS
-from moe_ops.ops.moe_ffn import check_call, options_of
+from moe_ops.ops.moe_ffn import check_call, options_of, with_out_dtype
 
 _moe_ffn_packed = direct_call("moe_ffn_packed")
 
@@ -56,6 +63,7 @@ def moe_ffn_packed(
     apply_router_weight_on_input: bool = False,
     alpha: float = 1.702,
     limit: float = 7.0,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """moe_ffn for inference, reading packed copies of the weights.
 
@@ -75,9 +83,10 @@ def moe_ffn_packed(
         topk_weights, topk_ids, b_gate_up, b_down: as for :func:`moe_ffn`.
         activation, interleaved, apply_router_weight_on_input: as for :func:`moe_ffn`.
         alpha, limit: of ``"swiglu_oai"``.
+        out_dtype: as for :func:`moe_ffn`.
 
     Returns:
-        [T, H] in x's dtype. A token without any expert gets zeros; T = 0 gives [0, H].
+        [T, H] in out_dtype. A token without any expert gets zeros; T = 0 gives [0, H].
 
     Raises:
         ValueError: what :func:`moe_ffn` refuses, or a copy of another size than pack_experts makes
@@ -87,6 +96,8 @@ def moe_ffn_packed(
     options = options_of(
         b_gate_up, b_down, activation, interleaved, apply_router_weight_on_input, alpha, limit
     )
+    if out_dtype is not None:
+        options = with_out_dtype(options, out_dtype)
     return _moe_ffn_packed(
         x, w_gate_up, w_down, packed_gate_up, packed_down, topk_weights, topk_ids, *options
     )
@@ -123,8 +134,10 @@ def _unread_copy(w: Tensor, halves: bool) -> Tensor:
 @register_fake("moe_ffn_packed")
 def _(*args: Any) -> Tensor:
     op = "moe_ffn_packed"
-    x, w_gate_up, w_down, packed_gate_up, packed_down, *rest = args
+    x, w_gate_up, w_down, packed_gate_up, packed_down, *rest, out_dtype = args
     check_call(op, x, w_gate_up, w_down, *rest)
+    if out_dtype is not None:
+        check_result_dtype(op, "out_dtype", out_dtype, x)
     _weights, _ids, _b_gate_up, _b_down, activation, interleaved, *_ = rest
     halves = activation in GATED_ACTIVATIONS and not interleaved
     for name, packed, w, has_halves in (
@@ -139,7 +152,7 @@ def _(*args: Any) -> Tensor:
             f"[{size}], got {dtype_name(packed.dtype)} of shape {list(packed.shape)}.",
         )
     check_same_device(op, x=x, packed_gate_up=packed_gate_up, packed_down=packed_down)
-    return new_like(x)
+    return new_like(x, out_dtype)
 
 
 register_gradient_of("moe_ffn_packed", _without_copies)

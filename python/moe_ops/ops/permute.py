@@ -15,28 +15,43 @@ from moe_ops.ops._library import register_fake
 _permute = direct_call("permute")
 
 
-def permute(x: Tensor, expert_offsets: Tensor, row_to_slot: Tensor) -> Tensor:
+def permute(
+    x: Tensor, expert_offsets: Tensor, row_to_slot: Tensor, *, top_k: int | None = None
+) -> Tensor:
     """Copies each token's row once for each of its slots, in expert order.
 
-    ``rows[r] = x[row_to_slot[r] // K]`` with K = N / T for ``r < expert_offsets[E]``; later rows,
-    the slots without an expert, are zero. Differentiable any number of times: the gradient of x is
-    the sum of a token's rows, in slot order and in fp32 (fp64 for fp64).
+    ``rows[r] = x[row_to_slot[r] // K]`` for ``r < expert_offsets[E]``; later rows, the slots
+    without an expert, are zero, and so is a row whose slot is -1. Differentiable any number of
+    times: the gradient of x is the sum of a token's rows, in slot order and in fp32 (fp64 for
+    fp64).
 
     Args:
         x: [T, H]; float64, float32, bfloat16 or float16, any strides.
-        expert_offsets: [E+1], int32 or int64, from 0 and never falling (from :func:`sort_slots`).
-        row_to_slot: [N], int32 or int64, values in [0, N), repeated or not.
+        expert_offsets: [E+1], int32 or int64, from 0 and never falling (from :func:`sort_slots`,
+            or the ``rank_offsets`` of :func:`dispatch_plan`).
+        row_to_slot: [N], int32 or int64, values in [-1, T*K), repeated or not; with K = 1 it names
+            tokens.
+        top_k: K. None: N / T, a row for each slot. With a number there may be any number of rows.
 
     Returns:
-        [N, H] in x's dtype. T = 0 gives [0, H].
+        [N, H] in x's dtype. T = 0 gives N rows of zeros.
 
     Raises:
-        ValueError: wrong dtype, rank or size; N not a multiple of T; a map or offset out of range.
+        ValueError: wrong dtype, rank or size; N not a multiple of T without top_k; a map or offset
+            out of range.
     """
-    return _permute(x, expert_offsets, row_to_slot)
+    return _permute(x, expert_offsets, row_to_slot, top_k)
 
 
-def _check(op: str, name: str, x: Tensor, expert_offsets: Tensor, row_to_slot: Tensor) -> None:
+def _check(
+    op: str,
+    name: str,
+    x: Tensor,
+    expert_offsets: Tensor,
+    row_to_slot: Tensor,
+    top_k: int | None,
+) -> None:
+    check(top_k is None or top_k >= 1, f"{op}: top_k must be at least 1, got {top_k}.")
     check_float(op, name, x, "[T, H]" if name == "x" else "[N, H]")
     check_index(op, "expert_offsets", expert_offsets, "[E+1]")
     check_index(op, "row_to_slot", row_to_slot, "[N]")
@@ -44,38 +59,47 @@ def _check(op: str, name: str, x: Tensor, expert_offsets: Tensor, row_to_slot: T
 
 
 @register_fake("permute")
-def _(x: Tensor, expert_offsets: Tensor, row_to_slot: Tensor) -> Tensor:
-    _check("permute", "x", x, expert_offsets, row_to_slot)
+def _(x: Tensor, expert_offsets: Tensor, row_to_slot: Tensor, top_k: int | None) -> Tensor:
+    _check("permute", "x", x, expert_offsets, row_to_slot, top_k)
     return x.new_empty((row_to_slot.shape[0], x.shape[1]))
 
 
 @register_fake("permute_bwd")
-def _(grad_rows: Tensor, expert_offsets: Tensor, row_to_slot: Tensor, num_tokens: int) -> Tensor:
-    _check("permute_bwd", "grad_rows", grad_rows, expert_offsets, row_to_slot)
+def _(
+    grad_rows: Tensor,
+    expert_offsets: Tensor,
+    row_to_slot: Tensor,
+    num_tokens: int,
+    top_k: int | None,
+) -> Tensor:
+    _check("permute_bwd", "grad_rows", grad_rows, expert_offsets, row_to_slot, top_k)
     check(num_tokens >= 0, f"permute_bwd: num_tokens must not be negative, got {num_tokens}.")
     return grad_rows.new_empty((num_tokens, grad_rows.shape[1]))
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, expert_offsets, row_to_slot = inputs
+    x, expert_offsets, row_to_slot, ctx.top_k = inputs
     ctx.save_for_backward(expert_offsets, row_to_slot)
     ctx.num_tokens = x.shape[0]
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     expert_offsets, row_to_slot = ctx.saved_tensors
-    grad_x = torch.ops.moe_ops.permute_bwd(grad, expert_offsets, row_to_slot, ctx.num_tokens)
-    return grad_x, None, None
+    grad_x = torch.ops.moe_ops.permute_bwd(
+        grad, expert_offsets, row_to_slot, ctx.num_tokens, ctx.top_k
+    )
+    return grad_x, None, None, None
 
 
 def _setup_bwd(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, expert_offsets, row_to_slot, _ = inputs
+    _, expert_offsets, row_to_slot, _, ctx.top_k = inputs
     ctx.save_for_backward(expert_offsets, row_to_slot)
 
 
 def _backward_bwd(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     expert_offsets, row_to_slot = ctx.saved_tensors
-    return torch.ops.moe_ops.permute(grad, expert_offsets, row_to_slot), None, None, None
+    grad_rows = torch.ops.moe_ops.permute(grad, expert_offsets, row_to_slot, ctx.top_k)
+    return grad_rows, None, None, None, None
 
 
 register_autograd("permute", _backward, _setup)

@@ -13,10 +13,10 @@ from moe_ops.ops._autocast import register_autocast
 from moe_ops.ops._autograd import direct_call, needs_input_grad, only_needed, register_autograd
 from moe_ops.ops._checks import (
     accumulate_dtype,
-    check_dtype,
     check_float,
     check_like,
     check_positive,
+    check_result_dtype,
     check_same_device,
     check_shape,
     new_if,
@@ -56,7 +56,7 @@ def router_linear(
     """
     if x.is_cuda:
         _check("router_linear", x, weight, bias)
-        _check_logits_dtype("router_linear", "logits_dtype", logits_dtype or x.dtype, x)
+        check_result_dtype("router_linear", "logits_dtype", logits_dtype or x.dtype, x)
         return _formula(x, weight, bias, logits_dtype)
     return _router_linear(x, weight, bias, logits_dtype)
 
@@ -70,16 +70,11 @@ def _check(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     check_same_device(op, x=x, weight=weight, bias=bias)
 
 
-def _check_logits_dtype(op: str, name: str, dtype: torch.dtype, x: Tensor) -> None:
-    wanted = dict.fromkeys((x.dtype, accumulate_dtype(x.dtype)))
-    check_dtype(op, name, dtype, tuple(wanted))
-
-
 @register_fake("router_linear")
 def _(x: Tensor, weight: Tensor, bias: Tensor | None, logits_dtype: torch.dtype | None) -> Tensor:
     _check("router_linear", x, weight, bias)
     dtype = logits_dtype or x.dtype
-    _check_logits_dtype("router_linear", "logits_dtype", dtype, x)
+    check_result_dtype("router_linear", "logits_dtype", dtype, x)
     return x.new_empty((x.shape[0], weight.shape[0]), dtype=dtype)
 
 
@@ -89,7 +84,7 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor]:
     op = "router_linear_bwd"
     _check(op, x, weight, None)
-    _check_logits_dtype(op, "grad_logits", grad_logits.dtype, x)
+    check_result_dtype(op, "grad_logits", grad_logits.dtype, x)
     shape = "[T, E]"
     check_shape(op, "grad_logits", grad_logits, shape, T=x.shape[0], E=weight.shape[0])
     check_same_device(op, x=x, grad_logits=grad_logits)

@@ -11,7 +11,6 @@ from moe_ops.ops._autocast import register_autocast
 from moe_ops.ops._autograd import direct_call, register_autograd, save_inputs
 from moe_ops.ops._checks import (
     accumulate_dtype,
-    check,
     check_float,
     check_index,
     check_like,
@@ -30,14 +29,16 @@ def unpermute(
     """Sums a token's rows with its routing weights.
 
     ``y[t] = sum_k topk_weights[t, k] * rows[slot_to_row[t, k]]`` over the slots whose row lies
-    before ``expert_offsets[E]``; the others add nothing, even where the weight is NaN. The sum runs
-    in slot order in fp32 (fp64 for fp64). Differentiable any number of times: the gradient of a row
-    is the sum over the slots that name it, in their order, and zero for a row that none names.
+    before ``expert_offsets[E]``; the others, and those whose row is -1, add nothing, even where the
+    weight is NaN. The sum runs in slot order in fp32 (fp64 for fp64). Differentiable any number of
+    times: the gradient of a row is the sum over the slots that name it, in their order, and zero
+    for a row that none names.
 
     Args:
-        rows: [N, H]; float64, float32, bfloat16 or float16, any strides.
-        expert_offsets: [E+1], int32 or int64 (from :func:`sort_slots`).
-        slot_to_row: [T, K] with T*K = N, int32 or int64, values in [0, N), repeated or not.
+        rows: [N, H], any number of them; float64, float32, bfloat16 or float16, any strides.
+        expert_offsets: [E+1], int32 or int64 (from :func:`sort_slots`, or the ``rank_offsets`` of
+            :func:`dispatch_plan`).
+        slot_to_row: [T, K], int32 or int64, values in [-1, N), repeated or not.
         topk_weights: [T, K] in any float dtype, used in fp32; None means ones.
 
     Returns:
@@ -59,11 +60,6 @@ def _check(
     check_float(op, "rows", rows, "[N, H]")
     check_index(op, "expert_offsets", expert_offsets, "[E+1]")
     check_index(op, "slot_to_row", slot_to_row, "[T, K]")
-    check(
-        slot_to_row.numel() == rows.shape[0],
-        f"{op}: slot_to_row must be [T, K] with T*K = {rows.shape[0]} like the rows, "
-        f"got shape {list(slot_to_row.shape)}.",
-    )
     num_tokens, top_k = slot_to_row.shape
     check_float(op, "topk_weights", topk_weights, "[T, K]", T=num_tokens, K=top_k)
     check_same_device(

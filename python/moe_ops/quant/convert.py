@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from moe_ops._sharded import has_own_experts
 from moe_ops.expert_weights import ExpertWeights, hooks_for
 
 from .bank import FoundBank, check_finite, check_weights, find_banks, idle_patterns
@@ -36,6 +37,9 @@ def quantize_experts(
 
     The result is for inference: outputs can be computed as before, and asking for a gradient
     through a quantised bank raises an error in backward.
+
+    Of a bank that `moe_ops.parallel.shard_experts` has sharded, each process quantises the experts
+    that it has.
 
     Args:
         model: a model, a layer, or a bank.
@@ -74,9 +78,15 @@ def quantize_experts(
     names = []
     for found in find_banks(model, patterns):
         names.append(found.name)
-        check_weights("quantize_experts", found.name, found.module, found.bank)
-        check_sizes(found.name, found.bank, groups)
-        del found
+        sharding, bank = _own_experts(found)
+        if sharding is not None and calibration is not None:
+            raise ValueError(
+                f"quantize_experts: calibration must be None where experts are shared out over "
+                f"processes, got one for {found.name or 'the bank'}; quantise the whole model."
+            )
+        check_weights("quantize_experts", found.name, found.module, bank)
+        check_sizes(found.name, bank, groups)
+        del found, bank
     if not names:
         raise ValueError(
             f"quantize_experts: model must hold a bank of float experts, got "
@@ -94,13 +104,14 @@ def quantize_experts(
     for done, found in enumerate(find_banks(model, patterns)):
         if progress is not None:
             progress(found.name, done, len(names))
-        check_finite("quantize_experts", found.name, found.module, found.bank)
+        _, bank = _own_experts(found)
+        check_finite("quantize_experts", found.name, found.module, bank)
         choice = None
         if baseline is not None:
             record = baseline.banks[found.name]
-            choice = find_x_scale(found.bank, record.inputs, format, groups, grid=grid)
+            choice = find_x_scale(bank, record.inputs, format, groups, grid=grid)
         model = replace_bank(model, found, format, groups, choice)
-        del found
+        del found, bank
     for hook in known:
         hook.mark_quantized(model, format, groups, baseline is not None, patterns)
     return model
@@ -114,17 +125,29 @@ def replace_bank(
     choice: ScaleChoice | None = None,
 ) -> nn.Module:
     """Puts the quantised form of one bank where the bank is; returns the model."""
+    sharding, bank = _own_experts(found)
     experts = found.hook.new_quantized(
         found.module,
-        found.bank,
+        bank,
         format=format,
         group_size=group_size,
         x_scale=choice is not None,
     )
-    fill(experts, found.bank, None if choice is None else choice.x_scale)
+    fill(experts, bank, None if choice is None else choice.x_scale)
     experts.scale_exponent = None if choice is None else choice.exponent
+    if sharding is not None:
+        sharding.adopt(experts)
     experts.train(found.module.training)
     return found.hook.install(model, found.module, experts)
+
+
+def _own_experts(found: FoundBank) -> tuple[Any, ExpertWeights]:
+    """How `moe_ops.parallel.shard_experts` shared a bank out, and the weights that are here; None
+    and all weights of another bank."""
+    sharding = getattr(found.module, "sharding", None)
+    if sharding is None or not has_own_experts(found.module, found.bank.down):
+        return None, found.bank
+    return sharding, found.bank.local()
 
 
 @torch.no_grad()

@@ -28,6 +28,7 @@ def moe_ffn(
     alpha: float = 1.702,
     limit: float = 7.0,
     main_grads: tuple[Tensor | None, Tensor | None] | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """y[t] = sum_k weight[t, k] * (W_down act(W_gate_up x[t] + b_gate_up) + b_down), [T, H].
 
@@ -56,7 +57,7 @@ def moe_ffn(
     y = unpermute(
         out, expert_offsets, slot_to_row, None if apply_router_weight_on_input else weights
     )
-    return y.to(x.dtype)
+    return y.to(out_dtype or x.dtype)
 
 
 def _to(t: Tensor | None, dtype) -> Tensor | None:

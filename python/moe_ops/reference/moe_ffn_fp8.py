@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ._common import acc_dtype
@@ -26,13 +27,16 @@ def moe_ffn_fp8(
     apply_router_weight_on_input: bool = False,
     alpha: float = 1.702,
     limit: float = 7.0,
+    x_scale: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """moe_ffn of the weights that codes and scales stand for, with x and h rounded to e4m3.
 
-    x is quantised by token and gathered; a routing weight on the input multiplies the token's
-    scales. Everything else runs in fp32, or in fp64 for fp64 x.
+    x is quantised by token, unless it comes as codes with x_scale, and gathered; a routing weight
+    on the input multiplies the token's scales. Everything else runs in fp32, or in fp64 for fp64 x
+    or x_scale.
     """
-    acc = acc_dtype(x.dtype)
+    acc = acc_dtype(x.dtype if x_scale is None else x_scale.dtype)
     expert_offsets, row_to_slot, slot_to_row = sort_slots(topk_ids, w_gate_up.shape[0])
     weights = topk_weights.to(acc)
     token = row_to_slot.long() // max(topk_ids.shape[1], 1)
@@ -43,7 +47,7 @@ def moe_ffn_fp8(
             rows, scales[0], w, scales[1], expert_offsets, bias=bias, out_dtype=acc
         )
 
-    codes, scale = quantize_fp8(x)
+    codes, scale = quantize_fp8(x) if x_scale is None else (x, x_scale)
     rows, scale = codes[token], scale.to(acc)[token]
     if apply_router_weight_on_input:
         scale = scale * weights.reshape(-1)[row_to_slot.long(), None]
@@ -56,4 +60,4 @@ def moe_ffn_fp8(
     y = unpermute(
         out, expert_offsets, slot_to_row, None if apply_router_weight_on_input else weights
     )
-    return y.to(x.dtype)
+    return y.to(out_dtype or x.dtype)

@@ -29,6 +29,7 @@ def moe_ffn_packed(
     apply_router_weight_on_input: bool = False,
     alpha: float = 1.702,
     limit: float = 7.0,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """moe_ffn: the copies hold the same numbers as the weights."""
     return moe_ffn(
@@ -44,4 +45,5 @@ def moe_ffn_packed(
         apply_router_weight_on_input=apply_router_weight_on_input,
         alpha=alpha,
         limit=limit,
+        out_dtype=out_dtype,
     )

@@ -1,16 +1,24 @@
 from __future__ import annotations
 
-import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
-def permute(x: Tensor, expert_offsets: Tensor, row_to_slot: Tensor) -> Tensor:
-    """Token rows [T, H] in expert order [N, H], each token N/T times; tail rows are zero."""
-    num_tokens, hidden_size = x.shape
-    num_rows = row_to_slot.numel()
+def permute(
+    x: Tensor, expert_offsets: Tensor, row_to_slot: Tensor, *, top_k: int | None = None
+) -> Tensor:
+    """Token rows [T, H] in expert order [N, H]: row r is x[row_to_slot[r] // top_k].
+
+    Tail rows and those whose slot is -1 are zero. Without top_k there are T * K rows.
+    """
+    num_tokens, num_rows = x.shape[0], row_to_slot.numel()
     if num_rows == 0:
         return x[:0]
-    top_k = num_rows // num_tokens
-    end = int(expert_offsets[-1])
-    rows = x[row_to_slot[:end].long() // top_k]
-    return torch.cat([rows, x.new_zeros(num_rows - end, hidden_size)])
+    if top_k is None:
+        top_k = num_rows // num_tokens
+    if num_tokens == 0:
+        x = F.pad(x, (0, 0, 0, 1))  # For the rows to index.
+    slot = row_to_slot.long().clone()
+    slot[int(expert_offsets[-1]) :] = -1
+    rows = x[slot.clamp(min=0) // top_k]
+    return rows.masked_fill((slot < 0)[:, None], 0)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from ._common import acc_dtype
@@ -10,10 +11,13 @@ def unpermute(
 ) -> Tensor:
     """Rows [N, H] back to tokens [T, H]: the (weighted) sum of the rows of a token's slots.
 
-    Slots without an expert add nothing, whatever their row or weight holds.
+    Slots without an expert, and those whose row is -1, add nothing, whatever their row or weight
+    holds.
     """
-    no_expert = slot_to_row >= expert_offsets[-1]
-    slots = rows[slot_to_row.long()].to(acc_dtype(rows.dtype))
+    no_expert = (slot_to_row < 0) | (slot_to_row >= expert_offsets[-1])
+    if rows.shape[0] == 0:
+        rows = F.pad(rows, (0, 0, 0, 1))  # For the slots to index.
+    slots = rows[slot_to_row.long().clamp(min=0)].to(acc_dtype(rows.dtype))
     slots = slots.masked_fill(no_expert[..., None], 0)
     if topk_weights is not None:
         weights = topk_weights.to(slots.dtype).masked_fill(no_expert, 0)

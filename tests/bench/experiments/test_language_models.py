@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import re
 
 import pytest
 import torch
-from bench.experiments import coe, deepseek, jetmoe, moduleformer, page, topp
+from bench.experiments import coe, deepseek, jetmoe, moduleformer, page, queue, registry, topp
 from bench.experiments.picture import Picture
 from bench.experiments.report import Claim, Report
+from bench.experiments.study import Run, Study
 from bench.experiments.text import Domain, heldout_batches, load_domains, train_batches
-from bench.experiments.training import Recipe, evaluate, train
+from bench.experiments.training import Recipe, evaluate, thinned, train
 
 from moe_ops.layers import Router
 from moe_ops.zoo.deepseek import DeepSeek
@@ -18,42 +21,63 @@ from moe_ops.zoo.jetmoe import JetMoE, JetMoEConfig
 from moe_ops.zoo.topp import TopP
 
 RECIPE = Recipe(steps=3, batch=4, length=16, heldout_batches=2)
+TEXT = ("reference", "code")
+
+
+@pytest.fixture(autouse=True)
+def no_scripture(monkeypatch):
+    """Runs of studies read two domains, which every machine has."""
+    for module in ("training", "moduleformer", "coe", "topp"):
+        monkeypatch.setattr(f"bench.experiments.{module}.load_domains.__defaults__", (TEXT,))
+
+
+def report_of(study: Study, seeds=(10, 11)) -> Report:
+    """Of runs of these seeds."""
+    runs = {
+        name: {str(seed): {**job(seed, Run()), "seconds": 1.0} for seed in seeds}
+        for name, job in study.runs.items()
+    }
+    stored = json.loads(json.dumps({"machine": "this", "fixed": study.fixed(), "runs": runs}))
+    report = study.report(study.name.split("-")[0], stored)
+    assert report is not None
+    assert [len(claim.differences) for claim in report.claims] == [2] * len(study.hypotheses)
+    for picture in report.pictures:
+        assert picture.series
+    return report
 
 
 def test_domains():
-    domains = load_domains()
-    assert [d.name for d in domains][:2] == ["reference", "code"]
+    domains = load_domains((*TEXT, "maths"))
+    assert [d.name for d in domains] == ["reference", "code", "maths"]
     for d in domains:
         assert len(d.train) > 300_000
         assert len(d.heldout) == pytest.approx(len(d.train) / 9, rel=0.01)
 
 
-def test_pages_are_made_from_what_was_saved(tmp_path):
+def test_pictures_are_drawn(tmp_path):
     pytest.importorskip("matplotlib")
     line = {"a": {"x": [1, 2], "y": [3.0, 4.0], "error": [0.1, 0.2]}}
+    sizes = {"a": {"x": ["small", "large"], "y": [3.0, 4.0], "error": [0.1, 0.2]}}
     bars = {n: {"x": ["left", "right"], "y": [1.0, 2.0], "error": [0.1, 0.2]} for n in "ab"}
     pictures = [
         Picture("l", "Lines", "x", "y", "lines", line),
+        Picture("t", "By size", "", "y", "lines", sizes),
         Picture("p", "Points", "x", "y", "points", {"a": {"x": [1, 2], "y": [3, 4]}}),
         Picture("b", "Bars", "x", "y", "bars", bars),
         Picture("h", "Map", "x", "y", "heatmap", {"": {"x": ["u"], "y": ["v"], "z": [[0.5]]}}),
     ]
     claims = [Claim("a is below b", [-1.0, -1.1, -0.9], "nats")]
     report = Report("jetmoe", {"Data": "none"}, ["loss"], {"a": [(1.0,)]}, claims, pictures)
-    with pytest.raises(ValueError, match="must have one line"):
-        page.save(report, tmp_path / "results", tmp_path)
-    (tmp_path / "jetmoe.md").write_text(f"before\n{page.BEGIN}\nold\n{page.END}\nafter\n")
-    written = page.save(report, tmp_path / "results", tmp_path)
-    assert [p.name for p in written] == [
-        "jetmoe.json", "jetmoe.md", *(f"jetmoe-{n}.svg" for n in "lpbh"),
-    ]  # fmt: skip
-    first = {p.name: p.read_bytes() for p in written}
-    text = first["jetmoe.md"].decode()
-    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
-    assert "-1 ± 0.058 nats | < 0 | shown |" in text and "![Bars](jetmoe-b.svg)" in text
-    again = page.load("jetmoe", tmp_path / "results")
-    page.write_page(again, tmp_path)
-    assert {p.name: p.read_bytes() for p in written} == first
+    again = Report.from_dict(json.loads(json.dumps(report.to_dict())))
+    assert again.markdown() == report.markdown()
+    assert "| a is below b | -1 (-1.25 to -0.752) nats | 3 | < 0 | shown (3 seeds) |" in (
+        report.markdown()
+    )
+    for picture, twin in zip(pictures, again.pictures, strict=True):
+        picture.draw(tmp_path / "first.svg")
+        twin.draw(tmp_path / "second.svg")
+        drawn = (tmp_path / "first.svg").read_bytes()
+        assert b"</svg>" in drawn and drawn == (tmp_path / "second.svg").read_bytes()
 
 
 def test_pictures_refuse_what_cannot_be_drawn():
@@ -66,16 +90,32 @@ def test_pictures_refuse_what_cannot_be_drawn():
         Picture("n", "t", "x", "y", "bars", {})
 
 
-def test_saved_runs_have_pages_that_say_the_same(tmp_path):
-    """What the pages show is what bench/experiments/results holds."""
-    for path in sorted(page.RESULTS.glob("*.json")):
-        report = page.load(path.stem)
-        assert report.system == path.stem
-        assert report.markdown().rstrip() in (page.PAGES / f"{path.stem}.md").read_text("utf-8")
-        for picture in report.pictures:
-            assert (page.PAGES / f"{path.stem}-{picture.name}.svg").is_file()
-        seeds = {len(c.differences) for c in report.claims}
-        assert seeds and min(seeds) >= 3, path.stem
+def test_pages_say_what_the_results_say(monkeypatch):
+    """What stands between the marks is what bench/experiments/results holds, pictures apart."""
+    # Pictures of films read them.
+    monkeypatch.setattr(page, "last_pictures", lambda reports: [])
+    for system in registry.NAMES:
+        found = registry.experiment(system)
+        made, trends = page.body(found)
+        text = (page.PAGES / f"{system}.md").read_text("utf-8")
+        lines = [line for line in text.splitlines() if not line.startswith("![")]
+        between = lines[lines.index(page.BEGIN) + 1 : lines.index(page.END)]
+        kept = [line for line in made.splitlines() if not line.startswith("![")]
+        assert [x for x in between if x] == [x for x in kept if x], system
+        for picture in trends:
+            assert (page.PAGES / f"{system}-{picture.name}.svg").is_file()
+        for name in re.findall(r"^!\[.*\]\((.*)\)$", text, re.MULTILINE):
+            assert (page.PAGES / name).is_file(), name
+        row = f"| [{system}](zoo/{system}.md) | {' | '.join(page.cells(found))} |"
+        assert row in page.OVERVIEW.read_text("utf-8")
+
+
+def test_stored_runs_are_of_the_plans_that_there_are():
+    for path in queue.RESULTS.glob("*.json"):
+        store = queue.Store(registry.study(path.stem))  # Refuses another plan.
+        for run, found in store.data["runs"].items():
+            assert run in store.study.runs
+            assert {int(seed) for seed in found} <= set(store.study.numbers)
 
 
 def test_batches_depend_on_the_seed_alone():
@@ -86,6 +126,22 @@ def test_batches_depend_on_the_seed_alone():
     assert bool((a[0].diff(dim=1) == 1).all())
     held = heldout_batches(domains[0], 2, 3, 16)
     assert [h.shape for h in held] == [(3, 17), (3, 17)]
+
+
+def test_sums_are_right():
+    lines = bytes(load_domains(["maths"])[0].heldout.tolist()).decode().splitlines()[1:-1]
+    assert len(lines) > 2000 and len(set(lines)) > 0.99 * len(lines)
+    for line in lines[:200]:
+        first, last = line.split("? ")[1].split(" #")[0].split(" ")
+        for step in (first, last):
+            left, right = step.split("=")
+            assert eval(left) == int(right)
+        assert line.endswith(f" #{last.split('=')[1]}")
+
+
+def test_thinned_curves():
+    assert thinned([1.0, 3.0, 5.0, 7.0, 9.0], points=2) == [2.0, 6.0]
+    assert thinned([1.0, 2.0], points=50) == [1.0, 2.0]
 
 
 def test_rates():
@@ -110,7 +166,7 @@ def test_dense_has_the_active_parameters():
 
 
 def test_evaluation_is_the_mean_over_held_out_text():
-    domains = load_domains()[:2]
+    domains = load_domains()
     trained = train(lambda: JetMoE(JetMoEConfig.tiny()), domains, RECIPE, seed=0)
     assert len(trained.curve) == 3 and trained.routing.layers == [
         f"layers.{i}.{kind}" for i in (0, 1) for kind in ("attention", "mlp")
@@ -126,16 +182,13 @@ def test_evaluation_is_the_mean_over_held_out_text():
 
 def test_jetmoe_runs():
     config = dataclasses.replace(JetMoEConfig.tiny(), num_layers=1)
-    lines = []
-    report = jetmoe.run(range(2), lines.append, config, RECIPE)
-    assert len(lines) == 8 and list(report.arms) == [
-        "JetMoE", "dense", "no balance loss", "no z-loss",
-    ]  # fmt: skip
+    report = report_of(jetmoe.study("jetmoe-tiny", "tiny", 1, 0.1, config, RECIPE))
+    assert list(report.arms) == ["JetMoE", "dense", "no balance loss", "no z-loss"]
     differences = [a[0] - b[0] for a, b in zip(*list(report.arms.values())[:2], strict=True)]
     assert report.claims[0].differences == differences
     text = report.markdown()
     assert "active parameters" in text and "FLOPs a token" in text and "| dense |" in text
-    assert all(c.verdict() in ("shown", "not shown at this size") for c in report.claims)
+    assert report.arms["dense"][0][1] is None  # It has nothing to balance.
 
 
 def test_deepseek_layouts_have_equal_experts():
@@ -149,30 +202,55 @@ def test_deepseek_layouts_have_equal_experts():
         assert found == first, name
 
 
-def test_deepseek_runs():
+def test_deepseek_runs(monkeypatch):
+    monkeypatch.setattr(deepseek, "MIXTURE_BATCHES", 2)
     base = dataclasses.replace(
         deepseek.BASE, hidden_size=32, num_layers=1, num_heads=2, head_size=16
     )
-    lines = []
-    report = deepseek.run(range(2), lines.append, base, RECIPE, width=32)
-    assert len(lines) == 10 and len(report.arms) == 5 and len(report.claims) == 5
-    assert all(len(c.differences) == 2 for c in report.claims)
-    assert "| balance by a bias |" in report.markdown()
+    made = ("deepseek-tiny", "tiny", 1, 0.1, RECIPE, 5)
+    report = report_of(deepseek.layout_study(*made, {}, base, 32))
+    assert len(report.arms) == 3 and len(report.claims) == 4
+    report = report_of(deepseek.balance_study(*made, pooled=True, pilots={}, base=base, width=32))
+    assert list(report.arms)[2] == deepseek.POOLED
+    column = report.columns.index("MaxVio, training text")
+    ratio = [
+        a[column] / b[column]
+        for a, b in zip(report.arms["balance by a loss"], report.arms[deepseek.POOLED], strict=True)
+    ]
+    assert report.claims[0].differences == ratio
 
 
 def test_taking_experts_away_leaves_the_model_as_it_was():
     base = dataclasses.replace(deepseek.BASE, hidden_size=32, num_layers=2, num_heads=2)
-    config = deepseek.layouts(base, 32)["31 + 1 shared, quarter width"]
+    config = deepseek.layouts(base, 32)[deepseek.FINE]
     domains = load_domains()[:1]
     trained = train(lambda: DeepSeek(config), domains, RECIPE, seed=0)
     state = {name: t.clone() for name, t in trained.model.state_dict().items()}
-    a = deepseek.loss_without_first_expert(trained, domains, RECIPE)
-    b = deepseek.loss_without_shared_expert(trained, domains, RECIPE)
-    assert len({a, b, trained.loss}) == 3
+    a = deepseek.loss_without_routed_expert(trained, domains, RECIPE, first=True)
+    b = deepseek.loss_without_routed_expert(trained, domains, RECIPE, first=False)
+    c = deepseek.loss_without_shared_expert(trained, domains, RECIPE)
+    assert len({a, b, c, trained.loss}) == 4
     again = dict(trained.heldout)
     evaluate(trained, domains, RECIPE)
     assert trained.heldout == again
     assert all(torch.equal(t, state[n]) for n, t in trained.model.state_dict().items())
+
+
+def test_a_routed_expert_that_is_taken_away_has_one_in_its_place():
+    """Each token keeps as many experts; the one with the largest weight is gone."""
+    base = dataclasses.replace(deepseek.BASE, hidden_size=32, num_layers=1, num_heads=2)
+    model = DeepSeek(deepseek.layouts(base, 32)[deepseek.FINE])
+    router = next(m for m in model.modules() if isinstance(m, Router))
+    x = torch.randn(40, 32)
+    with torch.no_grad():
+        before = router(x)
+        with deepseek.one_more_expert(model):
+            more = router(x)
+    assert router.top_k == before.topk_ids.shape[1] == more.topk_ids.shape[1] - 1
+    order = more.topk_weights.argsort(dim=-1, descending=True, stable=True)
+    ranked = more.topk_ids.gather(1, order)
+    expected = before.topk_ids.gather(1, before.topk_weights.argsort(-1, descending=True))
+    assert torch.equal(ranked[:, :-1], expected)
 
 
 def test_coe_runs():
@@ -182,20 +260,39 @@ def test_coe_runs():
     base = dataclasses.replace(
         coe.BASE, hidden_size=32, num_layers=1, kv_rank=16, intermediate_size=16
     )
-    lines = []
-    report = coe.run(range(2), lines.append, base, RECIPE)
-    assert len(lines) == 10 and len(report.arms) == 5 and len(report.claims) == 4
-    rows = report.arms
+    plan = coe.EXPERIMENT.studies[0].hypotheses
+    study = coe.text_study("coe-tiny", "tiny", 1, 0.1, coe.arms_of(base), RECIPE, plan, TEXT)
+    report = report_of(study)
+    assert len(report.arms) == 5 and len(report.claims) == 4
     expected = [
         a[0] - b[0]
-        for a, b in zip(
-            rows["two iterations, published residual"],
-            rows["one iteration, published residual"],
-            strict=True,
-        )
+        for a, b in zip(report.arms[coe.PUBLISHED_TWO], report.arms[coe.PUBLISHED_ONE], strict=True)
     ]
     assert report.claims[1].differences == expected
     assert "6 expert calls a token" in report.markdown()
+
+
+def test_look_ups_are_learnt_and_resumed(tmp_path):
+    task = coe.LookUps(
+        symbols=4, tables=2, hidden_size=32, intermediate_size=16, steps=24, batch=32
+    )
+    found = coe.look_up("two layers, one iteration of 4", task)(10, Run())
+    assert len(found["looks"]) == task.looks and found["looks"][-1] < found["looks"][0]
+    study = coe.look_up_study("coe-tiny", "tiny", 1, 0.1, task)
+    report = report_of(study, seeds=(10, 11))
+    assert list(report.arms) == list(coe.CHAINS)
+
+    class Cut(Run):
+        def step(self, done, total, state):
+            self._saved = -1e9
+            super().step(done, total, state)
+            if done == 13:
+                raise KeyboardInterrupt
+
+    arm = "two of 2, one gate"
+    with pytest.raises(KeyboardInterrupt):
+        study.runs[arm](10, Cut(tmp_path / "run.pt"))
+    assert study.runs[arm](10, Run(tmp_path / "run.pt")) == study.runs[arm](10, Run())
 
 
 def test_topp_runs():
@@ -205,17 +302,21 @@ def test_topp_runs():
         for model in (DeepSeek(topp.top_two(base)), TopP(base))
     ]
     assert same[0] == same[1]
-    lines = []
-    report = topp.run(range(2), lines.append, base, RECIPE)
-    assert len(lines) == 6 and len(report.claims) == 4
-    assert [row[1] for row in report.arms["top-2"]] == [2.0, 2.0]
-    assert [row[1] for row in report.arms["top-p"]] == report.claims[0].differences
+    made = ("topp-tiny", "tiny", 1, 0.1, base, RECIPE)
+    report = report_of(topp.study(*made, domains=TEXT))
+    column = report.columns.index(topp.EXPERTS)
+    assert [row[column] for row in report.arms["top-2"]] == [2.0, 2.0]
+    assert [row[column] for row in report.arms["top-p"]] == report.claims[0].differences
+    report = report_of(topp.study(*made, domains=TEXT, target=1.5, fewer=1.6))
+    assert list(report.arms) == ["top-2", "top-p"]
+    assert "moved so that 1.5 experts are used" in report.markdown()
 
 
 def test_rank_correlation():
     a = torch.tensor([1.0, 2.0, 2.0, 5.0])  # Ranks 1, 2.5, 2.5, 4.
     assert topp.rank_correlation(a, a.exp()) == pytest.approx(1)
     assert topp.rank_correlation(a, -a) == pytest.approx(-1)
+    assert topp.rank_correlation(a, torch.ones(4)) == 0
     b = torch.tensor([1.0, 3.0, 2.0, 4.0])  # Ranks 1, 3, 2, 4.
     expected = torch.corrcoef(torch.tensor([[1, 2.5, 2.5, 4], [1, 3, 2, 4]]))[0, 1]
     assert topp.rank_correlation(a, b) == pytest.approx(float(expected), rel=1e-6)
@@ -225,12 +326,12 @@ def test_moduleformer_runs():
     base = dataclasses.replace(
         moduleformer.BASE, hidden_size=32, num_layers=1, attention_size=16, intermediate_size=16
     )
-    lines = []
-    report = moduleformer.run(range(2), lines.append, base, RECIPE)
-    assert len(lines) == 12 and len(report.arms) == 6 and len(report.claims) == 4
+    report = report_of(moduleformer.study("moduleformer-tiny", "tiny", 1, 0.1, base, RECIPE))
+    assert len(report.arms) == 6 and len(report.claims) == 4
+    columns = list(report.columns)
     for row in report.arms["concentrated"]:
-        assert 0 <= row[2] <= 1
-    assert all(row[3] is not None for row in report.arms["all parameters"])
+        assert 0 <= row[columns.index("pruned")] <= 1
+    assert all(r[columns.index("forgotten")] is not None for r in report.arms["all parameters"])
     assert "| added experts |" in report.markdown()
 
 

@@ -7,7 +7,8 @@ import json
 
 import pytest
 import torch
-from bench.experiments import mowst, mowst_data
+from bench.experiments import mowst, mowst_arms, mowst_data
+from bench.experiments.study import Run
 
 from moe_ops.zoo.mowst import Mowst, MowstOutput
 from moe_ops.zoo.mowst.graphs import Graph
@@ -20,20 +21,20 @@ geometric = pytest.mark.skipif(not has_geometric, reason="PyTorch Geometric is n
 def short(monkeypatch):
     settings = {"NODES": 300, "EPOCHS": 3, "ROUNDS": 1, "ONE_BY_ONE": 10}
     for name, value in settings.items():
-        monkeypatch.setattr(mowst, name, value)
-    monkeypatch.setattr(mowst, "CANDIDATES", (("none", "variance"), ("both", "free")))
-    for name in ("digits", "films"):
-        monkeypatch.setattr(mowst, name, lambda seed: None)
+        monkeypatch.setattr(mowst_arms, name, value)
+    monkeypatch.setattr(mowst_arms, "CANDIDATES", (("none", "variance"), ("both", "free")))
 
 
-def test_digits_are_linked_to_near_ones():
-    pytest.importorskip("sklearn")
-    graph = mowst_data.digits(0)
-    assert graph.x.shape == (1797, 64) and graph.y.bincount().min() > 150
-    assert torch.equal(mowst_data.both_ways(graph.edge_index), graph.edge_index)
-    assert graph.edge_index[1].bincount().min() >= 8
-    assert mowst_data.homophily(graph) > 0.9
-    assert not torch.equal(graph.test, mowst_data.digits(1).test)
+def test_neighbours_mislead_about_feature_nodes():
+    graph, featured = mowst_data.misleading(2000, generator=torch.Generator().manual_seed(0))
+    source, target = graph.edge_index
+    same = graph.y[source] == graph.y[target]
+    next_one = graph.y[source] == (graph.y[target] + 1) % 4
+    # 85 % by design, and a quarter of the rest by chance.
+    expected = 0.85 + 0.15 / 4
+    assert float(next_one[featured[target]].double().mean()) == pytest.approx(expected, abs=0.02)
+    assert float(same[~featured[target]].double().mean()) == pytest.approx(expected, abs=0.02)
+    assert bool((source != target).all()) and int(target.bincount().max()) <= 8
 
 
 def test_films_share_people_and_no_genre_is_read(tmp_path):
@@ -61,20 +62,17 @@ def test_films_share_people_and_no_genre_is_read(tmp_path):
     assert x.shape[0] == 3 and bool(x.isfinite().all())
 
 
-def test_missing_packages_are_named(short, monkeypatch):
-    monkeypatch.setattr(mowst, "digits", mowst_data.digits)
-    monkeypatch.setattr(mowst, "films", mowst_data.films)
+def test_missing_packages_are_named(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    lines: list[str] = []
-    assert [case.name for case in mowst.cases(0, lines.append)] == ["populations"]
-    assert [line.split(" is not installed")[0] for line in lines] == ["scikit-learn", "recbole"]
+    with pytest.raises(ImportError, match="films needs the package recbole"):
+        mowst_arms.case_of("films", 10)
 
 
 def test_flops_are_those_of_the_products_and_sums():
     # 5 rows of 3 to 4 features with 7 edges, then 2 rows of 4 to 2 with 3 edges.
     layers = [(5, 7), (2, 3)]
-    assert mowst.flops([3, 4, 2], layers) == 2 * (5 * 12 + 7 * 4 + 2 * 8 + 3 * 2)
-    assert mowst.flops([3, 4, 2], layers, "sage") == 2 * (2 * 60 + 7 * 3 + 2 * 16 + 3 * 4)
+    assert mowst_arms.flops([3, 4, 2], layers) == 2 * (5 * 12 + 7 * 4 + 2 * 8 + 3 * 2)
+    assert mowst_arms.flops([3, 4, 2], layers, "sage") == 2 * (2 * 60 + 7 * 3 + 2 * 16 + 3 * 4)
 
 
 def test_the_threshold_is_the_lowest_that_costs_nothing():
@@ -85,26 +83,35 @@ def test_the_threshold_is_the_lowest_that_costs_nothing():
     every, none = torch.ones(4, dtype=torch.bool), torch.zeros(4, dtype=torch.bool)
     y, edges = torch.zeros(4, dtype=torch.long), torch.zeros(2, 0, dtype=torch.long)
     graph = Graph(torch.zeros(4, 1), edges, y, none, every, none)
-    assert mowst.threshold(MowstOutput(weak, strong, c), graph) == 0.8
+    assert mowst_arms.threshold(MowstOutput(weak, strong, c), graph) == 0.8
 
 
 @geometric
 def test_widened_experts_have_the_parameters_of_both(short):
-    (case,) = mowst.cases(0, lambda line: None)
-    target = mowst.size(Mowst(case.config()))
-    wide = Mowst(mowst.widened(case, target))
+    case = mowst_arms.case_of("populations", 0)
+    target = mowst_arms.size(Mowst(case.config()))
+    wide = Mowst(mowst_arms.widened(case, target))
     for expert in (wide.weak, wide.strong):
-        assert mowst.size(expert) == pytest.approx(target, rel=0.05)
+        assert mowst_arms.size(expert) == pytest.approx(target, rel=0.05)
 
 
 @geometric
 def test_a_run_depends_on_the_seed_alone(short):
-    first, again = (mowst.run([0, 1], lambda line: None) for _ in range(2))
-    text = json.dumps(first.to_dict(), allow_nan=False)
-    assert text == json.dumps(again.to_dict(), allow_nan=False)
-    rows = first.arms["populations: Mowst*"]
-    assert rows[0] != rows[1]
+    study = next(s for s in mowst.EXPERIMENT.studies if s.name == "mowst-misleading")
+    job = study.runs["misleading"]
+    runs = {str(seed): {**job(seed, Run()), "seconds": 1.0} for seed in (10, 11)}
+    text = json.dumps(runs["10"], allow_nan=False)
+    assert text == json.dumps({**job(10, Run()), "seconds": 1.0}, allow_nan=False)
+    stored = json.loads(
+        json.dumps({"machine": "this", "fixed": study.fixed(), "runs": {"misleading": runs}})
+    )
+    report = study.report("mowst", stored)
+    rows = report.arms["misleading: Mowst*"]
+    assert rows[0] != rows[1] and len(report.claims) == len(study.hypotheses)
     for row in rows:
         assert all(0 <= value <= 1 for value in row[:-1])
-    assert [p.name for p in first.pictures] == ["confidence", "accuracy"]
-    assert len(first.pictures[1].series) <= 8  # Colours that differ.
+    assert [p.name for p in report.pictures] == ["confidence", "accuracy"]
+    # Ahead of the better of two, by hand.
+    best = [max(report.arms[f"misleading: {arm}"][i][0] for arm in mowst.PAIR) for i in (0, 1)]
+    claim = next(c for c in report.claims if c.statement.endswith("ahead of MLP and GCN"))
+    assert claim.differences == [row[0] - b for row, b in zip(rows, best, strict=True)]

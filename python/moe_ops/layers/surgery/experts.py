@@ -174,7 +174,10 @@ def _neurons_back(bank: Any, name: str, p: Tensor) -> Tensor:
 
 
 def _row_tensors(bank: Any) -> dict[str, Tensor]:
-    return whole_rows("Experts", dict(bank.named_parameters(recurse=False)))
+    tensors = dict(bank.named_parameters(recurse=False))
+    if bank.sharding is not None:
+        tensors = {name: bank.sharding.gather(p) for name, p in tensors.items()}
+    return whole_rows("Experts", tensors)
 
 
 def _fresh_rows(bank: Any, num: int, init: str) -> dict[str, Tensor]:
@@ -200,6 +203,9 @@ def _rebuild(bank: Any, tensors: dict[str, Tensor]) -> Any:
     # On the meta device initialisation draws no random numbers.
     result = bank.blank(num_experts, intermediate_size=intermediate_size, device="meta")
     for name, old in bank.named_parameters(recurse=False):
-        new = tensors[name].to(old).clone(memory_format=torch.contiguous_format)
+        new = tensors[name].to(old.device, old.dtype)
+        new = new.clone(memory_format=torch.contiguous_format)
         setattr(result, name, nn.Parameter(new, requires_grad=old.requires_grad))
+    if bank.sharding is not None:
+        bank.sharding.shard(result)
     return result.train(bank.training)

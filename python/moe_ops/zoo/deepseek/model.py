@@ -99,13 +99,16 @@ class DeepSeek(CausalLM):
         )
 
     def auxiliary_losses(self) -> Mapping[str, AuxLoss]:
-        def device_balance(routed: Routed, batch: int, mask: Tensor | None) -> Tensor:
+        def device_balance(
+            routed: Routed, batch: int, mask: Tensor | None, group: Any = None
+        ) -> Tensor:
             return device_balance_loss(
                 routed.routing.router_logits,
                 routed.routing.topk_ids,
                 self.config.num_devices,
                 score_func=routed.router.score_func,
                 token_mask=mask,
+                group=group,
             )
 
         return {**super().auxiliary_losses(), "device_balance": device_balance}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -26,15 +26,19 @@ class Routed(NamedTuple):
     routing: RouterOutput
 
 
-# Each takes one `Routed`, the number of sequences and a token mask.
-AuxLoss = Callable[[Routed, int, "Tensor | None"], Tensor]
+# Each takes one `Routed`, the number of sequences and a token mask; those that can be of the tokens
+# of several ranks also `group`.
+AuxLoss = Callable[..., Tensor]
 
 
 def _of_layer(name: str) -> AuxLoss:
-    return lambda routed, batch, mask: AUX_LOSSES[name](routed.router, routed.routing, mask)
+    return lambda routed, batch, mask, group=None: AUX_LOSSES[name](
+        routed.router, routed.routing, mask, group
+    )
 
 
-def _sequence_balance(routed: Routed, batch: int, mask: Tensor | None) -> Tensor:
+def _sequence_balance(routed: Routed, batch: int, mask: Tensor | None, group: Any = None) -> Tensor:
+    # Of whole sequences, which no two ranks share.
     return sequence_balance_loss(
         routed.routing.router_logits,
         routed.routing.topk_ids,
@@ -51,7 +55,12 @@ OF_LAYERS = {
 
 
 def sum_over_layers(
-    name: str, loss: AuxLoss, routing: Sequence[Routed], batch: int, mask: Tensor | None
+    name: str,
+    loss: AuxLoss,
+    routing: Sequence[Routed],
+    batch: int,
+    mask: Tensor | None,
+    group: Any = None,
 ) -> Tensor:
     """The loss of every layer, summed; of layers that route alike in one go, since a loss is a
     dozen small operations. routing: at least one."""
@@ -59,13 +68,15 @@ def sum_over_layers(
     first = routing[0]
     score_func = getattr(first.router, "score_func", None)
     if together is None or not all(_alike(r, first) for r in routing[1:]):
-        parts = [loss(r, batch, mask) for r in routing]
+        ranks = {} if group is None else {"group": group}
+        parts = [loss(r, batch, mask, **ranks) for r in routing]
         return sum(parts[1:], start=parts[0])
     return together(
         [r.routing.router_logits for r in routing],
         [r.routing.topk_ids for r in routing],
         score_func=score_func,
         token_mask=mask,
+        group=group,
     )
 
 

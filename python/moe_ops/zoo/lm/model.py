@@ -182,6 +182,7 @@ class CausalLM(nn.Module):
         *,
         token_mask: Tensor | None = None,
         coefficients: Mapping[str, float] | None = None,
+        group: Any = None,
     ) -> LMLoss:
         """Cross-entropy of the next token plus the auxiliary losses of routing.
 
@@ -192,6 +193,8 @@ class CausalLM(nn.Module):
             token_mask: bool like the model's input, True where a token counts in both losses.
             coefficients: name -> coefficient, instead of the config's. With coefficient 0 a loss
                 is computed and returned, and adds nothing.
+            group: process group over whose tokens the auxiliary losses balance experts; None is
+                this process. The cross-entropy is of this process's tokens.
 
         Raises:
             ValueError: an unknown auxiliary loss.
@@ -218,7 +221,9 @@ class CausalLM(nn.Module):
         total, aux = cross_entropy, {}
         for name, weight in weights.items():
             aux[name] = (
-                sum_over_layers(name, functions[name], output.routing, tokens.shape[0], token_mask)
+                sum_over_layers(
+                    name, functions[name], output.routing, tokens.shape[0], token_mask, group
+                )
                 if output.routing
                 else cross_entropy.new_zeros(())
             )

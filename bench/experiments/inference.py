@@ -1,0 +1,106 @@
+"""What a handful of paired differences says: intervals, verdicts, and power before a run.
+
+Seeds are few, so quantiles are Student's and not the normal's. Degrees of freedom are whole
+numbers, for which the distribution is a finite sum: no library beside Python's own is needed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import NormalDist, fmean, stdev
+from typing import NamedTuple
+
+LEVEL = 0.95
+SHOWN, NOT_SHOWN, CONTRADICTED = "shown", "not shown", "contradicted"
+
+
+def t_cdf(t: float, degrees: int) -> float:
+    """P(T <= t) of Student's distribution with a whole number of degrees of freedom, at least 1.
+
+    Source: Abramowitz and Stegun 1964, 26.7.3 and 26.7.4.
+    """
+    if degrees < 1:
+        raise ValueError(f"t_cdf: degrees must be at least 1, got {degrees}.")
+    angle = math.atan(t / math.sqrt(degrees))
+    sine, squared = math.sin(angle), math.cos(angle) ** 2
+    odd = degrees % 2
+    # 1 + (first / (first + 1)) cos^2 + ...: first is 1, 3, 5 or 2, 4, 6.
+    term, total = 1.0, 0.0
+    for k in range((degrees - odd) // 2):
+        total += term
+        term *= squared * (2 * k + 1 + odd) / (2 * k + 2 + odd)
+    if odd:
+        inside = 2 / math.pi * (angle + sine * math.cos(angle) * total)
+    else:
+        inside = sine * total
+    return (1 + inside) / 2
+
+
+def t_quantile(p: float, degrees: int) -> float:
+    """The t with P(T <= t) = p, for 0 < p < 1."""
+    if not 0 < p < 1:
+        raise ValueError(f"t_quantile: p must be in (0, 1), got {p}.")
+    if p < 0.5:
+        return -t_quantile(1 - p, degrees)
+    high = 1.0
+    while t_cdf(high, degrees) < p:
+        high *= 2
+    low = 0.0
+    while (middle := (low + high) / 2) not in (low, high):
+        low, high = (middle, high) if t_cdf(middle, degrees) < p else (low, middle)
+    return high
+
+
+class Interval(NamedTuple):
+    """The mean of some numbers and the ends of its two-sided interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def interval(values: Sequence[float], level: float = LEVEL) -> Interval:
+    """Student's interval of the mean; without end where there are fewer than two values."""
+    mean, n = fmean(values), len(values)
+    if n < 2:
+        return Interval(mean, -math.inf, math.inf)
+    half = t_quantile((1 + level) / 2, n - 1) * stdev(values) / math.sqrt(n)
+    return Interval(mean, mean - half, mean + half)
+
+
+def verdict(found: Interval, bound: float, *, below: bool) -> str:
+    """The claim is that the mean is below (or above) the bound: shown where the whole interval is,
+    contradicted where the whole interval is on the other side, not shown otherwise."""
+    left, right = found.high < bound, found.low > bound
+    if left or right:
+        return SHOWN if left == below else CONTRADICTED
+    return NOT_SHOWN
+
+
+def power(effect: float, deviation: float, seeds: int, level: float = LEVEL) -> float:
+    """The chance that a difference is shown.
+
+    Args:
+        effect: how far the mean is beyond the bound, on the claimed side.
+        deviation: of a single pair's difference.
+        seeds: pairs, at least 2.
+        level: of the two-sided interval.
+    """
+    if seeds < 2 or deviation <= 0:
+        raise ValueError(
+            f"power: seeds must be at least 2 and deviation above 0, got {seeds} and {deviation}."
+        )
+    degrees = seeds - 1
+    needed = t_quantile((1 + level) / 2, degrees)
+    shift = effect / deviation * math.sqrt(seeds)
+    # The noncentral t: over s, the sample's deviation over the true one, the chance that a normal
+    # number of mean `shift` is above needed * s. s^2 * degrees is chi-squared.
+    scale = math.log(2) + degrees / 2 * math.log(degrees / 2) - math.lgamma(degrees / 2)
+    steps, end, normal = 2000, 1 + 10 / math.sqrt(degrees), NormalDist()
+    width, total = end / steps, 0.0
+    for i in range(steps):
+        s = (i + 0.5) * width
+        density = math.exp(scale + (degrees - 1) * math.log(s) - degrees * s * s / 2)
+        total += width * density * normal.cdf(shift - needed * s)
+    return min(total, 1.0)

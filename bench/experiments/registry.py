@@ -1,0 +1,40 @@
+"""The experiments there are, by the name of the system."""
+
+from __future__ import annotations
+
+import importlib
+from functools import cache
+
+from .study import Experiment, Study
+
+NAMES = ("jetmoe", "deepseek", "moduleformer", "coe", "topp", "home", "mowst", "t2mir")
+
+
+@cache
+def experiment(system: str) -> Experiment:
+    """That of a system.
+
+    Raises:
+        ValueError: a system without one.
+    """
+    if system not in NAMES:
+        raise ValueError(f"experiment: system must be one of {', '.join(NAMES)}, got {system!r}.")
+    found: Experiment = importlib.import_module(f"{__package__}.{system}").EXPERIMENT
+    return found
+
+
+def studies(systems: tuple[str, ...] = ()) -> list[Study]:
+    """Of these systems, or of all."""
+    return [s for name in systems or NAMES for s in experiment(name).studies]
+
+
+def study(name: str) -> Study:
+    """One by its name, which begins with that of its system.
+
+    Raises:
+        ValueError: no such study.
+    """
+    found = {s.name: s for s in experiment(name.split("-")[0]).studies}
+    if name not in found:
+        raise ValueError(f"study: name must be one of {', '.join(found)}, got {name!r}.")
+    return found[name]

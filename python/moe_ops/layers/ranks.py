@@ -1,0 +1,55 @@
+"""Sums over ranks that losses, balancing and statistics of routing take, one all-reduce each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def sum_counts(counts: Iterable[Tensor], group: Any) -> None:
+    """Adds up counts over the ranks of a group (None: all), in place: those of one device together.
+
+    Nothing happens without torch.distributed. All ranks give the same number of counts of the same
+    sizes, in the same order.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for tensor in counts:
+        by_device.setdefault(tensor.device, []).append(tensor)
+    for members in by_device.values():
+        together = torch.cat([t.reshape(-1) for t in members])
+        dist.all_reduce(together, group=group)
+        sizes = [t.numel() for t in members]
+        for tensor, total in zip(members, together.split(sizes), strict=True):
+            tensor.copy_(total.view(tensor.shape))
+
+
+def mean_over_ranks(
+    total: Tensor, num_tokens: int | Tensor, group: Any, counts: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """The mean over the tokens of all ranks of a group, and counts summed over them.
+
+    Args:
+        total: the sum over this rank's tokens, any shape.
+        num_tokens: how many these are; ranks may differ.
+        counts: integers to add up on the way.
+
+    Returns:
+        The mean, and the sums of the counts. The mean has the value of the whole batch on every
+        rank, and a gradient whose mean over the ranks is that of the whole batch.
+    """
+    parts = [total.detach().flatten(), torch.as_tensor(num_tokens, device=total.device).view(1)]
+    if counts is not None:
+        parts.append(counts.flatten())
+    packed = torch.cat([part.double() for part in parts])
+    dist.all_reduce(packed, group=group)
+    sums, tokens, counted = packed.tensor_split([total.numel(), total.numel() + 1])
+    tokens = tokens[0].clamp(min=1)
+    share = total / (tokens / dist.get_world_size(group)).to(total.dtype)
+    mean = share - share.detach() + (sums / tokens).view(total.shape).to(total.dtype)
+    return mean, None if counts is None else counted.view(counts.shape).to(counts.dtype)

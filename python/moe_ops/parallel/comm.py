@@ -1,0 +1,371 @@
+"""Collectives that carry rows of tensors between processes, with gradients.
+
+The ones that torch has for compiled code are used in eager code too: they begin, and something else
+can be computed before their result is waited for; of their gradients the same holds. Any backend of
+torch.distributed serves. Every rank of the group has to make the same calls in the same order.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.compiler import is_compiling
+from torch.distributed import ProcessGroup
+
+from moe_ops._private_torch import check_size, collective_ops, collectives_with_gradients
+from moe_ops.ops import quantize_fp8
+from moe_ops.reference.quantize_fp8 import dequantize_rows
+
+_ops = collective_ops()
+_funcol = collectives_with_gradients()
+_FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+# ------------------------------------------------------------------------------- the debug mode
+
+_checking = os.environ.get("MOE_OPS_CHECK_SPLITS", "0") not in ("", "0")
+
+
+def set_check_splits(enabled: bool) -> bool:
+    """Whether ranks compare, before each exchange, what they are about to send with what the others
+    expect. A mismatch is then one sentence on every rank; without the check it ends the process or
+    hangs until the group's timeout. The check is a collective of its own that waits for the device,
+    so all ranks must turn it on together. Not done in compiled code.
+
+    MOE_OPS_CHECK_SPLITS=1 and TORCH_DISTRIBUTED_DEBUG=DETAIL turn it on too.
+
+    Returns:
+        What it was before.
+    """
+    global _checking
+    before, _checking = _checking, enabled
+    return before
+
+
+def is_checking_splits() -> bool:
+    """Whether `set_check_splits`, or the environment, asks for the comparison."""
+    return _checking or dist.get_debug_level() == dist.DebugLevel.DETAIL
+
+
+def _check_own(op: str, x: Tensor, recv: Sequence[int], send: Sequence[int], n: int) -> str | None:
+    """What is wrong with the splits of this rank, as far as it can tell."""
+    for name, sizes in (("recv", recv), ("send", send)):
+        if len(sizes) != n or min(sizes) < 0:
+            return f"{op}: {name} must be {n} numbers of at least 0, got {list(sizes)}."
+    if sum(send) != x.shape[0]:
+        return f"{op}: send must sum to the {x.shape[0]} rows of x, got {list(send)}."
+    return None
+
+
+def _gather(facts: list[int], device: torch.device, group: ProcessGroup) -> list[list[int]]:
+    """What each rank says."""
+    n = group.size()
+    mine = torch.tensor(facts, dtype=torch.int64, device=device)
+    table = torch.empty(n * len(facts), dtype=torch.int64, device=device)
+    dist.all_gather_into_tensor(table, mine, group=group)
+    lines: list[list[int]] = table.view(n, -1).tolist()
+    return lines
+
+
+def _check_splits(
+    op: str, x: Tensor, recv: Sequence[int], send: Sequence[int], group: ProcessGroup
+) -> None:
+    """Raises ValueError on every rank if the exchange cannot be made."""
+    n = group.size()
+    own = _check_own(op, x, recv, send, n)
+    facts = [*send, *recv] if own is None else [0] * 2 * n
+    facts += [int(own is not None), x.shape[1:].numel(), x.element_size()]
+    table = _gather(facts, x.device, group)
+    if own is not None:
+        raise ValueError(own)
+    for rank, line in enumerate(table):
+        if line[2 * n]:
+            raise ValueError(
+                f"{op}: recv and send must fit the rows of each rank, got others on rank {rank}."
+            )
+        _check_same(op, "rows of so many elements and bytes an element", line[-2:], table[0], rank)
+    for source, target in itertools.product(range(n), range(n)):
+        sent, expected = table[source][target], table[target][n + source]
+        if sent != expected:
+            raise ValueError(
+                f"{op}: send must be what the other rank has in recv, got {sent} rows from rank "
+                f"{source} to rank {target}, which expects {expected}."
+            )
+
+
+def _check_equal(op: str, x: Tensor, group: ProcessGroup) -> None:
+    """Raises the same ValueError on every rank if their tensors have other shapes."""
+    facts = [x.shape[0], x.shape[1:].numel(), x.element_size()]
+    table = _gather(facts, x.device, group)
+    for rank, line in enumerate(table):
+        _check_same(op, "rows, elements of a row and bytes of an element", line, table[0], rank)
+
+
+def _check_same(op: str, what: str, line: list[int], first: list[int], rank: int) -> None:
+    wanted = first[-len(line) :]
+    if line != wanted:
+        raise ValueError(f"{op}: {what} must be {wanted} as on rank 0, got {line} on rank {rank}.")
+
+
+# ---------------------------------------------------------------------- collectives under way
+
+
+class InFlight:
+    """A tensor that is being made by a collective. `wait` gives it, once."""
+
+    def __init__(self, token: Tensor, flight: _Flight) -> None:
+        self._token = token
+        self._flight = flight
+
+    def wait(self) -> Tensor:
+        y: Tensor = _End.apply(self._token, self._flight)
+        return y
+
+
+def wait(x: Tensor | InFlight) -> Tensor:
+    """The tensor, when it is there."""
+    return x.wait() if isinstance(x, InFlight) else x
+
+
+class _Flight:
+    """A collective and its adjoint, and what either has begun.
+
+    begin: of the input, begins what has to be waited for. end: of that, when it is there, the
+    output. adjoint: begins the gradient of the input, of that of the output.
+    """
+
+    def __init__(
+        self,
+        begin: Callable[[Tensor], tuple[Tensor, ...]],
+        adjoint: Callable[[Tensor], Tensor],
+        end: Callable[..., Tensor] = lambda result: result,
+    ) -> None:
+        self.begin = begin
+        self.adjoint = adjoint
+        self.end = end
+        self.results: tuple[Tensor, ...] = ()
+        self.gradient: Tensor | None = None
+
+    def start(self, x: Tensor) -> InFlight:
+        return InFlight(_Begin.apply(x, self), self)
+
+
+class _Begin(torch.autograd.Function):
+    """Begins a collective. Its output, without elements, ties it to its end in the graph, where
+    backward begins the adjoint: what was computed in between comes in between again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, flight: _Flight) -> Tensor:
+        ctx.flight = flight
+        flight.results = flight.begin(x)
+        return x.new_empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None]:
+        gradient, ctx.flight.gradient = ctx.flight.gradient, None
+        return _ops.wait_tensor(gradient), None
+
+
+class _End(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, token: Tensor, flight: _Flight) -> Tensor:
+        ctx.flight = flight
+        results, flight.results = flight.results, ()
+        return flight.end(*(_ops.wait_tensor(result) for result in results))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        ctx.flight.gradient = ctx.flight.adjoint(grad)
+        return grad.new_empty(0), None
+
+
+# --------------------------------------------------------------------------------- all to all
+
+
+def begin_all_to_all_rows(
+    x: Tensor, recv: Sequence[int], send: Sequence[int], group: ProcessGroup
+) -> Tensor | InFlight:
+    """`all_to_all_rows` that has only begun; `wait` gives the rows. Its gradient begins where they
+    were waited for, and is waited for where this was called."""
+    if x.dtype in _FP8:
+        # gloo does not know these types. Codes have no gradient.
+        return wait(begin_all_to_all_rows(x.view(torch.uint8), recv, send, group)).view(x.dtype)
+    recv, send = list(recv), list(send)
+    if is_compiling():
+        y: Tensor = _funcol.all_to_all_single_autograd(x.contiguous(), recv, send, group)
+        return y
+    _check(x, recv, send, group)
+    name = group.group_name
+    return _Flight(
+        lambda rows: (_ops.all_to_all_single(rows.contiguous(), recv, send, name),),
+        lambda grad: _ops.all_to_all_single(grad.contiguous(), send, recv, name),
+    ).start(x)
+
+
+def begin_all_to_all_fp8(
+    x: Tensor, recv: Sequence[int], send: Sequence[int], group: ProcessGroup
+) -> InFlight:
+    """`begin_all_to_all_rows` of x [S, H] rounded to float8_e4m3fn with a scale for each 128
+    columns (`moe_ops.quantize_fp8`): half the bytes of bfloat16. What arrives is in x's dtype, and
+    so are gradients, which pass the rounding as if it were not there.
+
+    Raises:
+        NotImplementedError: in compiled code.
+    """
+    if is_compiling():
+        raise NotImplementedError("all_to_all_fp8: torch.compile is not supported.")
+    recv, send = list(recv), list(send)
+    _check(x, recv, send, group)
+    name, dtype = group.group_name, x.dtype
+
+    def begin(rows: Tensor) -> tuple[Tensor, ...]:
+        parts = (codes_or_scale.view(torch.uint8) for codes_or_scale in quantize_fp8(rows))
+        return tuple(_ops.all_to_all_single(part, recv, send, name) for part in parts)
+
+    def end(codes: Tensor, scale: Tensor) -> Tensor:
+        rows = dequantize_rows(codes.view(torch.float8_e4m3fn), scale.view(torch.float32))
+        return rows.to(dtype)
+
+    def adjoint(grad: Tensor) -> Tensor:
+        result: Tensor = _ops.all_to_all_single(grad.contiguous(), send, recv, name)
+        return result
+
+    return _Flight(begin, adjoint, end).start(x)
+
+
+def _check(x: Tensor, recv: list[int], send: list[int], group: ProcessGroup) -> None:
+    op = "all_to_all_rows"
+    if is_checking_splits():
+        _check_splits(op, x, recv, send, group)
+    elif (wrong := _check_own(op, x, recv, send, group.size())) is not None:
+        raise ValueError(wrong)
+
+
+def all_to_all_rows(
+    x: Tensor, recv: Sequence[int], send: Sequence[int], group: ProcessGroup
+) -> Tensor:
+    """Sends runs of rows to the ranks of a group, and returns what they send here.
+
+    Args:
+        x: [S, ...], any dtype; float8 types travel as bytes and have no gradient.
+        recv: rows to get from each rank, as they send them: see `exchange_counts`.
+        send: rows for each rank, in the order of x; their sum is S.
+        group: the ranks.
+
+    Returns:
+        [R, ...] in the dtype of x, R the sum of recv, in the order of the ranks.
+
+    Differentiable: gradients go the way back. S = 0 and R = 0 are fine.
+
+    Raises:
+        ValueError: splits that do not fit x. Splits that do not fit those of another rank end the
+            process or hang, unless `set_check_splits` is on.
+    """
+    return wait(begin_all_to_all_rows(x, recv, send, group))
+
+
+def exchange_counts(counts: Tensor, group: ProcessGroup) -> Tensor:
+    """Tells each rank how much of each kind it will get from this one.
+
+    Args:
+        counts: [n, ...] int, line r for rank r.
+
+    Returns:
+        [n, ...] int, line r from rank r.
+    """
+    n = group.size()
+    ones = [1] * n
+    if not is_compiling() and is_checking_splits():
+        _check_splits("exchange_counts", counts, ones, ones, group)
+    received = _ops.all_to_all_single(counts.contiguous(), ones, ones, group.group_name)
+    result: Tensor = _ops.wait_tensor(received)
+    return result
+
+
+def to_host(counts: Tensor) -> list[int]:
+    """Counts [m] as numbers, which wait for the device. Compiled code learns that none is
+    negative."""
+    numbers: list[int] = counts.tolist()
+    if is_compiling():
+        for number in numbers:
+            check_size(number >= 0)
+    return numbers
+
+
+# --------------------------------------------------------------------- collectives of equal sizes
+
+
+def begin_all_gather_rows(x: Tensor, group: ProcessGroup) -> Tensor | InFlight:
+    """[n * S, ...]: the rows [S, ...] of all ranks, in their order. `wait` gives them. The gradient
+    is the sum of what the ranks have for this one's rows."""
+    if is_compiling():
+        y: Tensor = _funcol.all_gather_tensor_autograd(x.contiguous(), 0, group)
+        return y
+    n, name = group.size(), group.group_name
+    if is_checking_splits():
+        _check_equal("all_gather_rows", x, group)
+    return _Flight(
+        lambda rows: (_ops.all_gather_into_tensor(rows.contiguous(), n, name),),
+        lambda grad: _ops.reduce_scatter_tensor(grad.contiguous(), "sum", n, name),
+    ).start(x)
+
+
+def reduce_scatter_rows(x: Tensor, group: ProcessGroup) -> Tensor:
+    """[S, ...]: the sum over the ranks of the rows that they have for this one, of [n * S, ...].
+    Its gradient is an all-gather."""
+    if is_compiling():
+        y: Tensor = _funcol.reduce_scatter_tensor_autograd(x.contiguous(), "sum", 0, group)
+        return y
+    n, name = group.size(), group.group_name
+    if is_checking_splits():
+        _check_equal("reduce_scatter_rows", x, group)
+    flight = _Flight(
+        lambda rows: (_ops.reduce_scatter_tensor(rows.contiguous(), "sum", n, name),),
+        lambda grad: _ops.all_gather_into_tensor(grad.contiguous(), n, name),
+    )
+    return flight.start(x).wait()
+
+
+def copy_to_group(x: Tensor, group: ProcessGroup) -> Tensor:
+    """x, of which all ranks have the same copy and each makes a part of the result: its gradient is
+    the sum of what the ranks have."""
+    y: Tensor = _CopyToGroup.apply(x, group.group_name)
+    return y
+
+
+def sum_over_group(x: Tensor, group: ProcessGroup) -> Tensor:
+    """The sum of the ranks' parts of a result that all of them go on with: its gradient is the same
+    on all ranks."""
+    y: Tensor = _SumOverGroup.apply(x, group.group_name)
+    return y
+
+
+def _all_reduce(x: Tensor, group_name: str) -> Tensor:
+    y: Tensor = _ops.wait_tensor(_ops.all_reduce(x.contiguous(), "sum", group_name))
+    return y
+
+
+class _CopyToGroup(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group_name: str) -> Tensor:
+        ctx.group_name = group_name
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _all_reduce(grad, ctx.group_name), None
+
+
+class _SumOverGroup(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group_name: str) -> Tensor:
+        return _all_reduce(x, group_name)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None

@@ -1,0 +1,224 @@
+"""Expert weights from the safetensors files of a Hugging Face checkpoint, each rank its own.
+
+Letters: E experts, H hidden size, I intermediate size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from moe_ops import _files
+from moe_ops._sharded import is_sharded, local_part
+from moe_ops.expert_weights.packing import invalidate
+from moe_ops.layers import Experts
+
+_INDEX = "model.safetensors.index.json"
+# Keys behind a prefix, where all experts are in one tensor: of w_gate_up and w_down.
+_TOGETHER = (
+    ("gate_up_proj", "down_proj"),
+    ("input_linear.weight", "output_linear.weight"),
+    ("w_gate_up", "w_down"),
+)
+# Keys behind a prefix and a number, where each expert has tensors of its own: gate, up, down.
+_APART = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
+_FLOATS = ("F64", "F32", "BF16", "F16")
+
+
+def load_experts(
+    model: nn.Module,
+    folder: Path | str,
+    prefixes: Mapping[str, str] | Callable[[str], str] | str,
+) -> None:
+    """Fills banks of experts from a checkpoint, reading only the experts that this rank has.
+
+    After `shard_experts` (and ``to_empty``), before `fully_shard_moe`:
+
+        shard_experts(model, meshes.ep)
+        load_experts(model, folder, lambda name: f"model.{name}")
+
+    Under the prefix of a bank a checkpoint has one of
+        <e>.gate_proj.weight, <e>.up_proj.weight, <e>.down_proj.weight for each expert e, or the
+            same called w1, w3 and w2 (most models);
+        gate_up_proj, down_proj [E, 2I, H] and [E, H, I], or with the last two dimensions swapped
+            (gpt-oss, Llama 4), and gate_up_proj_bias, down_proj_bias;
+        input_linear.weight, output_linear.weight (Granite, JetMoE).
+    Rows of gate and up stay as they lie: whether they alternate (gpt-oss) is in the bank.
+
+    Args:
+        model: a module with `Experts`, sharded by `shard_experts` or whole.
+        folder: with the safetensors files, and their index where they are several.
+        prefixes: what the keys of a bank begin with, by the bank's name in `model`: a mapping, of
+            the banks to fill; a function of the name; or one prefix, where `model` is the bank.
+
+    Raises:
+        FileNotFoundError: no files.
+        ValueError: no bank of a name, keys that are missing, tensors of another shape or type than
+            the bank's, or weights that FSDP2 has sharded. Banks before that one are filled.
+        ImportError: safetensors is not installed.
+    """
+    named = {n: m for n, m in model.named_modules() if isinstance(m, Experts)}
+    if isinstance(prefixes, str):
+        prefixes = {"": prefixes}
+    wanted = prefixes if isinstance(prefixes, Mapping) else {n: prefixes(n) for n in named}
+    unknown = [name for name in wanted if name not in named]
+    if unknown or not wanted:
+        raise ValueError(
+            f"load_experts: prefixes must name banks of the model ({', '.join(named) or 'none'}), "
+            f"got {', '.join(map(repr, unknown)) or 'none'}."
+        )
+    files = _Files(Path(folder))
+    for name, prefix in wanted.items():
+        _fill(named[name], name or "the bank", files, prefix)
+
+
+class _Files:
+    """The tensors of a folder of safetensors files; only files that are asked for are opened."""
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            from safetensors import safe_open
+        except ModuleNotFoundError as error:
+            raise ImportError(
+                "load_experts needs safetensors, which is not installed: pip install "
+                "torch-moe-ops[hf]"
+            ) from error
+        self.folder = folder
+        self._safe_open: Any = safe_open
+        self._open: dict[str, Any] = {}
+        self._file_of: dict[str, str] = {}
+        if (folder / _INDEX).exists():
+            where = _files.read_json(_files.inside(folder, _INDEX)).get("weight_map")
+            if not isinstance(where, dict):
+                raise ValueError(
+                    f"load_experts: weight_map of {folder / _INDEX} must be an object, got "
+                    f"{_files.shown(where)}."
+                )
+            self._file_of = where
+            return
+        names = sorted(path.name for path in folder.glob("*.safetensors"))
+        if not names:
+            raise FileNotFoundError(
+                f"load_experts: {folder} must hold safetensors files, got none."
+            )
+        for name in names:
+            self._file_of |= dict.fromkeys(self._opened(name).keys(), name)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._file_of
+
+    def slice(self, key: str) -> Any:
+        """A tensor of which nothing but type and shape is read until it is indexed."""
+        if key not in self:
+            raise ValueError(f"load_experts: {self.folder} must hold {key}, got no such tensor.")
+        name = self._file_of[key]
+        try:
+            found = self._opened(name).get_slice(key)
+        except Exception as error:  # safetensors has an error of its own, derived from nothing.
+            raise ValueError(
+                f"load_experts: {self.folder / str(name)} must be a whole safetensors file with "
+                f"{key}, got: {error}."
+            ) from error
+        if found.get_dtype() not in _FLOATS:
+            raise ValueError(
+                f"load_experts: {key} must be one of {', '.join(_FLOATS)}, got "
+                f"{found.get_dtype()} in {self.folder / name}."
+            )
+        return found
+
+    def _opened(self, name: str) -> Any:
+        if name not in self._open:
+            path = _files.inside(self.folder, name)
+            self._open[name] = self._safe_open(path, framework="pt")
+        return self._open[name]
+
+
+class _Rows(NamedTuple):
+    """The experts [first, first + num) of E, and what reads them."""
+
+    files: _Files
+    first: int
+    num: int
+    num_experts: int
+
+    def apart(self, prefix: str, names: tuple[str, ...], wanted: Tensor, target: str) -> Tensor:
+        """Rows of experts that have tensors of their own, the named parts below each other."""
+        rows = torch.empty(wanted.shape, dtype=wanted.dtype)
+        size = wanted.shape[1] // len(names)
+        shape = [size, *wanted.shape[2:]]
+        for e in range(self.num):
+            for part, name in enumerate(names):
+                key = f"{prefix}.{self.first + e}.{name}.weight"
+                tensor = self.files.slice(key)
+                _check_shape(key, tensor.get_shape(), shape, target)
+                rows[e, part * size : (part + 1) * size] = tensor[:]
+        return rows
+
+    def together(self, key: str, wanted: Tensor, target: str, swapped: bool = False) -> Tensor:
+        """Rows of a tensor that holds all experts."""
+        tensor = self.files.slice(key)
+        shape = [self.num_experts, *wanted.shape[1:]]
+        if swapped:
+            shape[1:] = shape[:0:-1]
+        _check_shape(key, tensor.get_shape(), shape, target)
+        rows: Tensor = tensor[self.first : self.first + self.num]
+        return rows.transpose(1, 2) if swapped else rows
+
+
+@torch.no_grad()
+def _fill(bank: Experts, name: str, files: _Files, prefix: str) -> None:
+    first = 0
+    w_down: Any = bank.w_down
+    if is_sharded(w_down):
+        mesh = w_down.device_mesh
+        if bank.sharding is None or mesh.ndim != 1:
+            raise ValueError(
+                f"load_experts: {name} must be whole or sharded by shard_experts alone, got "
+                f"weights on a mesh of shape {tuple(mesh.shape)}; load before fully_shard_moe."
+            )
+        first = mesh.get_local_rank() * bank.num_experts // mesh.size()
+    weights = local_part(bank.w_gate_up), local_part(bank.w_down)
+    rows = _Rows(files, first, weights[1].shape[0], bank.num_experts)
+    gate_up, down = _read(rows, prefix, bank, weights, name)
+    weights[0].copy_(gate_up)
+    weights[1].copy_(down)
+    for bias, key in ((bank.b_gate_up, "gate_up_proj_bias"), (bank.b_down, "down_proj_bias")):
+        if bias is not None:
+            own = local_part(bias)
+            own.copy_(rows.together(f"{prefix}.{key}", own, name))
+    invalidate(bank)
+
+
+def _read(
+    rows: _Rows, prefix: str, bank: Experts, wanted: tuple[Tensor, Tensor], name: str
+) -> tuple[Tensor, Tensor]:
+    files = rows.files
+    for gate, up, down in _APART:
+        if f"{prefix}.{rows.first}.{down}.weight" in files:
+            parts = (gate, up) if bank.gated else (up,)
+            return (
+                rows.apart(prefix, parts, wanted[0], name),
+                rows.apart(prefix, (down,), wanted[1], name),
+            )
+    for pair in _TOGETHER:
+        keys = f"{prefix}.{pair[0]}", f"{prefix}.{pair[1]}"
+        if keys[1] in files:
+            # One of the two matrices is not square, and says how both lie.
+            stored = [tuple(files.slice(key).get_shape()[1:]) for key in keys]
+            straight = [tuple(w.shape[1:]) for w in wanted]
+            swapped = stored != straight and stored == [shape[::-1] for shape in straight]
+            gate_up = rows.together(keys[0], wanted[0], name, swapped)
+            return gate_up, rows.together(keys[1], wanted[1], name, swapped)
+    raise ValueError(
+        f"load_experts: {files.folder} must hold experts under {prefix!r} for {name}, got no key "
+        f"such as {prefix}.{rows.first}.down_proj.weight or {prefix}.down_proj."
+    )
+
+
+def _check_shape(key: str, got: Any, wanted: list[int], target: str) -> None:
+    if list(got) != wanted:
+        raise ValueError(f"load_experts: {key} must be {wanted} for {target}, got {list(got)}.")

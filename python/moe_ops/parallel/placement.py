@@ -1,0 +1,241 @@
+"""Which process has which experts.
+
+Letters: E experts, P physical experts, n ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Move(NamedTuple):
+    """The weights of `expert` are copied from one place to another.
+
+    source, target: physical experts, of the old and the new placement; a rank's places are in a
+    row, so rank r has those from r * per_rank on.
+    """
+
+    expert: int
+    source: int
+    target: int
+
+
+@dataclass(frozen=True)
+class Placement:
+    """E experts in P places on n ranks, P / n places each; place p is on rank p // (P / n).
+
+    An expert has at least one place. With several (redundant experts) each rank sends its tokens to
+    one of them: to its own if it has one, else ranks take turns.
+
+    num_experts: E. num_ranks: n.
+    physical: for each of the P places the expert that is there, or -1 for an empty place.
+
+    Raises:
+        ValueError: P is not a multiple of n, an expert has no place or twice one on a rank, or a
+            rank has no expert at all.
+    """
+
+    num_experts: int
+    num_ranks: int
+    physical: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        e, n, places = self.num_experts, self.num_ranks, len(self.physical)
+        if e < 1 or n < 1:
+            raise ValueError(
+                f"Placement: num_experts and num_ranks must be at least 1, got {e} and {n}."
+            )
+        if not places or places % n:
+            raise ValueError(
+                f"Placement: physical must have a multiple of {n} places, got {places}."
+            )
+        if set(self.physical) - {-1} != set(range(e)):
+            raise ValueError(
+                f"Placement: physical must hold all of 0 to {e - 1} and nothing else but -1, got "
+                f"{self.physical}."
+            )
+        for rank in range(n):
+            experts = self.local(rank)
+            if not experts or len(set(experts)) < len(experts):
+                raise ValueError(
+                    f"Placement: physical must give a rank one expert at least, and none twice, "
+                    f"got {experts} on rank {rank}."
+                )
+
+    @classmethod
+    def contiguous(cls, num_experts: int, num_ranks: int) -> Placement:
+        """Rank 0 has the first ceil(E / n) experts, rank 1 the next ones: how ``Shard(0)`` of a
+        DTensor deals them out. The last rank may have fewer.
+
+        Raises:
+            ValueError: a rank would have none.
+        """
+        share = -(-num_experts // max(num_ranks, 1))
+        if num_ranks < 1 or share * (num_ranks - 1) >= num_experts:
+            raise ValueError(
+                f"Placement.contiguous: num_ranks must leave each rank an expert of "
+                f"{num_experts}, got {num_ranks} ranks with up to {share} each."
+            )
+        empty = share * num_ranks - num_experts
+        return cls(num_experts, num_ranks, (*range(num_experts), *(-1,) * empty))
+
+    @classmethod
+    def balanced(
+        cls,
+        load: Sequence[float] | Tensor,
+        num_ranks: int,
+        num_physical: int | None = None,
+    ) -> Placement:
+        """Even loads a rank. A place more goes to the expert whose places have the highest load
+        each, at most one a rank; then the places, experts with many of them and those with high
+        loads first, go to the ranks with the lowest loads that have room.
+
+        Args:
+            load: of each of the E experts, at least 0: tokens that it got.
+            num_ranks: n.
+            num_physical: P, at least E and a multiple of n, at most E * n; None is the least one.
+
+        Ties go to the lower expert and the lower rank: all processes that know the same loads find
+        the same placement.
+
+        Raises:
+            ValueError: a load is negative or not finite, or no P fits.
+
+        Source of the rule: DeepSeek-AI 2024, arXiv 2412.19437, section 3.4 (redundant experts).
+        """
+        loads = [float(value) for value in (load.tolist() if isinstance(load, Tensor) else load)]
+        e = len(loads)
+        if not all(math.isfinite(value) and value >= 0 for value in loads):
+            raise ValueError(
+                f"Placement.balanced: load must be finite and not negative, got {loads}."
+            )
+        places = -(-e // max(num_ranks, 1)) * num_ranks if num_physical is None else num_physical
+        if not 1 <= num_ranks <= places or places % num_ranks or not e <= places <= e * num_ranks:
+            raise ValueError(
+                f"Placement.balanced: num_physical must be a multiple of {num_ranks} ranks between "
+                f"{e} and {e * max(num_ranks, 1)}, got {places}."
+            )
+        copies = [1] * e
+        for _ in range(places - e):
+            free = (i for i in range(e) if copies[i] < num_ranks)
+            copies[max(free, key=lambda i: (loads[i] / copies[i], -i))] += 1
+        parts = [loads[i] / copies[i] for i in range(e)]
+        # Experts on many ranks have the least choice.
+        order = sorted(range(e), key=lambda i: (min(copies[i] - 1, 1) * -copies[i], -parts[i], i))
+        ranks = _deal(order, copies, parts, num_ranks, places // num_ranks)
+        return cls(e, num_ranks, tuple(expert for rank in ranks for expert in rank))
+
+    @property
+    def num_physical(self) -> int:
+        """P."""
+        return len(self.physical)
+
+    @property
+    def per_rank(self) -> int:
+        """P / n, the places of a rank."""
+        return len(self.physical) // self.num_ranks
+
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether expert e is at place e."""
+        return self.physical[: self.num_experts] == tuple(range(self.num_experts))
+
+    def local(self, rank: int) -> tuple[int, ...]:
+        """The experts of a rank in the order of its places, empty ones left out."""
+        places = self.physical[rank * self.per_rank : (rank + 1) * self.per_rank]
+        return tuple(expert for expert in places if expert >= 0)
+
+    def table(self, rank: int) -> tuple[int, ...]:
+        """The place that tokens of `rank` go to for each of the E experts."""
+        return _table(self, rank)
+
+    def to_physical(self, topk_ids: Tensor, rank: int, table: Tensor | None = None) -> Tensor:
+        """The places that tokens of `rank` go to.
+
+        Args:
+            topk_ids: int32 or int64, ids of experts in [0, E); any other means no expert.
+            table: `table(rank)` as an int32 tensor, for callers that keep one on the device.
+
+        Returns:
+            int32 places in [0, P), of the same shape; other ids give -1.
+        """
+        valid = (topk_ids >= 0) & (topk_ids < self.num_experts)
+        if self.is_contiguous:
+            return topk_ids.masked_fill(~valid, -1).int()
+        if table is None:
+            table = torch.tensor(self.table(rank), dtype=torch.int32, device=topk_ids.device)
+        index = torch.where(valid, topk_ids, 0).long()
+        return table[index].masked_fill(~valid, -1)
+
+    def moves(self, new: Placement) -> tuple[Move, ...]:
+        """What has to be copied to get from this placement to another one of the same experts, in
+        the order of the new places; what stays where it is is left out. A copy on the same rank is
+        preferred, then the lowest source.
+
+        Raises:
+            ValueError: another number of experts or ranks.
+        """
+        if (new.num_experts, new.num_ranks) != (self.num_experts, self.num_ranks):
+            raise ValueError(
+                f"Placement.moves: new must have {self.num_experts} experts on {self.num_ranks} "
+                f"ranks, got {new.num_experts} on {new.num_ranks}."
+            )
+        found = []
+        for target, expert in enumerate(new.physical):
+            if expert < 0:
+                continue
+            rank = target // new.per_rank
+            sources = [p for p, other in enumerate(self.physical) if other == expert]
+            source = min(sources, key=lambda p: (p // self.per_rank != rank, p))
+            here = (rank, target % new.per_rank)
+            if here != (source // self.per_rank, source % self.per_rank):
+                found.append(Move(expert, source, target))
+        return tuple(found)
+
+
+def _deal(
+    order: list[int], copies: list[int], parts: list[float], num_ranks: int, share: int
+) -> list[list[int]]:
+    """The experts of each rank: in this order, each place to the rank of the lowest load that has
+    room. Where that leaves no room on enough ranks, to the rank with the most room, which never
+    does."""
+    for by_load in (True, False):
+        ranks: list[list[int]] = [[] for _ in range(num_ranks)]
+        total = [0.0] * num_ranks
+        for expert in order:
+            fits = [r for r in range(num_ranks) if len(ranks[r]) < share]
+
+            def key(r: int) -> tuple[float, ...]:
+                size = len(ranks[r])  # noqa: B023
+                return (total[r], size, r) if by_load else (size, total[r], r)  # noqa: B023
+
+            fits.sort(key=key)
+            if len(fits) < copies[expert]:
+                break
+            for rank in fits[: copies[expert]]:
+                ranks[rank].append(expert)
+                total[rank] += parts[expert]
+        else:
+            return ranks
+    raise AssertionError("Places in the order of copies always fit.")
+
+
+@lru_cache(maxsize=1024)
+def _table(placement: Placement, rank: int) -> tuple[int, ...]:
+    places: list[list[int]] = [[] for _ in range(placement.num_experts)]
+    for place, expert in enumerate(placement.physical):
+        if expert >= 0:
+            places[expert].append(place)
+    own = range(rank * placement.per_rank, (rank + 1) * placement.per_rank)
+    table = []
+    for copies in places:
+        here = [place for place in copies if place in own]
+        table.append(here[0] if here else copies[rank % len(copies)])
+    return tuple(table)

@@ -1,0 +1,115 @@
+"""Dispatchers by name, and which one fits.
+
+Letters: E experts, K slots a token, n ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
+
+from .dispatch import Gather, Local, Padded, Shared, Slots, Tokens
+from .placement import Placement
+
+Factory = Callable[..., Any]
+_factories: dict[str, Factory] = {
+    "gather": Gather,
+    "local": Local,
+    "padded": Padded,
+    "shared": Shared,
+    "slots": Slots,
+    "tokens": Tokens,
+}
+
+
+def register_dispatcher(name: str, factory: Factory) -> None:
+    """Makes a dispatcher known to `choose` by a name, such as one around an engine of one's own.
+
+    Args:
+        name: not "auto" nor one that is taken.
+        factory: (group, placement, **options) -> what is called like a `Dispatcher`.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+    if name == "auto" or name in _factories:
+        raise ValueError(f"register_dispatcher: name must be a new one, got {name!r}.")
+    _factories[name] = factory
+
+
+def ranks_of_a_token(num_experts: int, num_ranks: int, top_k: int) -> float:
+    """How many ranks a token visits if all sets of K experts are as likely: n (1 - C(E - E/n, K) /
+    C(E, K))."""
+    absent, local = 1.0, num_experts / num_ranks
+    for k in range(top_k):
+        absent *= max(num_experts - local - k, 0.0) / (num_experts - k)
+    return num_ranks * (1.0 - absent)
+
+
+def choose(
+    group: ProcessGroup | DeviceMesh | None,
+    num_experts: int,
+    *,
+    top_k: int | None = None,
+    dispatch: str = "auto",
+    placement: Placement | None = None,
+    shared_batch: bool = False,
+    same_bits: bool = False,
+    **options: Any,
+) -> Any:
+    """A dispatcher for E experts on the ranks of a group.
+
+    Args:
+        group: the ranks: a process group, a mesh of one dimension, or None for this process alone.
+        num_experts: E.
+        top_k: K, where it is known.
+        dispatch: the name of one, or "auto", which takes the first that fits of
+            "local" on one rank;
+            "shared" with `shared_batch`;
+            "slots" with `same_bits`;
+            "gather" for n <= K / 2, where all-to-all would send about as much;
+            "slots" where a token's experts are on as many ranks as there are experts, 9 of 10;
+            "tokens".
+        placement: which rank has which experts; None is `Placement.contiguous`.
+        shared_batch: all ranks have the same tokens.
+        same_bits: results are to have the bits of one process (float32 and float64).
+        options: arguments of the dispatcher.
+
+    Raises:
+        ValueError: an unknown name, K above E, or experts that do not fit the ranks.
+    """
+    num_ranks = 1 if group is None else group.size()
+    if placement is None:
+        placement = Placement.contiguous(num_experts, num_ranks)
+    if placement.num_experts != num_experts:
+        raise ValueError(
+            f"choose: placement must be of {num_experts} experts, got {placement.num_experts}."
+        )
+    if top_k is not None and not 1 <= top_k <= num_experts:
+        raise ValueError(f"choose: top_k must be between 1 and {num_experts}, got {top_k}.")
+    if dispatch == "auto":
+        dispatch = _best(num_ranks, num_experts, top_k, shared_batch, same_bits)
+    if dispatch not in _factories:
+        known = ", ".join(sorted(("auto", *_factories)))
+        raise ValueError(f"choose: dispatch must be one of {known}, got {dispatch!r}.")
+    return _factories[dispatch](group, placement=placement, **options)
+
+
+def _best(
+    num_ranks: int, num_experts: int, top_k: int | None, shared_batch: bool, same_bits: bool
+) -> str:
+    if num_ranks == 1:
+        return "local"
+    if shared_batch:
+        return "shared"
+    if same_bits:
+        return "slots"
+    if top_k is None:
+        return "tokens"
+    if 2 * num_ranks <= top_k:
+        return "gather"
+    visits = ranks_of_a_token(num_experts, num_ranks, top_k)
+    return "slots" if visits >= 0.9 * top_k else "tokens"

@@ -1,0 +1,376 @@
+"""Experts shared out over ranks, beside FSDP2 or DDP: meshes, weights, gradients, their norm.
+
+Letters: E experts, n ranks of expert parallelism (EP), each with E / n experts.
+
+A rank of EP computes its experts for the tokens of all n ranks, so the gradient of an expert that
+arrives there is a sum over them already. `fully_shard_moe` and `ddp_ignore` see to it that it is
+divided like all others: every gradient is the mean over the ranks of data parallelism.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from moe_ops._private_torch import exclude_from_ddp
+from moe_ops._sharded import is_sharded
+from moe_ops.expert_weights.packing import invalidate
+from moe_ops.layers import Experts, MoE, QuantizedExperts
+
+from .registry import choose
+
+Bank = Experts | QuantizedExperts
+
+
+class Meshes(NamedTuple):
+    """The ranks in groups, each a mesh of one dimension; what `make_meshes` returns.
+
+    dp: ranks with tokens of their own, whose dense weights FSDP2 or DDP handles.
+    ep: ranks that share the experts out among them; neighbours, so that they are of one machine
+        where it has as many.
+    efsdp: ranks that have the same experts, over which FSDP2 shards these.
+    tp: ranks of tensor parallelism, which read the same tokens.
+    """
+
+    dp: DeviceMesh
+    ep: DeviceMesh
+    efsdp: DeviceMesh
+    tp: DeviceMesh
+
+
+def make_meshes(ep: int, tp: int = 1, *, device_type: str | None = None) -> Meshes:
+    """Meshes over all ranks: dp x tp for dense weights, efsdp x ep for experts.
+
+    dp = ranks / tp and efsdp = ranks / ep: experts need no tensor parallelism, so its ranks share
+    out experts as well. Then either each of them passes tokens of its own (its part of the
+    sequence) to the experts, or ep = tp and `shard_experts(..., dispatch="shared")`.
+
+    Args:
+        ep: ranks that share the experts out; must divide the number of ranks.
+        tp: ranks of tensor parallelism; must divide the number of ranks.
+        device_type: "cuda", "cpu"; None is "cpu" with gloo, else the accelerator that torch sees.
+
+    All ranks call this at the same time, after `torch.distributed.init_process_group`.
+
+    Raises:
+        ValueError: a size that does not divide the number of ranks.
+    """
+    ranks = dist.get_world_size()
+    for name, size in (("ep", ep), ("tp", tp)):
+        if size < 1 or ranks % size:
+            raise ValueError(f"make_meshes: {name} must divide the {ranks} ranks, got {size}.")
+    if device_type is None:
+        device_type = "cpu"
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        if accelerator is not None and dist.get_backend() != "gloo":
+            device_type = accelerator.type
+    dense = init_device_mesh(device_type, (ranks // tp, tp), mesh_dim_names=("dp", "tp"))
+    sparse = init_device_mesh(device_type, (ranks // ep, ep), mesh_dim_names=("efsdp", "ep"))
+    return Meshes(dense["dp"], sparse["ep"], sparse["efsdp"], dense["tp"])
+
+
+@dataclass(frozen=True)
+class ExpertSharding:
+    """How a bank was sharded, for making another one like it.
+
+    ep_mesh: as of `shard_experts`. options: of `choose`.
+    """
+
+    ep_mesh: DeviceMesh
+    options: Mapping[str, Any]
+
+    def shard(self, bank: Bank) -> None:
+        """Keeps of a whole bank the experts of this rank."""
+        ranks, rank = self.ep_mesh.size(), self.ep_mesh.get_local_rank()
+        if bank.num_experts % ranks:
+            raise ValueError(
+                f"shard_experts: the {ranks} ranks of ep_mesh must divide the experts of each "
+                f"bank, got {bank.num_experts}."
+            )
+        size = bank.num_experts // ranks
+        self._connect(bank, bank.num_experts)
+        for name, tensor in _tensors_of(bank):
+            own = tensor.detach()[rank * size : (rank + 1) * size].clone()
+            self._put(bank, name, own, tensor.requires_grad)
+
+    def adopt(self, bank: Bank) -> None:
+        """Makes of a bank that holds the experts of this rank alone a sharded one of all."""
+        self._connect(bank, bank.num_experts * self.ep_mesh.size())
+        for name, tensor in _tensors_of(bank):
+            self._put(bank, name, tensor.detach(), tensor.requires_grad)
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """All rows of a tensor of such a bank, on every rank; anything else as it is."""
+        if isinstance(tensor, DTensor) and tensor.device_mesh == self.ep_mesh:
+            whole: Tensor = tensor.full_tensor()
+            return whole.detach()
+        return tensor
+
+    def _put(self, bank: Bank, name: str, own: Tensor, requires_grad: bool) -> None:
+        sharded = DTensor.from_local(own, self.ep_mesh, [Shard(0)], run_check=False)
+        if name in bank._buffers:
+            bank._buffers[name] = sharded
+        else:
+            setattr(bank, name, nn.Parameter(sharded, requires_grad=requires_grad))
+
+    def _connect(self, bank: Bank, num_experts: int) -> None:
+        top_k = self.options.get("top_k")
+        options = {**self.options, "top_k": top_k and min(top_k, num_experts)}
+        bank.dispatcher = choose(self.ep_mesh, num_experts, **options)
+        bank.num_experts, bank.sharding = num_experts, self
+        invalidate(bank)
+
+
+def shard_experts(
+    model: nn.Module, ep_mesh: DeviceMesh, dispatch: str = "auto", **options: Any
+) -> nn.Module:
+    """Shares the experts of every bank out over the ranks of `ep_mesh`, in place.
+
+    Rank r of n keeps experts r E / n to (r + 1) E / n - 1 of each `Experts` and `QuantizedExperts`.
+    Their tensors become DTensors, Shard(0) over `ep_mesh`, with the names, shapes and numbers of
+    experts they had, so that a checkpoint does not say how many ranks wrote it. Calls of the bank
+    go through a dispatcher, see `moe_ops.parallel.choose`; each rank passes tokens of its own.
+
+    Nothing is sent: every rank takes its part of what it holds, which must be the same on all ranks
+    (made from the same seed or read from the same file). On the meta device no memory is taken:
+    ``shard_experts`` first, ``to_empty`` after it, then the weights.
+
+    Args:
+        model: a model, a layer, or a bank.
+        ep_mesh: one dimension.
+        dispatch, options: of `choose`, such as dispatch="shared", but no placement: experts are
+            placed in runs, as said above. K is taken from the router of each `MoE`.
+
+    Returns:
+        `model`.
+
+    Raises:
+        ValueError: a mesh of more dimensions, a placement, no bank, one whose experts n does not
+            divide, or one that is sharded already (FSDP2 comes after this). The model is unchanged.
+    """
+    if options.get("placement") is not None:
+        raise ValueError(
+            f"shard_experts: placement must be None, as ranks keep experts in runs, got "
+            f"{options['placement']!r}."
+        )
+    if ep_mesh.ndim != 1:
+        raise ValueError(
+            f"shard_experts: ep_mesh must have one dimension, got {tuple(ep_mesh.shape)}."
+        )
+    banks = dict(_banks(model))
+    if not banks:
+        raise ValueError(
+            f"shard_experts: model must hold a bank of experts, got {type(model).__name__} without "
+            "one."
+        )
+    for name, bank in banks.items():
+        if bank.num_experts % ep_mesh.size():
+            raise ValueError(
+                f"shard_experts: the {ep_mesh.size()} ranks of ep_mesh must divide the experts of "
+                f"each bank, got {bank.num_experts} in {name or 'the model'}."
+            )
+        if any(is_sharded(tensor) for _, tensor in _tensors_of(bank)):
+            raise ValueError(
+                f"shard_experts: {name or 'the model'} must be whole, got a bank that is sharded."
+            )
+    top_k: dict[nn.Module, int] = {
+        m.experts: m.router.top_k for m in model.modules() if isinstance(m, MoE)
+    }
+    for bank in banks.values():
+        how = {"top_k": top_k.get(bank), "dispatch": dispatch, **options}
+        ExpertSharding(ep_mesh, how).shard(bank)
+    return model
+
+
+def fully_shard_moe(
+    block: nn.Module, dp_mesh: DeviceMesh, efsdp_mesh: DeviceMesh, **options: Any
+) -> nn.Module:
+    """FSDP2 of a block that holds sharded experts: `fully_shard` with a mesh for each kind.
+
+    Experts are sharded over `efsdp_mesh`, on top of EP, as a group of their own, everything else
+    over `dp_mesh`. All gradients are means over the ranks of `dp_mesh`, also where efsdp is 1 and
+    over accumulated micro-batches (`set_requires_gradient_sync`). Where experts are fewer than
+    ranks, their second dimension is sharded, if its size allows.
+
+        shard_experts(model, meshes.ep)
+        for block in model.layers:
+            fully_shard_moe(block, meshes.dp, meshes.efsdp)
+        fully_shard(model, mesh=meshes.dp)
+
+    Args:
+        block: a module; without sharded experts this is `fully_shard(block, mesh=dp_mesh)`.
+        dp_mesh, efsdp_mesh: of `make_meshes`; of two dimensions for hybrid sharding.
+        options: of `fully_shard`, such as `mp_policy`.
+
+    Returns:
+        `block`.
+
+    Raises:
+        ValueError: gradients reduced in float16 with an efsdp of 1, which FSDP2 divides twice.
+    """
+    for _, bank in _banks(block):
+        if bank.sharding is None or not isinstance(bank, Experts):
+            continue
+        shards = efsdp_mesh.shape[-1]
+        if shards == 1 and _reduce_dtype(bank, options) == torch.float16:
+            raise ValueError(
+                "fully_shard_moe: gradients must be reduced in float32 or bfloat16 where efsdp is "
+                "1, got float16; give mp_policy a reduce_dtype."
+            )
+        local = bank.num_experts // bank.sharding.ep_mesh.size()
+        dim = _by_second_dimension if local < shards else None
+        sharded: Any = fully_shard(
+            bank, mesh=efsdp_mesh, shard_placement_fn=dim and dim(shards), **options
+        )
+        sharded.set_gradient_divide_factor(float(dp_mesh.size()))
+        if shards > 1:
+            # Other factors than the number of shards have no reduction in gloo, and in NCCL a wrong
+            # one in bfloat16. With one shard FSDP2 divides the sum again if it is forced.
+            sharded.set_force_sum_reduction_for_comms(True)
+    if not isinstance(block, Experts):
+        fully_shard(block, mesh=dp_mesh, **options)
+    return block
+
+
+def ddp_ignore(
+    model: nn.Module,
+    dp_mesh: DeviceMesh | None = None,
+    efsdp_mesh: DeviceMesh | None = None,
+) -> nn.Module:
+    """Prepares a model with sharded experts for `DistributedDataParallel`, in place.
+
+    DDP would overwrite the experts of all ranks with those of rank 0, and average over ranks what
+    belongs to different experts. With this it leaves them alone, and their gradients become the
+    means that DDP makes of all others: divided by the number of ranks, and summed over the ranks
+    of `efsdp_mesh` as each backward produces them.
+
+    Args:
+        model: the module that DDP will be given.
+        dp_mesh: ranks of DDP; None is all of the default group.
+        efsdp_mesh: ranks that have the same experts; None where no two have.
+
+    Returns:
+        `model`.
+
+    Raises:
+        ValueError: no sharded experts, or ranks with the same experts and no `efsdp_mesh`.
+    """
+    ranks = dist.get_world_size() if dp_mesh is None else dp_mesh.size()
+    replicas = 1 if efsdp_mesh is None else efsdp_mesh.size()
+    names = []
+    for prefix, bank in _banks(model):
+        if bank.sharding is None:
+            continue
+        holders = bank.sharding.ep_mesh.size() * replicas
+        if holders % ranks:
+            raise ValueError(
+                f"ddp_ignore: efsdp_mesh must hold the {ranks // bank.sharding.ep_mesh.size()} "
+                f"ranks that have the same experts, got {replicas}."
+            )
+        for name, tensor in _tensors_of(bank):
+            # DDP puts a dot before the names of the module that it is given.
+            names += [f"{prefix}.{name}"] if prefix else [name, f".{name}"]
+            if tensor.requires_grad:
+                tensor.register_hook(_mean_over(ranks, efsdp_mesh))
+    if not names:
+        raise ValueError(
+            f"ddp_ignore: model must hold experts of shard_experts, got {type(model).__name__} "
+            "without."
+        )
+    exclude_from_ddp(model, names)
+    return model
+
+
+def clip_grad_norm_(
+    parameters: Tensor | Iterable[Tensor],
+    max_norm: float,
+    norm_type: float = 2.0,
+    *,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+) -> Tensor:
+    """`torch.nn.utils.clip_grad_norm_` of parameters that lie on different meshes.
+
+    The norm is that of all gradients of the whole model, the same on all ranks: plain gradients
+    count once, as they are the same everywhere, and DTensors by all their parts. All ranks call it
+    with the same parameters.
+
+    Args:
+        parameters: whose gradients to clip, in place; those without one are left out.
+        max_norm: the most that the norm may be afterwards.
+        norm_type: p of the p-norm, may be inf.
+        error_if_nonfinite: raise RuntimeError for a norm that is infinite or NaN.
+        foreach: as in torch.
+
+    Returns:
+        The norm before clipping, a plain scalar tensor; 0 without gradients.
+    """
+    given = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    groups: dict[DeviceMesh | None, list[Tensor]] = {}
+    for p in given:
+        if p.grad is not None:
+            mesh = p.grad.device_mesh if isinstance(p.grad, DTensor) else None
+            groups.setdefault(mesh, []).append(p)
+    if not groups:
+        return torch.tensor(0.0)
+    norms = []
+    for members in groups.values():
+        grads = [p.grad for p in members if p.grad is not None]
+        norm = get_total_norm(grads, norm_type, foreach=foreach)
+        norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    first = norms[0]
+    total = torch.linalg.vector_norm(torch.stack([n.to(first) for n in norms]), norm_type)
+    if error_if_nonfinite and not bool(total.isfinite()):
+        raise RuntimeError(
+            f"clip_grad_norm_: the norm of order {norm_type} of the gradients must be finite, got "
+            f"{total.item()}."
+        )
+    for members in groups.values():
+        clip_grads_with_norm_(members, max_norm, total, foreach=foreach)
+    return total
+
+
+# ------------------------------------------------------------------------------------------ inside
+
+
+def _banks(model: nn.Module) -> Iterator[tuple[str, Bank]]:
+    for name, module in model.named_modules():
+        if isinstance(module, Experts | QuantizedExperts):
+            yield name, module
+
+
+def _tensors_of(bank: Bank) -> list[tuple[str, Tensor]]:
+    """What has a row for each expert."""
+    tensors = [*bank.named_parameters(recurse=False), *bank.named_buffers(recurse=False)]
+    return [(name, tensor) for name, tensor in tensors if name != "x_scale"]
+
+
+def _by_second_dimension(shards: int) -> Callable[[nn.Parameter], Shard | None]:
+    """Of parameters whose second dimension can be cut into equal parts."""
+    return lambda p: Shard(1) if p.shape[1] % shards == 0 else None
+
+
+def _reduce_dtype(bank: Experts, options: dict[str, Any]) -> torch.dtype:
+    policy = options.get("mp_policy")
+    chosen = policy and (policy.reduce_dtype or policy.param_dtype)
+    return chosen or bank.w_down.dtype
+
+
+def _mean_over(ranks: int, replicas: DeviceMesh | None) -> Callable[[Tensor], Tensor]:
+    def hook(grad: Tensor) -> Tensor:
+        assert isinstance(grad, DTensor)
+        local = grad.to_local() / ranks
+        if replicas is not None and replicas.size() > 1:
+            dist.all_reduce(local, group=replicas.get_group())
+        return DTensor.from_local(local, grad.device_mesh, grad.placements, run_check=False)
+
+    return hook

@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from moe_ops.parallel import Move, Placement
+
+
+def loads_of(placement: Placement, load: list[float]) -> list[float]:
+    copies = [placement.physical.count(e) for e in range(placement.num_experts)]
+    return [
+        sum(load[e] / copies[e] for e in placement.local(rank))
+        for rank in range(placement.num_ranks)
+    ]
+
+
+@pytest.mark.parametrize(("num_experts", "num_ranks"), [(8, 4), (7, 4), (5, 2), (3, 3), (4, 1)])
+def test_contiguous_is_how_dtensor_deals(num_experts, num_ranks):
+    placement = Placement.contiguous(num_experts, num_ranks)
+    chunks = torch.arange(num_experts).chunk(num_ranks)
+    assert [placement.local(r) for r in range(num_ranks)] == [tuple(c.tolist()) for c in chunks]
+    assert placement.is_contiguous
+
+
+def test_contiguous_leaves_no_rank_out(bad_input):
+    with bad_input("Placement.contiguous", "num_ranks", "4 ranks", "up to 2"):
+        Placement.contiguous(6, 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_to_physical(dtype):
+    placement = Placement(3, 2, (2, 0, 1, 2))
+    ids = torch.tensor([[0, 1, 2], [-1, 3, 7]], dtype=dtype)
+    for rank, wanted in enumerate([[1, 2, 0], [1, 2, 3]]):
+        places = placement.to_physical(ids, rank)
+        assert places.dtype == torch.int32
+        assert places.tolist() == [wanted, [-1, -1, -1]]
+
+
+def test_to_physical_of_contiguous_placements():
+    ids = torch.tensor([[0, 6, 7, -3]])
+    assert Placement.contiguous(7, 4).to_physical(ids, 2).tolist() == [[0, 6, -1, -1]]
+
+
+def test_ranks_without_a_replica_take_turns():
+    placement = Placement(4, 4, (0, 1, 0, 2, 3, 1, 3, 2))
+    tables = [placement.to_physical(torch.arange(4)[None], r)[0].tolist() for r in range(4)]
+    assert tables == [[0, 1, 3, 4], [2, 5, 3, 6], [0, 5, 3, 4], [2, 5, 7, 6]]
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 4, 8])
+@pytest.mark.parametrize("spare", [0, 1, 2, 5])
+def test_balanced(num_ranks, spare):
+    generator = torch.Generator().manual_seed(num_ranks + spare)
+    for _ in range(20):
+        load = torch.rand(16, generator=generator).pow(4)
+        places = 16 + spare * num_ranks if num_ranks > 1 else 16
+        placement = Placement.balanced(load, num_ranks, places)
+        assert placement.num_physical == places
+        assert placement == Placement.balanced(load.tolist(), num_ranks, places)
+        even = float(load.sum()) / num_ranks
+        worst = max(loads_of(placement, load.tolist()))
+        # No rule can do better than the mean, nor split what has a single place.
+        copies = [placement.physical.count(e) for e in range(16)]
+        part = max(value / n for value, n in zip(load.tolist(), copies, strict=True))
+        assert worst <= even + part
+
+
+def test_balanced_beats_contiguous():
+    load = [8.0, 8.0, 1.0, 1.0, 1.0, 1.0, 8.0, 8.0]
+    assert max(loads_of(Placement.contiguous(8, 4), load)) == 16
+    assert max(loads_of(Placement.balanced(load, 4), load)) == 9
+
+
+def test_balanced_finds_room_for_every_set_of_copies():
+    for e, n, spare in itertools.product((1, 2, 3, 5), (1, 2, 3, 4), (0, 1, 2, 3)):
+        places = -(-e // n) * n + spare * n
+        if places > e * n:
+            continue
+        for load in ([0.0] * e, [float(i == 0) for i in range(e)], [float(i) for i in range(e)]):
+            assert Placement.balanced(load, n, places).num_physical == places
+
+
+def test_moves():
+    old = Placement.contiguous(4, 2)
+    assert old.moves(old) == ()
+    new = Placement(4, 2, (0, 3, 2, 1))
+    assert old.moves(new) == (Move(3, 3, 1), Move(1, 1, 3))
+    more = Placement(4, 2, (0, 1, 2, 2, 3, 1))
+    assert old.moves(more) == (Move(2, 2, 2), Move(1, 1, 5))
+    held = list(range(4))  # the weights, by place
+    assert [held[m.source] for m in old.moves(more)] == [m.expert for m in old.moves(more)]
+
+
+def test_bad_placements(bad_input):
+    with bad_input("Placement", "physical", "3"):
+        Placement(3, 2, (0, 1, 2))
+    with bad_input("Placement", "physical", "(0, 1, 1, 0)"):
+        Placement(3, 2, (0, 1, 1, 0))
+    with bad_input("Placement", "physical", "(0, 0)"):
+        Placement(2, 2, (0, 0, 1, -1))
+    with bad_input("Placement", "physical", "()"):
+        Placement(2, 2, (0, 1, -1, -1))
+    with bad_input("Placement", "num_experts", "0 and 1"):
+        Placement(0, 1, (-1,))
+    with bad_input("Placement.balanced", "load", "nan"):
+        Placement.balanced([1.0, float("nan")], 1)
+    with bad_input("Placement.balanced", "num_physical", "5"):
+        Placement.balanced([1.0] * 4, 2, 5)
+    with bad_input("Placement.moves", "new", "3 on 1"):
+        Placement.contiguous(4, 2).moves(Placement.contiguous(3, 1))
