@@ -52,7 +52,7 @@ def _reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
 
 
 def _new(kind: str, cls: type) -> Any:
-    fused = _fused_class(kind, cls)
+    fused: Any = _fused_class(kind, cls)
     return fused.__new__(fused)
 
 
