@@ -19,6 +19,7 @@ from torch.func import functional_call, functionalize, grad, hessian, jacrev, jv
 
 import moe_ops
 from moe_ops import layers
+from moe_ops.quant import dequantize
 
 from .every_op import CASES, OPS
 
@@ -247,7 +248,26 @@ def test_compile(op):
     close(got, case.gradients[case.names[0]])
 
 
-@pytest.mark.parametrize("op", QUANTISED)
+def test_a_quantised_product_is_differentiated_as_its_formula():
+    call = call_of("grouped_gemm_quantized")
+    weights = dequantize(call["b"], call["b_scale"]).to(call["a"].dtype)
+
+    def function(a: Tensor) -> Tensor:
+        return moe_ops.grouped_gemm_quantized(**{**call, "a": a})
+
+    def formula(a: Tensor) -> Tensor:
+        return moe_ops.grouped_gemm(a, weights, call["expert_offsets"], bias=call["bias"])
+
+    with refused("grouped_gemm"):
+        jvp(function, (call["a"],), (call["a"],))
+    got, wanted = (grad(lambda a, f=f: f(a).float().sum())(call["a"]) for f in (function, formula))
+    assert torch.equal(got, wanted)
+    batch = torch.stack([call["a"], call["a"] * 0.5])
+    for y, a in zip(vmap(function)(batch), batch, strict=True):
+        assert torch.equal(y, function(a))
+
+
+@pytest.mark.parametrize("op", [op for op in QUANTISED if op != "grouped_gemm_quantized"])
 def test_ops_of_inference(op):
     call = call_of(op)
     name = next(n for n, v in call.items() if is_float(v))
@@ -331,6 +351,7 @@ MODULES = {
         dtype=torch.float64,
     ),
     "QuantizedExperts": lambda: layers.Experts(E, 64, 64),
+    "QuantizedLinear": lambda: torch.nn.Linear(64, 32),
     "ResidualNorm": lambda: layers.ResidualNorm(H, dtype=torch.float64),
     "Router": lambda: layers.Router(H, E, K, dtype=torch.float64, logits_dtype=None),
     "SparseMixerRouter": lambda: layers.Router(
@@ -394,12 +415,17 @@ def ids() -> Tensor:
     return torch.arange(T)[:, None] % E + torch.arange(K)
 
 
+FLOAT32 = ("QuantizedExperts", "QuantizedLinear")
+
+
 def module_of(name: str):
     module = MODULES[name]().eval()
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     if name == "QuantizedExperts":
         module = layers.QuantizedExperts.from_experts(module)
+    if name == "QuantizedLinear":
+        module = layers.QuantizedLinear(module)
     return module
 
 
@@ -422,7 +448,7 @@ def run(name: str, module, x: Tensor) -> Tensor:
 
 
 def input_of(name: str) -> Tensor:
-    return torch.randn(T, 64) if name == "QuantizedExperts" else torch.randn(T, H).double()
+    return torch.randn(T, 64) if name in FLOAT32 else torch.randn(T, H).double()
 
 
 @pytest.mark.parametrize("name", [*MODULES, *LOSSES])
@@ -450,7 +476,7 @@ def test_layer_in_forward_mode(name):
     assert refusals in (0, 2), "one way is refused and the other is not"
 
 
-@pytest.mark.parametrize("name", [n for n in [*MODULES, *LOSSES] if n != "QuantizedExperts"])
+@pytest.mark.parametrize("name", [n for n in [*MODULES, *LOSSES] if n not in FLOAT32])
 def test_layer_grad(name):
     module = module_of(name) if name in MODULES else torch.nn.Identity()
     x = input_of(name)
