@@ -19,7 +19,6 @@ from torch.func import functional_call, functionalize, grad, hessian, jacrev, jv
 
 import moe_ops
 from moe_ops import layers
-from moe_ops.quant import dequantize
 
 from .every_op import CASES, OPS
 
@@ -248,25 +247,6 @@ def test_compile(op):
     close(got, case.gradients[case.names[0]])
 
 
-def test_a_quantised_product_is_differentiated_as_its_formula():
-    call = call_of("grouped_gemm_quantized")
-    weights = dequantize(call["b"], call["b_scale"]).to(call["a"].dtype)
-
-    def function(a: Tensor) -> Tensor:
-        return moe_ops.grouped_gemm_quantized(**{**call, "a": a})
-
-    def formula(a: Tensor) -> Tensor:
-        return moe_ops.grouped_gemm(a, weights, call["expert_offsets"], bias=call["bias"])
-
-    with refused("grouped_gemm"):
-        jvp(function, (call["a"],), (call["a"],))
-    got, wanted = (grad(lambda a, f=f: f(a).float().sum())(call["a"]) for f in (function, formula))
-    assert torch.equal(got, wanted)
-    batch = torch.stack([call["a"], call["a"] * 0.5])
-    for y, a in zip(vmap(function)(batch), batch, strict=True):
-        assert torch.equal(y, function(a))
-
-
 @pytest.mark.parametrize("op", [op for op in QUANTISED if op != "grouped_gemm_quantized"])
 def test_ops_of_inference(op):
     call = call_of(op)
@@ -391,6 +371,7 @@ LOSSES = {
     "sparsemixer": lambda x: layers.sparsemixer(x)[0],
 }
 # Records, and what nothing flows through.
+FLOAT32 = ("QuantizedExperts", "QuantizedLinear")
 WITHOUT_GRADIENTS = {
     "AttentionExpertsOutput",
     "HashRouter",  # Gets ids from its caller; its weights are in tests/layers.
@@ -415,18 +396,13 @@ def ids() -> Tensor:
     return torch.arange(T)[:, None] % E + torch.arange(K)
 
 
-FLOAT32 = ("QuantizedExperts", "QuantizedLinear")
-
-
 def module_of(name: str):
     module = MODULES[name]().eval()
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     if name == "QuantizedExperts":
-        module = layers.QuantizedExperts.from_experts(module)
-    if name == "QuantizedLinear":
-        module = layers.QuantizedLinear(module)
-    return module
+        return layers.QuantizedExperts.from_experts(module)
+    return layers.QuantizedLinear(module) if name == "QuantizedLinear" else module
 
 
 def run(name: str, module, x: Tensor) -> Tensor:
