@@ -68,8 +68,10 @@ def test_moe_forward_and_backward(name):
         assert moe.router.tokens_per_expert.sum() == 2 * B * S * K
 
 
-def test_generated_code_calls_the_ops():
-    """Not only the graph: what inductor makes of it, with calls from C++."""
+def test_generated_code_calls_the_ops(monkeypatch, tmp_path):
+    """Not only the graph: what inductor makes of it, with calls from C++. Its cache does not know
+    the schemas of ops, so code of another version of this package must not be found there."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     layer = nn.ModuleDict(
         {
             "attention": AttentionExperts(Router.like("jetmoe", H, E, K), 2, 4, rope_theta=1e4),

@@ -9,6 +9,7 @@ from tests.helpers.quantized import (
     quantized,
     quantized_gemm_operands,
 )
+from torch.func import grad, jvp, vmap
 
 import moe_ops
 from moe_ops import reference
@@ -30,6 +31,7 @@ OP_CASES = {
     "grouped_gemm_quantized": OpCase(
         int8_call,
         kind="quantised",
+        free_dims={"a": (0,)},
         too_many_bytes=lambda: moe_ops.grouped_gemm_quantized(
             torch.empty(2**31, 0),
             torch.empty(1, 2**31, 0, dtype=torch.int8),
@@ -111,6 +113,26 @@ def test_gradients_are_those_of_the_dequantised_weights(bits, group):
         results.append((y, *torch.autograd.grad(y, leaves.values(), grad.to(dtype))))
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-5)
+
+
+@formats
+def test_transforms_are_those_of_the_formula(bits, group):
+    call = quantized_gemm_operands((5, 12), 128, 24, torch.float32, bits, group, bias=True)
+    weights = dequantize(call["b"], call["b_scale"])
+
+    def function(a):
+        return moe_ops.grouped_gemm_quantized(**{**call, "a": a})
+
+    def formula(a):
+        return moe_ops.grouped_gemm(a, weights, call["expert_offsets"], bias=call["bias"])
+
+    with pytest.raises(NotImplementedError, match="grouped_gemm: forward-mode AD"):
+        jvp(function, (call["a"],), (call["a"],))
+    got, wanted = (grad(lambda a, f=f: f(a).sum())(call["a"]) for f in (function, formula))
+    assert_identical(got, wanted)
+    batch = torch.stack([call["a"], call["a"] * 0.5])
+    for y, a in zip(vmap(function)(batch), batch, strict=True):
+        assert_identical(y, function(a))
 
 
 @formats

@@ -238,12 +238,12 @@ def _put_back(module: nn.Module, name: str, modules: dict[str, _Module]) -> None
     for key in [k for k in module.__dict__ if k.startswith("_moe_ops")]:
         del module.__dict__[key]
     module.__dict__.update(was.attributes)
-    tables: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    pairs: Any = (
         (module._parameters, was.parameters),
         (module._buffers, was.buffers),
         (module._modules, was.children),
-    ]
-    for target, source in tables:
+    )
+    for target, source in pairs:
         target.clear()
         target.update(source)
     for key, child in was.children.items():

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from .attention import AttentionExperts, AttentionExpertsOutput, KVCache
 from .dense import ExpertNorm, mix_outputs
-from .experts import Experts, SharedExperts
+from .experts import Experts
 from .fp8 import forget_fp8_weights, fp8_ffn
 from .linear import QuantizedLinear
 from .losses import (
@@ -43,6 +43,7 @@ from .router import (
     sparsemixer,
 )
 from .routing import Routing
+from .shared_experts import SharedExperts
 from .stats import RoutingStats, count_tokens_per_expert
 from .zero_experts import ZeroComputationExperts
 

@@ -1,4 +1,4 @@
-"""A bank of expert feed-forward networks, and the dense network that shared experts are.
+"""A bank of expert feed-forward networks.
 
 Letters: T tokens, H hidden size, I intermediate size, E experts, K experts a token.
 """
@@ -22,7 +22,7 @@ from moe_ops.ops.gated_act import GATED_ACTIVATIONS, PLAIN_ACTIVATIONS
 
 from .dense import expert_inputs, fits_dense_ffn, grouped_linear, mix_outputs, segments
 from .fp8 import fp8_ffn
-from .functional import linear, plain_activation
+from .functional import plain_activation
 from .surgery import experts as surgery
 
 # Attributes of a bank that are arguments of moe_ffn.
@@ -450,73 +450,6 @@ class Experts(nn.Module):
             + (f", precision={self.precision!r}" if self.precision is not None else "")
             + (f", dispatcher={self.dispatcher!r}" if self.dispatcher is not None else "")
             + (f", packed={packed / 2**20:.1f} MiB" if packed else "")
-        )
-
-
-class SharedExperts(nn.Module):
-    """The dense feed-forward network that every token passes: y = W_down act(W_gate_up x).
-
-    Several shared experts of one size are one network of the summed width.
-
-    Parameters:
-        w_gate_up: [2I, H], gate half first; [I, H] when the activation is not gated.
-        w_down: [H, I].
-
-    Args:
-        hidden_size, intermediate_size: H and I (the total width), at least 1.
-        activation: as in `Experts`.
-        alpha, limit: of "swiglu_oai".
-        device, dtype: of the parameters.
-
-    Initialisation: uniform in +-1/sqrt(fan_in), as `nn.Linear`.
-    """
-
-    def __init__(
-        self,
-        hidden_size: int,
-        intermediate_size: int,
-        *,
-        activation: str = "swiglu",
-        alpha: float = 1.702,
-        limit: float = 7.0,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        sizes = {"hidden_size": hidden_size, "intermediate_size": intermediate_size}
-        check_positive("SharedExperts", **sizes)
-        self.gated = check_activation("SharedExperts", activation, False)
-        self.hidden_size = hidden_size
-        self.intermediate_size = intermediate_size
-        self.activation = activation
-        self.alpha = alpha
-        self.limit = limit
-        width = intermediate_size * (2 if self.gated else 1)
-        self.w_gate_up = nn.Parameter(torch.empty(width, hidden_size, device=device, dtype=dtype))
-        self.w_down = nn.Parameter(
-            torch.empty(hidden_size, intermediate_size, device=device, dtype=dtype)
-        )
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draws the initial values described above."""
-        for weight in (self.w_gate_up, self.w_down):
-            bound = weight.shape[-1] ** -0.5
-            nn.init.uniform_(weight, -bound, bound)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., H] to [..., H], same dtype."""
-        preact = linear(x, self.w_gate_up)
-        if self.gated:
-            h = gated_act(preact, self.activation, alpha=self.alpha, limit=self.limit)
-        else:
-            h = plain_activation(preact, self.activation)
-        return linear(h, self.w_down)
-
-    def extra_repr(self) -> str:
-        return (
-            f"hidden_size={self.hidden_size}, intermediate_size={self.intermediate_size}, "
-            f"activation={self.activation!r}"
         )
 
 

@@ -12,12 +12,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .experts import Experts, SharedExperts
+from .experts import Experts
 from .functional import apply_linear, sigmoid
 from .losses import aux_losses_of, check_aux_losses
 from .recompute import LoggedCall, RoutingLog
 from .router import Router
 from .routing import Routing, check_given, drop_masked, given_routing
+from .shared_experts import SharedExperts
 from .surgery import layers as surgery
 
 

@@ -117,15 +117,6 @@ def quantize_experts(
     return model
 
 
-def _own_experts(found: FoundBank) -> tuple[Any, ExpertWeights]:
-    """How `moe_ops.parallel.shard_experts` shared a bank out, and the weights that are here; None
-    and all weights of another bank."""
-    sharding = getattr(found.module, "sharding", None)
-    if sharding is None or not has_own_experts(found.module, found.bank.down):
-        return None, found.bank
-    return sharding, found.bank.local()
-
-
 def replace_bank(
     model: nn.Module,
     found: FoundBank,
@@ -148,6 +139,15 @@ def replace_bank(
         sharding.adopt(experts)
     experts.train(found.module.training)
     return found.hook.install(model, found.module, experts)
+
+
+def _own_experts(found: FoundBank) -> tuple[Any, ExpertWeights]:
+    """How `moe_ops.parallel.shard_experts` shared a bank out, and the weights that are here; None
+    and all weights of another bank."""
+    sharding = getattr(found.module, "sharding", None)
+    if sharding is None or not has_own_experts(found.module, found.bank.down):
+        return None, found.bank
+    return sharding, found.bank.local()
 
 
 @torch.no_grad()
