@@ -14,7 +14,9 @@ walked tile by tile as the schedulers do. Assumptions, none of them measured wit
   gathered rows, and the wait for an index that is read in the same stage that needs it. Gathered
   rows by cp.async cost GATHER of the rate.
 - Ping-pong hides the shorter of products and end of a tile. A cooperative tile shows its end:
-  instructions, and its stores (at L2_WRITE) unless they run under the next tile.
+  instructions, as counted in the binary, and its stores (at L2_WRITE). Where stores pass through
+  shared memory they run under the next tile, and the two warpgroups are half a stage's products
+  apart, which hides as much of the instructions.
 - The first stages of a tile are there when its products begin, but for the first tile of a block.
 - Blocks take tiles b, b + grid, ...; a kernel ends with its last block. The next one starts
   LAUNCH_S later, and all pass DRAM once a band of row tiles.
@@ -43,14 +45,15 @@ RATES = Rates(flops=798e12, bytes=3.0e12)
 L2_BYTES = 30e6  # of 50 MB: what is left to a matrix that is read again and again
 LAUNCH_S, SORT_S = 2e-6, 8e-6
 # Of RATES.flops, of that, and of RATES.bytes.
-MAINLOOP, GATHER, STREAM = 0.89, 0.97, 0.9
+MAINLOOP, GATHER, STREAM = 0.86, 0.97, 0.9
 # Bytes a cycle and SM.
 L2_READ, L2_WRITE = 39.0, 26.0
 # Cycles: an index from L2 and its division; a copy of 16 bytes a thread; the first stage of a
 # block; the last products and the first store of a tile.
 INDEX, COPY, FILL, DRAIN = 750.0, 25.0, 1500.0, 1000.0
-# Instructions an accumulator: packed and stored; an activation; an activation's backward.
-STORE, ACTIVATE, ACTIVATE_BWD = 3.0, 30.0, 50.0
+# Instructions an accumulator: of a store from registers and through shared memory, of SwiGLU with
+# the store of h in either way (csrc/cuda/moe_ffn/NOTES.md), of an activation's backward.
+STORE, BOX_STORE, SWIGLU, BOX_SWIGLU, ACTIVATE_BWD = 3.3, 2.0, 10.7, 4.1, 50.0
 STAGE, ELEMENT = 64, 2
 
 MODEL_NAMES = ("mixtral-8x7b", "qwen3-30b", "deepseek-v3", "gpt-oss-120b")
@@ -62,8 +65,8 @@ ROUTINGS = ("balanced", "random", "skewed")
 class Kernels:
     """What the kernels do to lose less than those of the first version, which had none of it."""
 
-    # The stores of a cooperative tile run under the products of the next one.
-    stores_overlap: bool = False
+    # Cooperative tiles store through shared memory, a stage's half apart.
+    store_boxes: bool = False
     # Row tiles that share weights do so where an expert fills them; what is left of an expert's
     # rows is a tile that a cluster's blocks split by columns.
     real_counts: bool = False
@@ -76,8 +79,7 @@ class Kernels:
 
 
 BEFORE = Kernels()
-NOW = Kernels(real_counts=True, wide_wgrad=True, paired_down_bwd=True, longest_first=True)
-ALL = Kernels(**{field.name: True for field in fields(Kernels)})
+NOW = Kernels(**{field.name: True for field in fields(Kernels)})
 
 
 @dataclass(frozen=True)
@@ -134,12 +136,15 @@ def _stage_cycles(tile: Tile, a: Operand, b: Operand, index_s: float) -> float:
     return max(products, load, (a.copies + b.copies) * COPY + (index_s if gathered else 0.0))
 
 
-def _end_cycles(tile: Tile, instructions: float, stored: float, overlap: bool) -> float:
+def _end_cycles(tile: Tile, instructions: float, stored: float, boxes: bool) -> float:
     """`instructions` an accumulator, `stored` bytes of an accumulator, read ones among them. Eight
     warps on four schedulers end a cooperative tile, four a ping-pong one."""
     issue = tile.m * tile.n / 32 / 4 * instructions
+    if boxes:
+        apart = tile.m * tile.n * STAGE / (RATES.flops / (2 * SMS * CLOCK)) / 2
+        return max(issue - apart, 0.0) + DRAIN / 2
     stores = tile.m * tile.n * stored / L2_WRITE
-    return issue + DRAIN / 2 if overlap else max(issue, stores) + DRAIN
+    return max(issue, stores) + DRAIN
 
 
 def _tile_cycles(tile: Tile, products: Tensor, end: float) -> Tensor:
@@ -188,17 +193,20 @@ def ragged_m(
     kernels: Kernels,
     *,
     gathered: bool = False,
-    instructions: float = STORE,
+    instructions: float | None = None,
     moved: float = ELEMENT,
 ) -> Expected:
     """rows [N, k] times [n, k] of their expert. Of an accumulator the end of a tile takes so many
-    `instructions`, and has so many bytes `moved`."""
+    `instructions` (those of a store if None), and has so many bytes `moved`."""
     N = int(counts.sum())
     used = int((counts > 0).sum())
     column_tiles = -(-n // tile.n)
     a, b = Operand(tile.m, gathered), Operand(tile.n // tile.cluster)
     stages = -(-k // STAGE)
-    end = _end_cycles(tile, instructions, moved, kernels.stores_overlap and not tile.pingpong)
+    boxes = kernels.store_boxes and not tile.pingpong
+    if instructions is None:
+        instructions = BOX_STORE if boxes else STORE
+    end = _end_cycles(tile, instructions, moved, boxes)
     cycles = _tile_cycles(tile, torch.tensor(stages * _stage_cycles(tile, a, b, 0.0)), end)
     tiles = row_tiles(counts, tile, column_tiles, kernels.real_counts)
     rounds = -(-tiles // (SMS // tile.cluster))
@@ -215,7 +223,8 @@ def ragged_k(
     N = int(counts.sum())
     a, b = Operand(tile.m, gathers == "a"), Operand(tile.n // tile.cluster, gathers == "b")
     index_s = 0.0 if kernels.wide_wgrad else INDEX
-    end = _end_cycles(tile, STORE, ELEMENT, kernels.stores_overlap and not tile.pingpong)
+    boxes = kernels.store_boxes and not tile.pingpong
+    end = _end_cycles(tile, BOX_STORE if boxes else STORE, ELEMENT, boxes)
     if kernels.longest_first:
         counts = counts.sort(descending=True).values
     products = _ceil(counts, STAGE).double() * _stage_cycles(tile, a, b, index_s)
@@ -245,7 +254,8 @@ def forward(shape: Shape, counts: Tensor, T: int, kernels: Kernels, train: bool)
     down = parse_tile(gemm_config("nt", N, E, 0, H, I, SMS))
     # Of two accumulators one h, and where training asks for it both.
     moved = ELEMENT / 2 + (ELEMENT if train else 0)
-    instructions = ACTIVATE / 2 + STORE * moved / ELEMENT
+    swiglu, store = (BOX_SWIGLU, BOX_STORE) if kernels.store_boxes else (SWIGLU, STORE)
+    instructions = swiglu + (store if train else 0.0)
     return [
         Expected("sort", SORT_S, 0.0),
         ragged_m(
@@ -355,10 +365,9 @@ def print_kernels(versions: Sequence[tuple[str, Kernels]], routings: Sequence[st
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kernels", action="store_true", help="each kernel of training")
-    parser.add_argument("--all", action="store_true", help="add what would be with every means")
     parser.add_argument("--routing", choices=ROUTINGS, nargs="*", default=["balanced", "random"])
     options = parser.parse_args(arguments)
-    versions = [("before", BEFORE), ("now", NOW)] + ([("all", ALL)] if options.all else [])
+    versions = [("before", BEFORE), ("now", NOW)]
     show: Callable[..., None] = print_kernels if options.kernels else print_shares
     show(versions, options.routing)
 

@@ -32,7 +32,7 @@ Status moe_linear_map_bwd(const MoeLinearMapBwdParams& p, Stream stream) {
     MOE_TRY(grouped_gemm(g, stream));
     MOE_TRY(combine(r, rows, type, H, nullptr, p.grad_x, type, stream));
   }
-  MOE_TRY(weight_gradient(r, grad, O, by_token(r, p.x), H, {}, p.grad_w, type, false, stream));
+  MOE_TRY(weight_gradient(r, grad, O, by_token(r, p.x), H, {}, {p.grad_w, type}, stream));
   return bias_gradient(r, grad, O, {}, p.grad_bias, stream);
 }
 

@@ -131,7 +131,7 @@ Status moe_linear_reduce_bwd(const MoeLinearReduceBwdParams& p, Stream stream) {
     g.a_scale = scale;
     MOE_TRY(grouped_gemm(g, stream));
   }
-  MOE_TRY(weight_gradient(r, grad_y, H, h, D, scale, p.grad_w, type, false, stream));
+  MOE_TRY(weight_gradient(r, grad_y, H, h, D, scale, {p.grad_w, type}, stream));
   return bias_gradient(r, grad_y, H, scale, p.grad_bias, stream);
 }
 

@@ -83,12 +83,23 @@ inline Status combine(const Routing& r, const void* rows, DType type, int64_t fe
   return unpermute(u, stream);
 }
 
-// A gradient of matrices [E, out_features, in_features] and of biases [E, features]; nothing where
-// `out` is nullptr.
+// Where the gradient of matrices [E, out_features, in_features] goes; nowhere with nullptr.
+struct WeightGradient {
+  void* data;
+  DType type;
+  bool accumulate = false;  // add to what is there
+  bool transposed = false;  // [E, in_features, out_features]
+};
+
+// scale: of the rows of either operand.
 inline Status weight_gradient(const Routing& r, const DeviceRows& grad, int64_t out_features,
                               const DeviceRows& a, int64_t in_features, const RowScale& scale,
-                              void* out, DType out_type, bool accumulate, Stream stream) {
-  if (out == nullptr) return 0;
+                              WeightGradient out, Stream stream) {
+  if (out.data == nullptr) return 0;
+  if (out.transposed) {  // the product of the same operands in the other order
+    out.transposed = false;
+    return weight_gradient(r, a, in_features, grad, out_features, scale, out, stream);
+  }
   GroupedWgradParams w;
   w.expert_offsets = r.expert_offsets;
   w.num_experts = r.num_experts;
@@ -98,12 +109,13 @@ inline Status weight_gradient(const Routing& r, const DeviceRows& grad, int64_t 
   w.grad = grad;
   w.grad_scale = scale;
   w.a = a;
-  w.out = out;
-  w.out_type = out_type;
-  w.accumulate = accumulate;
+  w.out = out.data;
+  w.out_type = out.type;
+  w.accumulate = out.accumulate;
   return grouped_gemm_wgrad(w, stream);
 }
 
+// Of biases [E, features]; nothing where `out` is nullptr.
 inline Status bias_gradient(const Routing& r, const DeviceRows& grad, int64_t features,
                             const RowScale& scale, void* out, Stream stream) {
   if (out == nullptr) return 0;

@@ -14,6 +14,10 @@
 
 namespace moe_ops::cuda {
 
+inline bool aligned_to(const void* p, int64_t bytes) {
+  return reinterpret_cast<uintptr_t>(p) % static_cast<uintptr_t>(bytes) == 0;
+}
+
 // Devices that are told apart; facts about one past them are asked for at each call.
 constexpr int kMaxDevices = 64;
 

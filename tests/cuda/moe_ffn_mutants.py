@@ -11,10 +11,12 @@ from tests.helpers.ptx_mutants import (
     EXPECT,
     LOAD_B,
     PASS,
+    STORE,
     TRY_WAIT,
     Case,
     Mutation,
     added,
+    boxes_read,
     main,
     sub,
     wait_before,
@@ -23,8 +25,8 @@ from tests.helpers.routing import Routing
 
 import moe_ops
 
-BOX = r"(cp\.async\.bulk\.tensor\.3d[^;]*?\{%r\d+, )(%r\d+)(, %r\d+\}[^;]*;)"
-DENSE_SIDE = r"(cp\.async\.bulk\.tensor\.3d[^;]*?\{)(%r\d+)(, %r\d+, %r\d+\}[^;]*;)"
+BOX = r"(cp\.async\.bulk\.tensor\.3d\.shared[^;]*?\{%r\d+, )(%r\d+)(, %r\d+\}[^;]*;)"
+DENSE_SIDE = r"(cp\.async\.bulk\.tensor\.3d\.shared[^;]*?\{)(%r\d+)(, %r\d+, %r\d+\}[^;]*;)"
 # The last two say how A and B lie: a kernel has one loop for each way that its weights may lie.
 ALONG_K = r"(wgmma\.mma_async[^;]*?, 1, 1), 0, 0;"
 A_ALONG_M = r"(wgmma\.mma_async[^;]*?, 1, 1), 1, 0;"
@@ -80,7 +82,13 @@ MUTANTS: dict[str, tuple[str, str, Mutation]] = {
     ),
     "up: full wait dropped": ("up", "high", wait_before(ALONG_K)),
     "up: expected bytes 32 short": ("up", "high", sub(EXPECT, added(r"\2", -32) + r"\1q; }")),
-    "up: pairs of a quad do not exchange": ("up", "high", no_exchange(2)),
+    "up: boxes of h not awaited": ("up", "high", sub(boxes_read(0), "")),
+    "up: h of the next expert's rows stored": (
+        "up",
+        "low",
+        sub(STORE, added(r"\4", -1) + r"\1\2\3q\5\6\7 }"),
+    ),
+    "up, interleaved: lanes do not exchange columns of h": ("up_joint", "high", no_exchange(1)),
     "up: half of w_gate_up 8 rows further": (
         "up",
         "low",
@@ -197,7 +205,8 @@ def name_parts(kernel: str, tile: str) -> tuple[str, ...]:
     if kernel.startswith("wgrad"):  # as csrc/cuda/grouped_gemm/config.h numbers them
         return (f"ProductE{5 if kernel == 'wgrad_down' else 6}E", "TileShapeE0E")
     tiles = f"FfnTileE{('low', 'high', 'pair').index(tile)}E"
-    return (tiles, "GateUpE0E") if kernel.startswith("up") else (tiles,)
+    layouts = {"up_joint": ("GateUpE1E",)}
+    return (tiles, *layouts.get(kernel, ("GateUpE0E",) if kernel.startswith("up") else ()))
 
 
 def make_case(kernel: str, tile: str) -> Case:
@@ -210,7 +219,7 @@ def make_case(kernel: str, tile: str) -> Case:
         routing = Routing(300, 3, 2, "skewed")
     activation = "swiglu_oai" if kernel == "few stored" else "swiglu"
     call = ffn_operands(routing, 520, 136, torch.bfloat16, activation=activation, bias=True)
-    call["interleaved"] = kernel == "few stored"
+    call["interleaved"] = kernel in ("few stored", "up_joint")
     if kernel.endswith("stored"):
         call = stored(call)
     forward = kernel.startswith(("up", "few"))

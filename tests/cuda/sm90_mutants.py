@@ -6,14 +6,17 @@ from __future__ import annotations
 import torch
 from tests.helpers.ptx_mutants import (
     EXPECT,
+    FENCE,
     INIT,
     LOAD_A,
     LOAD_B,
     PASS,
+    STORE,
     TRY_WAIT,
     Case,
     Mutation,
     added,
+    boxes_read,
     main,
     sub,
     wait_before,
@@ -73,14 +76,39 @@ MUTANTS: dict[str, tuple[str, str, Mutation]] = {
             r"\1\2\3",
         ),
     ),
+    "box read before its writes are in order": ("nt", "128x256", sub(FENCE, "")),
+    "box filled while it is read": ("nt", "128x256", sub(boxes_read(1), "")),
+    "boxes of the last tile filled while they are read": (
+        "nt",
+        "128x256",
+        sub(boxes_read(0), "", 0),
+    ),
+    "block ends before its boxes are read": ("nt", "128x256", sub(boxes_read(0), "", -1)),
+    "rows of the next expert stored": (
+        "nt",
+        "128x256",
+        sub(STORE, added(r"\4", -1) + r"\1\2\3q\5\6\7 }"),
+    ),
+    "box 8 columns further": ("nn", "128x256", sub(STORE, added(r"\2", 8) + r"\1q\3\4\5\6\7 }")),
+    "stmatrix: rows not swizzled": (
+        "nt",
+        "128x256",
+        sub(r"xor\.b32 (%r\d+), (%r\d+), 32;", r"mov.b32 \1, \2;"),
+    ),
+    "wgrad: box of the row before": (
+        "tn",
+        "128x256",
+        sub(STORE, added(r"\6", -1) + r"\1\2\3\4\5q\7 }"),
+    ),
     "lone row tile: B sent to both blocks": ("nt", "128x256", sub(MASK, r"mov.b16 \1, 3;")),
     "lone row tile: half of B not loaded": (
         "nn",
         "128x256",
         sub(NOT_LOADED, r"\1and.pred \3, \4, \4;"),
     ),
-    # The order of a cooperative kernel: products, warpgroup without rows, producer.
-    "warpgroup without rows: full wait dropped": ("nt", "128x256", sub(TRY_WAIT, PASS, 1)),
+    # The order of a cooperative kernel: start of the second warpgroup, products, warpgroup without
+    # rows, producer.
+    "warpgroup without rows: full wait dropped": ("nt", "128x256", sub(TRY_WAIT, PASS, 2)),
     "wgrad: experts of even number twice in the order": (
         "tn",
         "128x256",

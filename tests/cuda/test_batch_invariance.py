@@ -154,7 +154,7 @@ def test_the_check_notices_kernels_that_ignore_the_mode(name, kernels):
         check_invariant(build(dtypes[-1]), kernels)
 
 
-@pytest.mark.parametrize(("name", "products"), [("moe_ffn", 2), ("gemm", 1), ("fp8", 1)])
+@pytest.mark.parametrize(("name", "products"), [("moe_ffn", 2), ("gemm", 1), ("fp8", 2)])
 def test_one_token_takes_the_tile_for_many_rows(name, products, kernels):
     """Two blocks share the weights; tests/cuda/host asks which tile that is."""
     case = CASES[name][0](BF16)

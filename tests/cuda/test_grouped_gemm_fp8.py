@@ -17,7 +17,7 @@ from tests.helpers.simulator import noticed_mutants
 import moe_ops
 from moe_ops.testing import assert_identical, short
 
-TILES = ("2x128x128", "128x128", "64x128")
+TILES = ("2x128x256", "128x256", "64x128")
 KERNELS = (*TILES, "generic")
 kernels = pytest.mark.parametrize("tile", KERNELS)
 OUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -38,7 +38,7 @@ SHAPES = {
 @pytest.fixture(autouse=True)
 def chosen_tile(request, monkeypatch):
     tile = request.node.callspec.params.get("tile") if hasattr(request.node, "callspec") else None
-    monkeypatch.setenv("MOE_OPS_GEMM_TILE", tile or "128x128")
+    monkeypatch.setenv("MOE_OPS_GEMM_TILE", tile or "128x256")
 
 
 def poisoned_tail(call):
@@ -65,8 +65,8 @@ def test_values(simulator, tile, shape, dtype):
 @kernels
 def test_schedules(simulator, tile):
     """A block takes three tiles or more and goes round the ring of stages about twice."""
-    rows = 128 if "128x128" in tile else 64
-    call = fp8_gemm_operands((rows + 1, 0, 3, 2 * rows, 70), 528, 136, tail=3, bias=torch.float32)
+    rows = 64 if tile == "64x128" else 128
+    call = fp8_gemm_operands((rows + 1, 0, 3, 2 * rows, 70), 528, 264, tail=3, bias=torch.float32)
     with simulator.options(sms=4):
         simulator.check_schedules(lambda: moe_ops.grouped_gemm_fp8(**call))
 
@@ -80,29 +80,32 @@ def test_schedules_of_unaligned_rows(simulator):
 @pytest.mark.parametrize("tile", TILES)
 def test_bytes(simulator, tile):
     """csrc/cuda/grouped_gemm_fp8/NOTES.md has the formula: A once a column tile, in boxes that hold
-    rows of the expert; B once a row tile, or once a pair of them; the result once."""
-    rows, box, cluster = {
-        "2x128x128": (128, 64, 2),
-        "128x128": (128, 64, 1),
-        "64x128": (64, 16, 1),
+    rows of the expert; B once a row tile, or once a pair of them; the result once, in boxes where
+    the tile is large."""
+    rows, columns, box, cluster = {
+        "2x128x256": (128, 256, 64, 2),
+        "128x256": (128, 256, 64, 1),
+        "64x128": (64, 128, 16, 1),
     }[tile]
-    counts, k, o, tail = (rows + 1, 0, 3, 2 * rows, 70), 272, 136, 3
+    counts, k, o, tail = (rows + 1, 0, 3, 2 * rows, 70), 272, 264, 3
     call = fp8_gemm_operands(counts, k, o, tail=tail)
     counted = simulator.counted(
         lambda: moe_ops.grouped_gemm_fp8(**call), "tma_ld_bytes", "st_bytes", "tma_st_bytes"
     )
-    column_tiles, steps = 2, 3
+    column_tiles, steps = -(-o // columns), 3
     a_bytes = sum(column_tiles * steps * -(-m // box) * box * 128 for m in counts)
-    b_bytes = sum(column_tiles * steps * -(-m // (rows * cluster)) * 128 * 128 for m in counts)
+    b_bytes = sum(column_tiles * steps * -(-m // (rows * cluster)) * columns * 128 for m in counts)
     assert counted["tma_ld_bytes"] == a_bytes + b_bytes
-    assert counted["st_bytes"] == (sum(counts) + tail) * o * 2
-    assert counted["tma_st_bytes"] == 0
+    boxed = rows == 128
+    boxes = sum(-(-m // 16) for m in (*counts, tail)) * -(-o // 64)
+    assert counted["st_bytes"] == (0 if boxed else (sum(counts) + tail) * o * 2)
+    assert counted["tma_st_bytes"] == (boxes * 16 * 128 if boxed else 0)
 
 
 @pytest.mark.parametrize("tile", TILES)
 def test_bits_of_the_generic_kernel(simulator, monkeypatch, tile):
     """With one product a block there is one order of sums: scales and bias enter in the same."""
-    call = fp8_gemm_operands((70, 3, 130), 640, 136, bias=torch.float32)
+    call = fp8_gemm_operands((70, 3, 130), 640, 264, bias=torch.float32)
     keep = torch.zeros(640, dtype=torch.bool)
     keep[::128] = True
     call["a"] = torch.where(keep, call["a"].float(), 0).to(call["a"].dtype)
@@ -171,12 +174,12 @@ def test_odd_sizes_go_to_the_generic_kernel(simulator, k, o):
 
 @pytest.mark.parametrize(
     ("counts", "chosen"),
-    [((3, 2, 1, 4), "64x128"), ((80, 60), "128x128"), ((250, 270), "2x128x128")],
+    [((3, 2, 1, 4), "64x128"), ((80, 60), "128x256"), ((250, 270), "2x128x256")],
 )
 def test_choice_of_the_tile(simulator, monkeypatch, counts, chosen):
     # Three column tiles: of an even number a row tile that has no partner costs a pair of blocks no
     # more than blocks alone.
-    call = fp8_gemm_operands(counts, 256, 264)
+    call = fp8_gemm_operands(counts, 256, 520)
     seen = {}
     for tile in ("", *TILES):
         monkeypatch.setenv("MOE_OPS_GEMM_TILE", tile)

@@ -122,7 +122,8 @@ def test_schedules(simulator, monkeypatch, product, tile):
 @kernels
 def test_bytes(simulator, monkeypatch, product, tile):
     """csrc/cuda/grouped_gemm/NOTES.md has the formula: A once a column tile, in boxes that hold
-    rows of the group; B once a row tile, or once a pair of them; the result once."""
+    rows of the group; B once a row tile, or once a pair of them; the result once, with 128x256 in
+    boxes of 16 rows x 64 columns."""
     monkeypatch.setenv("MOE_OPS_GEMM_TILE", str(tile))
     counts, n, k, tail = (tile.m + 1, 0, 3, 2 * tile.m, 70), tile.n + 8, 136, 3
     call = operands(product, counts, n, k, tail=tail)
@@ -144,9 +145,11 @@ def test_bytes(simulator, monkeypatch, product, tile):
             lines = column_tiles * -(-m // tile.box_m) * tile.box_m
         a_bytes += steps * lines * tile.k * 2
     assert counted["tma_ld_bytes"] == a_bytes + b_bytes
-    rows = len(counts) * k if product == "tn" else sum(counts) + tail
-    assert counted["st_bytes"] == rows * n * 2
-    assert counted["tma_st_bytes"] == 0
+    groups = [k] * len(counts) if product == "tn" else [*counts, tail]
+    boxed = str(tile) == "128x256"
+    boxes = sum(-(-rows // 16) for rows in groups) * -(-n // 64)
+    assert counted["st_bytes"] == (0 if boxed else sum(groups) * n * 2)
+    assert counted["tma_st_bytes"] == (boxes * 16 * 128 if boxed else 0)
 
 
 def test_many_experts(simulator):

@@ -10,7 +10,8 @@ from tests.helpers.routing import Routing
 import moe_ops
 from moe_ops.testing import assert_identical, short
 
-TILES = ("2x128x128", "128x128", "64x128")
+TILES = ("2x128x256", "128x256", "64x128")
+LARGE = TILES[:2]
 kernels = pytest.mark.parametrize("tile", (*TILES, "generic"))
 
 
@@ -41,17 +42,18 @@ def test_schedules(simulator, tile):
 # --- activation in the epilogue of the up product
 
 
+@pytest.mark.parametrize("fused", LARGE)
 @pytest.mark.parametrize(
     ("bias", "on_input"), [(False, False), (True, True)], ids=["plain", "bias-input"]
 )
 @pytest.mark.parametrize("kind", ["uniform", "skewed", "dropped", "out_of_range", "one_expert"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=short)
-def test_values_of_the_fused_product(simulator, monkeypatch, dtype, kind, bias, on_input):
+def test_values_of_the_fused_product(simulator, monkeypatch, dtype, kind, bias, on_input, fused):
     call = fp8_operands(Routing(150, 3, 2, kind), 272, 256, dtype, bias=bias)
     call["apply_router_weight_on_input"] = on_input
     counted = {}
     y = None
-    for tile in ("128x256", "128x128"):
+    for tile in (fused, "64x128"):
         monkeypatch.setenv("MOE_OPS_GEMM_TILE", tile)
         results = []
         counted[tile] = simulator.counted(
@@ -63,11 +65,14 @@ def test_values_of_the_fused_product(simulator, monkeypatch, dtype, kind, bias, 
             assert_identical(results[0], y)
         y = results[0]
     rows = int(call["topk_ids"].lt(3).logical_and(call["topk_ids"] >= 0).sum())
-    assert counted["128x128"] - counted["128x256"] == rows * 2 * 256 * 4
+    # The pre-activation, and what the large tiles store in boxes: h, rows of 16 bits.
+    boxed = 256 + (0 if dtype == torch.float32 else 2 * 272)
+    assert counted["64x128"] - counted[fused] == rows * (2 * 256 * 4 + boxed)
     assert simulator.warnings() == ""
 
 
-def test_schedules_of_the_fused_product(simulator):
+@pytest.mark.parametrize("tile", LARGE)
+def test_schedules_of_the_fused_product(simulator, tile):
     """A block takes three tiles and goes round the ring of stages nearly four times."""
     call = fp8_operands(Routing(200, 3, 2, "dropped"), 528, 256, torch.bfloat16, bias=True)
     with simulator.options(sms=2):
@@ -103,49 +108,56 @@ def test_others_take_two_launches(simulator, change, sizes):
 # --- bytes
 
 
-@pytest.mark.parametrize("tile", [*TILES, "128x256"])
+@pytest.mark.parametrize("tile", TILES)
 def test_bytes(simulator, tile):
     """csrc/cuda/grouped_gemm_fp8/NOTES.md has the formulas. Rows of x are read as they are needed:
     nothing is stored that has the size of x by rows."""
     t, h, i, n = 48, 1024, 128, 96
     call = fp8_operands(Routing(t, 4, 2), h, i, torch.bfloat16)
     counted = simulator.counted(
-        lambda: moe_ops.moe_ffn_fp8(**call), "ld_bytes", "st_bytes", "tma_ld_bytes"
+        lambda: moe_ops.moe_ffn_fp8(**call), "ld_bytes", "st_bytes", "tma_ld_bytes", "tma_st_bytes"
     )
     experts = torch.bincount(call["topk_ids"].flatten().long(), minlength=4).tolist()
-    preact = 0 if tile == "128x256" else n * 2 * i * 4
+    # The large tiles: both products of this block, activation in the first one's epilogue.
+    large = tile in LARGE
+    preact = 0 if large else n * 2 * i * 4
     stored = (
         4 * (5 + 2 * n)  # offsets and maps
         + t * (h + 4 * h // 128)  # x in e4m3
         + preact
-        + n * (i + 4 * i // 128)  # h in e4m3
-        + n * h * 2  # by rows
+        + n * 4 * i // 128  # scales of h
+        + (0 if large else n * (i + h * 2))  # h in e4m3, and by rows
         + t * h * 2  # the result
     )
     assert counted["st_bytes"] == stored
+    boxes = sum(-(-m // 16) for m in experts) * (i // 128 + h // 64)
+    assert counted["tma_st_bytes"] == (boxes * 16 * 128 if large else 0)
 
-    # The down product of the fused block goes by its rows: 24 an expert.
-    down_tile = "64x128" if tile == "128x256" else tile
-    rows, box, cluster = {
-        "2x128x128": (128, 64, 2),
-        "128x128": (128, 64, 1),
-        "64x128": (64, 16, 1),
-    }[down_tile]
-    up_rows = 128 * cluster if tile != "64x128" else 64
-    up = sum(-(-m // up_rows) for m in experts) * 2 * (h // 128) * 128 * 128
+    rows, columns, box, cluster = {
+        "2x128x256": (128, 256, 64, 2),
+        "128x256": (128, 256, 64, 1),
+        "64x128": (64, 128, 16, 1),
+    }[tile]
     tiles = sum(-(-m // (rows * cluster)) for m in experts)
-    boxes = sum(-(-m // box) * box for m in experts)
-    assert counted["tma_ld_bytes"] == up + (h // 128) * (tiles * 128 * 128 + boxes * 128)
+    steps = h // 128
+
+    def weights(column_tiles: int) -> int:
+        """Tiles of a stage of weights. A row tile without a partner is split by columns."""
+        pairs, single = zip(*(divmod(-(-m // rows), cluster) for m in experts), strict=True)
+        return sum(pairs) * column_tiles + sum(single) * -(-column_tiles // cluster) * cluster
+
+    a_boxes = sum(-(-m // box) * box for m in experts)
+    assert counted["tma_ld_bytes"] == (
+        weights(2 * i // columns) * columns * steps * 128
+        + weights(h // columns) * columns * i
+        + h // columns * a_boxes * i
+    )
 
     # Rows of x are gathered once for each column tile: two of 128, or one of 256. x, the
     # pre-activation and rows are read once. A consumer's thread reads at most two scales of a and
-    # one of b a stage (fused: two of b, and the last stage's twice); indices are what is left.
-    fused = tile == "128x256"
-    read = (1 if fused else 2) * n * h + t * h * 2 + preact + n * h * 2
-    up_tiles = sum(-(-m // up_rows) for m in experts) * (cluster if up_rows > 64 else 1)
-    up_scales = up_tiles * (4 * (h // 128 + 1) if fused else 2 * 3 * (h // 128))
-    down_scales = tiles * cluster * (h // 128) * 3
-    scales = 4 * (
-        up_scales * (128 if up_rows == 64 else 256) + down_scales * (128 if rows == 64 else 256)
-    )
+    # one or two of b a stage, and the last stage's twice; indices are what is left.
+    up_columns = 2 * i // columns
+    read = up_columns * n * h + t * h * 2 + preact + n * h * 2
+    stages = up_columns * (steps + 1) + h // columns * (i // 128 + 1)
+    scales = 4 * tiles * cluster * stages * ((2 + 2) * 256 if large else (2 + 1) * 128)
     assert read < counted["ld_bytes"] < 1.4 * read + scales

@@ -89,9 +89,15 @@ def gemm_tma_bytes(counts, n, k, tile, box_m=None):
     return a + b
 
 
+def box_bytes(counts, columns):
+    """What is stored through boxes of 16 rows of an expert and 64 columns."""
+    return sum(ceil(r, 16) for r in counts) * ceil(columns, 64) * 16 * 128
+
+
 # Warps of a block that walk the list of tiles, and tensor maps: two consumer warpgroups, and four
 # warps of a producer that gathers A, or one that loads A and B by TMA.
 GATHER = (12, 1)
+UP = (12, 2)  # and the one of h
 TMA = (9, 2)
 
 
@@ -132,8 +138,8 @@ def combine_bytes(case, weighted):
 @layouts
 @pytest.mark.parametrize("tile", UP_TILES)
 def test_forward(simulator, monkeypatch, tile, layout, names):
-    """Weights once a row tile, x once a column tile, h and the rows of the result once; no copy of
-    x by rows."""
+    """Weights once a row tile, x once a column tile, h and the rows of the result once, h in boxes;
+    no copy of x by rows."""
     monkeypatch.setenv("MOE_OPS_FFN_TILE", tile)
     case = Case(layout, 136, 264, names)
     counted = simulator.counted(lambda: moe_ops.moe_ffn(**case.call), *COUNTERS)
@@ -146,14 +152,30 @@ def test_forward(simulator, monkeypatch, tile, layout, names):
     assert counted == {
         "tma_ld_bytes": gemm_tma_bytes(case.counts, up_columns * shape[1], case.H, shape)
         + gemm_tma_bytes(case.counts, case.H, case.I, down, box_m=64),
-        "tma_st_bytes": 0,
+        "tma_st_bytes": box_bytes(case.counts, case.I),
         "ld_bytes": sort[0]
         + gathered_bytes(case, case.H, up_columns)
-        + overhead_bytes(case, up_columns, shape, GATHER)
+        + overhead_bytes(case, up_columns, shape, UP)
         + overhead_bytes(case, down_columns, down, TMA)
         + combine[0],
-        "st_bytes": sort[1] + case.rows * 2 * (case.I + case.H) + combine[1],
+        "st_bytes": sort[1] + case.rows * 2 * case.H + combine[1],
     }
+
+
+@layouts
+@pytest.mark.parametrize("tile", UP_TILES)
+def test_preactivation(simulator, monkeypatch, tile, layout):
+    """Training also stores the pre-activation, in boxes: of halves each half, rows of no expert as
+    zeros."""
+    monkeypatch.setenv("MOE_OPS_FFN_TILE", tile)
+    case = Case(layout, 136, 264, apply_router_weight_on_input=False)
+    counted = simulator.counted(lambda: saved_for_backward(case), *COUNTERS)
+    groups = (*case.counts, case.num_slots - case.rows)
+    preact = [case.I, case.I] if layout == "halves" else [case.P]
+    boxed = sum(box_bytes(groups, columns) for columns in (case.I, *preact))
+    assert counted["tma_st_bytes"] == boxed
+    stored = sort_bytes(case)[1] + case.rows * 2 * case.H + combine_bytes(case, True)[1]
+    assert counted["st_bytes"] == stored
 
 
 def saved_for_backward(case):

@@ -36,7 +36,16 @@ PASS = "setp.eq.u32 P1, 0, 0;"
 EXPECT = r"(mbarrier\.arrive\.expect_tx\.shared::cta\.b64 _, \[%r\d+\], )(%r\d+);"
 INIT = r"(mbarrier\.init\.shared::cta\.b64 \[%r\d+\], )(%r\d+);"
 LOAD_A = r"(cp\.async\.bulk\.tensor\.2d[^;]*?\{)(%r\d+)(, %r\d+\}[^;]*;)"
-LOAD_B = r"(cp\.async\.bulk\.tensor\.3d[^;]*?\{%r\d+, %r\d+, )(%r\d+)(\}[^;]*;)"
+LOAD_B = r"(cp\.async\.bulk\.tensor\.3d\.shared[^;]*?\{%r\d+, %r\d+, )(%r\d+)(\}[^;]*;)"
+# Results that are stored through boxes: column and the two coordinates of rows.
+STORE = r"(cp\.async\.bulk\.tensor\.3d\.global[^;]*?\{)(%r\d+)(, )(%r\d+)(, )(%r\d+)(\}[^;]*;)"
+FENCE = r"fence\.proxy\.async\.shared::cta;"
+
+
+def boxes_read(count: int) -> str:
+    """PTX pattern: the wait until no more than so many boxes are still to be read."""
+    return rf"cp\.async\.bulk\.wait_group\.read {count};"
+
 
 # (seed, async_delay)
 SCHEDULES = [(seed, delay) for delay in (40, 1, 400, 20000) for seed in (1, 2)]

@@ -36,6 +36,25 @@ __device__ void store_pair(S* out, int col, int cols, bool pairs, Accumulate<S> 
   }
 }
 
+// Stores value(j, h), the elements h of column pair j of `sums`, of a row that starts at `out`.
+// before: added to what is there.
+template <class Out, class Sums, class Value>
+__device__ void store_pairs(Out* out, int col0, int cols, bool pairs, bool before, const Sums& sums,
+                            const Value& value) {
+#pragma unroll
+  for (int j = 0; j < Sums::kPairs; ++j) {
+    const int col = col0 + sums.col(j);
+    Accumulate<Out> v[2] = {value(j, 0), value(j, 1)};
+    if (before) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        if (col + h < cols) v[h] += widen(out[col + h]);
+      }
+    }
+    store_pair(out, col, cols, pairs, v[0], v[1]);
+  }
+}
+
 // Whether a quad holds whole 16-byte accesses of a row of 16-bit results in each four column pairs.
 template <class Config, class Out>
 constexpr bool kQuadsOfVectors = sizeof(Out) == 2 && Product<Config>::kPairs % 4 == 0;
@@ -105,11 +124,7 @@ __device__ void store_rows(const GemmLaunch& launch, const TileWork& work, bool 
         continue;
       }
     }
-    if (target < 0) continue;
-#pragma unroll
-    for (int j = 0; j < Sums::kPairs; ++j) {
-      store_pair(out, n0 + sums.col(j), O, launch.out_pairs, value(j, 0), value(j, 1));
-    }
+    if (target >= 0) store_pairs(out, n0, O, launch.out_pairs, false, sums, value);
   }
 }
 

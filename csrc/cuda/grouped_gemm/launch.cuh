@@ -18,8 +18,4 @@ Status launch_tiles(const Params& params, int64_t tiles, int threads, int shared
   return launch_kernel<kernel>(at, params);
 }
 
-inline bool aligned_to(const void* p, int64_t bytes) {
-  return reinterpret_cast<uintptr_t>(p) % static_cast<uintptr_t>(bytes) == 0;
-}
-
 }  // namespace moe_ops::cuda::generic

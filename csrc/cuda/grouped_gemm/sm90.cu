@@ -16,8 +16,6 @@ namespace {
 
 bool half_type(DType t) { return t == DType::kBFloat16 || t == DType::kFloat16; }
 
-bool aligned(const void* p, int64_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
-
 // MOE_OPS_GEMM_TILE=128x256|128x128|64x128|64x64 takes that tile where the product has it,
 // MOE_OPS_GEMM_TILE=generic none of these kernels. For tests and measurements.
 std::string_view forced_tile() {
@@ -36,8 +34,8 @@ bool usable() { return device_info().capability == 90 && forced_tile() != "gener
 
 // Rows are stored 16 bytes at a time, fp32 ones 8.
 bool storable(const void* data, DType type, int64_t stride) {
-  return type == DType::kFloat32 ? aligned(data, 8) && stride % 2 == 0
-                                 : aligned(data, 16) && stride % 8 == 0;
+  return type == DType::kFloat32 ? aligned_to(data, 8) && stride % 2 == 0
+                                 : aligned_to(data, 16) && stride % 8 == 0;
 }
 
 Product product_of(const GroupedGemmParams& p) {

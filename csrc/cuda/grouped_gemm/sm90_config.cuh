@@ -11,6 +11,8 @@
 
 #include <cute/tensor.hpp>
 
+#include "cuda/grouped_gemm/tensor_map.h"
+
 namespace moe_ops::cuda::sm90 {
 
 enum class Source { kTma, kGather };
@@ -53,6 +55,9 @@ struct GemmDefaults {
   // Row tiles walked before the next column tile: with 128 x 256 tiles a wave of 132 blocks covers
   // about 16 x 8 tiles, which reads the fewest bytes of A and B together.
   static constexpr int kRasterM = 16;
+  // The epilogue stores through shared memory (sm90_store_boxes.cuh): where it is not hidden behind
+  // the products of another warpgroup. Takes 16 or 32 KiB from the stages.
+  static constexpr bool kStoreBoxes = false;
 };
 
 constexpr int kWarpgroup = 128;
@@ -80,8 +85,11 @@ struct Traits {
   static constexpr int kStageBytesA = kM * kK * sizeof(Element);
   static constexpr int kStageBytesB = kN * kK * sizeof(Element);
   static constexpr int kStageBytes = kStageBytesA + kStageBytesB;
+  // Of the consumers' warps, two boxes each.
+  static constexpr int kBoxBytes =
+      Config::kStoreBoxes ? kConsumers * (kWarpgroup / kWarp) * 2 * kStoreBoxBytes : 0;
   // 227 KiB a block, less room for barriers.
-  static constexpr int kMaxStages = (227 * 1024 - 1024) / kStageBytes;
+  static constexpr int kMaxStages = (227 * 1024 - 1024 - kBoxBytes) / kStageBytes;
   static constexpr int kStages =
       Config::kStages > 0 ? Config::kStages : (kMaxStages < 8 ? kMaxStages : 8);
 
@@ -95,6 +103,7 @@ struct Traits {
   static_assert(!kGatherA || (Config::kMajorA == Major::kMN) == Config::kRaggedK,
                 "gathered rows are dense along K, or along M if they are what is summed");
   static_assert(!kGatherB || (Config::kRaggedK && kCluster == 1));
+  static_assert(!Config::kStoreBoxes || kN % 64 == 0, "boxes of 64 columns");
   static_assert(!Config::kSplitB || kN % (2 * kSpan) == 0, "halves of B are whole boxes");
   static_assert(Config::kMajorA != Major::kEither);
 
@@ -138,6 +147,7 @@ struct Traits {
   struct SharedStorage {
     alignas(1024) Element a[kStages * kM * kK];
     alignas(1024) Element b[kStages * kN * kK];
+    alignas(16) unsigned char boxes[kBoxBytes > 0 ? kBoxBytes : 1];  // 1024-byte aligned, as b is
     alignas(8) cutlass::arch::ClusterTransactionBarrier full[kStages];
     cutlass::arch::ClusterBarrier empty[kStages];
     cutlass::arch::ClusterBarrier turn[2];                   // ping-pong: whose mainloop it is

@@ -3,18 +3,20 @@
 // wgmma leaves columns 8 j + 2 q and 8 j + 2 q + 1 of rows r and r + 8 with lane 4 r + q of a warp.
 // Packed to 16 bits that is 4 bytes a thread in every octet of columns. A transpose within the quad
 // turns four octets into 16 bytes a thread, so that a quad stores 64 bytes of a row: whole sectors,
-// no shared memory, no barrier, and the last rows of a group are a predicate.
+// no shared memory, no barrier, and the last rows of a group are a predicate. Kernels whose
+// epilogue nothing hides store rows that follow each other by TMA instead (sm90_store_boxes.cuh).
 //
 // An epilogue is a struct with a Params and
-//   template <class Config, class Acc> static void store(const Params&, const Problem&, const
-//   Tile&,
-//                                                        Acc& acc, int thread);
-// acc(make_coord(c, i, j), m, 0) is column 8 j + 2 q + c of row output_row(m) + 8 i.
+//   template <class Config, class Acc>
+//   static void store(const Params&, const Problem&, const Tile&, Acc& acc, int thread,
+//                     unsigned char* boxes);
+// acc(make_coord(c, i, j), m, 0) is column 8 j + 2 q + c of row output_row(m) + 8 i. boxes: of the
+// thread's warp, with kStoreBoxes.
 #pragma once
 
 #include <cutlass/numeric_conversion.h>
 
-#include "cuda/grouped_gemm/sm90_config.cuh"
+#include "cuda/grouped_gemm/sm90_store_boxes.cuh"
 #include "cuda/quad.cuh"
 
 namespace moe_ops::cuda::sm90 {
@@ -42,6 +44,12 @@ __device__ inline int output_row(int thread, int m) {
   using T = Traits<Config>;
   return (m * T::kTileGroups + thread / kWarpgroup) * 64 + thread % kWarpgroup / kWarp * 16 +
          thread % kWarp / 4;
+}
+
+// Row of the tile that is the first of the warp's 16.
+template <class Config>
+__device__ inline int box_row(int thread, int m) {
+  return output_row<Config>(thread / kWarp * kWarp, m);
 }
 
 // Where rows go: row r to row index[r] / divisor of data (r itself when index is nullptr); nowhere
@@ -118,6 +126,36 @@ __device__ inline void store_rows(const OutRows& out, const Tile& tile, int cols
   }
 }
 
+// All columns of the tile from `col0` on, of a warp's 16 rows, through its boxes.
+template <class Config, class Acc>
+__device__ inline void store_columns(StoreBoxes& box, const CUtensorMap& map, int col0, int cols,
+                                     const Acc& acc, int m) {
+  using cute::make_coord;
+#pragma unroll
+  for (int g = 0; g < Traits<Config>::kN / 64; ++g) {
+    if (col0 + 64 * g >= cols) break;
+    const int col = col0 + 64 * g;
+    box.store<Halves::kPairs>(map, col, cols - col, [&](int i, int j) {
+      return pack<typename Config::Output>(acc(make_coord(0, i, 8 * g + j), m, 0),
+                                           acc(make_coord(1, i, 8 * g + j), m, 0));
+    });
+  }
+}
+
+// store_rows where rows of 16 bits follow each other. Rows of the map are `first_row` further than
+// those of the tile; `end` is one of the tile's.
+template <class Config, class Acc>
+__device__ inline void store_rows(const CUtensorMap& map, const Tile& tile, int first_row, int end,
+                                  int cols, const Acc& acc, int thread, unsigned char* boxes) {
+#pragma unroll
+  for (int m = 0; m < Traits<Config>::kRowsM; ++m) {
+    const int row = tile.row0 + first_row + box_row<Config>(thread, m);
+    StoreBoxes box(boxes, row, first_row + end);
+    if (box.empty()) break;
+    store_columns<Config>(box, map, tile.col0, cols, acc, m);
+  }
+}
+
 // acc *= scale[row]
 template <class Config, class Acc>
 __device__ inline void scale_rows(const ScaleRows& scale, const Tile& tile, Acc& acc, int thread) {
@@ -164,11 +202,13 @@ struct StoreRows {
     const void* bias;  // [E, n] of Config::Output, or nullptr
     int64_t bias_stride;
     ScaleRows scale;
+    bool boxed;  // store through map_out
+    CUtensorMap map_out;
   };
 
   template <class Config, class Acc>
   __device__ static void store(const Params& p, const Problem& problem, const Tile& tile, Acc& acc,
-                               int thread) {
+                               int thread, unsigned char* boxes) {
     using Output = typename Config::Output;
     if (tile.k_tiles > 0) {
       if (p.scale.data != nullptr) scale_rows<Config>(p.scale, tile, acc, thread);
@@ -176,7 +216,12 @@ struct StoreRows {
         add_bias<Config>(static_cast<const Output*>(p.bias) + tile.expert * p.bias_stride, tile,
                          problem.n, acc, thread);
     }
-    store_rows<Config>(p.out, tile, problem.n, acc, thread);
+    if (Config::kStoreBoxes && p.boxed) {
+      const int end = static_cast<int>(min(int64_t{tile.row_end}, p.out.limit));
+      store_rows<Config>(p.map_out, tile, 0, end, problem.n, acc, thread, boxes);
+    } else {
+      store_rows<Config>(p.out, tile, problem.n, acc, thread);
+    }
   }
 };
 
@@ -233,18 +278,25 @@ struct StoreExperts {
     void* out;  // [E, m, n] contiguous
     bool out_fp32;
     bool add;
+    bool boxed;  // store through map_out, of [E m, n]
+    CUtensorMap map_out;
   };
 
   template <class Config, class Acc>
   __device__ static void store(const Params& p, const Problem& problem, const Tile& tile, Acc& acc,
-                               int thread) {
+                               int thread, unsigned char* boxes) {
     using Output = typename Config::Output;
     if (p.add && tile.k_tiles == 0) return;
     const int64_t bytes = p.out_fp32 ? sizeof(float) : sizeof(Output);
     char* data = static_cast<char*>(p.out) + int64_t{tile.expert} * problem.m * problem.n * bytes;
     const OutRows out{data, problem.n, p.out_fp32, nullptr, 1, problem.m};
     if (p.add) add_rows<Config>(out, tile, problem.n, acc, thread);
-    store_rows<Config>(out, tile, problem.n, acc, thread);
+    if (Config::kStoreBoxes && p.boxed) {
+      store_rows<Config>(p.map_out, tile, tile.expert * problem.m, tile.row_end, problem.n, acc,
+                         thread, boxes);
+    } else {
+      store_rows<Config>(out, tile, problem.n, acc, thread);
+    }
   }
 };
 

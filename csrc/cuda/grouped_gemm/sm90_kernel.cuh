@@ -46,6 +46,8 @@ __global__ void __launch_bounds__(Traits<Config>::kThreads, 1)
   using T = Traits<Config>;
   extern __shared__ __align__(1024) unsigned char shared_bytes[];
   auto& smem = *reinterpret_cast<typename T::SharedStorage*>(shared_bytes);
+  // Registers of each consumer for the producer: where it gathers, and they store through boxes.
+  constexpr int kMoved = T::kGather && Config::kStoreBoxes ? 8 : 0;
 
   const int group = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / kWarpgroup, 0);
   const int cluster_rank = static_cast<int>(blockIdx.x) % T::kCluster;
@@ -64,7 +66,8 @@ __global__ void __launch_bounds__(Traits<Config>::kThreads, 1)
   }
 
   if (group == 0) {
-    if constexpr (T::kConsumers > 1) cutlass::arch::warpgroup_reg_dealloc<kProducerRegisters>();
+    if constexpr (T::kConsumers > 1)
+      cutlass::arch::warpgroup_reg_dealloc<kProducerRegisters + 2 * kMoved>();
     if constexpr (T::kGather && Config::kRaggedK) {
       produce_gather_lines<Config>(p, smem, first, step, cluster_rank);
     } else if constexpr (T::kGather) {
@@ -75,12 +78,11 @@ __global__ void __launch_bounds__(Traits<Config>::kThreads, 1)
     return;
   }
 
-  if constexpr (T::kConsumers > 1) cutlass::arch::warpgroup_reg_alloc<kConsumerRegisters>();
+  if constexpr (T::kConsumers > 1)
+    cutlass::arch::warpgroup_reg_alloc<kConsumerRegisters - kMoved>();
   const int player = group - 1;
   const int thread = static_cast<int>(threadIdx.x) - kWarpgroup * (T::kPingpong ? group : 1);
   PipelineState<Config> read;
-  // A wait for a phase passes at once on a new barrier if the parity is 1: player 0 begins.
-  uint32_t turn_phase = player == 0;
   Scheduler<Config> scheduler(p.problem, smem);
   Tile tile;
   int count = 0;
@@ -92,14 +94,13 @@ __global__ void __launch_bounds__(Traits<Config>::kThreads, 1)
     auto acc = cute::partition_fragment_C(typename T::TiledMma{},
                                           cute::Shape<cute::Int<T::kM>, cute::Int<T::kN>>{});
     // A full barrier tells only one phase from the next. A player may look at it only when the
-    // other one has seen all earlier phases.
-    if constexpr (T::kPingpong) {
-      smem.turn[player].wait(turn_phase);
-      turn_phase ^= 1;
-    }
+    // other one has seen all earlier phases. A wait passes at once on a new barrier if the parity is
+    // 1: player 0 begins. The parity is computed, as a variable for it would be kept on the stack.
+    if constexpr (T::kPingpong) smem.turn[player].wait((count / 2 + 1 + player) % 2);
     auto pass_turn = [&] {
       if (T::kPingpong && threadIdx.x % kWarp == 0) smem.turn[1 - player].arrive();
     };
+    if (index == first) begin_later<Config>(smem, tile, player);
     if (tile.k_tiles > 0) {
       with_major_b<Config>(p, [&](auto major) {
         multiply<Config, Config::kMajorA, major.value>(smem, tile, read, acc, thread,
@@ -109,8 +110,10 @@ __global__ void __launch_bounds__(Traits<Config>::kThreads, 1)
       cute::clear(acc);
       pass_turn();
     }
-    Epilogue::template store<Config>(p.epilogue, p.problem, tile, acc, thread);
+    Epilogue::template store<Config>(p.epilogue, p.problem, tile, acc, thread,
+                                     warp_boxes<Config>(smem));
   }
+  if constexpr (Config::kStoreBoxes) StoreBoxes::finish();
 }
 
 // ---- Host ----

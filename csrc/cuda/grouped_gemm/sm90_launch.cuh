@@ -22,6 +22,7 @@ struct ConfigOf : GemmDefaults {
   static constexpr Schedule kSchedule =
       kChoice.pingpong ? Schedule::kPingpong : Schedule::kCooperative;
   static constexpr int kCluster = kChoice.cluster;
+  static constexpr bool kStoreBoxes = !kChoice.pingpong && kConsumers == 2;
   static constexpr int kBoxM = kChoice.m == 64 ? 16 : 64;
   static constexpr bool kRaggedK = is_wgrad(product);
   static constexpr Source kSourceA =
@@ -50,6 +51,14 @@ Status encode_maps(Params& params, TensorMapDesc a, TensorMapDesc b) {
   return cudaSuccess;
 }
 
+// The map of a result of 16 bits that boxes are stored through, where TMA can write it.
+template <class Config>
+Status encode_store_map(bool& boxed, CUtensorMap& map, const TensorMapDesc& matrix) {
+  const TensorMapDesc d = rows_to_store(matrix);
+  boxed = Config::kStoreBoxes && tensor_map_possible(d);
+  return boxed ? encode_tensor_map(&map, d) : cudaSuccess;
+}
+
 inline GatherRows gather_rows(const DeviceRows& rows) {
   return {rows.data, rows.stride, static_cast<int>(rows.limit), rows.index, rows.index_divisor};
 }
@@ -73,6 +82,10 @@ Status run(const GroupedGemmParams& p, Stream stream) {
   params.epilogue.bias_stride = p.bias.stride_e;
   params.epilogue.scale = {static_cast<const float*>(p.a_scale.data), p.a_scale.index,
                            p.a_scale.limit};
+  if (p.out.type == type && p.out.index == nullptr) {
+    const TensorMapDesc out = matrix(p.out.data, type, p.out_features, p.out.limit, p.out.stride);
+    MOE_TRY(encode_store_map<Config>(params.epilogue.boxed, params.epilogue.map_out, out));
+  }
   return launch(params, stream);
 }
 
@@ -89,7 +102,12 @@ Status run_wgrad(const GroupedWgradParams& p, Stream stream) {
   params.problem.n = static_cast<int>(p.in_features);
   params.gather = gather_rows(p.grad);
   params.gather_b = gather_rows(p.a);
-  params.epilogue = {p.out, p.out_type == DType::kFloat32, p.accumulate};
+  params.epilogue = {p.out, p.out_type == DType::kFloat32, p.accumulate, false, {}};
+  if (p.out_type == type) {
+    const TensorMapDesc out =
+        matrix(p.out, type, p.in_features, p.num_experts * p.out_features, p.in_features);
+    MOE_TRY(encode_store_map<Config>(params.epilogue.boxed, params.epilogue.map_out, out));
+  }
   return launch(params, stream);
 }
 

@@ -162,6 +162,24 @@ __device__ inline void produce_tma(const Params& p, typename Traits<Config>::Sha
 
 // ---- Consumer ----
 
+// The boxes of the consumer's warp (sm90_store_boxes.cuh).
+template <class Config>
+__device__ inline unsigned char* warp_boxes(typename Traits<Config>::SharedStorage& smem) {
+  constexpr int kWarpBytes = 2 * kStoreBoxBytes;
+  return Config::kStoreBoxes
+             ? smem.boxes + (static_cast<int>(threadIdx.x) - kWarpgroup) / kWarp * kWarpBytes
+             : nullptr;
+}
+
+// Before the block's first tile. Warpgroups that share tiles go through the ring independently: the
+// second one begins a stage late, so that from then on each has products while the other is in its
+// epilogue.
+template <class Config>
+__device__ inline void begin_later(typename Traits<Config>::SharedStorage& smem, const Tile& tile,
+                                   int player) {
+  if (Traits<Config>::kTileGroups > 1 && player > 0 && tile.k_tiles > 1) smem.full[1].wait(0);
+}
+
 // One lane a warp, for all blocks of the cluster.
 template <class Config>
 __device__ inline void release(typename Traits<Config>::SharedStorage& smem, int stage) {

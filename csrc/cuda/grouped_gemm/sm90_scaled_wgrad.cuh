@@ -177,7 +177,7 @@ __global__ void __launch_bounds__(Traits<Config>::kThreads, 1)
       cute::clear(acc);
       pass_turn();
     }
-    StoreExperts::store<Config>(p.epilogue, p.problem, tile, acc, thread);
+    StoreExperts::store<Config>(p.epilogue, p.problem, tile, acc, thread, nullptr);
   }
 }
 
@@ -194,7 +194,7 @@ Status run_scaled_wgrad(const GroupedWgradParams& p, Stream stream) {
   params.problem.n = static_cast<int>(p.in_features);
   params.gather = gather_rows(p.grad);
   params.gather_b = gather_rows(p.a);
-  params.epilogue = {p.out, p.out_type == DType::kFloat32, p.accumulate};
+  params.epilogue = {p.out, p.out_type == DType::kFloat32, p.accumulate, false, {}};
   params.scale = {static_cast<const float*>(scale.data), scale.index, scale.limit};
   const unsigned blocks = grid_blocks<Config>(params.problem, usable_sms());
   if (blocks == 0) return cudaSuccess;

@@ -20,7 +20,6 @@ struct WgradLaunch {
 template <class Config, class Out>
 __device__ void store_wgrad(const WgradLaunch& launch, int e, int o0, int k0,
                             const Product<Config>& sums) {
-  using Acc = typename Config::Acc;
   using Sums = Product<Config>;
   const GroupedWgradParams& p = launch.p;
   const int O = static_cast<int>(p.out_features), K = static_cast<int>(p.in_features);
@@ -28,26 +27,14 @@ __device__ void store_wgrad(const WgradLaunch& launch, int e, int o0, int k0,
   for (int i = 0; i < Sums::kRows; ++i) {
     const int o = o0 + sums.row(i);
     auto* out = static_cast<Out*>(p.out) + (int64_t{e} * O + o) * K;
+    const auto value = [&](int j, int h) { return sums.value(i, j, h); };
     if constexpr (kQuadsOfVectors<Config, Out>) {
       if (launch.out_vectors) {
-        store_vectors<Config>(out, o < O, k0, K, p.accumulate, sums,
-                              [&](int j, int h) { return sums.value(i, j, h); });
+        store_vectors<Config>(out, o < O, k0, K, p.accumulate, sums, value);
         continue;
       }
     }
-    if (o >= O) continue;
-#pragma unroll
-    for (int j = 0; j < Sums::kPairs; ++j) {
-      const int k = k0 + sums.col(j);
-      Acc v[2] = {sums.value(i, j, 0), sums.value(i, j, 1)};
-      if (p.accumulate) {
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          if (k + h < K) v[h] += widen(out[k + h]);
-        }
-      }
-      store_pair(out, k, K, launch.out_pairs, v[0], v[1]);
-    }
+    if (o < O) store_pairs(out, k0, K, launch.out_pairs, p.accumulate, sums, value);
   }
 }
 

@@ -50,12 +50,8 @@ __device__ void store_tile(const Fp8Launch& launch, const TileWork& work, bool t
     if (r >= work.end) continue;
     auto* out = static_cast<Out*>(p.out.data) + r * p.out.stride;
     const float factor = tail ? 0.0f : row_factor<float>(p.factor, r);
-#pragma unroll
-    for (int j = 0; j < kPairs; ++j) {
-      store_pair(out, n0 + sums.col(j), O, launch.out_pairs,
-                 fmaf(factor, sums.value(i, j, 0), bias[j][0]),
-                 fmaf(factor, sums.value(i, j, 1), bias[j][1]));
-    }
+    store_pairs(out, n0, O, launch.out_pairs, false, sums,
+                [&](int j, int h) { return fmaf(factor, sums.value(i, j, h), bias[j][h]); });
   }
 }
 

@@ -26,18 +26,8 @@ __device__ void store_wgrad(const Fp8WgradLaunch& launch, int e, int o0, int k0,
     const int o = o0 + sums.row(i);
     if (o >= O) continue;
     auto* out = static_cast<Out*>(p.out) + (int64_t{e} * O + o) * K;
-#pragma unroll
-    for (int j = 0; j < Fp8Product::kPairs; ++j) {
-      const int k = k0 + sums.col(j);
-      float v[2] = {sums.value(i, j, 0), sums.value(i, j, 1)};
-      if (p.accumulate) {
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          if (k + h < K) v[h] += widen(out[k + h]);
-        }
-      }
-      store_pair(out, k, K, launch.out_pairs, v[0], v[1]);
-    }
+    store_pairs(out, k0, K, launch.out_pairs, p.accumulate, sums,
+                [&](int j, int h) { return sums.value(i, j, h); });
   }
 }
 

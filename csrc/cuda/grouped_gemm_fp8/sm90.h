@@ -7,9 +7,9 @@
 
 namespace moe_ops::cuda::sm90::fp8 {
 
-// Tiles of the output. 128x128: two warpgroups share it. 2x128x128: two blocks besides, which share
+// Tiles of the output. 128x256: two warpgroups share it. 2x128x256: two blocks besides, which share
 // every tile of B. 64x128, for few rows an expert: each warpgroup has a tile of its own, in turn.
-enum class TileShape { k2x128x128, k128x128, k64x128 };
+enum class TileShape { k2x128x256, k128x256, k64x128 };
 
 // Whether these kernels take a call: an sm_90 card, rows that start on 16 bytes (K and strides
 // multiples of 16), O a multiple of 8. Other calls go to the generic kernel.
@@ -17,9 +17,15 @@ bool supports(const GroupedGemmFp8Params& p);
 
 Status grouped_gemm_fp8(const GroupedGemmFp8Params& p, Stream stream);
 
-// The environment's MOE_OPS_GEMM_TILE, for tests and measurements: 2x128x128, 128x128 or 64x128
-// takes that tile, 128x256 that of moe_ffn_fp8's up product, generic none of these kernels.
+// The environment's MOE_OPS_GEMM_TILE, for tests and measurements: 2x128x256, 128x256 or 64x128
+// takes that tile, generic none of these kernels.
 std::string_view forced_tile();
+
+// The tile of a product. By the rows that an expert has on average: up to 64, the small tile reads
+// the same weights and multiplies fewer rows that are not there. From 256 on, sharing B saves a
+// third of what a tile reads from L2, more than the rows that fill up a pair of tiles cost
+// (NOTES.md). In the batch-invariant mode the tile for many rows.
+TileShape tile_of(const GroupedGemmFp8Params& p);
 
 // One kernel; kGather: rows of A go through an index (instantiations/).
 template <TileShape shape, bool kGather>

@@ -155,11 +155,12 @@ __global__ void __launch_bounds__(T::kThreads, 1)
     } else {
       cute::clear(sum);
     }
-    const StoreExperts::Params out{p.out, p.out_type == DType::kFloat32, p.add};
+    const StoreExperts::Params out{p.out, p.out_type == DType::kFloat32, p.add, false, {}};
     if (p.out_type == DType::kFloat16) {
-      StoreExperts::store<WithOutput<cutlass::half_t>>(out, p.problem, tile, sum, thread);
+      StoreExperts::store<WithOutput<cutlass::half_t>>(out, p.problem, tile, sum, thread, nullptr);
     } else {
-      StoreExperts::store<WithOutput<cutlass::bfloat16_t>>(out, p.problem, tile, sum, thread);
+      StoreExperts::store<WithOutput<cutlass::bfloat16_t>>(out, p.problem, tile, sum, thread,
+                                                           nullptr);
     }
   }
 }
@@ -187,13 +188,11 @@ TensorMapDesc map_of_a(const GroupedGemmFp8WgradParams& p) {
   return d;
 }
 
-bool aligned(const void* p, int64_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
-
 }  // namespace
 
 bool supports(const GroupedGemmFp8WgradParams& p) {
   return device_info().capability == 90 && forced_tile() != "generic" && p.in_features % 8 == 0 &&
-         aligned(p.out, 16) && aligned(p.a.scale, 8) && p.a.scale_stride % 2 == 0 &&
+         aligned_to(p.out, 16) && aligned_to(p.a.scale, 8) && p.a.scale_stride % 2 == 0 &&
          tensor_map_possible(map_of_grad(p)) && tensor_map_possible(map_of_a(p));
 }
 

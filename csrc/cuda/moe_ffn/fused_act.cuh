@@ -67,15 +67,26 @@ __device__ __forceinline__ float at_most(float x, float limit) { return x > limi
 // cannot arise when b is 0.
 __device__ __forceinline__ float cut_square(float x) { return fminf(x * x, 1e6f); }
 
-template <ActFamily F>
+// s(x) for results of 16 bits, in four instructions; sigmoid() takes some 13. Its relative error is
+// 1e-7 (1 + |x|), and it is 0 from about -87 on.
+__device__ __forceinline__ float short_sigmoid(float x) {
+  float z, s;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(z) : "f"(x * -1.4426950409f));
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(s) : "f"(1.f + z));
+  return s;
+}
+
+// kShort: with short_sigmoid.
+template <ActFamily F, bool kShort = false>
 __device__ __forceinline__ float fused_forward(const FusedAct& p, float gate, float up) {
+  const auto s = [](float x) { return kShort ? short_sigmoid(x) : sigmoid(x).value; };
   if constexpr (F == ActFamily::kSwiglu) {
-    return gate * sigmoid(gate).value * up;
+    return gate * s(gate) * up;
   } else if constexpr (F == ActFamily::kSigmoid) {
     const float x = at_most(gate, p.limit);
     float u = at_most(up, p.limit);
     u = (u < -p.limit ? -p.limit : u) + p.offset;
-    return x * sigmoid(x * fmaf(p.b, cut_square(x), p.a)).value * u;
+    return x * s(x * fmaf(p.b, cut_square(x), p.a)) * u;
   } else if constexpr (F == ActFamily::kNormal) {
     return gate * normal(gate).cdf * (up + p.offset);
   } else {

@@ -254,22 +254,17 @@ Status moe_ffn_bwd(const MoeFfnBwdParams& p, Stream stream) {
     }
   }
 
-  // A transposed gradient is the product of the same operands in the other order.
   const DeviceRows weighted_h = by_row(r, buffers.rows, type, I);
-  MOE_TRY(p.transpose_grad_w_down
-              ? weight_gradient(r, weighted_h, I, grad_y, H, {}, p.grad_w_down, p.grad_w_down_type,
-                                p.accumulate_w_down, stream)
-              : weight_gradient(r, grad_y, H, weighted_h, I, {}, p.grad_w_down, p.grad_w_down_type,
-                                p.accumulate_w_down, stream));
+  const WeightGradient of_down{p.grad_w_down, p.grad_w_down_type, p.accumulate_w_down,
+                               p.transpose_grad_w_down};
+  MOE_TRY(weight_gradient(r, grad_y, H, weighted_h, I, {}, of_down, stream));
   const DeviceRows grad_preact = by_row(r, buffers.grad_preact, type, P);
   const bool weighted = buffers.weighted_grad_preact != nullptr;
   const DeviceRows by_x = weighted ? by_row(r, buffers.weighted_grad_preact, type, P) : grad_preact;
   const RowScale scale = on_input && !weighted ? routing : RowScale{};
-  MOE_TRY(p.transpose_grad_w_gate_up
-              ? weight_gradient(r, x, H, by_x, P, scale, p.grad_w_gate_up, p.grad_w_gate_up_type,
-                                p.accumulate_w_gate_up, stream)
-              : weight_gradient(r, by_x, P, x, H, scale, p.grad_w_gate_up, p.grad_w_gate_up_type,
-                                p.accumulate_w_gate_up, stream));
+  const WeightGradient of_up{p.grad_w_gate_up, p.grad_w_gate_up_type, p.accumulate_w_gate_up,
+                             p.transpose_grad_w_gate_up};
+  MOE_TRY(weight_gradient(r, by_x, P, x, H, scale, of_up, stream));
   MOE_TRY(bias_gradient(r, grad_preact, P, {}, p.grad_b_gate_up, stream));
   MOE_TRY(bias_gradient(r, grad_y, H, on_input ? RowScale{} : routing, p.grad_b_down, stream));
 

@@ -11,36 +11,21 @@
 
 namespace moe_ops::cuda::sm90 {
 
-// 16 bytes of four octets: columns 8 q to 8 q + 7 of `to`, which points to the first of 32 columns.
-__device__ inline void store_quad(void* to, uint32_t (&r)[4], bool inside) {
-  quad_transpose(r);
-  if (inside) *static_cast<uint4*>(to) = make_uint4(r[0], r[1], r[2], r[3]);
-}
-
-// The same for values that a quad holds one an octet: r[b] has this thread's value of octet 2b in
-// its lower half and of octet 2b + 1 in its upper one; value q of octet j is column 4 j + q.
-__device__ inline void store_quad_joint(void* to, uint32_t (&r)[4], bool inside) {
-  quad_transpose(r);
-  if (!inside) return;
-  *static_cast<uint4*>(to) =
-      make_uint4(__byte_perm(r[0], r[1], 0x5410), __byte_perm(r[2], r[3], 0x5410),
-                 __byte_perm(r[0], r[1], 0x7632), __byte_perm(r[2], r[3], 0x7632));
-}
-
 struct ActivateRows {
   struct Params {
-    void* h;           // [rows, I]
-    void* preact;      // [rows, P], or nullptr
-    const void* bias;  // [E, P], or nullptr
+    CUtensorMap map_h;          // [rows, I]
+    CUtensorMap map_preact[2];  // [rows, P]; of halves its first and its last I columns
+    bool preact;                // whether it is stored
+    const void* bias;           // [E, P], or nullptr
     int64_t bias_stride;
     ScaleRows scale;
     FusedAct act;
-    int width;  // P
   };
 
   template <class Config, class Acc>
   __device__ __forceinline__ static void store(const Params& p, const Problem& problem,
-                                               const Tile& tile, Acc& acc, int thread) {
+                                               const Tile& tile, Acc& acc, int thread,
+                                               unsigned char* boxes) {
     using Element = typename Config::Element;
     // What follows from the thread's number is computed for each tile: kept through the mainloop,
     // it would not leave it enough registers.
@@ -51,14 +36,11 @@ struct ActivateRows {
         add_features<Config>(static_cast<const Element*>(p.bias) + tile.expert * p.bias_stride,
                              tile, problem.n, acc, thread);
     }
-    if (p.preact != nullptr) store_preact<Config>(p, problem, tile, acc, thread);
     with_family(p.act.family, [&](auto family) {
-      if constexpr (Config::kSplitB) {
-        store_h<Config, family.value, true>(p, problem.n, tile, acc, thread);
-      } else if (p.act.gated) {
-        store_joint_h<Config, family.value>(p, problem.n, tile, acc, thread);
-      } else if constexpr (family.value != ActFamily::kSwiglu) {
-        store_h<Config, family.value, false>(p, problem.n, tile, acc, thread);
+      if (p.act.gated) {
+        store_rows<Config, family.value, true>(p, problem.n, tile, acc, thread, boxes);
+      } else if constexpr (!Config::kSplitB && family.value != ActFamily::kSwiglu) {
+        store_rows<Config, family.value, false>(p, problem.n, tile, acc, thread, boxes);
       }
     });
   }
@@ -89,111 +71,73 @@ struct ActivateRows {
     }
   }
 
-  // The accumulators as they are. problem.n: I for halves, else P.
-  template <class Config, class Acc>
-  __device__ __forceinline__ static void store_preact(const Params& p, const Problem& problem,
-                                                      const Tile& tile, const Acc& acc,
-                                                      int thread) {
-    using T = Traits<Config>;
-    using Element = typename Config::Element;
-    using cute::make_coord;
-    constexpr int kParts = Config::kSplitB ? 2 : 1, kGroups = T::kN / 32 / kParts;
-#pragma unroll
-    for (int m = 0; m < T::kRowsM; ++m) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int row = tile.row0 + output_row<Config>(thread, m) + 8 * i;
-        const int col = tile.col0 + 8 * (thread % 4);
-        auto* to = static_cast<Element*>(p.preact) + static_cast<int64_t>(row) * p.width + col;
-#pragma unroll
-        for (int part = 0; part < kParts; ++part) {
-#pragma unroll
-          for (int g = 0; g < kGroups; ++g) {
-            if (tile.col0 + 32 * g >= problem.n) break;
-            uint32_t r[4];
-#pragma unroll
-            for (int b = 0; b < 4; ++b) {
-              const int j = (part * kGroups + g) * 4 + b;
-              r[b] = pack<Element>(acc(make_coord(0, i, j), m, 0), acc(make_coord(1, i, j), m, 0));
-            }
-            store_quad(to + part * problem.n + 32 * g, r,
-                       row < tile.row_end && col + 32 * g < problem.n);
-          }
-        }
-      }
-    }
-  }
-
-  // Halves, or no gate: columns of h lie like those of the accumulators.
+  // The warp's 16 rows of the pre-activation, as the accumulators are, and of h; cols: problem.n, I
+  // for halves, else P. 64 columns of h are 64 of gate and of up, or 128 interleaved ones.
   template <class Config, ActFamily family, bool gated, class Acc>
-  __device__ __forceinline__ static void store_h(const Params& p, int cols, const Tile& tile,
-                                                 const Acc& acc, int thread) {
+  __device__ __forceinline__ static void store_rows(const Params& p, int cols, const Tile& tile,
+                                                    const Acc& acc, int thread,
+                                                    unsigned char* boxes) {
     using T = Traits<Config>;
-    using Element = typename Config::Element;
-    using cute::make_coord;
-    constexpr int kUp = gated ? T::kN / 16 : 0;  // octets from a gate to its up
-    constexpr int kGroups = T::kN / 32 / (gated ? 2 : 1);
+    constexpr bool kJoint = gated && !Config::kSplitB;
+    constexpr int kGroups = T::kN / 64 / (gated ? 2 : 1);  // of 64 columns of h
+    constexpr int kUp = Config::kSplitB ? T::kN / 16 : 8;  // octets from a group's first box
 #pragma unroll
     for (int m = 0; m < T::kRowsM; ++m) {
+      StoreBoxes box(boxes, tile.row0 + box_row<Config>(thread, m), tile.row_end);
+      if (box.empty()) break;
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int row = tile.row0 + output_row<Config>(thread, m) + 8 * i;
-        const int col = tile.col0 + 8 * (thread % 4);
-        auto* to = static_cast<Element*>(p.h) + static_cast<int64_t>(row) * cols + col;
-#pragma unroll
-        for (int g = 0; g < kGroups; ++g) {
-          if (tile.col0 + 32 * g >= cols) break;
-          uint32_t r[4];
-#pragma unroll
-          for (int b = 0; b < 4; ++b) {
-            const int j = 4 * g + b;
-            float v[2];
-#pragma unroll
-            for (int c = 0; c < 2; ++c)
-              v[c] = fused_forward<family>(p.act, acc(make_coord(c, i, j), m, 0),
-                                           gated ? acc(make_coord(c, i, j + kUp), m, 0) : 0.f);
-            r[b] = pack<Element>(v[0], v[1]);
+      for (int g = 0; g < kGroups; ++g) {
+        const int first = g * (kJoint ? 16 : 8);  // octet
+        const int col = tile.col0 + 8 * first;
+        if (col >= cols) break;
+        if (p.preact) {
+          store_octets<Config>(box, p.map_preact[0], col, cols, acc, m, first);
+          if (Config::kSplitB) {
+            store_octets<Config>(box, p.map_preact[1], col, cols, acc, m, first + kUp);
+          } else if (kJoint && col + 64 < cols) {
+            store_octets<Config>(box, p.map_preact[0], col + 64, cols, acc, m, first + kUp);
           }
-          store_quad(to + 32 * g, r, row < tile.row_end && col + 32 * g < cols);
         }
+        constexpr int kJoined = kJoint ? 2 : 1;  // accumulators of a column
+        box.store<kJoint ? Halves::kApart : Halves::kPairs>(
+            p.map_h, col / kJoined, (cols - col) / kJoined, [&](int i, int j) {
+              return activate<Config, family, gated>(p.act, acc, m, i, first + kJoined * j);
+            });
       }
     }
   }
 
-  // Interleaved: columns 2 f and 2 f + 1 of the accumulators make column f of h.
-  template <class Config, ActFamily family, class Acc>
-  __device__ __forceinline__ static void store_joint_h(const Params& p, int cols, const Tile& tile,
-                                                       const Acc& acc, int thread) {
-    using T = Traits<Config>;
-    using Element = typename Config::Element;
+  // Octets `first` to `first` + 7 of the accumulators.
+  template <class Config, class Acc>
+  __device__ __forceinline__ static void store_octets(StoreBoxes& box, const CUtensorMap& map,
+                                                      int col, int cols, const Acc& acc, int m,
+                                                      int first) {
+    box.store<Halves::kPairs>(map, col, cols - col, [&](int i, int j) {
+      return pack<typename Config::Element>(acc(cute::make_coord(0, i, first + j), m, 0),
+                                            acc(cute::make_coord(1, i, first + j), m, 0));
+    });
+  }
+
+  // Two columns of h in one word. Halves, or no gate: of octet j and, with a gate, its up.
+  // Interleaved: of octets j and j + 1, a column of h from each.
+  template <class Config, ActFamily family, bool gated, class Acc>
+  __device__ __forceinline__ static uint32_t activate(const FusedAct& act, const Acc& acc, int m,
+                                                      int i, int j) {
     using cute::make_coord;
-    const int half = cols / 2;
+    constexpr int kUp = Traits<Config>::kN / 16;  // octets from a gate to its up
+    float gate[2], up[2] = {0.f, 0.f};
 #pragma unroll
-    for (int m = 0; m < T::kRowsM; ++m) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int row = tile.row0 + output_row<Config>(thread, m) + 8 * i;
-        const int col = tile.col0 / 2 + 8 * (thread % 4);
-        auto* to = static_cast<Element*>(p.h) + static_cast<int64_t>(row) * half + col;
-#pragma unroll
-        for (int g = 0; g < T::kN / 64; ++g) {
-          if (tile.col0 + 64 * g >= cols) break;
-          uint32_t r[4];
-#pragma unroll
-          for (int b = 0; b < 4; ++b) {
-            float v[2];
-#pragma unroll
-            for (int c = 0; c < 2; ++c) {
-              const int j = 8 * g + 2 * b + c;
-              v[c] = fused_forward<family>(p.act, acc(make_coord(0, i, j), m, 0),
-                                           acc(make_coord(1, i, j), m, 0));
-            }
-            r[b] = pack<Element>(v[0], v[1]);
-          }
-          store_quad_joint(to + 32 * g, r, row < tile.row_end && col + 32 * g < half);
-        }
+    for (int c = 0; c < 2; ++c) {
+      if constexpr (!gated || Config::kSplitB) {
+        gate[c] = acc(make_coord(c, i, j), m, 0);
+        if constexpr (gated) up[c] = acc(make_coord(c, i, j + kUp), m, 0);
+      } else {
+        gate[c] = acc(make_coord(0, i, j + c), m, 0);
+        up[c] = acc(make_coord(1, i, j + c), m, 0);
       }
     }
+    return pack<typename Config::Element>(fused_forward<family, true>(act, gate[0], up[0]),
+                                          fused_forward<family, true>(act, gate[1], up[1]));
   }
 };
 

@@ -77,6 +77,12 @@ __device__ __forceinline__ uint4 scaled(const uint4& v, float factor) {
   return make_uint4(scale(v.x), scale(v.y), scale(v.z), scale(v.w));
 }
 
+// 16 bytes of four octets: columns 8 q to 8 q + 7 of `to`, which points to the first of 32 columns.
+__device__ __forceinline__ void store_quad(void* to, uint32_t (&r)[4], bool inside) {
+  quad_transpose(r);
+  if (inside) *static_cast<uint4*>(to) = make_uint4(r[0], r[1], r[2], r[3]);
+}
+
 struct ActivationGrad {
   struct Params {
     const void* preact;   // [rows, P]
@@ -92,7 +98,8 @@ struct ActivationGrad {
 
   template <class Config, class Acc>
   __device__ __forceinline__ static void store(const Params& p, const Problem& problem,
-                                               const Tile& tile, const Acc& acc, int thread) {
+                                               const Tile& tile, const Acc& acc, int thread,
+                                               unsigned char*) {
     // What follows from the thread's number is computed for each tile: kept through the mainloop,
     // it would not leave it enough registers.
     asm volatile("" : "+r"(thread));

@@ -203,8 +203,8 @@ __device__ __forceinline__ void finish_few(const FewParams& p, const FewTile& ti
     return;
   }
   with_family(p.act.family, [&](auto family) {
-    each([&](float g, float u) { return fused_forward<family.value>(p.act, g, u); },
-         [&](float g) { return fused_forward<family.value>(p.act, g, 0.f); });
+    each([&](float g, float u) { return fused_forward<family.value, true>(p.act, g, u); },
+         [&](float g) { return fused_forward<family.value, true>(p.act, g, 0.f); });
   });
 }
 

@@ -20,6 +20,7 @@ struct UpConfig : GemmDefaults {
   static constexpr Source kSourceA = Source::kGather;
   static constexpr Major kMajorB = Major::kEither;
   static constexpr bool kSplitB = layout == GateUp::kHalves;
+  static constexpr bool kStoreBoxes = true;
 };
 
 template <DType type, GateUp layout, FfnTile tile>
@@ -38,13 +39,21 @@ Status run_up(const FfnUpParams& p, Stream stream) {
   params.split_offset = static_cast<int>(p.intermediate_size);
   params.gather = gather_rows(p.x);
   auto& epilogue = params.epilogue;
-  epilogue.h = p.h;
-  epilogue.preact = p.preact;
+  const auto encode = [&](CUtensorMap& map, void* data, int64_t first, int64_t cols,
+                          int64_t stride) {
+    auto* from = static_cast<typename Config::Element*>(data) + first;
+    const TensorMapDesc rows = matrix(from, type, cols, p.num_rows, stride);
+    return encode_tensor_map(&map, rows_to_store(rows));
+  };
+  MOE_TRY(encode(epilogue.map_h, p.h, 0, p.intermediate_size, p.intermediate_size));
+  epilogue.preact = p.preact != nullptr;
+  for (int half = 0; epilogue.preact && half < (Config::kSplitB ? 2 : 1); ++half)
+    MOE_TRY(encode(epilogue.map_preact[half], p.preact, half * p.intermediate_size,
+                   params.problem.n, width));
   epilogue.bias = p.bias.data;
   epilogue.bias_stride = p.bias.stride_e;
   epilogue.scale = {static_cast<const float*>(p.x_scale.data), p.x_scale.index, p.x_scale.limit};
   epilogue.act = fused_act(p.act);
-  epilogue.width = static_cast<int>(width);
   return launch(params, stream);
 }
 

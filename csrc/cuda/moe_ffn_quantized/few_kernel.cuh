@@ -416,7 +416,7 @@ Status run_few(const QuantStage& s, Stream stream) {
   if (blocks > INT32_MAX || scales > INT32_MAX) return cudaErrorInvalidValue;
   const auto n = static_cast<unsigned>(blocks);
   // Codes that lie anywhere take 16 accesses, and come with 8 rows at a time only.
-  const bool aligned = generic::aligned_to(s.w.data, 16) && s.w.stride_e % 16 == 0 &&
+  const bool aligned = aligned_to(s.w.data, 16) && s.w.stride_e % 16 == 0 &&
                        s.w.stride_o % 16 == 0 && s.depth % 16 == 0;
   if (!aligned) return launch_few<S, kGroup, false, 1>(launch, n, stream);
   return s.num_tokens <= 8 ? launch_few<S, kGroup, true, 1>(launch, n, stream)

@@ -367,10 +367,10 @@ Status launch_tiles(const QuantStage& s, Stream stream) {
   launch.act = fused_act(s.act);
   launch.columns = static_cast<int>(s.features * (s.gated ? 2 : 1));
   launch.column_tiles = ceil_div(launch.columns, Config::kTileN);
-  launch.aligned = generic::aligned_to(s.w.data, 16) && s.w.stride_e % 16 == 0 &&
-                   s.w.stride_o % 16 == 0 && s.depth % 16 == 0;
+  launch.aligned = aligned_to(s.w.data, 16) && s.w.stride_e % 16 == 0 && s.w.stride_o % 16 == 0 &&
+                   s.depth % 16 == 0;
   const int64_t size = sizeof(typename Config::Element);
-  launch.out_pairs = generic::aligned_to(s.out, 2 * size) && s.out_stride % 2 == 0;
+  launch.out_pairs = aligned_to(s.out, 2 * size) && s.out_stride % 2 == 0;
   const int64_t tiles =
       (ceil_div<int64_t>(s.num_rows, Config::kTileM) + std::min(s.num_experts, s.num_rows)) *
       launch.column_tiles;
