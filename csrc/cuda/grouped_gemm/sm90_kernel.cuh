@@ -94,8 +94,9 @@ __global__ void __launch_bounds__(Traits<Config>::kThreads, 1)
     auto acc = cute::partition_fragment_C(typename T::TiledMma{},
                                           cute::Shape<cute::Int<T::kM>, cute::Int<T::kN>>{});
     // A full barrier tells only one phase from the next. A player may look at it only when the
-    // other one has seen all earlier phases. A wait passes at once on a new barrier if the parity is
-    // 1: player 0 begins. The parity is computed, as a variable for it would be kept on the stack.
+    // other one has seen all earlier phases. A wait passes at once on a new barrier if the parity
+    // is 1: player 0 begins. The parity is computed, as a variable for it would be kept on the
+    // stack.
     if constexpr (T::kPingpong) smem.turn[player].wait((count / 2 + 1 + player) % 2);
     auto pass_turn = [&] {
       if (T::kPingpong && threadIdx.x % kWarp == 0) smem.turn[1 - player].arrive();
