@@ -29,7 +29,7 @@ from bench.paired import cells
 from moe_ops._files import write_json
 from moe_ops.bench.machine import ISA_ENVIRONMENTS
 from moe_ops.bench.report import table
-from moe_ops.bench.timing import Samples, speedup
+from moe_ops.bench.timing import Samples, interleave, speedup
 
 TOLERANCE = 0.03
 THREADS = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
@@ -124,14 +124,17 @@ def compare(
             }
             for build in builds.values():
                 build.check()
-            for place, (name, cell) in enumerate(found.items()):
-                order = list(builds) if (number + place) % 2 == 0 else list(builds)[::-1]
-                for key in order:
-                    value = builds[key].measure(name)
-                    if isinstance(value, str):
-                        cell.problem = f"{key}: {value}"
-                    else:
-                        cell.samples[key].seconds[number] = value * 1e-9
+
+            def sample(key: str, place: int, builds: Any = builds, number: int = number) -> None:
+                cell = found[names[place]]
+                value = builds[key].measure(names[place])
+                if isinstance(value, str):
+                    cell.problem = f"{key}: {value}"
+                else:
+                    cell.samples[key].seconds[number] = value * 1e-9
+
+            keys = list(builds) if number % 2 == 0 else list(builds)[::-1]
+            interleave(keys, sample, lambda place: place < len(names))
     return found
 
 
