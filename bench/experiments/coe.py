@@ -25,7 +25,7 @@ from .compare import Series, curves_picture, loss_picture, series
 from .picture import Picture
 from .study import Experiment, Headline, Hypothesis, Job, Results, Run, Study
 from .text import DOMAINS, load_domains
-from .training import Recipe, job, setting
+from .training import DrawnTraining, Recipe, job, setting
 
 BASE = CoEConfig(hidden_size=64, num_layers=2, num_heads=4, kv_rank=32, intermediate_size=32)
 RECIPE = Recipe(steps=500, batch=9, rate=3e-3)
@@ -199,42 +199,26 @@ def look_up(arm: str, task: LookUps) -> Job:
         torch.manual_seed(seed)
         model = Chain(task, *CHAINS[arm])
         optimizer = torch.optim.AdamW(model.parameters(), lr=task.rate, betas=(0.9, 0.95))
-        found: dict[str, list[float]] = {"loss": [], "accuracy": []}
-        done = 0
-
-        def state() -> dict[str, Any]:
-            return {
-                "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "draw": draw.get_state(),
-                "found": found,
-                "done": done,
-            }
-
-        saved = run.load()
-        if saved is not None:
-            model.load_state_dict(saved["model"])
-            optimizer.load_state_dict(saved["optimizer"])
-            draw.set_state(saved["draw"])
-            found, done = saved["found"], saved["done"]
+        training = DrawnTraining(run, model, optimizer, draw, {"loss": [], "accuracy": []})
+        found: dict[str, list[float]] = training.found
         recipe = Recipe(task.steps, rate=task.rate, warmup=task.warmup)
-        while done < task.steps:
+        while training.done < task.steps:
             for group in optimizer.param_groups:
-                group["lr"] = recipe.rate_at(done)
+                group["lr"] = recipe.rate_at(training.done)
             rows = every[torch.randint(len(every), (task.batch,), generator=draw)]
             logits, balance = model(rows[:, 0], rows[:, 1:])
             loss = F.cross_entropy(logits, target(rows[:, 0], rows[:, 1:]))
             optimizer.zero_grad()
             (loss + task.balance * balance).backward()
             optimizer.step()
-            done += 1
-            if done % (task.steps // task.looks) == 0:
+            training.done += 1
+            if training.done % (task.steps // task.looks) == 0:
                 with torch.no_grad():
                     logits, _ = model(every[:, 0], every[:, 1:])
                 right = target(every[:, 0], every[:, 1:])
                 found["loss"].append(F.cross_entropy(logits, right).item())
                 found["accuracy"].append((logits.argmax(-1) == right).double().mean().item())
-            run.step(done, task.steps, state)
+            run.step(training.done, task.steps, training.state)
         half = task.looks // 2 - 1
         row = {
             "loss, mean of looks": fmean(found["loss"]),

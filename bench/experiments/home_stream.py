@@ -18,6 +18,7 @@ from moe_ops.zoo.home.training import Rows, evaluate
 
 from .home_arms import LR, parameters, with_parts
 from .study import Hypothesis, Job, Results, Run, Study
+from .training import DrawnTraining
 
 ARMS = ("MMoE*", "PLE*", "HoME*", "HoME* without feature gates")
 # A gain in AUC that a recommender would notice.
@@ -155,36 +156,20 @@ def one(arm: str, stream: Stream) -> Job:
         torch.manual_seed(seed)
         model = build(stream.arms()[arm])
         optimizer = torch.optim.Adam(model.parameters(), lr=LR)
-        quarter: dict[str, float] = {}
-        done = 0
-
-        def state() -> dict[str, Any]:
-            return {
-                "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "draw": draw.get_state(),
-                "quarter": quarter,
-                "done": done,
-            }
-
-        saved = run.load()
-        if saved is not None:
-            model.load_state_dict(saved["model"])
-            optimizer.load_state_dict(saved["optimizer"])
-            draw.set_state(saved["draw"])
-            quarter, done = saved["quarter"], saved["done"]
+        training = DrawnTraining(run, model, optimizer, draw, {})
+        quarter: dict[str, float] = training.found
         model.train()
-        while done < stream.steps:
+        while training.done < stream.steps:
             rows = teacher.rows(stream.batch, draw)
             loss = multitask_loss(model(rows.categorical, rows.dense), rows.labels)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
-            done += 1
-            if done == stream.steps // 4:
-                quarter = rarest(model, test)
+            training.done += 1
+            if training.done == stream.steps // 4:
+                quarter.update(rarest(model, test))
                 model.train()
-            run.step(done, stream.steps, state)
+            run.step(training.done, stream.steps, training.state)
         last = rarest(model, test)
         row = {
             **last,

@@ -99,6 +99,40 @@ class Controller(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
+class DrawnTraining:
+    """The state of a training on rows that a generator draws: what a run saves and goes on from.
+
+    Attributes:
+        done: steps that are done. found: what was measured on the way; add to it in place.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        draw: torch.Generator,
+        found: dict[str, Any],
+    ) -> None:
+        self._model, self._optimizer, self._draw = model, optimizer, draw
+        self.found, self.done = found, 0
+        saved = run.load()
+        if saved is not None:
+            model.load_state_dict(saved["model"])
+            optimizer.load_state_dict(saved["optimizer"])
+            draw.set_state(saved["draw"])
+            self.found, self.done = saved["found"], saved["done"]
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "model": self._model.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "draw": self._draw.get_state(),
+            "found": self.found,
+            "done": self.done,
+        }
+
+
 def train(
     make: Callable[[], CausalLM],
     domains: Sequence[Domain],
