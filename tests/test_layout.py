@@ -405,6 +405,12 @@ def test_tests_of_the_zoo_mirror_it():
     assert names <= found, f"tests/zoo has nothing about {sorted(names - found)}"
 
 
+def test_no_links():
+    """A link to a folder of one machine dangles, or says what it should not, on every other."""
+    listed = subprocess.run(["git", "ls-files", "-s"], cwd=ROOT, capture_output=True, text=True)
+    assert not [line for line in listed.stdout.splitlines() if line.startswith("120000")]
+
+
 def test_no_generated_or_binary_files():
     generated = {".so", ".o", ".a", ".pyc", ".whl", ".egg", ".pt", ".pth", ".safetensors", ".npz"}
     for path in tracked_files():
