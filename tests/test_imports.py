@@ -34,6 +34,7 @@ ORDER = (
     ("testing", "viz", "self_test"),
     ("doctor",),
     ("zoo",),
+    ("surgery",),
     ("bench",),
     ("demo",),
     ("cli",),

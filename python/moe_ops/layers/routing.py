@@ -5,6 +5,7 @@ Letters: T tokens, E experts, K experts a token.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +26,19 @@ class Routing(NamedTuple):
     router_logits: Any  # Tensor or None; whoever called a router need not ask which.
     topk_weights: Tensor
     topk_ids: Tensor
+
+
+class RoutingOverride(NamedTuple):
+    """Another way of choosing, set on a router for a while (`moe_ops.surgery.route_as`).
+
+    choose: (router_logits [T, E], expert_mask [E] bool or None) -> topk_ids [T, K'] int, without a
+        gradient; ids outside [0, E) are slots without an expert. Logits of masked experts are the
+        lowest finite number.
+    renormalize: a token's weights are divided by their sum, whatever the router does otherwise.
+    """
+
+    choose: Callable[[Tensor, Tensor | None], Tensor]
+    renormalize: bool
 
 
 def check_given(
