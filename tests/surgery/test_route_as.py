@@ -55,12 +55,12 @@ def test_top_k_of_a_router_with_bias_and_groups_is_the_router_with_that_k():
     router, other = Router(6, 8, 2, **options), Router(6, 8, 3, **options)
     router.expert_bias.normal_()
     other.load_state_dict(router.state_dict())
-    with surgery.route_as(torch.nn.ModuleList([router]), surgery.top_k(3)):
+    with surgery.route_as(torch.nn.Sequential(router), surgery.top_k(3)):
         got = router(X)
     expected = other(X)
     assert torch.equal(got.topk_ids, expected.topk_ids)
     torch.testing.assert_close(got.topk_weights, expected.topk_weights)
-    with surgery.route_as(torch.nn.ModuleList([router]), surgery.top_k(5)):
+    with surgery.route_as(torch.nn.Sequential(router), surgery.top_k(5)):
         with pytest.raises(ValueError, match="k must be at most 4"):
             router(X)
 

@@ -1,21 +1,46 @@
 """Looking into trained mixture-of-experts models, and changing them.
 
-`route_as` routes otherwise for a while. It works for the layers of `moe_ops.layers`, the language
-models of the zoo, and the models of transformers whose experts go through its experts interface.
+    from moe_ops import surgery
+
+    found = surgery.profile(model, batches)                    # what routers and experts do
+    keep = surgery.choose_experts(model, surgery.scores(found, "reap"), 8)
+    surgery.prune(model, keep)                                 # 8 experts a layer are left
+
+    with surgery.route_as(model, surgery.rank(2)):             # another routing for a while
+        weak = model(tokens)
+
+All of it works for the layers of `moe_ops.layers`, the language models of the zoo, and the models
+of transformers whose experts go through its experts interface.
 """
 
 from __future__ import annotations
 
+from .criteria import CRITERIA, choose_experts, scores
+from .grouping import align, hc_smoe_groups, uncurl_groups
+from .profile import LayerProfile, Profile, profile
+from .prune import merge, prune, zeroed
 from .route_as import given, only, random, rank, route_as, top_k
 from .routed_layers import RoutedLayer, routed_layers
 
 __all__ = [
+    "CRITERIA",
+    "LayerProfile",
+    "Profile",
     "RoutedLayer",
+    "align",
+    "choose_experts",
     "given",
+    "hc_smoe_groups",
+    "merge",
     "only",
+    "profile",
+    "prune",
     "random",
     "rank",
     "route_as",
     "routed_layers",
+    "scores",
     "top_k",
+    "uncurl_groups",
+    "zeroed",
 ]
