@@ -21,6 +21,7 @@ from .profile import LayerProfile, Profile, profile
 from .prune import merge, prune, zeroed
 from .route_as import given, only, random, rank, route_as, top_k
 from .routed_layers import RoutedLayer, routed_layers
+from .tuning import tune
 
 __all__ = [
     "CRITERIA",
@@ -41,6 +42,7 @@ __all__ = [
     "routed_layers",
     "scores",
     "top_k",
+    "tune",
     "uncurl_groups",
     "zeroed",
 ]

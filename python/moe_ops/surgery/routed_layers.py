@@ -156,7 +156,7 @@ def _ours(model: nn.Module) -> Iterator[RoutedLayer]:
     for name, block in model.named_modules():
         if isinstance(block, nn.ModuleList):  # Its owner holds these routers.
             continue
-        routers = []
+        routers: list[tuple[str, nn.Module]] = []
         for child_name, child in block.named_children():
             if isinstance(child, Router):
                 routers.append((child_name, child))
