@@ -74,10 +74,7 @@ def run(options: PruneOptions, console: Console) -> dict[str, Any]:
         console.print(f"Training {options.tune} steps.")
         pieces = [p["input_ids"] for p in checkpoints.batches(seen, context)]
         whole = [piece[0] for piece in pieces if piece.shape[1] == pieces[0].shape[1]]
-        batches = [
-            torch.stack(whole[i : i + _TUNE_BATCH]) for i in range(0, len(whole), _TUNE_BATCH)
-        ]
-        surgery.tune(model, batches, options.tune)
+        surgery.tune(model, torch.stack(whole).split(_TUNE_BATCH), options.tune)
         result["tuning_steps"] = options.tune
         result["perplexity_tuned"] = _perplexity(model, judging, context)
     result["seconds"] = time.perf_counter() - started

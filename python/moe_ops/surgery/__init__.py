@@ -17,21 +17,27 @@ from __future__ import annotations
 
 from .criteria import CRITERIA, choose_experts, scores
 from .grouping import align, hc_smoe_groups, uncurl_groups
+from .partial_loading import PartlyLoaded, load_pruned
 from .profile import LayerProfile, Profile, profile
 from .prune import merge, prune, zeroed
 from .route_as import given, only, random, rank, route_as, top_k
 from .routed_layers import RoutedLayer, routed_layers
+from .task_patterns import Retrieved, TaskPatterns
 from .tuning import tune
 
 __all__ = [
     "CRITERIA",
     "LayerProfile",
+    "PartlyLoaded",
     "Profile",
+    "Retrieved",
     "RoutedLayer",
+    "TaskPatterns",
     "align",
     "choose_experts",
     "given",
     "hc_smoe_groups",
+    "load_pruned",
     "merge",
     "only",
     "profile",
