@@ -154,6 +154,27 @@ class Profile:
             mine.add(theirs)
         return self
 
+    def draw(self, path: Path | str | None = None) -> Any:
+        """Heat maps of load, gate x output norm and largest output, layers by experts; a matplotlib
+        Figure, saved where there is a path. Needs the extra `viz`."""
+        from moe_ops import viz
+
+        layers = self.layers.values()
+        panels = {
+            "load (1 is even)": [
+                layer.load * layer.num_experts / max(int(layer.load.sum()), 1) for layer in layers
+            ],
+            "mean of weight x |f(x)|": [
+                layer.gate_norm / layer.load.clamp(min=1) for layer in layers
+            ],
+            "log10 of the largest |f(x)|": [
+                layer.largest_output().clamp(min=1e-6).log10() for layer in layers
+            ],
+        }
+        tokens = int(next(iter(layers)).tokens) if self.layers else 0
+        title = f"Experts on {tokens} tokens"
+        return viz.plot_expert_scores(panels, layer_names=list(self), title=title, path=path)
+
     def save(self, path: Path | str) -> None:
         """Writes one safetensors file, a tensor a layer and sum."""
         tensors, names = {}, list(self.layers)
