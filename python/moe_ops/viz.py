@@ -272,7 +272,7 @@ def plot_expert_scores(
     """Heat maps of one number an expert, layers below each other, one panel a kind of number.
 
     panels: label -> [experts] of each layer, arrays or tensors; layers may differ in their number
-    of experts. Each panel has a scale of its own, from 0 (or its least number) to its largest.
+    of experts, and NaN stands for none. Each panel has a scale of its own, from 0 (or its least number) to its largest.
     """
     if not panels or not all(len(rows) for rows in panels.values()):
         raise ValueError(
@@ -321,7 +321,7 @@ def plot_largest_outputs(
     if not len(largest):
         raise ValueError("plot_largest_outputs: largest must hold a layer, got none")
     named = set(marked)
-    figure = _figure(max(5.0, 0.28 * len(largest) + 3.0), 4.2)
+    figure = _figure(max(6.0, 0.28 * len(largest) + 3.0), 4.2)
     axes = figure.add_subplot()
     axes.set_yscale("log")
     for layer, row in enumerate(largest):
@@ -341,7 +341,7 @@ def plot_largest_outputs(
     axes.set_xlabel("routed layer")
     axes.set_ylabel("max |output|")
     axes.set_xlim(-0.7, len(largest) + 0.3)
-    axes.set_title(title, loc="left", fontweight="bold")
+    figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
     _despine(axes)
     return _finish(figure, path)
 

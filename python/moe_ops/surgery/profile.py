@@ -168,7 +168,8 @@ class Profile:
                 layer.gate_norm / layer.load.clamp(min=1) for layer in layers
             ],
             "log10 of the largest |f(x)|": [
-                layer.largest_output().clamp(min=1e-6).log10() for layer in layers
+                torch.where(a > 0, a.clamp(min=1e-30).log10(), torch.nan)
+                for a in (layer.largest_output() for layer in layers)
             ],
         }
         tokens = int(next(iter(layers)).tokens) if self.layers else 0
