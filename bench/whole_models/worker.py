@@ -99,7 +99,7 @@ class LlamaCpp:
 
         self.c = c = llama_cpp
         c.llama_backend_init()
-        c.llama_log_set(_SILENT, ctypes.c_void_p(0))
+        c.llama_log_set(SILENT, ctypes.c_void_p(0))
         path = folder / f"{LLAMA[contender]}.gguf"
         self.model = c.llama_model_load_from_file(
             str(path).encode(), c.llama_model_default_params()
@@ -165,7 +165,7 @@ class LlamaCpp:
 
 
 @ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
-def _SILENT(level: int, text: bytes, data: Any) -> None:
+def SILENT(level: int, text: bytes, data: Any) -> None:
     pass
 
 

@@ -313,6 +313,27 @@ def test_other_formulas_are_left_alone():
     assert fuse(model.model.layers[1].mlp.gate) == "router"
 
 
+@pytest.mark.parametrize("change", [{}, {"norm_topk_prob": False}], ids=["", "raw"])
+@pytest.mark.parametrize("model_type", [m for m in MODEL_TYPES if "fused router" in FUSED[m]])
+def test_router_of_a_wide_model(model_type, change):
+    """What tells formulas apart must do so where sums are over thousands of features."""
+    torch.manual_seed(0)
+    model = build(model_type, hidden_size=2048, **change)
+    routers = [m for m in model.modules() if hasattr(m, "top_k") and hasattr(m, "weight")]
+    router = routers[-1]
+    x = torch.randn(40, 2048)
+    with torch.no_grad():
+        router.weight.normal_(0.0, 2048**-0.5)
+        logits, weights, ids = router(x)
+        assert fuse(router) == "router"
+        got_logits, got_weights, got_ids = router(x)
+    torch.testing.assert_close(got_logits, logits, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(got_weights.sum(1), weights.sum(1), rtol=1e-4, atol=1e-5)
+    expected = torch.zeros_like(logits).scatter(1, ids.long(), weights)
+    actual = torch.zeros_like(logits).scatter(1, got_ids.long(), got_weights)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
