@@ -47,14 +47,17 @@ class Transformers:
         from transformers import AutoModelForCausalLM
 
         torch.set_num_threads(threads)
-        options = dict(HF[contender])
+        options: dict[str, Any] = dict(HF[contender])
         ours = contender.startswith("moe_ops")
         if ours:
             import moe_ops.hf
         experts = "moe_ops" if ours else contender
+        weights = options.get("weights")
         self.torch = torch
         self.model: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.bfloat16, experts_implementation=experts
+            folder / weights if weights else folder,
+            dtype=torch.bfloat16,
+            experts_implementation=experts,
         ).eval()
         if ours:
             moe_ops.hf.optimize(self.model, **options)

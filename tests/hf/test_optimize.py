@@ -92,6 +92,27 @@ def test_quantised(model_type, weights, most):
         moe_ops.hf.restore(model)
 
 
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_a_saved_model_is_optimised_again(weights, tmp_path):
+    def load(name):
+        return AutoModelForCausalLM.from_pretrained(
+            tmp_path / name, dtype=torch.bfloat16, experts_implementation="moe_ops"
+        ).eval()
+
+    make("mixtral").save_pretrained(tmp_path / "float")
+    model, ids = load("float"), tokens()
+    group = 32 if weights == "int4" else None
+    moe_ops.hf.optimize(model, weights, group_size=group)
+    model.save_pretrained(tmp_path / "saved")
+    loaded = load("saved")
+    report = moe_ops.hf.optimize(loaded, weights, group_size=group)
+    assert report["lm_head"] == {"int8": "int8", "int4": "int4 g32"}[weights]
+    assert torch.equal(logits(loaded, ids), logits(model, ids))
+    other = "int4" if weights == "int8" else "int8"
+    with pytest.raises(ValueError, match=r"must be a float model, got one quantised by moe_ops"):
+        moe_ops.hf.optimize(load("saved"), other)
+
+
 def recorded_calls(model, ids):
     """Input and output of each dense layer in one pass."""
     calls = {}
