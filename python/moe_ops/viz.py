@@ -272,7 +272,8 @@ def plot_expert_scores(
     """Heat maps of one number an expert, layers below each other, one panel a kind of number.
 
     panels: label -> [experts] of each layer, arrays or tensors; layers may differ in their number
-    of experts, and NaN stands for none. Each panel has a scale of its own, from 0 (or its least number) to its largest.
+    of experts, and NaN stands for none. Each panel has a scale of its own, from 0 (or its least
+    number) to its largest.
     """
     if not panels or not all(len(rows) for rows in panels.values()):
         raise ValueError(
