@@ -138,7 +138,7 @@ def test_language_models_of_the_zoo(name):
 
 
 @needs_transformers
-@pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss", "deepseek_v3", "phimoe"])
+@pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss", "deepseek_v3", "phimoe", "dbrx"])
 def test_models_of_transformers(model_type):
     """Outputs times weights add up to what the experts gave; padding does not count."""
     from tests.hf import models
@@ -161,9 +161,40 @@ def test_models_of_transformers(model_type):
     # With each weight 1, the sum of a token's outputs is that of the experts.
     with torch.no_grad():
         y = experts(seen["args"][0], index, torch.ones_like(weights))
-    torch.testing.assert_close(found.output.sum(0).float(), y.sum(0).float(), rtol=1e-4, atol=1e-4)
+    y = y.reshape(-1, y.shape[-1]).sum(0)
+    torch.testing.assert_close(found.output.sum(0).float(), y, rtol=1e-4, atol=1e-4)
     batch["attention_mask"][0, 4:] = 0
     assert int(surgery.profile(model, [batch])[name].tokens) == 4
+
+
+@needs_transformers
+@pytest.mark.parametrize("switched", [False, True])
+@pytest.mark.parametrize("model_type", ["jetmoe", "llama4_text"])
+@torch.no_grad()
+def test_models_outside_of_the_experts_interface(model_type, switched):
+    """The gated outputs add up to what the block adds to its shared expert and bias."""
+    from tests.hf import models
+
+    import moe_ops.hf
+
+    model, ids = models.build(model_type), models.tokens(1, 6)
+    if switched:
+        moe_ops.hf.enable(model)
+    name = models.BLOCK_NAMES[model_type]
+    block, seen = model.get_submodule(name), {}
+    handle = block.register_forward_hook(lambda m, args, y: seen.update(x=args[0], y=y))
+    found = surgery.profile(model, [ids])
+    handle.remove()
+    layer = found[name]
+    assert int(layer.tokens) == 6 and int(layer.load.sum()) == 12
+    with surgery.zeroed(model, [(name, e) for e in range(layer.num_experts)]):
+        rest = block(seen["x"])
+    if model_type == "llama4_text":  # Weights are on the input, so outputs are what is added.
+        added = (seen["y"][0] - rest[0]).reshape(6, -1)
+        torch.testing.assert_close(layer.output.sum(0).float(), added.sum(0), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(layer.gate_norm, layer.output_norm)
+    else:
+        assert 0 < float(layer.gate_norm.sum()) < float(layer.output_norm.sum())
 
 
 def test_errors_are_sentences():

@@ -329,3 +329,46 @@ def test_merging_in_models_of_transformers(model_type):
     assert got.num_experts == count // 2
     assert bool(torch.isfinite(again(ids).logits).all())
     assert getattr(again.config, "n_group", None) in (None, 1, 2, 4)
+
+
+@needs_transformers
+@pytest.mark.parametrize("model_type", ["dbrx", "jetmoe", "llama4_text"])
+@torch.no_grad()
+def test_models_outside_of_the_experts_interface(model_type, tmp_path):
+    from tests.hf import models
+
+    import moe_ops.hf
+
+    model, ids = models.build(model_type), models.tokens()
+    plain = model(ids).logits
+    layers = surgery.routed_layers(model)
+    surgery.prune(model, {layer.name: range(layer.num_experts) for layer in layers})
+    assert torch.equal(model(ids).logits, plain)
+    kept = {layer.name: [1, 2, 3] for layer in layers}
+    with surgery.route_as(model, surgery.only(kept)):
+        expected = model(ids).logits
+    surgery.prune(model, kept)
+    torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-5)
+    moe_ops.hf.enable(model)
+    torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-5)
+    if model_type == "jetmoe":  # Attention has as many experts as before.
+        with pytest.raises(ValueError, match="must have the same number of experts"):
+            model.save_pretrained(tmp_path)
+        return
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path, attn_implementation="eager")
+    torch.testing.assert_close(again(ids).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+@needs_transformers
+def test_optimised_routers_are_refused():
+    from tests.hf import models
+
+    import moe_ops.hf
+
+    model = models.build("mixtral")
+    moe_ops.hf.optimize(model)
+    with pytest.raises(ValueError, match=r"call moe_ops\.hf\.restore first"):
+        surgery.prune(model, {"model.layers.0.mlp": [0, 1, 2]})
+    moe_ops.hf.restore(model)
+    surgery.prune(model, {"model.layers.0.mlp": [0, 1, 2]})

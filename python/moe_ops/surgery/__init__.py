@@ -10,7 +10,7 @@
         weak = model(tokens)
 
 All of it works for the layers of `moe_ops.layers`, the language models of the zoo, and the models
-of transformers whose experts go through its experts interface.
+of transformers that `moe_ops.hf` serves.
 """
 
 from __future__ import annotations

@@ -101,6 +101,11 @@ def _change_fields(model: Any, config: Any, sizes: Sizes) -> bool:
 def _change_entries(model: Any, config: Any, sizes: Sizes) -> bool:
     """Of a model of transformers, whose text part may have a config of its own."""
     text: Any = config.get_text_config() if hasattr(config, "get_text_config") else config
+    if getattr(text, "model_type", None) == "jetmoe":
+        return False  # Its attention experts, which stay, have the same entry.
+    if getattr(text, "model_type", None) == "dbrx":
+        text.ffn_config.moe_num_experts, text.ffn_config.moe_top_k = sizes[:2]
+        return True
     wanted = {**dict.fromkeys(_NUM_EXPERTS, sizes.num_experts), _TOP_K: sizes.top_k}
     if getattr(text, _GROUPS[0], None) is not None:
         wanted |= dict(zip(_GROUPS, sizes[2:], strict=True))

@@ -43,7 +43,7 @@ def route_as(
     own scores and normalisation, and are differentiable; shared experts run as before. Contexts
     may be nested, and the inner one counts. `topk_ids` given to a layer's forward still win.
 
-    Eager and compiled code; the modules themselves are changed, so all threads see it.
+    For eager code. The modules themselves are changed, so all threads see it.
 
     Args:
         model: see `routed_layers`, including attention experts with a router (those with

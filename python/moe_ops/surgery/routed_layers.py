@@ -120,8 +120,8 @@ def routed_layers(
     """The routed layers of `model`, in the order of `named_modules`.
 
     Known are layers of `moe_ops.layers` and of the zoo (`MoE`, `AttentionExperts` and others that
-    hold a `Router`), and the MoE blocks of transformers on its experts interface, switched to
-    moe_ops or not. JetMoE's, DBRX's and Llama 4's blocks of transformers are not among them.
+    hold a `Router`), and the MoE blocks of transformers that `moe_ops.hf` serves, switched to
+    moe_ops or not, without JetMoE's attention experts.
 
     Args:
         layers: shell patterns of names; None is all.
@@ -137,8 +137,8 @@ def routed_layers(
         found += importlib.import_module("moe_ops.surgery.hf_layers").hf_routed_layers(model)
     if not found:
         raise ValueError(
-            f"{caller}: model must hold a routed layer of moe_ops or of transformers' experts "
-            f"interface, got {type(model).__name__}."
+            f"{caller}: model must hold a routed layer of moe_ops or of transformers, got "
+            f"{type(model).__name__}."
         )
     if layers is None:
         return found
