@@ -195,8 +195,14 @@ class DbrxRoutedLayer(HFRoutedLayer):
         block: Any = self.block
         num_experts, hidden_size = self.router_rows.weight.shape
         p = block.moe_normalize_expert_weights
-        norm = {"renormalize": p is not None, "renormalize_p": 1.0 if p is None else float(p)}
-        return Router(hidden_size, num_experts, block.top_k, **norm, device="meta")
+        return Router(
+            hidden_size,
+            num_experts,
+            block.top_k,
+            renormalize=p is not None,
+            renormalize_p=1.0 if p is None else float(p),
+            device="meta",
+        )
 
     @property
     def router_rows(self) -> Any:

@@ -192,8 +192,8 @@ class TaskPatterns:
                 metadata = file.metadata() or {}
                 if metadata.get("format") != _FORMAT:
                     raise ValueError(f"it has the format {metadata.get('format')!r}")
-                names = (json.loads(metadata[key]) for key in ("tasks", "layers"))
-                return cls(*names, file.get_tensor("vectors"), file.get_tensor("scores"))
+                tasks, layers = (json.loads(metadata[key]) for key in ("tasks", "layers"))
+                return cls(tasks, layers, file.get_tensor("vectors"), file.get_tensor("scores"))
         except (library.SafetensorError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"TaskPatterns.load: {path} must be a file of TaskPatterns.save, got something "
