@@ -16,7 +16,7 @@ from .compare import Series, series
 from .picture import Picture
 from .study import Experiment, Headline, Hypothesis, Job, Results, Run, Study
 from .text import DOMAINS, Domain, heldout_batches, load_domains
-from .training import Recipe, Trained, evaluate, setting, train
+from .training import Recipe, Trained, evaluate, mutual_information, setting, train
 
 BASE = ModuleFormerConfig(
     vocab_size=256,
@@ -232,14 +232,10 @@ def layer_information(
         batches = heldout_batches(domain, recipe.heldout_batches, recipe.batch, recipe.length)
         for layer, frequency in model.expert_frequencies(batches).items():
             counts.setdefault(layer, []).append(frequency)
-    found = {}
-    for layer, rows in counts.items():
-        joint = torch.stack(rows)
-        joint = joint / joint.sum()
-        independent = joint.sum(0, keepdim=True) * joint.sum(1, keepdim=True)
-        total = torch.xlogy(joint, joint) - torch.xlogy(joint, independent)
-        found[layer.removeprefix("layers.")] = total.sum().item()
-    return found
+    return {
+        layer.removeprefix("layers."): mutual_information(torch.stack(rows))
+        for layer, rows in counts.items()
+    }
 
 
 def pruned(trained: Trained, domain: Domain, recipe: Recipe) -> list[tuple[float, float]]:

@@ -153,7 +153,7 @@ def test_side_by_side(registered, tmp_path, monkeypatch):
 
 
 def test_two_queues_in_a_folder_are_refused(tmp_path):
-    with queue.only_one(tmp_path), pytest.raises(ValueError, match="must be of one queue"):
+    with queue.only_one(tmp_path), pytest.raises(ValueError, match="must be of one process"):
         with queue.only_one(tmp_path):
             pass
     with queue.only_one(tmp_path):
