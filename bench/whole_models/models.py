@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -108,3 +109,15 @@ def build(name: str, folder: Path, tiny: bool = False) -> int:
                 p.normal_(0.0, p.shape[-1] ** -0.5)
     model.save_pretrained(folder)
     return sum(p.numel() for p in model.parameters())
+
+
+def quantize() -> None:
+    """`folder format` on the command line: saves the model of a folder in 8 or 4 bits inside it."""
+    import moe_ops.hf
+
+    folder, weights = Path(sys.argv[1]), sys.argv[2]
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.bfloat16, experts_implementation="moe_ops"
+    )
+    moe_ops.hf.optimize(model, weights)
+    model.save_pretrained(folder / weights)
