@@ -118,8 +118,7 @@ class HFRoutedLayer(RoutedLayer):
         rules = self.rules()
         rules.override = override
         try:
-            ids = rules.choose(router_logits)
-            return Routing(router_logits, rules.weights_at(router_logits, ids), ids)
+            return Routing(router_logits, *rules.route(router_logits))
         finally:
             rules.override = None
 
