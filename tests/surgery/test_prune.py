@@ -150,6 +150,17 @@ def test_pruned_zoo_models_are_saved_and_read(name, tmp_path):
 
 
 @torch.no_grad()
+def test_moduleformer_is_saved_with_uneven_layers(tmp_path):
+    pytest.importorskip("safetensors")
+    torch.manual_seed(0)
+    model, ids = zoo.create("moduleformer").eval(), tokens(1, 5, 256)
+    surgery.prune(model, {"layers.1.mlp": [0, 2, 3]})
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    torch.testing.assert_close(again(ids), model(ids))
+
+
+@torch.no_grad()
 def test_zeroed_experts_come_back():
     model, name = TwoLayers(), "layers.0"
     plain = model(X)

@@ -62,7 +62,10 @@ def merge_layer(
 def finish(model: nn.Module) -> None:
     """Tells a model's config what its layers have become, or keeps it from being saved."""
     config: Any = getattr(model, "config", None)
-    if config is None:
+    note = getattr(model, "note_experts", None)
+    if config is None or note is not None:
+        if note is not None:  # A config that has numbers for every layer, as ModuleFormer's.
+            note()
         return
     layers = routed_layers(model)
     found = {_sizes_of(layer) for layer in layers}
@@ -88,7 +91,7 @@ def _change_fields(model: Any, config: Any, sizes: Sizes) -> bool:
     """Of a language model of the zoo."""
     names = {field.name for field in dataclasses.fields(config)}
     if not {"num_experts", "top_k"} <= names and not {"num_experts", "max_experts"} <= names:
-        return False  # A config that says it in another way, as ModuleFormer's.
+        return False  # A config that says it in another way.
     changes: dict[str, Any] = {n: v for n, v in sizes._asdict().items() if n in names}
     if getattr(config, "num_devices", 1) > 1 and sizes.num_experts % config.num_devices:
         changes["num_devices"] = 1

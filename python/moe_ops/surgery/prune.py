@@ -30,8 +30,8 @@ def prune(model: nn.Module, keep: Mapping[str, Sequence[int]]) -> nn.Module:
 
     The config of a language model of the zoo, or of transformers, gets the new numbers, so that
     `save_pretrained` writes a checkpoint that loads as any other; transformers needs nothing of
-    moe_ops for it. Layers with different numbers of experts have no such form: that model works,
-    and its `save_pretrained` raises an error.
+    moe_ops for it. Layers with different numbers of experts have such a form in ModuleFormer alone:
+    other models work, and their `save_pretrained` raises an error.
 
     Args:
         model: see `routed_layers`. Optimisers hold the old parameters and have to be made anew.
