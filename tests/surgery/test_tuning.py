@@ -18,7 +18,7 @@ def test_a_pruned_model_learns():
         model, text, 12, rate=1e-2, progress=lambda step, loss: steps.append((step, loss))
     )
     assert [loss for _, loss in steps] == losses and steps[-1][0] == 12
-    assert losses[-1] < 0.8 * losses[0]
+    assert losses[-1] < losses[0] - 0.05
     assert model.layers[0].training and not model.layers[1].training
     assert all(p.grad is None for p in model.parameters())
 
