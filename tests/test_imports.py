@@ -30,7 +30,7 @@ ORDER = (
     ("quant",),
     ("layers",),
     (FRONT,),
-    ("hf", "parallel", "lora"),
+    ("hf", "parallel", "lora", "upcycle"),
     ("testing", "viz", "self_test"),
     ("doctor",),
     ("zoo",),
