@@ -12,7 +12,7 @@ Layers are those of `moe_ops.layers`; `upcycle_model` takes and returns models o
 
 from __future__ import annotations
 
-from .attention import attention_experts
+from .attention import attention_experts, mean_of
 from .experts import copies, dense_bank, reinitialize, slices
 from .layer import paired_router, preserves, upcycle_ffn
 from .models import upcycle_model
@@ -25,6 +25,7 @@ __all__ = [
     "copies",
     "dense_bank",
     "k_means_order",
+    "mean_of",
     "paired_router",
     "preserves",
     "reinitialize",
