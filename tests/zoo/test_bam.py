@@ -71,10 +71,10 @@ def test_equals_its_equations(changes):
     torch.testing.assert_close(model(tokens)[0], expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("attention", ["expert_kv", "shared_kv", "dense"])
-def test_starts_from_dense_models(attention):
+@pytest.mark.parametrize("form", ["expert_kv", "shared_kv", "dense"])
+def test_starts_from_dense_models(form):
     dense = [build(seed, num_experts=1, num_kv_heads=2) for seed in range(3)]
-    model = BAM.from_dense(dense, attention=attention)
+    model = BAM.from_dense(dense, attention=form)
     assert model.config.num_experts == 3
     tokens = tokens_of(model, 1, 9)
     w = {key: t.detach() for key, t in published_tensors(model).items()}
@@ -84,7 +84,7 @@ def test_starts_from_dense_models(attention):
     p = "model.layers.1"
     for e, t in enumerate(theirs):
         assert torch.equal(w[f"{p}.mlp.experts.{e}.up_proj.weight"], t[f"{p}.mlp.up_proj.weight"])
-    if attention == "dense":
+    if form == "dense":
         key = f"{p}.self_attn.k_proj.weight"
         torch.testing.assert_close(w[key], sum(t[key] for t in theirs) / 3)
         return
@@ -94,7 +94,7 @@ def test_starts_from_dense_models(attention):
     x = torch.randn(1, 7, 32, dtype=torch.float64)
     one = layer(x, topk_ids=torch.full((7, 1), 2), topk_weights=torch.ones(7, 1).double())
     expected = dense[2].layers[1].attention(x, rope.rotation(0, 7))
-    if attention == "expert_kv":
+    if form == "expert_kv":
         torch.testing.assert_close(one, expected, rtol=1e-5, atol=1e-5)
     else:
         assert not torch.allclose(one, expected, rtol=1e-2, atol=1e-2)
@@ -102,8 +102,8 @@ def test_starts_from_dense_models(attention):
 
 def test_equal_dense_models_make_equal_attention():
     dense = build(num_experts=1)
-    for attention in ("expert_kv", "shared_kv"):
-        model = BAM.from_dense([dense] * 3, attention=attention)
+    for form in ("expert_kv", "shared_kv"):
+        model = BAM.from_dense([dense] * 3, attention=form)
         x = torch.randn(1, 7, 32, dtype=torch.float64)
         expected = dense.layers[0].attention(x, dense.rope.rotation(0, 7))
         torch.testing.assert_close(model.layers[0].attention(x), expected, rtol=1e-5, atol=1e-5)

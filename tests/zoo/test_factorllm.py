@@ -1,4 +1,4 @@
-"""FactorLLM against its equations, the dense model it is cut from, and where gradients come from."""
+"""FactorLLM against its equations and its dense model, and where its gradients come from."""
 
 from __future__ import annotations
 

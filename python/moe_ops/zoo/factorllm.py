@@ -1,4 +1,4 @@
-"""FactorLLM: the feed-forward networks of a dense model cut into slices, of which a token uses some.
+"""FactorLLM: the networks of a dense model cut into slices, of which a token uses some.
 
 Zhao et al. 2024, FactorLLM: Factorizing Knowledge via Mixture of Experts for Large Language Models,
 arXiv 2408.11855.
