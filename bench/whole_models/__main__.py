@@ -31,8 +31,8 @@ from bench.whole_models.worker import HF, LLAMA, memory
 from moe_ops.bench.timing import interleave
 
 # How far logits may be from those of eager experts in bfloat16, by the norm.
-_ERRORS = {"int8": 0.05, "q8_0": 0.08, "int4": 0.5, "q4_0": 0.8}
-_ERROR = 0.03
+_ERRORS = {"int8": 0.1, "q8_0": 0.1, "int4": 0.5, "q4_0": 0.8}
+_ERROR = 0.06
 
 
 class Worker:

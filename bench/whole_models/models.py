@@ -105,8 +105,13 @@ def build(name: str, folder: Path, tiny: bool = False) -> int:
                 p.normal_(1.0, 0.1)
             elif p.dim() == 1 or key.endswith("proj_bias"):
                 p.normal_(0.0, 0.1)
+            elif "embed" in key:
+                p.normal_(0.0, 1.0)
             else:
-                p.normal_(0.0, p.shape[-1] ** -0.5)
+                # Layers add little to the stream, as in trained models: a token that turns to
+                # another expert by rounding changes little.
+                adds = "down_proj" in key or "o_proj" in key
+                p.normal_(0.0, (0.2 if adds else 1.0) * p.shape[-1] ** -0.5)
     model.save_pretrained(folder)
     return sum(p.numel() for p in model.parameters())
 
