@@ -46,6 +46,7 @@ DOMAINS = (
 # 24.6 MB: two sequences of each domain a step.
 RECIPE = Recipe(steps=12_000, batch=16, rate=3e-3, warmup=60, heldout_batches=16)
 REPORT = "report.json"
+SECONDS_BETWEEN_SAVES = 300.0
 
 
 @dataclass(frozen=True)
@@ -194,7 +195,8 @@ def _train(
 
     make_folder(place)
     deadline = time.monotonic() + 60 * minutes
-    run = Run(place / f"training.{key.hexdigest()[:12]}.pt", deadline, say)
+    state = place / f"training.{key.hexdigest()[:12]}.pt"
+    run = Run(state, deadline, say, every=SECONDS_BETWEEN_SAVES)
     tell(f"{place.name}: {subject.recipe}")
     with _own_state():
         trained = train(
