@@ -126,6 +126,9 @@ def named_steps(rank, folder):
     register_ep_implementation("same_tokens", dispatch="shared")
     try:
         found = step_of_a_rank(rank, folder, NAMED)
+        model = load(folder / "qwen3_moe", DATA).train()
+        model.gradient_checkpointing_enable()
+        found.append(step(model, 2, rank))
         model = load(folder / "qwen3_moe", DATA, "fp8_rows")
         logits, _ = step(model, 2, rank)
         with pytest.raises(ValueError, match='dispatch="shared" needs ranks with the same tokens'):
@@ -142,12 +145,29 @@ def named_steps(rank, folder):
 @has_registry
 def test_implementations_by_name(processes, folder):
     ranks = processes.run(named_steps, folder, world=2)
-    check(folder, NAMED, [found for found, _ in ranks])
+    cases = [*NAMED, ("qwen3_moe", DATA, "moe_ops")]
+    check(folder, cases, [found for found, _ in ranks])
     logits, _ = step(load(folder / "qwen3_moe"), 2)
     # Rows of fp8 have 3 bits behind the point.
     rounded = torch.cat([logits["logits"] for _, logits in ranks])
     error = (rounded - logits["logits"]).norm() / logits["logits"].norm()
     assert 1e-6 < error < 0.1
+
+
+def generate_packed(rank, folder):
+    model = load(folder / "qwen3_moe", SHARED).eval()
+    packed = moe_ops.prepack(model)
+    return packed, model.generate(tokens(batch=2, length=5), max_new_tokens=6, do_sample=False)
+
+
+@has_registry
+def test_generate_with_packed_experts(processes, folder):
+    model = load(folder / "qwen3_moe").eval()
+    whole = moe_ops.prepack(model)
+    want = model.generate(tokens(batch=2, length=5), max_new_tokens=6, do_sample=False)
+    for packed, got in processes.run(generate_packed, folder, world=2):
+        assert packed == whole // 2
+        assert torch.equal(got, want)
 
 
 @has_registry
