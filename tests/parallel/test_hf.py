@@ -17,6 +17,8 @@ from transformers import AutoModelForCausalLM
 
 import moe_ops.hf
 from moe_ops.hf.parallel import Interface, MoeOpsEP, register_ep_implementation
+from moe_ops.parallel import Shared
+from moe_ops.testing import assert_identical
 
 from .common import assert_same, gradients
 
@@ -71,6 +73,9 @@ def step_of_a_rank(rank, folder, cases):
     found = []
     for name, sizes, implementation in cases:
         model = load(folder / name, sizes, implementation)
+        if implementation == "moe_ops":
+            shared = sizes.get("tp_size") == sizes["ep_size"]
+            assert isinstance(model.model.layers[1].mlp.experts.dispatcher, Shared) == shared
         found.append(step(model, parts_of(sizes), rank // sizes.get("tp_size", 1)))
     return found
 
@@ -157,11 +162,18 @@ def test_implementations_by_name(processes, folder):
 def generate_packed(rank, folder):
     model = load(folder / "qwen3_moe", SHARED).eval()
     packed = moe_ops.prepack(model)
-    return packed, model.generate(tokens(batch=2, length=5), max_new_tokens=6, do_sample=False)
+    out = model.generate(tokens(batch=2, length=5), max_new_tokens=6, do_sample=False)
+    moe_ops.unpack(model)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        assert_identical(
+            compiled(tokens(), use_cache=False).logits, model(tokens(), use_cache=False).logits
+        )
+    return packed, out
 
 
 @has_registry
-def test_generate_with_packed_experts(processes, folder):
+def test_generate_with_packed_experts_and_compiled(processes, folder):
     model = load(folder / "qwen3_moe").eval()
     whole = moe_ops.prepack(model)
     want = model.generate(tokens(batch=2, length=5), max_new_tokens=6, do_sample=False)

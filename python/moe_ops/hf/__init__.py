@@ -45,7 +45,7 @@ from moe_ops.hf.switch import disable, enable, expect_calls, status
 
 ExpertsInterface.register("moe_ops", experts_forward)
 attention.register()
-if Interface is not None:
+if Interface is not None and "moe_ops" not in Interface():  # It is, where this is reloaded.
     register_ep_implementation("moe_ops")
 register_hook(TransformersHook())
 

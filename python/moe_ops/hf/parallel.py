@@ -64,11 +64,8 @@ class MoeOpsEP(Base):
     """Runs the experts of one module of transformers through a dispatcher of `moe_ops.parallel`.
 
     transformers makes one for each module when it shards a model, and calls it in place of the
-    module's forward, while the module's parameters are those of this rank.
-
-    Attributes:
-        dispatcher: what `choose` gave. It has the numbers that dispatchers keep, such as
-            `num_dropped` of `Padded`.
+    module's forward, while the module's parameters are those of this rank. The dispatcher is also
+    the module's attribute `dispatcher`, as it is of a bank of moe_ops.
     """
 
     dispatch: str = "auto"
@@ -76,7 +73,7 @@ class MoeOpsEP(Base):
 
     def __init__(self, experts: nn.Module, ep_mesh: Any, tp_mesh: Any) -> None:
         super().__init__(experts, ep_mesh, tp_mesh)
-        # It imports FSDP2, DTensor and DCP, which a process alone has no use for.
+        # Not at the top: a torch without torch.distributed cannot import it.
         from moe_ops.parallel import choose
 
         is_shared = self.dispatch == "shared" or (self.dispatch == "auto" and self.shares_batch)
@@ -86,7 +83,7 @@ class MoeOpsEP(Base):
                 f"ep_size = tp_size, got {ep_mesh.size()} and {tp_mesh.size()}."
             )
         self.config: Any = experts.config
-        self.dispatcher = choose(
+        self.dispatcher: Any = choose(
             ep_mesh,
             self.num_local_experts * ep_mesh.size(),
             top_k=getattr(self.config, "num_experts_per_tok", None),
@@ -94,6 +91,7 @@ class MoeOpsEP(Base):
             shared_batch=is_shared,
             **self.options,
         )
+        experts.dispatcher = self.dispatcher
         # Ranks of tensor parallelism have the same tokens, of which each then sends a part.
         self.parts = None if is_shared or tp_mesh.size() == 1 else tp_mesh
 
