@@ -8,7 +8,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
+from torch.distributed.pipelining import PipelineStage, schedules
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_
 
 from moe_ops.layers import RoutingStats, update_expert_bias
@@ -18,7 +19,7 @@ from .common import EXPERTS, HIDDEN, TOKENS, Model, assert_same, batch, gradient
 
 pytestmark = [pytest.mark.xdist_group("parallel"), pytest.mark.cpu_only]
 
-MICRO_BATCHES = 2
+MICRO_BATCHES = 4
 MAX_NORM = 0.05
 
 
@@ -47,17 +48,17 @@ def loss_of(out, target):
     return (y - target).square().mean() + 0.1 * balance.sum()
 
 
-def make_model():
-    return Model(aux_losses=("load_balancing",), expert_bias=True)
+def make_model(layers):
+    return Model(layers, aux_losses=("load_balancing",), expert_bias=True)
 
 
 def biases(stage):
     return [layer.moe.router.expert_bias.clone() for layer in stage.layers.values()]
 
 
-def one_process(ranks):
+def one_process(ranks, layers):
     """The step with the micro-batches of all ranks of a stage together."""
-    model = make_model()
+    model = make_model(layers)
     stage = Stage(model.layers, 0, model.head)
     losses = []
     for i in range(MICRO_BATCHES):
@@ -71,72 +72,113 @@ def one_process(ranks):
     return losses, gradients(stage), norm, biases(stage), stage.stats.as_dict()
 
 
-def pipeline_step(rank, make_schedule, static):
+def pipeline_step(rank, name, layers):
+    """Two ranks, or two times two with experts shared out, have one or two layers each."""
     ranks = dist.get_world_size() // 2
     mesh = init_device_mesh("cpu", (2, 1, ranks), mesh_dim_names=("pp", "efsdp", "ep"))
     index, part = mesh["pp"].get_local_rank(), mesh["ep"].get_local_rank()
-    stage_group = mesh["ep"].get_group()
+    pp_group, stage_group = mesh["pp"].get_group(), mesh["ep"].get_group()
 
-    model = make_model()
-    stage = Stage(model.layers[index : index + 1], index, model.head if index else None)
+    model = make_model(layers)
+    numbers, zero_bubble = [index], "ZeroBubble" in name
+    if layers == 4:
+        # The second stage of a rank: back from the last, or round again.
+        numbers.append(3 - index if zero_bubble else index + 2)
+    own = nn.ModuleList(
+        Stage(model.layers[i : i + 1], i, model.head if i == layers - 1 else None) for i in numbers
+    )
+    for stage in own:
+        shard(stage, mesh, with_fsdp=not zero_bubble)
+
+    # Otherwise torch finds shapes by a forward and a backward of made-up tokens, which count.
+    tokens = TOKENS // ranks // MICRO_BATCHES
+    between = tuple(torch.empty(s, requires_grad=True) for s in ((tokens, HIDDEN), (1,)))
+    end = torch.empty(tokens, 4, requires_grad=True), between[1]
+    stages = [
+        PipelineStage(
+            stage,
+            i,
+            layers,
+            torch.device("cpu"),
+            input_args=between if i else (torch.empty(tokens, HIDDEN),),
+            output_args=end if stage.head is not None else between,
+            group=pp_group,
+        )
+        for i, stage in zip(numbers, own, strict=True)
+    ]
+    schedule = getattr(schedules, name)(
+        stages if layers == 4 else stages[0], MICRO_BATCHES, loss_fn=loss_of
+    )
+    x, target = batch(0, part, ranks)
+    losses = []
+    last = {"target": target, "losses": losses} if any(s.is_last for s in stages) else {}
+    schedule.step(*([x] if index == 0 else []), **last)
+
+    if zero_bubble:
+        average(own, stage_group)
+
+    norm = clip_grad_norm_(own.parameters(), float("inf"), foreach=False)
+    squares = norm.square()
+    dist.all_reduce(squares, group=pp_group)
+    norm = squares.sqrt()
+    clip_grads_with_norm_(own.parameters(), MAX_NORM, norm, foreach=False)
+    update_expert_bias(own, rate=0.5, group=stage_group)
+    stats = {}
+    for stage in own:
+        stats |= stage.stats.all_reduce(stage_group).as_dict()
+    both = [None, None]
+    dist.all_gather_object(both, stats, group=pp_group)
+    grads = {}
+    for stage in own:
+        grads |= gradients(stage)
+    mean = torch.tensor([float(loss.detach()) for loss in losses])
+    dist.all_reduce(mean, group=stage_group)
+    found = (mean / ranks).tolist(), grads, norm, dict(zip(numbers, map(biases, own), strict=True))
+    return *found, both[0] | both[1]
+
+
+def shard(stage, mesh, with_fsdp):
     for layer in stage.layers.values():
-        layer.moe.loss_group = stage_group
-    if ranks > 1:
-        shard_experts(stage, mesh["ep"])
+        layer.moe.loss_group = mesh["ep"].get_group()
+    if mesh["ep"].size() == 1:
+        return
+    shard_experts(stage, mesh["ep"])
+    if with_fsdp:
         for layer in stage.layers.values():
             fully_shard_moe(layer.moe, mesh["ep"], mesh["efsdp"])
         fully_shard(stage, mesh=mesh["ep"])
 
-    shapes = {}
-    if static:  # Otherwise torch finds them by a forward and a backward of its own.
-        tokens = TOKENS // ranks // MICRO_BATCHES
-        between = tuple(torch.empty(s, requires_grad=True) for s in ((tokens, HIDDEN), (1,)))
-        end = torch.empty(tokens, 4, requires_grad=True), between[1]
-        shapes = {
-            "input_args": between if index else (torch.empty(tokens, HIDDEN),),
-            "output_args": end if index else between,
-        }
-    pipeline = PipelineStage(
-        stage, index, 2, torch.device("cpu"), group=mesh["pp"].get_group(), **shapes
-    )
-    schedule = make_schedule(pipeline, MICRO_BATCHES, loss_fn=loss_of)
-    x, target = batch(0, part, ranks)
-    losses = []
-    if index == 0:
-        schedule.step(x)
-    else:
-        schedule.step(target=target, losses=losses)
 
-    norm = clip_grad_norm_(stage.parameters(), float("inf"), foreach=False)
-    squares = norm.square()
-    dist.all_reduce(squares, group=mesh["pp"].get_group())
-    norm = squares.sqrt()
-    clip_grads_with_norm_(stage.parameters(), MAX_NORM, norm, foreach=False)
-    update_expert_bias(stage, rate=0.5, group=stage_group)
-    stage.stats.all_reduce(stage_group)
-    both = [None, None]
-    dist.all_gather_object(both, stage.stats.as_dict(), group=mesh["pp"].get_group())
-    of_layers = both[0] | both[1]
-    mean = torch.tensor([float(loss.detach()) for loss in losses])
-    dist.all_reduce(mean, group=stage_group)
-    return index, (mean / ranks).tolist(), gradients(stage), norm, biases(stage), of_layers
+def average(model, group):
+    """What FSDP2 does, which loses gradients where a schedule splits backward."""
+    for p in model.parameters():
+        if isinstance(p.grad, DTensor):  # The sum over the ranks.
+            p.grad.div_(group.size())
+        else:
+            dist.all_reduce(p.grad, group=group)
+            p.grad.div_(group.size())
 
 
 @pytest.mark.parametrize(
-    ("make_schedule", "world"), [(ScheduleGPipe, 2), (Schedule1F1B, 4)], ids=["2", "4"]
+    ("name", "world", "layers"),
+    [
+        ("ScheduleGPipe", 2, 2),
+        ("Schedule1F1B", 4, 2),
+        ("ScheduleInterleaved1F1B", 4, 4),
+        ("ScheduleZBVZeroBubble", 4, 4),
+    ],
 )
-def test_stages(processes, make_schedule, world):
-    losses, grads, norm, bias, stats = one_process(world // 2)
-    for found in processes.run(pipeline_step, make_schedule, True, world=world):
-        index, got_losses, got_grads, got_norm, got_bias, got_stats = found
-        if index == 1:
+def test_stages(processes, name, world, layers):
+    losses, grads, norm, bias, stats = one_process(world // 2, layers)
+    ranks = processes.run(pipeline_step, name, layers, world=world)
+    assert any(found[0] for found in ranks)
+    for got_losses, got_grads, got_norm, got_bias, got_stats in ranks:
+        if got_losses:
             assert got_losses == pytest.approx(losses, rel=1e-5)
-        own = {
-            n: g
-            for n, g in grads.items()
-            if n.startswith((f"layers.{index}.", "head"[: index * 4] or "-"))
-        }
-        assert_same(got_grads, own)
         torch.testing.assert_close(got_norm, norm, rtol=1e-5, atol=0)
-        assert torch.equal(got_bias[0], bias[index])
+        for number, (got,) in got_bias.items():
+            assert torch.equal(got, bias[number])
         assert got_stats == stats
+        names = tuple(f"layers.{number}." for number in got_bias)
+        names += ("head.",) * (layers - 1 in got_bias)
+        assert_same(got_grads, {n: g for n, g in grads.items() if n.startswith(names)})
