@@ -43,7 +43,8 @@ TINY = plan.Shape(
 )
 
 
-def check_trace(shape: plan.Shape, ranks: int, job: plan.Job, within: float = 0.05) -> plan.Trace:
+def check_trace(shape: plan.Shape, ranks: int, job: plan.Job) -> plan.Trace:
+    """All collectives are those of the formulas, and memory is within 5 %."""
     cluster = plan.find_cluster("h100", ranks)
     traced = plan.trace(shape, cluster, job)
     formula = plan.model_messages(shape, plan.Layout.of(cluster, job), job)
@@ -62,7 +63,7 @@ def check_trace(shape: plan.Shape, ranks: int, job: plan.Job, within: float = 0.
     assert traced.weights == memory.experts + memory.dense
     assert traced.gradients == memory.gradients
     assert traced.optimizer == memory.optimizer
-    assert abs(memory.total / traced.peak - 1) < within, (memory, traced.peak)
+    assert abs(memory.total / traced.peak - 1) < 0.05, (memory, traced.peak)
     return traced
 
 
@@ -94,7 +95,7 @@ def test_formulas_are_what_the_code_asks_for(model, ep, recompute, ranks):
 )
 def test_every_dispatcher_and_layout(options, recompute):
     job = plan.Job(**{"tokens": 1024, **options}, recompute=recompute)
-    check_trace(TINY, 16, job, within=0.08)
+    check_trace(TINY, 16, job)
 
 
 @pytest.mark.parametrize("dispatch", ["auto", "slots", "padded", "gather"])
@@ -301,7 +302,7 @@ def test_bytes_a_token_by_hand():
     cluster, shape = plan.find_cluster("h100", 64), plan.find_shape("deepseek_v3")
     job = plan.Job(ep=64, dispatch="slots", tokens=4096)
     sent, received = plan.estimate(shape, cluster, job).bytes_per_token("forward")
-    counts = 63 * 4 * 8 / 4096
+    counts = 63 * 4 * 4 / 4096
     assert sent == received == pytest.approx(2 * 8 * 63 / 64 * 7168 * 2 + counts)
     fp8 = dataclasses.replace(job, fp8=True)
     sent, _ = plan.estimate(shape, cluster, fp8).bytes_per_token("forward")

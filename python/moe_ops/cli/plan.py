@@ -246,7 +246,9 @@ def _table(title: str, columns: tuple[str, ...], left: int = 1) -> Table:
 
 def _trace(plan: plans.Plan, console: Console) -> dict[str, Any]:
     console.print("Tracing a step of rank 0 …", markup=False)
-    shape, cluster, job = plan.shape, plan.cluster, plan.job
+    cluster, job = plan.cluster, plan.job
+    # The traced model has an output of its own.
+    shape = dataclasses.replace(plan.shape, tied=False)
     traced = plans.trace(shape, cluster, job)
     formula = plans.model_messages(shape, plan.layout, job)
     needed = plans.memory_of(shape, cluster, job, kernels=False).total

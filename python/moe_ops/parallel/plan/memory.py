@@ -149,16 +149,13 @@ def _layer(shape: Shape, job: Job, moe: bool, weights: _Sizes, experts: _Sizes) 
     rows = rows_of(shape, job)
     slots = t * shape.top_k
     kept += 5 * slots * _FLOAT32  # Ids, weights and maps between slots and rows.
-    arrived = 0 if rows.name in ("local", "shared") else rows.num_received
-    returned = slots if rows.name in ("slots", "tokens") else 0
-    if rows.name == "padded":
-        returned = slots
+    arriving = returned = 0
+    if rows.name not in ("local", "shared"):
+        arriving = rows.num_received * h * b
+    if rows.name in ("slots", "tokens", "padded"):
+        returned = rows.num_sent * h * b
     inside = rows.slots * (shape.width * b + 4 * _FLOAT32)
-    arriving = arrived * h * b
-    returned_bytes = returned * h * b
-    return _Layer(
-        kept, arriving + inside + returned_bytes, arriving, returned_bytes, weights, experts
-    )
+    return _Layer(kept, arriving + inside + returned, arriving, returned, weights, experts)
 
 
 def _activated(shape: Shape, width: int) -> int:
@@ -211,7 +208,8 @@ def _training(
     before = moe if shape.num_moe_layers > 1 or not shape.num_dense_layers else dense
     gathered = before.weights.used  # Of the layer before, on its way.
     # FSDP2 keeps the float32 copy of the gradients that it summed last until the next ones come.
-    held = 2 * head.used
+    copy = _FLOAT32 // job.element_size
+    held = copy * head.used
     kept_now = 0 if job.recompute else last
     # Weights in use, the gradient of a piece, and where there are more the sum before and after.
     pieces = 4 if job.tokens > LOSS_TOKENS else 2
@@ -241,14 +239,14 @@ def _training(
             "gradients of the last experts",
             below + last - moe.rows + 2 * row,
             0,
-            gathered + moe.weights.used + 3 * moe.experts.used + moe.experts.own,
+            gathered + moe.weights.used + (1 + copy) * moe.experts.used + moe.experts.own,
             0,
         ),
         _Moment(
             "backward of the last attention",
             below + last - moe.rows + 2 * row + _attention(shape, job),
             0,
-            gathered + 2 * moe.weights.used + 2 * moe.experts.used,
+            gathered + 2 * moe.weights.used + copy * moe.experts.used,
             0,
         ),
         _Moment(
@@ -258,7 +256,13 @@ def _training(
             gathered + moe.weights.used + moe.experts.used + (held if job.recompute else 0),
             0,
         ),
-        _Moment("gradients of the embedding", 2 * row, 0, 3 * embedding.used + embedding.own, 0),
+        _Moment(
+            "gradients of the embedding",
+            2 * row,
+            0,
+            (1 + copy) * embedding.used + embedding.own,
+            0,
+        ),
     ]
 
 
@@ -267,10 +271,7 @@ def _inference(shape: Shape, job: Job, dense: _Layer, moe: _Layer) -> list[_Mome
     t, h, b = job.tokens, shape.hidden_size, job.element_size
     row = t * h * b
     rows = rows_of(shape, job)
-    slots = t * shape.top_k * h * b
-    # Rows that came, what the experts made of them, and what came back, with `Tokens` filled up to
-    # one row a slot.
-    back = {"slots": slots, "tokens": 2 * slots, "padded": 2 * moe.arriving, "gather": row}
+    back = row if rows.name == "gather" else moe.returned
     used = moe.weights.used + moe.experts.used
     router = moe.kept - 4 * row - _attention(shape, job)
     moments = [
@@ -278,7 +279,7 @@ def _inference(shape: Shape, job: Job, dense: _Layer, moe: _Layer) -> list[_Mome
         _Moment(
             "the experts",
             5 * row,
-            2 * moe.arriving + back.get(rows.name, 0),
+            2 * moe.arriving + back,  # What came, what the experts made of it, what came back.
             used,
             _workspace(shape, job, False),
         ),

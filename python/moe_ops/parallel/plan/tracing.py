@@ -57,10 +57,6 @@ class Trace:
     optimizer: int
     peak: int
 
-    def sent(self, *groups: str) -> int:
-        """Bytes in all collectives of these groups."""
-        return sum(m.sent for m in self.messages if m.group in groups)
-
 
 def trace(shape: Shape, cluster: Cluster, job: Job) -> Trace:
     """A step of rank 0: forward, and in training backward and Adam.
@@ -101,14 +97,10 @@ def _run(shape: Shape, layout: Layout, job: Job) -> Trace:
     dtype = getattr(torch, job.dtype)
     with torch.device("meta"):
         model = _Model(shape, job, torch.float32 if job.training else dtype)
-    shard_experts(
-        model,
-        ep,
-        job.dispatch,
-        **({"fp8": True} if job.fp8 else {}),
-        **({"shared_batch": True} if job.shared_batch else {}),
-        **({"same_bits": True} if job.same_bits else {}),
-    )
+    options: Any = {"shared_batch": job.shared_batch, "same_bits": job.same_bits}
+    if job.fp8:
+        options["fp8"] = True
+    shard_experts(model, ep, job.dispatch, **options)
     _know_sizes(model, rows_of(shape, job))
     if job.training:
         # Inputs are in this type already, but routing weights, which stay float32.
@@ -122,7 +114,7 @@ def _run(shape: Shape, layout: Layout, job: Job) -> Trace:
     with fake:
         model.to_empty(device="cpu")
         ids = torch.empty(job.tokens, dtype=torch.int64)
-    recorder = _Recorder(layout.ep)
+    recorder = _Recorder(ep)
     resident = [_local(t) for t in (*model.parameters(), *model.buffers())]
     for tensor in resident:
         recorder.hold(tensor)
@@ -203,9 +195,9 @@ class _Largest:
 class _Recorder(dispatch_mode_class()):  # type: ignore[misc]
     """Counts the bytes of tensors while they live, and of collectives."""
 
-    def __init__(self, ep: int) -> None:
+    def __init__(self, ep: DeviceMesh) -> None:
         super().__init__()
-        self.ep = ep
+        self.ep, self.name = ep.size(), ep.get_group().group_name
         self.messages: list[Message] = []
         self.phase = "forward"
         self.now = self.peak = 0
@@ -284,7 +276,7 @@ class _Recorder(dispatch_mode_class()):  # type: ignore[misc]
                 n = dist.ProcessGroup.unbox(args[1]).size()
             factor = {"all_gather": n * (n - 1), "reduce_scatter": n - 1, "all_reduce": 2 * (n - 1)}
             sent = received = size * factor[kind] // n
-        group = "ep" if func.namespace == "_c10d_functional" else "fsdp"
+        group = "ep" if args[-1] == self.name else "fsdp"
         self.messages.append(Message(name, self.phase, group, kind, sent, received))
 
 

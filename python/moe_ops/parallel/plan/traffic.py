@@ -190,8 +190,9 @@ def _all_to_all(shape: Shape, job: Job, rows: Rows) -> tuple[list[Message], list
     def home(name: str, size: int) -> Message:
         return Message(name, "forward", "ep", "all_to_all", back * size, out * size)
 
+    # As int32; the size of gathered tokens is an int64.
     counts = {"slots": local_experts(shape, job), "tokens": 1}.get(rows.name, 0)
-    sizes = 8 * (n - 1) * counts
+    sizes = 4 * (n - 1) * counts
     first = [Message("sizes", "forward", "ep", "all_to_all", sizes, sizes)] if sizes else []
     if job.fp8:
         blocks = -(-shape.hidden_size // FP8_BLOCK)
