@@ -237,7 +237,8 @@ def plan(
     intra: Annotated[float | None, typer.Option(help="GB/s of a device inside a node.")] = None,
     inter: Annotated[float | None, typer.Option(help="GB/s of a device across nodes.")] = None,
     trace: Annotated[
-        bool, typer.Option("--trace", help="Also run a step of one rank, without data.")
+        bool,
+        typer.Option("--trace", help="Also run a step of one rank, without data: a minute or two."),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     out: Annotated[Path | None, typer.Option(help="Picture: .svg, .png, .pdf or .html.")] = None,
