@@ -76,26 +76,28 @@ def test_formulas_are_what_the_code_asks_for(model, ep, recompute, ranks):
     check_trace(few_layers(model), ranks, plan.Job(ep=ep, recompute=recompute))
 
 
-@pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize(
     "options",
     [
         {"ep": 1},
+        {"ep": 1, "recompute": True},
         {"ep": 2},  # gather
+        {"ep": 2, "recompute": True, "fp32_combine": True},
         {"ep": 8, "dispatch": "slots", "imbalance": 1.25},
-        {"ep": 8, "dispatch": "slots", "fp8": True},
-        {"ep": 8, "dispatch": "tokens", "fp8": True, "imbalance": 1.25},
+        {"ep": 8, "dispatch": "slots", "recompute": True, "fp8": True},
+        {"ep": 8, "dispatch": "slots", "recompute": True, "fp32_combine": True},
+        {"ep": 8, "dispatch": "tokens", "recompute": True, "imbalance": 1.25},
         {"ep": 8, "dispatch": "padded"},
-        {"ep": 8, "dispatch": "shared"},
+        {"ep": 8, "dispatch": "padded", "recompute": True},
+        {"ep": 8, "dispatch": "shared", "recompute": True},
         {"ep": 4, "fsdp": 8},
-        {"ep": 8, "fsdp": 4},
-        {"ep": 4, "dtype": "float32"},
+        {"ep": 8, "fsdp": 4, "recompute": True},
+        {"ep": 4, "dtype": "float32", "recompute": True},
     ],
     ids=str,
 )
-def test_every_dispatcher_and_layout(options, recompute):
-    job = plan.Job(**{"tokens": 1024, **options}, recompute=recompute)
-    check_trace(TINY, 16, job)
+def test_every_dispatcher_and_layout(options):
+    check_trace(TINY, 16, plan.Job(**{"tokens": 1024, **options}))
 
 
 @pytest.mark.parametrize("dispatch", ["auto", "slots", "padded", "gather"])

@@ -224,6 +224,9 @@ def plan(
         bool, typer.Option("--recompute", help="Activation checkpointing of every block.")
     ] = False,
     fp8: Annotated[bool, typer.Option("--fp8", help="Rows travel as fp8.")] = False,
+    fp32_combine: Annotated[
+        bool, typer.Option("--fp32-combine", help="Results return in float32.")
+    ] = False,
     dispatch: Annotated[str, typer.Option(help="A dispatcher, as of choose().")] = "auto",
     imbalance: Annotated[
         float, typer.Option(min=1.0, help="Tokens of the busiest rank over the mean.")
@@ -267,6 +270,7 @@ def plan(
             "dtype": dtype,
             "recompute": recompute,
             "fp8": fp8,
+            "fp32_combine": fp32_combine,
             "dispatch": dispatch,
             "imbalance": imbalance,
             "redundant": redundant,

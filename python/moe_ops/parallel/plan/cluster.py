@@ -112,6 +112,7 @@ class Job:
         dtype: "bfloat16", "float16" or "float32", of weights in use, activations and traffic.
         recompute: activation checkpointing of every block (training).
         fp8: rows travel as float8_e4m3fn (dispatchers "slots" and "tokens").
+        fp32_combine: results return in float32 and are rounded once.
         dispatch: as of `moe_ops.parallel.choose`.
         same_bits, shared_batch: as of `choose`.
         imbalance: the busiest rank's tokens over the mean; sizes are those of the busiest.
@@ -127,6 +128,7 @@ class Job:
     dtype: str = "bfloat16"
     recompute: bool = False
     fp8: bool = False
+    fp32_combine: bool = False
     dispatch: str = "auto"
     same_bits: bool = False
     shared_batch: bool = False
@@ -149,6 +151,11 @@ class Job:
     @property
     def element_size(self) -> int:
         return ELEMENT_SIZES[self.dtype]
+
+    @property
+    def result_size(self) -> int:
+        """Bytes of an element of the experts' results on their way back."""
+        return 4 if self.fp32_combine else self.element_size
 
 
 ELEMENT_SIZES = {"bfloat16": 2, "float16": 2, "float32": 4}

@@ -153,7 +153,7 @@ def _layer(shape: Shape, job: Job, moe: bool, weights: _Sizes, experts: _Sizes) 
     if rows.name not in ("local", "shared"):
         arriving = rows.num_received * h * b
     if rows.name in ("slots", "tokens", "padded"):
-        returned = rows.num_sent * h * b
+        returned = rows.num_sent * h * job.result_size
     inside = rows.slots * (shape.width * b + 4 * _FLOAT32)
     return _Layer(kept, arriving + inside + returned, arriving, returned, weights, experts)
 
@@ -236,6 +236,14 @@ def _training(
             _workspace(shape, job, True),
         ),
         _Moment(
+            "backward of the last combine",
+            below + last - moe.arriving - moe.returned + 2 * row,
+            # What came, what came back, its gradient, and where it is another type, that of x.
+            moe.arriving + 2 * moe.returned + (moe.arriving if job.fp32_combine else 0),
+            held + gathered + moe.weights.used + moe.experts.used,
+            0,
+        ),
+        _Moment(
             "gradients of the last experts",
             below + last - moe.rows + 2 * row,
             0,
@@ -279,7 +287,8 @@ def _inference(shape: Shape, job: Job, dense: _Layer, moe: _Layer) -> list[_Mome
         _Moment(
             "the experts",
             5 * row,
-            2 * moe.arriving + back,  # What came, what the experts made of it, what came back.
+            # What came, what the experts made of it, what came back.
+            moe.arriving * (job.element_size + job.result_size) // job.element_size + back,
             used,
             _workspace(shape, job, False),
         ),

@@ -98,8 +98,7 @@ def _run(shape: Shape, layout: Layout, job: Job) -> Trace:
     with torch.device("meta"):
         model = _Model(shape, job, torch.float32 if job.training else dtype)
     options: Any = {"shared_batch": job.shared_batch, "same_bits": job.same_bits}
-    if job.fp8:
-        options["fp8"] = True
+    options |= {name: True for name in ("fp8", "fp32_combine") if getattr(job, name)}
     shard_experts(model, ep, job.dispatch, **options)
     _know_sizes(model, rows_of(shape, job))
     if job.training:

@@ -149,8 +149,9 @@ def expert_messages(shape: Shape, job: Job) -> list[Message]:
     if rows.name == "local":
         return []
     row, routing = shape.hidden_size * job.element_size, shape.top_k * 4
+    result = shape.hidden_size * job.result_size
     if rows.name == "shared":
-        forward = [_reduced("combine", "all_reduce", job.tokens * row, n)]
+        forward = [_reduced("combine", "all_reduce", job.tokens * result, n)]
         backward = [
             _reduced("dispatch", "all_reduce", job.tokens * row, n),
             _reduced("weights", "all_reduce", job.tokens * routing, n),
@@ -161,7 +162,7 @@ def expert_messages(shape: Shape, job: Job) -> list[Message]:
             _gathered("dispatch", job.tokens * row, n),
             _gathered("weights", job.tokens * routing, n),
             _gathered("ids", job.tokens * routing, n),
-            _reduced("combine", "reduce_scatter", n * job.tokens * row, n),
+            _reduced("combine", "reduce_scatter", n * job.tokens * result, n),
         ]
         backward = [
             _gathered("combine", job.tokens * row, n),
@@ -200,7 +201,7 @@ def _all_to_all(shape: Shape, job: Job, rows: Rows) -> tuple[list[Message], list
     else:
         first += [there("dispatch", row)]
     weights = [] if rows.name == "slots" else [there("weights", routing), there("ids", routing)]
-    forward = [*first, *weights, home("combine", row)]
+    forward = [*first, *weights, home("combine", shape.hidden_size * job.result_size)]
     backward = [there("combine", row), home("dispatch", row)]
     backward += [home("weights", routing)] if weights else []
     return forward, backward
