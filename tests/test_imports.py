@@ -35,6 +35,7 @@ ORDER = (
     ("testing", "viz", "self_test"),
     ("doctor",),
     ("zoo",),
+    ("surgery",),
     ("bench",),
     ("demo",),
     ("cli",),
