@@ -103,7 +103,7 @@ def test_neurons_are_drawn_anew(interleaved):
     both = changed.repeat_interleave(2, 1) if interleaved else torch.cat([changed, changed], 1)
     assert torch.equal(rows, both)
     for e in range(2):
-        fresh, old = (b.w_down[e][:, changed[e]] for b in (new, bank))
+        fresh, old = (b.w_down.detach()[e][:, changed[e]] for b in (new, bank))
         assert abs(float(fresh.mean() - old.mean())) < 0.01
         assert float(fresh.std()) == pytest.approx(float(old.std()), rel=0.1)
 

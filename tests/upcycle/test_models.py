@@ -129,6 +129,22 @@ def test_specialists_are_averaged_around_their_networks():
     )
 
 
+def test_attention_experts_from_attention_of_transformers():
+    from moe_ops.layers import Router
+
+    model = build("llama", rope_parameters={"rope_type": "default", "rope_theta": 500.0})
+    attention = model.model.layers[0].self_attn
+    layer = upcycle.attention_experts([attention] * 2, Router(32, 2, 1), rope_theta=500.0)
+    x, mask = torch.randn(1, 9, 32), torch.full((9, 9), -1e9).triu(1)[None, None]
+    angles = model.model.rotary_emb(x, torch.arange(9)[None])
+    with torch.no_grad():
+        expected = attention(x, position_embeddings=angles, attention_mask=mask)[0]
+        torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="no norms of queries, got Qwen3Attention"):
+        attention = build("qwen3", attention_bias=False).model.layers[0].self_attn
+        upcycle.attention_experts([attention], Router(32, 1, 1), rope_theta=500.0)
+
+
 def test_half_precision_stays():
     model = upcycle.upcycle_model(build("mistral").bfloat16(), 4, 2, noise=0.1, ratio=0.5)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
@@ -233,6 +249,38 @@ def test_several_models_by_the_command(tmp_path):
         assert result.exit_code == 1
         assert message in result.output.replace("\n", " ")
     assert not (tmp_path / "x").exists()
+
+
+def test_co_activation_and_perplexity_of_a_text(tmp_path):
+    pytest.importorskip("typer")
+    from rich.console import Console
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+
+    from moe_ops.cli.upcycle import UpcycleOptions
+    from moe_ops.cli.upcycle import run as run_command
+
+    dense, text = tmp_path / "dense", tmp_path / "text.txt"
+    build("mistral").save_pretrained(dense)
+    words = Tokenizer(WordLevel({"w0": 0} | {f"w{i}": i for i in range(64)}, unk_token="w0"))
+    words.pre_tokenizer = Whitespace()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0")
+    tokenizer.save_pretrained(dense)
+    text.write_text(" ".join(f"w{i}" for i in TOKENS.flatten().tolist() * 5))
+    options = UpcycleOptions(
+        (dense,), tmp_path / "out", experts=4, top_k=2, slices=2, clusters="coactivation",
+        text=text, tokens=80, context=20,
+    )  # fmt: skip
+    report = run_command(options, Console(quiet=True))
+    assert report["starts_as_the_dense_model"] and report["num_tokens"] == 80
+    assert report["perplexity_after"] == pytest.approx(report["perplexity_before"][0], rel=1e-4)
+    cut = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    whole = build("mistral").model.layers[0].mlp.up_proj.weight
+    part = cut.model.layers[0].mlp.experts.gate_up_proj[0, 12:]
+    # Neurons of a slice are neurons of the network, not the first ones.
+    assert [int((whole == row).all(1).sum()) for row in part] == [1] * 12
+    assert not torch.equal(part, whole[:12])
 
 
 def test_a_result_that_differs_is_not_written(tmp_path, monkeypatch):

@@ -188,9 +188,10 @@ def _fill(result: Any, state: dict[str, Tensor], source: Any) -> None:
     rotary = result.model.rotary_emb
     result.model.rotary_emb = type(rotary)(config=result.config).to(first.device)
     result.tie_weights()
-    for name, parameter in result.named_parameters():
+    for parameter in result.parameters():
         parameter.requires_grad_(True)
-        if parameter.is_meta:
+    for name, tensor in (*result.named_parameters(), *result.named_buffers()):
+        if tensor.is_meta:
             raise ValueError(f"upcycle_model: {name} must have a source, got none.")
     if getattr(source, "generation_config", None) is not None:
         result.generation_config = copy.deepcopy(source.generation_config)

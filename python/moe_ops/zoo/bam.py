@@ -261,7 +261,7 @@ class BAM(CausalLM):
             numbers = range(self.config.num_experts)
             return tuple(f"{theirs}.experts.{e}.{name}_proj.weight" for e in numbers)
 
-        kv = (f"{theirs}.k_proj.weight", f"{theirs}.v_proj.weight")
+        kv: tuple[str, ...] = (f"{theirs}.k_proj.weight", f"{theirs}.v_proj.weight")
         if self.config.attention == "expert_kv":
             kv = (*of_experts("k"), *of_experts("v"))
         return [
