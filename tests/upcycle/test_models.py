@@ -283,6 +283,24 @@ def test_co_activation_and_perplexity_of_a_text(tmp_path):
     assert not torch.equal(part, whole[:12])
 
 
+def test_a_half_precision_model_by_the_command(tmp_path):
+    """Whether two copies tie or not, it is written, and the difference said."""
+    pytest.importorskip("typer")
+    from rich.console import Console
+
+    from moe_ops.cli.upcycle import UpcycleOptions
+    from moe_ops.cli.upcycle import run as run_command
+
+    dense = build("llama", intermediate_size=32)  # Grouped products of torch want 16-byte rows.
+    dense.bfloat16().save_pretrained(tmp_path / "dense")
+    for slices, out in ((1, tmp_path / "copies"), (2, tmp_path / "slices")):
+        options = UpcycleOptions((tmp_path / "dense",), out, experts=4, top_k=2, slices=slices)
+        report = run_command(options, Console(quiet=True))
+        assert report["starts_as_the_dense_model"] and report["logit_difference"] < 0.5
+        again = transformers.AutoModelForCausalLM.from_pretrained(out)
+        assert again.dtype == torch.bfloat16
+
+
 def test_a_result_that_differs_is_not_written(tmp_path, monkeypatch):
     from rich.console import Console
 
