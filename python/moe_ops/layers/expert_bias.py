@@ -9,6 +9,9 @@ from torch import Tensor, nn
 
 from .ranks import sum_counts
 from .router import Router
+from .router.quantile import solve_bias
+
+RULES = ("sign", "quantile")
 
 
 @torch.no_grad()
@@ -16,10 +19,11 @@ def update_expert_bias(
     target: nn.Module | Tensor,
     tokens_per_expert: Tensor | None = None,
     *,
-    rate: float = 1e-3,
+    rule: str = "sign",
+    rate: float | None = None,
     group: Any = None,
 ) -> None:
-    """Balance without a loss: expert_bias[e] += rate * sign(mean load - load of e), in place.
+    """Balance without a loss: moves the bias that only the choice of experts sees, in place.
 
     Call it once an optimiser step, after `optimizer.step()`. A module is searched for `Router`s
     with an `expert_bias`; each has counted the slots of its training forwards since the last call
@@ -28,20 +32,48 @@ def update_expert_bias(
     in one all-reduce for all routers, so that every rank makes the same step. A layer that saw no
     slot keeps its bias.
 
+    - "sign": expert_bias[e] += rate * sign(mean load - load of e). Balance comes step by step.
+    - "quantile": the bias with which each expert would have had the same share of the tokens
+      counted, had the thresholds of the tokens stayed: the K / E quantile, over the tokens, of the
+      (K + 1)-th largest biased score less the expert's score; then less the mean over experts. A
+      few steps balance a layer. Routers must be made with `bias_bins`, and take the quantile
+      from a histogram, whose width of a bin is the error. The bias must not be changed otherwise
+      between the forwards and the call.
+
     Args:
         target: a module, or the bias itself, [E] float, then with `tokens_per_expert`.
-        tokens_per_expert: [E] counts since the last update; only with a bias.
-        rate: size of the step. 1e-3 for long runs (DeepSeek-V3); short runs need about 1e-2.
+        tokens_per_expert: [E] counts since the last update; only with a bias, and rule "sign".
+        rule: see above.
+        rate: of "sign" the size of the step, 1e-3 unless given (for long runs, DeepSeek-V3; short
+            runs need about 1e-2); of "quantile" how much of the way to the new bias is gone, in
+            (0, 1], 1 unless given. Less averages over steps of few tokens.
         group: process group to sum over; None is the default group. With pipeline parallelism it
             is the ranks of the stage, since the others have other routers.
 
     Raises:
-        ValueError: a module that holds no router with expert_bias, a tensor without counts, a
-            module with counts, or counts of another shape than the bias.
+        ValueError: a module that holds no router with expert_bias, a tensor without counts or with
+            another rule than "sign", a module with counts, counts of another shape than the bias,
+            an unknown rule, a rate out of range, or "quantile" with a router without histogram.
 
-    Source: Wang et al. 2024 (auxiliary-loss-free load balancing, arXiv 2408.15664).
+    Source: Wang et al. 2024 (auxiliary-loss-free load balancing, arXiv 2408.15664); "quantile":
+    Moonshot AI 2026 (Kimi K3 technical report, section 2.3.3 and appendix D).
     """
+    if rule not in RULES:
+        raise ValueError(
+            f"update_expert_bias: rule must be one of {', '.join(RULES)}, got {rule!r}."
+        )
+    if rate is None:
+        rate = 1e-3 if rule == "sign" else 1.0
+    if rule == "quantile" and not 0 < rate <= 1:
+        raise ValueError(
+            f"update_expert_bias: rate must be in (0, 1] with rule 'quantile', got {rate}."
+        )
     if isinstance(target, Tensor):
+        if rule != "sign":
+            raise ValueError(
+                "update_expert_bias: rule must be 'sign' with a bias tensor (routers keep the "
+                f"histograms of the others), got {rule!r}."
+            )
         if tokens_per_expert is None or tokens_per_expert.shape != target.shape:
             got = None if tokens_per_expert is None else list(tokens_per_expert.shape)
             raise ValueError(
@@ -57,20 +89,30 @@ def update_expert_bias(
             "update_expert_bias: tokens_per_expert goes with a bias tensor (routers count "
             f"themselves), got it with a {type(target).__name__}."
         )
-    pairs: list[tuple[Tensor, Tensor]] = []
-    for router in target.modules():
-        if isinstance(router, Router) and router.expert_bias is not None:
-            assert router.tokens_per_expert is not None
-            pairs.append((router.expert_bias, router.tokens_per_expert))
-    if not pairs:
+    routers = [m for m in target.modules() if isinstance(m, Router) and m.expert_bias is not None]
+    if not routers:
         raise ValueError(
             "update_expert_bias: target must hold a Router with expert_bias=True, got a "
             f"{type(target).__name__} without one."
         )
-    sum_counts([counts for _, counts in pairs], group)
-    for expert_bias, counts in pairs:
-        _step(expert_bias, counts, rate)
-        counts.zero_()
+    histograms: list[Any] = [getattr(router, "bias_histogram", None) for router in routers]
+    if rule == "quantile" and any(histogram is None for histogram in histograms):
+        raise ValueError(
+            "update_expert_bias: every Router with expert_bias=True must have bias_bins > 0 for "
+            "rule 'quantile', got one without."
+        )
+    loads: list[Any] = [router.tokens_per_expert for router in routers]
+    sum_counts(histograms if rule == "quantile" else loads, group)
+    for router, histogram, load in zip(routers, histograms, loads, strict=True):
+        bias = router.expert_bias
+        assert bias is not None
+        if rule == "quantile":
+            bias.lerp_(solve_bias(histogram, bias, router.top_k), rate)
+        else:
+            _step(bias, load, rate)
+        load.zero_()
+        if histogram is not None:
+            histogram.zero_()
 
 
 def _step(bias: Tensor, counts: Tensor, rate: float) -> None:

@@ -278,7 +278,7 @@ class MoE(nn.Module):
         if call.choice is None or router.draws_random_numbers or router.override is not None:
             ids = router.choose(logits, expert_mask=expert_mask)
         if call.choice is None:
-            router.count(ids)
+            router.count(ids, logits, expert_mask)
         else:
             ids = call.choice.topk_ids
             if ids.shape[0] != flat.shape[0]:

@@ -46,6 +46,13 @@ def count_tokens_per_expert(
     return counts.scatter_add(0, bins, torch.ones_like(bins))[:num_experts]
 
 
+def moved_counts(counts: Tensor, device: torch.device) -> Tensor:
+    """Counts that are no buffer, on the device that their router was moved to."""
+    if counts.device != device and "meta" in (counts.device.type, device.type):
+        return torch.zeros_like(counts, device=device)
+    return counts.to(device)
+
+
 class RoutingStats:
     """Running counts of tokens per expert, one row a layer.
 

@@ -21,7 +21,7 @@ from moe_ops.reference._scores import router_scores
 from ..functional import router_logits
 from ..recompute import in_backward
 from ..routing import Routing, RoutingOverride, drop_masked, mask_logits, valid_ids
-from ..stats import count_tokens_per_expert
+from ..stats import count_tokens_per_expert, moved_counts
 from ..surgery import router_rows as surgery
 from .options import check, options_of
 from .presets import PRESETS
@@ -275,7 +275,7 @@ class Router(nn.Module):
             ids = drop_masked(topk_ids, expert_mask)
             return Routing(logits, self.weights_at(logits, ids, expert_mask=expert_mask), ids)
         routing = self._route_tokens(x, expert_mask)
-        self.count(routing.topk_ids)
+        self.count(routing.topk_ids, routing.router_logits, expert_mask)
         return routing
 
     def _route_tokens(self, x: Tensor, expert_mask: Tensor | None) -> Routing:
@@ -337,7 +337,12 @@ class Router(nn.Module):
         weights = self.weights_of(logits, topk_ids)
         return weights if self.override is None else self.override.weigh(self, weights, topk_ids)
 
-    def count(self, topk_ids: Tensor) -> None:
+    def count(
+        self,
+        topk_ids: Tensor,
+        router_logits: Tensor | None = None,
+        expert_mask: Tensor | None = None,
+    ) -> None:
         """Adds the slots of a choice to `tokens_per_expert`, in training with an expert_bias.
 
         Does nothing while activations are recomputed, since the choice was counted before. (A
@@ -476,14 +481,7 @@ class Router(nn.Module):
                 torch.empty_like(before, device=device) if on_meta else before.to(device)
             )
         if self.tokens_per_expert is not None:
-            device = self.weight.device
-            if self.tokens_per_expert.device != device:
-                on_meta = "meta" in (self.tokens_per_expert.device.type, device.type)
-                self.tokens_per_expert = (
-                    torch.zeros_like(self.tokens_per_expert, device=device)
-                    if on_meta
-                    else self.tokens_per_expert.to(device)
-                )
+            self.tokens_per_expert = moved_counts(self.tokens_per_expert, self.weight.device)
         return self
 
     def extra_repr(self) -> str:

@@ -5,6 +5,7 @@ Letters: T tokens, E experts, K experts a token.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,11 +13,15 @@ from torch import Tensor
 
 from moe_ops.ops import topk_router
 from moe_ops.ops._linear_topk import linear_topk_router
+from moe_ops.reference._scores import router_scores
 
 from ..functional import router_linear_operands, use_router_linear
-from ..routing import Routing
+from ..recompute import in_backward
+from ..routing import Routing, mask_logits
+from ..stats import moved_counts
 from .base import Router
 from .options import check, check_score_func
+from .quantile import BOUNDED_SCORES, count_required_bias
 
 
 class TopKRouter(Router, kind="topk"):
@@ -33,6 +38,11 @@ class TopKRouter(Router, kind="topk"):
             the choice only, never to the weights. It stays fp32 through `.to(dtype)`, `.half()` and
             the like. Loads of training forwards are counted, for `update_expert_bias`, in the
             attribute `tokens_per_expert` ([E] int64).
+        bias_bins: bins of a histogram that training forwards fill and that
+            `update_expert_bias(rule="quantile")` reads, the attribute `bias_histogram` ([E,
+            bias_bins] int64); 0 keeps none. 1000 in Kimi K3. The bins cover [min bias - 1, max
+            bias + 1], so that softmax scores of many experts, which are small, want more. Only
+            with expert_bias, with scores in [0, 1], and without groups.
         num_groups, num_topk_groups: E is cut into `num_groups` groups of consecutive experts and
             only experts of the best `num_topk_groups` can be chosen.
         group_score: "max", or "top2_sum" (sum of the best two).
@@ -40,6 +50,9 @@ class TopKRouter(Router, kind="topk"):
     """
 
     splits_into_slices = True
+
+    bias_bins: int = 0
+    bias_histogram: Tensor | None = None
 
     def __init__(
         self,
@@ -53,6 +66,7 @@ class TopKRouter(Router, kind="topk"):
         renormalize_p: float = 1.0,
         routed_scaling_factor: float = 1.0,
         expert_bias: bool = False,
+        bias_bins: int = 0,
         num_groups: int = 1,
         num_topk_groups: int = 1,
         group_score: str = "max",
@@ -67,9 +81,16 @@ class TopKRouter(Router, kind="topk"):
         self.num_groups = num_groups
         self.num_topk_groups = num_topk_groups
         self.group_score = group_score
+        self.bias_bins = bias_bins
         self._check_options()
+        self._check_bias_bins(expert_bias)
         if expert_bias:
             self.keep_expert_bias()
+        if bias_bins:
+            # Like tokens_per_expert, not a buffer.
+            self.bias_histogram = torch.zeros(
+                num_experts, bias_bins, dtype=torch.int64, device=self.weight.device
+            )
 
     def _check_options(self) -> None:
         e, groups, topk_groups = self.num_experts, self.num_groups, self.num_topk_groups
@@ -97,6 +118,22 @@ class TopKRouter(Router, kind="topk"):
             self.top_k <= allowed,
             f"top_k must be at most the {allowed} experts of {topk_groups} groups, got "
             f"{self.top_k}",
+        )
+
+    def _check_bias_bins(self, expert_bias: bool) -> None:
+        check(self.bias_bins >= 0, f"bias_bins must be at least 0, got {self.bias_bins}")
+        if not self.bias_bins:
+            return
+        check(expert_bias, f"bias_bins must come with expert_bias=True, got {self.bias_bins}")
+        check(
+            self.score_func in BOUNDED_SCORES and not self.topk_first,
+            f"bias_bins must come with scores in [0, 1] ({' or '.join(BOUNDED_SCORES)}, without "
+            f"topk_first), got {self.score_func!r}{' with topk_first' * self.topk_first}",
+        )
+        check(
+            self.num_topk_groups == self.num_groups,
+            f"bias_bins must come with all groups allowed, got {self.num_topk_groups} of "
+            f"{self.num_groups} groups",
         )
 
     def choose_experts(
@@ -132,6 +169,24 @@ class TopKRouter(Router, kind="topk"):
             bias = torch.zeros(self.num_experts, dtype=torch.float32, device=expert_mask.device)
         return bias.masked_fill(~expert_mask, torch.finfo(torch.float32).min)
 
+    def count(
+        self,
+        topk_ids: Tensor,
+        router_logits: Tensor | None = None,
+        expert_mask: Tensor | None = None,
+    ) -> None:
+        """As `Router.count`; with `bias_bins`, also fills `bias_histogram`."""
+        super().count(topk_ids, router_logits, expert_mask)
+        histogram, bias = self.bias_histogram, self.expert_bias
+        if histogram is None or bias is None or router_logits is None:
+            return
+        if self.top_k >= self.num_experts:
+            return  # All are chosen: there is nothing to balance.
+        if self.training and not in_backward():
+            with torch.no_grad():
+                scores = router_scores(mask_logits(router_logits, expert_mask), self.score_func)
+                count_required_bias(histogram, scores, bias, self.top_k, expert_mask)
+
     def _route_tokens(self, x: Tensor, expert_mask: Tensor | None) -> Routing:
         if not self._can_fuse_linear_topk(x, expert_mask):
             return super()._route_tokens(x, expert_mask)
@@ -166,3 +221,9 @@ class TopKRouter(Router, kind="topk"):
             and cls.choose_experts is TopKRouter.choose_experts
             and use_router_linear(x, self.weight, self.logits_dtype)
         )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TopKRouter:
+        super()._apply(fn, recurse)
+        if self.bias_histogram is not None:
+            self.bias_histogram = moved_counts(self.bias_histogram, self.weight.device)
+        return self

@@ -193,4 +193,7 @@ def _rebuild(router: Any, rows: dict[str, Tensor], top_k: int | None = None, **c
         result.tokens_per_expert = torch.zeros(
             num_experts, dtype=torch.int64, device=router.expert_bias.device
         )
+        histogram = getattr(router, "bias_histogram", None)
+        if histogram is not None:
+            result.bias_histogram = histogram.new_zeros(num_experts, histogram.shape[1])
     return result.train(router.training)
