@@ -330,6 +330,11 @@ MODULES = {
         logits_dtype=None,
         dtype=torch.float64,
     ),
+    "LatentProjection": lambda: layers.MoE(
+        layers.Router(H, E, K, dtype=torch.float64),
+        layers.Experts(E, 4, 3, dtype=torch.float64),
+        latent=layers.LatentProjection(H, 4, norm=True, dtype=torch.float64),
+    ),
     "QuantizedExperts": lambda: layers.Experts(E, 64, 64),
     "QuantizedLinear": lambda: torch.nn.Linear(64, 32),
     "ResidualNorm": lambda: layers.ResidualNorm(H, dtype=torch.float64),

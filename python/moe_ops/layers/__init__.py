@@ -9,6 +9,7 @@ from .attention import AttentionExperts, AttentionExpertsOutput, KVCache
 from .dense import ExpertNorm, mix_outputs
 from .experts import Experts
 from .fp8 import forget_fp8_weights, fp8_ffn
+from .latent import LatentProjection
 from .linear import QuantizedLinear
 from .losses import (
     concentration_loss,
@@ -59,6 +60,7 @@ __all__ = [
     "HashRouter",
     "KVCache",
     "L1Coefficient",
+    "LatentProjection",
     "MoE",
     "MoEOutput",
     "QuantizedExperts",

@@ -12,8 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .dense_gradient import check_dense_gradient, dense_gradient_weights, with_dense_gradient
 from .experts import Experts
 from .functional import apply_linear, sigmoid
+from .latent import LatentProjection
 from .losses import aux_losses_of, check_aux_losses
 from .recompute import LoggedCall, RoutingLog
 from .router import Router
@@ -47,11 +49,20 @@ class MoE(nn.Module):
     """y = sum_k weight_k * expert_k(x) + shared(x).
 
     Args:
-        router: chooses experts; its num_experts and hidden_size must be those of `experts`.
+        router: chooses experts; its num_experts and hidden_size must be those of `experts` (with
+            `latent`, its hidden_size that of `latent`).
         experts: the bank.
         shared_experts: a module [T, H] -> [T, H] that every token passes, such as `SharedExperts`.
         shared_expert_gate: a module [T, H] -> [T, 1]; the sigmoid of its output multiplies the
             shared output (Qwen2-MoE).
+        latent: the routed experts work in another width, see `LatentProjection`.
+        router_gradient: "topk": the router learns from the experts chosen. "dense" (DenseMixer):
+            from all, by a straight-through estimate of the gradient of top-k. Outputs and the
+            gradients of experts stay the same; a backward pass also costs a forward pass, and the
+            down projection once more, of the E - K other experts on every token. For routers whose weights are scores (not kind
+            "sparsemixer" or "relu"), and banks of one process. An attribute that may be changed at
+            any time. Source: Yao et al. 2025 (DenseMixer: Improving MoE Post-Training with Precise
+            Router Gradient).
         aux_losses: which losses to compute when routing is returned: "load_balancing", "router_z",
             "entropy", "mutual_information", "concentration" (see `moe_ops.layers.losses`).
         freeze_routing_in_recompute: under torch.utils.checkpoint, recomputation repeats the choice
@@ -61,7 +72,8 @@ class MoE(nn.Module):
             code.
 
     Raises:
-        ValueError: sizes that do not match, an unknown loss, a gate without shared experts.
+        ValueError: sizes that do not match, an unknown loss or router_gradient, a router that does
+            not go with "dense", a gate without shared experts.
     """
 
     routing_log: RoutingLog | None
@@ -74,15 +86,23 @@ class MoE(nn.Module):
         shared_experts: nn.Module | None = None,
         shared_expert_gate: nn.Module | None = None,
         *,
+        latent: LatentProjection | None = None,
+        router_gradient: str = "topk",
         aux_losses: Sequence[str] = (),
         freeze_routing_in_recompute: bool = False,
     ) -> None:
         super().__init__()
-        for name in ("num_experts", "hidden_size"):
-            if getattr(router, name) != getattr(experts, name):
+        if latent is not None and latent.latent_size != experts.hidden_size:
+            raise ValueError(
+                f"MoE: latent must have latent_size = {experts.hidden_size} like the hidden_size "
+                f"of experts, got {latent.latent_size}."
+            )
+        outer: Any = experts if latent is None else latent
+        for name, other in (("num_experts", experts), ("hidden_size", outer)):
+            if getattr(router, name) != getattr(other, name):
                 raise ValueError(
-                    f"MoE: router must have {name} = {getattr(experts, name)} like experts, got "
-                    f"{getattr(router, name)}."
+                    f"MoE: router must have {name} = {getattr(other, name)} like "
+                    f"{'experts' if other is experts else 'latent'}, got {getattr(router, name)}."
                 )
         output_size = getattr(experts, "output_size", experts.hidden_size)
         if output_size != experts.hidden_size:
@@ -94,11 +114,19 @@ class MoE(nn.Module):
             raise ValueError(
                 "MoE: shared_expert_gate must come with shared_experts, got it without."
             )
+        if router_gradient not in ("topk", "dense"):
+            raise ValueError(
+                f"MoE: router_gradient must be 'topk' or 'dense', got {router_gradient!r}."
+            )
+        if router_gradient == "dense":
+            check_dense_gradient(router, experts)
         check_aux_losses("MoE", aux_losses)
         self.router = router
         self.experts = experts
         self.shared_experts = shared_experts
         self.shared_expert_gate = shared_expert_gate
+        self.latent = latent
+        self.router_gradient = router_gradient
         self.aux_losses = tuple(aux_losses)
         self.freeze_routing_in_recompute = freeze_routing_in_recompute
         self.routing_log = RoutingLog() if freeze_routing_in_recompute else None
@@ -122,6 +150,9 @@ class MoE(nn.Module):
         limit: float = 7.0,
         precision: str | None = None,
         router_bias: bool | None = None,
+        latent_size: int | None = None,
+        latent_norm: bool = False,
+        router_gradient: str = "topk",
         aux_losses: Sequence[str] = (),
         freeze_routing_in_recompute: bool = False,
         device: torch.device | str | None = None,
@@ -139,7 +170,9 @@ class MoE(nn.Module):
             activation, bias, interleaved, alpha, limit, precision: of `Experts`; the shared network
                 has the same activation, no biases and no other precision.
             router_bias: bias of the router's linear map; None leaves it to `router`.
-            aux_losses, freeze_routing_in_recompute: as for MoE.
+            latent_size, latent_norm: width of the routed experts, and a norm of their sum, see
+                `LatentProjection`. None: H, without one.
+            router_gradient, aux_losses, freeze_routing_in_recompute: as for MoE.
             device, dtype: of all parameters.
             router_kwargs: any other argument of `Router`.
         """
@@ -151,9 +184,14 @@ class MoE(nn.Module):
             made_router = Router(hidden_size, num_experts, top_k, **router_kwargs)
         else:
             made_router = Router.like(router, hidden_size, num_experts, top_k, **router_kwargs)
+        if latent_norm and latent_size is None:
+            raise ValueError("MoE.build: latent_norm must come with latent_size, got it alone.")
+        latent = None
+        if latent_size is not None:
+            latent = LatentProjection(hidden_size, latent_size, norm=latent_norm, **where)
         experts = Experts(
             num_experts,
-            hidden_size,
+            hidden_size if latent_size is None else latent_size,
             intermediate_size,
             activation=activation,
             bias=bias,
@@ -176,6 +214,8 @@ class MoE(nn.Module):
             experts,
             shared,
             gate,
+            latent=latent,
+            router_gradient=router_gradient,
             aux_losses=aux_losses,
             freeze_routing_in_recompute=freeze_routing_in_recompute,
         )
@@ -209,35 +249,49 @@ class MoE(nn.Module):
         Raises:
             ValueError: `topk_weights` without `topk_ids`, or shapes that do not match.
         """
-        hidden_size = self.experts.hidden_size
+        hidden_size = self.router.hidden_size
         if x.shape[-1] != hidden_size:
             raise ValueError(f"MoE: x must be [..., {hidden_size}], got shape {list(x.shape)}.")
         flat = x.reshape(-1, hidden_size)
         topk_ids, topk_weights = check_given("MoE", topk_ids, topk_weights, flat.shape[0])
         routing = self._route(flat, topk_ids, topk_weights, expert_mask)
-        y = self._run_experts(flat, routing).view(x.shape)
+        y = self._run_experts(flat, routing, expert_mask).view(x.shape)
         if not return_routing:
             return y
         aux = aux_losses_of(self.aux_losses, self.router, routing, token_mask, self.loss_group)
         return MoEOutput(y, *routing, aux)
 
-    def _run_experts(self, flat: Tensor, routing: Routing) -> Tensor:
+    def _run_experts(self, flat: Tensor, routing: Routing, expert_mask: Tensor | None) -> Tensor:
         """What the experts and the shared experts make of the tokens [T, H]. Shared experts run
         while a dispatcher has tokens on their way, and after the others where there is none."""
-        _, weights, ids = routing
-        on_input = self.router.apply_router_weight_on_input
-        if self.shared_experts is None or getattr(self.experts, "dispatcher", None) is None:
-            y: Tensor = self.experts(flat, weights, ids, apply_router_weight_on_input=on_input)
-            return y if self.shared_experts is None else y + self._run_shared(flat)
+        logits, weights, ids = routing
+        how: dict[str, Any] = {
+            "apply_router_weight_on_input": self.router.apply_router_weight_on_input
+        }
+        x = flat if self.latent is None else self.latent.enter(flat)
         shared: list[Tensor] = []
-        y = self.experts(
-            flat,
-            weights,
-            ids,
-            apply_router_weight_on_input=on_input,
-            overlap=lambda: shared.append(self._run_shared(flat)),
+        if (
+            self.shared_experts is not None
+            and getattr(self.experts, "dispatcher", None) is not None
+        ):
+            how["overlap"] = lambda: shared.append(self._run_shared(flat))
+        wants_others = (
+            self.router_gradient == "dense"
+            and logits is not None
+            and torch.is_grad_enabled()
+            and logits.requires_grad
         )
-        return y + shared[0]
+        if wants_others:
+            check_dense_gradient(self.router, self.experts)
+            weights, *others = dense_gradient_weights(self.router, routing, expert_mask)
+        y: Tensor = self.experts(x, weights, ids, **how)
+        if wants_others:
+            y = with_dense_gradient(y, x, *others, self.experts)
+        if self.latent is not None:
+            y = self.latent.leave(y)
+        if self.shared_experts is None:
+            return y
+        return y + (shared[0] if shared else self._run_shared(flat))
 
     def _run_shared(self, flat: Tensor) -> Tensor:
         assert self.shared_experts is not None
@@ -376,6 +430,8 @@ class MoE(nn.Module):
             experts,
             copy.deepcopy(self.shared_experts),
             copy.deepcopy(self.shared_expert_gate),
+            latent=copy.deepcopy(self.latent),
+            router_gradient=self.router_gradient,
             aux_losses=self.aux_losses,
             freeze_routing_in_recompute=self.freeze_routing_in_recompute,
         )
