@@ -308,6 +308,15 @@ def test_main_grads_under_transforms():
 # --- layers: (module or function, input) -> outputs
 
 H, E, K, T = 6, 4, 2, 5
+
+
+class Update(torch.nn.Module):
+    """The block of a MixtureOfDepths."""
+
+    def forward(self, x: Tensor, *, positions: Tensor) -> Tensor:
+        return (x * (1 + positions[..., None])).sin()
+
+
 MODULES = {
     "AttentionExperts": lambda: layers.AttentionExperts(
         layers.Router(H, E, K, dtype=torch.float64), 2, 4, dtype=torch.float64
@@ -334,6 +343,13 @@ MODULES = {
         layers.Router(H, E, K, dtype=torch.float64),
         layers.Experts(E, 4, 3, dtype=torch.float64),
         latent=layers.LatentProjection(H, 4, norm=True, dtype=torch.float64),
+    ),
+    "MixtureOfDepths": lambda: layers.MixtureOfDepths(
+        Update(), H, capacity=0.5, predictor_size=0, dtype=torch.float64
+    ),
+    "PEER": lambda: layers.PEER(H, 9, 2, num_heads=2, dtype=torch.float64),
+    "SoftMoE": lambda: layers.SoftMoE(
+        layers.Experts(E, H, 3, dtype=torch.float64), 2, dtype=torch.float64
     ),
     "QuantizedExperts": lambda: layers.Experts(E, 64, 64),
     "QuantizedLinear": lambda: torch.nn.Linear(64, 32),
@@ -382,12 +398,15 @@ WITHOUT_GRADIENTS = {
     "HashRouter",  # Gets ids from its caller; its weights are in tests/layers.
     "KVCache",
     "L1Coefficient",
+    "MixtureOfDepthsOutput",
     "MoEOutput",
+    "PEEROutput",
     "RouterOutput",
     "Routing",
     "RoutingChoice",
     "RoutingRecord",
     "RoutingStats",
+    "SoftMoEOutput",
     "count_tokens_per_expert",
     "forget_fp8_weights",
     "hash_table",

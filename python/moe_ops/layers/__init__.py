@@ -21,8 +21,10 @@ from .losses import (
     sequence_balance_loss,
     update_expert_bias,
 )
+from .mixture_of_depths import MixtureOfDepths, MixtureOfDepthsOutput
 from .moe import MoE, MoEOutput
 from .norm import ResidualNorm
+from .peer import PEER, PEEROutput
 from .quantized import QuantizedExperts
 from .record import RoutingChoice, RoutingRecord, record_routing, replay_routing
 from .router import (
@@ -45,10 +47,12 @@ from .router import (
 )
 from .routing import Routing
 from .shared_experts import SharedExperts
+from .soft_moe import SoftMoE, SoftMoEOutput
 from .stats import RoutingStats, count_tokens_per_expert
 from .zero_experts import ZeroComputationExperts
 
 __all__ = [
+    "PEER",
     "AttentionExperts",
     "AttentionExpertsOutput",
     "Capacity",
@@ -61,8 +65,11 @@ __all__ = [
     "KVCache",
     "L1Coefficient",
     "LatentProjection",
+    "MixtureOfDepths",
+    "MixtureOfDepthsOutput",
     "MoE",
     "MoEOutput",
+    "PEEROutput",
     "QuantizedExperts",
     "QuantizedLinear",
     "ReLURouter",
@@ -74,6 +81,8 @@ __all__ = [
     "RoutingRecord",
     "RoutingStats",
     "SharedExperts",
+    "SoftMoE",
+    "SoftMoEOutput",
     "SparseMixerRouter",
     "TopKRouter",
     "TopPRouter",

@@ -59,10 +59,10 @@ class MoE(nn.Module):
         router_gradient: "topk": the router learns from the experts chosen. "dense" (DenseMixer):
             from all, by a straight-through estimate of the gradient of top-k. Outputs and the
             gradients of experts stay the same; a backward pass also costs a forward pass, and the
-            down projection once more, of the E - K other experts on every token. For routers whose weights are scores (not kind
-            "sparsemixer" or "relu"), and banks of one process. An attribute that may be changed at
-            any time. Source: Yao et al. 2025 (DenseMixer: Improving MoE Post-Training with Precise
-            Router Gradient).
+            down projection once more, of the E - K other experts on every token. For routers whose
+            weights are scores (not kind "sparsemixer" or "relu"), and banks of one process. An
+            attribute that may be changed at any time. Source: Yao et al. 2025 (DenseMixer:
+            Improving MoE Post-Training with Precise Router Gradient).
         aux_losses: which losses to compute when routing is returned: "load_balancing", "router_z",
             "entropy", "mutual_information", "concentration" (see `moe_ops.layers.losses`).
         freeze_routing_in_recompute: under torch.utils.checkpoint, recomputation repeats the choice

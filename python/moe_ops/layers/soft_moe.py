@@ -1,0 +1,156 @@
+"""Soft MoE: experts get mixtures of tokens, tokens get mixtures of what experts made.
+
+Letters: B sequences, S tokens of a sequence, H hidden size, E experts, P slots an expert.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moe_ops.ops._checks import check_positive
+
+from .dense import mix_outputs
+from .functional import multiplies_by_ops
+
+
+class SoftMoEOutput(NamedTuple):
+    """What `SoftMoE` returns with `return_routing=True`.
+
+    y: [..., S, O]. dispatch: [..., E, P, S] float, each slot's weights of the tokens, which sum to
+        1 over S. combine: [..., S, E, P] float, each token's weights of the slots, which sum to 1.
+    """
+
+    y: Tensor
+    dispatch: Tensor
+    combine: Tensor
+
+
+class SoftMoE(nn.Module):
+    """A mixture of experts without a choice: everything is a weighted mean.
+
+    With logits[s, j] = x[s] . phi[j] for the E P slots j, slot j gets the mean of the tokens under
+    softmax over s, the slots of an expert go through it, and a token gets the mean of the slots'
+    outputs under softmax over j. Balanced by construction, differentiable everywhere, at the cost
+    of E P expert rows a sequence however long it is. A token's output depends on all tokens of its
+    sequence: not for causal models.
+
+        SoftMoE(Experts(16, 64, 128, activation="gelu", bias=True), slots_per_expert=4)
+
+    Parameters:
+        phi: [E, P, H]. scale: [1], with `normalize=True`.
+        experts: the bank's.
+
+    Args:
+        experts: `Experts` or what is called like it.
+        slots_per_expert: P, at least 1. The paper chooses E P near S.
+        normalize: tokens and phi have length 1 in the logits, which are multiplied by `scale`
+            (section 2.3 of the paper: without it, softmax saturates in wide models).
+        device, dtype: of phi and scale.
+
+    Initialisation: phi N(0, 1 / H), scale 1.
+
+    Raises:
+        ValueError: P below 1.
+
+    Source: Puigcerver et al. 2023 (From Sparse to Soft Mixtures of Experts, arXiv 2308.00951).
+    """
+
+    def __init__(
+        self,
+        experts: nn.Module,
+        slots_per_expert: int = 1,
+        *,
+        normalize: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_positive("SoftMoE", slots_per_expert=slots_per_expert)
+        bank: Any = experts
+        self.experts = bank
+        self.num_experts: int = bank.num_experts
+        self.hidden_size: int = bank.hidden_size
+        self.slots_per_expert = slots_per_expert
+        self.normalize = normalize
+        shape = (self.num_experts, slots_per_expert, self.hidden_size)
+        self.phi = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        self.scale = nn.Parameter(torch.empty(1, device=device, dtype=dtype)) if normalize else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws the initial values of phi and scale."""
+        nn.init.normal_(self.phi, std=self.hidden_size**-0.5)
+        if self.scale is not None:
+            nn.init.ones_(self.scale)
+
+    def forward(
+        self, x: Tensor, *, token_mask: Tensor | None = None, return_routing: bool = False
+    ) -> Tensor | SoftMoEOutput:
+        """The layer's output: a tensor, or a SoftMoEOutput with `return_routing=True`.
+
+        Args:
+            x: [..., S, H] in the dtype of the experts (any under autocast); sequences do not see
+                each other. No tokens is fine.
+            token_mask: [..., S] bool, False where a token is padding: no slot reads it, and its
+                output is 0.
+            return_routing: return the weights too.
+
+        Returns:
+            [..., S, O], O the bank's output size.
+
+        Raises:
+            ValueError: shapes that do not match.
+        """
+        if x.dim() < 2 or x.shape[-1] != self.hidden_size:
+            raise ValueError(
+                f"SoftMoE: x must be [..., S, {self.hidden_size}], got shape {list(x.shape)}."
+            )
+        if token_mask is not None and token_mask.shape != x.shape[:-1]:
+            raise ValueError(
+                f"SoftMoE: token_mask must be {list(x.shape[:-1])} like the tokens of x, got shape "
+                f"{list(token_mask.shape)}."
+            )
+        lead, experts, slots = x.shape[:-2], self.num_experts, self.slots_per_expert
+        tokens = x.reshape(lead.numel(), *x.shape[-2:])
+        logits = self._logits(tokens)
+        combine = logits.softmax(-1)
+        mask = None
+        if token_mask is not None:
+            mask = token_mask.reshape(*tokens.shape[:2], 1)
+            logits = logits.masked_fill(~mask, torch.finfo(logits.dtype).min)
+            combine = combine.masked_fill(~mask, 0.0)
+        dispatch = logits.transpose(1, 2).softmax(-1)
+        rows = _mix(dispatch.to(x.dtype), tokens).reshape(-1, self.hidden_size)
+        ids = torch.arange(experts, dtype=torch.int32, device=x.device)
+        ids = ids.repeat_interleave(slots).repeat(tokens.shape[0])[:, None]
+        made = self.experts(rows, torch.ones_like(ids, dtype=logits.dtype), ids)
+        made = made.view(tokens.shape[0], experts * slots, made.shape[-1])
+        y = _mix(combine.to(made.dtype), made)
+        y = y.view(*x.shape[:-1], made.shape[-1])
+        if not return_routing:
+            return y
+        dispatch = dispatch.view(*lead, experts, slots, x.shape[-2])
+        return SoftMoEOutput(y, dispatch, combine.view(*x.shape[:-1], experts, slots))
+
+    def _logits(self, tokens: Tensor) -> Tensor:
+        """[B, S, H] to [B, S, E P], in fp32 (fp64 of fp64)."""
+        phi = self.phi.flatten(0, 1)
+        if self.scale is not None:
+            tokens = F.normalize(tokens, dim=-1)
+            phi = self.scale * F.normalize(phi, dim=-1)
+        logits = _mix(tokens, phi.to(tokens.dtype).t().expand(tokens.shape[0], -1, -1))
+        return logits if logits.dtype == torch.float64 else logits.float()
+
+    def extra_repr(self) -> str:
+        return f"slots_per_expert={self.slots_per_expert}, normalize={self.normalize}"
+
+
+def _mix(weights: Tensor, x: Tensor) -> Tensor:
+    """`torch.bmm` of [B, M, N] and [B, N, O]."""
+    if multiplies_by_ops(x):
+        return mix_outputs(x.contiguous(), weights.contiguous())
+    return torch.bmm(weights, x)
