@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_ops.layers import PEER
+from moe_ops.layers import PEER, peer
 
 T, H, E, K, R, D = 6, 7, 16, 3, 2, 8
 
@@ -34,7 +34,8 @@ def definition(layer: PEER, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("query_norm", [False, True])
-def test_output_and_gradients_are_those_of_the_definition(query_norm):
+def test_output_and_gradients_are_those_of_the_definition(query_norm, monkeypatch):
+    monkeypatch.setattr(peer, "GATHERED_AT_A_TIME", 2 * R * K * H)  # Several parts.
     layer = make(query_norm=query_norm)
     x = torch.randn(T, H, dtype=torch.float64, requires_grad=True)
     out = layer(x, return_routing=True)
@@ -46,6 +47,22 @@ def test_output_and_gradients_are_those_of_the_definition(query_norm):
     leaves = [x, *layer.parameters()]
     got = torch.autograd.grad((out.y * upstream).sum(), leaves)
     wanted = torch.autograd.grad((expected * upstream).sum(), leaves)
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("activation", ["relu", "swiglu"])
+def test_both_ways_through_the_experts_are_one_function(activation):
+    layer = make(activation=activation)
+    x = torch.randn(T, H, dtype=torch.float64, requires_grad=True)
+    weights = torch.rand(T, R * K, dtype=torch.float64, requires_grad=True)
+    ids = torch.randint(E, (T, R * K), dtype=torch.int32)
+    gathered, sorted_ = layer._run_experts(x, weights, ids), layer.experts(x, weights, ids)
+    torch.testing.assert_close(gathered, sorted_)
+    upstream = torch.randn_like(gathered)
+    leaves = [x, weights, *layer.experts.parameters()]
+    got = torch.autograd.grad((gathered * upstream).sum(), leaves)
+    wanted = torch.autograd.grad((sorted_ * upstream).sum(), leaves)
     for a, b in zip(got, wanted, strict=True):
         torch.testing.assert_close(a, b)
 

@@ -275,18 +275,14 @@ class MoE(nn.Module):
             and getattr(self.experts, "dispatcher", None) is not None
         ):
             how["overlap"] = lambda: shared.append(self._run_shared(flat))
-        wants_others = (
-            self.router_gradient == "dense"
-            and logits is not None
-            and torch.is_grad_enabled()
-            and logits.requires_grad
-        )
-        if wants_others:
+        others = None
+        wants_others = self.router_gradient == "dense" and torch.is_grad_enabled()
+        if wants_others and logits is not None and logits.requires_grad:
             check_dense_gradient(self.router, self.experts)
             weights, *others = dense_gradient_weights(self.router, routing, expert_mask)
         y: Tensor = self.experts(x, weights, ids, **how)
-        if wants_others:
-            y = with_dense_gradient(y, x, *others, self.experts)
+        if others is not None:
+            y = with_dense_gradient(y, x, others[0], others[1], self.experts)
         if self.latent is not None:
             y = self.latent.leave(y)
         if self.shared_experts is None:
