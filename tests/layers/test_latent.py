@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moe_ops import surgery
 from moe_ops.layers import Experts, LatentProjection, MoE, Router, SharedExperts
 
 T, H, L, I, E, K = 9, 12, 6, 5, 4, 2
@@ -60,6 +64,25 @@ def test_from_sizes():
     x = torch.randn(2, 3, H)
     assert moe(x).shape == x.shape and moe(x[:, :0]).shape == (2, 0, H)
     assert moe.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_profile_sees_what_the_experts_see():
+    moe = make(False)
+    x = torch.randn(T, H, dtype=torch.float64)
+    (found,) = surgery.profile(moe, [x], all_outputs=True).layers.values()
+    outputs = moe.experts.outputs(moe.latent.enter(x))
+    # It computes in fp32.
+    torch.testing.assert_close(found.output, outputs.detach().sum(0), rtol=1e-4, atol=1e-5)
+
+
+def test_pickles_from_before_there_was_a_latent_width():
+    moe = MoE.build(H, I, E, K)
+    for name in ("latent", "router_gradient"):
+        vars(moe).pop(name)
+    restored = pickle.loads(pickle.dumps(moe))
+    x = torch.randn(T, H)
+    assert restored(x).shape == x.shape and restored.latent is None
+    assert copy.deepcopy(make(True)).latent is not None
 
 
 def test_operations_on_experts_keep_the_projection():

@@ -77,6 +77,7 @@ class MoE(nn.Module):
     """
 
     routing_log: RoutingLog | None
+    router_gradient: str = "topk"
     loss_group: Any = None  # Process group whose tokens `aux_losses` are of; may be set any time.
 
     def __init__(
@@ -341,6 +342,11 @@ class MoE(nn.Module):
             return Routing(logits, router.weights_at(logits, ids, expert_mask=expert_mask), ids)
         assert call.choice is not None
         return Routing(logits, call.choice.topk_weights.masked_fill(ids < 0, 0.0), ids)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "latent" not in self._modules:  # In pickles of version 0.1 there is none.
+            vars(self).setdefault("latent", None)
 
     def prepack(self) -> int:
         """Packs the experts' weights now, see `moe_ops.prepack`; returns the copies' bytes."""

@@ -333,6 +333,9 @@ class _Watch:
             ids, place = ids[keep], place[keep]
         if not len(x):
             return
+        latent = getattr(self.layer.block, "latent", None)
+        if latent is not None:  # The experts' width is another than the router's.
+            x = latent.enter(x)
         if self.sums is None:
             sizes = logits.shape[1], ids.shape[1], x.shape[1]
             self.sums = LayerProfile.empty(*sizes, self.positions, x.device)
