@@ -1,10 +1,11 @@
-"""A layer of ours computes what Nemotron-H's latent experts do, from the same weights."""
+"""Nemotron-H's latent experts: a layer of ours from the same weights, and theirs on moe_ops."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
+from moe_ops import hf
 from moe_ops.layers import Experts, LatentProjection, MoE, Router, SharedExperts
 
 nemotron = pytest.importorskip("transformers.models.nemotron_h.modeling_nemotron_h")
@@ -52,4 +53,8 @@ def test_nemotron_h_layer():
     )
     x = torch.randn(2, 5, H)
     with torch.no_grad():
-        torch.testing.assert_close(ours(x), theirs(x))
+        expected = theirs(x)
+        torch.testing.assert_close(ours(x), expected)
+        assert hf.enable(theirs) == {"experts": "experts_implementation"}
+        with hf.expect_calls(theirs):
+            torch.testing.assert_close(theirs(x), expected)

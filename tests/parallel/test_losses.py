@@ -218,6 +218,27 @@ def test_bias_and_statistics_take_one_all_reduce(processes):
         assert pair == {0: [1, 1, 0, 0], 1: [1, 1, 0, 0], 2: [0, 0, 1, 0], 3: [0, 0, 0, 1]}[rank]
 
 
+def quantile_biases(rank):
+    options = {"score_func": "sigmoid", "expert_bias": True, "bias_bins": 200}
+    torch.manual_seed(0)
+    layers = torch.nn.ModuleList(Router(8, e, 2, **options) for e in (EXPERTS, 4))
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(2):  # The second range of bins follows from the first bias.
+        x = torch.randn(sum(TOKENS), 8, generator=generator)
+        for layer in layers:
+            layer(x if rank is None else part(rank, x, 0))
+        update_expert_bias(layers, rule="quantile")
+    return [layer.expert_bias for layer in layers]
+
+
+def test_quantile_balancing_is_of_the_tokens_of_all_ranks(processes):
+    first, *others = processes.run(quantile_biases)
+    for got in others:
+        assert all(torch.equal(a, b) for a, b in zip(got, first, strict=True))
+    # The product of fewer rows may round otherwise, and put a token into the next bin.
+    torch.testing.assert_close(first, quantile_biases(None), rtol=0, atol=2 / 200)
+
+
 def test_rank_load():
     stats = RoutingStats()
     assert stats.update(torch.tensor([[0], [1], [1], [2]]), 4) is None
