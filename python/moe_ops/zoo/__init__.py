@@ -142,6 +142,10 @@ _OURS = (
      "Mowst: a weak and a strong expert on a graph, mixed by the weak one's confidence."),
     ("t2mir", "T2MIRConfig", "T2MIR", "",
      "In-context reinforcement learning with experts routed by token and by task."),
+    ("composition", "CompositionConfig", "Composition", "zoo",
+     "Composition of Experts: whole models behind a router of categories, under a budget."),
+    ("adamoe", "AdaMoEConfig", "ActionTransformer", "",
+     "AdaMoE: a flow-matching policy with experts that are chosen and weighed apart."),
 )  # fmt: skip
 for _name, _config, _model, _needs, _summary in _OURS:
     register(System(_name, f"moe_ops.zoo.{_name}", _config, _model, _summary, _needs))
