@@ -108,7 +108,9 @@ def _maths() -> bytes:
 
 def _names() -> bytes:
     found = (unicodedata.name(chr(i), "") for i in range(0x3000))
-    # In another order: the table's own has whole scripts in a row, one of which would be held out.
-    lines = sorted((n for n in found if n), key=lambda n: n[::-1])
-    random.Random(0).shuffle(lines)
+    lines = [name for name in found if name]
+    # Neighbours stay together, but not whole scripts, of which the last would all be held out.
+    blocks = [lines[i : i + 16] for i in range(0, len(lines), 16)]
+    random.Random(0).shuffle(blocks)
+    lines = [name for block in blocks for name in block]
     return "\n".join(lines).encode()
