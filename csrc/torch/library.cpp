@@ -235,6 +235,18 @@ static void define_schemas(torch::stable::detail::StableLibrary& m) {
   // --- attention
   // t [B,S,...,d], cos and sin [S,d/2] or [B,S,d/2]: features i and i + d/2 turned as a pair.
   m.def("rotary(Tensor t, Tensor cos, Tensor sin, bool inverse=False) -> Tensor");
+  // x [B,S,H] -> x + residual_scale * attention of norm(x) over keys and values [B,m,L,d], whose
+  // positions from `start` on get those of x. w_q [n d,H], w_k and w_v [m d,H], w_o [H,n d] float,
+  // or int8 or uint8 with scales as of grouped_gemm_quantized. cos and sin [B or 1,S,r], the first
+  // rotary_size / 2 of a row count; mask [B or 1,1,S,start + S] bool or float. Inference only.
+  m.def(
+      "attention_step(Tensor x, Tensor w_q, Tensor w_k, Tensor w_v, Tensor w_o, Tensor cos, "
+      "Tensor sin, Tensor(a!) keys, Tensor(b!) values, int start, int rotary_size, float scale, "
+      "Tensor? norm_weight=None, float eps=1e-06, Tensor? b_q=None, Tensor? b_k=None, "
+      "Tensor? b_v=None, Tensor? b_o=None, Tensor? w_q_scale=None, Tensor? w_k_scale=None, "
+      "Tensor? w_v_scale=None, Tensor? w_o_scale=None, Tensor? q_norm=None, Tensor? k_norm=None, "
+      "float head_eps=1e-06, Tensor? mask=None, Tensor? sinks=None, "
+      "float residual_scale=1.0) -> Tensor");
   // q [B,S,K,n,d], k and v [B,S_kv,n,d] -> out like q, state [B,S,K,n] fp32: the log-sum-exp of
   // softmax, what remains of the stick. window 0: all keys; softcap 0: none.
   m.def(

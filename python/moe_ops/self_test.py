@@ -136,6 +136,12 @@ def cases() -> list[Case]:
             (normal(T, K, I), w_down, weights, ids),
         ),
         Case("rotary", _rotary, (normal(2, T, 3, 24),)),
+        Case(
+            "attention_step",
+            _attention_step,
+            (normal(2, 3, H), normal(H, H), normal(H // 2, H), normal(H // 2, H), normal(H, H)),
+            False,
+        ),
         Case("moa_attention", lambda m, *t: m.moa_attention(*t, kind="softmax"), attention),
         Case("moa_attention", lambda m, *t: m.moa_attention(*t, kind="stick_breaking"), attention),
         Case("dense_ffn", lambda m, *t: m.dense_ffn(*t, activation="silu"), dense),
@@ -151,6 +157,13 @@ def _packed_ffn(m: Any, x: Tensor, up: Tensor, down: Tensor, *rest: Tensor) -> T
     copies = m.pack_experts(up, halves=True), m.pack_experts(down)
     y: Tensor = m.moe_ffn_packed(x, up, down, *copies, *routing, b_gate_up=b_up, b_down=b_down)
     return y
+
+
+def _attention_step(m: Any, x: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor]:
+    angles = torch.linspace(-3, 3, 24, dtype=x.dtype, device=x.device).view(1, 3, 8)
+    kept = x.new_zeros(2, 2, 2, 5, 16)
+    how: dict[str, Any] = {"start": 1, "rotary_size": 16, "scale": 0.25}
+    return m.attention_step(x, *weights, angles.cos(), angles.sin(), *kept, **how), kept
 
 
 def _int8(w: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,7 @@
 """The ops as documented Python functions, each in one file with its fake, autograd and autocast."""
 
 from moe_ops.ops.add_rms_norm import add_rms_norm
+from moe_ops.ops.attention_step import attention_step
 from moe_ops.ops.dense_ffn import dense_ffn
 from moe_ops.ops.dispatch_plan import dispatch_plan
 from moe_ops.ops.expert_choice_router import expert_choice_router
@@ -27,6 +28,7 @@ from moe_ops.ops.unpermute import unpermute
 
 __all__ = [
     "add_rms_norm",
+    "attention_step",
     "dense_ffn",
     "dispatch_plan",
     "expert_choice_router",

@@ -22,7 +22,7 @@ from moe_ops.layers.rotary import Rope
 from moe_ops.memory import available_memory
 
 from . import checkpoint
-from .blocks import Step
+from .blocks import Step, apply_norm
 from .checkpoint import Entry, LoadReport
 from .config import LMConfig
 from .cross_entropy import head_cross_entropy
@@ -152,8 +152,14 @@ class CausalLM(nn.Module):
             rotation = self.rope.rotation(start, tokens.shape[1], tokens.device)
         step = Step(rotation, cache, return_routing)
         x = self.trunk(self.embed_tokens(tokens), step, last)
-        out = F.linear(x, self.head_weight) if head else x
+        out = self._head(x) if head else x
         return out if step.routing is None else LMOutput(out, step.routing)
+
+    def _head(self, x: Tensor) -> Tensor:
+        if self.lm_head is None:
+            return F.linear(x, self.embed_tokens.weight)
+        logits: Tensor = self.lm_head(x)
+        return logits
 
     @property
     def head_weight(self) -> Tensor:
@@ -167,7 +173,7 @@ class CausalLM(nn.Module):
             x = layer(x, step, index)
         if last is not None:
             x = x[:, -last:]
-        return self.norm(x)
+        return apply_norm(self.norm, x)
 
     # ------------------------------------------------------------------------------- training
 
