@@ -7,6 +7,7 @@
 #include <cmath>
 #include <limits>
 
+#include "cpu/gemm/dense_layer.h"
 #include "cpu/kernels/router.h"
 #include "cpu/kernels/rows.h"
 #include "cpu/runtime/parallel.h"
@@ -20,22 +21,6 @@ namespace {
 
 const char* at(const void* data, DType type, int64_t offset) {
   return static_cast<const char*>(data) + offset * dtype_size(type);
-}
-
-// out [rows, O] of `type`, contiguous.
-void dense(const DenseLayer& layer, const Rows& a, int64_t rows, void* out, DType type,
-           const Parallel& par) {
-  const int32_t offsets[] = {0, static_cast<int32_t>(rows)};
-  GroupedGemmParams g;
-  g.expert_offsets = offsets;
-  g.num_experts = 1;
-  g.out_features = layer.out_features;
-  g.in_features = layer.in_features;
-  g.a = a;
-  g.b = layer.weight;
-  g.bias = layer.bias;
-  g.out = {out, type, layer.out_features, nullptr};
-  grouped_gemm(g, par);
 }
 
 template <class T>
@@ -80,9 +65,9 @@ class Step {
                    par_);
       x.data = normed;
     }
-    dense(p_.query, x, tokens_, q_, kAccumulate<T>, par_);
-    dense(p_.key, x, tokens_, k, kAccumulate<T>, par_);
-    dense(p_.value, x, tokens_, v, kAccumulate<T>, par_);
+    multiply(p_.query, x, tokens_, q_, kAccumulate<T>, par_);
+    multiply(p_.key, x, tokens_, k, kAccumulate<T>, par_);
+    multiply(p_.value, x, tokens_, v, kAccumulate<T>, par_);
     norm(p_.query_norm, q_, p_.heads);
     norm(p_.key_norm, k, p_.kv_heads);
     rotate(q_, p_.heads);
@@ -92,7 +77,7 @@ class Step {
     keep(p_.keys, k);
     keep(p_.values, v);
     attend();
-    dense(p_.out, {mixed_, p_.type, q_width, nullptr}, tokens_, y, kAccumulate<T>, par_);
+    multiply(p_.out, {mixed_, p_.type, q_width, nullptr}, tokens_, y, kAccumulate<T>, par_);
     const T factor = static_cast<T>(p_.residual_scale);
     for (int64_t t = 0; t < tokens_; ++t) {
       T* const row = y + t * H;

@@ -2,8 +2,7 @@
 
 #include <cmath>
 
-#include "torch/quantized.h"
-#include "torch/tensor_utils.h"
+#include "torch/dense_layer.h"
 
 namespace moe_ops::adapter {
 
@@ -11,87 +10,7 @@ namespace {
 
 constexpr const char* kOp = "attention_step";
 
-// A dense layer, and what keeps its memory alive.
-struct Dense {
-  Tensor weight;
-  OptTensor scale, bias;
-  DenseLayer layer;
-};
-
-void check_vector(const char* name, const OptTensor& t, const Tensor& x, int64_t size,
-                  const char* what) {
-  if (!t.has_value()) return;
-  check_same_dtype(kOp, name, *t, "x", x);
-  check_dim(kOp, name, *t, 1, "a vector");
-  check_size(kOp, name, *t, 0, size, what);
-}
-
-Dense quantized_layer(const std::string& scale_name, const Tensor& w, const Tensor& scale) {
-  check_device(kOp, scale_name.c_str(), scale);
-  const bool four = w.scalar_type() == ScalarType::Byte;
-  MOE_CHECK(scale.scalar_type() == ScalarType::Float, kOp, ": ", scale_name,
-            " must be float32, got ", dtype_name(scale.scalar_type()), ".");
-  check_dim(kOp, scale_name.c_str(), scale, four ? 2 : 1,
-            four ? "[O, K/G] beside 4-bit weights" : "[O] beside int8 weights");
-  check_size(kOp, scale_name.c_str(), scale, 0, w.size(0), "the number of features");
-  Dense out{with_dense_rows(w), dense(scale), {}, {}};
-  const int64_t depth = w.size(1) * (four ? 2 : 1), groups = four ? scale.size(1) : 1;
-  const int64_t group = groups == 0 ? 0 : depth / groups;
-  const bool known = !four || group == 32 || group == 64 || group == 128;
-  MOE_CHECK(groups * group == depth && (known || depth == 0), kOp, ": ", scale_name,
-            " must have a scale for each group of 32, 64 or 128 of the ", depth,
-            " weights of a row, got shape ", shape_string(scale), ".");
-  QuantizedMatrices m;
-  m.data = out.weight.const_data_ptr();
-  m.stride_o = row_stride(out.weight);
-  m.format = {four ? 4 : 8, group, static_cast<const float*>(out.scale->const_data_ptr()), 0,
-              groups};
-  out.layer = {matrices_of(m, DType::kFloat32), {}, w.size(0), depth};
-  return out;
-}
-
-// w [features, depth] with its scale and bias; features -1: any number.
-Dense dense_layer(const char* name, const Tensor& w, const OptTensor& scale, const OptTensor& bias,
-                  const Tensor& x, DType type, int64_t features, int64_t depth) {
-  const std::string what = name, scale_name = what + "_scale";
-  check_device(kOp, name, w);
-  const ScalarType dtype = w.scalar_type();
-  const bool codes = dtype == ScalarType::Char || dtype == ScalarType::Byte;
-  MOE_CHECK(codes == scale.has_value(), kOp, ": ", scale_name,
-            codes ? " must be given beside codes, got None."
-                  : " must be None beside a weight that is no codes.");
-  check_dim(kOp, name, w, 2, "[O, K]");
-  Dense out{w, {}, {}, {}};
-  if (codes) {
-    MOE_CHECK(type != DType::kFloat64, kOp,
-              ": x must be float32, bfloat16 or float16 beside codes, got float64.");
-    out = quantized_layer(scale_name, w, *scale);
-    out.layer.weight.type = type;
-  } else {
-    check_same_dtype(kOp, name, w, "x", x);
-    const bool usable = w.size(1) <= 1 || w.stride(1) == 1 || w.stride(0) == 1;
-    out.weight = usable && w.stride(0) >= 0 ? aligned(w) : dense(w);
-    const Tensor& t = out.weight;
-    ExpertMatrices& m = out.layer.weight;
-    m = {t.const_data_ptr(), type, 0, t.stride(0), t.stride(1)};
-    if (t.size(1) <= 1) m.stride_k = 1;
-    if (t.size(0) <= 1 && m.stride_k != 1) m.stride_o = 1;
-    out.layer.out_features = w.size(0);
-    out.layer.in_features = w.size(1);
-  }
-  MOE_CHECK(out.layer.in_features == depth, kOp, ": ", name, " must have rows of ", depth,
-            " weights, got ", out.layer.in_features, " (shape ", shape_string(w), ").");
-  if (features >= 0) check_size(kOp, name, w, 0, features, "the number of features");
-  if (bias.has_value()) {
-    const std::string bias_name = "b" + what.substr(1);
-    check_vector(bias_name.c_str(), bias, x, w.size(0), "the number of features");
-    out.bias = dense(*bias);
-    out.layer.bias = {out.bias->const_data_ptr(), type, 0};
-  }
-  return out;
-}
-
-// [B, m, L, d], written in place, so no copy will do.
+// [B, m, L, d], written in place.
 KeptHeads<void> kept_heads(const char* name, const Tensor& t, const Tensor& x, int64_t end) {
   check_same_dtype(kOp, name, t, "x", x);
   check_dim(kOp, name, t, 4, "[B, m, L, d]");
@@ -106,14 +25,18 @@ KeptHeads<void> kept_heads(const char* name, const Tensor& t, const Tensor& x, i
               " must have memory of its own for each element, got an expanded tensor of shape ",
               shape_string(t), ".");
   }
-  MOE_CHECK(is_aligned(t), kOp, ": ", name,
-            " must begin at a multiple of the size of an element, got an address between them.");
   KeptHeads<void> heads;
   heads.data = const_cast<void*>(t.const_data_ptr());
   heads.stride_batch = t.stride(0);
   heads.stride_head = t.stride(1);
   heads.stride_token = t.size(2) <= 1 ? std::max<int64_t>(t.size(3), 1) : t.stride(2);
   return heads;
+}
+
+// What kernels wrote into a copy.
+void write_back(const Tensor& copy, const Tensor& t) {
+  Tensor target = t;
+  torch::stable::copy_(target, copy);
 }
 
 void check_angles(const char* name, const Tensor& t, const Tensor& x, int64_t half) {
@@ -153,8 +76,9 @@ Tensor attention_step(const Tensor& x, const Tensor& w_q, const Tensor& w_k, con
   MOE_CHECK(start >= 0 && start <= std::numeric_limits<int32_t>::max() - p.num_tokens, kOp,
             ": start must be from 0 to 2^31 - 1 - S, got ", start, ".");
   const int64_t end = start + p.num_tokens;
-  p.keys = kept_heads("keys", keys, x, end);
-  p.values = kept_heads("values", values, x, end);
+  Tensor own_keys = aligned(keys), own_values = aligned(values);
+  p.keys = kept_heads("keys", own_keys, x, end);
+  p.values = kept_heads("values", own_values, x, end);
   p.kv_heads = keys.size(1);
   p.head_size = keys.size(3);
   const int64_t d = p.head_size;
@@ -164,24 +88,24 @@ Tensor attention_step(const Tensor& x, const Tensor& w_q, const Tensor& w_k, con
   check_size(kOp, "values", values, 1, p.kv_heads, "m");
   check_size(kOp, "values", values, 3, d, "d");
   const int64_t H = p.hidden_size, kv_width = p.kv_heads * d;
-  const Dense q = dense_layer("w_q", w_q, w_q_scale, b_q, x, p.type, -1, H);
+  const Dense q = dense_layer(kOp, "w_q", w_q, w_q_scale, b_q, x, p.type, -1, H);
   const int64_t q_width = q.layer.out_features;
   MOE_CHECK(q_width > 0 && q_width % kv_width == 0, kOp,
             ": w_q must have a multiple of m d = ", kv_width, " features, got shape ",
             shape_string(w_q), ".");
   p.heads = q_width / d;
-  const Dense k = dense_layer("w_k", w_k, w_k_scale, b_k, x, p.type, kv_width, H);
-  const Dense v = dense_layer("w_v", w_v, w_v_scale, b_v, x, p.type, kv_width, H);
-  const Dense o = dense_layer("w_o", w_o, w_o_scale, b_o, x, p.type, H, q_width);
-  check_vector("norm_weight", norm_weight, x, H, "H");
+  const Dense k = dense_layer(kOp, "w_k", w_k, w_k_scale, b_k, x, p.type, kv_width, H);
+  const Dense v = dense_layer(kOp, "w_v", w_v, w_v_scale, b_v, x, p.type, kv_width, H);
+  const Dense o = dense_layer(kOp, "w_o", w_o, w_o_scale, b_o, x, p.type, H, q_width);
+  check_vector(kOp, "norm_weight", norm_weight, x, H, "H");
   MOE_CHECK(eps >= 0, kOp, ": eps must be at least 0, got ", eps, ".");
   MOE_CHECK(head_eps >= 0, kOp, ": head_eps must be at least 0, got ", head_eps, ".");
   MOE_CHECK(q_norm.has_value() == k_norm.has_value(), kOp,
             ": q_norm and k_norm must be given together, got one.");
   if (q_norm.has_value()) {
     p.norms_heads = q_norm->dim() != 1 || q_norm->size(0) == d;
-    check_vector("q_norm", q_norm, x, p.norms_heads ? d : q_width, "d, or n d");
-    check_vector("k_norm", k_norm, x, p.norms_heads ? d : kv_width, "d, or m d");
+    check_vector(kOp, "q_norm", q_norm, x, p.norms_heads ? d : q_width, "d, or n d");
+    check_vector(kOp, "k_norm", k_norm, x, p.norms_heads ? d : kv_width, "d, or m d");
   }
   MOE_CHECK(rotary_size >= 0 && rotary_size <= d && rotary_size % 2 == 0, kOp,
             ": rotary_size must be even and from 0 to d = ", d, ", got ", rotary_size, ".");
@@ -192,7 +116,7 @@ Tensor attention_step(const Tensor& x, const Tensor& w_q, const Tensor& w_k, con
   MOE_CHECK(std::isfinite(scale), kOp, ": scale must be finite, got ", scale, ".");
   MOE_CHECK(std::isfinite(residual_scale), kOp, ": residual_scale must be finite, got ",
             residual_scale, ".");
-  check_vector("sinks", sinks, x, p.heads, "the number of query heads");
+  check_vector(kOp, "sinks", sinks, x, p.heads, "the number of query heads");
   check_num_slots(kOp, "x", p.batch * p.num_tokens * p.heads);
 
   OptTensor seen;
@@ -250,6 +174,8 @@ Tensor attention_step(const Tensor& x, const Tensor& w_q, const Tensor& w_k, con
   p.residual_scale = residual_scale;
   p.y = y.mutable_data_ptr();
   cpu::attention_step(p, torch_parallel());
+  if (!is_aligned(keys)) write_back(own_keys, keys);
+  if (!is_aligned(values)) write_back(own_values, values);
   return y;
 }
 

@@ -119,6 +119,14 @@ static void define_schemas(torch::stable::detail::StableLibrary& m) {
       "Tensor? bias=None) -> Tensor");
 
   // --- whole blocks
+  // x [T,H] -> residual + residual_scale * sigmoid(output_gate norm(x)) * w_down (act(w_gate
+  // norm(x)) * w_up norm(x)), [T,O]; w_gate and w_up [I,H], w_down [O,I] float, or int8 or uint8
+  // with scales as of grouped_gemm_quantized. What is not given is left out. Inference only.
+  m.def(
+      "gated_ffn(Tensor x, Tensor w_gate, Tensor w_up, Tensor w_down, Tensor? w_gate_scale=None, "
+      "Tensor? w_up_scale=None, Tensor? w_down_scale=None, Tensor? norm_weight=None, "
+      "float eps=1e-06, Tensor? output_gate=None, Tensor? residual=None, "
+      "float residual_scale=1.0, str activation=\"swiglu\") -> Tensor");
   // y[t] = sum_k topk_weights[t,k] * (w_down[e] act(w_gate_up[e] x[t] + b_gate_up[e]) + b_down[e])
   // in out_dtype: x's, or the one it is summed in, as grad_y is then.
   m.def(

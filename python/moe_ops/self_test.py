@@ -144,6 +144,12 @@ def cases() -> list[Case]:
         ),
         Case("moa_attention", lambda m, *t: m.moa_attention(*t, kind="softmax"), attention),
         Case("moa_attention", lambda m, *t: m.moa_attention(*t, kind="stick_breaking"), attention),
+        Case(
+            "gated_ffn",
+            lambda m, *t: m.gated_ffn(*t[:4], norm_weight=t[4], residual=t[5]),
+            (x, normal(I, H), normal(I, H), normal(H, I), normal(H), normal(T, H)),
+            False,
+        ),
         Case("dense_ffn", lambda m, *t: m.dense_ffn(*t, activation="silu"), dense),
         Case("mix_experts", _mix_experts, mixed),
     ]

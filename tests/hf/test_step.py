@@ -53,10 +53,16 @@ def both(models, function):
 def test_layouts(model_type):
     layouts = [layout_of(m, {}) for m in build(model_type).modules()]
     known = [layout for layout in layouts if layout is not None]
-    # Of DeepSeek's latent attention and of dense blocks nothing is known.
-    assert len(known) == (0 if model_type in OTHERS else 2 if model_type in ATTENDED else 1)
+    assert len(known) == (0 if model_type in OTHERS else 2)
+    # Not DeepSeek's latent attention.
     assert all((layout.attention is not None) == (model_type in ATTENDED) for layout in known)
-    assert all(layout.block is not None for layout in known[-1:])
+    if known:
+        dense = model_type in ("deepseek_v2", "deepseek_v3", "glm4_moe")
+        assert (known[0].network is not None) == dense == (known[0].block is None)
+        assert known[1].block is not None and known[1].network is None
+        shared = known[1].block.shared
+        assert (shared is not None) == (dense or model_type == "qwen2_moe")
+        assert (known[1].block.shared_activation == "swiglu") == (shared is not None)
 
 
 @pytest.mark.parametrize("model_type", ATTENDED)

@@ -5,16 +5,9 @@
 #include <cstdint>
 
 #include "moe_ops/common.h"
-#include "moe_ops/grouped_gemm.h"
+#include "moe_ops/dense_layer.h"
 
 namespace moe_ops {
-
-// One matrix [O, K] and its bias, as a bank of one expert.
-struct DenseLayer {
-  ExpertMatrices weight;
-  ExpertVectors bias;
-  int64_t out_features = 0, in_features = 0;
-};
 
 // [B, m, L, d]; features are dense, the other strides in elements.
 template <class P>

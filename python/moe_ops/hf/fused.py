@@ -115,9 +115,12 @@ def _router_forward(cls: Any) -> Callable[..., Any]:
     return forward
 
 
-def route(router: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+def route(router: Any, x: Tensor, *, exact: bool = False) -> tuple[Tensor, Tensor, Tensor] | None:
     """Logits, weights and ids of a fused router for tokens [..., H]; None where the types of x and
-    of the weight are not the same and the router does not make them so."""
+    of the weight are not the same and the router does not make them so.
+
+    exact: weights stay in fp32, which experts compute with, where the router rounds them.
+    """
     choice, wide, logits_wide, weights_wide = router._moe_ops_fused
     weight, bias = router.weight, getattr(router, "bias", None)
     if x.dtype != weight.dtype and not wide:
@@ -132,7 +135,7 @@ def route(router: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
     weights, ids = topk_router(logits, **choice)
     return (
         logits.float() if logits_wide else logits,
-        weights if weights_wide else weights.to(dtype),
+        weights if weights_wide or exact else weights.to(dtype),
         ids,
     )
 

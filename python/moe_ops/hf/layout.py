@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from moe_ops._private_torch import disable_modes
-from moe_ops.hf.experts import fused_activation
+from moe_ops.hf.experts import fused_activation, fused_gate
 from moe_ops.hf.fused import call_quietly, close, norm_eps
 from moe_ops.hf.switch import interface_of
-from moe_ops.reference import attention_step
+from moe_ops.reference import attention_step, gated_ffn
 
 _BLOCKS = ("mlp", "block_sparse_moe")
 _ROUTERS = ("gate", "router")
@@ -52,6 +52,7 @@ class BlockLayout(NamedTuple):
     eps: of the norm before it.
     router: its name.
     shared: the name of the shared experts; None without.
+    shared_activation: of these as arguments of gated_ffn; None where they are to be called.
     gated: whether the sigmoid of `shared_expert_gate` multiplies what these return.
     activation: of experts on transformers' interface, as arguments of moe_ffn; None where the
         experts are to be called.
@@ -60,20 +61,34 @@ class BlockLayout(NamedTuple):
     eps: float
     router: str
     shared: str | None
+    shared_activation: str | None
     gated: bool
     activation: dict[str, Any] | None
+
+
+class NetworkLayout(NamedTuple):
+    """A dense network: gate_proj, up_proj and down_proj.
+
+    eps: of the norm before it.
+    activation: as of gated_ffn.
+    """
+
+    eps: float
+    activation: str
 
 
 class LayerLayout(NamedTuple):
     """x + residual_scale * attention(norm(x)), and the same of the block.
 
-    attention, block: what they are made of; None where that is not known.
+    attention, block, network: what they are made of; None where that is not known. A block is
+        experts or a dense network.
     block_name: of the block in the layer.
     returns_pair: whether the block returns something beside what it adds.
     """
 
     attention: AttentionLayout | None
     block: BlockLayout | None
+    network: NetworkLayout | None
     block_name: str
     returns_pair: bool
     residual_scale: float
@@ -107,13 +122,15 @@ def _layout(layer: Any, name: str) -> LayerLayout | None:
         return None
     eps = norm_eps(layer.input_layernorm), norm_eps(layer.post_attention_layernorm)
     attention = None if eps[0] is None else _attention_layout(layer.self_attn, eps[0])
-    block = None
+    block = network = None
     if eps[1] is not None:
         width = _width(layer.post_attention_layernorm)
         block = _block_layout(getattr(layer, name), eps[1], pair, width)
-    if attention is None and block is None:
+        activation = None if pair else _network_activation(getattr(layer, name))
+        network = None if activation is None else NetworkLayout(eps[1], activation)
+    if attention is None and block is None and network is None:
         return None
-    return LayerLayout(attention, block, name, pair, residual_scale)
+    return LayerLayout(attention, block, network, name, pair, residual_scale)
 
 
 def _signature(layer: nn.Module) -> tuple[Any, ...]:
@@ -315,8 +332,36 @@ def _block_layout(block: nn.Module, eps: float, pair: bool, width: int) -> Block
         want = want + 5 * x * (torch.sigmoid(_Gate()(x)) if gated else 1.0)
     if not isinstance(y, Tensor) or not close(y, want):
         return None
-    name = shared[0] if shared else None
-    return BlockLayout(eps, routers[0], name, gated, _activation(block._modules["experts"]))
+    name, activation = None, None
+    if shared:
+        name = shared[0]
+        activation = _network_activation(block._modules[name])
+    return BlockLayout(
+        eps, routers[0], name, activation, gated, _activation(block._modules["experts"])
+    )
+
+
+def _network_activation(network: Any) -> str | None:
+    """Of a dense network of three products and a gate; None for everything else."""
+    parts = network._modules
+    projections = [parts.get(f"{name}_proj") for name in ("gate", "up", "down")]
+    if (
+        "forward" in network.__dict__
+        or parts.keys() - {"gate_proj", "up_proj", "down_proj", "act_fn"}
+        or network._parameters
+        or network._buffers
+        or not all(isinstance(m, nn.Linear) and m.bias is None for m in projections)
+    ):
+        return None
+    gate = fused_gate(getattr(network, "act_fn", None))
+    if gate is None:
+        return None
+    probe = _random_copy(network)
+    x = _numbers(4, probe.gate_proj.weight.shape[1])
+    y = call_quietly(probe, x)
+    weights = (probe.gate_proj.weight, probe.up_proj.weight, probe.down_proj.weight)
+    known = isinstance(y, Tensor) and close(y, gated_ffn(x, *weights, **gate))
+    return gate["activation"] if known else None
 
 
 def _activation(experts: Any) -> dict[str, Any] | None:

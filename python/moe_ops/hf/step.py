@@ -23,7 +23,7 @@ from moe_ops.hf.layout import AttentionLayout, BlockLayout, LayerLayout
 from moe_ops.hf.switch import is_quantized
 from moe_ops.layers import QuantizedExperts
 from moe_ops.layers.linear import dense_operands, in_inference_on_few_rows
-from moe_ops.ops import add_rms_norm, attention_step
+from moe_ops.ops import add_rms_norm, attention_step, gated_ffn
 
 _TENSORS = (Tensor, nn.Parameter)
 # Arguments of a layer beside which others must be None. Outputs are asked for by hooks.
@@ -61,7 +61,7 @@ def step_forward(cls: Any) -> Callable[..., Any]:
         attended = None
         if layout.attention is not None:
             attended = _attend(self, layout, layout.attention, x, kwargs)
-            if attended is None and layout.block is None:
+            if attended is None and layout.block is None and layout.network is None:
                 return cls.forward(self, hidden_states, **kwargs)
         if attended is None:
             y = self.self_attn(hidden_states=self.input_layernorm(x), **kwargs)[0]
@@ -265,31 +265,54 @@ def _fits(keys: Tensor, x: Tensor, batch: int) -> bool:
 def _through_block(layer: Any, layout: LayerLayout, x: Tensor) -> Tensor:
     """x + block(norm(x))."""
     parts = layer._modules
-    norm, block, how = parts["post_attention_layernorm"], parts[layout.block_name], layout.block
-    routed = None
-    if how is not None and (weight := _vector(norm, x)) is not None:
-        y = add_rms_norm(x, weight, eps=how.eps)[0].view(-1, x.shape[2])
-        routed = _routed(block, how, y)
-    if routed is None:
-        y = block(norm(x))
-        routed = y[0] if layout.returns_pair else y
-    return torch.add(x, routed.view(x.shape), alpha=layout.residual_scale)
+    norm, block = parts["post_attention_layernorm"], parts[layout.block_name]
+    weight, scale = _vector(norm, x), layout.residual_scale
+    rows = x.reshape(-1, x.shape[2])
+    if layout.network is not None and weight is not None:
+        operands = _network_operands(block, x.dtype)
+        if operands is not None:
+            how: dict[str, Any] = {**operands, **layout.network._asdict(), "residual_scale": scale}
+            return gated_ffn(rows, norm_weight=weight, residual=rows, **how).view(x.shape)
+    if layout.block is not None and weight is not None:
+        y = _routed(block, layout.block, add_rms_norm(rows, weight, eps=layout.block.eps)[0])
+        return torch.add(rows, y, alpha=scale).view(x.shape)
+    y = block(norm(x))
+    return torch.add(x, y[0] if layout.returns_pair else y, alpha=scale)
 
 
-def _routed(block: nn.Module, how: BlockLayout, y: Tensor) -> Tensor | None:
+def _routed(block: nn.Module, how: BlockLayout, y: Tensor) -> Tensor:
     parts = block._modules
     router = parts[how.router]
-    if "_moe_ops_fused" not in router.__dict__ or (choice := route(router, y)) is None:
-        _, weights, ids = router(y)
-    else:
-        _, weights, ids = choice
+    chosen = route(router, y, exact=True) if "_moe_ops_fused" in router.__dict__ else None
+    _, weights, ids = router(y) if chosen is None else chosen
     out = _through_experts(parts["experts"], how, y, ids, weights)
-    if how.shared is not None:
-        shared = parts[how.shared](y)
-        if how.gated:
-            shared = shared * torch.sigmoid(parts["shared_expert_gate"](y))
-        out = out + shared
-    return out
+    if how.shared is None:
+        return out
+    gate = parts["shared_expert_gate"] if how.gated else None
+    if how.shared_activation is not None:
+        operands = _network_operands(parts[how.shared], y.dtype)
+        weight = None
+        if gate is not None:
+            dense = dense_operands(gate, y.dtype) if _is_silent(gate) else None
+            weight = None if dense is None or dense[1:] != (None, None) else dense[0][0]
+        if operands is not None and (gate is None or weight is not None):
+            activation = how.shared_activation
+            return gated_ffn(y, output_gate=weight, residual=out, activation=activation, **operands)
+    shared: Tensor = parts[how.shared](y)
+    return out + (shared if gate is None else shared * torch.sigmoid(gate(y)))
+
+
+def _network_operands(network: nn.Module, dtype: torch.dtype) -> dict[str, Any] | None:
+    """Weights and scales of a dense network for gated_ffn; None where it is to be called."""
+    parts = network._modules
+    operands: dict[str, Any] = {}
+    for name in ("gate", "up", "down"):
+        layer = parts[f"{name}_proj"]
+        dense = dense_operands(layer, dtype) if _is_silent(layer) else None
+        if dense is None or dense[2] is not None:
+            return None
+        operands[f"w_{name}"], operands[f"w_{name}_scale"], _ = dense
+    return operands if _is_silent(network) else None
 
 
 def _through_experts(

@@ -10,7 +10,6 @@ from torch import Tensor
 from moe_ops.ops._autocast import register_autocast
 from moe_ops.ops._autograd import direct_call, register_no_gradient
 from moe_ops.ops._checks import (
-    NARROW_FLOATS,
     check,
     check_dtype,
     check_float,
@@ -20,7 +19,7 @@ from moe_ops.ops._checks import (
     new_like,
 )
 from moe_ops.ops._library import Signature, register_cuda_formula, register_fake
-from moe_ops.ops._quantized import check_quantized
+from moe_ops.ops._quantized import check_dense
 from moe_ops.reference.attention_step import attention_step as _formula
 
 _OP = "attention_step"
@@ -142,30 +141,6 @@ def attention_step(
 _names = Signature(_OP).names
 
 
-def _check_dense(
-    args: dict[str, Any], name: str, x: Tensor, features: int | None, depth: int
-) -> None:
-    w, scale, bias = args[f"w_{name}"], args[f"w_{name}_scale"], args[f"b_{name}"]
-    what = f"w_{name}"
-    if scale is None:
-        check_like(_OP, what, w, "x", x, "[O, K]", K=depth)
-    else:
-        check_dtype(_OP, "x", x.dtype, NARROW_FLOATS, " beside codes")
-        check(
-            w.dim() == 2,
-            f"{_OP}: {what} must be [O, K] (2 dimensions), got shape {list(w.shape)}.",
-        )
-        found = check_quantized(_OP, what, w[None], scale[None])
-        check(
-            found == depth,
-            f"{_OP}: {what} must have rows of {depth} weights, got {found} "
-            f"(shape {list(w.shape)}).",
-        )
-    if features is not None:
-        check_size(_OP, what, w, 0, features, "the number of features")
-    check_like(_OP, f"b_{name}", bias, "x", x, "[O]", O=w.shape[0])
-
-
 @register_fake(_OP)
 def _(*row: Any) -> Tensor:
     args = dict(zip(_names, row, strict=True))
@@ -189,15 +164,15 @@ def _(*row: Any) -> Tensor:
         f"{list(keys.shape)}.",
     )
     kv_width, q_width = kv_heads * size, args["w_q"].shape[0]
-    _check_dense(args, "q", x, None, hidden)
+    check_dense(_OP, args, "q", x, None, hidden)
     check(
         q_width > 0 and q_width % kv_width == 0,
         f"{_OP}: w_q must have a multiple of m d = {kv_width} features, got shape "
         f"{list(args['w_q'].shape)}.",
     )
-    _check_dense(args, "k", x, kv_width, hidden)
-    _check_dense(args, "v", x, kv_width, hidden)
-    _check_dense(args, "o", x, hidden, q_width)
+    check_dense(_OP, args, "k", x, kv_width, hidden)
+    check_dense(_OP, args, "v", x, kv_width, hidden)
+    check_dense(_OP, args, "o", x, hidden, q_width)
     check_like(_OP, "norm_weight", args["norm_weight"], "x", x, "[H]", H=hidden)
     q_norm, k_norm = args["q_norm"], args["k_norm"]
     check(
