@@ -43,7 +43,9 @@ OP_CASES = {
 
 def operands(dtype=torch.float32, tokens=3, hidden=40, width=24, features=40, **options):
     def normal(*shape):
-        return (torch.randn(shape) * (max(shape[-1], 1) ** -0.5 if len(shape) == 2 else 1)).to(dtype)
+        return (torch.randn(shape) * (max(shape[-1], 1) ** -0.5 if len(shape) == 2 else 1)).to(
+            dtype
+        )
 
     return {
         "x": torch.randn(tokens, hidden).to(dtype),

@@ -353,7 +353,8 @@ def _network_activation(network: Any) -> str | None:
         or not all(isinstance(m, nn.Linear) and m.bias is None for m in projections)
     ):
         return None
-    gate = fused_gate(getattr(network, "act_fn", None))
+    act_fn: Any = getattr(network, "act_fn", None)
+    gate = fused_gate(act_fn)
     if gate is None:
         return None
     probe = _random_copy(network)

@@ -45,9 +45,9 @@ _KEPT = "_moe_ops_kept"
 KIND = "layer"
 
 try:  # What transformers' own hooks collect; without it, all hooks count.
-    from transformers.utils.output_capturing import _active_collector as _collector
+    from transformers.utils.output_capturing import _active_collector
 except ImportError:
-    _collector = None
+    _active_collector = None  # type: ignore[assignment]
 
 
 def step_forward(cls: Any) -> Callable[..., Any]:
@@ -99,11 +99,11 @@ def _is_silent(m: nn.Module) -> bool:
     if not hooks:
         return True
     # transformers leaves its hooks behind after a call with output_router_logits, say.
-    if _collector is None or not all(
+    if _active_collector is None or not all(
         getattr(hook, "__name__", "") == "output_capturing_hook" for hook in hooks.values()
     ):
         return False
-    collected = _collector.get() or ()
+    collected = _active_collector.get() or ()
     return "router_logits" not in collected and "attentions" not in collected
 
 
@@ -190,12 +190,12 @@ def _attend(
 
 
 def _vector(norm: nn.Module, x: Tensor) -> Tensor | None:
-    weight = norm._parameters["weight"]
+    weight: Any = norm._parameters["weight"]
     return weight if type(weight) in _TENSORS and weight.dtype == x.dtype else None
 
 
 def _room(
-    cache: Any, index: int, x: Tensor, k: tuple[Tensor, ...], size: int
+    cache: Any, index: int, x: Tensor, k: tuple[Any, ...], size: int
 ) -> tuple[Any, Tensor, Tensor, int] | None:
     """The cache of a layer, keys and values with room for those of x, and how many there are.
 
@@ -205,7 +205,7 @@ def _room(
     layers = getattr(cache, "layers", None)
     if layers is None or getattr(cache, "offloading", True) or index >= len(layers):
         return None
-    kept = layers[index]
+    kept: Any = layers[index]
     batch, length, _ = x.shape
     if type(kept) is StaticLayer:
         if not kept.is_initialized:
@@ -280,8 +280,8 @@ def _through_block(layer: Any, layout: LayerLayout, x: Tensor) -> Tensor:
     return torch.add(x, y[0] if layout.returns_pair else y, alpha=scale)
 
 
-def _routed(block: nn.Module, how: BlockLayout, y: Tensor) -> Tensor:
-    parts = block._modules
+def _routed(block: Any, how: BlockLayout, y: Tensor) -> Tensor:
+    parts: dict[str, Any] = block._modules
     router = parts[how.router]
     chosen = route(router, y, exact=True) if "_moe_ops_fused" in router.__dict__ else None
     _, weights, ids = router(y) if chosen is None else chosen
@@ -302,7 +302,7 @@ def _routed(block: nn.Module, how: BlockLayout, y: Tensor) -> Tensor:
     return out + (shared if gate is None else shared * torch.sigmoid(gate(y)))
 
 
-def _network_operands(network: nn.Module, dtype: torch.dtype) -> dict[str, Any] | None:
+def _network_operands(network: Any, dtype: torch.dtype) -> dict[str, Any] | None:
     """Weights and scales of a dense network for gated_ffn; None where it is to be called."""
     parts = network._modules
     operands: dict[str, Any] = {}
@@ -326,7 +326,7 @@ def _through_experts(
         w_up, w_down = bank_views(experts)
         if w_up.dtype == w_down.dtype == y.dtype:
             b_up, b_down = bank_bias(experts)
-            bias = {"b_gate_up": b_up, "b_down": b_down}
+            bias: dict[str, Any] = {"b_gate_up": b_up, "b_down": b_down}
             return expert_ffn(experts, y, w_up, w_down, weights, ids, **bias, **how.activation)
     out: Tensor = experts(y, ids, weights)
     return out

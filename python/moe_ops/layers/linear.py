@@ -82,12 +82,14 @@ def dense_operands(
     if kind is QuantizedLinear:
         if dtype == torch.float64:
             return None
-        bias = layer.bias
+        buffers: Any = layer._buffers
+        bias: Any = layer.bias
         if bias is not None and bias.dtype != dtype:
             bias = bias.to(dtype)
-        return layer._buffers["q"], layer._buffers["scale"], bias
+        return buffers["q"], buffers["scale"], bias
     if kind is FewRowsLinear or kind is nn.Linear:
-        weight, bias = layer._parameters["weight"], layer._parameters["bias"]
+        parameters: Any = layer._parameters
+        weight, bias = parameters["weight"], parameters["bias"]
         if type(weight) in _TENSORS and weight.dtype == dtype:
             return weight, None, bias
     return None

@@ -95,12 +95,14 @@ class Attention(nn.Module):
         """x + forward(norm(x)) in one call; None where that is not what a step of decoding is."""
         if cache is None or self.rope.interleaved or not in_inference_on_few_rows(x):
             return None
-        parts = self._modules
+        parts: dict[str, Any] = self._modules
         q, k, v, o = (dense_operands(parts[f"{n}_proj"], x.dtype) for n in "qkvo")
         watched = any(m._forward_hooks or m._forward_pre_hooks for m in (self, *parts.values()))
         if q is None or k is None or v is None or o is None or watched:
             return None
-        if norm.weight.dtype != x.dtype or norm._forward_hooks or norm._forward_pre_hooks:
+        if norm.eps is None or norm.weight.dtype != x.dtype:
+            return None
+        if norm._forward_hooks or norm._forward_pre_hooks:
             return None
         batch, length, _ = x.shape
         heads = x.new_empty(()).expand(
