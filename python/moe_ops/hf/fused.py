@@ -140,7 +140,7 @@ def route(router: Any, x: Tensor, *, exact: bool = False) -> tuple[Tensor, Tenso
     )
 
 
-def _router_settings(module: nn.Module) -> tuple[Mapping[str, Any], bool, bool, bool] | None:
+def router_settings(module: nn.Module) -> tuple[Mapping[str, Any], bool, bool, bool] | None:
     """The arguments of topk_router, and whether products, logits and weights are in fp32 where
     tokens are not; None for what chooses otherwise, or is no router."""
     parameters = dict(module.named_parameters())
@@ -151,7 +151,9 @@ def _router_settings(module: nn.Module) -> tuple[Mapping[str, Any], bool, bool, 
         return None
     probe = _probe(module)
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(8, weight.shape[1], generator=generator)
+    # Logits of size one at any width: in a softmax of large ones the first weight is all but 1,
+    # and weights that are renormalised look like those that are not.
+    x = torch.randn(32, weight.shape[1], generator=generator) / weight.shape[1] ** 0.5
     actual = call_quietly(probe, x)
     if not (isinstance(actual, tuple) and len(actual) == 3):
         return None
@@ -249,4 +251,4 @@ _FORWARDS: dict[str, Callable[[Any], Callable[..., Any]]] = {
     "norm": _norm_forward,
     "router": _router_forward,
 }
-_SETTINGS: dict[str, Callable[[nn.Module], Any]] = {"norm": norm_eps, "router": _router_settings}
+_SETTINGS: dict[str, Callable[[nn.Module], Any]] = {"norm": norm_eps, "router": router_settings}

@@ -14,9 +14,11 @@ from moe_ops.hf import step
 from moe_ops.hf.fused import fuse, set_fused
 from moe_ops.hf.layout import LayerLayout, layout_of
 from moe_ops.hf.switch import enable, interface_of, set_implementation
+from moe_ops.layers import QuantizedExperts
 from moe_ops.layers.linear import replace_linears
 from moe_ops.memory import register_holder
 from moe_ops.quant import quantize_experts
+from moe_ops.quant.bank import find_banks
 
 FORMATS = (None, "int8", "int4")
 _CONFIG_ATTRIBUTES = ("hf_quantizer", "is_quantized", "quantization_method")
@@ -69,7 +71,9 @@ def optimize(
     Attention stays what the model has: torch's, unless "eager" was asked for. What is left as it
     was is not in the report. Parameters, their names and checkpoints stay those of the model; with
     `weights`, `save_pretrained` writes quantised experts as `quantize_experts` does, and dense
-    layers as floats with the values that are computed with.
+    layers as floats with the values that are computed with. A model that was saved so is loaded in
+    the time that its bytes take; `optimize` with the same `weights` rounds its dense layers again,
+    to the same numbers.
 
     Args:
         model: a transformers model, or any module that holds MoE blocks of one.
@@ -116,7 +120,7 @@ def optimize(
     report: dict[str, str] = {}
     known: dict[Any, LayerLayout | None] = {}
     layouts = {name: layout_of(module, known) for name, module in model.named_modules()}
-    if weights is not None:
+    if weights is not None and not _experts_are(model, weights, group_size):
         quantize_experts(model, weights, group_size=group_size)
     report |= enable(model)
     report |= replace_linears(model, weights, group_size)
@@ -170,6 +174,15 @@ def restore(model: nn.Module) -> None:
     for name, value in before.generation.items():
         setattr(model.generation_config, name, value)
     del _optimized[model]
+
+
+def _experts_are(model: nn.Module, format: str, group_size: int | None) -> bool:
+    """Whether all experts are stored so already, as those of a checkpoint that was saved so."""
+    found = [m for m in model.modules() if isinstance(m, QuantizedExperts)]
+    fits = all(
+        m.format == format and (group_size is None or m.group_size == group_size) for m in found
+    )
+    return bool(found) and fits and next(find_banks(model, ()), None) is None
 
 
 def _compile_steps(model: Any, backend: str) -> None:

@@ -283,7 +283,8 @@ def _through_block(layer: Any, layout: LayerLayout, x: Tensor) -> Tensor:
 def _routed(block: Any, how: BlockLayout, y: Tensor) -> Tensor:
     parts: dict[str, Any] = block._modules
     router = parts[how.router]
-    chosen = route(router, y, exact=True) if "_moe_ops_fused" in router.__dict__ else None
+    is_fused = getattr(type(router), "_moe_ops_kind", None) == "router"
+    chosen = route(router, y, exact=True) if is_fused else None
     _, weights, ids = router(y) if chosen is None else chosen
     out = _through_experts(parts["experts"], how, y, ids, weights)
     if how.shared is None:
@@ -322,7 +323,12 @@ def _through_experts(
     if is_quantized(experts) and isinstance(experts, QuantizedExperts):
         if experts.dispatcher is None and _is_silent(experts):
             return experts.run(y, weights, ids)
-    elif how.activation is not None and _is_silent(experts) and _is_enabled(experts):
+    elif (
+        how.activation is not None
+        and "dispatcher" not in experts.__dict__
+        and _is_silent(experts)
+        and _is_enabled(experts)
+    ):
         w_up, w_down = bank_views(experts)
         if w_up.dtype == w_down.dtype == y.dtype:
             b_up, b_down = bank_bias(experts)
