@@ -204,6 +204,7 @@ def test_a_query_that_sees_nothing_attends_to_nothing(mask):
     assert_identical(y, call["x"])
 
 
+@pytest.mark.cpu_only
 @dtypes
 def test_the_same_bits_for_any_layout_and_number_of_threads(dtype, set_threads):
     """Large enough for a region of several threads."""
@@ -253,6 +254,7 @@ def test_no_tokens():
     assert_identical(keys, call["keys"])
 
 
+@pytest.mark.cpu_only
 def test_sequences_do_not_see_each_other():
     call = operands(torch.bfloat16, batch=3, length=2, hidden=256, heads=8, size=32, mask="bool")
     with moe_ops.batch_invariant():

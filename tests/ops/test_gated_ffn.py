@@ -104,6 +104,7 @@ def test_nothing(sizes):
         assert_identical(y, call["residual"])
 
 
+@pytest.mark.cpu_only
 @dtypes
 def test_the_same_bits_for_any_layout_and_number_of_threads(dtype, set_threads):
     """Large enough for a region of several threads."""
