@@ -210,10 +210,11 @@ def _room(
     if type(kept) is StaticLayer:
         if not kept.is_initialized:
             return None
+        own: Any = kept.keys, kept.values
         start = int(kept.cumulative_length)
-        if start + length > kept.max_cache_len or not _fits(kept.keys, x, batch):
+        if start + length > kept.max_cache_len or not _fits(own[0], x, batch):
             return None
-        return kept, kept.keys, kept.values, start
+        return kept, *own, start
     if type(kept) is DynamicSlidingWindowLayer:
         if kept.record_past:
             return None
