@@ -30,6 +30,7 @@ ORDER = (
     ("quant",),
     ("layers",),
     (FRONT,),
+    ("offload",),
     ("hf", "parallel", "lora"),
     ("testing", "viz", "self_test"),
     ("doctor",),

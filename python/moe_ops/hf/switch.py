@@ -39,8 +39,9 @@ def enable(model: nn.Module) -> dict[str, str]:
 
     Returns:
         Name of each block that runs on moe_ops now -> how: ``"experts_implementation"``,
-        ``"forward"``, or ``"quantized"`` for one with experts of `moe_ops.quantize_experts`, which
-        run on nothing else. Blocks that already did are listed too.
+        ``"forward"``, or ``"quantized"`` for one with experts of `moe_ops.quantize_experts` and
+        ``"offloaded"`` for one of `moe_ops.offload`, which run on nothing else. Blocks that already
+        did are listed too.
 
     Raises:
         ValueError: nothing to switch, or a block that cannot be switched; the model is unchanged.
@@ -53,6 +54,8 @@ def enable(model: nn.Module) -> dict[str, str]:
         interface = interface_of(module)
         if is_quantized(module):
             report[name] = "quantized"
+        elif is_offloaded(module):
+            report[name] = "offloaded"
         elif interface is not None:
             if "moe_ops" not in interface:
                 refused.append(f"{name} ({type(module).__name__}) has quantised experts")
@@ -120,8 +123,8 @@ def disable(model: nn.Module) -> dict[str, str]:
 def status(model: nn.Module) -> dict[str, str]:
     """Name of each MoE block -> what runs it now.
 
-    ``"moe_ops"``; ``"moe_ops (int4 g64)"`` and the like for a block with quantised experts; another
-    experts implementation; or ``"transformers"`` for a block outside the experts interface, which
+    ``"moe_ops"``; ``"moe_ops (int4 g64)"`` and the like for a block with quantised experts, and
+    ``"moe_ops (offloaded)"``; another experts implementation; or ``"transformers"`` for a block outside the experts interface, which
     ignores ``experts_implementation="moe_ops"`` without a word.
     """
     blocks = ((name, status_of(module)) for name, module in model.named_modules())
@@ -132,6 +135,8 @@ def status_of(module: nn.Module) -> str | None:
     """The entry of :func:`status` for one module; None for a module that is no MoE block."""
     if is_quantized(module):
         return f"moe_ops ({module.format_name})"
+    if is_offloaded(module):
+        return "moe_ops (offloaded)"
     if _is_switched(module):
         return "moe_ops"
     if interface_of(module) is not None:
@@ -179,6 +184,11 @@ def expect_calls(model: nn.Module) -> Iterator[dict[str, int]]:
 def is_quantized(module: nn.Module) -> bool:
     """Whether this is a block that `moe_ops.quantize_experts` has put here."""
     return getattr(type(module), "quantized_block", False)
+
+
+def is_offloaded(module: nn.Module) -> bool:
+    """Whether this is a block that `moe_ops.offload.offload_experts` has put here."""
+    return getattr(type(module), "offloaded_block", False)
 
 
 def interface_of(module: nn.Module) -> ExpertsInterface | None:
