@@ -294,11 +294,10 @@ class ExpertCache:
 
     def _next_fetch(self) -> tuple[Key, int] | None:
         """An expert to load ahead and its slot; None if there is nothing to do now."""
-        losers = set(self._idle())
+        losers = set(self._idle()).difference(self._ahead)
         wanted = chain(self._ahead, self.policy.wanted())
         for key in islice(wanted, _LOOK_AHEAD * self.num_slots):
             if key in self._slot_of:
-                losers.discard(key)  # What is wanted sooner stays, whatever it is worth.
                 continue
             if self._free:
                 return key, self._take(key)

@@ -50,8 +50,9 @@ class Policy:
         return ()
 
     def outweighs(self, key: Key, victim: Key) -> bool:
-        """Whether fetching `key` is worth the loss of `victim`."""
-        return True
+        """Whether to fetch `key`, which is wanted, at the loss of `victim`. This must be a strict
+        order, or the thread never rests. Without it free slots are filled."""
+        return False
 
 
 class LRU(Policy):

@@ -5,6 +5,7 @@ Letters: B sequences, S tokens of each, L calls of banks in a step, E experts.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -103,14 +104,9 @@ def generate_in_halves(
     """
     routes = (predictor.chances(tokens) > 0.5).any(1)
     halves = split_batch(routes.cpu())
-    is_ours = "temperature" in model.generate.__code__.co_varnames
-    results = []
-    for half in halves:
-        rows = tokens[half.to(tokens.device)]
-        if is_ours:
-            results.append(model.generate(rows, num_tokens, **options))
-        else:
-            results.append(model.generate(rows, max_new_tokens=num_tokens, **options))
+    ours = "num_tokens" in inspect.signature(model.generate).parameters
+    options["num_tokens" if ours else "max_new_tokens"] = num_tokens
+    results = [model.generate(tokens[half.to(tokens.device)], **options) for half in halves]
     length = max(result.shape[1] for result in results)
     out = tokens.new_empty(len(tokens), length)
     for half, result in zip(halves, results, strict=True):
