@@ -27,7 +27,8 @@ class OffloadedHfExperts(nn.Module):
     """Takes the place of an experts module: a bank that is called as `Experts` are, behind
     transformers' arguments in transformers' order."""
 
-    offloaded_block = True
+    quantized_block = True
+    format_name = "offloaded"
 
     def __init__(self, bank: nn.Module) -> None:
         super().__init__()

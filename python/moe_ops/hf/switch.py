@@ -53,9 +53,7 @@ def enable(model: nn.Module) -> dict[str, str]:
     for name, module in model.named_modules():
         interface = interface_of(module)
         if is_quantized(module):
-            report[name] = "quantized"
-        elif is_offloaded(module):
-            report[name] = "offloaded"
+            report[name] = "offloaded" if module.format_name == "offloaded" else "quantized"
         elif interface is not None:
             if "moe_ops" not in interface:
                 refused.append(f"{name} ({type(module).__name__}) has quantised experts")
@@ -135,8 +133,6 @@ def status_of(module: nn.Module) -> str | None:
     """The entry of :func:`status` for one module; None for a module that is no MoE block."""
     if is_quantized(module):
         return f"moe_ops ({module.format_name})"
-    if is_offloaded(module):
-        return "moe_ops (offloaded)"
     if _is_switched(module):
         return "moe_ops"
     if interface_of(module) is not None:
@@ -182,13 +178,8 @@ def expect_calls(model: nn.Module) -> Iterator[dict[str, int]]:
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """Whether this is a block that `moe_ops.quantize_experts` has put here."""
+    """Whether this is a block that `moe_ops.quantize_experts`, or `moe_ops.offload`, has put here."""
     return getattr(type(module), "quantized_block", False)
-
-
-def is_offloaded(module: nn.Module) -> bool:
-    """Whether this is a block that `moe_ops.offload.offload_experts` has put here."""
-    return getattr(type(module), "offloaded_block", False)
 
 
 def interface_of(module: nn.Module) -> ExpertsInterface | None:

@@ -35,6 +35,7 @@ class OffloadedExperts(nn.Module):
 
     # Of expert parallelism, which offloaded experts do not know.
     dispatcher: None = None
+    format_name = "offloaded"  # In place of what a quantised bank says.
 
     def __init__(
         self,
