@@ -1,0 +1,300 @@
+"""One model, one text, all policies.
+
+Letters: B streams, L layers of experts, E experts a layer, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bench.experiments.text import heldout_batches, load_domains, train_batches
+from bench.experiments.training import Recipe
+from moe_ops.layers import Experts
+from moe_ops.offload import (
+    Belady,
+    FileStore,
+    Policy,
+    Predicted,
+    RoutePredictor,
+    RoutingTrace,
+    offload_experts,
+    record_trace,
+    train_predictor,
+)
+from moe_ops.zoo.deepseek import DeepSeek, DeepSeekConfig
+from moe_ops.zoo.lm.model import CausalLM
+
+DOMAINS = ("reference", "code", "maths")
+VOCAB = 256
+
+
+@dataclass
+class Plan:
+    """What is measured; the defaults are those of the page.
+
+    intermediate_size: of the experts after they are made wider.
+    tokens: of each stream, after a prefill of `prompt`.
+    store: "cached": the file stays in the system's cache; "disk": it is read from the disk.
+    """
+
+    train_steps: int = 300
+    predictor_steps: int = 600
+    trace_batches: int = 24
+    hidden_size: int = 128
+    num_layers: int = 4
+    num_experts: int = 16
+    top_k: int = 2
+    intermediate_size: int = 1024
+    prompt: int = 16
+    tokens: int = 64
+    batches: tuple[int, ...] = (1, 8)
+    caches: tuple[float, ...] = (0.25, 0.5)
+    stores: tuple[str, ...] = ("cached", "disk")
+    rounds: int = 3
+    model: Path | None = None
+
+
+def make_model(plan: Plan) -> CausalLM:
+    """The model before it is made wider, trained on the bytes of three domains."""
+    if plan.model is not None:
+        return DeepSeek.from_pretrained(plan.model)
+    torch.manual_seed(0)
+    config = DeepSeekConfig(
+        vocab_size=VOCAB,
+        hidden_size=plan.hidden_size,
+        num_layers=plan.num_layers,
+        num_dense_layers=0,
+        num_heads=4,
+        head_size=plan.hidden_size // 4,
+        latent=False,
+        num_experts=plan.num_experts,
+        top_k=plan.top_k,
+        num_shared_experts=0,
+        renormalize=True,
+        intermediate_size=plan.hidden_size,
+        expert_balance_coefficient=0.01,
+    )
+    model = DeepSeek(config)
+    recipe = Recipe(plan.train_steps, batch=15, rate=3e-3)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), recipe.rate, (0.9, 0.95), weight_decay=recipe.weight_decay
+    )
+    batches = train_batches(load_domains(DOMAINS), recipe.steps, recipe.batch, recipe.length, 0)
+    for step, rows in enumerate(batches):
+        optimizer.param_groups[0]["lr"] = recipe.rate_at(step)
+        loss = model.loss(rows).loss
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+        optimizer.step()
+    return model.eval()
+
+
+@torch.no_grad()
+def widen(model: nn.Module, intermediate_size: int) -> nn.Module:
+    """Gives experts more neurons, all zero: the same function."""
+    for module in list(model.modules()):
+        if isinstance(module, Experts) and module.intermediate_size < intermediate_size:
+            wide = module.blank(module.num_experts, intermediate_size=intermediate_size)
+            old = module.intermediate_size
+            for weight in (wide.w_gate_up, wide.w_down):
+                weight.zero_()
+            wide.w_gate_up[:, :old] = module.w_gate_up[:, :old]
+            wide.w_gate_up[:, intermediate_size : intermediate_size + old] = module.w_gate_up[
+                :, old:
+            ]
+            wide.w_down[:, :, :old] = module.w_down
+            for name in ("w_gate_up", "w_down"):
+                setattr(module, name, getattr(wide, name))
+            module.intermediate_size = intermediate_size
+    return model
+
+
+def texts(plan: Plan, batch: int) -> Tensor:
+    """[B, prompt + tokens] held-out bytes, the domains in turn."""
+    length = plan.prompt + plan.tokens
+    domains = load_domains(DOMAINS)
+    rows = [heldout_batches(d, 1, batch, length)[0][:, :length] for d in domains]
+    return torch.stack(rows, 1).flatten(0, 1)[:batch].contiguous()
+
+
+@torch.no_grad()
+def decode(model: CausalLM, text: Tensor, prompt: int) -> float:
+    """Reads a text byte by byte behind its first bytes; seconds, those of the first not counted."""
+    cache = model.new_cache()
+    model(text[:, :prompt], cache=cache, last=1)
+    start = perf_counter()
+    for position in range(prompt, text.shape[1]):
+        model(text[:, position : position + 1], cache=cache, last=1)
+    return perf_counter() - start
+
+
+class TokenTable:
+    """How often each token went to each expert: the control of the predictor."""
+
+    def __init__(self, trace: RoutingTrace) -> None:
+        hot = trace.multi_hot().float()
+        prior = hot.mean(0)
+        counts = torch.zeros(VOCAB, *prior.shape).index_add_(0, trace.tokens, hot)
+        seen = torch.zeros(VOCAB).index_add_(0, trace.tokens, torch.ones(len(hot)))
+        self.chances = (counts + prior) / (seen + 1)[:, None, None]
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        return 1 - (1 - self.chances[tokens.flatten()]).prod(0)
+
+
+def recall(chances: Tensor, trace: RoutingTrace) -> float:
+    """Share of the experts used that are among the K that were given the best chances."""
+    hot = trace.multi_hot()
+    best = chances.topk(trace.ids.shape[2], dim=-1).indices
+    return (hot.gather(2, best).sum() / hot.sum()).item()
+
+
+@torch.no_grad()
+def routes_of(model: CausalLM, batches: list[Tensor]) -> RoutingTrace:
+    with record_trace(model) as recorder:
+        for rows in batches:
+            model(rows)
+    return recorder.trace()
+
+
+def policies(
+    oracle: RoutingTrace, table: TokenTable, predictor: RoutePredictor
+) -> dict[str, Callable[[], Policy | str]]:
+    return {
+        "LRU": lambda: "lru",
+        "LFU": lambda: "lfu",
+        "FIFO": lambda: "fifo",
+        "Belady": lambda: Belady(oracle, prefetch=False),
+        "Belady, fetching ahead": lambda: Belady(oracle),
+        "predicted by a table of tokens": lambda: Predicted(table),
+        "predicted (PLEC)": lambda: Predicted(predictor.stream()),
+    }
+
+
+def measure(plan: Plan, folder: Path, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """All cells of the plan, each the best of its rounds, which the policies take in turn."""
+    torch.set_num_threads(1)
+    model = make_model(plan)
+    domains = load_domains(DOMAINS)
+    say("routes of the training text")
+    batches = list(train_batches(domains, plan.trace_batches, 15, 127, seed=1))
+    trace = routes_of(model, batches)
+    table = TokenTable(trace)
+    predictor = train_predictor(trace, VOCAB, steps=plan.predictor_steps)
+    test = routes_of(model, [texts(plan, 12)])
+    found: dict[str, Any] = {
+        "recall": {
+            "table of tokens": recall(table.chances[test.tokens], test),
+            "predictor": recall(
+                predictor.chances(test.tokens.view(12, -1)).flatten(0, 1), test
+            ),
+        },
+        "predictor_bytes": sum(p.nbytes for p in predictor.parameters()),
+        "cells": [],
+    }
+    state = model.state_dict()
+
+    def fresh() -> CausalLM:
+        again = DeepSeek(model.config).eval()
+        again.load_state_dict(state)
+        widen(again, plan.intermediate_size)
+        return again
+
+    path = folder / "experts.safetensors"
+    with offload_experts(fresh(), 1, path=path) as first:
+        found |= {
+            "expert_bytes": first.store.expert_bytes,
+            "num_experts": first.store.num_banks * first.store.num_experts,
+        }
+        found["page_in_ms"] = {kind: page_in(path, kind) * 1e3 for kind in plan.stores}
+    for batch in plan.batches:
+        text = texts(plan, batch)
+        whole = fresh()
+        with record_trace(whole) as recorder:
+            decode(whole, text, plan.prompt)
+        oracle = recorder.trace()
+        seconds = min(decode(whole, text, plan.prompt) for _ in range(plan.rounds))
+        in_memory = batch * plan.tokens / seconds
+        del whole
+        for store in plan.stores:
+            for share in plan.caches:
+                say(f"{batch} streams, {store}, cache {share:.0%}")
+                of = policies(oracle, table, predictor)
+                cells = _cells(plan, fresh, path, store, share, text, of)
+                for cell in cells:
+                    cell |= {"streams": batch, "in_memory": in_memory}
+                found["cells"] += cells
+    return found
+
+
+def page_in(path: Path, store: str) -> float:
+    """Seconds to read one expert: the median over all."""
+    opened = FileStore.open(path, keep_cached=store == "cached")
+    into = {n: torch.empty(s.shape, dtype=s.dtype) for n, s in opened.tensors.items()}
+    keys = [(b, e) for b in range(opened.num_banks) for e in range(opened.num_experts)]
+    if store == "disk":
+        opened.drop_cached()
+    times = []
+    for key in [*keys[:2], *keys]:
+        start = perf_counter()
+        opened.read(key, into)
+        times.append(perf_counter() - start)
+    opened.close()
+    return torch.tensor(times[2:]).median().item()
+
+
+def _cells(
+    plan: Plan,
+    fresh: Callable[[], CausalLM],
+    path: Path,
+    store: str,
+    share: float,
+    text: Tensor,
+    of: dict[str, Callable[[], Policy | str]],
+) -> list[dict[str, Any]]:
+    best: dict[str, dict[str, Any]] = {}
+    for _ in range(plan.rounds):
+        for name, policy in of.items():
+            model = fresh()
+            opened = FileStore.open(path, keep_cached=store == "cached")
+            slots = max(1, round(share * opened.num_banks * opened.num_experts))
+            cache = offload_experts(model, slots, store=opened, policy=policy())
+            with cache:
+                cell = _timed(model, cache, text, plan.prompt)
+            if name not in best or cell["wait_ms"] < best[name]["wait_ms"]:
+                best[name] = {"policy": name, "store": store, "cache": share, **cell}
+    lru = best["LRU"]["wait_ms"]
+    for cell in best.values():
+        cell["hidden"] = 1 - cell["wait_ms"] / lru if lru else 0.0
+    return list(best.values())
+
+
+@torch.no_grad()
+def _timed(model: CausalLM, cache: Any, text: Tensor, prompt: int) -> dict[str, Any]:
+    kv = model.new_cache()
+    model(text[:, :prompt], cache=kv, last=1)
+    cache.reset_stats()
+    start = perf_counter()
+    for position in range(prompt, text.shape[1]):
+        model(text[:, position : position + 1], cache=kv, last=1)
+    seconds = perf_counter() - start
+    stats, steps = cache.reset_stats(), text.shape[1] - prompt
+    loads = stats.misses + stats.fetched
+    return {
+        "tokens_a_second": len(text) * steps / seconds,
+        "hit_rate": stats.hits / stats.uses,
+        "late": stats.late / stats.uses,
+        "wait_ms": 1e3 * stats.wait_seconds / steps,
+        "step_ms": 1e3 * seconds / steps,
+        "loads": loads / steps,
+        "load_ms": 1e3 * stats.load_seconds / max(loads, 1),
+        "predict_ms": 1e3 * stats.predict_seconds / steps,
+    }
