@@ -50,7 +50,7 @@ def split_batch(
     half = (num + 1) // 2
     first = 0 if generator is None else int(torch.randint(num, (1,), generator=generator))
     centres = torch.stack((rows[first], rows[(rows - rows[first]).abs().sum(1).argmax()]))
-    order = torch.arange(num)
+    order = torch.arange(num, device=rows.device)
     for _ in range(rounds):
         # How much closer each is to the first centre: the closest half goes there.
         distance = (rows[:, None] - centres[None]).abs().sum(-1)

@@ -56,8 +56,9 @@ class RoutingTrace:
 
     def multi_hot(self) -> Tensor:
         """[N, L, E] bool: whether a token uses an expert in a call."""
-        hot = torch.zeros(*self.ids.shape[:2], self.num_experts + 1, dtype=torch.bool)
         ids = self.ids.long()
+        shape = (*ids.shape[:2], self.num_experts + 1)
+        hot = torch.zeros(shape, dtype=torch.bool, device=ids.device)
         empty = (ids < 0) | (ids >= self.num_experts)
         return hot.scatter_(2, ids.masked_fill(empty, self.num_experts), True)[..., :-1]
 
@@ -68,7 +69,7 @@ class RoutingTrace:
         open_ones: list[list[Tensor]] = []
         first = 0
         for batch, length in self.steps.tolist():
-            rows = torch.arange(first, first + batch * length).view(batch, length)
+            rows = torch.arange(first, first + batch * length, device="cpu").view(batch, length)
             if length > 1 or len(open_ones) != batch:
                 open_ones = [[] for _ in range(batch)]
                 found += open_ones
@@ -133,7 +134,7 @@ class TraceRecorder:
     def begin(self, tokens: Tensor | None) -> None:
         """A step begins."""
         self._steps.append((0, 0) if tokens is None else (tokens.shape[0], tokens.shape[1]))
-        self._tokens.append(torch.empty(0) if tokens is None else tokens.detach().cpu().flatten())
+        self._tokens.append(torch.empty(0, device="cpu") if tokens is None else tokens.detach().cpu().flatten())
         self._ids.append([])
         self._banks.append([])
 
@@ -168,9 +169,13 @@ class TraceRecorder:
             num = len(rows[-1])
             known = self._steps[i][0] * self._steps[i][1] == num
             steps.append(self._steps[i] if known else (1, num))
-            tokens.append(self._tokens[i].long() if known else torch.full((num,), -1))
+            tokens.append(self._tokens[i].long() if known else torch.full((num,), -1, device="cpu"))
         return RoutingTrace(
-            torch.cat(rows), torch.cat(tokens), torch.tensor(steps), list(banks), self.num_experts
+            torch.cat(rows),
+            torch.cat(tokens),
+            torch.tensor(steps, device="cpu"),
+            list(banks),
+            self.num_experts,
         )
 
 
