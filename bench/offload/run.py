@@ -193,9 +193,7 @@ def measure(plan: Plan, folder: Path, say: Callable[[str], None] = print) -> dic
     found: dict[str, Any] = {
         "recall": {
             "table of tokens": recall(table.chances[test.tokens], test),
-            "predictor": recall(
-                predictor.chances(test.tokens.view(12, -1)).flatten(0, 1), test
-            ),
+            "predictor": recall(predictor.chances(test.tokens.view(12, -1)).flatten(0, 1), test),
         },
         "predictor_bytes": sum(p.nbytes for p in predictor.parameters()),
         "cells": [],

@@ -25,9 +25,7 @@ def test_generates_the_same(model_type, tmp_path):
         want = generate(want_model)
     trace = recorder.trace()
     model = build(model_type)
-    cache = offload_experts(
-        model, 5, path=tmp_path / "experts.safetensors", policy=Belady(trace)
-    )
+    cache = offload_experts(model, 5, path=tmp_path / "experts.safetensors", policy=Belady(trace))
     with cache:
         assert cache.store.num_banks == NUM_FFNS[model_type]
         moe_ops.hf.enable(model)  # JetMoE's attention.
@@ -56,3 +54,38 @@ def test_bfloat16():
     model = build("mixtral", "moe_ops", torch.bfloat16)
     offload_experts(model, 12)
     assert torch.equal(generate(model), want)
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss", "jetmoe", "deepseek_v3"])
+def test_loads_what_is_larger_than_memory(model_type, tmp_path):
+    """Experts go to files while a checkpoint is read; no more than a bank is there at a time."""
+    from transformers import AutoModelForCausalLM
+
+    model = build(model_type)
+    moe_ops.hf.enable(model)
+    want = generate(model)
+    model.save_pretrained(tmp_path / "model")
+    loaded = moe_ops.hf.load_offloaded(
+        AutoModelForCausalLM,
+        tmp_path / "model",
+        tmp_path / "experts",
+        offload={"num_slots": 7},
+    )
+    with loaded.expert_cache as cache:
+        moe_ops.hf.enable(loaded)
+        assert torch.equal(generate(loaded), want)
+        assert (
+            cache.store.num_banks
+            == NUM_FFNS[model_type]
+            == len(list((tmp_path / "experts").iterdir()))
+        )
+    assert not any(p.is_meta for p in loaded.parameters())
+    assert not hasattr(loaded.config, "quantization_config") and "is_quantized" not in vars(loaded)
+    with pytest.raises(ValueError, match="must hold a bank of float experts"):
+        moe_ops.hf.load_offloaded(
+            AutoModelForCausalLM,
+            tmp_path / "model",
+            tmp_path / "experts",
+            skip="*",
+            offload={"num_slots": 7},
+        )

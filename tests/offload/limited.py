@@ -22,7 +22,6 @@ from moe_ops.offload import Belady, RoutingTrace
 from moe_ops.zoo.deepseek import DeepSeek
 
 
-
 def of_status(field: str) -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field + ":"):

@@ -11,6 +11,7 @@ and Llama 4, whose blocks are outside that interface and ignore the argument sil
 registers a quantisation method, so that ``from_pretrained`` reads checkpoints whose experts
 `moe_ops.quantize_experts` has quantised, and an attention implementation ``"moe_ops"``, torch's
 attention without the masks that would keep JetMoE's attention experts from compiled code.
+:func:`load_offloaded` loads models whose experts are larger than the memory.
 :func:`optimize` puts a whole model on kernels for inference, dense layers and head included.
 """
 
@@ -37,6 +38,7 @@ from moe_ops.expert_weights import register_hook
 from moe_ops.hf import attention
 from moe_ops.hf.experts import experts_forward
 from moe_ops.hf.hook import TransformersHook
+from moe_ops.hf.offloading import load_offloaded
 from moe_ops.hf.optimize import optimize, restore
 from moe_ops.hf.quantizer import ExpertsQuantizationConfig
 from moe_ops.hf.switch import disable, enable, expect_calls, status
@@ -51,6 +53,7 @@ __all__ = [
     "enable",
     "expect_calls",
     "experts_forward",
+    "load_offloaded",
     "optimize",
     "restore",
     "status",

@@ -34,9 +34,7 @@ class OffloadedHfExperts(nn.Module):
         super().__init__()
         self.bank = bank
 
-    def forward(
-        self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
-    ) -> Tensor:
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """As `experts_forward`; hidden_states may be [..., H]."""
         x = hidden_states.reshape(-1, hidden_states.shape[-1])
         y: Tensor = self.bank(x, top_k_weights, top_k_index)

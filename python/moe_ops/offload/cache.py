@@ -397,9 +397,7 @@ class _Copies:
     def _pinned(self) -> dict[str, Tensor]:
         if not hasattr(self._staging, "tensors"):
             self._staging.tensors = {
-                name: torch.empty(
-                    stored.shape, dtype=stored.dtype, device="cpu", pin_memory=True
-                )
+                name: torch.empty(stored.shape, dtype=stored.dtype, device="cpu", pin_memory=True)
                 for name, stored in self._store.tensors.items()
             }
         return self._staging.tensors

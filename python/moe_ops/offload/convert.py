@@ -122,7 +122,7 @@ def _find(root: nn.Module, skip: tuple[str, ...], *, on_meta: bool) -> Iterator[
             check_weights("offload_experts", bank.name, bank.module, bank.bank)
         weights = bank.bank
         found[id(bank.module)] = _Bank(
-            bank.name, bank.module, _parts(weights), weights.activation, None, bank.hook
+            bank.name, bank.module, parts_of(weights), weights.activation, None, bank.hook
         )
     # The order of the model, in which it most likely calls them.
     for module in root.modules():
@@ -137,7 +137,8 @@ def _quantized(name: str, module: Any) -> _Bank:
     return _Bank(name, module, tensors, activation, module.x_scale, None)
 
 
-def _parts(weights: ExpertWeights) -> Parts:
+def parts_of(weights: ExpertWeights) -> Parts:
+    """What stores and `write_experts` take, of float experts."""
     parts: dict[str, tuple[Tensor, ...]] = {
         "w_gate_up": weights.gate_up,
         "w_down": (weights.down,),

@@ -89,9 +89,7 @@ class OffloadedExperts(nn.Module):
         total: Tensor | None = None
         with self.cache.turn:
             for pairs in self.cache.rounds(self.bank_number, experts):
-                slot_of = torch.full(
-                    (self.num_experts + 1,), -1, dtype=torch.int32, device="cpu"
-                )
+                slot_of = torch.full((self.num_experts + 1,), -1, dtype=torch.int32, device="cpu")
                 for expert, slot in pairs:
                     slot_of[expert] = slot
                 slots = slot_of.to(ids.device)[ids]

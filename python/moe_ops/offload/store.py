@@ -161,7 +161,7 @@ class FileStore(ExpertStore):
     ) -> None:
         super().__init__(tensors, len(experts), len(experts[0]))
         self.keep_cached = keep_cached
-        self._experts = experts
+        self.experts = experts
         paths = {p.file for bank in experts for e in bank for parts in e.values() for p in parts}
         self._files = {path: _MappedFile(path) for path in sorted(paths)}
 
@@ -194,12 +194,12 @@ class FileStore(ExpertStore):
 
     def parts(self, key: Key) -> Parts:
         bank, expert = key
-        pieces = self._experts[bank][expert]
+        pieces = self.experts[bank][expert]
         return {n: [self._files[p.file].view(p) for p in parts] for n, parts in pieces.items()}
 
     def read(self, key: Key, into: Mapping[str, Tensor], *, non_blocking: bool = False) -> None:
         bank, expert = key
-        pieces = [p for parts in self._experts[bank][expert].values() for p in parts]
+        pieces = [p for parts in self.experts[bank][expert].values() for p in parts]
         for piece in pieces:
             self._files[piece.file].fetch(piece)
         # Pages are let go below, so copies must be done by then.

@@ -134,7 +134,9 @@ class TraceRecorder:
     def begin(self, tokens: Tensor | None) -> None:
         """A step begins."""
         self._steps.append((0, 0) if tokens is None else (tokens.shape[0], tokens.shape[1]))
-        self._tokens.append(torch.empty(0, device="cpu") if tokens is None else tokens.detach().cpu().flatten())
+        self._tokens.append(
+            torch.empty(0, device="cpu") if tokens is None else tokens.detach().cpu().flatten()
+        )
         self._ids.append([])
         self._banks.append([])
 
