@@ -122,8 +122,9 @@ def status(model: nn.Module) -> dict[str, str]:
     """Name of each MoE block -> what runs it now.
 
     ``"moe_ops"``; ``"moe_ops (int4 g64)"`` and the like for a block with quantised experts, and
-    ``"moe_ops (offloaded)"``; another experts implementation; or ``"transformers"`` for a block outside the experts interface, which
-    ignores ``experts_implementation="moe_ops"`` without a word.
+    ``"moe_ops (offloaded)"``; another experts implementation; or ``"transformers"`` for a block
+    outside the experts interface, which ignores ``experts_implementation="moe_ops"`` without a
+    word.
     """
     blocks = ((name, status_of(module)) for name, module in model.named_modules())
     return {name: state for name, state in blocks if state is not None}
@@ -178,7 +179,7 @@ def expect_calls(model: nn.Module) -> Iterator[dict[str, int]]:
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """Whether this is a block that `moe_ops.quantize_experts`, or `moe_ops.offload`, has put here."""
+    """Whether `moe_ops.quantize_experts`, or `moe_ops.offload`, has put this block here."""
     return getattr(type(module), "quantized_block", False)
 
 

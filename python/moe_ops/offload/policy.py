@@ -141,7 +141,7 @@ class Belady(Policy):
 
 
 class Predicted(LRU):
-    """Slots go where a predictor sees demand: ExpertFlow's predictive locality-aware expert caching.
+    """Slots go where a predictor sees demand: ExpertFlow's predictive expert cache.
 
     When a step begins, the predictor says with which chance each call of it will need each expert.
     Experts of calls to come are worth that chance; those of calls that are over are worth how often

@@ -1,7 +1,8 @@
 """Looking into trained mixture-of-experts models, and changing them.
 
-`route_as` routes otherwise for a while; `SelfContrast` contrasts a model with itself so routed. It works for the layers of `moe_ops.layers`, the language
-models of the zoo, and the models of transformers whose experts go through its experts interface.
+`route_as` routes otherwise for a while; `SelfContrast` contrasts a model with itself so routed.
+They work for the layers of `moe_ops.layers`, the language models of the zoo, and the models of
+transformers whose experts go through its experts interface.
 """
 
 from __future__ import annotations
