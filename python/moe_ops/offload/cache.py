@@ -239,14 +239,14 @@ class ExpertCache:
 
     def _claim(self, key: Key) -> tuple[int, bool]:
         """A slot for `key`, waited for, and whether the caller is to load it."""
-        while not self._free:
+        while key not in self._slot_of:
+            if self._free:
+                return self._take(key), True
             if idle := self._idle():
                 self._free.append(self._slot_of.pop(self.policy.victim(idle)))
             else:  # The thread has one.
                 self._changed.wait()
-                if key in self._slot_of:  # And it has loaded this expert.
-                    return self._slot_of[key], False
-        return self._take(key), True
+        return self._slot_of[key], False  # It was loaded meanwhile.
 
     def _take(self, key: Key) -> int:
         slot = self._free.pop()

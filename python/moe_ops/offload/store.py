@@ -221,8 +221,8 @@ class _MappedFile:
     """A file, mapped for reading."""
 
     def __init__(self, path: Path) -> None:
-        self._handle = os.open(path, os.O_RDONLY)
-        self._map = mmap.mmap(self._handle, 0, access=mmap.ACCESS_READ)
+        self._descriptor = os.open(path, os.O_RDONLY)
+        self._map = mmap.mmap(self._descriptor, 0, access=mmap.ACCESS_READ)
         with warnings.catch_warnings():  # Nothing writes to it.
             warnings.simplefilter("ignore")
             self._bytes = torch.frombuffer(self._map, dtype=torch.uint8)
@@ -249,7 +249,7 @@ class _MappedFile:
 
     def drop(self, offset: int, size: int) -> None:
         if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._handle, offset, size, os.POSIX_FADV_DONTNEED)
+            os.posix_fadvise(self._descriptor, offset, size, os.POSIX_FADV_DONTNEED)
 
     def _pages(self, piece: Piece) -> tuple[int, int]:
         """Address and bytes of the whole pages that hold a piece."""
@@ -263,7 +263,7 @@ class _MappedFile:
             self._map.close()
         except BufferError:  # Somebody holds a view; the mapping goes with it.
             pass
-        os.close(self._handle)
+        os.close(self._descriptor)
 
 
 def read_header(path: Path) -> dict[str, Piece]:
