@@ -105,6 +105,7 @@ class ExpertCache:
         self._loading: set[int] = set()
         self._failed: dict[int, BaseException] = {}
         self._held = [0] * self.num_slots
+        self._missing: list[tuple[Key, int]] = []  # What a call waits for, and nobody loads yet.
         self._ahead: list[Key] = []  # What the call that runs needs in its next round.
         self._copies = _Copies(self) if self.device.type == "cuda" else None
         self._fetcher: _Fetcher | None = None
@@ -171,7 +172,6 @@ class ExpertCache:
         """Slots that hold the experts, and will until `_release`."""
         start = perf_counter()
         held: list[int] = []
-        missing: list[tuple[Key, int]] = []
         try:
             with self._changed:
                 there = {key: self._slot_of[key] for key in keys if key in self._slot_of}
@@ -189,11 +189,10 @@ class ExpertCache:
                         self.stats.misses += mine
                         self.stats.late += not mine
                         if mine:
-                            missing.append((key, slot))
-            self._wake()
-            while missing:
-                key, slot = missing.pop()
-                self._load(key, slot)
+                            self._missing.append((key, slot))
+            self._wake()  # The thread takes a part of them.
+            while (found := self._next_missing()) is not None:
+                self._load(*found)
             with self._changed:
                 slots = [self._slot_of[key] for key in keys]
                 self._changed.wait_for(lambda: not self._loading.intersection(slots))
@@ -203,7 +202,8 @@ class ExpertCache:
                 self.stats.wait_seconds += perf_counter() - start
         except BaseException:
             with self._changed:
-                for key, slot in missing:
+                while self._missing:
+                    key, slot = self._missing.pop()
                     self._loading.discard(slot)
                     self._forget(key, slot)
             self._release(held, used=False)
@@ -211,6 +211,10 @@ class ExpertCache:
         if self._copies is not None:
             self._copies.wait_for(slots)
         return slots
+
+    def _next_missing(self) -> tuple[Key, int] | None:
+        with self._changed:
+            return self._missing.pop() if self._missing else None
 
     def _release(self, slots: Sequence[int], *, used: bool = True) -> None:
         if used and self._copies is not None:
@@ -310,16 +314,20 @@ class ExpertCache:
         return None
 
     def fetch_one(self) -> int | None:
-        """Loads the expert that is wanted first, in this thread.
+        """Loads an expert in this thread: what a call waits for, or else what is wanted first.
 
         Returns:
             None after a load; where nothing is to be loaded now, the count of changes up to now.
         """
         with self._changed:
-            found = None if self.closed else self._next_fetch()
+            if self.closed:
+                return self._pulse[0]
+            found = self._next_missing()
+            if found is None:
+                found = self._next_fetch()
+                self.stats.fetched += found is not None
             if found is None:
                 return self._pulse[0]
-            self.stats.fetched += 1
         self._load(*found)
         return None
 
