@@ -36,7 +36,7 @@ QUICK = Plan(
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.offload", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a size whose times mean nothing")
-    parser.add_argument("--rounds", type=whole(1, 100), help="of each cell; the best one counts")
+    parser.add_argument("--rounds", type=whole(1, 100), help="of each cell")
     parser.add_argument("--tokens", type=whole(1, 10**5), help="of each stream")
     parser.add_argument("--model", type=Path, help="a checkpoint of zoo.deepseek, read as bytes")
     parser.add_argument("--folder", type=Path, help="for the file of experts; else a temporary one")
@@ -84,15 +84,15 @@ def page(result: dict[str, Any]) -> str:
         + ".",
         "",
         "| streams | file | cache | policy | tokens a second | there | on their way | loads a step "
-        "| wait a step, ms | of LRU's wait hidden |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| wait a step, ms | of LRU's wait hidden | clean |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for cell in result["cells"]:
         lines.append(
             f"| {cell['streams']} | {cell['store']} | {cell['cache']:.0%} | {cell['policy']} | "
             f"{cell['tokens_a_second']:.0f} of {cell['in_memory']:.0f} | {cell['hit_rate']:.0%} | "
             f"{cell['late']:.0%} | {cell['loads']:.1f} | {cell['wait_ms']:.2f} | "
-            f"{cell['hidden']:.0%} |"
+            f"{cell['hidden']:.0%} | {cell['clean']:.0%} |"
         )
     return "\n".join(lines) + "\n"
 

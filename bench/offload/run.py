@@ -5,6 +5,7 @@ Letters: B streams, L layers of experts, E experts a layer, V vocabulary.
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +17,11 @@ from torch import Tensor, nn
 
 from bench.experiments.text import heldout_batches, load_domains, train_batches
 from bench.experiments.training import Recipe
+from moe_ops.bench.timing import interleave
 from moe_ops.layers import Experts
 from moe_ops.offload import (
     Belady,
+    ExpertCache,
     FileStore,
     Policy,
     Predicted,
@@ -33,6 +36,8 @@ from moe_ops.zoo.lm.model import CausalLM
 
 DOMAINS = ("reference", "code", "maths")
 VOCAB = 256
+# Of a step's time. Waiting for a core that takes less is lost in the noise.
+_WAIT_SHARE = 0.05
 
 
 @dataclass
@@ -180,7 +185,7 @@ def policies(
 
 
 def measure(plan: Plan, folder: Path, say: Callable[[str], None] = print) -> dict[str, Any]:
-    """All cells of the plan, each the best of its rounds, which the policies take in turn."""
+    """All cells of the plan; in every round the policies take turns."""
     torch.set_num_threads(1)
     model = make_model(plan)
     domains = load_domains(DOMAINS)
@@ -258,41 +263,96 @@ def _cells(
     text: Tensor,
     of: dict[str, Callable[[], Policy | str]],
 ) -> list[dict[str, Any]]:
-    best: dict[str, dict[str, Any]] = {}
-    for _ in range(plan.rounds):
-        for name, policy in of.items():
-            model = fresh()
-            opened = FileStore.open(path, keep_cached=store == "cached")
-            slots = max(1, round(share * opened.num_banks * opened.num_experts))
-            cache = offload_experts(model, slots, store=opened, policy=policy())
-            with cache:
-                cell = _timed(model, cache, text, plan.prompt)
-            if name not in best or cell["wait_ms"] < best[name]["wait_ms"]:
-                best[name] = {"policy": name, "store": store, "cache": share, **cell}
-    lru = best["LRU"]["wait_ms"]
-    for cell in best.values():
+    runs: dict[str, list[Run]] = {name: [] for name in of}
+
+    def sample(name: str, number: int) -> None:
+        model = fresh()
+        opened = FileStore.open(path, keep_cached=store == "cached")
+        slots = max(1, round(share * opened.num_banks * opened.num_experts))
+        with offload_experts(model, slots, store=opened, policy=of[name]()) as cache:
+            runs[name].append(_timed(model, cache, text, plan.prompt))
+
+    interleave(list(of), sample, lambda number: number < plan.rounds)
+    cells = []
+    for name, found in runs.items():
+        seconds, wait = _by_step(found, "seconds"), _by_step(found, "wait")
+        steps = len(seconds)
+        cells.append(
+            {
+                "policy": name,
+                "store": store,
+                "cache": share,
+                "tokens_a_second": len(text) * steps / sum(seconds),
+                "step_ms": 1e3 * sum(seconds) / steps,
+                "wait_ms": 1e3 * sum(wait) / steps,
+                "clean": sum(sum(run.clean) for run in found) / (steps * len(found)),
+                **{
+                    key: statistics.fmean(run.counts[key] for run in found)
+                    for key in found[0].counts
+                },
+            }
+        )
+    lru = next(cell["wait_ms"] for cell in cells if cell["policy"] == "LRU")
+    for cell in cells:
         cell["hidden"] = 1 - cell["wait_ms"] / lru if lru else 0.0
-    return list(best.values())
+    return cells
+
+
+@dataclass
+class Run:
+    """Decoding once: of each step its seconds, what of them its calls waited for experts, and
+    whether no thread of it waited for a core."""
+
+    seconds: list[float]
+    wait: list[float]
+    clean: list[bool]
+    counts: dict[str, float]
+
+
+def _by_step(runs: list[Run], what: str) -> list[float]:
+    """Of each step the median over the runs in which no thread waited for a core, where there are
+    such, and over all otherwise."""
+    medians = []
+    for step in range(len(runs[0].seconds)):
+        clean = [run for run in runs if run.clean[step]]
+        medians.append(statistics.median(getattr(run, what)[step] for run in clean or runs))
+    return medians
 
 
 @torch.no_grad()
-def _timed(model: CausalLM, cache: Any, text: Tensor, prompt: int) -> dict[str, Any]:
+def _timed(model: CausalLM, cache: ExpertCache, text: Tensor, prompt: int) -> Run:
     kv = model.new_cache()
     model(text[:, :prompt], cache=kv, last=1)
     cache.reset_stats()
-    start = perf_counter()
+    run = Run([], [], [], {})
+    waited, delay = 0.0, core_waits()
     for position in range(prompt, text.shape[1]):
+        start = perf_counter()
         model(text[:, position : position + 1], cache=kv, last=1)
-    seconds = perf_counter() - start
-    stats, steps = cache.reset_stats(), text.shape[1] - prompt
+        run.seconds.append(perf_counter() - start)
+        now, after = cache.stats.wait_seconds, core_waits()
+        run.wait.append(now - waited)
+        run.clean.append(after - delay < _WAIT_SHARE * run.seconds[-1])
+        waited, delay = now, after
+    stats, steps = cache.reset_stats(), len(run.seconds)
     loads = stats.misses + stats.fetched
-    return {
-        "tokens_a_second": len(text) * steps / seconds,
+    run.counts = {
         "hit_rate": stats.hits / stats.uses,
         "late": stats.late / stats.uses,
-        "wait_ms": 1e3 * stats.wait_seconds / steps,
-        "step_ms": 1e3 * seconds / steps,
         "loads": loads / steps,
         "load_ms": 1e3 * stats.load_seconds / max(loads, 1),
         "predict_ms": 1e3 * stats.predict_seconds / steps,
     }
+    return run
+
+
+def core_waits() -> float:
+    """Seconds that threads of this process have waited for a core so far; 0 where the system does
+    not say."""
+    total = 0
+    for task in Path("/proc/self/task").glob("*/schedstat"):
+        try:
+            total += int(task.read_text().split()[1])
+        except (OSError, IndexError):
+            continue
+    return total / 1e9

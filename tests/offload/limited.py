@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from moe_ops.offload import Belady, RoutingTrace
+from moe_ops.offload import Belady, Predicted, RoutingTrace
 from moe_ops.zoo.deepseek import DeepSeek
 
 
@@ -40,7 +40,8 @@ def main(folder: Path, num_slots: int, policy: str) -> None:
     task = torch.load(folder / "task.pt", weights_only=True)
     chosen = Belady(RoutingTrace.load(folder / "trace.npz")) if policy == "belady" else policy
     # The code of libraries, and what they set up at a first use, is not the model's.
-    run(folder / "small", 2, "lru", task["prompt"][:1], 1).expert_cache.close()
+    small = Predicted(lambda _: torch.ones(1, 32)) if policy == "belady" else "lru"
+    run(folder / "small", 2, small, task["prompt"], 1).expert_cache.close()
     Path("/proc/self/clear_refs").write_text("5")  # The peak so far is forgotten.
     before = of_status("VmRSS")
     rest, expert = task["rest_bytes"], task["expert_bytes"]

@@ -66,7 +66,7 @@ def load_offloaded(
     )
     # It was no quantisation, but what transformers lets look at weights while they are read.
     for module in model.modules():
-        config = getattr(module, "config", None)
+        config: Any = getattr(module, "config", None)
         if getattr(config, "quantization_config", None) is not None:
             del config.quantization_config
     model.hf_quantizer = None

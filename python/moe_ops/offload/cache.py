@@ -98,8 +98,11 @@ class ExpertCache:
             for name, stored in store.tensors.items()
         }
         self.turn = threading.RLock()  # One call at a time has its experts held.
-        self._changed = threading.Condition()  # Guards everything below.
-        self._pulse = [0]  # Counts changes; a list, for the thread to hold without the cache.
+        self._lock = threading.RLock()  # Guards everything below.
+        self._loaded = threading.Condition(self._lock)
+        self._news = threading.Condition(self._lock)  # For the thread: something may be wanted.
+        self._pulse = [0]  # Counts news; a list, for the thread to hold without the cache.
+        self._starved = False  # The thread found no slot for something that is wanted.
         self._free = list(reversed(range(self.num_slots)))
         self._slot_of: dict[Key, int] = {}
         self._loading: set[int] = set()
@@ -118,14 +121,14 @@ class ExpertCache:
 
     def reset_stats(self) -> CacheStats:
         """Begins counting anew; returns the counts so far."""
-        with self._changed:
+        with self._lock:
             old = CacheStats(**{f.name: getattr(self.stats, f.name) for f in fields(CacheStats)})
             self.stats = CacheStats()
         return old
 
     def residents(self) -> list[Key]:
         """The experts in slots now."""
-        with self._changed:
+        with self._lock:
             return [key for key, slot in self._slot_of.items() if slot not in self._loading]
 
     # ----------------------------------------------------------------------------------- calls
@@ -134,7 +137,7 @@ class ExpertCache:
         """A step of the model begins, with tokens [B, S] where they are known."""
         start = perf_counter()
         self.policy.begin(tokens)
-        with self._changed:
+        with self._lock:
             self.stats.predict_seconds += perf_counter() - start
         self._wake()
 
@@ -150,7 +153,7 @@ class ExpertCache:
         """
         if self.closed:
             raise RuntimeError("ExpertCache: the cache must be open, got one that was closed.")
-        with self._changed:
+        with self._lock:
             self.policy.use(bank, experts)
             self.stats.uses += len(experts)
             there = self._slot_of
@@ -160,7 +163,7 @@ class ExpertCache:
             size = max(1, size // 2)  # The other half is filled meanwhile.
         for first in range(0, len(order), size):
             now, later = order[first : first + size], order[first + size :]
-            with self._changed:
+            with self._lock:
                 self._ahead = [(bank, expert) for expert in later]
             pairs = self._hold([(bank, expert) for expert in now])
             try:
@@ -173,7 +176,7 @@ class ExpertCache:
         start = perf_counter()
         held: list[int] = []
         try:
-            with self._changed:
+            with self._lock:
                 there = {key: self._slot_of[key] for key in keys if key in self._slot_of}
                 for slot in there.values():
                     self._held[slot] += 1
@@ -193,15 +196,15 @@ class ExpertCache:
             self._wake()  # The thread takes a part of them.
             while (found := self._next_missing()) is not None:
                 self._load(*found)
-            with self._changed:
+            with self._lock:
                 slots = [self._slot_of[key] for key in keys]
-                self._changed.wait_for(lambda: not self._loading.intersection(slots))
+                self._loaded.wait_for(lambda: not self._loading.intersection(slots))
                 for slot in slots:
                     if slot in self._failed:
                         raise self._failed[slot]
                 self.stats.wait_seconds += perf_counter() - start
         except BaseException:
-            with self._changed:
+            with self._lock:
                 while self._missing:
                     key, slot = self._missing.pop()
                     self._loading.discard(slot)
@@ -213,20 +216,21 @@ class ExpertCache:
         return slots
 
     def _next_missing(self) -> tuple[Key, int] | None:
-        with self._changed:
+        with self._lock:
             return self._missing.pop() if self._missing else None
 
     def _release(self, slots: Sequence[int], *, used: bool = True) -> None:
         if used and self._copies is not None:
             self._copies.used(slots)
-        with self._changed:
+        with self._lock:
             for slot in slots:
                 self._held[slot] -= 1
             if self._failed:
                 for key, slot in list(self._slot_of.items()):
                     if slot in self._failed and not self._held[slot]:
                         self._forget(key, slot)
-            self._notify()
+            if self._starved:
+                self._notify()
 
     def _forget(self, key: Key, slot: int) -> None:
         self._failed.pop(slot, None)
@@ -249,7 +253,7 @@ class ExpertCache:
             if idle := self._idle():
                 self._free.append(self._slot_of.pop(self.policy.victim(idle)))
             else:  # The thread has one.
-                self._changed.wait()
+                self._loaded.wait()
         return self._slot_of[key], False  # It was loaded meanwhile.
 
     def _take(self, key: Key) -> int:
@@ -270,7 +274,7 @@ class ExpertCache:
                 self._copies.load(key, slot, into)
         except BaseException as error:
             failure = error
-        with self._changed:
+        with self._lock:
             self._loading.discard(slot)
             if failure is not None:
                 self._failed[slot] = failure
@@ -278,7 +282,7 @@ class ExpertCache:
                     self._forget(key, slot)
             self.stats.load_seconds += perf_counter() - start
             self.stats.loaded_bytes += self.store.expert_bytes
-            self._notify()
+            self._loaded.notify_all()
 
     # -------------------------------------------------------------------------------- fetching
 
@@ -289,37 +293,41 @@ class ExpertCache:
         if self._fetcher is None or not self._fetcher.is_alive():
             self._fetcher = _Fetcher(self)
             self._fetcher.start()
-        with self._changed:
+        with self._lock:
             self._notify()
 
     def _notify(self) -> None:
         self._pulse[0] += 1
-        self._changed.notify_all()
+        self._news.notify_all()
 
     def _next_fetch(self) -> tuple[Key, int] | None:
         """An expert to load ahead and its slot; None if there is nothing to do now."""
-        losers = set(self._idle()).difference(self._ahead)
+        victim, self._starved = None, False
         wanted = chain(self._ahead, self.policy.wanted())
         for key in islice(wanted, _LOOK_AHEAD * self.num_slots):
             if key in self._slot_of:
                 continue
             if self._free:
                 return key, self._take(key)
-            if not losers:
-                return None
-            victim = self.policy.victim(losers)
+            if victim is None:
+                losers = set(self._idle()).difference(self._ahead)
+                if not losers:
+                    self._starved = True
+                    return None
+                victim = self.policy.victim(losers)
             if key in self._ahead or self.policy.outweighs(key, victim):
                 self._free.append(self._slot_of.pop(victim))
                 return key, self._take(key)
+            self._starved = True
         return None
 
     def fetch_one(self) -> int | None:
         """Loads an expert in this thread: what a call waits for, or else what is wanted first.
 
         Returns:
-            None after a load; where nothing is to be loaded now, the count of changes up to now.
+            None after a load; where nothing is to be loaded now, the count of news up to now.
         """
-        with self._changed:
+        with self._lock:
             if self.closed:
                 return self._pulse[0]
             found = self._next_missing()
@@ -333,7 +341,7 @@ class ExpertCache:
 
     def close(self) -> None:
         """Ends the thread and closes the store. The model cannot run afterwards."""
-        with self._changed:
+        with self._lock:
             self.closed = True
             self._notify()
         if self._fetcher is not None and self._fetcher is not threading.current_thread():
@@ -359,7 +367,7 @@ class _Fetcher(threading.Thread):
 
     def __init__(self, cache: ExpertCache) -> None:
         super().__init__(name="moe_ops expert fetcher", daemon=True)
-        self._changed, self._pulse = cache._changed, cache._pulse
+        self._news, self._pulse = cache._news, cache._pulse
         self._cache = weakref.ref(cache)
 
     def run(self) -> None:
@@ -367,9 +375,9 @@ class _Fetcher(threading.Thread):
             seen = cache.fetch_one()
             del cache
             if seen is not None:
-                with self._changed:
+                with self._news:
                     if self._pulse[0] == seen:
-                        self._changed.wait(timeout=1.0)  # The cache may die without a word.
+                        self._news.wait(timeout=1.0)  # The cache may die without a word.
 
 
 class _Copies:

@@ -182,14 +182,10 @@ class FileStore(ExpertStore):
         if not banks:
             raise ValueError(f"FileStore: {path} must hold experts, got none.")
         experts = [[banks[b][e] for e in sorted(banks[b])] for b in sorted(banks)]
-        tensors = {n: Stored(p[0].shape, p[0].dtype) for n, p in experts[0][0].items()}
-        for bank in experts:
-            for expert in bank:
-                form = {n: Stored(p[0].shape, p[0].dtype) for n, p in expert.items()}
-                if form != tensors or len(bank) != len(experts[0]):
-                    raise ValueError(
-                        f"FileStore: {path} must hold experts of one form, got several."
-                    )
+        found = [[_form(expert) for expert in bank] for bank in experts]
+        if any(bank != [found[0][0]] * len(found[0]) for bank in found):
+            raise ValueError(f"FileStore: {path} must hold experts of one form, got several.")
+        tensors = found[0][0]
         return cls(experts, tensors, keep_cached=keep_cached)
 
     def parts(self, key: Key) -> Parts:
@@ -199,13 +195,17 @@ class FileStore(ExpertStore):
 
     def read(self, key: Key, into: Mapping[str, Tensor], *, non_blocking: bool = False) -> None:
         bank, expert = key
-        pieces = [p for parts in self.experts[bank][expert].values() for p in parts]
-        for piece in pieces:
-            self._files[piece.file].fetch(piece)
-        # Pages are let go below, so copies must be done by then.
-        super().read(key, into)
-        for piece in pieces:
-            self._files[piece.file].release(piece, drop=not self.keep_cached)
+        for name, pieces in self.experts[bank][expert].items():
+            row = 0
+            for piece in pieces:
+                file = self._files[piece.file]
+                file.fetch(piece)
+                part = file.view(piece)
+                # Pages are let go below, so the copy must be done by then.
+                copy_parts(into[name][row : row + len(part)], [part])
+                row += len(part)
+                del part
+                file.release(piece, drop=not self.keep_cached)
 
     def drop_cached(self) -> None:
         """Asks the system to forget the files, so that the next reads are from the disk."""
@@ -215,6 +215,10 @@ class FileStore(ExpertStore):
     def close(self) -> None:
         while self._files:
             self._files.popitem()[1].close()
+
+
+def _form(expert: Mapping[str, Sequence[Piece]]) -> dict[str, Stored]:
+    return {name: Stored(piece.shape, piece.dtype) for name, (piece,) in expert.items()}
 
 
 class _MappedFile:

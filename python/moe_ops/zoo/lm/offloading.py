@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from moe_ops import _files
 from moe_ops.layers import Experts
@@ -22,7 +21,7 @@ from .checkpoint import Entry, Reader
 
 
 def leave_experts(
-    model: nn.Module,
+    model: Any,
     reader: Reader,
     entries: Sequence[Entry],
     dtype: torch.dtype,
