@@ -24,7 +24,8 @@ class OffloadedExperts(nn.Module):
     A call puts the experts that its tokens use into slots of the cache, waiting for what is not
     there, and runs them with ids of slots. Where they are more than the slots, it runs in rounds
     and adds up what these make, in fp32. The module has no parameters: a state dict of the model
-    cannot be made, and `.to()` moves the rest of the model alone.
+    cannot be made, and `.to()` moves the rest of the model alone. Eager code only: the host has to
+    know the ids.
 
     Args:
         cache: where the slots are.
@@ -143,6 +144,14 @@ class OffloadedExperts(nn.Module):
             "OffloadedExperts: a state dict would lack the experts, whose weights are not in the "
             "model; save it before offload_experts."
         )
+
+    def prepack(self) -> int:
+        """Does nothing: what is in slots changes."""
+        return 0
+
+    def unpack(self) -> int:
+        """Nothing to drop; returns 0."""
+        return 0
 
     def extra_repr(self) -> str:
         return f"num_experts={self.num_experts}, bank_number={self.bank_number}, {self.cache!r}"
