@@ -213,5 +213,7 @@ def only_one(folder: Path) -> Iterator[None]:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                raise ValueError(f"{folder} must be of one queue, got a second one.") from None
+                raise ValueError(
+                    f"{folder} must be of one process at a time, got a second one."
+                ) from None
         yield

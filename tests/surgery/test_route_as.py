@@ -55,12 +55,12 @@ def test_top_k_of_a_router_with_bias_and_groups_is_the_router_with_that_k():
     router, other = Router(6, 8, 2, **options), Router(6, 8, 3, **options)
     router.expert_bias.normal_()
     other.load_state_dict(router.state_dict())
-    with surgery.route_as(torch.nn.ModuleList([router]), surgery.top_k(3)):
+    with surgery.route_as(torch.nn.Sequential(router), surgery.top_k(3)):
         got = router(X)
     expected = other(X)
     assert torch.equal(got.topk_ids, expected.topk_ids)
     torch.testing.assert_close(got.topk_weights, expected.topk_weights)
-    with surgery.route_as(torch.nn.ModuleList([router]), surgery.top_k(5)):
+    with surgery.route_as(torch.nn.Sequential(router), surgery.top_k(5)):
         with pytest.raises(ValueError, match="k must be at most 4"):
             router(X)
 
@@ -204,3 +204,34 @@ def test_models_of_transformers(model_type, experts):
         best_two = own_weights.topk(2, dim=-1).indices
         if model_type != "deepseek_v3":  # Its bias ranks otherwise than weights do.
             assert torch.equal(rank_ids, own_ids.gather(1, best_two[:, 1:]))
+
+
+@needs_transformers
+@pytest.mark.parametrize("switched", [False, True])
+@pytest.mark.parametrize("model_type", ["dbrx", "jetmoe", "llama4_text"])
+@torch.no_grad()
+def test_models_outside_of_the_experts_interface(model_type, switched):
+    from tests.hf import models
+
+    import moe_ops.hf
+
+    model = models.build(model_type)
+    ids = models.tokens(1, 6)
+    plain = model(ids).logits
+    with surgery.route_as(model, surgery.rank(2)):
+        expected = model(ids).logits  # By transformers' own block.
+    if switched:
+        moe_ops.hf.enable(model)
+    k = surgery.routed_layers(model)[0].top_k
+    if switched and model_type == "llama4_text":
+        with surgery.route_as(model, surgery.top_k(k)):
+            with pytest.raises(ValueError, match=r"call moe_ops\.hf\.disable first"):
+                model(ids)
+        return
+    with surgery.route_as(model, surgery.top_k(k)):
+        torch.testing.assert_close(model(ids).logits, plain, rtol=1e-4, atol=1e-5)
+    with surgery.route_as(model, surgery.rank(2)):
+        got = model(ids).logits
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(got, plain, atol=1e-3)
+    torch.testing.assert_close(model(ids).logits, plain, rtol=1e-4, atol=1e-5)

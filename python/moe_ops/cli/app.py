@@ -197,6 +197,65 @@ def quantize(
         typer.echo(json.dumps(result, indent=2))
 
 
+@app.command()
+@arguments.command
+def prune(
+    source: Annotated[Path, typer.Argument(help="Folder of a Hugging Face causal language model.")],
+    keep: Annotated[str, typer.Option(help="Experts a layer: 8, or the part of them: 0.5.")],
+    text: Annotated[
+        Path,
+        typer.Option(help="Text file: its beginning chooses experts, its end measures the cost."),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the pruned checkpoint.")],
+    by: Annotated[
+        str,
+        typer.Option(
+            help="What is dropped: frequency, tcess, tcess_softmax, gate_norm, reap, max_output. "
+            "Or merged: uncurl, hc_smoe."
+        ),
+    ] = "reap",
+    groups: Annotated[
+        str, typer.Option(help="Of group-limited routing: drop, or keep as many of each group.")
+    ] = "drop",
+    tokens: Annotated[
+        int, arguments.tokens("Tokens of the text to choose by, and as many to judge.", 64)
+    ] = 16384,
+    context: Annotated[int, arguments.tokens("Tokens a sequence.", 2)] = 512,
+    tune: Annotated[
+        int, typer.Option(min=0, max=10**6, help="Steps of training afterwards, on the same text.")
+    ] = 0,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Write into a folder that is not empty.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Keep, or merge into, fewer experts a layer; transformers loads the result without moe_ops."""
+    console = _console(quiet=as_json)
+    try:
+        number = float(keep) if "." in keep else int(keep)
+    except ValueError:
+        raise arguments.fail(f"prune: --keep must be a number, got {keep}.") from None
+    try:
+        from moe_ops.cli.prune import PruneOptions, run
+    except ImportError as error:
+        raise arguments.fail(f"moe-ops prune: {error}") from None
+    options = PruneOptions(
+        source=source,
+        target=out,
+        text=text,
+        keep=number,
+        by=by,
+        groups=groups,
+        tokens=tokens,
+        context=context,
+        tune=tune,
+        overwrite=overwrite,
+    )
+    result = run(options, console)
+    if as_json:
+        typer.echo(json.dumps(result, indent=2))
+
+
 zoo_app = typer.Typer(help="Published systems that moe_ops can build.", no_args_is_help=True)
 app.add_typer(zoo_app, name="zoo")
 

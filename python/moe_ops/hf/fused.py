@@ -129,7 +129,9 @@ def router_settings(module: nn.Module) -> tuple[Mapping[str, Any], bool, bool, b
         return None
     probe = _probe(module)
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(8, weight.shape[1], generator=generator)
+    # Logits of size one at any width: in a softmax of large ones the first weight is all but 1,
+    # and weights that are renormalised look like those that are not.
+    x = torch.randn(32, weight.shape[1], generator=generator) / weight.shape[1] ** 0.5
     actual = _call(probe, x)
     if not (isinstance(actual, tuple) and len(actual) == 3):
         return None

@@ -40,6 +40,26 @@ class RoutingOverride(NamedTuple):
     choose: Callable[[Tensor, Tensor | None], Tensor]
     renormalize: bool
 
+    def route(
+        self, router: Any, router_logits: Tensor, expert_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """In the place of `Router.route`."""
+        with torch.no_grad():
+            logits = mask_logits(router_logits.detach(), expert_mask)
+            ids = drop_masked(self.choose(logits, expert_mask), expert_mask)
+        return router.weights_at(router_logits, ids, expert_mask=expert_mask), ids
+
+    def weigh(self, router: Any, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
+        """What becomes of the router's weights [T, K'] for the choice; equal ones where it gives
+        the experts chosen none."""
+        if not self.renormalize:
+            return topk_weights
+        valid = valid_ids(topk_ids, router.num_experts)[0].to(topk_weights.dtype)
+        total = topk_weights.sum(-1, keepdim=True)
+        weights = torch.where(total > 0, topk_weights, valid)
+        weights = weights / weights.sum(-1, keepdim=True).clamp(min=1e-20)
+        return weights * router.routed_scaling_factor
+
 
 def check_given(
     name: str, topk_ids: Tensor | None, topk_weights: Tensor | None, num_tokens: int

@@ -43,7 +43,7 @@ def route_as(
     own scores and normalisation, and are differentiable; shared experts run as before. Contexts
     may be nested, and the inner one counts. `topk_ids` given to a layer's forward still win.
 
-    Eager and compiled code; the modules themselves are changed, so all threads see it.
+    For eager code. The modules themselves are changed, so all threads see it.
 
     Args:
         model: see `routed_layers`, including attention experts with a router (those with
@@ -229,6 +229,8 @@ def ranking(
 def groups_left(router: Router, experts: Sequence[int]) -> tuple[int, int] | None:
     """num_groups and num_topk_groups once only `experts` are left; None where groups no longer make
     sense: they are uneven, too small for their score, or hold too few experts for a token."""
+    if router.num_groups == 1:
+        return 1, 1
     size = router.num_experts // router.num_groups
     counts = [0] * router.num_groups
     for e in set(experts):
@@ -237,7 +239,7 @@ def groups_left(router: Router, experts: Sequence[int]) -> tuple[int, int] | Non
     chosen = min(router.num_topk_groups, len(left))
     least = 2 if router.group_score == "top2_sum" and len(left) > 1 else 1
     if len(set(left)) != 1 or left[0] < least or left[0] * chosen < router.top_k:
-        return (1, 1) if router.num_groups == 1 else None
+        return None
     return len(left), chosen
 
 

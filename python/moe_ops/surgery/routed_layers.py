@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from moe_ops.layers import Router, Routing
+from moe_ops.layers import Experts, Router, Routing
 from moe_ops.layers.routing import RoutingOverride
 
 # What is told of each call of a router: its input x [T, H] and what it made of it.
@@ -85,6 +85,31 @@ class RoutedLayer:
             for router, old in before:
                 router.override = old
 
+    def edit(
+        self, experts: Callable[[Experts], Experts], router: Callable[[Router], Router]
+    ) -> None:
+        """Replaces the experts and the routers by what the functions make of them.
+
+        Raises:
+            ValueError: no bank of float experts of ours.
+        """
+        if not isinstance(self.experts, Experts):
+            raise ValueError(
+                f"{self.name or 'the layer'} must have experts of the class Experts to be changed, "
+                f"got {type(self.experts if self.experts is not None else self.block).__name__}."
+            )
+        block: Any = self.block
+        new_experts = experts(self.experts)
+        changed = []
+        for path, old in self.routers:
+            own = path.removeprefix(f"{self.name}.") if self.name else path
+            parent, _, child = own.rpartition(".")
+            new: Any = router(old)  # type: ignore[arg-type]
+            setattr(block.get_submodule(parent), child, new)
+            changed.append((path, new))
+        block.experts = self.experts = new_experts
+        self.routers = tuple(changed)
+
     def __repr__(self) -> str:
         return f"RoutedLayer({self.name!r}, {self.num_experts} experts, top {self.top_k})"
 
@@ -95,8 +120,8 @@ def routed_layers(
     """The routed layers of `model`, in the order of `named_modules`.
 
     Known are layers of `moe_ops.layers` and of the zoo (`MoE`, `AttentionExperts` and others that
-    hold a `Router`), and the MoE blocks of transformers on its experts interface, switched to
-    moe_ops or not. JetMoE's, DBRX's and Llama 4's blocks of transformers are not among them.
+    hold a `Router`), and the MoE blocks of transformers that `moe_ops.hf` serves, switched to
+    moe_ops or not, without JetMoE's attention experts.
 
     Args:
         layers: shell patterns of names; None is all.
@@ -112,8 +137,8 @@ def routed_layers(
         found += importlib.import_module("moe_ops.surgery.hf_layers").hf_routed_layers(model)
     if not found:
         raise ValueError(
-            f"{caller}: model must hold a routed layer of moe_ops or of transformers' experts "
-            f"interface, got {type(model).__name__}."
+            f"{caller}: model must hold a routed layer of moe_ops or of transformers, got "
+            f"{type(model).__name__}."
         )
     if layers is None:
         return found
@@ -129,7 +154,9 @@ def routed_layers(
 
 def _ours(model: nn.Module) -> Iterator[RoutedLayer]:
     for name, block in model.named_modules():
-        routers = []
+        if isinstance(block, nn.ModuleList):  # Its owner holds these routers.
+            continue
+        routers: list[tuple[str, nn.Module]] = []
         for child_name, child in block.named_children():
             if isinstance(child, Router):
                 routers.append((child_name, child))

@@ -81,7 +81,7 @@ class Router(nn.Module):
     draws_random_numbers: bool = False
     # Whether `split` may turn each expert into slices that are chosen together.
     splits_into_slices: ClassVar[bool] = False
-    # Chooses in the place of `choose_experts`, while `moe_ops.surgery.route_as` has set it.
+    # Set for a while by `moe_ops.surgery.route_as`.
     override: RoutingOverride | None = None
 
     expert_bias: Tensor | None
@@ -274,13 +274,7 @@ class Router(nn.Module):
             logits = self.logits(x)
             ids = drop_masked(topk_ids, expert_mask)
             return Routing(logits, self.weights_at(logits, ids, expert_mask=expert_mask), ids)
-        if self.override is not None:
-            logits = self.logits(x)
-            ids = self.choose(logits, expert_mask=expert_mask)
-            weights = self.weights_at(logits, ids, expert_mask=expert_mask)
-            routing = Routing(logits, weights, ids)
-        else:
-            routing = self._route_tokens(x, expert_mask)
+        routing = self._route_tokens(x, expert_mask)
         self.count(routing.topk_ids)
         return routing
 
@@ -301,6 +295,8 @@ class Router(nn.Module):
         self, router_logits: Tensor, *, expert_mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """topk_weights and topk_ids of router_logits [T, E]; ties go to the smaller id."""
+        if self.override is not None:
+            return self.override.route(self, router_logits, expert_mask)
         logits = mask_logits(router_logits, expert_mask)
         weights, ids = self.choose_experts(logits, expert_mask)
         if expert_mask is not None:
@@ -311,11 +307,7 @@ class Router(nn.Module):
     def choose(self, router_logits: Tensor, *, expert_mask: Tensor | None = None) -> Tensor:
         """topk_ids [T, K] of router_logits [T, E], without a gradient; see `route`."""
         with torch.no_grad():
-            logits = router_logits.detach()
-            if self.override is None:
-                return self.route(logits, expert_mask=expert_mask)[1]
-            ids = self.override.choose(mask_logits(logits, expert_mask), expert_mask)
-            return drop_masked(ids, expert_mask)
+            return self.route(router_logits.detach(), expert_mask=expert_mask)[1]
 
     def weights_at(
         self, router_logits: Tensor, topk_ids: Tensor, *, expert_mask: Tensor | None = None
@@ -343,16 +335,7 @@ class Router(nn.Module):
         logits = mask_logits(logits, expert_mask)
         logits = logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
         weights = self.weights_of(logits, topk_ids)
-        if self.override is not None and self.override.renormalize:
-            weights = self._shares(weights, topk_ids) * self.routed_scaling_factor
-        return weights
-
-    def _shares(self, weights: Tensor, topk_ids: Tensor) -> Tensor:
-        """Weights that sum to 1, equal ones where a router gives the chosen experts none."""
-        valid = valid_ids(topk_ids, self.num_experts)[0].to(weights.dtype)
-        total = weights.sum(-1, keepdim=True)
-        weights = torch.where(total > 0, weights, valid)
-        return weights / weights.sum(-1, keepdim=True).clamp(min=1e-20)
+        return weights if self.override is None else self.override.weigh(self, weights, topk_ids)
 
     def count(self, topk_ids: Tensor) -> None:
         """Adds the slots of a choice to `tokens_per_expert`, in training with an expert_bias.

@@ -330,6 +330,7 @@ class CausalLM(nn.Module):
         device: torch.device | str = "cpu",
         strict: bool = True,
         offload: Mapping[str, Any] | None = None,
+        reader: checkpoint.Reader | None = None,
         **overrides: Any,
     ) -> Model:
         """Reads a checkpoint: config.json and safetensors, sharded or not, with published keys.
@@ -342,6 +343,7 @@ class CausalLM(nn.Module):
                 values. Unexpected keys give a warning.
             offload: arguments of `moe_ops.offload.offload_experts`: experts stay in the files, and
                 `expert_cache` of the model reads them when they are used. All keys must be there.
+            reader: gives the tensors in the place of those of the folder.
             overrides: fields of the config to change.
 
         Returns:
@@ -362,7 +364,7 @@ class CausalLM(nn.Module):
             raise ValueError(
                 f"{cls.__name__}.from_pretrained: in {folder / checkpoint.CONFIG}, {error}"
             ) from error
-        reader = checkpoint.Reader(folder)
+        reader = checkpoint.Reader(folder) if reader is None else reader
         if _files.stamp(folder / checkpoint.CONFIG) != before:
             raise ValueError(
                 f"{cls.__name__}.from_pretrained: {folder} must stay as it is while it is read, "
