@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bench.experiments.expertflow import TokenTable, routes_of
 from bench.experiments.text import heldout_batches, load_domains, train_batches
 from bench.experiments.training import Recipe
 from moe_ops.bench.timing import interleave
@@ -141,33 +142,11 @@ def decode(model: CausalLM, text: Tensor, prompt: int) -> float:
     return perf_counter() - start
 
 
-class TokenTable:
-    """How often each token went to each expert: the control of the predictor."""
-
-    def __init__(self, trace: RoutingTrace) -> None:
-        hot = trace.multi_hot().float()
-        prior = hot.mean(0)
-        counts = torch.zeros(VOCAB, *prior.shape).index_add_(0, trace.tokens, hot)
-        seen = torch.zeros(VOCAB).index_add_(0, trace.tokens, torch.ones(len(hot)))
-        self.chances = (counts + prior) / (seen + 1)[:, None, None]
-
-    def __call__(self, tokens: Tensor) -> Tensor:
-        return 1 - (1 - self.chances[tokens.flatten()]).prod(0)
-
-
 def recall(chances: Tensor, trace: RoutingTrace) -> float:
     """Share of the experts used that are among the K that were given the best chances."""
     hot = trace.multi_hot()
     best = chances.topk(trace.ids.shape[2], dim=-1).indices
     return (hot.gather(2, best).sum() / hot.sum()).item()
-
-
-@torch.no_grad()
-def routes_of(model: CausalLM, batches: list[Tensor]) -> RoutingTrace:
-    with record_trace(model) as recorder:
-        for rows in batches:
-            model(rows)
-    return recorder.trace()
 
 
 def policies(
@@ -192,7 +171,7 @@ def measure(plan: Plan, folder: Path, say: Callable[[str], None] = print) -> dic
     say("routes of the training text")
     batches = list(train_batches(domains, plan.trace_batches, 15, 127, seed=1))
     trace = routes_of(model, batches)
-    table = TokenTable(trace)
+    table = TokenTable(trace, VOCAB)
     predictor = train_predictor(trace, VOCAB, steps=plan.predictor_steps)
     test = routes_of(model, [texts(plan, 12)])
     found: dict[str, Any] = {
