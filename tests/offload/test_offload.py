@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 
 import pytest
@@ -271,6 +272,28 @@ def test_many_threads_and_a_fetcher():
     cache.close()
     assert not errors and not any(caller.is_alive() for caller in callers)
     assert cache.stats.uses == 60 * (2 + 4 + 6)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="There is no fork here.")
+def test_a_fork_while_the_thread_loads():
+    """The child has neither the thread nor what it was loading."""
+    policy = Wish()
+    policy.prefetches = True
+    store, cache = gated(policy)
+    policy.keys = [(0, 5)]
+    cache.begin(None)
+    assert store.asked.wait(60)
+    child = os.fork()
+    if child == 0:
+        try:
+            store.open.set()
+            os._exit(int(use(cache, [1, 5]) != [1, 5]))
+        finally:
+            os._exit(2)
+    store.open.set()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert use(cache, [1, 5]) == [1, 5]
+    cache.close()
 
 
 def test_trace_and_oracle():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
@@ -113,6 +114,7 @@ class ExpertCache:
         self._copies = _Copies(self) if self.device.type == "cuda" else None
         self._fetcher: _Fetcher | None = None
         self.closed = False
+        _caches.add(self)
 
     @property
     def num_bytes(self) -> int:
@@ -339,6 +341,17 @@ class ExpertCache:
         self._load(*found)
         return None
 
+    def _after_fork(self) -> None:
+        """In a child process, which has one thread: nobody fills what was being filled."""
+        for key, slot in list(self._slot_of.items()):
+            if slot in self._loading:
+                self._loading.discard(slot)
+                self._forget(key, slot)
+        self._missing.clear()
+        self._held = [0] * self.num_slots
+        self._fetcher = None
+        self.turn = threading.RLock()
+
     def close(self) -> None:
         """Ends the thread and closes the store. The model cannot run afterwards."""
         with self._lock:
@@ -378,6 +391,33 @@ class _Fetcher(threading.Thread):
                 with self._news:
                     if self._pulse[0] == seen:
                         self._news.wait(timeout=1.0)  # The cache may die without a word.
+
+
+# A process forks when no cache is in the middle of a change.
+_caches: weakref.WeakSet[ExpertCache] = weakref.WeakSet()
+_locked: list[ExpertCache] = []
+
+
+def _before_fork() -> None:
+    for cache in list(_caches):
+        cache._lock.acquire()
+        _locked.append(cache)
+
+
+def _after_fork(in_child: bool) -> None:
+    while _locked:
+        cache = _locked.pop()
+        if in_child:
+            cache._after_fork()
+        cache._lock.release()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=_before_fork,
+        after_in_parent=lambda: _after_fork(False),
+        after_in_child=lambda: _after_fork(True),
+    )
 
 
 class _Copies:
