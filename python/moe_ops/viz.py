@@ -1,5 +1,5 @@
-"""Pictures of mixture-of-experts models: loss, expert load, which expert takes which token, and
-what the experts of a trained model do.
+"""Pictures of mixture-of-experts models: loss, expert load, which expert takes which token, what
+the experts of a trained model do, and plans of expert parallelism.
 
 Every function returns a matplotlib Figure and, given `path`, also saves it. They draw on the Agg
 canvas without pyplot: no window, no global state. Needs matplotlib:
@@ -28,6 +28,7 @@ __all__ = [
     "plot_expert_scores",
     "plot_largest_outputs",
     "plot_loss",
+    "plot_plan",
     "plot_token_experts",
 ]
 
@@ -38,6 +39,7 @@ _INK = "#222222"
 _GRID = "#DDDDDD"
 # Places of notes at the right edge: x in parts of the axes, y in the data.
 _AT_EDGE: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "color": _INK}
+_IN_DATA: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "color": _INK}
 
 
 class MissingMatplotlibError(ImportError):
@@ -260,6 +262,66 @@ def plot_token_experts(
         title_fontsize=9,
     )
     return _finish(figure, path)
+
+
+def plot_plan(
+    memory: Mapping[str, float],
+    available: float,
+    passes: Mapping[str, Mapping[str, float]],
+    sizes: Sequence[tuple[int, float, float]] = (),
+    *,
+    chosen: int | None = None,
+    title: str = "Plan",
+    path: str | Path | None = None,
+) -> Figure:
+    """A plan of `moe_ops.parallel.plan`: memory of a rank, time of a layer, and other EP sizes.
+
+    memory: bytes by what they are for. available: bytes of a device. passes: seconds by what takes
+    them, of "forward" and the like. sizes: (EP size, bytes, seconds of a step) each. chosen: the EP
+    size of the plan.
+    """
+    gib = 2.0**30
+    figure = _figure(10.0, 6.4 if sizes else 3.6)
+    rows = figure.subplots(3 if sizes else 2, 1, height_ratios=[1, 1.4, 2][: 3 if sizes else 2])
+    bars, times = rows[0], rows[1]
+    _stack(bars, [("a rank", {name: size / gib for name, size in memory.items()})])
+    bars.axvline(available / gib, color=_INK, linewidth=1.4, linestyle="--")
+    _annotate(bars, "device", (available / gib, 1.0), (0, 2), ha="center", **_IN_DATA)
+    bars.set_xlabel("memory, GiB")
+    _stack(
+        times, [(name, {k: v * 1e3 for k, v in parts.items()}) for name, parts in passes.items()]
+    )
+    times.set_xlabel("a layer with experts, ms, one after another")
+    if sizes:
+        axes, labels = rows[2], [str(ep) for ep, _, _ in sizes]
+        colors = [_PALETTE[5 if ep == chosen else 7] for ep, _, _ in sizes]
+        axes.bar(labels, [size / gib for _, size, _ in sizes], color=colors)
+        axes.axhline(available / gib, color=_INK, linewidth=1.2, linestyle="--")
+        axes.set_xlabel("EP size")
+        axes.set_ylabel("memory, GiB")
+        steps = axes.twinx()
+        steps.plot(labels, [step for _, _, step in sizes], color=_PALETTE[4], marker="o")
+        steps.set_ylabel("step, s", color=_PALETTE[4])
+        steps.set_ylim(bottom=0)
+        steps.spines["top"].set_visible(False)
+        axes.spines["top"].set_visible(False)
+    figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
+    return _finish(figure, path)
+
+
+def _stack(axes: Any, bars: list[tuple[str, dict[str, float]]]) -> None:
+    """Horizontal bars of parts one behind the other, the first on top, with their names."""
+    names = list(dict.fromkeys(name for _, parts in bars for name, size in parts.items() if size))
+    left = np.zeros(len(bars))
+    labels = [label for label, _ in bars]
+    for index, name in enumerate(names):
+        widths = np.array([parts.get(name, 0.0) for _, parts in bars])
+        color = _PALETTE[index % len(_PALETTE)]
+        axes.barh(labels, widths, left=left, color=color, label=name, height=0.6)
+        left += widths
+    axes.invert_yaxis()
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    _despine(axes)
 
 
 def plot_expert_scores(

@@ -387,3 +387,13 @@ def test_optimised_routers_are_refused():
         surgery.prune(model, {"model.layers.0.mlp": [0, 1, 2]})
     moe_ops.hf.restore(model)
     surgery.prune(model, {"model.layers.0.mlp": [0, 1, 2]})
+
+
+def test_missing_scipy_is_said_in_one_sentence(monkeypatch):
+    model, groups = TwoLayers(), {"layers.0": [[0, 1], [2, 3]]}
+    monkeypatch.setitem(sys.modules, "scipy.optimize", None)
+    with pytest.raises(ImportError, match=r"align needs scipy.*torch-moe-ops\[surgery\]"):
+        surgery.align(model, groups)
+    monkeypatch.setitem(sys.modules, "scipy.cluster.hierarchy", None)
+    with pytest.raises(ImportError, match="hc_smoe_groups needs scipy"):
+        surgery.hc_smoe_groups(surgery.profile(model, [X]), 2)

@@ -130,6 +130,10 @@ def test_models_of_transformers():
         model, surgery.profile(model, [batch]), [batch], percentile=80, first_layers=1
     )
     assert got.loss == pytest.approx(float(model(ids, labels=ids).loss), rel=1e-4)
+    padded = {"input_ids": ids.clone(), "attention_mask": torch.ones_like(ids)}
+    padded["attention_mask"][:, 5:] = 0
+    short = surgery.mean_loss(model, [{"input_ids": ids[:, :5]}])
+    assert surgery.mean_loss(model, [padded]) == pytest.approx(short, rel=1e-4)
     assert len(surgery.massive_activations(model, ids)) == 2
 
 

@@ -110,7 +110,8 @@ def mean_loss(model: nn.Module, batches: Iterable[Any]) -> float:
 
     Args:
         model: a language model of the zoo or of transformers; put it into `eval()` first.
-        batches: tokens [B, S], or keyword arguments with `input_ids`.
+        batches: tokens [B, S], or keyword arguments with `input_ids`, of which tokens whose
+            `attention_mask` is 0 are not judged.
     """
     total, count = 0.0, 0
     for batch in batches:
@@ -118,9 +119,12 @@ def mean_loss(model: nn.Module, batches: Iterable[Any]) -> float:
         tokens = batch["input_ids"] if named else batch
         output: Any = model(**batch) if named else model(tokens)
         logits = getattr(output, "logits", output)[:, :-1].flatten(0, 1).float()
-        targets = tokens[:, 1:].flatten().long()
-        total += float(F.cross_entropy(logits, targets, reduction="sum"))
-        count += targets.numel()
+        targets = tokens[:, 1:].long()
+        mask = batch.get("attention_mask") if named else None
+        if mask is not None:
+            targets = targets.masked_fill(mask[:, 1:] == 0, -100)
+        total += float(F.cross_entropy(logits, targets.flatten(), reduction="sum"))
+        count += int((targets != -100).sum())
     if not count:
         raise ValueError("mean_loss: batches must hold a token to predict, got none.")
     return total / count

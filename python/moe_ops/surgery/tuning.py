@@ -59,7 +59,7 @@ def tune(
             value = of_batch(model, batch)
             if not bool(torch.isfinite(value)):
                 raise FloatingPointError(
-                    f"tune: the loss must be finite, got {float(value)} at step {step}."
+                    f"tune: the loss must be finite, got {float(value.detach())} at step {step}."
                 )
             value.backward()
             torch.nn.utils.clip_grad_norm_(parameters, max_norm)
