@@ -95,8 +95,8 @@ def generate_in_halves(
         tokens: [B, S] prompts of one length, those of both batches together.
         num_tokens: to add, as of `CausalLM.generate`; of transformers `max_new_tokens`.
         predictor: of the model's routes; experts of a chance over one half count as used.
-        options: of the model's `generate`. Drawing uses the generator in another order than a
-            call with all prompts does.
+        options: of the model's `generate`, the same for both halves: none that has a row for each
+            sequence. Drawing uses the generator in another order than a call with all prompts.
 
     Returns:
         [B, S + n], rows in the order of `tokens`; a half that ended earlier is filled up with the
