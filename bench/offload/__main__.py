@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import tempfile
 from dataclasses import asdict
@@ -38,14 +39,20 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="a size whose times mean nothing")
     parser.add_argument("--rounds", type=whole(1, 100), help="of each cell")
     parser.add_argument("--tokens", type=whole(1, 10**5), help="of each stream")
+    parser.add_argument("--stores", nargs="+", choices=Plan.stores, help="of the file of experts")
+    parser.add_argument("--streams", nargs="+", type=whole(1, 1000), help="decoded side by side")
+    parser.add_argument(
+        "--join", action="store_true", help="keep recorded cells of other stores and streams"
+    )
     parser.add_argument("--model", type=Path, help="a checkpoint of zoo.deepseek, read as bytes")
     parser.add_argument("--folder", type=Path, help="for the file of experts; else a temporary one")
     parser.add_argument("--record", action="store_true", help=f"write {RESULT.name} and the page")
     options = parser.parse_args(arguments)
     plan = QUICK if options.quick else Plan()
-    for name in ("rounds", "tokens", "model"):
+    for name in ("rounds", "tokens", "model", "stores"):
         if getattr(options, name) is not None:
             setattr(plan, name, getattr(options, name))
+    plan.batches = tuple(options.streams or plan.batches)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         before = load()
         found = measure(plan, Path(folder))
@@ -58,12 +65,26 @@ def main(arguments: list[str] | None = None) -> None:
         "plan": plan_said,
         **rounded(found),
     }
+    if options.join:
+        result = joined(json.loads(RESULT.read_text()), result)
     text = page(result)
     print(text)
     if options.record:
         RESULT.write_text(dumps(result))
         pattern = re.compile(r"(<!-- offload -->\n).*?(<!-- /offload -->)", re.DOTALL)
         PAGE.write_text(pattern.sub(lambda m: m[1] + text + m[2], PAGE.read_text()))
+
+
+def joined(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """The new result with the cells of the old one that were not measured again."""
+    keys = ("streams", "store", "cache")
+    measured = {tuple(cell[key] for key in keys) for cell in new["cells"]}
+    kept = [cell for cell in old["cells"] if tuple(cell[k] for k in keys) not in measured]
+    return {
+        **new,
+        "page_in_ms": {**old["page_in_ms"], **new["page_in_ms"]},
+        "cells": kept + new["cells"],
+    }
 
 
 def page(result: dict[str, Any]) -> str:
@@ -77,10 +98,7 @@ def page(result: dict[str, Any]) -> str:
         f"experts a token uses, a table of tokens names {recall['table of tokens']:.0%} and the "
         f"predictor ({result['predictor_bytes'] / 2**20:.1f} MiB) {recall['predictor']:.0%} first. "
         "Reading one expert takes "
-        + " and ".join(
-            f"{ms:.2f} ms ({'file cached' if kind == 'cached' else 'from the disk'})"
-            for kind, ms in result["page_in_ms"].items()
-        )
+        + " and ".join(f"{ms:.2f} ms ({kind})" for kind, ms in result["page_in_ms"].items())
         + ".",
         "",
         "| streams | file | cache | policy | tokens a second | there | on their way | loads a step "

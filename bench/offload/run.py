@@ -6,6 +6,7 @@ Letters: B streams, L layers of experts, E experts a layer, V vocabulary.
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,7 @@ DOMAINS = ("reference", "code", "maths")
 VOCAB = 256
 # Of a step's time. Waiting for a core that takes less is lost in the noise.
 _WAIT_SHARE = 0.05
+DELAY = 1e-3
 
 
 @dataclass
@@ -47,7 +49,9 @@ class Plan:
 
     intermediate_size: of the experts after they are made wider.
     tokens: of each stream, after a prefill of `prompt`.
-    store: "cached": the file stays in the system's cache; "disk": it is read from the disk.
+    stores: "cached": the file stays in the system's cache; "disk": it is read from the disk;
+        "delayed": cached, and each read takes a millisecond at least, in which the thread sleeps,
+        as it does while a device copies by itself.
     """
 
     train_steps: int = 300
@@ -62,7 +66,7 @@ class Plan:
     tokens: int = 64
     batches: tuple[int, ...] = (1, 8)
     caches: tuple[float, ...] = (0.25, 0.5)
-    stores: tuple[str, ...] = ("cached", "disk")
+    stores: tuple[str, ...] = ("cached", "disk", "delayed")
     rounds: int = 3
     model: Path | None = None
 
@@ -217,9 +221,22 @@ def measure(plan: Plan, folder: Path, say: Callable[[str], None] = print) -> dic
     return found
 
 
+class Delayed(FileStore):
+    """Reads that take DELAY seconds at least."""
+
+    def read(self, key: Any, into: Any, *, non_blocking: bool = False) -> None:
+        end = perf_counter() + DELAY
+        super().read(key, into, non_blocking=non_blocking)
+        time.sleep(max(0.0, end - perf_counter()))
+
+
+def opened_as(path: Path, store: str) -> FileStore:
+    return (Delayed if store == "delayed" else FileStore).open(path, keep_cached=store != "disk")
+
+
 def page_in(path: Path, store: str) -> float:
     """Seconds to read one expert: the median over all."""
-    opened = FileStore.open(path, keep_cached=store == "cached")
+    opened = opened_as(path, store)
     into = {n: torch.empty(s.shape, dtype=s.dtype) for n, s in opened.tensors.items()}
     keys = [(b, e) for b in range(opened.num_banks) for e in range(opened.num_experts)]
     if store == "disk":
@@ -246,7 +263,7 @@ def _cells(
 
     def sample(name: str, number: int) -> None:
         model = fresh()
-        opened = FileStore.open(path, keep_cached=store == "cached")
+        opened = opened_as(path, store)
         slots = max(1, round(share * opened.num_banks * opened.num_experts))
         with offload_experts(model, slots, store=opened, policy=of[name]()) as cache:
             runs[name].append(_timed(model, cache, text, plan.prompt))

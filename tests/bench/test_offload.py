@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import torch
-from bench.offload.__main__ import QUICK, page
+from bench.offload.__main__ import QUICK, joined, page
 from bench.offload.run import make_model, measure, widen
 
 PLAN = dataclasses.replace(QUICK, stores=("cached",))
@@ -27,4 +27,6 @@ def test_measure(tmp_path):
         assert cell["tokens_a_second"] > 0 and 0 <= cell["hit_rate"] + cell["late"] <= 1
     plan = dataclasses.asdict(PLAN)
     text = page({"machine": {"cpu": "a processor"}, "when": "now", "plan": plan, **found})
+    again = joined({**found, "cells": [{**found["cells"][0], "store": "disk"}]}, found)
+    assert len(again["cells"]) == 8
     assert text.count("\n") == 11 and "| 2 | cached | 25% | LRU |" in text
