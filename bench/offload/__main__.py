@@ -102,7 +102,7 @@ def page(result: dict[str, Any]) -> str:
         + ".",
         "",
         "| streams | file | cache | policy | tokens a second | there | on their way | loads a step "
-        "| wait a step, ms | of LRU's wait hidden | clean |",
+        "| wait a step, ms | of LRU's wait hidden | without a core, ms |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for cell in result["cells"]:
@@ -110,7 +110,7 @@ def page(result: dict[str, Any]) -> str:
             f"| {cell['streams']} | {cell['store']} | {cell['cache']:.0%} | {cell['policy']} | "
             f"{cell['tokens_a_second']:.0f} of {cell['in_memory']:.0f} | {cell['hit_rate']:.0%} | "
             f"{cell['late']:.0%} | {cell['loads']:.1f} | {cell['wait_ms']:.2f} | "
-            f"{cell['hidden']:.0%} | {cell['clean']:.0%} |"
+            f"{cell['hidden']:.0%} | {cell['delay_ms']:.2f} |"
         )
     return "\n".join(lines) + "\n"
 

@@ -25,6 +25,7 @@ from moe_ops.offload import (
     Belady,
     ExpertCache,
     FileStore,
+    OffloadedExperts,
     Policy,
     Predicted,
     RoutePredictor,
@@ -38,8 +39,6 @@ from moe_ops.zoo.lm.model import CausalLM
 
 DOMAINS = ("reference", "code", "maths")
 VOCAB = 256
-# Of a step's time. Waiting for a core that takes less is lost in the noise.
-_WAIT_SHARE = 0.05
 DELAY = 1e-3
 
 
@@ -136,14 +135,17 @@ def texts(plan: Plan, batch: int) -> Tensor:
 
 
 @torch.no_grad()
-def decode(model: CausalLM, text: Tensor, prompt: int) -> float:
-    """Reads a text byte by byte behind its first bytes; seconds, those of the first not counted."""
+def decode(model: CausalLM, text: Tensor, prompt: int) -> list[tuple[float, float]]:
+    """Reads a text byte by byte behind its first bytes: of each step its seconds, and how long
+    threads of this process waited for a core."""
     cache = model.new_cache()
     model(text[:, :prompt], cache=cache, last=1)
-    start = perf_counter()
+    found = []
     for position in range(prompt, text.shape[1]):
+        delay, start = core_waits(), perf_counter()
         model(text[:, position : position + 1], cache=cache, last=1)
-    return perf_counter() - start
+        found.append((perf_counter() - start, core_waits() - delay))
+    return found
 
 
 def recall(chances: Tensor, trace: RoutingTrace) -> float:
@@ -207,7 +209,8 @@ def measure(plan: Plan, folder: Path, say: Callable[[str], None] = print) -> dic
         with record_trace(whole) as recorder:
             decode(whole, text, plan.prompt)
         oracle = recorder.trace()
-        seconds = min(decode(whole, text, plan.prompt) for _ in range(plan.rounds))
+        steps = zip(*(decode(whole, text, plan.prompt) for _ in range(plan.rounds)), strict=True)
+        seconds = sum(min(step, key=lambda sample: sample[1])[0] for step in steps)
         in_memory = batch * plan.tokens / seconds
         del whole
         for store in plan.stores:
@@ -261,17 +264,20 @@ def _cells(
 ) -> list[dict[str, Any]]:
     runs: dict[str, list[Run]] = {name: [] for name in of}
 
+    model = fresh()
+    offload_experts(model, 1, path=path).close()
+
     def sample(name: str, number: int) -> None:
-        model = fresh()
         opened = opened_as(path, store)
         slots = max(1, round(share * opened.num_banks * opened.num_experts))
-        with offload_experts(model, slots, store=opened, policy=of[name]()) as cache:
+        with ExpertCache(opened, slots, of[name]()) as cache:
+            use(model, cache)
             runs[name].append(_timed(model, cache, text, plan.prompt))
 
     interleave(list(of), sample, lambda number: number < plan.rounds)
     cells = []
     for name, found in runs.items():
-        seconds, wait = _by_step(found, "seconds"), _by_step(found, "wait")
+        seconds, wait, delays = zip(*_calmest(found), strict=True)
         steps = len(seconds)
         cells.append(
             {
@@ -281,7 +287,7 @@ def _cells(
                 "tokens_a_second": len(text) * steps / sum(seconds),
                 "step_ms": 1e3 * sum(seconds) / steps,
                 "wait_ms": 1e3 * sum(wait) / steps,
-                "clean": sum(sum(run.clean) for run in found) / (steps * len(found)),
+                "delay_ms": 1e3 * sum(delays) / steps,
                 **{
                     key: statistics.fmean(run.counts[key] for run in found)
                     for key in found[0].counts
@@ -294,25 +300,35 @@ def _cells(
     return cells
 
 
+def use(model: CausalLM, cache: ExpertCache) -> None:
+    """Gives a model whose experts are offloaded another cache of the same experts."""
+    for module in model.modules():
+        if isinstance(module, OffloadedExperts):
+            module.cache = cache
+    model._forward_pre_hooks.clear()
+    model.register_forward_pre_hook(lambda _, args: cache.begin(args[0]))
+
+
 @dataclass
 class Run:
-    """Decoding once: of each step its seconds, what of them its calls waited for experts, and
-    whether no thread of it waited for a core."""
+    """Decoding once: of each step its seconds, what of them its calls waited for experts, and how
+    long threads of this process waited for a core."""
 
     seconds: list[float]
     wait: list[float]
-    clean: list[bool]
+    delay: list[float]
     counts: dict[str, float]
 
 
-def _by_step(runs: list[Run], what: str) -> list[float]:
-    """Of each step the median over the runs in which no thread waited for a core, where there are
-    such, and over all otherwise."""
-    medians = []
+def _calmest(runs: list[Run]) -> list[tuple[float, float, float]]:
+    """Seconds, wait and delay of each step, from the run in which threads waited least for a core
+    in that step: other processes take cores from all policies, and most from those of two
+    threads."""
+    found = []
     for step in range(len(runs[0].seconds)):
-        clean = [run for run in runs if run.clean[step]]
-        medians.append(statistics.median(getattr(run, what)[step] for run in clean or runs))
-    return medians
+        run = min(runs, key=lambda run: run.delay[step])
+        found.append((run.seconds[step], run.wait[step], run.delay[step]))
+    return found
 
 
 @torch.no_grad()
@@ -328,7 +344,7 @@ def _timed(model: CausalLM, cache: ExpertCache, text: Tensor, prompt: int) -> Ru
         run.seconds.append(perf_counter() - start)
         now, after = cache.stats.wait_seconds, core_waits()
         run.wait.append(now - waited)
-        run.clean.append(after - delay < _WAIT_SHARE * run.seconds[-1])
+        run.delay.append(after - delay)
         waited, delay = now, after
     stats, steps = cache.reset_stats(), len(run.seconds)
     loads = stats.misses + stats.fetched
