@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(f"{left} runs are left: start the same command again")
         for path in page.write():
             print(f"wrote {path}")
-    except (ImportError, ValueError) as error:
+    except (ImportError, FileNotFoundError, ValueError) as error:
         sys.exit(f"{parser.prog}: {error}")
     return 0
 

@@ -34,7 +34,7 @@ from moe_ops._files import make_folder, write_text
 from moe_ops.zoo.deepseek import DeepSeek, DeepSeekConfig
 
 from .deepseek import balance_each_step
-from .queue import machine, only_one
+from .queue import Busy, machine, only_one
 from .study import Paused, Run
 from .text import Domain, load_domains
 from .training import Recipe, Trained, mutual_information, thinned, train
@@ -46,6 +46,8 @@ DOMAINS = (
 # 24.6 MB: two sequences of each domain a step.
 RECIPE = Recipe(steps=12_000, batch=16, rate=3e-3, warmup=60, heldout_batches=16)
 REPORT = "report.json"
+SECONDS_BETWEEN_SAVES = 300.0
+SECONDS_BETWEEN_LOOKS = 5.0
 
 
 @dataclass(frozen=True)
@@ -133,20 +135,28 @@ def load(
         name: of `SUBJECTS`.
         folder: None: `default_folder`.
         steps: of training, instead of those of the recipe; such a model is kept beside the other.
-        minutes: of training at most.
+        minutes: of training at most, or of waiting for another process that trains it.
         tell: called with lines about the progress.
 
     Raises:
-        ValueError: no such model, one in the folder that was made otherwise, or another process
-            that trains it now.
+        ValueError: no such model, or one in the folder that was made otherwise.
         ImportError, FileNotFoundError: it must be trained, and a text is missing.
         Paused: the time was over; the next call goes on from there.
     """
     place, subject = find(name, seed, folder, steps)
-    if not (place / REPORT).is_file():
-        with only_one(place):
-            if not (place / REPORT).is_file():
-                _train(subject, place, seed, minutes, tell)
+    end, waiting = time.monotonic() + 60 * minutes, False
+    while not (place / REPORT).is_file():
+        try:
+            with only_one(place):
+                if not (place / REPORT).is_file():
+                    _train(subject, place, seed, end, tell)
+        except Busy:
+            if not waiting:
+                tell(f"{place.name}: another process trains it")
+            if time.monotonic() >= end:
+                raise Paused from None
+            waiting = True
+            time.sleep(SECONDS_BETWEEN_LOOKS)
     report = read_report(place)
     if report["made"] != subject.made():
         raise ValueError(
@@ -179,7 +189,7 @@ def read_report(place: Path) -> dict[str, Any]:
 
 
 def _train(
-    subject: Subject, place: Path, seed: int, minutes: float, tell: Callable[[str], None]
+    subject: Subject, place: Path, seed: int, deadline: float, tell: Callable[[str], None]
 ) -> None:
     domains = domains_of(subject)
     text = {d.name: {"train": len(d.train), "heldout": len(d.heldout)} for d in domains}
@@ -193,8 +203,8 @@ def _train(
         tell(f"{place.name}: {share:.0%}, about {left / 60:.0f} min left")
 
     make_folder(place)
-    deadline = time.monotonic() + 60 * minutes
-    run = Run(place / f"training.{key.hexdigest()[:12]}.pt", deadline, say)
+    state = place / f"training.{key.hexdigest()[:12]}.pt"
+    run = Run(state, deadline, say, every=SECONDS_BETWEEN_SAVES)
     tell(f"{place.name}: {subject.recipe}")
     with _own_state():
         trained = train(

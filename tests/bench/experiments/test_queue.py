@@ -298,6 +298,21 @@ def test_every_study_is_planned():
         registry.study("coe-1")
 
 
+def test_runs_before_have_present_verdicts():
+    """In their files, and each headline that names a claim of them means one."""
+    for path in (queue.RESULTS / "earlier").glob("*.json"):
+        stored = json.loads(path.read_text("utf-8"))["claims"]
+        claims = Report.from_dict(json.loads(path.read_text("utf-8"))).claims
+        assert [c["verdict"] for c in stored] == [c.verdict() for c in claims], path.name
+    for system in registry.NAMES:
+        for headline in registry.experiment(system).headlines:
+            named = [
+                [c.statement for c in report.claims].count(headline.earlier)
+                for report in page.earlier(system)
+            ]
+            assert not headline.earlier or max(named) == 1, headline
+
+
 def test_what_studies_promise():
     """By the plan; without one by the run before, whose deviation is that of its seeds."""
     headline = Headline("lower", "b is lower", "1 nat", "quality", earlier="b was lower")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -122,10 +123,25 @@ def test_what_is_there_is_checked(tiny, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="present config, recipe and domains"):
         subject.load("subject", folder=tmp_path)
     place, _ = subject.find("subject", 0, tmp_path, steps=3)
-    with queue.only_one(place), pytest.raises(ValueError, match="one process at a time"):
-        subject.load("subject", folder=tmp_path, steps=3)
+    lines = []
+    with queue.only_one(place), pytest.raises(study.Paused):
+        subject.load("subject", folder=tmp_path, steps=3, minutes=0.0, tell=lines.append)
+    assert lines == ["subject-0-3: another process trains it"]
     monkeypatch.setenv("MOE_OPS_CACHE", str(tmp_path / "cache"))
     assert subject.find("subject", 4)[0] == tmp_path / "cache" / "subject" / "subject-4"
+
+
+def test_who_waits_gets_what_the_other_has_trained(tiny, tmp_path, monkeypatch):
+    place, _ = subject.find("dense", 0, tmp_path)
+    with contextlib.ExitStack() as other:
+        other.enter_context(queue.only_one(place))
+
+        def let_go(line):
+            if line.endswith("another process trains it"):
+                other.close()
+
+        monkeypatch.setattr(subject, "SECONDS_BETWEEN_LOOKS", 0.0)
+        assert not subject.load("dense", folder=tmp_path, tell=let_go).training
 
 
 def test_the_command(tiny, tmp_path, capsys):
