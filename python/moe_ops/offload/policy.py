@@ -167,7 +167,7 @@ class Predicted(LRU):
         predict: Callable[[Tensor], Tensor],
         banks: Sequence[int] | None = None,
         *,
-        threshold: float = 0.2,
+        threshold: float = 0.3,
         decay: float = 0.9,
     ) -> None:
         super().__init__()
