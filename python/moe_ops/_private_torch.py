@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+import torch.nn.modules.module
 import torch.utils._python_dispatch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -137,6 +138,12 @@ def has_kernel(op: str, device_type: str) -> bool:
     return bool(torch._C._dispatch_has_kernel_for_dispatch_key(op, device_type.upper()))
 
 
+# Whether hooks wait for calls of all modules. A torch that cannot tell is taken to have some.
+has_global_hooks: Callable[[], bool] = getattr(
+    torch.nn.modules.module, "_has_any_global_hook", lambda: True
+)
+
+
 # A fact about sizes, for the compiler; an error where it is not so.
 check_size: Callable[[bool], None] = torch._check
 
@@ -153,6 +160,27 @@ def collectives_with_gradients() -> Any:
     from torch.distributed import _functional_collectives
 
     return _functional_collectives
+
+
+def fake_process_group() -> tuple[str, Any]:
+    """The backend of a group that sends nothing and returns at once, and a store for it."""
+    try:
+        from torch.testing._internal.distributed.fake_pg import FakeStore
+    except ImportError as error:
+        raise ImportError(f"A trace needs torch's fake process group, got: {error}") from error
+    return "fake", FakeStore()
+
+
+def fake_tensors() -> Any:
+    """A context in which tensors have everything but data."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def dispatch_mode_class() -> Any:
+    """The base class of what sees every operation."""
+    return torch.utils._python_dispatch.TorchDispatchMode
 
 
 def registered_ops(namespace: str) -> list[str]:

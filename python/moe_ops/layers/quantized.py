@@ -218,13 +218,17 @@ class QuantizedExperts(nn.Module):
         topk_ids: Tensor,
         *,
         apply_router_weight_on_input: bool = False,
+        out_dtype: torch.dtype | None = None,
     ) -> Tensor:
-        """`forward` by the experts that this process has, as `Experts.forward_local`."""
+        """`forward` by the experts that this process has, as `Experts.forward_local`; out_dtype is
+        given to a sum that is rounded to the dtype of x."""
         on_input = apply_router_weight_on_input
         wanted = torch.is_grad_enabled() and (x.requires_grad or topk_weights.requires_grad)
         if wanted and not in_transform():
-            return _WithoutBackward.apply(x, topk_weights, topk_ids, self, on_input)
-        return self._run(x, topk_weights, topk_ids, on_input)
+            y: Tensor = _WithoutBackward.apply(x, topk_weights, topk_ids, self, on_input)
+        else:
+            y = self._run(x, topk_weights, topk_ids, on_input)
+        return y if out_dtype is None else y.to(out_dtype)
 
     def run(
         self,
@@ -358,6 +362,10 @@ class QuantizedExperts(nn.Module):
     def format_name(self) -> str:
         """ "int8", or "int4" with its group size: "int4 g64"."""
         return "int8" if self.group_size is None else f"int4 g{self.group_size}"
+
+    def stand_in(self, bank: nn.Module) -> nn.Module:
+        """What is to take this module's place for `bank`, which is called as `Experts` are."""
+        return bank
 
     def move_to_huge_pages(self) -> None:
         """Moves weights and scales to huge pages, see `moe_ops.memory`.
