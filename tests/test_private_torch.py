@@ -10,16 +10,20 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "python" / "moe_ops"
 HOME = PACKAGE / "_private_torch.py"
 
-# Without these there are no rules of autograd, no expert parallelism, or no answer of a diagnosis.
+# Without these there are no rules of autograd, no expert parallelism, no trace of a plan, or no
+# answer of a diagnosis.
 NEEDED = {
     "torch._C._AutoDispatchBelowAutograd",
     "torch._C._after_autograd_keyset",
     "torch._C._dispatch_has_kernel_for_dispatch_key",
     "torch._C._jit_get_all_schemas",
     "torch._check",
+    "torch._subclasses.fake_tensor.FakeTensorMode",
     "torch.distributed._functional_collectives",
     "torch.nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model",
     "torch.ops._c10d_functional",
+    "torch.testing._internal.distributed.fake_pg.FakeStore",
+    "torch.utils._python_dispatch.TorchDispatchMode",
 }
 # What takes the place of these is tested below.
 REPLACEABLE = {

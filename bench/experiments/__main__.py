@@ -13,7 +13,7 @@ from statistics import fmean, stdev
 from bench.harness.arguments import whole
 from moe_ops._files import make_folder, write_text
 
-from . import page, queue, registry
+from . import page, queue, registry, worth
 from .inference import power
 from .study import FIRST_SEED, Results, Study
 
@@ -44,7 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--folder", type=Path, default=queue.CHECKPOINTS, help="of checkpoints (%(default)s)"
     )
-    parser.add_argument("--list", action="store_true", help="studies, what is done, what is left")
+    parser.add_argument(
+        "--list", action="store_true", help="studies, what is done, left, and promised"
+    )
     parser.add_argument("--pages", action="store_true", help="write the pages and run nothing")
     parser.add_argument(
         "--again",
@@ -66,10 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             studies = [registry.study(options.study)]
         if options.list:
             for study in sorted(studies, key=lambda s: s.rank):
-                store = queue.Store(study)
-                total, left = len(study.runs) * study.seeds, len(store.missing())
-                minutes = left * store.minutes()
-                print(f"{study.name}: {total - left} of {total} runs, {minutes:.0f} min left")
+                print(listed(study))
             return 0
         if not options.pages:
             left = queue.work(
@@ -79,9 +78,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(f"{left} runs are left: start the same command again")
         for path in page.write():
             print(f"wrote {path}")
-    except (ImportError, ValueError) as error:
+    except (ImportError, FileNotFoundError, ValueError) as error:
         sys.exit(f"{parser.prog}: {error}")
     return 0
+
+
+def listed(study: Study) -> str:
+    """A study in a line."""
+    store = queue.Store(study)
+    total, left = len(study.runs) * study.seeds, len(store.missing())
+    system = study.name.split("-")[0]
+    chances = worth.decisions(study, registry.experiment(system), page.earlier(system))
+    return (
+        f"{study.name}: {total - left} of {total} runs, {left * store.minutes():.0f} min left; "
+        f"{worth.said(chances)}"
+    )
 
 
 def pilot(study: Study, folder: Path) -> int:

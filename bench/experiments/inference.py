@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cache
 from statistics import NormalDist, fmean, stdev
 from typing import NamedTuple
 
@@ -104,3 +105,16 @@ def power(effect: float, deviation: float, seeds: int, level: float = LEVEL) -> 
         density = math.exp(scale + (degrees - 1) * math.log(s) - degrees * s * s / 2)
         total += width * density * normal.cdf(shift - needed * s)
     return min(total, 1.0)
+
+
+@cache
+def detectable(seeds: int, chance: float = 0.8) -> float:
+    """How far from the bound, in deviations of a single pair, a mean must be to be found by so many
+    seeds with that chance."""
+    low, high = 0.0, 1.0
+    while power(high, 1.0, seeds) < chance:
+        high *= 2
+    while high - low > 1e-3:
+        middle = (low + high) / 2
+        low, high = (middle, high) if power(middle, 1.0, seeds) < chance else (low, middle)
+    return high

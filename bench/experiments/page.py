@@ -9,18 +9,20 @@ seeds; their verdicts are computed by the present ones.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from moe_ops._files import write_text
 
 from . import registry
-from .inference import CONTRADICTED, NOT_SHOWN, SHOWN
+from .inference import CONTRADICTED, NOT_SHOWN, SHOWN, detectable
 from .picture import Picture
 from .queue import RESULTS
 from .report import MIN_SEEDS, Claim, Report, measured
-from .study import Experiment, Headline
+from .study import Experiment, Headline, Hypothesis, Study
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = ROOT / "docs" / "zoo"
@@ -28,6 +30,8 @@ OVERVIEW = ROOT / "docs" / "zoo.md"
 BEGIN, END = "<!-- experiment -->", "<!-- /experiment -->"
 KINDS = ("quality", "mechanism", "cost")
 MARKS = {SHOWN: "●", NOT_SHOWN: "○", CONTRADICTED: "✕"}
+FEW_SEEDS, NOT_RUN = "with three seeds alone", "not run so far"
+STATES = (SHOWN, CONTRADICTED, NOT_SHOWN, FEW_SEEDS, NOT_RUN)
 
 
 def write(results: Path = RESULTS, pages: Path = PAGES, overview: Path = OVERVIEW) -> list[Path]:
@@ -38,6 +42,7 @@ def write(results: Path = RESULTS, pages: Path = PAGES, overview: Path = OVERVIE
     """
     written = []
     rows = [f"| system | {' | '.join(KINDS)} |", "|---" * (1 + len(KINDS)) + "|"]
+    counts: Counter[str] = Counter()
     for system in registry.NAMES:
         found = registry.experiment(system)
         made, drawn = body(found, results)
@@ -47,7 +52,8 @@ def write(results: Path = RESULTS, pages: Path = PAGES, overview: Path = OVERVIE
             written.append(path)
         written.append(fill(pages / f"{system}.md", made))
         rows.append(f"| [{system}](zoo/{system}.md) | {' | '.join(cells(found, results))} |")
-    written.append(fill(overview, "\n".join(rows)))
+        counts.update(states(found, results))
+    written.append(fill(overview, "\n".join([counted(counts), "", *rows])))
     return written
 
 
@@ -114,10 +120,25 @@ def deciding(
     A study of which a part is done decides nothing: who looks again after each seed finds at some
     time what he looks for.
     """
-    pairs = zip(found.studies, claims_of(headline, reports), strict=True)
-    whole = [c for s, c in pairs if c is not None and len(c.differences) == s.seeds]
+    whole = done(headline, found, reports)
     old = [c for r in before for c in r.claims if c.statement == headline.earlier]
     return whole[-1] if whole else old[0] if old else None
+
+
+def promise(study: Study, hypothesis: Hypothesis) -> str:
+    """The chances by the plan's pilot."""
+    opposite = replace(hypothesis, below=not hypothesis.below)
+    shown, contradicted = (h.power(study.seeds) or 0.0 for h in (hypothesis, opposite))
+    return (
+        f"by a pilot, {study.size}: shown with a chance of {shown:.2f}, contradicted with one of "
+        f"{contradicted:.2f}"
+    )
+
+
+def done(headline: Headline, found: Experiment, reports: Sequence[Report | None]) -> list[Claim]:
+    """What the studies say whose seeds are all done, in their order."""
+    pairs = zip(found.studies, claims_of(headline, reports), strict=True)
+    return [c for s, c in pairs if c is not None and len(c.differences) == s.seeds]
 
 
 def headlines(found: Experiment, reports: Sequence[Report | None], before: Sequence[Report]) -> str:
@@ -146,9 +167,31 @@ def headlines(found: Experiment, reports: Sequence[Report | None], before: Seque
             cells.append(cell(claim) if claim else "to be run" if planned else "–")
         decided = deciding(headline, found, reports, before)
         cells.append(f"**{decided.said()}**" if decided else "open")
-        cells.append(headline.why or "–")
+        cells.append(why(headline, found, decided) or "–")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def why(headline: Headline, found: Experiment, decided: Claim | None) -> str:
+    """What the result is put down to; of one that is not shown also how much its seeds could have
+    found; of one that is open what a pilot promises."""
+    if decided is None:
+        for study in found.studies:
+            for hypothesis in study.hypotheses:
+                if hypothesis.key == headline.key and hypothesis.power(study.seeds) is not None:
+                    return promise(study, hypothesis)
+        return "no run and no pilot so far"
+    reasons = [headline.why(decided.verdict())]
+    n = len(decided.differences)
+    deviation = decided.standard_error * math.sqrt(n)
+    if decided.verdict() == NOT_SHOWN and n > 1 and deviation:
+        distance = decided.mean - decided.bound
+        side = "claimed" if (distance < 0) == decided.below else "other"
+        reasons.append(
+            f"the mean is {abs(distance):.2g} on the {side} side of the bound, and {n} seeds with "
+            f"this spread find {detectable(n) * deviation:.2g} four times in five"
+        )
+    return "; ".join(reason for reason in reasons if reason)
 
 
 def cell(claim: Claim) -> str:
@@ -160,7 +203,8 @@ def cell(claim: Claim) -> str:
 
 
 def cells(found: Experiment, results: Path = RESULTS) -> Iterator[str]:
-    """A row of the table of all systems: its headlines by kind, with their verdicts."""
+    """A row of the table of all systems: its headlines by kind, with their verdicts, and those of
+    all studies that are done where they differ."""
     reports, before = reports_of(found, results), earlier(found.system, results)
     for kind in KINDS:
         said = []
@@ -168,8 +212,27 @@ def cells(found: Experiment, results: Path = RESULTS) -> Iterator[str]:
             decided = deciding(headline, found, reports, before)
             mark = MARKS[decided.verdict()] if decided else "–"
             few = "*" if decided and len(decided.differences) < MIN_SEEDS else ""
-            said.append(f"{mark}{few} {headline.statement}")
+            every = [MARKS[claim.verdict()] for claim in done(headline, found, reports)]
+            by_study = f" ({' '.join(every)} by study)" if len(set(every)) > 1 else ""
+            said.append(f"{mark}{few} {headline.statement}{by_study}")
         yield "<br>".join(said) or "–"
+
+
+def states(found: Experiment, results: Path = RESULTS) -> Iterator[str]:
+    """The verdict of each headline that has one by the present rules, else what is missing."""
+    reports, before = reports_of(found, results), earlier(found.system, results)
+    for headline in found.headlines:
+        decided = deciding(headline, found, reports, before)
+        if decided is None:
+            yield NOT_RUN
+        else:
+            yield decided.verdict() if len(decided.differences) >= MIN_SEEDS else FEW_SEEDS
+
+
+def counted(counts: Mapping[str, int]) -> str:
+    """The line above the table of all systems."""
+    parts = [f"{counts[state]} {state}" for state in STATES if counts.get(state)]
+    return f"{sum(counts.values())} claims: {', '.join(parts)}."
 
 
 def trends(found: Experiment, reports: Sequence[Report | None]) -> list[Picture]:

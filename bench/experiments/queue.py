@@ -36,6 +36,10 @@ RESULTS = Path(__file__).resolve().parent / "results"
 CHECKPOINTS = Path("runs/experiments")
 
 
+class Busy(ValueError):
+    """Another process has the folder."""
+
+
 class Store:
     """The results of a study, in a file. Its plan is in it too, as it was at the first run.
 
@@ -206,12 +210,18 @@ def remaining(stores: Mapping[str, Store], jobs: int) -> str:
 
 @contextlib.contextmanager
 def only_one(folder: Path) -> Iterator[None]:
-    """Holds the folder's lock, which ends with the process."""
+    """Holds the folder's lock, which ends with the process.
+
+    Raises:
+        Busy: another process holds it.
+    """
     make_folder(folder)
     with (folder / "lock").open("w") as lock:
         if fcntl is not None:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                raise ValueError(f"{folder} must be of one queue, got a second one.") from None
+                raise Busy(
+                    f"{folder} must be of one process at a time, got a second one."
+                ) from None
         yield

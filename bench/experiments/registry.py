@@ -7,7 +7,10 @@ from functools import cache
 
 from .study import Experiment, Study
 
-NAMES = ("jetmoe", "deepseek", "moduleformer", "coe", "topp", "home", "mowst", "t2mir")
+NAMES = (
+    "jetmoe", "deepseek", "moduleformer", "coe", "topp", "home", "mowst", "t2mir", "premoe",
+    "uncurl", "super_experts",
+)  # fmt: skip
 
 
 @cache

@@ -18,7 +18,7 @@ from typing import Any
 from moe_ops._files import make_folder
 from moe_ops.zoo.t2mir.training import read_state, write_state
 
-from .inference import power
+from .inference import CONTRADICTED, NOT_SHOWN, SHOWN, power
 from .picture import Picture
 from .report import Claim, Report
 
@@ -201,7 +201,9 @@ class Study:
     Attributes:
         name: unique, of the file of its results: begins with the system's.
         size: how it is called in tables, short.
-        rank: its place in the queue, small first.
+        rank: its place in the queue, small first: from 10 on studies that pilots promise to decide
+            headlines, those with the most of them a minute first; from 30 on those without a pilot
+            and those that add a size to what is decided; from 50 on those of an hour and more.
         runs: name -> job.
         seeds: how many, from FIRST_SEED on.
         minutes: of processor time a run, roughly: for the time left before any run is done.
@@ -285,16 +287,25 @@ class Headline:
         statement: in a few words.
         published: what the authors report.
         kind: "quality", "mechanism" or "cost": a column of the table of all systems.
-        why: what the result is put down to; "" as long as it is open.
         earlier: statement of the claim in the run before the present rules, "" for none.
+        shown, contradicted, not_shown: what the result is put down to, should it be this one; ""
+            where nothing is known.
     """
 
     key: str
     statement: str
     published: str
     kind: str
-    why: str = ""
     earlier: str = ""
+    shown: str = ""
+    contradicted: str = ""
+    not_shown: str = ""
+
+    def why(self, verdict: str) -> str:
+        """The reason that goes with the verdict."""
+        return {
+            SHOWN: self.shown, CONTRADICTED: self.contradicted, NOT_SHOWN: self.not_shown
+        }[verdict]  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -245,7 +245,7 @@ EXPERIMENT = Experiment(
     "t2mir",
     (
         study(
-            "t2mir-dpt", "24 tasks a batch, dpt", 39, 0.35, SMALL,
+            "t2mir-dpt", "24 tasks a batch, dpt", 34, 0.35, SMALL,
             pilots={
                 "tells": (-0.029, 0.17, "seeds 0 to 2 at this size"),
                 "return": (-0.025, 0.07, "seeds 0 to 2 at this size"),
@@ -253,7 +253,7 @@ EXPERIMENT = Experiment(
             },
         ),
         study(
-            "t2mir-ad", "24 tasks a batch, ad", 41, 1.2, SMALL_AD,
+            "t2mir-ad", "24 tasks a batch, ad", 21, 1.2, SMALL_AD,
             pilots={
                 "tells": (0.306, 0.12, "seeds 0 to 2 at this size"),
                 "return": (-0.66, 0.64, "seeds 0 to 2 at this size"),
@@ -269,14 +269,25 @@ EXPERIMENT = Experiment(
             "tells", "the contrastive loss makes the router tell the task", "tasks lie apart",
             "mechanism",
             earlier="contrast 0.1: the router tells the rotation better than without",
+            shown="it is what the loss asks for; the features before the router tell it as well",
+            contradicted="features tell the task before any training; a contrast among 24 tasks "
+            "adds nothing to it",
+            not_shown="features tell the task before any training; a contrast among 24 tasks adds "
+            "little to it",
         ),
         Headline(
             "return", "and that raises the return", "higher than without", "quality",
             earlier="contrast 0.1: higher return than without",
+            contradicted="one step of an episode tells the task, so that nobody needs the router "
+            "to know it",
+            not_shown="one step of an episode tells the task, so that nobody needs the router to "
+            "know it",
         ),
         Headline(
             "dense", "higher return than a dense transformer", "higher on all environments",
             "quality", earlier="contrast 0.1: higher return than dense",
+            contradicted="likely: training is short, and each expert sees a share of the tokens",
+            not_shown="likely: training is short, and each expert sees a share of the tokens",
         ),
     ),
 )  # fmt: skip

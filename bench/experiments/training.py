@@ -53,21 +53,29 @@ class Trained:
     """A model after training.
 
     heldout: domain -> cross-entropy in nats a byte. curve: training cross-entropy a step. watched:
-    what `train` was asked to watch, one number a step.
-    routing: counts over the held-out text. z: mean over layers of the router z-loss there.
+    what `train` was asked to watch, one number a step. of_domain: counts over the held-out text of
+    each. z: mean over layers of the router z-loss there.
     """
 
     model: CausalLM
     heldout: dict[str, float]
     curve: list[float] = field(default_factory=list)
     watched: list[float] = field(default_factory=list)
-    routing: RoutingStats = field(default_factory=RoutingStats)
+    of_domain: dict[str, RoutingStats] = field(default_factory=dict)
     z: float = 0.0
 
     @property
     def loss(self) -> float:
         """Mean over domains of the held-out cross-entropy."""
         return sum(self.heldout.values()) / len(self.heldout)
+
+    @property
+    def routing(self) -> RoutingStats:
+        """Counts over the held-out text of all domains together."""
+        stats = RoutingStats()
+        for part in self.of_domain.values():
+            stats.merge(part)
+        return stats
 
     @property
     def max_violation(self) -> float:
@@ -246,15 +254,25 @@ def evaluate(trained: Trained, domains: Sequence[Domain], recipe: Recipe) -> Non
     for domain in domains:
         batches = heldout_batches(domain, recipe.heldout_batches, recipe.batch, recipe.length)
         total = 0.0
+        stats = trained.of_domain[domain.name] = RoutingStats()
         for tokens in batches:
             out = model.loss(tokens, coefficients={"router_z": 0.0})
             total += out.cross_entropy.item() / len(batches)
-            z += out.aux_losses["router_z"].item() / len(out.routing)
+            # A dense model has no router.
+            z += out.aux_losses["router_z"].item() / max(1, len(out.routing))
             calls += 1
             for r in out.routing:
-                trained.routing.update(r.routing.topk_ids, r.router.num_experts, layer=r.layer)
+                stats.update(r.routing.topk_ids, r.router.num_experts, layer=r.layer)
         trained.heldout[domain.name] = total
     trained.z = z / calls
+
+
+def mutual_information(counts: Tensor) -> float:
+    """Of the row and the column of a table of counts, in nats."""
+    joint = counts / counts.sum()
+    independent = joint.sum(0, keepdim=True) * joint.sum(1, keepdim=True)
+    total = torch.xlogy(joint, joint) - torch.xlogy(joint, independent)
+    return total.sum().item()
 
 
 @torch.no_grad()

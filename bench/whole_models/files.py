@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import sys
 from pathlib import Path
+
+from bench.whole_models.worker import SILENT
 
 _FILE_TYPES = {"q8_0": "LLAMA_FTYPE_MOSTLY_Q8_0", "q4_0": "LLAMA_FTYPE_MOSTLY_Q4_0"}
 
@@ -23,6 +26,7 @@ def main() -> None:
         if kind in _FILE_TYPES and not path.exists():
             import llama_cpp
 
+            llama_cpp.llama_log_set(SILENT, ctypes.c_void_p(0))
             params = llama_cpp.llama_model_quantize_default_params()
             params.ftype = getattr(llama_cpp, _FILE_TYPES[kind])
             params.pure = True

@@ -47,14 +47,17 @@ class Transformers:
         from transformers import AutoModelForCausalLM
 
         torch.set_num_threads(threads)
-        options = dict(HF[contender])
+        options: dict[str, Any] = dict(HF[contender])
         ours = contender.startswith("moe_ops")
         if ours:
             import moe_ops.hf
         experts = "moe_ops" if ours else contender
+        weights = options.get("weights")
         self.torch = torch
         self.model: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.bfloat16, experts_implementation=experts
+            folder / weights if weights else folder,
+            dtype=torch.bfloat16,
+            experts_implementation=experts,
         ).eval()
         if ours:
             moe_ops.hf.optimize(self.model, **options)
@@ -99,7 +102,7 @@ class LlamaCpp:
 
         self.c = c = llama_cpp
         c.llama_backend_init()
-        c.llama_log_set(_SILENT, ctypes.c_void_p(0))
+        c.llama_log_set(SILENT, ctypes.c_void_p(0))
         path = folder / f"{LLAMA[contender]}.gguf"
         self.model = c.llama_model_load_from_file(
             str(path).encode(), c.llama_model_default_params()
@@ -165,7 +168,7 @@ class LlamaCpp:
 
 
 @ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
-def _SILENT(level: int, text: bytes, data: Any) -> None:
+def SILENT(level: int, text: bytes, data: Any) -> None:
     pass
 
 

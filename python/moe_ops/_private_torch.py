@@ -155,6 +155,27 @@ def collectives_with_gradients() -> Any:
     return _functional_collectives
 
 
+def fake_process_group() -> tuple[str, Any]:
+    """The backend of a group that sends nothing and returns at once, and a store for it."""
+    try:
+        from torch.testing._internal.distributed.fake_pg import FakeStore
+    except ImportError as error:
+        raise ImportError(f"A trace needs torch's fake process group, got: {error}") from error
+    return "fake", FakeStore()
+
+
+def fake_tensors() -> Any:
+    """A context in which tensors have everything but data."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def dispatch_mode_class() -> Any:
+    """The base class of what sees every operation."""
+    return torch.utils._python_dispatch.TorchDispatchMode
+
+
 def registered_ops(namespace: str) -> list[str]:
     """The names of all ops of a namespace."""
     names = (schema.name for schema in torch._C._jit_get_all_schemas())

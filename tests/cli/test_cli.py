@@ -32,7 +32,7 @@ def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_help_lists_the_commands():
     result = runner.invoke(app, ["--help"])
     assert result.exit_code == 0
-    for command in ("doctor", "demo", "bench", "quantize", "zoo"):
+    for command in ("doctor", "demo", "bench", "quantize", "prune", "plan", "zoo"):
         assert command in result.output
 
 

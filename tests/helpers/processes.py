@@ -26,8 +26,14 @@ from typing import Any
 
 TIMEOUT = 60.0  # seconds: of a collective, and of what a rank may take longer than another
 _GRACE = 10.0  # seconds that ranks have to end by themselves once one has failed
-# What the server imports once for all processes, which are forked from it.
-_PRELOAD = ["torch.distributed.fsdp", "torch.distributed.tensor", "torch.distributed.checkpoint"]
+# What the server imports once for all processes, which are forked from it; it does not mind if one
+# is not there.
+_PRELOAD = [
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor",
+    "torch.distributed.checkpoint",
+    "transformers.modeling_utils",
+]
 
 
 class RankError(AssertionError):
@@ -144,6 +150,7 @@ def _serve(pipe: multiprocessing.connection.Connection, path: list[str]) -> None
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     import torch
     import torch.distributed as dist
+    from torch.distributed.tensor import debug
 
     torch.set_num_threads(1)
     while True:
@@ -167,6 +174,9 @@ def _serve(pipe: multiprocessing.connection.Connection, path: list[str]) -> None
                 answer = (True, function(rank, *args))
             finally:
                 dist.destroy_process_group()
+                # DTensor keeps layouts of results, with the mesh of the first of equal ones, whose
+                # groups are gone.
+                debug._clear_sharding_prop_cache()
             pipe.send(answer)
         except Exception:
             pipe.send((False, traceback.format_exc()))

@@ -92,6 +92,27 @@ def test_quantised(model_type, weights, most):
         moe_ops.hf.restore(model)
 
 
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_a_saved_model_is_optimised_again(weights, tmp_path):
+    def load(name):
+        return AutoModelForCausalLM.from_pretrained(
+            tmp_path / name, dtype=torch.bfloat16, experts_implementation="moe_ops"
+        ).eval()
+
+    make("mixtral").save_pretrained(tmp_path / "float")
+    model, ids = load("float"), tokens()
+    group = 32 if weights == "int4" else None
+    moe_ops.hf.optimize(model, weights, group_size=group)
+    model.save_pretrained(tmp_path / "saved")
+    loaded = load("saved")
+    report = moe_ops.hf.optimize(loaded, weights, group_size=group)
+    assert report["lm_head"] == {"int8": "int8", "int4": "int4 g32"}[weights]
+    assert torch.equal(logits(loaded, ids), logits(model, ids))
+    other = "int4" if weights == "int8" else "int8"
+    with pytest.raises(ValueError, match=r"must be a float model, got one quantised by moe_ops"):
+        moe_ops.hf.optimize(load("saved"), other)
+
+
 def recorded_calls(model, ids):
     """Input and output of each dense layer in one pass."""
     calls = {}
@@ -311,6 +332,27 @@ def test_other_formulas_are_left_alone():
     gate.__class__ = Halved
     assert fuse(gate) is None
     assert fuse(model.model.layers[1].mlp.gate) == "router"
+
+
+@pytest.mark.parametrize("change", [{}, {"norm_topk_prob": False}], ids=["", "raw"])
+@pytest.mark.parametrize("model_type", [m for m in MODEL_TYPES if "fused router" in FUSED[m]])
+def test_router_of_a_wide_model(model_type, change):
+    """What tells formulas apart must do so where sums are over thousands of features."""
+    torch.manual_seed(0)
+    model = build(model_type, hidden_size=2048, **change)
+    routers = [m for m in model.modules() if hasattr(m, "top_k") and hasattr(m, "weight")]
+    router = routers[-1]
+    x = torch.randn(40, 2048)
+    with torch.no_grad():
+        router.weight.normal_(0.0, 2048**-0.5)
+        logits, weights, ids = router(x)
+        assert fuse(router) == "router"
+        got_logits, got_weights, got_ids = router(x)
+    torch.testing.assert_close(got_logits, logits, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(got_weights.sum(1), weights.sum(1), rtol=1e-4, atol=1e-5)
+    expected = torch.zeros_like(logits).scatter(1, ids.long(), weights)
+    actual = torch.zeros_like(logits).scatter(1, got_ids.long(), got_weights)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

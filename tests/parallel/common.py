@@ -9,10 +9,22 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from moe_ops.layers import MoE
+from moe_ops.parallel import (
+    clip_grad_norm_,
+    ddp_ignore,
+    fully_shard_moe,
+    in_expert_order,
+    make_meshes,
+    shard_experts,
+)
 
 HIDDEN, EXPERTS, TOKENS = 16, 8, 48
 
@@ -20,11 +32,13 @@ HIDDEN, EXPERTS, TOKENS = 16, 8, 48
 class Block(nn.Module):
     """A residual block with a norm, a dense map and experts."""
 
-    def __init__(self, **options) -> None:
+    def __init__(self, experts: int = EXPERTS, **options) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(HIDDEN)
         self.dense = nn.Linear(HIDDEN, HIDDEN)
-        self.moe = MoE.build(HIDDEN, 8, EXPERTS, 2, num_shared_experts=1, bias=True, **options)
+        self.moe = MoE.build(
+            HIDDEN, 8, experts, min(2, experts), num_shared_experts=1, bias=True, **options
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.moe(self.norm(self.dense(x)))
@@ -87,3 +101,68 @@ def assert_same(got: dict[str, Tensor], want: dict[str, Tensor], rtol: float = 2
         bound = rtol * float(tensor.abs().max()) + 1e-9
         error = float((got[name] - tensor).abs().max())
         assert error <= bound, f"{name}: {error} > {bound}"
+
+
+class Run:
+    """A model in training, sharded for ep ranks beside FSDP2, or DDP, with its optimizer.
+
+    options: of `shard_experts`. model: of `Model`.
+    """
+
+    def __init__(self, rank, ep, seed=0, *, fsdp=True, model=None, **options):
+        self.rank = rank
+        meshes = make_meshes(ep)
+        self.model = shard_experts(Model(seed=seed, **(model or {})), meshes.ep, **options)
+        self.call = self.model
+        if fsdp:
+            for block in self.model.layers:
+                fully_shard_moe(block, meshes.dp, meshes.efsdp)
+            fully_shard(self.model, mesh=meshes.dp)
+        else:
+            ddp_ignore(self.model, efsdp_mesh=meshes.efsdp)
+            self.call = DistributedDataParallel(self.model)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2, foreach=False)
+
+    def steps(self, first, last):
+        losses = []
+        for step in range(first, last):
+            x, target = batch(step, self.rank, dist.get_world_size())
+            loss = loss_of(self.call, x, target)
+            self.optimizer.zero_grad()
+            loss.backward()
+            clip_grad_norm_(self.model.parameters(), 0.5)
+            self.optimizer.step()
+            losses.append(mean_over_ranks(loss))
+        return losses
+
+    def save(self, folder):
+        model, optimizer = get_state_dict(self.model, self.optimizer)
+        state = {"model": model, "optimizer": optimizer}
+        with in_expert_order(self.model, state):
+            dcp.save(state, checkpoint_id=folder)
+
+    def load(self, folder):
+        model, optimizer = get_state_dict(self.model, self.optimizer)
+        state = {"model": model, "optimizer": optimizer}
+        with in_expert_order(self.model, state):
+            dcp.load(state, checkpoint_id=folder)
+        set_state_dict(
+            self.model,
+            self.optimizer,
+            model_state_dict=state["model"],
+            optim_state_dict=state["optimizer"],
+        )
+
+    def everything(self):
+        """Weights and Adam's state by name, whole, in the order of experts."""
+        found = parameters(self.model)
+        names = {p: name for name, p in self.model.named_parameters()}
+        for p, state in self.optimizer.state.items():
+            found |= {f"{names[p]} {key}": whole(value) for key, value in state.items()}
+        for prefix, bank in self.model.named_modules():
+            if getattr(bank, "sharding", None) is not None:
+                first = list(bank.sharding.placement.first_places)
+                for name in [n for n in found if n.startswith(f"{prefix}.")]:
+                    if found[name].ndim:
+                        found[name] = found[name][first]
+        return found

@@ -7,65 +7,11 @@ import signal
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from tests.helpers.processes import Processes, RankError
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.distributed.fsdp import fully_shard
 
-from moe_ops.parallel.sharding import clip_grad_norm_, fully_shard_moe, make_meshes, shard_experts
-
-from .common import Model, batch, loss_of, mean_over_ranks, parameters, whole
+from .common import Run
 
 pytestmark = pytest.mark.cpu_only
-
-
-class Run:
-    """A model in training, sharded for ep ranks beside FSDP2, with its optimizer."""
-
-    def __init__(self, rank, ep, seed=0):
-        self.rank = rank
-        meshes = make_meshes(ep)
-        self.model = shard_experts(Model(seed=seed), meshes.ep)
-        for block in self.model.layers:
-            fully_shard_moe(block, meshes.dp, meshes.efsdp)
-        fully_shard(self.model, mesh=meshes.dp)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2, foreach=False)
-
-    def steps(self, first, last):
-        losses = []
-        for step in range(first, last):
-            x, target = batch(step, self.rank, dist.get_world_size())
-            loss = loss_of(self.model, x, target)
-            self.optimizer.zero_grad()
-            loss.backward()
-            clip_grad_norm_(self.model.parameters(), 0.5)
-            self.optimizer.step()
-            losses.append(mean_over_ranks(loss))
-        return losses
-
-    def save(self, folder):
-        model, optimizer = get_state_dict(self.model, self.optimizer)
-        dcp.save({"model": model, "optimizer": optimizer}, checkpoint_id=folder)
-
-    def load(self, folder):
-        model, optimizer = get_state_dict(self.model, self.optimizer)
-        state = {"model": model, "optimizer": optimizer}
-        dcp.load(state, checkpoint_id=folder)
-        set_state_dict(
-            self.model,
-            self.optimizer,
-            model_state_dict=state["model"],
-            optim_state_dict=state["optimizer"],
-        )
-
-    def everything(self):
-        """Weights and Adam's state by name, whole."""
-        found = parameters(self.model)
-        names = {p: name for name, p in self.model.named_parameters()}
-        for p, state in self.optimizer.state.items():
-            found |= {f"{names[p]} {key}": whole(value) for key, value in state.items()}
-        return found
 
 
 def save_after_steps(rank, ep, folder):

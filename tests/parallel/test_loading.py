@@ -10,7 +10,13 @@ import torch
 from torch import nn
 
 from moe_ops.layers import Experts
-from moe_ops.parallel import fully_shard_moe, load_experts, make_meshes, shard_experts
+from moe_ops.parallel import (
+    Placement,
+    fully_shard_moe,
+    load_experts,
+    make_meshes,
+    shard_experts,
+)
 
 transformers = pytest.importorskip("transformers", minversion="5.7")
 safetensors_torch = pytest.importorskip("safetensors.torch")
@@ -76,7 +82,7 @@ class RecordedSlice:
         return rows
 
 
-def load(rank, folder, prefix, sizes, options):
+def load(rank, folder, prefix, sizes, options, placement=None):
     import safetensors
 
     reads, true_open = [], safetensors.safe_open
@@ -84,7 +90,7 @@ def load(rank, folder, prefix, sizes, options):
     try:
         bank = Experts(*sizes, device="meta", **options)
         model = nn.ModuleDict({"block": nn.ModuleDict({"experts": bank})})
-        shard_experts(model, make_meshes(2).ep)
+        shard_experts(model, make_meshes(2).ep, placement=placement)
         model.to_empty(device="cpu")
         load_experts(model, folder, {"block.experts": prefix})
         local = {name: p.detach().to_local() for name, p in bank.named_parameters()}
@@ -122,6 +128,20 @@ def test_each_rank_reads_its_experts(processes, tmp_path, kind):
         read = sum(torch.Size(shape).numel() for _, shape in reads)
         assert read == sum(t.numel() for t in wanted.values()) // 2
         assert all(key.startswith(prefix) for key, _ in reads)
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss"])
+def test_each_rank_reads_what_its_placement_says(processes, tmp_path, kind):
+    model = save(kind, tmp_path)
+    prefix, index = stored_prefix(tmp_path)
+    wanted = [t.detach() for t in experts_of(model, index)]
+    sizes = experts, *_ = wanted[1].shape
+    placement = Placement(experts, 2, (*range(experts)[::-1], experts - 1, experts - 2))
+    args = (tmp_path, prefix, sizes, KINDS[kind], placement)
+    for rank, (local, _) in enumerate(processes.run(load, *args, world=2)):
+        mine = list(placement.local(rank))
+        assert torch.equal(local["w_gate_up"], wanted[0][mine])
+        assert torch.equal(local["w_down"], wanted[1][mine])
 
 
 def test_files_with_an_index_and_banks_that_are_whole(tmp_path):

@@ -17,6 +17,7 @@ from moe_ops.layers import (
     mutual_information_loss,
     router_entropy_loss,
     router_z_loss,
+    sequence_balance_loss,
     update_expert_bias,
 )
 from moe_ops.layers.layer_losses import total_load_balancing_loss, total_router_z_loss
@@ -40,6 +41,9 @@ LOSSES = {
     ),
     "device_balance": lambda logits, ids, mask, group: device_balance_loss(
         logits[0], ids[0], 3, token_mask=mask, group=group
+    ),
+    "sequence": lambda logits, ids, mask, group: sequence_balance_loss(
+        logits[0], ids[0], num_sequences=1, token_mask=mask, group=group
     ),
     "z": of_logits(router_z_loss),
     "entropy": of_logits(router_entropy_loss),

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from moe_ops.parallel import Move, Placement
+from moe_ops.parallel import Move, Placement, rebalance_experts
 
 
 def loads_of(placement: Placement, load: list[float]) -> list[float]:
@@ -111,3 +111,81 @@ def test_bad_placements(bad_input):
         Placement.balanced([1.0] * 4, 2, 5)
     with bad_input("Placement.moves", "new", "3 on 1"):
         Placement.contiguous(4, 2).moves(Placement.contiguous(3, 1))
+
+
+# ---------------------------------------------------------------------- machines, moves, EPLB
+
+
+def test_experts_stay_on_the_machine_of_their_group():
+    load = torch.tensor([9.0, 1, 8, 1, 2, 2, 1, 3, 5, 1, 1, 1])
+    placement = Placement.balanced(load, 4, 16, num_groups=4, num_nodes=2)
+    machines = [{*placement.local(r), *placement.local(r + 1)} for r in (0, 2)]
+    for group in range(4):
+        members = set(range(3 * group, 3 * group + 3))
+        assert sum(members <= machine for machine in machines) == 1
+    assert [len(machine) for machine in machines] == [6, 6]
+    # The two busiest groups are apart, and each machine has two places more.
+    assert placement.copies == (2, 1, 2, 1, 1, 1, 1, 2, 2, 1, 1, 1)
+    # Machines that groups cannot be dealt to evenly count for nothing.
+    free = Placement.balanced(load, 4, 16)
+    assert Placement.balanced(load, 4, 16, num_groups=3, num_nodes=2) == free
+    assert placement.max_violation(load) >= free.max_violation(load) >= 0
+
+
+def test_groups_and_machines_of_different_sizes(bad_input):
+    with bad_input("Placement.balanced", "num_groups", "3"):
+        Placement.balanced([1.0] * 8, 4, num_groups=3)
+    with bad_input("Placement.balanced", "num_nodes", "3"):
+        Placement.balanced([1.0] * 8, 4, num_nodes=3)
+    with bad_input("Placement.balanced", "num_physical", "12"):  # Two of an expert on one rank.
+        Placement.balanced([1.0] * 8, 4, 12, num_groups=4, num_nodes=4)
+
+
+def test_max_violation():
+    placement = Placement(3, 2, (0, 1, 2, 0))
+    assert placement.max_violation([4.0, 1, 1]) == 0
+    assert placement.max_violation(torch.tensor([4, 3, 1])) == pytest.approx(5 / 4 - 1)
+    assert placement.max_violation([0.0] * 3) == 0
+
+
+@pytest.mark.parametrize("num_nodes", [1, 2])
+def test_near_moves_less_and_keeps_loads(num_nodes):
+    generator = torch.Generator().manual_seed(num_nodes)
+    for _ in range(10):
+        load = torch.rand(16, generator=generator).pow(3)
+        old = Placement.balanced(load, 4, 20, num_groups=4, num_nodes=num_nodes)
+        shift = load * (1 + 0.2 * torch.rand(16, generator=generator))
+        new = Placement.balanced(shift, 4, 20, num_groups=4, num_nodes=num_nodes)
+        near = new.near(old, num_nodes)
+        assert len(old.moves(near)) <= len(old.moves(new))
+        assert sorted(loads_of(near, load.tolist())) == pytest.approx(
+            sorted(loads_of(new, load.tolist()))
+        )
+        share = 4 // num_nodes
+        for node in range(num_nodes):
+            ranks = range(node * share, node * share + share)
+            together, before = (
+                sorted(sorted(placement.local(r)) for r in ranks) for placement in (near, new)
+            )
+            assert together == before
+        assert old.near(old, num_nodes) == old
+
+
+def test_near_of_other_sizes(bad_input):
+    with bad_input("Placement.near", "old", "9 on 3"):
+        Placement.contiguous(8, 2).near(Placement.contiguous(9, 3))
+
+
+def test_rebalance_experts_answers_like_eplb():
+    weight = torch.tensor([[90, 132, 40, 61, 104, 165, 39, 4], [20, 107, 104, 64, 19, 197, 187, 1]])
+    phy2log, log2phy, logcnt = rebalance_experts(weight, 12, 4, 2, 4)
+    assert phy2log.shape == (2, 12) and log2phy.shape[:2] == (2, 8) and logcnt.shape == (2, 8)
+    assert phy2log.dtype == log2phy.dtype == logcnt.dtype == torch.int64
+    assert logcnt.sum(1).tolist() == [12, 12] and log2phy.shape[2] == logcnt.max()
+    for layer, expert in itertools.product(range(2), range(8)):
+        count = int(logcnt[layer, expert])
+        places = log2phy[layer, expert, :count]
+        assert (phy2log[layer, places] == expert).all()
+        assert (log2phy[layer, expert, count:] == -1).all()
+        placement = Placement(8, 4, tuple(phy2log[layer].tolist()))
+        assert placement.max_violation(weight[layer]) < 0.35

@@ -236,7 +236,7 @@ def layout(rank):
         lambda: shard_experts(torch.nn.Linear(2, 2), meshes.ep),
         lambda: shard_experts(Experts(3, 4, 4), meshes.ep),
         lambda: shard_experts(model, meshes.ep),
-        lambda: shard_experts(Model(1), meshes.ep, placement=Placement.contiguous(EXPERTS, 2)),
+        lambda: shard_experts(Model(1), meshes.ep, placement=Placement.contiguous(EXPERTS, 4)),
         lambda: shard_experts(
             Model(1), torch.distributed.init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
         ),
@@ -280,5 +280,5 @@ def test_each_rank_has_its_experts(processes):
         assert "got Linear without one" in got["said"][2]
         assert "got 3 in the model" in got["said"][3]
         assert "got a bank that is sharded" in got["said"][4]
-        assert "placement must be None" in got["said"][5]
+        assert "placement must have no empty place and be for 2 ranks" in got["said"][5]
         assert "got (2, 2)" in got["said"][6]

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from moe_ops import _arguments as ranges
 from moe_ops.cli import arguments
 
 app = typer.Typer(
@@ -190,6 +191,150 @@ def quantize(
         tokens=tokens,
         context=context,
         skip=tuple(skip or ()),
+        overwrite=overwrite,
+    )
+    result = run(options, console)
+    if as_json:
+        typer.echo(json.dumps(result, indent=2))
+
+
+@app.command()
+@arguments.command
+def plan(
+    model: Annotated[
+        str, typer.Argument(help="A config.json, a folder with one, or a preset: deepseek_v3, ...")
+    ],
+    ranks: Annotated[int, typer.Option(min=1, max=ranges.MAX_RANKS, help="All devices.")] = 8,
+    cluster: Annotated[
+        str, typer.Option(help="Preset of devices and links: h100, h200, b200, gb200_nvl72, ...")
+    ] = "h100",
+    ep: Annotated[
+        int | None, typer.Option(min=1, help="Ranks that share experts out. [default: the best]")
+    ] = None,
+    tp: Annotated[int, typer.Option(min=1, help="Ranks of tensor parallelism.")] = 1,
+    fsdp: Annotated[
+        int | None,
+        typer.Option(min=1, help="Ranks that FSDP shards over. [default: all, in training]"),
+    ] = None,
+    tokens: Annotated[int, arguments.tokens("Tokens of a rank in one forward.", 1)] = 4096,
+    context: Annotated[int, arguments.tokens("Tokens of a sequence.", 1)] = 4096,
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    inference: Annotated[bool, typer.Option("--inference", help="Forward alone.")] = False,
+    recompute: Annotated[
+        bool, typer.Option("--recompute", help="Activation checkpointing of every block.")
+    ] = False,
+    fp8: Annotated[bool, typer.Option("--fp8", help="Rows travel as fp8.")] = False,
+    fp32_combine: Annotated[
+        bool, typer.Option("--fp32-combine", help="Results return in float32.")
+    ] = False,
+    dispatch: Annotated[str, typer.Option(help="A dispatcher, as of choose().")] = "auto",
+    imbalance: Annotated[
+        float, typer.Option(min=1.0, help="Tokens of the busiest rank over the mean.")
+    ] = 1.0,
+    redundant: Annotated[
+        int, typer.Option(min=0, help="Places of a rank for copies of experts.")
+    ] = 0,
+    ranks_per_node: Annotated[int | None, typer.Option(min=1, help="Of a fast domain.")] = None,
+    memory: Annotated[float | None, typer.Option(help="GiB of a device.")] = None,
+    tflops: Annotated[float | None, typer.Option(help="That products reach.")] = None,
+    intra: Annotated[float | None, typer.Option(help="GB/s of a device inside a node.")] = None,
+    inter: Annotated[float | None, typer.Option(help="GB/s of a device across nodes.")] = None,
+    trace: Annotated[
+        bool,
+        typer.Option("--trace", help="Also run a step of one rank, without data: a minute or two."),
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Picture: .svg, .png, .pdf or .html.")] = None,
+) -> None:
+    """Plan expert parallelism: memory, traffic and time of a rank, and what to change."""
+    from moe_ops.cli.plan import PlanOptions, run
+
+    options = PlanOptions(
+        model=model,
+        ranks=ranks,
+        cluster=cluster,
+        ep=ep,
+        changes={
+            "ranks_per_node": ranks_per_node,
+            "memory": None if memory is None else memory * 2**30,
+            "flops": None if tflops is None else tflops * 1e12,
+            "intra_bandwidth": None if intra is None else intra * 1e9,
+            "inter_bandwidth": None if inter is None else inter * 1e9,
+        },
+        job={
+            "tp": tp,
+            "fsdp": fsdp,
+            "tokens": tokens,
+            "context": context,
+            "training": not inference,
+            "dtype": dtype,
+            "recompute": recompute,
+            "fp8": fp8,
+            "fp32_combine": fp32_combine,
+            "dispatch": dispatch,
+            "imbalance": imbalance,
+            "redundant": redundant,
+        },
+        trace=trace,
+        out=out,
+    )
+    result = run(options, _console(quiet=as_json))
+    if as_json:
+        typer.echo(json.dumps(result, indent=2))
+
+
+@app.command()
+@arguments.command
+def prune(
+    source: Annotated[Path, typer.Argument(help="Folder of a Hugging Face causal language model.")],
+    keep: Annotated[str, typer.Option(help="Experts a layer: 8, or the part of them: 0.5.")],
+    text: Annotated[
+        Path,
+        typer.Option(help="Text file: its beginning chooses experts, its end measures the cost."),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the pruned checkpoint.")],
+    by: Annotated[
+        str,
+        typer.Option(
+            help="What is dropped: frequency, tcess, tcess_softmax, gate_norm, reap, max_output. "
+            "Or merged: uncurl, hc_smoe."
+        ),
+    ] = "reap",
+    groups: Annotated[
+        str, typer.Option(help="Of group-limited routing: drop, or keep as many of each group.")
+    ] = "drop",
+    tokens: Annotated[
+        int, arguments.tokens("Tokens of the text to choose by, and as many to judge.", 64)
+    ] = 16384,
+    context: Annotated[int, arguments.tokens("Tokens a sequence.", 2)] = 512,
+    tune: Annotated[
+        int, typer.Option(min=0, max=10**6, help="Steps of training afterwards, on the same text.")
+    ] = 0,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Write into a folder that is not empty.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Keep, or merge into, fewer experts a layer; transformers loads the result without moe_ops."""
+    console = _console(quiet=as_json)
+    try:
+        number = float(keep) if "." in keep else int(keep)
+    except ValueError:
+        raise arguments.fail(f"prune: --keep must be a number, got {keep}.") from None
+    try:
+        from moe_ops.cli.prune import PruneOptions, run
+    except ImportError as error:
+        raise arguments.fail(f"moe-ops prune: {error}") from None
+    options = PruneOptions(
+        source=source,
+        target=out,
+        text=text,
+        keep=number,
+        by=by,
+        groups=groups,
+        tokens=tokens,
+        context=context,
+        tune=tune,
         overwrite=overwrite,
     )
     result = run(options, console)

@@ -10,7 +10,8 @@ transformers' experts interface. :func:`enable` switches a live model instead, a
 and Llama 4, whose blocks are outside that interface and ignore the argument silently. It also
 registers a quantisation method, so that ``from_pretrained`` reads checkpoints whose experts
 `moe_ops.quantize_experts` has quantised, and an attention implementation ``"moe_ops"``, torch's
-attention without the masks that would keep JetMoE's attention experts from compiled code.
+attention without the masks that would keep JetMoE's attention experts from compiled code. Where
+transformers has a registry of expert-parallel implementations (5.23), ``"moe_ops"`` is one.
 :func:`optimize` puts a whole model on kernels for inference, dense layers and head included.
 """
 
@@ -38,11 +39,14 @@ from moe_ops.hf import attention
 from moe_ops.hf.experts import experts_forward
 from moe_ops.hf.hook import TransformersHook
 from moe_ops.hf.optimize import optimize, restore
+from moe_ops.hf.parallel import Interface, register_ep_implementation
 from moe_ops.hf.quantizer import ExpertsQuantizationConfig
 from moe_ops.hf.switch import disable, enable, expect_calls, status
 
 ExpertsInterface.register("moe_ops", experts_forward)
 attention.register()
+if Interface is not None and "moe_ops" not in Interface():  # It is, where this is reloaded.
+    register_ep_implementation("moe_ops")
 register_hook(TransformersHook())
 
 __all__ = [
@@ -52,6 +56,7 @@ __all__ = [
     "expect_calls",
     "experts_forward",
     "optimize",
+    "register_ep_implementation",
     "restore",
     "status",
 ]

@@ -118,7 +118,7 @@ def _router_forward(cls: Any) -> Callable[..., Any]:
     return forward
 
 
-def _router_settings(module: nn.Module) -> tuple[Mapping[str, Any], bool, bool, bool] | None:
+def router_settings(module: nn.Module) -> tuple[Mapping[str, Any], bool, bool, bool] | None:
     """The arguments of topk_router, and whether products, logits and weights are in fp32 where
     tokens are not; None for what chooses otherwise, or is no router."""
     parameters = dict(module.named_parameters())
@@ -129,7 +129,9 @@ def _router_settings(module: nn.Module) -> tuple[Mapping[str, Any], bool, bool, 
         return None
     probe = _probe(module)
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(8, weight.shape[1], generator=generator)
+    # Logits of size one at any width: in a softmax of large ones the first weight is all but 1,
+    # and weights that are renormalised look like those that are not.
+    x = torch.randn(32, weight.shape[1], generator=generator) / weight.shape[1] ** 0.5
     actual = _call(probe, x)
     if not (isinstance(actual, tuple) and len(actual) == 3):
         return None
@@ -224,5 +226,5 @@ def _close(actual: Tensor, expected: Tensor) -> bool:
 # Kind -> what makes the forward of a fused class, and what tells its modules and their settings.
 _KINDS: dict[str, tuple[Callable[[Any], Callable[..., Any]], Callable[[nn.Module], Any]]] = {
     "norm": (_norm_forward, _norm_settings),
-    "router": (_router_forward, _router_settings),
+    "router": (_router_forward, router_settings),
 }

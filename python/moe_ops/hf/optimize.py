@@ -12,9 +12,11 @@ from transformers.generation import CompileConfig
 
 from moe_ops.hf.fused import fuse
 from moe_ops.hf.switch import enable, interface_of, set_implementation
+from moe_ops.layers import QuantizedExperts
 from moe_ops.layers.linear import FewRowsLinear, QuantizedLinear, fitting_group
 from moe_ops.memory import register_holder
 from moe_ops.quant import quantize_experts
+from moe_ops.quant.bank import find_banks
 
 FORMATS = (None, "int8", "int4")
 # Parts of names of layers that choose experts: they are small, and an error there turns tokens to
@@ -70,7 +72,9 @@ def optimize(
     Attention stays what the model has: torch's, unless "eager" was asked for. What is left as it
     was is not in the report. Parameters, their names and checkpoints stay those of the model; with
     `weights`, `save_pretrained` writes quantised experts as `quantize_experts` does, and dense
-    layers as floats with the values that are computed with.
+    layers as floats with the values that are computed with. A model that was saved so is loaded in
+    the time that its bytes take; `optimize` with the same `weights` rounds its dense layers again,
+    to the same numbers.
 
     Args:
         model: a transformers model, or any module that holds MoE blocks of one.
@@ -115,7 +119,7 @@ def optimize(
     held = {p.data_ptr(): p.nbytes for p in model.parameters()} if keep_original else {}
 
     report: dict[str, str] = {}
-    if weights is not None:
+    if weights is not None and not _experts_are(model, weights, group_size):
         quantize_experts(model, weights, group_size=group_size)
     report |= enable(model)
     tied = _tied(model)
@@ -191,6 +195,15 @@ def _optimize_linear(
     parent = model.get_submodule(".".join(parts[:-1]))
     parent._modules[parts[-1]] = quantized
     return {name: quantized.format_name}
+
+
+def _experts_are(model: nn.Module, format: str, group_size: int | None) -> bool:
+    """Whether all experts are stored so already, as those of a checkpoint that was saved so."""
+    found = [m for m in model.modules() if isinstance(m, QuantizedExperts)]
+    fits = all(
+        m.format == format and (group_size is None or m.group_size == group_size) for m in found
+    )
+    return bool(found) and fits and next(find_banks(model, ()), None) is None
 
 
 def _tied(model: nn.Module) -> set[int]:

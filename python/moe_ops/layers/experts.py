@@ -196,15 +196,29 @@ class Experts(nn.Module):
         topk_ids: Tensor,
         *,
         apply_router_weight_on_input: bool = False,
+        x_scale: Tensor | None = None,
+        out_dtype: torch.dtype | None = None,
     ) -> Tensor:
         """`forward` by the experts that this process has of a sharded bank, and by no others.
 
         Args:
             topk_ids: [T, K], 0 being the first of these experts; ids outside [0, number of them)
                 contribute nothing, as everywhere.
+            x_scale: of x in float8_e4m3fn, with `takes_fp8` and without gradients; then with an
+                out_dtype. Both as of `moe_ops.moe_ffn_fp8`.
+            out_dtype: None, the dtype of x, or float32: a token's sum before it is rounded. Where
+                gradients of precision "fp8" or another O than H are asked for, the rounded sum.
         """
+        weights = _local(self._weights())
+        if self.sharding is not None:
+            weights = self.sharding.tie_replicas(weights)
         on_input = apply_router_weight_on_input
-        return self._run(_local(self._weights()), x, topk_weights, topk_ids, on_input)
+        return self._run(weights, x, topk_weights, topk_ids, on_input, x_scale, out_dtype)
+
+    @property
+    def takes_fp8(self) -> bool:
+        """Whether `forward_local` without gradients takes x as `moe_ops.quantize_fp8` makes it."""
+        return self.precision == "fp8"
 
     def _weights(self) -> _Weights:
         # A module finds a parameter by __getattr__, which for four takes a fifth of a small call.
@@ -215,25 +229,36 @@ class Experts(nn.Module):
             return self.w_gate_up, self.w_down, self.b_gate_up, self.b_down
 
     def _run(
-        self, weights: _Weights, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, on_input: bool
+        self,
+        weights: _Weights,
+        x: Tensor,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        on_input: bool,
+        x_scale: Tensor | None = None,
+        out_dtype: torch.dtype | None = None,
     ) -> Tensor:
         if self.output_size != self.hidden_size:
-            return self._two_products(weights, x, topk_weights, topk_ids, on_input)
+            y = self._two_products(weights, x, topk_weights, topk_ids, on_input)
+            return y if out_dtype is None else y.to(out_dtype)
         w_gate_up, w_down, b_gate_up, b_down = weights
         if self.precision == "fp8":
+            dtype = x.dtype if x_scale is None else out_dtype
             return fp8_ffn(
                 x,
                 w_gate_up,
                 w_down,
                 topk_weights,
                 topk_ids,
-                b_gate_up=None if b_gate_up is None else b_gate_up.to(x.dtype),
-                b_down=None if b_down is None else b_down.to(x.dtype),
+                b_gate_up=None if b_gate_up is None else b_gate_up.to(dtype),
+                b_down=None if b_down is None else b_down.to(dtype),
                 activation=self.activation,
                 interleaved=self.interleaved,
                 apply_router_weight_on_input=on_input,
                 alpha=self.alpha,
                 limit=self.limit,
+                x_scale=x_scale,
+                out_dtype=out_dtype,
             )
         return expert_ffn(
             self,
@@ -249,6 +274,7 @@ class Experts(nn.Module):
             apply_router_weight_on_input=on_input,
             alpha=self.alpha,
             limit=self.limit,
+            out_dtype=out_dtype,
         )
 
     def _two_products(

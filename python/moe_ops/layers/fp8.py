@@ -73,6 +73,8 @@ def fp8_ffn(
     alpha: float = 1.702,
     limit: float = 7.0,
     main_grads: tuple[Tensor | None, Tensor | None] | None = None,
+    x_scale: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """:func:`moe_ops.moe_ffn` whose products multiply float8_e4m3fn, forward and backward.
 
@@ -99,10 +101,14 @@ def fp8_ffn(
         main_grads: as for moe_ffn: buffers to which backward adds the gradients of w_gate_up and
             w_down, each shaped like its weight, contiguous, in float32, bfloat16 or float16, or
             None. Eager mode only.
+        x_scale: of x in float8_e4m3fn, as for moe_ffn_fp8; where no gradient is wanted.
+        out_dtype: of the result, as for moe_ffn_fp8; with gradients it is rounded to x's dtype
+            before.
 
     Returns:
-        [T, H] in x's dtype. T = 0 gives [0, H]. A token with an infinity or a NaN gets NaN, and its
-        experts NaN in those features of their gradients that it reaches; others do not notice.
+        [T, H] in x's dtype, or out_dtype. T = 0 gives [0, H]. A token with an infinity or a NaN
+        gets NaN, and its experts NaN in those features of their gradients that it reaches; others
+        do not notice.
 
     Under autocast x and the biases are cast, and the weights are not. A write to a weight through
     ``.data`` counts no version: call :func:`forget_fp8_weights` after one.
@@ -117,14 +123,16 @@ def fp8_ffn(
     device = x.device.type
     if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
         target = torch.get_autocast_dtype(device)
-        x = x.to(target)
+        x = x if x_scale is not None else x.to(target)
         b_gate_up = None if b_gate_up is None else b_gate_up.to(target)
         b_down = None if b_down is None else b_down.to(target)
     options = _Options(activation, interleaved, apply_router_weight_on_input, alpha, limit)
-    _check(x, w_gate_up, w_down, topk_weights, topk_ids, b_gate_up, b_down, options)
-    up, down = fp8_weight(w_gate_up), fp8_weight(w_down)
     inputs = (x, w_gate_up, w_down, topk_weights, b_gate_up, b_down)
-    if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)):
+    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+    if wanted or x_scale is None:
+        _check(x, w_gate_up, w_down, topk_weights, topk_ids, b_gate_up, b_down, options)
+    up, down = fp8_weight(w_gate_up), fp8_weight(w_down)
+    if not wanted:
         return moe_ffn_fp8(
             x,
             *up[:2],
@@ -138,6 +146,8 @@ def fp8_ffn(
             apply_router_weight_on_input=apply_router_weight_on_input,
             alpha=alpha,
             limit=limit,
+            x_scale=x_scale,
+            out_dtype=out_dtype,
         )
     if not torch.compiler.is_compiling() and are_functorch_transforms_active():
         raise NotImplementedError(
@@ -145,7 +155,7 @@ def fp8_ffn(
         )
     function = _Fp8Ffn if torch.compiler.is_compiling() else _EagerFp8Ffn
     y: Tensor = function.apply(*inputs, topk_ids, *up, *down, options, main_grads or (None, None))
-    return y
+    return y if out_dtype is None else y.to(out_dtype)
 
 
 def _check(

@@ -228,6 +228,7 @@ def sequence_balance_loss(
     num_sequences: int | None = None,
     score_func: str = "sigmoid",
     token_mask: Tensor | None = None,
+    group: Any = None,
 ) -> Tensor:
     """Balance inside each sequence: the mean over sequences of E * sum_e f_s[e] * P_s[e].
 
@@ -241,6 +242,8 @@ def sequence_balance_loss(
         score_func: "softmax" (DeepSeek-V2), or another one of the router, whose scores are divided
             by their sum ("sigmoid": DeepSeek-V3).
         token_mask: bool, one element a token, True where the token counts.
+        group: ranks among which sequences are cut, as context parallelism does: each has a part of
+            all B of them, and parts may differ in length. Not ranks with other sequences.
 
     Returns:
         The loss, a scalar.
@@ -275,13 +278,22 @@ def sequence_balance_loss(
     bins = torch.where(valid, sequence[:, None] * num_experts + ids, num_sequences * num_experts)
     counts = torch.zeros(num_sequences * num_experts + 1, dtype=torch.int64, device=ids.device)
     counts = counts.scatter_add(0, bins.reshape(-1), torch.ones_like(bins).reshape(-1))
-    f = _share(counts[:-1].view(num_sequences, num_experts), logits.dtype)
+    counts = counts[:-1].view(num_sequences, num_experts)
 
     p = _probabilities(logits, score_func) * mask[:, None]
-    length = mask.view(num_sequences, -1).sum(1)
-    mean_probs = p.view(num_sequences, -1, num_experts).sum(1) / length.clamp(min=1)[:, None]
+    # Sequences may have no tokens here: -1 would not be known.
+    by_sequence = num_sequences, num_tokens // num_sequences
+    probs = p.view(*by_sequence, num_experts).sum(1)
+    length = mask.view(by_sequence).sum(1, keepdim=True)
+    if group is None:
+        mean_probs = probs / length.clamp(min=1)
+    else:
+        mean_probs, both = mean_over_ranks(probs, length, group, torch.cat([counts, length], 1))
+        assert both is not None
+        counts, length = both[:, :-1], both[:, -1:]
+    f = _share(counts, logits.dtype)
     per_sequence = num_experts * (f * mean_probs).sum(1)
-    return _mean(per_sequence, length > 0)
+    return _mean(per_sequence, length[:, 0] > 0)
 
 
 def device_balance_loss(

@@ -275,7 +275,7 @@ class MoE(nn.Module):
         saves the same tensors for backward as the one that chose them: checkpointing checks it."""
         router = self.router
         logits = router.logits(flat)
-        if call.choice is None or router.draws_random_numbers:
+        if call.choice is None or router.draws_random_numbers or router.override is not None:
             ids = router.choose(logits, expert_mask=expert_mask)
         if call.choice is None:
             router.count(ids)

@@ -218,13 +218,17 @@ class QuantizedExperts(nn.Module):
         topk_ids: Tensor,
         *,
         apply_router_weight_on_input: bool = False,
+        out_dtype: torch.dtype | None = None,
     ) -> Tensor:
-        """`forward` by the experts that this process has, as `Experts.forward_local`."""
+        """`forward` by the experts that this process has, as `Experts.forward_local`; out_dtype is
+        given to a sum that is rounded to the dtype of x."""
         on_input = apply_router_weight_on_input
         wanted = torch.is_grad_enabled() and (x.requires_grad or topk_weights.requires_grad)
         if wanted and not in_transform():
-            return _WithoutBackward.apply(x, topk_weights, topk_ids, self, on_input)
-        return self._run(x, topk_weights, topk_ids, on_input)
+            y: Tensor = _WithoutBackward.apply(x, topk_weights, topk_ids, self, on_input)
+        else:
+            y = self._run(x, topk_weights, topk_ids, on_input)
+        return y if out_dtype is None else y.to(out_dtype)
 
     def run(
         self,

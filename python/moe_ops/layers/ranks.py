@@ -36,20 +36,23 @@ def mean_over_ranks(
 
     Args:
         total: the sum over this rank's tokens, any shape.
-        num_tokens: how many these are; ranks may differ.
+        num_tokens: how many these are; ranks may differ. A tensor that broadcasts to `total` where
+            its elements are of different tokens.
         counts: integers to add up on the way.
 
     Returns:
         The mean, and the sums of the counts. The mean has the value of the whole batch on every
         rank, and a gradient whose mean over the ranks is that of the whole batch.
     """
-    parts = [total.detach().flatten(), torch.as_tensor(num_tokens, device=total.device).view(1)]
+    tokens = torch.as_tensor(num_tokens, device=total.device)
+    parts = [total.detach().flatten(), tokens.flatten()]
     if counts is not None:
         parts.append(counts.flatten())
     packed = torch.cat([part.double() for part in parts])
     dist.all_reduce(packed, group=group)
-    sums, tokens, counted = packed.tensor_split([total.numel(), total.numel() + 1])
-    tokens = tokens[0].clamp(min=1)
+    sizes = [total.numel(), total.numel() + tokens.numel()]
+    sums, all_tokens, counted = packed.tensor_split(sizes)
+    tokens = all_tokens.view(tokens.shape).clamp(min=1)
     share = total / (tokens / dist.get_world_size(group)).to(total.dtype)
-    mean = share - share.detach() + (sums / tokens).view(total.shape).to(total.dtype)
+    mean = share - share.detach() + (sums.view(total.shape) / tokens).to(total.dtype)
     return mean, None if counts is None else counted.view(counts.shape).to(counts.dtype)

@@ -5,6 +5,7 @@ Letters: T tokens, E experts, K experts a token.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +26,39 @@ class Routing(NamedTuple):
     router_logits: Any  # Tensor or None; whoever called a router need not ask which.
     topk_weights: Tensor
     topk_ids: Tensor
+
+
+class RoutingOverride(NamedTuple):
+    """Another way of choosing, set on a router for a while (`moe_ops.surgery.route_as`).
+
+    choose: (router_logits [T, E], expert_mask [E] bool or None) -> topk_ids [T, K'] int, without a
+        gradient; ids outside [0, E) are slots without an expert. Logits of masked experts are the
+        lowest finite number.
+    renormalize: a token's weights are divided by their sum, whatever the router does otherwise.
+    """
+
+    choose: Callable[[Tensor, Tensor | None], Tensor]
+    renormalize: bool
+
+    def route(
+        self, router: Any, router_logits: Tensor, expert_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """In the place of `Router.route`."""
+        with torch.no_grad():
+            logits = mask_logits(router_logits.detach(), expert_mask)
+            ids = drop_masked(self.choose(logits, expert_mask), expert_mask)
+        return router.weights_at(router_logits, ids, expert_mask=expert_mask), ids
+
+    def weigh(self, router: Any, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
+        """What becomes of the router's weights [T, K'] for the choice; equal ones where it gives
+        the experts chosen none."""
+        if not self.renormalize:
+            return topk_weights
+        valid = valid_ids(topk_ids, router.num_experts)[0].to(topk_weights.dtype)
+        total = topk_weights.sum(-1, keepdim=True)
+        weights = torch.where(total > 0, topk_weights, valid)
+        weights = weights / weights.sum(-1, keepdim=True).clamp(min=1e-20)
+        return weights * router.routed_scaling_factor
 
 
 def check_given(

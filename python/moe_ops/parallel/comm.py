@@ -127,6 +127,15 @@ class InFlight:
         return y
 
 
+class InFlightFp8(InFlight):
+    """What `begin_all_to_all_fp8` makes: rows in their own dtype, or as they travel."""
+
+    def wait_codes(self) -> tuple[Tensor, Tensor]:
+        """float8_e4m3fn [R, H] and their float32 scales [R, ceil(H / 128)], in place of `wait`;
+        without gradients."""
+        return _codes(*self._flight.results_there())
+
+
 def wait(x: Tensor | InFlight) -> Tensor:
     """The tensor, when it is there."""
     return x.wait() if isinstance(x, InFlight) else x
@@ -154,6 +163,10 @@ class _Flight:
     def start(self, x: Tensor) -> InFlight:
         return InFlight(_Begin.apply(x, self), self)
 
+    def results_there(self) -> list[Tensor]:
+        results, self.results = self.results, ()
+        return [_ops.wait_tensor(result) for result in results]
+
 
 class _Begin(torch.autograd.Function):
     """Begins a collective. Its output, without elements, ties it to its end in the graph, where
@@ -175,8 +188,7 @@ class _End(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, token: Tensor, flight: _Flight) -> Tensor:
         ctx.flight = flight
-        results, flight.results = flight.results, ()
-        return flight.end(*(_ops.wait_tensor(result) for result in results))
+        return flight.end(*flight.results_there())
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -188,7 +200,12 @@ class _End(torch.autograd.Function):
 
 
 def begin_all_to_all_rows(
-    x: Tensor, recv: Sequence[int], send: Sequence[int], group: ProcessGroup
+    x: Tensor,
+    recv: Sequence[int],
+    send: Sequence[int],
+    group: ProcessGroup,
+    *,
+    grad_dtype: torch.dtype | None = None,
 ) -> Tensor | InFlight:
     """`all_to_all_rows` that has only begun; `wait` gives the rows. Its gradient begins where they
     were waited for, and is waited for where this was called."""
@@ -203,13 +220,18 @@ def begin_all_to_all_rows(
     name = group.group_name
     return _Flight(
         lambda rows: (_ops.all_to_all_single(rows.contiguous(), recv, send, name),),
-        lambda grad: _ops.all_to_all_single(grad.contiguous(), send, recv, name),
+        lambda grad: _ops.all_to_all_single(_compact(grad, grad_dtype), send, recv, name),
     ).start(x)
+
+
+def _compact(grad: Tensor, dtype: torch.dtype | None) -> Tensor:
+    # Autograd gives a gradient the dtype of what it is of.
+    return grad.contiguous() if dtype is None else grad.to(dtype).contiguous()
 
 
 def begin_all_to_all_fp8(
     x: Tensor, recv: Sequence[int], send: Sequence[int], group: ProcessGroup
-) -> InFlight:
+) -> InFlightFp8:
     """`begin_all_to_all_rows` of x [S, H] rounded to float8_e4m3fn with a scale for each 128
     columns (`moe_ops.quantize_fp8`): half the bytes of bfloat16. What arrives is in x's dtype, and
     so are gradients, which pass the rounding as if it were not there.
@@ -227,15 +249,19 @@ def begin_all_to_all_fp8(
         parts = (codes_or_scale.view(torch.uint8) for codes_or_scale in quantize_fp8(rows))
         return tuple(_ops.all_to_all_single(part, recv, send, name) for part in parts)
 
-    def end(codes: Tensor, scale: Tensor) -> Tensor:
-        rows = dequantize_rows(codes.view(torch.float8_e4m3fn), scale.view(torch.float32))
-        return rows.to(dtype)
+    def end(*parts: Tensor) -> Tensor:
+        return dequantize_rows(*_codes(*parts)).to(dtype)
 
     def adjoint(grad: Tensor) -> Tensor:
         result: Tensor = _ops.all_to_all_single(grad.contiguous(), send, recv, name)
         return result
 
-    return _Flight(begin, adjoint, end).start(x)
+    flight = _Flight(begin, adjoint, end)
+    return InFlightFp8(_Begin.apply(x, flight), flight)
+
+
+def _codes(codes: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    return codes.view(torch.float8_e4m3fn), scale.view(torch.float32)
 
 
 def _check(x: Tensor, recv: list[int], send: list[int], group: ProcessGroup) -> None:
@@ -247,7 +273,12 @@ def _check(x: Tensor, recv: list[int], send: list[int], group: ProcessGroup) -> 
 
 
 def all_to_all_rows(
-    x: Tensor, recv: Sequence[int], send: Sequence[int], group: ProcessGroup
+    x: Tensor,
+    recv: Sequence[int],
+    send: Sequence[int],
+    group: ProcessGroup,
+    *,
+    grad_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Sends runs of rows to the ranks of a group, and returns what they send here.
 
@@ -256,6 +287,7 @@ def all_to_all_rows(
         recv: rows to get from each rank, as they send them: see `exchange_counts`.
         send: rows for each rank, in the order of x; their sum is S.
         group: the ranks.
+        grad_dtype: in which gradients travel; None is the dtype of x. Not in compiled code.
 
     Returns:
         [R, ...] in the dtype of x, R the sum of recv, in the order of the ranks.
@@ -266,7 +298,7 @@ def all_to_all_rows(
         ValueError: splits that do not fit x. Splits that do not fit those of another rank end the
             process or hang, unless `set_check_splits` is on.
     """
-    return wait(begin_all_to_all_rows(x, recv, send, group))
+    return wait(begin_all_to_all_rows(x, recv, send, group, grad_dtype=grad_dtype))
 
 
 def exchange_counts(counts: Tensor, group: ProcessGroup) -> Tensor:
@@ -315,9 +347,11 @@ def begin_all_gather_rows(x: Tensor, group: ProcessGroup) -> Tensor | InFlight:
     ).start(x)
 
 
-def reduce_scatter_rows(x: Tensor, group: ProcessGroup) -> Tensor:
+def reduce_scatter_rows(
+    x: Tensor, group: ProcessGroup, *, grad_dtype: torch.dtype | None = None
+) -> Tensor:
     """[S, ...]: the sum over the ranks of the rows that they have for this one, of [n * S, ...].
-    Its gradient is an all-gather."""
+    Its gradient is an all-gather, in `grad_dtype` (None: the dtype of x; not in compiled code)."""
     if is_compiling():
         y: Tensor = _funcol.reduce_scatter_tensor_autograd(x.contiguous(), "sum", 0, group)
         return y
@@ -326,7 +360,7 @@ def reduce_scatter_rows(x: Tensor, group: ProcessGroup) -> Tensor:
         _check_equal("reduce_scatter_rows", x, group)
     flight = _Flight(
         lambda rows: (_ops.reduce_scatter_tensor(rows.contiguous(), "sum", n, name),),
-        lambda grad: _ops.all_gather_into_tensor(grad.contiguous(), n, name),
+        lambda grad: _ops.all_gather_into_tensor(_compact(grad, grad_dtype), n, name),
     )
     return flight.start(x).wait()
 

@@ -5,7 +5,7 @@ Letters: E experts, H hidden size, I intermediate size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -138,11 +138,10 @@ class _Files:
 
 
 class _Rows(NamedTuple):
-    """The experts [first, first + num) of E, and what reads them."""
+    """Some experts of E, and what reads them."""
 
     files: _Files
-    first: int
-    num: int
+    experts: Sequence[int]
     num_experts: int
 
     def apart(self, prefix: str, names: tuple[str, ...], wanted: Tensor, target: str) -> Tensor:
@@ -150,12 +149,12 @@ class _Rows(NamedTuple):
         rows = torch.empty(wanted.shape, dtype=wanted.dtype)
         size = wanted.shape[1] // len(names)
         shape = [size, *wanted.shape[2:]]
-        for e in range(self.num):
+        for row, expert in enumerate(self.experts):
             for part, name in enumerate(names):
-                key = f"{prefix}.{self.first + e}.{name}.weight"
+                key = f"{prefix}.{expert}.{name}.weight"
                 tensor = self.files.slice(key)
                 _check_shape(key, tensor.get_shape(), shape, target)
-                rows[e, part * size : (part + 1) * size] = tensor[:]
+                rows[row, part * size : (part + 1) * size] = tensor[:]
         return rows
 
     def together(self, key: str, wanted: Tensor, target: str, swapped: bool = False) -> Tensor:
@@ -165,13 +164,18 @@ class _Rows(NamedTuple):
         if swapped:
             shape[1:] = shape[:0:-1]
         _check_shape(key, tensor.get_shape(), shape, target)
-        rows: Tensor = tensor[self.first : self.first + self.num]
+        first, num = self.experts[0], len(self.experts)
+        rows: Tensor
+        if list(self.experts) == list(range(first, first + num)):
+            rows = tensor[first : first + num]
+        else:
+            rows = torch.cat([tensor[expert : expert + 1] for expert in self.experts])
         return rows.transpose(1, 2) if swapped else rows
 
 
 @torch.no_grad()
 def _fill(bank: Experts, name: str, files: _Files, prefix: str) -> None:
-    first = 0
+    experts: Sequence[int] = range(bank.num_experts)
     w_down: Any = bank.w_down
     if is_sharded(w_down):
         mesh = w_down.device_mesh
@@ -180,9 +184,9 @@ def _fill(bank: Experts, name: str, files: _Files, prefix: str) -> None:
                 f"load_experts: {name} must be whole or sharded by shard_experts alone, got "
                 f"weights on a mesh of shape {tuple(mesh.shape)}; load before fully_shard_moe."
             )
-        first = mesh.get_local_rank() * bank.num_experts // mesh.size()
+        experts = bank.sharding.placement.local(mesh.get_local_rank())
     weights = local_part(bank.w_gate_up), local_part(bank.w_down)
-    rows = _Rows(files, first, weights[1].shape[0], bank.num_experts)
+    rows = _Rows(files, experts, bank.num_experts)
     gate_up, down = _read(rows, prefix, bank, weights, name)
     weights[0].copy_(gate_up)
     weights[1].copy_(down)
@@ -198,7 +202,7 @@ def _read(
 ) -> tuple[Tensor, Tensor]:
     files = rows.files
     for gate, up, down in _APART:
-        if f"{prefix}.{rows.first}.{down}.weight" in files:
+        if f"{prefix}.{rows.experts[0]}.{down}.weight" in files:
             parts = (gate, up) if bank.gated else (up,)
             return (
                 rows.apart(prefix, parts, wanted[0], name),
@@ -215,7 +219,7 @@ def _read(
             return gate_up, rows.together(keys[1], wanted[1], name, swapped)
     raise ValueError(
         f"load_experts: {files.folder} must hold experts under {prefix!r} for {name}, got no key "
-        f"such as {prefix}.{rows.first}.down_proj.weight or {prefix}.down_proj."
+        f"such as {prefix}.{rows.experts[0]}.down_proj.weight or {prefix}.down_proj."
     )
 
 

@@ -6,6 +6,7 @@ Letters: E experts, P physical experts, n ranks.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -92,6 +93,9 @@ class Placement:
         load: Sequence[float] | Tensor,
         num_ranks: int,
         num_physical: int | None = None,
+        *,
+        num_groups: int = 1,
+        num_nodes: int = 1,
     ) -> Placement:
         """Even loads a rank. A place more goes to the expert whose places have the highest load
         each, at most one a rank; then the places, experts with many of them and those with high
@@ -101,12 +105,17 @@ class Placement:
             load: of each of the E experts, at least 0: tokens that it got.
             num_ranks: n.
             num_physical: P, at least E and a multiple of n, at most E * n; None is the least one.
+            num_groups: of E / num_groups experts each, as of routers that choose groups first.
+            num_nodes: machines of n / num_nodes ranks each. Where it divides `num_groups`, groups
+                are dealt to machines first, as many to each, and experts stay on the machine of
+                their group, which then has P / num_nodes places.
 
         Ties go to the lower expert and the lower rank: all processes that know the same loads find
         the same placement.
 
         Raises:
-            ValueError: a load is negative or not finite, or no P fits.
+            ValueError: a load is negative or not finite, groups or machines of different sizes, or
+                no P fits.
 
         Source of the rule: DeepSeek-AI 2024, arXiv 2412.19437, section 3.4 (redundant experts).
         """
@@ -116,12 +125,28 @@ class Placement:
             raise ValueError(
                 f"Placement.balanced: load must be finite and not negative, got {loads}."
             )
+        for name, size, whole in (
+            ("num_groups", num_groups, e),
+            ("num_nodes", num_nodes, num_ranks),
+        ):
+            if size < 1 or whole % size:
+                raise ValueError(f"Placement.balanced: {name} must divide {whole}, got {size}.")
         places = -(-e // max(num_ranks, 1)) * num_ranks if num_physical is None else num_physical
-        if not 1 <= num_ranks <= places or places % num_ranks or not e <= places <= e * num_ranks:
+        by_machine = num_nodes > 1 and num_groups % num_nodes == 0
+        most = e * max(num_ranks, 1) // (num_nodes if by_machine else 1)
+        if not 1 <= num_ranks <= places or places % num_ranks or not e <= places <= most:
             raise ValueError(
                 f"Placement.balanced: num_physical must be a multiple of {num_ranks} ranks between "
-                f"{e} and {e * max(num_ranks, 1)}, got {places}."
+                f"{e} and {most}, got {places}."
             )
+        if by_machine:
+            machines = _machines(loads, num_groups, num_nodes)
+            inside = (num_ranks // num_nodes, places // num_nodes)
+            physical: list[int] = []
+            for experts in machines:
+                part = cls.balanced([loads[i] for i in experts], *inside)
+                physical += [experts[i] if i >= 0 else -1 for i in part.physical]
+            return cls(e, num_ranks, tuple(physical))
         copies = [1] * e
         for _ in range(places - e):
             free = (i for i in range(e) if copies[i] < num_ranks)
@@ -146,6 +171,70 @@ class Placement:
     def is_contiguous(self) -> bool:
         """Whether expert e is at place e."""
         return self.physical[: self.num_experts] == tuple(range(self.num_experts))
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether expert e is at place e, and no place is left over."""
+        return self.is_contiguous and self.num_physical == self.num_experts
+
+    @property
+    def copies(self) -> tuple[int, ...]:
+        """[E]: the places of each expert."""
+        counts = Counter(self.physical)
+        return tuple(counts[expert] for expert in range(self.num_experts))
+
+    @property
+    def has_replicas(self) -> bool:
+        """Whether an expert has more than one place."""
+        return len(self.physical) - self.physical.count(-1) > self.num_experts
+
+    @property
+    def first_places(self) -> tuple[int, ...]:
+        """[E]: the first place of each expert."""
+        return tuple(self.physical.index(expert) for expert in range(self.num_experts))
+
+    def max_violation(self, load: Sequence[float] | Tensor) -> float:
+        """The load of the busiest rank over the mean, minus 1, if the places of an expert have
+        equal parts of its load. load: [E]."""
+        loads, copies = [float(value) for value in load], self.copies
+        ranks = [
+            sum(loads[e] / copies[e] for e in self.local(rank)) for rank in range(self.num_ranks)
+        ]
+        total = sum(ranks)
+        return max(ranks) * self.num_ranks / total - 1 if total else 0.0
+
+    def near(self, old: Placement, num_nodes: int = 1) -> Placement:
+        """The same experts together, on the ranks of a machine, and at their places, where most of
+        them are in the placement `old`: fewer moves.
+
+        Raises:
+            ValueError: another number of places or ranks, or machines of different sizes.
+        """
+        n = self.num_ranks
+        if (old.num_physical, old.num_ranks) != (self.num_physical, n) or n % num_nodes:
+            raise ValueError(
+                f"Placement.near: old must have {self.num_physical} places on {n} ranks, and "
+                f"num_nodes divide these, got {old.num_physical} on {old.num_ranks} and "
+                f"{num_nodes}."
+            )
+        share = n // num_nodes
+        same = {
+            (a, b): len({*self.local(a)} & {*old.local(b)})
+            for a in range(n)
+            for b in range(a // share * share, a // share * share + share)
+        }
+        rank_of: dict[int, int] = {}
+        for a, b in sorted(same, key=lambda pair: (-same[pair], pair)):
+            if a not in rank_of.values() and b not in rank_of:
+                rank_of[b] = a
+        physical: list[int] = []
+        for rank in range(n):
+            before = old.physical[rank * self.per_rank : (rank + 1) * self.per_rank]
+            mine = self.local(rank_of[rank])
+            fresh = [e for e in mine if e not in before]
+            for expert in before:
+                physical.append(expert if expert in mine else (fresh.pop(0) if fresh else -1))
+        return Placement(self.num_experts, n, tuple(physical))
 
     def local(self, rank: int) -> tuple[int, ...]:
         """The experts of a rank in the order of its places, empty ones left out."""
@@ -198,6 +287,15 @@ class Placement:
             if here != (source // self.per_rank, source % self.per_rank):
                 found.append(Move(expert, source, target))
         return tuple(found)
+
+
+def _machines(loads: list[float], num_groups: int, num_nodes: int) -> list[list[int]]:
+    """The experts of each machine: of num_groups / num_nodes groups."""
+    size = len(loads) // num_groups
+    parts = [sum(loads[g * size : (g + 1) * size]) for g in range(num_groups)]
+    order = sorted(range(num_groups), key=lambda g: (-parts[g], g))
+    dealt = _deal(order, [1] * num_groups, parts, num_nodes, num_groups // num_nodes)
+    return [[g * size + i for g in sorted(groups) for i in range(size)] for groups in dealt]
 
 
 def _deal(

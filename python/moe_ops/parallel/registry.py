@@ -11,7 +11,8 @@ from typing import Any
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from .dispatch import Gather, Local, Padded, Shared, Slots, Tokens
+from .dispatch import Gather, Local, Shared
+from .exchange import Padded, Slots, Tokens
 from .placement import Placement
 
 Factory = Callable[..., Any]

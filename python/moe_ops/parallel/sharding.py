@@ -9,8 +9,7 @@ divided like all others: every gradient is the mean over the ranks of data paral
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -23,12 +22,17 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from moe_ops._private_torch import exclude_from_ddp
 from moe_ops._sharded import is_sharded
-from moe_ops.expert_weights.packing import invalidate
-from moe_ops.layers import Experts, MoE, QuantizedExperts
+from moe_ops.layers import Experts, MoE
 
-from .registry import choose
-
-Bank = Experts | QuantizedExperts
+from .banks import (
+    Bank,
+    ExpertSharding,
+    banks_of,
+    places_of,
+    tensors_of,
+    with_replicas,
+)
+from .placement import Placement
 
 
 class Meshes(NamedTuple):
@@ -78,60 +82,13 @@ def make_meshes(ep: int, tp: int = 1, *, device_type: str | None = None) -> Mesh
     return Meshes(dense["dp"], sparse["ep"], sparse["efsdp"], dense["tp"])
 
 
-@dataclass(frozen=True)
-class ExpertSharding:
-    """How a bank was sharded, for making another one like it.
-
-    ep_mesh: as of `shard_experts`. options: of `choose`.
-    """
-
-    ep_mesh: DeviceMesh
-    options: Mapping[str, Any]
-
-    def shard(self, bank: Bank) -> None:
-        """Keeps of a whole bank the experts of this rank."""
-        ranks, rank = self.ep_mesh.size(), self.ep_mesh.get_local_rank()
-        if bank.num_experts % ranks:
-            raise ValueError(
-                f"shard_experts: the {ranks} ranks of ep_mesh must divide the experts of each "
-                f"bank, got {bank.num_experts}."
-            )
-        size = bank.num_experts // ranks
-        self._connect(bank, bank.num_experts)
-        for name, tensor in _tensors_of(bank):
-            own = tensor.detach()[rank * size : (rank + 1) * size].clone()
-            self._put(bank, name, own, tensor.requires_grad)
-
-    def adopt(self, bank: Bank) -> None:
-        """Makes of a bank that holds the experts of this rank alone a sharded one of all."""
-        self._connect(bank, bank.num_experts * self.ep_mesh.size())
-        for name, tensor in _tensors_of(bank):
-            self._put(bank, name, tensor.detach(), tensor.requires_grad)
-
-    def gather(self, tensor: Tensor) -> Tensor:
-        """All rows of a tensor of such a bank, on every rank; anything else as it is."""
-        if isinstance(tensor, DTensor) and tensor.device_mesh == self.ep_mesh:
-            whole: Tensor = tensor.full_tensor()
-            return whole.detach()
-        return tensor
-
-    def _put(self, bank: Bank, name: str, own: Tensor, requires_grad: bool) -> None:
-        sharded = DTensor.from_local(own, self.ep_mesh, [Shard(0)], run_check=False)
-        if name in bank._buffers:
-            bank._buffers[name] = sharded
-        else:
-            setattr(bank, name, nn.Parameter(sharded, requires_grad=requires_grad))
-
-    def _connect(self, bank: Bank, num_experts: int) -> None:
-        top_k = self.options.get("top_k")
-        options = {**self.options, "top_k": top_k and min(top_k, num_experts)}
-        bank.dispatcher = choose(self.ep_mesh, num_experts, **options)
-        bank.num_experts, bank.sharding = num_experts, self
-        invalidate(bank)
-
-
 def shard_experts(
-    model: nn.Module, ep_mesh: DeviceMesh, dispatch: str = "auto", **options: Any
+    model: nn.Module,
+    ep_mesh: DeviceMesh,
+    dispatch: str = "auto",
+    *,
+    placement: Placement | None = None,
+    **options: Any,
 ) -> nn.Module:
     """Shares the experts of every bank out over the ranks of `ep_mesh`, in place.
 
@@ -140,6 +97,9 @@ def shard_experts(
     experts they had, so that a checkpoint does not say how many ranks wrote it. Calls of the bank
     go through a dispatcher, see `moe_ops.parallel.choose`; each rank passes tokens of its own.
 
+    With a placement rows are in its order, P of them, and the gradient of an expert with several
+    places is the sum over them. `in_expert_order` is then what checkpoints are written from.
+
     Nothing is sent: every rank takes its part of what it holds, which must be the same on all ranks
     (made from the same seed or read from the same file). On the meta device no memory is taken:
     ``shard_experts`` first, ``to_empty`` after it, then the weights.
@@ -147,26 +107,32 @@ def shard_experts(
     Args:
         model: a model, a layer, or a bank.
         ep_mesh: one dimension.
-        dispatch, options: of `choose`, such as dispatch="shared", but no placement: experts are
-            placed in runs, as said above. K is taken from the router of each `MoE`.
+        dispatch, options: of `choose`, such as dispatch="shared". K is taken from the router of
+            each `MoE`.
+        placement: of the experts of every bank, without empty places; None: in runs, as above.
+            `moe_ops.parallel.rebalance` changes it, but not the number of places.
 
     Returns:
         `model`.
 
     Raises:
-        ValueError: a mesh of more dimensions, a placement, no bank, one whose experts n does not
-            divide, or one that is sharded already (FSDP2 comes after this). The model is unchanged.
+        ValueError: a mesh of more dimensions, a placement with empty places or for others than n
+            ranks, no bank, one whose experts n does not divide or that are others than those of the
+            placement, or one that is sharded already (FSDP2 comes after this). The model is
+            unchanged.
     """
-    if options.get("placement") is not None:
+    if placement is not None and (
+        placement.num_ranks != ep_mesh.size() or -1 in placement.physical
+    ):
         raise ValueError(
-            f"shard_experts: placement must be None, as ranks keep experts in runs, got "
-            f"{options['placement']!r}."
+            f"shard_experts: placement must have no empty place and be for {ep_mesh.size()} ranks, "
+            f"got {placement}."
         )
     if ep_mesh.ndim != 1:
         raise ValueError(
             f"shard_experts: ep_mesh must have one dimension, got {tuple(ep_mesh.shape)}."
         )
-    banks = dict(_banks(model))
+    banks = dict(banks_of(model))
     if not banks:
         raise ValueError(
             f"shard_experts: model must hold a bank of experts, got {type(model).__name__} without "
@@ -178,7 +144,12 @@ def shard_experts(
                 f"shard_experts: the {ep_mesh.size()} ranks of ep_mesh must divide the experts of "
                 f"each bank, got {bank.num_experts} in {name or 'the model'}."
             )
-        if any(is_sharded(tensor) for _, tensor in _tensors_of(bank)):
+        if placement is not None and placement.num_experts != bank.num_experts:
+            raise ValueError(
+                f"shard_experts: placement must be of the {bank.num_experts} experts of "
+                f"{name or 'the model'}, got one of {placement.num_experts}."
+            )
+        if any(is_sharded(tensor) for _, tensor in tensors_of(bank)):
             raise ValueError(
                 f"shard_experts: {name or 'the model'} must be whole, got a bank that is sharded."
             )
@@ -187,7 +158,8 @@ def shard_experts(
     }
     for bank in banks.values():
         how = {"top_k": top_k.get(bank), "dispatch": dispatch, **options}
-        ExpertSharding(ep_mesh, how).shard(bank)
+        chosen = placement or Placement.contiguous(bank.num_experts, ep_mesh.size())
+        ExpertSharding(ep_mesh, how, chosen).shard(bank)
     return model
 
 
@@ -217,7 +189,7 @@ def fully_shard_moe(
     Raises:
         ValueError: gradients reduced in float16 with an efsdp of 1, which FSDP2 divides twice.
     """
-    for _, bank in _banks(block):
+    for _, bank in banks_of(block):
         if bank.sharding is None or not isinstance(bank, Experts):
             continue
         shards = efsdp_mesh.shape[-1]
@@ -226,7 +198,7 @@ def fully_shard_moe(
                 "fully_shard_moe: gradients must be reduced in float32 or bfloat16 where efsdp is "
                 "1, got float16; give mp_policy a reduce_dtype."
             )
-        local = bank.num_experts // bank.sharding.ep_mesh.size()
+        local = bank.sharding.placement.per_rank
         dim = _by_second_dimension if local < shards else None
         sharded: Any = fully_shard(
             bank, mesh=efsdp_mesh, shard_placement_fn=dim and dim(shards), **options
@@ -267,7 +239,7 @@ def ddp_ignore(
     ranks = dist.get_world_size() if dp_mesh is None else dp_mesh.size()
     replicas = 1 if efsdp_mesh is None else efsdp_mesh.size()
     names = []
-    for prefix, bank in _banks(model):
+    for prefix, bank in banks_of(model):
         if bank.sharding is None:
             continue
         holders = bank.sharding.ep_mesh.size() * replicas
@@ -276,7 +248,7 @@ def ddp_ignore(
                 f"ddp_ignore: efsdp_mesh must hold the {ranks // bank.sharding.ep_mesh.size()} "
                 f"ranks that have the same experts, got {replicas}."
             )
-        for name, tensor in _tensors_of(bank):
+        for name, tensor in tensors_of(bank):
             # DDP puts a dot before the names of the module that it is given.
             names += [f"{prefix}.{name}"] if prefix else [name, f".{name}"]
             if tensor.requires_grad:
@@ -301,8 +273,8 @@ def clip_grad_norm_(
     """`torch.nn.utils.clip_grad_norm_` of parameters that lie on different meshes.
 
     The norm is that of all gradients of the whole model, the same on all ranks: plain gradients
-    count once, as they are the same everywhere, and DTensors by all their parts. All ranks call it
-    with the same parameters.
+    count once, as they are the same everywhere, and DTensors by all their parts, of experts with
+    several places those of the first one. All ranks call it with the same parameters.
 
     Args:
         parameters: whose gradients to clip, in place; those without one are left out.
@@ -323,8 +295,9 @@ def clip_grad_norm_(
     if not groups:
         return torch.tensor(0.0)
     norms = []
+    repeated = {id(p): bank for bank in with_replicas for p in bank.parameters(recurse=False)}
     for members in groups.values():
-        grads = [p.grad for p in members if p.grad is not None]
+        grads = [_counted_once(p, repeated.get(id(p))) for p in members]
         norm = get_total_norm(grads, norm_type, foreach=foreach)
         norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
     first = norms[0]
@@ -342,16 +315,24 @@ def clip_grad_norm_(
 # ------------------------------------------------------------------------------------------ inside
 
 
-def _banks(model: nn.Module) -> Iterator[tuple[str, Bank]]:
-    for name, module in model.named_modules():
-        if isinstance(module, Experts | QuantizedExperts):
-            yield name, module
-
-
-def _tensors_of(bank: Bank) -> list[tuple[str, Tensor]]:
-    """What has a row for each expert."""
-    tensors = [*bank.named_parameters(recurse=False), *bank.named_buffers(recurse=False)]
-    return [(name, tensor) for name, tensor in tensors if name != "x_scale"]
+def _counted_once(p: Tensor, bank: Bank | None) -> Tensor:
+    """The gradient of a parameter, 0 in the rows that repeat those of another place."""
+    grad = p.grad
+    if bank is None or not isinstance(grad, DTensor):
+        assert grad is not None
+        return grad
+    first = set(bank.sharding.placement.first_places)
+    again = [row for row, place in enumerate(places_of(bank, grad)) if place not in first]
+    local = grad.to_local().clone()
+    local[again] = 0
+    return DTensor.from_local(
+        local,
+        grad.device_mesh,
+        grad.placements,
+        run_check=False,
+        shape=grad.shape,
+        stride=grad.stride(),
+    )
 
 
 def _by_second_dimension(shards: int) -> Callable[[nn.Parameter], Shard | None]:

@@ -14,6 +14,7 @@ FORMATS = ("int8", "int4")
 GROUP_SIZES = (32, 64, 128)
 # Divides the sizes of all published models that moe_ops.hf is tested with; 4.5 bits a weight.
 DEFAULT_GROUP_SIZE = 64
+_PIECE = 2**17  # Numbers that are rounded at a time: 512 KiB in fp32.
 
 
 def quantize(w: Tensor, format: str, group_size: int | None = None) -> tuple[Tensor, Tensor]:
@@ -45,12 +46,23 @@ def quantize(w: Tensor, format: str, group_size: int | None = None) -> tuple[Ten
         )
     if format == "int4":
         check_divides("quantize", "w", w.shape[-1], group_size)
-    w = w.detach().float()
-    if format == "int8":
+    w = w.detach()
+    rows = w.flatten(0, -2)
+    if w.device.type != "cpu" or rows.numel() <= _PIECE:
+        return _rounded(w, group_size)
+    # Piece by piece: the passes over a piece find it in the cache.
+    pieces = [_rounded(piece, group_size) for piece in rows.split(max(1, _PIECE // w.shape[-1]))]
+    q, scale = (torch.cat(parts) for parts in zip(*pieces, strict=True))
+    return q.unflatten(0, w.shape[:-1]), scale.unflatten(0, w.shape[:-1])
+
+
+def _rounded(w: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    w = w.to(torch.float32, copy=True)
+    if not group_size:
         scale = _checked(w.abs().amax(-1)) / 127
         return _divide(w, scale).clamp_(-127, 127).to(torch.int8), scale
     groups = w.unflatten(-1, (-1, group_size))  # [..., O, D/G, G]
-    low, high = groups.aminmax(dim=-1)
+    low, high = groups.amin(-1), groups.amax(-1)  # Many times faster than aminmax.
     scale = _checked(torch.where(high > -low, high, low)) / -8
     q = _divide(groups, scale).clamp_(-8, 7).add_(8).to(torch.uint8).flatten(-2)
     return q[..., 0::2] | (q[..., 1::2] << 4), scale
@@ -147,5 +159,5 @@ def _checked(largest: Tensor) -> Tensor:
 
 
 def _divide(numbers: Tensor, scale: Tensor) -> Tensor:
-    """Rounded quotients. Where the scale is 0, or has underflowed to it, so are they."""
-    return numbers.div(torch.where(scale == 0, 1.0, scale)[..., None]).round_()
+    """Rounded quotients, in place. Where the scale is 0, or has underflowed to it, so are they."""
+    return numbers.div_(torch.where(scale == 0, 1.0, scale)[..., None]).round_()

@@ -9,6 +9,7 @@ from bench.experiments.inference import (
     CONTRADICTED,
     NOT_SHOWN,
     SHOWN,
+    detectable,
     interval,
     power,
     t_cdf,
@@ -87,3 +88,10 @@ def test_power():
     assert power(-1.0, 1.0, 5) < 1e-3 and power(10.0, 1.0, 5) == pytest.approx(1.0, abs=1e-6)
     with pytest.raises(ValueError, match="seeds must be at least 2 and deviation above 0, got 1"):
         power(1.0, 1.0, 1)
+
+
+def test_what_seeds_can_find():
+    # The pairs of published examples, the other way round.
+    assert detectable(15) == pytest.approx(0.78, abs=0.01)
+    assert power(detectable(5), 1.0, 5) == pytest.approx(0.8, abs=2e-3)
+    assert detectable(3) > detectable(5) > detectable(12)

@@ -10,9 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from bench.experiments import __main__ as command
-from bench.experiments import jetmoe, moduleformer, page, queue, registry
+from bench.experiments import jetmoe, moduleformer, page, queue, registry, worth
 from bench.experiments.deepseek import BASE as DEEPSEEK
 from bench.experiments.deepseek import POOLED, runs
+from bench.experiments.inference import power
+from bench.experiments.report import Claim, Report
 from bench.experiments.study import (
     FIRST_SEED,
     Experiment,
@@ -153,7 +155,7 @@ def test_side_by_side(registered, tmp_path, monkeypatch):
 
 
 def test_two_queues_in_a_folder_are_refused(tmp_path):
-    with queue.only_one(tmp_path), pytest.raises(ValueError, match="must be of one queue"):
+    with queue.only_one(tmp_path), pytest.raises(ValueError, match="must be of one process"):
         with queue.only_one(tmp_path):
             pass
     with queue.only_one(tmp_path):
@@ -296,6 +298,72 @@ def test_every_study_is_planned():
         registry.study("coe-1")
 
 
+def test_runs_before_have_present_verdicts():
+    """In their files, and each headline that names a claim of them means one."""
+    for path in (queue.RESULTS / "earlier").glob("*.json"):
+        stored = json.loads(path.read_text("utf-8"))["claims"]
+        claims = Report.from_dict(json.loads(path.read_text("utf-8"))).claims
+        assert [c["verdict"] for c in stored] == [c.verdict() for c in claims], path.name
+    for system in registry.NAMES:
+        for headline in registry.experiment(system).headlines:
+            named = [
+                [c.statement for c in report.claims].count(headline.earlier)
+                for report in page.earlier(system)
+            ]
+            assert not headline.earlier or max(named) == 1, headline
+
+
+def test_what_studies_promise():
+    """By the plan; without one by the run before, whose deviation is that of its seeds."""
+    headline = Headline("lower", "b is lower", "1 nat", "quality", earlier="b was lower")
+    study = toy()
+    found = Experiment("toy", (study,), (headline,))
+    before = [Report("toy", {}, [], claims=[Claim("b was lower", [-0.5, -1.5, -1.0], "nats")])]
+    planned = worth.decisions(study, found, before)
+    assert planned == {"lower": pytest.approx(power(1.0, 0.5, 5), abs=1e-3)}
+    plain = dataclasses.replace(study.hypotheses[0], expected=None, deviation=None)
+    study = dataclasses.replace(study, hypotheses=[plain, study.hypotheses[1]])
+    assert worth.decisions(study, found, before) == planned
+    assert worth.decisions(study, found, []) == {"lower": None}
+    assert worth.said({"lower": None}) == "1 headlines, nothing known"
+    assert worth.said({"a": 0.5, "b": 1.0, "c": None}) == (
+        "decides 1.5 of 2 headlines by what is known, 1 of which nothing is known"
+    )
+
+
+def test_what_is_not_shown_is_explained():
+    """With the distance from the bound, and the one that the seeds would find."""
+    headline = Headline(
+        "lower", "b is lower", "1 nat", "quality", not_shown="they vary", shown="it is made so"
+    )
+    found = Experiment("toy", (toy(),), (headline,))
+    wide = Claim("b is lower", [-1.0, 1.0, -2.0, 1.0, 0.5], "nats")
+    # A deviation of 1.342, and 1.68 deviations to be found by five seeds.
+    assert page.why(headline, found, wide) == (
+        "they vary; the mean is 0.1 on the claimed side of the bound, and 5 seeds with this spread "
+        "find 2.3 four times in five"
+    )
+    assert page.why(headline, found, Claim("", [-1.0, -1.1, -0.9], "")) == "it is made so"
+    assert page.why(headline, found, Claim("", [1.0, 1.1, 0.9], "")) == ""
+    assert page.counted({"shown": 2, page.NOT_RUN: 1}) == "3 claims: 2 shown, 1 not run so far."
+
+
+def test_studies_that_differ_are_all_in_the_overview(tmp_path):
+    """The larger one decides; both verdicts are given, as long as both are whole."""
+    studies = toy("toy-small"), toy("toy-large", bound=-2.0)
+    headline = Headline("lower", "b is lower", "1 nat", "quality", contradicted="two nats are much")
+    found = Experiment("toy", studies, (headline,))
+    for study in studies:
+        store = queue.Store(study, tmp_path)
+        for run, seed in store.missing():
+            store.add(run, seed, {**study.runs[run](seed, Run()), "seconds": 1.0})
+        if study is studies[0]:
+            assert list(page.cells(found, tmp_path)) == ["● b is lower", "–", "–"]
+    assert next(page.cells(found, tmp_path)) == "✕ b is lower (● ✕ by study)"
+    assert list(page.states(found, tmp_path)) == ["contradicted"]
+    assert "| **contradicted** | two nats are much |" in page.body(found, tmp_path)[0]
+
+
 def test_results_pair_by_seed():
     runs = {
         "a": {s: {"rows": {"a": {"x": float(s), "y": 1.0}}, "note": s} for s in (10, 11)},
@@ -311,7 +379,7 @@ def test_results_pair_by_seed():
 
 def test_the_command(registered, monkeypatch, tmp_path, capsys):
     study = registered(toy())
-    headline = Headline("lower", "b is lower", "1 nat", "quality", "it is made so")
+    headline = Headline("lower", "b is lower", "1 nat", "quality", shown="it is made so")
     found = Experiment("toy", (study,), (headline,))
     monkeypatch.setattr(registry, "NAMES", ("toy",))
     monkeypatch.setattr(registry, "experiment", lambda system: found)
@@ -329,13 +397,17 @@ def test_the_command(registered, monkeypatch, tmp_path, capsys):
     for path in (pages / "toy.md", tmp_path / "zoo.md"):
         path.write_text(f"before\n{page.BEGIN}\nold\n{page.END}\nafter\n")
     assert command.main([*arguments, "--list"]) == 0
-    assert "toy: 10 of 10 runs" in capsys.readouterr().out
+    # Two deviations from the bound: 0.91, and less than 0.001 on the other side.
+    listed = "toy: 10 of 10 runs, 0 min left; decides 0.9 of 1 headlines by what is known"
+    assert listed in capsys.readouterr().out
     assert command.main(["--pages"]) == 0
     text = (pages / "toy.md").read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
     measured = "● -1.12 (-1.14 to -1.1) nats, < 0?, n 5"
     assert f"| b is lower | 1 nat | {measured} | **shown** | it is made so |" in text
-    assert "| [toy](zoo/toy.md) | ● b is lower | – | – |" in (tmp_path / "zoo.md").read_text()
+    overview = (tmp_path / "zoo.md").read_text()
+    assert "\n1 claims: 1 shown.\n\n" in overview
+    assert "| [toy](zoo/toy.md) | ● b is lower | – | – |" in overview
     assert command.main(["--again", "toy", "b", "12"]) == 0
     assert "the stored numbers" in capsys.readouterr().out
     # A part of a study decides nothing.
@@ -344,7 +416,9 @@ def test_the_command(registered, monkeypatch, tmp_path, capsys):
     stored = json.loads(whole)
     del stored["runs"]["b"]["14"]
     path.write_text(json.dumps(stored))
-    assert "n 4 | open | it is made so |" in page.body(found, results)[0]
+    promise = "by a pilot, small: shown with a chance of 0.91, contradicted with one of 0.00"
+    assert f"n 4 | open | {promise} |" in page.body(found, results)[0]
+    assert list(page.states(found, results)) == [page.NOT_RUN]
     assert next(iter(page.cells(found, results))) == "– b is lower"
     path.write_text(whole)
     path.write_text(path.read_text().replace('"loss": 0.88', '"loss": 0.87'))

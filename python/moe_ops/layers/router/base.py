@@ -20,7 +20,7 @@ from moe_ops.reference._scores import router_scores
 
 from ..functional import router_logits
 from ..recompute import in_backward
-from ..routing import Routing, drop_masked, mask_logits, valid_ids
+from ..routing import Routing, RoutingOverride, drop_masked, mask_logits, valid_ids
 from ..stats import count_tokens_per_expert
 from ..surgery import router_rows as surgery
 from .options import check, options_of
@@ -81,6 +81,8 @@ class Router(nn.Module):
     draws_random_numbers: bool = False
     # Whether `split` may turn each expert into slices that are chosen together.
     splits_into_slices: ClassVar[bool] = False
+    # Set for a while by `moe_ops.surgery.route_as`.
+    override: RoutingOverride | None = None
 
     expert_bias: Tensor | None
     tokens_per_expert: Tensor | None
@@ -293,6 +295,8 @@ class Router(nn.Module):
         self, router_logits: Tensor, *, expert_mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """topk_weights and topk_ids of router_logits [T, E]; ties go to the smaller id."""
+        if self.override is not None:
+            return self.override.route(self, router_logits, expert_mask)
         logits = mask_logits(router_logits, expert_mask)
         weights, ids = self.choose_experts(logits, expert_mask)
         if expert_mask is not None:
@@ -330,7 +334,8 @@ class Router(nn.Module):
             )
         logits = mask_logits(logits, expert_mask)
         logits = logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
-        return self.weights_of(logits, topk_ids)
+        weights = self.weights_of(logits, topk_ids)
+        return weights if self.override is None else self.override.weigh(self, weights, topk_ids)
 
     def count(self, topk_ids: Tensor) -> None:
         """Adds the slots of a choice to `tokens_per_expert`, in training with an expert_bias.

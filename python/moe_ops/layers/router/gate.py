@@ -128,7 +128,7 @@ class GateRouter(TopKRouter):
         self, router_logits: Tensor, *, expert_mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """As `Router.route`; with `sample_top_k`, in training, a part of the choice is drawn."""
-        if not self.training or not self.sample_top_k:
+        if not self.training or not self.sample_top_k or self.override is not None:
             return super().route(router_logits, expert_mask=expert_mask)
         with torch.no_grad():
             logits = router_logits.detach()

@@ -159,6 +159,7 @@ class TopKRouter(Router, kind="topk"):
         cls = type(self)
         return (
             expert_mask is None
+            and self.override is None
             and not (self.renormalize and self.renormalize_p != 1)
             and cls.logits is Router.logits
             and cls.route is Router.route

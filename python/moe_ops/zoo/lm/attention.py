@@ -5,6 +5,7 @@ Letters: B batch, S tokens of a sequence, S_kv keys, H hidden size, n heads, d h
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,19 +17,27 @@ from moe_ops.layers.rotary import Rope, Rotation
 
 from .checkpoint import Entry, renamed
 
+# Told of the probabilities [B, n, S, S_kv] of a call.
+Watcher = Callable[[Tensor], None]
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
+
+def causal_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, watcher: Watcher | None = None
+) -> Tensor:
     """softmax(scale q k^T) v where the S queries are the last of the S_kv positions.
 
     Args:
         q: [B, S, n, d]. k: [B, S_kv, m, d] and v: [B, S_kv, m, d'], m a divisor of n; query head h
             reads key-value head h // (n / m).
         scale: None is d ** -0.5.
+        watcher: is given the probabilities, which are then computed once more for it.
 
     Returns:
         [B, S, n, d'].
     """
     length, keys = q.shape[1], k.shape[1]
+    if watcher is not None:
+        watcher(attention_probabilities(q, k, scale))
     mask = None
     if 1 < length < keys:
         # torch's is_causal counts from the first key, not from the last.
@@ -45,6 +54,16 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = N
     return y.transpose(1, 2)
 
 
+def attention_probabilities(q: Tensor, k: Tensor, scale: float | None = None) -> Tensor:
+    """The softmax of `causal_attention`, [B, n, S, S_kv] fp32."""
+    length, keys = q.shape[1], k.shape[1]
+    k = k.repeat_interleave(q.shape[2] // k.shape[2], dim=2)
+    scores = torch.einsum("bsnd,btnd->bnst", q.float(), k.float())
+    scores = scores * (q.shape[-1] ** -0.5 if scale is None else scale)
+    seen = torch.ones(length, keys, dtype=torch.bool, device=q.device).tril(keys - length)
+    return scores.masked_fill(~seen, -torch.inf).softmax(-1)
+
+
 class Attention(nn.Module):
     """Causal attention with RoPE, as in Llama.
 
@@ -55,6 +74,8 @@ class Attention(nn.Module):
         rope: positions; its size is d.
         num_kv_heads: m, a divisor of n; None is n.
     """
+
+    watcher: Watcher | None = None  # Of its probabilities; may be set any time.
 
     def __init__(
         self,
@@ -85,7 +106,7 @@ class Attention(nn.Module):
         q, k = self.rope.rotate(q, rotation), self.rope.rotate(k, rotation)
         if cache is not None:
             k, v = cache.update(k, v)
-        return self.o_proj(causal_attention(q, k, v).flatten(2))
+        return self.o_proj(causal_attention(q, k, v, watcher=self.watcher).flatten(2))
 
     def entries(self, ours: str, theirs: str) -> list[Entry]:
         """Keys of a Llama-like checkpoint, given both prefixes."""
@@ -114,6 +135,8 @@ class LatentAttention(nn.Module):
 
     Source: DeepSeek-AI 2024 (DeepSeek-V2, arXiv 2405.04434), section 2.1.
     """
+
+    watcher: Watcher | None = None  # Of its probabilities; may be set any time.
 
     def __init__(
         self,
@@ -185,7 +208,8 @@ class LatentAttention(nn.Module):
         kv = self.kv_b_proj(latent).view(*latent.shape[:2], self.num_heads, -1)
         k_nope, v = kv.split((self.nope_size, self.v_size), dim=-1)
         k = torch.cat((k_nope, k_rope.expand(-1, -1, self.num_heads, -1)), dim=-1)
-        return causal_attention(torch.cat((q_nope, q_rope), dim=-1), k, v, scale=self.scale)
+        q = torch.cat((q_nope, q_rope), dim=-1)
+        return causal_attention(q, k, v, scale=self.scale, watcher=self.watcher)
 
     def _in_latent_space(
         self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor
@@ -194,7 +218,7 @@ class LatentAttention(nn.Module):
         w_k, w_v = w.split((self.nope_size, self.v_size), dim=1)
         q = torch.cat((torch.einsum("bsnd,ndr->bsnr", q_nope, w_k), q_rope), dim=-1)
         k = torch.cat((latent, k_rope), dim=-1)
-        mixed = causal_attention(q, k, latent, scale=self.scale)
+        mixed = causal_attention(q, k, latent, scale=self.scale, watcher=self.watcher)
         return torch.einsum("bsnr,ndr->bsnd", mixed, w_v)
 
     def entries(self, ours: str, theirs: str) -> list[Entry]:

@@ -322,6 +322,7 @@ class CausalLM(nn.Module):
         dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
         strict: bool = True,
+        reader: checkpoint.Reader | None = None,
         **overrides: Any,
     ) -> Model:
         """Reads a checkpoint: config.json and safetensors, sharded or not, with published keys.
@@ -332,6 +333,7 @@ class CausalLM(nn.Module):
             device: of the parameters.
             strict: a missing key is an error; else the tensors it belongs to keep their initial
                 values. Unexpected keys give a warning.
+            reader: gives the tensors in the place of those of the folder.
             overrides: fields of the config to change.
 
         Returns:
@@ -352,7 +354,7 @@ class CausalLM(nn.Module):
             raise ValueError(
                 f"{cls.__name__}.from_pretrained: in {folder / checkpoint.CONFIG}, {error}"
             ) from error
-        reader = checkpoint.Reader(folder)
+        reader = checkpoint.Reader(folder) if reader is None else reader
         if _files.stamp(folder / checkpoint.CONFIG) != before:
             raise ValueError(
                 f"{cls.__name__}.from_pretrained: {folder} must stay as it is while it is read, "

@@ -179,7 +179,7 @@ class ModuleFormer(CausalLM):
                 block.mlp = block.mlp.append(mlp, init=init)
                 for name in ("router.weight", "experts.w_gate_up", "experts.w_down"):
                     grown[f"layers.{i}.mlp.{name}"] = old
-        self._note_experts()
+        self.note_experts()
         self.unfreeze()
         if freeze:
             self.requires_grad_(False)
@@ -280,11 +280,11 @@ class ModuleFormer(CausalLM):
             kept[name] = sorted(keep)
             _, index, kind = name.split(".")
             setattr(self.layers[int(index)], kind, layer.select(kept[name]))
-        self._note_experts()
+        self.note_experts()
         return kept
 
-    def _note_experts(self) -> None:
-        """Writes the numbers of experts into the config."""
+    def note_experts(self) -> None:
+        """Writes the numbers of experts into the config, after layers were replaced."""
         found = tuple(
             (block.attention.router.num_experts, block.mlp.router.num_experts)
             for block in self.layers

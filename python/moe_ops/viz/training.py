@@ -1,13 +1,7 @@
-"""Pictures of mixture-of-experts training: loss, expert load, and which expert takes which token.
-
-Every function returns a matplotlib Figure and, given `path`, also saves it. They draw on the Agg
-canvas without pyplot: no window, no global state. Needs matplotlib:
-``pip install "torch-moe-ops[viz]"``.
-"""
+"""Loss and expert load over a training, and which expert takes which token."""
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,30 +9,21 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moe_ops import _files
+from ._canvas import (
+    AT_EDGE,
+    GRID,
+    INK,
+    PALETTE,
+    annotate,
+    despine,
+    expert_colors,
+    finish,
+    new_figure,
+    text_color,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-__all__ = [
-    "MissingMatplotlibError",
-    "expert_colors",
-    "plot_expert_load",
-    "plot_loss",
-    "plot_token_experts",
-]
-
-# Okabe and Ito's palette, which stays distinct under the common forms of colour blindness; black is
-# replaced by grey, since the colours lie behind text.
-_PALETTE = ("#56B4E9", "#E69F00", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#999999")
-_INK = "#222222"
-_GRID = "#DDDDDD"
-# Places of notes at the right edge: x in parts of the axes, y in the data.
-_AT_EDGE: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "color": _INK}
-
-
-class MissingMatplotlibError(ImportError):
-    """matplotlib is not installed."""
 
 
 def plot_loss(
@@ -56,15 +41,15 @@ def plot_loss(
     and a thick one their moving average. heldout: step -> loss. baselines: label ->
     loss, in the order in which they are drawn.
     """
-    figure = _figure(8.0, 4.8)
+    figure = new_figure(8.0, 4.8)
     axes = figure.add_subplot()
     values = np.asarray(train, dtype=np.float64)
     steps = np.arange(1, len(values) + 1)
-    axes.plot(steps, values, color=_PALETTE[0], linewidth=0.7, alpha=0.55)
+    axes.plot(steps, values, color=PALETTE[0], linewidth=0.7, alpha=0.55)
     axes.plot(
         steps,
         _moving_average(values),
-        color=_PALETTE[4],
+        color=PALETTE[4],
         linewidth=2.0,
         label="training, smoothed",
     )
@@ -73,19 +58,19 @@ def plot_loss(
         axes.plot(
             [step for step, _ in points],
             [loss for _, loss in points],
-            color=_PALETTE[5],
+            color=PALETTE[5],
             linewidth=1.6,
             marker="o",
             markersize=4.5,
             label="held-out files",
         )
         last_step, last_loss = points[-1]
-        style = {"color": _PALETTE[5], "va": "center", "fontweight": "bold"}
-        _annotate(axes, f"{last_loss:.2f}", (last_step, last_loss), (6, 0), **style)
+        style = {"color": PALETTE[5], "va": "center", "fontweight": "bold"}
+        annotate(axes, f"{last_loss:.2f}", (last_step, last_loss), (6, 0), **style)
     for index, (label, value) in enumerate((baselines or {}).items()):
-        axes.axhline(value, color=_INK, linewidth=1.2, linestyle=("--", ":", "-.")[index % 3])
+        axes.axhline(value, color=INK, linewidth=1.2, linestyle=("--", ":", "-.")[index % 3])
         text = f"{label} {value:.2f}"
-        _annotate(axes, text, (1.0, value), (-4, 3), **_AT_EDGE, ha="right", fontsize=9)
+        annotate(axes, text, (1.0, value), (-4, 3), **AT_EDGE, ha="right", fontsize=9)
     finite = values[np.isfinite(values)]
     bottom = min([*finite, *(heldout or {}).values(), *(baselines or {}).values()], default=0.0)
     top = max([*finite[:1], *(baselines or {}).values()], default=1.0)
@@ -94,10 +79,10 @@ def plot_loss(
     axes.set_xlabel("step")
     axes.set_ylabel(f"loss [{unit}]")
     axes.set_title(title, loc="left", fontweight="bold")
-    axes.grid(axis="y", color=_GRID, linewidth=0.8)
+    axes.grid(axis="y", color=GRID, linewidth=0.8)
     axes.legend(frameon=False, loc="upper right", bbox_to_anchor=(1.0, 0.97))
-    _despine(axes)
-    return _finish(figure, path)
+    despine(axes)
+    return finish(figure, path)
 
 
 def plot_expert_load(
@@ -135,7 +120,7 @@ def plot_expert_load(
 
     row_height = 0.19 if num_experts <= 16 else 3.0 / num_experts
     panel = max(0.9, row_height * num_experts)
-    figure = _figure(9.0, num_layers * (panel + 0.42) + 1.0)
+    figure = new_figure(9.0, num_layers * (panel + 0.42) + 1.0)
     grid = figure.subplots(num_layers, 1, sharex=True, squeeze=False)[:, 0]
     top = max(2.0, float(np.quantile(columns, 0.995)))
     norm = TwoSlopeNorm(vmin=0.0, vcenter=1.0, vmax=top)
@@ -165,12 +150,12 @@ def plot_expert_load(
         if num_experts <= 32:
             for expert in range(num_experts):
                 share_text, style = f"{tail[layer, expert]:.1%}", {"va": "center", "fontsize": 7}
-                _annotate(axes, share_text, (1.0, expert), (4, 0), **_AT_EDGE, **style)
+                annotate(axes, share_text, (1.0, expert), (4, 0), **AT_EDGE, **style)
     grid[-1].set_xlabel("step")
     bar = figure.colorbar(image, ax=list(grid), pad=0.015, aspect=40, fraction=0.03)
     bar.set_label("load / mean load (1 = balanced, 0 = idle)")
     figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
-    return _finish(figure, path)
+    return finish(figure, path)
 
 
 def plot_token_experts(
@@ -209,7 +194,7 @@ def plot_token_experts(
     panels_down = math.ceil(num_layers / panels_across)
     cell_width, cell_height = 0.098, 0.2
     legend_rows = math.ceil(num_experts / 16)
-    figure = _figure(
+    figure = new_figure(
         panels_across * (width * cell_width + 0.3) + 0.2,
         panels_down * (num_lines * cell_height + 0.4) + 0.75 + 0.25 * legend_rows,
     )
@@ -241,7 +226,7 @@ def plot_token_experts(
                 va="center_baseline",
                 family="monospace",
                 fontsize=8.5,
-                color=_text_color(face),
+                color=text_color(face),
             )
     figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
     figure.legend(
@@ -256,69 +241,7 @@ def plot_token_experts(
         fontsize=9,
         title_fontsize=9,
     )
-    return _finish(figure, path)
-
-
-def expert_colors(num_experts: int) -> list[str]:
-    """A colour an expert: eight colour-blind-safe hues, then the same hues lighter and darker.
-
-    Beyond 24 experts colours repeat.
-    """
-    import_matplotlib()
-    from matplotlib.colors import to_hex, to_rgb
-
-    white, black = np.ones(3), np.zeros(3)
-    families = [(white, 0.0), (white, 0.6), (black, 0.5)]
-    colors = []
-    for expert in range(num_experts):
-        target, amount = families[expert // len(_PALETTE) % len(families)]
-        base = np.asarray(to_rgb(_PALETTE[expert % len(_PALETTE)]))
-        red, green, blue = base * (1 - amount) + target * amount
-        colors.append(to_hex((red, green, blue)))
-    return colors
-
-
-def import_matplotlib() -> None:
-    """Raise MissingMatplotlibError with one sentence when matplotlib is missing."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise MissingMatplotlibError(
-            'moe_ops.viz needs matplotlib: pip install "torch-moe-ops[viz]"'
-        ) from error
-
-
-def _figure(width: float, height: float) -> Figure:
-    import_matplotlib()
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _finish(figure: Figure, path: str | Path | None) -> Figure:
-    if path is not None:
-        path = Path(path)
-        if not path.suffix:  # As matplotlib does.
-            path = path.with_name(f"{path.name}.png")
-        content = io.BytesIO()
-        figure.savefig(content, format=path.suffix[1:], dpi=150)
-        _files.write_file(path, content.getbuffer())
-    return figure
-
-
-def _annotate(
-    axes: Any, text: str, at: tuple[float, float], offset: tuple[float, float], **style: Any
-) -> None:
-    """Text that is `offset` points away from a place."""
-    axes.annotate(text, at, xytext=offset, textcoords="offset points", **style)
-
-
-def _despine(axes: Any) -> None:
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+    return finish(figure, path)
 
 
 def _moving_average(values: np.ndarray) -> np.ndarray:
@@ -349,10 +272,3 @@ def _typeset(tokens: Sequence[str], columns: int) -> tuple[list[tuple[int, int, 
         if token.endswith("\n"):
             line, column = line + 1, 0
     return cells, max(cell[0] for cell in cells) + 1 if cells else 1, width
-
-
-def _text_color(background: str) -> str:
-    from matplotlib.colors import to_rgb
-
-    red, green, blue = to_rgb(background)
-    return "#FFFFFF" if 0.299 * red + 0.587 * green + 0.114 * blue < 0.45 else _INK

@@ -1,0 +1,146 @@
+"""Expert parallelism of transformers whose tokens are sent by the dispatchers of moe_ops.parallel.
+
+transformers shards the experts and calls an implementation of its choice around them; from 5.23 on
+it has a registry of such implementations. Names registered here go into
+``DistributedConfig(ep_implementation=...)``.
+
+Letters: T tokens of this rank, H hidden size, K experts a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+Base: Any
+Interface: Any
+try:
+    from transformers.distributed.expert_parallel import EPImplementation as Base
+    from transformers.distributed.expert_parallel import EPImplementationInterface as Interface
+except ImportError:  # Before 5.23.
+    Base, Interface = object, None
+
+
+def register_ep_implementation(name: str, dispatch: str = "auto", **options: Any) -> None:
+    """Makes a way of sending tokens known to transformers' expert parallelism.
+
+        moe_ops.hf.register_ep_implementation("fp8_rows", dispatch="tokens", fp8=True)
+        DistributedConfig(fsdp_size=8, ep_size=8, ep_implementation="fp8_rows")
+
+    ``"moe_ops"`` is registered by importing `moe_ops.hf`: dispatch="auto".
+
+    Args:
+        name: for `ep_implementation`; one that is not taken.
+        dispatch, options: of `moe_ops.parallel.choose`, which is called when a model is loaded.
+            "auto" is "shared" where all ranks of a group have the same tokens (ep_size equals
+            tp_size), and else what `choose` takes.
+
+    Raises:
+        ImportError: transformers is older than 5.23. There expert parallelism needs nothing but
+            experts_implementation="moe_ops".
+        ValueError: the name is taken, or a placement, as transformers keeps experts in runs.
+    """
+    if Interface is None:
+        raise ImportError(
+            "register_ep_implementation needs transformers 5.23 or newer, got "
+            f"{transformers.__version__}."
+        )
+    if name in Interface():
+        raise ValueError(f"register_ep_implementation: name must be a new one, got {name!r}.")
+    if options.get("placement") is not None:
+        raise ValueError(
+            "register_ep_implementation: placement must be None, as ranks keep experts in runs, "
+            f"got {options['placement']!r}."
+        )
+    attributes = {"dispatch": dispatch, "options": options}
+    Interface.register(name, type("MoeOpsEP", (MoeOpsEP,), attributes))
+
+
+class MoeOpsEP(Base):
+    """Runs the experts of one module of transformers through a dispatcher of `moe_ops.parallel`.
+
+    transformers makes one for each module when it shards a model, and calls it in place of the
+    module's forward, while the module's parameters are those of this rank. The dispatcher is also
+    the module's attribute `dispatcher`, as it is of a bank of moe_ops.
+    """
+
+    dispatch: str = "auto"
+    options: Mapping[str, Any] = {}
+
+    def __init__(self, experts: nn.Module, ep_mesh: Any, tp_mesh: Any) -> None:
+        super().__init__(experts, ep_mesh, tp_mesh)
+        # Not at the top: a torch without torch.distributed cannot import it.
+        from moe_ops.parallel import choose
+
+        is_shared = self.dispatch == "shared" or (self.dispatch == "auto" and self.shares_batch)
+        if is_shared and not self.shares_batch:
+            raise ValueError(
+                f'{type(self).__name__}: dispatch="shared" needs ranks with the same tokens, '
+                f"ep_size = tp_size, got {ep_mesh.size()} and {tp_mesh.size()}."
+            )
+        self.config: Any = experts.config
+        self.dispatcher: Any = choose(
+            ep_mesh,
+            self.num_local_experts * ep_mesh.size(),
+            top_k=getattr(self.config, "num_experts_per_tok", None),
+            dispatch=self.dispatch,
+            shared_batch=is_shared,
+            **self.options,
+        )
+        experts.dispatcher = self.dispatcher
+        # Ranks of tensor parallelism have the same tokens, of which each then sends a part.
+        self.parts = None if is_shared or tp_mesh.size() == 1 else tp_mesh
+
+    def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """[T, H] of hidden_states [T, H], ids [T, K] of all experts, and weights [T, K]."""
+        implementation = self.config._experts_implementation
+        if implementation != "moe_ops":
+            raise ValueError(
+                'ep_implementation of moe_ops: experts_implementation must be "moe_ops", got '
+                f"{implementation!r}."
+            )
+        if self.parts is None:
+            return self.dispatcher(self, hidden_states, top_k_weights, top_k_index)
+        x, weights, ids = (_own(t, self.parts) for t in (hidden_states, top_k_weights, top_k_index))
+        y = self.dispatcher(self, x, weights, ids)
+        return _all(y, hidden_states.shape[0], self.parts)
+
+    def forward_local(
+        self,
+        x: Tensor,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        *,
+        apply_router_weight_on_input: bool = False,
+    ) -> Tensor:
+        """As of `moe_ops.parallel.Bank`. transformers' experts weight their output."""
+        assert not apply_router_weight_on_input
+        y: Tensor = self.experts_forward(x, topk_ids, topk_weights)
+        return y
+
+
+def _own(tensor: Tensor, mesh: Any) -> Tensor:
+    """This rank's run of rows of a tensor that all ranks of the mesh have; maybe none. Its gradient
+    is that of all rows, on every rank."""
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    same = DTensor.from_local(tensor, mesh, [Replicate()], run_check=False)
+    part: Tensor = same.redistribute(placements=[Shard(0)]).to_local()
+    return part
+
+
+def _all(part: Tensor, num_rows: int, mesh: Any) -> Tensor:
+    """The rows of which each rank of the mesh has a run, on every rank."""
+    from torch.distributed.tensor import DTensor, Shard
+
+    part = part.contiguous()
+    shape = torch.Size((num_rows, *part.shape[1:]))
+    parts = DTensor.from_local(
+        part, mesh, [Shard(0)], run_check=False, shape=shape, stride=part.stride()
+    )
+    whole: Tensor = parts.full_tensor()
+    return whole

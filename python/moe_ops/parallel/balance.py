@@ -1,0 +1,276 @@
+"""Other places for the experts of a model in training: from the load of each, by few collectives.
+
+Letters: E experts, P places, n ranks, L layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from moe_ops.layers import RoutingStats
+
+from .banks import Bank, banks_of, places_of, set_sharding, sharding_of, tensors_of
+from .comm import all_to_all_rows
+from .placement import Placement
+
+
+def rebalance_experts(
+    weight: Tensor, num_replicas: int, num_groups: int, num_nodes: int, num_gpus: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`Placement.balanced` of many layers, called and answering like the function of this name of
+    EPLB.
+
+    Args:
+        weight: [L, E] loads. num_replicas: P. num_groups, num_nodes: as of `Placement.balanced`.
+        num_gpus: n.
+
+    Returns:
+        phy2log: [L, P] int64, the expert at each place.
+        log2phy: [L, E, X] int64, the places of each expert in order, filled up with -1; X is the
+            most that an expert has.
+        logcnt: [L, E] int64, how many it has.
+
+    Raises:
+        ValueError: as of `Placement.balanced`. An expert is never twice on a rank, so P <= E * n.
+
+    Source: the interface of https://github.com/deepseek-ai/EPLB.
+    """
+    layers = [
+        Placement.balanced(load, num_gpus, num_replicas, num_groups=num_groups, num_nodes=num_nodes)
+        for load in weight.double().cpu()
+    ]
+    num_experts = weight.shape[1]
+    phy2log = torch.tensor([layer.physical for layer in layers], dtype=torch.int64)
+    logcnt = torch.tensor([layer.copies for layer in layers], dtype=torch.int64)
+    most = int(logcnt.max()) if layers else 1
+    log2phy = torch.full((len(layers), num_experts, most), -1, dtype=torch.int64)
+    for line, layer in zip(log2phy, layers, strict=True):
+        for expert in range(num_experts):
+            places = [p for p, other in enumerate(layer.physical) if other == expert]
+            line[expert, : len(places)] = torch.tensor(places)
+    return phy2log.view(len(layers), -1), log2phy, logcnt
+
+
+def balanced_placements(
+    model: nn.Module,
+    stats: RoutingStats,
+    *,
+    num_groups: int = 1,
+    num_nodes: int = 1,
+) -> dict[str, Placement]:
+    """For each bank of a model the placement that its routing asks for, near the one that it has;
+    that one itself where no other is better (for one machine).
+
+    Args:
+        model: with banks of `shard_experts`.
+        stats: of all ranks (`RoutingStats.all_reduce`), so that these find the same placements; its
+            layers are names of banks, or of the layers that hold them.
+        num_groups, num_nodes: of `Placement.balanced`.
+
+    Returns:
+        What `rebalance` takes: by the banks' names.
+
+    Raises:
+        ValueError: no sharded bank, or one whose layer is not in the statistics.
+    """
+    found = {}
+    for name, bank in _sharded("balanced_placements", model).items():
+        layer = next((key for key in (name, name.rpartition(".")[0]) if key in stats.layers), None)
+        if layer is None:
+            raise ValueError(
+                f"balanced_placements: stats must have counts of {name or 'the bank'}, or of the "
+                f"layer that holds it, got layers {stats.layers}."
+            )
+        old = bank.sharding.placement
+        groups: dict[str, int] = {"num_groups": num_groups, "num_nodes": num_nodes}
+        load = stats.tokens_per_expert(layer)
+        new = Placement.balanced(load, old.num_ranks, old.num_physical, **groups)
+        better = num_nodes > 1 or new.max_violation(load) < old.max_violation(load)
+        found[name] = new.near(old, num_nodes) if better else old
+    return found
+
+
+@torch.no_grad()
+def rebalance(
+    model: nn.Module,
+    optimizer: Optimizer | None,
+    placement: Placement | Mapping[str, Placement],
+) -> int:
+    """Moves experts to other places between two steps, in place: parameters, their gradients,
+    buffers and what the optimizer keeps of each. Outputs and further training are those of the
+    model as it was, up to the order of sums.
+
+    Parameters stay the same objects, as DTensors also FSDP2's, and only rows that move are sent: an
+    all-to-all for each bank, two where FSDP2 shards its experts.
+
+        stats.all_reduce()
+        rebalance(model, optimizer, balanced_placements(model, stats))
+
+    Args:
+        model: with banks of `shard_experts`. All ranks of their groups call this together.
+        optimizer: of the model; None for inference.
+        placement: of every bank, or by the banks' names in the model, others staying as they are.
+            As many places as before: `shard_experts` says how many there are.
+
+    Returns:
+        The number of rows, one for a place of a bank, that were filled anew.
+
+    Raises:
+        ValueError: no sharded bank, a name of none, a placement that does not fit, a dispatcher
+            without `set_placement`, or state of the optimizer that is no number and not sharded
+            like its parameter. Nothing has been moved then.
+    """
+    banks = _sharded("rebalance", model)
+    wanted = dict.fromkeys(banks, placement) if isinstance(placement, Placement) else placement
+    for name in wanted:
+        if name not in banks:
+            raise ValueError(
+                f"rebalance: placement must be for banks of the model ({', '.join(banks)}), got "
+                f"one for {name!r}."
+            )
+    plans = []
+    for name, new in wanted.items():
+        bank = banks[name]
+        if isinstance(bank, FSDPModule):
+            bank.reshard()
+        _check_placement(name or "the bank", bank, new)
+        tensors = _rows_of(name or "the bank", bank, optimizer)
+        moves = bank.sharding.placement.moves(new)
+        plans.append((bank, new, [(m.source, m.target) for m in moves], tensors))
+    for bank, new, pairs, tensors in plans:
+        if pairs:
+            groups: dict[Any, list[DTensor]] = {}
+            for tensor in tensors:
+                key = tensor.device_mesh, sharding_of(tensor, 0)
+                groups.setdefault(key, []).append(tensor)
+            for members in groups.values():
+                _move(bank, pairs, members)
+        set_sharding(bank, replace(bank.sharding, placement=new))
+        bank.dispatcher.set_placement(new)
+    return sum(len(pairs) for _, _, pairs, _ in plans)
+
+
+def _sharded(op: str, model: nn.Module) -> dict[str, Any]:
+    banks = {name: bank for name, bank in banks_of(model) if bank.sharding is not None}
+    if not banks:
+        raise ValueError(
+            f"{op}: model must hold experts of shard_experts, got {type(model).__name__} without."
+        )
+    return banks
+
+
+def _check_placement(name: str, bank: Any, new: Placement) -> None:
+    old = bank.sharding.placement
+    sizes = old.num_experts, old.num_ranks, old.num_physical
+    if (new.num_experts, new.num_ranks, new.num_physical) != sizes or -1 in new.physical:
+        raise ValueError(
+            f"rebalance: placement of {name} must have {sizes[0]} experts on {sizes[1]} ranks in "
+            f"{sizes[2]} places, none of them empty, got {new}."
+        )
+    if not hasattr(bank.dispatcher, "set_placement"):
+        raise ValueError(
+            f"rebalance: the dispatcher of {name} must have set_placement, got {bank.dispatcher!r}."
+        )
+
+
+def _rows_of(name: str, bank: Bank, optimizer: Optimizer | None) -> list[DTensor]:
+    """All tensors with a row for each place."""
+    found: list[Any] = []
+    for key, tensor in tensors_of(bank):
+        assert isinstance(tensor, DTensor)
+        found += [tensor.detach()] if tensor.grad is None else [tensor.detach(), tensor.grad]
+        state = {} if optimizer is None else optimizer.state.get(tensor, {})
+        for what, value in state.items():
+            if not isinstance(value, Tensor) or value.numel() == 1:
+                continue
+            if (
+                not isinstance(value, DTensor)
+                or value.shape[:1] != tensor.shape[:1]
+                or (value.device_mesh, value.placements) != (tensor.device_mesh, tensor.placements)
+            ):
+                raise ValueError(
+                    f"rebalance: {what} that the optimizer keeps of {key} of {name} must be "
+                    f"sharded like it, got {type(value).__name__} of shape {list(value.shape)}."
+                )
+            found.append(value)
+    return found
+
+
+# -------------------------------------------------------------------------------------- moving
+
+
+def _move(bank: Any, pairs: Sequence[tuple[int, int]], tensors: list[DTensor]) -> None:
+    """Copies rows of tensors that are sharded alike from places to places.
+
+    A row goes to the rank of expert parallelism that it is for, and from there, if FSDP2 shards
+    rows too, to the rank that has this part of them.
+    """
+    mesh, shard_dim = tensors[0].device_mesh, sharding_of(tensors[0], 0)
+    here, ep_mesh = places_of(bank, tensors[0]), bank.sharding.ep_mesh
+    per_rank, rank = bank.sharding.placement.per_rank, ep_mesh.get_local_rank()
+    shards, part = 1, 0
+    if shard_dim is not None:
+        shards, part = mesh.size(shard_dim), mesh.get_local_rank(shard_dim)
+    share = -(-per_rank // shards)
+
+    def rank_of(place: int) -> int:
+        return place // per_rank
+
+    def part_of(place: int) -> int:
+        return place % per_rank // share
+
+    local = [tensor.to_local() for tensor in tensors]
+    first = here.start
+    held = [i for i, (source, _) in enumerate(pairs) if source in here]
+    index = [pairs[i][0] - first for i in held]
+    rows = torch.cat([_bytes(tensor[index]) for tensor in local], 1)
+    arrive = [
+        i
+        for i, (source, target) in enumerate(pairs)
+        if part_of(source) == part and rank_of(target) == rank
+    ]
+    by_rank = _Hop(lambda i: rank_of(pairs[i][1]), lambda i: rank_of(pairs[i][0]))
+    rows, held = by_rank(rows, held, arrive, ep_mesh.get_group())
+    if shard_dim is not None:
+        arrive = [i for i, (_, target) in enumerate(pairs) if target in here]
+        by_part = _Hop(lambda i: part_of(pairs[i][1]), lambda i: part_of(pairs[i][0]))
+        rows, held = by_part(rows, held, arrive, mesh.get_group(shard_dim))
+    index = [pairs[i][1] - first for i in held]
+    sizes = [tensor.shape[1:].numel() * tensor.element_size() for tensor in local]
+    for tensor, piece in zip(local, rows.split(sizes, 1), strict=True):
+        tensor[index] = piece.contiguous().view(tensor.dtype).view(-1, *tensor.shape[1:])
+
+
+class _Hop(NamedTuple):
+    """An all-to-all of numbered rows. to, source: of a number, the rank in the group that it goes
+    to, and that it comes from."""
+
+    to: Callable[[int], int]
+    source: Callable[[int], int]
+
+    def __call__(
+        self, rows: Tensor, held: list[int], arriving: list[int], group: ProcessGroup
+    ) -> tuple[Tensor, list[int]]:
+        """Of the rows that are held, in order of their numbers, those that arrive and theirs."""
+        n = group.size()
+        order = sorted(range(len(held)), key=lambda k: (self.to(held[k]), held[k]))
+        arriving = sorted(arriving, key=lambda i: (self.source(i), i))
+        send, recv = [0] * n, [0] * n
+        for i in held:
+            send[self.to(i)] += 1
+        for i in arriving:
+            recv[self.source(i)] += 1
+        return all_to_all_rows(rows[order], recv, send, group), arriving
+
+
+def _bytes(rows: Tensor) -> Tensor:
+    return rows.reshape(rows.shape[0], rows.shape[1:].numel()).contiguous().view(torch.uint8)

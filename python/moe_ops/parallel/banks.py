@@ -1,0 +1,171 @@
+"""Banks whose experts are shared out over ranks: who has which rows of their tensors.
+
+Letters: E experts, P places, n ranks of expert parallelism (EP).
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+
+from moe_ops.expert_weights.packing import invalidate
+from moe_ops.layers import Experts, QuantizedExperts
+
+from .comm import sum_over_group
+from .placement import Placement
+from .registry import choose
+
+Bank = Experts | QuantizedExperts
+
+
+def banks_of(model: nn.Module) -> Iterator[tuple[str, Bank]]:
+    for name, module in model.named_modules():
+        if isinstance(module, Experts | QuantizedExperts):
+            yield name, module
+
+
+def tensors_of(bank: Bank) -> list[tuple[str, Tensor]]:
+    """What has a row for each expert."""
+    tensors = [*bank.named_parameters(recurse=False), *bank.named_buffers(recurse=False)]
+    return [(name, tensor) for name, tensor in tensors if name != "x_scale"]
+
+
+def sharding_of(tensor: DTensor, dim: int) -> int | None:
+    """The dimension of the mesh over which FSDP2 shards a dimension of what a rank of expert
+    parallelism has, if it does. That of expert parallelism is the last one."""
+    # Of torch's two kinds of sharding one does not call itself so.
+    dims = [getattr(how, "dim", None) for how in tensor.placements[:-1]]
+    return dims.index(dim) if dim in dims else None
+
+
+def places_of(bank: Bank, tensor: DTensor) -> range:
+    """The places whose rows this rank has of a tensor of a bank."""
+    placement, mesh_dim = bank.sharding.placement, sharding_of(tensor, 0)
+    first, num = bank.sharding.ep_mesh.get_local_rank() * placement.per_rank, placement.per_rank
+    if mesh_dim is not None:
+        share = -(-num // tensor.device_mesh.size(mesh_dim))
+        skipped = min(share * tensor.device_mesh.get_local_rank(mesh_dim), num)
+        first, num = first + skipped, min(share, num - skipped)
+    return range(first, first + num)
+
+
+@dataclass(frozen=True)
+class ExpertSharding:
+    """How a bank was sharded, for making another one like it.
+
+    ep_mesh: as of `shard_experts`. options: of `choose`. placement: of this bank.
+    """
+
+    ep_mesh: DeviceMesh
+    options: Mapping[str, Any]
+    placement: Placement
+
+    def shard(self, bank: Bank) -> None:
+        """Keeps of a whole bank the experts of this rank; of one with another number of experts,
+        those that a rank has without a placement."""
+        sharding = self._of(bank.num_experts)
+        rows = list(sharding.placement.local(self.ep_mesh.get_local_rank()))
+        sharding._connect(bank)
+        for name, tensor in tensors_of(bank):
+            self._put(bank, name, tensor.detach()[rows], tensor.requires_grad)
+
+    def adopt(self, bank: Bank) -> None:
+        """Makes of a bank that holds the experts of this rank alone a sharded one of all."""
+        self._connect(bank)
+        for name, tensor in tensors_of(bank):
+            self._put(bank, name, tensor.detach(), tensor.requires_grad)
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """All rows of a tensor of such a bank, one for each expert, on every rank; anything else as
+        it is."""
+        if not isinstance(tensor, DTensor) or tensor.device_mesh != self.ep_mesh:
+            return tensor
+        whole: Tensor = tensor.full_tensor().detach()
+        return whole if self.placement.is_identity else whole[list(self.placement.first_places)]
+
+    def tie_replicas(self, weights: tuple[Tensor | None, ...]) -> Any:
+        """The same weights of this rank, [P / n, ...] each: the gradient of an expert will be the
+        sum over all of its places, so that these stay equal."""
+        some = any(w is not None and w.requires_grad for w in weights)
+        if not (some and torch.is_grad_enabled() and self.placement.has_replicas):
+            return weights
+        present = iter(_TieReplicas.apply(self, *(w for w in weights if w is not None)))
+        return tuple(None if w is None else next(present) for w in weights)
+
+    def _of(self, num_experts: int) -> ExpertSharding:
+        """The same for a bank of so many experts."""
+        if num_experts == self.placement.num_experts:
+            return self
+        if num_experts % self.ep_mesh.size():
+            raise ValueError(
+                f"shard_experts: the {self.ep_mesh.size()} ranks of ep_mesh must divide the "
+                f"experts of each bank, got {num_experts}."
+            )
+        placement = Placement.contiguous(num_experts, self.ep_mesh.size())
+        return replace(self, placement=placement)
+
+    def _put(self, bank: Bank, name: str, own: Tensor, requires_grad: bool) -> None:
+        sharded = DTensor.from_local(own, self.ep_mesh, [Shard(0)], run_check=False)
+        if name in bank._buffers:
+            bank._buffers[name] = sharded
+        else:
+            setattr(bank, name, nn.Parameter(sharded, requires_grad=requires_grad))
+
+    def _connect(self, bank: Bank) -> None:
+        num_experts, top_k = self.placement.num_experts, self.options.get("top_k")
+        options = {**self.options, "top_k": top_k and min(top_k, num_experts)}
+        bank.dispatcher = choose(self.ep_mesh, num_experts, placement=self.placement, **options)
+        bank.num_experts = num_experts
+        set_sharding(bank, self)
+
+
+# Those whose gradients have rows that repeat others.
+with_replicas: weakref.WeakSet[Bank] = weakref.WeakSet()
+
+
+def set_sharding(bank: Bank, sharding: ExpertSharding) -> None:
+    """Says where the experts of a bank are from now on."""
+    bank.sharding = sharding
+    with_replicas.discard(bank)
+    if sharding.placement.has_replicas:
+        with_replicas.add(bank)
+    invalidate(bank)
+
+
+class _TieReplicas(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, sharding: ExpertSharding, *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.sharding = sharding
+        ctx.set_materialize_grads(False)
+        return tuple(w.view_as(w) for w in weights)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        """One all-reduce of a row for each expert with several places."""
+        placement, mesh = ctx.sharding.placement, ctx.sharding.ep_mesh
+        several = [e for e, copies in enumerate(placement.copies) if copies > 1]
+        local = placement.local(mesh.get_local_rank())
+        here = [row for row, expert in enumerate(local) if expert in several]
+        there = [several.index(local[row]) for row in here]
+        found = [g for g in grads if g is not None]
+        if not found:
+            return None, *grads
+        rows = torch.cat([g[here].flatten(1) for g in found], 1)
+        total = rows.new_zeros(len(several), rows.shape[1])
+        total[there] = rows
+        total = sum_over_group(total, mesh.get_group())[there]
+        parts = iter(total.split([g[0].numel() for g in found], 1))
+        results: list[Tensor | None] = [None]
+        for g in grads:
+            if g is not None:
+                part, g = next(parts), g.clone()
+                g[here] = part.view(-1, *g.shape[1:])
+            results.append(g)
+        return tuple(results)

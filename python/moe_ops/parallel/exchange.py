@@ -1,0 +1,219 @@
+"""Dispatchers that bring a token's row to the ranks of its experts, and to no others.
+
+Letters: T tokens of this rank, H hidden size, K slots a token, n ranks, R rows that this rank gets,
+C capacity.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.compiler import is_compiling
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
+
+from moe_ops._private_torch import check_size
+from moe_ops.ops import dispatch_plan, permute, sort_slots, unpermute
+
+from .comm import (
+    InFlight,
+    all_to_all_rows,
+    begin_all_to_all_fp8,
+    begin_all_to_all_rows,
+    exchange_counts,
+    to_host,
+)
+from .dispatch import Dispatched, Dispatcher
+from .placement import Placement
+
+
+class _Sent(NamedTuple):
+    """The way back.
+
+    offsets, slot_to_row: where in the rows that come back a token's are, as `unpermute` takes them.
+    send, recv: rows for and from each rank on the way there.
+    topk_weights: [T, K] that the sender applies.
+    grad_dtype: of x, in which gradients of results travel.
+    """
+
+    offsets: Tensor
+    slot_to_row: Tensor
+    send: list[int]
+    recv: list[int]
+    topk_weights: Tensor | None
+    grad_dtype: torch.dtype
+
+
+class _AllToAll(Dispatcher):
+    """Rows go to the ranks of their experts by an all-to-all of exactly those, after one of their
+    numbers, which the host has to know.
+
+    Args:
+        fp8: rows travel as float8_e4m3fn with a scale for each 128 columns, half the bytes of
+            bfloat16; results and gradients in the dtype of x. Without gradients, a bank with
+            precision "fp8" multiplies these codes as they are. Not in compiled code.
+    """
+
+    def __init__(
+        self,
+        group: ProcessGroup | DeviceMesh | None,
+        placement: Placement,
+        *,
+        fp8: bool = False,
+        fp32_combine: bool = False,
+    ) -> None:
+        super().__init__(group, placement, fp32_combine=fp32_combine)
+        self.fp8 = fp8
+
+    def _splits(self, send: Tensor, recv: Tensor) -> tuple[list[int], list[int]]:
+        """Numbers of rows for and from each rank, [n] each, by one wait for the device."""
+        numbers = to_host(torch.cat([send, recv]))
+        return numbers[: self.num_ranks], numbers[self.num_ranks :]
+
+    def _begin(self, rows: Tensor, recv: list[int], send: list[int]) -> Tensor | InFlight:
+        begin = begin_all_to_all_fp8 if self.fp8 else begin_all_to_all_rows
+        return begin(rows, recv, send, self.group)
+
+    def combine(self, y: Tensor, state: _Sent) -> Tensor:
+        back = all_to_all_rows(y, state.send, state.recv, self.group, grad_dtype=state.grad_dtype)
+        return unpermute(back, state.offsets, state.slot_to_row, state.topk_weights)
+
+
+def _first(rows: Tensor, number: int) -> Tensor:
+    if is_compiling():
+        check_size(number <= rows.shape[0])
+    return rows.narrow(0, 0, number)
+
+
+class Slots(_AllToAll):
+    """A row for each token and each of its experts. Weights stay here and are applied to what comes
+    back, in the order and precision of one process: in float32 and float64 the output has the bits
+    of a process that has all experts."""
+
+    def dispatch(
+        self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, on_input: bool
+    ) -> Dispatched:
+        num_ranks, per_rank = self.num_ranks, self.placement.per_rank
+        offsets, row_to_slot, slot_to_row = sort_slots(
+            self.places(topk_ids), self.placement.num_physical
+        )
+        counts = offsets.diff().view(num_ranks, per_rank)
+
+        def exchange() -> tuple[list[int], list[int], Tensor]:
+            received = exchange_counts(counts, self.group)
+            return *self._splits(counts.sum(1), received.sum(1)), received
+
+        send, recv, received = self._sizes_of(topk_ids, exchange)
+        num_sent, num_rows = sum(send), sum(recv)
+        row_to_slot = _first(row_to_slot, num_sent)
+        slot_to_row = slot_to_row.masked_fill(slot_to_row >= num_sent, -1)
+        rows = permute(x, offsets, row_to_slot, top_k=max(topk_ids.shape[1], 1))
+        arriving = self._begin(rows, recv, send)
+        # Each rank's rows are sorted by expert.
+        experts = torch.arange(per_rank, device=x.device).repeat(num_ranks)
+        ids = experts.repeat_interleave(received.view(-1), output_size=num_rows).unsqueeze(1)
+        back = _Sent(offsets, slot_to_row, send, recv, topk_weights, rows.dtype)
+        if not on_input:
+            return Dispatched(arriving, topk_weights.new_ones(num_rows, 1), ids, back)
+        own = topk_weights.reshape(-1, 1).index_select(0, row_to_slot)
+        weights = begin_all_to_all_rows(own, recv, send, self.group)
+        return Dispatched(arriving, weights, ids, back._replace(topk_weights=None))
+
+
+class Tokens(_AllToAll):
+    """A row for each token and each rank that has one of its experts, with ids and weights; a rank
+    returns the sum of its experts' outputs, which is rounded to the dtype of x."""
+
+    def dispatch(
+        self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, on_input: bool
+    ) -> Dispatched:
+        offsets, tokens, slot_to_row, ids = dispatch_plan(
+            topk_ids, self.num_ranks, self.placement.per_rank, self.table(topk_ids)
+        )
+        counts = offsets.diff()
+
+        def exchange() -> tuple[list[int], list[int]]:
+            return self._splits(counts, exchange_counts(counts, self.group))
+
+        send, recv = self._sizes_of(topk_ids, exchange)
+        tokens, ids = _first(tokens, sum(send)), _first(ids, sum(send))
+        rows = permute(x, offsets, tokens, top_k=1)
+        # Not by `permute`, which autocast would round for.
+        weights = topk_weights.index_select(0, tokens)
+        return Dispatched(
+            self._begin(rows, recv, send),
+            begin_all_to_all_rows(weights, recv, send, self.group),
+            begin_all_to_all_rows(ids, recv, send, self.group),
+            _Sent(offsets, slot_to_row, send, recv, None, rows.dtype),
+        )
+
+
+class Padded(Dispatcher):
+    """Rows as of `Tokens`, in n parts of C rows each: sizes do not depend on the routing, so nobody
+    waits for the device and the call can be captured in a CUDA graph.
+
+    Args:
+        capacity: C. A rank that gets more rows of another one than that drops those of the last
+            tokens. None is T, which drops nothing and has to be the same on all ranks.
+
+    Attributes:
+        num_dropped: [] int64, rows that this rank could not send in the last call.
+    """
+
+    def __init__(
+        self,
+        group: ProcessGroup | DeviceMesh | None,
+        placement: Placement,
+        *,
+        capacity: int | None = None,
+        fp32_combine: bool = False,
+    ) -> None:
+        super().__init__(group, placement, fp32_combine=fp32_combine)
+        if capacity is not None and capacity < 1:
+            raise ValueError(f"Padded: capacity must be at least 1, got {capacity}.")
+        self.capacity = capacity
+        self.num_dropped: Tensor | None = None
+
+    def dispatch(
+        self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, on_input: bool
+    ) -> Dispatched:
+        num_ranks = self.num_ranks
+        capacity = x.shape[0] if self.capacity is None else self.capacity
+        offsets, tokens, slot_to_row, ids = dispatch_plan(
+            topk_ids, num_ranks, self.placement.per_rank, self.table(topk_ids)
+        )
+        # The line of the buffer for each row: -1 for rows beyond the capacity, and unused ones.
+        row = torch.arange(tokens.shape[0], dtype=torch.int32, device=x.device)
+        rank = torch.bucketize(row, offsets[1:], right=True)
+        nth = row - offsets.index_select(0, rank)
+        fits = (rank < num_ranks) & (nth < capacity)
+        line = torch.where(fits, rank * capacity + nth, -1)
+        self.num_dropped = offsets[-1].long() - fits.sum()
+
+        def in_lines(t: Tensor) -> Tensor:
+            """The rows of t at their lines, -1 at the others."""
+            end = num_ranks * capacity
+            lines = t.new_full((end + 1, *t.shape[1:]), -1)
+            return lines.index_copy(0, line.masked_fill(~fits, end), t)[:end]
+
+        def begin(lines: Tensor) -> Tensor | InFlight:
+            equal = [capacity] * num_ranks
+            return begin_all_to_all_rows(lines, equal, equal, self.group)
+
+        tokens, ids = in_lines(tokens), in_lines(ids)
+        # Index -1 is the last element, which is what is nowhere.
+        weights = F.pad(topk_weights, (0, 0, 0, 1))[tokens.long()]
+        slot_to_line = F.pad(line, (0, 1), value=-1)[slot_to_row.long()]
+        lines = torch.arange(num_ranks + 1, device=x.device) * capacity
+        rows = permute(x, lines, tokens, top_k=1)
+        state = lines, slot_to_line, capacity, rows.dtype
+        return Dispatched(begin(rows), begin(weights), begin(ids), state)
+
+    def combine(self, y: Tensor, state: tuple[Tensor, Tensor, int, torch.dtype]) -> Tensor:
+        lines, slot_to_line, capacity, dtype = state
+        equal = [capacity] * self.num_ranks
+        back = all_to_all_rows(y, equal, equal, self.group, grad_dtype=dtype)
+        return unpermute(back, lines, slot_to_line)

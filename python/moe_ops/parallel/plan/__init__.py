@@ -1,0 +1,50 @@
+"""Plans expert parallelism: memory, traffic and time of a rank, before any machine is asked.
+
+    from moe_ops.parallel import plan
+
+    shape = plan.find_shape("deepseek_v3")            # or a folder with a config.json
+    cluster = plan.find_cluster("h100", ranks=2048)
+    job = plan.Job(ep=64, recompute=True)
+    result = plan.estimate(shape, cluster, job)
+    print(result.memory.total, result.time.step, plan.advise(result))
+    plan.trace(shape, cluster, job)                   # the same by running the code, without data
+
+``moe-ops plan`` prints it.
+"""
+
+from __future__ import annotations
+
+from .cluster import CLUSTERS, Cluster, Job, Layout, find_cluster
+from .estimate import Advice, Plan, advise, alternatives, best, estimate
+from .memory import Memory, memory_of
+from .shape import PRESETS, Shape, find_shape, shape_of
+from .timing import Pass, Time
+from .tracing import Trace, trace
+from .traffic import Message, Rows, model_messages
+
+__all__ = [
+    "CLUSTERS",
+    "PRESETS",
+    "Advice",
+    "Cluster",
+    "Job",
+    "Layout",
+    "Memory",
+    "Message",
+    "Pass",
+    "Plan",
+    "Rows",
+    "Shape",
+    "Time",
+    "Trace",
+    "advise",
+    "alternatives",
+    "best",
+    "estimate",
+    "find_cluster",
+    "find_shape",
+    "memory_of",
+    "model_messages",
+    "shape_of",
+    "trace",
+]

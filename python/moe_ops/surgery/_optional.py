@@ -1,0 +1,34 @@
+"""Optional packages, imported where they are needed, each with a sentence where it is missing."""
+
+from __future__ import annotations
+
+import importlib
+from types import SimpleNamespace
+from typing import Any
+
+# What was asked for -> the extra of this distribution that brings it.
+_EXTRAS = {"safetensors": "surgery", "scipy": "surgery", "transformers": "hf"}
+
+
+def optional(caller: str, module: str) -> Any:
+    """The module; ImportError with a sentence where its package is missing."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        package = module.partition(".")[0]
+        if (error.name or "").partition(".")[0] != package:
+            raise
+        raise ImportError(
+            f"{caller} needs {package}, which is not installed: "
+            f"pip install torch-moe-ops[{_EXTRAS[package]}]"
+        ) from error
+
+
+def safetensors_torch(caller: str) -> Any:
+    """save(tensors, metadata) -> bytes, safe_open and SafetensorError."""
+    library = optional(caller, "safetensors")
+    return SimpleNamespace(
+        save=optional(caller, "safetensors.torch").save,
+        safe_open=library.safe_open,
+        SafetensorError=library.SafetensorError,
+    )

@@ -1,0 +1,194 @@
+"""Which experts a text needs: scores of a profile, and what is kept of a budget.
+
+Letters: E experts, L layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .profile import LayerProfile, Profile
+from .route_as import groups_left
+from .routed_layers import routed_layers
+
+
+def frequency(layer: LayerProfile) -> Tensor:
+    """Slots that fell on the expert."""
+    return layer.load.double()
+
+
+def tcess(layer: LayerProfile) -> Tensor:
+    """Mean over tokens of the router logit where the expert is the token's best, else 0.
+
+    As the code released with PreMoe has it: raw logits, which may be negative and then rank an
+    expert below one that was never chosen.
+
+    Source: Pei et al. 2025 (PreMoe, arXiv 2505.17639), with K_a = 1 and without a threshold.
+    """
+    return layer.logit[0] / max(int(layer.tokens), 1)
+
+
+def tcess_softmax(layer: LayerProfile) -> Tensor:
+    """Mean over tokens of the softmax over the token's chosen experts, as the paper of PreMoe
+    writes TCESS, with K_a = K."""
+    return layer.share / max(int(layer.tokens), 1)
+
+
+def gate_norm(layer: LayerProfile) -> Tensor:
+    """Sum over tokens of routing weight times the norm of the expert's output."""
+    return layer.gate_norm
+
+
+def reap(layer: LayerProfile) -> Tensor:
+    """The mean of the same over the expert's tokens, 0 for none.
+
+    Source: Lasby et al. 2025 (REAP, arXiv 2510.13999).
+    """
+    return layer.gate_norm / layer.load.clamp(min=1)
+
+
+def max_output(layer: LayerProfile) -> Tensor:
+    """Largest |output| of the expert, the score of super experts.
+
+    Source: Su et al. 2025 (Super Experts, arXiv 2507.23279).
+    """
+    return layer.largest_output()
+
+
+# What `--by` and `by=` know. Each is a function of a layer's profile.
+CRITERIA: dict[str, Callable[[LayerProfile], Tensor]] = {
+    "frequency": frequency,
+    "tcess": tcess,
+    "tcess_softmax": tcess_softmax,
+    "gate_norm": gate_norm,
+    "reap": reap,
+    "max_output": max_output,
+}
+
+
+def scores(profile: Profile, by: str | Callable[[LayerProfile], Tensor]) -> dict[str, Tensor]:
+    """Name of a layer -> the score [E] fp64 of each of its experts; larger is more needed.
+
+    Args:
+        by: one of `CRITERIA`, or a function of a layer's profile.
+
+    Raises:
+        ValueError: an unknown criterion.
+    """
+    if isinstance(by, str):
+        if by not in CRITERIA:
+            raise ValueError(f"scores: by must be one of {', '.join(CRITERIA)}, got {by!r}.")
+        by = CRITERIA[by]
+    return {name: by(layer).double() for name, layer in profile.layers.items()}
+
+
+def choose_experts(
+    model: nn.Module,
+    scores: Mapping[str, Tensor],
+    keep: int | float,
+    *,
+    budget: str = "layer",
+    groups: str = "drop",
+) -> dict[str, list[int]]:
+    """The experts of the best scores, in the order of their ids.
+
+    Args:
+        model: whose layers the scores are of; its routers say how few experts a layer needs.
+        scores: name of a layer -> [E].
+        keep: experts a layer (int), or the part of them (a float in (0, 1]), rounded.
+        budget: "layer": so many in each layer. "global": so many a layer in the mean, wherever the
+            scores, divided by the mean of their layer's sizes, are largest; no layer goes below its
+            router's top_k. A Hugging Face config has one number of experts for all layers, so
+            that such a model can be used but not saved in that form.
+        groups: of group-limited routing. "drop": the best of all experts; the router's groups are
+            dropped where these no longer fit them. "keep": as many of each group.
+
+    Ties: the smaller id.
+
+    Returns:
+        Name of a layer -> ids, for `prune`.
+
+    Raises:
+        ValueError: an unknown option, a number out of range, fewer experts than a token uses, or
+            groups that cannot be kept.
+    """
+    if budget not in ("layer", "global"):
+        raise ValueError(f"choose_experts: budget must be 'layer' or 'global', got {budget!r}.")
+    if groups not in ("drop", "keep"):
+        raise ValueError(f"choose_experts: groups must be 'drop' or 'keep', got {groups!r}.")
+    if groups == "keep" and budget == "global":
+        raise ValueError("choose_experts: groups must be 'drop' with budget='global', got 'keep'.")
+    layers = {layer.name: layer for layer in routed_layers(model, caller="choose_experts")}
+    for name, score in scores.items():
+        if name not in layers or score.shape != (layers[name].num_experts,):
+            raise ValueError(
+                f"choose_experts: scores must be [E] of a routed layer each, got shape "
+                f"{list(score.shape)} for {name!r}."
+            )
+    wanted = {n: _number(keep, layers[n].num_experts, layers[n].top_k) for n in scores}
+    if budget == "global":
+        least = {name: layers[name].top_k for name in scores}
+        return _best_of_all(scores, sum(wanted.values()), least)
+    return {
+        name: _best(score, wanted[name], layers[name].rules() if groups == "keep" else None)
+        for name, score in scores.items()
+    }
+
+
+def _number(keep: int | float, num_experts: int, top_k: int) -> int:
+    if isinstance(keep, float):
+        if not 0 < keep <= 1:
+            raise ValueError(f"choose_experts: keep must be a part in (0, 1], got {keep}.")
+        keep = max(1, round(keep * num_experts))
+    if not top_k <= keep <= num_experts:
+        raise ValueError(
+            f"choose_experts: keep must be in [{top_k}, {num_experts}], from the experts a token "
+            f"uses to those there are, got {keep}."
+        )
+    return keep
+
+
+def _ranked(score: Tensor) -> list[int]:
+    order: list[int] = score.nan_to_num(-torch.inf).argsort(descending=True, stable=True).tolist()
+    return order
+
+
+def _best(score: Tensor, number: int, router: Any) -> list[int]:
+    if router is None or router.num_groups == 1:
+        return sorted(_ranked(score)[:number])
+    if number % router.num_groups:
+        raise ValueError(
+            f"choose_experts: keep must be a multiple of the {router.num_groups} groups with "
+            f"groups='keep', got {number}."
+        )
+    each, size = number // router.num_groups, len(score) // router.num_groups
+    chosen = [
+        group * size + e
+        for group, part in enumerate(score.split(size))
+        for e in sorted(_ranked(part)[:each])
+    ]
+    if groups_left(router, chosen) is None:
+        raise ValueError(
+            f"choose_experts: keep must leave each of the {router.num_groups} groups enough "
+            f"experts for its score and top_k = {router.top_k}, got {number}."
+        )
+    return chosen
+
+
+def _best_of_all(
+    scores: Mapping[str, Tensor], number: int, least: Mapping[str, int]
+) -> dict[str, list[int]]:
+    chosen = {name: _ranked(score)[: least[name]] for name, score in scores.items()}
+    rest = [
+        (float(score[e] / score.abs().mean().clamp(min=1e-300)), place, e, name)
+        for place, (name, score) in enumerate(scores.items())
+        for e in _ranked(score)[least[name] :]
+    ]
+    rest.sort(key=lambda entry: (-entry[0], entry[1], entry[2]))
+    for _, _, expert, name in rest[: number - sum(map(len, chosen.values()))]:
+        chosen[name].append(expert)
+    return {name: sorted(ids) for name, ids in chosen.items()}

@@ -1,0 +1,150 @@
+"""A model with some of the experts of its checkpoint, of which no others are read.
+
+Letters: E experts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from moe_ops.zoo.lm.config import LMConfig
+
+from ._optional import optional
+from .prune import prune
+from .routed_layers import routed_layers
+
+
+class PartlyLoaded(NamedTuple):
+    """What `load_pruned` returns: the model in eval mode, the bytes of the tensors that were read
+    for it, and those of all tensors of the checkpoint."""
+
+    model: Any
+    bytes_read: int
+    bytes_total: int
+
+
+def load_pruned(
+    folder: Path | str,
+    keep: Mapping[str, Sequence[int]],
+    *,
+    model_class: Any = None,
+    dtype: torch.dtype | None = None,
+) -> PartlyLoaded:
+    """Loads a checkpoint with only some of its experts, and reads no others.
+
+    The model is the one that `prune` makes of the whole one, in the memory of what is kept: of
+    experts with tensors of their own the others are never read, and of tensors that hold all
+    experts, and of routers, only some rows.
+
+    Args:
+        folder: config.json and safetensors, sharded or not, as transformers or the zoo write it.
+        keep: name of a routed layer, as in the whole model -> ids of the experts to keep, as many
+            in all layers; all routed layers are named.
+        model_class: of the zoo (`moe_ops.zoo.deepseek.DeepSeek`, ...); None: the causal language
+            model of transformers that the config names.
+        dtype: of the parameters; None is the checkpoint's.
+
+    Raises:
+        FileNotFoundError: no such checkpoint.
+        ValueError: a name of no layer or a layer without one, different numbers of experts, a
+            quantised checkpoint of transformers, or a damaged one.
+        ImportError: safetensors, or transformers, is missing.
+
+    Source: Pei et al. 2025 (PreMoe, arXiv 2505.17639).
+    """
+    folder = Path(folder)
+    optional("load_pruned", "safetensors")
+    # Both need safetensors, which the rest of this package does not.
+    from moe_ops.zoo.lm import checkpoint
+
+    from ._partial_reader import PartialReader, number_of
+
+    published = checkpoint.read_config(folder)
+    if model_class is None:
+        model_class, whole = _of_transformers(folder, published)
+    else:
+        config = model_class._published_config(published, {})
+        with torch.device("meta"):
+            whole = model_class(config)
+    layers = {layer.name: layer for layer in routed_layers(whole, caller="load_pruned")}
+    missing = [name for name in layers if name not in keep]
+    if missing or len(keep) != len(layers):
+        wrong = missing or [name for name in keep if name not in layers]
+        raise ValueError(
+            f"load_pruned: keep must name the {len(layers)} routed layers of the model, got "
+            f"{'none' if missing else 'a layer that is not there'} for {wrong[0]!r}."
+        )
+    numbers = {number_of(name): (list(keep[name]), layers[name].num_experts) for name in layers}
+    pruned = prune(whole, keep)
+    if "save_pretrained" in vars(pruned):
+        raise ValueError(
+            "load_pruned: keep must leave all layers the same number of experts, got "
+            f"{sorted({len(ids) for ids in keep.values()})}."
+        )
+    reader = PartialReader(folder, numbers)
+    if isinstance(pruned.config, LMConfig):
+        model = _load_of_zoo(model_class, folder, published, pruned.config, reader, dtype)
+    else:
+        model = _load_of_transformers(model_class, pruned.config, reader, dtype)
+    return PartlyLoaded(model, reader.bytes_read, reader.bytes_total)
+
+
+def _of_transformers(folder: Path, published: Mapping[str, Any]) -> tuple[Any, nn.Module]:
+    """The class of the model in the folder, and the model without memory."""
+    if "quantization_config" in published:
+        raise ValueError(
+            f"load_pruned: {folder} must hold a float checkpoint, got one with a "
+            "quantization_config."
+        )
+    transformers = optional("load_pruned", "transformers")
+    config = transformers.AutoConfig.from_pretrained(folder)
+    known = transformers.AutoModelForCausalLM._model_mapping
+    if type(config) not in known:
+        raise ValueError(
+            f"load_pruned: {folder} must hold a causal language model of transformers, got "
+            f"{config.model_type}."
+        )
+    with torch.device("meta"):
+        return known[type(config)], known[type(config)](config)
+
+
+def _load_of_transformers(
+    model_class: Any, config: Any, reader: Any, dtype: torch.dtype | None
+) -> Any:
+    tensors = {key: reader.get(key) for key in reader.keys()}
+    model, report = model_class.from_pretrained(
+        None,
+        config=config,
+        state_dict=tensors,
+        dtype="auto" if dtype is None else dtype,
+        output_loading_info=True,
+    )
+    if report["missing_keys"]:
+        raise ValueError(
+            f"load_pruned: {reader.folder} must hold all tensors of {model_class.__name__}, got "
+            f"no {sorted(report['missing_keys'])[0]}."
+        )
+    return model.eval()
+
+
+def _load_of_zoo(
+    model_class: Any,
+    folder: Path,
+    published: Mapping[str, Any],
+    config: LMConfig,
+    reader: Any,
+    dtype: torch.dtype | None,
+) -> Any:
+    whole = model_class._published_config(published, {})
+    changes = {
+        field.name: getattr(config, field.name)
+        for field in dataclasses.fields(config)
+        if getattr(config, field.name) != getattr(whole, field.name)
+    }
+    return model_class.from_pretrained(folder, dtype=dtype, reader=reader, **changes)

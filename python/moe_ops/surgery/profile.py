@@ -1,0 +1,421 @@
+"""What the experts of a trained model do on a text, in one pass and without keeping it.
+
+Letters: T tokens, H hidden size, E experts, K experts a token, P positions.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moe_ops import _files
+from moe_ops.expert_weights import ExpertInputs, ExpertWeights, hooks_for
+from moe_ops.layers import Routing
+from moe_ops.layers.routing import valid_ids
+
+from ._optional import safetensors_torch
+from .routed_layers import RoutedLayer, routed_layers
+
+_FORMAT = "moe_ops.surgery.Profile 1"
+
+
+@dataclass
+class LayerProfile:
+    """Sums over the tokens that one layer has seen; float64 on the CPU unless said.
+
+    A layer that routes several times (Chain-of-Experts) sums over all its calls.
+
+    Attributes:
+        tokens: T, a scalar int64: the tokens routed.
+        load: [E] int64, slots that fell on each expert.
+        probability: [E], of softmax(router_logits) over all experts, whatever the layer's scores.
+        weight: [E], of the routing weights of the slots.
+        logit: [K, E], of the router logits of experts that are the token's choice number k, in the
+            order of their logits.
+        share: [E], of softmax over the logits of the K experts of a token.
+        gate_norm: [E], of weight * |f(x)|, the norm of the expert's output before weighting.
+        output_norm: [E], of |f(x)|.
+        output: [E, H], of f(x): over slots, or over all tokens with `all_outputs`.
+        output_count: [E] int64, what to divide `output` by for the mean.
+        max_output: [P + 1, E], largest |f(x)_h| over tokens at position 0, 1, ... P - 1 of their
+            sequences, and over all later ones; 0 where there was none.
+        max_channel: [E] int64, the h of an expert's largest output; -1 for none.
+        together: [E, E] int64, tokens that had both experts; the diagonal is `load`.
+        logit_sum: [E]. logit_products: [E, E], of router_logits^T router_logits over tokens.
+    """
+
+    tokens: Tensor
+    load: Tensor
+    probability: Tensor
+    weight: Tensor
+    logit: Tensor
+    share: Tensor
+    gate_norm: Tensor
+    output_norm: Tensor
+    output: Tensor
+    output_count: Tensor
+    max_output: Tensor
+    max_channel: Tensor
+    together: Tensor
+    logit_sum: Tensor
+    logit_products: Tensor
+
+    @classmethod
+    def empty(
+        cls, num_experts: int, top_k: int, hidden_size: int, positions: int, device: Any = "cpu"
+    ) -> LayerProfile:
+        def zeros(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        e, whole = num_experts, torch.int64
+        return cls(
+            tokens=zeros(dtype=whole),
+            load=zeros(e, dtype=whole),
+            probability=zeros(e),
+            weight=zeros(e),
+            logit=zeros(top_k, e),
+            share=zeros(e),
+            gate_norm=zeros(e),
+            output_norm=zeros(e),
+            output=zeros(e, hidden_size),
+            output_count=zeros(e, dtype=whole),
+            max_output=zeros(positions + 1, e),
+            max_channel=zeros(e, dtype=whole) - 1,
+            together=zeros(e, e, dtype=whole),
+            logit_sum=zeros(e),
+            logit_products=zeros(e, e),
+        )
+
+    @property
+    def num_experts(self) -> int:
+        return self.load.shape[0]
+
+    def largest_output(self) -> Tensor:
+        """[E], over all positions."""
+        return self.max_output.max(0).values
+
+    def correlation(self) -> Tensor:
+        """[E, E], of the router logits of pairs of experts over tokens; 0 for constant ones."""
+        count = max(int(self.tokens), 1)
+        mean = self.logit_sum / count
+        covariance = self.logit_products / count - mean[:, None] * mean
+        scale = covariance.diagonal().clamp(min=0).sqrt()
+        product = scale[:, None] * scale
+        tiny = 1e-12 * self.logit_products.diagonal().abs().max().clamp(min=1e-300) / count
+        return torch.where(product > tiny, covariance / product.clamp(min=1e-300), 0.0).clamp(-1, 1)
+
+    def add(self, other: LayerProfile) -> None:
+        """Adds what `other` has seen."""
+        newer = other.largest_output() > self.largest_output()
+        self.max_channel = torch.where(newer, other.max_channel, self.max_channel)
+        self.max_output = torch.maximum(self.max_output, other.max_output)
+        for field in fields(self):
+            if field.name not in ("max_channel", "max_output"):
+                setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
+
+    def to(self, device: Any) -> LayerProfile:
+        return LayerProfile(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+
+
+@dataclass
+class Profile:
+    """What `profile` returns: name of a routed layer -> its sums, in the order of the model."""
+
+    layers: dict[str, LayerProfile]
+
+    def __getitem__(self, layer: str) -> LayerProfile:
+        return self.layers[layer]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def add(self, other: Profile) -> Profile:
+        """Adds the sums of a profile of the same model on other text; returns self.
+
+        Raises:
+            ValueError: the layers are others, or of other sizes.
+        """
+        for name, mine in self.layers.items():
+            theirs = other.layers.get(name)
+            if theirs is None or theirs.logit.shape != mine.logit.shape or len(other) != len(self):
+                raise ValueError(
+                    f"Profile.add: other must be of the same layers and sizes as {name!r} is of, "
+                    f"got {list(other.layers)}."
+                )
+            mine.add(theirs)
+        return self
+
+    def draw(self, path: Path | str | None = None) -> Any:
+        """Heat maps of load, gate x output norm and largest output, layers by experts; a matplotlib
+        Figure, saved where there is a path. Needs the extra `viz`."""
+        from moe_ops import viz
+
+        layers = self.layers.values()
+        panels = {
+            "load (1 is even)": [
+                layer.load * layer.num_experts / max(int(layer.load.sum()), 1) for layer in layers
+            ],
+            "mean of weight x |f(x)|": [
+                layer.gate_norm / layer.load.clamp(min=1) for layer in layers
+            ],
+            "log10 of the largest |f(x)|": [
+                torch.where(a > 0, a.clamp(min=1e-30).log10(), torch.nan)
+                for a in (layer.largest_output() for layer in layers)
+            ],
+        }
+        tokens = int(next(iter(layers)).tokens) if self.layers else 0
+        title = f"Experts on {tokens} tokens"
+        return viz.plot_expert_scores(panels, layer_names=list(self), title=title, path=path)
+
+    def save(self, path: Path | str) -> None:
+        """Writes one safetensors file, a tensor a layer and sum."""
+        tensors, names = {}, list(self.layers)
+        for index, layer in enumerate(self.layers.values()):
+            for field in fields(layer):
+                tensors[f"{index}.{field.name}"] = getattr(layer, field.name).contiguous()
+        metadata = {"format": _FORMAT, "layers": json.dumps(names)}
+        _files.write_file(path, safetensors_torch("Profile.save").save(tensors, metadata))
+
+    @classmethod
+    def load(cls, path: Path | str) -> Profile:
+        """The inverse of `save`.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: it is something else.
+        """
+        library = safetensors_torch("Profile.load")
+        try:
+            with library.safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != _FORMAT:
+                    raise ValueError(f"it has the format {metadata.get('format')!r}")
+                names = json.loads(metadata["layers"])
+                return cls(
+                    {
+                        name: LayerProfile(
+                            **{
+                                field.name: file.get_tensor(f"{index}.{field.name}")
+                                for field in fields(LayerProfile)
+                            }
+                        )
+                        for index, name in enumerate(names)
+                    }
+                )
+        except (library.SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"Profile.load: {path} must be a file of Profile.save, got something else: {error}."
+            ) from error
+
+
+@torch.no_grad()
+def profile(
+    model: nn.Module,
+    inputs: Iterable[Any] | Callable[[nn.Module], Any],
+    *,
+    layers: Sequence[str] | None = None,
+    positions: int = 8,
+    outputs: bool = True,
+    all_outputs: bool = False,
+) -> Profile:
+    """Runs a trained model on a text and sums up what its routers and experts do.
+
+    Memory does not grow with the text. The model runs as it is, in eval mode and without
+    gradients; the outputs of experts are computed a second time, an expert at a time in fp32,
+    since the model adds them up before anyone sees them.
+
+    Args:
+        model: see `routed_layers`; attention experts and others that have no bank of feed-forward
+            networks are left out.
+        inputs: batches to call the model with (a tensor of tokens [B, S], a tuple of positional or
+            a dict of keyword arguments each), or a function that is given the model and runs it.
+            Of a dict, tokens whose `attention_mask` [B, S] is 0 do not count.
+        layers: shell patterns of the names of layers; None is all.
+        positions: P, of how many first positions the largest outputs are kept apart.
+        outputs: False leaves out what needs the outputs of experts, and is about as fast as the
+            model; those sums are then 0.
+        all_outputs: `LayerProfile.output` is the sum over all tokens and not over those of the
+            expert, as HC-SMoE's mean outputs are. It runs all experts on all tokens.
+
+    Raises:
+        ValueError: no routed layer with experts that can be read, or one that saw no token.
+    """
+    if positions < 1:
+        raise ValueError(f"profile: positions must be at least 1, got {positions}.")
+    watched, handles = {}, []
+    for layer in routed_layers(model, layers, caller="profile"):
+        weights = expert_weights_of(model, layer)
+        if weights is not None:
+            watched[layer.name] = _Watch(layer, model, positions, outputs, all_outputs)
+    if not watched:
+        raise ValueError(
+            f"profile: model must hold a routed layer with float experts, got "
+            f"{type(model).__name__} without one."
+        )
+    training = {module for module in model.modules() if module.training}
+    model.eval()
+    try:
+        for watch in watched.values():
+            handles += watch.layer.watch(watch)
+        if callable(inputs):
+            inputs(model)
+        else:
+            for batch in inputs:
+                for watch in watched.values():
+                    watch.begin(batch)
+                _call(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module in training:
+            module.training = True
+    for name, watch in watched.items():
+        if watch.sums is None:
+            raise ValueError(f"profile: inputs must reach every layer, got no token for {name!r}.")
+    return Profile({name: watch.sums.to("cpu") for name, watch in watched.items() if watch.sums})
+
+
+def expert_weights_of(model: nn.Module, layer: RoutedLayer) -> ExpertWeights | None:
+    """The feed-forward experts of a layer; None where it has none, or quantised ones.
+
+    Raises:
+        ValueError: experts whose activation moe_ffn does not know.
+    """
+    for hook in hooks_for(model):
+        for module in (layer.experts, layer.block):
+            weights = None if module is None else hook.weights(module)
+            if weights is not None:
+                return weights
+    return None
+
+
+class _Watch:
+    """Sums up the calls of one layer."""
+
+    def __init__(
+        self, layer: RoutedLayer, model: nn.Module, positions: int, outputs: bool, every: bool
+    ) -> None:
+        self.layer = layer
+        self.model = model
+        self.positions = positions
+        self.outputs = outputs
+        self.every = every
+        self.sums: LayerProfile | None = None
+        self.shape: tuple[int, ...] = ()
+        self.mask: Tensor | None = None
+
+    def begin(self, batch: Any) -> None:
+        """Notes where sequences begin in the calls to come."""
+        mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+        self.mask = mask.reshape(-1).bool() if isinstance(mask, Tensor) else None
+        if isinstance(batch, Mapping):
+            batch = batch.get("input_ids", next(iter(batch.values()), None))
+        first = batch[0] if isinstance(batch, tuple) else batch
+        self.shape = tuple(first.shape[:2]) if isinstance(first, Tensor) else ()
+
+    def __call__(self, x: Tensor, routing: Routing) -> None:
+        place = torch.arange(len(x), device=x.device)
+        if len(self.shape) == 2 and self.shape[0] * self.shape[1] == len(x):
+            place = place % self.shape[1]
+        logits, weights, ids = routing
+        if self.mask is not None and len(self.mask) == len(x):
+            keep = self.mask.to(x.device)
+            x, logits, weights = x[keep], logits[keep], weights[keep]
+            ids, place = ids[keep], place[keep]
+        if not len(x):
+            return
+        if self.sums is None:
+            sizes = logits.shape[1], ids.shape[1], x.shape[1]
+            self.sums = LayerProfile.empty(*sizes, self.positions, x.device)
+        add_routing(self.sums, Routing(logits, weights, ids))
+        if self.outputs:
+            bank = expert_weights_of(self.model, self.layer)
+            assert bank is not None
+            on_input = getattr(self.layer.rules(), "apply_router_weight_on_input", False)
+            inputs = ExpertInputs(x, weights, ids, on_input)
+            add_outputs(self.sums, bank, inputs, place, self.every)
+
+
+def add_routing(sums: LayerProfile, routing: Routing) -> None:
+    """Adds the routing of T tokens; K' of it must be that of the sums."""
+    logits, weights = routing.router_logits.double(), routing.topk_weights.double()
+    num_experts = sums.num_experts
+    valid, ids = valid_ids(routing.topk_ids, num_experts)
+    sums.tokens += len(logits)
+    chosen = logits.gather(1, ids).masked_fill(~valid, -torch.inf)
+    share = chosen.softmax(-1).nan_to_num(0.0)  # A token without any expert has no softmax.
+    _add_by_expert(sums.load, ids, valid.to(sums.load.dtype))
+    _add_by_expert(sums.weight, ids, weights.masked_fill(~valid, 0.0))
+    _add_by_expert(sums.share, ids, share)
+    sums.probability += logits.softmax(-1).sum(0)
+    best, order = chosen.sort(dim=-1, descending=True, stable=True)
+    ranked = ids.gather(1, order)
+    for k in range(ids.shape[1]):
+        there = torch.isfinite(best[:, k])
+        _add_by_expert(sums.logit[k], ranked[:, k], best[:, k].masked_fill(~there, 0.0))
+    hot = torch.zeros_like(logits).scatter_add(1, ids, valid.to(logits.dtype)).clamp(max=1)
+    sums.together += (hot.t() @ hot).round().long()
+    sums.logit_sum += logits.sum(0)
+    sums.logit_products += logits.t() @ logits
+
+
+def add_outputs(
+    sums: LayerProfile, bank: ExpertWeights, inputs: ExpertInputs, place: Tensor, every: bool
+) -> None:
+    """Adds the outputs of experts on T tokens at the positions `place` [T]."""
+    positions = sums.max_output.shape[0] - 1
+    bins = place.clamp(max=positions)
+    for expert in range(bank.num_experts):
+        slots = inputs.topk_ids == expert
+        tokens = slots.any(-1).nonzero().flatten()
+        if tokens.numel():
+            gate = (inputs.topk_weights * slots).sum(-1)[tokens].double()
+            y = _output(bank, expert, inputs, tokens).double()
+            norm = torch.linalg.vector_norm(y, dim=-1)
+            on_input = inputs.apply_router_weight_on_input  # The gate is in y already.
+            sums.gate_norm[expert] += (norm if on_input else gate * norm).sum()
+            sums.output_norm[expert] += norm.sum()
+            largest, channel = y.abs().max(-1)
+            if float(largest.max()) > float(sums.max_output[:, expert].max()):
+                sums.max_channel[expert] = channel[largest.argmax()]
+            sums.max_output[:, expert] = torch.maximum(
+                sums.max_output[:, expert],
+                torch.zeros_like(sums.max_output[:, expert]).scatter_reduce(
+                    0, bins[tokens], largest, "amax"
+                ),
+            )
+        if every:
+            plain = inputs._replace(apply_router_weight_on_input=False)
+            y = _output(bank, expert, plain, torch.arange(len(place), device=place.device))
+        if every or tokens.numel():
+            sums.output[expert] += y.double().sum(0)
+            sums.output_count[expert] += len(y)
+
+
+def _output(bank: ExpertWeights, expert: int, inputs: ExpertInputs, tokens: Tensor) -> Tensor:
+    """f(x) [n, H] fp32 of some tokens; f(weight * x) where weights go on the input."""
+    weights = torch.ones(len(tokens), 1, device=inputs.x.device)
+    if inputs.apply_router_weight_on_input:
+        weights = (inputs.topk_weights * (inputs.topk_ids == expert)).sum(-1)[tokens, None]
+    ids = torch.full((len(tokens), 1), expert, dtype=torch.int32, device=inputs.x.device)
+    call = ExpertInputs(inputs.x[tokens], weights, ids, inputs.apply_router_weight_on_input)
+    return bank.run_expert(expert, call)
+
+
+def _add_by_expert(target: Tensor, ids: Tensor, values: Tensor) -> None:
+    target.scatter_add_(0, ids.reshape(-1), values.reshape(-1).to(target.dtype))
+
+
+def _call(model: nn.Module, batch: Any) -> Any:
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    return model(*batch) if isinstance(batch, tuple) else model(batch)

@@ -1,0 +1,143 @@
+"""Fewer experts: layers of a model that keep some of theirs, or merge them.
+
+Routers follow: their rows, biases and groups. Letters: E experts, G groups of merged experts,
+I intermediate size, K experts a token.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+from torch import Tensor, nn
+
+from moe_ops.expert_weights.packing import invalidate
+from moe_ops.layers.surgery.rows import as_groups, as_ids
+
+from .editing import finish, merge_layer, select_layer
+from .profile import expert_weights_of
+from .route_as import groups_left
+from .routed_layers import RoutedLayer, routed_layers
+
+
+def prune(model: nn.Module, keep: Mapping[str, Sequence[int]]) -> nn.Module:
+    """Keeps only some experts, in place; returns the model.
+
+    Router rows, biases and selection biases are those of the experts kept. A token goes to as many
+    experts as before, or to all where fewer are left. The groups of group-limited routing stay
+    where as many experts are left in each (or none), and are dropped otherwise. With all experts
+    kept, the model computes the same bits.
+
+    The config of a language model of the zoo, or of transformers, gets the new numbers, so that
+    `save_pretrained` writes a checkpoint that loads as any other; transformers needs nothing of
+    moe_ops for it. Layers with different numbers of experts have such a form in ModuleFormer alone:
+    other models work, and their `save_pretrained` raises an error.
+
+    Args:
+        model: see `routed_layers`. Optimisers hold the old parameters and have to be made anew.
+        keep: name of a layer -> ids, as `choose_experts` gives them; other layers stay.
+
+    Raises:
+        ValueError: a name of no layer, ids out of range or repeated, quantised or sharded experts.
+            Layers before that one are pruned.
+    """
+    layers = {layer.name: layer for layer in routed_layers(model, list(keep), caller="prune")}
+    for name, ids in keep.items():
+        layer = _named("prune", layers, name)
+        index = as_ids("prune", ids, layer.num_experts)
+        if len(set(index)) != len(index):
+            raise ValueError(f"prune: experts of {name!r} must not repeat, got {index}.")
+        select_layer(layer, index, groups_left(layer.rules(), index) or (1, 1))
+    finish(model)
+    return model
+
+
+def merge(
+    model: nn.Module,
+    groups: Mapping[str, Sequence[Sequence[int]]],
+    *,
+    weights: Mapping[str, Tensor] | None = None,
+    neuron_order: Mapping[str, Tensor] | None = None,
+    router_rows: str = "mean",
+) -> nn.Module:
+    """Makes one expert of each group of experts, their weighted mean, in place; returns the model.
+
+    Hidden neurons have no natural order: `align` finds one in which those of a group fit together.
+    Everything else is as in `prune`; of groups of group-limited routing, a merged expert is in that
+    of its first member.
+
+    Args:
+        groups: name of a layer -> lists of ids, each id at most once; experts in none are dropped.
+        weights: name of a layer -> [E] numbers >= 0, of the means; None is equal ones. An expert
+            of a group of weight 0 alone is taken at equal weights.
+        neuron_order: name of a layer -> [E, I], as `align` gives it.
+        router_rows: "mean": the rows are averaged alike. "first": that of the first member.
+
+    Raises:
+        ValueError: bad groups, weights or orders, or what `prune` refuses.
+
+    Source: Sarkar et al. 2024 (UNCURL, arXiv 2409.01483); Li et al. 2023 (M-SMoE, 2310.01334).
+    """
+    if router_rows not in ("mean", "first"):
+        raise ValueError(f"merge: router_rows must be 'mean' or 'first', got {router_rows!r}.")
+    layers = {layer.name: layer for layer in routed_layers(model, list(groups), caller="merge")}
+    for name, members in groups.items():
+        layer = _named("merge", layers, name)
+        lists = as_groups("merge", members, layer.num_experts, "mean")
+        own = None if weights is None else weights.get(name)
+        if own is not None:
+            own = own.double().clone()
+            for group in lists:
+                if float(own[group].sum()) == 0:
+                    own[group] = 1.0
+        order = None if neuron_order is None else neuron_order.get(name)
+        left = groups_left(layer.rules(), [group[0] for group in lists]) or (1, 1)
+        merge_layer(layer, lists, own, order, left, router_rows)
+    finish(model)
+    return model
+
+
+@contextlib.contextmanager
+def zeroed(model: nn.Module, experts: Iterable[tuple[str, int]]) -> Iterator[None]:
+    """These experts, (layer, id) each, give 0 while the context is open; routing stays as it is.
+
+    Their down projection and its bias are 0 for the time, which is how super experts are pruned in
+    the paper of that name: no other expert steps in, and weights are not renormalised.
+
+    Raises:
+        ValueError: a name of no layer, an id out of range, or experts that cannot be read.
+    """
+    pairs = list(experts)
+    names = sorted({name for name, _ in pairs})
+    layers = {n.name: n for n in routed_layers(model, names, caller="zeroed")} if names else {}
+    saved: list[tuple[Tensor, Tensor]] = []
+    touched: list[nn.Module] = []
+    try:
+        for name, expert in pairs:
+            layer = _named("zeroed", layers, name)
+            weights = expert_weights_of(model, layer)
+            if weights is None or not 0 <= expert < weights.num_experts:
+                raise ValueError(f"zeroed: {name!r} must have a float expert {expert}, got none.")
+            touched += [m for m in (layer.experts, layer.block) if m is not None]
+            for tensor in (weights.down, weights.b_down):
+                if tensor is not None:
+                    row = tensor.detach()[expert]
+                    saved.append((row, row.clone()))
+                    row.zero_()
+        _invalidate(touched)
+        yield
+    finally:
+        for row, old in reversed(saved):
+            row.copy_(old)
+        _invalidate(touched)
+
+
+def _invalidate(modules: Sequence[nn.Module]) -> None:
+    for module in modules:
+        invalidate(module)
+
+
+def _named(caller: str, layers: Mapping[str, RoutedLayer], name: str) -> RoutedLayer:
+    if name not in layers:  # It was taken for a pattern.
+        raise ValueError(f"{caller}: layers must be named in full, got {name!r}.")
+    return layers[name]

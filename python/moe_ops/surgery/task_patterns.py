@@ -1,0 +1,201 @@
+"""PreMoe: which experts a task needs, and which task a prompt is of.
+
+Letters: T tokens, L layers, E experts, M experts kept a layer, D tasks.
+
+Source: Pei et al. 2025 (PreMoe, later "Proactive Inference", arXiv 2505.17639).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from moe_ops import _files
+from moe_ops.layers import Routing
+
+from ._optional import safetensors_torch
+from .criteria import CRITERIA, choose_experts, scores
+from .profile import LayerProfile, profile
+from .routed_layers import routed_layers
+
+_FORMAT = "moe_ops.surgery.TaskPatterns 1"
+_FROM_ROUTING = ("frequency", "tcess", "tcess_softmax")
+
+
+class Retrieved(NamedTuple):
+    """The task nearest to a prompt, and the distance [D] of each."""
+
+    task: str
+    distances: Tensor
+
+
+class _Reached(Exception):
+    """The router that was waited for has been called."""
+
+
+@dataclass
+class TaskPatterns:
+    """What each of several tasks does to the routers of a model.
+
+    Attributes:
+        tasks: D names.
+        layers: L names of routed layers, in the order of the model.
+        vectors: [D, L, E] fp64, the mean router logits of a task's tokens.
+        scores: [D, L, E] fp64, how much the task needs each expert.
+    """
+
+    tasks: list[str]
+    layers: list[str]
+    vectors: Tensor
+    scores: Tensor
+
+    @classmethod
+    def collect(
+        cls,
+        model: nn.Module,
+        tasks: Mapping[str, Iterable[Any]],
+        *,
+        by: str | Callable[[LayerProfile], Tensor] = "tcess",
+    ) -> TaskPatterns:
+        """Runs the model on some text of each task.
+
+        Args:
+            model: see `profile`; all its routed layers have the same number of experts.
+            tasks: name -> inputs of `profile`.
+            by: a criterion of `scores`.
+
+        Raises:
+            ValueError: no task, or layers of different numbers of experts.
+        """
+        if not tasks:
+            raise ValueError("TaskPatterns: tasks must be at least one, got none.")
+        outputs = by not in _FROM_ROUTING
+        if isinstance(by, str) and by not in CRITERIA:
+            scores_of = ", ".join(CRITERIA)
+            raise ValueError(f"TaskPatterns: by must be one of {scores_of}, got {by!r}.")
+        vectors, needed, layers = [], [], []
+        for inputs in tasks.values():
+            found = profile(model, inputs, outputs=outputs)
+            layers = list(found)
+            sizes = {layer.num_experts for layer in found.layers.values()}
+            if len(sizes) != 1:
+                raise ValueError(
+                    "TaskPatterns: all layers must have the same number of experts, got "
+                    f"{sorted(sizes)}."
+                )
+            means = [layer.logit_sum / int(layer.tokens) for layer in found.layers.values()]
+            vectors.append(torch.stack(means))
+            needed.append(torch.stack(list(scores(found, by).values())))
+        return cls(list(tasks), layers, torch.stack(vectors), torch.stack(needed))
+
+    def keep(
+        self, model: nn.Module, task: str, number: int | float, **options: Any
+    ) -> dict[str, list[int]]:
+        """The experts that a task needs most, for `prune`, `load_pruned` or `only`.
+
+        Args:
+            model: of these layers, whole; it may be without memory.
+            number: M, or the part of them.
+            options: of `choose_experts`.
+
+        Raises:
+            ValueError: an unknown task, or what `choose_experts` refuses.
+        """
+        if task not in self.tasks:
+            raise ValueError(
+                f"TaskPatterns.keep: task must be one of {', '.join(self.tasks)}, got {task!r}."
+            )
+        own = dict(zip(self.layers, self.scores[self.tasks.index(task)], strict=True))
+        return choose_experts(model, own, number, **options)
+
+    @torch.no_grad()
+    def retrieve(self, model: nn.Module, inputs: Any, *, layer: int | None = 0) -> Retrieved:
+        """The task whose mean router logits are nearest (L2) to those of a prompt.
+
+        Args:
+            model: runs up to the router of the layer and no further, so that for the first layer
+                it needs no expert.
+            inputs: a batch to call the model with (tokens [B, S], or keyword arguments).
+            layer: index of the routed layer to compare by: 0 is the first, as published, which
+                sees little more than single tokens; -1 the last. None: all layers.
+        """
+        name = None if layer is None else self.layers[layer]
+        sums: dict[str, Tensor] = {}
+        counts: dict[str, int] = {}
+
+        def watch(own: str) -> Callable[[Tensor, Routing], None]:
+            def watcher(x: Tensor, routing: Routing) -> None:
+                logits = routing.router_logits.double().sum(0).cpu()
+                sums[own] = sums.get(own, torch.zeros_like(logits)) + logits
+                counts[own] = counts.get(own, 0) + len(x)
+                if own == name:
+                    raise _Reached
+
+            return watcher
+
+        handles: list[Any] = []
+        wanted = self.layers if name is None else [name]
+        training = {module for module in model.modules() if module.training}
+        model.eval()
+        try:
+            for routed in routed_layers(model, wanted, caller="TaskPatterns.retrieve"):
+                handles += routed.watch(watch(routed.name))
+            model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
+        except _Reached:
+            pass
+        finally:
+            for handle in handles:
+                handle.remove()
+            for module in training:
+                module.training = True
+        unseen = [own for own in wanted if not counts.get(own)]
+        if unseen:
+            raise ValueError(
+                f"TaskPatterns.retrieve: inputs must reach {unseen[0]!r}, got no token there."
+            )
+        query = torch.cat([sums[own] / counts[own] for own in wanted])
+        index = list(range(len(self.layers))) if name is None else [self.layers.index(name)]
+        patterns = self.vectors[:, index].flatten(1)
+        distances = torch.linalg.vector_norm(patterns - query, dim=1)
+        return Retrieved(self.tasks[int(distances.argmin())], distances)
+
+    def save(self, path: Path | str) -> None:
+        """Writes one safetensors file: vectors, scores, and order [D, L, E] int64, each layer's
+        experts from the one most needed on."""
+        order = self.scores.argsort(dim=-1, descending=True, stable=True)
+        tensors = {"vectors": self.vectors, "scores": self.scores, "order": order}
+        metadata = {
+            "format": _FORMAT,
+            "tasks": json.dumps(self.tasks),
+            "layers": json.dumps(self.layers),
+        }
+        content = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        _files.write_file(path, safetensors_torch("TaskPatterns.save").save(content, metadata))
+
+    @classmethod
+    def load(cls, path: Path | str) -> TaskPatterns:
+        """The inverse of `save`.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: it is something else.
+        """
+        library = safetensors_torch("TaskPatterns.load")
+        try:
+            with library.safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != _FORMAT:
+                    raise ValueError(f"it has the format {metadata.get('format')!r}")
+                tasks, layers = (json.loads(metadata[key]) for key in ("tasks", "layers"))
+                return cls(tasks, layers, file.get_tensor("vectors"), file.get_tensor("scores"))
+        except (library.SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"TaskPatterns.load: {path} must be a file of TaskPatterns.save, got something "
+                f"else: {error}."
+            ) from error

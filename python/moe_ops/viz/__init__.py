@@ -1,0 +1,26 @@
+"""Pictures of mixture-of-experts models: loss, expert load, which expert takes which token, what
+the experts of a trained model do, and plans of expert parallelism.
+
+Every function returns a matplotlib Figure and, given `path`, also saves it. They draw on the Agg
+canvas without pyplot: no window, no global state. Needs matplotlib:
+``pip install "torch-moe-ops[viz]"``.
+"""
+
+from __future__ import annotations
+
+from ._canvas import MissingMatplotlibError, expert_colors, import_matplotlib
+from .models import plot_expert_scores, plot_largest_outputs
+from .plan import plot_plan
+from .training import plot_expert_load, plot_loss, plot_token_experts
+
+__all__ = [
+    "MissingMatplotlibError",
+    "expert_colors",
+    "import_matplotlib",
+    "plot_expert_load",
+    "plot_expert_scores",
+    "plot_largest_outputs",
+    "plot_loss",
+    "plot_plan",
+    "plot_token_experts",
+]

@@ -1,0 +1,75 @@
+"""The experiments on trained models run from end to end, on models that are hardly trained."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+from bench.experiments import on_subject, premoe, subject, super_experts, uncurl
+from bench.experiments.study import Results, Run
+from bench.experiments.training import Recipe
+
+pytest.importorskip("safetensors")
+pytest.importorskip("scipy")
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch, tmp_path):
+    """Three small layers, two kinds of text that every machine has, little of each."""
+    recipe = Recipe(steps=4, batch=4, length=16, heldout_batches=2, warmup=2)
+    small = {
+        "hidden_size": 32, "num_layers": 3, "num_heads": 2, "head_size": 16, "num_experts": 8,
+        "top_k": 2, "intermediate_size": 16,
+    }  # fmt: skip
+    made = subject.SUBJECTS["subject"]
+    config = dataclasses.replace(made.config, **small)
+    found = dataclasses.replace(made, config=config, recipe=recipe, domains=("reference", "maths"))
+    monkeypatch.setattr(subject, "SUBJECTS", {"subject": found})
+    monkeypatch.setenv("MOE_OPS_CACHE", str(tmp_path))
+    monkeypatch.setattr(on_subject, "JUDGED", 8)
+    monkeypatch.setattr(on_subject, "PROFILED", 8)
+    monkeypatch.setattr(premoe, "PROMPTS", 4)
+    monkeypatch.setattr(uncurl, "TASKS", ("maths",))
+    monkeypatch.setattr(uncurl, "SIZES", (8, 4))
+    monkeypatch.setattr(uncurl, "STEPS", 2)
+    monkeypatch.setattr(uncurl, "TUNED", 8)
+    monkeypatch.setattr(super_experts, "STEPS", 2)
+    monkeypatch.setattr(super_experts, "PROFILED", 2)
+
+
+def checked(study):
+    """One seed of a study; its claims and pictures are made of it."""
+    (run,) = study.runs
+    result = json.loads(json.dumps(study.runs[run](0, Run()), allow_nan=False))
+    results = Results({run: {0: result}}, [0])
+    assert study.setting()["Model"].startswith("`bench.experiments.subject` subject")
+    for hypothesis in study.hypotheses:
+        assert len(hypothesis.of(results)) == 1, hypothesis.statement
+    for picture in study.pictures(results):
+        assert picture.series
+    return result
+
+
+def test_premoe():
+    result = checked(premoe.EXPERIMENT.studies[0])
+    assert len(result["rows"]) == 11
+    assert result["rows"]["tcess"]["added, 0.5 kept"] == pytest.approx(
+        sum(result["added"]["0.5"]["tcess"].values()) / 2
+    )
+
+
+def test_uncurl():
+    result = checked(uncurl.EXPERIMENT.studies[0])
+    # With as many groups as experts nothing is merged.
+    for arm in ("aligned", "unaligned", "frequency"):
+        assert result["rows"][arm]["added, 8 left"] == pytest.approx(0, abs=1e-5)
+    scratch = checked(uncurl.EXPERIMENT.studies[1])
+    assert list(scratch["rows"]) == ["from scratch", "aligned", "gate_norm"]
+
+
+def test_super_experts():
+    planted = checked(super_experts.EXPERIMENT.studies[0])
+    assert planted["rows"]["layer 0"]["found"] == planted["rows"]["layer 1"]["found"] == 1.0
+    result = checked(super_experts.EXPERIMENT.studies[1])
+    assert list(result["damage"]) == [f"layers.{i}.mlp" for i in range(3)]

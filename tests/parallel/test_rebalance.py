@@ -1,0 +1,366 @@
+"""Experts that move between ranks in training: bits of what moves, outputs, steps, checkpoints."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.fsdp import FSDPModule
+
+import moe_ops
+from moe_ops.layers import Experts, RoutingStats, record_routing
+from moe_ops.parallel import (
+    Placement,
+    balanced_placements,
+    clip_grad_norm_,
+    make_meshes,
+    rebalance,
+    shard_experts,
+)
+
+from .common import EXPERTS, Model, Run, assert_same, batch, gradients, loss_of, whole
+
+pytestmark = [pytest.mark.xdist_group("parallel"), pytest.mark.cpu_only]
+
+NEAR = Placement(8, 2, (1, 0, 2, 3, 5, 4, 6, 7))  # All moves stay on their rank.
+FAR = Placement(8, 2, (6, 1, 4, 3, 2, 5, 0, 7))
+FOUR = Placement(8, 4, (7, 2, 0, 4, 5, 3, 6, 1))
+# Ten of two ranks: experts 0 and 3 are on both; then 5 and 6 are.
+TWICE = Placement(8, 2, (0, 3, 1, 2, 4, 0, 3, 5, 6, 7))
+OTHERS = Placement(8, 2, (6, 5, 0, 1, 2, 3, 4, 5, 7, 6))
+
+
+# ------------------------------------------------------------------------------------ what moves
+
+
+def move(rank, ep, options, placements):
+    """Everything before and after some moves, outputs, and local rows that a rank holds twice."""
+    run = Run(rank, ep, **options)
+    run.steps(0, 2)
+    x, target = batch(9, rank, dist.get_world_size())
+    loss_of(run.call, x, target).backward()  # Gradients of a step that has begun move too.
+    before, grads = run.everything(), in_order(run, gradients(run.model))
+    y = outputs(run, x)
+    ids = [id(p) for p in run.model.parameters()]
+    found = []
+    for placement in placements:
+        filled = rebalance(run.model, run.optimizer, placement)
+        after = run.everything()
+        assert after.keys() == before.keys()
+        same = all(torch.equal(after[name], tensor) for name, tensor in before.items())
+        same_grads = in_order(run, gradients(run.model))
+        same &= all(torch.equal(same_grads[name], tensor) for name, tensor in grads.items())
+        found.append((filled, same, float((outputs(run, x) - y).abs().max())))
+        bank = run.model.layers[0].moe.experts
+        assert bank.sharding.placement == bank.dispatcher.placement == placement
+        rows = whole(bank.w_down)
+        for place, expert in enumerate(placement.physical):
+            assert torch.equal(rows[place], rows[placement.physical.index(expert)])
+    assert ids == [id(p) for p in run.model.parameters()]
+    return found
+
+
+def outputs(run, x):
+    with torch.no_grad():
+        y = run.model(x)
+    for module in run.model.modules():  # The outermost one keeps its weights for a backward.
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    return y
+
+
+def in_order(run, tensors):
+    first = list(run.model.layers[0].moe.experts.sharding.placement.first_places)
+    return {n: t[first] if ".experts." in n else t for n, t in tensors.items()}
+
+
+@pytest.mark.parametrize(
+    ("world", "ep", "options", "placements"),
+    [
+        (2, 2, {"fsdp": False, "dispatch": "slots"}, [NEAR, FAR, Placement.contiguous(8, 2)]),
+        (4, 4, {"fsdp": False, "dispatch": "tokens"}, [FOUR]),
+        (4, 2, {"dispatch": "slots"}, [FAR, NEAR]),
+        (4, 2, {"placement": TWICE, "dispatch": "tokens"}, [OTHERS, TWICE]),
+        (2, 2, {"fsdp": False, "placement": TWICE}, [OTHERS]),
+    ],
+    ids=["ep2", "ep4", "ep2 of fsdp2", "replicas of fsdp2", "replicas"],
+)
+def test_weights_and_state_move_to_the_bit(processes, world, ep, options, placements):
+    for found in processes.run(move, ep, options, placements, world=world):
+        for filled, same, difference in found:
+            assert filled > 0 and same
+            assert difference <= (0 if options.get("dispatch") == "slots" else 1e-6)
+
+
+def move_columns(rank):
+    """Fewer experts than shards: FSDP2 shards the second dimension."""
+    run = Run(rank, 2, model={"experts": 2})
+    run.steps(0, 1)
+    before = run.everything()
+    rebalance(run.model, run.optimizer, Placement(2, 2, (1, 0)))
+    after = run.everything()
+    return all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_columns_of_fsdp2(processes):
+    assert processes.run(move_columns) == [True] * 4
+
+
+# ------------------------------------------------------------------------------------- training
+
+
+def train(rank, ep, options, placements):
+    """Three steps with a move before each but the first."""
+    run = Run(rank, ep, **options)
+    losses = run.steps(0, 1)
+    for step, placement in enumerate(placements, 1):
+        rebalance(run.model, run.optimizer, placement)
+        losses += run.steps(step, step + 1)
+    # Of experts with several places all rows are still the same.
+    placement = run.model.layers[1].moe.experts.sharding.placement
+    rows = whole(run.model.layers[1].moe.experts.w_gate_up)
+    for place, expert in enumerate(placement.physical):
+        assert torch.equal(rows[place], rows[placement.physical.index(expert)])
+    return losses, run.everything()
+
+
+@pytest.mark.parametrize(
+    ("world", "options", "placements"),
+    [
+        (2, {"dispatch": "slots"}, [FAR, NEAR]),
+        (4, {"dispatch": "tokens"}, [FAR, NEAR]),
+        (2, {"placement": TWICE}, [TWICE, OTHERS]),
+        (4, {"placement": TWICE, "dispatch": "slots"}, [OTHERS, TWICE]),
+    ],
+    ids=["ep2", "fsdp2", "replicas", "replicas of fsdp2"],
+)
+def test_training_goes_on_as_without_moves(processes, world, options, placements):
+    """Clipping included, which would count replicas several times."""
+    plain = [Placement.contiguous(8, 2)] * len(placements)
+    still = {name: value for name, value in options.items() if name != "placement"}
+    want = processes.run(train, 2, {"dispatch": "tokens", **still}, plain, world=world)
+    losses, weights = want[0]
+    for its_losses, got in processes.run(train, 2, options, placements, world=world):
+        torch.testing.assert_close(its_losses, losses, rtol=1e-5, atol=0)
+        assert_same(got, weights, rtol=1e-4)
+
+
+def gradients_of_replicas(rank):
+    """Not of FSDP2: what autograd itself leaves."""
+    model = shard_experts(Model(), make_meshes(2).ep, placement=TWICE)
+    x, target = batch(0, rank, 2)
+    (loss_of(model, x, target) / 2).backward()
+    dense = [p for name, p in model.named_parameters() if ".experts." not in name]
+    for p in dense:
+        dist.all_reduce(p.grad)
+    found = gradients(model)
+    norm = clip_grad_norm_(model.parameters(), 0.01)
+    first = list(TWICE.first_places)
+    return {n: t[first] if ".experts." in n else t for n, t in found.items()}, norm
+
+
+def test_gradients_of_replicas_are_those_of_one_process(processes):
+    model = Model()
+    loss_of(model, *batch(0)).backward()
+    want = gradients(model)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+    for got, its_norm in processes.run(gradients_of_replicas, world=2):
+        assert_same(got, want)
+        torch.testing.assert_close(its_norm, norm, rtol=1e-5, atol=0)
+
+
+# ---------------------------------------------------------------------------------- checkpoints
+
+
+def save_moved(rank, ep, options, placement, folder):
+    run = Run(rank, ep, **options)
+    run.steps(0, 2)
+    rebalance(run.model, run.optimizer, placement)
+    run.save(folder)
+    return run.everything()
+
+
+def load_moved(rank, ep, options, placement, folder):
+    run = Run(rank, ep, seed=1, **options)
+    if placement is not None:
+        rebalance(run.model, run.optimizer, placement)
+    run.load(folder)
+    return run.everything()
+
+
+def load_alone(rank, folder):
+    """By torch's own means, in a model that is whole."""
+    model = Model(seed=1)
+    optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
+    weights, moments = get_state_dict(model, optimizer)
+    state = {"model": weights, "optimizer": moments}
+    dcp.load(state, checkpoint_id=folder)
+    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state["optimizer"])
+    found = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for name, p in model.named_parameters():
+        found |= {f"{name} {key}": value for key, value in optimizer.state[p].items()}
+    assert optimizer.param_groups[0]["lr"] == 1e-2
+    return found
+
+
+def test_checkpoints_are_in_the_order_of_experts(processes, tmp_path):
+    """With replicas and FSDP2, once each; read by other placements, and by one process."""
+    twice = {"placement": TWICE}
+    want = processes.run(save_moved, 2, twice, OTHERS, tmp_path / "a")[0]
+    for world, call in (
+        (4, (load_moved, 4, {}, FOUR, tmp_path / "a")),
+        (2, (load_moved, 2, {**twice, "fsdp": False}, OTHERS, tmp_path / "a")),
+        (2, (load_moved, 2, {}, None, tmp_path / "a")),
+        (1, (load_alone, tmp_path / "a")),
+    ):
+        for got in processes.run(*call, world=world):
+            assert got.keys() == want.keys()
+            assert all(torch.equal(got[name], tensor) for name, tensor in want.items())
+
+
+# -------------------------------------------------------------------------------------- routing
+
+
+def follow_the_load(rank):
+    """From what routers chose to other places, on all ranks the same."""
+    model = shard_experts(Model(), make_meshes(2).ep, placement=TWICE)
+    with torch.no_grad():
+        for layer in model.layers:  # Two experts of rank 0 get most tokens.
+            layer.moe.router.weight[1:3] *= 30
+    x, _ = batch(0, rank, 2)
+    stats = RoutingStats()
+    with record_routing(model) as record, torch.no_grad():
+        y = model(x)
+    for name, calls in record.layers.items():
+        stats.update(calls[0].topk_ids, EXPERTS, layer=name)
+    placements = balanced_placements(model, stats.all_reduce())
+    again = balanced_placements(model, stats)
+    busy = {}
+    for name, new in placements.items():
+        load = stats.tokens_per_expert(name.removesuffix(".experts"))
+        old = model.get_submodule(name).sharding.placement
+        busy[name] = old.max_violation(load), new.max_violation(load)
+    filled = rebalance(model, None, placements)
+    with torch.no_grad():
+        difference = float((model(x) - y).abs().max())
+    # The same statistics ask for nothing more.
+    rest = rebalance(model, None, balanced_placements(model, stats))
+    return (
+        {n: p.physical for n, p in placements.items()},
+        again == placements,
+        busy,
+        filled,
+        (
+            difference,
+            rest,
+        ),
+    )
+
+
+def test_routing_says_where_experts_should_be(processes):
+    found = processes.run(follow_the_load, world=2)
+    assert found[0][0] == found[1][0]
+    for _, repeated, busy, filled, (difference, rest) in found:
+        assert repeated and filled > 0 and rest == 0
+        assert difference < 1e-5
+        for before, after in busy.values():
+            assert after < before > 0.1
+
+
+# ------------------------------------------------------------------------- other things of banks
+
+
+def other_things(rank):
+    """Surgery, quantised banks, and packed copies of a bank that has been moved."""
+    torch.manual_seed(0)
+    layer = moe_ops.layers.MoE.build(32, 32, EXPERTS, 2, bias=True)
+    whole_layer = moe_ops.layers.MoE.build(32, 32, EXPERTS, 2, bias=True)
+    whole_layer.load_state_dict(layer.state_dict())
+    shard_experts(layer, make_meshes(2).ep, placement=TWICE)
+    rebalance(layer, None, OTHERS)
+    x = torch.randn(12, 32, generator=torch.Generator().manual_seed(rank))
+    found = []
+    with torch.no_grad():
+        for change in (
+            lambda m: m.eval(),
+            lambda m: m.select([5, 0, 3, 6]),
+            lambda m: m.select([7, 6, 5, 4, 3, 2, 1, 0]),
+        ):
+            found.append(torch.allclose(change(layer)(x), change(whole_layer)(x), atol=1e-5))
+        layer.prepack()
+        layer(x)
+        rebalance(layer, None, TWICE)
+        found.append(torch.allclose(layer(x), whole_layer(x), atol=1e-5))
+        for model in (layer, whole_layer):
+            moe_ops.quantize_experts(model, "int8")
+        for placement in (TWICE, OTHERS):
+            rebalance(layer, None, placement)
+            found.append(torch.allclose(layer(x), whole_layer(x), atol=1e-5))
+    return found
+
+
+def test_other_things_of_banks_that_have_moved(processes):
+    assert processes.run(other_things, world=2) == [[True] * 6] * 2
+
+
+# ------------------------------------------------------------------------------- wrong arguments
+
+
+def refused(rank):
+    run = Run(rank, 2)
+    run.steps(0, 1)
+    before = run.everything()
+    said = []
+
+    def record(call):
+        try:
+            call()
+            said.append("no error")
+        except ValueError as error:
+            said.append(str(error))
+
+    model, optimizer = run.model, run.optimizer
+    record(lambda: rebalance(nn.Linear(2, 2), None, FAR))
+    record(lambda: rebalance(model, optimizer, {"layers.0": FAR}))
+    record(lambda: rebalance(model, optimizer, Placement.contiguous(10, 2)))
+    record(lambda: rebalance(model, optimizer, TWICE))
+    bank = model.layers[1].moe.experts
+    state = optimizer.state[bank.w_down]
+    mine, state["exp_avg"] = state["exp_avg"], state["exp_avg"].to_local()
+    record(lambda: rebalance(model, optimizer, FAR))
+    state["exp_avg"] = mine
+    dispatcher, bank.dispatcher = bank.dispatcher, print
+    record(lambda: rebalance(model, optimizer, FAR))
+    bank.dispatcher = dispatcher
+    record(lambda: balanced_placements(model, RoutingStats()))
+    ep = make_meshes(2).ep
+    record(lambda: shard_experts(Experts(8, 16, 8), ep, placement=FOUR))
+    record(lambda: shard_experts(Experts(7, 16, 8), ep, placement=Placement.contiguous(7, 2)))
+    record(lambda: shard_experts(Experts(6, 16, 8), ep, placement=FAR))
+    after = run.everything()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    return said
+
+
+def test_what_cannot_be_done_is_said(processes):
+    for said in processes.run(refused, world=2):
+        for text, beginning in zip(
+            said,
+            [
+                "rebalance: model must hold experts of shard_experts, got Linear",
+                "rebalance: placement must be for banks of the model (layers.0.moe.experts, ",
+                "rebalance: placement of layers.0.moe.experts must have 8 experts on 2 ranks in 8",
+                "rebalance: placement of layers.0.moe.experts must have 8 experts on 2 ranks in 8",
+                "rebalance: exp_avg that the optimizer keeps of w_down of layers.1.moe.experts ",
+                "rebalance: the dispatcher of layers.1.moe.experts must have set_placement, got",
+                "balanced_placements: stats must have counts of layers.0.moe.experts, or of the ",
+                "shard_experts: placement must have no empty place and be for 2 ranks, got",
+                "shard_experts: placement must have no empty place and be for 2 ranks, got",
+                "shard_experts: placement must be of the 6 experts of the model, got one of 8.",
+            ],
+            strict=True,
+        ):
+            assert text.startswith(beginning), text
