@@ -326,8 +326,16 @@ def run_without_gradients(rank: int, name: str) -> list[Tensor]:
     for context in (torch.no_grad, torch.inference_mode):
         with context():
             found.append(dispatcher(bank, *args).clone())
+    received = []
+
+    class Recording(OpBank):
+        def forward_local(self, x: Tensor, w: Tensor, ids: Tensor, **options: Any) -> Tensor:
+            received.append(w.dtype)
+            return super().forward_local(x, w, ids, **options)
+
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
-        found.append(dispatcher(bank, *args))
+        found.append(dispatcher(Recording(bank.weights), *args))
+    assert received == [torch.float32]  # Routing weights are not rounded.
     return found
 
 

@@ -342,6 +342,70 @@ def prune(
         typer.echo(json.dumps(result, indent=2))
 
 
+@app.command()
+@arguments.command
+def upcycle(
+    sources: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="MODEL...",
+            help="Folders of dense Hugging Face models: Llama, Mistral or Qwen3. Several are "
+            "specialists of one seed, each of which becomes experts.",
+        ),
+    ],
+    experts: Annotated[int, typer.Option(min=1, max=2**16, help="Experts a layer.")],
+    top_k: Annotated[int, typer.Option(min=1, max=2**16, help="Experts a token.")],
+    out: Annotated[Path, typer.Option(help="Folder for the new checkpoint.")],
+    slices: Annotated[
+        int, typer.Option(min=1, max=2**16, help="Parts that each copy of a network is cut into.")
+    ] = 1,
+    clusters: Annotated[
+        str, typer.Option(help="Neurons of a part: contiguous, k_means, or coactivation.")
+    ] = "contiguous",
+    noise: Annotated[
+        float, arguments.share("Weights of copies times 1 + NOISE * a normal number.")
+    ] = 0.0,
+    drop: Annotated[
+        float, arguments.share("Part of each copy's neurons that is drawn anew (Drop-Upcycling).")
+    ] = 0.0,
+    text: Annotated[
+        Path | None,
+        typer.Option(help="Text file: its beginning finds coactivation, its end measures."),
+    ] = None,
+    tokens: Annotated[int, arguments.tokens("Tokens of the text for either.", 64)] = 16384,
+    context: Annotated[int, arguments.tokens("Tokens a sequence.", 2)] = 512,
+    seed: Annotated[int, arguments.seed("Of routers, noise and drawn neurons.")] = 0,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Write into a folder that is not empty.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Make a mixture of experts of dense models; transformers loads the result without moe_ops."""
+    console = _console(quiet=as_json)
+    try:
+        from moe_ops.cli.upcycle import UpcycleOptions, run
+    except ImportError as error:
+        raise arguments.fail(f"moe-ops upcycle: {error}") from None
+    options = UpcycleOptions(
+        sources=tuple(sources),
+        target=out,
+        experts=experts,
+        top_k=top_k,
+        slices=slices,
+        clusters=clusters,
+        noise=noise,
+        drop=drop,
+        text=text,
+        tokens=tokens,
+        context=context,
+        seed=seed,
+        overwrite=overwrite,
+    )
+    result = run(options, console)
+    if as_json:
+        typer.echo(json.dumps(result, indent=2))
+
+
 zoo_app = typer.Typer(help="Published systems that moe_ops can build.", no_args_is_help=True)
 app.add_typer(zoo_app, name="zoo")
 

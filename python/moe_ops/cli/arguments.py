@@ -47,6 +47,10 @@ def tokens(help: str, least: int) -> Any:
     return typer.Option(min=least, max=ranges.MAX_TOKENS, help=help)
 
 
+def share(help: str) -> Any:
+    return typer.Option(min=0.0, max=1.0, callback=_finite, help=help)
+
+
 def fail(message: object) -> typer.Exit:
     """Prints one sentence to stderr; the result is to be raised and ends with status 1."""
     console = Console(stderr=True, highlight=False)

@@ -1,0 +1,35 @@
+"""Dense models made sparse: experts that start from trained feed-forward networks and attention.
+
+    from moe_ops import upcycle
+
+    layer = upcycle.upcycle_ffn(mlp, num_experts=8, top_k=2)          # copies of one network
+    layer = upcycle.upcycle_ffn(mlp, 32, 8, num_slices=4)             # copies cut into slices
+    layer = upcycle.upcycle_ffn([code, law, maths], 3, 1)             # specialists
+    model = upcycle.upcycle_model(llama, 8, 2)                        # LlamaForCausalLM -> Mixtral
+
+Layers are those of `moe_ops.layers`; `upcycle_model` takes and returns models of transformers.
+"""
+
+from __future__ import annotations
+
+from .attention import attention_experts, mean_of
+from .experts import copies, dense_bank, reinitialize, slices
+from .layer import paired_router, preserves, upcycle_ffn
+from .models import upcycle_model
+from .neurons import balanced_k_means, coactivation_order, k_means_order
+
+__all__ = [
+    "attention_experts",
+    "balanced_k_means",
+    "coactivation_order",
+    "copies",
+    "dense_bank",
+    "k_means_order",
+    "mean_of",
+    "paired_router",
+    "preserves",
+    "reinitialize",
+    "slices",
+    "upcycle_ffn",
+    "upcycle_model",
+]

@@ -1,0 +1,116 @@
+"""Attention experts that start from dense attention.
+
+Letters: H hidden size, E experts, n query heads, m key-value heads, d head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moe_ops.layers import AttentionExperts, Router
+
+_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+@torch.no_grad()
+def attention_experts(
+    attentions: Sequence[nn.Module],
+    router: Router,
+    *,
+    rope_theta: float | None,
+    expert_kv: bool = True,
+    soft_routing: bool = True,
+    **options: Any,
+) -> AttentionExperts:
+    """One attention expert for each dense attention: BAM's initialisation.
+
+    Where the experts are the same and the weights of the routing add up to 1 (soft routing, or a
+    router that renormalises), the layer computes what the dense attention does, to rounding. With
+    m < n each key-value head is repeated for the n / m query heads that read it, as an expert has
+    as many of either.
+
+    Args:
+        attentions: E modules of one shape with linear maps q_proj [n d, H], k_proj and v_proj
+            [m d, H] and o_proj [H, n d] without biases, and `head_size` or `head_dim`; without
+            norms of queries and keys.
+        router: of E experts.
+        rope_theta: base of the rotary embeddings of the dense attention; None where it has none.
+        expert_kv: each expert keeps its keys and values; False: the layer has their mean.
+        soft_routing: see `AttentionExperts`.
+        options: further arguments of `AttentionExperts`.
+
+    Raises:
+        ValueError: another number of modules than the router has experts, or modules that do not
+            fit.
+
+    Source: Zhang et al. 2024 (BAM, arXiv 2408.08274).
+    """
+    modules = list(attentions)
+    if len(modules) != router.num_experts:
+        raise ValueError(
+            f"attention_experts: attentions must be {router.num_experts} like the router's "
+            f"experts, got {len(modules)}."
+        )
+    parts = [_projections(module) for module in modules]
+    size = parts[0][1]
+    shapes = {(tuple(w[name].shape for name in _NAMES), d) for w, d in parts}
+    if len(shapes) != 1 or parts[0][0]["q_proj"].shape[1] != router.hidden_size:
+        raise ValueError(
+            "attention_experts: attentions must be of one shape and read the hidden_size = "
+            f"{router.hidden_size} of the router, got {len(shapes)} shapes."
+        )
+    stacked = {name: torch.stack([w[name] for w, _ in parts]) for name in _NAMES}
+    heads = stacked["q_proj"].shape[1] // size
+    kv = [_repeated(stacked[name], size, heads) for name in ("k_proj", "v_proj")]
+    where: dict[str, Any] = {"device": kv[0].device, "dtype": kv[0].dtype}
+    layer = AttentionExperts(
+        router,
+        heads,
+        size,
+        rope_theta=rope_theta,
+        soft_routing=soft_routing,
+        expert_kv=expert_kv,
+        **options,
+        **where,
+    )
+    layer.w_query.copy_(stacked["q_proj"])
+    layer.w_output.copy_(stacked["o_proj"])
+    shared = [w.flatten(0, 1) if expert_kv else mean_of(list(w)) for w in kv]
+    layer.kv_proj.weight.copy_(torch.cat(shared))
+    return layer
+
+
+def _projections(module: Any) -> tuple[dict[str, Tensor], int]:
+    found: dict[str, Tensor] = {}
+    for name in _NAMES:
+        linear = getattr(module, name, None)
+        if isinstance(linear, nn.Linear) and linear.bias is None:
+            found[name] = linear.weight.detach()
+    size = getattr(module, "head_size", getattr(module, "head_dim", None))
+    if len(found) < len(_NAMES) or size is None or hasattr(module, "q_norm"):
+        raise ValueError(
+            "attention_experts: attentions must have q_proj, k_proj, v_proj and o_proj without "
+            f"biases, a head_size and no norms of queries, got {type(module).__name__}."
+        )
+    return found, int(size)
+
+
+def _repeated(w: Tensor, size: int, heads: int) -> Tensor:
+    """[E, n d, H] from [E, m d, H]."""
+    by_head = w.unflatten(1, (-1, size))
+    return by_head.repeat_interleave(heads // by_head.shape[1], dim=1).flatten(1, 2)
+
+
+def mean_of(tensors: Sequence[Tensor]) -> Tensor:
+    """A new tensor with the mean, in fp32 at least, in the dtype of the first; exact for equal
+    tensors."""
+    first = tensors[0]
+    acc = torch.float64 if first.dtype == torch.float64 else torch.float32
+    total = first.to(acc, copy=True)
+    for i, tensor in enumerate(tensors[1:], start=2):
+        total = total + (tensor.to(total) - total) / i
+    return total.to(first.dtype)

@@ -1,0 +1,182 @@
+"""Banks of experts from dense feed-forward networks: copies, slices, partly new neurons.
+
+Letters: T tokens, H hidden size, I intermediate size, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moe_ops.layers import Experts, SharedExperts
+
+# Classes of activation functions, in torch and transformers -> activations of `Experts`.
+_GATED = {
+    "SiLU": "swiglu",
+    "SiLUActivation": "swiglu",
+    "GELU": "geglu",
+    "GELUActivation": "geglu",
+    "GELUTanh": "geglu_tanh",
+    "ReLU": "reglu",
+}
+
+
+def dense_bank(ffns: nn.Module | Sequence[nn.Module]) -> Experts:
+    """One expert for each dense network, in the dtype and on the device of the first.
+
+    Args:
+        ffns: of one shape. Known are `SharedExperts`, `Experts` (all of its experts), and modules
+            with linear maps `gate_proj`, `up_proj` and `down_proj` without biases and a function
+            `act_fn`, as Llama's of transformers.
+
+    Returns:
+        A bank with its own parameters.
+
+    Raises:
+        ValueError: no network, one of another kind, or networks that do not fit together.
+    """
+    modules = [ffns] if isinstance(ffns, nn.Module) else list(ffns)
+    if not modules:
+        raise ValueError("dense_bank: ffns must hold at least one network, got none.")
+    bank = _bank_of(modules[0])
+    for module in modules[1:]:
+        bank = bank.append(_bank_of(module))
+    return bank
+
+
+def _bank_of(module: nn.Module) -> Experts:
+    if isinstance(module, Experts):
+        return module.select(range(module.num_experts))
+    if isinstance(module, SharedExperts):
+        options = {name: getattr(module, name) for name in ("activation", "alpha", "limit")}
+        return _one_expert(module.w_gate_up, module.w_down, options)
+    parts: list[Any] = [getattr(module, f"{n}_proj", None) for n in ("gate", "up", "down")]
+    kind = type(getattr(module, "act_fn", None)).__name__
+    linear = all(isinstance(part, nn.Linear) and part.bias is None for part in parts)
+    if not linear or kind not in _GATED:
+        raise ValueError(
+            "dense_bank: ffns must be SharedExperts, Experts, or modules with gate_proj, up_proj "
+            f"and down_proj without biases and an act_fn of {', '.join(_GATED)}, got "
+            f"{type(module).__name__} with {kind}."
+        )
+    gate_up = torch.cat([parts[0].weight, parts[1].weight])
+    return _one_expert(gate_up, parts[2].weight, {"activation": _GATED[kind]})
+
+
+def _one_expert(w_gate_up: Tensor, w_down: Tensor, options: dict[str, Any]) -> Experts:
+    hidden, size = w_down.shape
+    bank = Experts(1, hidden, size, device="meta", **options)
+    for name, weight in (("w_gate_up", w_gate_up), ("w_down", w_down)):
+        setattr(bank, name, nn.Parameter(weight.detach()[None].clone()))
+    return bank
+
+
+@torch.no_grad()
+def copies(
+    bank: Experts,
+    num_experts: int,
+    *,
+    noise: float = 0.0,
+    generator: torch.Generator | None = None,
+) -> Experts:
+    """A bank of `num_experts` experts, as many copies of each expert, side by side.
+
+    Args:
+        bank: n experts.
+        num_experts: a multiple of n.
+        noise: every weight is multiplied by 1 + noise * (a normal number); 0 or more.
+        generator: of the noise.
+
+    Raises:
+        ValueError: a number that is no multiple, or a negative noise.
+
+    Source: Komatsuzaki et al. 2022 (sparse upcycling, arXiv 2212.05055).
+    """
+    number = bank.num_experts
+    if num_experts < 1 or num_experts % number:
+        raise ValueError(f"copies: num_experts must be a multiple of {number}, got {num_experts}.")
+    if noise < 0:
+        raise ValueError(f"copies: noise must be 0 or more, got {noise}.")
+    result = bank.select([e for e in range(number) for _ in range(num_experts // number)])
+    if noise:
+        for weight in (result.w_gate_up, result.w_down):
+            weight.mul_(1 + noise * _normal(weight, generator))
+    return result
+
+
+@torch.no_grad()
+def reinitialize(
+    bank: Experts, ratio: float, *, generator: torch.Generator | None = None
+) -> Experts:
+    """Drop-Upcycling: in each expert another part of the hidden neurons is drawn anew.
+
+    The weights of a neuron (its row of gate and up, its column of the down projection) are drawn
+    from a normal distribution with the mean and the standard deviation that the neurons chosen had
+    in that matrix of that expert. Biases stay.
+
+    Args:
+        ratio: part of the neurons, in [0, 1]; the paper has 0.5.
+        generator: of the choice and the weights.
+
+    Returns:
+        A new bank. With ratio 0 the same experts.
+
+    Raises:
+        ValueError: a ratio out of range.
+
+    Source: Nakamura et al. 2025 (Drop-Upcycling, arXiv 2502.19261).
+    """
+    if not 0 <= ratio <= 1:
+        raise ValueError(f"reinitialize: ratio must be in [0, 1], got {ratio}.")
+    result = bank.select(range(bank.num_experts))
+    size = bank.intermediate_size
+    number = round(ratio * size)
+    if not number:
+        return result
+    for expert in range(bank.num_experts):
+        chosen = torch.randperm(size, generator=generator)[:number].to(bank.w_down.device)
+        for matrix in neuron_matrices(result, expert):
+            old = matrix[chosen].float()
+            fresh = _normal(old, generator) * old.std(correction=0) + old.mean()
+            matrix[chosen] = fresh.to(matrix.dtype)
+    return result
+
+
+def slices(bank: Experts, num_slices: int, *, order: Tensor | None = None) -> Experts:
+    """Each expert cut into `num_slices` experts of I / num_slices neurons, which add up to it.
+
+    Args:
+        num_slices: a divisor of I.
+        order: [E, I] integers, each row a permutation: neuron j of expert e is taken from
+            order[e, j] before the cut, so that runs of I / num_slices are the slices. None: as
+            they are. `k_means_order` and `coactivation_order` make orders.
+
+    Raises:
+        ValueError: a number that does not divide I, or rows that are no permutations.
+
+    Source: Dai et al. 2024 (DeepSeekMoE, arXiv 2401.06066); Zhang et al. 2022 (MoEfication, arXiv
+    2110.01786) for clusters.
+    """
+    if order is not None:
+        groups = [[e] for e in range(bank.num_experts)]
+        bank = bank.merge(groups, mode="mean", neuron_order=order)
+    return bank.split(factor=num_slices, mode="slice")
+
+
+def neuron_matrices(bank: Experts, expert: int) -> list[Tensor]:
+    """Views [I, H] of an expert's matrices by neuron: gate and up, or the one, and down."""
+    w = bank.w_gate_up[expert]
+    up: Sequence[Tensor] = (w,)
+    if bank.gated:
+        up = (w[0::2], w[1::2]) if bank.interleaved else w.chunk(2)
+    return [*up, bank.w_down[expert].t()]
+
+
+def _normal(like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Normal numbers of a shape and dtype, drawn on the generator's device: the same on all."""
+    device = torch.device("cpu") if generator is None else generator.device
+    drawn = torch.randn(like.shape, generator=generator, device=device)
+    return drawn.to(like)
