@@ -228,7 +228,7 @@ def _as_multiplied(x: Tensor) -> Tensor:
 
 
 class Local(Dispatcher):
-    """One process has all experts: nothing is sent."""
+    """One process has all experts: nothing is sent, and options of sending change nothing."""
 
     def __init__(
         self,
@@ -236,6 +236,7 @@ class Local(Dispatcher):
         *,
         placement: Placement,
         fp32_combine: bool = False,
+        fp8: bool = False,
     ) -> None:
         super().__init__(group, placement)
 
