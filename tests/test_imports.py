@@ -30,7 +30,7 @@ ORDER = (
     ("quant",),
     ("layers",),
     (FRONT,),
-    ("parallel", "lora", "upcycle"),
+    ("offload", "parallel", "lora", "upcycle"),
     ("hf",),
     ("testing", "viz", "self_test"),
     ("doctor",),

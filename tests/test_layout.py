@@ -40,6 +40,7 @@ SHARED = {
         "api",
         "batch_invariant",
         "common",
+        "dense_layer",
         "router_bwd",
         "routing",
         "score_func",

@@ -119,6 +119,14 @@ static void define_schemas(torch::stable::detail::StableLibrary& m) {
       "Tensor? bias=None) -> Tensor");
 
   // --- whole blocks
+  // x [T,H] -> residual + residual_scale * sigmoid(output_gate norm(x)) * w_down (act(w_gate
+  // norm(x)) * w_up norm(x)), [T,O]; w_gate and w_up [I,H], w_down [O,I] float, or int8 or uint8
+  // with scales as of grouped_gemm_quantized. What is not given is left out. Inference only.
+  m.def(
+      "gated_ffn(Tensor x, Tensor w_gate, Tensor w_up, Tensor w_down, Tensor? w_gate_scale=None, "
+      "Tensor? w_up_scale=None, Tensor? w_down_scale=None, Tensor? norm_weight=None, "
+      "float eps=1e-06, Tensor? output_gate=None, Tensor? residual=None, "
+      "float residual_scale=1.0, str activation=\"swiglu\") -> Tensor");
   // y[t] = sum_k topk_weights[t,k] * (w_down[e] act(w_gate_up[e] x[t] + b_gate_up[e]) + b_down[e])
   // in out_dtype: x's, or the one it is summed in, as grad_y is then.
   m.def(
@@ -235,6 +243,18 @@ static void define_schemas(torch::stable::detail::StableLibrary& m) {
   // --- attention
   // t [B,S,...,d], cos and sin [S,d/2] or [B,S,d/2]: features i and i + d/2 turned as a pair.
   m.def("rotary(Tensor t, Tensor cos, Tensor sin, bool inverse=False) -> Tensor");
+  // x [B,S,H] -> x + residual_scale * attention of norm(x) over keys and values [B,m,L,d], whose
+  // positions from `start` on get those of x. w_q [n d,H], w_k and w_v [m d,H], w_o [H,n d] float,
+  // or int8 or uint8 with scales as of grouped_gemm_quantized. cos and sin [B or 1,S,r], the first
+  // rotary_size / 2 of a row count; mask [B or 1,1,S,start + S] bool or float. Inference only.
+  m.def(
+      "attention_step(Tensor x, Tensor w_q, Tensor w_k, Tensor w_v, Tensor w_o, Tensor cos, "
+      "Tensor sin, Tensor(a!) keys, Tensor(b!) values, int start, int rotary_size, float scale, "
+      "Tensor? norm_weight=None, float eps=1e-06, Tensor? b_q=None, Tensor? b_k=None, "
+      "Tensor? b_v=None, Tensor? b_o=None, Tensor? w_q_scale=None, Tensor? w_k_scale=None, "
+      "Tensor? w_v_scale=None, Tensor? w_o_scale=None, Tensor? q_norm=None, Tensor? k_norm=None, "
+      "float head_eps=1e-06, Tensor? mask=None, Tensor? sinks=None, "
+      "float residual_scale=1.0) -> Tensor");
   // q [B,S,K,n,d], k and v [B,S_kv,n,d] -> out like q, state [B,S,K,n] fp32: the log-sum-exp of
   // softmax, what remains of the stick. window 0: all keys; softcap 0: none.
   m.def(

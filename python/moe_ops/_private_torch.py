@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+import torch.nn.modules.module
 import torch.utils._python_dispatch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -135,6 +136,12 @@ def without_autocast(device_type: str) -> Callable[[], AbstractContextManager[An
 def has_kernel(op: str, device_type: str) -> bool:
     """Whether a kernel of the op "namespace::name" is registered for cpu or cuda."""
     return bool(torch._C._dispatch_has_kernel_for_dispatch_key(op, device_type.upper()))
+
+
+# Whether hooks wait for calls of all modules. A torch that cannot tell is taken to have some.
+has_global_hooks: Callable[[], bool] = getattr(
+    torch.nn.modules.module, "_has_any_global_hook", lambda: True
+)
 
 
 # A fact about sizes, for the compiler; an error where it is not so.

@@ -27,6 +27,7 @@ import sys
 import warnings
 import weakref
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -205,7 +206,7 @@ def advise_huge_pages(*tensors: Tensor) -> None:
         if _by_themselves and is_plain(t) and t.nbytes >= _HUGE_FROM and not t.is_shared():
             storage = t.untyped_storage()
             first = -(-storage.data_ptr() // _HUGE_PAGE) * _HUGE_PAGE
-            _madvise(first, storage.data_ptr() + storage.nbytes() - first, _MADV_HUGEPAGE)
+            madvise(first, storage.data_ptr() + storage.nbytes() - first, _MADV_HUGEPAGE)
 
 
 def new_zeros(*shape: int, dtype: torch.dtype, device: Any = None) -> Tensor:
@@ -215,16 +216,26 @@ def new_zeros(*shape: int, dtype: torch.dtype, device: Any = None) -> Tensor:
     return t.zero_()
 
 
+MADV_WILLNEED = 3
+MADV_DONTNEED = 4
 _MADV_HUGEPAGE = 14
 _MADV_PAGEOUT = 21  # Linux 5.4
+MADV_POPULATE_READ = 22  # Linux 5.14
 
 
-def _madvise(address: int, num_bytes: int, advice: int) -> bool:
+def madvise(address: int, num_bytes: int, advice: int) -> bool:
+    """The system call of this name on pages from `address` on; False where it is not done. Other
+    Python threads run meanwhile."""
     if sys.platform != "linux":
         return False
+    return _system_call()(address, num_bytes, advice) == 0
+
+
+@lru_cache
+def _system_call() -> Any:
     call = ctypes.CDLL(None).madvise
     call.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    return call(address, num_bytes, advice) == 0
+    return call
 
 
 def release_file_pages(pattern: str = r"\.safetensors$") -> int:
@@ -248,7 +259,7 @@ def release_file_pages(pattern: str = r"\.safetensors$") -> int:
         fields = line.split(maxsplit=5)
         if len(fields) == 6 and fields[5].startswith("/") and re.search(pattern, fields[5]):
             first, last = (int(n, 16) for n in fields[0].split("-"))
-            if _madvise(first, last - first, _MADV_PAGEOUT):
+            if madvise(first, last - first, _MADV_PAGEOUT):
                 asked += last - first
     return asked
 

@@ -136,8 +136,20 @@ def cases() -> list[Case]:
             (normal(T, K, I), w_down, weights, ids),
         ),
         Case("rotary", _rotary, (normal(2, T, 3, 24),)),
+        Case(
+            "attention_step",
+            _attention_step,
+            (normal(2, 3, H), normal(H, H), normal(H // 2, H), normal(H // 2, H), normal(H, H)),
+            False,
+        ),
         Case("moa_attention", lambda m, *t: m.moa_attention(*t, kind="softmax"), attention),
         Case("moa_attention", lambda m, *t: m.moa_attention(*t, kind="stick_breaking"), attention),
+        Case(
+            "gated_ffn",
+            lambda m, *t: m.gated_ffn(*t[:4], norm_weight=t[4], residual=t[5]),
+            (x, normal(I, H), normal(I, H), normal(H, I), normal(H), normal(T, H)),
+            False,
+        ),
         Case("dense_ffn", lambda m, *t: m.dense_ffn(*t, activation="silu"), dense),
         Case("mix_experts", _mix_experts, mixed),
     ]
@@ -151,6 +163,13 @@ def _packed_ffn(m: Any, x: Tensor, up: Tensor, down: Tensor, *rest: Tensor) -> T
     copies = m.pack_experts(up, halves=True), m.pack_experts(down)
     y: Tensor = m.moe_ffn_packed(x, up, down, *copies, *routing, b_gate_up=b_up, b_down=b_down)
     return y
+
+
+def _attention_step(m: Any, x: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor]:
+    angles = torch.linspace(-3, 3, 24, dtype=x.dtype, device=x.device).view(1, 3, 8)
+    kept = x.new_zeros(2, 2, 2, 5, 16)
+    how: dict[str, Any] = {"start": 1, "rotary_size": 16, "scale": 0.25}
+    return m.attention_step(x, *weights, angles.cos(), angles.sin(), *kept, **how), kept
 
 
 def _int8(w: Tensor) -> tuple[Tensor, Tensor]:

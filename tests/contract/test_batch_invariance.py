@@ -63,6 +63,7 @@ RARE, COMMON = 5, 6
 
 # Registered ops of which no output belongs to one token, and why.
 NOT_BY_TOKEN = {
+    "attention_step": "a token's keys are other tokens: tests/ops/test_attention_step.py",
     "dispatch_plan": "rounds nothing",
     "expert_choice_router": "experts choose among all tokens of the call",
     "grouped_gemm_fp8_wgrad": "sums over tokens",

@@ -19,6 +19,7 @@ STRINGS = {
     "dense_ffn": ("activation",),
     "expert_choice_router": ("score_func",),
     "gated_act": ("activation",),
+    "gated_ffn": ("activation",),
     "mix_experts": ("activation",),
     "moa_attention": ("kind",),
     "moe_ffn": ("activation",),

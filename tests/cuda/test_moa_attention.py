@@ -97,14 +97,25 @@ def test_schedules_with_wgmma(simulator, head_size, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("softcap", [None, 2.0, 50.0])
 @pytest.mark.parametrize("head_size", WIDE)
-def test_generic_kernels_agree(head_size, kind, monkeypatch):
+def test_generic_kernels_agree(simulator, head_size, softcap, kind, monkeypatch):
     """Other tiles and other sums: equal to the rounding of weights and of the result."""
     call = operands(torch.float16, head_size=head_size, grad=False, **WIDE[head_size])
-    ours = run(call, kind=kind)
+    ours: list[torch.Tensor] = []
+    counted = simulator.counted(lambda: ours.extend(run(call, kind=kind, softcap=softcap)), "wgmma")
+    assert counted["wgmma"] > 0
     monkeypatch.setenv("MOE_OPS_ATTENTION", "generic")
-    for a, b in zip(ours, run(call, kind=kind), strict=True):
+    for a, b in zip(ours, run(call, kind=kind, softcap=softcap), strict=True):
         torch.testing.assert_close(a, b, rtol=2.0**-9, atol=2.0**-9)
+
+
+def test_a_softcap_that_is_too_large_for_fast_logits(simulator):
+    """Their error is a part of the cap: the generic kernels take the call."""
+    call = operands(torch.bfloat16, head_size=64, grad=False, **WIDE[64])
+    for softcap, fast in ((1024.0, True), (1025.0, False)):
+        counted = simulator.counted(lambda s=softcap: run(call, kind="softmax", softcap=s), "wgmma")
+        assert (counted["wgmma"] > 0) is fast
 
 
 @pytest.mark.parametrize("kind", KINDS)

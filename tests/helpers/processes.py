@@ -175,8 +175,13 @@ def _serve(pipe: multiprocessing.connection.Connection, path: list[str]) -> None
             finally:
                 dist.destroy_process_group()
                 # DTensor keeps layouts of results, with the mesh of the first of equal ones, whose
-                # groups are gone.
-                debug._clear_sharding_prop_cache()
+                # groups are gone. torch 2.10 has two functions for the two places.
+                for name in (
+                    "_clear_sharding_prop_cache",
+                    "_clear_python_sharding_prop_cache",
+                    "_clear_fast_path_sharding_prop_cache",
+                ):
+                    getattr(debug, name, lambda: None)()
             pipe.send(answer)
         except Exception:
             pipe.send((False, traceback.format_exc()))

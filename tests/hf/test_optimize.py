@@ -19,7 +19,7 @@ from .models import MODEL_TYPES, VOCAB, build, tokens
 from .test_quantize import WIDE, logits, make, relative
 
 # The kinds of fused modules in each model; LayerNorms and other choices stay.
-FUSED = {name: {"fused norm", "fused router"} for name in MODEL_TYPES} | {
+FUSED = {name: {"fused norm", "fused router", "fused layer"} for name in MODEL_TYPES} | {
     "jetmoe": {"fused norm"},
     "llama4_text": {"fused norm"},
     "phimoe": set(),

@@ -117,6 +117,7 @@ def test_coefficient_steps_towards_the_target():
         coefficient.update([])
 
 
+@pytest.mark.slow_on_simulator
 def test_training_reaches_the_target_sparsity():
     # Without a bias, half of the centred inputs are on the positive side of any expert.
     moe = layer(bias=True)

@@ -77,15 +77,15 @@ MUTANTS = [
     Mutant(
         "tokens: no gradient of weights",
         "exchange.py",
-        "weights = topk_weights.index_select(0, tokens)",
-        "weights = topk_weights.detach().index_select(0, tokens) + 0 * topk_weights.sum()",
+        "weights = permute(topk_weights, offsets, tokens, top_k=1)",
+        "weights = permute(topk_weights.detach(), offsets, tokens, top_k=1)",
         first="groups_of_two and tokens",
     ),
     Mutant(
         "tokens: weights as autocast has them",
         "exchange.py",
-        "weights = topk_weights.index_select(0, tokens)",
         "weights = permute(topk_weights, offsets, tokens, top_k=1)",
+        "weights = permute(topk_weights.to(x.dtype), offsets, tokens, top_k=1)",
         first="without_gradients and tokens",
     ),
     Mutant(

@@ -153,6 +153,14 @@ def test_no_path_of_the_build_machine(path):
     assert not found
 
 
+def test_no_thread_local_variable_needs_static_memory():
+    """A library that is loaded late gets 2 KiB of it, and the CUDA runtime alone has 4."""
+    static_tls = 0x10
+    for path in (LIBRARY, MODULE):
+        flags = [line.split()[1] for line in run_tool("objdump", "-p", path) if " FLAGS " in line]
+        assert not [f for f in flags if int(f, 16) & static_tls], path.name
+
+
 def test_no_search_path_but_its_own_folder():
     for path in (LIBRARY, MODULE):
         for line in run_tool("objdump", "-p", path):

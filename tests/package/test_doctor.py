@@ -25,6 +25,8 @@ INFERENCE_ONLY = (
     "grouped_gemm_fp8",
     "grouped_gemm_fp8_wgrad",
     "moe_ffn_fp8",
+    "attention_step",
+    "gated_ffn",
 )
 
 

@@ -126,7 +126,7 @@ NAMED = (
 
 def named_steps(rank, folder):
     register_ep_implementation("slots", dispatch="slots")
-    register_ep_implementation("padded", dispatch="padded", capacity=9)
+    register_ep_implementation("padded", dispatch="padded", capacity=9, fp32_combine=True)
     register_ep_implementation("fp8_rows", dispatch="tokens", fp8=True)
     register_ep_implementation("same_tokens", dispatch="shared")
     try:

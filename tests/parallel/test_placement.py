@@ -178,6 +178,8 @@ def test_near_of_other_sizes(bad_input):
 
 def test_rebalance_experts_answers_like_eplb():
     weight = torch.tensor([[90, 132, 40, 61, 104, 165, 39, 4], [20, 107, 104, 64, 19, 197, 187, 1]])
+    nothing = rebalance_experts(weight[:0], 12, 4, 2, 4)
+    assert [t.shape for t in nothing] == [(0, 12), (0, 8, 1), (0, 8)]
     phy2log, log2phy, logcnt = rebalance_experts(weight, 12, 4, 2, 4)
     assert phy2log.shape == (2, 12) and log2phy.shape[:2] == (2, 8) and logcnt.shape == (2, 8)
     assert phy2log.dtype == log2phy.dtype == logcnt.dtype == torch.int64

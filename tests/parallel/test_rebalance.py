@@ -30,7 +30,8 @@ FAR = Placement(8, 2, (6, 1, 4, 3, 2, 5, 0, 7))
 FOUR = Placement(8, 4, (7, 2, 0, 4, 5, 3, 6, 1))
 # Ten of two ranks: experts 0 and 3 are on both; then 5 and 6 are.
 TWICE = Placement(8, 2, (0, 3, 1, 2, 4, 0, 3, 5, 6, 7))
-OTHERS = Placement(8, 2, (6, 5, 0, 1, 2, 3, 4, 5, 7, 6))
+# Copies of 5 and 6 are a run; where these are first they are in others.
+OTHERS = Placement(8, 2, (6, 4, 5, 0, 1, 2, 3, 5, 6, 7))
 
 
 # ------------------------------------------------------------------------------------ what moves

@@ -101,8 +101,12 @@ def mixed_precision(rank):
     for block in model.layers:
         fully_shard_moe(block, meshes.dp, meshes.efsdp, mp_policy=policy)
     fully_shard(model, mesh=meshes.dp, mp_policy=policy)
+    given = []
+    for bank in (m for m in model.modules() if isinstance(m, Experts)):
+        bank.register_forward_pre_hook(lambda _, args: given.append([t.dtype for t in args[:2]]))
     x, target = batch(0, rank, 4)
     loss_of(model, x, target).backward()
+    assert given and all(dtypes == [torch.bfloat16, torch.float32] for dtypes in given), given
     return gradients(model)
 
 

@@ -1,5 +1,6 @@
 // The kernels that all calls use: those of the active target, with the numbers of this processor.
 #include <algorithm>
+#include <atomic>
 
 #include "cpu/isa/isa.h"
 #include "cpu/isa/targets.h"
@@ -47,18 +48,17 @@ Kernels<T> tuned(Kernels<T> k, const Tuning& t) {
   return k;
 }
 
-// Those of a target under test, for the calls of this thread. Read by every call, so without the
-// function call that a library's thread-local variables would otherwise cost.
-#if defined(__linux__)
-#define MOE_TLS __attribute__((tls_model("initial-exec"))) thread_local
-#else
-#define MOE_TLS thread_local
-#endif
-MOE_TLS const Tables* tested = nullptr;
+// Those of a target under test, for the calls of this thread. A thread-local variable costs every
+// call a function call, so it is looked at only while some thread tests a target. (The model
+// initial-exec would save that too, but puts all thread-local variables of the library, 4 KiB of
+// the CUDA runtime among them, into memory of which a library that is loaded late gets no more
+// than 2.)
+thread_local const Tables* tested = nullptr;
+std::atomic<int> testing = 0;  // threads with tables under test
 
 template <class T>
 const Kernels<T>& kernels() {
-  if (tested != nullptr) [[unlikely]]
+  if (testing.load(std::memory_order_relaxed) != 0 && tested != nullptr) [[unlikely]]
     return tested->of<T>();
   static const Kernels<T> active = tuned(kernels_of<T>(active_isa()), tuning());
   return active;
@@ -70,7 +70,10 @@ Tables tables_for(Isa isa, const Tuning& t) {
   return {tuned(kernels_of<float>(isa), t), tuned(kernels_of<double>(isa), t)};
 }
 
-void use_tables(const Tables* tables) { tested = tables; }
+void use_tables(const Tables* tables) {
+  testing += int{tables != nullptr} - int{tested != nullptr};
+  tested = tables;
+}
 
 #define MOE_FAMILY(Family, function, member) \
   template <class T>                         \

@@ -38,7 +38,8 @@ constexpr double kMinCostPerThread = 1e5, kChunkCost = 4e4;
 template <class Fn>
 void parallel_items(const Parallel& par, int64_t n, double cost, const Fn& fn) {
   int64_t threads = std::min<int64_t>(par.num_threads, n);
-  threads = std::min<int64_t>(threads, static_cast<int64_t>(cost / kMinCostPerThread) + 1);
+  threads = std::min<int64_t>(
+      threads, static_cast<int64_t>(cost / (kMinCostPerThread * par.start_cost)) + 1);
   if (threads <= 1 || par.run == nullptr) {
     for (int64_t i = 0; i < n; ++i) fn(i);
     return;

@@ -93,23 +93,19 @@ __global__ void __launch_bounds__(Traits<Config>::kThreads, 1)
     }
     auto acc = cute::partition_fragment_C(typename T::TiledMma{},
                                           cute::Shape<cute::Int<T::kM>, cute::Int<T::kN>>{});
-    // A full barrier tells only one phase from the next. A player may look at it only when the
-    // other one has seen all earlier phases. A wait passes at once on a new barrier if the parity
-    // is 1: player 0 begins. The parity is computed, as a variable for it would be kept on the
-    // stack.
-    if constexpr (T::kPingpong) smem.turn[player].wait((count / 2 + 1 + player) % 2);
-    auto pass_turn = [&] {
-      if (T::kPingpong && threadIdx.x % kWarp == 0) smem.turn[1 - player].arrive();
+    if constexpr (T::kPingpong) await_turn<Config>(smem, player, count);
+    const auto issued = [&] {
+      if constexpr (T::kPingpong) pass_turn<Config>(smem, player);
     };
     if (index == first) begin_later<Config>(smem, tile, player);
     if (tile.k_tiles > 0) {
       with_major_b<Config>(p, [&](auto major) {
         multiply<Config, Config::kMajorA, major.value>(smem, tile, read, acc, thread,
-                                                       T::kPingpong ? player : 0, pass_turn);
+                                                       T::kPingpong ? player : 0, issued);
       });
     } else {
       cute::clear(acc);
-      pass_turn();
+      issued();
     }
     Epilogue::template store<Config>(p.epilogue, p.problem, tile, acc, thread,
                                      warp_boxes<Config>(smem));

@@ -29,6 +29,25 @@ __device__ inline void init_barriers(typename Traits<Config>::SharedStorage& sme
   cutlass::arch::fence_barrier_init();
 }
 
+// ---- Turns of a ping-pong kernel ----
+
+// Waits until player `player`, 0 or 1, may start the products of its tile, number `tile` of the
+// block's list; players have every other one. A full barrier tells only one phase from the next. A
+// player may look at it only when the other one has seen all earlier phases. A wait passes at once
+// on a new barrier if the parity is 1: player 0 begins. The parity is computed, as a variable for
+// it would be kept on the stack.
+template <class Config>
+__device__ inline void await_turn(typename Traits<Config>::SharedStorage& smem, int player,
+                                  int tile) {
+  smem.turn[player].wait((tile / 2 + 1 + player) % 2);
+}
+
+// Each warp of a player, when it has issued the products of its tile.
+template <class Config>
+__device__ inline void pass_turn(typename Traits<Config>::SharedStorage& smem, int player) {
+  if (threadIdx.x % kWarp == 0) smem.turn[1 - player].arrive();
+}
+
 // ---- Producer ----
 
 // Boxes of A along M that hold rows of the group.

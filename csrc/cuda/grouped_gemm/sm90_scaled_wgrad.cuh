@@ -155,7 +155,6 @@ __global__ void __launch_bounds__(Traits<Config>::kThreads, 1)
   const int player = group - 1;
   const int thread = static_cast<int>(threadIdx.x) - kWarpgroup * group;
   PipelineState<Config> read;
-  uint32_t turn_phase = player == 0;
   Scheduler<Config> scheduler(p.problem, smem);
   Tile tile;
   int count = 0;
@@ -166,16 +165,13 @@ __global__ void __launch_bounds__(Traits<Config>::kThreads, 1)
     }
     auto acc = cute::partition_fragment_C(typename T::TiledMma{},
                                           cute::Shape<cute::Int<T::kM>, cute::Int<T::kN>>{});
-    smem.turn[player].wait(turn_phase);
-    turn_phase ^= 1;
-    auto pass_turn = [&] {
-      if (threadIdx.x % kWarp == 0) smem.turn[1 - player].arrive();
-    };
+    await_turn<Config>(smem, player, count);
+    const auto issued = [&] { pass_turn<Config>(smem, player); };
     if (tile.k_tiles > 0) {
-      multiply_scaled_lines<Config>(smem, p.scale, tile, read, acc, thread, player, pass_turn);
+      multiply_scaled_lines<Config>(smem, p.scale, tile, read, acc, thread, player, issued);
     } else {
       cute::clear(acc);
-      pass_turn();
+      issued();
     }
     StoreExperts::store<Config>(p.epilogue, p.problem, tile, acc, thread, nullptr);
   }

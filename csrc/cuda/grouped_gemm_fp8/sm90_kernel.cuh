@@ -297,7 +297,6 @@ __global__ void __launch_bounds__(Traits<Config>::kThreads, 1)
   const int player = group - 1;
   const int thread = static_cast<int>(threadIdx.x) - kWarpgroup * (T::kPingpong ? group : 1);
   PipelineState<Config> read;
-  uint32_t turn_phase = player == 0;  // as in grouped_gemm
   Scheduler<Config> scheduler(p.problem, smem);
   Tile tile;
   int count = 0;
@@ -307,16 +306,13 @@ __global__ void __launch_bounds__(Traits<Config>::kThreads, 1)
       continue;
     }
     PartSums<Config> sums[kParts<Config>];
-    if constexpr (T::kPingpong) {
-      smem.turn[player].wait(turn_phase);
-      turn_phase ^= 1;
-    }
-    auto pass_turn = [&] {
-      if (T::kPingpong && threadIdx.x % kWarp == 0) smem.turn[1 - player].arrive();
+    if constexpr (T::kPingpong) await_turn<Config>(smem, player, count);
+    const auto issued = [&] {
+      if constexpr (T::kPingpong) pass_turn<Config>(smem, player);
     };
     if (index == first) begin_later<Config>(smem, tile, player);
     multiply_scaled<Config>(smem, p.scales, p.problem, p.split_offset, tile, read, sums, thread,
-                            pass_turn);
+                            issued);
     Epilogue::template store<Config>(p.epilogue, p.problem, tile, sums, thread,
                                      warp_boxes<Config>(smem));
   }

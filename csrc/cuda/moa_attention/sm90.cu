@@ -25,13 +25,16 @@ bool few_rows(const MoaAttentionParams& p) {
 
 bool has_kernel(const MoaAttentionParams& p) {
   return (p.type == DType::kBFloat16 || p.type == DType::kFloat16) &&
-         (p.head_size == 64 || p.head_size == 128) && p.softcap == 0;
+         (p.head_size == 64 || p.head_size == 128);
 }
+
+// The error of a capped logit is 2^-22 of the cap.
+constexpr double kLargestCap = 1024;
 
 }  // namespace
 
 bool supports(const MoaAttentionParams& p) {
-  if (!usable() || !has_kernel(p) || few_rows(p)) return false;
+  if (!usable() || !has_kernel(p) || few_rows(p) || p.softcap > kLargestCap) return false;
   if (p.kind == AttentionKind::kSoftmax && !(p.scale > 0)) return false;
   return reinterpret_cast<uintptr_t>(p.out) % 16 == 0 && rows_of_queries(p, p.q).possible &&
          rows_of_keys(p, p.k).possible && rows_of_keys(p, p.v).possible;
@@ -53,7 +56,7 @@ bool supports(const MoaAttentionBwdParams& b) {
 }
 
 int64_t backward_workspace(const MoaAttentionParams& p) {
-  const bool serves = usable() && has_kernel(p) && p.num_keys > 0 && !few_rows(p);
+  const bool serves = usable() && has_kernel(p) && p.softcap == 0 && p.num_keys > 0 && !few_rows(p);
   return serves ? Sm90BackwardSpace(p).bytes : 0;
 }
 

@@ -7,8 +7,9 @@
 
 namespace moe_ops::cuda::attention::sm90 {
 
-// bfloat16 or float16, d 64 or 128, no softcap, more than 16 rows a head, 16-byte strides, rows of
-// q evenly apart, and with softmax a positive scale. MOE_OPS_ATTENTION=generic: nothing.
+// bfloat16 or float16, d 64 or 128, more than 16 rows a head, 16-byte strides, rows of q evenly
+// apart, forward a softcap up to 1024, backward none, and with softmax a positive scale.
+// MOE_OPS_ATTENTION=generic: nothing.
 bool supports(const MoaAttentionParams& p);
 Status forward(const MoaAttentionParams& p, Stream stream);
 bool supports(const MoaAttentionBwdParams& b);

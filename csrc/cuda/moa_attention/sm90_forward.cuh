@@ -54,6 +54,9 @@ struct ForwardParams {
   CUtensorMap q, k, v;
   MoaAttentionParams p;
   int heads, items;  // batch times heads, and that times tiles of rows
+  // Logits are scale times products or, capped, scale times squash(products, tanh_times).
+  bool capped;
+  float scale, tanh_times;
 };
 
 // The item of a block in a round. The last rows see the most keys and go first; every other round
@@ -142,7 +145,7 @@ __device__ void consume(const ForwardParams& params, typename Config::Shared& sm
   const int thread = static_cast<int>(threadIdx.x) % kWarpgroup, lane = thread % kWarp;
   const int consumer = static_cast<int>(threadIdx.x) - kWarpgroup;
   const int line = 64 * group + thread / kWarp * 16 + lane / 4;  // of 128 rows; and line + 8
-  const PlainLogits logits{static_cast<float>(p.scale)};
+  const PlainLogits logits{params.scale};
   const float times = logits.scale * kLog2E;
   const auto sQ = as_rows<Element, 64, kD>(smem.q + group * 64 * kD);
   const Turns<Config::kTurns> turns{group};
@@ -198,6 +201,7 @@ __device__ void consume(const ForwardParams& params, typename Config::Shared& sm
         whole = !mask.leave_out_empty_sticks(rest) && whole;
       }
       const bool unmasked = __all_sync(~0u, whole);
+      if (params.capped) squash(s, params.tanh_times);
       if constexpr (Config::kSoftmax) {
         if (!unmasked) mask_scores(s, mask, -INFINITY);
         softmax.step(s, times, factor);
@@ -388,6 +392,9 @@ Status launch(const MoaAttentionParams& p, Stream stream) {
   if (items > INT32_MAX) return cudaErrorInvalidConfiguration;
   params.heads = static_cast<int>(p.batch * p.num_heads);
   params.items = static_cast<int>(items);
+  params.capped = p.softcap > 0;
+  params.scale = static_cast<float>(params.capped ? p.softcap : p.scale);
+  params.tanh_times = params.capped ? static_cast<float>(2 * kLog2E * p.scale / p.softcap) : 0.f;
   TensorMap4dDesc q = rows_of_queries(p, p.q).desc;
   TensorMap4dDesc k = rows_of_keys(p, p.k).desc;
   TensorMap4dDesc v = rows_of_keys(p, p.v).desc;

@@ -43,6 +43,7 @@ constexpr T round_up(T a, T b) {
 // [0, n), possibly at once. The torch adapter passes torch's own pool, so no second one exists.
 struct Parallel {
   int num_threads = 1;
+  double start_cost = 1;  // of a loop, as a share of what a region of the pool costs
   void (*run)(int64_t n, void (*fn)(int64_t begin, int64_t end, void* ctx), void* ctx) = nullptr;
 };
 

@@ -11,8 +11,9 @@ from rich.table import Table
 from moe_ops import zoo
 
 EXPERIMENTS = (
-    "What each system claims is put to a small experiment in the source tree: "
-    "python -m bench.experiments NAME runs it, docs/zoo/NAME.md has what it showed."
+    "What systems claim is put to small experiments in the source tree: "
+    "python -m bench.experiments NAME runs them (--list names them), docs/zoo/NAME.md has what "
+    "they showed."
 )
 
 

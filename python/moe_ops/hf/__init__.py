@@ -12,6 +12,7 @@ registers a quantisation method, so that ``from_pretrained`` reads checkpoints w
 `moe_ops.quantize_experts` has quantised, and an attention implementation ``"moe_ops"``, torch's
 attention without the masks that would keep JetMoE's attention experts from compiled code. Where
 transformers has a registry of expert-parallel implementations (5.23), ``"moe_ops"`` is one.
+:func:`load_offloaded` loads models whose experts are larger than the memory.
 :func:`optimize` puts a whole model on kernels for inference, dense layers and head included.
 """
 
@@ -38,6 +39,7 @@ from moe_ops.expert_weights import register_hook
 from moe_ops.hf import attention
 from moe_ops.hf.experts import experts_forward
 from moe_ops.hf.hook import TransformersHook
+from moe_ops.hf.offloading import load_offloaded
 from moe_ops.hf.optimize import optimize, restore
 from moe_ops.hf.parallel import Interface, register_ep_implementation
 from moe_ops.hf.quantizer import ExpertsQuantizationConfig
@@ -55,6 +57,7 @@ __all__ = [
     "enable",
     "expect_calls",
     "experts_forward",
+    "load_offloaded",
     "optimize",
     "register_ep_implementation",
     "restore",

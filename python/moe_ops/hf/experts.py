@@ -20,7 +20,12 @@ from moe_ops.reference import gated_act as gated_act_reference
 
 
 def experts_forward(
-    self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+    self: Any,
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    *,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Runs the experts of a transformers MoE block on moe_ops.
 
@@ -34,10 +39,11 @@ def experts_forward(
         top_k_index: [T, K], integer. Ids outside [0, E) are nobody's here, as under expert
             parallelism: their slots add nothing and get no gradient, whatever their weight holds.
         top_k_weights: [T, K], any float dtype, used in fp32.
+        out_dtype: float32 for sums that are not rounded, which expert parallelism adds up.
 
     Returns:
-        [T, H] in the dtype of ``hidden_states``. Where the parameters have another dtype, the
-        products run in theirs, as in transformers' ``grouped_mm``.
+        [T, H] in ``out_dtype``, or for None the dtype of ``hidden_states``. Where the parameters
+        have another dtype, the products run in theirs, as in transformers' ``grouped_mm``.
     """
     has_gate = getattr(self, "has_gate", True)
     w_up, w_down = bank_views(self)
@@ -58,6 +64,7 @@ def experts_forward(
         b_up=b_up,
         b_down=b_down,
         post_norm=post_norm,
+        out_dtype=out_dtype,
     )
 
 
@@ -117,7 +124,9 @@ def _run(
     b_down: Tensor | None = None,
     post_norm: nn.Module | None = None,
     on_input: bool = False,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
+    result_dtype = hidden_states.dtype if out_dtype is None else out_dtype
     x = cast_like(hidden_states, w_up)
     b_up = None if b_up is None else cast_like(b_up, w_up)
     b_down = None if b_down is None else cast_like(b_down, w_down)
@@ -133,8 +142,9 @@ def _run(
             b_down=b_down,
             apply_router_weight_on_input=on_input,
             **fused,
+            **({} if out_dtype is None else {"out_dtype": out_dtype}),
         )
-        return y.to(hidden_states.dtype)
+        return y.to(result_dtype)
 
     num_tokens, top_k = topk_ids.shape
     if on_input:  # Each slot becomes a token of its own with one expert.
@@ -149,7 +159,7 @@ def _run(
     y = unpermute(rows, expert_offsets, slot_to_row, None if on_input else topk_weights)
     if on_input:
         y = y.view(num_tokens, top_k, y.shape[-1]).sum(1)
-    return y.to(hidden_states.dtype)
+    return y.to(result_dtype)
 
 
 def cast_like(t: Tensor, weight: Tensor) -> Tensor:

@@ -28,18 +28,28 @@ def fuse(module: nn.Module) -> str | None:
     """
     if "forward" in module.__dict__:
         return None
-    for kind, (_, settings_of) in _KINDS.items():
+    for kind, settings_of in _SETTINGS.items():
         settings = settings_of(module)
         if settings is not None:
-            module.__class__ = _fused_class(kind, type(module))
-            module._moe_ops_fused = settings
+            set_fused(module, kind, settings)
             return kind
     return None
 
 
+def set_fused(module: nn.Module, kind: str, settings: Any) -> None:
+    """Gives a module the fused class of a kind."""
+    module.__class__ = _fused_class(kind, type(module))
+    module._moe_ops_fused = settings
+
+
+def register_kind(kind: str, make_forward: Callable[[Any], Callable[..., Any]]) -> None:
+    """A kind of fused classes: what makes their forward of a class."""
+    _FORWARDS[kind] = make_forward
+
+
 def _fused_class(kind: str, cls: type) -> type:
     if cls not in _classes:
-        forward = _KINDS[kind][0](cls)
+        forward = _FORWARDS[kind](cls)
         attributes = {"forward": forward, "__reduce_ex__": _reduce, "__module__": cls.__module__}
         _classes[cls] = type(cls.__name__, (cls,), {**attributes, "_moe_ops_kind": kind})
     return _classes[cls]
@@ -68,7 +78,7 @@ def _norm_forward(cls: Any) -> Callable[..., Any]:
     return forward
 
 
-def _norm_settings(module: nn.Module) -> float | None:
+def norm_eps(module: nn.Module) -> float | None:
     """The epsilon of what is an RMSNorm; None for everything else."""
     weight = _only_vector(module)
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
@@ -78,9 +88,9 @@ def _norm_settings(module: nn.Module) -> float | None:
     # Rows in which epsilon counts and rows in which it does not.
     x = torch.sin(torch.arange(4 * weight.numel(), dtype=torch.float32)).view(4, -1)
     x = x * torch.tensor([[1.0], [1e-3], [30.0], [3e-4]])
-    actual = _call(probe, x)
+    actual = call_quietly(probe, x)
     expected = add_rms_norm(x, probe.weight.detach(), eps=eps)[0]
-    return eps if isinstance(actual, Tensor) and _close(actual, expected) else None
+    return eps if isinstance(actual, Tensor) and close(actual, expected) else None
 
 
 def _only_vector(module: nn.Module) -> Tensor | None:
@@ -97,25 +107,37 @@ def _only_vector(module: nn.Module) -> Tensor | None:
 
 def _router_forward(cls: Any) -> Callable[..., Any]:
     def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        choice, wide, logits_wide, weights_wide = self._moe_ops_fused
-        x, weight, bias = hidden_states, self.weight, getattr(self, "bias", None)
-        if args or kwargs or (x.dtype != weight.dtype and not wide):
+        chosen = None if args or kwargs else route(self, hidden_states)
+        if chosen is None:
             return cls.forward(self, hidden_states, *args, **kwargs)
-        dtype = x.dtype
-        x = x.reshape(-1, x.shape[-1])
-        if wide:
-            x, weight = x.float(), weight.float()
-        logits = router_linear(x, weight, bias)
-        if choice.get("expert_bias"):
-            choice = {**choice, "expert_bias": self.e_score_correction_bias}
-        weights, ids = topk_router(logits, **choice)
-        return (
-            logits.float() if logits_wide else logits,
-            weights if weights_wide else weights.to(dtype),
-            ids,
-        )
+        return chosen
 
     return forward
+
+
+def route(router: Any, x: Tensor, *, exact: bool = False) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Logits, weights and ids of a fused router for tokens [..., H]; None where the types of x and
+    of the weight are not the same and the router does not make them so.
+
+    exact: weights stay in fp32, which experts compute with, where the router rounds them.
+    """
+    choice, wide, logits_wide, weights_wide = router._moe_ops_fused
+    weight, bias = router.weight, getattr(router, "bias", None)
+    if x.dtype != weight.dtype and not wide:
+        return None
+    dtype = x.dtype
+    x = x.reshape(-1, x.shape[-1])
+    if wide:
+        x, weight = x.float(), weight.float()
+    logits = router_linear(x, weight, bias)
+    if choice.get("expert_bias"):
+        choice = {**choice, "expert_bias": router.e_score_correction_bias}
+    weights, ids = topk_router(logits, **choice)
+    return (
+        logits.float() if logits_wide else logits,
+        weights if weights_wide or exact else weights.to(dtype),
+        ids,
+    )
 
 
 def router_settings(module: nn.Module) -> tuple[Mapping[str, Any], bool, bool, bool] | None:
@@ -132,7 +154,7 @@ def router_settings(module: nn.Module) -> tuple[Mapping[str, Any], bool, bool, b
     # Logits of size one at any width: in a softmax of large ones the first weight is all but 1,
     # and weights that are renormalised look like those that are not.
     x = torch.randn(32, weight.shape[1], generator=generator) / weight.shape[1] ** 0.5
-    actual = _call(probe, x)
+    actual = call_quietly(probe, x)
     if not (isinstance(actual, tuple) and len(actual) == 3):
         return None
     logits = router_linear(x, probe.weight.detach(), getattr(probe, "bias", None))
@@ -148,7 +170,7 @@ def router_settings(module: nn.Module) -> tuple[Mapping[str, Any], bool, bool, b
             break
     else:
         return None
-    half = _call(probe.to(torch.bfloat16), x.bfloat16())
+    half = call_quietly(probe.to(torch.bfloat16), x.bfloat16())
     if half is None:
         return None
     half_logits, half_weights, _ = half
@@ -179,11 +201,11 @@ def _same_choice(ours: tuple[Tensor, ...], theirs: tuple[Any, ...]) -> bool:
     """Whether logits are the same, and weights by expert, in whatever order they come."""
     logits, weights, ids = ours
     other_logits, other_weights, other_ids = theirs
-    if other_weights.shape != weights.shape or not _close(other_logits, logits):
+    if other_weights.shape != weights.shape or not close(other_logits, logits):
         return False
     mine = torch.zeros_like(logits).scatter(1, ids.long(), weights)
     other = torch.zeros_like(logits).scatter(1, other_ids.long(), other_weights.float())
-    return _close(other, mine)
+    return close(other, mine)
 
 
 # ------------------------------------------------------------------------------------------ probes
@@ -206,25 +228,27 @@ def _probe(module: nn.Module) -> Any:
     return probe
 
 
-def _call(probe: Any, x: Tensor) -> Any:
+def call_quietly(probe: Any, *args: Any, **kwargs: Any) -> Any:
+    """What it returns; None where it wants other arguments, so that it is nothing known here."""
     # from_pretrained builds models with "meta" as the default device: what the function makes of
     # its own must not go there either.
     with disable_modes(), torch.device("cpu"), torch.no_grad():
         try:
-            return probe(x)
-        except Exception:  # It wants more than tokens, so it is nothing that is known here.
+            return probe(*args, **kwargs)
+        except Exception:
             return None
 
 
-def _close(actual: Tensor, expected: Tensor) -> bool:
+def close(actual: Tensor, expected: Tensor) -> bool:
     if actual.shape != expected.shape:
         return False
     error = (actual.double() - expected.double()).norm()
     return bool(error <= _TOLERANCE * expected.double().norm())
 
 
-# Kind -> what makes the forward of a fused class, and what tells its modules and their settings.
-_KINDS: dict[str, tuple[Callable[[Any], Callable[..., Any]], Callable[[nn.Module], Any]]] = {
-    "norm": (_norm_forward, _norm_settings),
-    "router": (_router_forward, router_settings),
+# Kind -> what makes the forward of a fused class, and what tells modules and their settings.
+_FORWARDS: dict[str, Callable[[Any], Callable[..., Any]]] = {
+    "norm": _norm_forward,
+    "router": _router_forward,
 }
+_SETTINGS: dict[str, Callable[[nn.Module], Any]] = {"norm": norm_eps, "router": router_settings}

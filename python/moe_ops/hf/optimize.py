@@ -10,19 +10,17 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.generation import CompileConfig
 
-from moe_ops.hf.fused import fuse
+from moe_ops.hf import step
+from moe_ops.hf.fused import fuse, set_fused
+from moe_ops.hf.layout import LayerLayout, layout_of
 from moe_ops.hf.switch import enable, interface_of, set_implementation
 from moe_ops.layers import QuantizedExperts
-from moe_ops.layers.linear import FewRowsLinear, QuantizedLinear, fitting_group
+from moe_ops.layers.linear import replace_linears
 from moe_ops.memory import register_holder
 from moe_ops.quant import quantize_experts
 from moe_ops.quant.bank import find_banks
 
 FORMATS = (None, "int8", "int4")
-# Parts of names of layers that choose experts: they are small, and an error there turns tokens to
-# other experts.
-_ROUTERS = ("router", "gate", "gating")
-_SMALLEST = 16  # Output features of what is quantised.
 _CONFIG_ATTRIBUTES = ("hf_quantizer", "is_quantized", "quantization_method")
 
 
@@ -66,7 +64,8 @@ def optimize(
     - Dense layers (attention projections, shared experts, the head): products of up to 64 rows
       are read at the speed of memory. With `weights` they are stored in 8 or 4 bits, and so are
       experts (`moe_ops.quantize_experts`). Routers, embeddings and norms stay float.
-    - RMS norms and routers whose formula is known are one or two ops each.
+    - RMS norms and routers whose formula is known are one or two ops each; a decoder layer of a
+      known layout runs few tokens in a few calls, its attention in one.
     - With `compile`, `generate` uses a static cache and compiles its decoding steps.
 
     Attention stays what the model has: torch's, unless "eager" was asked for. What is left as it
@@ -119,15 +118,18 @@ def optimize(
     held = {p.data_ptr(): p.nbytes for p in model.parameters()} if keep_original else {}
 
     report: dict[str, str] = {}
+    known: dict[Any, LayerLayout | None] = {}
+    layouts = {name: layout_of(module, known) for name, module in model.named_modules()}
     if weights is not None and not _experts_are(model, weights, group_size):
         quantize_experts(model, weights, group_size=group_size)
     report |= enable(model)
-    tied = _tied(model)
-    for name, module in list(model.named_modules()):
-        if type(module) is nn.Linear:
-            report |= _optimize_linear(model, name, module, weights, group_size, tied)
-        elif (kind := fuse(module)) is not None:
+    report |= replace_linears(model, weights, group_size)
+    for name, module in model.named_modules():
+        if (kind := fuse(module)) is not None:
             report[name] = f"fused {kind}"
+        elif (layout := layouts.get(name)) is not None:
+            set_fused(module, step.KIND, layout)
+            report[name] = f"fused {step.KIND}"
     if compile:
         _compile_steps(model, "inductor" if compile is True else compile)
     for p in model.parameters():
@@ -174,29 +176,6 @@ def restore(model: nn.Module) -> None:
     del _optimized[model]
 
 
-def _optimize_linear(
-    model: nn.Module,
-    name: str,
-    layer: nn.Linear,
-    weights: str | None,
-    group_size: int | None,
-    tied: set[int],
-) -> dict[str, str]:
-    parts = name.split(".")
-    routes = any(p in _ROUTERS or p.endswith("_gate") for p in parts)
-    group = fitting_group(layer.in_features, group_size) if weights == "int4" else None
-    stays = routes or layer.out_features < _SMALLEST or (weights == "int4" and group is None)
-    if weights is None or stays:
-        layer.__class__ = FewRowsLinear
-        return {name: "few rows"}
-    quantized = QuantizedLinear(
-        layer, weights, group_size=group, saved=id(layer.weight) not in tied
-    )
-    parent = model.get_submodule(".".join(parts[:-1]))
-    parent._modules[parts[-1]] = quantized
-    return {name: quantized.format_name}
-
-
 def _experts_are(model: nn.Module, format: str, group_size: int | None) -> bool:
     """Whether all experts are stored so already, as those of a checkpoint that was saved so."""
     found = [m for m in model.modules() if isinstance(m, QuantizedExperts)]
@@ -204,16 +183,6 @@ def _experts_are(model: nn.Module, format: str, group_size: int | None) -> bool:
         m.format == format and (group_size is None or m.group_size == group_size) for m in found
     )
     return bool(found) and fits and next(find_banks(model, ()), None) is None
-
-
-def _tied(model: nn.Module) -> set[int]:
-    """Weights of dense layers that another module has too."""
-    owners: dict[int, int] = {}
-    for module in model.modules():
-        for p in module._parameters.values():
-            if p is not None:
-                owners[id(p)] = owners.get(id(p), 0) + 1
-    return {key for key, count in owners.items() if count > 1}
 
 
 def _compile_steps(model: Any, backend: str) -> None:

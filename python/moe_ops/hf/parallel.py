@@ -116,10 +116,11 @@ class MoeOpsEP(Base):
         topk_ids: Tensor,
         *,
         apply_router_weight_on_input: bool = False,
+        **options: Any,
     ) -> Tensor:
         """As of `moe_ops.parallel.Bank`. transformers' experts weight their output."""
         assert not apply_router_weight_on_input
-        y: Tensor = self.experts_forward(x, topk_ids, topk_weights)
+        y: Tensor = self.experts_forward(x, topk_ids, topk_weights, **options)
         return y
 
 

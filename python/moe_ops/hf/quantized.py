@@ -20,13 +20,34 @@ from moe_ops.hf.jetmoe import MoeOpsJetMoeTopKGating
 from moe_ops.hf.switch import interface_of
 from moe_ops.layers import QuantizedExperts
 
-_UNKNOWN = "must have an activation that moe_ffn knows to be quantised, got {}."
+_UNKNOWN = "must have an activation that moe_ffn knows, got {}."
+
+
+class OffloadedHfExperts(nn.Module):
+    """Takes the place of an experts module: a bank that is called as `Experts` are, behind
+    transformers' arguments in transformers' order."""
+
+    quantized_block = True
+    format_name = "offloaded"
+
+    def __init__(self, bank: nn.Module) -> None:
+        super().__init__()
+        self.bank = bank
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """As `experts_forward`; hidden_states may be [..., H]."""
+        x = hidden_states.reshape(-1, hidden_states.shape[-1])
+        y: Tensor = self.bank(x, top_k_weights, top_k_index)
+        return y.view(hidden_states.shape)
 
 
 class QuantizedHfExperts(QuantizedExperts):
     """Takes the place of an experts module: transformers' arguments, in transformers' order."""
 
     quantized_block = True
+
+    def stand_in(self, bank: nn.Module) -> nn.Module:
+        return OffloadedHfExperts(bank)
 
     def forward(  # type: ignore[override]
         self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
@@ -89,6 +110,10 @@ class _InterfaceExperts(ExpertsHook):
         w_up, w_down = bank_views(module)
         b_up, b_down = bank_bias(module)
         return ExpertWeights((w_up,), w_down, b_up, b_down, activation)
+
+    def install(self, root: nn.Module, module: nn.Module, experts: Any) -> nn.Module:
+        called = isinstance(experts, QuantizedHfExperts)
+        return super().install(root, module, experts if called else OffloadedHfExperts(experts))
 
     def inputs(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -75,7 +75,7 @@ class ExpertsQuantizationConfig(QuantizationConfigMixin):
 class _TakeFloats(ConversionOps):
     """What transformers calls with each float weight of a bank as soon as it has read it."""
 
-    def __init__(self, quantizer: ExpertsQuantizer) -> None:
+    def __init__(self, quantizer: BankReader) -> None:
         self.quantizer = quantizer
 
     def convert(self, input_dict: Any, *_: Any, **context: Any) -> dict[str, Any]:
@@ -87,21 +87,30 @@ class _TakeFloats(ConversionOps):
         return {}  # Nothing is left for transformers to put anywhere.
 
 
-@register_quantizer(METHOD)
-class ExpertsQuantizer(HfQuantizer):
-    """Builds quantised banks before a checkpoint is read, or quantises while it is.
-
-    Of a float checkpoint, each bank is quantised as soon as its weights have been read, and they
-    go: the float model is never in memory as a whole.
-    """
+class BankReader(HfQuantizer):
+    """Looks at the float banks of a checkpoint while it is read, each as soon as it is whole, so
+    that the model is never in memory as a whole."""
 
     requires_calibration = False
-    quantization_config: ExpertsQuantizationConfig
 
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self._bank_of: dict[str, str] = {}  # Name of a parameter -> that of its bank's module.
-        self._num_quantized = 0
+
+    def expect(self, found: FoundBank) -> None:
+        """Has `finish` called for a bank of the model, which is on the meta device."""
+        held = [t for _, t in found.bank.tensors()]
+        for key, p in found.module.named_parameters(prefix=found.name):
+            if any(t is p or t._base is p for t in held):
+                self._bank_of[key] = found.name
+
+    def parameters_of(self, found: FoundBank) -> list[str]:
+        """Names of the parameters of an expected bank."""
+        return [key for key, name in self._bank_of.items() if name == found.name]
+
+    def finish(self, model: nn.Module, found: FoundBank) -> None:
+        """All weights of a bank have been read."""
+        raise NotImplementedError
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         return param_name in self._bank_of
@@ -110,7 +119,7 @@ class ExpertsQuantizer(HfQuantizer):
         return _TakeFloats(self)
 
     def take(self, model: nn.Module, name: str, weight: torch.Tensor) -> None:
-        """Puts a parameter into its bank, and quantises that if it was the last one."""
+        """Puts a parameter into its bank, and finishes that if it was the last one."""
         owner, _, leaf = name.rpartition(".")
         module = model.get_submodule(owner)
         wanted = getattr(module, leaf).shape
@@ -122,6 +131,31 @@ class ExpertsQuantizer(HfQuantizer):
         found = _bank_at(model, self._bank_of[name])
         if found is None or any(t.is_meta for _, t in found.bank.tensors()):
             return
+        self.finish(model, found)
+
+    def is_serializable(self, *_: Any, **__: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+@register_quantizer(METHOD)
+class ExpertsQuantizer(BankReader):
+    """Builds quantised banks before a checkpoint is read, or quantises while it is."""
+
+    quantization_config: ExpertsQuantizationConfig
+
+    def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self._num_quantized = 0
+
+    def finish(self, model: nn.Module, found: FoundBank) -> None:
         try:
             check_finite("from_pretrained", found.name, found.module, found.bank)
         except ValueError:
@@ -147,10 +181,7 @@ class ExpertsQuantizer(HfQuantizer):
                 )
             for found in find_banks(model, tuple(config.skip)):
                 check_sizes(found.name, found.bank, config.group_size)
-                held = [t for _, t in found.bank.tensors()]
-                for key, p in found.module.named_parameters(prefix=found.name):
-                    if any(t is p or t._base is p for t in held):
-                        self._bank_of[key] = found.name
+                self.expect(found)
             return model
         count = 0
         for found in find_banks(model, tuple(config.skip)):
@@ -203,17 +234,6 @@ class ExpertsQuantizer(HfQuantizer):
             "dequantize: quantised blocks of transformers cannot become float blocks again; load "
             "the float checkpoint."
         )
-
-    def is_serializable(self, *_: Any, **__: Any) -> bool:
-        return True
-
-    @property
-    def is_trainable(self) -> bool:
-        return False
-
-    @property
-    def is_compileable(self) -> bool:
-        return True
 
 
 def _bank_at(model: nn.Module, name: str) -> FoundBank | None:

@@ -39,8 +39,9 @@ def enable(model: nn.Module) -> dict[str, str]:
 
     Returns:
         Name of each block that runs on moe_ops now -> how: ``"experts_implementation"``,
-        ``"forward"``, or ``"quantized"`` for one with experts of `moe_ops.quantize_experts`, which
-        run on nothing else. Blocks that already did are listed too.
+        ``"forward"``, or ``"quantized"`` for one with experts of `moe_ops.quantize_experts` and
+        ``"offloaded"`` for one of `moe_ops.offload`, which run on nothing else. Blocks that already
+        did are listed too.
 
     Raises:
         ValueError: nothing to switch, or a block that cannot be switched; the model is unchanged.
@@ -52,7 +53,7 @@ def enable(model: nn.Module) -> dict[str, str]:
     for name, module in model.named_modules():
         interface = interface_of(module)
         if is_quantized(module):
-            report[name] = "quantized"
+            report[name] = "offloaded" if module.format_name == "offloaded" else "quantized"
         elif interface is not None:
             if "moe_ops" not in interface:
                 refused.append(f"{name} ({type(module).__name__}) has quantised experts")
@@ -120,9 +121,10 @@ def disable(model: nn.Module) -> dict[str, str]:
 def status(model: nn.Module) -> dict[str, str]:
     """Name of each MoE block -> what runs it now.
 
-    ``"moe_ops"``; ``"moe_ops (int4 g64)"`` and the like for a block with quantised experts; another
-    experts implementation; or ``"transformers"`` for a block outside the experts interface, which
-    ignores ``experts_implementation="moe_ops"`` without a word.
+    ``"moe_ops"``; ``"moe_ops (int4 g64)"`` and the like for a block with quantised experts, and
+    ``"moe_ops (offloaded)"``; another experts implementation; or ``"transformers"`` for a block
+    outside the experts interface, which ignores ``experts_implementation="moe_ops"`` without a
+    word.
     """
     blocks = ((name, status_of(module)) for name, module in model.named_modules())
     return {name: state for name, state in blocks if state is not None}
@@ -177,7 +179,7 @@ def expect_calls(model: nn.Module) -> Iterator[dict[str, int]]:
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """Whether this is a block that `moe_ops.quantize_experts` has put here."""
+    """Whether `moe_ops.quantize_experts`, or `moe_ops.offload`, has put this block here."""
     return getattr(type(module), "quantized_block", False)
 
 

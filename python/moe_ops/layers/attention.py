@@ -60,6 +60,17 @@ class KVCache:
                         f"KVCache: {name} must be [{held.shape[0]}, S, {held.shape[1]}, "
                         f"{held.shape[3]}] like what it holds, got shape {list(t.shape)}."
                     )
+        buffers = self.reserve(k, v)
+        for buffer, t in zip(buffers, (k, v), strict=True):
+            buffer[:, :, start:end] = t.transpose(1, 2)
+        self.length = end
+        k, v = (buffer[:, :, :end].transpose(1, 2) for buffer in buffers)
+        return k, v
+
+    def reserve(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """The memory [B, n, L, d] of keys and of values, with room for tokens of the shapes of k
+        and v after the first `length`. Whoever writes them there moves `length`."""
+        start, end = self.length, self.length + k.shape[1]
         if self._buffers is None or end > self._buffers[0].shape[2]:
             capacity = max(end, 2 * start, 64)
             grown = tuple(t.new_empty(len(t), t.shape[2], capacity, t.shape[3]) for t in (k, v))
@@ -67,11 +78,7 @@ class KVCache:
                 for new, old in zip(grown, self._buffers, strict=True):
                     new[:, :, :start] = old[:, :, :start]
             self._buffers = grown[0], grown[1]
-        for buffer, t in zip(self._buffers, (k, v), strict=True):
-            buffer[:, :, start:end] = t.transpose(1, 2)
-        self.length = end
-        k, v = (buffer[:, :, :end].transpose(1, 2) for buffer in self._buffers)
-        return k, v
+        return self._buffers
 
 
 class AttentionExpertsOutput(NamedTuple):

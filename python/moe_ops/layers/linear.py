@@ -5,14 +5,16 @@ Letters: N rows, I input features, O output features.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from moe_ops import memory
+from moe_ops._private_torch import is_plain_eager
 from moe_ops.ops import grouped_gemm, grouped_gemm_quantized
 from moe_ops.ops._checks import dtype_name
 from moe_ops.quant.formats import GROUP_SIZES, check_format, dequantize, quantize
@@ -21,6 +23,11 @@ from moe_ops.quant.formats import GROUP_SIZES, check_format, dequantize, quantiz
 # the weights of such products at a third to a half of the speed of memory.
 FEW_ROWS = 64
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_TENSORS = (Tensor, nn.Parameter)
+# Parts of names of layers that choose experts: they are small, and an error there turns tokens to
+# other experts.
+_ROUTERS = ("router", "gate", "gating")
+_SMALLEST = 16  # Output features of what is quantised.
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -50,6 +57,42 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     offsets = one_expert(num_rows, x.device)
     y = grouped_gemm(rows, weight[None], offsets, bias=None if bias is None else bias[None])
     return y.view(*x.shape[:-1], -1)
+
+
+def in_inference_on_few_rows(x: Tensor) -> bool:
+    """Whether x [..., I] is a plain tensor of few rows on the CPU, in eager code that wants no
+    gradient and that nothing watches: what a step of decoding is."""
+    return (
+        not is_compiling()
+        and not torch.is_grad_enabled()
+        and type(x) is Tensor
+        and 0 < x.numel() <= FEW_ROWS * x.shape[-1]
+        and (x.dtype in _FLOATS or x.dtype == torch.float64)
+        and x.device.type == "cpu"
+        and is_plain_eager()
+    )
+
+
+def dense_operands(
+    layer: nn.Module, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None, Tensor | None] | None:
+    """Weight or codes, scales, and bias of a dense layer for ops that read them themselves; None
+    where calling it does something else, or it has another type."""
+    kind = type(layer)
+    if kind is QuantizedLinear:
+        if dtype == torch.float64:
+            return None
+        buffers: Any = layer._buffers
+        bias: Any = layer.bias
+        if bias is not None and bias.dtype != dtype:
+            bias = bias.to(dtype)
+        return buffers["q"], buffers["scale"], bias
+    if kind is FewRowsLinear or kind is nn.Linear:
+        parameters: Any = layer._parameters
+        weight, bias = parameters["weight"], parameters["bias"]
+        if type(weight) in _TENSORS and weight.dtype == dtype:
+            return weight, None, bias
+    return None
 
 
 _offsets: dict[tuple[int, torch.device], Tensor] = {}
@@ -190,3 +233,46 @@ def fitting_group(in_features: int, group_size: int | None) -> int | None:
     """The largest group of 4-bit weights that divides a row, at most `group_size` (64); or None."""
     most = 64 if group_size is None else group_size
     return max((g for g in GROUP_SIZES if g <= most and in_features % g == 0), default=None)
+
+
+def replace_linears(
+    model: nn.Module, weights: str | None, group_size: int | None, skip: Collection[str] = ()
+) -> dict[str, str]:
+    """Makes every plain nn.Linear of a model one of the classes above, in place.
+
+    Args:
+        weights: None, "int8" or "int4". Layers that choose experts, very small ones and those that
+            no group divides stay float.
+        group_size: of int4, at most; None is 64.
+        skip: last parts of names of layers that stay float.
+
+    Returns:
+        Name of each of them -> what it is now.
+    """
+    report, tied = {}, _tied(model)
+    for name, layer in list(model.named_modules()):
+        if type(layer) is not nn.Linear:
+            continue
+        parts = name.split(".")
+        routes = any(p in _ROUTERS or p.endswith("_gate") for p in parts)
+        group = fitting_group(layer.in_features, group_size) if weights == "int4" else None
+        stays = routes or layer.out_features < _SMALLEST or (weights == "int4" and group is None)
+        if weights is None or stays or parts[-1] in skip:
+            layer.__class__ = FewRowsLinear
+            report[name] = "few rows"
+            continue
+        saved = id(layer.weight) not in tied
+        quantized = QuantizedLinear(layer, weights, group_size=group, saved=saved)
+        model.get_submodule(".".join(parts[:-1]))._modules[parts[-1]] = quantized
+        report[name] = quantized.format_name
+    return report
+
+
+def _tied(model: nn.Module) -> set[int]:
+    """Weights that more than one module has."""
+    owners: dict[int, int] = {}
+    for module in model.modules():
+        for p in module._parameters.values():
+            if p is not None:
+                owners[id(p)] = owners.get(id(p), 0) + 1
+    return {key for key, count in owners.items() if count > 1}

@@ -363,6 +363,10 @@ class QuantizedExperts(nn.Module):
         """ "int8", or "int4" with its group size: "int4 g64"."""
         return "int8" if self.group_size is None else f"int4 g{self.group_size}"
 
+    def stand_in(self, bank: nn.Module) -> nn.Module:
+        """What is to take this module's place for `bank`, which is called as `Experts` are."""
+        return bank
+
     def move_to_huge_pages(self) -> None:
         """Moves weights and scales to huge pages, see `moe_ops.memory`.
 

@@ -1,10 +1,12 @@
 """The ops as documented Python functions, each in one file with its fake, autograd and autocast."""
 
 from moe_ops.ops.add_rms_norm import add_rms_norm
+from moe_ops.ops.attention_step import attention_step
 from moe_ops.ops.dense_ffn import dense_ffn
 from moe_ops.ops.dispatch_plan import dispatch_plan
 from moe_ops.ops.expert_choice_router import expert_choice_router
 from moe_ops.ops.gated_act import gated_act
+from moe_ops.ops.gated_ffn import gated_ffn
 from moe_ops.ops.grouped_gemm import grouped_gemm, grouped_gemm_wgrad, grouped_sum
 from moe_ops.ops.grouped_gemm_fp8 import grouped_gemm_fp8, grouped_gemm_fp8_wgrad
 from moe_ops.ops.grouped_gemm_quantized import grouped_gemm_quantized
@@ -27,10 +29,12 @@ from moe_ops.ops.unpermute import unpermute
 
 __all__ = [
     "add_rms_norm",
+    "attention_step",
     "dense_ffn",
     "dispatch_plan",
     "expert_choice_router",
     "gated_act",
+    "gated_ffn",
     "grouped_gemm",
     "grouped_gemm_fp8",
     "grouped_gemm_fp8_wgrad",

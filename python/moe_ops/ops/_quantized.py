@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from moe_ops.ops._checks import check, check_dim, check_size, check_tensor, dtype_name
+from moe_ops.ops._checks import (
+    NARROW_FLOATS,
+    check,
+    check_dim,
+    check_dtype,
+    check_like,
+    check_size,
+    check_tensor,
+    dtype_name,
+)
 
 _GROUPS = (32, 64, 128)
 
@@ -34,3 +46,25 @@ def check_quantized(op: str, name: str, w: Tensor, scale: Tensor) -> int:
             f"weights of a row, got shape {list(scale.shape)}.",
         )
     return depth
+
+
+def check_dense(
+    op: str, args: Mapping[str, Any], name: str, x: Tensor, features: int | None, depth: int
+) -> None:
+    """Checks the dense layer `w_{name}` [features, depth] among the arguments of an op, float or
+    codes with `w_{name}_scale`, and `b_{name}` if the op has it. features None: any number."""
+    what = f"w_{name}"
+    w, scale = args[what], args[f"{what}_scale"]
+    if scale is None:
+        check_like(op, what, w, "x", x, "[O, K]", K=depth)
+    else:
+        check_dtype(op, "x", x.dtype, NARROW_FLOATS, " beside codes")
+        check_dim(op, what, w, 2, "[O, K]")
+        found = check_quantized(op, what, w[None], scale[None])
+        check(
+            found == depth,
+            f"{op}: {what} must have rows of {depth} weights, got {found} (shape {list(w.shape)}).",
+        )
+    if features is not None:
+        check_size(op, what, w, 0, features, "the number of features")
+    check_like(op, f"b_{name}", args.get(f"b_{name}"), "x", x, "[O]", O=w.shape[0])

@@ -44,20 +44,22 @@ def rebalance_experts(
 
     Source: the interface of https://github.com/deepseek-ai/EPLB.
     """
+    num_experts = weight.shape[1]
     layers = [
         Placement.balanced(load, num_gpus, num_replicas, num_groups=num_groups, num_nodes=num_nodes)
         for load in weight.double().cpu()
     ]
-    num_experts = weight.shape[1]
     phy2log = torch.tensor([layer.physical for layer in layers], dtype=torch.int64)
     logcnt = torch.tensor([layer.copies for layer in layers], dtype=torch.int64)
+    phy2log = phy2log.reshape(len(layers), num_replicas)
+    logcnt = logcnt.reshape(len(layers), num_experts)
     most = int(logcnt.max()) if layers else 1
     log2phy = torch.full((len(layers), num_experts, most), -1, dtype=torch.int64)
     for line, layer in zip(log2phy, layers, strict=True):
         for expert in range(num_experts):
             places = [p for p, other in enumerate(layer.physical) if other == expert]
             line[expert, : len(places)] = torch.tensor(places)
-    return phy2log.view(len(layers), -1), log2phy, logcnt
+    return phy2log, log2phy, logcnt
 
 
 def balanced_placements(

@@ -139,12 +139,13 @@ class Dispatcher:
                 computed while gradients of the rows are.
 
         Returns:
-            [T, O] in the dtype of x.
+            [T, O] in the dtype of x, or that of autocast.
         """
+        x = _as_multiplied(x)
         sent = self.dispatch(x, topk_weights, topk_ids, apply_router_weight_on_input)
         if overlap is not None:
             overlap()
-        dtype = dtype_of_products(x)
+        dtype = x.dtype
         options: dict[str, Any] = {"apply_router_weight_on_input": apply_router_weight_on_input}
         if self.fp32_combine and dtype.itemsize < 4:
             options["out_dtype"] = torch.float32
@@ -218,16 +219,16 @@ class Dispatcher:
         return f"{type(self).__name__}(rank {self.rank} of {self.num_ranks}, {experts})"
 
 
-def dtype_of_products(x: Tensor) -> torch.dtype:
-    """Of x, or what autocast makes of it."""
+def _as_multiplied(x: Tensor) -> Tensor:
+    """What autocast would make of x in the products: before it travels."""
     device = x.device.type
-    if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return x.dtype
+    if device in ("cpu", "cuda") and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(device))
+    return x
 
 
 class Local(Dispatcher):
-    """One process has all experts: nothing is sent."""
+    """One process has all experts: nothing is sent, and options of sending change nothing."""
 
     def __init__(
         self,
@@ -235,6 +236,7 @@ class Local(Dispatcher):
         *,
         placement: Placement,
         fp32_combine: bool = False,
+        fp8: bool = False,
     ) -> None:
         super().__init__(group, placement)
 
@@ -315,7 +317,7 @@ class Gather(Dispatcher):
         weights = begin_all_gather_rows(F.pad(topk_weights, rows), self.group)
         ids = wait(begin_all_gather_rows(places, self.group))
         local = ids - self.rank * self.placement.per_rank
-        return Dispatched(received, weights, local, (num_tokens, dtype_of_products(x)))
+        return Dispatched(received, weights, local, (num_tokens, x.dtype))
 
     def combine(self, y: Tensor, state: tuple[int, torch.dtype]) -> Tensor:
         num_tokens, dtype = state

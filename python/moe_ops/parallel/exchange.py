@@ -141,8 +141,7 @@ class Tokens(_AllToAll):
         send, recv = self._sizes_of(topk_ids, exchange)
         tokens, ids = _first(tokens, sum(send)), _first(ids, sum(send))
         rows = permute(x, offsets, tokens, top_k=1)
-        # Not by `permute`, which autocast would round for.
-        weights = topk_weights.index_select(0, tokens)
+        weights = permute(topk_weights, offsets, tokens, top_k=1)
         return Dispatched(
             self._begin(rows, recv, send),
             begin_all_to_all_rows(weights, recv, send, self.group),
@@ -205,10 +204,10 @@ class Padded(Dispatcher):
 
         tokens, ids = in_lines(tokens), in_lines(ids)
         # Index -1 is the last element, which is what is nowhere.
-        weights = F.pad(topk_weights, (0, 0, 0, 1))[tokens.long()]
         slot_to_line = F.pad(line, (0, 1), value=-1)[slot_to_row.long()]
         lines = torch.arange(num_ranks + 1, device=x.device) * capacity
         rows = permute(x, lines, tokens, top_k=1)
+        weights = permute(topk_weights, lines, tokens, top_k=1)
         state = lines, slot_to_line, capacity, rows.dtype
         return Dispatched(begin(rows), begin(weights), begin(ids), state)
 

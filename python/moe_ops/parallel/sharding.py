@@ -9,6 +9,7 @@ divided like all others: every gradient is the mean over the ranks of data paral
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -181,7 +182,8 @@ def fully_shard_moe(
     Args:
         block: a module; without sharded experts this is `fully_shard(block, mesh=dp_mesh)`.
         dp_mesh, efsdp_mesh: of `make_meshes`; of two dimensions for hybrid sharding.
-        options: of `fully_shard`, such as `mp_policy`.
+        options: of `fully_shard`, such as `mp_policy`. It does not cast what experts in a block are
+            given: routing weights stay float32.
 
     Returns:
         `block`.
@@ -200,8 +202,12 @@ def fully_shard_moe(
             )
         local = bank.sharding.placement.per_rank
         dim = _by_second_dimension if local < shards else None
+        own = dict(options)
+        if bank is not block and (policy := options.get("mp_policy")) is not None:
+            # The block's tokens have param_dtype already; routing weights stay in float32.
+            own["mp_policy"] = dataclasses.replace(policy, cast_forward_inputs=False)
         sharded: Any = fully_shard(
-            bank, mesh=efsdp_mesh, shard_placement_fn=dim and dim(shards), **options
+            bank, mesh=efsdp_mesh, shard_placement_fn=dim and dim(shards), **own
         )
         sharded.set_gradient_divide_factor(float(dp_mesh.size()))
         if shards > 1:

@@ -24,13 +24,18 @@ class FoundBank(NamedTuple):
 
 
 def find_banks(
-    root: nn.Module, skip: tuple[str, ...] = (), *, unsupported: str = "raise"
+    root: nn.Module,
+    skip: tuple[str, ...] = (),
+    *,
+    unsupported: str = "raise",
+    op: str = "quantize_experts",
 ) -> Iterator[FoundBank]:
     """The float banks of a model, one at a time: whoever drops the last one may free it.
 
     Args:
         skip: shell patterns of the names of modules to pass over.
-        unsupported: "raise" or "skip", what to do about a bank that has no quantised form.
+        unsupported: "raise" or "skip", what to do about a bank whose experts moe_ffn cannot run.
+        op: who asks, for errors.
 
     Raises:
         ValueError: such a bank.
@@ -49,7 +54,7 @@ def find_banks(
             except ValueError as error:
                 if unsupported == "skip":
                     break
-                raise ValueError(f"quantize_experts: {name or 'the model'} {error}") from None
+                raise ValueError(f"{op}: {name or 'the model'} {error}") from None
             if bank is not None:
                 yield FoundBank(name, module, hook, bank)
                 break

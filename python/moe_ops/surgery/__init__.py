@@ -23,6 +23,7 @@ from .profile import LayerProfile, Profile, profile
 from .prune import merge, prune, zeroed
 from .route_as import given, only, random, rank, route_as, top_k
 from .routed_layers import RoutedLayer, routed_layers
+from .self_contrast import SelfContrast, contrast
 from .super_experts import (
     Found,
     SuperExpert,
@@ -45,11 +46,13 @@ __all__ = [
     "Profile",
     "Retrieved",
     "RoutedLayer",
+    "SelfContrast",
     "SuperExpert",
     "SuperExpertReport",
     "TaskPatterns",
     "align",
     "choose_experts",
+    "contrast",
     "damage",
     "find_super_experts",
     "given",

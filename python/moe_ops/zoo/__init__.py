@@ -32,7 +32,7 @@ class System:
 
     Attributes:
         name: what `create` and the command line call it; the stem of its page in docs/zoo and of
-            its experiment in bench/experiments.
+            its experiment in bench/experiments, where it has one.
         module: the module that holds it, imported when first used.
         config: name of its config dataclass there, whose class attribute `PRESETS` names the class
             methods that make presets.
@@ -148,6 +148,12 @@ _OURS = (
      "Mowst: a weak and a strong expert on a graph, mixed by the weak one's confidence."),
     ("t2mir", "T2MIRConfig", "T2MIR", "",
      "In-context reinforcement learning with experts routed by token and by task."),
+    ("composition", "CompositionConfig", "Composition", "zoo",
+     "Composition of Experts: whole models behind a router of categories, under a budget."),
+    ("adamoe", "AdaMoEConfig", "ActionTransformer", "",
+     "AdaMoE: a flow-matching policy with experts that are chosen and weighed apart."),
+    ("sentence", "SentenceConfig", "SentenceExperts", "hf",
+     "Sentence experts: an encoder with an expert for every given domain."),
 )  # fmt: skip
 for _name, _config, _model, _needs, _summary in _OURS:
     register(System(_name, f"moe_ops.zoo.{_name}", _config, _model, _summary, _needs))

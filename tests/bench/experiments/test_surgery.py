@@ -6,7 +6,7 @@ import dataclasses
 import json
 
 import pytest
-from bench.experiments import on_subject, premoe, subject, super_experts, uncurl
+from bench.experiments import expertflow, on_subject, premoe, subject, super_experts, uncurl
 from bench.experiments.study import Results, Run
 from bench.experiments.training import Recipe
 
@@ -36,6 +36,8 @@ def tiny(monkeypatch, tmp_path):
     monkeypatch.setattr(uncurl, "TUNED", 8)
     monkeypatch.setattr(super_experts, "STEPS", 2)
     monkeypatch.setattr(super_experts, "PROFILED", 2)
+    for name, value in (("STEPS", 2), ("TRAINED", 4), ("TESTED", 4), ("PROMPT", 4)):
+        monkeypatch.setattr(expertflow, name, value)
 
 
 def checked(study):
@@ -73,3 +75,13 @@ def test_super_experts():
     assert planted["rows"]["layer 0"]["found"] == planted["rows"]["layer 1"]["found"] == 1.0
     result = checked(super_experts.EXPERIMENT.studies[1])
     assert list(result["damage"]) == [f"layers.{i}.mlp" for i in range(3)]
+
+
+def test_expertflow():
+    result = checked(expertflow.EXPERIMENT.studies[0])
+    rows = result["rows"]
+    for column in list(rows["LRU"])[:4]:
+        best = rows["optimum, nothing fetched"][column]
+        assert all(rows[arm][column] <= best + 1e-9 for arm in ("LRU", "LFU", "FIFO"))
+        assert 0 < best <= rows["optimum"][column] <= 1
+    assert rows["regrouped by all routes"][expertflow.EXPERTS] > 0

@@ -13,7 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_ops.layers import KVCache
+from moe_ops.layers.linear import dense_operands, in_inference_on_few_rows
 from moe_ops.layers.rotary import Rope, Rotation
+from moe_ops.ops import attention_step
 
 from .checkpoint import Entry, renamed
 
@@ -107,6 +109,50 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.update(k, v)
         return self.o_proj(causal_attention(q, k, v, watcher=self.watcher).flatten(2))
+
+    def step(
+        self, x: Tensor, norm: nn.RMSNorm, rotation: Rotation, cache: KVCache | None
+    ) -> Tensor | None:
+        """x + forward(norm(x)) in one call; None where that is not what a step of decoding is."""
+        if cache is None or self.rope.interleaved or not in_inference_on_few_rows(x):
+            return None
+        parts: dict[str, Any] = self._modules
+        q, k, v, o = (dense_operands(parts[f"{n}_proj"], x.dtype) for n in "qkvo")
+        watched = any(m._forward_hooks or m._forward_pre_hooks for m in (self, *parts.values()))
+        if q is None or k is None or v is None or o is None or watched:
+            return None
+        if norm.eps is None or norm.weight.dtype != x.dtype:
+            return None
+        if norm._forward_hooks or norm._forward_pre_hooks:
+            return None
+        batch, length, _ = x.shape
+        heads = x.new_empty(()).expand(
+            batch, length, k[0].shape[0] // self.head_size, self.head_size
+        )
+        keys, values = cache.reserve(heads, heads)
+        cos, sin = rotation
+        y = attention_step(
+            x,
+            q[0],
+            k[0],
+            v[0],
+            o[0],
+            cos[None],
+            sin[None],
+            keys,
+            values,
+            cache.length,
+            rotary_size=self.rope.size,
+            scale=self.head_size**-0.5,
+            norm_weight=norm.weight,
+            eps=norm.eps,
+            w_q_scale=q[1],
+            w_k_scale=k[1],
+            w_v_scale=v[1],
+            w_o_scale=o[1],
+        )
+        cache.length += length
+        return y
 
     def entries(self, ours: str, theirs: str) -> list[Entry]:
         """Keys of a Llama-like checkpoint, given both prefixes."""

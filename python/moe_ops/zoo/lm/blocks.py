@@ -11,8 +11,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from moe_ops.layers import KVCache, MoE, Router, SharedExperts
+from moe_ops.layers.linear import in_inference_on_few_rows
 from moe_ops.layers.rotary import Rotation
 from moe_ops.layers.router import RouterOutput
+from moe_ops.ops import add_rms_norm
 
 from .attention import Attention, LatentAttention
 from .checkpoint import Entry
@@ -49,6 +51,16 @@ class Step:
         return output.y
 
 
+def apply_norm(norm: nn.Module, x: Tensor) -> Tensor:
+    """norm(x); in a step of decoding one op where torch has several."""
+    if type(norm) is nn.RMSNorm and norm.eps is not None and in_inference_on_few_rows(x):
+        weight = norm.weight
+        if weight.dtype == x.dtype and not (norm._forward_hooks or norm._forward_pre_hooks):
+            return add_rms_norm(x, weight, eps=norm.eps)[0]
+    y: Tensor = norm(x)
+    return y
+
+
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)), with RMS norms; [B, S, H] to [B, S, H].
 
@@ -72,12 +84,21 @@ class Block(nn.Module):
         self.mlp = mlp
 
     def forward(self, x: Tensor, step: Step, index: int) -> Tensor:
-        assert step.rotation is not None
-        x = x + self.attention(self.attention_norm(x), step.rotation, step.cache(index))
-        y = self.mlp_norm(x)
+        x = self._attend(x, step, index)
+        y = apply_norm(self.mlp_norm, x)
         if isinstance(self.mlp, SharedExperts):
             return x + self.mlp(y)
         return x + step.through(f"layers.{index}.mlp", self.mlp, y)
+
+    def _attend(self, x: Tensor, step: Step, index: int) -> Tensor:
+        """x + attention(norm(x))."""
+        assert step.rotation is not None
+        cache = step.cache(index)
+        if isinstance(self.attention, Attention):
+            y = self.attention.step(x, self.attention_norm, step.rotation, cache)
+            if y is not None:
+                return y
+        return x + self.attention(apply_norm(self.attention_norm, x), step.rotation, cache)
 
 
 def attention_entries(

@@ -347,13 +347,19 @@ def compare(reader: Reader, entries: Iterable[Entry], ignored: Sequence[str]) ->
     return report
 
 
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name. Not a state dict, which offloaded experts have none of."""
+    parameters = model.named_parameters(remove_duplicate=False)
+    return {**dict(parameters), **dict(model.named_buffers(remove_duplicate=False))}
+
+
 def check(model: nn.Module, reader: Reader, entries: Iterable[Entry], report: LoadReport) -> None:
     """Checks by the headers that the tensors fit the model, which may be on the meta device.
 
     Raises:
         ValueError: one has another shape than the model's, or no floats.
     """
-    state = model.state_dict()
+    state = _tensors(model)
     missing = set(report.missing)
     for entry in entries:
         if not missing & set(entry.keys):
@@ -369,7 +375,7 @@ def load(model: nn.Module, reader: Reader, entries: Iterable[Entry], report: Loa
     Raises:
         ValueError: a tensor of another shape than the model's.
     """
-    state = model.state_dict()
+    state = _tensors(model)
     missing = set(report.missing)
     for entry in entries:
         if missing & set(entry.keys):

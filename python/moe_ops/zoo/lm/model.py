@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
@@ -22,12 +22,13 @@ from moe_ops.layers.rotary import Rope
 from moe_ops.memory import available_memory
 
 from . import checkpoint
-from .blocks import Step
+from .blocks import Step, apply_norm
 from .checkpoint import Entry, LoadReport
 from .config import LMConfig
 from .cross_entropy import head_cross_entropy
 from .embedding import TokenEmbedding
 from .losses import OF_LAYERS, AuxLoss, Routed, sum_over_layers
+from .offloading import leave_experts
 
 # Entry of config.json for fields of ours that have no published name.
 OWN_FIELDS = "moe_ops"
@@ -86,6 +87,7 @@ class CausalLM(nn.Module):
     lm_head: nn.Linear | None
     rope: Rope | None
     load_report: LoadReport | None = None
+    expert_cache: Any = None  # Of `from_pretrained(offload=...)`.
 
     def assemble(
         self, config: Any, blocks: Iterable[nn.Module], norm: nn.Module, rope: Rope | None
@@ -152,8 +154,14 @@ class CausalLM(nn.Module):
             rotation = self.rope.rotation(start, tokens.shape[1], tokens.device)
         step = Step(rotation, cache, return_routing)
         x = self.trunk(self.embed_tokens(tokens), step, last)
-        out = F.linear(x, self.head_weight) if head else x
+        out = self._head(x) if head else x
         return out if step.routing is None else LMOutput(out, step.routing)
+
+    def _head(self, x: Tensor) -> Tensor:
+        if self.lm_head is None:
+            return F.linear(x, self.embed_tokens.weight)
+        logits: Tensor = self.lm_head(x)
+        return logits
 
     @property
     def head_weight(self) -> Tensor:
@@ -167,7 +175,7 @@ class CausalLM(nn.Module):
             x = layer(x, step, index)
         if last is not None:
             x = x[:, -last:]
-        return self.norm(x)
+        return apply_norm(self.norm, x)
 
     # ------------------------------------------------------------------------------- training
 
@@ -248,6 +256,7 @@ class CausalLM(nn.Module):
         top_p: float | None = None,
         stop_token: int | None = None,
         generator: torch.Generator | None = None,
+        logits_processor: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> Tensor:
         """Continues each sequence, with a cache of keys and values.
 
@@ -261,6 +270,8 @@ class CausalLM(nn.Module):
             stop_token: a sequence that has produced it goes on with it alone, and generation ends
                 when all have.
             generator: for the draws.
+            logits_processor: called at each step with the tokens so far [B, S] and the logits
+                [B, V] of the next one; returns the logits to use, as one of transformers does.
 
         Returns:
             [B, S + n], n <= num_tokens: the prompts and what was added.
@@ -285,8 +296,10 @@ class CausalLM(nn.Module):
             cache, pieces, new = self.new_cache(), [tokens], tokens
             done = torch.zeros(tokens.shape[0], dtype=torch.bool, device=tokens.device)
             for _ in range(num_tokens):
-                logits = self(new, cache=cache, last=1)
-                new = _next_token(logits[:, -1], temperature, top_k, top_p, generator)
+                logits = self(new, cache=cache, last=1)[:, -1]
+                if logits_processor is not None:
+                    logits = logits_processor(torch.cat(pieces, dim=1), logits)
+                new = _next_token(logits, temperature, top_k, top_p, generator)
                 new = new.to(tokens.dtype)
                 if stop_token is not None:
                     new = new.masked_fill(done[:, None], stop_token)
@@ -322,6 +335,7 @@ class CausalLM(nn.Module):
         dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
         strict: bool = True,
+        offload: Mapping[str, Any] | None = None,
         reader: checkpoint.Reader | None = None,
         **overrides: Any,
     ) -> Model:
@@ -333,6 +347,8 @@ class CausalLM(nn.Module):
             device: of the parameters.
             strict: a missing key is an error; else the tensors it belongs to keep their initial
                 values. Unexpected keys give a warning.
+            offload: arguments of `moe_ops.offload.offload_experts`: experts stay in the files, and
+                `expert_cache` of the model reads them when they are used. All keys must be there.
             reader: gives the tensors in the place of those of the folder.
             overrides: fields of the config to change.
 
@@ -364,7 +380,7 @@ class CausalLM(nn.Module):
         checkpoint.check_sizes(sizes, reader, strict=strict)
         model, entries = cls._without_memory(config, folder)
         report = checkpoint.compare(reader, entries, model.ignored_keys)
-        if report.missing and strict:
+        if report.missing and (strict or offload is not None):
             raise ValueError(f"{cls.__name__}.from_pretrained: {report}")
         if report.unexpected:
             warnings.warn(f"{cls.__name__}.from_pretrained: {report}", stacklevel=2)
@@ -376,6 +392,8 @@ class CausalLM(nn.Module):
             _check_memory(cls.__name__, model, dtype)
             model = cls(config).to(device=device, dtype=dtype)
         else:
+            if offload is not None:
+                entries = leave_experts(model, reader, entries, dtype, device, offload)
             model = model.to(dtype).to_empty(device=device)
         checkpoint.load(model, reader, entries, report)
         model.load_report = report

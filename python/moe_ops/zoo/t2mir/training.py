@@ -5,20 +5,19 @@ Letters: B sequences, S steps of context, N tasks, H horizon.
 
 from __future__ import annotations
 
-import io
-import math
-import pickle
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from moe_ops import _files
-
 from .._progress import bar
+from .._resume import Checkpoint as Checkpoint
+from .._resume import read_state as read_state
+from .._resume import warm_up_then_cosine
+from .._resume import write_state as write_state
 from .envs import Histories, VectorEnv
 from .model import T2MIR, action_loss
 
@@ -139,7 +138,7 @@ def fit(
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: _warm_up_then_cosine(step, warm_up, steps)
+        optimizer, lambda step: warm_up_then_cosine(step, warm_up, steps)
     )
     history = T2MIRHistory()
     kept = Checkpoint(checkpoint, model, optimizer, schedule, generator, history)
@@ -182,93 +181,6 @@ def fit(
                 kept.save(step)
     model.train(before)
     return history
-
-
-@dataclass
-class Checkpoint:
-    """All that a training run needs to go on; without a path it does nothing."""
-
-    path: str | Path | None
-    model: T2MIR
-    optimizer: torch.optim.Optimizer
-    schedule: torch.optim.lr_scheduler.LRScheduler
-    generator: torch.Generator
-    history: T2MIRHistory
-
-    def save(self, step: int) -> None:
-        if self.path is None:
-            return
-        state: dict[str, Any] = {
-            "step": step,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
-            "generator": self.generator.get_state(),
-            "noise": torch.get_rng_state(),
-            "cuda_noise": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-            "history": asdict(self.history),
-        }
-        path = Path(self.path)
-        _files.make_folder(path.parent)
-        write_state(path, state)
-
-    def load(self) -> int:
-        """Puts back what was saved; the number of steps done, 0 where there is no file."""
-        if self.path is None or not Path(self.path).is_file():
-            return 0
-        state = read_state(self.path)
-        try:
-            self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.schedule.load_state_dict(state["schedule"])
-            self.generator.set_state(state["generator"])
-            torch.set_rng_state(state["noise"])
-            if state["cuda_noise"] and torch.cuda.is_available():
-                torch.cuda.set_rng_state_all(state["cuda_noise"])
-            for name in vars(self.history):
-                setattr(self.history, name, state["history"][name])
-            return int(state["step"])
-        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"fit: checkpoint must be of a run with these arguments, got {self.path}: "
-                f"{str(error).splitlines()[0]}"
-            ) from error
-
-
-def write_state(path: Path | str, state: dict[str, Any]) -> None:
-    """torch.save, with a checksum behind it, in place of a file in one step."""
-    content = io.BytesIO()
-    torch.save(state, content)
-    _files.write_file(path, *_files.sealed(content.getbuffer()))
-
-
-def read_state(path: Path | str, device: str = "cpu") -> dict[str, Any]:
-    """What `write_state` wrote.
-
-    Raises:
-        ValueError: a file in which a bit has changed, or one that `write_state` did not write.
-    """
-    content = _files.unsealed(Path(path).read_bytes())
-    if content is None:
-        raise ValueError(
-            f"fit: {path} must match its checksum, got one that is damaged or was written by an "
-            "earlier version of moe_ops; remove it to start again."
-        )
-    state: Any = None
-    try:
-        state = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
-    except (EOFError, LookupError, RuntimeError, pickle.UnpicklingError) as error:
-        raise ValueError(f"fit: {path} must hold what torch.save wrote, got: {error}") from error
-    if not isinstance(state, dict):
-        raise ValueError(f"fit: {path} must hold a dict, got {_files.shown(state)}.")
-    return state
-
-
-def _warm_up_then_cosine(step: int, warm_up: int, steps: int) -> float:
-    if step < warm_up:
-        return (step + 1) / warm_up
-    done = (step - warm_up) / max(steps - warm_up, 1)
-    return 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
 
 
 @torch.no_grad()

@@ -1,0 +1,94 @@
+// Dense layers and vectors as the adapters of whole blocks take them.
+#pragma once
+
+#include <string>
+
+#include "moe_ops/dense_layer.h"
+#include "torch/quantized.h"
+#include "torch/tensor_utils.h"
+
+namespace moe_ops::adapter {
+
+// A dense layer, and what keeps its memory alive.
+struct Dense {
+  Tensor weight;
+  OptTensor scale, bias;
+  DenseLayer layer;
+};
+
+inline void check_vector(const Op& op, const char* name, const OptTensor& t, const Tensor& x,
+                         int64_t size, const char* what) {
+  if (!t.has_value()) return;
+  check_same_dtype(op, name, *t, "x", x);
+  check_dim(op, name, *t, 1, "a vector");
+  check_size(op, name, *t, 0, size, what);
+}
+
+inline Dense quantized_layer(const Op& op, const std::string& scale_name, const Tensor& w,
+                             const Tensor& scale) {
+  check_device(op, scale_name.c_str(), scale);
+  const bool four = w.scalar_type() == ScalarType::Byte;
+  MOE_CHECK(scale.scalar_type() == ScalarType::Float, op, ": ", scale_name,
+            " must be float32, got ", dtype_name(scale.scalar_type()), ".");
+  check_dim(op, scale_name.c_str(), scale, four ? 2 : 1,
+            four ? "[O, K/G] beside 4-bit weights" : "[O] beside int8 weights");
+  check_size(op, scale_name.c_str(), scale, 0, w.size(0), "the number of features");
+  Dense out{with_dense_rows(w), dense(scale), {}, {}};
+  const int64_t depth = w.size(1) * (four ? 2 : 1), groups = four ? scale.size(1) : 1;
+  const int64_t group = groups == 0 ? 0 : depth / groups;
+  const bool known = !four || group == 32 || group == 64 || group == 128;
+  MOE_CHECK(groups * group == depth && (known || depth == 0), op, ": ", scale_name,
+            " must have a scale for each group of 32, 64 or 128 of the ", depth,
+            " weights of a row, got shape ", shape_string(scale), ".");
+  QuantizedMatrices m;
+  m.data = out.weight.const_data_ptr();
+  m.stride_o = row_stride(out.weight);
+  m.format = {four ? 4 : 8, group, static_cast<const float*>(out.scale->const_data_ptr()), 0,
+              groups};
+  out.layer = {matrices_of(m, DType::kFloat32), {}, w.size(0), depth};
+  return out;
+}
+
+// w [features, depth] with its scale and bias; features -1: any number.
+inline Dense dense_layer(const Op& op, const char* name, const Tensor& w, const OptTensor& scale,
+                         const OptTensor& bias, const Tensor& x, DType type, int64_t features,
+                         int64_t depth) {
+  const std::string what = name, scale_name = what + "_scale";
+  check_device(op, name, w);
+  const ScalarType dtype = w.scalar_type();
+  const bool codes = dtype == ScalarType::Char || dtype == ScalarType::Byte;
+  MOE_CHECK(codes == scale.has_value(), op, ": ", scale_name,
+            codes ? " must be given beside codes, got None."
+                  : " must be None beside a weight that is no codes.");
+  check_dim(op, name, w, 2, "[O, K]");
+  Dense out{w, {}, {}, {}};
+  if (codes) {
+    MOE_CHECK(type != DType::kFloat64, op,
+              ": x must be float32, bfloat16 or float16 beside codes, got float64.");
+    out = quantized_layer(op, scale_name, w, *scale);
+    out.layer.weight.type = type;
+  } else {
+    check_same_dtype(op, name, w, "x", x);
+    const bool usable = w.size(1) <= 1 || w.stride(1) == 1 || w.stride(0) == 1;
+    out.weight = usable && w.stride(0) >= 0 ? aligned(w) : dense(w);
+    const Tensor& t = out.weight;
+    ExpertMatrices& m = out.layer.weight;
+    m = {t.const_data_ptr(), type, 0, t.stride(0), t.stride(1)};
+    if (t.size(1) <= 1) m.stride_k = 1;
+    if (t.size(0) <= 1 && m.stride_k != 1) m.stride_o = 1;
+    out.layer.out_features = w.size(0);
+    out.layer.in_features = w.size(1);
+  }
+  MOE_CHECK(out.layer.in_features == depth, op, ": ", name, " must have rows of ", depth,
+            " weights, got ", out.layer.in_features, " (shape ", shape_string(w), ").");
+  if (features >= 0) check_size(op, name, w, 0, features, "the number of features");
+  if (bias.has_value()) {
+    const std::string bias_name = "b" + what.substr(1);
+    check_vector(op, bias_name.c_str(), bias, x, w.size(0), "the number of features");
+    out.bias = dense(*bias);
+    out.layer.bias = {out.bias->const_data_ptr(), type, 0};
+  }
+  return out;
+}
+
+}  // namespace moe_ops::adapter

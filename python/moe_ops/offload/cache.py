@@ -1,0 +1,472 @@
+"""Slots for experts on the device, and the thread that fills them ahead."""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from itertools import chain, islice
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .policy import POLICIES, Policy
+from .store import ExpertStore, Key
+
+# How many wanted experts the thread looks at before it gives up, for each slot.
+_LOOK_AHEAD = 2
+
+
+@dataclass
+class CacheStats:
+    """What a cache did since it was made, or since `reset_stats`.
+
+    Attributes:
+        uses: experts that calls needed; the sum of the next three.
+        hits: those that were there.
+        late: those that were on their way.
+        misses: those that the call had to load.
+        fetched: experts that the thread loaded ahead of their use.
+        wait_seconds: time that calls waited for experts.
+        load_seconds: time of all loads, in calls and in the thread.
+        predict_seconds: time of the policy's predictions.
+        loaded_bytes: of all loads.
+    """
+
+    uses: int = 0
+    hits: int = 0
+    late: int = 0
+    misses: int = 0
+    fetched: int = 0
+    wait_seconds: float = 0.0
+    load_seconds: float = 0.0
+    predict_seconds: float = 0.0
+    loaded_bytes: int = 0
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of the uses that did not have to start a load."""
+        return (self.hits + self.late) / self.uses if self.uses else 0.0
+
+
+class ExpertCache:
+    """N slots of one expert each, for the banks of a model, and what is in them.
+
+    Whatever the policy does, a call gets the experts that it needs: what is not there is loaded
+    while it waits. With a policy that prefetches, one thread fills slots ahead. Calls of several
+    threads take turns.
+
+    Args:
+        store: where the experts are.
+        num_slots: N, at least 1, of all banks together.
+        policy: "lru", "lfu", "fifo", or a `Policy`.
+        device: of the slots. On CUDA, copies run on a stream of their own, and the stream of a call
+            waits for those that it needs.
+
+    Raises:
+        ValueError: no slots, or an unknown policy.
+    """
+
+    def __init__(
+        self,
+        store: ExpertStore,
+        num_slots: int,
+        policy: Policy | str = "lru",
+        *,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if num_slots < 1:
+            raise ValueError(f"ExpertCache: num_slots must be at least 1, got {num_slots}.")
+        if isinstance(policy, str):
+            if policy not in POLICIES:
+                raise ValueError(
+                    f"ExpertCache: policy must be one of {', '.join(POLICIES)} or a Policy, got "
+                    f"{policy!r}."
+                )
+            policy = POLICIES[policy]()
+        self.store = store
+        self.num_slots = min(num_slots, store.num_banks * store.num_experts)
+        self.policy = policy
+        self.device = torch.device(device)
+        self.stats = CacheStats()
+        policy.attach(store.num_banks, store.num_experts)
+        self.slots = {
+            name: torch.empty((self.num_slots, *stored.shape), dtype=stored.dtype, device=device)
+            for name, stored in store.tensors.items()
+        }
+        self.turn = threading.RLock()  # One call at a time has its experts held.
+        self._lock = threading.RLock()  # Guards everything below.
+        self._loaded = threading.Condition(self._lock)
+        self._news = threading.Condition(self._lock)  # For the thread: something may be wanted.
+        self._pulse = [0]  # Counts news; a list, for the thread to hold without the cache.
+        self._starved = False  # The thread found no slot for something that is wanted.
+        self._free = list(reversed(range(self.num_slots)))
+        self._slot_of: dict[Key, int] = {}
+        self._loading: set[int] = set()
+        self._failed: dict[int, BaseException] = {}
+        self._held = [0] * self.num_slots
+        self._missing: list[tuple[Key, int]] = []  # What a call waits for, and nobody loads yet.
+        self._ahead: list[Key] = []  # What the call that runs needs in its next round.
+        self._copies = _Copies(self) if self.device.type == "cuda" else None
+        self._fetcher: _Fetcher | None = None
+        self.closed = False
+        _caches.add(self)
+
+    @property
+    def num_bytes(self) -> int:
+        """What the slots take."""
+        return sum(t.numel() * t.element_size() for t in self.slots.values())
+
+    def reset_stats(self) -> CacheStats:
+        """Begins counting anew; returns the counts so far."""
+        with self._lock:
+            old = CacheStats(**{f.name: getattr(self.stats, f.name) for f in fields(CacheStats)})
+            self.stats = CacheStats()
+        return old
+
+    def residents(self) -> list[Key]:
+        """The experts in slots now."""
+        with self._lock:
+            return [key for key, slot in self._slot_of.items() if slot not in self._loading]
+
+    # ----------------------------------------------------------------------------------- calls
+
+    def begin(self, tokens: Tensor | None) -> None:
+        """A step of the model begins, with tokens [B, S] where they are known."""
+        start = perf_counter()
+        self.policy.begin(tokens)
+        with self._lock:
+            self.stats.predict_seconds += perf_counter() - start
+        self._wake()
+
+    def rounds(self, bank: int, experts: Sequence[int]) -> Iterator[list[tuple[int, int]]]:
+        """The experts that a call needs, in as few rounds as the slots allow.
+
+        Yields:
+            Pairs of an expert and the slot that holds it until the next round; every expert is in
+            one round. The caller must hold `turn`.
+
+        Raises:
+            RuntimeError: the cache was closed.
+        """
+        if self.closed:
+            raise RuntimeError("ExpertCache: the cache must be open, got one that was closed.")
+        with self._lock:
+            self.policy.use(bank, experts)
+            self.stats.uses += len(experts)
+            there = self._slot_of
+            order = sorted(experts, key=lambda expert: (bank, expert) not in there)
+        size = self.num_slots
+        if len(order) > size and self.policy.prefetches:
+            size = max(1, size // 2)  # The other half is filled meanwhile.
+        for first in range(0, len(order), size):
+            now, later = order[first : first + size], order[first + size :]
+            with self._lock:
+                self._ahead = [(bank, expert) for expert in later]
+            pairs = self._hold([(bank, expert) for expert in now])
+            try:
+                yield list(zip(now, pairs, strict=True))
+            finally:
+                self._release(pairs)
+
+    def _hold(self, keys: list[Key]) -> list[int]:
+        """Slots that hold the experts, and will until `_release`."""
+        start = perf_counter()
+        held: list[int] = []
+        try:
+            with self._lock:
+                there = {key: self._slot_of[key] for key in keys if key in self._slot_of}
+                for slot in there.values():
+                    self._held[slot] += 1
+                    held.append(slot)
+                    late = slot in self._loading
+                    self.stats.late += late
+                    self.stats.hits += not late
+                for key in keys:
+                    if key not in there:
+                        slot, mine = self._claim(key)
+                        self._held[slot] += 1
+                        held.append(slot)
+                        self.stats.misses += mine
+                        self.stats.late += not mine
+                        if mine:
+                            self._missing.append((key, slot))
+            self._wake()  # The thread takes a part of them.
+            while (found := self._next_missing()) is not None:
+                self._load(*found)
+            with self._lock:
+                slots = [self._slot_of[key] for key in keys]
+                self._loaded.wait_for(lambda: not self._loading.intersection(slots))
+                for slot in slots:
+                    if slot in self._failed:
+                        raise self._failed[slot]
+                self.stats.wait_seconds += perf_counter() - start
+        except BaseException:
+            with self._lock:
+                while self._missing:
+                    key, slot = self._missing.pop()
+                    self._loading.discard(slot)
+                    self._forget(key, slot)
+            self._release(held, used=False)
+            raise
+        if self._copies is not None:
+            self._copies.wait_for(slots)
+        return slots
+
+    def _next_missing(self) -> tuple[Key, int] | None:
+        with self._lock:
+            return self._missing.pop() if self._missing else None
+
+    def _release(self, slots: Sequence[int], *, used: bool = True) -> None:
+        if used and self._copies is not None:
+            self._copies.used(slots)
+        with self._lock:
+            for slot in slots:
+                self._held[slot] -= 1
+            if self._failed:
+                for key, slot in list(self._slot_of.items()):
+                    if slot in self._failed and not self._held[slot]:
+                        self._forget(key, slot)
+            if self._starved:
+                self._notify()
+
+    def _forget(self, key: Key, slot: int) -> None:
+        self._failed.pop(slot, None)
+        if self._slot_of.pop(key, None) is not None:
+            self._free.append(slot)
+
+    def _idle(self) -> list[Key]:
+        """Experts that may lose their slots."""
+        return [
+            key
+            for key, slot in self._slot_of.items()
+            if not self._held[slot] and slot not in self._loading
+        ]
+
+    def _claim(self, key: Key) -> tuple[int, bool]:
+        """A slot for `key`, waited for, and whether the caller is to load it."""
+        while key not in self._slot_of:
+            if self._free:
+                return self._take(key), True
+            if idle := self._idle():
+                self._free.append(self._slot_of.pop(self.policy.victim(idle)))
+            else:  # The thread has one.
+                self._loaded.wait()
+        return self._slot_of[key], False  # It was loaded meanwhile.
+
+    def _take(self, key: Key) -> int:
+        slot = self._free.pop()
+        self._slot_of[key] = slot
+        self._loading.add(slot)
+        self.policy.loaded(key)
+        return slot
+
+    def _load(self, key: Key, slot: int) -> None:
+        """Fills a slot that was taken for `key`."""
+        start, failure = perf_counter(), None
+        try:
+            into = {name: t[slot] for name, t in self.slots.items()}
+            if self._copies is None:
+                self.store.read(key, into)
+            else:
+                self._copies.load(key, slot, into)
+        except BaseException as error:
+            failure = error
+        with self._lock:
+            self._loading.discard(slot)
+            if failure is not None:
+                self._failed[slot] = failure
+                if not self._held[slot]:
+                    self._forget(key, slot)
+            self.stats.load_seconds += perf_counter() - start
+            self.stats.loaded_bytes += self.store.expert_bytes
+            self._loaded.notify_all()
+
+    # -------------------------------------------------------------------------------- fetching
+
+    def _wake(self) -> None:
+        """Lets the thread look what is wanted now, and starts it where there is none."""
+        if not self.policy.prefetches or self.closed:
+            return
+        if self._fetcher is None or not self._fetcher.is_alive():
+            self._fetcher = _Fetcher(self)
+            self._fetcher.start()
+        with self._lock:
+            self._notify()
+
+    def _notify(self) -> None:
+        self._pulse[0] += 1
+        self._news.notify_all()
+
+    def _next_fetch(self) -> tuple[Key, int] | None:
+        """An expert to load ahead and its slot; None if there is nothing to do now."""
+        victim, self._starved = None, False
+        wanted = chain(self._ahead, self.policy.wanted())
+        for key in islice(wanted, _LOOK_AHEAD * self.num_slots):
+            if key in self._slot_of:
+                continue
+            if self._free:
+                return key, self._take(key)
+            if victim is None:
+                losers = set(self._idle()).difference(self._ahead)
+                if not losers:
+                    self._starved = True
+                    return None
+                victim = self.policy.victim(losers)
+            if key in self._ahead or self.policy.outweighs(key, victim):
+                self._free.append(self._slot_of.pop(victim))
+                return key, self._take(key)
+            self._starved = True
+        return None
+
+    def fetch_one(self) -> int | None:
+        """Loads an expert in this thread: what a call waits for, or else what is wanted first.
+
+        Returns:
+            None after a load; where nothing is to be loaded now, the count of news up to now.
+        """
+        with self._lock:
+            if self.closed:
+                return self._pulse[0]
+            found = self._next_missing()
+            if found is None:
+                found = self._next_fetch()
+                self.stats.fetched += found is not None
+            if found is None:
+                return self._pulse[0]
+        self._load(*found)
+        return None
+
+    def _after_fork(self) -> None:
+        """In a child process, which has one thread: nobody fills what was being filled."""
+        for key, slot in list(self._slot_of.items()):
+            if slot in self._loading:
+                self._loading.discard(slot)
+                self._forget(key, slot)
+        self._missing.clear()
+        self._held = [0] * self.num_slots
+        self._fetcher = None
+        self.turn = threading.RLock()
+
+    def close(self) -> None:
+        """Ends the thread and closes the store. The model cannot run afterwards."""
+        with self._lock:
+            self.closed = True
+            self._notify()
+        if self._fetcher is not None and self._fetcher is not threading.current_thread():
+            self._fetcher.join()
+        self.store.close()
+
+    def __enter__(self) -> ExpertCache:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return (
+            f"ExpertCache(num_slots={self.num_slots}, of={self.store.num_banks} x "
+            f"{self.store.num_experts} experts, policy={type(self.policy).__name__}, "
+            f"size={self.num_bytes / 2**20:.1f} MiB, device={self.device})"
+        )
+
+
+class _Fetcher(threading.Thread):
+    """Loads what is wanted as long as its cache lives."""
+
+    def __init__(self, cache: ExpertCache) -> None:
+        super().__init__(name="moe_ops expert fetcher", daemon=True)
+        self._news, self._pulse = cache._news, cache._pulse
+        self._cache = weakref.ref(cache)
+
+    def run(self) -> None:
+        while (cache := self._cache()) is not None and not cache.closed:
+            seen = cache.fetch_one()
+            del cache
+            if seen is not None:
+                with self._news:
+                    if self._pulse[0] == seen:
+                        self._news.wait(timeout=1.0)  # The cache may die without a word.
+
+
+# A process forks when no cache is in the middle of a change.
+_caches: weakref.WeakSet[ExpertCache] = weakref.WeakSet()
+_locked: list[ExpertCache] = []
+
+
+def _before_fork() -> None:
+    for cache in list(_caches):
+        cache._lock.acquire()
+        _locked.append(cache)
+
+
+def _after_fork(in_child: bool) -> None:
+    while _locked:
+        cache = _locked.pop()
+        if in_child:
+            cache._after_fork()
+        cache._lock.release()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=_before_fork,
+        after_in_parent=lambda: _after_fork(False),
+        after_in_child=lambda: _after_fork(True),
+    )
+
+
+class _Copies:
+    """Copies to CUDA on a stream of their own."""
+
+    def __init__(self, cache: ExpertCache) -> None:
+        self._store = cache.store
+        self._stream: Any = torch.cuda.Stream(cache.device)
+        self._ready: list[Any] = [torch.cuda.Event() for _ in range(cache.num_slots)]
+        self._used: list[Any] = [None] * cache.num_slots
+        self._device = cache.device
+        self._staging = threading.local()  # Pinned memory of each thread that loads.
+
+    def load(self, key: Key, slot: int, into: Mapping[str, Tensor]) -> None:
+        store = self._store
+        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+            if self._used[slot] is not None:
+                self._stream.wait_event(self._used[slot])
+            parts = store.parts(key)
+            pinned = all(p.is_pinned() for pieces in parts.values() for p in pieces)
+            if pinned:
+                store.read(key, into, non_blocking=True)
+            else:
+                staging = self._pinned()
+                if (last := getattr(self._staging, "last", None)) is not None:
+                    last.synchronize()  # What it holds may not have been copied yet.
+                store.read(key, staging)
+                for name, tensor in into.items():
+                    tensor.copy_(staging[name], non_blocking=True)
+                self._staging.last = self._ready[slot]
+            self._ready[slot].record(self._stream)
+
+    def _pinned(self) -> dict[str, Tensor]:
+        if not hasattr(self._staging, "tensors"):
+            self._staging.tensors = {
+                name: torch.empty(stored.shape, dtype=stored.dtype, device="cpu", pin_memory=True)
+                for name, stored in self._store.tensors.items()
+            }
+        return self._staging.tensors
+
+    def wait_for(self, slots: Sequence[int]) -> None:
+        """The stream of the caller goes on when these slots are filled."""
+        stream = torch.cuda.current_stream(self._device)
+        for slot in slots:
+            stream.wait_event(self._ready[slot])
+
+    def used(self, slots: Sequence[int]) -> None:
+        """What the stream of the caller has been given so far reads these slots."""
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self._device))
+        for slot in slots:
+            self._used[slot] = event

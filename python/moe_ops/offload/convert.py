@@ -1,0 +1,202 @@
+"""offload_experts: the banks of a model out of memory, slots for a few of their experts in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from moe_ops.expert_weights import ExpertWeights, is_quantized, replace_module
+from moe_ops.layers.experts import ACTIVATION_OPTIONS
+from moe_ops.quant.bank import check_weights, find_banks
+
+from .cache import ExpertCache
+from .experts import OffloadedExperts
+from .policy import Policy
+from .store import ExpertStore, FileStore, MemoryStore, Parts, Stored, forms, write_experts
+from .trace import tokens_of
+
+_QUANTIZED = ("w_gate_up", "w_down", "w_gate_up_scale", "w_down_scale")
+_BIASES = ("b_gate_up", "b_down")
+
+
+class _Bank(NamedTuple):
+    """A bank of a model, float or quantised."""
+
+    name: str
+    module: nn.Module
+    tensors: Parts
+    activation: Mapping[str, Any]
+    x_scale: Tensor | None
+    hook: Any  # What installs another one in its place; None of quantised banks.
+
+
+def offload_experts(
+    model: nn.Module,
+    num_slots: int | None = None,
+    *,
+    max_bytes: int | None = None,
+    path: Path | str | None = None,
+    store: ExpertStore | None = None,
+    policy: Policy | str = "lru",
+    device: torch.device | str | None = None,
+    keep_cached: bool = True,
+    skip: Sequence[str] = (),
+) -> ExpertCache:
+    """Takes the experts of a model off the device and gives it slots for some of them, in place.
+
+        cache = offload_experts(model, max_bytes=2**30, path="experts.safetensors")
+        model.generate(tokens, 32)
+        print(cache.stats.hit_rate)
+
+    Known are the banks that `moe_ops.quantize_experts` knows, and those that it has made. The model
+    computes what it did, up to rounding: bits are the same where the kernels are batch-invariant
+    (`moe_ops.batch_invariant`) and a call's experts fit into the slots. It is for inference.
+
+    Args:
+        model: on the CPU; move the rest of it to `device` afterwards. Banks may be on the meta
+            device where `store` is given.
+        num_slots: N, experts in slots, of all layers together; at least 1.
+        max_bytes: instead, what the slots may take.
+        path: a safetensors file to write the experts to and read them from. None: they stay in CPU
+            memory, pinned if `device` is CUDA.
+        store: instead, where the experts are already, the banks in the order of the model's:
+            ``FileStore.open(path)``.
+        policy: "lru", "lfu", "fifo", or a `moe_ops.offload.Policy`.
+        device: of the slots; None is that of the weights.
+        keep_cached: as of `FileStore`.
+        skip: shell patterns of the names of banks to leave as they are.
+
+    Returns:
+        The cache, with its `stats`. Its `close()` ends the thread of a policy that prefetches, and
+        closes the file.
+
+    Raises:
+        ValueError: no bank, banks of several forms (`skip` leaves some as they are), a bank that is
+            sharded or computes in fp8, one that moe_ffn cannot run, or slots for less than an
+            expert. The model is unchanged.
+        OSError: the file could not be written; the model is unchanged.
+    """
+    patterns = (skip,) if isinstance(skip, str) else tuple(skip)
+    banks = list(_find(model, patterns, on_meta=store is not None))
+    _check(model, banks, num_slots, max_bytes, path, store)
+    target = banks[0].tensors["w_down"][0].device if device is None else torch.device(device)
+    if store is None and path is not None:
+        write_experts(path, [bank.tensors for bank in banks])
+        store = FileStore.open(path, keep_cached=keep_cached)
+    elif store is None:
+        store = MemoryStore([bank.tensors for bank in banks], pin=target.type == "cuda")
+    if max_bytes is not None:
+        num_slots = max_bytes // store.expert_bytes
+    assert num_slots is not None
+    if target.type == "meta":
+        target = torch.device("cpu")
+    cache = ExpertCache(store, num_slots, policy, device=target)
+    numbers: dict[int, OffloadedExperts] = {}
+    for number, bank in enumerate(banks):
+        experts = OffloadedExperts(cache, number, bank.activation, bank.x_scale)
+        experts.train(bank.module.training)
+        numbers[number] = experts
+        if bank.hook is None:
+            stand_in: Any = bank.module
+            replace_module(model, bank.module, stand_in.stand_in(experts))
+        else:
+            bank.hook.install(model, bank.module, experts)
+    model.register_forward_pre_hook(
+        lambda _, args, kwargs: cache.begin(tokens_of(args, kwargs)), with_kwargs=True
+    )
+    return cache
+
+
+def _find(root: nn.Module, skip: tuple[str, ...], *, on_meta: bool) -> Iterator[_Bank]:
+    found: dict[int, _Bank] = {}
+    for name, module in root.named_modules():
+        if is_quantized(module) and not any(fnmatchcase(name, pattern) for pattern in skip):
+            found[id(module)] = _quantized(name, module)
+    for bank in find_banks(root, skip, op="offload_experts"):
+        if not on_meta:
+            check_weights("offload_experts", bank.name, bank.module, bank.bank)
+        weights = bank.bank
+        found[id(bank.module)] = _Bank(
+            bank.name, bank.module, parts_of(weights), weights.activation, None, bank.hook
+        )
+    # The order of the model, in which it most likely calls them.
+    for module in root.modules():
+        if id(module) in found:
+            yield found[id(module)]
+
+
+def _quantized(name: str, module: Any) -> _Bank:
+    names = (*_QUANTIZED, *(b for b in _BIASES if getattr(module, b) is not None))
+    tensors = {n: (getattr(module, n),) for n in names}
+    activation = {option: getattr(module, option) for option in ACTIVATION_OPTIONS}
+    return _Bank(name, module, tensors, activation, module.x_scale, None)
+
+
+def parts_of(weights: ExpertWeights) -> Parts:
+    """What stores and `write_experts` take, of float experts."""
+    parts: dict[str, tuple[Tensor, ...]] = {
+        "w_gate_up": weights.gate_up,
+        "w_down": (weights.down,),
+    }
+    parts |= {n: (getattr(weights, n),) for n in _BIASES if getattr(weights, n) is not None}
+    return parts
+
+
+def _check(
+    model: nn.Module,
+    banks: Sequence[_Bank],
+    num_slots: int | None,
+    max_bytes: int | None,
+    path: Path | str | None,
+    store: ExpertStore | None,
+) -> None:
+    name = "offload_experts"
+    if not banks or banks[0].module is model:
+        raise ValueError(
+            f"{name}: model must hold a bank of experts, got {type(model).__name__}"
+            + (", which is one; put it into a MoE." if banks else " without one.")
+        )
+    if (num_slots is None) == (max_bytes is None):
+        raise ValueError(f"{name}: one of num_slots and max_bytes must be given, got {num_slots}.")
+    if path is not None and store is not None:
+        raise ValueError(f"{name}: path or store must be given, got both.")
+    for bank in banks:
+        if getattr(bank.module, "dispatcher", None) is not None:
+            raise ValueError(f"{name}: {bank.name} must be whole, got one shared out over ranks.")
+        if getattr(bank.module, "precision", None) is not None:
+            raise ValueError(
+                f"{name}: {bank.name} must compute in the type of its weights, got precision "
+                f"{getattr(bank.module, 'precision', None)!r}."
+            )
+    shapes = [_shape(bank.tensors) for bank in banks]
+    for bank, shape in zip(banks, shapes, strict=True):
+        if shape != shapes[0]:
+            raise ValueError(
+                f"{name}: banks must have one form, got {shapes[0]} in {banks[0].name} and {shape} "
+                f"in {bank.name}; skip leaves banks as they are."
+            )
+    size = sum(stored.num_bytes for stored in forms(banks[0].tensors).values())
+    if store is not None:
+        size = store.expert_bytes
+        got = store.num_banks, store.num_experts, _sizes(store.tensors)
+        wanted = len(banks), shapes[0]["w_down"][0], _sizes(forms(banks[0].tensors))
+        if got != wanted:
+            raise ValueError(f"{name}: store must hold {wanted} like the model, got {got}.")
+    if max_bytes is not None and max_bytes < size:
+        raise ValueError(
+            f"{name}: max_bytes must hold an expert of {size} bytes at least, got {max_bytes}."
+        )
+
+
+def _shape(bank: Parts) -> dict[str, list[int]]:
+    num_experts = bank["w_down"][0].shape[0]
+    return {name: [num_experts, *stored.shape] for name, stored in forms(bank).items()}
+
+
+def _sizes(tensors: Mapping[str, Stored]) -> dict[str, list[int]]:
+    return {name: list(stored.shape) for name, stored in sorted(tensors.items())}

@@ -1,0 +1,179 @@
+"""A bank of experts whose weights are elsewhere, a few of them in slots of the device.
+
+Letters: T tokens, H hidden size, I intermediate size, E experts, K experts a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moe_ops.ops import moe_ffn, moe_ffn_quantized
+
+from .cache import ExpertCache
+
+_HALF = (torch.bfloat16, torch.float16)
+
+
+class OffloadedExperts(nn.Module):
+    """Takes the place of an `Experts` or `QuantizedExperts`: the same call, for inference.
+
+    A call puts the experts that its tokens use into slots of the cache, waiting for what is not
+    there, and runs them with ids of slots. Where they are more than the slots, it runs in rounds
+    and adds up what these make, in fp32. The module has no parameters: a state dict of the model
+    cannot be made, and `.to()` moves the rest of the model alone. Eager code only: the host has to
+    know the ids.
+
+    Args:
+        cache: where the slots are.
+        bank_number: which of its store's banks this is.
+        activation: the arguments of moe_ffn that say what is between the products.
+        x_scale: [H] fp32, of quantised banks that have one.
+    """
+
+    # Of expert parallelism, which offloaded experts do not know.
+    dispatcher: None = None
+    format_name = "offloaded"  # In place of what a quantised bank says.
+
+    def __init__(
+        self,
+        cache: ExpertCache,
+        bank_number: int,
+        activation: Mapping[str, Any],
+        x_scale: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        self.cache = cache
+        self.bank_number = bank_number
+        self.activation = dict(activation)
+        self.num_experts = cache.store.num_experts
+        self.hidden_size = cache.store.tensors["w_down"].shape[0]
+        self.x_scale = None if x_scale is None else x_scale.detach().to(cache.device)
+
+    def forward(
+        self,
+        x: Tensor,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        *,
+        apply_router_weight_on_input: bool = False,
+        overlap: Callable[[], object] | None = None,
+    ) -> Tensor:
+        """y[t] = sum_k topk_weights[t, k] * expert topk_ids[t, k] of x[t], as `Experts`.
+
+        Args:
+            x: [T, H] float; computed in the type of float experts.
+            topk_weights: [T, K] float, used in fp32.
+            topk_ids: [T, K] int32 or int64; ids outside [0, E) contribute nothing.
+            apply_router_weight_on_input: multiply x[t] by the weight instead (Llama 4).
+            overlap: as of `Experts.forward`.
+
+        Returns:
+            y: [T, H] in the dtype of x. A backward through it raises NotImplementedError.
+        """
+        if overlap is not None:
+            overlap()
+        if torch.is_grad_enabled() and (x.requires_grad or topk_weights.requires_grad):
+            return _WithoutBackward.apply(
+                x, topk_weights, topk_ids, self, apply_router_weight_on_input
+            )
+        return self._run(x, topk_weights, topk_ids, apply_router_weight_on_input)
+
+    @torch.no_grad()
+    def _run(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, on_input: bool) -> Tensor:
+        valid = (topk_ids >= 0) & (topk_ids < self.num_experts)
+        ids = topk_ids.masked_fill(~valid, self.num_experts).long()
+        experts = [e for e in ids.unique().tolist() if e < self.num_experts]
+        total: Tensor | None = None
+        with self.cache.turn:
+            for pairs in self.cache.rounds(self.bank_number, experts):
+                slot_of = torch.full((self.num_experts + 1,), -1, dtype=torch.int32, device="cpu")
+                for expert, slot in pairs:
+                    slot_of[expert] = slot
+                slots = slot_of.to(ids.device)[ids]
+                several = len(pairs) < len(experts)
+                part = self._run_slots(x, topk_weights, slots, on_input, in_fp32=several)
+                total = part if total is None else total.add_(part)
+        return x.new_zeros(x.shape) if total is None else total.to(x.dtype)
+
+    def _run_slots(
+        self,
+        x: Tensor,
+        topk_weights: Tensor,
+        slot_ids: Tensor,
+        on_input: bool,
+        in_fp32: bool,
+    ) -> Tensor:
+        slots = self.cache.slots
+        rest = {"apply_router_weight_on_input": on_input, **self.activation}
+        biases = (slots.get("b_gate_up"), slots.get("b_down"))
+        if "w_down_scale" in slots:
+            y = moe_ffn_quantized(
+                x,
+                slots["w_gate_up"],
+                slots["w_gate_up_scale"],
+                slots["w_down"],
+                slots["w_down_scale"],
+                topk_weights,
+                slot_ids,
+                x_scale=self.x_scale,
+                b_gate_up=None if biases[0] is None else biases[0].to(x.dtype),
+                b_down=None if biases[1] is None else biases[1].to(x.dtype),
+                **rest,
+            )
+            return y.float() if in_fp32 else y
+        dtype = slots["w_down"].dtype
+        return moe_ffn(
+            x.to(dtype),
+            slots["w_gate_up"],
+            slots["w_down"],
+            topk_weights,
+            slot_ids,
+            b_gate_up=biases[0],
+            b_down=biases[1],
+            out_dtype=torch.float32 if in_fp32 and dtype in _HALF else None,
+            **rest,
+        )
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Raises NotImplementedError: the weights are not in the model."""
+        raise NotImplementedError(
+            "OffloadedExperts: a state dict would lack the experts, whose weights are not in the "
+            "model; save it before offload_experts."
+        )
+
+    def prepack(self) -> int:
+        """Does nothing: what is in slots changes."""
+        return 0
+
+    def unpack(self) -> int:
+        """Nothing to drop; returns 0."""
+        return 0
+
+    def extra_repr(self) -> str:
+        return f"num_experts={self.num_experts}, bank_number={self.bank_number}, {self.cache!r}"
+
+
+class _WithoutBackward(torch.autograd.Function):
+    """Lets a forward with gradients enabled run, as inference code often leaves them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        experts: OffloadedExperts,
+        on_input: bool,
+    ) -> Tensor:
+        return experts._run(x, topk_weights, topk_ids, on_input)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise NotImplementedError(
+            "OffloadedExperts: there is no gradient through offloaded experts; train the model "
+            "before offload_experts, or call it under torch.no_grad()."
+        )

@@ -1,0 +1,115 @@
+"""ExpertFlow's token scheduler: sequences that use the same experts run in one batch.
+
+Letters: B sequences, S tokens of each, L calls of banks in a step, E experts.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .predictor import RoutePredictor
+
+
+def num_active(routes: Tensor) -> int:
+    """Experts that a batch uses, summed over calls: of routes [B, L, E] bool."""
+    return int(routes.any(0).sum())
+
+
+def split_batch(
+    routes: Tensor, *, rounds: int = 10, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor]:
+    """Splits sequences into two halves that use few experts each.
+
+    Balanced 2-means on the rows of `routes`, then exchanges of two sequences as long as one lowers
+    the number of experts that the halves use together.
+
+    Args:
+        routes: [B, L, E] bool, the experts that each sequence uses, or is predicted to.
+        rounds: of 2-means, and passes of exchanges, at most.
+        generator: for the first centre; None takes the first sequence.
+
+    Returns:
+        Indices of both halves, in order, (B + 1) // 2 and B // 2 of them.
+
+    Raises:
+        ValueError: fewer than two sequences, or routes of another shape.
+
+    Source: He et al. 2024 (ExpertFlow, arXiv 2410.17954), section on the token scheduler.
+    """
+    if routes.dim() != 3 or routes.dtype != torch.bool or len(routes) < 2:
+        raise ValueError(
+            f"split_batch: routes must be bool [B, L, E] of two sequences at least, got "
+            f"{str(routes.dtype).removeprefix('torch.')} of shape {list(routes.shape)}."
+        )
+    rows = routes.flatten(1).float()
+    num = len(rows)
+    half = (num + 1) // 2
+    first = 0 if generator is None else int(torch.randint(num, (1,), generator=generator))
+    centres = torch.stack((rows[first], rows[(rows - rows[first]).abs().sum(1).argmax()]))
+    order = torch.arange(num, device=rows.device)
+    for _ in range(rounds):
+        # How much closer each is to the first centre: the closest half goes there.
+        distance = (rows[:, None] - centres[None]).abs().sum(-1)
+        new = (distance[:, 0] - distance[:, 1]).argsort(stable=True)
+        if torch.equal(new, order):
+            break
+        order = new
+        centres = torch.stack((rows[order[:half]].mean(0), rows[order[half:]].mean(0)))
+    left, right = order[:half].tolist(), order[half:].tolist()
+    _exchange(routes.flatten(1), left, right, rounds)
+    return torch.tensor(sorted(left)), torch.tensor(sorted(right))
+
+
+def _exchange(rows: Tensor, left: list[int], right: list[int], rounds: int) -> None:
+    """Swaps pairs in place while that lowers the number of experts in use."""
+    counts = [rows[half].sum(0) for half in (left, right)]
+    for _ in range(rounds):
+        swapped = False
+        for i in range(len(left)):
+            for j in range(len(right)):
+                moved = rows[right[j]].long() - rows[left[i]].long()
+                new = [counts[0] + moved, counts[1] - moved]
+                if _in_use(new) < _in_use(counts):
+                    left[i], right[j] = right[j], left[i]
+                    counts = new
+                    swapped = True
+        if not swapped:
+            return
+
+
+def _in_use(counts: list[Tensor]) -> int:
+    return sum(int((c > 0).sum()) for c in counts)
+
+
+def generate_in_halves(
+    model: Any, tokens: Tensor, num_tokens: int, predictor: RoutePredictor, **options: Any
+) -> Tensor:
+    """`generate` of two batches in one: split anew by their predicted experts, run one by one.
+
+    Args:
+        model: a zoo `CausalLM`, or a model of transformers.
+        tokens: [B, S] prompts of one length, those of both batches together.
+        num_tokens: to add, as of `CausalLM.generate`; of transformers `max_new_tokens`.
+        predictor: of the model's routes; experts of a chance over one half count as used.
+        options: of the model's `generate`, the same for both halves: none that has a row for each
+            sequence. Drawing uses the generator in another order than a call with all prompts.
+
+    Returns:
+        [B, S + n], rows in the order of `tokens`; a half that ended earlier is filled up with the
+        last token of each of its rows.
+    """
+    routes = (predictor.chances(tokens) > 0.5).any(1)
+    halves = split_batch(routes.cpu())
+    ours = "num_tokens" in inspect.signature(model.generate).parameters
+    options["num_tokens" if ours else "max_new_tokens"] = num_tokens
+    results = [model.generate(tokens[half.to(tokens.device)], **options) for half in halves]
+    length = max(result.shape[1] for result in results)
+    out = tokens.new_empty(len(tokens), length)
+    for half, result in zip(halves, results, strict=True):
+        tail = result[:, -1:].expand(-1, length - result.shape[1])
+        out[half.to(tokens.device)] = torch.cat((result, tail), 1)
+    return out

@@ -1,0 +1,253 @@
+"""Routes of a model, recorded: what policies are told in advance and predictors are trained on.
+
+Letters: B sequences, S tokens of each, N tokens of all steps, L calls of banks in a step, K experts
+a token.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from moe_ops import _files
+from moe_ops.expert_weights import ExpertInputs
+from moe_ops.quant.bank import find_banks
+
+
+@dataclass
+class RoutingTrace:
+    """Which experts each token of each step went to.
+
+    A step is one forward of the model.
+
+    Attributes:
+        ids: [N, L, K] int16, -1 where a slot holds no expert.
+        tokens: [N] int64, what the model was given; -1 where that is not known.
+        steps: [number of steps, 2]: B and S of each; their products sum to N.
+        banks: [L], the number of the bank that each call is of, in the order of the model's banks.
+        num_experts: E.
+    """
+
+    ids: Tensor
+    tokens: Tensor
+    steps: Tensor
+    banks: list[int]
+    num_experts: int
+
+    def by_step(self) -> Iterator[Tensor]:
+        """ids [B * S, L, K] of each step."""
+        yield from self.ids.split(self.steps.prod(1).tolist())
+
+    def calls(self) -> list[tuple[int, list[int]]]:
+        """Bank and experts in use of every call, in order."""
+        found = []
+        for ids in self.by_step():
+            for position, bank in enumerate(self.banks):
+                used = ids[:, position].unique().tolist()
+                found.append((bank, [e for e in used if 0 <= e < self.num_experts]))
+        return found
+
+    def multi_hot(self) -> Tensor:
+        """[N, L, E] bool: whether a token uses an expert in a call."""
+        ids = self.ids.long()
+        shape = (*ids.shape[:2], self.num_experts + 1)
+        hot = torch.zeros(shape, dtype=torch.bool, device=ids.device)
+        empty = (ids < 0) | (ids >= self.num_experts)
+        return hot.scatter_(2, ids.masked_fill(empty, self.num_experts), True)[..., :-1]
+
+    def sequences(self) -> list[Tensor]:
+        """Positions in [0, N) of the tokens of each sequence. A step of one token goes on with the
+        sequences of the step before, if it has as many; other steps begin new ones."""
+        found: list[list[Tensor]] = []
+        open_ones: list[list[Tensor]] = []
+        first = 0
+        for batch, length in self.steps.tolist():
+            rows = torch.arange(first, first + batch * length, device="cpu").view(batch, length)
+            if length > 1 or len(open_ones) != batch:
+                open_ones = [[] for _ in range(batch)]
+                found += open_ones
+            for sequence, row in zip(open_ones, rows, strict=True):
+                sequence.append(row)
+            first += batch * length
+        return [torch.cat(pieces) for pieces in found]
+
+    def save(self, path: Path | str) -> None:
+        """Writes an npz file.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        path = Path(path)
+        with _files.Replacement(_files.make_folder(path.parent)) as files:
+            new = files.staging() / "trace.npz"
+            with _files.sentence(path):
+                np.savez_compressed(
+                    new,
+                    ids=self.ids.numpy(),
+                    tokens=self.tokens.numpy(),
+                    steps=self.steps.numpy(),
+                    banks=np.asarray(self.banks),
+                    num_experts=np.asarray(self.num_experts),
+                )
+            files.adopt(path.name, new)
+
+    @classmethod
+    def load(cls, path: Path | str) -> RoutingTrace:
+        """Reads what `save` has written.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: it holds something else.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                arrays = {n: file[n] for n in ("ids", "tokens", "steps", "banks", "num_experts")}
+        except FileNotFoundError:
+            raise
+        except Exception as error:  # Of zipfile, zlib and NumPy, by what is wrong with the file.
+            raise ValueError(f"RoutingTrace: {path} must be a saved trace, got: {error}.") from None
+        ids, tokens, steps = (torch.from_numpy(arrays[n]) for n in ("ids", "tokens", "steps"))
+        banks, num_experts = arrays["banks"].tolist(), int(arrays["num_experts"])
+        fits = ids.dim() == 3 and steps.dim() == 2 and steps.shape[1] == 2
+        if not fits or len(ids) != len(tokens) != int(steps.prod(1).sum()):
+            raise ValueError(f"RoutingTrace: {path} must hold [N, L, K] ids of its steps' tokens.")
+        return cls(ids, tokens, steps, banks, num_experts)
+
+
+class TraceRecorder:
+    """Collects a trace; `trace()` makes it."""
+
+    def __init__(self, num_experts: int) -> None:
+        self.num_experts = num_experts
+        self._steps: list[tuple[int, int]] = []
+        self._tokens: list[Tensor] = []
+        self._ids: list[list[Tensor]] = []
+        self._banks: list[list[int]] = []
+
+    def begin(self, tokens: Tensor | None) -> None:
+        """A step begins."""
+        self._steps.append((0, 0) if tokens is None else (tokens.shape[0], tokens.shape[1]))
+        self._tokens.append(
+            torch.empty(0, device="cpu") if tokens is None else tokens.detach().cpu().flatten()
+        )
+        self._ids.append([])
+        self._banks.append([])
+
+    def add(self, bank: int, topk_ids: Tensor) -> None:
+        """A call of a bank, [B * S, K]."""
+        if not self._ids:
+            self.begin(None)
+        self._ids[-1].append(topk_ids.detach().cpu().to(torch.int16))
+        self._banks[-1].append(bank)
+
+    def trace(self) -> RoutingTrace:
+        """What was recorded.
+
+        Raises:
+            ValueError: nothing was, or steps that did not call the same banks in one order.
+        """
+        kept = [i for i, calls in enumerate(self._ids) if calls]
+        if not kept:
+            raise ValueError("TraceRecorder: the model must have run, got no call of its experts.")
+        banks = self._banks[kept[0]]
+        if any(self._banks[i] != banks for i in kept):
+            raise ValueError(
+                "TraceRecorder: steps must call the same banks in one order, got several orders."
+            )
+        width = max(ids.shape[1] for i in kept for ids in self._ids[i])
+        steps, tokens, rows = [], [], []
+        for i in kept:
+            padded = [
+                nn.functional.pad(ids, (0, width - ids.shape[1]), value=-1) for ids in self._ids[i]
+            ]
+            rows.append(torch.stack(padded, 1))
+            num = len(rows[-1])
+            known = self._steps[i][0] * self._steps[i][1] == num
+            steps.append(self._steps[i] if known else (1, num))
+            tokens.append(self._tokens[i].long() if known else torch.full((num,), -1, device="cpu"))
+        return RoutingTrace(
+            torch.cat(rows),
+            torch.cat(tokens),
+            torch.tensor(steps, device="cpu"),
+            list(banks),
+            self.num_experts,
+        )
+
+
+@contextlib.contextmanager
+def record_trace(model: nn.Module, *, skip: Sequence[str] = ()) -> Iterator[TraceRecorder]:
+    """Records the routes of a model while the context is open; `recorder.trace()` gives them.
+
+    Example:
+        with record_trace(model) as recorder:
+            model.generate(prompts, 64)
+        recorder.trace().save("routes.npz")
+
+    Args:
+        model: of this package or of transformers, its experts offloaded or not.
+        skip: shell patterns of the names of banks to leave out.
+
+    Raises:
+        ValueError: no bank of experts, or banks of different numbers of experts.
+    """
+    banks = list(_calls_of(model, tuple(skip)))
+    sizes = sorted({num_experts for _, num_experts, _ in banks})
+    if len(sizes) != 1:
+        raise ValueError(
+            f"record_trace: model must hold banks of one number of experts, got {sizes or 'none'}."
+        )
+    recorder = TraceRecorder(sizes[0])
+    handles = [
+        model.register_forward_pre_hook(
+            lambda _, args, kwargs: recorder.begin(tokens_of(args, kwargs)), with_kwargs=True
+        )
+    ]
+    for number, (module, _, inputs_of) in enumerate(banks):
+
+        def note(
+            module: nn.Module, args: Any, kwargs: Any, number: int = number, of: Any = inputs_of
+        ) -> None:
+            recorder.add(number, of(module, args, kwargs).topk_ids)
+
+        handles.append(module.register_forward_pre_hook(note, with_kwargs=True))
+    try:
+        yield recorder
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _calls_of(model: nn.Module, skip: tuple[str, ...]) -> Iterator[tuple[nn.Module, int, Any]]:
+    """Each bank's module, its E, and what reads the inputs of a call of it."""
+    stored = {
+        name: module
+        for name, module in model.named_modules()
+        if hasattr(module, "cache") and hasattr(module, "bank_number")
+    }
+    for module in stored.values():
+        yield module, module.num_experts, plain_inputs
+    if not stored:
+        for found in find_banks(model, skip, op="record_trace"):
+            yield found.module, found.bank.num_experts, found.hook.inputs
+
+
+def plain_inputs(module: nn.Module, args: Any, kwargs: Any) -> ExpertInputs:
+    """Of a call of `Experts` and what can take its place."""
+    names = ("x", "topk_weights", "topk_ids")
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    return ExpertInputs(*(given[name] for name in names))
+
+
+def tokens_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """The token ids [B, S] in a call of a language model; None where there are none."""
+    found = kwargs.get("input_ids", kwargs.get("tokens", args[0] if args else None))
+    if isinstance(found, Tensor) and found.dim() == 2 and not found.is_floating_point():
+        return found
+    return None

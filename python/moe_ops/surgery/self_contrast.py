@@ -1,0 +1,144 @@
+"""Self-contrast decoding (SCMoE): what a model says, against what it says with weaker routing.
+
+Letters: B sequences, S tokens of each, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .route_as import Rule, rank, route_as
+
+
+def contrast(strong: Tensor, weak: Tensor, *, alpha: float = 0.1, beta: float = 0.5) -> Tensor:
+    """(1 + beta) strong - beta weak where strong >= max(strong) + log(alpha), else -inf.
+
+    Args:
+        strong, weak: logits [..., V]; a constant added to either changes no probability.
+        alpha: in (0, 1]; the least probability, as a share of the largest one, that a token needs
+            in the strong model to be considered. 1 leaves the likeliest token.
+        beta: at least 0, how much the difference counts. 0 leaves the strong model's logits.
+
+    Returns:
+        [..., V] fp32 (fp64 of fp64 logits).
+
+    Source: Shi et al. 2024 (SCMoE, arXiv 2405.14507), equations 4 and 5.
+    """
+    _check(alpha, beta)
+    dtype = torch.float64 if strong.dtype == torch.float64 else torch.float32
+    strong, weak = strong.to(dtype), weak.to(dtype)
+    considered = strong >= strong.amax(-1, keepdim=True) + math.log(alpha)
+    return (strong + beta * (strong - weak)).masked_fill(~considered, -math.inf)
+
+
+class SelfContrast:
+    """A logits processor that contrasts a model with itself under weaker routing.
+
+        contrasted = SelfContrast(model, rank(2), beta=0.5)
+        model.generate(tokens, 64, logits_processor=contrasted)              # of the zoo
+        model.generate(ids, logits_processor=[contrasted], max_new_tokens=64)  # of transformers
+
+    The weak pass runs the same weights with a cache of keys and values of its own, on the tokens
+    that are new since the last call; a call that does not go on with the tokens of the one before
+    begins anew. It is for greedy search and for drawing: beams change the order of sequences.
+
+    Args:
+        model: that generates; see `moe_ops.surgery.routed_layers`.
+        weak: a rule of `route_as`. `rank(2)` is the paper's for Mixtral; shared experts run as
+            always.
+        alpha, beta: as of `contrast`.
+        renormalize: the experts of the weak pass get weights that sum to 1, as in the paper.
+        attention_mask: [B, S] of prompts that are padded on the left; transformers only.
+
+    Raises:
+        ValueError: alpha or beta out of range, or (in a call) a model that `route_as` refuses.
+
+    Source: Shi et al. 2024 (SCMoE, arXiv 2405.14507).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        weak: Rule | None = None,
+        *,
+        alpha: float = 0.1,
+        beta: float = 0.5,
+        renormalize: bool = True,
+        attention_mask: Tensor | None = None,
+    ) -> None:
+        _check(alpha, beta)
+        self.model: Any = model
+        self.weak = rank(2) if weak is None else weak
+        self.alpha = alpha
+        self.beta = beta
+        self.renormalize = renormalize
+        self.attention_mask = attention_mask
+        self._cache: Any = None
+        self._seen: Tensor | None = None
+        # The zoo's models make caches themselves.
+        self._is_ours = hasattr(model, "new_cache")
+        self._parameters = inspect.signature(model.forward).parameters
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Logits to choose the next token by, [B, V].
+
+        Args:
+            input_ids: [B, S], all tokens so far.
+            scores: [B, V], the model's logits of the next one.
+        """
+        weak = self.weak_logits(input_ids)
+        return contrast(scores, weak.to(scores.device), alpha=self.alpha, beta=self.beta)
+
+    @torch.no_grad()
+    def weak_logits(self, input_ids: Tensor) -> Tensor:
+        """[B, V] of the next token, by the weak pass."""
+        seen = self._seen
+        if seen is None or not self._goes_on(input_ids, seen):
+            self._cache = self.model.new_cache() if self._is_ours else self._new_cache()
+            new = input_ids
+        else:
+            new = input_ids[:, seen.shape[1] :]
+        with route_as(self.model, self.weak, renormalize=self.renormalize):
+            if self._is_ours:
+                logits = self.model(new, cache=self._cache, last=1)
+            else:
+                logits = self._run_transformers(input_ids, new)
+        self._seen = input_ids
+        return logits[:, -1]
+
+    def _goes_on(self, input_ids: Tensor, seen: Tensor) -> bool:
+        length = seen.shape[1]
+        longer = input_ids.shape[0] == seen.shape[0] and input_ids.shape[1] > length
+        return longer and torch.equal(input_ids[:, :length], seen)
+
+    def _run_transformers(self, input_ids: Tensor, new: Tensor) -> Tensor:
+        options: dict[str, Any] = {}
+        if (mask := self.attention_mask) is not None:
+            added = input_ids.shape[1] - mask.shape[1]
+            mask = nn.functional.pad(mask.to(input_ids.device), (0, added), value=1)
+            positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
+            options["attention_mask"] = mask
+            if "position_ids" in self._parameters:
+                options["position_ids"] = positions[:, -new.shape[1] :]
+        if "logits_to_keep" in self._parameters:
+            options["logits_to_keep"] = 1
+        # Its newer name, and the older one.
+        options["cache" if "cache" in self._parameters else "past_key_values"] = self._cache
+        return self.model(input_ids=new, use_cache=True, **options).logits
+
+    def _new_cache(self) -> Any:
+        from transformers import DynamicCache
+
+        return DynamicCache(config=self.model.config)
+
+
+def _check(alpha: float, beta: float) -> None:
+    if not 0 < alpha <= 1:
+        raise ValueError(f"contrast: alpha must be in (0, 1], got {alpha}.")
+    if not beta >= 0:
+        raise ValueError(f"contrast: beta must be at least 0, got {beta}.")

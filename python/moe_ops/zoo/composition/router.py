@@ -1,0 +1,128 @@
+"""The category of a prompt from its embedding, and how sure that is.
+
+Letters: B prompts, D size of an embedding, C categories.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .._resume import Group, train_steps
+
+
+class CategoryRouter(nn.Module):
+    """A classifier of embeddings [B, D]: logits [B, C].
+
+    Embeddings are standardised with `mean` and `scale` [D], buffers that `fit_router` fills. With
+    `hidden_size` 0 the classifier is linear, else a network of one hidden layer.
+    """
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, embedding_size: int, num_categories: int, hidden_size: int = 0) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(embedding_size))
+        self.register_buffer("scale", torch.ones(embedding_size))
+        if hidden_size:
+            self.classifier: nn.Module = nn.Sequential(
+                nn.Linear(embedding_size, hidden_size),
+                nn.GELU(),
+                nn.Linear(hidden_size, num_categories),
+            )
+        else:
+            self.classifier = nn.Linear(embedding_size, num_categories)
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        logits: Tensor = self.classifier((embeddings - self.mean) / self.scale)
+        return logits
+
+
+def propagate_labels(embeddings: Tensor, labels: Tensor, *, neighbours: int = 5) -> Tensor:
+    """Labels of all prompts from those of a few: semi-supervised labels by nearest neighbours.
+
+    The unlabelled prompt that is most like a labelled one takes the label that has the largest sum
+    of cosines among its nearest labelled prompts, `neighbours` of them at most, and counts as
+    labelled from then on. Takes time and memory of N^2 for N prompts.
+
+    Args:
+        embeddings: [N, D]. labels: [N] int, -1 where unknown; at least one is known.
+
+    Returns:
+        [N], the known labels as they were. Ties go to the smaller label.
+    """
+    if not bool((labels >= 0).any()):
+        raise ValueError("propagate_labels: labels must hold a known one, got none.")
+    unit = F.normalize(embeddings.double(), dim=-1)
+    likeness = unit @ unit.T
+    labels = labels.clone()
+    num_labels = int(labels.max()) + 1
+    known = labels >= 0
+    nearest = likeness.masked_fill(~known, -2.0).amax(-1).masked_fill(known, -3.0)
+    for _ in range(int((~known).sum())):
+        row = int(nearest.argmax())
+        to_known = likeness[row].masked_fill(~known, -2.0)
+        values, places = to_known.topk(min(neighbours, int(known.sum())))
+        votes = values.new_zeros(num_labels).index_add_(0, labels[places], values)
+        seen = torch.zeros(num_labels, dtype=torch.bool).index_fill_(0, labels[places], True)
+        labels[row] = votes.masked_fill(~seen, -torch.inf).argmax()
+        known[row] = True
+        nearest = torch.maximum(nearest, likeness[row]).masked_fill(known, -3.0)
+    return labels
+
+
+def fit_router(
+    router: CategoryRouter,
+    embeddings: Tensor,
+    labels: Tensor,
+    *,
+    steps: int = 300,
+    batch_size: int = 64,
+    rate: float = 1e-2,
+    weight_decay: float = 1e-2,
+    seed: int = 0,
+    checkpoint: str | Path | None = None,
+    progress: bool = True,
+) -> dict[str, list[float]]:
+    """Trains it by cross-entropy on prompts [N, D] with labels [N]; returns the loss by step."""
+    with torch.no_grad():
+        router.mean.copy_(embeddings.mean(0))
+        router.scale.copy_(embeddings.std(0, correction=0).clamp(min=1e-6))
+
+    def loss(step: int, generator: torch.Generator) -> dict[str, Tensor]:
+        rows = torch.randint(len(labels), (batch_size,), generator=generator)
+        return {"loss": F.cross_entropy(router(embeddings[rows]), labels[rows])}
+
+    settings: dict[str, Any] = {"steps": steps, "seed": seed, "progress": progress}
+    groups = [Group(list(router.parameters()), rate, weight_decay=weight_decay)]
+    return train_steps(
+        "fit the category router", router, groups, loss, checkpoint=checkpoint, **settings
+    )
+
+
+def choose_threshold(confidence: Tensor, routed: Tensor, generalist: Tensor) -> float:
+    """The confidence below which prompts should go to the generalist.
+
+    Args:
+        confidence: [N], of validation prompts. routed, generalist: [N], their losses with the
+            model of their category and with the generalist.
+
+    Returns:
+        The threshold with the lowest mean loss, the smallest of these: 0 sends no prompt to the
+        generalist. Above the largest confidence all go there.
+    """
+    order = confidence.argsort(stable=True)
+    # After n prompts in order of confidence have gone to the generalist.
+    gain = (routed - generalist)[order].double().cumsum(0)
+    gain = torch.cat([gain.new_zeros(1), gain])
+    ordered = confidence[order].double()
+    limits = torch.cat([ordered, torch.full_like(ordered[:1], torch.inf)])
+    limits[0] = 0.0
+    # Prompts of one confidence go together.
+    whole = torch.cat([torch.tensor([True]), ordered[1:] > ordered[:-1], torch.tensor([True])])
+    return float(limits[gain.masked_fill(~whole, -torch.inf).argmax()])

@@ -1,0 +1,251 @@
+"""Decoder layers on few tokens, in few calls: used where it can be, and the same as ever."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from transformers import DynamicCache
+
+import moe_ops.hf
+from moe_ops.hf import step
+from moe_ops.hf.layout import layout_of
+
+from .models import MODEL_TYPES, build, tokens
+from .test_optimize import GREEDY, padded
+
+# Models whose attention is that of the op.
+ATTENDED = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "glm4_moe", "granitemoe", "gpt_oss")
+# Those whose layers have another form altogether.
+OTHERS = ("phimoe", "jetmoe", "dbrx", "llama4_text")
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The number of tokens of each call of the op."""
+    lengths = []
+    op = step.attention_step
+
+    def count(x, *args, **kwargs):
+        lengths.append(x.shape[1])
+        return op(x, *args, **kwargs)
+
+    monkeypatch.setattr(step, "attention_step", count)
+    return lengths
+
+
+def pair(model_type="qwen3_moe", **overrides):
+    plain, model = build(model_type, **overrides), build(model_type, **overrides)
+    moe_ops.hf.optimize(model)
+    return plain, model
+
+
+def both(models, function):
+    with torch.no_grad():
+        results = [function(m) for m in models]
+    torch.testing.assert_close(results[1], results[0], rtol=2e-4, atol=2e-4)
+    return results
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_layouts(model_type):
+    layouts = [layout_of(m, {}) for m in build(model_type).modules()]
+    known = [layout for layout in layouts if layout is not None]
+    assert len(known) == (0 if model_type in OTHERS else 2)
+    # Not DeepSeek's latent attention.
+    assert all((layout.attention is not None) == (model_type in ATTENDED) for layout in known)
+    if known:
+        dense = model_type in ("deepseek_v2", "deepseek_v3", "glm4_moe")
+        assert (known[0].network is not None) == dense == (known[0].block is None)
+        assert known[1].block is not None and known[1].network is None
+        shared = known[1].block.shared
+        assert (shared is not None) == (dense or model_type == "qwen2_moe")
+        assert (known[1].block.shared_activation == "swiglu") == (shared is not None)
+
+
+@pytest.mark.parametrize("model_type", ATTENDED)
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_every_step_of_every_layer(model_type, attention, calls):
+    models = pair(model_type)
+    for m in models:
+        if not (model_type == "gpt_oss" and attention == "sdpa"):
+            m.set_attn_implementation(attention)
+    for batch in ({"input_ids": tokens(1, 5)}, padded()):
+        calls.clear()
+        # Longer than gpt-oss's window of 8.
+        want, got = (m.generate(**{**batch, **GREEDY}) for m in models)
+        assert torch.equal(got, want)
+        steps = got.shape[1] - batch["input_ids"].shape[1]
+        assert len(calls) == 2 * steps
+
+
+def test_long_prompts_go_the_old_way(calls):
+    models = pair(max_position_embeddings=256)
+    ids = tokens(2, 40)  # 80 tokens, and then one of each sequence.
+    both(models, lambda m: m(ids).logits)
+    assert not calls
+    want, got = (m.generate(ids, **GREEDY) for m in models)
+    assert torch.equal(got, want)
+    assert set(calls) == {1}
+
+
+def test_a_cache_that_is_cut_copied_and_reordered():
+    models = pair()
+    ids = tokens(2, 12)
+
+    def run(m):
+        cache, outputs = DynamicCache(config=m.config), []
+        for i in range(6):
+            outputs.append(m(ids[:, i : i + 1], cache=cache).logits)
+        other = copy.deepcopy(cache)
+        outputs.append(m(ids[:, 6:8], cache=cache).logits)
+        outputs.append(m(ids[:, 9:10], cache=other).logits)
+        before = [layer.keys for layer in cache.layers]
+        cache.crop(-3)
+        outputs.append(m(ids[:, 5:7], cache=cache).logits)
+        cache.reorder_cache(torch.tensor([1, 0]))
+        outputs.append(m(ids[:, 7:8], cache=cache).logits)
+        outputs += [layer.keys for layer in (*cache.layers, *other.layers)]
+        return outputs, before  # Tensors that somebody holds stay as they were.
+
+    both(models, run)
+
+
+def test_growing_past_the_room(monkeypatch):
+    monkeypatch.setattr(step, "_LEAST_ROOM", 2)
+    models = pair(max_position_embeddings=128)
+    want, got = (m.generate(tokens(2, 3), **{**GREEDY, "max_new_tokens": 40}) for m in models)
+    assert torch.equal(got, want)
+
+
+def test_outputs_beside_the_logits(calls):
+    models = pair()
+    ids = tokens(1, 6)
+
+    def run(m, **wanted):
+        cache = DynamicCache(config=m.config)
+        m(ids, cache=cache)
+        return m(ids[:, :1], cache=cache, **wanted)
+
+    for name, field in (
+        ("output_hidden_states", "hidden_states"),
+        ("output_router_logits", "router_logits"),
+        ("output_attentions", "attentions"),
+    ):
+        results = both(models, lambda m, n=name, f=field: getattr(run(m, **{n: True}), f))
+        assert len(results[0]) >= 2
+    calls.clear()
+    both(models, lambda m: run(m).logits)
+    assert len(calls) == 4, "transformers' hooks stay, and nobody waits for them"
+
+
+@pytest.mark.parametrize("name", ["self_attn", "self_attn.q_proj", "self_attn.q_norm", "mlp.gate"])
+def test_hooks_are_called(name):
+    _, model = pair()
+    seen = []
+    layer = model.model.layers[1]
+    handle = layer.get_submodule(name).register_forward_hook(lambda *_: seen.append(1))
+    model.generate(tokens(1, 4), **GREEDY)
+    assert len(seen) == GREEDY["max_new_tokens"]
+    handle.remove()
+    handle = nn.modules.module.register_module_forward_hook(lambda m, *_: seen.append(m))
+    seen.clear()
+    with torch.no_grad():
+        model(tokens(1, 4))
+    assert layer.get_submodule(name) in seen
+    handle.remove()
+
+
+def test_what_takes_the_place_of_a_part(calls):
+    models = pair("mixtral")
+
+    class Doubled(nn.Module):
+        def __init__(self, base):
+            super().__init__()
+            self.base = base
+
+        def forward(self, x):
+            return 2 * self.base(x)
+
+    for m in models:
+        attention = m.model.layers[0].self_attn
+        attention.v_proj = Doubled(attention.v_proj)
+        gate = m.model.layers[1].mlp.gate
+        gate.forward = lambda x, gate=gate: type(gate).forward(gate, x * 0.5)
+    both(models, lambda m: m(tokens()).logits)
+    assert len(calls) == 0, "one has another part, the other another forward"
+
+
+def test_changed_parameters_are_read():
+    models = pair("mixtral")
+    ids = tokens(1, 5)
+    both(models, lambda m: m(ids).logits)
+    for m in models:
+        attention = m.model.layers[0].self_attn
+        attention.q_proj.weight = nn.Parameter(attention.q_proj.weight * 0.5)
+        with torch.no_grad():
+            m.model.layers[1].input_layernorm.weight.mul_(1.5)
+    both(models, lambda m: m(ids).logits)
+    for m in models:
+        m.to(torch.float64)
+    both(models, lambda m: m(ids).logits)
+
+
+def test_training_goes_the_old_way(calls):
+    models = pair("mixtral", attention_dropout=0.5)
+    for m in models:
+        m.train()
+        torch.manual_seed(0)
+    ids = tokens(1, 5)
+    with torch.no_grad():
+        models[1](ids)
+    models[1].eval()(ids, labels=ids).loss.backward()
+    assert not calls
+
+
+def test_other_formulas_are_left_alone():
+    model = build("qwen3_moe")
+    first, second = model.model.layers
+    attend, forward = type(first.self_attn).forward, type(second).forward
+
+    class Halved(type(first.self_attn)):
+        def forward(self, *args, **kwargs):
+            y, weights = attend(self, *args, **kwargs)
+            return y / 2, weights
+
+    class Scaled(type(second)):
+        def forward(self, hidden_states, **kwargs):
+            return forward(self, hidden_states * 2, **kwargs)
+
+    class Rescaled(type(first.mlp)):
+        def forward(self, hidden_states):
+            return super().forward(hidden_states) * 0.5
+
+    first.self_attn.__class__ = Halved
+    assert layout_of(first, {}).attention is None
+    assert layout_of(first, {}).block is not None
+    first.mlp.__class__ = Rescaled
+    assert layout_of(first, {}) is None
+    second.__class__ = Scaled
+    assert layout_of(second, {}) is None
+    third = build("qwen3_moe").model.layers[0]
+    third.forward = lambda *args, **kwargs: None
+    assert layout_of(third, {}) is None
+
+
+def test_half_precision_and_codes(calls):
+    plain = build("qwen3_moe", dtype=torch.bfloat16, hidden_size=64, moe_intermediate_size=32)
+    ids = tokens(1, 5)
+    for weights in (None, "int8", "int4"):
+        model = copy.deepcopy(plain)
+        moe_ops.hf.optimize(model, weights, group_size=32 if weights == "int4" else None)
+        calls.clear()
+        with torch.no_grad():
+            cache = DynamicCache(config=model.config)
+            model(ids, cache=cache)
+            got = model(ids[:, :1], cache=cache).logits
+            assert len(calls) == 4
+            want = plain(torch.cat((ids, ids[:, :1]), 1)).logits[:, -1:]
+        assert (got - want).float().norm() < 0.3 * want.float().norm()

@@ -1,0 +1,201 @@
+"""The flow, the environment, and training that is cut and gone on with."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from moe_ops import zoo
+from moe_ops.zoo.adamoe import (
+    SkillRobot,
+    decoupling,
+    demonstrate,
+    fit,
+    gradient_conflict,
+    roll_out,
+    training,
+)
+from moe_ops.zoo.adamoe import __main__ as command
+from moe_ops.zoo.adamoe.model import time_features
+
+SMALL = {"hidden_size": 8, "intermediate_size": 8, "num_layers": 1, "num_heads": 1}
+
+
+def small(ffn="additive", **changes):
+    torch.manual_seed(0)
+    return zoo.create("adamoe", ffn=ffn, **{**SMALL, **changes})
+
+
+def test_flow_loss_is_that_of_a_straight_path():
+    policy = small()
+    data = demonstrate(6, 4, generator=torch.Generator().manual_seed(0))
+    noise, time = torch.randn_like(data.actions), torch.rand(6)
+    found = policy.loss(*data, noise=noise, time=time, balance_weight=0.5)
+    errors = []
+    for i in range(6):
+        x = time[i] * noise[i] + (1 - time[i]) * data.actions[i]
+        states = (data.states[i : i + 1], data.skills[i : i + 1])
+        velocity = policy(*states, x[None], time[i : i + 1])[0][0]
+        errors.append((velocity - (noise[i] - data.actions[i])).square().mean())
+    torch.testing.assert_close(found.action, torch.stack(errors).mean())
+    torch.testing.assert_close(found.loss, found.action + 0.5 * found.balance)
+    assert len(found.routing) == 1 and found.z > 0
+
+
+def test_times_are_of_the_beta_distribution():
+    policy = small("dense")
+    seen = []
+    policy.forward = lambda states, skills, noisy, time: (seen.append(time), (noisy, []))[1]
+    data = demonstrate(4000, 4, generator=torch.Generator().manual_seed(0))
+    policy.loss(*data, generator=torch.Generator().manual_seed(1))
+    # Beta(1.5, 1): mean 0.6, variance 0.6 * 0.4 / 3.5.
+    assert float(seen[0].mean()) == pytest.approx(0.6, abs=0.015)
+    assert float(seen[0].var()) == pytest.approx(0.24 / 3.5, abs=0.006)
+    assert seen[0].min() >= 0.001 and seen[0].max() <= 1
+
+
+def test_euler_follows_a_known_velocity():
+    policy = small("dense", flow_steps=5)
+    target = torch.randn(3, 4, 2)
+    times = []
+
+    def velocity(states, skills, x, time):
+        times.append(float(time[0]))
+        return (x - target) / time[:, None, None], []  # The straight path from x to the target.
+
+    policy.forward = velocity
+    actions = policy.act(torch.zeros(3, 4), torch.zeros(3, dtype=torch.long))
+    torch.testing.assert_close(actions, target)
+    assert times == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2])
+
+
+def test_time_features():
+    features = time_features(torch.tensor([0.25, 1.0]), 4)
+    periods = (0.004, 4.0)
+    wanted = [
+        [f(2 * math.pi * t / p) for f in (math.sin, math.cos) for p in periods] for t in (0.25, 1.0)
+    ]
+    torch.testing.assert_close(features, torch.tensor(wanted), atol=1e-4, rtol=0)
+
+
+def test_every_skill_needs_other_actions():
+    point, goal = torch.tensor([[0.0, 0.0]]).repeat(4, 1), torch.tensor([[1.0, 0.0]]).repeat(4, 1)
+    env = SkillRobot(torch.arange(4), goal, point, num_skills=4)
+    # A quarter turn a skill; odd ones mirror the second number of the action as well.
+    wanted = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.0, -1.0]])
+    torch.testing.assert_close(env.optimal(), wanted, atol=1e-6, rtol=0)
+    states = env.step(env.optimal())
+    torch.testing.assert_close(states[:, :2], torch.tensor([[0.2, 0.0]]).repeat(4, 1))
+    for _ in range(6):
+        env.step(env.optimal())
+    torch.testing.assert_close(env.distance(), torch.zeros(4), atol=1e-6, rtol=0)
+    assert torch.equal(env.reset()[:, :2], point)
+
+
+def test_a_teacher_reaches_every_goal():
+    env = SkillRobot.sample(64, generator=torch.Generator().manual_seed(0))
+    policy = small("dense")
+    plan = []
+
+    def act(states, skills, generator=None):
+        plan.append(len(plan))
+        # The teacher's next actions from here, in a copy of the environment.
+        copy = SkillRobot(skills, states[:, 2:], states[:, :2], num_skills=8)
+        actions = []
+        for _ in range(4):
+            actions.append(copy.optimal())
+            copy.step(actions[-1])
+        return torch.stack(actions, dim=1)
+
+    policy.act = act
+    assert roll_out(policy, env, progress=False).all() and len(plan) == 4
+    demonstrations = demonstrate(64, 4, generator=torch.Generator().manual_seed(0))
+    fresh = SkillRobot.sample(64, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(demonstrations.actions, act(fresh.reset(), fresh.skills))
+
+
+def test_made_sparse():
+    policy = small("dense")
+    data = demonstrate(6, 4)
+    args = (data.states, data.skills, data.actions, torch.rand(6))
+    # Without routing weights the bias makes the weights of a token add up to 1 exactly.
+    same = policy.made_sparse("additive", preserve=True, init_std=0.0, num_experts=3)
+    torch.testing.assert_close(same(*args)[0], policy(*args)[0])
+    assert same.config.ffn == "additive" and same.config.num_experts == 3
+    assert not torch.allclose(policy.made_sparse("coupled")(*args)[0], policy(*args)[0])
+    with pytest.raises(ValueError, match="ffn must be 'dense' to be made sparse, got 'additive'"):
+        same.made_sparse("additive")
+
+
+def test_decoupling():
+    data = demonstrate(32, 4)
+    assert decoupling(small("coupled"), data)["correlation"] == pytest.approx(1.0)
+    policy = small("additive", init_std=0.5)
+    found = decoupling(policy, data)
+    assert -1 <= found["correlation"] < 0.999 and found["max_violation"] >= 0
+    assert -1 <= gradient_conflict(policy, data) <= 1
+    with pytest.raises(ValueError, match="model must be sparse"):
+        decoupling(small("dense"), data)
+
+
+def test_three_groups():
+    policy = small()
+    base, experts, routers = training.groups_of(policy, 1e-3, 2e-3, 50, 5)
+    assert len(experts.parameters) == 4 and len(routers.parameters) == 3
+    count = sum(len(g.parameters) for g in (base, experts, routers))
+    assert count == len(list(policy.parameters()))
+    assert (base.rate, routers.rate, experts.warm_up, routers.warm_up) == (1e-3, 2e-3, 50, 5)
+
+
+def test_balance_weight_changes_after_the_early_steps():
+    policy = small(early_steps=2, balance_weight=0.5, late_balance_weight=0.25)
+    history = fit(policy, lambda g: demonstrate(16, 4, generator=g), steps=4, progress=False)
+    weights = [
+        (loss - action) / balance
+        for loss, action, balance in zip(
+            history["loss"], history["action"], history["balance"], strict=True
+        )
+    ]
+    assert weights == pytest.approx([0.5, 0.5, 0.25, 0.25], rel=1e-3)
+
+
+SETTINGS = training.Settings(
+    arms=("dense", "additive"), pretrain_steps=8, steps=8, batch_size=16, hidden_size=8,
+    intermediate_size=8, num_layers=1, episodes=16,
+)  # fmt: skip
+
+
+def test_training_goes_on_where_it_was_cut(tmp_path, monkeypatch):
+    whole = training.train(tmp_path / "whole", SETTINGS, progress=False)
+    assert list(whole["arms"]) == ["pretrained", "dense", "additive"]
+    real, calls = training.train_steps, []
+
+    def cut(what, *args, **options):
+        def watch(step):
+            if not calls and what == "fit adamoe additive" and step == 6:
+                calls.append(step)
+                raise KeyboardInterrupt
+
+        return real(what, *args, **{**options, "every": 3, "watch": watch})
+
+    monkeypatch.setattr(training, "train_steps", cut)
+    with pytest.raises(KeyboardInterrupt):
+        training.train(tmp_path / "cut", SETTINGS, progress=False)
+    assert (tmp_path / "cut" / "additive.training.pt").is_file()
+    assert training.train(tmp_path / "cut", SETTINGS, progress=False) == whole
+    other = dataclasses.replace(SETTINGS, steps=5)
+    with pytest.raises(ValueError, match="policies of these settings"):
+        training.train(tmp_path / "cut", other, progress=False)
+
+
+def test_command(monkeypatch, capsys):
+    def train(folder, settings, *, progress):
+        assert (folder, progress, settings.arms) == ("there", False, ("dense", "concat"))
+        return {"arms": {"dense": {"success": 0.25}}}
+
+    monkeypatch.setattr(command, "train", train)
+    command.main(["--folder", "there", "--quiet", "--arms", "dense", "concat"])
+    assert "success 0.2500" in capsys.readouterr().out
