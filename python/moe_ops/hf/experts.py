@@ -131,6 +131,7 @@ def _run(
     b_up = None if b_up is None else cast_like(b_up, w_up)
     b_down = None if b_down is None else cast_like(b_down, w_down)
     if fused is not None and w_up.dtype == w_down.dtype:
+        rest: dict[str, Any] = {} if out_dtype is None else {"out_dtype": out_dtype}
         y = expert_ffn(
             bank,
             x,
@@ -142,7 +143,7 @@ def _run(
             b_down=b_down,
             apply_router_weight_on_input=on_input,
             **fused,
-            **({} if out_dtype is None else {"out_dtype": out_dtype}),
+            **rest,
         )
         return y.to(result_dtype)
 
