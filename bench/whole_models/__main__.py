@@ -158,8 +158,8 @@ def _prepare(args: argparse.Namespace, folder: Path) -> int:
         note.write_text(str(build(args.model, folder, args.tiny)))
     for weights in {HF[name].get("weights") for name in args.contenders if name in HF} - {None}:
         if not (folder / weights).exists():
-            code = "from bench.whole_models.models import quantize; quantize()"
-            subprocess.run([sys.executable, "-c", code, str(folder), weights], check=True)
+            command = [sys.executable, "-m", "bench.whole_models.models", str(folder), weights]
+            subprocess.run(command, check=True)
     wanted = [LLAMA[name] for name in args.contenders if name in LLAMA]
     if wanted:
         code = "from bench.whole_models.files import main; main()"

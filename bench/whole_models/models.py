@@ -116,13 +116,16 @@ def build(name: str, folder: Path, tiny: bool = False) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def quantize() -> None:
-    """`folder format` on the command line: saves the model of a folder in 8 or 4 bits inside it."""
+def quantize(folder: Path, weights: str) -> None:
+    """Saves the model of a folder in "int8" or "int4" in a folder of that name inside it."""
     import moe_ops.hf
 
-    folder, weights = Path(sys.argv[1]), sys.argv[2]
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.bfloat16, experts_implementation="moe_ops"
     )
     moe_ops.hf.optimize(model, weights)
     model.save_pretrained(folder / weights)
+
+
+if __name__ == "__main__":  # folder weights
+    quantize(Path(sys.argv[1]), sys.argv[2])

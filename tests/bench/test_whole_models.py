@@ -24,6 +24,8 @@ def test_contenders(name, tmp_path, set_threads):
     eager = worker.Transformers("eager", tmp_path, 1)
     truth = eager.logits(ids)
     assert len(truth) == 512
+    for weights in ("int8", "int4"):
+        models.quantize(tmp_path, weights)
     # In 4 bits, and at this size, tokens turn to other experts.
     for contender, most in (("moe_ops", 0.1), ("moe_ops int8", 0.2), ("moe_ops int4", 2.0)):
         it = worker.Transformers(contender, tmp_path, 1)

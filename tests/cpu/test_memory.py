@@ -301,7 +301,7 @@ def test_quantised_banks_ask_for_huge_pages_before_they_are_filled(
         asked.append((address, size))
         return True
 
-    monkeypatch.setattr(memory, "_madvise", madvise)
+    monkeypatch.setattr(memory, "madvise", madvise)
     bank = layers.Experts(4, 1024, 2048)
     quantized = layers.QuantizedExperts.from_experts(bank, "int8")
     for w in (quantized.w_gate_up, quantized.w_down):
