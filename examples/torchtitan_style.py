@@ -12,6 +12,7 @@ a loss is a sum over this process's tokens, divided by the number of tokens of a
 from __future__ import annotations
 
 import argparse
+import time
 from typing import Any
 
 import torch
@@ -151,3 +152,5 @@ if __name__ == "__main__":
         for step, loss in enumerate(losses, start=1):
             print(f"step {step}  loss {loss:.6f}")
     dist.destroy_process_group()
+    # A thread of gloo may still drop tensors, and aborts the process if Python ends meanwhile.
+    time.sleep(0.2)

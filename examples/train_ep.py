@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import time
 from pathlib import Path
 
 import torch
@@ -83,6 +84,8 @@ def main() -> None:
     if done < args.steps:
         save(args.folder, args.steps, model, optimizer)
     dist.destroy_process_group()
+    # A thread of gloo may still drop tensors, and aborts the process if Python ends meanwhile.
+    time.sleep(0.2)
 
 
 def arguments() -> argparse.Namespace:

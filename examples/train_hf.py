@@ -12,6 +12,7 @@ processes share it. Needs transformers 5.23 and accelerate 1.12.
 from __future__ import annotations
 
 import argparse
+import time
 from pathlib import Path
 
 import torch
@@ -155,3 +156,5 @@ if __name__ == "__main__":
     main()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+        # A thread of gloo may still drop tensors, and aborts the process if Python ends meanwhile.
+        time.sleep(0.2)
