@@ -58,7 +58,8 @@ def attention_step(
 
     def heads(t: Tensor, weight: Tensor | None) -> Tensor:
         """[B, S, heads * d] to rotated [B, heads, S, d]."""
-        t = norm(t.unflatten(2, (-1, size)), weight, head_eps).reshape(batch, length, -1, size)
+        shape = (batch, length, t.shape[2] // size, size)
+        t = norm(t.view(shape), weight, head_eps).reshape(shape)
         turned, rest = t.split((rotary_size, size - rotary_size), dim=-1)
         a, b = turned.chunk(2, dim=-1)
         c, s = (f.to(acc)[:, :, None, : rotary_size // 2] for f in (cos, sin))
