@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import statistics
 import subprocess
@@ -39,8 +40,12 @@ class Worker:
     def __init__(self, name: str, folder: Path, threads: int, python: str) -> None:
         self.name = name
         self.started = time.perf_counter()
+        # A setting of the shell would slow one down and not the other: llama.cpp's threads wait for
+        # each other at every product.
+        env = {key: value for key, value in os.environ.items() if not key.startswith("OMP_")}
         self.process = subprocess.Popen(
             [python, "-m", "bench.whole_models.worker", name, str(folder), str(threads)],
+            env=env,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
