@@ -20,7 +20,7 @@ import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 try:
     import fcntl
@@ -279,6 +279,20 @@ class Replacement:
                 self.commit()
         finally:
             self.close()
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[BinaryIO]:
+    """A new file for what is written piece by piece; it takes the place of `path` when it is whole.
+
+    Raises:
+        WriteError: it could not be written; what was at `path` is still there.
+    """
+    with Replacement(make_folder(path.parent)) as files:
+        new = files.staging() / path.name
+        with sentence(path), new.open("wb") as file:
+            yield file
+        files.adopt(path.name, new)
 
 
 @contextlib.contextmanager

@@ -111,12 +111,8 @@ class RoutePredictor(nn.Module):
         Raises:
             OSError: it could not be written.
         """
-        path = Path(path)
-        with _files.Replacement(_files.make_folder(path.parent)) as files:
-            new = files.staging() / "predictor.pt"
-            with _files.sentence(path):
-                torch.save({"config": self.config, "state": self.state_dict()}, new)
-            files.adopt(path.name, new)
+        with _files.writing(Path(path)) as file:
+            torch.save({"config": self.config, "state": self.state_dict()}, file)
 
     @classmethod
     def load(cls, path: Path | str) -> RoutePredictor:

@@ -346,15 +346,11 @@ def write_experts(path: Path | str, banks: Iterable[Parts]) -> None:
         offset = end
     text = json.dumps(header).encode()
     text += b" " * (-(len(text) + 8) % _ALIGNMENT)
-    folder = _files.make_folder(path.parent)
-    with _files.Replacement(folder) as files:
-        new = files.staging() / path.name
-        with _files.sentence(path), new.open("wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for b, e, name in order:
-                whole = torch.cat([part[e].detach().cpu() for part in banks[b][name]])
-                file.write(_buffer(whole))
-        files.adopt(path.name, new)
+    with _files.writing(path) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for b, e, name in order:
+            whole = torch.cat([part[e].detach().cpu() for part in banks[b][name]])
+            file.write(_buffer(whole))
 
 
 def _buffer(tensor: Tensor) -> Any:

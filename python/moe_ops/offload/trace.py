@@ -84,19 +84,15 @@ class RoutingTrace:
         Raises:
             OSError: it could not be written.
         """
-        path = Path(path)
-        with _files.Replacement(_files.make_folder(path.parent)) as files:
-            new = files.staging() / "trace.npz"
-            with _files.sentence(path):
-                np.savez_compressed(
-                    new,
-                    ids=self.ids.numpy(),
-                    tokens=self.tokens.numpy(),
-                    steps=self.steps.numpy(),
-                    banks=np.asarray(self.banks),
-                    num_experts=np.asarray(self.num_experts),
-                )
-            files.adopt(path.name, new)
+        with _files.writing(Path(path)) as file:
+            np.savez_compressed(
+                file,
+                ids=self.ids.numpy(),
+                tokens=self.tokens.numpy(),
+                steps=self.steps.numpy(),
+                banks=np.asarray(self.banks),
+                num_experts=np.asarray(self.num_experts),
+            )
 
     @classmethod
     def load(cls, path: Path | str) -> RoutingTrace:
