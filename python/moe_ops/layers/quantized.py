@@ -34,6 +34,7 @@ from moe_ops.quant.formats import (
 
 from .experts import ACTIVATION_OPTIONS, Experts, check_activation
 from .surgery.rows import as_ids
+from .without_backward import WithoutBackward
 
 _FROZEN = ("w_gate_up", "w_gate_up_scale", "w_down", "w_down_scale", "x_scale")
 
@@ -70,6 +71,11 @@ class QuantizedExperts(nn.Module):
     # Of expert parallelism, as in `Experts`.
     dispatcher: Callable[..., Tensor] | None = None
     sharding: Any = None
+    no_gradient = (
+        "QuantizedExperts: there is no gradient through quantised experts; train float ones "
+        "(a layer's dequantize() gives them, a model of transformers loads its float "
+        "checkpoint) or call these under torch.no_grad()."
+    )
 
     w_gate_up: Tensor
     w_gate_up_scale: Tensor
@@ -225,7 +231,7 @@ class QuantizedExperts(nn.Module):
         on_input = apply_router_weight_on_input
         wanted = torch.is_grad_enabled() and (x.requires_grad or topk_weights.requires_grad)
         if wanted and not in_transform():
-            y: Tensor = _WithoutBackward.apply(x, topk_weights, topk_ids, self, on_input)
+            y: Tensor = WithoutBackward.apply(x, topk_weights, topk_ids, self, on_input)
         else:
             y = self._run(x, topk_weights, topk_ids, on_input)
         return y if out_dtype is None else y.to(out_dtype)
@@ -443,29 +449,6 @@ def _mismatch(name: str, got: Tensor | None, wanted: Tensor) -> str | None:
     kind = dtype_name(wanted.dtype) if frozen else "floating point"
     what = "none" if got is None else f"{dtype_name(got.dtype)} of shape {list(got.shape)}"
     return f"{name} must be {kind} of shape {list(wanted.shape)}, got {what}."
-
-
-class _WithoutBackward(torch.autograd.Function):
-    """Lets a forward with gradients enabled run, as inference code often leaves them."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        topk_weights: Tensor,
-        topk_ids: Tensor,
-        experts: QuantizedExperts,
-        on_input: bool,
-    ) -> Tensor:
-        return experts._run(x, topk_weights, topk_ids, on_input)
-
-    @staticmethod
-    def backward(ctx: Any, *_: Any) -> Any:
-        raise NotImplementedError(
-            "QuantizedExperts: there is no gradient through quantised experts; train float ones "
-            "(a layer's dequantize() gives them, a model of transformers loads its float "
-            "checkpoint) or call these under torch.no_grad()."
-        )
 
 
 class _ExpertsHook(ExpertsHook):

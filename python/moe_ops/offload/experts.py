@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moe_ops.layers.without_backward import WithoutBackward
 from moe_ops.ops import moe_ffn, moe_ffn_quantized
 
 from .cache import ExpertCache
@@ -37,6 +38,10 @@ class OffloadedExperts(nn.Module):
     # Of expert parallelism, which offloaded experts do not know.
     dispatcher: None = None
     format_name = "offloaded"  # In place of what a quantised bank says.
+    no_gradient = (
+        "OffloadedExperts: there is no gradient through offloaded experts; train the model "
+        "before offload_experts, or call it under torch.no_grad()."
+    )
 
     def __init__(
         self,
@@ -77,7 +82,7 @@ class OffloadedExperts(nn.Module):
         if overlap is not None:
             overlap()
         if torch.is_grad_enabled() and (x.requires_grad or topk_weights.requires_grad):
-            return _WithoutBackward.apply(
+            return WithoutBackward.apply(
                 x, topk_weights, topk_ids, self, apply_router_weight_on_input
             )
         return self._run(x, topk_weights, topk_ids, apply_router_weight_on_input)
@@ -155,25 +160,3 @@ class OffloadedExperts(nn.Module):
 
     def extra_repr(self) -> str:
         return f"num_experts={self.num_experts}, bank_number={self.bank_number}, {self.cache!r}"
-
-
-class _WithoutBackward(torch.autograd.Function):
-    """Lets a forward with gradients enabled run, as inference code often leaves them."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        topk_weights: Tensor,
-        topk_ids: Tensor,
-        experts: OffloadedExperts,
-        on_input: bool,
-    ) -> Tensor:
-        return experts._run(x, topk_weights, topk_ids, on_input)
-
-    @staticmethod
-    def backward(ctx: Any, *_: Any) -> Any:
-        raise NotImplementedError(
-            "OffloadedExperts: there is no gradient through offloaded experts; train the model "
-            "before offload_experts, or call it under torch.no_grad()."
-        )
