@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from moe_ops import _files
+from moe_ops import _files, quant
 
 # What save_pretrained writes itself.
 _NOT_COPIED = ("config.json", "generation_config.json")
@@ -72,6 +72,11 @@ def batches(tokens: Tensor, context: int) -> list[dict[str, Any]]:
 
 def forward(model: Any, ids: Tensor) -> Any:
     return model(input_ids=ids, use_cache=False)
+
+
+def perplexity(model: Any, tokens: Tensor, context: int) -> float:
+    """Of a text in sequences of `context` tokens."""
+    return quant.perplexity(model, tokens, context=context, forward=forward)
 
 
 def size_of(model: torch.nn.Module) -> int:

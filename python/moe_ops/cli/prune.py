@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor
 
 import moe_ops.hf  # noqa: F401
-from moe_ops import quant, surgery
+from moe_ops import surgery
 from moe_ops.cli import checkpoints
 
 REPORT_NAME = "moe_ops_pruning.json"
@@ -53,7 +52,7 @@ def run(options: PruneOptions, console: Console) -> dict[str, Any]:
     started = time.perf_counter()
     model = checkpoints.load_model("prune", source)
     layers = surgery.routed_layers(model, caller="prune")
-    before, size = _perplexity(model, judging, context), checkpoints.size_of(model)
+    before, size = checkpoints.perplexity(model, judging, context), checkpoints.size_of(model)
     console.print(f"Looking at {seen.numel()} tokens in {len(layers)} layers.")
     found = surgery.profile(
         model, checkpoints.batches(seen, context), all_outputs=options.by == "hc_smoe"
@@ -68,7 +67,7 @@ def run(options: PruneOptions, console: Console) -> dict[str, Any]:
         "model_bytes_after": checkpoints.size_of(model),
         "num_tokens": judging.numel(),
         "perplexity_before": before,
-        "perplexity_after": _perplexity(model, judging, context),
+        "perplexity_after": checkpoints.perplexity(model, judging, context),
     }
     if options.tune:
         console.print(f"Training {options.tune} steps.")
@@ -76,7 +75,7 @@ def run(options: PruneOptions, console: Console) -> dict[str, Any]:
         whole = [piece[0] for piece in pieces if piece.shape[1] == pieces[0].shape[1]]
         surgery.tune(model, torch.stack(whole).split(_TUNE_BATCH), options.tune)
         result["tuning_steps"] = options.tune
-        result["perplexity_tuned"] = _perplexity(model, judging, context)
+        result["perplexity_tuned"] = checkpoints.perplexity(model, judging, context)
     result["seconds"] = time.perf_counter() - started
     checkpoints.write_model(
         "prune", model, source, options.target, REPORT_NAME, result, target_name="--out"
@@ -113,7 +112,3 @@ def _change(model: Any, found: surgery.Profile, options: PruneOptions) -> dict[s
     kept = surgery.choose_experts(model, scores, options.keep, groups=options.groups)
     surgery.prune(model, kept)
     return kept
-
-
-def _perplexity(model: Any, tokens: Tensor, context: int) -> float:
-    return quant.perplexity(model, tokens, context=context, forward=checkpoints.forward)

@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor
 
-from moe_ops import quant, upcycle
+from moe_ops import upcycle
 from moe_ops.cli import checkpoints
 
 REPORT_NAME = "moe_ops_upcycling.json"
@@ -105,8 +104,9 @@ def run(options: UpcycleOptions, console: Console) -> dict[str, Any]:
     }
     if judging is not None:
         result["num_tokens"] = judging.numel()
-        result["perplexity_before"] = [_perplexity(m, judging, options.context) for m in models]
-        result["perplexity_after"] = _perplexity(model, judging, options.context)
+        before = [checkpoints.perplexity(m, judging, options.context) for m in models]
+        result["perplexity_before"] = before
+        result["perplexity_after"] = checkpoints.perplexity(model, judging, options.context)
     result["seconds"] = time.perf_counter() - started
     checkpoints.write_model(
         "upcycle", model, first, options.target, REPORT_NAME, result, target_name="--out"
@@ -142,7 +142,3 @@ def _difference(dense: Any, model: Any, seed: int) -> float:
     expected = checkpoints.forward(dense, ids).logits.double()
     got = checkpoints.forward(model, ids).logits.double()
     return float((got - expected).square().mean().sqrt() / expected.std().clamp(min=1e-30))
-
-
-def _perplexity(model: Any, tokens: Tensor, context: int) -> float:
-    return quant.perplexity(model, tokens, context=context, forward=checkpoints.forward)

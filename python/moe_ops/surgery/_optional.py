@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -32,3 +35,24 @@ def safetensors_torch(caller: str) -> Any:
         safe_open=library.safe_open,
         SafetensorError=library.SafetensorError,
     )
+
+
+@contextlib.contextmanager
+def saved_by(owner: str, path: Path | str, format: str) -> Iterator[tuple[Any, dict[str, str]]]:
+    """A safetensors file that `owner`.save has written, and its metadata.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is something else, which what is done inside may find out too.
+    """
+    library = safetensors_torch(f"{owner}.load")
+    try:
+        with library.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != format:
+                raise ValueError(f"it has the format {metadata.get('format')!r}")
+            yield file, metadata
+    except (library.SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{owner}.load: {path} must be a file of {owner}.save, got something else: {error}."
+        ) from error

@@ -19,7 +19,7 @@ from moe_ops.expert_weights import ExpertInputs, ExpertWeights, hooks_for
 from moe_ops.layers import Routing
 from moe_ops.layers.routing import valid_ids
 
-from ._optional import safetensors_torch
+from ._optional import safetensors_torch, saved_by
 from .routed_layers import RoutedLayer, routed_layers
 
 _FORMAT = "moe_ops.surgery.Profile 1"
@@ -193,28 +193,18 @@ class Profile:
             FileNotFoundError: no such file.
             ValueError: it is something else.
         """
-        library = safetensors_torch("Profile.load")
-        try:
-            with library.safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != _FORMAT:
-                    raise ValueError(f"it has the format {metadata.get('format')!r}")
-                names = json.loads(metadata["layers"])
-                return cls(
-                    {
-                        name: LayerProfile(
-                            **{
-                                field.name: file.get_tensor(f"{index}.{field.name}")
-                                for field in fields(LayerProfile)
-                            }
-                        )
-                        for index, name in enumerate(names)
-                    }
-                )
-        except (library.SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"Profile.load: {path} must be a file of Profile.save, got something else: {error}."
-            ) from error
+        with saved_by("Profile", path, _FORMAT) as (file, metadata):
+            return cls(
+                {
+                    name: LayerProfile(
+                        **{
+                            field.name: file.get_tensor(f"{index}.{field.name}")
+                            for field in fields(LayerProfile)
+                        }
+                    )
+                    for index, name in enumerate(json.loads(metadata["layers"]))
+                }
+            )
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from moe_ops import _files
 from moe_ops.layers import Routing
 
-from ._optional import safetensors_torch
+from ._optional import safetensors_torch, saved_by
 from .criteria import CRITERIA, choose_experts, scores
 from .profile import LayerProfile, profile
 from .routed_layers import routed_layers
@@ -186,16 +186,6 @@ class TaskPatterns:
             FileNotFoundError: no such file.
             ValueError: it is something else.
         """
-        library = safetensors_torch("TaskPatterns.load")
-        try:
-            with library.safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != _FORMAT:
-                    raise ValueError(f"it has the format {metadata.get('format')!r}")
-                tasks, layers = (json.loads(metadata[key]) for key in ("tasks", "layers"))
-                return cls(tasks, layers, file.get_tensor("vectors"), file.get_tensor("scores"))
-        except (library.SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"TaskPatterns.load: {path} must be a file of TaskPatterns.save, got something "
-                f"else: {error}."
-            ) from error
+        with saved_by("TaskPatterns", path, _FORMAT) as (file, metadata):
+            tasks, layers = (json.loads(metadata[key]) for key in ("tasks", "layers"))
+            return cls(tasks, layers, file.get_tensor("vectors"), file.get_tensor("scores"))
