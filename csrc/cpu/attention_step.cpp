@@ -8,6 +8,7 @@
 #include <limits>
 
 #include "cpu/gemm/dense_layer.h"
+#include "cpu/gemm/desc.h"
 #include "cpu/kernels/router.h"
 #include "cpu/kernels/rows.h"
 #include "cpu/runtime/parallel.h"
@@ -18,10 +19,6 @@
 namespace moe_ops::cpu {
 
 namespace {
-
-const char* at(const void* data, DType type, int64_t offset) {
-  return static_cast<const char*>(data) + offset * dtype_size(type);
-}
 
 template <class T>
 class Step {
@@ -84,7 +81,7 @@ class Step {
       if (factor != T(1)) {
         for (int64_t i = 0; i < H; ++i) row[i] *= factor;
       }
-      rows_.axpy(p_.type, at(p_.x, p_.type, t * H), T(1), row, H);
+      rows_.axpy(p_.type, element(p_.x, p_.type, t * H), T(1), row, H);
       rows_.store_row(p_.type, row, static_cast<char*>(p_.y) + t * H * size, H);
     }
   }
@@ -115,8 +112,8 @@ class Step {
     for (int64_t t = 0; t < tokens_; ++t) {
       const int64_t angle =
           t / p_.num_tokens * p_.angle_stride_batch + t % p_.num_tokens * p_.angle_stride_token;
-      rows_.load_row(p_.angle_type, at(p_.cos, p_.angle_type, angle), cos, half, T(1));
-      rows_.load_row(p_.angle_type, at(p_.sin, p_.angle_type, angle), sin, half, T(1));
+      rows_.load_row(p_.angle_type, element(p_.cos, p_.angle_type, angle), cos, half, T(1));
+      rows_.load_row(p_.angle_type, element(p_.sin, p_.angle_type, angle), sin, half, T(1));
       T* const row = heads + t * num_heads * d;
       for (int64_t h = 0; h < (whole ? 1 : num_heads); ++h) {
         T* const first = row + h * d;
@@ -168,8 +165,8 @@ class Step {
     g.out_features = keys_;
     g.in_features = d;
     g.a = {q_ + from, kAccumulate<T>, d, index_};
-    g.b = {at(p_.keys.data, p_.type, first * p_.keys.stride_batch), p_.type, p_.keys.stride_head,
-           p_.keys.stride_token, 1};
+    g.b = {element(p_.keys.data, p_.type, first * p_.keys.stride_batch), p_.type,
+           p_.keys.stride_head, p_.keys.stride_token, 1};
     g.out = {scores_, kAccumulate<T>, ld_, nullptr};
     grouped_gemm(g, par_);
     const double cost = static_cast<double>(keys_) + 20;
@@ -180,7 +177,7 @@ class Step {
     g.in_features = keys_;
     g.a = {scores_, kAccumulate<T>, ld_, nullptr};
     g.a_scale = factors_;
-    g.b = {at(p_.values.data, p_.type, first * p_.values.stride_batch), p_.type,
+    g.b = {element(p_.values.data, p_.type, first * p_.values.stride_batch), p_.type,
            p_.values.stride_head, 1, p_.values.stride_token};
     g.out = {mixed_ + from * dtype_size(p_.type), p_.type, d, index_};
     grouped_gemm(g, par_);
@@ -202,12 +199,12 @@ class Step {
         const auto* sees = static_cast<const uint8_t*>(p_.mask.data) + from;
         for (int64_t j = 0; j < keys_; ++j) row[j] = sees[j] != 0 ? row[j] : kHidden;
       } else {
-        rows_.axpy(p_.mask.type, at(p_.mask.data, p_.mask.type, from), T(1), row, keys_);
+        rows_.axpy(p_.mask.type, element(p_.mask.data, p_.mask.type, from), T(1), row, keys_);
       }
     }
     std::fill(row + last, row + ld_, kHidden);
     if (p_.sinks != nullptr) {
-      rows_.load_row(p_.type, at(p_.sinks, p_.type, head), row + keys_, 1, T(1));
+      rows_.load_row(p_.type, element(p_.sinks, p_.type, head), row + keys_, 1, T(1));
     }
     T sum;
     if (std::all_of(row, row + ld_, [](T x) { return x == kHidden; })) {

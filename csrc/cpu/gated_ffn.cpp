@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "cpu/gemm/dense_layer.h"
+#include "cpu/gemm/desc.h"
 #include "cpu/kernels/activation.h"
 #include "cpu/kernels/rows.h"
 #include "cpu/runtime/team.h"
@@ -12,10 +13,6 @@
 namespace moe_ops::cpu {
 
 namespace {
-
-const char* row_at(const void* data, DType type, int64_t offset) {
-  return static_cast<const char*>(data) + offset * dtype_size(type);
-}
 
 template <class T>
 void run(const GatedFfnParams& p, const Parallel& par) {
@@ -53,7 +50,7 @@ void run(const GatedFfnParams& p, const Parallel& par) {
   for (int64_t r = 0; r < N; ++r) {
     T factor = static_cast<T>(p.residual_scale);
     if (p.output_gate != nullptr) {
-      const T z = k.dot_row(p.type, row_at(x.data, p.type, r * H), p.type, p.output_gate, H);
+      const T z = k.dot_row(p.type, element(x.data, p.type, r * H), p.type, p.output_gate, H);
       factor /= T(1) + std::exp(-z);
     }
     T* const row = y + r * O;
@@ -61,7 +58,7 @@ void run(const GatedFfnParams& p, const Parallel& par) {
       for (int64_t i = 0; i < O; ++i) row[i] *= factor;
     }
     if (p.residual != nullptr) {
-      k.axpy(p.type, row_at(p.residual, p.type, r * O), T(1), row, O);
+      k.axpy(p.type, element(p.residual, p.type, r * O), T(1), row, O);
     }
     k.store_row(p.type, row, static_cast<char*>(p.y) + r * O * size, O);
   }
