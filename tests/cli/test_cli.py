@@ -1,11 +1,9 @@
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from tests.helpers.fresh_python import run_python
 from typer.testing import CliRunner
 
 import moe_ops
@@ -13,20 +11,6 @@ from moe_ops.cli import MISSING_EXTRA
 from moe_ops.cli.app import app
 
 runner = CliRunner()
-
-
-def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """A fresh interpreter that imports the same moe_ops as this one."""
-    root = str(Path(moe_ops.__file__).parents[1])
-    environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, *arguments],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
 
 
 def test_help_lists_the_commands():

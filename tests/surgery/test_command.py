@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-
-import moe_ops
+from tests.helpers.fresh_python import run_python
 
 pytest.importorskip("transformers")
 pytest.importorskip("typer")
@@ -27,19 +22,6 @@ with torch.no_grad():
 assert "moe_ops" not in sys.modules
 print(json.dumps([sum(losses) / 97, model.config.num_local_experts]))
 """
-
-
-def run(*line: str) -> subprocess.CompletedProcess[str]:
-    root = str(Path(moe_ops.__file__).parents[1])
-    environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, *line],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
 
 
 @pytest.fixture
@@ -66,13 +48,13 @@ def test_pruned_by_the_command_and_loaded_without_it(checkpoint, tmp_path):
     out = tmp_path / "pruned"
     line = ["-m", "moe_ops.cli", "prune", str(folder), "--keep", "4", "--by", "reap"]
     line += ["--text", str(text), "--out", str(out), "--tokens", "100", "--context", "40", "--json"]
-    done = run(*line)
+    done = run_python(*line, timeout=300)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report == json.loads((out / "moe_ops_pruning.json").read_text())
     assert [len(ids) for ids in report["kept"].values()] == [4, 4]
     assert report["model_bytes_after"] < report["model_bytes_before"]
-    loaded = run("-c", _LOAD, str(out), str(text))
+    loaded = run_python("-c", _LOAD, str(out), str(text), timeout=300)
     assert loaded.returncode == 0, loaded.stderr
     loss, num_experts = json.loads(loaded.stdout.strip().splitlines()[-1])
     assert num_experts == 4

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from tests.helpers.fresh_python import run_python
 
-import moe_ops
 from moe_ops import upcycle
 
 transformers = pytest.importorskip("transformers")
@@ -193,32 +189,19 @@ print(json.dumps([float(difference), type(model).__name__, model.config.num_loca
 """
 
 
-def run(*line: str) -> subprocess.CompletedProcess[str]:
-    root = str(Path(moe_ops.__file__).parents[1])
-    environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, *line],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-
-
 def test_upcycled_by_the_command_and_loaded_without_it(tmp_path):
     pytest.importorskip("typer")
     dense, out = tmp_path / "dense", tmp_path / "out"
     build("qwen3").save_pretrained(dense)
     (dense / "tokenizer_config.json").write_text("{}")
     line = ["-m", "moe_ops.cli", "upcycle", str(dense), "--experts", "8", "--top-k", "2"]
-    done = run(*line, "--slices", "2", "--out", str(out), "--json")
+    done = run_python(*line, "--slices", "2", "--out", str(out), "--json", timeout=300)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report == json.loads((out / "moe_ops_upcycling.json").read_text())
     assert report["starts_as_the_dense_model"] and report["logit_difference"] < 1e-4
     assert (out / "tokenizer_config.json").exists()
-    loaded = run("-c", _LOAD, str(dense), str(out))
+    loaded = run_python("-c", _LOAD, str(dense), str(out), timeout=300)
     assert loaded.returncode == 0, loaded.stderr
     difference, name, experts = json.loads(loaded.stdout.strip().splitlines()[-1])
     assert difference < 1e-3 and (name, experts) == ("Qwen3MoeForCausalLM", 8)
