@@ -19,6 +19,7 @@ CUDA_TORCH := .venv-cuda
 MOE_OPS_PTXSIM_SOURCE ?= ../shared/tools/ptxsim
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 BUILD_TOOLS := "scikit-build-core>=0.10" "cmake>=3.26" ninja
+SITE_TOOLS := "sphinx>=8" "myst-parser>=4" "furo>=2024.8.6" "sphinx-copybutton>=0.5"
 CUDA_BUILD_TOOLS := "nvidia-cutlass>=4.2,<4.3"
 CUDA_TOOLS := $(CUDA_BUILD_TOOLS) nvidia-cuda-cuobjdump
 # Beside the dependencies of the tests a CUDA build of torch, which the ordinary index has.
@@ -38,7 +39,7 @@ SOURCES := CMakeLists.txt pyproject.toml \
   $(shell find csrc python -type f -not -name '*.so' -not -name '*.pyc' -not -name '*.md')
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test test-sim test-cuda-torch test-cuda-torch-smoke test-asan test-tsan fuzz mutants lint format wheel clean distclean
+.PHONY: help build demo test test-sim test-cuda-torch test-cuda-torch-smoke test-asan test-tsan fuzz mutants lint format site wheel clean distclean
 .DELETE_ON_ERROR:
 
 help:
@@ -53,6 +54,7 @@ help:
 	@echo 'make build      create ./.venv and install moe_ops with all extras into it'
 	@echo 'make lint       check style and types: ruff, clang-format, mypy'
 	@echo 'make format     rewrite the sources in that style'
+	@echo 'make site       build the documentation as a site in ./build/site'
 	@echo 'make wheel      build a wheel into ./dist'
 	@echo 'make clean      remove build output and caches; make distclean also removes ./.venv'
 	@echo
@@ -204,6 +206,12 @@ format: $(VENV)/.lint
 	@$(VENV)/bin/ruff check --fix .
 	@$(VENV)/bin/ruff format .
 	@find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs $(VENV)/bin/clang-format -i
+
+# Warnings are errors: a link that leads nowhere is one.
+site: build
+	@$(PIP) install -q $(SITE_TOOLS)
+	@$(VENV)/bin/python -m sphinx -W --keep-going -q -b html docs build/site
+	@echo 'The site is in build/site.'
 
 wheel: $(VENV)/.tools $(if $(WITH_CUDA),$(VENV)/.cuda)
 	@echo 'Building a wheel into ./dist.'
