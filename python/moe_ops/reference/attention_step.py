@@ -3,8 +3,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ._codes import dequantized
 from ._common import acc_dtype
-from .moe_ffn_quantized import dequantized
 
 
 def attention_step(
