@@ -1,4 +1,14 @@
-"""LoRA of the package peft on quantised experts: QLoRA.
+"""LoRA of the package peft on experts.
+
+Float experts, which peft adapts by `LoraConfig(target_parameters=["mlp.experts.gate_up_proj", ...])`:
+
+    model = get_peft_model(model, config)  # or PeftModel.from_pretrained
+    moe_ops.hf.lora.fuse_adapters(model)
+
+Modules, parameters and checkpoints stay peft's; the experts of a block and their adapters are
+computed together, and no weight with its adapter added is made.
+
+Quantised experts (QLoRA):
 
     config = moe_ops.hf.lora.on_quantized_experts(LoraConfig(target_modules=["q_proj", "experts"]))
     model = get_peft_model(model, config)
@@ -19,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 try:
-    from peft.tuners.lora.layer import LoraLayer
+    from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 except ModuleNotFoundError as error:
     if error.name != "peft":
         raise
@@ -27,9 +37,23 @@ except ModuleNotFoundError as error:
         "moe_ops.hf.lora needs the package peft, which is not installed: pip install peft"
     ) from error
 
+from moe_ops.hf.experts import bank_bias, bank_views, cast_like, fused_activation
+from moe_ops.hf.fused import register_kind, set_fused
 from moe_ops.hf.quantized import QuantizedHfExperts
-from moe_ops.layers.expert_adapters import ExpertAdapter, adapted_experts
+from moe_ops.hf.switch import interface_of
+from moe_ops.layers.expert_adapters import (
+    ExpertAdapter,
+    FrozenBank,
+    FrozenWeight,
+    activation_of_name,
+    adapted_experts,
+    stack_of,
+    sum_of,
+)
 from moe_ops.quant.formats import FORMATS, quantize
+
+_KIND = "expert_lora"
+_PARTS = {"gate_up_proj": "gate_up", "up_proj": "gate_up", "down_proj": "down"}
 
 
 def on_quantized_experts(config: Any) -> Any:
@@ -37,6 +61,173 @@ def on_quantized_experts(config: Any) -> Any:
     module ("experts"); returns it. peft does not save that: call it for a config that is read."""
     config._register_custom_module({QuantizedHfExperts: QuantizedExpertsLora})
     return config
+
+
+def fuse_adapters(model: nn.Module) -> list[str]:
+    """Runs experts with adapters of peft's `target_parameters` on moe_ops, in place.
+
+    Training and inference, several active adapters (their sum), `disable_adapter`, merging, and
+    beyond peft a batch of several adapters in `eval()`, `model(ids, adapter_names=[...])` with one
+    name a sequence or "__base__". Parameters, their names and what `save_pretrained` writes do not
+    change, and adapters may be loaded later. Products of rank r run in the dtype of the experts.
+
+    Left to peft: biases as targets, norms of expert outputs, one expert, sharded experts; and a
+    call in which the experts are not frozen, have hooks, or hold a merged adapter.
+
+    Args:
+        model: what `get_peft_model` or `PeftModel.from_pretrained` returned, or any module with
+            such blocks.
+
+    Returns:
+        Names of the experts that are computed so now.
+
+    Raises:
+        ValueError: there are none.
+    """
+    found = []
+    for name, module in model.named_modules():
+        if isinstance(module, ParamWrapper) and _fits(module):
+            if getattr(type(module), "_moe_ops_kind", None) != _KIND:
+                set_fused(module, _KIND, None)
+            if not isinstance(module.base_layer, ParamWrapper):
+                found.append(f"{name}.base_layer")
+    if not found:
+        raise ValueError(
+            f"fuse_adapters: {type(model).__name__} must have experts with adapters of "
+            "target_parameters, got none that moe_ops can run."
+        )
+    return found
+
+
+def unfuse_adapters(model: nn.Module) -> None:
+    """Undoes `fuse_adapters`."""
+    for module in model.modules():
+        if getattr(type(module), "_moe_ops_kind", None) == _KIND:
+            module.__class__ = type(module).__mro__[1]
+            for name in ("_moe_ops_fused", _STACKED):
+                module.__dict__.pop(name, None)
+
+
+_STACKED = "_moe_ops_stacked"
+
+
+def _chain(wrapper: Any) -> list[Any]:
+    """A wrapper and those that it wraps: one for each parameter."""
+    found = []
+    while isinstance(wrapper, ParamWrapper):
+        found.append(wrapper)
+        wrapper = wrapper.base_layer
+    return found
+
+
+def _fits(wrapper: Any) -> bool:
+    experts = wrapper.get_base_layer()
+    return (
+        interface_of(experts) is not None
+        and not getattr(experts, "has_post_expert_norm", False)
+        and wrapper.num_experts > 1
+        and all(each.parameter_name in _PARTS for each in _chain(wrapper))
+        and all(type(p) is nn.Parameter for p in experts.parameters())
+    )
+
+
+def _fused_forward(cls: Any) -> Any:
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
+        call = dict(zip(("hidden_states", "top_k_index", "top_k_weights"), args, strict=False))
+        call |= kwargs
+        names = call.pop("adapter_names", None)
+        experts, chain = self.get_base_layer(), _chain(self)
+        plain = any(each.disable_adapters or each.merged for each in chain)
+        busy = "forward" in experts.__dict__ or experts._forward_hooks or experts._forward_pre_hooks
+        frozen = not any(p.requires_grad for p in experts.parameters())
+        if plain or busy or not frozen or len(call) != 3:
+            result: Tensor = cls.forward(self, *args, **kwargs)
+            return result
+        hidden_states, ids, weights = (
+            call["hidden_states"],
+            call["top_k_index"],
+            call["top_k_weights"],
+        )
+        adapter_ids = None
+        if names is None:
+            active = [name for name in self.active_adapters if name in self.lora_A]
+        else:
+            active, adapter_ids = _ids_of(self, names, hidden_states)
+        if not active:
+            result = experts(**call)
+            return result
+        adapter = _cached(self, chain, active, mixed=names is not None)
+        bank = _bank_of(experts)
+        x = cast_like(hidden_states, bank.gate_up.weight)
+        y = adapted_experts(bank, x, weights, ids, [adapter], adapter_ids=adapter_ids)
+        return y.to(hidden_states.dtype)
+
+    return forward
+
+
+register_kind(_KIND, _fused_forward)
+
+
+def _bank_of(experts: Any) -> FrozenBank:
+    (w_up, w_down), (b_up, b_down) = bank_views(experts), bank_bias(experts)
+    fused = fused_activation(experts)
+    if fused is not None:
+        activation: Any = activation_of_name(**fused)
+    else:
+        activation = experts._apply_gate if getattr(experts, "has_gate", True) else experts.act_fn
+    weights = FrozenWeight(w_up, b_up), FrozenWeight(w_down, b_down)
+    return FrozenBank(w_up.shape[0], *weights, None, activation)
+
+
+def _ids_of(layer: Any, names: list[str], x: Tensor) -> tuple[list[str], Tensor]:
+    """The adapters in a batch with a name for each sequence, and the one of each of the T tokens;
+    -1 for those of "__base__" and of adapters that this layer has not."""
+    tokens = x.numel() // x.shape[-1]
+    if tokens % len(names):
+        raise ValueError(
+            f"adapter_names: there must be one for each sequence, got {len(names)} for {tokens} "
+            "tokens."
+        )
+    active = [name for name in dict.fromkeys(names) if name in layer.lora_A]
+    numbers = [active.index(name) if name in active else -1 for name in names]
+    ids = torch.tensor(numbers, dtype=torch.int32, device=x.device)
+    return active, ids.repeat_interleave(tokens // len(names))
+
+
+def _adapter_of(chain: list[Any], name: str) -> ExpertAdapter:
+    """peft's adapter of a block: lora_A.weight [E * r, in] and lora_B.weight [out, r * E]."""
+    factors: dict[str, tuple[Tensor, Tensor]] = {}
+    for wrapper in chain:
+        if name in wrapper.lora_A:
+            a, b = wrapper.lora_A[name].weight, wrapper.lora_B[name].weight
+            a = a.view(wrapper.num_experts, -1, a.shape[1])
+            b = b.view(b.shape[0], -1, wrapper.num_experts).permute(2, 0, 1).contiguous()
+            if wrapper.scaling[name] != chain[0].scaling[name]:  # The patterns of a LoraConfig.
+                b = b * (wrapper.scaling[name] / chain[0].scaling[name])
+            factors[_PARTS[wrapper.parameter_name]] = a, b
+    none = None, None
+    pairs = (*factors.get("gate_up", none), *factors.get("down", none))
+    return ExpertAdapter(*pairs, chain[0].scaling[name])
+
+
+def _cached(wrapper: Any, chain: list[Any], names: list[str], mixed: bool) -> ExpertAdapter:
+    """The sum of adapters, or of a mixed batch all of them; without gradients it is kept for the
+    next call."""
+
+    def make() -> ExpertAdapter:
+        adapters = [_adapter_of(chain, name) for name in names]
+        return stack_of(adapters) if mixed else sum_of(adapters)
+
+    if torch.is_grad_enabled():
+        return make()
+    parts = [f[n].weight for w in chain for f in (w.lora_A, w.lora_B) for n in names if n in f]
+    scalings = [w.scaling.get(n) for w in chain for n in names]
+    versions = [0 if p.is_inference() else p._version for p in parts]
+    key = mixed, names, scalings, [p.data_ptr() for p in parts], [p.dtype for p in parts], versions
+    kept = wrapper.__dict__.get(_STACKED)
+    if kept is None or kept[0] != key:
+        kept = wrapper.__dict__[_STACKED] = key, make()
+    return kept[1]
 
 
 class _Factors(nn.Module):
@@ -121,17 +312,29 @@ class QuantizedExpertsLora(nn.Module, LoraLayer):
                 found.append(ExpertAdapter(*factors, self.scaling[name]))
         return found
 
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """As `experts_forward`; hidden_states may be [..., H]."""
+    def forward(
+        self,
+        hidden_states: Tensor,
+        top_k_index: Tensor,
+        top_k_weights: Tensor,
+        adapter_names: list[str] | None = None,
+    ) -> Tensor:
+        """As `experts_forward`; hidden_states may be [..., H]. adapter_names is peft's, for a batch
+        of several adapters."""
         experts: Any = self.get_base_layer()
-        adapters = (
-            [] if self.disable_adapters or self.merged else self._adapters(self.active_adapters)
-        )
+        adapters, ids = [], None
+        if not self.disable_adapters and not self.merged:
+            names = self.active_adapters
+            if adapter_names is not None:
+                names, ids = _ids_of(self, adapter_names, hidden_states)
+            adapters = self._adapters(names)
         if not adapters:
             y: Tensor = self.base_layer(hidden_states, top_k_index, top_k_weights)
             return y
+        if ids is not None:
+            adapters = [stack_of(adapters)]
         x = hidden_states.reshape(-1, experts.hidden_size)
-        y = adapted_experts(experts, x, top_k_weights, top_k_index, adapters)
+        y = adapted_experts(experts, x, top_k_weights, top_k_index, adapters, adapter_ids=ids)
         return y.view(hidden_states.shape)
 
     @torch.no_grad()

@@ -8,6 +8,7 @@ from __future__ import annotations
 from . import experts_hook  # noqa: F401  # It registers.
 from .attention import AttentionExperts, AttentionExpertsOutput, KVCache
 from .dense import ExpertNorm, mix_outputs
+from .expert_lora import ExpertLoRA
 from .experts import Experts
 from .fp8 import forget_fp8_weights, fp8_ffn
 from .latent import LatentProjection
@@ -59,6 +60,7 @@ __all__ = [
     "Capacity",
     "CapacityRouter",
     "ExpertChoiceRouter",
+    "ExpertLoRA",
     "ExpertNorm",
     "Experts",
     "GateRouter",

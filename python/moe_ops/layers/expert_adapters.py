@@ -1,40 +1,158 @@
-"""Low-rank adapters on quantised experts: W + scaling * B A for the two weights of each expert.
+"""Low-rank adapters in the products of a frozen bank: W + scaling * B A for each expert.
 
-The steps of moe_ffn one by one, with the adapters' products between them; gradients pass through
-the quantised weights, which are dequantised in cache. A kernel that has the adapters inside the
-grouped products takes the place of `adapted_experts`.
+The rank-r products run on the rows that the products of the bank run on, sorted by expert, so no
+W + B A exists, forward or backward; the bank may be float or quantised.
 
-Letters: T tokens, H hidden size, I intermediate size, E experts, K experts a token, r rank.
+Letters: T tokens, H hidden size, I intermediate size, E experts, K experts a token, N = T * K rows,
+r rank, M adapters.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from moe_ops.ops import (
-    gated_act,
-    grouped_gemm,
-    grouped_gemm_quantized,
-    permute,
-    sort_slots,
-    unpermute,
-)
+from moe_ops.ops import gated_act, grouped_gemm, permute, sort_slots, unpermute
+from moe_ops.ops._checks import accumulate_dtype
 from moe_ops.ops.gated_act import GATED_ACTIVATIONS
 from moe_ops.reference.gated_act import plain_act
 
+_ops = torch.ops.moe_ops
+
 
 class ExpertAdapter(NamedTuple):
-    """The factors of one adapter: a_gate_up [E, r, H] and b_gate_up [E, 2I, r] of w_gate_up,
-    a_down [E, r, I] and b_down [E, H, r] of w_down, all of one type, and their common factor."""
+    """The factors of one adapter and what multiplies their product.
 
-    a_gate_up: Tensor
-    b_gate_up: Tensor
-    a_down: Tensor
-    b_down: Tensor
+    a_gate_up [E, r, H] and b_gate_up [E, 2I, r] of w_gate_up ([E, I, r] without a gate), a_down
+    [E, r, I] and b_down [E, H, r] of w_down. A factor with 1 in place of E is shared by all
+    experts. Both factors of a weight are None where it has no adapter. With M adapters of which
+    each token uses one, factors are [E, M, ...].
+    """
+
+    a_gate_up: Tensor | None
+    b_gate_up: Tensor | None
+    a_down: Tensor | None
+    b_down: Tensor | None
     scaling: float
+
+
+class FrozenWeight(NamedTuple):
+    """One of the two weights of a bank, as `grouped_gemm` or `grouped_gemm_quantized` takes it."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+    scale: Tensor | None = None
+    zero: Tensor | None = None
+
+    def product(self, rows: Tensor, expert_offsets: Tensor, exact: bool) -> Tensor:
+        """[N, out]. exact: quantised weights meet rows that are not rounded, as in training."""
+        bias = None if self.bias is None else self.bias.to(rows.dtype)
+        if self.scale is None:
+            return _ops.grouped_gemm(rows, self.weight.to(rows.dtype), expert_offsets, bias)
+        args = rows, self.weight, self.scale, expert_offsets, bias, self.zero
+        if exact:
+            return _ops.grouped_gemm_quantized_exact(*args, False)
+        return _ops.grouped_gemm_quantized(*args)
+
+    def gradient(self, grad: Tensor, expert_offsets: Tensor) -> Tensor:
+        """The gradient of the rows of `product`."""
+        if self.scale is None:
+            weight = self.weight.to(grad.dtype).transpose(1, 2)
+            return _ops.grouped_gemm(grad, weight, expert_offsets, None)
+        args = grad, self.weight, self.scale, expert_offsets, None, self.zero
+        return _ops.grouped_gemm_quantized_exact(*args, True)
+
+
+class FrozenBank(NamedTuple):
+    """A bank without gradients of its own. x_scale [H] multiplies what meets w_gate_up."""
+
+    num_experts: int
+    gate_up: FrozenWeight
+    down: FrozenWeight
+    x_scale: Tensor | None
+    # The arguments of gated_act, the name of an activation without a gate, or any function.
+    activation: dict[str, Any] | str | Callable[[Tensor], Tensor]
+
+    def activate(self, preact: Tensor) -> Tensor:
+        """[N, 2I] (or [N, I]) to [N, I]."""
+        if isinstance(self.activation, dict):
+            return gated_act(preact, **self.activation)
+        if isinstance(self.activation, str):
+            return plain_act(preact, self.activation)
+        return self.activation(preact)
+
+    def activate_gradient(self, grad_h: Tensor, preact: Tensor) -> Tensor:
+        """The gradient of preact."""
+        if isinstance(self.activation, dict):
+            how = {"interleaved": False, "alpha": 1.702, "limit": 7.0, **self.activation}
+            return _ops.gated_act_bwd(grad_h, preact, **how)
+        with torch.enable_grad():
+            leaf = preact.detach().requires_grad_()
+            return torch.autograd.grad(self.activate(leaf), leaf, grad_h)[0]
+
+
+def activation_of_name(
+    activation: str, interleaved: bool = False, alpha: float = 1.702, limit: float = 7.0
+) -> dict[str, Any] | str:
+    """What `FrozenBank.activation` is for the activation of a bank."""
+    if activation not in GATED_ACTIVATIONS:
+        return activation
+    return {"activation": activation, "interleaved": interleaved, "alpha": alpha, "limit": limit}
+
+
+def frozen_bank(experts: Any) -> FrozenBank:
+    """Of an `Experts` or a `QuantizedExperts`, all of whose weights are here."""
+    weights = []
+    for part in ("gate_up", "down"):
+        stored = [getattr(experts, f"w_{part}_{name}", None) for name in ("scale", "zero")]
+        weights.append(
+            FrozenWeight(getattr(experts, f"w_{part}"), getattr(experts, f"b_{part}"), *stored)
+        )
+    options = (experts.activation, experts.interleaved, experts.alpha, experts.limit)
+    x_scale = getattr(experts, "x_scale", None)
+    return FrozenBank(experts.num_experts, *weights, x_scale, activation_of_name(*options))
+
+
+def sum_of(adapters: Sequence[ExpertAdapter]) -> ExpertAdapter:
+    """One adapter that is the sum of several, by putting their ranks side by side."""
+    if len(adapters) == 1:
+        return adapters[0]
+    factors: list[Tensor | None] = []
+    for part in ("gate_up", "down"):
+        a, b = [], []
+        for adapter in adapters:
+            own_a, own_b = getattr(adapter, f"a_{part}"), getattr(adapter, f"b_{part}")
+            if own_a is not None:
+                a.append(own_a)
+                b.append(own_b * adapter.scaling)
+        factors += [torch.cat(a, -2), torch.cat(b, -1)] if a else [None, None]
+    return ExpertAdapter(*factors, 1.0)
+
+
+def stack_of(adapters: Sequence[ExpertAdapter]) -> ExpertAdapter:
+    """M adapters of the same weights as one of which each token uses one; smaller ranks are filled
+    up with zeros."""
+    factors: list[Tensor | None] = []
+    for part in ("gate_up", "down"):
+        pairs = [(getattr(each, f"a_{part}"), getattr(each, f"b_{part}")) for each in adapters]
+        if all(a is None for a, _ in pairs):
+            factors += [None, None]
+            continue
+        if any(a is None for a, _ in pairs):
+            raise ValueError(f"adapters: all of a batch must adapt w_{part}, got some that do not.")
+        rank = max(a.shape[-2] for a, _ in pairs)
+        a = [F.pad(a, (0, 0, 0, rank - a.shape[-2])) for a, _ in pairs]
+        b = [
+            F.pad(b * each.scaling, (0, rank - b.shape[-1]))
+            for (_, b), each in zip(pairs, adapters, strict=True)
+        ]
+        factors += [torch.stack(a, 1), torch.stack(b, 1)]
+    return ExpertAdapter(*factors, 1.0)
 
 
 def adapted_experts(
@@ -44,50 +162,240 @@ def adapted_experts(
     topk_ids: Tensor,
     adapters: Sequence[ExpertAdapter],
     *,
+    adapter_ids: Tensor | None = None,
     apply_router_weight_on_input: bool = False,
 ) -> Tensor:
-    """`experts(x, topk_weights, topk_ids)` with adapters.
+    """`experts(x, topk_weights, topk_ids)` with adapters; the bank has no gradients.
 
     Args:
-        experts: a `QuantizedExperts`, all of whose weights are here.
-        x: [T, H], float32, bfloat16 or float16.
+        experts: an `Experts`, a `QuantizedExperts` or a `FrozenBank`; all of its weights are here.
+        x: [T, H]; float32, bfloat16 or float16 (float64 beside float weights too).
         topk_weights, topk_ids: [T, K].
-        adapters: are added up. Their products run in their own type.
-        apply_router_weight_on_input: as of `QuantizedExperts`.
+        adapters: are added up. Their products run in the dtype of x, or of autocast.
+        adapter_ids: [T], integer, for factors of M adapters: which of them a token uses; none for
+            ids outside [0, M).
+        apply_router_weight_on_input: as of `Experts`.
 
     Returns:
-        [T, H] in the dtype of x.
+        [T, H] in the dtype of x. Gradients: x, topk_weights and all factors, once differentiable.
+        An expert without tokens gets zeros for its factors.
     """
-    on_input = apply_router_weight_on_input
-    expert_offsets, row_to_slot, slot_to_row = sort_slots(topk_ids, experts.num_experts)
-    rows = permute(x, expert_offsets, row_to_slot)
-    if on_input:
-        weights = topk_weights.flatten()[row_to_slot.long()]
-        rows = (rows * weights[:, None]).to(x.dtype)
+    bank = experts if isinstance(experts, FrozenBank) else frozen_bank(experts)
+    adapter = sum_of(adapters)
+    kind = x.device.type
+    result_dtype = x.dtype
+    if torch.is_autocast_enabled(kind):
+        x = x.to(torch.get_autocast_dtype(kind))
+    factors = [None if f is None else f.to(x.dtype) for f in adapter[:4]]
+    num_adapters = 0
+    if adapter_ids is not None:
+        num_adapters = next(f.shape[1] for f in factors if f is not None)
+        lead = bank.num_experts, num_adapters
+        factors = [
+            None if f is None else f.expand(*lead, *f.shape[2:]).flatten(0, 1) for f in factors
+        ]
+    tensors = (x, topk_weights, *factors)
+    training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    stored = (*bank.gate_up, *bank.down, bank.x_scale)
+    if training and any(t is not None and t.requires_grad for t in stored):
+        raise ValueError(
+            "adapted_experts: the weights and biases of the bank must be frozen, got some that "
+            "require a gradient; call requires_grad_(False) on it."
+        )
+    call = _Call(
+        bank.num_experts,
+        bank.activation,
+        adapter.scaling,
+        num_adapters,
+        apply_router_weight_on_input,
+        training,
+    )
+    with torch.autocast(kind, enabled=False):
+        y: Tensor = _AdaptedExperts.apply(
+            call, x, topk_weights, *factors, topk_ids, adapter_ids, *stored
+        )
+    return y.to(result_dtype)
 
-    def product(name: str, rows: Tensor, scaled: Tensor) -> Tensor:
-        weight, scale, zero = (getattr(experts, name + part) for part in ("", "_scale", "_zero"))
-        bias = getattr(experts, name.replace("w_", "b_"))
-        bias = None if bias is None else bias.to(rows.dtype)
-        y = grouped_gemm_quantized(scaled, weight, scale, expert_offsets, bias=bias, b_zero=zero)
-        for adapter in adapters:
-            part = name.removeprefix("w_")
-            a, b = getattr(adapter, f"a_{part}"), getattr(adapter, f"b_{part}")
-            low = grouped_gemm(rows.to(a.dtype), a, expert_offsets)
-            y = y + (grouped_gemm(low, b, expert_offsets) * adapter.scaling).to(y.dtype)
+
+class _Call(NamedTuple):
+    """What a call has besides tensors."""
+
+    num_experts: int
+    activation: Any
+    scaling: float
+    num_adapters: int
+    on_input: bool
+    training: bool
+
+    def bank_of(self, stored: Sequence[Any]) -> FrozenBank:
+        weights = FrozenWeight(*stored[:4]), FrozenWeight(*stored[4:8])
+        return FrozenBank(self.num_experts, *weights, stored[8], self.activation)
+
+
+class _Rows(NamedTuple):
+    """Where rows lie. groups are the rows that have one pair of factors."""
+
+    expert_offsets: Tensor  # [E + 1]
+    groups: Tensor  # [E + 1], or [E * M + 1]
+    row_to_slot: Tensor  # [N]
+    slot_to_row: Tensor  # [T, K]
+    plain: Tensor | None  # [N, 1], rows without an adapter
+
+    def of(self, factor: Tensor) -> Tensor:
+        """The offsets of the rows for each matrix of a factor."""
+        if factor.shape[0] == self.groups.shape[0] - 1:
+            return self.groups
+        return self.groups[:: self.groups.shape[0] - 1].contiguous()  # One for all rows.
+
+    def low(self, rows: Tensor, factor: Tensor, scaling: float) -> Tensor:
+        """The rank-r side of an adapter, [N, r]."""
+        found = grouped_gemm(rows, factor, self.of(factor)) * scaling
+        return found if self.plain is None else found.masked_fill_(self.plain, 0.0)
+
+    def wgrad(self, grad: Tensor, rows: Tensor, factor: Tensor) -> Tensor:
+        """The gradient of a factor."""
+        return _ops.grouped_gemm_wgrad(grad, rows, self.of(factor))
+
+
+def _sort(
+    topk_ids: Tensor, adapter_ids: Tensor | None, num_experts: int, num_adapters: int
+) -> _Rows:
+    if adapter_ids is None:
+        offsets, row_to_slot, slot_to_row = sort_slots(topk_ids, num_experts)
+        return _Rows(offsets, offsets, row_to_slot, slot_to_row, None)
+    own = (adapter_ids >= 0) & (adapter_ids < num_adapters)
+    valid = (topk_ids >= 0) & (topk_ids < num_experts)
+    ids = topk_ids.long() * num_adapters + torch.where(own, adapter_ids, 0)[:, None]
+    groups, row_to_slot, slot_to_row = sort_slots(
+        torch.where(valid, ids, -1), num_experts * num_adapters
+    )
+    plain = ~own[row_to_slot.long() // topk_ids.shape[1], None]
+    return _Rows(groups[::num_adapters].contiguous(), groups, row_to_slot, slot_to_row, plain)
+
+
+def _row_weights(topk_weights: Tensor, rows: _Rows, dtype: torch.dtype) -> Tensor:
+    """[N, 1] in fp32 (fp64 for rows of fp64); 0 for slots without an expert, whatever their weight
+    holds."""
+    weights = topk_weights.flatten()[rows.row_to_slot.long()].to(accumulate_dtype(dtype))
+    count = torch.arange(len(weights), device=weights.device)
+    return weights.masked_fill(count >= rows.expert_offsets[-1], 0.0)[:, None]
+
+
+class _AdaptedExperts(torch.autograd.Function):
+    """Keeps x, the pre-activation and the rank-r side of w_gate_up for backward; what else it
+    needs there is cheap to make again."""
+
+    @staticmethod
+    def forward(ctx: Any, call: _Call, *tensors: Any) -> Tensor:
+        x, topk_weights, a_gate_up, b_gate_up, a_down, b_down, topk_ids, adapter_ids = tensors[:8]
+        bank = call.bank_of(tensors[8:])
+        rows = _sort(topk_ids, adapter_ids, bank.num_experts, call.num_adapters)
+        offsets = rows.expert_offsets
+        inputs = permute(x, offsets, rows.row_to_slot)
+        if call.on_input:
+            inputs = (inputs * _row_weights(topk_weights, rows, x.dtype)).to(x.dtype)
+        low = None
+        scaled = inputs if bank.x_scale is None else (inputs * bank.x_scale).to(x.dtype)
+        preact = bank.gate_up.product(scaled, offsets, call.training)
+        if a_gate_up is not None:
+            low = rows.low(inputs, a_gate_up, call.scaling)
+            preact += grouped_gemm(low, b_gate_up, rows.of(b_gate_up))
+        del inputs, scaled
+        h = bank.activate(preact)
+        out = bank.down.product(h, offsets, call.training)
+        if a_down is not None:
+            out += grouped_gemm(rows.low(h, a_down, call.scaling), b_down, rows.of(b_down))
+        y = unpermute(out, offsets, rows.slot_to_row, None if call.on_input else topk_weights)
+        if call.training:
+            ctx.call = call
+            ctx.num_tensors = len(tensors)
+            factors = a_gate_up, b_gate_up, a_down, b_down
+            ctx.save_for_backward(x, topk_weights, *factors, low, preact, *rows, *tensors[8:])
         return y
 
-    scaled = rows if experts.x_scale is None else (rows * experts.x_scale).to(rows.dtype)
-    preact = product("w_gate_up", rows, scaled)
-    if experts.activation in GATED_ACTIVATIONS:
-        h = gated_act(
-            preact,
-            experts.activation,
-            interleaved=experts.interleaved,
-            alpha=experts.alpha,
-            limit=experts.limit,
-        )
-    else:
-        h = plain_act(preact, experts.activation)
-    out = product("w_down", h, h)
-    return unpermute(out, expert_offsets, slot_to_row, None if on_input else topk_weights)
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
+        with torch.autocast(grad_y.device.type, enabled=False):
+            return _backward(ctx, grad_y)
+
+
+def _backward(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
+    call: _Call = ctx.call
+    x, topk_weights, a_gate_up, b_gate_up, a_down, b_down, low, preact = ctx.saved_tensors[:8]
+    rows, bank = _Rows(*ctx.saved_tensors[8:13]), call.bank_of(ctx.saved_tensors[13:])
+    offsets = rows.expert_offsets
+    need_x, need_weights, need_a_up, need_b_up, need_a_down, need_b_down = ctx.needs_input_grad[1:7]
+    grads: list[Tensor | None] = [None] * 6
+    weights = _row_weights(topk_weights, rows, x.dtype)
+    dtype = x.dtype
+
+    # The weight of a row multiplies what its expert gives, so the gradient passes w_down without
+    # it, and its product with h is the gradient of the weight.
+    grad = permute(grad_y, offsets, rows.row_to_slot)
+    h = bank.activate(preact)
+    grad_h = bank.down.gradient(grad, offsets)
+    own = None if call.on_input else weights
+    if a_down is not None:
+        low_grad = rows.low(grad, b_down.transpose(1, 2), call.scaling)
+        grad_h += grouped_gemm(low_grad, a_down.transpose(1, 2), rows.of(a_down))
+        if need_a_down:
+            grads[4] = rows.wgrad(_times(low_grad, own), h, a_down)
+        if need_b_down:
+            low_h = _times(rows.low(h, a_down, call.scaling), own)
+            grads[5] = rows.wgrad(grad, low_h, b_down)
+    grad_weights = None
+    if need_weights and not call.on_input:
+        grad_weights = _row_dot(grad_h, h)
+        if bank.down.bias is not None:
+            grad_weights += _row_dot(grad, _of_rows(bank.down.bias, offsets, len(grad)))
+    del grad, h
+    grad_h = _times(grad_h, own)
+
+    grad = bank.activate_gradient(grad_h, preact)
+    del grad_h, preact
+    need_inputs = need_x or (need_weights and call.on_input)
+    grad_inputs = None
+    if need_inputs:
+        grad_inputs = bank.gate_up.gradient(grad, offsets)
+        if bank.x_scale is not None:
+            grad_inputs = (grad_inputs * bank.x_scale).to(dtype)
+    if a_gate_up is not None:
+        low_grad = rows.low(grad, b_gate_up.transpose(1, 2), call.scaling)
+        if need_b_up:
+            grads[3] = rows.wgrad(grad, low, b_gate_up)
+        if grad_inputs is not None:
+            grad_inputs += grouped_gemm(low_grad, a_gate_up.transpose(1, 2), rows.of(a_gate_up))
+        if need_a_up:
+            inputs = permute(x, offsets, rows.row_to_slot)
+            low_grad = _times(low_grad, weights if call.on_input else None)
+            grads[2] = rows.wgrad(low_grad, inputs, a_gate_up)
+    del grad
+    if grad_inputs is not None:
+        if need_weights and call.on_input:
+            grad_weights = _row_dot(grad_inputs, permute(x, offsets, rows.row_to_slot))
+        if need_x:
+            grad_inputs = _times(grad_inputs, weights if call.on_input else None)
+            grads[0] = _ops.permute_bwd(
+                grad_inputs, offsets, rows.row_to_slot, x.shape[0], topk_weights.shape[1]
+            )
+    if grad_weights is not None:
+        grads[1] = grad_weights[rows.slot_to_row.long()].to(topk_weights.dtype)
+    return None, *grads, *(None,) * (ctx.num_tensors - 6)
+
+
+def _times(rows: Tensor, weights: Tensor | None) -> Tensor:
+    return rows if weights is None else (rows * weights).to(rows.dtype)
+
+
+def _row_dot(a: Tensor, b: Tensor) -> Tensor:
+    """[N] in fp32 (fp64 for fp64)."""
+    wide = accumulate_dtype(a.dtype)
+    return torch.linalg.vecdot(a.to(wide), b.to(wide))
+
+
+def _of_rows(values: Tensor, expert_offsets: Tensor, num_rows: int) -> Tensor:
+    """[N, O] from the values [E, O] of experts; of the last expert for rows without one."""
+    row = torch.arange(num_rows, device=values.device, dtype=expert_offsets.dtype)
+    expert = torch.bucketize(row, expert_offsets[1:].contiguous(), right=True)
+    return values[expert.clamp_(max=values.shape[0] - 1)]

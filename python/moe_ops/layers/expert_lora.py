@@ -1,0 +1,213 @@
+"""A frozen bank of experts with low-rank adapters that are trained.
+
+Letters: T tokens, H hidden size, I intermediate size, E experts, K experts a token, r rank,
+M adapters.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Collection, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moe_ops.ops._checks import check_index, check_positive
+
+from .expert_adapters import ExpertAdapter, adapted_experts
+from .experts import Experts
+from .quantized import QuantizedExperts
+
+FACTORS = ("a_gate_up", "b_gate_up", "a_down", "b_down")
+
+
+class ExpertLoRA(nn.Module):
+    """LoRA on every expert of a bank: W + alpha / r * B A, float or quantised W.
+
+        layer.experts = ExpertLoRA(layer.experts, rank=16)
+
+    The bank is frozen and called no more: its products and those of rank r run side by side on rows
+    sorted by expert, forward and backward, and no W + B A is made. Of the rows, backward keeps the
+    pre-activation.
+
+    Parameters: a_gate_up [E, r, H], b_gate_up [E, 2I, r] ([E, I, r] without a gate), a_down
+    [E, r, I], b_down [E, H, r]; 1 instead of E for a factor that is shared by all experts; with
+    num_adapters, M as a second dimension.
+
+    Args:
+        experts: an `Experts` (O = H, no precision "fp8") or a `QuantizedExperts`, all of whose
+            experts are in this process. Its requires_grad is set to False.
+        rank: r, at least 1.
+        alpha: B A is multiplied by alpha / r; None is r.
+        shared: the names of factors that all experts share, any of `FACTORS`.
+        num_adapters: M adapters, of which each token uses one, for serving; None is one adapter.
+        device, dtype: of the parameters; None is where the bank lies, and float32. Products run in
+            the dtype of x.
+
+    Initialisation: A uniform in +-1/sqrt(fan_in), B zeros, so that a new layer is the bank.
+
+    Raises:
+        ValueError: another bank, a size below 1, a name that is no factor.
+
+    Source: Hu et al. 2021, LoRA (arXiv 2106.09685); Dettmers et al. 2023, QLoRA (arXiv 2305.14314).
+    """
+
+    def __init__(
+        self,
+        experts: nn.Module,
+        rank: int,
+        *,
+        alpha: float | None = None,
+        shared: Collection[str] = (),
+        num_adapters: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        bank: Any = experts
+        _check_bank(bank)
+        check_positive("ExpertLoRA", rank=rank)
+        if num_adapters is not None:
+            check_positive("ExpertLoRA", num_adapters=num_adapters)
+        unknown = [name for name in shared if name not in FACTORS]
+        if unknown:
+            raise ValueError(f"ExpertLoRA: shared must be of {FACTORS}, got {unknown[0]!r}.")
+        self.experts = bank.requires_grad_(False)
+        self.num_experts: int = bank.num_experts
+        self.hidden_size: int = bank.hidden_size
+        self.rank = rank
+        self.alpha = float(rank if alpha is None else alpha)
+        self.num_adapters = num_adapters
+        self._adapter_ids: Tensor | None = None
+        width = bank.w_gate_up.shape[1]
+        sizes = (rank, bank.hidden_size), (width, rank), (rank, bank.intermediate_size)
+        for name, size in zip(FACTORS, (*sizes, (bank.hidden_size, rank)), strict=True):
+            lead = (1 if name in shared else self.num_experts,)
+            lead = lead if num_adapters is None else (*lead, num_adapters)
+            where = bank.w_down.device if device is None else device
+            empty = torch.empty(*lead, *size, device=where, dtype=dtype or torch.float32)
+            setattr(self, name, nn.Parameter(empty))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws the initial values described above."""
+        for name in FACTORS:
+            factor = getattr(self, name)
+            if name.startswith("a_"):
+                bound = factor.shape[-1] ** -0.5
+                nn.init.uniform_(factor, -bound, bound)
+            else:
+                nn.init.zeros_(factor)
+
+    @property
+    def scaling(self) -> float:
+        """alpha / r."""
+        return self.alpha / self.rank
+
+    def forward(
+        self,
+        x: Tensor,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        *,
+        adapter_ids: Tensor | None = None,
+        apply_router_weight_on_input: bool = False,
+        overlap: Callable[[], object] | None = None,
+    ) -> Tensor:
+        """y[t] = sum_k topk_weights[t, k] * expert topk_ids[t, k] of x[t], with adapters.
+
+        Args:
+            x, topk_weights, topk_ids, apply_router_weight_on_input, overlap: as of
+                `Experts.forward`.
+            adapter_ids: [T], integer, with num_adapters: which adapter a token uses, none for ids
+                outside [0, M). None: those of `use`.
+
+        Returns:
+            y: [T, H] in the dtype of x. x, topk_weights and the factors have gradients, and no
+            second derivatives.
+
+        Raises:
+            ValueError: adapter_ids without num_adapters, none with it, or of another length.
+        """
+        adapter_ids = self._adapter_ids if adapter_ids is None else adapter_ids
+        if (adapter_ids is None) != (self.num_adapters is None):
+            wanted = "None" if self.num_adapters is None else "[T]"
+            got = "None" if adapter_ids is None else f"shape {list(adapter_ids.shape)}"
+            raise ValueError(
+                f"ExpertLoRA: adapter_ids must be {wanted} with num_adapters = "
+                f"{self.num_adapters}, got {got}."
+            )
+        if adapter_ids is not None:
+            check_index("ExpertLoRA", "adapter_ids", adapter_ids, "[T]", T=x.shape[0])
+        if overlap is not None:
+            overlap()
+        factors = (getattr(self, name) for name in FACTORS)
+        return adapted_experts(
+            self.experts,
+            x,
+            topk_weights,
+            topk_ids,
+            [ExpertAdapter(*factors, self.scaling)],
+            adapter_ids=adapter_ids,
+            apply_router_weight_on_input=apply_router_weight_on_input,
+        )
+
+    @contextlib.contextmanager
+    def use(self, adapter_ids: Tensor) -> Iterator[None]:
+        """Gives `adapter_ids` [T] to the calls inside the context, as those of a layer or model."""
+        before, self._adapter_ids = self._adapter_ids, adapter_ids
+        try:
+            yield
+        finally:
+            self._adapter_ids = before
+
+    @torch.no_grad()
+    def merged(self, adapter: int = 0) -> Experts:
+        """A float bank with W + alpha / r * B A, of one adapter; trainable as the bank's were not.
+
+        Its dtype is that of a float bank, torch's default for a quantised one. x_scale of a
+        quantised bank is in the weights.
+        """
+        if isinstance(self.experts, QuantizedExperts):
+            bank = self.experts.dequantize()
+        else:
+            bank = self.experts.select(range(self.num_experts)).requires_grad_(True)
+        for part in ("gate_up", "down"):
+            a, b = (getattr(self, f"{side}_{part}") for side in "ab")
+            if self.num_adapters is not None:
+                a, b = a[:, adapter], b[:, adapter]
+            weight = getattr(bank, f"w_{part}")
+            for e in range(self.num_experts):
+                own_a, own_b = (t[min(e, t.shape[0] - 1)].float() for t in (a, b))
+                weight[e] += (own_b @ own_a * self.scaling).to(weight.dtype)
+        return bank
+
+    def prepack(self) -> int:
+        """Returns 0: the products of training read weights as they lie."""
+        return 0
+
+    def unpack(self) -> int:
+        """Nothing to drop; returns 0."""
+        return 0
+
+    def extra_repr(self) -> str:
+        return f"rank={self.rank}, alpha={self.alpha:g}, num_adapters={self.num_adapters}"
+
+
+def _check_bank(bank: Any) -> None:
+    if not isinstance(bank, Experts | QuantizedExperts):
+        raise ValueError(
+            "ExpertLoRA: experts must be a moe_ops.layers.Experts or QuantizedExperts, got "
+            f"{type(bank).__name__}."
+        )
+    size = getattr(bank, "output_size", bank.hidden_size)
+    if size != bank.hidden_size:
+        raise ValueError(
+            f"ExpertLoRA: experts must have output_size = {bank.hidden_size} like their input, got "
+            f"{size}."
+        )
+    if getattr(bank, "precision", None) is not None:
+        raise ValueError(f"ExpertLoRA: experts must have no precision, got {bank.precision!r}.")
+    if bank.dispatcher is not None or bank.sharding is not None:
+        raise ValueError("ExpertLoRA: experts must all be in this process, got a sharded bank.")

@@ -1,0 +1,152 @@
+"""ExpertLoRA against the reference of moe_ffn on weights with the adapter added."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import moe_ops
+from moe_ops import reference
+from moe_ops.layers import Experts, ExpertLoRA, MoE, Router
+from moe_ops.layers.expert_lora import FACTORS
+
+E, H, I, K, T, R, M = 5, 16, 12, 2, 11, 3, 3
+PLAIN = {"activation": "swiglu"}
+OAI = {"activation": "swiglu_oai", "interleaved": True, "bias": True, "alpha": 1.5, "limit": 0.5}
+RELU2 = {"activation": "relu2", "bias": True}
+
+
+def make(options=PLAIN, dtype=torch.float64, sizes=(E, H, I), **how):
+    torch.manual_seed(0)
+    experts = Experts(*sizes, dtype=dtype, **options)
+    for b in (experts.b_gate_up, experts.b_down):
+        if b is not None:
+            torch.nn.init.normal_(b)
+    layer = ExpertLoRA(experts, R, alpha=2 * R, dtype=dtype, **how)
+    with torch.no_grad():
+        for name in FACTORS:
+            getattr(layer, name).normal_(0, 0.5)
+    return layer
+
+
+def call(dtype=torch.float64, hidden=H):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(T, hidden, generator=generator, dtype=dtype, requires_grad=True)
+    weights = torch.rand(T, K, generator=generator, dtype=torch.float64).requires_grad_()
+    ids = torch.randint(-1, E - 1, (T, K), generator=generator)  # One expert is idle.
+    return x, weights, ids
+
+
+def expected(layer, x, weights, ids, on_input=False, adapter=None):
+    """Differentiable: W + scaling * B A and the reference of moe_ffn."""
+    bank = layer.experts
+    if not isinstance(bank, Experts):
+        bank = bank.dequantize(x.dtype)
+    full = []
+    for part in ("gate_up", "down"):
+        a, b = (getattr(layer, f"{side}_{part}") for side in "ab")
+        if adapter is not None:
+            a, b = a[:, adapter], b[:, adapter]
+        full.append(getattr(bank, f"w_{part}").detach() + layer.scaling * (b @ a))
+    names = ("activation", "interleaved", "alpha", "limit", "b_gate_up", "b_down")
+    how = {name: getattr(bank, name) for name in names}
+    how["apply_router_weight_on_input"] = on_input
+    return reference.moe_ffn(x, *full, weights, ids, **how)
+
+
+def gradients(y, layer, *inputs):
+    wanted = [*inputs, *(getattr(layer, name) for name in FACTORS)]
+    grad = torch.sin(torch.arange(y.numel(), dtype=torch.float64)).view(y.shape).to(y.dtype)
+    return y, *torch.autograd.grad(y, wanted, grad)
+
+
+def compare(got, wanted, rtol=1e-9):
+    for one, other in zip(got, wanted, strict=True):
+        assert one.dtype == other.dtype
+        assert (one - other).norm() <= rtol * other.norm()
+
+
+@pytest.mark.parametrize("on_input", [False, True])
+@pytest.mark.parametrize("options", [PLAIN, OAI, RELU2], ids=lambda o: o["activation"])
+def test_value_and_gradients(options, on_input):
+    layer, (x, weights, ids) = make(options), call()
+    y = layer(x, weights, ids, apply_router_weight_on_input=on_input)
+    wanted = expected(layer, x, weights, ids, on_input)
+    compare(gradients(y, layer, x, weights), gradients(wanted, layer, x, weights))
+
+
+@pytest.mark.parametrize("shared", [("a_gate_up", "b_down"), FACTORS])
+def test_shared_factors(shared):
+    layer, args = make(shared=shared), call()
+    assert layer.a_gate_up.shape == (1, R, H)
+    wanted = gradients(expected(layer, *args), layer, *args[:2])
+    compare(gradients(layer(*args), layer, *args[:2]), wanted)
+
+
+@pytest.mark.parametrize("shared", [(), ("a_down",)])
+def test_an_adapter_a_token(shared):
+    layer, (x, weights, ids) = make(num_adapters=M, shared=shared), call()
+    chosen = torch.arange(T, dtype=torch.int32) % (M + 1) - 1  # -1: none.
+    y = layer(x, weights, ids, adapter_ids=chosen)
+    wanted = torch.zeros_like(y)
+    for adapter in range(M):
+        part = expected(layer, x, weights, ids, adapter=adapter)
+        wanted = torch.where((chosen == adapter)[:, None], part, wanted)
+    bare = moe_ops.moe_ffn(x, layer.experts.w_gate_up, layer.experts.w_down, weights, ids)
+    wanted = torch.where((chosen < 0)[:, None], bare, wanted)
+    compare(gradients(y, layer, x, weights), gradients(wanted, layer, x, weights))
+    with layer.use(chosen):
+        assert torch.equal(layer(x, weights, ids), y)
+    merged = layer.merged(adapter=1)
+    mine = chosen == 1
+    compare([merged(x, weights, ids)[mine]], [y[mine]], 1e-6)
+
+
+@pytest.mark.parametrize("format", ["int8", "int4"])
+def test_quantised_banks(format):
+    layer = make(dtype=torch.float32, sizes=(E, 64, 64))
+    moe_ops.quantize_experts(layer, format, group_size=32 if format == "int4" else None)
+    args = call(torch.float32, 64)
+    wanted = gradients(expected(layer, *args), layer, *args[:2])
+    compare(gradients(layer(*args), layer, *args[:2]), wanted, 1e-5)
+    with torch.no_grad():
+        compare([layer(*args)], wanted[:1], 0.03)  # Rows are rounded where no gradient is wanted.
+        compare([layer.merged()(*args)], wanted[:1], 1e-5)
+
+
+def test_narrow_types_and_autocast():
+    layer, (x, weights, ids) = make(dtype=torch.float32), call(torch.float32)
+    wanted = gradients(expected(layer, x, weights, ids), layer, x, weights)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x, weights, ids)
+    compare(gradients(y, layer, x, weights), wanted, 0.03)
+    layer.experts.to(torch.bfloat16)
+    got = gradients(layer(x.bfloat16(), weights, ids).float(), layer, x, weights)
+    compare(got, wanted, 0.03)
+
+
+def test_in_a_layer():
+    layer = MoE(Router(H, E, K), Experts(E, H, I))
+    x = torch.randn(2, 3, H)
+    before = layer(x)
+    layer.experts = ExpertLoRA(layer.experts, R)
+    torch.testing.assert_close(layer(x), before)  # B is zero.
+    layer(x).square().sum().backward()
+    assert layer.experts.b_down.grad.any()
+    assert layer.experts.experts.w_down.grad is None
+    assert layer(x[:0]).shape == (0, 3, H)
+
+
+def test_what_is_refused():
+    layer, (x, weights, ids) = make(), call()
+    with pytest.raises(ValueError, match="must be frozen"):
+        layer.experts.requires_grad_(True)
+        layer(x, weights, ids)
+    with pytest.raises(ValueError, match="adapter_ids must be None"):
+        layer(x, weights, ids, adapter_ids=ids[:, 0])
+    with pytest.raises(ValueError, match="rank must be at least 1"):
+        ExpertLoRA(layer.experts, 0)
+    with pytest.raises(ValueError, match="got 'w_down'"):
+        ExpertLoRA(layer.experts, 1, shared=["w_down"])
+    with pytest.raises(ValueError, match="no precision"):
+        ExpertLoRA(Experts(E, H, I, precision="fp8"), 1)
