@@ -301,7 +301,7 @@ def test_prepack_skips_with_a_word():
     ("kwargs", "message"),
     [
         ({"format": "int2"}, r"format must be one of int8, int4, mxfp4, .*, got 'int2'"),
-        ({"format": "mxfp4", "group_size": 32}, r"group_size and zero_points must not be given"),
+        ({"format": "mxfp4", "group_size": 32}, r"group_size and scale_dtype must not be given"),
         ({"format": "int8", "group_size": 64}, r"group_size must be None for int8.* got 64"),
         ({"group_size": 48}, r"group_size must be 32, 64 or 128, got 48"),
         ({"hidden_size": 96}, r"features of w_gate_up must be a multiple.* got 96; .*size 32"),

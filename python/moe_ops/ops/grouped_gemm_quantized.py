@@ -129,7 +129,7 @@ register_autocast(f"{_OP}_exact", ["a", "bias"])
 _CHUNK_BYTES = 1 << 27
 
 
-@register_cuda_formula(f"{_OP}_exact")
+@register_cuda_formula("grouped_gemm_quantized_exact")
 def _(
     a: Tensor,
     b: Tensor,
@@ -160,6 +160,6 @@ def _(
     return out
 
 
-@register_cuda_formula(_OP)
+@register_cuda_formula("grouped_gemm_quantized")
 def _(*args: Any) -> Tensor:
     return torch.ops.moe_ops.grouped_gemm_quantized_exact(*args)

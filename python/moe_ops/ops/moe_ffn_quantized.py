@@ -338,7 +338,7 @@ def _bias(bias: Tensor | None, part: slice) -> Tensor | None:
     return None if bias is None else bias[part]
 
 
-@register_cuda_formula(f"{_OP}_fwd")
+@register_cuda_formula("moe_ffn_quantized_fwd")
 def _(*args: Any) -> tuple[Tensor, ...]:
     x, *weights, topk_weights, topk_ids, x_scale, b_gate_up, b_down = args[:10]
     options, up_zero, down_zero = args[10:15], args[15], args[16]
@@ -356,7 +356,7 @@ def _(*args: Any) -> tuple[Tensor, ...]:
     return y.to(x.dtype), preact, *routing
 
 
-@register_cuda_formula(f"{_OP}_bwd")
+@register_cuda_formula("moe_ffn_quantized_bwd")
 def _(grad_y: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     x, *weights, topk_weights, _preact, _, row_to_slot, slot_to_row = args[:10]
     b_gate_up, b_down, *options, up_zero, down_zero, need_x, need_topk_weights = args[10:]

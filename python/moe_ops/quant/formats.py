@@ -204,6 +204,12 @@ def bank_formats(
     if format in FORMATS and plain:
         how = WeightFormat(format, check_format(owner, format, group_size) or None)
         return dict.fromkeys(WEIGHTS, how)
+    names = {format, down_format or format}
+    if not names & set(FORMATS) and (group_size is not None or scale_dtype != "float32"):
+        raise ValueError(
+            f"{owner}: group_size and scale_dtype must not be given for {format}, got {group_size} "
+            f"and {scale_dtype}."
+        )
     result = {}
     for weight, name in zip(WEIGHTS, (format, down_format or format), strict=True):
         integers = name in FORMATS
