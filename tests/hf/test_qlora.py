@@ -34,6 +34,22 @@ def train(model, ids, steps=STEPS):
     return float(model(ids, labels=ids).loss)
 
 
+@torch.no_grad()
+def same_start(quantised, with_floats):
+    """Gives both the same factors: peft draws those of experts in another order than moe_ops."""
+    floats = {n: p for n, p in with_floats.named_parameters() if "lora_" in n}
+    for name, parameter in quantised.named_parameters():
+        if "experts" not in name and name in floats:
+            parameter.copy_(floats[name])
+    wrappers = [m for m in with_floats.modules() if isinstance(m, lora.ParamWrapper)]
+    layers = [m for m in quantised.modules() if isinstance(m, lora.QuantizedExpertsLora)]
+    banks = list(dict.fromkeys(m.get_base_layer() for m in wrappers))
+    for wrapper in wrappers:
+        layer = layers[banks.index(wrapper.get_base_layer())]
+        factor = getattr(layer.lora_A.default, wrapper.parameter_name.removesuffix("_proj"))
+        factor.copy_(wrapper.lora_A.default.weight.view_as(factor))
+
+
 @pytest.fixture(scope="module")
 def trained():
     """A model, its quantised form with trained adapters, and the losses of both ways."""
@@ -50,6 +66,7 @@ def trained():
     float_config = config_for([])
     float_config.target_parameters = targets
     with_floats = peft.get_peft_model(model, float_config)
+    same_start(quantised, with_floats)
     before = float(quantised(ids, labels=ids).loss)
     losses = train(quantised, ids), train(with_floats, ids)
     return ids, base, quantised, before, losses

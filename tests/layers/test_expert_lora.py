@@ -7,7 +7,7 @@ import torch
 
 import moe_ops
 from moe_ops import reference
-from moe_ops.layers import Experts, ExpertLoRA, MoE, Router
+from moe_ops.layers import ExpertLoRA, Experts, MoE, Router
 from moe_ops.layers.expert_lora import FACTORS
 
 E, H, I, K, T, R, M = 5, 16, 12, 2, 11, 3, 3

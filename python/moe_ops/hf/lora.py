@@ -1,6 +1,6 @@
 """LoRA of the package peft on experts.
 
-Float experts, which peft adapts by `LoraConfig(target_parameters=["mlp.experts.gate_up_proj", ...])`:
+Float experts, which peft adapts by `target_parameters=["mlp.experts.gate_up_proj", ...]`:
 
     model = get_peft_model(model, config)  # or PeftModel.from_pretrained
     moe_ops.hf.lora.fuse_adapters(model)
