@@ -196,7 +196,7 @@ def _ids_of(layer: Any, names: list[str], x: Tensor) -> tuple[list[str], Tensor]
 
 def _adapter_of(chain: list[Any], name: str) -> ExpertAdapter:
     """peft's adapter of a block: lora_A.weight [E * r, in] and lora_B.weight [out, r * E]."""
-    factors: dict[str, tuple[Tensor, Tensor]] = {}
+    factors: dict[str, Any] = {}
     for wrapper in chain:
         if name in wrapper.lora_A:
             a, b = wrapper.lora_A[name].weight, wrapper.lora_B[name].weight
@@ -206,8 +206,8 @@ def _adapter_of(chain: list[Any], name: str) -> ExpertAdapter:
                 b = b * (wrapper.scaling[name] / chain[0].scaling[name])
             factors[_PARTS[wrapper.parameter_name]] = a, b
     none = None, None
-    pairs = (*factors.get("gate_up", none), *factors.get("down", none))
-    return ExpertAdapter(*pairs, chain[0].scaling[name])
+    gate_up, down = factors.get("gate_up", none), factors.get("down", none)
+    return ExpertAdapter(gate_up[0], gate_up[1], down[0], down[1], chain[0].scaling[name])
 
 
 def _cached(wrapper: Any, chain: list[Any], names: list[str], mixed: bool) -> ExpertAdapter:
@@ -245,6 +245,22 @@ class QuantizedExpertsLora(nn.Module, LoraLayer):
     Parameters, an adapter at a time: lora_A gate_up [E, r, H] and down [E, r, I], uniform as
     peft's; lora_B gate_up [E, 2I, r] and down [E, H, r], zeros.
     """
+
+    # Of LoraLayer: dictionaries by the name of an adapter, and what peft keeps of them.
+    r: Any
+    lora_alpha: Any
+    lora_dropout: Any
+    lora_A: Any
+    lora_B: Any
+    scaling: Any
+    use_rslora: Any
+    use_dora: Any
+    lora_bias: Any
+    base_layer: Any
+    active_adapters: Any
+    merged_adapters: Any
+    set_adapter: Any
+    get_base_layer: Any
 
     def __init__(
         self,
@@ -309,7 +325,7 @@ class QuantizedExpertsLora(nn.Module, LoraLayer):
                 a: Any = self.lora_A[name]
                 b: Any = self.lora_B[name]
                 factors = (a.gate_up, b.gate_up, a.down, b.down)
-                found.append(ExpertAdapter(*factors, self.scaling[name]))
+                found.append(ExpertAdapter(*factors, scaling=self.scaling[name]))
         return found
 
     def forward(

@@ -107,22 +107,26 @@ def activation_of_name(
 
 def frozen_bank(experts: Any) -> FrozenBank:
     """Of an `Experts` or a `QuantizedExperts`, all of whose weights are here."""
-    weights = []
-    for part in ("gate_up", "down"):
+
+    def weight(part: str) -> FrozenWeight:
         stored = [getattr(experts, f"w_{part}_{name}", None) for name in ("scale", "zero")]
-        weights.append(
-            FrozenWeight(getattr(experts, f"w_{part}"), getattr(experts, f"b_{part}"), *stored)
-        )
+        return FrozenWeight(getattr(experts, f"w_{part}"), getattr(experts, f"b_{part}"), *stored)
+
     options = (experts.activation, experts.interleaved, experts.alpha, experts.limit)
-    x_scale = getattr(experts, "x_scale", None)
-    return FrozenBank(experts.num_experts, *weights, x_scale, activation_of_name(*options))
+    return FrozenBank(
+        experts.num_experts,
+        weight("gate_up"),
+        weight("down"),
+        getattr(experts, "x_scale", None),
+        activation_of_name(*options),
+    )
 
 
 def sum_of(adapters: Sequence[ExpertAdapter]) -> ExpertAdapter:
     """One adapter that is the sum of several, by putting their ranks side by side."""
     if len(adapters) == 1:
         return adapters[0]
-    factors: list[Tensor | None] = []
+    factors: dict[str, Any] = dict.fromkeys(ExpertAdapter._fields[:4])
     for part in ("gate_up", "down"):
         a, b = [], []
         for adapter in adapters:
@@ -130,18 +134,18 @@ def sum_of(adapters: Sequence[ExpertAdapter]) -> ExpertAdapter:
             if own_a is not None:
                 a.append(own_a)
                 b.append(own_b * adapter.scaling)
-        factors += [torch.cat(a, -2), torch.cat(b, -1)] if a else [None, None]
-    return ExpertAdapter(*factors, 1.0)
+        if a:
+            factors[f"a_{part}"], factors[f"b_{part}"] = torch.cat(a, -2), torch.cat(b, -1)
+    return ExpertAdapter(**factors, scaling=1.0)
 
 
 def stack_of(adapters: Sequence[ExpertAdapter]) -> ExpertAdapter:
     """M adapters of the same weights as one of which each token uses one; smaller ranks are filled
     up with zeros."""
-    factors: list[Tensor | None] = []
+    factors: dict[str, Any] = dict.fromkeys(ExpertAdapter._fields[:4])
     for part in ("gate_up", "down"):
         pairs = [(getattr(each, f"a_{part}"), getattr(each, f"b_{part}")) for each in adapters]
         if all(a is None for a, _ in pairs):
-            factors += [None, None]
             continue
         if any(a is None for a, _ in pairs):
             raise ValueError(f"adapters: all of a batch must adapt w_{part}, got some that do not.")
@@ -151,8 +155,8 @@ def stack_of(adapters: Sequence[ExpertAdapter]) -> ExpertAdapter:
             F.pad(b * each.scaling, (0, rank - b.shape[-1]))
             for (_, b), each in zip(pairs, adapters, strict=True)
         ]
-        factors += [torch.stack(a, 1), torch.stack(b, 1)]
-    return ExpertAdapter(*factors, 1.0)
+        factors[f"a_{part}"], factors[f"b_{part}"] = torch.stack(a, 1), torch.stack(b, 1)
+    return ExpertAdapter(**factors, scaling=1.0)
 
 
 def adapted_experts(

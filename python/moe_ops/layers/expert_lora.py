@@ -83,8 +83,8 @@ class ExpertLoRA(nn.Module):
         width = bank.w_gate_up.shape[1]
         sizes = (rank, bank.hidden_size), (width, rank), (rank, bank.intermediate_size)
         for name, size in zip(FACTORS, (*sizes, (bank.hidden_size, rank)), strict=True):
-            lead = (1 if name in shared else self.num_experts,)
-            lead = lead if num_adapters is None else (*lead, num_adapters)
+            lead = [1 if name in shared else self.num_experts]
+            lead += [] if num_adapters is None else [num_adapters]
             where = bank.w_down.device if device is None else device
             empty = torch.empty(*lead, *size, device=where, dtype=dtype or torch.float32)
             setattr(self, name, nn.Parameter(empty))
@@ -142,13 +142,13 @@ class ExpertLoRA(nn.Module):
             check_index("ExpertLoRA", "adapter_ids", adapter_ids, "[T]", T=x.shape[0])
         if overlap is not None:
             overlap()
-        factors = (getattr(self, name) for name in FACTORS)
+        factors = {name: getattr(self, name) for name in FACTORS}
         return adapted_experts(
             self.experts,
             x,
             topk_weights,
             topk_ids,
-            [ExpertAdapter(*factors, self.scaling)],
+            [ExpertAdapter(**factors, scaling=self.scaling)],
             adapter_ids=adapter_ids,
             apply_router_weight_on_input=apply_router_weight_on_input,
         )
