@@ -61,7 +61,7 @@ class DynamicDinoConfig:
         router_std: of the router's rows.
         balance_coefficient: of the balance loss, summed over layers.
         hidden_size: H, a multiple of 32. ffn_size, num_layers, num_heads, num_queries: of the
-            detector; num_layers are those of encoder and decoder each.
+            detector; num_layers, 2 or more, are those of encoder and decoder each.
         backbone: "convnext", a small one, with a small BERT; "swin": transformers' defaults,
             Swin-T and BERT base.
     """
