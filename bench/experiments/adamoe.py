@@ -138,8 +138,7 @@ def study(name: str, size: str, rank: int, minutes: float, plan: Plan, **sizes: 
             ),
             "Data": f"`SkillRobot`, {config.num_skills} skills, demonstrations drawn anew; "
             f"{plan.episodes} rollouts",
-            "Training": f"{plan.pretrain} steps of {plan.batch} states, AdamW, rate "
-            f"{plan.rate:g}",
+            "Training": f"{plan.pretrain} steps of {plan.batch} states, AdamW, rate {plan.rate:g}",
             "Tuning": f"{plan.tune} steps, rate {plan.tune_rate:g}, routers twice that; the "
             f"balance loss has half its weight after {plan.early} steps",
         }

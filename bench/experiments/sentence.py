@@ -39,9 +39,9 @@ class Plan:
 
     train: int = 1000
     test: int = 250
-    steps: int = 30
+    steps: int = 50
     batch: int = 16
-    rate: float = 2e-4
+    rate: float = 3e-4
     tokens: int = 48
     layers: int = 2
 
@@ -211,7 +211,7 @@ def study(name: str, size: str, rank: int, minutes: float, plan: Plan) -> Study:
 
 EXPERIMENT = Experiment(
     "sentence",
-    (study("sentence-minilm", "MiniLM", 48, 6.0, Plan()),),
+    (study("sentence-minilm", "MiniLM", 48, 7.0, Plan()),),
     (
         Headline(
             "single", "experts of given domains are ahead of one shared model",

@@ -77,9 +77,7 @@ class TwoMaps(torch.nn.Module):
 def test_networks_of_two_maps(activation, bias):
     torch.manual_seed(0)
     dense, x = TwoMaps(activation, bias), torch.randn(20, H, dtype=D)
-    layer = upcycle.upcycle_ffn(
-        dense, 6, 2, num_slices=2, generator=generator(), router_std=1.0
-    )
+    layer = upcycle.upcycle_ffn(dense, 6, 2, num_slices=2, generator=generator(), router_std=1.0)
     torch.testing.assert_close(layer(x), dense(x), rtol=1e-6, atol=1e-7)
     if bias:
         torch.testing.assert_close(layer.experts.b_down, dense.fc2.bias.expand(6, H) / 2)

@@ -22,9 +22,11 @@ from torch import Tensor
 from moe_ops import _files
 
 from .. import _texts
+from .._command import settings_folder
 from .._progress import bar
-from .._resume import Group, train_steps, write_state
+from .._resume import write_state
 from ..deepseek import DeepSeek, DeepSeekConfig
+from ..lm.fit import fit_once
 from ..lm.model import CausalLM
 from .model import Composition, CompositionConfig
 from .router import CategoryRouter, fit_router, propagate_labels
@@ -114,47 +116,20 @@ def train_models(
 
     A model that is there is not trained again; one that was cut goes on from its checkpoint.
     """
-    folder = Path(folder)
     for number, name in enumerate(settings.models):
-        place = folder / name
-        if (place / "config.json").is_file():
-            continue
-        own = list(texts.values()) if name == GENERALIST else [texts[name]]
         torch.manual_seed(settings.seed * 1000 + number)
-        model = dense_model(settings)
-
-        def loss(
-            step: int,
-            generator: torch.Generator,
-            own: list[_texts.Text] = own,
-            model: CausalLM = model,
-        ) -> dict[str, Tensor]:
-            text = own[step % len(own)]
-            return {
-                "loss": model.loss(
-                    text.draw(settings.batch_size, settings.length + 1, generator)
-                ).loss
-            }
-
-        state = folder / f"{name}.training.pt"
-        train_steps(
-            f"train {name}",
-            model,
-            _decayed(model, settings.rate),
-            loss,
+        fit_once(
+            Path(folder),
+            name,
+            dense_model(settings),
+            list(texts.values()) if name == GENERALIST else [texts[name]],
             steps=settings.general_steps if name == GENERALIST else settings.steps,
+            batch_size=settings.batch_size,
+            length=settings.length,
+            rate=settings.rate,
             seed=settings.seed * 1000 + number,
-            checkpoint=state,
             progress=progress,
         )
-        model.save_pretrained(place)
-        state.unlink()
-
-
-def _decayed(model: CausalLM, rate: float) -> list[Group]:
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    others = [p for p in model.parameters() if p.dim() <= 1]
-    return [Group(matrices, rate, 30, 0.1), Group(others, rate, 30)]
 
 
 @dataclass(frozen=True)
@@ -360,19 +335,9 @@ def train(
         ValueError: the folder is of other settings.
     """
     settings = settings or Settings()
-    folder = _files.make_folder(folder)
-    made = folder / "settings.json"
-    now = dataclasses.asdict(settings)
     # What is decided after training may differ: another budget needs no other models.
-    for name in ("budget", "prompts", "prompt_length", "labelled", "router_steps", "unsure"):
-        now.pop(name)
-    now["domains"] = list(settings.domains)
-    if made.is_file() and _files.read_json(made) != now:
-        raise ValueError(
-            f"train: folder must hold models of these settings, got others in {folder}; remove "
-            "them, or give another folder."
-        )
-    _files.write_json(made, now)
+    free = ("budget", "prompts", "prompt_length", "labelled", "router_steps", "unsure")
+    folder, _ = settings_folder(folder, settings, "models", free)
     texts = _texts.load(settings.domains) if texts is None else texts
     train_models(settings, texts, folder, progress=progress)
     pool = make_pool(settings, folder, 2)

@@ -37,7 +37,7 @@ def detection_loss(out: Any, labels: Sequence[dict[str, Tensor]], config: Any) -
     Raises:
         ValueError: phrases of other numbers of tokens.
     """
-    maps = build_label_maps(out.logits, out.input_ids)
+    maps: Sequence[Tensor] = build_label_maps(out.logits, out.input_ids)
     if any(m.shape != maps[0].shape or not torch.equal(m, maps[0]) for m in maps[1:]):
         raise ValueError(
             "detection_loss: phrases must have as many tokens in all images, got others; "

@@ -73,7 +73,7 @@ def average_precision(
     from pycocotools.cocoeval import COCOeval
 
     side = scenes.images.shape[-1]
-    objects = []
+    objects: list[dict[str, Any]] = []
     for image, (phrases, labels) in enumerate(zip(scenes.phrases, scenes.labels, strict=True)):
         boxes = _corner_and_size(labels["boxes"], side)
         for pair, box in zip(phrases[labels["class_labels"]].tolist(), boxes, strict=True):

@@ -123,13 +123,14 @@ class DynamicDinoConfig:
         }
         if self.backbone == "convnext":
             width = self.hidden_size
+            backbone: dict[str, Any] = {
+                "hidden_sizes": [width // 4, width // 2, width],
+                "depths": [1, 1, 1],
+                "num_stages": 3,
+                "out_features": ["stage2", "stage3"],
+            }
             sizes |= {
-                "backbone_config": ConvNextConfig(
-                    hidden_sizes=[width // 4, width // 2, width],
-                    depths=[1, 1, 1],
-                    num_stages=3,
-                    out_features=["stage2", "stage3"],
-                ),
+                "backbone_config": ConvNextConfig(**backbone),
                 "text_config": BertConfig(
                     vocab_size=VOCAB_SIZE,
                     hidden_size=32,
@@ -251,7 +252,8 @@ def decoder_layers(detector: Any) -> Any:
     Raises:
         ValueError: another model than GroundingDinoForObjectDetection and the like.
     """
-    if not isinstance(detector, tuple(model for _, model in DETECTORS.values())):
+    known: Any = tuple(model for _, model in DETECTORS.values())
+    if not isinstance(detector, known):
         raise ValueError(
             "moe_tuning: detector must be a GroundingDinoForObjectDetection or an "
             f"MMGroundingDinoForObjectDetection of transformers, got {type(detector).__name__}."
@@ -372,9 +374,7 @@ class DynamicDino(nn.Module):
         total = detection + self.config.balance_coefficient * balance
         return DinoLoss(total, detection, balance, routing)
 
-    def with_experts(
-        self, generator: torch.Generator | None = None, **options: Any
-    ) -> DynamicDino:
+    def with_experts(self, generator: torch.Generator | None = None, **options: Any) -> DynamicDino:
         """A copy of this dense detector with experts.
 
         Args:

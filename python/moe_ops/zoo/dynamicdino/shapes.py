@@ -41,7 +41,9 @@ class Scenes(NamedTuple):
     def take(self, start: int, end: int) -> Scenes:
         """Those from `start` to before `end`."""
         rows = slice(start, end)
-        return Scenes(*(part[rows] for part in self))
+        return Scenes(
+            self.images[rows], self.input_ids[rows], self.phrases[rows], self.labels[rows]
+        )
 
 
 def phrase(pair: int) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor
 from moe_ops import _files
 from moe_ops._fields import check_choice
 
+from .._command import settings_folder
 from .._resume import Group, read_state, train_steps, write_state
 from .metrics import average_precision, check_installed, detect
 from .model import DynamicDino, DynamicDinoConfig, co_selection, freeze, pairs_kept
@@ -81,7 +81,7 @@ def judge(model: DynamicDino, scenes: Scenes) -> dict[str, float]:
     copies, and of the largest load of an expert over the mean load, minus 1."""
     with model.recorded() as routing:
         found = detect(model, scenes)
-    result = {}
+    result: dict[str, float] = {}
     for name, pairs in (("known", KNOWN), ("held out", HELD_OUT)):
         precision = average_precision(found, scenes, pairs)
         result |= {f"{kind}, {name}": precision[kind] for kind in ("AP", "AP50")}
@@ -144,17 +144,8 @@ def train(
     """
     check_installed()
     settings = settings or Settings()
-    folder = _files.make_folder(folder)
-    made = folder / "settings.json"
-    now = {**dataclasses.asdict(settings), "arms": list(settings.arms)}
-    kept = _files.read_json(made) if made.is_file() else now
     # More arms and other scenes of the evaluation need no other detector.
-    if {**kept, "arms": 0, "scenes": 0} != {**now, "arms": 0, "scenes": 0}:
-        raise ValueError(
-            f"train: folder must hold detectors of these settings, got others in {folder}; remove "
-            "them, or give another folder."
-        )
-    _files.write_json(made, now)
+    folder, now = settings_folder(folder, settings, "detectors", ("arms", "scenes"))
 
     def trained(
         name: str, model: DynamicDino, pairs: tuple[int, ...], steps: int, rate: float
@@ -184,9 +175,7 @@ def train(
     scenes = draw_scenes(
         settings.scenes, ALL, torch.Generator().manual_seed(settings.seed + 10_000)
     )
-    base = trained(
-        "pretrained", DynamicDino(config), FIRST, settings.pretrain_steps, settings.rate
-    )
+    base = trained("pretrained", DynamicDino(config), FIRST, settings.pretrain_steps, settings.rate)
     report: dict[str, Any] = {"settings": now, "arms": {"pretrained": judge(base, scenes)}}
     for arm in settings.arms:
         model = start_arm(base, arm, settings)
