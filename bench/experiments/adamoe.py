@@ -12,7 +12,9 @@ import torch
 from moe_ops.zoo.adamoe import ActionTransformer, AdaMoEConfig, demonstrate, fit
 from moe_ops.zoo.adamoe.training import Settings, evaluate
 
-from .study import Experiment, Headline, Hypothesis, Job, Run, Study
+from .picture import Picture
+from .report import means
+from .study import Experiment, Headline, Hypothesis, Job, Results, Run, Study
 from .zoo_fits import resumed
 
 DENSE, ALL = "dense", "all arms of a seed"
@@ -143,7 +145,21 @@ def study(name: str, size: str, rank: int, minutes: float, plan: Plan, **sizes: 
             f"balance loss has half its weight after {plan.early} steps",
         }
 
-    return Study(name, size, rank, {ALL: whole(plan, sizes)}, 5, minutes, hypotheses, made)
+    runs = {ALL: whole(plan, sizes)}
+    return Study(name, size, rank, runs, 5, minutes, hypotheses, made, pictures)
+
+
+def pictures(results: Results) -> list[Picture]:
+    weights = WEIGHTS["additive"]
+    shown = {
+        variant: means(
+            [f"{weight:g}" for weight in weights],
+            [results.of(arm(variant, weight), SUCCESS) for weight in weights],
+        )
+        for variant in ("coupled", "additive")
+    }
+    title = "Success of the policy by the weight of the balance loss"
+    return [Picture("success", title, "weight of the balance loss", "%", "bars", shown)]
 
 
 EXPERIMENT = Experiment(

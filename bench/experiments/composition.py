@@ -25,6 +25,8 @@ from moe_ops.zoo.composition.training import (
 )
 from moe_ops.zoo.lm.model import CausalLM
 
+from .compare import bars_against
+from .picture import Picture
 from .study import Experiment, Headline, Hypothesis, Job, Results, Run, Study
 from .text import Domain, load_domains
 from .training import Recipe, train
@@ -193,7 +195,14 @@ def study(name: str, size: str, rank: int, minutes: float, plan: Plan) -> Study:
             "the least confidence",
         }
 
-    return Study(name, size, rank, {ALL: whole(plan)}, 5, minutes, hypotheses, made)
+    return Study(name, size, rank, {ALL: whole(plan)}, 5, minutes, hypotheses, made, pictures)
+
+
+def pictures(results: Results) -> list[Picture]:
+    arms = [COMPOSED, ONE_STEP, BY_PROMPT, FEW, LARGE]
+    shown = bars_against(results, arms, SINGLE, {"": KNOWN})
+    title = "Loss of what follows prompts of the categories, against the best single model"
+    return [Picture("loss", title, "", "nats a byte", "bars", shown)]
 
 
 EXPERIMENT = Experiment(

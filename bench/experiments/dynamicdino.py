@@ -11,7 +11,9 @@ import torch
 from moe_ops.zoo.dynamicdino import DynamicDino, DynamicDinoConfig, draw_scenes, fit, freeze, judge
 from moe_ops.zoo.dynamicdino.shapes import ALL, FIRST, KNOWN
 
-from .study import Experiment, Headline, Hypothesis, Job, Run, Study
+from .compare import bars_against
+from .picture import Picture
+from .study import Experiment, Headline, Hypothesis, Job, Results, Run, Study
 from .zoo_fits import resumed
 
 DENSE, EXPERTS, COPIES = "dense", "8 copies in 2", "8 copies, not cut"
@@ -153,7 +155,16 @@ def study(name: str, size: str, rank: int, minutes: float, plan: Plan, **sizes: 
             "the paper trains; two slices, or one copy, a query",
         }
 
-    return Study(name, size, rank, {ALL_ARMS: whole(plan, sizes)}, 5, minutes, hypotheses, made)
+    runs = {ALL_ARMS: whole(plan, sizes)}
+    return Study(name, size, rank, runs, 5, minutes, hypotheses, made, pictures)
+
+
+def pictures(results: Results) -> list[Picture]:
+    arms = [arm for arm in ARMS if arm != DENSE]
+    columns = {"early": EARLY_AP, "at the end": KNOWN_AP, "held-out pairs": HELD_OUT_AP}
+    title = "Average precision after tuning, against dense tuning"
+    shown = bars_against(results, arms, DENSE, columns)
+    return [Picture("precision", title, "", "AP", "bars", shown)]
 
 
 EXPERIMENT = Experiment(

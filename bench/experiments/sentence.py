@@ -20,6 +20,8 @@ from moe_ops.zoo.sentence.model import layers_of
 from moe_ops.zoo.sentence.tokens import Tokenize
 from moe_ops.zoo.sentence.training import Settings, start
 
+from .compare import bars
+from .picture import Picture
 from .study import Experiment, Headline, Hypothesis, Job, Results, Run, Study
 from .text import verses
 from .zoo_fits import resumed
@@ -206,7 +208,14 @@ def study(name: str, size: str, rank: int, minutes: float, plan: Plan) -> Study:
             f"AdamW, rate {plan.rate:g}",
         }
 
-    return Study(name, size, rank, {ALL: whole(plan)}, 5, minutes, hypotheses, made)
+    return Study(name, size, rank, {ALL: whole(plan)}, 5, minutes, hypotheses, made, pictures)
+
+
+def pictures(results: Results) -> list[Picture]:
+    arms = [START, SINGLE, SPECIALISTS, EXPERTS, ONE_LAYER, WRONG]
+    title = "Verses whose English is found, mean over languages"
+    shown = bars(results, arms, {"": ACCURACY})
+    return [Picture("accuracy", title, "", "%", "bars", shown)]
 
 
 EXPERIMENT = Experiment(

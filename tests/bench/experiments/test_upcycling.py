@@ -33,7 +33,7 @@ def checked(study, run=None):
     results = Results({name: {0: result}}, [0])
     for hypothesis in study.hypotheses:
         assert len(hypothesis.of(results)) == 1, hypothesis.statement
-    assert study.setting()
+    assert study.setting() and study.pictures(results)
     return result
 
 
