@@ -156,6 +156,8 @@ _OURS = (
      "Sentence experts: an encoder with an expert for every given domain."),
     ("thor", "ThorConfig", "Thor", "zoo",
      "THOR: translation with experts that are drawn at random and taught to agree."),
+    ("widenet", "WideNetConfig", "build", "zoo",
+     "WideNet: one block of experts at every depth, with norms of each depth."),
 )  # fmt: skip
 for _name, _config, _model, _needs, _summary in _OURS:
     register(System(_name, f"moe_ops.zoo.{_name}", _config, _model, _summary, _needs))

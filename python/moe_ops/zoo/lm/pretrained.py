@@ -23,8 +23,6 @@ from .offloading import leave_experts
 
 # Entry of config.json for fields of ours that have no published name.
 OWN_FIELDS = "moe_ops"
-# Fields of configs that are no sizes of tensors: tokens that a model was trained on.
-FREE_FIELDS = ("context",)
 _CANNOT_BE_BUILT = (
     ArithmeticError,
     AssertionError,
@@ -46,6 +44,8 @@ class Pretrained(nn.Module):
 
     # Keys of published checkpoints that are of no use here, as regular expressions.
     ignored_keys: tuple[str, ...] = ()
+    # Fields of the config that are no sizes of tensors, such as the tokens it was trained on.
+    free_fields: tuple[str, ...] = ("context",)
     config_class: ClassVar[type[LMConfig]]
 
     config: Any  # An instance of `config_class`.
@@ -106,7 +106,7 @@ class Pretrained(nn.Module):
                 f"{cls.__name__}.from_pretrained: {folder} must stay as it is while it is read, "
                 "got replaced by another checkpoint; load it again."
             )
-        sizes = {name: value for name, value in vars(config).items() if name not in FREE_FIELDS}
+        sizes = {name: value for name, value in vars(config).items() if name not in cls.free_fields}
         checkpoint.check_sizes(sizes, reader, strict=strict)
         model, entries = cls._without_memory(config, folder)
         report = checkpoint.compare(reader, entries, model.ignored_keys)
