@@ -143,10 +143,14 @@ def test_tokens(tmp_path):
     assert rows.tolist() == [[101, 102, EOS], [103, EOS, PAD]]
     pytest.importorskip("tokenizers")
     words = ["the señal", "the other señal"] * 9
-    made = PairTokens.learn(words, 280, tmp_path / "tokens.json")
+    made = PairTokens.learn(words, 280)
     assert made.text(made.numbers("the other señal")) == "the other señal"
     assert len(made.numbers("the señal")) < len("the señal")
-    again = PairTokens(tmp_path / "tokens.json")
+    settings = training.Settings(tokens="280")
+    text = parallel.ParallelText([(word, word) for word in words], [], [])
+    for _ in range(2):  # Learnt, then read.
+        again = training.make_tokens(settings, text, tmp_path / "tokens.json")
+        assert isinstance(again, PairTokens)
     assert again.numbers("other") == made.numbers("other") and again.vocab_size == made.vocab_size
     assert min(made.numbers("the other señal")) > EOS
 

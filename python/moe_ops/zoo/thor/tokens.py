@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
@@ -29,19 +28,20 @@ class PairTokens:
     """Byte-pair encoding by the package `tokenizers`.
 
     Args:
-        file: of `save`.
+        json: as the package writes it; kept under this name.
 
     Raises:
         ImportError: without the package.
     """
 
-    def __init__(self, file: Path | str) -> None:
-        self._made: Any = _tokenizers().Tokenizer.from_file(str(file))
+    def __init__(self, json: str) -> None:
+        self.json = json
+        self._made: Any = _tokenizers().Tokenizer.from_str(json)
         self.vocab_size: int = self._made.get_vocab_size()
 
     @classmethod
-    def learn(cls, texts: Sequence[str], vocab_size: int, file: Path | str) -> PairTokens:
-        """Learns merges from texts and writes them into a file."""
+    def learn(cls, texts: Sequence[str], vocab_size: int) -> PairTokens:
+        """Learns merges from texts."""
         made = _tokenizers()
         tokenizer = made.Tokenizer(made.models.BPE(unk_token="<unk>"))
         tokenizer.pre_tokenizer = made.pre_tokenizers.ByteLevel()
@@ -53,8 +53,7 @@ class PairTokens:
             show_progress=False,
         )
         tokenizer.train_from_iterator(texts, trainer)
-        tokenizer.save(str(file))
-        return cls(file)
+        return cls(tokenizer.to_str())
 
     def numbers(self, text: str) -> list[int]:
         found: list[int] = self._made.encode(text).ids

@@ -230,9 +230,10 @@ def make_tokens(settings: Settings, text: parallel.ParallelText, file: Path) -> 
     if settings.tokens == "bytes":
         return ByteTokens()
     if file.is_file():
-        return PairTokens(file)
-    both = [side for pair in text.train for side in pair]
-    return PairTokens.learn(both, int(settings.tokens), file)
+        return PairTokens(file.read_text("utf-8"))
+    made = PairTokens.learn([side for pair in text.train for side in pair], int(settings.tokens))
+    _files.write_text(file, made.json)
+    return made
 
 
 def evaluate(
