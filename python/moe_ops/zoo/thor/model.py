@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_ops._fields import check_choice
+from moe_ops._fields import check_choice, check_types
 from moe_ops.layers import KVCache
 
 from ..lm.blocks import Step
@@ -79,6 +79,7 @@ class ThorConfig(LMConfig):
     balance_coefficient: float = 0.01
 
     def __post_init__(self) -> None:
+        check_types(self, "ThorConfig")
         check_choice("ThorConfig", "routing", self.routing, ROUTINGS)
         if self.passes not in (1, 2):
             raise ValueError(f"ThorConfig: passes must be 1 or 2, got {self.passes}.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from moe_ops._fields import check_choice
+from moe_ops._fields import check_choice, check_types
 
 from ..lm.config import LMConfig, number, size
 
@@ -71,10 +71,11 @@ class WideNetConfig(LMConfig):
     norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
+        check_types(self, "WideNetConfig")
         check_choice("WideNetConfig", "trunk", self.trunk, TRUNKS)
         check_choice("WideNetConfig", "sharing", self.sharing, SHARINGS)
         check_choice("WideNetConfig", "pooling", self.pooling, POOLINGS)
-        if self.image_size % self.patch_size:
+        if self.patch_size < 1 or self.image_size % self.patch_size:
             raise ValueError(
                 f"WideNetConfig: patch_size must divide image_size = {self.image_size}, got "
                 f"{self.patch_size}."
