@@ -219,7 +219,10 @@ class Thor(Pretrained):
         check_choice("Thor", "level", level, LEVELS)
         count = (len(self._layers_of(side)) + 1) // 2
         shape = {"batch": (count, 1), "sentence": (count, batch), "token": (count, batch, length)}
-        drawn = torch.randint(self.config.num_experts, shape[level], generator=generator)
+        place = "cpu" if generator is None else generator.device
+        drawn = torch.randint(
+            self.config.num_experts, shape[level], generator=generator, device=place
+        )
         drawn = drawn.expand(-1, batch) if level == "batch" else drawn
         return drawn.to(self.embed_tokens.weight.device)
 

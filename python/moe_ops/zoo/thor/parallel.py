@@ -2,7 +2,7 @@
 
 numbers: number names, English to German or Spanish; generated.
 django: messages of Django's user interface, English to its languages; of the package `django`.
-quran: verses, in nine languages; of the npm package `quran-json`, whose archive ``npm pack`` leaves
+quran: verses, in ten languages; of the npm package `quran-json`, whose archive ``npm pack`` leaves
 in the folder that the variable MOE_OPS_DATA of the environment names.
 """
 

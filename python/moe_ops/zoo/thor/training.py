@@ -52,9 +52,13 @@ class Batches:
     def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Target and source [B, S] of random pairs of like length."""
         block = WINDOW * count
-        first = int(torch.randint(len(self.pairs), (), generator=generator)) // block * block
+
+        def below(most: int, size: tuple[int, ...]) -> Tensor:
+            return torch.randint(most, size, generator=generator, device=generator.device)
+
+        first = int(below(len(self.pairs), ())) // block * block
         near = self.pairs[first : first + block]
-        chosen = torch.randint(len(near), (count,), generator=generator).tolist()
+        chosen = below(len(near), (count,)).tolist()
         return self._tensors([near[i] for i in chosen])
 
     def all(self, count: int) -> list[tuple[Tensor, Tensor]]:

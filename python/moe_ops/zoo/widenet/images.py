@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -37,13 +39,15 @@ def warped_digits(
         noise: deviation of what is added to every pixel.
 
     Returns:
-        Images [B, 1, S, S] and labels [B] in [0, 10).
+        Images [B, 1, S, S] and labels [B] in [0, 10), on the generator's device.
     """
 
-    def between(low: float, high: float) -> Tensor:
-        return low + (high - low) * torch.rand(count, generator=generator)
+    how: Any = {"generator": generator, "device": generator.device}
 
-    labels = torch.randint(10, (count,), generator=generator)
+    def between(low: float, high: float) -> Tensor:
+        return low + (high - low) * torch.rand(count, **how)
+
+    labels = torch.randint(10, (count,), **how)
     turn, shear = between(-0.6, 0.6), between(-0.4, 0.4)
     # From a place in the image to one in the glyph: the inverse of what is done to the glyph.
     across, down = 1 / between(0.35, 0.7), 1 / between(0.5, 0.9)
@@ -56,6 +60,6 @@ def warped_digits(
     grid = F.affine_grid(
         torch.cat([matrix, shift], -1), [count, 1, size, size], align_corners=False
     )
-    images = F.grid_sample(glyphs()[labels], grid, align_corners=False)
+    images = F.grid_sample(glyphs().to(grid)[labels], grid, align_corners=False)
     images = images * between(0.5, 1.5)[:, None, None, None]
-    return images + noise * torch.randn(images.shape, generator=generator), labels
+    return images + noise * torch.randn(images.shape, **how), labels
