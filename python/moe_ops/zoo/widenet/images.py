@@ -30,9 +30,9 @@ def glyphs() -> Tensor:
 
 
 def warped_digits(
-    count: int, size: int, generator: torch.Generator, *, noise: float = 0.3
+    count: int, size: int, generator: torch.Generator, *, noise: float = 0.1
 ) -> tuple[Tensor, Tensor]:
-    """Digits turned by up to 35 degrees, sheared, scaled and moved, with a random contrast.
+    """Digits turned by up to 20 degrees, sheared, scaled and moved, with a random contrast.
 
     Args:
         count, size: B and S.
@@ -48,14 +48,14 @@ def warped_digits(
         return low + (high - low) * torch.rand(count, **how)
 
     labels = torch.randint(10, (count,), **how)
-    turn, shear = between(-0.6, 0.6), between(-0.4, 0.4)
+    turn, shear = between(-0.35, 0.35), between(-0.25, 0.25)
     # From a place in the image to one in the glyph: the inverse of what is done to the glyph.
-    across, down = 1 / between(0.35, 0.7), 1 / between(0.5, 0.9)
+    across, down = 1 / between(0.5, 0.8), 1 / between(0.65, 0.95)
     cos, sin = turn.cos(), turn.sin()
     top = torch.stack([across * (cos + shear * sin), across * (sin - shear * cos)], -1)
     bottom = torch.stack([-down * sin, down * cos], -1)
     matrix = torch.stack([top, bottom], 1)
-    middle = torch.stack([between(-0.3, 0.3), between(-0.3, 0.3)], -1)
+    middle = torch.stack([between(-0.25, 0.25), between(-0.2, 0.2)], -1)
     shift = -(matrix @ middle[:, :, None])
     grid = F.affine_grid(
         torch.cat([matrix, shift], -1), [count, 1, size, size], align_corners=False
