@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from torch import Tensor
 from moe_ops import _files
 from moe_ops._fields import check_choice
 
+from .._command import settings_folder
 from .._resume import Group, train_steps
 from . import parallel
 from .decoding import translate
@@ -190,17 +190,8 @@ def train(
         ValueError: the folder is of other settings.
     """
     settings = settings or Settings()
-    folder = _files.make_folder(folder)
-    made = folder / "settings.json"
-    now = {**dataclasses.asdict(settings), "arms": list(settings.arms)}
-    kept = _files.read_json(made) if made.is_file() else now
-    free = {"arms": 0, "beam": 0, "translated": 0}
-    if {**kept, **free} != {**now, **free}:
-        raise ValueError(
-            f"train: folder must hold models of these settings, got others in {folder}; remove "
-            "them, or give another folder."
-        )
-    _files.write_json(made, now)
+    free = ("arms", "beam", "translated")
+    folder, now = settings_folder(folder, settings, "models", free)
     if text is None:
         text = parallel.load(
             settings.corpus, settings.source, settings.target, longest=settings.longest,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from moe_ops import _files
 from moe_ops._fields import check_choice
 
 from .. import _texts
+from .._command import settings_folder
 from .._resume import Group, train_steps
 from .config import TRUNKS, WideNetConfig
 from .images import warped_digits
@@ -202,18 +202,7 @@ def train(
         ValueError: the folder is of other settings.
     """
     settings = settings or Settings()
-    folder = _files.make_folder(folder)
-    made = folder / "settings.json"
-    now = {**dataclasses.asdict(settings), "arms": list(settings.arms)}
-    now["domains"] = list(settings.domains)
-    kept = _files.read_json(made) if made.is_file() else now
-    free = {"arms": 0, "rows": 0}
-    if {**kept, **free} != {**now, **free}:
-        raise ValueError(
-            f"train: folder must hold models of these settings, got others in {folder}; remove "
-            "them, or give another folder."
-        )
-    _files.write_json(made, now)
+    folder, now = settings_folder(folder, settings, "models", ("arms", "rows"))
     if texts is None:
         texts = _texts.load(settings.domains) if settings.trunk == "language" else {}
     report: dict[str, Any] = {"settings": now, "arms": {}}
