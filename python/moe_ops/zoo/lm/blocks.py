@@ -94,10 +94,9 @@ class Block(nn.Module):
         """x + attention(norm(x))."""
         assert step.rotation is not None
         cache = step.cache(index)
-        if isinstance(self.attention, Attention):
-            y = self.attention.step(x, self.attention_norm, step.rotation, cache)
-            if y is not None:
-                return y
+        y = self.attention.step(x, self.attention_norm, step.rotation, cache)
+        if y is not None:
+            return y
         return x + self.attention(apply_norm(self.attention_norm, x), step.rotation, cache)
 
 
