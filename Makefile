@@ -18,7 +18,7 @@ CUDA_TORCH := .venv-cuda
 # Where the simulator's sources are, a Makefile and python/torch_cuda.py among them.
 MOE_OPS_PTXSIM_SOURCE ?= ../shared/tools/ptxsim
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
-BUILD_TOOLS := "scikit-build-core>=0.10" "pybind11>=2.13" "cmake>=3.26" ninja
+BUILD_TOOLS := "scikit-build-core>=0.10" "cmake>=3.26" ninja
 CUDA_BUILD_TOOLS := "nvidia-cutlass>=4.2,<4.3"
 CUDA_TOOLS := $(CUDA_BUILD_TOOLS) nvidia-cuda-cuobjdump
 # Beside the dependencies of the tests a CUDA build of torch, which the ordinary index has.
@@ -114,10 +114,10 @@ $(SIM): build
 	@$(PIP) install -q $(CUDA_TOOLS)
 	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" cmake -S . -B build/cuda -G Ninja -DCMAKE_BUILD_TYPE=Release \
 	  -DMOE_OPS_CUDA=on -DMOE_OPS_CUDART=shared -DMOE_OPS_CUDA_SASS=off -DPython_EXECUTABLE=$(CURDIR)/$(VENV)/bin/python \
-	  -Dpybind11_DIR=$$($(VENV)/bin/python -m pybind11 --cmakedir) >build/cmake-cuda.log
+	  >build/cmake-cuda.log
 	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" ninja -C build/cuda --quiet
 	@rm -rf $(SIM) && mkdir -p $(SIM) && cp -r python/moe_ops $(SIM)/
-	@cp build/cuda/libmoe_ops.so build/cuda/_C*.so $(SIM)/moe_ops/
+	@cp build/cuda/libmoe_ops.so build/cuda/_C.abi3.so $(SIM)/moe_ops/
 
 ifndef MOE_OPS_PTXSIM
 test-sim test-cuda-torch test-cuda-torch-smoke:
@@ -158,7 +158,7 @@ TSAN := build/tsan
 ASAN_TESTS ?= tests/ops $(addprefix tests/contract/test_,misaligned.py fuzz_layouts.py fuzz_bad_calls.py)
 checked_build = PATH="$(CURDIR)/$(VENV)/bin:$$PATH" CXX=$(3) cmake -S . -B $(1) -G Ninja -DCMAKE_BUILD_TYPE=Release \
 	  -DMOE_OPS_CUDA=off -DMOE_OPS_SANITIZE=$(2) -DPython_EXECUTABLE=$(CURDIR)/$(VENV)/bin/python \
-	  -Dpybind11_DIR=$$($(VENV)/bin/python -m pybind11 --cmakedir) >$(1).log && \
+	  >$(1).log && \
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" ninja -C $(1) --quiet && \
 	rm -rf $(1)/package && mkdir $(1)/package && cp -r python/moe_ops $(1)/package/ && cp $(1)/*.so $(1)/package/moe_ops/
 
