@@ -9,7 +9,7 @@ import dataclasses
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,10 @@ from .cross_entropy import head_cross_entropy
 from .embedding import TokenEmbedding
 from .losses import OF_LAYERS, AuxLoss, Routed, sum_over_layers
 from .offloading import leave_experts
+from .sampling import next_token
+
+if TYPE_CHECKING:
+    from .graph import DecodingGraph
 
 # Entry of config.json for fields of ours that have no published name.
 OWN_FIELDS = "moe_ops"
@@ -150,8 +154,8 @@ class CausalLM(nn.Module):
             )
         rotation = None
         if self.rope is not None:
-            start = 0 if cache is None else cache[0].length
-            rotation = self.rope.rotation(start, tokens.shape[1], tokens.device)
+            first = KVCache() if cache is None else cache[0]
+            rotation = self.rope.at(first.positions(tokens.shape[1], tokens.device))
         step = Step(rotation, cache, return_routing)
         x = self.trunk(self.embed_tokens(tokens), step, last)
         out = self._head(x) if head else x
@@ -257,6 +261,7 @@ class CausalLM(nn.Module):
         stop_token: int | None = None,
         generator: torch.Generator | None = None,
         logits_processor: Callable[[Tensor, Tensor], Tensor] | None = None,
+        graph: DecodingGraph | None = None,
     ) -> Tensor:
         """Continues each sequence, with a cache of keys and values.
 
@@ -272,6 +277,7 @@ class CausalLM(nn.Module):
             generator: for the draws.
             logits_processor: called at each step with the tokens so far [B, S] and the logits
                 [B, V] of the next one; returns the logits to use, as one of transformers does.
+            graph: `moe_ops.zoo.lm.graph.DecodingGraph` of this model, for a CUDA graph a token.
 
         Returns:
             [B, S + n], n <= num_tokens: the prompts and what was added.
@@ -295,11 +301,14 @@ class CausalLM(nn.Module):
         try:
             cache, pieces, new = self.new_cache(), [tokens], tokens
             done = torch.zeros(tokens.shape[0], dtype=torch.bool, device=tokens.device)
-            for _ in range(num_tokens):
-                logits = self(new, cache=cache, last=1)[:, -1]
+            for i in range(num_tokens):
+                if graph is None:
+                    logits = self(new, cache=cache, last=1)[:, -1]
+                else:
+                    logits = graph.start(new) if i == 0 else graph.step(new)
                 if logits_processor is not None:
                     logits = logits_processor(torch.cat(pieces, dim=1), logits)
-                new = _next_token(logits, temperature, top_k, top_p, generator)
+                new = next_token(logits, temperature, top_k, top_p, generator)
                 new = new.to(tokens.dtype)
                 if stop_token is not None:
                     new = new.masked_fill(done[:, None], stop_token)
@@ -478,23 +487,3 @@ def _check_memory(name: str, model: nn.Module, dtype: torch.dtype) -> None:
             f"{name}.from_pretrained: sizes of config.json must fit into the memory where the "
             f"checkpoint lacks tensors, got {wanted} bytes of {available}."
         )
-
-
-def _next_token(
-    logits: Tensor,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    generator: torch.Generator | None,
-) -> Tensor:
-    """[B, 1] from logits [B, V]."""
-    if temperature == 0:
-        return logits.argmax(-1, keepdim=True)
-    scores, order = (logits.float() / temperature).sort(dim=-1, descending=True, stable=True)
-    probabilities = scores.softmax(-1)
-    if top_k is not None:
-        probabilities[:, top_k:] = 0
-    if top_p is not None:
-        share = probabilities / probabilities.sum(-1, keepdim=True)
-        probabilities = probabilities.masked_fill(share.cumsum(-1) - share >= top_p, 0.0)
-    return order.gather(1, torch.multinomial(probabilities, 1, generator=generator))
