@@ -184,14 +184,15 @@ def _of_latents(attention: Any, eps: float) -> LatentLayout | None:
     query = ("q_a_proj", "q_b_proj") if bottleneck else ("q_proj",)
     projections = (*query, "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
     norms = ("q_a_layernorm", "kv_a_layernorm") if bottleneck else ("kv_a_layernorm",)
-    sizes = [getattr(attention, n, None) for n in ("num_heads", "kv_lora_rank", "qk_rope_head_dim")]
+    names = {"num_heads": "num_heads", "rank": "kv_lora_rank", "rope_size": "qk_rope_head_dim"}
+    sizes: dict[str, Any] = {ours: getattr(attention, n, None) for ours, n in names.items()}
     scale = getattr(attention, "scaling", None)
     if (
         not _has_parts(attention, projections, norms)
         or attention._parameters
         or attention.kv_b_proj.bias is not None
         or not isinstance(scale, float)
-        or not all(isinstance(size, int) for size in sizes)
+        or not all(isinstance(size, int) for size in sizes.values())
     ):
         return None
     epsilons: set[Any] = {norm_eps(attention._modules[name]) for name in norms}
@@ -200,9 +201,16 @@ def _of_latents(attention: Any, eps: float) -> LatentLayout | None:
     (latent_eps,) = epsilons
     probe = random_copy(attention)
     for complex_angles in (False, True):
-        for pairs in ((True, False), (False, False), (True, True)):
+        for interleaved, interleaved_keys in ((True, False), (False, False), (True, True)):
             layout = LatentLayout(
-                eps, latent_eps, *sizes, bottleneck, *pairs, complex_angles, scale
+                eps=eps,
+                latent_eps=latent_eps,
+                **sizes,
+                bottleneck=bottleneck,
+                interleaved=interleaved,
+                interleaved_keys=interleaved_keys,
+                complex_angles=complex_angles,
+                scale=scale,
             )
             if _attends_to_latents(probe, layout):
                 return layout
