@@ -10,13 +10,12 @@ Letters: B sequences, C tokens that there is room for, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from moe_ops.layers import AttentionExperts, KVCache
-
-from .model import CausalLM
 
 
 class _FixedCache(KVCache):
@@ -60,7 +59,8 @@ class DecodingGraph:
     `.to()` come first). On the CPU nothing is captured, and the same step runs.
 
     Args:
-        model: attention of which takes a mask: not :class:`moe_ops.layers.AttentionExperts`.
+        model: a CausalLM. Its attention takes a mask, as `moe_ops.layers.AttentionExperts` does
+            not.
         batch_size: B.
         max_tokens: C, of a prompt and what follows it.
 
@@ -68,7 +68,7 @@ class DecodingGraph:
         ValueError: attention of another kind, sizes below 1.
     """
 
-    def __init__(self, model: CausalLM, batch_size: int, max_tokens: int) -> None:
+    def __init__(self, model: Any, batch_size: int, max_tokens: int) -> None:
         for name, size in (("batch_size", batch_size), ("max_tokens", max_tokens)):
             if size < 1:
                 raise ValueError(f"DecodingGraph: {name} must be at least 1, got {size}.")

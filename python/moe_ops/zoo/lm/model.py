@@ -9,7 +9,7 @@ import dataclasses
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -27,12 +27,10 @@ from .checkpoint import Entry, LoadReport
 from .config import LMConfig
 from .cross_entropy import head_cross_entropy
 from .embedding import TokenEmbedding
+from .graph import DecodingGraph
 from .losses import OF_LAYERS, AuxLoss, Routed, sum_over_layers
 from .offloading import leave_experts
 from .sampling import next_token
-
-if TYPE_CHECKING:
-    from .graph import DecodingGraph
 
 # Entry of config.json for fields of ours that have no published name.
 OWN_FIELDS = "moe_ops"
@@ -277,7 +275,7 @@ class CausalLM(nn.Module):
             generator: for the draws.
             logits_processor: called at each step with the tokens so far [B, S] and the logits
                 [B, V] of the next one; returns the logits to use, as one of transformers does.
-            graph: `moe_ops.zoo.lm.graph.DecodingGraph` of this model, for a CUDA graph a token.
+            graph: of this model, for a CUDA graph a token.
 
         Returns:
             [B, S + n], n <= num_tokens: the prompts and what was added.
