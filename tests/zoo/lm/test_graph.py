@@ -11,7 +11,7 @@ from .common import tokens_of
 from .test_optimize import build
 
 
-@pytest.mark.parametrize("name", ["topp", "deepseek", "coe", "llama"])
+@pytest.mark.parametrize("name", ["topp", "deepseek", "coe", "llama", "widenet"])
 def test_the_same_tokens(name):
     model = build(name)
     graph = DecodingGraph(model, 2, 14)

@@ -82,7 +82,9 @@ class DecodingGraph:
         self._position = torch.zeros(1, dtype=torch.long, device=device)
         self._mask = torch.zeros(1, 1, 1, max_tokens, dtype=torch.bool, device=device)
         self._tokens = torch.zeros(batch_size, 1, dtype=torch.long, device=device)
-        self._caches = [_FixedCache(max_tokens, self._position, self._mask) for _ in model.layers]
+        self._caches = [
+            _FixedCache(max_tokens, self._position, self._mask) for _ in model.new_cache()
+        ]
         self._length = 0  # Tokens held, as the host knows.
         self._graph: torch.cuda.CUDAGraph | None = None
         self._logits: Tensor | None = None
