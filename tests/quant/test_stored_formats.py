@@ -135,3 +135,21 @@ def test_the_formula_of_cuda():
     others = cuda_formulas[f"{op}_bwd"](torch.ones_like(y), *saved, *rest)
     for ours, theirs in zip(others, grads, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_transforms_and_checks_of_torch():
+    call = quantized_operands(FEW, 64, 64, torch.float32, 4, bias=True)
+
+    def function(x):
+        return moe_ops.moe_ffn_quantized(**{**call, "x": x}).sin().sum()
+
+    x = call["x"].detach().requires_grad_()
+    (wanted,) = torch.autograd.grad(function(x), x)
+    assert_identical(torch.func.grad(function)(call["x"]), wanted)
+    with pytest.raises(NotImplementedError, match="moe_ffn_quantized: forward-mode AD"):
+        torch.func.jvp(function, (call["x"],), (call["x"],))
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(torch.autograd.grad(compiled(x), x)[0], wanted)
+    (grad,) = torch.autograd.grad(function(x), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="second derivative is not implemented"):
+        grad.sum().backward()

@@ -1,5 +1,6 @@
 // Rows of codes to float32. Included by kernels-inl.h, inside its namespace. Loops of a fixed
-// number of steps, in which compilers find the vectors.
+// number of steps without branches, in which compilers find the vectors. Bytes are copied to local
+// arrays first: elsewhere they might be the very floats that are written.
 
 inline float scale_at(const DequantParams& p, int64_t i) {
   switch (p.scale_type) {
@@ -45,6 +46,19 @@ inline __attribute__((always_inline)) void for_groups(const DequantParams& p, in
   }
 }
 
+// dst[i] = q[i] * scale.
+template <class Q>
+inline void scaled(const Q* q, int64_t n, float scale, float* dst) {
+  constexpr int kSteps = 32;
+  int64_t i = 0;
+  for (; i + kSteps <= n; i += kSteps) {
+    Q part[kSteps];
+    __builtin_memcpy(part, q + i, sizeof(part));
+    for (int j = 0; j < kSteps; ++j) dst[i + j] = static_cast<float>(part[j]) * scale;
+  }
+  for (; i < n; ++i) dst[i] = static_cast<float>(q[i]) * scale;
+}
+
 // 32 codes of 4 bits, the even ones from low nibbles.
 inline void nibbles(const uint8_t* bytes, uint8_t* codes) {
   uint16_t pairs[16];
@@ -63,7 +77,9 @@ inline void dequantise_int4(const DequantParams& p) {
     const int64_t g = i * 32 / p.group;
     const float scale = scale_at(p, g);
     const int zero = p.zero != nullptr ? p.zero[g] : 8;
-    for (int j = 0; j < 32; ++j) dst[j] = static_cast<float>(codes[j] - zero) * scale;
+    int16_t numbers[32];
+    for (int j = 0; j < 32; ++j) numbers[j] = static_cast<int16_t>(codes[j] - zero);
+    scaled(numbers, 32, scale, dst);
   });
 }
 
@@ -78,11 +94,13 @@ inline void dequantise_mxfp4(const DequantParams& p) {
     const uint32_t e = exponents[i];
     const uint32_t bits = e == 0 ? 0x00400000u : e == 255 ? 0x7fc00000u : e << 23;
     const float half = __builtin_bit_cast(float, bits) * 0.5f;
+    int8_t twice[32];
     for (int j = 0; j < 32; ++j) {
-      const int x = codes[j] & 7;
-      const int twice = x + (x > 4 ? x - 4 : 0) + 2 * (x > 6 ? x - 6 : 0);
-      dst[j] = static_cast<float>((codes[j] & 8) != 0 ? -twice : twice) * half;
+      const int x = codes[j] & 7, sign = -(codes[j] >> 3);
+      const int over4 = (x - 4) & ~((x - 4) >> 31), over6 = (x - 6) & ~((x - 6) >> 31);
+      twice[j] = static_cast<int8_t>(((x + over4 + 2 * over6) ^ sign) - sign);
     }
+    scaled(twice, 32, half, dst);
   });
 }
 
@@ -103,11 +121,14 @@ inline void dequantise_q4k(const DequantParams& p) {
     }
     const float step = to_float(d) * static_cast<float>(scale);
     const float low = to_float(dmin) * static_cast<float>(minimum);
-    const uint8_t* codes = w + block * 128 + j / 2 * 32;
-    const int shift = static_cast<int>(j % 2) * 4;
-    for (int l = 0; l < 32; ++l) {
-      dst[l] = static_cast<float>(codes[l] >> shift & 15) * step - low;
+    uint8_t codes[32];
+    __builtin_memcpy(codes, w + block * 128 + j / 2 * 32, sizeof(codes));
+    if (j % 2 == 0) {
+      for (int l = 0; l < 32; ++l) codes[l] &= 15;
+    } else {
+      for (int l = 0; l < 32; ++l) codes[l] >>= 4;
     }
+    for (int l = 0; l < 32; ++l) dst[l] = static_cast<float>(codes[l]) * step - low;
   });
 }
 
@@ -120,12 +141,17 @@ inline void dequantise_q6k(const DequantParams& p) {
     Fp16 d;
     __builtin_memcpy(&d, record + 16, 2);
     const float step = to_float(d) * static_cast<float>(static_cast<int8_t>(record[t]));
-    const uint8_t* low = w + block * 192 + half * 64 + quarter % 2 * 32 + first;
-    const uint8_t* high = w + block * 192 + 128 + half * 32 + first;
-    const int low_shift = static_cast<int>(quarter / 2) * 4;
-    const int high_shift = static_cast<int>(quarter) * 2;
+    uint8_t low[16], high[16];
+    __builtin_memcpy(low, w + block * 192 + half * 64 + quarter % 2 * 32 + first, sizeof(low));
+    __builtin_memcpy(high, w + block * 192 + 128 + half * 32 + first, sizeof(high));
+    if (quarter < 2) {
+      for (int l = 0; l < 16; ++l) low[l] &= 15;
+    } else {
+      for (int l = 0; l < 16; ++l) low[l] >>= 4;
+    }
+    const int shift = static_cast<int>(quarter) * 2;
     for (int l = 0; l < 16; ++l) {
-      const int code = (low[l] >> low_shift & 15) | (high[l] >> high_shift & 3) << 4;
+      const int code = low[l] | (high[l] >> shift & 3) << 4;
       dst[l] = static_cast<float>(code - 32) * step;
     }
   });
@@ -136,7 +162,7 @@ void dequantise(const DequantParams& p) {
     case Codes::kInt8: {
       const auto* w = static_cast<const int8_t*>(p.w);
       return for_groups(p, p.group, [=](int64_t k, int64_t n, float scale, float* dst) {
-        for (int64_t j = 0; j < n; ++j) dst[j] = static_cast<float>(w[k + j]) * scale;
+        scaled(w + k, n, scale, dst);
       });
     }
     case Codes::kFp8: {
