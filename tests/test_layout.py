@@ -232,6 +232,8 @@ NO_BOUNDARY = {
     "kW8Prefetch": PREFETCH,
     "kW8TokensPrefetch": PREFETCH,
     "kGemvPrefetch": PREFETCH,
+    "kVectorsAhead": PREFETCH,
+    "kVectorAheadBytes": PREFETCH,
     "kBlock": FOLLOWS,
     "kDepth": FOLLOWS,
     "kPanelLda": FOLLOWS,
