@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tests.helpers.ffn import moe_ffn_magnitude
-from tests.helpers.op_case import OpCase, map_of, ones
+from tests.helpers.op_case import OpCase, map_of
 from tests.helpers.routing import EMPTY_ROUTINGS, ROUTINGS, Routing
 
 import moe_ops
@@ -33,11 +33,12 @@ OP_CASES = {
         mixed_floats=("topk_weights",),
         by_token=("x", "topk_weights", "topk_ids"),
         too_many_bytes=lambda: moe_ops.peer_ffn(
-            ones(2**31 - 1, 2**31, dtype=torch.float64)[:, :],
-            ones(1, 1, 2**31, dtype=torch.float64),
-            ones(1, 2**31, 1, dtype=torch.float64),
-            torch.empty(2**31 - 1, 0),
-            map_of(2**31 - 1, 0),
+            torch.ones(1, 2**17).expand(2**44, 2**17),
+            torch.ones(1, 1, 2**17),
+            torch.ones(1, 2**17, 1),
+            torch.empty(2**44, 0),
+            map_of(2**44, 0),
+            activation="relu",
         ),
     )
 }

@@ -29,7 +29,7 @@ struct PeerFfnDesc {
   const void* topk_weights;  // [T, K] in the accumulate type
   Rows x;                    // [T, H], no index
 
-  int64_t vectors() const { return is_gated(act) ? 2 : 1; }  // G
+  constexpr int64_t vectors() const { return is_gated(act) ? 2 : 1; }  // G
 };
 
 struct PeerFfnParams {
