@@ -11,7 +11,7 @@
 Rows are forward, forward and backward with dense gradients of the tables, and with sparse ones
 (coalesced, as optimisers want them; `F.embedding_bag` has none with weights). Everything runs in
 one process and in turns, on one thread; the least time of each counts, so that other work on the
-machine disturbs little.
+machine disturbs little. Few tokens are others in each round, so that no cache has their experts.
 """
 
 from __future__ import annotations
@@ -98,13 +98,14 @@ def measure(experts: int, hidden: int, tokens: int, mode: str, dtype: torch.dtyp
     weights = torch.rand(tokens, SLOTS)
     leaves = [torch.randn(tokens, hidden, dtype=dtype), up, down, weights]
     x, up, down, weights = (t.requires_grad_(mode != "forward") for t in leaves)
-    call = x, up, down, weights, torch.randint(experts, (tokens, SLOTS))
+    draws = [torch.randint(experts, (tokens, SLOTS)) for _ in range(max(1, 512 // tokens))]
     grad = torch.randn(tokens, hidden, dtype=dtype)
     ways = [way for way in WAYS if mode != "sparse" or way != "parts"]
     least = dict.fromkeys(ways, float("inf"))
     end = time.perf_counter() + budget_s
 
     def sample(way: str, number: int) -> None:
+        call = x, up, down, weights, draws[number % len(draws)]
         start = time.perf_counter()
         step(way, mode, call, grad)
         if number:  # The first one warms up.

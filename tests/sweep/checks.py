@@ -716,7 +716,7 @@ def peer_ffn(case: Case) -> None:
     """And sparse gradients, which are the dense ones."""
     t, k, h, dtype = case["tokens"], case["k"], case["h"], DTYPES[case["dtype"]]
     module, act = tests_of("peer_ffn"), case.get("act", "gelu")
-    ids = torch.randint(-1, case["experts"], (t, k))
+    ids = torch.randint(-1, case["experts"] + 1, (t, k))
     call = module.operands(module.Routing(t, case["experts"], k), h, dtype, act)
     call |= {"topk_ids": ids, "topk_weights": routing_weights(case, ids, dtype)}
     module.check(call)
