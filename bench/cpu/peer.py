@@ -11,7 +11,7 @@
 Rows are forward, forward and backward with dense gradients of the tables, and with sparse ones
 (coalesced, as optimisers want them; `F.embedding_bag` has none with weights). Everything runs in
 one process and in turns, on one thread; the least time of each counts, so that other work on the
-machine disturbs little. Few tokens are others in each round, so that no cache has their experts.
+machine disturbs little. Few tokens have other experts in each sample, so that no cache has them.
 """
 
 from __future__ import annotations
@@ -105,7 +105,8 @@ def measure(experts: int, hidden: int, tokens: int, mode: str, dtype: torch.dtyp
     end = time.perf_counter() + budget_s
 
     def sample(way: str, number: int) -> None:
-        call = x, up, down, weights, draws[number % len(draws)]
+        place = (number * len(ways) + ways.index(way)) % len(draws)
+        call = x, up, down, weights, draws[place]
         start = time.perf_counter()
         step(way, mode, call, grad)
         if number:  # The first one warms up.

@@ -119,6 +119,7 @@ def test_one_gradient_at_a_time(wanted):
     check(operands(SMALL, 9, torch.float32, "swiglu"), [wanted])
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=short)
 @pytest.mark.parametrize("hidden_size", [1024, 1001])
 def test_large_tables(hidden_size, dtype):
@@ -241,6 +242,7 @@ def test_autocast_leaves_tables_as_they_are():
     assert_identical(y, want)
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=short)
 def test_same_bits_for_any_thread_count(dtype, set_threads):
     call = operands(Routing(300, 70, 16, "repeated"), 40, dtype, "swiglu")
