@@ -233,6 +233,7 @@ NO_BOUNDARY = {
     "kW8TokensPrefetch": PREFETCH,
     "kGemvPrefetch": PREFETCH,
     "kVectorsAhead": PREFETCH,
+    "kVectorsTogether": PREFETCH,
     "kVectorAheadBytes": PREFETCH,
     "kBlock": FOLLOWS,
     "kDepth": FOLLOWS,

@@ -20,9 +20,9 @@ namespace moe_ops::cpu {
 
 namespace {
 
-// Vectors that are on their way while one is used, and of each of them at most so many bytes: what
-// follows, the hardware foresees.
-constexpr int64_t kVectorsAhead = 4;
+// Vectors that are on their way while others are used, and of each of them at most so many bytes:
+// what follows, the hardware foresees.
+constexpr int64_t kVectorsAhead = 8, kVectorsTogether = 4;
 constexpr int64_t kVectorAheadBytes = 4096;
 
 // swiglu_oai's usual ones.
@@ -89,8 +89,8 @@ struct TokenSlots {
   }
   // out[i] = vector[first + i] . x
   void dots(int64_t first, int64_t count, const T* x, T* out) {
-    for (int64_t i = 0; i < count; i += kVectorsAhead) {
-      const int64_t some = std::min(kVectorsAhead, count - i);
+    for (int64_t i = 0; i < count; i += kVectorsTogether) {
+      const int64_t some = std::min(kVectorsTogether, count - i);
       fetch_to(first + i + some + kVectorsAhead);
       k.dot_rows({d.type, vectors + first + i, some, H}, x, 0, out + i);
     }

@@ -1417,8 +1417,8 @@ FAMILIES: dict[str, Family] = {
             ("the gate twice", "g * table.stride_g", "g * 0"),
             (
                 "products of the last chunk lost",
-                "std::min(kVectorsAhead, count - i)",
-                "std::min(kVectorsAhead, std::max<int64_t>(count - i - 1, 0))",
+                "std::min(kVectorsTogether, count - i)",
+                "std::min(kVectorsTogether, std::max<int64_t>(count - i - 1, 0))",
             ),
             ("empty slots keep what was there", "std::fill(to, to + K, T(0));", ""),
             ("weights of the first slots", "to[i] = from[slots[i]];", "to[i] = from[i];"),
