@@ -242,6 +242,24 @@ def test_autocast_leaves_tables_as_they_are():
     assert_identical(y, want)
 
 
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+def test_many_slots(dtype, activation):
+    """Enough to be sorted by expert: the reference, and the bits that a few tokens alone have."""
+    call = operands(Routing(300, 70, 16, "out_of_range", torch.int64), 21, dtype, activation)
+    check(call)
+    grad = torch.randn(300, 21).to(dtype)
+    y, grads = gradients(call, grad)
+    few = {n: v[40:47] if n in ("x", "topk_weights", "topk_ids") else v for n, v in call.items()}
+    y_few, grads_few = gradients(few, grad[40:47])
+    assert_identical(y_few, y[40:47])
+    for i in (0, 3):
+        assert_identical(grads_few[i], grads[i][40:47])
+    _, sparse = gradients(call, grad, sparse_grad=True)
+    for a, b in zip(sparse, grads, strict=True):
+        assert_identical(a.to_dense() if a.is_sparse else a, b)
+
+
 @pytest.mark.cpu_only
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=short)
 def test_same_bits_for_any_thread_count(dtype, set_threads):
