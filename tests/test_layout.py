@@ -235,7 +235,6 @@ NO_BOUNDARY = {
     "kVectorsAhead": PREFETCH,
     "kVectorsTogether": PREFETCH,
     "kVectorAheadBytes": PREFETCH,
-    "kPeerExpertsASlot": "the same bits on both sides, which tests/ops/test_peer_ffn.py compares",
     "kBlock": FOLLOWS,
     "kDepth": FOLLOWS,
     "kPanelLda": FOLLOWS,

@@ -2,15 +2,12 @@
 // wherever it lies, and nothing of the size of the gathered vectors is written. Vectors are asked
 // for some slots before their use, since no hardware foresees where the next one is.
 //
-// Products of many slots are taken expert after expert instead, from slots that are sorted: a
-// vector that several tokens chose is read once, and the table from its beginning to its end. So
-// are the gradients of the tables made: each row is written once, past the cache where the table is
-// large.
+// The gradients of the tables are made row by row from the slots of a row, sorted: each is written
+// once, past the cache where the table is large.
 #include "moe_ops/peer_ffn.h"
 
 #include <algorithm>
-#include <cstdint>
-#include <optional>
+#include <cstring>
 
 #include "cpu/gemm/blocking.h"
 #include "cpu/kernels/activation.h"
@@ -41,19 +38,6 @@ const char* row_at(const Rows& rows, int64_t t) {
   return static_cast<const char*>(rows.data) + t * rows.stride * dtype_size(rows.type);
 }
 
-// The expert of slot s, or -1.
-int64_t expert_of(const Routing& routing, int64_t s) {
-  const IndexMap& map = routing.topk_ids;
-  const int64_t id = map.is_64 ? static_cast<const int64_t*>(map.data)[s]
-                               : int64_t{static_cast<const int32_t*>(map.data)[s]};
-  return id >= 0 && id < routing.num_experts ? id : -1;
-}
-
-const char* vector_at(const PeerFfnDesc& d, const NeuronTable& table, int64_t expert, int64_t g) {
-  return static_cast<const char*>(table.data) +
-         (expert * table.stride_e + g * table.stride_g) * dtype_size(d.type);
-}
-
 // The slots of a token that have an expert, n of them in their order, and their vectors in the
 // order of use. A token's numbers are rows of n.
 template <class T>
@@ -78,25 +62,28 @@ struct TokenSlots {
     return d.routing.top_k * ((d.vectors() + 1) * 8 + 4) + 2 * 64;
   }
 
-  // Vectors of w_down, and of w_gate_up before or after them.
-  enum class Order { kDownLast, kDownFirst };
-  void load(int64_t t, Order order) {
+  // down_first: v, then u; otherwise u, then v.
+  void load(int64_t t, bool down_first) {
+    const IndexMap& map = d.routing.topk_ids;
     n = fetched = 0;
+    const auto* narrow = static_cast<const int32_t*>(map.data) + t * K;
+    const auto* wide = static_cast<const int64_t*>(map.data) + t * K;
+    const auto id_of = [&](int64_t s) { return map.is_64 ? wide[s] : int64_t{narrow[s]}; };
     for (int64_t s = 0; s < K; ++s) {
-      if (expert_of(d.routing, t * K + s) >= 0) slots[n++] = static_cast<int32_t>(s);
+      const int64_t id = id_of(s);
+      if (id >= 0 && id < d.routing.num_experts) slots[n++] = static_cast<int32_t>(s);
     }
     const void** next = vectors;
     const auto add = [&](const NeuronTable& table, int64_t g) {
       for (int64_t i = 0; i < n; ++i) {
-        *next++ = vector_at(d, table, expert_of(d.routing, t * K + slots[i]), g);
+        *next++ = static_cast<const char*>(table.data) +
+                  (id_of(slots[i]) * table.stride_e + g * table.stride_g) * dtype_size(d.type);
       }
     };
-    if (order == Order::kDownFirst) add(d.w_down, 0);
+    if (down_first) add(d.w_down, 0);
     for (int64_t g = 0; g < G; ++g) add(d.w_gate_up, g);
-    if (order == Order::kDownLast) add(d.w_down, 0);
+    if (!down_first) add(d.w_down, 0);
   }
-  // Vectors before this one are not used.
-  void skip_to(int64_t first) { fetched = first; }
   void fetch_to(int64_t end) {
     for (end = std::min(end, (G + 1) * n); fetched < end; ++fetched) fetch(vectors[fetched], bytes);
   }
@@ -140,79 +127,12 @@ double cost_of(const PeerFfnDesc& d) {
          4;
 }
 
-// Memory of the maps of slots sorted by expert; routing.topk_ids may be of rows of gradients.
-struct SortedMaps {
-  int32_t *offsets, *row_to_slot;
-  SortedMaps(ScratchScope& scratch, const Routing& routing) {
-    const int64_t E = routing.num_experts, N = routing.num_slots();
-    offsets = scratch.take<int32_t>(Scratch::kIndex, E + 1 + 2 * N);
-    row_to_slot = offsets + E + 1;
-    sort_slots({routing, offsets, row_to_slot, row_to_slot + N, nullptr});
-  }
-};
-
-bool is_sorted(const Routing& routing) {
-  const int64_t N = routing.num_slots();
-  return N >= kPeerSortedSlots && routing.num_experts <= kPeerExpertsASlot * N;
-}
-
-// dots[t, g, k] = vector (expert, g) . tokens[t] for all slots, in the order of row_to_slot; 0 of
-// those without an expert.
-template <class T>
-void products(const PeerFfnDesc& d, const NeuronTable& table, int64_t G, const Rows& tokens,
-              const int32_t* row_to_slot, T* dots, const Parallel& par) {
-  const RowKernels<T>& k = row_kernels<T>();
-  const int64_t K = d.routing.top_k, H = d.hidden_size, N = d.routing.num_slots();
-  const int64_t bytes = H * dtype_size(d.type);
-  const double cost = static_cast<double>(G) * (static_cast<double>(H) / 8 + 4);
-  parallel_range(par, N, cost, [&](int64_t begin, int64_t end) {
-    ScratchScope scratch;
-    T* copy = scratch.take<T>(Scratch::kTile, H);
-    const void* rows[kVectorsAhead];
-    T found[kVectorsAhead];
-    int64_t fetched = begin, before = -1;
-    for (int64_t r = begin, next; r < end; r = next) {
-      const int64_t expert = expert_of(d.routing, row_to_slot[r]);
-      for (next = r; next < std::min(end, r + kVectorsAhead); ++next) {
-        if (expert_of(d.routing, row_to_slot[next]) != expert) break;
-        rows[next - r] = row_at(tokens, row_to_slot[next] / K);
-      }
-      for (; fetched < std::min(end, next + kVectorsAhead); ++fetched) {
-        const int64_t other = expert_of(d.routing, row_to_slot[fetched]);
-        if (other >= 0) fetch(row_at(tokens, row_to_slot[fetched] / K), bytes);
-        for (int64_t g = 0; g < G && other >= 0 && other != before; ++g) {
-          fetch(vector_at(d, table, other, g), bytes);
-        }
-        before = other;
-      }
-      for (int64_t g = 0; g < G; ++g) {
-        if (expert >= 0) {
-          const Rows vector{vector_at(d, table, expert, g), d.type, 0, nullptr};
-          k.dot_rows({d.type, rows, next - r, H}, row_as(k, vector, 0, H, copy), 0, found);
-        }
-        for (int64_t i = r; i < next; ++i) {
-          const int64_t slot = row_to_slot[i];
-          dots[(slot / K * G + g) * K + slot % K] = expert >= 0 ? found[i - r] : T(0);
-        }
-      }
-    }
-  });
-}
-
 template <class T>
 void run(const PeerFfnParams& p, const Parallel& par) {
   const PeerFfnDesc& d = p.desc;
   const RowKernels<T>& k = row_kernels<T>();
   const int64_t K = d.routing.top_k, G = d.vectors(), H = d.hidden_size, size = sizeof(T);
   const auto* weights = static_cast<const T*>(d.topk_weights);
-  const bool sorted = is_sorted(d.routing);
-  ScratchScope scratch(ScratchScope::Keep::kUpTo256MiB);
-  T* preacts = static_cast<T*>(p.preact);
-  if (sorted) {
-    if (preacts == nullptr) preacts = scratch.take<T>(Scratch::kRows, G * d.routing.num_slots());
-    const SortedMaps maps(scratch, d.routing);
-    products(d, d.w_gate_up, G, d.x, maps.row_to_slot, preacts, par);
-  }
   parallel_range(par, d.routing.num_tokens, cost_of(d), [&](int64_t begin, int64_t end) {
     ScratchScope scratch;
     Arena arena(scratch, Scratch::kTile,
@@ -221,22 +141,17 @@ void run(const PeerFfnParams& p, const Parallel& par) {
     T *preact = arena.take<T>(G * K), *h = arena.take<T>(K), *weight = arena.take<T>(K);
     T *copy = arena.take<T>(H), *sum = arena.take<T>(H);
     for (int64_t t = begin; t < end; ++t) {
-      token.load(t, TokenSlots<T>::Order::kDownLast);
+      token.load(t, false);
       const int64_t n = token.n;
-      T* kept = preacts == nullptr ? nullptr : preacts + t * G * K;
-      if (sorted) {
-        token.skip_to(G * n);
-        for (int64_t g = 0; g < G; ++g) token.pick(kept + g * K, preact + g * n);
-      } else {
-        token.dots(0, G * n, row_as(k, d.x, t, H, copy), preact);
-        for (int64_t g = 0; g < G && kept != nullptr; ++g) {
-          token.spread(preact + g * n, kept + g * K);
-        }
-      }
+      token.dots(0, G * n, row_as(k, d.x, t, H, copy), preact);
       activation_kernels<T>().forward(
           {d.act, 1, n, T(kAlpha), T(kLimit), preact, preact + n, n, h, n});
       token.pick(weights + t * K, weight);
       for (int64_t i = 0; i < n; ++i) h[i] *= weight[i];
+      if (p.preact != nullptr) {
+        T* kept = static_cast<T*>(p.preact) + t * G * K;
+        for (int64_t g = 0; g < G; ++g) token.spread(preact + g * n, kept + g * K);
+      }
       std::fill(sum, sum + H, T(0));
       token.add_up(G * n, n, h, sum);
       k.store_row(d.type, sum, static_cast<char*>(p.y) + t * token.bytes, H);
@@ -245,11 +160,9 @@ void run(const PeerFfnParams& p, const Parallel& par) {
 }
 
 // By token: the gradients of x and of the weights, and the factors with which x and grad_y enter
-// the gradients of the tables, [T, G, K] and [T, K]. dots: w_down's vectors times grad_y [T, K], or
-// nullptr.
+// the gradients of the tables, [T, G, K] and [T, K].
 template <class T>
-void token_gradients(const PeerFfnBwdParams& p, const Parallel& par, const T* dots, T* up,
-                     T* down) {
+void token_gradients(const PeerFfnBwdParams& p, const Parallel& par, T* up, T* down) {
   const PeerFfnDesc& d = p.desc;
   const RowKernels<T>& k = row_kernels<T>();
   const int64_t K = d.routing.top_k, G = d.vectors(), H = d.hidden_size, size = sizeof(T);
@@ -263,14 +176,9 @@ void token_gradients(const PeerFfnBwdParams& p, const Parallel& par, const T* do
     T *dot = arena.take<T>(K), *dh = arena.take<T>(K), *weight = arena.take<T>(K);
     T *copy = arena.take<T>(H), *sum = arena.take<T>(H);
     for (int64_t t = begin; t < end; ++t) {
-      token.load(t, TokenSlots<T>::Order::kDownFirst);
+      token.load(t, true);
       const int64_t n = token.n;
-      if (dots != nullptr) {
-        token.skip_to(n);
-        token.pick(dots + t * K, dot);
-      } else {
-        token.dots(0, n, row_as(k, p.grad_y, t, H, copy), dot);
-      }
+      token.dots(0, n, row_as(k, p.grad_y, t, H, copy), dot);
       for (int64_t g = 0; g < G; ++g) {
         token.pick(static_cast<const T*>(p.preact) + (t * G + g) * K, preact + g * n);
       }
@@ -369,24 +277,19 @@ void table_gradients(const PeerFfnBwdParams& p, const Parallel& par, const int32
 template <class T>
 void run_bwd(const PeerFfnBwdParams& p, const Parallel& par) {
   const PeerFfnDesc& d = p.desc;
-  const int64_t G = d.vectors(), N = d.routing.num_slots();
+  const int64_t G = d.vectors(), N = d.routing.num_slots(), U = p.rows.num_experts;
   const bool tables = p.grad_w_gate_up != nullptr || p.grad_w_down != nullptr;
-  const bool sorted = is_sorted(p.rows);
   ScratchScope scratch(ScratchScope::Keep::kUpTo256MiB);
-  T* factors = scratch.take<T>(Scratch::kRows, (tables ? (G + 1) * N : 0) + (sorted ? N : 0));
-  T *up = nullptr, *down = nullptr, *dots = nullptr;
+  T *up = nullptr, *down = nullptr;
   if (tables) {
-    up = factors;
+    up = scratch.take<T>(Scratch::kRows, (G + 1) * N);
     down = up + G * N;
-    factors = down + N;
   }
-  if (sorted) dots = factors;
-  std::optional<SortedMaps> maps;
-  if (tables || sorted) maps.emplace(scratch, p.rows);
-  if (sorted) products(d, d.w_down, 1, p.grad_y, maps->row_to_slot, dots, par);
-  token_gradients<T>(p, par, dots, up, down);
-  if (!tables || p.rows.num_experts == 0) return;
-  table_gradients<T>(p, par, maps->offsets, maps->row_to_slot,
+  token_gradients<T>(p, par, up, down);
+  if (!tables || U == 0) return;
+  int32_t* maps = scratch.take<int32_t>(Scratch::kIndex, U + 1 + 2 * N);
+  sort_slots({p.rows, maps, maps + U + 1, maps + U + 1 + N, nullptr});
+  table_gradients<T>(p, par, maps, maps + U + 1,
                      {{d.x, up, G, static_cast<char*>(p.grad_w_gate_up)},
                       {p.grad_y, down, 1, static_cast<char*>(p.grad_w_down)}});
 }

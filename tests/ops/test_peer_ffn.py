@@ -245,7 +245,7 @@ def test_autocast_leaves_tables_as_they_are():
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
 def test_many_slots(dtype, activation):
-    """Enough to be sorted by expert: the reference, and the bits that a few tokens alone have."""
+    """The reference, and the bits that a few tokens alone have."""
     call = operands(Routing(300, 70, 16, "out_of_range", torch.int64), 21, dtype, activation)
     check(call)
     grad = torch.randn(300, 21).to(dtype)

@@ -436,10 +436,10 @@ OPS: dict[str, Op] = {
     ),
     "peer_ffn": Op(
         {
-            "tokens": Dim((("peer", "tokens"),), (1, 3, 7, 13), 260),
+            "tokens": Dim((), (1, 3, 7, 13), 13),
             "h": Dim((("rows", "hidden"),), SMALL, 4200),
             "experts": Dim((), (1, 4, 9, 40), 40),
-            "k": Dim((), (1, 2, 3, 5, 8, 16), 16),
+            "k": Dim((), (1, 2, 3, 4, 5, 8, 17), 17),
         },
         {"scales": SCALES, "act": ACTS, "sparse": (0, 1)},
         cost=("tokens", "h", "k"),

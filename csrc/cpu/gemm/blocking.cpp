@@ -184,8 +184,6 @@ std::vector<BlockSize> block_sizes() {
       MOE_SIZE("router", "tokens", kSoaTokens),
       MOE_SIZE("router", "tokens", kRouterRows),
       MOE_SIZE("router", "tokens", kRouterLinearRows),
-      // Experts of one neuron, 16 a token.
-      {"peer", "tokens", "kPeerSortedSlots", kPeerSortedSlots / 16},
       // Operations on whole rows.
       MOE_SIZE("rows", "tokens", kNormPartRows),
       MOE_SIZE("rows", "hidden", kRotaryWide),

@@ -64,11 +64,6 @@ constexpr int64_t kAttentionReduceKeys = 256;
 // Weight gradients from this size on will not be found in a cache again by whoever reads them.
 constexpr int64_t kStreamBytes = int64_t{8} << 20;
 
-// peer_ffn: slots from which on it pays to take products expert after expert, if there are at most
-// so many experts to a slot.
-constexpr int64_t kPeerSortedSlots = 4096;
-constexpr int64_t kPeerExpertsASlot = 4;
-
 // pack_experts: a block of k, so that the lines it touches stay in cache while features take turns.
 constexpr int64_t kPackDepth = 64;
 
