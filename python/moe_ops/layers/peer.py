@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_ops._sharded import is_sharded
+from moe_ops.memory import move_when_paid
 from moe_ops.ops import peer_ffn, topk_router
 from moe_ops.ops._checks import check_positive
 
@@ -139,9 +140,10 @@ class PEER(nn.Module):
             rows.append(best)
         side = self.sub_keys.shape[1]
         pairs = (scores[0][:, :, None] + scores[1][:, None]).flatten(1)  # [T R, K K]
-        ids = (rows[0][:, :, None] * side + rows[1][:, None]).flatten(1)
         weights, chosen = topk_router(pairs, k, topk_first=True)
-        ids = ids.gather(1, chosen.long()).to(torch.int32)
+        first, second = chosen // k, chosen % k
+        ids = rows[0].gather(1, first.long()) * side + rows[1].gather(1, second.long())
+        ids = ids.to(torch.int32)
         shape = (num_tokens, self.num_heads * k)
         return weights.view(shape), ids.view(shape)
 
@@ -177,6 +179,8 @@ class PEER(nn.Module):
         if not gathers:
             y: Tensor = bank(x, weights, ids)
             return y
+        if not torch.compiler.is_compiling():
+            move_when_paid(bank, ids.numel(), bank.w_gate_up, bank.w_down)
         return peer_ffn(
             x,
             bank.w_gate_up,

@@ -172,7 +172,7 @@ def _(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, activation, sparse_grad = inputs
+    tensors, (activation, sparse_grad) = inputs[:5], inputs[5:]
     _, preact = output
     ctx.mark_non_differentiable(preact)
     ctx.set_materialize_grads(False)
@@ -194,13 +194,12 @@ def _chosen(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
 def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if grad is None:
         return (None,) * 7
-    *call, preact = ctx.saved_tensors
+    call, preact = ctx.saved_tensors[:5], ctx.saved_tensors[5]
     _x, w_gate_up, w_down, topk_weights, topk_ids = call
-    need_x, need_gate_up, need_down, need_weights, *_ = needs_input_grad(ctx, 7)
-    needs = (need_x, need_gate_up, need_down, need_weights)
+    needs = needs_input_grad(ctx, 7)[:4]
     rows = places = None
     num_rows = w_gate_up.shape[0]
-    if ctx.sparse_grad and (need_gate_up or need_down):
+    if ctx.sparse_grad and (needs[1] or needs[2]):
         rows, places = _chosen(topk_ids, num_rows)
         num_rows = len(rows)
     grads = torch.ops.moe_ops.peer_ffn_bwd(
