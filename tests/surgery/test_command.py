@@ -139,7 +139,7 @@ def test_inspect(checkpoint, tmp_path):
 
 def test_inspect_refuses_models_that_do_not_fit(tmp_path):
     from moe_ops.layers import MoE
-    from moe_ops.viz.page import routing_data, routing_page
+    from moe_ops.surgery.page import routing_data, routing_page
 
     pages = {n: routing_data(MoE.build(8, 8, n, 2), [torch.randn(5, 8)]) for n in (4, 6)}
     with pytest.raises(ValueError, match="must have the same layers and experts"):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import moe_ops.hf  # noqa: F401
 from moe_ops.cli import checkpoints
-from moe_ops.viz.page import MAX_TOKENS, routing_data, routing_page
+from moe_ops.surgery.page import MAX_TOKENS, routing_data, routing_page
 
 
 def run(

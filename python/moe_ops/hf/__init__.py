@@ -39,7 +39,6 @@ from moe_ops.expert_weights import register_hook
 from moe_ops.hf import attention
 from moe_ops.hf.experts import experts_forward
 from moe_ops.hf.hook import TransformersHook
-from moe_ops.hf.log_routing import log_routing
 from moe_ops.hf.offloading import load_offloaded
 from moe_ops.hf.optimize import optimize, restore
 from moe_ops.hf.parallel import Interface, register_ep_implementation
@@ -59,7 +58,6 @@ __all__ = [
     "expect_calls",
     "experts_forward",
     "load_offloaded",
-    "log_routing",
     "optimize",
     "register_ep_implementation",
     "restore",

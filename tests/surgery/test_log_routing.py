@@ -1,4 +1,4 @@
-"""moe_ops.hf.log_routing: what a Trainer logs of the routers."""
+"""surgery.log_routing: what a Trainer logs of the routers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ pytest.importorskip("accelerate")
 
 from transformers import Trainer, TrainingArguments
 
-import moe_ops.hf
+import moe_ops.hf  # noqa: F401
+from moe_ops import surgery
 from moe_ops.layers import RoutingStats
 
 
@@ -43,7 +44,7 @@ def test_trainer_logs_routing(tmp_path, checkpointing):
         gradient_checkpointing_kwargs={"use_reentrant": bool(checkpointing)},
     )
     trainer = Trainer(model, arguments, train_dataset=rows, eval_dataset=rows)
-    stats = moe_ops.hf.log_routing(trainer, every_layer=True)
+    stats = surgery.log_routing(trainer, every_layer=True)
     entries: list[dict[str, float]] = []
     expected: list[list[float]] = []
     log = trainer.log
@@ -72,4 +73,4 @@ def test_refuses_a_dense_model():
         model = nn.Linear(2, 2)
 
     with pytest.raises(ValueError, match="log_routing"):
-        moe_ops.hf.log_routing(Dense())
+        surgery.log_routing(Dense())

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from moe_ops import _files
+from moe_ops.layers import RoutingStats
+from moe_ops.surgery.routed_layers import routed_layers
 
 # Tokens whose experts the page shows one by one, and experts up to which it shows pairs.
 MAX_TOKENS = 1024
@@ -52,8 +54,6 @@ class _Layer:
         self.weights += [[round(w, 4) for w in row] for row in weights[:room].tolist()]
 
     def to_dict(self, name: str) -> dict[str, Any]:
-        from moe_ops.layers import RoutingStats
-
         stats = RoutingStats()
         stats._add(name, self.load.long())
         measures = stats.as_dict()[name]
@@ -86,8 +86,6 @@ def routing_data(model: nn.Module, batches: Iterable[Any]) -> list[dict[str, Any
     Raises:
         ValueError: no routed layer, or one that saw no token.
     """
-    from moe_ops.surgery import routed_layers
-
     layers = routed_layers(model, caller="routing_data")
     found: dict[str, _Layer] = {}
     handles: list[Any] = []

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from moe_ops.layers import RoutingStats
 from moe_ops.layers.recompute import in_backward
+from moe_ops.surgery.routed_layers import routed_layers
 
 
 def log_routing(
@@ -24,7 +25,7 @@ def log_routing(
 
     Example:
         trainer = Trainer(model, arguments, train_dataset=rows)
-        moe_ops.hf.log_routing(trainer)
+        moe_ops.surgery.log_routing(trainer)
         trainer.train()
 
     Args:
@@ -38,8 +39,6 @@ def log_routing(
     Raises:
         ValueError: the model has no routed layer.
     """
-    from moe_ops.surgery import routed_layers
-
     stats = RoutingStats()
 
     def watcher(layer: Any) -> Any:
