@@ -152,6 +152,10 @@ _OURS = (
      "Composition of Experts: whole models behind a router of categories, under a budget."),
     ("adamoe", "AdaMoEConfig", "ActionTransformer", "",
      "AdaMoE: a flow-matching policy with experts that are chosen and weighed apart."),
+    ("gntmove", "GNTMoveConfig", "GNTMove", "",
+     "GNT-MOVE: novel views of unseen scenes, by transformers with experts of views."),
+    ("mofme", "MoFMEConfig", "RestorationTransformer", "",
+     "MoFME: images restored by experts that modulate one shared network."),
     ("sentence", "SentenceConfig", "SentenceExperts", "hf",
      "Sentence experts: an encoder with an expert for every given domain."),
 )  # fmt: skip
