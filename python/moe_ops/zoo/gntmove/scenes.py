@@ -130,9 +130,9 @@ def shade(scenes: Scenes, hits: Hits, origins: Tensor, directions: Tensor) -> Te
     at = hits.thing.clamp(max=count)[..., None].expand(*hits.thing.shape, 3)
     color, waves = scenes.colors.gather(1, at), scenes.waves.gather(1, at)
     points = origins + hits.depth.clamp(max=100.0)[..., None] * directions
-    pattern = (waves * points).sin().prod(-1, keepdim=True)
+    pattern = (waves * points).sin().mean(-1, keepdim=True)
     textured = (scenes.material == MATERIALS.index("textured"))[:, None, None]
-    color = torch.where(textured, color * (0.6 + 0.4 * pattern), color)
+    color = torch.where(textured, color * (0.6 + 0.6 * pattern), color)
     light = scenes.light[:, None]
     lit = (hits.normal * light).sum(-1, keepdim=True).clamp(min=0)
     color = color * (AMBIENT + (1 - AMBIENT) * lit)
