@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from moe_ops.layers import RoutingStats
+from moe_ops.zoo._resume import warm_up_then_cosine
 from moe_ops.zoo.lm.model import CausalLM, LMLoss
 
 from .study import Job, Run
@@ -130,15 +131,46 @@ class DrawnTraining:
             optimizer.load_state_dict(saved["optimizer"])
             draw.set_state(saved["draw"])
             self.found, self.done = saved["found"], saved["done"]
+            if "noise" in saved:
+                torch.set_rng_state(saved["noise"])
 
     def state(self) -> dict[str, Any]:
         return {
             "model": self._model.state_dict(),
             "optimizer": self._optimizer.state_dict(),
             "draw": self._draw.get_state(),
+            "noise": torch.get_rng_state(),
             "found": self.found,
             "done": self.done,
         }
+
+
+def train_drawn(
+    run: Run,
+    model: torch.nn.Module,
+    loss: Callable[[torch.Generator], Tensor],
+    draw: torch.Generator,
+    *,
+    steps: int,
+    rate: float,
+    warm_up: int = 50,
+    weight_decay: float = 0.0,
+) -> None:
+    """AdamW with warm-up and a cosine to 0 on the loss of batches that a generator draws. A run
+    whose state was saved goes on from it, with the bits of one that was not cut."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=weight_decay)
+    training = DrawnTraining(run, model, optimizer, draw, {})
+    model.train()
+    while training.done < steps:
+        for group in optimizer.param_groups:
+            group["lr"] = rate * warm_up_then_cosine(training.done, warm_up, steps)
+        value = loss(draw)
+        optimizer.zero_grad(set_to_none=True)
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        training.done += 1
+        run.step(training.done, steps, training.state)
 
 
 def train(

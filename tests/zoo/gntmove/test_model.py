@@ -192,9 +192,7 @@ def test_network_equals_a_plain_transcription():
     depths = model.draw_depths(1, 2)
     points = origins[..., None, :] + depths[..., None] * directions[..., None, :]
     torch.testing.assert_close(out.points, points[0])
-    found, differences, seen = model.look(
-        views, model.image_features(views.images), target, points
-    )
+    found, differences, seen = model.look(views, model.image_features(views.images), target, points)
     seen[0, 1] = False  # Looked at by nobody.
     colors = []
     for r in range(2):

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from moe_ops import zoo
+from moe_ops.layers import Routing
 from moe_ops.zoo import _images
 from moe_ops.zoo.mofme import (
     WEATHER,
@@ -97,7 +98,7 @@ def test_weather():
     for made in (rain, snow):
         assert bool((made >= there * 0.5 - 1e-6).all())
     assert float((rain == there * 0.5).float().mean()) > 0.2
-    # Haze shrinks contrast: differences of neighbours get smaller by what is kept, at least exp(-1.6).
+    # Haze shrinks contrast to what is kept, at least exp(-1.6) of it.
     flat = torch.stack([torch.zeros(3, 8, 8), torch.ones(3, 8, 8)])
     kept = add_haze(flat, generator())[1] - add_haze(flat[[0, 0]], generator())[1]
     assert bool((kept > math.exp(-1.6)).all()) and bool((kept < 1).all())
@@ -176,14 +177,12 @@ def test_evaluate():
     # A router that reads the weather tells all of it.
     model = small(top_k=1)
     kinds = data.weather.repeat_interleave(16)
-    model.layers[0].ffn.router.forward = lambda x: zoo_routing(kinds)
+    model.layers[0].ffn.router.forward = lambda x: routed_to(kinds)
     told = evaluate(model, data, progress=False)["information"]
     assert told == pytest.approx(math.log(3))
 
 
-def zoo_routing(ids):
-    from moe_ops.layers import Routing
-
+def routed_to(ids):
     return Routing(None, torch.ones(len(ids), 1), ids[:, None].int())
 
 

@@ -38,9 +38,7 @@ class ViewRouter(GateRouter):
         if noise < 0:
             raise ValueError(f"ViewRouter: noise must be at least 0, got {noise}.")
         size = max(num_experts // 2, 1)
-        super().__init__(
-            hidden_size, num_experts, top_k, gate="cosine", gate_size=size, **options
-        )
+        super().__init__(hidden_size, num_experts, top_k, gate="cosine", gate_size=size, **options)
         self.noise = noise
         self.temperature = nn.Parameter(self.weight.new_zeros(num_experts))
 

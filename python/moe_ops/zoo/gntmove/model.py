@@ -249,7 +249,7 @@ class GNTMove(nn.Module):
             features = self.image_features(views.images)
         origins, directions = rays(target, pixels)
         if depths is None:
-            depths = self.draw_depths(*pixels.shape[:2], generator)
+            depths = self.draw_depths(len(pixels), pixels.shape[1], generator)
         points = origins[..., None, :] + depths[..., None] * directions[..., None, :]
         seen_there, differences, seen = self.look(views, features, target, points)
         x, routed = self._blocks(seen_there, differences, seen, points, directions)

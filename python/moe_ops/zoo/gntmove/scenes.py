@@ -79,9 +79,7 @@ def draw_scenes(
     waves = uniform(3.0, 8.0, things + 1, 3) * (kind == MATERIALS.index("textured"))[:, None, None]
     height = uniform(math.pi / 5, math.pi / 2.5)
     turn = uniform(0, 2 * math.pi)
-    light = torch.stack(
-        [height.cos() * turn.cos(), height.sin(), height.cos() * turn.sin()], -1
-    )
+    light = torch.stack([height.cos() * turn.cos(), height.sin(), height.cos() * turn.sin()], -1)
     return Scenes(
         centers, sizes, spheres, uniform(0.15, 0.95, things + 1, 3), waves,
         kind == MATERIALS.index("glossy"), light, uniform(0.6, 1.0, 3), kind,

@@ -5,8 +5,8 @@
 
     python -m moe_ops.zoo.mofme --folder runs/mofme
 
-Source: Zhang et al. 2024 (Efficient Deweather Mixture-of-Experts with Uncertainty-aware Feature-wise
-Linear Modulation, AAAI, arXiv 2312.16610).
+Source: Zhang et al. 2024 (Efficient Deweather Mixture-of-Experts with Uncertainty-aware
+Feature-wise Linear Modulation, AAAI, arXiv 2312.16610).
 """
 
 from .._images import psnr, ssim

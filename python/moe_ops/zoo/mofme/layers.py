@@ -100,9 +100,7 @@ class UncertaintyRouter(TopKRouter):
             raise ValueError(f"UncertaintyRouter: passes must be at least 2, got {passes}.")
         if not 0 <= dropout < 1:
             raise ValueError(f"UncertaintyRouter: dropout must be in [0, 1), got {dropout}.")
-        super().__init__(
-            hidden_size, num_experts, top_k, **{"topk_first": True, **options}
-        )
+        super().__init__(hidden_size, num_experts, top_k, **{"topk_first": True, **options})
         self.passes, self.dropout = passes, dropout
 
     @property

@@ -225,7 +225,7 @@ class RestorationTransformer(nn.Module):
         return (images + out if self.config.residual else out.sigmoid()), routing
 
     def num_parameters(self) -> dict[str, int]:
-        """"total", "experts" (what there is once an expert, in all layers) and "active": without
+        """ "total", "experts" (what there is once an expert, in all layers) and "active": without
         those of the experts that a token does not use."""
         config = self.config
         total = sum(p.numel() for p in self.parameters())

@@ -217,9 +217,7 @@ def train(
     report: dict[str, Any] = {
         "settings": now,
         "arms": {
-            "degraded": {
-                "psnr": float(untouched.mean()), **by_weather(untouched, data.weather)
-            }
+            "degraded": {"psnr": float(untouched.mean()), **by_weather(untouched, data.weather)}
         },
     }
     models = {}

@@ -82,9 +82,7 @@ def add_haze(images: Tensor, generator: torch.Generator) -> Tensor:
     return images * kept + light * (1 - kept)
 
 
-def degrade(
-    images: Tensor, generator: torch.Generator, kinds: Sequence[str] = WEATHER
-) -> Degraded:
+def degrade(images: Tensor, generator: torch.Generator, kinds: Sequence[str] = WEATHER) -> Degraded:
     """Clean images [B, 3, h, w], each in the weather of its number: the first kind, the second,
     and so on, and again the first."""
     kind = torch.arange(len(images)) % len(kinds)
@@ -97,9 +95,7 @@ def degrade(
     return Degraded(made, images, numbers[kind])
 
 
-def crops(
-    photos: Sequence[Tensor], count: int, size: int, generator: torch.Generator
-) -> Tensor:
+def crops(photos: Sequence[Tensor], count: int, size: int, generator: torch.Generator) -> Tensor:
     """[count, 3, size, size] from random places of photos [3, h, w], each as likely as another;
     half of them mirrored."""
     which = torch.randint(len(photos), (count,), generator=generator).tolist()
