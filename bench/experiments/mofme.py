@@ -140,8 +140,8 @@ EXPERIMENT = Experiment(
         Headline("experts", "so are FFN experts", "not stated at equal width", "quality"),
         Headline(
             "uncertainty", "the uncertainty router is better than a plain one",
-            "better weights, and better images", "mechanism",
+            "well-calibrated weights", "mechanism",
         ),
-        Headline("weather", "experts tell the weather", "shown in pictures", "mechanism"),
+        Headline("weather", "experts tell the weather", "not compared", "mechanism"),
     ),
 )  # fmt: skip
