@@ -34,7 +34,7 @@ def look_at(position: Tensor, target: Tensor, focal: Tensor, height: int, width:
     """Cameras at position [..., 3] that have target [..., 3] in their middle, upright: the y axis
     of space is up. focal: [...]."""
     forward = F.normalize(target - position, dim=-1)
-    up = torch.tensor([0.0, 1.0, 0.0], dtype=position.dtype).expand_as(forward)
+    up = position.new_tensor([0.0, 1.0, 0.0]).expand_as(forward)
     right = F.normalize(torch.linalg.cross(forward, up), dim=-1)
     down = torch.linalg.cross(forward, right)
     return Cameras(position, torch.stack([right, down, forward], -1), focal, height, width)

@@ -116,7 +116,7 @@ def trace(scenes: Scenes, origins: Tensor, directions: Tensor) -> Hits:
     flat_normal = F.one_hot(side[..., 0], 3) * -directions.gather(2, side).sign()
     is_ball = scenes.spheres.gather(1, at[..., 0])[..., None]
     normal = torch.where(is_ball, round_normal, flat_normal.to(points.dtype))
-    up = torch.tensor([0.0, 1.0, 0.0], dtype=points.dtype)
+    up = points.new_tensor([0.0, 1.0, 0.0])
     normal = torch.where((thing == count)[..., None], up, normal)
     return Hits(depth.clamp(max=FAR), normal, torch.where(none, count + 1, thing))
 

@@ -18,9 +18,10 @@ from moe_ops import _files
 from moe_ops._fields import check_choice
 from moe_ops.viz import import_matplotlib, plot_images
 
+from .._command import settle
 from .._images import import_ssim, mutual_information, psnr, ssim
 from .._progress import bar
-from .._resume import Group, read_state, train_steps, write_state
+from .._resume import Group, train_once, train_steps
 from .cameras import Cameras, rays
 from .model import GNTMove, GNTMoveConfig, Rendered, Views
 from .scenes import MATERIALS, Scenes, draw_cameras, draw_scenes, photograph, see
@@ -288,16 +289,7 @@ def train(
     if settings.pictures:
         import_matplotlib()
     folder = _files.make_folder(folder)
-    made = folder / "settings.json"
-    now: dict[str, Any] = {**dataclasses.asdict(settings), "arms": list(settings.arms)}
-    kept = _files.read_json(made) if made.is_file() else now
-    free = dict.fromkeys(_FREE)
-    if {**kept, **free} != {**now, **free}:
-        raise ValueError(
-            f"train: folder must hold models of these settings, got others in {folder}; remove "
-            "them, or give another folder."
-        )
-    _files.write_json(made, now)
+    now = settle(folder, settings, _FREE)
 
     def batches(generator: torch.Generator) -> Batch:
         return draw_batch(
@@ -313,16 +305,14 @@ def train(
     for arm in settings.arms:
         torch.manual_seed(settings.seed)
         model = models[arm] = GNTMove(settings.config(arm))
-        done, state = folder / f"{arm}.pt", folder / f"{arm}.training.pt"
-        if done.is_file():
-            model.load_state_dict(read_state(done))
-        else:
+
+        def run(checkpoint: Path, model: GNTMove = model) -> None:
             fit(
                 model, batches, steps=settings.steps, rate=settings.rate, seed=settings.seed,
-                checkpoint=state, progress=progress,
+                checkpoint=checkpoint, progress=progress,
             )  # fmt: skip
-            write_state(done, model.state_dict())
-            state.unlink()
+
+        train_once(model, folder, arm, run)
         report["arms"][arm] = evaluate(
             model, data, with_ssim=bool(settings.ssim), progress=progress
         )
