@@ -55,8 +55,8 @@ class GNTMoveConfig:
     top_k: int = 2
     permanent: bool = True
     noise: float = 1.0
-    balance_weight: float = 0.001
-    consistency_weight: float = 0.1
+    balance_weight: float = 0.0001
+    consistency_weight: float = 1.0
     dropout: float = 0.0
     near: float = NEAR_DEPTH
     far: float = FAR_DEPTH
