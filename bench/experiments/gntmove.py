@@ -131,6 +131,11 @@ def study(name: str, size: str, rank: int, minutes: float, plan: Plan) -> Study:
             key="agree",
         ),
         Hypothesis(
+            "and leaves more than the load of K experts in use",
+            lambda r: [n - plan.config.top_k for n in r.of(FULL, "effective experts")],
+            "effective experts above K", bound=0.2, below=False, key="used",
+        ),
+        Hypothesis(
             "it costs at most 0.1 dB", ahead(FULL, FREE), "dB", bound=-COST, below=False,
             key="cost",
         ),
@@ -171,6 +176,9 @@ EXPERIMENT = Experiment(
             "called essential", "mechanism",
         ),
         Headline("agree", "and they choose the same experts more often", "not stated", "mechanism"),
+        Headline(
+            "used", "without sending all points to the same experts", "not stated", "mechanism"
+        ),
         Headline("cost", "it costs at most 0.1 dB", "not stated", "cost"),
     ),
 )  # fmt: skip

@@ -56,7 +56,7 @@ class GNTMoveConfig:
     permanent: bool = True
     noise: float = 1.0
     balance_weight: float = 0.0001
-    consistency_weight: float = 1.0
+    consistency_weight: float = 0.2
     dropout: float = 0.0
     near: float = NEAR_DEPTH
     far: float = FAR_DEPTH

@@ -249,7 +249,7 @@ class Settings:
     num_points: int = 16
     num_experts: int = 4
     top_k: int = 2
-    consistency_weight: float = 1.0
+    consistency_weight: float = 0.2
     test_scenes: int = 24
     ssim: int = 1
     pictures: int = 3
