@@ -23,7 +23,7 @@ from moe_ops.zoo.gntmove import (
 )
 
 from .study import Experiment, Headline, Hypothesis, Job, Results, Run, Study
-from .training import train_drawn
+from .training import Recipe, train_drawn
 
 FULL, FREE, LONE = "GNT-MOVE", "without the consistency loss", "without the permanent expert"
 DENSE, WIDE = "GNT", "GNT, wide"
@@ -83,8 +83,8 @@ def one(arm: str, plan: Plan) -> Job:
         def loss(draw: torch.Generator) -> Tensor:
             return model.loss(*draw_batch(draw, **sizes), generator=draw).loss
 
-        draw = torch.Generator().manual_seed(2_000_000 + seed)
-        train_drawn(run, model, loss, draw, steps=plan.steps, rate=plan.rate)
+        recipe = Recipe(steps=plan.steps, rate=plan.rate, weight_decay=0.0)
+        train_drawn(model, loss, recipe, seed, run)
         told = routing_of(model, test, 32) if model.config.ffn == "moe" else {}
         row = {
             **measure(model, test, pixels),
@@ -151,8 +151,8 @@ def study(name: str, size: str, rank: int, minutes: float, plan: Plan) -> Study:
             f"{config.num_points} points a ray, E {config.num_experts}, K {config.top_k}, "
             f"networks of {config.mlp_ratio} H ({WIDE}: 12 H); weights of losses: balance "
             f"{config.balance_weight:g}, consistency {config.consistency_weight:g}",
-            "Training": f"AdamW {plan.rate:g} (warm-up 50, cosine), {plan.steps} steps of "
-            f"{plan.count} rays of each of {plan.scenes} scenes",
+            "Training": f"AdamW {plan.rate:g} (warm-up 50, cosine to a tenth), {plan.steps} steps "
+            f"of {plan.count} rays of each of {plan.scenes} scenes",
         }
 
     runs = {arm: one(arm, plan) for arm in ARMS}

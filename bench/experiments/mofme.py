@@ -15,7 +15,7 @@ from moe_ops.zoo.mofme.training import evaluate
 from moe_ops.zoo.mofme.weather import PHOTOS, TEST, WEATHER, missing_photos
 
 from .study import Experiment, Headline, Hypothesis, Job, Run, Study
-from .training import train_drawn
+from .training import Recipe, train_drawn
 
 FULL, PLAIN = "FiLM experts, uncertainty router", "FiLM experts"
 WHOLE, DENSE, WIDE = "FFN experts", "dense", "dense, wide"
@@ -65,8 +65,8 @@ def one(arm: str, plan: Plan) -> Job:
             batch = degrade(crops(photos, plan.batch, plan.crop, draw), draw)
             return F.smooth_l1_loss(model(batch.degraded)[0], batch.clean)
 
-        draw = torch.Generator().manual_seed(2_000_000 + seed)
-        train_drawn(run, model, loss, draw, steps=plan.steps, rate=plan.rate, weight_decay=0.01)
+        recipe = Recipe(steps=plan.steps, rate=plan.rate, weight_decay=0.01)
+        train_drawn(model, loss, recipe, seed, run)
         found = evaluate(model, test, progress=False)
         counts = model.num_parameters()
         row = {
@@ -117,8 +117,8 @@ def study(name: str, size: str, rank: int, minutes: float, plan: Plan) -> Study:
             "Model": f"H {config.hidden_size}, {config.num_layers} layers, patches of "
             f"{config.patch_size}, E {config.num_experts}, K {config.top_k}, networks of "
             f"{config.mlp_ratio} H ({WIDE}: 8 H), {config.channels} channels of convolutions",
-            "Training": f"smooth L1, AdamW {plan.rate:g} (warm-up 50, cosine), weight decay 0.01, "
-            f"{plan.steps} steps of {plan.batch} crops",
+            "Training": f"smooth L1, AdamW {plan.rate:g} (warm-up 50, cosine to a tenth), weight "
+            f"decay 0.01, {plan.steps} steps of {plan.batch} crops",
         }
 
     runs = {arm: one(arm, plan) for arm in ARMS}

@@ -9,7 +9,9 @@ from .study import Experiment, Study
 
 NAMES = (
     "jetmoe", "deepseek", "moduleformer", "coe", "topp", "home", "mowst", "t2mir", "premoe",
-    "uncurl", "super_experts", "expertflow", "bam", "factorllm", "gntmove", "mofme",
+    "uncurl", "super_experts", "expertflow", "bam", "factorllm", "composition", "adamoe",
+    "sentence", "dynamicdino", "thor", "widenet", "gntmove",
+    "mofme",
 )  # fmt: skip
 
 

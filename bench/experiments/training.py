@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from moe_ops.layers import RoutingStats
-from moe_ops.zoo._resume import warm_up_then_cosine
 from moe_ops.zoo.lm.model import CausalLM, LMLoss
 
 from .study import Job, Run
@@ -85,9 +84,9 @@ class Trained:
 
 
 def mean_violation(stats: RoutingStats) -> float:
-    """MaxVio, the mean over layers."""
+    """MaxVio, the mean over layers; 0 without any."""
     found = [stats.max_violation(layer) for layer in stats.layers]
-    return sum(found) / len(found)
+    return sum(found) / max(1, len(found))
 
 
 def step_violation(out: LMLoss) -> float:
@@ -130,9 +129,8 @@ class DrawnTraining:
             model.load_state_dict(saved["model"])
             optimizer.load_state_dict(saved["optimizer"])
             draw.set_state(saved["draw"])
+            torch.set_rng_state(saved["noise"])
             self.found, self.done = saved["found"], saved["done"]
-            if "noise" in saved:
-                torch.set_rng_state(saved["noise"])
 
     def state(self) -> dict[str, Any]:
         return {
@@ -145,32 +143,45 @@ class DrawnTraining:
         }
 
 
+def adamw(model: torch.nn.Module, recipe: Recipe) -> torch.optim.AdamW:
+    """Weight decay is of matrices alone."""
+    decayed = [p for p in model.parameters() if p.dim() > 1]
+    rest = [p for p in model.parameters() if p.dim() <= 1]
+    groups = [
+        {"params": decayed, "weight_decay": recipe.weight_decay},
+        {"params": rest, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=recipe.rate, betas=(0.9, 0.95))
+
+
 def train_drawn(
-    run: Run,
     model: torch.nn.Module,
     loss: Callable[[torch.Generator], Tensor],
-    draw: torch.Generator,
-    *,
-    steps: int,
-    rate: float,
-    warm_up: int = 50,
-    weight_decay: float = 0.0,
-) -> None:
-    """AdamW with warm-up and a cosine to 0 on the loss of batches that a generator draws. A run
-    whose state was saved goes on from it, with the bits of one that was not cut."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=weight_decay)
-    training = DrawnTraining(run, model, optimizer, draw, {})
+    recipe: Recipe,
+    seed: int,
+    run: Run,
+) -> list[float]:
+    """Trains a model on batches that `loss` draws; the losses by step.
+
+    A run whose state was saved goes on from it, with the bits of one that was not cut.
+    """
+    draw, optimizer = torch.Generator().manual_seed(seed), adamw(model, recipe)
+    training = DrawnTraining(run, model, optimizer, draw, {"curve": []})
+    curve: list[float] = training.found["curve"]
     model.train()
-    while training.done < steps:
+    while training.done < recipe.steps:
         for group in optimizer.param_groups:
-            group["lr"] = rate * warm_up_then_cosine(training.done, warm_up, steps)
+            group["lr"] = recipe.rate_at(training.done)
         value = loss(draw)
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         value.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
         optimizer.step()
+        curve.append(value.item())
         training.done += 1
-        run.step(training.done, steps, training.state)
+        run.step(training.done, recipe.steps, training.state)
+    model.eval()
+    return curve
 
 
 def train(
@@ -193,13 +204,7 @@ def train(
     run = run or Run()
     torch.manual_seed(seed)
     model = make()
-    decayed = [p for p in model.parameters() if p.dim() > 1]
-    rest = [p for p in model.parameters() if p.dim() <= 1]
-    groups = [
-        {"params": decayed, "weight_decay": recipe.weight_decay},
-        {"params": rest, "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=recipe.rate, betas=(0.9, 0.95))
+    optimizer = adamw(model, recipe)
     controller = prepare(model, optimizer) if prepare is not None else None
     curve: list[float] = []
     watched: list[float] = []

@@ -80,6 +80,12 @@ class KVCache:
             self._buffers = grown[0], grown[1]
         return self._buffers
 
+    def select(self, rows: Tensor) -> None:
+        """Goes on with these sequences, int64 in [0, B), in this order; some may repeat or go."""
+        if self._buffers is not None:
+            k, v = (buffer.index_select(0, rows) for buffer in self._buffers)
+            self._buffers = k, v
+
 
 class AttentionExpertsOutput(NamedTuple):
     """What `AttentionExperts` returns with `return_routing=True`.

@@ -158,6 +158,12 @@ _OURS = (
      "MoFME: images restored by experts that modulate one shared network."),
     ("sentence", "SentenceConfig", "SentenceExperts", "hf",
      "Sentence experts: an encoder with an expert for every given domain."),
+    ("dynamicdino", "DynamicDinoConfig", "DynamicDino", "detection",
+     "Dynamic-DINO: an open-vocabulary detector with experts in its decoder."),
+    ("thor", "ThorConfig", "Thor", "zoo",
+     "THOR: translation with experts that are drawn at random and taught to agree."),
+    ("widenet", "WideNetConfig", "build", "zoo",
+     "WideNet: one block of experts at every depth, with norms of each depth."),
 )  # fmt: skip
 for _name, _config, _model, _needs, _summary in _OURS:
     register(System(_name, f"moe_ops.zoo.{_name}", _config, _model, _summary, _needs))

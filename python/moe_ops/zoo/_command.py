@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -40,26 +40,29 @@ def parse_settings(
     return settings(**made), given["folder"], not given["quiet"]
 
 
-def settle(folder: Path, settings: Any, free: Iterable[str]) -> dict[str, Any]:
-    """Keeps the settings of a command in its folder, and returns them as JSON has them.
+def settings_folder(
+    folder: Path | str, settings: Any, what: str, free: Sequence[str]
+) -> tuple[Path, dict[str, Any]]:
+    """The folder, made if it is not there, and the settings as JSON, which are kept in it.
 
     Args:
-        free: fields that may differ between two commands on one folder: the models stay the same.
+        settings: a dataclass. what: the folder holds, in the plural.
+        free: fields that may differ from those of an earlier run into the folder.
 
     Raises:
         ValueError: the folder is of other settings.
     """
-    path = folder / "settings.json"
+    folder = _files.make_folder(folder)
     now = {
         name: list(value) if isinstance(value, tuple) else value
         for name, value in dataclasses.asdict(settings).items()
     }
+    path = folder / "settings.json"
     kept = _files.read_json(path) if path.is_file() else now
-    left_out = dict.fromkeys(free)
-    if {**kept, **left_out} != {**now, **left_out}:
+    if any(kept.get(name) != now.get(name) for name in {*kept, *now} - set(free)):
         raise ValueError(
-            f"train: folder must hold models of these settings, got others in {folder}; remove "
+            f"train: folder must hold {what} of these settings, got others in {folder}; remove "
             "them, or give another folder."
         )
     _files.write_json(path, now)
-    return now
+    return folder, now

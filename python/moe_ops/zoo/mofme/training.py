@@ -16,7 +16,7 @@ from moe_ops import _files
 from moe_ops._fields import check_choice
 from moe_ops.viz import import_matplotlib, plot_images
 
-from .._command import settle
+from .._command import settings_folder
 from .._images import import_ssim, mutual_information, psnr, ssim
 from .._progress import bar
 from .._resume import Group, train_once, train_steps
@@ -191,8 +191,7 @@ def train(
     if settings.pictures:
         import_matplotlib()
     photos, kept_photos = load_photos(settings.photos)
-    folder = _files.make_folder(folder)
-    now = settle(folder, settings, _FREE)
+    folder, now = settings_folder(folder, settings, "models", _FREE)
 
     def batches(generator: torch.Generator) -> Degraded:
         clean = crops(photos, settings.batch_size, settings.crop, generator)
