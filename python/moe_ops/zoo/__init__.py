@@ -154,6 +154,8 @@ _OURS = (
      "AdaMoE: a flow-matching policy with experts that are chosen and weighed apart."),
     ("sentence", "SentenceConfig", "SentenceExperts", "hf",
      "Sentence experts: an encoder with an expert for every given domain."),
+    ("driftmoe", "DriftMoEConfig", "DriftMoE", "streams",
+     "DriftMoE: a router network over trees that learn from a drifting stream."),
 )  # fmt: skip
 for _name, _config, _model, _needs, _summary in _OURS:
     register(System(_name, f"moe_ops.zoo.{_name}", _config, _model, _summary, _needs))
