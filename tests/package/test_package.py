@@ -271,7 +271,11 @@ PAGES = [path for path in PAGES if path.relative_to(ROOT).parts[0] not in ("buil
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 # What an example mentions, and the package it then needs.
-EXAMPLES_NEED = {"transformers": "transformers", "moe_ops.zoo.mowst": "torch_geometric"}
+EXAMPLES_NEED = {
+    "transformers": "transformers",
+    "moe_ops.zoo.mowst": "torch_geometric",
+    "from river": "river",
+}
 
 
 def blocks(path: Path, language: str) -> list[str]:
