@@ -10,6 +10,7 @@ from .study import Experiment, Study
 NAMES = (
     "jetmoe", "deepseek", "moduleformer", "coe", "topp", "home", "mowst", "t2mir", "premoe",
     "uncurl", "super_experts", "expertflow", "bam", "factorllm", "driftmoe",
+    "recipes",
 )  # fmt: skip
 
 

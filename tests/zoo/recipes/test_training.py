@@ -342,9 +342,7 @@ def test_conversation():
     heard = talk.student_decoder(talk.teacher_encoder(upper(talk.teacher_decoder(said))))
     found = talk.losses(s, s_up, t, upper)
     torch.testing.assert_close(found["interact"], (s_up - heard).square().mean())
-    torch.testing.assert_close(
-        found["message"], (said - talk.teacher_encoder(t)).square().mean()
-    )
+    torch.testing.assert_close(found["message"], (said - talk.teacher_encoder(t)).square().mean())
     own = (talk.student_decoder(said) - s).square().mean()
     own = own + (talk.teacher_decoder(talk.teacher_encoder(t)) - t).square().mean()
     torch.testing.assert_close(found["state"], own)

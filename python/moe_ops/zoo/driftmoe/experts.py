@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 from moe_ops._fields import check_choice
@@ -65,9 +64,7 @@ def hoeffding_tree(
     tree = import_river().tree
     if kind == "tree":
         return tree.HoeffdingTreeClassifier(grace_period=grace_period, delta=delta)
-    return tree.HoeffdingAdaptiveTreeClassifier(
-        grace_period=grace_period, delta=delta, seed=seed
-    )
+    return tree.HoeffdingAdaptiveTreeClassifier(grace_period=grace_period, delta=delta, seed=seed)
 
 
 def probability_row(said: Mapping[Hashable, float], classes: Mapping[Hashable, int]) -> list[float]:

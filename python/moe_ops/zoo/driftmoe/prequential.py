@@ -7,6 +7,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -87,7 +88,7 @@ def kappa_m(hits: Sequence[bool], labels: Sequence[int]) -> float:
 
 def kappa_temporal(hits: Sequence[bool], labels: Sequence[int]) -> float:
     """The same against a classifier that repeats the last class."""
-    return _beyond(hits, sum(a == b for a, b in zip(labels, labels[1:], strict=False)))
+    return _beyond(hits, sum(a == b for a, b in pairwise(labels)))
 
 
 def _beyond(hits: Sequence[bool], right: int) -> float:
@@ -100,9 +101,7 @@ def around(hits: Sequence[bool], drifts: Sequence[int], span: int) -> tuple[floa
     parts: list[list[float]] = [[], []]
     for place in drifts:
         if place < 1 or place >= len(hits):
-            raise ValueError(
-                f"around: drifts must be in [1, {len(hits) - 1}], got {place}."
-            )
+            raise ValueError(f"around: drifts must be in [1, {len(hits) - 1}], got {place}.")
         for found, piece in zip(
             parts, (hits[max(0, place - span) : place], hits[place : place + span]), strict=True
         ):

@@ -38,7 +38,10 @@ def make_arm(arm: str, stream: Stream, seed: int, forest: int = 10) -> Any:
     ours = ARMS[arm]
     if ours is not None:
         preset, changes = ours
-        sizes = {"num_features": stream.num_features, "num_classes": stream.num_classes}
+        sizes: dict[str, Any] = {
+            "num_features": stream.num_features,
+            "num_classes": stream.num_classes,
+        }
         base: DriftMoEConfig = getattr(DriftMoEConfig, preset)()
         return DriftMoE(dataclasses.replace(base, **sizes, **changes, seed=seed))
     if arm == "tree":

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -70,9 +71,7 @@ def groups_of(counts: Sequence[int]) -> dict[str, Tensor]:
     return dict(zip(GROUPS, order.tensor_split(3), strict=True))
 
 
-def accuracy_by_group(
-    logits: Tensor, y: Tensor, groups: dict[str, Tensor]
-) -> dict[str, float]:
+def accuracy_by_group(logits: Tensor, y: Tensor, groups: dict[str, Tensor]) -> dict[str, float]:
     """Accuracy over the examples of each group of classes, and the mean over classes as "all"."""
     right = (logits.argmax(1) == y).double()
     found = {name: float(right[torch.isin(y, classes)].mean()) for name, classes in groups.items()}
@@ -141,7 +140,7 @@ def run_bench(
     rows = long_tailed(downstream[1], counts, generator)
     x, y = downstream[0][rows], downstream[1][rows]
     groups = groups_of(counts)
-    how = {"steps": steps, "rate": rate}
+    how: dict[str, Any] = {"steps": steps, "rate": rate}
     plain, adjusted = [], []
     for i, shares in enumerate(pretrained_on):
         chosen = long_tailed(upstream[1], shares, generator)

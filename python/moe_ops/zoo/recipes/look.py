@@ -89,5 +89,5 @@ def follow(target: nn.Module, online: nn.Module, rate: float = 0.01) -> None:
     copied."""
     for slow, fast in zip(target.parameters(), online.parameters(), strict=True):
         slow.lerp_(fast, rate)
-    for slow, fast in zip(target.buffers(), online.buffers(), strict=True):
-        slow.copy_(fast)
+    for old, new in zip(target.buffers(), online.buffers(), strict=True):
+        old.copy_(new)

@@ -86,9 +86,7 @@ class Conversation(nn.Module):
             about the lower layer. "state": of states and what is decoded from their own messages,
             summed over both.
         """
-        heard = self.understood(
-            student, teacher, upper, rounds=rounds, interactive=interactive
-        )
+        heard = self.understood(student, teacher, upper, rounds=rounds, interactive=interactive)
         of_student, of_teacher = self.student_encoder(student), self.teacher_encoder(teacher)
         return {
             "interact": F.mse_loss(student_upper, heard),

@@ -1,17 +1,8 @@
-"""Studies of the recipes on digits, graphs and generated vectors: small networks, seconds a run.
-
-Digits are the 1,797 images of 8 x 8 that scikit-learn has as a file, which is read without it.
-"""
+"""Studies of the recipes on digits: small networks, seconds a run."""
 
 from __future__ import annotations
 
 import copy
-import gzip
-import importlib.util
-from collections.abc import Callable, Iterator
-from functools import cache
-from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,108 +11,23 @@ from torch import Tensor, nn
 from moe_ops.zoo.recipes import (
     boosting,
     counter_current,
-    forward_gnn,
     gradient_noise,
     guidance,
     long_tail,
     look,
-    ranking_curriculum,
 )
 
-from .study import Hypothesis, Job, Results, Run, Study
-
-# Of all steps; tests make it small.
-SCALE = 1.0
-BATCH = 64
-ALL = "all arms of a seed"
-Rows = dict[str, dict[str, float | None]]
-
-
-def steps_of(count: int) -> int:
-    return max(2, round(count * SCALE))
-
-
-class Split(NamedTuple):
-    """x [N, D] and y [N] of a training and of a test part."""
-
-    x: Tensor
-    y: Tensor
-    test_x: Tensor
-    test_y: Tensor
-
-
-@cache
-def _digits() -> tuple[Tensor, Tensor]:
-    found = importlib.util.find_spec("sklearn")
-    if found is None or found.origin is None:
-        raise ImportError(
-            "digits: needs the package scikit-learn, of which a file is read: "
-            "pip install --no-deps scikit-learn"
-        )
-    path = Path(found.origin).parent / "datasets" / "data" / "digits.csv.gz"
-    with gzip.open(path, "rt") as lines:
-        table = torch.tensor([[float(v) for v in line.split(",")] for line in lines])
-    return table[:, :-1] / 16, table[:, -1].long()
-
-
-def digits(seed: int, test: int = 600) -> Split:
-    """Pixels in [0, 1]; the seed says which 600 are the test."""
-    x, y = _digits()
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
-    x, y = x[order], y[order]
-    return Split(x[test:], y[test:], x[:test], y[:test])
-
-
-def batches(x: Tensor, y: Tensor, steps: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    draw = torch.Generator().manual_seed(seed)
-    for _ in range(steps):
-        rows = torch.randint(len(x), (BATCH,), generator=draw)
-        yield x[rows], y[rows]
-
-
-@torch.no_grad()
-def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
-    model.eval()
-    return float((model(x).argmax(1) == y).double().mean())
-
-
-def mlp(sizes: list[int]) -> nn.Sequential:
-    """Linear maps with ReLU between them."""
-    layers: list[nn.Module] = []
-    for a, b in zip(sizes, sizes[1:], strict=False):
-        layers += [nn.Linear(a, b), nn.ReLU()]
-    return nn.Sequential(*layers[:-1])
-
-
-def study(
-    name: str,
-    size: str,
-    rank: int,
-    minutes: float,
-    perform: Callable[[int], Rows],
-    hypotheses: list[Hypothesis],
-    setting: dict[str, str],
-    seeds: int = 10,
-) -> Study:
-    def job(seed: int, run: Run) -> dict[str, Any]:
-        return {"rows": perform(seed)}
-
-    runs: dict[str, Job] = {ALL: job}
-    return Study(f"recipes-{name}", size, rank, runs, seeds, minutes, hypotheses, lambda: setting)
-
-
-def ahead(a: str, b: str, column: str = "test accuracy") -> Callable[[Results], list[float]]:
-    return lambda r: r.gap(a, b, column)
-
+from .recipes_setup import BATCH, Rows, accuracy, ahead, batches, digits, mlp, steps_of, study
+from .study import Hypothesis
 
 # ---------------------------------------------------------------------------------- gradient noise
 
-ETAS = (0.01, 0.3, 1.0)
-NOISE_RATES = (0.1, 0.01)
+ETAS = (0.01, 0.3)
+NOISE_RATES = (0.3, 0.1, 0.03)
 
 
 def noise(seed: int) -> Rows:
-    """Each arm has the better of two rates, by training accuracy."""
+    """Each arm has the best of three rates, by training accuracy."""
     data = digits(seed)
     rows: Rows = {}
     for eta in (0.0, *ETAS):
@@ -135,7 +41,7 @@ def noise(seed: int) -> Rows:
             optimizer = torch.optim.SGD(model.parameters(), lr=rate)
             draw = torch.Generator().manual_seed(seed + 1)
             add = gradient_noise.GradientNoise(model.parameters(), eta=eta, generator=draw)
-            for x, y in batches(data.x, data.y, steps_of(3000), seed):
+            for x, y in batches(data.x, data.y, steps_of(2000), seed):
                 optimizer.zero_grad(set_to_none=True)
                 F.cross_entropy(model(x), y).backward()
                 nn.utils.clip_grad_norm_(model.parameters(), 10.0)
@@ -165,11 +71,10 @@ NOISE = study(
     {
         "Model": "20 hidden layers of 50 with ReLU, weights N(0, 0.01), biases 0",
         "Data": "digits, 1,197 for training and 600 for the test",
-        "Training": f"SGD, 3000 steps of {BATCH}, gradient norm at most 10 before the noise; the "
-        f"better of the rates {', '.join(map(str, NOISE_RATES))} by training accuracy",
+        "Training": f"SGD, 2000 steps of {BATCH}, gradient norm at most 10 before the noise; the "
+        f"best of the rates {', '.join(map(str, NOISE_RATES))} by training accuracy",
     },
 )  # fmt: skip
-
 
 # --------------------------------------------------------------------------------- counter-current
 
@@ -220,10 +125,9 @@ COUNTER = study(
     },
 )  # fmt: skip
 
-
 # ---------------------------------------------------------------------------------------- guidance
 
-DEPTH, WIDTH = 24, 64
+DEPTH, WIDTH, GUIDED_FOR = 40, 64, 200
 GUIDED_LAYERS = (1, 2, 3)
 
 
@@ -256,21 +160,26 @@ def guide(seed: int) -> Rows:
         F.cross_entropy(trained_guide(x), y).backward()
         optimizer.step()
     shallow = mlp([64, 64, 64, 10])
-    guides: dict[str, tuple[nn.Module, list[str]] | None] = {
-        "alone": None,
-        "untrained convolutions": (convolutions(seed + 7), [str(i) for i in GUIDED_LAYERS]),
-        "trained convolutions": (trained_guide, [str(i) for i in GUIDED_LAYERS]),
-        "untrained shallow network": (shallow, ["1", "3"]),
+    of_three = [str(i) for i in GUIDED_LAYERS]
+    total = steps_of(600)
+    guides: dict[str, tuple[nn.Module, list[str], int]] = {
+        "alone": (shallow, [], 0),
+        "untrained convolutions": (convolutions(seed + 7), of_three, total),
+        "for the first third": (convolutions(seed + 7), of_three, steps_of(GUIDED_FOR)),
+        "trained convolutions": (trained_guide, of_three, total),
+        "untrained shallow network": (shallow, ["1", "3"], total),
     }
-    for arm, chosen in guides.items():
+    for arm, (teacher, names, until) in guides.items():
         torch.manual_seed(seed)
         model = mlp([64, *[WIDTH] * DEPTH, 10])
-        optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-        for x, y in batches(data.x, data.y, steps_of(1000), seed):
-            if chosen is None:
+        for linear in model[::2]:
+            nn.init.kaiming_normal_(linear.weight, nonlinearity="relu")
+            nn.init.zeros_(linear.bias)
+        optimizer = torch.optim.Adam(model.parameters(), lr=3e-4)
+        for step, (x, y) in enumerate(batches(data.x, data.y, total, seed)):
+            if step >= until:
                 loss = F.cross_entropy(model(x), y)
             else:
-                teacher, names = chosen
                 places = guidance.matching_layers(DEPTH, len(names))
                 layers = [str(2 * place + 1) for place in places]
                 output, away = guidance.guided(model, teacher, x, layers, names)
@@ -298,18 +207,22 @@ GUIDANCE = study(
             key="prior",
         ),
         Hypothesis(
+            "guidance for the first third is at most 0.01 behind guidance to the end",
+            ahead("for the first third", "untrained convolutions"), "accuracy", -0.01, False,
+            "third",
+        ),
+        Hypothesis(
             "a trained guide is better than an untrained one",
             ahead("trained convolutions", "untrained convolutions"), "accuracy", below=False,
         ),
     ],
     {
-        "Model": f"{DEPTH} hidden layers of {WIDTH} with ReLU, without residuals; guides of three "
-        "convolutions, or of two hidden layers",
+        "Model": f"{DEPTH} hidden layers of {WIDTH} with ReLU and He's weights, without residuals; "
+        "guides of three convolutions, or of two hidden layers",
         "Data": "digits",
-        "Training": f"Adam 1e-3, 1000 steps of {BATCH}, weight 1 of the sum of 1 - CKA",
+        "Training": f"Adam 3e-4, 600 steps of {BATCH}, weight 1 of the sum of 1 - CKA",
     },
 )  # fmt: skip
-
 
 # -------------------------------------------------------------------------------------------- LOOK
 
@@ -382,91 +295,6 @@ LOOK = study(
     },
 )  # fmt: skip
 
-
-# ---------------------------------------------------------------------------------------- curricula
-
-QUERIES, ANSWERS, FEATURES = 400, 20, 24
-EPOCHS, CURRICULUM, WRONG = 20, 20, 0.3
-
-
-def queries(
-    count: int, direction: Tensor, draw: torch.Generator, wrong: float = WRONG
-) -> tuple[Tensor, Tensor, Tensor]:
-    """x [Q, A, D], the relevant answer's place [Q], and scores [Q, A] of a first ranker: a noisy
-    view of relevance. Of some queries the label is at random; the ranker knows better."""
-    place = torch.randint(ANSWERS, (count,), generator=draw)
-    x = torch.randn(count, ANSWERS, FEATURES, generator=draw)
-    meaning = direction * torch.randn(count, 1, generator=draw).abs()
-    x[torch.arange(count), place] += 0.8 * meaning
-    match = F.one_hot(place, ANSWERS).float()
-    scores = match + 0.6 * torch.randn(count, ANSWERS, generator=draw)
-    labelled = torch.rand(count, generator=draw) < wrong
-    anyone = torch.randint(ANSWERS, (count,), generator=draw)
-    return x, torch.where(labelled, anyone, place), scores
-
-
-def curricula(seed: int) -> Rows:
-    rc = ranking_curriculum
-    draw = torch.Generator().manual_seed(seed)
-    direction = torch.randn(FEATURES, generator=draw)
-    x, place, scores = queries(QUERIES, direction, draw)
-    test_x, test_place, _ = queries(2000, direction, draw, 0.0)
-    seeming = rc.normalized_score(scores)
-    every = torch.arange(QUERIES)
-    rows: Rows = {}
-    for arm in ("curriculum", "no curriculum", "hardest first"):
-        torch.manual_seed(seed)
-        model = mlp([FEATURES, 64, 1])
-        optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
-        order = torch.Generator().manual_seed(seed)
-        for epoch in range(steps_of(EPOCHS)):
-            for some in every[torch.randperm(QUERIES, generator=order)].split(32):
-                other = torch.randint(ANSWERS - 1, (len(some),), generator=order)
-                other = other + (other >= place[some]).long()
-                s = model(x[some])[..., 0]
-                i = torch.arange(len(some))
-                weight = None
-                if arm != "no curriculum":
-                    easy = rc.pairwise_easiness(
-                        seeming[some, place[some]], seeming[some, other]
-                    )
-                    weight = rc.curriculum_weight(easy, epoch, CURRICULUM, anti=arm[0] == "h")
-                loss = rc.pairwise_loss(s[i, place[some]], s[i, other], weight)
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                optimizer.step()
-        with torch.no_grad():
-            ranked = model(test_x)[..., 0].argsort(1, descending=True)
-        rank = (ranked == test_place[:, None]).long().argmax(1) + 1
-        rows[arm] = {
-            "P@1": float((rank == 1).double().mean()),
-            "MRR": float((1 / rank.double()).mean()),
-        }
-    return rows
-
-
-CURRICULA = study(
-    "curriculum", "curricula", 60, 0.5, curricula,
-    [
-        Hypothesis(
-            "a curriculum raises P@1", ahead("curriculum", "no curriculum", "P@1"), "P@1",
-            below=False, key="curriculum",
-        ),
-        Hypothesis(
-            "and is better than hardest first", ahead("curriculum", "hardest first", "P@1"), "P@1",
-            below=False, key="anti",
-        ),
-    ],
-    {
-        "Data": f"{QUERIES} generated queries of {ANSWERS} answers, one relevant; labels of "
-        f"{100 * WRONG:.0f} % at random; a first ranker of score relevance + 0.6 noise, min-max normalised",
-        "Model": f"{FEATURES}-64-1",
-        "Training": f"Adam 2e-3, {EPOCHS} epochs of pairs, curriculum over {CURRICULUM}",
-    },
-    seeds=16,
-)  # fmt: skip
-
-
 # ---------------------------------------------------------------------------------------- boosting
 
 UNITS, UNITS_A_STAGE = 60, 3
@@ -517,102 +345,6 @@ BOOSTING = study(
         "Data": "digits", "Training of the others": f"Adam 1e-3, 3000 steps of {BATCH}",
     },
 )  # fmt: skip
-
-
-# -------------------------------------------------------------------------------------- ForwardGNN
-
-NODES, CLASSES, OF_NODE = 1500, 5, 16
-
-
-def graph_of(seed: int) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
-    """Nodes of five classes with weak features; seven of ten edges are inside a class."""
-    draw = torch.Generator().manual_seed(seed)
-    y = torch.randint(CLASSES, (NODES,), generator=draw)
-    centres = F.normalize(torch.randn(CLASSES, OF_NODE, generator=draw), dim=1)
-    x = 1.5 * centres[y] + torch.randn(NODES, OF_NODE, generator=draw)
-    source = torch.randint(NODES, (NODES * 4,), generator=draw)
-    target = torch.randint(NODES, (NODES * 4,), generator=draw)
-    inside = torch.rand(NODES * 4, generator=draw) < 0.7
-    for c in range(CLASSES):
-        mine = inside & (y[source] == c)
-        pool = (y == c).nonzero()[:, 0]
-        target[mine] = pool[torch.randint(len(pool), (int(mine.sum()),), generator=draw)]
-    edges = torch.stack([torch.cat([source, target]), torch.cat([target, source])])
-    part = torch.rand(NODES, generator=draw)
-    return x, edges, y, (part < 0.2, (part >= 0.2) & (part < 0.4), part >= 0.4)
-
-
-class Whole(nn.Module):
-    """The same layers under one loss, with a linear map to classes."""
-
-    def __init__(self, layers: list[nn.Module]) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(layers)
-        self.out = nn.Linear(64, CLASSES)
-
-    def forward(self, x: Tensor, edges: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = layer(F.normalize(x, dim=1), edges)
-        return self.out(x)
-
-
-def forward_only(seed: int) -> Rows:
-    x, edges, y, (train, valid, test) = graph_of(seed)
-    rows: Rows = {}
-
-    def layers() -> list[nn.Module]:
-        torch.manual_seed(seed)
-        return [forward_gnn.MeanConv(a, 64) for a in (OF_NODE, 64)]
-
-    for arm, both in (("forward", True), ("forward, edges to classes alone", False)):
-        draw = torch.Generator().manual_seed(seed)
-        graph = forward_gnn.with_class_nodes(x, edges, y, train, CLASSES, draw, both_ways=both)
-        net = forward_gnn.ForwardGNN(layers())
-        net.fit(graph, y, train, valid, steps=steps_of(300), rate=3e-3)
-        with torch.no_grad():
-            right = net(graph).argmax(1) == y
-        rows[arm] = {"test accuracy": float(right[test].double().mean())}
-    for arm, there in (("back-propagation", edges), ("without the graph", edges[:, :0])):
-        model = Whole(layers())
-        optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-        best, found = -1.0, 0.0
-        for _ in range(steps_of(300)):
-            logits = model(x, there)
-            right = (logits.argmax(1) == y).double()
-            if float(right[valid].mean()) > best:
-                best, found = float(right[valid].mean()), float(right[test].mean())
-            optimizer.zero_grad(set_to_none=True)
-            F.cross_entropy(logits[train], y[train]).backward()
-            optimizer.step()
-        rows[arm] = {"test accuracy": found}
-    return rows
-
-
-FORWARD = study(
-    "forward-gnn", "ForwardGNN", 60, 0.6, forward_only,
-    [
-        Hypothesis(
-            "learning layer by layer is at most 0.02 behind back-propagation",
-            ahead("forward", "back-propagation"), "accuracy", -0.02, False, "forward",
-        ),
-        Hypothesis(
-            "and ahead of the same network without the graph",
-            ahead("forward", "without the graph"), "accuracy", below=False, key="graph",
-        ),
-        Hypothesis(
-            "edges to the classes alone are better than edges both ways",
-            ahead("forward, edges to classes alone", "forward"), "accuracy", below=False,
-            key="one way",
-        ),
-    ],
-    {
-        "Data": f"{NODES} nodes of {CLASSES} classes, {OF_NODE} weak features, 7 of 10 edges inside "
-        "a class; 20 % train, 20 % validate, 60 % test",
-        "Model": "two layers of 64 (mean of neighbours)",
-        "Training": "Adam 3e-3, 300 steps (a layer, or of the whole), best by validation",
-    },
-)  # fmt: skip
-
 
 # --------------------------------------------------------------------------------------- long tail
 
@@ -665,4 +397,4 @@ TAIL = study(
     },
 )  # fmt: skip
 
-STUDIES = (NOISE, COUNTER, GUIDANCE, LOOK, CURRICULA, BOOSTING, FORWARD, TAIL)
+STUDIES = (NOISE, COUNTER, GUIDANCE, LOOK, BOOSTING, TAIL)
