@@ -168,7 +168,7 @@ def test_look_loss_is_that_of_a_loop():
     for i in range(6):
         others = [j for j in range(9) if j != i]
         cosine = F.cosine_similarity(z[i : i + 1], memory)
-        order = sorted(others, key=lambda j: -float(cosine[j]))
+        order = sorted(others, key=lambda j: -float(cosine[j].detach()))
         near = order[:3]
         if not any(memory_y[j] == y[i] for j in near):
             same = [j for j in order if memory_y[j] == y[i]]
