@@ -19,6 +19,8 @@ COLUMNS = (
 )  # fmt: skip
 FOREST = 10
 POINTS = 40
+# Headlines that other streams than the leading one decide.
+ELSEWHERE = ("random on rbf_m", "tree on rbf_m", "forest on rbf_m", "tree on sea_a")
 EVERY = ("moe_data", "moe_data_vote", "moe_task", "random_router", "tree", "adaptive_forest")
 
 
@@ -50,7 +52,8 @@ def study(name: str, stream: str, rank: int, minutes: float, samples: int, decid
     """`decides`: the stream whose verdicts the page leads with."""
 
     def key(name: str) -> str:
-        return name if decides else f"{name} on {stream}"
+        there = f"{name} on {stream}"
+        return name if decides else there * (there in ELSEWHERE)
 
     def routed_alone(r: Results) -> list[float]:
         return r.gap(f"{stream}: moe_data", f"{stream}: moe_data", "accuracy", "any expert")
