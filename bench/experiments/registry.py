@@ -9,8 +9,8 @@ from .study import Experiment, Study
 
 NAMES = (
     "jetmoe", "deepseek", "moduleformer", "coe", "topp", "home", "mowst", "t2mir", "premoe",
-    "uncurl", "super_experts", "expertflow", "bam", "factorllm", "driftmoe",
-    "recipes",
+    "uncurl", "super_experts", "expertflow", "bam", "factorllm", "composition", "adamoe",
+    "sentence", "dynamicdino", "driftmoe", "recipes",
 )  # fmt: skip
 
 

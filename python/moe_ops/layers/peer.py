@@ -31,8 +31,8 @@ class PEEROutput(NamedTuple):
     Attributes:
         y: [..., H] in the dtype of x.
         topk_weights: [T, R K] float, which sum to 1 in each head.
-        topk_ids: [T, R K] int32, the experts of head 0, then of head 1, ...; two heads may choose the
-            same one.
+        topk_ids: [T, R K] int32, the experts of head 0, then of head 1, ...; two heads may choose
+            the same one.
     """
 
     y: Tensor

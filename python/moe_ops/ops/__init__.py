@@ -1,6 +1,6 @@
 """The ops as documented Python functions, each in one file with its fake, autograd and autocast."""
 
-from moe_ops.ops import _flops  # noqa: F401  It registers what an op counts.
+from moe_ops.ops import _flops, _vmap  # noqa: F401  They register rules of every op.
 from moe_ops.ops.add_rms_norm import add_rms_norm
 from moe_ops.ops.attention_step import attention_step
 from moe_ops.ops.dense_ffn import dense_ffn

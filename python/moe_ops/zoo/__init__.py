@@ -154,6 +154,8 @@ _OURS = (
      "AdaMoE: a flow-matching policy with experts that are chosen and weighed apart."),
     ("sentence", "SentenceConfig", "SentenceExperts", "hf",
      "Sentence experts: an encoder with an expert for every given domain."),
+    ("dynamicdino", "DynamicDinoConfig", "DynamicDino", "detection",
+     "Dynamic-DINO: an open-vocabulary detector with experts in its decoder."),
     ("driftmoe", "DriftMoEConfig", "DriftMoE", "streams",
      "DriftMoE: a router network over trees that learn from a drifting stream."),
 )  # fmt: skip
