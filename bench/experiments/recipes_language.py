@@ -171,7 +171,7 @@ def reasoner(seed: int) -> Rows:
     places = torch.arange(WIDTH - 1)
     draw = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(base.parameters(), lr=3e-3, weight_decay=0.1)
-    steps = steps_of(1200)
+    steps = steps_of(2400)
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = 3e-3 * min((step + 1) / 50, 1.0) * (1 - 0.9 * step / steps)
@@ -273,7 +273,7 @@ REASONER = study(
         f"{SUMS.intermediate_size}, {SUMS.top_k} a token, one shared; the amateur is the model "
         "with one expert, of rank 2 or 1",
         "Data": "generated sums of two steps with worked solutions; texts are the solutions",
-        "Training": f"1,200 steps of 24, then {TUNE_STEPS} of 24, AdamW 2e-4, alpha 0.2, beta 0.4",
+        "Training": f"2,400 steps of 24, then {TUNE_STEPS} of 24, AdamW 2e-4, alpha 0.2, beta 0.4",
     },
     seeds=5,
 )  # fmt: skip
