@@ -38,6 +38,7 @@ SHARED = {
     "csrc/include/moe_ops": {
         "activation",
         "api",
+        "attention_block",
         "batch_invariant",
         "common",
         "dense_layer",

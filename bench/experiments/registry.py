@@ -10,7 +10,7 @@ from .study import Experiment, Study
 NAMES = (
     "jetmoe", "deepseek", "moduleformer", "coe", "topp", "home", "mowst", "t2mir", "premoe",
     "uncurl", "super_experts", "expertflow", "bam", "factorllm", "composition", "adamoe",
-    "sentence", "dynamicdino", "driftmoe", "recipes",
+    "sentence", "dynamicdino", "thor", "widenet", "driftmoe", "recipes",
 )  # fmt: skip
 
 

@@ -134,3 +134,27 @@ def test_attention():
     assert flops(lambda: moe_ops.moa_attention(q, k, v, kind="softmax"), False) == flops(
         lambda: torch.softmax(heads[0] @ heads[1].mT, -1) @ heads[2], False
     )
+
+
+@pytest.mark.parametrize("bottleneck", [False, True])
+def test_latent_attention(bottleneck):
+    heads, rank, nope, rope, value, narrow = 3, 5, 4, 2, 6, 8
+
+    def call(function) -> torch.Tensor:
+        q_depth = narrow if bottleneck else H
+        kept = torch.zeros(2, 1, 9, rank), torch.zeros(2, 1, 9, rope)
+        angles = torch.ones(1, 2, 1)
+        return function(
+            torch.ones(2, 2, H),
+            torch.ones(heads * (nope + rope), q_depth),
+            torch.ones(rank + rope, H),
+            torch.ones(rank),
+            torch.ones(heads * (nope + value), rank),
+            torch.ones(H, heads * value),
+            angles, angles, *kept, 6,
+            num_heads=heads, scale=1.0, w_q_a=torch.ones(narrow, H) if bottleneck else None,
+        )  # fmt: skip
+
+    assert flops(lambda: call(moe_ops.latent_attention_step), False) == flops(
+        lambda: call(moe_ops.reference.latent_attention_step), False
+    )

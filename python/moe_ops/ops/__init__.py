@@ -11,6 +11,7 @@ from moe_ops.ops.gated_ffn import gated_ffn
 from moe_ops.ops.grouped_gemm import grouped_gemm, grouped_gemm_wgrad, grouped_sum
 from moe_ops.ops.grouped_gemm_fp8 import grouped_gemm_fp8, grouped_gemm_fp8_wgrad
 from moe_ops.ops.grouped_gemm_quantized import grouped_gemm_quantized
+from moe_ops.ops.latent_attention_step import latent_attention_step
 from moe_ops.ops.mix_experts import mix_experts
 from moe_ops.ops.moa_attention import moa_attention
 from moe_ops.ops.moe_ffn import moe_ffn
@@ -42,6 +43,7 @@ __all__ = [
     "grouped_gemm_quantized",
     "grouped_gemm_wgrad",
     "grouped_sum",
+    "latent_attention_step",
     "mix_experts",
     "moa_attention",
     "moe_ffn",

@@ -275,3 +275,33 @@ def _attention_step(
     tokens = batch * length
     projections = 2 * tokens * hidden * (2 * w_q[0] + w_k[0] + w_v[0])
     return projections + 4 * tokens * w_q[0] * (start + length)
+
+
+@count_flops("latent_attention_step")
+def _latent_attention_step(
+    x: Shape,
+    w_q: Shape,
+    w_kv_a: Shape,
+    kv_norm: Shape,
+    w_kv_b: Shape,
+    w_o: Shape,
+    cos: Shape,
+    sin: Shape,
+    latents: Shape,
+    rope_keys: Shape,
+    start: int,
+    num_heads: int,
+    scale: float,
+    norm_weight: Shape | None = None,
+    eps: float = 0.0,
+    w_q_a: Shape | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> int:
+    batch, length, hidden = x
+    rank, rope = latents[-1], num_heads * rope_keys[-1]
+    queries = w_q[0] * hidden if w_q_a is None else w_q_a[0] * (w_q[0] + hidden)
+    values = w_kv_b[0] - (w_q[0] - rope)  # Of all heads, as rope is.
+    weights = queries + (w_kv_a[0] + values) * hidden + prod(w_kv_b)
+    kept = (start + length) * (2 * num_heads * rank + rope)
+    return 2 * batch * length * (weights + kept)

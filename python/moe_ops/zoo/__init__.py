@@ -156,6 +156,10 @@ _OURS = (
      "Sentence experts: an encoder with an expert for every given domain."),
     ("dynamicdino", "DynamicDinoConfig", "DynamicDino", "detection",
      "Dynamic-DINO: an open-vocabulary detector with experts in its decoder."),
+    ("thor", "ThorConfig", "Thor", "zoo",
+     "THOR: translation with experts that are drawn at random and taught to agree."),
+    ("widenet", "WideNetConfig", "build", "zoo",
+     "WideNet: one block of experts at every depth, with norms of each depth."),
     ("driftmoe", "DriftMoEConfig", "DriftMoE", "streams",
      "DriftMoE: a router network over trees that learn from a drifting stream."),
 )  # fmt: skip
