@@ -164,6 +164,8 @@ _OURS = (
      "THOR: translation with experts that are drawn at random and taught to agree."),
     ("widenet", "WideNetConfig", "build", "zoo",
      "WideNet: one block of experts at every depth, with norms of each depth."),
+    ("driftmoe", "DriftMoEConfig", "DriftMoE", "streams",
+     "DriftMoE: a router network over trees that learn from a drifting stream."),
 )  # fmt: skip
 for _name, _config, _model, _needs, _summary in _OURS:
     register(System(_name, f"moe_ops.zoo.{_name}", _config, _model, _summary, _needs))
