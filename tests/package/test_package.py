@@ -298,6 +298,7 @@ EXAMPLES_NEED = {
     "transformers": "transformers",
     "from transformers import Trainer": "accelerate",
     "moe_ops.zoo.mowst": "torch_geometric",
+    "from river": "river",
 }
 # The same for one block, without which the others of its page run.
 BLOCKS_NEED = {"peft": "peft"}
