@@ -6,7 +6,7 @@ A Qwen3-MoE of four layers of 64 experts, four a token, with adapters of rank 8 
 each; peft on transformers' own experts and on those of moe_ops, `moe_ops.hf.lora.fuse_adapters`,
 and on int8 and int4 experts `on_quantized_experts`. Times are of forward and backward, in turns in
 one process on one thread, and the least of each counts. Memory is the largest resident size of a
-process of its own that makes the model and two steps, and that size beyond the imports.
+process of its own in two steps, and that size beyond the imports.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import resource
+import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -99,17 +100,20 @@ def times(kinds: list[str], dtype: torch.dtype, number: int, budget_s: float) ->
 
 
 def peak(kind: str, dtype: torch.dtype, number: int) -> dict[str, float]:
-    """In a fresh process: MiB at most, and beyond what imports took."""
-    before = _peak_mib()
+    """In a fresh process: MiB at most in two steps, and what imports took."""
+    imports = _status_mib("VmRSS")
     model = build(kind, dtype)
-    made = _peak_mib()
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # Quantised experts were float before.
     for _ in range(2):
         step(model, tokens(number))
-    return {"imports": before, "made": made, "peak": _peak_mib()}
+    return {"imports": imports, "peak": _status_mib("VmHWM")}
 
 
-def _peak_mib() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def _status_mib(key: str) -> float:
+    found = re.search(rf"^{key}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    assert found is not None
+    return int(found.group(1)) / 1024
 
 
 def memory(kind: str, dtype: str, number: int) -> dict[str, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.utils.checkpoint
 
 import moe_ops
 from moe_ops import reference
@@ -123,6 +124,17 @@ def test_narrow_types_and_autocast():
     layer.experts.to(torch.bfloat16)
     got = gradients(layer(x.bfloat16(), weights, ids).float(), layer, x, weights)
     compare(got, wanted, 0.03)
+
+
+@pytest.mark.parametrize("how", ["checkpoint", "compile"])
+def test_made_again_and_compiled(how):
+    layer, (x, weights, ids) = make(), call()
+    wanted = gradients(layer(x, weights, ids), layer, x, weights)
+    if how == "checkpoint":
+        y = torch.utils.checkpoint.checkpoint(layer, x, weights, ids, use_reentrant=False)
+    else:
+        y = torch.compile(layer, backend="aot_eager", fullgraph=True)(x, weights, ids)
+    compare(gradients(y, layer, x, weights), wanted)
 
 
 def test_in_a_layer():

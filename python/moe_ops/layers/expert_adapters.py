@@ -326,8 +326,9 @@ class _AdaptedExperts(torch.autograd.Function):
 
 def _backward(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
     call: _Call = ctx.call
-    x, topk_weights, a_gate_up, b_gate_up, a_down, b_down, low, preact = ctx.saved_tensors[:8]
-    rows, bank = _Rows(*ctx.saved_tensors[8:13]), call.bank_of(ctx.saved_tensors[13:])
+    saved = ctx.saved_tensors  # Read once: checkpointing runs the forward again for it.
+    x, topk_weights, a_gate_up, b_gate_up, a_down, b_down, low, preact = saved[:8]
+    rows, bank = _Rows(*saved[8:13]), call.bank_of(saved[13:])
     offsets = rows.expert_offsets
     need_x, need_weights, need_a_up, need_b_up, need_a_down, need_b_down = ctx.needs_input_grad[1:7]
     grads: list[Tensor | None] = [None] * 6
