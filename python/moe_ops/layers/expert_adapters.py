@@ -358,24 +358,22 @@ def _backward(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
     grad_h = _times(grad_h, own)
 
     grad = bank.activate_gradient(grad_h, preact)
-    del grad_h, preact
-    need_inputs = need_x or (need_weights and call.on_input)
-    grad_inputs = None
-    if need_inputs:
-        grad_inputs = bank.gate_up.gradient(grad, offsets)
-        if bank.x_scale is not None:
-            grad_inputs = (grad_inputs * bank.x_scale).to(dtype)
+    del grad_h
+    low_grad = grad_inputs = None
     if a_gate_up is not None:
         low_grad = rows.low(grad, b_gate_up.transpose(1, 2), call.scaling)
         if need_b_up:
             grads[3] = rows.wgrad(grad, low, b_gate_up)
-        if grad_inputs is not None:
-            grad_inputs += grouped_gemm(low_grad, a_gate_up.transpose(1, 2), rows.of(a_gate_up))
         if need_a_up:
-            inputs = permute(x, offsets, rows.row_to_slot)
-            low_grad = _times(low_grad, weights if call.on_input else None)
-            grads[2] = rows.wgrad(low_grad, inputs, a_gate_up)
-    del grad
+            scaled = _times(low_grad, weights if call.on_input else None)
+            grads[2] = rows.wgrad(scaled, permute(x, offsets, rows.row_to_slot), a_gate_up)
+    if need_x or (need_weights and call.on_input):
+        grad_inputs = bank.gate_up.gradient(grad, offsets)
+        del grad  # As large as all that is left; sums of an adapter are next.
+        if bank.x_scale is not None:
+            grad_inputs = (grad_inputs * bank.x_scale).to(dtype)
+        if low_grad is not None:
+            grad_inputs += grouped_gemm(low_grad, a_gate_up.transpose(1, 2), rows.of(a_gate_up))
     if grad_inputs is not None:
         if need_weights and call.on_input:
             grad_weights = _row_dot(grad_inputs, permute(x, offsets, rows.row_to_slot))
