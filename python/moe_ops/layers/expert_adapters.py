@@ -342,10 +342,10 @@ def _backward(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
     grad_h = bank.down.gradient(grad, offsets)
     own = None if call.on_input else weights
     if a_down is not None:
-        low_grad = rows.low(grad, b_down.transpose(1, 2), call.scaling)
-        grad_h += grouped_gemm(low_grad, a_down.transpose(1, 2), rows.of(a_down))
+        low_out = rows.low(grad, b_down.transpose(1, 2), call.scaling)
+        grad_h += grouped_gemm(low_out, a_down.transpose(1, 2), rows.of(a_down))
         if need_a_down:
-            grads[4] = rows.wgrad(_times(low_grad, own), h, a_down)
+            grads[4] = rows.wgrad(_times(low_out, own), h, a_down)
         if need_b_down:
             low_h = _times(rows.low(h, a_down, call.scaling), own)
             grads[5] = rows.wgrad(grad, low_h, b_down)
@@ -359,7 +359,8 @@ def _backward(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
 
     grad = bank.activate_gradient(grad_h, preact)
     del grad_h
-    low_grad = grad_inputs = None
+    low_grad: Tensor | None = None
+    grad_inputs: Tensor | None = None
     if a_gate_up is not None:
         low_grad = rows.low(grad, b_gate_up.transpose(1, 2), call.scaling)
         if need_b_up:
