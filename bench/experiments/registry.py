@@ -9,7 +9,7 @@ from .study import Experiment, Study
 
 NAMES = (
     "jetmoe", "deepseek", "moduleformer", "coe", "topp", "home", "mowst", "t2mir", "premoe",
-    "uncurl", "super_experts", "expertflow", "bam", "factorllm", "composition", "adamoe",
+    "uncurl", "super_experts", "scmoe", "expertflow", "bam", "factorllm", "composition", "adamoe",
     "sentence", "dynamicdino", "thor", "widenet",
 )  # fmt: skip
 

@@ -175,5 +175,5 @@ def test_what_cannot_be_loaded(tmp_path):
 def test_other_quantised_checkpoints_are_refused(tmp_path):
     config = {"model_type": "mixtral", "quantization_config": {"quant_method": "gptq"}}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="float checkpoint, or one whose experts .* got .*gptq"):
+    with pytest.raises(ValueError, match=r"float checkpoint, or one whose experts .* got .*gptq"):
         surgery.load_pruned(tmp_path, {})
