@@ -62,9 +62,7 @@ class Step {
                    par_);
       x.data = normed;
     }
-    multiply(p_.query, x, tokens_, q_, kAccumulate<T>, par_);
-    multiply(p_.key, x, tokens_, k, kAccumulate<T>, par_);
-    multiply(p_.value, x, tokens_, v, kAccumulate<T>, par_);
+    multiply({{p_.query, q_}, {p_.key, k}, {p_.value, v}}, x, tokens_, kAccumulate<T>, par_);
     norm(p_.query_norm, q_, p_.heads);
     norm(p_.key_norm, k, p_.kv_heads);
     rotate(q_, p_.heads);
