@@ -151,7 +151,7 @@ constexpr int64_t kFp8GemvFeatures = 2048;
 
 // Least work of an item that is cut for the sake of several threads, in the units of
 // GemmProblem::cost.
-constexpr double kLeastItemCost = 2e4;
+constexpr double kLeastItemCost = 1e4;
 
 // A work item: rows of one expert times a range of features.
 struct GemmItem {
@@ -179,12 +179,11 @@ std::vector<GemmItem> gemm_items(const GemmProblem& d, int num_threads, int64_t 
     // enough that claiming one, which takes a line from another core, is little beside its work.
     int64_t feature_blocks = ceil_div(total, c.features);
     // One run is read so much faster than its parts that a thread may idle for a third of the time.
-    const bool one_run =
-        c.one_run && 2 * round_up<int64_t>(active, num_threads) <= 3 * active;
+    const bool one_run = c.one_run && 2 * round_up<int64_t>(active, num_threads) <= 3 * active;
     if (num_threads > 1 && !one_run) {
-      const int64_t items = std::clamp<int64_t>(static_cast<int64_t>(d.cost() / kLeastItemCost),
-                                                num_threads, 8 * num_threads);
-      const int64_t wanted = ceil_div<int64_t>(items, active * row_blocks);
+      const auto worthwhile = static_cast<int64_t>(d.cost() / kLeastItemCost);
+      const int64_t rounds = std::clamp<int64_t>(ceil_div<int64_t>(worthwhile, num_threads), 1, 8);
+      const int64_t wanted = ceil_div<int64_t>(rounds * num_threads, active * row_blocks);
       feature_blocks = std::max(feature_blocks, std::min(wanted, std::max<int64_t>(1, total / 64)));
     }
     const int64_t features = balanced(wide, std::max<int64_t>(1, ceil_div(wide, feature_blocks)),

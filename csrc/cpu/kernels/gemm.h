@@ -227,7 +227,7 @@ struct BlockedGemvKernels {
 };
 
 // A few tokens times weights dense along the features:
-// c[t*ldc + j] (+)= sum_r a[t*lda + r] * w[r*ldw + j] for r < rows <= kOuterRows.
+// c[t*ldc + j] (+)= sum_r a[t*lda + r] * w[r*ldw + j] for r < rows, in that order.
 template <class T>
 struct OuterParams {
   DType w_type;

@@ -383,18 +383,27 @@ void outer_tile(const OuterParams<T>& p, int64_t token, int64_t row, bool accumu
 
 template <class T, class S>
 void outer_of(const OuterParams<T>& p) {
-  const auto all = [&]<int R>(int64_t row, bool accumulate) {
+  // R rows at a time from `first` on; the number of those that are done.
+  const auto all = [&]<int R>(int64_t first) {
+    const int64_t end = first + (p.rows - first) / R * R;
     for (int64_t t = 0; t < p.tokens; t += MOE_DOT_TOKENS) {
       const int64_t left = p.tokens - t;
       with_count<MOE_DOT_TOKENS>(static_cast<int>(left < MOE_DOT_TOKENS ? left : MOE_DOT_TOKENS),
-                                 [&]<int M>() { outer_tile<T, S, M, R>(p, t, row, accumulate); });
+                                 [&]<int M>() {
+                                   for (int64_t r = first; r < end; r += R) {
+                                     outer_tile<T, S, M, R>(p, t, r, p.accumulate || r > 0);
+                                   }
+                                 });
     }
+    return end;
   };
-  if (p.rows == kOuterRows) return all.template operator()<kOuterRows>(0, p.accumulate);
+  if (p.rows == kOuterRows) {
+    all.template operator()<kOuterRows>(0);
+    return;
+  }
   constexpr int kRows = __is_same(S, Pair) ? 2 : 1;
-  int64_t r = 0;
-  for (; r + kRows <= p.rows; r += kRows) all.template operator()<kRows>(r, p.accumulate || r > 0);
-  if (r < p.rows) all.template operator()<1>(r, p.accumulate || r > 0);
+  const int64_t done = all.template operator()<kRows>(0);
+  if (kRows > 1) all.template operator()<1>(done);
 }
 
 template <class T>
