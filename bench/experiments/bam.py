@@ -9,7 +9,9 @@ from typing import Any
 from moe_ops import surgery
 from moe_ops.zoo.bam import BAM, BAMConfig
 
-from .study import Experiment, Headline, Hypothesis, Job, Run, Study
+from .compare import bars_against
+from .picture import Picture
+from .study import Experiment, Headline, Hypothesis, Job, Results, Run, Study
 from .text import Domain, heldout_batches, load_domains
 from .training import Recipe, flops_a_token, train
 
@@ -163,7 +165,14 @@ def study(
         }
 
     runs = {ALL: whole(dense, *recipes)}
-    return Study(name, size, rank, runs, 5, minutes, hypotheses, made)
+    return Study(name, size, rank, runs, 5, minutes, hypotheses, made, pictures)
+
+
+def pictures(results: Results) -> list[Picture]:
+    arms = [*(arm for arm in ARMS if arm != "BTX"), LONGER, CONTINUED]
+    shown = bars_against(results, arms, "BTX", {"": "loss"})
+    title = "Held-out loss after the mixture, against BTX at equal data"
+    return [Picture("loss", title, "", "nats a byte", "bars", shown)]
 
 
 EXPERIMENT = Experiment(

@@ -17,6 +17,24 @@ def series(x: Sequence[Any], rows: Sequence[Sequence[float]]) -> dict[str, Any]:
     return means(x, list(zip(*rows, strict=True)))
 
 
+def bars(results: Results, arms: Sequence[str], columns: Mapping[str, str]) -> Series:
+    """Label -> one bar an arm, of a column."""
+    return {
+        label: means(list(arms), [results.of(arm, column) for arm in arms])
+        for label, column in columns.items()
+    }
+
+
+def bars_against(
+    results: Results, arms: Sequence[str], baseline: str, columns: Mapping[str, str]
+) -> Series:
+    """The same, minus that of the baseline with the same seed."""
+    return {
+        label: means(list(arms), [results.gap(arm, baseline, column) for arm in arms])
+        for label, column in columns.items()
+    }
+
+
 def over_steps(arms: Mapping[str, Sequence[Sequence[float]]], steps: int) -> Series:
     """Arm -> one thinned curve a seed, of so many steps."""
     found = {}

@@ -14,8 +14,10 @@ from moe_ops.zoo.llama import Llama, LlamaConfig
 from moe_ops.zoo.lm.model import CausalLM
 
 from . import subject
+from .compare import bars
 from .on_subject import Loaded, load
-from .study import Experiment, Headline, Hypothesis, Job, Run, Study
+from .picture import Picture
+from .study import Experiment, Headline, Hypothesis, Job, Results, Run, Study
 
 SLICES = 4
 TOP_KS = (1, 2)
@@ -167,7 +169,13 @@ def study(name: str, size: str, rank: int, minutes: float, model: str) -> Study:
             "Tuning": f"{STEPS} steps of 8 x {of.recipe.length} bytes, AdamW, rate {RATE:g}",
         }
 
-    return Study(name, size, rank, {ALL: whole(model)}, 5, minutes, hypotheses, made)
+    return Study(name, size, rank, {ALL: whole(model)}, 5, minutes, hypotheses, made, pictures)
+
+
+def pictures(results: Results) -> list[Picture]:
+    columns = {f"{k} of {SLICES} slices": column("accuracy kept", k) for k in TOP_KS}
+    title = "Share of the dense model's accuracy that is kept"
+    return [Picture("accuracy", title, "", "share", "bars", bars(results, list(ARMS), columns))]
 
 
 EXPERIMENT = Experiment(

@@ -25,27 +25,32 @@ from moe_ops.layers import Experts
 from moe_ops.zoo.deepseek import DeepSeek
 
 FORMATS = (("int8", None), ("int4", 32), ("int4", 64), ("int4", 128))
+PARTS = ("experts", "model", "bank")
 _HELDOUT = 65_536
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("demo", type=Path, help="folder that moe-ops demo has written")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    print("| weights | scales | bank error | bits/byte | perplexity | change | memory |")
-    print("|---|---|---|---|---|---|---|")
-    for line in demo_model(arguments.demo):
-        print(line, flush=True)
-    print("\nThe same model in transformers, all of it optimised:")
-    print("| weights | bits/byte | perplexity | change | memory |")
-    print("|---|---|---|---|---|")
-    for line in whole_model(arguments.demo):
-        print(line, flush=True)
-    print("\nA random bank, 16 experts, H 1024, I 512:")
-    for line in random_bank():
-        print(line, flush=True)
+    if "experts" in arguments.parts:
+        print("| weights | scales | bank error | bits/byte | perplexity | change | memory |")
+        print("|---|---|---|---|---|---|---|")
+        for line in demo_model(arguments.demo):
+            print(line, flush=True)
+    if "model" in arguments.parts:
+        print("\nThe same model in transformers, all of it optimised:")
+        print("| weights | bits/byte | perplexity | change | memory |")
+        print("|---|---|---|---|---|")
+        for line in whole_model(arguments.demo):
+            print(line, flush=True)
+    if "bank" in arguments.parts:
+        print("\nA random bank, 16 experts, H 1024, I 512:")
+        for line in random_bank():
+            print(line, flush=True)
 
 
 def demo_model(folder: Path) -> Iterator[str]:

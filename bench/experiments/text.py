@@ -204,12 +204,20 @@ def _untagged(text: str) -> str:
 
 def _language(code: str) -> bytes:
     """A verse a line."""
+    return "\n".join(verses(code)).encode()
+
+
+def verses(code: str) -> list[str]:
+    """Of the Quran in a language, such as "en": the same verses in the same order in all.
+
+    Raises:
+        FileNotFoundError, ValueError: the archive is not there, or lacks the language.
+    """
     with _archive(QURAN) as archive:
         for member in archive:
             if member.name.endswith(f"/dist/quran_{code}.json"):
                 chapters = json.loads(_contents(archive, member))
-                verses = [verse["translation"] for c in chapters for verse in c["verses"]]
-                return "\n".join(verses).encode()
+                return [verse["translation"] for c in chapters for verse in c["verses"]]
     raise ValueError(f"load_domains: {QURAN} must hold quran_{code}.json, got none.")
 
 

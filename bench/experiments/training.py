@@ -84,9 +84,9 @@ class Trained:
 
 
 def mean_violation(stats: RoutingStats) -> float:
-    """MaxVio, the mean over layers."""
+    """MaxVio, the mean over layers; 0 without any."""
     found = [stats.max_violation(layer) for layer in stats.layers]
-    return sum(found) / len(found)
+    return sum(found) / max(1, len(found))
 
 
 def step_violation(out: LMLoss) -> float:
@@ -129,6 +129,7 @@ class DrawnTraining:
             model.load_state_dict(saved["model"])
             optimizer.load_state_dict(saved["optimizer"])
             draw.set_state(saved["draw"])
+            torch.set_rng_state(saved["noise"])
             self.found, self.done = saved["found"], saved["done"]
 
     def state(self) -> dict[str, Any]:
@@ -136,9 +137,51 @@ class DrawnTraining:
             "model": self._model.state_dict(),
             "optimizer": self._optimizer.state_dict(),
             "draw": self._draw.get_state(),
+            "noise": torch.get_rng_state(),
             "found": self.found,
             "done": self.done,
         }
+
+
+def adamw(model: torch.nn.Module, recipe: Recipe) -> torch.optim.AdamW:
+    """Weight decay is of matrices alone."""
+    decayed = [p for p in model.parameters() if p.dim() > 1]
+    rest = [p for p in model.parameters() if p.dim() <= 1]
+    groups = [
+        {"params": decayed, "weight_decay": recipe.weight_decay},
+        {"params": rest, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=recipe.rate, betas=(0.9, 0.95))
+
+
+def train_drawn(
+    model: torch.nn.Module,
+    loss: Callable[[torch.Generator], Tensor],
+    recipe: Recipe,
+    seed: int,
+    run: Run,
+) -> list[float]:
+    """Trains a model on batches that `loss` draws; the losses by step.
+
+    A run whose state was saved goes on from it, with the bits of one that was not cut.
+    """
+    draw, optimizer = torch.Generator().manual_seed(seed), adamw(model, recipe)
+    training = DrawnTraining(run, model, optimizer, draw, {"curve": []})
+    curve: list[float] = training.found["curve"]
+    model.train()
+    while training.done < recipe.steps:
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.rate_at(training.done)
+        value = loss(draw)
+        optimizer.zero_grad()
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+        optimizer.step()
+        curve.append(value.item())
+        training.done += 1
+        run.step(training.done, recipe.steps, training.state)
+    model.eval()
+    return curve
 
 
 def train(
@@ -161,13 +204,7 @@ def train(
     run = run or Run()
     torch.manual_seed(seed)
     model = make()
-    decayed = [p for p in model.parameters() if p.dim() > 1]
-    rest = [p for p in model.parameters() if p.dim() <= 1]
-    groups = [
-        {"params": decayed, "weight_decay": recipe.weight_decay},
-        {"params": rest, "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=recipe.rate, betas=(0.9, 0.95))
+    optimizer = adamw(model, recipe)
     controller = prepare(model, optimizer) if prepare is not None else None
     curve: list[float] = []
     watched: list[float] = []

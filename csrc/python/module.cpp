@@ -1,9 +1,6 @@
 // moe_ops._C: facts about the build and the CPU, settings of the CPU kernels. Sees no torch header;
 // linking the op library is what registers torch.ops.moe_ops when this module is imported (after
 // torch).
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
 #include <algorithm>
 #include <array>
 #include <map>
@@ -24,18 +21,19 @@
 #include "cuda/row_blocks.h"
 #include "cuda/runtime.h"
 #include "moe_ops/batch_invariant.h"
+#include "python/bind.h"
 #include "python/limits.h"
 
-namespace py = pybind11;
-using namespace moe_ops::cpu;
-
+namespace moe_ops::python {
 namespace {
 
-moe_ops::DType dtype_of(const std::string& function, const std::string& dtype) {
-  const std::map<std::string, moe_ops::DType> types{{"float64", moe_ops::DType::kFloat64},
-                                                    {"float32", moe_ops::DType::kFloat32},
-                                                    {"bfloat16", moe_ops::DType::kBFloat16},
-                                                    {"float16", moe_ops::DType::kFloat16}};
+using namespace moe_ops::cpu;
+
+DType dtype_of(const std::string& function, const std::string& dtype) {
+  const std::map<std::string, DType> types{{"float64", DType::kFloat64},
+                                           {"float32", DType::kFloat32},
+                                           {"bfloat16", DType::kBFloat16},
+                                           {"float16", DType::kFloat16}};
   const auto type = types.find(dtype);
   if (type != types.end()) return type->second;
   throw std::invalid_argument(function + ": dtype must be a float type, got " + dtype + ".");
@@ -48,169 +46,225 @@ Isa supported(const std::string& function, const std::string& target) {
   throw std::invalid_argument(function + ": target must be supported here, got " + target + ".");
 }
 
-}  // namespace
+// ---- facts about the build
 
-PYBIND11_MODULE(_C, m) {
-  m.doc() = "Build facts and the CPU instruction set of moe_ops.";
-  m.def("version", [] { return std::string(MOE_OPS_VERSION); });
-  m.def("build_info", [] {
-    return std::map<std::string, std::string>{
-        {"version", MOE_OPS_VERSION},           {"build_torch", MOE_OPS_BUILD_TORCH},
-        {"torch_target", MOE_OPS_TORCH_TARGET}, {"compiler", MOE_OPS_COMPILER},
-        {"cuda", MOE_OPS_CUDA_BUILD},           {"cuda_code", MOE_OPS_CUDA_CODE},
-    };
-  });
-  m.def("cpu_isa", [] { return std::string(isa_name(active_isa())); });
-  m.def("detected_isa", [] { return std::string(isa_name(detected_isa())); });
-  m.def("supported_isas", &supported_isas);
-  // (family, axis, name, value) of each size at which the kernels of the target in use change what
-  // they do.
-  m.def("block_sizes", [] {
-    std::vector<std::tuple<std::string, std::string, std::string, int64_t>> sizes;
-    for (const BlockSize& s : block_sizes()) sizes.emplace_back(s.family, s.axis, s.name, s.value);
-    return sizes;
-  });
-  m.def("isa_warning", &isa_warning);
-  m.def("batch_invariant", &moe_ops::batch_invariant);
-  m.def("set_batch_invariant", &moe_ops::set_batch_invariant, py::arg("on"));
-  // None, or the kernel of a supported target that fails its self-test; with entry `broken` of its
-  // tables, one of kernel_entries(target), replaced by a function that does nothing.
-  m.def(
-      "failing_kernel",
-      [](const std::string& target, int64_t broken) -> std::optional<std::string> {
-        const char* name = failing_kernel(supported("failing_kernel", target), broken);
-        return name == nullptr ? std::nullopt : std::optional<std::string>(name);
-      },
-      py::arg("target"), py::arg("broken") = -1);
-  m.def("kernel_entries", [](const std::string& target) {
-    return kernel_entries(supported("kernel_entries", target));
-  });
-  // Rates of every pass, of the target in use; other Python threads may measure at the same time.
-  m.def("measure_limits", [](size_t bytes, double seconds) {
-    const Isa isa = active_isa();
-    Limits limits;
-    {
-      py::gil_scoped_release release;
-      limits = measure_limits(isa, bytes, seconds);
+std::string version() { return MOE_OPS_VERSION; }
+
+std::map<std::string, std::string> build_info() {
+  return {
+      {"version", MOE_OPS_VERSION},           {"build_torch", MOE_OPS_BUILD_TORCH},
+      {"torch_target", MOE_OPS_TORCH_TARGET}, {"compiler", MOE_OPS_COMPILER},
+      {"cuda", MOE_OPS_CUDA_BUILD},           {"cuda_code", MOE_OPS_CUDA_CODE},
+  };
+}
+
+// ---- instruction sets of the CPU
+
+std::string active() { return isa_name(active_isa()); }
+std::string detected() { return isa_name(detected_isa()); }
+
+// (family, axis, name, value) of each size at which the kernels of the target in use change what
+// they do.
+std::vector<std::tuple<std::string, std::string, std::string, int64_t>> all_block_sizes() {
+  std::vector<std::tuple<std::string, std::string, std::string, int64_t>> sizes;
+  for (const BlockSize& s : block_sizes()) sizes.emplace_back(s.family, s.axis, s.name, s.value);
+  return sizes;
+}
+
+// None, or the kernel of a supported target that fails its self-test; with entry `broken` of its
+// tables, one of kernel_entries(target), replaced by a function that does nothing.
+std::optional<std::string> first_failing_kernel(const std::string& target,
+                                                std::optional<int64_t> broken) {
+  const char* name = failing_kernel(supported("failing_kernel", target), broken.value_or(-1));
+  if (name == nullptr) return std::nullopt;
+  return name;
+}
+
+std::vector<int64_t> entries_of(const std::string& target) {
+  const auto entries = kernel_entries(supported("kernel_entries", target));
+  return {entries.begin(), entries.end()};
+}
+
+// Rates of every pass, of the target in use; other Python threads may measure at the same time.
+std::map<std::string, std::vector<double>> rates(size_t bytes, double seconds) {
+  const WithoutGil released;
+  const Limits limits = measure_limits(active_isa(), bytes, seconds);
+  return {{"fp32_flops", limits.fp32_flops},
+          {"bf16_flops", limits.bf16_flops},
+          {"read_bytes", limits.read_bytes}};
+}
+
+// ---- what the heuristics choose
+
+// How the CPU multiplies the `rows` rows of an expert with a weight of that type and layout
+// (dense_k, dense_features, packed, int8, int4, fp8): algorithm, operand and size of work items,
+// at any target and on a processor of Intel's or another.
+std::string cpu_gemm_config(const std::string& dtype, const std::string& layout, int64_t rows,
+                            int64_t features, int64_t in_features, const std::string& isa,
+                            bool intel, std::optional<bool> halves, std::optional<bool> invariant) {
+  constexpr std::array kLayouts = {"dense_k", "dense_features", "packed", "int8", "int4", "fp8"};
+  const auto at = std::find(kLayouts.begin(), kLayouts.end(), layout);
+  const std::vector<std::string> isas = supported_isas();
+  const auto target = std::find(isas.begin(), isas.end(), isa);
+  if (at == kLayouts.end() || target == isas.end()) {
+    throw std::invalid_argument("cpu_gemm_config: layout and isa must be known here, got " +
+                                layout + " and " + isa + ".");
+  }
+  GemmShape s;
+  s.b = static_cast<GemmShape::B>(at - kLayouts.begin());
+  s.type = dtype_of("cpu_gemm_config", dtype);
+  s.even = in_features % 2 == 0;
+  s.segments = halves.value_or(false) ? 2 : 1;
+  s.features = s.range = features / s.segments;
+  s.in_features = in_features;
+  s.invariant = invariant.value_or(false);
+  return cpu::gemm_config(s, accumulate_type(s.type), rows, static_cast<Isa>(target - isas.begin()),
+                          intel);
+}
+
+// Bytes of one expert [O, K] as pack_experts lays it out.
+int64_t bytes_of_packed_expert(const std::string& dtype, int64_t out_features, int64_t in_features,
+                               bool halves) {
+  return packed_expert_bytes(dtype_of("packed_expert_bytes", dtype), out_features, in_features,
+                             halves ? 2 : 1);
+}
+
+constexpr int kSmsOfH100 = 132;
+
+// The tile that a stage of moe_ffn gets: n columns of its result, sums of k. Needs no card.
+std::string ffn_config(const std::string& stage, int64_t rows, int64_t num_experts, int64_t n,
+                       int64_t k, std::optional<int> num_sms, std::optional<bool> invariant) {
+  using namespace moe_ops::cuda;
+  const auto chosen = [&](Product product, const auto& configs) {
+    const FfnTile tile = choose_ffn_tile({product, rows, num_experts, 0, n, k,
+                                          num_sms.value_or(kSmsOfH100), invariant.value_or(false)},
+                                         configs);
+    return std::string(kFfnTileNames[static_cast<int>(tile)]);
+  };
+  if (stage == "up") return chosen(Product::kGatherNT, kFfnUpConfigs);
+  if (stage == "down_bwd") return chosen(Product::kGatherNN, kFfnDownBwdConfigs);
+  throw std::invalid_argument("ffn_config: stage must be up or down_bwd, got " + stage + ".");
+}
+
+// The tile that a product gets on an sm_90 card with so many SMs, in words; needs no card.
+std::string cuda_gemm_config(const std::string& product, int64_t rows, int64_t num_experts,
+                             int64_t m, int64_t n, int64_t k, std::optional<int> num_sms,
+                             std::optional<bool> invariant) {
+  using namespace moe_ops::cuda;
+  for (size_t i = 0; i < kProductNames.size(); ++i) {
+    if (kProductNames[i] == product) {
+      return to_string(choose_config({static_cast<Product>(i), rows, num_experts, m, n, k,
+                                      num_sms.value_or(kSmsOfH100), invariant.value_or(false)}));
     }
-    return std::map<std::string, std::vector<double>>{{"fp32_flops", limits.fp32_flops},
-                                                      {"bf16_flops", limits.bf16_flops},
-                                                      {"read_bytes", limits.read_bytes}};
-  });
-  // How the CPU multiplies the `rows` rows of an expert with a weight of that type and layout
-  // (dense_k, dense_features, packed, int8, int4, fp8): algorithm, operand and size of work items,
-  // at any target and on a processor of Intel's or another.
-  m.def(
-      "cpu_gemm_config",
-      [](const std::string& dtype, const std::string& layout, int64_t rows, int64_t features,
-         int64_t in_features, const std::string& isa, bool intel, bool halves, bool invariant) {
-        constexpr std::array kLayouts = {"dense_k", "dense_features", "packed",
-                                         "int8",    "int4",           "fp8"};
-        const auto at = std::find(kLayouts.begin(), kLayouts.end(), layout);
-        const std::vector<std::string> isas = supported_isas();
-        const auto target = std::find(isas.begin(), isas.end(), isa);
-        if (at == kLayouts.end() || target == isas.end()) {
-          throw std::invalid_argument("cpu_gemm_config: layout and isa must be known here, got " +
-                                      layout + " and " + isa + ".");
-        }
-        GemmShape s;
-        s.b = static_cast<GemmShape::B>(at - kLayouts.begin());
-        s.type = dtype_of("cpu_gemm_config", dtype);
-        s.even = in_features % 2 == 0;
-        s.segments = halves ? 2 : 1;
-        s.features = s.range = features / s.segments;
-        s.in_features = in_features;
-        s.invariant = invariant;
-        return gemm_config(s, moe_ops::accumulate_type(s.type), rows,
-                           static_cast<Isa>(target - isas.begin()), intel);
-      },
-      py::arg("dtype"), py::arg("layout"), py::arg("rows"), py::arg("features"),
-      py::arg("in_features"), py::arg("isa"), py::arg("intel"), py::arg("halves") = false,
-      py::arg("invariant") = false);
-  // Bytes of one expert [O, K] as pack_experts lays it out.
-  m.def("packed_expert_bytes",
-        [](const std::string& dtype, int64_t out_features, int64_t in_features, bool halves) {
-          return packed_expert_bytes(dtype_of("packed_expert_bytes", dtype), out_features,
-                                     in_features, halves ? 2 : 1);
-        });
-  // The tile that a stage of moe_ffn gets: n columns of its result, sums of k. Needs no card.
-  m.def(
-      "ffn_config",
-      [](const std::string& stage, int64_t rows, int64_t num_experts, int64_t n, int64_t k,
-         int num_sms, bool invariant) {
-        using namespace moe_ops::cuda;
-        const auto chosen = [&](Product product, const auto& configs) {
-          const FfnTile tile =
-              choose_ffn_tile({product, rows, num_experts, 0, n, k, num_sms, invariant}, configs);
-          return std::string(kFfnTileNames[static_cast<int>(tile)]);
-        };
-        if (stage == "up") return chosen(Product::kGatherNT, kFfnUpConfigs);
-        if (stage == "down_bwd") return chosen(Product::kGatherNN, kFfnDownBwdConfigs);
-        throw std::invalid_argument("ffn_config: stage must be up or down_bwd, got " + stage + ".");
-      },
-      py::arg("stage"), py::arg("rows"), py::arg("num_experts"), py::arg("n"), py::arg("k"),
-      py::arg("num_sms") = 132, py::arg("invariant") = false);
-  // The tile that a product gets on an sm_90 card with so many SMs, in words; needs no card.
-  m.def(
-      "gemm_config",
-      [](const std::string& product, int64_t rows, int64_t num_experts, int64_t m, int64_t n,
-         int64_t k, int num_sms, bool invariant) {
-        using namespace moe_ops::cuda;
-        for (size_t i = 0; i < kProductNames.size(); ++i) {
-          if (kProductNames[i] == product)
-            return to_string(choose_config(
-                {static_cast<Product>(i), rows, num_experts, m, n, k, num_sms, invariant}));
-        }
-        throw std::invalid_argument(
-            "gemm_config: product must be nt, nn, tn, or one of these with "
-            "gather_ before it or _gather after it, got " +
-            product + ".");
-      },
-      py::arg("product"), py::arg("rows"), py::arg("num_experts"), py::arg("m"), py::arg("n"),
-      py::arg("k"), py::arg("num_sms") = 132, py::arg("invariant") = false);
-  // The grid of a CUDA kernel on whole rows; needs no card.
-  m.def("row_blocks", [](int64_t rows, int64_t accesses, int64_t stretch) {
-    const moe_ops::cuda::RowBlocks b = moe_ops::cuda::row_blocks(rows, accesses, stretch);
-    return std::array<unsigned, 3>{b.x, b.y, b.z};
-  });
+  }
+  throw std::invalid_argument(
+      "gemm_config: product must be nt, nn, tn, or one of these with gather_ before it or _gather "
+      "after it, got " +
+      product + ".");
+}
+
+// The grid of a CUDA kernel on whole rows; needs no card.
+std::array<unsigned, 3> grid_of_rows(int64_t rows, int64_t accesses, int64_t stretch) {
+  const cuda::RowBlocks b = cuda::row_blocks(rows, accesses, stretch);
+  return {b.x, b.y, b.z};
+}
+
+// ---- CUDA
+
 #ifdef MOE_OPS_WITH_CUDA
-  m.def("set_sm_margin", &moe_ops::cuda::set_sm_margin, py::arg("sms"));
-  m.def("sm_margin", &moe_ops::cuda::sm_margin);
-  // The library that torch's current stream is asked of, and whether it answers; None: torch has
-  // loaded no such library.
-  m.def("stream_source", []() -> std::optional<std::pair<std::string, bool>> {
-    const moe_ops::cuda::StreamSource& source = moe_ops::cuda::stream_source();
-    if (source.library == nullptr) return std::nullopt;
-    return std::pair(std::string(source.library), source.current != nullptr);
-  });
-  // None, or why a device cannot be made current. A thread has no context before that.
-  m.def("bind_device", [](int device) -> std::optional<std::string> {
-    const moe_ops::cuda::Status status = moe_ops::cuda::bind_device(device);
-    if (status == 0) return std::nullopt;
-    return moe_ops::cuda::error_string(status);
-  });
-  // (name, error or None, compute capability of the machine code, of the PTX, registers, bytes that
-  // a thread spills) of every kernel on the current device.
-  m.def("cuda_kernels", [] {
-    std::vector<std::tuple<std::string, std::optional<std::string>, int, int, int, int64_t>> all;
-    for (const moe_ops::cuda::KernelInfo& k : moe_ops::cuda::kernel_infos()) {
-      std::optional<std::string> error;
-      if (k.status != 0) error = moe_ops::cuda::error_string(k.status);
-      all.emplace_back(k.name, error, k.compiled_for, k.from_ptx, k.registers, k.spilled_bytes);
-    }
-    return all;
-  });
+// The library that torch's current stream is asked of, and whether it answers; None: torch has
+// loaded no such library.
+std::optional<std::pair<std::string, bool>> stream_source() {
+  const cuda::StreamSource& source = cuda::stream_source();
+  if (source.library == nullptr) return std::nullopt;
+  return std::pair(std::string(source.library), source.current != nullptr);
+}
+
+// None, or why a device cannot be made current. A thread has no context before that.
+std::optional<std::string> bind_device(int device) {
+  const cuda::Status status = cuda::bind_device(device);
+  if (status == 0) return std::nullopt;
+  return cuda::error_string(status);
+}
+
+// (name, error or None, compute capability of the machine code, of the PTX, registers, bytes that
+// a thread spills) of every kernel on the current device.
+std::vector<std::tuple<std::string, std::optional<std::string>, int, int, int, int64_t>>
+cuda_kernels() {
+  std::vector<std::tuple<std::string, std::optional<std::string>, int, int, int, int64_t>> all;
+  for (const cuda::KernelInfo& k : cuda::kernel_infos()) {
+    std::optional<std::string> error;
+    if (k.status != 0) error = cuda::error_string(k.status);
+    all.emplace_back(k.name, error, k.compiled_for, k.from_ptx, k.registers, k.spilled_bytes);
+  }
+  return all;
+}
 #endif
-  m.def("poison_scratch", &poison_scratch, py::arg("bytes"));
-  m.def("stale_panels", &stale_panels);
-  m.def("cached_bytes", &cached_bytes);
-  m.def("cache_limit", &cache_limit);
-  m.def("release_cached", &release_cached);
-  m.def(
-      "use_huge_pages",
-      [](uintptr_t data, size_t bytes) {
-        const py::gil_scoped_release released;
-        return use_huge_pages(reinterpret_cast<void*>(data), bytes);
-      },
-      py::arg("data"), py::arg("bytes"));
+
+// ---- memory
+
+size_t advise_huge_pages(uintptr_t data, size_t bytes) {
+  const WithoutGil released;
+  return use_huge_pages(reinterpret_cast<void*>(data), bytes);
+}
+
+void add_functions(PyObject* m) {
+  add(m, "version", &version);
+  add(m, "build_info", &build_info);
+  add(m, "cpu_isa", &active);
+  add(m, "detected_isa", &detected);
+  add(m, "supported_isas", &supported_isas);
+  add(m, "block_sizes", &all_block_sizes);
+  add(m, "isa_warning", &isa_warning);
+  add(m, "batch_invariant", &batch_invariant);
+  add(m, "set_batch_invariant", &set_batch_invariant, "on");
+  add(m, "failing_kernel", &first_failing_kernel, "target", "broken");
+  add(m, "kernel_entries", &entries_of, "target");
+  add(m, "measure_limits", &rates, "bytes", "seconds");
+  add(m, "cpu_gemm_config", &cpu_gemm_config, "dtype", "layout", "rows", "features", "in_features",
+      "isa", "intel", "halves", "invariant");
+  add(m, "packed_expert_bytes", &bytes_of_packed_expert, "dtype", "out_features", "in_features",
+      "halves");
+  add(m, "ffn_config", &ffn_config, "stage", "rows", "num_experts", "n", "k", "num_sms",
+      "invariant");
+  add(m, "gemm_config", &cuda_gemm_config, "product", "rows", "num_experts", "m", "n", "k",
+      "num_sms", "invariant");
+  add(m, "row_blocks", &grid_of_rows, "rows", "accesses", "stretch");
+#ifdef MOE_OPS_WITH_CUDA
+  add(m, "set_sm_margin", &cuda::set_sm_margin, "sms");
+  add(m, "sm_margin", &cuda::sm_margin);
+  add(m, "stream_source", &stream_source);
+  add(m, "bind_device", &bind_device, "device");
+  add(m, "cuda_kernels", &cuda_kernels);
+#endif
+  add(m, "poison_scratch", &poison_scratch, "bytes");
+  add(m, "stale_panels", &stale_panels);
+  add(m, "cached_bytes", &cached_bytes);
+  add(m, "cache_limit", &cache_limit);
+  add(m, "release_cached", &release_cached);
+  add(m, "use_huge_pages", &advise_huge_pages, "data", "bytes");
+}
+
+}  // namespace
+}  // namespace moe_ops::python
+
+PyMODINIT_FUNC PyInit__C() {
+  static PyModuleDef definition = {PyModuleDef_HEAD_INIT,
+                                   "_C",
+                                   "Build facts and the CPU instruction set of moe_ops.",
+                                   -1,
+                                   nullptr,
+                                   nullptr,
+                                   nullptr,
+                                   nullptr,
+                                   nullptr};
+  PyObject* module = PyModule_Create(&definition);
+  if (module == nullptr) return nullptr;
+  try {
+    moe_ops::python::add_functions(module);
+  } catch (const moe_ops::python::ErrorSet&) {
+    Py_DECREF(module);
+    return nullptr;
+  }
+  return module;
 }

@@ -255,6 +255,17 @@ static void define_schemas(torch::stable::detail::StableLibrary& m) {
       "Tensor? w_v_scale=None, Tensor? w_o_scale=None, Tensor? q_norm=None, Tensor? k_norm=None, "
       "float head_eps=1e-06, Tensor? mask=None, Tensor? sinks=None, "
       "float residual_scale=1.0) -> Tensor");
+  // The same of latent attention. latents [B,1,L,r] and rope_keys [B,1,L,d_r] are kept: norm and
+  // rotation of the halves of w_kv_a x, [r + d_r,H]. w_q [n (d_n + d_r),H], or [..,r_q] after
+  // w_q_a [r_q,H] and q_norm; w_kv_b [n (d_n + d_v),r] float; w_o [H,n d_v].
+  m.def(
+      "latent_attention_step(Tensor x, Tensor w_q, Tensor w_kv_a, Tensor kv_norm, Tensor w_kv_b, "
+      "Tensor w_o, Tensor cos, Tensor sin, Tensor(a!) latents, Tensor(b!) rope_keys, int start, "
+      "int num_heads, float scale, Tensor? norm_weight=None, float eps=1e-06, Tensor? w_q_a=None, "
+      "Tensor? q_norm=None, float latent_eps=1e-06, Tensor? b_q=None, Tensor? b_q_a=None, "
+      "Tensor? b_kv_a=None, Tensor? b_o=None, Tensor? w_q_scale=None, Tensor? w_q_a_scale=None, "
+      "Tensor? w_kv_a_scale=None, Tensor? w_o_scale=None, bool interleaved=False, "
+      "bool interleaved_keys=False, Tensor? mask=None, float residual_scale=1.0) -> Tensor");
   // q [B,S,K,n,d], k and v [B,S_kv,n,d] -> out like q, state [B,S,K,n] fp32: the log-sum-exp of
   // softmax, what remains of the stick. window 0: all keys; softcap 0: none.
   m.def(

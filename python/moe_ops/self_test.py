@@ -142,6 +142,19 @@ def cases() -> list[Case]:
             (normal(2, 3, H), normal(H, H), normal(H // 2, H), normal(H // 2, H), normal(H, H)),
             False,
         ),
+        Case(
+            "latent_attention_step",
+            _latent_attention_step,
+            (
+                normal(2, 3, H),
+                normal(96, H),
+                normal(H, H),
+                normal(56),
+                normal(128, 56),
+                normal(H, H),
+            ),
+            False,
+        ),
         Case("moa_attention", lambda m, *t: m.moa_attention(*t, kind="softmax"), attention),
         Case("moa_attention", lambda m, *t: m.moa_attention(*t, kind="stick_breaking"), attention),
         Case(
@@ -170,6 +183,13 @@ def _attention_step(m: Any, x: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor
     kept = x.new_zeros(2, 2, 2, 5, 16)
     how: dict[str, Any] = {"start": 1, "rotary_size": 16, "scale": 0.25}
     return m.attention_step(x, *weights, angles.cos(), angles.sin(), *kept, **how), kept
+
+
+def _latent_attention_step(m: Any, x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+    angles = torch.linspace(-3, 3, 12, dtype=x.dtype, device=x.device).view(1, 3, 4)
+    kept = x.new_zeros(2, 1, 5, x.shape[2] - 8), x.new_zeros(2, 1, 5, 8)
+    how: dict[str, Any] = {"start": 1, "num_heads": 4, "scale": 0.25, "interleaved": True}
+    return m.latent_attention_step(x, *weights, angles.cos(), angles.sin(), *kept, **how), *kept
 
 
 def _int8(w: Tensor) -> tuple[Tensor, Tensor]:

@@ -70,6 +70,7 @@ NOT_BY_TOKEN = {
     "grouped_gemm_fp8_wgrad_accumulate": "sums over tokens",
     "grouped_gemm_wgrad": "sums over tokens",
     "grouped_sum": "sums over tokens",
+    "latent_attention_step": "as attention_step: tests/ops/test_latent_attention_step.py",
     "moa_attention": "a token's keys are other tokens: tests/ops/test_moa_attention.py",
     "pack_experts": "has no tokens",
     "permute": "copies rows",

@@ -35,6 +35,7 @@ NEED_A_CARD = {
     "test_generated_code_calls_the_ops": "Triton needs a card.",
     "test_half_precision": GROUPED_MM,
     "test_command": GROUPED_MM,
+    "test_tokens_of_replays": "Kernels of torch run when they are captured: a card replays.",
 }
 
 

@@ -98,6 +98,18 @@ def test_steps_with_a_cache_equal_the_whole(name):
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-10, atol=1e-11)
 
 
+def test_a_cache_goes_on_with_chosen_sequences():
+    layer, x = build(), torch.randn(B, 4, H, dtype=torch.float64)
+    rows = torch.tensor([1, 1, 0])
+    with torch.no_grad():
+        cache = KVCache()
+        cache.select(rows)
+        layer(x[:, :3], cache=cache)
+        cache.select(rows)
+        step = layer(x[rows, 3:], cache=cache)
+        torch.testing.assert_close(step, layer(x[rows])[:, 3:], rtol=1e-10, atol=1e-11)
+
+
 @pytest.mark.parametrize("name", ["jetmoe", "moduleformer", "bam"])
 def test_sequences_equal_calls_of_their_own(name):
     layer, lengths = build(name), (5, 1, 7)

@@ -254,6 +254,28 @@ def test_new_torch(version):
     assert result.stdout.strip() == "fine", result.stderr
 
 
+def test_one_module_serves_every_python():
+    assert Path(moe_ops._C.__file__).name == "_C.abi3.so"
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        ("ffn_config(1, 1, 2, 3, 4)", "ffn_config() stage must be a str."),
+        ("ffn_config('up')", "ffn_config() lacks rows."),
+        ("row_blocks(1, 2, 3, 4)", "row_blocks() takes 3 arguments, got 4."),
+        ("row_blocks(1, 2, 3, rows=1)", "row_blocks() got two values of rows."),
+        ("row_blocks(1, 2, 2**70)", "row_blocks() stretch must be an int of 64 bits."),
+        ("cached_bytes(all=True)", "cached_bytes() got a name that it does not have."),
+        ("set_batch_invariant(1)", "set_batch_invariant() on must be a bool."),
+        ("measure_limits(1, None)", "measure_limits() seconds must be a float."),
+    ],
+)
+def test_module_refuses_wrong_arguments(call, said):
+    with pytest.raises(TypeError, match=re.escape(said)):
+        eval(f"_C.{call}", {"_C": moe_ops._C})
+
+
 def test_stub_describes_the_module():
     stub = (PACKAGE / "_C.pyi").read_text()
     if moe_ops._C.build_info()["cuda"] == "off":
@@ -271,7 +293,12 @@ PAGES = [path for path in PAGES if path.relative_to(ROOT).parts[0] not in ("buil
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 # What an example mentions, and the package it then needs.
-EXAMPLES_NEED = {"transformers": "transformers", "moe_ops.zoo.mowst": "torch_geometric"}
+EXAMPLES_NEED = {
+    "transformers": "transformers",
+    "from transformers import Trainer": "accelerate",
+    "moe_ops.zoo.mowst": "torch_geometric",
+    "peft": "peft",
+}
 
 
 def blocks(path: Path, language: str) -> list[str]:

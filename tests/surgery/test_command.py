@@ -98,3 +98,53 @@ def test_says_what_is_wrong(checkpoint, tmp_path, extra, message):
     assert result.exit_code == 1
     assert message in result.output.replace("\n", " ")
     assert not (tmp_path / "x").exists()
+
+
+def test_inspect(checkpoint, tmp_path):
+    """The numbers of the page are those of transformers' own router."""
+    from rich.console import Console
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from moe_ops.cli.inspect import run
+
+    folder, text = checkpoint
+    page = tmp_path / "page.html"
+    found = run(folder, text, page, folder, 100, 40, Console(quiet=True))
+    content = page.read_text()
+    start = content.index('type="application/json">') + len('type="application/json">')
+    data = json.loads(content[start : content.index("</script>", start)])
+    first, second = data["models"]
+    assert first["layers"] == second["layers"] and first["name"] != second["name"]
+    assert list(found) == [first["name"], second["name"]]
+
+    ids = AutoTokenizer.from_pretrained(folder)(text.read_text())["input_ids"][:100]
+    assert data["tokens"] == [f"w{i}" for i in ids]
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    with torch.no_grad():
+        pieces = [
+            model(p[None], output_router_logits=True).router_logits
+            for p in torch.tensor(ids).split(40)
+        ]
+    for index, layer in enumerate(first["layers"]):
+        logits = torch.cat([piece[index] for piece in pieces])
+        p = logits.double().softmax(-1)
+        chosen = p.topk(layer["top_k"]).indices
+        assert [sorted(row) for row in layer["ids"]] == chosen.sort().values.tolist()
+        count = chosen.flatten().bincount(minlength=layer["num_experts"])
+        assert layer["load"] == count.tolist()
+        assert [row[e] for e, row in enumerate(layer["together"])] == layer["load"]
+        assert layer["tokens"] == 100
+        assert layer["entropy"] == pytest.approx(-(p * p.log()).sum(-1).mean().item(), rel=1e-4)
+
+
+def test_inspect_refuses_models_that_do_not_fit(tmp_path):
+    from moe_ops.layers import MoE
+    from moe_ops.surgery.page import routing_data, routing_page
+
+    pages = {n: routing_data(MoE.build(8, 8, n, 2), [torch.randn(5, 8)]) for n in (4, 6)}
+    with pytest.raises(ValueError, match="must have the same layers and experts"):
+        routing_page({"a": pages[4], "b": pages[6]}, [], tmp_path / "page.html")
+    with pytest.raises(ValueError, match="must be one or two, got 0"):
+        routing_page({}, [], tmp_path / "page.html")
+    routing_page({"a": pages[4]}, ["</script>"] * 5, tmp_path / "page.html")
+    assert "\\u003c/script>" in (tmp_path / "page.html").read_text()

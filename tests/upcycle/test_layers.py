@@ -58,6 +58,31 @@ def test_starts_as_the_dense_network(experts, top_k, options):
     assert all(bool(p.grad.isfinite().all()) for p in layer.parameters())
 
 
+class TwoMaps(torch.nn.Module):
+    """As in decoder layers of DETR and its kin in transformers."""
+
+    def __init__(self, activation, bias=True):
+        super().__init__()
+        self.fc1 = torch.nn.Linear(H, I, bias=bias, dtype=D)
+        self.activation_fn = activation
+        self.fc2 = torch.nn.Linear(I, H, bias=bias, dtype=D)
+
+    def forward(self, x):
+        return self.fc2(self.activation_fn(self.fc1(x)))
+
+
+@pytest.mark.parametrize(
+    ("activation", "bias"), [(torch.nn.ReLU(), True), (torch.nn.GELU(), False)]
+)
+def test_networks_of_two_maps(activation, bias):
+    torch.manual_seed(0)
+    dense, x = TwoMaps(activation, bias), torch.randn(20, H, dtype=D)
+    layer = upcycle.upcycle_ffn(dense, 6, 2, num_slices=2, generator=generator(), router_std=1.0)
+    torch.testing.assert_close(layer(x), dense(x), rtol=1e-6, atol=1e-7)
+    if bias:
+        torch.testing.assert_close(layer.experts.b_down, dense.fc2.bias.expand(6, H) / 2)
+
+
 def test_fewer_slices_than_a_copy_are_a_weighted_mean():
     dense, x = ffn(), torch.randn(7, H, dtype=D)
     assert not upcycle.preserves(1, 2, num_slices=4)

@@ -111,7 +111,11 @@ def test_every_system_is_whole():
         ("cross_entropy", "lm.cross_entropy", ("head_cross_entropy",)),
         ("embedding", "lm.embedding", ("TokenEmbedding",)),
         ("graphs", "mowst.graphs", ("Graph", "GNN")),
-        ("language_model", "lm.model", ("CausalLM", "LMOutput", "Step")),
+        (
+            "language_model",
+            "lm.model and moe_ops.zoo.lm.pretrained",
+            ("CausalLM", "LMOutput", "Step"),
+        ),
         ("lm_losses", "lm.losses", ("Routed",)),
         ("mowst_training", "mowst.training", ("fit", "_train")),
         ("multitask", "home.layers", ("Gates",)),

@@ -10,10 +10,8 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import subprocess
 import sys
 import zipfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,7 +45,7 @@ def package_of(sources: Sources) -> Path:
 def is_built(sources: Sources) -> bool:
     """Whether both libraries are there, made of the source as it is now and in the same way."""
     folder = package_of(sources) / "moe_ops"
-    there = any(folder.glob("_C*.so")) and (folder / "libmoe_ops.so").exists()
+    there = (folder / "_C.abi3.so").exists() and (folder / "libmoe_ops.so").exists()
     return there and (sources.package is not None or _stamp() == _stamp_of(sources))
 
 
@@ -98,8 +96,6 @@ def configure(sources: Sources) -> list[str]:
     if capability := _capability():
         # The code of the kernels for any card takes half of the time, once for each.
         command.append(f"-DMOE_OPS_CUDA_SASS={capability}")
-    if folder := _pybind11():
-        command.append(f"-Dpybind11_DIR={folder}")
     return [*command, *(f"-D{define}" for define in sources.defines)]
 
 
@@ -117,7 +113,7 @@ def compile_(sources: Sources) -> list[str]:
 
 def _assemble(sources: Sources) -> None:
     shutil.rmtree(PACKAGE, ignore_errors=True)
-    built = [*_BUILD.glob("_C*.so"), sources.library or _BUILD / "libmoe_ops.so"]
+    built = [_BUILD / "_C.abi3.so", sources.library or _BUILD / "libmoe_ops.so"]
     ignore = shutil.ignore_patterns("*.so", "__pycache__")
     shutil.copytree(ROOT / "python" / "moe_ops", PACKAGE / "moe_ops", ignore=ignore)
     for path in built:
@@ -182,13 +178,6 @@ def _tool(name: str) -> str:
     """From PATH, or beside the Python that runs."""
     beside = Path(sys.executable).parent / name
     return shutil.which(name) or str(beside)
-
-
-def _pybind11() -> str:
-    """The folder of its CMake files, if this Python has it; else CMake looks for itself."""
-    command: Sequence[str] = [sys.executable, "-m", "pybind11", "--cmakedir"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout.strip() if done.returncode == 0 else ""
 
 
 def _outcome(status: str, seconds: float, text: str) -> Outcome:

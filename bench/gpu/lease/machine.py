@@ -13,7 +13,7 @@ from bench.gpu.card import describe_card
 from bench.gpu.lease.child import Task
 from bench.gpu.steps import said
 
-_PACKAGES = ("triton", "transformers", "pytest", "pytest-xdist", "expecttest", "pybind11")
+_PACKAGES = ("triton", "transformers", "pytest", "pytest-xdist", "expecttest")
 _CLOCKS = "clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,clocks.applications.graphics"
 
 

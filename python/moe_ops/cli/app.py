@@ -344,6 +344,29 @@ def prune(
 
 @app.command()
 @arguments.command
+def inspect(
+    source: Annotated[Path, typer.Argument(help="Folder of a Hugging Face causal language model.")],
+    text: Annotated[Path, typer.Option(help="Text file that the model reads.")],
+    out: Annotated[Path, typer.Option(help="The page.")] = Path("experts.html"),
+    against: Annotated[
+        Path | None, typer.Option(help="Folder of another checkpoint of it, to compare with.")
+    ] = None,
+    tokens: Annotated[int, arguments.tokens("Tokens of the text.", 4)] = 4096,
+    context: Annotated[int, arguments.tokens("Tokens a sequence.", 2)] = 512,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Draw what the experts of a model do on a text: load, tokens, pairs, on an HTML page."""
+    try:
+        from moe_ops.cli.inspect import run
+    except ImportError as error:
+        raise arguments.fail(f"moe-ops inspect: {error}") from None
+    result = run(source, text, out, against, tokens, context, _console(quiet=as_json))
+    if as_json:
+        typer.echo(json.dumps(result, indent=2))
+
+
+@app.command()
+@arguments.command
 def upcycle(
     sources: Annotated[
         list[Path],

@@ -33,6 +33,7 @@ def load_offloaded(
 ) -> Any:
     """`from_pretrained` of a float model whose experts are larger than the memory.
 
+    Example:
         model = load_offloaded(
             AutoModelForCausalLM, "folder", "experts", offload={"max_bytes": 2**30}
         )

@@ -31,7 +31,11 @@ class KVCache:
 
     Attributes:
         length: tokens held.
+        mask: which of the keys that `update` returns a single new token sees, bool
+            [1, 1, 1, length]; None: all.
     """
+
+    mask: Tensor | None = None
 
     def __init__(self) -> None:
         self.length = 0
@@ -67,6 +71,17 @@ class KVCache:
         k, v = (buffer[:, :, :end].transpose(1, 2) for buffer in buffers)
         return k, v
 
+    def positions(self, length: int, device: torch.device) -> Tensor:
+        """Of `length` tokens that come next, fp32."""
+        start = self.length
+        return torch.arange(start, start + length, dtype=torch.float32, device=device)
+
+    def shown(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of the tokens held, [B, n, length, d], as views."""
+        assert self._buffers is not None, "an empty cache"
+        k, v = self._buffers
+        return k[:, :, : self.length], v[:, :, : self.length]
+
     def reserve(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """The memory [B, n, L, d] of keys and of values, with room for tokens of the shapes of k
         and v after the first `length`. Whoever writes them there moves `length`."""
@@ -79,6 +94,12 @@ class KVCache:
                     new[:, :, :start] = old[:, :, :start]
             self._buffers = grown[0], grown[1]
         return self._buffers
+
+    def select(self, rows: Tensor) -> None:
+        """Goes on with these sequences, int64 in [0, B), in this order; some may repeat or go."""
+        if self._buffers is not None:
+            k, v = (buffer.index_select(0, rows) for buffer in self._buffers)
+            self._buffers = k, v
 
 
 class AttentionExpertsOutput(NamedTuple):

@@ -21,9 +21,12 @@ from .functional import apply_linear, linear, plain_activation
 class MixtureOfDepthsOutput(NamedTuple):
     """What `MixtureOfDepths` returns with `return_routing=True`.
 
-    y: [..., S, H]. kept: [..., S] bool, the tokens computed. router_logits: [..., S].
-    predictor_loss: scalar, cross-entropy of the predictor for `kept`; its gradient reaches the
-        predictor alone. None without one, and 0 without tokens.
+    Attributes:
+        y: [..., S, H].
+        kept: [..., S] bool, the tokens computed.
+        router_logits: [..., S].
+        predictor_loss: scalar, cross-entropy of the predictor for `kept`; its gradient reaches the
+            predictor alone. None without one, and 0 without tokens.
     """
 
     y: Tensor

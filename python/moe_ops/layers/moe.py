@@ -27,11 +27,13 @@ from .surgery import layers as surgery
 class MoEOutput(NamedTuple):
     """What `MoE` returns with `return_routing=True`.
 
-    y: [..., H] in the dtype of x.
-    router_logits: [T, E], T the product of the leading dimensions of x; None when both ids and
-        weights were given, since the router is then not run.
-    topk_weights: [T, K] float. topk_ids: [T, K] int; -1 marks a slot without an expert.
-    aux_losses: name -> scalar, unscaled, for the names given to the layer; differentiable.
+    Attributes:
+        y: [..., H] in the dtype of x.
+        router_logits: [T, E], T the product of the leading dimensions of x; None when both ids and
+            weights were given, since the router is then not run.
+        topk_weights: [T, K] float.
+        topk_ids: [T, K] int; -1 marks a slot without an expert.
+        aux_losses: name -> scalar, unscaled, for the names given to the layer; differentiable.
     """
 
     y: Tensor

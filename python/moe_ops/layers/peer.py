@@ -28,9 +28,11 @@ GATHERED_AT_A_TIME = 1 << 20
 class PEEROutput(NamedTuple):
     """What `PEER` returns with `return_routing=True`.
 
-    y: [..., H] in the dtype of x. topk_weights: [T, R K] float, which sum to 1 in each head.
-    topk_ids: [T, R K] int32, the experts of head 0, then of head 1, ...; two heads may choose the
-        same one.
+    Attributes:
+        y: [..., H] in the dtype of x.
+        topk_weights: [T, R K] float, which sum to 1 in each head.
+        topk_ids: [T, R K] int32, the experts of head 0, then of head 1, ...; two heads may choose
+            the same one.
     """
 
     y: Tensor

@@ -43,6 +43,8 @@ class QuantizedExperts(nn.Module):
     """`Experts` with int8 or int4 weights: the same call, about a quarter of the memory.
 
     Buffers, not parameters; a state dict holds them as they are:
+
+    Attributes:
         w_gate_up, w_down: int8 [E, 2I, H] and [E, H, I]; or uint8 [E, 2I, H/2] and [E, H, I/2],
             two numbers of 4 bits a byte. `moe_ops.quant.quantize` defines both formats.
         w_gate_up_scale, w_down_scale: fp32 [E, 2I] and [E, H]; of int4 [E, 2I, H/G], [E, H, I/G].

@@ -15,10 +15,11 @@ from torch import Tensor
 class Routing(NamedTuple):
     """How T tokens are routed. Routers return it, layers carry it, records keep it.
 
-    router_logits: [T, E] as computed, before any bias or mask; differentiable. None where no router
-        was run (ids and weights were given) and in a record.
-    topk_weights: [T, K] fp32 (fp64 for fp64 logits); differentiable.
-    topk_ids: [T, K] int32; -1 marks a slot without an expert, whose weight is 0.
+    Attributes:
+        router_logits: [T, E] as computed, before any bias or mask; differentiable. None where no
+            router was run (ids and weights were given) and in a record.
+        topk_weights: [T, K] fp32 (fp64 for fp64 logits); differentiable.
+        topk_ids: [T, K] int32; -1 marks a slot without an expert, whose weight is 0.
 
     K is the router's `top_k`; `max_k` with kind="topp" and E with kind="expert_choice".
     """

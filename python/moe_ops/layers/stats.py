@@ -67,10 +67,12 @@ class RoutingStats:
         print(stats.as_dict())
 
     Measures, for counts c with mean m over the E experts of a layer:
-        max_violation (MaxVio): max(c) / m - 1, 0 when balanced (Wang et al. 2024, arXiv 2408.15664)
-        load_cv: standard deviation of c (over E, not E - 1) / m
-        load_entropy: entropy of c / sum(c) in nats, log(E) when balanced
-        dead_experts: number of experts with c = 0
+
+    - max_violation (MaxVio): max(c) / m - 1, 0 when balanced (Wang et al. 2024, arXiv 2408.15664)
+    - load_cv: standard deviation of c (over E, not E - 1) / m
+    - load_entropy: entropy of c / sum(c) in nats, log(E) when balanced
+    - dead_experts: number of experts with c = 0
+
     All are 0 for a layer that has seen no token, except dead_experts, which is then E.
     """
 

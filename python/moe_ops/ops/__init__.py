@@ -1,5 +1,6 @@
 """The ops as documented Python functions, each in one file with its fake, autograd and autocast."""
 
+from moe_ops.ops import _flops, _vmap  # noqa: F401  They register rules of every op.
 from moe_ops.ops.add_rms_norm import add_rms_norm
 from moe_ops.ops.attention_step import attention_step
 from moe_ops.ops.dense_ffn import dense_ffn
@@ -10,6 +11,7 @@ from moe_ops.ops.gated_ffn import gated_ffn
 from moe_ops.ops.grouped_gemm import grouped_gemm, grouped_gemm_wgrad, grouped_sum
 from moe_ops.ops.grouped_gemm_fp8 import grouped_gemm_fp8, grouped_gemm_fp8_wgrad
 from moe_ops.ops.grouped_gemm_quantized import grouped_gemm_quantized
+from moe_ops.ops.latent_attention_step import latent_attention_step
 from moe_ops.ops.mix_experts import mix_experts
 from moe_ops.ops.moa_attention import moa_attention
 from moe_ops.ops.moe_ffn import moe_ffn
@@ -41,6 +43,7 @@ __all__ = [
     "grouped_gemm_quantized",
     "grouped_gemm_wgrad",
     "grouped_sum",
+    "latent_attention_step",
     "mix_experts",
     "moa_attention",
     "moe_ffn",

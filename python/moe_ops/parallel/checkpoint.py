@@ -25,6 +25,7 @@ def in_expert_order(model: nn.Module, state: dict[str, Any]) -> Iterator[None]:
     of experts, each once, wherever they are: files fit other placements, other numbers of ranks,
     and a process without any.
 
+    Example:
         weights, moments = get_state_dict(model, optimizer)
         state = {"model": weights, "optimizer": moments}
         with in_expert_order(model, state):

@@ -36,17 +36,20 @@ def load_experts(
 ) -> None:
     """Fills banks of experts from a checkpoint, reading only the experts that this rank has.
 
-    After `shard_experts` (and ``to_empty``), before `fully_shard_moe`:
+    After `shard_experts` (and ``to_empty``), before `fully_shard_moe`.
 
+    Example:
         shard_experts(model, meshes.ep)
         load_experts(model, folder, lambda name: f"model.{name}")
 
     Under the prefix of a bank a checkpoint has one of
-        <e>.gate_proj.weight, <e>.up_proj.weight, <e>.down_proj.weight for each expert e, or the
-            same called w1, w3 and w2 (most models);
-        gate_up_proj, down_proj [E, 2I, H] and [E, H, I], or with the last two dimensions swapped
-            (gpt-oss, Llama 4), and gate_up_proj_bias, down_proj_bias;
-        input_linear.weight, output_linear.weight (Granite, JetMoE).
+
+    - <e>.gate_proj.weight, <e>.up_proj.weight, <e>.down_proj.weight for each expert e, or the same
+      called w1, w3 and w2 (most models);
+    - gate_up_proj, down_proj [E, 2I, H] and [E, H, I], or with the last two dimensions swapped
+      (gpt-oss, Llama 4), and gate_up_proj_bias, down_proj_bias;
+    - input_linear.weight, output_linear.weight (Granite, JetMoE).
+
     Rows of gate and up stay as they lie: whether they alternate (gpt-oss) is in the bank.
 
     Args:

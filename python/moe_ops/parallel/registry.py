@@ -31,7 +31,7 @@ def register_dispatcher(name: str, factory: Factory) -> None:
 
     Args:
         name: not "auto" nor one that is taken.
-        factory: (group, placement, **options) -> what is called like a `Dispatcher`.
+        factory: ``(group, placement, **options)`` -> what is called like a `Dispatcher`.
 
     Raises:
         ValueError: the name is taken.

@@ -39,11 +39,12 @@ from .placement import Placement
 class Meshes(NamedTuple):
     """The ranks in groups, each a mesh of one dimension; what `make_meshes` returns.
 
-    dp: ranks with tokens of their own, whose dense weights FSDP2 or DDP handles.
-    ep: ranks that share the experts out among them; neighbours, so that they are of one machine
-        where it has as many.
-    efsdp: ranks that have the same experts, over which FSDP2 shards these.
-    tp: ranks of tensor parallelism, which read the same tokens.
+    Attributes:
+        dp: ranks with tokens of their own, whose dense weights FSDP2 or DDP handles.
+        ep: ranks that share the experts out among them; neighbours, so that they are of one machine
+            where it has as many.
+        efsdp: ranks that have the same experts, over which FSDP2 shards these.
+        tp: ranks of tensor parallelism, which read the same tokens.
     """
 
     dp: DeviceMesh
@@ -174,6 +175,7 @@ def fully_shard_moe(
     over accumulated micro-batches (`set_requires_gradient_sync`). Where experts are fewer than
     ranks, their second dimension is sharded, if its size allows.
 
+    Example:
         shard_experts(model, meshes.ep)
         for block in model.layers:
             fully_shard_moe(block, meshes.dp, meshes.efsdp)

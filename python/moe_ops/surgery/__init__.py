@@ -18,6 +18,8 @@ from __future__ import annotations
 from .attention_sinks import MassiveActivation, massive_activations, sink_decay, sink_mass
 from .criteria import CRITERIA, choose_experts, scores
 from .grouping import align, hc_smoe_groups, uncurl_groups
+from .log_routing import log_routing
+from .page import routing_data, routing_page
 from .partial_loading import PartlyLoaded, load_pruned
 from .profile import LayerProfile, Profile, profile
 from .prune import merge, prune, zeroed
@@ -58,6 +60,7 @@ __all__ = [
     "given",
     "hc_smoe_groups",
     "load_pruned",
+    "log_routing",
     "massive_activations",
     "matched_controls",
     "mean_loss",
@@ -70,6 +73,8 @@ __all__ = [
     "report_super_experts",
     "route_as",
     "routed_layers",
+    "routing_data",
+    "routing_page",
     "scores",
     "sink_decay",
     "sink_mass",

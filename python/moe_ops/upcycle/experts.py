@@ -22,6 +22,14 @@ _GATED = {
     "GELUTanh": "geglu_tanh",
     "ReLU": "reglu",
 }
+_PLAIN = {
+    "SiLU": "silu",
+    "SiLUActivation": "silu",
+    "GELU": "gelu",
+    "GELUActivation": "gelu",
+    "GELUTanh": "gelu_tanh",
+    "ReLU": "relu",
+}
 
 
 def dense_bank(ffns: nn.Module | Sequence[nn.Module]) -> Experts:
@@ -30,7 +38,8 @@ def dense_bank(ffns: nn.Module | Sequence[nn.Module]) -> Experts:
     Args:
         ffns: of one shape. Known are `SharedExperts`, `Experts` (all of its experts), and modules
             with linear maps `gate_proj`, `up_proj` and `down_proj` without biases and a function
-            `act_fn`, as Llama's of transformers.
+            `act_fn`, as Llama's of transformers, or with `fc1`, `fc2`, both with biases or both
+            without, and `activation_fn`, as the decoder layers of DETR and its kin there.
 
     Returns:
         A bank with its own parameters.
@@ -53,17 +62,36 @@ def _bank_of(module: nn.Module) -> Experts:
     if isinstance(module, SharedExperts):
         options = {name: getattr(module, name) for name in ("activation", "alpha", "limit")}
         return _one_expert(module.w_gate_up, module.w_down, options)
+    plain = _plain_bank_of(module)
+    if plain is not None:
+        return plain
     parts: list[Any] = [getattr(module, f"{n}_proj", None) for n in ("gate", "up", "down")]
     kind = type(getattr(module, "act_fn", None)).__name__
     linear = all(isinstance(part, nn.Linear) and part.bias is None for part in parts)
     if not linear or kind not in _GATED:
         raise ValueError(
             "dense_bank: ffns must be SharedExperts, Experts, or modules with gate_proj, up_proj "
-            f"and down_proj without biases and an act_fn of {', '.join(_GATED)}, got "
-            f"{type(module).__name__} with {kind}."
+            f"and down_proj without biases and an act_fn of {', '.join(_GATED)}, or with fc1, fc2 "
+            f"and an activation_fn of {', '.join(_PLAIN)}, got {type(module).__name__} with {kind}."
         )
     gate_up = torch.cat([parts[0].weight, parts[1].weight])
     return _one_expert(gate_up, parts[2].weight, {"activation": _GATED[kind]})
+
+
+def _plain_bank_of(module: nn.Module) -> Experts | None:
+    """Of a network of two maps; None for another one."""
+    first, second = (getattr(module, name, None) for name in ("fc1", "fc2"))
+    if not isinstance(first, nn.Linear) or not isinstance(second, nn.Linear):
+        return None
+    kind = type(getattr(module, "activation_fn", None)).__name__
+    if kind not in _PLAIN or (first.bias is None) != (second.bias is None):
+        return None
+    bias = first.bias is not None
+    bank = _one_expert(first.weight, second.weight, {"activation": _PLAIN[kind], "bias": bias})
+    for name, value in (("b_gate_up", first.bias), ("b_down", second.bias)):
+        if value is not None:
+            setattr(bank, name, nn.Parameter(value.detach()[None].clone()))
+    return bank
 
 
 def _one_expert(w_gate_up: Tensor, w_down: Tensor, options: dict[str, Any]) -> Experts:

@@ -154,6 +154,12 @@ _OURS = (
      "AdaMoE: a flow-matching policy with experts that are chosen and weighed apart."),
     ("sentence", "SentenceConfig", "SentenceExperts", "hf",
      "Sentence experts: an encoder with an expert for every given domain."),
+    ("dynamicdino", "DynamicDinoConfig", "DynamicDino", "detection",
+     "Dynamic-DINO: an open-vocabulary detector with experts in its decoder."),
+    ("thor", "ThorConfig", "Thor", "zoo",
+     "THOR: translation with experts that are drawn at random and taught to agree."),
+    ("widenet", "WideNetConfig", "build", "zoo",
+     "WideNet: one block of experts at every depth, with norms of each depth."),
 )  # fmt: skip
 for _name, _config, _model, _needs, _summary in _OURS:
     register(System(_name, f"moe_ops.zoo.{_name}", _config, _model, _summary, _needs))

@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, TypeVar
+
+from moe_ops import _files
 
 Settings = TypeVar("Settings")
 
@@ -35,3 +38,31 @@ def parse_settings(
     values = {field.name: given[field.name] for field in fields}
     made = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
     return settings(**made), given["folder"], not given["quiet"]
+
+
+def settings_folder(
+    folder: Path | str, settings: Any, what: str, free: Sequence[str]
+) -> tuple[Path, dict[str, Any]]:
+    """The folder, made if it is not there, and the settings as JSON, which are kept in it.
+
+    Args:
+        settings: a dataclass. what: the folder holds, in the plural.
+        free: fields that may differ from those of an earlier run into the folder.
+
+    Raises:
+        ValueError: the folder is of other settings.
+    """
+    folder = _files.make_folder(folder)
+    now = {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in dataclasses.asdict(settings).items()
+    }
+    path = folder / "settings.json"
+    kept = _files.read_json(path) if path.is_file() else now
+    if any(kept.get(name) != now.get(name) for name in {*kept, *now} - set(free)):
+        raise ValueError(
+            f"train: folder must hold {what} of these settings, got others in {folder}; remove "
+            "them, or give another folder."
+        )
+    _files.write_json(path, now)
+    return folder, now

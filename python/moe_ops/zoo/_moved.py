@@ -17,7 +17,7 @@ MOVED = {
     "cross_entropy": ("lm.cross_entropy",),
     "embedding": ("lm.embedding",),
     "graphs": ("mowst.graphs",),
-    "language_model": ("lm.model",),
+    "language_model": ("lm.model", "lm.pretrained"),
     "lm_losses": ("lm.losses",),
     "mowst_training": ("mowst.training",),
     "multitask": ("home.layers",),

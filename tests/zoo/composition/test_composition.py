@@ -20,6 +20,7 @@ from moe_ops.zoo.composition import (
     training,
 )
 from moe_ops.zoo.composition import __main__ as command
+from moe_ops.zoo.lm import fit
 
 
 def test_labels_spread_over_a_chain():
@@ -226,7 +227,7 @@ def texts():
 def test_training_goes_on_where_it_was_cut(tmp_path, monkeypatch):
     pytest.importorskip("scipy")
     whole = training.train(tmp_path / "whole", SETTINGS, texts=texts(), progress=False)
-    real, calls = training.train_steps, []
+    real, calls = fit.train_steps, []
 
     def cut(what, model, groups, loss, **options):
         def watch(step):
@@ -236,7 +237,7 @@ def test_training_goes_on_where_it_was_cut(tmp_path, monkeypatch):
 
         return real(what, model, groups, loss, **{**options, "every": 4, "watch": watch})
 
-    monkeypatch.setattr(training, "train_steps", cut)
+    monkeypatch.setattr(fit, "train_steps", cut)
     with pytest.raises(KeyboardInterrupt):
         training.train(tmp_path / "cut", SETTINGS, texts=texts(), progress=False)
     assert (tmp_path / "cut" / "letters.training.pt").is_file()
@@ -244,7 +245,7 @@ def test_training_goes_on_where_it_was_cut(tmp_path, monkeypatch):
     for report in (whole, again):
         report["loading"].pop("seconds")
     assert again == whole
-    monkeypatch.setattr(training, "train_steps", None)  # Nothing is left to train.
+    monkeypatch.setattr(fit, "train_steps", None)  # Nothing is left to train.
     smaller = dataclasses.replace(SETTINGS, budget=2)
     report = training.train(tmp_path / "cut", smaller, texts=texts(), progress=False)
     assert len(report["kept"]) <= 2 and "general" in report["kept"]

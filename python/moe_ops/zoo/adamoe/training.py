@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from moe_ops import _files
 
+from .._command import settings_folder
 from .._progress import bar
 from .._resume import Group, read_state, train_steps, write_state
 from .model import ActionTransformer, AdaMoEConfig
@@ -205,17 +205,8 @@ def train(
         ValueError: the folder is of other settings.
     """
     settings = settings or Settings()
-    folder = _files.make_folder(folder)
-    made = folder / "settings.json"
-    now = {**dataclasses.asdict(settings), "arms": list(settings.arms)}
-    kept = _files.read_json(made) if made.is_file() else now
     # More arms and other rollouts need no other policy.
-    if {**kept, "arms": 0, "episodes": 0} != {**now, "arms": 0, "episodes": 0}:
-        raise ValueError(
-            f"train: folder must hold policies of these settings, got others in {folder}; remove "
-            "them, or give another folder."
-        )
-    _files.write_json(made, now)
+    folder, now = settings_folder(folder, settings, "policies", ("arms", "episodes"))
     config = AdaMoEConfig(
         num_skills=settings.num_skills,
         hidden_size=settings.hidden_size,

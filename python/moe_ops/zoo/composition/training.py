@@ -22,9 +22,11 @@ from torch import Tensor
 from moe_ops import _files
 
 from .. import _texts
+from .._command import settings_folder
 from .._progress import bar
-from .._resume import Group, train_steps, write_state
+from .._resume import write_state
 from ..deepseek import DeepSeek, DeepSeekConfig
+from ..lm.fit import fit_once
 from ..lm.model import CausalLM
 from .model import Composition, CompositionConfig
 from .router import CategoryRouter, fit_router, propagate_labels
@@ -114,47 +116,20 @@ def train_models(
 
     A model that is there is not trained again; one that was cut goes on from its checkpoint.
     """
-    folder = Path(folder)
     for number, name in enumerate(settings.models):
-        place = folder / name
-        if (place / "config.json").is_file():
-            continue
-        own = list(texts.values()) if name == GENERALIST else [texts[name]]
         torch.manual_seed(settings.seed * 1000 + number)
-        model = dense_model(settings)
-
-        def loss(
-            step: int,
-            generator: torch.Generator,
-            own: list[_texts.Text] = own,
-            model: CausalLM = model,
-        ) -> dict[str, Tensor]:
-            text = own[step % len(own)]
-            return {
-                "loss": model.loss(
-                    text.draw(settings.batch_size, settings.length + 1, generator)
-                ).loss
-            }
-
-        state = folder / f"{name}.training.pt"
-        train_steps(
-            f"train {name}",
-            model,
-            _decayed(model, settings.rate),
-            loss,
+        fit_once(
+            Path(folder),
+            name,
+            dense_model(settings),
+            list(texts.values()) if name == GENERALIST else [texts[name]],
             steps=settings.general_steps if name == GENERALIST else settings.steps,
+            batch_size=settings.batch_size,
+            length=settings.length,
+            rate=settings.rate,
             seed=settings.seed * 1000 + number,
-            checkpoint=state,
             progress=progress,
         )
-        model.save_pretrained(place)
-        state.unlink()
-
-
-def _decayed(model: CausalLM, rate: float) -> list[Group]:
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    others = [p for p in model.parameters() if p.dim() <= 1]
-    return [Group(matrices, rate, 30, 0.1), Group(others, rate, 30)]
 
 
 @dataclass(frozen=True)
@@ -235,15 +210,17 @@ def loss_table(
 
 
 def compose(
-    settings: Settings, folder: Path | str, texts: Mapping[str, _texts.Text], progress: bool = True
+    settings: Settings,
+    pool: ExpertPool,
+    texts: Mapping[str, _texts.Text],
+    progress: bool = True,
 ) -> tuple[Composition, dict[str, Any]]:
-    """Router, map and threshold from the trained models of a folder, and how good they are.
+    """Router, map and threshold from the trained models of a pool, and how good they are.
 
     Returns:
         The composition, and a dict of JSON: mean test losses, in nats a byte, of the ways to choose
         a model, on prompts of the categories ("known") and of the other domains ("strange").
     """
-    pool = make_pool(settings, folder, 2)
     general: Any = pool.get(GENERALIST)
     train = make_prompts(settings, texts, "train", settings.categories)
     valid = make_prompts(settings, texts, "valid", settings.domains)
@@ -252,8 +229,8 @@ def compose(
     embedded = [embed_bytes(general, part.prompt) for part in parts]
     losses = [loss_table(settings, pool, part, progress) for part in parts]
 
-    labels = _few_labels(train.domains, settings)
-    labels = propagate_labels(F.normalize(embedded[0] - embedded[0].mean(0), dim=-1), labels)
+    given = _few_labels(train.domains, settings)
+    labels = propagate_labels(F.normalize(embedded[0] - embedded[0].mean(0), dim=-1), given)
     sizes = tuple(sum(p.numel() for p in general.parameters()) for _ in settings.models)
     composition = Composition(
         CompositionConfig(
@@ -280,19 +257,24 @@ def compose(
     threshold = float(confidence.double().quantile(settings.unsure)) if settings.unsure else 0.0
     composition.threshold.fill_(threshold)
 
-    # The control: a classifier of the best model of each prompt, among the same models.
+    # The controls: classifiers of the best model of each prompt, among the same models, by all
+    # training prompts, and by those whose category was given.
     kept = torch.tensor(found.kept)
-    by_prompt = CategoryRouter(embedded[0].shape[1], len(kept))
-    fit_router(by_prompt, embedded[0], losses[0][:, kept].argmin(-1), **how)
-    with torch.no_grad():
-        by_prompt_choice = kept[by_prompt(embedded[2]).argmax(-1)]
+    best = losses[0][:, kept].argmin(-1)
+    choices = []
+    for rows in (torch.ones_like(given, dtype=torch.bool), given >= 0):
+        by_prompt = CategoryRouter(embedded[0].shape[1], len(kept))
+        fit_router(by_prompt, embedded[0][rows], best[rows], **how)
+        with torch.no_grad():
+            choices.append(kept[by_prompt(embedded[2]).argmax(-1)])
 
     final = composition.route(embedded[2])
     best_single = int(kept[losses[1][known][:, kept].mean(0).argmin()])
     ways = {
         "composition": _at(losses[2], final.models),
         "without the threshold": _at(losses[2], composition.model_of[final.categories]),
-        "per-prompt labels": _at(losses[2], by_prompt_choice),
+        "per-prompt labels": _at(losses[2], choices[0]),
+        "per-prompt labels, as few": _at(losses[2], choices[1]),
         "best single model": losses[2][:, best_single],
         "generalist": losses[2][:, composition.generalist],
         "mean of the kept models": losses[2][:, kept].mean(-1),
@@ -353,22 +335,13 @@ def train(
         ValueError: the folder is of other settings.
     """
     settings = settings or Settings()
-    folder = _files.make_folder(folder)
-    made = folder / "settings.json"
-    now = dataclasses.asdict(settings)
     # What is decided after training may differ: another budget needs no other models.
-    for name in ("budget", "prompts", "prompt_length", "labelled", "router_steps", "unsure"):
-        now.pop(name)
-    now["domains"] = list(settings.domains)
-    if made.is_file() and _files.read_json(made) != now:
-        raise ValueError(
-            f"train: folder must hold models of these settings, got others in {folder}; remove "
-            "them, or give another folder."
-        )
-    _files.write_json(made, now)
+    free = ("budget", "prompts", "prompt_length", "labelled", "router_steps", "unsure")
+    folder, _ = settings_folder(folder, settings, "models", free)
     texts = _texts.load(settings.domains) if texts is None else texts
     train_models(settings, texts, folder, progress=progress)
-    composition, report = compose(settings, folder, texts, progress)
+    pool = make_pool(settings, folder, 2)
+    composition, report = compose(settings, pool, texts, progress)
     _files.write_json(folder / "report.json", report)
     write_state(folder / "composition.pt", composition.state_dict())
     return report

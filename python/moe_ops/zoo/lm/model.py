@@ -1,47 +1,27 @@
-"""What the language models of the zoo have in common: the trunk, losses, generation, checkpoints.
+"""What the language models of the zoo have in common: the trunk, losses, generation.
 
 Letters: B sequences, S tokens of each, T = B * S, V vocabulary.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_ops import _files
-from moe_ops._fields import check_names
-from moe_ops.layers import KVCache, Router
+from moe_ops.layers import KVCache
 from moe_ops.layers.rotary import Rope
-from moe_ops.memory import available_memory
 
-from . import checkpoint
 from .blocks import Step, apply_norm
-from .checkpoint import Entry, LoadReport
-from .config import LMConfig
+from .checkpoint import Entry
 from .cross_entropy import head_cross_entropy
 from .embedding import TokenEmbedding
+from .graph import DecodingGraph
 from .losses import OF_LAYERS, AuxLoss, Routed, sum_over_layers
-from .offloading import leave_experts
-
-# Entry of config.json for fields of ours that have no published name.
-OWN_FIELDS = "moe_ops"
-# Fields of configs that are no sizes of tensors: tokens that a model was trained on.
-FREE_FIELDS = ("context",)
-_CANNOT_BE_BUILT = (
-    ArithmeticError,
-    AssertionError,
-    LookupError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
+from .pretrained import Pretrained
 
 
 class LMOutput(NamedTuple):
@@ -66,10 +46,7 @@ class LMLoss(NamedTuple):
     routing: list[Routed]
 
 
-Model = TypeVar("Model", bound="CausalLM")
-
-
-class CausalLM(nn.Module):
+class CausalLM(Pretrained):
     """A decoder: embedding, blocks, a norm, and the logits of the next token.
 
     A subclass calls `assemble` with its blocks, each of which takes (x, step, index) and returns x,
@@ -78,16 +55,12 @@ class CausalLM(nn.Module):
 
     # Keys of published checkpoints that are of no use here, as regular expressions.
     ignored_keys: tuple[str, ...] = (r"rotary_emb\.inv_freq",)
-    config_class: ClassVar[type[LMConfig]]
 
-    config: Any  # An instance of `config_class`.
     embed_tokens: nn.Embedding
     layers: Any  # ModuleList of the subclass's blocks.
     norm: nn.Module
     lm_head: nn.Linear | None
     rope: Rope | None
-    load_report: LoadReport | None = None
-    expert_cache: Any = None  # Of `from_pretrained(offload=...)`.
 
     def assemble(
         self, config: Any, blocks: Iterable[nn.Module], norm: nn.Module, rope: Rope | None
@@ -150,8 +123,8 @@ class CausalLM(nn.Module):
             )
         rotation = None
         if self.rope is not None:
-            start = 0 if cache is None else cache[0].length
-            rotation = self.rope.rotation(start, tokens.shape[1], tokens.device)
+            first = KVCache() if cache is None else cache[0]
+            rotation = self.rope.at(first.positions(tokens.shape[1], tokens.device))
         step = Step(rotation, cache, return_routing)
         x = self.trunk(self.embed_tokens(tokens), step, last)
         out = self._head(x) if head else x
@@ -257,6 +230,7 @@ class CausalLM(nn.Module):
         stop_token: int | None = None,
         generator: torch.Generator | None = None,
         logits_processor: Callable[[Tensor, Tensor], Tensor] | None = None,
+        graph: DecodingGraph | None = None,
     ) -> Tensor:
         """Continues each sequence, with a cache of keys and values.
 
@@ -272,6 +246,7 @@ class CausalLM(nn.Module):
             generator: for the draws.
             logits_processor: called at each step with the tokens so far [B, S] and the logits
                 [B, V] of the next one; returns the logits to use, as one of transformers does.
+            graph: of this model, for a CUDA graph a token.
 
         Returns:
             [B, S + n], n <= num_tokens: the prompts and what was added.
@@ -295,8 +270,11 @@ class CausalLM(nn.Module):
         try:
             cache, pieces, new = self.new_cache(), [tokens], tokens
             done = torch.zeros(tokens.shape[0], dtype=torch.bool, device=tokens.device)
-            for _ in range(num_tokens):
-                logits = self(new, cache=cache, last=1)[:, -1]
+            for i in range(num_tokens):
+                if graph is None:
+                    logits = self(new, cache=cache, last=1)[:, -1]
+                else:
+                    logits = graph.start(new) if i == 0 else graph.step(new)
                 if logits_processor is not None:
                     logits = logits_processor(torch.cat(pieces, dim=1), logits)
                 new = _next_token(logits, temperature, top_k, top_p, generator)
@@ -326,158 +304,6 @@ class CausalLM(nn.Module):
     def block_entries(self, block: Any, ours: str, theirs: str) -> list[Entry]:
         """Those of a block, given its name here and there."""
         raise NotImplementedError
-
-    @classmethod
-    def from_pretrained(
-        cls: type[Model],
-        folder: Path | str,
-        *,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str = "cpu",
-        strict: bool = True,
-        offload: Mapping[str, Any] | None = None,
-        reader: checkpoint.Reader | None = None,
-        **overrides: Any,
-    ) -> Model:
-        """Reads a checkpoint: config.json and safetensors, sharded or not, with published keys.
-
-        Args:
-            folder: where they are.
-            dtype: of the parameters; None is that of the checkpoint's embedding.
-            device: of the parameters.
-            strict: a missing key is an error; else the tensors it belongs to keep their initial
-                values. Unexpected keys give a warning.
-            offload: arguments of `moe_ops.offload.offload_experts`: experts stay in the files, and
-                `expert_cache` of the model reads them when they are used. All keys must be there.
-            reader: gives the tensors in the place of those of the folder.
-            overrides: fields of the config to change.
-
-        Returns:
-            The model in eval mode. Its `load_report` says what was missing, unexpected and ignored.
-
-        Raises:
-            FileNotFoundError: no config, no tensors, or a file of the index that is not there.
-            ValueError: missing keys with `strict`, a tensor whose shape or type does not fit, a
-                config that describes something else, or a file that is damaged or lies outside the
-                folder. All of it is noticed before memory for the model is taken.
-        """
-        folder = Path(folder)
-        before = _files.stamp(folder / checkpoint.CONFIG)
-        published = checkpoint.read_config(folder)
-        try:
-            config = cls._published_config(published, overrides)
-        except ValueError as error:
-            raise ValueError(
-                f"{cls.__name__}.from_pretrained: in {folder / checkpoint.CONFIG}, {error}"
-            ) from error
-        reader = checkpoint.Reader(folder) if reader is None else reader
-        if _files.stamp(folder / checkpoint.CONFIG) != before:
-            raise ValueError(
-                f"{cls.__name__}.from_pretrained: {folder} must stay as it is while it is read, "
-                "got replaced by another checkpoint; load it again."
-            )
-        sizes = {name: value for name, value in vars(config).items() if name not in FREE_FIELDS}
-        checkpoint.check_sizes(sizes, reader, strict=strict)
-        model, entries = cls._without_memory(config, folder)
-        report = checkpoint.compare(reader, entries, model.ignored_keys)
-        if report.missing and (strict or offload is not None):
-            raise ValueError(f"{cls.__name__}.from_pretrained: {report}")
-        if report.unexpected:
-            warnings.warn(f"{cls.__name__}.from_pretrained: {report}", stacklevel=2)
-        if dtype is None:
-            first = next((k for k in entries[0].keys if k in reader.keys()), None)
-            dtype = torch.float32 if first is None else reader.dtype(first)
-        checkpoint.check(model, reader, entries, report)
-        if report.missing:
-            _check_memory(cls.__name__, model, dtype)
-            model = cls(config).to(device=device, dtype=dtype)
-        else:
-            if offload is not None:
-                entries = leave_experts(model, reader, entries, dtype, device, offload)
-            model = model.to(dtype).to_empty(device=device)
-        checkpoint.load(model, reader, entries, report)
-        model.load_report = report
-        return model.eval()
-
-    @classmethod
-    def _published_config(cls, published: Mapping[str, Any], overrides: Mapping[str, Any]) -> Any:
-        own = published.get(OWN_FIELDS, {})
-        if not isinstance(own, dict):
-            raise ValueError(f"{OWN_FIELDS} must be an object, got {_files.shown(own)}.")
-        check_names(cls.config_class, own, OWN_FIELDS)
-        return cls.config_class.from_published(published, **{**own, **overrides})
-
-    @classmethod
-    def _without_memory(cls: type[Model], config: Any, folder: Path) -> tuple[Model, list[Entry]]:
-        """The model on the meta device.
-
-        Sizes that a file gives may contradict each other in ways that only building shows, such as
-        a product beyond 2^63 or a number of heads that does not divide.
-        """
-        try:
-            with torch.device("meta"):
-                model = cls(config)
-            return model, model.entries()
-        except _CANNOT_BE_BUILT as error:
-            raise ValueError(
-                f"{cls.__name__}.from_pretrained: {folder / checkpoint.CONFIG} must describe a "
-                f"model that can be built, got: {str(error).splitlines()[0]}"
-            ) from error
-
-    def save_pretrained(self, folder: Path | str, *, max_shard_bytes: int = 5 * 10**9) -> None:
-        """Writes config.json and safetensors with the published keys and layouts.
-
-        Args:
-            folder: made if it is not there. An earlier checkpoint in it is replaced once the new
-                one is on the disk.
-            max_shard_bytes: tensors of one file, unless a single one is larger.
-
-        Raises:
-            OSError: it could not be written; the earlier checkpoint is then still there.
-        """
-        published = self.config.to_published()
-        published["dtype"] = str(self.embed_tokens.weight.dtype).removeprefix("torch.")
-        # What the published names cannot say, such as coefficients of losses.
-        plain = type(self.config).from_published(published)
-        own = {
-            field.name: getattr(self.config, field.name)
-            for field in dataclasses.fields(self.config)
-            if getattr(self.config, field.name) != getattr(plain, field.name)
-        }
-        if own:
-            published[OWN_FIELDS] = own
-        checkpoint.save(self, folder, self.entries(), published, max_shard_bytes=max_shard_bytes)
-
-    # ------------------------------------------------------------------------------- counting
-
-    def num_parameters(self) -> dict[str, int]:
-        """All parameters, and those that a token passes through (of K experts in E)."""
-        total = sum(p.numel() for p in self.parameters())
-        return {"total": total, "active": total - self.idle_parameters()}
-
-    def idle_parameters(self) -> int:
-        """Parameters of experts that a token does not use."""
-        idle = 0
-        for module in self.modules():
-            router = getattr(module, "router", None)
-            if not isinstance(router, Router):
-                continue
-            share = 1 - router.top_k / router.num_experts
-            experts = getattr(module, "experts", module)
-            own = experts.parameters(recurse=experts is not module)
-            idle += sum(round(p.numel() * share) for p in own if p.dim() == 3)
-        return idle
-
-
-def _check_memory(name: str, model: nn.Module, dtype: torch.dtype) -> None:
-    """Before a model is made whose sizes no tensor of the checkpoint confirms."""
-    wanted = sum(p.numel() for p in model.parameters()) * dtype.itemsize
-    available = available_memory()
-    if 0 < available < wanted:
-        raise ValueError(
-            f"{name}.from_pretrained: sizes of config.json must fit into the memory where the "
-            f"checkpoint lacks tensors, got {wanted} bytes of {available}."
-        )
 
 
 def _next_token(

@@ -21,6 +21,7 @@ from moe_ops import _files
 from moe_ops._fields import check_choice
 
 from .. import _texts
+from .._command import settings_folder
 from .._resume import Group, read_state, train_steps, write_state
 from .model import SentenceConfig, SentenceExperts, layers_of
 from .tokens import ByteTokens, Tokenize, WordPieces
@@ -222,16 +223,7 @@ def train(
         ValueError: the folder is of other settings.
     """
     settings = settings or Settings()
-    folder = _files.make_folder(folder)
-    made = folder / "settings.json"
-    now = {**dataclasses.asdict(settings), "domains": list(settings.domains)}
-    kept = _files.read_json(made) if made.is_file() else now
-    if {**kept, "pairs": 0} != {**now, "pairs": 0}:
-        raise ValueError(
-            f"train: folder must hold models of these settings, got others in {folder}; remove "
-            "them, or give another folder."
-        )
-    _files.write_json(made, now)
+    folder, now = settings_folder(folder, settings, "models", ("pairs",))
     texts = _texts.load(settings.domains) if texts is None else texts
     own = [texts[name] for name in settings.domains]
     count = len(own)

@@ -21,11 +21,11 @@ from moe_ops.layers import Experts, MoE, SharedExperts, TopKRouter
 from moe_ops.layers.routing import valid_ids
 from moe_ops.ops import topk_router
 
-from .llama import Llama, LlamaConfig
-from .lm.blocks import attention_entries
-from .lm.checkpoint import Entry
-from .lm.config import LMConfig
-from .lm.model import LMLoss
+from ..llama import Llama, LlamaConfig
+from ..lm.blocks import attention_entries
+from ..lm.checkpoint import Entry
+from ..lm.config import LMConfig
+from ..lm.model import LMLoss
 
 ROUTER_TRAINING = ("prior", "straight_through", "released")
 

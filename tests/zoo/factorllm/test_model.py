@@ -10,9 +10,9 @@ from torch import Tensor
 from moe_ops import upcycle, zoo
 from moe_ops.zoo.factorllm import FactorLLM, nearest_slices, route_loss, slice_balance_loss
 
-from .lm import common
-from .lm.common import published_tensors, sharpen, tokens_of
-from .lm.llama import attention, rms_norm, swiglu
+from ..lm import common
+from ..lm.common import published_tensors, sharpen, tokens_of
+from ..lm.llama import attention, rms_norm, swiglu
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 24, "head_size": 8}
 

@@ -22,11 +22,11 @@ from moe_ops._fields import Fields
 from moe_ops.layers import AttentionExperts, Experts, MoE, Router, SharedExperts
 from moe_ops.layers.rotary import Rope
 
-from .lm.attention import Attention
-from .lm.blocks import Step
-from .lm.checkpoint import Entry, dense_entries, expert_entries
-from .lm.config import LLAMA_KEYS, OWN, Key, LMConfig, flag, size
-from .lm.model import CausalLM
+from ..lm.attention import Attention
+from ..lm.blocks import Step
+from ..lm.checkpoint import Entry, dense_entries, expert_entries
+from ..lm.config import LLAMA_KEYS, OWN, Key, LMConfig, flag, size
+from ..lm.model import CausalLM
 
 ATTENTION = ("expert_kv", "shared_kv", "dense")
 

@@ -9,9 +9,9 @@ from torch import Tensor
 from moe_ops import zoo
 from moe_ops.zoo.bam import BAM, BAMConfig
 
-from .lm import common
-from .lm.common import published_tensors, sharpen, tokens_of
-from .lm.llama import attention, rms_norm, swiglu
+from ..lm import common
+from ..lm.common import published_tensors, sharpen, tokens_of
+from ..lm.llama import attention, rms_norm, swiglu
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 24, "head_size": 8}
 FORMS = [

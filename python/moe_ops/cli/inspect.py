@@ -1,0 +1,51 @@
+"""`moe-ops inspect`: a checkpoint and a text in, a page of what its experts do out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from torch import Tensor
+
+import moe_ops.hf  # noqa: F401
+from moe_ops.cli import checkpoints
+from moe_ops.surgery.page import MAX_TOKENS, routing_data, routing_page
+
+
+def run(
+    source: Path,
+    text: Path,
+    out: Path,
+    against: Path | None,
+    tokens: int,
+    context: int,
+    console: Console,
+) -> dict[str, Any]:
+    """Writes the page of `source`, or of `against` and then `source`; the measures of each layer.
+
+    Raises:
+        ValueError: a checkpoint, a text or a pair of models that cannot work, with a sentence.
+    """
+    ids, _ = checkpoints.read_text("inspect", source, text, tokens)
+    models: dict[str, Any] = {}
+    for folder in (source,) if against is None else (against, source):
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"inspect: a model must be a folder with a config.json, got {folder}.")
+        model = checkpoints.load_model("inspect", folder)
+        console.print(f"Looking at {ids.numel()} tokens in {folder.name}.", markup=False)
+        name = folder.name if folder.name not in models else str(folder)
+        models[name] = routing_data(model, checkpoints.batches(ids, context))
+        del model
+    routing_page(models, _texts(source, ids[:MAX_TOKENS]), out, title=f"Experts of {source.name}")
+    console.print(f"Written: {out}", markup=False, soft_wrap=True)
+    kept = ("name", "num_experts", "top_k", "tokens", "load", "max_violation", "dead", "entropy")
+    return {name: [{k: one[k] for k in kept} for one in layers] for name, layers in models.items()}
+
+
+def _texts(source: Path, ids: Tensor) -> list[str]:
+    """What each token stands for in the text; parts of a character are shown as such."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    return [str(tokenizer.decode([i])) for i in ids.tolist()]

@@ -1,0 +1,77 @@
+"""Routing in the logs of transformers' Trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from moe_ops.layers import RoutingStats
+from moe_ops.layers.recompute import in_backward
+from moe_ops.surgery.routed_layers import routed_layers
+
+
+def log_routing(
+    trainer: Any, *, layers: Sequence[str] | None = None, every_layer: bool = False
+) -> RoutingStats:
+    """Adds what the routers did since the last entry to each training entry of a Trainer's log.
+
+    So it is in the progress bar, in `trainer.state.log_history`, and wherever `report_to` sends the
+    log (TensorBoard, Weights & Biases, ...). Names are ``moe/max_violation``,
+    ``moe/dead_experts`` and ``moe/load_entropy``: the mean over layers, the sum for dead experts;
+    see `moe_ops.layers.RoutingStats`. Counts are of all processes, summed when an entry is made.
+    Tokens of evaluation, and of recomputed layers a second time, are not counted.
+
+    Example:
+        trainer = Trainer(model, arguments, train_dataset=rows)
+        moe_ops.surgery.log_routing(trainer)
+        trainer.train()
+
+    Args:
+        trainer: of a model with routed layers (`moe_ops.surgery.routed_layers`), on moe_ops or not.
+        layers: shell patterns of the names of layers; None is all.
+        every_layer: also an entry ``moe/max_violation/<name>`` a layer.
+
+    Returns:
+        The statistics, emptied at each entry: what has been counted since.
+
+    Raises:
+        ValueError: the model has no routed layer.
+    """
+    stats = RoutingStats()
+
+    def watcher(layer: Any) -> Any:
+        def watch(x: Tensor, routing: Any) -> None:
+            if layer.block.training and not in_backward():
+                stats.update(routing.topk_ids, layer.num_experts, layer=layer.name)
+
+        return watch
+
+    for layer in routed_layers(trainer.model, layers, caller="log_routing"):
+        layer.watch(watcher(layer))
+    log = trainer.log
+
+    def with_routing(logs: dict[str, float], *args: Any, **kwargs: Any) -> Any:
+        if "loss" in logs and len(stats):  # An entry of training, not of evaluation or its end.
+            measured = stats.all_reduce().as_dict()
+            stats.reset()
+            logs = {**logs, **_summary(measured, every_layer)}
+        return log(logs, *args, **kwargs)
+
+    trainer.log = with_routing
+    return stats
+
+
+def _summary(measured: dict[Any, dict[str, Any]], every_layer: bool) -> dict[str, float]:
+    def mean(name: str) -> float:
+        return sum(layer[name] for layer in measured.values()) / len(measured)
+
+    found = {
+        "moe/max_violation": mean("max_violation"),
+        "moe/load_entropy": mean("load_entropy"),
+        "moe/dead_experts": float(sum(len(m["dead_experts"]) for m in measured.values())),
+    }
+    if every_layer:
+        found |= {f"moe/max_violation/{n}": m["max_violation"] for n, m in measured.items()}
+    return found

@@ -1,0 +1,167 @@
+"""A page of what the routers of a trained model do on a text: one HTML file that needs no network.
+
+Load of experts by layer, which expert takes which token, how sure the routers are, which experts
+are chosen together, experts that no token reaches, and two checkpoints side by side.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moe_ops import _files
+from moe_ops.layers import RoutingStats
+from moe_ops.surgery.routed_layers import routed_layers
+
+# Tokens whose experts the page shows one by one, and experts up to which it shows pairs.
+MAX_TOKENS = 1024
+MAX_PAIRS = 128
+
+
+@dataclass
+class _Layer:
+    """Sums over the tokens that a layer has routed."""
+
+    num_experts: int
+    top_k: int
+    load: Tensor
+    together: Tensor
+    tokens: int = 0
+    entropy: float = 0.0
+    ids: list[list[int]] = field(default_factory=list)
+    weights: list[list[float]] = field(default_factory=list)
+
+    def add(self, logits: Tensor | None, weights: Tensor, ids: Tensor) -> None:
+        member = torch.zeros(len(ids), self.num_experts + 1, dtype=torch.float64)
+        ids, weights = ids.cpu().long(), weights.cpu().double()
+        member.scatter_(1, torch.where(ids < 0, self.num_experts, ids), 1.0)
+        member = member[:, :-1]
+        self.load += member.sum(0)
+        self.together += member.T @ member
+        self.tokens += len(ids)
+        if logits is not None:
+            p = torch.softmax(logits.double(), -1)
+            self.entropy += -torch.special.xlogy(p, p).sum().item()
+        room = MAX_TOKENS - len(self.ids)
+        self.ids += ids[:room].tolist()
+        self.weights += [[round(w, 4) for w in row] for row in weights[:room].tolist()]
+
+    def to_dict(self, name: str) -> dict[str, Any]:
+        stats = RoutingStats()
+        stats._add(name, self.load.long())
+        measures = stats.as_dict()[name]
+        pairs = self.together if self.num_experts <= MAX_PAIRS else self.together[:0]
+        return {
+            "name": name,
+            "num_experts": self.num_experts,
+            "top_k": self.top_k,
+            "tokens": self.tokens,
+            "load": [int(c) for c in self.load],
+            "max_violation": measures["max_violation"],
+            "dead": measures["dead_experts"],
+            "entropy": self.entropy / max(self.tokens, 1),
+            "together": pairs.long().tolist(),
+            "ids": self.ids,
+            "weights": self.weights,
+        }
+
+
+@torch.no_grad()
+def routing_data(model: nn.Module, batches: Iterable[Any]) -> list[dict[str, Any]]:
+    """What `routing_page` draws of one model: a dict of plain numbers a layer.
+
+    Args:
+        model: with layers of this package, of the zoo or of transformers (see
+            `moe_ops.surgery.routed_layers`); float or quantised experts. It runs in eval mode.
+        batches: what to call it with: a tensor of tokens, a tuple of positional or a dict of
+            keyword arguments each.
+
+    Raises:
+        ValueError: no routed layer, or one that saw no token.
+    """
+    layers = routed_layers(model, caller="routing_data")
+    found: dict[str, _Layer] = {}
+    handles: list[Any] = []
+
+    def watcher(layer: Any) -> Any:
+        def watch(x: Tensor, routing: Any) -> None:
+            seen = found.get(layer.name)
+            if seen is None:
+                e = layer.num_experts
+                zeros = torch.zeros(e, dtype=torch.float64)
+                seen = _Layer(e, routing.topk_ids.shape[1], zeros, zeros.new_zeros(e, e))
+                found[layer.name] = seen
+            seen.add(routing.router_logits, routing.topk_weights, routing.topk_ids)
+
+        return watch
+
+    training = {module for module in model.modules() if module.training}
+    model.eval()
+    try:
+        for layer in layers:
+            handles += layer.watch(watcher(layer))
+        for batch in batches:
+            if isinstance(batch, Mapping):
+                model(**batch)
+            else:
+                model(*batch) if isinstance(batch, tuple) else model(batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module in training:
+            module.training = True
+    missing = [layer.name for layer in layers if layer.name not in found]
+    if missing:
+        raise ValueError(
+            f"routing_data: batches must reach every layer, got no token for {missing[0]}."
+        )
+    return [found[layer.name].to_dict(layer.name) for layer in layers]
+
+
+def routing_page(
+    models: Mapping[str, Sequence[Mapping[str, Any]]],
+    tokens: Sequence[str],
+    path: Path | str,
+    *,
+    title: str = "What the experts do",
+) -> Path:
+    """Writes a page of one model, or of two beside each other, into one HTML file.
+
+    Args:
+        models: name -> `routing_data` of it. The second is compared with the first: both must have
+            as many layers and experts and have read the same text.
+        tokens: the text of each token in the order of `batches`; the first 1,024 are shown.
+        path: of the file.
+        title: at the top.
+
+    Returns:
+        `path`.
+
+    Raises:
+        ValueError: no model, more than two, or two that do not fit.
+    """
+    if not 1 <= len(models) <= 2:
+        raise ValueError(f"routing_page: models must be one or two, got {len(models)}.")
+    shapes = [[(one["num_experts"], one["tokens"]) for one in layers] for layers in models.values()]
+    if shapes[1:] and shapes[0] != shapes[1]:
+        raise ValueError(
+            "routing_page: models must have the same layers and experts and have read the same "
+            f"text, got (experts, tokens) {shapes[0]} and {shapes[1]}."
+        )
+    data = {
+        "title": title,
+        "tokens": list(tokens[:MAX_TOKENS]),
+        "models": [{"name": name, "layers": list(layers)} for name, layers in models.items()],
+    }
+    template = resources.files(__package__).joinpath("page.html").read_text("utf-8")
+    # "<" of a token must not end the script that holds the data.
+    text = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")
+    _files.write_text(Path(path), template.replace("__DATA__", text))
+    return Path(path)

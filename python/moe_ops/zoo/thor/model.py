@@ -1,0 +1,426 @@
+"""THOR, an encoder and a decoder or a decoder alone, and its loss.
+
+Letters: B sequences, S tokens of each, S' tokens of a source, H hidden size, E experts, M layers
+with experts, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moe_ops._fields import check_choice, check_types
+from moe_ops.layers import KVCache
+
+from ..lm.blocks import Step
+from ..lm.checkpoint import Entry
+from ..lm.config import LMConfig, number, size
+from ..lm.embedding import TokenEmbedding
+from ..lm.losses import OF_LAYERS, Routed, sum_over_layers
+from ..lm.pretrained import Pretrained
+from .layers import RandomExperts, ThorBlock
+
+ROUTINGS = ("random", "switch")
+LEVELS = ("batch", "sentence", "token")
+# Tokens that every vocabulary has in these places, as fairseq's.
+BOS, PAD, EOS, UNKNOWN = range(4)
+NUM_SPECIAL = 4
+
+
+@dataclass(frozen=True)
+class ThorConfig(LMConfig):
+    """Sizes and choices.
+
+    Attributes, beside those of `LMConfig`:
+        vocab_size: with the four special tokens. num_layers: of the decoder.
+        num_encoder_layers: 0: a decoder alone.
+        num_heads, intermediate_size: of all blocks.
+        routing: "random", or "switch", a router (the control).
+        num_experts: E of every second block, the first one among them; 1: a dense model.
+        passes: forward passes of a training step, 1 or 2.
+        consistency: alpha, weight of the consistency loss of two passes.
+        dropout, label_smoothing: of training.
+        balance_coefficient: of the balance loss of "switch", summed over layers.
+
+    With two passes: random experts are THOR, one expert is R-Drop.
+    """
+
+    PRESETS: ClassVar[tuple[str, ...]] = ("tiny", "tiny_decoder", "iwslt")
+    KEYS: ClassVar = {
+        "vocab_size": size("vocab_size"),
+        "hidden_size": size("decoder_embed_dim"),
+        "num_layers": size("decoder_layers"),
+        "num_encoder_layers": size("encoder_layers", least=0),
+        "num_heads": size("decoder_attention_heads"),
+        "intermediate_size": size("decoder_ffn_embed_dim"),
+        "num_experts": size("num_experts"),
+        "consistency": number("consistency_alpha", least=0),
+        "dropout": number("dropout", least=0),
+        "label_smoothing": number("label_smoothing", least=0),
+    }
+
+    vocab_size: int = 260
+    hidden_size: int = 64
+    num_layers: int = 2
+    num_encoder_layers: int = 2
+    num_heads: int = 2
+    intermediate_size: int = 128
+    routing: str = "random"
+    num_experts: int = 4
+    passes: int = 2
+    consistency: float = 5.0
+    dropout: float = 0.1
+    label_smoothing: float = 0.1
+    balance_coefficient: float = 0.01
+
+    def __post_init__(self) -> None:
+        check_types(self, "ThorConfig")
+        check_choice("ThorConfig", "routing", self.routing, ROUTINGS)
+        if self.passes not in (1, 2):
+            raise ValueError(f"ThorConfig: passes must be 1 or 2, got {self.passes}.")
+        if self.hidden_size % 2 or self.hidden_size < 4:
+            raise ValueError(
+                f"ThorConfig: hidden_size must be even and at least 4, got {self.hidden_size}."
+            )
+
+    @classmethod
+    def tiny(cls) -> ThorConfig:
+        """Bytes, two blocks on each side."""
+        return cls()
+
+    @classmethod
+    def tiny_decoder(cls) -> ThorConfig:
+        """Bytes, four blocks of a decoder alone."""
+        return cls(num_encoder_layers=0, num_layers=4)
+
+    @classmethod
+    def iwslt(cls) -> ThorConfig:
+        """The published run on IWSLT'14 German to English. The vocabulary depends on the data."""
+        return cls(
+            vocab_size=10_152,
+            hidden_size=512,
+            num_layers=6,
+            num_encoder_layers=6,
+            num_heads=4,
+            intermediate_size=1024,
+            num_experts=2,
+            dropout=0.3,
+            context=1024,
+        )
+
+    def aux_coefficients(self) -> dict[str, float]:
+        return {"load_balancing": self.balance_coefficient} if self.routing == "switch" else {}
+
+    def write_more(self) -> dict[str, Any]:
+        return {"architectures": ["Thor"], "model_type": "thor"}
+
+
+class Memory(NamedTuple):
+    """What a decoder reads of a source: keys and values of each of its layers, [B, S', n, d] each,
+    and seen, bool [B, S'], True where the source is no padding."""
+
+    keys_values: list[tuple[Tensor, Tensor]]
+    seen: Tensor
+
+    def take(self, rows: Tensor) -> Memory:
+        """Of these sequences, int64, of which some may repeat."""
+        return Memory([(k[rows], v[rows]) for k, v in self.keys_values], self.seen[rows])
+
+
+class ThorLoss(NamedTuple):
+    """What training minimises, and its parts, scalars.
+
+    loss: the smoothed cross-entropies of all passes, added, plus alpha * consistency plus the
+        balance loss times its coefficient.
+    cross_entropy: mean over passes and counted tokens, in nats, not smoothed.
+    consistency: (KL(p || q) + KL(q || p)) / 2, mean over counted tokens; 0 with one pass.
+    balance: summed over layers; 0 without routers.
+    """
+
+    loss: Tensor
+    cross_entropy: Tensor
+    consistency: Tensor
+    balance: Tensor
+
+
+class Thor(Pretrained):
+    """The model. Embeddings of source, target and output are one matrix.
+
+    Sequences end with `EOS` and are filled up with `PAD`; what a decoder reads begins with `EOS`.
+    Experts are drawn by whoever calls (`draw_experts`): `loss` draws one a layer for a whole pass.
+
+    Parameters: embed_tokens.weight [V, H]; encoder_layers and decoder_layers of `ThorBlock`s.
+    """
+
+    config_class: ClassVar[type[LMConfig]] = ThorConfig
+    ignored_keys = (
+        r"(en|de)coder\.version",
+        r"embed_positions\._float_tensor",
+        r"decoder\.embed_tokens\.weight",
+        r"decoder\.output_projection\.weight",
+    )
+    config: ThorConfig
+
+    def __init__(self, config: ThorConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.dropout = nn.Dropout(config.dropout)
+        self.embed_tokens = TokenEmbedding(config.vocab_size, config.hidden_size)
+
+        def blocks(count: int, **kind: bool) -> nn.ModuleList:
+            return nn.ModuleList(
+                ThorBlock(config, 1 if i % 2 else config.num_experts, **kind) for i in range(count)
+            )
+
+        encoder = config.num_encoder_layers
+        self.encoder_layers = blocks(encoder, decoder=False, cross=False)
+        self.decoder_layers = blocks(config.num_layers, decoder=True, cross=encoder > 0)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Embeddings N(0, 1 / H), matrices as Glorot has them, norms 1, biases 0."""
+        for name, parameter in self.named_parameters():
+            if name.startswith("embed"):
+                nn.init.normal_(parameter, std=self.config.hidden_size**-0.5)
+            elif name.endswith(("bias", "b_gate_up", "b_down")):
+                nn.init.zeros_(parameter)
+            elif parameter.dim() == 1:
+                nn.init.ones_(parameter)
+            else:
+                bound = math.sqrt(6 / sum(parameter.shape[-2:]))
+                nn.init.uniform_(parameter, -bound, bound)
+
+    # ------------------------------------------------------------------------------ the experts
+
+    def draw_experts(
+        self,
+        level: str,
+        side: str,
+        batch: int,
+        length: int = 0,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Random experts of the layers that have some.
+
+        Args:
+            level: "batch", one a layer, as in training; "sentence", one a layer and sequence;
+                "token", one a layer and token, which is the paper's other way to infer.
+            side: "encoder" or "decoder".
+            batch, length: B, and S of "token".
+
+        Returns:
+            int64 [M, B] ("token": [M, B, S]).
+        """
+        check_choice("Thor", "level", level, LEVELS)
+        count = (len(self._layers_of(side)) + 1) // 2
+        shape = {"batch": (count, 1), "sentence": (count, batch), "token": (count, batch, length)}
+        place = "cpu" if generator is None else generator.device
+        drawn = torch.randint(
+            self.config.num_experts, shape[level], generator=generator, device=place
+        )
+        drawn = drawn.expand(-1, batch) if level == "batch" else drawn
+        return drawn.to(self.embed_tokens.weight.device)
+
+    def _layers_of(self, side: str) -> Any:
+        check_choice("Thor", "side", side, ("encoder", "decoder"))
+        return self.encoder_layers if side == "encoder" else self.decoder_layers
+
+    # ------------------------------------------------------------------------------- the passes
+
+    def _embed(self, tokens: Tensor, start: int = 0) -> Tensor:
+        x = self.embed_tokens(tokens) * math.sqrt(self.config.hidden_size)
+        return self.dropout(x + positions(start, tokens.shape[1], x))
+
+    def encode(
+        self, source: Tensor, experts: Tensor | None = None, *, routing: list[Routed] | None = None
+    ) -> Memory:
+        """Reads sources [B, S'] for the decoder.
+
+        Args:
+            experts: of `draw_experts` for the encoder; None: the mean of all.
+            routing: gets what routers say.
+        """
+        if not len(self.encoder_layers):
+            raise ValueError("Thor.encode: num_encoder_layers must be above 0, got 0.")
+        seen = source != PAD
+        step = _step(routing)
+        x = self._embed(source)
+        for i, layer in enumerate(self.encoder_layers):
+            chosen = _of_layer(experts, i)
+            x = layer(x, step, f"encoder_layers.{i}", chosen=chosen, seen=seen)
+        layers: Any = self.decoder_layers
+        return Memory([layer.cross_attention.keys_values(x) for layer in layers], seen)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        memory: Memory | None = None,
+        experts: Tensor | None = None,
+        *,
+        cache: list[KVCache] | None = None,
+        routing: list[Routed] | None = None,
+    ) -> Tensor:
+        """Logits [B, S, V] of the token after each of tokens [B, S].
+
+        Args:
+            memory: of `encode`; None in a decoder alone.
+            experts: of `draw_experts` for the decoder; None: the mean of all.
+            cache: of `new_cache`, with the tokens before these; these are appended.
+            routing: gets what routers say.
+
+        Raises:
+            ValueError: a memory that is missing, or one that is not wanted.
+        """
+        if (memory is None) != (not len(self.encoder_layers)):
+            wanted = "None" if memory is not None else "what encode gives"
+            raise ValueError(
+                f"Thor: memory must be {wanted} with {len(self.encoder_layers)} encoder layers, "
+                f"got {'None' if memory is None else 'one'}."
+            )
+        step = _step(routing)
+        x = self._embed(tokens, 0 if cache is None else cache[0].length)
+        for i, layer in enumerate(self.decoder_layers):
+            x = layer(
+                x,
+                step,
+                f"decoder_layers.{i}",
+                chosen=_of_layer(experts, i),
+                cache=None if cache is None else cache[i],
+                memory=None if memory is None else memory.keys_values[i],
+                memory_seen=None if memory is None else memory.seen,
+            )
+        return F.linear(x, self.embed_tokens.weight)
+
+    def new_cache(self) -> list[KVCache]:
+        return [KVCache() for _ in self.decoder_layers]
+
+    # ---------------------------------------------------------------------------------- the loss
+
+    def loss(
+        self,
+        target: Tensor,
+        source: Tensor | None = None,
+        *,
+        experts: tuple[Tensor | None, Tensor | None] | None = None,
+        passes: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> ThorLoss:
+        """One training step's loss of pairs, or of text alone.
+
+        Passes run as one batch of that many times the sequences, each with its own dropout and its
+        own experts.
+
+        Args:
+            target: [B, S], each row ended by `EOS` and filled up with `PAD`.
+            source: [B, S'] likewise. A decoder alone reads it before the target, and its tokens do
+                not count.
+            experts: of encoder and decoder, [M, passes * B] and so on; None: drawn for each pass,
+                or in `eval` the mean of all.
+            passes: None: the config's; 1 to evaluate.
+            generator: of the draws.
+        """
+        config, count = self.config, self.config.passes if passes is None else passes
+        sides: tuple[Tensor | None, Tensor | None] = (None, None)
+        if experts is not None:
+            sides = experts
+        elif self.training and config.routing == "random" and config.num_experts > 1:
+            sides = (self._draw_passes("encoder", len(target), count, generator),
+                     self._draw_passes("decoder", len(target), count, generator))  # fmt: skip
+        counted = target != PAD
+        if source is not None and not len(self.encoder_layers):
+            target, counted = join(source, target)
+            source = None
+        read = torch.cat([target.new_full((len(target), 1), EOS), target[:, :-1]], dim=1)
+        routed: tuple[list[Routed], list[Routed]] = ([], [])
+        memory = None
+        if source is not None:
+            memory = self.encode(source.repeat(count, 1), sides[0], routing=routed[0])
+        logits = self(read.repeat(count, 1), memory, sides[1], routing=routed[1])
+        logits = logits.view(count, -1, logits.shape[-1])[:, counted.flatten()]
+        wanted = target[counted].repeat(count)
+        flat = logits.flatten(0, 1)
+        smoothed = F.cross_entropy(flat, wanted, label_smoothing=config.label_smoothing)
+        zero = smoothed.new_zeros(())
+        consistency = symmetric_kl(logits[0], logits[1]) if count == 2 else zero
+        balance = zero
+        for layers, side in zip(routed, (source, target), strict=True):
+            if layers and side is not None:
+                mask, name = (side != PAD).repeat(count, 1), "load_balancing"
+                balance = balance + sum_over_layers(name, OF_LAYERS[name], layers, 0, mask)
+        total = count * smoothed + config.balance_coefficient * balance
+        if count == 2 and config.consistency:
+            total = total + config.consistency * consistency
+        with torch.no_grad():
+            plain = smoothed if not config.label_smoothing else F.cross_entropy(flat, wanted)
+        return ThorLoss(total, plain.detach(), consistency, balance)
+
+    def _draw_passes(
+        self, side: str, batch: int, passes: int, generator: torch.Generator | None
+    ) -> Tensor:
+        drawn = [
+            self.draw_experts("batch", side, batch, generator=generator) for _ in range(passes)
+        ]
+        return torch.cat(drawn, dim=1)
+
+    # ------------------------------------------------------------------- checkpoints and counting
+
+    def entries(self) -> list[Entry]:
+        entries = [Entry("embed_tokens.weight", ("encoder.embed_tokens.weight",))]
+        for side in ("encoder", "decoder"):
+            for i, layer in enumerate(self._layers_of(side)):
+                entries += layer.entries(f"{side}_layers.{i}", f"{side}.layers.{i}")
+        return entries
+
+    def idle_parameters(self) -> int:
+        """Parameters of experts that a token does not use."""
+        idle = super().idle_parameters()
+        for module in self.modules():
+            if isinstance(module, RandomExperts):
+                count = module.experts.num_experts
+                idle += sum(p.numel() for p in module.parameters()) * (count - 1) // count
+        return idle
+
+
+def _step(routing: list[Routed] | None) -> Step:
+    step = Step(None, None, record=routing is not None)
+    step.routing = routing
+    return step
+
+
+def _of_layer(experts: Tensor | None, layer: int) -> Tensor | None:
+    """Every second layer has experts, from the first one on."""
+    return None if experts is None or layer % 2 else experts[layer // 2]
+
+
+def positions(start: int, length: int, like: Tensor) -> Tensor:
+    """Sinusoids [length, H] of the places from `start` on, sines first, as fairseq has them: the
+    first token of a sequence is at 2, and frequencies fall from 1 to 1/10000."""
+    half = like.shape[-1] // 2
+    place = torch.arange(start, start + length, device=like.device, dtype=torch.float64) + 2
+    falls = torch.arange(half, device=like.device, dtype=torch.float64) / (half - 1)
+    angle = place[:, None] * 10_000.0**-falls
+    return torch.cat([angle.sin(), angle.cos()], dim=1).to(like.dtype)
+
+
+def symmetric_kl(a: Tensor, b: Tensor) -> Tensor:
+    """(KL(p || q) + KL(q || p)) / 2 of p = softmax(a) and q = softmax(b), [N, V] each: the mean
+    over N."""
+    log_p, log_q = a.log_softmax(-1), b.log_softmax(-1)
+    return 0.5 * ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(-1).mean()
+
+
+def join(source: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Each source [B, S'] and its target [B, S] in a row, [B, S''], filled up with `PAD`, and bool
+    [B, S''], True where a token is the target's."""
+    rows = [
+        torch.cat([s[s != PAD], t[t != PAD]]) for s, t in zip(source, target, strict=True)
+    ]  # fmt: skip
+    joined = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD)
+    first = (source != PAD).sum(1, keepdim=True)
+    places = torch.arange(joined.shape[1], device=joined.device)
+    return joined, (places >= first) & (joined != PAD)

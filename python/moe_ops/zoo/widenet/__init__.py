@@ -1,0 +1,30 @@
+"""WideNet: one block of attention and experts, used at every depth with norms of that depth.
+
+    model = zoo.create("widenet")                          # a language model
+    model = zoo.create("widenet", preset="tiny_vision")    # a classifier of images
+    model = zoo.create("widenet", sharing="shared_norms")  # the controls: as ALBERT, and
+    model = zoo.create("widenet", sharing="none")          # a block of each depth
+
+    python -m moe_ops.zoo.widenet --folder runs/widenet
+
+Source: Xue et al. 2022 (Go Wider Instead of Deeper, arXiv 2107.11817).
+"""
+
+from .config import WideNetConfig
+from .images import warped_digits
+from .layers import DepthNorms, NoisyRouter, WideBlock, across_depths
+from .model import ViTLoss, ViTOutput, WideNetLM, WideNetViT, build
+
+__all__ = [
+    "DepthNorms",
+    "NoisyRouter",
+    "ViTLoss",
+    "ViTOutput",
+    "WideBlock",
+    "WideNetConfig",
+    "WideNetLM",
+    "WideNetViT",
+    "across_depths",
+    "build",
+    "warped_digits",
+]

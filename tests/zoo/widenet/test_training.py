@@ -1,0 +1,94 @@
+"""WideNet's images; training that is cut and gone on with; the command."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from moe_ops.zoo import _texts
+from moe_ops.zoo.widenet import __main__ as command
+from moe_ops.zoo.widenet import build, training, warped_digits
+from moe_ops.zoo.widenet.images import glyphs
+
+
+def test_digits():
+    assert glyphs().shape == (10, 1, 7, 5) and len(glyphs().flatten(1).unique(dim=0)) == 10
+    draw = torch.Generator().manual_seed(0)
+    images, labels = warped_digits(200, 16, draw, noise=0.0)
+    assert images.shape == (200, 1, 16, 16) and set(labels.tolist()) == set(range(10))
+    assert (images.flatten(1).amax(1) > 0.3).all() and images.max() <= 1.5
+    # The picture is about the glyph: bright pixels of a one fill less than those of an eight.
+    light = [float((images[labels == d] > 0.2).float().mean()) for d in (1, 8)]
+    assert 0.01 < light[0] < light[1] < 0.5
+    again = warped_digits(200, 16, torch.Generator().manual_seed(0), noise=0.0)
+    assert torch.equal(again[0], images)
+
+
+SMALL = training.Settings(
+    arms=("widenet", "shared-norms", "unshared"), domains=("reference", "maths"), hidden_size=16,
+    num_layers=2, intermediate_size=8, steps=4, batch_size=2, length=16, image_size=8, rows=2,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def texts():
+    return {name: _texts.Text.of(bytes(range(32, 120)) * 5) for name in SMALL.domains}
+
+
+def test_training_goes_on_where_it_was_cut(texts, tmp_path):
+    class Cut(Exception):
+        pass
+
+    def stop(step):
+        if step == 4:
+            raise Cut
+
+    def fitted(checkpoint, watch=None):
+        torch.manual_seed(0)
+        model = build(training.make_config(SMALL, "widenet"))
+        history = training.fit(
+            model, training.make_loss(SMALL, model, texts), steps=4, warm_up=1, every=2,
+            checkpoint=checkpoint, watch=watch, progress=False,
+        )  # fmt: skip
+        return model.state_dict(), history
+
+    whole, losses = fitted(None)
+    with pytest.raises(Cut):
+        fitted(tmp_path / "run.pt", stop)
+    again, more = fitted(tmp_path / "run.pt")
+    assert losses == more and set(losses) == {"loss", "cross_entropy", "load_balancing"}
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+def test_command(texts, tmp_path, capsys, monkeypatch):
+    report = training.train(tmp_path / "text", SMALL, texts=texts, progress=False)
+    arms = report["arms"]
+    assert list(arms) == list(SMALL.arms)
+    assert set(arms["widenet"]) == {"parameters", "loss", "kept", "divergence"}
+    assert set(arms["unshared"]) == {"parameters", "loss"}
+    assert arms["shared-norms"]["parameters"] < arms["widenet"]["parameters"]
+    assert arms["widenet"]["parameters"] < arms["unshared"]["parameters"]
+    seeing = ["--folder", str(tmp_path / "images"), "--quiet", "--trunk", "vision", "--arms",
+              "widenet", "--hidden-size", "16", "--num-layers", "2", "--intermediate-size", "8",
+              "--steps", "2", "--batch-size", "2", "--image-size", "8", "--rows", "2"]  # fmt: skip
+    command.main(seeing)
+    first = capsys.readouterr().out
+    assert "accuracy" in first
+    # What is there is not trained again.
+    monkeypatch.setattr(training, "fit", None)
+    command.main(seeing)
+    assert capsys.readouterr().out == first
+    changed = dataclasses.replace(SMALL, steps=5)
+    with pytest.raises(ValueError, match="must hold models of these settings"):
+        training.train(tmp_path / "text", changed, texts=texts, progress=False)
+    with pytest.raises(ValueError, match="arms must be one of widenet"):
+        training.Settings(arms=("vit",))
+
+
+def test_arms_use_as_many_features_for_a_token():
+    configs = {arm: training.make_config(SMALL, arm) for arm in training.ARMS}
+    assert {c.top_k * c.intermediate_size for c in configs.values()} == {16}
+    assert configs["widenet"].sharing == "own_norms" and configs["widenet"].num_experts == 4
+    assert configs["unshared-experts"].num_experts == 4
