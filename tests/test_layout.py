@@ -233,6 +233,7 @@ NO_BOUNDARY = {
     "kW8Prefetch": PREFETCH,
     "kW8TokensPrefetch": PREFETCH,
     "kGemvPrefetch": PREFETCH,
+    "kOneRunPrefetch": PREFETCH,
     "kBlock": FOLLOWS,
     "kDepth": FOLLOWS,
     "kPanelLda": FOLLOWS,

@@ -184,8 +184,7 @@ FAMILIES: dict[str, Family] = {
             (
                 "last steps of k lost",
                 "std::min(step, end - row)",
-                "std::min(step, end - row) - "
-                "(row > 0 && end - row > 1 && end - row < kOuterRows)",
+                "std::min(step, end - row) - (row > 0 && end - row > 1 && end - row < kOuterRows)",
             ),
             ("always the first weights", "first + row * d.b.stride_k", "first"),
             ("sums of the first segment for both", "sums + s * width", "sums"),
