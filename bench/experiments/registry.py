@@ -10,7 +10,8 @@ from .study import Experiment, Study
 NAMES = (
     "jetmoe", "deepseek", "moduleformer", "coe", "topp", "home", "mowst", "t2mir", "premoe",
     "uncurl", "super_experts", "expertflow", "bam", "factorllm", "composition", "adamoe",
-    "sentence", "dynamicdino", "thor", "widenet",
+    "sentence", "dynamicdino", "thor", "widenet", "gntmove", "mofme", "driftmoe", "recipes",
+    "routing",
 )  # fmt: skip
 
 

@@ -228,6 +228,23 @@ static void define_schemas(torch::stable::detail::StableLibrary& m) {
       "Tensor topk_ids, Tensor? bias, bool need_h, bool need_w, bool need_topk_weights, "
       "bool need_bias) -> (Tensor grad_h, Tensor grad_w, Tensor grad_topk_weights, "
       "Tensor grad_bias)");
+  // x [T,H], tables w_gate_up [E,G,H] (G = 2 with a gate, else 1) and w_down [E,H,1] of experts of
+  // one neuron -> [T,H]: sum_k topk_weights[t,k] * act(w_gate_up[e] x[t]) * w_down[e]
+  m.def(
+      "peer_ffn(Tensor x, Tensor w_gate_up, Tensor w_down, Tensor topk_weights, Tensor topk_ids, "
+      "str activation=\"gelu\", bool sparse_grad=False) -> Tensor");
+  // peer_ffn for training: also returns the pre-activation [T,G,K].
+  m.def(
+      "peer_ffn_fwd(Tensor x, Tensor w_gate_up, Tensor w_down, Tensor topk_weights, "
+      "Tensor topk_ids, str activation=\"gelu\", bool sparse_grad=False) "
+      "-> (Tensor y, Tensor preact)");
+  // Gradients of the tables have num_rows rows, row r the sum over the slots whose grad_ids [T,K]
+  // is r; without grad_ids, whose topk_ids is. Gradients that are not wanted have shape [0].
+  m.def(
+      "peer_ffn_bwd(Tensor grad_y, Tensor x, Tensor w_gate_up, Tensor w_down, "
+      "Tensor topk_weights, Tensor topk_ids, Tensor preact, Tensor? grad_ids, str activation, "
+      "int num_rows, bool need_x, bool need_w_gate_up, bool need_w_down, bool need_topk_weights) "
+      "-> (Tensor grad_x, Tensor grad_w_gate_up, Tensor grad_w_down, Tensor grad_topk_weights)");
 
   // --- every expert on every token
   // x [T,G,H], w_up [E,I,H], w_down [E,O,I], input_ids [E] in [0,G) -> [T,E,O]:

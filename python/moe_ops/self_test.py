@@ -135,6 +135,11 @@ def cases() -> list[Case]:
             lambda m, *t: m.moe_linear_reduce(*t),
             (normal(T, K, I), w_down, weights, ids),
         ),
+        Case(
+            "peer_ffn",
+            lambda m, *t: m.peer_ffn(*t, activation="swiglu"),
+            (x, w_gate_up[:, :2], w_down[..., :1], weights, ids),
+        ),
         Case("rotary", _rotary, (normal(2, T, 3, 24),)),
         Case(
             "attention_step",

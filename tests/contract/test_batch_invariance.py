@@ -620,6 +620,14 @@ for name in every_op.OPS:
         add(name, "every-op", every_op_case, op=name)
 
 
+def peer_ffn_fwd_case(dtype: torch.dtype) -> Case:
+    case = every_op_case(dtype, "peer_ffn")
+    return dataclasses.replace(case, op=torch.ops.moe_ops.peer_ffn_fwd)
+
+
+add("peer_ffn_fwd", "every-op", peer_ffn_fwd_case)
+
+
 # -------------------------------------------------------------------------------------------- tests
 
 

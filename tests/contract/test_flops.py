@@ -146,6 +146,16 @@ def test_attention():
     )
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_peer_ffn(training):
+    """As moe_ffn of one neuron."""
+    x, w_gate_up, w_down = leaf(T, H), leaf(E, 2, H), leaf(E, H, 1)
+    ids, weights = torch.randint(E, (T, K)), torch.ones(T, K)
+    call = x, w_gate_up, w_down, weights, ids
+    ours = flops(lambda: moe_ops.peer_ffn(*call, activation="swiglu"), training)
+    assert ours == flops(lambda: moe_ops.moe_ffn(*call), training) > 0
+
+
 @pytest.mark.parametrize("bottleneck", [False, True])
 def test_latent_attention(bottleneck):
     heads, rank, nope, rope, value, narrow = 3, 5, 4, 2, 6, 8

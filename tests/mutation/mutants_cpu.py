@@ -1404,6 +1404,45 @@ FAMILIES: dict[str, Family] = {
             ),
         ),
     ),
+    "peer_ffn": Family(
+        ("peer_ffn",),
+        ("ops/test_peer_ffn.py",),
+        of(
+            "peer_ffn.cpp",
+            (
+                "an id of E is an expert",
+                "id >= 0 && id < d.routing.num_experts",
+                "id >= 0 && id <= d.routing.num_experts",
+            ),
+            ("the gate twice", "g * table.stride_g", "g * 0"),
+            (
+                "products of the last chunk lost",
+                "std::min(kVectorsTogether, count - i)",
+                "std::min(kVectorsTogether, std::max<int64_t>(count - i - 1, 0))",
+            ),
+            ("empty slots keep what was there", "std::fill(to, to + K, T(0));", ""),
+            ("weights of the first slots", "to[i] = from[slots[i]];", "to[i] = from[i];"),
+            ("y: sums of the token before", "std::fill(sum, sum + H, T(0));", "", 0),
+            ("grad_x: sums of the token before", "std::fill(sum, sum + H, T(0));", "", 1),
+            ("gradients: the weight forgotten", "dot[i] * weight[i]", "dot[i]"),
+            (
+                "grad_x: the gate's vectors alone",
+                "token.add_up(n, G * n, grad, sum);",
+                "token.add_up(n, n, grad, sum);",
+            ),
+            (
+                "tables: one vector's factors for both",
+                "(t * table.vectors + g) * K",
+                "(t * table.vectors) * K",
+            ),
+            ("tables: the last slot alone", "s == slots", "s >= slots"),
+            (
+                "tables: rows without slots are not cleared",
+                "std::fill(zeros, zeros + H, T(0));",
+                "",
+            ),
+        ),
+    ),
     "rows": Family(
         (
             "permute",

@@ -20,6 +20,7 @@ from moe_ops.ops.moe_ffn_packed import moe_ffn_packed, pack_experts
 from moe_ops.ops.moe_ffn_quantized import moe_ffn_quantized
 from moe_ops.ops.moe_linear_map import moe_linear_map
 from moe_ops.ops.moe_linear_reduce import moe_linear_reduce
+from moe_ops.ops.peer_ffn import peer_ffn
 from moe_ops.ops.permute import permute
 from moe_ops.ops.quantize_fp8 import quantize_fp8, quantize_fp8_columns
 from moe_ops.ops.rotary import rotary
@@ -53,6 +54,7 @@ __all__ = [
     "moe_linear_map",
     "moe_linear_reduce",
     "pack_experts",
+    "peer_ffn",
     "permute",
     "quantize_fp8",
     "quantize_fp8_columns",

@@ -149,6 +149,38 @@ def _moe_ffn_bwd(
     return up * (need_x + need_w_gate_up) + down * (past_down + need_w_down)
 
 
+@count_flops("peer_ffn", "peer_ffn_fwd")
+def _peer_ffn(
+    x: Shape, w_gate_up: Shape, w_down: Shape, topk_weights: Shape, *args: Any, **kwargs: Any
+) -> int:
+    return _ffn(x, w_gate_up[1], 1, prod(topk_weights))
+
+
+@count_flops("peer_ffn_bwd")
+def _peer_ffn_bwd(
+    grad_y: Shape,
+    x: Shape,
+    w_gate_up: Shape,
+    w_down: Shape,
+    topk_weights: Shape,
+    topk_ids: Shape,
+    preact: Shape,
+    grad_ids: Shape | None,
+    activation: str,
+    num_rows: int,
+    need_x: bool,
+    need_w_gate_up: bool,
+    need_w_down: bool,
+    need_topk_weights: bool,
+    *args: Any,
+    **kwargs: Any,
+) -> int:
+    down = 2 * prod(topk_weights) * x[-1]
+    up = down * w_gate_up[1]
+    past_down = need_x or need_w_gate_up or need_topk_weights
+    return up * (need_x + need_w_gate_up) + down * (past_down + need_w_down)
+
+
 @count_flops("gated_ffn")
 def _gated_ffn(x: Shape, w_gate: Shape, *args: Any, out_shape: Shape, **kwargs: Any) -> int:
     return 2 * x[0] * w_gate[0] * (2 * x[1] + out_shape[1])
