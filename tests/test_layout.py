@@ -81,7 +81,7 @@ ISA_HEADERS = {"stdint.h", "cstdint", "cstddef", "immintrin.h", "arm_neon.h"}
 
 
 # What follows the name of an op in the name of a schema that only its own rules call.
-INNER = r"_(?:fwd|bwd|bwd_accumulate|accumulate)$"
+INNER = r"_(?:fwd|bwd|bwd_accumulate|accumulate|exact)$"
 
 
 @lru_cache

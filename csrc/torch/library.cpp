@@ -113,10 +113,15 @@ static void define_schemas(torch::stable::detail::StableLibrary& m) {
       "-> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)");
 
   // grouped_gemm of weights int8 [E,O,K] with scales [E,O], or uint8 [E,O,K/2], two 4-bit ones a
-  // byte, with scales [E,O,K/G]; they have no gradient.
+  // byte, with scales [E,O,K/G], or of one of the formats of torch/quantized.h, with zero points of
+  // 4-bit weights; they have no gradient.
   m.def(
       "grouped_gemm_quantized(Tensor a, Tensor b, Tensor b_scale, Tensor expert_offsets, "
-      "Tensor? bias=None) -> Tensor");
+      "Tensor? bias=None, Tensor? b_zero=None) -> Tensor");
+  // The same with a as it is; transposed: a [N,O] -> [N,K]. One is the gradient of the other.
+  m.def(
+      "grouped_gemm_quantized_exact(Tensor a, Tensor b, Tensor b_scale, Tensor expert_offsets, "
+      "Tensor? bias=None, Tensor? b_zero=None, bool transposed=False) -> Tensor");
 
   // --- whole blocks
   // x [T,H] -> residual + residual_scale * sigmoid(output_gate norm(x)) * w_down (act(w_gate
@@ -146,13 +151,31 @@ static void define_schemas(torch::stable::detail::StableLibrary& m) {
       "bool apply_router_weight_on_input=False, float alpha=1.702, float limit=7.0, ScalarType? "
       "out_dtype=None) -> Tensor");
   // moe_ffn of weights int8 [E,O,D] with scales [E,O], or uint8 [E,O,D/2], two 4-bit ones a byte,
-  // with scales [E,O,D/G]; x_scale [H]: factors of x. Inference only.
+  // with scales [E,O,D/G], or of one of the formats of torch/quantized.h; x_scale [H]: factors of
+  // x; *_zero [E,O,D/G]: zero points of 4-bit weights. Gradients of x and topk_weights only.
   m.def(
       "moe_ffn_quantized(Tensor x, Tensor w_gate_up, Tensor w_gate_up_scale, Tensor w_down, "
       "Tensor w_down_scale, Tensor topk_weights, Tensor topk_ids, Tensor? x_scale=None, "
       "Tensor? b_gate_up=None, Tensor? b_down=None, str activation=\"swiglu\", "
       "bool interleaved=False, bool apply_router_weight_on_input=False, float alpha=1.702, "
-      "float limit=7.0) -> Tensor");
+      "float limit=7.0, Tensor? w_gate_up_zero=None, Tensor? w_down_zero=None) -> Tensor");
+  // The same for training: also returns the pre-activation [N,2I] and the routing.
+  m.def(
+      "moe_ffn_quantized_fwd(Tensor x, Tensor w_gate_up, Tensor w_gate_up_scale, Tensor w_down, "
+      "Tensor w_down_scale, Tensor topk_weights, Tensor topk_ids, Tensor? x_scale=None, "
+      "Tensor? b_gate_up=None, Tensor? b_down=None, str activation=\"swiglu\", "
+      "bool interleaved=False, bool apply_router_weight_on_input=False, float alpha=1.702, "
+      "float limit=7.0, Tensor? w_gate_up_zero=None, Tensor? w_down_zero=None) "
+      "-> (Tensor y, Tensor preact, Tensor expert_offsets, Tensor row_to_slot, Tensor "
+      "slot_to_row)");
+  // Of x times x_scale. Gradients that are not wanted come back with shape [0].
+  m.def(
+      "moe_ffn_quantized_bwd(Tensor grad_y, Tensor x, Tensor w_gate_up, Tensor w_gate_up_scale, "
+      "Tensor w_down, Tensor w_down_scale, Tensor topk_weights, Tensor preact, "
+      "Tensor expert_offsets, Tensor row_to_slot, Tensor slot_to_row, Tensor? b_gate_up, "
+      "Tensor? b_down, str activation, bool interleaved, bool apply_router_weight_on_input, "
+      "float alpha, float limit, Tensor? w_gate_up_zero, Tensor? w_down_zero, bool need_x, "
+      "bool need_topk_weights) -> (Tensor grad_x, Tensor grad_topk_weights)");
   // moe_ffn of weights float8_e4m3fn [E,O,D] with scales [E,ceil(O/128),ceil(D/128)]; x and the
   // activated features become float8_e4m3fn too, with a scale for 128 of a row. x may come as such
   // codes, with x_scale [T,ceil(H/128)] and an out_dtype. Inference only.

@@ -85,6 +85,16 @@ def test_moe_ffn(activation, training):
             ),
             False,
         )  # fmt: skip
+        frozen = [w.detach() for w in (w_gate_up, w_down)]
+        wanted = flops(
+            lambda: moe_ops.moe_ffn(x, *frozen, weights, ids, activation=activation), True
+        )
+        assert wanted == flops(
+            lambda: moe_ops.moe_ffn_quantized(
+                x, codes[0], scales[0], codes[1], scales[1], weights, ids, activation=activation
+            ),
+            True,
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize("training", [False, True])

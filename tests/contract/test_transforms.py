@@ -260,7 +260,9 @@ def test_compile(op):
     close(got, case.gradients[case.names[0]])
 
 
-@pytest.mark.parametrize("op", [op for op in QUANTISED if op != "grouped_gemm_quantized"])
+@pytest.mark.parametrize(
+    "op", sorted(set(QUANTISED) - {"grouped_gemm_quantized", "moe_ffn_quantized"})
+)
 def test_ops_of_inference(op):
     call = call_of(op)
     name = next(n for n, v in call.items() if is_float(v))

@@ -135,6 +135,8 @@ std::vector<BlockSize> block_sizes() {
       MOE_SIZE("quant", "features", kQuantFeatures),
       MOE_SIZE("quant", "features", kQuantNarrowFeatures),
       MOE_SIZE("quant", "features", kQuantPartFeatures),
+      MOE_SIZE("quant", "features", kDequantFeatures),
+      {"quant", "depth", "kDequantBytes", kDequantBytes / (kDequantFeatures * kFloat)},
       MOE_SIZE("quant", "depth", kQuantBlock),
       MOE_SIZE("quant", "depth", kInt8Depth),
       {"quant", "depth", "kKc pairs", 2 * kKc},

@@ -27,6 +27,7 @@ enum class Algorithm : int {
   kPackedB,      // weights packed ahead of time (prepack.h)
   kPackTokens,   // weight rows as they lie are A, and tokens are packed as B
   kRepackB,      // weights of 8 or 4 bits are repacked into panels in cache
+  kDequant,      // weights of few bits become float32 in cache, for one of the algorithms above
 };
 enum class Operand : int {
   kWide,     // numbers of the accumulate type; half types are widened
@@ -56,7 +57,7 @@ std::string to_string(const GemmConfig& c);
 
 // What the choice depends on.
 struct GemmShape {
-  enum class B : int { kDenseK, kDenseFeatures, kPacked, kBits8, kBits4, kFp8 };
+  enum class B : int { kDenseK, kDenseFeatures, kPacked, kBits8, kBits4, kFp8, kDequant };
   B b = B::kDenseK;
   DType type = DType::kFloat32;  // of the weights; of the layer's tokens where they have few bits
   bool scaled = false;           // whether a row of tokens has a factor
@@ -74,7 +75,9 @@ GemmConfig choose_config(const GemmShape& s, const GemmKernels<T>& k, const Quan
 template <class T>
 GemmShape shape_of(const GemmDesc<T>& d) {
   GemmShape s;
-  if (d.b.quant.bits != 0) {
+  if (d.b.quant.bits != 0 && (d.b.quant.transposed || !d.b.quant.has_kernels)) {
+    s.b = GemmShape::B::kDequant;
+  } else if (d.b.quant.bits != 0) {
     s.b = d.b.quant.bits == 4 ? GemmShape::B::kBits4 : GemmShape::B::kBits8;
   } else if (d.b.panels != nullptr) {
     s.b = GemmShape::B::kPacked;
@@ -144,6 +147,9 @@ constexpr int64_t kQuantMaxRows = 8;
 constexpr int64_t kQuantFeatures = 2048;
 constexpr int64_t kQuantNarrowFeatures = 1024;
 constexpr int64_t kMinW8Rows = 3;
+// Width of an item whose weights are dequantised, and bytes of them that are at a time: of an L2.
+constexpr int64_t kDequantFeatures = 512;
+constexpr int64_t kDequantBytes = int64_t{192} << 10;
 // e4m3: most rows for which every weight is decoded anew for each kFp8DotTokens of them, and the
 // width of such an item.
 constexpr int64_t kFp8GemvRows = 4;

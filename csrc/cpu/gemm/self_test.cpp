@@ -218,6 +218,10 @@ class Products {
       run(Algorithm::kRepackB, Operand::kInt16, q.int16_rows);
     }
     if (q.int8_tile[bits == 4][0] != nullptr) run(Algorithm::kRepackB, Operand::kInt8, q.int8_rows);
+    b.quant.codes = eight ? Codes::kInt8 : Codes::kInt4;
+    b.quant.scales = scales.data();
+    b.quant.group = K / groups;
+    run(Algorithm::kDequant, Operand::kWide, 2);
     right_ = other;
   }
 

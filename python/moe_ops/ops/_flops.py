@@ -24,7 +24,9 @@ def count_flops(*ops: str) -> Callable[[Callable[..., int]], Callable[..., int]]
     return register_flop_formula(packets)  # type: ignore[no-any-return]
 
 
-@count_flops("grouped_gemm", "grouped_gemm_fp8", "grouped_gemm_quantized")
+@count_flops(
+    "grouped_gemm", "grouped_gemm_fp8", "grouped_gemm_quantized", "grouped_gemm_quantized_exact"
+)
 def _rows_by_experts(a: Shape, *args: Any, out_shape: Shape, **kwargs: Any) -> int:
     return 2 * prod(a) * out_shape[-1]
 
@@ -86,7 +88,7 @@ def _moe_ffn_packed(
     return _ffn(x, w_gate_up[1], w_down[2], prod(topk_weights))
 
 
-@count_flops("moe_ffn_quantized", "moe_ffn_fp8")
+@count_flops("moe_ffn_quantized", "moe_ffn_quantized_fwd", "moe_ffn_fp8")
 def _moe_ffn_codes(
     x: Shape,
     w_gate_up: Shape,
@@ -103,6 +105,17 @@ def _moe_ffn_codes(
     activation = next((a for a in args if isinstance(a, str)), activation)
     width = w_gate_up[1] // (1 if activation in _WITHOUT_GATE else 2)
     return _ffn(x, w_gate_up[1], width, prod(topk_weights))
+
+
+@count_flops("moe_ffn_quantized_bwd")
+def _moe_ffn_quantized_bwd(
+    grad_y: Shape, x: Shape, w_gate_up: Shape, *args: Any, need_x: bool | None = None, **kwargs: Any
+) -> int:
+    activation = next(a for a in args if isinstance(a, str))
+    width = w_gate_up[1] // (1 if activation in _WITHOUT_GATE else 2)
+    slots = prod(args[3])  # Of topk_weights.
+    wanted = args[-2] if need_x is None else need_x
+    return 2 * slots * x[-1] * (width + (w_gate_up[1] if wanted else 0))
 
 
 @count_flops("moe_ffn_bwd", "moe_ffn_bwd_accumulate")

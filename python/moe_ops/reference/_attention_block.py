@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .moe_ffn_quantized import dequantized
+from ._codes import dequantized
 
 
 def dense(t: Tensor, w: Tensor, w_scale: Tensor | None, bias: Tensor | None) -> Tensor:
