@@ -38,6 +38,7 @@ SHARED = {
     "csrc/include/moe_ops": {
         "activation",
         "api",
+        "attention_block",
         "batch_invariant",
         "common",
         "dense_layer",
@@ -80,7 +81,7 @@ ISA_HEADERS = {"stdint.h", "cstdint", "cstddef", "immintrin.h", "arm_neon.h"}
 
 
 # What follows the name of an op in the name of a schema that only its own rules call.
-INNER = r"_(?:fwd|bwd|bwd_accumulate|accumulate)$"
+INNER = r"_(?:fwd|bwd|bwd_accumulate|accumulate|exact)$"
 
 
 @lru_cache
@@ -232,6 +233,10 @@ NO_BOUNDARY = {
     "kW8Prefetch": PREFETCH,
     "kW8TokensPrefetch": PREFETCH,
     "kGemvPrefetch": PREFETCH,
+    "kOneRunPrefetch": PREFETCH,
+    "kVectorsAhead": PREFETCH,
+    "kVectorsTogether": PREFETCH,
+    "kVectorAheadBytes": PREFETCH,
     "kBlock": FOLLOWS,
     "kDepth": FOLLOWS,
     "kPanelLda": FOLLOWS,

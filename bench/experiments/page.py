@@ -29,6 +29,7 @@ PAGES = ROOT / "docs" / "zoo"
 OVERVIEW = ROOT / "docs" / "zoo.md"
 BEGIN, END = "<!-- experiment -->", "<!-- /experiment -->"
 KINDS = ("quality", "mechanism", "cost")
+MOST_COLUMNS = 3
 MARKS = {SHOWN: "●", NOT_SHOWN: "○", CONTRADICTED: "✕"}
 FEW_SEEDS, NOT_RUN = "with three seeds alone", "not run so far"
 STATES = (SHOWN, CONTRADICTED, NOT_SHOWN, FEW_SEEDS, NOT_RUN)
@@ -151,6 +152,12 @@ def headlines(found: Experiment, reports: Sequence[Report | None], before: Seque
         if any(h.key in {x.key for x in study.hypotheses} for h in found.headlines)
     ]
     names = [found.studies[i].size for i in shown]
+    plans = {h: [i for i in shown if h.key in {x.key for x in found.studies[i].hypotheses}]
+             for h in found.headlines}  # fmt: skip
+    # Studies of different things, none of which says anything about another's, share a column.
+    apart = len(shown) > MOST_COLUMNS and all(len(plan) == 1 for plan in plans.values())
+    if apart:
+        names = ["measured"]
     lines = [
         f"| claim | published | {'before, 3 seeds | ' * bool(before)}{' | '.join(names)} | verdict "
         "| why |"
@@ -161,7 +168,7 @@ def headlines(found: Experiment, reports: Sequence[Report | None], before: Seque
         if before:
             old = [c for r in before for c in r.claims if c.statement == headline.earlier]
             cells.append(cell(old[0]) if old else "–")
-        for i in shown:
+        for i in plans[headline] if apart else shown:
             claim = claims[i]
             planned = any(h.key == headline.key for h in found.studies[i].hypotheses)
             cells.append(cell(claim) if claim else "to be run" if planned else "–")

@@ -28,23 +28,34 @@ from typing import Any
 
 from bench.harness.machine import describe_machine, load, now
 from bench.whole_models.models import MODELS, build
-from bench.whole_models.worker import HF, LLAMA, memory
+from bench.whole_models.worker import HF, LLAMA, SEQUENCES, memory
 from moe_ops.bench.timing import interleave
 
 # How far logits may be from those of eager experts in bfloat16, by the norm.
 _ERRORS = {"int8": 0.1, "q8_0": 0.1, "int4": 0.5, "q4_0": 0.8}
 _ERROR = 0.06
+# Of options that are not given, as usual and with --tiny.
+_SIZES: dict[str, tuple[Any, Any]] = {
+    "prefill": ([128, 512, 2048], [8, 16]),
+    "decode": ([1, 4, 16], [1, 2]),
+    "context": (128, 8),
+    "steps": (32, 4),
+    "rounds": (5, 1),
+}
 
 
 class Worker:
-    def __init__(self, name: str, folder: Path, threads: int, python: str) -> None:
+    def __init__(self, name: str, folder: Path, args: argparse.Namespace) -> None:
         self.name = name
         self.started = time.perf_counter()
         # A setting of the shell would slow one down and not the other: llama.cpp's threads wait for
         # each other at every product.
         env = {key: value for key, value in os.environ.items() if not key.startswith("OMP_")}
+        python = str(args.llama_python if name in LLAMA else sys.executable)
+        longest = max(*args.prefill, max(args.decode) * (args.context + args.steps + 1))
+        arguments = [name, str(folder), str(args.threads), str(longest)]
         self.process = subprocess.Popen(
-            [python, "-m", "bench.whole_models.worker", name, str(folder), str(threads)],
+            [python, "-m", "bench.whole_models.worker", *arguments],
             env=env,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -86,13 +97,10 @@ def main() -> None:
         "contenders": {},
     }
 
-    def python(name: str) -> str:
-        return str(args.llama_python if name in LLAMA else sys.executable)
-
     workers = []
     for name in args.contenders:
         result["contenders"][name] = {"prefill": {}, "decode": {}}
-        workers.append(Worker(name, folder, args.threads, python(name)))
+        workers.append(Worker(name, folder, args))
     by_name = {worker.name: worker for worker in workers}
 
     prompt = ids(min(64, args.prefill[0]))
@@ -128,7 +136,7 @@ def main() -> None:
     for worker in workers:
         worker.close()
     for name in by_name:  # Alone, each in a fresh process: pages of files are shared otherwise.
-        worker = Worker(name, folder, args.threads, python(name))
+        worker = Worker(name, folder, args)
         worker.ask(do="prefill", ids=ids(args.prefill[0]))
         result["contenders"][name]["first_token_s"] = time.perf_counter() - worker.started
         worker.ask(do="decode", ids=[ids(args.context)], steps=args.steps)
@@ -177,11 +185,11 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--model", choices=sorted(MODELS), default="qwen3_moe")
     parser.add_argument("--contenders", nargs="+", choices=[*HF, *LLAMA])
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--prefill", type=int, nargs="+", default=[128, 512, 2048])
-    parser.add_argument("--decode", type=int, nargs="+", default=[1, 4, 16], help="batch sizes")
-    parser.add_argument("--context", type=int, default=128, help="tokens before decoding")
-    parser.add_argument("--steps", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--prefill", type=int, nargs="+", help="tokens of a prompt")
+    parser.add_argument("--decode", type=int, nargs="+", help="batch sizes, up to 16")
+    parser.add_argument("--context", type=int, help="tokens before decoding")
+    parser.add_argument("--steps", type=int, help="of decoding in a sample")
+    parser.add_argument("--rounds", type=int, help="samples of each contender")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--folder", help="where models are made and kept")
     parser.add_argument("--llama-python", default=sys.executable)
@@ -192,9 +200,12 @@ def _arguments() -> argparse.Namespace:
         args.contenders = ["eager", "moe_ops", "moe_ops int8", "moe_ops int4"]
     if memory() == {}:
         parser.error("memory is read from /proc, which this system lacks")
+    for name, (usual, tiny) in _SIZES.items():
+        if getattr(args, name) is None:
+            setattr(args, name, tiny if args.tiny else usual)
+    if max(args.decode) > SEQUENCES:
+        parser.error(f"--decode must be at most {SEQUENCES}, got {max(args.decode)}")
     if args.tiny:
-        args.prefill, args.decode, args.context = [8, 16], [1, 2], 8
-        args.steps, args.rounds = 4, 1
         args.keep_going = True  # A token that turns to another expert shows at this size.
     return args
 

@@ -1,7 +1,8 @@
 """One contender in a process of its own: answers a line of JSON for each line that it is given.
 
-    python -m bench.whole_models.worker CONTENDER FOLDER THREADS
+    python -m bench.whole_models.worker CONTENDER FOLDER THREADS TOKENS
 
+TOKENS are those of all sequences of a command together, at most: llama.cpp wants to know.
 Commands: {"do": "logits", "ids": [..]}; {"do": "prefill", "ids": [..]};
 {"do": "decode", "ids": [[..]..], "steps": n}; {"do": "memory"}. Times are seconds.
 """
@@ -26,7 +27,7 @@ HF = {
     "moe_ops int4 compiled": {"weights": "int4", "compile": True},
 }
 LLAMA = {"llama.cpp bf16": "bf16", "llama.cpp q8_0": "q8_0", "llama.cpp q4_0": "q4_0"}
-CONTEXT = 4096  # Tokens of all sequences together.
+SEQUENCES = 16  # At a time.
 
 
 class Contender(Protocol):
@@ -42,7 +43,7 @@ class Contender(Protocol):
 
 
 class Transformers:
-    def __init__(self, contender: str, folder: Path, threads: int) -> None:
+    def __init__(self, contender: str, folder: Path, threads: int, num_tokens: int) -> None:
         import torch
         from transformers import AutoModelForCausalLM
 
@@ -97,7 +98,7 @@ class Transformers:
 class LlamaCpp:
     """Through the C functions: several sequences in a batch are beyond the Python class."""
 
-    def __init__(self, contender: str, folder: Path, threads: int) -> None:
+    def __init__(self, contender: str, folder: Path, threads: int, num_tokens: int) -> None:
         import llama_cpp
 
         self.c = c = llama_cpp
@@ -110,14 +111,14 @@ class LlamaCpp:
         if not self.model:
             raise SystemExit(f"llama.cpp cannot load {path}.")
         params = c.llama_context_default_params()
-        params.n_ctx, params.n_batch, params.n_ubatch = CONTEXT, CONTEXT, 512
-        params.n_seq_max, params.kv_unified = 16, True
+        params.n_ctx, params.n_batch, params.n_ubatch = num_tokens, num_tokens, 512
+        params.n_seq_max, params.kv_unified = SEQUENCES, True
         params.n_threads = params.n_threads_batch = threads
         self.context = c.llama_init_from_model(self.model, params)
         if not self.context:
             raise SystemExit(f"llama.cpp cannot make a context for {path}.")
         self.vocab = c.llama_vocab_n_tokens(c.llama_model_get_vocab(self.model))
-        self.batch = c.llama_batch_init(CONTEXT, 0, 16)
+        self.batch = c.llama_batch_init(num_tokens, 0, SEQUENCES)
 
     def logits(self, ids: list[int]) -> list[float]:
         self._start([ids])
@@ -183,9 +184,9 @@ def memory() -> dict[str, int]:
 
 
 def main() -> None:
-    contender, folder, threads = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+    contender, folder, threads, num_tokens = sys.argv[1:]
     kind = Transformers if contender in HF else LlamaCpp
-    it: Contender = kind(contender, folder, threads)
+    it: Contender = kind(contender, Path(folder), int(threads), int(num_tokens))
     for line in sys.stdin:
         command = json.loads(line)
         answer: Any

@@ -4,33 +4,27 @@
 #include "moe_ops/attention_step.h"
 
 #include <algorithm>
-#include <cmath>
-#include <limits>
 
-#include "cpu/gemm/dense_layer.h"
-#include "cpu/gemm/desc.h"
-#include "cpu/kernels/router.h"
-#include "cpu/kernels/rows.h"
+#include "cpu/attention_block.h"
 #include "cpu/runtime/parallel.h"
 #include "cpu/runtime/team.h"
 #include "cpu/runtime/workspace.h"
-#include "moe_ops/add_rms_norm.h"
 
 namespace moe_ops::cpu {
 
 namespace {
 
 template <class T>
-class Step {
+class Step : AttentionParts<T> {
+  using Parts = AttentionParts<T>;
+  using Parts::keys_;
+  using Parts::ld_;
+  using Parts::par_;
+  using Parts::tokens_;
+
  public:
   Step(const AttentionStepParams& p, const Parallel& par)
-      : p_(p),
-        par_(par),
-        tokens_(p.batch * p.num_tokens),
-        group_(p.heads / p.kv_heads),
-        keys_(p.start + p.num_tokens),
-        // A row of scores has room for the sink, and the width that exp_sum wants.
-        ld_(round_up(keys_ + 1, kRowUnit)) {}
+      : Parts(p, par), p_(p), group_(p.heads / p.kv_heads) {}
 
   void run() {
     const int64_t H = p_.hidden_size, d = p_.head_size;
@@ -55,83 +49,26 @@ class Step {
     index_ = arena.template take<int32_t>(rows);
     offsets_ = arena.template take<int32_t>(p_.batch * p_.kv_heads + 1);
 
-    Rows x{p_.x, p_.type, H, nullptr};
-    if (p_.norm_weight != nullptr) {
-      add_rms_norm({p_.x, nullptr, p_.norm_weight, nullptr, p_.type, tokens_, H, p_.eps, normed,
-                    nullptr, scores_},
-                   par_);
-      x.data = normed;
-    }
-    multiply(p_.query, x, tokens_, q_, kAccumulate<T>, par_);
-    multiply(p_.key, x, tokens_, k, kAccumulate<T>, par_);
-    multiply(p_.value, x, tokens_, v, kAccumulate<T>, par_);
-    norm(p_.query_norm, q_, p_.heads);
-    norm(p_.key_norm, k, p_.kv_heads);
-    rotate(q_, p_.heads);
-    rotate(k, p_.kv_heads);
+    const Rows x = this->input(normed, scores_);
+    multiply({{p_.query, q_}, {p_.key, k}, {p_.value, v}}, x, tokens_, kAccumulate<T>, par_);
+    norm_heads(p_.query_norm, q_, p_.heads);
+    norm_heads(p_.key_norm, k, p_.kv_heads);
+    this->rotate(q_, p_.heads, d, q_width, {}, buffer_);
+    this->rotate(k, p_.kv_heads, d, kv_width, {}, buffer_);
     const T scale = static_cast<T>(p_.scale);
     for (int64_t i = 0; i < tokens_ * q_width; ++i) q_[i] *= scale;
-    keep(p_.keys, k);
-    keep(p_.values, v);
+    this->keep(p_.keys, k, p_.kv_heads, d, kv_width);
+    this->keep(p_.values, v, p_.kv_heads, d, kv_width);
     attend();
-    multiply(p_.out, {mixed_, p_.type, q_width, nullptr}, tokens_, y, kAccumulate<T>, par_);
-    const T factor = static_cast<T>(p_.residual_scale);
-    for (int64_t t = 0; t < tokens_; ++t) {
-      T* const row = y + t * H;
-      if (factor != T(1)) {
-        for (int64_t i = 0; i < H; ++i) row[i] *= factor;
-      }
-      rows_.axpy(p_.type, element(p_.x, p_.type, t * H), T(1), row, H);
-      rows_.store_row(p_.type, row, static_cast<char*>(p_.y) + t * H * size, H);
-    }
+    this->finish(mixed_, q_width, y);
   }
 
  private:
-  // Heads of all tokens over their root mean squares, in place.
-  void norm(const void* weight, T* heads, int64_t num_heads) {
+  void norm_heads(const void* weight, T* heads, int64_t num_heads) {
     if (weight == nullptr) return;
     const int64_t cols = p_.norms_heads ? p_.head_size : num_heads * p_.head_size;
-    NormRows<T> r = {};
-    r.type = kAccumulate<T>;
-    r.rows = p_.norms_heads ? tokens_ * num_heads : tokens_;
-    r.cols = cols;
-    r.eps = static_cast<T>(p_.head_eps);
-    rows_.load_row(p_.type, weight, buffer_, cols, T(1));
-    r.weight = buffer_;
-    r.wide = buffer_ + cols;
-    r.x = r.y = heads;
-    r.rstd = factors_;
-    rows_.norm_rows(r);
-  }
-
-  void rotate(T* heads, int64_t num_heads) {
-    const int64_t d = p_.head_size, half = p_.half;
-    if (half == 0) return;
-    const bool whole = 2 * half == d;
-    T *const cos = buffer_, *const sin = buffer_ + half;
-    for (int64_t t = 0; t < tokens_; ++t) {
-      const int64_t angle =
-          t / p_.num_tokens * p_.angle_stride_batch + t % p_.num_tokens * p_.angle_stride_token;
-      rows_.load_row(p_.angle_type, element(p_.cos, p_.angle_type, angle), cos, half, T(1));
-      rows_.load_row(p_.angle_type, element(p_.sin, p_.angle_type, angle), sin, half, T(1));
-      T* const row = heads + t * num_heads * d;
-      for (int64_t h = 0; h < (whole ? 1 : num_heads); ++h) {
-        T* const first = row + h * d;
-        rows_.rotate_rows({1, first, d, cos, sin, T(1), whole ? num_heads : 1, half, first, d});
-      }
-    }
-  }
-
-  void keep(const KeptHeads<void>& kept, const T* heads) {
-    const int64_t d = p_.head_size;
-    for (int64_t t = 0; t < tokens_; ++t) {
-      const int64_t b = t / p_.num_tokens, s = p_.start + t % p_.num_tokens;
-      for (int64_t h = 0; h < p_.kv_heads; ++h) {
-        const int64_t to = b * kept.stride_batch + h * kept.stride_head + s * kept.stride_token;
-        rows_.store_row(p_.type, heads + (t * p_.kv_heads + h) * d,
-                        static_cast<char*>(kept.data) + to * dtype_size(p_.type), d);
-      }
-    }
+    const int64_t count = p_.norms_heads ? tokens_ * num_heads : tokens_;
+    this->norm(weight, p_.head_eps, heads, count, cols, cols, buffer_, factors_);
   }
 
   // Queries of q_ over what is kept, to mixed_. Sequences go together where key heads of all of
@@ -171,7 +108,9 @@ class Step {
     grouped_gemm(g, par_);
     const double cost = static_cast<double>(keys_) + 20;
     parallel_range(par_, rows, cost, [&](int64_t begin, int64_t end) {
-      for (int64_t r = begin; r < end; ++r) softmax(r, first * S * p_.heads + index_[r]);
+      for (int64_t r = begin; r < end; ++r) {
+        factors_[r] = this->softmax(scores_ + r * ld_, first * S * p_.heads + index_[r]);
+      }
     });
     g.out_features = d;
     g.in_features = keys_;
@@ -183,43 +122,8 @@ class Step {
     grouped_gemm(g, par_);
   }
 
-  // Row r of scores, of `query` = (b, token, head), becomes weights times an unknown that
-  // factors_[r] takes away. A query that sees nothing has weights 0.
-  void softmax(int64_t r, int64_t query) {
-    constexpr T kHidden = -std::numeric_limits<T>::infinity();
-    const int64_t S = p_.num_tokens, head = query % p_.heads;
-    const int64_t s = query / p_.heads % S, b = query / p_.heads / S;
-    T* const row = scores_ + r * ld_;
-    int64_t last = keys_;
-    if (p_.mask.data == nullptr) {
-      last = p_.start + s + 1;
-    } else {
-      const int64_t from = b * p_.mask.stride_batch + s * p_.mask.stride_token;
-      if (p_.mask.is_bool) {
-        const auto* sees = static_cast<const uint8_t*>(p_.mask.data) + from;
-        for (int64_t j = 0; j < keys_; ++j) row[j] = sees[j] != 0 ? row[j] : kHidden;
-      } else {
-        rows_.axpy(p_.mask.type, element(p_.mask.data, p_.mask.type, from), T(1), row, keys_);
-      }
-    }
-    std::fill(row + last, row + ld_, kHidden);
-    if (p_.sinks != nullptr) {
-      rows_.load_row(p_.type, element(p_.sinks, p_.type, head), row + keys_, 1, T(1));
-    }
-    T sum;
-    if (std::all_of(row, row + ld_, [](T x) { return x == kHidden; })) {
-      std::fill(row, row + ld_, T(0));
-      sum = T(1);
-    } else {
-      router_kernels<T>().exp_sum(row, row, 1, ld_, ld_, &sum);
-    }
-    factors_[r] = T(1) / sum;
-  }
-
   const AttentionStepParams& p_;
-  const Parallel& par_;
-  const RowKernels<T>& rows_ = row_kernels<T>();
-  const int64_t tokens_, group_, keys_, ld_;
+  const int64_t group_;
   char* mixed_;  // [tokens, heads, d] of the type of x
   T *q_, *scores_, *factors_, *buffer_;
   int32_t *index_, *offsets_;

@@ -15,6 +15,7 @@ void moe_ffn_quantized(const MoeFfnQuantizedParams& p, const Parallel& par) {
   f.b_down = p.b_down;
   f.y = p.y;
   f.y_type = p.x.type;
+  f.preact = p.preact;
   moe_ffn(f, par);
 }
 

@@ -5,44 +5,63 @@ namespace moe_ops::adapter {
 
 namespace {
 
-Tensor grouped_gemm_quantized(const Tensor& a, const Tensor& b, const Tensor& b_scale,
-                              const Tensor& expert_offsets, const OptTensor& bias) {
-  constexpr const char* kOp = "grouped_gemm_quantized";
-  const DType type = check_float(kOp, "a", a);
-  MOE_CHECK(type != DType::kFloat64, kOp, ": a must be float32, bfloat16 or float16, got float64.");
-  check_dim(kOp, "a", a, 2, "[N, K]");
-  const Quantized weights = quantized_of(kOp, "b", "b_scale", b, b_scale);
-  MOE_CHECK(weights.depth == a.size(1), kOp, ": b must have rows of K = ", a.size(1),
-            " weights, got ", weights.depth, " (shape ", shape_string(b), ").");
+// exact: a is not rounded. transposed: a [N, O] -> [N, K].
+Tensor run(const Op& op, const Tensor& a, const Tensor& b, const Tensor& b_scale,
+           const Tensor& expert_offsets, const OptTensor& bias, const OptTensor& b_zero, bool exact,
+           bool transpose) {
+  const DType type = check_float(op, "a", a);
+  MOE_CHECK(type != DType::kFloat64, op, ": a must be float32, bfloat16 or float16, got float64.");
+  check_dim(op, "a", a, 2, "[N, K]");
+  const Quantized weights = quantized_of(op, "b", "b_scale", b, b_scale, Formats::kAll, b_zero);
+  const int64_t in = transpose ? weights.features : weights.depth;
+  const int64_t out_features = transpose ? weights.depth : weights.features;
+  MOE_CHECK(in == a.size(1), op, ": b must have ", transpose ? "" : "rows of ", "K = ", a.size(1),
+            transpose ? " rows" : " weights", ", got ", in, " (shape ", shape_string(b), ").");
   if (bias.has_value()) {
-    check_same_dtype(kOp, "bias", *bias, "a", a);
-    check_dim(kOp, "bias", *bias, 2, "[E, O]");
-    check_size(kOp, "bias", *bias, 0, weights.experts, "E");
-    check_size(kOp, "bias", *bias, 1, weights.features, "O");
+    check_same_dtype(op, "bias", *bias, "a", a);
+    check_dim(op, "bias", *bias, 2, "[E, O]");
+    check_size(op, "bias", *bias, 0, weights.experts, "E");
+    check_size(op, "bias", *bias, 1, out_features, "O");
   }
-  const Tensor offsets = checked_offsets(kOp, expert_offsets, a.size(0));
-  check_size(kOp, "expert_offsets", expert_offsets, 0, weights.experts + 1, "E+1");
+  const Tensor offsets = checked_offsets(op, expert_offsets, a.size(0));
+  check_size(op, "expert_offsets", expert_offsets, 0, weights.experts + 1, "E+1");
   const Tensor src = with_dense_rows(a);
   const Bias bias_rows = bias_of(bias, type);
-  Tensor out = empty_cpu(kOp, {a.size(0), weights.features}, a.scalar_type());
+  Tensor out = empty_cpu(op, {a.size(0), out_features}, a.scalar_type());
   GroupedGemmParams p;
   p.expert_offsets = int32_data(offsets);
   p.num_experts = weights.experts;
-  p.out_features = weights.features;
-  p.in_features = weights.depth;
+  p.out_features = out_features;
+  p.in_features = in;
   p.a = rows_of(src, type);
   p.b = matrices_of(weights.matrices, type);
+  p.b.quant.has_kernels &= !exact;
+  if (transpose) p.b = transposed(p.b);
   p.bias = bias_rows.vectors;
-  p.out = {out.mutable_data_ptr(), type, weights.features, nullptr};
+  p.out = {out.mutable_data_ptr(), type, out_features, nullptr};
   cpu::grouped_gemm(p, torch_parallel());
   zero_rows_from(out, num_valid_rows(offsets));
   return out;
+}
+
+Tensor grouped_gemm_quantized(const Tensor& a, const Tensor& b, const Tensor& b_scale,
+                              const Tensor& expert_offsets, const OptTensor& bias,
+                              const OptTensor& b_zero) {
+  return run("grouped_gemm_quantized", a, b, b_scale, expert_offsets, bias, b_zero, false, false);
+}
+
+Tensor grouped_gemm_quantized_exact(const Tensor& a, const Tensor& b, const Tensor& b_scale,
+                                    const Tensor& expert_offsets, const OptTensor& bias,
+                                    const OptTensor& b_zero, bool transposed) {
+  return run("grouped_gemm_quantized", a, b, b_scale, expert_offsets, bias, b_zero, true,
+             transposed);
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(moe_ops, CPU, m) {
   m.impl("grouped_gemm_quantized", MOE_BOX(grouped_gemm_quantized));
+  m.impl("grouped_gemm_quantized_exact", MOE_BOX(grouped_gemm_quantized_exact));
 }
 
 }  // namespace moe_ops::adapter

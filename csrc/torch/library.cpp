@@ -113,10 +113,15 @@ static void define_schemas(torch::stable::detail::StableLibrary& m) {
       "-> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)");
 
   // grouped_gemm of weights int8 [E,O,K] with scales [E,O], or uint8 [E,O,K/2], two 4-bit ones a
-  // byte, with scales [E,O,K/G]; they have no gradient.
+  // byte, with scales [E,O,K/G], or of one of the formats of torch/quantized.h, with zero points of
+  // 4-bit weights; they have no gradient.
   m.def(
       "grouped_gemm_quantized(Tensor a, Tensor b, Tensor b_scale, Tensor expert_offsets, "
-      "Tensor? bias=None) -> Tensor");
+      "Tensor? bias=None, Tensor? b_zero=None) -> Tensor");
+  // The same with a as it is; transposed: a [N,O] -> [N,K]. One is the gradient of the other.
+  m.def(
+      "grouped_gemm_quantized_exact(Tensor a, Tensor b, Tensor b_scale, Tensor expert_offsets, "
+      "Tensor? bias=None, Tensor? b_zero=None, bool transposed=False) -> Tensor");
 
   // --- whole blocks
   // x [T,H] -> residual + residual_scale * sigmoid(output_gate norm(x)) * w_down (act(w_gate
@@ -146,13 +151,31 @@ static void define_schemas(torch::stable::detail::StableLibrary& m) {
       "bool apply_router_weight_on_input=False, float alpha=1.702, float limit=7.0, ScalarType? "
       "out_dtype=None) -> Tensor");
   // moe_ffn of weights int8 [E,O,D] with scales [E,O], or uint8 [E,O,D/2], two 4-bit ones a byte,
-  // with scales [E,O,D/G]; x_scale [H]: factors of x. Inference only.
+  // with scales [E,O,D/G], or of one of the formats of torch/quantized.h; x_scale [H]: factors of
+  // x; *_zero [E,O,D/G]: zero points of 4-bit weights. Gradients of x and topk_weights only.
   m.def(
       "moe_ffn_quantized(Tensor x, Tensor w_gate_up, Tensor w_gate_up_scale, Tensor w_down, "
       "Tensor w_down_scale, Tensor topk_weights, Tensor topk_ids, Tensor? x_scale=None, "
       "Tensor? b_gate_up=None, Tensor? b_down=None, str activation=\"swiglu\", "
       "bool interleaved=False, bool apply_router_weight_on_input=False, float alpha=1.702, "
-      "float limit=7.0) -> Tensor");
+      "float limit=7.0, Tensor? w_gate_up_zero=None, Tensor? w_down_zero=None) -> Tensor");
+  // The same for training: also returns the pre-activation [N,2I] and the routing.
+  m.def(
+      "moe_ffn_quantized_fwd(Tensor x, Tensor w_gate_up, Tensor w_gate_up_scale, Tensor w_down, "
+      "Tensor w_down_scale, Tensor topk_weights, Tensor topk_ids, Tensor? x_scale=None, "
+      "Tensor? b_gate_up=None, Tensor? b_down=None, str activation=\"swiglu\", "
+      "bool interleaved=False, bool apply_router_weight_on_input=False, float alpha=1.702, "
+      "float limit=7.0, Tensor? w_gate_up_zero=None, Tensor? w_down_zero=None) "
+      "-> (Tensor y, Tensor preact, Tensor expert_offsets, Tensor row_to_slot, Tensor "
+      "slot_to_row)");
+  // Of x times x_scale. Gradients that are not wanted come back with shape [0].
+  m.def(
+      "moe_ffn_quantized_bwd(Tensor grad_y, Tensor x, Tensor w_gate_up, Tensor w_gate_up_scale, "
+      "Tensor w_down, Tensor w_down_scale, Tensor topk_weights, Tensor preact, "
+      "Tensor expert_offsets, Tensor row_to_slot, Tensor slot_to_row, Tensor? b_gate_up, "
+      "Tensor? b_down, str activation, bool interleaved, bool apply_router_weight_on_input, "
+      "float alpha, float limit, Tensor? w_gate_up_zero, Tensor? w_down_zero, bool need_x, "
+      "bool need_topk_weights) -> (Tensor grad_x, Tensor grad_topk_weights)");
   // moe_ffn of weights float8_e4m3fn [E,O,D] with scales [E,ceil(O/128),ceil(D/128)]; x and the
   // activated features become float8_e4m3fn too, with a scale for 128 of a row. x may come as such
   // codes, with x_scale [T,ceil(H/128)] and an out_dtype. Inference only.
@@ -205,6 +228,23 @@ static void define_schemas(torch::stable::detail::StableLibrary& m) {
       "Tensor topk_ids, Tensor? bias, bool need_h, bool need_w, bool need_topk_weights, "
       "bool need_bias) -> (Tensor grad_h, Tensor grad_w, Tensor grad_topk_weights, "
       "Tensor grad_bias)");
+  // x [T,H], tables w_gate_up [E,G,H] (G = 2 with a gate, else 1) and w_down [E,H,1] of experts of
+  // one neuron -> [T,H]: sum_k topk_weights[t,k] * act(w_gate_up[e] x[t]) * w_down[e]
+  m.def(
+      "peer_ffn(Tensor x, Tensor w_gate_up, Tensor w_down, Tensor topk_weights, Tensor topk_ids, "
+      "str activation=\"gelu\", bool sparse_grad=False) -> Tensor");
+  // peer_ffn for training: also returns the pre-activation [T,G,K].
+  m.def(
+      "peer_ffn_fwd(Tensor x, Tensor w_gate_up, Tensor w_down, Tensor topk_weights, "
+      "Tensor topk_ids, str activation=\"gelu\", bool sparse_grad=False) "
+      "-> (Tensor y, Tensor preact)");
+  // Gradients of the tables have num_rows rows, row r the sum over the slots whose grad_ids [T,K]
+  // is r; without grad_ids, whose topk_ids is. Gradients that are not wanted have shape [0].
+  m.def(
+      "peer_ffn_bwd(Tensor grad_y, Tensor x, Tensor w_gate_up, Tensor w_down, "
+      "Tensor topk_weights, Tensor topk_ids, Tensor preact, Tensor? grad_ids, str activation, "
+      "int num_rows, bool need_x, bool need_w_gate_up, bool need_w_down, bool need_topk_weights) "
+      "-> (Tensor grad_x, Tensor grad_w_gate_up, Tensor grad_w_down, Tensor grad_topk_weights)");
 
   // --- every expert on every token
   // x [T,G,H], w_up [E,I,H], w_down [E,O,I], input_ids [E] in [0,G) -> [T,E,O]:
@@ -255,6 +295,17 @@ static void define_schemas(torch::stable::detail::StableLibrary& m) {
       "Tensor? w_v_scale=None, Tensor? w_o_scale=None, Tensor? q_norm=None, Tensor? k_norm=None, "
       "float head_eps=1e-06, Tensor? mask=None, Tensor? sinks=None, "
       "float residual_scale=1.0) -> Tensor");
+  // The same of latent attention. latents [B,1,L,r] and rope_keys [B,1,L,d_r] are kept: norm and
+  // rotation of the halves of w_kv_a x, [r + d_r,H]. w_q [n (d_n + d_r),H], or [..,r_q] after
+  // w_q_a [r_q,H] and q_norm; w_kv_b [n (d_n + d_v),r] float; w_o [H,n d_v].
+  m.def(
+      "latent_attention_step(Tensor x, Tensor w_q, Tensor w_kv_a, Tensor kv_norm, Tensor w_kv_b, "
+      "Tensor w_o, Tensor cos, Tensor sin, Tensor(a!) latents, Tensor(b!) rope_keys, int start, "
+      "int num_heads, float scale, Tensor? norm_weight=None, float eps=1e-06, Tensor? w_q_a=None, "
+      "Tensor? q_norm=None, float latent_eps=1e-06, Tensor? b_q=None, Tensor? b_q_a=None, "
+      "Tensor? b_kv_a=None, Tensor? b_o=None, Tensor? w_q_scale=None, Tensor? w_q_a_scale=None, "
+      "Tensor? w_kv_a_scale=None, Tensor? w_o_scale=None, bool interleaved=False, "
+      "bool interleaved_keys=False, Tensor? mask=None, float residual_scale=1.0) -> Tensor");
   // q [B,S,K,n,d], k and v [B,S_kv,n,d] -> out like q, state [B,S,K,n] fp32: the log-sum-exp of
   // softmax, what remains of the stick. window 0: all keys; softcap 0: none.
   m.def(

@@ -20,7 +20,7 @@ Call check(const Op& op, const Tensor& x, const Tensor& w_gate_up, const Tensor&
            const Tensor& w_down, const Tensor& w_down_scale, const Tensor& topk_weights,
            const Tensor& topk_ids, const OptTensor& x_scale, const OptTensor& b_gate_up,
            const OptTensor& b_down, const std::string& activation, bool interleaved, double alpha,
-           double limit) {
+           double limit, Formats formats, const OptTensor& up_zero, const OptTensor& down_zero) {
   Call call;
   Sizes& s = call.sizes;
   s.act = check_activation(op, activation, interleaved, alpha, limit, false);
@@ -34,7 +34,8 @@ Call check(const Op& op, const Tensor& x, const Tensor& w_gate_up, const Tensor&
   s.T = x.size(0);
   s.H = x.size(1);
   s.K = topk_ids.size(1);
-  call.up = quantized_of(op, "w_gate_up", "w_gate_up_scale", w_gate_up, w_gate_up_scale);
+  call.up = quantized_of(op, "w_gate_up", "w_gate_up_scale", w_gate_up, w_gate_up_scale, formats,
+                         up_zero);
   s.E = call.up.experts;
   s.width = call.up.features;
   MOE_CHECK(s.E >= 1, op, ": w_gate_up must hold at least one expert, got shape ",
@@ -45,7 +46,7 @@ Call check(const Op& op, const Tensor& x, const Tensor& w_gate_up, const Tensor&
             ": w_gate_up must have an even number 2I of features, got shape ",
             shape_string(w_gate_up), ".");
   s.I = gated ? s.width / 2 : s.width;
-  call.down = quantized_of(op, "w_down", "w_down_scale", w_down, w_down_scale);
+  call.down = quantized_of(op, "w_down", "w_down_scale", w_down, w_down_scale, formats, down_zero);
   check_size(op, "w_down", w_down, 0, s.E, "E");
   check_size(op, "w_down", w_down, 1, s.H, "H");
   MOE_CHECK(call.down.depth == s.I, op, ": w_down must have rows of I = ", s.I, " weights, got ",
@@ -98,10 +99,11 @@ Tensor moe_ffn_quantized(const Tensor& x, const Tensor& w_gate_up, const Tensor&
                          const Tensor& topk_weights, const Tensor& topk_ids,
                          const OptTensor& x_scale, const OptTensor& b_gate_up,
                          const OptTensor& b_down, std::string activation, bool interleaved,
-                         bool apply_router_weight_on_input, double alpha, double limit) {
-  const Call call =
-      check(kOp, x, w_gate_up, w_gate_up_scale, w_down, w_down_scale, topk_weights, topk_ids,
-            x_scale, b_gate_up, b_down, activation, interleaved, alpha, limit);
+                         bool apply_router_weight_on_input, double alpha, double limit,
+                         const OptTensor& w_gate_up_zero, const OptTensor& w_down_zero) {
+  const Call call = check(kOp, x, w_gate_up, w_gate_up_scale, w_down, w_down_scale, topk_weights,
+                          topk_ids, x_scale, b_gate_up, b_down, activation, interleaved, alpha,
+                          limit, Formats::kAll, w_gate_up_zero, w_down_zero);
   const Sizes& s = call.sizes;
   const SlotIds slots = slot_ids(kOp, topk_ids, s.E);
   Tensor y = empty_cpu(kOp, {s.T, s.H}, x.scalar_type());
@@ -111,26 +113,88 @@ Tensor moe_ffn_quantized(const Tensor& x, const Tensor& w_gate_up, const Tensor&
   return y;
 }
 
+FfnOutputs moe_ffn_quantized_fwd(const Tensor& x, const Tensor& w_gate_up,
+                                 const Tensor& w_gate_up_scale, const Tensor& w_down,
+                                 const Tensor& w_down_scale, const Tensor& topk_weights,
+                                 const Tensor& topk_ids, const OptTensor& x_scale,
+                                 const OptTensor& b_gate_up, const OptTensor& b_down,
+                                 std::string activation, bool interleaved,
+                                 bool apply_router_weight_on_input, double alpha, double limit,
+                                 const OptTensor& w_gate_up_zero, const OptTensor& w_down_zero) {
+  const Call call = check(kOp, x, w_gate_up, w_gate_up_scale, w_down, w_down_scale, topk_weights,
+                          topk_ids, x_scale, b_gate_up, b_down, activation, interleaved, alpha,
+                          limit, Formats::kAll, w_gate_up_zero, w_down_zero);
+  const Sizes& s = call.sizes;
+  const SortedSlots slots = sorted_slots(kOp, topk_ids, s.E);
+  Tensor y = empty_cpu(kOp, {s.T, s.H}, x.scalar_type());
+  Tensor preact = empty_cpu(kOp, {s.T * s.K, s.width}, x.scalar_type());
+  Operands operands(call, slots.routing, x, topk_weights, x_scale, b_gate_up, b_down,
+                    apply_router_weight_on_input, y);
+  operands.params.preact = preact.mutable_data_ptr();
+  cpu::moe_ffn_quantized(operands.params, torch_parallel());
+  return {y, preact, slots.expert_offsets, slots.row_to_slot, slots.slot_to_row};
+}
+
+// Of the products with matrices that are transposed, whose weights are dequantised in cache.
+std::tuple<Tensor, Tensor> moe_ffn_quantized_bwd(
+    const Tensor& grad_y, const Tensor& x, const Tensor& w_gate_up, const Tensor& w_gate_up_scale,
+    const Tensor& w_down, const Tensor& w_down_scale, const Tensor& topk_weights,
+    const Tensor& preact, const Tensor& expert_offsets, const Tensor& row_to_slot,
+    const Tensor& slot_to_row, const OptTensor& b_gate_up, const OptTensor& b_down,
+    std::string activation, bool interleaved, bool apply_router_weight_on_input, double alpha,
+    double limit, const OptTensor& w_gate_up_zero, const OptTensor& w_down_zero, bool need_x,
+    bool need_topk_weights) {
+  constexpr const char* kBwdOp = "moe_ffn_quantized_bwd";
+  const Call call = check(kBwdOp, x, w_gate_up, w_gate_up_scale, w_down, w_down_scale, topk_weights,
+                          slot_to_row, {}, b_gate_up, b_down, activation, interleaved, alpha, limit,
+                          Formats::kAll, w_gate_up_zero, w_down_zero);
+  const Sizes& s = call.sizes;
+  check_saved(kBwdOp, s, grad_y, x, preact, expert_offsets, row_to_slot, slot_to_row);
+  const int64_t N = s.T * s.K;
+  const Tensor offsets = checked_offsets(kBwdOp, expert_offsets, N);
+  const Tensor rows = checked_map(kBwdOp, "row_to_slot", row_to_slot, N);
+  const Tensor slots = checked_map(kBwdOp, "slot_to_row", slot_to_row, N);
+  const Tensor gy = with_dense_rows(grad_y), src = with_dense_rows(x), pre = dense(preact);
+  const Tensor weights = contiguous_as(topk_weights, ScalarType::Float);
+  const Bias down_bias = bias_of(b_down, s.type);
+  Tensor grad_x = empty_cpu_if(need_x, kBwdOp, {s.T, s.H}, x.scalar_type());
+  Tensor grad_topk_weights = empty_cpu_if(need_topk_weights, kBwdOp, {s.T, s.K}, ScalarType::Float);
+  MoeFfnBwdParams p{};
+  p.desc = desc_of(s, routing_of(offsets, rows, slots), weights, apply_router_weight_on_input);
+  p.grad_y = rows_of(gy, check_float(kBwdOp, "grad_y", gy));
+  p.x = rows_of(src, s.type);
+  p.w_gate_up = matrices_of(call.up.matrices, s.type);
+  p.w_down = matrices_of(call.down.matrices, s.type);
+  p.b_down = down_bias.vectors;
+  p.preact = pre.const_data_ptr();
+  p.grad_x = data_if(need_x, grad_x);
+  p.grad_topk_weights = data_if(need_topk_weights, grad_topk_weights);
+  cpu::moe_ffn_bwd(p, torch_parallel());
+  return {grad_x, grad_topk_weights};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(moe_ops, CPU, m) {
   m.impl("moe_ffn_quantized", MOE_BOX(moe_ffn_quantized));
+  m.impl("moe_ffn_quantized_fwd", MOE_BOX(moe_ffn_quantized_fwd));
+  m.impl("moe_ffn_quantized_bwd", MOE_BOX(moe_ffn_quantized_bwd));
 }
 
 #ifdef MOE_OPS_WITH_CUDA
 
-static Tensor moe_ffn_quantized_cuda(const Tensor& x, const Tensor& w_gate_up,
-                                     const Tensor& w_gate_up_scale, const Tensor& w_down,
-                                     const Tensor& w_down_scale, const Tensor& topk_weights,
-                                     const Tensor& topk_ids, const OptTensor& x_scale,
-                                     const OptTensor& b_gate_up, const OptTensor& b_down,
-                                     std::string activation, bool interleaved,
-                                     bool apply_router_weight_on_input, double alpha,
-                                     double limit) {
+static Tensor moe_ffn_quantized_cuda(
+    const Tensor& x, const Tensor& w_gate_up, const Tensor& w_gate_up_scale, const Tensor& w_down,
+    const Tensor& w_down_scale, const Tensor& topk_weights, const Tensor& topk_ids,
+    const OptTensor& x_scale, const OptTensor& b_gate_up, const OptTensor& b_down,
+    std::string activation, bool interleaved, bool apply_router_weight_on_input, double alpha,
+    double limit, const OptTensor& w_gate_up_zero, const OptTensor& w_down_zero) {
   const Op op(kOp, x);
-  const Call call =
-      check(op, x, w_gate_up, w_gate_up_scale, w_down, w_down_scale, topk_weights, topk_ids,
-            x_scale, b_gate_up, b_down, activation, interleaved, alpha, limit);
+  const Call call = check(op, x, w_gate_up, w_gate_up_scale, w_down, w_down_scale, topk_weights,
+                          topk_ids, x_scale, b_gate_up, b_down, activation, interleaved, alpha,
+                          limit, Formats::kWithKernels, w_gate_up_zero, w_down_zero);
+  MOE_CHECK(!w_gate_up_zero.has_value() && !w_down_zero.has_value(), op,
+            ": CUDA kernels have no zero points.");
   const Sizes& s = call.sizes;
   const SortedSlots slots = device_sorted_slots(op, topk_ids, s.E);
   Tensor y = device_empty(x, {s.T, s.H}, x.scalar_type());

@@ -135,11 +135,29 @@ def cases() -> list[Case]:
             lambda m, *t: m.moe_linear_reduce(*t),
             (normal(T, K, I), w_down, weights, ids),
         ),
+        Case(
+            "peer_ffn",
+            lambda m, *t: m.peer_ffn(*t, activation="swiglu"),
+            (x, w_gate_up[:, :2], w_down[..., :1], weights, ids),
+        ),
         Case("rotary", _rotary, (normal(2, T, 3, 24),)),
         Case(
             "attention_step",
             _attention_step,
             (normal(2, 3, H), normal(H, H), normal(H // 2, H), normal(H // 2, H), normal(H, H)),
+            False,
+        ),
+        Case(
+            "latent_attention_step",
+            _latent_attention_step,
+            (
+                normal(2, 3, H),
+                normal(96, H),
+                normal(H, H),
+                normal(56),
+                normal(128, 56),
+                normal(H, H),
+            ),
             False,
         ),
         Case("moa_attention", lambda m, *t: m.moa_attention(*t, kind="softmax"), attention),
@@ -170,6 +188,13 @@ def _attention_step(m: Any, x: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor
     kept = x.new_zeros(2, 2, 2, 5, 16)
     how: dict[str, Any] = {"start": 1, "rotary_size": 16, "scale": 0.25}
     return m.attention_step(x, *weights, angles.cos(), angles.sin(), *kept, **how), kept
+
+
+def _latent_attention_step(m: Any, x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+    angles = torch.linspace(-3, 3, 12, dtype=x.dtype, device=x.device).view(1, 3, 4)
+    kept = x.new_zeros(2, 1, 5, x.shape[2] - 8), x.new_zeros(2, 1, 5, 8)
+    how: dict[str, Any] = {"start": 1, "num_heads": 4, "scale": 0.25, "interleaved": True}
+    return m.latent_attention_step(x, *weights, angles.cos(), angles.sin(), *kept, **how), *kept
 
 
 def _int8(w: Tensor) -> tuple[Tensor, Tensor]:

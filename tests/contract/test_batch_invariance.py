@@ -70,6 +70,7 @@ NOT_BY_TOKEN = {
     "grouped_gemm_fp8_wgrad_accumulate": "sums over tokens",
     "grouped_gemm_wgrad": "sums over tokens",
     "grouped_sum": "sums over tokens",
+    "latent_attention_step": "as attention_step: tests/ops/test_latent_attention_step.py",
     "moa_attention": "a token's keys are other tokens: tests/ops/test_moa_attention.py",
     "pack_experts": "has no tokens",
     "permute": "copies rows",
@@ -617,6 +618,14 @@ def every_op_case(dtype: torch.dtype, op: str) -> Case:
 for name in every_op.OPS:
     if every_op.CASES[name].by_token:
         add(name, "every-op", every_op_case, op=name)
+
+
+def peer_ffn_fwd_case(dtype: torch.dtype) -> Case:
+    case = every_op_case(dtype, "peer_ffn")
+    return dataclasses.replace(case, op=torch.ops.moe_ops.peer_ffn_fwd)
+
+
+add("peer_ffn_fwd", "every-op", peer_ffn_fwd_case)
 
 
 # -------------------------------------------------------------------------------------------- tests

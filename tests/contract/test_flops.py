@@ -85,6 +85,16 @@ def test_moe_ffn(activation, training):
             ),
             False,
         )  # fmt: skip
+        frozen = [w.detach() for w in (w_gate_up, w_down)]
+        wanted = flops(
+            lambda: moe_ops.moe_ffn(x, *frozen, weights, ids, activation=activation), True
+        )
+        assert wanted == flops(
+            lambda: moe_ops.moe_ffn_quantized(
+                x, codes[0], scales[0], codes[1], scales[1], weights, ids, activation=activation
+            ),
+            True,
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -133,4 +143,38 @@ def test_attention():
     heads = [t.flatten(1, -3).transpose(1, 2) for t in (q, k, v)]
     assert flops(lambda: moe_ops.moa_attention(q, k, v, kind="softmax"), False) == flops(
         lambda: torch.softmax(heads[0] @ heads[1].mT, -1) @ heads[2], False
+    )
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_peer_ffn(training):
+    """As moe_ffn of one neuron."""
+    x, w_gate_up, w_down = leaf(T, H), leaf(E, 2, H), leaf(E, H, 1)
+    ids, weights = torch.randint(E, (T, K)), torch.ones(T, K)
+    call = x, w_gate_up, w_down, weights, ids
+    ours = flops(lambda: moe_ops.peer_ffn(*call, activation="swiglu"), training)
+    assert ours == flops(lambda: moe_ops.moe_ffn(*call), training) > 0
+
+
+@pytest.mark.parametrize("bottleneck", [False, True])
+def test_latent_attention(bottleneck):
+    heads, rank, nope, rope, value, narrow = 3, 5, 4, 2, 6, 8
+
+    def call(function) -> torch.Tensor:
+        q_depth = narrow if bottleneck else H
+        kept = torch.zeros(2, 1, 9, rank), torch.zeros(2, 1, 9, rope)
+        angles = torch.ones(1, 2, 1)
+        return function(
+            torch.ones(2, 2, H),
+            torch.ones(heads * (nope + rope), q_depth),
+            torch.ones(rank + rope, H),
+            torch.ones(rank),
+            torch.ones(heads * (nope + value), rank),
+            torch.ones(H, heads * value),
+            angles, angles, *kept, 6,
+            num_heads=heads, scale=1.0, w_q_a=torch.ones(narrow, H) if bottleneck else None,
+        )  # fmt: skip
+
+    assert flops(lambda: call(moe_ops.latent_attention_step), False) == flops(
+        lambda: call(moe_ops.reference.latent_attention_step), False
     )

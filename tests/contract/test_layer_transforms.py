@@ -210,12 +210,6 @@ def test_layer_grad(name):
     close(per_sample[1], grad(lambda t: wrapped(t))(x * 0.5))
 
 
-def test_quantized_experts_have_no_gradient():
-    module = module_of("QuantizedExperts")
-    with refused("moe_ffn_quantized", "it has no gradient"):
-        grad(lambda t: run("QuantizedExperts", module, t).sum())(input_of("QuantizedExperts"))
-
-
 def test_fp8_experts_have_no_transforms():
     module = layers.Experts(E, H, 3, precision="fp8")
     x = torch.randn(T, H)

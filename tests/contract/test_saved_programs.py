@@ -26,6 +26,7 @@ STRINGS = {
     "moe_ffn_fp8": ("activation",),
     "moe_ffn_packed": ("activation",),
     "moe_ffn_quantized": ("activation",),
+    "peer_ffn": ("activation",),
     "topk_router": ("score_func", "group_score"),
 }
 SCRIPT = """

@@ -260,7 +260,9 @@ def test_compile(op):
     close(got, case.gradients[case.names[0]])
 
 
-@pytest.mark.parametrize("op", [op for op in QUANTISED if op != "grouped_gemm_quantized"])
+@pytest.mark.parametrize(
+    "op", sorted(set(QUANTISED) - {"grouped_gemm_quantized", "moe_ffn_quantized"})
+)
 def test_ops_of_inference(op):
     call = call_of(op)
     name = next(n for n, v in call.items() if is_float(v))
@@ -278,7 +280,7 @@ def test_ops_of_inference(op):
     with refused(op, "it has no gradient"):
         grad(lambda t: function(t).float().sum())(call[name])
     batch = torch.stack([call[name], call[name] * 0.5])
-    if op != "attention_step":  # torch's loop over a batch takes no op that writes.
+    if not op.endswith("attention_step"):  # torch's loop over a batch takes no op that writes.
         for y, t in zip(vmap(function)(batch), batch, strict=True):
             assert torch.equal(y, function(t))
 

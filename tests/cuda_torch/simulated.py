@@ -30,11 +30,16 @@ _library.impl("histc", _histogram, "CUDA", allow_override=True)
 NEEDS_REPLAY = ("test_replays_on_new_data",)
 COPIES = ("moe_ffn_packed", "pack_experts")  # call an op of the library, or nothing
 GROUPED_MM = "torch's grouped products of bfloat16 on CUDA, which transformers calls, need a card."
+SPARSE = "torch's kernels of sparse tensors on CUDA need a card."
 NEED_A_CARD = {
+    "test_sparse_gradients_are_the_dense_ones": SPARSE,
+    "test_an_optimiser_takes_sparse_gradients": SPARSE,
+    "test_sparse_gradients": SPARSE,
     # The compiler's own kernels are Triton's, which loads them with the driver.
     "test_generated_code_calls_the_ops": "Triton needs a card.",
     "test_half_precision": GROUPED_MM,
     "test_command": GROUPED_MM,
+    "test_tokens_of_replays": "Kernels of torch run when they are captured: a card replays.",
 }
 
 

@@ -3,7 +3,6 @@ those of contiguous weights, and gradients lie as the weights do."""
 
 from __future__ import annotations
 
-import ctypes
 import re
 
 import pytest
@@ -14,20 +13,6 @@ from tests.hf.models import BLOCK_NAMES, build
 
 import moe_ops
 import moe_ops.hf
-
-
-@pytest.fixture
-def verbose():
-    """The simulator prints a line a launch."""
-    try:
-        set_option = ctypes.CDLL("libcudart.so.13").ptxsim_set_option
-    except (OSError, AttributeError):
-        pytest.skip("Launches are seen on the simulator.")
-    set_option.argtypes = [ctypes.c_char_p, ctypes.c_longlong]
-    set_option(b"verbose", 1)
-    yield
-    set_option(b"verbose", 0)
-
 
 # Of the core of products, with a stage of the block in their epilogue or without.
 STAGES = re.compile(r"UpConfig|DownBwdConfig|ConfigOf|few_rows")

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from moe_ops import _C, is_batch_invariant, ops, reference
 from moe_ops.ops.gated_act import GATED_ACTIVATIONS
+from moe_ops.reference._codes import dequantized as dequantized_weight
 from moe_ops.reference.gated_act import plain_act
-from moe_ops.reference.moe_ffn_quantized import dequantized as dequantized_weight
 from moe_ops.testing import (
     Kwargs,
     absolute,

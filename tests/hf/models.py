@@ -101,6 +101,68 @@ CONFIGS: dict[str, dict] = {
     },
 }
 MODEL_TYPES = tuple(CONFIGS)
+# Models with the routing of 2026, which tests of their own run (test_newer_models.py): tables of
+# token ids and clamped gates; experts that return their input; experts in a latent width; linear
+# attention beside experts.
+NEWER: dict[str, dict] = {
+    "deepseek_v4": {
+        **_COMMON,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "q_lora_rank": 16,
+        "moe_intermediate_size": 20,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 3,
+        "layer_types": ["sliding_attention"] * 2,
+        "mlp_layer_types": ["hash_moe", "moe"],
+        "hc_mult": 2,
+        "o_groups": 2,
+        "o_lora_rank": 8,
+        "sliding_window": 8,
+        "swiglu_limit": 1.0,
+        "num_nextn_predict_layers": 0,
+    },
+    "longcat_flash": {
+        **_COMMON,
+        **_MLA,
+        "num_layers": 1,
+        "ffn_hidden_size": 24,
+        "expert_ffn_hidden_size": 20,
+        "n_routed_experts": 6,
+        "zero_expert_num": 3,
+        "moe_topk": 4,
+        "routed_scaling_factor": 1.5,
+    },
+    "nemotron_h": {
+        **_COMMON,
+        "head_dim": 8,
+        "layers_block_type": ["moe", "attention"],
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 20,
+        "moe_shared_expert_intermediate_size": 20,
+        "moe_latent_size": 16,
+        "n_group": 4,
+        "topk_group": 2,
+        "routed_scaling_factor": 1.5,
+    },
+    "kimi_linear": {
+        **_COMMON,
+        **_MLA,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 20,
+        "n_shared_experts": 1,
+        "n_group": 4,
+        "topk_group": 2,
+        "layer_types": ["linear_attention", "full_attention"],
+        "mlp_layer_types": ["dense", "sparse"],
+        "linear_head_dim": 8,
+        "linear_num_heads": 4,
+    },
+}
+for _ignored in ("longcat_flash", "nemotron_h"):  # They count their layers themselves.
+    del NEWER[_ignored]["num_hidden_layers"]
 # Blocks outside transformers' experts interface.
 UNDECORATED = ("jetmoe", "dbrx", "llama4_text")
 DECORATED = tuple(name for name in MODEL_TYPES if name not in UNDECORATED)
@@ -129,7 +191,7 @@ def build(
     Every parameter is redrawn: transformers leaves some uninitialised and others tiny, and zero
     biases would hide a forgotten one.
     """
-    config = AutoConfig.for_model(model_type, **{**CONFIGS[model_type], **overrides})
+    config = AutoConfig.for_model(model_type, **{**(CONFIGS | NEWER)[model_type], **overrides})
     model = AutoModelForCausalLM.from_config(
         config, experts_implementation=experts, attn_implementation="eager"
     )
@@ -138,6 +200,9 @@ def build(
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             if name.endswith("e_score_correction_bias"):
                 tensor.normal_(-0.2, 0.2, generator=generator)
+            elif name.endswith("tid2eid"):  # Distinct experts for each token id.
+                draws = torch.rand(len(tensor), model.config.num_local_experts, generator=generator)
+                tensor.copy_(draws.argsort(1)[:, : tensor.shape[1]])
             elif "inv_freq" in name or not isinstance(tensor, torch.nn.Parameter):
                 continue
             elif "norm" in name and tensor.dim() == 1:

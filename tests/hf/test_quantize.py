@@ -209,12 +209,14 @@ def test_one_block_or_one_bank():
     assert not hasattr(model, "hf_quantizer")
 
 
-def test_gradients_are_refused_in_backward_only():
+def test_gradients_pass_through():
     model = make("mixtral")
     moe_ops.quantize_experts(model, "int8")
-    loss = model(tokens(), labels=tokens()).loss
-    with pytest.raises(NotImplementedError, match="no gradient through quantised experts"):
-        loss.backward()
+    before = dict(model.named_buffers())
+    model(tokens(), labels=tokens()).loss.backward()
+    for name, p in model.named_parameters():
+        assert p.grad is not None and p.grad.isfinite().all() and p.grad.any(), name
+    assert all(torch.equal(b, before[name]) for name, b in model.named_buffers())
 
 
 @pytest.mark.parametrize("model_type", DECORATED)

@@ -11,28 +11,34 @@ from transformers import DynamicCache
 
 import moe_ops.hf
 from moe_ops.hf import step
+from moe_ops.hf.attention_layout import LatentLayout
 from moe_ops.hf.layout import layout_of
 
 from .models import MODEL_TYPES, build, tokens
 from .test_optimize import GREEDY, padded
 
-# Models whose attention is that of the op.
+# Models whose attention is that of an op.
+LATENT = ("deepseek_v2", "deepseek_v3")
 ATTENDED = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "glm4_moe", "granitemoe", "gpt_oss")
+ATTENDED += LATENT
 # Those whose layers have another form altogether.
 OTHERS = ("phimoe", "jetmoe", "dbrx", "llama4_text")
 
 
 @pytest.fixture
 def calls(monkeypatch):
-    """The number of tokens of each call of the op."""
+    """The number of tokens of each call of the ops."""
     lengths = []
-    op = step.attention_step
 
-    def count(x, *args, **kwargs):
-        lengths.append(x.shape[1])
-        return op(x, *args, **kwargs)
+    def counting(op):
+        def count(x, *args, **kwargs):
+            lengths.append(x.shape[1])
+            return op(x, *args, **kwargs)
 
-    monkeypatch.setattr(step, "attention_step", count)
+        return count
+
+    for name in ("attention_step", "latent_attention_step"):
+        monkeypatch.setattr(step, name, counting(getattr(step, name)))
     return lengths
 
 
@@ -54,8 +60,9 @@ def test_layouts(model_type):
     layouts = [layout_of(m, {}) for m in build(model_type).modules()]
     known = [layout for layout in layouts if layout is not None]
     assert len(known) == (0 if model_type in OTHERS else 2)
-    # Not DeepSeek's latent attention.
-    assert all((layout.attention is not None) == (model_type in ATTENDED) for layout in known)
+    for layout in known:
+        assert (layout.attention is not None) == (model_type in ATTENDED)
+        assert isinstance(layout.attention, LatentLayout) == (model_type in LATENT)
     if known:
         dense = model_type in ("deepseek_v2", "deepseek_v3", "glm4_moe")
         assert (known[0].network is not None) == dense == (known[0].block is None)
@@ -249,3 +256,54 @@ def test_half_precision_and_codes(calls):
             assert len(calls) == 4
             want = plain(torch.cat((ids, ids[:, :1]), 1)).logits[:, -1:]
         assert (got - want).float().norm() < 0.3 * want.float().norm()
+
+
+@pytest.mark.parametrize(
+    "overrides", [{"q_lora_rank": None}, {"attention_bias": True}, {"rope_interleave": False}]
+)
+def test_latent_attention_of_other_kinds(overrides, calls):
+    models = pair("deepseek_v3", **overrides)
+    want, got = (m.generate(**{**padded(), **GREEDY}) for m in models)
+    assert torch.equal(got, want)
+    assert calls
+
+
+@pytest.mark.parametrize("model_type", LATENT)
+def test_latents_are_kept_as_the_model_keeps_them(model_type, calls):
+    """A long prompt goes the old way and the steps after it do not, in caches of both kinds."""
+    models = pair(model_type, max_position_embeddings=128)
+    ids = tokens(2, 40)
+    for kind in ("dynamic", "static"):
+        calls.clear()
+        want, got = (
+            m.generate(ids, cache_implementation=kind, **GREEDY, disable_compile=True)
+            for m in models
+        )
+        assert torch.equal(got, want)
+        assert set(calls) == {1}
+
+    def kept(m):
+        cache = DynamicCache(config=m.config)
+        for part in (ids, ids[:, :1], ids[:, :40]):
+            m(part, cache=cache)
+        return [t for layer in cache.layers for t in (layer.keys, layer.values)]
+
+    both(models, kept)
+
+
+def test_codes_of_latent_attention(calls):
+    ids = tokens(1, 5)
+    for weights, group_size in (("int8", None), ("int4", 32)):
+        model = build("deepseek_v3", hidden_size=64, moe_intermediate_size=32)
+        report = moe_ops.hf.optimize(model, weights, group_size=group_size)
+        assert report["model.layers.0.self_attn.kv_b_proj"] == "few rows"
+        assert report["model.layers.0.self_attn.kv_a_proj_with_mqa"].startswith(weights)
+        calls.clear()
+        with torch.no_grad():
+            got = model(ids).logits
+            assert len(calls) == 2
+            handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+            want = model(ids).logits
+            handle.remove()
+        assert len(calls) == 2
+        assert (got - want).norm() < 0.05 * want.norm()

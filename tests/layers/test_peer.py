@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_ops.layers import PEER, peer
+from moe_ops.layers import PEER
 
 T, H, E, K, R, D = 6, 7, 16, 3, 2, 8
 
@@ -34,8 +34,7 @@ def definition(layer: PEER, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("query_norm", [False, True])
-def test_output_and_gradients_are_those_of_the_definition(query_norm, monkeypatch):
-    monkeypatch.setattr(peer, "GATHERED_AT_A_TIME", 2 * R * K * H)  # Several parts.
+def test_output_and_gradients_are_those_of_the_definition(query_norm):
     layer = make(query_norm=query_norm)
     x = torch.randn(T, H, dtype=torch.float64, requires_grad=True)
     out = layer(x, return_routing=True)
@@ -65,6 +64,20 @@ def test_both_ways_through_the_experts_are_one_function(activation):
     wanted = torch.autograd.grad((sorted_ * upstream).sum(), leaves)
     for a, b in zip(got, wanted, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_sparse_gradients():
+    """Those of the experts alone, and with a bank that the op does not know, dense ones."""
+    layer = make(sparse_grad=True, query_norm=False)
+    x = torch.randn(T, H, dtype=torch.float64)
+    layer(x).sum().backward()
+    for name, parameter in layer.named_parameters():
+        assert parameter.grad.is_sparse == name.startswith("experts."), name
+    sparse = layer.experts.w_down.grad.to_dense()
+    layer.zero_grad()
+    layer.sparse_grad = False
+    layer(x).sum().backward()
+    assert torch.equal(layer.experts.w_down.grad, sparse)
 
 
 def test_shapes_and_types():

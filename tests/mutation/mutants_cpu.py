@@ -183,11 +183,11 @@ FAMILIES: dict[str, Family] = {
             ("steps of k not added up", "row > first_row", "false"),
             (
                 "last steps of k lost",
-                "std::min<int64_t>(kOuterRows, end - row)",
-                "std::min<int64_t>(kOuterRows, end - row) - "
-                "(row > 0 && end - row > 1 && end - row < kOuterRows)",
+                "std::min(step, end - row)",
+                "std::min(step, end - row) - (row > 0 && end - row > 1 && end - row < kOuterRows)",
             ),
             ("always the first weights", "first + row * d.b.stride_k", "first"),
+            ("sums of the first segment for both", "sums + s * width", "sums"),
             (
                 "blocks of k not added up",
                 "if (b > 0) row_kernels<T>().axpy(kAccumulate<T>, block, T(1), tile, m * ldc);",
@@ -1401,6 +1401,45 @@ FAMILIES: dict[str, Family] = {
                 "gradients of the first experts lost",
                 "kFirst ? Vec<T>{} : load<T>(grad_x + t * ld_gx + i)",
                 "Vec<T>{}",
+            ),
+        ),
+    ),
+    "peer_ffn": Family(
+        ("peer_ffn",),
+        ("ops/test_peer_ffn.py",),
+        of(
+            "peer_ffn.cpp",
+            (
+                "an id of E is an expert",
+                "id >= 0 && id < d.routing.num_experts",
+                "id >= 0 && id <= d.routing.num_experts",
+            ),
+            ("the gate twice", "g * table.stride_g", "g * 0"),
+            (
+                "products of the last chunk lost",
+                "std::min(kVectorsTogether, count - i)",
+                "std::min(kVectorsTogether, std::max<int64_t>(count - i - 1, 0))",
+            ),
+            ("empty slots keep what was there", "std::fill(to, to + K, T(0));", ""),
+            ("weights of the first slots", "to[i] = from[slots[i]];", "to[i] = from[i];"),
+            ("y: sums of the token before", "std::fill(sum, sum + H, T(0));", "", 0),
+            ("grad_x: sums of the token before", "std::fill(sum, sum + H, T(0));", "", 1),
+            ("gradients: the weight forgotten", "dot[i] * weight[i]", "dot[i]"),
+            (
+                "grad_x: the gate's vectors alone",
+                "token.add_up(n, G * n, grad, sum);",
+                "token.add_up(n, n, grad, sum);",
+            ),
+            (
+                "tables: one vector's factors for both",
+                "(t * table.vectors + g) * K",
+                "(t * table.vectors) * K",
+            ),
+            ("tables: the last slot alone", "s == slots", "s >= slots"),
+            (
+                "tables: rows without slots are not cleared",
+                "std::fill(zeros, zeros + H, T(0));",
+                "",
             ),
         ),
     ),

@@ -2,16 +2,18 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.helpers import attention_block
+from tests.helpers.attention_block import mask_of, sorted_call
 from tests.helpers.op_case import OpCase
 from tests.helpers.quantized import quantized
 
 import moe_ops
-from moe_ops import reference
 from moe_ops.quant import dequantize
-from moe_ops.testing import assert_identical, eps, short
+from moe_ops.testing import assert_identical, short
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=short)
+KEPT = ("keys", "values")
 
 
 def small_call(s):
@@ -80,7 +82,7 @@ def operands(
     sinks=False,
     **options,
 ):
-    """A call with room for three more tokens; what is not written is 100."""
+    """A call with room for three more tokens; what is not written is NaN."""
     rotary_size = size if rotary_size is None else rotary_size
     end = start + length
 
@@ -96,15 +98,15 @@ def operands(
         "w_o": normal(hidden, heads * size),
         "cos": angles.cos().to(dtype),
         "sin": angles.sin().to(dtype),
-        "keys": torch.full((batch, kv_heads, end + 3, size), 100.0, dtype=dtype),
-        "values": torch.full((batch, kv_heads, end + 3, size), 100.0, dtype=dtype),
+        "keys": torch.full((batch, kv_heads, end + 3, size), torch.nan, dtype=dtype),
+        "values": torch.full((batch, kv_heads, end + 3, size), torch.nan, dtype=dtype),
         "start": start,
         "rotary_size": rotary_size,
         "scale": size**-0.5,
         "norm_weight": normal(hidden, mean=1.0),
         **options,
     }
-    for name in ("keys", "values"):
+    for name in KEPT:
         call[name][:, :, :start] = normal(batch, kv_heads, start, size)
     if norms is not None:
         widths = (size, size) if norms == "head" else (heads * size, kv_heads * size)
@@ -116,38 +118,16 @@ def operands(
     if sinks:
         call["sinks"] = normal(heads)
     if mask is not None:
-        sees = torch.ones(length, end, dtype=torch.bool).tril(start).expand(batch, 1, -1, -1)
-        sees = sees & (torch.rand(batch, 1, 1, end) < 0.7)
-        sees[..., end - length :] |= torch.eye(length, dtype=torch.bool)
-        call["mask"] = sees if mask == "bool" else torch.zeros(sees.shape).masked_fill(~sees, -1e9)
+        call["mask"] = mask_of(mask, batch, length, end)
     return call
 
 
 def run(function, call):
-    """y, keys and values; those of the call stay as they are."""
-    kept = {name: call[name].clone() for name in ("keys", "values")}
-    return function(**{**call, **kept}), kept["keys"], kept["values"]
+    return attention_block.run(function, call, KEPT)
 
 
-def wide(call):
-    return {
-        n: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v
-        for n, v in call.items()
-    }
-
-
-def check(call):
-    dtype = call["x"].dtype
-    got, want = run(moe_ops.attention_step, call), run(reference.attention_step, wide(call))
-    for ours, theirs in zip(got, want, strict=True):
-        assert ours.dtype == dtype and ours.shape == theirs.shape
-        # A few roundings to dtype on the way, and sums of as many terms as these tests have.
-        assert (ours.double() - theirs).norm() <= 30 * eps(dtype) * theirs.norm()
-    start, end = call["start"], call["start"] + call["x"].shape[1]
-    for kept, name in zip(got[1:], ("keys", "values"), strict=True):
-        assert_identical(kept[:, :, :start], call[name][:, :, :start])
-        assert_identical(kept[:, :, end:], call[name][:, :, end:])
-    return got
+def check(call, exact=None, tolerance=None):
+    return attention_block.check("attention_step", call, KEPT, exact, tolerance)
 
 
 @dtypes
@@ -186,12 +166,12 @@ def test_a_mask_for_all_sequences():
 def test_one_by_one_or_all_at_once():
     call = operands(length=4, start=3)
     y, keys, values = run(moe_ops.attention_step, call)
-    kept = {name: call[name].clone() for name in ("keys", "values")}
+    kept = {name: call[name].clone() for name in KEPT}
     for s in range(4):
         part = {name: call[name][:, s : s + 1] for name in ("x", "cos", "sin")}
         one = moe_ops.attention_step(**{**call, **kept, **part, "start": 3 + s})
         torch.testing.assert_close(one, y[:, s : s + 1])
-    torch.testing.assert_close((kept["keys"], kept["values"]), (keys, values))
+    torch.testing.assert_close(tuple(kept.values()), (keys, values), equal_nan=True)
 
 
 @pytest.mark.parametrize("mask", ["bool", "float"])
@@ -216,7 +196,7 @@ def test_the_same_bits_for_any_layout_and_number_of_threads(dtype, set_threads):
         for ours, theirs in zip(run(moe_ops.attention_step, call), want, strict=True):
             assert_identical(ours, theirs)
     call["x"] = call["x"].mT.contiguous().mT
-    for name in ("keys", "values"):  # As a cache by tokens has them.
+    for name in KEPT:  # As a cache by tokens has them.
         call[name] = call[name].transpose(1, 2).contiguous().transpose(1, 2)
     for name in "qkvo":
         w = torch.zeros(call[f"w_{name}"].shape[0], call[f"w_{name}"].shape[1] + 4, dtype=dtype)
@@ -241,10 +221,8 @@ def test_codes(bits, group):
     for name in "qko":  # w_v stays as it is: each is for itself.
         q, scale = quantized(call[f"w_{name}"].float()[None], bits, group)
         call |= {f"w_{name}": q[0], f"w_{name}_scale": scale[0]}
-        exact[f"w_{name}"] = dequantize(q, scale)[0].double()
-    want = run(reference.attention_step, wide(exact))
-    for ours, theirs in zip(run(moe_ops.attention_step, call), want, strict=True):
-        assert (ours.double() - theirs).norm() <= 0.03 * theirs.norm()
+        exact[f"w_{name}"] = dequantize(q, scale)[0]
+    check(call, exact, 0.03)
 
 
 def test_no_tokens():
@@ -276,14 +254,8 @@ def test_no_gradient():
 
 @pytest.mark.cpu_only
 def test_opcheck():
-    row = [call_value for _, call_value in sorted_call(operands(mask="bool", bias=True))]
+    row = sorted_call("attention_step", operands(mask="bool", bias=True))
     torch.library.opcheck(torch.ops.moe_ops.attention_step.default, tuple(row))
-
-
-def sorted_call(call):
-    """All arguments in the order of the schema."""
-    schema = torch.ops.moe_ops.attention_step.default._schema
-    return [(a.name, call.get(a.name, a.default_value)) for a in schema.arguments]
 
 
 @pytest.mark.cpu_only

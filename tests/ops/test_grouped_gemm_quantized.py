@@ -126,10 +126,10 @@ def test_transforms_are_those_of_the_formula(bits, group):
     def formula(a):
         return moe_ops.grouped_gemm(a, weights, call["expert_offsets"], bias=call["bias"])
 
-    with pytest.raises(NotImplementedError, match="grouped_gemm: forward-mode AD"):
+    with pytest.raises(NotImplementedError, match="grouped_gemm_quantized: forward-mode AD"):
         jvp(function, (call["a"],), (call["a"],))
     got, wanted = (grad(lambda a, f=f: f(a).sum())(call["a"]) for f in (function, formula))
-    assert_identical(got, wanted)
+    torch.testing.assert_close(got, wanted)
     batch = torch.stack([call["a"], call["a"] * 0.5])
     for y, a in zip(vmap(function)(batch), batch, strict=True):
         assert_identical(y, function(a))
@@ -151,7 +151,7 @@ def test_weights_are_what_quant_says(bits, group):
         ({"b": torch.zeros(1, 8, 64)}, "b must be int8, or uint8 with two 4-bit weights a byte"),
         ({"b": torch.zeros(1, 8, 63, dtype=torch.int8)}, "b must have rows of K = 64 weights"),
         ({"b_scale": torch.zeros(1, 7)}, "b_scale must have"),
-        ({"b_scale": torch.zeros(1, 8).bfloat16()}, "b_scale must be float32, got bfloat16"),
+        ({"b_scale": torch.zeros(1, 8).bfloat16()}, "b_scale must be float32 .*, got bfloat16"),
         ({"bias": torch.zeros(1, 7)}, "bias must have"),
         pytest.param(
             {"expert_offsets": torch.tensor([0, 6])}, "expert_offsets", marks=pytest.mark.cpu_only

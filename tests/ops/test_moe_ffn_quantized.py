@@ -378,8 +378,8 @@ def test_opcheck(bits_group):
     torch.library.opcheck(torch.ops.moe_ops.moe_ffn_quantized.default, args, kwargs)
 
 
-@pytest.mark.parametrize("name", ["x", "topk_weights", "w_down_scale", "x_scale", "b_down"])
-def test_no_gradient(name):
+@pytest.mark.parametrize("name", ["w_down_scale", "x_scale", "b_down"])
+def test_no_gradient_of_what_is_frozen(name):
     call = quantized_operands(FEW, 64, 64, torch.float32, 8, bias=True, x_scale=True)
     want = moe_ops.moe_ffn_quantized(**call)
     call[name].requires_grad_()

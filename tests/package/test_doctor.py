@@ -26,6 +26,7 @@ INFERENCE_ONLY = (
     "grouped_gemm_fp8_wgrad",
     "moe_ffn_fp8",
     "attention_step",
+    "latent_attention_step",
     "gated_ffn",
 )
 

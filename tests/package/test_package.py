@@ -298,6 +298,7 @@ EXAMPLES_NEED = {
     "from transformers import Trainer": "accelerate",
     "moe_ops.zoo.mowst": "torch_geometric",
     "peft": "peft",
+    "from river": "river",
 }
 
 

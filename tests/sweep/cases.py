@@ -434,6 +434,17 @@ OPS: dict[str, Op] = {
         cost=("tokens", "h", "k"),
         draws=4,
     ),
+    "peer_ffn": Op(
+        {
+            "tokens": Dim((), (1, 3, 7, 13), 13),
+            "h": Dim((("rows", "hidden"),), SMALL, 4200),
+            "experts": Dim((), (1, 4, 9, 40), 40),
+            "k": Dim((), (1, 2, 3, 4, 5, 8, 17), 17),
+        },
+        {"scales": SCALES, "act": ACTS, "sparse": (0, 1)},
+        cost=("tokens", "h", "k"),
+        draws=4,
+    ),
     "gated_act": Op(
         {
             "tokens": Dim((("rows", "tokens"),), (1, 5, 13), 200),

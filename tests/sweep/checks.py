@@ -712,6 +712,21 @@ def permute(case: Case) -> None:
     )
 
 
+def peer_ffn(case: Case) -> None:
+    """And sparse gradients, which are the dense ones."""
+    t, k, h, dtype = case["tokens"], case["k"], case["h"], DTYPES[case["dtype"]]
+    module, act = tests_of("peer_ffn"), case.get("act", "gelu")
+    ids = torch.randint(-1, case["experts"] + 1, (t, k))
+    call = module.operands(module.Routing(t, case["experts"], k), h, dtype, act)
+    call |= {"topk_ids": ids, "topk_weights": routing_weights(case, ids, dtype)}
+    module.check(call)
+    if case.get("sparse", 0):
+        grad = drawn(t, h, dtype=dtype)
+        runs = [module.gradients(call, grad, sparse_grad=sparse)[1] for sparse in (False, True)]
+        for dense, sparse in zip(*runs, strict=True):
+            assert_identical(sparse.to_dense() if sparse.is_sparse else sparse, dense)
+
+
 def gated_act(case: Case) -> None:
     i, dtype = case["h"], DTYPES[case["dtype"]]
     call = {
@@ -762,6 +777,7 @@ OPS: dict[str, Callable[[Case], None]] = {
         expert_choice_router,
         sort_slots,
         permute,
+        peer_ffn,
         gated_act,
         add_rms_norm,
     )

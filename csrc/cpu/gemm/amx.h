@@ -3,6 +3,7 @@
 
 #include <vector>
 
+#include "cpu/gemm/blocking.h"
 #include "cpu/gemm/heuristics.h"
 #include "cpu/gemm/pack_b.h"
 #include "cpu/gemm/prepack.h"
@@ -14,8 +15,6 @@ namespace moe_ops::cpu {
 constexpr int64_t kAmxKc = 256;
 // How far ahead of itself a tile prefetches packed weights.
 constexpr int64_t kAmxPrefetch = 2048;
-// Weight gradients from this size on will not be found in a cache again by whoever reads them.
-constexpr int64_t kStreamBytes = int64_t{8} << 20;
 
 // The rows of an item as bfloat16, `ld` apart, with zeros in columns K to `depth` and in rows m to
 // padded_m.

@@ -61,6 +61,9 @@ constexpr int64_t kAttentionLeastItems = 16;
 // Keys whose gradients are summed over those items together.
 constexpr int64_t kAttentionReduceKeys = 256;
 
+// Weight gradients from this size on will not be found in a cache again by whoever reads them.
+constexpr int64_t kStreamBytes = int64_t{8} << 20;
+
 // pack_experts: a block of k, so that the lines it touches stay in cache while features take turns.
 constexpr int64_t kPackDepth = 64;
 

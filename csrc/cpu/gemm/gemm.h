@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cpu/gemm/amx.h"
+#include "cpu/gemm/dequant.h"
 #include "cpu/gemm/gemv.h"
 #include "cpu/gemm/heuristics.h"
 #include "cpu/gemm/outer.h"
@@ -82,6 +83,7 @@ void run_item(const GemmDesc<T>& d, const GemmKernels<T>& k, const GemmItem& it,
     if (it.config.algorithm == Algorithm::kRepackB) {
       return repack_b_item<Activations::kFloat>(d, k, it, fn);
     }
+    if (it.config.algorithm == Algorithm::kDequant) return dequant_item(d, k, it, std::cref(fn));
   }
   run_dense_item<Wide>(d, k, it, next, fn);
 }

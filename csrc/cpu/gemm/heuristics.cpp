@@ -45,6 +45,8 @@ Choice choose_invariant(const GemmShape& s, const GemmKernels<T>& k, int64_t row
       return {Algorithm::kGemv, Operand::kInt8};
     case B::kFp8:
       return {rows <= kFp8GemvRows ? Algorithm::kGemv : Algorithm::kGemvBlocked, Operand::kFp8};
+    case B::kDequant:
+      return {Algorithm::kDequant, Operand::kWide};
     case B::kPacked:
       return {Algorithm::kPackedB, operand(bf16)};
     case B::kDenseFeatures: {
@@ -114,6 +116,8 @@ Choice choose(const GemmShape& s, const GemmKernels<T>& k, const QuantKernels& q
       if (rows <= kFp8GemvRows) return {Algorithm::kGemv, Operand::kFp8};
       return {Algorithm::kPackTokens,
               k.has_bf16 && rows <= k.bf16_max_rows ? Operand::kFp8Bf16 : Operand::kFp8};
+    case B::kDequant:
+      return {Algorithm::kDequant, Operand::kWide};
     case B::kPacked:
       return {Algorithm::kPackedB, operand};
     case B::kDenseFeatures: {
@@ -147,9 +151,9 @@ int64_t row_major_depth(const GemmShape& s, const GemmKernels<T>& k, int64_t ste
       kRowMajorBlockBytes / (round_up(widest, width) * static_cast<int64_t>(sizeof(T))), 16, kKc);
 }
 
-constexpr std::array kAlgorithmNames = {"zero",     "gemv",        "gemv_blocked",
-                                        "outer",    "pack_bt",     "row_major_b",
-                                        "packed_b", "pack_tokens", "repack_b"};
+constexpr std::array kAlgorithmNames = {"zero",     "gemv",        "gemv_blocked", "outer",
+                                        "pack_bt",  "row_major_b", "packed_b",     "pack_tokens",
+                                        "repack_b", "dequant"};
 constexpr std::array kOperandNames = {"wide", "bf16", "amx", "int16", "int8", "fp8", "fp8_bf16"};
 
 }  // namespace
@@ -214,9 +218,21 @@ GemmConfig choose_config(const GemmShape& s, const GemmKernels<T>& k, const Quan
                     k_elements = ceil_div(s.in_features, steps);
       c.features = row_major_features(s, rows);
       const int64_t depth = row_major_depth(s, k, steps, rows);
+      if (algorithm == Algorithm::kOuter) {
+        const auto size = static_cast<int64_t>(sizeof(T));
+        const int64_t width = s.features * s.segments;
+        // Vectors of 16 bytes load and store sums for longer than memory takes for the weights.
+        c.one_run = steps == 1 && k.lanes * size > 16 && rows <= kOneRunRows &&
+                    s.range == s.features && rows * width * size <= kOneRunSumBytes;
+        if (c.one_run) c.features = std::max(c.features, width);
+      }
       c.depth = algorithm == Algorithm::kOuter && !s.invariant ? k_elements : depth;
       break;
     }
+    case Algorithm::kDequant:
+      c.features = kDequantFeatures;
+      c.feature_unit = kQuantBlock;
+      break;
     case Algorithm::kZero:
     case Algorithm::kPackTokens:
       break;

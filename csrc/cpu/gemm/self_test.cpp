@@ -107,10 +107,12 @@ class Products {
                          int64_t last, int64_t width = kWidth, int64_t first = 1) {
       GemmConfig config{algorithm, Op::kBf16 ? Operand::kBf16 : Operand::kWide};
       config.depth = kKc;
+      config.one_run = width == kFeatures;
       product(name, config, desc(kFeatures, kDepth, a.data(), b), first, last, width);
     };
     ExpertMatrices b = {columns.data(), type_, 0, 1, kFeatures};
     run("outer product", Algorithm::kOuter, b, 3);
+    if (!Op::kBf16) run("outer product, one run", Algorithm::kOuter, b, kOneRunRows, kFeatures);
     run("tile, packed B", Algorithm::kRowMajorB, b, 2);
     if (type_ == kAccumulate<T>) {  // as it lies, and copied on the way
       run("tile, row-major B", Algorithm::kRowMajorB, b, 3 * k_.mr2, 3 * k_.lanes, 3 * k_.mr2);
@@ -216,6 +218,10 @@ class Products {
       run(Algorithm::kRepackB, Operand::kInt16, q.int16_rows);
     }
     if (q.int8_tile[bits == 4][0] != nullptr) run(Algorithm::kRepackB, Operand::kInt8, q.int8_rows);
+    b.quant.codes = eight ? Codes::kInt8 : Codes::kInt4;
+    b.quant.scales = scales.data();
+    b.quant.group = K / groups;
+    run(Algorithm::kDequant, Operand::kWide, 2);
     right_ = other;
   }
 

@@ -66,6 +66,19 @@ struct QuantTileParams {
 };
 using QuantTile = void (*)(const QuantTileParams& p);
 
+// Steps [k0, k0 + n) of a row of codes as float32. w, scale and zero are those of the whole row;
+// `group` steps share a scale, but where `codes` says how many.
+struct DequantParams {
+  Codes codes;
+  ScaleType scale_type;
+  int64_t group;
+  const void* w;
+  const void* scale;
+  const uint8_t* zero;  // or nullptr: 8
+  int64_t k0, n;
+  float* dst;
+};
+
 struct QuantKernels {
   // w8a16. Bytes of a row of k activations of 16 bits, in an order of the target's own, and x as
   // such a row; x is readable and zero up to a multiple of 64. features: 1 or w8_features.
@@ -100,6 +113,8 @@ struct QuantKernels {
   // products.
   QuantTile int8_tile[2][kMaxMr];
   int int8_rows;
+
+  void (*dequantise)(const DequantParams& p);
 };
 
 const QuantKernels& quant_kernels();

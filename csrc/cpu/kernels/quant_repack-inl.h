@@ -202,6 +202,7 @@ QuantKernels quant_table() {
   k.w4_quantize = &w4_quantize;
   k.w4_dot = &w4_dot;
   k.repack = &repack;
+  k.dequantise = &dequantise;
   for_each_count<MOE_MR2>([&]<int M>() {
     k.tile[0][M - 1] = &word_tile<8, float, M>;
     k.tile[1][M - 1] = &word_tile<4, float, M>;

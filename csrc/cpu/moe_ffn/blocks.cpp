@@ -371,6 +371,7 @@ bool takes_blocks(const MoeFfnParams& p) {
 }
 
 bool takes_blocks(const MoeFfnBwdParams& p) {
+  if (p.w_gate_up.quant.bits != 0 || p.w_down.quant.bits != 0) return false;
   const int64_t tokens =
       std::min(p.desc.routing.num_tokens, chunk_tokens(p.desc.routing.num_tokens));
   if (tokens * p.desc.routing.top_k < kMinChunkRows * p.desc.routing.num_experts) return false;

@@ -21,6 +21,7 @@ enum class Scratch : int {
   kTokens,
   kRowAsFloat,
   kRouting,
+  kDequant,
   kCount
 };
 

@@ -2,53 +2,19 @@
 // join those that are kept of the tokens before.
 #pragma once
 
-#include <cstdint>
-
-#include "moe_ops/common.h"
-#include "moe_ops/dense_layer.h"
+#include "moe_ops/attention_block.h"
 
 namespace moe_ops {
 
-// [B, m, L, d]; features are dense, the other strides in elements.
-template <class P>
-struct KeptHeads {
-  P* data = nullptr;
-  int64_t stride_batch = 0, stride_head = 0, stride_token = 0;
-};
-
-// [B, 1, S, L], keys are dense: whether a query sees a key, or what is added to its score. The
-// strides in elements.
-struct AttentionMask {
-  const void* data = nullptr;  // nullptr: a query sees its own token and those before
-  bool is_bool = false;        // a byte each; otherwise numbers of `type`
-  DType type = DType::kFloat32;
-  int64_t stride_batch = 0, stride_token = 0;
-};
-
-struct AttentionStepParams {
-  const void* x = nullptr;                             // [B, S, H] contiguous
-  DType type = DType::kFloat32;                        // of x, y, what is kept, norms and sinks
-  int64_t batch = 0, num_tokens = 0, hidden_size = 0;  // B, S, H
-  int64_t heads = 0, kv_heads = 0, head_size = 0;      // n, m (a divisor of n), d
-  const void* norm_weight = nullptr;                   // [H] or nullptr: no norm
-  double eps = 0;
-  DenseLayer query, key, value, out;  // [n d, H], [m d, H] twice, [H, n d]
+// The first 2 * half features of a head are rotated.
+struct AttentionStepParams : AttentionBlock {
+  int64_t kv_heads = 0, head_size = 0;  // m (a divisor of n), d
+  DenseLayer query, key, value;         // [n d, H], [m d, H] twice; out is [H, n d]
   // [d], of each head, or [n d] and [m d], of a token; nullptr: none
   const void *query_norm = nullptr, *key_norm = nullptr;
   bool norms_heads = true;
   double head_eps = 0;
-  // [B, S, half] in angle_type, the last dense
-  const void *cos = nullptr, *sin = nullptr;
-  DType angle_type = DType::kFloat32;
-  int64_t angle_stride_batch = 0, angle_stride_token = 0;
-  int64_t half = 0;              // the first 2 * half features of a head are rotated
-  KeptHeads<void> keys, values;  // read up to `start`, written from there on
-  int64_t start = 0;             // tokens before these
-  AttentionMask mask;
-  const void* sinks = nullptr;  // [n] or nullptr: a score of each head that has no value
-  double scale = 1;             // of scores
-  double residual_scale = 1;    // y = x + residual_scale * attention
-  void* y = nullptr;            // [B, S, H] contiguous, out
+  KeptHeads<void> keys, values;
 };
 
 namespace cpu {

@@ -29,6 +29,22 @@ constexpr uint8_t kFp8Nan = 0x7f;
 // normal float, and the inverse is finite. A block of zeros gets the smallest scale, 2^-126.
 constexpr float kFp8MinAmax = 448.0f * 0x1p-126f;
 
+// What the bits of a weight stand for, before scales. Two codes of 4 bits share a byte, the even k
+// in the low nibble, but in kQ4K.
+enum class Codes : int {
+  kInt8,   // int8
+  kInt4,   // 4 bits, without sign; 8, or the zero point of the group, is taken off
+  kMxfp4,  // e2m1 of the OCP microscaling formats
+  kFp8,    // float8_e4m3fn
+  kQ4K,    // ggml's q4_K: 256 codes of 4 bits, 32 bytes of low and high nibbles for each 64
+  kQ6K,    // ggml's q6_K: 256 codes of 6 bits, 128 bytes of their low bits, then 64 of the others
+};
+// Scales as they are stored; kBytes: a record of bytes that belongs to the format.
+enum class ScaleType : int { kFloat32, kBFloat16, kFloat16, kBytes };
+constexpr int64_t scale_size(ScaleType t) {
+  return t == ScaleType::kFloat32 ? 4 : t == ScaleType::kBytes ? 1 : 2;
+}
+
 template <class T>
 constexpr T ceil_div(T a, T b) {
   return (a + b - 1) / b;

@@ -25,13 +25,22 @@ struct MutableRows {
   const int32_t* index = nullptr;
 };
 
-// Weights of few bits with scales. bits = 8: int8, one scale a row. bits = 4: two a byte, the even
-// k in the low nibble, stored as q + 8; one scale for each `group` steps of k.
+// Weights of few bits with scales. There are kernels of products for two formats, of float32
+// scales. bits = 8: int8, one scale a row. bits = 4: two a byte, the even k in the low nibble,
+// stored as q + 8; one scale for each `group` steps of k. For all others, and wherever the matrix
+// is transposed, weights are dequantised in cache (cpu/gemm/dequant.h).
 struct QuantFormat {
   int bits = 0;  // 0: the weights are numbers of their own
   int64_t group = 0;
-  const float* scale = nullptr;
-  int64_t scale_stride_e = 0, scale_stride_o = 0;
+  const float* scale = nullptr;                    // for the kernels of the two formats
+  int64_t scale_stride_e = 0, scale_stride_o = 0;  // in scales, or bytes
+  Codes codes = Codes::kInt8;
+  ScaleType scale_type = ScaleType::kFloat32;
+  const void* scales = nullptr;   // `scale`, or that of another format
+  int64_t scale_rows = 1;         // rows of weights that share a row of scales
+  const uint8_t* zero = nullptr;  // kInt4: zero points, one a scale; nullptr: 8
+  bool has_kernels = true;
+  bool transposed = false;
 };
 
 // One matrix [O, K] an expert, dense along O or along K.
@@ -51,6 +60,7 @@ struct ExpertMatrices {
 inline ExpertMatrices transposed(ExpertMatrices m) {
   std::swap(m.stride_o, m.stride_k);
   m.panels = nullptr;
+  m.quant.transposed = !m.quant.transposed;
   return m;
 }
 

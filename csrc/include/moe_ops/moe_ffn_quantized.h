@@ -1,5 +1,5 @@
-// moe_ffn_quantized: moe_ffn of weights of 8 or 4 bits, forward only. P = 2I for gated activations,
-// else I.
+// moe_ffn_quantized: moe_ffn of weights of few bits, which have no gradient. P = 2I for gated
+// activations, else I.
 #pragma once
 
 #include <cstdint>
@@ -17,12 +17,11 @@ struct QuantizedMatrices {
 
 // The same as an operand of grouped products on the CPU; x_type is that of the tokens.
 inline ExpertMatrices matrices_of(const QuantizedMatrices& q, DType x_type) {
-  const int64_t a_byte = 8 / q.format.bits;
   ExpertMatrices m;
   m.data = q.data;
   m.type = x_type;
-  m.stride_e = q.stride_e * a_byte;
-  m.stride_o = q.stride_o * a_byte;
+  m.stride_e = q.stride_e * 8 / q.format.bits;
+  m.stride_o = q.stride_o * 8 / q.format.bits;
   m.stride_k = 1;
   m.quant = q.format;
   return m;
@@ -37,6 +36,7 @@ struct MoeFfnQuantizedParams {
   ExpertVectors b_gate_up;      // [E, P] or none
   ExpertVectors b_down;         // [E, H] or none
   void* y;                      // [T, H] contiguous, out, x's type
+  void* preact = nullptr;       // CPU: as of MoeFfnParams
   void* workspace = nullptr;    // CUDA: moe_ffn_quantized_workspace bytes, aligned to 256
 };
 

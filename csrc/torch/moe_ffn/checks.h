@@ -104,16 +104,9 @@ inline Sizes check_fwd(const Op& op, const Tensor& x, const Tensor& w_gate_up, c
 }
 
 // What expert_offsets, row_to_slot and slot_to_row hold is left to the caller.
-inline Sizes check_bwd(const Op& op, const Tensor& grad_y, const Tensor& x, const Tensor& w_gate_up,
-                       const Tensor& w_down, const Tensor& topk_weights, const Tensor& preact,
-                       const Tensor& expert_offsets, const Tensor& row_to_slot,
-                       const Tensor& slot_to_row, const OptTensor& b_down,
-                       const ActivationParams& act) {
-  check_index(op, "slot_to_row", slot_to_row);
-  check_dim(op, "slot_to_row", slot_to_row, 2, "[T, K]");
-  const Sizes s = check_ffn(op, x, w_gate_up, w_down, topk_weights, slot_to_row.size(1), act);
-  check_bias_type(op, "b_down", b_down, x);
-  check_bias_shape(op, "b_down", b_down, s.E, s.H, "[E, H]");
+inline void check_saved(const Op& op, const Sizes& s, const Tensor& grad_y, const Tensor& x,
+                        const Tensor& preact, const Tensor& expert_offsets,
+                        const Tensor& row_to_slot, const Tensor& slot_to_row) {
   const int64_t N = s.T * s.K;
   check_size(op, "slot_to_row", slot_to_row, 0, s.T, "T");
   check_num_slots(op, "slot_to_row", N);
@@ -132,6 +125,19 @@ inline Sizes check_bwd(const Op& op, const Tensor& grad_y, const Tensor& x, cons
   check_index(op, "row_to_slot", row_to_slot);
   check_dim(op, "row_to_slot", row_to_slot, 1, "[N]");
   check_size(op, "row_to_slot", row_to_slot, 0, N, "N");
+}
+
+inline Sizes check_bwd(const Op& op, const Tensor& grad_y, const Tensor& x, const Tensor& w_gate_up,
+                       const Tensor& w_down, const Tensor& topk_weights, const Tensor& preact,
+                       const Tensor& expert_offsets, const Tensor& row_to_slot,
+                       const Tensor& slot_to_row, const OptTensor& b_down,
+                       const ActivationParams& act) {
+  check_index(op, "slot_to_row", slot_to_row);
+  check_dim(op, "slot_to_row", slot_to_row, 2, "[T, K]");
+  const Sizes s = check_ffn(op, x, w_gate_up, w_down, topk_weights, slot_to_row.size(1), act);
+  check_bias_type(op, "b_down", b_down, x);
+  check_bias_shape(op, "b_down", b_down, s.E, s.H, "[E, H]");
+  check_saved(op, s, grad_y, x, preact, expert_offsets, row_to_slot, slot_to_row);
   return s;
 }
 

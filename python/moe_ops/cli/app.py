@@ -150,7 +150,9 @@ def bench(
 @app.command()
 @arguments.command
 def quantize(
-    source: Annotated[Path, typer.Argument(help="Folder of a Hugging Face causal language model.")],
+    source: Annotated[
+        Path, typer.Argument(help="Folder of a Hugging Face causal language model, or a hub id.")
+    ],
     target: Annotated[Path, typer.Argument(help="Folder for the quantised checkpoint.")],
     bits: Annotated[int, typer.Option(help="4 or 8.")] = 4,
     group_size: Annotated[
@@ -173,6 +175,9 @@ def quantize(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Write into a folder that is not empty.")
     ] = False,
+    push_to: Annotated[
+        str | None, typer.Option(help="Id of a repository of the hub to upload the result to.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Quantise the experts of a checkpoint to 8 or 4 bits, and measure what that costs."""
@@ -192,6 +197,7 @@ def quantize(
         context=context,
         skip=tuple(skip or ()),
         overwrite=overwrite,
+        push_to=push_to,
     )
     result = run(options, console)
     if as_json:

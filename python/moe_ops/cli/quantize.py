@@ -12,7 +12,7 @@ from rich.console import Console
 
 import moe_ops.hf
 from moe_ops import quant
-from moe_ops.cli import checkpoints
+from moe_ops.cli import checkpoints, hub
 from moe_ops.quant.bank import find_banks, idle_patterns
 
 REPORT_NAME = "moe_ops_quantization.json"
@@ -30,6 +30,7 @@ class QuantizeOptions:
     context: int = 512
     skip: tuple[str, ...] = ()
     overwrite: bool = False
+    push_to: str | None = None
 
 
 def run(options: QuantizeOptions, console: Console) -> dict[str, Any]:
@@ -39,8 +40,9 @@ def run(options: QuantizeOptions, console: Console) -> dict[str, Any]:
         ValueError: options or a checkpoint that cannot work, with a sentence.
         OSError: the target could not be written; what was in it is still there.
     """
-    _check(options)
-    source, context = options.source, options.context
+    hub.check_id("quantize", options.push_to)
+    source, context = hub.local_folder("quantize", options.source), options.context
+    _check(options, source)
     calibrating = judging = None
     if options.text is not None:
         calibrating, judging = checkpoints.read_text(
@@ -98,15 +100,16 @@ def run(options: QuantizeOptions, console: Console) -> dict[str, Any]:
         markup=False,
         soft_wrap=True,
     )
+    if options.push_to is not None:
+        result["repository"] = hub.upload("quantize", options.target, options.push_to)
+        console.print(f"Uploaded to {result['repository']}.", markup=False, soft_wrap=True)
     return result
 
 
-def _check(options: QuantizeOptions) -> None:
+def _check(options: QuantizeOptions, source: Path) -> None:
     if options.bits not in (4, 8):
         raise ValueError(f"quantize: --bits must be 4 or 8, got {options.bits}.")
-    checkpoints.check_folders(
-        "quantize", options.source, options.target, overwrite=options.overwrite
-    )
+    checkpoints.check_folders("quantize", source, options.target, overwrite=options.overwrite)
     if options.scales and options.text is None:
         raise ValueError("quantize: --scales must come with --text, got it alone.")
 

@@ -36,7 +36,7 @@ if transformers_is_too_old(transformers.__version__):
 from transformers.integrations.moe import ExpertsInterface
 
 from moe_ops.expert_weights import register_hook
-from moe_ops.hf import attention
+from moe_ops.hf import attention, published
 from moe_ops.hf.experts import experts_forward
 from moe_ops.hf.hook import TransformersHook
 from moe_ops.hf.offloading import load_offloaded
@@ -47,6 +47,7 @@ from moe_ops.hf.switch import disable, enable, expect_calls, status
 
 ExpertsInterface.register("moe_ops", experts_forward)
 attention.register()
+published.install()
 if Interface is not None and "moe_ops" not in Interface():  # It is, where this is reloaded.
     register_ep_implementation("moe_ops")
 register_hook(TransformersHook())

@@ -7,43 +7,23 @@ that are alike are asked once.
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from moe_ops._private_torch import disable_modes
+from moe_ops.hf.attention_layout import AttentionLayout, LatentLayout, attention_layout
 from moe_ops.hf.experts import fused_activation, fused_gate
 from moe_ops.hf.fused import call_quietly, close, norm_eps
+from moe_ops.hf.probe import numbers, random_copy, shell
 from moe_ops.hf.switch import interface_of
-from moe_ops.reference import attention_step, gated_ffn
+from moe_ops.reference import gated_ffn
 
 _BLOCKS = ("mlp", "block_sparse_moe")
 _ROUTERS = ("gate", "router")
 _SHARED = ("shared_expert", "shared_experts")
 _SHARED_GATE = "shared_expert_gate"
-_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
-
-
-class AttentionLayout(NamedTuple):
-    """Grouped heads with rotary positions: q_proj, k_proj, v_proj and o_proj, and perhaps q_norm
-    and k_norm.
-
-    eps: of the norm before it.
-    head_eps: of q_norm and k_norm; None without them.
-    head_size: d.
-    one_angle: whether cos and sin have each angle once; otherwise twice.
-    partial: whether angles for fewer features rotate those alone.
-    scale: of scores.
-    """
-
-    eps: float
-    head_eps: float | None
-    head_size: int
-    one_angle: bool
-    partial: bool
-    scale: float
 
 
 class BlockLayout(NamedTuple):
@@ -86,7 +66,7 @@ class LayerLayout(NamedTuple):
     returns_pair: whether the block returns something beside what it adds.
     """
 
-    attention: AttentionLayout | None
+    attention: AttentionLayout | LatentLayout | None
     block: BlockLayout | None
     network: NetworkLayout | None
     block_name: str
@@ -121,7 +101,7 @@ def _layout(layer: Any, name: str) -> LayerLayout | None:
     else:
         return None
     eps = norm_eps(layer.input_layernorm), norm_eps(layer.post_attention_layernorm)
-    attention = None if eps[0] is None else _attention_layout(layer.self_attn, eps[0])
+    attention = None if eps[0] is None else attention_layout(layer.self_attn, eps[0])
     block = network = None
     if eps[1] is not None:
         width = _width(layer.post_attention_layernorm)
@@ -146,21 +126,8 @@ def _signature(layer: nn.Module) -> tuple[Any, ...]:
     return tuple(parts)
 
 
-def _shell(module: nn.Module, parts: dict[str, nn.Module]) -> nn.Module:
-    """The module in eval mode, without hooks and with other parts."""
-    probe = type(module).__new__(type(module))
-    probe.__dict__.update(module.__dict__)
-    probe.__dict__.update({k: type(v)() for k, v in module.__dict__.items() if k.endswith("hooks")})
-    probe.__dict__.update(_modules=dict(parts), training=False)
-    return probe
-
-
 def _width(norm: Any) -> int:
     return int(norm.weight.shape[0])
-
-
-def _numbers(*shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
 # ------------------------------------------------------------------------------------ whole layers
@@ -180,7 +147,7 @@ class _Times(nn.Module):
 
 def _adds_up(layer: Any, block: str, residual_scale: float, pair: bool) -> bool:
     """Whether the layer is norm, attention, sum, norm, block and sum, in this order."""
-    probe = _shell(
+    probe = shell(
         layer,
         {
             "input_layernorm": _Times(0.5),
@@ -190,104 +157,10 @@ def _adds_up(layer: Any, block: str, residual_scale: float, pair: bool) -> bool:
         },
     )
     # Three sequences: a tensor of two would be taken for a pair.
-    x = _numbers(3, 2, _width(layer.input_layernorm))
+    x = numbers(3, 2, _width(layer.input_layernorm))
     y = call_quietly(probe, x, attention_mask=None, cache=None, position_embeddings=None)
     want = x * (1 + residual_scale * 1.5) * (1 + residual_scale * 5.25)
     return isinstance(y, Tensor) and close(y, want)
-
-
-# --------------------------------------------------------------------------------------- attention
-
-
-def _attention_layout(attention: Any, eps: float) -> AttentionLayout | None:
-    parts = attention._modules
-    norms = [name for name in ("q_norm", "k_norm") if name in parts]
-    scale, size = getattr(attention, "scaling", None), getattr(attention, "head_dim", None)
-    if (
-        "forward" in attention.__dict__
-        or parts.keys() != {*_PROJECTIONS, *norms}
-        or not all(isinstance(parts[name], nn.Linear) for name in _PROJECTIONS)
-        or attention._parameters.keys() - {"sinks"}
-        or attention._buffers
-        or len(norms) == 1
-        or not isinstance(scale, float)
-        or not isinstance(size, int)
-        or size % 4
-        or not isinstance(getattr(attention, "layer_idx", None), int)
-    ):
-        return None
-    head_eps = {norm_eps(parts[name]) for name in norms}
-    if len(head_eps) > 1 or None in head_eps:
-        return None
-    probe = _random_copy(attention)
-    for one_angle in (False, True):
-        layout = AttentionLayout(
-            eps, next(iter(head_eps), None), size, one_angle, False, float(scale)
-        )
-        if _attends(probe, layout, size):
-            return layout._replace(partial=_attends(probe, layout, size // 2))
-    return None
-
-
-def _attends(probe: Any, layout: AttentionLayout, rotary_size: int) -> bool:
-    """Whether attention of two short sequences, one of them padded, is that of the op."""
-    projections = {name: probe._modules[f"{name}_proj"] for name in "qkvo"}
-    x = _numbers(2, 3, projections["q"].weight.shape[1])
-    angles = _numbers(2, 3, rotary_size // 2).repeat(1, 1, 1 if layout.one_angle else 2)
-    mask = torch.full((2, 1, 3, 3), -1e9).triu(1)
-    mask[1, :, 1:, 0] = -1e9
-    y = call_quietly(
-        probe,
-        hidden_states=x,
-        position_embeddings=(angles.cos(), angles.sin()),
-        attention_mask=mask,
-        position_ids=None,
-        cache=None,
-    )
-    if not (isinstance(y, tuple) and isinstance(y[0], Tensor)):
-        return False
-    options: dict[str, Any] = {f"w_{name}": m.weight for name, m in projections.items()}
-    options |= {f"b_{name}": m.bias for name, m in projections.items()}
-    if layout.head_eps is not None:
-        options |= {"q_norm": probe.q_norm.weight, "k_norm": probe.k_norm.weight}
-        options["head_eps"] = layout.head_eps
-    num_kv_heads = projections["k"].weight.shape[0] // layout.head_size
-    kept = torch.zeros(2, 2, num_kv_heads, 3, layout.head_size)
-    total = attention_step(
-        x,
-        cos=angles.cos(),
-        sin=angles.sin(),
-        keys=kept[0],
-        values=kept[1],
-        start=0,
-        rotary_size=rotary_size,
-        scale=layout.scale,
-        mask=mask,
-        sinks=probe._parameters.get("sinks"),
-        **options,
-    )
-    return close(y[0], total - x)
-
-
-def _random_copy(module: nn.Module) -> Any:
-    """The module and all in it, in fp32 on the CPU, with parameters of its own. Rows of matrices
-    overlap, so that they take no memory worth mentioning."""
-    generator = torch.Generator().manual_seed(1)
-
-    def random(p: Tensor) -> nn.Parameter:
-        if p.dim() == 1:
-            values = 1.0 + 0.5 * torch.randn(p.shape, generator=generator)
-        else:
-            rows, size = math.prod(p.shape[:-1]), p.shape[-1]
-            line = torch.randn(3 * rows + size, generator=generator) * size**-0.5
-            values = line.as_strided((rows, size), (3, 1))
-        return nn.Parameter(values, requires_grad=False)
-
-    parts = {name: _random_copy(m) for name, m in module._modules.items() if m is not None}
-    probe = _shell(module, parts)
-    parameters = {k: None if p is None else random(p) for k, p in module._parameters.items()}
-    probe.__dict__["_parameters"] = parameters
-    return probe
 
 
 # -------------------------------------------------------------------------------------- the experts
@@ -322,8 +195,8 @@ def _block_layout(block: nn.Module, eps: float, pair: bool, width: int) -> Block
         parts[_SHARED_GATE] = _Gate()
     if names != parts.keys():
         return None
-    x = _numbers(3, 2, width)
-    y = call_quietly(_shell(block, parts), x)
+    x = numbers(3, 2, width)
+    y = call_quietly(shell(block, parts), x)
     y = y[0] if pair and isinstance(y, tuple) else y
     rows = x.view(-1, width)
     _, weights, ids = _Router()(rows)
@@ -357,8 +230,8 @@ def _network_activation(network: Any) -> str | None:
     gate = fused_gate(act_fn)
     if gate is None:
         return None
-    probe = _random_copy(network)
-    x = _numbers(4, probe.gate_proj.weight.shape[1])
+    probe = random_copy(network)
+    x = numbers(4, probe.gate_proj.weight.shape[1])
     y = call_quietly(probe, x)
     weights = (probe.gate_proj.weight, probe.up_proj.weight, probe.down_proj.weight)
     known = isinstance(y, Tensor) and close(y, gated_ffn(x, *weights, **gate))

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.generation import CompileConfig
 
 from moe_ops.hf import step
+from moe_ops.hf.attention_layout import LatentLayout
 from moe_ops.hf.fused import fuse, set_fused
 from moe_ops.hf.layout import LayerLayout, layout_of
 from moe_ops.hf.switch import enable, interface_of, set_implementation
@@ -21,6 +22,8 @@ from moe_ops.quant import quantize_experts
 from moe_ops.quant.bank import find_banks
 
 FORMATS = (None, "int8", "int4")
+# latent_attention_step multiplies queries by this weight, and not latents.
+_FLOAT_OF_LATENTS = ("kv_b_proj",)
 _CONFIG_ATTRIBUTES = ("hf_quantizer", "is_quantized", "quantization_method")
 
 
@@ -63,7 +66,8 @@ def optimize(
     - Experts run on moe_ops (:func:`moe_ops.hf.enable`).
     - Dense layers (attention projections, shared experts, the head): products of up to 64 rows
       are read at the speed of memory. With `weights` they are stored in 8 or 4 bits, and so are
-      experts (`moe_ops.quantize_experts`). Routers, embeddings and norms stay float.
+      experts (`moe_ops.quantize_experts`). Routers, embeddings and norms stay float, and
+      `kv_b_proj` of latent attention.
     - RMS norms and routers whose formula is known are one or two ops each; a decoder layer of a
       known layout runs few tokens in a few calls, its attention in one.
     - With `compile`, `generate` uses a static cache and compiles its decoding steps.
@@ -123,7 +127,8 @@ def optimize(
     if weights is not None and not _experts_are(model, weights, group_size):
         quantize_experts(model, weights, group_size=group_size)
     report |= enable(model)
-    report |= replace_linears(model, weights, group_size)
+    latent = any(x is not None and isinstance(x.attention, LatentLayout) for x in layouts.values())
+    report |= replace_linears(model, weights, group_size, _FLOAT_OF_LATENTS if latent else ())
     for name, module in model.named_modules():
         if (kind := fuse(module)) is not None:
             report[name] = f"fused {kind}"

@@ -49,6 +49,11 @@ class QuantizedHfExperts(QuantizedExperts):
     def stand_in(self, bank: nn.Module) -> nn.Module:
         return OffloadedHfExperts(bank)
 
+    @property
+    def qweight(self) -> Tensor:
+        """Codes of w_down: where peft looks for the device of a layer without parameters."""
+        return self.w_down
+
     def forward(  # type: ignore[override]
         self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
     ) -> Tensor:

@@ -138,7 +138,7 @@ class BankReader(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        return False
+        return True  # Adapters are.
 
     @property
     def is_compileable(self) -> bool:

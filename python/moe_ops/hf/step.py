@@ -17,13 +17,14 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, St
 
 from moe_ops._private_torch import has_global_hooks
 from moe_ops.expert_weights.packing import expert_ffn
+from moe_ops.hf.attention_layout import AttentionLayout, LatentLayout, latent_operands
 from moe_ops.hf.experts import bank_bias, bank_views
 from moe_ops.hf.fused import register_kind, route
-from moe_ops.hf.layout import AttentionLayout, BlockLayout, LayerLayout
+from moe_ops.hf.layout import BlockLayout, LayerLayout
 from moe_ops.hf.switch import is_quantized
 from moe_ops.layers import QuantizedExperts
 from moe_ops.layers.linear import dense_operands, in_inference_on_few_rows
-from moe_ops.ops import add_rms_norm, attention_step, gated_ffn
+from moe_ops.ops import add_rms_norm, attention_step, gated_ffn, latent_attention_step
 
 _TENSORS = (Tensor, nn.Parameter)
 # Arguments of a layer beside which others must be None. Outputs are asked for by hooks.
@@ -111,25 +112,44 @@ def _is_silent(m: nn.Module) -> bool:
 
 
 def _attend(
-    layer: Any, layout: LayerLayout, how: AttentionLayout, x: Tensor, kwargs: Mapping[str, Any]
+    layer: Any,
+    layout: LayerLayout,
+    how: AttentionLayout | LatentLayout,
+    x: Tensor,
+    kwargs: Mapping[str, Any],
 ) -> Tensor | None:
-    """x + attention; None where the op cannot do what is asked for."""
-    mask = kwargs.get("attention_mask")
+    """x + attention; None where the ops cannot do what is asked for."""
     cache = kwargs.get("cache")
-    angles = kwargs.get("position_embeddings")
+    positions = kwargs.get("position_embeddings")
+    norm = _vector(layer._modules["input_layernorm"], x)
     if (
         cache is None
-        or angles is None
+        or positions is None
+        or norm is None
         or any(kwargs[k] is not None for k in kwargs.keys() - _KNOWN)
     ):
         return None
-    attention = layer._modules["self_attn"]
+    options = {"norm_weight": norm, "eps": how.eps, "residual_scale": layout.residual_scale}
+    attention, mask = layer._modules["self_attn"], kwargs.get("attention_mask")
+    if isinstance(how, LatentLayout):
+        return _attend_to_latents(attention, how, x, positions, cache, mask, options)
+    return _attend_to_heads(attention, how, x, positions, cache, mask, options)
+
+
+def _attend_to_heads(
+    attention: Any,
+    how: AttentionLayout,
+    x: Tensor,
+    positions: Any,
+    cache: Any,
+    mask: Any,
+    options: Mapping[str, Any],
+) -> Tensor | None:
     parts = attention._modules
     q, k, v, o = (
         dense_operands(parts[n], x.dtype) for n in ("q_proj", "k_proj", "v_proj", "o_proj")
     )
-    norm = _vector(layer._modules["input_layernorm"], x)
-    if q is None or k is None or v is None or o is None or norm is None:
+    if q is None or k is None or v is None or o is None:
         return None
     q_norm = k_norm = None
     if how.head_eps is not None:
@@ -139,22 +159,15 @@ def _attend(
     sinks = attention._parameters.get("sinks")
     if sinks is not None and sinks.dtype != x.dtype:
         return None
-    cos, sin = angles
+    cos, sin = positions
     rotary_size = cos.shape[-1] * (2 if how.one_angle else 1)
     if rotary_size != how.head_size and not (how.partial and rotary_size < how.head_size):
         return None
-    room = _room(cache, attention.layer_idx, x, k, how.head_size)
+    heads = k[0].shape[0] // how.head_size
+    room = _room(cache, attention.layer_idx, x, mask, heads, (how.head_size, how.head_size))
     if room is None:
         return None
-    kept, keys, values, start = room
-    end = start + x.shape[1]
-    if mask is not None:
-        if type(mask) is not Tensor or mask.dim() != 4 or mask.shape[1] != 1:
-            return None
-        if mask.shape[3] != end:
-            if mask.shape[3] < end:
-                return None
-            mask = mask[..., :end]
+    kept, keys, values, start, mask = room
     y = attention_step(
         x,
         q[0],
@@ -168,8 +181,6 @@ def _attend(
         start,
         rotary_size=rotary_size,
         scale=how.scale,
-        norm_weight=norm,
-        eps=how.eps,
         b_q=q[2],
         b_k=k[2],
         b_v=v[2],
@@ -183,9 +194,49 @@ def _attend(
         head_eps=how.head_eps or 0.0,
         mask=mask,
         sinks=sinks,
-        residual_scale=layout.residual_scale,
+        **options,
     )
-    _note(kept, keys, values, x.shape[1], end)
+    _note(kept, keys, values, x.shape[1], start + x.shape[1])
+    return y
+
+
+def _attend_to_latents(
+    attention: Any,
+    how: LatentLayout,
+    x: Tensor,
+    positions: Any,
+    cache: Any,
+    mask: Any,
+    options: Mapping[str, Any],
+) -> Tensor | None:
+    """The caches of transformers keep latents in the place of keys, and rotated keys in that of
+    values, so that keys and values of heads need not be made."""
+    parts: dict[str, Any] = {}
+    for name, m in attention._modules.items():
+        is_norm = name.endswith("layernorm")
+        parts[name] = _vector(m, x) if is_norm else dense_operands(m, x.dtype)
+        if parts[name] is None:
+            return None
+    angles = how.angles(positions)
+    if angles is None or parts["kv_b_proj"][1] is not None:
+        return None
+    room = _room(cache, attention.layer_idx, x, mask, 1, (how.rank, how.rope_size))
+    if room is None:
+        return None
+    kept, latents, rope_keys, start, mask = room
+    operands = latent_operands(how, parts)
+    y = latent_attention_step(
+        x,
+        cos=angles[0],
+        sin=angles[1],
+        latents=latents,
+        rope_keys=rope_keys,
+        start=start,
+        mask=mask,
+        **operands,
+        **options,
+    )
+    _note(kept, latents, rope_keys, x.shape[1], start + x.shape[1])
     return y
 
 
@@ -195,13 +246,25 @@ def _vector(norm: nn.Module, x: Tensor) -> Tensor | None:
 
 
 def _room(
-    cache: Any, index: int, x: Tensor, k: tuple[Any, ...], size: int
-) -> tuple[Any, Tensor, Tensor, int] | None:
-    """The cache of a layer, keys and values with room for those of x, and how many there are.
+    cache: Any, index: int, x: Tensor, mask: Any, heads: int, sizes: tuple[int, int]
+) -> tuple[Any, Tensor, Tensor, int, Tensor | None] | None:
+    """The cache of a layer, keys and values of `sizes` features with room for those of x, how many
+    there are, and the mask of all of them; None where a cache or a mask is of another kind."""
+    found = _memory(cache, index, x, heads, sizes)
+    if found is None or mask is None:
+        return None if found is None else (*found, None)
+    end = found[3] + x.shape[1]
+    if type(mask) is not Tensor or mask.dim() != 4 or mask.shape[1] != 1 or mask.shape[3] < end:
+        return None
+    return (*found, mask if mask.shape[3] == end else mask[..., :end])
 
-    A growing cache gets buffers that it fills: what it shows as keys and values are views of them.
-    It is given new ones whenever these views are not what was put there.
-    """
+
+def _memory(
+    cache: Any, index: int, x: Tensor, heads: int, sizes: tuple[int, int]
+) -> tuple[Any, Tensor, Tensor, int] | None:
+    """Of `_room`, without the mask. A growing cache gets buffers that it fills: what it shows as
+    keys and values are views of them. It is given new ones whenever these views are not what was
+    put there."""
     layers = getattr(cache, "layers", None)
     if layers is None or getattr(cache, "offloading", True) or index >= len(layers):
         return None
@@ -229,11 +292,10 @@ def _room(
         keys, values = own[2], own[3]
         if start + length <= keys.shape[2] and _fits(keys, x, batch):
             return kept, keys, values, start
-    heads = k[0].shape[0] // size
     if not empty and not (_fits(kept.keys, x, batch) and kept.keys.shape[1] == heads):
         return None
     most = max(_LEAST_ROOM, int((start + length) * _MORE_ROOM))
-    keys, values = (x.new_empty(batch, heads, most, size) for _ in range(2))
+    keys, values = (x.new_empty(batch, heads, most, size) for size in sizes)
     if start:
         keys[:, :, :start] = kept.keys
         values[:, :, :start] = kept.values

@@ -19,6 +19,9 @@ _BLOCKS = {
     "transformers.models.jetmoe.modeling_jetmoe.JetMoeAttention": "moe_ops.hf.jetmoe_attention",
     "transformers.models.jetmoe.modeling_jetmoe.JetMoeMoE": "moe_ops.hf.jetmoe",
     "transformers.models.llama4.modeling_llama4.Llama4TextMoe": "moe_ops.hf.llama4",
+    "transformers.models.longcat_flash.modeling_longcat_flash.LongcatFlashExperts": (
+        "moe_ops.hf.longcat"
+    ),
 }
 # Inner modules that the new forwards call like the old ones.
 _CALLED = ("router", "shared_expert", "experts.router", "kv_proj")
@@ -29,8 +32,8 @@ def enable(model: nn.Module) -> dict[str, str]:
     """Switches every MoE block of `model` to moe_ops, in place.
 
     Modules on transformers' experts interface get ``"moe_ops"`` as their implementation. JetMoE's
-    feed-forward and attention experts, DBRX's experts and Llama 4's block get a subclass with
-    another forward. Parameters, buffers, names and the state dict do
+    feed-forward and attention experts, DBRX's and LongCat-Flash's experts and Llama 4's block get a
+    subclass with another forward. Parameters, buffers, names and the state dict do
     not change, so optimisers and checkpoints go on working. Call it before the model is
     compiled, sharded or given accelerate hooks.
 

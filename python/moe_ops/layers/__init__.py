@@ -5,6 +5,7 @@ Letters in all files: T tokens, H hidden size, I intermediate size, E experts, K
 
 from __future__ import annotations
 
+from . import experts_hook  # noqa: F401  # It registers.
 from .attention import AttentionExperts, AttentionExpertsOutput, KVCache
 from .dense import ExpertNorm, mix_outputs
 from .experts import Experts

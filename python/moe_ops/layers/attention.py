@@ -31,7 +31,11 @@ class KVCache:
 
     Attributes:
         length: tokens held.
+        mask: which of the keys that `update` returns a single new token sees, bool
+            [1, 1, 1, length]; None: all.
     """
+
+    mask: Tensor | None = None
 
     def __init__(self) -> None:
         self.length = 0
@@ -66,6 +70,17 @@ class KVCache:
         self.length = end
         k, v = (buffer[:, :, :end].transpose(1, 2) for buffer in buffers)
         return k, v
+
+    def positions(self, length: int, device: torch.device) -> Tensor:
+        """Of `length` tokens that come next, fp32."""
+        start = self.length
+        return torch.arange(start, start + length, dtype=torch.float32, device=device)
+
+    def shown(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of the tokens held, [B, n, length, d], as views."""
+        assert self._buffers is not None, "an empty cache"
+        k, v = self._buffers
+        return k[:, :, : self.length], v[:, :, : self.length]
 
     def reserve(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """The memory [B, n, L, d] of keys and of values, with room for tokens of the shapes of k

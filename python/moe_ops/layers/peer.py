@@ -10,19 +10,15 @@ import math
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from moe_ops.ops import topk_router
-from moe_ops.ops._autograd import in_transform
+from moe_ops._sharded import is_sharded
+from moe_ops.memory import move_when_paid
+from moe_ops.ops import peer_ffn, topk_router
 from moe_ops.ops._checks import check_positive
 
 from .experts import Experts
-from .functional import apply_linear, linear, multiplies_by_ops
-
-# Elements of gathered weights that are in memory at a time.
-GATHERED_AT_A_TIME = 1 << 20
+from .functional import apply_linear, linear
 
 
 class PEEROutput(NamedTuple):
@@ -63,6 +59,9 @@ class PEER(nn.Module):
         query_norm: batch normalisation of the queries, which spreads use over more experts.
         activation: "gelu", or another of `Experts`; with a gated one an expert has two input
             vectors.
+        sparse_grad: gradients of the experts are sparse tensors of those that were chosen, for
+            `torch.optim.SparseAdam` and its like; in eager mode only. An attribute that may be
+            changed at any time. See `moe_ops.peer_ffn`.
         device, dtype: of the parameters.
 
     Initialisation: query as `nn.Linear`, sub-keys uniform in +-1/sqrt(D / 2). Experts as `Experts`:
@@ -85,6 +84,7 @@ class PEER(nn.Module):
         query_size: int | None = None,
         query_norm: bool = True,
         activation: str = "gelu",
+        sparse_grad: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -105,6 +105,7 @@ class PEER(nn.Module):
         self.top_k = top_k
         self.num_heads = num_heads
         self.query_size = size
+        self.sparse_grad = sparse_grad
         self.query = nn.Linear(hidden_size, num_heads * size, bias=False, **where)
         self.query_norm = nn.BatchNorm1d(num_heads * size, **where) if query_norm else None
         self.sub_keys = nn.Parameter(torch.empty(2, side, size // 2, **where))
@@ -141,9 +142,10 @@ class PEER(nn.Module):
             rows.append(best)
         side = self.sub_keys.shape[1]
         pairs = (scores[0][:, :, None] + scores[1][:, None]).flatten(1)  # [T R, K K]
-        ids = (rows[0][:, :, None] * side + rows[1][:, None]).flatten(1)
         weights, chosen = topk_router(pairs, k, topk_first=True)
-        ids = ids.gather(1, chosen.long()).to(torch.int32)
+        first, second = chosen // k, chosen % k
+        ids = rows[0].gather(1, first.long()) * side + rows[1].gather(1, second.long())
+        ids = ids.to(torch.int32)
         shape = (num_tokens, self.num_heads * k)
         return weights.view(shape), ids.view(shape)
 
@@ -164,32 +166,31 @@ class PEER(nn.Module):
         return PEEROutput(y, weights, ids) if return_routing else y
 
     def _run_experts(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
-        """`self.experts(x, weights, ids)`. That sorts slots by expert, for products of many rows;
-        an expert here has a row or two, and its two vectors are read and used once a slot."""
+        """`self.experts(x, weights, ids)`, by the op for experts of one neuron where the bank has
+        nothing that only its own ops know."""
         bank = self.experts
-        plain = (
+        gathers = (
             type(bank) is Experts
             and bank.dispatcher is None
             and bank.precision is None
             and bank.b_gate_up is None
             and bank.b_down is None
-            and x.dtype == bank.w_gate_up.dtype == bank.w_down.dtype
-            and x.dtype in (torch.float32, torch.float64)
-            and not torch.is_autocast_enabled(x.device.type)
-            and not torch.compiler.is_compiling()
-            and not in_transform()
-            and not multiplies_by_ops(x)
+            and not is_sharded(bank.w_gate_up)
+            and (bank.alpha, bank.limit) == (1.702, 7.0)
         )
-        if not plain:
+        if not gathers:
             y: Tensor = bank(x, weights, ids)
             return y
-        width = bank.w_gate_up.shape[1]  # 2 with a gate.
-        vectors = bank.w_gate_up.flatten(0, 1)
-        rows = ids[..., None] * width + torch.arange(width, dtype=ids.dtype, device=ids.device)
-        products: Tensor = _GatherDot.apply(x, vectors, rows.flatten(1))
-        h = bank._activate(products.unflatten(1, (-1, width))).squeeze(-1)
-        return F.embedding_bag(
-            ids, bank.w_down.squeeze(-1), mode="sum", per_sample_weights=h * weights.to(h.dtype)
+        if not torch.compiler.is_compiling():
+            move_when_paid(bank, ids.numel(), bank.w_gate_up, bank.w_down)
+        return peer_ffn(
+            x,
+            bank.w_gate_up,
+            bank.w_down,
+            weights,
+            ids,
+            activation=bank.activation,
+            sparse_grad=self.sparse_grad,
         )
 
     def extra_repr(self) -> str:
@@ -197,41 +198,3 @@ class PEER(nn.Module):
             f"hidden_size={self.hidden_size}, num_experts={self.num_experts}, "
             f"top_k={self.top_k}, num_heads={self.num_heads}"
         )
-
-
-class _GatherDot(torch.autograd.Function):
-    """y[t, k] = x[t] . vectors[rows[t, k]], without all those vectors in memory at once.
-
-    x [T, H], vectors [N, H], rows [T, M] int; y [T, M].
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, vectors: Tensor, rows: Tensor) -> Tensor:
-        ctx.save_for_backward(x, vectors, rows)
-        parts = [
-            torch.bmm(F.embedding(r, vectors), part[..., None])[..., 0]
-            for part, r in zip(*_split(x, rows, size=x.shape[1]), strict=True)
-        ]
-        return torch.cat(parts)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, vectors, rows = ctx.saved_tensors
-        grad_x = grad_vectors = None
-        if ctx.needs_input_grad[0]:
-            grad_x = F.embedding_bag(
-                rows, vectors, mode="sum", per_sample_weights=grad.contiguous()
-            )
-        if ctx.needs_input_grad[1]:
-            grad_vectors = torch.zeros_like(vectors)
-            for part, r, g in zip(*_split(x, rows, grad, size=x.shape[1]), strict=True):
-                added = (g[..., None] * part[:, None]).flatten(0, 1)
-                grad_vectors.index_add_(0, r.reshape(-1), added)
-        return grad_x, grad_vectors, None
-
-
-def _split(x: Tensor, rows: Tensor, *others: Tensor, size: int) -> list[tuple[Tensor, ...]]:
-    """Each tensor in parts of so many tokens that the vectors of one fit into memory."""
-    tokens = max(1, GATHERED_AT_A_TIME // (rows.shape[1] * size))
-    return [t.split(tokens) for t in (x, rows, *others)]

@@ -1,4 +1,4 @@
-"""A bank of experts whose weights are stored in 8 or 4 bits, for inference.
+"""A bank of experts whose weights are stored in few bits and do not change.
 
 Letters: T tokens, H hidden size, I intermediate size, E experts, K experts a token.
 """
@@ -14,33 +14,21 @@ from torch import Tensor, nn
 
 from moe_ops import memory, packing
 from moe_ops._sharded import check_whole, local_part
-from moe_ops.expert_weights import (
-    ExpertInputs,
-    ExpertsHook,
-    ExpertWeights,
-    register_hook,
-)
-from moe_ops.ops import moe_ffn_quantized
-from moe_ops.ops._autograd import in_transform
+from moe_ops.expert_weights import ExpertWeights
+from moe_ops.ops import moe_ffn_fp8, moe_ffn_quantized
 from moe_ops.ops._checks import check_positive, dtype_name
 from moe_ops.quant.convert import check_sizes, quantize_experts
-from moe_ops.quant.formats import (
-    check_divides,
-    check_format,
-    dequantize,
-    shapes,
-    storage_dtype,
-)
+from moe_ops.quant.formats import WEIGHTS, bank_formats, check_divides
+from moe_ops.reference._codes import dequantized
 
 from .experts import ACTIVATION_OPTIONS, Experts, check_activation
 from .surgery.rows import as_ids
-from .without_backward import WithoutBackward
 
-_FROZEN = ("w_gate_up", "w_gate_up_scale", "w_down", "w_down_scale", "x_scale")
+_FROZEN = (*(name + part for name in WEIGHTS for part in ("", "_scale", "_zero")), "x_scale")
 
 
 class QuantizedExperts(nn.Module):
-    """`Experts` with int8 or int4 weights: the same call, about a quarter of the memory.
+    """`Experts` with weights of few bits: the same call, about a quarter of the memory.
 
     Buffers, not parameters; a state dict holds them as they are:
 
@@ -48,16 +36,24 @@ class QuantizedExperts(nn.Module):
         w_gate_up, w_down: int8 [E, 2I, H] and [E, H, I]; or uint8 [E, 2I, H/2] and [E, H, I/2],
             two numbers of 4 bits a byte. `moe_ops.quant.quantize` defines both formats.
         w_gate_up_scale, w_down_scale: fp32 [E, 2I] and [E, H]; of int4 [E, 2I, H/G], [E, H, I/G].
+        w_gate_up_zero, w_down_zero: uint8 zero points like the scales, or None.
         x_scale: fp32 [H], what x is multiplied by before w_gate_up, or None.
         b_gate_up, b_down: floating point, [E, 2I] and [E, H], or None.
+    Those of other formats are in `moe_ops.quant.formats.WeightFormat` and in
+    :func:`moe_ops.moe_ffn_quantized`.
 
-    `.to(dtype)` and its kin change the biases only; weights and scales keep their types. There are
-    no gradients: a backward through the layer raises NotImplementedError.
+    `.to(dtype)` and its kin change the biases only; weights and scales keep their types. x and
+    topk_weights have gradients; nothing of the layer has one.
 
     Args:
         num_experts, hidden_size, intermediate_size: E, H and I, at least 1.
-        format: "int8" or "int4".
-        group_size: G of int4: 32, 64 (also None) or 128; must divide H and I.
+        format: "int8" or "int4"; or, to hold what a checkpoint has, "mxfp4", "fp8", "q4_k" or
+            "q6_k".
+        group_size: G of int4: 32, 64 (also None) or 128; must divide H and I. With another
+            scale_dtype or zero points any multiple of 32; of int8 then too, or None.
+        scale_dtype: of the scales of int8 and int4: "float32", "bfloat16" or "float16".
+        zero_points: whether groups of int4 have one.
+        down_format: of w_down where it is another one.
         x_scale: whether there is an activation-aware scale of the input.
         activation, bias, interleaved, alpha, limit: as of `Experts`.
         device: of the buffers.
@@ -73,16 +69,12 @@ class QuantizedExperts(nn.Module):
     # Of expert parallelism, as in `Experts`.
     dispatcher: Callable[..., Tensor] | None = None
     sharding: Any = None
-    no_gradient = (
-        "QuantizedExperts: there is no gradient through quantised experts; train float ones "
-        "(a layer's dequantize() gives them, a model of transformers loads its float "
-        "checkpoint) or call these under torch.no_grad()."
-    )
-
     w_gate_up: Tensor
     w_gate_up_scale: Tensor
+    w_gate_up_zero: Tensor | None
     w_down: Tensor
     w_down_scale: Tensor
+    w_down_zero: Tensor | None
     x_scale: Tensor | None
     b_gate_up: Tensor | None
     b_down: Tensor | None
@@ -95,6 +87,9 @@ class QuantizedExperts(nn.Module):
         *,
         format: str = "int4",
         group_size: int | None = None,
+        scale_dtype: str = "float32",
+        zero_points: bool = False,
+        down_format: str | None = None,
         x_scale: bool = False,
         activation: str = "swiglu",
         bias: bool = False,
@@ -108,15 +103,20 @@ class QuantizedExperts(nn.Module):
         name = type(self).__name__
         sizes = {"hidden_size": hidden_size, "intermediate_size": intermediate_size}
         check_positive(name, num_experts=num_experts, **sizes)
-        groups = check_format(name, format, group_size)
-        if groups:
-            check_divides(name, "w_gate_up", hidden_size, groups)
-            check_divides(name, "w_down", intermediate_size, groups)
+        self.formats = bank_formats(name, format, down_format, group_size, scale_dtype, zero_points)
+        for weight, size in zip(WEIGHTS, (hidden_size, intermediate_size), strict=True):
+            how = self.formats[weight]
+            if how.has_kernels and how.name == "int4":
+                assert how.group_size is not None
+                check_divides(name, weight, size, how.group_size)
         self.num_experts = num_experts
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size
         self.format = format
-        self.group_size = groups or None
+        self.down_format = down_format
+        self.group_size = next((f.group_size for f in self.formats.values() if f.group_size), None)
+        self.scale_dtype = scale_dtype
+        self.zero_points = zero_points
         self.activation = activation
         self.gated = check_activation(name, activation, interleaved)
         self.interleaved = interleaved
@@ -131,11 +131,13 @@ class QuantizedExperts(nn.Module):
             ("w_gate_up", width, hidden_size),
             ("w_down", hidden_size, intermediate_size),
         ):
-            q, scale = shapes(out, size, format, self.group_size)
-            zeros = memory.new_zeros(num_experts, *q, dtype=storage_dtype(format), **where)
-            self.register_buffer(weight, zeros)
-            scales = memory.new_zeros(num_experts, *scale, dtype=torch.float32, **where)
-            self.register_buffer(f"{weight}_scale", scales)
+            tensors = self.formats[weight].tensors(out, size)
+            for part in ("", "_scale", "_zero"):
+                zeros = None
+                if part in tensors:
+                    shape, kind = tensors[part]
+                    zeros = memory.new_zeros(num_experts, *shape, dtype=kind, **where)
+                self.register_buffer(weight + part, zeros)
         ones = torch.ones(hidden_size, dtype=torch.float32, **where) if x_scale else None
         self.register_buffer("x_scale", ones)
         for b, size in (("b_gate_up", width), ("b_down", hidden_size)):
@@ -175,14 +177,21 @@ class QuantizedExperts(nn.Module):
 
     @classmethod
     def for_weights(
-        cls, weights: ExpertWeights, *, format: str, group_size: int | None, x_scale: bool
+        cls,
+        weights: ExpertWeights,
+        *,
+        format: str,
+        group_size: int | None,
+        x_scale: bool,
+        **stored: Any,
     ) -> QuantizedExperts:
         """A layer that can take the place of `weights`, its buffers not filled.
 
         Raises:
             ValueError: sizes that the groups do not divide.
         """
-        check_sizes("", weights, group_size)
+        if not stored:
+            check_sizes("", weights, group_size)
         return cls(
             weights.num_experts,
             weights.hidden_size,
@@ -193,6 +202,7 @@ class QuantizedExperts(nn.Module):
             bias=weights.b_down is not None,
             device=weights.down.device,
             dtype=None if weights.b_down is None else weights.b_down.dtype,
+            **stored,
             **weights.activation,
         )
 
@@ -230,12 +240,7 @@ class QuantizedExperts(nn.Module):
     ) -> Tensor:
         """`forward` by the experts that this process has, as `Experts.forward_local`; out_dtype is
         given to a sum that is rounded to the dtype of x."""
-        on_input = apply_router_weight_on_input
-        wanted = torch.is_grad_enabled() and (x.requires_grad or topk_weights.requires_grad)
-        if wanted and not in_transform():
-            y: Tensor = WithoutBackward.apply(x, topk_weights, topk_ids, self, on_input)
-        else:
-            y = self._run(x, topk_weights, topk_ids, on_input)
+        y = self._run(x, topk_weights, topk_ids, apply_router_weight_on_input)
         return y if out_dtype is None else y.to(out_dtype)
 
     def run(
@@ -258,23 +263,34 @@ class QuantizedExperts(nn.Module):
         # A module finds a buffer by __getattr__, which for seven takes as long as a small layer.
         b: dict[str, Any] = self._buffers
         b_gate_up, b_down = b["b_gate_up"], b["b_down"]
-        return moe_ffn_quantized(
-            x,
+        weights = (
             local_part(b["w_gate_up"]),
             local_part(b["w_gate_up_scale"]),
             local_part(b["w_down"]),
             local_part(b["w_down_scale"]),
-            topk_weights,
-            topk_ids,
-            x_scale=b["x_scale"],
-            b_gate_up=None if b_gate_up is None else local_part(b_gate_up).to(x.dtype),
-            b_down=None if b_down is None else local_part(b_down).to(x.dtype),
-            apply_router_weight_on_input=on_input,
-            activation=self.activation,
-            interleaved=self.interleaved,
-            alpha=self.alpha,
-            limit=self.limit,
         )
+        how: dict[str, Any] = {
+            "b_gate_up": None if b_gate_up is None else local_part(b_gate_up).to(x.dtype),
+            "b_down": None if b_down is None else local_part(b_down).to(x.dtype),
+            "apply_router_weight_on_input": on_input,
+            "activation": self.activation,
+            "interleaved": self.interleaved,
+            "alpha": self.alpha,
+            "limit": self.limit,
+        }
+        if self.format == "fp8" and self._takes_fp8(x, topk_weights):
+            return moe_ffn_fp8(x, *weights, topk_weights, topk_ids, **how)
+        if self.zero_points:
+            how["w_gate_up_zero"] = b["w_gate_up_zero"]
+            how["w_down_zero"] = b["w_down_zero"]
+        x_scale = b["x_scale"]
+        return moe_ffn_quantized(x, *weights, topk_weights, topk_ids, x_scale=x_scale, **how)
+
+    def _takes_fp8(self, x: Tensor, topk_weights: Tensor) -> bool:
+        """Whether tokens may be rounded to fp8 too, as these checkpoints are meant to be run. There
+        is no gradient through that."""
+        wanted = torch.is_grad_enabled() and (x.requires_grad or topk_weights.requires_grad)
+        return not wanted and self.x_scale is None and self.formats["w_down"].name == "fp8"
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Experts:
         """A float bank that computes the same, its weights rounded as here; x_scale is in them.
@@ -289,7 +305,7 @@ class QuantizedExperts(nn.Module):
             self.intermediate_size,
             bias=self.b_down is not None,
             device="meta",
-            **_activation_of(self),
+            **activation_of(self),
         )
         target = torch.get_default_dtype() if dtype is None else dtype
         where: dict[str, Any] = {"dtype": target, "device": self.w_down.device}
@@ -298,14 +314,18 @@ class QuantizedExperts(nn.Module):
         result.w_down = nn.Parameter(torch.empty(result.w_down.shape, **where))
         with torch.no_grad():
             for e in range(self.num_experts):
-                w = dequantize(self.w_gate_up[e], self.w_gate_up_scale[e])
-                result.w_gate_up[e].copy_(w * scale)
-                result.w_down[e].copy_(dequantize(self.w_down[e], self.w_down_scale[e]))
+                result.w_gate_up[e].copy_(self.weight_of("w_gate_up", e) * scale)
+                result.w_down[e].copy_(self.weight_of("w_down", e))
         for name in ("b_gate_up", "b_down"):
             bias = getattr(self, name)
             if bias is not None:
                 setattr(result, name, nn.Parameter(bias.to(target, copy=True)))
         return result.train(self.training)
+
+    def weight_of(self, name: str, expert: int) -> Tensor:
+        """w_gate_up [2I, H] or w_down [H, I] of one expert, float32; x_scale is not in it."""
+        parts = (getattr(self, name + part) for part in ("", "_scale", "_zero"))
+        return dequantized(*(None if t is None else t[expert] for t in parts), torch.float32)
 
     def select(self, ids: Sequence[int] | Tensor) -> QuantizedExperts:
         """A new bank of the experts `ids`, in that order (repeats allowed).
@@ -355,8 +375,14 @@ class QuantizedExperts(nn.Module):
     def config(self) -> dict[str, Any]:
         """The arguments of the class besides num_experts, device and dtype."""
         names = ("hidden_size", "intermediate_size", "format", "group_size", *ACTIVATION_OPTIONS)
+        stored = {
+            name: getattr(self, name)
+            for name, default in _STORED_DEFAULTS.items()
+            if getattr(self, name) != default
+        }
         return {
             **{name: getattr(self, name) for name in names},
+            **stored,
             "x_scale": self.x_scale is not None,
             "bias": self.b_down is not None,
         }
@@ -368,8 +394,9 @@ class QuantizedExperts(nn.Module):
 
     @property
     def format_name(self) -> str:
-        """ "int8", or "int4" with its group size: "int4 g64"."""
-        return "int8" if self.group_size is None else f"int4 g{self.group_size}"
+        """ "int8", or "int4" with its group size: "int4 g64"; "q4_k, down q6_k"."""
+        up, down = (self.formats[name].label for name in WEIGHTS)
+        return up if up == down else f"{up}, down {down}"
 
     def stand_in(self, bank: nn.Module) -> nn.Module:
         """What is to take this module's place for `bank`, which is called as `Experts` are."""
@@ -439,7 +466,14 @@ class QuantizedExperts(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *others)
 
 
-def _activation_of(bank: Any) -> dict[str, Any]:
+_STORED_DEFAULTS: dict[str, Any] = {
+    "scale_dtype": "float32",
+    "zero_points": False,
+    "down_format": None,
+}
+
+
+def activation_of(bank: Any) -> dict[str, Any]:
     return {name: getattr(bank, name) for name in ACTIVATION_OPTIONS}
 
 
@@ -451,32 +485,3 @@ def _mismatch(name: str, got: Tensor | None, wanted: Tensor) -> str | None:
     kind = dtype_name(wanted.dtype) if frozen else "floating point"
     what = "none" if got is None else f"{dtype_name(got.dtype)} of shape {list(got.shape)}"
     return f"{name} must be {kind} of shape {list(wanted.shape)}, got {what}."
-
-
-class _ExpertsHook(ExpertsHook):
-    """`Experts`, whose output must have the size of the input."""
-
-    quantized = QuantizedExperts
-
-    def weights(self, module: nn.Module) -> ExpertWeights | None:
-        if not isinstance(module, Experts) or module.output_size != module.hidden_size:
-            return None
-        experts: Any = module
-        biases = experts.b_gate_up, experts.b_down
-        return ExpertWeights((experts.w_gate_up,), experts.w_down, *biases, _activation_of(experts))
-
-    def reads_packed(self, module: nn.Module) -> bool:
-        return (
-            isinstance(module, Experts)
-            and module.output_size == module.hidden_size
-            and module.precision is None
-        )
-
-    def inputs(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> ExpertInputs:
-        names = ("x", "topk_weights", "topk_ids")
-        return ExpertInputs(**{**dict(zip(names, args, strict=False)), **kwargs})
-
-
-register_hook(_ExpertsHook())

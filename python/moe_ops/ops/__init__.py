@@ -11,6 +11,7 @@ from moe_ops.ops.gated_ffn import gated_ffn
 from moe_ops.ops.grouped_gemm import grouped_gemm, grouped_gemm_wgrad, grouped_sum
 from moe_ops.ops.grouped_gemm_fp8 import grouped_gemm_fp8, grouped_gemm_fp8_wgrad
 from moe_ops.ops.grouped_gemm_quantized import grouped_gemm_quantized
+from moe_ops.ops.latent_attention_step import latent_attention_step
 from moe_ops.ops.mix_experts import mix_experts
 from moe_ops.ops.moa_attention import moa_attention
 from moe_ops.ops.moe_ffn import moe_ffn
@@ -19,6 +20,7 @@ from moe_ops.ops.moe_ffn_packed import moe_ffn_packed, pack_experts
 from moe_ops.ops.moe_ffn_quantized import moe_ffn_quantized
 from moe_ops.ops.moe_linear_map import moe_linear_map
 from moe_ops.ops.moe_linear_reduce import moe_linear_reduce
+from moe_ops.ops.peer_ffn import peer_ffn
 from moe_ops.ops.permute import permute
 from moe_ops.ops.quantize_fp8 import quantize_fp8, quantize_fp8_columns
 from moe_ops.ops.rotary import rotary
@@ -42,6 +44,7 @@ __all__ = [
     "grouped_gemm_quantized",
     "grouped_gemm_wgrad",
     "grouped_sum",
+    "latent_attention_step",
     "mix_experts",
     "moa_attention",
     "moe_ffn",
@@ -51,6 +54,7 @@ __all__ = [
     "moe_linear_map",
     "moe_linear_reduce",
     "pack_experts",
+    "peer_ffn",
     "permute",
     "quantize_fp8",
     "quantize_fp8_columns",

@@ -233,7 +233,7 @@ def _apply(function: Any, *args: Any) -> Any:
 
 def _public(op: str) -> str:
     """The op that users call and that has a reference."""
-    for suffix in ("_accumulate", "_bwd", "_fwd"):
+    for suffix in ("_accumulate", "_bwd", "_fwd", "_exact"):
         op = op.removesuffix(suffix)
     return op
 

@@ -24,7 +24,9 @@ def count_flops(*ops: str) -> Callable[[Callable[..., int]], Callable[..., int]]
     return register_flop_formula(packets)  # type: ignore[no-any-return]
 
 
-@count_flops("grouped_gemm", "grouped_gemm_fp8", "grouped_gemm_quantized")
+@count_flops(
+    "grouped_gemm", "grouped_gemm_fp8", "grouped_gemm_quantized", "grouped_gemm_quantized_exact"
+)
 def _rows_by_experts(a: Shape, *args: Any, out_shape: Shape, **kwargs: Any) -> int:
     return 2 * prod(a) * out_shape[-1]
 
@@ -86,7 +88,7 @@ def _moe_ffn_packed(
     return _ffn(x, w_gate_up[1], w_down[2], prod(topk_weights))
 
 
-@count_flops("moe_ffn_quantized", "moe_ffn_fp8")
+@count_flops("moe_ffn_quantized", "moe_ffn_quantized_fwd", "moe_ffn_fp8")
 def _moe_ffn_codes(
     x: Shape,
     w_gate_up: Shape,
@@ -103,6 +105,17 @@ def _moe_ffn_codes(
     activation = next((a for a in args if isinstance(a, str)), activation)
     width = w_gate_up[1] // (1 if activation in _WITHOUT_GATE else 2)
     return _ffn(x, w_gate_up[1], width, prod(topk_weights))
+
+
+@count_flops("moe_ffn_quantized_bwd")
+def _moe_ffn_quantized_bwd(
+    grad_y: Shape, x: Shape, w_gate_up: Shape, *args: Any, need_x: bool | None = None, **kwargs: Any
+) -> int:
+    activation = next(a for a in args if isinstance(a, str))
+    width = w_gate_up[1] // (1 if activation in _WITHOUT_GATE else 2)
+    slots = prod(args[3])  # Of topk_weights.
+    wanted = args[-2] if need_x is None else need_x
+    return 2 * slots * x[-1] * (width + (w_gate_up[1] if wanted else 0))
 
 
 @count_flops("moe_ffn_bwd", "moe_ffn_bwd_accumulate")
@@ -133,6 +146,38 @@ def _moe_ffn_bwd(
     up = 2 * prod(topk_weights) * x[-1] * w_gate_up[1]
     down = 2 * prod(topk_weights) * x[-1] * w_down[2]
     past_down = need_x or need_w_gate_up or need_b_gate_up or need_topk_weights
+    return up * (need_x + need_w_gate_up) + down * (past_down + need_w_down)
+
+
+@count_flops("peer_ffn", "peer_ffn_fwd")
+def _peer_ffn(
+    x: Shape, w_gate_up: Shape, w_down: Shape, topk_weights: Shape, *args: Any, **kwargs: Any
+) -> int:
+    return _ffn(x, w_gate_up[1], 1, prod(topk_weights))
+
+
+@count_flops("peer_ffn_bwd")
+def _peer_ffn_bwd(
+    grad_y: Shape,
+    x: Shape,
+    w_gate_up: Shape,
+    w_down: Shape,
+    topk_weights: Shape,
+    topk_ids: Shape,
+    preact: Shape,
+    grad_ids: Shape | None,
+    activation: str,
+    num_rows: int,
+    need_x: bool,
+    need_w_gate_up: bool,
+    need_w_down: bool,
+    need_topk_weights: bool,
+    *args: Any,
+    **kwargs: Any,
+) -> int:
+    down = 2 * prod(topk_weights) * x[-1]
+    up = down * w_gate_up[1]
+    past_down = need_x or need_w_gate_up or need_topk_weights
     return up * (need_x + need_w_gate_up) + down * (past_down + need_w_down)
 
 
@@ -275,3 +320,33 @@ def _attention_step(
     tokens = batch * length
     projections = 2 * tokens * hidden * (2 * w_q[0] + w_k[0] + w_v[0])
     return projections + 4 * tokens * w_q[0] * (start + length)
+
+
+@count_flops("latent_attention_step")
+def _latent_attention_step(
+    x: Shape,
+    w_q: Shape,
+    w_kv_a: Shape,
+    kv_norm: Shape,
+    w_kv_b: Shape,
+    w_o: Shape,
+    cos: Shape,
+    sin: Shape,
+    latents: Shape,
+    rope_keys: Shape,
+    start: int,
+    num_heads: int,
+    scale: float,
+    norm_weight: Shape | None = None,
+    eps: float = 0.0,
+    w_q_a: Shape | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> int:
+    batch, length, hidden = x
+    rank, rope = latents[-1], num_heads * rope_keys[-1]
+    queries = w_q[0] * hidden if w_q_a is None else w_q_a[0] * (w_q[0] + hidden)
+    values = w_kv_b[0] - (w_q[0] - rope)  # Of all heads, as rope is.
+    weights = queries + (w_kv_a[0] + values) * hidden + prod(w_kv_b)
+    kept = (start + length) * (2 * num_heads * rank + rope)
+    return 2 * batch * length * (weights + kept)

@@ -1,4 +1,4 @@
-"""Checks of weights of 8 or 4 bits, which several ops take."""
+"""Checks of weights of few bits, which several ops take."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from moe_ops.ops._checks import (
     check_tensor,
     dtype_name,
 )
+from moe_ops.reference._codes import format_of
 
 _GROUPS = (32, 64, 128)
 
@@ -45,6 +46,66 @@ def check_quantized(op: str, name: str, w: Tensor, scale: Tensor) -> int:
             f"{op}: {scale_name} must have a scale for each group of 32, 64 or 128 of the {depth} "
             f"weights of a row, got shape {list(scale.shape)}.",
         )
+    return depth
+
+
+_FP8_BLOCK = 128
+_FLOAT_SCALES = (torch.float32, torch.bfloat16, torch.float16)
+# Format -> bits of a weight, steps that share a scale (0: any multiple of 32), bytes of a record.
+_RECORDS = {"mxfp4": (4, 32, None), "q4_k": (4, 256, 16), "q6_k": (6, 256, 18)}
+
+
+def has_kernels(w: Tensor, scale: Tensor, zero: Tensor | None) -> bool:
+    """Whether a weight has one of the two formats that have kernels on CUDA."""
+    if zero is not None or scale.dtype != torch.float32 or w.dtype == torch.float8_e4m3fn:
+        return False
+    if w.dtype == torch.int8:
+        return scale.dim() == 2
+    groups = scale.shape[-1]
+    return any(groups * group == 2 * w.shape[-1] for group in _GROUPS)
+
+
+def check_codes(op: str, name: str, w: Tensor, scale: Tensor, zero: Tensor | None) -> int:
+    """Checks a weight in any format of moe_ffn_quantized; returns the length D of the rows."""
+    check(
+        w.dtype in (torch.int8, torch.uint8, torch.float8_e4m3fn),
+        f"{op}: {name} must be int8, uint8 with two 4-bit weights a byte, or float8_e4m3fn, "
+        f"got {dtype_name(w.dtype)}.",
+    )
+    check_dim(op, name, w, 3, "[E, O, D/2]" if w.dtype == torch.uint8 else "[E, O, D]")
+    scale_name, kind = f"{name}_scale", format_of(w, scale)
+    experts, features, size = w.shape
+    if zero is not None:
+        check(
+            kind == "int4" and zero.dtype == torch.uint8 and zero.shape == scale.shape,
+            f"{op}: {name}_zero must be uint8 of the shape of {scale_name} beside 4-bit weights "
+            f"with scales of groups, got {dtype_name(zero.dtype)} of shape {list(zero.shape)}.",
+        )
+    if kind == "int8" or (kind == "int4" and has_kernels(w, scale, None)):
+        return check_quantized(op, name, w, scale)
+    check_size(op, scale_name, scale, 0, experts, "E")
+    if kind == "fp8":
+        check_tensor(op, scale_name, scale, (torch.float32,))
+        check_dim(op, scale_name, scale, 3, "[E, O / 128, D / 128]")
+        for dim, length in ((1, features), (2, size)):
+            check_size(op, scale_name, scale, dim, -(-length // _FP8_BLOCK), "blocks of 128")
+        return size
+    check_size(op, scale_name, scale, 1, features, "the number of features")
+    bits, group, record = _RECORDS.get(kind, (8 if w.dtype == torch.int8 else 4, 0, None))
+    depth = size * 8 // bits
+    dims = "[E, O, D/G]" if record is None else "[E, O, D/256, 16 or 18]"
+    check_dim(op, scale_name, scale, 3 if record is None else 4, dims)
+    if record is not None:
+        check_size(op, scale_name, scale, 3, record, "bytes of a record of scales")
+    if kind not in _RECORDS:
+        check_dtype(op, scale_name, scale.dtype, _FLOAT_SCALES, " or bytes of a known format")
+    groups = scale.shape[2]
+    found = depth // groups if groups else 0
+    check(
+        groups * found == depth and (found % 32 == 0 if group == 0 else found in (0, group)),
+        f"{op}: {scale_name} must have a scale for each group of {group or 'a multiple of 32'} of "
+        f"the {depth} weights of a row, got shape {list(scale.shape)}.",
+    )
     return depth
 
 

@@ -24,6 +24,7 @@ _TOKENS: dict[str, tuple[str, ...]] = {
     "moe_ffn_quantized": ("x", "topk_weights", "topk_ids"),
     "moe_linear_map": ("x", "topk_ids"),
     "moe_linear_reduce": ("h", "topk_weights", "topk_ids"),
+    "peer_ffn": ("x", "topk_weights", "topk_ids"),
     "router_linear": ("x",),
     "topk_router": ("router_logits",),
     "topk_router_bwd": ("grad_weights", "router_logits", "topk_ids"),

@@ -4,20 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from moe_ops.ops._attention_block import check_block, check_kept
 from moe_ops.ops._autocast import register_autocast
 from moe_ops.ops._autograd import direct_call, register_no_gradient
-from moe_ops.ops._checks import (
-    check,
-    check_dtype,
-    check_float,
-    check_like,
-    check_same_device,
-    check_size,
-    new_like,
-)
+from moe_ops.ops._checks import check, check_like, check_size, new_like
 from moe_ops.ops._library import Signature, register_cuda_formula, register_fake
 from moe_ops.ops._quantized import check_dense
 from moe_ops.reference.attention_step import attention_step as _formula
@@ -144,20 +136,12 @@ _names = Signature(_OP).names
 @register_fake(_OP)
 def _(*row: Any) -> Tensor:
     args = dict(zip(_names, row, strict=True))
-    x, keys, values, start = (args[n] for n in ("x", "keys", "values", "start"))
-    check_float(_OP, "x", x, "[B, S, H]")
-    batch, length, hidden = x.shape
-    check(start >= 0, f"{_OP}: start must be at least 0, got {start}.")
-    end = start + length
-    for name, kept in (("keys", keys), ("values", values)):
-        check_like(_OP, name, kept, "x", x, "[B, m, L, d]", B=batch, m=keys.shape[1])
-        check_size(_OP, name, kept, 3, keys.shape[3], "d")
-        check(
-            kept.shape[2] >= end,
-            f"{_OP}: {name} must have room for start + S = {end} tokens, got shape "
-            f"{list(kept.shape)}.",
-        )
+    x, keys, values = (args[n] for n in ("x", "keys", "values"))
+    check_kept(_OP, args, "keys", "values")
+    hidden = x.shape[2]
     _, kv_heads, _, size = keys.shape
+    check_size(_OP, "values", values, 1, kv_heads, "m")
+    check_size(_OP, "values", values, 3, size, "d")
     check(
         kv_heads >= 1 and size >= 1,
         f"{_OP}: keys must have at least one head of at least one feature, got shape "
@@ -173,7 +157,6 @@ def _(*row: Any) -> Tensor:
     check_dense(_OP, args, "k", x, kv_width, hidden)
     check_dense(_OP, args, "v", x, kv_width, hidden)
     check_dense(_OP, args, "o", x, hidden, q_width)
-    check_like(_OP, "norm_weight", args["norm_weight"], "x", x, "[H]", H=hidden)
     q_norm, k_norm = args["q_norm"], args["k_norm"]
     check(
         (q_norm is None) == (k_norm is None),
@@ -183,34 +166,13 @@ def _(*row: Any) -> Tensor:
         of_heads = q_norm.dim() != 1 or q_norm.shape[0] == size
         for name, t, width in (("q_norm", q_norm, q_width), ("k_norm", k_norm, kv_width)):
             check_like(_OP, name, t, "x", x, "[d]", d=size if of_heads else width)
-    half = args["rotary_size"] // 2
+    rotary_size = args["rotary_size"]
     check(
-        0 <= args["rotary_size"] <= size and args["rotary_size"] % 2 == 0,
-        f"{_OP}: rotary_size must be even and from 0 to d = {size}, got {args['rotary_size']}.",
+        0 <= rotary_size <= size and rotary_size % 2 == 0,
+        f"{_OP}: rotary_size must be even and from 0 to d = {size}, got {rotary_size}.",
     )
-    for name in ("cos", "sin"):
-        angles = args[name]
-        check_float(_OP, name, angles, "[B, S, r]", S=length)
-        check(
-            angles.shape[0] in (1, batch) and angles.shape[2] >= half,
-            f"{_OP}: {name} must be [B or 1, S, r] with r at least rotary_size / 2 = {half}, got "
-            f"shape {list(angles.shape)}.",
-        )
-    check_dtype(_OP, "sin", args["sin"].dtype, (args["cos"].dtype,), " like cos")
-    mask = args["mask"]
-    if mask is not None:
-        if mask.dtype != torch.bool:
-            check_float(_OP, "mask", mask)
-        check(
-            mask.dim() == 4
-            and mask.shape[0] in (1, batch)
-            and tuple(mask.shape[1:]) == (1, length, end),
-            f"{_OP}: mask must be [B or 1, 1, S, start + S], got shape {list(mask.shape)}.",
-        )
-    for name in ("eps", "head_eps"):
-        check(args[name] >= 0, f"{_OP}: {name} must be at least 0, got {args[name]}.")
     check_like(_OP, "sinks", args["sinks"], "x", x, "[n]", n=q_width // size)
-    check_same_device(_OP, **{n: t for n, t in args.items() if isinstance(t, Tensor)})
+    check_block(_OP, args, rotary_size, "head_eps")
     return new_like(x)
 
 

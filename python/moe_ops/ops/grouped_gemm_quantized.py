@@ -1,11 +1,19 @@
-"""grouped_gemm_quantized: grouped_gemm of weights of 8 or 4 bits."""
+"""grouped_gemm_quantized: grouped_gemm of weights of few bits."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from moe_ops.ops._autocast import register_autocast
-from moe_ops.ops._autograd import direct_call, register_gradient_of
+from moe_ops.ops._autograd import (
+    direct_call,
+    needs_input_grad,
+    register_autograd,
+    register_gradient_of,
+)
 from moe_ops.ops._checks import (
     NARROW_FLOATS,
     check,
@@ -16,31 +24,40 @@ from moe_ops.ops._checks import (
     check_tensor,
 )
 from moe_ops.ops._library import register_cuda_formula, register_fake
-from moe_ops.ops._quantized import check_quantized
-from moe_ops.ops.grouped_gemm import grouped_gemm
-from moe_ops.reference.moe_ffn_quantized import dequantized
+from moe_ops.ops._quantized import check_codes
+from moe_ops.reference._codes import dequantized
 
 _grouped_gemm_quantized = direct_call("grouped_gemm_quantized")
+_exact = direct_call("grouped_gemm_quantized_exact")
 
 _OP = "grouped_gemm_quantized"
 
 
 def grouped_gemm_quantized(
-    a: Tensor, b: Tensor, b_scale: Tensor, expert_offsets: Tensor, *, bias: Tensor | None = None
+    a: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    expert_offsets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    b_zero: Tensor | None = None,
 ) -> Tensor:
-    """grouped_gemm with weights of 8 or 4 bits; a dense layer is one expert.
+    """grouped_gemm with weights of few bits; a dense layer is one expert.
 
     ``out[r] = w[e] @ a[r] + bias[e]`` with w what codes and scales stand for. Formats, and the
     integers that rows become on the CPU, are those of :func:`moe_ffn_quantized`. Where a gradient
-    is wanted, and on CUDA tensors, it is :func:`grouped_gemm` of the dequantised weights, in a's
-    dtype: rows stay as they are, and a and bias have gradients.
+    is wanted, and on CUDA tensors, it is :func:`grouped_gemm` of the dequantised weights: rows stay
+    as they are, and a and bias have gradients. On the CPU weights are dequantised in cache for
+    that, in both directions.
 
     Args:
         a: [N, K] rows sorted by expert; float32, bfloat16 or float16, any strides.
-        b: [E, O, K] int8, or [E, O, K/2] uint8 with two weights of 4 bits a byte.
-        b_scale: float32, [E, O], or [E, O, K/G] with G = 32, 64 or 128.
+        b: [E, O, K] int8, or [E, O, K/2] uint8 with two weights of 4 bits a byte, or one of the
+            other formats of :func:`moe_ffn_quantized`.
+        b_scale: float32, [E, O], or [E, O, K/G] with G = 32, 64 or 128, or that of such a format.
         expert_offsets: [E+1], int32 or int64, from 0, never falling, at most N.
         bias: [E, O] in a's dtype, or None.
+        b_zero: uint8 [E, O, K/G], zero points of 4-bit weights, or None.
 
     Returns:
         [N, O] in a's dtype; rows from ``expert_offsets[E]`` on are zero.
@@ -51,32 +68,98 @@ def grouped_gemm_quantized(
     Source:
         As of :func:`moe_ffn_quantized`.
     """
-    return _grouped_gemm_quantized(a, b, b_scale, expert_offsets, bias)
+    if b_zero is None:
+        return _grouped_gemm_quantized(a, b, b_scale, expert_offsets, bias)
+    return _grouped_gemm_quantized(a, b, b_scale, expert_offsets, bias, b_zero)
 
 
-@register_fake(_OP)
-def _(a: Tensor, b: Tensor, b_scale: Tensor, expert_offsets: Tensor, bias: Tensor | None) -> Tensor:
+@register_fake(f"{_OP}_exact")
+def _fake_exact(
+    a: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    expert_offsets: Tensor,
+    bias: Tensor | None,
+    b_zero: Tensor | None,
+    transposed: bool,
+) -> Tensor:
     check_tensor(_OP, "a", a, NARROW_FLOATS, "[N, K]")
-    depth = check_quantized(_OP, "b", b, b_scale)
+    depth = check_codes(_OP, "b", b, b_scale, b_zero)
+    sizes = (b.shape[1], depth) if transposed else (depth, b.shape[1])
     check(
-        depth == a.shape[1],
-        f"{_OP}: b must have rows of K = {a.shape[1]} weights, got {depth} "
+        sizes[0] == a.shape[1],
+        f"{_OP}: b must have rows of K = {a.shape[1]} weights, got {sizes[0]} "
         f"(shape {list(b.shape)}).",
     )
-    check_like(_OP, "bias", bias, "a", a, "[E, O]", E=b.shape[0], O=b.shape[1])
+    check_like(_OP, "bias", bias, "a", a, "[E, O]", E=b.shape[0], O=sizes[1])
     check_offsets(_OP, expert_offsets)
     check_same_device(_OP, a=a, b=b, b_scale=b_scale, expert_offsets=expert_offsets, bias=bias)
     check_size(_OP, "expert_offsets", expert_offsets, 0, b.shape[0] + 1, "E+1")
-    return a.new_empty((a.shape[0], b.shape[1]))
+    return a.new_empty((a.shape[0], sizes[1]))
 
 
-def _formula(
-    a: Tensor, b: Tensor, b_scale: Tensor, expert_offsets: Tensor, bias: Tensor | None
-) -> Tensor:
-    weights = dequantized(b, b_scale).to(a.dtype)
-    return grouped_gemm(a, weights, expert_offsets, bias=bias)
+@register_fake(_OP)
+def _(*args: Any) -> Tensor:
+    return _fake_exact(*args, False)
 
 
-register_gradient_of(_OP, _formula)
-register_cuda_formula("grouped_gemm_quantized")(_formula)
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, b, b_scale, expert_offsets, _, b_zero, transposed = inputs
+    ctx.save_for_backward(b, b_scale, expert_offsets, b_zero)
+    ctx.transposed = transposed
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    b, b_scale, expert_offsets, b_zero = ctx.saved_tensors
+    needs = needs_input_grad(ctx, 7)
+    grad_a = grad_bias = None
+    if needs[0]:
+        grad_a = _exact(grad, b, b_scale, expert_offsets, None, b_zero, not ctx.transposed)
+    if needs[4]:
+        grad_bias = torch.ops.moe_ops.grouped_sum(grad, expert_offsets)
+    return grad_a, None, None, None, grad_bias, None, None
+
+
+register_autograd(f"{_OP}_exact", _backward, _setup)
+register_gradient_of(_OP, _exact)
 register_autocast(_OP, ["a", "bias"])
+register_autocast(f"{_OP}_exact", ["a", "bias"])
+
+# Experts are dequantised some at a time, which their products outlast.
+_CHUNK_BYTES = 1 << 27
+
+
+@register_cuda_formula("grouped_gemm_quantized_exact")
+def _(
+    a: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    expert_offsets: Tensor,
+    bias: Tensor | None,
+    b_zero: Tensor | None,
+    transposed: bool,
+) -> Tensor:
+    experts = b.shape[0]
+    matrix = b[0].numel() * 2 if experts else 1  # at least the weights of an expert, or nearly
+    step = max(1, _CHUNK_BYTES // max(matrix * a.element_size(), 1))
+    out = None
+    for first in range(0, max(experts, 1), step):
+        part = slice(first, min(first + step, experts))
+        zero = None if b_zero is None else b_zero[part]
+        w = dequantized(b[part], b_scale[part], zero, torch.float32).to(a.dtype)
+        w = w.mT.contiguous() if transposed else w
+        offsets, own_bias = expert_offsets, bias
+        if step < experts:  # Rows of the experts before these meet zeros.
+            w = torch.cat([w.new_zeros(1, *w.shape[1:]), w])
+            offsets = torch.cat([expert_offsets[:1], expert_offsets[part.start : part.stop + 1]])
+            if bias is not None:
+                own_bias = torch.cat([bias.new_zeros(1, bias.shape[1]), bias[part]])
+        y = torch.ops.moe_ops.grouped_gemm(a, w, offsets, own_bias)
+        out = y if out is None else out + y
+    assert out is not None
+    return out
+
+
+@register_cuda_formula("grouped_gemm_quantized")
+def _(*args: Any) -> Tensor:
+    return torch.ops.moe_ops.grouped_gemm_quantized_exact(*args)

@@ -1,27 +1,46 @@
-"""moe_ffn_quantized: moe_ffn of weights of 8 or 4 bits."""
+"""moe_ffn_quantized: moe_ffn of weights of few bits."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from moe_ops.ops._autocast import register_autocast
-from moe_ops.ops._autograd import direct_call, register_no_gradient
+from moe_ops.ops._autograd import (
+    direct_call,
+    needs_input_grad,
+    register_autograd,
+    register_no_double_backward,
+)
 from moe_ops.ops._checks import (
     NARROW_FLOATS,
     check,
+    check_dtype,
     check_index,
     check_same_device,
     check_size,
     check_tensor,
+    new_if,
     new_like,
 )
-from moe_ops.ops._library import register_fake
-from moe_ops.ops._quantized import check_quantized
+from moe_ops.ops._library import register_cuda_formula, register_fake
+from moe_ops.ops._quantized import check_codes, has_kernels
 from moe_ops.ops.gated_act import check_activation
-from moe_ops.ops.moe_ffn import check_bias, check_routing, check_width, options_of
+from moe_ops.ops.moe_ffn import (
+    DEFAULT_OPTIONS,
+    check_bias,
+    check_routing,
+    check_width,
+    options_of,
+)
+from moe_ops.reference._codes import dequantized
 
 _moe_ffn_quantized = direct_call("moe_ffn_quantized")
+_moe_ffn_quantized_fwd = direct_call("moe_ffn_quantized_fwd")
+_moe_ffn_quantized_bwd = direct_call("moe_ffn_quantized_bwd")
 
 _OP = "moe_ffn_quantized"
 
@@ -43,8 +62,10 @@ def moe_ffn_quantized(
     apply_router_weight_on_input: bool = False,
     alpha: float = 1.702,
     limit: float = 7.0,
+    w_gate_up_zero: Tensor | None = None,
+    w_down_zero: Tensor | None = None,
 ) -> Tensor:
-    """moe_ffn for inference with expert weights of 8 or 4 bits.
+    """moe_ffn with frozen expert weights of few bits.
 
     The function of :func:`moe_ffn` with each weight an integer times a scale, in one of two
     formats, told by the dtype of the weight:
@@ -55,11 +76,26 @@ def moe_ffn_quantized(
       k = 2j in its low and k = 2j + 1 in its high four bits, each as q + 8 with q from -8 to 7:
       ``w[e, o, k] = q[e, o, k] * scale[e, o, k // G]``.
 
-    The rows that meet a weight are x and the activated features. They are rounded to integers of 16
-    bits, with a scale a row, or to integers from -127 to 127, with a scale for each 32 of them. 16
-    bits move a value by at most 1/65278 of the largest of its row, and results on normal x by about
-    5e-5. 8 bits move it by at most 1/254 of the largest of its 32, and results by about 1 %: a
-    tenth of what 4-bit weights cost, and twice what 8-bit weights do.
+    Five more, as checkpoints store them, become float32 in cache, some rows at a time (on CUDA x's
+    type, some experts at a time), and no row is rounded:
+
+    - 8 bits in groups: int8 [E, O, D] with scales [E, O, D/G], G a multiple of 32.
+    - 4 bits with scales of float32, bfloat16 or float16 for groups of a multiple of 32, and zero
+      points uint8 [E, O, D/G] or without: ``w[e, o, k] = (code - zero[e, o, k // G]) * scale``, the
+      code from 0 to 15, zero 8 where there is none (GPTQ, AWQ, compressed-tensors, q4_0).
+    - MXFP4: uint8 [E, O, D/2] of e2m1 with uint8 [E, O, D/32] of e8m0 (gpt-oss).
+    - fp8: float8_e4m3fn [E, O, D] with float32 [E, ceil(O/128), ceil(D/128)] (DeepSeek-V3).
+    - ggml's q4_K: uint8 [E, O, D/2] with records uint8 [E, O, D/256, 16] of d, dmin and the packed
+      scales; q6_K: uint8 [E, O, 3D/4] of ql and qh with records [E, O, D/256, 18] of scales and d.
+
+    x and topk_weights have gradients, through weights that become float32 in cache likewise; the
+    rounding of rows counts as none. Weights, scales and biases are frozen.
+
+    Of the first two formats, the rows that meet a weight, which are x and the activated features,
+    are rounded to integers of 16 bits, with a scale a row, or to integers from -127 to 127, with a
+    scale for each 32 of them. 16 bits move a value by at most 1/65278 of the largest of its row,
+    and results on normal x by about 5e-5. 8 bits move it by at most 1/254 of the largest of its 32,
+    and results by about 1 %: a tenth of what 4-bit weights cost, and twice what 8-bit weights do.
 
     - 4 bits: 8, where an expert has up to 8 tokens or x is bfloat16 or float16.
     - 8 bits: 16, where an expert has up to 8 tokens or x is bfloat16 or float16. But 8 on a
@@ -94,13 +130,14 @@ def moe_ffn_quantized(
         apply_router_weight_on_input: multiply the token by the routing weight before the experts
             and add their outputs unweighted (Llama 4).
         alpha, limit: of ``"swiglu_oai"``.
+        w_gate_up_zero, w_down_zero: zero points of 4-bit weights, or None.
 
     Returns:
         [T, H] in x's dtype. A token without any expert gets zeros; T = 0 gives [0, H].
 
     Raises:
         ValueError: wrong dtype, rank, size or activation.
-        NotImplementedError: where a gradient is wanted.
+        NotImplementedError: a gradient of anything but x and topk_weights, or a second derivative.
 
     Source:
         Integer products on blocks of rounded activations: Gerganov et al., ggml (q8_0, q4_0);
@@ -110,11 +147,18 @@ def moe_ffn_quantized(
         b_gate_up, b_down, activation, interleaved, apply_router_weight_on_input, alpha, limit
     )
     weights = (w_gate_up, w_gate_up_scale, w_down, w_down_scale)
+    if w_gate_up_zero is not None or w_down_zero is not None:
+        options = (*(options or DEFAULT_OPTIONS), w_gate_up_zero, w_down_zero)
+    if x.device.type == "cuda" and not (
+        has_kernels(w_gate_up, w_gate_up_scale, w_gate_up_zero)
+        and has_kernels(w_down, w_down_scale, w_down_zero)
+    ):
+        return _moe_ffn_quantized_fwd(x, *weights, topk_weights, topk_ids, x_scale, *options)[0]
     return _moe_ffn_quantized(x, *weights, topk_weights, topk_ids, x_scale, *options)
 
 
-@register_fake(_OP)
-def _(
+def _check_call(
+    op: str,
     x: Tensor,
     w_gate_up: Tensor,
     w_gate_up_scale: Tensor,
@@ -130,33 +174,35 @@ def _(
     apply_router_weight_on_input: bool,
     alpha: float,
     limit: float,
-) -> Tensor:
-    check_activation(_OP, activation, alpha, limit, False)
-    check_index(_OP, "topk_ids", topk_ids, "[T, K]")
-    check_tensor(_OP, "x", x, NARROW_FLOATS, "[T, H]")
+    w_gate_up_zero: Tensor | None,
+    w_down_zero: Tensor | None,
+) -> None:
+    check_activation(op, activation, alpha, limit, False)
+    check_index(op, "topk_ids", topk_ids, "[T, K]")
+    check_tensor(op, "x", x, NARROW_FLOATS, "[T, H]")
     tokens, hidden = x.shape
-    up_depth = check_quantized(_OP, "w_gate_up", w_gate_up, w_gate_up_scale)
+    up_depth = check_codes(op, "w_gate_up", w_gate_up, w_gate_up_scale, w_gate_up_zero)
     num_experts, width, _ = w_gate_up.shape
     check(
         up_depth == hidden,
-        f"{_OP}: w_gate_up must have rows of H = {hidden} weights, got {up_depth} "
+        f"{op}: w_gate_up must have rows of H = {hidden} weights, got {up_depth} "
         f"(shape {list(w_gate_up.shape)}).",
     )
-    intermediate = check_width(_OP, w_gate_up, activation)
-    down_depth = check_quantized(_OP, "w_down", w_down, w_down_scale)
-    check_size(_OP, "w_down", w_down, 0, num_experts, "E")
-    check_size(_OP, "w_down", w_down, 1, hidden, "H")
+    intermediate = check_width(op, w_gate_up, activation)
+    down_depth = check_codes(op, "w_down", w_down, w_down_scale, w_down_zero)
+    check_size(op, "w_down", w_down, 0, num_experts, "E")
+    check_size(op, "w_down", w_down, 1, hidden, "H")
     check(
         down_depth == intermediate,
-        f"{_OP}: w_down must have rows of I = {intermediate} weights, got {down_depth} "
+        f"{op}: w_down must have rows of I = {intermediate} weights, got {down_depth} "
         f"(shape {list(w_down.shape)}).",
     )
-    check_routing(_OP, topk_weights, topk_ids, tokens)
-    check_tensor(_OP, "x_scale", x_scale, (torch.float32,), "[H]", H=hidden)
-    check_bias(_OP, "b_gate_up", b_gate_up, x, num_experts, width)
-    check_bias(_OP, "b_down", b_down, x, num_experts, hidden)
+    check_routing(op, topk_weights, topk_ids, tokens)
+    check_tensor(op, "x_scale", x_scale, (torch.float32,), "[H]", H=hidden)
+    check_bias(op, "b_gate_up", b_gate_up, x, num_experts, width)
+    check_bias(op, "b_down", b_down, x, num_experts, hidden)
     check_same_device(
-        _OP,
+        op,
         x=x,
         w_gate_up=w_gate_up,
         w_gate_up_scale=w_gate_up_scale,
@@ -167,9 +213,173 @@ def _(
         x_scale=x_scale,
         b_gate_up=b_gate_up,
         b_down=b_down,
+        w_gate_up_zero=w_gate_up_zero,
+        w_down_zero=w_down_zero,
     )
-    return new_like(x)
 
 
-register_no_gradient(_OP, f"moe_ops.reference.{_OP}, which can be differentiated")
+@register_fake(_OP)
+def _(*args: Any) -> Tensor:
+    _check_call(_OP, *args)
+    return new_like(args[0])
+
+
+@register_fake(f"{_OP}_fwd")
+def _(*args: Any) -> tuple[Tensor, ...]:
+    _check_call(_OP, *args)
+    x, w_gate_up, topk_ids = args[0], args[1], args[6]
+    num_slots = topk_ids.shape[0] * topk_ids.shape[1]
+    # On CUDA backward computes the pre-activation again.
+    kept = 0 if x.device.type == "cuda" else num_slots
+    return (
+        new_like(x),
+        x.new_empty((kept, w_gate_up.shape[1])),
+        x.new_empty((w_gate_up.shape[0] + 1,), dtype=torch.int32),
+        x.new_empty((num_slots,), dtype=torch.int32),
+        x.new_empty(tuple(topk_ids.shape), dtype=torch.int32),
+    )
+
+
+@register_fake(f"{_OP}_bwd")
+def _(grad_y: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    op = f"{_OP}_bwd"
+    x, *weights, topk_weights, preact, _, _, slot_to_row = args[:10]
+    *rest, need_x, need_topk_weights = args[10:]
+    _check_call(op, x, *weights, topk_weights, slot_to_row, None, *rest)
+    check_dtype(op, "grad_y", grad_y.dtype, (x.dtype,), " like x")
+    check_dtype(op, "preact", preact.dtype, (x.dtype,), " like x")
+    return (
+        new_if(need_x, x),
+        new_if(need_topk_weights, x, slot_to_row.shape, torch.float32),
+    )
+
+
+# Positions of tensors without a gradient.
+_FROZEN = {
+    1: "w_gate_up",
+    2: "w_gate_up_scale",
+    3: "w_down",
+    4: "w_down_scale",
+    7: "x_scale",
+    8: "b_gate_up",
+    9: "b_down",
+}
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    needs = needs_input_grad(ctx, len(inputs))
+    wanted = [name for i, name in _FROZEN.items() if needs[i]]
+    if wanted:
+        raise NotImplementedError(
+            f"{_OP}: weights, scales and biases have no gradient, and {', '.join(wanted)} requires "
+            f"one; detach it, or use moe_ops.reference.{_OP}, which can be differentiated."
+        )
+    x, *weights, topk_weights, _, x_scale, b_gate_up, b_down = inputs[:10]
+    _, preact, expert_offsets, row_to_slot, slot_to_row = output
+    ctx.mark_non_differentiable(preact, expert_offsets, row_to_slot, slot_to_row)
+    ctx.set_materialize_grads(False)
+    routing = (preact, expert_offsets, row_to_slot, slot_to_row)
+    ctx.save_for_backward(
+        x, *weights, topk_weights, *routing, b_gate_up, b_down, *inputs[15:17], x_scale
+    )
+    ctx.options = inputs[10:15]
+
+
+def _backward(ctx: Any, grad_y: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    count = 17
+    needs = needs_input_grad(ctx, count)
+    grads: list[Tensor | None] = [None] * count
+    if grad_y is None:
+        return tuple(grads)
+    x, *saved, b_gate_up, b_down, up_zero, down_zero, x_scale = ctx.saved_tensors
+    if x_scale is not None:
+        x = (x * x_scale).to(x.dtype)
+    rest = (b_gate_up, b_down, *ctx.options, up_zero, down_zero)
+    grad_x, grad_weights = _moe_ffn_quantized_bwd(grad_y, x, *saved, *rest, needs[0], needs[5])
+    if needs[0]:
+        grads[0] = grad_x if x_scale is None else (grad_x * x_scale).to(x.dtype)
+    if needs[5]:
+        grads[5] = grad_weights.to(saved[4].dtype)
+    return tuple(grads)
+
+
+register_autograd(_OP, _backward, _setup, forward=f"{_OP}_fwd")
+register_autograd(f"{_OP}_fwd", _backward, _setup)
+register_no_double_backward(f"{_OP}_bwd")
 register_autocast(_OP, ["x", "b_gate_up", "b_down"])
+register_autocast(f"{_OP}_fwd", ["x", "b_gate_up", "b_down"])
+
+
+# --- CUDA. Formats without kernels there, and all backward passes, dequantise some experts at a
+# time into weights of x's type, for moe_ffn: at the sizes that train, an expert has enough rows for
+# its products to take longer than that, and no tensor of all weights exists. Which experts have
+# rows only the device knows, so all take their turn.
+
+_CHUNK_BYTES = 1 << 27
+
+
+def _chunks(
+    x: Tensor, weights: tuple[Any, ...], up_zero: Tensor | None, down_zero: Tensor | None
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Ranges of experts with w_gate_up and w_down of x's type."""
+    w_gate_up, gate_up_scale, w_down, down_scale = weights
+    experts, hidden = w_down.shape[:2]
+    size = (w_gate_up.shape[1] + w_gate_up.shape[1] // 2) * hidden * x.element_size()
+    step = max(1, _CHUNK_BYTES // max(size, 1))
+    for first in range(0, experts, step):
+        part = slice(first, min(first + step, experts))
+        zeros = [None if z is None else z[part] for z in (up_zero, down_zero)]
+        up = dequantized(w_gate_up[part], gate_up_scale[part], zeros[0], torch.float32)
+        down = dequantized(w_down[part], down_scale[part], zeros[1], torch.float32)
+        yield part, up.to(x.dtype), down.to(x.dtype)
+
+
+def _bias(bias: Tensor | None, part: slice) -> Tensor | None:
+    return None if bias is None else bias[part]
+
+
+@register_cuda_formula("moe_ffn_quantized_fwd")
+def _(*args: Any) -> tuple[Tensor, ...]:
+    x, *weights, topk_weights, topk_ids, x_scale, b_gate_up, b_down = args[:10]
+    options, up_zero, down_zero = args[10:15], args[15], args[16]
+    ops = torch.ops.moe_ops
+    routing = ops.sort_slots(topk_ids, weights[2].shape[0])
+    preact = x.new_empty((0, weights[0].shape[1]))
+    if has_kernels(*weights[:2], up_zero) and has_kernels(*weights[2:], down_zero):
+        return ops.moe_ffn_quantized(*args), preact, *routing
+    scaled = x if x_scale is None else (x * x_scale).to(x.dtype)
+    y = x.new_zeros(x.shape, dtype=torch.float32)
+    for part, up, down in _chunks(x, tuple(weights), up_zero, down_zero):
+        biases = _bias(b_gate_up, part), _bias(b_down, part)
+        ids = topk_ids - part.start
+        y += ops.moe_ffn(scaled, up, down, topk_weights, ids, *biases, *options, torch.float32)
+    return y.to(x.dtype), preact, *routing
+
+
+@register_cuda_formula("moe_ffn_quantized_bwd")
+def _(grad_y: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    x, *weights, topk_weights, _preact, _, row_to_slot, slot_to_row = args[:10]
+    b_gate_up, b_down, *options, up_zero, down_zero, need_x, need_topk_weights = args[10:]
+    ops = torch.ops.moe_ops
+    # From the routing, which expert a slot has; slots without one keep -1.
+    expert_offsets = args[7]
+    rows = torch.arange(row_to_slot.numel(), device=x.device, dtype=torch.int32)
+    of_row = torch.bucketize(rows, expert_offsets[1:].contiguous(), right=True).int()
+    ids = torch.full_like(of_row, -1).scatter_(0, row_to_slot.long(), of_row)
+    ids = torch.where(ids < weights[2].shape[0], ids, -1).view(slot_to_row.shape)
+    grad_x = x.new_zeros(x.shape, dtype=torch.float32) if need_x else x.new_empty(0)
+    grad_weights = x.new_empty(0, dtype=torch.float32)
+    if need_topk_weights:
+        grad_weights = x.new_zeros(ids.shape, dtype=torch.float32)
+    for part, up, down in _chunks(x, tuple(weights), up_zero, down_zero):
+        biases = _bias(b_gate_up, part), _bias(b_down, part)
+        call = (x, up, down, topk_weights)
+        here = torch.where(ids < part.stop, ids - part.start, -1)
+        _, *saved = ops.moe_ffn_fwd(*call, here, *biases, *options, None)
+        needs = (need_x, False, False, need_topk_weights, False, False)
+        found = ops.moe_ffn_bwd(grad_y, *call, *saved, biases[1], *options, *needs)
+        if need_x:
+            grad_x += found[0]
+        if need_topk_weights:
+            grad_weights += found[3]
+    return (grad_x.to(x.dtype) if need_x else grad_x), grad_weights

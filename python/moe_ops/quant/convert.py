@@ -35,8 +35,7 @@ def quantize_experts(
     experts, attention and biases stay as they are. Banks are replaced one after another, and the
     float weights of one go before the next is begun, unless something else holds them.
 
-    The result is for inference: outputs can be computed as before, and asking for a gradient
-    through a quantised bank raises an error in backward.
+    The quantised weights do not change any more; x and routing weights have gradients through them.
 
     Of a bank that `moe_ops.parallel.shard_experts` has sharded, each process quantises the experts
     that it has.

@@ -1,9 +1,12 @@
-"""The two storage formats of quantised expert weights, and how numbers get into and out of them.
+"""The storage formats of expert weights, and how numbers get into and out of the two that
+`quantize_experts` makes.
 
 Letters: E experts, O output features, D input features of a weight [..., O, D], G group size.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,6 +14,13 @@ from torch import Tensor
 from moe_ops.ops._checks import dtype_name
 
 FORMATS = ("int8", "int4")
+# Formats of published checkpoints, which layers hold and ops compute with (moe_ffn_quantized).
+STORED_FORMATS = (*FORMATS, "mxfp4", "fp8", "q4_k", "q6_k")
+_SCALE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Name -> bytes of codes and shape of the scales of 256 weights of a row.
+_RECORDS = {"q4_k": (128, 16), "q6_k": (192, 18)}
+_FP8_BLOCK = 128
+WEIGHTS = ("w_gate_up", "w_down")  # of a bank
 GROUP_SIZES = (32, 64, 128)
 # Divides the sizes of all published models that moe_ops.hf is tested with; 4.5 bits a weight.
 DEFAULT_GROUP_SIZE = 64
@@ -87,18 +97,130 @@ def dequantize(q: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> 
     return (groups * scale.to(acc)[..., None]).flatten(-2).to(dtype)
 
 
-def shapes(
-    out_features: int, in_features: int, format: str, group_size: int | None
-) -> tuple[tuple[int, int], tuple[int, ...]]:
-    """Shapes of `q` and `scale` for one expert's weight [O, D]."""
-    if format == "int8":
-        return (out_features, in_features), (out_features,)
-    assert group_size is not None
-    return (out_features, in_features // 2), (out_features, in_features // group_size)
+@dataclass(frozen=True)
+class WeightFormat:
+    """How one weight [O, D] is stored.
+
+    Args:
+        name: one of STORED_FORMATS.
+        group_size: of int4, and of int8 with a scale for so many inputs; None of int8 is a scale a
+            row. A multiple of 32 that divides D.
+        scale_dtype: of the scales of int8 and int4: "float32", "bfloat16" or "float16".
+        zero_points: of int4, whether groups have one; without, a code of 8 is zero.
+
+    Raises:
+        ValueError: an unknown name, or arguments that do not belong together.
+    """
+
+    name: str
+    group_size: int | None = None
+    scale_dtype: str = "float32"
+    zero_points: bool = False
+
+    def __post_init__(self) -> None:
+        group, integers = self.group_size, self.name in FORMATS
+        problem = None
+        if self.name not in STORED_FORMATS:
+            problem = f"format must be one of {', '.join(STORED_FORMATS)}, got {self.name!r}."
+        elif self.scale_dtype not in _SCALE_DTYPES:
+            problem = f"scale_dtype must be float32, bfloat16 or float16, got {self.scale_dtype!r}."
+        elif not integers and (group is not None or self.zero_points):
+            problem = f"group_size and zero_points must not be given for {self.name}."
+        elif group is not None and (group < 32 or group % 32):
+            problem = f"group_size must be a multiple of 32, got {group}."
+        elif self.name == "int4" and group is None:
+            problem = "group_size must be given for int4, got None."
+        elif self.zero_points and self.name != "int4":
+            problem = f"zero_points must be False for {self.name}, got True."
+        elif self.name == "int8" and group is None and self.scale_dtype != "float32":
+            problem = f"scale_dtype must be float32 for int8 by rows, got {self.scale_dtype}."
+        if problem is not None:
+            raise ValueError(f"WeightFormat: {problem}")
+
+    @property
+    def multiple(self) -> int:
+        """What D must be a multiple of."""
+        if self.name in _RECORDS:
+            return 256
+        return 32 if self.name == "mxfp4" else self.group_size or 1
+
+    def tensors(
+        self, out_features: int, in_features: int
+    ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """What a weight consists of: what is behind its name -> shape and type."""
+        O, D = out_features, in_features
+        if D % self.multiple:
+            raise ValueError(
+                f"WeightFormat: the input features must be a multiple of {self.multiple} for "
+                f"{self.label}, got {D}."
+            )
+        if self.name == "fp8":
+            blocks = (-(-O // _FP8_BLOCK), -(-D // _FP8_BLOCK))
+            return {"": ((O, D), torch.float8_e4m3fn), "_scale": (blocks, torch.float32)}
+        if self.name in _RECORDS:
+            codes, record = _RECORDS[self.name]
+            shape = (O, D // 256, record)
+            return {"": ((O, D // 256 * codes), torch.uint8), "_scale": (shape, torch.uint8)}
+        if self.name == "mxfp4":
+            return {"": ((O, D // 2), torch.uint8), "_scale": ((O, D // 32), torch.uint8)}
+        eight = self.name == "int8"
+        groups: tuple[int, ...] = (O,) if self.group_size is None else (O, D // self.group_size)
+        result = {
+            "": ((O, D if eight else D // 2), torch.int8 if eight else torch.uint8),
+            "_scale": (groups, _SCALE_DTYPES[self.scale_dtype]),
+        }
+        if self.zero_points:
+            result["_zero"] = (groups, torch.uint8)
+        return result
+
+    @property
+    def label(self) -> str:
+        """ "int8", "int4 g64", "int4 g128 float16 zero", "mxfp4"."""
+        parts = [self.name]
+        if self.group_size is not None:
+            parts.append(f"g{self.group_size}")
+        if self.scale_dtype != "float32":
+            parts.append(self.scale_dtype)
+        return " ".join([*parts, *(["zero"] if self.zero_points else [])])
+
+    @property
+    def has_kernels(self) -> bool:
+        """Whether products are of integers; other weights become floats in cache."""
+        if self.name not in FORMATS or self.zero_points or self.scale_dtype != "float32":
+            return False
+        return self.group_size in ((None,) if self.name == "int8" else GROUP_SIZES)
 
 
-def storage_dtype(format: str) -> torch.dtype:
-    return torch.int8 if format == "int8" else torch.uint8
+def bank_formats(
+    owner: str,
+    format: str,
+    down_format: str | None,
+    group_size: int | None,
+    scale_dtype: str,
+    zero_points: bool,
+) -> dict[str, WeightFormat]:
+    """Formats of the two weights of a bank, from the arguments of its layer, `owner`."""
+    plain = scale_dtype == "float32" and not zero_points and down_format is None
+    if format in FORMATS and plain:
+        how = WeightFormat(format, check_format(owner, format, group_size) or None)
+        return dict.fromkeys(WEIGHTS, how)
+    names = {format, down_format or format}
+    if not names & set(FORMATS) and (group_size is not None or scale_dtype != "float32"):
+        raise ValueError(
+            f"{owner}: group_size and scale_dtype must not be given for {format}, got {group_size} "
+            f"and {scale_dtype}."
+        )
+    result = {}
+    for weight, name in zip(WEIGHTS, (format, down_format or format), strict=True):
+        integers = name in FORMATS
+        group = group_size if integers else None
+        dtype = scale_dtype if integers else "float32"
+        try:
+            result[weight] = WeightFormat(name, group, dtype, zero_points and name == "int4")
+        except ValueError as error:
+            sentence = str(error).removeprefix("WeightFormat: ")
+            raise ValueError(f"{owner}: {sentence}") from None
+    return result
 
 
 def check_format(name: str, format: str, group_size: int | None) -> int:

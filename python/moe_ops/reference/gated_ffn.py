@@ -3,9 +3,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ._codes import dequantized
 from ._common import acc_dtype
 from .gated_act import gated_act
-from .moe_ffn_quantized import dequantized
 
 
 def gated_ffn(

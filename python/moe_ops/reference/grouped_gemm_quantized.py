@@ -2,16 +2,22 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ._codes import dequantized
 from ._common import acc_dtype
 from .grouped_gemm import grouped_gemm
-from .moe_ffn_quantized import dequantized
 
 
 def grouped_gemm_quantized(
-    a: Tensor, b: Tensor, b_scale: Tensor, expert_offsets: Tensor, *, bias: Tensor | None = None
+    a: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    expert_offsets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    b_zero: Tensor | None = None,
 ) -> Tensor:
     """grouped_gemm of the weights that the codes and scales stand for; a is not rounded."""
     acc = acc_dtype(a.dtype)
-    weights = dequantized(b, b_scale.to(acc))
+    weights = dequantized(b, b_scale, b_zero, acc)
     bias = None if bias is None else bias.to(acc)
     return grouped_gemm(a.to(acc), weights, expert_offsets, bias=bias).to(a.dtype)

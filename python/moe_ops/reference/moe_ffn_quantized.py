@@ -1,8 +1,8 @@
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from ._codes import dequantized
 from ._common import acc_dtype
 from .moe_ffn import moe_ffn
 
@@ -24,6 +24,8 @@ def moe_ffn_quantized(
     apply_router_weight_on_input: bool = False,
     alpha: float = 1.702,
     limit: float = 7.0,
+    w_gate_up_zero: Tensor | None = None,
+    w_down_zero: Tensor | None = None,
 ) -> Tensor:
     """moe_ffn of the weights that the codes and scales stand for; x is not rounded."""
     acc = acc_dtype(x.dtype)
@@ -32,8 +34,8 @@ def moe_ffn_quantized(
         tokens = tokens * x_scale.to(acc)
     y = moe_ffn(
         tokens,
-        dequantized(w_gate_up, w_gate_up_scale.to(acc)),
-        dequantized(w_down, w_down_scale.to(acc)),
+        dequantized(w_gate_up, w_gate_up_scale, w_gate_up_zero, acc),
+        dequantized(w_down, w_down_scale, w_down_zero, acc),
         topk_weights,
         topk_ids,
         b_gate_up=None if b_gate_up is None else b_gate_up.to(acc),
@@ -45,14 +47,3 @@ def moe_ffn_quantized(
         limit=limit,
     )
     return y.to(x.dtype)
-
-
-def dequantized(w: Tensor, scale: Tensor) -> Tensor:
-    """[E, O, D] in the type of `scale`: int8 weights, or two 4-bit ones (plus 8) in a byte."""
-    if w.dtype == torch.int8:
-        return w.to(scale.dtype) * scale[:, :, None]
-    experts, features, half = w.shape
-    codes = torch.stack([w & 15, w >> 4], -1).to(torch.int8) - 8
-    groups = scale.shape[2]
-    codes = codes.view(experts, features, groups, 2 * half // max(groups, 1))
-    return (codes.to(scale.dtype) * scale[..., None]).view(experts, features, 2 * half)

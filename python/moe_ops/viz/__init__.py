@@ -1,5 +1,5 @@
 """Pictures of mixture-of-experts models: loss, expert load, which expert takes which token, what
-the experts of a trained model do, and plans of expert parallelism.
+the experts of a trained model do, plans of expert parallelism, and images beside each other.
 
 Every function returns a matplotlib Figure and, given `path`, also saves it. They draw on the Agg
 canvas without pyplot: no window, no global state. Needs matplotlib:
@@ -9,6 +9,7 @@ canvas without pyplot: no window, no global state. Needs matplotlib:
 from __future__ import annotations
 
 from ._canvas import MissingMatplotlibError, expert_colors, import_matplotlib
+from .images import plot_images
 from .models import plot_expert_scores, plot_largest_outputs
 from .plan import plot_plan
 from .training import plot_expert_load, plot_loss, plot_token_experts
@@ -19,6 +20,7 @@ __all__ = [
     "import_matplotlib",
     "plot_expert_load",
     "plot_expert_scores",
+    "plot_images",
     "plot_largest_outputs",
     "plot_loss",
     "plot_plan",

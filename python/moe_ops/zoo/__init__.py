@@ -152,6 +152,10 @@ _OURS = (
      "Composition of Experts: whole models behind a router of categories, under a budget."),
     ("adamoe", "AdaMoEConfig", "ActionTransformer", "",
      "AdaMoE: a flow-matching policy with experts that are chosen and weighed apart."),
+    ("gntmove", "GNTMoveConfig", "GNTMove", "",
+     "GNT-MOVE: novel views of unseen scenes, by transformers with experts of views."),
+    ("mofme", "MoFMEConfig", "RestorationTransformer", "",
+     "MoFME: images restored by experts that modulate one shared network."),
     ("sentence", "SentenceConfig", "SentenceExperts", "hf",
      "Sentence experts: an encoder with an expert for every given domain."),
     ("dynamicdino", "DynamicDinoConfig", "DynamicDino", "detection",
@@ -160,6 +164,8 @@ _OURS = (
      "THOR: translation with experts that are drawn at random and taught to agree."),
     ("widenet", "WideNetConfig", "build", "zoo",
      "WideNet: one block of experts at every depth, with norms of each depth."),
+    ("driftmoe", "DriftMoEConfig", "DriftMoE", "streams",
+     "DriftMoE: a router network over trees that learn from a drifting stream."),
 )  # fmt: skip
 for _name, _config, _model, _needs, _summary in _OURS:
     register(System(_name, f"moe_ops.zoo.{_name}", _config, _model, _summary, _needs))

@@ -102,6 +102,18 @@ def read_state(path: Path | str, device: str = "cpu") -> dict[str, Any]:
     return state
 
 
+def train_once(model: nn.Module, folder: Path, name: str, fit: Callable[[Path], Any]) -> None:
+    """Gives a model the weights of folder/name.pt; where there are none, those that `fit` trains,
+    which is told the file of its checkpoint."""
+    done, checkpoint = folder / f"{name}.pt", folder / f"{name}.training.pt"
+    if done.is_file():
+        model.load_state_dict(read_state(done))
+        return
+    fit(checkpoint)
+    write_state(done, model.state_dict())
+    checkpoint.unlink()
+
+
 def warm_up_then_cosine(step: int, warm_up: int, steps: int) -> float:
     """The rate's factor at a step: up to 1 in a line, then down to 0."""
     if step < warm_up:

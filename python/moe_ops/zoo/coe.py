@@ -20,7 +20,7 @@ from moe_ops.layers import Experts, Router, SharedExperts
 from moe_ops.layers.rotary import Rope, Yarn
 
 from .lm.attention import LatentAttention
-from .lm.blocks import Step, attention_entries
+from .lm.blocks import Step, attend, attention_entries
 from .lm.checkpoint import Entry, dense_entries, expert_entries
 from .lm.config import LATENT_KEYS, LLAMA_KEYS, LMConfig, flag, number, size
 from .lm.model import CausalLM
@@ -244,8 +244,7 @@ class CoEBlock(nn.Module):
         self.outer_residual = config.outer_residual
 
     def forward(self, x: Tensor, step: Step, index: int) -> Tensor:
-        assert step.rotation is not None
-        x = x + self.attention(self.attention_norm(x), step.rotation, step.cache(index))
+        x = attend(self, x, step, index)
         y = self.mlp(self.mlp_norm(x), step, f"layers.{index}.mlp")
         return x + y if self.outer_residual else y
 

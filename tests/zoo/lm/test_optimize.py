@@ -51,20 +51,23 @@ def test_codes(name):
     assert model.generate(prompt, 4).shape == (1, 9)
 
 
-def test_steps_take_one_call_of_attention(monkeypatch):
-    calls, op = [], attention.attention_step
+@pytest.mark.parametrize(
+    ("name", "op"), [("topp", "attention_step"), ("deepseek", "latent_attention_step")]
+)
+def test_steps_take_one_call_of_attention(name, op, monkeypatch):
+    calls, function = [], getattr(attention, op)
 
     def count(*args, **kwargs):
         calls.append(1)
-        return op(*args, **kwargs)
+        return function(*args, **kwargs)
 
-    monkeypatch.setattr(attention, "attention_step", count)
-    model = build("topp")
+    monkeypatch.setattr(attention, op, count)
+    model = build(name)
     model.generate(tokens_of(model, 2, 5), 3)
     assert len(calls) == 3 * len(model.layers)
     calls.clear()
     model.loss(tokens_of(model, 2, 5)).loss.backward()
-    handle = model.layers[0].attention.q_proj.register_forward_hook(lambda *_: None)
+    handle = model.layers[0].attention.o_proj.register_forward_hook(lambda *_: None)
     model.generate(tokens_of(model, 1, 2), 1)
     handle.remove()
     assert len(calls) == len(model.layers) - 1

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from moe_ops.layers import KVCache
 from moe_ops.layers.linear import dense_operands, in_inference_on_few_rows
 from moe_ops.layers.rotary import Rope, Rotation
-from moe_ops.ops import attention_step
+from moe_ops.ops import attention_step, latent_attention_step
 
 from .checkpoint import Entry, renamed
 
@@ -24,7 +24,13 @@ Watcher = Callable[[Tensor], None]
 
 
 def causal_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, watcher: Watcher | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    mask: Tensor | None = None,
+    watcher: Watcher | None = None,
 ) -> Tensor:
     """softmax(scale q k^T) v where the S queries are the last of the S_kv positions.
 
@@ -32,6 +38,7 @@ def causal_attention(
         q: [B, S, n, d]. k: [B, S_kv, m, d] and v: [B, S_kv, m, d'], m a divisor of n; query head h
             reads key-value head h // (n / m).
         scale: None is d ** -0.5.
+        mask: for S = 1, bool [1, 1, 1, S_kv], True where the query sees a key; None: everywhere.
         watcher: is given the probabilities, which are then computed once more for it.
 
     Returns:
@@ -40,7 +47,6 @@ def causal_attention(
     length, keys = q.shape[1], k.shape[1]
     if watcher is not None:
         watcher(attention_probabilities(q, k, scale))
-    mask = None
     if 1 < length < keys:
         # torch's is_causal counts from the first key, not from the last.
         mask = torch.ones(length, keys, dtype=torch.bool, device=q.device).tril(keys - length)
@@ -64,6 +70,18 @@ def attention_probabilities(q: Tensor, k: Tensor, scale: float | None = None) ->
     scores = scores * (q.shape[-1] ** -0.5 if scale is None else scale)
     seen = torch.ones(length, keys, dtype=torch.bool, device=q.device).tril(keys - length)
     return scores.masked_fill(~seen, -torch.inf).softmax(-1)
+
+
+def _is_step(attention: nn.Module, x: Tensor, norm: nn.RMSNorm, cache: KVCache | None) -> bool:
+    """Whether x + attention(norm(x)) is a step of decoding that nobody looks into."""
+    modules = (norm, attention, *(m for m in attention._modules.values() if m is not None))
+    return (
+        type(cache) is KVCache
+        and in_inference_on_few_rows(x)
+        and norm.eps is not None
+        and norm.weight.dtype == x.dtype
+        and not any(m._forward_hooks or m._forward_pre_hooks for m in modules)
+    )
 
 
 class Attention(nn.Module):
@@ -106,24 +124,21 @@ class Attention(nn.Module):
         heads = (*x.shape[:2], -1, self.head_size)
         q, k, v = (p(x).view(heads) for p in (self.q_proj, self.k_proj, self.v_proj))
         q, k = self.rope.rotate(q, rotation), self.rope.rotate(k, rotation)
+        mask = None
         if cache is not None:
             k, v = cache.update(k, v)
-        return self.o_proj(causal_attention(q, k, v, watcher=self.watcher).flatten(2))
+            mask = cache.mask
+        return self.o_proj(causal_attention(q, k, v, mask=mask, watcher=self.watcher).flatten(2))
 
     def step(
         self, x: Tensor, norm: nn.RMSNorm, rotation: Rotation, cache: KVCache | None
     ) -> Tensor | None:
         """x + forward(norm(x)) in one call; None where that is not what a step of decoding is."""
-        if cache is None or self.rope.interleaved or not in_inference_on_few_rows(x):
+        if self.rope.interleaved or not _is_step(self, x, norm, cache):
             return None
         parts: dict[str, Any] = self._modules
         q, k, v, o = (dense_operands(parts[f"{n}_proj"], x.dtype) for n in "qkvo")
-        watched = any(m._forward_hooks or m._forward_pre_hooks for m in (self, *parts.values()))
-        if q is None or k is None or v is None or o is None or watched:
-            return None
-        if norm.eps is None or norm.weight.dtype != x.dtype:
-            return None
-        if norm._forward_hooks or norm._forward_pre_hooks:
+        if q is None or k is None or v is None or o is None or cache is None or norm.eps is None:
             return None
         batch, length, _ = x.shape
         heads = x.new_empty(()).expand(
@@ -165,8 +180,8 @@ class LatentAttention(nn.Module):
 
     c = norm(W_a x) [r] and a rotated key k_r [d_r], shared by the heads, are all that the cache
     holds. Head h has the key (W_k^h c, k_r) and the value W_v^h c; queries have a part for each.
-    A single token with a cache is computed in the space of c: W_k^h goes to the query and W_v^h to
-    the output, and no key or value is made.
+    A step of decoding is computed in the space of c: W_k^h goes to the query and W_v^h to the
+    output, and no key or value is made.
 
     Parameters: q_proj, or q_a_proj, q_a_norm and q_b_proj with `q_rank`; kv_a_proj [r + d_r, H],
     kv_a_norm [r], kv_b_proj [n (d_n + d_v), r] (of each head keys first), o_proj [H, n d_v].
@@ -247,8 +262,60 @@ class LatentAttention(nn.Module):
         k_rope = self.rope.rotate(k_rope.unsqueeze(2), rotation)
         if cache is not None:
             latent, k_rope = cache.update(latent, k_rope)
-        attend = self._in_latent_space if cache is not None and length == 1 else self._by_head
-        return self.o_proj(attend(q_nope, q_rope, latent, k_rope).flatten(2))
+        if cache is not None and length == 1:
+            y = self._in_latent_space(q_nope, q_rope, latent, k_rope, cache.mask)
+        else:
+            y = self._by_head(q_nope, q_rope, latent, k_rope)
+        return self.o_proj(y.flatten(2))
+
+    def step(
+        self, x: Tensor, norm: nn.RMSNorm, rotation: Rotation, cache: KVCache | None
+    ) -> Tensor | None:
+        """x + forward(norm(x)) in one call; None where that is not what a step of decoding is."""
+        if self.watcher is not None or not _is_step(self, x, norm, cache):
+            return None
+        parts: dict[str, Any] = self._modules
+        names = {"q": "q_proj", "kv_a": "kv_a_proj", "kv_b": "kv_b_proj", "o": "o_proj"}
+        norms = [self.kv_a_norm]
+        if self.q_a_norm is not None:
+            names |= {"q": "q_b_proj", "q_a": "q_a_proj"}
+            norms.append(self.q_a_norm)
+        dense = {n: dense_operands(parts[part], x.dtype) for n, part in names.items()}
+        eps = norms[0].eps
+        if cache is None or norm.eps is None or eps is None:
+            return None
+        if any(m.weight.dtype != x.dtype or m.eps != eps for m in norms):
+            return None
+        options: dict[str, Any] = {}
+        for name, operands in dense.items():
+            if operands is None or (name == "kv_b" and operands[1] is not None):
+                return None
+            options[f"w_{name}"] = operands[0]
+            if name != "kv_b":
+                options[f"w_{name}_scale"] = operands[1]
+        if self.q_a_norm is not None:
+            options["q_norm"] = self.q_a_norm.weight
+        batch, length, _ = x.shape
+        token = x.new_empty(()).expand(batch, length, 1, self.kv_rank + self.rope_size)
+        latents, rope_keys = cache.reserve(*token.split((self.kv_rank, self.rope_size), dim=-1))
+        y = latent_attention_step(
+            x,
+            kv_norm=self.kv_a_norm.weight,
+            cos=rotation.cos[None],
+            sin=rotation.sin[None],
+            latents=latents,
+            rope_keys=rope_keys,
+            start=cache.length,
+            num_heads=self.num_heads,
+            scale=self.scale,
+            norm_weight=norm.weight,
+            eps=norm.eps,
+            latent_eps=eps,
+            interleaved=self.rope.interleaved,
+            **options,
+        )
+        cache.length += length
+        return y
 
     def _by_head(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor) -> Tensor:
         kv = self.kv_b_proj(latent).view(*latent.shape[:2], self.num_heads, -1)
@@ -258,13 +325,13 @@ class LatentAttention(nn.Module):
         return causal_attention(q, k, v, scale=self.scale, watcher=self.watcher)
 
     def _in_latent_space(
-        self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor
+        self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, mask: Tensor | None
     ) -> Tensor:
         w = self.kv_b_proj.weight.view(self.num_heads, -1, self.kv_rank)
         w_k, w_v = w.split((self.nope_size, self.v_size), dim=1)
         q = torch.cat((torch.einsum("bsnd,ndr->bsnr", q_nope, w_k), q_rope), dim=-1)
         k = torch.cat((latent, k_rope), dim=-1)
-        mixed = causal_attention(q, k, latent, scale=self.scale, watcher=self.watcher)
+        mixed = causal_attention(q, k, latent, scale=self.scale, mask=mask, watcher=self.watcher)
         return torch.einsum("bsnr,ndr->bsnd", mixed, w_v)
 
     def entries(self, ours: str, theirs: str) -> list[Entry]:

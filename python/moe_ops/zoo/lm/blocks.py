@@ -84,21 +84,19 @@ class Block(nn.Module):
         self.mlp = mlp
 
     def forward(self, x: Tensor, step: Step, index: int) -> Tensor:
-        x = self._attend(x, step, index)
+        x = attend(self, x, step, index)
         y = apply_norm(self.mlp_norm, x)
         if isinstance(self.mlp, SharedExperts):
             return x + self.mlp(y)
         return x + step.through(f"layers.{index}.mlp", self.mlp, y)
 
-    def _attend(self, x: Tensor, step: Step, index: int) -> Tensor:
-        """x + attention(norm(x))."""
-        assert step.rotation is not None
-        cache = step.cache(index)
-        if isinstance(self.attention, Attention):
-            y = self.attention.step(x, self.attention_norm, step.rotation, cache)
-            if y is not None:
-                return y
-        return x + self.attention(apply_norm(self.attention_norm, x), step.rotation, cache)
+
+def attend(block: Any, x: Tensor, step: Step, index: int) -> Tensor:
+    """x + attention(norm(x)) of a block, in a step of decoding one op where that is known."""
+    assert step.rotation is not None
+    norm, cache = block.attention_norm, step.cache(index)
+    y: Tensor | None = block.attention.step(x, norm, step.rotation, cache)
+    return x + block.attention(apply_norm(norm, x), step.rotation, cache) if y is None else y
 
 
 def attention_entries(

@@ -19,6 +19,7 @@ from .blocks import Step, apply_norm
 from .checkpoint import Entry
 from .cross_entropy import head_cross_entropy
 from .embedding import TokenEmbedding
+from .graph import DecodingGraph
 from .losses import OF_LAYERS, AuxLoss, Routed, sum_over_layers
 from .pretrained import Pretrained
 
@@ -122,8 +123,8 @@ class CausalLM(Pretrained):
             )
         rotation = None
         if self.rope is not None:
-            start = 0 if cache is None else cache[0].length
-            rotation = self.rope.rotation(start, tokens.shape[1], tokens.device)
+            first = KVCache() if cache is None else cache[0]
+            rotation = self.rope.at(first.positions(tokens.shape[1], tokens.device))
         step = Step(rotation, cache, return_routing)
         x = self.trunk(self.embed_tokens(tokens), step, last)
         out = self._head(x) if head else x
@@ -229,6 +230,7 @@ class CausalLM(Pretrained):
         stop_token: int | None = None,
         generator: torch.Generator | None = None,
         logits_processor: Callable[[Tensor, Tensor], Tensor] | None = None,
+        graph: DecodingGraph | None = None,
     ) -> Tensor:
         """Continues each sequence, with a cache of keys and values.
 
@@ -244,6 +246,7 @@ class CausalLM(Pretrained):
             generator: for the draws.
             logits_processor: called at each step with the tokens so far [B, S] and the logits
                 [B, V] of the next one; returns the logits to use, as one of transformers does.
+            graph: of this model, for a CUDA graph a token.
 
         Returns:
             [B, S + n], n <= num_tokens: the prompts and what was added.
@@ -267,8 +270,11 @@ class CausalLM(Pretrained):
         try:
             cache, pieces, new = self.new_cache(), [tokens], tokens
             done = torch.zeros(tokens.shape[0], dtype=torch.bool, device=tokens.device)
-            for _ in range(num_tokens):
-                logits = self(new, cache=cache, last=1)[:, -1]
+            for i in range(num_tokens):
+                if graph is None:
+                    logits = self(new, cache=cache, last=1)[:, -1]
+                else:
+                    logits = graph.start(new) if i == 0 else graph.step(new)
                 if logits_processor is not None:
                     logits = logits_processor(torch.cat(pieces, dim=1), logits)
                 new = _next_token(logits, temperature, top_k, top_p, generator)

@@ -1,0 +1,104 @@
+#include "cpu/gemm/dequant.h"
+
+#include "cpu/gemm/gemm.h"
+
+namespace moe_ops::cpu {
+
+namespace {
+
+// Writes steps [k0, k0 + n) of row o of the weights of expert e, a row as it is stored.
+void dequantise_row(const ExpertMatrices& m, int64_t e, int64_t o, int64_t k0, int64_t n,
+                    float* dst) {
+  const QuantFormat& q = m.quant;
+  const int64_t row = e * m.stride_e + o * (q.transposed ? m.stride_k : m.stride_o);
+  const int64_t scale = e * q.scale_stride_e + o / q.scale_rows * q.scale_stride_o;
+  quant_kernels().dequantise(
+      {.codes = q.codes,
+       .scale_type = q.scale_type,
+       .group = q.group,
+       .w = static_cast<const char*>(m.data) + row * q.bits / 8,
+       .scale = static_cast<const char*>(q.scales) + scale * scale_size(q.scale_type),
+       .zero = q.zero == nullptr ? nullptr : q.zero + scale,
+       .k0 = k0,
+       .n = n,
+       .dst = dst});
+}
+
+// Rows or columns of float32 that fit kDequantBytes.
+int64_t count_at_once(int64_t length, int64_t n) {
+  const int64_t fitting = kDequantBytes / (length * static_cast<int64_t>(sizeof(float))) / 16 * 16;
+  return std::clamp<int64_t>(fitting, 16, round_up<int64_t>(n, 16));
+}
+
+// The sum over k runs along rows as they are stored: features by features.
+void rows_item(const GemmDesc<float>& d, const GemmKernels<float>& k, const GemmItem& it,
+               const DequantEpilogue& fn) {
+  const int64_t K = d.in_features, n = it.feature_end - it.feature_begin;
+  // A padded row: those of a power of two would all meet in the same few sets of an L1.
+  const int64_t ld = round_up<int64_t>(K, 16) + 16;
+  const int64_t part = count_at_once(ld * d.segments, n);
+  ScratchScope scratch;
+  float* w = scratch.take<float>(Scratch::kDequant, part * d.segments * ld);
+  GemmDesc<float> inner = d;
+  inner.b = {w, DType::kFloat32, 0, ld, 1};
+  inner.features = part;
+  const GemmConfig config = choose_config(inner, it.row_end - it.row_begin);
+  for (int64_t f0 = 0; f0 < n; f0 += part) {
+    const int64_t count = std::min(part, n - f0), first = it.feature_begin + f0;
+    for (int64_t s = 0; s < d.segments; ++s) {
+      for (int64_t i = 0; i < count; ++i) {
+        dequantise_row(d.b, it.expert, s * d.features + first + i, 0, K, w + (s * part + i) * ld);
+      }
+    }
+    run_dense_item<Wide>(inner, k, {config, it.expert, it.row_begin, it.row_end, 0, count}, nullptr,
+                         [&](int64_t e, int64_t r, int64_t f, int64_t m, float* values0,
+                             float* values1) { fn(e, r, first + f, m, values0, values1); });
+  }
+}
+
+// The sum over k runs across rows as they are stored: block by block, each summed by itself.
+void columns_item(const GemmDesc<float>& d, const GemmKernels<float>& k, const GemmItem& it,
+                  const DequantEpilogue& fn) {
+  const int64_t K = d.in_features, m = it.row_end - it.row_begin;
+  const int64_t n = it.feature_end - it.feature_begin, ld = round_up<int64_t>(n, 16) + 16;
+  // By the widest item and not by this one: bits depend on the depth of blocks.
+  const int64_t depth = count_at_once(kDequantFeatures, K);
+  ScratchScope scratch;
+  Arena arena(scratch, Scratch::kDequant,
+              (depth * ld + m * n) * static_cast<int64_t>(sizeof(float)) + 128);
+  float* w = arena.take<float>(depth * ld);
+  float* sums = arena.take<float>(m * n);
+  GemmDesc<float> inner = d;
+  inner.b = {w, DType::kFloat32, 0, 1, ld};
+  inner.features = n;
+  for (int64_t k0 = 0; k0 < K; k0 += depth) {
+    inner.in_features = std::min(depth, K - k0);
+    for (int64_t i = 0; i < inner.in_features; ++i) {
+      dequantise_row(d.b, it.expert, k0 + i, it.feature_begin, n, w + i * ld);
+    }
+    inner.a.data = element(d.a.data, d.a.type, k0);
+    if (d.k_scale != nullptr) inner.k_scale = d.k_scale + k0;
+    run_dense_item<Wide>(
+        inner, k, {choose_config(inner, m), it.expert, it.row_begin, it.row_end, 0, n}, nullptr,
+        [&](int64_t, int64_t r, int64_t f, int64_t count, float* values, float*) {
+          float* sum = sums + (r - it.row_begin) * n + f;
+          if (k0 == 0) {
+            std::copy_n(values, count, sum);
+          } else {
+            for (int64_t i = 0; i < count; ++i) sum[i] += values[i];
+          }
+        });
+  }
+  for (int64_t r = 0; r < m; ++r) {
+    fn(it.expert, it.row_begin + r, it.feature_begin, n, sums + r * n, sums + (r + 1) * n);
+  }
+}
+
+}  // namespace
+
+void dequant_item(const GemmDesc<float>& d, const GemmKernels<float>& k, const GemmItem& it,
+                  const DequantEpilogue& fn) {
+  d.b.quant.transposed ? columns_item(d, k, it, fn) : rows_item(d, k, it, fn);
+}
+
+}  // namespace moe_ops::cpu

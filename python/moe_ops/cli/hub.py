@@ -1,0 +1,61 @@
+"""Checkpoints on the Hugging Face hub, by their ids."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+# Weights in safetensors, and what is beside them. Nothing that would be run.
+_PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.md")
+_ID = re.compile(r"^[\w-][\w.-]*/[\w-][\w.-]*$")
+
+
+def local_folder(command: str, source: Path) -> Path:
+    """`source`, or the folder into which the repository of that id has been downloaded.
+
+    Raises:
+        ValueError: an id that cannot be downloaded, with a sentence.
+    """
+    name = source.as_posix()
+    if source.exists() or not _ID.match(name):
+        return source
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(_PATTERNS)))
+    except Exception as error:
+        raise ValueError(
+            f"{command}: SOURCE must be a folder or the id of a repository that can be read, got "
+            f"{name}: {_first_line(error)}"
+        ) from error
+
+
+def check_id(command: str, repository: str | None) -> None:
+    """Raises ValueError for what cannot be the id of a repository, before anything is done."""
+    if repository is not None and not _ID.match(repository):
+        raise ValueError(f"{command}: --push-to must be an id like owner/name, got {repository!r}.")
+
+
+def upload(command: str, folder: Path, repository: str) -> str:
+    """Puts the files of a folder into a repository, which is made where there is none; returns its
+    address.
+
+    Raises:
+        ValueError: it cannot be written, with a sentence; the folder stays.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        api = HfApi()
+        address = api.create_repo(repository, exist_ok=True)
+        api.upload_folder(repo_id=repository, folder_path=folder)
+    except Exception as error:
+        raise ValueError(
+            f"{command}: --push-to must be a repository that can be written, got {repository}: "
+            f"{_first_line(error)}; the result is in {folder}."
+        ) from error
+    return str(address)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

@@ -1,0 +1,155 @@
+"""GGUF files with experts of Q8_0, Q4_0, Q4_K or Q6_K, which stay as they are:
+
+    AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, experts_implementation="moe_ops")
+
+transformers reads everything else, and makes floats of it. Files with three tensors of experts a
+layer (`ffn_gate_exps` and so on: Qwen, OLMoE, DeepSeek and the like) are read, and their types may
+differ from layer to layer and from w_gate_up to w_down. The package gguf reads the file.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import modeling_gguf_pytorch_utils as legacy
+from transformers.quantizers.quantizer_gguf import GgufHfQuantizer
+
+from moe_ops.quant import published
+from moe_ops.quant.bank import find_banks
+from moe_ops.quant.published import StoredWeight
+
+_EXPERTS = re.compile(r"^blk\.(\d+)\.ffn_(gate|up|down)_exps\.weight$")
+
+
+def _reader(file: str) -> Any:
+    try:
+        import gguf
+    except ModuleNotFoundError as error:
+        if error.name != "gguf":
+            raise
+        raise ImportError(
+            "moe_ops needs the package gguf to read GGUF files: pip install gguf"
+        ) from error
+    return gguf.GGUFReader(file)
+
+
+class GgufExpertsQuantizer(GgufHfQuantizer):
+    """Leaves the experts of a GGUF file in their blocks, in layers of moe_ops."""
+
+    def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self._tensors: dict[tuple[str, str], Any] = {}  # layer and part -> the reader's tensor
+        self._banks: dict[str, str] = {}  # name of a module -> layer
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        self.quantization_config.dequantize = True  # What is not an expert.
+
+    def _weight(self, layer: str, part: str) -> StoredWeight:
+        tensor = self._tensors[layer, part]
+        with warnings.catch_warnings():  # The mapped file is not writable, and is not written.
+            warnings.simplefilter("ignore", UserWarning)
+            data = torch.from_numpy(tensor.data)
+        return published.from_ggml(data, tensor.tensor_type.name)
+
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
+    ) -> nn.Module:
+        super()._process_model_before_weight_loading(model, **kwargs)
+        assert checkpoint_files
+        for tensor in _reader(checkpoint_files[0]).tensors:
+            match = _EXPERTS.match(tensor.name)
+            if match is not None:
+                self._tensors[match[1], match[2]] = tensor
+        for found in find_banks(model, unsupported="skip"):
+            layer = "".join(re.findall(r"\d+", found.name)[:1])
+            if (layer, "down") not in self._tensors:
+                continue
+            kinds = {
+                part: published.ggml_format(self._tensors[layer, part].tensor_type.name)
+                for part in ("gate", "up", "down")
+            }
+            if kinds["gate"] != kinds["up"]:
+                raise ValueError(
+                    f"from_pretrained: gate and up of {found.name} must have one type, got "
+                    f"{kinds['gate'].label} and {kinds['up'].label}."
+                )
+            up, down = kinds["up"], kinds["down"]
+            experts = found.hook.new_quantized(
+                found.module,
+                found.bank,
+                format=up.name,
+                down_format=None if down.name == up.name else down.name,
+                group_size=up.group_size or down.group_size,
+                x_scale=False,
+                scale_dtype="float16",
+            )
+            experts._is_hf_initialized = True
+            found.hook.install(model, found.module, experts)
+            self._banks[found.name] = layer
+            del found
+        if not self._banks:
+            raise ValueError(
+                "from_pretrained: a GGUF file on moe_ops must hold experts that "
+                f"{type(model).__name__} has, got none."
+            )
+        names = {rf"^{re.escape(name)}\." for name in self._banks}
+        kept = model._keys_to_ignore_on_load_missing or ()
+        model._keys_to_ignore_on_load_missing = names | set(kept)
+        return model
+
+    def get_state_dict(self, checkpoint_file: str, model: nn.Module) -> dict[str, Any]:
+        if self.supported:
+            tensors = super().get_state_dict(checkpoint_file, model)
+            return {name: t for name, t in tensors.items() if not _EXPERTS.match(name)}
+        import gguf
+
+        reader = _reader(checkpoint_file)
+        architecture = legacy.read_field(reader, "general.architecture")[0]
+        make = legacy.TENSOR_PROCESSORS.get(architecture, legacy.TensorProcessor)
+        processor = make(config=model.config.to_dict())
+        mapping = legacy.get_gguf_hf_weights_map(model, processor)
+        result: dict[str, Tensor] = {}
+        for tensor in reader.tensors:
+            if _EXPERTS.match(tensor.name):
+                continue
+            weights = gguf.dequantize(tensor.data, tensor.tensor_type)
+            done = processor.process(
+                weights=weights,
+                name=tensor.name,
+                tensor_key_mapping=mapping,
+                parsed_parameters={"tensors": result},
+            )
+            if done.name in mapping:
+                value = torch.from_numpy(done.weights.copy())
+                result[mapping[done.name]] = value.to(self.dtype or torch.float32)
+        return result
+
+    @torch.no_grad()
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        if self.supported:
+            model._weight_conversions = None
+        for name, layer in self._banks.items():
+            block: Any = model.get_submodule(name)
+            experts = getattr(block, "experts", block)
+            halves = [self._weight(layer, part) for part in ("gate", "up")]
+            for weight, stored in (
+                ("w_gate_up", published.concatenated(halves)),
+                ("w_down", self._weight(layer, "down")),
+            ):
+                getattr(experts, weight).copy_(stored.codes)
+                getattr(experts, f"{weight}_scale").copy_(stored.scale)
+        self._tensors = {}
+        model.config.experts_implementation = "moe_ops"
+        # transformers has taken it for a model of floats, which could be saved.
+        model.hf_quantizer, model.is_quantized = self, True
+        model.quantization_method = self.quantization_config.quant_method
+        return model
+
+    @property
+    def is_trainable(self) -> bool:
+        return True  # Adapters are.

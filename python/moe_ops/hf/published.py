@@ -1,0 +1,459 @@
+"""Checkpoints that others quantised, read into layers that compute with the weights as they are:
+GPTQ, AWQ, compressed-tensors (pack-quantized, int-quantized), MXFP4 and fp8 in blocks of 128.
+
+    model = AutoModelForCausalLM.from_pretrained(name, experts_implementation="moe_ops")
+
+Experts become `QuantizedHfExperts`, dense layers that are quantised too `StoredLinear`. No weight
+is a float in between, and one expert at most is in memory twice. Without that argument transformers
+reads such a checkpoint as it always does.
+
+E experts, H hidden size, I intermediate size, O and D output and input features of a weight.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import modeling_utils
+from transformers.core_model_loading import WeightConverter
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from moe_ops._files import shown
+from moe_ops.layers.stored_linear import StoredLinear
+from moe_ops.quant import published
+from moe_ops.quant.bank import FoundBank, find_banks
+from moe_ops.quant.formats import WeightFormat
+from moe_ops.quant.published import StoredWeight
+
+METHODS = ("gptq", "awq", "compressed-tensors", "mxfp4", "fp8")
+_SCALES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+# A key of one projection of one expert, and which it is.
+_EXPERT = re.compile(r"^(.*)\.experts\.(\d+)\.(gate_proj|up_proj|down_proj|w1|w2|w3)\.(.+)$")
+_GATE_UP_DOWN = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
+# Tensors of quantised weights, which transformers is not to report as unexpected.
+_LEAVES = (
+    r"\.(qweight|qzeros|scales|g_idx|weight_packed|weight_scale|weight_zero_point|weight_shape"
+    r"|weight_g_idx|weight_scale_inv)$",
+    r"\.experts\.\d+\.",
+    r"\.(gate_up|down)_proj_(blocks|scales|bias)$",
+)
+# Scales of 4-bit groups of these sizes become float32, for which there are kernels: half a byte a
+# group of 64, 1/18 of what such a weight takes; of smaller groups they stay as they are.
+_KERNEL_GROUPS = (64, 128)
+
+
+class Checkpoint:
+    """Tensors of safetensors files, read when they are asked for."""
+
+    def __init__(self, files: Sequence[str]) -> None:
+        self._open = {file: safe_open(file, framework="pt") for file in files}
+        self._file_of = {key: file for file, f in self._open.items() for key in f.keys()}
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._file_of
+
+    def keys(self) -> Sequence[str]:
+        return list(self._file_of)
+
+    def get(self, key: str) -> Tensor:
+        if key not in self:
+            raise ValueError(f"from_pretrained: the checkpoint must hold {key}, got none.")
+        return self._open[self._file_of[key]].get_tensor(key)
+
+    def optional(self, key: str) -> Tensor | None:
+        return self.get(key) if key in self else None
+
+    def shape(self, key: str) -> list[int]:
+        return self._open[self._file_of[key]].get_slice(key).get_shape()
+
+    def dtype(self, key: str) -> str:
+        return self._open[self._file_of[key]].get_slice(key).get_dtype()
+
+
+class Method:
+    """How a method stores a weight. `marker` is a tensor that every quantised weight has."""
+
+    marker: str
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self.config = config
+
+    def format(self, files: Checkpoint, name: str, in_features: int) -> WeightFormat:
+        """What the weight called `name` is to be held as."""
+        raise NotImplementedError
+
+    def read(self, files: Checkpoint, name: str, in_features: int) -> StoredWeight:
+        raise NotImplementedError
+
+
+def _int4(files: Checkpoint, scales: str, group: int, zero_points: bool) -> WeightFormat:
+    dtype = _SCALES[files.dtype(scales)]
+    kernels = not zero_points and group in _KERNEL_GROUPS
+    return WeightFormat("int4", group, "float32" if kernels else dtype, zero_points)
+
+
+class Gptq(Method):
+    marker = "qweight"
+
+    def format(self, files: Checkpoint, name: str, in_features: int) -> WeightFormat:
+        scales = f"{name}.scales"
+        group = in_features // files.shape(scales)[0]
+        if self.config.get("bits", 4) == 8:
+            return WeightFormat("int8", group, _SCALES[files.dtype(scales)])
+        return _int4(files, scales, group, not self.config.get("sym", True))
+
+    def read(self, files: Checkpoint, name: str, in_features: int) -> StoredWeight:
+        g_idx = files.optional(f"{name}.g_idx")
+        version = 2 if self.config.get("checkpoint_format") == "gptq_v2" else 1
+        parts = (files.get(f"{name}.{leaf}") for leaf in ("qweight", "qzeros", "scales"))
+        bits = self.config.get("bits", 4)
+        return published.from_gptq(*parts, g_idx, bits=bits, version=version)
+
+
+class Awq(Method):
+    marker = "qweight"
+
+    def format(self, files: Checkpoint, name: str, in_features: int) -> WeightFormat:
+        scales = f"{name}.scales"
+        group = in_features // files.shape(scales)[0]
+        return _int4(files, scales, group, bool(self.config.get("zero_point", True)))
+
+    def read(self, files: Checkpoint, name: str, in_features: int) -> StoredWeight:
+        parts = (files.get(f"{name}.{leaf}") for leaf in ("qweight", "qzeros", "scales"))
+        return published.from_awq(*parts)
+
+
+class CompressedTensors(Method):
+    marker = "weight_scale"
+
+    def format(self, files: Checkpoint, name: str, in_features: int) -> WeightFormat:
+        scale = f"{name}.weight_scale"
+        if f"{name}.weight_packed" not in files:
+            return WeightFormat("int8")
+        group = in_features // files.shape(scale)[1]
+        return _int4(files, scale, group, f"{name}.weight_zero_point" in files)
+
+    def read(self, files: Checkpoint, name: str, in_features: int) -> StoredWeight:
+        scale = files.get(f"{name}.weight_scale")
+        if f"{name}.weight_packed" not in files:
+            weight = files.get(f"{name}.weight")
+            if weight.dtype != torch.int8 or scale.numel() != weight.shape[0]:
+                raise ValueError(
+                    f"from_pretrained: {name} must be int8 with one scale a row, got "
+                    f"{weight.dtype} with scales {list(scale.shape)}."
+                )
+            return published.from_int8_channels(weight, scale)
+        rest = (files.optional(f"{name}.weight_{leaf}") for leaf in ("zero_point", "g_idx"))
+        packed = files.get(f"{name}.weight_packed")
+        return published.from_compressed_tensors(packed, scale, *rest, in_features=in_features)
+
+
+class Fp8(Method):
+    marker = "weight_scale_inv"
+
+    def format(self, files: Checkpoint, name: str, in_features: int) -> WeightFormat:
+        return WeightFormat("fp8")
+
+    def read(self, files: Checkpoint, name: str, in_features: int) -> StoredWeight:
+        leaves = (f"{name}.weight", f"{name}.weight_scale_inv")
+        return published.from_fp8(*map(files.get, leaves))
+
+
+class Mxfp4(Method):
+    """All experts of a bank in one tensor; dense layers are not quantised."""
+
+    marker = "blocks"
+
+
+_METHODS: dict[str, type[Method]] = {
+    "gptq": Gptq,
+    "awq": Awq,
+    "compressed-tensors": CompressedTensors,
+    "fp8": Fp8,
+    "mxfp4": Mxfp4,
+}
+
+
+class PublishedConfig(QuantizationConfigMixin):
+    """The quantization_config of a checkpoint as it is in config.json."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self.quant_method = config["quant_method"]
+        self.config = config
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(self.config)
+
+
+class _Bank(NamedTuple):
+    """A bank to be filled: the name of its module, and where its experts are in the files."""
+
+    name: str
+    prefix: str  # of one expert, before its number; of the bank for MXFP4
+    projections: tuple[str, str, str]
+
+
+class PublishedQuantizer(HfQuantizer):
+    """Puts layers of moe_ops into a model before its checkpoint is read, and fills them after."""
+
+    requires_calibration = False
+
+    def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        config = quantization_config.config
+        _check_config(config)
+        self._method = _METHODS[config["quant_method"]](config)
+        self._banks: list[_Bank] = []
+        self._linears: list[str] = []
+        self._files: Checkpoint | None = None
+
+    def update_device_map(self, device_map: Any) -> Any:
+        places = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
+        if len(places) > 1 or places & {"disk", "auto", "balanced"}:
+            raise ValueError(
+                "from_pretrained: device_map must be one device for a checkpoint of "
+                f"{self.quantization_config.quant_method} on moe_ops, got {shown(device_map)}."
+            )
+        return device_map
+
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
+    ) -> nn.Module:
+        if not checkpoint_files or not all(f.endswith(".safetensors") for f in checkpoint_files):
+            raise ValueError(
+                "from_pretrained: a quantised checkpoint must be of safetensors files, got "
+                f"{shown(checkpoint_files)}."
+            )
+        files = self._files = Checkpoint(checkpoint_files)
+        experts = _experts_in(files)
+        for found in find_banks(model, unsupported="skip"):
+            bank = self._bank(found, experts)
+            if bank is not None:
+                self._install(model, found, bank, files)
+                self._banks.append(bank)
+            del found
+        if not self._banks:
+            raise ValueError(
+                f"from_pretrained: a checkpoint of {self.quantization_config.quant_method} on "
+                f"moe_ops must hold quantised experts, got none that {type(model).__name__} has."
+            )
+        for name, module in list(model.named_modules()):
+            if type(module) is nn.Linear and f"{name}.{self._method.marker}" in files:
+                self._replace_linear(model, name, module, files)
+        ours = [bank.name for bank in self._banks] + self._linears
+        hidden = {rf"^{re.escape(name)}\." for name in ours}
+        model._keys_to_ignore_on_load_missing = hidden | set(
+            model._keys_to_ignore_on_load_missing or ()
+        )
+        model._keys_to_ignore_on_load_unexpected = {*hidden, *_LEAVES} | set(
+            model._keys_to_ignore_on_load_unexpected or ()
+        )
+        return model
+
+    def _bank(self, found: FoundBank, experts: dict[tuple[str, ...], Any]) -> _Bank | None:
+        files = self._files
+        assert files is not None
+        if isinstance(self._method, Mxfp4):
+            name = found.name
+            return _Bank(name, name, ("", "", "")) if f"{name}.down_proj_blocks" in files else None
+        place = experts.get(tuple(re.findall(r"\d+", found.name)))
+        if place is None:
+            return None
+        prefix, projections = place
+        if f"{prefix}.0.{projections[0]}.{self._method.marker}" not in files:
+            return None
+        return _Bank(found.name, prefix, projections)
+
+    def _install(self, model: nn.Module, found: FoundBank, bank: _Bank, files: Checkpoint) -> None:
+        weights = found.bank
+        if isinstance(self._method, Mxfp4):
+            up = down = WeightFormat("mxfp4")
+        else:
+            gate, _, last = (f"{bank.prefix}.0.{p}" for p in bank.projections)
+            up = self._method.format(files, gate, weights.hidden_size)
+            down = self._method.format(files, last, weights.intermediate_size)
+        if up != down:
+            raise ValueError(
+                f"from_pretrained: {bank.name} must have one format, got {up.label} and "
+                f"{down.label}."
+            )
+        experts = found.hook.new_quantized(
+            found.module,
+            weights,
+            format=up.name,
+            group_size=up.group_size,
+            x_scale=False,
+            scale_dtype=up.scale_dtype,
+            zero_points=up.zero_points,
+        )
+        experts._is_hf_initialized = True
+        found.hook.install(model, found.module, experts)
+
+    def _replace_linear(
+        self, model: nn.Module, name: str, module: nn.Linear, files: Checkpoint
+    ) -> None:
+        how = self._method.format(files, name, module.in_features)
+        stored = StoredLinear(
+            module.in_features,
+            module.out_features,
+            how,
+            bias=module.bias is not None,
+            device="meta",
+            dtype=module.weight.dtype,
+        )
+        stored._is_hf_initialized = True
+        model.set_submodule(name, stored)
+        self._linears.append(name)
+
+    def update_weight_conversions(self, weight_conversions: Any, model: nn.Module) -> Any:
+        """Without those that would put experts together: their targets are not in the model."""
+        names = "\n".join(name for name, _ in model.named_parameters())
+        return [
+            c
+            for c in weight_conversions
+            if not isinstance(c, WeightConverter)
+            or any(re.search(t.replace("*", ".*"), names) for t in c.target_patterns)
+        ]
+
+    @torch.no_grad()
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        files = self._files
+        assert files is not None
+        for bank in self._banks:
+            _fill_bank(model.get_submodule(bank.name), bank, files, self._method)
+        for name in self._linears:
+            linear: Any = model.get_submodule(name)
+            weight = self._method.read(files, name, linear.in_features)
+            weight = published.adapted(weight, linear.format)
+            for mine, part in zip(
+                (linear.codes, linear.scale, linear.zero), weight[1:], strict=True
+            ):
+                if mine is not None:
+                    mine.copy_(part)
+        self._files = None
+        model.config.experts_implementation = "moe_ops"
+        return model
+
+    def is_serializable(self, *_: Any, **__: Any) -> bool:
+        return False
+
+    @property
+    def is_trainable(self) -> bool:
+        return True  # Adapters are.
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def _check_config(config: dict[str, Any]) -> None:
+    """What is known of a checkpoint before anything of it is read."""
+
+    def refuse(what: str, wanted: str, got: Any) -> None:
+        method = config["quant_method"]
+        raise ValueError(
+            f"from_pretrained: {what} of a {method} checkpoint must be {wanted} for moe_ops, got "
+            f"{shown(got)}."
+        )
+
+    method = config["quant_method"]
+    if method == "gptq" and config.get("bits", 4) not in (4, 8):
+        refuse("bits", "4 or 8", config["bits"])
+    if method == "awq":
+        if config.get("bits", config.get("w_bit", 4)) != 4:
+            refuse("bits", "4", config.get("bits"))
+        version = str(config.get("version", "gemm")).lower()
+        if version != "gemm":
+            refuse("version", "gemm", version)
+    if method == "fp8" and list(config.get("weight_block_size") or ()) != [128, 128]:
+        refuse("weight_block_size", "[128, 128]", config.get("weight_block_size"))
+    if method == "compressed-tensors":
+        known = ("pack-quantized", "int-quantized")
+        if config.get("format") not in known:
+            refuse("format", " or ".join(known), config.get("format"))
+        groups = (config.get("config_groups") or {}).values()
+        bits = {(g.get("weights") or {}).get("num_bits") for g in groups}
+        if config["format"] == "pack-quantized" and bits - {4}:
+            refuse("num_bits", "4", sorted(map(str, bits)))
+
+
+def _experts_in(files: Checkpoint) -> dict[tuple[str, ...], tuple[str, tuple[str, str, str]]]:
+    """Numbers in the name of a block, as of its layer -> what is before the number of an expert,
+    and the names of gate, up and down."""
+    found: dict[tuple[str, ...], tuple[str, tuple[str, str, str]]] = {}
+    for key in files.keys():
+        match = _EXPERT.match(key)
+        if match is not None:
+            names = _GATE_UP_DOWN[match[3].startswith("w")]
+            found[tuple(re.findall(r"\d+", match[1]))] = (f"{match[1]}.experts", names)
+    return found
+
+
+def _fill_bank(experts: Any, bank: _Bank, files: Checkpoint, method: Method) -> None:
+    experts = getattr(experts, "experts", experts)  # A block that keeps its bank as a part.
+    if isinstance(method, Mxfp4):
+        for part in ("gate_up", "down"):
+            leaves = (f"{bank.prefix}.{part}_proj_{leaf}" for leaf in ("blocks", "scales"))
+            weight = published.from_mxfp4(*map(files.get, leaves))
+            getattr(experts, f"w_{part}").copy_(weight.codes)
+            getattr(experts, f"w_{part}_scale").copy_(weight.scale)
+            bias = getattr(experts, f"b_{part}")
+            if bias is not None:
+                bias.copy_(files.get(f"{bank.prefix}.{part}_proj_bias"))
+        return
+    for e in range(experts.num_experts):
+        gate, up, down = (f"{bank.prefix}.{e}.{p}" for p in bank.projections)
+        hidden, width = experts.hidden_size, experts.intermediate_size
+        halves = [method.read(files, name, hidden) for name in (gate, up)]
+        how = experts.formats["w_gate_up"]
+        together = published.concatenated([published.adapted(h, how) for h in halves])
+        rest = published.adapted(method.read(files, down, width), experts.formats["w_down"])
+        for name, weight in (("w_gate_up", together), ("w_down", rest)):
+            for leaf, value in zip(("", "_scale", "_zero"), weight[1:], strict=True):
+                if value is not None:
+                    getattr(experts, name + leaf)[e].copy_(value)
+
+
+def install() -> None:
+    """Has transformers ask here first for the quantizer of a checkpoint.
+
+    Its registries go by the method alone, of which transformers' own entries must stay what they
+    are; only this function sees the model's `experts_implementation` too.
+    """
+    original = modeling_utils.get_hf_quantizer
+    if getattr(original, "moe_ops", False):
+        return
+
+    def get_hf_quantizer(
+        config: Any,
+        quantization_config: Any,
+        device_map: Any,
+        weights_only: Any,
+        user_agent: Any,
+        **kwargs: Any,
+    ) -> Any:
+        given = getattr(config, "quantization_config", None)
+        asked = getattr(config, "_experts_implementation", None) == "moe_ops"
+        asked = asked and quantization_config is None
+        if asked and kwargs.get("gguf_file") is not None:
+            from transformers.utils.quantization_config import GgufConfig
+
+            from moe_ops.hf.gguf import GgufExpertsQuantizer
+
+            config.quantization_config = GgufConfig(gguf_file=kwargs["gguf_file"], dequantize=True)
+            return GgufExpertsQuantizer(config.quantization_config), config, device_map
+        if not (asked and isinstance(given, dict) and given.get("quant_method") in METHODS):
+            arguments = (config, quantization_config, device_map, weights_only, user_agent)
+            return original(*arguments, **kwargs)
+        config.quantization_config = PublishedConfig(given)
+        quantizer = PublishedQuantizer(config.quantization_config, pre_quantized=True)
+        return quantizer, config, quantizer.update_device_map(device_map)
+
+    get_hf_quantizer.moe_ops = True  # type: ignore[attr-defined]
+    modeling_utils.get_hf_quantizer = get_hf_quantizer

@@ -1,0 +1,101 @@
+"""What codes and scales of expert weights stand for, in all formats that moe_ffn_quantized takes.
+
+Letters: E experts, O output and D input features of a weight, G group size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["dequantized", "format_of"]
+
+_FP8_BLOCK = 128
+# e2m1: sign, two bits of exponent, one of mantissa.
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+
+def format_of(w: Tensor, scale: Tensor) -> str:
+    """The format that the types and shapes of a weight [..., O, *] and its scales tell."""
+    if w.dtype == torch.float8_e4m3fn:
+        return "fp8"
+    if w.dtype == torch.int8:
+        return "int8" if scale.dim() < w.dim() else "int8 groups"
+    if scale.dtype != torch.uint8:
+        return "int4"
+    if scale.dim() == w.dim():
+        return "mxfp4"
+    return "q4_k" if scale.shape[-1] == 16 else "q6_k"
+
+
+def dequantized(
+    w: Tensor, scale: Tensor, zero: Tensor | None = None, dtype: torch.dtype | None = None
+) -> Tensor:
+    """[..., O, D] in `dtype`; None is that of floating scales, or float32."""
+    if dtype is None:
+        dtype = scale.dtype if scale.is_floating_point() else torch.float32
+    kind = format_of(w, scale)
+    if kind == "int8":
+        return w.to(dtype) * scale.to(dtype)[..., None]
+    if kind == "int8 groups":
+        return _scaled(w.to(dtype), scale.to(dtype))
+    if kind == "fp8":
+        factors = scale.to(dtype).repeat_interleave(_FP8_BLOCK, -2)[..., : w.shape[-2], :]
+        return w.to(dtype) * factors.repeat_interleave(_FP8_BLOCK, -1)[..., : w.shape[-1]]
+    if kind == "q4_k":
+        return _q4_k(w, scale, dtype)
+    if kind == "q6_k":
+        return _q6_k(w, scale, dtype)
+    codes = torch.stack([w & 15, w >> 4], -1).flatten(-2)
+    if kind == "mxfp4":
+        table = torch.tensor(_E2M1, dtype=dtype, device=w.device)
+        values = torch.where(codes < 8, 1.0, -1.0).to(dtype) * table[(codes & 7).int()]
+        # 2^(e - 127); 255 is NaN.
+        powers = torch.exp2(scale.to(torch.float64) - 127).masked_fill(scale == 255, torch.nan)
+        return _scaled(values, powers.to(dtype))
+    numbers = codes.to(torch.int8).to(dtype)
+    if zero is None:
+        return _scaled(numbers - 8, scale.to(dtype))
+    groups = numbers.unflatten(-1, (scale.shape[-1], -1))
+    return ((groups - zero.to(dtype)[..., None]) * scale.to(dtype)[..., None]).flatten(-2)
+
+
+def _scaled(numbers: Tensor, scale: Tensor) -> Tensor:
+    """Each group of the last dimension times its scale."""
+    size = numbers.shape[-1] // max(scale.shape[-1], 1)
+    groups = numbers.unflatten(-1, (scale.shape[-1], size))
+    return (groups * scale[..., None]).flatten(-2)
+
+
+def _float16(record: Tensor, first: int, dtype: torch.dtype) -> Tensor:
+    return record[..., first : first + 2].contiguous().view(torch.float16).squeeze(-1).to(dtype)
+
+
+def _q4_k(w: Tensor, record: Tensor, dtype: torch.dtype) -> Tensor:
+    """Blocks of 256: step and low are d and dmin times 8 numbers of 6 bits; w = code * step - low.
+
+    Bytes 4 to 7 hold the low six bits of the first four steps, 8 to 11 those of the first four
+    lows; the others have four bits in bytes 12 to 15 and two in the upper bits of the former.
+    """
+    s = record[..., 4:].int()
+    first, second, rest = s[..., 0:4], s[..., 4:8], s[..., 8:12]
+    steps = torch.cat([first & 63, (rest & 15) | (first >> 6 << 4)], -1)
+    lows = torch.cat([second & 63, (rest >> 4) | (second >> 6 << 4)], -1)
+    steps = steps.to(dtype) * _float16(record, 0, dtype)[..., None]
+    lows = lows.to(dtype) * _float16(record, 2, dtype)[..., None]
+    blocks = w.unflatten(-1, (record.shape[-2], 4, 32))  # 32 bytes: the codes of 2 times 32 steps
+    codes = torch.stack([blocks & 15, blocks >> 4], -2).flatten(-3, -2)  # [..., blocks, 8, 32]
+    return (codes.to(dtype) * steps[..., None] - lows[..., None]).flatten(-3)
+
+
+def _q6_k(w: Tensor, record: Tensor, dtype: torch.dtype) -> Tensor:
+    """Blocks of 256: 128 bytes of low halves, 64 of pairs of upper bits; 16 scales of int8."""
+    blocks = w.unflatten(-1, (record.shape[-2], 192))
+    low = blocks[..., :128].unflatten(-1, (2, 2, 32))  # halves of the block, two runs of 32
+    high = blocks[..., 128:].unflatten(-1, (2, 32))
+    low = torch.cat([low & 15, low >> 4], -2)  # [..., 2, 4, 32]
+    high = torch.stack([high >> shift & 3 for shift in (0, 2, 4, 6)], -2)
+    codes = (low | high << 4).to(torch.int8) - 32
+    scales = record[..., :16].view(torch.int8).to(dtype) * _float16(record, 16, dtype)[..., None]
+    groups = codes.flatten(-3).unflatten(-1, (16, 16)).to(dtype)
+    return (groups * scales[..., None]).flatten(-3)

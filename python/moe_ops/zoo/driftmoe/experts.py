@@ -1,0 +1,104 @@
+"""Experts that learn from one example at a time, and the labels that they give the router.
+
+Letters: E experts, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from moe_ops._fields import check_choice
+
+EXPERTS = ("tree", "adaptive_tree")
+
+
+class StreamExpert(Protocol):
+    """What an expert must have; every classifier of river has it."""
+
+    def predict_proba_one(self, x: Any) -> Mapping[Any, float]:
+        """Class -> probability; classes that it does not name have 0. Empty: it knows nothing."""
+        ...
+
+    def learn_one(self, x: Any, y: Any) -> Any: ...
+
+
+def import_river() -> Any:
+    """The package.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    try:
+        import river
+        import river.datasets.synth
+        import river.drift
+        import river.forest
+        import river.tree
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"moe_ops.zoo: driftmoe needs {error.name}, which is not installed: "
+            "pip install torch-moe-ops[streams]"
+        ) from error
+    return river
+
+
+def hoeffding_tree(
+    kind: str = "tree", grace_period: int = 50, delta: float = 1e-7, seed: int = 0
+) -> StreamExpert:
+    """A tree of river.
+
+    Args:
+        kind: "tree", a Hoeffding tree; "adaptive_tree", which replaces branches whose error an
+            ADWIN detector sees rise.
+        grace_period: examples that a leaf sees between two looks at whether to split.
+        delta: chance that a split is the wrong one.
+        seed: of an adaptive tree.
+
+    Raises:
+        ImportError: river is not installed.
+    """
+    check_choice("hoeffding_tree", "kind", kind, EXPERTS)
+    tree = import_river().tree
+    if kind == "tree":
+        return tree.HoeffdingTreeClassifier(grace_period=grace_period, delta=delta)
+    return tree.HoeffdingAdaptiveTreeClassifier(grace_period=grace_period, delta=delta, seed=seed)
+
+
+def probability_row(said: Mapping[Hashable, float], classes: Mapping[Hashable, int]) -> list[float]:
+    """What an expert said, a number for each of the classes in their order."""
+    return [float(said.get(label, 0.0)) for label in classes]
+
+
+def right_experts(probabilities: Tensor, y: int) -> Tensor:
+    """[E] bool: the experts whose likeliest class is `y` (ties: the smaller number), among those
+    that have said anything at all; of [E, C]."""
+    top, likeliest = probabilities.max(dim=1)
+    return (likeliest == y) & (top > 0)
+
+
+def cooperative_labels(probabilities: Tensor, y: int) -> Tensor:
+    """Which experts the router should have liked: those that are right (`right_experts`), and where
+    none is, the one that gives the true class the most.
+
+    Args:
+        probabilities: [E, C] floats, a row of zeros for an expert that knows nothing.
+        y: number of the true class, in [0, C).
+
+    Returns:
+        [E] of 0 and 1, in the type of `probabilities`, with at least one 1 (ties of experts that
+        are all wrong: the smaller id).
+
+    Source: the multi-hot correctness mask of DriftMoE (MoE-Data).
+    """
+    if probabilities.dim() != 2 or not 0 <= y < probabilities.shape[1]:
+        raise ValueError(
+            f"cooperative_labels: probabilities must be [E, C] with C above y = {y}, got shape "
+            f"{list(probabilities.shape)}."
+        )
+    right = right_experts(probabilities, y)
+    if not bool(right.any()):
+        right[probabilities[:, y].argmax()] = True
+    return right.to(probabilities.dtype)

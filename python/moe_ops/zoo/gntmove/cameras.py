@@ -1,0 +1,91 @@
+"""Pinhole cameras: rays through pixels, and where points of space are seen.
+
+Axes of a camera: x to the right, y down, z where it looks. A pixel (0, 0) is the centre of the
+first one of the first row. Letters: ... leading dimensions, V views, R rays, P points of a ray,
+h and w height and width of an image.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Cameras(NamedTuple):
+    """position: [..., 3]. rotation: [..., 3, 3], whose columns are the camera's axes in space.
+    focal: [...], in pixels. height, width: of the images of all of them."""
+
+    position: Tensor
+    rotation: Tensor
+    focal: Tensor
+    height: int
+    width: int
+
+    def at(self, index: object) -> Cameras:
+        """Those of an index into the leading dimensions."""
+        parts = (self.position[index], self.rotation[index], self.focal[index])  # type: ignore[index]
+        return Cameras(*parts, self.height, self.width)
+
+
+def look_at(position: Tensor, target: Tensor, focal: Tensor, height: int, width: int) -> Cameras:
+    """Cameras at position [..., 3] that have target [..., 3] in their middle, upright: the y axis
+    of space is up. focal: [...]."""
+    forward = F.normalize(target - position, dim=-1)
+    up = position.new_tensor([0.0, 1.0, 0.0]).expand_as(forward)
+    right = F.normalize(torch.linalg.cross(forward, up), dim=-1)
+    down = torch.linalg.cross(forward, right)
+    return Cameras(position, torch.stack([right, down, forward], -1), focal, height, width)
+
+
+def all_pixels(height: int, width: int) -> Tensor:
+    """[h * w, 2], x and y of each pixel, row by row."""
+    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    return torch.stack([x, y], -1).view(-1, 2).float()
+
+
+def rays(cameras: Cameras, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Origins and unit directions, [..., R, 3] each, of the rays through pixels [..., R, 2]."""
+    middle = pixels.new_tensor([cameras.width - 1, cameras.height - 1]) / 2
+    offset = (pixels - middle) / cameras.focal[..., None, None]
+    local = torch.cat([offset, torch.ones_like(offset[..., :1])], -1)
+    directions = F.normalize(local @ cameras.rotation.transpose(-1, -2), dim=-1)
+    return cameras.position[..., None, :].expand_as(directions), directions
+
+
+def project(cameras: Cameras, points: Tensor) -> tuple[Tensor, Tensor]:
+    """Pixels [..., N, 2] at which cameras [...] see points [..., N, 3], and whether they are in the
+    image and in front of the camera, bool [..., N]."""
+    local = (points - cameras.position[..., None, :]) @ cameras.rotation
+    depth = local[..., 2:]
+    pixels = cameras.focal[..., None, None] * local[..., :2] / depth.clamp(min=1e-6)
+    size = points.new_tensor([cameras.width - 1, cameras.height - 1])
+    # Far outside it is all the same, and infinite numbers make none of a gradient.
+    pixels = (pixels + size / 2).clamp(-1e4, 1e4)
+    inside = ((pixels >= 0) & (pixels <= size)).all(-1)
+    return pixels, inside & (depth[..., 0] > 0)
+
+
+def sample_images(images: Tensor, pixels: Tensor, height: int, width: int) -> Tensor:
+    """images [B, C, h', w'] at pixels [B, N, 2], to [B, N, C], between pixels by the mean of the
+    four around, weighted by distance; outside by those of the border.
+
+    height, width: in which the pixels are counted; images of other sizes show the same.
+    """
+    size = pixels.new_tensor([width - 1, height - 1])
+    grid = (2 * pixels / size - 1)[:, None]
+    found = F.grid_sample(images, grid, padding_mode="border", align_corners=True)
+    return found[:, :, 0].transpose(1, 2)
+
+
+def ray_differences(points: Tensor, target: Tensor, sources: Tensor) -> Tensor:
+    """How the directions from points [..., N, 3] to a target camera at [..., 3] and to source
+    cameras at [..., V, 3] differ, [..., N, V, 4]: the direction of the difference of the two unit
+    vectors, and their inner product."""
+    to_target = F.normalize(target[..., None, :] - points, dim=-1)[..., None, :]
+    to_source = F.normalize(sources[..., None, :, :] - points[..., None, :], dim=-1)
+    difference = to_target - to_source
+    inner = (to_target * to_source).sum(-1, keepdim=True)
+    return torch.cat([F.normalize(difference, dim=-1, eps=1e-6), inner], -1)

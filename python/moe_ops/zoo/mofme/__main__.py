@@ -1,0 +1,22 @@
+"""python -m moe_ops.zoo.mofme --folder runs/mofme: trains every arm, evaluates, draws photos."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from .._command import parse_settings
+from .training import Settings, train
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m moe_ops.zoo.mofme", description=__doc__)
+    settings, folder, progress = parse_settings(parser, Settings, argv)
+    report = train(folder, settings, progress=progress)
+    for arm, found in report["arms"].items():
+        numbers = {name: value for name, value in found.items() if name != "parameters"}
+        print(f"{arm:12}", *(f"{name} {value:.4f}" for name, value in numbers.items()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""Tiny checkpoints in the formats of others, written tensor by tensor, and the float models that
+they stand for."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from tests.helpers import published as layout
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from moe_ops.quant import dequantize_fp8_blocks, quantize_fp8_blocks
+
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 128,
+    "intermediate_size": 128,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": False,
+}
+MODELS = {
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2},
+}
+GROUP = 64
+_PROJECTION = re.compile(r"(experts\.\d+\.\w+|self_attn\.[qkvo]_proj)\.weight$")
+QUANTIZATION = {
+    "gptq": {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": False},
+    "awq": {"quant_method": "awq", "bits": 4, "group_size": GROUP, "version": "gemm"},
+    "compressed-tensors": {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 4}}},
+    },
+    "fp8": {"quant_method": "fp8", "weight_block_size": [128, 128], "fmt": "e4m3"},
+    "mxfp4": {"quant_method": "mxfp4"},
+}
+
+
+def build(model_type: str):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(model_type, **SIZES, **MODELS[model_type])
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def quantise(method: str, weight: torch.Tensor, zeros: bool) -> tuple[dict, torch.Tensor]:
+    """Tensors of a weight [O, D] in a format, and what they stand for."""
+    if method == "fp8":
+        q, scale = quantize_fp8_blocks(weight)
+        return {"weight": q, "weight_scale_inv": scale}, dequantize_fp8_blocks(q, scale)
+    codes, zero, scale = layout.random_codes(*weight.shape, GROUP, zeros)
+    zero = zero.clamp(min=1)
+    meaning = layout.meaning(codes, zero, scale)
+    write = getattr(layout, method.replace("-", "_"))
+    return write(codes, zero, scale), meaning
+
+
+def write(folder: Path, model_type: str, method: str, zeros: bool = False):
+    """The checkpoint; returns the float model."""
+    model = build(model_type)
+    model.save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    plain, packed = dict(tensors), {}
+    for name, weight in tensors.items():
+        if method == "mxfp4" and re.search(r"experts\.(gate_up|down)_proj$", name):
+            experts, depth, rows = weight.shape  # As [E, D, O] in the float model.
+            codes = torch.randint(0, 16, (experts, rows, depth), dtype=torch.uint8)
+            scales = torch.randint(121, 124, (experts, rows, depth // 32), dtype=torch.uint8)
+            blocks = codes[..., 0::2] | codes[..., 1::2] << 4
+            packed[f"{name}_blocks"] = blocks.view(experts, rows, depth // 32, 16)
+            packed[f"{name}_scales"] = scales
+            powers = 2.0 ** (scales.double() - 127).repeat_interleave(32, 2)
+            plain[name] = (layout.e2m1(codes) * powers).float().mT.contiguous()
+        elif method != "mxfp4" and _PROJECTION.search(name):
+            parts, plain[name] = quantise(method, weight, zeros)
+            stem = name.removesuffix(".weight")
+            packed |= {f"{stem}.{leaf}": t.contiguous() for leaf, t in parts.items()}
+        else:
+            packed[name] = weight
+    save_file(plain, folder / "model.safetensors", metadata={"format": "pt"})
+    reference = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+    save_file(packed, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = QUANTIZATION[method]
+    if method == "gptq":
+        config["quantization_config"] = QUANTIZATION[method] | {"sym": not zeros}
+    elif method == "awq":
+        config["quantization_config"] = QUANTIZATION[method] | {"zero_point": zeros}
+    (folder / "config.json").write_text(json.dumps(config))
+    return reference, packed

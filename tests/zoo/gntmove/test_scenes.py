@@ -1,0 +1,189 @@
+"""Cameras and the analytic scenes, by cases that are known and by plain loops."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from moe_ops.zoo.gntmove import (
+    MATERIALS,
+    Scenes,
+    draw_batch,
+    draw_cameras,
+    draw_scenes,
+    draw_unseen,
+    look_at,
+    photograph,
+    project,
+    rays,
+    see,
+)
+from moe_ops.zoo.gntmove.cameras import all_pixels, ray_differences, sample_images
+from moe_ops.zoo.gntmove.scenes import AMBIENT, FAR, GLOSS, SHINE, trace
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def one_scene(**changes):
+    """A unit-size sphere at the left and a box at the right, lit from above."""
+    made = Scenes(
+        centers=torch.tensor([[[-1.0, 0.5, 0.0], [1.0, 0.5, 0.0]]]),
+        sizes=torch.tensor([[[0.5, 0.5, 0.5], [0.5, 0.5, 0.25]]]),
+        spheres=torch.tensor([[True, False]]),
+        colors=torch.tensor([[[0.8, 0.2, 0.2], [0.2, 0.8, 0.2], [0.5, 0.5, 0.5]]]),
+        waves=torch.zeros(1, 3, 3),
+        glossy=torch.tensor([False]),
+        light=torch.tensor([[0.0, 1.0, 0.0]]),
+        sky=torch.tensor([[0.9, 0.9, 1.0]]),
+        material=torch.tensor([0]),
+    )
+    return made._replace(**changes)
+
+
+def ray(origin, direction):
+    d = torch.tensor(direction)
+    return torch.tensor(origin)[None, None], (d / d.norm())[None, None]
+
+
+def test_points_on_a_ray_are_seen_at_its_pixel():
+    target, sources = draw_cameras(2, 3, 16, generator())
+    pixels = all_pixels(16, 16).expand(2, 3, -1, 2)
+    origins, directions = rays(sources, pixels)
+    torch.testing.assert_close(directions.norm(dim=-1), torch.ones(2, 3, 256))
+    where, inside = project(sources, origins + 2.5 * directions)
+    torch.testing.assert_close(where, pixels, atol=1e-3, rtol=0)
+    # The border itself is in the image up to rounding.
+    inner = ((pixels > 0) & (pixels < 15)).all(-1)
+    assert bool(inside[inner].all())
+    behind = project(sources, origins - directions)[1]
+    assert not bool(behind.any())
+    assert target.focal.shape == (2,) and sources.at((0, 1)).position.shape == (3,)
+
+
+def test_a_camera_stands_upright():
+    zero = torch.zeros(3)
+    camera = look_at(torch.tensor([0.0, 0.0, -2.0]), zero, torch.tensor(10.0), 11, 11)
+    points = torch.tensor([[0.0, 0.0, 0.0], [0.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
+    where, inside = project(camera, points)
+    # What is higher is further up in the image; seen along +z, +x is at the left.
+    torch.testing.assert_close(where, torch.tensor([[5.0, 5.0], [5.0, 0.0], [0.0, 5.0]]))
+    assert bool(inside.all())
+    torch.testing.assert_close(torch.linalg.det(camera.rotation), torch.tensor(1.0))
+
+
+def test_sampled_images():
+    images = torch.rand(2, 3, 5, 7)
+    there = all_pixels(5, 7).expand(2, -1, 2)
+    torch.testing.assert_close(sample_images(images, there, 5, 7), images.flatten(2).mT)
+    between = torch.tensor([[[0.5, 0.0]], [[3.0, 2.25]]])
+    wanted = torch.stack(
+        [images[0, :, 0, :2].mean(1), 0.75 * images[1, :, 2, 3] + 0.25 * images[1, :, 3, 3]]
+    )
+    torch.testing.assert_close(sample_images(images, between, 5, 7)[:, 0], wanted)
+    # An image of half the size shows the same: its corners are the corners.
+    small = images[..., ::2, ::2]
+    corner = torch.tensor([[[6.0, 4.0]]]).expand(2, 1, 2)
+    torch.testing.assert_close(sample_images(small, corner, 5, 7)[:, 0], images[..., -1, -1])
+
+
+def test_ray_differences():
+    points = torch.tensor([[0.0, 0.0, 0.0]])
+    target = torch.tensor([2.0, 0.0, 0.0])
+    sources = torch.tensor([[0.0, 3.0, 0.0], [4.0, 0.0, 0.0]])
+    found = ray_differences(points, target, sources)
+    half = math.sqrt(0.5)
+    torch.testing.assert_close(
+        found, torch.tensor([[[half, -half, 0.0, 0.0], [0.0, 0.0, 0.0, 1.0]]])
+    )
+
+
+@pytest.mark.parametrize(
+    ("origin", "direction", "depth", "normal", "thing"),
+    [
+        ((-1.0, 0.5, -3.0), (0.0, 0.0, 1.0), 2.5, (0.0, 0.0, -1.0), 0),
+        ((1.0, 0.5, -3.0), (0.0, 0.0, 1.0), 2.75, (0.0, 0.0, -1.0), 1),
+        ((1.2, 3.0, 0.1), (0.0, -1.0, 0.0), 2.0, (0.0, 1.0, 0.0), 1),
+        ((4.0, 0.5, 0.0), (-1.0, 0.0, 0.0), 2.5, (1.0, 0.0, 0.0), 1),
+        ((0.0, 2.0, 3.0), (0.0, -1.0, 0.0), 2.0, (0.0, 1.0, 0.0), 2),
+        ((0.0, 2.0, 0.0), (0.0, 1.0, 0.1), FAR, None, 3),
+    ],
+)
+def test_what_a_ray_meets(origin, direction, depth, normal, thing):
+    hits = trace(one_scene(), *ray(origin, direction))
+    assert float(hits.depth) == pytest.approx(depth) and int(hits.thing) == thing
+    if normal is not None:
+        torch.testing.assert_close(hits.normal[0, 0], torch.tensor(normal))
+
+
+def test_the_first_thing_is_the_nearest():
+    """Depths of random rays against a march in small steps."""
+    scenes = draw_scenes(1, generator(3))
+    target, _ = draw_cameras(1, 1, 8, generator(4))
+    origins, directions = rays(target, all_pixels(8, 8)[None])
+    hits = trace(scenes, origins, directions)
+    steps = torch.arange(0, 8, 0.01)
+    for number in range(64):
+        points = origins[0, number] + steps[:, None] * directions[0, number]
+        inside = points[:, 1] < 0
+        for center, size, ball in zip(
+            scenes.centers[0], scenes.sizes[0], scenes.spheres[0], strict=True
+        ):
+            away = points - center
+            within = (away.norm(dim=-1) < size[0]) if ball else (away.abs() < size).all(-1)
+            inside = inside | within
+        first = float(steps[inside.int().argmax()]) if bool(inside.any()) else FAR
+        depth = float(hits.depth[0, number])
+        # A ray may graze a thing for less than a step, and the march ends at 8.
+        assert depth >= 8 or depth - 1e-3 <= first <= depth + 0.3, number
+
+
+def test_light_and_materials():
+    top = ray((1.0, 3.0, 0.0), (0.0, -1.0, 0.0))
+    side = ray((1.0, 0.5, -3.0), (0.0, 0.0, 1.0))
+    green = torch.tensor([0.2, 0.8, 0.2])
+    torch.testing.assert_close(see(one_scene(), *top)[0, 0], green)
+    torch.testing.assert_close(see(one_scene(), *side)[0, 0], AMBIENT * green)
+    up = ray((0.0, 2.0, 0.0), (0.0, 1.0, 0.1))
+    torch.testing.assert_close(see(one_scene(), *up)[0, 0], torch.tensor([0.9, 0.9, 1.0]))
+    glossy = one_scene(glossy=torch.tensor([True]), material=torch.tensor([1]))
+    # Seen from where the light is, the highlight is at its brightest.
+    torch.testing.assert_close(see(glossy, *top)[0, 0], (green + GLOSS).clamp(max=1))
+    slanted = ray((1.0, 3.0, -2.0), (0.0, -2.0, 2.0))
+    halfway = torch.tensor([0.0, 1 + math.sqrt(0.5), -math.sqrt(0.5)])
+    shine = float(halfway[1] / halfway.norm()) ** SHINE
+    torch.testing.assert_close(see(glossy, *slanted)[0, 0], (green + GLOSS * shine).clamp(max=1))
+    waves = torch.full((1, 3, 3), 2.0)
+    textured = one_scene(waves=waves, material=torch.tensor([2]))
+    pattern = (math.sin(2.0) + math.sin(2.0) + math.sin(0.0)) / 3
+    wanted = (green * (0.6 + 0.6 * pattern)).clamp(0, 1)
+    torch.testing.assert_close(see(textured, *top)[0, 0], wanted)
+
+
+def test_photographs_and_drawn_scenes():
+    scenes = draw_scenes(3, generator())
+    target, sources = draw_cameras(3, 2, 8, generator())
+    images = photograph(scenes, sources)
+    assert images.shape == (3, 2, 3, 8, 8) and 0 <= images.min() and images.max() <= 1
+    one = sources.at((slice(None), 1))
+    color = see(scenes, *rays(one, torch.tensor([[[5.0, 2.0]]]).expand(3, 1, 2)))
+    torch.testing.assert_close(images[:, 1, :, 2, 5], color[:, 0])
+    # Things stand on the floor, and do not reach into the cameras.
+    assert bool((scenes.centers[..., 1] - scenes.sizes[..., 1]).abs().max() < 1e-6)
+    assert target.position.norm(dim=-1).min() > 2
+    again = draw_scenes(3, generator())
+    assert all(torch.equal(a, b) for a, b in zip(scenes, again, strict=True))
+    assert draw_scenes(2, generator(), material=1).glossy.all()
+    assert draw_unseen(4, generator(), views=1, size=8).scenes.material.tolist() == [0, 1, 2, 0]
+    assert len(MATERIALS) == 3
+
+
+def test_batches_are_pairs_of_neighbours():
+    batch = draw_batch(generator(), scenes=2, views=1, count=6, size=8)
+    a, b = batch.pixels.view(-1, 2)[batch.pairs].unbind(1)
+    assert batch.pairs.tolist() == [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9], [10, 11]]
+    assert bool(((b - a).sum(-1) == 1).all()) and bool(((b - a) >= 0).all())
+    assert b.max() <= 7 and batch.colors.shape == (2, 6, 3)
