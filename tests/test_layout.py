@@ -233,6 +233,7 @@ NO_BOUNDARY = {
     "kW8Prefetch": PREFETCH,
     "kW8TokensPrefetch": PREFETCH,
     "kGemvPrefetch": PREFETCH,
+    "kOneRunPrefetch": PREFETCH,
     "kVectorsAhead": PREFETCH,
     "kVectorsTogether": PREFETCH,
     "kVectorAheadBytes": PREFETCH,

@@ -20,7 +20,7 @@ from moe_ops.zoo.recipes import light_reasoner, prox, talking_models
 
 from .recipes_setup import Rows, ahead, steps_of, study
 from .study import Hypothesis
-from .text import Domain, _problem, heldout_batches, load_domains
+from .text import Domain, heldout_batches, load_domains, problem
 from .training import Recipe, train
 
 NATS = "nats a byte"
@@ -135,7 +135,7 @@ def problems(count: int, seed: int) -> list[tuple[bytes, bytes]]:
     draw = random.Random(seed)
     found = []
     for _ in range(count):
-        text = _problem(draw)
+        text = problem(draw)
         at = max(text.rindex("? "), 0) + 2
         found.append((text[:at].encode(), text[at:].encode()))
     return found

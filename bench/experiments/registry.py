@@ -9,9 +9,9 @@ from .study import Experiment, Study
 
 NAMES = (
     "jetmoe", "deepseek", "moduleformer", "coe", "topp", "home", "mowst", "t2mir", "premoe",
-    "uncurl", "super_experts", "expertflow", "bam", "factorllm", "composition", "adamoe",
-    "sentence", "dynamicdino", "thor", "widenet", "gntmove", "mofme", "driftmoe", "recipes",
-    "routing",
+    "uncurl", "super_experts", "scmoe", "expertflow", "bam", "factorllm", "composition",
+    "adamoe", "sentence", "dynamicdino", "thor", "widenet", "gntmove", "mofme", "driftmoe",
+    "recipes", "routing",
 )  # fmt: skip
 
 

@@ -243,7 +243,7 @@ def balance_study(recipe: Recipe = RECIPE, experts: int = 32, top_k: int = 4) ->
         gap("lower early MaxVio by quantiles than by signs", quantile, sign, "early", early,
             unit=unit),
         gap("and than by a loss", quantile, by_loss, "early loss", early, unit=unit),
-        gap("lower late MaxVio than by signs", quantile, sign, "late", late, unit=unit),
+        gap("lower late MaxVio than by signs", quantile, sign, "", late, unit=unit),
         gap("quantiles cost no loss (0.01)", quantile, sign, "cost", bound=0.01),
     ]  # fmt: skip
     settings = partial(

@@ -128,14 +128,17 @@ def _scripture() -> bytes:
 
 def _maths() -> bytes:
     draw = random.Random(0)
-    return "\n".join(_problem(draw) for _ in range(PROBLEMS)).encode()
+    return "\n".join(problem(draw) for _ in range(PROBLEMS)).encode()
 
 
-def _problem(draw: random.Random) -> str:
-    """Two steps of arithmetic: the question, both steps, the answer behind "#"."""
+def problem(draw: random.Random, largest: tuple[int, int, int] = (60, 30, 9)) -> str:
+    """Two steps of arithmetic: the question, both steps, the answer behind "#".
+
+    `largest` are the numbers up to which its three are drawn, from 2 on.
+    """
     name = draw.choice(("Ann", "Ben", "Cleo", "Dan", "Eve", "Finn", "Gus", "Hana"))
     thing = draw.choice(("pens", "eggs", "nuts", "cups", "maps", "keys", "hats", "figs"))
-    a, b, c = draw.randint(2, 60), draw.randint(2, 30), draw.randint(2, 9)
+    a, b, c = (draw.randint(2, most) for most in largest)
     kind = draw.randrange(4)
     if kind == 0:
         first, last = a + b, (a + b) * c

@@ -50,9 +50,7 @@ class Step : AttentionParts<T> {
     offsets_ = arena.template take<int32_t>(p_.batch * p_.kv_heads + 1);
 
     const Rows x = this->input(normed, scores_);
-    multiply(p_.query, x, tokens_, q_, kAccumulate<T>, par_);
-    multiply(p_.key, x, tokens_, k, kAccumulate<T>, par_);
-    multiply(p_.value, x, tokens_, v, kAccumulate<T>, par_);
+    multiply({{p_.query, q_}, {p_.key, k}, {p_.value, v}}, x, tokens_, kAccumulate<T>, par_);
     norm_heads(p_.query_norm, q_, p_.heads);
     norm_heads(p_.key_norm, k, p_.kv_heads);
     this->rotate(q_, p_.heads, d, q_width, {}, buffer_);

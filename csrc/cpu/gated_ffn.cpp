@@ -36,8 +36,7 @@ void run(const GatedFfnParams& p, const Parallel& par) {
                  par);
     x.data = normed;
   }
-  multiply(p.gate, x, N, gate, kAccumulate<T>, par);
-  multiply(p.up, x, N, up, kAccumulate<T>, par);
+  multiply({{p.gate, gate}, {p.up, up}}, x, N, kAccumulate<T>, par);
   parallel_range(par, N, I * 2.0 + 2, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
       T* const h = act + r * I;

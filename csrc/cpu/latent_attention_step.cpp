@@ -55,18 +55,17 @@ class Step : AttentionParts<T> {
     offsets_ = arena.template take<int32_t>(n + p_.batch + 2);
 
     const Rows x = this->input(normed, scores_);
-    if (p_.query_rank > 0) {
-      multiply(p_.query_down, x, tokens_, down, kAccumulate<T>, par_);
+    const bool low_rank = p_.query_rank > 0;
+    multiply({{low_rank ? p_.query_down : p_.query, low_rank ? down : q_}, {p_.latent, kv}}, x,
+             tokens_, kAccumulate<T>, par_);
+    if (low_rank) {
       if (p_.query_norm != nullptr) {
         this->norm(p_.query_norm, p_.latent_eps, down, tokens_, p_.query_rank, p_.query_rank, space,
                    factors_);
       }
       multiply(p_.query, {down, kAccumulate<T>, p_.query_rank, nullptr}, tokens_, q_,
                kAccumulate<T>, par_);
-    } else {
-      multiply(p_.query, x, tokens_, q_, kAccumulate<T>, par_);
     }
-    multiply(p_.latent, x, tokens_, kv, kAccumulate<T>, par_);
     this->norm(p_.latent_norm, p_.latent_eps, kv, tokens_, r, kv_width, space, factors_);
     const typename Parts::Pairs pairs{p_.interleaved, p_.interleaved_keys};
     this->rotate(q_ + p_.nope_size, n, q_size, n * q_size, pairs, space);

@@ -96,6 +96,15 @@ def test_a_copy_of_small_weights_serves_many_rows():
     )
 
 
+@pytest.mark.parametrize(
+    ("rows", "features", "width"),
+    [(1, 4096, 4096), (1, 6144, 6144), (1, 6145, 1024), (2, 3072, 3072), (2, 4096, 1024)],
+)
+def test_rows_of_weights_are_read_whole_where_their_sums_fit(rows, features, width):
+    name = config("avx512", OTHERS, "bfloat16", "dense_features", rows, features)
+    assert name == f"outer wide, items of 128 x {width}"
+
+
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("intel", [OTHERS, INTEL])
 def test_batch_invariant_algorithms_add_in_one_order(isa, intel):

@@ -183,11 +183,11 @@ FAMILIES: dict[str, Family] = {
             ("steps of k not added up", "row > first_row", "false"),
             (
                 "last steps of k lost",
-                "std::min<int64_t>(kOuterRows, end - row)",
-                "std::min<int64_t>(kOuterRows, end - row) - "
-                "(row > 0 && end - row > 1 && end - row < kOuterRows)",
+                "std::min(step, end - row)",
+                "std::min(step, end - row) - (row > 0 && end - row > 1 && end - row < kOuterRows)",
             ),
             ("always the first weights", "first + row * d.b.stride_k", "first"),
+            ("sums of the first segment for both", "sums + s * width", "sums"),
             (
                 "blocks of k not added up",
                 "if (b > 0) row_kernels<T>().axpy(kAccumulate<T>, block, T(1), tile, m * ldc);",

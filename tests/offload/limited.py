@@ -2,9 +2,10 @@
 
     python limited.py FOLDER NUM_SLOTS POLICY
 
-Once the model is loaded, the limit is what this process has, and a tenth of the budget more. It
-counts all memory that is private and writable (RLIMIT_DATA), touched or not. It cannot be set
-before: safetensors maps files privately. The peak of what is touched is of loading too.
+The limit counts all memory that is private and writable (RLIMIT_DATA), touched or not. While the
+model is loaded it is what this process has, the files, which safetensors maps privately, the budget
+and a tenth of it. Afterwards it is what there is, and a tenth of the budget more. The peak of what
+is touched is of loading too.
 """
 
 from __future__ import annotations
@@ -46,6 +47,9 @@ def main(folder: Path, num_slots: int, policy: str) -> None:
     before = of_status("VmRSS")
     rest, expert = task["rest_bytes"], task["expert_bytes"]
     budget = rest + num_slots * expert
+    mapped = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    limit = of_status("VmData") + mapped + budget + budget // 10
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 
     model = run(folder, num_slots, chosen, task["prompt"][:, :1], 0)
     limit = of_status("VmData") + budget // 10

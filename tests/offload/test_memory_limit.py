@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from moe_ops.offload import record_trace
 from moe_ops.zoo.deepseek import DeepSeek, DeepSeekConfig
 
 NUM_TOKENS = 12
+needs_limits = pytest.mark.skipif(sys.platform != "linux", reason="Limits and /proc are Linux's.")
 
 
 @pytest.fixture(scope="module")
@@ -61,22 +63,59 @@ def checkpoint(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="Limits and /proc are Linux's.")
-@pytest.mark.parametrize("policy", ["lru", "belady"])
-def test_generates_the_same_tokens_in_a_quarter_of_the_memory(checkpoint, policy):
-    task = torch.load(checkpoint / "task.pt", weights_only=True)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MOE_OPS_CACHE_MB": "0"}
-    script = Path(__file__).with_name("limited.py")
+def run_limited(script: str, *arguments: str) -> dict[str, Any]:
+    """What a script of this folder says that is run as a process of its own."""
     done = subprocess.run(
-        [sys.executable, str(script), str(checkpoint), "32", policy],
+        [sys.executable, str(Path(__file__).with_name(script)), *arguments],
         capture_output=True,
         text=True,
-        env=environment,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "MOE_OPS_CACHE_MB": "0"},
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout.splitlines()[-1])
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    print(result)
+    return result
+
+
+@needs_limits
+@pytest.mark.parametrize("policy", ["lru", "belady"])
+def test_generates_the_same_tokens_in_a_quarter_of_the_memory(checkpoint, policy):
+    task = torch.load(checkpoint / "task.pt", weights_only=True)
+    result = run_limited("limited.py", str(checkpoint), "32", policy)
     assert result["tokens"] == task["wanted"].tolist()
     assert not result["others_fit"]
-    print(result)
     assert result["peak"] <= 1.1 * result["budget"], result
+
+
+@needs_limits
+def test_a_model_of_transformers_is_loaded_a_layer_at_a_time(tmp_path):
+    """Four layers of 24 MB of experts each, with memory for one and a half beside the mapped file;
+    of that no more than a layer's pages are in memory either."""
+    transformers = pytest.importorskip("transformers")
+
+    def build(num_layers: int, size: int) -> Any:
+        config = transformers.MixtralConfig(
+            vocab_size=256,
+            hidden_size=size,
+            intermediate_size=2 * size,
+            num_hidden_layers=num_layers,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            num_local_experts=16,
+            pad_token_id=0,
+        )
+        return transformers.MixtralForCausalLM(config).eval()
+
+    torch.manual_seed(0)
+    model, prompt = build(4, 256), torch.randint(256, (1, 6))
+    wanted = model.generate(prompt, max_new_tokens=4, do_sample=False)
+    experts = sum(p.nbytes for name, p in model.named_parameters() if ".experts." in name)
+    dense = sum(p.nbytes for p in model.parameters()) - experts
+    task = {"prompt": prompt, "num_tokens": 4, "dense_bytes": dense, "layer_bytes": experts // 4}
+    torch.save(task, tmp_path / "task.pt")
+    model.save_pretrained(tmp_path)
+    build(1, 32).save_pretrained(tmp_path / "small")
+    result = run_limited("limited_transformers.py", str(tmp_path), "8")
+    assert result["tokens"] == wanted.tolist()
+    assert result["peak"] <= 1.2 * (dense + 2 * experts // 4), result

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 
 import pytest
 import torch
@@ -126,6 +127,38 @@ def test_partly_loaded_model_of_transformers_is_the_pruned_one(model_type, tmp_p
     assert read == held and read < total
 
 
+@needs_transformers
+@pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss"])
+@pytest.mark.parametrize("format", ["int8", "int4"])
+@torch.no_grad()
+def test_partly_loaded_quantised_model_is_that_of_the_pruned_one(format, model_type, tmp_path):
+    """Codes and scales of the experts kept are read, those of the others are not."""
+    from tests.hf import models
+
+    import moe_ops
+
+    # As many experts as inputs: a scale of inputs is none of experts.
+    sizes = {"num_local_experts": 32, "intermediate_size": 32}
+    model, ids = models.build(model_type, **sizes), models.tokens()
+    keep = {layer.name: [1, 2, 4, 31] for layer in surgery.routed_layers(model)}
+    group = 32 if format == "int4" else None
+    calibration = [ids] if model_type == "mixtral" else None
+    moe_ops.quantize_experts(model, format, group_size=group, calibration=calibration)
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    got, read, total = surgery.load_pruned(tmp_path, keep)
+    with surgery.route_as(model, surgery.only(keep)):
+        expected = model(ids).logits
+    torch.testing.assert_close(got(ids).logits, expected, rtol=1e-4, atol=1e-5)
+    names = [name for name, module in got.named_modules() if name.endswith(".experts")]
+    for name in names:
+        bank = got.get_submodule(name)
+        assert bank.num_experts == 4 and bank.format_name == model.get_submodule(name).format_name
+        whole = model.get_submodule(name).w_down
+        assert torch.equal(bank.w_down, whole[[1, 2, 4, 31]])
+    held = sum(t.nbytes for t in got.state_dict().values())
+    assert len(names) == 2 and read == held and read < total
+
+
 def test_what_cannot_be_loaded(tmp_path):
     model = deepseek(num_experts=8, top_k=2, num_layers=3)
     model.save_pretrained(tmp_path)
@@ -136,3 +169,11 @@ def test_what_cannot_be_loaded(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             surgery.load_pruned(tmp_path, keep, model_class=DeepSeek)
+
+
+@needs_transformers
+def test_other_quantised_checkpoints_are_refused(tmp_path):
+    config = {"model_type": "mixtral", "quantization_config": {"quant_method": "gptq"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"float checkpoint, or one whose experts .* got .*gptq"):
+        surgery.load_pruned(tmp_path, {})

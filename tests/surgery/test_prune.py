@@ -367,11 +367,44 @@ def test_models_outside_of_the_experts_interface(model_type, tmp_path):
     moe_ops.hf.enable(model)
     torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-5)
     if model_type == "jetmoe":  # Attention has as many experts as before.
-        with pytest.raises(ValueError, match="must have the same number of experts"):
+        with pytest.raises(ValueError, match=r"attention experts are as many .*zoo\.jetmoe"):
             model.save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match=r"must be a feed-forward layer: .*zoo\.jetmoe"):
+            surgery.prune(model, {"model.layers.0.self_attention.experts": [0, 1]})
         return
     model.save_pretrained(tmp_path)
     again = type(model).from_pretrained(tmp_path, attn_implementation="eager")
+    torch.testing.assert_close(again(ids).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+@needs_transformers
+@torch.no_grad()
+def test_attention_experts(tmp_path):
+    """Those of transformers' JetMoE too, by way of the zoo's: transformers reads what it saves."""
+    from tests.hf import models
+
+    from moe_ops.zoo.jetmoe import JetMoE
+
+    theirs, ids = models.build("jetmoe"), models.tokens()
+    theirs.save_pretrained(tmp_path / "whole")
+    model = JetMoE.from_pretrained(tmp_path / "whole")
+    plain = model(ids)
+    layers = surgery.routed_layers(model)
+    assert len(layers) == 4 and sum(layer.experts is None for layer in layers) == 2
+    surgery.prune(model, {layer.name: range(layer.num_experts) for layer in layers})
+    assert torch.equal(model(ids), plain)
+    kept = {layer.name: [0, 2, 3] if layer.experts is None else [1, 2, 3] for layer in layers}
+    with surgery.route_as(model, surgery.only(kept)):
+        expected = model(ids)
+    attention = [layer.name for layer in layers if layer.experts is None]
+    some = surgery.prune(copy.deepcopy(model), {name: kept[name] for name in attention})
+    with pytest.raises(ValueError, match="must have the same number of experts"):
+        some.save_pretrained(tmp_path / "some")
+    surgery.prune(model, kept)
+    torch.testing.assert_close(model(ids), expected, rtol=1e-4, atol=1e-5)
+    assert model.config.num_experts == 3
+    model.save_pretrained(tmp_path / "pruned")
+    again = type(theirs).from_pretrained(tmp_path / "pruned", attn_implementation="eager")
     torch.testing.assert_close(again(ids).logits, expected, rtol=1e-4, atol=1e-5)
 
 

@@ -1,24 +1,46 @@
-// The product of a dense layer.
+// The products of dense layers.
 #pragma once
+
+#include <array>
+#include <span>
 
 #include "moe_ops/dense_layer.h"
 
 namespace moe_ops::cpu {
 
-// out = the layer of a, [rows, O] of `type`, contiguous.
+// Products of which none reads what another writes, all of one accumulate type, in one loop.
+void grouped_gemms(std::span<const GroupedGemmParams> all, const Parallel& par);
+
+// A layer and where its product goes: [rows, O], contiguous.
+struct DenseProduct {
+  const DenseLayer& layer;
+  void* out;
+};
+
+// out = the layer of a, of `type`, for each layer of one loop.
+template <size_t N>
+void multiply(const DenseProduct (&products)[N], const Rows& a, int64_t rows, DType type,
+              const Parallel& par) {
+  const int32_t offsets[] = {0, static_cast<int32_t>(rows)};
+  std::array<GroupedGemmParams, N> all;
+  for (size_t i = 0; i < N; ++i) {
+    const DenseLayer& layer = products[i].layer;
+    GroupedGemmParams& g = all[i];
+    g.expert_offsets = offsets;
+    g.num_experts = 1;
+    g.out_features = layer.out_features;
+    g.in_features = layer.in_features;
+    g.a = a;
+    g.b = layer.weight;
+    g.bias = layer.bias;
+    g.out = {products[i].out, type, layer.out_features, nullptr};
+  }
+  grouped_gemms(all, par);
+}
+
 inline void multiply(const DenseLayer& layer, const Rows& a, int64_t rows, void* out, DType type,
                      const Parallel& par) {
-  const int32_t offsets[] = {0, static_cast<int32_t>(rows)};
-  GroupedGemmParams g;
-  g.expert_offsets = offsets;
-  g.num_experts = 1;
-  g.out_features = layer.out_features;
-  g.in_features = layer.in_features;
-  g.a = a;
-  g.b = layer.weight;
-  g.bias = layer.bias;
-  g.out = {out, type, layer.out_features, nullptr};
-  grouped_gemm(g, par);
+  multiply({{layer, out}}, a, rows, type, par);
 }
 
 }  // namespace moe_ops::cpu

@@ -218,6 +218,14 @@ GemmConfig choose_config(const GemmShape& s, const GemmKernels<T>& k, const Quan
                     k_elements = ceil_div(s.in_features, steps);
       c.features = row_major_features(s, rows);
       const int64_t depth = row_major_depth(s, k, steps, rows);
+      if (algorithm == Algorithm::kOuter) {
+        const auto size = static_cast<int64_t>(sizeof(T));
+        const int64_t width = s.features * s.segments;
+        // Vectors of 16 bytes load and store sums for longer than memory takes for the weights.
+        c.one_run = steps == 1 && k.lanes * size > 16 && rows <= kOneRunRows &&
+                    s.range == s.features && rows * width * size <= kOneRunSumBytes;
+        if (c.one_run) c.features = std::max(c.features, width);
+      }
       c.depth = algorithm == Algorithm::kOuter && !s.invariant ? k_elements : depth;
       break;
     }

@@ -47,6 +47,8 @@ struct GemmConfig {
   int64_t rows = 0, features = 0;
   int64_t row_unit = 1, feature_unit = 1;
   int64_t depth = 0;  // elements of k in a block, where blocks are summed by themselves
+  // Whether weights are read as one run if items are as wide as a row of them (kOuter).
+  bool one_run = false;
 
   bool operator==(const GemmConfig&) const = default;
 };
@@ -131,6 +133,10 @@ constexpr int64_t kAmxRowMajorFeatures = 512;  // runs of 1 KiB
 // Most rows of an expert for which weights dense along features are not copied. Each row passes its
 // sums through registers once in four steps of k.
 constexpr int64_t kOuterMaxRows = 8;
+// Most rows whose weights are read as one run, a row of them after the other, and the size that
+// their sums may have: half of an L1, as each weight row passes all of them.
+constexpr int64_t kOneRunRows = 2;
+constexpr int64_t kOneRunSumBytes = int64_t{24} << 10;
 // Fewest rows that AMX takes. Below, reading the weights is all that counts, and the other kernels
 // keep the tokens in fp32.
 constexpr int64_t kAmxMinRows = 3;
@@ -148,6 +154,10 @@ constexpr int64_t kDequantBytes = int64_t{192} << 10;
 // width of such an item.
 constexpr int64_t kFp8GemvRows = 4;
 constexpr int64_t kFp8GemvFeatures = 2048;
+
+// Least work of an item that is cut for the sake of several threads, in the units of
+// GemmProblem::cost.
+constexpr double kLeastItemCost = 1e4;
 
 // A work item: rows of one expert times a range of features.
 struct GemmItem {
@@ -171,10 +181,15 @@ std::vector<GemmItem> gemm_items(const GemmProblem& d, int num_threads, int64_t 
     const GemmConfig c = choose(end - begin);
     const int64_t row_blocks = ceil_div(end - begin, c.rows);
     const int64_t rows = balanced(end - begin, c.rows, c.row_unit);
-    // Enough items that the last ones to finish do not leave the other threads idle for long.
+    // Enough items that the last ones to finish do not leave the other threads idle for long; few
+    // enough that claiming one, which takes a line from another core, is little beside its work.
     int64_t feature_blocks = ceil_div(total, c.features);
-    if (num_threads > 1) {
-      const int64_t wanted = ceil_div<int64_t>(8 * num_threads, active * row_blocks);
+    // One run is read so much faster than its parts that a thread may idle for a third of the time.
+    const bool one_run = c.one_run && 2 * round_up<int64_t>(active, num_threads) <= 3 * active;
+    if (num_threads > 1 && !one_run) {
+      const auto worthwhile = static_cast<int64_t>(d.cost() / kLeastItemCost);
+      const int64_t rounds = std::clamp<int64_t>(ceil_div<int64_t>(worthwhile, num_threads), 1, 8);
+      const int64_t wanted = ceil_div<int64_t>(rounds * num_threads, active * row_blocks);
       feature_blocks = std::max(feature_blocks, std::min(wanted, std::max<int64_t>(1, total / 64)));
     }
     const int64_t features = balanced(wide, std::max<int64_t>(1, ceil_div(wide, feature_blocks)),

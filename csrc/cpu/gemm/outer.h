@@ -1,10 +1,15 @@
 // Outer products: few rows of an expert, weights dense along the features. Four weight rows at a
-// time are added to the sums, with vectors along the features; nothing is copied.
+// time are added to the sums, with vectors along the features; nothing is copied. With a token or
+// two and items as wide as a row, one weight row at a time: memory is read as one run, and the
+// loads and stores of the sums in L1 take less time than that.
 #pragma once
 
 #include "cpu/gemm/heuristics.h"
 
 namespace moe_ops::cpu {
+
+// How far ahead a run is prefetched, in bytes.
+constexpr int64_t kOneRunPrefetch = 8192;
 
 template <class Op, class T, class Epilogue>
 void outer_item(const GemmDesc<T>& d, const GemmKernels<T>& k, const GemmItem& it,
@@ -17,6 +22,11 @@ void outer_item(const GemmDesc<T>& d, const GemmKernels<T>& k, const GemmItem& i
   ScratchScope scratch;
   T* a = scratch.take<T>(Scratch::kTokens, m * lda);
   T* tile = scratch.take<T>(Scratch::kTile, m * ldc);
+  // Segments that are wanted whole lie side by side, as their sums do.
+  const int64_t segments = n == d.features ? 1 : d.segments, width = ldc / segments;
+  const bool one_run = it.config.one_run && width == d.b.stride_k;
+  const int64_t ahead =
+      one_run ? kOneRunPrefetch / dtype_size(d.b.type) : kOuterRows * d.b.stride_k;
   T* block = depth < K ? scratch.take<T>(Scratch::kPackA, m * ldc) : nullptr;
   for (int64_t t = 0; t < m; ++t) {
     Op::load(d, it.row_begin + t, 0, K, a + t * lda);
@@ -25,10 +35,11 @@ void outer_item(const GemmDesc<T>& d, const GemmKernels<T>& k, const GemmItem& i
     const int64_t first_row = b * Op::kSteps,
                   end = std::min(d.in_features, (b + depth) * Op::kSteps);
     T* sums = b == 0 ? tile : block;
-    for (int s = 0; s < d.segments; ++s) {
+    for (int64_t s = 0; s < segments; ++s) {
       const int64_t first = it.expert * d.b.stride_e + s * d.features + it.feature_begin;
-      for (int64_t row = first_row; row < end; row += kOuterRows) {
-        const auto rows = static_cast<int>(std::min<int64_t>(kOuterRows, end - row));
+      const int64_t step = one_run ? end - first_row : kOuterRows;
+      for (int64_t row = first_row; row < end; row += step) {
+        const int64_t rows = std::min(step, end - row);
         const char* w = element(d.b.data, d.b.type, first + row * d.b.stride_k);
         const T* x = a + row / Op::kSteps;
         const bool add = row > first_row;
@@ -37,11 +48,12 @@ void outer_item(const GemmDesc<T>& d, const GemmKernels<T>& k, const GemmItem& i
                                                       .tokens = m,
                                                       .w = w,
                                                       .ldw = d.b.stride_k,
+                                                      .ahead = ahead,
                                                       .a = x,
                                                       .lda = lda,
-                                                      .c = sums + s * n,
+                                                      .c = sums + s * width,
                                                       .ldc = ldc,
-                                                      .n = n,
+                                                      .n = width,
                                                       .accumulate = add});
       }
     }

@@ -107,10 +107,12 @@ class Products {
                          int64_t last, int64_t width = kWidth, int64_t first = 1) {
       GemmConfig config{algorithm, Op::kBf16 ? Operand::kBf16 : Operand::kWide};
       config.depth = kKc;
+      config.one_run = width == kFeatures;
       product(name, config, desc(kFeatures, kDepth, a.data(), b), first, last, width);
     };
     ExpertMatrices b = {columns.data(), type_, 0, 1, kFeatures};
     run("outer product", Algorithm::kOuter, b, 3);
+    if (!Op::kBf16) run("outer product, one run", Algorithm::kOuter, b, kOneRunRows, kFeatures);
     run("tile, packed B", Algorithm::kRowMajorB, b, 2);
     if (type_ == kAccumulate<T>) {  // as it lies, and copied on the way
       run("tile, row-major B", Algorithm::kRowMajorB, b, 3 * k_.mr2, 3 * k_.lanes, 3 * k_.mr2);

@@ -227,14 +227,15 @@ struct BlockedGemvKernels {
 };
 
 // A few tokens times weights dense along the features:
-// c[t*ldc + j] (+)= sum_r a[t*lda + r] * w[r*ldw + j] for r < rows <= kOuterRows.
+// c[t*ldc + j] (+)= sum_r a[t*lda + r] * w[r*ldw + j] for r < rows, in that order.
 template <class T>
 struct OuterParams {
   DType w_type;
-  int rows;
+  int64_t rows;  // kOuterRows are added up at once, any other number one after the other
   int64_t tokens;
   const void* w;
   int64_t ldw;
+  int64_t ahead;  // from a weight to the one that is prefetched with it
   const T* a;
   int64_t lda;
   T* c;

@@ -310,14 +310,14 @@ inline void load_rows_of_operand(const typename WeightOf<S>::Type* rows, int64_t
 // R weight rows, dense along the output, and M tokens: the sums pass through registers once in R
 // steps of k, and each weight row is read in one run.
 template <class T, class S, int M, int R>
-void outer_tile(const OuterParams<T>& p, int64_t token, int row, bool accumulate) {
+void outer_tile(const OuterParams<T>& p, int64_t token, int64_t row, bool accumulate) {
   using Weight = typename WeightOf<S>::Type;
   constexpr bool kPairs = __is_same(S, Pair);
   constexpr int W = kLanes<T>, NV = kPairs ? 2 : 1, kSteps = kPairs ? (R + 1) / 2 : R;
   const Weight* w = static_cast<const Weight*>(p.w) + row * p.ldw;
   const T* a = p.a + token * p.lda + row / NV;
   T* c = p.c + token * p.ldc;
-  const int64_t ldw = p.ldw, lda = p.lda, ldc = p.ldc, n = p.n;
+  const int64_t ldw = p.ldw, lda = p.lda, ldc = p.ldc, n = p.n, ahead = p.ahead;
   Vec<T> av[M][kSteps];
 #pragma GCC unroll 4
   for (int t = 0; t < M; ++t) {
@@ -362,7 +362,7 @@ void outer_tile(const OuterParams<T>& p, int64_t token, int row, bool accumulate
   int64_t j = 0;
   for (; j + NV * W <= n; j += NV * W) {
 #pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) __builtin_prefetch(w + (r + R) * ldw + j, 0, 2);
+    for (int r = 0; r < R; ++r) __builtin_prefetch(w + r * ldw + ahead + j, 0, 2);
     block(w + j, ldw, c + j, ldc);
   }
   if (j < n) {
@@ -383,18 +383,27 @@ void outer_tile(const OuterParams<T>& p, int64_t token, int row, bool accumulate
 
 template <class T, class S>
 void outer_of(const OuterParams<T>& p) {
-  const auto all = [&]<int R>(int row, bool accumulate) {
+  // R rows at a time from `first` on; the number of those that are done.
+  const auto all = [&]<int R>(int64_t first) {
+    const int64_t end = first + (p.rows - first) / R * R;
     for (int64_t t = 0; t < p.tokens; t += MOE_DOT_TOKENS) {
       const int64_t left = p.tokens - t;
       with_count<MOE_DOT_TOKENS>(static_cast<int>(left < MOE_DOT_TOKENS ? left : MOE_DOT_TOKENS),
-                                 [&]<int M>() { outer_tile<T, S, M, R>(p, t, row, accumulate); });
+                                 [&]<int M>() {
+                                   for (int64_t r = first; r < end; r += R) {
+                                     outer_tile<T, S, M, R>(p, t, r, p.accumulate || r > 0);
+                                   }
+                                 });
     }
+    return end;
   };
-  if (p.rows == kOuterRows) return all.template operator()<kOuterRows>(0, p.accumulate);
+  if (p.rows == kOuterRows) {
+    all.template operator()<kOuterRows>(0);
+    return;
+  }
   constexpr int kRows = __is_same(S, Pair) ? 2 : 1;
-  int r = 0;
-  for (; r + kRows <= p.rows; r += kRows) all.template operator()<kRows>(r, p.accumulate || r > 0);
-  if (r < p.rows) all.template operator()<1>(r, p.accumulate || r > 0);
+  const int64_t done = all.template operator()<kRows>(0);
+  if (kRows > 1) all.template operator()<1>(done);
 }
 
 template <class T>

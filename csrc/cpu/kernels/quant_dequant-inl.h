@@ -77,9 +77,7 @@ inline void dequantise_int4(const DequantParams& p) {
     const int64_t g = i * 32 / p.group;
     const float scale = scale_at(p, g);
     const int zero = p.zero != nullptr ? p.zero[g] : 8;
-    int16_t numbers[32];
-    for (int j = 0; j < 32; ++j) numbers[j] = static_cast<int16_t>(codes[j] - zero);
-    scaled(numbers, 32, scale, dst);
+    for (int j = 0; j < 32; ++j) dst[j] = static_cast<float>(codes[j] - zero) * scale;
   });
 }
 

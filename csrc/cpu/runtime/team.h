@@ -40,12 +40,13 @@ class Team {
 
  private:
   static constexpr uint64_t kEnd = ~uint64_t{0};
+  static constexpr size_t kLine = 64;  // bytes of a line of a cache
 
   template <class Fn>
   void lead(const Fn& fn, int num_threads) {
     Parallel par;
     par.num_threads = num_threads;
-    par.start_cost = 0.1;
+    par.start_cost = 0.2;
     par.run = [](int64_t n, void (*loop)(int64_t, int64_t, void*), void* ctx) {
       current()->loop(n, loop, ctx);
     };
@@ -117,15 +118,17 @@ class Team {
     return team;
   }
 
-  std::atomic<uint64_t> state_{0};
-  std::atomic<int64_t> next_{0};
-  std::atomic<int> active_{0};
-  std::atomic<bool> failed_{false};
-  std::atomic_flag claimed_;
-  std::exception_ptr error_;
+  // Threads that wait read the line of state_ all the time; the leader writes the rest of a loop
+  // without it.
+  alignas(kLine) std::atomic<uint64_t> state_{0};
+  alignas(kLine) std::atomic<int64_t> next_{0};
   int64_t n_ = 0;
   void (*fn_)(int64_t, int64_t, void*) = nullptr;
   void* ctx_ = nullptr;
+  alignas(kLine) std::atomic<int> active_{0};
+  std::atomic<bool> failed_{false};
+  std::atomic_flag claimed_;
+  std::exception_ptr error_;
 };
 
 }  // namespace moe_ops::cpu

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import modeling_gguf_pytorch_utils as legacy
 from transformers.quantizers.quantizer_gguf import GgufHfQuantizer
 
@@ -57,8 +57,8 @@ class GgufExpertsQuantizer(GgufHfQuantizer):
         return published.from_ggml(data, tensor.tensor_type.name)
 
     def _process_model_before_weight_loading(
-        self, model: nn.Module, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
-    ) -> nn.Module:
+        self, model: Any, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
+    ) -> Any:
         super()._process_model_before_weight_loading(model, **kwargs)
         assert checkpoint_files
         for tensor in _reader(checkpoint_files[0]).tensors:
@@ -102,7 +102,7 @@ class GgufExpertsQuantizer(GgufHfQuantizer):
         model._keys_to_ignore_on_load_missing = names | set(kept)
         return model
 
-    def get_state_dict(self, checkpoint_file: str, model: nn.Module) -> dict[str, Any]:
+    def get_state_dict(self, checkpoint_file: str, model: Any) -> dict[str, Any]:
         if self.supported:
             tensors = super().get_state_dict(checkpoint_file, model)
             return {name: t for name, t in tensors.items() if not _EXPERTS.match(name)}
@@ -130,7 +130,7 @@ class GgufExpertsQuantizer(GgufHfQuantizer):
         return result
 
     @torch.no_grad()
-    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if self.supported:
             model._weight_conversions = None
         for name, layer in self._banks.items():

@@ -12,6 +12,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from moe_ops import _files
+from moe_ops.memory import release_file_pages
 from moe_ops.offload import FileStore, offload_experts, write_experts
 from moe_ops.offload.convert import parts_of
 from moe_ops.quant.bank import FoundBank, check_weights, find_banks
@@ -40,8 +41,10 @@ def load_offloaded(
         model.generate(...)
         print(model.expert_cache.stats)
 
-    The experts of a layer are written to a file as soon as they have been read, and go. Files of an
-    earlier call for the same checkpoint are written anew.
+    The experts of a layer are written to a file as soon as they have been read, and go, and so do
+    the pages of the checkpoint that they were read from. While it loads, the process has the dense
+    weights, the experts of one layer, and the pages of these. Files of an earlier call for the same
+    checkpoint are written anew.
 
     Args:
         auto_class: `AutoModelForCausalLM` or another class with `from_pretrained`.
@@ -134,6 +137,8 @@ class _Offloader(BankReader):
             empty = nn.Parameter(torch.empty_like(getattr(module, leaf), device="meta"), False)
             empty._is_hf_initialized = True  # type: ignore[attr-defined]
             setattr(module, leaf, empty)
+        # What was read of the checkpoint, which stays mapped until all of it has been.
+        release_file_pages()
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         if self.pre_quantized:

@@ -111,9 +111,11 @@ class Gptq(Method):
     def read(self, files: Checkpoint, name: str, in_features: int) -> StoredWeight:
         g_idx = files.optional(f"{name}.g_idx")
         version = 2 if self.config.get("checkpoint_format") == "gptq_v2" else 1
-        parts = (files.get(f"{name}.{leaf}") for leaf in ("qweight", "qzeros", "scales"))
+        qweight, qzeros, scales = (
+            files.get(f"{name}.{leaf}") for leaf in ("qweight", "qzeros", "scales")
+        )
         bits = self.config.get("bits", 4)
-        return published.from_gptq(*parts, g_idx, bits=bits, version=version)
+        return published.from_gptq(qweight, qzeros, scales, g_idx, bits=bits, version=version)
 
 
 class Awq(Method):
@@ -223,8 +225,8 @@ class PublishedQuantizer(HfQuantizer):
         return device_map
 
     def _process_model_before_weight_loading(
-        self, model: nn.Module, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
-    ) -> nn.Module:
+        self, model: Any, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
+    ) -> Any:
         if not checkpoint_files or not all(f.endswith(".safetensors") for f in checkpoint_files):
             raise ValueError(
                 "from_pretrained: a quantised checkpoint must be of safetensors files, got "
@@ -299,7 +301,7 @@ class PublishedQuantizer(HfQuantizer):
         self, model: nn.Module, name: str, module: nn.Linear, files: Checkpoint
     ) -> None:
         how = self._method.format(files, name, module.in_features)
-        stored = StoredLinear(
+        stored: Any = StoredLinear(
             module.in_features,
             module.out_features,
             how,
@@ -322,7 +324,7 @@ class PublishedQuantizer(HfQuantizer):
         ]
 
     @torch.no_grad()
-    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         files = self._files
         assert files is not None
         for bank in self._banks:
@@ -426,7 +428,7 @@ def install() -> None:
     Its registries go by the method alone, of which transformers' own entries must stay what they
     are; only this function sees the model's `experts_implementation` too.
     """
-    original = modeling_utils.get_hf_quantizer
+    original: Any = modeling_utils.get_hf_quantizer
     if getattr(original, "moe_ops", False):
         return
 
@@ -456,4 +458,4 @@ def install() -> None:
         return quantizer, config, quantizer.update_device_map(device_map)
 
     get_hf_quantizer.moe_ops = True  # type: ignore[attr-defined]
-    modeling_utils.get_hf_quantizer = get_hf_quantizer
+    modeling_utils.get_hf_quantizer = get_hf_quantizer  # type: ignore[assignment]

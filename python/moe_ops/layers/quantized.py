@@ -324,8 +324,9 @@ class QuantizedExperts(nn.Module):
 
     def weight_of(self, name: str, expert: int) -> Tensor:
         """w_gate_up [2I, H] or w_down [H, I] of one expert, float32; x_scale is not in it."""
-        parts = (getattr(self, name + part) for part in ("", "_scale", "_zero"))
-        return dequantized(*(None if t is None else t[expert] for t in parts), torch.float32)
+        codes, scale, zero = (getattr(self, name + part) for part in ("", "_scale", "_zero"))
+        zero = None if zero is None else zero[expert]
+        return dequantized(codes[expert], scale[expert], zero, torch.float32)
 
     def select(self, ids: Sequence[int] | Tensor) -> QuantizedExperts:
         """A new bank of the experts `ids`, in that order (repeats allowed).

@@ -245,7 +245,8 @@ def _(grad_y: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     op = f"{_OP}_bwd"
     x, *weights, topk_weights, preact, _, _, slot_to_row = args[:10]
     *rest, need_x, need_topk_weights = args[10:]
-    _check_call(op, x, *weights, topk_weights, slot_to_row, None, *rest)
+    check: Any = _check_call
+    check(op, x, *weights, topk_weights, slot_to_row, None, *rest)
     check_dtype(op, "grad_y", grad_y.dtype, (x.dtype,), " like x")
     check_dtype(op, "preact", preact.dtype, (x.dtype,), " like x")
     return (
@@ -345,7 +346,8 @@ def _(*args: Any) -> tuple[Tensor, ...]:
     ops = torch.ops.moe_ops
     routing = ops.sort_slots(topk_ids, weights[2].shape[0])
     preact = x.new_empty((0, weights[0].shape[1]))
-    if has_kernels(*weights[:2], up_zero) and has_kernels(*weights[2:], down_zero):
+    w_gate_up, up_scale, w_down, down_scale = weights
+    if has_kernels(w_gate_up, up_scale, up_zero) and has_kernels(w_down, down_scale, down_zero):
         return ops.moe_ffn_quantized(*args), preact, *routing
     scaled = x if x_scale is None else (x * x_scale).to(x.dtype)
     y = x.new_zeros(x.shape, dtype=torch.float32)

@@ -78,6 +78,8 @@ class PartialReader(Reader):
                 return None, None
             return f"{one[1]}.{ids.index(expert)}.{one[3]}", None
         by_expert = _ALL.search(key) or _ROUTER.search(key)
+        if key.endswith(".x_scale"):  # Of a quantised bank, by input feature.
+            by_expert = None
         if by_expert and shape and shape[0] == num_experts:
             return key, ids
         return key, None

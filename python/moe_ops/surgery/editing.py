@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from moe_ops.layers import Router
+from moe_ops.expert_weights.packing import invalidate
+from moe_ops.layers import AttentionExperts, Router
 from moe_ops.zoo.lm.config import LMConfig
 
 from .routed_layers import RoutedLayer, routed_layers
@@ -18,6 +19,11 @@ from .routed_layers import RoutedLayer, routed_layers
 _NUM_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 _TOP_K = "num_experts_per_tok"
 _GROUPS = ("n_group", "topk_group")
+_JETMOE = (
+    "transformers' JetMoE routes attention experts within its attention, which cannot be changed "
+    "from outside; load the checkpoint as moe_ops.zoo.jetmoe.JetMoE, prune both kinds, and save it "
+    "for transformers"
+)
 
 
 class Sizes(NamedTuple):
@@ -32,11 +38,38 @@ class Sizes(NamedTuple):
 def select_layer(layer: RoutedLayer, ids: list[int], groups: tuple[int, int]) -> None:
     """Keeps the experts `ids` of a layer; the router's groups become `groups`."""
     options = {"num_groups": groups[0], "num_topk_groups": groups[1]}
+    if isinstance(layer.block, AttentionExperts):
+        _select_attention(layer, layer.block, ids, options)
+        return
 
     def select(router: Router) -> Router:
         return router.select(ids, top_k=min(router.top_k, len(ids)), **options)
 
     layer.edit(lambda bank: bank.select(ids), select)
+
+
+def _select_attention(
+    layer: RoutedLayer, block: AttentionExperts, ids: list[int], options: dict[str, int]
+) -> None:
+    new: Any = block.select(ids, top_k=min(layer.top_k, len(ids)), **options)
+    for name in ("router", "kv_proj"):
+        setattr(block, name, getattr(new, name))
+    for name, parameter in new.named_parameters(recurse=False):
+        setattr(block, name, parameter)
+    invalidate(block)
+    layer.routers = ((layer.routers[0][0], block.router),)
+
+
+def check_attention(caller: str, model: nn.Module, names: Iterable[str]) -> None:
+    """Refuses attention experts that stay as they are.
+
+    Raises:
+        ValueError: a name of those of transformers' JetMoE.
+    """
+    modules = dict(model.named_modules())
+    for name in names:
+        if type(modules.get(name)).__name__ in ("JetMoeAttention", "JetMoeMoA"):
+            raise ValueError(f"{caller}: {name!r} must be a feed-forward layer: {_JETMOE}.")
 
 
 def merge_layer(
@@ -81,6 +114,10 @@ def _sizes_of(layer: RoutedLayer) -> Sizes:
 
 
 def _refuse(name: str, *_: Any, **__: Any) -> None:
+    if name.startswith("JetMoeFor"):
+        raise ValueError(
+            f"{name}.save_pretrained: attention experts are as many as before: {_JETMOE}."
+        )
     raise ValueError(
         f"{name}.save_pretrained: all layers must have the same number of experts, as the config "
         "says one number for all, got layers that were pruned differently; save the state dict."

@@ -6,6 +6,7 @@ Letters: E experts.
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from moe_ops._files import shown
 from moe_ops.zoo.lm.config import LMConfig
 
 from ._optional import optional
@@ -40,7 +42,8 @@ def load_pruned(
 
     The model is the one that `prune` makes of the whole one, in the memory of what is kept: of
     experts with tensors of their own the others are never read, and of tensors that hold all
-    experts, and of routers, only some rows.
+    experts, and of routers, only some rows. Of a checkpoint of transformers whose experts
+    `moe_ops.quantize_experts` has quantised, these are the codes and scales of the experts kept.
 
     Args:
         folder: config.json and safetensors, sharded or not, as transformers or the zoo write it.
@@ -53,7 +56,7 @@ def load_pruned(
     Raises:
         FileNotFoundError: no such checkpoint.
         ValueError: a name of no layer or a layer without one, different numbers of experts, a
-            quantised checkpoint of transformers, or a damaged one.
+            checkpoint of transformers that was quantised otherwise, or a damaged one.
         ImportError: safetensors, or transformers, is missing.
 
     Source: Pei et al. 2025 (PreMoe, arXiv 2505.17639).
@@ -97,12 +100,17 @@ def load_pruned(
 
 def _of_transformers(folder: Path, published: Mapping[str, Any]) -> tuple[Any, nn.Module]:
     """The class of the model in the folder, and the model without memory."""
-    if "quantization_config" in published:
-        raise ValueError(
-            f"load_pruned: {folder} must hold a float checkpoint, got one with a "
-            "quantization_config."
-        )
     transformers = optional("load_pruned", "transformers")
+    quantized = published.get("quantization_config")
+    if quantized is not None:
+        method = quantized.get("quant_method") if isinstance(quantized, Mapping) else quantized
+        if method != "moe_ops":
+            raise ValueError(
+                f"load_pruned: {folder} must hold a float checkpoint, or one whose experts "
+                f"moe_ops.quantize_experts has quantised, got quant_method {shown(method)}."
+            )
+        # transformers learns from it how such a checkpoint is read.
+        importlib.import_module("moe_ops.hf")
     config = transformers.AutoConfig.from_pretrained(folder)
     known = transformers.AutoModelForCausalLM._model_mapping
     if type(config) not in known:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from moe_ops.expert_weights.packing import invalidate
 from moe_ops.layers.surgery.rows import as_groups, as_ids
 
-from .editing import finish, merge_layer, select_layer
+from .editing import check_attention, finish, merge_layer, select_layer
 from .profile import expert_weights_of
 from .route_as import groups_left
 from .routed_layers import RoutedLayer, routed_layers
@@ -26,7 +26,9 @@ def prune(model: nn.Module, keep: Mapping[str, Sequence[int]]) -> nn.Module:
     Router rows, biases and selection biases are those of the experts kept. A token goes to as many
     experts as before, or to all where fewer are left. The groups of group-limited routing stay
     where as many experts are left in each (or none), and are dropped otherwise. With all experts
-    kept, the model computes the same bits.
+    kept, the model computes the same bits. Attention experts (`moe_ops.layers.AttentionExperts`, of
+    JetMoE and ModuleFormer in the zoo) are pruned in the same way, with the keys and values that
+    they had; those of transformers' JetMoE stay.
 
     The config of a language model of the zoo, or of transformers, gets the new numbers, so that
     `save_pretrained` writes a checkpoint that loads as any other; transformers needs nothing of
@@ -38,9 +40,10 @@ def prune(model: nn.Module, keep: Mapping[str, Sequence[int]]) -> nn.Module:
         keep: name of a layer -> ids, as `choose_experts` gives them; other layers stay.
 
     Raises:
-        ValueError: a name of no layer, ids out of range or repeated, quantised or sharded experts.
-            Layers before that one are pruned.
+        ValueError: a name of no layer or of attention in transformers' JetMoE, ids out of range or
+            repeated, quantised or sharded experts. Layers before that one are pruned.
     """
+    check_attention("prune", model, keep)
     layers = {layer.name: layer for layer in routed_layers(model, list(keep), caller="prune")}
     for name, ids in keep.items():
         layer = _named("prune", layers, name)

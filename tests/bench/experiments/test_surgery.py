@@ -4,9 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import pytest
-from bench.experiments import expertflow, on_subject, premoe, subject, super_experts, uncurl
+import torch
+from bench.experiments import (
+    expertflow,
+    on_subject,
+    premoe,
+    scmoe,
+    subject,
+    super_experts,
+    uncurl,
+)
 from bench.experiments.study import Results, Run
 from bench.experiments.training import Recipe
 
@@ -75,6 +85,37 @@ def test_super_experts():
     assert planted["rows"]["layer 0"]["found"] == planted["rows"]["layer 1"]["found"] == 1.0
     result = checked(super_experts.EXPERIMENT.studies[1])
     assert list(result["damage"]) == [f"layers.{i}.mlp" for i in range(3)]
+
+
+def test_problems_of_scmoe():
+    """Solutions of the test are none of the training's, and the right ones count as solved."""
+    train = scmoe.Problems.drawn(200, 0, test=False)
+    test = scmoe.Problems.drawn(30, 0, test=True)
+    lines = [{bytes(row).decode() for row in p.solutions.tolist()} for p in (train, test)]
+    assert not lines[0] & lines[1]
+    question = bytes(test.questions[0].tolist()).decode()
+    solution = bytes(test.solutions[0][test.counted[0]].tolist()).decode()
+    assert question.endswith("? ") and solution.endswith("\n") and "#" in solution
+    right = iter(test.batches(scmoe.TOGETHER))
+
+    def generate(questions, *_, **__):
+        return torch.cat([questions, next(right).solutions], 1)
+
+    assert scmoe.solved(SimpleNamespace(generate=generate), test) == 1.0
+
+
+def test_scmoe(monkeypatch):
+    recipe = dataclasses.replace(scmoe.RECIPE, steps=2, batch=4)
+    for name, value in (("RECIPE", recipe), ("TESTED", 2)):
+        monkeypatch.setattr(scmoe, name, value)
+    small = {"num_experts": 4, "num_layers": 1, "num_shared_experts": 1}
+    config = dataclasses.replace(subject.SUBJECTS["subject"].config, **small)
+    result = json.loads(json.dumps(scmoe.whole(config)(0, Run()), allow_nan=False))
+    results = Results({scmoe.ALL: {0: result}}, [0])
+    for study in scmoe.EXPERIMENT.studies:
+        assert all(len(h.of(results)) == 1 for h in study.hypotheses)
+        assert study.pictures(results)[0].series
+    assert result["rows"][scmoe.alone("rank 2")][scmoe.DIVERGENCE] > 0
 
 
 def test_expertflow():

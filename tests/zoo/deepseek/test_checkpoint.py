@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import moe_ops
 from moe_ops.quant import dequantize_fp8_blocks, quantize_fp8_blocks
 from moe_ops.zoo.deepseek import DeepSeek, DeepSeekConfig
 
@@ -33,6 +34,13 @@ def test_prediction_layers_are_ignored(tmp_path):
     with pytest.warns(UserWarning, match=r"unexpected: model\.layers\.12\.x"):
         report = DeepSeek.from_pretrained(tmp_path).load_report
     assert report.ignored == ["model.layers.2.eh_proj.weight"]
+
+
+def test_quantised_experts_are_not_written_without_their_scales(tmp_path):
+    model = moe_ops.quantize_experts(build("v3").float(), "int8")
+    with pytest.raises(ValueError, match=r"w_gate_up must be of floats, got torch\.int8"):
+        model.save_pretrained(tmp_path / "quantised")
+    assert not (tmp_path / "quantised").exists()
 
 
 def test_fp8_weights_are_read(tmp_path):

@@ -400,10 +400,21 @@ def save(
     *,
     max_shard_bytes: int,
 ) -> None:
-    """Writes config.json and the tensors under their published keys, in shards when too large."""
+    """Writes config.json and the tensors under their published keys, in shards when too large.
+
+    Raises:
+        ValueError: a tensor that is not of floats, of quantised experts: published keys have no
+            place for scales.
+    """
+    state, entries = model.state_dict(), list(entries)
+    for entry in entries:
+        if not state[entry.name].is_floating_point():
+            raise ValueError(
+                f"save_pretrained: {entry.name} must be of floats, got {state[entry.name].dtype}; "
+                "save the state dict of a model with quantised experts."
+            )
     folder = _files.make_folder(folder)
     text = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
-    state = model.state_dict()
     shards: list[dict[str, Tensor]] = [{}]
     size = total = 0
     for entry in entries:
