@@ -68,9 +68,11 @@ NOT_BY_TOKEN = {
     "expert_choice_router": "experts choose among all tokens of the call",
     "grouped_gemm_fp8_wgrad": "sums over tokens",
     "grouped_gemm_fp8_wgrad_accumulate": "sums over tokens",
+    "grouped_gemm_quantized_exact": "of training: test_training_through_quantised_experts",
     "grouped_gemm_wgrad": "sums over tokens",
     "grouped_sum": "sums over tokens",
     "latent_attention_step": "as attention_step: tests/ops/test_latent_attention_step.py",
+    "moe_ffn_quantized_fwd": "of training: test_training_through_quantised_experts",
     "moa_attention": "a token's keys are other tokens: tests/ops/test_moa_attention.py",
     "pack_experts": "has no tokens",
     "permute": "copies rows",
@@ -862,3 +864,24 @@ def test_copies_that_a_bank_made_by_itself_are_not_used(monkeypatch):
         assert_identical(layer(x), before)
         moe_ops.prepack(layer)
         assert not torch.equal(layer(x), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=short)
+@pytest.mark.parametrize("bits", ["int8", "int4"])
+def test_training_through_quantised_experts(bits, dtype):
+    """Values and gradients of x, which are other products than those of inference."""
+    weights = [
+        t for shape in ((4, 128, 128), (4, 128, 64)) for t in quantize(torch.randn(shape), bits)
+    ]
+    x, routing = torch.randn(513, 128).to(dtype), torch.rand(513, 2)
+    ids = torch.randint(4, (513, 2))
+
+    def run(count: int) -> tuple[Tensor, Tensor]:
+        tokens = x[:count].clone().requires_grad_()
+        y = moe_ops.moe_ffn_quantized(tokens, *weights, routing[:count], ids[:count])
+        y.float().square().sum().backward()
+        return y.detach(), tokens.grad
+
+    whole = run(513)
+    for count in (1, 7, 64):
+        assert all(torch.equal(a, b[:count]) for a, b in zip(run(count), whole, strict=True))

@@ -210,6 +210,15 @@ def test_layer_grad(name):
     close(per_sample[1], grad(lambda t: wrapped(t))(x * 0.5))
 
 
+def test_adapters_have_no_transforms():
+    module = layers.ExpertLoRA(layers.Experts(E, H, 3), 2)
+    x = torch.randn(T, H)
+    with refused("adapted_experts", "nor are torch.func's transforms"):
+        grad(lambda t: run("Experts", module, t).sum())(x)
+    with forward_ad.dual_level(), refused("adapted_experts"):
+        run("Experts", module, forward_ad.make_dual(x, x))
+
+
 def test_fp8_experts_have_no_transforms():
     module = layers.Experts(E, H, 3, precision="fp8")
     x = torch.randn(T, H)
@@ -221,5 +230,5 @@ def test_fp8_experts_have_no_transforms():
 
 def test_every_layer_is_here():
     covered = {n.partition(",")[0].partition(".")[0].partition(" ")[0] for n in MODULES}
-    covered.add("fp8_ffn")
+    covered |= {"fp8_ffn", "ExpertLoRA"}
     assert covered | set(LOSSES) | WITHOUT_GRADIENTS == set(layers.__all__)

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moe_ops.ops import gated_act, grouped_gemm, permute, sort_slots, unpermute
+from moe_ops.ops._autograd import in_transform
 from moe_ops.ops._checks import accumulate_dtype
 from moe_ops.ops.gated_act import GATED_ACTIVATIONS
 from moe_ops.reference.gated_act import plain_act
@@ -183,7 +184,16 @@ def adapted_experts(
     Returns:
         [T, H] in the dtype of x. Gradients: x, topk_weights and all factors, once differentiable.
         An expert without tokens gets zeros for its factors.
+
+    Raises:
+        ValueError: weights of the bank that require a gradient.
+        NotImplementedError: in forward mode and under torch.func's transforms.
     """
+    if in_transform():
+        raise NotImplementedError(
+            "adapted_experts: forward-mode AD is not implemented, nor are torch.func's transforms; "
+            "merge the adapters, or use moe_ffn with the weights added, under them."
+        )
     bank = experts if isinstance(experts, FrozenBank) else frozen_bank(experts)
     adapter = sum_of(adapters)
     kind = x.device.type
