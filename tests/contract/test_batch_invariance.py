@@ -42,7 +42,7 @@ from moe_ops.layers import (
     Router,
 )
 from moe_ops.ops.gated_act import GATED_ACTIVATIONS
-from moe_ops.quant import quantize_fp8_blocks
+from moe_ops.quant import quantize, quantize_fp8_blocks
 from moe_ops.testing import (
     DTYPES,
     acc_dtype,
