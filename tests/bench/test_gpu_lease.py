@@ -28,7 +28,7 @@ def lease(tmp_path, monkeypatch):
     monkeypatch.setattr(steps, "LOGS", tmp_path / "logs")
     package = tmp_path / "package" / "moe_ops"
     package.mkdir(parents=True)
-    for name in ("_C.so", "libmoe_ops.so"):
+    for name in ("_C.abi3.so", "libmoe_ops.so"):
         (package / name).touch()
     return Lease(tmp_path / "out", Sources(package=package.parent), dry=True)
 
@@ -309,7 +309,7 @@ def test_a_build_that_fails_tells_the_first_error(tmp_path, monkeypatch):
 def test_a_package_of_another_source_or_setting_is_built_again(tmp_path, monkeypatch):
     monkeypatch.setattr(build, "PACKAGE", tmp_path)
     (tmp_path / "moe_ops").mkdir()
-    for name in ("_C.so", "libmoe_ops.so"):
+    for name in ("_C.abi3.so", "libmoe_ops.so"):
         (tmp_path / "moe_ops" / name).touch()
     made = Sources(defines=("MOE_OPS_CUDART=shared",))
     assert not build.is_built(made)

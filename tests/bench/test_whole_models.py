@@ -21,14 +21,14 @@ def test_contenders(name, tmp_path, set_threads):
     num_parameters = models.build(name, tmp_path, tiny=True)
     assert num_parameters > 10**6
     ids = list(range(1, 9))
-    eager = worker.Transformers("eager", tmp_path, 1)
+    eager = worker.Transformers("eager", tmp_path, 1, 64)
     truth = eager.logits(ids)
     assert len(truth) == 512
     for weights in ("int8", "int4"):
         models.quantize(tmp_path, weights)
     # In 4 bits, and at this size, tokens turn to other experts.
     for contender, most in (("moe_ops", 0.1), ("moe_ops int8", 0.2), ("moe_ops int4", 2.0)):
-        it = worker.Transformers(contender, tmp_path, 1)
+        it = worker.Transformers(contender, tmp_path, 1, 64)
         assert _relative(it.logits(ids), truth) < most, contender
     assert it.prefill(ids) > 0
     assert it.decode([ids, ids], 2) > 0
