@@ -145,6 +145,9 @@ def report(calls: int, steps: int, most: float) -> None:
         ffn = cases["moe_ffn"]
         buffers = (torch.zeros_like(ffn["w_gate_up"]), torch.zeros_like(ffn["w_down"]))
         step_of("moe_ffn", ffn, main_grads=buffers)()
+        quantized = cases["moe_ffn_quantized"]
+        leaf = quantized["x"].detach().clone().requires_grad_()
+        moe_ops.moe_ffn_quantized(**{**quantized, "x": leaf}).sum().backward()
         wgrad = cases["grouped_gemm_fp8_wgrad"]
         moe_ops.grouped_gemm_fp8_wgrad(**wgrad, main_grad=moe_ops.grouped_gemm_fp8_wgrad(**wgrad))
 

@@ -170,8 +170,8 @@ def quantise(rank, format):
     buffers = {name: whole(b) for name, b in bank.named_buffers()}
     same = all(torch.equal(whole(b), buffers[name]) for name, b in other.experts.named_buffers())
     x = tokens().requires_grad_()
-    with pytest.raises(NotImplementedError, match="no gradient through quantised experts"):
-        layer(x).sum().backward()
+    layer(x).sum().backward()
+    assert x.grad is not None and 0 < x.grad.norm().item() < float("inf")
     refused = []
     for call in (bank.dequantize, lambda: bank.select([0, 1])):
         with pytest.raises(ValueError) as caught:
