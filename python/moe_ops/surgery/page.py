@@ -31,7 +31,6 @@ class _Layer:
 
     num_experts: int
     top_k: int
-    load: Tensor
     together: Tensor
     tokens: int = 0
     entropy: float = 0.0
@@ -43,7 +42,6 @@ class _Layer:
         ids, weights = ids.cpu().long(), weights.cpu().double()
         member.scatter_(1, torch.where(ids < 0, self.num_experts, ids), 1.0)
         member = member[:, :-1]
-        self.load += member.sum(0)
         self.together += member.T @ member
         self.tokens += len(ids)
         if logits is not None:
@@ -53,17 +51,15 @@ class _Layer:
         self.ids += ids[:room].tolist()
         self.weights += [[round(w, 4) for w in row] for row in weights[:room].tolist()]
 
-    def to_dict(self, name: str) -> dict[str, Any]:
-        stats = RoutingStats()
-        stats._add(name, self.load.long())
-        measures = stats.as_dict()[name]
+    def to_dict(self, name: str, measures: Mapping[str, Any]) -> dict[str, Any]:
+        """measures: what `RoutingStats` says of the layer."""
         pairs = self.together if self.num_experts <= MAX_PAIRS else self.together[:0]
         return {
             "name": name,
             "num_experts": self.num_experts,
             "top_k": self.top_k,
             "tokens": self.tokens,
-            "load": [int(c) for c in self.load],
+            "load": measures["tokens_per_expert"],
             "max_violation": measures["max_violation"],
             "dead": measures["dead_experts"],
             "entropy": self.entropy / max(self.tokens, 1),
@@ -88,6 +84,7 @@ def routing_data(model: nn.Module, batches: Iterable[Any]) -> list[dict[str, Any
     """
     layers = routed_layers(model, caller="routing_data")
     found: dict[str, _Layer] = {}
+    stats = RoutingStats()
     handles: list[Any] = []
 
     def watcher(layer: Any) -> Any:
@@ -95,9 +92,9 @@ def routing_data(model: nn.Module, batches: Iterable[Any]) -> list[dict[str, Any
             seen = found.get(layer.name)
             if seen is None:
                 e = layer.num_experts
-                zeros = torch.zeros(e, dtype=torch.float64)
-                seen = _Layer(e, routing.topk_ids.shape[1], zeros, zeros.new_zeros(e, e))
-                found[layer.name] = seen
+                pairs = torch.zeros(e, e, dtype=torch.float64)
+                seen = found[layer.name] = _Layer(e, routing.topk_ids.shape[1], pairs)
+            stats.update(routing.topk_ids, layer.num_experts, layer=layer.name)
             seen.add(routing.router_logits, routing.topk_weights, routing.topk_ids)
 
         return watch
@@ -122,7 +119,8 @@ def routing_data(model: nn.Module, batches: Iterable[Any]) -> list[dict[str, Any
         raise ValueError(
             f"routing_data: batches must reach every layer, got no token for {missing[0]}."
         )
-    return [found[layer.name].to_dict(layer.name) for layer in layers]
+    measured = stats.as_dict()
+    return [found[layer.name].to_dict(layer.name, measured[layer.name]) for layer in layers]
 
 
 def routing_page(
