@@ -1,6 +1,6 @@
 """The ops as documented Python functions, each in one file with its fake, autograd and autocast."""
 
-from moe_ops.ops import _flops, _vmap  # noqa: F401  They register rules of every op.
+from moe_ops.ops import _flops, _library, _vmap  # noqa: F401  _flops registers what an op counts.
 from moe_ops.ops.add_rms_norm import add_rms_norm
 from moe_ops.ops.attention_step import attention_step
 from moe_ops.ops.dense_ffn import dense_ffn
@@ -29,6 +29,9 @@ from moe_ops.ops.sort_slots import sort_slots
 from moe_ops.ops.topk_router import topk_router
 from moe_ops.ops.topp_router import topp_router
 from moe_ops.ops.unpermute import unpermute
+
+for _name in _library.fakes:
+    _vmap.register_rule(_name)
 
 __all__ = [
     "add_rms_norm",

@@ -13,7 +13,8 @@ from moe_ops._private_torch import arguments_of
 library = torch.library.Library("moe_ops", "FRAGMENT")
 # Op -> its CUDA kernel, where that is made of torch's operations.
 cuda_formulas: dict[str, Callable[..., Any]] = {}
-_fakes: dict[str, Callable[..., Any]] = {}
+# Op -> its fake; every op has one.
+fakes: dict[str, Callable[..., Any]] = {}
 
 
 class Signature:
@@ -51,7 +52,7 @@ def register_fake(op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]
             return fake(*signature.complete(args, kwargs))
 
         torch.library.register_fake(f"moe_ops::{op}", run)
-        _fakes[op] = fake
+        fakes[op] = fake
         return fake
 
     return register
@@ -64,7 +65,7 @@ def register_cuda_formula(op: str) -> Callable[[Callable[..., Any]], Callable[..
     It gets all arguments in the order of the schema, after the op's fake has checked them, and runs
     below autograd: the op's own rule differentiates it.
     """
-    signature, check = Signature(op), _fakes[op]
+    signature, check = Signature(op), fakes[op]
 
     def register(formula: Callable[..., Any]) -> Callable[..., Any]:
         def kernel(*args: Any, **kwargs: Any) -> Any:

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_ops._private_torch import registered_ops
-from moe_ops.ops._library import Signature
+from moe_ops.ops._library import Signature, library
 
 # Arguments whose first dimension counts tokens that do not see each other, as that of every result
 # does. Those with more dimensions are rows all the same.
@@ -50,10 +49,12 @@ def _folded(op: str, names: Sequence[str], in_dims: Sequence[Any], args: Sequenc
 
 
 def register_rule(op: str) -> None:
-    packet, signature = getattr(torch.ops.moe_ops, op), Signature(op)
+    """Gives an op its rule of torch.vmap."""
+    packet = getattr(torch.ops.moe_ops, op)
+    names_of_all = Signature(op).names if op in _TOKENS else ()
 
     def rule(info: Any, in_dims: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        size, names = info.batch_size, signature.names[: len(args)]
+        size, names = info.batch_size, names_of_all[: len(args)]
         if op in _TOKENS and _folded(op, names, in_dims, args):
             first = next(
                 a.movedim(d, 0) for a, d in zip(args, in_dims, strict=True) if d is not None
@@ -77,8 +78,4 @@ def register_rule(op: str) -> None:
             return torch.stack(samples), 0
         return tuple(map(torch.stack, zip(*samples, strict=True))), (0,) * len(samples[0])
 
-    torch.library.register_vmap(f"moe_ops::{op}", rule)
-
-
-for _name in registered_ops("moe_ops"):
-    register_rule(_name)
+    torch.library.register_vmap(f"moe_ops::{op}", rule, lib=library)
