@@ -39,6 +39,7 @@ class QuantizedExperts(nn.Module):
         w_gate_up_zero, w_down_zero: uint8 zero points like the scales, or None.
         x_scale: fp32 [H], what x is multiplied by before w_gate_up, or None.
         b_gate_up, b_down: floating point, [E, 2I] and [E, H], or None.
+
     Those of other formats are in `moe_ops.quant.formats.WeightFormat` and in
     :func:`moe_ops.moe_ffn_quantized`.
 
