@@ -17,6 +17,7 @@ from moe_ops.ops._checks import check_index, check_positive
 
 from .expert_adapters import ExpertAdapter, adapted_experts
 from .experts import Experts
+from .inputs import takes_dense
 from .quantized import QuantizedExperts
 
 FACTORS = ("a_gate_up", "b_gate_up", "a_down", "b_down")
@@ -105,6 +106,7 @@ class ExpertLoRA(nn.Module):
         """alpha / r."""
         return self.alpha / self.rank
 
+    @takes_dense
     def forward(
         self,
         x: Tensor,

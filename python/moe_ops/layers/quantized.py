@@ -22,6 +22,7 @@ from moe_ops.quant.formats import WEIGHTS, bank_formats, check_divides
 from moe_ops.reference._codes import dequantized
 
 from .experts import ACTIVATION_OPTIONS, Experts, check_activation
+from .inputs import takes_dense
 from .surgery.rows import as_ids
 
 _FROZEN = (*(name + part for name in WEIGHTS for part in ("", "_scale", "_zero")), "x_scale")
@@ -207,6 +208,7 @@ class QuantizedExperts(nn.Module):
             **weights.activation,
         )
 
+    @takes_dense
     def forward(
         self,
         x: Tensor,
