@@ -296,7 +296,7 @@ class AttentionExperts(nn.Module):
         heads, size, experts = self.num_kv_heads, self.head_size, self.router.num_experts
         flat = x.reshape(-1, hidden)
         name = "AttentionExperts"
-        topk_ids, topk_weights = check_given(name, topk_ids, topk_weights, len(flat))
+        topk_ids, topk_weights = check_given(name, topk_ids, topk_weights, flat.shape[0])
         routing = self._route(flat, topk_ids, topk_weights, expert_mask)
         _, slot_weights, slot_ids = routing
         if self.expert_kv:  # Slot e is expert e, so that queries meet their own keys.
@@ -448,7 +448,7 @@ class AttentionExperts(nn.Module):
 def _by_expert(weights: Tensor, ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     """The same routing with E slots a token: slot e holds e or -1, a repeated expert its sum."""
     valid, index = valid_ids(ids, num_experts)
-    zeros = weights.new_zeros(len(ids), num_experts)
+    zeros = weights.new_zeros(ids.shape[0], num_experts)
     summed = zeros.scatter_add(1, index, weights.masked_fill(~valid, 0.0))
     chosen = torch.zeros_like(zeros, dtype=torch.int32).scatter_add(1, index, valid.int()) > 0
     experts = torch.arange(num_experts, dtype=torch.int32, device=ids.device)
