@@ -302,7 +302,7 @@ EXAMPLES_NEED = {
     "moe_ops.onnx": "onnxruntime",
 }
 # The same for one block, without which the others of its page run.
-BLOCKS_NEED = {"peft": "peft"}
+BLOCKS_NEED = {"peft": "peft", "lightning": "lightning"}
 
 
 def blocks(path: Path, language: str) -> list[str]:
