@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from moe_ops.expert_weights import ExpertInputs, ExpertsHook, ExpertWeights
-from moe_ops.hf.quantizer import mark_quantized
+from moe_ops.hf.quantizer import DENSE_METHODS, mark_quantized, quantization_method
 from moe_ops.hf.switch import status_of
 
 
@@ -37,12 +37,11 @@ class TransformersHook(ExpertsHook):
         return _kind_of(module).install(root, module, experts)
 
     def check_root(self, root: nn.Module) -> None:
-        method = getattr(root, "quantization_method", None)
-        if isinstance(root, PreTrainedModel) and method is not None:
+        method = quantization_method(root)
+        if method is not None and method not in DENSE_METHODS:
             # A checkpoint has room for one method and one format.
             raise ValueError(
-                "quantize_experts: model must be a float model, got one quantised by "
-                f"{getattr(method, 'value', method)}."
+                f"quantize_experts: model must be a float model, got one quantised by {method}."
             )
 
     def mark_quantized(

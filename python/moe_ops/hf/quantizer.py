@@ -21,6 +21,8 @@ from moe_ops.quant.convert import check_sizes, quantize_experts, replace_bank
 from moe_ops.quant.formats import check_format
 
 METHOD = "moe_ops"
+# Methods of others that quantise dense layers and leave experts in one tensor as floats.
+DENSE_METHODS = ("bitsandbytes", "hqq", "quanto", "torchao")
 
 
 @register_quantization_config(METHOD)
@@ -245,7 +247,11 @@ def _bank_at(model: nn.Module, name: str) -> FoundBank | None:
 def mark_quantized(
     model: Any, format: str, group_size: int | None, x_scale: bool, skip: Sequence[str]
 ) -> None:
-    """Makes `save_pretrained` of a model quantised in place write what from_pretrained needs."""
+    """Makes `save_pretrained` of a model quantised in place write what from_pretrained needs, or
+    refuse where other layers are quantised by another method."""
+    if quantization_method(model) is not None:
+        model.hf_quantizer.is_serializable = _is_serializable
+        return
     config = ExpertsQuantizationConfig(format, group_size, x_scale, list(skip))
     model.config.quantization_config = config
     _claim_experts(model)
@@ -255,6 +261,23 @@ def mark_quantized(
     model.hf_quantizer = ExpertsQuantizer(config, pre_quantized=True)
     model.is_quantized = True
     model.quantization_method = METHOD
+
+
+def quantization_method(model: Any) -> str | None:
+    """What a model of transformers is quantised by, as transformers calls it."""
+    if not isinstance(model, PreTrainedModel):
+        return None
+    method = getattr(model, "quantization_method", None)
+    return None if method is None else str(getattr(method, "value", method))
+
+
+def _is_serializable(*_: Any, **__: Any) -> bool:
+    """In the place of a quantizer's method, which `save_pretrained` asks."""
+    warnings.warn(
+        "save_pretrained: a checkpoint has room for one method of quantisation, so that quantised "
+        "experts beside layers of another method are not saved; adapters are."
+    )
+    return False
 
 
 def _claim_experts(model: Any) -> None:
