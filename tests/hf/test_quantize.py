@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
-from types import SimpleNamespace
 
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
@@ -238,33 +235,6 @@ def test_quantising_twice():
     moe_ops.quantize_experts(model, "int8", skip=["*layers.0.*"])
     with pytest.raises(ValueError, match=r"must be a float model, got one quantised by moe_ops"):
         moe_ops.quantize_experts(model, "int4", group_size=32)
-
-
-def test_beside_dense_layers_of_another_method():
-    model, ids = make("mixtral"), tokens()
-    alone = copy.deepcopy(model)
-    model.quantization_method, model.hf_quantizer = "torchao", SimpleNamespace()
-    for each in (alone, model):
-        moe_ops.quantize_experts(each, "int8")
-    assert torch.equal(logits(model, ids), logits(alone, ids))
-    assert model.quantization_method == "torchao"
-    with pytest.warns(UserWarning, match="has room for one method of quantisation"):
-        assert not model.hf_quantizer.is_serializable()
-
-
-def test_beside_bitsandbytes(tmp_path):
-    pytest.importorskip("bitsandbytes")
-    make("mixtral").save_pretrained(tmp_path)
-    config = transformers.BitsAndBytesConfig(load_in_8bit=True)
-    options = {"experts_implementation": "moe_ops", "device_map": "cpu"}
-    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config, **options)
-    model, ids = model.eval(), tokens()
-    before = logits(model, ids)
-    moe_ops.quantize_experts(model, "int8")
-    assert type(model.model.layers[0].self_attn.q_proj).__name__ == "Linear8bitLt"
-    assert relative(logits(model, ids), before) < 0.1
-    with pytest.raises(ValueError), pytest.warns(UserWarning, match="has room for one method"):
-        model.save_pretrained(tmp_path / "again")
 
 
 # --- checkpoints that do not fit
