@@ -1,5 +1,6 @@
 """Export to ONNX: the ops as standard ONNX operators, so that a file runs without this package.
 
+Example:
     table = moe_ops.onnx.translation_table()
     program = torch.onnx.export(model, (x,), dynamo=True, custom_translation_table=table)
 

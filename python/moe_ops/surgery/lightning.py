@@ -1,5 +1,6 @@
 """Routing in the logs of Lightning: `RoutingCallback`.
 
+Example:
     from moe_ops.surgery.lightning import RoutingCallback
 
     trainer = lightning.Trainer(callbacks=[RoutingCallback()], logger=TensorBoardLogger("runs"))
