@@ -282,8 +282,8 @@ class QuantizedExperts(nn.Module):
         if self.format == "fp8" and self._takes_fp8(x, topk_weights):
             return moe_ffn_fp8(x, *weights, topk_weights, topk_ids, **how)
         if self.zero_points:
-            how["w_gate_up_zero"] = b["w_gate_up_zero"]
-            how["w_down_zero"] = b["w_down_zero"]
+            how["w_gate_up_zero"] = local_part(b["w_gate_up_zero"])
+            how["w_down_zero"] = local_part(b["w_down_zero"])
         x_scale = b["x_scale"]
         return moe_ffn_quantized(x, *weights, topk_weights, topk_ids, x_scale=x_scale, **how)
 
