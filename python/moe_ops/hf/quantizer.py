@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -314,6 +315,21 @@ def mark_stored(model: Any, banks: Sequence[str], linears: Sequence[str] = ()) -
     layers = {name: model.get_submodule(name).format_name for name in banks}
     layers |= {name: model.get_submodule(name).format.label for name in linears}
     _mark(model, ExpertsQuantizationConfig(layers=layers))
+
+
+def refuse_to_save(model: Any) -> None:
+    """Has `save_pretrained` of a model whose other parts are quantised by another method end in a
+    sentence: a checkpoint has room for one."""
+    method = model.quantization_method
+    refuse = functools.partial(_refuse_to_save, getattr(method, "value", method))
+    model.hf_quantizer.is_serializable = refuse
+
+
+def _refuse_to_save(method: str, *_: Any, **__: Any) -> bool:
+    raise ValueError(
+        f"save_pretrained: model must be quantised by one method, got {method} and moe_ops; save "
+        "its adapters, and quantise the experts again after loading."
+    )
 
 
 def _mark(model: Any, config: ExpertsQuantizationConfig) -> None:
