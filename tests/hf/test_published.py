@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ from transformers import AutoModelForCausalLM
 import moe_ops.hf
 from moe_ops.layers import QuantizedExperts
 
+from . import published_checkpoints
 from .published_checkpoints import write
 
 # (model type, method, zero points) -> format of the experts, and how far logits may be off: fp32
@@ -147,6 +151,50 @@ def test_adapters_train_and_do_not_merge(tmp_path):
     assert type(weight + 1) is torch.Tensor
     with pytest.raises(ValueError, match="merge adapters into the float model"):
         weight.data += 1
+
+
+def auto_gptq(monkeypatch):
+    """AutoGPTQ's quantiser and its layer, which packs what that finds. The package itself imports
+    models of a transformers of long ago."""
+    spec = importlib.util.find_spec("auto_gptq")
+    if spec is None:
+        pytest.skip("auto_gptq is not installed (pip install --no-deps auto-gptq).")
+    package = ModuleType("auto_gptq")
+    package.__path__ = list(spec.submodule_search_locations)
+    monkeypatch.setitem(sys.modules, "auto_gptq", package)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    layers = importlib.import_module("auto_gptq.nn_modules.qlinear.qlinear_cuda_old")
+    return importlib.import_module("auto_gptq.quantization.gptq").GPTQ, layers.QuantLinear
+
+
+@pytest.mark.parametrize("zeros", [False, True])
+def test_a_file_of_auto_gptq(zeros, tmp_path, monkeypatch):
+    quantiser, layer = auto_gptq(monkeypatch)
+
+    def quantise(_, weight, zeros):
+        rows, depth = weight.shape
+        linear = torch.nn.Linear(depth, rows, bias=False).requires_grad_(False)
+        linear.weight.copy_(weight)
+        gptq = quantiser(linear)
+        gptq.quantizer.configure(4, perchannel=True, sym=not zeros)
+        x = torch.randn(1, 256, depth)
+        gptq.add_batch(x, linear(x))
+        found = gptq.fasterquant(group_size=published_checkpoints.GROUP)
+        meaning = linear.weight.clone()
+        packed = layer(4, published_checkpoints.GROUP, depth, rows, bias=False)
+        packed.pack(linear.half(), *found)
+        return packed.state_dict(), meaning
+
+    monkeypatch.setattr(published_checkpoints, "quantise", quantise)
+    reference, _ = write(tmp_path, "qwen3_moe", "gptq", zeros)
+    model = load(tmp_path)
+    kind = "int4 g64 float16 zero" if zeros else "int4 g64"
+    assert set(moe_ops.hf.status(model).values()) == {f"moe_ops ({kind})"}
+    ids = torch.randint(1, 64, (1, 6))
+    with torch.no_grad():
+        got, wanted = model(ids).logits, reference(ids).logits
+    # Scales are rounded to 16 bits, and tokens to 8 without zero points.
+    assert (got - wanted).norm() <= (2e-3 if zeros else 0.08) * wanted.norm()
 
 
 def test_a_gguf_file(tmp_path):
