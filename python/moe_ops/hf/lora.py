@@ -314,8 +314,8 @@ class QuantizedExpertsLora(ParamWrapper):
                 stacklevel=2,
             )
         for name in names:
-            factors = self.lora_A[name].weight, self.lora_B[name].weight
-            a, b = factors_of_peft(*factors, experts.num_experts)
+            layers: Any = self.lora_A[name], self.lora_B[name]
+            a, b = factors_of_peft(layers[0].weight, layers[1].weight, experts.num_experts)
             for expert in range(experts.num_experts):
                 delta = b[expert].float() @ a[expert].float() * self.scaling[name]
                 self._add(experts, expert, delta, safe_merge)
@@ -398,9 +398,10 @@ def _check(config: Any, bank: Any) -> None:
 
 
 def _set_classes(model: nn.Module, before: type, after: type) -> None:
-    for module in model.modules():
-        if type(module) is before and isinstance(module.get_base_layer(), QuantizedHfExperts):
-            module.__class__ = after
+    layers: list[Any] = [module for module in model.modules() if type(module) is before]
+    for layer in layers:
+        if isinstance(layer.get_base_layer(), QuantizedHfExperts):
+            layer.__class__ = after
 
 
 def _find_quantized_experts(original: Any) -> Any:
@@ -427,4 +428,5 @@ def _find_quantized_experts(original: Any) -> Any:
 
 # peft looks for targets among parameters and has no hook there; quantised experts have none.
 if not hasattr(BaseTuner._inject_parameters, "__wrapped__"):
-    BaseTuner._inject_parameters = _find_quantized_experts(BaseTuner._inject_parameters)
+    inject = _find_quantized_experts(BaseTuner._inject_parameters)
+    BaseTuner._inject_parameters = inject  # type: ignore[method-assign]

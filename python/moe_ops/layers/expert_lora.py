@@ -231,8 +231,8 @@ class ExpertLoRA(nn.Module):
                 wish = f"{name} must have shape {list(tensor.shape)}"
                 raise ValueError(f"load_peft_state_dict: {wish}, got {what}.")
         for part, layer in _PEFT_LAYERS.items():
-            pair = (tensors[f"{prefix}{layer}lora_{side}.weight"] for side in "AB")
-            for side, factor in zip("ab", factors_of_peft(*pair, self.num_experts), strict=True):
+            a, b = (tensors[f"{prefix}{layer}lora_{side}.weight"] for side in "AB")
+            for side, factor in zip("ab", factors_of_peft(a, b, self.num_experts), strict=True):
                 self._one(f"{side}_{part}", adapter).copy_(factor)
 
     def _one(self, name: str, adapter: int) -> Tensor:

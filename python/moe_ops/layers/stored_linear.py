@@ -23,7 +23,7 @@ _CODES = ("codes", "scale", "zero")
 class _MadeWeight(Tensor):
     """A weight that nothing can be written to: adapters are merged by way of `data`."""
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @property
     def data(self) -> Tensor:  # type: ignore[override]
