@@ -60,8 +60,8 @@ BOUND = 0.01
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--pretrain", type=int, default=400, help="steps of the whole model")
-    parser.add_argument("--steps", type=int, default=150, help="steps of the adapters")
+    parser.add_argument("--pretrain", type=int, default=1000, help="steps of the whole model")
+    parser.add_argument("--steps", type=int, default=300, help="steps of the adapters")
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--folder", type=Path, default=Path("runs/qlora"))
     arguments = parser.parse_args()
