@@ -35,11 +35,11 @@ OptTensor cached_tensor(torch::headeronly::IntHeaderOnlyArrayRef sizes, const in
         data, static_cast<int64_t>(sizes.size()), sizes.data(), strides, 0, dtype_code(dtype),
         aoti_torch_device_type_cpu(), -1, &handle, aoti_torch_layout_strided(), nullptr, 0,
         [](void* block, void*) { cpu::release_buffer(block); }, nullptr);
-    if (error == 0) {
-      out = Tensor(handle);
-    } else {
+    if (error != 0) {
       cpu::release_buffer(data);
+      return out;
     }
+    out = Tensor(handle);
   }
   return out;
 }
