@@ -121,9 +121,11 @@ def rows(
 ) -> Iterator[str]:
     """A line of a table for each format: the fastest of interleaved samples."""
     layers = {name: Layer(name, shape) for name in names}
-    yield f"| {shape}, {dtype}, {_C.cpu_isa()} | MB an expert | " + " | ".join(
-        f"T {T}: ms | GB/s" for T in tokens
-    ) + " |"
+    yield (
+        f"| {shape}, {dtype}, {_C.cpu_isa()} | MB an expert | "
+        + " | ".join(f"T {T}: ms | GB/s" for T in tokens)
+        + " |"
+    )
     yield "|---" * (2 + 2 * len(tokens)) + "|"
     cells: dict[str, list[str]] = {name: [] for name in names}
     for T in tokens:
@@ -150,9 +152,7 @@ def main() -> None:
     torch.set_num_threads(1)
     with torch.no_grad():
         shape, dtype = SHAPES[arguments.shape], getattr(torch, arguments.dtype)
-        for line in rows(
-            arguments.formats, shape, arguments.tokens, dtype, arguments.seconds
-        ):
+        for line in rows(arguments.formats, shape, arguments.tokens, dtype, arguments.seconds):
             print(line, flush=True)
 
 

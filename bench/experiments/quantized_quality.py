@@ -120,7 +120,7 @@ def published_formats(steps: int) -> Iterator[str]:
         trainer.train_step()
     model = trainer.model.eval()
     size = model.config.context
-    text = corpus.heldout[:_HELDOUT].long()
+    text = corpus.heldout[:16_384].long()
     judged = [piece[None] for piece in text.split(size)[::16]]
     baseline = quant.record_baseline(model, judged, max_tokens=1024, tokens=text, context=size)
     before = baseline.perplexity
@@ -232,7 +232,9 @@ def _rounded_q6_k(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     codes = codes.to(torch.uint8).flatten(-2).unflatten(-1, (2, 4, 32))
     low_bits = codes[..., :2, :] & 15 | (codes[..., 2:, :] & 15) << 4
     upper = codes >> 4
-    high_bits = sum((upper[..., i, :] << 2 * i for i in range(4)), torch.zeros_like(upper[..., 0, :]))
+    high_bits = sum(
+        (upper[..., i, :] << 2 * i for i in range(4)), torch.zeros_like(upper[..., 0, :])
+    )
     packed = torch.cat([low_bits.flatten(-3), high_bits.flatten(-2)], -1)
     record = torch.cat([scales.to(torch.int8).view(torch.uint8), _bytes_of_halves(d[..., 0])], -1)
     return packed.flatten(-2), record

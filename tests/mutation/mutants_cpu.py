@@ -655,17 +655,25 @@ FAMILIES: dict[str, Family] = {
                 "const int64_t entry = (b * D::kRunCount + run) >> shift;",
                 "const int64_t entry = (b * D::kRunCount) >> shift;",
             ),
-            ("zero points of 8 for all", "static_cast<float>(8 - zero[", "static_cast<float>(0 * zero["),
-            ("q4_K: upper bits of scales lost", "(a >> 2 & 0x30303030u)", "0u"),
-            ("q4_K: upper bits of minima lost", "(b >> 2 & 0x30303030u)", "0u"),
-            ("q6_K: upper bits of the first run for all", "shift = run / 2 * 2", "shift = 0"),
+            (
+                "zero points of 8 for all",
+                "static_cast<float>(8 - zero[",
+                "static_cast<float>(0 * zero[",
+            ),
+            ("q4_K: upper bits of scales lost", "_mm_or_si128(low, upper)", "low"),
+            ("q6_K: the first quarter for all", "quarter(block, run / 2)", "quarter(block, 0)"),
+            ("fp8: NaN is 480", '? __builtin_nanf("") : 256.0f', "? 256.0f : 256.0f"),
             ("mxfp4: an exponent of 0 is 0", "e == 0 ? 0x00400000u", "e == 0 ? 0u"),
             ("mxfp4: no NaN", "e == 255 ? 0x7fc00000u", "e == 255 ? 0x7f000000u"),
-            ("a row's end of codes missed", "n * D::kBytes / D::kBlock", "n * D::kBytes / D::kBlock - 1"),
+            (
+                "a row's end of codes missed",
+                "n * D::kBytes / D::kBlock",
+                "n * D::kBytes / D::kBlock - 1",
+            ),
         )
         + of(
             "kernels/quant_decoded-inl.h",
-            ("offsets forgotten", "if (!has_offsets(rows)) return;\n    const", "if (true) return;\n    const"),
+            ("offsets forgotten", "scales[0].offset == nullptr", "true"),
             ("the first row's scales for four", "scales[f].scale[(b", "scales[0].scale[(b"),
             ("blocks behind whole lines missed", "while (b < whole) add_blocks();", "b = whole;"),
             (

@@ -204,7 +204,6 @@ std::vector<BlockSize> block_sizes() {
                    {"quant", "rows", "mr2", k.mr2},
                    {"quant", "rows", "w8_max_rows", q.w8_max_rows},
                    {"quant", "rows", "w4_max_rows", q.w4_max_rows},
-                   {"quant", "rows", "decoded_max_rows", q.decoded_max_rows},
                    {"quant", "rows", "int16_rows", q.int16_rows},
                    {"quant", "rows", "int8_rows", q.int8_rows},
                    {"quant", "depth_a_row", "dot8_depth_of_row", q.w8_min_depth_per_row},

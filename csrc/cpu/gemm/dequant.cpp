@@ -6,11 +6,12 @@ namespace moe_ops::cpu {
 
 namespace {
 
-// The weights of expert e, whose rows are dense as they are stored.
-CodeRows code_rows(const ExpertMatrices& m, int64_t e) {
+// The weights of expert e, k in a row as they are stored.
+CodeRows code_rows(const ExpertMatrices& m, int64_t e, int64_t k) {
   const QuantFormat& q = m.quant;
   const int64_t scale = e * q.scale_stride_e, size = scale_size(q.scale_type);
   return {.codes = q.codes,
+          .k = k,
           .scale_type = q.scale_type,
           .group = q.group,
           .w = static_cast<const char*>(m.data) + e * m.stride_e * q.bits / 8,
@@ -41,7 +42,7 @@ void rows_item(const GemmDesc<float>& d, const GemmKernels<float>& k, const Gemm
       (part * d.segments * ld + decoded_scratch(K)) * static_cast<int64_t>(sizeof(float)) + 128);
   float* w = arena.take<float>(part * d.segments * ld);
   float* scales = arena.take<float>(decoded_scratch(K));
-  const CodeRows rows = code_rows(d.b, it.expert);
+  const CodeRows rows = code_rows(d.b, it.expert, K);
   GemmDesc<float> inner = d;
   inner.b = {w, DType::kFloat32, 0, ld, 1};
   inner.features = part;
@@ -52,7 +53,6 @@ void rows_item(const GemmDesc<float>& d, const GemmKernels<float>& k, const Gemm
       for (int64_t i = 0; i < count; ++i) {
         quant_kernels().dequantise({.rows = rows,
                                     .row = s * d.features + first + i,
-                                    .k = K,
                                     .k0 = 0,
                                     .n = K,
                                     .scratch = scales,
@@ -81,7 +81,7 @@ void columns_item(const GemmDesc<float>& d, const GemmKernels<float>& k, const G
   float* w = arena.take<float>(depth * ld);
   float* sums = arena.take<float>(m * n);
   float* scales = arena.take<float>(decoded_scratch(row_length));
-  const CodeRows rows = code_rows(d.b, it.expert);
+  const CodeRows rows = code_rows(d.b, it.expert, row_length);
   GemmDesc<float> inner = d;
   inner.b = {w, DType::kFloat32, 0, 1, ld};
   inner.features = n;
@@ -90,7 +90,6 @@ void columns_item(const GemmDesc<float>& d, const GemmKernels<float>& k, const G
     for (int64_t i = 0; i < inner.in_features; ++i) {
       quant_kernels().dequantise({.rows = rows,
                                   .row = k0 + i,
-                                  .k = row_length,
                                   .k0 = it.feature_begin,
                                   .n = n,
                                   .scratch = scales,
@@ -121,13 +120,12 @@ void dequant_item(const GemmDesc<float>& d, const GemmKernels<float>& k, const G
   d.b.quant.transposed ? columns_item(d, k, it, fn) : rows_item(d, k, it, fn);
 }
 
-void decoded_gemv_item(const GemmDesc<float>& d, const GemmKernels<float>& k, const GemmItem& it,
-                       const DequantEpilogue& fn) {
+void decoded_gemv_item(const GemmDesc<float>& d, const GemmItem& it, const DequantEpilogue& fn) {
   const QuantKernels& kernels = quant_kernels();
   const int64_t m = it.row_end - it.row_begin, n = it.feature_end - it.feature_begin;
   const int64_t K = d.in_features, padded_k = round_up<int64_t>(K, 256);
   const int64_t ldx = kernels.arranged_floats(K), ldo = n * d.segments;
-  const CodeRows rows = code_rows(d.b, it.expert);
+  const CodeRows rows = code_rows(d.b, it.expert, K);
   ScratchScope scratch;
   float* x = scratch.take<float>(Scratch::kPackA, padded_k);
   float* tokens = scratch.take<float>(Scratch::kTokens, m * ldx);
@@ -136,37 +134,28 @@ void decoded_gemv_item(const GemmDesc<float>& d, const GemmKernels<float>& k, co
   std::fill(x + K, x + padded_k, 0.0f);
   for (int64_t t = 0; t < m; ++t) {
     Wide::load(d, it.row_begin + t, 0, K, x);
-    kernels.arrange_token(rows, K, x, tokens + t * ldx);
+    kernels.arrange_token(rows, x, tokens + t * ldx);
   }
-  // Four long streams, as in gemv_item; with more tokens than a pass takes, four rows at a time.
+  // Four long streams, as in gemv_item.
   const int64_t quarter = n / kGemvFeatures, rest = n % kGemvFeatures;
-  const int64_t passes = ceil_div<int64_t>(m, k.gemv.max_tokens);
-  const BalancedPartition pass_rows(m, passes);
   for (int s = 0; s < d.segments; ++s) {
     // `count` times `features` features from `first` on, `step` apart.
     const auto run = [&](int features, int64_t count, int64_t first, int64_t step) {
       if (count == 0) return;
-      for (int64_t p = 0; p < passes; ++p) {
-        const int64_t t = pass_rows.begin(p);
-        kernels.decoded_dot({.rows = rows,
-                             .first = s * d.features + it.feature_begin + first,
-                             .step = step,
-                             .features = features,
-                             .count = count,
-                             .tokens = static_cast<int>(pass_rows.begin(p + 1) - t),
-                             .k = K,
-                             .x = tokens + t * ldx,
-                             .ldx = ldx,
-                             .scratch = scales,
-                             .out = out + t * ldo + s * n + first,
-                             .ldo = ldo,
-                             .out_step = step});
-      }
+      kernels.decoded_dot({.rows = rows,
+                           .first = s * d.features + it.feature_begin + first,
+                           .step = step,
+                           .features = features,
+                           .count = count,
+                           .tokens = static_cast<int>(m),
+                           .x = tokens,
+                           .ldx = ldx,
+                           .scratch = scales,
+                           .out = out + s * n + first,
+                           .ldo = ldo,
+                           .out_step = step});
     };
-    const int64_t at_once = passes == 1 ? quarter : 1;
-    for (int64_t f = 0; f < quarter; f += at_once) {
-      run(kGemvFeatures, std::min(at_once, quarter - f), f, quarter);
-    }
+    run(kGemvFeatures, quarter, 0, quarter);
     run(1, rest, kGemvFeatures * quarter, 1);
   }
   for (int64_t t = 0; t < m; ++t) {

@@ -18,8 +18,7 @@ using DequantEpilogue =
 void dequant_item(const GemmDesc<float>& d, const GemmKernels<float>& k, const GemmItem& it,
                   const DequantEpilogue& fn);
 
-// Few rows of tokens: weights become float32 in registers. Every byte of them is read once.
-void decoded_gemv_item(const GemmDesc<float>& d, const GemmKernels<float>& k, const GemmItem& it,
-                       const DequantEpilogue& fn);
+// One pass of tokens: weights become float32 in registers. Every byte of them is read once.
+void decoded_gemv_item(const GemmDesc<float>& d, const GemmItem& it, const DequantEpilogue& fn);
 
 }  // namespace moe_ops::cpu

@@ -78,7 +78,7 @@ void run_item(const GemmDesc<T>& d, const GemmKernels<T>& k, const GemmItem& it,
       case Operand::kInt8:
         return gemv ? w4_gemv_item(d, k, it, fn) : repack_b_item<Activations::kInt8>(d, k, it, fn);
       case Operand::kDecoded:
-        return decoded_gemv_item(d, k, it, std::cref(fn));
+        return decoded_gemv_item(d, it, std::cref(fn));
       default:
         break;
     }

@@ -118,7 +118,7 @@ Choice choose(const GemmShape& s, const GemmKernels<T>& k, const QuantKernels& q
       return {Algorithm::kPackTokens,
               k.has_bf16 && rows <= k.bf16_max_rows ? Operand::kFp8Bf16 : Operand::kFp8};
     case B::kCodes:
-      if (rows <= q.decoded_max_rows) return {Algorithm::kGemv, Operand::kDecoded};
+      if (rows <= k.gemv.max_tokens) return {Algorithm::kGemv, Operand::kDecoded};
       return {Algorithm::kDequant, Operand::kWide};
     case B::kTurnedCodes:
       return {Algorithm::kDequant, Operand::kWide};

@@ -71,6 +71,7 @@ using QuantTile = void (*)(const QuantTileParams& p);
 // The weights of an expert as they are stored (QuantFormat); strides are in bytes.
 struct CodeRows {
   Codes codes;
+  int64_t k;  // codes of a row
   ScaleType scale_type;
   int64_t group;  // steps that share a scale, where `codes` does not say how many
   const void* w;
@@ -81,13 +82,13 @@ struct CodeRows {
   int64_t ld_zero;
 };
 
-// Floats of scratch in which a kernel keeps the scales of a row of k codes.
+// Floats of scratch in which a kernel keeps the scales of a row of codes.
 constexpr int64_t decoded_scratch(int64_t k) { return 2 * (k / 16 + 32); }
 
-// Steps [k0, k0 + n) of a row of k codes as float32.
+// Steps [k0, k0 + n) of a row as float32.
 struct DequantParams {
   CodeRows rows;
-  int64_t row, k, k0, n;
+  int64_t row, k0, n;
   float* scratch;  // decoded_scratch(k)
   float* dst;
 };
@@ -100,7 +101,6 @@ struct DecodedDotParams {
   int features;
   int64_t count;
   int tokens;
-  int64_t k;
   const float* x;
   int64_t ldx;
   float* scratch;  // features * decoded_scratch(k)
@@ -145,12 +145,11 @@ struct QuantKernels {
 
   // All formats, decoded to float32; tokens are not rounded.
   void (*dequantise)(const DequantParams& p);
-  // Floats of a token of k features as decoded_dot reads it, and x as such a row; x is readable and
-  // zero up to a multiple of 256.
+  // Floats of a token of k features as decoded_dot reads it, and such a row of the token x, which
+  // is readable and zero up to a multiple of 256.
   int64_t (*arranged_floats)(int64_t k);
-  void (*arrange_token)(const CodeRows& rows, int64_t k, const float* x, float* row);
+  void (*arrange_token)(const CodeRows& rows, const float* x, float* row);
   void (*decoded_dot)(const DecodedDotParams& p);
-  int decoded_max_rows;  // It beats dequantising up to so many rows.
 };
 
 const QuantKernels& quant_kernels();

@@ -18,8 +18,9 @@ struct ArrangedToken {
 int64_t arranged_floats(int64_t k) { return ArrangedToken(k).floats(); }
 
 template <class D>
-void arrange_token_for(const CodeRows& rows, int64_t k, const float* x, float* row) {
+void arrange_token_for(const CodeRows& rows, const float* x, float* row) {
   constexpr int W = kLanes<float>;
+  const int64_t k = rows.k;
   const ArrangedToken layout(k);
   for (int64_t i = 0; i < layout.sums; i += 2 * W) {
     Vec<float> a = load<float>(x + i), b = load<float>(x + i + W);
@@ -27,7 +28,7 @@ void arrange_token_for(const CodeRows& rows, int64_t k, const float* x, float* r
     store<float>(row + i, a);
     store<float>(row + i + W, b);
   }
-  if (!has_offsets(rows)) return;
+  if (!D::kOffsets) return;
   float* sums = row + layout.sums;
   for (int64_t i = 0; i < layout.sums / 16 + W; i += W) store<float>(sums + i, Vec<float>{});
   const int shift = scale_runs<D>(rows).shift;
@@ -38,19 +39,21 @@ void arrange_token_for(const CodeRows& rows, int64_t k, const float* x, float* r
   }
 }
 
-void arrange_token(const CodeRows& rows, int64_t k, const float* x, float* row) {
-  with_decoder(rows.codes, [&]<class D>() { arrange_token_for<D>(rows, k, x, row); });
+void arrange_token(const CodeRows& rows, const float* x, float* row) {
+  with_decoder<Fp8Sums>(rows.codes, [&]<class D>() { arrange_token_for<D>(rows, x, row); });
 }
 
-// `count` times F rows of weights and M tokens. A run is summed by itself, then scaled and added.
+// `count` times F rows of weights and M tokens. A run is summed by itself, then scaled and added;
+// where it has fewer vectors than there are tokens, the vectors are scaled.
 template <class D, int F, int M>
 void decoded_dot_tile(const DecodedDotParams& p) {
   constexpr int W = kLanes<float>, V = kRunVectors<D>;
   constexpr int64_t kLine = 64, kLineBlocks = D::kBytes < kLine ? kLine / D::kBytes : 1;
+  constexpr bool kScaleValues = V < M || V == 1;
   const CodeRows rows = p.rows;
   const ScaleRuns how = scale_runs<D>(rows);
   const int shift = how.shift;
-  const int64_t k = p.k, ldx = p.ldx, row0 = p.first, row_step = p.step;
+  const int64_t k = rows.k, ldx = p.ldx, row0 = p.first, row_step = p.step;
   const int64_t whole = k / D::kBlock, runs = (k + kRunSteps<D> - 1) / kRunSteps<D>;
   const int64_t scratch_step = decoded_scratch(k);
   const float* x = p.x;
@@ -63,25 +66,32 @@ void decoded_dot_tile(const DecodedDotParams& p) {
     for (int f = 0; f < F; ++f) {
       const int64_t row = row0 + f * row_step + n;
       w[f] = static_cast<const uint8_t*>(rows.w) + row * rows.ldw;
-      scales[f] = run_scales<D>(rows, how, row, 0, runs, k, scratch + f * scratch_step);
+      float* room = scratch + f * scratch_step;
+      scales[f] = D::scales(rows, how, row, 0, runs, room, room + scratch_step / 2);
 #pragma GCC unroll 4
       for (int t = 0; t < M; ++t) acc[f][t] = Vec<float>{};
     }
     const auto add_block = [&](int f, const auto& block, int64_t b) __attribute__((always_inline)) {
 #pragma GCC unroll 8
       for (int run = 0; run < D::kRunCount; ++run) {
+        const Vec<float> scale = splat<float>(scales[f].scale[(b * D::kRunCount + run) >> shift]);
         Vec<float> sum[M];
 #pragma GCC unroll 32
         for (int i = 0; i < V; ++i) {
-          const Vec<float> value = D::value(block, run, i);
+          Vec<float> value = D::value(block, run, i);
+          if constexpr (kScaleValues) value *= scale;
           const float* xv = x + b * D::kBlock + run * kRunSteps<D> + i * W;
 #pragma GCC unroll 4
           for (int t = 0; t < M; ++t) {
             const Vec<float> v = load<float>(xv + t * ldx);
-            sum[t] = i == 0 ? v * value : add_one_of<float, 1>(sum[t], v, value);
+            if constexpr (kScaleValues) {
+              acc[f][t] = add_one_of<float, 1>(acc[f][t], v, value);
+            } else {
+              sum[t] = i == 0 ? v * value : add_one_of<float, 1>(sum[t], v, value);
+            }
           }
         }
-        const Vec<float> scale = splat<float>(scales[f].scale[(b * D::kRunCount + run) >> shift]);
+        if constexpr (kScaleValues) continue;
 #pragma GCC unroll 4
         for (int t = 0; t < M; ++t) acc[f][t] = add_one_of<float, 1>(acc[f][t], sum[t], scale);
       }
@@ -104,14 +114,16 @@ void decoded_dot_tile(const DecodedDotParams& p) {
       for (int64_t i = 0; i < kLineBlocks; ++i) add_blocks();
     }
     while (b < whole) add_blocks();
-    if (b * D::kBlock < k) {
+    if constexpr (D::kRagged) {
+      if (b * D::kBlock < k) {
 #pragma GCC unroll 4
-      for (int f = 0; f < F; ++f) {
-        const CodesTail<D> tail(w[f], b, k - b * D::kBlock);
-        add_block(f, D::block(tail.bytes, 0), b);
+        for (int f = 0; f < F; ++f) {
+          const CodesTail<D> tail(w[f], b, k - b * D::kBlock);
+          add_block(f, D::block(tail.bytes, 0), b);
+        }
       }
     }
-    if (!has_offsets(rows)) return;
+    if (!D::kOffsets || scales[0].offset == nullptr) return;
     const int64_t entries = ((runs - 1) >> shift) + 1;
 #pragma GCC unroll 4
     for (int f = 0; f < F; ++f) {
@@ -129,7 +141,7 @@ void decoded_dot_tile(const DecodedDotParams& p) {
 }
 
 void decoded_dot(const DecodedDotParams& p) {
-  with_decoder(p.rows.codes, [&]<class D>() {
+  with_decoder<Fp8Sums>(p.rows.codes, [&]<class D>() {
     with_counts<kGemvFeatures>(p.features, p.tokens,
                                [&]<int F, int M>() { decoded_dot_tile<D, F, M>(p); });
   });

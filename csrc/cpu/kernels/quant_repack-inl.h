@@ -206,7 +206,6 @@ QuantKernels quant_table() {
   k.arranged_floats = &arranged_floats;
   k.arrange_token = &arrange_token;
   k.decoded_dot = &decoded_dot;
-  k.decoded_max_rows = 2 * MOE_DOT_TOKENS;
   for_each_count<MOE_MR2>([&]<int M>() {
     k.tile[0][M - 1] = &word_tile<8, float, M>;
     k.tile[1][M - 1] = &word_tile<4, float, M>;
