@@ -167,7 +167,10 @@ def _cpu() -> Iterator[Finding]:
         text += f" (MOE_OPS_CPU_ISA={forced})"
         yield Finding("cpu", "warning", text, "Unset MOE_OPS_CPU_ISA.")
     elif active == "portable":
-        advice = "A processor with AVX2 and FMA runs the tuned kernels."
+        if platform.machine().lower() in ("x86_64", "amd64"):
+            advice = "A processor with AVX2 and FMA runs the tuned kernels."
+        else:
+            advice = "Kernels are tuned for x86-64 only; here they run as the compiler made them."
         yield Finding("cpu", "warning", f"{text}: correct but slow", advice)
     else:
         yield Finding("cpu", "ok", text)

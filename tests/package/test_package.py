@@ -299,9 +299,10 @@ EXAMPLES_NEED = {
     "from transformers import Trainer": "accelerate",
     "moe_ops.zoo.mowst": "torch_geometric",
     "from river": "river",
+    "moe_ops.onnx": "onnxruntime",
 }
 # The same for one block, without which the others of its page run.
-BLOCKS_NEED = {"peft": "peft"}
+BLOCKS_NEED = {"peft": "peft", "lightning": "lightning"}
 
 
 def blocks(path: Path, language: str) -> list[str]:
