@@ -40,7 +40,7 @@ SOURCES := CMakeLists.txt pyproject.toml \
   $(shell find csrc python -type f -not -name '*.so' -not -name '*.pyc' -not -name '*.md')
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test test-sim test-cuda-torch test-cuda-torch-smoke test-asan test-tsan fuzz mutants lint format site wheel test-wheel clean distclean
+.PHONY: help build demo test test-sim test-cuda-torch test-cuda-torch-smoke test-asan test-tsan fuzz mutants lint format site wheel wheel-aarch64 test-wheel test-installed clean distclean
 .DELETE_ON_ERROR:
 
 help:
@@ -57,6 +57,8 @@ help:
 	@echo 'make format     rewrite the sources in that style'
 	@echo 'make site       build the documentation as a site in ./build/site'
 	@echo 'make wheel      build a wheel into ./dist; make test-wheel PYTHONS="python3.10 python3.13" tries it'
+	@echo 'make wheel-aarch64  the same for Linux on Arm, by a cross compiler'
+	@echo 'make test-installed PYTHON=/path/to/python   run the suite on the wheel that is installed there'
 	@echo 'make clean      remove build output and caches; make distclean also removes ./.venv'
 	@echo
 	@echo 'PYTHON=python3.12, TORCH="torch==2.10.*" choose what ./.venv is made of,'
@@ -98,6 +100,11 @@ demo: build
 test: build
 	@echo 'Running the test suite on the installed package.'
 	@OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(VENV)/bin/python -m pytest -n $(PYTEST_WORKERS) --dist loadgroup $(PYTEST_ARGS)
+
+# The same on what is installed beside PYTHON, such as a wheel, with pytest and the extra "test".
+test-installed:
+	@mkdir -p build && cd build && env -u PYTHONPATH $(PYTHON) -c 'import sys, moe_ops, torch; print("Testing", moe_ops.__file__, "on Python", sys.version.split()[0], "and torch", torch.__version__)'
+	@env -u PYTHONPATH OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(PYTHON) -m pytest -n $(PYTEST_WORKERS) --dist loadgroup $(PYTEST_ARGS)
 
 # Ends with the smallest form of every call that failed; build/fuzz keeps what is done.
 fuzz: build
@@ -221,6 +228,27 @@ wheel: $(VENV)/.tools $(if $(WITH_CUDA),$(VENV)/.cuda)
 	@rm -rf build/wheel && mkdir -p build/wheel
 	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PIP) wheel -q --no-deps --no-build-isolation -w build/wheel .
 	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/python -m auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' -w dist build/wheel/*.whl
+	@ls -l dist
+
+# The same for Linux on Arm, by a cross compiler (Debian: apt install g++-aarch64-linux-gnu) and with
+# the oldest torch of that system, which is a CPU build.
+ARM_CXX ?= aarch64-linux-gnu-g++
+ARM := build/aarch64
+
+$(ARM)/.torch: $(VENV)/.tools
+	@echo 'Unpacking the torch for Arm into ./$(ARM) (400 MB).'
+	@rm -rf $(ARM) && $(PIP) install -q --no-deps --target $(ARM)/site --only-binary=:all: \
+	  --platform manylinux_2_28_aarch64 "torch==2.10.0"
+	@touch $@
+
+wheel-aarch64: $(ARM)/.torch
+	@echo 'Building a wheel for Arm into ./dist.'
+	@$(PIP) install -q $(WHEEL_TOOLS)
+	@rm -rf $(ARM)/wheel && mkdir -p $(ARM)/wheel
+	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" CXX=$(ARM_CXX) MOE_OPS_CUDA=off _PYTHON_HOST_PLATFORM=linux-aarch64 \
+	  CMAKE_ARGS="-DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DMOE_OPS_TORCH_DIR=$(CURDIR)/$(ARM)/site/torch" \
+	  $(PIP) wheel -q --no-deps --no-build-isolation -w $(ARM)/wheel .
+	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/python -m auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' -w dist $(ARM)/wheel/*.whl
 	@ls -l dist
 
 # The newest wheel in an empty environment of each Python, with the torch that pip takes for it

@@ -37,11 +37,11 @@ EXCEPTIONS = {
 SHARED = {
     "csrc/include/moe_ops": {
         "activation",
-        "api",
         "attention_block",
         "batch_invariant",
         "common",
         "dense_layer",
+        "platform",
         "router_bwd",
         "routing",
         "score_func",

@@ -1,17 +1,28 @@
-"""Integer weights: int8 with a scale a row, int4 with one a group."""
+"""Weights of few bits: int8 with a scale a row and int4 with one a group in the benchmark of the
+CPU, and all formats of moe_ffn_quantized, those of published checkpoints too, beside each other:
+
+    python -m bench.cpu.quantized --seconds 2
+    python -m bench.cpu.quantized --formats int4-64 q4_k --tokens 1 --isa avx2
+"""
 
 from __future__ import annotations
 
+import argparse
 import gc
+from collections.abc import Callable, Iterator
 
 import torch
+from tests.helpers.quantized import STORED, any_format
 from torch import Tensor
 
 import moe_ops
-from moe_ops import memory
+from bench.harness.arguments import seconds, whole
+from moe_ops import _C, memory
+from moe_ops.bench import machine
 from moe_ops.bench.baselines import Bind, Call, MoeOps, MoeOpsPacked
 from moe_ops.bench.measure import Cells, Session, forward_cells
-from moe_ops.bench.shapes import INT4_GROUP, SHAPES, Bank, Tokens, make_bank
+from moe_ops.bench.shapes import INT4_GROUP, SHAPES, Bank, Shape, Tokens, make_bank
+from moe_ops.bench.timing import measure
 from moe_ops.quant import formats
 
 
@@ -59,3 +70,91 @@ def quantize(w: Tensor, weight_format: str, group: int) -> tuple[Tensor, Tensor]
     groups = group if weight_format == "int4" else None
     experts = [formats.quantize(expert, weight_format, groups) for expert in w]
     return torch.stack([q for q, _ in experts]), torch.stack([scale for _, scale in experts])
+
+
+# ------------------------------------------------------------------------ all formats, one by one
+
+# float32 stands beside them: the weights that the formats are read in place of.
+ALL = ("float32", "int8", "int4-32", "int4-64", *STORED)
+
+
+class Layer:
+    """One layer in one format, of codes and scales at random."""
+
+    def __init__(self, name: str, shape: Shape) -> None:
+        self.shape, self.name = shape, name
+        self.weights: dict[str, Tensor] = {}
+        for weight, features, depth in (
+            ("w_gate_up", 2 * shape.I, shape.H),
+            ("w_down", shape.H, shape.I),
+        ):
+            # One expert's numbers for all: they take their time to make, and none to be read.
+            for part, value in any_format(name, 1, features, depth).items():
+                all_experts = torch.empty(shape.E, *value.shape[1:], dtype=value.dtype)
+                memory.use_huge_pages(all_experts)
+                self.weights[weight + part] = all_experts.copy_(value.expand_as(all_experts))
+        self.op = moe_ops.moe_ffn if name == "float32" else moe_ops.moe_ffn_quantized
+
+    @property
+    def expert_bytes(self) -> float:
+        return sum(w.nbytes for w in self.weights.values()) / self.shape.E
+
+    def calls(self, count: int, dtype: torch.dtype) -> list[Callable[[], Tensor]]:
+        """Calls with so many tokens each, which go to other experts from call to call and to all of
+        them in turn: no call finds its weights in a cache."""
+        H, E, K = self.shape.H, self.shape.E, self.shape.K
+        generator = torch.Generator().manual_seed(1)
+        turns = max(1, E // (count * K))
+        ids = torch.randperm(E, generator=generator).int().repeat(-(-turns * count * K // E))
+        ids = ids[: turns * count * K].view(turns, count, K)
+        weights = torch.full((count, K), 1 / K)
+        x = torch.randn(count, H, generator=generator).to(dtype)
+
+        def call(ids: Tensor) -> Callable[[], Tensor]:
+            return lambda: self.op(x=x, topk_weights=weights, topk_ids=ids, **self.weights)
+
+        return [call(turn) for turn in ids]
+
+
+def rows(
+    names: list[str], shape: Shape, tokens: list[int], dtype: torch.dtype, budget_s: float
+) -> Iterator[str]:
+    """A line of a table for each format: the fastest of interleaved samples."""
+    layers = {name: Layer(name, shape) for name in names}
+    yield (
+        f"| {shape}, {dtype}, {_C.cpu_isa()} | MB an expert | "
+        + " | ".join(f"T {T}: ms | GB/s" for T in tokens)
+        + " |"
+    )
+    yield "|---" * (2 + 2 * len(tokens)) + "|"
+    cells: dict[str, list[str]] = {name: [] for name in names}
+    for T in tokens:
+        calls = {name: layer.calls(T, dtype) for name, layer in layers.items()}
+        jobs = {name: lambda found=found: [c() for c in found] for name, found in calls.items()}
+        for name, samples in measure(jobs, budget_s=budget_s, max_rounds=1000).items():
+            s = min(samples.used.values()) / len(calls[name])
+            read = layers[name].expert_bytes * min(shape.E, T * shape.K)
+            cells[name] += [f"{s * 1e3:.3f}", f"{read / s * 1e-9:.1f}"]
+    for name in names:
+        yield f"| {name} | {layers[name].expert_bytes * 1e-6:.2f} | {' | '.join(cells[name])} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="bench.cpu.quantized", description=__doc__)
+    parser.add_argument("--formats", nargs="+", choices=ALL, default=list(ALL))
+    parser.add_argument("--shape", choices=SHAPES, default="a32")
+    parser.add_argument("--tokens", nargs="+", type=whole(1, 4096), default=[1, 4, 16, 128])
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--isa", choices=machine.ISA_ENVIRONMENTS, help="hold everything to it")
+    parser.add_argument("--seconds", type=seconds, default=2.0, help="a number of tokens")
+    arguments = parser.parse_args()
+    machine.hold_to_isa(arguments.isa)
+    torch.set_num_threads(1)
+    with torch.no_grad():
+        shape, dtype = SHAPES[arguments.shape], getattr(torch, arguments.dtype)
+        for line in rows(arguments.formats, shape, arguments.tokens, dtype, arguments.seconds):
+            print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -18,9 +18,11 @@ from pathlib import Path
 import torch
 
 import moe_ops
+from bench.experiments.fp8_training import MODEL
 from moe_ops import quant
 from moe_ops.demo import data
 from moe_ops.demo.checkpoint import Checkpointer
+from moe_ops.demo.train import TrainConfig, Trainer
 from moe_ops.expert_weights import ExpertWeights
 from moe_ops.layers import Experts, QuantizedExperts
 from moe_ops.quant.bank import find_banks
@@ -35,6 +37,7 @@ _HELDOUT = 65_536
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("demo", type=Path, help="folder that moe-ops demo has written")
+    parser.add_argument("--steps", type=int, default=400, help="of training for `published`")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
@@ -48,7 +51,7 @@ def main() -> None:
         print("\nFormats of published checkpoints, weights rounded to the nearest:")
         print("| weights | bank error | bits/byte | perplexity | change | memory |")
         print("|---|---|---|---|---|---|")
-        for line in published_formats(arguments.demo):
+        for line in published_formats(arguments.steps):
             print(line, flush=True)
     if "model" in arguments.parts:
         print("\nThe same model in transformers, all of it optimised:")
@@ -95,25 +98,34 @@ def demo_model(folder: Path) -> Iterator[str]:
 
 
 PUBLISHED = {
-    "fp8 128 x 128": WeightFormat("fp8"),
+    "int8": WeightFormat("int8"),
     "q8_0": WeightFormat("int8", 32, "float16"),
+    "fp8 128 x 128": WeightFormat("fp8"),
+    "q6_K": WeightFormat("q6_k"),
+    "int4 g64": WeightFormat("int4", 64),
     "int4 g64 with zero points (GPTQ, AWQ)": WeightFormat("int4", 64, "float16", True),
     "int4 g128 with zero points": WeightFormat("int4", 128, "float16", True),
     "q4_0": WeightFormat("int4", 32, "float16"),
+    "q4_K": WeightFormat("q4_k"),
     "mxfp4": WeightFormat("mxfp4"),
 }
 
 
-def published_formats(folder: Path) -> Iterator[str]:
-    """As `demo_model`. The 128 inputs of its weights are too few for a block of q4_K and q6_K."""
-    corpus = data.load_corpus(Checkpointer(folder).load().metadata["data"])
-    model = DeepSeek.from_pretrained(folder / "model")
+def published_formats(steps: int) -> Iterator[str]:
+    """As `demo_model`, of a model that is trained here: blocks of q4_K and q6_K have 256 inputs,
+    twice as many as weights of the demo."""
+    corpus = data.load_corpus()
+    trainer = Trainer(TrainConfig(steps=steps, eval_every=steps, model=MODEL), corpus)
+    while not trainer.finished:
+        trainer.train_step()
+    model = trainer.model.eval()
     size = model.config.context
-    text = corpus.heldout[:_HELDOUT].long()
+    text = corpus.heldout[:16_384].long()
     judged = [piece[None] for piece in text.split(size)[::16]]
     baseline = quant.record_baseline(model, judged, max_tokens=1024, tokens=text, context=size)
     before = baseline.perplexity
     assert before is not None
+    yield f"| fp32 | | {math.log2(before):.4f} | {before:.4f} | | 100 % |"
     for name, how in PUBLISHED.items():
         copied = copy.deepcopy(model)
         for found in find_banks(copied):
@@ -154,9 +166,14 @@ def _rounded(
     """Codes, scales and zero points of w [O, D]."""
     if how.name == "fp8":
         return *quant.quantize_fp8_blocks(w), None
+    if how.name == "int8" and how.group_size is None:
+        return *quant.quantize(w, "int8"), None
+    if how.name in ("q4_k", "q6_k"):
+        return *(_rounded_q4_k(w) if how.name == "q4_k" else _rounded_q6_k(w)), None
     groups = w.unflatten(-1, (-1, how.group_size or 32))
     low, high = groups.amin(-1), groups.amax(-1)
     amax = torch.maximum(-low, high).clamp(min=1e-12)
+    scale_dtype = getattr(torch, how.scale_dtype)
     if how.name == "mxfp4":  # The OCP's rule: the largest number is below 8 times its scale.
         exponent = amax.log2().floor() - 2
         values = groups / torch.exp2(exponent)[..., None]
@@ -164,19 +181,68 @@ def _rounded(
         codes = torch.bucketize(values.abs(), middles) | (values < 0) << 3
         scale, zero = (exponent + 127).to(torch.uint8), None
     elif how.name == "int8":
-        scale, zero = (amax / 127).half(), None
+        scale, zero = (amax / 127).to(scale_dtype), None
         codes = (groups / scale.float()[..., None]).round().clamp(-127, 127)
         return codes.flatten(-2).to(torch.int8), scale, None
     elif how.zero_points:
-        scale = ((high - low) / 15).half()
+        scale = ((high - low) / 15).to(scale_dtype)
         zero = (-low / scale.float()).round().clamp(0, 15)
         codes = (groups / scale.float()[..., None] + zero[..., None]).round().clamp(0, 15)
         zero = zero.to(torch.uint8)
     else:  # As q4_0: the largest becomes -8.
-        scale, zero = (torch.where(high > -low, high, low) / -8).half(), None
+        scale, zero = (torch.where(high > -low, high, low) / -8).to(scale_dtype), None
         codes = (groups / scale.float()[..., None]).round().clamp(-8, 7) + 8
     codes = codes.flatten(-2).to(torch.uint8)
     return codes[:, 0::2] | codes[:, 1::2] << 4, scale, zero
+
+
+def _bytes_of_halves(x: torch.Tensor) -> torch.Tensor:
+    return x.half().unsqueeze(-1).view(torch.uint8)
+
+
+def _rounded_q4_k(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The layout is that of `moe_ops.reference._codes`; scales and minima of 32 weights are in 6
+    bits, those of 256 in float16."""
+    groups = w.unflatten(-1, (-1, 8, 32))
+    low = -groups.amin(-1).clamp(max=0)
+    step = (groups.amax(-1) + low) / 15
+    d, dmin = ((x.amax(-1, keepdim=True) / 63).half().float() for x in (step, low))
+    scales = (step / d.clamp(min=1e-12)).round().clamp(0, 63)
+    minima = (low / dmin.clamp(min=1e-12)).round().clamp(0, 63)
+    step, low = scales * d, minima * dmin
+    codes = (groups + low[..., None]) / step.clamp(min=1e-12)[..., None]
+    codes = codes.round().clamp(0, 15).to(torch.uint8)
+    packed = codes[..., 0::2, :] | codes[..., 1::2, :] << 4
+    scales, minima = scales.to(torch.uint8), minima.to(torch.uint8)
+    record = [
+        _bytes_of_halves(d[..., 0]),
+        _bytes_of_halves(dmin[..., 0]),
+        scales[..., :4] | scales[..., 4:] >> 4 << 6,
+        minima[..., :4] | minima[..., 4:] >> 4 << 6,
+        scales[..., 4:] & 15 | (minima[..., 4:] & 15) << 4,
+    ]
+    return packed.flatten(-3), torch.cat(record, -1)
+
+
+def _rounded_q6_k(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same for scales of 16 weights in 8 bits. The largest becomes -32."""
+    groups = w.unflatten(-1, (-1, 16, 16))
+    low, high = groups.amin(-1), groups.amax(-1)
+    step = torch.where(high > -low, high, low) / -32
+    d = (step.abs().amax(-1, keepdim=True) / 127).half().float()
+    scales = (step / d.clamp(min=1e-12)).round().clamp(-128, 127)
+    step = scales * d
+    codes = (groups / torch.where(step == 0, 1.0, step)[..., None]).round().clamp(-32, 31) + 32
+    # [..., blocks, halves, runs of 32]
+    codes = codes.to(torch.uint8).flatten(-2).unflatten(-1, (2, 4, 32))
+    low_bits = codes[..., :2, :] & 15 | (codes[..., 2:, :] & 15) << 4
+    upper = codes >> 4
+    high_bits = sum(
+        (upper[..., i, :] << 2 * i for i in range(4)), torch.zeros_like(upper[..., 0, :])
+    )
+    packed = torch.cat([low_bits.flatten(-3), high_bits.flatten(-2)], -1)
+    record = torch.cat([scales.to(torch.int8).view(torch.uint8), _bytes_of_halves(d[..., 0])], -1)
+    return packed.flatten(-2), record
 
 
 def whole_model(folder: Path) -> Iterator[str]:

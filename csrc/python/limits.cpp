@@ -4,7 +4,6 @@
 #include <array>
 #include <chrono>
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
 
 #if defined(__x86_64__)
@@ -15,6 +14,7 @@
 #endif
 
 #include "moe_ops/common.h"
+#include "moe_ops/platform.h"
 
 namespace moe_ops::cpu {
 
@@ -162,7 +162,7 @@ using ReadLoop = uint64_t (*)(const char*, size_t);
 std::vector<double> read_rates(std::array<ReadLoop, 2> loops, size_t bytes, double seconds) {
   const size_t mapped = round_up(bytes, kHugePage);
   bytes = round_up<size_t>(bytes, 256);  // four streams of whole lines
-  char* data = static_cast<char*>(std::aligned_alloc(kHugePage, mapped));
+  char* data = static_cast<char*>(allocate_aligned(kHugePage, mapped));
   if (data == nullptr) return {};
 #if defined(__linux__)
   madvise(data, mapped, MADV_HUGEPAGE);
@@ -175,7 +175,7 @@ std::vector<double> read_rates(std::array<ReadLoop, 2> loops, size_t bytes, doub
     int_sink = loops[i % 2](data, bytes);
     rates[i % 2].push_back(static_cast<double>(bytes) / seconds_since(start));
   }
-  std::free(data);
+  free_aligned(data);
   const auto median = [](std::vector<double> v) {
     std::nth_element(v.begin(), v.begin() + v.size() / 2, v.end());
     return v[v.size() / 2];

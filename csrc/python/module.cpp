@@ -97,12 +97,13 @@ std::map<std::string, std::vector<double>> rates(size_t bytes, double seconds) {
 // ---- what the heuristics choose
 
 // How the CPU multiplies the `rows` rows of an expert with a weight of that type and layout
-// (dense_k, dense_features, packed, int8, int4, fp8): algorithm, operand and size of work items,
-// at any target and on a processor of Intel's or another.
+// (dense_k, dense_features, packed, int8, int4, fp8, codes, turned_codes): algorithm, operand and
+// size of work items, at any target and on a processor of Intel's or another.
 std::string cpu_gemm_config(const std::string& dtype, const std::string& layout, int64_t rows,
                             int64_t features, int64_t in_features, const std::string& isa,
                             bool intel, std::optional<bool> halves, std::optional<bool> invariant) {
-  constexpr std::array kLayouts = {"dense_k", "dense_features", "packed", "int8", "int4", "fp8"};
+  constexpr std::array kLayouts = {"dense_k", "dense_features", "packed",      "int8", "int4",
+                                   "fp8",     "codes",          "turned_codes"};
   const auto at = std::find(kLayouts.begin(), kLayouts.end(), layout);
   const std::vector<std::string> isas = supported_isas();
   const auto target = std::find(isas.begin(), isas.end(), isa);

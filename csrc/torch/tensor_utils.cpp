@@ -6,7 +6,8 @@
 
 // STABLE_ABI_WORKAROUND: from_blob with a deleter is in the stable ABI from torch 2.11 on, one
 // version above our floor. As a weak symbol it is null in 2.10, where large tensors then come from
-// torch's allocator.
+// torch's allocator. Nothing names it where there is no buffer cache: linkers of other systems take
+// no such symbol.
 extern "C" AOTITorchError torch_from_blob(
     void* data, int64_t ndim, const int64_t* sizes, const int64_t* strides, int64_t storage_offset,
     int32_t dtype, int32_t device_type, int32_t device_index, AtenTensorHandle* ret, int32_t layout,
@@ -25,19 +26,21 @@ int32_t dtype_code(ScalarType dtype) {
 OptTensor cached_tensor(torch::headeronly::IntHeaderOnlyArrayRef sizes, const int64_t* strides,
                         ScalarType dtype, size_t bytes) {
   OptTensor out;
-  if (torch_from_blob == nullptr) return out;
-  void* data = cpu::acquire_buffer(bytes);
-  if (data == nullptr) return out;
-  AtenTensorHandle handle = nullptr;
-  const AOTITorchError error = torch_from_blob(
-      data, static_cast<int64_t>(sizes.size()), sizes.data(), strides, 0, dtype_code(dtype),
-      aoti_torch_device_type_cpu(), -1, &handle, aoti_torch_layout_strided(), nullptr, 0,
-      [](void* block, void*) { cpu::release_buffer(block); }, nullptr);
-  if (error != 0) {
-    cpu::release_buffer(data);
-    return out;
+  if constexpr (cpu::kHasBufferCache) {
+    if (torch_from_blob == nullptr) return out;
+    void* data = cpu::acquire_buffer(bytes);
+    if (data == nullptr) return out;
+    AtenTensorHandle handle = nullptr;
+    const AOTITorchError error = torch_from_blob(
+        data, static_cast<int64_t>(sizes.size()), sizes.data(), strides, 0, dtype_code(dtype),
+        aoti_torch_device_type_cpu(), -1, &handle, aoti_torch_layout_strided(), nullptr, 0,
+        [](void* block, void*) { cpu::release_buffer(block); }, nullptr);
+    if (error != 0) {
+      cpu::release_buffer(data);
+      return out;
+    }
+    out = Tensor(handle);
   }
-  out = Tensor(handle);
   return out;
 }
 

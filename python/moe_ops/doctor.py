@@ -85,10 +85,11 @@ def examine() -> Report:
     if torch.cuda.is_available() and cuda[0].level in ("ok", "info"):
         tests += self_test("cuda")
     findings.append(_same_bits_for_any_thread_count())
-    names = ["torch", "numpy", "transformers", "safetensors", "matplotlib", "typer", "rich"]
+    names = ["numpy", "transformers", "safetensors", "matplotlib", "typer", "rich"]
     versions: dict[str, str | None] = {
         "python": platform.python_version(),
         "moe_ops": moe_ops.__version__,
+        "torch": torch.__version__,  # Its metadata may lack the variant, as +cu130.
         **{name: _version(name) for name in names},
     }
     return Report(findings, tests, versions)
@@ -167,7 +168,10 @@ def _cpu() -> Iterator[Finding]:
         text += f" (MOE_OPS_CPU_ISA={forced})"
         yield Finding("cpu", "warning", text, "Unset MOE_OPS_CPU_ISA.")
     elif active == "portable":
-        advice = "A processor with AVX2 and FMA runs the tuned kernels."
+        if platform.machine().lower() in ("x86_64", "amd64"):
+            advice = "A processor with AVX2 and FMA runs the tuned kernels."
+        else:
+            advice = "Kernels are tuned for x86-64 only; here they run as the compiler made them."
         yield Finding("cpu", "warning", f"{text}: correct but slow", advice)
     else:
         yield Finding("cpu", "ok", text)

@@ -31,7 +31,8 @@ from tests.helpers.fp8 import (
     check_grouped_gemm_fp8, check_moe_ffn_fp8, fp8_gemm_operands, fp8_operands,
 )
 from tests.helpers.quantized import (
-    moe_ffn_in_integers, moe_ffn_quantized_magnitude, quantized_operands, rounds_to_bytes,
+    STORED_GROUPS, STORED_RECORDS, check_stored_gemm, moe_ffn_in_integers,
+    moe_ffn_quantized_magnitude, quantized_operands, rounds_to_bytes, stored_gemm_call,
 )
 
 def dense_ffn_magnitude(x, w_up, w_down, input_ids, b_up, b_down, activation):
@@ -197,6 +198,12 @@ for dtype in DTYPES:
             # The portable level rounds a product before it rounds it to an integer.
             slack = 5e-3 if sys.argv[1] == "portable" else 1e-3
             assert (y - expected).norm() <= (eps(dtype) + slack) * expected.norm(), (bits, group)
+    for kind in (*STORED_GROUPS, *STORED_RECORDS):
+        unit = STORED_RECORDS[kind] if kind in STORED_RECORDS else STORED_GROUPS[kind][1]
+        for depth in (33, 200) if unit == 1 else (unit, 3 * unit):
+            for counts in ((1, 0, 3), (9, 8, 20)):
+                if dtype != torch.float64:
+                    check_stored_gemm(stored_gemm_call(kind, counts, depth, 35, dtype))
     if dtype != torch.float64:
         for width in (1, 7, 33, 128, 200, 300):
             x = (torch.randn(5, width) * torch.rand(5, width) ** 8).to(dtype)

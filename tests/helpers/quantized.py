@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,11 +13,14 @@ from torch import Tensor
 
 from moe_ops import _C, is_batch_invariant, ops, reference
 from moe_ops.ops.gated_act import GATED_ACTIVATIONS
+from moe_ops.quant import quantize_fp8_blocks
 from moe_ops.reference._codes import dequantized as dequantized_weight
+from moe_ops.reference._codes import format_of
 from moe_ops.reference.gated_act import plain_act
 from moe_ops.testing import (
     Kwargs,
     absolute,
+    assert_close_by_norm,
     check_against_reference,
     eps,
     poisoned,
@@ -93,13 +97,14 @@ def quantized_operands(
 
 def dequantized(call: Kwargs) -> Kwargs:
     """The moe_ffn call in fp64 that a moe_ffn_quantized call stands for."""
-    call = widened(call)
+    exact = widened({name: v for name, v in call.items() if not name.startswith("w_")})
     for name in ("w_gate_up", "w_down"):
-        call[name] = dequantized_weight(call[name], call.pop(f"{name}_scale"))
-    factors = call.pop("x_scale", None)
+        parts = (call[name], call[f"{name}_scale"], call.get(f"{name}_zero"))
+        exact[name] = dequantized_weight(*parts, torch.float64)
+    factors = exact.pop("x_scale", None)
     if factors is not None:
-        call["x"] = call["x"] * factors
-    return call
+        exact["x"] = exact["x"] * factors
+    return exact
 
 
 def moe_ffn_quantized_magnitude(**call: Any) -> Tensor:
@@ -227,7 +232,8 @@ def check_grouped_gemm_quantized_on_device(call: Kwargs) -> None:
     exact = {**widened(call), "b": call["b"]}
     expected = reference.grouped_gemm_quantized(**exact)
     sizes = {name: exact[name].abs() for name in ("a", "bias") if name in exact}
-    codes = {"b": dequantized_weight(call["b"], call["b_scale"]).double().abs()}
+    parts = (call["b"], call["b_scale"], call.get("b_zero"))
+    codes = {"b": dequantized_weight(*parts, torch.float64).abs()}
     offsets = {"expert_offsets": call["expert_offsets"]}
     magnitude = reference.grouped_gemm(**sizes, **codes, **offsets)
     with poisoned(expected.to(call["a"].dtype)):
@@ -235,3 +241,126 @@ def check_grouped_gemm_quantized_on_device(call: Kwargs) -> None:
     assert y.dtype == call["a"].dtype and y.shape == expected.shape
     error = (y.double() - expected).norm()
     assert error <= 2 * eps(y.dtype) * magnitude.norm() + 1e-30, f"{error:.2e}"
+
+
+# --- formats of published checkpoints, whose weights become float32
+
+# Integers in groups: bits, group, dtype of the scales, whether there are zero points.
+STORED_GROUPS = {
+    "int8 groups": (8, 32, torch.float16, False),
+    "int8 g160": (8, 160, torch.bfloat16, False),
+    "int4 zero": (4, 64, torch.bfloat16, True),
+    "int4 float16": (4, 32, torch.float16, False),
+    "int4 g96 zero": (4, 96, torch.float32, True),
+    "int4 g256": (4, 256, torch.float32, False),
+}
+# Others: what the length of a row is a multiple of.
+STORED_RECORDS = {"mxfp4": 32, "fp8": 1, "q4_k": 256, "q6_k": 256}
+STORED = ("int8 groups", "int4 zero", "int4 float16", *STORED_RECORDS)
+
+
+def stored(
+    kind: str, experts: int, features: int, depth: int
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Codes, scales and zero points at random of a format of STORED_GROUPS or STORED_RECORDS; of
+    weights of about depth^-0.5."""
+    size = depth**-0.5
+
+    def codes(*shape: int) -> Tensor:
+        return torch.randint(0, 256, (experts, features, *shape), dtype=torch.uint8)
+
+    if kind in STORED_GROUPS:
+        bits, group, dtype, has_zero = STORED_GROUPS[kind]
+        groups = (experts, features, depth // group)
+        scale = ((torch.rand(groups) + 0.5) * size / (64 if bits == 8 else 4)).to(dtype)
+        zero = torch.randint(0, 16, groups, dtype=torch.uint8) if has_zero else None
+        return (codes(depth).view(torch.int8) if bits == 8 else codes(depth // 2)), scale, zero
+    if kind == "mxfp4":
+        exponents = torch.randint(121, 124, (experts, features, depth // 32), dtype=torch.uint8)
+        return codes(depth // 2), exponents, None
+    if kind == "fp8":
+        return *quantize_fp8_blocks(torch.randn(experts, features, depth) * size), None
+    record = codes(depth // 256, {"q4_k": 16, "q6_k": 18}[kind])
+    steps, at = (2, 0) if kind == "q4_k" else (1, 16)
+    step = (torch.rand(experts, features, depth // 256, steps) + 0.5) * size / 1024
+    record[..., at : at + 2 * steps] = step.half().view(torch.uint8)
+    return codes(depth // 2 if kind == "q4_k" else 3 * depth // 4), record, None
+
+
+def any_format(kind: str, experts: int, features: int, depth: int) -> dict[str, Tensor]:
+    """The parts of a weight, by what is behind its name: those of `stored`, or of "float32",
+    "int8", "int4-64" and its like."""
+    if kind in STORED_GROUPS or kind in STORED_RECORDS:
+        parts = stored(kind, experts, features, depth)
+    else:
+        w = torch.randn(experts, features, depth) * depth**-0.5
+        if kind == "float32":
+            return {"": w}
+        bits, _, group = kind.removeprefix("int").partition("-")
+        parts = (*quantized(w, int(bits), int(group or 0)), None)
+    names = ("", "_scale", "_zero")
+    return {name: t for name, t in zip(names, parts, strict=True) if t is not None}
+
+
+def stored_call(
+    kind: str,
+    routing: Routing,
+    hidden: int,
+    intermediate: int,
+    dtype: torch.dtype,
+    **options: Any,
+) -> Kwargs:
+    """moe_ffn_quantized with weights of such a format."""
+    call = quantized_operands(routing, hidden, intermediate, dtype, 8, **options)
+    for name in ("w_gate_up", "w_down"):
+        parts = any_format(kind, *call[name].shape)
+        call |= {f"{name}{part}": value for part, value in parts.items()}
+    return call
+
+
+def stored_gemm_call(
+    kind: str, counts: Sequence[int], in_features: int, out_features: int, dtype: torch.dtype
+) -> Kwargs:
+    """grouped_gemm_quantized with a weight of such a format, a bias and two rows of no expert."""
+    call = quantized_gemm_operands(counts, in_features, out_features, dtype, 8, tail=2, bias=True)
+    parts = any_format(kind, *call["b"].shape)
+    return call | {f"b{part}": value for part, value in parts.items()}
+
+
+def check_stored_gemm(call: Kwargs, wrt: Sequence[str] = ()) -> None:
+    """Against its reference in fp64: rows are not rounded. The bound is that of sums whose weights
+    are a value and an offset, which may be larger than what they add up to: a weight of zero point
+    15 and code 15 is 7 * scale - 7 * scale."""
+    codes = {name: v for name, v in call.items() if name.startswith("b_") or name == "b"}
+    parts = (codes["b_scale"], codes.get("b_zero"), torch.float64)
+    weights = dequantized_weight(codes["b"], *parts)
+    has_zero = codes.get("b_zero") is not None
+    if has_zero or format_of(codes["b"], codes["b_scale"]) == "q4_k":
+        codes_of_zero = torch.full_like(codes["b"], 0x88 if has_zero else 0)
+        weights = weights.abs() + 2 * dequantized_weight(codes_of_zero, *parts).abs()
+    check_against_reference(
+        functools.partial(ops.grouped_gemm_quantized, **codes),
+        functools.partial(reference.grouped_gemm_quantized, **codes),
+        {name: v for name, v in call.items() if name not in codes},
+        wrt,
+        magnitude=functools.partial(reference.grouped_gemm, b=weights.abs()),
+        sum_length=max(*call["a"].shape, *weights.shape[1:]),
+    )
+
+
+def check_stored_ffn(call: Kwargs) -> None:
+    """moe_ffn_quantized with such weights against moe_ffn in fp64 with those that they stand for.
+    x times x_scale, the activated features and, on CUDA, an expert's output are rounded to x's
+    type."""
+    exact = dequantized(call)
+    expected = reference.moe_ffn(**exact)
+    with poisoned(call["x"], expected.to(call["x"].dtype)):
+        y = ops.moe_ffn_quantized(**call)
+    assert y.dtype == call["x"].dtype
+    assert_close_by_norm(
+        y,
+        expected,
+        moe_ffn_magnitude(**absolute(exact)),
+        sum_length=max(*exact["x"].shape, exact["w_down"].shape[-1], 1),
+        steps=0 if y.dtype == torch.float32 and call["x"].device.type == "cpu" else 4,
+    )

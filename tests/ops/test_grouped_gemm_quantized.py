@@ -4,10 +4,14 @@ import pytest
 import torch
 from tests.helpers.op_case import OpCase
 from tests.helpers.quantized import (
+    STORED_GROUPS,
+    STORED_RECORDS,
     check_grouped_gemm_quantized,
     check_grouped_gemm_quantized_on_device,
+    check_stored_gemm,
     quantized,
     quantized_gemm_operands,
+    stored_gemm_call,
 )
 from torch.func import grad, jvp, vmap
 
@@ -80,6 +84,71 @@ def test_a_dense_layer(bits, group, dtype, check):
     """One expert with many features, as a model's head, of one token and of several."""
     for rows in (1, 2, 12):
         check(quantized_gemm_operands((rows,), 256, 2100, dtype, bits, group))
+
+
+# --- formats that are decoded to float32, and those of integers where rows may not be rounded
+
+# In registers for up to 2 rows or 4, and in cache; empty experts.
+COUNTS = ((1,), (3, 0, 2), (0, 4, 5), (1, 0, 41))
+
+
+@pytest.mark.parametrize("counts", COUNTS, ids=str)
+@pytest.mark.parametrize("kind", [*STORED_GROUPS, *STORED_RECORDS])
+def test_stored_formats(kind, counts, backend):
+    """Whole blocks of vectors and ends, features that no four rows divide, with gradients."""
+    unit = STORED_RECORDS[kind] if kind in STORED_RECORDS else STORED_GROUPS[kind][1]
+    depths = (1, 33, 127, 129, 385) if unit == 1 else (unit, 3 * unit, 5 * unit)
+    check, features = check_stored_gemm, (1, 35, 130)
+    if backend != "cpu":
+        check, depths, features = check_grouped_gemm_quantized_on_device, depths[1:2], (35,)
+    for in_features in depths:
+        for out_features in features:
+            for dtype in (torch.float32, torch.bfloat16):
+                check(stored_gemm_call(kind, counts, in_features, out_features, dtype))
+
+
+@pytest.mark.cpu_only
+@pytest.mark.parametrize("counts", COUNTS, ids=str)
+@pytest.mark.parametrize("kind", ["int4 g96 zero", "int8 groups", "int4-32", "int8", "fp8", "q4_k"])
+def test_gradients_through_stored_formats(kind, counts):
+    for dtype in (torch.float32, torch.float16):
+        check_stored_gemm(stored_gemm_call(kind, counts, 768, 40, dtype), ["a", "bias"])
+
+
+@pytest.mark.cpu_only
+@pytest.mark.parametrize("kind", [*STORED_GROUPS, *STORED_RECORDS])
+def test_stored_bits_do_not_depend_on_threads_and_in_one_mode_not_on_neighbours(kind, set_threads):
+    depth = 800 if kind == "int8 g160" else 1536
+    call = stored_gemm_call(kind, (1, 3, 8), depth, 70, torch.float32)
+    set_threads(1)
+    y = moe_ops.grouped_gemm_quantized(**call)
+    set_threads(2)
+    assert_identical(moe_ops.grouped_gemm_quantized(**call), y)
+    one = {name: t[2:] for name, t in call.items() if name[0] == "b"}
+    with moe_ops.batch_invariant():
+        y = moe_ops.grouped_gemm_quantized(**call)
+        offsets = torch.tensor([0, 1])
+        alone = moe_ops.grouped_gemm_quantized(call["a"][6:7], **one, expert_offsets=offsets)
+    assert_identical(alone[0], y[6])
+
+
+@pytest.mark.cpu_only
+@pytest.mark.parametrize("rows", [1, 20])
+def test_weights_that_are_not_finite_or_subnormal(rows):
+    """e4m3 has no infinity, but NaN of either sign; scales of MXFP4 are powers from 2^-127 on, or
+    NaN."""
+    for code in (0x7F, 0xFF):
+        call = stored_gemm_call("fp8", (rows,), 200, 9, torch.float32)
+        call["b"].view(torch.uint8)[0, 4, 137] = code
+        y = moe_ops.grouped_gemm_quantized(**call)[:rows]
+        assert y[:, 4].isnan().all() and y.isnan().sum() == rows
+    call = stored_gemm_call("mxfp4", (rows,), 96, 9, torch.float32)
+    call["b_scale"][0, 4, 1] = 255
+    y = moe_ops.grouped_gemm_quantized(**call)[:rows]
+    assert y[:, 4].isnan().all() and y.isnan().sum() == rows
+    call["a"] *= 2.0**120
+    call["b_scale"][:] = torch.arange(3, dtype=torch.uint8)
+    check_stored_gemm(call)
 
 
 @formats

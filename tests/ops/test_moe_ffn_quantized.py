@@ -7,7 +7,9 @@ import torch
 from tests.helpers.op_case import OpCase
 from tests.helpers.quantized import (
     INTEGER_ROWS,
+    STORED,
     check_moe_ffn_quantized,
+    check_stored_ffn,
     dequantized,
     moe_ffn_in_integers,
     moe_ffn_quantized_magnitude,
@@ -15,6 +17,7 @@ from tests.helpers.quantized import (
     quantized_operands,
     rounds_to_bytes,
     slots_of_experts,
+    stored_call,
 )
 from tests.helpers.routing import EMPTY_ROUTINGS, ROUTINGS, Routing
 
@@ -349,6 +352,26 @@ def test_two_python_threads_at_once():
         got = list(pool.map(lambda i: moe_ops.moe_ffn_quantized(**calls[i % 4]), range(40)))
     for i, y in enumerate(got):
         assert_identical(y, want[i % 4], f"call {i}")
+
+
+# --- formats that are decoded to float32 (tests/quant/test_stored_formats.py has their gradients)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=short)
+@pytest.mark.parametrize("routing", [FEW, MANY], ids=["few", "many"])
+@pytest.mark.parametrize("kind", STORED)
+def test_stored_formats(kind, routing, dtype, backend):
+    if backend != "cpu" and (routing is MANY or dtype == torch.bfloat16):
+        pytest.skip("on CUDA one formula serves them all")
+    check_stored_ffn(stored_call(kind, routing, 256, 256, dtype, bias=True, x_scale=True))
+
+
+@pytest.mark.parametrize("kind", STORED)
+def test_stored_formats_without_tokens(kind):
+    call = stored_call(kind, Routing(1, 2, 1), 256, 256, torch.float32)
+    for name in ("x", "topk_weights", "topk_ids"):
+        call[name] = call[name][:0]
+    assert moe_ops.moe_ffn_quantized(**call).shape == (0, 256)
 
 
 # --- torch

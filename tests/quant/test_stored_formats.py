@@ -4,61 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.helpers.quantized import quantized_operands
+from tests.helpers.quantized import STORED, quantized_operands, stored_call
 from tests.helpers.routing import Routing
 
 import moe_ops
-import moe_ops.quant
 from moe_ops import reference
 from moe_ops.testing import assert_identical
 
 # Every expert few tokens, so products of integers; every expert many, so tiles.
 FEW = Routing(7, 4, 2, "dropped")
 MANY = Routing(31, 2, 2)
-
-
-def stored(kind, experts, features, depth):
-    """A weight of a format without kernels of its own: codes, scales and zero points at random."""
-    size = depth**-0.5
-
-    def codes(*shape, kind=torch.uint8):
-        return torch.randint(0, 256, (experts, features, *shape), dtype=torch.uint8).view(kind)
-
-    def scales(group, dtype, unit):
-        shape = (experts, features, depth // group)
-        return ((torch.rand(shape) + 0.5) * size * unit).to(dtype)
-
-    if kind == "int8 groups":
-        return codes(depth, kind=torch.int8), scales(32, torch.float16, 1 / 64), None
-    if kind == "int4 zero":
-        zero = torch.randint(0, 16, (experts, features, depth // 64), dtype=torch.uint8)
-        return codes(depth // 2), scales(64, torch.bfloat16, 1 / 4), zero
-    if kind == "int4 float16":
-        return codes(depth // 2), scales(32, torch.float16, 1 / 4), None
-    if kind == "mxfp4":
-        exponents = torch.randint(121, 124, (experts, features, depth // 32), dtype=torch.uint8)
-        return codes(depth // 2), exponents, None
-    if kind == "fp8":
-        q, scale = moe_ops.quant.quantize_fp8_blocks(torch.randn(experts, features, depth) * size)
-        return q, scale, None
-    record = codes(depth // 256, {"q4_k": 16, "q6_k": 18}[kind])
-    steps, at = (2, 0) if kind == "q4_k" else (1, 16)
-    step = (torch.rand(experts, features, depth // 256, steps) + 0.5) * size / 1024
-    record[..., at : at + 2 * steps] = step.half().view(torch.uint8)
-    return codes(depth // 2 if kind == "q4_k" else 3 * depth // 4), record, None
-
-
-STORED = ("int8 groups", "int4 zero", "int4 float16", "mxfp4", "fp8", "q4_k", "q6_k")
-
-
-def stored_call(kind, routing, hidden, intermediate, dtype, **options):
-    call = quantized_operands(routing, hidden, intermediate, dtype, 8, **options)
-    for name in ("w_gate_up", "w_down"):
-        experts, features, depth = call[name].shape
-        call[name], call[f"{name}_scale"], zero = stored(kind, experts, features, depth)
-        if zero is not None:
-            call[f"{name}_zero"] = zero
-    return call
 
 
 def relative(got, wanted):

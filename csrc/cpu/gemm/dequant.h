@@ -1,6 +1,6 @@
-// Products of weights that become float32 in cache, some rows at a time: those of formats without
-// kernels of their own, and those with transposed matrices, as in a backward pass. The algorithms
-// of float32 weights do the rest, so memory delivers the bits that are stored and no others.
+// Products of weights of few bits that are decoded to float32: those of formats without kernels of
+// integers, and those with transposed matrices, as in a backward pass. Memory delivers the bits
+// that are stored and no others, and tokens are not rounded.
 #pragma once
 
 #include <functional>
@@ -14,7 +14,11 @@ namespace moe_ops::cpu {
 using DequantEpilogue =
     std::function<void(int64_t expert, int64_t row, int64_t feature, int64_t n, float*, float*)>;
 
+// Some weight rows at a time become float32 in cache, where the algorithms of float32 do the rest.
 void dequant_item(const GemmDesc<float>& d, const GemmKernels<float>& k, const GemmItem& it,
                   const DequantEpilogue& fn);
+
+// One pass of tokens: weights become float32 in registers. Every byte of them is read once.
+void decoded_gemv_item(const GemmDesc<float>& d, const GemmItem& it, const DequantEpilogue& fn);
 
 }  // namespace moe_ops::cpu

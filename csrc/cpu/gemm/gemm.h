@@ -77,6 +77,8 @@ void run_item(const GemmDesc<T>& d, const GemmKernels<T>& k, const GemmItem& it,
         return gemv ? w8_gemv_item(d, k, it, fn) : repack_b_item<Activations::kInt16>(d, k, it, fn);
       case Operand::kInt8:
         return gemv ? w4_gemv_item(d, k, it, fn) : repack_b_item<Activations::kInt8>(d, k, it, fn);
+      case Operand::kDecoded:
+        return decoded_gemv_item(d, it, std::cref(fn));
       default:
         break;
     }

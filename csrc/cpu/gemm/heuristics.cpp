@@ -45,7 +45,8 @@ Choice choose_invariant(const GemmShape& s, const GemmKernels<T>& k, int64_t row
       return {Algorithm::kGemv, Operand::kInt8};
     case B::kFp8:
       return {rows <= kFp8GemvRows ? Algorithm::kGemv : Algorithm::kGemvBlocked, Operand::kFp8};
-    case B::kDequant:
+    case B::kCodes:
+    case B::kTurnedCodes:
       return {Algorithm::kDequant, Operand::kWide};
     case B::kPacked:
       return {Algorithm::kPackedB, operand(bf16)};
@@ -116,7 +117,10 @@ Choice choose(const GemmShape& s, const GemmKernels<T>& k, const QuantKernels& q
       if (rows <= kFp8GemvRows) return {Algorithm::kGemv, Operand::kFp8};
       return {Algorithm::kPackTokens,
               k.has_bf16 && rows <= k.bf16_max_rows ? Operand::kFp8Bf16 : Operand::kFp8};
-    case B::kDequant:
+    case B::kCodes:
+      if (rows <= k.gemv.max_tokens) return {Algorithm::kGemv, Operand::kDecoded};
+      return {Algorithm::kDequant, Operand::kWide};
+    case B::kTurnedCodes:
       return {Algorithm::kDequant, Operand::kWide};
     case B::kPacked:
       return {Algorithm::kPackedB, operand};
@@ -154,7 +158,8 @@ int64_t row_major_depth(const GemmShape& s, const GemmKernels<T>& k, int64_t ste
 constexpr std::array kAlgorithmNames = {"zero",     "gemv",        "gemv_blocked", "outer",
                                         "pack_bt",  "row_major_b", "packed_b",     "pack_tokens",
                                         "repack_b", "dequant"};
-constexpr std::array kOperandNames = {"wide", "bf16", "amx", "int16", "int8", "fp8", "fp8_bf16"};
+constexpr std::array kOperandNames = {"wide", "bf16", "amx",      "int16",
+                                      "int8", "fp8",  "fp8_bf16", "decoded"};
 
 }  // namespace
 
@@ -190,7 +195,7 @@ GemmConfig choose_config(const GemmShape& s, const GemmKernels<T>& k, const Quan
       break;
     case Algorithm::kGemv:
       c.feature_unit = kGemvFeatures;
-      if (operand == Operand::kInt8) {
+      if (operand == Operand::kInt8 || operand == Operand::kDecoded) {
         c.features = kQuantFeatures;
       } else if (operand == Operand::kInt16) {
         c.feature_unit = 2 * q.w8_features;

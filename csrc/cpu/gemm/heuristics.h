@@ -37,6 +37,7 @@ enum class Operand : int {
   kInt8,     // tokens as integers of 8 bits
   kFp8,      // e4m3 codes, decoded to float32
   kFp8Bf16,  // e4m3 codes, decoded to pairs of bfloat16
+  kDecoded,  // weights of few bits, decoded to float32 in registers
 };
 
 struct GemmConfig {
@@ -57,7 +58,17 @@ std::string to_string(const GemmConfig& c);
 
 // What the choice depends on.
 struct GemmShape {
-  enum class B : int { kDenseK, kDenseFeatures, kPacked, kBits8, kBits4, kFp8, kDequant };
+  // kCodes: weights of few bits without kernels of integers; kTurnedCodes: any that are transposed.
+  enum class B : int {
+    kDenseK,
+    kDenseFeatures,
+    kPacked,
+    kBits8,
+    kBits4,
+    kFp8,
+    kCodes,
+    kTurnedCodes
+  };
   B b = B::kDenseK;
   DType type = DType::kFloat32;  // of the weights; of the layer's tokens where they have few bits
   bool scaled = false;           // whether a row of tokens has a factor
@@ -76,7 +87,7 @@ template <class T>
 GemmShape shape_of(const GemmDesc<T>& d) {
   GemmShape s;
   if (d.b.quant.bits != 0 && (d.b.quant.transposed || !d.b.quant.has_kernels)) {
-    s.b = GemmShape::B::kDequant;
+    s.b = d.b.quant.transposed ? GemmShape::B::kTurnedCodes : GemmShape::B::kCodes;
   } else if (d.b.quant.bits != 0) {
     s.b = d.b.quant.bits == 4 ? GemmShape::B::kBits4 : GemmShape::B::kBits8;
   } else if (d.b.panels != nullptr) {

@@ -222,6 +222,7 @@ class Products {
     b.quant.scales = scales.data();
     b.quant.group = K / groups;
     run(Algorithm::kDequant, Operand::kWide, 2);
+    run(Algorithm::kGemv, Operand::kDecoded, k_.gemv.max_tokens);
     right_ = other;
   }
 

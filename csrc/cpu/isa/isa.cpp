@@ -75,7 +75,6 @@ bool has_avx512_bf16() {
   unsigned a = 0, b = 0, c = 0, d = 0;
   return __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && (a & 1u << 5) != 0;
 }
-#endif
 
 // AMX with bfloat16, and the leave to use its 8 KiB of registers, which Linux grants a process on
 // request.
@@ -91,6 +90,7 @@ bool has_amx() {
   return false;
 #endif
 }
+#endif
 
 }  // namespace
 

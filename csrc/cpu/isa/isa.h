@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "cpu/isa/targets.h"
-#include "moe_ops/api.h"
+#include "moe_ops/platform.h"
 
 namespace moe_ops::cpu {
 

@@ -62,6 +62,7 @@ class Calls {
     rows();
     if (type == DType::kFloat16) return;  // differs from bfloat16 by its conversions alone
     if (type != DType::kFloat64) fp8();
+    if (type != DType::kFloat64) codes();
     attention();
     activations();
     mixtures();
@@ -214,6 +215,54 @@ class Calls {
     fp8_kernels().decode(codes, row, K);
     fp8_kernels().dot_widened({1, 1, K, wide, K, &scales, row, K, &scales,
                                static_cast<float*>(out(DType::kFloat32, 1)), 1, 1});
+  }
+
+  // Weights that are decoded to float32, in registers for an expert and in cache for the other.
+  void codes() {
+    constexpr int64_t E = 2, N = 14, O = 9, K = 256;
+    static constexpr int32_t kOffsets[E + 1] = {0, 1, N};
+    op_ = "grouped_gemm";
+    struct Format {
+      Codes codes;
+      int bits;
+      ScaleType type;
+      int64_t group, row_scales;
+    };
+    for (const Format& f : {Format{Codes::kInt4, 4, ScaleType::kFloat32, 64, 4},
+                            {Codes::kMxfp4, 4, ScaleType::kBytes, 32, 8},
+                            {Codes::kFp8, 8, ScaleType::kFloat32, kFp8Block, K / kFp8Block},
+                            {Codes::kQ4K, 4, ScaleType::kBytes, K, 16},
+                            {Codes::kQ6K, 6, ScaleType::kBytes, K, 18}}) {
+      const int64_t scales = E * O * f.row_scales;
+      auto* w = static_cast<uint8_t*>(bytes(E * O * K * f.bits / 8));
+      for (int64_t i = 0; i < E * O * K * f.bits / 8; ++i) w[i] = static_cast<uint8_t>(i % 126);
+      auto* records = static_cast<uint8_t*>(bytes(scales));
+      for (int64_t i = 0; i < scales; ++i) {
+        const int64_t byte = i % f.row_scales;
+        const bool half = f.codes == Codes::kQ4K ? byte < 4 : f.codes == Codes::kQ6K && byte >= 16;
+        // Upper bytes of a float16 of 1/16 or of an exponent near zero.
+        records[i] = static_cast<uint8_t>(!half ? 126 + i % 3 : byte % 2 == 1 ? 0x2c : 0);
+      }
+      ExpertMatrices b = {w, DType::kFloat32, O * K, K, 1};
+      b.quant.bits = f.bits;
+      b.quant.codes = f.codes;
+      b.quant.scale_type = f.type;
+      b.quant.group = f.group;
+      b.quant.scale_stride_o = f.row_scales;
+      b.quant.scale_stride_e = O * f.row_scales;
+      b.quant.scales = f.type == ScaleType::kBytes ? records : draw(DType::kFloat32, scales);
+      b.quant.zero = f.codes == Codes::kInt4 ? w : nullptr;
+      b.quant.has_kernels = false;
+      GroupedGemmParams p;
+      p.expert_offsets = kOffsets;
+      p.num_experts = E;
+      p.out_features = O;
+      p.in_features = K;
+      p.a = {draw(N * K), type_, K};
+      p.b = b;
+      p.out = {out(N * O), type_, O};
+      grouped_gemm(p, kAlone);
+    }
   }
 
   void activations() {

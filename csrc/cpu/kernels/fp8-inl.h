@@ -16,23 +16,68 @@ inline float to_float(E4m3 v) {
   return __builtin_bit_cast(float, u | (uint32_t{v.bits} & 0x80u) << 24);
 }
 
-inline Vec<float> load_as(const E4m3* p) {
-  using F = Simd<float>;
-#if defined(__AVX512F__) && MOE_VEC_BYTES == 64
-  const F::Uint wide = __builtin_bit_cast(
-      F::Uint, _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
-#elif defined(__AVX2__) && MOE_VEC_BYTES == 32
-  const F::Uint wide = __builtin_bit_cast(
-      F::Uint, _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+#if defined(__AVX2__) && MOE_VEC_BYTES >= 32
+// Codes as float16: seven bits of them in place of its exponent and mantissa are the number times
+// 2^-8, and processors convert subnormal float16 as fast as others.
+#if MOE_VEC_BYTES == 64
+typedef __m256i Halves;
+#define MOE_HALF(name) _mm256_##name
+inline Halves e4m3_halves(const E4m3* p) {
+  const Halves wide = _mm256_cvtepi8_epi16(load_bytes<__m128i_u>(p));
+  return _mm256_and_si256(_mm256_slli_epi16(wide, 7), _mm256_set1_epi16(-0x4080));
+}
 #else
+typedef __m128i Halves;
+#define MOE_HALF(name) _mm_##name
+inline Halves e4m3_halves(const E4m3* p) {
+  const Halves wide = _mm_cvtepi8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  return _mm_and_si128(_mm_slli_epi16(wide, 7), _mm_set1_epi16(-0x4080));
+}
+#endif
+#endif
+
+inline Vec<float> load_as(const E4m3* p) {
+#if defined(__AVX2__) && MOE_VEC_BYTES >= 32
+  const Halves halves = e4m3_halves(p), most = MOE_HALF(set1_epi16)(0x3f80);
+  typedef int16_t Words __attribute__((vector_size(MOE_VEC_BYTES / 2)));
+  const auto words = __builtin_bit_cast(Words, halves);
+  const Words nan = (words & 0x7fff) == __builtin_bit_cast(Words, most);
+  const auto marked = __builtin_bit_cast(Halves, words | (nan & 0x4000));
+  return __builtin_bit_cast(Vec<float>, MOE_INT(cvtph_ps)(marked)) * 256.0f;
+#else
+  using F = Simd<float>;
   F::Uint wide;
   for (int i = 0; i < F::kLanes; ++i) wide[i] = p[i].bits;
-#endif
   const F::Uint magnitude = wide & 0x7fu;
   const Vec<float> f = __builtin_bit_cast(Vec<float>, magnitude << 20) * 0x1p120f;
   F::Uint u = __builtin_bit_cast(F::Uint, f);
   u |= __builtin_bit_cast(F::Uint, magnitude == 0x7fu) & 0x7f800000u;
   return __builtin_bit_cast(Vec<float>, u | (wide & 0x80u) << 24);
+#endif
+}
+
+// The same numbers over 256; what stands for NaN is 480 of them.
+inline Vec<float> e4m3_over_256(const E4m3* p) {
+#if defined(__AVX2__) && MOE_VEC_BYTES >= 32
+  return __builtin_bit_cast(Vec<float>, MOE_INT(cvtph_ps)(e4m3_halves(p)));
+#else
+  return load_as(p) * (1.0f / 256);
+#endif
+}
+
+// Whether one of n codes is NaN.
+inline bool has_e4m3_nan(const uint8_t* codes, int64_t n) {
+  typedef uint8_t Bytes8 __attribute__((vector_size(MOE_VEC_BYTES)));
+  Bytes8 most = {};
+  int64_t i = 0;
+  for (; i + MOE_VEC_BYTES <= n; i += MOE_VEC_BYTES) {
+    const Bytes8 magnitude = load_bytes<Bytes8>(codes + i) & 0x7f;
+    most = magnitude > most ? magnitude : most;
+  }
+  uint8_t largest = 0;
+  for (int j = 0; j < MOE_VEC_BYTES; ++j) largest = most[j] > largest ? most[j] : largest;
+  for (; i < n; ++i) largest = (codes[i] & 0x7f) > largest ? codes[i] & 0x7f : largest;
+  return largest == 0x7f;
 }
 
 // The code nearest to f, ties to even. |f| is less than 464.

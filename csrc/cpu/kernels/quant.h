@@ -1,6 +1,8 @@
-// Products with weights of 8 and 4 bits (QuantFormat in moe_ops/grouped_gemm.h). Few rows: dot
-// products of integers along k. More rows: weights are repacked into panels, which tiles unpack to
-// fp32, or multiply as they are with activations of 16 or 8 bits. NOTES.md has the arithmetic.
+// Products with weights of few bits (QuantFormat in moe_ops/grouped_gemm.h). For two formats of 8
+// and 4 bits: few rows are dot products of integers along k; for more rows weights are repacked
+// into panels, which tiles unpack to fp32, or multiply as they are with activations of 16 or 8
+// bits. All others are decoded to fp32: for few rows in registers, for more in cache. NOTES.md has
+// the arithmetic.
 #pragma once
 
 #include "cpu/kernels/gemm.h"
@@ -66,17 +68,44 @@ struct QuantTileParams {
 };
 using QuantTile = void (*)(const QuantTileParams& p);
 
-// Steps [k0, k0 + n) of a row of codes as float32. w, scale and zero are those of the whole row;
-// `group` steps share a scale, but where `codes` says how many.
-struct DequantParams {
+// The weights of an expert as they are stored (QuantFormat); strides are in bytes.
+struct CodeRows {
   Codes codes;
+  int64_t k;  // codes of a row
   ScaleType scale_type;
-  int64_t group;
+  int64_t group;  // steps that share a scale, where `codes` does not say how many
   const void* w;
+  int64_t ldw;
   const void* scale;
-  const uint8_t* zero;  // or nullptr: 8
-  int64_t k0, n;
+  int64_t ld_scale, scale_rows;  // rows of weights that share a row of scales
+  const uint8_t* zero;           // or nullptr: 8
+  int64_t ld_zero;
+};
+
+// Floats of scratch in which a kernel keeps the scales of a row of codes.
+constexpr int64_t decoded_scratch(int64_t k) { return 2 * (k / 16 + 32); }
+
+// Steps [k0, k0 + n) of a row as float32.
+struct DequantParams {
+  CodeRows rows;
+  int64_t row, k0, n;
+  float* scratch;  // decoded_scratch(k)
   float* dst;
+};
+
+// out[t*ldo + f*out_step + i] as GEMV's (gemm.h), of weight rows `first` + f*step + i and of tokens
+// as arrange_token leaves them, ldx floats apart.
+struct DecodedDotParams {
+  CodeRows rows;
+  int64_t first, step;
+  int features;
+  int64_t count;
+  int tokens;
+  const float* x;
+  int64_t ldx;
+  float* scratch;  // features * decoded_scratch(k)
+  float* out;
+  int64_t ldo, out_step;
 };
 
 struct QuantKernels {
@@ -114,7 +143,13 @@ struct QuantKernels {
   QuantTile int8_tile[2][kMaxMr];
   int int8_rows;
 
+  // All formats, decoded to float32; tokens are not rounded.
   void (*dequantise)(const DequantParams& p);
+  // Floats of a token of k features as decoded_dot reads it, and such a row of the token x, which
+  // is readable and zero up to a multiple of 256.
+  int64_t (*arranged_floats)(int64_t k);
+  void (*arrange_token)(const CodeRows& rows, const float* x, float* row);
+  void (*decoded_dot)(const DecodedDotParams& p);
 };
 
 const QuantKernels& quant_kernels();

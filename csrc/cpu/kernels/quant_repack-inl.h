@@ -203,6 +203,9 @@ QuantKernels quant_table() {
   k.w4_dot = &w4_dot;
   k.repack = &repack;
   k.dequantise = &dequantise;
+  k.arranged_floats = &arranged_floats;
+  k.arrange_token = &arrange_token;
+  k.decoded_dot = &decoded_dot;
   for_each_count<MOE_MR2>([&]<int M>() {
     k.tile[0][M - 1] = &word_tile<8, float, M>;
     k.tile[1][M - 1] = &word_tile<4, float, M>;

@@ -13,6 +13,13 @@
 
 namespace moe_ops::cpu {
 
+// Elsewhere nothing is kept, and acquire_buffer has no block.
+#if defined(__linux__)
+constexpr bool kHasBufferCache = true;
+#else
+constexpr bool kHasBufferCache = false;
+#endif
+
 // Outputs from this size on go through the cache.
 constexpr size_t kLargeBuffer = size_t{8} << 20;
 

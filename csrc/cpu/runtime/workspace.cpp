@@ -1,12 +1,12 @@
 #include "cpu/runtime/workspace.h"
 
 #include <algorithm>
-#include <cstdlib>
 #include <cstring>
 #include <new>
 #include <stdexcept>
 
 #include "cpu/runtime/huge_pages.h"
+#include "moe_ops/platform.h"
 
 namespace moe_ops::cpu {
 
@@ -20,17 +20,15 @@ struct Block {
   size_t size = 0;
 
   void reset() {
-    std::free(data);
+    free_aligned(data);
     data = nullptr;
     size = 0;
   }
 
   void allocate(size_t alignment, size_t bytes) {
     reset();
-    if (posix_memalign(&data, alignment, bytes) != 0) {
-      data = nullptr;
-      throw std::bad_alloc();
-    }
+    data = allocate_aligned(alignment, bytes);
+    if (data == nullptr) throw std::bad_alloc();
     size = bytes;
   }
 };

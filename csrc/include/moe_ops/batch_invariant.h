@@ -7,7 +7,7 @@
 // cannot split it.
 #pragma once
 
-#include "moe_ops/api.h"
+#include "moe_ops/platform.h"
 
 namespace moe_ops {
 

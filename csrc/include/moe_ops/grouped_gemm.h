@@ -25,10 +25,10 @@ struct MutableRows {
   const int32_t* index = nullptr;
 };
 
-// Weights of few bits with scales. There are kernels of products for two formats, of float32
+// Weights of few bits with scales. There are kernels of integers for two formats, of float32
 // scales. bits = 8: int8, one scale a row. bits = 4: two a byte, the even k in the low nibble,
-// stored as q + 8; one scale for each `group` steps of k. For all others, and wherever the matrix
-// is transposed, weights are dequantised in cache (cpu/gemm/dequant.h).
+// stored as q + 8; one scale for each `group` steps of k. In all others, and wherever the matrix
+// is transposed, weights become float32 on the way (cpu/gemm/dequant.h).
 struct QuantFormat {
   int bits = 0;  // 0: the weights are numbers of their own
   int64_t group = 0;

@@ -76,8 +76,9 @@ def moe_ffn_quantized(
       k = 2j in its low and k = 2j + 1 in its high four bits, each as q + 8 with q from -8 to 7:
       ``w[e, o, k] = q[e, o, k] * scale[e, o, k // G]``.
 
-    Five more, as checkpoints store them, become float32 in cache, some rows at a time (on CUDA x's
-    type, some experts at a time), and no row is rounded:
+    Five more, as checkpoints store them, become float32, in registers where an expert has up to 4
+    tokens (2 without AVX-512) and else in cache, some rows at a time (on CUDA x's type, some
+    experts at a time). Rows are not rounded to integers for them:
 
     - 8 bits in groups: int8 [E, O, D] with scales [E, O, D/G], G a multiple of 32.
     - 4 bits with scales of float32, bfloat16 or float16 for groups of a multiple of 32, and zero

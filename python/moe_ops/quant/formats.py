@@ -207,7 +207,7 @@ class WeightFormat:
 
     @property
     def has_kernels(self) -> bool:
-        """Whether products are of integers; other weights become floats in cache."""
+        """Whether products are of integers; other weights become floats on the way."""
         if self.name not in FORMATS or self.zero_points or self.scale_dtype != "float32":
             return False
         return self.group_size in ((None,) if self.name == "int8" else GROUP_SIZES)

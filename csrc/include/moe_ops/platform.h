@@ -1,0 +1,39 @@
+// What operating systems and compilers do in different ways. Calls that only one system has are in
+// cpu/runtime/, beside what the others do instead.
+#pragma once
+
+#include <cstddef>
+#include <cstdlib>
+
+#if defined(_WIN32)
+#include <malloc.h>
+#endif
+
+// What moe_ops._C calls of the library.
+#if defined(_WIN32)
+#define MOE_OPS_API __declspec(dllexport)
+#else
+#define MOE_OPS_API __attribute__((visibility("default")))
+#endif
+
+namespace moe_ops {
+
+// Memory that free_aligned gives back, or null. `alignment` is a power of two from 8 on.
+inline void* allocate_aligned(size_t alignment, size_t bytes) {
+#if defined(_WIN32)
+  return _aligned_malloc(bytes, alignment);
+#else
+  void* data = nullptr;
+  return posix_memalign(&data, alignment, bytes) == 0 ? data : nullptr;
+#endif
+}
+
+inline void free_aligned(void* data) {
+#if defined(_WIN32)
+  _aligned_free(data);
+#else
+  std::free(data);
+#endif
+}
+
+}  // namespace moe_ops
