@@ -85,10 +85,11 @@ def examine() -> Report:
     if torch.cuda.is_available() and cuda[0].level in ("ok", "info"):
         tests += self_test("cuda")
     findings.append(_same_bits_for_any_thread_count())
-    names = ["torch", "numpy", "transformers", "safetensors", "matplotlib", "typer", "rich"]
+    names = ["numpy", "transformers", "safetensors", "matplotlib", "typer", "rich"]
     versions: dict[str, str | None] = {
         "python": platform.python_version(),
         "moe_ops": moe_ops.__version__,
+        "torch": torch.__version__,  # Its metadata may lack the variant, as +cu130.
         **{name: _version(name) for name in names},
     }
     return Report(findings, tests, versions)
