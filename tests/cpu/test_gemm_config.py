@@ -13,7 +13,8 @@ import pytest
 from moe_ops._C import cpu_gemm_config, supported_isas
 
 ISAS = supported_isas()
-LAYOUTS = ("dense_k", "dense_features", "packed", "int8", "int4", "fp8")
+CODES = ("int8", "int4", "fp8", "codes", "turned_codes")
+LAYOUTS = ("dense_k", "dense_features", "packed", *CODES)
 OTHERS, INTEL = False, True
 
 
@@ -72,6 +73,11 @@ def config(isa, intel, dtype, layout, rows, features=768, in_features=2048, **op
         ("avx512_bf16", OTHERS, "bfloat16", "fp8", 4, "gemv fp8, items of 128 x 2048"),
         ("avx512_bf16", OTHERS, "bfloat16", "fp8", 5, "pack_tokens fp8_bf16, items of 128 x 256"),
         ("avx2", OTHERS, "bfloat16", "fp8", 5, "pack_tokens fp8, items of 128 x 256"),
+        # Other formats of few bits: tokens of one pass stay as they are.
+        ("avx512", OTHERS, "bfloat16", "codes", 4, "gemv decoded, items of 128 x 2048"),
+        ("avx512", OTHERS, "bfloat16", "codes", 5, "dequant wide, items of 128 x 512"),
+        ("avx2", OTHERS, "float32", "codes", 2, "gemv decoded, items of 128 x 2048"),
+        ("avx2", OTHERS, "float32", "turned_codes", 1, "dequant wide, items of 128 x 512"),
         # AMX takes three rows and more.
         ("amx", INTEL, "bfloat16", "dense_k", 2, "gemv wide, items of 128 x 1024"),
         ("amx", INTEL, "bfloat16", "dense_k", 3, "pack_tokens amx, items of 96 x 2048"),
@@ -116,6 +122,8 @@ def test_batch_invariant_algorithms_add_in_one_order(isa, intel):
         "int8": {"gemv"},
         "int4": {"gemv"},
         "fp8": {"gemv", "gemv_blocked"},
+        "codes": {"dequant"},
+        "turned_codes": {"dequant"},
     }
     for dtype, layout in itertools.product(("float32", "bfloat16", "float16"), LAYOUTS):
         words = [
@@ -136,7 +144,7 @@ def test_every_size_gets_items(isa):
         (0, 1, 33, 4096),
     )
     for dtype, layout, rows, features, in_features in sizes:
-        if dtype == "float64" and layout in ("int8", "int4", "fp8"):
+        if dtype == "float64" and layout in CODES:
             continue
         words = config(isa, OTHERS, dtype, layout, rows, features, in_features)
         found = re.fullmatch(r"(\w+) \w+, items of (\d+) x (\d+)", words)
